@@ -1,0 +1,1 @@
+//! 4-bit blocks compatible with bitsandbytes.

@@ -1,0 +1,130 @@
+//! One error type for the whole program, sorted by whose fault it is.
+//!
+//! Every message says what, where, expected and got, in lower case and without a final period;
+//! `hint` is the way out when the user has one. [`Error::exit_code`] is what the process returns.
+
+use std::fmt;
+use std::path::Path;
+
+/// Result with the crate's error.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong, by whose fault.
+#[derive(Debug)]
+pub enum Error {
+    /// A flag or setting is wrong or contradicts another: exit code 2.
+    Usage(Message),
+    /// A file, record or tensor that the user gave is wrong.
+    Input(Message),
+    /// The run would not fit the memory that it may use.
+    Budget(Message),
+    /// The operating system refused: which path or act, and its reason.
+    Io(Message, std::io::Error),
+    /// The numbers went wrong during a run: NaN, Inf, a parameter that does not move.
+    Numeric(Message),
+    /// The user asked to stop; work is saved.
+    Interrupted(Message),
+}
+
+/// A message and, where there is one, the way out.
+#[derive(Debug, Default, Clone)]
+pub struct Message {
+    /// What, where, expected, got.
+    pub what: String,
+    /// What to do about it.
+    pub hint: Option<String>,
+}
+
+impl Error {
+    /// A wrong flag or setting.
+    pub fn usage(what: impl fmt::Display) -> Self {
+        Error::Usage(Message::new(what))
+    }
+
+    /// A wrong file, record or tensor.
+    pub fn input(what: impl fmt::Display) -> Self {
+        Error::Input(Message::new(what))
+    }
+
+    /// A plan over its budget.
+    pub fn budget(what: impl fmt::Display) -> Self {
+        Error::Budget(Message::new(what))
+    }
+
+    /// A run whose numbers went wrong.
+    pub fn numeric(what: impl fmt::Display) -> Self {
+        Error::Numeric(Message::new(what))
+    }
+
+    /// The system refused `act` (`"open"`, `"rename"`) on `path`.
+    pub fn io(act: &str, path: &Path, source: std::io::Error) -> Self {
+        Error::Io(Message::new(format_args!("cannot {act} {}", path.display())), source)
+    }
+
+    /// Adds the way out; replaces an earlier hint.
+    pub fn hint(mut self, hint: impl fmt::Display) -> Self {
+        self.message_mut().hint = Some(hint.to_string());
+        self
+    }
+
+    /// Puts `place: ` (a file, a record, a tensor) before the message.
+    pub fn at(mut self, place: impl fmt::Display) -> Self {
+        let message = self.message_mut();
+        message.what = format!("{place}: {}", message.what);
+        self
+    }
+
+    /// The message without its hint.
+    pub fn message(&self) -> &Message {
+        match self {
+            Error::Usage(m) | Error::Input(m) | Error::Budget(m) => m,
+            Error::Io(m, _) | Error::Numeric(m) | Error::Interrupted(m) => m,
+        }
+    }
+
+    /// 2 for wrong usage, 130 after an interrupt, else 1.
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Error::Usage(_) => 2,
+            Error::Interrupted(_) => 130,
+            _ => 1,
+        }
+    }
+
+    fn message_mut(&mut self) -> &mut Message {
+        match self {
+            Error::Usage(m) | Error::Input(m) | Error::Budget(m) => m,
+            Error::Io(m, _) | Error::Numeric(m) | Error::Interrupted(m) => m,
+        }
+    }
+}
+
+impl Message {
+    /// A message without a hint.
+    pub fn new(what: impl fmt::Display) -> Self {
+        Message { what: what.to_string(), hint: None }
+    }
+}
+
+impl fmt::Display for Error {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let message = self.message();
+        f.write_str(&message.what)?;
+        if let Error::Io(_, source) = self {
+            write!(f, ": {source}")?;
+        }
+        match &message.hint {
+            Some(hint) => write!(f, "\nhint: {hint}"),
+            None => Ok(()),
+        }
+    }
+}
+
+impl std::error::Error for Error {
+    fn source(&self) -> Option<&(dyn std::error::Error + 'static)> {
+        match self {
+            Error::Io(_, source) => Some(source),
+            _ => None,
+        }
+    }
+}

@@ -1,0 +1,2 @@
+//! nibble
+fn main() {}

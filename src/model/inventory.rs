@@ -1,0 +1,105 @@
+//! The tensors that a spec implies: what `quantize` packs, the loader expects, `memory` counts and
+//! `merge` writes.
+
+use super::spec::{Family, ModelSpec, Norm, TensorRole, TensorSpec};
+
+/// Names of the tensors outside the blocks.
+struct Names {
+    embedding: &'static str,
+    final_norm: &'static str,
+    head: &'static str,
+    first_norm: &'static str,
+    second_norm: &'static str,
+}
+
+fn names(family: Family) -> Names {
+    match family {
+        Family::Gpt2 => Names {
+            embedding: "transformer.wte",
+            final_norm: "transformer.ln_f",
+            head: "lm_head",
+            first_norm: "ln_1",
+            second_norm: "ln_2",
+        },
+        Family::Llama | Family::Mistral | Family::Qwen2 => Names {
+            embedding: "model.embed_tokens",
+            final_norm: "model.norm",
+            head: "lm_head",
+            first_norm: "input_layernorm",
+            second_norm: "post_attention_layernorm",
+        },
+    }
+}
+
+impl ModelSpec {
+    /// Module path of the token embedding.
+    pub fn embedding_module(&self) -> &'static str {
+        names(self.family).embedding
+    }
+
+    /// Module path of the output head (also when it is tied).
+    pub fn head_module(&self) -> &'static str {
+        names(self.family).head
+    }
+
+    /// Name of the learned position table.
+    pub fn positions_name(&self) -> Option<&'static str> {
+        self.learned_positions.map(|_| "transformer.wpe.weight")
+    }
+
+    /// Module path of the norm before the head.
+    pub fn final_norm_module(&self) -> &'static str {
+        names(self.family).final_norm
+    }
+
+    /// Module paths of block `layer`'s norms: before attention, before the MLP.
+    pub fn layer_norm_modules(&self, layer: usize) -> [String; 2] {
+        let (prefix, names) = (self.layer_prefix(layer), names(self.family));
+        [format!("{prefix}.{}", names.first_norm), format!("{prefix}.{}", names.second_norm)]
+    }
+
+    /// Every tensor of the model, in checkpoint order: embedding, blocks, final norm, head.
+    pub fn inventory(&self) -> Vec<TensorSpec> {
+        let d = self.hidden_size;
+        let plain = |name: String, shape, role| TensorSpec { name, shape, role, transposed: false };
+        let embedding = format!("{}.weight", self.embedding_module());
+        let mut out = vec![plain(embedding, vec![self.vocab_size, d], TensorRole::Embedding)];
+        if let (Some(name), Some(rows)) = (self.positions_name(), self.learned_positions) {
+            out.push(plain(name.to_string(), vec![rows, d], TensorRole::Positions));
+        }
+        for layer in 0..self.num_layers {
+            let [first, second] = self.layer_norm_modules(layer);
+            self.push_norm(&mut out, &first);
+            for linear in self.linears(layer) {
+                out.push(TensorSpec {
+                    name: format!("{}.weight", linear.module),
+                    shape: vec![linear.out_features, linear.in_features],
+                    role: TensorRole::Linear(linear.role),
+                    transposed: self.conv1d,
+                });
+                if linear.bias {
+                    let name = format!("{}.bias", linear.module);
+                    out.push(plain(name, vec![linear.out_features], TensorRole::Bias));
+                }
+            }
+            self.push_norm(&mut out, &second);
+        }
+        self.push_norm(&mut out, self.final_norm_module());
+        if !self.tie_word_embeddings {
+            let name = format!("{}.weight", self.head_module());
+            out.push(plain(name, vec![self.vocab_size, d], TensorRole::Head));
+        }
+        out
+    }
+
+    fn push_norm(&self, out: &mut Vec<TensorSpec>, module: &str) {
+        let suffixes: &[&str] =
+            if self.norm == Norm::Layer { &["weight", "bias"] } else { &["weight"] };
+        out.extend(suffixes.iter().map(|suffix| TensorSpec {
+            name: format!("{module}.{suffix}"),
+            shape: vec![self.hidden_size],
+            role: TensorRole::Norm,
+            transposed: false,
+        }));
+    }
+}

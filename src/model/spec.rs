@@ -1,0 +1,276 @@
+//! What a model *is*, as data: dimensions and switches, and the tensors that follow from them.
+//!
+//! A family is one function from `config.json` to a [`ModelSpec`] (see [`super::families`]);
+//! everything else (loading, quantizing, planning, training, exporting) reads the spec.
+
+/// Which Hugging Face `model_type` the names follow.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Family {
+    /// `LlamaForCausalLM`.
+    Llama,
+    /// `MistralForCausalLM`: Llama with a sliding window.
+    Mistral,
+    /// `Qwen2ForCausalLM`: Llama with biases on q, k and v.
+    Qwen2,
+    /// `GPT2LMHeadModel`: layer norms, learned positions, fused qkv stored `[in, out]`.
+    Gpt2,
+}
+
+impl Family {
+    /// The `model_type` of `config.json`.
+    pub fn model_type(self) -> &'static str {
+        match self {
+            Family::Llama => "llama",
+            Family::Mistral => "mistral",
+            Family::Qwen2 => "qwen2",
+            Family::Gpt2 => "gpt2",
+        }
+    }
+}
+
+/// Normalisation before attention, before the MLP and before the head.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Norm {
+    /// `y = w · x / sqrt(mean(x²) + eps)`.
+    Rms,
+    /// `y = w · (x − mean) / sqrt(var + eps) + b`.
+    Layer,
+}
+
+/// The MLP's nonlinearity.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Activation {
+    /// `x · sigmoid(x)`.
+    Silu,
+    /// `x · Φ(x)` with the error function.
+    Gelu,
+    /// GPT-2's `gelu_new`: tanh approximation.
+    GeluTanh,
+}
+
+/// Rotary position embedding, Hugging Face's `rotate_half` layout.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Rotary {
+    /// Base of the geometric frequency series.
+    pub theta: f64,
+    /// How the frequencies are stretched for long contexts.
+    pub scaling: RopeScaling,
+}
+
+/// `rope_type` of Hugging Face's `modeling_rope_utils`.
+#[derive(Debug, Clone, PartialEq)]
+pub enum RopeScaling {
+    /// No stretching.
+    Default,
+    /// Positions divided by `factor`.
+    Linear {
+        /// Divisor.
+        factor: f64,
+    },
+    /// NTK-aware: the base grows once a sequence is longer than the trained length.
+    Dynamic {
+        /// Stretch.
+        factor: f64,
+        /// Trained length in tokens.
+        original_max_position_embeddings: usize,
+    },
+    /// YaRN, arXiv 2309.00071: interpolation by frequency with an attention factor.
+    Yarn {
+        /// Stretch.
+        factor: f64,
+        /// Trained length in tokens.
+        original_max_position_embeddings: usize,
+        /// High-frequency bound (32).
+        beta_fast: f64,
+        /// Low-frequency bound (1).
+        beta_slow: f64,
+        /// Multiplies cos and sin.
+        attention_factor: f64,
+        /// Whether the bounds are rounded to whole dimensions (default true).
+        truncate: bool,
+    },
+    /// Llama 3.1's piecewise stretch by wavelength.
+    Llama3 {
+        /// Stretch of the long wavelengths.
+        factor: f64,
+        /// Wavelengths above `original / low_freq_factor` are stretched.
+        low_freq_factor: f64,
+        /// Wavelengths below `original / high_freq_factor` are kept.
+        high_freq_factor: f64,
+        /// Trained length in tokens.
+        original_max_position_embeddings: usize,
+    },
+}
+
+/// Dimensions and switches of one causal language model. Legend in [`super`].
+#[derive(Debug, Clone, PartialEq)]
+pub struct ModelSpec {
+    /// Names and conventions.
+    pub family: Family,
+    /// V: rows of the embedding.
+    pub vocab_size: usize,
+    /// D: model width.
+    pub hidden_size: usize,
+    /// F: feed-forward width.
+    pub intermediate_size: usize,
+    /// Blocks.
+    pub num_layers: usize,
+    /// H: query heads.
+    pub num_heads: usize,
+    /// K: key and value heads; H is a multiple of it.
+    pub num_kv_heads: usize,
+    /// Width of one head; `H · head_dim` need not be D.
+    pub head_dim: usize,
+    /// Kind of all norms.
+    pub norm: Norm,
+    /// Epsilon of all norms.
+    pub norm_eps: f64,
+    /// Nonlinearity of the MLP.
+    pub activation: Activation,
+    /// `down(act(gate(x)) · up(x))` if true, `down(act(up(x)))` if false.
+    pub gated_mlp: bool,
+    /// Rotary embedding of q and k.
+    pub rotary: Option<Rotary>,
+    /// Rows of a learned position table, GPT-2's `wpe`.
+    pub learned_positions: Option<usize>,
+    /// Bias on q, k, v.
+    pub qkv_bias: bool,
+    /// Bias on the attention output projection.
+    pub output_bias: bool,
+    /// Bias on the MLP's linears.
+    pub mlp_bias: bool,
+    /// q, k, v are one matrix `c_attn`.
+    pub fused_qkv: bool,
+    /// Linears are stored `[in, out]` (GPT-2's `Conv1D`) in dense checkpoints.
+    pub conv1d: bool,
+    /// Sliding window in tokens for each layer; `None` is full causal attention.
+    pub windows: Vec<Option<usize>>,
+    /// The head is the embedding.
+    pub tie_word_embeddings: bool,
+    /// `max_position_embeddings`: the longest trained sequence in tokens.
+    pub max_positions: usize,
+    /// `bos_token_id`.
+    pub bos_token_id: Option<u32>,
+    /// `eos_token_id`, one or several.
+    pub eos_token_ids: Vec<u32>,
+}
+
+/// What a linear does in its block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LinearRole {
+    /// Fused q, k, v.
+    Qkv,
+    /// Query.
+    Q,
+    /// Key.
+    K,
+    /// Value.
+    V,
+    /// Attention output.
+    O,
+    /// MLP gate.
+    Gate,
+    /// MLP up (GPT-2: `c_fc`).
+    Up,
+    /// MLP down (GPT-2: `mlp.c_proj`).
+    Down,
+}
+
+/// One linear of one block: `y [T, out] = x [T, in] · Wᵀ (+ bias)`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinearSpec {
+    /// Its place in the block.
+    pub role: LinearRole,
+    /// Hugging Face module path, such as `model.layers.0.self_attn.q_proj`.
+    pub module: String,
+    /// Input width.
+    pub in_features: usize,
+    /// Output width.
+    pub out_features: usize,
+    /// Whether `{module}.bias` exists.
+    pub bias: bool,
+}
+
+/// What a tensor is for; decides whether it is packed, loaded widened, or counted as embedding.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum TensorRole {
+    /// Token embedding `[V, D]`.
+    Embedding,
+    /// Learned positions `[positions, D]`.
+    Positions,
+    /// Weight of a block's linear: packed in 4 bits.
+    Linear(LinearRole),
+    /// Bias of a linear.
+    Bias,
+    /// Norm weight or bias.
+    Norm,
+    /// Output head `[V, D]` when it is not tied.
+    Head,
+}
+
+/// One tensor of a checkpoint, by its Hugging Face name.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorSpec {
+    /// Name in the state dict.
+    pub name: String,
+    /// Shape as Nibble holds it: linears `[out, in]` for every family.
+    pub shape: Vec<usize>,
+    /// What it is for.
+    pub role: TensorRole,
+    /// Dense checkpoints store the transpose (`Conv1D`).
+    pub transposed: bool,
+}
+
+impl ModelSpec {
+    /// Width of q: `H · head_dim`.
+    pub fn q_width(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Width of k and of v: `K · head_dim`.
+    pub fn kv_width(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// The prefix of block `layer`, such as `model.layers.3`.
+    pub fn layer_prefix(&self, layer: usize) -> String {
+        match self.family {
+            Family::Gpt2 => format!("transformer.h.{layer}"),
+            _ => format!("model.layers.{layer}"),
+        }
+    }
+
+    /// The linears of block `layer`, in forward order.
+    pub fn linears(&self, layer: usize) -> Vec<LinearSpec> {
+        let (d, f, q, kv) =
+            (self.hidden_size, self.intermediate_size, self.q_width(), self.kv_width());
+        let (qkv_bias, o_bias, mlp_bias) = (self.qkv_bias, self.output_bias, self.mlp_bias);
+        let rows = match self.family {
+            Family::Gpt2 => vec![
+                (LinearRole::Qkv, "attn.c_attn", d, q + 2 * kv, qkv_bias),
+                (LinearRole::O, "attn.c_proj", q, d, o_bias),
+                (LinearRole::Up, "mlp.c_fc", d, f, mlp_bias),
+                (LinearRole::Down, "mlp.c_proj", f, d, mlp_bias),
+            ],
+            _ => vec![
+                (LinearRole::Q, "self_attn.q_proj", d, q, qkv_bias),
+                (LinearRole::K, "self_attn.k_proj", d, kv, qkv_bias),
+                (LinearRole::V, "self_attn.v_proj", d, kv, qkv_bias),
+                (LinearRole::O, "self_attn.o_proj", q, d, o_bias),
+                (LinearRole::Gate, "mlp.gate_proj", d, f, mlp_bias),
+                (LinearRole::Up, "mlp.up_proj", d, f, mlp_bias),
+                (LinearRole::Down, "mlp.down_proj", f, d, mlp_bias),
+            ],
+        };
+        let prefix = self.layer_prefix(layer);
+        rows.into_iter()
+            .map(|(role, name, in_features, out_features, bias)| LinearSpec {
+                role,
+                module: format!("{prefix}.{name}"),
+                in_features,
+                out_features,
+                bias,
+            })
+            .collect()
+    }
+}
