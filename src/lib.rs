@@ -1,5 +1,7 @@
 //! Nibble: QLoRA fine-tuning from one binary.
 
+pub mod cli;
+pub mod commands;
 pub mod error;
 pub mod model;
 
