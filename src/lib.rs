@@ -4,5 +4,6 @@ pub mod cli;
 pub mod commands;
 pub mod error;
 pub mod model;
+pub mod random;
 
 pub use error::{Error, Result};
