@@ -10,6 +10,8 @@
 //! `[block low, block high, step low, step high]`, and block `i / 4` yields the words of indices
 //! `4·(i / 4) ..`.
 
+use std::array::from_fn;
+
 /// First round multiplier of Philox4x32.
 const MULTIPLIER_0: u32 = 0xD251_1F53;
 /// Second round multiplier of Philox4x32.
@@ -23,47 +25,27 @@ const ROUNDS: usize = 10;
 const LANES: usize = 16;
 
 /// The Philox4x32-10 bijection of `counter` under `key`.
-pub fn philox4x32(mut counter: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
+pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+    philox_lanes(counter.map(|word| [word]), key).map(|[word]| word)
+}
+
+/// [`philox4x32`] of `L` counters, one word per array and lane: a shape that compilers turn into
+/// vector code.
+#[inline(always)]
+fn philox_lanes<const L: usize>(counters: [[u32; L]; 4], mut key: [u32; 2]) -> [[u32; L]; 4] {
+    let [mut a, mut b, mut c, mut d] = counters;
     for round in 0..ROUNDS {
         if round > 0 {
             key = [key[0].wrapping_add(WEYL_0), key[1].wrapping_add(WEYL_1)];
         }
-        let [high_0, low_0] = multiply(MULTIPLIER_0, counter[0]);
-        let [high_1, low_1] = multiply(MULTIPLIER_1, counter[2]);
-        counter = [high_1 ^ counter[1] ^ key[0], low_1, high_0 ^ counter[3] ^ key[1], low_0];
-    }
-    counter
-}
-
-/// [`philox4x32`] of `LANES` consecutive low counter words, one word per array and lane: the same
-/// arithmetic in a shape that compilers turn into vector code.
-#[inline(always)]
-fn philox_lanes(block: u64, step: u64, mut key: [u32; 2]) -> [[u32; LANES]; 4] {
-    let low = std::array::from_fn(|lane| block.wrapping_add(lane as u64) as u32);
-    let high = std::array::from_fn(|lane| (block.wrapping_add(lane as u64) >> 32) as u32);
-    let [step_low, step_high] = halves(step);
-    let mut c = [low, high, [step_low; LANES], [step_high; LANES]];
-    for round in 0..ROUNDS {
-        if round > 0 {
-            key = [key[0].wrapping_add(WEYL_0), key[1].wrapping_add(WEYL_1)];
-        }
-        for lane in 0..LANES {
-            let [high_0, low_0] = multiply(MULTIPLIER_0, c[0][lane]);
-            let [high_1, low_1] = multiply(MULTIPLIER_1, c[2][lane]);
-            c[0][lane] = high_1 ^ c[1][lane] ^ key[0];
-            c[1][lane] = low_1;
-            c[2][lane] = high_0 ^ c[3][lane] ^ key[1];
-            c[3][lane] = low_0;
+        for (((a, b), c), d) in a.iter_mut().zip(&mut b).zip(&mut c).zip(&mut d) {
+            let first = u64::from(MULTIPLIER_0) * u64::from(*a);
+            let second = u64::from(MULTIPLIER_1) * u64::from(*c);
+            (*a, *b) = ((second >> 32) as u32 ^ *b ^ key[0], second as u32);
+            (*c, *d) = ((first >> 32) as u32 ^ *d ^ key[1], first as u32);
         }
     }
-    c
-}
-
-/// High and low half of the 64-bit product.
-#[inline(always)]
-fn multiply(a: u32, b: u32) -> [u32; 2] {
-    let product = u64::from(a) * u64::from(b);
-    [(product >> 32) as u32, product as u32]
+    [a, b, c, d]
 }
 
 /// Low and high half.
@@ -154,8 +136,7 @@ impl Stream {
 
     /// Uniform in `0..bound` from the two words of pair `index`; the bias is below `bound / 2⁶⁴`.
     pub fn below(&self, index: u64, bound: u64) -> u64 {
-        let words = self.block(index / 2);
-        let pair = if index % 2 == 0 { [words[0], words[1]] } else { [words[2], words[3]] };
+        let pair = &self.block(index / 2)[2 * (index % 2) as usize..];
         let wide = u64::from(pair[0]) | u64::from(pair[1]) << 32;
         ((u128::from(wide) * u128::from(bound)) >> 64) as u64
     }
@@ -169,26 +150,46 @@ impl Stream {
         order
     }
 
-    /// `out[i] = values(block)[..]` for indices `first ..`, a block of four words at a time.
+    /// Blocks `block .. block + LANES`.
     #[inline(always)]
+    fn lanes(&self, block: u64) -> [[u32; LANES]; 4] {
+        let blocks: [[u32; 2]; LANES] = from_fn(|lane| halves(block.wrapping_add(lane as u64)));
+        let [step_low, step_high] = halves(self.step);
+        let (low, high) = (blocks.map(|halves| halves[0]), blocks.map(|halves| halves[1]));
+        philox_lanes([low, high, [step_low; LANES], [step_high; LANES]], self.key)
+    }
+
+    /// `out[i] = values(block)[..]` for indices `first ..`, a block of four words at a time.
     fn fill(&self, first: u64, out: &mut [f32], values: impl Fn([u32; 4]) -> [f32; 4]) {
         let skip = (first % 4) as usize;
         let (head, body) = out.split_at_mut(out.len().min((4 - skip) % 4));
         head.copy_from_slice(&values(self.block(first / 4))[skip % 4..][..head.len()]);
-        let start = first.div_ceil(4);
-        pulp::Arch::new().dispatch(
-            #[inline(always)]
-            || {
-                let blocks = (start..).step_by(LANES);
-                for (block, chunk) in blocks.zip(body.chunks_mut(4 * LANES)) {
-                    let [a, b, c, d] = philox_lanes(block, self.step, self.key);
-                    for (lane, out) in chunk.chunks_mut(4).enumerate() {
-                        let four = values([a[lane], b[lane], c[lane], d[lane]]);
-                        out.copy_from_slice(&four[..out.len()]);
-                    }
-                }
-            },
-        );
+        let fill = Fill { stream: *self, first: first.div_ceil(4), out: body, values };
+        pulp::Arch::new().dispatch(fill);
+    }
+}
+
+/// `out = values(block first), values(block first + 1), ..`, compiled for each vector width.
+struct Fill<'a, F> {
+    stream: Stream,
+    first: u64,
+    out: &'a mut [f32],
+    values: F,
+}
+
+impl<F: Fn([u32; 4]) -> [f32; 4]> pulp::WithSimd for Fill<'_, F> {
+    type Output = ();
+
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) {
+        let blocks = (self.first..).step_by(LANES);
+        for (block, chunk) in blocks.zip(self.out.chunks_mut(4 * LANES)) {
+            let [a, b, c, d] = self.stream.lanes(block);
+            for (lane, out) in chunk.chunks_mut(4).enumerate() {
+                let four = (self.values)([a[lane], b[lane], c[lane], d[lane]]);
+                out.copy_from_slice(&four[..out.len()]);
+            }
+        }
     }
 }
 
@@ -275,8 +276,7 @@ mod tests {
                 stream.fill_uniform(first, -2.0, 3.0, &mut out[0]);
                 stream.fill_normal(first, 0.5, &mut out[1]);
                 stream.fill_dropout(first, 0.25, &mut out[2]);
-                for i in 0..len {
-                    let index = first + i as u64;
+                for (i, index) in (0..len).zip(first..) {
                     assert_eq!(out[0][i], -2.0 + 5.0 * stream.uniform(index));
                     assert_eq!(out[1][i], 0.5 * stream.normal(index));
                     let kept = if stream.keeps(index, 0.25) { 1.0 / 0.75 } else { 0.0 };
