@@ -1,0 +1,56 @@
+//! Small specs for this module's tests, by their `config.json` in `tests/data`.
+
+use crate::model::spec::{Activation, Family, ModelSpec, Norm, RopeScaling, Rotary};
+
+/// A Llama of `num_layers` blocks: D 64, F 160, 4 heads of 16, 2 key heads, V 128, untied.
+pub fn llama(num_layers: usize) -> ModelSpec {
+    ModelSpec {
+        family: Family::Llama,
+        vocab_size: 128,
+        hidden_size: 64,
+        intermediate_size: 160,
+        num_layers,
+        num_heads: 4,
+        num_kv_heads: 2,
+        head_dim: 16,
+        norm: Norm::Rms,
+        norm_eps: 1e-6,
+        activation: Activation::Silu,
+        gated_mlp: true,
+        rotary: Some(Rotary { theta: 10_000.0, scaling: RopeScaling::Default }),
+        learned_positions: None,
+        qkv_bias: false,
+        output_bias: false,
+        mlp_bias: false,
+        fused_qkv: false,
+        conv1d: false,
+        windows: vec![None; num_layers],
+        tie_word_embeddings: false,
+        max_positions: 128,
+        bos_token_id: Some(1),
+        eos_token_ids: vec![2],
+    }
+}
+
+/// A GPT-2 of two blocks: D 64, 4 heads, V 128, tied.
+pub fn gpt2() -> ModelSpec {
+    ModelSpec {
+        family: Family::Gpt2,
+        intermediate_size: 256,
+        num_kv_heads: 4,
+        norm: Norm::Layer,
+        norm_eps: 1e-5,
+        activation: Activation::GeluTanh,
+        gated_mlp: false,
+        rotary: None,
+        learned_positions: Some(64),
+        qkv_bias: true,
+        output_bias: true,
+        mlp_bias: true,
+        fused_qkv: true,
+        conv1d: true,
+        tie_word_embeddings: true,
+        max_positions: 64,
+        ..llama(2)
+    }
+}

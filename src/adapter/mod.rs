@@ -1,0 +1,21 @@
+//! LoRA: which linears get an adapter, its initial weights, and PEFT's files.
+//!
+//! A LoRA adapter of rank R on a linear `W [out, in]` computes
+//!
+//! ```text
+//! y = x Wᵀ + s · dropout(x) Aᵀ Bᵀ        A [R, in], B [out, R]
+//! ```
+//!
+//! with `s = alpha / R`, or `alpha / √R` for rank-stabilised LoRA. Only A and B are trained.
+//! Sources: LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732. The settings, the rules by which
+//! names match and the files are PEFT's (checked against version 0.21.2).
+
+mod config;
+#[cfg(test)]
+mod fixtures;
+mod lora;
+mod pattern;
+mod targets;
+
+pub use config::{InitLoraWeights, LoraConfig, LoraPlus, ModuleNames, TargetModules};
+pub use lora::{Adapter, LoraTarget, LoraTensors};
