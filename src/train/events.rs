@@ -1,0 +1,225 @@
+//! What a run tells the world: one [`Event`] per thing that happened, handed to a [`RunLog`].
+//!
+//! The training loop knows nothing of files or curves; `metrics.jsonl`, `trainer_state.json`,
+//! TensorBoard and the report are written by whoever implements [`RunLog`]. Events are plain data
+//! and are kept in every checkpoint, so a resumed run starts with the history of the run that it
+//! continues, and a log can drop what came after the checkpoint.
+
+use serde::{Deserialize, Serialize};
+
+use crate::error::Result;
+
+/// Receives the events of one run, in order.
+pub trait RunLog {
+    /// Takes one event. An error stops the run, with its last checkpoint intact.
+    fn record(&mut self, event: &Event) -> Result<()>;
+}
+
+/// Drops every event.
+impl RunLog for () {
+    fn record(&mut self, _event: &Event) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Keeps every event, for tests.
+impl RunLog for Vec<Event> {
+    fn record(&mut self, event: &Event) -> Result<()> {
+        self.push(event.clone());
+        Ok(())
+    }
+}
+
+/// One thing that happened.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+#[serde(tag = "event", rename_all = "snake_case")]
+pub enum Event {
+    /// The run begins or resumes; always first.
+    Start(StartEvent),
+    /// `logging_steps` optimizer steps were made.
+    Step(StepEvent),
+    /// The evaluation set was scored.
+    Eval(EvalEvent),
+    /// The model was asked to answer a prompt.
+    Sample(SampleEvent),
+    /// A checkpoint was written.
+    Save(SaveEvent),
+    /// The run is over; always last, also after an interrupt.
+    End(EndEvent),
+}
+
+/// The run as it begins.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct StartEvent {
+    /// Every setting of the run by its flag's name in snake case, defaults filled in.
+    pub settings: serde_json::Value,
+    /// The base model as the user named it.
+    pub model: String,
+    /// Optimizer steps of the whole run.
+    pub max_steps: u64,
+    /// Optimizer steps of one pass over the training data.
+    pub steps_per_epoch: u64,
+    /// Passes over the training data.
+    pub num_train_epochs: f64,
+    /// Batches per forward pass.
+    pub train_batch_size: usize,
+    /// Forward passes per optimizer step.
+    pub gradient_accumulation_steps: usize,
+    /// Steps between [`StepEvent`]s.
+    pub logging_steps: u64,
+    /// Steps between [`EvalEvent`]s.
+    pub eval_steps: Option<u64>,
+    /// Steps between [`SaveEvent`]s.
+    pub save_steps: Option<u64>,
+    /// Trained parameters, in elements.
+    pub trainable_parameters: u64,
+    /// Parameters of base and adapter, in elements.
+    pub total_parameters: u64,
+    /// Memory by named part, in bytes, as planned; empty when not planned.
+    pub memory_plan: Vec<(String, u64)>,
+    /// Loss of the base model on the first batch, before any step: mean per trained token.
+    pub base_loss: Option<f64>,
+    /// The checkpoint's step when the run resumes. Logs drop what they hold after it.
+    pub resumed_from_step: Option<u64>,
+    /// The events up to `resumed_from_step`, without `Start`, oldest first: a log can be rebuilt
+    /// from these alone. Empty for a fresh run.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub history: Vec<Event>,
+}
+
+/// One line of the loss curve.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct StepEvent {
+    /// Optimizer steps made, counted from 1.
+    pub step: u64,
+    /// Passes over the training data, with fraction.
+    pub epoch: f64,
+    /// Mean loss per trained token since the last `StepEvent`, averaged over steps.
+    pub loss: f64,
+    /// Learning rate used by this step.
+    pub learning_rate: f64,
+    /// Global L2 norm of the gradient of this step, before clipping.
+    pub grad_norm: f64,
+    /// Tokens that went through the model since the run's first step.
+    pub num_input_tokens_seen: u64,
+    /// Of these, tokens that carried loss.
+    pub num_target_tokens_seen: u64,
+    /// Tokens per second since the last `StepEvent`.
+    pub tokens_per_second: f64,
+    /// Seconds of training, earlier sessions of a resumed run included.
+    pub elapsed_seconds: f64,
+    /// Resident memory of the process now, in bytes.
+    pub rss_bytes: u64,
+}
+
+/// The evaluation set, scored.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct EvalEvent {
+    /// Optimizer steps made.
+    pub step: u64,
+    /// Passes over the training data, with fraction.
+    pub epoch: f64,
+    /// Mean loss per trained token.
+    pub eval_loss: f64,
+    /// Seconds it took.
+    pub eval_runtime: f64,
+    /// Documents in the evaluation set.
+    pub num_documents: u64,
+    /// Forward passes.
+    pub num_batches: u64,
+    /// Tokens that carried loss.
+    pub num_target_tokens: u64,
+    /// Whether this is the lowest evaluation loss so far.
+    pub is_best: bool,
+}
+
+/// An answer of the model in training.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct SampleEvent {
+    /// Optimizer steps made; 0 is the base model.
+    pub step: u64,
+    /// Passes over the training data, with fraction.
+    pub epoch: f64,
+    /// What was asked.
+    pub prompt: String,
+    /// What came back.
+    pub completion: String,
+}
+
+/// A checkpoint, complete on disk.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct SaveEvent {
+    /// Optimizer steps made.
+    pub step: u64,
+    /// Folder name inside the output folder, such as `checkpoint-100`.
+    pub checkpoint: String,
+    /// Bytes written.
+    pub bytes: u64,
+    /// Seconds it took.
+    pub seconds: f64,
+    /// Whether it is the best checkpoint by evaluation loss.
+    pub is_best: bool,
+}
+
+/// Why a run ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum EndReason {
+    /// All steps are done.
+    #[default]
+    Finished,
+    /// The evaluation loss did not improve for `early_stopping_patience` evaluations.
+    EarlyStopping,
+    /// Ctrl-C or SIGTERM; a checkpoint was saved.
+    Interrupted,
+}
+
+/// The run as it ended.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct EndEvent {
+    /// Optimizer steps made.
+    pub step: u64,
+    /// Passes over the training data, with fraction.
+    pub epoch: f64,
+    /// Why it ended.
+    pub reason: EndReason,
+    /// Mean of the step losses of the whole run.
+    pub train_loss: f64,
+    /// Seconds of training, earlier sessions of a resumed run included.
+    pub train_runtime: f64,
+    /// Tokens per second over the whole run.
+    pub tokens_per_second: f64,
+    /// Lowest evaluation loss and the step that had it.
+    pub best: Option<(f64, u64)>,
+    /// Folder name of the best checkpoint inside the output folder.
+    pub best_checkpoint: Option<String>,
+    /// Peak resident memory of the process, in bytes.
+    pub peak_rss_bytes: u64,
+}
+
+impl Event {
+    /// Optimizer steps made when it happened; a resumed run's start counts what was done before.
+    pub fn step(&self) -> u64 {
+        match self {
+            Event::Start(event) => event.resumed_from_step.unwrap_or(0),
+            Event::Step(event) => event.step,
+            Event::Eval(event) => event.step,
+            Event::Sample(event) => event.step,
+            Event::Save(event) => event.step,
+            Event::End(event) => event.step,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn one_json_object_per_event_and_back() {
+        let event = Event::Step(StepEvent { step: 3, loss: 0.1, ..StepEvent::default() });
+        let text = serde_json::to_string(&event).unwrap();
+        assert!(text.starts_with(r#"{"event":"step","step":3,"epoch":0.0,"loss":0.1,"#), "{text}");
+        assert_eq!(serde_json::from_str::<Event>(&text).unwrap(), event);
+    }
+}
