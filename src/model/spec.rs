@@ -1,6 +1,6 @@
 //! What a model *is*, as data: dimensions and switches, and the tensors that follow from them.
 //!
-//! A family is one function from `config.json` to a [`ModelSpec`] (see [`super::families`]);
+//! A family is one function from `config.json` to a [`ModelSpec`] (see `families`);
 //! everything else (loading, quantizing, planning, training, exporting) reads the spec.
 
 /// Which Hugging Face `model_type` the names follow.

@@ -1,0 +1,16 @@
+#!/usr/bin/env bash
+# What a change must pass before it lands, and exactly what CI runs: format, lints, documentation
+# (a broken link is an error) and all tests. Every step uses the release profile, so that the
+# dependencies are built once.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+step() {
+    printf '\n== %s\n' "$*"
+    "$@"
+}
+
+step cargo fmt --all --check
+step cargo clippy --release --workspace --all-targets --locked -- -D warnings
+RUSTDOCFLAGS="-D warnings" step cargo doc --release --workspace --no-deps --locked
+step scripts/test.sh
