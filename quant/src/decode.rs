@@ -1,0 +1,144 @@
+//! Decoding runs of codes with one scale: `out = values[code] · absmax`.
+//!
+//! The 16-entry table is scaled once per block, then looked up 16 codes at a time (AVX-512's
+//! 16-lane permute), 8 at a time (two AVX2 permutes and a blend), or one by one.
+#![allow(unsafe_code)]
+
+/// Codes decoded at a time by the vector paths.
+pub(crate) const RUN: usize = 32;
+
+/// Which decoder this processor gets.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Decoder {
+    /// One table lookup for each code.
+    Scalar,
+    /// AVX2.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// AVX-512 F and BW.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+impl Decoder {
+    /// The widest that the processor has.
+    pub(crate) fn detect() -> Self {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+                return Decoder::Avx512;
+            }
+            if is_x86_feature_detected!("avx2") {
+                return Decoder::Avx2;
+            }
+        }
+        Decoder::Scalar
+    }
+
+    /// Decodes `out.len()` codes (a multiple of [`RUN`]) from `bytes`.
+    #[inline]
+    pub(crate) fn runs(self, bytes: &[u8], values: &[f32; 16], absmax: f32, out: &mut [f32]) {
+        debug_assert!(out.len().is_multiple_of(RUN) && bytes.len() * 2 == out.len());
+        match self {
+            Decoder::Scalar => scalar(bytes, values, absmax, out),
+            // SAFETY: `detect` saw the features; both functions check their slices.
+            #[cfg(target_arch = "x86_64")]
+            Decoder::Avx2 => unsafe { x86::avx2(bytes, values, absmax, out) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "x86_64")]
+            Decoder::Avx512 => unsafe { x86::avx512(bytes, values, absmax, out) },
+        }
+    }
+}
+
+fn scalar(bytes: &[u8], values: &[f32; 16], absmax: f32, out: &mut [f32]) {
+    let table = values.map(|value| value * absmax);
+    let (pairs, _) = out.as_chunks_mut::<2>();
+    for (pair, byte) in pairs.iter_mut().zip(bytes) {
+        *pair = [table[usize::from(byte >> 4)], table[usize::from(byte & 15)]];
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::RUN;
+
+    #[inline]
+    #[target_feature(enable = "avx2")]
+    fn nibbles(bytes: &[u8; RUN / 2]) -> (__m128i, __m128i) {
+        // SAFETY: the array holds 16 bytes; the load needs no alignment.
+        let x = unsafe { _mm_loadu_si128(bytes.as_ptr().cast()) };
+        let mask = _mm_set1_epi8(15);
+        let (low, high) = (_mm_and_si128(x, mask), _mm_and_si128(_mm_srli_epi16(x, 4), mask));
+        (_mm_unpacklo_epi8(high, low), _mm_unpackhi_epi8(high, low))
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx2")]
+    pub(super) fn avx512(bytes: &[u8], values: &[f32; 16], absmax: f32, out: &mut [f32]) {
+        // SAFETY: 16 floats.
+        let table = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+        let table = _mm512_mul_ps(table, _mm512_set1_ps(absmax));
+        let (byte_runs, _) = bytes.as_chunks::<{ RUN / 2 }>();
+        let (out_runs, _) = out.as_chunks_mut::<RUN>();
+        for (bytes, out) in byte_runs.iter().zip(out_runs) {
+            let (first, second) = nibbles(bytes);
+            for (half, codes) in [first, second].into_iter().enumerate() {
+                let decoded = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), table);
+                // SAFETY: two stores of 16 floats in an array of 32.
+                unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(16 * half), decoded) };
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub(super) fn avx2(bytes: &[u8], values: &[f32; 16], absmax: f32, out: &mut [f32]) {
+        let scale = _mm256_set1_ps(absmax);
+        // SAFETY: two loads of 8 floats from an array of 16.
+        let (low, high) =
+            unsafe { (_mm256_loadu_ps(values.as_ptr()), _mm256_loadu_ps(values.as_ptr().add(8))) };
+        let (low, high) = (_mm256_mul_ps(low, scale), _mm256_mul_ps(high, scale));
+        let (byte_runs, _) = bytes.as_chunks::<{ RUN / 2 }>();
+        let (out_runs, _) = out.as_chunks_mut::<RUN>();
+        for (bytes, out) in byte_runs.iter().zip(out_runs) {
+            let (first, second) = nibbles(bytes);
+            let eights = [first, _mm_srli_si128(first, 8), second, _mm_srli_si128(second, 8)];
+            for (eighth, codes) in eights.into_iter().enumerate() {
+                let index = _mm256_cvtepu8_epi32(codes);
+                let from_low = _mm256_permutevar8x32_ps(low, index);
+                let from_high = _mm256_permutevar8x32_ps(high, index);
+                // Bit 3 of the code, moved to the sign, picks the upper half of the table.
+                let upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+                let decoded = _mm256_blendv_ps(from_low, from_high, upper);
+                // SAFETY: four stores of 8 floats in an array of 32.
+                unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * eighth), decoded) };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::codebook::NF4;
+
+    #[test]
+    fn every_byte_decodes_alike_on_every_decoder() {
+        let bytes: Vec<u8> = (0..=255).collect();
+        let mut expected = vec![0.0; 512];
+        for (i, pair) in expected.chunks_exact_mut(2).enumerate() {
+            pair.copy_from_slice(&[NF4[i >> 4] * 0.37, NF4[i & 15] * 0.37]);
+        }
+        let mut decoders = vec![Decoder::Scalar, Decoder::detect()];
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") {
+            decoders.push(Decoder::Avx2);
+        }
+        for decoder in decoders {
+            let mut out = vec![f32::NAN; 512];
+            decoder.runs(&bytes, &NF4, 0.37, &mut out);
+            assert_eq!(out, expected, "{decoder:?}");
+        }
+    }
+}

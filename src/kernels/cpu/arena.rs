@@ -1,0 +1,125 @@
+//! One anonymous mapping for all planned buffers, handed out region by region.
+//!
+//! The mapping is exactly as long as [`MemoryPlan::arena_bytes`] says; each region can be taken
+//! once, so no two [`Buffer`]s overlap.
+#![allow(unsafe_code)]
+
+use std::collections::HashMap;
+use std::ops::{Deref, DerefMut};
+use std::sync::Arc;
+
+use bytemuck::Pod;
+use memmap2::{MmapMut, MmapOptions};
+
+use crate::error::{Error, Result};
+use crate::plan::{MemoryPlan, Region, RegionType};
+
+/// The memory of a plan.
+pub struct Arena {
+    map: Arc<MmapMut>,
+    base: *mut u8,
+    free: HashMap<String, (usize, Region)>,
+}
+
+impl Arena {
+    /// Maps the plan's bytes, zeroed; pages become resident when they are first written.
+    ///
+    /// # Errors
+    /// `Budget` when the system refuses the mapping.
+    pub fn new(plan: &MemoryPlan) -> Result<Self> {
+        let bytes = plan.arena_bytes();
+        let mut map = MmapOptions::new().len(bytes.max(1)).map_anon().map_err(|e| {
+            Error::budget(format_args!("cannot reserve {bytes} bytes of memory: {e}"))
+                .hint("lower `--max-length` or `--per-device-train-batch-size`")
+        })?;
+        let (mut free, mut offset) = (HashMap::new(), 0);
+        for region in &plan.regions {
+            free.insert(region.name.clone(), (offset, region.clone()));
+            offset += region.bytes();
+        }
+        let base = map.as_mut_ptr();
+        Ok(Arena { map: Arc::new(map), base, free })
+    }
+
+    /// Bytes that were mapped.
+    pub fn bytes(&self) -> usize {
+        self.map.len()
+    }
+
+    /// Names of the regions that nobody has taken.
+    pub fn untaken(&self) -> Vec<&str> {
+        self.free.keys().map(String::as_str).collect()
+    }
+
+    /// Hands out the region `name`.
+    ///
+    /// # Panics
+    /// When the plan has no such region, it has another element type, or it was taken before: the
+    /// plan and its user disagree, which is a bug, never bad input.
+    pub fn take<T: Pod>(&mut self, name: &str) -> Buffer<T> {
+        let (offset, region) = self.free.remove(name).expect("region is planned, and taken once");
+        let size = if region.dtype == RegionType::F32 { 4 } else { 2 };
+        assert_eq!(size, size_of::<T>(), "{name} has another element type");
+        // SAFETY: offset + bytes lies inside the mapping by construction of the plan.
+        let start = unsafe { self.base.add(offset) }.cast::<T>();
+        Buffer { start, elements: region.elements, _map: self.map.clone() }
+    }
+}
+
+/// A region of the arena, exclusively owned: behaves like `Box<[T]>`.
+pub struct Buffer<T> {
+    start: *mut T,
+    elements: usize,
+    _map: Arc<MmapMut>,
+}
+
+// SAFETY: a buffer is the only owner of its elements, and the mapping outlives it.
+unsafe impl<T: Pod + Send> Send for Buffer<T> {}
+// SAFETY: shared access only reads.
+unsafe impl<T: Pod + Sync> Sync for Buffer<T> {}
+
+impl<T: Pod> Deref for Buffer<T> {
+    type Target = [T];
+
+    fn deref(&self) -> &[T] {
+        // SAFETY: start is aligned to 64 bytes, in bounds, zero-initialised, and T is Pod.
+        unsafe { std::slice::from_raw_parts(self.start, self.elements) }
+    }
+}
+
+impl<T: Pod> DerefMut for Buffer<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        // SAFETY: as above; regions are disjoint and `&mut self` is exclusive.
+        unsafe { std::slice::from_raw_parts_mut(self.start, self.elements) }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Component;
+
+    fn region(name: &str, dtype: RegionType, elements: usize) -> Region {
+        Region { name: name.into(), component: Component::BlockInputs, dtype, elements }
+    }
+
+    #[test]
+    fn regions_are_disjoint_zeroed_and_as_long_as_planned() {
+        let plan = MemoryPlan {
+            regions: vec![
+                region("a", RegionType::F32, 5),
+                region("b", RegionType::Bf16, 33),
+                region("c", RegionType::F32, 16),
+            ],
+        };
+        let mut arena = Arena::new(&plan).unwrap();
+        assert_eq!(arena.bytes(), 64 + 128 + 64);
+        let (mut a, mut b, c) =
+            (arena.take::<f32>("a"), arena.take::<half::bf16>("b"), arena.take::<f32>("c"));
+        a.fill(1.0);
+        b.fill(half::bf16::NEG_INFINITY);
+        assert!(c.iter().all(|&x| x == 0.0) && a.iter().all(|&x| x == 1.0));
+        assert_eq!((a.len(), b.len(), c.len()), (5, 33, 16));
+        assert!(arena.untaken().is_empty());
+    }
+}

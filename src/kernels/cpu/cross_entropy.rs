@@ -1,0 +1,44 @@
+//! Cross-entropy of a chunk of logits, with its gradient in the same pass.
+//!
+//! `loss_i = log Σ_v e^{z_iv} − z_{i,y_i}`; `dz_iv = scale · (softmax(z_i)_v − [v = y_i])`.
+
+use rayon::prelude::*;
+
+use super::simd::{LANES, exp, max, vectorized};
+
+/// Sum of the rows' losses (f64, in row order); with `scale`, logits become gradients.
+pub fn forward_backward(
+    logits: &mut [f32],
+    targets: &[u32],
+    vocab_size: usize,
+    scale: Option<f32>,
+) -> f64 {
+    let rows = logits.par_chunks_mut(vocab_size).zip(targets.par_iter());
+    let losses: Vec<f64> =
+        rows.map(|(row, &target)| vectorized(|| one_row(row, target as usize, scale))).collect();
+    losses.iter().sum()
+}
+
+#[inline(always)]
+fn one_row(row: &mut [f32], target: usize, scale: Option<f32>) -> f64 {
+    let (largest, chosen) = (max(row), row[target]);
+    let mut lanes = [0.0f32; LANES];
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            chunk[lane] = exp(chunk[lane] - largest);
+            lanes[lane] += chunk[lane];
+        }
+    }
+    for (lane, value) in rest.iter_mut().enumerate() {
+        *value = exp(*value - largest);
+        lanes[lane] += *value;
+    }
+    let total: f64 = lanes.iter().map(|&lane| f64::from(lane)).sum();
+    if let Some(scale) = scale {
+        let factor = (f64::from(scale) / total) as f32;
+        row.iter_mut().for_each(|value| *value *= factor);
+        row[target] -= scale;
+    }
+    f64::from(largest) + total.ln() - f64::from(chosen)
+}

@@ -1,0 +1,133 @@
+//! The MLP's nonlinearity, with or without a gate.
+//!
+//! Gated: `h = a(g) ∘ u`, `dg = dh ∘ u ∘ a'(g)`, `du = dh ∘ a(g)`. Plain: `h = a(u)`,
+//! `du = dh ∘ a'(u)`.
+
+use rayon::prelude::*;
+
+use super::simd::{exp, sigmoid, tanh, vectorized};
+use crate::model::spec::Activation;
+
+/// Elements that one task handles: in and outputs stay in L2.
+const CHUNK: usize = 8192;
+
+/// `sqrt(2/π)` of the tanh approximation.
+const GELU_SCALE: f32 = 0.797_884_6;
+/// Its cubic coefficient.
+const GELU_CUBIC: f32 = 0.044_715;
+
+/// `out = act(gate) ∘ up`, or `act(up)`.
+pub fn forward(activation: Activation, gate: Option<&[f32]>, up: &[f32], out: &mut [f32]) {
+    match activation {
+        Activation::Silu => forward_with(gate, up, out, |x| value_and_slope_silu(x).0),
+        Activation::Gelu => forward_with(gate, up, out, |x| value_and_slope_gelu(x).0),
+        Activation::GeluTanh => forward_with(gate, up, out, |x| value_and_slope_gelu_tanh(x).0),
+    }
+}
+
+/// `d_out` becomes dgate (dup without a gate), `d_up` becomes dup.
+pub fn backward(
+    activation: Activation,
+    gate: Option<&[f32]>,
+    up: &[f32],
+    d_out: &mut [f32],
+    d_up: &mut [f32],
+) {
+    match activation {
+        Activation::Silu => backward_with(gate, up, d_out, d_up, value_and_slope_silu),
+        Activation::Gelu => backward_with(gate, up, d_out, d_up, value_and_slope_gelu),
+        Activation::GeluTanh => backward_with(gate, up, d_out, d_up, value_and_slope_gelu_tanh),
+    }
+}
+
+#[inline(always)]
+fn value_and_slope_silu(x: f32) -> (f32, f32) {
+    let s = sigmoid(x);
+    (x * s, s * (1.0 + x * (1.0 - s)))
+}
+
+#[inline(always)]
+fn value_and_slope_gelu_tanh(x: f32) -> (f32, f32) {
+    let t = tanh(GELU_SCALE * (x + GELU_CUBIC * x * x * x));
+    let inner = GELU_SCALE * (1.0 + 3.0 * GELU_CUBIC * x * x);
+    (0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner)
+}
+
+#[inline(always)]
+fn value_and_slope_gelu(x: f32) -> (f32, f32) {
+    let cdf = 0.5 * (1.0 + erf(x * std::f32::consts::FRAC_1_SQRT_2));
+    let density = exp(-0.5 * x * x) * 0.398_942_3;
+    (x * cdf, cdf + x * density)
+}
+
+/// Error function, absolute error below 1.5e-7: Abramowitz and Stegun 7.1.26.
+#[inline(always)]
+fn erf(x: f32) -> f32 {
+    let t = 1.0 / (1.0 + 0.327_591_1 * x.abs());
+    let mut p = 1.061_405_4f32;
+    for c in [-1.453_152, 1.421_413_7, -0.284_496_74, 0.254_829_6] {
+        p = p * t + c;
+    }
+    let magnitude = 1.0 - p * t * exp(-x * x);
+    magnitude.copysign(x)
+}
+
+#[inline(always)]
+fn forward_with(
+    gate: Option<&[f32]>,
+    up: &[f32],
+    out: &mut [f32],
+    act: impl Fn(f32) -> f32 + Sync + Copy,
+) {
+    match gate {
+        Some(gate) => {
+            let tasks = out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK));
+            tasks.zip(up.par_chunks(CHUNK)).for_each(|((out, gate), up)| {
+                vectorized(|| {
+                    for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
+                        *out = act(*gate) * up;
+                    }
+                });
+            });
+        }
+        None => out.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(out, up)| {
+            vectorized(|| {
+                for (out, up) in out.iter_mut().zip(up) {
+                    *out = act(*up);
+                }
+            });
+        }),
+    }
+}
+
+#[inline(always)]
+fn backward_with(
+    gate: Option<&[f32]>,
+    up: &[f32],
+    d_out: &mut [f32],
+    d_up: &mut [f32],
+    act: impl Fn(f32) -> (f32, f32) + Sync + Copy,
+) {
+    let Some(gate) = gate else {
+        d_out.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(d_out, up)| {
+            vectorized(|| {
+                for (d_out, up) in d_out.iter_mut().zip(up) {
+                    *d_out *= act(*up).1;
+                }
+            });
+        });
+        return;
+    };
+    let tasks = d_out.par_chunks_mut(CHUNK).zip(d_up.par_chunks_mut(CHUNK));
+    tasks.zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(
+        |(((d_out, d_up), gate), up)| {
+            vectorized(|| {
+                for (((d_out, d_up), gate), up) in d_out.iter_mut().zip(d_up).zip(gate).zip(up) {
+                    let (value, slope) = act(*gate);
+                    *d_up = *d_out * value;
+                    *d_out *= up * slope;
+                }
+            });
+        },
+    );
+}

@@ -1,0 +1,296 @@
+//! The CPU backend: f32 arithmetic, vectorised loops, rayon over rows, products from
+//! [`nibble_quant::product`].
+
+pub mod arena;
+mod attention;
+mod cross_entropy;
+mod lora;
+mod mlp;
+mod norm;
+mod rotary;
+mod simd;
+mod weight;
+
+use rayon::prelude::*;
+
+use super::{AttentionShape, Columns, DropoutMask, Kernels, LoraShape, NormParameters, TokenLayout};
+use crate::model::parameters::Parameters;
+use crate::model::spec::Activation;
+use crate::random;
+use arena::Buffer;
+use nibble_quant::product::{Matrix, MatrixMut, product_forward, product_input_gradient};
+pub use weight::FrozenMatrix;
+
+/// Rows that one task of the row-wise loops handles.
+const ROWS: usize = 16;
+/// Elements that one task of the elementwise loops handles.
+const CHUNK: usize = 1 << 13;
+
+/// The CPU backend; threads are rayon's.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Cpu;
+
+/// Rows `[rows, band]` of a matrix.
+fn view<'a>(data: &'a [f32], band: Columns, rows: usize) -> Matrix<'a> {
+    Matrix::new(&data[band.offset..], (rows, band.width, band.stride))
+}
+
+/// Writable rows `[rows, band]` of a matrix.
+fn view_mut<'a>(data: &'a mut [f32], band: Columns, rows: usize) -> MatrixMut<'a> {
+    MatrixMut::new(&mut data[band.offset..], (rows, band.width, band.stride))
+}
+
+fn beta(accumulate: bool) -> f32 {
+    if accumulate { 1.0 } else { 0.0 }
+}
+
+impl Kernels for Cpu {
+    type Buffer = Buffer<f32>;
+    type Weight = FrozenMatrix;
+    type Vector = Vec<f32>;
+
+    fn embed(&self, ids: &[u32], table: &FrozenMatrix, x: &mut Buffer<f32>, accumulate: bool) {
+        let d = table.columns();
+        x[..ids.len() * d].par_chunks_mut(d).zip(ids).for_each(|(x, &id)| {
+            table.read_row(id as usize, x, accumulate);
+        });
+    }
+
+    fn norm_forward(
+        &self,
+        norm: &NormParameters<Vec<f32>>,
+        x: &Buffer<f32>,
+        y: &mut Buffer<f32>,
+        stats: &mut Buffer<f32>,
+        rows: usize,
+    ) {
+        let elements = rows * norm.weight.len();
+        norm::forward(norm, &x[..elements], &mut y[..elements], &mut stats[..2 * rows]);
+    }
+
+    fn norm_backward(
+        &self,
+        norm: &NormParameters<Vec<f32>>,
+        dy: &Buffer<f32>,
+        x: &Buffer<f32>,
+        stats: &Buffer<f32>,
+        dx: &mut Buffer<f32>,
+        rows: usize,
+    ) {
+        let n = rows * norm.weight.len();
+        norm::backward(norm, &dy[..n], &x[..n], &stats[..2 * rows], &mut dx[..n]);
+    }
+
+    fn linear_forward(
+        &self,
+        weight: &FrozenMatrix,
+        bias: Option<&Vec<f32>>,
+        x: &Buffer<f32>,
+        (y, band): (&mut Buffer<f32>, Columns),
+        rows: usize,
+        accumulate: bool,
+    ) {
+        let x = view(x, Columns::all(weight.columns()), rows);
+        product_forward(1.0, x, weight.as_ref(), beta(accumulate), view_mut(y, band, rows));
+        if let Some(bias) = bias {
+            y[..rows * band.stride].par_chunks_mut(band.stride).for_each(|row| {
+                let band = &mut row[band.offset..band.offset + band.width];
+                band.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+            });
+        }
+    }
+
+    fn linear_backward(
+        &self,
+        weight: &FrozenMatrix,
+        (dy, band): (&Buffer<f32>, Columns),
+        dx: &mut Buffer<f32>,
+        rows: usize,
+        accumulate: bool,
+    ) {
+        let dx = view_mut(dx, Columns::all(weight.columns()), rows);
+        let dy = view(dy, band, rows);
+        product_input_gradient(1.0, dy, weight.as_ref(), beta(accumulate), dx);
+    }
+
+    fn load_pair(&self, parameters: &Parameters, index: usize, pair: &mut Buffer<f32>) {
+        parameters.widen_pair(index, pair);
+    }
+
+    fn lora_project(
+        &self,
+        shape: &LoraShape,
+        pair: &Buffer<f32>,
+        x: &Buffer<f32>,
+        (ax, band): (&mut Buffer<f32>, Columns),
+        rows: usize,
+    ) {
+        let x = view(x, Columns::all(shape.in_features), rows);
+        lora::project(shape, pair, x, view_mut(ax, band, rows));
+    }
+
+    fn lora_expand(
+        &self,
+        shape: &LoraShape,
+        pair: &Buffer<f32>,
+        (ax, ax_band): (&Buffer<f32>, Columns),
+        (y, band): (&mut Buffer<f32>, Columns),
+        rows: usize,
+    ) {
+        lora::expand(shape, pair, view(ax, ax_band, rows), view_mut(y, band, rows));
+    }
+
+    fn lora_backward(
+        &self,
+        shape: &LoraShape,
+        pair: &Buffer<f32>,
+        (dy, band): (&Buffer<f32>, Columns),
+        x: &Buffer<f32>,
+        (ax, ax_band): (&Buffer<f32>, Columns),
+        t: &mut Buffer<f32>,
+        (gradients, offset): (&mut Buffer<f32>, usize),
+        rows: usize,
+    ) {
+        let inputs = lora::BackwardInputs {
+            dy: view(dy, band, rows),
+            x: view(x, Columns::all(shape.in_features), rows),
+            ax: view(ax, ax_band, rows),
+        };
+        let gradients = &mut gradients[offset..offset + shape.elements()];
+        lora::backward(shape, pair, inputs, &mut t[..rows * shape.rank], gradients);
+    }
+
+    fn lora_input_gradient(
+        &self,
+        shape: &LoraShape,
+        pair: &Buffer<f32>,
+        t: &Buffer<f32>,
+        dx: &mut Buffer<f32>,
+        rows: usize,
+        accumulate: bool,
+    ) {
+        let t = view(t, Columns::all(shape.rank), rows);
+        let dx = view_mut(dx, Columns::all(shape.in_features), rows);
+        lora::input_gradient(shape, pair, t, dx, beta(accumulate));
+    }
+
+    fn dropout(
+        &self,
+        mask: &DropoutMask,
+        x: &Buffer<f32>,
+        y: &mut Buffer<f32>,
+        elements: usize,
+        accumulate: bool,
+    ) {
+        let keep_scale = 1.0 / (1.0 - mask.probability);
+        let uniform = random::Stream::new(mask.seed, mask.stream, mask.step);
+        let chunks = y[..elements].par_chunks_mut(CHUNK).zip(x[..elements].par_chunks(CHUNK));
+        chunks.enumerate().for_each(|(chunk, (y, x))| {
+            for (i, (y, x)) in y.iter_mut().zip(x).enumerate() {
+                let kept = uniform.uniform((chunk * CHUNK + i) as u64) >= mask.probability;
+                let value = if kept { x * keep_scale } else { 0.0 };
+                *y = if accumulate { *y + value } else { value };
+            }
+        });
+    }
+
+    fn rotary(
+        &self,
+        shape: &AttentionShape,
+        (cos, sin): (&Buffer<f32>, &Buffer<f32>),
+        qkv: &mut Buffer<f32>,
+        rows: usize,
+        backward: bool,
+    ) {
+        let half = rows * shape.head_dim / 2;
+        let qkv = &mut qkv[..rows * shape.qkv_width()];
+        rotary::rotate(shape, &cos[..half], &sin[..half], qkv, backward);
+    }
+
+    fn attention_forward(
+        &self,
+        shape: &AttentionShape,
+        layout: &TokenLayout,
+        qkv: &Buffer<f32>,
+        o: &mut Buffer<f32>,
+        lse: &mut Buffer<f32>,
+        work: &mut Buffer<f32>,
+    ) {
+        attention::forward(shape, layout, qkv, o, lse, work);
+    }
+
+    fn attention_backward(
+        &self,
+        shape: &AttentionShape,
+        layout: &TokenLayout,
+        qkv: &Buffer<f32>,
+        o: &Buffer<f32>,
+        lse: &Buffer<f32>,
+        d_o: &Buffer<f32>,
+        dqkv: &mut Buffer<f32>,
+        work: &mut Buffer<f32>,
+    ) {
+        attention::backward(shape, layout, qkv, o, lse, d_o, dqkv, work);
+    }
+
+    fn mlp_forward(
+        &self,
+        activation: Activation,
+        gate: Option<&Buffer<f32>>,
+        up: &Buffer<f32>,
+        out: &mut Buffer<f32>,
+        elements: usize,
+    ) {
+        let gate = gate.map(|gate| &gate[..elements]);
+        mlp::forward(activation, gate, &up[..elements], &mut out[..elements]);
+    }
+
+    fn mlp_backward(
+        &self,
+        activation: Activation,
+        gate: Option<&Buffer<f32>>,
+        up: &Buffer<f32>,
+        d_out: &mut Buffer<f32>,
+        d_up: &mut Buffer<f32>,
+        elements: usize,
+    ) {
+        let gate = gate.map(|gate| &gate[..elements]);
+        let (d_out, d_up) = (&mut d_out[..elements], &mut d_up[..elements]);
+        mlp::backward(activation, gate, &up[..elements], d_out, d_up);
+    }
+
+    fn cross_entropy(
+        &self,
+        logits: &mut Buffer<f32>,
+        targets: &[u32],
+        vocab_size: usize,
+        scale: Option<f32>,
+    ) -> f64 {
+        let logits = &mut logits[..targets.len() * vocab_size];
+        cross_entropy::forward_backward(logits, targets, vocab_size, scale)
+    }
+
+    fn gather_rows(&self, from: &Buffer<f32>, rows: &[u32], to: &mut Buffer<f32>, width: usize) {
+        let to = to[..rows.len() * width].par_chunks_mut(ROWS * width);
+        to.zip(rows.par_chunks(ROWS)).for_each(|(to, rows)| {
+            for (to, &row) in to.chunks_exact_mut(width).zip(rows) {
+                to.copy_from_slice(&from[row as usize * width..][..width]);
+            }
+        });
+    }
+
+    fn scatter_rows(&self, from: &Buffer<f32>, rows: &[u32], to: &mut Buffer<f32>, width: usize) {
+        for (from, &row) in from.chunks_exact(width).zip(rows) {
+            to[row as usize * width..][..width].copy_from_slice(from);
+        }
+    }
+
+    fn copy(&self, from: &Buffer<f32>, to: &mut Buffer<f32>, elements: usize) {
+        let to = to[..elements].par_chunks_mut(CHUNK);
+        to.zip(from[..elements].par_chunks(CHUNK)).for_each(|(to, from)| to.copy_from_slice(from));
+    }
+
+    fn zero(&self, buffer: &mut Buffer<f32>, elements: usize) {
+        buffer[..elements].par_chunks_mut(CHUNK).for_each(|chunk| chunk.fill(0.0));
+    }
+}

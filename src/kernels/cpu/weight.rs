@@ -1,0 +1,97 @@
+//! A frozen matrix on the CPU: dense f32 or bf16 as stored (often memory-mapped), or 4-bit blocks.
+
+use bytes::Bytes;
+use half::bf16;
+use nibble_quant::PackedWeight;
+use nibble_quant::product::WeightRef;
+
+/// A frozen matrix `[out, in]`.
+#[derive(Debug, Clone)]
+pub enum FrozenMatrix {
+    /// f32, little-endian, aligned.
+    F32(Bytes, [usize; 2]),
+    /// bf16, little-endian, aligned.
+    Bf16(Bytes, [usize; 2]),
+    /// 4-bit blocks.
+    Packed(PackedWeight),
+}
+
+impl FrozenMatrix {
+    /// f32 values; copied only if they are not aligned.
+    pub fn from_f32(data: Bytes, shape: [usize; 2]) -> Self {
+        FrozenMatrix::F32(aligned::<f32>(data), shape)
+    }
+
+    /// bf16 values; copied only if they are not aligned.
+    pub fn from_bf16(data: Bytes, shape: [usize; 2]) -> Self {
+        FrozenMatrix::Bf16(aligned::<bf16>(data), shape)
+    }
+
+    /// `[out, in]`.
+    pub fn shape(&self) -> [usize; 2] {
+        match self {
+            FrozenMatrix::F32(_, shape) | FrozenMatrix::Bf16(_, shape) => *shape,
+            FrozenMatrix::Packed(packed) => packed.shape(),
+        }
+    }
+
+    /// in.
+    pub fn columns(&self) -> usize {
+        self.shape()[1]
+    }
+
+    /// Bytes of the stored form.
+    pub fn bytes(&self) -> usize {
+        match self {
+            FrozenMatrix::F32(data, _) | FrozenMatrix::Bf16(data, _) => data.len(),
+            FrozenMatrix::Packed(packed) => packed.bytes(),
+        }
+    }
+
+    /// As an operand of a product.
+    pub fn as_ref(&self) -> WeightRef<'_> {
+        match self {
+            FrozenMatrix::F32(data, shape) => WeightRef::F32(bytemuck::cast_slice(data), *shape),
+            FrozenMatrix::Bf16(data, shape) => WeightRef::Bf16(bytemuck::cast_slice(data), *shape),
+            FrozenMatrix::Packed(packed) => WeightRef::Packed(packed),
+        }
+    }
+
+    /// Row `row` into `to`, or added to it.
+    pub fn read_row(&self, row: usize, to: &mut [f32], accumulate: bool) {
+        let band = row * to.len()..(row + 1) * to.len();
+        let put = |to: &mut f32, value: f32| *to = if accumulate { *to + value } else { value };
+        match self {
+            FrozenMatrix::F32(data, _) => {
+                let data: &[f32] = bytemuck::cast_slice(data);
+                to.iter_mut().zip(&data[band]).for_each(|(to, &from)| put(to, from));
+            }
+            FrozenMatrix::Bf16(data, _) => {
+                let data: &[bf16] = bytemuck::cast_slice(data);
+                to.iter_mut().zip(&data[band]).for_each(|(to, from)| put(to, from.to_f32()));
+            }
+            FrozenMatrix::Packed(packed) => {
+                let mut values = vec![0.0; to.len()];
+                packed.dequantize_rows_into(row..row + 1, &mut values);
+                to.iter_mut().zip(values).for_each(|(to, from)| put(to, from));
+            }
+        }
+    }
+}
+
+fn aligned<T: bytemuck::Pod>(data: Bytes) -> Bytes {
+    if bytemuck::try_cast_slice::<u8, T>(&data).is_ok() {
+        return data;
+    }
+    let copy: Vec<T> = bytemuck::pod_collect_to_vec(&data);
+    // The vector's own alignment is T's; `AlignedBytes` keeps it alive.
+    Bytes::from_owner(Aligned(copy))
+}
+
+struct Aligned<T>(Vec<T>);
+
+impl<T: bytemuck::Pod> AsRef<[u8]> for Aligned<T> {
+    fn as_ref(&self) -> &[u8] {
+        bytemuck::cast_slice(&self.0)
+    }
+}

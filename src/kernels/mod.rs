@@ -1,0 +1,339 @@
+//! The operations of a training step, one forward/backward pair each, over planned buffers.
+//!
+//! [`block`](crate::model) is generic over [`Kernels`]; a backend is one implementation. Matrices
+//! are row-major, rows are tokens; `rows` says how many rows of a (possibly longer) buffer count.
+//! Every backward *adds* to the gradients that it is given unless it says that it overwrites.
+
+pub mod cpu;
+
+use crate::model::parameters::Parameters;
+use crate::model::spec::{Activation, Norm};
+
+/// A band of columns in a wider row: where it starts, how wide it is, and how far rows are apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Columns {
+    /// First column.
+    pub offset: usize,
+    /// Columns in the band.
+    pub width: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+impl Columns {
+    /// A whole matrix of `width` columns.
+    pub fn all(width: usize) -> Self {
+        Columns { offset: 0, width, stride: width }
+    }
+
+    /// `width` columns from `offset` on, in rows of `stride`.
+    pub fn band(offset: usize, width: usize, stride: usize) -> Self {
+        Columns { offset, width, stride }
+    }
+}
+
+/// Which documents a micro-batch consists of: the tokens of all of them in one stream.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TokenLayout {
+    /// `0, …, T`: where documents begin and end.
+    pub boundaries: Vec<usize>,
+    /// Position of every token in its document.
+    pub positions: Vec<u32>,
+}
+
+impl TokenLayout {
+    /// Positions restart at every boundary.
+    pub fn new(cu_seqlens: &[u32]) -> Self {
+        let boundaries: Vec<usize> = cu_seqlens.iter().map(|&b| b as usize).collect();
+        let positions = boundaries.windows(2).flat_map(|w| 0..(w[1] - w[0]) as u32).collect();
+        TokenLayout { boundaries, positions }
+    }
+
+    /// T.
+    pub fn tokens(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Tokens of the longest document.
+    pub fn longest(&self) -> usize {
+        self.boundaries.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0)
+    }
+}
+
+/// Shape of attention; rows of the fused `qkv` buffer are `[q | k | v]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// H.
+    pub num_heads: usize,
+    /// K.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Keys that a query sees, itself included; `None` is all before it.
+    pub window: Option<usize>,
+}
+
+impl AttentionShape {
+    /// Width of q and of the output.
+    pub fn q_width(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Width of k and of v.
+    pub fn kv_width(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// Width of a `qkv` row.
+    pub fn qkv_width(&self) -> usize {
+        self.q_width() + 2 * self.kv_width()
+    }
+
+    /// Factor on the scores: `1 / sqrt(head_dim)`.
+    pub fn scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+}
+
+/// One adapter on one linear: `y += scale · (x Aᵀ) Bᵀ`, A `[R, in]`, B `[out, R]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoraShape {
+    /// Width of x.
+    pub in_features: usize,
+    /// Width of y.
+    pub out_features: usize,
+    /// R.
+    pub rank: usize,
+    /// alpha / R, or alpha / sqrt(R).
+    pub scale: f32,
+}
+
+impl LoraShape {
+    /// Elements of A; B follows A in a pair.
+    pub fn a_elements(&self) -> usize {
+        self.rank * self.in_features
+    }
+
+    /// Elements of A and B.
+    pub fn elements(&self) -> usize {
+        self.rank * (self.in_features + self.out_features)
+    }
+}
+
+/// Which elements of a linear's input dropout removes: a function of its fields and the index.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DropoutMask<'a> {
+    /// Chance of being zeroed; the rest is divided by `1 − probability`.
+    pub probability: f32,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Name of the linear.
+    pub stream: &'a str,
+    /// Number of the micro-batch since the start of the run.
+    pub step: u64,
+}
+
+/// A norm's parameters.
+#[derive(Debug, Clone)]
+pub struct NormParameters<V> {
+    /// RMS or layer norm.
+    pub kind: Norm,
+    /// Added to the variance.
+    pub epsilon: f32,
+    /// Weight `[D]`.
+    pub weight: V,
+    /// Bias `[D]` of a layer norm.
+    pub bias: Option<V>,
+}
+
+/// A backend: the buffers it plans in and the operations on them.
+pub trait Kernels: Sync {
+    /// A planned region of activations or gradients.
+    type Buffer: Send;
+    /// A frozen matrix `[out, in]`, dense or in 4-bit blocks.
+    type Weight: Send + Sync;
+    /// A frozen vector: norm weight or bias.
+    type Vector: Send + Sync;
+
+    /// `x[t] = table[ids[t]]`, or `+=`; x `[T, D]`, table `[V, D]`.
+    fn embed(&self, ids: &[u32], table: &Self::Weight, x: &mut Self::Buffer, accumulate: bool);
+
+    /// y = norm(x), rows of D; `stats` keeps `(mean, 1/σ)` of each row for the backward pass.
+    fn norm_forward(
+        &self,
+        norm: &NormParameters<Self::Vector>,
+        x: &Self::Buffer,
+        y: &mut Self::Buffer,
+        stats: &mut Self::Buffer,
+        rows: usize,
+    );
+
+    /// `dx += ∂norm/∂x · dy`; no gradient for the frozen weight and bias.
+    fn norm_backward(
+        &self,
+        norm: &NormParameters<Self::Vector>,
+        dy: &Self::Buffer,
+        x: &Self::Buffer,
+        stats: &Self::Buffer,
+        dx: &mut Self::Buffer,
+        rows: usize,
+    );
+
+    /// `y[:, band] = x · Wᵀ + bias`, or `+=`; x `[rows, in]`.
+    fn linear_forward(
+        &self,
+        weight: &Self::Weight,
+        bias: Option<&Self::Vector>,
+        x: &Self::Buffer,
+        y: (&mut Self::Buffer, Columns),
+        rows: usize,
+        accumulate: bool,
+    );
+
+    /// `dx = dy[:, band] · W`, or `+=`.
+    fn linear_backward(
+        &self,
+        weight: &Self::Weight,
+        dy: (&Self::Buffer, Columns),
+        dx: &mut Self::Buffer,
+        rows: usize,
+        accumulate: bool,
+    );
+
+    /// Widens target `index`'s A, then B, into `pair`: what the products below compute with.
+    fn load_pair(&self, parameters: &Parameters, index: usize, pair: &mut Self::Buffer);
+
+    /// `ax[:, band] = x · Aᵀ`.
+    fn lora_project(
+        &self,
+        shape: &LoraShape,
+        pair: &Self::Buffer,
+        x: &Self::Buffer,
+        ax: (&mut Self::Buffer, Columns),
+        rows: usize,
+    );
+
+    /// `y[:, band] += scale · ax[:, band] · Bᵀ`.
+    fn lora_expand(
+        &self,
+        shape: &LoraShape,
+        pair: &Self::Buffer,
+        ax: (&Self::Buffer, Columns),
+        y: (&mut Self::Buffer, Columns),
+        rows: usize,
+    );
+
+    /// With `t = scale · dy[:, band] · B`: `gA += tᵀ x`, `gB += scale · dyᵀ ax`; t is left for
+    /// [`lora_input_gradient`](Kernels::lora_input_gradient). `gradients[offset..]` holds gA, gB.
+    #[allow(clippy::too_many_arguments)]
+    fn lora_backward(
+        &self,
+        shape: &LoraShape,
+        pair: &Self::Buffer,
+        dy: (&Self::Buffer, Columns),
+        x: &Self::Buffer,
+        ax: (&Self::Buffer, Columns),
+        t: &mut Self::Buffer,
+        gradients: (&mut Self::Buffer, usize),
+        rows: usize,
+    );
+
+    /// `dx = t · A`, or `+=`.
+    fn lora_input_gradient(
+        &self,
+        shape: &LoraShape,
+        pair: &Self::Buffer,
+        t: &Self::Buffer,
+        dx: &mut Self::Buffer,
+        rows: usize,
+        accumulate: bool,
+    );
+
+    /// `y = x ∘ mask / (1 − p)` over `[rows, width]`, or `+=`.
+    fn dropout(
+        &self,
+        mask: &DropoutMask,
+        x: &Self::Buffer,
+        y: &mut Self::Buffer,
+        elements: usize,
+        accumulate: bool,
+    );
+
+    /// Rotates q and k in place; `backward` turns the other way. Tables `[T, head_dim / 2]`.
+    fn rotary(
+        &self,
+        shape: &AttentionShape,
+        tables: (&Self::Buffer, &Self::Buffer),
+        qkv: &mut Self::Buffer,
+        rows: usize,
+        backward: bool,
+    );
+
+    /// Causal attention inside each document: `o [T, H·head_dim]` and the log-sum-exp `[T, H]`.
+    fn attention_forward(
+        &self,
+        shape: &AttentionShape,
+        layout: &TokenLayout,
+        qkv: &Self::Buffer,
+        o: &mut Self::Buffer,
+        lse: &mut Self::Buffer,
+        work: &mut Self::Buffer,
+    );
+
+    /// Overwrites `dqkv`; probabilities are recomputed from q, k and the log-sum-exp.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_backward(
+        &self,
+        shape: &AttentionShape,
+        layout: &TokenLayout,
+        qkv: &Self::Buffer,
+        o: &Self::Buffer,
+        lse: &Self::Buffer,
+        d_o: &Self::Buffer,
+        dqkv: &mut Self::Buffer,
+        work: &mut Self::Buffer,
+    );
+
+    /// `out = act(gate) ∘ up`, or `act(up)` without a gate.
+    fn mlp_forward(
+        &self,
+        activation: Activation,
+        gate: Option<&Self::Buffer>,
+        up: &Self::Buffer,
+        out: &mut Self::Buffer,
+        elements: usize,
+    );
+
+    /// `d_out` becomes the gradient of gate (of up without a gate), `d_up` that of up.
+    fn mlp_backward(
+        &self,
+        activation: Activation,
+        gate: Option<&Self::Buffer>,
+        up: &Self::Buffer,
+        d_out: &mut Self::Buffer,
+        d_up: &mut Self::Buffer,
+        elements: usize,
+    );
+
+    /// Sum over rows of `−log softmax(logits)[target]`; `logits [rows, V]` become `scale ·` their
+    /// gradient if there is one to compute.
+    fn cross_entropy(
+        &self,
+        logits: &mut Self::Buffer,
+        targets: &[u32],
+        vocab_size: usize,
+        scale: Option<f32>,
+    ) -> f64;
+
+    /// `to[i] = from[rows[i]]`, rows of `width`.
+    fn gather_rows(&self, from: &Self::Buffer, rows: &[u32], to: &mut Self::Buffer, width: usize);
+
+    /// `to[rows[i]] = from[i]`.
+    fn scatter_rows(&self, from: &Self::Buffer, rows: &[u32], to: &mut Self::Buffer, width: usize);
+
+    /// Copies the first `elements`.
+    fn copy(&self, from: &Self::Buffer, to: &mut Self::Buffer, elements: usize);
+
+    /// Zeroes the first `elements`.
+    fn zero(&self, buffer: &mut Self::Buffer, elements: usize);
+}

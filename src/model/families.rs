@@ -1,0 +1,265 @@
+//! `config.json` → [`ModelSpec`], one function per family.
+//!
+//! Reads both spellings: transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`).
+//! Missing keys take the defaults of transformers' config classes; an unknown family or a switch
+//! that Nibble does not implement is an error that names the field.
+
+use serde_json::Value;
+
+use super::rotary::rotary_from_config;
+use super::spec::{Activation, Family, ModelSpec, Norm};
+use crate::error::{Error, Result};
+
+/// The spec of the model that `config` (a parsed `config.json`) describes.
+///
+/// # Errors
+/// `Input` naming the field when the family is unknown, a dimension is missing or inconsistent, or
+/// a switch has no implementation.
+pub fn spec_from_config(config: &Value) -> Result<ModelSpec> {
+    let fields = Fields(config);
+    let spec = match fields.text("model_type")? {
+        "llama" => llama(&fields, Family::Llama)?,
+        "mistral" => mistral(&fields)?,
+        "qwen2" => qwen2(&fields)?,
+        "gpt2" => gpt2(&fields)?,
+        other => {
+            return Err(Error::input(format_args!(
+                "config.json: model_type `{other}` is not supported"
+            ))
+            .hint("supported families: llama, mistral, qwen2, gpt2"));
+        }
+    };
+    validate(&spec)?;
+    Ok(spec)
+}
+
+fn llama(fields: &Fields, family: Family) -> Result<ModelSpec> {
+    let hidden_size = fields.size("hidden_size")?;
+    let num_heads = fields.size("num_attention_heads")?;
+    let num_layers = fields.size("num_hidden_layers")?;
+    let head_dim = fields.size_or("head_dim", hidden_size / num_heads.max(1))?;
+    fields.unless("hidden_act", |v| v == "silu", "only `silu` is implemented")?;
+    fields.unless("pretraining_tp", |v| v == 1, "only 1 is implemented")?;
+    let attention_bias = fields.flag_or("attention_bias", false)?;
+    Ok(ModelSpec {
+        family,
+        vocab_size: fields.size("vocab_size")?,
+        hidden_size,
+        intermediate_size: fields.size("intermediate_size")?,
+        num_layers,
+        num_heads,
+        num_kv_heads: fields.size_or("num_key_value_heads", num_heads)?,
+        head_dim,
+        norm: Norm::Rms,
+        norm_eps: fields.number_or("rms_norm_eps", 1e-6)?,
+        activation: Activation::Silu,
+        gated_mlp: true,
+        rotary: Some(rotary_from_config(config_of(fields))?),
+        learned_positions: None,
+        qkv_bias: attention_bias,
+        output_bias: attention_bias,
+        mlp_bias: fields.flag_or("mlp_bias", false)?,
+        fused_qkv: false,
+        conv1d: false,
+        windows: vec![None; num_layers],
+        tie_word_embeddings: fields.flag_or("tie_word_embeddings", false)?,
+        max_positions: fields.size_or("max_position_embeddings", 2048)?,
+        bos_token_id: fields.token_ids("bos_token_id")?.first().copied(),
+        eos_token_ids: fields.token_ids("eos_token_id")?,
+    })
+}
+
+fn mistral(fields: &Fields) -> Result<ModelSpec> {
+    let mut spec = llama(fields, Family::Mistral)?;
+    if fields.0.get("num_key_value_heads").is_none() {
+        spec.num_kv_heads = 8;
+    }
+    // The class default is 4096; an explicit null (v0.2 and later) switches the window off.
+    let window = match fields.0.get("sliding_window") {
+        None => Some(4096),
+        Some(Value::Null) => None,
+        Some(_) => Some(fields.size("sliding_window")?),
+    };
+    spec.windows = vec![window; spec.num_layers];
+    (spec.qkv_bias, spec.output_bias, spec.mlp_bias) = (false, false, false);
+    Ok(spec)
+}
+
+fn qwen2(fields: &Fields) -> Result<ModelSpec> {
+    let mut spec = llama(fields, Family::Qwen2)?;
+    if fields.0.get("num_key_value_heads").is_none() {
+        spec.num_kv_heads = 32;
+    }
+    (spec.qkv_bias, spec.output_bias, spec.mlp_bias) = (true, false, false);
+    if fields.flag_or("use_sliding_window", false)? {
+        let window = fields.size_or("sliding_window", 4096)?;
+        let first = fields.size_or("max_window_layers", 28)?;
+        spec.windows = (0..spec.num_layers)
+            .map(|layer| fields.layer_slides(layer).unwrap_or(layer >= first).then_some(window))
+            .collect();
+    }
+    Ok(spec)
+}
+
+fn gpt2(fields: &Fields) -> Result<ModelSpec> {
+    let hidden_size = fields.size("n_embd")?;
+    let num_heads = fields.size("n_head")?;
+    let num_layers = fields.size("n_layer")?;
+    fields.unless("scale_attn_weights", |v| v == true, "only `true` is implemented")?;
+    fields.unless(
+        "scale_attn_by_inverse_layer_idx",
+        |v| v == false,
+        "only `false` is implemented",
+    )?;
+    fields.unless("add_cross_attention", |v| v == false, "only `false` is implemented")?;
+    let activation = match fields.text_or("activation_function", "gelu_new")? {
+        "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluTanh,
+        "gelu" => Activation::Gelu,
+        other => return Err(unsupported("activation_function", other, "use `gelu_new` or `gelu`")),
+    };
+    let positions = fields.size_or("n_positions", 1024)?;
+    Ok(ModelSpec {
+        family: Family::Gpt2,
+        vocab_size: fields.size("vocab_size")?,
+        hidden_size,
+        intermediate_size: fields.size_or("n_inner", 4 * hidden_size)?,
+        num_layers,
+        num_heads,
+        num_kv_heads: num_heads,
+        head_dim: hidden_size / num_heads.max(1),
+        norm: Norm::Layer,
+        norm_eps: fields.number_or("layer_norm_epsilon", 1e-5)?,
+        activation,
+        gated_mlp: false,
+        rotary: None,
+        learned_positions: Some(positions),
+        qkv_bias: true,
+        output_bias: true,
+        mlp_bias: true,
+        fused_qkv: true,
+        conv1d: true,
+        windows: vec![None; num_layers],
+        tie_word_embeddings: fields.flag_or("tie_word_embeddings", true)?,
+        max_positions: positions,
+        bos_token_id: fields.token_ids("bos_token_id")?.first().copied(),
+        eos_token_ids: fields.token_ids("eos_token_id")?,
+    })
+}
+
+/// Dimensions that do not fit each other are found here, before any weight is read.
+fn validate(spec: &ModelSpec) -> Result<()> {
+    let sizes = [
+        ("vocab_size", spec.vocab_size),
+        ("hidden size", spec.hidden_size),
+        ("intermediate size", spec.intermediate_size),
+        ("number of layers", spec.num_layers),
+        ("number of attention heads", spec.num_heads),
+        ("number of key/value heads", spec.num_kv_heads),
+        ("head_dim", spec.head_dim),
+    ];
+    // Larger values are lies: no model comes near, and products of them must not overflow.
+    const LIMIT: usize = 1 << 24;
+    if let Some((name, value)) = sizes.iter().find(|(_, v)| *v == 0 || *v > LIMIT) {
+        return Err(Error::input(format_args!("config.json: {name} is {value}")));
+    }
+    if !spec.num_heads.is_multiple_of(spec.num_kv_heads) {
+        return Err(Error::input(format_args!(
+            "config.json: {} attention heads are not a multiple of {} key/value heads",
+            spec.num_heads, spec.num_kv_heads
+        )));
+    }
+    if spec.rotary.is_some() && !spec.head_dim.is_multiple_of(2) {
+        let what = format_args!("config.json: head_dim {} is odd", spec.head_dim);
+        return Err(Error::input(what).hint("rotary embedding needs an even head_dim"));
+    }
+    if spec.fused_qkv && spec.q_width() != spec.hidden_size {
+        return Err(Error::input(format_args!(
+            "config.json: n_embd {} is not a multiple of n_head {}",
+            spec.hidden_size, spec.num_heads
+        )));
+    }
+    Ok(())
+}
+
+fn unsupported(field: &str, value: impl std::fmt::Display, hint: &str) -> Error {
+    Error::input(format_args!("config.json: {field} = {value} is not supported")).hint(hint)
+}
+
+fn config_of<'a>(fields: &Fields<'a>) -> &'a Value {
+    fields.0
+}
+
+/// Typed access to a JSON object; null counts as absent.
+struct Fields<'a>(&'a Value);
+
+impl<'a> Fields<'a> {
+    fn present(&self, key: &str) -> Option<&'a Value> {
+        self.0.get(key).filter(|value| !value.is_null())
+    }
+
+    fn required(&self, key: &str) -> Result<&'a Value> {
+        self.present(key)
+            .ok_or_else(|| Error::input(format_args!("config.json: field `{key}` is missing")))
+    }
+
+    fn text(&self, key: &str) -> Result<&'a str> {
+        let value = self.required(key)?;
+        value.as_str().ok_or_else(|| wrong_type(key, "text", value))
+    }
+
+    fn text_or(&self, key: &str, default: &'static str) -> Result<&'a str> {
+        if self.present(key).is_some() { self.text(key) } else { Ok(default) }
+    }
+
+    fn size(&self, key: &str) -> Result<usize> {
+        let value = self.required(key)?;
+        let size = value.as_u64().and_then(|size| usize::try_from(size).ok());
+        size.ok_or_else(|| wrong_type(key, "a non-negative whole number", value))
+    }
+
+    fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+        if self.present(key).is_some() { self.size(key) } else { Ok(default) }
+    }
+
+    fn number_or(&self, key: &str, default: f64) -> Result<f64> {
+        match self.present(key) {
+            Some(value) => value.as_f64().ok_or_else(|| wrong_type(key, "a number", value)),
+            None => Ok(default),
+        }
+    }
+
+    fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
+        match self.present(key) {
+            Some(value) => value.as_bool().ok_or_else(|| wrong_type(key, "true or false", value)),
+            None => Ok(default),
+        }
+    }
+
+    /// `id` or `[id, …]`.
+    fn token_ids(&self, key: &str) -> Result<Vec<u32>> {
+        let Some(value) = self.present(key) else { return Ok(Vec::new()) };
+        let one = |v: &Value| v.as_u64().and_then(|id| u32::try_from(id).ok());
+        let ids = match value {
+            Value::Array(items) => items.iter().map(one).collect::<Option<Vec<_>>>(),
+            single => one(single).map(|id| vec![id]),
+        };
+        ids.ok_or_else(|| wrong_type(key, "a token id or a list of them", value))
+    }
+
+    fn layer_slides(&self, layer: usize) -> Option<bool> {
+        let kind = self.present("layer_types")?.get(layer)?.as_str()?;
+        Some(kind == "sliding_attention")
+    }
+
+    /// An error when `key` is present and `supported` refuses its value.
+    fn unless(&self, key: &str, supported: impl Fn(&Value) -> bool, hint: &str) -> Result<()> {
+        match self.present(key) {
+            Some(value) if !supported(value) => Err(unsupported(key, value, hint)),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn wrong_type(key: &str, expected: &str, got: &Value) -> Error {
+    Error::input(format_args!("config.json: field `{key}` must be {expected}, got {got}"))
+}
