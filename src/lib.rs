@@ -3,9 +3,12 @@
 pub mod adapter;
 pub mod cli;
 pub mod commands;
+pub mod data;
 pub mod error;
+pub mod kernels;
 pub mod model;
 pub mod nearest;
+pub mod plan;
 pub mod random;
 pub mod train;
 

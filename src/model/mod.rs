@@ -3,5 +3,13 @@
 //! Legend for every shape comment: B batch, T tokens, D model width, H query heads, K key/value
 //! heads, F feed-forward width, V vocabulary, R LoRA rank. Matrices are row-major.
 
+pub mod block;
+mod causal_lm;
+pub mod families;
 pub mod inventory;
+pub mod parameters;
+mod rotary;
 pub mod spec;
+pub mod weights;
+
+pub use causal_lm::Model;

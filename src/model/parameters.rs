@@ -46,13 +46,11 @@ pub struct Parameters {
 }
 
 /// The buffers that exist only where there is a backward pass.
-pub struct TrainingState {
-    /// Gradient of the loss for each parameter, f32.
-    pub gradients: Buffer<f32>,
-    /// AdamW's first moment.
-    pub first_moment: Buffer<f32>,
-    /// AdamW's second moment.
-    pub second_moment: Buffer<f32>,
+struct TrainingState {
+    /// Lent to the backward pass while it runs.
+    gradients: Option<Buffer<f32>>,
+    first_moment: Buffer<f32>,
+    second_moment: Buffer<f32>,
 }
 
 /// Everything that the optimizer touches, borrowed at once.
@@ -81,7 +79,7 @@ impl Parameters {
             .any(|r| r.name == "adapter.working" && r.dtype == RegionType::Bf16)
             .then(|| arena.take("adapter.working"));
         let training = has("adapter.gradients").then(|| TrainingState {
-            gradients: arena.take("adapter.gradients"),
+            gradients: Some(arena.take("adapter.gradients")),
             first_moment: arena.take("adapter.first_moment"),
             second_moment: arena.take("adapter.second_moment"),
         });
@@ -106,12 +104,19 @@ impl Parameters {
 
     /// f32 gradients; empty without training.
     pub fn gradients(&self) -> &[f32] {
-        self.training.as_ref().map_or(&[], |state| &state.gradients)
+        self.training.as_ref().and_then(|state| state.gradients.as_deref()).unwrap_or(&[])
     }
 
-    /// Gradients for the backward pass to add to.
-    pub(super) fn gradients_mut(&mut self) -> Option<&mut Buffer<f32>> {
-        self.training.as_mut().map(|state| &mut state.gradients)
+    /// Lends the gradients to a backward pass, which also reads the rest of `self`.
+    pub(super) fn take_gradients(&mut self) -> Option<Buffer<f32>> {
+        self.training.as_mut().and_then(|state| state.gradients.take())
+    }
+
+    /// Returns what [`take_gradients`](Parameters::take_gradients) lent.
+    pub(super) fn put_gradients(&mut self, gradients: Buffer<f32>) {
+        if let Some(state) = &mut self.training {
+            state.gradients = Some(gradients);
+        }
     }
 
     /// Copies an adapter's tensors in; it must have been resolved to the same targets.
@@ -135,16 +140,19 @@ impl Parameters {
     pub fn refresh_working(&mut self) {
         if let Some(working) = &mut self.working {
             const CHUNK: usize = 1 << 14;
-            working.par_chunks_mut(CHUNK).zip(self.master.par_chunks(CHUNK)).for_each(|(to, from)| {
-                to.iter_mut().zip(from).for_each(|(to, &from)| *to = bf16::from_f32(from));
-            });
+            working.par_chunks_mut(CHUNK).zip(self.master.par_chunks(CHUNK)).for_each(
+                |(to, from)| {
+                    to.iter_mut().zip(from).for_each(|(to, &from)| *to = bf16::from_f32(from));
+                },
+            );
         }
     }
 
     /// Zeroes the gradients.
     pub fn zero_gradients(&mut self) {
-        if let Some(state) = &mut self.training {
-            state.gradients.fill(0.0);
+        let gradients = self.training.as_mut().and_then(|state| state.gradients.as_mut());
+        if let Some(gradients) = gradients {
+            gradients.fill(0.0);
         }
     }
 
@@ -157,7 +165,7 @@ impl Parameters {
         OptimizerView {
             tensors: &self.tensors,
             master: &mut self.master,
-            gradients: &mut state.gradients,
+            gradients: state.gradients.as_mut().expect("returned by the backward pass"),
             first_moment: &mut state.first_moment,
             second_moment: &mut state.second_moment,
             working: self.working.as_deref_mut(),
@@ -166,7 +174,7 @@ impl Parameters {
 
     /// Widens the pair of target `index` (A then B) into `pair`: what the forward pass computes
     /// with.
-    pub(super) fn widen_pair(&self, index: usize, pair: &mut [f32]) {
+    pub(crate) fn widen_pair(&self, index: usize, pair: &mut [f32]) {
         let range = self.tensors[2 * index].range.start..self.tensors[2 * index + 1].range.end;
         match &self.working {
             Some(working) => {

@@ -32,11 +32,7 @@ unsafe impl Sync for Shared<'_> {}
 
 impl<'a> Shared<'a> {
     fn new(data: &'a mut [f32]) -> Self {
-        Shared {
-            start: data.as_mut_ptr(),
-            elements: data.len(),
-            _borrow: std::marker::PhantomData,
-        }
+        Shared { start: data.as_mut_ptr(), elements: data.len(), _borrow: std::marker::PhantomData }
     }
 
     /// `width` elements from `offset` on.
@@ -153,7 +149,8 @@ fn forward_tile(
         let log_sum = vectorized(|| softmax(scores, visible));
         let (token, head) = (tile.first + row % tile.rows, kv_head * group + row / tile.rows);
         // SAFETY: this tile is the only one with this token and head.
-        unsafe { lse.slice(token * shape.num_heads + head, 1) }[0] = log_sum;
+        let slot = unsafe { lse.slice(token * shape.num_heads + head, 1) };
+        slot[0] = log_sum;
     }
     gemm_serial(
         1.0,

@@ -13,7 +13,9 @@ mod weight;
 
 use rayon::prelude::*;
 
-use super::{AttentionShape, Columns, DropoutMask, Kernels, LoraShape, NormParameters, TokenLayout};
+use super::{
+    AttentionShape, Columns, DropoutMask, Kernels, LoraShape, NormParameters, TokenLayout,
+};
 use crate::model::parameters::Parameters;
 use crate::model::spec::Activation;
 use crate::random;
@@ -182,16 +184,17 @@ impl Kernels for Cpu {
         elements: usize,
         accumulate: bool,
     ) {
-        let keep_scale = 1.0 / (1.0 - mask.probability);
-        let uniform = random::Stream::new(mask.seed, mask.stream, mask.step);
+        let stream = random::Stream::new(mask.seed, mask.stream).at(mask.step);
         let chunks = y[..elements].par_chunks_mut(CHUNK).zip(x[..elements].par_chunks(CHUNK));
-        chunks.enumerate().for_each(|(chunk, (y, x))| {
-            for (i, (y, x)) in y.iter_mut().zip(x).enumerate() {
-                let kept = uniform.uniform((chunk * CHUNK + i) as u64) >= mask.probability;
-                let value = if kept { x * keep_scale } else { 0.0 };
-                *y = if accumulate { *y + value } else { value };
-            }
-        });
+        chunks.enumerate().for_each_init(
+            || vec![0.0; CHUNK],
+            |factors, (chunk, (y, x))| {
+                stream.fill_dropout((chunk * CHUNK) as u64, mask.probability, factors);
+                for ((y, x), factor) in y.iter_mut().zip(x).zip(&*factors) {
+                    *y = if accumulate { *y + x * factor } else { x * factor };
+                }
+            },
+        );
     }
 
     fn rotary(

@@ -16,18 +16,20 @@ const ROWS: usize = 16;
 /// y, stats `(μ, ρ)` from x; all rows of `[rows, D]`.
 pub fn forward(norm: &NormParameters<Vec<f32>>, x: &[f32], y: &mut [f32], stats: &mut [f32]) {
     let d = norm.weight.len();
-    x.par_chunks(ROWS * d).zip(y.par_chunks_mut(ROWS * d)).zip(stats.par_chunks_mut(ROWS * 2)).for_each(
-        |((x, y), stats)| {
+    x.par_chunks(ROWS * d)
+        .zip(y.par_chunks_mut(ROWS * d))
+        .zip(stats.par_chunks_mut(ROWS * 2))
+        .for_each(|((x, y), stats)| {
             vectorized(|| {
-                let rows = x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(stats.chunks_exact_mut(2));
+                let rows =
+                    x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(stats.chunks_exact_mut(2));
                 for ((x, y), stats) in rows {
                     let (mean, rstd) = statistics(norm, x);
                     (stats[0], stats[1]) = (mean, rstd);
                     apply(norm, x, y, mean, rstd);
                 }
             });
-        },
-    );
+        });
 }
 
 #[inline(always)]

@@ -79,11 +79,11 @@ impl FrozenMatrix {
     }
 }
 
-fn aligned<T: bytemuck::Pod>(data: Bytes) -> Bytes {
+fn aligned<T: bytemuck::Pod + Send + Sync>(data: Bytes) -> Bytes {
     if bytemuck::try_cast_slice::<u8, T>(&data).is_ok() {
         return data;
     }
-    let copy: Vec<T> = bytemuck::pod_collect_to_vec(&data);
+    let copy: Vec<T> = bytemuck::allocation::pod_collect_to_vec(&data);
     // The vector's own alignment is T's; `AlignedBytes` keeps it alive.
     Bytes::from_owner(Aligned(copy))
 }

@@ -1,0 +1,330 @@
+//! From a checkpoint's tensors to the frozen weights of a model.
+//!
+//! Every tensor of the inventory must be there with the shape that the config implies; a dense
+//! linear is quantized on the way when the run asks for it, a packed one is used as stored.
+
+use std::borrow::Cow;
+
+use bytes::Bytes;
+use nibble_quant::{BlockFormat, FloatType, Floats, PackedWeight};
+
+use super::block::{Block, Linear, LinearAdapter};
+use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
+use crate::adapter::LoraTarget;
+use crate::error::{Error, Result};
+use crate::kernels::cpu::{Cpu, FrozenMatrix};
+use crate::kernels::{AttentionShape, Columns, LoraShape, NormParameters};
+
+/// One stored tensor.
+#[derive(Debug, Clone)]
+pub enum StoredTensor {
+    /// Dense elements, row-major, little-endian.
+    Dense {
+        /// Element type.
+        dtype: FloatType,
+        /// As stored.
+        shape: Vec<usize>,
+        /// Elements.
+        data: Bytes,
+    },
+    /// 4-bit blocks, `[out, in]`.
+    Packed(PackedWeight),
+}
+
+/// Where tensors come from, by Hugging Face name.
+pub trait TensorSource {
+    /// The tensor `name`.
+    ///
+    /// # Errors
+    /// When there is no such tensor or it cannot be read.
+    fn tensor(&self, name: &str) -> Result<StoredTensor>;
+
+    /// Whether there is a tensor `name`.
+    fn has(&self, name: &str) -> bool;
+}
+
+/// The frozen parts of a model.
+pub struct Weights {
+    /// `[V, D]`.
+    pub embedding: FrozenMatrix,
+    /// GPT-2's position table.
+    pub positions: Option<FrozenMatrix>,
+    /// The blocks.
+    pub blocks: Vec<Block<Cpu>>,
+    /// Norm before the head.
+    pub final_norm: NormParameters<Vec<f32>>,
+    /// `[V, D]`; the embedding if absent.
+    pub head: Option<FrozenMatrix>,
+}
+
+impl Weights {
+    /// The matrix that makes logits.
+    pub fn head(&self) -> &FrozenMatrix {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
+    /// Reads and, with `quantization`, quantizes the weights of `spec`; `targets` says which
+    /// linears are adapted.
+    ///
+    /// # Errors
+    /// `Input` naming the tensor when one is missing, has another shape, or is not finite.
+    pub fn load(
+        source: &dyn TensorSource,
+        spec: &ModelSpec,
+        targets: &[LoraTarget],
+        quantization: Option<&BlockFormat>,
+    ) -> Result<Self> {
+        let reader = Reader { source, spec, quantization };
+        let (v, d) = (spec.vocab_size, spec.hidden_size);
+        let weight = |module: &str| format!("{module}.weight");
+        let positions = match (spec.positions_name(), spec.learned_positions) {
+            (Some(name), Some(rows)) => Some(reader.matrix(name, [rows, d])?),
+            _ => None,
+        };
+        let head = if spec.tie_word_embeddings {
+            None
+        } else {
+            Some(reader.matrix(&weight(spec.head_module()), [v, d])?)
+        };
+        let blocks = (0..spec.num_layers).map(|layer| reader.block(layer, targets));
+        Ok(Weights {
+            embedding: reader.matrix(&weight(spec.embedding_module()), [v, d])?,
+            positions,
+            blocks: blocks.collect::<Result<_>>()?,
+            final_norm: reader.norm(spec.final_norm_module())?,
+            head,
+        })
+    }
+}
+
+struct Reader<'a> {
+    source: &'a dyn TensorSource,
+    spec: &'a ModelSpec,
+    quantization: Option<&'a BlockFormat>,
+}
+
+impl Reader<'_> {
+    /// The tensor `name`; GPT-2 files may lack the `transformer.` prefix.
+    fn tensor(&self, name: &str) -> Result<StoredTensor> {
+        match name.strip_prefix("transformer.") {
+            Some(short) if !self.source.has(name) && self.source.has(short) => {
+                self.source.tensor(short)
+            }
+            _ => self.source.tensor(name),
+        }
+    }
+
+    fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<FrozenMatrix> {
+        match self.tensor(name)? {
+            StoredTensor::Dense { dtype, shape: stored, data } => {
+                check_shape(name, &stored, &shape)?;
+                dense_matrix(name, dtype, data, shape)
+            }
+            StoredTensor::Packed(packed) => {
+                check_shape(name, &packed.shape(), &shape)?;
+                Ok(FrozenMatrix::Packed(packed))
+            }
+        }
+    }
+
+    fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>> {
+        match self.tensor(name)? {
+            StoredTensor::Dense { dtype, shape, data } => {
+                check_shape(name, &shape, &[length])?;
+                finite(name, widen(dtype, &data))
+            }
+            StoredTensor::Packed(_) => {
+                Err(Error::input(format_args!("tensor {name} is packed, expected a dense vector")))
+            }
+        }
+    }
+
+    fn norm(&self, module: &str) -> Result<NormParameters<Vec<f32>>> {
+        let d = self.spec.hidden_size;
+        let bias = (self.spec.norm == Norm::Layer)
+            .then(|| self.vector(&format!("{module}.bias"), d))
+            .transpose()?;
+        Ok(NormParameters {
+            kind: self.spec.norm,
+            epsilon: self.spec.norm_eps as f32,
+            weight: self.vector(&format!("{module}.weight"), d)?,
+            bias,
+        })
+    }
+
+    fn block(&self, layer: usize, targets: &[LoraTarget]) -> Result<Block<Cpu>> {
+        let spec = self.spec;
+        let [first, second] = spec.layer_norm_modules(layer);
+        let mut adapters = adapters_of(layer, targets);
+        let linears = spec.linears(layer).into_iter().map(|linear| {
+            let adapter = adapters.iter().position(|(module, _)| *module == linear.module);
+            let adapter = adapter.map(|position| adapters.swap_remove(position).1);
+            self.linear(linear, adapter)
+        });
+        Ok(Block {
+            norm1: self.norm(&first)?,
+            norm2: self.norm(&second)?,
+            linears: linears.collect::<Result<_>>()?,
+            attention: AttentionShape {
+                num_heads: spec.num_heads,
+                num_kv_heads: spec.num_kv_heads,
+                head_dim: spec.head_dim,
+                window: spec.windows[layer],
+            },
+            activation: spec.activation,
+            hidden_size: spec.hidden_size,
+            intermediate_size: spec.intermediate_size,
+        })
+    }
+
+    fn linear(&self, linear: LinearSpec, adapter: Option<LinearAdapter>) -> Result<Linear<Cpu>> {
+        let name = format!("{}.weight", linear.module);
+        let bias = linear
+            .bias
+            .then(|| self.vector(&format!("{}.bias", linear.module), linear.out_features))
+            .transpose()?;
+        Ok(Linear {
+            role: linear.role,
+            weight: self.linear_weight(&name, [linear.out_features, linear.in_features])?,
+            bias,
+            output: output_columns(self.spec, &linear),
+            module: linear.module,
+            adapter,
+        })
+    }
+
+    fn linear_weight(&self, name: &str, shape: [usize; 2]) -> Result<FrozenMatrix> {
+        let (dtype, stored, data) = match self.tensor(name)? {
+            StoredTensor::Packed(packed) => {
+                check_shape(name, &packed.shape(), &shape)?;
+                return Ok(FrozenMatrix::Packed(packed));
+            }
+            StoredTensor::Dense { dtype, shape, data } => (dtype, shape, data),
+        };
+        let transposed = self.spec.conv1d;
+        check_shape(name, &stored, &if transposed { [shape[1], shape[0]] } else { shape })?;
+        let data = if transposed { transpose(&data, dtype.size(), shape) } else { data };
+        let Some(format) = self.quantization else {
+            return dense_matrix(name, dtype, data, shape);
+        };
+        quantize(dtype, &data, shape, format)
+            .map(FrozenMatrix::Packed)
+            .map_err(|e| Error::input(format_args!("tensor {name}: {e}")))
+    }
+}
+
+/// The adapters of `layer`: module, and where its `x·Aᵀ` lies in the layer's buffer.
+fn adapters_of(layer: usize, targets: &[LoraTarget]) -> Vec<(&str, LinearAdapter)> {
+    let stride = crate::plan::layout::rank_sum(targets, layer);
+    let mut offset = 0;
+    let of_layer = targets.iter().enumerate().filter(|(_, target)| target.layer == layer);
+    of_layer
+        .map(|(index, target)| {
+            let shape = LoraShape {
+                in_features: target.in_features,
+                out_features: target.out_features,
+                rank: target.r,
+                scale: target.scale,
+            };
+            let columns = Columns::band(offset, target.r, stride);
+            offset += target.r;
+            (target.module.as_str(), LinearAdapter { index, shape, columns })
+        })
+        .collect()
+}
+
+/// q, k and v share one buffer; all others fill theirs.
+fn output_columns(spec: &ModelSpec, linear: &LinearSpec) -> Columns {
+    let (q, kv) = (spec.q_width(), spec.kv_width());
+    let stride = q + 2 * kv;
+    match linear.role {
+        LinearRole::Q => Columns::band(0, q, stride),
+        LinearRole::K => Columns::band(q, kv, stride),
+        LinearRole::V => Columns::band(q + kv, kv, stride),
+        _ => Columns::all(linear.out_features),
+    }
+}
+
+fn check_shape(name: &str, got: &[usize], expected: &[usize]) -> Result<()> {
+    if got == expected {
+        return Ok(());
+    }
+    let what = format!("tensor {name} has shape {got:?}, config.json implies {expected:?}");
+    Err(Error::input(what).hint("the weights and config.json belong to different models"))
+}
+
+fn dense_matrix(
+    name: &str,
+    dtype: FloatType,
+    data: Bytes,
+    shape: [usize; 2],
+) -> Result<FrozenMatrix> {
+    let bytes = shape[0] * shape[1] * dtype.size();
+    if data.len() != bytes {
+        let got = data.len();
+        return Err(Error::input(format_args!("tensor {name} has {got} bytes, expected {bytes}")));
+    }
+    Ok(match dtype {
+        FloatType::F32 => FrozenMatrix::from_f32(data, shape),
+        FloatType::Bf16 => FrozenMatrix::from_bf16(data, shape),
+        // Products read f32 and bf16; f16 widens without loss.
+        FloatType::F16 => {
+            let wide = widen(dtype, &data);
+            let bytes: Vec<u8> = bytemuck::allocation::pod_collect_to_vec(&wide);
+            FrozenMatrix::from_f32(bytes.into(), shape)
+        }
+    })
+}
+
+/// Quantizes dense elements, which need not be aligned.
+fn quantize(
+    dtype: FloatType,
+    data: &[u8],
+    shape: [usize; 2],
+    format: &BlockFormat,
+) -> candle_core::Result<PackedWeight> {
+    fn elements<T: bytemuck::Pod>(data: &[u8]) -> Cow<'_, [T]> {
+        match bytemuck::try_cast_slice(data) {
+            Ok(elements) => Cow::Borrowed(elements),
+            Err(_) => Cow::Owned(bytemuck::allocation::pod_collect_to_vec(data)),
+        }
+    }
+    match dtype {
+        FloatType::F32 => PackedWeight::quantize(Floats::F32(&elements(data)), shape, format),
+        FloatType::F16 => PackedWeight::quantize(Floats::F16(&elements(data)), shape, format),
+        FloatType::Bf16 => PackedWeight::quantize(Floats::Bf16(&elements(data)), shape, format),
+    }
+}
+
+/// Elements as f32.
+fn widen(dtype: FloatType, data: &[u8]) -> Vec<f32> {
+    let halves = || data.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+    match dtype {
+        FloatType::F32 => {
+            data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+        }
+        FloatType::F16 => halves().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
+        FloatType::Bf16 => halves().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
+    }
+}
+
+fn finite(name: &str, values: Vec<f32>) -> Result<Vec<f32>> {
+    match values.iter().position(|value| !value.is_finite()) {
+        Some(index) => {
+            Err(Error::input(format_args!("tensor {name}: element {index} is {}", values[index])))
+        }
+        None => Ok(values),
+    }
+}
+
+/// `[in, out]` as stored to `shape` = `[out, in]`.
+fn transpose(data: &[u8], size: usize, [rows, columns]: [usize; 2]) -> Bytes {
+    let mut out = Vec::with_capacity(data.len());
+    for row in 0..rows {
+        for column in 0..columns {
+            let start = (column * rows + row) * size;
+            out.extend_from_slice(&data[start..start + size]);
+        }
+    }
+    out.into()
+}
