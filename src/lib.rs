@@ -1,6 +1,7 @@
 //! Nibble: QLoRA fine-tuning from one binary.
 
 pub mod adapter;
+pub mod checkpoint;
 pub mod cli;
 pub mod commands;
 pub mod data;

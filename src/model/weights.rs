@@ -11,37 +11,10 @@ use nibble_quant::{BlockFormat, FloatType, Floats, PackedWeight};
 use super::block::{Block, Linear, LinearAdapter};
 use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
 use crate::adapter::LoraTarget;
+use crate::checkpoint::{Checkpoint, DenseTensor, Weight};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
 use crate::kernels::{AttentionShape, Columns, LoraShape, NormParameters};
-
-/// One stored tensor.
-#[derive(Debug, Clone)]
-pub enum StoredTensor {
-    /// Dense elements, row-major, little-endian.
-    Dense {
-        /// Element type.
-        dtype: FloatType,
-        /// As stored.
-        shape: Vec<usize>,
-        /// Elements.
-        data: Bytes,
-    },
-    /// 4-bit blocks, `[out, in]`.
-    Packed(PackedWeight),
-}
-
-/// Where tensors come from, by Hugging Face name.
-pub trait TensorSource {
-    /// The tensor `name`.
-    ///
-    /// # Errors
-    /// When there is no such tensor or it cannot be read.
-    fn tensor(&self, name: &str) -> Result<StoredTensor>;
-
-    /// Whether there is a tensor `name`.
-    fn has(&self, name: &str) -> bool;
-}
 
 /// The frozen parts of a model.
 pub struct Weights {
@@ -69,7 +42,7 @@ impl Weights {
     /// # Errors
     /// `Input` naming the tensor when one is missing, has another shape, or is not finite.
     pub fn load(
-        source: &dyn TensorSource,
+        source: &Checkpoint,
         spec: &ModelSpec,
         targets: &[LoraTarget],
         quantization: Option<&BlockFormat>,
@@ -98,29 +71,29 @@ impl Weights {
 }
 
 struct Reader<'a> {
-    source: &'a dyn TensorSource,
+    source: &'a Checkpoint,
     spec: &'a ModelSpec,
     quantization: Option<&'a BlockFormat>,
 }
 
 impl Reader<'_> {
     /// The tensor `name`; GPT-2 files may lack the `transformer.` prefix.
-    fn tensor(&self, name: &str) -> Result<StoredTensor> {
+    fn tensor(&self, name: &str) -> Result<Weight> {
         match name.strip_prefix("transformer.") {
-            Some(short) if !self.source.has(name) && self.source.has(short) => {
-                self.source.tensor(short)
+            Some(short) if !self.source.contains(name) && self.source.contains(short) => {
+                self.source.weight(short)
             }
-            _ => self.source.tensor(name),
+            _ => self.source.weight(name),
         }
     }
 
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<FrozenMatrix> {
         match self.tensor(name)? {
-            StoredTensor::Dense { dtype, shape: stored, data } => {
+            Weight::Dense(DenseTensor { dtype, shape: stored, data }) => {
                 check_shape(name, &stored, &shape)?;
                 dense_matrix(name, dtype, data, shape)
             }
-            StoredTensor::Packed(packed) => {
+            Weight::Packed(packed) => {
                 check_shape(name, &packed.shape(), &shape)?;
                 Ok(FrozenMatrix::Packed(packed))
             }
@@ -129,11 +102,11 @@ impl Reader<'_> {
 
     fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>> {
         match self.tensor(name)? {
-            StoredTensor::Dense { dtype, shape, data } => {
+            Weight::Dense(DenseTensor { dtype, shape, data }) => {
                 check_shape(name, &shape, &[length])?;
                 finite(name, widen(dtype, &data))
             }
-            StoredTensor::Packed(_) => {
+            Weight::Packed(_) => {
                 Err(Error::input(format_args!("tensor {name} is packed, expected a dense vector")))
             }
         }
@@ -195,11 +168,11 @@ impl Reader<'_> {
 
     fn linear_weight(&self, name: &str, shape: [usize; 2]) -> Result<FrozenMatrix> {
         let (dtype, stored, data) = match self.tensor(name)? {
-            StoredTensor::Packed(packed) => {
+            Weight::Packed(packed) => {
                 check_shape(name, &packed.shape(), &shape)?;
                 return Ok(FrozenMatrix::Packed(packed));
             }
-            StoredTensor::Dense { dtype, shape, data } => (dtype, shape, data),
+            Weight::Dense(DenseTensor { dtype, shape, data }) => (dtype, shape, data),
         };
         let transposed = self.spec.conv1d;
         check_shape(name, &stored, &if transposed { [shape[1], shape[0]] } else { shape })?;

@@ -1,0 +1,118 @@
+//! bitsandbytes' 4-bit state dict.
+//!
+//! A packed weight `P.weight` (U8 `[n/2, 1]`, or the same bytes viewed as a float type) stands
+//! beside `P.weight.absmax`, `.quant_map`, with double quantization `.nested_absmax` and
+//! `.nested_quant_map`, and `.quant_state.bitsandbytes__nf4` (or `__fp4`): JSON in a U8 tensor.
+//! Source: bitsandbytes `functional.py`, `QuantState.as_dict` and `from_dict`.
+
+use nibble_quant::codebook::dynamic_map;
+use nibble_quant::{Absmax, FloatType, PackedParts, PackedWeight, QuantType};
+use safetensors::Dtype;
+use serde::{Deserialize, Serialize};
+
+use super::folder::RawTensor;
+use crate::error::{Error, Result};
+
+const STATE_PREFIX: &str = "quant_state.bitsandbytes__";
+const TYPES: [QuantType; 2] = [QuantType::Nf4, QuantType::Fp4];
+
+/// The JSON of a quant state, keys in the order in which bitsandbytes writes them.
+#[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
+pub struct QuantState {
+    /// NF4 or FP4.
+    pub quant_type: QuantType,
+    /// Elements for each absmax.
+    pub blocksize: usize,
+    /// Type before quantization.
+    pub dtype: FloatType,
+    /// `[out, in]`.
+    pub shape: Vec<usize>,
+    /// 256 with double quantization.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nested_blocksize: Option<usize>,
+    /// `float32` with double quantization.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nested_dtype: Option<String>,
+    /// Mean of absmax with double quantization.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nested_offset: Option<f64>,
+}
+
+/// The quant state that belongs to the weight `name`, if `has` says that there is one.
+pub(super) fn quant_state_key(name: &str, has: impl Fn(&str) -> bool) -> Option<String> {
+    TYPES.iter().map(|t| format!("{name}.{STATE_PREFIX}{}", t.as_str())).find(|key| has(key))
+}
+
+/// Whether `name` is a part of a packed weight.
+pub(super) fn is_part(name: &str, has: impl Fn(&str) -> bool) -> bool {
+    const PARTS: [&str; 4] = [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"];
+    if TYPES.iter().any(|t| name.ends_with(&format!(".{STATE_PREFIX}{}", t.as_str()))) {
+        return true;
+    }
+    let weight = PARTS.iter().find_map(|part| name.strip_suffix(part));
+    weight.is_some_and(|weight| quant_state_key(weight, has).is_some())
+}
+
+/// Assembles the weight `name` from its parts.
+pub(super) fn packed_weight<'a>(
+    name: &str,
+    state_key: &str,
+    get: impl Fn(&str) -> Option<&'a RawTensor>,
+) -> Result<PackedWeight> {
+    let part = |suffix: &str| {
+        get(&format!("{name}{suffix}")).ok_or_else(|| {
+            Error::input(format_args!("tensor {name}: part `{name}{suffix}` is missing"))
+                .hint("the 4-bit checkpoint is incomplete: download or quantize it again")
+        })
+    };
+    let state = get(state_key).map(|tensor| &tensor.data[..]).unwrap_or_default();
+    let state: QuantState = serde_json::from_slice(state)
+        .map_err(|e| Error::input(format_args!("tensor {state_key}: damaged quant state: {e}")))?;
+    let [rows, columns] = state.shape[..] else {
+        return Err(Error::input(format_args!(
+            "tensor {name}: quant state has shape {:?}, expected [out, in]",
+            state.shape
+        )));
+    };
+    check_map(name, &part(".quant_map")?.data, state.quant_type.values())?;
+    let scales = part(".absmax")?;
+    let absmax = match (state.nested_blocksize, state.nested_offset) {
+        (Some(256), Some(offset)) => {
+            check_map(name, &part(".nested_quant_map")?.data, dynamic_map())?;
+            Absmax::Nested {
+                codes: scales.data.clone(),
+                absmax: part(".nested_absmax")?.data.clone(),
+                offset: offset as f32,
+            }
+        }
+        (None, _) if scales.dtype == Dtype::F32 => Absmax::Plain(scales.data.clone()),
+        (nested, _) => {
+            return Err(Error::input(format_args!(
+                "tensor {name}: absmax of type {:?} with nested block size {nested:?}, expected F32 \
+                 without or U8 with 256",
+                scales.dtype
+            )));
+        }
+    };
+    PackedWeight::from_parts(PackedParts {
+        shape: [rows, columns],
+        dtype: state.dtype,
+        quant_type: state.quant_type,
+        block_size: state.blocksize,
+        codes: part("")?.data.clone(),
+        absmax,
+    })
+    .map_err(|e| Error::input(format_args!("tensor {name}: {e}")))
+}
+
+/// The code values are constants of the format; other values mean another format.
+fn check_map(name: &str, stored: &[u8], expected: &[f32]) -> Result<()> {
+    let same = stored.len() == 4 * expected.len()
+        && stored.chunks_exact(4).zip(expected).all(|(bytes, value)| {
+            f32::from_le_bytes([bytes[0], bytes[1], bytes[2], bytes[3]]) == *value
+        });
+    if same {
+        return Ok(());
+    }
+    Err(Error::input(format_args!("tensor {name}: quant map differs from bitsandbytes'")))
+}

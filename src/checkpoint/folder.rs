@@ -1,0 +1,184 @@
+//! A Hugging Face folder: `model.safetensors`, or shards with `model.safetensors.index.json`.
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::Path;
+
+use bytes::Bytes;
+use nibble_quant::FloatType;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::Value;
+
+use super::mapped::map_file;
+use super::{DenseTensor, StoredType, TensorInfo, Weight, bnb, read_json};
+use crate::error::{Error, Result};
+
+/// Name of the index of a sharded checkpoint.
+pub const INDEX_FILE: &str = "model.safetensors.index.json";
+/// Name of an unsharded checkpoint.
+pub const SINGLE_FILE: &str = "model.safetensors";
+
+/// A tensor as the header of its file describes it.
+#[derive(Debug, Clone)]
+pub(super) struct RawTensor {
+    pub(super) dtype: Dtype,
+    pub(super) shape: Vec<usize>,
+    pub(super) data: Bytes,
+}
+
+/// All tensors of a folder.
+#[derive(Debug)]
+pub(super) struct Folder {
+    raw: HashMap<String, RawTensor>,
+    tensors: Vec<TensorInfo>,
+}
+
+impl Folder {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let mut raw = HashMap::new();
+        let index = path.join(INDEX_FILE);
+        if index.exists() {
+            open_shards(path, &index, &mut raw)?;
+        } else {
+            let single = path.join(SINGLE_FILE);
+            if !single.exists() {
+                let what = format!("{} has no {SINGLE_FILE} and no {INDEX_FILE}", path.display());
+                return Err(Error::input(what).hint(
+                    "Nibble reads safetensors; convert `pytorch_model.bin` with transformers' \
+                     `save_pretrained`",
+                ));
+            }
+            read_file(&single, &mut raw)?;
+        }
+        let tensors = describe(&raw)?;
+        Ok(Folder { raw, tensors })
+    }
+
+    pub(super) fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.raw.contains_key(name)
+    }
+
+    pub(super) fn weight(&self, name: &str) -> Result<Weight> {
+        let Some(tensor) = self.raw.get(name) else {
+            return Err(Error::input(format_args!("tensor {name} is not in the checkpoint")));
+        };
+        if let Some(state) = bnb::quant_state_key(name, |key| self.raw.contains_key(key)) {
+            return bnb::packed_weight(name, &state, |key| self.raw.get(key)).map(Weight::Packed);
+        }
+        let dtype = float_type(name, tensor.dtype)?;
+        let (shape, data) = (tensor.shape.clone(), tensor.data.clone());
+        Ok(Weight::Dense(DenseTensor { dtype, shape, data }))
+    }
+}
+
+fn open_shards(path: &Path, index: &Path, raw: &mut HashMap<String, RawTensor>) -> Result<()> {
+    let json = read_json(index)?;
+    let Some(map) = json.get("weight_map").and_then(Value::as_object) else {
+        return Err(Error::input(format_args!("{}: no `weight_map`", index.display())));
+    };
+    let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for (tensor, file) in map {
+        let Some(file) = file.as_str().filter(|f| !f.contains(['/', '\\'])) else {
+            return Err(Error::input(format_args!(
+                "{}: tensor {tensor} names the file {file}",
+                index.display()
+            )));
+        };
+        shards.entry(file).or_default().push(tensor);
+    }
+    for (file, tensors) in shards {
+        let shard = path.join(file);
+        if !shard.exists() {
+            let what = format!("{}: shard {file} is missing", path.display());
+            return Err(Error::input(what).hint("download the checkpoint again, all files of it"));
+        }
+        let mut found = HashMap::new();
+        read_file(&shard, &mut found)?;
+        if let Some(absent) = tensors.iter().find(|tensor| !found.contains_key(**tensor)) {
+            return Err(Error::input(format_args!(
+                "{}: tensor {absent} is not in {file}",
+                index.display()
+            ))
+            .hint("index and shards belong to different downloads"));
+        }
+        raw.extend(found);
+    }
+    Ok(())
+}
+
+fn read_file(path: &Path, raw: &mut HashMap<String, RawTensor>) -> Result<()> {
+    let bytes = map_file(path)?;
+    let damaged = |e: safetensors::SafeTensorError| {
+        Error::input(format_args!("{}: damaged safetensors file: {e}", path.display()))
+            .hint("the file may be truncated: compare its size with the source")
+    };
+    let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
+    let start = header + size_of::<u64>();
+    for (name, info) in metadata.tensors() {
+        let (begin, end) = info.data_offsets;
+        let (Some(begin), Some(end)) = (start.checked_add(begin), start.checked_add(end)) else {
+            return Err(Error::input(format_args!("{}: {name}: offsets overflow", path.display())));
+        };
+        if end > bytes.len() || begin > end {
+            return Err(Error::input(format_args!(
+                "{}: tensor {name} ends at byte {end}, the file has {}",
+                path.display(),
+                bytes.len()
+            ))
+            .hint("the file is truncated: download it again"));
+        }
+        let data = bytes.slice(begin..end);
+        raw.insert(name, RawTensor { dtype: info.dtype, shape: info.shape.clone(), data });
+    }
+    Ok(())
+}
+
+/// The tensors as a user knows them: a packed weight is one entry, its parts are none.
+fn describe(raw: &HashMap<String, RawTensor>) -> Result<Vec<TensorInfo>> {
+    let has = |key: &str| raw.contains_key(key);
+    let mut tensors = Vec::new();
+    for (name, tensor) in raw {
+        if bnb::is_part(name, has) {
+            continue;
+        }
+        let get = |key: &str| raw.get(key);
+        let info = match bnb::quant_state_key(name, has) {
+            Some(state) => {
+                let packed = bnb::packed_weight(name, &state, get)?;
+                TensorInfo {
+                    name: name.clone(),
+                    shape: packed.shape().to_vec(),
+                    stored: StoredType::Packed,
+                    bytes: packed.bytes(),
+                }
+            }
+            None => match float_type(name, tensor.dtype) {
+                Ok(dtype) => TensorInfo {
+                    name: name.clone(),
+                    shape: tensor.shape.clone(),
+                    stored: StoredType::Dense(dtype),
+                    bytes: tensor.data.len(),
+                },
+                // Buffers such as position ids and masks: old checkpoints carry them, nobody needs them.
+                Err(_) => continue,
+            },
+        };
+        tensors.push(info);
+    }
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    Ok(tensors)
+}
+
+fn float_type(name: &str, dtype: Dtype) -> Result<FloatType> {
+    match dtype {
+        Dtype::F32 => Ok(FloatType::F32),
+        Dtype::F16 => Ok(FloatType::F16),
+        Dtype::BF16 => Ok(FloatType::Bf16),
+        other => Err(Error::input(format_args!(
+            "tensor {name} has type {other:?}, expected F32, F16, BF16 or bitsandbytes 4-bit"
+        ))),
+    }
+}

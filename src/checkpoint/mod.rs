@@ -1,0 +1,139 @@
+//! Model files in and out: Hugging Face folders (dense or 4-bit) and GGUF files, memory-mapped.
+//!
+//! [`Checkpoint`] shows them all alike: a `config.json` value and tensors by Hugging Face name.
+
+pub mod bnb;
+pub mod folder;
+mod mapped;
+
+use std::path::{Path, PathBuf};
+
+use bytes::Bytes;
+use nibble_quant::{FloatType, PackedWeight};
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+use folder::Folder;
+
+/// What kind of files a checkpoint consists of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum CheckpointKind {
+    /// safetensors with dense weights.
+    Dense,
+    /// safetensors with linears in bitsandbytes' 4-bit blocks.
+    Bnb4bit,
+}
+
+/// How a tensor is stored.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StoredType {
+    /// Dense elements.
+    Dense(FloatType),
+    /// 4-bit blocks with their scales.
+    Packed,
+}
+
+/// One tensor of a checkpoint.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TensorInfo {
+    /// Hugging Face name.
+    pub name: String,
+    /// Shape; of a packed weight, `[out, in]`.
+    pub shape: Vec<usize>,
+    /// Dense or packed.
+    pub stored: StoredType,
+    /// Bytes in the file, scales included.
+    pub bytes: usize,
+}
+
+/// A dense tensor: elements row-major, little-endian, usually a slice of the mapped file.
+#[derive(Debug, Clone)]
+pub struct DenseTensor {
+    /// Element type.
+    pub dtype: FloatType,
+    /// Dimensions.
+    pub shape: Vec<usize>,
+    /// Elements.
+    pub data: Bytes,
+}
+
+/// A tensor's contents.
+#[derive(Debug, Clone)]
+pub enum Weight {
+    /// As stored.
+    Dense(DenseTensor),
+    /// 4-bit blocks.
+    Packed(PackedWeight),
+}
+
+/// An opened model.
+#[derive(Debug)]
+pub struct Checkpoint {
+    path: PathBuf,
+    config: Value,
+    folder: Folder,
+}
+
+impl Checkpoint {
+    /// Opens a Hugging Face folder; reads headers, maps the files, touches no weights.
+    ///
+    /// # Errors
+    /// `Io` when a file cannot be opened; `Input` naming the file when a header is damaged, a shard
+    /// is missing, or the index names tensors that no shard has.
+    pub fn open(path: &Path) -> Result<Self> {
+        if !path.is_dir() {
+            return Err(Error::input(format_args!("{} is not a folder", path.display()))
+                .hint("give a Hugging Face model folder with config.json and *.safetensors"));
+        }
+        let config = read_json(&path.join("config.json"))?;
+        Ok(Checkpoint { path: path.to_path_buf(), config, folder: Folder::open(path)? })
+    }
+
+    /// `config.json`.
+    pub fn config(&self) -> &Value {
+        &self.config
+    }
+
+    /// What was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// Dense or 4-bit.
+    pub fn kind(&self) -> CheckpointKind {
+        let packed = |info: &TensorInfo| info.stored == StoredType::Packed;
+        if self.tensors().iter().any(packed) {
+            CheckpointKind::Bnb4bit
+        } else {
+            CheckpointKind::Dense
+        }
+    }
+
+    /// All tensors; a packed weight is one entry.
+    pub fn tensors(&self) -> &[TensorInfo] {
+        self.folder.tensors()
+    }
+
+    /// Whether there is a tensor `name`.
+    pub fn contains(&self, name: &str) -> bool {
+        self.folder.contains(name)
+    }
+
+    /// The tensor `name`.
+    ///
+    /// # Errors
+    /// `Input` naming the tensor when it does not exist or its parts do not fit each other.
+    pub fn weight(&self, name: &str) -> Result<Weight> {
+        self.folder.weight(name)
+    }
+}
+
+/// Reads and parses a JSON file.
+///
+/// # Errors
+/// `Io` when it cannot be read, `Input` with line and column when it is not JSON.
+pub fn read_json(path: &Path) -> Result<Value> {
+    let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
+    serde_json::from_slice(&text)
+        .map_err(|e| Error::input(format_args!("{}: not valid JSON: {e}", path.display())))
+}
