@@ -4,6 +4,7 @@
 
 pub mod bnb;
 pub mod folder;
+mod gguf;
 mod mapped;
 
 use std::path::{Path, PathBuf};
@@ -14,6 +15,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use folder::Folder;
+use gguf::Gguf;
 
 /// What kind of files a checkpoint consists of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,6 +24,8 @@ pub enum CheckpointKind {
     Dense,
     /// safetensors with linears in bitsandbytes' 4-bit blocks.
     Bnb4bit,
+    /// One GGUF file; tensors are dequantized to f32 as they are read.
+    Gguf,
 }
 
 /// How a tensor is stored.
@@ -71,22 +75,38 @@ pub enum Weight {
 pub struct Checkpoint {
     path: PathBuf,
     config: Value,
-    folder: Folder,
+    files: Files,
+}
+
+#[derive(Debug)]
+enum Files {
+    Folder(Folder),
+    Gguf(Box<Gguf>),
 }
 
 impl Checkpoint {
-    /// Opens a Hugging Face folder; reads headers, maps the files, touches no weights.
+    /// Opens a Hugging Face folder or a `.gguf` file; reads headers, maps the files, touches no
+    /// weights.
     ///
     /// # Errors
     /// `Io` when a file cannot be opened; `Input` naming the file when a header is damaged, a shard
     /// is missing, or the index names tensors that no shard has.
     pub fn open(path: &Path) -> Result<Self> {
+        if path.extension().is_some_and(|extension| extension == "gguf") {
+            let gguf = Gguf::open(path)?;
+            let config = gguf.config()?;
+            let files = Files::Gguf(Box::new(gguf));
+            return Ok(Checkpoint { path: path.to_path_buf(), config, files });
+        }
         if !path.is_dir() {
-            return Err(Error::input(format_args!("{} is not a folder", path.display()))
-                .hint("give a Hugging Face model folder with config.json and *.safetensors"));
+            return Err(Error::input(format_args!("{} is not a folder", path.display())).hint(
+                "give a Hugging Face model folder with config.json and *.safetensors, or a .gguf \
+                 file",
+            ));
         }
         let config = read_json(&path.join("config.json"))?;
-        Ok(Checkpoint { path: path.to_path_buf(), config, folder: Folder::open(path)? })
+        let files = Files::Folder(Folder::open(path)?);
+        Ok(Checkpoint { path: path.to_path_buf(), config, files })
     }
 
     /// `config.json`.
@@ -99,8 +119,11 @@ impl Checkpoint {
         &self.path
     }
 
-    /// Dense or 4-bit.
+    /// Dense, 4-bit or GGUF.
     pub fn kind(&self) -> CheckpointKind {
+        if matches!(self.files, Files::Gguf(_)) {
+            return CheckpointKind::Gguf;
+        }
         let packed = |info: &TensorInfo| info.stored == StoredType::Packed;
         if self.tensors().iter().any(packed) {
             CheckpointKind::Bnb4bit
@@ -111,12 +134,18 @@ impl Checkpoint {
 
     /// All tensors; a packed weight is one entry.
     pub fn tensors(&self) -> &[TensorInfo] {
-        self.folder.tensors()
+        match &self.files {
+            Files::Folder(folder) => folder.tensors(),
+            Files::Gguf(gguf) => gguf.tensors(),
+        }
     }
 
     /// Whether there is a tensor `name`.
     pub fn contains(&self, name: &str) -> bool {
-        self.folder.contains(name)
+        match &self.files {
+            Files::Folder(folder) => folder.contains(name),
+            Files::Gguf(gguf) => gguf.contains(name),
+        }
     }
 
     /// The tensor `name`.
@@ -124,7 +153,10 @@ impl Checkpoint {
     /// # Errors
     /// `Input` naming the tensor when it does not exist or its parts do not fit each other.
     pub fn weight(&self, name: &str) -> Result<Weight> {
-        self.folder.weight(name)
+        match &self.files {
+            Files::Folder(folder) => folder.weight(name),
+            Files::Gguf(gguf) => gguf.weight(name),
+        }
     }
 }
 

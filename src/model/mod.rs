@@ -8,7 +8,7 @@ mod causal_lm;
 pub mod families;
 pub mod inventory;
 pub mod parameters;
-mod rotary;
+pub mod rotary;
 pub mod spec;
 pub mod weights;
 

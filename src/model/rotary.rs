@@ -94,6 +94,37 @@ fn yarn_attention_factor(optional: &dyn Fn(&str) -> Option<f64>, factor: f64) ->
     })
 }
 
+/// `rope_scaling` of the Llama 3 model whose frequencies are divided by `factors`
+/// `[head_dim / 2]`, as GGUF files store them; none if no published variant fits.
+pub fn llama3_scaling_of(factors: &[f32], theta: f64, head_dim: usize) -> Option<Value> {
+    let plain = Rotary { theta, scaling: RopeScaling::Default };
+    let (base, _) = plain.inverse_frequencies(head_dim, 0);
+    // Llama 3.1 stretches 8 times, Llama 3.2 32 times; the bounds are those of both.
+    [8.0, 32.0].into_iter().find_map(|factor| {
+        let scaling = RopeScaling::Llama3 {
+            factor,
+            low_freq_factor: 1.0,
+            high_freq_factor: 4.0,
+            original_max_position_embeddings: 8192,
+        };
+        let (stretched, _) = Rotary { theta, scaling }.inverse_frequencies(head_dim, 0);
+        let close = |((base, stretched), factor): ((&f32, &f32), &f32)| {
+            (base / stretched / factor - 1.0).abs() < 1e-3
+        };
+        let fits =
+            factors.len() == base.len() && base.iter().zip(&stretched).zip(factors).all(close);
+        fits.then(|| {
+            serde_json::json!({
+                "rope_type": "llama3",
+                "factor": factor,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192,
+            })
+        })
+    })
+}
+
 impl Rotary {
     /// Inverse frequencies `[head_dim / 2]` (f32, as transformers computes them) for a sequence of
     /// `length_tokens`, and the factor on cos and sin.
