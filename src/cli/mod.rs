@@ -1,5 +1,12 @@
 //! The command line as types: one struct per command, each default written once, here.
 
+pub mod complete;
+pub mod layers;
+pub mod lora;
+pub mod numbers;
+pub mod size;
+pub mod train;
+
 use clap::{Parser, Subcommand};
 
 /// QLoRA fine-tuning from one binary.

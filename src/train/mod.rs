@@ -4,4 +4,5 @@ pub mod adamw;
 pub mod buffers;
 pub mod clip;
 pub mod events;
+pub mod recipe;
 pub mod schedule;

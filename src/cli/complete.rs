@@ -1,0 +1,241 @@
+//! Completes the command line of `nibble train` from the places that [`super::layers`] orders.
+
+use std::ffi::OsString;
+use std::path::{Path, PathBuf};
+
+use clap::{ArgMatches, Command, ValueEnum};
+
+use super::layers::{self, Layers, SettingsEcho};
+use super::train::Preset;
+use crate::error::Result;
+
+/// Settings of the run that `--out` holds, for `--resume`.
+pub type SavedSettings = dyn Fn(&Path) -> Result<Option<SettingsEcho>>;
+
+/// The command line of `nibble train`, completed from `--config`, the resumed run and the preset.
+///
+/// # Errors
+/// Those of [`layers::read_toml`] and of `saved`.
+pub fn complete(
+    command: &Command,
+    matches: &ArgMatches,
+    saved: &SavedSettings,
+) -> Result<Vec<OsString>> {
+    let mut below = Layers::new(command, matches);
+    let file = match matches.get_one::<PathBuf>("config") {
+        Some(path) => layers::read_toml(command, path)?,
+        None => Vec::new(),
+    };
+    below.add(&file);
+    if matches.get_flag("resume") {
+        let in_file = || {
+            let entry = file.iter().find(|entry| entry.flag == "out")?;
+            entry.values.first().map(PathBuf::from)
+        };
+        let out = matches.get_one::<PathBuf>("out").cloned().or_else(in_file);
+        if let Some(settings) = out.map(|out| saved(&out)).transpose()?.flatten() {
+            below.add(&layers::saved_entries(command, &settings));
+        }
+    }
+    let in_file = || {
+        let entry = file.iter().find(|entry| entry.flag == "preset")?;
+        Preset::from_str(entry.values.first()?, false).ok()
+    };
+    if let Some(preset) = matches.get_one::<Preset>("preset").copied().or_else(in_file) {
+        below.add(&layers::preset_entries(preset.settings()));
+    }
+    Ok(below.into_arguments())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::{CommandFactory, FromArgMatches, Parser};
+
+    use super::super::size::ByteSize;
+    use super::super::train::{Quantization, TrainArgs};
+    use super::*;
+    use crate::error::Error;
+    use crate::train::adamw::AdamW;
+    use crate::train::schedule::{SchedulerType, Warmup};
+
+    #[derive(Debug, Parser)]
+    #[command(name = "train")]
+    struct Alone {
+        #[command(flatten)]
+        train: TrainArgs,
+    }
+
+    fn parse_saved(argv: &[&str], saved: &SavedSettings) -> Result<TrainArgs> {
+        let command = Alone::command();
+        let first = layers::partial(&command).try_get_matches_from(argv).unwrap();
+        let argv = argv.iter().map(OsString::from).chain(complete(&command, &first, saved)?);
+        let matches = command.clone().try_get_matches_from(argv).map_err(Error::usage)?;
+        let mut args = Alone::from_arg_matches(&matches).unwrap().train;
+        args.settings = layers::echo(&command, &matches);
+        Ok(args)
+    }
+
+    fn parse(argv: &[&str]) -> Result<TrainArgs> {
+        let base = ["train", "--model", "m", "--data", "d.jsonl", "--out", "o"];
+        parse_saved(&[&base, argv].concat(), &|_| Ok(None))
+    }
+
+    fn with_file(text: &str, argv: &[&str]) -> Result<TrainArgs> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("run.toml");
+        std::fs::write(&path, text).unwrap();
+        let replaced = |error: Error| {
+            let text = error.to_string().replace(path.to_str().unwrap(), "run.toml");
+            Error::usage(text)
+        };
+        parse(&[&["--config", path.to_str().unwrap()], argv].concat()).map_err(replaced)
+    }
+
+    #[test]
+    fn the_command_is_well_formed() {
+        Alone::command().debug_assert();
+    }
+
+    #[test]
+    fn defaults_are_the_documented_ones() -> Result<()> {
+        let args = parse(&[])?;
+        let recipe = args.recipe()?;
+        let config = args.lora.config()?;
+        assert_eq!(config, crate::adapter::LoraConfig::default());
+        assert_eq!(recipe.learning_rate, 2e-4);
+        assert_eq!(recipe.scheduler_type, SchedulerType::Cosine);
+        assert_eq!(recipe.warmup, Warmup::Ratio(0.03));
+        assert_eq!(recipe.max_grad_norm, 0.3);
+        let AdamW { beta1, beta2, epsilon, weight_decay } = recipe.optimizer;
+        assert_eq!((beta1, beta2, epsilon, weight_decay), (0.9, 0.999, 1e-8, 0.0));
+        assert_eq!((args.data.max_length, args.data.packing), (2048, true));
+        assert_eq!(args.optimization.seed, 42);
+        assert_eq!(args.model.quantization, Quantization::Nf4);
+        Ok(())
+    }
+
+    #[test]
+    fn command_line_wins_over_file_over_preset_over_default() -> Result<()> {
+        let text = "preset = \"qlora-paper\"\nlora_r = 8\nlearning-rate = 1e-5\nseed = 7\n";
+        let args = with_file(text, &["--seed", "9"])?;
+        assert_eq!(args.optimization.seed, 9, "command line over file");
+        assert_eq!(args.lora.lora_r.get(), 8, "file over preset");
+        assert_eq!(args.optimization.learning_rate, 1e-5, "file over default");
+        assert_eq!(args.lora.lora_dropout, 0.1, "preset over default");
+        assert_eq!(args.optimization.lr_scheduler_type, SchedulerType::Constant);
+        Ok(())
+    }
+
+    #[test]
+    fn the_paper_preset_is_the_papers() -> Result<()> {
+        let args = parse(&["--preset", "qlora-paper"])?;
+        let config = args.lora.config()?;
+        assert_eq!((config.r, config.lora_alpha, config.lora_dropout), (64, 16.0, 0.1));
+        assert_eq!(args.recipe()?.scheduler_type, SchedulerType::Constant);
+        Ok(())
+    }
+
+    #[test]
+    fn every_kind_of_value_can_stand_in_the_file() -> Result<()> {
+        let text = r#"
+            target-modules = "q_proj,v_proj"
+            layers_to_transform = [0, 2]
+            use_rslora = true
+            packing = false
+            warmup_steps = 3
+            memory-budget = "8GiB"
+            sample-steps = 5
+            sample_prompt = ["one, two", "three"]
+            [rank_pattern]
+            q_proj = 4
+        "#;
+        let args = with_file(text, &[])?;
+        assert_eq!(args.lora.layers_to_transform, [0, 2]);
+        assert!(args.lora.use_rslora && !args.data.packing);
+        assert_eq!(args.recipe()?.warmup, Warmup::Steps(3));
+        assert_eq!(args.resources.memory_budget, Some(ByteSize(8 << 30)));
+        assert_eq!(args.evaluation.sample_prompt, ["one, two", "three"]);
+        assert_eq!(args.lora.rank_pattern, [("q_proj".to_string(), 4)]);
+        Ok(())
+    }
+
+    #[test]
+    fn mistakes_in_the_file_are_named_with_their_line() {
+        for (text, message) in [
+            (
+                "seed = 1\nlearning_rat = 1e-4",
+                "run.toml:2: unknown key `learning_rat`\nhint: did you mean `learning-rate`?",
+            ),
+            ("zebra = 1", "run.toml:1: unknown key `zebra`\nhint: see `nibble train --help`"),
+            (
+                "learning-rate = -1",
+                "run.toml:1: invalid value '-1' for '--learning-rate <RATE>': \
+                 expected a number above 0",
+            ),
+            (
+                "lr_scheduler_type = \"cosin\"",
+                "run.toml:1: invalid value 'cosin' for '--lr-scheduler-type <TYPE>'\nhint: \
+                 possible values: constant, constant_with_warmup, linear, cosine, \
+                 cosine_with_min_lr",
+            ),
+            ("resume = true", "run.toml:1: `resume` belongs on the command line"),
+            (
+                "[train]\nseed = 1",
+                "run.toml:1: unknown key `train`\nhint: see `nibble train --help`",
+            ),
+            ("seed = 2026-01-01", "run.toml:1: `seed` cannot be a date or nested"),
+        ] {
+            let error = with_file(text, &[]).unwrap_err();
+            assert_eq!(error.message().what, message, "{text}");
+        }
+        let error = with_file("seed = 1\nlearning-rate = ", &[]).unwrap_err();
+        assert!(error.to_string().starts_with("run.toml:2: "), "{error}");
+    }
+
+    #[test]
+    fn a_flag_displaces_the_one_that_excludes_it() -> Result<()> {
+        let args = with_file("warmup_ratio = 0.1", &["--warmup-steps", "5"])?;
+        assert_eq!(args.recipe()?.warmup, Warmup::Steps(5));
+        let args = parse(&["--preset", "qlora-paper", "--init-adapter", "dir"])?;
+        assert_eq!(args.lora.lora_r.get(), 16, "the adapter decides, not the preset");
+        assert!(with_file("warmup_ratio = 0.1\nwarmup_steps = 5", &[]).is_err());
+        Ok(())
+    }
+
+    #[test]
+    fn resuming_needs_no_flags_again() -> Result<()> {
+        let first = parse(&[
+            "--warmup-steps",
+            "5",
+            "--lora-r",
+            "4",
+            "--sample-steps",
+            "2",
+            "--sample-prompt",
+            "a",
+            "--sample-prompt",
+            "b",
+        ])?;
+        let saved = first.settings.clone();
+        let again = ["train", "--out", "o", "--resume", "--max-steps", "9"];
+        let second = parse_saved(&again, &move |_| Ok(Some(saved.clone())))?;
+        let mut expected = first.settings;
+        expected.insert("max_steps".into(), vec!["9".into()]);
+        assert_eq!(second.settings, expected);
+        assert_eq!(second.recipe()?.warmup, Warmup::Steps(5));
+        Ok(())
+    }
+
+    #[test]
+    fn contradictions_are_refused() {
+        for (argv, word) in [
+            (&["--eval-steps", "5"][..], "--eval-data"),
+            (&["--load-best-model-at-end"], "--eval-data"),
+            (&["--sample-steps", "5"], "--sample-prompt"),
+            (&["--eval-data", "e", "--early-stopping-patience", "2"], "--eval-steps"),
+        ] {
+            let error = parse(argv).and_then(|args| args.recipe()).unwrap_err();
+            assert!(error.to_string().contains(word), "{error}");
+        }
+    }
+}

@@ -1,0 +1,221 @@
+//! Settings from several places: command line over `--config` file over resumed run over preset
+//! over the default written in the derive.
+//!
+//! Every place speaks the flags' names and its values go through the flags' own parsers, so a file
+//! cannot hold what the command line would refuse. Lower layers are appended to the command line
+//! as `--flag=value`, but only where no higher layer has set that flag or one that excludes it.
+
+use std::collections::BTreeMap;
+use std::ffi::OsString;
+use std::path::Path;
+
+use clap::parser::ValueSource;
+use clap::{Arg, ArgAction, ArgMatches, Command};
+use toml::de::DeValue;
+
+use crate::error::{Error, Result};
+use crate::nearest::nearest;
+
+/// Every setting of a run: flag name in snake case, and its value or values as text.
+pub type SettingsEcho = BTreeMap<String, Vec<String>>;
+
+/// One setting of a layer.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Entry {
+    /// Flag name, with hyphens.
+    pub flag: String,
+    /// Its value; several for a flag that takes a list or is repeated.
+    pub values: Vec<String>,
+    /// Where it stands, for messages.
+    pub place: String,
+}
+
+/// Flags that say where settings come from, and are not settings.
+const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];
+
+/// Finds the flag `name` (kebab or snake case).
+fn find<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
+    let name = name.replace('_', "-");
+    command.get_arguments().find(|arg| arg.get_long() == Some(name.as_str()))
+}
+
+/// The settings of a TOML file, checked one by one against the flags of `command`.
+///
+/// # Errors
+/// `Usage` with file and line: not TOML, an unknown name (with the nearest known one), a value
+/// that the flag does not take.
+pub fn read_toml(command: &Command, path: &Path) -> Result<Vec<Entry>> {
+    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+    let line = |offset: usize| text[..offset].matches('\n').count() + 1;
+    let table = toml::de::DeTable::parse(&text).map_err(|error| {
+        let place = error.span().map_or(String::new(), |span| format!(":{}", line(span.start)));
+        Error::usage(format_args!("{}{place}: {}", path.display(), error.message()))
+    })?;
+    let mut entries = Vec::new();
+    for (key, value) in table.get_ref() {
+        let place = format!("{}:{}", path.display(), line(key.span().start));
+        let arg = known(command, key.get_ref()).map_err(|error| error.at(&place))?;
+        let values = texts(value.get_ref()).ok_or_else(|| {
+            Error::usage(format_args!("{place}: `{}` cannot be a date or nested", key.get_ref()))
+        })?;
+        entries.push(Entry { flag: long(arg), values, place });
+    }
+    entries.iter().try_for_each(|entry| check(command, entry))?;
+    Ok(entries)
+}
+
+fn long(arg: &Arg) -> String {
+    arg.get_long().unwrap_or_default().to_string()
+}
+
+fn known<'a>(command: &'a Command, name: &str) -> Result<&'a Arg> {
+    let settings = || {
+        command
+            .get_arguments()
+            .filter_map(Arg::get_long)
+            .filter(|long| !NOT_SETTINGS.contains(long) || *long == "preset")
+    };
+    let wanted = name.replace('_', "-");
+    match find(command, name) {
+        Some(arg) if settings().any(|long| arg.get_long() == Some(long)) => Ok(arg),
+        Some(_) => Err(Error::usage(format_args!("`{name}` belongs on the command line"))),
+        None => {
+            let error = Error::usage(format_args!("unknown key `{name}`"));
+            match nearest(&wanted, settings()) {
+                close if close.is_empty() => Err(error.hint("see `nibble train --help`")),
+                close => Err(error.hint(format_args!("did you mean {close}?"))),
+            }
+        }
+    }
+}
+
+/// A TOML value as the command line would have it; a table is a list of `key=value`.
+fn texts(value: &DeValue<'_>) -> Option<Vec<String>> {
+    match value {
+        DeValue::Array(items) => items.iter().map(|item| scalar(item.get_ref())).collect(),
+        DeValue::Table(table) => {
+            let row = |key: &str, value| Some(format!("{key}={}", scalar(value)?));
+            table.iter().map(|(key, value)| row(key.get_ref(), value.get_ref())).collect()
+        }
+        value => Some(vec![scalar(value)?]),
+    }
+}
+
+fn scalar(value: &DeValue<'_>) -> Option<String> {
+    match value {
+        DeValue::String(text) => Some(text.to_string()),
+        DeValue::Integer(number) => Some(number.to_string()),
+        DeValue::Float(number) => Some(number.as_str().to_string()),
+        DeValue::Boolean(value) => Some(value.to_string()),
+        DeValue::Datetime(_) | DeValue::Array(_) | DeValue::Table(_) => None,
+    }
+}
+
+/// `command` without required flags: a layer alone need not have them.
+pub fn partial(command: &Command) -> Command {
+    command.clone().mut_args(|arg| arg.required(false))
+}
+
+/// Runs one setting through its flag's parser.
+fn check(command: &Command, entry: &Entry) -> Result<()> {
+    let argv = std::iter::once(OsString::from("train")).chain(arguments(entry));
+    match partial(command).try_get_matches_from(argv) {
+        Ok(_) => Ok(()),
+        Err(error) => Err(readable(&error).at(&entry.place)),
+    }
+}
+
+/// clap's message without its prefix and its usage lines; possible values become the hint.
+fn readable(error: &clap::Error) -> Error {
+    let text = error.render().to_string();
+    let mut lines = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim);
+    let first = lines.next().unwrap_or("invalid setting");
+    let message = Error::usage(first.strip_prefix("error: ").unwrap_or(first));
+    match lines.next() {
+        Some(hint) => message.hint(hint.trim_matches(['[', ']'])),
+        None => message,
+    }
+}
+
+fn arguments(entry: &Entry) -> impl Iterator<Item = OsString> {
+    entry.values.iter().map(|value| format!("--{}={value}", entry.flag).into())
+}
+
+/// What was set so far, from the highest layer down.
+pub struct Layers<'a> {
+    command: &'a Command,
+    set: Vec<String>,
+    arguments: Vec<OsString>,
+}
+
+impl<'a> Layers<'a> {
+    /// Starts with what `matches` found on the command line.
+    pub fn new(command: &'a Command, matches: &ArgMatches) -> Self {
+        let on_command_line = |arg: &&Arg| {
+            let source = matches.value_source(arg.get_id().as_str());
+            source == Some(ValueSource::CommandLine)
+        };
+        let set = command.get_arguments().filter(on_command_line).map(long).collect();
+        Layers { command, set, arguments: Vec::new() }
+    }
+
+    /// Adds a layer below all others: those of its settings that are still free.
+    pub fn add(&mut self, entries: &[Entry]) {
+        let free: Vec<&Entry> = entries.iter().filter(|entry| !self.decided(entry)).collect();
+        self.arguments.extend(free.iter().flat_map(|entry| arguments(entry)));
+        self.set.extend(free.iter().map(|entry| entry.flag.clone()));
+    }
+
+    /// Arguments to append to the command line.
+    pub fn into_arguments(self) -> Vec<OsString> {
+        self.arguments
+    }
+
+    fn decided(&self, entry: &Entry) -> bool {
+        let Some(arg) = find(self.command, &entry.flag) else { return false };
+        let excludes = |one: &Arg, other: &Arg| {
+            let conflicts = self.command.get_arg_conflicts_with(one);
+            conflicts.iter().any(|conflict| conflict.get_id() == other.get_id())
+        };
+        self.set
+            .iter()
+            .filter_map(|flag| find(self.command, flag))
+            .any(|set| set.get_id() == arg.get_id() || excludes(set, arg) || excludes(arg, set))
+    }
+}
+
+/// A preset's settings as a layer.
+pub fn preset_entries(settings: &[(&str, &str)]) -> Vec<Entry> {
+    let entry = |(flag, value): &(&str, &str)| Entry {
+        flag: flag.to_string(),
+        values: vec![value.to_string()],
+        place: "preset".to_string(),
+    };
+    settings.iter().map(entry).collect()
+}
+
+/// A saved run's settings as a layer. What equals the default is left out: it would be in the way
+/// of flags that exclude it.
+pub fn saved_entries(command: &Command, saved: &SettingsEcho) -> Vec<Entry> {
+    let default = |arg: &Arg| -> Vec<String> {
+        arg.get_default_values().iter().map(|v| v.to_string_lossy().into_owned()).collect()
+    };
+    let entries = saved.iter().filter_map(|(name, values)| {
+        let arg = find(command, name).filter(|arg| default(arg) != *values)?;
+        Some(Entry { flag: long(arg), values: values.clone(), place: "saved run".to_string() })
+    });
+    entries.collect()
+}
+
+/// All settings in `matches`, defaults included.
+pub fn echo(command: &Command, matches: &ArgMatches) -> SettingsEcho {
+    let values = |arg: &Arg| -> Option<Vec<String>> {
+        let raw = matches.try_get_raw(arg.get_id().as_str()).ok()??;
+        Some(raw.map(|value| value.to_string_lossy().into_owned()).collect())
+    };
+    let settings = command.get_arguments().filter(|arg| {
+        arg.get_long().is_some_and(|long| !NOT_SETTINGS.contains(&long))
+            && !matches!(arg.get_action(), ArgAction::Help | ArgAction::HelpLong)
+    });
+    settings.filter_map(|arg| Some((long(arg).replace('-', "_"), values(arg)?))).collect()
+}

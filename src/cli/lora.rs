@@ -1,0 +1,127 @@
+//! Flags of the adapter, under PEFT's names.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use clap::{ArgAction, Args, ValueEnum};
+
+use super::numbers;
+use crate::adapter::{InitLoraWeights, LoraConfig, LoraPlus, ModuleNames, TargetModules};
+use crate::error::Result;
+
+/// Number type of the trained weights.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum AdapterDtype {
+    /// bf16 weights in the products, f32 master and moments in the optimizer.
+    Bf16,
+    /// f32 throughout, as PEFT does.
+    F32,
+}
+
+/// Settings that `--init-adapter` brings along.
+const INIT_ADAPTER_DECIDES: [&str; 10] = [
+    "lora_r",
+    "lora_alpha",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "rank_pattern",
+    "alpha_pattern",
+    "use_rslora",
+    "init_lora_weights",
+];
+
+/// What is trained, and how it starts.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Adapter")]
+pub struct LoraArgs {
+    /// Rank of the adapter matrices
+    #[arg(long, value_name = "R", default_value = "16")]
+    pub lora_r: NonZeroUsize,
+    /// Numerator of the adapter's scale: alpha / r
+    #[arg(long, value_name = "ALPHA", default_value_t = 32.0)]
+    pub lora_alpha: f64,
+    /// Share of the adapter's inputs that is dropped in training
+    #[arg(long, value_name = "SHARE", default_value_t = 0.0,
+          value_parser = numbers::below_one)]
+    pub lora_dropout: f64,
+    /// Modules to adapt: `all-linear`, names separated by commas, or a regular expression
+    #[arg(long, value_name = "MODULES", default_value = "all-linear")]
+    pub target_modules: TargetModules,
+    /// Modules to leave alone: names separated by commas, or a regular expression
+    #[arg(long, value_name = "MODULES")]
+    pub exclude_modules: Option<ModuleNames>,
+    /// Blocks to adapt, by number, separated by commas
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',')]
+    pub layers_to_transform: Vec<usize>,
+    /// Name of the block list in module paths, for `--layers-to-transform`
+    #[arg(long, value_name = "NAME", value_delimiter = ',')]
+    pub layers_pattern: Vec<String>,
+    /// Rank of the modules whose path ends in PATTERN; may be repeated
+    #[arg(long, value_name = "PATTERN=R", value_parser = pair::<usize>)]
+    pub rank_pattern: Vec<(String, usize)>,
+    /// Alpha of the modules whose path ends in PATTERN; may be repeated
+    #[arg(long, value_name = "PATTERN=ALPHA", value_parser = pair::<f64>)]
+    pub alpha_pattern: Vec<(String, f64)>,
+    /// Scale by alpha / sqrt(r)
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = false,
+          num_args = 0..=1, default_missing_value = "true")]
+    pub use_rslora: bool,
+    /// How A starts: `true` (Kaiming uniform) or `gaussian`
+    #[arg(long, value_name = "INIT", default_value = "true")]
+    pub init_lora_weights: InitLoraWeights,
+    /// Learning rate of B over that of A (LoRA+)
+    #[arg(long, value_name = "RATIO", default_value_t = 1.0,
+          value_parser = numbers::positive)]
+    pub loraplus_lr_ratio: f64,
+    /// Learning rate of adapters on embeddings (LoRA+)
+    #[arg(long, value_name = "RATE", default_value_t = 1e-6,
+          value_parser = numbers::positive)]
+    pub loraplus_lr_embedding: f64,
+    /// Start from this PEFT adapter, with its rank, alpha and modules
+    #[arg(long, value_name = "DIR", conflicts_with_all = INIT_ADAPTER_DECIDES)]
+    pub init_adapter: Option<PathBuf>,
+    /// Number type of the trained weights
+    #[arg(long, value_name = "DTYPE", value_enum, default_value_t = AdapterDtype::Bf16)]
+    pub adapter_dtype: AdapterDtype,
+}
+
+impl LoraArgs {
+    /// The adapter's settings, checked.
+    ///
+    /// # Errors
+    /// `Usage` naming the setting.
+    pub fn config(&self) -> Result<LoraConfig> {
+        let layers = &self.layers_to_transform;
+        let config = LoraConfig {
+            r: self.lora_r.get(),
+            lora_alpha: self.lora_alpha,
+            lora_dropout: self.lora_dropout,
+            target_modules: self.target_modules.clone(),
+            exclude_modules: self.exclude_modules.clone(),
+            layers_to_transform: (!layers.is_empty()).then(|| layers.clone()),
+            layers_pattern: self.layers_pattern.clone(),
+            rank_pattern: self.rank_pattern.clone(),
+            alpha_pattern: self.alpha_pattern.clone(),
+            use_rslora: self.use_rslora,
+            init_lora_weights: self.init_lora_weights,
+        };
+        config.validate()?;
+        Ok(config)
+    }
+
+    /// LoRA+'s learning rates.
+    pub fn loraplus(&self) -> LoraPlus {
+        LoraPlus { lr_ratio: self.loraplus_lr_ratio, lr_embedding: self.loraplus_lr_embedding }
+    }
+}
+
+/// `pattern=number`, split at the last `=` since patterns are regular expressions.
+fn pair<T: FromStr>(text: &str) -> std::result::Result<(String, T), String> {
+    let expected = || format!("`{text}` is not PATTERN=NUMBER, such as q_proj=8");
+    let (pattern, number) = text.rsplit_once('=').ok_or_else(expected)?;
+    let number = number.trim().parse().map_err(|_| expected())?;
+    Ok((pattern.trim().to_string(), number))
+}

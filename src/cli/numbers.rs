@@ -1,0 +1,40 @@
+//! Value parsers for numbers with a range.
+
+fn number(text: &str, expected: &str, fits: impl Fn(f64) -> bool) -> Result<f64, String> {
+    let value = text.trim().parse().ok().filter(|value: &f64| value.is_finite() && fits(*value));
+    value.ok_or_else(|| format!("expected {expected}"))
+}
+
+/// A number above 0.
+pub fn positive(text: &str) -> Result<f64, String> {
+    number(text, "a number above 0", |value| value > 0.0)
+}
+
+/// 0 or more.
+pub fn not_negative(text: &str) -> Result<f64, String> {
+    number(text, "a number, 0 or more", |value| value >= 0.0)
+}
+
+/// From 0 to 1.
+pub fn share(text: &str) -> Result<f64, String> {
+    number(text, "a share from 0 to 1", |value| (0.0..=1.0).contains(&value))
+}
+
+/// 0 or more and below 1.
+pub fn below_one(text: &str) -> Result<f64, String> {
+    number(text, "a number from 0 to below 1", |value| (0.0..1.0).contains(&value))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ranges_have_the_right_ends() {
+        assert_eq!(positive("2e-4"), Ok(2e-4));
+        assert!(positive("0").is_err() && positive("inf").is_err() && positive("nan").is_err());
+        assert!(not_negative("0").is_ok() && not_negative("-1e-9").is_err());
+        assert!(share("1").is_ok() && share("1.01").is_err());
+        assert!(below_one("0").is_ok() && below_one("1").is_err());
+    }
+}

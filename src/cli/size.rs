@@ -1,0 +1,84 @@
+//! Amounts of memory as people write them: `23GiB`, `500MB`, `1048576`.
+
+use std::fmt;
+use std::str::FromStr;
+
+/// A number of bytes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+pub struct ByteSize(pub u64);
+
+/// Suffixes and their factors: powers of 1024 with an `i`, powers of 1000 without.
+const UNITS: [(&str, u64); 9] = [
+    ("kib", 1 << 10),
+    ("mib", 1 << 20),
+    ("gib", 1 << 30),
+    ("tib", 1 << 40),
+    ("kb", 1_000),
+    ("mb", 1_000_000),
+    ("gb", 1_000_000_000),
+    ("tb", 1_000_000_000_000),
+    ("b", 1),
+];
+
+impl FromStr for ByteSize {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let lower = text.trim().to_ascii_lowercase();
+        let (number, factor) = UNITS
+            .iter()
+            .find_map(|(unit, factor)| Some((lower.strip_suffix(unit)?.trim_end(), *factor)))
+            .unwrap_or((lower.as_str(), 1));
+        let amount: f64 = number.parse().map_err(|_| expected(text))?;
+        let bytes = amount * factor as f64;
+        if !bytes.is_finite() || bytes < 0.0 || bytes >= u64::MAX as f64 {
+            return Err(expected(text));
+        }
+        Ok(ByteSize(bytes.round() as u64))
+    }
+}
+
+fn expected(text: &str) -> String {
+    format!("`{text}` is not a size, expected a number with a unit, such as 23GiB or 500MB")
+}
+
+/// In the largest power of 1024 that leaves at least 1, with one decimal.
+impl fmt::Display for ByteSize {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let unit = UNITS[..4].iter().rev().zip(["TiB", "GiB", "MiB", "KiB"]);
+        match unit.into_iter().find(|((_, factor), _)| self.0 >= *factor) {
+            Some(((_, factor), name)) => write!(f, "{:.1} {name}", self.0 as f64 / *factor as f64),
+            None => write!(f, "{} B", self.0),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn reads_both_families_of_units() {
+        for (text, bytes) in [
+            ("23GiB", 23 << 30),
+            ("1.5 kib", 1536),
+            ("500MB", 500_000_000),
+            ("0", 0),
+            ("17b", 17),
+            ("2TiB", 2 << 40),
+        ] {
+            assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
+        }
+        for text in ["", "GiB", "-1GiB", "many", "1e300GiB", "nan", "12 apples"] {
+            let error = text.parse::<ByteSize>().unwrap_err();
+            assert!(error.contains(&format!("`{text}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn prints_what_people_read() {
+        assert_eq!(ByteSize(23 << 30).to_string(), "23.0 GiB");
+        assert_eq!(ByteSize(1536).to_string(), "1.5 KiB");
+        assert_eq!(ByteSize(1023).to_string(), "1023 B");
+    }
+}

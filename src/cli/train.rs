@@ -1,0 +1,336 @@
+//! `nibble train`: every flag, its default, and the checks that need no file.
+//!
+//! Flags carry the names of Hugging Face's `TrainingArguments` in kebab case.
+
+use std::num::NonZeroUsize;
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args, ValueEnum};
+
+use super::layers::SettingsEcho;
+use super::lora::LoraArgs;
+use super::numbers;
+use super::size::ByteSize;
+use crate::error::{Error, Result};
+use crate::train::adamw::AdamW;
+use crate::train::recipe::{EvalRecipe, Length, Recipe, SaveRecipe};
+use crate::train::schedule::{SchedulerType, Warmup};
+
+/// Train a LoRA adapter on a frozen base model
+#[derive(Debug, Clone, Args)]
+#[command(after_long_help = AFTER_HELP)]
+pub struct TrainArgs {
+    /// Settings from this TOML file, under the flags' names; the command line wins
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
+    /// Named set of defaults
+    #[arg(long, value_name = "NAME", value_enum)]
+    pub preset: Option<Preset>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub model: BaseModelArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub lora: LoraArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub data: TrainDataArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub optimization: OptimizationArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub evaluation: EvaluationArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub output: OutputArgs,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub resources: ResourceArgs,
+    /// All settings as text, for the log and for `--resume`.
+    #[arg(skip)]
+    pub settings: SettingsEcho,
+}
+
+const AFTER_HELP: &str = "Examples:
+  nibble train --model smollm2-nf4 --data train.jsonl --out run
+  nibble train --config run.toml --learning-rate 1e-4 --out run-2
+  nibble train --out run --resume";
+
+/// `--preset`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Preset {
+    /// r 64, alpha 16, dropout 0.1, constant learning rate: arXiv 2305.14314, appendix B
+    QloraPaper,
+}
+
+impl Preset {
+    /// The flags that it sets.
+    pub fn settings(self) -> &'static [(&'static str, &'static str)] {
+        match self {
+            Preset::QloraPaper => &[
+                ("lora-r", "64"),
+                ("lora-alpha", "16"),
+                ("lora-dropout", "0.1"),
+                ("lr-scheduler-type", "constant"),
+            ],
+        }
+    }
+}
+
+/// The frozen weights.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Base model")]
+pub struct BaseModelArgs {
+    /// Hugging Face folder (dense or 4-bit) or GGUF file
+    #[arg(long, value_name = "PATH")]
+    pub model: PathBuf,
+    /// 4-bit type for a dense base; a base that is 4-bit already is used as stored
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t = Quantization::Nf4)]
+    pub quantization: Quantization,
+    /// Weights per scale when quantizing
+    #[arg(long, value_name = "WEIGHTS", default_value_t = 64)]
+    pub block_size: usize,
+    /// Whether the scales are quantized, too
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
+    pub double_quant: bool,
+}
+
+/// `--quantization`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Quantization {
+    /// 4-bit normal float
+    Nf4,
+    /// 4-bit float
+    Fp4,
+    /// Weights as they are
+    None,
+}
+
+/// What is learned from.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Data")]
+pub struct TrainDataArgs {
+    /// Training data: JSONL, JSON, CSV or Parquet
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// Evaluation data
+    #[arg(long, value_name = "FILE")]
+    pub eval_data: Option<PathBuf>,
+    /// Longest document, in tokens
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    pub max_length: usize,
+    /// Put several short documents into one row; they do not see each other
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
+    pub packing: bool,
+    /// New order in every epoch
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
+    pub shuffle: bool,
+}
+
+/// How it is learned.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Optimization")]
+pub struct OptimizationArgs {
+    /// Rows of `--max-length` tokens in a forward pass (unpacked: documents)
+    #[arg(long, value_name = "ROWS", default_value = "1")]
+    pub per_device_train_batch_size: NonZeroUsize,
+    /// Forward passes in an optimizer step
+    #[arg(long, value_name = "PASSES", default_value = "4")]
+    pub gradient_accumulation_steps: NonZeroUsize,
+    /// Peak learning rate
+    #[arg(long, value_name = "RATE", default_value_t = 2e-4,
+          value_parser = numbers::positive)]
+    pub learning_rate: f64,
+    /// Course of the learning rate
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t = SchedulerType::Cosine)]
+    pub lr_scheduler_type: SchedulerType,
+    /// Steps in which the learning rate rises from 0
+    #[arg(long, value_name = "STEPS", conflicts_with = "warmup_ratio")]
+    pub warmup_steps: Option<u64>,
+    /// The same as a share of all steps, rounded up
+    #[arg(long, value_name = "SHARE", default_value_t = 0.03,
+          value_parser = numbers::share)]
+    pub warmup_ratio: f64,
+    /// Floor of `cosine_with_min_lr` as a share of the peak
+    #[arg(long, value_name = "SHARE", default_value_t = 0.1,
+          value_parser = numbers::share)]
+    pub min_lr_rate: f64,
+    /// Optimizer steps of the run; overrides `--num-train-epochs`
+    #[arg(long, value_name = "STEPS")]
+    pub max_steps: Option<u64>,
+    /// Passes over the training data
+    #[arg(long, value_name = "EPOCHS", default_value_t = 1.0,
+          value_parser = numbers::positive)]
+    pub num_train_epochs: f64,
+    /// Longest gradient (L2 norm over all trained weights); 0 does not clip
+    #[arg(long, value_name = "NORM", default_value_t = 0.3,
+          value_parser = numbers::not_negative)]
+    pub max_grad_norm: f64,
+    /// Decoupled weight decay
+    #[arg(long, value_name = "DECAY", default_value_t = 0.0,
+          value_parser = numbers::not_negative)]
+    pub weight_decay: f64,
+    /// Decay of AdamW's first moment
+    #[arg(long, value_name = "BETA", default_value_t = 0.9,
+          value_parser = numbers::below_one)]
+    pub adam_beta1: f64,
+    /// Decay of AdamW's second moment
+    #[arg(long, value_name = "BETA", default_value_t = 0.999,
+          value_parser = numbers::below_one)]
+    pub adam_beta2: f64,
+    /// AdamW's guard against division by zero
+    #[arg(long, value_name = "EPSILON", default_value_t = 1e-8,
+          value_parser = numbers::positive)]
+    pub adam_epsilon: f64,
+    /// Seed of initial weights, order and dropout
+    #[arg(long, value_name = "NUMBER", default_value_t = 42)]
+    pub seed: u64,
+}
+
+/// What is watched on the way.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Evaluation and logging")]
+pub struct EvaluationArgs {
+    /// Steps between log lines
+    #[arg(long, value_name = "STEPS", default_value_t = 1, value_parser = at_least_one())]
+    pub logging_steps: u64,
+    /// Steps between evaluations [default: once, at the end]
+    #[arg(long, value_name = "STEPS", value_parser = at_least_one())]
+    pub eval_steps: Option<u64>,
+    /// Evaluations without improvement before the run stops
+    #[arg(long, value_name = "EVALUATIONS", value_parser = at_least_one())]
+    pub early_stopping_patience: Option<u64>,
+    /// Improvement of the evaluation loss that counts
+    #[arg(long, value_name = "LOSS", default_value_t = 0.0,
+          value_parser = numbers::not_negative)]
+    pub early_stopping_threshold: f64,
+    /// End with the weights of the lowest evaluation loss
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = false,
+          num_args = 0..=1, default_missing_value = "true")]
+    pub load_best_model_at_end: bool,
+    /// Steps between sample answers
+    #[arg(long, value_name = "STEPS", value_parser = at_least_one())]
+    pub sample_steps: Option<u64>,
+    /// Prompt of the sample answers; may be repeated
+    #[arg(long, value_name = "TEXT")]
+    pub sample_prompt: Vec<String>,
+    /// Longest sample answer, in tokens
+    #[arg(long, value_name = "TOKENS", default_value_t = 64)]
+    pub sample_max_new_tokens: usize,
+    /// Stop when a trained matrix gets no gradient or does not move
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
+    pub self_checks: bool,
+}
+
+/// What is kept.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Output")]
+pub struct OutputArgs {
+    /// Folder for the adapter, its checkpoints and the logs; must not hold anything else
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+    /// Steps between checkpoints
+    #[arg(long, value_name = "STEPS", default_value_t = 100, value_parser = at_least_one())]
+    pub save_steps: u64,
+    /// Checkpoints that are kept; the best one is kept besides
+    #[arg(long, value_name = "CHECKPOINTS", default_value = "2")]
+    pub save_total_limit: NonZeroUsize,
+    /// Continue the run in `--out` from its newest intact checkpoint, with its settings
+    #[arg(long)]
+    pub resume: bool,
+}
+
+/// What it may use.
+#[derive(Debug, Clone, Args)]
+#[command(next_help_heading = "Memory and threads")]
+pub struct ResourceArgs {
+    /// Worker threads [default: one for each core]
+    #[arg(long, value_name = "THREADS")]
+    pub threads: Option<NonZeroUsize>,
+    /// Activations of a block: `keep` them, or `checkpoint` its input and recompute
+    #[arg(long, value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
+    pub activations: Activations,
+    /// Memory that the run may use, such as `8GiB` [default: what is free]
+    #[arg(long, value_name = "SIZE")]
+    pub memory_budget: Option<ByteSize>,
+}
+
+/// `--activations`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Activations {
+    /// As many blocks as fit the budget are kept
+    Auto,
+    /// All blocks keep everything
+    Keep,
+    /// All blocks keep their input only
+    Checkpoint,
+}
+
+fn at_least_one() -> clap::builder::RangedU64ValueParser<u64> {
+    clap::value_parser!(u64).range(1..)
+}
+
+impl TrainArgs {
+    /// The settings of the training loop, checked.
+    ///
+    /// # Errors
+    /// `Usage` naming the flag, what it was given and what it takes.
+    pub fn recipe(&self) -> Result<Recipe> {
+        self.check_combinations()?;
+        let (o, e) = (&self.optimization, &self.evaluation);
+        Ok(Recipe {
+            per_device_train_batch_size: o.per_device_train_batch_size.get(),
+            gradient_accumulation_steps: o.gradient_accumulation_steps.get(),
+            learning_rate: o.learning_rate,
+            scheduler_type: o.lr_scheduler_type,
+            warmup: o.warmup_steps.map_or(Warmup::Ratio(o.warmup_ratio), Warmup::Steps),
+            min_lr_rate: o.min_lr_rate,
+            length: o.max_steps.map_or(Length::Epochs(o.num_train_epochs), Length::Steps),
+            max_grad_norm: o.max_grad_norm,
+            optimizer: AdamW {
+                beta1: o.adam_beta1,
+                beta2: o.adam_beta2,
+                epsilon: o.adam_epsilon,
+                weight_decay: o.weight_decay,
+            },
+            loraplus: self.lora.loraplus(),
+            logging_steps: e.logging_steps,
+            evaluation: EvalRecipe {
+                steps: e.eval_steps,
+                patience: e.early_stopping_patience,
+                threshold: e.early_stopping_threshold,
+                load_best_at_end: e.load_best_model_at_end,
+            },
+            saving: SaveRecipe {
+                steps: self.output.save_steps,
+                total_limit: self.output.save_total_limit.get(),
+            },
+            sample_steps: e.sample_steps,
+            self_checks: e.self_checks,
+        })
+    }
+
+    /// What no single flag can be blamed for.
+    fn check_combinations(&self) -> Result<()> {
+        let e = &self.evaluation;
+        let without_data = self.data.eval_data.is_none();
+        for (flag, given) in [
+            ("eval-steps", e.eval_steps.is_some()),
+            ("early-stopping-patience", e.early_stopping_patience.is_some()),
+            ("load-best-model-at-end", e.load_best_model_at_end),
+        ] {
+            if given && without_data {
+                return Err(Error::usage(format_args!("`--{flag}` needs evaluation data"))
+                    .hint("add `--eval-data FILE`"));
+            }
+        }
+        if e.early_stopping_patience.is_some() && e.eval_steps.is_none() {
+            return Err(Error::usage("`--early-stopping-patience` needs `--eval-steps`"));
+        }
+        if e.sample_steps.is_some() == e.sample_prompt.is_empty() {
+            return Err(Error::usage("`--sample-steps` and `--sample-prompt` need each other"));
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,99 @@
+//! The settings of the training loop, after all checks: plain numbers, no files.
+
+use super::adamw::AdamW;
+use super::schedule::{Schedule, SchedulerType, Warmup};
+use crate::adapter::LoraPlus;
+
+/// When a run is over.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Length {
+    /// After this many optimizer steps.
+    Steps(u64),
+    /// After this many passes over the data.
+    Epochs(f64),
+}
+
+/// Settings of the training loop; the flags of `nibble train` tell what each is for.
+#[derive(Debug, Clone, PartialEq)]
+pub struct Recipe {
+    /// Rows in a forward pass.
+    pub per_device_train_batch_size: usize,
+    /// Forward passes in an optimizer step.
+    pub gradient_accumulation_steps: usize,
+    /// Peak learning rate.
+    pub learning_rate: f64,
+    /// Course of the learning rate.
+    pub scheduler_type: SchedulerType,
+    /// Length of the rise.
+    pub warmup: Warmup,
+    /// Floor of `cosine_with_min_lr`.
+    pub min_lr_rate: f64,
+    /// Length of the run.
+    pub length: Length,
+    /// Clipping; 0 is off.
+    pub max_grad_norm: f64,
+    /// Optimizer.
+    pub optimizer: AdamW,
+    /// Learning rates of B and of embeddings.
+    pub loraplus: LoraPlus,
+    /// Steps between log lines.
+    pub logging_steps: u64,
+    /// Evaluation.
+    pub evaluation: EvalRecipe,
+    /// Checkpoints.
+    pub saving: SaveRecipe,
+    /// Steps between sample answers.
+    pub sample_steps: Option<u64>,
+    /// Whether the first steps are checked for dead parameters.
+    pub self_checks: bool,
+}
+
+/// Settings of evaluation.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EvalRecipe {
+    /// Steps between evaluations; without them, once at the end.
+    pub steps: Option<u64>,
+    /// Evaluations without improvement before the run stops.
+    pub patience: Option<u64>,
+    /// Improvement that counts.
+    pub threshold: f64,
+    /// End with the best weights.
+    pub load_best_at_end: bool,
+}
+
+/// Settings of checkpoints.
+#[derive(Debug, Clone, PartialEq)]
+pub struct SaveRecipe {
+    /// Steps between checkpoints.
+    pub steps: u64,
+    /// How many are kept, beside the best.
+    pub total_limit: usize,
+}
+
+impl Recipe {
+    /// Optimizer steps in a pass over `num_batches` forward passes; the last one may be short.
+    pub fn steps_per_epoch(&self, num_batches: usize) -> u64 {
+        num_batches.div_ceil(self.gradient_accumulation_steps).max(1) as u64
+    }
+
+    /// Optimizer steps of the whole run.
+    pub fn max_steps(&self, num_batches: usize) -> u64 {
+        match self.length {
+            Length::Steps(steps) => steps,
+            Length::Epochs(epochs) => {
+                (epochs * self.steps_per_epoch(num_batches) as f64).ceil() as u64
+            }
+        }
+    }
+
+    /// The learning rate of every step of a run of `max_steps`.
+    pub fn schedule(&self, max_steps: u64) -> Schedule {
+        Schedule {
+            scheduler_type: self.scheduler_type,
+            learning_rate: self.learning_rate,
+            warmup_steps: self.warmup.steps(max_steps),
+            max_steps,
+            min_lr_rate: self.min_lr_rate,
+        }
+    }
+}
