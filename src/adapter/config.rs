@@ -64,6 +64,9 @@ pub struct LoraConfig {
     pub use_rslora: bool,
     /// How a fresh adapter starts.
     pub init_lora_weights: InitLoraWeights,
+    /// Whether the base stores its linears as `[in, out]` (GPT-2); a note to PEFT, set from the
+    /// model. A and B are stored the same way either way.
+    pub fan_in_fan_out: bool,
 }
 
 impl Default for LoraConfig {
@@ -80,6 +83,7 @@ impl Default for LoraConfig {
             alpha_pattern: Vec::new(),
             use_rslora: false,
             init_lora_weights: InitLoraWeights::Kaiming,
+            fan_in_fan_out: false,
         }
     }
 }

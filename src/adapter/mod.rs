@@ -13,9 +13,15 @@
 mod config;
 #[cfg(test)]
 mod fixtures;
+#[cfg(test)]
+mod golden_tests;
 mod lora;
+mod merge;
 mod pattern;
+pub mod peft;
 mod targets;
 
 pub use config::{InitLoraWeights, LoraConfig, LoraPlus, ModuleNames, TargetModules};
 pub use lora::{Adapter, LoraTarget, LoraTensors};
+pub use merge::Merge;
+pub use peft::PeftAdapter;

@@ -304,7 +304,8 @@ fn list_of(names: &[&str]) -> String {
     if more > 0 { format!("{shown} and {more} more") } else { shown }
 }
 
-fn trained_target(selected: Selected) -> Result<LoraTarget> {
+/// The target of a linear in a block.
+pub(super) fn trained_target(selected: Selected) -> Result<LoraTarget> {
     let Selected { module, r, scale } = selected;
     let ModuleKind::Linear(layer, role) = module.kind else {
         return Err(Error::usage(format_args!(

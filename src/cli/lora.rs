@@ -107,6 +107,7 @@ impl LoraArgs {
             alpha_pattern: self.alpha_pattern.clone(),
             use_rslora: self.use_rslora,
             init_lora_weights: self.init_lora_weights,
+            ..LoraConfig::default()
         };
         config.validate()?;
         Ok(config)

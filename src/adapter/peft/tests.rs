@@ -1,0 +1,427 @@
+//! Round trips, and one test for each kind of bad folder.
+
+use std::collections::HashMap;
+use std::fs;
+use std::path::Path;
+
+use nibble_quant::FloatType;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+use super::super::fixtures;
+use super::tensors::TENSORS_FILE;
+use super::{PeftAdapter, settings::CONFIG_FILE};
+use crate::adapter::{Adapter, InitLoraWeights, LoraConfig, LoraTensors};
+use crate::error::{Error, Result};
+use crate::model::spec::ModelSpec;
+use crate::random::Stream;
+
+/// An adapter with every setting away from its default and a non-zero B.
+fn sample(spec: &ModelSpec, names: &str) -> Result<Adapter> {
+    let config = LoraConfig {
+        r: 4,
+        lora_alpha: 7.5,
+        lora_dropout: 0.05,
+        target_modules: names.parse()?,
+        exclude_modules: Some("layers.0.mlp.down_proj".parse()?),
+        layers_to_transform: Some(vec![1, 0]),
+        layers_pattern: vec!["layers".into()],
+        rank_pattern: vec![("v_proj".into(), 3), ("q_proj".into(), 2)],
+        alpha_pattern: vec![(r"layers\.1\..*q_proj".into(), 3.25), ("q_proj".into(), 5.0)],
+        use_rslora: true,
+        init_lora_weights: InitLoraWeights::Gaussian,
+        fan_in_fan_out: false,
+    };
+    let mut adapter = Adapter::init(config, spec, 5)?;
+    for (target, LoraTensors { b, .. }) in adapter.targets.iter().zip(&mut adapter.tensors) {
+        Stream::new(1, &target.key_b()).fill_normal(0, 0.1, b);
+    }
+    adapter.base_model = Some("some/base".into());
+    Ok(adapter)
+}
+
+#[test]
+fn what_is_written_is_read_back_bit_for_bit() -> Result<()> {
+    let spec = fixtures::llama(2);
+    let dir = TempDir::new().unwrap();
+    let adapter = sample(&spec, "q_proj,v_proj,down_proj")?;
+    adapter.save(dir.path(), FloatType::F32)?;
+    assert_eq!(Adapter::load(dir.path(), &spec)?, adapter);
+    Ok(())
+}
+
+#[test]
+fn all_linear_is_written_out_as_names() -> Result<()> {
+    let spec = fixtures::llama(2);
+    let dir = TempDir::new().unwrap();
+    let adapter = sample(&spec, "all-linear")?;
+    adapter.save(dir.path(), FloatType::F32)?;
+    let config: Value =
+        serde_json::from_str(&fs::read_to_string(dir.path().join(CONFIG_FILE)).unwrap()).unwrap();
+    let names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+    assert_eq!(config["target_modules"], json!(names));
+    let loaded = Adapter::load(dir.path(), &spec)?;
+    assert_eq!((loaded.targets, loaded.tensors), (adapter.targets, adapter.tensors));
+    Ok(())
+}
+
+#[test]
+fn half_precision_files_round_to_nearest_even() -> Result<()> {
+    let spec = fixtures::gpt2();
+    for dtype in [FloatType::Bf16, FloatType::F16] {
+        let dir = TempDir::new().unwrap();
+        let config = LoraConfig { r: 3, ..LoraConfig::default() };
+        let adapter = Adapter::init(config, &spec, 9)?;
+        adapter.save(dir.path(), dtype)?;
+        let loaded = Adapter::load(dir.path(), &spec)?;
+        for (ours, theirs) in adapter.tensors.iter().zip(&loaded.tensors) {
+            let rounded = ours.a.iter().map(|&x| match dtype {
+                FloatType::F16 => half::f16::from_f32(x).to_f32(),
+                _ => half::bf16::from_f32(x).to_f32(),
+            });
+            assert_eq!(theirs.a, rounded.collect::<Vec<_>>());
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn settings_file_is_the_stable_core_of_peft_s() -> Result<()> {
+    let dir = TempDir::new().unwrap();
+    sample(&fixtures::llama(2), "q_proj,v_proj,down_proj")?.save(dir.path(), FloatType::F32)?;
+    let text = fs::read_to_string(dir.path().join(CONFIG_FILE)).unwrap();
+    assert_eq!(
+        text,
+        r#"{
+  "alpha_pattern": {
+    "layers\\.1\\..*q_proj": 3.25,
+    "q_proj": 5
+  },
+  "base_model_name_or_path": "some/base",
+  "bias": "none",
+  "exclude_modules": [
+    "layers.0.mlp.down_proj"
+  ],
+  "fan_in_fan_out": false,
+  "inference_mode": true,
+  "init_lora_weights": "gaussian",
+  "layers_pattern": [
+    "layers"
+  ],
+  "layers_to_transform": [
+    1,
+    0
+  ],
+  "lora_alpha": 7.5,
+  "lora_dropout": 0.05,
+  "modules_to_save": null,
+  "peft_type": "LORA",
+  "r": 4,
+  "rank_pattern": {
+    "v_proj": 3,
+    "q_proj": 2
+  },
+  "revision": null,
+  "target_modules": [
+    "q_proj",
+    "v_proj",
+    "down_proj"
+  ],
+  "task_type": "CAUSAL_LM",
+  "use_dora": false,
+  "use_rslora": true
+}
+"#
+    );
+    Ok(())
+}
+
+#[test]
+fn gpt2_adapters_say_fan_in_fan_out() -> Result<()> {
+    let dir = TempDir::new().unwrap();
+    Adapter::init(LoraConfig::default(), &fixtures::gpt2(), 0)?.save(dir.path(), FloatType::F32)?;
+    let text = fs::read_to_string(dir.path().join(CONFIG_FILE)).unwrap();
+    assert!(text.contains("\"fan_in_fan_out\": true"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn model_card_names_the_base_and_the_library() -> Result<()> {
+    let dir = TempDir::new().unwrap();
+    sample(&fixtures::llama(2), "q_proj,v_proj,down_proj")?.save(dir.path(), FloatType::F32)?;
+    let card = fs::read_to_string(dir.path().join("README.md")).unwrap();
+    let front = "---\nbase_model: some/base\nlibrary_name: peft\npipeline_tag: text-generation\n\
+                 tags:\n- base_model:adapter:some/base\n- lora\n- nibble\n- transformers\n---\n";
+    assert!(card.starts_with(front), "{card}");
+    assert!(card.contains("rank 4, alpha 7.5"), "{card}");
+    assert!(card.contains(r#"from_pretrained("some/base")"#), "{card}");
+    Ok(())
+}
+
+#[test]
+fn saving_over_a_file_names_the_path() -> Result<()> {
+    let dir = TempDir::new().unwrap();
+    let file = dir.path().join("taken");
+    fs::write(&file, "").unwrap();
+    let adapter = Adapter::init(LoraConfig::default(), &fixtures::llama(1), 0)?;
+    let error = adapter.save(&file, FloatType::F32).unwrap_err();
+    assert!(matches!(error, Error::Io(..)));
+    assert!(error.to_string().contains("taken"), "{error}");
+    Ok(())
+}
+
+/// A saved adapter on q and v of a two-block Llama, to be damaged.
+struct Folder(TempDir);
+
+impl Folder {
+    fn new() -> Self {
+        let dir = TempDir::new().unwrap();
+        let config = LoraConfig {
+            r: 2,
+            target_modules: "q_proj,v_proj".parse().unwrap(),
+            ..LoraConfig::default()
+        };
+        let mut adapter = Adapter::init(config, &fixtures::llama(2), 0).unwrap();
+        adapter.base_model = Some("the/base".into());
+        adapter.save(dir.path(), FloatType::F32).unwrap();
+        Folder(dir)
+    }
+
+    fn path(&self) -> &Path {
+        self.0.path()
+    }
+
+    /// Sets a key of the settings.
+    fn set(self, key: &str, value: Value) -> Self {
+        let path = self.path().join(CONFIG_FILE);
+        let mut config: Value = serde_json::from_str(&fs::read_to_string(&path).unwrap()).unwrap();
+        config[key] = value;
+        fs::write(&path, config.to_string()).unwrap();
+        self
+    }
+
+    /// Writes the tensors anew, changed by `edit`.
+    fn edit(self, edit: impl FnOnce(&mut HashMap<String, (Dtype, Vec<usize>, Vec<u8>)>)) -> Self {
+        let path = self.path().join(TENSORS_FILE);
+        let bytes = fs::read(&path).unwrap();
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let mut tensors = file
+            .iter()
+            .map(|(n, v)| (n.to_string(), (v.dtype(), v.shape().to_vec(), v.data().to_vec())))
+            .collect();
+        edit(&mut tensors);
+        let views = tensors
+            .iter()
+            .map(|(n, (d, s, data))| (n, TensorView::new(*d, s.clone(), data).unwrap()));
+        fs::write(&path, safetensors::serialize(views, None).unwrap()).unwrap();
+        self
+    }
+
+    fn error(&self) -> Error {
+        self.error_for(&fixtures::llama(2))
+    }
+
+    fn error_for(&self, spec: &ModelSpec) -> Error {
+        PeftAdapter::open(self.path(), spec).expect_err("a bad folder")
+    }
+}
+
+/// The message holds all `words`; the hint, if asked for, too.
+fn assert_says(error: &Error, words: &[&str]) {
+    let text = error.to_string();
+    for word in words {
+        assert!(text.contains(word), "`{word}` is not in:\n{text}");
+    }
+}
+
+const A0: &str = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight";
+
+#[test]
+fn a_missing_folder_is_named() {
+    let dir = TempDir::new().unwrap();
+    let error = PeftAdapter::open(&dir.path().join("none"), &fixtures::llama(2)).unwrap_err();
+    assert_says(&error, &["cannot read", "none", "hint: an adapter is a folder"]);
+}
+
+#[test]
+fn settings_that_are_not_json() {
+    let folder = Folder::new();
+    fs::write(folder.path().join(CONFIG_FILE), "{\"r\": 8,").unwrap();
+    assert_says(&folder.error(), &[CONFIG_FILE, "not JSON"]);
+}
+
+#[test]
+fn settings_of_the_wrong_type_name_the_key() {
+    for (key, value) in [
+        ("r", json!("eight")),
+        ("r", json!(-1)),
+        ("r", json!(0)),
+        ("lora_alpha", json!([1])),
+        ("lora_dropout", json!(1.5)),
+        ("target_modules", json!(3)),
+        ("target_modules", json!([3])),
+        ("target_modules", json!(null)),
+        ("target_modules", json!([])),
+        ("rank_pattern", json!(["q_proj"])),
+        ("rank_pattern", json!({"q_proj": 1.5})),
+        ("layers_to_transform", json!("all")),
+        ("bias", json!("some")),
+        ("use_dora", json!("yes")),
+        ("trainable_token_indices", json!({"embed_tokens": "a"})),
+        ("peft_type", json!(null)),
+    ] {
+        let error = Folder::new().set(key, value.clone()).error();
+        assert!(matches!(error, Error::Input(_)), "{key} {value}: {error}");
+        assert_says(&error, &[CONFIG_FILE, key]);
+    }
+}
+
+#[test]
+fn an_adapter_of_another_type() {
+    let error = Folder::new().set("peft_type", json!("IA3")).error();
+    assert_says(&error, &["`peft_type` is IA3, expected LORA", "hint:"]);
+}
+
+#[test]
+fn features_that_change_the_function_are_refused() {
+    for (key, value) in [
+        ("target_parameters", json!(["mlp.experts"])),
+        ("layer_replication", json!([[0, 2], [1, 2]])),
+        ("use_qalora", json!(true)),
+        ("alora_invocation_tokens", json!([1, 2])),
+    ] {
+        assert_says(&Folder::new().set(key, value).error(), &[key, "not implemented", "hint:"]);
+    }
+    let spec = fixtures::llama(2);
+    for (key, value) in [("use_qalora", json!(false)), ("layer_replication", json!(null))] {
+        assert!(PeftAdapter::open(Folder::new().set(key, value).path(), &spec).is_ok());
+    }
+}
+
+#[test]
+fn an_initialisation_that_changed_the_base() {
+    for kind in ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"] {
+        let error = Folder::new().set("init_lora_weights", json!(kind)).error();
+        assert_says(&error, &[kind, "path_initial_model_for_weight_conversion"]);
+    }
+}
+
+#[test]
+fn missing_tensors_file() {
+    let folder = Folder::new();
+    fs::remove_file(folder.path().join(TENSORS_FILE)).unwrap();
+    assert_says(&folder.error(), &["cannot read", TENSORS_FILE]);
+    fs::write(folder.path().join("adapter_model.bin"), "").unwrap();
+    assert_says(&folder.error(), &["hint: adapter_model.bin is a pickle"]);
+}
+
+#[test]
+fn a_file_cut_anywhere_is_an_error() {
+    let folder = Folder::new();
+    let path = folder.path().join(TENSORS_FILE);
+    let bytes = fs::read(&path).unwrap();
+    for length in [0, 1, 7, 8, 9, 100, bytes.len() / 2, bytes.len() - 1] {
+        fs::write(&path, &bytes[..length]).unwrap();
+        assert_says(&folder.error(), &[TENSORS_FILE, "not a safetensors file", "cut"]);
+    }
+}
+
+#[test]
+fn a_header_that_lies_about_sizes() {
+    let folder = Folder::new();
+    let path = folder.path().join(TENSORS_FILE);
+    let good = fs::read(&path).unwrap();
+    for (from, to) in [("[2,64]", "[3,64]"), ("[2,64]", "[2,99]"), ("\"F32\"", "\"F64\"")] {
+        let size = u64::from_le_bytes(good[..8].try_into().unwrap()) as usize;
+        let header = String::from_utf8(good[8..8 + size].to_vec()).unwrap();
+        assert!(header.contains(from));
+        let lie = header.replacen(from, to, 1);
+        fs::write(&path, [&good[..8], lie.as_bytes(), &good[8 + size..]].concat()).unwrap();
+        assert_says(&folder.error(), &["not a safetensors file"]);
+    }
+    let mut huge = good.clone();
+    huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
+    fs::write(&path, huge).unwrap();
+    assert_says(&folder.error(), &["not a safetensors file"]);
+}
+
+#[test]
+fn a_value_that_is_not_finite_names_its_place() {
+    for bad in [f32::NAN, f32::INFINITY] {
+        let folder = Folder::new().edit(|tensors| {
+            tensors.get_mut(A0).unwrap().2[4 * 17..4 * 18].copy_from_slice(&bad.to_le_bytes());
+        });
+        assert_says(&folder.error(), &[A0, "element 17 is not a finite number"]);
+    }
+}
+
+#[test]
+fn a_tensor_of_whole_numbers() {
+    let folder = Folder::new().edit(|tensors| tensors.get_mut(A0).unwrap().0 = Dtype::I32);
+    assert_says(&folder.error(), &[A0, "expected F32, F16 or BF16, got I32"]);
+}
+
+#[test]
+fn missing_and_unexpected_tensors_are_listed() {
+    let folder = Folder::new().edit(|tensors| {
+        let tensor = tensors.remove(A0).unwrap();
+        tensors.insert(A0.replace("lora_A", "lora_C"), tensor);
+    });
+    let missing = format!("missing    {A0} [2, 64]");
+    let unexpected = format!("unexpected {} [2, 64]", A0.replace("lora_A", "lora_C"));
+    assert_says(&folder.error(), &["do not fit the settings", &missing, &unexpected]);
+}
+
+#[test]
+fn an_adapter_for_a_wider_model() {
+    let wide = ModelSpec { hidden_size: 96, ..fixtures::llama(2) };
+    let error = Folder::new().error_for(&wide);
+    let line = format!("shape      {A0} expected [2, 96], got [2, 64]");
+    assert_says(&error, &["adapter for another model", &line, "hint:", "trained on `the/base`"]);
+}
+
+#[test]
+fn an_adapter_for_another_family() {
+    let error = Folder::new().error_for(&fixtures::gpt2());
+    assert_says(&error, &["adapter for another model", "unexpected", "and 4 more", "the/base"]);
+}
+
+#[test]
+fn an_adapter_for_a_deeper_model() {
+    let error = Folder::new().error_for(&fixtures::llama(1));
+    assert_says(&error, &["unexpected", "layers.1.self_attn.v_proj.lora_B.weight"]);
+}
+
+#[test]
+fn an_adapter_for_a_shallower_model() {
+    let error = Folder::new().error_for(&fixtures::llama(3));
+    assert_says(&error, &["missing", "layers.2.self_attn.v_proj.lora_B.weight"]);
+}
+
+#[test]
+fn a_rank_that_the_tensors_do_not_have() {
+    let error = Folder::new().set("r", json!(3)).error();
+    assert_says(&error, &[&format!("{A0} expected [3, 64], got [2, 64]")]);
+}
+
+#[test]
+fn dora_without_its_magnitudes() {
+    let error = Folder::new().set("use_dora", json!(true)).error();
+    assert_says(&error, &["missing", "q_proj.lora_magnitude_vector [64]"]);
+}
+
+#[test]
+fn a_token_beyond_the_vocabulary() {
+    let error = Folder::new().set("trainable_token_indices", json!([3, 128])).error();
+    assert_says(&error, &["token 128, the vocabulary has 128"]);
+    let error = Folder::new().set("trainable_token_indices", json!({"wte": [3]})).error();
+    assert_says(&error, &["no embedding `wte`"]);
+}
+
+#[test]
+fn an_expression_in_the_file_that_does_not_compile() {
+    let error = Folder::new().set("target_modules", json!("(q_proj")).error();
+    assert_says(&error, &["`(q_proj` is not a regular expression"]);
+}
