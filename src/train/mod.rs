@@ -2,7 +2,14 @@
 
 pub mod adamw;
 pub mod buffers;
+pub mod checks;
 pub mod clip;
+pub mod digest;
 pub mod events;
+pub mod feed;
 pub mod recipe;
 pub mod schedule;
+pub mod step;
+#[cfg(test)]
+mod toy;
+pub mod trainee;

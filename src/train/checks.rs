@@ -1,0 +1,238 @@
+//! Checks of a fresh run's first steps: that the adapter starts as a no-op, and that every matrix
+//! gets a gradient and moves. A parameter that silently stands still is the classic bug of a
+//! hand-written backward pass; it costs a run, not an error message.
+
+use super::trainee::Trainee;
+use crate::data::Batch;
+use crate::error::{Error, Result};
+use crate::model::parameters::{Matrix, ParameterTensor};
+
+/// Tokens that the base and the adapted model are compared on.
+const PROBE_TOKENS: usize = 64;
+
+const HINT: &str = "this is a bug, or documents so short that attention has nothing to attend to; \
+                    `--self-checks false` trains all the same";
+
+/// The first tokens of `batch`'s first document, all of them trained.
+pub fn probe(batch: &Batch) -> Batch {
+    let end = batch.cu_seqlens.get(1).map_or(0, |&end| end as usize).min(PROBE_TOKENS);
+    let input_ids = batch.input_ids[..end].to_vec();
+    Batch {
+        labels: input_ids.iter().map(|&id| id as i32).collect(),
+        cu_seqlens: vec![0, end as u32],
+        num_targets: end.saturating_sub(1),
+        lines: batch.lines.iter().take(1).copied().collect(),
+        input_ids,
+    }
+}
+
+/// Mean loss of the base model on `probe`. For a fresh adapter, checks that the adapted model has
+/// the same loss bit for bit: `B = 0` must add nothing.
+///
+/// # Errors
+/// `Numeric` with both losses when they differ or are not finite.
+pub fn base_loss<M: Trainee>(model: &mut M, probe: &Batch, fresh: bool) -> Result<f64> {
+    let base = model.evaluate_base(probe)?;
+    if !base.is_finite() {
+        let what = format!("loss of the base model is {base} on its first tokens");
+        return Err(Error::numeric(what).hint("the base model's weights are damaged"));
+    }
+    if fresh {
+        let adapted = model.evaluate(probe)?;
+        if adapted.to_bits() != base.to_bits() {
+            return Err(Error::numeric(format_args!(
+                "a fresh adapter changes the loss: {adapted:?}, without it {base:?}"
+            ))
+            .hint(HINT));
+        }
+    }
+    Ok(base / probe.num_targets.max(1) as f64)
+}
+
+/// Follows the first steps of a fresh adapter.
+#[derive(Debug, Default)]
+pub struct FirstSteps {
+    stage: Stage,
+    /// Sums over the bits of each tensor before the update.
+    before: Vec<u64>,
+}
+
+/// With `B = 0` only B has a gradient; A follows once B has moved.
+#[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
+enum Stage {
+    #[default]
+    Begin,
+    /// B has a gradient; the learning rate was 0 so far.
+    HasGradient,
+    /// B has moved.
+    BMoved,
+    /// A has a gradient; the learning rate was 0 since.
+    AHasGradient,
+    Done,
+}
+
+impl FirstSteps {
+    /// Nothing to check: a resumed run, or an adapter that was trained before.
+    pub fn done() -> Self {
+        FirstSteps { stage: Stage::Done, before: Vec::new() }
+    }
+
+    /// Call with the gradients of a step at hand.
+    ///
+    /// # Errors
+    /// `Numeric` naming the tensors without a gradient.
+    pub fn before_update<M: Trainee>(&mut self, model: &mut M) -> Result<()> {
+        let (matrix, next) = match self.stage {
+            Stage::Begin => (Matrix::B, Stage::HasGradient),
+            Stage::BMoved => (Matrix::A, Stage::AHasGradient),
+            Stage::HasGradient | Stage::AHasGradient => return self.remember(model),
+            Stage::Done => return Ok(()),
+        };
+        let tensors = of(model, matrix);
+        let gradients = model.buffers().gradients;
+        let dead = |tensor: &&ParameterTensor| {
+            gradients[tensor.range.clone()].iter().all(|&gradient| gradient == 0.0)
+        };
+        report(&tensors, tensors.iter().filter(dead), "have no gradient")?;
+        self.stage = next;
+        self.remember(model)
+    }
+
+    /// Call after the update of the same step.
+    ///
+    /// # Errors
+    /// `Numeric` naming the tensors that stood still.
+    pub fn after_update<M: Trainee>(&mut self, model: &mut M, learning_rate: f64) -> Result<()> {
+        let (matrix, next) = match self.stage {
+            _ if learning_rate == 0.0 => return Ok(()),
+            Stage::HasGradient => (Matrix::B, Stage::BMoved),
+            Stage::AHasGradient => (Matrix::A, Stage::Done),
+            Stage::Begin | Stage::BMoved | Stage::Done => return Ok(()),
+        };
+        let all = model.tensors().to_vec();
+        let after = sums(&all, model.buffers().master);
+        let still = all.iter().zip(self.before.iter().zip(&after));
+        let still = still.filter(|(tensor, (b, a))| tensor.matrix == matrix && b == a);
+        report(&of(model, matrix), still.map(|(tensor, _)| tensor), "stood still")?;
+        self.stage = next;
+        Ok(())
+    }
+
+    fn remember<M: Trainee>(&mut self, model: &mut M) -> Result<()> {
+        let tensors = model.tensors().to_vec();
+        self.before = sums(&tensors, model.buffers().master);
+        Ok(())
+    }
+}
+
+fn of<M: Trainee>(model: &M, matrix: Matrix) -> Vec<ParameterTensor> {
+    model.tensors().iter().filter(|tensor| tensor.matrix == matrix).cloned().collect()
+}
+
+/// A number for each tensor that changes when any element does (Fletcher-like, over the bits).
+fn sums(tensors: &[ParameterTensor], values: &[f32]) -> Vec<u64> {
+    let sum = |tensor: &ParameterTensor| {
+        let bits = values[tensor.range.clone()].iter().map(|value| u64::from(value.to_bits()));
+        let (first, second) = bits.fold((0u64, 0u64), |(first, second), bits| {
+            let first = first.wrapping_add(bits);
+            (first, second.wrapping_add(first))
+        });
+        first ^ second.rotate_left(32)
+    };
+    tensors.iter().map(sum).collect()
+}
+
+fn report<'a>(
+    all: &[ParameterTensor],
+    bad: impl Iterator<Item = &'a ParameterTensor>,
+    what: &str,
+) -> Result<()> {
+    const SHOWN: usize = 3;
+    let bad: Vec<&str> = bad.map(|tensor| tensor.name.as_str()).collect();
+    if bad.is_empty() {
+        return Ok(());
+    }
+    let names = bad[..bad.len().min(SHOWN)].join(", ");
+    let more = if bad.len() > SHOWN { ", …" } else { "" };
+    let (count, total) = (bad.len(), all.len());
+    Err(Error::numeric(format_args!("{count} of {total} matrices {what}: {names}{more}"))
+        .hint(HINT))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::adamw::AdamW;
+    use super::super::step::{accumulate, rate_groups, update};
+    use super::super::toy::{Toy, documents};
+    use super::*;
+    use crate::adapter::LoraPlus;
+
+    fn batch() -> Batch {
+        Batch::from_documents(&documents(&[6, 9]))
+    }
+
+    /// One step of training with the checks around it.
+    fn step(toy: &mut Toy, checks: &mut FirstSteps, number: u64, rate: f64) -> Result<()> {
+        let groups = rate_groups(toy.tensors(), LoraPlus::default());
+        let optimizer = AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 };
+        accumulate(toy, &[batch()], 0, &|| false)?;
+        checks.before_update(toy)?;
+        update(toy, &optimizer, &groups, (number, rate), 1.0);
+        checks.after_update(toy, rate)
+    }
+
+    #[test]
+    fn a_sound_model_passes_with_and_without_warmup() -> Result<()> {
+        for rates in [[1e-3, 1e-3, 1e-3, 1e-3], [0.0, 1e-3, 0.0, 1e-3]] {
+            let (mut toy, mut checks) = (Toy::new(), FirstSteps::default());
+            let loss = base_loss(&mut toy, &probe(&batch()), true)?;
+            assert!(loss > 0.0);
+            for (number, rate) in rates.into_iter().enumerate() {
+                step(&mut toy, &mut checks, number as u64 + 1, rate)?;
+            }
+            assert_eq!(checks.stage, Stage::Done, "{rates:?}");
+        }
+        Ok(())
+    }
+
+    #[test]
+    fn a_fresh_adapter_that_is_not_a_no_op_is_refused() {
+        let mut toy = Toy::new();
+        toy.base_error = 1e-6;
+        let error = base_loss(&mut toy, &probe(&batch()), true).unwrap_err();
+        assert!(error.to_string().starts_with("a fresh adapter changes the loss"), "{error}");
+        assert!(base_loss(&mut toy, &probe(&batch()), false).is_ok(), "a trained one may differ");
+    }
+
+    #[test]
+    fn a_missing_gradient_of_b_is_found_in_step_one() {
+        let (mut toy, mut checks) = (Toy::new(), FirstSteps::default());
+        toy.dead_b = true;
+        let error = step(&mut toy, &mut checks, 1, 1e-3).unwrap_err();
+        assert_eq!(error.message().what, "1 of 1 matrices have no gradient: toy.lora_B.weight");
+    }
+
+    #[test]
+    fn a_matrix_that_stands_still_is_found() {
+        let (mut toy, mut checks) = (Toy::new(), FirstSteps::default());
+        accumulate(&mut toy, &[batch()], 0, &|| false).unwrap();
+        checks.before_update(&mut toy).unwrap();
+        let error = checks.after_update(&mut toy, 1e-3).unwrap_err();
+        assert_eq!(error.message().what, "1 of 1 matrices stood still: toy.lora_B.weight");
+    }
+
+    #[test]
+    fn the_sums_see_every_change() {
+        let tensors = Toy::new().tensors().to_vec();
+        let values: Vec<f32> = (0..24).map(|i| i as f32).collect();
+        let original = sums(&tensors, &values);
+        for index in 0..values.len() {
+            let mut other = values.clone();
+            other[index] = -1e-30;
+            assert_ne!(sums(&tensors, &other), original);
+            other = values.clone();
+            other.swap(index, index / 12 * 12 + (index + 1) % 12);
+            assert_ne!(sums(&tensors, &other), original);
+        }
+    }
+}

@@ -1,0 +1,169 @@
+//! Which documents go into which forward pass, for every epoch.
+//!
+//! A *row* is one document, or several packed ones. The order of the rows in an epoch depends on
+//! the seed and the epoch's number only, so any batch can be made at any time: resuming is asking
+//! for the next one.
+
+use sha2::{Digest, Sha256};
+
+use crate::data::{Batch, Document};
+use crate::error::{Error, Result};
+use crate::random::Stream;
+
+/// The training data as rows, and their order.
+pub struct Feed {
+    documents: Vec<Document>,
+    rows: Vec<Vec<usize>>,
+    rows_per_batch: usize,
+    seed: Option<u64>,
+    order: Order,
+}
+
+/// The order of the rows in one epoch, kept until another one is asked for.
+struct Order {
+    epoch: u64,
+    rows: Vec<usize>,
+}
+
+impl Feed {
+    /// `rows` hold indices of `documents`; `seed` shuffles the rows anew in every epoch.
+    ///
+    /// # Errors
+    /// `Input` when there is nothing to learn from.
+    pub fn new(
+        documents: Vec<Document>,
+        rows: Vec<Vec<usize>>,
+        rows_per_batch: usize,
+        seed: Option<u64>,
+    ) -> Result<Self> {
+        if rows.is_empty() || documents.iter().all(|document| document.num_targets() == 0) {
+            return Err(Error::input("the training data has no token to learn from")
+                .hint("`nibble data` shows what became of every record"));
+        }
+        let order = order(seed, 0, rows.len());
+        Ok(Feed { documents, rows, rows_per_batch, seed, order: Order { epoch: 0, rows: order } })
+    }
+
+    /// Forward passes in an epoch; the last one may be short.
+    pub fn num_batches(&self) -> usize {
+        self.rows.len().div_ceil(self.rows_per_batch)
+    }
+
+    /// Forward pass `index` of `epoch`.
+    pub fn batch(&mut self, epoch: u64, index: usize) -> Batch {
+        if self.order.epoch != epoch {
+            self.order = Order { epoch, rows: order(self.seed, epoch, self.rows.len()) };
+        }
+        let first = index * self.rows_per_batch;
+        let rows = &self.order.rows[first..self.rows.len().min(first + self.rows_per_batch)];
+        let documents = rows.iter().flat_map(|&row| &self.rows[row]);
+        Batch::from_documents(documents.map(|&document| &self.documents[document]))
+    }
+
+    /// Tokens of the largest batch that any epoch can have.
+    pub fn largest_batch_tokens(&self) -> usize {
+        let length = |row: &Vec<usize>| -> usize {
+            row.iter().map(|&document| self.documents[document].input_ids.len()).sum()
+        };
+        let mut lengths: Vec<usize> = self.rows.iter().map(length).collect();
+        if self.seed.is_some() {
+            lengths.sort_unstable_by(|a, b| b.cmp(a));
+        }
+        let batches = lengths.chunks(self.rows_per_batch).map(|batch| batch.iter().sum());
+        batches.max().unwrap_or(0)
+    }
+
+    /// Tokens of the longest document.
+    pub fn longest_document_tokens(&self) -> usize {
+        self.documents.iter().map(|document| document.input_ids.len()).max().unwrap_or(0)
+    }
+
+    /// The documents.
+    pub fn documents(&self) -> &[Document] {
+        &self.documents
+    }
+
+    /// SHA-256 of ids, labels and rows, in hex: whether this is the data that a run began with.
+    pub fn fingerprint(&self) -> String {
+        let mut hash = Sha256::new();
+        for row in &self.rows {
+            hash.update((row.len() as u64).to_le_bytes());
+            for &index in row {
+                let document = &self.documents[index];
+                hash.update((document.input_ids.len() as u64).to_le_bytes());
+                hash.update(bytemuck::cast_slice::<u32, u8>(&document.input_ids));
+                hash.update(bytemuck::cast_slice::<i32, u8>(&document.labels));
+            }
+        }
+        super::digest::hex(&hash.finalize())
+    }
+}
+
+fn order(seed: Option<u64>, epoch: u64, rows: usize) -> Vec<usize> {
+    match seed {
+        Some(seed) => Stream::new(seed, "data.order").at(epoch).permutation(rows),
+        None => (0..rows).collect(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn document(line: usize, length: usize) -> Document {
+        let ids = (0..length as u32).map(|i| i + 100 * line as u32).collect::<Vec<_>>();
+        Document { labels: ids.iter().map(|&id| id as i32).collect(), input_ids: ids, line }
+    }
+
+    fn feed(seed: Option<u64>) -> Feed {
+        let documents: Vec<_> = (0..7).map(|line| document(line, 2 + line)).collect();
+        let rows = vec![vec![0, 1], vec![2], vec![3], vec![4], vec![5, 6]];
+        Feed::new(documents, rows, 2, seed).unwrap()
+    }
+
+    #[test]
+    fn in_file_order_without_shuffling() {
+        let mut feed = feed(None);
+        assert_eq!(feed.num_batches(), 3);
+        let lines: Vec<_> = (0..3).map(|index| feed.batch(4, index).lines).collect();
+        assert_eq!(lines, [vec![0, 1, 2], vec![3, 4], vec![5, 6]]);
+        assert_eq!(feed.batch(0, 0).cu_seqlens, [0, 2, 5, 9]);
+        assert_eq!(feed.largest_batch_tokens(), 15, "the short last batch: documents 5 and 6");
+        assert_eq!(feed.longest_document_tokens(), 8);
+    }
+
+    #[test]
+    fn every_epoch_has_each_row_once_in_an_order_of_its_own() {
+        let mut feed = feed(Some(1));
+        let mut epoch = |epoch| -> Vec<usize> {
+            (0..3).flat_map(|index| feed.batch(epoch, index).lines).collect()
+        };
+        let (first, second, again) = (epoch(0), epoch(1), epoch(0));
+        assert_ne!(first, second);
+        assert_eq!(first, again);
+        for mut lines in [first, second] {
+            lines.sort_unstable();
+            assert_eq!(lines, [0, 1, 2, 3, 4, 5, 6]);
+        }
+        assert_eq!(feed.largest_batch_tokens(), 15 + 6, "the two longest rows can meet");
+    }
+
+    #[test]
+    fn the_fingerprint_sees_ids_labels_and_packing() {
+        let mut other = feed(None);
+        let original = other.fingerprint();
+        assert_eq!(original, feed(Some(3)).fingerprint());
+        other.documents[3].labels[1] = -100;
+        assert_ne!(original, other.fingerprint());
+        let mut other = feed(None);
+        other.rows = vec![vec![0], vec![1, 2], vec![3], vec![4], vec![5, 6]];
+        assert_ne!(original, other.fingerprint());
+    }
+
+    #[test]
+    fn nothing_to_learn_is_an_error() {
+        assert!(Feed::new(vec![], vec![], 1, None).is_err());
+        let masked = Document { input_ids: vec![1, 2], labels: vec![-100, -100], line: 1 };
+        assert!(Feed::new(vec![masked], vec![vec![0]], 1, None).is_err());
+    }
+}

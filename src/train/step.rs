@@ -1,0 +1,231 @@
+//! One optimizer step: gradients of a window of batches, clipping, update.
+
+use super::adamw::{AdamW, RateGroup};
+use super::clip;
+use super::trainee::Trainee;
+use crate::adapter::LoraPlus;
+use crate::data::Batch;
+use crate::error::{Error, Result};
+use crate::model::parameters::{Matrix, ParameterTensor};
+
+/// Gradients of one window, summed up.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Gradient {
+    /// Mean loss per trained token of the window.
+    pub loss: f64,
+    /// Global L2 norm, before clipping.
+    pub norm: f64,
+    /// Tokens that went through the model.
+    pub tokens: u64,
+    /// Tokens that carried loss.
+    pub targets: u64,
+}
+
+/// Learning rate of each tensor over that of the schedule, LoRA+: A 1, B `lr_ratio`.
+pub fn rate_groups(tensors: &[ParameterTensor], loraplus: LoraPlus) -> Vec<RateGroup> {
+    let multiplier = |tensor: &ParameterTensor| match tensor.matrix {
+        Matrix::A => 1.0,
+        Matrix::B => loraplus.lr_ratio,
+    };
+    let groups = tensors
+        .iter()
+        .map(|tensor| RateGroup { range: tensor.range.clone(), multiplier: multiplier(tensor) });
+    groups.collect()
+}
+
+/// Fills the gradients with those of `Σ loss / targets` over the window: the same as one large
+/// batch, however the tokens are spread over its parts. `None` when `stop` says so in between.
+///
+/// # Errors
+/// `Numeric` when loss or gradient are not finite, naming batch and tensor.
+pub fn accumulate<M: Trainee>(
+    model: &mut M,
+    window: &[Batch],
+    first_micro_batch: u64,
+    stop: &dyn Fn() -> bool,
+) -> Result<Option<Gradient>> {
+    let targets: usize = window.iter().map(|batch| batch.num_targets).sum();
+    if targets == 0 {
+        return Err(Error::input(format_args!("no trained token in {}", place(window, None))));
+    }
+    let scale = 1.0 / targets as f32;
+    model.buffers().gradients.fill(0.0);
+    let mut loss = 0.0;
+    for (index, batch) in window.iter().enumerate() {
+        if stop() {
+            return Ok(None);
+        }
+        let batch_loss = model.forward_backward(batch, scale, first_micro_batch + index as u64)?;
+        if !batch_loss.is_finite() {
+            return Err(not_finite(model, "loss", &place(window, Some(index))));
+        }
+        loss += batch_loss;
+    }
+    let norm = clip::global_norm(model.buffers().gradients);
+    if !norm.is_finite() {
+        return Err(find_bad_gradient(model, window, first_micro_batch));
+    }
+    let tokens = window.iter().map(|batch| batch.tokens() as u64).sum();
+    let loss = loss / targets as f64;
+    Ok(Some(Gradient { loss, norm, tokens, targets: targets as u64 }))
+}
+
+/// Updates the weights with the gradients at hand; `step` counts from 1.
+pub fn update<M: Trainee>(
+    model: &mut M,
+    optimizer: &AdamW,
+    groups: &[RateGroup],
+    (step, learning_rate): (u64, f64),
+    gradient_scale: f32,
+) {
+    optimizer.update(step, learning_rate, gradient_scale, groups, model.buffers());
+}
+
+/// Repeats the window batch by batch until the gradient is bad.
+fn find_bad_gradient<M: Trainee>(model: &mut M, window: &[Batch], first: u64) -> Error {
+    for (index, batch) in window.iter().enumerate() {
+        model.buffers().gradients.fill(0.0);
+        let scale = 1.0 / batch.num_targets.max(1) as f32;
+        match model.forward_backward(batch, scale, first + index as u64) {
+            Err(error) => return error,
+            Ok(_) if clip::global_norm(model.buffers().gradients).is_finite() => {}
+            Ok(_) => return not_finite(model, "gradient", &place(window, Some(index))),
+        }
+    }
+    not_finite(model, "gradient", &place(window, None))
+}
+
+fn not_finite<M: Trainee>(model: &mut M, what: &str, place: &str) -> Error {
+    let tensors = model.tensors().to_vec();
+    let activation = model.first_bad_activation();
+    let buffers = model.buffers();
+    let first = |values: &[f32]| {
+        let bad = |tensor: &&ParameterTensor| values[tensor.range.clone()].iter().any(is_bad);
+        tensors.iter().find(bad).map(|tensor| tensor.name.as_str())
+    };
+    let culprit = match (first(buffers.master), activation, first(buffers.gradients)) {
+        (Some(name), ..) => format!("; weight {name} is not finite"),
+        (None, Some(activation), _) => format!("; the first bad values are in {activation}"),
+        (None, None, Some(name)) => format!("; the first bad gradient is that of {name}"),
+        (None, None, None) => String::new(),
+    };
+    Error::numeric(format_args!("{what} is not finite in {place}{culprit}"))
+        .hint("try a lower `--learning-rate`, or look at these records with `nibble data --show`")
+}
+
+fn is_bad(value: &f32) -> bool {
+    !value.is_finite()
+}
+
+/// `batch 2 of 4 (lines 7, 9)`.
+fn place(window: &[Batch], index: Option<usize>) -> String {
+    const SHOWN: usize = 8;
+    let batches = index.map_or(window, |index| &window[index..=index]);
+    let lines: Vec<String> =
+        batches.iter().flat_map(|batch| &batch.lines).map(usize::to_string).collect();
+    let more = if lines.len() > SHOWN { ", …" } else { "" };
+    let shown = lines[..lines.len().min(SHOWN)].join(", ");
+    let batch = index.map_or(String::from("the batches"), |index| format!("batch {}", index + 1));
+    format!("{batch} of {} (lines {shown}{more})", window.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::toy::{Toy, documents};
+    use super::*;
+
+    fn never() -> bool {
+        false
+    }
+
+    fn gradient(model: &mut Toy, window: &[Batch]) -> Gradient {
+        accumulate(model, window, 0, &never).unwrap().unwrap()
+    }
+
+    /// A toy whose B is not zero, so that A has a gradient.
+    fn moved() -> Toy {
+        let mut toy = Toy::new();
+        let groups = rate_groups(toy.tensors(), LoraPlus::default());
+        let batch = Batch::from_documents(&documents(&[5]));
+        gradient(&mut toy, &[batch]);
+        let optimizer = AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 };
+        update(&mut toy, &optimizer, &groups, (1, 0.1), 1.0);
+        toy
+    }
+
+    #[test]
+    fn the_gradient_is_the_slope_of_the_loss() {
+        let mut toy = moved();
+        let batch = Batch::from_documents(&documents(&[7, 4]));
+        gradient(&mut toy, std::slice::from_ref(&batch));
+        let gradients = toy.gradients.clone();
+        for (index, gradient) in gradients.iter().enumerate() {
+            let loss = |delta: f32| {
+                // whole multiples of bf16's spacing at these sizes, so that rounding keeps them
+                let mut other = moved();
+                let value = half::bf16::from_f32(other.master[index]).to_f32();
+                other.buffers().working.unwrap()[index] = half::bf16::from_f32(value + delta);
+                let got = other.buffers().working.unwrap()[index].to_f32() - value;
+                (other.evaluate(&batch).unwrap() / batch.num_targets as f64, f64::from(got))
+            };
+            let ((up, plus), (down, minus)) = (loss(1.0 / 64.0), loss(-1.0 / 64.0));
+            let slope = (up - down) / (plus - minus);
+            let error = (slope - f64::from(*gradient)).abs();
+            assert!(error < 2e-2 * (slope.abs() + 0.05), "{index}: {slope} {gradient}");
+        }
+        assert!(gradients.iter().all(|g| *g != 0.0));
+    }
+
+    #[test]
+    fn a_window_in_parts_equals_one_large_batch() {
+        let documents = documents(&[9, 3, 6, 2, 11, 5, 4, 8]);
+        let (mut whole, mut parts) = (moved(), moved());
+        let one = gradient(&mut whole, &[Batch::from_documents(&documents)]);
+        let each: Vec<Batch> =
+            documents.iter().map(|document| Batch::from_documents([document])).collect();
+        let eight = gradient(&mut parts, &each);
+        assert!((one.loss / eight.loss - 1.0).abs() < 1e-12);
+        assert!((one.norm / eight.norm - 1.0).abs() < 1e-6);
+        assert_eq!((one.tokens, one.targets), (eight.tokens, eight.targets));
+        for (a, b) in whole.gradients.iter().zip(&parts.gradients) {
+            assert!((a - b).abs() < 1e-6, "{a} {b}");
+        }
+    }
+
+    #[test]
+    fn a_bad_gradient_names_its_batch_lines_and_tensor() {
+        let documents = documents(&[5, 6, 7]);
+        let window: Vec<Batch> = documents.iter().map(|d| Batch::from_documents([d])).collect();
+        let mut toy = moved();
+        let only_in_second = documents[1].input_ids[0];
+        toy.poison = Some(only_in_second);
+        assert!(!documents[0].input_ids.contains(&only_in_second));
+        let error = accumulate(&mut toy, &window, 0, &never).unwrap_err();
+        assert!(matches!(error, Error::Numeric(_)));
+        assert_eq!(
+            error.message().what,
+            "gradient is not finite in batch 2 of 3 (lines 2); the first bad gradient is that of \
+             toy.lora_B.weight"
+        );
+    }
+
+    #[test]
+    fn a_bad_weight_is_named_before_its_consequences() {
+        let window = [Batch::from_documents(&documents(&[5]))];
+        let mut toy = moved();
+        toy.master[3] = f32::NAN;
+        toy.buffers().working.unwrap()[3] = half::bf16::NAN;
+        let error = accumulate(&mut toy, &window, 0, &never).unwrap_err();
+        let expected =
+            "loss is not finite in batch 1 of 1 (lines 1); weight toy.lora_A.weight is not finite";
+        assert_eq!(error.message().what, expected);
+    }
+
+    #[test]
+    fn loraplus_scales_b_alone() {
+        let toy = Toy::new();
+        let groups = rate_groups(toy.tensors(), LoraPlus { lr_ratio: 16.0, lr_embedding: 1e-6 });
+        assert_eq!(groups.iter().map(|g| g.multiplier).collect::<Vec<_>>(), [1.0, 16.0]);
+        assert_eq!(groups[1].range, toy.tensors()[1].range);
+    }
+}

@@ -1,0 +1,174 @@
+//! A model small enough to check by hand, for the loop's tests: one linear with a LoRA pair.
+//!
+//! The loss of a target `y` after token `x` is `½ |e(y) − (W + B A) e(x)|²`, with `e` a fixed
+//! random vector for each id. A is `[R, D]`, B `[D, R]`; both have exact gradients.
+
+use std::path::Path;
+
+use half::bf16;
+
+use super::buffers::Buffers;
+use super::trainee::Trainee;
+use crate::data::{Batch, Document};
+use crate::error::{Error, Result};
+use crate::model::parameters::{Matrix, ParameterTensor};
+use crate::random::Stream;
+
+const D: usize = 6;
+const R: usize = 2;
+
+pub struct Toy {
+    tensors: Vec<ParameterTensor>,
+    embeddings: Vec<f32>,
+    w: Vec<f32>,
+    pub master: Vec<f32>,
+    pub gradients: Vec<f32>,
+    first_moment: Vec<f32>,
+    second_moment: Vec<f32>,
+    working: Vec<bf16>,
+    /// Token id whose gradient is not finite.
+    pub poison: Option<u32>,
+    /// Whether B never gets a gradient, as after a missing backward pass.
+    pub dead_b: bool,
+    /// Share of the adapter in `evaluate_base`: 0 unless a test breaks it.
+    pub base_error: f32,
+}
+
+impl Toy {
+    pub fn new() -> Self {
+        let random = |name: &str, len| {
+            let mut out = vec![0.0; len];
+            Stream::new(7, name).fill_normal(0, 0.5, &mut out);
+            out
+        };
+        let tensor = |name: &str, shape: [usize; 2], start: usize, matrix| ParameterTensor {
+            name: name.to_string(),
+            shape,
+            range: start..start + shape[0] * shape[1],
+            matrix,
+        };
+        let elements = 2 * R * D;
+        let mut master = random("a", R * D);
+        master.extend(vec![0.0; R * D]);
+        let mut toy = Toy {
+            tensors: vec![
+                tensor("toy.lora_A.weight", [R, D], 0, Matrix::A),
+                tensor("toy.lora_B.weight", [D, R], R * D, Matrix::B),
+            ],
+            embeddings: random("embeddings", 64 * D),
+            w: random("w", D * D),
+            gradients: vec![0.0; elements],
+            first_moment: vec![0.0; elements],
+            second_moment: vec![0.0; elements],
+            working: vec![bf16::ZERO; elements],
+            master,
+            poison: None,
+            dead_b: false,
+            base_error: 0.0,
+        };
+        toy.refresh();
+        toy
+    }
+
+    fn refresh(&mut self) {
+        self.working.iter_mut().zip(&self.master).for_each(|(w, &m)| *w = bf16::from_f32(m));
+    }
+
+    /// Weights that the forward pass reads: rounded, as the real model's.
+    fn a_and_b(&self) -> (Vec<f32>, Vec<f32>) {
+        let wide: Vec<f32> = self.working.iter().map(|w| w.to_f32()).collect();
+        (wide[..R * D].to_vec(), wide[R * D..].to_vec())
+    }
+
+    fn embedding(&self, id: u32) -> &[f32] {
+        &self.embeddings[id as usize * D..][..D]
+    }
+
+    /// Loss of one target, and its gradient if `scale` is given.
+    fn pair(&mut self, x: u32, y: u32, adapter: f32, scale: Option<f32>) -> f64 {
+        let (a, b) = self.a_and_b();
+        let (ex, ey) = (self.embedding(x).to_vec(), self.embedding(y).to_vec());
+        let dot = |row: &[f32], v: &[f32]| row.iter().zip(v).map(|(p, q)| p * q).sum::<f32>();
+        let ax: Vec<f32> = a.chunks(D).map(|row| dot(row, &ex)).collect();
+        let error: Vec<f32> = (0..D)
+            .map(|i| dot(&self.w[i * D..][..D], &ex) + adapter * dot(&b[i * R..][..R], &ax) - ey[i])
+            .collect();
+        if let Some(scale) = scale {
+            for r in 0..R {
+                let back: f32 = (0..D).map(|i| error[i] * b[i * R + r]).sum();
+                (0..D).for_each(|j| self.gradients[r * D + j] += scale * back * ex[j]);
+                if !self.dead_b {
+                    (0..D).for_each(|i| {
+                        self.gradients[R * D + i * R + r] += scale * error[i] * ax[r]
+                    });
+                }
+            }
+            if self.poison == Some(x) {
+                self.gradients[R * D] = f32::INFINITY;
+            }
+        }
+        error.iter().map(|e| f64::from(e * e) / 2.0).sum()
+    }
+
+    fn pairs(batch: &Batch) -> Vec<(u32, u32)> {
+        let documents = batch.cu_seqlens.windows(2);
+        let tokens = documents.flat_map(|ends| ends[0] as usize..ends[1] as usize - 1);
+        let pair = |i: usize| Some((batch.input_ids[i], u32::try_from(batch.labels[i + 1]).ok()?));
+        tokens.filter_map(pair).collect()
+    }
+
+    fn sum(&mut self, batch: &Batch, adapter: f32, scale: Option<f32>) -> f64 {
+        Toy::pairs(batch).into_iter().map(|(x, y)| self.pair(x, y, adapter, scale)).sum()
+    }
+}
+
+impl Trainee for Toy {
+    fn forward_backward(&mut self, batch: &Batch, scale: f32, _micro_batch: u64) -> Result<f64> {
+        Ok(self.sum(batch, 1.0, Some(scale)))
+    }
+
+    fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
+        Ok(self.sum(batch, 1.0, None))
+    }
+
+    fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
+        Ok(self.sum(batch, 0.0, None) + f64::from(self.base_error))
+    }
+
+    fn tensors(&self) -> &[ParameterTensor] {
+        &self.tensors
+    }
+
+    fn buffers(&mut self) -> Buffers<'_> {
+        Buffers {
+            master: &mut self.master,
+            gradients: &mut self.gradients,
+            first_moment: &mut self.first_moment,
+            second_moment: &mut self.second_moment,
+            working: Some(&mut self.working),
+        }
+    }
+
+    fn write_adapter(&self, folder: &Path) -> Result<()> {
+        let path = folder.join("adapter_model.safetensors");
+        let bytes: &[u8] = bytemuck::cast_slice(&self.master);
+        std::fs::write(&path, bytes).map_err(|e| Error::io("write", &path, e))
+    }
+
+    fn sample(&mut self, prompt: &str) -> Result<String> {
+        Ok(format!("{prompt}: {:?}", self.master[R * D]))
+    }
+}
+
+/// Documents of `lengths` tokens with ids below 60; document `n` stands on line `n + 1`.
+pub fn documents(lengths: &[usize]) -> Vec<Document> {
+    let stream = Stream::new(3, "documents");
+    let document = |(line, &length): (usize, &usize)| {
+        let id = |i| stream.at(line as u64).below(i as u64, 60) as u32;
+        let input_ids: Vec<u32> = (0..length).map(id).collect();
+        let labels = input_ids.iter().enumerate();
+        let labels = labels.map(|(i, &id)| if i % 3 == 2 { -100 } else { id as i32 }).collect();
+        Document { input_ids, labels, line: line + 1 }
+    };
+    lengths.iter().enumerate().map(document).collect()
+}
