@@ -5,9 +5,8 @@
   golden_adapters.py make MODELS OUT     make the cases below (torch, transformers, peft 0.21.2)
 
 A case is a PEFT folder and `merged.safetensors`: some tensors after `merge_and_unload`, the names of
-all that changed in the metadata. `base/MODEL.safetensors` holds the same tensors before. GOLDEN and
-MODELS are the folders of reference data that `docs/testing.md` describes: MODELS/NAME is a small
-Hugging Face model of family and seed NAME.
+all that changed in the metadata. GOLDEN is the reference data of which `tests/data` holds a part, and
+MODELS its folder of small Hugging Face models, `tests/data/models` here.
 """
 import json
 import os
@@ -48,10 +47,6 @@ def save(folder, model, base, merged):
 
 
 def thin(golden, out):
-    for model in KEPT:
-        os.makedirs(f"{out}/base", exist_ok=True)
-        base = load_file(f"{golden}/models/{model}/model.safetensors")
-        save_file({name: base[name] for name in KEPT[model] if name in base}, f"{out}/base/{model}.safetensors")
     for case in sorted(os.listdir(f"{golden}/adapters")):
         model, folder = case.split(".")[0], f"{out}/{case}"
         copy(f"{golden}/adapters/{case}", folder)

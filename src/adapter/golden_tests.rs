@@ -8,25 +8,22 @@ use serde_json::Value;
 
 use super::fixtures;
 use super::peft::{PeftAdapter, PeftSettings};
+use crate::checkpoint::read_json;
 use crate::error::{Error, Result};
-use crate::model::spec::{Family, ModelSpec};
+use crate::model::families::spec_from_config;
+use crate::model::spec::ModelSpec;
 
 fn data(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path)
 }
 
-/// The spec of the reference model that a case's name starts with.
+/// The reference model that a case's name starts with.
+fn model_of(case: &str) -> PathBuf {
+    data("models").join(case.split('.').next().unwrap_or(case))
+}
+
 fn spec_of(case: &str) -> ModelSpec {
-    match case.split('.').next() {
-        Some("gpt2_s0") => fixtures::gpt2(),
-        Some("qwen2_s0") => ModelSpec {
-            family: Family::Qwen2,
-            qkv_bias: true,
-            tie_word_embeddings: true,
-            ..fixtures::llama(2)
-        },
-        _ => fixtures::llama(2),
-    }
+    spec_from_config(&read_json(&model_of(case).join("config.json")).unwrap()).unwrap()
 }
 
 /// Shape and values by name.
@@ -86,8 +83,7 @@ fn check_merged(case: &str) -> Result<()> {
     let spec = spec_of(case);
     let adapter = PeftAdapter::open(&data("adapters").join(case), &spec)?;
     let merge = adapter.merge(&spec)?;
-    let model = case.split('.').next().unwrap();
-    let (base, _) = load(&data(&format!("adapters/base/{model}.safetensors")));
+    let (base, _) = load(&model_of(case).join("model.safetensors"));
     let (merged, changed) = load(&data(&format!("adapters/{case}/merged.safetensors")));
     assert!(!merged.is_empty(), "{case}");
     for tensor in spec.inventory() {
