@@ -10,7 +10,14 @@ step() {
     "$@"
 }
 
+msrv=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' Cargo.toml)
+
 step cargo fmt --all --check
 step cargo clippy --release --workspace --all-targets --locked -- -D warnings
 RUSTDOCFLAGS="-D warnings" step cargo doc --release --workspace --no-deps --locked
+if cargo "+$msrv" --version >/dev/null 2>&1; then
+    step cargo "+$msrv" check --release --workspace --locked
+else
+    printf '\nskipped: Rust %s is not installed; clippy checked the declared minimum\n' "$msrv"
+fi
 step scripts/test.sh
