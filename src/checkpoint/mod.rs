@@ -2,10 +2,12 @@
 //!
 //! [`Checkpoint`] shows them all alike: a `config.json` value and tensors by Hugging Face name.
 
+pub mod atomic;
 pub mod bnb;
 pub mod folder;
 mod gguf;
 mod mapped;
+pub mod writer;
 
 use std::path::{Path, PathBuf};
 

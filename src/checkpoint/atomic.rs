@@ -1,0 +1,158 @@
+//! Files and folders that appear whole or not at all.
+//!
+//! A folder is filled under a temporary sibling name, every file is flushed to disk, and one rename
+//! makes it visible. What an interrupted run left under the temporary name is removed by the next.
+
+use std::fs::{self, File};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use crate::error::{Error, Result};
+
+/// A folder under construction; dropped without [`commit`](AtomicDir::commit), it is removed.
+#[derive(Debug)]
+pub struct AtomicDir {
+    destination: PathBuf,
+    temporary: PathBuf,
+    committed: bool,
+}
+
+impl AtomicDir {
+    /// Starts filling `destination`, which must not exist or be an empty folder, unless
+    /// `overwrite` allows to replace it at commit.
+    ///
+    /// # Errors
+    /// `Usage` when the destination is not empty, `Io` when the temporary folder cannot be made.
+    pub fn create(destination: &Path, overwrite: bool) -> Result<Self> {
+        check_destination(destination, overwrite)?;
+        let name = destination.file_name().and_then(|name| name.to_str());
+        let Some(name) = name else {
+            let what = format_args!("{} is no folder name", destination.display());
+            return Err(Error::usage(what));
+        };
+        let temporary = parent(destination).join(format!(".{name}.partial"));
+        if temporary.exists() {
+            fs::remove_dir_all(&temporary).map_err(|e| Error::io("remove", &temporary, e))?;
+        }
+        fs::create_dir_all(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
+        Ok(AtomicDir { destination: destination.to_path_buf(), temporary, committed: false })
+    }
+
+    /// Where to write files until the commit.
+    pub fn path(&self) -> &Path {
+        &self.temporary
+    }
+
+    /// Flushes all files and renames the folder into place.
+    ///
+    /// # Errors
+    /// `Io`; the destination is then as it was.
+    pub fn commit(mut self) -> Result<()> {
+        let entries = fs::read_dir(&self.temporary);
+        for entry in entries.map_err(|e| Error::io("list", &self.temporary, e))? {
+            let path = entry.map_err(|e| Error::io("list", &self.temporary, e))?.path();
+            sync(&path)?;
+        }
+        sync(&self.temporary)?;
+        let old = parent(&self.destination).join(format!(
+            ".{}.replaced",
+            self.destination.file_name().and_then(|n| n.to_str()).unwrap_or_default()
+        ));
+        let replaces = self.destination.exists();
+        if replaces {
+            let _ = fs::remove_dir_all(&old);
+            rename(&self.destination, &old)?;
+        }
+        rename(&self.temporary, &self.destination)?;
+        self.committed = true;
+        sync(&parent(&self.destination))?;
+        if replaces {
+            fs::remove_dir_all(&old).map_err(|e| Error::io("remove", &old, e))?;
+        }
+        Ok(())
+    }
+}
+
+impl Drop for AtomicDir {
+    fn drop(&mut self) {
+        if !self.committed {
+            // Nothing to report to: the error that led here is on its way.
+            let _ = fs::remove_dir_all(&self.temporary);
+        }
+    }
+}
+
+/// Refuses a destination with files in it: they could be somebody's work.
+///
+/// # Errors
+/// `Usage` when it is not empty and may not be overwritten.
+pub fn check_destination(destination: &Path, overwrite: bool) -> Result<()> {
+    let occupied = match fs::read_dir(destination) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(_) => destination.exists(),
+    };
+    if occupied && !overwrite {
+        return Err(Error::usage(format_args!("{} is not empty", destination.display()))
+            .hint("choose another `--out`, or replace it with `--overwrite`"));
+    }
+    Ok(())
+}
+
+/// Writes a file under a temporary name, flushes it and renames it into place.
+///
+/// # Errors
+/// `Io`; an existing file is then as it was.
+pub fn write_file(path: &Path, contents: &[u8]) -> Result<()> {
+    let name = path.file_name().and_then(|name| name.to_str()).unwrap_or("file");
+    let temporary = parent(path).join(format!(".{name}.partial"));
+    let write = || {
+        let mut file = File::create(&temporary)?;
+        file.write_all(contents)?;
+        file.sync_all()
+    };
+    write().map_err(|e| Error::io("write", &temporary, e))?;
+    rename(&temporary, path)?;
+    sync(&parent(path))
+}
+
+fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to).map_err(|e| Error::io("rename to", to, e))
+}
+
+fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+        _ => PathBuf::from("."),
+    }
+}
+
+fn sync(path: &Path) -> Result<()> {
+    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+    file.sync_all().map_err(|e| Error::io("flush", path, e))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_folder_appears_whole_or_not_at_all() {
+        let root = tempfile::tempdir().unwrap();
+        let out = root.path().join("out");
+        let unfinished = AtomicDir::create(&out, false).unwrap();
+        fs::write(unfinished.path().join("a"), "half").unwrap();
+        drop(unfinished);
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 0);
+        let dir = AtomicDir::create(&out, false).unwrap();
+        fs::write(dir.path().join("a"), "whole").unwrap();
+        dir.commit().unwrap();
+        assert_eq!(fs::read_to_string(out.join("a")).unwrap(), "whole");
+        let refused = AtomicDir::create(&out, false).unwrap_err().to_string();
+        assert!(refused.contains("not empty") && refused.contains("--overwrite"), "{refused}");
+        let replacing = AtomicDir::create(&out, true).unwrap();
+        fs::write(replacing.path().join("b"), "new").unwrap();
+        replacing.commit().unwrap();
+        assert!(!out.join("a").exists() && out.join("b").exists());
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+    }
+}
