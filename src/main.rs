@@ -1,7 +1,5 @@
 //! Parse, run, print the error, exit.
 
-#![allow(unreachable_code, unused_variables)] // until the first command lands
-
 use std::process::ExitCode;
 
 use clap::Parser;

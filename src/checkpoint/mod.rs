@@ -7,8 +7,11 @@ pub mod bnb;
 pub mod folder;
 mod gguf;
 mod mapped;
+pub mod repack;
 pub mod writer;
 
+use std::borrow::Cow;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
@@ -18,6 +21,7 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 use folder::Folder;
 use gguf::Gguf;
+pub(crate) use mapped::map_file;
 
 /// What kind of files a checkpoint consists of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -61,6 +65,47 @@ pub struct DenseTensor {
     pub shape: Vec<usize>,
     /// Elements.
     pub data: Bytes,
+}
+
+impl DenseTensor {
+    /// The elements, copied only if they are not aligned. `T` must be the element type.
+    pub fn elements<T: bytemuck::Pod>(&self) -> Cow<'_, [T]> {
+        match bytemuck::try_cast_slice(&self.data) {
+            Ok(elements) => Cow::Borrowed(elements),
+            Err(_) => Cow::Owned(bytemuck::allocation::pod_collect_to_vec(&self.data)),
+        }
+    }
+
+    /// All elements in f32.
+    pub fn to_f32(&self) -> Vec<f32> {
+        self.to_f32_range(0..self.data.len() / self.dtype.size())
+    }
+
+    /// Some of the flattened elements in f32.
+    pub fn to_f32_range(&self, range: Range<usize>) -> Vec<f32> {
+        let data = &self.data[range.start * self.dtype.size()..range.end * self.dtype.size()];
+        let halves = || data.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+        match self.dtype {
+            FloatType::F32 => {
+                data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+            }
+            FloatType::F16 => halves().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
+            FloatType::Bf16 => halves().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
+        }
+    }
+
+    /// The transpose of a matrix.
+    pub fn transposed(&self) -> Self {
+        let (rows, columns, size) = (self.shape[0], self.shape[1], self.dtype.size());
+        let mut data = Vec::with_capacity(self.data.len());
+        for column in 0..columns {
+            for row in 0..rows {
+                let start = (row * columns + column) * size;
+                data.extend_from_slice(&self.data[start..start + size]);
+            }
+        }
+        DenseTensor { dtype: self.dtype, shape: vec![columns, rows], data: data.into() }
+    }
 }
 
 /// A tensor's contents.

@@ -4,6 +4,7 @@ pub mod complete;
 pub mod layers;
 pub mod lora;
 pub mod numbers;
+pub mod quantize;
 pub mod size;
 pub mod train;
 
@@ -20,4 +21,7 @@ pub struct Cli {
 
 /// The commands.
 #[derive(Debug, Subcommand)]
-pub enum Command {}
+pub enum Command {
+    /// Pack a base model's linears in 4-bit blocks that transformers and bitsandbytes load
+    Quantize(quantize::QuantizeArgs),
+}

@@ -1,9 +1,25 @@
 //! One module per command: `run(&Args)`, a short list of named steps.
 
+pub mod quantize;
+
 use crate::cli::Command;
-use crate::error::Result;
+use crate::error::{Error, Result};
 
 /// Runs one parsed command.
+///
+/// # Errors
+/// Whatever the command reports.
 pub fn run(command: &Command) -> Result<()> {
-    match *command {}
+    match command {
+        Command::Quantize(args) => quantize::run(args),
+    }
+}
+
+/// Sizes the pool that all parallel loops share; all cores by default.
+fn set_threads(threads: Option<usize>) -> Result<()> {
+    if threads == Some(0) {
+        return Err(Error::usage("--threads 0").hint("use at least one thread"));
+    }
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+    builder.build_global().map_err(|e| Error::usage(format_args!("--threads: {e}")))
 }

@@ -3,14 +3,12 @@
 //! Every tensor of the inventory must be there with the shape that the config implies; a dense
 //! linear is quantized on the way when the run asks for it, a packed one is used as stored.
 
-use std::borrow::Cow;
-
-use bytes::Bytes;
-use nibble_quant::{BlockFormat, FloatType, Floats, PackedWeight};
+use nibble_quant::{BlockFormat, FloatType};
 
 use super::block::{Block, Linear, LinearAdapter};
 use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
 use crate::adapter::LoraTarget;
+use crate::checkpoint::repack::quantize;
 use crate::checkpoint::{Checkpoint, DenseTensor, Weight};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
@@ -89,9 +87,9 @@ impl Reader<'_> {
 
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<FrozenMatrix> {
         match self.tensor(name)? {
-            Weight::Dense(DenseTensor { dtype, shape: stored, data }) => {
-                check_shape(name, &stored, &shape)?;
-                dense_matrix(name, dtype, data, shape)
+            Weight::Dense(dense) => {
+                check_shape(name, &dense.shape, &shape)?;
+                dense_matrix(name, dense, shape)
             }
             Weight::Packed(packed) => {
                 check_shape(name, &packed.shape(), &shape)?;
@@ -102,9 +100,9 @@ impl Reader<'_> {
 
     fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>> {
         match self.tensor(name)? {
-            Weight::Dense(DenseTensor { dtype, shape, data }) => {
-                check_shape(name, &shape, &[length])?;
-                finite(name, widen(dtype, &data))
+            Weight::Dense(dense) => {
+                check_shape(name, &dense.shape, &[length])?;
+                finite(name, dense.to_f32())
             }
             Weight::Packed(_) => {
                 Err(Error::input(format_args!("tensor {name} is packed, expected a dense vector")))
@@ -167,22 +165,20 @@ impl Reader<'_> {
     }
 
     fn linear_weight(&self, name: &str, shape: [usize; 2]) -> Result<FrozenMatrix> {
-        let (dtype, stored, data) = match self.tensor(name)? {
+        let dense = match self.tensor(name)? {
             Weight::Packed(packed) => {
                 check_shape(name, &packed.shape(), &shape)?;
                 return Ok(FrozenMatrix::Packed(packed));
             }
-            Weight::Dense(DenseTensor { dtype, shape, data }) => (dtype, shape, data),
+            Weight::Dense(dense) => dense,
         };
         let transposed = self.spec.conv1d;
-        check_shape(name, &stored, &if transposed { [shape[1], shape[0]] } else { shape })?;
-        let data = if transposed { transpose(&data, dtype.size(), shape) } else { data };
-        let Some(format) = self.quantization else {
-            return dense_matrix(name, dtype, data, shape);
-        };
-        quantize(dtype, &data, shape, format)
-            .map(FrozenMatrix::Packed)
-            .map_err(|e| Error::input(format_args!("tensor {name}: {e}")))
+        check_shape(name, &dense.shape, &if transposed { [shape[1], shape[0]] } else { shape })?;
+        let dense = if transposed { dense.transposed() } else { dense };
+        match self.quantization {
+            Some(format) => quantize(name, &dense, format).map(FrozenMatrix::Packed),
+            None => dense_matrix(name, dense, shape),
+        }
     }
 }
 
@@ -226,59 +222,20 @@ fn check_shape(name: &str, got: &[usize], expected: &[usize]) -> Result<()> {
     Err(Error::input(what).hint("the weights and config.json belong to different models"))
 }
 
-fn dense_matrix(
-    name: &str,
-    dtype: FloatType,
-    data: Bytes,
-    shape: [usize; 2],
-) -> Result<FrozenMatrix> {
-    let bytes = shape[0] * shape[1] * dtype.size();
-    if data.len() != bytes {
-        let got = data.len();
+fn dense_matrix(name: &str, dense: DenseTensor, shape: [usize; 2]) -> Result<FrozenMatrix> {
+    let (bytes, got) = (shape[0] * shape[1] * dense.dtype.size(), dense.data.len());
+    if got != bytes {
         return Err(Error::input(format_args!("tensor {name} has {got} bytes, expected {bytes}")));
     }
-    Ok(match dtype {
-        FloatType::F32 => FrozenMatrix::from_f32(data, shape),
-        FloatType::Bf16 => FrozenMatrix::from_bf16(data, shape),
+    Ok(match dense.dtype {
+        FloatType::F32 => FrozenMatrix::from_f32(dense.data, shape),
+        FloatType::Bf16 => FrozenMatrix::from_bf16(dense.data, shape),
         // Products read f32 and bf16; f16 widens without loss.
         FloatType::F16 => {
-            let wide = widen(dtype, &data);
-            let bytes: Vec<u8> = bytemuck::allocation::pod_collect_to_vec(&wide);
+            let bytes = bytemuck::allocation::pod_collect_to_vec(&dense.to_f32());
             FrozenMatrix::from_f32(bytes.into(), shape)
         }
     })
-}
-
-/// Quantizes dense elements, which need not be aligned.
-fn quantize(
-    dtype: FloatType,
-    data: &[u8],
-    shape: [usize; 2],
-    format: &BlockFormat,
-) -> candle_core::Result<PackedWeight> {
-    fn elements<T: bytemuck::Pod>(data: &[u8]) -> Cow<'_, [T]> {
-        match bytemuck::try_cast_slice(data) {
-            Ok(elements) => Cow::Borrowed(elements),
-            Err(_) => Cow::Owned(bytemuck::allocation::pod_collect_to_vec(data)),
-        }
-    }
-    match dtype {
-        FloatType::F32 => PackedWeight::quantize(Floats::F32(&elements(data)), shape, format),
-        FloatType::F16 => PackedWeight::quantize(Floats::F16(&elements(data)), shape, format),
-        FloatType::Bf16 => PackedWeight::quantize(Floats::Bf16(&elements(data)), shape, format),
-    }
-}
-
-/// Elements as f32.
-fn widen(dtype: FloatType, data: &[u8]) -> Vec<f32> {
-    let halves = || data.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
-    match dtype {
-        FloatType::F32 => {
-            data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-        }
-        FloatType::F16 => halves().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
-        FloatType::Bf16 => halves().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
-    }
 }
 
 fn finite(name: &str, values: Vec<f32>) -> Result<Vec<f32>> {
@@ -288,16 +245,4 @@ fn finite(name: &str, values: Vec<f32>) -> Result<Vec<f32>> {
         }
         None => Ok(values),
     }
-}
-
-/// `[in, out]` as stored to `shape` = `[out, in]`.
-fn transpose(data: &[u8], size: usize, [rows, columns]: [usize; 2]) -> Bytes {
-    let mut out = Vec::with_capacity(data.len());
-    for row in 0..rows {
-        for column in 0..columns {
-            let start = (column * rows + row) * size;
-            out.extend_from_slice(&data[start..start + size]);
-        }
-    }
-    out.into()
 }

@@ -1,0 +1,103 @@
+//! Flags of `nibble quantize`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+use nibble_quant::{FloatType, QuantType};
+
+use super::size::ByteSize;
+
+/// Pack a base model's linears in 4-bit blocks that transformers and bitsandbytes load
+#[derive(Debug, Args)]
+pub struct QuantizeArgs {
+    /// Hugging Face folder (dense or 4-bit) or .gguf file
+    #[arg(long, value_name = "PATH")]
+    pub model: PathBuf,
+
+    /// Folder to write
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Code values
+    #[arg(long, value_enum, default_value_t = QuantTypeArg::Nf4)]
+    pub quant_type: QuantTypeArg,
+
+    /// Weights that share a scale: a power of two from 32 to 4096
+    #[arg(long, value_name = "N", default_value_t = 64)]
+    pub block_size: usize,
+
+    /// Store the scales in 8 bits
+    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    pub double_quant: bool,
+
+    /// Keep tensors dense whose name matches this regular expression; may be repeated
+    #[arg(long, value_name = "REGEX")]
+    pub skip: Vec<String>,
+
+    /// Type of the dense tensors; as stored by default, bfloat16 from GGUF
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeArg>,
+
+    /// Largest size of a shard
+    #[arg(long, value_name = "SIZE", default_value = "5GB")]
+    pub max_shard_size: ByteSize,
+
+    /// Pack linears that are 4-bit already anew in this format
+    #[arg(long)]
+    pub force: bool,
+
+    /// Replace `--out` if it is not empty
+    #[arg(long)]
+    pub overwrite: bool,
+
+    /// Read the result back and compare it with the source
+    #[arg(long)]
+    pub check: bool,
+
+    /// Print the table as JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// Worker threads; all cores by default
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+}
+
+/// `--quant-type`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum QuantTypeArg {
+    /// Quantiles of a normal distribution
+    Nf4,
+    /// A 4-bit float
+    Fp4,
+}
+
+impl From<QuantTypeArg> for QuantType {
+    fn from(arg: QuantTypeArg) -> Self {
+        match arg {
+            QuantTypeArg::Nf4 => QuantType::Nf4,
+            QuantTypeArg::Fp4 => QuantType::Fp4,
+        }
+    }
+}
+
+/// Type of dense tensors, PyTorch's names.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum DtypeArg {
+    /// 32 bits
+    Float32,
+    /// bfloat16
+    Bfloat16,
+    /// IEEE half precision
+    Float16,
+}
+
+impl From<DtypeArg> for FloatType {
+    fn from(arg: DtypeArg) -> Self {
+        match arg {
+            DtypeArg::Float32 => FloatType::F32,
+            DtypeArg::Bfloat16 => FloatType::Bf16,
+            DtypeArg::Float16 => FloatType::F16,
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! `nibble quantize`: a base model once into 4-bit blocks.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use nibble_quant::{BlockFormat, FloatType};
+use regex::Regex;
+use serde_json::{Value, json};
+
+use crate::checkpoint::atomic::AtomicDir;
+use crate::checkpoint::repack::{Repack, RoleSummary, Step};
+use crate::checkpoint::writer::ShardWriter;
+use crate::checkpoint::{Checkpoint, CheckpointKind};
+use crate::cli::quantize::QuantizeArgs;
+use crate::error::{Error, Result};
+use crate::model::families::spec_from_config;
+use crate::model::spec::TensorRole;
+
+/// Files of a Hugging Face folder that are copied as they are.
+pub const COPIED_FILES: [&str; 10] = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+];
+
+/// Runs the command.
+///
+/// # Errors
+/// Every wrong input before the first byte is written; `Io` when the disk refuses.
+pub fn run(args: &QuantizeArgs) -> Result<()> {
+    super::set_threads(args.threads)?;
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let spec = spec_from_config(checkpoint.config())?;
+    let repack = Repack {
+        checkpoint: &checkpoint,
+        spec: &spec,
+        format: format(args)?,
+        skip: args.skip.iter().map(|pattern| skip_pattern(pattern)).collect::<Result<_>>()?,
+        dtype: dense_type(args, &checkpoint),
+        reblock: args.force,
+    };
+    let steps = repack.steps()?;
+    let folder = AtomicDir::create(&args.out, args.overwrite)?;
+    write_side_files(&checkpoint, &steps, args, folder.path())?;
+    let started = Instant::now();
+    let (summaries, bytes) = stream(&repack, &steps, args, folder.path())?;
+    folder.commit()?;
+    let seconds = started.elapsed().as_secs_f64();
+    if args.check {
+        repack.check(&steps, &Checkpoint::open(&args.out)?)?;
+    }
+    print_summary(args, &repack, &summaries, bytes, seconds)
+}
+
+fn format(args: &QuantizeArgs) -> Result<BlockFormat> {
+    if !(args.block_size.is_power_of_two() && (32..=4096).contains(&args.block_size)) {
+        return Err(Error::usage(format_args!(
+            "--block-size {} is not a power of two from 32 to 4096",
+            args.block_size
+        )));
+    }
+    Ok(BlockFormat {
+        quant_type: args.quant_type.into(),
+        block_size: args.block_size,
+        double_quant: args.double_quant,
+    })
+}
+
+fn skip_pattern(pattern: &str) -> Result<Regex> {
+    Regex::new(pattern).map_err(|e| Error::usage(format_args!("--skip: {e}")))
+}
+
+fn dense_type(args: &QuantizeArgs, checkpoint: &Checkpoint) -> Option<FloatType> {
+    let from_gguf = (checkpoint.kind() == CheckpointKind::Gguf).then_some(FloatType::Bf16);
+    args.dtype.map(FloatType::from).or(from_gguf)
+}
+
+/// config.json with `quantization_config`, and the tokenizer.
+fn write_side_files(
+    checkpoint: &Checkpoint,
+    steps: &[Step],
+    args: &QuantizeArgs,
+    folder: &Path,
+) -> Result<()> {
+    let mut config = checkpoint.config().clone();
+    if let Some(fields) = config.as_object_mut() {
+        let dense: Vec<&str> = steps.iter().filter_map(Step::skipped_linear).collect();
+        fields.insert("quantization_config".into(), quantization_config(args, &dense));
+        if let Some(dtype) = args.dtype {
+            let name = FloatType::from(dtype).as_str();
+            let key = if fields.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+            fields.insert(key.into(), name.into());
+        }
+    }
+    let path = folder.join("config.json");
+    std::fs::write(&path, format!("{config:#}\n")).map_err(|e| Error::io("write", &path, e))?;
+    if checkpoint.kind() == CheckpointKind::Gguf {
+        return crate::data::ChatTokenizer::open(checkpoint.path())?.save(folder);
+    }
+    for name in COPIED_FILES {
+        let (from, to) = (checkpoint.path().join(name), folder.join(name));
+        if from.exists() {
+            std::fs::copy(&from, &to).map_err(|e| Error::io("copy to", &to, e))?;
+        }
+    }
+    Ok(())
+}
+
+/// What makes `transformers` load the folder as pre-quantized.
+fn quantization_config(args: &QuantizeArgs, dense_linears: &[&str]) -> Value {
+    let mut skipped: Vec<&str> = dense_linears.to_vec();
+    if !skipped.is_empty() {
+        // A list replaces transformers' default, which keeps the head dense.
+        skipped.push("lm_head");
+    }
+    let skipped = if skipped.is_empty() { Value::Null } else { json!(skipped) };
+    json!({
+        "_load_in_4bit": true,
+        "_load_in_8bit": false,
+        "bnb_4bit_compute_dtype": "bfloat16",
+        "bnb_4bit_quant_storage": "uint8",
+        "bnb_4bit_quant_type": nibble_quant::QuantType::from(args.quant_type).as_str(),
+        "bnb_4bit_use_double_quant": args.double_quant,
+        "llm_int8_enable_fp32_cpu_offload": false,
+        "llm_int8_has_fp16_weight": false,
+        "llm_int8_skip_modules": skipped,
+        "llm_int8_threshold": 6.0,
+        "load_in_4bit": true,
+        "load_in_8bit": false,
+        "quant_method": "bitsandbytes",
+    })
+}
+
+fn stream(
+    repack: &Repack,
+    steps: &[Step],
+    args: &QuantizeArgs,
+    folder: &Path,
+) -> Result<(BTreeMap<TensorRole, RoleSummary>, usize)> {
+    let bytes: usize = steps.iter().map(|step| step.bytes_before).sum();
+    let bar = ProgressBar::new(bytes as u64).with_style(
+        ProgressStyle::with_template(
+            "quantizing {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}",
+        )
+        .expect("the template is valid"),
+    );
+    let shard = usize::try_from(args.max_shard_size.0).unwrap_or(usize::MAX);
+    let mut writer = ShardWriter::new(folder, Repack::announce(steps), shard);
+    let summaries = repack.run(steps, &mut writer, |read| bar.inc(read as u64))?;
+    bar.finish_and_clear();
+    Ok((summaries, writer.finish()?))
+}
+
+fn print_summary(
+    args: &QuantizeArgs,
+    repack: &Repack,
+    summaries: &BTreeMap<TensorRole, RoleSummary>,
+    bytes: usize,
+    seconds: f64,
+) -> Result<()> {
+    let rows: Vec<(String, &RoleSummary)> =
+        summaries.iter().map(|(role, summary)| (role_label(*role), summary)).collect();
+    if args.json {
+        let roles: serde_json::Map<String, Value> =
+            rows.iter().map(|(label, summary)| (label.clone(), summary.to_json())).collect();
+        let out = json!({"out": args.out, "bytes": bytes, "seconds": seconds, "roles": roles});
+        println!("{out:#}");
+        return Ok(());
+    }
+    println!(
+        "{:<12} {:>7} {:>11} {:>11} {:>12} {:>10}  worst block",
+        "role", "tensors", "before", "after", "bits/weight", "RMS error"
+    );
+    for (label, summary) in &rows {
+        println!("{}", table_row(label, summary));
+    }
+    let read: usize = summaries.values().map(|summary| summary.bytes_before).sum();
+    let rate = read as f64 / seconds.max(1e-9) / 1e9;
+    let checked = if args.check { ", checked against the source" } else { "" };
+    let copied = if repack.copies_through() { " (4-bit linears copied as stored)" } else { "" };
+    println!(
+        "\nwrote {} ({} in {seconds:.1} s, {rate:.2} GB/s read{checked}){copied}",
+        args.out.display(),
+        human_bytes(bytes)
+    );
+    Ok(())
+}
+
+fn table_row(label: &str, summary: &RoleSummary) -> String {
+    let worst = summary.worst_block.as_ref().map_or(String::new(), |worst| {
+        format!("{:.1} %  {} block {}", 100.0 * worst.relative_rms, worst.tensor, worst.block)
+    });
+    let error = match &summary.worst_block {
+        Some(_) => format!("{:.2} %", 100.0 * summary.relative_rms_error()),
+        None => "exact".into(),
+    };
+    format!(
+        "{label:<12} {:>7} {:>11} {:>11} {:>12.3} {error:>10}  {worst}",
+        summary.tensors,
+        human_bytes(summary.bytes_before),
+        human_bytes(summary.bytes_after),
+        summary.bits_per_weight(),
+    )
+}
+
+fn human_bytes(bytes: usize) -> String {
+    crate::cli::size::ByteSize(bytes as u64).to_string()
+}
+
+fn role_label(role: TensorRole) -> String {
+    match role {
+        TensorRole::Linear(linear) => format!("{linear:?}").to_lowercase(),
+        other => format!("{other:?}").to_lowercase(),
+    }
+}

@@ -1,0 +1,271 @@
+//! Tokenizer, special tokens and chat template of a model.
+//!
+//! From a Hugging Face folder (`tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`,
+//! `generation_config.json`) or rebuilt from a GGUF file's metadata by candle.
+
+use std::io::Cursor;
+use std::path::Path;
+
+use candle_core::quantized::gguf_file::{Content, Value as Metadata};
+use candle_core::quantized::tokenizer::TokenizerFromGguf;
+use serde_json::{Value, json};
+use tokenizers::Tokenizer;
+
+use crate::checkpoint::read_json;
+use crate::error::{Error, Result};
+
+/// A model's tokenizer.
+#[derive(Debug, Clone)]
+pub struct ChatTokenizer {
+    tokenizer: Tokenizer,
+    bos: Option<SpecialToken>,
+    eos: Option<SpecialToken>,
+    pad: Option<SpecialToken>,
+    unknown: Option<SpecialToken>,
+    /// All ids that end a generation; the first is `eos`.
+    eos_ids: Vec<u32>,
+    add_bos_token: bool,
+    chat_template: Option<String>,
+}
+
+/// A token with a meaning.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SpecialToken {
+    /// Text.
+    pub text: String,
+    /// Id.
+    pub id: u32,
+}
+
+impl ChatTokenizer {
+    /// Opens the tokenizer of a model folder or `.gguf` file.
+    ///
+    /// # Errors
+    /// `Input` when a file is missing, damaged, or names tokens that the vocabulary lacks.
+    pub fn open(path: &Path) -> Result<Self> {
+        if path.extension().is_some_and(|extension| extension == "gguf") {
+            Self::from_gguf(path)
+        } else {
+            Self::from_folder(path)
+        }
+    }
+
+    fn from_folder(folder: &Path) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        if !path.exists() {
+            let what = format!("{} has no tokenizer.json", folder.display());
+            return Err(Error::input(what).hint(
+                "save the tokenizer with transformers' `AutoTokenizer.from_pretrained(..).save_pretrained`",
+            ));
+        }
+        let mut tokenizer = Tokenizer::from_file(&path)
+            .map_err(|e| Error::input(format_args!("{}: {e}", path.display())))?;
+        // Fixed-length padding and truncation are for inference servers; here they corrupt data.
+        tokenizer.with_padding(None);
+        tokenizer
+            .with_truncation(None)
+            .map_err(|e| Error::input(format_args!("{}: {e}", path.display())))?;
+        let config = optional_json(&folder.join("tokenizer_config.json"))?;
+        let generation = optional_json(&folder.join("generation_config.json"))?;
+        let model = optional_json(&folder.join("config.json"))?;
+        let special = |key: &str| {
+            let text = special_text(&config[key])?;
+            let id = tokenizer.token_to_id(&text)?;
+            Some(SpecialToken { text, id })
+        };
+        let (bos, eos) = (special("bos_token"), special("eos_token"));
+        let mut eos_ids: Vec<u32> = eos.iter().map(|token| token.id).collect();
+        for id in ids(&generation["eos_token_id"]).into_iter().chain(ids(&model["eos_token_id"])) {
+            if !eos_ids.contains(&id) {
+                eos_ids.push(id);
+            }
+        }
+        let template = folder.join("chat_template.jinja");
+        let chat_template = if template.exists() {
+            let text = std::fs::read_to_string(&template);
+            Some(text.map_err(|e| Error::io("read", &template, e))?)
+        } else {
+            template_of(&config["chat_template"])
+        };
+        let (pad, unknown) = (special("pad_token"), special("unk_token"));
+        let add_bos_token = config["add_bos_token"].as_bool().unwrap_or(false);
+        Ok(ChatTokenizer { tokenizer, bos, eos, pad, unknown, eos_ids, add_bos_token, chat_template })
+    }
+
+    fn from_gguf(path: &Path) -> Result<Self> {
+        let bytes = crate::checkpoint::map_file(path)?;
+        let damaged = |e: candle_core::Error| {
+            Error::input(format_args!("{}: tokenizer metadata: {e}", path.display()))
+        };
+        let content = Content::read(&mut Cursor::new(&bytes)).map_err(damaged)?;
+        let tokenizer = Tokenizer::from_gguf(&content).map_err(damaged)?;
+        let field = |key: &str| content.metadata.get(&format!("tokenizer.{key}"));
+        let special = |key: &str| {
+            let id = field(&format!("ggml.{key}")).and_then(|value| value.to_u32().ok())?;
+            Some(SpecialToken { text: tokenizer.id_to_token(id)?, id })
+        };
+        let eos = special("eos_token_id");
+        let flag = |key: &str| matches!(field(key), Some(Metadata::Bool(true)));
+        let template = field("chat_template").and_then(|value| value.to_string().ok());
+        Ok(ChatTokenizer {
+            bos: special("bos_token_id"),
+            pad: special("padding_token_id"),
+            unknown: special("unknown_token_id"),
+            eos_ids: eos.iter().map(|token| token.id).collect(),
+            eos,
+            add_bos_token: flag("ggml.add_bos_token"),
+            chat_template: template.cloned(),
+            tokenizer,
+        })
+    }
+
+    /// Writes the files that transformers' `AutoTokenizer` loads.
+    ///
+    /// # Errors
+    /// `Io` when the disk refuses.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        let text = |token: &Option<SpecialToken>| token.as_ref().map(|token| token.text.clone());
+        let specials = json!({
+            "bos_token": text(&self.bos),
+            "eos_token": text(&self.eos),
+            "pad_token": text(&self.pad),
+            "unk_token": text(&self.unknown),
+        });
+        let mut config = specials.clone();
+        config["add_bos_token"] = self.add_bos_token.into();
+        config["clean_up_tokenization_spaces"] = false.into();
+        config["tokenizer_class"] = "PreTrainedTokenizerFast".into();
+        if let Some(template) = &self.chat_template {
+            config["chat_template"] = template.clone().into();
+        }
+        let id = |token: &Option<SpecialToken>| token.as_ref().map(|token| token.id);
+        let eos = if self.eos_ids.len() > 1 { json!(self.eos_ids) } else { json!(id(&self.eos)) };
+        let generation = json!({
+            "bos_token_id": id(&self.bos),
+            "eos_token_id": eos,
+            "pad_token_id": id(&self.pad),
+        });
+        let path = folder.join("tokenizer.json");
+        let tokenizer = self
+            .tokenizer
+            .to_string(true)
+            .map_err(|e| Error::input(format_args!("{}: {e}", path.display())))?;
+        for (name, contents) in [
+            ("tokenizer.json", tokenizer),
+            ("tokenizer_config.json", format!("{config:#}\n")),
+            ("special_tokens_map.json", format!("{specials:#}\n")),
+            ("generation_config.json", format!("{generation:#}\n")),
+        ] {
+            let path = folder.join(name);
+            std::fs::write(&path, contents).map_err(|e| Error::io("write", &path, e))?;
+        }
+        Ok(())
+    }
+
+    /// Ids of the vocabulary, added tokens included; may be smaller than the model's.
+    pub fn vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(true)
+    }
+
+    /// Beginning of sequence.
+    pub fn bos(&self) -> Option<&SpecialToken> {
+        self.bos.as_ref()
+    }
+
+    /// End of sequence.
+    pub fn eos(&self) -> Option<&SpecialToken> {
+        self.eos.as_ref()
+    }
+
+    /// Padding, where the model has one: templates may ask for it.
+    pub fn pad(&self) -> Option<&SpecialToken> {
+        self.pad.as_ref()
+    }
+
+    /// All ids that end a generation.
+    pub fn eos_ids(&self) -> &[u32] {
+        &self.eos_ids
+    }
+
+    /// Whether plain text gets a BOS in front (`add_bos_token`).
+    pub fn adds_bos(&self) -> bool {
+        self.add_bos_token
+    }
+
+    /// The chat template's Jinja source.
+    pub fn chat_template(&self) -> Option<&str> {
+        self.chat_template.as_deref()
+    }
+
+    /// Ids of `text` without any added special token; special tokens *in* the text are recognised.
+    ///
+    /// # Errors
+    /// `Input` when the tokenizer refuses the text.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        let encoding = self.tokenizer.encode_fast(text, false);
+        encoding
+            .map(|encoding| encoding.get_ids().to_vec())
+            .map_err(|e| Error::input(format_args!("tokenizer: {e}")))
+    }
+
+    /// Ids of `text` with the byte range of each token.
+    ///
+    /// # Errors
+    /// `Input` when the tokenizer refuses the text.
+    pub fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<(usize, usize)>)> {
+        let encoding = self.tokenizer.encode(text, false);
+        encoding
+            .map(|encoding| (encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
+            .map_err(|e| Error::input(format_args!("tokenizer: {e}")))
+    }
+
+    /// Text of `ids`.
+    ///
+    /// # Errors
+    /// `Input` when an id is outside the vocabulary.
+    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
+        self.tokenizer
+            .decode(ids, skip_special_tokens)
+            .map_err(|e| Error::input(format_args!("tokenizer: {e}")))
+    }
+
+    /// The token `id` as it stands in the vocabulary.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.tokenizer.id_to_token(id)
+    }
+
+    /// The id of the token `text`.
+    pub fn id(&self, text: &str) -> Option<u32> {
+        self.tokenizer.token_to_id(text)
+    }
+}
+
+fn optional_json(path: &Path) -> Result<Value> {
+    if path.exists() { read_json(path) } else { Ok(Value::Null) }
+}
+
+/// `"</s>"` or `{"content": "</s>", …}`.
+fn special_text(value: &Value) -> Option<String> {
+    value.as_str().or_else(|| value["content"].as_str()).map(str::to_string)
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    let one = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Value::Array(items) => items.iter().filter_map(one).collect(),
+        single => one(single).into_iter().collect(),
+    }
+}
+
+/// A template, or the one named `default` of a list (the first if none is).
+fn template_of(value: &Value) -> Option<String> {
+    match value {
+        Value::String(text) => Some(text.clone()),
+        Value::Array(named) => {
+            let default = named.iter().find(|entry| entry["name"] == "default");
+            let entry = default.or(named.first())?;
+            entry["template"].as_str().map(str::to_string)
+        }
+        _ => None,
+    }
+}
