@@ -10,6 +10,9 @@ use candle_core::quantized::gguf_file::{Content, Value as Metadata};
 use candle_core::quantized::tokenizer::TokenizerFromGguf;
 use serde_json::{Value, json};
 use tokenizers::Tokenizer;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence;
 
 use crate::checkpoint::read_json;
 use crate::error::{Error, Result};
@@ -89,7 +92,16 @@ impl ChatTokenizer {
         };
         let (pad, unknown) = (special("pad_token"), special("unk_token"));
         let add_bos_token = config["add_bos_token"].as_bool().unwrap_or(false);
-        Ok(ChatTokenizer { tokenizer, bos, eos, pad, unknown, eos_ids, add_bos_token, chat_template })
+        Ok(ChatTokenizer {
+            tokenizer,
+            bos,
+            eos,
+            pad,
+            unknown,
+            eos_ids,
+            add_bos_token,
+            chat_template,
+        })
     }
 
     fn from_gguf(path: &Path) -> Result<Self> {
@@ -98,7 +110,8 @@ impl ChatTokenizer {
             Error::input(format_args!("{}: tokenizer metadata: {e}", path.display()))
         };
         let content = Content::read(&mut Cursor::new(&bytes)).map_err(damaged)?;
-        let tokenizer = Tokenizer::from_gguf(&content).map_err(damaged)?;
+        let mut tokenizer = Tokenizer::from_gguf(&content).map_err(damaged)?;
+        set_pre_tokenizer(&mut tokenizer, &content, path)?;
         let field = |key: &str| content.metadata.get(&format!("tokenizer.{key}"));
         let special = |key: &str| {
             let id = field(&format!("ggml.{key}")).and_then(|value| value.to_u32().ok())?;
@@ -208,17 +221,6 @@ impl ChatTokenizer {
             .map_err(|e| Error::input(format_args!("tokenizer: {e}")))
     }
 
-    /// Ids of `text` with the byte range of each token.
-    ///
-    /// # Errors
-    /// `Input` when the tokenizer refuses the text.
-    pub fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<(usize, usize)>)> {
-        let encoding = self.tokenizer.encode(text, false);
-        encoding
-            .map(|encoding| (encoding.get_ids().to_vec(), encoding.get_offsets().to_vec()))
-            .map_err(|e| Error::input(format_args!("tokenizer: {e}")))
-    }
-
     /// Text of `ids`.
     ///
     /// # Errors
@@ -238,6 +240,34 @@ impl ChatTokenizer {
     pub fn id(&self, text: &str) -> Option<u32> {
         self.tokenizer.token_to_id(text)
     }
+}
+
+/// Splits text as llama.cpp's `tokenizer.ggml.pre` says; candle knows only some of them, and its
+/// default puts a space before the text. An unknown value would give wrong tokens silently.
+fn set_pre_tokenizer(tokenizer: &mut Tokenizer, content: &Content, path: &Path) -> Result<()> {
+    let field = |key: &str| content.metadata.get(&format!("tokenizer.ggml.{key}"));
+    let prefix_space = matches!(field("add_space_prefix"), Some(Metadata::Bool(true)));
+    let bytes = ByteLevel::new(prefix_space, true, true);
+    let pre = field("pre").and_then(|value| value.to_string().ok());
+    match pre.map_or("default", String::as_str) {
+        "qwen2" | "llama3" | "llama-bpe" | "smaug-bpe" | "lfm2" => return Ok(()),
+        "smollm" | "starcoder" | "refact" | "command-r" => {
+            let steps = vec![Digits::new(true).into(), bytes.into()];
+            tokenizer.with_pre_tokenizer(Some(Sequence::new(steps)));
+        }
+        "default" | "gpt-2" | "gpt2" => {
+            tokenizer.with_pre_tokenizer(Some(bytes));
+        }
+        other => {
+            return Err(Error::input(format_args!(
+                "{}: pre-tokenizer `{other}` is not supported",
+                path.display()
+            ))
+            .hint("use the Hugging Face folder of this model, which has a tokenizer.json"));
+        }
+    }
+    tokenizer.with_post_processor(Some(ByteLevel::new(prefix_space, false, true)));
+    Ok(())
 }
 
 fn optional_json(path: &Path) -> Result<Value> {
