@@ -18,6 +18,19 @@ fn ids(value: &Value) -> Vec<u32> {
     value.as_array().unwrap().iter().map(|id| id.as_u64().unwrap() as u32).collect()
 }
 
+/// transformers 5 rebuilds a `GPT2Tokenizer` without the pre-tokenizer of its `tokenizer.json`; the
+/// golden ids of this one text show it. SmolLM2 was trained with digits split off, other scripts'
+/// digits too, and so do transformers 4, llama.cpp and the tokenizers library with our file.
+const NON_ASCII_DIGITS: &str = "½ ² ٣ ৪ Ⅷ";
+
+#[test]
+fn digits_of_all_scripts_are_split() {
+    let tokenizer = ChatTokenizer::open(&data().join("smollm2")).unwrap();
+    // Computed with the Python package tokenizers 0.23.3 from the saved tokenizer.json.
+    let expected = [16738, 216, 19133, 216, 164, 113, 216, 47827, 120, 216, 173, 223, 117];
+    assert_eq!(tokenizer.encode(NON_ASCII_DIGITS).unwrap(), expected);
+}
+
 #[test]
 fn every_text_encodes_and_decodes_as_in_transformers() {
     let tokenizer = ChatTokenizer::open(&data().join("smollm2")).unwrap();
@@ -27,6 +40,9 @@ fn every_text_encodes_and_decodes_as_in_transformers() {
     for case in cases {
         let text = case["text"].as_str().unwrap();
         let expected = ids(&case["ids"]);
+        if text == NON_ASCII_DIGITS {
+            continue;
+        }
         assert_eq!(tokenizer.encode(text).unwrap(), expected, "{text:?}");
         if case["round_trip"].as_bool().unwrap() {
             assert_eq!(tokenizer.decode(&expected, false).unwrap(), text);
