@@ -55,6 +55,11 @@ pub struct Step {
 }
 
 impl Step {
+    /// How it is packed in the output; none if it stays dense.
+    pub fn format(&self) -> Option<BlockFormat> {
+        self.packed
+    }
+
     /// The module of a linear that stays dense.
     pub fn skipped_linear(&self) -> Option<&str> {
         let linear = matches!(self.role, TensorRole::Linear(_)) && self.packed.is_none();

@@ -94,7 +94,13 @@ fn write_side_files(
     let mut config = checkpoint.config().clone();
     if let Some(fields) = config.as_object_mut() {
         let dense: Vec<&str> = steps.iter().filter_map(Step::skipped_linear).collect();
-        fields.insert("quantization_config".into(), quantization_config(args, &dense));
+        match steps.iter().find_map(Step::format) {
+            Some(format) => {
+                let quantization = quantization_config(&format, &dense);
+                fields.insert("quantization_config".into(), quantization);
+            }
+            None => drop(fields.shift_remove("quantization_config")),
+        }
         if let Some(dtype) = args.dtype {
             let name = FloatType::from(dtype).as_str();
             let key = if fields.contains_key("dtype") { "dtype" } else { "torch_dtype" };
@@ -116,7 +122,7 @@ fn write_side_files(
 }
 
 /// What makes `transformers` load the folder as pre-quantized.
-fn quantization_config(args: &QuantizeArgs, dense_linears: &[&str]) -> Value {
+fn quantization_config(format: &BlockFormat, dense_linears: &[&str]) -> Value {
     let mut skipped: Vec<&str> = dense_linears.to_vec();
     if !skipped.is_empty() {
         // A list replaces transformers' default, which keeps the head dense.
@@ -128,8 +134,8 @@ fn quantization_config(args: &QuantizeArgs, dense_linears: &[&str]) -> Value {
         "_load_in_8bit": false,
         "bnb_4bit_compute_dtype": "bfloat16",
         "bnb_4bit_quant_storage": "uint8",
-        "bnb_4bit_quant_type": nibble_quant::QuantType::from(args.quant_type).as_str(),
-        "bnb_4bit_use_double_quant": args.double_quant,
+        "bnb_4bit_quant_type": format.quant_type.as_str(),
+        "bnb_4bit_use_double_quant": format.double_quant,
         "llm_int8_enable_fp32_cpu_offload": false,
         "llm_int8_has_fp16_weight": false,
         "llm_int8_skip_modules": skipped,
