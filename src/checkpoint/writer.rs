@@ -225,30 +225,32 @@ fn float_name(dtype: FloatType) -> &'static str {
     }
 }
 
-/// As Python's `json.dumps` separates: `", "` and `": "`.
-fn python_json(state: &QuantState) -> String {
-    struct Spaced;
-    impl serde_json::ser::Formatter for Spaced {
-        fn begin_object_key<W: ?Sized + Write>(
-            &mut self,
-            writer: &mut W,
-            first: bool,
-        ) -> std::io::Result<()> {
-            if first { Ok(()) } else { writer.write_all(b", ") }
-        }
-        fn begin_object_value<W: ?Sized + Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
-            writer.write_all(b": ")
-        }
-        fn begin_array_value<W: ?Sized + Write>(
-            &mut self,
-            writer: &mut W,
-            first: bool,
-        ) -> std::io::Result<()> {
-            if first { Ok(()) } else { writer.write_all(b", ") }
-        }
+/// Separators of Python's `json.dumps`: `", "` and `": "`.
+pub struct PythonJson;
+
+impl serde_json::ser::Formatter for PythonJson {
+    fn begin_object_key<W>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()>
+    where
+        W: ?Sized + Write,
+    {
+        if first { Ok(()) } else { writer.write_all(b", ") }
     }
+
+    fn begin_object_value<W: ?Sized + Write>(&mut self, writer: &mut W) -> std::io::Result<()> {
+        writer.write_all(b": ")
+    }
+
+    fn begin_array_value<W>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()>
+    where
+        W: ?Sized + Write,
+    {
+        if first { Ok(()) } else { writer.write_all(b", ") }
+    }
+}
+
+fn python_json(state: &QuantState) -> String {
     let mut out = Vec::new();
-    let mut serializer = serde_json::Serializer::with_formatter(&mut out, Spaced);
+    let mut serializer = serde_json::Serializer::with_formatter(&mut out, PythonJson);
     serde::Serialize::serialize(state, &mut serializer).expect("plain data serializes");
     String::from_utf8(out).expect("JSON is UTF-8")
 }

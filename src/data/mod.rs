@@ -1,7 +1,18 @@
 //! From files of examples to streams of tokens with a loss mask.
+//!
+//! `record` reads shapes of JSON, `template` renders chats, `encode` makes ids and labels, `load`
+//! reads files and truncates, `pack` fills rows, `batch` is what a forward pass takes.
 
 pub mod batch;
+pub mod encode;
+pub mod load;
+pub mod pack;
+pub mod record;
+pub mod template;
 pub mod tokenizer;
 
 pub use batch::{Batch, Document};
+pub use encode::{Encoder, TrainOn};
+pub use load::{DataOptions, Dataset, Truncation, load};
+pub use record::Format;
 pub use tokenizer::ChatTokenizer;

@@ -4,6 +4,7 @@
 //! `generation_config.json`) or rebuilt from a GGUF file's metadata by candle.
 
 use std::io::Cursor;
+use std::ops::Range;
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::{Content, Value as Metadata};
@@ -219,6 +220,17 @@ impl ChatTokenizer {
         encoding
             .map(|encoding| encoding.get_ids().to_vec())
             .map_err(|e| Error::input(format_args!("tokenizer: {e}")))
+    }
+
+    /// Ids of `text` with the byte range that each came from.
+    ///
+    /// # Errors
+    /// `Input` when the tokenizer refuses the text.
+    pub fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
+        let encoding = self.tokenizer.encode(text, false);
+        let encoding = encoding.map_err(|e| Error::input(format_args!("tokenizer: {e}")))?;
+        let offsets = encoding.get_offsets().iter().map(|&(begin, end)| begin..end).collect();
+        Ok((encoding.get_ids().to_vec(), offsets))
     }
 
     /// Text of `ids`.

@@ -1,0 +1,215 @@
+//! From a record to token ids and labels.
+//!
+//! Labels are not shifted: a token's label is its own id where it is trained, −100 elsewhere. Every
+//! trained answer ends in a trained end-of-sequence token; nothing after it in the turn is trained.
+
+use std::ops::Range;
+
+use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
+use serde_json::Value;
+
+use super::batch::{Document, MASKED};
+use super::record::{Record, Rejection};
+use super::template::ChatTemplate;
+use super::tokenizer::ChatTokenizer;
+use crate::error::{Error, Result};
+
+/// Which tokens of a conversation or completion are trained.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum TrainOn {
+    /// All assistant turns; completions; all of plain text
+    Assistant,
+    /// The last assistant turn; completions; all of plain text
+    Completion,
+    /// Everything
+    All,
+}
+
+/// Turns records into documents.
+pub struct Encoder<'a> {
+    tokenizer: &'a ChatTokenizer,
+    template: Option<ChatTemplate>,
+    train_on: TrainOn,
+    vocab_size: usize,
+}
+
+/// A document and what was noticed about it.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct Encoded {
+    /// Ids and labels.
+    pub document: Document,
+    /// An answer ends without an end-of-sequence token, and none could be added.
+    pub untrained_eos: bool,
+}
+
+impl<'a> Encoder<'a> {
+    /// An encoder for a model with `vocab_size` rows of embeddings.
+    ///
+    /// # Errors
+    /// `Input` when the tokenizer has more ids than the model has rows, or the chat template does
+    /// not compile.
+    pub fn new(tokenizer: &'a ChatTokenizer, vocab_size: usize, train_on: TrainOn) -> Result<Self> {
+        if tokenizer.vocab_size() > vocab_size {
+            return Err(Error::input(format_args!(
+                "the tokenizer has {} ids, the model {vocab_size} rows of embeddings",
+                tokenizer.vocab_size()
+            ))
+            .hint("the tokenizer belongs to another model"));
+        }
+        let text = |token: Option<&super::tokenizer::SpecialToken>| {
+            token.map(|token| token.text.clone()).unwrap_or_default()
+        };
+        let template = tokenizer
+            .chat_template()
+            .map(|source| ChatTemplate::new(source, &text(tokenizer.bos()), &text(tokenizer.eos())))
+            .transpose()?;
+        Ok(Encoder { tokenizer, template, train_on, vocab_size })
+    }
+
+    /// Ids and labels of one record.
+    ///
+    /// # Errors
+    /// Why the record cannot be used.
+    pub fn encode(&self, record: &Record) -> std::result::Result<Encoded, Rejection> {
+        let encoded = match record {
+            Record::Text(text) => self.text(text)?,
+            Record::Completion { prompt, completion } => self.completion(prompt, completion)?,
+            Record::Chat { messages, tools } => self.chat(messages, tools.as_ref())?,
+            Record::Tokens { input_ids, labels } => self.tokens(input_ids, labels.as_deref()),
+        };
+        let document = &encoded.document;
+        if document.input_ids.is_empty() {
+            return Err(Rejection::new("record is empty"));
+        }
+        if let Some(id) = document.input_ids.iter().find(|&&id| id as usize >= self.vocab_size) {
+            let what = format!("token id {id} is outside the vocabulary of {}", self.vocab_size);
+            return Err(Rejection::new(what).hint("the ids were made with another tokenizer"));
+        }
+        Ok(encoded)
+    }
+
+    /// Ids of plain text, with a BOS if the tokenizer wants one and the text has none.
+    fn ids(&self, text: &str) -> std::result::Result<Vec<u32>, Rejection> {
+        let mut ids = self.tokenizer.encode(text).map_err(rejection)?;
+        if let Some(bos) = self.tokenizer.bos().filter(|_| self.tokenizer.adds_bos())
+            && ids.first() != Some(&bos.id)
+        {
+            ids.insert(0, bos.id);
+        }
+        Ok(ids)
+    }
+
+    fn is_eos(&self, id: u32) -> bool {
+        self.tokenizer.eos_ids().contains(&id)
+    }
+
+    /// Appends the EOS unless the ids end in one. Returns whether they now do.
+    fn close(&self, ids: &mut Vec<u32>) -> bool {
+        if ids.last().is_some_and(|&id| self.is_eos(id)) {
+            return true;
+        }
+        ids.extend(self.tokenizer.eos().map(|eos| eos.id));
+        self.tokenizer.eos().is_some()
+    }
+
+    fn text(&self, text: &str) -> std::result::Result<Encoded, Rejection> {
+        if text.is_empty() {
+            return Err(Rejection::new("field `text` is empty"));
+        }
+        let mut ids = self.ids(text)?;
+        let closed = self.close(&mut ids);
+        Ok(all_trained(ids, !closed))
+    }
+
+    fn completion(
+        &self,
+        prompt: &str,
+        completion: &str,
+    ) -> std::result::Result<Encoded, Rejection> {
+        if completion.is_empty() {
+            return Err(Rejection::new("the completion is empty"));
+        }
+        let prompt_ids = self.ids(prompt)?;
+        let mut ids = self.ids(&format!("{prompt}{completion}"))?;
+        // A token that spans the border belongs to the completion.
+        let border = prompt_ids.iter().zip(&ids).take_while(|(a, b)| a == b).count();
+        let closed = self.close(&mut ids);
+        let mut encoded = all_trained(ids, !closed);
+        if self.train_on != TrainOn::All {
+            encoded.document.labels[..border].fill(MASKED);
+        }
+        Ok(encoded)
+    }
+
+    fn chat(
+        &self,
+        messages: &[Value],
+        tools: Option<&Value>,
+    ) -> std::result::Result<Encoded, Rejection> {
+        let Some(template) = &self.template else {
+            return Err(Rejection::new("the tokenizer has no chat template")
+                .hint("use `text` or `prompt`/`completion` records with this base model"));
+        };
+        if self.train_on == TrainOn::All {
+            let text = template.render(messages, tools, false).map_err(rejection)?;
+            let mut ids = self.tokenizer.encode(&text).map_err(rejection)?;
+            let ends = ids.iter().any(|&id| self.is_eos(id)) || self.close(&mut ids);
+            return Ok(all_trained(ids, !ends));
+        }
+        let rendered = template.render_with_spans(messages, tools).map_err(rejection)?;
+        let (mut ids, offsets) =
+            self.tokenizer.encode_with_offsets(&rendered.text).map_err(rejection)?;
+        let mut labels = vec![MASKED; ids.len()];
+        let mut untrained_eos = false;
+        let first = match self.train_on {
+            TrainOn::Completion => rendered.assistant.len().saturating_sub(1),
+            _ => 0,
+        };
+        for span in &rendered.assistant[first..] {
+            let range = self.turn(&ids, &offsets, span);
+            let ends = ids[range.clone()].last().is_some_and(|&id| self.is_eos(id));
+            for token in range.clone() {
+                labels[token] = ids[token] as i32;
+            }
+            if !ends && range.end == ids.len() {
+                untrained_eos |= !self.close(&mut ids);
+                labels.extend(ids[labels.len()..].iter().map(|&id| id as i32));
+                break;
+            }
+            untrained_eos |= !ends;
+        }
+        let document = Document { input_ids: ids, labels, line: 0 };
+        Ok(Encoded { document, untrained_eos })
+    }
+
+    /// Tokens of an assistant turn, up to its last EOS; one that follows directly is taken in.
+    fn turn(&self, ids: &[u32], offsets: &[Range<usize>], span: &Range<usize>) -> Range<usize> {
+        let begin = offsets.partition_point(|offset| offset.start < span.start);
+        let end = offsets.partition_point(|offset| offset.start < span.end).max(begin);
+        match ids[begin..end].iter().rposition(|&id| self.is_eos(id)) {
+            Some(last) => begin..begin + last + 1,
+            None if ids.get(end).is_some_and(|&id| self.is_eos(id)) => begin..end + 1,
+            None => begin..end,
+        }
+    }
+
+    fn tokens(&self, input_ids: &[u32], labels: Option<&[i32]>) -> Encoded {
+        let mut encoded = all_trained(input_ids.to_vec(), false);
+        if let Some(labels) = labels {
+            encoded.document.labels = labels.iter().map(|&label| label.max(MASKED)).collect();
+        }
+        encoded
+    }
+}
+
+fn all_trained(input_ids: Vec<u32>, untrained_eos: bool) -> Encoded {
+    let labels = input_ids.iter().map(|&id| id as i32).collect();
+    Encoded { document: Document { input_ids, labels, line: 0 }, untrained_eos }
+}
+
+fn rejection(error: Error) -> Rejection {
+    let message = error.message();
+    Rejection { reason: message.what.clone(), hint: message.hint.clone() }
+}

@@ -1,0 +1,226 @@
+//! Records to ids and labels, with the real SmolLM2 tokenizer and chat template.
+//!
+//! `tests/data/tokenizer/smollm2.json`'s `chat` cases were made with transformers'
+//! `apply_chat_template`; the formats' expectations follow from the tokens' texts.
+
+use std::path::{Path, PathBuf};
+
+use nibble::data::template::ChatTemplate;
+use nibble::data::{
+    ChatTokenizer, DataOptions, Dataset, Document, Encoder, Format, TrainOn, Truncation, load,
+};
+use serde_json::Value;
+
+const VOCAB: usize = 49152;
+
+fn tokenizer() -> ChatTokenizer {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer/smollm2");
+    ChatTokenizer::open(Path::new(path)).unwrap()
+}
+
+fn options() -> DataOptions {
+    DataOptions {
+        format: None,
+        train_on: TrainOn::Assistant,
+        truncation: Truncation::Error,
+        max_length: 512,
+    }
+}
+
+struct File(tempfile::TempDir);
+
+impl File {
+    fn new(text: impl AsRef<[u8]>) -> Self {
+        let folder = tempfile::tempdir().unwrap();
+        std::fs::write(folder.path().join("data.jsonl"), text).unwrap();
+        File(folder)
+    }
+
+    fn path(&self) -> PathBuf {
+        self.0.path().join("data.jsonl")
+    }
+
+    fn load(&self, options: &DataOptions) -> nibble::Result<Dataset> {
+        let tokenizer = tokenizer();
+        let encoder = Encoder::new(&tokenizer, VOCAB, options.train_on)?;
+        load(&self.path(), &encoder, options)
+    }
+}
+
+/// Texts of the trained and of the masked tokens.
+fn trained(document: &Document) -> (String, String) {
+    let tokenizer = tokenizer();
+    let pick = |wanted: bool| {
+        let pairs = document.input_ids.iter().zip(&document.labels);
+        let ids: Vec<u32> =
+            pairs.filter(|(_, label)| (**label >= 0) == wanted).map(|(id, _)| *id).collect();
+        tokenizer.decode(&ids, false).unwrap()
+    };
+    for (id, label) in document.input_ids.iter().zip(&document.labels) {
+        assert!(*label == -100 || *label == *id as i32, "labels are not shifted");
+    }
+    (pick(true), pick(false))
+}
+
+fn one(text: &str) -> Document {
+    let dataset = File::new(text).load(&options()).unwrap();
+    dataset.check(Path::new("data.jsonl"), &options()).unwrap();
+    assert_eq!(dataset.documents.len(), 1);
+    dataset.documents[0].clone()
+}
+
+#[test]
+fn chats_render_and_encode_as_in_transformers() {
+    let tokenizer = tokenizer();
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer/smollm2.json");
+    let golden: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let text = |token: Option<&nibble::data::tokenizer::SpecialToken>| token.unwrap().text.clone();
+    let template = ChatTemplate::new(
+        tokenizer.chat_template().unwrap(),
+        &text(tokenizer.bos()),
+        &text(tokenizer.eos()),
+    )
+    .unwrap();
+    let cases = golden["chat"].as_array().unwrap();
+    assert!(cases.len() >= 2);
+    for case in cases {
+        let messages = case["messages"].as_array().unwrap();
+        let prompt = case["add_generation_prompt"].as_bool().unwrap();
+        let text = template.render(messages, None, prompt).unwrap();
+        assert_eq!(text, case["text"].as_str().unwrap());
+        let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+        assert_eq!(tokenizer.encode(&text).unwrap(), ids);
+    }
+}
+
+#[test]
+fn only_assistant_turns_are_trained_and_each_ends_in_eos() {
+    let line = r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant",
+        "content": "Hello!"}, {"role": "user", "content": "Bye"}, {"role": "assistant", "content":
+        "See you."}]}"#
+        .replace('\n', " ");
+    let (yes, no) = trained(&one(&line));
+    assert_eq!(yes, "Hello!<|im_end|>See you.<|im_end|>");
+    assert!(no.ends_with("user\nBye<|im_end|>\n<|im_start|>assistant\n\n"), "{no:?}");
+    let last = DataOptions { train_on: TrainOn::Completion, ..options() };
+    let dataset = File::new(&line).load(&last).unwrap();
+    assert_eq!(trained(&dataset.documents[0]).0, "See you.<|im_end|>");
+    let all = DataOptions { train_on: TrainOn::All, ..options() };
+    let dataset = File::new(&line).load(&all).unwrap();
+    assert!(dataset.documents[0].labels.iter().all(|&label| label >= 0));
+}
+
+#[test]
+fn every_format_is_detected_and_masked() {
+    let sharegpt = r#"{"conversations": [{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}]}"#;
+    assert_eq!(trained(&one(sharegpt)).0, "Hello!<|im_end|>");
+    let prompt = r#"{"prompt": "2 + 2 =", "completion": " 4"}"#;
+    assert_eq!(trained(&one(prompt)), (" 4<|im_end|>".into(), "2 + 2 =".into()));
+    let alpaca = r#"{"instruction": "Add.", "input": "1 and 2", "output": "3"}"#;
+    let (yes, no) = trained(&one(alpaca));
+    assert_eq!(yes, "3<|im_end|>");
+    assert!(no.ends_with("### Input:\n1 and 2\n\n### Response:\n"), "{no:?}");
+    assert_eq!(trained(&one(r#"{"text": "Once."}"#)).0, "Once.<|im_end|>");
+    let tokens = one(r#"{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}"#);
+    assert_eq!((tokens.input_ids, tokens.labels), (vec![5, 6, 7], vec![-100, 6, 7]));
+    let list = one(r#"  [{"text": "Once."}]"#);
+    assert_eq!(trained(&list).0, "Once.<|im_end|>");
+}
+
+#[test]
+fn generation_marks_say_what_is_trained() {
+    let source = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}\
+        {% generation %}{{ m.content }}{{ eos_token }}{%- endgeneration -%}{% else %}\
+        {{ m.content }}{% endif %}{% endfor %}";
+    let template = ChatTemplate::new(source, "", "<e>").unwrap();
+    let messages: Vec<Value> = serde_json::from_str(
+        r#"[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]"#,
+    )
+    .unwrap();
+    let rendered = template.render_with_spans(&messages, None).unwrap();
+    assert_eq!(rendered.text, "<user>a<assistant>b<e>");
+    let spans: Vec<&str> =
+        rendered.assistant.iter().map(|span| &rendered.text[span.clone()]).collect();
+    assert_eq!(spans, ["b<e>"]);
+}
+
+#[test]
+fn a_template_that_rewrites_the_past_is_refused() {
+    let source = "{{ messages | length }}:{% for m in messages %}{{ m.content }}{% endfor %}";
+    let template = ChatTemplate::new(source, "", "").unwrap();
+    let messages: Vec<Value> = serde_json::from_str(
+        r#"[{"role": "assistant", "content": "b"}, {"role": "user", "content": "a"}]"#,
+    )
+    .unwrap();
+    let error = template.render_with_spans(&messages, None).unwrap_err().to_string();
+    assert!(error.contains("turn 0 changes the text before it"), "{error}");
+    assert!(error.contains("--train-on all"), "{error}");
+}
+
+#[test]
+fn long_documents_are_never_cut_silently() {
+    let file = File::new(r#"{"input_ids": [1, 2, 3, 4, 5, 6, 7]}"#);
+    let with = |truncation| DataOptions { truncation, max_length: 3, ..options() };
+    let load = |truncation| {
+        let dataset = file.load(&with(truncation)).unwrap();
+        let ids: Vec<Vec<u32>> = dataset.documents.iter().map(|d| d.input_ids.clone()).collect();
+        (ids, dataset)
+    };
+    let (_, dataset) = load(Truncation::Error);
+    let error = dataset.check(Path::new("f"), &with(Truncation::Error)).unwrap_err().to_string();
+    assert!(error.contains("1 of 1 documents are longer than 3 tokens (longest: 7)"), "{error}");
+    assert!(error.contains("raise `--max-length` to 7"), "{error}");
+    assert_eq!(load(Truncation::Right).0, [[1, 2, 3]]);
+    assert_eq!(load(Truncation::Left).0, [[5, 6, 7]]);
+    assert_eq!(load(Truncation::Right).1.report.tokens_removed, 4);
+    // The last piece has one token: nothing to predict.
+    assert_eq!(load(Truncation::Split).0, [[1, 2, 3], [4, 5, 6]]);
+    assert!(load(Truncation::Drop).0.is_empty());
+}
+
+#[test]
+fn bad_records_are_named_by_file_and_line() {
+    let rejected = |text: &[u8], expected: &str| {
+        let error = File::new(text)
+            .load(&options())
+            .and_then(|dataset| dataset.check(Path::new("data.jsonl"), &options()))
+            .unwrap_err()
+            .to_string();
+        assert!(error.contains(expected), "{error}\nexpected: {expected}");
+    };
+    let good = "{\"text\": \"a\"}\n";
+    rejected(format!("{good}\n{{\"text\": ").as_bytes(), "data.jsonl:3: not valid JSON: ");
+    rejected(format!("{good}{{\"txt\": 1}}\n").as_bytes(), ":2: record has no field `text`");
+    rejected(format!("{good}{{\"text\": 1}}\n").as_bytes(), ":2: field `text` is a number");
+    rejected(b"{\"text\": \"\xff\"}\n{\"text\": \"a\"}\n", "data.jsonl:1: not UTF-8");
+    rejected(b"", "has no records");
+    rejected(b"\n\n", "has no records");
+    rejected(b"[1, 2", "not a JSON list");
+    rejected(b"{\"foo\": 1}", "cannot tell the format of a record with the fields [\"foo\"]");
+    rejected(b"{\"messages\": []}", "conversation has no messages");
+    rejected(b"{\"messages\": [{\"content\": \"a\"}]}", "messages[0].role is missing");
+    rejected(b"{\"input_ids\": [1, 49152]}", "token id 49152 is outside the vocabulary of 49152");
+    rejected(b"{\"input_ids\": [1, 2], \"labels\": [1]}", "1 labels for 2 input_ids");
+    rejected(
+        b"{\"input_ids\": [1, 2], \"labels\": [1, -100]}",
+        "no record has a token to train on",
+    );
+    let other = b"{\"text\": \"a\"}\n{\"prompt\": \"a\", \"completion\": \"b\"}";
+    rejected(other, "pass `--format prompt`");
+}
+
+#[test]
+fn repeated_records_and_formats_are_reported() {
+    let text = "{\"text\": \"a b c\"}\n{\"text\": \"d e f\"}\n{\"text\": \"a b c\"}\n";
+    let dataset = File::new(text).load(&options()).unwrap();
+    assert_eq!(dataset.report.duplicates, [3]);
+    assert_eq!((dataset.report.records, dataset.report.format), (3, Some(Format::Text)));
+    assert_eq!(dataset.documents.iter().map(|d| d.line).collect::<Vec<_>>(), [1, 2, 3]);
+}
+
+#[test]
+fn a_tokenizer_of_another_model_is_refused() {
+    let tokenizer = tokenizer();
+    let error = Encoder::new(&tokenizer, 32000, TrainOn::Assistant).err().unwrap().to_string();
+    assert!(error.contains("49152 ids, the model 32000 rows"), "{error}");
+}
