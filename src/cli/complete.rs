@@ -5,9 +5,10 @@ use std::path::{Path, PathBuf};
 
 use clap::{ArgMatches, Command, ValueEnum};
 
-use super::layers::{self, Layers, SettingsEcho};
+use super::layers::{self, Layers};
 use super::train::Preset;
 use crate::error::Result;
+use crate::train::settings::SettingsEcho;
 
 /// Settings of the run that `--out` holds, for `--resume`.
 pub type SavedSettings = dyn Fn(&Path) -> Result<Option<SettingsEcho>>;

@@ -5,7 +5,6 @@
 //! cannot hold what the command line would refuse. Lower layers are appended to the command line
 //! as `--flag=value`, but only where no higher layer has set that flag or one that excludes it.
 
-use std::collections::BTreeMap;
 use std::ffi::OsString;
 use std::path::Path;
 
@@ -15,9 +14,7 @@ use toml::de::DeValue;
 
 use crate::error::{Error, Result};
 use crate::nearest::nearest;
-
-/// Every setting of a run: flag name in snake case, and its value or values as text.
-pub type SettingsEcho = BTreeMap<String, Vec<String>>;
+use crate::train::settings::SettingsEcho;
 
 /// One setting of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]

@@ -7,7 +7,6 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, ValueEnum};
 
-use super::layers::SettingsEcho;
 use super::lora::LoraArgs;
 use super::numbers;
 use super::size::ByteSize;
@@ -15,6 +14,7 @@ use crate::error::{Error, Result};
 use crate::train::adamw::AdamW;
 use crate::train::recipe::{EvalRecipe, Length, Recipe, SaveRecipe};
 use crate::train::schedule::{SchedulerType, Warmup};
+use crate::train::settings::SettingsEcho;
 
 /// Train a LoRA adapter on a frozen base model
 #[derive(Debug, Clone, Args)]

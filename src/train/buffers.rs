@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use half::bf16;
 
+use crate::model::parameters::OptimizerView;
+
 /// Elements that one task works on; a constant, so that sums do not depend on the thread count.
 pub const CHUNK: usize = 1 << 14;
 
@@ -19,6 +21,13 @@ pub struct Buffers<'a> {
     pub second_moment: &'a mut [f32],
     /// bf16 copies of the weights, if the forward pass reads those.
     pub working: Option<&'a mut [bf16]>,
+}
+
+impl<'a> From<OptimizerView<'a>> for Buffers<'a> {
+    fn from(view: OptimizerView<'a>) -> Self {
+        let OptimizerView { master, gradients, first_moment, second_moment, working, .. } = view;
+        Buffers { master, gradients, first_moment, second_moment, working }
+    }
 }
 
 impl<'a> Buffers<'a> {
@@ -37,6 +46,16 @@ impl<'a> Buffers<'a> {
                 working: working.as_mut().and_then(Iterator::next),
             })
             .collect()
+    }
+
+    /// Rounds the weights to the working copy.
+    pub fn refresh_working(&mut self) {
+        if let Some(working) = &mut self.working {
+            working
+                .iter_mut()
+                .zip(&*self.master)
+                .for_each(|(to, &from)| *to = bf16::from_f32(from));
+        }
     }
 
     /// The elements of `range`.

@@ -2,14 +2,24 @@
 
 pub mod adamw;
 pub mod buffers;
+pub mod checkpoints;
 pub mod checks;
 pub mod clip;
 pub mod digest;
 pub mod events;
 pub mod feed;
+pub mod interrupt;
+pub mod progress;
 pub mod recipe;
+pub mod resident;
 pub mod schedule;
+pub mod settings;
+pub mod start;
+pub mod state;
 pub mod step;
+#[cfg(test)]
+mod tests;
 #[cfg(test)]
 mod toy;
 pub mod trainee;
+pub mod trainer;

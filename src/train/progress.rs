@@ -1,0 +1,145 @@
+//! The live line on stderr; plain lines where stderr is not a terminal.
+
+use std::io::IsTerminal;
+use std::time::Duration;
+
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+
+use super::events::{EvalEvent, SampleEvent, SaveEvent, StepEvent};
+use crate::cli::size::ByteSize;
+
+/// Where a run shows itself.
+pub struct Progress {
+    max_steps: u64,
+    output: Output,
+}
+
+enum Output {
+    Live(ProgressBar),
+    Plain,
+    Silent,
+}
+
+impl Progress {
+    /// On stderr: live on a terminal, else a line for each log step.
+    pub fn stderr() -> Self {
+        if !std::io::stderr().is_terminal() {
+            return Progress { max_steps: 0, output: Output::Plain };
+        }
+        let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
+        let style = ProgressStyle::with_template("{bar:20} {msg}");
+        bar.set_style(style.expect("the template is valid").progress_chars("━╸─"));
+        Progress { max_steps: 0, output: Output::Live(bar) }
+    }
+
+    /// Nowhere, for tests.
+    pub fn silent() -> Self {
+        Progress { max_steps: 0, output: Output::Silent }
+    }
+
+    /// The run begins at `step` of `max_steps`.
+    pub fn begin(&mut self, step: u64, max_steps: u64) {
+        self.max_steps = max_steps;
+        if let Output::Live(bar) = &self.output {
+            bar.set_length(max_steps);
+            bar.set_position(step);
+        }
+    }
+
+    /// A log step was made; `eta_seconds` are left.
+    pub fn step(&self, event: &StepEvent, eta_seconds: f64) {
+        let line = step_line(event, self.max_steps, eta_seconds);
+        match &self.output {
+            Output::Live(bar) => {
+                bar.set_position(event.step);
+                bar.set_message(line);
+            }
+            Output::Plain => eprintln!("{line}"),
+            Output::Silent => {}
+        }
+    }
+
+    /// The evaluation data were scored.
+    pub fn eval(&self, event: &EvalEvent) {
+        let best = if event.is_best { ", the best so far" } else { "" };
+        self.note(&format!("step {}: eval loss {:.4}{best}", event.step, event.eval_loss));
+    }
+
+    /// A sample answer.
+    pub fn sample(&self, event: &SampleEvent) {
+        let (prompt, completion) = (&event.prompt, &event.completion);
+        self.note(&format!("step {}: {prompt}\n  → {}", event.step, completion.trim()));
+    }
+
+    /// A checkpoint was written.
+    pub fn save(&self, event: &SaveEvent) {
+        let size = ByteSize(event.bytes);
+        self.note(&format!("step {}: saved {} ({size})", event.step, event.checkpoint));
+    }
+
+    /// A line that stays.
+    pub fn note(&self, text: &str) {
+        match &self.output {
+            Output::Live(bar) => bar.suspend(|| eprintln!("{text}")),
+            Output::Plain => eprintln!("{text}"),
+            Output::Silent => {}
+        }
+    }
+
+    /// Leaves the last state of the line on the screen.
+    pub fn finish(&self) {
+        if let Output::Live(bar) = &self.output {
+            bar.abandon();
+            eprintln!();
+        }
+    }
+}
+
+fn step_line(event: &StepEvent, max_steps: u64, eta_seconds: f64) -> String {
+    let memory = ByteSize(event.rss_bytes);
+    format!(
+        "step {}/{max_steps}  loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s  {memory}  ETA {}",
+        event.step,
+        event.loss,
+        event.learning_rate,
+        event.grad_norm,
+        event.tokens_per_second,
+        clock(eta_seconds),
+    )
+}
+
+/// `1:02:03` or `2:03`.
+fn clock(seconds: f64) -> String {
+    let total = Duration::try_from_secs_f64(seconds.round()).unwrap_or_default().as_secs();
+    let (hours, minutes, seconds) = (total / 3600, total / 60 % 60, total % 60);
+    if hours > 0 {
+        format!("{hours}:{minutes:02}:{seconds:02}")
+    } else {
+        format!("{minutes}:{seconds:02}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_line_has_what_one_watches() {
+        let event = StepEvent {
+            step: 12,
+            loss: 1.23456,
+            learning_rate: 1.9e-4,
+            grad_norm: 0.5,
+            tokens_per_second: 203.4,
+            rss_bytes: 1 << 30,
+            ..StepEvent::default()
+        };
+        assert_eq!(
+            step_line(&event, 100, 3723.4),
+            "step 12/100  loss 1.2346  lr 1.90e-4  grad norm 0.500  203 tokens/s  1.0 GiB  \
+             ETA 1:02:03"
+        );
+        assert_eq!(clock(123.0), "2:03");
+        assert_eq!(clock(f64::NAN), "0:00");
+    }
+}

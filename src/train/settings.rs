@@ -1,0 +1,107 @@
+//! A run's settings as text, and which of them a resumed run may change.
+
+use std::collections::BTreeMap;
+
+/// Every setting of a run: flag name in snake case, and its value or values as text.
+pub type SettingsEcho = BTreeMap<String, Vec<String>>;
+
+/// Settings that decide where, how fast and how closely watched a run is, but not its numbers. The
+/// contents of model and data are compared by themselves, so their paths may change.
+const NEUTRAL: [&str; 18] = [
+    "activations",
+    "data",
+    "early_stopping_patience",
+    "early_stopping_threshold",
+    "eval_data",
+    "eval_steps",
+    "load_best_model_at_end",
+    "logging_steps",
+    "memory_budget",
+    "model",
+    "out",
+    "sample_max_new_tokens",
+    "sample_prompt",
+    "sample_steps",
+    "save_steps",
+    "save_total_limit",
+    "self_checks",
+    "threads",
+];
+
+/// Settings that only say how long the run is; neutral where the learning rate does not fall.
+const LENGTH: [&str; 2] = ["max_steps", "num_train_epochs"];
+
+/// What differs between two runs and changes their numbers, as `name was a, now b`.
+/// `length_is_neutral` if the learning rate does not depend on the length of the run.
+pub fn changes(was: &SettingsEcho, now: &SettingsEcho, length_is_neutral: bool) -> Vec<String> {
+    let names: std::collections::BTreeSet<&String> = was.keys().chain(now.keys()).collect();
+    let neutral =
+        |name: &str| NEUTRAL.contains(&name) || (length_is_neutral && LENGTH.contains(&name));
+    let show = |values: Option<&Vec<String>>| match values {
+        Some(values) => values.join(","),
+        None => "not set".to_string(),
+    };
+    names
+        .into_iter()
+        .filter(|name| !neutral(name) && !same(was.get(*name), now.get(*name)))
+        .map(|name| format!("{name} was {}, now {}", show(was.get(name)), show(now.get(name))))
+        .collect()
+}
+
+fn same(was: Option<&Vec<String>>, now: Option<&Vec<String>>) -> bool {
+    let number = |text: &str| text.parse::<f64>().ok();
+    match (was, now) {
+        (Some(was), Some(now)) if was.len() == now.len() => was
+            .iter()
+            .zip(now)
+            .all(|(a, b)| a == b || number(a).zip(number(b)).is_some_and(|(a, b)| a == b)),
+        (was, now) => was == now,
+    }
+}
+
+/// The settings as JSON: numbers and booleans as such, several values as an array.
+pub fn to_json(settings: &SettingsEcho) -> serde_json::Value {
+    use serde_json::Value;
+    let value = |text: &String| match serde_json::from_str(text) {
+        Ok(value @ (Value::Number(_) | Value::Bool(_))) => value,
+        _ => Value::String(text.clone()),
+    };
+    let field = |(name, values): (&String, &Vec<String>)| {
+        let json = match values.as_slice() {
+            [one] => value(one),
+            many => Value::Array(many.iter().map(value).collect()),
+        };
+        (name.clone(), json)
+    };
+    Value::Object(settings.iter().map(field).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn echo(pairs: &[(&str, &str)]) -> SettingsEcho {
+        pairs.iter().map(|(name, value)| (name.to_string(), vec![value.to_string()])).collect()
+    }
+
+    #[test]
+    fn only_what_changes_the_numbers_is_named() {
+        let was =
+            echo(&[("learning_rate", "2e-4"), ("seed", "42"), ("threads", "2"), ("out", "a")]);
+        let now = echo(&[("learning_rate", "0.0002"), ("seed", "1"), ("out", "b"), ("x", "1")]);
+        assert_eq!(changes(&was, &now, false), ["seed was 42, now 1", "x was not set, now 1"]);
+        let (short, long) = (echo(&[("max_steps", "5")]), echo(&[("max_steps", "9")]));
+        assert_eq!(changes(&short, &long, false), ["max_steps was 5, now 9"]);
+        assert!(changes(&short, &long, true).is_empty());
+    }
+
+    #[test]
+    fn json_has_types() {
+        let mut settings =
+            echo(&[("seed", "42"), ("packing", "true"), ("out", "1x"), ("r", "2e-4")]);
+        settings.insert("prompts".into(), vec!["a".into(), "b".into()]);
+        let json = serde_json::json!({"seed": 42, "packing": true, "out": "1x", "r": 2e-4,
+            "prompts": ["a", "b"]});
+        assert_eq!(to_json(&settings), json);
+    }
+}

@@ -1,0 +1,132 @@
+//! How a run begins: from nothing, or from a checkpoint of the same run.
+
+use std::path::Path;
+
+use super::checkpoints::Found;
+use super::checks::{self, FirstSteps};
+use super::events::StartEvent;
+use super::feed::Feed;
+use super::recipe::Recipe;
+use super::schedule::SchedulerType;
+use super::settings;
+use super::state::{self, Identity, TrainState};
+use super::trainee::Trainee;
+use crate::error::{Error, Result};
+
+/// Losses of one model on two machines differ by less than this share; those of two models do not.
+const SAME_MODEL: f64 = 1e-4;
+
+/// A run about to take its next step.
+pub struct Start {
+    /// Where it stands.
+    pub state: TrainState,
+    /// What its first steps are checked for.
+    pub checks: FirstSteps,
+    /// Whether another machine computes it now, with other rounding.
+    pub rounding_differs: bool,
+}
+
+/// Whether the adapter was just made: its B is zero.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum AdapterOrigin {
+    /// Fresh.
+    Fresh,
+    /// Read from a folder.
+    Loaded,
+}
+
+/// Checks the base model and, for a resumed run, takes weights, moments and counters from `found`.
+/// `identity` lacks the base loss; this fills it in.
+///
+/// # Errors
+/// `Numeric` when a fresh adapter changes the loss; `Usage` naming every setting that differs from
+/// the run's and changes its numbers; `Input` when model or data are others.
+pub fn begin<M: Trainee>(
+    model: &mut M,
+    recipe: &Recipe,
+    feed: &mut Feed,
+    mut identity: Identity,
+    origin: AdapterOrigin,
+    found: Option<Found>,
+) -> Result<Start> {
+    let fresh = origin == AdapterOrigin::Fresh;
+    let probe = checks::probe(&feed.batch(0, 0));
+    identity.base_loss = checks::base_loss(model, &probe, fresh && recipe.self_checks)?;
+    let max_steps = recipe.max_steps(feed.num_batches());
+    let Some(Found { folder, mut state }) = found else {
+        let checks = if fresh { FirstSteps::default() } else { FirstSteps::done() };
+        let state = TrainState::new(identity, max_steps);
+        return Ok(Start { state, checks, rounding_differs: false });
+    };
+    compare(recipe, &state.identity, &identity)?;
+    let was = std::mem::replace(&mut state.identity, identity);
+    let rounding_differs = was.base_loss.to_bits() != state.identity.base_loss.to_bits();
+    state.max_steps = max_steps;
+    state::read_optimizer(model, &folder)?;
+    Ok(Start { state, checks: FirstSteps::done(), rounding_differs })
+}
+
+/// The first event of the run's logs.
+pub fn start_event(
+    state: &TrainState,
+    recipe: &Recipe,
+    num_batches: usize,
+    model: &Path,
+) -> StartEvent {
+    let steps_per_epoch = recipe.steps_per_epoch(num_batches);
+    StartEvent {
+        settings: settings::to_json(&state.identity.settings),
+        model: model.display().to_string(),
+        max_steps: state.max_steps,
+        steps_per_epoch,
+        num_train_epochs: state.max_steps as f64 / steps_per_epoch as f64,
+        train_batch_size: recipe.per_device_train_batch_size,
+        gradient_accumulation_steps: recipe.gradient_accumulation_steps,
+        logging_steps: recipe.logging_steps,
+        eval_steps: recipe.evaluation.steps,
+        save_steps: Some(recipe.saving.steps),
+        base_loss: Some(state.identity.base_loss),
+        resumed_from_step: (state.step > 0).then_some(state.step),
+        history: state.history.clone(),
+        ..StartEvent::default()
+    }
+}
+
+fn compare(recipe: &Recipe, was: &Identity, now: &Identity) -> Result<()> {
+    let changes = settings::changes(&was.settings, &now.settings, rate_is_constant(recipe));
+    if !changes.is_empty() {
+        return Err(Error::usage(format_args!(
+            "`--resume` with other settings would not continue the same run: {}",
+            changes.join("; ")
+        ))
+        .hint("leave them out to continue, or start another run in another `--out`"));
+    }
+    let different = |what: &str| {
+        Error::input(format_args!("the {what} is not what this run began with"))
+            .hint("give the original file, or start another run in another `--out`")
+    };
+    if was.data_sha256 != now.data_sha256 {
+        return Err(different("training data"));
+    }
+    if was.eval_data_sha256 != now.eval_data_sha256 {
+        return Err(different("evaluation data"));
+    }
+    if (was.base_loss - now.base_loss).abs() > SAME_MODEL * was.base_loss.abs() {
+        let (was, now) = (was.base_loss, now.base_loss);
+        let what =
+            format_args!("the base model (loss {now:.4} on the first tokens, then {was:.4})");
+        return Err(different(&what.to_string()));
+    }
+    Ok(())
+}
+
+/// Whether a longer run has the same learning rates up to here.
+fn rate_is_constant(recipe: &Recipe) -> bool {
+    match recipe.scheduler_type {
+        SchedulerType::Constant => true,
+        SchedulerType::ConstantWithWarmup => {
+            matches!(recipe.warmup, super::schedule::Warmup::Steps(_))
+        }
+        _ => false,
+    }
+}

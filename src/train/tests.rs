@@ -1,0 +1,302 @@
+//! The loop as a whole, on a model that is checked by hand.
+
+use std::cell::Cell;
+use std::fs;
+use std::path::Path;
+
+use super::adamw::AdamW;
+use super::checkpoints::{self, Found};
+use super::events::{EndReason, EvalEvent, Event, StepEvent};
+use super::feed::Feed;
+use super::progress::Progress;
+use super::recipe::{EvalRecipe, Length, Recipe, SaveRecipe};
+use super::schedule::{SchedulerType, Warmup};
+use super::settings::SettingsEcho;
+use super::start::{AdapterOrigin, begin};
+use super::state::Identity;
+use super::toy::{Toy, documents};
+use super::trainer::{Parts, Trainer};
+use crate::adapter::LoraPlus;
+use crate::data::Batch;
+use crate::error::{Error, Result};
+
+/// 13 batches in windows of 3, so that each epoch ends with a short one; evaluation every 2 steps.
+fn recipe() -> Recipe {
+    Recipe {
+        per_device_train_batch_size: 1,
+        gradient_accumulation_steps: 3,
+        learning_rate: 0.05,
+        scheduler_type: SchedulerType::Cosine,
+        warmup: Warmup::Ratio(0.1),
+        min_lr_rate: 0.1,
+        length: Length::Epochs(3.0),
+        max_grad_norm: 0.5,
+        optimizer: AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.01 },
+        loraplus: LoraPlus { lr_ratio: 4.0, lr_embedding: 1e-6 },
+        logging_steps: 2,
+        evaluation: EvalRecipe {
+            steps: Some(2),
+            patience: None,
+            threshold: 0.0,
+            load_best_at_end: false,
+        },
+        saving: SaveRecipe { steps: 3, total_limit: 2 },
+        sample_steps: Some(4),
+        self_checks: true,
+    }
+}
+
+fn feed() -> Feed {
+    let documents = documents(&[4, 6, 9, 3, 5, 8, 7, 4, 6, 5, 9, 3, 4]);
+    let rows = (0..documents.len()).map(|index| vec![index]).collect();
+    Feed::new(documents, rows, 1, Some(11)).unwrap()
+}
+
+fn settings(pairs: &[(&str, &str)]) -> SettingsEcho {
+    pairs.iter().map(|(name, value)| (name.to_string(), vec![value.to_string()])).collect()
+}
+
+/// What one session leaves behind.
+struct Session {
+    result: Result<EndReason>,
+    toy: Toy,
+    events: Vec<Event>,
+}
+
+/// Runs until the end, or until `stop` has been asked `questions` times.
+fn session(out: &Path, recipe: &Recipe, questions: usize, resume: bool) -> Session {
+    session_of(Toy::new(), out, recipe, questions, resume)
+}
+
+fn session_of(
+    mut toy: Toy,
+    out: &Path,
+    recipe: &Recipe,
+    questions: usize,
+    resume: bool,
+) -> Session {
+    let mut feed = feed();
+    let identity = Identity {
+        settings: settings(&[("seed", "1")]),
+        data_sha256: feed.fingerprint(),
+        ..Identity::default()
+    };
+    let found = if resume { checkpoints::newest(out, &mut |_| ()) } else { None };
+    let origin = AdapterOrigin::Fresh;
+    let start = match begin(&mut toy, recipe, &mut feed, identity, origin, found) {
+        Ok(start) => start,
+        Err(error) => return Session { result: Err(error), toy, events: Vec::new() },
+    };
+    let mut events = start.state.history.clone();
+    let evaluation = [Batch::from_documents(&documents(&[12, 9])[1..])];
+    let asked = Cell::new(0);
+    let parts = Parts {
+        recipe,
+        feed: &mut feed,
+        evaluation: &evaluation,
+        prompts: &["what".to_string()],
+        out,
+        log: &mut events,
+        progress: &Progress::silent(),
+        stop: &|| {
+            asked.set(asked.get() + 1);
+            asked.get() > questions
+        },
+        extra: &|_| Ok(()),
+    };
+    let result = Trainer::new(&mut toy, parts, start.state, start.checks).run();
+    Session { result: result.map(|end| end.reason), toy, events }
+}
+
+const NEVER: usize = usize::MAX;
+
+/// Everything of the history that does not depend on the clock.
+fn numbers(events: &[Event]) -> Vec<Event> {
+    let timeless = |event: &Event| match event {
+        Event::Step(event) => Some(Event::Step(StepEvent {
+            tokens_per_second: 0.0,
+            elapsed_seconds: 0.0,
+            rss_bytes: 0,
+            ..event.clone()
+        })),
+        Event::Eval(event) => Some(Event::Eval(EvalEvent { eval_runtime: 0.0, ..event.clone() })),
+        Event::Sample(_) => Some(event.clone()),
+        Event::Start(_) | Event::Save(_) | Event::End(_) => None,
+    };
+    events.iter().filter_map(timeless).collect()
+}
+
+#[test]
+fn training_lowers_the_loss() {
+    let out = tempfile::tempdir().unwrap();
+    let run = session(out.path(), &recipe(), NEVER, false);
+    assert_eq!(run.result.unwrap(), EndReason::Finished);
+    let steps = numbers(&run.events).into_iter().filter_map(|event| match event {
+        Event::Step(event) => Some(event),
+        _ => None,
+    });
+    let steps: Vec<_> = steps.collect();
+    let logged: Vec<u64> = steps.iter().map(|event| event.step).collect();
+    assert_eq!(logged, [2, 4, 6, 8, 10, 12, 14, 15], "15 steps: 3 epochs of ⌈13 / 3⌉");
+    assert!(steps[7].loss < 0.95 * steps[0].loss, "{} {}", steps[0].loss, steps[7].loss);
+    assert_eq!(steps[7].epoch, 3.0);
+    assert_eq!(steps[4].epoch, 2.0, "a short last window ends the epoch");
+    assert!(out.path().join("adapter_model.safetensors").exists());
+    assert!(!out.path().join(".adapter.partial").exists());
+}
+
+#[test]
+fn a_run_stopped_anywhere_continues_bit_for_bit() {
+    let whole_out = tempfile::tempdir().unwrap();
+    let whole = session(whole_out.path(), &recipe(), NEVER, false);
+    let adapter = |out: &Path| fs::read(out.join("adapter_model.safetensors")).unwrap();
+    for questions in [1, 3, 4, 5, 9, 17, 30, 44, 52, 58] {
+        let out = tempfile::tempdir().unwrap();
+        let first = session(out.path(), &recipe(), questions, false);
+        assert!(matches!(first.result, Err(Error::Interrupted(_))), "{questions}");
+        let second = session(out.path(), &recipe(), NEVER, true);
+        assert_eq!(second.result.unwrap(), EndReason::Finished);
+        assert_eq!(second.toy.master, whole.toy.master, "stopped after {questions} questions");
+        assert_eq!(numbers(&second.events), numbers(&whole.events), "{questions}");
+        assert_eq!(adapter(out.path()), adapter(whole_out.path()));
+        let last = |out: &Path| fs::read(out.join("checkpoint-15/optimizer.safetensors")).unwrap();
+        assert_eq!(last(out.path()), last(whole_out.path()), "moments, too");
+    }
+}
+
+#[test]
+fn a_damaged_checkpoint_is_skipped_and_reported() {
+    let whole_out = tempfile::tempdir().unwrap();
+    let whole = session(whole_out.path(), &recipe(), NEVER, false);
+    for file in ["optimizer.safetensors", "state.json", "adapter_model.safetensors", "SHA256SUMS"] {
+        let out = tempfile::tempdir().unwrap();
+        session(out.path(), &recipe(), 40, false);
+        let [newest, previous, ..] = checkpoints::steps(out.path())[..] else { panic!() };
+        let path = out.path().join(checkpoints::name(newest)).join(file);
+        let mut bytes = fs::read(&path).unwrap();
+        let middle = bytes.len() / 2;
+        bytes[middle] ^= 1;
+        fs::write(&path, bytes).unwrap();
+        let mut reports = Vec::new();
+        let found = checkpoints::newest(out.path(), &mut |text| reports.push(text.to_string()));
+        assert_eq!(found.unwrap().state.step, previous, "{file}");
+        assert_eq!(reports.len(), 1);
+        assert!(reports[0].starts_with(&format!("skipping checkpoint-{newest}: ")), "{reports:?}");
+        let resumed = session(out.path(), &recipe(), NEVER, true);
+        assert_eq!(resumed.toy.master, whole.toy.master);
+    }
+}
+
+#[test]
+fn a_checkpoint_with_a_missing_file_is_not_used() {
+    let out = tempfile::tempdir().unwrap();
+    session(out.path(), &recipe(), 40, false);
+    let steps = checkpoints::steps(out.path());
+    for &step in &steps {
+        let found = checkpoints::newest(out.path(), &mut |_| ());
+        assert_eq!(found.map(|found| found.state.step), Some(step));
+        fs::remove_file(out.path().join(checkpoints::name(step)).join("state.json")).unwrap();
+    }
+    assert!(checkpoints::newest(out.path(), &mut |_| ()).is_none());
+}
+
+#[test]
+fn the_newest_and_the_best_survive_thinning_out() {
+    let out = tempfile::tempdir().unwrap();
+    let mut recipe = recipe();
+    // a rate that grows until it overshoots: the best evaluation is an early one
+    recipe.learning_rate = 8.0;
+    recipe.scheduler_type = SchedulerType::ConstantWithWarmup;
+    recipe.warmup = Warmup::Steps(40);
+    recipe.saving = SaveRecipe { steps: 1, total_limit: 2 };
+    let run = session(out.path(), &recipe, NEVER, false);
+    let Some(Event::End(end)) = run.events.last() else { panic!() };
+    let (_, best) = end.best.unwrap();
+    assert!(best < 12, "{best}");
+    assert_eq!(checkpoints::steps(out.path()), [15, 14, best]);
+    assert_eq!(end.best_checkpoint, Some(checkpoints::name(best)));
+}
+
+#[test]
+fn the_run_stops_when_patience_is_out_and_ends_with_the_best_weights() {
+    let out = tempfile::tempdir().unwrap();
+    let mut recipe = recipe();
+    recipe.learning_rate = 1.0;
+    recipe.scheduler_type = SchedulerType::Constant;
+    recipe.evaluation.patience = Some(2);
+    recipe.evaluation.load_best_at_end = true;
+    let run = session(out.path(), &recipe, NEVER, false);
+    assert_eq!(run.result.unwrap(), EndReason::EarlyStopping);
+    let Some(Event::End(end)) = run.events.last() else { panic!() };
+    let (_, best) = end.best.unwrap();
+    assert_eq!(end.step, best + 4, "two evaluations later");
+    let name = "adapter_model.safetensors";
+    let in_best = fs::read(out.path().join(checkpoints::name(best)).join(name)).unwrap();
+    assert_eq!(fs::read(out.path().join(name)).unwrap(), in_best);
+    let in_last = fs::read(out.path().join(checkpoints::name(end.step)).join(name)).unwrap();
+    assert_ne!(in_best, in_last);
+}
+
+#[test]
+fn numbers_that_go_wrong_stop_the_run_and_name_the_way_back() {
+    let out = tempfile::tempdir().unwrap();
+    session(out.path(), &recipe(), 40, false);
+    let newest = checkpoints::steps(out.path())[0];
+    let mut toy = Toy::new();
+    toy.poison = Some(documents(&[4, 6, 9])[2].input_ids[0]);
+    let run = session_of(toy, out.path(), &recipe(), NEVER, true);
+    let error = run.result.unwrap_err();
+    assert!(matches!(error, Error::Numeric(_)));
+    let text = error.to_string();
+    assert!(text.starts_with("step ") && text.contains("toy.lora_B.weight"), "{text}");
+    assert!(text.contains("(lines 3)"), "{text}");
+    assert!(text.ends_with("is the last good checkpoint"), "{text}");
+    let found = checkpoints::newest(out.path(), &mut |_| ()).unwrap();
+    assert!(found.state.step >= newest);
+}
+
+#[test]
+fn a_refused_write_leaves_the_last_checkpoint() {
+    let out = tempfile::tempdir().unwrap();
+    session(out.path(), &recipe(), 40, false);
+    let before = checkpoints::newest(out.path(), &mut |_| ()).unwrap().state;
+    let mut state = before.clone();
+    state.step += 1;
+    let full = |folder: &Path| {
+        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+        Err(Error::io("write", folder, full))
+    };
+    let error = checkpoints::save(&mut Toy::new(), &state, out.path(), &full).unwrap_err();
+    let survivor = checkpoints::name(before.step);
+    assert!(error.to_string().contains(&format!("{survivor} is intact")), "{error}");
+    assert_eq!(checkpoints::newest(out.path(), &mut |_| ()).unwrap().state, before);
+    let hidden = fs::read_dir(out.path()).unwrap().flatten();
+    assert!(hidden.filter(|e| e.file_name().to_string_lossy().starts_with('.')).count() == 0);
+}
+
+fn resume_with(change: impl Fn(&mut Found, &mut Identity)) -> Error {
+    let out = tempfile::tempdir().unwrap();
+    session(out.path(), &recipe(), 40, false);
+    let (mut toy, mut feed) = (Toy::new(), feed());
+    let mut identity = Identity {
+        settings: settings(&[("seed", "1")]),
+        data_sha256: feed.fingerprint(),
+        ..Identity::default()
+    };
+    let mut found = checkpoints::newest(out.path(), &mut |_| ()).unwrap();
+    change(&mut found, &mut identity);
+    let start = begin(&mut toy, &recipe(), &mut feed, identity, AdapterOrigin::Fresh, Some(found));
+    start.map(|_| ()).unwrap_err()
+}
+
+#[test]
+fn resuming_another_run_is_refused_by_name() {
+    let error = resume_with(|_, now| now.settings = settings(&[("seed", "2")]));
+    assert!(error.to_string().contains("seed was 1, now 2"), "{error}");
+    let error = resume_with(|_, now| now.data_sha256 = "other".into());
+    assert!(error.to_string().contains("training data"), "{error}");
+    let error = resume_with(|_, now| now.eval_data_sha256 = Some("other".into()));
+    assert!(error.to_string().contains("evaluation data"), "{error}");
+    let error = resume_with(|found, _| found.state.identity.base_loss *= 1.1);
+    assert!(error.to_string().contains("base model"), "{error}");
+}

@@ -1,0 +1,387 @@
+//! The loop: steps, and what is due after each of them.
+//!
+//! After step `k`, in this order: a log line, an evaluation, sample answers, a checkpoint. What a
+//! checkpoint holds is exactly the state after those, so a resumed run repeats nothing and skips
+//! nothing; an interrupted step is given up and made again.
+
+use std::path::Path;
+use std::time::Instant;
+
+use super::adamw::RateGroup;
+use super::checkpoints::{self, Extra};
+use super::checks::FirstSteps;
+use super::clip;
+use super::events::{EndEvent, EndReason, EvalEvent, Event, RunLog, SampleEvent, StepEvent};
+use super::feed::Feed;
+use super::progress::Progress;
+use super::recipe::Recipe;
+use super::resident;
+use super::schedule::Schedule;
+use super::state::{self, Best, TrainState, Window};
+use super::step::{self, Gradient};
+use super::trainee::Trainee;
+use crate::data::Batch;
+use crate::error::{Error, Result};
+
+/// What a run works with, beside the model.
+pub struct Parts<'a> {
+    /// Settings.
+    pub recipe: &'a Recipe,
+    /// Training data.
+    pub feed: &'a mut Feed,
+    /// Evaluation data; may be empty.
+    pub evaluation: &'a [Batch],
+    /// Prompts of the sample answers.
+    pub prompts: &'a [String],
+    /// Output folder.
+    pub out: &'a Path,
+    /// Receives every event.
+    pub log: &'a mut dyn RunLog,
+    /// Shows the run.
+    pub progress: &'a Progress,
+    /// Whether the user asked to stop.
+    pub stop: &'a dyn Fn() -> bool,
+    /// Further files for each checkpoint.
+    pub extra: Extra<'a>,
+}
+
+/// A run at work.
+pub struct Trainer<'a, M> {
+    model: &'a mut M,
+    parts: Parts<'a>,
+    schedule: Schedule,
+    groups: Vec<RateGroup>,
+    checks: FirstSteps,
+    state: TrainState,
+    saved_step: Option<u64>,
+    session: Session,
+}
+
+/// Steps and seconds since this process began, for the ETA.
+#[derive(Default)]
+struct Session {
+    steps: u64,
+    seconds: f64,
+}
+
+impl<'a, M: Trainee> Trainer<'a, M> {
+    /// Continues from `state`, which is that of a new run or of a checkpoint whose weights
+    /// `model` already holds. `checks` follows the first steps of a fresh adapter.
+    pub fn new(model: &'a mut M, parts: Parts<'a>, state: TrainState, checks: FirstSteps) -> Self {
+        let schedule = parts.recipe.schedule(state.max_steps);
+        let groups = step::rate_groups(model.tensors(), parts.recipe.loraplus);
+        let saved_step = (state.step > 0).then_some(state.step);
+        let session = Session::default();
+        Trainer { model, parts, schedule, groups, checks, state, saved_step, session }
+    }
+
+    /// Trains to the end, and leaves the adapter in the output folder.
+    ///
+    /// # Errors
+    /// `Interrupted` once the state is saved; `Numeric` when the numbers go wrong; whatever model,
+    /// log and disk report. The last checkpoint is intact in all cases.
+    pub fn run(mut self) -> Result<EndEvent> {
+        let reason = self.train().map_err(|error| self.with_survivor(error))?;
+        if reason != EndReason::Interrupted {
+            self.evaluate_unless_done()?;
+        }
+        self.save_unless_done()?;
+        let end = self.end_event(reason);
+        self.parts.log.record(&Event::End(end.clone()))?;
+        if reason == EndReason::Interrupted {
+            return Err(self.interrupted());
+        }
+        self.load_best()?;
+        publish(self.model, self.parts.out)?;
+        Ok(end)
+    }
+
+    fn train(&mut self) -> Result<EndReason> {
+        loop {
+            if (self.parts.stop)() || !self.after_step()? {
+                return Ok(EndReason::Interrupted);
+            }
+            if self.out_of_patience() {
+                return Ok(EndReason::EarlyStopping);
+            }
+            if self.state.step >= self.state.max_steps {
+                return Ok(EndReason::Finished);
+            }
+            if !self.step()? {
+                return Ok(EndReason::Interrupted);
+            }
+        }
+    }
+
+    /// Batches of the next step.
+    fn window(&mut self) -> Vec<Batch> {
+        let feed = &mut *self.parts.feed;
+        let per_step = self.parts.recipe.gradient_accumulation_steps;
+        let first = self.state.epoch_step as usize * per_step;
+        let end = feed.num_batches().min(first + per_step);
+        (first..end).map(|index| feed.batch(self.state.epoch, index)).collect()
+    }
+
+    /// Forward passes made before the current step.
+    fn micro_batches(&self) -> u64 {
+        let per_step = self.parts.recipe.gradient_accumulation_steps as u64;
+        let num_batches = self.parts.feed.num_batches() as u64;
+        self.state.epoch * num_batches + (self.state.epoch_step * per_step).min(num_batches)
+    }
+
+    /// Passes over the data, with fraction.
+    fn epoch(&self) -> f64 {
+        self.micro_batches() as f64 / self.parts.feed.num_batches() as f64
+    }
+
+    /// Makes one step; false if it was given up because the user asked to stop.
+    fn step(&mut self) -> Result<bool> {
+        let start = Instant::now();
+        let (window, first) = (self.window(), self.micro_batches());
+        let number = self.state.step + 1;
+        let at = |error: Error| error.at(format_args!("step {number}"));
+        let gradient = step::accumulate(self.model, &window, first, self.parts.stop).map_err(at)?;
+        let Some(gradient) = gradient else { return Ok(false) };
+        let recipe = self.parts.recipe;
+        let rate = self.schedule.rate(self.state.step);
+        let scale = clip::gradient_scale(gradient.norm, recipe.max_grad_norm);
+        if recipe.self_checks {
+            self.checks.before_update(self.model).map_err(at)?;
+        }
+        step::update(self.model, &recipe.optimizer, &self.groups, (number, rate), scale);
+        if recipe.self_checks {
+            self.checks.after_update(self.model, rate).map_err(at)?;
+        }
+        self.count(&gradient, start.elapsed().as_secs_f64());
+        self.log_step(&gradient, rate)?;
+        Ok(true)
+    }
+
+    fn count(&mut self, gradient: &Gradient, seconds: f64) {
+        let steps_per_epoch = self.parts.recipe.steps_per_epoch(self.parts.feed.num_batches());
+        let state = &mut self.state;
+        state.step += 1;
+        state.epoch_step += 1;
+        if state.epoch_step == steps_per_epoch {
+            (state.epoch, state.epoch_step) = (state.epoch + 1, 0);
+        }
+        state.num_input_tokens_seen += gradient.tokens;
+        state.num_target_tokens_seen += gradient.targets;
+        state.elapsed_seconds += seconds;
+        state.loss_sum += gradient.loss;
+        state.window.loss_sum += gradient.loss;
+        state.window.steps += 1;
+        state.window.tokens += gradient.tokens;
+        state.window.seconds += seconds;
+        self.session.steps += 1;
+        self.session.seconds += seconds;
+    }
+
+    fn log_step(&mut self, gradient: &Gradient, learning_rate: f64) -> Result<()> {
+        let (step, last) = (self.state.step, self.state.max_steps);
+        if step % self.parts.recipe.logging_steps != 0 && step != last {
+            return Ok(());
+        }
+        let window = std::mem::take(&mut self.state.window);
+        let event = StepEvent {
+            step,
+            epoch: self.epoch(),
+            loss: window.loss_sum / window.steps as f64,
+            learning_rate,
+            grad_norm: gradient.norm,
+            num_input_tokens_seen: self.state.num_input_tokens_seen,
+            num_target_tokens_seen: self.state.num_target_tokens_seen,
+            tokens_per_second: window.tokens_per_second(),
+            elapsed_seconds: self.state.elapsed_seconds,
+            rss_bytes: resident::now_bytes(),
+        };
+        let seconds_per_step = self.session.seconds / self.session.steps as f64;
+        self.parts.progress.step(&event, seconds_per_step * (last - step) as f64);
+        self.record(Event::Step(event))
+    }
+
+    /// What is due after the current step and not done yet; false if the user asked to stop.
+    fn after_step(&mut self) -> Result<bool> {
+        let (step, recipe) = (self.state.step, self.parts.recipe);
+        let due = |every: Option<u64>| every.is_some_and(|every| step % every == 0);
+        let mut improved = false;
+        if step > 0 && due(recipe.evaluation.steps) && self.state.evaluated_step != Some(step) {
+            match self.evaluate()? {
+                Some(is_best) => improved = is_best,
+                None => return Ok(false),
+            }
+        }
+        if due(recipe.sample_steps) && self.state.sampled_step != Some(step) {
+            self.sample()?;
+        }
+        if step > 0 && (improved || due(Some(recipe.saving.steps))) {
+            self.save_unless_done()?;
+        }
+        Ok(true)
+    }
+
+    /// Scores the evaluation data; whether it is the best so far, or `None` if the user asked to
+    /// stop.
+    fn evaluate(&mut self) -> Result<Option<bool>> {
+        let start = Instant::now();
+        let (mut loss, mut targets, mut documents) = (0.0, 0, 0);
+        for batch in self.parts.evaluation {
+            if (self.parts.stop)() {
+                return Ok(None);
+            }
+            loss += self.model.evaluate(batch)?;
+            targets += batch.num_targets as u64;
+            documents += batch.lines.len() as u64;
+        }
+        let eval_loss = loss / targets.max(1) as f64;
+        if !eval_loss.is_finite() {
+            let step = self.state.step;
+            return Err(Error::numeric(format_args!(
+                "step {step}: evaluation loss is {eval_loss}"
+            )));
+        }
+        let is_best = self.keep_score(eval_loss);
+        let event = EvalEvent {
+            step: self.state.step,
+            epoch: self.epoch(),
+            eval_loss,
+            eval_runtime: start.elapsed().as_secs_f64(),
+            num_documents: documents,
+            num_batches: self.parts.evaluation.len() as u64,
+            num_target_tokens: targets,
+            is_best,
+        };
+        self.parts.progress.eval(&event);
+        self.record(Event::Eval(event))?;
+        Ok(Some(is_best))
+    }
+
+    fn keep_score(&mut self, eval_loss: f64) -> bool {
+        let (state, threshold) = (&mut self.state, self.parts.recipe.evaluation.threshold);
+        state.evaluated_step = Some(state.step);
+        let counts = state.best.is_none_or(|best| eval_loss < best.eval_loss - threshold);
+        let failures = state.evaluations_without_improvement + 1;
+        state.evaluations_without_improvement = if counts { 0 } else { failures };
+        let is_best = state.best.is_none_or(|best| eval_loss < best.eval_loss);
+        if is_best {
+            state.best = Some(Best { eval_loss, step: state.step });
+        }
+        is_best
+    }
+
+    fn out_of_patience(&self) -> bool {
+        let patience = self.parts.recipe.evaluation.patience;
+        patience.is_some_and(|patience| self.state.evaluations_without_improvement >= patience)
+    }
+
+    fn sample(&mut self) -> Result<()> {
+        self.state.sampled_step = Some(self.state.step);
+        for prompt in self.parts.prompts {
+            let completion = self.model.sample(prompt)?;
+            let (step, epoch) = (self.state.step, self.epoch());
+            let event = SampleEvent { step, epoch, prompt: prompt.clone(), completion };
+            self.parts.progress.sample(&event);
+            self.record(Event::Sample(event))?;
+        }
+        Ok(())
+    }
+
+    /// Keeps an event in the history and passes it on.
+    fn record(&mut self, event: Event) -> Result<()> {
+        self.parts.log.record(&event)?;
+        self.state.history.push(event);
+        Ok(())
+    }
+
+    fn evaluate_unless_done(&mut self) -> Result<()> {
+        let done = self.state.evaluated_step == Some(self.state.step);
+        if !self.parts.evaluation.is_empty() && !done {
+            self.evaluate()?;
+        }
+        Ok(())
+    }
+
+    fn save_unless_done(&mut self) -> Result<()> {
+        let step = self.state.step;
+        if step == 0 || self.saved_step == Some(step) {
+            return Ok(());
+        }
+        let parts = &self.parts;
+        let event = checkpoints::save(self.model, &self.state, parts.out, parts.extra)?;
+        let best = self.state.best.map(|best| best.step);
+        checkpoints::thin_out(parts.out, parts.recipe.saving.total_limit, best)?;
+        self.saved_step = Some(step);
+        parts.progress.save(&event);
+        self.record(Event::Save(event))
+    }
+
+    fn end_event(&self, reason: EndReason) -> EndEvent {
+        let state = &self.state;
+        EndEvent {
+            step: state.step,
+            epoch: self.epoch(),
+            reason,
+            train_loss: state.loss_sum / state.step.max(1) as f64,
+            train_runtime: state.elapsed_seconds,
+            tokens_per_second: state.num_input_tokens_seen as f64
+                / state.elapsed_seconds.max(f64::MIN_POSITIVE),
+            best: state.best.map(|best| (best.eval_loss, best.step)),
+            best_checkpoint: state.best.map(|best| checkpoints::name(best.step)),
+            peak_rss_bytes: resident::peak_bytes(),
+        }
+    }
+
+    /// Takes the best weights back, if that is asked for and they are others.
+    fn load_best(&mut self) -> Result<()> {
+        let Some(best) = self.state.best else { return Ok(()) };
+        if !self.parts.recipe.evaluation.load_best_at_end || best.step == self.state.step {
+            return Ok(());
+        }
+        let folder = self.parts.out.join(checkpoints::name(best.step));
+        checkpoints::verify(&folder).map_err(|error| error.at(folder.display()))?;
+        state::read_optimizer(self.model, &folder)
+    }
+
+    fn interrupted(&self) -> Error {
+        let (step, out) = (self.state.step, self.parts.out.display());
+        let what = match self.saved_step {
+            Some(saved) => {
+                format!("interrupted after step {step}; saved {}", checkpoints::name(saved))
+            }
+            None => "interrupted before the first step was done".to_string(),
+        };
+        let hint = format_args!("continue with `nibble train --out {out} --resume`");
+        Error::Interrupted(crate::error::Message::new(what)).hint(hint)
+    }
+
+    /// Says which checkpoint a run that went wrong can go back to.
+    fn with_survivor(&self, error: Error) -> Error {
+        let (Error::Numeric(message), Some(saved)) = (&error, self.saved_step) else {
+            return error;
+        };
+        let survivor = format!("{} is the last good checkpoint", checkpoints::name(saved));
+        let hint = message.hint.as_ref().map_or(String::new(), |hint| format!("{hint}; "));
+        error.hint(format_args!("{hint}{survivor}"))
+    }
+}
+
+impl Window {
+    fn tokens_per_second(&self) -> f64 {
+        self.tokens as f64 / self.seconds.max(f64::MIN_POSITIVE)
+    }
+}
+
+/// Puts the adapter's files into `out`, each whole or not at all.
+fn publish<M: Trainee>(model: &M, out: &Path) -> Result<()> {
+    let temporary = out.join(".adapter.partial");
+    std::fs::create_dir_all(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
+    model.write_adapter(&temporary)?;
+    let entries = std::fs::read_dir(&temporary).map_err(|e| Error::io("list", &temporary, e))?;
+    for entry in entries {
+        let entry = entry.map_err(|e| Error::io("list", &temporary, e))?;
+        let destination = out.join(entry.file_name());
+        std::fs::rename(entry.path(), &destination)
+            .map_err(|e| Error::io("write", &destination, e))?;
+    }
+    std::fs::remove_dir(&temporary).map_err(|e| Error::io("remove", &temporary, e))
+}
