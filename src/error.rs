@@ -128,3 +128,29 @@ impl std::error::Error for Error {
         }
     }
 }
+
+/// A candle error as one line, without the backtrace that it carries under `RUST_BACKTRACE`.
+pub fn candle_text(error: &candle_core::Error) -> String {
+    use candle_core::Error as Candle;
+    match error {
+        Candle::WithBacktrace { inner, .. } => candle_text(inner),
+        Candle::Context { inner, context } => format!("{context}: {}", candle_text(inner)),
+        Candle::WrappedContext { wrapped, context } => format!("{context}: {wrapped}"),
+        other => other.to_string(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::backtrace::Backtrace;
+
+    use super::*;
+
+    #[test]
+    fn a_candle_error_is_one_line() {
+        let inner = Box::new(candle_core::Error::Msg("unknown magic".into()).context("header"));
+        let backtrace = Box::new(Backtrace::force_capture());
+        let error = candle_core::Error::WithBacktrace { inner, backtrace };
+        assert_eq!(candle_text(&error), "header: unknown magic");
+    }
+}

@@ -11,7 +11,7 @@ use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
 use super::folder::RawTensor;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, candle_text};
 
 const STATE_PREFIX: &str = "quant_state.bitsandbytes__";
 const TYPES: [QuantType; 2] = [QuantType::Nf4, QuantType::Fp4];
@@ -102,7 +102,7 @@ pub(super) fn packed_weight<'a>(
         codes: part("")?.data.clone(),
         absmax,
     })
-    .map_err(|e| Error::input(format_args!("tensor {name}: {e}")))
+    .map_err(|e| Error::input(format_args!("tensor {name}: {}", candle_text(&e))))
 }
 
 /// The code values are constants of the format; other values mean another format.

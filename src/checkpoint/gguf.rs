@@ -18,7 +18,7 @@ use serde_json::{Map, Value, json};
 
 use super::mapped::map_file;
 use super::{DenseTensor, StoredType, TensorInfo, Weight};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, candle_text};
 use crate::model::rotary::llama3_scaling_of;
 
 /// An opened GGUF file.
@@ -51,7 +51,7 @@ impl Gguf {
         let bytes = map_file(path)?;
         let place = path.display().to_string();
         let damaged = |e: candle_core::Error| {
-            Error::input(format_args!("{place}: damaged GGUF file: {e}"))
+            Error::input(format_args!("{place}: damaged GGUF file: {}", candle_text(&e)))
                 .hint("the file may be truncated: compare its size with the source")
         };
         let content = Content::read(&mut Cursor::new(&bytes)).map_err(damaged)?;
@@ -85,8 +85,8 @@ impl Gguf {
                 self.content.tensor(&mut Cursor::new(&self.bytes), stored, &Device::Cpu)?;
             tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()
         };
-        let mut values = read()
-            .map_err(|e| Error::input(format_args!("{}: tensor {stored}: {e}", self.place)))?;
+        let mut values =
+            read().map_err(|e| self.wrong(format_args!("tensor {stored}: {}", candle_text(&e))))?;
         let shape = self.content.tensor_infos[stored].shape.dims().to_vec();
         let heads = match stored.rsplit('.').nth(1) {
             Some("attn_q") => self.head_count("attention.head_count")?,
@@ -196,8 +196,10 @@ impl Gguf {
             let tensor = self.content.tensor(&mut cursor, "rope_freqs.weight", &Device::Cpu)?;
             tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()
         };
-        let factors =
-            read().map_err(|e| self.wrong(format_args!("tensor rope_freqs.weight: {e}")))?;
+        let factors = read().map_err(|e| {
+            let cause = candle_text(&e);
+            self.wrong(format_args!("tensor rope_freqs.weight: {cause}"))
+        })?;
         llama3_scaling_of(&factors, theta, head_dim)
             .ok_or_else(|| self.wrong("rope_freqs.weight: not the factors of a Llama 3 model"))
     }

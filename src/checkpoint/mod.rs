@@ -145,11 +145,8 @@ impl Checkpoint {
             let files = Files::Gguf(Box::new(gguf));
             return Ok(Checkpoint { path: path.to_path_buf(), config, files });
         }
-        if !path.is_dir() {
-            return Err(Error::input(format_args!("{} is not a folder", path.display())).hint(
-                "give a Hugging Face model folder with config.json and *.safetensors, or a .gguf \
-                 file",
-            ));
+        if !path.join("config.json").exists() {
+            return Err(not_a_model(path));
         }
         let config = read_json(&path.join("config.json"))?;
         let files = Files::Folder(Folder::open(path)?);
@@ -205,6 +202,18 @@ impl Checkpoint {
             Files::Gguf(gguf) => gguf.weight(name),
         }
     }
+}
+
+fn not_a_model(path: &Path) -> Error {
+    let shown = path.display();
+    let what = match (path.exists(), path.is_dir()) {
+        (false, _) => format!("{shown} does not exist"),
+        (_, false) => format!("{shown} is neither a folder nor a .gguf file"),
+        (_, true) => format!("{shown} has no config.json"),
+    };
+    Error::input(what).hint(
+        "give a Hugging Face model folder with config.json and *.safetensors, or a .gguf file",
+    )
 }
 
 /// Reads and parses a JSON file.

@@ -14,7 +14,7 @@ use serde::Serialize;
 
 use super::writer::{Announced, Contents, ShardWriter};
 use super::{Checkpoint, CheckpointKind, DenseTensor, StoredType, TensorInfo, Weight};
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, candle_text};
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 
 /// What to do with each tensor.
@@ -359,7 +359,7 @@ pub fn quantize(name: &str, dense: &DenseTensor, format: &BlockFormat) -> Result
         FloatType::Bf16 => PackedWeight::quantize(Floats::Bf16(&dense.elements()), shape, format),
     };
     packed.map_err(|e| {
-        Error::input(format_args!("tensor {name}: {e}"))
+        Error::input(format_args!("tensor {name}: {}", candle_text(&e)))
             .hint("the checkpoint holds NaN or Inf: get another copy of the model")
     })
 }

@@ -16,7 +16,7 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 
 use crate::checkpoint::read_json;
-use crate::error::{Error, Result};
+use crate::error::{Error, Result, candle_text};
 
 /// A model's tokenizer.
 #[derive(Debug, Clone)]
@@ -108,7 +108,8 @@ impl ChatTokenizer {
     fn from_gguf(path: &Path) -> Result<Self> {
         let bytes = crate::checkpoint::map_file(path)?;
         let damaged = |e: candle_core::Error| {
-            Error::input(format_args!("{}: tokenizer metadata: {e}", path.display()))
+            let cause = candle_text(&e);
+            Error::input(format_args!("{}: tokenizer metadata: {cause}", path.display()))
         };
         let content = Content::read(&mut Cursor::new(&bytes)).map_err(damaged)?;
         let mut tokenizer = Tokenizer::from_gguf(&content).map_err(damaged)?;
