@@ -152,3 +152,38 @@ fn split(batch: &Batch, document: usize) -> Batch {
         (batch.input_ids[range.clone()].to_vec(), batch.labels[range].to_vec());
     Batch::from_documents([&nibble::data::Document { input_ids, labels, line: 0 }])
 }
+
+#[test]
+fn cached_decoding_gives_the_logits_of_the_full_pass() {
+    for name in CASES {
+        let case = Case::open(name);
+        let (batch, shape) = case.tensors("ref.safetensors").batch("input_ids", "labels");
+        let mut model = case.model(None, Some("adapter_init"), &[]);
+        let vocab = model.spec().vocab_size;
+        let rows: Vec<u32> = (0..shape[1] as u32).collect();
+        let full = model.logits(&batch, &rows).unwrap();
+        let ids = &batch.input_ids[..shape[1]];
+        let mut fed = 0;
+        // One long feed, a short one, then one by one.
+        for count in [11, 3].into_iter().chain(std::iter::repeat_n(1, shape[1] - 14)) {
+            let logits = model.decode(&ids[fed..fed + count]).unwrap().to_vec();
+            fed += count;
+            let expected = &full[(fed - 1) * vocab..fed * vocab];
+            let error = largest_difference(&logits, expected);
+            assert_within(&case, &format!("logits after {fed}"), error, 2e-5);
+        }
+        assert_eq!(model.cached_tokens(), shape[1]);
+        let error = model.decode(&[1; 20]).unwrap_err().to_string();
+        assert!(error.contains("do not fit a context of 40"), "{error}");
+    }
+}
+
+#[test]
+fn without_its_adapter_a_model_is_its_base() {
+    let case = Case::open("llama_s0");
+    let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
+    let base = case.model(None, None, &[]).evaluate(&batch).unwrap();
+    let mut adapted = case.model(None, Some("adapter_init"), &[]);
+    assert_eq!(adapted.evaluate_base(&batch).unwrap().to_bits(), base.to_bits());
+    assert!((adapted.evaluate(&batch).unwrap() - base).abs() > 0.1);
+}

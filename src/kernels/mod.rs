@@ -44,8 +44,14 @@ pub struct TokenLayout {
 impl TokenLayout {
     /// Positions restart at every boundary.
     pub fn new(cu_seqlens: &[u32]) -> Self {
+        Self::continuing(cu_seqlens, 0)
+    }
+
+    /// One document (or several) whose first positions are `past`.
+    pub fn continuing(cu_seqlens: &[u32], past: u32) -> Self {
         let boundaries: Vec<usize> = cu_seqlens.iter().map(|&b| b as usize).collect();
-        let positions = boundaries.windows(2).flat_map(|w| 0..(w[1] - w[0]) as u32).collect();
+        let positions =
+            boundaries.windows(2).flat_map(|w| past..past + (w[1] - w[0]) as u32).collect();
         TokenLayout { boundaries, positions }
     }
 
@@ -277,6 +283,18 @@ pub trait Kernels: Sync {
         qkv: &Self::Buffer,
         o: &mut Self::Buffer,
         lse: &mut Self::Buffer,
+        work: &mut Self::Buffer,
+    );
+
+    /// Attention of `rows` new tokens that follow `past` cached ones: appends their k and v to
+    /// `cache` `[capacity, 2·kv]` and writes `o [rows, H·head_dim]`.
+    fn attention_cached(
+        &self,
+        shape: &AttentionShape,
+        qkv: &Self::Buffer,
+        cache: (&mut Self::Buffer, usize),
+        rows: usize,
+        o: &mut Self::Buffer,
         work: &mut Self::Buffer,
     );
 

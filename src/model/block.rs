@@ -135,6 +135,16 @@ pub struct Pass<'a, K: Kernels> {
     pub layout: &'a TokenLayout,
     /// Dropout, while training.
     pub dropout: Option<Dropout>,
+    /// Whether the adapters take part; without them this is the base model.
+    pub adapters: bool,
+}
+
+/// Keys and values of the tokens that were decoded before, for one block.
+pub struct Cache<'a, B> {
+    /// Rotated keys and values `[capacity, 2·kv]`.
+    pub keys_values: &'a mut B,
+    /// Tokens in it.
+    pub past: usize,
 }
 
 /// Where a linear's gradients go.
@@ -191,7 +201,7 @@ impl<K: Kernels> Pass<'_, K> {
         let output = linear.output;
         let bias = linear.bias.as_ref();
         kernels.linear_forward(&linear.weight, bias, x, (&mut *y, output), rows, accumulate);
-        if let Some(adapter) = &linear.adapter {
+        if let Some(adapter) = linear.adapter.as_ref().filter(|_| self.adapters) {
             let (pair, dropped) = work;
             self.project(linear, adapter, x, lora_x, (&mut *pair, dropped));
             let ax = (&*lora_x, adapter.columns);
@@ -254,13 +264,15 @@ impl<K: Kernels> Block<K> {
         self.linear(role).expect("every block has an output, an up and a down projection")
     }
 
-    /// Everything up to the MLP's nonlinearity: what `saved` holds.
+    /// Everything up to the MLP's nonlinearity: what `saved` holds. With a cache, the tokens follow
+    /// those in it and are added to it.
     pub fn forward_saved(
         &self,
         pass: &Pass<K>,
         x: &K::Buffer,
         saved: &mut Saved<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
+        cache: Option<Cache<K::Buffer>>,
     ) {
         let (kernels, rows) = (pass.kernels, pass.rows());
         kernels.norm_forward(&self.norm1, x, &mut saved.norm1, &mut saved.norm1_stats, rows);
@@ -272,9 +284,17 @@ impl<K: Kernels> Block<K> {
         if let Some((cos, sin)) = &work.rotary {
             kernels.rotary(&self.attention, (cos, sin), &mut saved.qkv, rows, false);
         }
-        let (o, lse) = (&mut saved.attention, &mut saved.lse);
-        let tiles = &mut work.attention;
-        kernels.attention_forward(&self.attention, pass.layout, &saved.qkv, o, lse, tiles);
+        let (o, tiles) = (&mut saved.attention, &mut work.attention);
+        match cache {
+            None => {
+                let (layout, lse) = (pass.layout, &mut saved.lse);
+                kernels.attention_forward(&self.attention, layout, &saved.qkv, o, lse, tiles);
+            }
+            Some(Cache { keys_values, past }) => {
+                let cache = (keys_values, past);
+                kernels.attention_cached(&self.attention, &saved.qkv, cache, rows, o, tiles);
+            }
+        }
         kernels.copy(x, &mut saved.middle, rows * self.hidden_size);
         let scratch = (&mut work.lora_pair, &mut work.dropped);
         let output = self.expect(LinearRole::O);

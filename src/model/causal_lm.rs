@@ -5,7 +5,7 @@
 //! head runs only on rows that have a target, a chunk of logits at a time, and computes the
 //! gradient of a chunk before the next one overwrites it.
 
-use super::block::{Dropout, GradientBuffers, Pass, Saved, Workspace};
+use super::block::{Cache, Dropout, GradientBuffers, Pass, Saved, Workspace};
 use super::parameters::Parameters;
 use super::spec::ModelSpec;
 use super::weights::Weights;
@@ -25,6 +25,8 @@ pub struct Model {
     plan: MemoryPlan,
     dropout: Option<(f32, u64)>,
     buffers: Buffers,
+    /// Tokens in the caches.
+    cached_tokens: usize,
 }
 
 /// The arena's regions.
@@ -37,6 +39,8 @@ struct Buffers {
     shared: Option<Saved<Buffer<f32>>>,
     work: Workspace<Buffer<f32>>,
     head: HeadBuffers,
+    /// One for each block where text is generated.
+    caches: Vec<Buffer<f32>>,
 }
 
 struct HeadBuffers {
@@ -59,12 +63,14 @@ impl Buffers {
         let kept = (0..spec.num_layers)
             .map(|layer| keeps(layer).then(|| saved(arena, &format!("layer.{layer}"))))
             .collect();
+        let cached = if settings.cache_tokens > 0 { spec.num_layers } else { 0 };
         let shared = !training || settings.policies.contains(&Policy::Checkpoint);
         Buffers {
             inputs,
             kept,
             shared: shared.then(|| saved(arena, "recompute")),
             work: workspace(spec, settings, arena),
+            caches: (0..cached).map(|layer| arena.take(&format!("cache.{layer}"))).collect(),
             head: HeadBuffers {
                 logits: arena.take("head.logits"),
                 input: arena.take("head.input"),
@@ -112,6 +118,14 @@ fn workspace(spec: &ModelSpec, settings: &Settings, arena: &mut Arena) -> Worksp
     }
 }
 
+/// What kind of forward pass.
+#[derive(Debug, Clone, Copy, Default)]
+struct Mode {
+    dropout: Option<Dropout>,
+    base_only: bool,
+    cached: bool,
+}
+
 /// Tokens whose next token is trained, and those targets.
 struct Targets {
     rows: Vec<u32>,
@@ -151,7 +165,7 @@ impl Model {
         let parameters = Parameters::new(settings.targets.clone(), &plan, &mut arena);
         let buffers = Buffers::new(&spec, &settings, &mut arena);
         debug_assert!(arena.untaken().is_empty(), "the plan has regions that nobody uses");
-        Ok(Model { spec, weights, parameters, settings, plan, dropout, buffers })
+        Ok(Model { spec, weights, parameters, settings, plan, dropout, buffers, cached_tokens: 0 })
     }
 
     /// What the model is.
@@ -188,7 +202,7 @@ impl Model {
     pub fn forward_backward(&mut self, batch: &Batch, scale: f32, step: u64) -> Result<f64> {
         let (tokens, targets) = self.begin(batch)?;
         let dropout = self.dropout.map(|(probability, seed)| Dropout { probability, seed, step });
-        self.forward(batch, &tokens, dropout);
+        self.forward(&batch.input_ids, &tokens, Mode { dropout, ..Mode::default() });
         let loss = self.head_loss(&targets, Some(scale));
         self.backward(&tokens, dropout);
         Ok(loss)
@@ -200,8 +214,55 @@ impl Model {
     /// As [`forward_backward`](Model::forward_backward).
     pub fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
         let (tokens, targets) = self.begin(batch)?;
-        self.forward(batch, &tokens, None);
+        self.forward(&batch.input_ids, &tokens, Mode::default());
         Ok(self.head_loss(&targets, None))
+    }
+
+    /// [`evaluate`](Model::evaluate) without the adapters.
+    ///
+    /// # Errors
+    /// As [`forward_backward`](Model::forward_backward).
+    pub fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
+        let (tokens, targets) = self.begin(batch)?;
+        self.forward(&batch.input_ids, &tokens, Mode { base_only: true, ..Mode::default() });
+        Ok(self.head_loss(&targets, None))
+    }
+
+    /// Forgets all decoded tokens.
+    pub fn clear_cache(&mut self) {
+        self.cached_tokens = 0;
+    }
+
+    /// Tokens that were decoded since the last [`clear_cache`](Model::clear_cache).
+    pub fn cached_tokens(&self) -> usize {
+        self.cached_tokens
+    }
+
+    /// Feeds tokens behind those decoded before; returns the logits `[V]` after the last one.
+    ///
+    /// # Errors
+    /// `Usage` when the context is full (`Settings::cache_tokens`) or more tokens come at once than
+    /// planned, `Input` when an id is outside the vocabulary.
+    pub fn decode(&mut self, ids: &[u32]) -> Result<&[f32]> {
+        let (past, count) = (self.cached_tokens, ids.len());
+        let room = self.settings.cache_tokens.saturating_sub(past).min(self.settings.tokens);
+        if count == 0 || count > room {
+            return Err(Error::usage(format_args!(
+                "{count} tokens behind {past} do not fit a context of {}",
+                self.settings.cache_tokens
+            )));
+        }
+        let vocab = self.spec.vocab_size;
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+            let what = format_args!("token id {id} is outside the vocabulary of {vocab}");
+            return Err(Error::input(what).hint("the tokenizer belongs to another model"));
+        }
+        let tokens = TokenLayout::continuing(&[0, count as u32], past as u32);
+        self.fill_rotary(&tokens);
+        self.forward(ids, &tokens, Mode { cached: true, ..Mode::default() });
+        self.cached_tokens += count;
+        self.head_logits(&[count as u32 - 1]);
+        Ok(&self.buffers.head.logits[..vocab])
     }
 
     /// Logits `[rows.len(), V]` at some tokens of the stream.
@@ -210,7 +271,7 @@ impl Model {
     /// As [`forward_backward`](Model::forward_backward).
     pub fn logits(&mut self, batch: &Batch, rows: &[u32]) -> Result<Vec<f32>> {
         let (tokens, _) = self.begin(batch)?;
-        self.forward(batch, &tokens, None);
+        self.forward(&batch.input_ids, &tokens, Mode::default());
         let mut out = Vec::with_capacity(rows.len() * self.spec.vocab_size);
         for chunk in rows.chunks(self.settings.logit_rows) {
             self.head_logits(chunk);
@@ -271,8 +332,10 @@ impl Model {
         let half = self.spec.head_dim / 2;
         for document in tokens.boundaries.windows(2) {
             let (begin, end) = (document[0], document[1]);
-            let (frequencies, factor) = rotary.inverse_frequencies(self.spec.head_dim, end - begin);
-            for (position, token) in (begin..end).enumerate() {
+            let length = tokens.positions[begin..end].last().map_or(0, |&last| last as usize + 1);
+            let (frequencies, factor) = rotary.inverse_frequencies(self.spec.head_dim, length);
+            for token in begin..end {
+                let position = tokens.positions[token];
                 let row = token * half..(token + 1) * half;
                 let tables = cos[row.clone()].iter_mut().zip(&mut sin[row]);
                 for ((cos, sin), frequency) in tables.zip(&frequencies) {
@@ -283,21 +346,29 @@ impl Model {
         }
     }
 
-    fn forward(&mut self, batch: &Batch, tokens: &TokenLayout, dropout: Option<Dropout>) {
-        let Model { weights, parameters, buffers, .. } = self;
-        let Buffers { inputs, kept, shared, work, .. } = buffers;
-        Cpu.embed(&batch.input_ids, &weights.embedding, &mut inputs[0], false);
+    fn forward(&mut self, ids: &[u32], tokens: &TokenLayout, mode: Mode) {
+        let Model { weights, parameters, buffers, cached_tokens, .. } = self;
+        let Buffers { inputs, kept, shared, work, caches, .. } = buffers;
+        Cpu.embed(ids, &weights.embedding, &mut inputs[0], false);
         if let Some(positions) = &weights.positions {
             Cpu.embed(&tokens.positions, positions, &mut inputs[0], true);
         }
-        let pass = Pass { kernels: &Cpu, parameters, layout: tokens, dropout };
+        let pass = Pass {
+            kernels: &Cpu,
+            parameters,
+            layout: tokens,
+            dropout: mode.dropout,
+            adapters: !mode.base_only,
+        };
         let count = inputs.len();
         for (layer, (block, kept)) in weights.blocks.iter().zip(kept).enumerate() {
             let saved = kept.as_mut().or(shared.as_mut()).expect("kept or shared by the plan");
             let [x, out] = inputs
                 .get_disjoint_mut([layer % count, (layer + 1) % count])
                 .expect("at least two inputs are planned");
-            block.forward_saved(&pass, x, saved, work);
+            let cache = caches.get_mut(layer).filter(|_| mode.cached);
+            let cache = cache.map(|keys_values| Cache { keys_values, past: *cached_tokens });
+            block.forward_saved(&pass, x, saved, work, cache);
             block.forward_output(&pass, saved, out, work);
         }
     }
@@ -354,7 +425,7 @@ impl Model {
         let Model { weights, parameters, buffers, .. } = self;
         let Buffers { inputs, kept, shared, work, .. } = buffers;
         let Some(mut gradients) = parameters.take_gradients() else { return };
-        let pass = Pass { kernels: &Cpu, parameters, layout: tokens, dropout };
+        let pass = Pass { kernels: &Cpu, parameters, layout: tokens, dropout, adapters: true };
         for (layer, block) in weights.blocks.iter().enumerate().rev() {
             let x = &inputs[layer];
             let flags = (kept[layer].is_none(), layer > 0);
@@ -362,7 +433,7 @@ impl Model {
                 Some(saved) => saved,
                 None => {
                     let saved = shared.as_mut().expect("planned for checkpointed layers");
-                    block.forward_saved(&pass, x, saved, work);
+                    block.forward_saved(&pass, x, saved, work, None);
                     saved
                 }
             };

@@ -46,6 +46,8 @@ pub enum Component {
     LogitsChunk,
     /// Tables of cos and sin.
     RotaryTables,
+    /// Keys and values of generated text.
+    KvCache,
 }
 
 impl Component {
@@ -63,6 +65,7 @@ impl Component {
             Component::AttentionWorkspace => "attention workspace",
             Component::LogitsChunk => "logits chunk",
             Component::RotaryTables => "rotary tables",
+            Component::KvCache => "key/value cache",
         }
     }
 }
@@ -120,6 +123,8 @@ pub struct Settings {
     pub bf16_working: bool,
     /// Worker threads.
     pub threads: usize,
+    /// Tokens of context for generating text; 0 where nothing is generated.
+    pub cache_tokens: usize,
 }
 
 impl Settings {
@@ -191,6 +196,12 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
         let widest = widest_layer(spec, settings);
         let component = Component::RecomputeWorkspace;
         push_saved(&mut plan, spec, settings, component, "recompute", widest);
+    }
+    if settings.cache_tokens > 0 {
+        for layer in 0..spec.num_layers {
+            let elements = settings.cache_tokens * 2 * spec.kv_width();
+            plan.push(Component::KvCache, format!("cache.{layer}"), elements);
+        }
     }
     push_workspace(&mut plan, spec, settings);
     push_head(&mut plan, spec, settings);
@@ -282,7 +293,7 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
 /// query heads that share a key head; in training also dk and dv of one document.
 pub fn attention_elements_per_thread(spec: &ModelSpec, settings: &Settings) -> usize {
     let rows = spec.num_heads / spec.num_kv_heads * ATTENTION_TILE_ROWS;
-    let length = settings.longest_document;
+    let length = settings.longest_document.max(settings.cache_tokens);
     if settings.training() {
         rows * (2 * length + 4 * spec.head_dim) + 2 * length * spec.head_dim
     } else {

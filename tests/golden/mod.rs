@@ -3,7 +3,7 @@
 
 use std::path::PathBuf;
 
-use nibble::adapter::{LoraConfig, LoraTarget, ModuleNames, TargetModules};
+use nibble::adapter::{Adapter, LoraTarget};
 use nibble::checkpoint::Checkpoint;
 use nibble::data::{Batch, Document};
 use nibble::model::Model;
@@ -126,16 +126,7 @@ impl Case {
     }
 
     pub fn targets(&self, adapter: &str) -> Vec<LoraTarget> {
-        let json = self.json(&format!("{adapter}/adapter_config.json"));
-        let names = json["target_modules"].as_array().unwrap().iter();
-        let names = names.map(|name| name.as_str().unwrap().to_string()).collect();
-        let config = LoraConfig {
-            r: json["r"].as_u64().unwrap() as usize,
-            lora_alpha: json["lora_alpha"].as_f64().unwrap(),
-            target_modules: TargetModules::Names(ModuleNames::List(names)),
-            ..LoraConfig::default()
-        };
-        config.resolve(&self.spec()).unwrap()
+        Adapter::load(&self.path.join(adapter), &self.spec()).unwrap().targets
     }
 
     /// The model with f32 adapters; policies are repeated over the layers.
@@ -158,14 +149,12 @@ impl Case {
             lora_dropout: false,
             bf16_working: false,
             threads: rayon::current_num_threads(),
+            cache_tokens: 40,
         };
         let mut model = Model::new(spec, weights, settings, None).unwrap();
         if let Some(adapter) = adapter {
-            let tensors = self.tensors(&format!("{adapter}/adapter_model.safetensors"));
-            let view = model.parameters_mut().optimizer_view();
-            for tensor in view.tensors {
-                view.master[tensor.range.clone()].copy_from_slice(&tensors.f32(&tensor.name));
-            }
+            let adapter = Adapter::load(&self.path.join(adapter), model.spec()).unwrap();
+            model.parameters_mut().load(&adapter);
         }
         model
     }

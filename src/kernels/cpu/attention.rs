@@ -60,11 +60,16 @@ struct Tile {
     keys: usize,
 }
 
-/// The tiles of a document `begin..end`, in order.
-fn tiles(begin: usize, end: usize, window: Option<usize>) -> impl DoubleEndedIterator<Item = Tile> {
-    let count = (end - begin).div_ceil(ATTENTION_TILE_ROWS);
+/// The tiles of the queries `first_query..end` of a document `begin..end`, in order.
+fn tiles(
+    begin: usize,
+    end: usize,
+    window: Option<usize>,
+    first_query: usize,
+) -> impl Iterator<Item = Tile> {
+    let count = (end - first_query).div_ceil(ATTENTION_TILE_ROWS);
     (0..count).map(move |index| {
-        let first = begin + index * ATTENTION_TILE_ROWS;
+        let first = first_query + index * ATTENTION_TILE_ROWS;
         let rows = ATTENTION_TILE_ROWS.min(end - first);
         let first_key = window.map_or(begin, |w| (first + 1).saturating_sub(w).max(begin));
         Tile { first, rows, first_key, keys: first + rows - first_key }
@@ -108,25 +113,72 @@ pub fn forward(
     let mut items: Vec<(Tile, usize)> = layout
         .boundaries
         .windows(2)
-        .flat_map(|w| tiles(w[0], w[1], shape.window))
+        .flat_map(|w| tiles(w[0], w[1], shape.window, w[0]))
         .flat_map(|tile| (0..shape.num_kv_heads).map(move |kv_head| (tile, kv_head)))
         .collect();
     // Long tiles first: the short ones fill the gaps at the end.
     items.sort_by_key(|(tile, _)| std::cmp::Reverse(tile.keys));
+    let source = Source { q: qkv, first_token: 0, kv: qkv, kv_row: KvRow::of_qkv(shape) };
     let (o, lse) = (Shared::new(o), Shared::new(lse));
     for_each_item(items.len(), work, |item, workspace| {
         let (tile, kv_head) = items[item];
-        forward_tile(shape, tile, kv_head, qkv, &o, &lse, workspace);
+        forward_tile(shape, tile, kv_head, &source, (&o, Some(&lse)), workspace);
     });
+}
+
+/// Appends the new tokens' k and v to the cache and attends to all of it.
+pub fn cached(
+    shape: &AttentionShape,
+    qkv: &[f32],
+    (cache, past): (&mut [f32], usize),
+    o: &mut [f32],
+    work: &mut [f32],
+) {
+    let (width, kv) = (shape.qkv_width(), 2 * shape.kv_width());
+    let rows = qkv.len() / width;
+    for (cached, row) in cache[past * kv..].chunks_exact_mut(kv).zip(qkv.chunks_exact(width)) {
+        cached.copy_from_slice(&row[shape.q_width()..]);
+    }
+    let kv_row = KvRow { key: 0, stride: kv };
+    let source = Source { q: qkv, first_token: past, kv: cache, kv_row };
+    let items: Vec<(Tile, usize)> = tiles(0, past + rows, shape.window, past)
+        .flat_map(|tile| (0..shape.num_kv_heads).map(move |kv_head| (tile, kv_head)))
+        .collect();
+    let o = Shared::new(o);
+    for_each_item(items.len(), work, |item, workspace| {
+        let (tile, kv_head) = items[item];
+        forward_tile(shape, tile, kv_head, &source, (&o, None), workspace);
+    });
+}
+
+/// Where keys lie in a row, and how far rows are apart; values follow all keys.
+#[derive(Clone, Copy)]
+struct KvRow {
+    key: usize,
+    stride: usize,
+}
+
+impl KvRow {
+    fn of_qkv(shape: &AttentionShape) -> Self {
+        KvRow { key: shape.q_width(), stride: shape.qkv_width() }
+    }
+}
+
+/// Queries and keys: rows of one `qkv`, or new queries over a cache.
+struct Source<'a> {
+    /// Rows of q, k and v; the first is `first_token`'s.
+    q: &'a [f32],
+    first_token: usize,
+    kv: &'a [f32],
+    kv_row: KvRow,
 }
 
 fn forward_tile(
     shape: &AttentionShape,
     tile: Tile,
     kv_head: usize,
-    qkv: &[f32],
-    o: &Shared,
-    lse: &Shared,
+    source: &Source,
+    (o, lse): (&Shared, Option<&Shared>),
     workspace: &mut [f32],
 ) {
     let (d, group) = (shape.head_dim, shape.num_heads / shape.num_kv_heads);
@@ -134,8 +186,10 @@ fn forward_tile(
     let (q_tile, rest) = workspace.split_at_mut(stacked * d);
     let (o_tile, scores) = rest.split_at_mut(stacked * d);
     let scores = &mut scores[..stacked * tile.keys];
-    gather_heads(shape, tile, kv_head, qkv, shape.qkv_width(), shape.scale(), q_tile);
-    let (k, v) = keys_and_values(shape, tile, kv_head, qkv);
+    // Rows of q and o count from the first token that has a query.
+    let rows = Tile { first: tile.first - source.first_token, ..tile };
+    gather_heads(shape, rows, kv_head, source.q, shape.qkv_width(), shape.scale(), q_tile);
+    let (k, v) = keys_and_values(shape, tile, kv_head, source.kv, source.kv_row);
     let full = |rows, columns| (rows, columns, columns);
     gemm_serial(
         1.0,
@@ -148,9 +202,11 @@ fn forward_tile(
         let visible = tile.visible(row % tile.rows, shape.window);
         let log_sum = vectorized(|| softmax(scores, visible));
         let (token, head) = (tile.first + row % tile.rows, kv_head * group + row / tile.rows);
-        // SAFETY: this tile is the only one with this token and head.
-        let slot = unsafe { lse.slice(token * shape.num_heads + head, 1) };
-        slot[0] = log_sum;
+        if let Some(lse) = lse {
+            // SAFETY: this tile is the only one with this token and head.
+            let slot = unsafe { lse.slice(token * shape.num_heads + head, 1) };
+            slot[0] = log_sum;
+        }
     }
     gemm_serial(
         1.0,
@@ -159,7 +215,7 @@ fn forward_tile(
         0.0,
         MatrixMut::new(o_tile, full(stacked, d)),
     );
-    scatter_heads(shape, tile, kv_head, o_tile, o, shape.q_width());
+    scatter_heads(shape, rows, kv_head, o_tile, o, shape.q_width());
 }
 
 /// Probabilities in place, zero outside `visible`; returns the log-sum-exp.
@@ -225,18 +281,19 @@ fn scatter_heads(
     }
 }
 
-/// Views of the tile's keys and values `[keys, d]` inside `qkv`.
+/// Views of the tile's keys and values `[keys, d]`.
 fn keys_and_values<'a>(
     shape: &AttentionShape,
     tile: Tile,
     kv_head: usize,
-    qkv: &'a [f32],
+    kv: &'a [f32],
+    KvRow { key, stride }: KvRow,
 ) -> (Matrix<'a>, Matrix<'a>) {
-    let (d, stride) = (shape.head_dim, shape.qkv_width());
+    let d = shape.head_dim;
     let view = |column: usize| {
-        Matrix::new(&qkv[tile.first_key * stride + column..], (tile.keys, d, stride))
+        Matrix::new(&kv[tile.first_key * stride + column..], (tile.keys, d, stride))
     };
-    let k = shape.q_width() + kv_head * d;
+    let k = key + kv_head * d;
     (view(k), view(k + shape.kv_width()))
 }
 
@@ -290,7 +347,7 @@ impl Inputs<'_> {
         let (dv, workspace) = rest.split_at_mut(length);
         dk.fill(0.0);
         dv.fill(0.0);
-        for tile in tiles(begin, end, self.shape.window) {
+        for tile in tiles(begin, end, self.shape.window, begin) {
             let band = (tile.first_key - begin) * d..(tile.first + tile.rows - begin) * d;
             let gradients = (&mut dk[band.clone()], &mut dv[band]);
             self.backward_tile(tile, kv_head, dqkv, gradients, workspace);
@@ -325,7 +382,7 @@ impl Inputs<'_> {
         gather_heads(shape, tile, kv_head, self.qkv, stride, shape.scale(), q_tile);
         gather_heads(shape, tile, kv_head, self.d_o, shape.q_width(), 1.0, do_tile);
         gather_heads(shape, tile, kv_head, self.o, shape.q_width(), 1.0, o_tile);
-        let (k, v) = keys_and_values(shape, tile, kv_head, self.qkv);
+        let (k, v) = keys_and_values(shape, tile, kv_head, self.qkv, KvRow::of_qkv(shape));
         let tile_view = (stacked, d, d);
         let score_view = (stacked, tile.keys, tile.keys);
         let (q, d_o) = (Matrix::new(q_tile, tile_view), Matrix::new(do_tile, tile_view));

@@ -222,6 +222,18 @@ impl Kernels for Cpu {
         attention::forward(shape, layout, qkv, o, lse, work);
     }
 
+    fn attention_cached(
+        &self,
+        shape: &AttentionShape,
+        qkv: &Buffer<f32>,
+        (cache, past): (&mut Buffer<f32>, usize),
+        rows: usize,
+        o: &mut Buffer<f32>,
+        work: &mut Buffer<f32>,
+    ) {
+        attention::cached(shape, &qkv[..rows * shape.qkv_width()], (cache, past), o, work);
+    }
+
     fn attention_backward(
         &self,
         shape: &AttentionShape,
