@@ -4,8 +4,10 @@
   golden_adapters.py thin GOLDEN OUT     copy the reference adapters, keeping two merged tensors each
   golden_adapters.py make MODELS OUT     make the cases below (torch, transformers, peft 0.21.2)
 
-A case is a PEFT folder and `merged.safetensors`: some tensors after `merge_and_unload`, the names of
-all that changed in the metadata. GOLDEN is the reference data of which `tests/data` holds a part, and
+A case is a PEFT folder with two more files. `expected.safetensors`: `input_ids` and the logits of the
+model with the adapter at the last four positions. `merged.safetensors`: some tensors after
+`merge_and_unload`, the names of all that changed in the metadata; absent where PEFT's merge gives another
+model than the adapter (it writes into the matrix that a tied head shares with the embedding). GOLDEN is the reference data of which `tests/data` holds a part, and
 MODELS its folder of small Hugging Face models, `tests/data/models` here.
 """
 import json
@@ -36,7 +38,15 @@ MADE = {
     "qwen2_s0.token_rows": dict(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5], "lm_head": [5]}),
     "gpt2_s0.saved_fc": dict(target_modules=["c_attn"], modules_to_save=["c_fc"], fan_in_fan_out=True),
     "gpt2_s0.wte": dict(target_modules=["c_attn"], trainable_token_indices=[7], fan_in_fan_out=True, use_rslora=True),
+    "gpt2_s0.tied_embeddings": dict(target_modules=["wte", "wpe", "c_fc"], fan_in_fan_out=True),
+    "qwen2_s0.tied_head": dict(target_modules=["lm_head", "q_proj"]),
+    "qwen2_s0.tied_embed_dora": dict(target_modules=["embed_tokens", "q_proj"], use_dora=True),
+    "qwen2_s0.tied_both": dict(target_modules=["embed_tokens", "q_proj"], ensure_weight_tying=True),
+    "qwen2_s0.tied_saved_head": dict(target_modules=["q_proj"], modules_to_save=["lm_head"]),
+    "qwen2_s0.tied_token_rows": dict(target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5], "lm_head": [6, 7]}),
 }
+POSITIONS = 4
+VOCABULARY = (".model.embed_tokens.weight", ".lm_head.weight", ".transformer.wte.weight")
 
 
 def save(folder, model, base, merged):
@@ -46,12 +56,19 @@ def save(folder, model, base, merged):
     save_file(kept, f"{folder}/merged.safetensors", {"changed": ",".join(changed)})
 
 
+def save_logits(folder, input_ids, logits):
+    logits = numpy.ascontiguousarray(logits[:, -POSITIONS:])
+    save_file({"input_ids": input_ids, "logits": logits}, f"{folder}/expected.safetensors")
+
+
 def thin(golden, out):
     for case in sorted(os.listdir(f"{golden}/adapters")):
         model, folder = case.split(".")[0], f"{out}/{case}"
         copy(f"{golden}/adapters/{case}", folder)
         base = load_file(f"{golden}/models/{model}/model.safetensors")
         save(folder, model, base, load_file(f"{golden}/adapters/{case}/merged_changed.safetensors"))
+        expected = load_file(f"{golden}/adapters/{case}/expected.safetensors")
+        save_logits(folder, expected["input_ids"], expected["logits_after"])
     for case in sorted(os.listdir(f"{golden}/interop")):
         if os.path.exists(f"{golden}/interop/{case}/adapter_config.json"):
             copy(f"{golden}/interop/{case}", f"{out}/../interop/{case}")
@@ -70,22 +87,32 @@ def make(models, out):
     from transformers import AutoModelForCausalLM
 
     def load(model):
-        return AutoModelForCausalLM.from_pretrained(f"{models}/{model}", dtype=torch.float32)
+        return AutoModelForCausalLM.from_pretrained(f"{models}/{model}", dtype=torch.float32, attn_implementation="eager")
 
+    torch.set_num_threads(1)
+    # Rows that hold the tokens whose embeddings some cases train.
+    ids = torch.tensor([[3, 4, 5, 6, 7, 100, 11, 50, 9, 5, 7, 6], [1, 2, 100, 7, 6, 5, 4, 3, 90, 80, 70, 60]])
     for case, settings in MADE.items():
         model, folder = case.split(".")[0], f"{out}/{case}"
+        torch.manual_seed(0)
         adapted = get_peft_model(load(model), LoraConfig(**{**LORA, **settings}))
         random = torch.Generator().manual_seed(len(case))
         state = sorted(get_peft_model_state_dict(adapted).items())
         noise = lambda v: torch.randn(v.shape, generator=random)
-        state = {key: v * (1 + 0.1 * noise(v)) if "magnitude" in key else v + 0.1 * noise(v) for key, v in state}
-        set_peft_model_state_dict(adapted, state)
+        trained = lambda key: ".base_layer.weight" not in key and not (key.endswith(VOCABULARY) and "modules_to_save" not in settings)
+        change = lambda key, v: v * (1 + 0.1 * noise(v)) if "magnitude" in key else v + 0.1 * noise(v)
+        set_peft_model_state_dict(adapted, {key: change(key, v) if trained(key) else v for key, v in state})
         adapted.save_pretrained(folder)
         os.remove(f"{folder}/README.md")
         config = json.load(open(f"{folder}/adapter_config.json"))
-        config["base_model_name_or_path"] = model
+        config.update(base_model_name_or_path=model, target_modules=sorted(config["target_modules"]))
         json.dump(config, open(f"{folder}/adapter_config.json", "w"), indent=2, sort_keys=True)
-        merged = PeftModel.from_pretrained(load(model), folder).merge_and_unload().state_dict()
+        adapted = PeftModel.from_pretrained(load(model), folder).eval()
+        with torch.no_grad():
+            save_logits(folder, ids.numpy(), adapted(input_ids=ids).logits.numpy())
+        if ".tied_" in case:
+            continue
+        merged = adapted.merge_and_unload().state_dict()
         base = load_file(f"{models}/{model}/model.safetensors")
         merged = {name: v.numpy() for name, v in merged.items()}
         save(folder, model, base, {name: v for name, v in merged.items() if name in base})

@@ -3,6 +3,7 @@
 pub mod complete;
 pub mod layers;
 pub mod lora;
+pub mod merge;
 pub mod numbers;
 pub mod quantize;
 pub mod size;
@@ -22,6 +23,8 @@ pub struct Cli {
 /// The commands.
 #[derive(Debug, Subcommand)]
 pub enum Command {
+    /// Put an adapter into its base model's weights: a dense Hugging Face folder
+    Merge(merge::MergeArgs),
     /// Pack a base model's linears in 4-bit blocks that transformers and bitsandbytes load
     Quantize(quantize::QuantizeArgs),
 }

@@ -85,10 +85,13 @@ impl From<QuantTypeArg> for QuantType {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum DtypeArg {
     /// 32 bits
+    #[value(alias = "f32")]
     Float32,
     /// bfloat16
+    #[value(alias = "bf16")]
     Bfloat16,
     /// IEEE half precision
+    #[value(alias = "f16")]
     Float16,
 }
 

@@ -1,5 +1,6 @@
 //! One module per command: `run(&Args)`, a short list of named steps.
 
+pub mod merge;
 pub mod quantize;
 
 use crate::cli::Command;
@@ -11,6 +12,7 @@ use crate::error::{Error, Result};
 /// Whatever the command reports.
 pub fn run(command: &Command) -> Result<()> {
     match command {
+        Command::Merge(args) => merge::run(args),
         Command::Quantize(args) => quantize::run(args),
     }
 }

@@ -94,6 +94,7 @@ impl PeftAdapter {
         spec: &ModelSpec,
     ) -> Result<Self> {
         let selected = settings.lora.select(spec, &settings.modules_to_save)?;
+        let selected = with_tied_head(selected, &settings, spec);
         // PEFT sets it from the model as well; files of GPT-2 adapters may have it wrong.
         settings.lora.fan_in_fan_out = spec.conv1d;
         let token_rows = token_rows(&settings, spec)?;
@@ -198,6 +199,25 @@ impl Adapter {
     pub fn load(dir: &Path, spec: &ModelSpec) -> Result<Self> {
         PeftAdapter::open(dir, spec)?.into_trainable().map_err(|e| e.at(dir.display()))
     }
+}
+
+/// `ensure_weight_tying` gives a head that is tied to an adapted embedding the same adapter.
+fn with_tied_head(
+    mut selected: Vec<Selected>,
+    settings: &PeftSettings,
+    spec: &ModelSpec,
+) -> Vec<Selected> {
+    let at = |path: &str| selected.iter().position(|target| target.module.path == path);
+    if let (true, Some(embedding), None) = (
+        settings.ensure_weight_tying && spec.tie_word_embeddings,
+        at(spec.embedding_module()),
+        at(spec.head_module()),
+    ) {
+        let Selected { r, scale, .. } = selected[embedding];
+        let head = modules(spec).into_iter().find(|module| module.kind == ModuleKind::Head);
+        selected.extend(head.map(|module| Selected { module, r, scale }));
+    }
+    selected
 }
 
 /// The modules of the trained token rows, without their values.

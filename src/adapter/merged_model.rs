@@ -1,0 +1,189 @@
+//! A whole model with an adapter merged in, as a stream of dense tensors.
+//!
+//! The inventory says which tensors are written; one is in memory at a time. The base is either
+//! the original weights or the 4-bit ones that the adapter was trained on, widened; on the way the
+//! stream measures what the choice and the rounding cost.
+
+use bytes::Bytes;
+use half::{bf16, f16};
+use nibble_quant::FloatType;
+use rayon::prelude::*;
+use serde_json::Value;
+
+use super::merge::Merge;
+use super::merge_base::{BaseWeight, MergeBase};
+use super::merge_cost::MergeCost;
+use crate::checkpoint::DenseTensor;
+use crate::checkpoint::writer::{Announced, Contents, ShardWriter};
+use crate::error::{Error, Result};
+use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
+
+/// A model with an adapter merged in.
+pub struct MergedModel<'a> {
+    base: MergeBase<'a>,
+    merge: Merge<'a>,
+    tensors: Vec<MergedTensor>,
+}
+
+/// One tensor of the output.
+struct MergedTensor {
+    spec: TensorSpec,
+    dtype: FloatType,
+}
+
+impl MergedTensor {
+    /// Shape in the file: GPT-2's linears are stored `[in, out]`.
+    fn stored_shape(&self) -> Vec<usize> {
+        let mut shape = self.spec.shape.clone();
+        if self.spec.transposed {
+            shape.reverse();
+        }
+        shape
+    }
+
+    fn elements(&self) -> usize {
+        self.spec.shape.iter().product()
+    }
+}
+
+impl<'a> MergedModel<'a> {
+    /// Plans the output: every tensor in `dtype`, by default in the type that the base has it in
+    /// (of a packed weight, the type before packing; bfloat16 from GGUF).
+    ///
+    /// # Errors
+    /// `Input` naming the tensor that the base lacks.
+    pub fn new(
+        base: MergeBase<'a>,
+        merge: Merge<'a>,
+        spec: &ModelSpec,
+        dtype: Option<FloatType>,
+    ) -> Result<Self> {
+        let mut specs = spec.inventory();
+        if merge.unties_head() {
+            specs.push(TensorSpec {
+                name: format!("{}.weight", spec.head_module()),
+                shape: vec![spec.vocab_size, spec.hidden_size],
+                role: TensorRole::Head,
+                transposed: false,
+            });
+        }
+        let tensors = specs
+            .into_iter()
+            .map(|spec| {
+                let stored = || base.dtype(merge.source(&spec.name));
+                Ok(MergedTensor { dtype: dtype.map_or_else(stored, Ok)?, spec })
+            })
+            .collect::<Result<_>>()?;
+        Ok(MergedModel { base, merge, tensors })
+    }
+
+    /// What a [`ShardWriter`] needs to know beforehand.
+    pub fn announce(&self) -> Vec<Announced> {
+        let announce = |tensor: &MergedTensor| Announced {
+            name: tensor.spec.name.clone(),
+            bytes: tensor.elements() * tensor.dtype.size(),
+        };
+        self.tensors.iter().map(announce).collect()
+    }
+
+    /// How many tensors are written, and how many of them the adapter changes.
+    pub fn counts(&self) -> (usize, usize) {
+        let changed = self.tensors.iter().filter(|tensor| self.merge.changes(&tensor.spec.name));
+        (self.tensors.len(), changed.count())
+    }
+
+    /// `config.json` of the output: the base's, dense, in the type of the linears, and untied if
+    /// the adapter makes head and embedding differ.
+    pub fn config(&self) -> Value {
+        let mut config = self.base.config().clone();
+        let linear = |tensor: &&MergedTensor| matches!(tensor.spec.role, TensorRole::Linear(_));
+        if let Some(fields) = config.as_object_mut() {
+            fields.shift_remove("quantization_config");
+            if let Some(tensor) = self.tensors.iter().find(linear) {
+                let key = if fields.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+                fields.insert(key.into(), tensor.dtype.as_str().into());
+            }
+            if self.merge.unties_head() {
+                fields.insert("tie_word_embeddings".into(), false.into());
+            }
+        }
+        config
+    }
+
+    /// Writes all tensors; calls `progress(bytes_written)` after each.
+    ///
+    /// # Errors
+    /// `Input` naming the tensor when the base's does not fit or the result does not fit its type;
+    /// `Io` when the disk refuses.
+    pub fn write(
+        &self,
+        writer: &mut ShardWriter,
+        mut progress: impl FnMut(usize),
+    ) -> Result<MergeCost> {
+        let mut cost = MergeCost::default();
+        for tensor in &self.tensors {
+            let data = self.tensor(tensor, &mut cost)?;
+            let shape = tensor.stored_shape();
+            let contents = Contents::Dense(tensor.dtype, &shape, &data);
+            writer.write(&tensor.spec.name, contents)?;
+            progress(data.len());
+        }
+        Ok(cost)
+    }
+
+    /// The bytes of one tensor in the layout of the file.
+    fn tensor(&self, tensor: &MergedTensor, cost: &mut MergeCost) -> Result<Bytes> {
+        let name = &tensor.spec.name;
+        let source = self.merge.source(name);
+        let weight = self.base.weight(&tensor.spec, source)?;
+        if !self.merge.changes(name)
+            && let BaseWeight::AsStored(dense) = &weight
+            && dense.dtype == tensor.dtype
+        {
+            return Ok(dense.data.clone());
+        }
+        let base = weight.into_f32(&tensor.spec);
+        let adapted = matches!(tensor.spec.role, TensorRole::Linear(_)) && self.merge.changes(name);
+        let before = adapted.then(|| base.clone());
+        let merged = self.merge.merged_weight(name, base)?;
+        let (dtype, shape) = (tensor.dtype, tensor.spec.shape.clone());
+        let data = rounded(name, &merged, dtype)?.into();
+        let written = DenseTensor { dtype, shape, data };
+        if let Some(before) = before {
+            let other = self.base.not_chosen(&tensor.spec)?;
+            cost.add(&before, &merged, &written, other.as_deref());
+        }
+        Ok(if tensor.spec.transposed { written.transposed().data } else { written.data })
+    }
+}
+
+/// `values` in `dtype`, rounded to nearest even, little-endian.
+fn rounded(name: &str, values: &[f32], dtype: FloatType) -> Result<Vec<u8>> {
+    const CHUNK: usize = 1 << 14;
+    let size = dtype.size();
+    let mut bytes = vec![0; values.len() * size];
+    let chunks = bytes.par_chunks_mut(CHUNK * size).zip(values.par_chunks(CHUNK));
+    chunks.for_each(|(bytes, values)| match dtype {
+        FloatType::F32 => bytes.copy_from_slice(bytemuck::cast_slice(values)),
+        FloatType::F16 => put(bytes, values, |x| f16::from_f32(x).to_bits()),
+        FloatType::Bf16 => put(bytes, values, |x| bf16::from_f32(x).to_bits()),
+    });
+    let limit = match dtype {
+        FloatType::F32 => f32::MAX,
+        FloatType::F16 => f16::MAX.to_f32(),
+        FloatType::Bf16 => bf16::MAX.to_f32(),
+    };
+    match values.par_iter().find_any(|x| x.abs() > limit) {
+        Some(x) => {
+            Err(Error::input(format_args!("tensor {name}: {x} does not fit {}", dtype.as_str()))
+                .hint("use `--dtype bfloat16` or `--dtype float32`"))
+        }
+        None => Ok(bytes),
+    }
+}
+
+fn put(bytes: &mut [u8], values: &[f32], bits: impl Fn(f32) -> u16) {
+    for (bytes, value) in bytes.chunks_exact_mut(2).zip(values) {
+        bytes.copy_from_slice(&bits(*value).to_le_bytes());
+    }
+}

@@ -1,0 +1,79 @@
+//! Flags of `nibble merge`.
+
+use std::path::PathBuf;
+
+use clap::{Args, ValueEnum};
+
+use super::quantize::DtypeArg;
+use super::size::ByteSize;
+use super::train::BaseModelArgs;
+use crate::adapter::MergeOnto;
+
+/// Which weights the adapter goes into.
+const BASES: &str = "\
+Give --model, --quantization and so on as in training. A dense model is merged as it is, which is \
+what PEFT's users do; `--onto dequantized` merges into the 4-bit weights that the adapter has seen. \
+A 4-bit model is widened and merged, unless --original gives the weights it was made from.";
+
+/// Put an adapter into its base model's weights: a dense Hugging Face folder
+#[derive(Debug, Args)]
+#[command(after_long_help = BASES)]
+pub struct MergeArgs {
+    /// PEFT adapter folder
+    #[arg(long, value_name = "DIR")]
+    pub adapter: PathBuf,
+
+    /// Folder to write
+    #[arg(long, value_name = "DIR")]
+    pub out: PathBuf,
+
+    /// Weights to merge into; the original where it is there
+    #[arg(long, value_enum)]
+    pub onto: Option<OntoArg>,
+
+    /// Dense original of a 4-bit `--model`
+    #[arg(long, value_name = "PATH")]
+    pub original: Option<PathBuf>,
+
+    /// Type of the tensors; that of the base by default, bfloat16 from GGUF
+    #[arg(long, value_enum)]
+    pub dtype: Option<DtypeArg>,
+
+    /// Largest size of a shard
+    #[arg(long, value_name = "SIZE", default_value = "5GB")]
+    pub max_shard_size: ByteSize,
+
+    /// Replace `--out` if it is not empty
+    #[arg(long)]
+    pub overwrite: bool,
+
+    /// Print the report as JSON
+    #[arg(long)]
+    pub json: bool,
+
+    /// Worker threads; all cores by default
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
+
+    /// The model that the adapter was trained on.
+    #[command(flatten)]
+    pub base: BaseModelArgs,
+}
+
+/// `--onto`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum OntoArg {
+    /// The dense original: full precision, but not what the adapter was trained on
+    Original,
+    /// The 4-bit weights, widened: exactly the model that was trained
+    Dequantized,
+}
+
+impl From<OntoArg> for MergeOnto {
+    fn from(arg: OntoArg) -> Self {
+        match arg {
+            OntoArg::Original => MergeOnto::Original,
+            OntoArg::Dequantized => MergeOnto::Dequantized,
+        }
+    }
+}

@@ -1,0 +1,166 @@
+//! `nibble merge`: an adapter into its base model's weights.
+
+use std::path::Path;
+use std::time::Instant;
+
+use indicatif::{ProgressBar, ProgressStyle};
+use nibble_quant::{BlockFormat, FloatType, QuantType};
+use serde_json::json;
+
+use super::quantize::COPIED_FILES;
+use crate::adapter::{MergeBase, MergeCost, MergeOnto, MergedModel, PeftAdapter};
+use crate::checkpoint::atomic::{AtomicDir, check_destination};
+use crate::checkpoint::writer::ShardWriter;
+use crate::checkpoint::{Checkpoint, CheckpointKind};
+use crate::cli::merge::MergeArgs;
+use crate::cli::size::ByteSize;
+use crate::cli::train::{BaseModelArgs, Quantization};
+use crate::error::{Error, Result};
+use crate::model::families::spec_from_config;
+use crate::model::spec::ModelSpec;
+
+/// Runs the command.
+///
+/// # Errors
+/// Every wrong input before the first byte is written; `Io` when the disk refuses.
+pub fn run(args: &MergeArgs) -> Result<()> {
+    super::set_threads(args.threads)?;
+    check_destination(&args.out, args.overwrite)?;
+    let model = Checkpoint::open(&args.base.model)?;
+    let original = args.original.as_deref().map(Checkpoint::open).transpose()?;
+    let spec = spec_from_config(model.config())?;
+    if let Some(original) = &original {
+        check_same_shapes(original, &spec)?;
+    }
+    let base = MergeBase::new(
+        &model,
+        original.as_ref(),
+        training_format(&args.base),
+        args.onto.map(MergeOnto::from),
+    )?;
+    let adapter = PeftAdapter::open(&args.adapter, &spec)?;
+    let dtype = args.dtype.map(FloatType::from);
+    let merged = MergedModel::new(base, adapter.merge(&spec)?, &spec, dtype)?;
+    let folder = AtomicDir::create(&args.out, args.overwrite)?;
+    write_side_files(args, &model, &merged, folder.path())?;
+    let started = Instant::now();
+    let (cost, bytes) = stream(args, &merged, folder.path())?;
+    folder.commit()?;
+    report(args, base.onto(), &merged, &cost, bytes, started.elapsed().as_secs_f64())
+}
+
+/// The original of a 4-bit model has the same tensors.
+fn check_same_shapes(original: &Checkpoint, spec: &ModelSpec) -> Result<()> {
+    if spec_from_config(original.config())?.inventory() == spec.inventory() {
+        return Ok(());
+    }
+    let path = original.path().display();
+    Err(Error::input(format_args!("--original {path} is another model than --model"))
+        .hint("give the dense model that --model was quantized from"))
+}
+
+/// How training packed the linears of a dense model.
+fn training_format(base: &BaseModelArgs) -> Option<BlockFormat> {
+    let quant_type = match base.quantization {
+        Quantization::Nf4 => QuantType::Nf4,
+        Quantization::Fp4 => QuantType::Fp4,
+        Quantization::None => return None,
+    };
+    let (block_size, double_quant) = (base.block_size, base.double_quant);
+    Some(BlockFormat { quant_type, block_size, double_quant })
+}
+
+/// config.json, and the tokenizer: the adapter's if it brings one, otherwise the base's.
+fn write_side_files(
+    args: &MergeArgs,
+    model: &Checkpoint,
+    merged: &MergedModel,
+    folder: &Path,
+) -> Result<()> {
+    let path = folder.join("config.json");
+    let text = format!("{:#}\n", merged.config());
+    std::fs::write(&path, text).map_err(|e| Error::io("write", &path, e))?;
+    let from_adapter = args.adapter.join("tokenizer.json").exists();
+    if model.kind() == CheckpointKind::Gguf && !from_adapter {
+        return crate::data::ChatTokenizer::open(model.path())?.save(folder);
+    }
+    for name in COPIED_FILES {
+        let tokenizer = name != "generation_config.json";
+        let source = if from_adapter && tokenizer { &args.adapter } else { model.path() };
+        let (from, to) = (source.join(name), folder.join(name));
+        if from.exists() {
+            std::fs::copy(&from, &to).map_err(|e| Error::io("copy to", &to, e))?;
+        }
+    }
+    Ok(())
+}
+
+fn stream(args: &MergeArgs, merged: &MergedModel, folder: &Path) -> Result<(MergeCost, usize)> {
+    let announced = merged.announce();
+    let bytes: usize = announced.iter().map(|tensor| tensor.bytes).sum();
+    let bar = ProgressBar::new(bytes as u64).with_style(
+        ProgressStyle::with_template(
+            "merging {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}",
+        )
+        .expect("the template is valid"),
+    );
+    let shard = usize::try_from(args.max_shard_size.0).unwrap_or(usize::MAX);
+    let mut writer = ShardWriter::new(folder, announced, shard);
+    let cost = merged.write(&mut writer, |written| bar.inc(written as u64))?;
+    bar.finish_and_clear();
+    Ok((cost, writer.finish()?))
+}
+
+fn report(
+    args: &MergeArgs,
+    onto: MergeOnto,
+    merged: &MergedModel,
+    cost: &MergeCost,
+    bytes: usize,
+    seconds: f64,
+) -> Result<()> {
+    let (tensors, changed) = merged.counts();
+    let onto = match onto {
+        MergeOnto::Original => "original",
+        MergeOnto::Dequantized => "dequantized",
+    };
+    if args.json {
+        let mut out = json!({
+            "out": args.out, "onto": onto, "tensors": tensors, "changed": changed,
+            "bytes": bytes, "seconds": seconds,
+        });
+        out["adapted_linears"] = cost.to_json();
+        println!("{out:#}");
+        return Ok(());
+    }
+    print_cost(cost);
+    println!(
+        "\nwrote {} ({}, {tensors} tensors, {changed} of them changed, onto the {onto} weights, \
+         {seconds:.1} s)",
+        args.out.display(),
+        ByteSize(bytes as u64),
+    );
+    Ok(())
+}
+
+fn print_cost(cost: &MergeCost) {
+    if cost.linears == 0 {
+        return;
+    }
+    let weights = cost.weight_rms();
+    let row = |label: &str, rms: f64| {
+        println!(
+            "{label:<28} {rms:>10.3e} {:>10.3} %",
+            100.0 * rms / weights.max(f64::MIN_POSITIVE)
+        );
+    };
+    let linears = format!("{} adapted linears", cost.linears);
+    println!("{linears:<28} {:>10} {:>12}", "RMS", "of weights");
+    println!("{:<28} {weights:>10.3e}", "weights");
+    row("the adapter's change", cost.change_rms());
+    row("lost in rounding", cost.rounding_rms());
+    match cost.base_rms() {
+        Some(rms) => row("4-bit against original", rms),
+        None => println!("{:<28} {:>10}", "4-bit against original", "unknown"),
+    }
+}
