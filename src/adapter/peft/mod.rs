@@ -3,7 +3,7 @@
 //! [`PeftAdapter::open`] reads everything that PEFT's LoRA writes: LoRA and rsLoRA on linears,
 //! embeddings and the head, DoRA, biases of B, trained base biases, fully trained modules and
 //! trained token rows. Plain LoRA on the blocks' linears becomes a trainable
-//! [`Adapter`](super::Adapter); the rest can be merged into dense weights. Other adapter types
+//! [`Adapter`]; the rest can be merged into dense weights. Other adapter types
 //! (prompt and prefix tuning and so on) are refused.
 
 mod card;
