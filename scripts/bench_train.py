@@ -138,13 +138,15 @@ def run_pinned(command, cores, watch=None):
             watcher.join()
         if process.returncode != 0:
             log.seek(0)
-            sys.exit(f"{log.read()}\nerror: exit {process.returncode}: {shlex.join(map(str, command))}")
+            sys.exit(
+                f"{log.read()}\nerror: exit {process.returncode}: {shlex.join(map(str, command))}"
+            )
         return time.monotonic() - begun, usage.ru_maxrss / 1024, seen
 
 
 def peak_gflops(arguments):
     command = [str(arguments.peak), str(len(arguments.cores)), "1"]
-    pin = lambda: os.sched_setaffinity(0, arguments.cores)  # noqa: E731
+    pin = lambda: os.sched_setaffinity(0, arguments.cores)
     return float(subprocess.run(command, capture_output=True, check=True, preexec_fn=pin).stdout)
 
 
@@ -217,7 +219,14 @@ def run_peer(arguments, scenario, model, rows, folder):
     out = folder / "peer.json"
     command = [arguments.python, Path(__file__).with_name("peer_bench.py")]
     command += ["--model", model, "--rows", rows, "--out", out, "--quantization", quantization]
-    command += ["--activations", activations, "--batch", arguments.batch, "--steps", arguments.steps]
+    command += [
+        "--activations",
+        activations,
+        "--batch",
+        arguments.batch,
+        "--steps",
+        arguments.steps,
+    ]
     command += ["--threads", len(arguments.cores), "--r", RANK, "--alpha", 2 * RANK]
     command += ["--passive"] if arguments.passive else []
     _, peak_mib, _ = run_pinned(command, arguments.cores)
@@ -228,15 +237,19 @@ def run_peer(arguments, scenario, model, rows, folder):
 
 
 def tokens_per_second(run):
-    return statistics.median(step["tokens"] / step["seconds"] for step in run["steps"][WARMUP_STEPS:])
+    return statistics.median(
+        step["tokens"] / step["seconds"] for step in run["steps"][WARMUP_STEPS:]
+    )
 
 
 def measure(arguments, folder, config):
     """All rounds: each scenario, peak and Nibble and peak and peer."""
     quantized = folder / "quantized"
     if any(SCENARIOS[name][3] == "quantized" for name in arguments.scenarios):
-        run_pinned([arguments.nibble, "quantize", "--model", arguments.model, "--out", quantized],
-                   arguments.cores)  # fmt: skip
+        run_pinned(
+            [arguments.nibble, "quantize", "--model", arguments.model, "--out", quantized],
+            arguments.cores,
+        )
     data = {kind: write_rows(kind, folder, arguments, config) for kind in ("text", "chat")}
     contestants = {"nibble": run_nibble} | ({"peer": run_peer} if arguments.python else {})
     runs = []
@@ -260,9 +273,12 @@ def measure(arguments, folder, config):
                     "share_of_limit": rate * operations / peak / 1e9,
                 }
                 runs.append(result)
-                print(f"{round_index} {scenario:18} {who:7} {rate:7.1f} tokens/s"
-                      f" {result['share_of_limit']:5.1%} of {peak:.0f} GFLOP/s"
-                      f" {result['peak_rss_mib']:6.0f} MiB", file=sys.stderr)  # fmt: skip
+                print(
+                    f"{round_index} {scenario:18} {who:7} {rate:7.1f} tokens/s"
+                    f" {result['share_of_limit']:5.1%} of {peak:.0f} GFLOP/s"
+                    f" {result['peak_rss_mib']:6.0f} MiB",
+                    file=sys.stderr,
+                )
     return runs
 
 
@@ -284,10 +300,13 @@ def summarise(runs, scenarios):
             for key in ("tokens_per_second", "peak_rss_mib", "start_seconds", "share_of_limit"):
                 record[f"{who}_{key}"] = median_of(runs, scenario, who, key)
         rates = {
-            who: [run["tokens_per_second"] for run in runs
-                  if (run["scenario"], run["who"]) == (scenario, who)]
+            who: [
+                run["tokens_per_second"]
+                for run in runs
+                if (run["scenario"], run["who"]) == (scenario, who)
+            ]
             for who in ("nibble", "peer")
-        }  # fmt: skip
+        }
         ratios = [ours / theirs for ours, theirs in zip(rates["nibble"], rates["peer"])]
         record["speed_ratio"] = statistics.median(ratios) if ratios else None
         summary.append(record)

@@ -31,7 +31,9 @@ def parse_arguments():
     parser.add_argument("--alpha", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--max-grad-norm", type=float, default=1.0)
-    parser.add_argument("--passive", action="store_true", help="OpenMP threads sleep while they wait")
+    parser.add_argument(
+        "--passive", action="store_true", help="OpenMP threads sleep while they wait"
+    )
     return parser.parse_args()
 
 
@@ -43,12 +45,12 @@ if ARGUMENTS.passive:
     os.environ.setdefault("GOMP_SPINCOUNT", "0")
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-import bitsandbytes  # noqa: E402
-import peft  # noqa: E402
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training  # noqa: E402
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig  # noqa: E402
+import bitsandbytes
+import peft
+import torch
+import transformers
+from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 IMPORTED = time.monotonic()
 
