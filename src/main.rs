@@ -2,11 +2,12 @@
 
 use std::process::ExitCode;
 
-use clap::Parser;
+use nibble::cli::Cli;
+use nibble::commands;
 
 fn main() -> ExitCode {
-    let cli = nibble::cli::Cli::parse();
-    match nibble::commands::run(&cli.command) {
+    let cli = Cli::from_arguments(std::env::args_os().collect());
+    match cli.and_then(|cli| commands::run(&cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             eprintln!("error: {error}");

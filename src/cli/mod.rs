@@ -6,10 +6,17 @@ pub mod lora;
 pub mod merge;
 pub mod numbers;
 pub mod quantize;
+pub mod records;
 pub mod size;
 pub mod train;
 
-use clap::{Parser, Subcommand};
+use std::ffi::OsString;
+
+use clap::error::ErrorKind;
+use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
+
+use crate::error::Result;
+use crate::train::checkpoints;
 
 /// QLoRA fine-tuning from one binary.
 #[derive(Debug, Parser)]
@@ -27,4 +34,44 @@ pub enum Command {
     Merge(merge::MergeArgs),
     /// Pack a base model's linears in 4-bit blocks that transformers and bitsandbytes load
     Quantize(quantize::QuantizeArgs),
+    /// Train a LoRA adapter on a frozen base model
+    Train(Box<train::TrainArgs>),
+}
+
+/// The subcommand whose settings may come from files.
+const TRAIN: &str = "train";
+
+impl Cli {
+    /// Parses a command line; the settings of `train` are completed from its config file, the
+    /// resumed run and the preset. Help and wrong usage end the process as clap does.
+    ///
+    /// # Errors
+    /// `Usage` for a wrong config file.
+    pub fn from_arguments(mut argv: Vec<OsString>) -> Result<Self> {
+        let command = Cli::command();
+        let matches = partial_matches(&command, &argv);
+        let train = command.find_subcommand(TRAIN);
+        if let (Some(train), Some((TRAIN, matches))) = (train, matches.subcommand()) {
+            argv.extend(complete::complete(train, matches, &checkpoints::saved_settings)?);
+        }
+        let matches = command.clone().try_get_matches_from(&argv).unwrap_or_else(|e| e.exit());
+        let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+        if let (Command::Train(args), Some((_, matches))) = (&mut cli.command, matches.subcommand())
+            && let Some(train) = train
+        {
+            args.settings = layers::echo(train, matches);
+        }
+        Ok(cli)
+    }
+}
+
+/// What stands on the command line; required flags of `train` may still come from elsewhere.
+fn partial_matches(command: &clap::Command, argv: &[OsString]) -> ArgMatches {
+    let partial = || command.clone().mut_subcommand(TRAIN, |train| layers::partial(&train));
+    match command.clone().try_get_matches_from(argv) {
+        Err(error) if error.kind() == ErrorKind::MissingRequiredArgument => {
+            partial().try_get_matches_from(argv).unwrap_or_else(|_| error.exit())
+        }
+        result => result.unwrap_or_else(|error| error.exit()),
+    }
 }

@@ -6,9 +6,11 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, ValueEnum};
+use nibble_quant::{BlockFormat, QuantType};
 
 use super::lora::LoraArgs;
 use super::numbers;
+use super::records::RecordArgs;
 use super::size::ByteSize;
 use crate::error::{Error, Result};
 use crate::train::adamw::AdamW;
@@ -96,6 +98,27 @@ pub struct BaseModelArgs {
     pub double_quant: bool,
 }
 
+impl BaseModelArgs {
+    /// The format that a dense base is packed in.
+    ///
+    /// # Errors
+    /// `Usage` when no such block exists.
+    pub fn block_format(&self) -> Result<Option<BlockFormat>> {
+        let quant_type = match self.quantization {
+            Quantization::Nf4 => QuantType::Nf4,
+            Quantization::Fp4 => QuantType::Fp4,
+            Quantization::None => return Ok(None),
+        };
+        let (block_size, double_quant) = (self.block_size, self.double_quant);
+        if !(block_size.is_power_of_two() && (32..=4096).contains(&block_size)) {
+            return Err(Error::usage(format_args!(
+                "--block-size {block_size} is not a power of two from 32 to 4096"
+            )));
+        }
+        Ok(Some(BlockFormat { quant_type, block_size, double_quant }))
+    }
+}
+
 /// `--quantization`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Quantization {
@@ -111,21 +134,32 @@ pub enum Quantization {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Data")]
 pub struct TrainDataArgs {
-    /// Training data: JSONL, JSON, CSV or Parquet
+    /// Training data: JSONL or JSON
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Evaluation data
     #[arg(long, value_name = "FILE")]
     pub eval_data: Option<PathBuf>,
-    /// Longest document, in tokens
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
-    pub max_length: usize,
+    /// Share of the training data that is held out for evaluation
+    #[arg(long, value_name = "SHARE", conflicts_with = "eval_data",
+          value_parser = numbers::below_one)]
+    pub validation_split: Option<f64>,
+    #[command(flatten)]
+    #[allow(missing_docs)]
+    pub records: RecordArgs,
     /// Put several short documents into one row; they do not see each other
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
     pub packing: bool,
     /// New order in every epoch
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
     pub shuffle: bool,
+}
+
+impl TrainDataArgs {
+    /// Whether some data are for evaluation.
+    pub fn has_evaluation(&self) -> bool {
+        self.eval_data.is_some() || self.validation_split.is_some_and(|share| share > 0.0)
+    }
 }
 
 /// How it is learned.
@@ -314,7 +348,7 @@ impl TrainArgs {
     /// What no single flag can be blamed for.
     fn check_combinations(&self) -> Result<()> {
         let e = &self.evaluation;
-        let without_data = self.data.eval_data.is_none();
+        let without_data = !self.data.has_evaluation();
         for (flag, given) in [
             ("eval-steps", e.eval_steps.is_some()),
             ("early-stopping-patience", e.early_stopping_patience.is_some()),
@@ -322,7 +356,7 @@ impl TrainArgs {
         ] {
             if given && without_data {
                 return Err(Error::usage(format_args!("`--{flag}` needs evaluation data"))
-                    .hint("add `--eval-data FILE`"));
+                    .hint("add `--eval-data FILE` or `--validation-split 0.05`"));
             }
         }
         if e.early_stopping_patience.is_some() && e.eval_steps.is_none() {

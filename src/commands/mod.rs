@@ -2,6 +2,7 @@
 
 pub mod merge;
 pub mod quantize;
+pub mod train;
 
 use crate::cli::Command;
 use crate::error::{Error, Result};
@@ -14,6 +15,7 @@ pub fn run(command: &Command) -> Result<()> {
     match command {
         Command::Merge(args) => merge::run(args),
         Command::Quantize(args) => quantize::run(args),
+        Command::Train(args) => train::run(args),
     }
 }
 

@@ -8,6 +8,7 @@ pub mod encode;
 pub mod load;
 pub mod pack;
 pub mod record;
+pub mod split;
 pub mod template;
 pub mod tokenizer;
 

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use super::digest;
 use super::events::SaveEvent;
+use super::settings::SettingsEcho;
 use super::state::{self, TrainState};
 use super::trainee::Trainee;
 use crate::checkpoint::atomic::{self, AtomicDir};
@@ -137,6 +138,14 @@ pub fn newest(out: &Path, report: &mut dyn FnMut(&str)) -> Option<Found> {
         }
     }
     None
+}
+
+/// Settings of the run in `out`: those of its newest intact checkpoint.
+///
+/// # Errors
+/// None so far: a folder without a checkpoint has no settings.
+pub fn saved_settings(out: &Path) -> Result<Option<SettingsEcho>> {
+    Ok(newest(out, &mut |_| ()).map(|found| found.state.identity.settings))
 }
 
 /// Removes all but the newest `limit` checkpoints and the one of `best`. The newest is never

@@ -9,6 +9,7 @@ pub mod digest;
 pub mod events;
 pub mod feed;
 pub mod interrupt;
+pub mod lora_model;
 pub mod progress;
 pub mod recipe;
 pub mod resident;

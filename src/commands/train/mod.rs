@@ -1,0 +1,143 @@
+//! `nibble train`: from a base model and a data file to an adapter.
+
+mod data;
+mod memory;
+mod output;
+
+use nibble_quant::FloatType;
+
+use crate::adapter::Adapter;
+use crate::checkpoint::Checkpoint;
+use crate::cli::lora::AdapterDtype;
+use crate::cli::size::ByteSize;
+use crate::cli::train::TrainArgs;
+use crate::data::ChatTokenizer;
+use crate::error::Result;
+use crate::model::Model;
+use crate::model::families::spec_from_config;
+use crate::model::spec::ModelSpec;
+use crate::model::weights::Weights;
+use crate::plan::Settings;
+use crate::train::events::{EndEvent, EndReason, Event, RunLog};
+use crate::train::interrupt::Interrupt;
+use crate::train::lora_model::LoraModel;
+use crate::train::progress::Progress;
+use crate::train::start::{self, AdapterOrigin};
+use crate::train::state::Identity;
+use crate::train::trainer::{Parts, Trainer};
+use data::Prepared;
+use output::Output;
+
+/// Runs the command.
+///
+/// # Errors
+/// Every wrong setting and input before the first weight is read; later, what the run reports.
+pub fn run(args: &TrainArgs) -> Result<()> {
+    let recipe = args.recipe()?;
+    super::set_threads(args.resources.threads.map(usize::from))?;
+    let mut progress = Progress::stderr();
+    let output = Output::claim(&args.output, &progress)?;
+    let base = Base::open(args)?;
+    let (adapter, origin) = base.adapter(args)?;
+    let mut data = data::prepare(args, &base, &progress)?;
+    let settings = memory::settings(args, &base, &adapter, &data)?;
+    let interrupt = Interrupt::install()?;
+    let mut model = base.load(args, settings, adapter)?;
+    let identity = identity(args, &data);
+    let found = output.found;
+    let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, found)?;
+    if start.rounding_differs {
+        progress.note("this machine rounds differently: the run continues, but not bit for bit");
+    }
+    let mut log = ();
+    let num_batches = data.feed.num_batches();
+    let event = start::start_event(&start.state, &recipe, num_batches, &args.model.model);
+    log.record(&Event::Start(event))?;
+    progress.begin(start.state.step, start.state.max_steps);
+    let parts = Parts {
+        recipe: &recipe,
+        feed: &mut data.feed,
+        evaluation: &data.evaluation,
+        prompts: &args.evaluation.sample_prompt,
+        out: &args.output.out,
+        log: &mut log,
+        progress: &progress,
+        stop: &|| interrupt.requested(),
+        extra: &|_| Ok(()),
+    };
+    let end = Trainer::new(&mut model, parts, start.state, start.checks).run();
+    progress.finish();
+    report(args, &end?);
+    Ok(())
+}
+
+/// The frozen model before its weights are read.
+struct Base {
+    checkpoint: Checkpoint,
+    spec: ModelSpec,
+    tokenizer: ChatTokenizer,
+}
+
+impl Base {
+    fn open(args: &TrainArgs) -> Result<Self> {
+        args.model.block_format()?;
+        let checkpoint = Checkpoint::open(&args.model.model)?;
+        let spec = spec_from_config(checkpoint.config())?;
+        let tokenizer = ChatTokenizer::open(&args.model.model)?;
+        Ok(Base { checkpoint, spec, tokenizer })
+    }
+
+    fn adapter(&self, args: &TrainArgs) -> Result<(Adapter, AdapterOrigin)> {
+        let lora = &args.lora;
+        let (mut adapter, origin) = match &lora.init_adapter {
+            Some(folder) => {
+                let mut adapter = Adapter::load(folder, &self.spec)?;
+                adapter.config.lora_dropout = lora.lora_dropout;
+                (adapter, AdapterOrigin::Loaded)
+            }
+            None => {
+                let seed = args.optimization.seed;
+                (Adapter::init(lora.config()?, &self.spec, seed)?, AdapterOrigin::Fresh)
+            }
+        };
+        adapter.base_model = Some(args.model.model.display().to_string());
+        Ok((adapter, origin))
+    }
+
+    fn load(self, args: &TrainArgs, settings: Settings, adapter: Adapter) -> Result<LoraModel> {
+        let format = args.model.block_format()?;
+        let weights =
+            Weights::load(&self.checkpoint, &self.spec, &adapter.targets, format.as_ref())?;
+        let dropout = adapter.config.lora_dropout as f32;
+        let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));
+        let model = Model::new(self.spec, weights, settings, dropout)?;
+        let dtype = match args.lora.adapter_dtype {
+            AdapterDtype::Bf16 => FloatType::Bf16,
+            AdapterDtype::F32 => FloatType::F32,
+        };
+        Ok(LoraModel::new(model, adapter, dtype))
+    }
+}
+
+fn identity(args: &TrainArgs, data: &Prepared) -> Identity {
+    Identity {
+        settings: args.settings.clone(),
+        data_sha256: data.feed.fingerprint(),
+        eval_data_sha256: data.evaluation_sha256.clone(),
+        base_loss: f64::NAN,
+    }
+}
+
+/// The result on stdout.
+fn report(args: &TrainArgs, end: &EndEvent) {
+    let (out, step, loss) = (args.output.out.display(), end.step, end.train_loss);
+    let memory = ByteSize(end.peak_rss_bytes);
+    let speed = end.tokens_per_second;
+    println!("{out}: {step} steps, mean loss {loss:.4}, {speed:.0} tokens/s, peak {memory}");
+    if let Some((loss, step)) = end.best {
+        println!("lowest evaluation loss {loss:.4} at step {step}");
+    }
+    if end.reason == EndReason::EarlyStopping {
+        println!("stopped early: the evaluation loss no longer fell");
+    }
+}

@@ -1,0 +1,83 @@
+//! The output folder: empty, or that of the run to resume.
+
+use std::fs::{self, File};
+use std::path::Path;
+
+use crate::cli::train::OutputArgs;
+use crate::error::{Error, Result};
+use crate::train::checkpoints::{self, Found};
+use crate::train::progress::Progress;
+
+/// Held while a run writes into the folder; also marks it as a run's.
+const LOCK_FILE: &str = ".nibble.lock";
+
+/// A folder that belongs to this run.
+pub struct Output {
+    /// Where to continue.
+    pub found: Option<Found>,
+    /// Unlocked when dropped.
+    _lock: File,
+}
+
+impl Output {
+    /// Makes or takes over the folder of `args`.
+    ///
+    /// # Errors
+    /// `Usage` when it holds other files, or another process trains into it; `Input` when it has
+    /// checkpoints and all are damaged; `Io`.
+    pub fn claim(args: &OutputArgs, progress: &Progress) -> Result<Self> {
+        let out = args.out.as_path();
+        let ours = out.join(LOCK_FILE).exists();
+        let continues = args.resume && ours;
+        if !is_empty(out) && !continues {
+            let error = Error::usage(format_args!("{} is not empty", out.display()));
+            return Err(if ours {
+                error.hint("continue its run with `--resume`, or choose another `--out`")
+            } else {
+                error.hint("choose another `--out`")
+            });
+        }
+        fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
+        let lock = lock(out)?;
+        checkpoints::clear_leftovers(out);
+        let found = if args.resume { find(out, progress)? } else { None };
+        Ok(Output { found, _lock: lock })
+    }
+}
+
+fn is_empty(folder: &Path) -> bool {
+    match fs::read_dir(folder) {
+        Ok(mut entries) => entries.next().is_none(),
+        Err(_) => !folder.exists(),
+    }
+}
+
+fn lock(out: &Path) -> Result<File> {
+    let path = out.join(LOCK_FILE);
+    let file = File::create(&path).map_err(|e| Error::io("create", &path, e))?;
+    match file.try_lock() {
+        Ok(()) => Ok(file),
+        Err(fs::TryLockError::WouldBlock) => {
+            let what = format!("another process is training into {}", out.display());
+            Err(Error::usage(what).hint("wait for it, or choose another `--out`"))
+        }
+        Err(fs::TryLockError::Error(e)) => Err(Error::io("lock", &path, e)),
+    }
+}
+
+fn find(out: &Path, progress: &Progress) -> Result<Option<Found>> {
+    let found = checkpoints::newest(out, &mut |text| progress.note(&format!("warning: {text}")));
+    match &found {
+        Some(found) => {
+            progress.note(&format!("resuming from {}", found.folder.display()));
+        }
+        None if checkpoints::steps(out).is_empty() => {
+            progress.note("warning: no checkpoint to resume from; starting at step 0");
+        }
+        None => {
+            let what = format!("every checkpoint in {} is damaged", out.display());
+            return Err(Error::input(what).hint("start again in another `--out`"));
+        }
+    }
+    Ok(found)
+}

@@ -1,0 +1,77 @@
+//! The real model as the training loop sees it.
+
+use std::path::Path;
+
+use nibble_quant::FloatType;
+
+use super::buffers::Buffers;
+use super::trainee::Trainee;
+use crate::adapter::Adapter;
+use crate::data::Batch;
+use crate::error::Result;
+use crate::model::Model;
+use crate::model::parameters::ParameterTensor;
+
+/// A model in training and what its adapter's files say.
+pub struct LoraModel {
+    model: Model,
+    /// Settings and targets; the tensors are in the model.
+    adapter: Adapter,
+    dtype: FloatType,
+}
+
+impl LoraModel {
+    /// Moves the adapter's tensors into `model`. `dtype` is what the forward pass reads, and what
+    /// is written: the files hold exactly the weights that were trained with.
+    pub fn new(mut model: Model, mut adapter: Adapter, dtype: FloatType) -> Self {
+        model.parameters_mut().load(&adapter);
+        adapter.tensors = Vec::new();
+        LoraModel { model, adapter, dtype }
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Model {
+        &self.model
+    }
+}
+
+impl Trainee for LoraModel {
+    fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64> {
+        self.model.forward_backward(batch, scale, micro_batch)
+    }
+
+    fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
+        self.model.evaluate(batch)
+    }
+
+    fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
+        self.model.evaluate_base(batch)
+    }
+
+    fn tensors(&self) -> &[ParameterTensor] {
+        self.model.parameters().tensors()
+    }
+
+    fn buffers(&mut self) -> Buffers<'_> {
+        self.model.parameters_mut().optimizer_view().into()
+    }
+
+    fn first_bad_activation(&self) -> Option<String> {
+        let spec = self.model.spec();
+        let bad = |layer: &usize| self.model.block_input(*layer).iter().any(|x| !x.is_finite());
+        let layer = (0..=spec.num_layers).find(bad)?;
+        Some(match layer.checked_sub(1) {
+            Some(block) => format!("the output of {}", spec.layer_prefix(block)),
+            None => "the token embeddings".to_string(),
+        })
+    }
+
+    fn write_adapter(&self, folder: &Path) -> Result<()> {
+        let tensors = self.model.parameters().to_tensors();
+        Adapter { tensors, ..self.adapter.clone() }.save(folder, self.dtype)
+    }
+
+    fn sample(&mut self, _prompt: &str) -> Result<String> {
+        Ok(String::new())
+    }
+}
