@@ -109,7 +109,7 @@ mod tests {
         assert_eq!(recipe.max_grad_norm, 0.3);
         let AdamW { beta1, beta2, epsilon, weight_decay } = recipe.optimizer;
         assert_eq!((beta1, beta2, epsilon, weight_decay), (0.9, 0.999, 1e-8, 0.0));
-        assert_eq!((args.data.records.max_length, args.data.packing), (2048, true));
+        assert_eq!((args.data.max_length, args.data.packing), (2048, true));
         assert_eq!(args.optimization.seed, 42);
         assert_eq!(args.model.quantization, Quantization::Nf4);
         Ok(())

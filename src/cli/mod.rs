@@ -1,12 +1,12 @@
 //! The command line as types: one struct per command, each default written once, here.
 
 pub mod complete;
+pub mod data;
 pub mod layers;
 pub mod lora;
 pub mod merge;
 pub mod numbers;
 pub mod quantize;
-pub mod records;
 pub mod size;
 pub mod train;
 

@@ -25,6 +25,19 @@ pub fn below_one(text: &str) -> Result<f64, String> {
     number(text, "a number from 0 to below 1", |value| (0.0..1.0).contains(&value))
 }
 
+/// Length of a document in tokens: one token has nothing to predict.
+pub fn length(text: &str) -> Result<usize, String> {
+    let length = text.trim().parse().ok().filter(|&length: &usize| length >= 2);
+    length.ok_or_else(|| "expected a whole number, 2 or more".to_string())
+}
+
+/// Weights that share a scale.
+pub fn block_size(text: &str) -> Result<usize, String> {
+    let fits = |size: &usize| size.is_power_of_two() && (32..=4096).contains(size);
+    let size = text.trim().parse().ok().filter(fits);
+    size.ok_or_else(|| "expected a power of two from 32 to 4096".to_string())
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -36,5 +49,7 @@ mod tests {
         assert!(not_negative("0").is_ok() && not_negative("-1e-9").is_err());
         assert!(share("1").is_ok() && share("1.01").is_err());
         assert!(below_one("0").is_ok() && below_one("1").is_err());
+        assert!(length("2").is_ok() && length("1").is_err());
+        assert!(block_size("64").is_ok() && block_size("96").is_err() && block_size("16").is_err());
     }
 }

@@ -8,9 +8,9 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, ValueEnum};
 use nibble_quant::{BlockFormat, QuantType};
 
+use super::data::DataFormatArgs;
 use super::lora::LoraArgs;
 use super::numbers;
-use super::records::RecordArgs;
 use super::size::ByteSize;
 use crate::error::{Error, Result};
 use crate::train::adamw::AdamW;
@@ -28,26 +28,26 @@ pub struct TrainArgs {
     /// Named set of defaults
     #[arg(long, value_name = "NAME", value_enum)]
     pub preset: Option<Preset>,
+    /// The frozen weights.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub model: BaseModelArgs,
+    /// What is trained.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub lora: LoraArgs,
+    /// What is learned from.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub data: TrainDataArgs,
+    /// How it is learned.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub optimization: OptimizationArgs,
+    /// What is watched on the way.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub evaluation: EvaluationArgs,
+    /// What is kept.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub output: OutputArgs,
+    /// What it may use.
     #[command(flatten)]
-    #[allow(missing_docs)]
     pub resources: ResourceArgs,
     /// All settings as text, for the log and for `--resume`.
     #[arg(skip)]
@@ -91,7 +91,7 @@ pub struct BaseModelArgs {
     #[arg(long, value_name = "TYPE", value_enum, default_value_t = Quantization::Nf4)]
     pub quantization: Quantization,
     /// Weights per scale when quantizing
-    #[arg(long, value_name = "WEIGHTS", default_value_t = 64)]
+    #[arg(long, value_name = "WEIGHTS", default_value_t = 64, value_parser = numbers::block_size)]
     pub block_size: usize,
     /// Whether the scales are quantized, too
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
@@ -99,23 +99,15 @@ pub struct BaseModelArgs {
 }
 
 impl BaseModelArgs {
-    /// The format that a dense base is packed in.
-    ///
-    /// # Errors
-    /// `Usage` when no such block exists.
-    pub fn block_format(&self) -> Result<Option<BlockFormat>> {
+    /// How a dense base is packed; none leaves it as it is.
+    pub fn block_format(&self) -> Option<BlockFormat> {
         let quant_type = match self.quantization {
             Quantization::Nf4 => QuantType::Nf4,
             Quantization::Fp4 => QuantType::Fp4,
-            Quantization::None => return Ok(None),
+            Quantization::None => return None,
         };
         let (block_size, double_quant) = (self.block_size, self.double_quant);
-        if !(block_size.is_power_of_two() && (32..=4096).contains(&block_size)) {
-            return Err(Error::usage(format_args!(
-                "--block-size {block_size} is not a power of two from 32 to 4096"
-            )));
-        }
-        Ok(Some(BlockFormat { quant_type, block_size, double_quant }))
+        Some(BlockFormat { quant_type, block_size, double_quant })
     }
 }
 
@@ -144,9 +136,12 @@ pub struct TrainDataArgs {
     #[arg(long, value_name = "SHARE", conflicts_with = "eval_data",
           value_parser = numbers::below_one)]
     pub validation_split: Option<f64>,
+    /// Longest document, in tokens
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
+    pub max_length: usize,
+    /// How records are read.
     #[command(flatten)]
-    #[allow(missing_docs)]
-    pub records: RecordArgs,
+    pub format: DataFormatArgs,
     /// Put several short documents into one row; they do not see each other
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
     pub packing: bool,

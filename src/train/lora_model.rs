@@ -5,6 +5,7 @@ use std::path::Path;
 use nibble_quant::FloatType;
 
 use super::buffers::Buffers;
+use super::preview::Preview;
 use super::trainee::Trainee;
 use crate::adapter::Adapter;
 use crate::data::Batch;
@@ -18,15 +19,24 @@ pub struct LoraModel {
     /// Settings and targets; the tensors are in the model.
     adapter: Adapter,
     dtype: FloatType,
+    preview: Preview,
+    planned_tokens: usize,
 }
 
 impl LoraModel {
     /// Moves the adapter's tensors into `model`. `dtype` is what the forward pass reads, and what
-    /// is written: the files hold exactly the weights that were trained with.
-    pub fn new(mut model: Model, mut adapter: Adapter, dtype: FloatType) -> Self {
+    /// is written: the files hold exactly the weights that were trained with. `planned_tokens` is
+    /// the largest batch that the model was planned for.
+    pub fn new(
+        mut model: Model,
+        mut adapter: Adapter,
+        dtype: FloatType,
+        preview: Preview,
+        planned_tokens: usize,
+    ) -> Self {
         model.parameters_mut().load(&adapter);
         adapter.tensors = Vec::new();
-        LoraModel { model, adapter, dtype }
+        LoraModel { model, adapter, dtype, preview, planned_tokens }
     }
 
     /// The model.
@@ -71,7 +81,7 @@ impl Trainee for LoraModel {
         Adapter { tensors, ..self.adapter.clone() }.save(folder, self.dtype)
     }
 
-    fn sample(&mut self, _prompt: &str) -> Result<String> {
-        Ok(String::new())
+    fn sample(&mut self, prompt: &str) -> Result<String> {
+        self.preview.answer(&mut self.model, prompt, self.planned_tokens)
     }
 }

@@ -10,6 +10,7 @@ pub mod events;
 pub mod feed;
 pub mod interrupt;
 pub mod lora_model;
+pub mod preview;
 pub mod progress;
 pub mod recipe;
 pub mod resident;

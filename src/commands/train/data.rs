@@ -28,7 +28,7 @@ pub struct Prepared {
 
 /// Reads and packs the data of `args`, and says what became of them.
 pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Result<Prepared> {
-    let options = args.data.records.options();
+    let options = args.data.format.options(args.data.max_length);
     let encoder = Encoder::new(&base.tokenizer, base.spec.vocab_size, options.train_on)?;
     let read = |path: &Path| -> Result<Vec<Document>> {
         let dataset = load(path, &encoder, &options)?;

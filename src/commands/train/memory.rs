@@ -21,6 +21,7 @@ pub fn settings(
 ) -> Result<Settings> {
     let row_bytes = base.spec.vocab_size * size_of::<f32>();
     let logit_rows = (LOGITS_CHUNK_BYTES / row_bytes).max(MIN_LOGIT_ROWS);
+    let cache_tokens = base.preview.context_tokens(&args.evaluation.sample_prompt)?;
     let policy = match args.resources.activations {
         Activations::Auto | Activations::Keep => Policy::Keep,
         Activations::Checkpoint => Policy::Checkpoint,
@@ -34,5 +35,6 @@ pub fn settings(
         lora_dropout: adapter.config.lora_dropout > 0.0,
         bf16_working: args.lora.adapter_dtype == AdapterDtype::Bf16,
         threads: rayon::current_num_threads(),
+        cache_tokens,
     })
 }

@@ -21,6 +21,7 @@ use crate::plan::Settings;
 use crate::train::events::{EndEvent, EndReason, Event, RunLog};
 use crate::train::interrupt::Interrupt;
 use crate::train::lora_model::LoraModel;
+use crate::train::preview::Preview;
 use crate::train::progress::Progress;
 use crate::train::start::{self, AdapterOrigin};
 use crate::train::state::Identity;
@@ -76,15 +77,16 @@ struct Base {
     checkpoint: Checkpoint,
     spec: ModelSpec,
     tokenizer: ChatTokenizer,
+    preview: Preview,
 }
 
 impl Base {
     fn open(args: &TrainArgs) -> Result<Self> {
-        args.model.block_format()?;
         let checkpoint = Checkpoint::open(&args.model.model)?;
         let spec = spec_from_config(checkpoint.config())?;
         let tokenizer = ChatTokenizer::open(&args.model.model)?;
-        Ok(Base { checkpoint, spec, tokenizer })
+        let preview = Preview::new(tokenizer.clone(), args.evaluation.sample_max_new_tokens)?;
+        Ok(Base { checkpoint, spec, tokenizer, preview })
     }
 
     fn adapter(&self, args: &TrainArgs) -> Result<(Adapter, AdapterOrigin)> {
@@ -105,17 +107,18 @@ impl Base {
     }
 
     fn load(self, args: &TrainArgs, settings: Settings, adapter: Adapter) -> Result<LoraModel> {
-        let format = args.model.block_format()?;
+        let format = args.model.block_format();
         let weights =
             Weights::load(&self.checkpoint, &self.spec, &adapter.targets, format.as_ref())?;
         let dropout = adapter.config.lora_dropout as f32;
         let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));
+        let planned_tokens = settings.tokens;
         let model = Model::new(self.spec, weights, settings, dropout)?;
         let dtype = match args.lora.adapter_dtype {
             AdapterDtype::Bf16 => FloatType::Bf16,
             AdapterDtype::F32 => FloatType::F32,
         };
-        Ok(LoraModel::new(model, adapter, dtype))
+        Ok(LoraModel::new(model, adapter, dtype, self.preview, planned_tokens))
     }
 }
 
