@@ -11,6 +11,7 @@ pub mod model;
 pub mod nearest;
 pub mod plan;
 pub mod random;
+pub mod sample;
 pub mod train;
 
 pub use error::{Error, Result};

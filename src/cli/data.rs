@@ -1,6 +1,8 @@
-//! How data is read, for every command that reads any.
+//! How data is read, for every command that reads any, and the flags of `nibble data`.
 
-use clap::Args;
+use std::path::PathBuf;
+
+use clap::{ArgAction, Args};
 
 use crate::data::{DataOptions, Format, TrainOn, Truncation};
 
@@ -29,4 +31,30 @@ impl DataFormatArgs {
             max_length,
         }
     }
+}
+
+/// Look at a data set with a model's tokenizer, without training
+#[derive(Debug, Args)]
+pub struct DataArgs {
+    /// Hugging Face folder or GGUF file whose tokenizer and chat template are used
+    #[arg(long, value_name = "PATH")]
+    pub model: PathBuf,
+    /// JSONL or JSON file
+    #[arg(long, value_name = "FILE")]
+    pub data: PathBuf,
+    /// Longest document, in tokens
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    pub max_length: usize,
+    /// How records are read.
+    #[command(flatten)]
+    pub format: DataFormatArgs,
+    /// Print the first N documents token by token, with what is trained marked
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub show: usize,
+    /// Print everything as JSON
+    #[arg(long, action = ArgAction::SetTrue)]
+    pub json: bool,
+    /// Worker threads; all cores by default
+    #[arg(long, value_name = "N")]
+    pub threads: Option<usize>,
 }

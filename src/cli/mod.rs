@@ -2,6 +2,8 @@
 
 pub mod complete;
 pub mod data;
+pub mod eval;
+pub mod generate;
 pub mod layers;
 pub mod lora;
 pub mod merge;
@@ -36,6 +38,12 @@ pub enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Train a LoRA adapter on a frozen base model
     Train(Box<train::TrainArgs>),
+    /// Loss and perplexity on a file, of the base and with an adapter
+    Eval(eval::EvalArgs),
+    /// Answer a prompt
+    Generate(generate::GenerateArgs),
+    /// Talk to a model; `/adapter NAME`, `/base`, `/reset` and `/exit` steer
+    Chat(generate::ChatArgs),
 }
 
 /// The subcommand whose settings may come from files.

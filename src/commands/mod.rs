@@ -1,5 +1,8 @@
 //! One module per command: `run(&Args)`, a short list of named steps.
 
+pub mod chat;
+pub mod eval;
+pub mod generate;
 pub mod merge;
 pub mod quantize;
 pub mod train;
@@ -16,6 +19,9 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Merge(args) => merge::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Train(args) => train::run(args),
+        Command::Eval(args) => eval::run(args),
+        Command::Generate(args) => generate::run(args),
+        Command::Chat(args) => chat::run(args),
     }
 }
 

@@ -156,10 +156,11 @@ impl Model {
     /// `Budget` when the memory cannot be reserved.
     pub fn new(
         spec: ModelSpec,
-        weights: Weights,
+        mut weights: Weights,
         settings: Settings,
         dropout: Option<(f32, u64)>,
     ) -> Result<Self> {
+        weights.attach(&settings.targets);
         let plan = layout(&spec, &settings);
         let mut arena = Arena::new(&plan)?;
         let parameters = Parameters::new(settings.targets.clone(), &plan, &mut arena);
@@ -176,6 +177,11 @@ impl Model {
     /// The frozen weights.
     pub fn weights(&self) -> &Weights {
         &self.weights
+    }
+
+    /// Gives the buffers back and returns the weights, for another plan or adapter.
+    pub fn into_weights(self) -> Weights {
+        self.weights
     }
 
     /// The plan that was allocated.

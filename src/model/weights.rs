@@ -7,7 +7,7 @@ use nibble_quant::{BlockFormat, FloatType};
 
 use super::block::{Block, Linear, LinearAdapter};
 use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
-use crate::adapter::LoraTarget;
+use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
 use crate::checkpoint::{Checkpoint, DenseTensor, Weight};
 use crate::error::{Error, Result};
@@ -34,30 +34,31 @@ impl Weights {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// Reads and, with `quantization`, quantizes the weights of `spec`; `targets` says which
-    /// linears are adapted.
+    /// Reads and, with `quantization`, quantizes the weights of `spec`; with `merge`, the tensors
+    /// that an adapter changes are merged and stay dense.
     ///
     /// # Errors
     /// `Input` naming the tensor when one is missing, has another shape, or is not finite.
     pub fn load(
         source: &Checkpoint,
         spec: &ModelSpec,
-        targets: &[LoraTarget],
         quantization: Option<&BlockFormat>,
+        merge: Option<&Merge>,
     ) -> Result<Self> {
-        let reader = Reader { source, spec, quantization };
+        let reader = Reader { source, spec, quantization, merge };
         let (v, d) = (spec.vocab_size, spec.hidden_size);
         let weight = |module: &str| format!("{module}.weight");
         let positions = match (spec.positions_name(), spec.learned_positions) {
             (Some(name), Some(rows)) => Some(reader.matrix(name, [rows, d])?),
             _ => None,
         };
-        let head = if spec.tie_word_embeddings {
+        let unties = merge.is_some_and(Merge::unties_head);
+        let head = if spec.tie_word_embeddings && !unties {
             None
         } else {
             Some(reader.matrix(&weight(spec.head_module()), [v, d])?)
         };
-        let blocks = (0..spec.num_layers).map(|layer| reader.block(layer, targets));
+        let blocks = (0..spec.num_layers).map(|layer| reader.block(layer));
         Ok(Weights {
             embedding: reader.matrix(&weight(spec.embedding_module()), [v, d])?,
             positions,
@@ -68,15 +69,54 @@ impl Weights {
     }
 }
 
+impl Weights {
+    /// Says which linears are adapted by `targets`, in place of any earlier adapters.
+    pub fn attach(&mut self, targets: &[LoraTarget]) {
+        for (layer, block) in self.blocks.iter_mut().enumerate() {
+            let adapters = adapters_of(layer, targets);
+            for linear in &mut block.linears {
+                let found = adapters.iter().find(|(module, _)| *module == linear.module);
+                linear.adapter = found.map(|(_, adapter)| *adapter);
+            }
+        }
+    }
+}
+
 struct Reader<'a> {
     source: &'a Checkpoint,
     spec: &'a ModelSpec,
     quantization: Option<&'a BlockFormat>,
+    merge: Option<&'a Merge<'a>>,
 }
 
 impl Reader<'_> {
     /// The tensor `name`; GPT-2 files may lack the `transformer.` prefix.
     fn tensor(&self, name: &str) -> Result<Weight> {
+        match self.merge.filter(|merge| merge.changes(name)) {
+            Some(merge) => self.merged(name, merge),
+            None => self.stored(name),
+        }
+    }
+
+    /// A tensor that the adapter changes, dense in f32, oriented as the checkpoint has it.
+    fn merged(&self, name: &str, merge: &Merge) -> Result<Weight> {
+        let turned = self.spec.conv1d && name.contains(".h.") && name.ends_with(".weight");
+        let (values, shape) = match self.stored(merge.source(name))? {
+            Weight::Packed(packed) => (packed.dequantize(), packed.shape().to_vec()),
+            Weight::Dense(dense) if turned && dense.shape.len() == 2 => {
+                let dense = dense.transposed();
+                (dense.to_f32(), dense.shape)
+            }
+            Weight::Dense(dense) => (dense.to_f32(), dense.shape),
+        };
+        let values = merge.merged_weight(name, values)?;
+        let data = bytemuck::allocation::pod_collect_to_vec(&values).into();
+        let dense = DenseTensor { dtype: FloatType::F32, shape, data };
+        let turned = turned && dense.shape.len() == 2;
+        Ok(Weight::Dense(if turned { dense.transposed() } else { dense }))
+    }
+
+    fn stored(&self, name: &str) -> Result<Weight> {
         match name.strip_prefix("transformer.") {
             Some(short) if !self.source.contains(name) && self.source.contains(short) => {
                 self.source.weight(short)
@@ -123,15 +163,10 @@ impl Reader<'_> {
         })
     }
 
-    fn block(&self, layer: usize, targets: &[LoraTarget]) -> Result<Block<Cpu>> {
+    fn block(&self, layer: usize) -> Result<Block<Cpu>> {
         let spec = self.spec;
         let [first, second] = spec.layer_norm_modules(layer);
-        let mut adapters = adapters_of(layer, targets);
-        let linears = spec.linears(layer).into_iter().map(|linear| {
-            let adapter = adapters.iter().position(|(module, _)| *module == linear.module);
-            let adapter = adapter.map(|position| adapters.swap_remove(position).1);
-            self.linear(linear, adapter)
-        });
+        let linears = spec.linears(layer).into_iter().map(|linear| self.linear(linear));
         Ok(Block {
             norm1: self.norm(&first)?,
             norm2: self.norm(&second)?,
@@ -148,7 +183,7 @@ impl Reader<'_> {
         })
     }
 
-    fn linear(&self, linear: LinearSpec, adapter: Option<LinearAdapter>) -> Result<Linear<Cpu>> {
+    fn linear(&self, linear: LinearSpec) -> Result<Linear<Cpu>> {
         let name = format!("{}.weight", linear.module);
         let bias = linear
             .bias
@@ -160,7 +195,7 @@ impl Reader<'_> {
             bias,
             output: output_columns(self.spec, &linear),
             module: linear.module,
-            adapter,
+            adapter: None,
         })
     }
 
@@ -175,7 +210,8 @@ impl Reader<'_> {
         let transposed = self.spec.conv1d;
         check_shape(name, &dense.shape, &if transposed { [shape[1], shape[0]] } else { shape })?;
         let dense = if transposed { dense.transposed() } else { dense };
-        match self.quantization {
+        let merged = self.merge.is_some_and(|merge| merge.changes(name));
+        match self.quantization.filter(|_| !merged) {
             Some(format) => quantize(name, &dense, format).map(FrozenMatrix::Packed),
             None => dense_matrix(name, dense, shape),
         }

@@ -139,7 +139,7 @@ impl Case {
         let spec = self.spec();
         let targets = adapter.map(|adapter| self.targets(adapter)).unwrap_or_default();
         let checkpoint = Checkpoint::open(&self.path).unwrap();
-        let weights = Weights::load(&checkpoint, &spec, &targets, quantization.as_ref()).unwrap();
+        let weights = Weights::load(&checkpoint, &spec, quantization.as_ref(), None).unwrap();
         let settings = Settings {
             tokens: 64,
             longest_document: 32,

@@ -108,8 +108,7 @@ impl Base {
 
     fn load(self, args: &TrainArgs, settings: Settings, adapter: Adapter) -> Result<LoraModel> {
         let format = args.model.block_format();
-        let weights =
-            Weights::load(&self.checkpoint, &self.spec, &adapter.targets, format.as_ref())?;
+        let weights = Weights::load(&self.checkpoint, &self.spec, format.as_ref(), None)?;
         let dropout = adapter.config.lora_dropout as f32;
         let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));
         let planned_tokens = settings.tokens;

@@ -1,0 +1,54 @@
+//! `nibble generate`: one answer.
+
+use std::io::{Read, Write};
+
+use crate::cli::generate::GenerateArgs;
+use crate::error::{Error, Result};
+use crate::sample::{Sampler, Session};
+
+/// Runs the command.
+///
+/// # Errors
+/// Whatever is wrong with flags, model, adapter or prompt.
+pub fn run(args: &GenerateArgs) -> Result<()> {
+    super::set_threads(args.generation.threads)?;
+    let mut sampler = Sampler::new(args.generation.sampling())?;
+    let prompt = match &args.prompt {
+        Some(prompt) => prompt.clone(),
+        None => read_prompt()?,
+    };
+    let format = args.base.block_format();
+    let context = args.generation.context_length;
+    let adapter = args.adapter.as_deref();
+    let mut session = Session::open(&args.base.model, format.as_ref(), adapter, context)?;
+    let text = if args.raw {
+        prompt
+    } else {
+        let system = args.system.as_deref().map(|system| ("system", system));
+        let messages: Vec<_> = system.into_iter().chain([("user", prompt.as_str())]).collect();
+        session.render(&messages)?
+    };
+    session.generate(&text, &mut sampler, args.generation.max_new_tokens, print)?;
+    print("\n")
+}
+
+/// Writes text at once; a reader that went away ends the program quietly.
+pub(super) fn print(text: &str) -> Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(|e| Error::io("write to", "standard output".as_ref(), e))
+}
+
+fn read_prompt() -> Result<String> {
+    let mut text = String::new();
+    std::io::stdin()
+        .read_to_string(&mut text)
+        .map_err(|e| Error::io("read", "standard input".as_ref(), e))?;
+    let text = text.trim_end_matches('\n').to_string();
+    if text.is_empty() {
+        return Err(Error::usage("the prompt is empty")
+            .hint("give `--prompt TEXT`, or the prompt on standard input"));
+    }
+    Ok(text)
+}
