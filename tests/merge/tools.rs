@@ -145,7 +145,7 @@ pub fn model(checkpoint: &Checkpoint, adapter: Option<&Path>) -> Model {
     let spec = spec_from_config(checkpoint.config()).unwrap();
     let adapter = adapter.map(|dir| Adapter::load(dir, &spec).unwrap());
     let targets = adapter.as_ref().map(|adapter| adapter.targets.clone()).unwrap_or_default();
-    let weights = Weights::load(checkpoint, &spec, &targets, None).unwrap();
+    let weights = Weights::load(checkpoint, &spec, None, None).unwrap();
     let settings = Settings {
         tokens: 64,
         longest_document: 32,
