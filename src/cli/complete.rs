@@ -181,8 +181,8 @@ mod tests {
             ),
             ("resume = true", "run.toml:1: `resume` belongs on the command line"),
             (
-                "[train]\nseed = 1",
-                "run.toml:1: unknown key `train`\nhint: see `nibble train --help`",
+                "[optimizer]\nseed = 1",
+                "run.toml:1: unknown key `optimizer`\nhint: see `nibble train --help`",
             ),
             ("seed = 2026-01-01", "run.toml:1: `seed` cannot be a date or nested"),
         ] {
