@@ -21,6 +21,9 @@ use super::peft::{LowRank, PeftAdapter, TokenRows};
 use crate::error::{Error, Result};
 use crate::model::spec::{ModelSpec, TensorRole};
 
+/// Elements that one task looks through.
+const CHUNK: usize = 1 << 14;
+
 /// An adapter laid over the tensors of a model.
 #[derive(Debug)]
 pub struct Merge<'a> {
@@ -121,10 +124,11 @@ impl Merge<'_> {
         for rows in self.adapter.token_rows.iter().filter(|rows| rows.path == path) {
             rows.replace(&mut weight);
         }
-        match weight.par_iter().position_any(|x| !x.is_finite()) {
-            Some(index) => Err(Error::numeric(format_args!(
-                "merged `{name}`: element {index} is not a finite number"
-            ))),
+        let not_finite = |chunk: &[f32]| chunk.iter().copied().find(|x| !x.is_finite());
+        match weight.par_chunks(CHUNK).find_map_first(not_finite) {
+            Some(value) => {
+                Err(Error::numeric(format_args!("merged `{name}` has an element {value}")))
+            }
             None => Ok(weight),
         }
     }

