@@ -8,7 +8,7 @@ use nibble_quant::FloatType;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use super::mapped::map_file;
+use super::mapped::MappedFile;
 use super::{DenseTensor, StoredType, TensorInfo, Weight, bnb, read_json};
 use crate::error::{Error, Result};
 
@@ -28,6 +28,7 @@ pub(super) struct RawTensor {
 /// All tensors of a folder.
 #[derive(Debug)]
 pub(super) struct Folder {
+    files: Vec<MappedFile>,
     raw: HashMap<String, RawTensor>,
     tensors: Vec<TensorInfo>,
 }
@@ -36,8 +37,8 @@ impl Folder {
     pub(super) fn open(path: &Path) -> Result<Self> {
         let mut raw = HashMap::new();
         let index = path.join(INDEX_FILE);
-        if index.exists() {
-            open_shards(path, &index, &mut raw)?;
+        let files = if index.exists() {
+            open_shards(path, &index, &mut raw)?
         } else {
             let single = path.join(SINGLE_FILE);
             if !single.exists() {
@@ -47,10 +48,10 @@ impl Folder {
                      `save_pretrained`",
                 ));
             }
-            read_file(&single, &mut raw)?;
-        }
+            vec![read_file(&single, &mut raw)?]
+        };
         let tensors = describe(&raw)?;
-        Ok(Folder { raw, tensors })
+        Ok(Folder { files, raw, tensors })
     }
 
     pub(super) fn tensors(&self) -> &[TensorInfo] {
@@ -72,9 +73,19 @@ impl Folder {
         let (shape, data) = (tensor.shape.clone(), tensor.data.clone());
         Ok(Weight::Dense(DenseTensor { dtype, shape, data }))
     }
+
+    pub(super) fn release(&self, name: &str) {
+        if let Some(tensor) = self.raw.get(name) {
+            self.files.iter().for_each(|file| file.release(&tensor.data));
+        }
+    }
 }
 
-fn open_shards(path: &Path, index: &Path, raw: &mut HashMap<String, RawTensor>) -> Result<()> {
+fn open_shards(
+    path: &Path,
+    index: &Path,
+    raw: &mut HashMap<String, RawTensor>,
+) -> Result<Vec<MappedFile>> {
     let json = read_json(index)?;
     let Some(map) = json.get("weight_map").and_then(Value::as_object) else {
         return Err(Error::input(format_args!("{}: no `weight_map`", index.display())));
@@ -89,6 +100,7 @@ fn open_shards(path: &Path, index: &Path, raw: &mut HashMap<String, RawTensor>) 
         };
         shards.entry(file).or_default().push(tensor);
     }
+    let mut files = Vec::with_capacity(shards.len());
     for (file, tensors) in shards {
         let shard = path.join(file);
         if !shard.exists() {
@@ -96,7 +108,7 @@ fn open_shards(path: &Path, index: &Path, raw: &mut HashMap<String, RawTensor>) 
             return Err(Error::input(what).hint("download the checkpoint again, all files of it"));
         }
         let mut found = HashMap::new();
-        read_file(&shard, &mut found)?;
+        files.push(read_file(&shard, &mut found)?);
         if let Some(absent) = tensors.iter().find(|tensor| !found.contains_key(**tensor)) {
             return Err(Error::input(format_args!(
                 "{}: tensor {absent} is not in {file}",
@@ -106,16 +118,17 @@ fn open_shards(path: &Path, index: &Path, raw: &mut HashMap<String, RawTensor>) 
         }
         raw.extend(found);
     }
-    Ok(())
+    Ok(files)
 }
 
-fn read_file(path: &Path, raw: &mut HashMap<String, RawTensor>) -> Result<()> {
-    let bytes = map_file(path)?;
+fn read_file(path: &Path, raw: &mut HashMap<String, RawTensor>) -> Result<MappedFile> {
+    let file = MappedFile::open(path)?;
+    let bytes = &file.bytes;
     let damaged = |e: safetensors::SafeTensorError| {
         Error::input(format_args!("{}: damaged safetensors file: {e}", path.display()))
             .hint("the file may be truncated: compare its size with the source")
     };
-    let (header, metadata) = SafeTensors::read_metadata(&bytes).map_err(damaged)?;
+    let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
     let start = header + size_of::<u64>();
     for (name, info) in metadata.tensors() {
         let (begin, end) = info.data_offsets;
@@ -133,7 +146,7 @@ fn read_file(path: &Path, raw: &mut HashMap<String, RawTensor>) -> Result<()> {
         let data = bytes.slice(begin..end);
         raw.insert(name, RawTensor { dtype: info.dtype, shape: info.shape.clone(), data });
     }
-    Ok(())
+    Ok(file)
 }
 
 /// The tensors as a user knows them: a packed weight is one entry, its parts are none.

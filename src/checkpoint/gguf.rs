@@ -10,20 +10,19 @@ use std::collections::BTreeMap;
 use std::io::Cursor;
 use std::path::Path;
 
-use bytes::Bytes;
 use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, Value as Metadata};
 use nibble_quant::FloatType;
 use serde_json::{Map, Value, json};
 
-use super::mapped::map_file;
+use super::mapped::MappedFile;
 use super::{DenseTensor, StoredType, TensorInfo, Weight};
 use crate::error::{Error, Result, candle_text};
 use crate::model::rotary::llama3_scaling_of;
 
 /// An opened GGUF file.
 pub(super) struct Gguf {
-    bytes: Bytes,
+    file: MappedFile,
     content: Content,
     architecture: Architecture,
     /// Hugging Face name to GGUF name.
@@ -48,16 +47,16 @@ impl std::fmt::Debug for Gguf {
 
 impl Gguf {
     pub(super) fn open(path: &Path) -> Result<Self> {
-        let bytes = map_file(path)?;
+        let file = MappedFile::open(path)?;
         let place = path.display().to_string();
         let damaged = |e: candle_core::Error| {
             Error::input(format_args!("{place}: damaged GGUF file: {}", candle_text(&e)))
                 .hint("the file may be truncated: compare its size with the source")
         };
-        let content = Content::read(&mut Cursor::new(&bytes)).map_err(damaged)?;
+        let content = Content::read(&mut Cursor::new(&file.bytes)).map_err(damaged)?;
         let architecture = architecture(&content, &place)?;
         let mut gguf = Gguf {
-            bytes,
+            file,
             content,
             architecture,
             names: BTreeMap::new(),
@@ -82,11 +81,14 @@ impl Gguf {
         };
         let read = || {
             let tensor =
-                self.content.tensor(&mut Cursor::new(&self.bytes), stored, &Device::Cpu)?;
+                self.content.tensor(&mut Cursor::new(&self.file.bytes), stored, &Device::Cpu)?;
             tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()
         };
+        let values = read();
+        // The values are copies; a page of the file that is wanted once more is in the cache.
+        self.file.release(&self.file.bytes);
         let mut values =
-            read().map_err(|e| self.wrong(format_args!("tensor {stored}: {}", candle_text(&e))))?;
+            values.map_err(|e| self.wrong(format_args!("tensor {stored}: {}", candle_text(&e))))?;
         let shape = self.content.tensor_infos[stored].shape.dims().to_vec();
         let heads = match stored.rsplit('.').nth(1) {
             Some("attn_q") => self.head_count("attention.head_count")?,
@@ -192,7 +194,7 @@ impl Gguf {
     /// Llama 3.1 files carry the factor of every frequency in place of its parameters.
     fn llama3_scaling(&self, theta: f64, head_dim: usize) -> Result<Value> {
         let read = || {
-            let mut cursor = Cursor::new(&self.bytes);
+            let mut cursor = Cursor::new(&self.file.bytes);
             let tensor = self.content.tensor(&mut cursor, "rope_freqs.weight", &Device::Cpu)?;
             tensor.dequantize(&Device::Cpu)?.flatten_all()?.to_vec1::<f32>()
         };
@@ -221,7 +223,7 @@ impl Gguf {
             let blocks = info.shape.elem_count() / info.ggml_dtype.block_size();
             let bytes = blocks * info.ggml_dtype.type_size();
             let end = self.content.tensor_data_offset.saturating_add(info.offset);
-            if end.saturating_add(bytes as u64) > self.bytes.len() as u64 {
+            if end.saturating_add(bytes as u64) > self.file.bytes.len() as u64 {
                 return Err(self
                     .wrong(format_args!("tensor {stored} ends after the end of the file"))
                     .hint("the file is truncated: download it again"));

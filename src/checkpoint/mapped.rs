@@ -3,9 +3,10 @@
 
 use std::fs::File;
 use std::path::Path;
+use std::sync::Arc;
 
 use bytes::Bytes;
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 
 use crate::error::{Error, Result};
 
@@ -14,14 +15,84 @@ use crate::error::{Error, Result};
 /// # Errors
 /// `Io` when the file cannot be opened or mapped.
 pub fn map_file(path: &Path) -> Result<Bytes> {
-    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-    let length = file.metadata().map_err(|e| Error::io("read the size of", path, e))?.len();
-    if length == 0 {
-        return Ok(Bytes::new());
+    MappedFile::open(path).map(|file| file.bytes)
+}
+
+/// A file mapped read-only.
+#[derive(Debug, Clone)]
+pub(super) struct MappedFile {
+    /// Its contents; slices keep the mapping alive.
+    pub(super) bytes: Bytes,
+    /// None for an empty file.
+    map: Option<Arc<Mmap>>,
+}
+
+struct Owner(Arc<Mmap>);
+
+impl AsRef<[u8]> for Owner {
+    fn as_ref(&self) -> &[u8] {
+        &self.0
     }
-    // SAFETY: the mapping is private and read-only. A file that another process truncates while it
-    // is mapped faults the process; model files are not edited in place, and a reader that copied
-    // them would need their size in memory.
-    let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
-    Ok(Bytes::from_owner(map))
+}
+
+impl MappedFile {
+    /// See [`map_file`].
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+        let length = file.metadata().map_err(|e| Error::io("read the size of", path, e))?.len();
+        if length == 0 {
+            return Ok(MappedFile { bytes: Bytes::new(), map: None });
+        }
+        // SAFETY: the mapping is read-only. A file that another process truncates while it is
+        // mapped faults the process; model files are not edited in place, and a reader that copied
+        // them would need their size in memory.
+        let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
+        let map = Arc::new(map);
+        Ok(MappedFile { bytes: Bytes::from_owner(Owner(map.clone())), map: Some(map) })
+    }
+
+    /// Gives the pages of `part` back to the system if it lies in this file: they no longer count
+    /// as this process' memory, and are mapped again when they are read again.
+    pub(super) fn release(&self, part: &[u8]) {
+        let Some(map) = &self.map else { return };
+        let inside = map.as_ptr_range();
+        let wanted = part.as_ptr_range();
+        if inside.start <= wanted.start && wanted.end <= inside.end {
+            let offset = wanted.start as usize - inside.start as usize;
+            // SAFETY: the mapping is read-only and backed by the file, so dropped pages come back
+            // with the same contents. Failure costs memory, nothing else.
+            let _ = unsafe {
+                map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, part.len())
+            };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Resident bytes of this process' mappings of files.
+    fn resident_file_bytes() -> usize {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status.lines().find(|line| line.starts_with("RssFile:")).unwrap();
+        1024 * line.split_whitespace().nth(1).unwrap().parse::<usize>().unwrap()
+    }
+
+    #[test]
+    fn released_pages_leave_memory_and_come_back() -> Result<()> {
+        const SIZE: usize = 64 << 20;
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("weights");
+        std::fs::write(&path, vec![7u8; SIZE]).unwrap();
+        let file = MappedFile::open(&path)?;
+        let sum = || file.bytes.iter().map(|&byte| usize::from(byte)).sum::<usize>();
+        assert_eq!(sum(), 7 * SIZE);
+        let before = resident_file_bytes();
+        file.release(&file.bytes[1000..SIZE - 1000]);
+        assert!(resident_file_bytes() + SIZE / 2 < before);
+        file.release(b"not of this file");
+        assert_eq!(sum(), 7 * SIZE);
+        Ok(())
+    }
 }

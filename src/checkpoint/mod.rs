@@ -209,6 +209,14 @@ impl Checkpoint {
             Files::Gguf(gguf) => gguf.weight(name),
         }
     }
+
+    /// Gives the memory behind the tensor `name` back to the system, once its values have been
+    /// copied or quantized; reading it again is slower, nothing else.
+    pub fn release(&self, name: &str) {
+        if let Files::Folder(folder) = &self.files {
+            folder.release(name);
+        }
+    }
 }
 
 fn not_a_model(path: &Path) -> Error {

@@ -215,6 +215,7 @@ impl Repack<'_> {
             summary.bytes_before += step.bytes_before;
             summary.bytes_after += step.bytes_after;
             self.write(step, writer, summary)?;
+            self.checkpoint.release(&step.name);
             progress(step.bytes_before);
         }
         Ok(summaries)

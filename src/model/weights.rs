@@ -212,7 +212,11 @@ impl Reader<'_> {
         let dense = if transposed { dense.transposed() } else { dense };
         let merged = self.merge.is_some_and(|merge| merge.changes(name));
         match self.quantization.filter(|_| !merged) {
-            Some(format) => quantize(name, &dense, format).map(FrozenMatrix::Packed),
+            Some(format) => {
+                let packed = quantize(name, &dense, format)?;
+                self.source.release(name);
+                Ok(FrozenMatrix::Packed(packed))
+            }
             None => dense_matrix(name, dense, shape),
         }
     }
