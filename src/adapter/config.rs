@@ -4,6 +4,9 @@ use std::str::FromStr;
 
 use crate::error::{Error, Result};
 
+/// Above the width of any model: a larger rank is a typing error, not a low-rank update.
+const MAX_RANK: usize = 1 << 16;
+
 /// Names of modules: written out, or as one regular expression.
 ///
 /// A listed name selects a module of that full path and every module whose path ends in `.name`;
@@ -103,9 +106,9 @@ impl LoraConfig {
         let ranks = std::iter::once(("r", self.r))
             .chain(self.rank_pattern.iter().map(|(key, r)| (key.as_str(), *r)));
         for (name, r) in ranks {
-            if r == 0 {
+            if !(1..=MAX_RANK).contains(&r) {
                 return Err(Error::usage(format_args!(
-                    "rank of `{name}` is 0, expected 1 or more"
+                    "rank of `{name}` is {r}, expected 1 to {MAX_RANK}"
                 )));
             }
         }
@@ -241,6 +244,7 @@ mod tests {
         let pattern = TargetModules::Names(ModuleNames::Pattern(".*".into()));
         for (config, word) in [
             (LoraConfig { r: 0, ..base() }, "`r`"),
+            (LoraConfig { r: usize::MAX, ..base() }, "expected 1 to 65536"),
             (LoraConfig { rank_pattern: vec![("q_proj".into(), 0)], ..base() }, "`q_proj`"),
             (LoraConfig { lora_alpha: f64::NAN, ..base() }, "`lora_alpha`"),
             (LoraConfig { lora_dropout: 1.0, ..base() }, "lora_dropout"),

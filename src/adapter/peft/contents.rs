@@ -9,7 +9,7 @@ use std::fmt;
 use super::super::targets::{ModuleKind, Selected, ends_in};
 use super::TokenRows;
 use super::settings::{PeftSettings, TrainedBias};
-use super::tensors::StoredTensor;
+use crate::checkpoint::DenseTensor;
 use crate::error::{Error, Result};
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 
@@ -75,8 +75,8 @@ impl Contents {
     /// `Input` with the differences when a key is missing, unknown or of another shape.
     pub fn place(
         &self,
-        tensors: BTreeMap<String, StoredTensor>,
-    ) -> Result<Vec<(Part, StoredTensor)>> {
+        tensors: BTreeMap<String, DenseTensor>,
+    ) -> Result<Vec<(Part, DenseTensor)>> {
         let mut difference = Difference::default();
         for (key, slot) in &self.slots {
             match tensors.get(key) {

@@ -14,12 +14,14 @@ mod tensors;
 mod tests;
 mod write;
 
+use std::collections::BTreeMap;
 use std::path::Path;
 
 use self::contents::{Contents, Part};
 pub use self::settings::{PeftSettings, TokenIndices, TrainedBias};
 use super::lora::{Adapter, LoraTensors};
 use super::targets::{ModuleKind, Selected, modules, trained_target};
+use crate::checkpoint::DenseTensor;
 use crate::error::{Error, Result};
 use crate::model::spec::{ModelSpec, TensorSpec};
 
@@ -90,7 +92,7 @@ impl PeftAdapter {
 
     fn assemble(
         mut settings: PeftSettings,
-        stored: std::collections::BTreeMap<String, tensors::StoredTensor>,
+        stored: BTreeMap<String, DenseTensor>,
         spec: &ModelSpec,
     ) -> Result<Self> {
         let selected = settings.lora.select(spec, &settings.modules_to_save)?;

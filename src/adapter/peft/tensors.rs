@@ -4,9 +4,10 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use bytes::Bytes;
-use half::{bf16, f16};
+use nibble_quant::FloatType;
 use safetensors::{Dtype, SafeTensors};
 
+use crate::checkpoint::DenseTensor;
 use crate::error::{Error, Result};
 
 /// File name of the tensors in an adapter's folder.
@@ -14,36 +15,12 @@ pub const TENSORS_FILE: &str = "adapter_model.safetensors";
 /// PEFT's older file, a Python pickle.
 const PICKLE_FILE: &str = "adapter_model.bin";
 
-/// One stored tensor, widened only when asked for.
-#[derive(Debug, Clone)]
-pub struct StoredTensor {
-    /// Rows first.
-    pub shape: Vec<usize>,
-    dtype: Dtype,
-    data: Bytes,
-}
-
-impl StoredTensor {
-    /// The values in f32.
-    pub fn to_f32(&self) -> Vec<f32> {
-        let pairs = || self.data.chunks_exact(2).map(|b| [b[0], b[1]]);
-        match self.dtype {
-            Dtype::F16 => pairs().map(|b| f16::from_le_bytes(b).to_f32()).collect(),
-            Dtype::BF16 => pairs().map(|b| bf16::from_le_bytes(b).to_f32()).collect(),
-            _ => {
-                let words = self.data.chunks_exact(4);
-                words.map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
-            }
-        }
-    }
-}
-
 /// Reads the tensors of the adapter in `dir`.
 ///
 /// # Errors
 /// `Io` when the file cannot be read; `Input` when it is not safetensors, is cut, or holds a tensor
 /// that is not f32, f16 or bf16, or a value that is not finite.
-pub fn read(dir: &Path) -> Result<BTreeMap<String, StoredTensor>> {
+pub fn read(dir: &Path) -> Result<BTreeMap<String, DenseTensor>> {
     let path = dir.join(TENSORS_FILE);
     let data = Bytes::from(std::fs::read(&path).map_err(|e| {
         let error = Error::io("read", &path, e);
@@ -59,12 +36,17 @@ pub fn read(dir: &Path) -> Result<BTreeMap<String, StoredTensor>> {
     let mut tensors = BTreeMap::new();
     for (name, view) in file.iter() {
         let place = || format!("{}: `{name}`", path.display());
-        if !matches!(view.dtype(), Dtype::F32 | Dtype::F16 | Dtype::BF16) {
-            let what = format_args!("expected F32, F16 or BF16, got {:?}", view.dtype());
-            return Err(Error::input(what).at(place()));
-        }
-        let (shape, dtype) = (view.shape().to_vec(), view.dtype());
-        let tensor = StoredTensor { shape, dtype, data: data.slice_ref(view.data()) };
+        let dtype = match view.dtype() {
+            Dtype::F32 => FloatType::F32,
+            Dtype::F16 => FloatType::F16,
+            Dtype::BF16 => FloatType::Bf16,
+            other => {
+                let what = format_args!("expected F32, F16 or BF16, got {other:?}");
+                return Err(Error::input(what).at(place()));
+            }
+        };
+        let (shape, data) = (view.shape().to_vec(), data.slice_ref(view.data()));
+        let tensor = DenseTensor { dtype, shape, data };
         if let Some(index) = tensor.to_f32().iter().position(|x| !x.is_finite()) {
             let what = format_args!("element {index} is not a finite number");
             return Err(Error::input(what).at(place()));

@@ -425,3 +425,27 @@ fn an_expression_in_the_file_that_does_not_compile() {
     let error = Folder::new().set("target_modules", json!("(q_proj")).error();
     assert_says(&error, &["`(q_proj` is not a regular expression"]);
 }
+
+/// Seeded damage to both files: an adapter or an error, never a panic.
+#[test]
+fn damaged_files_never_panic() {
+    let folder = Folder::new();
+    let spec = fixtures::llama(2);
+    let random = Stream::new(17, "damage");
+    for file in [TENSORS_FILE, CONFIG_FILE] {
+        let path = folder.path().join(file);
+        let good = fs::read(&path).unwrap();
+        let header = good.len().min(2000) as u64;
+        for trial in 0..300 {
+            let mut bytes = good.clone();
+            for change in 0..=random.at(trial).below(0, 4) {
+                let place = random.at(trial).below(2 * change + 1, header) as usize;
+                bytes[place] = random.at(trial).below(2 * change + 2, 256) as u8;
+            }
+            fs::write(&path, bytes).unwrap();
+            let _ = PeftAdapter::open(folder.path(), &spec);
+        }
+        fs::write(&path, good).unwrap();
+    }
+    assert!(PeftAdapter::open(folder.path(), &spec).is_ok());
+}

@@ -13,6 +13,7 @@ use super::super::lora::Adapter;
 use super::card::model_card;
 use super::settings::{CONFIG_FILE, to_json};
 use super::tensors::TENSORS_FILE;
+use crate::checkpoint::atomic::write_file;
 use crate::error::{Error, Result};
 
 /// File name of the model card.
@@ -103,15 +104,4 @@ impl View for Matrix<'_> {
     fn data_len(&self) -> usize {
         self.values.len() * if self.dtype == FloatType::F32 { 4 } else { 2 }
     }
-}
-
-/// Writes a sibling and renames it.
-fn write_file(path: &Path, bytes: &[u8]) -> Result<()> {
-    let temporary = path.with_extension("partial");
-    let write = || -> std::io::Result<()> {
-        fs::write(&temporary, bytes)?;
-        File::open(&temporary)?.sync_all()?;
-        fs::rename(&temporary, path)
-    };
-    write().map_err(|e| Error::io("write", path, e))
 }
