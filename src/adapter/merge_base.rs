@@ -114,6 +114,17 @@ impl<'a> MergeBase<'a> {
         self.source.config()
     }
 
+    /// Gives back the pages of the files that hold the tensor `name`.
+    pub(super) fn release(&self, name: &str) {
+        let four_bit = match self.four_bit {
+            FourBit::Stored(model) => Some(model),
+            _ => None,
+        };
+        for checkpoint in [Some(self.source), self.original, four_bit].into_iter().flatten() {
+            checkpoint.release(stored_name(checkpoint, name));
+        }
+    }
+
     /// The type of the tensor `name` before packing; bfloat16 for GGUF, whose types are not dense.
     pub(super) fn dtype(&self, name: &str) -> Result<FloatType> {
         if self.source.kind() == CheckpointKind::Gguf {
@@ -155,13 +166,17 @@ fn is_linear(spec: &TensorSpec) -> bool {
     matches!(spec.role, TensorRole::Linear(_))
 }
 
-/// The tensor `name`; GPT-2 files may lack the `transformer.` prefix.
-fn read(checkpoint: &Checkpoint, name: &str) -> Result<Weight> {
-    let stored = match name.strip_prefix("transformer.") {
+/// GPT-2 files may lack the `transformer.` prefix.
+fn stored_name<'n>(checkpoint: &Checkpoint, name: &'n str) -> &'n str {
+    match name.strip_prefix("transformer.") {
         Some(short) if !checkpoint.contains(name) && checkpoint.contains(short) => short,
         _ => name,
-    };
-    checkpoint.weight(stored).map_err(|e| e.at(checkpoint.path().display()))
+    }
+}
+
+fn read(checkpoint: &Checkpoint, name: &str) -> Result<Weight> {
+    let weight = checkpoint.weight(stored_name(checkpoint, name));
+    weight.map_err(|e| e.at(checkpoint.path().display()))
 }
 
 /// The tensor `name`, which must have the shape of `spec`; a packed one widened.

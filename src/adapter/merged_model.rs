@@ -126,6 +126,7 @@ impl<'a> MergedModel<'a> {
             let shape = tensor.stored_shape();
             let contents = Contents::Dense(tensor.dtype, &shape, &data);
             writer.write(&tensor.spec.name, contents)?;
+            self.base.release(self.merge.source(&tensor.spec.name));
             progress(data.len());
         }
         Ok(cost)
