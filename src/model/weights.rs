@@ -34,8 +34,8 @@ impl Weights {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
-    /// Reads and, with `quantization`, quantizes the weights of `spec`; with `merge`, the tensors
-    /// that an adapter changes are merged and stay dense.
+    /// Reads and, with `quantization`, quantizes the weights of `spec`. With `merge`, the tensors
+    /// that an adapter changes are dense: its change on top of what training saw.
     ///
     /// # Errors
     /// `Input` naming the tensor when one is missing, has another shape, or is not finite.
@@ -92,31 +92,6 @@ struct Reader<'a> {
 impl Reader<'_> {
     /// The tensor `name`; GPT-2 files may lack the `transformer.` prefix.
     fn tensor(&self, name: &str) -> Result<Weight> {
-        match self.merge.filter(|merge| merge.changes(name)) {
-            Some(merge) => self.merged(name, merge),
-            None => self.stored(name),
-        }
-    }
-
-    /// A tensor that the adapter changes, dense in f32, oriented as the checkpoint has it.
-    fn merged(&self, name: &str, merge: &Merge) -> Result<Weight> {
-        let turned = self.spec.conv1d && name.contains(".h.") && name.ends_with(".weight");
-        let (values, shape) = match self.stored(merge.source(name))? {
-            Weight::Packed(packed) => (packed.dequantize(), packed.shape().to_vec()),
-            Weight::Dense(dense) if turned && dense.shape.len() == 2 => {
-                let dense = dense.transposed();
-                (dense.to_f32(), dense.shape)
-            }
-            Weight::Dense(dense) => (dense.to_f32(), dense.shape),
-        };
-        let values = merge.merged_weight(name, values)?;
-        let data = bytemuck::allocation::pod_collect_to_vec(&values).into();
-        let dense = DenseTensor { dtype: FloatType::F32, shape, data };
-        let turned = turned && dense.shape.len() == 2;
-        Ok(Weight::Dense(if turned { dense.transposed() } else { dense }))
-    }
-
-    fn stored(&self, name: &str) -> Result<Weight> {
         match name.strip_prefix("transformer.") {
             Some(short) if !self.source.contains(name) && self.source.contains(short) => {
                 self.source.weight(short)
@@ -125,28 +100,47 @@ impl Reader<'_> {
         }
     }
 
+    /// The name under which the base of `name` is stored: an untied head starts as the embedding.
+    fn base_name<'n>(&'n self, name: &'n str) -> &'n str {
+        self.merge.map_or(name, |merge| merge.source(name))
+    }
+
+    /// The matrix `name` with the adapter merged in, if it changes it: then dense f32.
+    fn merged(&self, name: &str, base: FrozenMatrix) -> Result<FrozenMatrix> {
+        let Some(merge) = self.merge.filter(|merge| merge.changes(name)) else { return Ok(base) };
+        let values = merge.merged_weight(name, base.to_f32())?;
+        let data = bytemuck::allocation::pod_collect_to_vec::<f32, u8>(&values);
+        Ok(FrozenMatrix::from_f32(data.into(), base.shape()))
+    }
+
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<FrozenMatrix> {
-        match self.tensor(name)? {
+        let base = match self.tensor(self.base_name(name))? {
             Weight::Dense(dense) => {
                 check_shape(name, &dense.shape, &shape)?;
-                dense_matrix(name, dense, shape)
+                dense_matrix(name, dense, shape)?
             }
             Weight::Packed(packed) => {
                 check_shape(name, &packed.shape(), &shape)?;
-                Ok(FrozenMatrix::Packed(packed))
+                FrozenMatrix::Packed(packed)
             }
-        }
+        };
+        self.merged(name, base)
     }
 
     fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>> {
-        match self.tensor(name)? {
+        let base = match self.tensor(name)? {
             Weight::Dense(dense) => {
                 check_shape(name, &dense.shape, &[length])?;
-                finite(name, dense.to_f32())
+                finite(name, dense.to_f32())?
             }
             Weight::Packed(_) => {
-                Err(Error::input(format_args!("tensor {name} is packed, expected a dense vector")))
+                let what = format_args!("tensor {name} is packed, expected a dense vector");
+                return Err(Error::input(what));
             }
+        };
+        match self.merge {
+            Some(merge) => merge.merged_weight(name, base),
+            None => Ok(base),
         }
     }
 
@@ -203,22 +197,22 @@ impl Reader<'_> {
         let dense = match self.tensor(name)? {
             Weight::Packed(packed) => {
                 check_shape(name, &packed.shape(), &shape)?;
-                return Ok(FrozenMatrix::Packed(packed));
+                return self.merged(name, FrozenMatrix::Packed(packed));
             }
             Weight::Dense(dense) => dense,
         };
         let transposed = self.spec.conv1d;
         check_shape(name, &dense.shape, &if transposed { [shape[1], shape[0]] } else { shape })?;
         let dense = if transposed { dense.transposed() } else { dense };
-        let merged = self.merge.is_some_and(|merge| merge.changes(name));
-        match self.quantization.filter(|_| !merged) {
+        let base = match self.quantization {
             Some(format) => {
                 let packed = quantize(name, &dense, format)?;
                 self.source.release(name);
-                Ok(FrozenMatrix::Packed(packed))
+                FrozenMatrix::Packed(packed)
             }
-            None => dense_matrix(name, dense, shape),
-        }
+            None => dense_matrix(name, dense, shape)?,
+        };
+        self.merged(name, base)
     }
 }
 

@@ -2,16 +2,28 @@
 
 use nibble::checkpoint::Checkpoint;
 
-use crate::tools::{Expected, Merge, data, model, model_of};
+use nibble_quant::BlockFormat;
+
+use crate::tools::{Expected, Merge, data, model, model_merged, model_of};
 
 /// f32 on both sides, sums in another order, one layer of rounding more for the merge: PEFT's own
 /// merge differs from its unmerged logits by up to 1.5e-6 of the largest on these models.
 const TOLERANCE: f32 = 5e-6;
 
+/// The merged folder, and the adapter merged while loading, with a 4-bit base too.
 fn check_merge(case: &str) {
     let merge = Merge::new(case);
     let (merged, _) = merge.run("out", &[]);
-    let error = Expected::open(case).error(model(&merged, None));
+    let expected = Expected::open(case);
+    let error = expected.error(model(&merged, None));
+    assert!(error < TOLERANCE, "{case}: {error:e}");
+    let base = Checkpoint::open(&merge.model).unwrap();
+    let loaded = |format| expected.logits_of(model_merged(&base, format, &merge.adapter));
+    assert_eq!(loaded(None), expected.logits_of(model(&merged, None)), "{case}");
+    let (dequantized, _) = merge.run("dequantized", &["--onto", "dequantized"]);
+    // The command widens all linears, the loader only those that the adapter changes.
+    let logits = loaded(Some(&BlockFormat::default()));
+    let error = expected.distance(&logits, &expected.logits_of(model(&dequantized, None)));
     assert!(error < TOLERANCE, "{case}: {error:e}");
 }
 

@@ -5,13 +5,15 @@ use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};
 
-use nibble::adapter::Adapter;
+use nibble::adapter::{Adapter, LoraTarget, PeftAdapter};
 use nibble::checkpoint::{Checkpoint, Weight};
 use nibble::data::{Batch, Document};
 use nibble::model::Model;
 use nibble::model::families::spec_from_config;
+use nibble::model::spec::ModelSpec;
 use nibble::model::weights::Weights;
 use nibble::plan::{Policy, Settings};
+use nibble_quant::BlockFormat;
 use safetensors::SafeTensors;
 use tempfile::TempDir;
 
@@ -122,8 +124,8 @@ impl Expected {
         }
     }
 
-    /// Largest difference of our logits, relative to the largest expected one.
-    pub fn error(&self, mut model: Model) -> f32 {
+    /// Our logits at the same positions.
+    pub fn logits_of(&self, mut model: Model) -> Vec<f32> {
         let document = |ids: &Vec<u32>| Document {
             labels: ids.iter().map(|&id| id as i32).collect(),
             input_ids: ids.clone(),
@@ -132,11 +134,19 @@ impl Expected {
         let batch = Batch::from_documents(&self.rows.iter().map(document).collect::<Vec<_>>());
         let ends = batch.cu_seqlens[1..].iter();
         let wanted = ends.flat_map(|&end| end - self.positions as u32..end).collect::<Vec<u32>>();
-        let logits = model.logits(&batch, &wanted).unwrap();
-        assert_eq!(logits.len(), self.logits.len());
+        model.logits(&batch, &wanted).unwrap()
+    }
+
+    /// Largest difference of our logits, relative to the largest expected one.
+    pub fn error(&self, model: Model) -> f32 {
+        self.distance(&self.logits_of(model), &self.logits)
+    }
+
+    /// Largest difference, relative to the largest expected logit.
+    pub fn distance(&self, a: &[f32], b: &[f32]) -> f32 {
+        assert_eq!(a.len(), b.len());
         let largest = self.logits.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
-        let pairs = logits.iter().zip(&self.logits);
-        pairs.fold(0.0_f32, |m, (a, b)| m.max((a - b).abs())) / largest
+        a.iter().zip(b).fold(0.0_f32, |m, (a, b)| m.max((a - b).abs())) / largest
     }
 }
 
@@ -146,6 +156,27 @@ pub fn model(checkpoint: &Checkpoint, adapter: Option<&Path>) -> Model {
     let adapter = adapter.map(|dir| Adapter::load(dir, &spec).unwrap());
     let targets = adapter.as_ref().map(|adapter| adapter.targets.clone()).unwrap_or_default();
     let weights = Weights::load(checkpoint, &spec, None, None).unwrap();
+    let mut model = with_weights(spec, weights, targets);
+    if let Some(adapter) = adapter {
+        model.parameters_mut().load(&adapter);
+    }
+    model
+}
+
+/// The model in a checkpoint, with an adapter merged in while loading.
+pub fn model_merged(
+    checkpoint: &Checkpoint,
+    quantization: Option<&BlockFormat>,
+    adapter: &Path,
+) -> Model {
+    let spec = spec_from_config(checkpoint.config()).unwrap();
+    let adapter = PeftAdapter::open(adapter, &spec).unwrap();
+    let merge = adapter.merge(&spec).unwrap();
+    let weights = Weights::load(checkpoint, &spec, quantization, Some(&merge)).unwrap();
+    with_weights(spec, weights, Vec::new())
+}
+
+fn with_weights(spec: ModelSpec, weights: Weights, targets: Vec<LoraTarget>) -> Model {
     let settings = Settings {
         tokens: 64,
         longest_document: 32,
@@ -157,13 +188,8 @@ pub fn model(checkpoint: &Checkpoint, adapter: Option<&Path>) -> Model {
         bf16_working: false,
         threads: rayon::current_num_threads(),
     };
-    let mut model = Model::new(spec, weights, settings, None).unwrap();
-    if let Some(adapter) = adapter {
-        model.parameters_mut().load(&adapter);
-    }
-    model
+    Model::new(spec, weights, settings, None).unwrap()
 }
-
 /// Copies a folder, so that a test may add files.
 pub fn copy(from: &Path, to: &Path) {
     fs::create_dir_all(to).unwrap();

@@ -48,6 +48,18 @@ impl FrozenMatrix {
         }
     }
 
+    /// All values, widened.
+    pub fn to_f32(&self) -> Vec<f32> {
+        match self {
+            FrozenMatrix::F32(data, _) => bytemuck::cast_slice(data).to_vec(),
+            FrozenMatrix::Bf16(data, _) => {
+                let data: &[bf16] = bytemuck::cast_slice(data);
+                data.iter().map(|x| x.to_f32()).collect()
+            }
+            FrozenMatrix::Packed(packed) => packed.dequantize(),
+        }
+    }
+
     /// As an operand of a product.
     pub fn as_ref(&self) -> WeightRef<'_> {
         match self {
