@@ -5,10 +5,10 @@ use std::path::{Path, PathBuf};
 
 use clap::{ArgMatches, Command, ValueEnum};
 
-use super::layers::{self, Layers};
+use super::layers::{self, Entry, Layers};
 use super::train::Preset;
 use crate::error::Result;
-use crate::train::settings::SettingsEcho;
+use crate::train::settings::{SETTINGS_FILE, SettingsEcho};
 
 /// Settings of the run that `--out` holds, for `--resume`.
 pub type SavedSettings = dyn Fn(&Path) -> Result<Option<SettingsEcho>>;
@@ -34,8 +34,8 @@ pub fn complete(
             entry.values.first().map(PathBuf::from)
         };
         let out = matches.get_one::<PathBuf>("out").cloned().or_else(in_file);
-        if let Some(settings) = out.map(|out| saved(&out)).transpose()?.flatten() {
-            below.add(&layers::saved_entries(command, &settings));
+        if let Some(out) = out {
+            below.add(&resumed(command, &out, saved)?);
         }
     }
     let in_file = || {
@@ -46,6 +46,20 @@ pub fn complete(
         below.add(&layers::preset_entries(preset.settings()));
     }
     Ok(below.into_arguments())
+}
+
+/// Settings of the run in `out`: its newest checkpoint's, else those that it began with.
+fn resumed(command: &Command, out: &Path, saved: &SavedSettings) -> Result<Vec<Entry>> {
+    let begun = out.join(SETTINGS_FILE);
+    let settings = match saved(out)? {
+        Some(settings) => settings,
+        None if begun.exists() => {
+            let entries = layers::read_toml(command, &begun)?.into_iter();
+            entries.map(|entry| (entry.flag.replace('-', "_"), entry.values)).collect()
+        }
+        None => return Ok(Vec::new()),
+    };
+    Ok(layers::saved_entries(command, &settings))
 }
 
 #[cfg(test)]

@@ -13,6 +13,7 @@ use super::lora::LoraArgs;
 use super::numbers;
 use super::size::ByteSize;
 use crate::error::{Error, Result};
+use crate::plan::Activations;
 use crate::train::adamw::AdamW;
 use crate::train::recipe::{EvalRecipe, Length, Recipe, SaveRecipe};
 use crate::train::schedule::{SchedulerType, Warmup};
@@ -283,17 +284,6 @@ pub struct ResourceArgs {
     /// Memory that the run may use, such as `8GiB` [default: what is free]
     #[arg(long, value_name = "SIZE")]
     pub memory_budget: Option<ByteSize>,
-}
-
-/// `--activations`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Activations {
-    /// As many blocks as fit the budget are kept
-    Auto,
-    /// All blocks keep everything
-    Keep,
-    /// All blocks keep their input only
-    Checkpoint,
 }
 
 fn at_least_one() -> clap::builder::RangedU64ValueParser<u64> {

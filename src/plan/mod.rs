@@ -5,6 +5,8 @@
 //!
 //! [`ModelSpec`]: crate::model::spec::ModelSpec
 
+pub mod budget;
 pub mod layout;
 
+pub use budget::{Activations, Demand, Limit, weight_bytes};
 pub use layout::{Component, MemoryPlan, Policy, Region, RegionType, Settings, layout};

@@ -1,4 +1,5 @@
-//! Resident memory of this process, from `/proc`; 0 where there is none.
+//! Resident memory of this process and free memory of the system, from `/proc`; where there is no
+//! `/proc`, nothing is resident and everything is free.
 
 use std::fs;
 
@@ -12,17 +13,41 @@ pub fn peak_bytes() -> u64 {
     field("VmHWM:")
 }
 
+/// Bytes that this process could still take: the system's free memory, or what its control group
+/// leaves if that is less.
+pub fn available_bytes() -> u64 {
+    let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
+    let free = kibibytes(&meminfo, "MemAvailable:").unwrap_or(u64::MAX);
+    let number = |name: &str| {
+        let text = fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?;
+        text.trim().parse::<u64>().ok()
+    };
+    let in_group = number("memory.max").zip(number("memory.current"));
+    let left = in_group.map_or(u64::MAX, |(max, current)| max.saturating_sub(current));
+    free.min(left)
+}
+
 fn field(name: &str) -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
-    let line = status.lines().find_map(|line| line.strip_prefix(name));
-    let kibibytes =
-        line.and_then(|rest| rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok());
-    kibibytes.unwrap_or(0) * 1024
+    kibibytes(&status, name).unwrap_or(0)
+}
+
+/// The value of a line such as `VmRSS:    1234 kB`, in bytes.
+fn kibibytes(text: &str, name: &str) -> Option<u64> {
+    let rest = text.lines().find_map(|line| line.strip_prefix(name))?;
+    Some(rest.trim().strip_suffix("kB")?.trim().parse::<u64>().ok()? * 1024)
 }
 
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
+
+    #[test]
+    fn some_memory_is_available_and_no_more_than_there_is() {
+        let meminfo = fs::read_to_string("/proc/meminfo").unwrap();
+        let total = kibibytes(&meminfo, "MemTotal:").unwrap();
+        assert!((1..=total).contains(&available_bytes()));
+    }
 
     #[test]
     fn a_large_buffer_shows() {

@@ -5,6 +5,9 @@ use std::collections::BTreeMap;
 /// Every setting of a run: flag name in snake case, and its value or values as text.
 pub type SettingsEcho = BTreeMap<String, Vec<String>>;
 
+/// All settings of a run, in its output folder; a file for `--config`.
+pub const SETTINGS_FILE: &str = "settings.toml";
+
 /// Settings that decide where, how fast and how closely watched a run is, but not its numbers. The
 /// contents of model and data are compared by themselves, so their paths may change.
 const NEUTRAL: [&str; 18] = [
@@ -76,6 +79,24 @@ pub fn to_json(settings: &SettingsEcho) -> serde_json::Value {
     Value::Object(settings.iter().map(field).collect())
 }
 
+/// The settings as a TOML file for `--config`.
+pub fn to_toml(settings: &SettingsEcho) -> String {
+    let value = |text: &String| match text.parse::<toml::Value>() {
+        Ok(value @ (toml::Value::Integer(_) | toml::Value::Float(_) | toml::Value::Boolean(_))) => {
+            value
+        }
+        _ => toml::Value::String(text.clone()),
+    };
+    let line = |(name, values): (&String, &Vec<String>)| {
+        let value = match values.as_slice() {
+            [one] => value(one),
+            many => toml::Value::Array(many.iter().map(value).collect()),
+        };
+        format!("{name} = {value}\n")
+    };
+    settings.iter().map(line).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -96,12 +117,15 @@ mod tests {
     }
 
     #[test]
-    fn json_has_types() {
+    fn json_and_toml_have_types() {
         let mut settings =
             echo(&[("seed", "42"), ("packing", "true"), ("out", "1x"), ("r", "2e-4")]);
         settings.insert("prompts".into(), vec!["a".into(), "b".into()]);
         let json = serde_json::json!({"seed": 42, "packing": true, "out": "1x", "r": 2e-4,
             "prompts": ["a", "b"]});
         assert_eq!(to_json(&settings), json);
+        let toml =
+            "out = \"1x\"\npacking = true\nprompts = [\"a\", \"b\"]\nr = 0.0002\nseed = 42\n";
+        assert_eq!(to_toml(&settings), toml);
     }
 }

@@ -4,37 +4,91 @@ use super::Base;
 use super::data::Prepared;
 use crate::adapter::Adapter;
 use crate::cli::lora::AdapterDtype;
-use crate::cli::train::{Activations, TrainArgs};
+use crate::cli::size::ByteSize;
+use crate::cli::train::TrainArgs;
 use crate::error::Result;
-use crate::plan::{Policy, Settings};
+use crate::plan::{Demand, Limit, Policy, Settings, weight_bytes};
+use crate::train::progress::Progress;
+use crate::train::resident;
 
 /// Logits that exist at a time, in bytes of f32.
 const LOGITS_CHUNK_BYTES: usize = 64 << 20;
 const MIN_LOGIT_ROWS: usize = 64;
 
-/// What the memory plan depends on.
-pub fn settings(
+/// The memory of a run, as planned.
+pub struct Memory {
+    /// What the model allocates.
+    pub settings: Settings,
+    /// Named parts and their bytes; the first ones are outside the arena.
+    pub rows: Vec<(String, u64)>,
+}
+
+/// Chooses the layers' policies within the budget, before a weight is read.
+pub fn plan(
     args: &TrainArgs,
     base: &Base,
     adapter: &Adapter,
     data: &Prepared,
-) -> Result<Settings> {
+    progress: &Progress,
+) -> Result<Memory> {
+    let mut settings = sizes(args, base, adapter, data)?;
+    let weights = weight_bytes(&base.checkpoint, &base.spec, args.model.block_format().as_ref());
+    let process = resident::now_bytes();
+    let demand = Demand {
+        spec: &base.spec,
+        settings: &settings,
+        activations: args.resources.activations,
+        other_bytes: weights + process,
+    };
+    let limit = match args.resources.memory_budget {
+        Some(budget) => Limit::Budget(budget.0),
+        None => Limit::Free(resident::available_bytes().saturating_add(process)),
+    };
+    let policies = demand.policies(limit)?;
+    let plan = demand.plan(policies.clone());
+    let mut rows = vec![
+        ("program, tokenizer, data".to_string(), process),
+        ("frozen weights".to_string(), weights),
+    ];
+    let components = plan.by_component().into_iter();
+    rows.extend(components.map(|(part, bytes)| (part.label().to_string(), bytes as u64)));
+    settings.policies = policies;
+    let memory = Memory { settings, rows };
+    progress.note(&memory.summary());
+    Ok(memory)
+}
+
+impl Memory {
+    /// Bytes of everything.
+    pub fn total_bytes(&self) -> u64 {
+        self.rows.iter().map(|(_, bytes)| bytes).sum()
+    }
+
+    fn summary(&self) -> String {
+        let policies = &self.settings.policies;
+        let kept = policies.iter().filter(|policy| **policy == Policy::Keep).count();
+        let (total, layers) = (ByteSize(self.total_bytes()), policies.len());
+        let tokens = self.settings.tokens;
+        format!(
+            "plan: {total} for {tokens} tokens in a forward pass; {kept} of {layers} blocks keep \
+             their activations"
+        )
+    }
+}
+
+/// What the plan depends on, but for the policies.
+fn sizes(args: &TrainArgs, base: &Base, adapter: &Adapter, data: &Prepared) -> Result<Settings> {
     let row_bytes = base.spec.vocab_size * size_of::<f32>();
     let logit_rows = (LOGITS_CHUNK_BYTES / row_bytes).max(MIN_LOGIT_ROWS);
-    let cache_tokens = base.preview.context_tokens(&args.evaluation.sample_prompt)?;
-    let policy = match args.resources.activations {
-        Activations::Auto | Activations::Keep => Policy::Keep,
-        Activations::Checkpoint => Policy::Checkpoint,
-    };
     Ok(Settings {
         tokens: data.largest_batch_tokens,
         longest_document: data.longest_document_tokens,
         logit_rows: logit_rows.min(data.largest_batch_tokens),
-        policies: vec![policy; base.spec.num_layers],
+        policies: Vec::new(),
         targets: adapter.targets.clone(),
         lora_dropout: adapter.config.lora_dropout > 0.0,
         bf16_working: args.lora.adapter_dtype == AdapterDtype::Bf16,
         threads: rayon::current_num_threads(),
-        cache_tokens,
+        cache_tokens: base.preview.context_tokens(&args.evaluation.sample_prompt)?,
     })
 }

@@ -18,7 +18,7 @@ use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::Weights;
 use crate::plan::Settings;
-use crate::train::events::{EndEvent, EndReason, Event, RunLog};
+use crate::train::events::{EndEvent, EndReason, Event, RunLog, StartEvent};
 use crate::train::interrupt::Interrupt;
 use crate::train::lora_model::LoraModel;
 use crate::train::preview::Preview;
@@ -41,18 +41,22 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let base = Base::open(args)?;
     let (adapter, origin) = base.adapter(args)?;
     let mut data = data::prepare(args, &base, &progress)?;
-    let settings = memory::settings(args, &base, &adapter, &data)?;
+    let memory = memory::plan(args, &base, &adapter, &data, &progress)?;
+    let predicted_bytes = memory.total_bytes();
     let interrupt = Interrupt::install()?;
-    let mut model = base.load(args, settings, adapter)?;
+    output.write_settings(&args.settings)?;
+    let mut model = base.load(args, memory.settings, adapter)?;
     let identity = identity(args, &data);
-    let found = output.found;
-    let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, found)?;
+    let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, output.found)?;
     if start.rounding_differs {
         progress.note("this machine rounds differently: the run continues, but not bit for bit");
     }
     let mut log = ();
     let num_batches = data.feed.num_batches();
-    let event = start::start_event(&start.state, &recipe, num_batches, &args.model.model);
+    let event = StartEvent {
+        memory_plan: memory.rows,
+        ..start::start_event(&start.state, &recipe, num_batches, &args.model.model)
+    };
     log.record(&Event::Start(event))?;
     progress.begin(start.state.step, start.state.max_steps);
     let parts = Parts {
@@ -68,7 +72,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     };
     let end = Trainer::new(&mut model, parts, start.state, start.checks).run();
     progress.finish();
-    report(args, &end?);
+    report(args, &end?, predicted_bytes);
     Ok(())
 }
 
@@ -131,11 +135,12 @@ fn identity(args: &TrainArgs, data: &Prepared) -> Identity {
 }
 
 /// The result on stdout.
-fn report(args: &TrainArgs, end: &EndEvent) {
+fn report(args: &TrainArgs, end: &EndEvent, predicted_bytes: u64) {
     let (out, step, loss) = (args.output.out.display(), end.step, end.train_loss);
-    let memory = ByteSize(end.peak_rss_bytes);
     let speed = end.tokens_per_second;
-    println!("{out}: {step} steps, mean loss {loss:.4}, {speed:.0} tokens/s, peak {memory}");
+    println!("{out}: {step} steps, mean loss {loss:.4}, {speed:.0} tokens/s");
+    let (predicted, measured) = (ByteSize(predicted_bytes), ByteSize(end.peak_rss_bytes));
+    println!("memory: planned {predicted}, measured peak {measured}");
     if let Some((loss, step)) = end.best {
         println!("lowest evaluation loss {loss:.4} at step {step}");
     }

@@ -1,18 +1,21 @@
 //! The output folder: empty, or that of the run to resume.
 
 use std::fs::{self, File};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
+use crate::checkpoint::atomic;
 use crate::cli::train::OutputArgs;
 use crate::error::{Error, Result};
 use crate::train::checkpoints::{self, Found};
 use crate::train::progress::Progress;
+use crate::train::settings::{SETTINGS_FILE, SettingsEcho, to_toml};
 
 /// Held while a run writes into the folder; also marks it as a run's.
 const LOCK_FILE: &str = ".nibble.lock";
 
 /// A folder that belongs to this run.
 pub struct Output {
+    folder: PathBuf,
     /// Where to continue.
     pub found: Option<Found>,
     /// Unlocked when dropped.
@@ -41,13 +44,24 @@ impl Output {
         let lock = lock(out)?;
         checkpoints::clear_leftovers(out);
         let found = if args.resume { find(out, progress)? } else { None };
-        Ok(Output { found, _lock: lock })
+        Ok(Output { folder: out.to_path_buf(), found, _lock: lock })
+    }
+
+    /// Writes down what the run was asked for.
+    ///
+    /// # Errors
+    /// `Io`.
+    pub fn write_settings(&self, settings: &SettingsEcho) -> Result<()> {
+        let text = to_toml(settings);
+        atomic::write_file(&self.folder.join(SETTINGS_FILE), text.as_bytes())
     }
 }
 
+/// Whether there is nothing in `folder` but perhaps a lock: that of a run which found a mistake
+/// before it began.
 fn is_empty(folder: &Path) -> bool {
     match fs::read_dir(folder) {
-        Ok(mut entries) => entries.next().is_none(),
+        Ok(entries) => entries.flatten().all(|entry| entry.file_name() == LOCK_FILE),
         Err(_) => !folder.exists(),
     }
 }

@@ -1,0 +1,232 @@
+//! `nibble train` as a user meets it: pinned losses, settings from files, and mistakes.
+
+mod training;
+
+use std::fs;
+
+use training::{Workplace, error_of, fail, succeed};
+
+/// Losses and gradient norms that a run logged.
+fn losses(place: &Workplace, checkpoint: &str) -> Vec<(f64, f64)> {
+    let state = place.json(&format!("{checkpoint}/state.json"));
+    let events = state["history"].as_array().unwrap().iter();
+    let number = |event: &serde_json::Value, name: &str| event[name].as_f64().unwrap();
+    let steps = events.filter(|event| event["event"] == "step");
+    steps.map(|event| (number(event, "loss"), number(event, "grad_norm"))).collect()
+}
+
+#[test]
+fn ten_losses_stay_what_they_are() {
+    let place = Workplace::new();
+    let flags =
+        ["--max-steps", "10", "--learning-rate", "1e-2", "--per-device-train-batch-size", "2"];
+    succeed(place.train("out", &flags));
+    let pinned =
+        [5.63096, 5.52847, 4.79797, 4.31285, 3.38197, 3.27540, 2.73008, 2.44841, 2.18958, 2.40926];
+    let got = losses(&place, "out/checkpoint-10");
+    assert_eq!(got.len(), 10);
+    for ((loss, _), pinned) in got.iter().zip(pinned) {
+        assert!((loss - pinned).abs() < 1e-4, "{got:?}");
+    }
+}
+
+#[test]
+fn neither_memory_policy_nor_threads_change_a_bit() {
+    let place = Workplace::new();
+    let flags = ["--max-steps", "6", "--learning-rate", "1e-2", "--lora-dropout", "0.2"];
+    let mut adapters = Vec::new();
+    for (out, extra) in [
+        ("keep", ["--activations", "keep", "--threads", "1"]),
+        ("checkpoint", ["--activations", "checkpoint", "--threads", "3"]),
+    ] {
+        let mut command = place.nibble(&["train", "--model", "model", "--data", "train.jsonl"]);
+        command.args(["--out", out, "--max-length", "32"]).args(flags).args(extra);
+        succeed(command);
+        adapters.push(place.read(&format!("{out}/adapter_model.safetensors")));
+    }
+    assert!(adapters[0] == adapters[1]);
+}
+
+#[test]
+fn a_config_file_is_a_command_line() {
+    let place = Workplace::new();
+    let text = "model = 'model'\ndata = 'train.jsonl'\nmax_length = 32\nmax-steps = 3\n\
+                lora_r = 4\nlearning-rate = 1e-3\n[rank_pattern]\nq_proj = 2\n";
+    fs::write(place.path("run.toml"), text).unwrap();
+    succeed(place.nibble(&["train", "--config", "run.toml", "--out", "out", "--max-steps", "2"]));
+    let config = place.json("out/adapter_config.json");
+    assert_eq!(
+        (config["r"].as_u64(), config["rank_pattern"]["q_proj"].as_u64()),
+        (Some(4), Some(2))
+    );
+    let state = place.json("out/checkpoint-2/state.json");
+    assert_eq!(state["max_steps"], 2, "the command line wins");
+    // What a run writes down is such a file: it repeats the run.
+    succeed(place.nibble(&["train", "--config", "out/settings.toml", "--out", "again"]));
+    let adapter = |out: &str| place.read(&format!("{out}/adapter_model.safetensors"));
+    assert!(adapter("out") == adapter("again"));
+    assert_eq!(state["identity"]["settings"]["learning_rate"][0], "1e-3");
+}
+
+#[test]
+fn mistakes_are_found_before_anything_is_read_or_written() {
+    let place = Workplace::new();
+    fs::write(place.path("bad.toml"), "learning_rat = 1e-4\n").unwrap();
+    for (flags, code, message) in [
+        (
+            &["--config", "bad.toml"][..],
+            2,
+            "error: bad.toml:1: unknown key `learning_rat`\nhint: did you mean `learning-rate`?",
+        ),
+        (
+            &["--early-stopping-patience", "2"],
+            2,
+            "error: `--early-stopping-patience` needs evaluation data",
+        ),
+        (&["--memory-budget", "1MiB"], 1, "error: plan needs "),
+        (&["--target-modules", "q_prj"], 2, "hint: did you mean `q_proj`"),
+    ] {
+        let (got, text) = fail(place.train("out", flags));
+        assert_eq!(got, code, "{text}");
+        assert!(error_of(&text).contains(message), "{text}");
+        let left = place.list("out");
+        assert!(left.iter().all(|name| name == ".nibble.lock"), "{flags:?} left {left:?}");
+    }
+    let short =
+        ["train", "--model", "model", "--data", "train.jsonl", "--out", "o", "--max-length", "8"];
+    let (code, text) = fail(place.nibble(&short));
+    assert_eq!(code, 1);
+    assert!(error_of(&text).contains("hint: raise `--max-length` to "), "{text}");
+}
+
+#[test]
+fn unknown_values_list_the_known_ones() {
+    let place = Workplace::new();
+    for (flag, value, known) in [
+        ("--lr-scheduler-type", "cosin", "cosine_with_min_lr"),
+        ("--quantization", "int8", "nf4, fp4, none"),
+        ("--activations", "drop", "auto, keep, checkpoint"),
+        ("--preset", "qlora", "qlora-paper"),
+        ("--packing", "yes", "true, false"),
+        ("--adapter-dtype", "f16", "bf16, f32"),
+        ("--truncation", "cut", "error, drop, right, left, split"),
+        ("--learning-rate", "fast", "expected a number above 0"),
+        ("--memory-budget", "lots", "23GiB"),
+        ("--gradient-accumulation-steps", "0", "zero"),
+    ] {
+        let (code, text) = fail(place.train("out", &[flag, value]));
+        assert_eq!(code, 2, "{text}");
+        assert!(text.contains(&format!("'{value}' for '{flag}")) && text.contains(known), "{text}");
+    }
+    let (code, text) = fail(place.train("out", &["--learning-rte", "1"]));
+    assert_eq!(code, 2);
+    assert!(text.contains("--learning-rate"), "{text}");
+}
+
+#[test]
+fn somebody_elses_files_are_left_alone() {
+    let place = Workplace::new();
+    fs::create_dir(place.path("out")).unwrap();
+    fs::write(place.path("out/thesis.txt"), "years of work").unwrap();
+    for flags in [&["--max-steps", "1"][..], &["--resume"]] {
+        let (code, text) = fail(place.train("out", flags));
+        assert_eq!(
+            (code, error_of(&text)),
+            (2, "error: out is not empty\nhint: choose another `--out`")
+        );
+        assert_eq!(place.list("out"), ["thesis.txt"]);
+    }
+}
+
+#[test]
+fn a_finished_run_is_not_trained_over() {
+    let place = Workplace::new();
+    succeed(place.train("out", &["--max-steps", "2"]));
+    let (code, text) = fail(place.train("out", &["--max-steps", "2"]));
+    assert_eq!(code, 2);
+    assert!(
+        error_of(&text)
+            .ends_with("hint: continue its run with `--resume`, or choose another `--out`"),
+        "{text}"
+    );
+    let before = place.read("out/adapter_model.safetensors");
+    succeed(place.nibble(&["train", "--out", "out", "--resume"]));
+    assert!(place.read("out/adapter_model.safetensors") == before, "resuming it changes nothing");
+}
+
+#[test]
+fn resuming_with_other_settings_is_refused_by_name() {
+    let place = Workplace::new();
+    succeed(place.train("out", &["--max-steps", "2"]));
+    let (code, text) = fail(place.nibble(&[
+        "train",
+        "--out",
+        "out",
+        "--resume",
+        "--learning-rate",
+        "1e-3",
+        "--seed",
+        "1",
+        "--save-steps",
+        "7",
+    ]));
+    assert_eq!(code, 2);
+    assert_eq!(
+        error_of(&text),
+        "error: `--resume` with other settings would not continue the same run: learning_rate was \
+         0.0002, now 1e-3; seed was 42, now 1\n\
+         hint: leave them out to continue, or start another run in another `--out`"
+    );
+    place.write_rows("train.jsonl", 24, 5);
+    let (code, text) = fail(place.nibble(&["train", "--out", "out", "--resume"]));
+    assert_eq!(code, 1);
+    assert!(
+        error_of(&text).contains("the training data is not what this run began with"),
+        "{text}"
+    );
+}
+
+#[test]
+fn a_constant_rate_can_be_trained_on_for_longer() {
+    let place = Workplace::new();
+    let flags = ["--lr-scheduler-type", "constant", "--max-steps"];
+    succeed(place.train("long", &[&flags[..], &["9"]].concat()));
+    succeed(place.train("short", &[&flags[..], &["4"]].concat()));
+    succeed(place.nibble(&["train", "--out", "short", "--resume", "--max-steps", "9"]));
+    let adapter = |out: &str| place.read(&format!("{out}/adapter_model.safetensors"));
+    assert!(adapter("long") == adapter("short"));
+}
+
+#[test]
+fn numbers_that_explode_name_step_and_lines() {
+    let place = Workplace::new();
+    let flags = ["--learning-rate", "1e30", "--max-grad-norm", "0", "--max-steps", "9"];
+    let (code, text) = fail(place.train(
+        "out",
+        &[&flags[..], &["--lr-scheduler-type", "constant", "--save-steps", "1"]].concat(),
+    ));
+    assert_eq!(code, 1);
+    let error = error_of(&text);
+    assert!(
+        error.starts_with("error: step ") && error.contains("not finite in batch 1 of 4 (lines "),
+        "{error}"
+    );
+    assert!(error.contains("try a lower `--learning-rate`"), "{error}");
+    let last = place.list("out").into_iter().filter(|name| name.starts_with("checkpoint-")).max();
+    assert!(error.ends_with(&format!("{} is the last good checkpoint", last.unwrap())), "{error}");
+}
+
+#[test]
+fn a_folder_has_one_run_at_a_time() {
+    let place = Workplace::new();
+    let mut first =
+        place.train("out", &["--max-steps", "5000", "--save-steps", "2"]).spawn().unwrap();
+    while !place.list("out").contains(&"settings.toml".to_string()) {
+        assert!(first.try_wait().unwrap().is_none());
+    }
+    let (code, text) = fail(place.nibble(&["train", "--out", "out", "--resume"]));
+    first.kill().unwrap();
+    first.wait().unwrap();
+    assert_eq!(code, 2);
+    assert!(error_of(&text).contains("another process is training into out"), "{text}");
+}
