@@ -4,6 +4,8 @@ mod sampler;
 mod session;
 mod stream;
 
+pub(crate) use session::prompt_ids;
+
 pub use sampler::{Sampler, SamplingOptions};
 pub use session::{Finish, Session, load_weights};
 pub use stream::TextStream;

@@ -151,7 +151,11 @@ impl Session {
     }
 }
 
-fn prompt_ids(tokenizer: &ChatTokenizer, prompt: &str) -> Result<Vec<u32>> {
+/// Ids of a rendered prompt, behind a BOS where the tokenizer wants one.
+///
+/// # Errors
+/// `Usage` when it is empty, `Input` when the tokenizer refuses it.
+pub(crate) fn prompt_ids(tokenizer: &ChatTokenizer, prompt: &str) -> Result<Vec<u32>> {
     let mut ids = tokenizer.encode(prompt)?;
     if let Some(bos) = tokenizer.bos().filter(|_| tokenizer.adds_bos())
         && ids.first() != Some(&bos.id)

@@ -7,6 +7,7 @@ use crate::data::ChatTokenizer;
 use crate::data::template::ChatTemplate;
 use crate::error::Result;
 use crate::model::Model;
+use crate::sample::prompt_ids;
 
 /// Renders prompts and decodes answers.
 pub struct Preview {
@@ -67,9 +68,9 @@ impl Preview {
         match &self.template {
             Some(template) => {
                 let message = json!({"role": "user", "content": prompt});
-                self.tokenizer.encode(&template.render(&[message], None, true)?)
+                prompt_ids(&self.tokenizer, &template.render(&[message], None, true)?)
             }
-            None => self.tokenizer.encode(prompt),
+            None => prompt_ids(&self.tokenizer, prompt),
         }
     }
 }

@@ -27,7 +27,7 @@ impl Progress {
             return Progress { max_steps: 0, output: Output::Plain };
         }
         let bar = ProgressBar::with_draw_target(Some(0), ProgressDrawTarget::stderr());
-        let style = ProgressStyle::with_template("{bar:20} {msg}");
+        let style = ProgressStyle::with_template("{bar:12} {wide_msg}");
         bar.set_style(style.expect("the template is valid").progress_chars("━╸─"));
         Progress { max_steps: 0, output: Output::Live(bar) }
     }

@@ -300,3 +300,23 @@ fn resuming_another_run_is_refused_by_name() {
     let error = resume_with(|found, _| found.state.identity.base_loss *= 1.1);
     assert!(error.to_string().contains("base model"), "{error}");
 }
+
+#[test]
+fn a_machine_that_rounds_differently_may_continue_but_is_told() {
+    let out = tempfile::tempdir().unwrap();
+    session(out.path(), &recipe(), 40, false);
+    let start = |factor: f64| {
+        let (mut toy, mut feed) = (Toy::new(), feed());
+        let identity = Identity {
+            settings: settings(&[("seed", "1")]),
+            data_sha256: feed.fingerprint(),
+            ..Identity::default()
+        };
+        let mut found = checkpoints::newest(out.path(), &mut |_| ()).unwrap();
+        found.state.identity.base_loss *= factor;
+        let origin = AdapterOrigin::Fresh;
+        begin(&mut toy, &recipe(), &mut feed, identity, origin, Some(found)).unwrap()
+    };
+    assert!(!start(1.0).rounding_differs);
+    assert!(start(1.0 + 1e-6).rounding_differs);
+}
