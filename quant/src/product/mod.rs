@@ -1,16 +1,21 @@
 //! Products of f32 activations with frozen weights and with each other.
 //!
-//! `product_forward`: `y = alpha·x·Wᵀ + beta·y`; `product_input_gradient`:
-//! `dx = alpha·dy·W + beta·dx`. W stays in its stored form: a panel of rows at a time is widened into
-//! a buffer that stays in cache. `beta` 0 overwrites without reading.
+//! `product_forward`: `y = x·Wᵀ + beta·y`; `product_input_gradient`: `dx = dy·W + beta·dx`. W stays
+//! in its stored form: it is decoded into the panels that a matrix product packs anyway. Both take
+//! a low-rank addition along, which then costs no second pass over the result. `beta` 0 overwrites
+//! without reading. Structure: Goto and van de Geijn, "Anatomy of High-Performance Matrix
+//! Multiplication", 2008.
 
-mod kernel;
+mod driver;
+mod micro;
+mod pack;
 mod view;
 
 use half::bf16;
-use rayon::prelude::*;
 
 use crate::PackedWeight;
+use driver::Extra;
+use pack::Operand;
 pub use view::{Matrix, MatrixMut};
 
 /// A frozen operand `[out, in]`.
@@ -24,9 +29,6 @@ pub enum WeightRef<'a> {
     Packed(&'a PackedWeight),
 }
 
-/// Elements of a widened panel: 1 MiB of f32 stays in L2.
-const PANEL_ELEMENTS: usize = 1 << 18;
-
 impl WeightRef<'_> {
     /// `[out, in]`.
     pub fn shape(&self) -> [usize; 2] {
@@ -35,40 +37,6 @@ impl WeightRef<'_> {
             WeightRef::Packed(packed) => packed.shape(),
         }
     }
-
-    /// Calls `work(rows, panel)` for consecutive panels of rows, widened.
-    fn for_each_panel(&self, mut work: impl FnMut(std::ops::Range<usize>, &[f32])) {
-        let [rows, columns] = self.shape();
-        if let WeightRef::F32(data, _) = self {
-            return work(0..rows, data);
-        }
-        let step = (PANEL_ELEMENTS / columns).clamp(1, rows);
-        let mut panel = vec![0.0; step * columns];
-        for begin in (0..rows).step_by(step) {
-            let end = (begin + step).min(rows);
-            let panel = &mut panel[..(end - begin) * columns];
-            self.widen_rows(begin, panel);
-            work(begin..end, panel);
-        }
-    }
-
-    fn widen_rows(&self, begin: usize, panel: &mut [f32]) {
-        let columns = self.shape()[1];
-        let task = panel.len().div_ceil(4 * rayon::current_num_threads()).next_multiple_of(64);
-        panel.par_chunks_mut(task).enumerate().for_each(|(index, out)| {
-            let first = begin * columns + index * task;
-            match self {
-                WeightRef::Packed(packed) => packed.dequantize_range(first, out),
-                WeightRef::Bf16(data, _) => {
-                    let data = &data[first..first + out.len()];
-                    out.iter_mut().zip(data).for_each(|(out, from)| *out = from.to_f32());
-                }
-                WeightRef::F32(data, _) => {
-                    out.copy_from_slice(&data[first..first + out.len()]);
-                }
-            }
-        });
-    }
 }
 
 /// `c = alpha·a·b + beta·c` on all threads.
@@ -76,7 +44,7 @@ impl WeightRef<'_> {
 /// # Panics
 /// When the shapes do not agree.
 pub fn gemm(alpha: f32, a: Matrix, b: Matrix, beta: f32, c: MatrixMut) {
-    kernel::gemm(alpha, a, b, beta, c, true);
+    driver::multiply(alpha, a, Operand::Dense(b), None, beta, c, true);
 }
 
 /// `c = alpha·a·b + beta·c` on this thread.
@@ -84,36 +52,53 @@ pub fn gemm(alpha: f32, a: Matrix, b: Matrix, beta: f32, c: MatrixMut) {
 /// # Panics
 /// When the shapes do not agree.
 pub fn gemm_serial(alpha: f32, a: Matrix, b: Matrix, beta: f32, c: MatrixMut) {
-    kernel::gemm(alpha, a, b, beta, c, false);
+    driver::multiply(alpha, a, Operand::Dense(b), None, beta, c, false);
 }
 
-/// `y = alpha·x·Wᵀ + beta·y`; x `[T, in]`, y `[T, out]`.
+/// A low-rank addition to a product: `+ scale · a · b`.
+#[derive(Debug, Clone, Copy)]
+pub struct LowRank<'a> {
+    /// Factor.
+    pub scale: f32,
+    /// `[T, R]`.
+    pub a: Matrix<'a>,
+    /// `[R, N]`.
+    pub b: Matrix<'a>,
+}
+
+impl<'a> LowRank<'a> {
+    fn extra(self) -> Extra<'a> {
+        Extra { alpha: self.scale, a: self.a, b: self.b }
+    }
+}
+
+/// `y = x·Wᵀ + low_rank + beta·y`; x `[T, in]`, y `[T, out]`. The addition is made while a part of
+/// y is in cache.
 ///
 /// # Panics
 /// When the shapes do not agree.
-pub fn product_forward(alpha: f32, x: Matrix, weight: WeightRef, beta: f32, mut y: MatrixMut) {
-    let columns = weight.shape()[1];
-    weight.for_each_panel(|rows, panel| {
-        let w = Matrix::new(panel, (rows.len(), columns, columns));
-        gemm(alpha, x, w.transposed(), beta, y.columns(rows));
-    });
+pub fn product_forward(
+    x: Matrix,
+    weight: WeightRef,
+    low_rank: Option<LowRank>,
+    beta: f32,
+    y: MatrixMut,
+) {
+    let extra = low_rank.map(LowRank::extra);
+    driver::multiply(1.0, x, Operand::Transposed(weight), extra, beta, y, true);
 }
 
-/// `dx = alpha·dy·W + beta·dx`; dy `[T, out]`, dx `[T, in]`.
+/// `dx = dy·W + low_rank + beta·dx`; dy `[T, out]`, dx `[T, in]`.
 ///
 /// # Panics
 /// When the shapes do not agree.
 pub fn product_input_gradient(
-    alpha: f32,
     dy: Matrix,
     weight: WeightRef,
+    low_rank: Option<LowRank>,
     beta: f32,
-    mut dx: MatrixMut,
+    dx: MatrixMut,
 ) {
-    let columns = weight.shape()[1];
-    weight.for_each_panel(|rows, panel| {
-        let beta = if rows.start == 0 { beta } else { 1.0 };
-        let w = Matrix::new(panel, (rows.len(), columns, columns));
-        gemm(alpha, dy.columns(rows), w, beta, dx.all());
-    });
+    let extra = low_rank.map(LowRank::extra);
+    driver::multiply(1.0, dy, Operand::Plain(weight), extra, beta, dx, true);
 }

@@ -93,7 +93,7 @@ impl Kernels for Cpu {
         accumulate: bool,
     ) {
         let x = view(x, Columns::all(weight.columns()), rows);
-        product_forward(1.0, x, weight.as_ref(), beta(accumulate), view_mut(y, band, rows));
+        product_forward(x, weight.as_ref(), None, beta(accumulate), view_mut(y, band, rows));
         if let Some(bias) = bias {
             y[..rows * band.stride].par_chunks_mut(band.stride).for_each(|row| {
                 let band = &mut row[band.offset..band.offset + band.width];
@@ -112,7 +112,7 @@ impl Kernels for Cpu {
     ) {
         let dx = view_mut(dx, Columns::all(weight.columns()), rows);
         let dy = view(dy, band, rows);
-        product_input_gradient(1.0, dy, weight.as_ref(), beta(accumulate), dx);
+        product_input_gradient(dy, weight.as_ref(), None, beta(accumulate), dx);
     }
 
     fn load_pair(&self, parameters: &Parameters, index: usize, pair: &mut Buffer<f32>) {
