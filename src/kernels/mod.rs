@@ -126,6 +126,16 @@ impl LoraShape {
     }
 }
 
+/// What an adapter adds to a linear's product, in the same pass over the result.
+pub struct LoraTerm<'a, B> {
+    /// Dimensions and scale.
+    pub shape: &'a LoraShape,
+    /// A, then B.
+    pub pair: &'a B,
+    /// `x·Aᵀ` (forward) or `t` (backward), `[rows, R]`.
+    pub inner: (&'a B, Columns),
+}
+
 /// Which elements of a linear's input dropout removes: a function of its fields and the index.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct DropoutMask<'a> {
@@ -185,21 +195,24 @@ pub trait Kernels: Sync {
         rows: usize,
     );
 
-    /// `y[:, band] = x · Wᵀ + bias`, or `+=`; x `[rows, in]`.
+    /// `y[:, band] = x · Wᵀ + bias + scale · ax · Bᵀ`, or `+=`; x `[rows, in]`, `lora` holds ax.
+    #[allow(clippy::too_many_arguments)]
     fn linear_forward(
         &self,
         weight: &Self::Weight,
         bias: Option<&Self::Vector>,
+        lora: Option<LoraTerm<Self::Buffer>>,
         x: &Self::Buffer,
         y: (&mut Self::Buffer, Columns),
         rows: usize,
         accumulate: bool,
     );
 
-    /// `dx = dy[:, band] · W`, or `+=`.
+    /// `dx = dy[:, band] · W + t · A`, or `+=`; `lora` holds t.
     fn linear_backward(
         &self,
         weight: &Self::Weight,
+        lora: Option<LoraTerm<Self::Buffer>>,
         dy: (&Self::Buffer, Columns),
         dx: &mut Self::Buffer,
         rows: usize,
@@ -219,18 +232,8 @@ pub trait Kernels: Sync {
         rows: usize,
     );
 
-    /// `y[:, band] += scale · ax[:, band] · Bᵀ`.
-    fn lora_expand(
-        &self,
-        shape: &LoraShape,
-        pair: &Self::Buffer,
-        ax: (&Self::Buffer, Columns),
-        y: (&mut Self::Buffer, Columns),
-        rows: usize,
-    );
-
     /// With `t = scale · dy[:, band] · B`: `gA += tᵀ x`, `gB += scale · dyᵀ ax`; t is left for
-    /// [`lora_input_gradient`](Kernels::lora_input_gradient). `gradients[offset..]` holds gA, gB.
+    /// [`linear_backward`](Kernels::linear_backward). `gradients[offset..]` holds gA, gB.
     #[allow(clippy::too_many_arguments)]
     fn lora_backward(
         &self,
@@ -244,7 +247,7 @@ pub trait Kernels: Sync {
         rows: usize,
     );
 
-    /// `dx = t · A`, or `+=`.
+    /// `dx = t · A`: for the path through dropout, which the rest of dx does not take.
     fn lora_input_gradient(
         &self,
         shape: &LoraShape,
@@ -252,7 +255,6 @@ pub trait Kernels: Sync {
         t: &Self::Buffer,
         dx: &mut Self::Buffer,
         rows: usize,
-        accumulate: bool,
     );
 
     /// `y = x ∘ mask / (1 − p)` over `[rows, width]`, or `+=`.

@@ -10,7 +10,7 @@
 use super::parameters::Parameters;
 use super::spec::{Activation, LinearRole};
 use crate::kernels::{
-    AttentionShape, Columns, DropoutMask, Kernels, LoraShape, NormParameters, TokenLayout,
+    AttentionShape, Columns, DropoutMask, Kernels, LoraShape, LoraTerm, NormParameters, TokenLayout,
 };
 
 /// A linear's frozen weight and its adapter.
@@ -198,15 +198,14 @@ impl<K: Kernels> Pass<'_, K> {
         accumulate: bool,
     ) {
         let (kernels, rows) = (self.kernels, self.rows());
-        let output = linear.output;
-        let bias = linear.bias.as_ref();
-        kernels.linear_forward(&linear.weight, bias, x, (&mut *y, output), rows, accumulate);
-        if let Some(adapter) = linear.adapter.as_ref().filter(|_| self.adapters) {
-            let (pair, dropped) = work;
+        let (pair, dropped) = work;
+        let adapter = linear.adapter.as_ref().filter(|_| self.adapters);
+        let lora = adapter.map(|adapter| {
             self.project(linear, adapter, x, lora_x, (&mut *pair, dropped));
-            let ax = (&*lora_x, adapter.columns);
-            kernels.lora_expand(&adapter.shape, pair, ax, (y, output), rows);
-        }
+            LoraTerm { shape: &adapter.shape, pair: &*pair, inner: (&*lora_x, adapter.columns) }
+        });
+        let bias = linear.bias.as_ref();
+        kernels.linear_forward(&linear.weight, bias, lora, x, (y, linear.output), rows, accumulate);
     }
 
     /// Gradients of A and B, and `dx = …` or `dx += …` unless `dx` is absent.
@@ -221,31 +220,29 @@ impl<K: Kernels> Pass<'_, K> {
     ) {
         let (kernels, rows) = (self.kernels, self.rows());
         let dy = (dy, linear.output);
-        let dx = dx.map(|(dx, accumulate)| {
-            kernels.linear_backward(&linear.weight, dy, dx, rows, accumulate);
-            dx
-        });
-        let Some(LinearAdapter { index, shape, columns }) = &linear.adapter else { return };
+        let Some(LinearAdapter { index, shape, columns }) = &linear.adapter else {
+            if let Some((dx, accumulate)) = dx {
+                kernels.linear_backward(&linear.weight, None, dy, dx, rows, accumulate);
+            }
+            return;
+        };
         let elements = rows * shape.in_features;
         kernels.load_pair(self.parameters, *index, pair);
         let mask = self.mask(linear);
         if let (Some(mask), Some(dropped)) = (&mask, &mut *dropped) {
             kernels.dropout(mask, x, dropped, elements, false);
         }
-        let masked = mask.is_some();
-        let seen = if masked { dropped.as_ref().unwrap_or(x) } else { x };
+        let seen = if mask.is_some() { dropped.as_ref().unwrap_or(x) } else { x };
         let gradients = (&mut *to.parameters, self.parameters.pair_offset(*index));
         let ax = (lora_x, *columns);
         kernels.lora_backward(shape, pair, dy, seen, ax, to.work, gradients, rows);
-        match (dx, mask, dropped) {
-            (Some(dx), Some(mask), Some(dropped)) => {
-                kernels.lora_input_gradient(shape, pair, to.work, dropped, rows, false);
-                kernels.dropout(&mask, dropped, dx, elements, true);
-            }
-            (Some(dx), _, _) => {
-                kernels.lora_input_gradient(shape, pair, to.work, dx, rows, true);
-            }
-            _ => {}
+        let Some((dx, accumulate)) = dx else { return };
+        let inner = (&*to.work, Columns::all(shape.rank));
+        let lora = mask.is_none().then_some(LoraTerm { shape, pair: &*pair, inner });
+        kernels.linear_backward(&linear.weight, lora, dy, dx, rows, accumulate);
+        if let (Some(mask), Some(dropped)) = (mask, dropped) {
+            kernels.lora_input_gradient(shape, pair, to.work, dropped, rows);
+            kernels.dropout(&mask, dropped, dx, elements, true);
         }
     }
 }

@@ -393,7 +393,7 @@ impl Model {
         let norm = &weights.final_norm;
         Cpu.norm_forward(norm, &head.input, &mut head.norm, &mut head.stats, count);
         let logits = (&mut head.logits, Columns::all(v));
-        Cpu.linear_forward(weights.head(), None, &head.norm, logits, count, false);
+        Cpu.linear_forward(weights.head(), None, None, &head.norm, logits, count, false);
     }
 
     fn head_loss(&mut self, targets: &Targets, scale: Option<f32>) -> f64 {
@@ -411,7 +411,7 @@ impl Model {
             let gradients = scale.and(head.gradients.as_mut()).zip(buffers.work.gradients.as_mut());
             let Some(((d_norm, d_input), stream)) = gradients else { continue };
             let logits = (&head.logits, Columns::all(v));
-            Cpu.linear_backward(weights.head(), logits, d_norm, count, false);
+            Cpu.linear_backward(weights.head(), None, logits, d_norm, count, false);
             Cpu.zero(d_input, count * d);
             let norm = &weights.final_norm;
             Cpu.norm_backward(norm, d_norm, &head.input, &head.stats, d_input, count);

@@ -21,7 +21,7 @@ use super::pack::{Operand, pack_a};
 use super::view::{Matrix, MatrixMut};
 
 /// Longest chain between two visits of C.
-pub(super) const K_BLOCK: usize = 256;
+pub(super) const K_BLOCK: usize = 640;
 /// Elements of a packed band of B: 4 MiB stay in the last-level cache.
 const BAND_ELEMENTS: usize = 1 << 20;
 /// Panels that one packing task handles.

@@ -2,9 +2,11 @@
 //!
 //! Source: LoRA, arXiv 2106.09685, section 4.1.
 
-use nibble_quant::product::{Matrix, MatrixMut, gemm};
+use nibble_quant::product::{LowRank, Matrix, MatrixMut, gemm};
 
-use crate::kernels::LoraShape;
+use super::arena::Buffer;
+use super::view;
+use crate::kernels::{LoraShape, LoraTerm};
 
 /// A `[R, in]` and B `[out, R]` of a pair.
 fn split<'a>(shape: &LoraShape, pair: &'a [f32]) -> (Matrix<'a>, Matrix<'a>) {
@@ -19,10 +21,18 @@ pub fn project(shape: &LoraShape, pair: &[f32], x: Matrix, ax: MatrixMut) {
     gemm(1.0, x, a.transposed(), 0.0, ax);
 }
 
-/// `y += s·ax Bᵀ`.
-pub fn expand(shape: &LoraShape, pair: &[f32], ax: Matrix, y: MatrixMut) {
-    let (_, b) = split(shape, pair);
-    gemm(shape.scale, ax, b.transposed(), 1.0, y);
+/// `s·ax Bᵀ`: what the adapter adds to a linear's output.
+pub fn output_term<'a>(term: &LoraTerm<'a, Buffer<f32>>, rows: usize) -> LowRank<'a> {
+    let (_, b) = split(term.shape, term.pair);
+    let (ax, band) = term.inner;
+    LowRank { scale: term.shape.scale, a: view(ax, band, rows), b: b.transposed() }
+}
+
+/// `t A`: what it adds to the gradient of a linear's input; t has the scale already.
+pub fn input_term<'a>(term: &LoraTerm<'a, Buffer<f32>>, rows: usize) -> LowRank<'a> {
+    let (a, _) = split(term.shape, term.pair);
+    let (t, band) = term.inner;
+    LowRank { scale: 1.0, a: view(t, band, rows), b: a }
 }
 
 /// What the gradients are computed from.
@@ -54,8 +64,8 @@ pub fn backward(
     gemm(shape.scale, dy.transposed(), ax, 1.0, MatrixMut::new(gb, (output, r, r)));
 }
 
-/// `dx = t A + beta·dx`.
-pub fn input_gradient(shape: &LoraShape, pair: &[f32], t: Matrix, dx: MatrixMut, beta: f32) {
+/// `dx = t A`.
+pub fn input_gradient(shape: &LoraShape, pair: &[f32], t: Matrix, dx: MatrixMut) {
     let (a, _) = split(shape, pair);
-    gemm(1.0, t, a, beta, dx);
+    gemm(1.0, t, a, 0.0, dx);
 }

@@ -14,7 +14,7 @@ mod weight;
 use rayon::prelude::*;
 
 use super::{
-    AttentionShape, Columns, DropoutMask, Kernels, LoraShape, NormParameters, TokenLayout,
+    AttentionShape, Columns, DropoutMask, Kernels, LoraShape, LoraTerm, NormParameters, TokenLayout,
 };
 use crate::model::parameters::Parameters;
 use crate::model::spec::Activation;
@@ -87,13 +87,16 @@ impl Kernels for Cpu {
         &self,
         weight: &FrozenMatrix,
         bias: Option<&Vec<f32>>,
+        lora: Option<LoraTerm<Buffer<f32>>>,
         x: &Buffer<f32>,
         (y, band): (&mut Buffer<f32>, Columns),
         rows: usize,
         accumulate: bool,
     ) {
         let x = view(x, Columns::all(weight.columns()), rows);
-        product_forward(x, weight.as_ref(), None, beta(accumulate), view_mut(y, band, rows));
+        let low_rank = lora.map(|term| lora::output_term(&term, rows));
+        let beta = beta(accumulate);
+        product_forward(x, weight.as_ref(), low_rank, beta, view_mut(y, band, rows));
         if let Some(bias) = bias {
             y[..rows * band.stride].par_chunks_mut(band.stride).for_each(|row| {
                 let band = &mut row[band.offset..band.offset + band.width];
@@ -105,6 +108,7 @@ impl Kernels for Cpu {
     fn linear_backward(
         &self,
         weight: &FrozenMatrix,
+        lora: Option<LoraTerm<Buffer<f32>>>,
         (dy, band): (&Buffer<f32>, Columns),
         dx: &mut Buffer<f32>,
         rows: usize,
@@ -112,7 +116,8 @@ impl Kernels for Cpu {
     ) {
         let dx = view_mut(dx, Columns::all(weight.columns()), rows);
         let dy = view(dy, band, rows);
-        product_input_gradient(dy, weight.as_ref(), None, beta(accumulate), dx);
+        let low_rank = lora.map(|term| lora::input_term(&term, rows));
+        product_input_gradient(dy, weight.as_ref(), low_rank, beta(accumulate), dx);
     }
 
     fn load_pair(&self, parameters: &Parameters, index: usize, pair: &mut Buffer<f32>) {
@@ -129,17 +134,6 @@ impl Kernels for Cpu {
     ) {
         let x = view(x, Columns::all(shape.in_features), rows);
         lora::project(shape, pair, x, view_mut(ax, band, rows));
-    }
-
-    fn lora_expand(
-        &self,
-        shape: &LoraShape,
-        pair: &Buffer<f32>,
-        (ax, ax_band): (&Buffer<f32>, Columns),
-        (y, band): (&mut Buffer<f32>, Columns),
-        rows: usize,
-    ) {
-        lora::expand(shape, pair, view(ax, ax_band, rows), view_mut(y, band, rows));
     }
 
     fn lora_backward(
@@ -169,11 +163,10 @@ impl Kernels for Cpu {
         t: &Buffer<f32>,
         dx: &mut Buffer<f32>,
         rows: usize,
-        accumulate: bool,
     ) {
         let t = view(t, Columns::all(shape.rank), rows);
         let dx = view_mut(dx, Columns::all(shape.in_features), rows);
-        lora::input_gradient(shape, pair, t, dx, beta(accumulate));
+        lora::input_gradient(shape, pair, t, dx);
     }
 
     fn dropout(
