@@ -6,6 +6,7 @@ use std::time::Duration;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::events::{EvalEvent, SampleEvent, SaveEvent, StepEvent};
+use super::start::Start;
 use crate::cli::size::ByteSize;
 
 /// Where a run shows itself.
@@ -37,12 +38,15 @@ impl Progress {
         Progress { max_steps: 0, output: Output::Silent }
     }
 
-    /// The run begins at `step` of `max_steps`.
-    pub fn begin(&mut self, step: u64, max_steps: u64) {
-        self.max_steps = max_steps;
+    /// The run begins, or continues.
+    pub fn begin(&mut self, start: &Start) {
+        self.max_steps = start.state.max_steps;
+        if start.rounding_differs {
+            self.note("this machine rounds differently: the run continues, but not bit for bit");
+        }
         if let Output::Live(bar) = &self.output {
-            bar.set_length(max_steps);
-            bar.set_position(step);
+            bar.set_length(self.max_steps);
+            bar.set_position(start.state.step);
         }
     }
 

@@ -67,13 +67,8 @@ pub fn begin<M: Trainee>(
 }
 
 /// The first event of the run's logs.
-pub fn start_event(
-    state: &TrainState,
-    recipe: &Recipe,
-    num_batches: usize,
-    model: &Path,
-) -> StartEvent {
-    let steps_per_epoch = recipe.steps_per_epoch(num_batches);
+pub fn start_event(state: &TrainState, recipe: &Recipe, feed: &Feed, model: &Path) -> StartEvent {
+    let steps_per_epoch = recipe.steps_per_epoch(feed.num_batches());
     StartEvent {
         settings: settings::to_json(&state.identity.settings),
         model: model.display().to_string(),

@@ -37,28 +37,22 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let recipe = args.recipe()?;
     super::set_threads(args.resources.threads.map(usize::from))?;
     let mut progress = Progress::stderr();
-    let output = Output::claim(&args.output, &progress)?;
+    let mut output = Output::claim(&args.output, &progress)?;
     let base = Base::open(args)?;
     let (adapter, origin) = base.adapter(args)?;
     let mut data = data::prepare(args, &base, &progress)?;
     let memory = memory::plan(args, &base, &adapter, &data, &progress)?;
     let predicted_bytes = memory.total_bytes();
     let interrupt = Interrupt::install()?;
-    output.write_settings(&args.settings)?;
     let mut model = base.load(args, memory.settings, adapter)?;
     let identity = identity(args, &data);
-    let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, output.found)?;
-    if start.rounding_differs {
-        progress.note("this machine rounds differently: the run continues, but not bit for bit");
-    }
+    let found = output.found.take();
+    let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, found)?;
+    output.write_settings(&args.settings)?;
+    progress.begin(&start);
     let mut log = ();
-    let num_batches = data.feed.num_batches();
-    let event = StartEvent {
-        memory_plan: memory.rows,
-        ..start::start_event(&start.state, &recipe, num_batches, &args.model.model)
-    };
-    log.record(&Event::Start(event))?;
-    progress.begin(start.state.step, start.state.max_steps);
+    let event = start::start_event(&start.state, &recipe, &data.feed, &args.model.model);
+    log.record(&Event::Start(StartEvent { memory_plan: memory.rows, ..event }))?;
     let parts = Parts {
         recipe: &recipe,
         feed: &mut data.feed,
