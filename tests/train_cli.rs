@@ -111,6 +111,7 @@ fn unknown_values_list_the_known_ones() {
         ("--adapter-dtype", "f16", "bf16, f32"),
         ("--truncation", "cut", "error, drop, right, left, split"),
         ("--learning-rate", "fast", "expected a number above 0"),
+        ("--learning-rate", "-1", "expected a number above 0"),
         ("--memory-budget", "lots", "23GiB"),
         ("--gradient-accumulation-steps", "0", "zero"),
     ] {

@@ -56,6 +56,7 @@ impl GenerationArgs {
 
 /// Answer a prompt
 #[derive(Debug, Args)]
+#[command(allow_negative_numbers = true)]
 pub struct GenerateArgs {
     /// The base model.
     #[command(flatten)]
@@ -79,6 +80,7 @@ pub struct GenerateArgs {
 
 /// Talk to a model; `/adapter NAME`, `/base`, `/reset` and `/exit` steer
 #[derive(Debug, Args)]
+#[command(allow_negative_numbers = true)]
 pub struct ChatArgs {
     /// The base model.
     #[command(flatten)]

@@ -21,7 +21,7 @@ use crate::train::settings::SettingsEcho;
 
 /// Train a LoRA adapter on a frozen base model
 #[derive(Debug, Clone, Args)]
-#[command(after_long_help = AFTER_HELP)]
+#[command(after_long_help = AFTER_HELP, allow_negative_numbers = true)]
 pub struct TrainArgs {
     /// Settings from this TOML file, under the flags' names; the command line wins
     #[arg(long, value_name = "FILE")]
