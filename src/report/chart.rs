@@ -98,8 +98,8 @@ fn draw(
 
 /// Smallest and largest, never equal.
 fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
-    let (low, high) = values
-        .fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)));
+    let (low, high) =
+        values.fold((f64::INFINITY, f64::NEG_INFINITY), |(low, high), v| (low.min(v), high.max(v)));
     if low == high { (low, high + low.abs().max(1.0) * 1e-3) } else { (low, high) }
 }
 

@@ -4,7 +4,9 @@ use std::fmt::Write;
 
 use super::chart::{self, Series};
 use crate::cli::size::ByteSize;
-use crate::train::events::{EndEvent, EndReason, Event, EvalEvent, SampleEvent, StartEvent, StepEvent};
+use crate::train::events::{
+    EndEvent, EndReason, EvalEvent, Event, SampleEvent, StartEvent, StepEvent,
+};
 
 /// The page after `events`.
 pub fn render(start: &StartEvent, events: &[Event]) -> String {
@@ -166,16 +168,18 @@ impl<'a> Run<'a> {
         let _ = write!(page, "<tr><th>sum</th><th class=\"n\">{}</th><th></th></tr>", bytes(total));
         if let Some(peak) = self.peak_bytes() {
             let label = "measured peak of the process";
-            let _ = write!(page, "<tr><th>{label}</th><th class=\"n\">{}</th><th></th></tr>", bytes(peak));
+            let _ = write!(
+                page,
+                "<tr><th>{label}</th><th class=\"n\">{}</th><th></th></tr>",
+                bytes(peak)
+            );
         }
         page.push_str("</table></section>");
     }
 
     fn settings(&self, page: &mut String) {
         let Some(settings) = self.start.settings.as_object() else { return };
-        page.push_str(
-            "<section class=\"card\"><h2>Settings</h2><div class=\"wide\"><table>",
-        );
+        page.push_str("<section class=\"card\"><h2>Settings</h2><div class=\"wide\"><table>");
         for (name, value) in settings {
             let text = value.as_str().map_or_else(|| value.to_string(), str::to_string);
             let _ = write!(page, "<tr><th>{}</th><td>{}</td></tr>", escape(name), escape(&text));
@@ -207,7 +211,11 @@ fn bytes(count: u64) -> String {
 fn duration(seconds: f64) -> String {
     let seconds = seconds.max(0.0).round() as u64;
     let (hours, minutes, rest) = (seconds / 3600, seconds / 60 % 60, seconds % 60);
-    if hours > 0 { format!("{hours}:{minutes:02}:{rest:02}") } else { format!("{minutes}:{rest:02}") }
+    if hours > 0 {
+        format!("{hours}:{minutes:02}:{rest:02}")
+    } else {
+        format!("{minutes}:{rest:02}")
+    }
 }
 
 fn thousands(count: u64) -> String {

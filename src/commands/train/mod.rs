@@ -18,6 +18,7 @@ use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::Weights;
 use crate::plan::Settings;
+use crate::report::Reports;
 use crate::train::events::{EndEvent, EndReason, Event, RunLog, StartEvent};
 use crate::train::interrupt::Interrupt;
 use crate::train::lora_model::LoraModel;
@@ -50,7 +51,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, found)?;
     output.write_settings(&args.settings)?;
     progress.begin(&start);
-    let mut log = ();
+    let mut log = Reports::new(&args.output.out);
     let event = start::start_event(&start.state, &recipe, &data.feed, &args.model.model);
     log.record(&Event::Start(StartEvent { memory_plan: memory.rows, ..event }))?;
     let parts = Parts {
