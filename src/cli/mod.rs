@@ -6,6 +6,7 @@ pub mod eval;
 pub mod generate;
 pub mod layers;
 pub mod lora;
+pub mod memory;
 pub mod merge;
 pub mod numbers;
 pub mod quantize;
@@ -38,6 +39,8 @@ pub enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Train a LoRA adapter on a frozen base model
     Train(Box<train::TrainArgs>),
+    /// Where every byte of a training run would go, before it starts
+    Memory(Box<memory::MemoryArgs>),
     /// Loss and perplexity on a file, of the base and with an adapter
     Eval(eval::EvalArgs),
     /// Answer a prompt

@@ -3,6 +3,7 @@
 pub mod chat;
 pub mod eval;
 pub mod generate;
+pub mod memory;
 pub mod merge;
 pub mod quantize;
 pub mod train;
@@ -19,6 +20,7 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Merge(args) => merge::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Train(args) => train::run(args),
+        Command::Memory(args) => memory::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),

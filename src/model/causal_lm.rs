@@ -25,6 +25,8 @@ pub struct Model {
     plan: MemoryPlan,
     dropout: Option<(f32, u64)>,
     buffers: Buffers,
+    /// Length of the mapping that the buffers lie in.
+    arena_bytes: usize,
     /// Tokens in the caches.
     cached_tokens: usize,
 }
@@ -165,8 +167,20 @@ impl Model {
         let mut arena = Arena::new(&plan)?;
         let parameters = Parameters::new(settings.targets.clone(), &plan, &mut arena);
         let buffers = Buffers::new(&spec, &settings, &mut arena);
-        debug_assert!(arena.untaken().is_empty(), "the plan has regions that nobody uses");
-        Ok(Model { spec, weights, parameters, settings, plan, dropout, buffers, cached_tokens: 0 })
+        let unused = arena.untaken();
+        assert!(unused.is_empty(), "the plan has regions that nobody uses: {unused:?}");
+        let arena_bytes = arena.bytes();
+        Ok(Model {
+            spec,
+            weights,
+            parameters,
+            settings,
+            plan,
+            dropout,
+            buffers,
+            arena_bytes,
+            cached_tokens: 0,
+        })
     }
 
     /// What the model is.
@@ -187,6 +201,11 @@ impl Model {
     /// The plan that was allocated.
     pub fn plan(&self) -> &MemoryPlan {
         &self.plan
+    }
+
+    /// Bytes that were allocated for all buffers: those of the plan.
+    pub fn arena_bytes(&self) -> usize {
+        self.arena_bytes
     }
 
     /// The adapters.

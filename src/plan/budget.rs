@@ -156,6 +156,18 @@ pub fn weight_bytes(
     spec.inventory().iter().map(|tensor| bytes(tensor) as u64).sum()
 }
 
+/// [`weight_bytes`] of a model of which only the config is known, stored in `dtype`.
+pub fn config_weight_bytes(
+    spec: &ModelSpec,
+    dtype: FloatType,
+    format: Option<&BlockFormat>,
+) -> u64 {
+    let bytes = |tensor: &TensorSpec| {
+        dense_bytes(tensor, dtype, tensor.shape.iter().product(), format) as u64
+    };
+    spec.inventory().iter().map(bytes).sum()
+}
+
 fn dense_bytes(
     tensor: &TensorSpec,
     dtype: FloatType,

@@ -208,6 +208,13 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
     plan
 }
 
+/// Rows of logits that exist at a time: 64 MiB of f32, at least 64 rows, no more than `tokens`.
+pub fn logit_rows(spec: &ModelSpec, tokens: usize) -> usize {
+    const CHUNK_BYTES: usize = 64 << 20;
+    const LEAST_ROWS: usize = 64;
+    (CHUNK_BYTES / (spec.vocab_size * size_of::<f32>())).max(LEAST_ROWS).min(tokens)
+}
+
 /// Sum of the adapters' ranks in `layer`.
 pub fn rank_sum(targets: &[LoraTarget], layer: usize) -> usize {
     targets.iter().filter(|target| target.layer == layer).map(|target| target.r).sum()

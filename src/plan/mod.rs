@@ -8,5 +8,5 @@
 pub mod budget;
 pub mod layout;
 
-pub use budget::{Activations, Demand, Limit, weight_bytes};
-pub use layout::{Component, MemoryPlan, Policy, Region, RegionType, Settings, layout};
+pub use budget::{Activations, Demand, Limit, config_weight_bytes, weight_bytes};
+pub use layout::{Component, MemoryPlan, Policy, Region, RegionType, Settings, layout, logit_rows};

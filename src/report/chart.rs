@@ -14,15 +14,16 @@ pub struct Series<'a> {
 
 const WIDTH: f64 = 640.0;
 const HEIGHT: f64 = 240.0;
-const LEFT: f64 = 62.0;
+const LEFT: f64 = 78.0;
 const RIGHT: f64 = 12.0;
 const TOP: f64 = 12.0;
 const BOTTOM: f64 = 30.0;
 /// More points than this are thinned: a screen shows no more.
 const MOST_POINTS: usize = 400;
 
-/// The chart; `format` writes values of the y axis. Empty when there is nothing to draw.
-pub fn render(series: &[Series], format: &dyn Fn(f64) -> String) -> String {
+/// The chart; `format` writes values of the y axis, which begins at 0 with `from_zero`. Empty when
+/// there is nothing to draw.
+pub fn render(series: &[Series], format: &dyn Fn(f64) -> String, from_zero: bool) -> String {
     let finite = |(x, y): &&(f64, f64)| x.is_finite() && y.is_finite();
     let points: Vec<(f64, f64)> =
         series.iter().flat_map(|s| s.points.iter().filter(finite).copied()).collect();
@@ -30,7 +31,8 @@ pub fn render(series: &[Series], format: &dyn Fn(f64) -> String) -> String {
         return String::new();
     }
     let (x_low, x_high) = range(points.iter().map(|p| p.0));
-    let (low, high) = range(points.iter().map(|p| p.1));
+    let floor = from_zero.then_some(0.0);
+    let (low, high) = range(points.iter().map(|p| p.1).chain(floor));
     let ticks = ticks(low, high);
     let (y_low, y_high) = (low.min(ticks[0]), high.max(ticks[ticks.len() - 1]));
     let across = |x: f64| LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT);
@@ -127,10 +129,11 @@ mod tests {
     #[test]
     fn values_that_are_no_numbers_are_left_out() {
         let points = vec![(1.0, 2.0), (2.0, f64::NAN), (3.0, 1.0)];
-        let svg = render(&[Series { class: "a", name: "loss", points }], &|v| format!("{v:.2}"));
+        let series = [Series { class: "a", name: "loss", points }];
+        let svg = render(&series, &|v| format!("{v:.2}"), false);
         assert!(!svg.contains("NaN"), "{svg}");
         assert_eq!(svg.matches("<circle").count(), 2);
         assert!(svg.contains("<title>step 3: loss 1.00</title>"));
-        assert!(render(&[], &|v| v.to_string()).is_empty());
+        assert!(render(&[], &|v| v.to_string(), true).is_empty());
     }
 }

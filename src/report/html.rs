@@ -189,7 +189,9 @@ impl<'a> Run<'a> {
 }
 
 fn card(page: &mut String, title: &str, series: &[Series], format: &dyn Fn(f64) -> String) {
-    let chart = chart::render(series, format);
+    // Speed and memory are amounts; losses and norms are looked at closely.
+    let from_zero = matches!(title, "Tokens per second" | "Memory");
+    let chart = chart::render(series, format, from_zero);
     if chart.is_empty() {
         return;
     }

@@ -7,13 +7,9 @@ use crate::cli::lora::AdapterDtype;
 use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
 use crate::error::Result;
-use crate::plan::{Demand, Limit, Policy, Settings, weight_bytes};
+use crate::plan::{Demand, Limit, Policy, Settings, logit_rows, weight_bytes};
 use crate::train::progress::Progress;
 use crate::train::resident;
-
-/// Logits that exist at a time, in bytes of f32.
-const LOGITS_CHUNK_BYTES: usize = 64 << 20;
-const MIN_LOGIT_ROWS: usize = 64;
 
 /// The memory of a run, as planned.
 pub struct Memory {
@@ -78,12 +74,10 @@ impl Memory {
 
 /// What the plan depends on, but for the policies.
 fn sizes(args: &TrainArgs, base: &Base, adapter: &Adapter, data: &Prepared) -> Result<Settings> {
-    let row_bytes = base.spec.vocab_size * size_of::<f32>();
-    let logit_rows = (LOGITS_CHUNK_BYTES / row_bytes).max(MIN_LOGIT_ROWS);
     Ok(Settings {
         tokens: data.largest_batch_tokens,
         longest_document: data.longest_document_tokens,
-        logit_rows: logit_rows.min(data.largest_batch_tokens),
+        logit_rows: logit_rows(&base.spec, data.largest_batch_tokens),
         policies: Vec::new(),
         targets: adapter.targets.clone(),
         lora_dropout: adapter.config.lora_dropout > 0.0,

@@ -1,0 +1,39 @@
+//! Flags of `nibble memory`.
+
+use std::num::NonZeroUsize;
+
+use clap::{ArgAction, Args};
+
+use super::lora::LoraArgs;
+use super::size::ByteSize;
+use super::train::BaseModelArgs;
+use crate::plan::Activations;
+
+/// Where every byte of a training run would go, before it starts
+#[derive(Debug, Args)]
+pub struct MemoryArgs {
+    /// The base model; a bare config.json will do.
+    #[command(flatten)]
+    pub base: BaseModelArgs,
+    /// The adapter.
+    #[command(flatten)]
+    pub lora: LoraArgs,
+    /// Rows of `--max-length` tokens in a forward pass
+    #[arg(long, value_name = "ROWS", default_value = "1")]
+    pub per_device_train_batch_size: NonZeroUsize,
+    /// Longest row, in tokens
+    #[arg(long, value_name = "TOKENS", default_value = "2048")]
+    pub max_length: NonZeroUsize,
+    /// Activations of a block: `keep` them, or `checkpoint` its input and recompute
+    #[arg(long, value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
+    pub activations: Activations,
+    /// Memory that the run may use, such as `24GiB`; with `auto`, as many blocks keep as fit
+    #[arg(long, value_name = "SIZE", visible_alias = "memory-budget")]
+    pub budget: Option<ByteSize>,
+    /// Worker threads [default: one for each core]
+    #[arg(long, value_name = "THREADS")]
+    pub threads: Option<NonZeroUsize>,
+    /// Print the plan as JSON, with every region of the arena
+    #[arg(long, action = ArgAction::SetTrue)]
+    pub json: bool,
+}

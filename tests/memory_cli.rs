@@ -1,0 +1,90 @@
+//! `nibble memory` and the arena that a model really allocates.
+
+mod golden;
+
+use std::process::{Command, Output};
+
+use golden::{CASES, Case};
+use nibble::plan::Policy;
+use serde_json::Value;
+
+fn memory(arguments: &[&str]) -> Output {
+    let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/models/llama_s0");
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
+    command.arg("memory").args(arguments).current_dir(root);
+    command.output().expect("the binary runs")
+}
+
+fn plan(arguments: &[&str]) -> Value {
+    let output = memory(arguments);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    serde_json::from_slice(&output.stdout).expect("JSON")
+}
+
+fn number(plan: &Value, key: &str) -> u64 {
+    plan[key].as_u64().unwrap_or_else(|| panic!("{key}"))
+}
+
+#[test]
+fn the_allocated_arena_is_the_planned_one_to_the_byte() {
+    for name in CASES {
+        let case = Case::open(name);
+        for policies in [&[][..], &[Policy::Keep], &[Policy::Checkpoint, Policy::Keep]] {
+            for adapter in [None, Some("adapter_init")] {
+                let model = case.model(None, adapter, policies);
+                assert_eq!(model.arena_bytes(), model.plan().arena_bytes(), "{name} {policies:?}");
+                assert!(model.arena_bytes() > 0);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_bare_config_has_a_plan_whose_parts_add_up() {
+    let plan = plan(&["--model", "config.json", "--json", "--threads", "2", "--max-length", "64"]);
+    let regions = plan["regions"].as_array().unwrap();
+    let padded = |region: &Value| {
+        let size = if region["dtype"] == "f32" { 4 } else { 2 };
+        (region["elements"].as_u64().unwrap() * size).next_multiple_of(64)
+    };
+    assert_eq!(regions.iter().map(padded).sum::<u64>(), number(&plan, "arena_bytes"));
+    let parts = plan["components"].as_object().unwrap();
+    let sum: u64 = parts.values().map(|bytes| bytes.as_u64().unwrap()).sum();
+    assert_eq!(sum, number(&plan, "total_bytes"));
+    // Two blocks' linears (64·64·2 + 32·64·2 + 160·64·3 weights each) at 4.127 bits, embedding and
+    // head in f32 (the config's dtype), five norms in f32.
+    let linears = [4096, 2048, 2048, 4096, 10240, 10240, 10240].map(|n| n / 2 + n / 64 + 4 + 4);
+    let expected = 2 * linears.iter().sum::<u64>() + 2 * 128 * 64 * 4 + 5 * 64 * 4;
+    assert_eq!(parts["frozen weights"].as_u64(), Some(expected));
+}
+
+#[test]
+fn a_budget_decides_which_blocks_keep_and_a_refusal_shows_the_way() {
+    let base = ["--model", "config.json", "--json", "--threads", "2", "--max-length", "4096"];
+    let with = |more: &[&str]| plan(&[&base[..], more].concat());
+    let (keep, least) = (with(&["--activations", "keep"]), with(&["--activations", "checkpoint"]));
+    let (most, least) = (number(&keep, "total_bytes"), number(&least, "total_bytes"));
+    assert!(least < most);
+    let tight = with(&["--budget", &(most - 1).to_string()]);
+    // Of two blocks, keeping one and recomputing the other needs as much as keeping both.
+    assert_eq!((number(&keep, "kept_blocks"), number(&tight, "kept_blocks")), (2, 0));
+    assert!(number(&tight, "total_bytes") < most);
+    let small = (least - 1).to_string();
+    let refused = memory(&[&base[..], &["--budget", &small]].concat());
+    let error = String::from_utf8_lossy(&refused.stderr);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        error.contains("plan needs") && error.contains("hint: `--activations checkpoint`"),
+        "{error}"
+    );
+}
+
+#[test]
+fn an_unsupported_model_is_named() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("config.json");
+    std::fs::write(&path, r#"{"model_type": "bert"}"#).unwrap();
+    let output = memory(&["--model", path.to_str().unwrap()]);
+    let error = String::from_utf8_lossy(&output.stderr);
+    assert!(error.contains("model_type `bert` is not supported"), "{error}");
+}
