@@ -39,6 +39,8 @@ pub enum Command {
     Quantize(quantize::QuantizeArgs),
     /// Train a LoRA adapter on a frozen base model
     Train(Box<train::TrainArgs>),
+    /// Look at a data set with a model's tokenizer, without training
+    Data(data::DataArgs),
     /// Where every byte of a training run would go, before it starts
     Memory(Box<memory::MemoryArgs>),
     /// Loss and perplexity on a file, of the base and with an adapter

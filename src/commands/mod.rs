@@ -1,6 +1,7 @@
 //! One module per command: `run(&Args)`, a short list of named steps.
 
 pub mod chat;
+pub mod data;
 pub mod eval;
 pub mod generate;
 pub mod memory;
@@ -20,6 +21,7 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Merge(args) => merge::run(args),
         Command::Quantize(args) => quantize::run(args),
         Command::Train(args) => train::run(args),
+        Command::Data(args) => data::run(args),
         Command::Memory(args) => memory::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),

@@ -3,6 +3,7 @@
 //! `record` reads shapes of JSON, `template` renders chats, `encode` makes ids and labels, `load`
 //! reads files and truncates, `pack` fills rows, `batch` is what a forward pass takes.
 
+pub mod audit;
 pub mod batch;
 pub mod encode;
 pub mod load;
