@@ -15,10 +15,10 @@ use crate::data::ChatTokenizer;
 use crate::error::Result;
 use crate::model::Model;
 use crate::model::families::spec_from_config;
-use crate::model::spec::ModelSpec;
+use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::model::weights::Weights;
 use crate::plan::Settings;
-use crate::report::Reports;
+use crate::report::{REPORT_FILE, Reports};
 use crate::train::events::{EndEvent, EndReason, Event, RunLog, StartEvent};
 use crate::train::interrupt::Interrupt;
 use crate::train::lora_model::LoraModel;
@@ -44,6 +44,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let mut data = data::prepare(args, &base, &progress)?;
     let memory = memory::plan(args, &base, &adapter, &data, &progress)?;
     let predicted_bytes = memory.total_bytes();
+    let trainable_parameters = adapter.parameters() as u64;
+    let total_parameters = base.parameters() + trainable_parameters;
     let interrupt = Interrupt::install()?;
     let mut model = base.load(args, memory.settings, adapter)?;
     let identity = identity(args, &data);
@@ -53,7 +55,12 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     progress.begin(&start);
     let mut log = Reports::new(&args.output.out);
     let event = start::start_event(&start.state, &recipe, &data.feed, &args.model.model);
-    log.record(&Event::Start(StartEvent { memory_plan: memory.rows, ..event }))?;
+    log.record(&Event::Start(StartEvent {
+        trainable_parameters,
+        total_parameters,
+        memory_plan: memory.rows,
+        ..event
+    }))?;
     let parts = Parts {
         recipe: &recipe,
         feed: &mut data.feed,
@@ -86,6 +93,12 @@ impl Base {
         let tokenizer = ChatTokenizer::open(&args.model.model)?;
         let preview = Preview::new(tokenizer.clone(), args.evaluation.sample_max_new_tokens)?;
         Ok(Base { checkpoint, spec, tokenizer, preview })
+    }
+
+    /// Numbers in all tensors.
+    fn parameters(&self) -> u64 {
+        let elements = |tensor: TensorSpec| tensor.shape.iter().product::<usize>() as u64;
+        self.spec.inventory().into_iter().map(elements).sum()
     }
 
     fn adapter(&self, args: &TrainArgs) -> Result<(Adapter, AdapterOrigin)> {
@@ -142,4 +155,5 @@ fn report(args: &TrainArgs, end: &EndEvent, predicted_bytes: u64) {
     if end.reason == EndReason::EarlyStopping {
         println!("stopped early: the evaluation loss no longer fell");
     }
+    println!("curves, memory and settings: {out}/{REPORT_FILE}");
 }
