@@ -6,19 +6,24 @@
 //! The code search is the tree of `dQuantize` in bitsandbytes' `csrc/kernels.cu`; its CPU backend
 //! uses a coarse lookup that is not exact nearest, so codes may differ from files written there.
 
+use rayon::prelude::*;
+
 use crate::codebook::dynamic_map;
 use crate::packed::NESTED_BLOCK_SIZE;
 
 /// Codes and block maxima of `absmax − offset`.
 pub fn quantize_absmax(absmax: &[f32], offset: f32) -> (Vec<u8>, Vec<f32>) {
-    let mut codes = Vec::with_capacity(absmax.len());
-    let mut nested = Vec::with_capacity(absmax.len().div_ceil(NESTED_BLOCK_SIZE));
-    for block in absmax.chunks(NESTED_BLOCK_SIZE) {
+    let mut codes = vec![0; absmax.len()];
+    let blocks = codes.par_chunks_mut(NESTED_BLOCK_SIZE).zip(absmax.par_chunks(NESTED_BLOCK_SIZE));
+    let quantize_block = |(codes, block): (&mut [u8], &[f32])| {
         let largest = block.iter().fold(0.0f32, |m, a| m.max((a - offset).abs()));
         let inverse = 1.0 / largest;
-        codes.extend(block.iter().map(|a| code((a - offset) * inverse)));
-        nested.push(largest);
-    }
+        for (code, absmax) in codes.iter_mut().zip(block) {
+            *code = nearest_code((absmax - offset) * inverse);
+        }
+        largest
+    };
+    let nested = blocks.map(quantize_block).collect();
     (codes, nested)
 }
 
@@ -38,7 +43,7 @@ pub(crate) fn mean(values: &[f32]) -> f32 {
 }
 
 /// The tree search of `dQuantize`; NaN (a block of equal values) gives code 0.
-fn code(x: f32) -> u8 {
+fn nearest_code(x: f32) -> u8 {
     let map = dynamic_map();
     let (mut pivot, mut upper_pivot, mut lower_pivot) = (127usize, 255usize, 0usize);
     let (mut lower, mut upper) = (-1.0f32, 1.0f32);

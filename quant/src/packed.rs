@@ -202,9 +202,44 @@ impl PackedWeight {
     /// When the length is not `out · in`, the block size is not a power of two from 32 to 4096, or
     /// an element is not finite (the message names its index).
     pub fn quantize(weight: Floats, shape: [usize; 2], format: &BlockFormat) -> Result<Self> {
-        let (elements, block_size) = (weight.len(), format.block_size);
-        check_shape(shape, elements)?;
+        check_shape(shape, weight.len())?;
+        Self::quantize_parts(weight.dtype(), shape, format, |range, codes, absmax| {
+            let part = weight.slice(range);
+            quantize_blocks(part, format.quant_type, format.block_size, codes, absmax)
+        })
+    }
+
+    /// Quantizes a weight `[out, in]` that was of type `dtype` and is read a part at a time, by all
+    /// threads: `read(first, part)` fills `part` with the elements from flat index `first` on. Only
+    /// the result and a few parts are in memory.
+    ///
+    /// # Errors
+    /// As [`quantize`](Self::quantize).
+    pub fn quantize_from(
+        read: impl Fn(usize, &mut [f32]) + Sync,
+        dtype: FloatType,
+        shape: [usize; 2],
+        format: &BlockFormat,
+    ) -> Result<Self> {
+        Self::quantize_parts(dtype, shape, format, |range, codes, absmax| {
+            let mut part = vec![0.0; range.len()];
+            read(range.start, &mut part);
+            let part = Floats::F32(&part);
+            quantize_blocks(part, format.quant_type, format.block_size, codes, absmax)
+        })
+    }
+
+    /// Cuts a weight into runs of blocks; `quantize(elements, codes, absmax)` fills those of one
+    /// run and returns the place of its first element that is not finite.
+    fn quantize_parts(
+        dtype: FloatType,
+        shape: [usize; 2],
+        format: &BlockFormat,
+        quantize: impl Fn(Range<usize>, &mut [u8], &mut [f32]) -> Option<usize> + Sync,
+    ) -> Result<Self> {
+        let block_size = format.block_size;
         check_block_size(block_size)?;
+        let elements = element_count(shape)?;
         let mut codes = vec![0u8; elements.div_ceil(2)];
         let mut absmax = vec![0.0f32; elements.div_ceil(block_size)];
         let tasks = codes.par_chunks_mut(BLOCKS_PER_TASK * block_size / 2);
@@ -213,9 +248,8 @@ impl PackedWeight {
             .enumerate()
             .filter_map(|(task, (codes, absmax))| {
                 let begin = task * BLOCKS_PER_TASK * block_size;
-                let part = weight.slice(begin..(begin + codes.len() * 2).min(elements));
-                let quantize =
-                    || quantize_blocks(part, format.quant_type, block_size, codes, absmax);
+                let range = begin..(begin + codes.len() * 2).min(elements);
+                let quantize = || quantize(range, codes, absmax);
                 pulp::Arch::new().dispatch(quantize).map(|index| begin + index)
             })
             .min();
@@ -230,14 +264,8 @@ impl PackedWeight {
         } else {
             Absmax::Plain(float_bytes(absmax))
         };
-        Self::from_parts(PackedParts {
-            shape,
-            dtype: weight.dtype(),
-            quant_type: format.quant_type,
-            block_size,
-            codes: codes.into(),
-            absmax,
-        })
+        let (quant_type, codes) = (format.quant_type, codes.into());
+        Self::from_parts(PackedParts { shape, dtype, quant_type, block_size, codes, absmax })
     }
 
     /// A weight from stored parts; f32 parts are copied only if they are not aligned.
@@ -245,10 +273,7 @@ impl PackedWeight {
     /// # Errors
     /// When a part's length does not follow from the shape and block size.
     pub fn from_parts(mut parts: PackedParts) -> Result<Self> {
-        let [rows, columns] = parts.shape;
-        let Some(elements) = rows.checked_mul(columns) else {
-            bail!("shape [{rows}, {columns}] overflows");
-        };
+        let elements = element_count(parts.shape)?;
         check_block_size(parts.block_size)?;
         let blocks = elements.div_ceil(parts.block_size);
         check_length("codes", parts.codes.len(), elements.div_ceil(2))?;
@@ -400,6 +425,13 @@ impl AsRef<[u8]> for FloatOwner {
 fn align(bytes: &mut Bytes) {
     if bytemuck::try_cast_slice::<u8, f32>(bytes).is_err() {
         *bytes = float_bytes(bytemuck::allocation::pod_collect_to_vec(bytes));
+    }
+}
+
+fn element_count(shape: [usize; 2]) -> Result<usize> {
+    match shape[0].checked_mul(shape[1]) {
+        Some(elements) if elements > 0 => Ok(elements),
+        _ => bail!("shape {shape:?} is empty or overflows"),
     }
 }
 

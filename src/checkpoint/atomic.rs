@@ -31,6 +31,12 @@ impl AtomicDir {
             return Err(Error::usage(what));
         };
         let temporary = parent(destination).join(format!(".{name}.partial"));
+        let replaced = replaced_name(destination);
+        if replaced.exists() && !destination.exists() {
+            // An earlier run ended between the two renames of its commit.
+            rename(&replaced, destination)?;
+            check_destination(destination, overwrite)?;
+        }
         if temporary.exists() {
             fs::remove_dir_all(&temporary).map_err(|e| Error::io("remove", &temporary, e))?;
         }
@@ -54,10 +60,7 @@ impl AtomicDir {
             sync(&path)?;
         }
         sync(&self.temporary)?;
-        let old = parent(&self.destination).join(format!(
-            ".{}.replaced",
-            self.destination.file_name().and_then(|n| n.to_str()).unwrap_or_default()
-        ));
+        let old = replaced_name(&self.destination);
         let replaces = self.destination.exists();
         if replaces {
             let _ = fs::remove_dir_all(&old);
@@ -98,6 +101,20 @@ pub fn check_destination(destination: &Path, overwrite: bool) -> Result<()> {
     Ok(())
 }
 
+/// Refuses to write where what is read would be replaced.
+///
+/// # Errors
+/// `Usage` when `input` is `output` or lies in it.
+pub fn check_not_within(input: &Path, output: &Path) -> Result<()> {
+    match (input.canonicalize(), output.canonicalize()) {
+        (Ok(input), Ok(output)) if input.starts_with(&output) => {
+            let what = format_args!("{} would be replaced while it is read", input.display());
+            Err(Error::usage(what).hint("choose another `--out`"))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Writes a file under a temporary name, flushes it and renames it into place.
 ///
 /// # Errors
@@ -113,6 +130,12 @@ pub fn write_file(path: &Path, contents: &[u8]) -> Result<()> {
     write().map_err(|e| Error::io("write", &temporary, e))?;
     rename(&temporary, path)?;
     sync(&parent(path))
+}
+
+/// Where a commit puts what it replaces until the new folder is in place.
+fn replaced_name(destination: &Path) -> PathBuf {
+    let name = destination.file_name().and_then(|name| name.to_str()).unwrap_or_default();
+    parent(destination).join(format!(".{name}.replaced"))
 }
 
 fn rename(from: &Path, to: &Path) -> Result<()> {
@@ -154,5 +177,22 @@ mod tests {
         replacing.commit().unwrap();
         assert!(!out.join("a").exists() && out.join("b").exists());
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_folder_that_was_being_replaced_is_not_lost() {
+        let root = tempfile::tempdir().unwrap();
+        let out = root.path().join("out");
+        // Killed between the two renames: the old folder aside, the new one not yet in place.
+        for folder in [".out.replaced", ".out.partial"] {
+            fs::create_dir(root.path().join(folder)).unwrap();
+        }
+        fs::write(root.path().join(".out.replaced/a"), "old").unwrap();
+        AtomicDir::create(&out, false).unwrap_err();
+        assert_eq!(fs::read_to_string(out.join("a")).unwrap(), "old");
+        drop(AtomicDir::create(&out, true).unwrap());
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+        assert!(check_not_within(&out.join("a"), &out).is_err());
+        assert!(check_not_within(root.path(), &out).is_ok());
     }
 }

@@ -4,6 +4,7 @@
 
 pub mod atomic;
 pub mod bnb;
+pub mod elements;
 pub mod folder;
 mod gguf;
 mod mapped;
@@ -20,8 +21,10 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+pub use elements::Elements;
 use folder::Folder;
 use gguf::Gguf;
+pub(crate) use gguf::read_header as read_gguf_header;
 pub(crate) use mapped::map_file;
 
 /// What kind of files a checkpoint consists of.
@@ -79,25 +82,39 @@ impl DenseTensor {
 
     /// All elements in f32, widened on all threads.
     pub fn to_f32(&self) -> Vec<f32> {
-        const CHUNK: usize = 1 << 16;
-        let mut out = vec![0.0; self.data.len() / self.dtype.size()];
-        out.par_chunks_mut(CHUNK).enumerate().for_each(|(index, chunk)| {
-            let first = index * CHUNK;
-            chunk.copy_from_slice(&self.to_f32_range(first..first + chunk.len()));
-        });
-        out
+        parallel_f32(self.data.len() / self.dtype.size(), |first, out| self.read(first, out))
     }
 
     /// Some of the flattened elements in f32.
     pub fn to_f32_range(&self, range: Range<usize>) -> Vec<f32> {
-        let data = &self.data[range.start * self.dtype.size()..range.end * self.dtype.size()];
-        let halves = || data.chunks_exact(2).map(|b| u16::from_le_bytes([b[0], b[1]]));
+        let mut out = vec![0.0; range.len()];
+        self.read(range.start, &mut out);
+        out
+    }
+
+    /// The elements from flat index `first` on, in f32.
+    ///
+    /// # Panics
+    /// When they reach beyond the end.
+    pub fn read(&self, first: usize, out: &mut [f32]) {
+        let size = self.dtype.size();
+        let data = &self.data[first * size..(first + out.len()) * size];
         match self.dtype {
             FloatType::F32 => {
-                data.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect()
+                for (out, bytes) in out.iter_mut().zip(data.as_chunks::<4>().0) {
+                    *out = f32::from_le_bytes(*bytes);
+                }
             }
-            FloatType::F16 => halves().map(|bits| half::f16::from_bits(bits).to_f32()).collect(),
-            FloatType::Bf16 => halves().map(|bits| half::bf16::from_bits(bits).to_f32()).collect(),
+            FloatType::F16 => {
+                for (out, bytes) in out.iter_mut().zip(data.as_chunks::<2>().0) {
+                    *out = half::f16::from_le_bytes(*bytes).to_f32();
+                }
+            }
+            FloatType::Bf16 => {
+                for (out, bytes) in out.iter_mut().zip(data.as_chunks::<2>().0) {
+                    *out = half::bf16::from_le_bytes(*bytes).to_f32();
+                }
+            }
         }
     }
 
@@ -156,6 +173,7 @@ impl Checkpoint {
             return Err(not_a_model(path));
         }
         let config = read_json(&path.join("config.json"))?;
+        check_quantization(&config)?;
         let files = Files::Folder(Folder::open(path)?);
         Ok(Checkpoint { path: path.to_path_buf(), config, files })
     }
@@ -206,17 +224,52 @@ impl Checkpoint {
     pub fn weight(&self, name: &str) -> Result<Weight> {
         match &self.files {
             Files::Folder(folder) => folder.weight(name),
-            Files::Gguf(gguf) => gguf.weight(name),
+            Files::Gguf(gguf) => gguf.dense(name).map(Weight::Dense),
+        }
+    }
+
+    /// The elements of tensor `name`, decoded as they are read.
+    ///
+    /// # Errors
+    /// As [`weight`](Self::weight).
+    pub fn elements(&self, name: &str) -> Result<Elements> {
+        match &self.files {
+            Files::Folder(folder) => Ok(match folder.weight(name)? {
+                Weight::Dense(dense) => dense.into(),
+                Weight::Packed(packed) => packed.into(),
+            }),
+            Files::Gguf(gguf) => gguf.elements(name),
         }
     }
 
     /// Gives the memory behind the tensor `name` back to the system, once its values have been
     /// copied or quantized; reading it again is slower, nothing else.
     pub fn release(&self, name: &str) {
-        if let Files::Folder(folder) = &self.files {
-            folder.release(name);
+        match &self.files {
+            Files::Folder(folder) => folder.release(name),
+            Files::Gguf(gguf) => gguf.release(name),
         }
     }
+}
+
+/// Reads `elements` values on all threads.
+fn parallel_f32(elements: usize, read: impl Fn(usize, &mut [f32]) + Sync) -> Vec<f32> {
+    const CHUNK: usize = 1 << 16;
+    let mut out = vec![0.0; elements];
+    let chunks = out.par_chunks_mut(CHUNK).enumerate();
+    chunks.for_each(|(index, chunk)| read(index * CHUNK, chunk));
+    out
+}
+
+/// The little-endian bytes of `values`, without a copy.
+fn f32_bytes(values: Vec<f32>) -> Bytes {
+    struct Owner(Vec<f32>);
+    impl AsRef<[u8]> for Owner {
+        fn as_ref(&self) -> &[u8] {
+            bytemuck::cast_slice(&self.0)
+        }
+    }
+    Bytes::from_owner(Owner(values))
 }
 
 fn not_a_model(path: &Path) -> Error {
@@ -229,6 +282,19 @@ fn not_a_model(path: &Path) -> Error {
     Error::input(what).hint(
         "give a Hugging Face model folder with config.json and *.safetensors, or a .gguf file",
     )
+}
+
+/// Other packings than bitsandbytes' 4 bits have names for their parts that nobody here knows.
+fn check_quantization(config: &Value) -> Result<()> {
+    let settings = &config["quantization_config"];
+    let method = settings["quant_method"].as_str().unwrap_or("bitsandbytes");
+    let in_8_bits = settings["load_in_8bit"] == true;
+    if method == "bitsandbytes" && !in_8_bits {
+        return Ok(());
+    }
+    let what = if in_8_bits { "8-bit weights of bitsandbytes" } else { method };
+    Err(Error::input(format_args!("config.json: quantization by {what} is not supported"))
+        .hint("give the dense model, or a 4-bit one that bitsandbytes or Nibble packed"))
 }
 
 /// Reads and parses a JSON file.

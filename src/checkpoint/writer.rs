@@ -18,6 +18,9 @@ use crate::error::{Error, Result};
 /// Room for a tensor's entry in the header beside its name, which appears once more in its parts.
 const ENTRY_BYTES: usize = 160;
 
+/// At most the bytes of a packed weight's constant tables and JSON.
+pub const TABLE_BYTES: usize = 4 * 16 + 4 * 256 + 200;
+
 /// A tensor to come.
 #[derive(Debug, Clone)]
 pub struct Announced {
@@ -88,13 +91,7 @@ impl ShardWriter {
     /// # Errors
     /// `Io` when the disk refuses.
     pub fn write(&mut self, name: &str, contents: Contents) -> Result<()> {
-        assert_eq!(self.announced[self.next].name, name, "tensors come in the announced order");
-        let index = self.shards[self.next];
-        if self.open.as_ref().is_none_or(|shard| shard.index != index) {
-            self.finish_shard()?;
-            self.open = Some(self.open_shard(index)?);
-        }
-        self.next += 1;
+        self.next_tensor(name)?;
         match contents {
             Contents::Dense(dtype, shape, data) => {
                 self.total_parameters += shape.iter().product::<usize>();
@@ -105,6 +102,31 @@ impl ShardWriter {
                 self.packed(name, packed)
             }
         }
+    }
+
+    /// Writes the next announced tensor, dense, from pieces of its bytes.
+    ///
+    /// # Errors
+    /// What a piece is, or `Io` when the disk refuses.
+    pub fn write_pieces(
+        &mut self,
+        name: &str,
+        dtype: FloatType,
+        shape: &[usize],
+        pieces: impl Iterator<Item = Result<Vec<u8>>>,
+    ) -> Result<()> {
+        self.next_tensor(name)?;
+        let elements = shape.iter().product::<usize>();
+        self.total_parameters += elements;
+        let mut missing = elements * dtype.size();
+        self.describe(name, float_name(dtype), shape, missing);
+        for piece in pieces {
+            let piece = piece?;
+            missing -= piece.len();
+            self.append(&piece)?;
+        }
+        assert_eq!(missing, 0, "the pieces are the tensor");
+        Ok(())
     }
 
     /// Completes the last shard and, if there are several, the index. Returns the bytes of data.
@@ -165,17 +187,37 @@ impl ShardWriter {
         self.part(&key, "U8", &[json.len()], json.as_bytes())
     }
 
+    fn next_tensor(&mut self, name: &str) -> Result<()> {
+        assert_eq!(self.announced[self.next].name, name, "tensors come in the announced order");
+        let index = self.shards[self.next];
+        self.next += 1;
+        if self.open.as_ref().is_none_or(|shard| shard.index != index) {
+            self.finish_shard()?;
+            self.open = Some(self.open_shard(index)?);
+        }
+        Ok(())
+    }
+
     fn part(&mut self, name: &str, dtype: &str, shape: &[usize], data: &[u8]) -> Result<()> {
-        let shard = self.open.as_mut().expect("opened by write");
-        let end = shard.offset + data.len();
+        self.describe(name, dtype, shape, data.len());
+        self.append(data)
+    }
+
+    /// Enters a tensor of `bytes` bytes, which follow, in the header.
+    fn describe(&mut self, name: &str, dtype: &str, shape: &[usize], bytes: usize) {
+        let shard = self.open.as_mut().expect("opened by next_tensor");
+        let end = shard.offset + bytes;
         let entry = json!({"dtype": dtype, "shape": shape, "data_offsets": [shard.offset, end]});
         shard.header.insert(name.to_string(), entry);
-        shard.file.write_all(data).map_err(|e| Error::io("write", &shard.path, e))?;
         let file = shard.path.file_name().and_then(|f| f.to_str()).unwrap_or_default();
         self.weight_map.insert(name.to_string(), file.into());
         shard.offset = end;
-        self.total_bytes += data.len();
-        Ok(())
+        self.total_bytes += bytes;
+    }
+
+    fn append(&mut self, data: &[u8]) -> Result<()> {
+        let shard = self.open.as_mut().expect("opened by next_tensor");
+        shard.file.write_all(data).map_err(|e| Error::io("write", &shard.path, e))
     }
 
     fn open_shard(&self, index: usize) -> Result<Shard> {

@@ -9,7 +9,7 @@ use serde_json::json;
 
 use super::quantize::COPIED_FILES;
 use crate::adapter::{MergeBase, MergeCost, MergeOnto, MergedModel, PeftAdapter};
-use crate::checkpoint::atomic::{AtomicDir, check_destination};
+use crate::checkpoint::atomic::{AtomicDir, check_destination, check_not_within};
 use crate::checkpoint::writer::ShardWriter;
 use crate::checkpoint::{Checkpoint, CheckpointKind};
 use crate::cli::merge::MergeArgs;
@@ -26,6 +26,9 @@ use crate::model::spec::ModelSpec;
 pub fn run(args: &MergeArgs) -> Result<()> {
     super::set_threads(args.threads)?;
     check_destination(&args.out, args.overwrite)?;
+    for input in [Some(&args.base.model), Some(&args.adapter), args.original.as_ref()] {
+        input.map_or(Ok(()), |input| check_not_within(input, &args.out))?;
+    }
     let model = Checkpoint::open(&args.base.model)?;
     let original = args.original.as_deref().map(Checkpoint::open).transpose()?;
     let spec = spec_from_config(model.config())?;

@@ -9,7 +9,7 @@ use nibble_quant::{BlockFormat, FloatType};
 use regex::Regex;
 use serde_json::{Value, json};
 
-use crate::checkpoint::atomic::AtomicDir;
+use crate::checkpoint::atomic::{self, AtomicDir};
 use crate::checkpoint::repack::{Repack, RoleSummary, Step};
 use crate::checkpoint::writer::ShardWriter;
 use crate::checkpoint::{Checkpoint, CheckpointKind};
@@ -49,16 +49,37 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
         reblock: args.force,
     };
     let steps = repack.steps()?;
+    atomic::check_not_within(&args.model, &args.out)?;
     let folder = AtomicDir::create(&args.out, args.overwrite)?;
     write_side_files(&checkpoint, &steps, args, folder.path())?;
     let started = Instant::now();
     let (summaries, bytes) = stream(&repack, &steps, args, folder.path())?;
-    folder.commit()?;
     let seconds = started.elapsed().as_secs_f64();
     if args.check {
-        repack.check(&steps, &Checkpoint::open(&args.out)?)?;
+        repack.check(&steps, &Checkpoint::open(folder.path())?)?;
     }
+    folder.commit()?;
+    warn(&repack, &steps);
     print_summary(args, &repack, &summaries, bytes, seconds)
+}
+
+/// What a user may not expect of the output.
+fn warn(repack: &Repack, steps: &[Step]) {
+    let left_out = repack.left_out(steps);
+    if let [first, rest @ ..] = &left_out[..] {
+        let more =
+            if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+        eprintln!("note: the model has no use for tensor {first}{more}: left out");
+    }
+    let copied = steps.iter().filter_map(Step::format).find(|format| *format != repack.format);
+    if let Some(format) = copied.filter(|_| repack.copies_through()) {
+        let (kind, nested) = (format.quant_type.as_str(), format.double_quant);
+        eprintln!(
+            "note: linears stay as they are stored ({kind}, block size {}, double quantization \
+             {nested}); `--force` packs them anew",
+            format.block_size
+        );
+    }
 }
 
 fn format(args: &QuantizeArgs) -> Result<BlockFormat> {
@@ -178,7 +199,9 @@ fn print_summary(
     if args.json {
         let roles: serde_json::Map<String, Value> =
             rows.iter().map(|(label, summary)| (label.clone(), summary.to_json())).collect();
-        let out = json!({"out": args.out, "bytes": bytes, "seconds": seconds, "roles": roles});
+        let mut out = json!({"out": args.out, "bytes": bytes, "seconds": seconds});
+        out["checked"] = args.check.into();
+        out["roles"] = roles.into();
         println!("{out:#}");
         return Ok(());
     }
@@ -202,10 +225,10 @@ fn print_summary(
 }
 
 fn table_row(label: &str, summary: &RoleSummary) -> String {
-    let worst = summary.worst_block.as_ref().map_or(String::new(), |worst| {
+    let worst = summary.worst_block().map_or(String::new(), |worst| {
         format!("{:.1} %  {} block {}", 100.0 * worst.relative_rms, worst.tensor, worst.block)
     });
-    let error = match &summary.worst_block {
+    let error = match summary.worst_block() {
         Some(_) => format!("{:.2} %", 100.0 * summary.relative_rms_error()),
         None => "exact".into(),
     };

@@ -3,7 +3,6 @@
 //! From a Hugging Face folder (`tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`,
 //! `generation_config.json`) or rebuilt from a GGUF file's metadata by candle.
 
-use std::io::Cursor;
 use std::ops::Range;
 use std::path::Path;
 
@@ -15,7 +14,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 
-use crate::checkpoint::read_json;
+use crate::checkpoint::{read_gguf_header, read_json};
 use crate::error::{Error, Result, candle_text};
 
 /// A model's tokenizer.
@@ -111,7 +110,7 @@ impl ChatTokenizer {
             let cause = candle_text(&e);
             Error::input(format_args!("{}: tokenizer metadata: {cause}", path.display()))
         };
-        let content = Content::read(&mut Cursor::new(&bytes)).map_err(damaged)?;
+        let content = read_gguf_header(&bytes).map_err(|e| e.at(path.display()))?;
         let mut tokenizer = Tokenizer::from_gguf(&content).map_err(damaged)?;
         set_pre_tokenizer(&mut tokenizer, &content, path)?;
         let field = |key: &str| content.metadata.get(&format!("tokenizer.{key}"));

@@ -1,0 +1,178 @@
+//! The `config.json` that a GGUF file's metadata implies.
+//!
+//! What the metadata say and Nibble cannot do (experts, partial rotary embedding, values narrower
+//! than keys) is refused here: the tensors alone would not show it.
+
+use nibble_quant::FloatType;
+use serde_json::{Map, Value, json};
+
+use super::{Architecture, Gguf};
+use crate::error::Result;
+use crate::model::rotary::llama3_scaling_of;
+
+/// llama.cpp's file with the factor of every frequency.
+pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
+
+impl Gguf {
+    /// The `config.json`.
+    pub(crate) fn config(&self) -> Result<Value> {
+        let mut config = match self.architecture {
+            Architecture::Gpt2 => self.gpt2_config()?,
+            Architecture::Llama | Architecture::Qwen2 => self.llama_config()?,
+        };
+        for (key, field) in [
+            ("bos_token_id", "tokenizer.ggml.bos_token_id"),
+            ("eos_token_id", "tokenizer.ggml.eos_token_id"),
+            ("pad_token_id", "tokenizer.ggml.padding_token_id"),
+        ] {
+            if let Some(id) = self.content.metadata.get(field).and_then(|v| v.to_u32().ok()) {
+                config.insert(key.into(), id.into());
+            }
+        }
+        config.insert("torch_dtype".into(), FloatType::Bf16.as_str().into());
+        Ok(Value::Object(config))
+    }
+
+    fn llama_config(&self) -> Result<Map<String, Value>> {
+        let heads = self.size("attention.head_count")?;
+        let hidden = self.size("embedding_length")?;
+        let (kind, class) = match self.architecture {
+            Architecture::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
+            _ => ("llama", "LlamaForCausalLM"),
+        };
+        let theta = self.float("rope.freq_base").unwrap_or(10_000.0);
+        let head_dim = self.head_dim()?;
+        self.check_switches(head_dim)?;
+        let mut config = json!({
+            "architectures": [class],
+            "model_type": kind,
+            "vocab_size": self.vocab_size()?,
+            "hidden_size": hidden,
+            "intermediate_size": self.size("feed_forward_length")?,
+            "num_hidden_layers": self.size("block_count")?,
+            "num_attention_heads": heads,
+            "num_key_value_heads": self.kv_heads()?,
+            "head_dim": head_dim,
+            "hidden_act": "silu",
+            "max_position_embeddings": self.size("context_length")?,
+            "rms_norm_eps": self.required_float("attention.layer_norm_rms_epsilon")?,
+            "rope_theta": theta,
+            "rope_scaling": self.rope_scaling(theta, head_dim)?,
+            "tie_word_embeddings": self.is_tied(),
+        });
+        if self.architecture == Architecture::Llama {
+            config["attention_bias"] = self.has("blk.0.attn_q.bias").into();
+            config["mlp_bias"] = self.has("blk.0.ffn_up.bias").into();
+        }
+        Ok(config.as_object().cloned().unwrap_or_default())
+    }
+
+    fn gpt2_config(&self) -> Result<Map<String, Value>> {
+        let config = json!({
+            "architectures": ["GPT2LMHeadModel"],
+            "model_type": "gpt2",
+            "vocab_size": self.vocab_size()?,
+            "n_embd": self.size("embedding_length")?,
+            "n_inner": self.size("feed_forward_length")?,
+            "n_layer": self.size("block_count")?,
+            "n_head": self.size("attention.head_count")?,
+            "n_positions": self.size("context_length")?,
+            "layer_norm_epsilon": self.required_float("attention.layer_norm_epsilon")?,
+            "activation_function": "gelu_new",
+            "tie_word_embeddings": self.is_tied(),
+        });
+        Ok(config.as_object().cloned().unwrap_or_default())
+    }
+
+    /// Refuses what a Llama of `config.json` has no word for.
+    fn check_switches(&self, head_dim: usize) -> Result<()> {
+        for (key, expected) in [
+            ("expert_count", 0),
+            ("rope.dimension_count", head_dim),
+            ("attention.value_length", head_dim),
+        ] {
+            if self.field(key).is_some() && self.size(key)? != expected {
+                let got = self.size(key)?;
+                return Err(self
+                    .wrong(format_args!("metadata `{key}` is {got}, expected {expected}"))
+                    .hint("models of this kind are not supported"));
+            }
+        }
+        Ok(())
+    }
+
+    fn rope_scaling(&self, theta: f64, head_dim: usize) -> Result<Value> {
+        if self.has(ROPE_FACTORS) {
+            let elements = self.elements_of(ROPE_FACTORS)?;
+            let mut factors = vec![0.0; elements.len()];
+            elements.read(0, &mut factors);
+            return llama3_scaling_of(&factors, theta, head_dim).ok_or_else(|| {
+                self.wrong("rope_freqs.weight: not the factors of a Llama 3 model")
+            });
+        }
+        let kind = self.field("rope.scaling.type").and_then(|v| v.to_string().ok());
+        let factor = self.float("rope.scaling.factor").or_else(|| self.float("rope.scale_linear"));
+        match (kind.map(String::as_str), factor) {
+            (None, None) | (Some("none"), _) => Ok(Value::Null),
+            (None | Some("linear"), Some(factor)) => {
+                Ok(json!({"rope_type": "linear", "factor": factor}))
+            }
+            (Some("yarn"), Some(factor)) => Ok(json!({
+                "rope_type": "yarn",
+                "factor": factor,
+                "original_max_position_embeddings":
+                    self.size("rope.scaling.original_context_length")?,
+            })),
+            (Some(kind), None) => {
+                Err(self.wrong(format_args!("rope scaling `{kind}` without a factor")))
+            }
+            (Some(kind), Some(_)) => {
+                Err(self.wrong(format_args!("rope scaling `{kind}` is not supported")))
+            }
+        }
+    }
+
+    fn is_tied(&self) -> bool {
+        !self.has("output.weight")
+    }
+
+    fn vocab_size(&self) -> Result<usize> {
+        let embedding = self.content.tensor_infos.get("token_embd.weight");
+        let rows = embedding.and_then(|info| info.shape.dims().first().copied());
+        rows.ok_or_else(|| self.wrong("tensor token_embd.weight is missing"))
+    }
+
+    pub(super) fn kv_heads(&self) -> Result<usize> {
+        match self.field("attention.head_count_kv") {
+            Some(_) => self.size("attention.head_count_kv"),
+            None => self.size("attention.head_count"),
+        }
+    }
+
+    pub(super) fn head_dim(&self) -> Result<usize> {
+        if self.field("attention.key_length").is_some() {
+            return self.size("attention.key_length");
+        }
+        let heads = self.size("attention.head_count")?;
+        Ok(self.size("embedding_length")? / heads.max(1))
+    }
+
+    pub(super) fn size(&self, key: &str) -> Result<usize> {
+        let value = self.field(key).and_then(|value| value.to_u64().ok());
+        value
+            .and_then(|value| usize::try_from(value).ok())
+            .ok_or_else(|| self.wrong(format_args!("metadata `{key}` is missing or no number")))
+    }
+
+    fn float(&self, key: &str) -> Option<f64> {
+        let value = self.field(key)?;
+        value.to_f32().map(f64::from).or_else(|_| value.to_f64()).ok()
+    }
+
+    fn required_float(&self, key: &str) -> Result<f64> {
+        let missing = || self.wrong(format_args!("metadata `{key}` is missing or no number"));
+        // The shortest decimal of the f32, so that 1e-5 stays 1e-5.
+        let shortest = |value: f64| (value as f32).to_string().parse().unwrap_or(value);
+        self.float(key).map(shortest).ok_or_else(missing)
+    }
+}

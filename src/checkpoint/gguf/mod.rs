@@ -1,0 +1,199 @@
+//! GGUF files as Hugging Face checkpoints: names, shapes, row order and `config.json` restored.
+//!
+//! Elements are decoded by candle's block formats when they are asked for. llama.cpp stores q and k
+//! of the `llama` architecture with the rows of each head interleaved for its rotary embedding;
+//! here they are put back into halves. A file without `output.weight` has a tied head. Source:
+//! llama.cpp `convert_hf_to_gguf.py`.
+
+mod blocks;
+mod config;
+mod header;
+mod names;
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use candle_core::quantized::gguf_file::{Content, Value as Metadata};
+use nibble_quant::FloatType;
+
+use super::elements::Elements;
+use super::mapped::MappedFile;
+use super::{DenseTensor, StoredType, TensorInfo, f32_bytes};
+use crate::error::{Error, Result};
+pub(super) use blocks::Blocks;
+use config::ROPE_FACTORS;
+pub(crate) use header::read_header;
+
+/// An opened GGUF file.
+pub(super) struct Gguf {
+    file: MappedFile,
+    content: Content,
+    architecture: Architecture,
+    /// Hugging Face name to GGUF name.
+    names: BTreeMap<String, String>,
+    tensors: Vec<TensorInfo>,
+    place: String,
+}
+
+/// The architectures that have a Hugging Face family here.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Architecture {
+    Llama,
+    Qwen2,
+    Gpt2,
+}
+
+impl std::fmt::Debug for Gguf {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Gguf").field("place", &self.place).finish_non_exhaustive()
+    }
+}
+
+impl Gguf {
+    pub(super) fn open(path: &Path) -> Result<Self> {
+        let file = MappedFile::open(path)?;
+        let place = path.display().to_string();
+        let content = read_header(&file.bytes).map_err(|e| e.at(&place))?;
+        let architecture = architecture(&content).map_err(|e| e.at(&place))?;
+        let (names, tensors) = (BTreeMap::new(), Vec::new());
+        let mut gguf = Gguf { file, content, architecture, names, tensors, place };
+        gguf.check_whole()?;
+        gguf.list_tensors()?;
+        Ok(gguf)
+    }
+
+    pub(super) fn tensors(&self) -> &[TensorInfo] {
+        &self.tensors
+    }
+
+    pub(super) fn contains(&self, name: &str) -> bool {
+        self.names.contains_key(name)
+    }
+
+    /// The tensor in f32.
+    pub(super) fn dense(&self, name: &str) -> Result<DenseTensor> {
+        let elements = self.elements(name)?;
+        let data = f32_bytes(elements.to_f32());
+        // The values are copies; a page that is wanted once more is in the system's cache.
+        self.release(name);
+        Ok(DenseTensor { dtype: FloatType::F32, shape: elements.shape().to_vec(), data })
+    }
+
+    pub(super) fn elements(&self, name: &str) -> Result<Elements> {
+        let Some(stored) = self.names.get(name) else {
+            return Err(self.wrong(format_args!("tensor {name} is missing")));
+        };
+        let elements = self.elements_of(stored)?;
+        // The file holds GPT-2's linears `[out, in]`, a Hugging Face folder the transpose.
+        Ok(if self.is_conv1d(name, elements.shape()) { elements.transposed() } else { elements })
+    }
+
+    pub(super) fn release(&self, name: &str) {
+        if let Some(stored) = self.names.get(name) {
+            self.file.release(self.blocks_of(stored));
+        }
+    }
+
+    /// The tensor that the file calls `stored`, in Hugging Face's order of rows.
+    fn elements_of(&self, stored: &str) -> Result<Elements> {
+        let info = &self.content.tensor_infos[stored];
+        let shape = info.shape.dims().to_vec();
+        let blocks = Blocks {
+            dtype: info.ggml_dtype,
+            data: self.file.bytes.slice_ref(self.blocks_of(stored)),
+            columns: if shape.len() > 1 { shape[shape.len() - 1] } else { 1 },
+            head_rows: self.interleaved_rows(stored, &shape)?,
+        };
+        Ok(Elements::blocks(shape, blocks))
+    }
+
+    fn blocks_of(&self, stored: &str) -> &[u8] {
+        let info = &self.content.tensor_infos[stored];
+        let begin = (self.content.tensor_data_offset + info.offset) as usize;
+        &self.file.bytes[begin..begin + header::block_bytes(info)]
+    }
+
+    /// Rows of one head of q and k of the `llama` architecture.
+    fn interleaved_rows(&self, stored: &str, shape: &[usize]) -> Result<Option<usize>> {
+        let heads = match (self.architecture, stored.rsplit('.').nth(1)) {
+            (Architecture::Llama, Some("attn_q")) => self.size("attention.head_count")?,
+            (Architecture::Llama, Some("attn_k")) => self.kv_heads()?,
+            _ => return Ok(None),
+        };
+        let rows = shape.first().copied().unwrap_or(0);
+        if heads == 0 || !rows.is_multiple_of(heads) || !(rows / heads).is_multiple_of(2) {
+            let what = format_args!("tensor {stored} has shape {shape:?} for {heads} heads");
+            return Err(self.wrong(what));
+        }
+        Ok(Some(rows / heads))
+    }
+
+    fn is_conv1d(&self, name: &str, shape: &[usize]) -> bool {
+        self.architecture == Architecture::Gpt2 && shape.len() == 2 && name.contains(".h.")
+    }
+
+    /// A model may be cut into several files, each with some of the tensors.
+    fn check_whole(&self) -> Result<()> {
+        let parts = self.content.metadata.get("split.count").and_then(|v| v.to_u64().ok());
+        match parts {
+            Some(parts) if parts > 1 => Err(self
+                .wrong(format_args!("one of {parts} parts of a split model"))
+                .hint("join the parts with llama.cpp's `llama-gguf-split --merge`")),
+            _ => Ok(()),
+        }
+    }
+
+    fn list_tensors(&mut self) -> Result<()> {
+        for (stored, info) in &self.content.tensor_infos {
+            if stored == ROPE_FACTORS {
+                continue;
+            }
+            let Some(name) = names::hugging_face_name(self.architecture, stored) else {
+                return Err(self
+                    .wrong(format_args!("tensor {stored} is not known"))
+                    .hint("only the weights of llama, qwen2 and gpt2 models are supported"));
+            };
+            let mut shape = info.shape.dims().to_vec();
+            if self.is_conv1d(&name, &shape) {
+                shape.swap(0, 1);
+            }
+            let (stored_type, bytes) =
+                (StoredType::Dense(FloatType::F32), header::block_bytes(info));
+            self.tensors.push(TensorInfo { name: name.clone(), shape, stored: stored_type, bytes });
+            self.names.insert(name, stored.clone());
+        }
+        self.tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok(())
+    }
+
+    fn has(&self, stored: &str) -> bool {
+        self.content.tensor_infos.contains_key(stored)
+    }
+
+    fn field(&self, key: &str) -> Option<&Metadata> {
+        let prefix = match self.architecture {
+            Architecture::Llama => "llama",
+            Architecture::Qwen2 => "qwen2",
+            Architecture::Gpt2 => "gpt2",
+        };
+        self.content.metadata.get(&format!("{prefix}.{key}"))
+    }
+
+    fn wrong(&self, what: impl std::fmt::Display) -> Error {
+        Error::input(format_args!("{}: {what}", self.place))
+    }
+}
+
+fn architecture(content: &Content) -> Result<Architecture> {
+    let name = content.metadata.get("general.architecture").and_then(|v| v.to_string().ok());
+    match name.map(String::as_str) {
+        Some("llama") => Ok(Architecture::Llama),
+        Some("qwen2") => Ok(Architecture::Qwen2),
+        Some("gpt2") => Ok(Architecture::Gpt2),
+        other => Err(Error::input(format_args!(
+            "GGUF architecture `{}` is not supported",
+            other.unwrap_or("(none)")
+        ))
+        .hint("supported: llama (also Mistral), qwen2, gpt2")),
+    }
+}

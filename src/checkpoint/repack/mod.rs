@@ -1,0 +1,182 @@
+//! A base checkpoint in 4-bit blocks: which tensors are packed, and the stream that packs them.
+//!
+//! The inventory decides: linears of the blocks are packed; embeddings, norms, biases and the head
+//! stay dense, as `transformers` expects of a pre-quantized model. What a packed tensor becomes is
+//! in memory, of all others only a part at a time.
+
+mod stream;
+mod summary;
+
+use std::collections::{BTreeMap, HashSet};
+
+use nibble_quant::{BlockFormat, FloatType, Floats, PackedWeight};
+use regex::Regex;
+
+use super::writer::{Announced, TABLE_BYTES};
+use super::{Checkpoint, CheckpointKind, DenseTensor, StoredType, TensorInfo};
+use crate::error::{Error, Result, candle_text};
+use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
+pub use summary::{RoleSummary, WorstBlock};
+
+/// What to do with each tensor.
+pub struct Repack<'a> {
+    /// Where tensors come from.
+    pub checkpoint: &'a Checkpoint,
+    /// What the model is.
+    pub spec: &'a ModelSpec,
+    /// How linears are packed.
+    pub format: BlockFormat,
+    /// Names that stay dense.
+    pub skip: Vec<Regex>,
+    /// Type of dense tensors; as stored if absent.
+    pub dtype: Option<FloatType>,
+    /// Whether linears that are 4-bit already are packed anew.
+    pub reblock: bool,
+}
+
+/// One tensor of the output.
+#[derive(Debug, Clone)]
+pub struct Step {
+    /// Name in source and output.
+    pub name: String,
+    /// What it is for.
+    pub role: TensorRole,
+    /// Shape in the output: packed linears are `[out, in]`.
+    shape: Vec<usize>,
+    /// Whether it is packed, in which format.
+    packed: Option<BlockFormat>,
+    /// Type in the output; of packed linears, the type that they are said to have had before.
+    dtype: FloatType,
+    /// Whether the output is the transpose of the source.
+    transposed: bool,
+    /// Bytes in the source.
+    pub bytes_before: usize,
+    /// Bytes in the output, constant tables left out.
+    pub bytes_after: usize,
+}
+
+impl Step {
+    /// How it is packed in the output; none if it stays dense.
+    pub fn format(&self) -> Option<BlockFormat> {
+        self.packed
+    }
+
+    /// The module of a linear that stays dense.
+    pub fn skipped_linear(&self) -> Option<&str> {
+        let linear = matches!(self.role, TensorRole::Linear(_)) && self.packed.is_none();
+        linear.then(|| self.name.strip_suffix(".weight").unwrap_or(&self.name))
+    }
+}
+
+impl Repack<'_> {
+    /// The output's tensors in order.
+    ///
+    /// # Errors
+    /// `Input` when the checkpoint lacks a tensor of the inventory or has another shape.
+    pub fn steps(&self) -> Result<Vec<Step>> {
+        let stored: BTreeMap<&str, &TensorInfo> =
+            self.checkpoint.tensors().iter().map(|info| (info.name.as_str(), info)).collect();
+        self.spec.inventory().iter().map(|tensor| self.step(tensor, &stored)).collect()
+    }
+
+    fn step(&self, tensor: &TensorSpec, stored: &BTreeMap<&str, &TensorInfo>) -> Result<Step> {
+        let short = tensor.name.strip_prefix("transformer.").unwrap_or(&tensor.name);
+        let Some(info) = stored.get(tensor.name.as_str()).or_else(|| stored.get(short)) else {
+            // Says so, too, when it is there in a type that nobody can read.
+            self.checkpoint.elements(&tensor.name)?;
+            return Err(Error::input(format_args!(
+                "{}: tensor {} is missing",
+                self.checkpoint.path().display(),
+                tensor.name
+            ))
+            .hint("the weights and config.json belong to different models"));
+        };
+        let linear = matches!(tensor.role, TensorRole::Linear(_));
+        let skipped = self.skip.iter().any(|pattern| pattern.is_match(&tensor.name));
+        let from_packed = info.stored == StoredType::Packed;
+        let (stored_type, format) = match info.stored {
+            StoredType::Dense(dtype) => (dtype, self.format),
+            StoredType::Packed => self.packed_already(info)?,
+        };
+        let packed = (linear && !skipped).then_some(format);
+        // Packed linears are `[out, in]`; dense ones are the transpose in families with `Conv1D`.
+        let oriented = |packed: bool| match tensor.transposed && !packed {
+            true => tensor.shape.iter().rev().copied().collect(),
+            false => tensor.shape.clone(),
+        };
+        let expected: Vec<usize> = oriented(from_packed);
+        if info.shape != expected {
+            return Err(Error::input(format_args!(
+                "tensor {} has shape {:?}, config.json implies {expected:?}",
+                info.name, info.shape
+            ))
+            .hint("the weights and config.json belong to different models"));
+        }
+        let copied = from_packed && packed.is_some() && !self.reblock;
+        let dtype = if copied { stored_type } else { self.dtype.unwrap_or(stored_type) };
+        let shape = oriented(packed.is_some());
+        let elements: usize = shape.iter().product();
+        let bytes_after =
+            packed.map_or(elements * dtype.size(), |format| format.packed_bytes(elements));
+        Ok(Step {
+            name: info.name.clone(),
+            role: tensor.role,
+            transposed: tensor.transposed && from_packed != packed.is_some(),
+            shape,
+            packed,
+            dtype,
+            bytes_before: info.bytes,
+            bytes_after,
+        })
+    }
+
+    /// Type before packing of a tensor that is packed in the source, and its format in the output.
+    fn packed_already(&self, info: &TensorInfo) -> Result<(FloatType, BlockFormat)> {
+        let elements = self.checkpoint.elements(&info.name)?;
+        let format = match elements.packed() {
+            Some(packed) if !self.reblock => packed.format(),
+            _ => self.format,
+        };
+        Ok((elements.dtype(), format))
+    }
+
+    /// Tensors of the source that the model has no use for.
+    pub fn left_out(&self, steps: &[Step]) -> Vec<&str> {
+        let used: HashSet<&str> = steps.iter().map(|step| step.name.as_str()).collect();
+        let names = self.checkpoint.tensors().iter().map(|info| info.name.as_str());
+        names.filter(|name| !used.contains(name)).collect()
+    }
+
+    /// What a [`ShardWriter`](super::writer::ShardWriter) needs to know beforehand.
+    pub fn announce(steps: &[Step]) -> Vec<Announced> {
+        let announce = |step: &Step| {
+            let tables = if step.packed.is_some() { TABLE_BYTES } else { 0 };
+            Announced { name: step.name.clone(), bytes: step.bytes_after + tables }
+        };
+        steps.iter().map(announce).collect()
+    }
+
+    /// Whether the source is 4-bit and would be copied through.
+    pub fn copies_through(&self) -> bool {
+        self.checkpoint.kind() == CheckpointKind::Bnb4bit && !self.reblock
+    }
+}
+
+/// Quantizes a dense `[out, in]` tensor.
+///
+/// # Errors
+/// `Input` naming tensor and element when one is not finite.
+pub fn quantize(name: &str, dense: &DenseTensor, format: &BlockFormat) -> Result<PackedWeight> {
+    let shape = [dense.shape[0], dense.shape[1]];
+    let packed = match dense.dtype {
+        FloatType::F32 => PackedWeight::quantize(Floats::F32(&dense.elements()), shape, format),
+        FloatType::F16 => PackedWeight::quantize(Floats::F16(&dense.elements()), shape, format),
+        FloatType::Bf16 => PackedWeight::quantize(Floats::Bf16(&dense.elements()), shape, format),
+    };
+    packed.map_err(|e| unusable(name, &e))
+}
+
+fn unusable(name: &str, error: &candle_core::Error) -> Error {
+    Error::input(format_args!("tensor {name}: {}", candle_text(error)))
+        .hint("the checkpoint holds NaN or Inf: get another copy of the model")
+}

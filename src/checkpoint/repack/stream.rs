@@ -1,0 +1,214 @@
+//! Reading, packing or converting, and writing, a part of a tensor at a time.
+
+use std::collections::BTreeMap;
+
+use nibble_quant::{FloatType, PackedWeight};
+use rayon::prelude::*;
+
+use super::summary::{RoleSummary, Sums};
+use super::{Repack, Step, quantize, unusable};
+use crate::checkpoint::writer::{Contents, ShardWriter};
+use crate::checkpoint::{Checkpoint, Elements, Weight};
+use crate::error::{Error, Result};
+use crate::model::spec::TensorRole;
+
+/// Elements that one parallel task handles: a whole number of blocks of any size.
+const TASK: usize = 1 << 16;
+/// Elements that are converted at a time: 16 MiB of bf16.
+const PIECE: usize = 1 << 23;
+/// Errors of dense tensors are looked at in blocks of this size.
+const DENSE_BLOCK: usize = 64;
+
+impl Repack<'_> {
+    /// Writes all steps; calls `progress(bytes_read)` after each.
+    ///
+    /// # Errors
+    /// `Input` naming the tensor when an element is not finite, `Io` when the disk refuses.
+    pub fn run(
+        &self,
+        steps: &[Step],
+        writer: &mut ShardWriter,
+        mut progress: impl FnMut(usize),
+    ) -> Result<BTreeMap<TensorRole, RoleSummary>> {
+        let mut summaries = BTreeMap::new();
+        for step in steps {
+            let summary: &mut RoleSummary = summaries.entry(step.role).or_default();
+            summary.tensors += 1;
+            summary.elements += step.shape.iter().product::<usize>();
+            summary.bytes_before += step.bytes_before;
+            summary.bytes_after += step.bytes_after;
+            if let Some(sums) = self.write(step, writer)? {
+                summary.add(&step.name, sums);
+            }
+            self.checkpoint.release(&step.name);
+            progress(step.bytes_before);
+        }
+        Ok(summaries)
+    }
+
+    /// Compares a written checkpoint with the source, tensor by tensor.
+    ///
+    /// # Errors
+    /// `Input` naming the first tensor that differs.
+    pub fn check(&self, steps: &[Step], written: &Checkpoint) -> Result<()> {
+        for step in steps {
+            let source = self.elements(step)?;
+            let same = match (&step.packed, written.weight(&step.name)?) {
+                (Some(_), Weight::Packed(packed)) => {
+                    same_packed(&self.pack(step, &source)?, &packed)
+                }
+                (None, Weight::Dense(dense)) => pieces(source.len()).all(|range| {
+                    let size = step.dtype.size();
+                    let stored = &dense.data[range.start * size..range.end * size];
+                    dense.dtype == step.dtype
+                        && convert(step, &source, range).is_ok_and(|(bytes, _)| bytes == stored)
+                }),
+                _ => false,
+            };
+            self.checkpoint.release(&step.name);
+            written.release(&step.name);
+            if !same {
+                return Err(Error::input(format_args!(
+                    "{}: tensor {} differs from its source",
+                    written.path().display(),
+                    step.name
+                ))
+                .hint("the disk may be failing: quantize again and check its health"));
+            }
+        }
+        Ok(())
+    }
+
+    /// The source of a step in the orientation of the output.
+    fn elements(&self, step: &Step) -> Result<Elements> {
+        let elements = self.checkpoint.elements(&step.name)?;
+        Ok(if step.transposed { elements.transposed() } else { elements })
+    }
+
+    /// Writes one tensor; its errors, if its values change.
+    fn write(&self, step: &Step, writer: &mut ShardWriter) -> Result<Option<Sums>> {
+        let source = self.elements(step)?;
+        if step.packed.is_some() {
+            let packed = self.pack(step, &source)?;
+            writer.write(&step.name, Contents::Packed(&packed))?;
+            return Ok(source.packed().is_none().then(|| packing_error(&source, &packed)));
+        }
+        let mut sums = Sums::default();
+        let pieces = pieces(source.len()).map(|range| {
+            let (bytes, piece) = convert(step, &source, range)?;
+            sums = sums.plus(piece);
+            Ok(bytes)
+        });
+        writer.write_pieces(&step.name, step.dtype, &step.shape, pieces)?;
+        Ok((source.dtype() != step.dtype).then_some(sums))
+    }
+
+    fn pack(&self, step: &Step, source: &Elements) -> Result<PackedWeight> {
+        let format = step.packed.expect("the step packs");
+        match (source.packed(), source.stored()) {
+            (Some(packed), _) if packed.format() == format => Ok(packed.clone()),
+            (_, Some(dense)) if dense.dtype == step.dtype => quantize(&step.name, dense, &format),
+            _ => {
+                let read = |first: usize, out: &mut [f32]| source.read(first, out);
+                let shape = [step.shape[0], step.shape[1]];
+                PackedWeight::quantize_from(read, step.dtype, shape, &format)
+                    .map_err(|e| unusable(&step.name, &e))
+            }
+        }
+    }
+}
+
+fn pieces(elements: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    (0..elements).step_by(PIECE).map(move |first| first..(first + PIECE).min(elements))
+}
+
+fn same_packed(a: &PackedWeight, b: &PackedWeight) -> bool {
+    use nibble_quant::Absmax;
+    let same_scales = match (a.absmax(), b.absmax()) {
+        (Absmax::Plain(a), Absmax::Plain(b)) => a == b,
+        (
+            Absmax::Nested { codes: a, absmax: a_absmax, offset: a_offset },
+            Absmax::Nested { codes: b, absmax: b_absmax, offset: b_offset },
+        ) => a == b && a_absmax == b_absmax && a_offset == b_offset,
+        _ => false,
+    };
+    same_scales
+        && a.codes() == b.codes()
+        && (a.format(), a.dtype(), a.shape()) == (b.format(), b.dtype(), b.shape())
+}
+
+fn packing_error(source: &Elements, packed: &PackedWeight) -> Sums {
+    let block_size = packed.format().block_size;
+    let parts: Vec<Sums> = (0..source.len().div_ceil(TASK))
+        .into_par_iter()
+        .map(|task| {
+            let first = task * TASK;
+            let mut original = vec![0.0; TASK.min(source.len() - first)];
+            let mut restored = original.clone();
+            source.read(first, &mut original);
+            packed.dequantize_range(first, &mut restored);
+            Sums::of(&original, &restored, block_size, first / block_size)
+        })
+        .collect();
+    parts.into_iter().fold(Sums::default(), Sums::plus)
+}
+
+/// Some elements of `source` in the type of the step, rounded to nearest even, and what that cost.
+fn convert(
+    step: &Step,
+    source: &Elements,
+    range: std::ops::Range<usize>,
+) -> Result<(Vec<u8>, Sums)> {
+    let mut bytes = vec![0; range.len() * step.dtype.size()];
+    let tasks = bytes.par_chunks_mut(TASK * step.dtype.size()).enumerate();
+    let parts = tasks.map(|(task, bytes)| {
+        let first = range.start + task * TASK;
+        let mut original = vec![0.0; bytes.len() / step.dtype.size()];
+        source.read(first, &mut original);
+        let restored = round(&original, step.dtype, bytes);
+        match restored.iter().position(|value| !value.is_finite()) {
+            Some(index) => Err(not_finite(step, first + index, original[index])),
+            None if step.dtype == source.dtype() => Ok(Sums::default()),
+            None => Ok(Sums::of(&original, &restored, DENSE_BLOCK, first / DENSE_BLOCK)),
+        }
+    });
+    let parts: Vec<Result<Sums>> = parts.collect();
+    let sums = parts.into_iter().try_fold(Sums::default(), |sums, part| Ok(sums.plus(part?)))?;
+    Ok((bytes, sums))
+}
+
+/// Writes `values` as `dtype`; what they have become.
+fn round(values: &[f32], dtype: FloatType, bytes: &mut [u8]) -> Vec<f32> {
+    match dtype {
+        FloatType::F32 => {
+            bytes.copy_from_slice(bytemuck::cast_slice(values));
+            values.to_vec()
+        }
+        FloatType::Bf16 => {
+            let rounded: Vec<half::bf16> =
+                values.iter().map(|&v| half::bf16::from_f32(v)).collect();
+            bytes.copy_from_slice(bytemuck::cast_slice(&rounded));
+            rounded.into_iter().map(f32::from).collect()
+        }
+        FloatType::F16 => {
+            let rounded: Vec<half::f16> = values.iter().map(|&v| half::f16::from_f32(v)).collect();
+            bytes.copy_from_slice(bytemuck::cast_slice(&rounded));
+            rounded.into_iter().map(f32::from).collect()
+        }
+    }
+}
+
+fn not_finite(step: &Step, index: usize, value: f32) -> Error {
+    let name = &step.name;
+    if value.is_finite() {
+        let what = format_args!("tensor {name}: {value} does not fit {}", step.dtype.as_str());
+        return Error::input(what).hint("use `--dtype bfloat16`");
+    }
+    let columns = step.shape.last().copied().unwrap_or(1);
+    let place = match step.shape.len() {
+        2 => format!("element [{}, {}]", index / columns, index % columns),
+        _ => format!("element {index}"),
+    };
+    Error::input(format_args!("tensor {name}: {place} is {value}"))
+        .hint("the checkpoint holds NaN or Inf: get another copy of the model")
+}

@@ -1,0 +1,138 @@
+//! What repacking did to the tensors of each role: sizes and errors.
+
+use serde::Serialize;
+
+/// Sums over the tensors of one role.
+#[derive(Debug, Clone, Default)]
+pub struct RoleSummary {
+    /// Number of tensors.
+    pub tensors: usize,
+    /// Elements.
+    pub elements: usize,
+    /// Bytes in the source.
+    pub bytes_before: usize,
+    /// Bytes in the output.
+    pub bytes_after: usize,
+    /// Of the tensors whose values changed.
+    sums: Sums,
+    worst_tensor: String,
+}
+
+/// The block that lost most.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct WorstBlock<'a> {
+    /// Its tensor.
+    pub tensor: &'a str,
+    /// Number of the block in the flattened tensor.
+    pub block: usize,
+    /// RMS of the error over RMS of the block.
+    pub relative_rms: f64,
+}
+
+impl RoleSummary {
+    /// All figures.
+    pub fn to_json(&self) -> serde_json::Value {
+        serde_json::json!({
+            "tensors": self.tensors,
+            "elements": self.elements,
+            "bytes_before": self.bytes_before,
+            "bytes_after": self.bytes_after,
+            "bits_per_weight": self.bits_per_weight(),
+            "relative_rms_error": self.relative_rms_error(),
+            "worst_block": self.worst_block(),
+        })
+    }
+
+    /// Bits for each element in the output.
+    pub fn bits_per_weight(&self) -> f64 {
+        8.0 * self.bytes_after as f64 / self.elements as f64
+    }
+
+    /// RMS of the error over RMS of the weights; 0 if no value changed.
+    pub fn relative_rms_error(&self) -> f64 {
+        self.sums.relative_rms()
+    }
+
+    /// None if no value changed.
+    pub fn worst_block(&self) -> Option<WorstBlock<'_>> {
+        (self.sums.worst > 0.0).then_some(WorstBlock {
+            tensor: &self.worst_tensor,
+            block: self.sums.worst_block,
+            relative_rms: self.sums.worst,
+        })
+    }
+
+    /// Adds the errors of tensor `name`.
+    pub(super) fn add(&mut self, name: &str, sums: Sums) {
+        if sums.worst > self.sums.worst {
+            self.worst_tensor = name.to_string();
+        }
+        self.sums = self.sums.plus(sums);
+    }
+}
+
+/// Sums of squares of errors and of values, and the block of largest relative error.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub(super) struct Sums {
+    error: f64,
+    square: f64,
+    worst: f64,
+    worst_block: usize,
+}
+
+impl Sums {
+    /// Those of whole blocks, the first of which is number `first_block`.
+    pub(super) fn of(
+        original: &[f32],
+        restored: &[f32],
+        block_size: usize,
+        first_block: usize,
+    ) -> Self {
+        let blocks = original.chunks(block_size).zip(restored.chunks(block_size)).enumerate();
+        blocks.fold(Sums::default(), |sums, (index, (original, restored))| {
+            sums.plus(Sums::of_block(original, restored, first_block + index))
+        })
+    }
+
+    fn of_block(original: &[f32], restored: &[f32], block: usize) -> Self {
+        let error: f32 = original.iter().zip(restored).map(|(a, b)| (a - b) * (a - b)).sum();
+        let square: f32 = original.iter().map(|a| a * a).sum();
+        let sums = Sums {
+            error: f64::from(error),
+            square: f64::from(square),
+            worst: 0.0,
+            worst_block: block,
+        };
+        Sums { worst: sums.relative_rms(), ..sums }
+    }
+
+    /// Sums over both; of equally bad blocks the earlier.
+    pub(super) fn plus(self, other: Sums) -> Self {
+        let worse = if other.worst > self.worst { other } else { self };
+        Sums { error: self.error + other.error, square: self.square + other.square, ..worse }
+    }
+
+    fn relative_rms(&self) -> f64 {
+        if self.square == 0.0 { 0.0 } else { (self.error / self.square).sqrt() }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn errors_add_up_and_the_worst_block_is_named() {
+        let original = [1.0, 2.0, 4.0, 0.0, 1.0, 1.0];
+        let restored = [1.0, 2.0, 4.0, 1.0, 1.0, 0.0];
+        let mut summary = RoleSummary::default();
+        summary.add("exact", Sums::of(&original, &original, 2, 0));
+        assert_eq!(summary.worst_block(), None);
+        summary.add("a", Sums::of(&original, &restored, 2, 10));
+        // Squares: 23 each time; errors 0, 1, 1; blocks 0, sqrt(1/16), sqrt(1/2).
+        assert!((summary.relative_rms_error() - (2.0f64 / 46.0).sqrt()).abs() < 1e-12);
+        let worst = summary.worst_block().unwrap();
+        assert_eq!((worst.tensor, worst.block), ("a", 12));
+        assert!((worst.relative_rms - 0.5f64.sqrt()).abs() < 1e-12);
+    }
+}
