@@ -12,11 +12,9 @@ use crate::packed::{Floats, QuantType};
 /// bitsandbytes' floor of absmax: keeps the quotient of a zero block finite.
 const SMALLEST_ABSMAX: f32 = 1e-38;
 
-/// Elements quantized at a time: a block is a whole number of these, or shorter.
-const RUN: usize = 32;
-
 /// Quantizes consecutive blocks that start at `first` of `values`; `codes` are two to a byte, the
 /// earlier in the high nibble. Returns the index of the first non-finite value, if there is one.
+#[inline(always)]
 pub(crate) fn quantize_blocks(
     values: Floats,
     quant_type: QuantType,
@@ -25,6 +23,7 @@ pub(crate) fn quantize_blocks(
     absmax: &mut [f32],
 ) -> Option<usize> {
     let mut buffer = vec![0.0f32; block_size];
+    let mut unpacked = vec![0u8; block_size];
     let mut bad = None;
     for (block, (codes, absmax)) in
         codes.chunks_mut(block_size / 2).zip(absmax.iter_mut()).enumerate()
@@ -42,7 +41,7 @@ pub(crate) fn quantize_blocks(
             *absmax = absmax.max(SMALLEST_ABSMAX);
         }
         normalize(buffer, *absmax, block_size);
-        encode(quant_type, buffer, codes);
+        encode(quant_type, buffer, &mut unpacked, codes);
     }
     bad
 }
@@ -91,51 +90,89 @@ fn normalize(values: &mut [f32], absmax: f32, block_size: usize) {
     }
 }
 
+/// Codes of normalized values, two to a byte; an odd last one is followed by the code of 0.
 #[inline(always)]
-fn encode(quant_type: QuantType, values: &[f32], packed: &mut [u8]) {
-    let (runs, rest) = values.as_chunks::<RUN>();
-    let (full, last) = packed.split_at_mut(runs.len() * RUN / 2);
-    for (run, bytes) in runs.iter().zip(full.chunks_exact_mut(RUN / 2)) {
-        pack(&codes_of(quant_type, run), bytes);
-    }
-    if !rest.is_empty() {
-        let mut run = [0.0; RUN];
-        run[..rest.len()].copy_from_slice(rest);
-        let mut bytes = [0; RUN / 2];
-        pack(&codes_of(quant_type, &run), &mut bytes);
-        last.copy_from_slice(&bytes[..last.len()]);
-    }
-}
-
-#[inline(always)]
-fn codes_of(quant_type: QuantType, values: &[f32; RUN]) -> [u8; RUN] {
-    let mut counts = [0i32; RUN];
+fn encode(quant_type: QuantType, values: &[f32], codes: &mut [u8], packed: &mut [u8]) {
     match quant_type {
-        QuantType::Nf4 => {
-            for threshold in NF4_THRESHOLDS {
-                for (count, value) in counts.iter_mut().zip(values) {
-                    *count += i32::from(*value > threshold);
-                }
-            }
-            counts.map(|count| count as u8)
-        }
-        QuantType::Fp4 => {
-            for threshold in FP4_THRESHOLDS {
-                for (count, value) in counts.iter_mut().zip(values) {
-                    *count += i32::from(value.abs() > threshold);
-                }
-            }
-            std::array::from_fn(|i| {
-                FP4_CODES[counts[i] as usize] | if values[i] < 0.0 { 8 } else { 0 }
-            })
-        }
+        QuantType::Nf4 => encode_nf4(values, codes),
+        QuantType::Fp4 => encode_fp4(values, codes),
+    }
+    let zero = if quant_type == QuantType::Nf4 { 7 } else { 0 };
+    codes[values.len()..].fill(zero);
+    for (byte, [high, low]) in packed.iter_mut().zip(codes.as_chunks::<2>().0) {
+        *byte = (high << 4) | low;
     }
 }
 
+// The loops over values have no constant length, so that the compiler vectorises them and not the
+// short loops over thresholds, which it unrolls.
+
+/// The number of thresholds below each value.
 #[inline(always)]
-fn pack(codes: &[u8; RUN], bytes: &mut [u8]) {
-    let (pairs, _) = codes.as_chunks::<2>();
-    for (byte, [high, low]) in bytes.iter_mut().zip(pairs) {
-        *byte = (high << 4) | low;
+fn encode_nf4(values: &[f32], codes: &mut [u8]) {
+    for (code, &value) in codes.iter_mut().zip(values) {
+        let mut count = 0i32;
+        for threshold in NF4_THRESHOLDS {
+            count += i32::from(value > threshold);
+        }
+        *code = count as u8;
+    }
+}
+
+/// The code of the magnitude, reached from threshold to threshold, and the sign in bit 3.
+#[inline(always)]
+fn encode_fp4(values: &[f32], codes: &mut [u8]) {
+    for (code, &value) in codes.iter_mut().zip(values) {
+        let magnitude = value.abs();
+        let mut chosen = i32::from(FP4_CODES[0]);
+        for (index, threshold) in FP4_THRESHOLDS.into_iter().enumerate() {
+            let step = i32::from(FP4_CODES[index + 1]) - i32::from(FP4_CODES[index]);
+            chosen += if magnitude > threshold { step } else { 0 };
+        }
+        *code = (chosen + if value < 0.0 { 8 } else { 0 }) as u8;
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// `dQuantizeFP4` of bitsandbytes' `csrc/kernels.cu`, branch by branch.
+    fn fp4_tree(x: f32) -> u8 {
+        let sign = if x < 0.0 { 0b1000 } else { 0 };
+        let x = x.abs();
+        #[allow(clippy::excessive_precision, reason = "as written there")]
+        let magnitude = if x > 0.29166667 {
+            if x > 0.583333 {
+                if x > 0.8333333 { 0b0011 } else { 0b0010 }
+            } else if x > 0.4166667 {
+                0b0101
+            } else {
+                0b0100
+            }
+        } else if x > 0.0859375 {
+            if x > 0.20833333 { 0b0111 } else { 0b0110 }
+        } else if x > 0.00260417 {
+            0b0001
+        } else {
+            0b0000
+        };
+        magnitude + sign
+    }
+
+    #[test]
+    fn fp4_codes_follow_the_cuda_tree() {
+        let mut values = vec![1.0f32, -1.0, 0.0, -0.0];
+        for threshold in FP4_THRESHOLDS {
+            for value in [threshold.next_down(), threshold, threshold.next_up()] {
+                values.extend([value, -value]);
+            }
+        }
+        values.extend((0..2000).map(|i| i as f32 / 1000.0 - 1.0));
+        let mut codes = vec![0; values.len()];
+        encode_fp4(&values, &mut codes);
+        for (value, code) in values.iter().zip(codes) {
+            assert_eq!(code, fp4_tree(*value), "{value}");
+        }
     }
 }

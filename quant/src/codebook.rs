@@ -66,7 +66,7 @@ pub const FP4: [f32; 16] = [
 
 /// Bounds between FP4 magnitudes in ascending order, from `dQuantizeFP4`.
 pub const FP4_THRESHOLDS: [f32; 7] =
-    [0.002_604_17, 0.085_937_5, 0.208_333_33, 0.291_666_67, 0.416_666_7, 0.583_333_3, 0.833_333_3];
+    [0.002_604_17, 0.085_937_5, 0.208_333_33, 0.291_666_67, 0.416_666_7, 0.583_333, 0.833_333_3];
 
 /// FP4 codes of the magnitudes in ascending order: 0, 0.0052, 1/6, 1/4, 1/3, 1/2, 2/3, 1.
 pub const FP4_CODES: [u8; 8] = [0, 1, 6, 7, 4, 5, 2, 3];

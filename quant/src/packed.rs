@@ -204,8 +204,8 @@ impl PackedWeight {
     pub fn quantize(weight: Floats, shape: [usize; 2], format: &BlockFormat) -> Result<Self> {
         check_shape(shape, weight.len())?;
         Self::quantize_parts(weight.dtype(), shape, format, |range, codes, absmax| {
-            let part = weight.slice(range);
-            quantize_blocks(part, format.quant_type, format.block_size, codes, absmax)
+            let run = weight.slice(range);
+            pulp::Arch::new().dispatch(QuantizeRun { run, format, codes, absmax })
         })
     }
 
@@ -224,8 +224,8 @@ impl PackedWeight {
         Self::quantize_parts(dtype, shape, format, |range, codes, absmax| {
             let mut part = vec![0.0; range.len()];
             read(range.start, &mut part);
-            let part = Floats::F32(&part);
-            quantize_blocks(part, format.quant_type, format.block_size, codes, absmax)
+            let run = Floats::F32(&part);
+            pulp::Arch::new().dispatch(QuantizeRun { run, format, codes, absmax })
         })
     }
 
@@ -249,8 +249,7 @@ impl PackedWeight {
             .filter_map(|(task, (codes, absmax))| {
                 let begin = task * BLOCKS_PER_TASK * block_size;
                 let range = begin..(begin + codes.len() * 2).min(elements);
-                let quantize = || quantize(range, codes, absmax);
-                pulp::Arch::new().dispatch(quantize).map(|index| begin + index)
+                quantize(range, codes, absmax).map(|index| begin + index)
             })
             .min();
         if let Some(index) = bad {
@@ -407,6 +406,25 @@ impl PackedWeight {
         for (i, out) in last.iter_mut().enumerate() {
             *out = one(begin + odd + vector + i);
         }
+    }
+}
+
+/// [`quantize_blocks`] of one run of blocks.
+struct QuantizeRun<'a> {
+    run: Floats<'a>,
+    format: &'a BlockFormat,
+    codes: &'a mut [u8],
+    absmax: &'a mut [f32],
+}
+
+impl pulp::WithSimd for QuantizeRun<'_> {
+    type Output = Option<usize>;
+
+    // A closure in its place would be called, not inlined, and so compiled for the oldest machine.
+    #[inline(always)]
+    fn with_simd<S: pulp::Simd>(self, _: S) -> Option<usize> {
+        let QuantizeRun { run, format, codes, absmax } = self;
+        quantize_blocks(run, format.quant_type, format.block_size, codes, absmax)
     }
 }
 

@@ -97,6 +97,34 @@ fn codes_and_absmax_are_bit_exact_in_all_cases() {
 }
 
 #[test]
+fn reading_a_part_at_a_time_gives_the_same_bytes() -> candle_core::Result<()> {
+    // More than one task's 1024 blocks of 64, the last block short.
+    let shape = [301, 257];
+    let weight: Vec<f32> = (0..301 * 257).map(|i| (i as f32 * 0.7).sin() * 0.02).collect();
+    for quant_type in [QuantType::Nf4, QuantType::Fp4] {
+        let format = BlockFormat { quant_type, ..BlockFormat::default() };
+        let whole = PackedWeight::quantize(Floats::F32(&weight), shape, &format)?;
+        let read =
+            |first: usize, out: &mut [f32]| out.copy_from_slice(&weight[first..][..out.len()]);
+        let parts = PackedWeight::quantize_from(read, FloatType::Bf16, shape, &format)?;
+        assert_eq!(whole.codes(), parts.codes());
+        assert_eq!(whole.dequantize(), parts.dequantize());
+        assert_eq!(parts.dtype(), FloatType::Bf16);
+    }
+    let nan_at_5 = |first: usize, out: &mut [f32]| {
+        out.fill(1.0);
+        if let Some(index) = 70_005usize.checked_sub(first).filter(|index| *index < out.len()) {
+            out[index] = f32::NAN;
+        }
+    };
+    let format = BlockFormat::default();
+    let error = PackedWeight::quantize_from(nan_at_5, FloatType::F32, [100, 1000], &format);
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains("element [70, 5] (flat index 70005) is not finite"), "{error}");
+    Ok(())
+}
+
+#[test]
 fn stored_codes_dequantize_bit_exactly() {
     with_golden(|golden| {
         for case in cases() {
