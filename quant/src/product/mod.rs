@@ -9,12 +9,15 @@
 mod driver;
 mod micro;
 mod pack;
+mod transpose;
+mod vector;
 mod view;
 
 use half::bf16;
 
 use crate::PackedWeight;
-use driver::Extra;
+use driver::Product;
+use micro::Isa;
 use pack::Operand;
 pub use view::{Matrix, MatrixMut};
 
@@ -44,7 +47,7 @@ impl WeightRef<'_> {
 /// # Panics
 /// When the shapes do not agree.
 pub fn gemm(alpha: f32, a: Matrix, b: Matrix, beta: f32, c: MatrixMut) {
-    driver::multiply(alpha, a, Operand::Dense(b), None, beta, c, true);
+    Product { alpha, a, b: Operand::Dense(b), extra: None, beta }.run(Isa::detect(), c, true);
 }
 
 /// `c = alpha·a·b + beta·c` on this thread.
@@ -52,7 +55,7 @@ pub fn gemm(alpha: f32, a: Matrix, b: Matrix, beta: f32, c: MatrixMut) {
 /// # Panics
 /// When the shapes do not agree.
 pub fn gemm_serial(alpha: f32, a: Matrix, b: Matrix, beta: f32, c: MatrixMut) {
-    driver::multiply(alpha, a, Operand::Dense(b), None, beta, c, false);
+    Product { alpha, a, b: Operand::Dense(b), extra: None, beta }.run(Isa::detect(), c, false);
 }
 
 /// A low-rank addition to a product: `+ scale · a · b`.
@@ -64,12 +67,6 @@ pub struct LowRank<'a> {
     pub a: Matrix<'a>,
     /// `[R, N]`.
     pub b: Matrix<'a>,
-}
-
-impl<'a> LowRank<'a> {
-    fn extra(self) -> Extra<'a> {
-        Extra { alpha: self.scale, a: self.a, b: self.b }
-    }
 }
 
 /// `y = x·Wᵀ + low_rank + beta·y`; x `[T, in]`, y `[T, out]`. The addition is made while a part of
@@ -84,8 +81,8 @@ pub fn product_forward(
     beta: f32,
     y: MatrixMut,
 ) {
-    let extra = low_rank.map(LowRank::extra);
-    driver::multiply(1.0, x, Operand::Transposed(weight), extra, beta, y, true);
+    let b = Operand::Transposed(weight);
+    Product { alpha: 1.0, a: x, b, extra: low_rank, beta }.run(Isa::detect(), y, true);
 }
 
 /// `dx = dy·W + low_rank + beta·dx`; dy `[T, out]`, dx `[T, in]`.
@@ -99,6 +96,6 @@ pub fn product_input_gradient(
     beta: f32,
     dx: MatrixMut,
 ) {
-    let extra = low_rank.map(LowRank::extra);
-    driver::multiply(1.0, dy, Operand::Plain(weight), extra, beta, dx, true);
+    let b = Operand::Plain(weight);
+    Product { alpha: 1.0, a: dy, b, extra: low_rank, beta }.run(Isa::detect(), dx, true);
 }

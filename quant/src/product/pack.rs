@@ -1,13 +1,18 @@
-//! Packing: the operands of a block, laid out as the tiles read them.
+//! Packing: the right operand of a product, laid out as the tiles read it.
 //!
-//! B is cut into panels of a tile's width, each `[k][columns]`; weights are decoded on the way, so
-//! 4-bit blocks cost their decoding and nothing else. Short panels are filled up with zeros.
+//! Columns are cut into panels, each `[k][width]` with rows of whole registers (filled up with
+//! zeros); stored weights are decoded on the way, so 4-bit blocks cost their decoding alone.
 
 use std::ops::Range;
 
 use super::WeightRef;
-use super::micro::A_ROW_STRIDE;
+use super::transpose::transpose;
 use super::view::Matrix;
+
+/// Elements of a line that are decoded before they are turned: they stay in the first-level cache.
+const PIECE: usize = 128;
+/// Lines that are decoded together.
+const LINES: usize = 16;
 
 /// The right operand, `K × N`.
 #[derive(Clone, Copy)]
@@ -20,7 +25,16 @@ pub(super) enum Operand<'a> {
     Plain(WeightRef<'a>),
 }
 
-impl Operand<'_> {
+/// Contiguous elements, one line after another.
+#[derive(Clone, Copy)]
+enum Lines<'a> {
+    /// f32 in place: the first element and the distance between lines.
+    Dense(&'a [f32], usize),
+    /// To be decoded.
+    Stored(WeightRef<'a>),
+}
+
+impl<'a> Operand<'a> {
     /// `(K, N)`.
     pub(super) fn shape(&self) -> (usize, usize) {
         match self {
@@ -30,87 +44,82 @@ impl Operand<'_> {
         }
     }
 
-    /// Packs the panels that cover `columns` of rows `k`, each `k.len() · width` long.
+    /// The elements from row `k` on and the distance between rows, if rows are contiguous f32.
+    pub(super) fn rows_in_place(&self) -> Option<(&'a [f32], usize)> {
+        match self.lines() {
+            (Lines::Dense(data, stride), true) => Some((data, stride)),
+            _ => None,
+        }
+    }
+
+    /// The lines and whether they are rows (or else columns).
+    fn lines(&self) -> (Lines<'a>, bool) {
+        match *self {
+            Operand::Dense(matrix) if matrix.column_stride == 1 => {
+                (Lines::Dense(matrix.data, matrix.row_stride), true)
+            }
+            Operand::Dense(matrix) => (Lines::Dense(matrix.data, matrix.column_stride), false),
+            Operand::Transposed(weight) => (Lines::of(weight), false),
+            Operand::Plain(weight) => (Lines::of(weight), true),
+        }
+    }
+
+    /// Packs the panel of `columns` of rows `k`; its rows are `width` long.
     pub(super) fn pack(
         &self,
         k: Range<usize>,
         columns: Range<usize>,
         width: usize,
-        panels: &mut [f32],
-        scratch: &mut Vec<f32>,
+        panel: &mut [f32],
     ) {
-        let size = k.len() * width;
-        match self.contiguous() {
-            Contiguous::Rows => {
-                scratch.resize(columns.len().next_multiple_of(width), 0.0);
-                for (row, k) in k.enumerate() {
-                    scratch[columns.len()..].fill(0.0);
-                    self.read(k, columns.clone(), &mut scratch[..columns.len()]);
-                    for (panel, piece) in
-                        panels.chunks_exact_mut(size).zip(scratch.chunks_exact(width))
-                    {
-                        panel[row * width..(row + 1) * width].copy_from_slice(piece);
-                    }
+        let count = columns.len();
+        let (lines, rows) = self.lines();
+        if count < width {
+            panel.chunks_exact_mut(width).for_each(|row| row[count..].fill(0.0));
+        }
+        if rows {
+            for (k, row) in k.zip(panel.chunks_exact_mut(width)) {
+                lines.read(k, columns.start, &mut row[..count]);
+            }
+            return;
+        }
+        if let Lines::Dense(data, stride) = lines {
+            let from = &data[columns.start * stride + k.start..];
+            return transpose((from, stride), (count, k.len()), (panel, width));
+        }
+        let mut decoded = [0.0f32; LINES * PIECE];
+        for begin in k.clone().step_by(PIECE) {
+            let length = PIECE.min(k.end - begin);
+            let rows = &mut panel[(begin - k.start) * width..];
+            for first in (0..count).step_by(LINES) {
+                let group = LINES.min(count - first);
+                for (line, to) in decoded.chunks_exact_mut(PIECE).take(group).enumerate() {
+                    lines.read(columns.start + first + line, begin, &mut to[..length]);
                 }
-            }
-            Contiguous::Columns => {
-                scratch.resize(width * k.len(), 0.0);
-                for (index, panel) in panels.chunks_exact_mut(size).enumerate() {
-                    let begin = columns.start + index * width;
-                    let count = width.min(columns.end - begin);
-                    for (column, out) in scratch.chunks_exact_mut(k.len()).enumerate() {
-                        if column < count {
-                            self.read(begin + column, k.clone(), out);
-                        } else {
-                            out.fill(0.0);
-                        }
-                    }
-                    transpose(scratch, k.len(), panel, width);
-                }
-            }
-        }
-    }
-
-    /// Rows from `k` on and the distance between them, if they can be read without packing.
-    pub(super) fn in_place(&self, k: usize, width: usize) -> Option<(&[f32], usize)> {
-        match self {
-            Operand::Dense(matrix) if matrix.column_stride == 1 && matrix.columns >= width => {
-                Some((&matrix.data[k * matrix.row_stride..], matrix.row_stride))
-            }
-            _ => None,
-        }
-    }
-
-    fn contiguous(&self) -> Contiguous {
-        match self {
-            Operand::Dense(matrix) if matrix.column_stride == 1 => Contiguous::Rows,
-            Operand::Plain(_) => Contiguous::Rows,
-            _ => Contiguous::Columns,
-        }
-    }
-
-    /// A stretch of contiguous elements: of row `line` (or column, if those are contiguous).
-    fn read(&self, line: usize, range: Range<usize>, out: &mut [f32]) {
-        match self {
-            Operand::Dense(matrix) => {
-                let stride = if matrix.column_stride == 1 {
-                    matrix.row_stride
-                } else {
-                    matrix.column_stride
-                };
-                let begin = line * stride + range.start;
-                out.copy_from_slice(&matrix.data[begin..begin + range.len()]);
-            }
-            Operand::Transposed(weight) | Operand::Plain(weight) => {
-                weight.read(line * weight.shape()[1] + range.start, out);
+                transpose((&decoded, PIECE), (group, length), (&mut rows[first..], width));
             }
         }
     }
 }
 
-enum Contiguous {
-    Rows,
-    Columns,
+impl<'a> Lines<'a> {
+    fn of(weight: WeightRef<'a>) -> Self {
+        match weight {
+            WeightRef::F32(data, shape) => Lines::Dense(data, shape[1]),
+            stored => Lines::Stored(stored),
+        }
+    }
+
+    /// `out.len()` elements of `line` from `begin` on.
+    #[inline]
+    fn read(&self, line: usize, begin: usize, out: &mut [f32]) {
+        match self {
+            Lines::Dense(data, stride) => {
+                out.copy_from_slice(&data[line * stride + begin..][..out.len()]);
+            }
+            Lines::Stored(weight) => weight.read(line * weight.shape()[1] + begin, out),
+        }
+    }
 }
 
 impl WeightRef<'_> {
@@ -127,82 +136,4 @@ impl WeightRef<'_> {
             WeightRef::Packed(packed) => packed.dequantize_range(begin, out),
         }
     }
-}
-
-/// `to[k][line] = from[line][k]` for `lines` lines of `length`; lines are a multiple of 8.
-fn transpose(from: &[f32], length: usize, to: &mut [f32], lines: usize) {
-    let whole = length / 8 * 8;
-    pulp::Arch::new().dispatch(
-        #[inline(always)]
-        || {
-            for k in (0..whole).step_by(8) {
-                for line in (0..lines).step_by(8) {
-                    transpose_square(
-                        &from[line * length + k..],
-                        length,
-                        &mut to[k * lines + line..],
-                        lines,
-                    );
-                }
-            }
-        },
-    );
-    for k in whole..length {
-        for line in 0..lines {
-            to[k * lines + line] = from[line * length + k];
-        }
-    }
-}
-
-/// An 8 × 8 square by three rounds of exchanges between pairs of rows, each a vector shuffle.
-#[inline(always)]
-fn transpose_square(from: &[f32], from_stride: usize, to: &mut [f32], to_stride: usize) {
-    let mut rows = [[0.0f32; 8]; 8];
-    for (i, row) in rows.iter_mut().enumerate() {
-        row.copy_from_slice(&from[i * from_stride..i * from_stride + 8]);
-    }
-    for distance in [4, 2, 1] {
-        for i in (0..8).filter(|i| i & distance == 0) {
-            let (upper, lower) = (rows[i], rows[i + distance]);
-            for j in (0..8).filter(|j| j & distance == 0) {
-                rows[i][j + distance] = lower[j];
-                rows[i + distance][j] = upper[j + distance];
-            }
-        }
-    }
-    for (i, row) in rows.iter().enumerate() {
-        to[i * to_stride..i * to_stride + 8].copy_from_slice(row);
-    }
-}
-
-/// Packs `rows` of A for the k's in `k`, in panels of at most `tile_rows`; returns whether panels
-/// are k by k. A panel starts every `tile_rows · A_ROW_STRIDE` elements.
-pub(super) fn pack_a(
-    a: Matrix,
-    rows: Range<usize>,
-    k: Range<usize>,
-    tile_rows: usize,
-    packed: &mut [f32],
-) -> bool {
-    let by_k = a.column_stride != 1;
-    if by_k {
-        // One k after another: neighbours in a row of memory go to all panels at once.
-        for (index, k) in k.enumerate() {
-            let line = &a.data[k * a.column_stride + rows.start..][..rows.len()];
-            let panels = packed.chunks_exact_mut(tile_rows * A_ROW_STRIDE);
-            for (piece, panel) in line.chunks(tile_rows).zip(panels) {
-                panel[index * piece.len()..][..piece.len()].copy_from_slice(piece);
-            }
-        }
-        return true;
-    }
-    let starts = rows.clone().step_by(tile_rows);
-    for (begin, panel) in starts.zip(packed.chunks_exact_mut(tile_rows * A_ROW_STRIDE)) {
-        let count = tile_rows.min(rows.end - begin);
-        for (row, out) in (begin..begin + count).zip(panel.chunks_exact_mut(A_ROW_STRIDE)) {
-            let from = row * a.row_stride + k.start;
-            out[..k.len()].copy_from_slice(&a.data[from..from + k.len()]);
-        }
-    }
-    false
 }

@@ -1,0 +1,129 @@
+//! Turning lines into columns.
+#![allow(unsafe_code)]
+
+/// Lines that are turned together.
+const SIDE: usize = 8;
+
+/// `to[k·to_stride + line] = from[line·from_stride + k]` for `lines` lines of `length`.
+///
+/// # Panics
+/// When a slice is too short.
+pub(super) fn transpose(
+    (from, from_stride): (&[f32], usize),
+    (lines, length): (usize, usize),
+    (to, to_stride): (&mut [f32], usize),
+) {
+    if lines == 0 || length == 0 {
+        return;
+    }
+    assert!((lines - 1) * from_stride + length <= from.len(), "lines exist");
+    assert!((length - 1) * to_stride + lines <= to.len(), "columns exist");
+    let (whole_lines, whole_length) = (lines / SIDE * SIDE, length / SIDE * SIDE);
+    let vector = squares((from, from_stride), (whole_lines, whole_length), (to, to_stride));
+    for line in 0..lines {
+        let done = if vector && line < whole_lines { whole_length } else { 0 };
+        for k in done..length {
+            to[k * to_stride + line] = from[line * from_stride + k];
+        }
+    }
+}
+
+/// The part that divides into squares; false where the processor has no instructions for it.
+fn squares(
+    (from, from_stride): (&[f32], usize),
+    (lines, length): (usize, usize),
+    (to, to_stride): (&mut [f32], usize),
+) -> bool {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx") {
+        // SAFETY: AVX is there; `transpose` checked that lines and columns exist.
+        unsafe {
+            x86::squares(
+                (from.as_ptr(), from_stride),
+                (lines, length),
+                (to.as_mut_ptr(), to_stride),
+            );
+        }
+        return true;
+    }
+    let _ = (from, from_stride, lines, length, to, to_stride);
+    false
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::SIDE;
+
+    /// # Safety
+    /// Lines and columns lie inside what the pointers reach; both counts are multiples of [`SIDE`].
+    #[target_feature(enable = "avx")]
+    pub(super) unsafe fn squares(
+        (from, from_stride): (*const f32, usize),
+        (lines, length): (usize, usize),
+        (to, to_stride): (*mut f32, usize),
+    ) {
+        for line in (0..lines).step_by(SIDE) {
+            for k in (0..length).step_by(SIDE) {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    square(
+                        (from.add(line * from_stride + k), from_stride),
+                        (to.add(k * to_stride + line), to_stride),
+                    );
+                }
+            }
+        }
+    }
+
+    /// 8 × 8: halves of lines i and i + 4 share a register, so that pairs and quads are exchanged
+    /// within halves only.
+    #[inline]
+    #[target_feature(enable = "avx")]
+    unsafe fn square((from, from_stride): (*const f32, usize), (to, to_stride): (*mut f32, usize)) {
+        for half in 0..2 {
+            // SAFETY: the caller's promise: 8 lines of 8, 8 columns of 8.
+            let rows: [__m256; 4] = std::array::from_fn(|i| unsafe {
+                let upper = _mm_loadu_ps(from.add(i * from_stride + 4 * half));
+                let lower = _mm_loadu_ps(from.add((i + 4) * from_stride + 4 * half));
+                _mm256_insertf128_ps::<1>(_mm256_castps128_ps256(upper), lower)
+            });
+            let low01 = _mm256_unpacklo_ps(rows[0], rows[1]);
+            let high01 = _mm256_unpackhi_ps(rows[0], rows[1]);
+            let low23 = _mm256_unpacklo_ps(rows[2], rows[3]);
+            let high23 = _mm256_unpackhi_ps(rows[2], rows[3]);
+            let columns = [
+                _mm256_shuffle_ps::<0x44>(low01, low23),
+                _mm256_shuffle_ps::<0xee>(low01, low23),
+                _mm256_shuffle_ps::<0x44>(high01, high23),
+                _mm256_shuffle_ps::<0xee>(high01, high23),
+            ];
+            for (k, column) in columns.into_iter().enumerate() {
+                // SAFETY: as above.
+                unsafe { _mm256_storeu_ps(to.add((4 * half + k) * to_stride), column) };
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::transpose;
+
+    #[test]
+    fn every_element_moves_and_nothing_else_is_written() {
+        for (lines, length) in [(1, 1), (8, 8), (7, 19), (24, 16), (17, 33)] {
+            let (from_stride, to_stride) = (length + 3, lines + 5);
+            let from: Vec<f32> = (0..lines * from_stride).map(|i| i as f32).collect();
+            let mut to = vec![-1.0; length * to_stride];
+            transpose((&from, from_stride), (lines, length), (&mut to, to_stride));
+            for (k, row) in to.chunks_exact(to_stride).enumerate() {
+                for (line, &value) in row.iter().enumerate() {
+                    let expected = if line < lines { from[line * from_stride + k] } else { -1.0 };
+                    assert_eq!(value, expected, "{lines}x{length}: [{k}, {line}]");
+                }
+            }
+        }
+    }
+}

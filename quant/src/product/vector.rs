@@ -1,0 +1,177 @@
+//! Registers of floats: what the tiles are written in.
+#![allow(unsafe_code)]
+
+/// A register of floats.
+///
+/// # Safety
+/// Every function needs the processor's instructions, and pointers that reach `LANES` elements (or
+/// `count`, where there is one).
+pub(super) trait Vector: Copy {
+    const LANES: usize;
+    unsafe fn splat(value: f32) -> Self;
+    unsafe fn load(from: *const f32) -> Self;
+    unsafe fn store(self, to: *mut f32);
+    /// The first `count` lanes, the others 0; `count` below `LANES`.
+    unsafe fn load_some(from: *const f32, count: usize) -> Self;
+    /// The first `count` lanes; `count` below `LANES`.
+    unsafe fn store_some(self, to: *mut f32, count: usize);
+    unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self;
+    unsafe fn multiply(self, factor: Self) -> Self;
+    /// Asks for a cache line that will be written soon.
+    unsafe fn prefetch(line: *const f32);
+}
+
+/// The portable register.
+#[derive(Clone, Copy)]
+pub(super) struct Eight([f32; 8]);
+
+// SAFETY (all blocks): the trait's callers promise the memory.
+impl Vector for Eight {
+    const LANES: usize = 8;
+
+    #[inline(always)]
+    unsafe fn splat(value: f32) -> Self {
+        Eight([value; 8])
+    }
+
+    #[inline(always)]
+    unsafe fn load(from: *const f32) -> Self {
+        Eight(unsafe { from.cast::<[f32; 8]>().read_unaligned() })
+    }
+
+    #[inline(always)]
+    unsafe fn store(self, to: *mut f32) {
+        unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn load_some(from: *const f32, count: usize) -> Self {
+        Eight(std::array::from_fn(|i| if i < count { unsafe { *from.add(i) } } else { 0.0 }))
+    }
+
+    #[inline(always)]
+    unsafe fn store_some(self, to: *mut f32, count: usize) {
+        for (i, value) in self.0.into_iter().enumerate().take(count) {
+            unsafe { *to.add(i) = value }
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self {
+        Eight(std::array::from_fn(|i| self.0[i] * factor.0[i] + sum.0[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn multiply(self, factor: Self) -> Self {
+        Eight(std::array::from_fn(|i| self.0[i] * factor.0[i]))
+    }
+
+    #[inline(always)]
+    unsafe fn prefetch(_: *const f32) {}
+}
+
+#[cfg(target_arch = "x86_64")]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::Vector;
+
+    /// Loads and stores of some lanes: eight lanes from the right offset are the mask.
+    static AVX2_MASKS: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
+
+    // SAFETY (all blocks): the trait's callers promise the instructions and the memory.
+    impl Vector for __m512 {
+        const LANES: usize = 16;
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { _mm512_set1_ps(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { _mm512_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm512_storeu_ps(to, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_some(from: *const f32, count: usize) -> Self {
+            unsafe { _mm512_maskz_loadu_ps((1 << count) - 1, from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store_some(self, to: *mut f32, count: usize) {
+            unsafe { _mm512_mask_storeu_ps(to, (1 << count) - 1, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self {
+            unsafe { _mm512_fmadd_ps(self, factor, sum) }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply(self, factor: Self) -> Self {
+            unsafe { _mm512_mul_ps(self, factor) }
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(line: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+        }
+    }
+
+    // SAFETY (all blocks): as above; the mask has 8 lanes from every offset up to 8 on.
+    impl Vector for __m256 {
+        const LANES: usize = 8;
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { _mm256_set1_ps(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { _mm256_loadu_ps(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { _mm256_storeu_ps(to, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_some(from: *const f32, count: usize) -> Self {
+            unsafe {
+                let mask = _mm256_loadu_si256(AVX2_MASKS.as_ptr().add(8 - count).cast());
+                _mm256_maskload_ps(from, mask)
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store_some(self, to: *mut f32, count: usize) {
+            unsafe {
+                let mask = _mm256_loadu_si256(AVX2_MASKS.as_ptr().add(8 - count).cast());
+                _mm256_maskstore_ps(to, mask, self)
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self {
+            unsafe { _mm256_fmadd_ps(self, factor, sum) }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply(self, factor: Self) -> Self {
+            unsafe { _mm256_mul_ps(self, factor) }
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(line: *const f32) {
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(line.cast()) }
+        }
+    }
+}
