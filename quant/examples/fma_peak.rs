@@ -12,35 +12,13 @@ use std::hint::black_box;
 use std::sync::Barrier;
 use std::time::{Duration, Instant};
 
-use pulp::{Arch, Simd, WithSimd};
+use pulp::Arch;
 
-/// Independent chains: enough to hide the latency (4 cycles) of two units, and to fit 16 registers.
-const CHAINS: usize = 12;
+#[path = "../benches/product/peak.rs"]
+mod peak;
+
 const STEPS_PER_BURST: usize = 4096;
 const WINDOW: Duration = Duration::from_millis(20);
-
-/// Runs a burst and returns its floating-point operations, two for each lane of each step.
-struct Burst {
-    seed: f32,
-}
-
-impl WithSimd for Burst {
-    type Output = (f32, usize);
-
-    #[inline(always)]
-    fn with_simd<S: Simd>(self, simd: S) -> Self::Output {
-        let scale = simd.splat_f32s(self.seed);
-        let offset = simd.splat_f32s(1.0 - self.seed);
-        let mut chains = [offset; CHAINS];
-        for _ in 0..STEPS_PER_BURST {
-            for chain in &mut chains {
-                *chain = simd.mul_add_f32s(*chain, scale, offset);
-            }
-        }
-        let sum = chains.into_iter().map(|chain| simd.reduce_sum_f32s(chain)).sum();
-        (sum, 2 * S::F32_LANES * CHAINS * STEPS_PER_BURST)
-    }
-}
 
 /// GFLOP/s of this thread in each of `windows` windows.
 fn measure(windows: usize, start: &Barrier) -> Vec<f64> {
@@ -51,7 +29,8 @@ fn measure(windows: usize, start: &Barrier) -> Vec<f64> {
         let begun = Instant::now();
         let mut operations = 0;
         while begun.elapsed() < WINDOW {
-            let (sum, count) = arch.dispatch(Burst { seed: black_box(0.75) });
+            let (sum, count) =
+                arch.dispatch(peak::Burst { seed: black_box(0.75), steps: STEPS_PER_BURST });
             black_box(sum);
             operations += count;
         }
