@@ -1,49 +1,82 @@
 //! Quantizing: one absmax and one run of codes for each block.
 //!
 //! `absmax = max|w|`; `s = w · (1/absmax)` in a full block, `w / absmax` in a short last one;
-//! the code is the number of thresholds below s. A zero block has codes of value 0 (NF4: 7).
-//! Source: bitsandbytes' CPU backend, restated in `nf4_spec.py`; tested bit for bit.
+//! a code stands for the number of thresholds below s. A zero block has codes of value 0 (NF4: 7).
+//! Source: bitsandbytes' CPU backend, `backends/default/ops.py`; tested bit for bit.
 
-use half::{bf16, f16};
+use half::slice::HalfFloatSliceExt;
+use pulp::{Simd, WithSimd};
 
-use crate::codebook::{FP4_CODES, FP4_THRESHOLDS, NF4_THRESHOLDS};
-use crate::packed::{Floats, QuantType};
+use crate::codebook::FP4_ORDER;
+use crate::float::Floats;
+use crate::format::{BlockFormat, QuantType};
 
 /// bitsandbytes' floor of absmax: keeps the quotient of a zero block finite.
 const SMALLEST_ABSMAX: f32 = 1e-38;
 
-/// Quantizes consecutive blocks that start at `first` of `values`; `codes` are two to a byte, the
-/// earlier in the high nibble. Returns the index of the first non-finite value, if there is one.
-#[inline(always)]
+/// A whole number of vectors on every processor; so is every block but a short last one.
+const RUN: usize = 32;
+
+/// FP4 codes of two ranks in a byte.
+static FP4_BYTES: [u8; 256] = {
+    let (mut bytes, mut i) = ([0; 256], 0);
+    while i < 256 {
+        bytes[i] = FP4_ORDER[i >> 4] << 4 | FP4_ORDER[i & 15];
+        i += 1;
+    }
+    bytes
+};
+
+/// Quantizes consecutive blocks; `codes` are two to a byte, the earlier in the high nibble. Returns
+/// the index of the first non-finite value, if there is one.
 pub(crate) fn quantize_blocks(
     values: Floats,
-    quant_type: QuantType,
-    block_size: usize,
+    format: &BlockFormat,
     codes: &mut [u8],
     absmax: &mut [f32],
 ) -> Option<usize> {
-    let mut buffer = vec![0.0f32; block_size];
-    let mut unpacked = vec![0u8; block_size];
-    let mut bad = None;
-    for (block, (codes, absmax)) in
-        codes.chunks_mut(block_size / 2).zip(absmax.iter_mut()).enumerate()
-    {
-        let begin = block * block_size;
-        let count = block_size.min(values.len() - begin);
-        let buffer = &mut buffer[..count];
-        widen(values, begin, buffer);
-        *absmax = largest_magnitude(buffer);
-        if !absmax.is_finite() && bad.is_none() {
-            bad = buffer.iter().position(|v| !v.is_finite()).map(|i| begin + i);
+    let quant_type = format.quant_type;
+    let buffer = vec![0.0f32; format.block_size];
+    pulp::Arch::new().dispatch(Blocks { values, quant_type, buffer, codes, absmax })
+}
+
+/// The arguments of [`quantize_blocks`], compiled for each instruction set. A struct, not a closure:
+/// a closure's `call_once` is not inlined, and would be compiled for the oldest processor alone.
+struct Blocks<'a> {
+    values: Floats<'a>,
+    quant_type: QuantType,
+    /// One block, widened.
+    buffer: Vec<f32>,
+    codes: &'a mut [u8],
+    absmax: &'a mut [f32],
+}
+
+impl WithSimd for Blocks<'_> {
+    type Output = Option<usize>;
+
+    #[inline(always)]
+    fn with_simd<S: Simd>(mut self, simd: S) -> Option<usize> {
+        let mut bad = None;
+        let block_size = self.buffer.len();
+        let blocks = self.codes.chunks_mut(block_size / 2).zip(self.absmax);
+        for (block, (codes, absmax)) in blocks.enumerate() {
+            let begin = block * block_size;
+            let count = block_size.min(self.values.len() - begin);
+            let block = &mut self.buffer[..count];
+            widen(self.values, begin, block);
+            *absmax = largest_magnitude(block);
+            if !absmax.is_finite() && bad.is_none() {
+                bad = block.iter().position(|value| !value.is_finite()).map(|i| begin + i);
+            }
+            *absmax = normalize(block, *absmax, block_size);
+            // The second nibble of an odd last byte is the code of zero.
+            let padded = &mut self.buffer[..count.next_multiple_of(RUN)];
+            padded[count..].fill(0.0);
+            let ranks = rank(simd, self.quant_type.thresholds(), padded);
+            pack(self.quant_type, ranks, codes);
         }
-        if count < block_size {
-            // bitsandbytes stores the floor itself for a short block.
-            *absmax = absmax.max(SMALLEST_ABSMAX);
-        }
-        normalize(buffer, *absmax, block_size);
-        encode(quant_type, buffer, &mut unpacked, codes);
+        bad
     }
-    bad
 }
 
 /// Copies `to.len()` values from `begin` on, widened.
@@ -51,23 +84,13 @@ pub(crate) fn quantize_blocks(
 fn widen(values: Floats, begin: usize, to: &mut [f32]) {
     let range = begin..begin + to.len();
     match values {
-        Floats::F32(v) => to.copy_from_slice(&v[range]),
-        Floats::F16(v) => widen_f16(&v[range], to),
-        Floats::Bf16(v) => widen_bf16(&v[range], to),
-    }
-}
-
-#[inline(always)]
-fn widen_bf16(from: &[bf16], to: &mut [f32]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = f32::from_bits(u32::from(from.to_bits()) << 16);
-    }
-}
-
-#[inline(always)]
-fn widen_f16(from: &[f16], to: &mut [f32]) {
-    for (to, from) in to.iter_mut().zip(from) {
-        *to = from.to_f32();
+        Floats::F32(from) => to.copy_from_slice(&from[range]),
+        Floats::F16(from) => from[range].convert_to_f32_slice(to),
+        Floats::Bf16(from) => {
+            for (to, from) in to.iter_mut().zip(&from[range]) {
+                *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+            }
+        }
     }
 }
 
@@ -79,100 +102,44 @@ fn largest_magnitude(values: &[f32]) -> f32 {
     f32::from_bits(bits)
 }
 
+/// Scales to [-1, 1] and returns the absmax to store.
 #[inline(always)]
-fn normalize(values: &mut [f32], absmax: f32, block_size: usize) {
-    let absmax = absmax.max(SMALLEST_ABSMAX);
+fn normalize(values: &mut [f32], absmax: f32, block_size: usize) -> f32 {
+    let divisor = absmax.max(SMALLEST_ABSMAX);
     if values.len() == block_size {
-        let inverse = 1.0 / absmax;
-        values.iter_mut().for_each(|v| *v *= inverse);
-    } else {
-        values.iter_mut().for_each(|v| *v /= absmax);
+        let inverse = 1.0 / divisor;
+        values.iter_mut().for_each(|value| *value *= inverse);
+        return absmax;
     }
+    values.iter_mut().for_each(|value| *value /= divisor);
+    // bitsandbytes stores the floor itself for a short block.
+    divisor
 }
 
-/// Codes of normalized values, two to a byte; an odd last one is followed by the code of 0.
+/// How many thresholds are below each value, in place of the values.
 #[inline(always)]
-fn encode(quant_type: QuantType, values: &[f32], codes: &mut [u8], packed: &mut [u8]) {
-    match quant_type {
-        QuantType::Nf4 => encode_nf4(values, codes),
-        QuantType::Fp4 => encode_fp4(values, codes),
+fn rank<'a, S: Simd>(simd: S, thresholds: &[f32; 15], values: &'a mut [f32]) -> &'a [u32] {
+    let (vectors, rest) = S::as_mut_simd_f32s(values);
+    debug_assert!(rest.is_empty(), "a run is a whole number of vectors");
+    let one = simd.splat_u32s(1);
+    for value in vectors {
+        let mut rank = simd.splat_u32s(0);
+        for threshold in thresholds {
+            let above = simd.greater_than_f32s(*value, simd.splat_f32s(*threshold));
+            rank = simd.select_u32s(above, simd.add_u32s(rank, one), rank);
+        }
+        *value = simd.transmute_f32s_u32s(rank);
     }
-    let zero = if quant_type == QuantType::Nf4 { 7 } else { 0 };
-    codes[values.len()..].fill(zero);
-    for (byte, [high, low]) in packed.iter_mut().zip(codes.as_chunks::<2>().0) {
-        *byte = (high << 4) | low;
-    }
+    bytemuck::cast_slice(values)
 }
 
-// The loops over values have no constant length, so that the compiler vectorises them and not the
-// short loops over thresholds, which it unrolls.
-
-/// The number of thresholds below each value.
+/// Two ranks to a byte, then the codes of those ranks.
 #[inline(always)]
-fn encode_nf4(values: &[f32], codes: &mut [u8]) {
-    for (code, &value) in codes.iter_mut().zip(values) {
-        let mut count = 0i32;
-        for threshold in NF4_THRESHOLDS {
-            count += i32::from(value > threshold);
-        }
-        *code = count as u8;
+fn pack(quant_type: QuantType, ranks: &[u32], bytes: &mut [u8]) {
+    for (byte, [high, low]) in bytes.iter_mut().zip(ranks.as_chunks().0) {
+        *byte = (high << 4 | low) as u8;
     }
-}
-
-/// The code of the magnitude, reached from threshold to threshold, and the sign in bit 3.
-#[inline(always)]
-fn encode_fp4(values: &[f32], codes: &mut [u8]) {
-    for (code, &value) in codes.iter_mut().zip(values) {
-        let magnitude = value.abs();
-        let mut chosen = i32::from(FP4_CODES[0]);
-        for (index, threshold) in FP4_THRESHOLDS.into_iter().enumerate() {
-            let step = i32::from(FP4_CODES[index + 1]) - i32::from(FP4_CODES[index]);
-            chosen += if magnitude > threshold { step } else { 0 };
-        }
-        *code = (chosen + if value < 0.0 { 8 } else { 0 }) as u8;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// `dQuantizeFP4` of bitsandbytes' `csrc/kernels.cu`, branch by branch.
-    fn fp4_tree(x: f32) -> u8 {
-        let sign = if x < 0.0 { 0b1000 } else { 0 };
-        let x = x.abs();
-        #[allow(clippy::excessive_precision, reason = "as written there")]
-        let magnitude = if x > 0.29166667 {
-            if x > 0.583333 {
-                if x > 0.8333333 { 0b0011 } else { 0b0010 }
-            } else if x > 0.4166667 {
-                0b0101
-            } else {
-                0b0100
-            }
-        } else if x > 0.0859375 {
-            if x > 0.20833333 { 0b0111 } else { 0b0110 }
-        } else if x > 0.00260417 {
-            0b0001
-        } else {
-            0b0000
-        };
-        magnitude + sign
-    }
-
-    #[test]
-    fn fp4_codes_follow_the_cuda_tree() {
-        let mut values = vec![1.0f32, -1.0, 0.0, -0.0];
-        for threshold in FP4_THRESHOLDS {
-            for value in [threshold.next_down(), threshold, threshold.next_up()] {
-                values.extend([value, -value]);
-            }
-        }
-        values.extend((0..2000).map(|i| i as f32 / 1000.0 - 1.0));
-        let mut codes = vec![0; values.len()];
-        encode_fp4(&values, &mut codes);
-        for (value, code) in values.iter().zip(codes) {
-            assert_eq!(code, fp4_tree(*value), "{value}");
-        }
+    if quant_type == QuantType::Fp4 {
+        bytes.iter_mut().for_each(|byte| *byte = FP4_BYTES[usize::from(*byte)]);
     }
 }

@@ -1,7 +1,8 @@
-//! Decoding runs of codes with one scale: `out = values[code] · absmax`.
+//! Decoding blocks of codes: `out = values[code] · absmax`.
 //!
 //! The 16-entry table is scaled once per block, then looked up 16 codes at a time (AVX-512's
-//! 16-lane permute), 8 at a time (two AVX2 permutes and a blend), or one by one.
+//! 16-lane permute), 8 at a time (two AVX2 permutes and a blend), or one by one. Intrinsics, since
+//! pulp has no 16-entry lookup.
 #![allow(unsafe_code)]
 
 /// Codes decoded at a time by the vector paths.
@@ -35,27 +36,47 @@ impl Decoder {
         Decoder::Scalar
     }
 
-    /// Decodes `out.len()` codes (a multiple of [`RUN`]) from `bytes`.
+    /// Decodes `out.len()` codes from `bytes`: `scales` are those of blocks of equal length, a
+    /// multiple of [`RUN`].
     #[inline]
-    pub(crate) fn runs(self, bytes: &[u8], values: &[f32; 16], absmax: f32, out: &mut [f32]) {
-        debug_assert!(out.len().is_multiple_of(RUN) && bytes.len() * 2 == out.len());
+    pub(crate) fn decode(self, bytes: &[u8], values: &[f32; 16], scales: &[f32], out: &mut [f32]) {
+        debug_assert_eq!(out.len() % (scales.len() * RUN), 0, "whole runs for each scale");
+        debug_assert_eq!(bytes.len() * 2, out.len(), "two codes to a byte");
+        if out.is_empty() {
+            return;
+        }
         match self {
-            Decoder::Scalar => scalar(bytes, values, absmax, out),
+            Decoder::Scalar => scalar(bytes, values, scales, out),
             // SAFETY: `detect` saw the features; both functions check their slices.
             #[cfg(target_arch = "x86_64")]
-            Decoder::Avx2 => unsafe { x86::avx2(bytes, values, absmax, out) },
+            Decoder::Avx2 => unsafe { x86::avx2(bytes, values, scales, out) },
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
-            Decoder::Avx512 => unsafe { x86::avx512(bytes, values, absmax, out) },
+            Decoder::Avx512 => unsafe { x86::avx512(bytes, values, scales, out) },
         }
     }
 }
 
-fn scalar(bytes: &[u8], values: &[f32; 16], absmax: f32, out: &mut [f32]) {
-    let table = values.map(|value| value * absmax);
-    let (pairs, _) = out.as_chunks_mut::<2>();
-    for (pair, byte) in pairs.iter_mut().zip(bytes) {
-        *pair = [table[usize::from(byte >> 4)], table[usize::from(byte & 15)]];
+/// `(codes, scale, out)` of each block.
+#[inline(always)]
+fn blocks<'a>(
+    bytes: &'a [u8],
+    scales: &'a [f32],
+    out: &'a mut [f32],
+) -> impl Iterator<Item = (&'a [u8], f32, &'a mut [f32])> {
+    let block_size = out.len() / scales.len();
+    let codes = bytes.chunks_exact(block_size / 2);
+    let blocks = codes.zip(scales).zip(out.chunks_exact_mut(block_size));
+    blocks.map(|((codes, scale), out)| (codes, *scale, out))
+}
+
+fn scalar(bytes: &[u8], values: &[f32; 16], scales: &[f32], out: &mut [f32]) {
+    for (bytes, scale, out) in blocks(bytes, scales, out) {
+        let table = values.map(|value| value * scale);
+        let (pairs, _) = out.as_chunks_mut::<2>();
+        for (pair, byte) in pairs.iter_mut().zip(bytes) {
+            *pair = [table[usize::from(byte >> 4)], table[usize::from(byte & 15)]];
+        }
     }
 }
 
@@ -63,7 +84,7 @@ fn scalar(bytes: &[u8], values: &[f32; 16], absmax: f32, out: &mut [f32]) {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::RUN;
+    use super::{RUN, blocks};
 
     #[inline]
     #[target_feature(enable = "avx2")]
@@ -76,43 +97,47 @@ mod x86 {
     }
 
     #[target_feature(enable = "avx512f,avx512bw,avx2")]
-    pub(super) fn avx512(bytes: &[u8], values: &[f32; 16], absmax: f32, out: &mut [f32]) {
+    pub(super) fn avx512(bytes: &[u8], values: &[f32; 16], scales: &[f32], out: &mut [f32]) {
         // SAFETY: 16 floats.
-        let table = unsafe { _mm512_loadu_ps(values.as_ptr()) };
-        let table = _mm512_mul_ps(table, _mm512_set1_ps(absmax));
-        let (byte_runs, _) = bytes.as_chunks::<{ RUN / 2 }>();
-        let (out_runs, _) = out.as_chunks_mut::<RUN>();
-        for (bytes, out) in byte_runs.iter().zip(out_runs) {
-            let (first, second) = nibbles(bytes);
-            for (half, codes) in [first, second].into_iter().enumerate() {
-                let decoded = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), table);
-                // SAFETY: two stores of 16 floats in an array of 32.
-                unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(16 * half), decoded) };
+        let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+        for (bytes, scale, out) in blocks(bytes, scales, out) {
+            let table = _mm512_mul_ps(values, _mm512_set1_ps(scale));
+            let (byte_runs, _) = bytes.as_chunks::<{ RUN / 2 }>();
+            let (out_runs, _) = out.as_chunks_mut::<RUN>();
+            for (bytes, out) in byte_runs.iter().zip(out_runs) {
+                let (first, second) = nibbles(bytes);
+                for (half, codes) in [first, second].into_iter().enumerate() {
+                    let decoded = _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), table);
+                    // SAFETY: two stores of 16 floats in an array of 32.
+                    unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(16 * half), decoded) };
+                }
             }
         }
     }
 
     #[target_feature(enable = "avx2")]
-    pub(super) fn avx2(bytes: &[u8], values: &[f32; 16], absmax: f32, out: &mut [f32]) {
-        let scale = _mm256_set1_ps(absmax);
+    pub(super) fn avx2(bytes: &[u8], values: &[f32; 16], scales: &[f32], out: &mut [f32]) {
         // SAFETY: two loads of 8 floats from an array of 16.
         let (low, high) =
             unsafe { (_mm256_loadu_ps(values.as_ptr()), _mm256_loadu_ps(values.as_ptr().add(8))) };
-        let (low, high) = (_mm256_mul_ps(low, scale), _mm256_mul_ps(high, scale));
-        let (byte_runs, _) = bytes.as_chunks::<{ RUN / 2 }>();
-        let (out_runs, _) = out.as_chunks_mut::<RUN>();
-        for (bytes, out) in byte_runs.iter().zip(out_runs) {
-            let (first, second) = nibbles(bytes);
-            let eights = [first, _mm_srli_si128(first, 8), second, _mm_srli_si128(second, 8)];
-            for (eighth, codes) in eights.into_iter().enumerate() {
-                let index = _mm256_cvtepu8_epi32(codes);
-                let from_low = _mm256_permutevar8x32_ps(low, index);
-                let from_high = _mm256_permutevar8x32_ps(high, index);
-                // Bit 3 of the code, moved to the sign, picks the upper half of the table.
-                let upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
-                let decoded = _mm256_blendv_ps(from_low, from_high, upper);
-                // SAFETY: four stores of 8 floats in an array of 32.
-                unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * eighth), decoded) };
+        for (bytes, scale, out) in blocks(bytes, scales, out) {
+            let scale = _mm256_set1_ps(scale);
+            let (low, high) = (_mm256_mul_ps(low, scale), _mm256_mul_ps(high, scale));
+            let (byte_runs, _) = bytes.as_chunks::<{ RUN / 2 }>();
+            let (out_runs, _) = out.as_chunks_mut::<RUN>();
+            for (bytes, out) in byte_runs.iter().zip(out_runs) {
+                let (first, second) = nibbles(bytes);
+                let eights = [first, _mm_srli_si128(first, 8), second, _mm_srli_si128(second, 8)];
+                for (eighth, codes) in eights.into_iter().enumerate() {
+                    let index = _mm256_cvtepu8_epi32(codes);
+                    let from_low = _mm256_permutevar8x32_ps(low, index);
+                    let from_high = _mm256_permutevar8x32_ps(high, index);
+                    // Bit 3 of the code, moved to the sign, picks the upper half of the table.
+                    let upper = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+                    let decoded = _mm256_blendv_ps(from_low, from_high, upper);
+                    // SAFETY: four stores of 8 floats in an array of 32.
+                    unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * eighth), decoded) };
+                }
             }
         }
     }
@@ -126,19 +151,22 @@ mod tests {
     #[test]
     fn every_byte_decodes_alike_on_every_decoder() {
         let bytes: Vec<u8> = (0..=255).collect();
-        let mut expected = vec![0.0; 512];
-        for (i, pair) in expected.chunks_exact_mut(2).enumerate() {
-            pair.copy_from_slice(&[NF4[i >> 4] * 0.37, NF4[i & 15] * 0.37]);
-        }
         let mut decoders = vec![Decoder::Scalar, Decoder::detect()];
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") {
             decoders.push(Decoder::Avx2);
         }
-        for decoder in decoders {
-            let mut out = vec![f32::NAN; 512];
-            decoder.runs(&bytes, &NF4, 0.37, &mut out);
-            assert_eq!(out, expected, "{decoder:?}");
+        for scales in [vec![0.37], vec![0.37, -2.5], (1..=16).map(|s| s as f32 * 0.1).collect()] {
+            let mut expected = vec![0.0; 512];
+            for (i, pair) in expected.chunks_exact_mut(2).enumerate() {
+                let scale = scales[i * scales.len() / 256];
+                pair.copy_from_slice(&[NF4[i >> 4] * scale, NF4[i & 15] * scale]);
+            }
+            for decoder in &decoders {
+                let mut out = vec![f32::NAN; 512];
+                decoder.decode(&bytes, &NF4, &scales, &mut out);
+                assert_eq!(out, expected, "{decoder:?}, {} scales", scales.len());
+            }
         }
     }
 }

@@ -21,11 +21,14 @@
 mod block;
 pub mod codebook;
 mod decode;
+mod dequantize;
+mod float;
+mod format;
 mod nested;
 mod packed;
 pub mod product;
 
+pub use float::{FloatType, Floats};
+pub use format::{BlockFormat, NESTED_BLOCK_SIZE, QuantType};
 pub use nested::{dequantize_absmax, quantize_absmax};
-pub use packed::{
-    Absmax, BlockFormat, FloatType, Floats, NESTED_BLOCK_SIZE, PackedParts, PackedWeight, QuantType,
-};
+pub use packed::{Absmax, PackedParts, PackedWeight};

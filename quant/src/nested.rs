@@ -9,34 +9,49 @@
 use rayon::prelude::*;
 
 use crate::codebook::dynamic_map;
-use crate::packed::NESTED_BLOCK_SIZE;
+use crate::format::NESTED_BLOCK_SIZE;
+
+/// Nested blocks that one parallel task handles.
+const BLOCKS_PER_TASK: usize = 16;
 
 /// Codes and block maxima of `absmax − offset`.
 pub fn quantize_absmax(absmax: &[f32], offset: f32) -> (Vec<u8>, Vec<f32>) {
     let mut codes = vec![0; absmax.len()];
-    let blocks = codes.par_chunks_mut(NESTED_BLOCK_SIZE).zip(absmax.par_chunks(NESTED_BLOCK_SIZE));
-    let quantize_block = |(codes, block): (&mut [u8], &[f32])| {
-        let largest = block.iter().fold(0.0f32, |m, a| m.max((a - offset).abs()));
-        let inverse = 1.0 / largest;
-        for (code, absmax) in codes.iter_mut().zip(block) {
-            *code = nearest_code((absmax - offset) * inverse);
+    let mut nested = vec![0.0; absmax.len().div_ceil(NESTED_BLOCK_SIZE)];
+    let task = BLOCKS_PER_TASK * NESTED_BLOCK_SIZE;
+    let tasks = codes.par_chunks_mut(task).zip(nested.par_chunks_mut(BLOCKS_PER_TASK));
+    tasks.zip(absmax.par_chunks(task)).for_each(|((codes, nested), absmax)| {
+        let blocks = codes.chunks_mut(NESTED_BLOCK_SIZE).zip(absmax.chunks(NESTED_BLOCK_SIZE));
+        for (largest, (codes, absmax)) in nested.iter_mut().zip(blocks) {
+            *largest = absmax.iter().fold(0.0f32, |m, a| m.max((a - offset).abs()));
+            let inverse = 1.0 / *largest;
+            for (code, absmax) in codes.iter_mut().zip(absmax) {
+                *code = nearest_code((absmax - offset) * inverse);
+            }
         }
-        largest
-    };
-    let nested = blocks.map(quantize_block).collect();
+    });
     (codes, nested)
 }
 
 /// `map[code]·nested + offset` for the scales from `first` on.
+///
+/// # Panics
+/// When there are no such scales.
 pub fn dequantize_absmax(codes: &[u8], nested: &[f32], offset: f32, first: usize, out: &mut [f32]) {
     let map = dynamic_map();
-    for (i, out) in out.iter_mut().enumerate() {
-        let index = first + i;
-        *out = map[codes[index] as usize] * nested[index / NESTED_BLOCK_SIZE] + offset;
+    let (mut index, mut rest) = (first, out);
+    while !rest.is_empty() {
+        let block = index / NESTED_BLOCK_SIZE;
+        let count = rest.len().min((block + 1) * NESTED_BLOCK_SIZE - index);
+        let (now, later) = rest.split_at_mut(count);
+        for (out, code) in now.iter_mut().zip(&codes[index..index + count]) {
+            *out = map[usize::from(*code)] * nested[block] + offset;
+        }
+        (index, rest) = (index + count, later);
     }
 }
 
-/// Mean in f32, summed in f64.
+/// Mean, summed in f64 and rounded once; torch's own f32 mean depends on its number of threads.
 pub(crate) fn mean(values: &[f32]) -> f32 {
     let sum: f64 = values.iter().map(|&v| f64::from(v)).sum();
     (sum / values.len().max(1) as f64) as f32
@@ -45,31 +60,18 @@ pub(crate) fn mean(values: &[f32]) -> f32 {
 /// The tree search of `dQuantize`; NaN (a block of equal values) gives code 0.
 fn nearest_code(x: f32) -> u8 {
     let map = dynamic_map();
-    let (mut pivot, mut upper_pivot, mut lower_pivot) = (127usize, 255usize, 0usize);
-    let (mut lower, mut upper) = (-1.0f32, 1.0f32);
-    let mut value = map[pivot];
+    let at = |pivot: u8| map[usize::from(pivot)];
+    let (mut pivot, mut upper, mut lower) = (127, 255, 0);
     for step in [64, 32, 16, 8, 4, 2, 1] {
-        if x > value {
-            (lower_pivot, lower) = (pivot, value);
-            pivot += step;
-        } else {
-            (upper_pivot, upper) = (pivot, value);
-            pivot -= step;
-        }
-        value = map[pivot];
+        // Selections, not branches: every comparison is a coin toss to the processor.
+        let above = x > at(pivot);
+        lower = if above { pivot } else { lower };
+        upper = if above { upper } else { pivot };
+        pivot = if above { pivot + step } else { pivot - step };
     }
-    if upper_pivot == 255 {
-        upper = map[255];
-    }
-    if lower_pivot == 0 {
-        lower = map[0];
-    }
-    let chosen = if x > value {
-        if x > (upper + value) * 0.5 { upper_pivot } else { pivot }
-    } else if x < (lower + value) * 0.5 {
-        lower_pivot
-    } else {
-        pivot
-    };
-    chosen as u8
+    let (value, above) = (at(pivot), x > at(pivot));
+    let other = if above { upper } else { lower };
+    let middle = (at(other) + value) * 0.5;
+    let beyond = if above { x > middle } else { x < middle };
+    if beyond { other } else { pivot }
 }
