@@ -43,12 +43,12 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
         _ => (all, Vec::new()),
     };
     let max_length = options.max_length;
-    let rows = |documents: &[Document]| match args.data.packing {
-        true => pack(documents, max_length),
-        false => one_per_row(documents),
-    };
     let (rows_per_batch, seed) =
         (args.optimization.per_device_train_batch_size.get(), args.optimization.seed);
+    let rows = |documents: &[Document]| match args.data.packing {
+        true => pack(documents, max_length, seed),
+        false => one_per_row(documents),
+    };
     let training_rows = rows(&training);
     if args.data.packing {
         let share = 100.0 * efficiency(&training, &training_rows, max_length);
