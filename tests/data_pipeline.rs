@@ -5,11 +5,12 @@
 
 use std::path::{Path, PathBuf};
 
+use nibble::data::chat::Chat;
 use nibble::data::template::ChatTemplate;
 use nibble::data::{
     ChatTokenizer, DataOptions, Dataset, Document, Encoder, Format, TrainOn, Truncation, load,
 };
-use serde_json::Value;
+use serde_json::{Map, Value, json};
 
 const VOCAB: usize = 49152;
 
@@ -74,19 +75,13 @@ fn chats_render_and_encode_as_in_transformers() {
     let tokenizer = tokenizer();
     let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer/smollm2.json");
     let golden: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
-    let text = |token: Option<&nibble::data::tokenizer::SpecialToken>| token.unwrap().text.clone();
-    let template = ChatTemplate::new(
-        tokenizer.chat_template().unwrap(),
-        &text(tokenizer.bos()),
-        &text(tokenizer.eos()),
-    )
-    .unwrap();
+    let template = tokenizer.compile_template().unwrap().unwrap();
     let cases = golden["chat"].as_array().unwrap();
     assert!(cases.len() >= 2);
     for case in cases {
         let messages = case["messages"].as_array().unwrap();
         let prompt = case["add_generation_prompt"].as_bool().unwrap();
-        let text = template.render(messages, None, prompt).unwrap();
+        let text = template.render(messages, &Map::new(), prompt).unwrap();
         assert_eq!(text, case["text"].as_str().unwrap());
         let ids: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
         assert_eq!(tokenizer.encode(&text).unwrap(), ids);
@@ -119,7 +114,7 @@ fn every_format_is_detected_and_masked() {
     let alpaca = r#"{"instruction": "Add.", "input": "1 and 2", "output": "3"}"#;
     let (yes, no) = trained(&one(alpaca));
     assert_eq!(yes, "3<|im_end|>");
-    assert!(no.ends_with("### Input:\n1 and 2\n\n### Response:\n"), "{no:?}");
+    assert!(no.ends_with("user\nAdd.\n\n1 and 2<|im_end|>\n<|im_start|>assistant\n\n"), "{no:?}");
     assert_eq!(trained(&one(r#"{"text": "Once."}"#)).0, "Once.<|im_end|>");
     let tokens = one(r#"{"input_ids": [5, 6, 7], "labels": [-100, 6, 7]}"#);
     assert_eq!((tokens.input_ids, tokens.labels), (vec![5, 6, 7], vec![-100, 6, 7]));
@@ -127,33 +122,41 @@ fn every_format_is_detected_and_masked() {
     assert_eq!(trained(&list).0, "Once.<|im_end|>");
 }
 
+fn template(source: &str, eos_token: &str) -> ChatTemplate {
+    ChatTemplate::new(source, Map::from_iter([("eos_token".to_string(), eos_token.into())]))
+        .unwrap()
+}
+
+fn chat(messages: Value) -> Chat {
+    Chat { messages: messages.as_array().unwrap().clone(), ..Chat::default() }
+}
+
 #[test]
 fn generation_marks_say_what_is_trained() {
     let source = "{% for m in messages %}<{{ m.role }}>{% if m.role == 'assistant' %}\
         {% generation %}{{ m.content }}{{ eos_token }}{%- endgeneration -%}{% else %}\
         {{ m.content }}{% endif %}{% endfor %}";
-    let template = ChatTemplate::new(source, "", "<e>").unwrap();
-    let messages: Vec<Value> = serde_json::from_str(
-        r#"[{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]"#,
-    )
-    .unwrap();
-    let rendered = template.render_with_spans(&messages, None).unwrap();
+    let chat =
+        chat(json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]));
+    let rendered = template(source, "<e>").render_with_turns(&chat, &[]).unwrap();
     assert_eq!(rendered.text, "<user>a<assistant>b<e>");
-    let spans: Vec<&str> =
-        rendered.assistant.iter().map(|span| &rendered.text[span.clone()]).collect();
-    assert_eq!(spans, ["b<e>"]);
+    assert_eq!(rendered.turns.len(), 1);
+    assert_eq!(&rendered.text[rendered.turns[0].range.clone()], "b<e>");
+    assert_eq!(rendered.turns[0].message, Some(1));
 }
 
 #[test]
-fn a_template_that_rewrites_the_past_is_refused() {
-    let source = "{{ messages | length }}:{% for m in messages %}{{ m.content }}{% endfor %}";
-    let template = ChatTemplate::new(source, "", "").unwrap();
-    let messages: Vec<Value> = serde_json::from_str(
-        r#"[{"role": "assistant", "content": "b"}, {"role": "user", "content": "a"}]"#,
-    )
-    .unwrap();
-    let error = template.render_with_spans(&messages, None).unwrap_err().to_string();
-    assert!(error.contains("turn 0 changes the text before it"), "{error}");
+fn a_template_that_hides_who_said_what_is_refused() {
+    let source =
+        "{{ messages | length }}:{% for m in messages %}{{ m.content | upper }}{% endfor %}";
+    let chat =
+        chat(json!([{"role": "assistant", "content": "b"}, {"role": "user", "content": "a"}]));
+    let error = template(source, "").render_with_turns(&chat, &[]);
+    // Marks are found where text before the turn depends on later ones.
+    assert_eq!(error.unwrap().turns[0].range, 2..3);
+    let source = "{{ messages | length }}:{% for m in messages %}{{ m.content | replace('b', m.content | length) }}{% endfor %}";
+    let error = template(source, "").render_with_turns(&chat, &[]).unwrap_err().to_string();
+    assert!(error.contains("turn 0 depends on later turns"), "{error}");
     assert!(error.contains("--train-on all"), "{error}");
 }
 
@@ -197,7 +200,7 @@ fn bad_records_are_named_by_file_and_line() {
     rejected(b"\n\n", "has no records");
     rejected(b"[1, 2", "not a JSON list");
     rejected(b"{\"foo\": 1}", "cannot tell the format of a record with the fields [\"foo\"]");
-    rejected(b"{\"messages\": []}", "conversation has no messages");
+    rejected(b"{\"messages\": []}", "field `messages` has no messages");
     rejected(b"{\"messages\": [{\"content\": \"a\"}]}", "messages[0].role is missing");
     rejected(b"{\"input_ids\": [1, 49152]}", "token id 49152 is outside the vocabulary of 49152");
     rejected(b"{\"input_ids\": [1, 2], \"labels\": [1]}", "1 labels for 2 input_ids");
@@ -206,7 +209,7 @@ fn bad_records_are_named_by_file_and_line() {
         "no record has a token to train on",
     );
     let other = b"{\"text\": \"a\"}\n{\"prompt\": \"a\", \"completion\": \"b\"}";
-    rejected(other, "pass `--format prompt`");
+    rejected(other, "pass `--format prompt` if the whole file has");
 }
 
 #[test]

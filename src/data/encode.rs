@@ -7,11 +7,13 @@ use std::ops::Range;
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
-use serde_json::Value;
 
 use super::batch::{Document, MASKED};
+use super::chat::Chat;
+use super::ends::TurnEnds;
 use super::record::{Record, Rejection};
-use super::template::ChatTemplate;
+use super::spans::{Rendered, Turn};
+use super::template::{ChatTemplate, DATE_OF_DATA};
 use super::tokenizer::ChatTokenizer;
 use crate::error::{Error, Result};
 
@@ -33,6 +35,9 @@ pub struct Encoder<'a> {
     template: Option<ChatTemplate>,
     train_on: TrainOn,
     vocab_size: usize,
+    /// Tokens that end a turn, and their texts.
+    end_ids: Vec<u32>,
+    end_texts: Vec<String>,
 }
 
 /// A document and what was noticed about it.
@@ -42,6 +47,8 @@ pub struct Encoded {
     pub document: Document,
     /// An answer ends without an end-of-sequence token, and none could be added.
     pub untrained_eos: bool,
+    /// The document begins with two beginning-of-sequence tokens.
+    pub double_bos: bool,
 }
 
 impl<'a> Encoder<'a> {
@@ -58,14 +65,15 @@ impl<'a> Encoder<'a> {
             ))
             .hint("the tokenizer belongs to another model"));
         }
-        let text = |token: Option<&super::tokenizer::SpecialToken>| {
-            token.map(|token| token.text.clone()).unwrap_or_default()
-        };
-        let template = tokenizer
-            .chat_template()
-            .map(|source| ChatTemplate::new(source, &text(tokenizer.bos()), &text(tokenizer.eos())))
-            .transpose()?;
-        Ok(Encoder { tokenizer, template, train_on, vocab_size })
+        let compile = |source| ChatTemplate::at(DATE_OF_DATA, source, tokenizer.special_tokens());
+        let template = tokenizer.chat_template().map(compile).transpose()?;
+        let mut end_ids = tokenizer.eos_ids().to_vec();
+        if let Some(template) = &template {
+            let between = TurnEnds::of(template, &tokenizer.added_tokens()).between;
+            end_ids.extend(between.and_then(|text| tokenizer.id(&text)));
+        }
+        let end_texts = end_ids.iter().filter_map(|&id| tokenizer.token(id)).collect();
+        Ok(Encoder { tokenizer, template, train_on, vocab_size, end_ids, end_texts })
     }
 
     /// Ids and labels of one record.
@@ -73,10 +81,15 @@ impl<'a> Encoder<'a> {
     /// # Errors
     /// Why the record cannot be used.
     pub fn encode(&self, record: &Record) -> std::result::Result<Encoded, Rejection> {
-        let encoded = match record {
+        let mut encoded = match record {
             Record::Text(text) => self.text(text)?,
             Record::Completion { prompt, completion } => self.completion(prompt, completion)?,
-            Record::Chat { messages, tools } => self.chat(messages, tools.as_ref())?,
+            Record::Instruction { text: Some((prompt, completion)), .. }
+                if self.template.is_none() =>
+            {
+                self.completion(prompt, completion)?
+            }
+            Record::Instruction { chat, .. } | Record::Chat(chat) => self.chat(chat)?,
             Record::Tokens { input_ids, labels } => self.tokens(input_ids, labels.as_deref()),
         };
         let document = &encoded.document;
@@ -87,6 +100,9 @@ impl<'a> Encoder<'a> {
             let what = format!("token id {id} is outside the vocabulary of {}", self.vocab_size);
             return Err(Rejection::new(what).hint("the ids were made with another tokenizer"));
         }
+        encoded.double_bos = self.tokenizer.bos().is_some_and(|bos| {
+            document.input_ids.len() > 1 && document.input_ids[..2] == [bos.id, bos.id]
+        });
         Ok(encoded)
     }
 
@@ -101,13 +117,13 @@ impl<'a> Encoder<'a> {
         Ok(ids)
     }
 
-    fn is_eos(&self, id: u32) -> bool {
-        self.tokenizer.eos_ids().contains(&id)
+    fn ends_turn(&self, id: u32) -> bool {
+        self.end_ids.contains(&id)
     }
 
     /// Appends the EOS unless the ids end in one. Returns whether they now do.
     fn close(&self, ids: &mut Vec<u32>) -> bool {
-        if ids.last().is_some_and(|&id| self.is_eos(id)) {
+        if ids.last().is_some_and(|&id| self.tokenizer.eos_ids().contains(&id)) {
             return true;
         }
         ids.extend(self.tokenizer.eos().map(|eos| eos.id));
@@ -143,33 +159,53 @@ impl<'a> Encoder<'a> {
         Ok(encoded)
     }
 
-    fn chat(
-        &self,
-        messages: &[Value],
-        tools: Option<&Value>,
-    ) -> std::result::Result<Encoded, Rejection> {
+    fn chat(&self, chat: &Chat) -> std::result::Result<Encoded, Rejection> {
         let Some(template) = &self.template else {
             return Err(Rejection::new("the tokenizer has no chat template")
                 .hint("use `text` or `prompt`/`completion` records with this base model"));
         };
         if self.train_on == TrainOn::All {
-            let text = template.render(messages, tools, false).map_err(rejection)?;
+            let text =
+                template.render(&chat.messages, &chat.variables, false).map_err(rejection)?;
             let mut ids = self.tokenizer.encode(&text).map_err(rejection)?;
-            let ends = ids.iter().any(|&id| self.is_eos(id)) || self.close(&mut ids);
+            let ends = ids.iter().any(|&id| self.ends_turn(id)) || self.close(&mut ids);
             return Ok(all_trained(ids, !ends));
         }
-        let rendered = template.render_with_spans(messages, tools).map_err(rejection)?;
-        let (mut ids, offsets) =
+        let rendered = template.render_with_turns(chat, &self.end_texts).map_err(rejection)?;
+        let (ids, offsets) =
             self.tokenizer.encode_with_offsets(&rendered.text).map_err(rejection)?;
-        let mut labels = vec![MASKED; ids.len()];
-        let mut untrained_eos = false;
+        let turns = self.trained_turns(chat, &rendered)?;
+        let ranges = turns.iter().map(|turn| self.turn(&ids, &offsets, &turn.range)).collect();
+        Ok(self.masked_but(ids, ranges))
+    }
+
+    /// The turns that the options and the record want trained.
+    fn trained_turns<'r>(
+        &self,
+        chat: &Chat,
+        rendered: &'r Rendered,
+    ) -> std::result::Result<Vec<&'r Turn>, Rejection> {
+        let turns = rendered.turns.iter();
         let first = match self.train_on {
-            TrainOn::Completion => rendered.assistant.len().saturating_sub(1),
+            TrainOn::Completion => turns.len().saturating_sub(1),
             _ => 0,
         };
-        for span in &rendered.assistant[first..] {
-            let range = self.turn(&ids, &offsets, span);
-            let ends = ids[range.clone()].last().is_some_and(|&id| self.is_eos(id));
+        if !chat.is_all_trained() && rendered.turns.iter().any(|turn| turn.message.is_none()) {
+            return Err(Rejection::new(
+                "the template's generation blocks are not the assistant's messages, so that it is \
+                 unknown which of them the prompt or `weight` leaves out",
+            ));
+        }
+        let trained = |turn: &&Turn| turn.message.is_none_or(|index| chat.is_trained(index));
+        Ok(turns.skip(first).filter(trained).collect())
+    }
+
+    /// Trains `ranges` only; the last of them gets an EOS if it ends the document without one.
+    fn masked_but(&self, mut ids: Vec<u32>, ranges: Vec<Range<usize>>) -> Encoded {
+        let mut labels = vec![MASKED; ids.len()];
+        let mut untrained_eos = false;
+        for range in ranges {
+            let ends = ids[range.clone()].last().is_some_and(|&id| self.ends_turn(id));
             for token in range.clone() {
                 labels[token] = ids[token] as i32;
             }
@@ -181,16 +217,17 @@ impl<'a> Encoder<'a> {
             untrained_eos |= !ends;
         }
         let document = Document { input_ids: ids, labels, line: 0 };
-        Ok(Encoded { document, untrained_eos })
+        Encoded { document, untrained_eos, double_bos: false }
     }
 
-    /// Tokens of an assistant turn, up to its last EOS; one that follows directly is taken in.
-    fn turn(&self, ids: &[u32], offsets: &[Range<usize>], span: &Range<usize>) -> Range<usize> {
-        let begin = offsets.partition_point(|offset| offset.start < span.start);
-        let end = offsets.partition_point(|offset| offset.start < span.end).max(begin);
-        match ids[begin..end].iter().rposition(|&id| self.is_eos(id)) {
+    /// Tokens of an assistant turn, up to its last end-of-turn token; one that follows directly is
+    /// taken in, and so is a token that reaches into the turn.
+    fn turn(&self, ids: &[u32], offsets: &[Range<usize>], range: &Range<usize>) -> Range<usize> {
+        let begin = offsets.partition_point(|offset| offset.end <= range.start);
+        let end = offsets.partition_point(|offset| offset.start < range.end).max(begin);
+        match ids[begin..end].iter().rposition(|&id| self.ends_turn(id)) {
             Some(last) => begin..begin + last + 1,
-            None if ids.get(end).is_some_and(|&id| self.is_eos(id)) => begin..end + 1,
+            None if ids.get(end).is_some_and(|&id| self.ends_turn(id)) => begin..end + 1,
             None => begin..end,
         }
     }
@@ -206,7 +243,7 @@ impl<'a> Encoder<'a> {
 
 fn all_trained(input_ids: Vec<u32>, untrained_eos: bool) -> Encoded {
     let labels = input_ids.iter().map(|&id| id as i32).collect();
-    Encoded { document: Document { input_ids, labels, line: 0 }, untrained_eos }
+    Encoded { document: Document { input_ids, labels, line: 0 }, untrained_eos, double_bos: false }
 }
 
 fn rejection(error: Error) -> Rejection {

@@ -231,17 +231,13 @@ impl Loader<'_> {
             // Nothing parses: every line is reported as rejected.
             return Ok(Format::Text);
         };
-        Format::detect(record).ok_or_else(|| {
-            let keys = record.as_object().map(|fields| fields.keys().cloned().collect::<Vec<_>>());
-            Error::input(format_args!(
-                "{}:{line}: cannot tell the format of a record with the fields {:?}",
-                self.path.display(),
-                keys.unwrap_or_default()
-            ))
-            .hint(
-                "expected text, prompt and completion, instruction and output, conversations, \
-                 messages, or input_ids",
-            )
+        Format::detect(record).map_err(|rejection| {
+            let place = format!("{}:{line}", self.path.display());
+            let error = Error::input(format_args!("{place}: {}", rejection.reason));
+            match rejection.hint {
+                Some(hint) => error.hint(hint),
+                None => error,
+            }
         })
     }
 

@@ -5,11 +5,16 @@
 
 pub mod audit;
 pub mod batch;
+pub mod chat;
 pub mod encode;
+mod ends;
+mod jinja;
 pub mod load;
 pub mod pack;
 pub mod record;
+mod spans;
 pub mod split;
+mod strftime;
 pub mod template;
 pub mod tokenizer;
 
@@ -17,4 +22,5 @@ pub use batch::{Batch, Document};
 pub use encode::{Encoder, TrainOn};
 pub use load::{DataOptions, Dataset, Truncation, load};
 pub use record::Format;
+pub use spans::Rendered;
 pub use tokenizer::ChatTokenizer;

@@ -1,12 +1,14 @@
 //! Rows of a data file: what kind of example each is.
 //!
-//! Known shapes: `text`; `prompt` and `completion`; Alpaca (`instruction`, `input`, `output`);
-//! ShareGPT (`conversations` of `from`/`value`); OpenAI (`messages` of `role`/`content`, with `tools`);
-//! and ready tokens (`input_ids`, `labels`).
+//! Known shapes: `text`; `prompt` and `completion`, texts or messages; Alpaca (`instruction`, `input`,
+//! `output`); ShareGPT (`conversations` of `from`/`value`); OpenAI (`messages` of `role`/`content`, with
+//! `tools`); and ready tokens (`input_ids`, `labels`).
 
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+
+use super::chat::Chat;
 
 /// The shape of a file's records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
@@ -40,17 +42,51 @@ impl Format {
     }
 
     /// The format whose keys `record` has.
-    pub fn detect(record: &Value) -> Option<Self> {
-        let all = [
-            Format::Tokens,
-            Format::Messages,
-            Format::Sharegpt,
-            Format::Prompt,
-            Format::Alpaca,
-            Format::Text,
-        ];
-        all.into_iter().find(|format| format.keys().iter().all(|key| record.get(key).is_some()))
+    ///
+    /// # Errors
+    /// Why there is none, or that there are several.
+    pub fn detect(record: &Value) -> Result<Self, Rejection> {
+        let Some(fields) = record.as_object() else {
+            return Err(no_object(record));
+        };
+        let names: Vec<&str> = fields.keys().map(String::as_str).collect();
+        let fits = |format: &&Format| format.keys().iter().all(|key| fields.contains_key(*key));
+        let found: Vec<Format> = Format::value_variants().iter().filter(fits).copied().collect();
+        match found[..] {
+            [format] => Ok(format),
+            [] => Err(unknown(&names)),
+            _ => {
+                let flags: Vec<String> =
+                    found.iter().map(|format| format!("`--format {}`", format.name())).collect();
+                let what = format!("the fields {names:?} fit several formats");
+                Err(Rejection::new(what).hint(format!("pass {}", flags.join(" or "))))
+            }
+        }
     }
+
+    /// As `--format` has it.
+    pub fn name(self) -> String {
+        let value = self.to_possible_value().expect("no format is hidden");
+        value.get_name().to_string()
+    }
+}
+
+fn unknown(names: &[&str]) -> Rejection {
+    let what = format!("cannot tell the format of a record with the fields {names:?}");
+    if names.contains(&"chosen") && names.contains(&"rejected") {
+        return Rejection::new(what).hint(
+            "these are preferences; for supervised training keep the `chosen` side as `messages` \
+             or `prompt` and `completion`",
+        );
+    }
+    Rejection::new(what).hint(
+        "expected text, prompt and completion, instruction and output, conversations, messages, \
+         or input_ids",
+    )
+}
+
+fn no_object(record: &Value) -> Rejection {
+    Rejection::new(format!("record is {}, expected an object", kind(record)))
 }
 
 /// One example.
@@ -65,13 +101,15 @@ pub enum Record {
         /// Trained.
         completion: String,
     },
-    /// Turns for the chat template.
-    Chat {
-        /// OpenAI's message objects.
-        messages: Vec<Value>,
-        /// Tools that the template shows to the model.
-        tools: Option<Value>,
+    /// An instruction and its answer: turns for a model that has a chat template, text for others.
+    Instruction {
+        /// As turns.
+        chat: Chat,
+        /// As Alpaca's text, where that has a place for all of it.
+        text: Option<(String, String)>,
     },
+    /// Turns for the chat template.
+    Chat(Chat),
     /// Ready tokens.
     Tokens {
         /// Ids.
@@ -107,34 +145,26 @@ impl Rejection {
 /// Why it is no record of that format.
 pub fn parse(record: &Value, format: Format) -> Result<Record, Rejection> {
     if !record.is_object() {
-        return Err(Rejection::new(format!("record is {}, expected an object", kind(record))));
+        return Err(no_object(record));
     }
     match format {
         Format::Text => Ok(Record::Text(text(record, "text")?)),
         Format::Prompt => prompt_completion(record),
         Format::Alpaca => alpaca(record),
-        Format::Sharegpt => sharegpt(record),
-        Format::Messages => {
-            let messages = list(record, "messages")?.clone();
-            messages
-                .iter()
-                .enumerate()
-                .try_for_each(|(turn, message)| check_turn(turn, message))?;
-            let tools = record.get("tools").filter(|tools| !tools.is_null()).cloned();
-            chat(messages, tools)
-        }
+        Format::Sharegpt => Chat::new(record, "conversations").map(Record::Chat),
+        Format::Messages => Chat::new(record, "messages").map(Record::Chat),
         Format::Tokens => tokens(record),
     }
 }
 
+/// Text on both sides, or lists of messages on both (TRL's conversational form).
 fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
-    // TRL's conversational form has lists of messages on both sides.
-    if let (Some(prompt), Some(completion)) =
-        (record["prompt"].as_array(), record["completion"].as_array())
-    {
-        let messages: Vec<Value> = prompt.iter().chain(completion).cloned().collect();
-        messages.iter().enumerate().try_for_each(|(turn, message)| check_turn(turn, message))?;
-        return chat(messages, None);
+    if record["prompt"].is_array() && record["completion"].is_array() {
+        let prompt = Chat::new(record, "prompt")?;
+        let completion = Chat::new(record, "completion")?;
+        let prompt_messages = prompt.messages.len();
+        let messages = prompt.messages.into_iter().chain(completion.messages).collect();
+        return Ok(Record::Chat(Chat { messages, prompt_messages, ..prompt }));
     }
     Ok(Record::Completion {
         prompt: text(record, "prompt")?,
@@ -142,69 +172,49 @@ fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
     })
 }
 
-/// The prompt text of the Alpaca release, with and without an input.
+/// Source of the text: the Alpaca release. LLaMA-Factory's `system` and `history` are read too.
 fn alpaca(record: &Value) -> Result<Record, Rejection> {
     let (instruction, output) = (text(record, "instruction")?, text(record, "output")?);
-    let input = record.get("input").and_then(Value::as_str).unwrap_or_default();
-    let prompt = if input.is_empty() {
-        format!(
+    let optional = |key: &str| record.get(key).and_then(Value::as_str).filter(|s| !s.is_empty());
+    let (input, system) = (optional("input"), optional("system"));
+    let mut messages = Vec::new();
+    let mut say = |role: &str, content: &str| {
+        messages.push(json!({"role": role, "content": content}));
+    };
+    if let Some(system) = system {
+        say("system", system);
+    }
+    let history = record.get("history").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    for turn in history {
+        let (Some(question), Some(answer)) = (turn[0].as_str(), turn[1].as_str()) else {
+            return Err(Rejection::new("field `history` is no list of questions and answers"));
+        };
+        say("user", question);
+        say("assistant", answer);
+    }
+    match input {
+        Some(input) => say("user", &format!("{instruction}\n\n{input}")),
+        None => say("user", &instruction),
+    }
+    say("assistant", &output);
+    let plain = system.is_none() && history.is_empty();
+    let text = plain.then(|| (alpaca_text(&instruction, input), output));
+    let chat = Chat { messages, ..Chat::default() };
+    Ok(Record::Instruction { chat, text })
+}
+
+fn alpaca_text(instruction: &str, input: Option<&str>) -> String {
+    match input {
+        None => format!(
             "Below is an instruction that describes a task. Write a response that appropriately \
              completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:\n"
-        )
-    } else {
-        format!(
+        ),
+        Some(input) => format!(
             "Below is an instruction that describes a task, paired with an input that provides \
              further context. Write a response that appropriately completes the request.\n\n\
              ### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
-        )
-    };
-    Ok(Record::Completion { prompt, completion: output })
-}
-
-fn sharegpt(record: &Value) -> Result<Record, Rejection> {
-    let turns = list(record, "conversations")?;
-    let mut messages = Vec::with_capacity(turns.len() + 1);
-    if let Some(system) = record.get("system").and_then(Value::as_str).filter(|s| !s.is_empty()) {
-        messages.push(json!({"role": "system", "content": system}));
+        ),
     }
-    for (turn, message) in turns.iter().enumerate() {
-        let from = message.get("from").and_then(Value::as_str);
-        let role = match from {
-            Some("human" | "user") => "user",
-            Some("gpt" | "assistant" | "model" | "chatgpt" | "bing") => "assistant",
-            Some("system") => "system",
-            Some("tool" | "observation" | "function_response") => "tool",
-            other => {
-                return Err(Rejection::new(format!(
-                    "conversations[{turn}].from is `{}`, expected human, gpt, system or tool",
-                    other.unwrap_or("missing")
-                )));
-            }
-        };
-        let Some(content) = message.get("value").and_then(Value::as_str) else {
-            return Err(Rejection::new(format!("conversations[{turn}].value is no text")));
-        };
-        messages.push(json!({"role": role, "content": content}));
-    }
-    chat(messages, None)
-}
-
-fn check_turn(turn: usize, message: &Value) -> Result<(), Rejection> {
-    if message.get("role").and_then(Value::as_str).is_none() {
-        return Err(Rejection::new(format!("messages[{turn}].role is missing or no text")));
-    }
-    let has = |key: &str| message.get(key).is_some_and(|value| !value.is_null());
-    if !has("content") && !has("tool_calls") {
-        return Err(Rejection::new(format!("messages[{turn}] has no content and no tool_calls")));
-    }
-    Ok(())
-}
-
-fn chat(messages: Vec<Value>, tools: Option<Value>) -> Result<Record, Rejection> {
-    if messages.is_empty() {
-        return Err(Rejection::new("conversation has no messages"));
-    }
-    Ok(Record::Chat { messages, tools })
 }
 
 fn tokens(record: &Value) -> Result<Record, Rejection> {
@@ -244,7 +254,7 @@ fn text(record: &Value, key: &str) -> Result<String, Rejection> {
     }
 }
 
-fn list<'a>(record: &'a Value, key: &str) -> Result<&'a Vec<Value>, Rejection> {
+pub(super) fn list<'a>(record: &'a Value, key: &str) -> Result<&'a Vec<Value>, Rejection> {
     match record.get(key) {
         Some(Value::Array(items)) => Ok(items),
         Some(other) => {
@@ -257,15 +267,15 @@ fn list<'a>(record: &'a Value, key: &str) -> Result<&'a Vec<Value>, Rejection> {
 fn missing(record: &Value, key: &str) -> Rejection {
     let rejection = Rejection::new(format!("record has no field `{key}`"));
     match Format::detect(record) {
-        Some(format) => {
-            let name = format.to_possible_value().map(|value| value.get_name().to_string());
-            rejection.hint(format!("pass `--format {}` for this file", name.unwrap_or_default()))
-        }
-        None => rejection,
+        Ok(format) => rejection.hint(format!(
+            "this record has format `{0}`: pass `--format {0}` if the whole file has",
+            format.name()
+        )),
+        Err(_) => rejection,
     }
 }
 
-fn kind(value: &Value) -> &'static str {
+pub(super) fn kind(value: &Value) -> &'static str {
     match value {
         Value::Null => "null",
         Value::Bool(_) => "true or false",

@@ -8,12 +8,14 @@ use std::path::Path;
 
 use candle_core::quantized::gguf_file::{Content, Value as Metadata};
 use candle_core::quantized::tokenizer::TokenizerFromGguf;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 
+use super::ends::TurnEnds;
+use super::template::ChatTemplate;
 use crate::checkpoint::{read_gguf_header, read_json};
 use crate::error::{Error, Result, candle_text};
 
@@ -46,11 +48,22 @@ impl ChatTokenizer {
     /// # Errors
     /// `Input` when a file is missing, damaged, or names tokens that the vocabulary lacks.
     pub fn open(path: &Path) -> Result<Self> {
-        if path.extension().is_some_and(|extension| extension == "gguf") {
-            Self::from_gguf(path)
+        let mut tokenizer = if path.extension().is_some_and(|extension| extension == "gguf") {
+            Self::from_gguf(path)?
         } else {
-            Self::from_folder(path)
-        }
+            Self::from_folder(path)?
+        };
+        tokenizer.learn_turn_end();
+        Ok(tokenizer)
+    }
+
+    /// Generation must stop at what the chat template ends a turn with. A template that does not
+    /// compile is reported where it is needed.
+    fn learn_turn_end(&mut self) {
+        let Ok(Some(template)) = self.compile_template() else { return };
+        let last = TurnEnds::of(&template, &self.added_tokens()).last;
+        let id = last.and_then(|text| self.id(&text));
+        self.eos_ids.extend(id.filter(|id| !self.eos_ids.contains(id)));
     }
 
     fn from_folder(folder: &Path) -> Result<Self> {
@@ -91,7 +104,11 @@ impl ChatTokenizer {
             template_of(&config["chat_template"])
         };
         let (pad, unknown) = (special("pad_token"), special("unk_token"));
-        let add_bos_token = config["add_bos_token"].as_bool().unwrap_or(false);
+        // Llama 3 has no such setting: its post-processor puts the BOS there.
+        let processed = tokenizer.encode_fast("a", true).ok();
+        let processed = processed.and_then(|encoding| encoding.get_ids().first().copied());
+        let adds = processed.is_some() && processed == bos.as_ref().map(|token| token.id);
+        let add_bos_token = config["add_bos_token"].as_bool().unwrap_or(adds);
         Ok(ChatTokenizer {
             tokenizer,
             bos,
@@ -119,7 +136,15 @@ impl ChatTokenizer {
             Some(SpecialToken { text: tokenizer.id_to_token(id)?, id })
         };
         let eos = special("eos_token_id");
-        let flag = |key: &str| matches!(field(key), Some(Metadata::Bool(true)));
+        let text = |key: &str| field(key).and_then(|value| value.to_string().ok());
+        // llama.cpp's defaults where the file does not say.
+        let adds_bos = match field("ggml.add_bos_token") {
+            Some(flag) => matches!(flag, Metadata::Bool(true)),
+            None => {
+                text("ggml.model").is_some_and(|model| model == "llama")
+                    || text("ggml.pre").is_some_and(|pre| pre == "llama-bpe" || pre == "llama3")
+            }
+        };
         let template = field("chat_template").and_then(|value| value.to_string().ok());
         Ok(ChatTokenizer {
             bos: special("bos_token_id"),
@@ -127,7 +152,7 @@ impl ChatTokenizer {
             unknown: special("unknown_token_id"),
             eos_ids: eos.iter().map(|token| token.id).collect(),
             eos,
-            add_bos_token: flag("ggml.add_bos_token"),
+            add_bos_token: adds_bos,
             chat_template: template.cloned(),
             tokenizer,
         })
@@ -211,6 +236,30 @@ impl ChatTokenizer {
         self.chat_template.as_deref()
     }
 
+    /// What a chat template sees of the tokenizer: `bos_token`, `eos_token`, `pad_token` and
+    /// `unk_token`, those that there are.
+    pub fn special_tokens(&self) -> Map<String, Value> {
+        let named = [
+            ("bos_token", &self.bos),
+            ("eos_token", &self.eos),
+            ("pad_token", &self.pad),
+            ("unk_token", &self.unknown),
+        ];
+        let text = |(name, token): (&str, &Option<SpecialToken>)| {
+            Some((name.to_string(), token.as_ref()?.text.clone().into()))
+        };
+        named.into_iter().filter_map(text).collect()
+    }
+
+    /// The chat template, compiled; its clock shows the present.
+    ///
+    /// # Errors
+    /// `Input` when it does not compile.
+    pub fn compile_template(&self) -> Result<Option<ChatTemplate>> {
+        let compile = |source| ChatTemplate::new(source, self.special_tokens());
+        self.chat_template().map(compile).transpose()
+    }
+
     /// Ids of `text` without any added special token; special tokens *in* the text are recognised.
     ///
     /// # Errors
@@ -246,6 +295,12 @@ impl ChatTokenizer {
     /// The token `id` as it stands in the vocabulary.
     pub fn token(&self, id: u32) -> Option<String> {
         self.tokenizer.id_to_token(id)
+    }
+
+    /// Texts of the tokens that were added to the vocabulary: special ones and others.
+    pub fn added_tokens(&self) -> Vec<String> {
+        let added = self.tokenizer.get_added_tokens_decoder();
+        added.into_values().map(|token| token.content).collect()
     }
 
     /// The id of the token `text`.

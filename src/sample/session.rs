@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use nibble_quant::BlockFormat;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::{Sampler, TextStream};
 use crate::adapter::{Adapter, PeftAdapter};
@@ -58,12 +58,7 @@ impl Session {
         let context_tokens = context_tokens.min(spec.learned_positions.unwrap_or(usize::MAX));
         let mut eos_ids = tokenizer.eos_ids().to_vec();
         eos_ids.extend(spec.eos_token_ids.iter().filter(|id| !tokenizer.eos_ids().contains(id)));
-        let text = |token: Option<&crate::data::tokenizer::SpecialToken>| {
-            token.map(|token| token.text.clone()).unwrap_or_default()
-        };
-        let compile =
-            |source| ChatTemplate::new(source, &text(tokenizer.bos()), &text(tokenizer.eos()));
-        let template = tokenizer.chat_template().map(compile).transpose()?;
+        let template = tokenizer.compile_template()?;
         let model = Some(equip(spec, weights, adapter.as_ref(), context_tokens)?);
         Ok(Session { tokenizer, template, model, eos_ids, context_tokens })
     }
@@ -97,7 +92,7 @@ impl Session {
         };
         let message = |(role, content): &(&str, &str)| json!({"role": role, "content": content});
         let messages: Vec<Value> = messages.iter().map(message).collect();
-        template.render(&messages, None, true)
+        template.render(&messages, &Map::new(), true)
     }
 
     /// Continues `prompt` until an end-of-sequence token or `max_new_tokens`; `on_text` gets the

@@ -1,7 +1,7 @@
 //! Sample answers of a model in training: the likeliest token each time, so that two answers differ
 //! only where the weights do.
 
-use serde_json::json;
+use serde_json::{Map, json};
 
 use crate::data::ChatTokenizer;
 use crate::data::template::ChatTemplate;
@@ -22,12 +22,7 @@ impl Preview {
     /// # Errors
     /// `Input` when the chat template does not compile.
     pub fn new(tokenizer: ChatTokenizer, max_new_tokens: usize) -> Result<Self> {
-        let text = |token: Option<&crate::data::tokenizer::SpecialToken>| {
-            token.map(|token| token.text.clone()).unwrap_or_default()
-        };
-        let (bos, eos) = (text(tokenizer.bos()), text(tokenizer.eos()));
-        let source = tokenizer.chat_template();
-        let template = source.map(|source| ChatTemplate::new(source, &bos, &eos)).transpose()?;
+        let template = tokenizer.compile_template()?;
         Ok(Preview { tokenizer, template, max_new_tokens })
     }
 
@@ -68,7 +63,7 @@ impl Preview {
         match &self.template {
             Some(template) => {
                 let message = json!({"role": "user", "content": prompt});
-                prompt_ids(&self.tokenizer, &template.render(&[message], None, true)?)
+                prompt_ids(&self.tokenizer, &template.render(&[message], &Map::new(), true)?)
             }
             None => prompt_ids(&self.tokenizer, prompt),
         }

@@ -1,0 +1,170 @@
+//! Conversations as chat templates want them, from the shapes that data sets have.
+//!
+//! OpenAI's `role`/`content` and ShareGPT's `from`/`value` are both read, whatever the list is called.
+//! As vLLM does, and as most templates need, content in text parts becomes one text and a tool call's
+//! arguments are an object even where they were saved as JSON text. Images and sounds are refused.
+
+use serde_json::{Map, Value, json};
+
+use super::record::{Rejection, kind, list};
+
+/// Turns for the chat template.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Chat {
+    /// Message objects with `role` and `content` or `tool_calls`.
+    pub messages: Vec<Value>,
+    /// What else the template sees: `tools`, and the record's `chat_template_kwargs`.
+    pub variables: Map<String, Value>,
+    /// So many messages at the beginning are never trained.
+    pub prompt_messages: usize,
+}
+
+impl Chat {
+    /// Reads the messages in the list `key` of `record`, and its tools.
+    ///
+    /// # Errors
+    /// Which turn is no message.
+    pub fn new(record: &Value, key: &str) -> Result<Self, Rejection> {
+        let turns = list(record, key)?;
+        let mut messages = Vec::with_capacity(turns.len() + 1);
+        if let Some(system) = record.get("system").and_then(Value::as_str).filter(|s| !s.is_empty())
+        {
+            messages.push(json!({"role": "system", "content": system}));
+        }
+        for (turn, message) in turns.iter().enumerate() {
+            let named = |reason: Rejection| Rejection {
+                reason: format!("{key}[{turn}]{}", reason.reason),
+                ..reason
+            };
+            messages.push(read(message).map_err(named)?);
+        }
+        if messages.is_empty() {
+            return Err(Rejection::new(format!("field `{key}` has no messages")));
+        }
+        Ok(Chat { messages, variables: variables(record)?, prompt_messages: 0 })
+    }
+
+    /// Whether the assistant's message `index` is trained: not in the prompt, nor with OpenAI's
+    /// `"weight": 0`.
+    pub fn is_trained(&self, index: usize) -> bool {
+        index >= self.prompt_messages && self.messages[index]["weight"] != 0
+    }
+
+    /// Whether all of the assistant's messages are trained.
+    pub fn is_all_trained(&self) -> bool {
+        (0..self.messages.len()).all(|index| self.is_trained(index))
+    }
+}
+
+fn variables(record: &Value) -> Result<Map<String, Value>, Rejection> {
+    let given = |key: &str| record.get(key).filter(|value| !value.is_null());
+    let mut variables = match given("chat_template_kwargs") {
+        None => Map::new(),
+        Some(Value::Object(fields)) => fields.clone(),
+        Some(other) => {
+            let got = kind(other);
+            let what = format!("field `chat_template_kwargs` is {got}, expected an object");
+            return Err(Rejection::new(what));
+        }
+    };
+    let tools = match given("tools") {
+        None => return Ok(variables),
+        Some(Value::String(text)) if text.trim().is_empty() => return Ok(variables),
+        // Data sets whose columns have one type keep tools as JSON text.
+        Some(Value::String(text)) => serde_json::from_str(text)
+            .map_err(|e| Rejection::new(format!("field `tools` is text, but no JSON: {e}")))?,
+        Some(tools) => tools.clone(),
+    };
+    match tools.as_array() {
+        Some(list) if list.is_empty() => {}
+        Some(_) => {
+            variables.insert("tools".into(), tools);
+        }
+        None => {
+            let what = format!("field `tools` is {}, expected a list", kind(&tools));
+            return Err(Rejection::new(what));
+        }
+    }
+    Ok(variables)
+}
+
+/// A message of either shape.
+fn read(message: &Value) -> Result<Value, Rejection> {
+    let Some(fields) = message.as_object() else {
+        return Err(Rejection::new(format!(" is {}, expected an object", kind(message))));
+    };
+    if fields.contains_key("role") || !fields.contains_key("from") {
+        return openai(fields);
+    }
+    let content = match &message["value"] {
+        Value::String(text) => text,
+        other => return Err(Rejection::new(format!(".value is {}, expected text", kind(other)))),
+    };
+    let role = match message["from"].as_str() {
+        Some("human" | "user") => "user",
+        Some("gpt" | "assistant" | "model" | "chatgpt" | "bing" | "bard") => "assistant",
+        Some("system") => "system",
+        Some("tool" | "observation" | "function_response") => "tool",
+        Some("function_call") => return function_call(content),
+        other => {
+            return Err(Rejection::new(format!(
+                ".from is `{}`, expected human, gpt, system, function_call or observation",
+                other.unwrap_or("no text")
+            )));
+        }
+    };
+    Ok(json!({"role": role, "content": content}))
+}
+
+fn openai(fields: &Map<String, Value>) -> Result<Value, Rejection> {
+    let given = |key: &str| fields.get(key).filter(|value| !value.is_null());
+    if given("role").and_then(Value::as_str).is_none() {
+        return Err(Rejection::new(".role is missing or no text"));
+    }
+    let mut fields = fields.clone();
+    match fields.get("content").filter(|content| !content.is_null()) {
+        None if fields.get("tool_calls").is_some_and(|calls| !calls.is_null()) => {}
+        None => return Err(Rejection::new(" has no content and no tool_calls")),
+        Some(Value::String(_)) => {}
+        Some(Value::Array(parts)) => {
+            let text = parts.iter().map(part).collect::<Result<Vec<_>, _>>()?.join("\n");
+            fields.insert("content".into(), text.into());
+        }
+        Some(other) => {
+            return Err(Rejection::new(format!(".content is {}, expected text", kind(other))));
+        }
+    }
+    let calls = fields.get_mut("tool_calls").and_then(Value::as_array_mut);
+    for call in calls.into_iter().flatten() {
+        let Some(arguments) = call.pointer_mut("/function/arguments") else { continue };
+        if let Some(text) = arguments.as_str()
+            && let Ok(object @ Value::Object(_)) = serde_json::from_str(text)
+        {
+            *arguments = object;
+        }
+    }
+    Ok(Value::Object(fields))
+}
+
+fn part(part: &Value) -> Result<&str, Rejection> {
+    match (part["type"].as_str(), part["text"].as_str()) {
+        (Some("text") | None, Some(text)) => Ok(text),
+        (kind, _) => {
+            let what = format!(".content has a part of type `{}`", kind.unwrap_or("?"));
+            Err(Rejection::new(what).hint("only text can be trained"))
+        }
+    }
+}
+
+/// LLaMA-Factory's way of saying that the assistant calls tools: one call or a list, as JSON text.
+fn function_call(text: &str) -> Result<Value, Rejection> {
+    let calls: Value = serde_json::from_str(text)
+        .map_err(|e| Rejection::new(format!(".value is a function_call, but no JSON: {e}")))?;
+    let calls = if let Value::Array(calls) = calls { calls } else { vec![calls] };
+    if let Some(call) = calls.iter().find(|call| !call["name"].is_string()) {
+        return Err(Rejection::new(format!(".value is a function_call without a name: {call}")));
+    }
+    let calls: Vec<Value> =
+        calls.into_iter().map(|call| json!({"type": "function", "function": call})).collect();
+    openai(json!({"role": "assistant", "tool_calls": calls}).as_object().expect("just made"))
+}

@@ -1,0 +1,235 @@
+//! The Jinja environment of chat templates: minijinja made to behave like transformers' Jinja2.
+//!
+//! Source: transformers `utils/chat_template_utils.py` (`_cached_compile_jinja_template`): block
+//! trimming, loop controls, `raise_exception`, `strftime_now`, its own `tojson`, and `{% generation %}`
+//! blocks. Values print as Python prints them (`True`, `None`, `['a']`).
+
+use std::fmt::Write;
+
+use minijinja::value::{Kwargs, Value, ValueKind, ViaDeserialize};
+use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior};
+use serde::Serialize;
+use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter, Serializer};
+
+use super::strftime::strftime;
+
+/// Private-use characters around the text of a `{% generation %}` block.
+pub(super) const GENERATION_BEGIN: char = '\u{f8f0}';
+/// See [`GENERATION_BEGIN`].
+pub(super) const GENERATION_END: char = '\u{f8f1}';
+
+/// An environment in which it is `unix_seconds` o'clock.
+pub(super) fn environment(unix_seconds: u64) -> Environment<'static> {
+    let mut environment = Environment::new();
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    environment.set_undefined_behavior(UndefinedBehavior::Lenient);
+    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_formatter(print);
+    environment.add_function("raise_exception", raise_exception);
+    environment.add_function("strftime_now", move |format: String| strftime(&format, unix_seconds));
+    environment.add_filter("tojson", to_json);
+    environment.add_filter("string", |value: &Value| python_str(value));
+    environment.add_filter("trim", trim);
+    environment.add_filter("length", length);
+    environment.add_filter("count", length);
+    environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
+    environment.add_filter("generation", |text: String| {
+        format!("{GENERATION_BEGIN}{text}{GENERATION_END}")
+    });
+    environment
+}
+
+/// Writes `{% generation %}` blocks, which minijinja does not know, as filter blocks: they trim
+/// white space in the same way. Returns whether there are any.
+pub(super) fn replace_generation_blocks(source: &str) -> (String, bool) {
+    let replace = |source: &str, word: &str, tag: &str| {
+        let pattern = format!(r"\{{%([-+]?)\s*{word}\s*([-+]?)%\}}");
+        let regex = regex::Regex::new(&pattern).expect("the pattern is valid");
+        let with = format!("{{%${{1}} {tag} ${{2}}%}}");
+        (regex.replace_all(source, with.as_str()).into_owned(), regex.is_match(source))
+    };
+    let (source, found) = replace(source, "generation", "filter generation");
+    (replace(&source, "endgeneration", "endfilter").0, found)
+}
+
+/// What went wrong: what the template's `raise_exception` said, or Jinja's own complaint.
+pub(super) fn cause(error: &Error) -> String {
+    match (error.kind(), error.detail()) {
+        (ErrorKind::InvalidOperation, Some(detail)) => detail.to_string(),
+        _ => format!("{error:#}"),
+    }
+}
+
+fn raise_exception(message: String) -> Result<String, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, message))
+}
+
+/// Of anything, printed.
+fn trim(value: &Value, characters: Option<String>) -> String {
+    let text = python_str(value);
+    match characters {
+        Some(characters) => text.trim_matches(|c| characters.contains(c)).to_string(),
+        None => text.trim().to_string(),
+    }
+}
+
+/// Zero for what is undefined.
+fn length(value: &Value) -> Result<usize, Error> {
+    if value.is_undefined() {
+        return Ok(0);
+    }
+    value.len().ok_or_else(|| {
+        let what = format!("object of type {} has no length", value.kind());
+        Error::new(ErrorKind::InvalidOperation, what)
+    })
+}
+
+fn print(out: &mut Output, _: &State, value: &Value) -> Result<(), Error> {
+    match value.as_str() {
+        Some(text) => out.write_str(text),
+        None => out.write_str(&python_str(value)),
+    }
+    .map_err(Error::from)
+}
+
+/// Python's `str(value)`.
+fn python_str(value: &Value) -> String {
+    match value.kind() {
+        ValueKind::String | ValueKind::Undefined => value.to_string(),
+        _ => python_repr(value),
+    }
+}
+
+fn python_repr(value: &Value) -> String {
+    match value.kind() {
+        ValueKind::None => "None".into(),
+        ValueKind::Bool => (if value.is_true() { "True" } else { "False" }).into(),
+        ValueKind::String => quoted(value.as_str().unwrap_or_default()),
+        ValueKind::Seq => {
+            let items = value.try_iter().into_iter().flatten();
+            format!("[{}]", items.map(|item| python_repr(&item)).collect::<Vec<_>>().join(", "))
+        }
+        ValueKind::Map => {
+            let keys = value.try_iter().into_iter().flatten();
+            let item = |key: Value| {
+                let item = value.get_item(&key).unwrap_or_default();
+                format!("{}: {}", python_repr(&key), python_repr(&item))
+            };
+            format!("{{{}}}", keys.map(item).collect::<Vec<_>>().join(", "))
+        }
+        _ => value.to_string(),
+    }
+}
+
+/// Python's `repr` of a string.
+fn quoted(text: &str) -> String {
+    let quote = if text.contains('\'') && !text.contains('"') { '"' } else { '\'' };
+    let mut out = String::from(quote);
+    for character in text.chars() {
+        match character {
+            '\n' => out += "\\n",
+            '\r' => out += "\\r",
+            '\t' => out += "\\t",
+            '\\' => out += "\\\\",
+            c if c == quote => out.extend(['\\', c]),
+            c => out.push(c),
+        }
+    }
+    out.push(quote);
+    out
+}
+
+/// `json.dumps(value, ensure_ascii, indent, separators, sort_keys)`.
+fn to_json(
+    value: ViaDeserialize<serde_json::Value>,
+    indent: Option<usize>,
+    options: Kwargs,
+) -> Result<String, Error> {
+    let mut value = value.0;
+    let indent = options.get::<Option<usize>>("indent")?.or(indent);
+    let ascii = options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
+    let separators = options.get::<Option<Vec<String>>>("separators")?;
+    if options.get::<Option<bool>>("sort_keys")?.unwrap_or(false) {
+        value.sort_all_objects();
+    }
+    options.assert_all_used()?;
+    let text = match (indent, separators.as_deref()) {
+        (Some(width), _) => {
+            let spaces = " ".repeat(width);
+            serialized(&value, PrettyFormatter::with_indent(spaces.as_bytes()))?
+        }
+        (None, Some([item, key])) if item == "," && key == ":" => {
+            serialized(&value, CompactFormatter)?
+        }
+        (None, _) => serialized(&value, crate::checkpoint::writer::PythonJson)?,
+    };
+    Ok(if ascii { escape_non_ascii(&text) } else { text })
+}
+
+fn serialized(value: &serde_json::Value, formatter: impl Formatter) -> Result<String, Error> {
+    let mut out = Vec::new();
+    value
+        .serialize(&mut Serializer::with_formatter(&mut out, formatter))
+        .map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
+    String::from_utf8(out).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))
+}
+
+fn escape_non_ascii(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for character in text.chars() {
+        if character.is_ascii() {
+            out.push(character);
+            continue;
+        }
+        for unit in character.encode_utf16(&mut [0; 2]) {
+            let _ = write!(out, "\\u{unit:04x}");
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Expected texts: transformers' engine under Python 3.11.
+    #[test]
+    fn values_print_as_in_python() {
+        let environment = environment(0);
+        let context = minijinja::context! {
+            map => serde_json::json!({"b": [1, 2.5, true, null], "a": "it's", "é": "q\"'"}),
+        };
+        for (source, expected) in [
+            ("{{ map }}", r#"{'b': [1, 2.5, True, None], 'a': "it's", 'é': 'q"\''}"#),
+            ("{{ true }} {{ none }} {{ 1.0 }} {{ map.b[2] }}", "True None 1.0 True"),
+            ("{{ map | tojson }}", r#"{"b": [1, 2.5, true, null], "a": "it's", "é": "q\"'"}"#),
+            ("{{ map.b | tojson(separators=(',', ':')) }}", "[1,2.5,true,null]"),
+            ("{{ map.b | tojson(indent=1) }}", "[\n 1,\n 2.5,\n true,\n null\n]"),
+            (
+                "{{ map | tojson(sort_keys=true, ensure_ascii=true) }}",
+                r#"{"a": "it's", "b": [1, 2.5, true, null], "\u00e9": "q\"'"}"#,
+            ),
+            ("{{ '🤖' | tojson(ensure_ascii=true) }}", r#""\ud83e\udd16""#),
+            ("{{ '<&>\\'' | tojson }}", r#""<&>'""#),
+            ("{{ map.none_such }}|{{ 'a b'.split()[0] }}", "|a"),
+            ("{{ map.b | trim }}{{ '--a-'  | trim('-') }}", "[1, 2.5, True, None]a"),
+            (
+                "{{ none_such | length }} {{ none is iterable }} {{ 'a' is iterable }}",
+                "0 False True",
+            ),
+            ("{{ none_such is iterable }} {{ 1 is iterable }} {{ map | length }}", "True False 3"),
+        ] {
+            assert_eq!(environment.render_str(source, &context).unwrap(), expected, "{source}");
+        }
+    }
+
+    #[test]
+    fn generation_blocks_trim_white_space_as_blocks_do() {
+        let (source, found) =
+            replace_generation_blocks("a\n  {% generation %}\n b {%- endgeneration -%}\n c");
+        assert!(found);
+        assert_eq!(environment(0).render_str(&source, ()).unwrap(), "a\n\u{f8f0} b\u{f8f1}c");
+        assert!(!replace_generation_blocks("{{ generation }}").1);
+    }
+}
