@@ -35,5 +35,6 @@ fn set_threads(threads: Option<usize>) -> Result<()> {
         return Err(Error::usage("--threads 0").hint("use at least one thread"));
     }
     let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+    let builder = builder.use_current_thread();
     builder.build_global().map_err(|e| Error::usage(format_args!("--threads: {e}")))
 }

@@ -174,7 +174,8 @@ fn dense(name: &str, [m, n, k]: [usize; 3], layout: &str) {
 fn main() {
     let mut numbers = std::env::args().filter_map(|argument| argument.parse().ok());
     let (threads, tokens) = (numbers.next().unwrap_or(2), numbers.next().unwrap_or(2048));
-    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build_global();
+    let pool =
+        rayon::ThreadPoolBuilder::new().num_threads(threads).use_current_thread().build_global();
     pool.expect("the pool is not built yet");
     println!("{threads} threads, {tokens} tokens; peak in GFLOP/s, the others in % of it");
     println!("product {:22}peak    gemm     f32    bf16     nf4   +lora  nf4/f32", "");

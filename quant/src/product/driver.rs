@@ -30,13 +30,20 @@ const BAND_ELEMENTS: usize = 1 << 20;
 /// Most tiles of rows in a task: a chunk of A stays in the second-level cache.
 const TILES_PER_CHUNK: usize = 22;
 /// Tasks for each thread, so that a thread that was held up loses little.
-const TASKS_PER_THREAD: usize = 4;
+const TASKS_PER_THREAD: usize = 8;
 /// Tiles of rows up to which B is read in place: packing it would cost more than it saves.
 const IN_PLACE_TILES: usize = 4;
 /// Multiply-adds below which other threads are not worth waking.
 const SERIAL_LIMIT: usize = 1 << 18;
 /// Floats in a cache line: packed rows begin at one.
 const CACHE_LINE: usize = 16;
+/// Rows of A that are this many floats apart (or a multiple) fall into the same few sets of the
+/// caches: panels after the first would not find them there, unless they are copied.
+const ALIASING_STRIDE: usize = 1024;
+/// Panels from which on a copy of A pays.
+const PANELS_FOR_COPY: usize = 4;
+/// Elements of C that no cache holds until they are read again: they are written past it.
+const STREAMED_ELEMENTS: usize = 8 << 20;
 
 /// `c = alpha · (a·b + scale·(a·b of extra)) + beta·c`.
 pub(super) struct Product<'a> {
@@ -92,10 +99,14 @@ impl<'a> Product<'a> {
         let visits = self.visits();
         let mut beta = self.beta;
         let in_place = self.extra.is_none() && self.reads_in_place(isa, m, n);
+        let stream = visits.len() == 1 && beta == 0.0 && m * n >= STREAMED_ELEMENTS;
+        let stream = stream && c.data.as_ptr().addr().is_multiple_of(size_of::<f32>() * CACHE_LINE);
+        let stream = stream && c.row_stride.is_multiple_of(CACHE_LINE);
         let per_stretch = (K_STRETCH / K_BLOCK).max(1);
         for visits in visits.chunks(per_stretch) {
             let depth = visits.iter().flatten().map(|block| block.k.len()).sum::<usize>().max(1);
-            let band = Band { isa, visits, width: isa.columns(), alpha: self.alpha, beta };
+            let (width, alpha) = (isa.columns(), self.alpha);
+            let band = Band { isa, visits, width, alpha, beta, stream };
             if in_place {
                 band.compute(None, 0, c.all(), parallel);
             } else {
@@ -144,6 +155,8 @@ struct Band<'a> {
     width: usize,
     alpha: f32,
     beta: f32,
+    /// C is written past the caches; its rows begin at cache lines.
+    stream: bool,
 }
 
 /// C as tasks share it.
@@ -226,43 +239,112 @@ impl Band<'_> {
         panels: Range<usize>,
         c: Shared,
     ) {
-        let padded = c.columns.next_multiple_of(self.isa.lanes());
         let (mut offset, mut beta) = (0, self.beta);
-        let mut segments = Vec::with_capacity(2);
         for visit in self.visits {
-            for panel in panels.clone() {
-                let column = panel * self.width;
-                let columns = self.width.min(c.columns - column);
-                segments.clear();
-                let mut offset = offset;
-                for block in visit {
-                    let (b, b_stride) = match packed {
-                        Some(packed) => {
-                            let stride = columns.next_multiple_of(self.isa.lanes());
-                            let begin = offset + column * block.k.len();
-                            (&packed[begin..begin + stride * block.k.len()], stride)
-                        }
-                        None => {
-                            let (b, stride) = block.b.rows_in_place().expect("checked before");
-                            (&b[block.k.start * stride + first_column + column..], stride)
-                        }
-                    };
-                    let a = block.a.data[block.k.start * block.a.column_stride..].as_ptr();
-                    segments.push(Segment {
-                        k: block.k.len(),
-                        a,
-                        a_row_stride: block.a.row_stride,
-                        a_k_stride: block.a.column_stride,
-                        b: b.as_ptr(),
-                        b_stride,
-                    });
-                    offset += padded * block.k.len();
-                }
-                let part = Part { segments: &segments, column, columns, alpha: self.alpha, beta };
-                part.run(self.isa, rows.clone(), c);
+            let task = Task { band: self, visit, offset, first_column, beta };
+            let main = &visit[0];
+            let depth = main.k.len();
+            if main.aliases() && panels.len() >= PANELS_FOR_COPY {
+                let stride = depth.next_multiple_of(CACHE_LINE) + CACHE_LINE;
+                with_buffer(rows.len() * stride, |copy| {
+                    for (to, row) in copy.chunks_exact_mut(stride).zip(rows.clone()) {
+                        let begin = row * main.a.row_stride + main.k.start;
+                        to[..depth].copy_from_slice(&main.a.data[begin..begin + depth]);
+                    }
+                    let copy = Rows { data: copy, row_stride: stride, k_stride: 1 };
+                    task.run(packed, copy, rows.clone(), panels.clone(), c);
+                });
+            } else {
+                task.run(packed, main.rows(rows.start), rows.clone(), panels.clone(), c);
             }
+            let padded = c.columns.next_multiple_of(self.isa.lanes());
             offset += visit.iter().map(|block| padded * block.k.len()).sum::<usize>();
             beta = 1.0;
+        }
+        if self.stream {
+            self.isa.fence();
+        }
+    }
+}
+
+/// A's elements from a row and the first k of a block on.
+#[derive(Clone, Copy)]
+struct Rows<'a> {
+    data: &'a [f32],
+    row_stride: usize,
+    k_stride: usize,
+}
+
+impl<'a> Block<'a> {
+    /// Whether rows of A evict each other from the caches.
+    fn aliases(&self) -> bool {
+        self.a.column_stride == 1 && self.a.row_stride.is_multiple_of(ALIASING_STRIDE)
+    }
+
+    /// A from `row` on, in place.
+    fn rows(&self, row: usize) -> Rows<'a> {
+        let a = &self.a;
+        let data = &a.data[row * a.row_stride + self.k.start * a.column_stride..];
+        Rows { data, row_stride: a.row_stride, k_stride: a.column_stride }
+    }
+}
+
+/// A visit of some rows and panels of C.
+struct Task<'a> {
+    band: &'a Band<'a>,
+    visit: &'a Visit<'a>,
+    /// Where the visit's blocks begin in the packed band.
+    offset: usize,
+    /// Column of B that the band begins with.
+    first_column: usize,
+    beta: f32,
+}
+
+impl Task<'_> {
+    /// `main` is the first block's A from `rows.start` on.
+    fn run(
+        &self,
+        packed: Option<&[f32]>,
+        main: Rows,
+        rows: Range<usize>,
+        panels: Range<usize>,
+        c: Shared,
+    ) {
+        let band = self.band;
+        let padded = c.columns.next_multiple_of(band.isa.lanes());
+        let mut segments = Vec::with_capacity(2);
+        for panel in panels {
+            let column = panel * band.width;
+            let columns = band.width.min(c.columns - column);
+            segments.clear();
+            let mut offset = self.offset;
+            for (index, block) in self.visit.iter().enumerate() {
+                let (b, b_stride) = match packed {
+                    Some(packed) => {
+                        let stride = columns.next_multiple_of(band.isa.lanes());
+                        let begin = offset + column * block.k.len();
+                        (&packed[begin..begin + stride * block.k.len()], stride)
+                    }
+                    None => {
+                        let (b, stride) = block.b.rows_in_place().expect("checked before");
+                        (&b[block.k.start * stride + self.first_column + column..], stride)
+                    }
+                };
+                let a = if index == 0 { main } else { block.rows(rows.start) };
+                segments.push(Segment {
+                    k: block.k.len(),
+                    a: a.data.as_ptr(),
+                    a_row_stride: a.row_stride,
+                    a_k_stride: a.k_stride,
+                    b: b.as_ptr(),
+                    b_stride,
+                });
+                offset += padded * block.k.len();
+            }
+            let (alpha, beta) = (band.alpha, self.beta);
+            let stream = band.stream && columns.is_multiple_of(CACHE_LINE);
+            let part = Part { segments: &segments, column, columns, alpha, beta, stream };
+            part.run(band.isa, rows.clone(), c);
         }
     }
 }
@@ -274,14 +356,15 @@ struct Part<'a> {
     columns: usize,
     alpha: f32,
     beta: f32,
+    stream: bool,
 }
 
 impl Part<'_> {
-    /// The tiles of `rows`.
+    /// The tiles of `rows`; the segments' A begins at the first of them.
     fn run(&self, isa: Isa, rows: Range<usize>, c: Shared) {
         for row in rows.clone().step_by(isa.rows()) {
             let at_row = |segment: Segment| Segment {
-                a: segment.a.wrapping_add(row * segment.a_row_stride),
+                a: segment.a.wrapping_add((row - rows.start) * segment.a_row_stride),
                 ..segment
             };
             let tile = Tile {
@@ -294,10 +377,11 @@ impl Part<'_> {
                 columns: self.columns,
                 alpha: self.alpha,
                 beta: self.beta,
+                stream: self.stream,
             };
             // SAFETY: the processor has `isa`'s instructions; views were checked when made, and
             // packed panels are as long as their rows; this task is the only one with these rows
-            // and columns of C.
+            // and columns of C; streamed rows begin at cache lines.
             unsafe { isa.run(&tile) };
         }
     }
@@ -350,6 +434,31 @@ mod tests {
                 assert!((x - y).abs() < 2e-4, "{sizes:?} [{index}]: {x} {y}");
             }
         }
+    }
+
+    #[test]
+    fn copied_rows_and_streamed_results_have_the_same_bits() {
+        let (m, n, k) = (260, STREAMED_ELEMENTS / 256, 20);
+        let b = values(k * n, 2);
+        let run = |row_stride: usize, c_offset: usize| {
+            let mut a = vec![f32::NAN; m * row_stride];
+            let rows = values(m * k, 1);
+            for (to, from) in a.chunks_exact_mut(row_stride).zip(rows.chunks_exact(k)) {
+                to[..k].copy_from_slice(from);
+            }
+            let mut c = vec![f32::NAN; m * n + CACHE_LINE];
+            let begin = c.as_ptr().align_offset(CACHE_LINE * size_of::<f32>()) + c_offset;
+            let a = Matrix::new(&a, (m, k, row_stride));
+            let b = Operand::Dense(Matrix::new(&b, (k, n, n)));
+            let product = Product { alpha: 1.0, a, b, extra: None, beta: 0.0 };
+            let view = MatrixMut::new(&mut c[begin..begin + m * n], (m, n, n));
+            product.run(Isa::detect(), view, true);
+            c[begin..begin + m * n].to_vec()
+        };
+        // Aligned rows are streamed; rows 1024 floats apart are copied.
+        let plain = run(k, 1);
+        assert!(run(ALIASING_STRIDE, 1) == plain, "copied");
+        assert!(run(k, 0) == plain, "streamed");
     }
 
     #[test]

@@ -43,6 +43,8 @@ pub(super) struct Tile {
     pub alpha: f32,
     /// Factor of C; 0 does not read C.
     pub beta: f32,
+    /// C is written past the caches: whole vectors at their alignment, beta 0.
+    pub stream: bool,
 }
 
 /// The instruction set that tiles run on.
@@ -106,6 +108,15 @@ impl Isa {
         }
     }
 
+    /// Ends a sequence of streamed tiles: other threads see them from here on.
+    pub(super) fn fence(self) {
+        #[cfg(target_arch = "x86_64")]
+        // SAFETY: every x86-64 processor has the instruction.
+        unsafe {
+            std::arch::x86_64::_mm_sfence();
+        }
+    }
+
     /// Computes a tile.
     ///
     /// # Safety
@@ -162,7 +173,7 @@ unsafe fn avx512(tile: &Tile) {
 unsafe fn compute<V: Vector, const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
     // SAFETY: the caller's promise covers every pointer below.
     unsafe {
-        for i in 0..ROWS {
+        for i in 0..if tile.stream { 0 } else { ROWS } {
             for vector in 0..VECTORS {
                 V::prefetch(tile.c.wrapping_add(i * tile.c_stride + vector * V::LANES));
             }
@@ -218,7 +229,9 @@ unsafe fn write_row<V: Vector, const VECTORS: usize>(
                 let old = if count == V::LANES { V::load(to) } else { V::load_some(to, count) };
                 value = beta.multiply_add(old, value);
             }
-            if count == V::LANES {
+            if tile.stream {
+                value.stream(to);
+            } else if count == V::LANES {
                 value.store(to);
             } else {
                 value.store_some(to, count);

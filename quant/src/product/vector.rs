@@ -11,6 +11,8 @@ pub(super) trait Vector: Copy {
     unsafe fn splat(value: f32) -> Self;
     unsafe fn load(from: *const f32) -> Self;
     unsafe fn store(self, to: *mut f32);
+    /// Writes past the caches to an address of the register's alignment; needs a fence later.
+    unsafe fn stream(self, to: *mut f32);
     /// The first `count` lanes, the others 0; `count` below `LANES`.
     unsafe fn load_some(from: *const f32, count: usize) -> Self;
     /// The first `count` lanes; `count` below `LANES`.
@@ -42,6 +44,11 @@ impl Vector for Eight {
     #[inline(always)]
     unsafe fn store(self, to: *mut f32) {
         unsafe { to.cast::<[f32; 8]>().write_unaligned(self.0) }
+    }
+
+    #[inline(always)]
+    unsafe fn stream(self, to: *mut f32) {
+        unsafe { self.store(to) }
     }
 
     #[inline(always)]
@@ -99,6 +106,11 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn stream(self, to: *mut f32) {
+            unsafe { _mm512_stream_ps(to, self) }
+        }
+
+        #[inline(always)]
         unsafe fn load_some(from: *const f32, count: usize) -> Self {
             unsafe { _mm512_maskz_loadu_ps((1 << count) - 1, from) }
         }
@@ -141,6 +153,11 @@ mod x86 {
         #[inline(always)]
         unsafe fn store(self, to: *mut f32) {
             unsafe { _mm256_storeu_ps(to, self) }
+        }
+
+        #[inline(always)]
+        unsafe fn stream(self, to: *mut f32) {
+            unsafe { _mm256_stream_ps(to, self) }
         }
 
         #[inline(always)]

@@ -200,7 +200,7 @@ fn forward_tile(
     );
     for (row, scores) in scores.chunks_exact_mut(tile.keys).enumerate() {
         let visible = tile.visible(row % tile.rows, shape.window);
-        let log_sum = vectorized(|| softmax(scores, visible));
+        let log_sum = vectorized!(softmax(scores, visible));
         let (token, head) = (tile.first + row % tile.rows, kv_head * group + row / tile.rows);
         if let Some(lse) = lse {
             // SAFETY: this tile is the only one with this token and head.
@@ -417,7 +417,7 @@ impl Inputs<'_> {
             let (token, head) = (tile.first + row % tile.rows, kv_head * group + row / tile.rows);
             let lse = self.lse[token * shape.num_heads + head];
             let band = row * d..(row + 1) * d;
-            vectorized(|| {
+            vectorized!({
                 let delta = sum2(&do_tile[band.clone()], &o_tile[band], |a, b| a * b);
                 p[..visible.start].fill(0.0);
                 p[visible.end..].fill(0.0);

@@ -15,7 +15,7 @@ pub fn forward_backward(
 ) -> f64 {
     let rows = logits.par_chunks_mut(vocab_size).zip(targets.par_iter());
     let losses: Vec<f64> =
-        rows.map(|(row, &target)| vectorized(|| one_row(row, target as usize, scale))).collect();
+        rows.map(|(row, &target)| vectorized!(one_row(row, target as usize, scale))).collect();
     losses.iter().sum()
 }
 

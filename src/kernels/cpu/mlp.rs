@@ -83,7 +83,7 @@ fn forward_with(
         Some(gate) => {
             let tasks = out.par_chunks_mut(CHUNK).zip(gate.par_chunks(CHUNK));
             tasks.zip(up.par_chunks(CHUNK)).for_each(|((out, gate), up)| {
-                vectorized(|| {
+                vectorized!({
                     for ((out, gate), up) in out.iter_mut().zip(gate).zip(up) {
                         *out = act(*gate) * up;
                     }
@@ -91,7 +91,7 @@ fn forward_with(
             });
         }
         None => out.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(out, up)| {
-            vectorized(|| {
+            vectorized!({
                 for (out, up) in out.iter_mut().zip(up) {
                     *out = act(*up);
                 }
@@ -110,7 +110,7 @@ fn backward_with(
 ) {
     let Some(gate) = gate else {
         d_out.par_chunks_mut(CHUNK).zip(up.par_chunks(CHUNK)).for_each(|(d_out, up)| {
-            vectorized(|| {
+            vectorized!({
                 for (d_out, up) in d_out.iter_mut().zip(up) {
                     *d_out *= act(*up).1;
                 }
@@ -121,7 +121,7 @@ fn backward_with(
     let tasks = d_out.par_chunks_mut(CHUNK).zip(d_up.par_chunks_mut(CHUNK));
     tasks.zip(gate.par_chunks(CHUNK)).zip(up.par_chunks(CHUNK)).for_each(
         |(((d_out, d_up), gate), up)| {
-            vectorized(|| {
+            vectorized!({
                 for (((d_out, d_up), gate), up) in d_out.iter_mut().zip(d_up).zip(gate).zip(up) {
                     let (value, slope) = act(*gate);
                     *d_up = *d_out * value;

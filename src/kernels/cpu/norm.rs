@@ -20,7 +20,7 @@ pub fn forward(norm: &NormParameters<Vec<f32>>, x: &[f32], y: &mut [f32], stats:
         .zip(y.par_chunks_mut(ROWS * d))
         .zip(stats.par_chunks_mut(ROWS * 2))
         .for_each(|((x, y), stats)| {
-            vectorized(|| {
+            vectorized!({
                 let rows =
                     x.chunks_exact(d).zip(y.chunks_exact_mut(d)).zip(stats.chunks_exact_mut(2));
                 for ((x, y), stats) in rows {
@@ -68,7 +68,7 @@ pub fn backward(
     let tasks = dx.par_chunks_mut(ROWS * d).zip(dy.par_chunks(ROWS * d));
     tasks.zip(x.par_chunks(ROWS * d)).zip(stats.par_chunks(ROWS * 2)).for_each(
         |(((dx, dy), x), stats)| {
-            vectorized(|| {
+            vectorized!({
                 let rows = dx.chunks_exact_mut(d).zip(dy.chunks_exact(d)).zip(x.chunks_exact(d));
                 for (((dx, dy), x), stats) in rows.zip(stats.chunks_exact(2)) {
                     backward_row(norm, dy, x, stats[0], stats[1], dx);

@@ -17,7 +17,7 @@ pub fn rotate(shape: &AttentionShape, cos: &[f32], sin: &[f32], qkv: &mut [f32],
     let rotated = shape.q_width() + shape.kv_width();
     let tasks = qkv.par_chunks_mut(ROWS * width).zip(cos.par_chunks(ROWS * half));
     tasks.zip(sin.par_chunks(ROWS * half)).for_each(|((qkv, cos), sin)| {
-        vectorized(|| {
+        vectorized!({
             let rows = qkv.chunks_exact_mut(width).zip(cos.chunks_exact(half));
             for ((row, cos), sin) in rows.zip(sin.chunks_exact(half)) {
                 for head in row[..rotated].chunks_exact_mut(2 * half) {

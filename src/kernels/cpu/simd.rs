@@ -1,16 +1,21 @@
 //! Loops that the compiler vectorises for the widest instruction set of this processor.
 //!
-//! [`vectorized`] compiles its closure once for each level that `pulp` knows (AVX-512, AVX2,
+//! `vectorized!` compiles its expression once for each level that `pulp` knows (AVX-512, AVX2,
 //! baseline) and picks one at run time; the sums below have a fixed number of lanes, so results do
 //! not depend on how many threads run.
 
-use pulp::Arch;
-
-/// Runs `work` compiled for the processor's best vector extensions.
-#[inline(always)]
-pub fn vectorized<R>(work: impl FnOnce() -> R) -> R {
-    Arch::new().dispatch(work)
+/// Runs an expression compiled for the processor's best vector extensions. All that it calls must be
+/// `#[inline(always)]`, as the closure here is: what is not inlined is compiled for the oldest
+/// processor.
+macro_rules! vectorized {
+    ($work:expr) => {
+        pulp::Arch::new().dispatch(
+            #[inline(always)]
+            || $work,
+        )
+    };
 }
+pub(super) use vectorized;
 
 /// Lanes of the running sums.
 pub const LANES: usize = 16;
@@ -129,8 +134,8 @@ mod tests {
     #[test]
     fn sums_and_maxima_cover_the_rest_of_a_row() {
         let a: Vec<f32> = (0..37).map(|i| i as f32).collect();
-        assert_eq!(vectorized(|| sum(&a, |x| x)), 666.0);
-        assert_eq!(vectorized(|| max(&a)), 36.0);
+        assert_eq!(vectorized!(sum(&a, |x| x)), 666.0);
+        assert_eq!(vectorized!(max(&a)), 36.0);
         assert_eq!(max(&[]), f32::NEG_INFINITY);
         assert!((tanh(0.7) - 0.7f32.tanh()).abs() < 2e-7);
     }
