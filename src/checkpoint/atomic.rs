@@ -118,7 +118,7 @@ pub fn check_not_within(input: &Path, output: &Path) -> Result<()> {
 /// Writes a file under a temporary name, flushes it and renames it into place.
 ///
 /// # Errors
-/// `Io`; an existing file is then as it was.
+/// `Io`; an existing file is then as it was, and the temporary one is gone.
 pub fn write_file(path: &Path, contents: &[u8]) -> Result<()> {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or("file");
     let temporary = parent(path).join(format!(".{name}.partial"));
@@ -127,7 +127,10 @@ pub fn write_file(path: &Path, contents: &[u8]) -> Result<()> {
         file.write_all(contents)?;
         file.sync_all()
     };
-    write().map_err(|e| Error::io("write", &temporary, e))?;
+    if let Err(error) = write() {
+        let _ = fs::remove_file(&temporary);
+        return Err(Error::io("write", path, error));
+    }
     rename(&temporary, path)?;
     sync(&parent(path))
 }

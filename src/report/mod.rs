@@ -1,18 +1,20 @@
 //! What a run leaves to look at: `metrics.jsonl`, `trainer_state.json`, TensorBoard events and
 //! `report.html`, all made from the same events.
 
-mod chart;
-mod html;
+pub mod figures;
+mod metrics;
+mod page;
+pub mod table;
 mod tensorboard;
 mod trainer_state;
 
-use std::fs::File;
-use std::io::Write;
 use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use crate::checkpoint::atomic::write_file;
 use crate::error::{Error, Result};
 use crate::train::events::{Event, RunLog, StartEvent};
+use metrics::Metrics;
 use tensorboard::EventFile;
 
 /// One JSON object for each event.
@@ -24,80 +26,98 @@ pub const REPORT_FILE: &str = "report.html";
 /// Folder of TensorBoard's event files.
 pub const TENSORBOARD_FOLDER: &str = "runs";
 
+/// The files that are written whole are not older than this after a log step.
+const SUMMARY_INTERVAL: Duration = Duration::from_secs(30);
+
 /// Writes all logs of a run into its output folder.
 pub struct Reports {
     folder: PathBuf,
+    open: Option<OpenRun>,
+}
+
+/// A run that has begun.
+struct OpenRun {
     start: StartEvent,
+    /// Without `Start`.
     events: Vec<Event>,
-    metrics: Option<File>,
-    tensorboard: Option<EventFile>,
+    metrics: Metrics,
+    tensorboard: EventFile,
+    summarized: Instant,
 }
 
 impl Reports {
     /// Logs in `folder`; files are made with the first event.
     pub fn new(folder: &Path) -> Self {
-        Reports {
-            folder: folder.to_path_buf(),
-            start: StartEvent::default(),
-            events: Vec::new(),
-            metrics: None,
-            tensorboard: None,
-        }
+        Reports { folder: folder.to_path_buf(), open: None }
     }
 
     /// Starts all files anew; a resumed run's are rebuilt from its history, so that nothing after
     /// the checkpoint stays in them.
     fn begin(&mut self, start: &StartEvent) -> Result<()> {
-        let path = self.folder.join(METRICS_FILE);
-        self.metrics = Some(File::create(&path).map_err(|e| Error::io("create", &path, e))?);
+        let events = start.history.clone();
+        let start = StartEvent { history: Vec::new(), ..start.clone() };
+        let first = Event::Start(start.clone());
+        let all = std::iter::once(&first).chain(&events);
+        let metrics = Metrics::begin(&self.folder.join(METRICS_FILE), all)?;
         let runs = self.folder.join(TENSORBOARD_FOLDER);
-        if runs.exists() {
-            std::fs::remove_dir_all(&runs).map_err(|e| Error::io("remove", &runs, e))?;
-        }
         std::fs::create_dir_all(&runs).map_err(|e| Error::io("create", &runs, e))?;
-        self.tensorboard = Some(EventFile::create(&runs)?);
-        self.start = StartEvent { history: Vec::new(), ..start.clone() };
-        self.append(&Event::Start(self.start.clone()))?;
-        for event in &start.history {
-            self.append(event)?;
-            self.events.push(event.clone());
-        }
+        let tensorboard = EventFile::begin(&runs, &events)?;
+        let summarized = Instant::now();
+        let mut run = OpenRun { start, events, metrics, tensorboard, summarized };
+        run.summarize(&self.folder)?;
+        self.open = Some(run);
         Ok(())
     }
+}
 
-    fn append(&mut self, event: &Event) -> Result<()> {
-        let path = self.folder.join(METRICS_FILE);
-        let line = serde_json::to_string(event).expect("events serialize");
-        if let Some(file) = &mut self.metrics {
-            writeln!(file, "{line}").map_err(|e| Error::io("write", &path, e))?;
-        }
-        if let Some(file) = &mut self.tensorboard {
-            file.record(event)?;
-        }
-        Ok(())
+impl OpenRun {
+    fn record(&mut self, event: &Event, folder: &Path) -> Result<()> {
+        self.metrics.record(event)?;
+        self.tensorboard.record(event)?;
+        self.events.push(event.clone());
+        let due = match event {
+            Event::Start(_) | Event::Sample(_) => false,
+            Event::Step(_) => self.summarized.elapsed() >= SUMMARY_INTERVAL,
+            Event::Eval(_) | Event::Save(_) | Event::End(_) => true,
+        };
+        if due { self.summarize(folder) } else { Ok(()) }
     }
 
     /// The files that are written whole.
-    fn summarize(&self) -> Result<()> {
+    fn summarize(&mut self, folder: &Path) -> Result<()> {
         let state = trainer_state::render(&self.start, &self.events);
-        write_file(&self.folder.join(TRAINER_STATE_FILE), state.as_bytes())?;
-        let page = html::render(&self.start, &self.events);
-        write_file(&self.folder.join(REPORT_FILE), page.as_bytes())
+        write_file(&folder.join(TRAINER_STATE_FILE), state.as_bytes())?;
+        let page = page::render(&self.start, &self.events);
+        write_file(&folder.join(REPORT_FILE), page.as_bytes())?;
+        self.summarized = Instant::now();
+        Ok(())
     }
 }
 
 impl RunLog for Reports {
     fn record(&mut self, event: &Event) -> Result<()> {
-        if let Event::Start(start) = event {
-            return self.begin(start);
-        }
-        self.append(event)?;
-        self.events.push(event.clone());
-        match event {
-            Event::Eval(_) | Event::Save(_) | Event::End(_) => self.summarize(),
-            _ => Ok(()),
+        match (event, &mut self.open) {
+            (Event::Start(start), _) => self.begin(start),
+            (event, Some(run)) => run.record(event, &self.folder),
+            (_, None) => Ok(()),
         }
     }
+}
+
+/// The page of the run that `metrics` (the text of a `metrics.jsonl`) tells of.
+///
+/// # Errors
+/// `Input` naming the line that is no event.
+pub fn page_of_metrics(metrics: &str) -> Result<String> {
+    let (mut start, mut events) = (StartEvent::default(), Vec::new());
+    for (number, line) in (1..).zip(metrics.lines()) {
+        let event = serde_json::from_str(line);
+        match event.map_err(|e| Error::input(format_args!("{METRICS_FILE}:{number}: {e}")))? {
+            Event::Start(first) => start = first,
+            event => events.push(event),
+        }
+    }
+    Ok(page::render(&start, &events))
 }
 
 #[cfg(test)]
@@ -152,8 +172,9 @@ mod tests {
         assert_eq!(history[0]["loss"], 3.5);
         assert_eq!(history[1]["eval_loss"], 3.25);
         let page = read(REPORT_FILE);
-        assert!(page.contains("&lt;b&gt;Hi&lt;/b&gt;") && page.contains("a &amp; b"));
-        assert!(!page.contains("<b>Hi") && !page.contains("http"), "self-contained and escaped");
+        assert!(page.contains("&lt;b&gt;Hi&lt;&#x2f;b&gt;") && page.contains("a &amp; b"));
+        assert!(!page.contains("<b>Hi") && !page.contains("http:"), "self-contained and escaped");
+        assert_eq!(page_of_metrics(&metrics).unwrap(), page, "the log alone gives the page");
 
         let history = vec![step(1, 3.5)];
         let resumed = StartEvent { resumed_from_step: Some(1), history, ..start };

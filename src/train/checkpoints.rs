@@ -65,7 +65,11 @@ pub fn save<M: Trainee>(
     Ok(SaveEvent { step: state.step, checkpoint, bytes, seconds, is_best })
 }
 
-fn with_survivor(error: Error, out: &Path) -> Error {
+/// Tells of the checkpoint to go on from when the system refused to write.
+pub fn with_survivor(error: Error, out: &Path) -> Error {
+    if !matches!(error, Error::Io(..)) || error.message().hint.is_some() {
+        return error;
+    }
     match steps(out).into_iter().find(|&step| verify(&out.join(name(step))).is_ok()) {
         Some(step) => {
             let survivor = name(step);

@@ -71,10 +71,11 @@ pub struct StartEvent {
     pub eval_steps: Option<u64>,
     /// Steps between [`SaveEvent`]s.
     pub save_steps: Option<u64>,
-    /// Trained parameters, in elements.
-    pub trainable_parameters: u64,
-    /// Parameters of base and adapter, in elements.
-    pub total_parameters: u64,
+    /// Numbers in the model.
+    pub parameters: ParameterCounts,
+    /// The data files.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub data: Vec<DataSummary>,
     /// Memory by named part, in bytes, as planned; empty when not planned.
     pub memory_plan: Vec<(String, u64)>,
     /// Loss of the base model on the first batch, before any step: mean per trained token.
@@ -85,6 +86,36 @@ pub struct StartEvent {
     /// from these alone. Empty for a fresh run.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub history: Vec<Event>,
+}
+
+/// Numbers in a model.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct ParameterCounts {
+    /// Those that are trained.
+    pub trained: u64,
+    /// Of base and adapter together.
+    pub total: u64,
+}
+
+/// What a run takes from a data file.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct DataSummary {
+    /// What it is for: `training` or `evaluation`.
+    pub name: String,
+    /// The file as the user named it.
+    pub file: String,
+    /// Documents.
+    pub documents: u64,
+    /// Tokens of all documents.
+    pub tokens: u64,
+    /// Of these, tokens that carry loss.
+    pub trained_tokens: u64,
+    /// Tokens of the longest document.
+    pub longest_document_tokens: u64,
+    /// Rows of a forward pass: packed, or one for each document.
+    pub rows: u64,
+    /// What was left out or looks wrong, in words.
+    pub notes: Vec<String>,
 }
 
 /// One line of the loss curve.

@@ -1,13 +1,13 @@
 //! The live line on stderr; plain lines where stderr is not a terminal.
 
 use std::io::IsTerminal;
-use std::time::Duration;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::events::{EvalEvent, SampleEvent, SaveEvent, StepEvent};
 use super::start::Start;
 use crate::cli::size::ByteSize;
+use crate::report::figures::clock;
 
 /// Where a run shows itself.
 pub struct Progress {
@@ -112,17 +112,6 @@ fn step_line(event: &StepEvent, max_steps: u64, eta_seconds: f64) -> String {
     )
 }
 
-/// `1:02:03` or `2:03`.
-fn clock(seconds: f64) -> String {
-    let total = Duration::try_from_secs_f64(seconds.round()).unwrap_or_default().as_secs();
-    let (hours, minutes, seconds) = (total / 3600, total / 60 % 60, total % 60);
-    if hours > 0 {
-        format!("{hours}:{minutes:02}:{seconds:02}")
-    } else {
-        format!("{minutes}:{seconds:02}")
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -143,7 +132,5 @@ mod tests {
             "step 12/100  loss 1.2346  lr 1.90e-4  grad norm 0.500  203 tokens/s  1.0 GiB  \
              ETA 1:02:03"
         );
-        assert_eq!(clock(123.0), "2:03");
-        assert_eq!(clock(f64::NAN), "0:00");
     }
 }

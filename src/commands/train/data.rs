@@ -9,6 +9,7 @@ use crate::data::pack::{efficiency, one_per_row, pack};
 use crate::data::split::hold_out;
 use crate::data::{Batch, Document};
 use crate::error::Result;
+use crate::train::events::DataSummary;
 use crate::train::feed::Feed;
 use crate::train::progress::Progress;
 
@@ -24,52 +25,97 @@ pub struct Prepared {
     pub largest_batch_tokens: usize,
     /// Tokens of the longest document, evaluation included.
     pub longest_document_tokens: usize,
+    /// What the logs say of the data.
+    pub summaries: Vec<DataSummary>,
 }
 
 /// Reads and packs the data of `args`, and says what became of them.
 pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Result<Prepared> {
-    let options = args.data.format.options(args.data.max_length);
-    let encoder = Encoder::new(&base.tokenizer, base.spec.vocab_size, options.train_on)?;
-    let read = |path: &Path| -> Result<Vec<Document>> {
-        let dataset = load(path, &encoder, &options)?;
-        dataset.check(path, &options)?;
-        progress.note(&summary(path, &dataset));
-        Ok(dataset.documents)
-    };
-    let all = read(&args.data.data)?;
-    let (training, evaluation) = match (&args.data.eval_data, args.data.validation_split) {
-        (Some(path), _) => (all, read(path)?),
-        (None, Some(share)) if share > 0.0 => hold_out(all, share, args.optimization.seed),
-        _ => (all, Vec::new()),
-    };
-    let max_length = options.max_length;
-    let (rows_per_batch, seed) =
-        (args.optimization.per_device_train_batch_size.get(), args.optimization.seed);
+    let [training, evaluation] = sources(args, base, progress)?;
+    let (max_length, seed) = (args.data.max_length, args.optimization.seed);
     let rows = |documents: &[Document]| match args.data.packing {
         true => pack(documents, max_length, seed),
         false => one_per_row(documents),
     };
-    let training_rows = rows(&training);
+    let training_rows = rows(&training.documents);
     if args.data.packing {
-        let share = 100.0 * efficiency(&training, &training_rows, max_length);
+        let share = 100.0 * efficiency(&training.documents, &training_rows, max_length);
         let count = training_rows.len();
         progress
             .note(&format!("packed into {count} rows of {max_length} tokens, {share:.1}% full"));
     }
+    let summaries = vec![training.summary("training", &training_rows)];
     let seed = args.data.shuffle.then_some(seed);
-    let feed = Feed::new(training, training_rows, rows_per_batch, seed)?;
+    let rows_per_batch = args.optimization.per_device_train_batch_size.get();
+    let feed = Feed::new(training.documents, training_rows, rows_per_batch, seed)?;
     let mut prepared = Prepared {
         largest_batch_tokens: feed.largest_batch_tokens(),
         longest_document_tokens: feed.longest_document_tokens(),
         feed,
         evaluation: Vec::new(),
         evaluation_sha256: None,
+        summaries,
     };
-    if !evaluation.is_empty() {
-        let evaluation_rows = rows(&evaluation);
-        prepared.evaluate(Feed::new(evaluation, evaluation_rows, rows_per_batch, None)?);
+    if !evaluation.documents.is_empty() {
+        let evaluation_rows = rows(&evaluation.documents);
+        prepared.summaries.push(evaluation.summary("evaluation", &evaluation_rows));
+        let feed = Feed::new(evaluation.documents, evaluation_rows, rows_per_batch, None)?;
+        prepared.evaluate(feed);
     }
     Ok(prepared)
+}
+
+/// Documents of a file, or a part of them.
+struct Source<'a> {
+    path: &'a Path,
+    documents: Vec<Document>,
+    /// What was left out or looks wrong.
+    notes: Vec<String>,
+}
+
+/// The training and the evaluation documents; the latter may be none.
+fn sources<'a>(
+    args: &'a TrainArgs,
+    base: &super::Base,
+    progress: &Progress,
+) -> Result<[Source<'a>; 2]> {
+    let options = args.data.format.options(args.data.max_length);
+    let encoder = Encoder::new(&base.tokenizer, base.spec.vocab_size, options.train_on)?;
+    let read = |path: &'a Path| -> Result<Source<'a>> {
+        let dataset = load(path, &encoder, &options)?;
+        dataset.check(path, &options)?;
+        let notes = notes(&dataset);
+        progress.note(&first_line(path, &dataset, &notes));
+        Ok(Source { path, documents: dataset.documents, notes })
+    };
+    let mut training = read(&args.data.data)?;
+    let mut evaluation = Source { path: training.path, documents: Vec::new(), notes: Vec::new() };
+    match (&args.data.eval_data, args.data.validation_split) {
+        (Some(path), _) => evaluation = read(path)?,
+        (None, Some(share)) if share > 0.0 => {
+            (training.documents, evaluation.documents) =
+                hold_out(training.documents, share, args.optimization.seed);
+        }
+        _ => {}
+    }
+    Ok([training, evaluation])
+}
+
+impl Source<'_> {
+    /// What the logs say of it.
+    fn summary(&self, name: &str, rows: &[Vec<usize>]) -> DataSummary {
+        let lengths = || self.documents.iter().map(|document| document.input_ids.len());
+        DataSummary {
+            name: name.to_string(),
+            file: self.path.display().to_string(),
+            documents: self.documents.len() as u64,
+            tokens: lengths().sum::<usize>() as u64,
+            trained_tokens: self.documents.iter().map(Document::num_targets).sum::<usize>() as u64,
+            longest_document_tokens: lengths().max().unwrap_or(0) as u64,
+            rows: rows.len() as u64,
+            notes: self.notes.clone(),
+        }
+    }
 }
 
 impl Prepared {
@@ -83,27 +129,34 @@ impl Prepared {
 }
 
 /// One line on a file; nothing that was left out goes unsaid.
-fn summary(path: &Path, dataset: &Dataset) -> String {
-    let (report, documents) = (&dataset.report, &dataset.documents);
+fn first_line(path: &Path, dataset: &Dataset, notes: &[String]) -> String {
+    let documents = &dataset.documents;
     let tokens: usize = documents.iter().map(|document| document.input_ids.len()).sum();
     let targets: usize = documents.iter().map(Document::num_targets).sum();
     let share = 100.0 * targets as f64 / tokens.max(1) as f64;
     let mut line = format!(
         "{}: {} records, {} documents, {tokens} tokens, {share:.0}% of them trained",
         path.display(),
-        report.records,
+        dataset.report.records,
         documents.len(),
     );
-    for (count, what) in [
+    for note in notes {
+        line.push_str("; ");
+        line.push_str(note);
+    }
+    line
+}
+
+/// What was left out or looks wrong.
+fn notes(dataset: &Dataset) -> Vec<String> {
+    let report = &dataset.report;
+    let notes = [
         (report.without_targets.len(), "without a token to train on, left out"),
         (report.too_long, "longer than `--max-length`"),
         (report.tokens_removed, "tokens removed by truncation"),
         (report.untrained_eos.len(), "whose end-of-sequence is not trained"),
         (report.duplicates.len(), "duplicates"),
-    ] {
-        if count > 0 {
-            line.push_str(&format!("; {count} {what}"));
-        }
-    }
-    line
+    ];
+    let found = notes.into_iter().filter(|(count, _)| *count > 0);
+    found.map(|(count, what)| format!("{count} {what}")).collect()
 }

@@ -19,7 +19,8 @@ use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::model::weights::Weights;
 use crate::plan::Settings;
 use crate::report::{REPORT_FILE, Reports};
-use crate::train::events::{EndEvent, EndReason, Event, RunLog, StartEvent};
+use crate::train::checkpoints;
+use crate::train::events::{EndEvent, EndReason, Event, ParameterCounts, RunLog, StartEvent};
 use crate::train::interrupt::Interrupt;
 use crate::train::lora_model::LoraModel;
 use crate::train::preview::Preview;
@@ -43,9 +44,8 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let (adapter, origin) = base.adapter(args)?;
     let mut data = data::prepare(args, &base, &progress)?;
     let memory = memory::plan(args, &base, &adapter, &data, &progress)?;
+    let parameters = base.parameters(&adapter);
     let predicted_bytes = memory.total_bytes();
-    let trainable_parameters = adapter.parameters() as u64;
-    let total_parameters = base.parameters() + trainable_parameters;
     let interrupt = Interrupt::install()?;
     let mut model = base.load(args, memory.settings, adapter)?;
     let identity = identity(args, &data);
@@ -55,12 +55,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     progress.begin(&start);
     let mut log = Reports::new(&args.output.out);
     let event = start::start_event(&start.state, &recipe, &data.feed, &args.model.model);
-    log.record(&Event::Start(StartEvent {
-        trainable_parameters,
-        total_parameters,
-        memory_plan: memory.rows,
-        ..event
-    }))?;
+    let (memory_plan, files) = (memory.rows, data.summaries);
+    let event = Event::Start(StartEvent { memory_plan, data: files, parameters, ..event });
+    let begun = log.record(&event);
     let parts = Parts {
         recipe: &recipe,
         feed: &mut data.feed,
@@ -72,9 +69,11 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         stop: &|| interrupt.requested(),
         extra: &|_| Ok(()),
     };
-    let end = Trainer::new(&mut model, parts, start.state, start.checks).run();
+    let trainer = Trainer::new(&mut model, parts, start.state, start.checks);
+    let end = begun.and_then(|()| trainer.run());
     progress.finish();
-    report(args, &end?, predicted_bytes);
+    let end = end.map_err(|error| checkpoints::with_survivor(error, &args.output.out))?;
+    report(args, &end, predicted_bytes);
     Ok(())
 }
 
@@ -95,10 +94,12 @@ impl Base {
         Ok(Base { checkpoint, spec, tokenizer, preview })
     }
 
-    /// Numbers in all tensors.
-    fn parameters(&self) -> u64 {
+    /// Numbers that are trained, and those of base and adapter together.
+    fn parameters(&self, adapter: &Adapter) -> ParameterCounts {
         let elements = |tensor: TensorSpec| tensor.shape.iter().product::<usize>() as u64;
-        self.spec.inventory().into_iter().map(elements).sum()
+        let frozen: u64 = self.spec.inventory().into_iter().map(elements).sum();
+        let trained = adapter.parameters() as u64;
+        ParameterCounts { trained, total: trained + frozen }
     }
 
     fn adapter(&self, args: &TrainArgs) -> Result<(Adapter, AdapterOrigin)> {

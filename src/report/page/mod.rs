@@ -1,0 +1,115 @@
+//! `report.html`: one file that needs nothing else, made from a run's events.
+//!
+//! `page.html` is a template whose text is escaped by the template engine; style and script are put
+//! in as they are. This module turns events into what the template shows, all of it as text; without
+//! its script the page lacks only the values under the pointer.
+
+mod chart;
+mod run;
+mod sections;
+
+use minijinja::{AutoEscape, Environment, Value, context};
+
+use crate::train::events::{Event, StartEvent};
+use run::Run;
+
+/// The page after `events`.
+pub fn render(start: &StartEvent, events: &[Event]) -> String {
+    let run = Run::of(start, events);
+    let mut environment = Environment::new();
+    environment.set_auto_escape_callback(|_| AutoEscape::Html);
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    environment.add_template("page", include_str!("page.html")).expect("the template is valid");
+    let page = environment.get_template("page").expect("added above");
+    page.render(context! {
+        style => Value::from_safe_string(include_str!("page.css").to_string()),
+        script => Value::from_safe_string(include_str!("page.js").to_string()),
+        version => env!("CARGO_PKG_VERSION"),
+        run => run.heading(),
+        tiles => run.tiles(),
+        loss => run.loss_chart(),
+        charts => run.charts(),
+        samples => run.samples(),
+        memory => run.memory(),
+        data => run.data(),
+        milestones => run.milestones(),
+        settings => run.settings(),
+        log => run.log(),
+    })
+    .expect("the template uses what it is given")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::train::events::{EvalEvent, SampleEvent, StepEvent};
+
+    fn step(step: u64) -> Event {
+        Event::Step(StepEvent {
+            step,
+            loss: 3.0 - step as f64 / 1000.0,
+            learning_rate: 2e-4,
+            grad_norm: 0.5,
+            tokens_per_second: 200.0,
+            rss_bytes: 1 << 30,
+            ..StepEvent::default()
+        })
+    }
+
+    fn sample(step: u64, prompt: &str, completion: &str) -> Event {
+        let (prompt, completion) = (prompt.to_string(), completion.to_string());
+        Event::Sample(SampleEvent { step, prompt, completion, ..SampleEvent::default() })
+    }
+
+    #[test]
+    fn text_of_the_run_is_escaped() {
+        let start = StartEvent {
+            model: "a<b>&c".into(),
+            settings: serde_json::json!({"data": "</script><script>alert(1)</script>"}),
+            ..StartEvent::default()
+        };
+        let events = [sample(0, "<i>\"x\"</i>", "</pre>&amp;"), step(1)];
+        let page = render(&start, &events);
+        assert!(page.contains("a&lt;b&gt;&amp;c"));
+        assert!(page.contains("&lt;i&gt;&quot;x&quot;&lt;"));
+        assert!(page.contains("&lt;&#x2f;pre&gt;&amp;amp;"));
+        for text in ["<b>&c", "alert(1)</script>", "<i>\"x", "</pre>"] {
+            assert!(!page.contains(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn nothing_is_loaded_from_elsewhere() {
+        let page = render(&StartEvent::default(), &[step(1), step(2)]);
+        for text in ["http:", "https:", "src=", "href=", "url(", "@import", "fetch("] {
+            assert!(!page.contains(text), "{text}");
+        }
+        assert!(page.contains("default-src 'none'"));
+    }
+
+    #[test]
+    fn every_section_stands_when_there_is_something_to_show() {
+        let mut events: Vec<Event> = (1..=60).map(step).collect();
+        let page = render(&StartEvent::default(), &events);
+        assert!(page.contains("Gradient norm") && page.contains("</i>smoothed"));
+        for title in ["Answers", "Evaluations and checkpoints", "evaluation"] {
+            assert!(!page.contains(title), "{title}");
+        }
+        events.push(sample(0, "Hi", "Hello"));
+        events.push(sample(30, "Hi", "Hey"));
+        events.push(sample(60, "Hi", "Ahoy"));
+        let eval = EvalEvent { step: 60, eval_loss: 0.5, is_best: true, ..EvalEvent::default() };
+        events.push(Event::Eval(eval));
+        let page = render(&StartEvent::default(), &events);
+        for text in ["Answers", "Evaluations and checkpoints", "Ahoy", "1.649", "0.5000"] {
+            assert!(page.contains(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_run_that_only_began_has_a_page() {
+        let page = render(&StartEvent { max_steps: 10, ..StartEvent::default() }, &[]);
+        assert!(page.contains("running") && page.ends_with("</html>"));
+    }
+}

@@ -1,0 +1,302 @@
+//! The events of a run by their kind, and the curves made from them.
+
+use serde::Serialize;
+
+use super::chart::{Chart, Frame, Series, chart, smooth};
+use crate::cli::size::ByteSize;
+use crate::report::figures::{clock, short_count, thousands};
+use crate::train::events::{
+    EndEvent, EndReason, EvalEvent, Event, ParameterCounts, SampleEvent, SaveEvent, StartEvent,
+    StepEvent,
+};
+
+/// Epochs whose ends are marked; more would hide the curve.
+const MOST_MARKED_EPOCHS: u64 = 8;
+
+/// A run to show.
+pub struct Run<'a> {
+    pub(super) start: &'a StartEvent,
+    pub(super) steps: Vec<&'a StepEvent>,
+    pub(super) evals: Vec<&'a EvalEvent>,
+    pub(super) samples: Vec<&'a SampleEvent>,
+    pub(super) saves: Vec<&'a SaveEvent>,
+    pub(super) end: Option<&'a EndEvent>,
+}
+
+/// What stands on top.
+#[derive(Serialize)]
+pub struct Heading {
+    model: String,
+    state: &'static str,
+    /// CSS class: the state's colour.
+    class: &'static str,
+    note: Option<String>,
+    step: String,
+    max_steps: String,
+    percent: f64,
+    facts: Vec<String>,
+}
+
+/// A figure with a name.
+#[derive(Serialize)]
+pub struct Tile {
+    label: &'static str,
+    value: String,
+    note: String,
+}
+
+impl<'a> Run<'a> {
+    /// Sorts `events`.
+    pub fn of(start: &'a StartEvent, events: &'a [Event]) -> Self {
+        let mut run = Run {
+            start,
+            steps: Vec::new(),
+            evals: Vec::new(),
+            samples: Vec::new(),
+            saves: Vec::new(),
+            end: None,
+        };
+        for event in events {
+            match event {
+                Event::Start(_) => {}
+                Event::Step(step) => run.steps.push(step),
+                Event::Eval(eval) => run.evals.push(eval),
+                Event::Sample(sample) => run.samples.push(sample),
+                Event::Save(save) => run.saves.push(save),
+                Event::End(end) => run.end = Some(end),
+            }
+        }
+        run
+    }
+
+    /// State of the run and what it trains.
+    pub fn heading(&self) -> Heading {
+        let (state, class, note) = match self.end.map(|end| end.reason) {
+            None => ("running", "running", None),
+            Some(EndReason::Finished) => ("finished", "good", None),
+            Some(EndReason::EarlyStopping) => {
+                ("stopped early", "good", Some("the evaluation loss no longer fell".to_string()))
+            }
+            Some(EndReason::Interrupted) => {
+                ("interrupted", "paused", Some("--resume continues it bit for bit".to_string()))
+            }
+        };
+        let (step, max_steps) = (self.last_step(), self.start.max_steps);
+        Heading {
+            model: file_name(&self.start.model).to_string(),
+            state,
+            class,
+            note,
+            step: thousands(step),
+            max_steps: thousands(max_steps),
+            percent: 100.0 * step as f64 / max_steps.max(1) as f64,
+            facts: self.facts(),
+        }
+    }
+
+    fn facts(&self) -> Vec<String> {
+        let setting = |name: &str| {
+            let value = self.start.settings.get(name)?;
+            Some(value.as_str().map_or_else(|| value.to_string(), str::to_string))
+        };
+        let mut facts = Vec::new();
+        if let (Some(r), Some(alpha)) = (setting("lora_r"), setting("lora_alpha")) {
+            facts.push(format!("LoRA r {r}, alpha {alpha}"));
+        }
+        let ParameterCounts { trained, total } = self.start.parameters;
+        if trained > 0 && total > 0 {
+            let share = 100.0 * trained as f64 / total as f64;
+            let (trained, total) = (short_count(trained), short_count(total));
+            facts.push(format!("{trained} of {total} parameters trained ({share:.2} %)"));
+        }
+        let rows = self.start.train_batch_size * self.start.gradient_accumulation_steps;
+        if rows > 0 {
+            facts.push(format!("{rows} {} in a step", if rows == 1 { "row" } else { "rows" }));
+        }
+        if let Some(step) = self.start.resumed_from_step {
+            facts.push(format!("resumed at step {}", thousands(step)));
+        }
+        facts
+    }
+
+    pub(super) fn last_step(&self) -> u64 {
+        let steps = self.steps.last().map(|step| step.step);
+        steps.into_iter().chain(self.end.map(|end| end.step)).max().unwrap_or(0)
+    }
+
+    /// Highest resident memory of the process.
+    pub(super) fn peak_bytes(&self) -> Option<u64> {
+        let seen = self.steps.iter().map(|step| step.rss_bytes).max();
+        self.end.map(|end| end.peak_rss_bytes).filter(|&peak| peak > 0).max(seen)
+    }
+
+    pub(super) fn planned_bytes(&self) -> Option<u64> {
+        let plan = &self.start.memory_plan;
+        (!plan.is_empty()).then(|| plan.iter().map(|(_, bytes)| bytes).sum())
+    }
+
+    /// The figures that one looks for first.
+    pub fn tiles(&self) -> Vec<Tile> {
+        let mut tiles = Vec::new();
+        let mut tile = |label, value, note: String| tiles.push(Tile { label, value, note });
+        if let (Some(first), Some(last)) = (self.steps.first(), self.steps.last()) {
+            let note = format!("{:.4} at step {}", first.loss, thousands(first.step));
+            tile("training loss", format!("{:.4}", last.loss), note);
+        }
+        let best = self.evals.iter().min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss));
+        if let Some(best) = best {
+            let perplexity = perplexity(best.eval_loss);
+            let note = format!("perplexity {perplexity}");
+            tile("best evaluation loss", format!("{:.4}", best.eval_loss), note);
+        }
+        if let Some(last) = self.steps.last() {
+            let tokens = last.num_input_tokens_seen;
+            let share = 100.0 * last.num_target_tokens_seen as f64 / tokens.max(1) as f64;
+            tile("tokens seen", short_count(tokens), format!("{share:.0} % of them trained"));
+            let speed = self.end.map_or(last.tokens_per_second, |end| end.tokens_per_second);
+            let span = if self.end.is_some() { "whole run" } else { "last log line" };
+            tile("tokens per second", format!("{speed:.0}"), span.to_string());
+            let epochs = format!("{:.2} epochs", last.epoch);
+            tile("training time", clock(last.elapsed_seconds), epochs);
+        }
+        if let Some(peak) = self.peak_bytes() {
+            let plan = self.planned_bytes().map(|bytes| format!("planned {}", ByteSize(bytes)));
+            tile("peak memory", ByteSize(peak).to_string(), plan.unwrap_or_default());
+        }
+        tiles
+    }
+
+    fn line(&self, value: fn(&StepEvent) -> f64) -> Vec<(f64, f64)> {
+        self.steps.iter().map(|step| (step.step as f64, value(step))).collect()
+    }
+
+    /// Ends of epochs, and where the run was resumed.
+    fn marks(&self) -> Vec<(f64, String)> {
+        let (per_epoch, last) = (self.start.steps_per_epoch, self.last_step());
+        let epochs = last.checked_div(per_epoch).unwrap_or(0);
+        let mut marks = Vec::new();
+        if epochs <= MOST_MARKED_EPOCHS {
+            let ends = (1..=epochs).map(|epoch| (epoch, epoch * per_epoch));
+            let inside = ends.filter(|(_, step)| *step < last);
+            marks.extend(inside.map(|(epoch, step)| (step as f64, format!("epoch {epoch}"))));
+        }
+        let resumed = self.start.resumed_from_step.filter(|&step| step < last);
+        marks.extend(resumed.map(|step| (step as f64, "resumed".to_string())));
+        marks
+    }
+
+    /// The curve of the loss.
+    pub fn loss_chart(&self) -> Option<Chart> {
+        let training = self.line(|step| step.loss);
+        let smoothed = smooth(&training);
+        let class = if smoothed.is_some() { "a faint" } else { "a" };
+        let mut series = vec![Series { class, name: "training", points: training }];
+        if let Some(points) = smoothed {
+            series.push(Series { class: "a", name: "smoothed", points });
+        }
+        if !self.evals.is_empty() {
+            let points = self.evals.iter().map(|eval| (eval.step as f64, eval.eval_loss));
+            series.push(Series { class: "b", name: "evaluation", points: points.collect() });
+        }
+        let marks = self.marks();
+        let frame = self.frame("Loss", &|value| short_number(value, 3));
+        chart(series, &Frame { marks: &marks, ..frame })
+    }
+
+    fn frame<'f>(&self, title: &'static str, format: &'f dyn Fn(f64) -> String) -> Frame<'f> {
+        let last_step = self.last_step() as f64;
+        Frame { title, last_step, from_zero: false, unit: 1.0, format, reference: None, marks: &[] }
+    }
+
+    /// The curves beside that of the loss.
+    pub fn charts(&self) -> Vec<Chart> {
+        let one = |name, points| vec![Series { class: "a", name, points }];
+        let scientific = |value: f64| scientific(value);
+        let rate = Frame { from_zero: true, ..self.frame("Learning rate", &scientific) };
+        let number = |value: f64| short_number(value, 3);
+        let norm = Frame { from_zero: true, ..self.frame("Gradient norm", &number) };
+        let whole = |value: f64| thousands(value.max(0.0).round() as u64);
+        let speed = Frame { from_zero: true, ..self.frame("Tokens per second", &whole) };
+        let charts = [
+            chart(one("rate", self.line(|step| step.learning_rate)), &rate),
+            chart(one("before clipping", self.line(|step| step.grad_norm)), &norm),
+            chart(one("speed", self.line(|step| step.tokens_per_second)), &speed),
+        ];
+        charts.into_iter().flatten().collect()
+    }
+
+    /// Resident memory over the run, below the plan.
+    pub(super) fn memory_chart(&self) -> Option<Chart> {
+        let points = self.line(|step| step.rss_bytes as f64);
+        let format = |value: f64| ByteSize(value.max(0.0) as u64).to_string();
+        let reference = self.planned_bytes().map(|bytes| ("planned", bytes as f64));
+        let largest = self.planned_bytes().max(self.peak_bytes()).unwrap_or(0);
+        let unit = if largest < 1 << 30 { 1u64 << 20 } else { 1 << 30 } as f64;
+        let frame = self.frame("Memory of the process", &format);
+        let series = vec![Series { class: "a", name: "resident", points }];
+        chart(series, &Frame { from_zero: true, unit, reference, ..frame })
+    }
+}
+
+/// The last part of a path.
+fn file_name(path: &str) -> &str {
+    let name = std::path::Path::new(path).file_name().and_then(|name| name.to_str());
+    name.unwrap_or(path)
+}
+
+/// `e^loss`, which soon has too many digits to read.
+pub(super) fn perplexity(loss: f64) -> String {
+    short_number(loss.exp(), 3)
+}
+
+/// At most `digits` after the point, fewer for large numbers.
+fn short_number(value: f64, digits: usize) -> String {
+    match value.abs() {
+        size if size >= 1e6 => scientific(value),
+        size if size >= 1000.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.0$}", digits.saturating_sub(1).min(2)),
+        _ => format!("{value:.digits$}"),
+    }
+}
+
+/// `2e-4`, `1.35e-4`.
+pub(super) fn scientific(value: f64) -> String {
+    if value == 0.0 {
+        return "0".to_string();
+    }
+    let text = format!("{value:.2e}");
+    let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    let digits = digits.trim_end_matches('0').trim_end_matches('.');
+    format!("{digits}e{exponent}")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn numbers_are_as_long_as_they_are_useful() {
+        assert_eq!(scientific(2e-4), "2e-4");
+        assert_eq!(scientific(1.349e-5), "1.35e-5");
+        assert_eq!(scientific(0.0), "0");
+        assert_eq!(short_number(1.23456, 3), "1.235");
+        assert_eq!(short_number(12.3456, 3), "12.35");
+        assert_eq!(short_number(4321.9, 3), "4322");
+        assert_eq!(short_number(4.3219e7, 3), "4.32e7");
+        assert_eq!(perplexity(0.5), "1.649");
+    }
+
+    #[test]
+    fn epochs_and_the_resumption_are_marked_inside_the_curve() {
+        let start = StartEvent {
+            steps_per_epoch: 10,
+            resumed_from_step: Some(12),
+            ..StartEvent::default()
+        };
+        let events: Vec<Event> =
+            (1..=30).map(|step| Event::Step(StepEvent { step, ..StepEvent::default() })).collect();
+        let marks = Run::of(&start, &events).marks();
+        let expected = [(10.0, "epoch 1"), (20.0, "epoch 2"), (12.0, "resumed")];
+        assert_eq!(marks, expected.map(|(step, text)| (step, text.to_string())));
+    }
+}

@@ -1,0 +1,223 @@
+//! What stands below the curves: answers, memory, data, milestones, settings, the log.
+
+use serde::Serialize;
+
+use super::chart::Chart;
+use super::run::{Run, perplexity, scientific};
+use crate::cli::size::ByteSize;
+use crate::report::figures::thousands;
+use crate::train::events::{EvalEvent, SampleEvent, SaveEvent};
+
+/// Lines of the log that are shown.
+const MOST_LOG_ROWS: usize = 200;
+
+/// One prompt and its answers in the course of the run.
+#[derive(Serialize)]
+pub struct Prompt {
+    text: String,
+    first: Answer,
+    last: Option<Answer>,
+    between: Vec<Answer>,
+}
+
+#[derive(Serialize, Clone)]
+struct Answer {
+    when: String,
+    text: String,
+}
+
+/// The plan beside what was measured.
+#[derive(Serialize)]
+pub struct Memory {
+    parts: Vec<Part>,
+    planned: Option<String>,
+    measured: Option<String>,
+    difference: Option<String>,
+    chart: Option<Chart>,
+}
+
+#[derive(Serialize)]
+struct Part {
+    name: String,
+    size: String,
+    /// Of the largest part, in percent.
+    share: String,
+}
+
+/// Texts of a data file.
+#[derive(Serialize)]
+pub struct DataRow {
+    name: String,
+    file: String,
+    documents: String,
+    tokens: String,
+    trained: String,
+    longest: String,
+    rows: String,
+    notes: Vec<String>,
+}
+
+/// A step at which something was evaluated or saved.
+#[derive(Serialize)]
+pub struct Milestone {
+    step: String,
+    epoch: String,
+    eval_loss: String,
+    perplexity: String,
+    checkpoint: String,
+    size: String,
+    best: bool,
+}
+
+/// Lines of the training log.
+#[derive(Serialize)]
+pub struct Log {
+    /// Every how manyth line is shown.
+    every: usize,
+    rows: Vec<[String; 8]>,
+}
+
+impl Run<'_> {
+    /// Answers by prompt, in the order in which the prompts came.
+    pub fn samples(&self) -> Vec<Prompt> {
+        let mut prompts: Vec<(&str, Vec<&SampleEvent>)> = Vec::new();
+        for sample in &self.samples {
+            match prompts.iter_mut().find(|(prompt, _)| *prompt == sample.prompt) {
+                Some((_, answers)) => answers.push(sample),
+                None => prompts.push((&sample.prompt, vec![sample])),
+            }
+        }
+        prompts.into_iter().filter_map(|(prompt, answers)| prompt_of(prompt, &answers)).collect()
+    }
+
+    /// The plan, the measured peak and the curve; `None` when nothing is known.
+    pub fn memory(&self) -> Option<Memory> {
+        let (planned, measured) = (self.planned_bytes(), self.peak_bytes());
+        planned.or(measured)?;
+        let plan = &self.start.memory_plan;
+        let largest = plan.iter().map(|(_, bytes)| *bytes).max().unwrap_or(0).max(1);
+        let part = |(name, bytes): &(String, u64)| Part {
+            name: name.clone(),
+            size: ByteSize(*bytes).to_string(),
+            share: format!("{:.2}", 100.0 * *bytes as f64 / largest as f64),
+        };
+        let difference = planned.zip(measured).map(|(planned, measured)| {
+            let share = 100.0 * (measured as f64 / planned.max(1) as f64 - 1.0);
+            format!("{share:+.1} %").replace('-', "\u{2212}")
+        });
+        let size = |bytes: u64| ByteSize(bytes).to_string();
+        Some(Memory {
+            parts: plan.iter().map(part).collect(),
+            planned: planned.map(size),
+            measured: measured.map(size),
+            difference,
+            chart: self.memory_chart(),
+        })
+    }
+
+    /// The data files.
+    pub fn data(&self) -> Vec<DataRow> {
+        let files = self.start.data.iter();
+        let row = files.map(|data| DataRow {
+            name: data.name.clone(),
+            file: data.file.clone(),
+            documents: thousands(data.documents),
+            tokens: thousands(data.tokens),
+            trained: format!(
+                "{} ({:.0} %)",
+                thousands(data.trained_tokens),
+                100.0 * data.trained_tokens as f64 / data.tokens.max(1) as f64
+            ),
+            longest: thousands(data.longest_document_tokens),
+            rows: thousands(data.rows),
+            notes: data.notes.clone(),
+        });
+        row.collect()
+    }
+
+    /// Evaluations and checkpoints, a row for each step that has any.
+    pub fn milestones(&self) -> Vec<Milestone> {
+        let mut steps: Vec<u64> = self.evals.iter().map(|eval| eval.step).collect();
+        steps.extend(self.saves.iter().map(|save| save.step));
+        steps.sort_unstable();
+        steps.dedup();
+        let best = self.evals.iter().rev().find(|eval| eval.is_best).map(|eval| eval.step);
+        let row = |step: u64| {
+            let eval = self.evals.iter().find(|eval| eval.step == step);
+            let save = self.saves.iter().find(|save| save.step == step);
+            milestone(step, eval.copied(), save.copied(), best == Some(step))
+        };
+        steps.into_iter().map(row).collect()
+    }
+
+    /// Names and values.
+    pub fn settings(&self) -> Vec<(String, String)> {
+        let Some(settings) = self.start.settings.as_object() else { return Vec::new() };
+        let text = |value: &serde_json::Value| match value {
+            serde_json::Value::String(text) => text.clone(),
+            serde_json::Value::Array(items) => {
+                let items = items.iter().map(|item| item.as_str().map(str::to_string));
+                let texts: Option<Vec<String>> = items.collect();
+                texts.map_or_else(|| value.to_string(), |texts| texts.join("\n"))
+            }
+            other => other.to_string(),
+        };
+        settings.iter().map(|(name, value)| (name.clone(), text(value))).collect()
+    }
+
+    /// The log as a table, thinned where it is long.
+    pub fn log(&self) -> Log {
+        let every = self.steps.len().div_ceil(MOST_LOG_ROWS).max(1);
+        let last = self.steps.len().saturating_sub(1);
+        let shown = self.steps.iter().enumerate().filter(|(i, _)| i % every == 0 || *i == last);
+        let rows = shown.map(|(_, step)| {
+            [
+                thousands(step.step),
+                format!("{:.2}", step.epoch),
+                format!("{:.4}", step.loss),
+                scientific(step.learning_rate),
+                format!("{:.3}", step.grad_norm),
+                thousands(step.num_input_tokens_seen),
+                format!("{:.0}", step.tokens_per_second),
+                ByteSize(step.rss_bytes).to_string(),
+            ]
+        });
+        Log { every, rows: rows.collect() }
+    }
+}
+
+fn prompt_of(prompt: &str, answers: &[&SampleEvent]) -> Option<Prompt> {
+    let answer = |sample: &&SampleEvent| Answer {
+        when: match sample.step {
+            0 => "before training".to_string(),
+            step => format!("after step {}", thousands(step)),
+        },
+        text: sample.completion.trim().to_string(),
+    };
+    let (first, rest) = answers.split_first()?;
+    let (last, between) = rest.split_last().map_or((None, rest), |(last, b)| (Some(last), b));
+    Some(Prompt {
+        text: prompt.to_string(),
+        first: answer(first),
+        last: last.map(answer),
+        between: between.iter().map(answer).collect(),
+    })
+}
+
+fn milestone(
+    step: u64,
+    eval: Option<&EvalEvent>,
+    save: Option<&SaveEvent>,
+    best: bool,
+) -> Milestone {
+    let of_eval = |text: fn(&EvalEvent) -> String| eval.map(text).unwrap_or_default();
+    Milestone {
+        step: thousands(step),
+        epoch: of_eval(|eval| format!("{:.2}", eval.epoch)),
+        eval_loss: of_eval(|eval| format!("{:.4}", eval.eval_loss)),
+        perplexity: of_eval(|eval| perplexity(eval.eval_loss)),
+        checkpoint: save.map(|save| save.checkpoint.clone()).unwrap_or_default(),
+        size: save.map(|save| ByteSize(save.bytes).to_string()).unwrap_or_default(),
+        best,
+    }
+}
