@@ -35,23 +35,48 @@ fn run(arguments: &[&str]) -> String {
 fn the_audit_counts_everything_and_names_bad_lines() {
     let text = run(&[]);
     for expected in [
-        "chat.jsonl: 4 records, format messages",
-        "2 documents",
-        "1 records without a token to train on: lines 2",
-        "1 records that repeat an earlier record: lines 4",
-        "0 records with an answer whose end-of-sequence is not trained",
-        "1 bad records\n  chat.jsonl:3: not valid JSON",
-        "packed into 1 rows of 2048 tokens",
+        "chat.jsonl: 4 records, format messages\n",
+        "documents   2\n",
+        "tokens      70, 6 of them trained: 8.6 % (loss on all answers)\n",
+        "length      shortest 35, median 35, 95 % up to 35, longest 35 tokens\n",
+        "packed      rows of 2048 tokens: 1, 3.4 % full\n",
+        "35 to 35         2  ████████████████████████████████████████\n",
+        "ok    no record is longer than 2048 tokens\n",
+        "note  records without a token to train on, left out: 1 (chat.jsonl:2)\n",
+        "note  records that repeat an earlier one: 1 (chat.jsonl:4)\n",
+        "ok    every answer ends in a trained end-of-sequence token (<|im_end|>)\n",
+        "bad   records that cannot be used: 1\n      chat.jsonl:3: not valid JSON at column 2: exp",
+        "training would stop: chat.jsonl:3: not valid JSON",
     ] {
         assert!(text.contains(expected), "{expected:?} is not in\n{text}");
     }
 }
 
 #[test]
+fn what_truncation_would_do_is_said() {
+    let text = run(&["--max-length", "32"]);
+    let refused = "note  records longer than 32 tokens (100.0 %), refused without `--truncation`: 2 \
+                   (chat.jsonl:1, 4)\n";
+    assert!(text.contains(refused), "{text}");
+    let text = run(&["--max-length", "32", "--truncation", "left"]);
+    let cut = "(100.0 %), cut at the beginning by 6 tokens in all: 2 (chat.jsonl:1, 4)\n";
+    assert!(text.contains(cut), "{text}");
+}
+
+#[test]
 fn the_loss_mask_is_visible_token_by_token() {
     let text = run(&["--show", "1"]);
-    assert!(text.contains("<|im_start|>assistant\n[Hello][!][<|im_end|>]"), "{text}");
-    assert!(text.contains(", 3 trained"), "{text}");
+    let shown = "
+chat.jsonl:1: 35 tokens, 3 trained (+)
+  <|im_start|>│system│⏎
+  You│ are│ a│ helpful│ AI│ assistant│ named│ Sm│ol│LM│,│ trained│ by│ H│ugging│ Face│<|im_end|>│⏎
+  <|im_start|>│user│⏎
+  Hi│<|im_end|>│⏎
+  <|im_start|>│ass│istant│⏎
++ Hello│!│<|im_end|>
+  ⏎
+";
+    assert!(text.ends_with(shown), "{text}");
 }
 
 #[test]
@@ -59,6 +84,7 @@ fn json_has_the_same_figures() {
     let json: Value = serde_json::from_str(&run(&["--json"])).unwrap();
     assert_eq!(json["records"], 4);
     assert_eq!(json["targets"], 6);
-    assert_eq!(json["rejected"][0][0], 3);
+    assert_eq!(json["rejected"][0]["line"], 3);
     assert_eq!(json["duplicates"], serde_json::json!([4]));
+    assert_eq!(json["length"]["longest"], 35);
 }

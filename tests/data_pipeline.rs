@@ -171,7 +171,10 @@ fn long_documents_are_never_cut_silently() {
     };
     let (_, dataset) = load(Truncation::Error);
     let error = dataset.check(Path::new("f"), &with(Truncation::Error)).unwrap_err().to_string();
-    assert!(error.contains("1 of 1 documents are longer than 3 tokens (longest: 7)"), "{error}");
+    assert!(
+        error.contains("f:1: document is longer than 3 tokens (1 of 1 are, the longest has 7)"),
+        "{error}"
+    );
     assert!(error.contains("raise `--max-length` to 7"), "{error}");
     assert_eq!(load(Truncation::Right).0, [[1, 2, 3]]);
     assert_eq!(load(Truncation::Left).0, [[5, 6, 7]]);
@@ -192,13 +195,19 @@ fn bad_records_are_named_by_file_and_line() {
         assert!(error.contains(expected), "{error}\nexpected: {expected}");
     };
     let good = "{\"text\": \"a\"}\n";
-    rejected(format!("{good}\n{{\"text\": ").as_bytes(), "data.jsonl:3: not valid JSON: ");
+    rejected(
+        format!("{good}\n{{\"text\": ").as_bytes(),
+        "data.jsonl:3: not valid JSON at column 9: ",
+    );
     rejected(format!("{good}{{\"txt\": 1}}\n").as_bytes(), ":2: record has no field `text`");
     rejected(format!("{good}{{\"text\": 1}}\n").as_bytes(), ":2: field `text` is a number");
-    rejected(b"{\"text\": \"\xff\"}\n{\"text\": \"a\"}\n", "data.jsonl:1: not UTF-8");
+    rejected(
+        b"{\"text\": \"\xff\"}\n{\"text\": \"a\"}\n",
+        "data.jsonl:1: record is not UTF-8 at byte 11",
+    );
     rejected(b"", "has no records");
     rejected(b"\n\n", "has no records");
-    rejected(b"[1, 2", "not a JSON list");
+    rejected(b"[1, 2", "the JSON list is not closed");
     rejected(b"{\"foo\": 1}", "cannot tell the format of a record with the fields [\"foo\"]");
     rejected(b"{\"messages\": []}", "field `messages` has no messages");
     rejected(b"{\"messages\": [{\"content\": \"a\"}]}", "messages[0].role is missing");

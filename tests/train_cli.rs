@@ -209,7 +209,8 @@ fn numbers_that_explode_name_step_and_lines() {
     assert_eq!(code, 1);
     let error = error_of(&text);
     assert!(
-        error.starts_with("error: step ") && error.contains("not finite in batch 1 of 4 (lines "),
+        error.starts_with("error: step ")
+            && error.contains("not finite in batch 1 of 4 (train.jsonl:"),
         "{error}"
     );
     assert!(error.contains("try a lower `--learning-rate`"), "{error}");

@@ -5,10 +5,11 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
+use super::reading;
 use crate::adapter::Adapter;
 use crate::checkpoint::{Checkpoint, atomic};
 use crate::cli::eval::EvalArgs;
-use crate::data::{Batch, ChatTokenizer, Dataset, Document, Encoder, load};
+use crate::data::{Batch, ChatTokenizer, Dataset, Document, Encoder};
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::families::spec_from_config;
@@ -51,9 +52,7 @@ fn read_data(args: &EvalArgs, spec: &ModelSpec) -> Result<Dataset> {
     let options = args.format.options(args.max_length);
     let tokenizer = ChatTokenizer::open(&args.base.model)?;
     let encoder = Encoder::new(&tokenizer, spec.vocab_size, options.train_on)?;
-    let dataset = load(&args.data, &encoder, &options)?;
-    dataset.check(&args.data, &options)?;
-    Ok(dataset)
+    reading::load(&args.data, &encoder, &options)
 }
 
 /// Documents together in passes of about [`TOKENS_PER_PASS`].

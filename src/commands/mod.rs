@@ -7,6 +7,7 @@ pub mod generate;
 pub mod memory;
 pub mod merge;
 pub mod quantize;
+mod reading;
 pub mod train;
 
 use crate::cli::Command;

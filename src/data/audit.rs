@@ -1,91 +1,118 @@
 //! What a data set looks like to a model: lengths, what is trained, what is wrong.
 
+use std::path::Path;
+
 use serde::Serialize;
 
-use super::load::{DataOptions, Dataset};
+use super::Document;
+use super::encode::Encoder;
+use super::load::{DataOptions, LoadReport, read};
 use super::pack::{efficiency, pack};
-use super::record::Rejection;
+use crate::error::Result;
 
 /// Bars of the length histogram.
-const BARS: usize = 12;
+const BARS: u32 = 12;
 /// Any seed fills the rows alike; training packs with its own.
 const PACKING_SEED: u64 = 42;
 
 /// Figures of one data set.
 #[derive(Debug, Clone, Serialize)]
 pub struct Audit {
-    /// Shape of the records.
-    pub format: Option<super::Format>,
-    /// Records in the file.
-    pub records: usize,
-    /// Documents that training would see, after truncation.
-    pub documents: usize,
-    /// Their tokens.
-    pub tokens: usize,
-    /// Tokens that count in the loss.
-    pub targets: usize,
-    /// Length in tokens: shortest, median, 95 %, longest, before truncation.
-    pub lengths: [usize; 4],
-    /// Bars of equal width: upper bound in tokens and count.
-    pub histogram: Vec<(usize, usize)>,
-    /// Documents longer than the maximum.
-    pub too_long: usize,
-    /// Tokens that truncation removed.
-    pub tokens_removed: usize,
-    /// Lines without a token to train on.
-    pub without_targets: Vec<usize>,
-    /// Lines with an answer whose end-of-sequence is not trained.
-    pub untrained_eos: Vec<usize>,
-    /// Lines that repeat an earlier record.
-    pub duplicates: Vec<usize>,
-    /// Bad records: line and reason.
-    pub rejected: Vec<(usize, Rejection)>,
+    /// What became of each record.
+    #[serde(flatten)]
+    pub report: LoadReport,
+    /// Lengths in tokens, before truncation.
+    pub length: Lengths,
     /// Rows of the maximal length when packed.
     pub packed_rows: usize,
     /// Share of those rows that is documents.
     pub packing_efficiency: f64,
 }
 
+/// How long the documents are.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct Lengths {
+    /// The shortest.
+    pub shortest: u32,
+    /// Half are no longer.
+    pub median: u32,
+    /// 95 % are no longer.
+    pub percentile_95: u32,
+    /// The longest.
+    pub longest: u32,
+    /// Counts of lengths, in bars of equal width.
+    pub histogram: Vec<Bar>,
+}
+
+/// How many documents have a length from `from` to `to`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Bar {
+    /// Shortest length, in tokens.
+    pub from: u32,
+    /// Longest length, in tokens.
+    pub to: u32,
+    /// Documents.
+    pub count: usize,
+}
+
 impl Audit {
-    /// Looks at a loaded data set.
-    pub fn of(dataset: &Dataset, options: &DataOptions) -> Self {
-        let report = &dataset.report;
-        let documents = &dataset.documents;
-        let mut lengths = report.lengths.clone();
+    /// Reads `path`, and returns its first `shown` documents too. `watch` hears of bytes read.
+    ///
+    /// # Errors
+    /// As [`read`].
+    pub fn of(
+        path: &Path,
+        encoder: &Encoder,
+        options: &DataOptions,
+        shown: usize,
+        watch: impl FnMut(u64),
+    ) -> Result<(Self, Vec<Document>)> {
+        let (mut lengths, mut first) = (Vec::new(), Vec::new());
+        let keep = |document: Document| {
+            lengths.push(document.input_ids.len());
+            if first.len() < shown {
+                first.push(document);
+            }
+        };
+        let report = read(path, encoder, options, keep, watch)?;
+        let rows = pack(&lengths, options.max_length, PACKING_SEED);
+        let audit = Audit {
+            length: Lengths::of(report.lengths.clone()),
+            packed_rows: rows.len(),
+            packing_efficiency: efficiency(&lengths, &rows, options.max_length),
+            report,
+        };
+        Ok((audit, first))
+    }
+}
+
+impl Lengths {
+    fn of(mut lengths: Vec<u32>) -> Self {
         lengths.sort_unstable();
         let at = |share: f64| {
             let index = (share * lengths.len().saturating_sub(1) as f64).round() as usize;
             lengths.get(index).copied().unwrap_or(0)
         };
-        let rows = pack(documents, options.max_length, PACKING_SEED);
-        Audit {
-            format: report.format,
-            records: report.records,
-            documents: documents.len(),
-            tokens: documents.iter().map(|document| document.input_ids.len()).sum(),
-            targets: documents.iter().map(super::Document::num_targets).sum(),
-            lengths: [at(0.0), at(0.5), at(0.95), at(1.0)],
+        Lengths {
+            shortest: at(0.0),
+            median: at(0.5),
+            percentile_95: at(0.95),
+            longest: at(1.0),
             histogram: histogram(&lengths),
-            too_long: report.too_long,
-            tokens_removed: report.tokens_removed,
-            without_targets: report.without_targets.clone(),
-            untrained_eos: report.untrained_eos.clone(),
-            duplicates: report.duplicates.clone(),
-            rejected: report.rejected.clone(),
-            packed_rows: rows.len(),
-            packing_efficiency: efficiency(documents, &rows, options.max_length),
         }
     }
 }
 
 /// Counts of sorted lengths in bars of equal width.
-fn histogram(lengths: &[usize]) -> Vec<(usize, usize)> {
-    let Some(&longest) = lengths.last() else { return Vec::new() };
-    let width = longest.div_ceil(BARS).max(1);
-    let mut bars: Vec<(usize, usize)> =
-        (1..=longest.div_ceil(width)).map(|bar| (bar * width, 0)).collect();
+fn histogram(lengths: &[u32]) -> Vec<Bar> {
+    let (Some(&shortest), Some(&longest)) = (lengths.first(), lengths.last()) else {
+        return Vec::new();
+    };
+    let width = (longest - shortest + 1).div_ceil(BARS);
+    let bar = |from| Bar { from, to: from + width - 1, count: 0 };
+    let mut bars: Vec<Bar> = (shortest..=longest).step_by(width as usize).map(bar).collect();
     for &length in lengths {
-        bars[length.saturating_sub(1) / width].1 += 1;
+        bars[((length - shortest) / width) as usize].count += 1;
     }
     bars
 }
@@ -98,9 +125,18 @@ mod tests {
     fn every_length_falls_into_one_bar() {
         let bars = histogram(&[1, 2, 12, 13, 120]);
         assert_eq!(bars.len(), 12);
-        assert_eq!(bars[0], (10, 2));
-        assert_eq!(bars[1], (20, 2));
-        assert_eq!(bars[11], (120, 1));
+        assert_eq!(bars[0], Bar { from: 1, to: 10, count: 2 });
+        assert_eq!(bars[1], Bar { from: 11, to: 20, count: 2 });
+        assert_eq!(bars[11], Bar { from: 111, to: 120, count: 1 });
+        assert_eq!(histogram(&[7, 7]), [Bar { from: 7, to: 7, count: 2 }]);
         assert!(histogram(&[]).is_empty());
+    }
+
+    #[test]
+    fn percentiles_are_lengths_that_occur() {
+        let lengths = Lengths::of((1..=100).rev().collect());
+        let Lengths { shortest, median, percentile_95, longest, .. } = lengths;
+        assert_eq!((shortest, median, percentile_95, longest), (1, 51, 95, 100));
+        assert_eq!(Lengths::of(Vec::new()), Lengths::default());
     }
 }

@@ -1,5 +1,7 @@
 //! Documents and the token streams that they are batched into.
 
+use std::sync::Arc;
+
 /// Label of a token that is not trained.
 pub const MASKED: i32 = -100;
 
@@ -27,6 +29,8 @@ pub struct Batch {
     pub num_targets: usize,
     /// Source lines of the documents.
     pub lines: Vec<usize>,
+    /// The file that they are lines of, where it is known.
+    pub file: Option<Arc<str>>,
 }
 
 impl Batch {
@@ -41,6 +45,18 @@ impl Batch {
             batch.lines.push(document.line);
         }
         batch
+    }
+
+    /// Where the documents come from: `train.jsonl:7, 9`, or `lines 7, 9`; the first few.
+    pub fn places(&self) -> String {
+        const SHOWN: usize = 8;
+        let lines: Vec<String> = self.lines.iter().take(SHOWN).map(usize::to_string).collect();
+        let more = if self.lines.len() > SHOWN { ", …" } else { "" };
+        let lines = lines.join(", ");
+        match &self.file {
+            Some(file) => format!("{file}:{lines}{more}"),
+            None => format!("lines {lines}{more}"),
+        }
     }
 
     /// T.

@@ -1,38 +1,23 @@
-//! Reading a data file: JSONL line by line, or one JSON array.
+//! Reading a data file into documents, and an account of every record.
 
 use std::collections::HashSet;
-use std::fs::File;
-use std::io::{BufRead, BufReader};
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
-use clap::ValueEnum;
 use rayon::prelude::*;
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 use serde_json::Value;
 
-use super::batch::{Document, MASKED};
-use super::encode::{Encoder, TrainOn};
+use super::batch::Document;
+use super::encode::{Encoded, Encoder, TrainOn};
 use super::record::{Format, Rejection, parse};
+use super::source::{Raw, Source};
+use super::truncate::Truncation;
 use crate::error::{Error, Result};
 
-/// Lines that are tokenized at a time.
-const LINES_PER_BATCH: usize = 2048;
-
-/// What to do with a document that is longer than the maximum.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Truncation {
-    /// Stop and say how many there are
-    Error,
-    /// Leave the document out
-    Drop,
-    /// Keep the beginning
-    Right,
-    /// Keep the end
-    Left,
-    /// Cut it into several documents
-    Split,
-}
+/// Records, and bytes of text, that are tokenized at a time.
+const BATCH_RECORDS: usize = 2048;
+const BATCH_BYTES: usize = 16 << 20;
 
 /// How to read a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -56,261 +41,282 @@ pub struct Dataset {
     pub report: LoadReport,
 }
 
-/// What became of the records of a file.
+/// What became of the records of a file. Lines are those that a record begins on.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct LoadReport {
     /// Shape of the records.
     pub format: Option<Format>,
     /// Records in the file, blank lines left out.
     pub records: usize,
-    /// Records that could not be used: line and reason.
-    pub rejected: Vec<(usize, Rejection)>,
-    /// Documents longer than the maximum.
-    pub too_long: usize,
+    /// Records that could not be used.
+    pub rejected: Vec<Rejected>,
+    /// Length in tokens of every accepted document, before truncation.
+    #[serde(skip)]
+    pub lengths: Vec<u32>,
+    /// Lines of documents longer than the maximum.
+    pub too_long: Vec<usize>,
     /// Tokens that truncation removed.
     pub tokens_removed: usize,
     /// Lines without a token to train on (left out).
     pub without_targets: Vec<usize>,
     /// Lines with an answer whose end-of-sequence is not trained.
     pub untrained_eos: Vec<usize>,
+    /// Lines that begin with two beginning-of-sequence tokens.
+    pub double_bos: Vec<usize>,
     /// Lines that repeat an earlier record.
     pub duplicates: Vec<usize>,
-    /// Length of every accepted document, before truncation.
-    pub lengths: Vec<usize>,
+    /// Documents that are left to train on.
+    pub documents: usize,
+    /// Their tokens.
+    pub tokens: usize,
+    /// Those of them that are trained.
+    pub targets: usize,
+}
+
+/// A record that could not be used.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Rejected {
+    /// Line that it begins on.
+    pub line: usize,
+    /// Why.
+    #[serde(flatten)]
+    pub rejection: Rejection,
 }
 
 /// Reads, tokenizes and truncates the records of `path`.
 ///
 /// # Errors
+/// As [`read`].
+pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dataset> {
+    let mut documents = Vec::new();
+    let report = read(path, encoder, options, |document| documents.push(document), |_| ())?;
+    Ok(Dataset { documents, report })
+}
+
+/// As [`load`], but hands each document to `keep`, so that a file may be larger than memory; `watch`
+/// hears now and then how many bytes have been read.
+///
+/// # Errors
 /// `Io` when the file cannot be read, `Input` when it has no record or its shape is unknown. Bad
 /// records are listed in the report, not raised.
-pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dataset> {
-    let mut loader = Loader {
-        path,
-        encoder,
-        options,
-        format: options.format,
-        seen: HashSet::new(),
-        dataset: Dataset::default(),
-    };
-    let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-    let mut reader = BufReader::with_capacity(1 << 20, file);
-    let is_array = starts_with_bracket(&mut reader).map_err(|e| Error::io("read", path, e))?;
-    if is_array {
-        loader.read_array(reader)?;
-    } else {
-        loader.read_lines(reader)?;
+pub fn read(
+    path: &Path,
+    encoder: &Encoder,
+    options: &DataOptions,
+    keep: impl FnMut(Document),
+    mut watch: impl FnMut(u64),
+) -> Result<LoadReport> {
+    if options.max_length < 2 {
+        return Err(Error::usage(format_args!("--max-length {}", options.max_length))
+            .hint("a document needs two tokens: one to predict the other from"));
     }
-    loader.dataset.report.format = loader.format;
-    if loader.dataset.report.records == 0 {
+    let report = LoadReport { format: options.format, ..LoadReport::default() };
+    let mut loader = Loader { path, encoder, options, seen: HashSet::new(), report, keep };
+    let mut source = Source::open(path)?;
+    loop {
+        let batch = next_batch(&mut source)?;
+        if batch.is_empty() {
+            break;
+        }
+        loader.take(batch)?;
+        watch(source.bytes_read());
+    }
+    if loader.report.records == 0 {
         return Err(Error::input(format_args!("{} has no records", path.display()))
             .hint("expected one JSON object in each line, or one JSON list of objects"));
     }
-    Ok(loader.dataset)
+    Ok(loader.report)
 }
 
 impl Dataset {
+    /// As [`LoadReport::check`].
+    ///
+    /// # Errors
+    /// As there.
+    pub fn check(&self, path: &Path, options: &DataOptions) -> Result<()> {
+        self.report.check(path, options)
+    }
+}
+
+impl LoadReport {
     /// Fails on the first thing that a training run should not pass over.
     ///
     /// # Errors
     /// `Input` for a rejected record, a document that is too long under `--truncation error`, or
     /// data without a token to train on.
     pub fn check(&self, path: &Path, options: &DataOptions) -> Result<()> {
-        let report = &self.report;
-        if let Some((line, rejection)) = report.rejected.first() {
-            let more = match report.rejected.len() - 1 {
+        let place = path.display();
+        if let Some(Rejected { line, rejection }) = self.rejected.first() {
+            let more = match self.rejected.len() - 1 {
                 0 => String::new(),
                 more => format!(" (and {more} more bad records)"),
             };
-            let place = path.display();
             let error = Error::input(format_args!("{place}:{line}: {}{more}", rejection.reason));
             let general = "`nibble data` lists every bad record of the file";
             return Err(error.hint(rejection.hint.as_deref().unwrap_or(general)));
         }
-        if options.truncation == Truncation::Error && report.too_long > 0 {
-            let longest = report.lengths.iter().max().copied().unwrap_or(0);
+        if options.truncation == Truncation::Error && !self.too_long.is_empty() {
+            let longest = self.lengths.iter().max().copied().unwrap_or(0);
+            let (line, most) = (self.too_long[0], options.max_length);
+            let (count, all) = (self.too_long.len(), self.lengths.len());
             return Err(Error::input(format_args!(
-                "{}: {} of {} documents are longer than {} tokens (longest: {longest})",
-                path.display(),
-                report.too_long,
-                report.lengths.len(),
-                options.max_length
+                "{place}:{line}: document is longer than {most} tokens ({count} of {all} are, the \
+                 longest has {longest})"
             ))
             .hint(format_args!(
                 "raise `--max-length` to {longest}, or choose `--truncation drop`, `right`, `left` \
                  or `split`"
             )));
         }
-        if self.documents.is_empty() {
-            return Err(Error::input(format_args!(
-                "{}: no record has a token to train on",
-                path.display()
-            ))
-            .hint("see `nibble data --show 3`: which tokens does `--train-on` leave?"));
+        if self.documents == 0 {
+            return Err(Error::input(format_args!("{place}: no record has a token to train on"))
+                .hint("see `nibble data --show 3`: which tokens does `--train-on` leave?"));
         }
         Ok(())
     }
 }
 
-struct Loader<'a> {
+fn next_batch(source: &mut Source) -> Result<Vec<Raw>> {
+    let (mut batch, mut bytes) = (Vec::new(), 0);
+    while batch.len() < BATCH_RECORDS
+        && bytes < BATCH_BYTES
+        && let Some(raw) = source.next()?
+    {
+        bytes += raw.text.as_ref().map_or(0, String::len);
+        batch.push(raw);
+    }
+    Ok(batch)
+}
+
+struct Loader<'a, K> {
     path: &'a Path,
     encoder: &'a Encoder<'a>,
     options: &'a DataOptions,
-    format: Option<Format>,
     seen: HashSet<u64>,
-    dataset: Dataset,
+    report: LoadReport,
+    keep: K,
 }
 
-impl Loader<'_> {
-    fn read_lines(&mut self, mut reader: impl BufRead) -> Result<()> {
-        let (mut batch, mut number) = (Vec::new(), 0);
-        loop {
-            let mut line = Vec::new();
-            let count = reader.read_until(b'\n', &mut line);
-            if count.map_err(|e| Error::io("read", self.path, e))? == 0 {
-                break;
-            }
-            number += 1;
-            if line.trim_ascii().is_empty() {
-                continue;
-            }
-            batch.push((number, line));
-            if batch.len() == LINES_PER_BATCH {
-                self.take(std::mem::take(&mut batch), parse_line)?;
-            }
-        }
-        self.take(batch, parse_line)
-    }
+type Parsed = (usize, std::result::Result<Value, Rejection>);
 
-    fn read_array(&mut self, reader: impl BufRead) -> Result<()> {
-        let records: Vec<Value> = serde_json::from_reader(reader).map_err(|e| {
-            Error::input(format_args!("{}: not a JSON list: {e}", self.path.display()))
-        })?;
-        let numbered = records.into_iter().enumerate().map(|(i, record)| (i + 1, record)).collect();
-        self.take(numbered, |record: Value| Ok(record))
-    }
-
+impl<K: FnMut(Document)> Loader<'_, K> {
     /// Tokenizes a batch in parallel and files the results in order.
-    fn take<T: Send>(
-        &mut self,
-        batch: Vec<(usize, T)>,
-        read: impl Fn(T) -> std::result::Result<Value, Rejection> + Sync,
-    ) -> Result<()> {
-        let parsed: Vec<_> = batch.into_par_iter().map(|(line, raw)| (line, read(raw))).collect();
-        if self.format.is_none() {
-            self.format = Some(self.detect(&parsed)?);
+    fn take(&mut self, batch: Vec<Raw>) -> Result<()> {
+        let parse_raw = |raw: Raw| (raw.line, raw.text.and_then(|text| parse_json(&text)));
+        let parsed: Vec<Parsed> = batch.into_par_iter().map(parse_raw).collect();
+        if self.report.format.is_none() {
+            self.report.format = self.detect(&parsed)?;
         }
-        let format = self.format.unwrap_or(Format::Text);
-        let encoder = self.encoder;
-        let encoded: Vec<_> = parsed
-            .into_par_iter()
-            .map(|(line, record)| {
-                let encode = |record: Value| encoder.encode(&parse(&record, format)?);
-                (line, record.and_then(encode))
-            })
-            .collect();
+        let (encoder, format) = (self.encoder, self.report.format);
+        let encode = |record: Value| match format {
+            Some(format) => {
+                let encoded = encoder.encode(&parse(&record, format)?)?;
+                Ok((fingerprint(&encoded.document), encoded))
+            }
+            None => Err(Rejection::new("record of unknown format")),
+        };
+        let encoded: Vec<_> =
+            parsed.into_par_iter().map(|(line, record)| (line, record.and_then(encode))).collect();
         for (line, result) in encoded {
-            self.dataset.report.records += 1;
+            self.report.records += 1;
             match result {
-                Ok(encoded) => {
-                    if encoded.untrained_eos {
-                        self.dataset.report.untrained_eos.push(line);
-                    }
-                    self.accept(Document { line, ..encoded.document });
-                }
-                Err(rejection) => self.dataset.report.rejected.push((line, rejection)),
+                Ok((fingerprint, encoded)) => self.accept(line, fingerprint, encoded),
+                Err(rejection) => self.report.rejected.push(Rejected { line, rejection }),
             }
         }
         Ok(())
     }
 
-    fn detect(&self, parsed: &[(usize, std::result::Result<Value, Rejection>)]) -> Result<Format> {
-        let Some((line, record)) =
-            parsed.iter().find_map(|(line, record)| Some((line, record.as_ref().ok()?)))
-        else {
-            // Nothing parses: every line is reported as rejected.
-            return Ok(Format::Text);
-        };
-        Format::detect(record).map_err(|rejection| {
+    /// The format of the first record that is JSON; none if there is no such record.
+    fn detect(&self, parsed: &[Parsed]) -> Result<Option<Format>> {
+        let mut records =
+            parsed.iter().filter_map(|(line, record)| Some((line, record.as_ref().ok()?)));
+        let Some((line, record)) = records.next() else { return Ok(None) };
+        let found = Format::detect(record).map_err(|rejection| {
             let place = format!("{}:{line}", self.path.display());
             let error = Error::input(format_args!("{place}: {}", rejection.reason));
             match rejection.hint {
                 Some(hint) => error.hint(hint),
                 None => error,
             }
-        })
+        });
+        found.map(Some)
     }
 
-    fn accept(&mut self, document: Document) {
-        let report = &mut self.dataset.report;
-        if !self.seen.insert(fingerprint(&document)) {
-            report.duplicates.push(document.line);
+    fn accept(&mut self, line: usize, fingerprint: u64, encoded: Encoded) {
+        let document = Document { line, ..encoded.document };
+        let report = &mut self.report;
+        if !self.seen.insert(fingerprint) {
+            report.duplicates.push(line);
+        }
+        if encoded.untrained_eos {
+            report.untrained_eos.push(line);
+        }
+        if encoded.double_bos {
+            report.double_bos.push(line);
         }
         if document.num_targets() == 0 {
-            report.without_targets.push(document.line);
+            report.without_targets.push(line);
             return;
         }
         let (length, max_length) = (document.input_ids.len(), self.options.max_length);
-        report.lengths.push(length);
+        report.lengths.push(length as u32);
         if length <= max_length {
-            self.dataset.documents.push(document);
-            return;
-        }
-        report.too_long += 1;
-        match self.options.truncation {
-            Truncation::Error => {}
-            Truncation::Drop => report.tokens_removed += length,
-            Truncation::Right => {
-                report.tokens_removed += length - max_length;
-                self.keep(&document, 0..max_length);
-            }
-            Truncation::Left => {
-                report.tokens_removed += length - max_length;
-                self.keep(&document, length - max_length..length);
-            }
-            Truncation::Split => {
-                for begin in (0..length).step_by(max_length) {
-                    self.keep(&document, begin..(begin + max_length).min(length));
-                }
-            }
+            self.keep(document);
+        } else {
+            report.too_long.push(line);
+            self.truncate(&document);
         }
     }
 
-    /// Keeps a part of a document if it still has something to train on.
-    fn keep(&mut self, document: &Document, range: std::ops::Range<usize>) {
-        let part = Document {
-            input_ids: document.input_ids[range.clone()].to_vec(),
-            labels: document.labels[range].to_vec(),
-            line: document.line,
+    fn truncate(&mut self, document: &Document) {
+        let (length, how) = (document.input_ids.len(), self.options.truncation);
+        let before = (self.report.documents, self.report.tokens);
+        for range in how.parts(length, self.options.max_length) {
+            let part = document.part(range);
+            if part.num_targets() > 0 {
+                self.keep(part);
+            }
+        }
+        if how != Truncation::Error {
+            self.report.tokens_removed += length - (self.report.tokens - before.1);
+        }
+        // Everything that was trained has been cut off.
+        if !matches!(how, Truncation::Error | Truncation::Drop) && self.report.documents == before.0
+        {
+            self.report.without_targets.push(document.line);
+        }
+    }
+
+    fn keep(&mut self, document: Document) {
+        self.report.documents += 1;
+        self.report.tokens += document.input_ids.len();
+        self.report.targets += document.num_targets();
+        (self.keep)(document);
+    }
+}
+
+fn parse_json(text: &str) -> std::result::Result<Value, Rejection> {
+    serde_json::from_str(text).map_err(|e| {
+        let (line, column) = (e.line(), e.column());
+        let message = e.to_string();
+        let message = message.split(" at line ").next().unwrap_or_default();
+        let place = match line {
+            0 | 1 => format!("column {column}"),
+            _ => format!("its line {line}, column {column}"),
         };
-        if part.num_targets() > 0 {
-            self.dataset.documents.push(part);
-        } else if self.dataset.report.without_targets.last() != Some(&document.line) {
-            self.dataset.report.without_targets.push(document.line);
+        let rejection = Rejection::new(format!("not valid JSON at {place}: {message}"));
+        if e.is_eof() {
+            rejection.hint("each record stands on one line, or the file is one JSON list")
+        } else {
+            rejection
         }
-    }
-}
-
-fn parse_line(line: Vec<u8>) -> std::result::Result<Value, Rejection> {
-    let text = std::str::from_utf8(&line).map_err(|e| Rejection::new(format!("not UTF-8: {e}")))?;
-    serde_json::from_str(text).map_err(|e| Rejection::new(format!("not valid JSON: {e}")))
-}
-
-fn starts_with_bracket(reader: &mut impl BufRead) -> std::io::Result<bool> {
-    loop {
-        let buffer = reader.fill_buf()?;
-        let Some(&first) = buffer.first() else { return Ok(false) };
-        if !first.is_ascii_whitespace() {
-            return Ok(first == b'[');
-        }
-        reader.consume(1);
-    }
+    })
 }
 
 fn fingerprint(document: &Document) -> u64 {
-    use std::hash::{DefaultHasher, Hash, Hasher};
     let mut hasher = DefaultHasher::new();
     document.input_ids.hash(&mut hasher);
-    document.labels.iter().map(|&label| label == MASKED).for_each(|m| m.hash(&mut hasher));
+    document.labels.hash(&mut hasher);
     hasher.finish()
 }

@@ -9,14 +9,13 @@
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 
-use super::batch::Document;
 use crate::random::Stream;
 
-/// Rows of document indices, each of at most `max_length` tokens; in the order of the first
-/// document that they hold.
-pub fn pack(documents: &[Document], max_length: usize, seed: u64) -> Vec<Vec<usize>> {
-    let length = |index: usize| documents[index].input_ids.len();
-    let drawn = Stream::new(seed, "data.packing").permutation(documents.len());
+/// Rows of indices of documents with these `lengths`, each row of at most `max_length` tokens; in the
+/// order of the first document that they hold.
+pub fn pack(lengths: &[usize], max_length: usize, seed: u64) -> Vec<Vec<usize>> {
+    let length = |index: usize| lengths[index];
+    let drawn = Stream::new(seed, "data.packing").permutation(lengths.len());
     let (mut order, short): (Vec<usize>, Vec<usize>) =
         drawn.into_iter().partition(|&index| 2 * length(index) >= max_length);
     order.sort_by_key(|&index| (Reverse(length(index)), index));
@@ -53,15 +52,14 @@ pub fn pack(documents: &[Document], max_length: usize, seed: u64) -> Vec<Vec<usi
     rows
 }
 
-/// One row for each document.
-pub fn one_per_row(documents: &[Document]) -> Vec<Vec<usize>> {
-    (0..documents.len()).map(|index| vec![index]).collect()
+/// One row for each of `count` documents.
+pub fn one_per_row(count: usize) -> Vec<Vec<usize>> {
+    (0..count).map(|index| vec![index]).collect()
 }
 
 /// Share of the rows' tokens that are documents.
-pub fn efficiency(documents: &[Document], rows: &[Vec<usize>], max_length: usize) -> f64 {
-    let tokens: usize = documents.iter().map(|document| document.input_ids.len()).sum();
-    tokens as f64 / (rows.len() * max_length).max(1) as f64
+pub fn efficiency(lengths: &[usize], rows: &[Vec<usize>], max_length: usize) -> f64 {
+    lengths.iter().sum::<usize>() as f64 / (rows.len() * max_length).max(1) as f64
 }
 
 #[cfg(test)]
@@ -69,27 +67,22 @@ mod tests {
     use super::*;
     use crate::random::Stream;
 
-    fn documents(lengths: impl IntoIterator<Item = usize>) -> Vec<Document> {
-        let document = |length| Document { input_ids: vec![1; length], ..Document::default() };
-        lengths.into_iter().map(document).collect()
-    }
-
     #[test]
     fn every_document_is_in_one_row_that_fits() {
         let random = Stream::new(7, "lengths");
-        let documents = documents((0..2000).map(|i| 20 + random.below(i, 700) as usize));
-        let rows = pack(&documents, 2048, 1);
+        let lengths: Vec<usize> = (0..2000).map(|i| 20 + random.below(i, 700) as usize).collect();
+        let rows = pack(&lengths, 2048, 1);
         let mut seen: Vec<usize> = rows.iter().flatten().copied().collect();
         seen.sort_unstable();
         assert_eq!(seen, (0..2000).collect::<Vec<_>>());
         for row in &rows {
-            assert!(row.iter().map(|&i| documents[i].input_ids.len()).sum::<usize>() <= 2048);
+            assert!(row.iter().map(|&i| lengths[i]).sum::<usize>() <= 2048);
         }
-        assert!(efficiency(&documents, &rows, 2048) > 0.98);
+        assert!(efficiency(&lengths, &rows, 2048) > 0.98);
     }
 
     /// Log-normal lengths, as those of collected text are: `median`, and `spread` in units of ln.
-    fn collected(count: u64, median: f64, spread: f64, most: usize) -> Vec<Document> {
+    fn collected(count: u64, median: f64, spread: f64, most: usize) -> Vec<usize> {
         let random = Stream::new(11, "lengths");
         let length = |i: u64| {
             let uniform = |j| (random.below(2 * i + j, 1 << 20) as f64 + 0.5) / f64::from(1 << 20);
@@ -97,7 +90,7 @@ mod tests {
                 (-2.0 * uniform(0).ln()).sqrt() * (std::f64::consts::TAU * uniform(1)).cos();
             (median * (spread * normal).exp()) as usize
         };
-        documents((0..count).map(|i| length(i).clamp(8, most)))
+        (0..count).map(|i| length(i).clamp(8, most)).collect()
     }
 
     /// Instructions, chats cut at the maximum, a small set in long rows, and rows of hardly more than a document.
@@ -109,29 +102,28 @@ mod tests {
             (1000, 300.0, 1.0, 4096),
             (5000, 200.0, 0.8, 512),
         ] {
-            let documents = collected(count, median, spread, most);
-            let full = efficiency(&documents, &pack(&documents, most, 1), most);
+            let lengths = collected(count, median, spread, most);
+            let full = efficiency(&lengths, &pack(&lengths, most, 1), most);
             assert!(full > 0.98, "{count} documents of {median} in rows of {most}: {full}");
         }
     }
 
     #[test]
     fn the_fullest_row_with_room_wins() {
-        let documents = documents([6, 3, 4, 7]);
         // 7 and 6 open a row each; 3 and 4 fit only one of them exactly, in either order.
         for seed in 0..8 {
-            assert_eq!(pack(&documents, 10, seed), vec![vec![0, 2], vec![1, 3]]);
+            assert_eq!(pack(&[6, 3, 4, 7], 10, seed), vec![vec![0, 2], vec![1, 3]]);
         }
     }
 
     #[test]
     fn rows_mix_documents_of_all_lengths() {
         // Two kinds of documents: packed by falling length alone, a row would hold one kind.
-        let documents = documents((0..2000).map(|i| if i % 2 == 0 { 90 } else { 60 }));
-        let rows = pack(&documents, 512, 3);
+        let lengths: Vec<usize> = (0..2000).map(|i| if i % 2 == 0 { 90 } else { 60 }).collect();
+        let rows = pack(&lengths, 512, 3);
         let mixed = |row: &&Vec<usize>| row.iter().filter(|&&i| i % 2 == 0).count() % row.len() > 0;
         assert!(rows.iter().filter(mixed).count() * 10 > rows.len() * 9);
-        assert_ne!(rows, pack(&documents, 512, 4), "another seed, other rows");
-        assert_eq!(rows, pack(&documents, 512, 3));
+        assert_ne!(rows, pack(&lengths, 512, 4), "another seed, other rows");
+        assert_eq!(rows, pack(&lengths, 512, 3));
     }
 }

@@ -4,6 +4,9 @@
 //! the seed and the epoch's number only, so any batch can be made at any time: resuming is asking
 //! for the next one.
 
+use std::path::Path;
+use std::sync::Arc;
+
 use sha2::{Digest, Sha256};
 
 use crate::data::{Batch, Document};
@@ -17,6 +20,7 @@ pub struct Feed {
     rows_per_batch: usize,
     seed: Option<u64>,
     order: Order,
+    file: Option<Arc<str>>,
 }
 
 /// The order of the rows in one epoch, kept until another one is asked for.
@@ -41,7 +45,14 @@ impl Feed {
                 .hint("`nibble data` shows what became of every record"));
         }
         let order = order(seed, 0, rows.len());
-        Ok(Feed { documents, rows, rows_per_batch, seed, order: Order { epoch: 0, rows: order } })
+        let order = Order { epoch: 0, rows: order };
+        Ok(Feed { documents, rows, rows_per_batch, seed, order, file: None })
+    }
+
+    /// Names the file that the documents come from, for messages.
+    pub fn of_file(mut self, path: &Path) -> Self {
+        self.file = Some(path.display().to_string().into());
+        self
     }
 
     /// Forward passes in an epoch; the last one may be short.
@@ -57,7 +68,8 @@ impl Feed {
         let first = index * self.rows_per_batch;
         let rows = &self.order.rows[first..self.rows.len().min(first + self.rows_per_batch)];
         let documents = rows.iter().flat_map(|&row| &self.rows[row]);
-        Batch::from_documents(documents.map(|&document| &self.documents[document]))
+        let documents = documents.map(|&document| &self.documents[document]);
+        Batch { file: self.file.clone(), ..Batch::from_documents(documents) }
     }
 
     /// Tokens of the largest batch that any epoch can have.
@@ -128,8 +140,11 @@ mod tests {
         let lines: Vec<_> = (0..3).map(|index| feed.batch(4, index).lines).collect();
         assert_eq!(lines, [vec![0, 1, 2], vec![3, 4], vec![5, 6]]);
         assert_eq!(feed.batch(0, 0).cu_seqlens, [0, 2, 5, 9]);
+        assert_eq!(feed.batch(0, 0).places(), "lines 0, 1, 2");
         assert_eq!(feed.largest_batch_tokens(), 15, "the short last batch: documents 5 and 6");
         assert_eq!(feed.longest_document_tokens(), 8);
+        let mut feed = feed.of_file(Path::new("train.jsonl"));
+        assert_eq!(feed.batch(0, 1).places(), "train.jsonl:3, 4");
     }
 
     #[test]

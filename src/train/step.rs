@@ -117,16 +117,12 @@ fn is_bad(value: &f32) -> bool {
     !value.is_finite()
 }
 
-/// `batch 2 of 4 (lines 7, 9)`.
+/// `batch 2 of 4 (train.jsonl:7, 9)`.
 fn place(window: &[Batch], index: Option<usize>) -> String {
-    const SHOWN: usize = 8;
     let batches = index.map_or(window, |index| &window[index..=index]);
-    let lines: Vec<String> =
-        batches.iter().flat_map(|batch| &batch.lines).map(usize::to_string).collect();
-    let more = if lines.len() > SHOWN { ", …" } else { "" };
-    let shown = lines[..lines.len().min(SHOWN)].join(", ");
+    let places: Vec<String> = batches.iter().map(Batch::places).collect();
     let batch = index.map_or(String::from("the batches"), |index| format!("batch {}", index + 1));
-    format!("{batch} of {} (lines {shown}{more})", window.len())
+    format!("{batch} of {} ({})", window.len(), places.join("; "))
 }
 
 #[cfg(test)]

@@ -3,11 +3,11 @@
 use std::path::Path;
 
 use crate::cli::train::TrainArgs;
+use crate::commands::reading;
 use crate::data::encode::Encoder;
-use crate::data::load::{Dataset, load};
 use crate::data::pack::{efficiency, one_per_row, pack};
 use crate::data::split::hold_out;
-use crate::data::{Batch, Document};
+use crate::data::{Batch, Document, LoadReport};
 use crate::error::Result;
 use crate::train::events::DataSummary;
 use crate::train::feed::Feed;
@@ -34,12 +34,12 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
     let [training, evaluation] = sources(args, base, progress)?;
     let (max_length, seed) = (args.data.max_length, args.optimization.seed);
     let rows = |documents: &[Document]| match args.data.packing {
-        true => pack(documents, max_length, seed),
-        false => one_per_row(documents),
+        true => pack(&lengths(documents), max_length, seed),
+        false => one_per_row(documents.len()),
     };
     let training_rows = rows(&training.documents);
     if args.data.packing {
-        let share = 100.0 * efficiency(&training.documents, &training_rows, max_length);
+        let share = 100.0 * efficiency(&lengths(&training.documents), &training_rows, max_length);
         let count = training_rows.len();
         progress
             .note(&format!("packed into {count} rows of {max_length} tokens, {share:.1}% full"));
@@ -48,6 +48,7 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
     let seed = args.data.shuffle.then_some(seed);
     let rows_per_batch = args.optimization.per_device_train_batch_size.get();
     let feed = Feed::new(training.documents, training_rows, rows_per_batch, seed)?;
+    let feed = feed.of_file(training.path);
     let mut prepared = Prepared {
         largest_batch_tokens: feed.largest_batch_tokens(),
         longest_document_tokens: feed.longest_document_tokens(),
@@ -60,9 +61,13 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
         let evaluation_rows = rows(&evaluation.documents);
         prepared.summaries.push(evaluation.summary("evaluation", &evaluation_rows));
         let feed = Feed::new(evaluation.documents, evaluation_rows, rows_per_batch, None)?;
-        prepared.evaluate(feed);
+        prepared.evaluate(feed.of_file(evaluation.path));
     }
     Ok(prepared)
+}
+
+fn lengths(documents: &[Document]) -> Vec<usize> {
+    documents.iter().map(|document| document.input_ids.len()).collect()
 }
 
 /// Documents of a file, or a part of them.
@@ -82,10 +87,9 @@ fn sources<'a>(
     let options = args.data.format.options(args.data.max_length);
     let encoder = Encoder::new(&base.tokenizer, base.spec.vocab_size, options.train_on)?;
     let read = |path: &'a Path| -> Result<Source<'a>> {
-        let dataset = load(path, &encoder, &options)?;
-        dataset.check(path, &options)?;
-        let notes = notes(&dataset);
-        progress.note(&first_line(path, &dataset, &notes));
+        let dataset = reading::load(path, &encoder, &options)?;
+        let notes = notes(&dataset.report);
+        progress.note(&first_line(path, &dataset.report, &notes));
         Ok(Source { path, documents: dataset.documents, notes })
     };
     let mut training = read(&args.data.data)?;
@@ -104,14 +108,14 @@ fn sources<'a>(
 impl Source<'_> {
     /// What the logs say of it.
     fn summary(&self, name: &str, rows: &[Vec<usize>]) -> DataSummary {
-        let lengths = || self.documents.iter().map(|document| document.input_ids.len());
+        let lengths = lengths(&self.documents);
         DataSummary {
             name: name.to_string(),
             file: self.path.display().to_string(),
             documents: self.documents.len() as u64,
-            tokens: lengths().sum::<usize>() as u64,
+            tokens: lengths.iter().sum::<usize>() as u64,
             trained_tokens: self.documents.iter().map(Document::num_targets).sum::<usize>() as u64,
-            longest_document_tokens: lengths().max().unwrap_or(0) as u64,
+            longest_document_tokens: lengths.iter().max().copied().unwrap_or(0) as u64,
             rows: rows.len() as u64,
             notes: self.notes.clone(),
         }
@@ -129,16 +133,14 @@ impl Prepared {
 }
 
 /// One line on a file; nothing that was left out goes unsaid.
-fn first_line(path: &Path, dataset: &Dataset, notes: &[String]) -> String {
-    let documents = &dataset.documents;
-    let tokens: usize = documents.iter().map(|document| document.input_ids.len()).sum();
-    let targets: usize = documents.iter().map(Document::num_targets).sum();
-    let share = 100.0 * targets as f64 / tokens.max(1) as f64;
+fn first_line(path: &Path, report: &LoadReport, notes: &[String]) -> String {
+    let share = 100.0 * report.targets as f64 / report.tokens.max(1) as f64;
     let mut line = format!(
-        "{}: {} records, {} documents, {tokens} tokens, {share:.0}% of them trained",
+        "{}: {} records, {} documents, {} tokens, {share:.0}% of them trained",
         path.display(),
-        dataset.report.records,
-        documents.len(),
+        report.records,
+        report.documents,
+        report.tokens,
     );
     for note in notes {
         line.push_str("; ");
@@ -148,14 +150,14 @@ fn first_line(path: &Path, dataset: &Dataset, notes: &[String]) -> String {
 }
 
 /// What was left out or looks wrong.
-fn notes(dataset: &Dataset) -> Vec<String> {
-    let report = &dataset.report;
+fn notes(report: &LoadReport) -> Vec<String> {
     let notes = [
         (report.without_targets.len(), "without a token to train on, left out"),
-        (report.too_long, "longer than `--max-length`"),
+        (report.too_long.len(), "longer than `--max-length`"),
         (report.tokens_removed, "tokens removed by truncation"),
-        (report.untrained_eos.len(), "whose end-of-sequence is not trained"),
-        (report.duplicates.len(), "duplicates"),
+        (report.untrained_eos.len(), "with an answer whose end-of-sequence is not trained"),
+        (report.double_bos.len(), "that begin with two beginning-of-sequence tokens"),
+        (report.duplicates.len(), "that repeat an earlier one"),
     ];
     let found = notes.into_iter().filter(|(count, _)| *count > 0);
     found.map(|(count, what)| format!("{count} {what}")).collect()

@@ -1,0 +1,194 @@
+//! The audit as text: figures, lengths, and a list of checks.
+
+use std::path::Path;
+
+use crate::data::audit::{Audit, Bar};
+use crate::data::{ChatTokenizer, DataOptions, TrainOn, Truncation};
+
+/// Lines and bad records that are listed of each kind; `--json` has all.
+const LISTED: usize = 20;
+/// Columns of the longest bar.
+const BAR_COLUMNS: usize = 40;
+
+/// All of it.
+pub fn render(
+    path: &Path,
+    audit: &Audit,
+    options: &DataOptions,
+    tokenizer: &ChatTokenizer,
+) -> String {
+    let mut lines = figures(path, audit, options);
+    lines.extend(histogram(audit));
+    lines.extend(checks(path, audit, options, tokenizer));
+    lines.join("\n") + "\n"
+}
+
+fn figures(path: &Path, audit: &Audit, options: &DataOptions) -> Vec<String> {
+    let report = &audit.report;
+    let format = report.format.map_or("unknown".to_string(), |format| format.name());
+    let loss = match options.train_on {
+        TrainOn::Assistant => "all answers",
+        TrainOn::Completion => "last answers",
+        TrainOn::All => "everything",
+    };
+    let length = &audit.length;
+    vec![
+        format!("{}: {} records, format {format}", path.display(), number(report.records)),
+        String::new(),
+        format!("documents   {}", number(report.documents)),
+        format!(
+            "tokens      {}, {} of them trained: {:.1} % (loss on {loss})",
+            number(report.tokens),
+            number(report.targets),
+            percent(report.targets, report.tokens)
+        ),
+        format!(
+            "length      shortest {}, median {}, 95 % up to {}, longest {} tokens",
+            length.shortest, length.median, length.percentile_95, length.longest
+        ),
+        format!(
+            "packed      rows of {1} tokens: {0}, {2:.1} % full",
+            number(audit.packed_rows),
+            options.max_length,
+            100.0 * audit.packing_efficiency
+        ),
+        String::new(),
+    ]
+}
+
+fn histogram(audit: &Audit) -> Vec<String> {
+    let bars = &audit.length.histogram;
+    let highest = bars.iter().map(|bar| bar.count).max().unwrap_or(1);
+    let line = |bar: &Bar| {
+        let range = format!("{} to {}", number(bar.from as usize), number(bar.to as usize));
+        let drawn = "█".repeat((bar.count * BAR_COLUMNS).div_ceil(highest));
+        format!("  {range:>17} {:>9}  {drawn}", number(bar.count)).trim_end().to_string()
+    };
+    let mut lines: Vec<String> = bars.iter().map(line).collect();
+    lines.push(String::new());
+    lines
+}
+
+/// One line for each thing that may be wrong.
+fn checks(
+    path: &Path,
+    audit: &Audit,
+    options: &DataOptions,
+    tokenizer: &ChatTokenizer,
+) -> Vec<String> {
+    let report = &audit.report;
+    let eos = tokenizer.eos().map_or("which the tokenizer lacks", |token| &token.text);
+    let check = |fine: &str, found: &str, lines: &[usize]| match lines.len() {
+        0 => format!("ok    {fine}"),
+        count => format!("note  {found}: {} ({})", number(count), places(path, lines)),
+    };
+    let mut out = vec![
+        check(
+            &format!("no record is longer than {} tokens", options.max_length),
+            &too_long(audit, options),
+            &report.too_long,
+        ),
+        check(
+            "every record has a token to train on",
+            "records without a token to train on, left out",
+            &report.without_targets,
+        ),
+        check(
+            &format!("every answer ends in a trained end-of-sequence token ({eos})"),
+            "records with an answer whose end-of-sequence token is not trained",
+            &report.untrained_eos,
+        ),
+        check(
+            "no record begins with two beginning-of-sequence tokens",
+            "records that begin with two beginning-of-sequence tokens",
+            &report.double_bos,
+        ),
+        check(
+            "no record repeats another",
+            "records that repeat an earlier one",
+            &report.duplicates,
+        ),
+    ];
+    out.extend(rejected(path, audit));
+    out.extend(verdict(path, audit, options));
+    out
+}
+
+fn too_long(audit: &Audit, options: &DataOptions) -> String {
+    let report = &audit.report;
+    let share = percent(report.too_long.len(), report.lengths.len());
+    let removed = number(report.tokens_removed);
+    let fate = match options.truncation {
+        Truncation::Error => "refused without `--truncation`".to_string(),
+        Truncation::Drop => format!("left out with {removed} tokens"),
+        Truncation::Right => format!("cut at the end by {removed} tokens in all"),
+        Truncation::Left => format!("cut at the beginning by {removed} tokens in all"),
+        Truncation::Split => format!("split; {removed} tokens are in parts without a target"),
+    };
+    format!("records longer than {} tokens ({share:.1} %), {fate}", options.max_length)
+}
+
+fn rejected(path: &Path, audit: &Audit) -> Vec<String> {
+    let rejected = &audit.report.rejected;
+    if rejected.is_empty() {
+        return vec!["ok    every record can be read".into()];
+    }
+    let mut lines = vec![format!("bad   records that cannot be used: {}", number(rejected.len()))];
+    for bad in rejected.iter().take(LISTED) {
+        lines.push(format!("      {}:{}: {}", path.display(), bad.line, bad.rejection.reason));
+        lines.extend(bad.rejection.hint.iter().map(|hint| format!("        hint: {hint}")));
+    }
+    if rejected.len() > LISTED {
+        lines.push(format!("      … and {} more: `--json` has all", rejected.len() - LISTED));
+    }
+    lines
+}
+
+/// What `nibble train` would say.
+fn verdict(path: &Path, audit: &Audit, options: &DataOptions) -> Vec<String> {
+    match audit.report.check(path, options) {
+        Ok(()) => Vec::new(),
+        Err(error) => vec![String::new(), format!("training would stop: {}", error.message().what)],
+    }
+}
+
+/// `train.jsonl:4, 9, 17`.
+fn places(path: &Path, lines: &[usize]) -> String {
+    let listed: Vec<String> = lines.iter().take(LISTED).map(usize::to_string).collect();
+    let more = if lines.len() > LISTED { ", …" } else { "" };
+    format!("{}:{}{more}", path.display(), listed.join(", "))
+}
+
+fn percent(part: usize, whole: usize) -> f64 {
+    100.0 * part as f64 / whole.max(1) as f64
+}
+
+/// `1234567` as `1,234,567`.
+fn number(value: usize) -> String {
+    let digits = value.to_string();
+    let mut out = String::new();
+    for (index, digit) in digits.chars().enumerate() {
+        if index > 0 && (digits.len() - index).is_multiple_of(3) {
+            out.push(',');
+        }
+        out.push(digit);
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn thousands_are_set_apart() {
+        assert_eq!([0, 999, 1000, 1_234_567].map(number), ["0", "999", "1,000", "1,234,567"]);
+    }
+
+    #[test]
+    fn a_few_lines_are_listed() {
+        let path = Path::new("d.jsonl");
+        assert_eq!(places(path, &[4, 9]), "d.jsonl:4, 9");
+        assert!(places(path, &(1..99).collect::<Vec<_>>()).ends_with("19, 20, …"));
+    }
+}

@@ -1,0 +1,61 @@
+//! Documents token by token, with the loss mask in front of each line as in a diff: `+` is trained.
+
+use std::io::IsTerminal;
+use std::path::Path;
+
+use crate::data::{ChatTokenizer, Document};
+use crate::error::Result;
+
+/// Characters of a line.
+const COLUMNS: usize = 100;
+const GREEN: &str = "\x1b[32m";
+const DIM: &str = "\x1b[2m";
+const RESET: &str = "\x1b[0m";
+
+/// Each document under a line that says which it is.
+pub fn documents(path: &Path, documents: &[Document], tokenizer: &ChatTokenizer) -> Result<String> {
+    let colour = std::io::stdout().is_terminal();
+    let mut out = String::new();
+    for document in documents {
+        out += &format!(
+            "\n{}:{}: {} tokens, {} trained (+)\n",
+            path.display(),
+            document.line,
+            document.input_ids.len(),
+            document.num_targets()
+        );
+        for (trained, line) in lines(document, tokenizer)? {
+            let mark = if trained { '+' } else { ' ' };
+            let (begin, end) = match (colour, trained) {
+                (false, _) => ("", ""),
+                (true, true) => (GREEN, RESET),
+                (true, false) => (DIM, RESET),
+            };
+            out += &format!("{begin}{mark} {line}{end}\n");
+        }
+    }
+    Ok(out)
+}
+
+/// Tokens between bars; a new line after each line break, where the mask changes, and where it is
+/// full.
+fn lines(document: &Document, tokenizer: &ChatTokenizer) -> Result<Vec<(bool, String)>> {
+    let mut lines: Vec<(bool, String)> = Vec::new();
+    let mut full = true;
+    for (index, (&id, &label)) in document.input_ids.iter().zip(&document.labels).enumerate() {
+        let text = tokenizer.decode(&[id], false)?;
+        // The first token has nothing to be predicted from.
+        let trained = label >= 0 && index > 0;
+        let shown = text.replace('\n', "⏎").replace('\t', "⇥").replace('\r', "␍");
+        match lines.last_mut() {
+            Some((before, line)) if *before == trained && !full => {
+                line.push('│');
+                line.push_str(&shown);
+            }
+            _ => lines.push((trained, shown)),
+        }
+        full = text.ends_with('\n')
+            || lines.last().is_some_and(|(_, line)| line.chars().count() >= COLUMNS);
+    }
+    Ok(lines)
+}

@@ -1,0 +1,28 @@
+//! Reading data files behind a bar that shows how far it is.
+
+use std::path::Path;
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::data::load::read;
+use crate::data::{DataOptions, Dataset, Encoder};
+use crate::error::Result;
+
+/// [`crate::data::load()`] behind a [`bar`]; fails on what training should not pass over.
+pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dataset> {
+    let bar = bar(path);
+    let mut documents = Vec::new();
+    let keep = |document| documents.push(document);
+    let report = read(path, encoder, options, keep, |bytes| bar.set_position(bytes))?;
+    bar.finish_and_clear();
+    report.check(path, options)?;
+    Ok(Dataset { documents, report })
+}
+
+/// A bar over the bytes of `path`, on stderr if that is a terminal.
+pub fn bar(path: &Path) -> ProgressBar {
+    let bytes = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
+    let template = "reading {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}";
+    let style = ProgressStyle::with_template(template).expect("the template is valid");
+    ProgressBar::new(bytes).with_style(style)
+}
