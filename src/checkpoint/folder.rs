@@ -17,6 +17,8 @@ pub const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Name of an unsharded checkpoint.
 pub const SINGLE_FILE: &str = "model.safetensors";
 
+const DAMAGED_INDEX: &str = "the index is damaged: download it again";
+
 /// A tensor as the header of its file describes it.
 #[derive(Debug, Clone)]
 pub(super) struct RawTensor {
@@ -64,7 +66,8 @@ impl Folder {
 
     pub(super) fn weight(&self, name: &str) -> Result<Weight> {
         let Some(tensor) = self.raw.get(name) else {
-            return Err(Error::input(format_args!("tensor {name} is not in the checkpoint")));
+            return Err(Error::input(format_args!("tensor {name} is not in the checkpoint"))
+                .hint("the weights and config.json belong to different models"));
         };
         if let Some(state) = bnb::quant_state_key(name, |key| self.raw.contains_key(key)) {
             return bnb::packed_weight(name, &state, |key| self.raw.get(key)).map(Weight::Packed);
@@ -88,7 +91,9 @@ fn open_shards(
 ) -> Result<Vec<MappedFile>> {
     let json = read_json(index)?;
     let Some(map) = json.get("weight_map").and_then(Value::as_object) else {
-        return Err(Error::input(format_args!("{}: no `weight_map`", index.display())));
+        return Err(
+            Error::input(format_args!("{}: no `weight_map`", index.display())).hint(DAMAGED_INDEX)
+        );
     };
     let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for (tensor, file) in map {
@@ -96,7 +101,8 @@ fn open_shards(
             return Err(Error::input(format_args!(
                 "{}: tensor {tensor} names the file {file}",
                 index.display()
-            )));
+            ))
+            .hint(DAMAGED_INDEX));
         };
         shards.entry(file).or_default().push(tensor);
     }

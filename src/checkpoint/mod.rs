@@ -303,6 +303,8 @@ fn check_quantization(config: &Value) -> Result<()> {
 /// `Io` when it cannot be read, `Input` with line and column when it is not JSON.
 pub fn read_json(path: &Path) -> Result<Value> {
     let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    serde_json::from_slice(&text)
-        .map_err(|e| Error::input(format_args!("{}: not valid JSON: {e}", path.display())))
+    serde_json::from_slice(&text).map_err(|e| {
+        Error::input(format_args!("{}: not valid JSON: {e}", path.display()))
+            .hint("the file is damaged or cut off: get it again")
+    })
 }

@@ -74,8 +74,10 @@ impl ChatTokenizer {
                 "save the tokenizer with transformers' `AutoTokenizer.from_pretrained(..).save_pretrained`",
             ));
         }
-        let mut tokenizer = Tokenizer::from_file(&path)
-            .map_err(|e| Error::input(format_args!("{}: {e}", path.display())))?;
+        let mut tokenizer = read_tokenizer(&path).map_err(|reason| {
+            Error::input(format_args!("{}: {reason}", path.display()))
+                .hint("the file is damaged, or written by a newer `tokenizers` library")
+        })?;
         // Fixed-length padding and truncation are for inference servers; here they corrupt data.
         tokenizer.with_padding(None);
         tokenizer
@@ -364,5 +366,17 @@ fn template_of(value: &Value) -> Option<String> {
             entry["template"].as_str().map(str::to_string)
         }
         _ => None,
+    }
+}
+
+/// Reads `tokenizer.json`. The library panics over some damaged files: that is an error like others.
+fn read_tokenizer(path: &Path) -> std::result::Result<Tokenizer, String> {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let result = std::panic::catch_unwind(|| Tokenizer::from_file(path));
+    std::panic::set_hook(hook);
+    match result {
+        Ok(tokenizer) => tokenizer.map_err(|e| e.to_string()),
+        Err(_) => Err("not a tokenizer that the `tokenizers` library reads".into()),
     }
 }

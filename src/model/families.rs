@@ -16,12 +16,19 @@ use crate::error::{Error, Result};
 /// `Input` naming the field when the family is unknown, a dimension is missing or inconsistent, or
 /// a switch has no implementation.
 pub fn spec_from_config(config: &Value) -> Result<ModelSpec> {
-    let fields = Fields(config);
+    const GENERAL: &str = "config.json is damaged or belongs to another kind of model";
+    read_spec(&Fields(config)).map_err(|error| match error.message().hint {
+        Some(_) => error,
+        None => error.hint(GENERAL),
+    })
+}
+
+fn read_spec(fields: &Fields) -> Result<ModelSpec> {
     let spec = match fields.text("model_type")? {
-        "llama" => llama(&fields, Family::Llama)?,
-        "mistral" => mistral(&fields)?,
-        "qwen2" => qwen2(&fields)?,
-        "gpt2" => gpt2(&fields)?,
+        "llama" => llama(fields, Family::Llama)?,
+        "mistral" => mistral(fields)?,
+        "qwen2" => qwen2(fields)?,
+        "gpt2" => gpt2(fields)?,
         other => {
             return Err(Error::input(format_args!(
                 "config.json: model_type `{other}` is not supported"
@@ -150,11 +157,11 @@ fn gpt2(fields: &Fields) -> Result<ModelSpec> {
 fn validate(spec: &ModelSpec) -> Result<()> {
     let sizes = [
         ("vocab_size", spec.vocab_size),
-        ("hidden size", spec.hidden_size),
-        ("intermediate size", spec.intermediate_size),
-        ("number of layers", spec.num_layers),
-        ("number of attention heads", spec.num_heads),
-        ("number of key/value heads", spec.num_kv_heads),
+        ("hidden_size (n_embd)", spec.hidden_size),
+        ("intermediate_size (n_inner)", spec.intermediate_size),
+        ("num_hidden_layers (n_layer)", spec.num_layers),
+        ("num_attention_heads (n_head)", spec.num_heads),
+        ("num_key_value_heads", spec.num_kv_heads),
         ("head_dim", spec.head_dim),
     ];
     // Larger values are lies: no model comes near, and products of them must not overflow.
@@ -164,7 +171,7 @@ fn validate(spec: &ModelSpec) -> Result<()> {
     }
     if !spec.num_heads.is_multiple_of(spec.num_kv_heads) {
         return Err(Error::input(format_args!(
-            "config.json: {} attention heads are not a multiple of {} key/value heads",
+            "config.json: num_attention_heads {} is not a multiple of num_key_value_heads {}",
             spec.num_heads, spec.num_kv_heads
         )));
     }

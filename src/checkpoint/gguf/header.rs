@@ -138,7 +138,8 @@ impl<'a> Reader<'a> {
 
     fn magic(&mut self) -> Result<()> {
         if self.file.get(..4) != Some(b"GGUF") {
-            return Err(Error::input("not a GGUF file: the first four bytes are not `GGUF`"));
+            return Err(Error::input("not a GGUF file: the first four bytes are not `GGUF`")
+                .hint("the download may have saved an error page or a Git LFS pointer"));
         }
         self.position = 4;
         let version = self.u32()?;
@@ -147,10 +148,12 @@ impl<'a> Reader<'a> {
             2 => VersionedMagic::GgufV2,
             3 => VersionedMagic::GgufV3,
             other if (1..=3).contains(&other.swap_bytes()) => {
-                return Err(Error::input("big-endian GGUF files are not supported"));
+                return Err(Error::input("big-endian GGUF files are not supported")
+                    .hint("convert the model for little-endian machines"));
             }
             other => {
-                return Err(Error::input(format_args!("GGUF version {other}, expected 1 to 3")));
+                return Err(Error::input(format_args!("GGUF version {other}, expected 1 to 3"))
+                    .hint("the file is damaged, or newer than this program"));
             }
         };
         Ok(())

@@ -18,8 +18,23 @@ pub struct Output {
     folder: PathBuf,
     /// Where to continue.
     pub found: Option<Found>,
+    /// Whether this run made the folder.
+    is_new: bool,
     /// Unlocked when dropped.
     _lock: File,
+}
+
+/// A run that found a mistake before it began leaves nothing behind.
+impl Drop for Output {
+    fn drop(&mut self) {
+        if is_empty(&self.folder) {
+            // What cannot be removed does no harm: `is_empty` passes over it.
+            let _ = fs::remove_file(self.folder.join(LOCK_FILE));
+            if self.is_new {
+                let _ = fs::remove_dir(&self.folder);
+            }
+        }
+    }
 }
 
 impl Output {
@@ -40,11 +55,15 @@ impl Output {
                 error.hint("choose another `--out`")
             });
         }
+        let is_new = !out.exists();
         fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
         let lock = lock(out)?;
+        let mut output = Output { folder: out.to_path_buf(), found: None, is_new, _lock: lock };
         checkpoints::clear_leftovers(out);
-        let found = if args.resume { find(out, progress)? } else { None };
-        Ok(Output { folder: out.to_path_buf(), found, _lock: lock })
+        if args.resume {
+            output.found = find(out, progress)?;
+        }
+        Ok(output)
     }
 
     /// Writes down what the run was asked for.
@@ -57,8 +76,7 @@ impl Output {
     }
 }
 
-/// Whether there is nothing in `folder` but perhaps a lock: that of a run which found a mistake
-/// before it began.
+/// Whether there is nothing in `folder` but perhaps a lock.
 fn is_empty(folder: &Path) -> bool {
     match fs::read_dir(folder) {
         Ok(entries) => entries.flatten().all(|entry| entry.file_name() == LOCK_FILE),
