@@ -187,3 +187,36 @@ fn without_its_adapter_a_model_is_its_base() {
     assert_eq!(adapted.evaluate_base(&batch).unwrap().to_bits(), base.to_bits());
     assert!((adapted.evaluate(&batch).unwrap() - base).abs() > 0.1);
 }
+
+#[test]
+fn a_score_is_the_loss_and_what_greedy_decoding_would_choose() {
+    for name in CASES {
+        let case = Case::open(name);
+        let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
+        let mut model = case.model(None, Some("adapter_init"), &[]);
+        let (all, vocab) = (0..batch.tokens() as u32, model.spec().vocab_size);
+        let logits = model.logits(&batch, &all.collect::<Vec<_>>()).unwrap();
+        // Every other label is made the likeliest token.
+        let mut batch = batch;
+        let mut expected = Vec::new();
+        for document in batch.cu_seqlens.clone().windows(2) {
+            for token in document[0] as usize + 1..document[1] as usize {
+                if batch.labels[token] < 0 {
+                    continue;
+                }
+                let row = &logits[(token - 1) * vocab..token * vocab];
+                let best = (0..vocab).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap() as i32;
+                if token % 2 == 0 {
+                    batch.labels[token] = best;
+                }
+                expected.push(batch.labels[token] == best);
+            }
+        }
+        let score = model.score(&batch, true).unwrap();
+        assert_eq!(score.likeliest, expected, "{name}");
+        assert!(expected.contains(&true) && expected.contains(&false), "{name}");
+        assert_eq!(score.loss.to_bits(), model.evaluate(&batch).unwrap().to_bits(), "{name}");
+        let base = model.score(&batch, false).unwrap().loss;
+        assert_eq!(base.to_bits(), model.evaluate_base(&batch).unwrap().to_bits(), "{name}");
+    }
+}

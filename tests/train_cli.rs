@@ -174,7 +174,7 @@ fn resuming_with_other_settings_is_refused_by_name() {
     assert_eq!(
         error_of(&text),
         "error: `--resume` with other settings would not continue the same run: learning_rate was \
-         0.0002, now 1e-3; seed was 42, now 1\n\
+         2e-4, now 1e-3; seed was 42, now 1\n\
          hint: leave them out to continue, or start another run in another `--out`"
     );
     place.write_rows("train.jsonl", 24, 5);

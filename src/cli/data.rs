@@ -1,16 +1,18 @@
 //! How data is read, for every command that reads any, and the flags of `nibble data`.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args};
 
+use super::numbers;
 use crate::data::{DataOptions, Format, TrainOn, Truncation};
 
 /// How records become trained tokens.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Data")]
 pub struct DataFormatArgs {
-    /// Shape of the records; found from the first one by default
+    /// Shape of the records [default: found from the first one]
     #[arg(long, value_enum)]
     pub format: Option<Format>,
     /// Which tokens count in the loss
@@ -33,8 +35,13 @@ impl DataFormatArgs {
     }
 }
 
+const EXAMPLES: &str = "Examples:
+  nibble data --model smollm2-nf4 --data train.jsonl
+  nibble data --model smollm2-nf4 --data train.jsonl --max-length 512 --show 3";
+
 /// Look at a data set with a model's tokenizer, without training
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub struct DataArgs {
     /// Hugging Face folder or GGUF file whose tokenizer and chat template are used
     #[arg(long, value_name = "PATH")]
@@ -43,7 +50,7 @@ pub struct DataArgs {
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Longest document, in tokens
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
     pub max_length: usize,
     /// How records are read.
     #[command(flatten)]
@@ -54,7 +61,7 @@ pub struct DataArgs {
     /// Print everything as JSON
     #[arg(long, action = ArgAction::SetTrue)]
     pub json: bool,
-    /// Worker threads; all cores by default
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    /// Worker threads [default: one for each core]
+    #[arg(long, value_name = "THREADS")]
+    pub threads: Option<NonZeroUsize>,
 }

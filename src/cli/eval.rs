@@ -1,14 +1,24 @@
 //! Flags of `nibble eval`.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args};
 
 use super::data::DataFormatArgs;
+use super::numbers;
 use super::train::BaseModelArgs;
 
-/// Loss and perplexity on a file, of the base and with an adapter
+const EXAMPLES: &str = "Examples:
+  nibble eval --model smollm2-nf4 --adapter run --data eval.jsonl
+  nibble eval --model smollm2-nf4 --data eval.jsonl --json";
+
+/// Loss, perplexity and right answers on a file, of the base and with an adapter
+///
+/// Tokens right: the trained token is the likeliest one. Word for word: all trained tokens of a
+/// document are, so that greedy decoding writes exactly that answer.
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub struct EvalArgs {
     /// The base model.
     #[command(flatten)]
@@ -20,7 +30,7 @@ pub struct EvalArgs {
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Longest document, in tokens
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
     pub max_length: usize,
     /// How records are read.
     #[command(flatten)]
@@ -32,7 +42,7 @@ pub struct EvalArgs {
     /// Print the figures as JSON
     #[arg(long, action = ArgAction::SetTrue)]
     pub json: bool,
-    /// Worker threads; all cores by default
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    /// Worker threads [default: one for each core]
+    #[arg(long, value_name = "THREADS")]
+    pub threads: Option<NonZeroUsize>,
 }

@@ -1,9 +1,11 @@
 //! Flags of `nibble generate` and `nibble chat`.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args};
 
+use super::numbers;
 use super::train::BaseModelArgs;
 use crate::sample::SamplingOptions;
 
@@ -12,13 +14,13 @@ use crate::sample::SamplingOptions;
 #[command(next_help_heading = "Generation")]
 pub struct GenerationArgs {
     /// Longest answer, in tokens
-    #[arg(long, value_name = "TOKENS", default_value_t = 256)]
-    pub max_new_tokens: usize,
-    /// Context for prompt and answers, in tokens
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048)]
+    #[arg(long, value_name = "TOKENS", default_value = "256")]
+    pub max_new_tokens: NonZeroUsize,
+    /// Room for prompt and answer together, in tokens
+    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
     pub context_length: usize,
-    /// Divides the logits; 0 always takes the likeliest token
-    #[arg(long, default_value_t = 0.0)]
+    /// Divides the logits: higher is more random, 0 always takes the likeliest token
+    #[arg(long, value_name = "NUMBER", default_value_t = 0.0)]
     pub temperature: f32,
     /// Draw from the k likeliest tokens; 0 is all
     #[arg(long, value_name = "K", default_value_t = 50)]
@@ -33,11 +35,11 @@ pub struct GenerationArgs {
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     pub repetition_penalty: f32,
     /// Seed of the draws
-    #[arg(long, default_value_t = 42)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 42)]
     pub seed: u64,
-    /// Worker threads; all cores by default
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    /// Worker threads [default: one for each core]
+    #[arg(long, value_name = "THREADS")]
+    pub threads: Option<NonZeroUsize>,
 }
 
 impl GenerationArgs {
@@ -54,9 +56,17 @@ impl GenerationArgs {
     }
 }
 
+const GENERATE_EXAMPLES: &str = "Examples:
+  nibble generate --model smollm2-nf4 --adapter run --prompt \"Who are you?\"
+  nibble generate --model smollm2-nf4 --raw --temperature 0.8 --prompt \"Once upon a time\"";
+
+const CHAT_EXAMPLES: &str = "Examples:
+  nibble chat --model smollm2-nf4
+  nibble chat --model smollm2-nf4 --adapter sample=run --adapter earlier=run/checkpoint-100";
+
 /// Answer a prompt
 #[derive(Debug, Args)]
-#[command(allow_negative_numbers = true)]
+#[command(after_help = GENERATE_EXAMPLES, allow_negative_numbers = true)]
 pub struct GenerateArgs {
     /// The base model.
     #[command(flatten)]
@@ -78,9 +88,9 @@ pub struct GenerateArgs {
     pub generation: GenerationArgs,
 }
 
-/// Talk to a model; `/adapter NAME`, `/base`, `/reset` and `/exit` steer
+/// Talk to a model; adapters can be swapped while talking, `/help` says how
 #[derive(Debug, Args)]
-#[command(allow_negative_numbers = true)]
+#[command(after_help = CHAT_EXAMPLES, allow_negative_numbers = true)]
 pub struct ChatArgs {
     /// The base model.
     #[command(flatten)]

@@ -77,7 +77,7 @@ pub struct LoraArgs {
           value_parser = numbers::positive)]
     pub loraplus_lr_ratio: f64,
     /// Learning rate of adapters on embeddings (LoRA+)
-    #[arg(long, value_name = "RATE", default_value_t = 1e-6,
+    #[arg(long, value_name = "RATE", default_value = "1e-6",
           value_parser = numbers::positive)]
     pub loraplus_lr_embedding: f64,
     /// Start from this PEFT adapter, with its rank, alpha and modules

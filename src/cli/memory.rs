@@ -9,8 +9,13 @@ use super::size::ByteSize;
 use super::train::BaseModelArgs;
 use crate::plan::Activations;
 
+const EXAMPLES: &str = "Examples:
+  nibble memory --model smollm2-nf4 --max-length 512
+  nibble memory --model Llama-3.1-8B/config.json --lora-r 64 --budget 24GiB";
+
 /// Where every byte of a training run would go, before it starts
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub struct MemoryArgs {
     /// The base model; a bare config.json will do.
     #[command(flatten)]

@@ -1,5 +1,6 @@
 //! Flags of `nibble merge`.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
@@ -13,7 +14,11 @@ use crate::adapter::MergeOnto;
 const BASES: &str = "\
 Give --model, --quantization and so on as in training. A dense model is merged as it is, which is \
 what PEFT's users do; `--onto dequantized` merges into the 4-bit weights that the adapter has seen. \
-A 4-bit model is widened and merged, unless --original gives the weights it was made from.";
+A 4-bit model is widened and merged, unless --original gives the weights it was made from.
+
+Examples:
+  nibble merge --model smollm2-nf4 --adapter run --out merged
+  nibble merge --model smollm2-nf4 --original SmolLM2-135M-Instruct --adapter run --out merged";
 
 /// Put an adapter into its base model's weights: a dense Hugging Face folder
 #[derive(Debug, Args)]
@@ -27,16 +32,16 @@ pub struct MergeArgs {
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 
-    /// Weights to merge into; the original where it is there
-    #[arg(long, value_enum)]
+    /// Weights to merge into [default: the original where it is there]
+    #[arg(long, value_name = "WEIGHTS", value_enum)]
     pub onto: Option<OntoArg>,
 
     /// Dense original of a 4-bit `--model`
     #[arg(long, value_name = "PATH")]
     pub original: Option<PathBuf>,
 
-    /// Type of the tensors; that of the base by default, bfloat16 from GGUF
-    #[arg(long, value_enum)]
+    /// Type of the tensors [default: that of the base, bfloat16 from GGUF]
+    #[arg(long, value_name = "TYPE", value_enum)]
     pub dtype: Option<DtypeArg>,
 
     /// Largest size of a shard
@@ -51,9 +56,9 @@ pub struct MergeArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Worker threads; all cores by default
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    /// Worker threads [default: one for each core]
+    #[arg(long, value_name = "THREADS")]
+    pub threads: Option<NonZeroUsize>,
 
     /// The model that the adapter was trained on.
     #[command(flatten)]

@@ -1,6 +1,7 @@
 //! The command line as types: one struct per command, each default written once, here.
 
 pub mod complete;
+pub mod completions;
 pub mod data;
 pub mod eval;
 pub mod generate;
@@ -23,33 +24,43 @@ use crate::train::checkpoints;
 
 /// QLoRA fine-tuning from one binary.
 #[derive(Debug, Parser)]
-#[command(name = "nibble", version, propagate_version = true)]
+#[command(name = "nibble", version, propagate_version = true, after_help = AFTER_HELP)]
 pub struct Cli {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
 }
 
-/// The commands.
+/// The commands, in the order in which one needs them.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Put an adapter into its base model's weights: a dense Hugging Face folder
-    Merge(merge::MergeArgs),
     /// Pack a base model's linears in 4-bit blocks that transformers and bitsandbytes load
     Quantize(quantize::QuantizeArgs),
-    /// Train a LoRA adapter on a frozen base model
-    Train(Box<train::TrainArgs>),
     /// Look at a data set with a model's tokenizer, without training
     Data(data::DataArgs),
     /// Where every byte of a training run would go, before it starts
     Memory(Box<memory::MemoryArgs>),
-    /// Loss and perplexity on a file, of the base and with an adapter
+    /// Train a LoRA adapter on a frozen base model
+    Train(Box<train::TrainArgs>),
+    /// Loss, perplexity and right answers on a file, of the base and with an adapter
     Eval(eval::EvalArgs),
     /// Answer a prompt
     Generate(generate::GenerateArgs),
-    /// Talk to a model; `/adapter NAME`, `/base`, `/reset` and `/exit` steer
+    /// Talk to a model; adapters can be swapped while talking, `/help` says how
     Chat(generate::ChatArgs),
+    /// Put an adapter into its base model's weights: a dense Hugging Face folder
+    Merge(merge::MergeArgs),
+    /// Print a script that completes Nibble's commands and flags in a shell
+    Completions(completions::CompletionsArgs),
 }
+
+const AFTER_HELP: &str = "From a published model to a fine-tuned one:
+  nibble quantize --model SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2-nf4
+  nibble train    --model smollm2-nf4 --data train.jsonl --out run
+  nibble chat     --model smollm2-nf4 --adapter run
+
+Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage,
+130 interrupted with the work saved.";
 
 /// The subcommand whose settings may come from files.
 const TRAIN: &str = "train";

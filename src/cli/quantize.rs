@@ -1,16 +1,23 @@
 //! Flags of `nibble quantize`.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 use nibble_quant::{FloatType, QuantType};
 
+use super::numbers;
 use super::size::ByteSize;
+
+const EXAMPLES: &str = "Examples:
+  nibble quantize --model SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2-nf4 --check
+  nibble quantize --model Llama-3.2-1B --out llama-fp4 --quant-type fp4 --block-size 32";
 
 /// Pack a base model's linears in 4-bit blocks that transformers and bitsandbytes load
 #[derive(Debug, Args)]
+#[command(after_help = EXAMPLES)]
 pub struct QuantizeArgs {
-    /// Hugging Face folder (dense or 4-bit) or .gguf file
+    /// Hugging Face folder (dense or 4-bit) or GGUF file
     #[arg(long, value_name = "PATH")]
     pub model: PathBuf,
 
@@ -18,15 +25,15 @@ pub struct QuantizeArgs {
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 
-    /// Code values
-    #[arg(long, value_enum, default_value_t = QuantTypeArg::Nf4)]
+    /// 4-bit type
+    #[arg(long, value_name = "TYPE", value_enum, default_value_t = QuantTypeArg::Nf4)]
     pub quant_type: QuantTypeArg,
 
     /// Weights that share a scale: a power of two from 32 to 4096
-    #[arg(long, value_name = "N", default_value_t = 64)]
+    #[arg(long, value_name = "WEIGHTS", default_value_t = 64, value_parser = numbers::block_size)]
     pub block_size: usize,
 
-    /// Store the scales in 8 bits
+    /// Whether the scales are quantized, too: to 8 bits
     #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
     pub double_quant: bool,
 
@@ -34,8 +41,8 @@ pub struct QuantizeArgs {
     #[arg(long, value_name = "REGEX")]
     pub skip: Vec<String>,
 
-    /// Type of the dense tensors; as stored by default, bfloat16 from GGUF
-    #[arg(long, value_enum)]
+    /// Type of the dense tensors [default: as stored, bfloat16 from GGUF]
+    #[arg(long, value_name = "TYPE", value_enum)]
     pub dtype: Option<DtypeArg>,
 
     /// Largest size of a shard
@@ -58,9 +65,9 @@ pub struct QuantizeArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Worker threads; all cores by default
-    #[arg(long, value_name = "N")]
-    pub threads: Option<usize>,
+    /// Worker threads [default: one for each core]
+    #[arg(long, value_name = "THREADS")]
+    pub threads: Option<NonZeroUsize>,
 }
 
 /// `--quant-type`.

@@ -23,7 +23,7 @@ use crate::train::settings::SettingsEcho;
 #[derive(Debug, Clone, Args)]
 #[command(after_long_help = AFTER_HELP, allow_negative_numbers = true)]
 pub struct TrainArgs {
-    /// Settings from this TOML file, under the flags' names; the command line wins
+    /// Settings from this TOML file, under the flags' names; flags on the command line win
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Named set of defaults
@@ -57,8 +57,12 @@ pub struct TrainArgs {
 
 const AFTER_HELP: &str = "Examples:
   nibble train --model smollm2-nf4 --data train.jsonl --out run
+  nibble train --model smollm2-nf4 --data train.jsonl --validation-split 0.05 --eval-steps 50 \\
+      --sample-prompt \"Who are you?\" --out run
   nibble train --config run.toml --learning-rate 1e-4 --out run-2
-  nibble train --out run --resume";
+  nibble train --out run --resume
+
+Every setting is saved as OUT/settings.toml, which `--config` reads.";
 
 /// `--preset`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -130,10 +134,10 @@ pub struct TrainDataArgs {
     /// Training data: JSONL or JSON
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
-    /// Evaluation data
+    /// Evaluation data: JSONL or JSON
     #[arg(long, value_name = "FILE")]
     pub eval_data: Option<PathBuf>,
-    /// Share of the training data that is held out for evaluation
+    /// Share of the training data that is held out for evaluation, such as 0.05
     #[arg(long, value_name = "SHARE", conflicts_with = "eval_data",
           value_parser = numbers::below_one)]
     pub validation_split: Option<f64>,
@@ -169,13 +173,13 @@ pub struct OptimizationArgs {
     #[arg(long, value_name = "PASSES", default_value = "4")]
     pub gradient_accumulation_steps: NonZeroUsize,
     /// Peak learning rate
-    #[arg(long, value_name = "RATE", default_value_t = 2e-4,
+    #[arg(long, value_name = "RATE", default_value = "2e-4",
           value_parser = numbers::positive)]
     pub learning_rate: f64,
     /// Course of the learning rate
     #[arg(long, value_name = "TYPE", value_enum, default_value_t = SchedulerType::Cosine)]
     pub lr_scheduler_type: SchedulerType,
-    /// Steps in which the learning rate rises from 0
+    /// Steps in which the learning rate rises from 0 [default: by `--warmup-ratio`]
     #[arg(long, value_name = "STEPS", conflicts_with = "warmup_ratio")]
     pub warmup_steps: Option<u64>,
     /// The same as a share of all steps, rounded up
@@ -186,7 +190,7 @@ pub struct OptimizationArgs {
     #[arg(long, value_name = "SHARE", default_value_t = 0.1,
           value_parser = numbers::share)]
     pub min_lr_rate: f64,
-    /// Optimizer steps of the run; overrides `--num-train-epochs`
+    /// Optimizer steps of the run; overrides `--num-train-epochs` [default: by epochs]
     #[arg(long, value_name = "STEPS")]
     pub max_steps: Option<u64>,
     /// Passes over the training data
@@ -210,7 +214,7 @@ pub struct OptimizationArgs {
           value_parser = numbers::below_one)]
     pub adam_beta2: f64,
     /// AdamW's guard against division by zero
-    #[arg(long, value_name = "EPSILON", default_value_t = 1e-8,
+    #[arg(long, value_name = "EPSILON", default_value = "1e-8",
           value_parser = numbers::positive)]
     pub adam_epsilon: f64,
     /// Seed of initial weights, order and dropout
@@ -239,15 +243,15 @@ pub struct EvaluationArgs {
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = false,
           num_args = 0..=1, default_missing_value = "true")]
     pub load_best_model_at_end: bool,
-    /// Steps between sample answers
-    #[arg(long, value_name = "STEPS", value_parser = at_least_one())]
-    pub sample_steps: Option<u64>,
-    /// Prompt of the sample answers; may be repeated
+    /// Answer this prompt before the first step and after the last one; may be repeated
     #[arg(long, value_name = "TEXT")]
     pub sample_prompt: Vec<String>,
+    /// Steps between further answers to `--sample-prompt` [default: none]
+    #[arg(long, value_name = "STEPS", value_parser = at_least_one())]
+    pub sample_steps: Option<u64>,
     /// Longest sample answer, in tokens
-    #[arg(long, value_name = "TOKENS", default_value_t = 64)]
-    pub sample_max_new_tokens: usize,
+    #[arg(long, value_name = "TOKENS", default_value = "64")]
+    pub sample_max_new_tokens: NonZeroUsize,
     /// Stop when a trained matrix gets no gradient or does not move
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
     pub self_checks: bool,
@@ -345,10 +349,12 @@ impl TrainArgs {
             }
         }
         if e.early_stopping_patience.is_some() && e.eval_steps.is_none() {
-            return Err(Error::usage("`--early-stopping-patience` needs `--eval-steps`"));
+            return Err(Error::usage("`--early-stopping-patience` needs `--eval-steps`")
+                .hint("patience counts evaluations: say how many steps lie between two"));
         }
-        if e.sample_steps.is_some() == e.sample_prompt.is_empty() {
-            return Err(Error::usage("`--sample-steps` and `--sample-prompt` need each other"));
+        if e.sample_steps.is_some() && e.sample_prompt.is_empty() {
+            return Err(Error::usage("`--sample-steps` needs a prompt")
+                .hint("add `--sample-prompt TEXT`, once for each prompt"));
         }
         Ok(())
     }

@@ -1,13 +1,29 @@
 //! `nibble chat`: a conversation, with adapters that can be changed while it runs.
+//!
+//! Answers go to stdout, all else to stderr. A wrong command or a prompt that does not fit is told
+//! and forgotten: the conversation goes on. Ctrl-C ends the answer that is being written; between
+//! answers it ends the program.
 
-use std::io::BufRead;
-use std::path::PathBuf;
+use std::io::{BufRead, IsTerminal};
+use std::path::{Path, PathBuf};
 
-use super::generate::print;
+use super::generate::{note_finish, print};
 use crate::cli::generate::ChatArgs;
 use crate::error::{Error, Result};
 use crate::nearest::nearest;
-use crate::sample::{Sampler, Session};
+use crate::sample::{Sampler, Session, Wish};
+use crate::train::interrupt::Interrupt;
+
+const HELP: &str = "\
+/adapter           the adapters, and which one is in use
+/adapter NAME|DIR  answer with another adapter from here on
+/base              answer without an adapter
+/reset             forget the conversation
+/system TEXT       new system message; forgets the conversation
+/exit              end; so does Ctrl-D
+Ctrl-C ends an answer";
+
+const COMMANDS: [&str; 7] = ["/adapter", "/base", "/reset", "/system", "/exit", "/quit", "/help"];
 
 /// Runs the command.
 ///
@@ -21,78 +37,176 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     let first = adapters.first().map(|(_, folder)| folder.as_path());
     let context = args.generation.context_length;
     let session = Session::open(&args.base.model, format.as_ref(), first, context)?;
-    let mut chat = Chat { args, session, sampler, adapters, turns: Vec::new() };
+    let interrupt = Interrupt::on_ctrl_c()?;
+    let current = (!adapters.is_empty()).then_some(0);
+    let system = args.system.clone();
+    let max_new_tokens = args.generation.max_new_tokens.get();
+    let turns = Vec::new();
+    let mut chat =
+        Chat { session, sampler, adapters, current, system, turns, max_new_tokens, interrupt };
     chat.reset();
-    eprintln!("/adapter NAME  /base  /reset  /exit");
-    for line in std::io::stdin().lock().lines() {
-        let line = line.map_err(|e| Error::io("read", "standard input".as_ref(), e))?;
-        match line.trim() {
-            "" => continue,
-            "/exit" | "/quit" => break,
-            command if command.starts_with('/') => chat.command(command),
-            text => chat.answer(text)?,
-        }
-    }
-    Ok(())
+    // Refused here, not after the first question.
+    chat.session.speaker().render(&[("user", "")])?;
+    eprintln!("{}; /help lists the commands", chat.who());
+    chat.listen()
 }
 
-struct Chat<'a> {
-    args: &'a ChatArgs,
+struct Chat {
     session: Session,
     sampler: Sampler,
     adapters: Vec<(String, PathBuf)>,
+    /// Index of the adapter in use.
+    current: Option<usize>,
+    system: Option<String>,
     /// Role and content.
     turns: Vec<(&'static str, String)>,
+    max_new_tokens: usize,
+    interrupt: Interrupt,
 }
 
-impl Chat<'_> {
-    fn reset(&mut self) {
-        self.turns = self.args.system.iter().map(|text| ("system", text.clone())).collect();
+impl Chat {
+    /// Answers line by line until the end of the input.
+    fn listen(&mut self) -> Result<()> {
+        let prompt = || {
+            if std::io::stdin().is_terminal() {
+                eprint!("> ");
+            }
+        };
+        // While nothing is being written, Ctrl-C ends the program.
+        self.interrupt.request();
+        prompt();
+        for line in std::io::stdin().lock().lines() {
+            let line = line.map_err(|e| Error::io("read", "standard input".as_ref(), e))?;
+            match line.trim() {
+                "" => {}
+                "/exit" | "/quit" => return Ok(()),
+                command if command.starts_with('/') => self.command(command)?,
+                text => self.answer(text)?,
+            }
+            prompt();
+        }
+        Ok(())
     }
 
-    /// A wrong command is told and forgotten: the conversation goes on.
-    fn command(&mut self, command: &str) {
-        let result = match command.split_once(' ').unwrap_or((command, "")) {
+    fn reset(&mut self) {
+        self.turns = self.system.iter().map(|text| ("system", text.clone())).collect();
+    }
+
+    fn who(&self) -> String {
+        let adapter = self.current.and_then(|index| self.adapters.get(index));
+        adapter.map_or("base model".to_string(), |(name, _)| format!("adapter {name}"))
+    }
+
+    fn command(&mut self, command: &str) -> Result<()> {
+        let (name, rest) = command.split_once(' ').unwrap_or((command, ""));
+        let result = match (name, rest.trim()) {
+            ("/help", _) => Ok(HELP.to_string()),
             ("/reset", _) => {
                 self.reset();
                 Ok("new conversation".to_string())
             }
-            ("/base", _) => self.session.set_adapter(None).map(|()| "base model".to_string()),
-            ("/adapter", name) => self.switch(name.trim()),
-            (other, _) => Err(Error::usage(format_args!("unknown command {other}"))),
+            ("/system", text) => {
+                self.system = (!text.is_empty()).then(|| text.to_string());
+                self.reset();
+                Ok("new conversation".to_string())
+            }
+            ("/base", _) => self.equip(None),
+            ("/adapter", "") => Ok(self.list()),
+            ("/adapter", name) => self.find(name).and_then(|index| self.equip(Some(index))),
+            (other, _) => Err(unknown(other)),
         };
-        match result {
-            Ok(text) => eprintln!("[{text}]"),
-            Err(error) => eprintln!("error: {error}"),
+        tell(result.map(|text| eprintln!("{text}")))
+    }
+
+    fn list(&self) -> String {
+        let mark = |index| if self.current == index { "* " } else { "  " };
+        let mut lines = vec![format!("{}(base model)", mark(None))];
+        for (index, (name, folder)) in self.adapters.iter().enumerate() {
+            lines.push(format!("{}{name}  {}", mark(Some(index)), folder.display()));
+        }
+        lines.join("\n")
+    }
+
+    /// Index of the adapter of that name, or of the folder, which is then known by its name.
+    fn find(&mut self, name: &str) -> Result<usize> {
+        if let Some(index) = self.adapters.iter().position(|(known, _)| known == name) {
+            return Ok(index);
+        }
+        if Path::new(name).is_dir() {
+            self.adapters.push(named(name)?);
+            return Ok(self.adapters.len() - 1);
+        }
+        let error = Error::usage(format_args!("no adapter or folder is called `{name}`"));
+        match nearest(name, self.adapters.iter().map(|(known, _)| known.as_str())) {
+            close if close.is_empty() => Err(error.hint("/adapter lists those that are known")),
+            close => Err(error.hint(format_args!("did you mean {close}?"))),
         }
     }
 
-    fn switch(&mut self, name: &str) -> Result<String> {
-        let Some((_, folder)) = self.adapters.iter().find(|(known, _)| known == name) else {
-            let known: Vec<&str> = self.adapters.iter().map(|(name, _)| name.as_str()).collect();
-            let error = Error::usage(format_args!("no adapter is called `{name}`"));
-            if known.is_empty() {
-                return Err(error.hint("name adapters with `--adapter NAME=DIR`"));
-            }
-            return Err(error.hint(nearest(name, known.iter().copied())));
-        };
-        self.session.set_adapter(Some(folder))?;
-        Ok(format!("adapter {name}"))
+    fn equip(&mut self, index: Option<usize>) -> Result<String> {
+        let folder = index.map(|index| self.adapters[index].1.clone());
+        self.session.set_adapter(folder.as_deref())?;
+        self.current = index;
+        Ok(self.who())
     }
 
+    /// Writes an answer; a question that fails leaves no trace in the conversation.
     fn answer(&mut self, text: &str) -> Result<()> {
+        let turns = self.turns.len();
         self.turns.push(("user", text.to_string()));
+        self.interrupt.clear();
+        let answer = self.generate();
+        self.interrupt.request();
+        tell(match answer {
+            Ok(answer) if !answer.is_empty() => {
+                self.turns.push(("assistant", answer));
+                Ok(())
+            }
+            other => {
+                self.turns.truncate(turns);
+                other.map(drop)
+            }
+        })
+    }
+
+    fn generate(&mut self) -> Result<String> {
         let messages: Vec<(&str, &str)> =
             self.turns.iter().map(|(role, content)| (*role, content.as_str())).collect();
-        let prompt = self.session.render(&messages)?;
+        let prompt = self.session.speaker().render(&messages)?;
+        let Chat { session, sampler, interrupt, max_new_tokens, .. } = self;
         let mut answer = String::new();
-        let length = self.args.generation.max_new_tokens;
-        self.session.generate(&prompt, &mut self.sampler, length, |piece| {
+        let finish = session.answer(&prompt, sampler, *max_new_tokens, |piece| {
             answer.push_str(piece);
-            print(piece)
+            print(piece)?;
+            Ok(if interrupt.requested() { Wish::Stop } else { Wish::Continue })
         })?;
-        self.turns.push(("assistant", answer));
-        print("\n")
+        print("\n")?;
+        note_finish(finish, self.max_new_tokens);
+        Ok(answer)
+    }
+}
+
+/// Shows what the user can mend; the rest ends the program.
+fn tell(result: Result<()>) -> Result<()> {
+    match result {
+        Err(error @ (Error::Usage(_) | Error::Input(_))) => {
+            eprintln!("error: {error}");
+            Ok(())
+        }
+        // An adapter folder that cannot be read, but not a terminal that went away.
+        Err(Error::Io(message, cause)) if cause.kind() != std::io::ErrorKind::BrokenPipe => {
+            eprintln!("error: {}", Error::Io(message, cause));
+            Ok(())
+        }
+        result => result,
+    }
+}
+
+fn unknown(command: &str) -> Error {
+    let error = Error::usage(format_args!("unknown command `{command}`"));
+    match nearest(command, COMMANDS.into_iter()) {
+        close if close.is_empty() => error.hint("/help lists the commands"),
+        close => error.hint(format_args!("did you mean {close}?")),
     }
 }
 
@@ -106,4 +220,22 @@ fn named(text: &str) -> Result<(String, PathBuf)> {
     let name =
         name.ok_or_else(|| Error::usage(format_args!("--adapter {text}: no folder name")))?;
     Ok((name, folder))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_adapter_is_called_by_name_or_by_its_folder() {
+        assert_eq!(named("a=b/c").unwrap(), ("a".into(), "b/c".into()));
+        assert_eq!(named("b/c").unwrap(), ("c".into(), "b/c".into()));
+        assert!(named("..").unwrap_err().to_string().contains("no folder name"));
+    }
+
+    #[test]
+    fn a_mistyped_command_is_guessed() {
+        assert!(unknown("/adaptr").to_string().contains("did you mean `/adapter`?"));
+        assert!(unknown("/xyzzy").to_string().contains("/help"));
+    }
 }

@@ -1,4 +1,4 @@
-//! `nibble eval`: loss and perplexity of a file, base against adapter.
+//! `nibble eval`: loss, perplexity and right answers on a file, base against adapter.
 
 use std::path::Path;
 
@@ -16,6 +16,7 @@ use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::Weights;
 use crate::plan::Settings;
+use crate::report::table::{Align, Table};
 use crate::sample::load_weights;
 
 /// Tokens of a forward pass.
@@ -38,14 +39,13 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let merged = args.adapter.is_some() && adapter.is_none();
     let batches = batches(&dataset.documents);
     let mut model = equip(spec, weights, adapter.as_ref(), &batches)?;
-    let targets: usize = batches.iter().map(|batch| batch.num_targets).sum();
-    let base = if merged { None } else { Some(mean(&mut model, &batches, Model::evaluate_base)?) };
-    let adapted = args.adapter.is_some().then(|| mean(&mut model, &batches, Model::evaluate));
-    let adapted = adapted.transpose()?;
+    let base = (!merged).then(|| figures(&mut model, &batches, false)).transpose()?;
+    let adapted =
+        args.adapter.is_some().then(|| figures(&mut model, &batches, true)).transpose()?;
     if let Some(file) = &args.save_logits {
         save_logits(&mut model, &dataset.documents, file)?;
     }
-    print_result(args, targets, dataset.documents.len(), base, adapted)
+    print_result(args, base, adapted)
 }
 
 fn read_data(args: &EvalArgs, spec: &ModelSpec) -> Result<Dataset> {
@@ -95,18 +95,60 @@ fn equip(
     Ok(model)
 }
 
-/// Mean loss over all trained tokens.
-fn mean(
-    model: &mut Model,
-    batches: &[Batch],
-    evaluate: impl Fn(&mut Model, &Batch) -> Result<f64>,
-) -> Result<f64> {
-    let (mut sum, mut targets) = (0.0, 0);
-    for batch in batches {
-        sum += evaluate(model, batch)?;
-        targets += batch.num_targets;
+/// What a model makes of the file.
+#[derive(Default)]
+struct Figures {
+    documents: usize,
+    targets: usize,
+    /// Sum over the trained tokens.
+    loss: f64,
+    tokens_right: usize,
+    /// Documents all of whose trained tokens are right.
+    documents_right: usize,
+}
+
+impl Figures {
+    fn loss(&self) -> f64 {
+        self.loss / self.targets as f64
     }
-    Ok(sum / targets as f64)
+
+    fn accuracy(&self) -> f64 {
+        self.tokens_right as f64 / self.targets as f64
+    }
+
+    fn json(&self) -> serde_json::Value {
+        json!({
+            "loss": self.loss(),
+            "perplexity": self.loss().exp(),
+            "mean_token_accuracy": self.accuracy(),
+            "exact_match": self.documents_right as f64 / self.documents as f64,
+        })
+    }
+}
+
+fn figures(model: &mut Model, batches: &[Batch], adapters: bool) -> Result<Figures> {
+    let mut figures = Figures::default();
+    for batch in batches {
+        let score = model.score(batch, adapters)?;
+        figures.documents += batch.lines.len();
+        figures.targets += batch.num_targets;
+        figures.loss += score.loss;
+        figures.tokens_right += score.likeliest.iter().filter(|&&right| right).count();
+        figures.documents_right += documents_right(batch, &score.likeliest);
+    }
+    Ok(figures)
+}
+
+fn documents_right(batch: &Batch, likeliest: &[bool]) -> usize {
+    let (mut rest, mut right) = (likeliest, 0);
+    for document in batch.cu_seqlens.windows(2) {
+        let labels = &batch.labels[document[0] as usize..document[1] as usize];
+        let targets = labels.iter().skip(1).filter(|&&label| label >= 0).count();
+        let (own, others) = rest.split_at(targets);
+        right += usize::from(own.iter().all(|&right| right));
+        rest = others;
+    }
+    right
 }
 
 fn save_logits(model: &mut Model, documents: &[Document], file: &Path) -> Result<()> {
@@ -130,30 +172,57 @@ fn save_logits(model: &mut Model, documents: &[Document], file: &Path) -> Result
     atomic::write_file(file, &bytes)
 }
 
-fn print_result(
-    args: &EvalArgs,
-    targets: usize,
-    documents: usize,
-    base: Option<f64>,
-    adapted: Option<f64>,
-) -> Result<()> {
-    let figures = |loss: f64| json!({"loss": loss, "perplexity": loss.exp()});
+fn print_result(args: &EvalArgs, base: Option<Figures>, adapted: Option<Figures>) -> Result<()> {
+    let Some(any) = base.as_ref().or(adapted.as_ref()) else { return Ok(()) };
+    let (documents, targets) = (any.documents, any.targets);
     if args.json {
         let out = json!({
             "documents": documents,
             "targets": targets,
-            "base": base.map(figures),
-            "adapter": adapted.map(figures),
+            "base": base.as_ref().map(Figures::json),
+            "adapter": adapted.as_ref().map(Figures::json),
         });
         println!("{out:#}");
         return Ok(());
     }
     println!("{documents} documents, {targets} trained tokens\n");
-    println!("{:<8} {:>9} {:>12}", "", "loss", "perplexity");
-    for (name, loss) in [("base", base), ("adapter", adapted)] {
-        if let Some(loss) = loss {
-            println!("{name:<8} {loss:>9.4} {:>12.3}", loss.exp());
-        }
+    let mut table = Table::new([
+        ("", Align::Left),
+        ("loss", Align::Right),
+        ("perplexity", Align::Right),
+        ("tokens right", Align::Right),
+        ("word for word", Align::Right),
+    ]);
+    for (name, figures) in [("base", &base), ("adapter", &adapted)] {
+        let Some(figures) = figures else { continue };
+        table.row([
+            name.to_string(),
+            format!("{:.4}", figures.loss()),
+            format!("{:.3}", figures.loss().exp()),
+            format!("{:.1} %", 100.0 * figures.accuracy()),
+            format!("{} of {documents}", figures.documents_right),
+        ]);
     }
+    print!("{table}");
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_document_is_right_when_all_its_trained_tokens_are() {
+        let document = |labels: &[i32]| Document {
+            input_ids: vec![1; labels.len()],
+            labels: labels.to_vec(),
+            line: 1,
+        };
+        // The first label of a document has nothing to be foretold from.
+        let documents = [document(&[5, -100, 1, 1]), document(&[1, 1]), document(&[-100, 1, 1])];
+        let batch = Batch::from_documents(&documents);
+        assert_eq!(batch.num_targets, 5);
+        assert_eq!(documents_right(&batch, &[true, false, true, true, true]), 2);
+        assert_eq!(documents_right(&batch, &[true, true, false, true, false]), 1);
+    }
 }

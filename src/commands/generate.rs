@@ -1,10 +1,10 @@
 //! `nibble generate`: one answer.
 
-use std::io::{Read, Write};
+use std::io::{IsTerminal, Read, Write};
 
 use crate::cli::generate::GenerateArgs;
 use crate::error::{Error, Result};
-use crate::sample::{Sampler, Session};
+use crate::sample::{Finish, Sampler, Session, Wish};
 
 /// Runs the command.
 ///
@@ -26,18 +26,38 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     } else {
         let system = args.system.as_deref().map(|system| ("system", system));
         let messages: Vec<_> = system.into_iter().chain([("user", prompt.as_str())]).collect();
-        session.render(&messages)?
+        session.speaker().render(&messages)?
     };
-    session.generate(&text, &mut sampler, args.generation.max_new_tokens, print)?;
-    print("\n")
+    let max_new_tokens = args.generation.max_new_tokens.get();
+    let finish = session.answer(&text, &mut sampler, max_new_tokens, |piece| {
+        print(piece)?;
+        Ok(Wish::Continue)
+    })?;
+    print("\n")?;
+    note_finish(finish, max_new_tokens);
+    Ok(())
 }
 
-/// Writes text at once; a reader that went away ends the program quietly.
+/// Writes text at once.
 pub(super) fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
         .map_err(|e| Error::io("write to", "standard output".as_ref(), e))
+}
+
+/// Tells someone who watches that the answer was cut.
+pub(super) fn note_finish(finish: Finish, max_new_tokens: usize) {
+    if !std::io::stderr().is_terminal() {
+        return;
+    }
+    match finish {
+        Finish::EndOfSequence => {}
+        Finish::Length => {
+            eprintln!("[cut: --max-new-tokens {max_new_tokens} or --context-length is reached]");
+        }
+        Finish::Stopped => eprintln!("[stopped]"),
+    }
 }
 
 fn read_prompt() -> Result<String> {

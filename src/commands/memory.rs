@@ -26,7 +26,7 @@ const ASSUMED_PROCESS_BYTES: u64 = 64 << 20;
 /// # Errors
 /// `Input` for an unsupported model, `Budget` with the nearest plan that fits.
 pub fn run(args: &MemoryArgs) -> Result<()> {
-    super::set_threads(args.threads.map(usize::from))?;
+    super::set_threads(args.threads)?;
     let model = Model::open(args)?;
     let settings = settings(args, &model.spec)?;
     let demand = Demand {

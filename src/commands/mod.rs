@@ -1,6 +1,7 @@
 //! One module per command: `run(&Args)`, a short list of named steps.
 
 pub mod chat;
+pub mod completions;
 pub mod data;
 pub mod eval;
 pub mod generate;
@@ -9,6 +10,8 @@ pub mod merge;
 pub mod quantize;
 mod reading;
 pub mod train;
+
+use std::num::NonZeroUsize;
 
 use crate::cli::Command;
 use crate::error::{Error, Result};
@@ -19,23 +22,21 @@ use crate::error::{Error, Result};
 /// Whatever the command reports.
 pub fn run(command: &Command) -> Result<()> {
     match command {
-        Command::Merge(args) => merge::run(args),
         Command::Quantize(args) => quantize::run(args),
-        Command::Train(args) => train::run(args),
         Command::Data(args) => data::run(args),
         Command::Memory(args) => memory::run(args),
+        Command::Train(args) => train::run(args),
         Command::Eval(args) => eval::run(args),
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
+        Command::Merge(args) => merge::run(args),
+        Command::Completions(args) => completions::run(args),
     }
 }
 
 /// Sizes the pool that all parallel loops share; all cores by default.
-fn set_threads(threads: Option<usize>) -> Result<()> {
-    if threads == Some(0) {
-        return Err(Error::usage("--threads 0").hint("use at least one thread"));
-    }
-    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.unwrap_or(0));
+fn set_threads(threads: Option<NonZeroUsize>) -> Result<()> {
+    let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.map_or(0, usize::from));
     let builder = builder.use_current_thread();
     builder.build_global().map_err(|e| Error::usage(format_args!("--threads: {e}")))
 }

@@ -5,6 +5,8 @@
 //! head runs only on rows that have a target, a chunk of logits at a time, and computes the
 //! gradient of a chunk before the next one overwrites it.
 
+pub mod score;
+
 use super::block::{Cache, Dropout, GradientBuffers, Pass, Saved, Workspace};
 use super::parameters::Parameters;
 use super::spec::ModelSpec;

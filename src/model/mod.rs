@@ -12,4 +12,4 @@ pub mod rotary;
 pub mod spec;
 pub mod weights;
 
-pub use causal_lm::Model;
+pub use causal_lm::{Model, score::Score};

@@ -2,10 +2,10 @@
 
 mod sampler;
 mod session;
+mod speaker;
 mod stream;
 
-pub(crate) use session::prompt_ids;
-
 pub use sampler::{Sampler, SamplingOptions};
-pub use session::{Finish, Session, load_weights};
+pub use session::{Session, load_weights};
+pub use speaker::{Finish, Limits, Speaker, Wish};
 pub use stream::TextStream;

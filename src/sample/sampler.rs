@@ -23,6 +23,20 @@ pub struct SamplingOptions {
     pub seed: u64,
 }
 
+impl SamplingOptions {
+    /// Always the likeliest token.
+    pub fn greedy() -> Self {
+        SamplingOptions {
+            temperature: 0.0,
+            top_k: 0,
+            top_p: 1.0,
+            min_p: 0.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+        }
+    }
+}
+
 /// A sampler with its count of draws.
 #[derive(Debug, Clone)]
 pub struct Sampler {

@@ -1,15 +1,13 @@
-//! A model that answers: weights, one adapter at a time, tokenizer and chat template.
+//! A model that answers: weights, one adapter at a time, and its speaker.
 
 use std::path::Path;
 
 use nibble_quant::BlockFormat;
-use serde_json::{Map, Value, json};
 
-use super::{Sampler, TextStream};
+use super::{Finish, Limits, Sampler, Speaker, Wish};
 use crate::adapter::{Adapter, PeftAdapter};
 use crate::checkpoint::Checkpoint;
 use crate::data::ChatTokenizer;
-use crate::data::template::ChatTemplate;
 use crate::error::{Error, Result};
 use crate::model::Model;
 use crate::model::families::spec_from_config;
@@ -20,22 +18,11 @@ use crate::plan::Settings;
 /// Tokens of a prompt that are fed at a time.
 const PREFILL_TOKENS: usize = 512;
 
-/// Why a generation ended.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Finish {
-    /// An end-of-sequence token.
-    EndOfSequence,
-    /// `--max-new-tokens` or the context is reached.
-    Length,
-}
-
 /// A model at rest or at work.
 pub struct Session {
-    /// Its tokenizer.
-    pub tokenizer: ChatTokenizer,
-    template: Option<ChatTemplate>,
+    speaker: Speaker,
+    /// Absent only where another adapter could not be taken.
     model: Option<Model>,
-    eos_ids: Vec<u32>,
     context_tokens: usize,
 }
 
@@ -56,111 +43,55 @@ impl Session {
         let tokenizer = ChatTokenizer::open(path)?;
         let (weights, adapter) = load_weights(&checkpoint, &spec, quantization, adapter)?;
         let context_tokens = context_tokens.min(spec.learned_positions.unwrap_or(usize::MAX));
-        let mut eos_ids = tokenizer.eos_ids().to_vec();
-        eos_ids.extend(spec.eos_token_ids.iter().filter(|id| !tokenizer.eos_ids().contains(id)));
-        let template = tokenizer.compile_template()?;
+        let speaker = Speaker::new(tokenizer, &spec.eos_token_ids)?;
         let model = Some(equip(spec, weights, adapter.as_ref(), context_tokens)?);
-        Ok(Session { tokenizer, template, model, eos_ids, context_tokens })
+        Ok(Session { speaker, model, context_tokens })
     }
 
-    /// What the model is.
-    pub fn spec(&self) -> &ModelSpec {
-        self.model().spec()
+    /// Text in and out of it.
+    pub fn speaker(&self) -> &Speaker {
+        &self.speaker
     }
 
     /// Takes another adapter in place of the present one, or none.
     ///
     /// # Errors
-    /// What is wrong with the adapter; the session is then without one.
+    /// What is wrong with the adapter; the present one then stays. `Budget` when the memory for
+    /// the other one is refused: the session is then over.
     pub fn set_adapter(&mut self, folder: Option<&Path>) -> Result<()> {
-        let adapter = folder.map(|folder| Adapter::load(folder, self.spec())).transpose()?;
-        let model = self.model.take().expect("present between calls");
-        let spec = model.spec().clone();
-        self.model =
-            Some(equip(spec, model.into_weights(), adapter.as_ref(), self.context_tokens)?);
+        let spec = self.model()?.spec().clone();
+        let adapter = folder.map(|folder| Adapter::load(folder, &spec)).transpose()?;
+        let Some(model) = self.model.take() else { return Ok(()) };
+        let weights = model.into_weights();
+        self.model = Some(equip(spec, weights, adapter.as_ref(), self.context_tokens)?);
         Ok(())
     }
 
-    /// Text of a conversation for the model to continue.
+    /// Continues `text`: see [`Speaker::answer`].
     ///
     /// # Errors
-    /// `Input` when the model has no chat template or the template refuses.
-    pub fn render(&self, messages: &[(&str, &str)]) -> Result<String> {
-        let Some(template) = &self.template else {
-            return Err(Error::input("the tokenizer has no chat template")
-                .hint("use `nibble generate --raw` with this base model"));
-        };
-        let message = |(role, content): &(&str, &str)| json!({"role": role, "content": content});
-        let messages: Vec<Value> = messages.iter().map(message).collect();
-        template.render(&messages, &Map::new(), true)
-    }
-
-    /// Continues `prompt` until an end-of-sequence token or `max_new_tokens`; `on_text` gets the
-    /// text as it comes.
-    ///
-    /// # Errors
-    /// `Usage` when the prompt does not fit the context; what `on_text` returns.
-    pub fn generate(
+    /// As there.
+    pub fn answer(
         &mut self,
-        prompt: &str,
+        text: &str,
         sampler: &mut Sampler,
         max_new_tokens: usize,
-        mut on_text: impl FnMut(&str) -> Result<()>,
+        listener: impl FnMut(&str) -> Result<Wish>,
     ) -> Result<Finish> {
-        let Session { tokenizer, model, eos_ids, context_tokens, .. } = self;
-        let model = model.as_mut().expect("present between calls");
-        let mut history = prompt_ids(tokenizer, prompt)?;
-        if history.len() >= *context_tokens {
-            return Err(Error::usage(format_args!(
-                "the prompt has {} tokens, the context {context_tokens}",
-                history.len()
-            ))
-            .hint("raise `--context-length` or shorten the prompt"));
-        }
-        model.clear_cache();
-        let (last, before) = history.split_last().expect("a prompt has a token");
-        for piece in before.chunks(PREFILL_TOKENS) {
-            model.decode(piece)?;
-        }
-        let mut next = *last;
-        let mut stream = TextStream::new(tokenizer);
-        let mut finish = Finish::Length;
-        for _ in 0..max_new_tokens.min(*context_tokens - history.len()) {
-            next = sampler.next(model.decode(&[next])?, &history)?;
-            if eos_ids.contains(&next) {
-                finish = Finish::EndOfSequence;
-                break;
-            }
-            history.push(next);
-            let text = stream.push(next)?;
-            if !text.is_empty() {
-                on_text(&text)?;
-            }
-        }
-        on_text(&stream.finish()?)?;
-        Ok(finish)
+        let context_tokens = self.context_tokens;
+        let limits = Limits { max_new_tokens, context_tokens, prefill_tokens: PREFILL_TOKENS };
+        let Session { speaker, model, .. } = self;
+        let model = model.as_mut().ok_or_else(without_model)?;
+        speaker.answer(model, text, sampler, limits, listener)
     }
 
-    fn model(&self) -> &Model {
-        self.model.as_ref().expect("present between calls")
+    fn model(&self) -> Result<&Model> {
+        self.model.as_ref().ok_or_else(without_model)
     }
 }
 
-/// Ids of a rendered prompt, behind a BOS where the tokenizer wants one.
-///
-/// # Errors
-/// `Usage` when it is empty, `Input` when the tokenizer refuses it.
-pub(crate) fn prompt_ids(tokenizer: &ChatTokenizer, prompt: &str) -> Result<Vec<u32>> {
-    let mut ids = tokenizer.encode(prompt)?;
-    if let Some(bos) = tokenizer.bos().filter(|_| tokenizer.adds_bos())
-        && ids.first() != Some(&bos.id)
-    {
-        ids.insert(0, bos.id);
-    }
-    if ids.is_empty() {
-        return Err(Error::usage("the prompt is empty"));
-    }
-    Ok(ids)
+fn without_model() -> Error {
+    Error::budget("the model was given up when an adapter did not fit the memory")
 }
 
 /// Weights, and the adapter unless it could only be merged into them.

@@ -1,5 +1,6 @@
 //! Ctrl-C and SIGTERM: the first asks the run to save and stop, the second ends it at once.
 
+use std::ffi::c_int;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -21,8 +22,20 @@ impl Interrupt {
     /// # Errors
     /// `Io` when the system refuses a handler.
     pub fn install() -> Result<Self> {
+        Self::on(&[SIGINT, SIGTERM])
+    }
+
+    /// Listens to Ctrl-C only.
+    ///
+    /// # Errors
+    /// As [`install`](Interrupt::install).
+    pub fn on_ctrl_c() -> Result<Self> {
+        Self::on(&[SIGINT])
+    }
+
+    fn on(signals: &[c_int]) -> Result<Self> {
         let interrupt = Interrupt::default();
-        for signal in [SIGINT, SIGTERM] {
+        for &signal in signals {
             // In this order: the shutdown looks at the flag before this signal sets it.
             let code = SIGNAL_EXIT_BASE + signal;
             flag::register_conditional_shutdown(signal, code, Arc::clone(&interrupt.0))
@@ -37,7 +50,12 @@ impl Interrupt {
         self.0.load(Ordering::Relaxed)
     }
 
-    /// As if a signal had come.
+    /// Forgets a signal: the next one is the first again.
+    pub fn clear(&self) {
+        self.0.store(false, Ordering::Relaxed);
+    }
+
+    /// As if a signal had come: the next one ends the process.
     pub fn request(&self) {
         self.0.store(true, Ordering::Relaxed);
     }

@@ -42,7 +42,7 @@ pub struct Recipe {
     pub evaluation: EvalRecipe,
     /// Checkpoints.
     pub saving: SaveRecipe,
-    /// Steps between sample answers.
+    /// Steps between sample answers; before the first and after the last step there are some anyway.
     pub sample_steps: Option<u64>,
     /// Whether the first steps are checked for dead parameters.
     pub self_checks: bool,

@@ -84,6 +84,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         let reason = self.train().map_err(|error| self.with_survivor(error))?;
         if reason != EndReason::Interrupted {
             self.evaluate_unless_done()?;
+            self.sample_unless_done()?;
         }
         self.save_unless_done()?;
         let end = self.end_event(reason);
@@ -211,8 +212,8 @@ impl<'a, M: Trainee> Trainer<'a, M> {
                 None => return Ok(false),
             }
         }
-        if due(recipe.sample_steps) && self.state.sampled_step != Some(step) {
-            self.sample()?;
+        if step == 0 || due(recipe.sample_steps) {
+            self.sample_unless_done()?;
         }
         if step > 0 && (improved || due(Some(recipe.saving.steps))) {
             self.save_unless_done()?;
@@ -274,8 +275,10 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         patience.is_some_and(|patience| self.state.evaluations_without_improvement >= patience)
     }
 
-    fn sample(&mut self) -> Result<()> {
-        self.state.sampled_step = Some(self.state.step);
+    fn sample_unless_done(&mut self) -> Result<()> {
+        if self.state.sampled_step.replace(self.state.step) == Some(self.state.step) {
+            return Ok(());
+        }
         for prompt in self.parts.prompts {
             let completion = self.model.sample(prompt)?;
             let (step, epoch) = (self.state.step, self.epoch());

@@ -19,6 +19,7 @@ use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::model::weights::Weights;
 use crate::plan::Settings;
 use crate::report::{REPORT_FILE, Reports};
+use crate::sample::Speaker;
 use crate::train::checkpoints;
 use crate::train::events::{EndEvent, EndReason, Event, ParameterCounts, RunLog, StartEvent};
 use crate::train::interrupt::Interrupt;
@@ -37,7 +38,7 @@ use output::Output;
 /// Every wrong setting and input before the first weight is read; later, what the run reports.
 pub fn run(args: &TrainArgs) -> Result<()> {
     let recipe = args.recipe()?;
-    super::set_threads(args.resources.threads.map(usize::from))?;
+    super::set_threads(args.resources.threads)?;
     let mut progress = Progress::stderr();
     let mut output = Output::claim(&args.output, &progress)?;
     let base = Base::open(args)?;
@@ -90,7 +91,8 @@ impl Base {
         let checkpoint = Checkpoint::open(&args.model.model)?;
         let spec = spec_from_config(checkpoint.config())?;
         let tokenizer = ChatTokenizer::open(&args.model.model)?;
-        let preview = Preview::new(tokenizer.clone(), args.evaluation.sample_max_new_tokens)?;
+        let speaker = Speaker::new(tokenizer.clone(), &spec.eos_token_ids)?;
+        let preview = Preview::new(speaker, args.evaluation.sample_max_new_tokens.get());
         Ok(Base { checkpoint, spec, tokenizer, preview })
     }
 

@@ -1,0 +1,145 @@
+//! Text in and out of a model: what `generate`, `chat` and the sample answers of a run share.
+
+use serde_json::{Map, Value, json};
+
+use super::{Sampler, TextStream};
+use crate::data::ChatTokenizer;
+use crate::data::template::ChatTemplate;
+use crate::error::{Error, Result};
+use crate::model::Model;
+
+/// Why an answer ended.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Finish {
+    /// An end-of-sequence token.
+    EndOfSequence,
+    /// The most tokens that were allowed, or the context is full.
+    Length,
+    /// The listener had enough.
+    Stopped,
+}
+
+/// What a listener says to a piece of text.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Wish {
+    /// More.
+    Continue,
+    /// Enough.
+    Stop,
+}
+
+/// Room for prompt and answer.
+#[derive(Debug, Clone, Copy)]
+pub struct Limits {
+    /// Longest answer, in tokens.
+    pub max_new_tokens: usize,
+    /// Longest prompt and answer together, in tokens.
+    pub context_tokens: usize,
+    /// Tokens of the prompt that the model is fed at a time.
+    pub prefill_tokens: usize,
+}
+
+/// A model's tokenizer, its chat template and the tokens that end its answers.
+pub struct Speaker {
+    tokenizer: ChatTokenizer,
+    template: Option<ChatTemplate>,
+    eos_ids: Vec<u32>,
+}
+
+impl Speaker {
+    /// `eos_ids` are those of the model's config, beside the tokenizer's own.
+    ///
+    /// # Errors
+    /// `Input` when the chat template does not compile.
+    pub fn new(tokenizer: ChatTokenizer, eos_ids: &[u32]) -> Result<Self> {
+        let template = tokenizer.compile_template()?;
+        let mut all = tokenizer.eos_ids().to_vec();
+        all.extend(eos_ids.iter().filter(|id| !tokenizer.eos_ids().contains(id)));
+        Ok(Speaker { tokenizer, template, eos_ids: all })
+    }
+
+    /// Text of a conversation (role and content) for the model to continue.
+    ///
+    /// # Errors
+    /// `Input` when the model has no chat template or the template refuses.
+    pub fn render(&self, messages: &[(&str, &str)]) -> Result<String> {
+        let Some(template) = &self.template else {
+            return Err(Error::input("the tokenizer has no chat template: this is no chat model")
+                .hint("`nibble generate --raw` continues text"));
+        };
+        let message = |(role, content): &(&str, &str)| json!({"role": role, "content": content});
+        let messages: Vec<Value> = messages.iter().map(message).collect();
+        template.render(&messages, &Map::new(), true)
+    }
+
+    /// A prompt as a user's turn where there is a chat template, else as text to continue.
+    ///
+    /// # Errors
+    /// `Input` when the template refuses.
+    pub fn prompt(&self, text: &str) -> Result<String> {
+        match self.template {
+            Some(_) => self.render(&[("user", text)]),
+            None => Ok(text.to_string()),
+        }
+    }
+
+    /// Ids of rendered text, behind a BOS where the tokenizer wants one.
+    ///
+    /// # Errors
+    /// `Usage` when it is empty, `Input` when the tokenizer refuses it.
+    pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = self.tokenizer.encode(text)?;
+        if let Some(bos) = self.tokenizer.bos().filter(|_| self.tokenizer.adds_bos())
+            && ids.first() != Some(&bos.id)
+        {
+            ids.insert(0, bos.id);
+        }
+        if ids.is_empty() {
+            return Err(Error::usage("the prompt is empty"));
+        }
+        Ok(ids)
+    }
+
+    /// Lets `model` continue `text` until an end-of-sequence token, a limit, or the wish of
+    /// `listener`, who gets the text as it comes.
+    ///
+    /// # Errors
+    /// `Usage` when the prompt does not fit the context; those of model and listener.
+    pub fn answer(
+        &self,
+        model: &mut Model,
+        text: &str,
+        sampler: &mut Sampler,
+        limits: Limits,
+        mut listener: impl FnMut(&str) -> Result<Wish>,
+    ) -> Result<Finish> {
+        let (mut history, context) = (self.ids(text)?, limits.context_tokens);
+        if history.len() >= context {
+            let tokens = history.len();
+            let what = format_args!("the prompt has {tokens} tokens, the context {context}");
+            return Err(Error::usage(what).hint("raise `--context-length` or shorten the prompt"));
+        }
+        model.clear_cache();
+        let (last, before) = history.split_last().expect("a prompt has a token");
+        for piece in before.chunks(limits.prefill_tokens.max(1)) {
+            model.decode(piece)?;
+        }
+        let mut next = *last;
+        let mut stream = TextStream::new(&self.tokenizer);
+        let mut finish = Finish::Length;
+        for _ in 0..limits.max_new_tokens.min(context - history.len()) {
+            next = sampler.next(model.decode(&[next])?, &history)?;
+            if self.eos_ids.contains(&next) {
+                finish = Finish::EndOfSequence;
+                break;
+            }
+            history.push(next);
+            if listener(&stream.push(next)?)? == Wish::Stop {
+                finish = Finish::Stopped;
+                break;
+            }
+        }
+        listener(&stream.finish()?)?;
+        Ok(finish)
+    }
+}

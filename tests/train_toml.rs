@@ -1,0 +1,61 @@
+//! `docs/train.toml`, the example of a config file, is complete and true.
+
+use std::collections::BTreeMap;
+use std::path::Path;
+
+use clap::{Arg, Command, CommandFactory};
+use nibble::cli::Cli;
+use nibble::cli::layers::{Entry, read_toml};
+
+const EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/train.toml");
+
+fn train() -> Command {
+    Cli::command().find_subcommand("train").unwrap().clone()
+}
+
+fn entries(path: &Path) -> BTreeMap<String, Vec<String>> {
+    let entry = |entry: Entry| (entry.flag, entry.values);
+    read_toml(&train(), path).unwrap().into_iter().map(entry).collect()
+}
+
+/// The example with its commented settings switched on.
+fn with_everything() -> String {
+    let setting = |line: &str| {
+        let name = line.split([' ', '[', ']']).find(|word| !word.is_empty()).unwrap_or_default();
+        let table = line.starts_with('[') && line.ends_with(']');
+        !name.contains('#') && (line.contains(" = ") || table)
+    };
+    let text = std::fs::read_to_string(EXAMPLE).unwrap();
+    let lines = text.lines().map(|line| match line.strip_prefix("# ") {
+        Some(rest) if setting(rest) => rest,
+        _ => line,
+    });
+    lines.collect::<Vec<_>>().join("\n")
+}
+
+#[test]
+fn the_example_holds_the_defaults() {
+    let command = train();
+    for (flag, values) in entries(Path::new(EXAMPLE)) {
+        if ["model", "data", "out"].contains(&flag.as_str()) {
+            continue;
+        }
+        let arg = command.get_arguments().find(|arg| arg.get_long() == Some(&flag)).unwrap();
+        let defaults = arg.get_default_values().iter().map(|value| value.to_str().unwrap());
+        assert_eq!(values, defaults.collect::<Vec<_>>(), "{flag}");
+    }
+}
+
+#[test]
+fn the_example_names_every_setting_with_a_value_that_it_takes() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("everything.toml");
+    std::fs::write(&path, with_everything()).unwrap();
+    let entries = entries(&path);
+    let not_settings = ["config", "resume", "help", "version"];
+    let command = train();
+    let flags = command.get_arguments().filter_map(Arg::get_long);
+    for flag in flags.filter(|flag| !not_settings.contains(flag)) {
+        assert!(entries.contains_key(flag), "docs/train.toml does not name {flag}");
+    }
+}
