@@ -4,7 +4,7 @@ mod training;
 
 use std::fs;
 
-use training::{Workplace, error_of, fail, succeed};
+use training::{Workplace, error_of, fail, stderr, succeed};
 
 /// Losses and gradient norms that a run logged.
 fn losses(place: &Workplace, checkpoint: &str) -> Vec<(f64, f64)> {
@@ -45,6 +45,29 @@ fn neither_memory_policy_nor_threads_change_a_bit() {
         adapters.push(place.read(&format!("{out}/adapter_model.safetensors")));
     }
     assert!(adapters[0] == adapters[1]);
+}
+
+#[test]
+fn streamed_weights_give_the_same_bits() {
+    let place = Workplace::new();
+    succeed(place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
+    let mut adapters = Vec::new();
+    for (out, weights, activations) in [
+        ("resident", "resident", "keep"),
+        ("streamed", "stream", "keep"),
+        ("recomputed", "stream", "checkpoint"),
+    ] {
+        let mut command = place.nibble(&["train", "--model", "packed", "--data", "train.jsonl"]);
+        command.args(["--out", out, "--max-length", "32", "--max-steps", "3"]);
+        command.args(["--weights", weights, "--activations", activations]);
+        let said = stderr(&succeed(command));
+        assert_eq!(said.contains("streamed from their file"), weights == "stream", "{said}");
+        adapters.push(place.read(&format!("{out}/adapter_model.safetensors")));
+    }
+    assert!(adapters[0] == adapters[1] && adapters[0] == adapters[2]);
+    let (code, text) = fail(place.train("dense", &["--weights", "stream"]));
+    assert_eq!(code, 2);
+    assert!(text.contains("hint: make one with `nibble quantize`"), "{text}");
 }
 
 #[test]

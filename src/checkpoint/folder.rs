@@ -8,7 +8,7 @@ use nibble_quant::FloatType;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use super::mapped::MappedFile;
+use super::mapped::{MappedFile, Pages};
 use super::{DenseTensor, StoredType, TensorInfo, Weight, bnb, read_json};
 use crate::error::{Error, Result};
 
@@ -75,6 +75,13 @@ impl Folder {
         let dtype = float_type(name, tensor.dtype)?;
         let (shape, data) = (tensor.shape.clone(), tensor.data.clone());
         Ok(Weight::Dense(DenseTensor { dtype, shape, data }))
+    }
+
+    /// The mapped bytes of all tensors (and parts of packed ones) whose name begins with `prefix`.
+    pub(super) fn pages(&self, prefix: &str) -> Vec<Pages> {
+        let wanted = self.raw.iter().filter(|(name, _)| name.starts_with(prefix));
+        let in_file = |data: &Bytes| self.files.iter().find_map(|file| file.pages(data));
+        wanted.filter_map(|(_, tensor)| in_file(&tensor.data)).collect()
     }
 
     pub(super) fn release(&self, name: &str) {

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use memmap2::{Mmap, UncheckedAdvice};
+use memmap2::{Advice, Mmap, UncheckedAdvice};
 
 use crate::error::{Error, Result};
 
@@ -51,20 +51,46 @@ impl MappedFile {
         Ok(MappedFile { bytes: Bytes::from_owner(Owner(map.clone())), map: Some(map) })
     }
 
+    /// The pages of `part`, if it lies in this file.
+    pub(super) fn pages(&self, part: &[u8]) -> Option<Pages> {
+        let map = self.map.as_ref()?;
+        let (inside, wanted) = (map.as_ptr_range(), part.as_ptr_range());
+        let lies_inside = inside.start <= wanted.start && wanted.end <= inside.end;
+        let offset = (wanted.start as usize).wrapping_sub(inside.start as usize);
+        lies_inside.then(|| Pages { map: map.clone(), offset, length: part.len() })
+    }
+
     /// Gives the pages of `part` back to the system if it lies in this file: they no longer count
     /// as this process' memory, and are mapped again when they are read again.
     pub(super) fn release(&self, part: &[u8]) {
-        let Some(map) = &self.map else { return };
-        let inside = map.as_ptr_range();
-        let wanted = part.as_ptr_range();
-        if inside.start <= wanted.start && wanted.end <= inside.end {
-            let offset = wanted.start as usize - inside.start as usize;
-            // SAFETY: the mapping is read-only and backed by the file, so dropped pages come back
-            // with the same contents. Failure costs memory, nothing else.
-            let _ = unsafe {
-                map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, part.len())
-            };
+        if let Some(pages) = self.pages(part) {
+            pages.release();
         }
+    }
+}
+
+/// A part of a mapped file, of which the system can be told when it is needed.
+#[derive(Debug, Clone)]
+pub struct Pages {
+    map: Arc<Mmap>,
+    offset: usize,
+    length: usize,
+}
+
+impl Pages {
+    /// Starts to read them from the disk, if they are not in the system's cache.
+    pub fn read_ahead(&self) {
+        // A hint: without it reading is slower, nothing else.
+        let _ = self.map.advise_range(Advice::WillNeed, self.offset, self.length);
+    }
+
+    /// Gives them back to the system: they no longer count as this process' memory, and are mapped
+    /// again when they are read again.
+    pub fn release(&self) {
+        let (advice, offset) = (UncheckedAdvice::DontNeed, self.offset);
+        // SAFETY: the mapping is read-only and backed by the file, so dropped pages come back with
+        // the same contents. Failure costs memory, nothing else.
+        let _ = unsafe { self.map.unchecked_advise_range(advice, offset, self.length) };
     }
 }
 

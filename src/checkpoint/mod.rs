@@ -25,6 +25,7 @@ pub use elements::Elements;
 use folder::Folder;
 use gguf::Gguf;
 pub(crate) use gguf::read_header as read_gguf_header;
+pub use mapped::Pages;
 pub(crate) use mapped::map_file;
 
 /// What kind of files a checkpoint consists of.
@@ -239,6 +240,15 @@ impl Checkpoint {
                 Weight::Packed(packed) => packed.into(),
             }),
             Files::Gguf(gguf) => gguf.elements(name),
+        }
+    }
+
+    /// The mapped bytes of the tensors whose name begins with `prefix`; none of a GGUF file, whose
+    /// tensors are decoded into memory.
+    pub fn pages(&self, prefix: &str) -> Vec<Pages> {
+        match &self.files {
+            Files::Folder(folder) => folder.pages(prefix),
+            Files::Gguf(_) => Vec::new(),
         }
     }
 

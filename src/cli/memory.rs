@@ -7,7 +7,7 @@ use clap::{ArgAction, Args};
 use super::lora::LoraArgs;
 use super::size::ByteSize;
 use super::train::BaseModelArgs;
-use crate::plan::Activations;
+use crate::plan::{Activations, WeightsMode};
 
 const EXAMPLES: &str = "Examples:
   nibble memory --model smollm2-nf4 --max-length 512
@@ -32,6 +32,9 @@ pub struct MemoryArgs {
     /// Activations of a block: `keep` them, or `checkpoint` its input and recompute
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
+    /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from their 4-bit file
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = WeightsMode::Auto)]
+    pub weights: WeightsMode,
     /// Memory that the run may use, such as `24GiB`; with `auto`, as many blocks keep as fit
     #[arg(long, value_name = "SIZE", visible_alias = "memory-budget")]
     pub budget: Option<ByteSize>,

@@ -13,7 +13,7 @@ use super::lora::LoraArgs;
 use super::numbers;
 use super::size::ByteSize;
 use crate::error::{Error, Result};
-use crate::plan::Activations;
+use crate::plan::{Activations, WeightsMode};
 use crate::train::adamw::AdamW;
 use crate::train::recipe::{EvalRecipe, Length, Recipe, SaveRecipe};
 use crate::train::schedule::{SchedulerType, Warmup};
@@ -285,6 +285,9 @@ pub struct ResourceArgs {
     /// Activations of a block: `keep` them, or `checkpoint` its input and recompute
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
+    /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from their 4-bit file
+    #[arg(long, value_name = "MODE", value_enum, default_value_t = WeightsMode::Auto)]
+    pub weights: WeightsMode,
     /// Memory that the run may use, such as `8GiB` [default: what is free]
     #[arg(long, value_name = "SIZE")]
     pub memory_budget: Option<ByteSize>,

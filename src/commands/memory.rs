@@ -13,9 +13,7 @@ use crate::data::ChatTokenizer;
 use crate::error::Result;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
-use crate::plan::{
-    Demand, Limit, MemoryPlan, Policy, Settings, config_weight_bytes, logit_rows, weight_bytes,
-};
+use crate::plan::{Choice, Demand, Limit, MemoryPlan, Policy, Settings, WeightBytes, logit_rows};
 use crate::train::resident;
 
 /// Program and tokenizer where only a config is at hand: what a 49k vocabulary takes.
@@ -33,17 +31,19 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         spec: &model.spec,
         settings: &settings,
         activations: args.activations,
-        other_bytes: model.weights + model.process,
+        mode: args.weights,
+        weights: model.weights,
+        process_bytes: model.process,
     };
     let limit = args.budget.map_or(Limit::Free(u64::MAX), |budget| Limit::Budget(budget.0));
-    let policies = demand.policies(limit)?;
+    let Choice { policies, stream } = demand.choose(limit)?;
     let kept = policies.iter().filter(|policy| **policy == Policy::Keep).count();
     let plan = demand.plan(policies);
-    let rows = rows(&model, &plan);
+    let rows = rows(&model, demand.weight_bytes(stream), &plan);
     if args.json {
-        print_json(args, &settings, kept, &rows, &plan);
+        print_json(args, &settings, (kept, stream), &rows, &plan);
     } else {
-        print_table(args, &model, &settings, kept, &rows);
+        print_table(args, &model, &settings, (kept, stream), &rows);
     }
     Ok(())
 }
@@ -51,7 +51,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
 /// What is known of the model and its weights.
 struct Model {
     spec: ModelSpec,
-    weights: u64,
+    weights: WeightBytes,
     process: u64,
     measured_process: bool,
 }
@@ -63,13 +63,13 @@ impl Model {
             let spec = spec_from_config(&config)?;
             let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| config[*key].as_str());
             let dtype = dtype.and_then(FloatType::from_name).unwrap_or(FloatType::Bf16);
-            let weights = config_weight_bytes(&spec, dtype, format.as_ref());
+            let weights = WeightBytes::of_config(&spec, dtype, format.as_ref());
             let process = ASSUMED_PROCESS_BYTES;
             return Ok(Model { spec, weights, process, measured_process: false });
         }
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
-        let weights = weight_bytes(&checkpoint, &spec, format.as_ref());
+        let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref());
         let tokenizer = ChatTokenizer::open(path)?;
         let process = resident::now_bytes();
         drop(tokenizer);
@@ -106,8 +106,8 @@ fn settings(args: &MemoryArgs, spec: &ModelSpec) -> Result<Settings> {
     })
 }
 
-fn rows(model: &Model, plan: &MemoryPlan) -> Vec<(&'static str, u64)> {
-    let outside = [("program, tokenizer", model.process), ("frozen weights", model.weights)];
+fn rows(model: &Model, weights: u64, plan: &MemoryPlan) -> Vec<(&'static str, u64)> {
+    let outside = [("program, tokenizer", model.process), ("frozen weights", weights)];
     let arena = plan.by_component().into_iter().map(|(part, bytes)| (part.label(), bytes as u64));
     outside.into_iter().chain(arena).collect()
 }
@@ -120,7 +120,7 @@ fn print_table(
     args: &MemoryArgs,
     model: &Model,
     settings: &Settings,
-    kept: usize,
+    (kept, stream): (usize, bool),
     rows: &[(&str, u64)],
 ) {
     let trained: usize = settings.targets.iter().map(|target| target.parameters()).sum();
@@ -130,7 +130,11 @@ fn print_table(
         model.spec.num_layers,
         settings.tokens
     );
-    println!("{kept} of {} blocks keep their activations\n", model.spec.num_layers);
+    println!("{kept} of {} blocks keep their activations", model.spec.num_layers);
+    if stream {
+        println!("the blocks' weights are streamed from their file, two blocks are in memory");
+    }
+    println!();
     for (label, bytes) in rows {
         println!("{label:<24} {:>12}", ByteSize(*bytes).to_string());
     }
@@ -147,7 +151,7 @@ fn print_table(
 fn print_json(
     args: &MemoryArgs,
     settings: &Settings,
-    kept: usize,
+    (kept, stream): (usize, bool),
     rows: &[(&str, u64)],
     plan: &MemoryPlan,
 ) {
@@ -157,6 +161,7 @@ fn print_json(
         "model": args.base.model,
         "tokens": settings.tokens,
         "kept_blocks": kept,
+        "streamed": stream,
         "total_bytes": total(rows),
         "arena_bytes": plan.arena_bytes(),
         "components": components,

@@ -10,6 +10,7 @@ pub mod score;
 use super::block::{Cache, Dropout, GradientBuffers, Pass, Saved, Workspace};
 use super::parameters::Parameters;
 use super::spec::ModelSpec;
+use super::streaming::Direction;
 use super::weights::Weights;
 use crate::data::Batch;
 use crate::error::{Error, Result};
@@ -389,6 +390,9 @@ impl Model {
         };
         let count = inputs.len();
         for (layer, (block, kept)) in weights.blocks.iter().zip(kept).enumerate() {
+            if let Some(streaming) = &weights.streaming {
+                streaming.enter(layer, Direction::Forward);
+            }
             let saved = kept.as_mut().or(shared.as_mut()).expect("kept or shared by the plan");
             let [x, out] = inputs
                 .get_disjoint_mut([layer % count, (layer + 1) % count])
@@ -397,6 +401,9 @@ impl Model {
             let cache = cache.map(|keys_values| Cache { keys_values, past: *cached_tokens });
             block.forward_saved(&pass, x, saved, work, cache);
             block.forward_output(&pass, saved, out, work);
+            if let Some(streaming) = &weights.streaming {
+                streaming.leave(layer, Direction::Forward);
+            }
         }
     }
 
@@ -438,6 +445,9 @@ impl Model {
             Cpu.norm_backward(norm, d_norm, &head.input, &head.stats, d_input, count);
             Cpu.scatter_rows(d_input, rows, &mut stream.stream, d);
         }
+        if let Some(streaming) = &self.weights.streaming {
+            streaming.leave_head();
+        }
         loss
     }
 
@@ -454,6 +464,9 @@ impl Model {
         let Some(mut gradients) = parameters.take_gradients() else { return };
         let pass = Pass { kernels: &Cpu, parameters, layout: tokens, dropout, adapters: true };
         for (layer, block) in weights.blocks.iter().enumerate().rev() {
+            if let Some(streaming) = &weights.streaming {
+                streaming.enter(layer, Direction::Backward);
+            }
             let x = &inputs[layer];
             let flags = (kept[layer].is_none(), layer > 0);
             let saved = match &mut kept[layer] {
@@ -465,6 +478,9 @@ impl Model {
                 }
             };
             block.backward(&pass, x, saved, work, &mut gradients, flags);
+            if let Some(streaming) = &weights.streaming {
+                streaming.leave(layer, Direction::Backward);
+            }
         }
         self.parameters.put_gradients(gradients);
     }

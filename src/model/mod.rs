@@ -10,6 +10,7 @@ pub mod inventory;
 pub mod parameters;
 pub mod rotary;
 pub mod spec;
+pub mod streaming;
 pub mod weights;
 
 pub use causal_lm::{Model, score::Score};

@@ -7,6 +7,7 @@ use nibble_quant::{BlockFormat, FloatType};
 
 use super::block::{Block, Linear, LinearAdapter};
 use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
+use super::streaming::Streaming;
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
 use crate::checkpoint::{Checkpoint, DenseTensor, Weight};
@@ -26,6 +27,8 @@ pub struct Weights {
     pub final_norm: NormParameters<Vec<f32>>,
     /// `[V, D]`; the embedding if absent.
     pub head: Option<FrozenMatrix>,
+    /// How the blocks come and go, where they are not all kept in memory.
+    pub streaming: Option<Streaming>,
 }
 
 impl Weights {
@@ -65,6 +68,7 @@ impl Weights {
             blocks: blocks.collect::<Result<_>>()?,
             final_norm: reader.norm(spec.final_norm_module())?,
             head,
+            streaming: None,
         })
     }
 }

@@ -1,12 +1,11 @@
 //! Which layers keep their activations, so that a run fits the memory that it may use.
 
 use clap::ValueEnum;
-use nibble_quant::{BlockFormat, FloatType};
 
 use super::layout::{MemoryPlan, Policy, Settings, layout};
-use crate::checkpoint::{Checkpoint, StoredType};
+use super::weights::WeightBytes;
 use crate::error::{Error, Result};
-use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
+use crate::model::spec::ModelSpec;
 
 /// Share of the free memory that `auto` uses where no budget is given.
 const USABLE_SHARE: f64 = 0.9;
@@ -22,6 +21,17 @@ pub enum Activations {
     Keep,
     /// All blocks keep their input and recompute the rest
     Checkpoint,
+}
+
+/// Where the frozen weights of the blocks are between their uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WeightsMode {
+    /// In memory, or streamed where that lets more blocks keep their activations
+    Auto,
+    /// In memory from the first use on
+    Resident,
+    /// In their file: two blocks at a time are in memory, the next one is read ahead
+    Stream,
 }
 
 /// How much memory there is.
@@ -42,33 +52,79 @@ pub struct Demand<'a> {
     pub settings: &'a Settings,
     /// What the user wants.
     pub activations: Activations,
-    /// Bytes outside the arena: frozen weights, tokenizer, data.
-    pub other_bytes: u64,
+    /// Whether weights may be streamed.
+    pub mode: WeightsMode,
+    /// Bytes of the frozen weights.
+    pub weights: WeightBytes,
+    /// Bytes of the rest outside the arena: program, tokenizer, data.
+    pub process_bytes: u64,
 }
 
+/// What a run does to stay within its memory.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Choice {
+    /// Of all layers.
+    pub policies: Vec<Policy>,
+    /// Whether the blocks' weights are streamed from their file.
+    pub stream: bool,
+}
+
+/// Blocks that keep their activations, and whether weights are streamed.
+type Candidate = (usize, bool);
+
 impl Demand<'_> {
-    /// The policies of all layers: of those that are allowed, the ones that recompute least within
-    /// `limit`.
+    /// What recomputes least within `limit`, of what is allowed; weights are streamed where that
+    /// saves recomputation.
     ///
     /// # Errors
-    /// `Budget` when nothing fits, with the nearest settings that do.
-    pub fn policies(&self, limit: Limit) -> Result<Vec<Policy>> {
+    /// `Budget` when nothing fits, with the nearest settings that do; `Usage` when the weights
+    /// cannot be streamed and must be.
+    pub fn choose(&self, limit: Limit) -> Result<Choice> {
+        let candidates = self.candidates()?;
+        let bytes = match limit {
+            Limit::Budget(bytes) => bytes,
+            Limit::Free(bytes) => (bytes as f64 * USABLE_SHARE) as u64,
+        };
+        let fits = |candidate: &&Candidate| self.total_bytes(self.settings, **candidate) <= bytes;
+        let leanest = *candidates.last().expect("one mode and one policy are allowed");
+        match (candidates.iter().find(fits), limit) {
+            (Some(&candidate), _) => Ok(self.choice(candidate)),
+            (None, Limit::Free(_)) => Ok(self.choice(leanest)),
+            (None, Limit::Budget(_)) => Err(self.shortfall(bytes, leanest)),
+        }
+    }
+
+    /// Fastest first: recomputing a block costs more than reading its weights again.
+    fn candidates(&self) -> Result<Vec<Candidate>> {
         let layers = self.spec.num_layers;
+        let modes: &[bool] = match (self.mode, self.weights.streamed) {
+            (WeightsMode::Resident, _) | (WeightsMode::Auto, None) => &[false],
+            (WeightsMode::Auto, Some(_)) => &[false, true],
+            (WeightsMode::Stream, Some(_)) => &[true],
+            (WeightsMode::Stream, None) => {
+                let what = "`--weights stream`: the weights are quantized into memory, there is no \
+                            4-bit file to read them from again";
+                return Err(Error::usage(what)
+                    .hint("make one with `nibble quantize` and give it as `--model`"));
+            }
+        };
         let kept: Vec<usize> = match self.activations {
             Activations::Auto => (0..=layers).rev().collect(),
             Activations::Keep => vec![layers],
             Activations::Checkpoint => vec![0],
         };
-        let bytes = match limit {
-            Limit::Budget(bytes) => bytes,
-            Limit::Free(bytes) => (bytes as f64 * USABLE_SHARE) as u64,
-        };
-        let fitting = kept.iter().find(|&&kept| self.total_bytes(self.settings, kept) <= bytes);
-        match (fitting, limit, kept.last()) {
-            (Some(&kept), ..) => Ok(policies(layers, kept)),
-            (None, Limit::Free(_), Some(&least)) => Ok(policies(layers, least)),
-            (None, ..) => Err(self.shortfall(bytes, kept.last().copied().unwrap_or(0))),
-        }
+        let with_modes = |&kept: &usize| modes.iter().map(move |&stream| (kept, stream));
+        Ok(kept.iter().flat_map(with_modes).collect())
+    }
+
+    fn choice(&self, (kept, stream): Candidate) -> Choice {
+        Choice { policies: policies(self.spec.num_layers, kept), stream }
+    }
+
+    /// Bytes of the frozen weights, streamed or not.
+    pub fn weight_bytes(&self, stream: bool) -> u64 {
+        let weights = &self.weights;
+        if stream { weights.streamed.unwrap_or(weights.resident) } else { weights.resident }
     }
 
     /// The buffers with `policies`.
@@ -77,46 +133,59 @@ impl Demand<'_> {
     }
 
     /// Bytes of everything if the last `kept` layers keep their activations.
-    fn total_bytes(&self, settings: &Settings, kept: usize) -> u64 {
+    fn total_bytes(&self, settings: &Settings, (kept, stream): Candidate) -> u64 {
         let policies = policies(self.spec.num_layers, kept);
         let plan = layout(self.spec, &Settings { policies, ..settings.clone() });
-        plan.arena_bytes() as u64 + self.other_bytes
+        plan.arena_bytes() as u64 + self.weight_bytes(stream) + self.process_bytes
     }
 
-    fn shortfall(&self, budget: u64, kept: usize) -> Error {
-        let need = self.total_bytes(self.settings, kept);
+    fn shortfall(&self, budget: u64, leanest: Candidate) -> Error {
+        let need = self.total_bytes(self.settings, leanest);
         let error = Error::budget(format_args!(
             "plan needs {}, budget is {}",
             gibibytes(need),
             gibibytes(budget)
         ));
-        let recomputing = self.total_bytes(self.settings, 0);
-        if recomputing <= budget {
-            let with = gibibytes(recomputing);
-            return error.hint(format_args!("`--activations checkpoint` would need {with}"));
+        // What is not asked for, but would help: cheapest first.
+        let streams = self.weights.streamed.is_some();
+        let nearer = [(leanest.0, true), (0, leanest.1), (0, true)];
+        for candidate in nearer.into_iter().filter(|candidate| streams || !candidate.1) {
+            let bytes = self.total_bytes(self.settings, candidate);
+            if bytes <= budget {
+                let (flags, need) = (self.flags(candidate), gibibytes(bytes));
+                return error.hint(format_args!("{flags} would need {need}"));
+            }
         }
-        match self.longest_fit(budget) {
+        let least = (0, streams);
+        match self.longest_fit(budget, least) {
             Some((tokens, bytes)) => error.hint(format_args!(
-                "`--activations checkpoint` with {tokens} tokens in a forward pass would need {}: \
-                 lower `--max-length` or `--per-device-train-batch-size`",
+                "{} with {tokens} tokens in a forward pass would need {}: lower `--max-length` or \
+                 `--per-device-train-batch-size`",
+                self.flags(least),
                 gibibytes(bytes)
             )),
             None => {
-                let least = gibibytes(self.other_bytes);
+                let least = gibibytes(self.weight_bytes(streams) + self.process_bytes);
                 error.hint(format_args!("the frozen weights and data alone take {least}"))
             }
         }
     }
 
+    fn flags(&self, (kept, stream): Candidate) -> String {
+        let checkpoint = (kept == 0).then_some("`--activations checkpoint`");
+        let stream = stream.then_some("`--weights stream`");
+        [checkpoint, stream].into_iter().flatten().collect::<Vec<_>>().join(" with ")
+    }
+
     /// The largest forward pass that fits with recomputation, and what it needs.
-    fn longest_fit(&self, budget: u64) -> Option<(usize, u64)> {
+    fn longest_fit(&self, budget: u64, candidate: Candidate) -> Option<(usize, u64)> {
         let steps = self.settings.tokens / LENGTH_STEP;
         let need = |tokens: usize| {
             let longest_document = self.settings.longest_document.min(tokens);
             let logit_rows = self.settings.logit_rows.min(tokens);
             let smaller =
                 Settings { tokens, longest_document, logit_rows, ..self.settings.clone() };
-            self.total_bytes(&smaller, 0)
+            self.total_bytes(&smaller, candidate)
         };
         let lengths = (1..=steps).rev().map(|step| step * LENGTH_STEP);
         lengths.map(|tokens| (tokens, need(tokens))).find(|(_, bytes)| *bytes <= budget)
@@ -133,62 +202,12 @@ fn gibibytes(bytes: u64) -> String {
     format!("{:.2} GiB", bytes as f64 / GIB)
 }
 
-/// Bytes that the frozen weights take in memory once they are read; `format` packs dense linears.
-pub fn weight_bytes(
-    checkpoint: &Checkpoint,
-    spec: &ModelSpec,
-    format: Option<&BlockFormat>,
-) -> u64 {
-    let stored = |tensor: &TensorSpec| {
-        let short = tensor.name.strip_prefix("transformer.");
-        let infos = checkpoint.tensors().iter();
-        let mut named = infos.filter(|info| info.name == tensor.name || short == Some(&info.name));
-        named.next()
-    };
-    let bytes = |tensor: &TensorSpec| {
-        let elements: usize = tensor.shape.iter().product();
-        match stored(tensor).map(|info| (info.stored, info.bytes)) {
-            Some((StoredType::Packed, bytes)) => bytes,
-            Some((StoredType::Dense(dtype), _)) => dense_bytes(tensor, dtype, elements, format),
-            None => 0,
-        }
-    };
-    spec.inventory().iter().map(|tensor| bytes(tensor) as u64).sum()
-}
-
-/// [`weight_bytes`] of a model of which only the config is known, stored in `dtype`.
-pub fn config_weight_bytes(
-    spec: &ModelSpec,
-    dtype: FloatType,
-    format: Option<&BlockFormat>,
-) -> u64 {
-    let bytes = |tensor: &TensorSpec| {
-        dense_bytes(tensor, dtype, tensor.shape.iter().product(), format) as u64
-    };
-    spec.inventory().iter().map(bytes).sum()
-}
-
-fn dense_bytes(
-    tensor: &TensorSpec,
-    dtype: FloatType,
-    elements: usize,
-    format: Option<&BlockFormat>,
-) -> usize {
-    match (tensor.role, format) {
-        (TensorRole::Linear(_), Some(format)) => format.packed_bytes(elements),
-        (TensorRole::Norm | TensorRole::Bias, _) => elements * size_of::<f32>(),
-        // Products read bf16 and f32; f16 is widened.
-        _ if dtype == FloatType::Bf16 => elements * FloatType::Bf16.size(),
-        _ => elements * size_of::<f32>(),
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::adapter::LoraConfig;
+    use crate::checkpoint::Checkpoint;
     use crate::model::families::spec_from_config;
-    use crate::model::weights::Weights;
 
     fn golden() -> (Checkpoint, ModelSpec) {
         let root = env!("CARGO_MANIFEST_DIR");
@@ -213,21 +232,6 @@ mod tests {
     }
 
     #[test]
-    fn weights_take_what_was_predicted() {
-        let (checkpoint, spec) = golden();
-        for format in [None, Some(BlockFormat::default())] {
-            let weights = Weights::load(&checkpoint, &spec, format.as_ref(), None).unwrap();
-            let linears = weights.blocks.iter().flat_map(|block| &block.linears);
-            let norms = (2 * spec.num_layers + 1) * spec.hidden_size * 4;
-            let bytes = linears.map(|linear| linear.weight.bytes()).sum::<usize>()
-                + weights.embedding.bytes()
-                + weights.head.as_ref().map_or(0, |head| head.bytes())
-                + norms;
-            assert_eq!(weight_bytes(&checkpoint, &spec, format.as_ref()), bytes as u64);
-        }
-    }
-
-    #[test]
     fn auto_keeps_as_many_layers_as_fit() {
         let (_, mut spec) = golden();
         spec.num_layers = 6;
@@ -237,18 +241,54 @@ mod tests {
             spec: &spec,
             settings: &settings,
             activations: Activations::Auto,
-            other_bytes: 1000,
+            mode: WeightsMode::Auto,
+            weights: WeightBytes { resident: 900, streamed: None },
+            process_bytes: 100,
         };
-        let need = |kept: usize| demand.total_bytes(&settings, kept);
+        let need = |kept: usize| demand.total_bytes(&settings, (kept, false));
         // One byte less than all six: a buffer to recompute in takes the place of a kept layer.
         for (kept, next) in [(0, None), (3, Some(2)), (6, Some(4))] {
-            let chosen = demand.policies(Limit::Budget(need(kept))).unwrap();
-            assert_eq!(chosen, policies(6, kept), "{kept}");
-            assert_eq!(demand.plan(chosen).arena_bytes() as u64 + 1000, need(kept));
-            let below = demand.policies(Limit::Budget(need(kept) - 1)).ok();
-            assert_eq!(below, next.map(|next| policies(6, next)));
+            let chosen = demand.choose(Limit::Budget(need(kept))).unwrap();
+            assert_eq!(chosen, Choice { policies: policies(6, kept), stream: false }, "{kept}");
+            assert_eq!(demand.plan(chosen.policies).arena_bytes() as u64 + 1000, need(kept));
+            let below = demand.choose(Limit::Budget(need(kept) - 1)).ok();
+            assert_eq!(below.map(|choice| choice.policies), next.map(|next| policies(6, next)));
         }
-        assert_eq!(demand.policies(Limit::Free(0)).unwrap(), policies(6, 0), "tries all the same");
+        let free = demand.choose(Limit::Free(0)).unwrap();
+        assert_eq!(free.policies, policies(6, 0), "tries all the same");
+    }
+
+    #[test]
+    fn weights_are_streamed_where_that_saves_recomputation() {
+        let (_, spec) = golden();
+        let settings = settings(&spec);
+        let weights = WeightBytes { resident: 50 << 20, streamed: Some(1 << 20) };
+        let demand = |mode| Demand {
+            spec: &spec,
+            settings: &settings,
+            activations: Activations::Auto,
+            mode,
+            weights,
+            process_bytes: 0,
+        };
+        let auto = demand(WeightsMode::Auto);
+        let most = auto.total_bytes(&settings, (2, false));
+        let all = policies(2, 2);
+        let choose = |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap();
+        assert_eq!(choose(&auto, most), Choice { policies: all.clone(), stream: false });
+        assert_eq!(choose(&auto, most - 1), Choice { policies: all.clone(), stream: true });
+        assert_eq!(
+            choose(&demand(WeightsMode::Stream), most),
+            Choice { policies: all, stream: true }
+        );
+        let resident = demand(WeightsMode::Resident);
+        let least = resident.total_bytes(&settings, (0, false));
+        let error = resident.choose(Limit::Budget(least - 1)).unwrap_err().to_string();
+        assert!(error.contains("`--weights stream` would need"), "{error}");
+        let dense = Demand { weights: WeightBytes { streamed: None, ..weights }, ..resident };
+        let dense = Demand { mode: WeightsMode::Stream, ..dense };
+        let error = dense.choose(Limit::Budget(most)).unwrap_err().to_string();
+        assert!(error.contains("nibble quantize"), "{error}");
     }
 
     #[test]
@@ -259,15 +299,18 @@ mod tests {
             spec: &spec,
             settings: &settings,
             activations,
-            other_bytes: 1 << 20,
+            mode: WeightsMode::Auto,
+            weights: WeightBytes { resident: 1 << 20, streamed: None },
+            process_bytes: 0,
         };
         let keep = demand(Activations::Keep);
-        let (all, none) = (keep.total_bytes(&settings, 2), keep.total_bytes(&settings, 0));
-        let text = keep.policies(Limit::Budget(all - 1)).unwrap_err().to_string();
+        let total = |kept| keep.total_bytes(&settings, (kept, false));
+        let (all, none) = (total(2), total(0));
+        let text = keep.choose(Limit::Budget(all - 1)).unwrap_err().to_string();
         assert!(text.contains("`--activations checkpoint` would need"), "{text}");
-        let text = demand(Activations::Auto).policies(Limit::Budget(none - 1)).unwrap_err();
+        let text = demand(Activations::Auto).choose(Limit::Budget(none - 1)).unwrap_err();
         assert!(text.to_string().contains("with 960 tokens in a forward pass"), "{text}");
-        let text = demand(Activations::Auto).policies(Limit::Budget(1000)).unwrap_err();
+        let text = demand(Activations::Auto).choose(Limit::Budget(1000)).unwrap_err();
         assert!(text.to_string().contains("alone take"), "{text}");
     }
 }

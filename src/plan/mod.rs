@@ -7,6 +7,8 @@
 
 pub mod budget;
 pub mod layout;
+pub mod weights;
 
-pub use budget::{Activations, Demand, Limit, config_weight_bytes, weight_bytes};
+pub use budget::{Activations, Choice, Demand, Limit, WeightsMode};
 pub use layout::{Component, MemoryPlan, Policy, Region, RegionType, Settings, layout, logit_rows};
+pub use weights::WeightBytes;

@@ -10,7 +10,7 @@ pub const SETTINGS_FILE: &str = "settings.toml";
 
 /// Settings that decide where, how fast and how closely watched a run is, but not its numbers. The
 /// contents of model and data are compared by themselves, so their paths may change.
-const NEUTRAL: [&str; 18] = [
+const NEUTRAL: [&str; 19] = [
     "activations",
     "data",
     "early_stopping_patience",
@@ -29,6 +29,7 @@ const NEUTRAL: [&str; 18] = [
     "save_total_limit",
     "self_checks",
     "threads",
+    "weights",
 ];
 
 /// Settings that only say how long the run is; neutral where the learning rate does not fall.

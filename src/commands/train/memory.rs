@@ -7,7 +7,7 @@ use crate::cli::lora::AdapterDtype;
 use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
 use crate::error::Result;
-use crate::plan::{Demand, Limit, Policy, Settings, logit_rows, weight_bytes};
+use crate::plan::{Choice, Demand, Limit, Policy, Settings, WeightBytes, logit_rows};
 use crate::train::progress::Progress;
 use crate::train::resident;
 
@@ -15,6 +15,8 @@ use crate::train::resident;
 pub struct Memory {
     /// What the model allocates.
     pub settings: Settings,
+    /// Whether the blocks' weights are streamed from their file.
+    pub stream: bool,
     /// Named parts and their bytes; the first ones are outside the arena.
     pub rows: Vec<(String, u64)>,
 }
@@ -28,28 +30,31 @@ pub fn plan(
     progress: &Progress,
 ) -> Result<Memory> {
     let mut settings = sizes(args, base, adapter, data)?;
-    let weights = weight_bytes(&base.checkpoint, &base.spec, args.model.block_format().as_ref());
+    let format = args.model.block_format();
+    let weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref());
     let process = resident::now_bytes();
     let demand = Demand {
         spec: &base.spec,
         settings: &settings,
         activations: args.resources.activations,
-        other_bytes: weights + process,
+        mode: args.resources.weights,
+        weights,
+        process_bytes: process,
     };
     let limit = match args.resources.memory_budget {
         Some(budget) => Limit::Budget(budget.0),
         None => Limit::Free(resident::available_bytes().saturating_add(process)),
     };
-    let policies = demand.policies(limit)?;
+    let Choice { policies, stream } = demand.choose(limit)?;
     let plan = demand.plan(policies.clone());
     let mut rows = vec![
         ("program, tokenizer, data".to_string(), process),
-        ("frozen weights".to_string(), weights),
+        ("frozen weights".to_string(), demand.weight_bytes(stream)),
     ];
     let components = plan.by_component().into_iter();
     rows.extend(components.map(|(part, bytes)| (part.label().to_string(), bytes as u64)));
     settings.policies = policies;
-    let memory = Memory { settings, rows };
+    let memory = Memory { settings, stream, rows };
     progress.note(&memory.summary());
     Ok(memory)
 }
@@ -65,9 +70,10 @@ impl Memory {
         let kept = policies.iter().filter(|policy| **policy == Policy::Keep).count();
         let (total, layers) = (ByteSize(self.total_bytes()), policies.len());
         let tokens = self.settings.tokens;
+        let streamed = if self.stream { "; weights are streamed from their file" } else { "" };
         format!(
             "plan: {total} for {tokens} tokens in a forward pass; {kept} of {layers} blocks keep \
-             their activations"
+             their activations{streamed}"
         )
     }
 }

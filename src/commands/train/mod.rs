@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::spec::{ModelSpec, TensorSpec};
+use crate::model::streaming::Streaming;
 use crate::model::weights::Weights;
 use crate::plan::Settings;
 use crate::report::{REPORT_FILE, Reports};
@@ -48,7 +49,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let parameters = base.parameters(&adapter);
     let predicted_bytes = memory.total_bytes();
     let interrupt = Interrupt::install()?;
-    let mut model = base.load(args, memory.settings, adapter)?;
+    let mut model = base.load(args, memory.settings, memory.stream, adapter)?;
     let identity = identity(args, &data);
     let found = output.found.take();
     let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, found)?;
@@ -121,9 +122,16 @@ impl Base {
         Ok((adapter, origin))
     }
 
-    fn load(self, args: &TrainArgs, settings: Settings, adapter: Adapter) -> Result<LoraModel> {
+    fn load(
+        self,
+        args: &TrainArgs,
+        settings: Settings,
+        stream: bool,
+        adapter: Adapter,
+    ) -> Result<LoraModel> {
         let format = args.model.block_format();
-        let weights = Weights::load(&self.checkpoint, &self.spec, format.as_ref(), None)?;
+        let mut weights = Weights::load(&self.checkpoint, &self.spec, format.as_ref(), None)?;
+        weights.streaming = stream.then(|| Streaming::new(&self.checkpoint, &self.spec));
         let dropout = adapter.config.lora_dropout as f32;
         let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));
         let planned_tokens = settings.tokens;
