@@ -13,6 +13,12 @@ base=$folder/smollm2-nf4
 run=$folder/run
 train=scripts/sample/train.jsonl
 held_out=scripts/sample/eval.jsonl
+# The last one is no part of the sample data: what the base knew should still be there.
+prompts=(
+    "Today at 4 pm I need to charge the lamp."
+    "Describe Nibble in one sentence."
+    "What is the capital of France?"
+)
 mkdir -p "$folder"
 
 say() {
@@ -47,24 +53,31 @@ else
     show "$nibble" quantize --model "$model" --out "$base"
 fi
 
-say "4/5  Train a LoRA adapter"
+say "4/5  Train a LoRA adapter (a few minutes)"
 if [ -e "$run/adapter_model.safetensors" ]; then
     echo "$run is trained already; delete it to train again"
-elif [ -e "$run" ]; then
-    show "$nibble" train --out "$run" --resume
 else
+    resume=()
+    if [ -e "$run" ]; then resume=(--resume); fi
     show "$nibble" train --model "$base" --data "$train" --eval-data "$held_out" --out "$run" \
-        --max-length 512 --gradient-accumulation-steps 2 --learning-rate 5e-4 \
-        --num-train-epochs 2 --eval-steps 12
+        --max-length 512 --gradient-accumulation-steps 1 --learning-rate 1e-3 \
+        --num-train-epochs 3 --logging-steps 5 --eval-steps 55 --save-steps 55 \
+        --sample-prompt "${prompts[0]}" --sample-prompt "${prompts[1]}" ${resume[@]+"${resume[@]}"}
 fi
 
-say "5/5  Before and after, on sentences that were not trained"
-for prompt in "Today at 4 pm I need to charge the lamp." "Describe Nibble in one sentence."; do
+say "5/5  Before and after, on prompts that were not trained"
+for prompt in "${prompts[@]}"; do
     printf '\nprompt:  %s\nbase:    ' "$prompt"
     "$nibble" generate --model "$base" --prompt "$prompt" --max-new-tokens 48
     printf 'adapter: '
     "$nibble" generate --model "$base" --adapter "$run" --prompt "$prompt" --max-new-tokens 48
 done
-echo
+printf '\nAnd on all held-out chats:\n\n'
 show "$nibble" eval --model "$base" --adapter "$run" --data "$held_out"
-printf '\nadapter: %s\nreport:  %s\n' "$run" "$run/report.html"
+
+say "Done in $((SECONDS / 60)) min $((SECONDS % 60)) s"
+cat <<END
+adapter  $run, a PEFT folder
+report   $run/report.html
+chat     $nibble chat --model $base --adapter sample=$run
+END

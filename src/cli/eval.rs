@@ -35,8 +35,8 @@ pub struct EvalArgs {
     /// How records are read.
     #[command(flatten)]
     pub format: DataFormatArgs,
-    /// Write all logits to a safetensors file: f32 `logits` [rows, length, vocab], for
-    /// pre-tokenized rows of equal length
+    /// Write all logits to a safetensors file: f32 `logits` [rows, length, vocabulary] and
+    /// `input_ids`, for pre-tokenized rows of equal length
     #[arg(long, value_name = "FILE")]
     pub save_logits: Option<PathBuf>,
     /// Print the figures as JSON

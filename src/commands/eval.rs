@@ -165,10 +165,16 @@ fn save_logits(model: &mut Model, documents: &[Document], file: &Path) -> Result
     for document in documents {
         logits.extend(model.logits(&Batch::from_documents([document]), &rows)?);
     }
-    let shape = vec![documents.len(), length, model.spec().vocab_size];
-    let view = TensorView::new(Dtype::F32, shape, bytemuck::cast_slice(&logits));
-    let bytes = view.and_then(|view| safetensors::serialize([("logits", view)], None));
-    let bytes = bytes.map_err(|e| Error::usage(format_args!("--save-logits: {e}")))?;
+    let ids: Vec<i64> =
+        documents.iter().flat_map(|document| &document.input_ids).map(|&id| id.into()).collect();
+    let shape = vec![documents.len(), length];
+    let logits_shape = [&shape[..], &[model.spec().vocab_size]].concat();
+    let tensors = || {
+        let ids = TensorView::new(Dtype::I64, shape, bytemuck::cast_slice(&ids))?;
+        let logits = TensorView::new(Dtype::F32, logits_shape, bytemuck::cast_slice(&logits))?;
+        safetensors::serialize([("input_ids", ids), ("logits", logits)], None)
+    };
+    let bytes = tensors().map_err(|e| Error::usage(format_args!("--save-logits: {e}")))?;
     atomic::write_file(file, &bytes)
 }
 
