@@ -1,0 +1,388 @@
+// Every kernel of the CUDA backend: the entry points, their parameters and their launches.
+//
+// The host side is written from this file. Conventions of all entries:
+// - Matrices are row-major; `*_stride` counts elements from one row to the next, so that a band of
+//   columns is a pointer to its first element and the stride of the whole row. Any width, stride
+//   and alignment is right; 16-byte alignment of pointer and stride (8 bf16) and a width that is a
+//   multiple of 8 make it fast.
+// - "rows": the grid is (rows, 1, 1), one block a row; THREADS is 256 (any multiple of 32 up to
+//   1024 is right).
+// - "flat": the grid is any number of blocks, ceil(elements / 256) at most; blocks take turns.
+// - No entry needs dynamic shared memory unless it says so. Grids are never empty: launch nothing
+//   for zero rows.
+// - int, long long, unsigned, float and double are 4, 8, 4, 4 and 8 bytes; flags are int, 0 or 1.
+#include "adamw.cuh"
+#include "adamw_8bit.cuh"
+#include "attention_decode.cuh"
+#include "attention_rows.cuh"
+#include "cross_entropy.cuh"
+#include "dequantize.cuh"
+#include "dropout.cuh"
+#include "mlp.cuh"
+#include "norm.cuh"
+#include "rotary.cuh"
+#include "rows.cuh"
+#include "sum.cuh"
+
+// ---------------------------------------------------------------- frozen weights
+
+// out[r, :] = the weight's row first_row + r, for r < rows; other columns of out stay.
+// codes: 16-byte aligned for speed. values[16]: the NF4 or FP4 values, codebook.rs. Plain scales:
+// absmax, and absmax_codes = nested_absmax = map = null. Nested: absmax = null; map[256] is
+// codebook.rs' dynamic_map(). block_shift = log2(block size), 5..=12.
+// Flat over rows·columns/8192 blocks of exactly 256 threads. Fast when columns % 8 == 0,
+// stride % 8 == 0 and first_row·columns % 32 == 0. Caller: the GEMM operand of a packed weight.
+extern "C" __global__ void __launch_bounds__(256)
+dequantize_4bit(const u8* codes, const float* values, const float* absmax, const u8* absmax_codes,
+                const float* nested_absmax, const float* map, float offset, int block_shift,
+                long long first_row, long long rows, int columns, bfloat16* out, int out_stride) {
+    const PackedWeight weight = {codes, values, absmax, absmax_codes, nested_absmax,
+                                 map,   offset, block_shift};
+    dequantize_rows(weight, first_row, rows, columns, out, out_stride);
+}
+
+// to = scale · from, or to += scale · from, in f32, rounded once. Rows. Also the copy of a band
+// (scale 1) and the tail s·B of a K-extended weight.
+extern "C" __global__ void __launch_bounds__(1024)
+scale_rows_bf16(const bfloat16* from, int from_stride, bfloat16* to, int to_stride, int width,
+                float scale, int accumulate) {
+    scale_row(from, from_stride, blockIdx.x, to, to_stride, blockIdx.x, width, scale, accumulate);
+}
+
+// The same from f32.
+extern "C" __global__ void __launch_bounds__(1024)
+scale_rows_f32_bf16(const float* from, int from_stride, bfloat16* to, int to_stride, int width,
+                    float scale, int accumulate) {
+    scale_row(from, from_stride, blockIdx.x, to, to_stride, blockIdx.x, width, scale, accumulate);
+}
+
+// The same from f16.
+extern "C" __global__ void __launch_bounds__(1024)
+scale_rows_f16_bf16(const float16* from, int from_stride, bfloat16* to, int to_stride, int width,
+                    float scale, int accumulate) {
+    scale_row(from, from_stride, blockIdx.x, to, to_stride, blockIdx.x, width, scale, accumulate);
+}
+
+// The same from bf16 to f32.
+extern "C" __global__ void __launch_bounds__(1024)
+scale_rows_bf16_f32(const bfloat16* from, int from_stride, float* to, int to_stride, int width,
+                    float scale, int accumulate) {
+    scale_row(from, from_stride, blockIdx.x, to, to_stride, blockIdx.x, width, scale, accumulate);
+}
+
+// The same from f32 to f32.
+extern "C" __global__ void __launch_bounds__(1024)
+scale_rows_f32(const float* from, int from_stride, float* to, int to_stride, int width, float scale,
+               int accumulate) {
+    scale_row(from, from_stride, blockIdx.x, to, to_stride, blockIdx.x, width, scale, accumulate);
+}
+
+// ---------------------------------------------------------------- embedding and rows
+
+// x[i] = table[ids[i]], or +=. Rows of `width`. Kernels::embed with a bf16 table.
+extern "C" __global__ void __launch_bounds__(1024)
+embed_bf16(const u32* ids, const bfloat16* table, int table_stride, bfloat16* x, int x_stride,
+           int width, int accumulate) {
+    scale_row(table, table_stride, ids[blockIdx.x], x, x_stride, blockIdx.x, width, 1.0f,
+              accumulate);
+}
+
+// The same with an f32 table.
+extern "C" __global__ void __launch_bounds__(1024)
+embed_f32(const u32* ids, const float* table, int table_stride, bfloat16* x, int x_stride,
+          int width, int accumulate) {
+    scale_row(table, table_stride, ids[blockIdx.x], x, x_stride, blockIdx.x, width, 1.0f,
+              accumulate);
+}
+
+// The same with a packed table `[V, width]`; its parameters as in dequantize_4bit.
+extern "C" __global__ void __launch_bounds__(1024)
+embed_4bit(const u32* ids, const u8* codes, const float* values, const float* absmax,
+           const u8* absmax_codes, const float* nested_absmax, const float* map, float offset,
+           int block_shift, bfloat16* x, int x_stride, int width, int accumulate) {
+    const PackedWeight table = {codes, values, absmax, absmax_codes, nested_absmax,
+                                map,   offset, block_shift};
+    bfloat16* row = row_of(x, blockIdx.x, x_stride);
+    for (int c = threadIdx.x; c < width; c += blockDim.x) {
+        const float value = table.at(static_cast<i64>(ids[blockIdx.x]) * width + c);
+        row[c] = to_bf16(accumulate ? to_f32(row[c]) + value : value);
+    }
+}
+
+// to[i] = from[rows[i]]. Rows. Kernels::gather_rows.
+extern "C" __global__ void __launch_bounds__(1024)
+gather_rows(const bfloat16* from, int from_stride, const u32* rows, bfloat16* to, int to_stride,
+            int width) {
+    scale_row(from, from_stride, rows[blockIdx.x], to, to_stride, blockIdx.x, width, 1.0f, false);
+}
+
+// to[rows[i]] = from[i]; rows are distinct. Rows. Kernels::scatter_rows.
+extern "C" __global__ void __launch_bounds__(1024)
+scatter_rows(const bfloat16* from, int from_stride, const u32* rows, bfloat16* to, int to_stride,
+             int width) {
+    scale_row(from, from_stride, blockIdx.x, to, to_stride, rows[blockIdx.x], width, 1.0f, false);
+}
+
+// Zeroes `bytes` bytes, a multiple of 2, from an even address. Flat over bytes / 2.
+extern "C" __global__ void __launch_bounds__(1024) zero(u16* to, long long bytes) {
+    const i64 step = static_cast<i64>(gridDim.x) * blockDim.x;
+    for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < bytes / 2; i += step) {
+        to[i] = 0;
+    }
+}
+
+// y[i, :] += bias. Rows of `width`.
+extern "C" __global__ void __launch_bounds__(1024)
+add_bias(bfloat16* y, int y_stride, const float* bias, int width) {
+    add_bias_row(y, y_stride, bias, width);
+}
+
+// ---------------------------------------------------------------- norms, rotary, dropout, MLP
+
+// y = norm(x); stats[row] = (mean, 1/σ) in f32. weight, bias [width] in f32; bias may be null.
+// layer: 1 layer norm, 0 RMS norm. Rows. Kernels::norm_forward.
+extern "C" __global__ void __launch_bounds__(1024)
+norm_forward(const bfloat16* x, int x_stride, const float* weight, const float* bias,
+             float epsilon, bfloat16* y, int y_stride, float* stats, int width, int layer) {
+    norm_forward_row(x, x_stride, weight, bias, epsilon, y, y_stride, stats, width, layer);
+}
+
+// dx += ∂norm/∂x · dy. Rows. Kernels::norm_backward.
+extern "C" __global__ void __launch_bounds__(1024)
+norm_backward(const bfloat16* dy, int dy_stride, const bfloat16* x, int x_stride,
+              const float* weight, const float* stats, bfloat16* dx, int dx_stride, int width,
+              int layer) {
+    norm_backward_row(dy, dy_stride, x, x_stride, weight, stats, dx, dx_stride, width, layer);
+}
+
+// Rotates the first `heads` heads of each row in place (q and k: H + K). cos, sin: f32
+// [rows, head_dim / 2]. Rows. Kernels::rotary.
+extern "C" __global__ void __launch_bounds__(1024)
+rotary(bfloat16* qkv, int stride, const float* cos, const float* sin, int heads, int head_dim,
+       int backward) {
+    rotate(qkv, stride, cos, sin, heads, head_dim, backward);
+}
+
+// y = x ∘ mask · kept, or +=; element (row, column) has index row·width + column in the stream.
+// key0, key1, step: random::Stream::parts(); threshold = round(p·2³²), kept = 1 / (1 − p), or 0 for
+// p ≥ 1. Rows. Kernels::dropout.
+extern "C" __global__ void __launch_bounds__(1024)
+dropout(const bfloat16* x, int x_stride, bfloat16* y, int y_stride, int width, unsigned key0,
+        unsigned key1, unsigned long long step, unsigned long long threshold, float kept,
+        int accumulate) {
+    dropout_row(DropoutMask{key0, key1, step, threshold, kept}, x, x_stride, y, y_stride, width,
+                accumulate);
+}
+
+// out = act(gate) ∘ up, or act(up) if gate is null. activation: 0 SiLU, 1 GELU, 2 GELU (tanh).
+// Rows. Kernels::mlp_forward.
+extern "C" __global__ void __launch_bounds__(1024)
+mlp_forward(int activation, const bfloat16* gate, int gate_stride, const bfloat16* up,
+            int up_stride, bfloat16* out, int out_stride, int width) {
+    with_activation(activation,
+                    MlpForwardRow{gate, gate_stride, up, up_stride, out, out_stride, width});
+}
+
+// d_gate, d_up from d_out; without a gate d_up alone (d_gate is not touched). d_gate or d_up may be
+// d_out itself. Rows. Kernels::mlp_backward.
+extern "C" __global__ void __launch_bounds__(1024)
+mlp_backward(int activation, const bfloat16* gate, int gate_stride, const bfloat16* up,
+             int up_stride, const bfloat16* d_out, int d_out_stride, bfloat16* d_gate,
+             int d_gate_stride, bfloat16* d_up, int d_up_stride, int width) {
+    with_activation(activation, MlpBackwardRow{gate, gate_stride, up, up_stride, d_out,
+                                               d_out_stride, d_gate, d_gate_stride, d_up,
+                                               d_up_stride, width});
+}
+
+// ---------------------------------------------------------------- loss
+
+// losses[row] in f32; with `gradient`, logits become scale · ∂loss/∂logits. A target ≥ vocab_size
+// does not count. Rows; 1024 threads are best. Kernels::cross_entropy; the sum is sum_f32's.
+extern "C" __global__ void __launch_bounds__(1024)
+cross_entropy_bf16(bfloat16* logits, int stride, const u32* targets, int vocab_size, float scale,
+                   int gradient, float* losses) {
+    cross_entropy_row(logits, stride, targets, vocab_size, scale, gradient, losses);
+}
+
+// The same over f32 logits.
+extern "C" __global__ void __launch_bounds__(1024)
+cross_entropy_f32(float* logits, int stride, const u32* targets, int vocab_size, float scale,
+                  int gradient, float* losses) {
+    cross_entropy_row(logits, stride, targets, vocab_size, scale, gradient, losses);
+}
+
+// ---------------------------------------------------------------- sums
+
+// partial[block] = the block's share of Σ x, in f64. Flat; at most 1024 blocks are useful, and the
+// result depends on their number.
+extern "C" __global__ void __launch_bounds__(1024)
+sum_f32(const float* x, long long elements, double* partial) {
+    sum_stage_one<Term::Value>(x, elements, partial);
+}
+
+// The same of Σ x².
+extern "C" __global__ void __launch_bounds__(1024)
+sum_squares_f32(const float* x, long long elements, double* partial) {
+    sum_stage_one<Term::Square>(x, elements, partial);
+}
+
+// *result = Σ partial[..count], or +=. One block.
+extern "C" __global__ void __launch_bounds__(1024)
+sum_partials(const double* partial, int count, double* result, int accumulate) {
+    sum_stage_two(partial, count, result, accumulate);
+}
+
+// *norm = √(*sum_of_squares); *scale = min(1, max_norm / (norm + 1e-6)), or 1 if max_norm is 0.
+// One block of one thread. Clipping, as src/train/clip.rs.
+extern "C" __global__ void __launch_bounds__(32)
+clip_scale(const double* sum_of_squares, double max_norm, double* norm, float* scale) {
+    if (threadIdx.x > 0) return;
+    *norm = sqrt(*sum_of_squares);
+    const double ratio = max_norm / (*norm + 1e-6);
+    // A NaN norm gives 1, as f64::min does; the check for non-finite norms is the host's.
+    *scale = max_norm == 0.0 || !(ratio < 1.0) ? 1.0f : static_cast<float>(ratio);
+}
+
+// *found = 1 if an element is infinite or NaN; else it stays. Flat.
+extern "C" __global__ void __launch_bounds__(1024)
+find_non_finite_f32(const u32* x, long long elements, u32* found) {
+    find_non_finite(x, elements, 0x7f800000u, found);
+}
+
+// The same of bf16.
+extern "C" __global__ void __launch_bounds__(1024)
+find_non_finite_bf16(const u16* x, long long elements, u32* found) {
+    find_non_finite(x, elements, 0x7f80u, found);
+}
+
+// ---------------------------------------------------------------- attention, exact, in row blocks
+
+// Softmax of a block of products q·k [heads, rows, keys] of one document. Row r is token
+// first_query + r, column c token first_key + c (counted in the same stream); query t sees keys
+// t + 1 − window ..= t (window 0: all before it) among those columns. Probabilities in bf16, 0
+// where not seen. lse[(first_query + r)·lse_stride + first_head + h].
+// soft_cap 0: none. Grid (rows, heads), 256 threads. Exact attention, forward.
+extern "C" __global__ void __launch_bounds__(1024)
+attention_softmax(const float* products, long long products_head_stride, int products_stride,
+                  bfloat16* probabilities, long long probabilities_head_stride,
+                  int probabilities_stride, float* lse, int lse_stride, int first_head,
+                  int first_query, int first_key, int keys, int window, float scale,
+                  float soft_cap) {
+    const int row = blockIdx.x, head = blockIdx.y;
+    const ScoreBlock block = {first_query, first_key, keys, window};
+    const i64 token = first_query + row;
+    attention_softmax_row(
+        ScoreMap{scale, soft_cap},
+        row_of(products + head * products_head_stride, row, products_stride),
+        row_of(probabilities + head * probabilities_head_stride, row, probabilities_stride),
+        row_of(lse, token, lse_stride) + first_head + head, block.begin(row), block.end(row), keys);
+}
+
+// Probabilities again from products and lse, and the gradient of the products,
+// scale · cap' · p·(d_probabilities − delta), both bf16 and laid out as `probabilities`;
+// d_probabilities = do·vᵀ in f32, laid out as products; delta as lse. So dq = d_products·k,
+// dk = d_productsᵀ·q, dv = probabilitiesᵀ·do. Grid (rows, heads), 256 threads.
+extern "C" __global__ void __launch_bounds__(1024)
+attention_softmax_backward(const float* products, const float* d_probabilities,
+                           long long products_head_stride, int products_stride,
+                           bfloat16* probabilities, bfloat16* d_products,
+                           long long probabilities_head_stride, int probabilities_stride,
+                           const float* lse, const float* delta, int lse_stride, int first_head,
+                           int first_query, int first_key, int keys, int window, float scale,
+                           float soft_cap) {
+    const int row = blockIdx.x, head = blockIdx.y;
+    const ScoreBlock block = {first_query, first_key, keys, window};
+    const i64 statistic = static_cast<i64>(first_query + row) * lse_stride + first_head + head;
+    const i64 from = head * products_head_stride + static_cast<i64>(row) * products_stride;
+    const i64 to =
+        head * probabilities_head_stride + static_cast<i64>(row) * probabilities_stride;
+    attention_softmax_backward_row(ScoreMap{scale, soft_cap}, products + from,
+                                   d_probabilities + from, lse[statistic], delta[statistic],
+                                   probabilities + to, d_products + to, block.begin(row),
+                                   block.end(row), keys);
+}
+
+// delta[row·heads + head] = Σ d_o ∘ o over the head's columns. Grid (rows), 32·n threads.
+extern "C" __global__ void __launch_bounds__(1024)
+attention_delta(const bfloat16* d_o, int d_o_stride, const bfloat16* o, int o_stride, float* delta,
+                int heads, int head_dim) {
+    const i64 row = blockIdx.x;
+    for (int head = threadIdx.x / 32; head < heads; head += blockDim.x / 32) {
+        attention_delta_row(row_of(d_o, row, d_o_stride) + head * head_dim,
+                            row_of(o, row, o_stride) + head * head_dim, delta + row * heads + head,
+                            head_dim);
+    }
+}
+
+// Attention of new tokens to the cache: row r of q (and o) is token past + r, which sees cached rows
+// ..= past + r (within window). q row: heads·head_dim from its first element on. keys, values:
+// row 0 of the cache, head kv at column kv·head_dim, cache_stride apart. head_dim ≤ 256.
+// Grid (rows, heads), exactly 128 threads. Kernels::attention_cached, after the cache was appended
+// to with scale_rows_bf16.
+extern "C" __global__ void __launch_bounds__(128)
+attention_decode(const bfloat16* q, int q_stride, const bfloat16* keys, const bfloat16* values,
+                 int cache_stride, bfloat16* o, int o_stride, int heads, int kv_heads,
+                 int head_dim, int past, int window, float scale, float soft_cap) {
+    const int row = blockIdx.x, head = blockIdx.y, kv_head = head / (heads / kv_heads);
+    const int end = past + row + 1;
+    const int begin = window > 0 && end > window ? end - window : 0;
+    const DecodeInputs inputs = {row_of(q, row, q_stride) + head * head_dim,
+                                 keys + kv_head * head_dim, values + kv_head * head_dim,
+                                 cache_stride, head_dim, begin, end};
+    decode_attention(ScoreMap{scale, soft_cap}, inputs,
+                     row_of(o, row, o_stride) + head * head_dim);
+}
+
+// ---------------------------------------------------------------- optimizer
+
+// One update of `elements` parameters; see adamw.cuh for the formula and the coefficients, and
+// AdamW::coefficients in src/train/adamw.rs for their values. gradient_scale points to one f32 in
+// device memory (clip_scale's); working may be null. Flat.
+extern "C" __global__ void __launch_bounds__(1024)
+adamw(float* master, const float* gradients, float* first_moment, float* second_moment,
+      bfloat16* working, long long elements, const float* gradient_scale, float keep,
+      float first_weight, float beta2, float second_weight, float second_correction, float epsilon,
+      float negative_step) {
+    const AdamWCoefficients c = {keep,    first_weight, beta2, second_weight, second_correction,
+                                 epsilon, negative_step};
+    const i64 step = static_cast<i64>(gridDim.x) * blockDim.x;
+    for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < elements; i += step) {
+        const float g = __fmul_rn(gradients[i], *gradient_scale);
+        const Moments m = update_moments(c, {first_moment[i], second_moment[i]}, g);
+        const float w = update_weight(c, m, master[i]);
+        first_moment[i] = m.first;
+        second_moment[i] = m.second;
+        master[i] = w;
+        if (working) working[i] = to_bf16(w);
+    }
+}
+
+// The same with 8-bit moments: codes [elements], absmax [ceil(elements / 256)], maps [256] in f32
+// (signed, unsigned). Fresh moments: codes of 0 in their map, absmax 0. Grid ceil(elements / 256),
+// exactly 256 threads.
+extern "C" __global__ void __launch_bounds__(256)
+adamw_8bit(float* master, const float* gradients, u8* first_codes, float* first_absmax,
+           u8* second_codes, float* second_absmax, const float* first_map, const float* second_map,
+           bfloat16* working, long long elements, const float* gradient_scale, float keep,
+           float first_weight, float beta2, float second_weight, float second_correction,
+           float epsilon, float negative_step) {
+    NIBBLE_SHARED(float, maps, 2 * 256);
+    maps[threadIdx.x] = first_map[threadIdx.x];
+    maps[256 + threadIdx.x] = second_map[threadIdx.x];
+    __syncthreads();
+    const AdamWCoefficients c = {keep,    first_weight, beta2, second_weight, second_correction,
+                                 epsilon, negative_step};
+    const PackedMoments moments = {first_codes, first_absmax, second_codes, second_absmax};
+    const i64 i = static_cast<i64>(blockIdx.x) * MOMENT_BLOCK + threadIdx.x;
+    const bool exists = i < elements;
+    Moments m = {};
+    if (exists) {
+        const float g = __fmul_rn(gradients[i], *gradient_scale);
+        m = update_moments(c, moments.load(maps, maps + 256, i), g);
+        const float w = update_weight(c, m, master[i]);
+        master[i] = w;
+        if (working) working[i] = to_bf16(w);
+    }
+    // Its barriers part the reading of absmax from the writing.
+    moments.store(maps, maps + 256, i, m, exists);
+}

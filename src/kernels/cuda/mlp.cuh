@@ -1,0 +1,142 @@
+// The MLP's nonlinearity, with or without a gate.
+//
+// Gated: h = a(g) ∘ u, dg = dh ∘ u ∘ a'(g), du = dh ∘ a(g). Plain: h = a(u), du = dh ∘ a'(u).
+// Activation codes: 0 SiLU, 1 GELU (erf), 2 GELU (tanh). Twin of src/kernels/cpu/mlp.rs.
+#pragma once
+#include "vector.cuh"
+
+constexpr int ACTIVATION_SILU = 0;
+constexpr int ACTIVATION_GELU = 1;
+constexpr int ACTIVATION_GELU_TANH = 2;
+
+/// a(x) and a'(x).
+struct ValueAndSlope {
+    float value, slope;
+};
+
+template <int Activation>
+__device__ __forceinline__ ValueAndSlope activate(float x) {
+    if constexpr (Activation == ACTIVATION_SILU) {
+        const float s = 1.0f / (1.0f + expf(-x));
+        return {x * s, s * (1.0f + x * (1.0f - s))};
+    } else if constexpr (Activation == ACTIVATION_GELU) {
+        const float cdf = 0.5f * (1.0f + erff(x * 0.70710678f));
+        const float density = expf(-0.5f * x * x) * 0.3989423f;
+        return {x * cdf, cdf + x * density};
+    } else {
+        const float scale = 0.7978846f, cubic = 0.044715f;  // sqrt(2/π) and its correction
+        const float t = tanhf(scale * (x + cubic * x * x * x));
+        const float inner = scale * (1.0f + 3.0f * cubic * x * x);
+        return {0.5f * x * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * inner};
+    }
+}
+
+template <int Activation>
+struct MlpForward {
+    const bfloat16* gate;  // may be null
+    const bfloat16* up;
+    bfloat16* out;
+
+    template <int N>
+    __device__ __forceinline__ void run(int column) const {
+        Piece<N> u = load_piece<N>(up + column);
+        if (gate) {
+            const Piece<N> g = load_piece<N>(gate + column);
+#pragma unroll
+            for (int i = 0; i < N; i++) u.v[i] *= activate<Activation>(g.v[i]).value;
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; i++) u.v[i] = activate<Activation>(u.v[i]).value;
+        }
+        store_piece(out + column, u);
+    }
+};
+
+template <int Activation>
+struct MlpBackward {
+    const bfloat16* gate;  // may be null
+    const bfloat16* up;
+    const bfloat16* d_out;
+    bfloat16* d_gate;
+    bfloat16* d_up;
+
+    template <int N>
+    __device__ __forceinline__ void run(int column) const {
+        const Piece<N> u = load_piece<N>(up + column);
+        Piece<N> d = load_piece<N>(d_out + column);
+        if (gate) {
+            const Piece<N> g = load_piece<N>(gate + column);
+            Piece<N> d_value;
+#pragma unroll
+            for (int i = 0; i < N; i++) {
+                const ValueAndSlope a = activate<Activation>(g.v[i]);
+                d_value.v[i] = d.v[i] * a.value;
+                d.v[i] *= u.v[i] * a.slope;
+            }
+            store_piece(d_up + column, d_value);
+            store_piece(d_gate + column, d);
+        } else {
+#pragma unroll
+            for (int i = 0; i < N; i++) d.v[i] *= activate<Activation>(u.v[i]).slope;
+            store_piece(d_up + column, d);
+        }
+    }
+};
+
+/// Calls `body` with the activation as a constant.
+template <class Body>
+__device__ __forceinline__ void with_activation(int activation, Body body) {
+    if (activation == ACTIVATION_SILU) {
+        body.template run<ACTIVATION_SILU>();
+    } else if (activation == ACTIVATION_GELU) {
+        body.template run<ACTIVATION_GELU>();
+    } else {
+        body.template run<ACTIVATION_GELU_TANH>();
+    }
+}
+
+struct MlpForwardRow {
+    const bfloat16* gate;
+    int gate_stride;
+    const bfloat16* up;
+    int up_stride;
+    bfloat16* out;
+    int out_stride, width;
+
+    template <int Activation>
+    __device__ __forceinline__ void run() const {
+        const i64 row = blockIdx.x;
+        const bool aligned = rows_aligned(gate, gate_stride) && rows_aligned(up, up_stride) &&
+                             rows_aligned(out, out_stride);
+        const bfloat16* gate_row = gate ? row_of(gate, row, gate_stride) : nullptr;
+        for_pieces(width, aligned, MlpForward<Activation>{gate_row, row_of(up, row, up_stride),
+                                                          row_of(out, row, out_stride)});
+    }
+};
+
+struct MlpBackwardRow {
+    const bfloat16* gate;
+    int gate_stride;
+    const bfloat16* up;
+    int up_stride;
+    const bfloat16* d_out;
+    int d_out_stride;
+    bfloat16* d_gate;
+    int d_gate_stride;
+    bfloat16* d_up;
+    int d_up_stride, width;
+
+    template <int Activation>
+    __device__ __forceinline__ void run() const {
+        const i64 row = blockIdx.x;
+        const bool aligned = rows_aligned(gate, gate_stride) && rows_aligned(up, up_stride) &&
+                             rows_aligned(d_out, d_out_stride) &&
+                             rows_aligned(d_gate, d_gate_stride) && rows_aligned(d_up, d_up_stride);
+        const bfloat16* gate_row = gate ? row_of(gate, row, gate_stride) : nullptr;
+        bfloat16* d_gate_row = gate ? row_of(d_gate, row, d_gate_stride) : nullptr;
+        for_pieces(width, aligned,
+                   MlpBackward<Activation>{gate_row, row_of(up, row, up_stride),
+                                           row_of(d_out, row, d_out_stride), d_gate_row,
+                                           row_of(d_up, row, d_up_stride)});
+    }
+};

@@ -1,0 +1,50 @@
+// Rotary embedding in place: [a, b] ← [a·cos − b·sin, b·cos + a·sin] for the halves of each head.
+//
+// The backward pass turns by the opposite angle. Tables in f32, [rows, head_dim / 2]; the rotated
+// heads (q, then k) lie at the beginning of each row. Twin of src/kernels/cpu/rotary.rs.
+#pragma once
+#include "vector.cuh"
+
+/// One pair of pieces of one head.
+template <int N>
+__device__ __forceinline__ void rotate_piece(bfloat16* first, bfloat16* second, const float* cos,
+                                             const float* sin, float sign) {
+    Piece<N> a = load_piece<N>(first), b = load_piece<N>(second);
+    const Piece<N> c = load_piece<N>(cos), s = load_piece<N>(sin);
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        const float turned = a.v[i] * c.v[i] - b.v[i] * (sign * s.v[i]);
+        b.v[i] = b.v[i] * c.v[i] + a.v[i] * (sign * s.v[i]);
+        a.v[i] = turned;
+    }
+    store_piece(first, a);
+    store_piece(second, b);
+}
+
+template <int N>
+__device__ __forceinline__ void rotate_row(bfloat16* row, const float* cos, const float* sin,
+                                           int heads, int half, float sign) {
+    const int pieces = half / N;
+    for (int i = threadIdx.x; i < heads * pieces; i += blockDim.x) {
+        const int head = i / pieces, column = i % pieces * N;
+        bfloat16* first = row + head * 2 * half + column;
+        rotate_piece<N>(first, first + half, cos + column, sin + column, sign);
+    }
+}
+
+__device__ __forceinline__ void rotate(bfloat16* qkv, int stride, const float* cos,
+                                       const float* sin, int heads, int head_dim, bool backward) {
+    const i64 row = blockIdx.x;
+    const int half = head_dim / 2;
+    const float sign = backward ? -1.0f : 1.0f;
+    const bool aligned = rows_aligned(qkv, stride) && rows_aligned(cos, half) &&
+                         rows_aligned(sin, half) && half % 8 == 0;
+    qkv = row_of(qkv, row, stride);
+    cos = row_of(cos, row, half);
+    sin = row_of(sin, row, half);
+    if (aligned) {
+        rotate_row<8>(qkv, cos, sin, heads, half, sign);
+    } else {
+        rotate_row<1>(qkv, cos, sin, heads, half, sign);
+    }
+}

@@ -1,0 +1,163 @@
+//! Dequantization, bit for bit.
+
+use half::bf16;
+use nibble_quant::codebook::dynamic_map;
+use nibble_quant::{Absmax, BlockFormat, Floats, PackedWeight, QuantType};
+
+use crate::emulator::{Argument, Emulator, NULL, launch};
+use crate::support::*;
+
+/// The arguments that describe a packed weight.
+fn weight_arguments(packed: &PackedWeight) -> [Argument; 8] {
+    let format = packed.format();
+    let (absmax, absmax_codes, nested, map, offset) = match packed.absmax() {
+        Absmax::Plain(absmax) => (absmax[..].into(), NULL, NULL, NULL, 0.0),
+        Absmax::Nested { codes, absmax, offset } => {
+            (NULL, codes[..].into(), absmax[..].into(), dynamic_map()[..].into(), *offset)
+        }
+    };
+    let values = format.quant_type.values()[..].into();
+    let shift = format.block_size.ilog2() as i32;
+    let codes = packed.codes()[..].into();
+    [codes, values, absmax, absmax_codes, nested, map, offset.into(), shift.into()]
+}
+
+fn dequantize(
+    emulator: &Emulator,
+    packed: &PackedWeight,
+    rows: std::ops::Range<usize>,
+    stride: usize,
+    blocks: u32,
+) -> Vec<bf16> {
+    let mut out = vec![POISON; rows.len() * stride];
+    let mut arguments = weight_arguments(packed).to_vec();
+    let rest: [Argument; 5] = [
+        (rows.start as i64).into(),
+        (rows.len() as i64).into(),
+        (packed.shape()[1] as i32).into(),
+        (&mut out[..]).into(),
+        (stride as i32).into(),
+    ];
+    arguments.extend(rest);
+    emulator.launch("dequantize_4bit", [blocks, 1, 1], 256, 0, &mut arguments);
+    out
+}
+
+#[track_caller]
+fn check(emulator: &Emulator, shape: [usize; 2], stride: usize, format: &BlockFormat) {
+    let values = normal(shape[0] * shape[1], "weight");
+    let packed = PackedWeight::quantize(Floats::F32(&values), shape, format).unwrap();
+    let expected = packed.dequantize();
+    let third = shape[0] / 3;
+    for rows in [0..shape[0], third..shape[0] - third] {
+        for blocks in [1, 3] {
+            let got = dequantize(emulator, &packed, rows.clone(), stride, blocks);
+            for (row, got) in rows.clone().zip(got.chunks_exact(stride)) {
+                for (column, got) in got.iter().enumerate() {
+                    let expected = match column < shape[1] {
+                        true => bf16::from_f32(expected[row * shape[1] + column]),
+                        false => POISON,
+                    };
+                    assert_eq!(
+                        got.to_bits(),
+                        expected.to_bits(),
+                        "{shape:?} {format:?} {row} {column}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn every_format_has_the_bits_of_the_cpu() {
+    in_every_order(|emulator| {
+        for quant_type in [QuantType::Nf4, QuantType::Fp4] {
+            for double_quant in [false, true] {
+                for block_size in [32, 64, 128, 256, 512, 1024, 2048, 4096] {
+                    let format = BlockFormat { quant_type, block_size, double_quant };
+                    check(emulator, [24, 200], 216, &format);
+                }
+            }
+        }
+    });
+}
+
+/// Columns that are no multiple of a vector, short last blocks, strides that break alignment, rows
+/// that begin inside a block.
+#[test]
+fn odd_shapes_have_the_bits_of_the_cpu() {
+    in_every_order(|emulator| {
+        for double_quant in [false, true] {
+            let format = BlockFormat { double_quant, ..BlockFormat::default() };
+            for (shape, stride) in [
+                ([1, 1], 1),
+                ([3, 7], 9),
+                ([9, 77], 77),
+                ([37, 72], 80),
+                ([5, 1000], 1001),
+                ([12, 8], 8),
+                ([6, 4104], 4112),
+            ] {
+                check(emulator, shape, stride, &format);
+            }
+        }
+    });
+}
+
+#[test]
+fn packed_rows_are_gathered() {
+    in_every_order(|emulator| {
+        let (vocab, width, ids) = (19, 72, [3u32, 18, 0, 3]);
+        let values = normal(vocab * width, "table");
+        let packed =
+            PackedWeight::quantize(Floats::F32(&values), [vocab, width], &BlockFormat::default())
+                .unwrap();
+        let before = normal_bf16(ids.len() * width, "x");
+        for accumulate in [false, true] {
+            let mut x = if accumulate { before.clone() } else { vec![POISON; before.len()] };
+            let mut arguments = vec![Argument::from(&ids[..])];
+            arguments.extend(weight_arguments(&packed));
+            let rest: [Argument; 4] = [
+                (&mut x[..]).into(),
+                (width as i32).into(),
+                (width as i32).into(),
+                i32::from(accumulate).into(),
+            ];
+            arguments.extend(rest);
+            emulator.launch("embed_4bit", [ids.len() as u32, 1, 1], 32, 0, &mut arguments);
+            let table = packed.dequantize();
+            for (i, (got, &id)) in x.chunks_exact(width).zip(&ids).enumerate() {
+                for (c, got) in got.iter().enumerate() {
+                    let value = table[id as usize * width + c];
+                    let sum = before[i * width + c].to_f32() + value;
+                    let expected = bf16::from_f32(if accumulate { sum } else { value });
+                    assert_eq!(*got, expected, "{i} {c}");
+                }
+            }
+        }
+    });
+}
+
+#[test]
+fn dense_rows_are_rounded_as_half_does() {
+    in_every_order(|emulator| {
+        for (rows, width, stride) in [(3, 40, 56), (2, 33, 35)] {
+            let values = normal(rows * width, "dense");
+            let halves: Vec<half::f16> = values.iter().map(|x| half::f16::from_f32(*x)).collect();
+            let scale = 0.37f32;
+            let grid = [rows as u32, 1, 1];
+            let (mut a, mut b) = (vec![POISON; rows * stride], vec![POISON; rows * stride]);
+            launch!(emulator, "scale_rows_f32_bf16", grid, 64; &values[..], width as i32,
+                &mut a[..], stride as i32, width as i32, scale, 0);
+            launch!(emulator, "scale_rows_f16_bf16", grid, 64; &halves[..], width as i32,
+                &mut b[..], stride as i32, width as i32, 1.0f32, 0);
+            let expected: Vec<f64> =
+                values.iter().map(|x| bf16::from_f32(scale * x).to_f64()).collect();
+            assert_eq!(band(&a, width, stride), expected);
+            let expected: Vec<f64> =
+                halves.iter().map(|x| bf16::from_f32(x.to_f32()).to_f64()).collect();
+            assert_eq!(band(&b, width, stride), expected);
+        }
+    });
+}

@@ -1,0 +1,216 @@
+//! Rows, rotary embedding, dropout and activations.
+
+use half::bf16;
+use nibble::random::Stream;
+
+use crate::emulator::{NULL, launch};
+use crate::support::*;
+
+#[test]
+fn rows_are_gathered_scattered_scaled_and_zeroed() {
+    in_every_order(|emulator| {
+        for (width, stride) in [(24, 32), (13, 13)] {
+            let table = normal_bf16(9 * width, "table");
+            let rows = [7u32, 0, 4];
+            let grid = [3, 1, 1];
+            let mut gathered = vec![POISON; 3 * stride];
+            launch!(emulator, "gather_rows", grid, 32; &table[..], width as i32, &rows[..],
+                &mut gathered[..], stride as i32, width as i32);
+            let expected: Vec<f64> =
+                rows.iter().flat_map(|&r| wide(&table[r as usize * width..][..width])).collect();
+            assert_eq!(band(&gathered, width, stride), expected);
+            let mut scattered = vec![POISON; 9 * width];
+            launch!(emulator, "scatter_rows", grid, 32; &gathered[..], stride as i32, &rows[..],
+                &mut scattered[..], width as i32, width as i32);
+            for row in 0..9u32 {
+                let got = &scattered[row as usize * width..][..width];
+                match rows.contains(&row) {
+                    true => assert_eq!(got, &table[row as usize * width..][..width]),
+                    false => assert!(got.iter().all(|x| x.is_nan())),
+                }
+            }
+            launch!(emulator, "embed_bf16", grid, 32; &rows[..], &table[..], width as i32,
+                &mut gathered[..], stride as i32, width as i32, 1);
+            let twice: Vec<f64> = expected.iter().map(|x| 2.0 * x).collect();
+            assert_eq!(band(&gathered, width, stride), twice);
+            let wide_table: Vec<f32> = table.iter().map(|x| x.to_f32()).collect();
+            launch!(emulator, "embed_f32", grid, 32; &rows[..], &wide_table[..], width as i32,
+                &mut gathered[..], stride as i32, width as i32, 0);
+            assert_eq!(band(&gathered, width, stride), expected);
+            launch!(emulator, "scale_rows_bf16", grid, 32; &gathered[..], stride as i32,
+                &mut gathered[..], stride as i32, width as i32, 2.0f32, 1);
+            let thrice: Vec<f64> =
+                expected.iter().map(|x| bf16::from_f64(3.0 * x).to_f64()).collect();
+            assert_eq!(band(&gathered, width, stride), thrice);
+            let mut sums = normal(3 * width, "sums");
+            let before = sums.clone();
+            launch!(emulator, "scale_rows_bf16_f32", grid, 32; &gathered[..], stride as i32,
+                &mut sums[..], width as i32, width as i32, 0.5f32, 1);
+            launch!(emulator, "scale_rows_f32", grid, 32; &before[..], width as i32,
+                &mut sums[..], width as i32, width as i32, -1.0f32, 1);
+            let halves: Vec<f64> = thrice.iter().map(|x| 0.5 * x).collect();
+            assert_close(
+                &sums.iter().map(|&x| f64::from(x)).collect::<Vec<_>>(),
+                &halves,
+                1e-6,
+                0.0,
+            );
+            launch!(emulator, "zero", [2, 1, 1], 32; &mut scattered[..], (2 * width * 5) as i64);
+            assert!(scattered[..5 * width].iter().all(|x| x.to_bits() == 0));
+            assert!(scattered[5 * width..].iter().any(|x| x.to_bits() != 0));
+        }
+    });
+}
+
+#[test]
+fn bias_is_added_to_a_band() {
+    in_every_order(|emulator| {
+        for (width, stride) in [(24, 32), (13, 17)] {
+            let (y, bias) = (normal_bf16(4 * width, "y"), normal(width, "bias"));
+            let mut out = with_stride(&y, width, stride);
+            launch!(emulator, "add_bias", [4, 1, 1], 32; &mut out[..], stride as i32, &bias[..],
+                width as i32);
+            let sum =
+                |(i, y): (usize, &bf16)| bf16::from_f32(y.to_f32() + bias[i % width]).to_f64();
+            let expected: Vec<f64> = y.iter().enumerate().map(sum).collect();
+            assert_eq!(band(&out, width, stride), expected);
+        }
+    });
+}
+
+#[test]
+fn rotary_turns_and_turns_back() {
+    in_every_order(|emulator| {
+        for (rows, heads, head_dim, stride) in [(3, 5, 32, 192), (2, 3, 14, 60), (2, 2, 128, 400)] {
+            let (half, width) = (head_dim / 2, heads * head_dim);
+            let x = normal_bf16(rows * width, "x");
+            let angles = normal(rows * half, "angles");
+            let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+            let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+            let mut qkv = with_stride(&x, width, stride);
+            for backward in [0, 1] {
+                launch!(emulator, "rotary", [rows as u32, 1, 1], 64; &mut qkv[..], stride as i32,
+                    &cos[..], &sin[..], heads as i32, head_dim as i32, backward);
+                if backward == 0 {
+                    let mut expected = wide(&x);
+                    for (i, head) in expected.chunks_exact_mut(head_dim).enumerate() {
+                        for j in 0..half {
+                            let at = i / heads * half + j;
+                            let (c, s) = (f64::from(cos[at]), f64::from(sin[at]));
+                            let (a, b) = (head[j], head[j + half]);
+                            (head[j], head[j + half]) = (a * c - b * s, b * c + a * s);
+                        }
+                    }
+                    assert_close(&band(&qkv, width, stride), &expected, 1e-5, BF16_ROUNDING);
+                }
+            }
+            assert_close(&band(&qkv, width, stride), &wide(&x), 0.03, BF16_ROUNDING);
+        }
+    });
+}
+
+#[test]
+fn dropout_has_the_mask_of_the_cpu() {
+    in_every_order(|emulator| {
+        for (rows, width, stride) in [(3, 40, 48), (5, 13, 13), (2, 1030, 1030)] {
+            let (seed, step, p) = (9, 5u64 << 32 | 7, 0.3f32);
+            let stream = Stream::new(seed, "layers.0.q_proj").at(step);
+            let mut factors = vec![0.0; rows * width];
+            stream.fill_dropout(0, p, &mut factors);
+            let ([key0, key1], step) = stream.parts();
+            let threshold = (f64::from(p) * 4_294_967_296.0).round() as u64;
+            let (x, before) = (normal_bf16(rows * width, "x"), normal_bf16(rows * width, "y"));
+            for accumulate in [false, true] {
+                let mut y = with_stride(&before, width, stride);
+                launch!(emulator, "dropout", [rows as u32, 1, 1], 64; &x[..], width as i32,
+                    &mut y[..], stride as i32, width as i32, key0, key1, step, threshold,
+                    1.0f32 / (1.0 - p), i32::from(accumulate));
+                let element = |i: usize| {
+                    let dropped = x[i].to_f32() * factors[i];
+                    let sum = if accumulate { before[i].to_f32() + dropped } else { dropped };
+                    bf16::from_f32(sum).to_f64()
+                };
+                let expected: Vec<f64> = (0..rows * width).map(element).collect();
+                assert_eq!(band(&y, width, stride), expected);
+            }
+        }
+    });
+}
+
+/// The error function by its series: exact enough in f64 for |x| < 6.
+fn erf(x: f64) -> f64 {
+    let (mut term, mut sum) = (x, x);
+    for n in 1..200 {
+        term *= -x * x / f64::from(n);
+        sum += term / f64::from(2 * n + 1);
+    }
+    sum * 2.0 / std::f64::consts::PI.sqrt()
+}
+
+fn activation(kind: i32, x: f64) -> f64 {
+    match kind {
+        0 => x / (1.0 + (-x).exp()),
+        1 => 0.5 * x * (1.0 + erf(x / 2f64.sqrt())),
+        _ => {
+            let inner = (2.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x);
+            0.5 * x * (1.0 + inner.tanh())
+        }
+    }
+}
+
+#[test]
+fn activations_and_their_slopes() {
+    in_every_order(|emulator| {
+        for (rows, width, stride) in [(3, 48, 56), (2, 29, 31)] {
+            let n = rows * width;
+            let (gate, up, d) =
+                (normal_bf16(n, "gate"), normal_bf16(n, "up"), normal_bf16(n, "d_out"));
+            for kind in 0..3 {
+                for gated in [true, false] {
+                    let grid = [rows as u32, 1, 1];
+                    let strided = [&gate, &up, &d].map(|x| with_stride(x, width, stride));
+                    let [gate_rows, up_rows, mut d_rows] = strided;
+                    let gate_argument = if gated { gate_rows[..].into() } else { NULL };
+                    let mut out = vec![POISON; n];
+                    launch!(emulator, "mlp_forward", grid, 32; kind, gate_argument, stride as i32,
+                        &up_rows[..], stride as i32, &mut out[..], width as i32, width as i32);
+                    let mut d_up = vec![POISON; n];
+                    if gated {
+                        // In place: d_gate is d_out.
+                        let d_out = crate::emulator::Argument::from(&mut d_rows[..]);
+                        launch!(emulator, "mlp_backward", grid, 32; kind, gate_argument,
+                            stride as i32, &up_rows[..], stride as i32, d_out, stride as i32,
+                            d_out, stride as i32, &mut d_up[..], width as i32, width as i32);
+                    } else {
+                        launch!(emulator, "mlp_backward", grid, 32; kind, NULL, 0, &up_rows[..],
+                            stride as i32, &d_rows[..], stride as i32, NULL, 0, &mut d_up[..],
+                            width as i32, width as i32);
+                    }
+                    let (g, u, d) = (wide(&gate), wide(&up), wide(&d));
+                    let input = |i: usize| if gated { g[i] } else { u[i] };
+                    let slope = |i: usize| {
+                        let h = 1e-6;
+                        (activation(kind, input(i) + h) - activation(kind, input(i) - h))
+                            / (2.0 * h)
+                    };
+                    let all = |f: &dyn Fn(usize) -> f64| (0..n).map(f).collect::<Vec<f64>>();
+                    let factor = |i: usize| if gated { u[i] } else { 1.0 };
+                    let value = |i: usize| activation(kind, input(i));
+                    assert_close(&wide(&out), &all(&|i| value(i) * factor(i)), 1e-6, BF16_ROUNDING);
+                    if gated {
+                        assert_close(&wide(&d_up), &all(&|i| d[i] * value(i)), 1e-6, BF16_ROUNDING);
+                        let d_gate = band(&d_rows, width, stride);
+                        assert_close(
+                            &d_gate,
+                            &all(&|i| d[i] * u[i] * slope(i)),
+                            1e-6,
+                            BF16_ROUNDING,
+                        );
+                    } else {
+                        assert_close(&wide(&d_up), &all(&|i| d[i] * slope(i)), 1e-6, BF16_ROUNDING);
+                    }
+                }
+            }
+        }
+    });
+}

@@ -1,0 +1,15 @@
+//! Every CUDA kernel on the CPU, against f64 references and the CPU backend: odd sizes, three
+//! orders of threads, poisoned outputs. The PTX itself is checked by `scripts/ptx.sh`.
+
+#[path = "../emulator/mod.rs"]
+mod emulator;
+mod support;
+
+mod adamw;
+mod attention;
+mod cross_entropy;
+mod dequantize;
+mod elementwise;
+mod mutants;
+mod norm;
+mod sums;

@@ -1,0 +1,88 @@
+//! Norms against f64.
+
+use half::bf16;
+
+use crate::emulator::{NULL, launch};
+use crate::support::*;
+
+/// Rows, width, stride: vectors and odd sizes.
+const SHAPES: [(usize, usize, usize); 4] =
+    [(3, 64, 64), (5, 96, 112), (4, 77, 91), (2, 1032, 1048)];
+
+fn statistics(x: &[f64], layer: bool, epsilon: f64) -> (f64, f64) {
+    let d = x.len() as f64;
+    let mean = if layer { x.iter().sum::<f64>() / d } else { 0.0 };
+    let variance = x.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / d;
+    (mean, 1.0 / (variance + epsilon).sqrt())
+}
+
+#[test]
+fn forward_is_the_norm_of_each_row() {
+    in_every_order(|emulator| {
+        for (rows, width, stride) in SHAPES {
+            for layer in [false, true] {
+                let x = normal_bf16(rows * width, "x")
+                    .iter()
+                    .map(|x| *x + bf16::ONE)
+                    .collect::<Vec<_>>();
+                let (weight, bias) = (normal(width, "weight"), normal(width, "bias"));
+                let strided = with_stride(&x, width, stride);
+                let (mut y, mut stats) =
+                    (vec![POISON; rows * (stride + 8)], vec![f32::NAN; 2 * rows]);
+                let bias_argument = if layer { bias[..].into() } else { NULL };
+                launch!(emulator, "norm_forward", [rows as u32, 1, 1], 256;
+                    &strided[..], stride as i32, &weight[..], bias_argument, 1e-5f32, &mut y[..],
+                    stride as i32 + 8, &mut stats[..], width as i32, i32::from(layer));
+                let mut expected = Vec::new();
+                for (row, x) in wide(&x).chunks_exact(width).enumerate() {
+                    let (mean, rstd) = statistics(x, layer, 1e-5);
+                    let got = [f64::from(stats[2 * row]), f64::from(stats[2 * row + 1])];
+                    assert_close(&got, &[mean, rstd], 1e-6, 1e-5);
+                    expected.extend(x.iter().enumerate().map(|(i, x)| {
+                        let b = if layer { f64::from(bias[i]) } else { 0.0 };
+                        (x - mean) * rstd * f64::from(weight[i]) + b
+                    }));
+                }
+                assert_close(&band(&y, width, stride + 8), &expected, 1e-5, BF16_ROUNDING);
+            }
+        }
+    });
+}
+
+#[test]
+fn backward_adds_the_gradient() {
+    in_every_order(|emulator| {
+        for (rows, width, stride) in SHAPES {
+            for layer in [false, true] {
+                let (x, dy) = (normal_bf16(rows * width, "x"), normal_bf16(rows * width, "dy"));
+                let (weight, before) = (normal(width, "weight"), normal_bf16(rows * width, "dx"));
+                let mut stats = Vec::new();
+                for x in wide(&x).chunks_exact(width) {
+                    let (mean, rstd) = statistics(x, layer, 1e-5);
+                    stats.extend([mean as f32, rstd as f32]);
+                }
+                let mut dx = with_stride(&before, width, stride);
+                launch!(emulator, "norm_backward", [rows as u32, 1, 1], 128;
+                    &with_stride(&dy, width, stride + 16)[..], stride as i32 + 16, &x[..],
+                    width as i32, &weight[..], &stats[..], &mut dx[..], stride as i32, width as i32,
+                    i32::from(layer));
+                let (x, dy) = (wide(&x), wide(&dy));
+                let mut expected = wide(&before);
+                for (row, dx) in expected.chunks_exact_mut(width).enumerate() {
+                    let (x, dy) = (&x[row * width..][..width], &dy[row * width..][..width]);
+                    let (mean, rstd) = statistics(x, layer, 1e-5);
+                    let g: Vec<f64> =
+                        dy.iter().zip(&weight).map(|(d, w)| d * f64::from(*w)).collect();
+                    let d = width as f64;
+                    let along =
+                        g.iter().zip(x).map(|(g, x)| g * (x - mean) * rstd).sum::<f64>() / d;
+                    let level = if layer { g.iter().sum::<f64>() / d } else { 0.0 };
+                    for i in 0..width {
+                        dx[i] += rstd * (g[i] - level - (x[i] - mean) * rstd * along);
+                    }
+                }
+                assert_close(&band(&dx, width, stride), &expected, 1e-5, BF16_ROUNDING);
+            }
+        }
+    });
+}

@@ -1,0 +1,275 @@
+// Runs CUDA kernels on the CPU, to test them where there is no GPU.
+//
+// A CUDA thread is a fiber; the fibers of a block share one host thread and give way only at
+// barriers and warp collectives, in an order that the caller picks: up, down, or shuffled by a
+// seed. A kernel that lacks a barrier then gives other results in another order. Shared memory is
+// allocated anew for every block and poisoned, each array by itself, so that AddressSanitizer sees
+// where one ends. Aborts with the block and thread when threads of a barrier stand at different
+// ones, a warp collective names absent lanes, or nothing can go on.
+//
+// Not modelled: time, the weak memory of a GPU between barriers, and the device's approximations
+// of exp, tanh and the like.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "switch.hpp"
+
+#define NIBBLE_EMULATED 1
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+
+struct Index3 {
+    unsigned x, y, z;
+};
+
+namespace emulator {
+
+/// What a fiber waits for.
+enum class State { Ready, AtBlockBarrier, AtWarpBarrier, Done };
+
+/// A copy to shared memory that has been started.
+struct PendingCopy {
+    void* to;
+    const void* from;
+    bool present;
+    int group;
+};
+
+/// One CUDA thread.
+struct Fiber {
+    Context context;
+    State state;
+    unsigned lanes;  // of the warp barrier it waits at
+    int place;       // which barrier
+    Index3 thread;
+    std::vector<PendingCopy> copies;
+    int group;  // of the copies that it starts next
+};
+
+/// What lanes show each other.
+union Slot {
+    uint64_t value;
+    uint32_t words[6];
+    const void* pointer;
+};
+
+/// How fibers are ordered: 0 up, 1 down, else shuffled by the seed.
+struct Options {
+    int order = 0;
+    unsigned seed = 1;
+};
+
+/// The block that this host thread runs.
+struct Block {
+    std::vector<Fiber> fibers;
+    std::vector<Slot> slots;
+    std::vector<std::pair<const void*, std::unique_ptr<char[]>>> shared;
+    std::unique_ptr<char[]> dynamic_shared;
+    size_t shared_bytes = 0;
+    const std::function<void()>* body = nullptr;
+    Context scheduler;
+    int current = 0;
+    Index3 index, grid, dimensions;
+    Options options;
+    std::mt19937 random;
+
+    Fiber& fiber() { return fibers[current]; }
+    int lane() const { return current & 31; }
+    int first_lane() const { return current & ~31; }
+
+    [[noreturn]] void fail(const char* what) {
+        const Index3 t = fiber().thread;
+        fprintf(stderr, "emulated kernel: %s (block %u,%u,%u thread %u,%u,%u)\n", what, index.x,
+                index.y, index.z, t.x, t.y, t.z);
+        abort();
+    }
+
+    void poison(char* memory, size_t bytes) {
+        // NaN in every float type; a large negative number; anything.
+        if (options.order == 0) memset(memory, 0xff, bytes);
+        if (options.order == 1) memset(memory, 0xcb, bytes);
+        for (size_t i = 0; options.order > 1 && i < bytes; i++) memory[i] = char(random());
+    }
+
+    char* allocate_shared(size_t bytes) {
+        // sm_86 and sm_89 have the least: 99 KiB a block.
+        if ((shared_bytes += bytes) > 101376) fail("more than 99 KiB of shared memory");
+        char* memory = new char[bytes];  // aligned to 16 bytes
+        poison(memory, bytes);
+        return memory;
+    }
+
+    /// The array that `key` stands for.
+    char* shared_array(const void* key, size_t bytes) {
+        for (auto& [known, memory] : shared) {
+            if (known == key) return memory.get();
+        }
+        shared.emplace_back(key, allocate_shared(bytes));
+        return shared.back().second.get();
+    }
+
+    void wait(State state, unsigned lanes, int place) {
+        Fiber& f = fiber();
+        f.state = state;
+        f.lanes = lanes;
+        f.place = place;
+        switch_context(f.context, scheduler);
+    }
+};
+
+inline thread_local __attribute__((tls_model("initial-exec"))) Block* block = nullptr;
+
+[[noreturn]] inline void run_fiber() {
+    entered_context(block->fiber().context, block->scheduler);
+    (*block->body)();
+    block->fiber().state = State::Done;
+    leave_context(block->fiber().context, block->scheduler);
+}
+
+/// Wakes the lanes of complete warp barriers; whether there were any.
+inline bool release_warps() {
+    Block& b = *block;
+    const int threads = int(b.fibers.size());
+    bool any = false;
+    for (int i = 0; i < threads; i++) {
+        if (b.fibers[i].state != State::AtWarpBarrier) continue;
+        const unsigned lanes = b.fibers[i].lanes;
+        const int place = b.fibers[i].place;
+        b.current = i;
+        bool complete = true;
+        for (int lane = 0; lane < 32 && complete; lane++) {
+            if (!(lanes >> lane & 1)) continue;
+            const int other = (i & ~31) + lane;
+            if (other >= threads) b.fail("a warp collective names a lane that the block lacks");
+            const Fiber& f = b.fibers[other];
+            if (f.state == State::Done) b.fail("a warp collective names a lane that has ended");
+            complete = f.state == State::AtWarpBarrier && f.lanes == lanes;
+            if (complete && f.place != place) b.fail("lanes are at different warp collectives");
+        }
+        for (int lane = 0; complete && lane < 32; lane++) {
+            if (lanes >> lane & 1) b.fibers[(i & ~31) + lane].state = State::Ready;
+        }
+        any |= complete;
+    }
+    return any;
+}
+
+/// Wakes all fibers if each is at the block's barrier or has ended.
+inline bool release_block() {
+    Block& b = *block;
+    int place = -1;
+    for (const Fiber& f : b.fibers) {
+        if (f.state != State::AtBlockBarrier && f.state != State::Done) return false;
+    }
+    bool any = false;
+    for (size_t i = 0; i < b.fibers.size(); i++) {
+        Fiber& f = b.fibers[i];
+        if (f.state == State::Done) continue;
+        b.current = int(i);
+        if (place >= 0 && place != f.place) b.fail("threads wait at different __syncthreads");
+        place = f.place;
+        f.state = State::Ready;
+        any = true;
+    }
+    return any;
+}
+
+/// Runs the fibers of the current block to their ends.
+inline void run_block(std::vector<int>& order, std::vector<Stack>& stacks) {
+    Block& b = *block;
+    for (size_t i = 0; i < b.fibers.size(); i++) {
+        Fiber& f = b.fibers[i];
+        const unsigned t = unsigned(i), x = b.dimensions.x, y = b.dimensions.y;
+        f = Fiber{new_context(stacks[i], run_fiber), State::Ready, 0, 0,
+                  {t % x, t / x % y, t / (x * y)}, {}, 0};
+    }
+    for (;;) {
+        if (b.options.order > 1) std::shuffle(order.begin(), order.end(), b.random);
+        bool ran = false, live = false;
+        for (int i : order) {
+            if (b.fibers[i].state != State::Ready) continue;
+            ran = true;
+            b.current = i;
+            switch_context(b.scheduler, b.fibers[i].context);
+        }
+        for (const Fiber& f : b.fibers) live |= f.state != State::Done;
+        if (!live) return;
+        const bool released = release_warps() || release_block();
+        if (!released && !ran) b.fail("deadlock: not every thread reaches the barrier");
+    }
+}
+
+/// Runs `body` for every thread of the grid.
+inline void launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, Options options,
+                   const std::function<void()>& body) {
+    static thread_local std::vector<Stack> stacks;
+    const size_t count = size_t(threads.x) * threads.y * threads.z;
+    while (stacks.size() < count) stacks.emplace_back();
+    Block b;
+    b.fibers.resize(count);
+    b.slots.resize((count + 31) / 32 * 32);
+    b.body = &body;
+    b.grid = grid;
+    b.dimensions = threads;
+    b.options = options;
+    b.random.seed(options.seed);
+    std::vector<int> order(count);
+    for (size_t i = 0; i < count; i++) order[i] = int(options.order == 1 ? count - 1 - i : i);
+    const size_t blocks = size_t(grid.x) * grid.y * grid.z;
+    block = &b;
+    for (size_t n = 0; n < blocks; n++) {
+        const size_t i = options.order == 1 ? blocks - 1 - n : n;
+        b.index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
+                   unsigned(i / grid.x / grid.y)};
+        b.shared.clear();
+        b.shared_bytes = 0;
+        b.dynamic_shared.reset(b.allocate_shared(dynamic_shared_bytes));
+        run_block(order, stacks);
+    }
+    block = nullptr;
+}
+
+/// Barrier number of a collective; the barriers of `__syncthreads` count from 1000.
+enum Place { Shuffle = 1, Vote, Sync, Mma, Matrices };
+
+/// Shows a slot to the lanes, runs `read` when all have shown theirs, then lets them go on.
+template <class Show, class Read>
+inline auto collective(unsigned lanes, int place, Show show, Read read) {
+    show(block->slots[block->current]);
+    block->wait(State::AtWarpBarrier, lanes, 2 * place);
+    const auto result = read(&block->slots[block->first_lane()]);
+    // Nobody shows anything else before all have read.
+    block->wait(State::AtWarpBarrier, lanes, 2 * place + 1);
+    return result;
+}
+
+template <class T>
+inline T shuffle(unsigned lanes, T value, int source) {
+    static_assert(sizeof(T) <= 8, "a shuffled value has up to 8 bytes");
+    if (source < 0 || source > 31 || !(lanes >> source & 1)) {
+        block->fail("a shuffle reads a lane that does not take part");
+    }
+    return collective(
+        lanes, Shuffle, [&](Slot& slot) { memcpy(&slot, &value, sizeof(T)); },
+        [&](const Slot* slots) {
+            T result;
+            memcpy(&result, &slots[source], sizeof(T));
+            return result;
+        });
+}
+
+}  // namespace emulator
+
+#include "instructions.hpp"

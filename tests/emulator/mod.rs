@@ -1,0 +1,210 @@
+//! The CUDA kernels, compiled for the CPU: `build.sh` makes a library of them, this opens it.
+//!
+//! The library is built once per state of the sources, in cargo's folder for tests. Without g++
+//! [`emulator`] prints why and gives `None`. `NIBBLE_EMULATED` names a library to use instead, such
+//! as one with AddressSanitizer.
+#![allow(unsafe_code)]
+
+use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::OnceLock;
+
+use half::{bf16, f16};
+
+type Launch = unsafe extern "C" fn(
+    *const c_char,
+    *const c_uint,
+    *const c_uint,
+    usize,
+    *mut *mut c_void,
+) -> c_int;
+type SetOrder = unsafe extern "C" fn(c_int, c_uint);
+
+/// The kernels on the CPU.
+pub struct Emulator {
+    launch: Launch,
+    set_order: SetOrder,
+    _library: libloading::Library,
+}
+
+/// The order of the emulated threads of a block.
+#[derive(Debug, Clone, Copy)]
+pub enum Order {
+    /// By index; shared memory starts as NaN, asynchronous copies are made at once.
+    Up,
+    /// From the last; copies are made when they are waited for.
+    Down,
+    /// Shuffled at every barrier.
+    Seeded(u32),
+}
+
+/// All three kinds.
+pub const ORDERS: [Order; 3] = [Order::Up, Order::Down, Order::Seeded(20_240_607)];
+
+/// One argument of a kernel.
+#[derive(Debug, Clone, Copy)]
+pub enum Argument {
+    /// An address.
+    Pointer(*const c_void),
+    /// int.
+    I32(i32),
+    /// long long.
+    I64(i64),
+    /// unsigned.
+    U32(u32),
+    /// unsigned long long.
+    U64(u64),
+    /// float.
+    F32(f32),
+    /// double.
+    F64(f64),
+}
+
+/// A null pointer.
+pub const NULL: Argument = Argument::Pointer(std::ptr::null());
+
+impl Argument {
+    fn address(&mut self) -> *mut c_void {
+        match self {
+            Argument::Pointer(x) => std::ptr::from_mut(x).cast(),
+            Argument::I32(x) => std::ptr::from_mut(x).cast(),
+            Argument::I64(x) => std::ptr::from_mut(x).cast(),
+            Argument::U32(x) => std::ptr::from_mut(x).cast(),
+            Argument::U64(x) => std::ptr::from_mut(x).cast(),
+            Argument::F32(x) => std::ptr::from_mut(x).cast(),
+            Argument::F64(x) => std::ptr::from_mut(x).cast(),
+        }
+    }
+}
+
+macro_rules! argument_from {
+    ($($type:ty => $variant:ident),*) => {$(
+        impl From<$type> for Argument {
+            fn from(x: $type) -> Self {
+                Argument::$variant(x)
+            }
+        }
+    )*};
+}
+argument_from!(i32 => I32, i64 => I64, u32 => U32, u64 => U64, f32 => F32, f64 => F64);
+
+macro_rules! pointer_from {
+    ($($type:ty),*) => {$(
+        impl From<&[$type]> for Argument {
+            fn from(x: &[$type]) -> Self {
+                Argument::Pointer(x.as_ptr().cast())
+            }
+        }
+        impl From<&mut [$type]> for Argument {
+            fn from(x: &mut [$type]) -> Self {
+                Argument::Pointer(x.as_mut_ptr().cast_const().cast())
+            }
+        }
+    )*};
+}
+pointer_from!(u8, u16, u32, i32, f32, f64, bf16, f16);
+
+/// Launches a kernel over the emulator: `launch!(emulator, "name", [1, 1, 1], 256; a, b, ..)`.
+#[allow(unused_macros)]
+macro_rules! launch {
+    ($emulator:expr, $kernel:expr, $grid:expr, $threads:expr; $($argument:expr),* $(,)?) => {
+        launch!($emulator, $kernel, $grid, $threads, 0; $($argument),*)
+    };
+    ($emulator:expr, $kernel:expr, $grid:expr, $threads:expr, $shared:expr; $($argument:expr),* $(,)?) => {
+        $emulator.launch($kernel, $grid, $threads, $shared, &mut [
+            $($crate::emulator::Argument::from($argument)),*
+        ])
+    };
+}
+#[allow(unused_imports)]
+pub(crate) use launch;
+
+impl Emulator {
+    /// Opens a library made by `build.sh`.
+    pub fn open(path: &Path) -> Result<Self, libloading::Error> {
+        // SAFETY: the library has no initialisers with effects; the types are emulator.cpp's.
+        unsafe {
+            let library = libloading::Library::new(path)?;
+            let launch = *library.get::<Launch>(b"nibble_launch\0")?;
+            let set_order = *library.get::<SetOrder>(b"nibble_emulation\0")?;
+            Ok(Emulator { launch, set_order, _library: library })
+        }
+    }
+
+    /// Sets the order of this thread's launches.
+    pub fn order(&self, order: Order) {
+        let (order, seed) = match order {
+            Order::Up => (0, 1),
+            Order::Down => (1, 1),
+            Order::Seeded(seed) => (2, seed),
+        };
+        // SAFETY: sets two thread-local numbers.
+        unsafe { (self.set_order)(order, seed) };
+    }
+
+    /// Runs `kernel`; the arguments are those that kernels.cu declares, or this is undefined.
+    ///
+    /// # Panics
+    /// When there is no such kernel or it does not take the grid or block.
+    pub fn launch(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        threads: u32,
+        dynamic_shared_bytes: usize,
+        arguments: &mut [Argument],
+    ) {
+        let name = CString::new(kernel).expect("names have no zero bytes");
+        let mut addresses: Vec<*mut c_void> = arguments.iter_mut().map(Argument::address).collect();
+        let block = [threads, 1, 1];
+        // SAFETY: each argument outlives the call; types and bounds are the test's to get right.
+        let status = unsafe {
+            let (grid, block) = (grid.as_ptr(), block.as_ptr());
+            (self.launch)(name.as_ptr(), grid, block, dynamic_shared_bytes, addresses.as_mut_ptr())
+        };
+        assert_eq!(status, 0, "{kernel} with grid {grid:?} and {threads} threads");
+    }
+}
+
+/// The emulator of this process; `None`, with a printed line, where there is no g++.
+pub fn emulator() -> Option<&'static Emulator> {
+    static EMULATOR: OnceLock<Option<Emulator>> = OnceLock::new();
+    EMULATOR.get_or_init(open_or_build).as_ref()
+}
+
+fn open_or_build() -> Option<Emulator> {
+    let path = match std::env::var_os("NIBBLE_EMULATED") {
+        Some(path) => PathBuf::from(path),
+        None => build()?,
+    };
+    Some(Emulator::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+}
+
+fn build() -> Option<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut state = DefaultHasher::new();
+    for folder in ["src/kernels/cuda", "quant/src/cuda", "tests/emulator"] {
+        let mut files: Vec<PathBuf> =
+            fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path()).collect();
+        files.sort();
+        for file in files.iter().filter(|file| file.extension().is_none_or(|e| e != "ptx")) {
+            fs::read(file).unwrap().hash(&mut state);
+        }
+    }
+    let name = format!("libnibble_emulated-{:016x}.so", state.finish());
+    let library = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    if library.exists() {
+        return Some(library);
+    }
+    if Command::new("g++").arg("--version").output().is_err() {
+        println!("skipped: CUDA kernels on the CPU (g++ is not installed)");
+        return None;
+    }
+    let script = root.join("tests/emulator/build.sh");
+    let status = Command::new(script).arg(&library).status().expect("bash runs build.sh");
+    assert!(status.success(), "the emulator compiles");
+    Some(library)
+}
