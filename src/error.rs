@@ -4,6 +4,7 @@
 //! `hint` is the way out when the user has one. [`Error::exit_code`] is what the process returns.
 
 use std::fmt;
+use std::io::ErrorKind;
 use std::path::Path;
 
 /// Result with the crate's error.
@@ -67,6 +68,11 @@ impl Error {
         self
     }
 
+    /// Adds the way out where there is none yet.
+    pub fn or_hint(self, hint: impl fmt::Display) -> Self {
+        if self.message().hint.is_some() { self } else { self.hint(hint) }
+    }
+
     /// Puts `place: ` (a file, a record, a tensor) before the message.
     pub fn at(mut self, place: impl fmt::Display) -> Self {
         let message = self.message_mut();
@@ -113,7 +119,11 @@ impl fmt::Display for Error {
         if let Error::Io(_, source) = self {
             write!(f, ": {source}")?;
         }
-        match &message.hint {
+        let of_system = match self {
+            Error::Io(_, source) => way_out(source.kind()),
+            _ => None,
+        };
+        match message.hint.as_deref().or(of_system) {
             Some(hint) => write!(f, "\nhint: {hint}"),
             None => Ok(()),
         }
@@ -127,6 +137,22 @@ impl std::error::Error for Error {
             _ => None,
         }
     }
+}
+
+/// What to do when the system refuses, as far as its reason tells.
+fn way_out(kind: ErrorKind) -> Option<&'static str> {
+    Some(match kind {
+        ErrorKind::NotFound => "check the path",
+        ErrorKind::PermissionDenied | ErrorKind::ReadOnlyFilesystem => {
+            "check who may read and write there"
+        }
+        ErrorKind::StorageFull | ErrorKind::QuotaExceeded | ErrorKind::FileTooLarge => {
+            "make room, or choose a place on another disk"
+        }
+        ErrorKind::IsADirectory => "expected a file, this is a folder",
+        ErrorKind::NotADirectory => "expected a folder, this is a file",
+        _ => return None,
+    })
 }
 
 /// A candle error as one line, without the backtrace that it carries under `RUST_BACKTRACE`.

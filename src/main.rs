@@ -6,16 +6,20 @@ use std::sync::atomic::AtomicBool;
 
 use nibble::cli::Cli;
 use nibble::commands;
+use nibble::error::Error;
 use signal_hook::consts::SIGPIPE;
 
 fn main() -> ExitCode {
     end_quietly_without_reader();
-    let cli = Cli::from_arguments(std::env::args_os().collect());
+    let arguments: Vec<_> = std::env::args_os().collect();
+    let command = arguments.get(1).map(|name| name.to_string_lossy().into_owned());
+    let cli = Cli::from_arguments(arguments);
     match cli.and_then(|cli| commands::run(&cli.command)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error}");
-            ExitCode::from(error.exit_code())
+            let code = error.exit_code();
+            eprintln!("error: {}", with_way_out(error, command.as_deref()));
+            ExitCode::from(code)
         }
     }
 }
@@ -25,4 +29,15 @@ fn end_quietly_without_reader() {
     let always = Arc::new(AtomicBool::new(true));
     // Where it is refused, printing fails loudly: no reason to stop here.
     let _ = signal_hook::flag::register_conditional_default(SIGPIPE, always);
+}
+
+/// Wrong usage always points to the help.
+fn with_way_out(error: Error, command: Option<&str>) -> Error {
+    match (&error, command) {
+        (Error::Usage(_), Some(command)) if Cli::has_command(command) => {
+            error.or_hint(format_args!("see `nibble {command} --help`"))
+        }
+        (Error::Usage(_), _) => error.or_hint("see `nibble --help`"),
+        _ => error,
+    }
 }

@@ -72,7 +72,8 @@ impl<'a> MergeBase<'a> {
     ) -> Result<Self> {
         let is_4_bit = |checkpoint: &Checkpoint| checkpoint.kind() == CheckpointKind::Bnb4bit;
         if original.is_some_and(is_4_bit) {
-            return Err(Error::usage("--original is a 4-bit model, expected its dense original"));
+            return Err(Error::usage("--original is a 4-bit model, expected its dense original")
+                .hint("give the folder that the 4-bit model was quantized from"));
         }
         let (original, four_bit) = match (is_4_bit(model), format) {
             (true, _) => (original, FourBit::Stored(model)),

@@ -9,7 +9,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
 use super::mapped::{MappedFile, Pages};
-use super::{DenseTensor, StoredType, TensorInfo, Weight, bnb, read_json};
+use super::{DenseTensor, StoredType, TensorInfo, Weight, bnb, damaged_safetensors, read_json};
 use crate::error::{Error, Result};
 
 /// Name of the index of a sharded checkpoint.
@@ -137,11 +137,8 @@ fn open_shards(
 fn read_file(path: &Path, raw: &mut HashMap<String, RawTensor>) -> Result<MappedFile> {
     let file = MappedFile::open(path)?;
     let bytes = &file.bytes;
-    let damaged = |e: safetensors::SafeTensorError| {
-        Error::input(format_args!("{}: damaged safetensors file: {e}", path.display()))
-            .hint("the file may be truncated: compare its size with the source")
-    };
-    let (header, metadata) = SafeTensors::read_metadata(bytes).map_err(damaged)?;
+    let (header, metadata) = SafeTensors::read_metadata(bytes)
+        .map_err(|e| damaged_safetensors(bytes, &e).at(path.display()))?;
     let start = header + size_of::<u64>();
     for (name, info) in metadata.tensors() {
         let (begin, end) = info.data_offsets;

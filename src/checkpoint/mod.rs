@@ -4,6 +4,7 @@
 
 pub mod atomic;
 pub mod bnb;
+mod damage;
 pub mod elements;
 pub mod folder;
 mod gguf;
@@ -21,12 +22,16 @@ use rayon::prelude::*;
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+pub(crate) use damage::damaged_safetensors;
 pub use elements::Elements;
 use folder::Folder;
 use gguf::Gguf;
 pub(crate) use gguf::read_header as read_gguf_header;
 pub use mapped::Pages;
 pub(crate) use mapped::map_file;
+
+/// The way out of a checkpoint that contradicts itself.
+const ANOTHER_COPY: &str = "the checkpoint is damaged or incomplete: get another copy of the model";
 
 /// What kind of files a checkpoint consists of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -119,6 +124,20 @@ impl DenseTensor {
         }
     }
 
+    /// Flat index of the first NaN or infinity, looked for on all threads.
+    pub fn first_non_finite(&self) -> Option<usize> {
+        const CHUNK: usize = 1 << 18;
+        let find = |(number, bytes): (usize, &[u8])| {
+            let at = match self.dtype {
+                FloatType::F32 => first_all_ones::<4>(bytes, 0x7f80_0000),
+                FloatType::F16 => first_all_ones::<2>(bytes, 0x7c00),
+                FloatType::Bf16 => first_all_ones::<2>(bytes, 0x7f80),
+            };
+            at.map(|index| number * CHUNK / self.dtype.size() + index)
+        };
+        self.data.par_chunks(CHUNK).enumerate().find_map_first(find)
+    }
+
     /// The transpose of a matrix.
     pub fn transposed(&self) -> Self {
         let (rows, columns, size) = (self.shape[0], self.shape[1], self.dtype.size());
@@ -164,6 +183,10 @@ impl Checkpoint {
     /// `Io` when a file cannot be opened; `Input` naming the file when a header is damaged, a shard
     /// is missing, or the index names tensors that no shard has.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::read(path).map_err(|error| error.or_hint(ANOTHER_COPY))
+    }
+
+    fn read(path: &Path) -> Result<Self> {
         if path.extension().is_some_and(|extension| extension == "gguf") {
             let gguf = Gguf::open(path)?;
             let config = gguf.config()?;
@@ -223,10 +246,11 @@ impl Checkpoint {
     /// # Errors
     /// `Input` naming the tensor when it does not exist or its parts do not fit each other.
     pub fn weight(&self, name: &str) -> Result<Weight> {
-        match &self.files {
+        let weight = match &self.files {
             Files::Folder(folder) => folder.weight(name),
             Files::Gguf(gguf) => gguf.dense(name).map(Weight::Dense),
-        }
+        };
+        weight.map_err(|error| error.or_hint(ANOTHER_COPY))
     }
 
     /// The elements of tensor `name`, decoded as they are read.
@@ -234,13 +258,14 @@ impl Checkpoint {
     /// # Errors
     /// As [`weight`](Self::weight).
     pub fn elements(&self, name: &str) -> Result<Elements> {
-        match &self.files {
-            Files::Folder(folder) => Ok(match folder.weight(name)? {
+        let elements = match &self.files {
+            Files::Folder(folder) => folder.weight(name).map(|weight| match weight {
                 Weight::Dense(dense) => dense.into(),
                 Weight::Packed(packed) => packed.into(),
             }),
             Files::Gguf(gguf) => gguf.elements(name),
-        }
+        };
+        elements.map_err(|error| error.or_hint(ANOTHER_COPY))
     }
 
     /// The mapped bytes of the tensors whose name begins with `prefix`; none of a GGUF file, whose
@@ -260,6 +285,19 @@ impl Checkpoint {
             Files::Gguf(gguf) => gguf.release(name),
         }
     }
+}
+
+/// The first of the `N`-byte floats whose exponent, the bits `mask`, is all ones: NaN or infinity.
+fn first_all_ones<const N: usize>(bytes: &[u8], mask: u32) -> Option<usize> {
+    let is_bad = |float: &[u8; N]| {
+        let mut word = [0; 4];
+        word[..N].copy_from_slice(float);
+        u32::from_le_bytes(word) & mask == mask
+    };
+    let floats = bytes.as_chunks::<N>().0;
+    // Without an early exit the compiler vectorises the search.
+    floats.iter().fold(false, |bad, float| bad | is_bad(float)).then_some(())?;
+    floats.iter().position(is_bad)
 }
 
 /// Reads `elements` values on all threads.

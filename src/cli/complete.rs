@@ -193,12 +193,19 @@ mod tests {
                  possible values: constant, constant_with_warmup, linear, cosine, \
                  cosine_with_min_lr",
             ),
-            ("resume = true", "run.toml:1: `resume` belongs on the command line"),
+            (
+                "resume = true",
+                "run.toml:1: `resume` belongs on the command line\nhint: leave it out of the file",
+            ),
             (
                 "[optimizer]\nseed = 1",
                 "run.toml:1: unknown key `optimizer`\nhint: see `nibble train --help`",
             ),
-            ("seed = 2026-01-01", "run.toml:1: `seed` cannot be a date or nested"),
+            (
+                "seed = 2026-01-01",
+                "run.toml:1: `seed` cannot be a date or nested\n\
+                 hint: write the value as on the command line",
+            ),
         ] {
             let error = with_file(text, &[]).unwrap_err();
             assert_eq!(error.message().what, message, "{text}");

@@ -47,6 +47,7 @@ pub fn read_toml(command: &Command, path: &Path) -> Result<Vec<Entry>> {
     let table = toml::de::DeTable::parse(&text).map_err(|error| {
         let place = error.span().map_or(String::new(), |span| format!(":{}", line(span.start)));
         Error::usage(format_args!("{}{place}: {}", path.display(), error.message()))
+            .hint("write one `name = value` a line, text in quotes, each name once")
     })?;
     let mut entries = Vec::new();
     for (key, value) in table.get_ref() {
@@ -54,6 +55,7 @@ pub fn read_toml(command: &Command, path: &Path) -> Result<Vec<Entry>> {
         let arg = known(command, key.get_ref()).map_err(|error| error.at(&place))?;
         let values = texts(value.get_ref()).ok_or_else(|| {
             Error::usage(format_args!("{place}: `{}` cannot be a date or nested", key.get_ref()))
+                .hint("write the value as on the command line")
         })?;
         entries.push(Entry { flag: long(arg), values, place });
     }
@@ -75,7 +77,8 @@ fn known<'a>(command: &'a Command, name: &str) -> Result<&'a Arg> {
     let wanted = name.replace('_', "-");
     match find(command, name) {
         Some(arg) if settings().any(|long| arg.get_long() == Some(long)) => Ok(arg),
-        Some(_) => Err(Error::usage(format_args!("`{name}` belongs on the command line"))),
+        Some(_) => Err(Error::usage(format_args!("`{name}` belongs on the command line"))
+            .hint("leave it out of the file")),
         None => {
             let error = Error::usage(format_args!("unknown key `{name}`"));
             match nearest(&wanted, settings()) {
@@ -122,15 +125,22 @@ fn check(command: &Command, entry: &Entry) -> Result<()> {
     }
 }
 
-/// clap's message without its prefix and its usage lines; possible values become the hint.
-fn readable(error: &clap::Error) -> Error {
+/// clap's message without its prefix and its usage lines; possible values or its tip become the
+/// hint.
+pub fn readable(error: &clap::Error) -> Error {
     let text = error.render().to_string();
     let mut lines = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim);
     let first = lines.next().unwrap_or("invalid setting");
-    let message = Error::usage(first.strip_prefix("error: ").unwrap_or(first));
-    match lines.next() {
-        Some(hint) => message.hint(hint.trim_matches(['[', ']'])),
-        None => message,
+    let first = first.strip_prefix("error: ").unwrap_or(first);
+    let tip = text.lines().find_map(|line| line.trim().strip_prefix("tip: "));
+    let rest: Vec<&str> = lines.collect();
+    match (&rest[..], tip) {
+        ([], Some(tip)) => Error::usage(first).hint(tip),
+        ([], None) => Error::usage(first),
+        ([values, ..], _) if values.starts_with('[') => {
+            Error::usage(first).hint(values.trim_matches(['[', ']']))
+        }
+        (rest, _) => Error::usage(format_args!("{first} {}", rest.join(", "))),
     }
 }
 

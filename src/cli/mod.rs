@@ -19,7 +19,7 @@ use std::ffi::OsString;
 use clap::error::ErrorKind;
 use clap::{ArgMatches, CommandFactory, FromArgMatches, Parser, Subcommand};
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::train::checkpoints;
 
 /// QLoRA fine-tuning from one binary.
@@ -66,20 +66,25 @@ Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong 
 const TRAIN: &str = "train";
 
 impl Cli {
+    /// Whether `nibble NAME` is a command.
+    pub fn has_command(name: &str) -> bool {
+        Cli::command().find_subcommand(name).is_some()
+    }
+
     /// Parses a command line; the settings of `train` are completed from its config file, the
-    /// resumed run and the preset. Help and wrong usage end the process as clap does.
+    /// resumed run and the preset. Help ends the process as clap does.
     ///
     /// # Errors
-    /// `Usage` for a wrong config file.
+    /// `Usage` for wrong flags or a wrong config file.
     pub fn from_arguments(mut argv: Vec<OsString>) -> Result<Self> {
         let command = Cli::command();
-        let matches = partial_matches(&command, &argv);
+        let matches = partial_matches(&command, &argv)?;
         let train = command.find_subcommand(TRAIN);
         if let (Some(train), Some((TRAIN, matches))) = (train, matches.subcommand()) {
             argv.extend(complete::complete(train, matches, &checkpoints::saved_settings)?);
         }
-        let matches = command.clone().try_get_matches_from(&argv).unwrap_or_else(|e| e.exit());
-        let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+        let matches = command.clone().try_get_matches_from(&argv).map_err(usage)?;
+        let mut cli = Cli::from_arg_matches(&matches).map_err(usage)?;
         if let (Command::Train(args), Some((_, matches))) = (&mut cli.command, matches.subcommand())
             && let Some(train) = train
         {
@@ -90,12 +95,18 @@ impl Cli {
 }
 
 /// What stands on the command line; required flags of `train` may still come from elsewhere.
-fn partial_matches(command: &clap::Command, argv: &[OsString]) -> ArgMatches {
+fn partial_matches(command: &clap::Command, argv: &[OsString]) -> Result<ArgMatches> {
     let partial = || command.clone().mut_subcommand(TRAIN, |train| layers::partial(&train));
     match command.clone().try_get_matches_from(argv) {
         Err(error) if error.kind() == ErrorKind::MissingRequiredArgument => {
-            partial().try_get_matches_from(argv).unwrap_or_else(|_| error.exit())
+            partial().try_get_matches_from(argv).map_err(|_| usage(error))
         }
-        result => result.unwrap_or_else(|error| error.exit()),
+        result => result.map_err(usage),
     }
+}
+
+/// Wrong usage as our error; help and version end the process.
+fn usage(error: clap::Error) -> Error {
+    let is_help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
+    if error.use_stderr() && !is_help { layers::readable(&error) } else { error.exit() }
 }

@@ -87,7 +87,8 @@ fn format(args: &QuantizeArgs) -> Result<BlockFormat> {
         return Err(Error::usage(format_args!(
             "--block-size {} is not a power of two from 32 to 4096",
             args.block_size
-        )));
+        ))
+        .hint("bitsandbytes' default is 64"));
     }
     Ok(BlockFormat {
         quant_type: args.quant_type.into(),
@@ -97,7 +98,10 @@ fn format(args: &QuantizeArgs) -> Result<BlockFormat> {
 }
 
 fn skip_pattern(pattern: &str) -> Result<Regex> {
-    Regex::new(pattern).map_err(|e| Error::usage(format_args!("--skip: {e}")))
+    Regex::new(pattern).map_err(|e| {
+        let error = Error::usage(format_args!("--skip: {e}"));
+        error.hint("give a regular expression on tensor names, such as `layers\\.0\\.`")
+    })
 }
 
 fn dense_type(args: &QuantizeArgs, checkpoint: &Checkpoint) -> Option<FloatType> {

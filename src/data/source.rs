@@ -110,7 +110,8 @@ impl<'a> Source<'a> {
             let buffer = fill(&mut self.reader, self.path)?;
             if buffer.is_empty() {
                 let what = "the JSON list is not closed: the file may be cut off";
-                return Err(Error::input(format_args!("{}:{line}: {what}", self.path.display())));
+                let error = Error::input(format_args!("{}:{line}: {what}", self.path.display()));
+                return Err(error.hint("get the file again, or write one object a line"));
             }
             let end = buffer.iter().position(|&byte| scan.ends_before(byte));
             let part = &buffer[..end.unwrap_or(buffer.len())];

@@ -48,11 +48,14 @@ impl ChatTokenizer {
     /// # Errors
     /// `Input` when a file is missing, damaged, or names tokens that the vocabulary lacks.
     pub fn open(path: &Path) -> Result<Self> {
-        let mut tokenizer = if path.extension().is_some_and(|extension| extension == "gguf") {
-            Self::from_gguf(path)?
+        let opened = if path.extension().is_some_and(|extension| extension == "gguf") {
+            Self::from_gguf(path)
         } else {
-            Self::from_folder(path)?
+            Self::from_folder(path)
         };
+        let mut tokenizer = opened.map_err(|error| {
+            error.or_hint("the tokenizer is damaged: get another copy of the model's files")
+        })?;
         tokenizer.learn_turn_end();
         Ok(tokenizer)
     }

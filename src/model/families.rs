@@ -17,10 +17,7 @@ use crate::error::{Error, Result};
 /// a switch has no implementation.
 pub fn spec_from_config(config: &Value) -> Result<ModelSpec> {
     const GENERAL: &str = "config.json is damaged or belongs to another kind of model";
-    read_spec(&Fields(config)).map_err(|error| match error.message().hint {
-        Some(_) => error,
-        None => error.hint(GENERAL),
-    })
+    read_spec(&Fields(config)).map_err(|error| error.or_hint(GENERAL))
 }
 
 fn read_spec(fields: &Fields) -> Result<ModelSpec> {

@@ -3,6 +3,8 @@
 //! Every tensor of the inventory must be there with the shape that the config implies; a dense
 //! linear is quantized on the way when the run asks for it, a packed one is used as stored.
 
+use std::fmt::Display;
+
 use nibble_quant::{BlockFormat, FloatType};
 
 use super::block::{Block, Linear, LinearAdapter};
@@ -135,7 +137,10 @@ impl Reader<'_> {
         let base = match self.tensor(name)? {
             Weight::Dense(dense) => {
                 check_shape(name, &dense.shape, &[length])?;
-                finite(name, dense.to_f32())?
+                if let Some(index) = dense.first_non_finite() {
+                    return Err(not_finite(name, format_args!("{index}"), &dense, index));
+                }
+                dense.to_f32()
             }
             Weight::Packed(_) => {
                 let what = format_args!("tensor {name} is packed, expected a dense vector");
@@ -265,6 +270,10 @@ fn dense_matrix(name: &str, dense: DenseTensor, shape: [usize; 2]) -> Result<Fro
     if got != bytes {
         return Err(Error::input(format_args!("tensor {name} has {got} bytes, expected {bytes}")));
     }
+    if let Some(index) = dense.first_non_finite() {
+        let (row, column) = (index / shape[1], index % shape[1]);
+        return Err(not_finite(name, format_args!("[{row}, {column}]"), &dense, index));
+    }
     Ok(match dense.dtype {
         FloatType::F32 => FrozenMatrix::from_f32(dense.data, shape),
         FloatType::Bf16 => FrozenMatrix::from_bf16(dense.data, shape),
@@ -276,11 +285,8 @@ fn dense_matrix(name: &str, dense: DenseTensor, shape: [usize; 2]) -> Result<Fro
     })
 }
 
-fn finite(name: &str, values: Vec<f32>) -> Result<Vec<f32>> {
-    match values.iter().position(|value| !value.is_finite()) {
-        Some(index) => {
-            Err(Error::input(format_args!("tensor {name}: element {index} is {}", values[index])))
-        }
-        None => Ok(values),
-    }
+fn not_finite(name: &str, place: impl Display, dense: &DenseTensor, index: usize) -> Error {
+    let value = dense.to_f32_range(index..index + 1)[0];
+    Error::input(format_args!("tensor {name}: element {place} is {value}"))
+        .hint("the checkpoint holds NaN or Inf: get another copy of the model")
 }

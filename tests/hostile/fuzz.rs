@@ -18,8 +18,9 @@ use nibble::model::weights::Weights;
 use nibble::random::Stream;
 use nibble::train::state::TrainState;
 
-use super::gguf;
-use super::training::{Workplace, stderr, succeed};
+use crate::gguf_file::GgufFile;
+use crate::index::shard;
+use crate::training::{Workplace, stderr, succeed};
 
 const SECONDS: u64 = 12;
 /// Far above what the readers of the small files below need.
@@ -122,14 +123,14 @@ const TARGETS: &[Target] = &[
 /// All files that are mutated, whole.
 fn workplace() -> Workplace {
     let place = Workplace::new();
-    super::shard_into(&place, "shards");
+    shard(&place, "shards");
     succeed(place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
     succeed(place.train("run", &["--max-steps", "1", "--save-steps", "1"]));
     fs::create_dir(place.path("whole")).unwrap();
     for file in ["tokenizer.json", "tokenizer_config.json"] {
         fs::copy(place.path("model").join(file), place.path("whole").join(file)).unwrap();
     }
-    let file = gguf::llama().bytes();
+    let file = GgufFile::tiny_llama().bytes();
     fs::write(place.path("model.gguf"), &file).unwrap();
     fs::write(place.path("tok.gguf"), &file).unwrap();
     let rows = concat!(

@@ -1,153 +1,184 @@
-//! A whole GGUF file in memory: the tiny Llama of `tests/data/models/llama_s0`, its q and k rows
-//! interleaved as llama.cpp stores them, and a byte-pair tokenizer of 128 tokens.
+//! GGUF files that are damaged or lie.
 
-use std::path::Path;
+use std::fs;
 
 use safetensors::SafeTensors;
 
-const ALIGNMENT: usize = 32;
+use crate::gguf_file::{Field, GgufFile};
+use crate::scene::assert_refused;
+use crate::training::{Workplace, succeed};
 
-/// A file under construction.
-#[derive(Default)]
-pub struct Builder {
-    fields: Vec<u8>,
-    num_fields: u64,
-    tensors: Vec<(String, Vec<u64>, Vec<u8>)>,
-}
-
-fn string(out: &mut Vec<u8>, text: &str) {
-    out.extend((text.len() as u64).to_le_bytes());
-    out.extend(text.as_bytes());
-}
-
-impl Builder {
-    fn field(&mut self, key: &str, kind: u32, value: &[u8]) {
-        string(&mut self.fields, key);
-        self.fields.extend(kind.to_le_bytes());
-        self.fields.extend(value);
-        self.num_fields += 1;
-    }
-
-    fn text(&mut self, key: &str, value: &str) {
-        let mut bytes = Vec::new();
-        string(&mut bytes, value);
-        self.field(key, 8, &bytes);
-    }
-
-    pub fn number(&mut self, key: &str, value: u32) {
-        self.field(key, 4, &value.to_le_bytes());
-    }
-
-    fn texts(&mut self, key: &str, values: &[String]) {
-        let mut bytes = 8u32.to_le_bytes().to_vec();
-        bytes.extend((values.len() as u64).to_le_bytes());
-        values.iter().for_each(|value| string(&mut bytes, value));
-        self.field(key, 9, &bytes);
-    }
-
-    /// Header, then data at multiples of the alignment.
-    pub fn bytes(&self) -> Vec<u8> {
-        let mut out = b"GGUF".to_vec();
-        out.extend(3u32.to_le_bytes());
-        out.extend((self.tensors.len() as u64).to_le_bytes());
-        out.extend(self.num_fields.to_le_bytes());
-        out.extend(&self.fields);
-        let mut offset = 0usize;
-        for (name, shape, data) in &self.tensors {
-            string(&mut out, name);
-            out.extend((shape.len() as u32).to_le_bytes());
-            shape.iter().rev().for_each(|size| out.extend(size.to_le_bytes()));
-            out.extend(0u32.to_le_bytes());
-            out.extend((offset as u64).to_le_bytes());
-            offset += data.len().next_multiple_of(ALIGNMENT);
-        }
-        out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
-        for (_, _, data) in &self.tensors {
-            out.extend(data);
-            out.resize(out.len().next_multiple_of(ALIGNMENT), 0);
-        }
-        out
-    }
-}
-
-/// llama.cpp's name of a tensor.
-fn stored_name(name: &str) -> String {
-    let name = name.strip_prefix("model.").unwrap_or(name);
-    match name {
-        "embed_tokens.weight" => return "token_embd.weight".into(),
-        "norm.weight" => return "output_norm.weight".into(),
-        "lm_head.weight" => return "output.weight".into(),
-        _ => {}
-    }
-    let mut out = name.replace("layers.", "blk.");
-    for (from, to) in [
-        ("self_attn.q_proj", "attn_q"),
-        ("self_attn.k_proj", "attn_k"),
-        ("self_attn.v_proj", "attn_v"),
-        ("self_attn.o_proj", "attn_output"),
-        ("mlp.gate_proj", "ffn_gate"),
-        ("mlp.up_proj", "ffn_up"),
-        ("mlp.down_proj", "ffn_down"),
-        ("input_layernorm", "attn_norm"),
-        ("post_attention_layernorm", "ffn_norm"),
+/// Every command that reads the file refuses it.
+fn assert_gguf_refused(bytes: &[u8], says: &[&str]) {
+    let place = Workplace::new();
+    fs::write(place.path("model.gguf"), bytes).unwrap();
+    let says = [&["model.gguf"], says].concat();
+    let base = ["--model", "model.gguf"];
+    for more in [
+        &["quantize", "--out", "out"][..],
+        &["train", "--data", "train.jsonl", "--out", "out", "--max-length", "32"],
     ] {
-        out = out.replace(from, to);
+        assert_refused(&place, place.nibble(&[more, &base[..]].concat()), 1, &says);
     }
-    out
 }
 
-/// Rows of halves to rows in turns, head by head: `convert_hf_to_gguf.py`'s `permute`.
-fn interleaved(data: &[u8], rows: usize, heads: usize) -> Vec<u8> {
-    let (row_bytes, per_head) = (data.len() / rows, rows / heads);
-    let mut out = Vec::with_capacity(data.len());
-    for row in 0..rows {
-        let (head, inside) = (row / per_head, row % per_head);
-        let source = head * per_head + inside % 2 * (per_head / 2) + inside / 2;
-        out.extend(&data[source * row_bytes..(source + 1) * row_bytes]);
-    }
-    out
+fn with(edit: impl FnOnce(&mut GgufFile)) -> Vec<u8> {
+    let mut file = GgufFile::tiny_llama();
+    edit(&mut file);
+    file.bytes()
 }
 
-/// The tiny Llama.
-pub fn llama() -> Builder {
-    let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models/llama_s0");
-    let file = std::fs::read(folder.join("model.safetensors")).unwrap();
-    let mut builder = Builder::default();
-    builder.text("general.architecture", "llama");
-    for (key, value) in [
-        ("llama.attention.head_count", 4),
-        ("llama.attention.head_count_kv", 2),
-        ("llama.embedding_length", 64),
-        ("llama.feed_forward_length", 160),
-        ("llama.block_count", 2),
-        ("llama.context_length", 128),
-        ("llama.rope.dimension_count", 16),
-        ("tokenizer.ggml.bos_token_id", 1),
-        ("tokenizer.ggml.eos_token_id", 2),
-        ("tokenizer.ggml.unknown_token_id", 0),
-    ] {
-        builder.number(key, value);
+#[test]
+fn the_undamaged_file_is_the_model_that_it_was_made_from() {
+    let place = Workplace::new();
+    fs::write(place.path("model.gguf"), GgufFile::tiny_llama().bytes()).unwrap();
+    let mut command = place.nibble(&["quantize", "--model", "model.gguf", "--out", "out"]);
+    command.args(["--skip", ".", "--dtype", "float32", "--check"]);
+    succeed(command);
+    let (ours, theirs) =
+        (place.read("out/model.safetensors"), place.read("model/model.safetensors"));
+    let ours = SafeTensors::deserialize(&ours).unwrap();
+    for (name, tensor) in SafeTensors::deserialize(&theirs).unwrap().tensors() {
+        assert!(ours.tensor(&name).unwrap().data() == tensor.data(), "{name}");
     }
-    builder.field("llama.attention.layer_norm_rms_epsilon", 6, &1e-6f32.to_le_bytes());
-    builder.text("tokenizer.ggml.model", "gpt2");
-    builder.text("tokenizer.ggml.pre", "smollm");
-    let token =
-        |id: u8| if id < 95 { char::from(id + 33).to_string() } else { format!("w{}", id - 94) };
-    let tokens: Vec<String> = (0..128).map(token).collect();
-    builder.texts("tokenizer.ggml.tokens", &tokens);
-    builder.texts("tokenizer.ggml.merges", &["w 1".into()]);
-    for (name, tensor) in SafeTensors::deserialize(&file).unwrap().tensors() {
-        let shape: Vec<u64> = tensor.shape().iter().map(|&size| size as u64).collect();
-        let heads = match () {
-            () if name.contains("q_proj") => Some(4),
-            () if name.contains("k_proj") => Some(2),
-            () => None,
-        };
-        let data = match heads {
-            Some(heads) => interleaved(tensor.data(), tensor.shape()[0], heads),
-            None => tensor.data().to_vec(),
-        };
-        builder.tensors.push((stored_name(&name), shape, data));
+    let command = place.nibble(&[
+        "generate",
+        "--model",
+        "out",
+        "--raw",
+        "--prompt",
+        "w1",
+        "--max-new-tokens",
+        "2",
+    ]);
+    succeed(command);
+}
+
+#[test]
+fn a_truncated_file() {
+    let bytes = GgufFile::tiny_llama().bytes();
+    for length in [bytes.len() - 1, bytes.len() / 2, 900, 60, 20, 6] {
+        assert_gguf_refused(&bytes[..length], &["damaged", "truncated"]);
     }
-    builder
+    assert_gguf_refused(&bytes[..3], &["not a GGUF file"]);
+    assert_gguf_refused(&[], &["not a GGUF file"]);
+}
+
+#[test]
+fn an_alignment_that_is_none() {
+    for value in [0, 1, 3, 33, u32::MAX] {
+        let bytes = with(|file| file.set("general.alignment", Field::U32(value)));
+        let says = ["general.alignment", &value.to_string(), "power of two"];
+        assert_gguf_refused(&bytes, &says);
+    }
+    let bytes = with(|file| file.set("general.alignment", Field::Text("wide".into())));
+    assert_gguf_refused(&bytes, &["general.alignment", "power of two"]);
+}
+
+#[test]
+fn absurd_counts() {
+    for count in [1 << 20, 1 << 40, u64::MAX] {
+        assert_gguf_refused(&with(|file| file.num_tensors = Some(count)), &["damaged"]);
+        assert_gguf_refused(&with(|file| file.num_fields = Some(count)), &["damaged"]);
+        let mut array = 8u32.to_le_bytes().to_vec();
+        array.extend(count.to_le_bytes());
+        let bytes = with(|file| file.set("tokenizer.ggml.tokens", Field::Raw(9, array)));
+        assert_gguf_refused(&bytes, &["damaged"]);
+    }
+}
+
+#[test]
+fn strings_longer_than_the_file() {
+    for length in [1u64 << 20, 1 << 62, u64::MAX] {
+        let mut text = length.to_le_bytes().to_vec();
+        text.extend(b"llama");
+        let bytes = with(|file| file.set("general.architecture", Field::Raw(8, text)));
+        assert_gguf_refused(&bytes, &["damaged", "general.architecture", "bytes expected"]);
+    }
+}
+
+#[test]
+fn values_of_unknown_types_and_arrays_in_arrays() {
+    let bytes = with(|file| file.set("general.name", Field::Raw(99, vec![0; 8])));
+    assert_gguf_refused(&bytes, &["general.name", "unknown type 99"]);
+    let mut nested = Vec::new();
+    for _ in 0..1000 {
+        nested.extend(9u32.to_le_bytes());
+        nested.extend(1u64.to_le_bytes());
+    }
+    let bytes = with(|file| file.set("general.name", Field::Raw(9, nested)));
+    assert_gguf_refused(&bytes, &["general.name", "damaged"]);
+}
+
+#[test]
+fn tensors_outside_the_file() {
+    for offset in [1 << 30, u64::MAX - 31, u64::MAX & !63] {
+        let bytes = with(|file| file.tensor("blk.0.attn_q.weight").offset = Some(offset));
+        assert_gguf_refused(
+            &bytes,
+            &["blk.0.attn_q.weight", &offset.to_string(), "beyond the end"],
+        );
+    }
+    let bytes = with(|file| file.tensor("blk.0.attn_q.weight").offset = Some(7));
+    assert_gguf_refused(&bytes, &["blk.0.attn_q.weight", "offset 7 is not aligned"]);
+}
+
+#[test]
+fn shapes_that_overflow_or_do_not_fill_blocks() {
+    for shape in [vec![1 << 32, 1 << 32], vec![u64::MAX, 2], vec![0, 5], vec![1; 9]] {
+        let bytes = with(|file| file.tensor("blk.0.ffn_up.weight").shape = shape);
+        assert_gguf_refused(&bytes, &["blk.0.ffn_up.weight", "damaged"]);
+    }
+    // Q4_0 has blocks of 32.
+    let bytes = with(|file| {
+        let tensor = file.tensor("blk.0.ffn_up.weight");
+        (tensor.kind, tensor.shape) = (2, vec![63, 160]);
+    });
+    assert_gguf_refused(&bytes, &["blk.0.ffn_up.weight", "Q4_0"]);
+}
+
+#[test]
+fn shapes_that_the_metadata_do_not_imply() {
+    let bytes = with(|file| file.tensor("blk.0.ffn_up.weight").shape = vec![160, 64]);
+    let name = "model.layers.0.mlp.up_proj.weight";
+    let place = Workplace::new();
+    fs::write(place.path("model.gguf"), bytes).unwrap();
+    let command = place.nibble(&["quantize", "--model", "model.gguf", "--out", "out"]);
+    assert_refused(&place, command, 1, &[name, "[64, 160]", "[160, 64]"]);
+}
+
+#[test]
+fn a_version_architecture_or_block_type_that_is_not_known() {
+    assert_gguf_refused(&with(|file| file.version = 9), &["version 9", "1 to 3"]);
+    assert_gguf_refused(&with(|file| file.version = 3 << 24), &["big-endian"]);
+    let bytes = with(|file| file.set("general.architecture", Field::Text("mamba".into())));
+    assert_gguf_refused(&bytes, &["mamba", "llama"]);
+    let bytes = with(|file| file.tensor("output_norm.weight").kind = 77);
+    assert_gguf_refused(&bytes, &["output_norm.weight", "block type 77", "Q8_0"]);
+}
+
+#[test]
+fn metadata_that_are_missing_or_of_another_kind() {
+    for key in ["llama.attention.head_count", "llama.context_length", "llama.block_count"] {
+        let bytes = with(|file| file.fields.retain(|(name, _)| name != key));
+        let short = key.trim_start_matches("llama.");
+        assert_gguf_refused(&bytes, &[short, "missing or no number"]);
+        let bytes = with(|file| file.set(key, Field::Text("three".into())));
+        assert_gguf_refused(&bytes, &[short, "missing or no number"]);
+    }
+    let bytes = with(|file| file.set("llama.attention.head_count", Field::U32(0)));
+    let place = Workplace::new();
+    fs::write(place.path("model.gguf"), bytes).unwrap();
+    let command = place.nibble(&["quantize", "--model", "model.gguf", "--out", "out"]);
+    assert_refused(&place, command, 1, &["rope.dimension_count", "expected 64"]);
+}
+
+#[test]
+fn a_tokenizer_that_is_missing_or_damaged() {
+    let bytes = with(|file| file.fields.retain(|(name, _)| name != "tokenizer.ggml.tokens"));
+    assert_gguf_refused(&bytes, &["tokenizer"]);
+    let bytes = with(|file| file.set("tokenizer.ggml.tokens", Field::I32s(vec![1, 2])));
+    assert_gguf_refused(&bytes, &["tokenizer"]);
+    let bytes = with(|file| file.set("tokenizer.ggml.pre", Field::Text("klingon".into())));
+    assert_gguf_refused(&bytes, &["pre-tokenizer `klingon`"]);
 }

@@ -77,7 +77,9 @@ impl PeftAdapter {
         let base_model = settings.base_model.clone();
         let tensors = tensors::read(dir)?;
         Self::assemble(settings, tensors, spec).map_err(|error| {
-            let error = error.at(dir.join(tensors::TENSORS_FILE).display());
+            // Whatever does not fit is the file's fault, not that of a flag.
+            let error =
+                Error::input(&error.message().what).at(dir.join(tensors::TENSORS_FILE).display());
             match base_model {
                 Some(name) => error.hint(format_args!("the adapter was trained on `{name}`")),
                 None => error.hint("the adapter does not say which model it was trained on"),

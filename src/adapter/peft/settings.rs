@@ -78,6 +78,12 @@ impl PeftSettings {
     /// `Io` when it cannot be read; `Input` when it is not JSON, is not a LoRA adapter, has a key
     /// of the wrong type, or needs a feature that Nibble lacks.
     pub fn read(dir: &Path) -> Result<Self> {
+        Self::read_file(dir).map_err(|error| {
+            error.or_hint("compare adapter_config.json with the one that PEFT or Nibble wrote")
+        })
+    }
+
+    fn read_file(dir: &Path) -> Result<Self> {
         let path = dir.join(CONFIG_FILE);
         let text = std::fs::read_to_string(&path).map_err(|e| {
             Error::io("read", &path, e).hint("an adapter is a folder with adapter_config.json")

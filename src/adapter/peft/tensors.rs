@@ -7,7 +7,7 @@ use bytes::Bytes;
 use nibble_quant::FloatType;
 use safetensors::{Dtype, SafeTensors};
 
-use crate::checkpoint::DenseTensor;
+use crate::checkpoint::{DenseTensor, damaged_safetensors};
 use crate::error::{Error, Result};
 
 /// File name of the tensors in an adapter's folder.
@@ -29,10 +29,8 @@ pub fn read(dir: &Path) -> Result<BTreeMap<String, DenseTensor>> {
             false => error,
         }
     })?);
-    let file = SafeTensors::deserialize(&data).map_err(|e| {
-        Error::input(format_args!("{}: not a safetensors file: {e}", path.display()))
-            .hint("the file may be cut: copy or download it again")
-    })?;
+    let file = SafeTensors::deserialize(&data)
+        .map_err(|e| damaged_safetensors(&data, &e).at(path.display()))?;
     let mut tensors = BTreeMap::new();
     for (name, view) in file.iter() {
         let place = || format!("{}: `{name}`", path.display());
@@ -42,14 +40,16 @@ pub fn read(dir: &Path) -> Result<BTreeMap<String, DenseTensor>> {
             Dtype::BF16 => FloatType::Bf16,
             other => {
                 let what = format_args!("expected F32, F16 or BF16, got {other:?}");
-                return Err(Error::input(what).at(place()));
+                let error = Error::input(what).at(place());
+                return Err(error.hint("save the adapter once in PEFT with float weights"));
             }
         };
         let (shape, data) = (view.shape().to_vec(), data.slice_ref(view.data()));
         let tensor = DenseTensor { dtype, shape, data };
         if let Some(index) = tensor.to_f32().iter().position(|x| !x.is_finite()) {
             let what = format_args!("element {index} is not a finite number");
-            return Err(Error::input(what).at(place()));
+            let error = Error::input(what).at(place());
+            return Err(error.hint("its training went wrong: take an earlier checkpoint"));
         }
         tensors.insert(name.to_string(), tensor);
     }

@@ -324,7 +324,7 @@ fn a_file_cut_anywhere_is_an_error() {
     let bytes = fs::read(&path).unwrap();
     for length in [0, 1, 7, 8, 9, 100, bytes.len() / 2, bytes.len() - 1] {
         fs::write(&path, &bytes[..length]).unwrap();
-        assert_says(&folder.error(), &[TENSORS_FILE, "not a safetensors file", "cut"]);
+        assert_says(&folder.error(), &[TENSORS_FILE, "damaged safetensors file", "cut"]);
     }
 }
 
@@ -339,12 +339,12 @@ fn a_header_that_lies_about_sizes() {
         assert!(header.contains(from));
         let lie = header.replacen(from, to, 1);
         fs::write(&path, [&good[..8], lie.as_bytes(), &good[8 + size..]].concat()).unwrap();
-        assert_says(&folder.error(), &["not a safetensors file"]);
+        assert_says(&folder.error(), &["damaged safetensors file"]);
     }
     let mut huge = good.clone();
     huge[..8].copy_from_slice(&u64::MAX.to_le_bytes());
     fs::write(&path, huge).unwrap();
-    assert_says(&folder.error(), &["not a safetensors file"]);
+    assert_says(&folder.error(), &["damaged safetensors file"]);
 }
 
 #[test]

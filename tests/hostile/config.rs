@@ -1,0 +1,107 @@
+//! `config.json` and weights that do not belong together, and models that are not supported.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use crate::scene::{assert_not_quantized, assert_not_trained, assert_refused, edit_json};
+use crate::training::Workplace;
+
+/// A model whose config has `key` = `value`.
+fn with(key: &str, value: Value) -> Workplace {
+    let place = Workplace::new();
+    edit_json(&place.path("model/config.json"), |config| config[key] = value);
+    place
+}
+
+#[test]
+fn shapes_that_the_config_does_not_imply() {
+    for (key, value, tensor) in [
+        ("intermediate_size", 100, "mlp"),
+        ("vocab_size", 4096, "weight"),
+        ("num_key_value_heads", 1, "self_attn.k_proj"),
+        ("hidden_size", 8, "weight"),
+    ] {
+        let place = with(key, value.into());
+        let says = ["tensor ", tensor, "has shape [", "config.json implies ["];
+        assert_not_quantized(&place, &says);
+        assert_not_trained(&place, 1, &[], &says);
+    }
+}
+
+#[test]
+fn more_layers_than_there_are_weights() {
+    let place = with("num_hidden_layers", 7.into());
+    assert_not_quantized(&place, &["model.layers.2.", "is not in the checkpoint"]);
+}
+
+#[test]
+fn an_unsupported_family() {
+    let place = with("model_type", "mamba".into());
+    let says = ["config.json", "model_type `mamba`", "llama, mistral, qwen2, gpt2"];
+    assert_not_quantized(&place, &says);
+    assert_not_trained(&place, 1, &[], &says);
+    let command = place.nibble(&["memory", "--model", "model", "--max-length", "32"]);
+    assert_refused(&place, command, 1, &says);
+}
+
+#[test]
+fn unsupported_switches() {
+    for (key, value, says) in [
+        ("hidden_act", json!("relu"), "hidden_act"),
+        ("partial_rotary_factor", json!(0.5), "partial_rotary_factor"),
+        ("rope_parameters", json!({"rope_type": "longrope"}), "longrope"),
+        ("pretraining_tp", json!(2), "pretraining_tp"),
+        ("quantization_config", json!({"quant_method": "gptq"}), "gptq"),
+    ] {
+        assert_not_quantized(&with(key, value), &["config.json", says]);
+    }
+}
+
+#[test]
+fn fields_of_the_wrong_type() {
+    for (key, value, says) in [
+        ("hidden_size", json!("wide"), "must be a non-negative whole number, got \"wide\""),
+        ("num_attention_heads", json!(-4), "must be a non-negative whole number, got -4"),
+        ("num_attention_heads", json!(0), "num_attention_heads (n_head) is 0"),
+        ("num_key_value_heads", json!(3), "not a multiple of 3 key/value heads"),
+        ("hidden_size", json!(1u64 << 60), "is 1152921504606846976"),
+        ("rms_norm_eps", json!([]), "must be a number, got []"),
+        ("tie_word_embeddings", json!(1), "must be true or false, got 1"),
+        ("model_type", json!(null), "field `model_type` is missing"),
+    ] {
+        assert_not_quantized(&with(key, value), &["config.json", says]);
+    }
+}
+
+#[test]
+fn a_config_that_is_no_json() {
+    let place = Workplace::new();
+    fs::write(place.path("model/config.json"), "{\"model_type\": ").unwrap();
+    assert_not_quantized(&place, &["model/config.json", "not valid JSON", "line 1 column"]);
+}
+
+#[test]
+fn a_path_that_is_no_model() {
+    let place = Workplace::new();
+    for (model, says) in
+        [("modle", "modle does not exist"), ("train.jsonl", "neither"), (".", "no config.json")]
+    {
+        let command = place.nibble(&["quantize", "--model", model, "--out", "out"]);
+        assert_refused(&place, command, 1, &[says, "Hugging Face model folder"]);
+    }
+}
+
+#[test]
+fn a_model_without_a_tokenizer() {
+    let place = Workplace::new();
+    fs::remove_file(place.path("model/tokenizer.json")).unwrap();
+    assert_not_trained(&place, 1, &[], &["tokenizer.json", "save_pretrained"]);
+}
+
+#[test]
+fn a_damaged_tokenizer() {
+    let place = Workplace::new();
+    fs::write(place.path("model/tokenizer.json"), "{\"model\": {\"type\": \"BPE\"").unwrap();
+    assert_not_trained(&place, 1, &[], &["tokenizer.json"]);
+}
