@@ -64,7 +64,7 @@ fn fields_of_the_wrong_type() {
         ("hidden_size", json!("wide"), "must be a non-negative whole number, got \"wide\""),
         ("num_attention_heads", json!(-4), "must be a non-negative whole number, got -4"),
         ("num_attention_heads", json!(0), "num_attention_heads (n_head) is 0"),
-        ("num_key_value_heads", json!(3), "not a multiple of 3 key/value heads"),
+        ("num_key_value_heads", json!(3), "is not a multiple of num_key_value_heads 3"),
         ("hidden_size", json!(1u64 << 60), "is 1152921504606846976"),
         ("rms_norm_eps", json!([]), "must be a number, got []"),
         ("tie_word_embeddings", json!(1), "must be true or false, got 1"),

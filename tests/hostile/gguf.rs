@@ -112,7 +112,7 @@ fn values_of_unknown_types_and_arrays_in_arrays() {
 
 #[test]
 fn tensors_outside_the_file() {
-    for offset in [1 << 30, u64::MAX - 31, u64::MAX & !63] {
+    for offset in [1 << 30, u64::MAX - 31, !63] {
         let bytes = with(|file| file.tensor("blk.0.attn_q.weight").offset = Some(offset));
         assert_gguf_refused(
             &bytes,
