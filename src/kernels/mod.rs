@@ -6,8 +6,14 @@
 
 pub mod cpu;
 
+use std::borrow::Cow;
+use std::ops::Range;
+
+use crate::error::Result;
+use crate::kernels::cpu::FrozenMatrix;
 use crate::model::parameters::Parameters;
-use crate::model::spec::{Activation, Norm};
+use crate::model::spec::{Activation, ModelSpec, Norm};
+use crate::plan::{MemoryPlan, Settings};
 
 /// A band of columns in a wider row: where it starts, how wide it is, and how far rows are apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -162,14 +168,110 @@ pub struct NormParameters<V> {
     pub bias: Option<V>,
 }
 
-/// A backend: the buffers it plans in and the operations on them.
-pub trait Kernels: Sync {
+impl<V> NormParameters<V> {
+    /// The same norm with its vectors elsewhere.
+    ///
+    /// # Errors
+    /// Those of `upload`.
+    pub fn try_map<U>(self, upload: impl Fn(V) -> Result<U>) -> Result<NormParameters<U>> {
+        let NormParameters { kind, epsilon, weight, bias } = self;
+        let bias = bias.map(&upload).transpose()?;
+        Ok(NormParameters { kind, epsilon, weight: upload(weight)?, bias })
+    }
+}
+
+/// The memory of a plan, handed out region by region.
+pub trait PlannedMemory<K: Kernels> {
+    /// Hands out the region `name`.
+    ///
+    /// # Panics
+    /// When the plan has no such region, or it was taken before: the plan and its user disagree,
+    /// which is a bug, never bad input.
+    fn take(&mut self, name: &str) -> K::Buffer;
+
+    /// Hands out the bf16 region `name`.
+    ///
+    /// # Panics
+    /// As [`take`](PlannedMemory::take).
+    fn take_half(&mut self, name: &str) -> K::HalfBuffer;
+
+    /// Bytes that were allocated.
+    fn bytes(&self) -> usize;
+
+    /// Names of the regions that nobody has taken.
+    fn untaken(&self) -> Vec<&str>;
+}
+
+/// A backend: the memory it plans in and the operations on it.
+///
+/// Operations may be asynchronous and then report nothing; what returns a `Result` waits for all
+/// that was asked before and reports what went wrong since.
+pub trait Kernels: Clone + Sync {
     /// A planned region of activations or gradients.
     type Buffer: Send;
+    /// A planned region of bf16 copies of the trained weights.
+    type HalfBuffer: Send;
+    /// All planned regions.
+    type Memory: PlannedMemory<Self>;
+    /// A running sum of losses in f64.
+    type LossSum: Send;
     /// A frozen matrix `[out, in]`, dense or in 4-bit blocks.
     type Weight: Send + Sync;
     /// A frozen vector: norm weight or bias.
     type Vector: Send + Sync;
+
+    /// The regions that this backend needs for a run with `settings`.
+    fn plan(&self, spec: &ModelSpec, settings: &Settings) -> MemoryPlan;
+
+    /// Allocates a plan in one piece, zeroed.
+    ///
+    /// # Errors
+    /// `Budget` when the memory cannot be had.
+    fn allocate(&self, plan: &MemoryPlan) -> Result<Self::Memory>;
+
+    /// Takes a frozen matrix over.
+    ///
+    /// # Errors
+    /// `Budget` when the memory cannot be had.
+    fn upload_weight(&self, weight: FrozenMatrix) -> Result<Self::Weight>;
+
+    /// Takes a frozen vector over.
+    ///
+    /// # Errors
+    /// `Budget` when the memory cannot be had.
+    fn upload_vector(&self, vector: Vec<f32>) -> Result<Self::Vector>;
+
+    /// The elements of `range` in f32; a copy where the program does not see the memory.
+    ///
+    /// # Errors
+    /// What went wrong in the operations before.
+    fn values<'a>(&self, buffer: &'a Self::Buffer, range: Range<usize>) -> Result<Cow<'a, [f32]>>;
+
+    /// Overwrites elements from `offset` on.
+    fn set_values(&self, values: &[f32], buffer: &mut Self::Buffer, offset: usize);
+
+    /// Rounds `elements` f32 weights to their bf16 copies.
+    fn round(&self, from: &Self::Buffer, to: &mut Self::HalfBuffer, elements: usize);
+
+    /// Lets `fill` write the first `elements` of two tables, cos and sin.
+    fn write_tables(
+        &self,
+        tables: (&mut Self::Buffer, &mut Self::Buffer),
+        elements: usize,
+        fill: impl FnOnce(&mut [f32], &mut [f32]),
+    );
+
+    /// A sum that begins at zero.
+    fn loss_sum(&self, memory: &mut Self::Memory) -> Self::LossSum;
+
+    /// Sets it to zero.
+    fn clear_loss(&self, sum: &mut Self::LossSum);
+
+    /// Its value.
+    ///
+    /// # Errors
+    /// What went wrong in the operations before.
+    fn read_loss(&self, sum: &Self::LossSum) -> Result<f64>;
 
     /// `x[t] = table[ids[t]]`, or `+=`; x `[T, D]`, table `[V, D]`.
     fn embed(&self, ids: &[u32], table: &Self::Weight, x: &mut Self::Buffer, accumulate: bool);
@@ -220,7 +322,7 @@ pub trait Kernels: Sync {
     );
 
     /// Widens target `index`'s A, then B, into `pair`: what the products below compute with.
-    fn load_pair(&self, parameters: &Parameters, index: usize, pair: &mut Self::Buffer);
+    fn load_pair(&self, parameters: &Parameters<Self>, index: usize, pair: &mut Self::Buffer);
 
     /// `ax[:, band] = x · Aᵀ`.
     fn lora_project(
@@ -335,15 +437,16 @@ pub trait Kernels: Sync {
         elements: usize,
     );
 
-    /// Sum over rows of `−log softmax(logits)[target]`; `logits [rows, V]` become `scale ·` their
-    /// gradient if there is one to compute.
+    /// Adds the sum over rows of `−log softmax(logits)[target]` to `loss`; `logits [rows, V]` become
+    /// `scale ·` their gradient if there is one to compute.
     fn cross_entropy(
         &self,
         logits: &mut Self::Buffer,
         targets: &[u32],
         vocab_size: usize,
         scale: Option<f32>,
-    ) -> f64;
+        loss: &mut Self::LossSum,
+    );
 
     /// `to[i] = from[rows[i]]`, rows of `width`.
     fn gather_rows(&self, from: &Self::Buffer, rows: &[u32], to: &mut Self::Buffer, width: usize);

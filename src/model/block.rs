@@ -130,7 +130,7 @@ pub struct Pass<'a, K: Kernels> {
     /// The backend.
     pub kernels: &'a K,
     /// The adapters.
-    pub parameters: &'a Parameters,
+    pub parameters: &'a Parameters<K>,
     /// The documents.
     pub layout: &'a TokenLayout,
     /// Dropout, while training.

@@ -1,4 +1,4 @@
-//! A model at work: frozen weights, adapters and the planned buffers, on the CPU backend.
+//! A model at work: frozen weights, adapters and the planned buffers of a backend.
 //!
 //! One micro-batch is a stream of T tokens of one or more documents. The training pass keeps every
 //! block's input; a layer whose policy is checkpoint recomputes the rest when its turn comes. The
@@ -6,6 +6,8 @@
 //! gradient of a chunk before the next one overwrites it.
 
 pub mod score;
+
+use std::borrow::Cow;
 
 use super::block::{Cache, Dropout, GradientBuffers, Pass, Saved, Workspace};
 use super::parameters::Parameters;
@@ -15,19 +17,20 @@ use super::weights::Weights;
 use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::Cpu;
-use crate::kernels::cpu::arena::{Arena, Buffer};
-use crate::kernels::{Columns, Kernels, TokenLayout};
-use crate::plan::{MemoryPlan, Policy, Settings, layout};
+use crate::kernels::{Columns, Kernels, PlannedMemory, TokenLayout};
+use crate::plan::{MemoryPlan, Policy, Settings};
 
 /// A loaded model.
-pub struct Model {
+pub struct Model<K: Kernels = Cpu> {
+    kernels: K,
     spec: ModelSpec,
-    weights: Weights,
-    parameters: Parameters,
+    weights: Weights<K>,
+    parameters: Parameters<K>,
     settings: Settings,
     plan: MemoryPlan,
     dropout: Option<(f32, u64)>,
-    buffers: Buffers,
+    buffers: Buffers<K>,
+    loss: K::LossSum,
     /// Length of the mapping that the buffers lie in.
     arena_bytes: usize,
     /// Tokens in the caches.
@@ -35,29 +38,29 @@ pub struct Model {
 }
 
 /// The arena's regions.
-struct Buffers {
+struct Buffers<K: Kernels> {
     /// Inputs of all blocks and the output of the last; two that alternate without training.
-    inputs: Vec<Buffer<f32>>,
+    inputs: Vec<K::Buffer>,
     /// Of the layers that keep their activations.
-    kept: Vec<Option<Saved<Buffer<f32>>>>,
+    kept: Vec<Option<Saved<K::Buffer>>>,
     /// Of all other layers, in turn.
-    shared: Option<Saved<Buffer<f32>>>,
-    work: Workspace<Buffer<f32>>,
-    head: HeadBuffers,
+    shared: Option<Saved<K::Buffer>>,
+    work: Workspace<K::Buffer>,
+    head: HeadBuffers<K::Buffer>,
     /// One for each block where text is generated.
-    caches: Vec<Buffer<f32>>,
+    caches: Vec<K::Buffer>,
 }
 
-struct HeadBuffers {
-    logits: Buffer<f32>,
-    input: Buffer<f32>,
-    norm: Buffer<f32>,
-    stats: Buffer<f32>,
-    gradients: Option<(Buffer<f32>, Buffer<f32>)>,
+struct HeadBuffers<B> {
+    logits: B,
+    input: B,
+    norm: B,
+    stats: B,
+    gradients: Option<(B, B)>,
 }
 
-impl Buffers {
-    fn new(spec: &ModelSpec, settings: &Settings, arena: &mut Arena) -> Self {
+impl<K: Kernels> Buffers<K> {
+    fn new(spec: &ModelSpec, settings: &Settings, arena: &mut K::Memory) -> Self {
         let training = settings.training();
         let inputs = if training {
             (0..=spec.num_layers).map(|l| arena.take(&format!("layer.{l}.input"))).collect()
@@ -66,15 +69,15 @@ impl Buffers {
         };
         let keeps = |layer: usize| settings.policies.get(layer) == Some(&Policy::Keep);
         let kept = (0..spec.num_layers)
-            .map(|layer| keeps(layer).then(|| saved(arena, &format!("layer.{layer}"))))
+            .map(|layer| keeps(layer).then(|| saved::<K>(arena, &format!("layer.{layer}"))))
             .collect();
         let cached = if settings.cache_tokens > 0 { spec.num_layers } else { 0 };
         let shared = !training || settings.policies.contains(&Policy::Checkpoint);
         Buffers {
             inputs,
             kept,
-            shared: shared.then(|| saved(arena, "recompute")),
-            work: workspace(spec, settings, arena),
+            shared: shared.then(|| saved::<K>(arena, "recompute")),
+            work: workspace::<K>(spec, settings, arena),
             caches: (0..cached).map(|layer| arena.take(&format!("cache.{layer}"))).collect(),
             head: HeadBuffers {
                 logits: arena.take("head.logits"),
@@ -88,7 +91,7 @@ impl Buffers {
     }
 }
 
-fn saved(arena: &mut Arena, prefix: &str) -> Saved<Buffer<f32>> {
+fn saved<K: Kernels>(arena: &mut K::Memory, prefix: &str) -> Saved<K::Buffer> {
     let mut take = |name: &str| arena.take(&format!("{prefix}.{name}"));
     Saved {
         norm1_stats: take("norm1_stats"),
@@ -105,7 +108,11 @@ fn saved(arena: &mut Arena, prefix: &str) -> Saved<Buffer<f32>> {
     }
 }
 
-fn workspace(spec: &ModelSpec, settings: &Settings, arena: &mut Arena) -> Workspace<Buffer<f32>> {
+fn workspace<K: Kernels>(
+    spec: &ModelSpec,
+    settings: &Settings,
+    arena: &mut K::Memory,
+) -> Workspace<K::Buffer> {
     let rotary = spec.rotary.is_some();
     Workspace {
         mlp: arena.take("work.mlp"),
@@ -154,26 +161,51 @@ impl Targets {
 }
 
 impl Model {
-    /// Allocates the plan for `settings` and takes `weights`; the adapter's tensors are zero until
-    /// they are loaded. `dropout` is `(lora_dropout, seed)`.
+    /// [`on`](Model::on) the CPU.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn new(
+        spec: ModelSpec,
+        weights: Weights,
+        settings: Settings,
+        dropout: Option<(f32, u64)>,
+    ) -> Result<Self> {
+        Model::on(Cpu, spec, weights, settings, dropout)
+    }
+
+    /// The residual stream `[T, D]` before block `layer` (after the last for `num_layers`), as the
+    /// last training pass left it.
+    pub fn block_input(&self, layer: usize) -> &[f32] {
+        &self.buffers.inputs[layer]
+    }
+}
+
+impl<K: Kernels> Model<K> {
+    /// Allocates the plan for `settings` on a backend and takes `weights`; the adapter's tensors
+    /// are zero until they are loaded. `dropout` is `(lora_dropout, seed)`.
     ///
     /// # Errors
     /// `Budget` when the memory cannot be reserved.
-    pub fn new(
+    pub fn on(
+        kernels: K,
         spec: ModelSpec,
-        mut weights: Weights,
+        mut weights: Weights<K>,
         settings: Settings,
         dropout: Option<(f32, u64)>,
     ) -> Result<Self> {
         weights.attach(&settings.targets);
-        let plan = layout(&spec, &settings);
-        let mut arena = Arena::new(&plan)?;
-        let parameters = Parameters::new(settings.targets.clone(), &plan, &mut arena);
-        let buffers = Buffers::new(&spec, &settings, &mut arena);
-        let unused = arena.untaken();
+        let plan = kernels.plan(&spec, &settings);
+        let mut memory = kernels.allocate(&plan)?;
+        let targets = settings.targets.clone();
+        let parameters = Parameters::new(kernels.clone(), targets, &plan, &mut memory);
+        let buffers = Buffers::new(&spec, &settings, &mut memory);
+        let loss = kernels.loss_sum(&mut memory);
+        let unused = memory.untaken();
         assert!(unused.is_empty(), "the plan has regions that nobody uses: {unused:?}");
-        let arena_bytes = arena.bytes();
+        let arena_bytes = memory.bytes();
         Ok(Model {
+            kernels,
             spec,
             weights,
             parameters,
@@ -181,6 +213,7 @@ impl Model {
             plan,
             dropout,
             buffers,
+            loss,
             arena_bytes,
             cached_tokens: 0,
         })
@@ -192,12 +225,12 @@ impl Model {
     }
 
     /// The frozen weights.
-    pub fn weights(&self) -> &Weights {
+    pub fn weights(&self) -> &Weights<K> {
         &self.weights
     }
 
     /// Gives the buffers back and returns the weights, for another plan or adapter.
-    pub fn into_weights(self) -> Weights {
+    pub fn into_weights(self) -> Weights<K> {
         self.weights
     }
 
@@ -212,12 +245,12 @@ impl Model {
     }
 
     /// The adapters.
-    pub fn parameters(&self) -> &Parameters {
+    pub fn parameters(&self) -> &Parameters<K> {
         &self.parameters
     }
 
     /// The adapters.
-    pub fn parameters_mut(&mut self) -> &mut Parameters {
+    pub fn parameters_mut(&mut self) -> &mut Parameters<K> {
         &mut self.parameters
     }
 
@@ -231,9 +264,9 @@ impl Model {
         let (tokens, targets) = self.begin(batch)?;
         let dropout = self.dropout.map(|(probability, seed)| Dropout { probability, seed, step });
         self.forward(&batch.input_ids, &tokens, Mode { dropout, ..Mode::default() });
-        let loss = self.head_loss(&targets, Some(scale));
+        self.head_loss(&targets, Some(scale));
         self.backward(&tokens, dropout);
-        Ok(loss)
+        self.kernels.read_loss(&self.loss)
     }
 
     /// Sum of the losses of the batch's trained tokens, without dropout.
@@ -243,7 +276,8 @@ impl Model {
     pub fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
         let (tokens, targets) = self.begin(batch)?;
         self.forward(&batch.input_ids, &tokens, Mode::default());
-        Ok(self.head_loss(&targets, None))
+        self.head_loss(&targets, None);
+        self.kernels.read_loss(&self.loss)
     }
 
     /// [`evaluate`](Model::evaluate) without the adapters.
@@ -253,7 +287,8 @@ impl Model {
     pub fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
         let (tokens, targets) = self.begin(batch)?;
         self.forward(&batch.input_ids, &tokens, Mode { base_only: true, ..Mode::default() });
-        Ok(self.head_loss(&targets, None))
+        self.head_loss(&targets, None);
+        self.kernels.read_loss(&self.loss)
     }
 
     /// Forgets all decoded tokens.
@@ -271,7 +306,7 @@ impl Model {
     /// # Errors
     /// `Usage` when the context is full (`Settings::cache_tokens`) or more tokens come at once than
     /// planned, `Input` when an id is outside the vocabulary.
-    pub fn decode(&mut self, ids: &[u32]) -> Result<&[f32]> {
+    pub fn decode(&mut self, ids: &[u32]) -> Result<Cow<'_, [f32]>> {
         let (past, count) = (self.cached_tokens, ids.len());
         let room = self.settings.cache_tokens.saturating_sub(past).min(self.settings.tokens);
         if count == 0 || count > room {
@@ -290,7 +325,7 @@ impl Model {
         self.forward(ids, &tokens, Mode { cached: true, ..Mode::default() });
         self.cached_tokens += count;
         self.head_logits(&[count as u32 - 1]);
-        Ok(&self.buffers.head.logits[..vocab])
+        self.kernels.values(&self.buffers.head.logits, 0..vocab)
     }
 
     /// Logits `[rows.len(), V]` at some tokens of the stream.
@@ -304,15 +339,25 @@ impl Model {
         for chunk in rows.chunks(self.settings.logit_rows) {
             self.head_logits(chunk);
             let count = chunk.len() * self.spec.vocab_size;
-            out.extend_from_slice(&self.buffers.head.logits[..count]);
+            out.extend_from_slice(&self.kernels.values(&self.buffers.head.logits, 0..count)?);
         }
         Ok(out)
     }
 
-    /// The residual stream `[T, D]` before block `layer` (after the last for `num_layers`), as the
-    /// last training pass left it.
-    pub fn block_input(&self, layer: usize) -> &[f32] {
-        &self.buffers.inputs[layer]
+    /// The first block whose input in the last training pass had values that are not finite;
+    /// `num_layers` stands for the output of the last one.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn first_bad_block_input(&self) -> Result<Option<usize>> {
+        let elements = self.settings.tokens * self.spec.hidden_size;
+        for (layer, input) in self.buffers.inputs.iter().enumerate() {
+            let values = self.kernels.values(input, 0..elements)?;
+            if values.iter().any(|x| !x.is_finite()) {
+                return Ok(Some(layer));
+            }
+        }
+        Ok(None)
     }
 
     fn begin(&mut self, batch: &Batch) -> Result<(TokenLayout, Targets)> {
@@ -357,32 +402,21 @@ impl Model {
         else {
             return;
         };
-        let half = self.spec.head_dim / 2;
-        for document in tokens.boundaries.windows(2) {
-            let (begin, end) = (document[0], document[1]);
-            let length = tokens.positions[begin..end].last().map_or(0, |&last| last as usize + 1);
-            let (frequencies, factor) = rotary.inverse_frequencies(self.spec.head_dim, length);
-            for token in begin..end {
-                let position = tokens.positions[token];
-                let row = token * half..(token + 1) * half;
-                let tables = cos[row.clone()].iter_mut().zip(&mut sin[row]);
-                for ((cos, sin), frequency) in tables.zip(&frequencies) {
-                    let (s, c) = (position as f32 * frequency).sin_cos();
-                    (*cos, *sin) = (c * factor, s * factor);
-                }
-            }
-        }
+        let (head_dim, elements) = (self.spec.head_dim, tokens.tokens() * self.spec.head_dim / 2);
+        self.kernels.write_tables((cos, sin), elements, |cos, sin| {
+            rotary.fill_tables(head_dim, tokens, cos, sin);
+        });
     }
 
     fn forward(&mut self, ids: &[u32], tokens: &TokenLayout, mode: Mode) {
-        let Model { weights, parameters, buffers, cached_tokens, .. } = self;
+        let Model { kernels, weights, parameters, buffers, cached_tokens, .. } = self;
         let Buffers { inputs, kept, shared, work, caches, .. } = buffers;
-        Cpu.embed(ids, &weights.embedding, &mut inputs[0], false);
+        kernels.embed(ids, &weights.embedding, &mut inputs[0], false);
         if let Some(positions) = &weights.positions {
-            Cpu.embed(&tokens.positions, positions, &mut inputs[0], true);
+            kernels.embed(&tokens.positions, positions, &mut inputs[0], true);
         }
         let pass = Pass {
-            kernels: &Cpu,
+            kernels,
             parameters,
             layout: tokens,
             dropout: mode.dropout,
@@ -415,54 +449,54 @@ impl Model {
     /// Logits of a chunk of rows into the head's buffer.
     fn head_logits(&mut self, rows: &[u32]) {
         let (d, v, output) = (self.spec.hidden_size, self.spec.vocab_size, self.output_index());
-        let Model { weights, buffers, .. } = self;
+        let Model { kernels, weights, buffers, .. } = self;
         let (head, count) = (&mut buffers.head, rows.len());
-        Cpu.gather_rows(&buffers.inputs[output], rows, &mut head.input, d);
+        kernels.gather_rows(&buffers.inputs[output], rows, &mut head.input, d);
         let norm = &weights.final_norm;
-        Cpu.norm_forward(norm, &head.input, &mut head.norm, &mut head.stats, count);
+        kernels.norm_forward(norm, &head.input, &mut head.norm, &mut head.stats, count);
         let logits = (&mut head.logits, Columns::all(v));
-        Cpu.linear_forward(weights.head(), None, None, &head.norm, logits, count, false);
+        kernels.linear_forward(weights.head(), None, None, &head.norm, logits, count, false);
     }
 
-    fn head_loss(&mut self, targets: &Targets, scale: Option<f32>) -> f64 {
+    /// Leaves the sum of losses in `self.loss`.
+    fn head_loss(&mut self, targets: &Targets, scale: Option<f32>) {
         let (d, v) = (self.spec.hidden_size, self.spec.vocab_size);
         if scale.is_some() {
             self.zero_stream_gradient();
         }
-        let mut loss = 0.0;
+        self.kernels.clear_loss(&mut self.loss);
         let chunk = self.settings.logit_rows;
         for (rows, ids) in targets.rows.chunks(chunk).zip(targets.ids.chunks(chunk)) {
             self.head_logits(rows);
-            let Model { weights, buffers, .. } = self;
+            let Model { kernels, weights, buffers, loss, .. } = self;
             let (head, count) = (&mut buffers.head, rows.len());
-            loss += Cpu.cross_entropy(&mut head.logits, ids, v, scale);
+            kernels.cross_entropy(&mut head.logits, ids, v, scale, loss);
             let gradients = scale.and(head.gradients.as_mut()).zip(buffers.work.gradients.as_mut());
             let Some(((d_norm, d_input), stream)) = gradients else { continue };
             let logits = (&head.logits, Columns::all(v));
-            Cpu.linear_backward(weights.head(), None, logits, d_norm, count, false);
-            Cpu.zero(d_input, count * d);
+            kernels.linear_backward(weights.head(), None, logits, d_norm, count, false);
+            kernels.zero(d_input, count * d);
             let norm = &weights.final_norm;
-            Cpu.norm_backward(norm, d_norm, &head.input, &head.stats, d_input, count);
-            Cpu.scatter_rows(d_input, rows, &mut stream.stream, d);
+            kernels.norm_backward(norm, d_norm, &head.input, &head.stats, d_input, count);
+            kernels.scatter_rows(d_input, rows, &mut stream.stream, d);
         }
         if let Some(streaming) = &self.weights.streaming {
             streaming.leave_head();
         }
-        loss
     }
 
     fn zero_stream_gradient(&mut self) {
         let elements = self.settings.tokens * self.spec.hidden_size;
         if let Some(gradients) = &mut self.buffers.work.gradients {
-            Cpu.zero(&mut gradients.stream, elements);
+            self.kernels.zero(&mut gradients.stream, elements);
         }
     }
 
     fn backward(&mut self, tokens: &TokenLayout, dropout: Option<Dropout>) {
-        let Model { weights, parameters, buffers, .. } = self;
+        let Model { kernels, weights, parameters, buffers, .. } = self;
         let Buffers { inputs, kept, shared, work, .. } = buffers;
         let Some(mut gradients) = parameters.take_gradients() else { return };
-        let pass = Pass { kernels: &Cpu, parameters, layout: tokens, dropout, adapters: true };
+        let pass = Pass { kernels, parameters, layout: tokens, dropout, adapters: true };
         for (layer, block) in weights.blocks.iter().enumerate().rev() {
             if let Some(streaming) = &weights.streaming {
                 streaming.enter(layer, Direction::Backward);

@@ -4,13 +4,14 @@
 //! and rounds it to nearest even after each step: 18 bytes per parameter with gradient and moments.
 //! `--adapter-dtype f32` has no working copy and is PEFT's numerics.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
-use half::bf16;
-use rayon::prelude::*;
-
 use crate::adapter::{Adapter, LoraTarget, LoraTensors};
-use crate::kernels::cpu::arena::{Arena, Buffer};
+use crate::error::Result;
+use crate::kernels::cpu::Cpu;
+use crate::kernels::cpu::arena::Buffer;
+use crate::kernels::{Kernels, PlannedMemory};
 use crate::plan::{MemoryPlan, RegionType};
 
 /// Which of a pair a tensor is.
@@ -36,55 +37,72 @@ pub struct ParameterTensor {
     pub matrix: Matrix,
 }
 
-/// All trainable tensors, their gradients and the optimizer's moments.
-pub struct Parameters {
+/// One of the flat f32 buffers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Part {
+    /// Weights.
+    Master,
+    /// Gradients of the last batches.
+    Gradients,
+    /// AdamW's first moments.
+    FirstMoment,
+    /// AdamW's second moments.
+    SecondMoment,
+}
+
+/// All trainable tensors, their gradients and the optimizer's moments, where a backend keeps them.
+pub struct Parameters<K: Kernels = Cpu> {
+    kernels: K,
     targets: Vec<LoraTarget>,
     tensors: Vec<ParameterTensor>,
-    working: Option<Buffer<bf16>>,
-    master: Buffer<f32>,
-    training: Option<TrainingState>,
+    working: Option<K::HalfBuffer>,
+    master: K::Buffer,
+    training: Option<TrainingState<K::Buffer>>,
 }
 
 /// The buffers that exist only where there is a backward pass.
-struct TrainingState {
+struct TrainingState<B> {
     /// Lent to the backward pass while it runs.
-    gradients: Option<Buffer<f32>>,
-    first_moment: Buffer<f32>,
-    second_moment: Buffer<f32>,
+    gradients: Option<B>,
+    first_moment: B,
+    second_moment: B,
 }
 
 /// Everything that the optimizer touches, borrowed at once.
-pub struct OptimizerView<'a> {
-    /// The tensors and where they lie.
-    pub tensors: &'a [ParameterTensor],
+pub struct OptimizerView<'a, K: Kernels> {
     /// f32 weights.
-    pub master: &'a mut [f32],
+    pub master: &'a mut K::Buffer,
     /// f32 gradients.
-    pub gradients: &'a mut [f32],
+    pub gradients: &'a mut K::Buffer,
     /// First moments.
-    pub first_moment: &'a mut [f32],
+    pub first_moment: &'a mut K::Buffer,
     /// Second moments.
-    pub second_moment: &'a mut [f32],
+    pub second_moment: &'a mut K::Buffer,
     /// bf16 copies to refresh after the update.
-    pub working: Option<&'a mut [bf16]>,
+    pub working: Option<&'a mut K::HalfBuffer>,
 }
 
-impl Parameters {
-    /// Takes the adapter's regions from the arena; all zero until [`load`](Parameters::load).
-    pub fn new(targets: Vec<LoraTarget>, plan: &MemoryPlan, arena: &mut Arena) -> Self {
+impl<K: Kernels> Parameters<K> {
+    /// Takes the adapter's regions from the memory; all zero until [`load`](Parameters::load).
+    pub fn new(
+        kernels: K,
+        targets: Vec<LoraTarget>,
+        plan: &MemoryPlan,
+        memory: &mut K::Memory,
+    ) -> Self {
         let has = |name: &str| plan.regions.iter().any(|region| region.name == name);
         let working = plan
             .regions
             .iter()
             .any(|r| r.name == "adapter.working" && r.dtype == RegionType::Bf16)
-            .then(|| arena.take("adapter.working"));
+            .then(|| memory.take_half("adapter.working"));
         let training = has("adapter.gradients").then(|| TrainingState {
-            gradients: Some(arena.take("adapter.gradients")),
-            first_moment: arena.take("adapter.first_moment"),
-            second_moment: arena.take("adapter.second_moment"),
+            gradients: Some(memory.take("adapter.gradients")),
+            first_moment: memory.take("adapter.first_moment"),
+            second_moment: memory.take("adapter.second_moment"),
         });
-        let tensors = tensors_of(&targets);
-        Parameters { targets, tensors, working, master: arena.take("adapter.master"), training }
+        let (tensors, master) = (tensors_of(&targets), memory.take("adapter.master"));
+        Parameters { kernels, targets, tensors, working, master, training }
     }
 
     /// The adapted linears, in model order.
@@ -97,23 +115,18 @@ impl Parameters {
         &self.tensors
     }
 
-    /// f32 weights.
-    pub fn master(&self) -> &[f32] {
-        &self.master
-    }
-
-    /// f32 gradients; empty without training.
-    pub fn gradients(&self) -> &[f32] {
-        self.training.as_ref().and_then(|state| state.gradients.as_deref()).unwrap_or(&[])
+    /// Elements of all tensors.
+    pub fn elements(&self) -> usize {
+        self.tensors.last().map_or(0, |tensor| tensor.range.end)
     }
 
     /// Lends the gradients to a backward pass, which also reads the rest of `self`.
-    pub(super) fn take_gradients(&mut self) -> Option<Buffer<f32>> {
+    pub(super) fn take_gradients(&mut self) -> Option<K::Buffer> {
         self.training.as_mut().and_then(|state| state.gradients.take())
     }
 
     /// Returns what [`take_gradients`](Parameters::take_gradients) lent.
-    pub(super) fn put_gradients(&mut self, gradients: Buffer<f32>) {
+    pub(super) fn put_gradients(&mut self, gradients: K::Buffer) {
         if let Some(state) = &mut self.training {
             state.gradients = Some(gradients);
         }
@@ -123,70 +136,144 @@ impl Parameters {
     pub fn load(&mut self, adapter: &Adapter) {
         assert_eq!(adapter.targets.len(), self.targets.len(), "adapter and plan agree");
         for (tensors, pair) in adapter.tensors.iter().zip(self.tensors.chunks_exact(2)) {
-            self.master[pair[0].range.clone()].copy_from_slice(&tensors.a);
-            self.master[pair[1].range.clone()].copy_from_slice(&tensors.b);
+            self.kernels.set_values(&tensors.a, &mut self.master, pair[0].range.start);
+            self.kernels.set_values(&tensors.b, &mut self.master, pair[1].range.start);
         }
         self.refresh_working();
     }
 
     /// The master weights of every target.
-    pub fn to_tensors(&self) -> Vec<LoraTensors> {
-        let copy = |tensor: &ParameterTensor| self.master[tensor.range.clone()].to_vec();
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn to_tensors(&self) -> Result<Vec<LoraTensors>> {
+        let master = self.values(Part::Master)?;
+        let copy = |tensor: &ParameterTensor| master[tensor.range.clone()].to_vec();
         let pairs = self.tensors.chunks_exact(2);
-        pairs.map(|pair| LoraTensors { a: copy(&pair[0]), b: copy(&pair[1]) }).collect()
+        Ok(pairs.map(|pair| LoraTensors { a: copy(&pair[0]), b: copy(&pair[1]) }).collect())
     }
 
     /// Rounds the master to the bf16 working copy.
     pub fn refresh_working(&mut self) {
+        let elements = self.elements();
         if let Some(working) = &mut self.working {
-            const CHUNK: usize = 1 << 14;
-            working.par_chunks_mut(CHUNK).zip(self.master.par_chunks(CHUNK)).for_each(
-                |(to, from)| {
-                    to.iter_mut().zip(from).for_each(|(to, &from)| *to = bf16::from_f32(from));
-                },
-            );
+            self.kernels.round(&self.master, working, elements);
         }
     }
 
     /// Zeroes the gradients.
     pub fn zero_gradients(&mut self) {
+        let elements = self.elements();
         let gradients = self.training.as_mut().and_then(|state| state.gradients.as_mut());
         if let Some(gradients) = gradients {
-            gradients.fill(0.0);
+            self.kernels.zero(gradients, elements);
         }
+    }
+
+    /// The elements of one buffer; a copy where the program does not see it.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    ///
+    /// # Panics
+    /// Without training buffers, unless `part` is the master.
+    pub fn values(&self, part: Part) -> Result<Cow<'_, [f32]>> {
+        let buffer = match (part, &self.training) {
+            (Part::Master, _) => &self.master,
+            (Part::Gradients, Some(TrainingState { gradients: Some(buffer), .. })) => buffer,
+            (Part::FirstMoment, Some(state)) => &state.first_moment,
+            (Part::SecondMoment, Some(state)) => &state.second_moment,
+            (Part::Gradients | Part::FirstMoment | Part::SecondMoment, _) => {
+                panic!("{part:?} is planned for training only")
+            }
+        };
+        self.kernels.values(buffer, 0..self.elements())
+    }
+
+    /// Overwrites one buffer; the working copy follows the master.
+    ///
+    /// # Panics
+    /// Without training buffers.
+    pub fn set_values(&mut self, part: Part, values: &[f32]) {
+        assert_eq!(values.len(), self.elements(), "one value for each parameter");
+        let kernels = self.kernels.clone();
+        let OptimizerView { master, gradients, first_moment, second_moment, .. } =
+            self.optimizer_view();
+        let buffer = match part {
+            Part::Master => master,
+            Part::Gradients => gradients,
+            Part::FirstMoment => first_moment,
+            Part::SecondMoment => second_moment,
+        };
+        kernels.set_values(values, buffer, 0);
+        if part == Part::Master {
+            self.refresh_working();
+        }
+    }
+
+    /// The backend that keeps them.
+    pub fn kernels(&self) -> &K {
+        &self.kernels
+    }
+
+    /// The weights as the forward pass reads them: bf16 copies if there are any, else the master.
+    pub fn working(&self) -> Option<&K::HalfBuffer> {
+        self.working.as_ref()
+    }
+
+    /// The f32 weights where the backend keeps them.
+    pub fn master_buffer(&self) -> &K::Buffer {
+        &self.master
     }
 
     /// What an optimizer step needs.
     ///
     /// # Panics
     /// Without training buffers: a model planned for evaluation has no optimizer.
-    pub fn optimizer_view(&mut self) -> OptimizerView<'_> {
+    pub fn optimizer_view(&mut self) -> OptimizerView<'_, K> {
         let state = self.training.as_mut().expect("planned for training");
         OptimizerView {
-            tensors: &self.tensors,
             master: &mut self.master,
             gradients: state.gradients.as_mut().expect("returned by the backward pass"),
             first_moment: &mut state.first_moment,
             second_moment: &mut state.second_moment,
-            working: self.working.as_deref_mut(),
+            working: self.working.as_mut(),
         }
+    }
+
+    /// Elements of target `index`'s pair, A then B, in the flat buffers.
+    pub fn pair_range(&self, index: usize) -> Range<usize> {
+        self.tensors[2 * index].range.start..self.tensors[2 * index + 1].range.end
+    }
+
+    /// Offset of target `index`'s pair in the flat buffers.
+    pub(super) fn pair_offset(&self, index: usize) -> usize {
+        self.tensors[2 * index].range.start
+    }
+}
+
+impl Parameters {
+    /// f32 weights.
+    pub fn master(&self) -> &[f32] {
+        &self.master
+    }
+
+    /// f32 gradients; empty without training.
+    pub fn gradients(&self) -> &[f32] {
+        let gradients = self.training.as_ref().and_then(|state| state.gradients.as_ref());
+        gradients.map_or(&[], |gradients: &Buffer<f32>| gradients)
     }
 
     /// Widens the pair of target `index` (A then B) into `pair`: what the forward pass computes
     /// with.
     pub(crate) fn widen_pair(&self, index: usize, pair: &mut [f32]) {
-        let range = self.tensors[2 * index].range.start..self.tensors[2 * index + 1].range.end;
+        let range = self.pair_range(index);
         match &self.working {
             Some(working) => {
                 pair.iter_mut().zip(&working[range]).for_each(|(to, from)| *to = from.to_f32());
             }
             None => pair[..range.len()].copy_from_slice(&self.master[range]),
         }
-    }
-
-    /// Offset of target `index`'s pair in the flat buffers.
-    pub(super) fn pair_offset(&self, index: usize) -> usize {
-        self.tensors[2 * index].range.start
     }
 }
 

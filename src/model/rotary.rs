@@ -10,6 +10,7 @@ use serde_json::Value;
 
 use super::spec::{RopeScaling, Rotary};
 use crate::error::{Error, Result};
+use crate::kernels::TokenLayout;
 
 /// Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4).
 pub(super) fn rotary_from_config(config: &Value) -> Result<Rotary> {
@@ -126,6 +127,31 @@ pub fn llama3_scaling_of(factors: &[f32], theta: f64, head_dim: usize) -> Option
 }
 
 impl Rotary {
+    /// cos and sin `[T, head_dim / 2]` for the tokens of `layout`.
+    pub fn fill_tables(
+        &self,
+        head_dim: usize,
+        layout: &TokenLayout,
+        cos: &mut [f32],
+        sin: &mut [f32],
+    ) {
+        let half = head_dim / 2;
+        for document in layout.boundaries.windows(2) {
+            let (begin, end) = (document[0], document[1]);
+            let length = layout.positions[begin..end].last().map_or(0, |&last| last as usize + 1);
+            let (frequencies, factor) = self.inverse_frequencies(head_dim, length);
+            for token in begin..end {
+                let position = layout.positions[token];
+                let row = token * half..(token + 1) * half;
+                let tables = cos[row.clone()].iter_mut().zip(&mut sin[row]);
+                for ((cos, sin), frequency) in tables.zip(&frequencies) {
+                    let (s, c) = (position as f32 * frequency).sin_cos();
+                    (*cos, *sin) = (c * factor, s * factor);
+                }
+            }
+        }
+    }
+
     /// Inverse frequencies `[head_dim / 2]` (f32, as transformers computes them) for a sequence of
     /// `length_tokens`, and the factor on cos and sin.
     pub fn inverse_frequencies(&self, head_dim: usize, length_tokens: usize) -> (Vec<f32>, f32) {

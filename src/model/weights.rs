@@ -15,30 +15,25 @@ use crate::checkpoint::repack::quantize;
 use crate::checkpoint::{Checkpoint, DenseTensor, Weight};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
-use crate::kernels::{AttentionShape, Columns, LoraShape, NormParameters};
+use crate::kernels::{AttentionShape, Columns, Kernels, LoraShape, NormParameters};
 
-/// The frozen parts of a model.
-pub struct Weights {
+/// The frozen parts of a model, where a backend works with them.
+pub struct Weights<K: Kernels = Cpu> {
     /// `[V, D]`.
-    pub embedding: FrozenMatrix,
+    pub embedding: K::Weight,
     /// GPT-2's position table.
-    pub positions: Option<FrozenMatrix>,
+    pub positions: Option<K::Weight>,
     /// The blocks.
-    pub blocks: Vec<Block<Cpu>>,
+    pub blocks: Vec<Block<K>>,
     /// Norm before the head.
-    pub final_norm: NormParameters<Vec<f32>>,
+    pub final_norm: NormParameters<K::Vector>,
     /// `[V, D]`; the embedding if absent.
-    pub head: Option<FrozenMatrix>,
+    pub head: Option<K::Weight>,
     /// How the blocks come and go, where they are not all kept in memory.
     pub streaming: Option<Streaming>,
 }
 
 impl Weights {
-    /// The matrix that makes logits.
-    pub fn head(&self) -> &FrozenMatrix {
-        self.head.as_ref().unwrap_or(&self.embedding)
-    }
-
     /// Reads and, with `quantization`, quantizes the weights of `spec`. With `merge`, the tensors
     /// that an adapter changes are dense: its change on top of what training saw.
     ///
@@ -75,7 +70,12 @@ impl Weights {
     }
 }
 
-impl Weights {
+impl<K: Kernels> Weights<K> {
+    /// The matrix that makes logits.
+    pub fn head(&self) -> &K::Weight {
+        self.head.as_ref().unwrap_or(&self.embedding)
+    }
+
     /// Says which linears are adapted by `targets`, in place of any earlier adapters.
     pub fn attach(&mut self, targets: &[LoraTarget]) {
         for (layer, block) in self.blocks.iter_mut().enumerate() {
@@ -85,6 +85,52 @@ impl Weights {
                 linear.adapter = found.map(|(_, adapter)| *adapter);
             }
         }
+    }
+}
+
+impl Weights {
+    /// Moves everything to where `kernels` works with it, part by part.
+    ///
+    /// # Errors
+    /// `Budget` when it does not fit there.
+    pub fn upload<K: Kernels>(self, kernels: &K) -> Result<Weights<K>> {
+        let matrix = |weight| kernels.upload_weight(weight);
+        let vector = |vector| kernels.upload_vector(vector);
+        let blocks = self.blocks.into_iter().map(|block| block.upload(kernels));
+        Ok(Weights {
+            embedding: matrix(self.embedding)?,
+            positions: self.positions.map(matrix).transpose()?,
+            blocks: blocks.collect::<Result<_>>()?,
+            final_norm: self.final_norm.try_map(vector)?,
+            head: self.head.map(matrix).transpose()?,
+            // What was moved is no longer read from its file.
+            streaming: None,
+        })
+    }
+}
+
+impl Block<Cpu> {
+    fn upload<K: Kernels>(self, kernels: &K) -> Result<Block<K>> {
+        let vector = |vector| kernels.upload_vector(vector);
+        let linears = self.linears.into_iter().map(|linear| {
+            Ok(Linear {
+                role: linear.role,
+                module: linear.module,
+                weight: kernels.upload_weight(linear.weight)?,
+                bias: linear.bias.map(vector).transpose()?,
+                output: linear.output,
+                adapter: linear.adapter,
+            })
+        });
+        Ok(Block {
+            norm1: self.norm1.try_map(vector)?,
+            norm2: self.norm2.try_map(vector)?,
+            linears: linears.collect::<Result<_>>()?,
+            attention: self.attention,
+            activation: self.activation,
+            hidden_size: self.hidden_size,
+            intermediate_size: self.intermediate_size,
+        })
     }
 }
 

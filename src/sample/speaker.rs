@@ -6,6 +6,7 @@ use super::{Sampler, TextStream};
 use crate::data::ChatTokenizer;
 use crate::data::template::ChatTemplate;
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
 use crate::model::Model;
 
 /// Why an answer ended.
@@ -105,9 +106,9 @@ impl Speaker {
     ///
     /// # Errors
     /// `Usage` when the prompt does not fit the context; those of model and listener.
-    pub fn answer(
+    pub fn answer<K: Kernels>(
         &self,
-        model: &mut Model,
+        model: &mut Model<K>,
         text: &str,
         sampler: &mut Sampler,
         limits: Limits,
@@ -128,7 +129,7 @@ impl Speaker {
         let mut stream = TextStream::new(&self.tokenizer);
         let mut finish = Finish::Length;
         for _ in 0..limits.max_new_tokens.min(context - history.len()) {
-            next = sampler.next(model.decode(&[next])?, &history)?;
+            next = sampler.next(&model.decode(&[next])?, &history)?;
             if self.eos_ids.contains(&next) {
                 finish = Finish::EndOfSequence;
                 break;

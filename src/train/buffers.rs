@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use half::bf16;
 
+use crate::kernels::cpu::Cpu;
 use crate::model::parameters::OptimizerView;
 
 /// Elements that one task works on; a constant, so that sums do not depend on the thread count.
@@ -23,9 +24,10 @@ pub struct Buffers<'a> {
     pub working: Option<&'a mut [bf16]>,
 }
 
-impl<'a> From<OptimizerView<'a>> for Buffers<'a> {
-    fn from(view: OptimizerView<'a>) -> Self {
-        let OptimizerView { master, gradients, first_moment, second_moment, working, .. } = view;
+impl<'a> From<OptimizerView<'a, Cpu>> for Buffers<'a> {
+    fn from(view: OptimizerView<'a, Cpu>) -> Self {
+        let OptimizerView { master, gradients, first_moment, second_moment, working } = view;
+        let working = working.map(|working| &mut **working);
         Buffers { master, gradients, first_moment, second_moment, working }
     }
 }

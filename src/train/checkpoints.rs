@@ -49,7 +49,7 @@ pub fn save<M: Trainee>(
 ) -> Result<SaveEvent> {
     let start = Instant::now();
     let checkpoint = name(state.step);
-    let mut write = || -> Result<u64> {
+    let write = || -> Result<u64> {
         let folder = AtomicDir::create(&out.join(&checkpoint), true)?;
         model.write_adapter(folder.path())?;
         state::write_optimizer(model, folder.path())?;

@@ -5,7 +5,7 @@
 use super::trainee::Trainee;
 use crate::data::Batch;
 use crate::error::{Error, Result};
-use crate::model::parameters::{Matrix, ParameterTensor};
+use crate::model::parameters::{Matrix, ParameterTensor, Part};
 
 /// Tokens that the base and the adapted model are compared on.
 const PROBE_TOKENS: usize = 64;
@@ -90,7 +90,7 @@ impl FirstSteps {
             Stage::Done => return Ok(()),
         };
         let tensors = of(model, matrix);
-        let gradients = model.buffers().gradients;
+        let gradients = model.values(Part::Gradients)?;
         let dead = |tensor: &&ParameterTensor| {
             gradients[tensor.range.clone()].iter().all(|&gradient| gradient == 0.0)
         };
@@ -111,7 +111,7 @@ impl FirstSteps {
             Stage::Begin | Stage::BMoved | Stage::Done => return Ok(()),
         };
         let all = model.tensors().to_vec();
-        let after = sums(&all, model.buffers().master);
+        let after = sums(&all, &model.values(Part::Master)?);
         let still = all.iter().zip(self.before.iter().zip(&after));
         let still = still.filter(|(tensor, (b, a))| tensor.matrix == matrix && b == a);
         report(&of(model, matrix), still.map(|(tensor, _)| tensor), "stood still")?;
@@ -119,9 +119,9 @@ impl FirstSteps {
         Ok(())
     }
 
-    fn remember<M: Trainee>(&mut self, model: &mut M) -> Result<()> {
+    fn remember<M: Trainee>(&mut self, model: &M) -> Result<()> {
         let tensors = model.tensors().to_vec();
-        self.before = sums(&tensors, model.buffers().master);
+        self.before = sums(&tensors, &model.values(Part::Master)?);
         Ok(())
     }
 }

@@ -1,21 +1,23 @@
 //! The real model as the training loop sees it.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use nibble_quant::FloatType;
 
-use super::buffers::Buffers;
+use super::backend::{TrainingKernels, Update};
 use super::preview::Preview;
 use super::trainee::Trainee;
 use crate::adapter::Adapter;
 use crate::data::Batch;
 use crate::error::Result;
+use crate::kernels::cpu::Cpu;
 use crate::model::Model;
-use crate::model::parameters::ParameterTensor;
+use crate::model::parameters::{ParameterTensor, Part};
 
 /// A model in training and what its adapter's files say.
-pub struct LoraModel {
-    model: Model,
+pub struct LoraModel<K: TrainingKernels = Cpu> {
+    model: Model<K>,
     /// Settings and targets; the tensors are in the model.
     adapter: Adapter,
     dtype: FloatType,
@@ -23,12 +25,12 @@ pub struct LoraModel {
     planned_tokens: usize,
 }
 
-impl LoraModel {
+impl<K: TrainingKernels> LoraModel<K> {
     /// Moves the adapter's tensors into `model`. `dtype` is what the forward pass reads, and what
     /// is written: the files hold exactly the weights that were trained with. `planned_tokens` is
     /// the largest batch that the model was planned for.
     pub fn new(
-        mut model: Model,
+        mut model: Model<K>,
         mut adapter: Adapter,
         dtype: FloatType,
         preview: Preview,
@@ -40,12 +42,12 @@ impl LoraModel {
     }
 
     /// The model.
-    pub fn model(&self) -> &Model {
+    pub fn model(&self) -> &Model<K> {
         &self.model
     }
 }
 
-impl Trainee for LoraModel {
+impl<K: TrainingKernels> Trainee for LoraModel<K> {
     fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64> {
         self.model.forward_backward(batch, scale, micro_batch)
     }
@@ -62,14 +64,31 @@ impl Trainee for LoraModel {
         self.model.parameters().tensors()
     }
 
-    fn buffers(&mut self) -> Buffers<'_> {
-        self.model.parameters_mut().optimizer_view().into()
+    fn zero_gradients(&mut self) {
+        self.model.parameters_mut().zero_gradients();
+    }
+
+    fn gradient_norm(&mut self) -> Result<f64> {
+        let parameters = self.model.parameters_mut();
+        parameters.kernels().clone().gradient_norm(parameters)
+    }
+
+    fn update(&mut self, update: &Update) {
+        let parameters = self.model.parameters_mut();
+        parameters.kernels().clone().update(parameters, update);
+    }
+
+    fn values(&self, part: Part) -> Result<Cow<'_, [f32]>> {
+        self.model.parameters().values(part)
+    }
+
+    fn set_values(&mut self, part: Part, values: &[f32]) {
+        self.model.parameters_mut().set_values(part, values);
     }
 
     fn first_bad_activation(&self) -> Option<String> {
         let spec = self.model.spec();
-        let bad = |layer: &usize| self.model.block_input(*layer).iter().any(|x| !x.is_finite());
-        let layer = (0..=spec.num_layers).find(bad)?;
+        let layer = self.model.first_bad_block_input().ok().flatten()?;
         Some(match layer.checked_sub(1) {
             Some(block) => format!("the output of {}", spec.layer_prefix(block)),
             None => "the token embeddings".to_string(),
@@ -77,7 +96,7 @@ impl Trainee for LoraModel {
     }
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {
-        let tensors = self.model.parameters().to_tensors();
+        let tensors = self.model.parameters().to_tensors()?;
         Adapter { tensors, ..self.adapter.clone() }.save(folder, self.dtype)
     }
 

@@ -1,6 +1,7 @@
 //! Training: from batches and a model to an adapter, one optimizer step after another.
 
 pub mod adamw;
+pub mod backend;
 pub mod buffers;
 pub mod checkpoints;
 pub mod checks;

@@ -2,6 +2,7 @@
 //! only where the weights do.
 
 use crate::error::Result;
+use crate::kernels::Kernels;
 use crate::model::Model;
 use crate::sample::{Limits, Sampler, SamplingOptions, Speaker, Wish};
 
@@ -32,7 +33,12 @@ impl Preview {
     ///
     /// # Errors
     /// Those of tokenizer and model.
-    pub fn answer(&self, model: &mut Model, prompt: &str, prefill_tokens: usize) -> Result<String> {
+    pub fn answer<K: Kernels>(
+        &self,
+        model: &mut Model<K>,
+        prompt: &str,
+        prefill_tokens: usize,
+    ) -> Result<String> {
         let text = self.speaker.prompt(prompt)?;
         let context_tokens = self.speaker.ids(&text)?.len() + self.max_new_tokens;
         let limits = Limits { max_new_tokens: self.max_new_tokens, context_tokens, prefill_tokens };

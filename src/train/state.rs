@@ -11,13 +11,12 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
-use super::buffers::Buffers;
 use super::events::Event;
 use super::settings::SettingsEcho;
 use super::trainee::Trainee;
 use crate::checkpoint::atomic;
 use crate::error::{Error, Result};
-use crate::model::parameters::ParameterTensor;
+use crate::model::parameters::{ParameterTensor, Part};
 
 /// Counters and history.
 pub const STATE_FILE: &str = "state.json";
@@ -132,25 +131,20 @@ impl TrainState {
 }
 
 /// The flat buffers that a checkpoint holds, by the prefix of their keys.
-fn parts<'a>(buffers: &'a mut Buffers<'_>) -> [(&'static str, &'a mut [f32]); 3] {
-    [
-        ("master", &mut *buffers.master),
-        ("exp_avg", &mut *buffers.first_moment),
-        ("exp_avg_sq", &mut *buffers.second_moment),
-    ]
-}
+const PARTS: [(&str, Part); 3] =
+    [("master", Part::Master), ("exp_avg", Part::FirstMoment), ("exp_avg_sq", Part::SecondMoment)];
 
 /// Writes weights and moments into `folder`.
 ///
 /// # Errors
 /// `Io`.
-pub fn write_optimizer<M: Trainee>(model: &mut M, folder: &Path) -> Result<()> {
+pub fn write_optimizer<M: Trainee>(model: &M, folder: &Path) -> Result<()> {
     let path = folder.join(OPTIMIZER_FILE);
     let tensors = model.tensors().to_vec();
-    let mut buffers = model.buffers();
-    let mut views = Vec::with_capacity(3 * tensors.len());
-    for (prefix, values) in parts(&mut buffers) {
-        let values: &[f32] = values;
+    let mut views = Vec::with_capacity(PARTS.len() * tensors.len());
+    let [master, first, second] = PARTS.map(|(_, part)| model.values(part));
+    let values = [master?, first?, second?];
+    for ((prefix, _), values) in PARTS.iter().zip(&values) {
         for tensor in &tensors {
             let bytes = bytemuck::cast_slice(&values[tensor.range.clone()]);
             let view = TensorView::new(Dtype::F32, tensor.shape.to_vec(), bytes)
@@ -180,22 +174,21 @@ pub fn read_optimizer<M: Trainee>(model: &mut M, folder: &Path) -> Result<()> {
     let file = SafeTensors::deserialize(&bytes)
         .map_err(|e| Error::input(format_args!("{}: {e}", path.display())))?;
     let tensors = model.tensors().to_vec();
-    let mut buffers = model.buffers();
-    let parts = parts(&mut buffers);
-    if file.len() != parts.len() * tensors.len() {
-        let (got, expected) = (file.len(), parts.len() * tensors.len());
+    if file.len() != PARTS.len() * tensors.len() {
+        let (got, expected) = (file.len(), PARTS.len() * tensors.len());
         return Err(
             Error::input(format_args!("{got} tensors, expected {expected}")).at(path.display())
         );
     }
-    for (prefix, values) in parts {
+    let mut values = vec![0.0; tensors.last().map_or(0, |tensor| tensor.range.end)];
+    for (prefix, part) in PARTS {
         for tensor in &tensors {
             let key = format!("{prefix}.{}", tensor.name);
             copy(&file, &key, tensor, &mut values[tensor.range.clone()])
                 .map_err(|error| error.at(path.display()))?;
         }
+        model.set_values(part, &values);
     }
-    buffers.refresh_working();
     Ok(())
 }
 

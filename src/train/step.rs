@@ -1,12 +1,12 @@
 //! One optimizer step: gradients of a window of batches, clipping, update.
 
 use super::adamw::{AdamW, RateGroup};
-use super::clip;
+use super::backend::Update;
 use super::trainee::Trainee;
 use crate::adapter::LoraPlus;
 use crate::data::Batch;
 use crate::error::{Error, Result};
-use crate::model::parameters::{Matrix, ParameterTensor};
+use crate::model::parameters::{Matrix, ParameterTensor, Part};
 
 /// Gradients of one window, summed up.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -49,7 +49,7 @@ pub fn accumulate<M: Trainee>(
         return Err(Error::input(format_args!("no trained token in {}", place(window, None))));
     }
     let scale = 1.0 / targets as f32;
-    model.buffers().gradients.fill(0.0);
+    model.zero_gradients();
     let mut loss = 0.0;
     for (index, batch) in window.iter().enumerate() {
         if stop() {
@@ -61,7 +61,7 @@ pub fn accumulate<M: Trainee>(
         }
         loss += batch_loss;
     }
-    let norm = clip::global_norm(model.buffers().gradients);
+    let norm = model.gradient_norm()?;
     if !norm.is_finite() {
         return Err(find_bad_gradient(model, window, first_micro_batch));
     }
@@ -78,32 +78,33 @@ pub fn update<M: Trainee>(
     (step, learning_rate): (u64, f64),
     gradient_scale: f32,
 ) {
-    optimizer.update(step, learning_rate, gradient_scale, groups, model.buffers());
+    model.update(&Update { optimizer, groups, step, learning_rate, gradient_scale });
 }
 
 /// Repeats the window batch by batch until the gradient is bad.
 fn find_bad_gradient<M: Trainee>(model: &mut M, window: &[Batch], first: u64) -> Error {
     for (index, batch) in window.iter().enumerate() {
-        model.buffers().gradients.fill(0.0);
+        model.zero_gradients();
         let scale = 1.0 / batch.num_targets.max(1) as f32;
-        match model.forward_backward(batch, scale, first + index as u64) {
+        let gradients = model.forward_backward(batch, scale, first + index as u64);
+        match gradients.and_then(|_| model.gradient_norm()) {
             Err(error) => return error,
-            Ok(_) if clip::global_norm(model.buffers().gradients).is_finite() => {}
+            Ok(norm) if norm.is_finite() => {}
             Ok(_) => return not_finite(model, "gradient", &place(window, Some(index))),
         }
     }
     not_finite(model, "gradient", &place(window, None))
 }
 
-fn not_finite<M: Trainee>(model: &mut M, what: &str, place: &str) -> Error {
+fn not_finite<M: Trainee>(model: &M, what: &str, place: &str) -> Error {
     let tensors = model.tensors().to_vec();
     let activation = model.first_bad_activation();
-    let buffers = model.buffers();
-    let first = |values: &[f32]| {
+    let first = |part| {
+        let values = model.values(part).ok()?;
         let bad = |tensor: &&ParameterTensor| values[tensor.range.clone()].iter().any(is_bad);
         tensors.iter().find(bad).map(|tensor| tensor.name.as_str())
     };
-    let culprit = match (first(buffers.master), activation, first(buffers.gradients)) {
+    let culprit = match (first(Part::Master), activation, first(Part::Gradients)) {
         (Some(name), ..) => format!("; weight {name} is not finite"),
         (None, Some(activation), _) => format!("; the first bad values are in {activation}"),
         (None, None, Some(name)) => format!("; the first bad gradient is that of {name}"),

@@ -3,15 +3,18 @@
 //! The loss of a target `y` after token `x` is `½ |e(y) − (W + B A) e(x)|²`, with `e` a fixed
 //! random vector for each id. A is `[R, D]`, B `[D, R]`; both have exact gradients.
 
+use std::borrow::Cow;
 use std::path::Path;
 
 use half::bf16;
 
+use super::backend::Update;
 use super::buffers::Buffers;
+use super::clip;
 use super::trainee::Trainee;
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
-use crate::model::parameters::{Matrix, ParameterTensor};
+use crate::model::parameters::{Matrix, ParameterTensor, Part};
 use crate::random::Stream;
 
 const D: usize = 6;
@@ -68,6 +71,17 @@ impl Toy {
         };
         toy.refresh();
         toy
+    }
+
+    /// Weights, gradients and moments.
+    pub fn buffers(&mut self) -> Buffers<'_> {
+        Buffers {
+            master: &mut self.master,
+            gradients: &mut self.gradients,
+            first_moment: &mut self.first_moment,
+            second_moment: &mut self.second_moment,
+            working: Some(&mut self.working),
+        }
     }
 
     fn refresh(&mut self) {
@@ -139,14 +153,37 @@ impl Trainee for Toy {
         &self.tensors
     }
 
-    fn buffers(&mut self) -> Buffers<'_> {
-        Buffers {
-            master: &mut self.master,
-            gradients: &mut self.gradients,
-            first_moment: &mut self.first_moment,
-            second_moment: &mut self.second_moment,
-            working: Some(&mut self.working),
-        }
+    fn zero_gradients(&mut self) {
+        self.gradients.fill(0.0);
+    }
+
+    fn gradient_norm(&mut self) -> Result<f64> {
+        Ok(clip::global_norm(&self.gradients))
+    }
+
+    fn update(&mut self, update: &Update) {
+        update.apply(self.buffers());
+    }
+
+    fn values(&self, part: Part) -> Result<Cow<'_, [f32]>> {
+        Ok(Cow::Borrowed(match part {
+            Part::Master => &self.master,
+            Part::Gradients => &self.gradients,
+            Part::FirstMoment => &self.first_moment,
+            Part::SecondMoment => &self.second_moment,
+        }))
+    }
+
+    fn set_values(&mut self, part: Part, values: &[f32]) {
+        let mut buffers = self.buffers();
+        let buffer = match part {
+            Part::Master => &mut buffers.master,
+            Part::Gradients => &mut buffers.gradients,
+            Part::FirstMoment => &mut buffers.first_moment,
+            Part::SecondMoment => &mut buffers.second_moment,
+        };
+        buffer.copy_from_slice(values);
+        buffers.refresh_working();
     }
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {

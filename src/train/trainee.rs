@@ -1,11 +1,12 @@
 //! What the training loop needs of a model.
 
+use std::borrow::Cow;
 use std::path::Path;
 
-use super::buffers::Buffers;
+use super::backend::Update;
 use crate::data::Batch;
 use crate::error::Result;
-use crate::model::parameters::ParameterTensor;
+use crate::model::parameters::{ParameterTensor, Part};
 
 /// A model whose adapter can be trained. The loop knows nothing else of it.
 pub trait Trainee {
@@ -22,8 +23,20 @@ pub trait Trainee {
     /// The trained tensors and where they lie in the flat buffers.
     fn tensors(&self) -> &[ParameterTensor];
 
-    /// Weights, gradients and moments.
-    fn buffers(&mut self) -> Buffers<'_>;
+    /// Zeroes the gradients.
+    fn zero_gradients(&mut self);
+
+    /// `√Σ g²` over all gradients.
+    fn gradient_norm(&mut self) -> Result<f64>;
+
+    /// Updates the weights with the gradients at hand.
+    fn update(&mut self, update: &Update);
+
+    /// One of the flat buffers; a copy where the program does not see it.
+    fn values(&self, part: Part) -> Result<Cow<'_, [f32]>>;
+
+    /// Overwrites one of the flat buffers; what the forward pass reads follows the master.
+    fn set_values(&mut self, part: Part, values: &[f32]);
 
     /// Where in the forward pass of the last training batch the numbers stopped being finite.
     fn first_bad_activation(&self) -> Option<String> {

@@ -9,9 +9,12 @@ use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use bytemuck::Pod;
+use half::bf16;
 use memmap2::{MmapMut, MmapOptions};
 
+use super::Cpu;
 use crate::error::{Error, Result};
+use crate::kernels::PlannedMemory;
 use crate::plan::{MemoryPlan, Region, RegionType};
 
 /// The memory of a plan.
@@ -41,16 +44,6 @@ impl Arena {
         Ok(Arena { map: Arc::new(map), base, free })
     }
 
-    /// Bytes that were mapped.
-    pub fn bytes(&self) -> usize {
-        self.map.len()
-    }
-
-    /// Names of the regions that nobody has taken.
-    pub fn untaken(&self) -> Vec<&str> {
-        self.free.keys().map(String::as_str).collect()
-    }
-
     /// Hands out the region `name`.
     ///
     /// # Panics
@@ -63,6 +56,24 @@ impl Arena {
         // SAFETY: offset + bytes lies inside the mapping by construction of the plan.
         let start = unsafe { self.base.add(offset) }.cast::<T>();
         Buffer { start, elements: region.elements, _map: self.map.clone() }
+    }
+}
+
+impl PlannedMemory<Cpu> for Arena {
+    fn take(&mut self, name: &str) -> Buffer<f32> {
+        Arena::take(self, name)
+    }
+
+    fn take_half(&mut self, name: &str) -> Buffer<bf16> {
+        Arena::take(self, name)
+    }
+
+    fn bytes(&self) -> usize {
+        self.map.len()
+    }
+
+    fn untaken(&self) -> Vec<&str> {
+        self.free.keys().map(String::as_str).collect()
     }
 }
 

@@ -11,15 +11,21 @@ mod rotary;
 mod simd;
 mod weight;
 
+use std::borrow::Cow;
+use std::ops::Range;
+
+use half::bf16;
 use rayon::prelude::*;
 
 use super::{
     AttentionShape, Columns, DropoutMask, Kernels, LoraShape, LoraTerm, NormParameters, TokenLayout,
 };
+use crate::error::Result;
 use crate::model::parameters::Parameters;
-use crate::model::spec::Activation;
+use crate::model::spec::{Activation, ModelSpec};
+use crate::plan::{MemoryPlan, Settings, layout};
 use crate::random;
-use arena::Buffer;
+use arena::{Arena, Buffer};
 use nibble_quant::product::{Matrix, MatrixMut, product_forward, product_input_gradient};
 pub use weight::FrozenMatrix;
 
@@ -48,8 +54,63 @@ fn beta(accumulate: bool) -> f32 {
 
 impl Kernels for Cpu {
     type Buffer = Buffer<f32>;
+    type HalfBuffer = Buffer<bf16>;
+    type Memory = Arena;
+    type LossSum = f64;
     type Weight = FrozenMatrix;
     type Vector = Vec<f32>;
+
+    fn plan(&self, spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
+        layout(spec, settings)
+    }
+
+    fn allocate(&self, plan: &MemoryPlan) -> Result<Arena> {
+        Arena::new(plan)
+    }
+
+    fn upload_weight(&self, weight: FrozenMatrix) -> Result<FrozenMatrix> {
+        Ok(weight)
+    }
+
+    fn upload_vector(&self, vector: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(vector)
+    }
+
+    fn values<'a>(&self, buffer: &'a Buffer<f32>, range: Range<usize>) -> Result<Cow<'a, [f32]>> {
+        Ok(Cow::Borrowed(&buffer[range]))
+    }
+
+    fn set_values(&self, values: &[f32], buffer: &mut Buffer<f32>, offset: usize) {
+        buffer[offset..offset + values.len()].copy_from_slice(values);
+    }
+
+    fn round(&self, from: &Buffer<f32>, to: &mut Buffer<bf16>, elements: usize) {
+        let to = to[..elements].par_chunks_mut(CHUNK);
+        to.zip(from[..elements].par_chunks(CHUNK)).for_each(|(to, from)| {
+            to.iter_mut().zip(from).for_each(|(to, &from)| *to = bf16::from_f32(from));
+        });
+    }
+
+    fn write_tables(
+        &self,
+        (first, second): (&mut Buffer<f32>, &mut Buffer<f32>),
+        elements: usize,
+        fill: impl FnOnce(&mut [f32], &mut [f32]),
+    ) {
+        fill(&mut first[..elements], &mut second[..elements]);
+    }
+
+    fn loss_sum(&self, _memory: &mut Arena) -> f64 {
+        0.0
+    }
+
+    fn clear_loss(&self, sum: &mut f64) {
+        *sum = 0.0;
+    }
+
+    fn read_loss(&self, sum: &f64) -> Result<f64> {
+        Ok(*sum)
+    }
 
     fn embed(&self, ids: &[u32], table: &FrozenMatrix, x: &mut Buffer<f32>, accumulate: bool) {
         let d = table.columns();
@@ -273,9 +334,10 @@ impl Kernels for Cpu {
         targets: &[u32],
         vocab_size: usize,
         scale: Option<f32>,
-    ) -> f64 {
+        loss: &mut f64,
+    ) {
         let logits = &mut logits[..targets.len() * vocab_size];
-        cross_entropy::forward_backward(logits, targets, vocab_size, scale)
+        *loss += cross_entropy::forward_backward(logits, targets, vocab_size, scale);
     }
 
     fn gather_rows(&self, from: &Buffer<f32>, rows: &[u32], to: &mut Buffer<f32>, width: usize) {

@@ -1,0 +1,54 @@
+//! What the optimizer needs of a backend.
+
+use super::adamw::{AdamW, RateGroup};
+use super::buffers::Buffers;
+use super::clip;
+use crate::error::Result;
+use crate::kernels::Kernels;
+use crate::kernels::cpu::Cpu;
+use crate::model::parameters::Parameters;
+
+/// One update of all parameters.
+#[derive(Debug, Clone, Copy)]
+pub struct Update<'a> {
+    /// Settings.
+    pub optimizer: &'a AdamW,
+    /// Elements that share a learning rate.
+    pub groups: &'a [RateGroup],
+    /// Number of the update, counted from 1.
+    pub step: u64,
+    /// Learning rate of the schedule.
+    pub learning_rate: f64,
+    /// Clipping: what gradients are multiplied by.
+    pub gradient_scale: f32,
+}
+
+/// A backend that can train.
+pub trait TrainingKernels: Kernels {
+    /// `√Σ g²` over all gradients, in f64; finite if and only if every gradient is.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    fn gradient_norm(&self, parameters: &mut Parameters<Self>) -> Result<f64>;
+
+    /// Makes one update and refreshes the working copy.
+    fn update(&self, parameters: &mut Parameters<Self>, update: &Update);
+}
+
+impl TrainingKernels for Cpu {
+    fn gradient_norm(&self, parameters: &mut Parameters) -> Result<f64> {
+        Ok(clip::global_norm(parameters.gradients()))
+    }
+
+    fn update(&self, parameters: &mut Parameters, update: &Update) {
+        update.apply(parameters.optimizer_view().into());
+    }
+}
+
+impl Update<'_> {
+    /// Makes the update on the CPU.
+    pub fn apply(&self, buffers: Buffers<'_>) {
+        let Update { optimizer, groups, step, learning_rate, gradient_scale } = *self;
+        optimizer.update(step, learning_rate, gradient_scale, groups, buffers);
+    }
+}
