@@ -43,6 +43,6 @@ pub struct EvalArgs {
     #[arg(long, action = ArgAction::SetTrue)]
     pub json: bool,
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS")]
+    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
 }
