@@ -26,7 +26,7 @@ pub struct EvalArgs {
     /// PEFT adapter folder
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// JSONL or JSON file
+    /// JSONL, JSON, CSV or Parquet file
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Longest document, in tokens

@@ -131,7 +131,7 @@ pub enum Quantization {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Data")]
 pub struct TrainDataArgs {
-    /// Training data: JSONL or JSON
+    /// Training data: JSONL, JSON, CSV or Parquet
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Evaluation data: JSONL or JSON
