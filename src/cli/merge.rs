@@ -5,7 +5,6 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
-use super::numbers;
 use super::quantize::DtypeArg;
 use super::size::ByteSize;
 use super::train::BaseModelArgs;
@@ -58,7 +57,7 @@ pub struct MergeArgs {
     pub json: bool,
 
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
+    #[arg(long, value_name = "THREADS")]
     pub threads: Option<NonZeroUsize>,
 
     /// The model that the adapter was trained on.

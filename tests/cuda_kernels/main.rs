@@ -10,7 +10,6 @@ mod attention;
 mod cross_entropy;
 mod dequantize;
 mod elementwise;
-mod flash;
 mod mutants;
 mod norm;
 mod sums;

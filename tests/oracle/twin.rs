@@ -1,0 +1,222 @@
+//! The same model written once more, in candle's tensor operations: one document at a time,
+//! gradients by autograd. Slow and plain on purpose.
+//!
+//! Only operations with a backward are used: not `softmax_last_dim`, `rms_norm`, `layer_norm` or
+//! `rope` of candle-nn, through which gradients silently stop.
+
+use std::collections::HashMap;
+
+use candle_core::{D, DType, Device, Result, Tensor, Var};
+use nibble::adapter::Adapter;
+use nibble::data::Document;
+use nibble::model::spec::{Activation, LinearRole, LinearSpec, ModelSpec, Norm};
+
+/// Frozen tensors, trained ones and the spec.
+pub struct Twin<'a> {
+    spec: &'a ModelSpec,
+    dtype: DType,
+    frozen: HashMap<String, Tensor>,
+    /// A, B and scale by module.
+    adapters: HashMap<String, (Var, Var, f64)>,
+}
+
+fn tensor(values: &[f32], shape: &[usize], dtype: DType) -> Result<Tensor> {
+    Tensor::from_slice(values, shape, &Device::Cpu)?.to_dtype(dtype)
+}
+
+impl<'a> Twin<'a> {
+    pub fn new(
+        spec: &'a ModelSpec,
+        weights: &HashMap<String, Vec<f32>>,
+        adapter: &Adapter,
+        dtype: DType,
+    ) -> Result<Self> {
+        let tensor = |values: &[f32], shape: &[usize]| tensor(values, shape, dtype);
+        let mut frozen = HashMap::new();
+        for row in spec.inventory() {
+            frozen.insert(row.name.clone(), tensor(&weights[&row.name], &row.shape)?);
+        }
+        let mut adapters = HashMap::new();
+        for (target, values) in adapter.targets.iter().zip(&adapter.tensors) {
+            let a = Var::from_tensor(&tensor(&values.a, &[target.r, target.in_features])?)?;
+            let b = Var::from_tensor(&tensor(&values.b, &[target.out_features, target.r])?)?;
+            adapters.insert(target.module.clone(), (a, b, f64::from(target.scale)));
+        }
+        Ok(Twin { spec, dtype, frozen, adapters })
+    }
+
+    /// Sum of the token losses of `documents`, and its gradient by PEFT key.
+    pub fn gradients(&self, documents: &[Document]) -> Result<(f64, HashMap<String, Vec<f64>>)> {
+        let mut loss = Tensor::zeros((), self.dtype, &Device::Cpu)?;
+        for document in documents {
+            loss = (loss + self.loss(document)?)?;
+        }
+        let store = loss.backward()?;
+        let mut gradients = HashMap::new();
+        for (module, (a, b, _)) in &self.adapters {
+            for (letter, var) in [("A", a), ("B", b)] {
+                let gradient = store.get(var).expect("every operation has a backward");
+                let key = format!("base_model.model.{module}.lora_{letter}.weight");
+                gradients.insert(key, gradient.flatten_all()?.to_dtype(DType::F64)?.to_vec1()?);
+            }
+        }
+        Ok((loss.to_dtype(DType::F64)?.to_scalar()?, gradients))
+    }
+
+    /// Logits `[T, V]` of one document.
+    pub fn logits(&self, ids: &[u32]) -> Result<Tensor> {
+        let spec = self.spec;
+        let embedding = &self.frozen[&format!("{}.weight", spec.embedding_module())];
+        let ids = Tensor::new(ids, &Device::Cpu)?;
+        let mut x = embedding.index_select(&ids, 0)?;
+        if let Some(name) = spec.positions_name() {
+            x = (x + self.frozen[name].narrow(0, 0, ids.elem_count())?)?;
+        }
+        for layer in 0..spec.num_layers {
+            x = self.block(layer, &x)?;
+        }
+        let x = self.norm(spec.final_norm_module(), &x)?;
+        let head = self.frozen.get(&format!("{}.weight", spec.head_module()));
+        x.matmul(&head.unwrap_or(embedding).t()?)
+    }
+
+    fn loss(&self, document: &Document) -> Result<Tensor> {
+        let (length, vocab) = (document.input_ids.len(), self.spec.vocab_size);
+        let logits = self.logits(&document.input_ids)?;
+        let mut picked = vec![0.0; length * vocab];
+        let mut scored = vec![0.0; length];
+        for (token, label) in document.labels.iter().enumerate().skip(1) {
+            if let Ok(label) = usize::try_from(*label) {
+                picked[(token - 1) * vocab + label] = 1.0;
+                scored[token - 1] = 1.0;
+            }
+        }
+        let picked = tensor(&picked, &[length, vocab], self.dtype)?;
+        let largest = logits.max_keepdim(D::Minus1)?.detach();
+        let shifted = logits.broadcast_sub(&largest)?;
+        let log_sum = shifted.exp()?.sum(D::Minus1)?.log()?;
+        (log_sum * tensor(&scored, &[length], self.dtype)?)?.sum_all()?
+            - (shifted * picked)?.sum_all()?
+    }
+
+    fn block(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
+        let linears = self.spec.linears(layer);
+        let linear = |role, x: &Tensor| self.linear(find(&linears, role), x);
+        let [first, second] = self.spec.layer_norm_modules(layer);
+        let normed = self.norm(&first, x)?;
+        let (q, kv) = (self.spec.q_width(), self.spec.kv_width());
+        let (q, k, v) = if self.spec.fused_qkv {
+            let all = linear(LinearRole::Qkv, &normed)?;
+            (all.narrow(1, 0, q)?, all.narrow(1, q, kv)?, all.narrow(1, q + kv, kv)?)
+        } else {
+            let of = |role| linear(role, &normed);
+            (of(LinearRole::Q)?, of(LinearRole::K)?, of(LinearRole::V)?)
+        };
+        let mixed = self.attention(layer, &q, &k, &v)?;
+        let x = (x + linear(LinearRole::O, &mixed)?)?;
+        let normed = self.norm(&second, &x)?;
+        let inner = if self.spec.gated_mlp {
+            let gate = activate(self.spec.activation, &linear(LinearRole::Gate, &normed)?)?;
+            (gate * linear(LinearRole::Up, &normed)?)?
+        } else {
+            activate(self.spec.activation, &linear(LinearRole::Up, &normed)?)?
+        };
+        x + linear(LinearRole::Down, &inner)?
+    }
+
+    fn linear(&self, spec: &LinearSpec, x: &Tensor) -> Result<Tensor> {
+        let mut y = x.matmul(&self.frozen[&format!("{}.weight", spec.module)].t()?)?;
+        if spec.bias {
+            y = y.broadcast_add(&self.frozen[&format!("{}.bias", spec.module)])?;
+        }
+        match self.adapters.get(&spec.module) {
+            Some((a, b, scale)) => y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * *scale)?,
+            None => Ok(y),
+        }
+    }
+
+    fn norm(&self, module: &str, x: &Tensor) -> Result<Tensor> {
+        let weight = &self.frozen[&format!("{module}.weight")];
+        let centred = match self.spec.norm {
+            Norm::Rms => x.clone(),
+            Norm::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
+        };
+        let variance = centred.sqr()?.mean_keepdim(D::Minus1)?;
+        // Kernels hold epsilon in f32, as transformers does on the CPU.
+        let epsilon = f64::from(self.spec.norm_eps as f32);
+        let y = centred.broadcast_div(&(variance + epsilon)?.sqrt()?)?.broadcast_mul(weight)?;
+        match self.spec.norm {
+            Norm::Rms => Ok(y),
+            Norm::Layer => y.broadcast_add(&self.frozen[&format!("{module}.bias")]),
+        }
+    }
+
+    /// Causal attention within one document, each key head shared by a group of query heads.
+    fn attention(&self, layer: usize, q: &Tensor, k: &Tensor, v: &Tensor) -> Result<Tensor> {
+        let (length, width) = (q.dim(0)?, self.spec.head_dim);
+        let group = self.spec.num_heads / self.spec.num_kv_heads;
+        let heads = |x: &Tensor, count: usize| {
+            x.contiguous()?.reshape((length, count, width))?.transpose(0, 1)?.contiguous()
+        };
+        let shared = |x: Tensor| {
+            let kv_heads = self.spec.num_kv_heads;
+            let spread = x.unsqueeze(1)?.broadcast_as((kv_heads, group, length, width))?;
+            spread.contiguous()?.reshape((self.spec.num_heads, length, width))
+        };
+        let q = self.rotate(&heads(q, self.spec.num_heads)?)?;
+        let k = shared(self.rotate(&heads(k, self.spec.num_kv_heads)?)?)?;
+        let v = shared(heads(v, self.spec.num_kv_heads)?)?;
+        let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? / (width as f64).sqrt())?;
+        let scores =
+            scores.broadcast_add(&mask(length, self.spec.windows[layer])?.to_dtype(self.dtype)?)?;
+        let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
+        let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
+        weights.matmul(&v)?.transpose(0, 1)?.contiguous()?.reshape((length, self.spec.q_width()))
+    }
+
+    /// Hugging Face's `rotate_half`, positions from 0.
+    fn rotate(&self, x: &Tensor) -> Result<Tensor> {
+        let Some(rotary) = &self.spec.rotary else { return Ok(x.clone()) };
+        let (_, length, width) = x.dims3()?;
+        let half = width / 2;
+        let (frequencies, factor) = rotary.inverse_frequencies(width, length);
+        let table = |f: fn(f64) -> f64| {
+            // The angle is an f32 product in every implementation.
+            let angle = |i: usize| f64::from((i / half) as f32 * frequencies[i % half]);
+            let values = (0..length * half).map(|i| f(angle(i)) * f64::from(factor));
+            Tensor::from_vec(values.collect::<Vec<f64>>(), (length, half), &Device::Cpu)?
+                .to_dtype(self.dtype)
+        };
+        let (cos, sin) = (table(f64::cos)?, table(f64::sin)?);
+        let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+        let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
+        let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        Tensor::cat(&[first, second], 2)
+    }
+}
+
+fn find(linears: &[LinearSpec], role: LinearRole) -> &LinearSpec {
+    linears.iter().find(|linear| linear.role == role).expect("the block has it")
+}
+
+/// 0 where a query may look, far below every score elsewhere.
+fn mask(length: usize, window: Option<usize>) -> Result<Tensor> {
+    let allowed = |i: usize| {
+        let (query, key) = (i / length, i % length);
+        key <= query && window.is_none_or(|window| query - key < window)
+    };
+    let values = (0..length * length).map(|i| if allowed(i) { 0.0 } else { -1e30 });
+    Tensor::from_vec(values.collect::<Vec<f64>>(), (1, length, length), &Device::Cpu)
+}
+
+fn activate(kind: Activation, x: &Tensor) -> Result<Tensor> {
+    let factor = match kind {
+        Activation::Silu => (x.neg()?.exp()? + 1.0)?.recip()?,
+        Activation::Gelu => (((x / std::f64::consts::SQRT_2)?.erf()? + 1.0)? * 0.5)?,
+        Activation::GeluTanh => {
+            let inner = ((x + (x.powf(3.0)? * 0.044715)?)? * (2.0 / std::f64::consts::PI).sqrt())?;
+            ((inner.tanh()? + 1.0)? * 0.5)?
+        }
+    };
+    x * factor
+}
