@@ -162,7 +162,8 @@ pub fn candle_text(error: &candle_core::Error) -> String {
         Candle::WithBacktrace { inner, .. } => candle_text(inner),
         Candle::Context { inner, context } => format!("{context}: {}", candle_text(inner)),
         Candle::WrappedContext { wrapped, context } => format!("{context}: {wrapped}"),
-        other => other.to_string(),
+        // candle writes errors, backtraces and all, into the text of others.
+        other => other.to_string().lines().next().unwrap_or_default().to_string(),
     }
 }
 
@@ -178,5 +179,8 @@ mod tests {
         let backtrace = Box::new(Backtrace::force_capture());
         let error = candle_core::Error::WithBacktrace { inner, backtrace };
         assert_eq!(candle_text(&error), "header: unknown magic");
+        let nested =
+            candle_core::Error::Msg(format!("element 1: {error}\n   0: candle_core::bail"));
+        assert!(!candle_text(&nested).contains('\n'));
     }
 }
