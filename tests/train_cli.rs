@@ -135,7 +135,8 @@ fn unknown_values_list_the_known_ones() {
         ("--learning-rate", "fast", "expected a number above 0"),
         ("--learning-rate", "-1", "expected a number above 0"),
         ("--memory-budget", "lots", "23GiB"),
-        ("--gradient-accumulation-steps", "0", "zero"),
+        ("--gradient-accumulation-steps", "0", "1 or more"),
+        ("--max-steps", "0", "1 or more"),
     ] {
         let (code, text) = fail(place.train("out", &[flag, value]));
         assert_eq!(code, 2, "{text}");

@@ -7,7 +7,7 @@ use clap::{ArgMatches, Command, ValueEnum};
 
 use super::layers::{self, Entry, Layers};
 use super::train::Preset;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::train::settings::{SETTINGS_FILE, SettingsEcho};
 
 /// Settings of the run that `--out` holds, for `--resume`.
@@ -35,7 +35,14 @@ pub fn complete(
         };
         let out = matches.get_one::<PathBuf>("out").cloned().or_else(in_file);
         if let Some(out) = out {
-            below.add(&resumed(command, &out, saved)?);
+            let entries = resumed(command, &out, saved)?;
+            let has_model =
+                matches.contains_id("model") || file.iter().any(|entry| entry.flag == "model");
+            if entries.is_empty() && !has_model {
+                let what = format_args!("{} holds no run to resume", out.display());
+                return Err(Error::usage(what).hint("start one with `--model` and `--data`"));
+            }
+            below.add(&entries);
         }
     }
     let in_file = || {
@@ -69,7 +76,6 @@ mod tests {
     use super::super::size::ByteSize;
     use super::super::train::{Quantization, TrainArgs};
     use super::*;
-    use crate::error::Error;
     use crate::train::adamw::AdamW;
     use crate::train::schedule::{SchedulerType, Warmup};
 

@@ -46,7 +46,7 @@ pub struct DataArgs {
     /// Hugging Face folder or GGUF file whose tokenizer and chat template are used
     #[arg(long, value_name = "PATH")]
     pub model: PathBuf,
-    /// JSONL or JSON file
+    /// JSONL, JSON, CSV or Parquet file
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Longest document, in tokens
@@ -62,6 +62,6 @@ pub struct DataArgs {
     #[arg(long, action = ArgAction::SetTrue)]
     pub json: bool,
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS")]
+    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
 }

@@ -26,7 +26,7 @@ pub struct EvalArgs {
     /// PEFT adapter folder
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// JSONL or JSON file
+    /// JSONL, JSON, CSV or Parquet file
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Longest document, in tokens
@@ -43,6 +43,6 @@ pub struct EvalArgs {
     #[arg(long, action = ArgAction::SetTrue)]
     pub json: bool,
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS")]
+    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
 }

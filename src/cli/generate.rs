@@ -14,7 +14,7 @@ use crate::sample::SamplingOptions;
 #[command(next_help_heading = "Generation")]
 pub struct GenerationArgs {
     /// Longest answer, in tokens
-    #[arg(long, value_name = "TOKENS", default_value = "256")]
+    #[arg(long, value_name = "TOKENS", default_value = "256", value_parser = numbers::at_least_one)]
     pub max_new_tokens: NonZeroUsize,
     /// Room for prompt and answer together, in tokens
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
@@ -38,7 +38,7 @@ pub struct GenerationArgs {
     #[arg(long, value_name = "NUMBER", default_value_t = 42)]
     pub seed: u64,
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS")]
+    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
 }
 

@@ -38,7 +38,7 @@ const INIT_ADAPTER_DECIDES: [&str; 10] = [
 #[command(next_help_heading = "Adapter")]
 pub struct LoraArgs {
     /// Rank of the adapter matrices
-    #[arg(long, value_name = "R", default_value = "16")]
+    #[arg(long, value_name = "R", default_value = "16", value_parser = numbers::at_least_one)]
     pub lora_r: NonZeroUsize,
     /// Numerator of the adapter's scale: alpha / r
     #[arg(long, value_name = "ALPHA", default_value_t = 32.0)]

@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use clap::{ArgAction, Args};
 
 use super::lora::LoraArgs;
+use super::numbers;
 use super::size::ByteSize;
 use super::train::BaseModelArgs;
 use crate::plan::{Activations, WeightsMode};
@@ -24,10 +25,10 @@ pub struct MemoryArgs {
     #[command(flatten)]
     pub lora: LoraArgs,
     /// Rows of `--max-length` tokens in a forward pass
-    #[arg(long, value_name = "ROWS", default_value = "1")]
+    #[arg(long, value_name = "ROWS", default_value = "1", value_parser = numbers::at_least_one)]
     pub per_device_train_batch_size: NonZeroUsize,
     /// Longest row, in tokens
-    #[arg(long, value_name = "TOKENS", default_value = "2048")]
+    #[arg(long, value_name = "TOKENS", default_value = "2048", value_parser = numbers::at_least_one)]
     pub max_length: NonZeroUsize,
     /// Activations of a block: `keep` them, or `checkpoint` its input and recompute
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
@@ -39,7 +40,7 @@ pub struct MemoryArgs {
     #[arg(long, value_name = "SIZE", visible_alias = "memory-budget")]
     pub budget: Option<ByteSize>,
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS")]
+    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
     /// Print the plan as JSON, with every region of the arena
     #[arg(long, action = ArgAction::SetTrue)]

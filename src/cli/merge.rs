@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{Args, ValueEnum};
 
+use super::numbers;
 use super::quantize::DtypeArg;
 use super::size::ByteSize;
 use super::train::BaseModelArgs;
@@ -57,7 +58,7 @@ pub struct MergeArgs {
     pub json: bool,
 
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS")]
+    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
 
     /// The model that the adapter was trained on.

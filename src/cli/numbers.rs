@@ -1,5 +1,8 @@
 //! Value parsers for numbers with a range.
 
+use std::num::{NonZeroU64, NonZeroUsize};
+use std::str::FromStr;
+
 fn number(text: &str, expected: &str, fits: impl Fn(f64) -> bool) -> Result<f64, String> {
     let value = text.trim().parse().ok().filter(|value: &f64| value.is_finite() && fits(*value));
     value.ok_or_else(|| format!("expected {expected}"))
@@ -23,6 +26,20 @@ pub fn share(text: &str) -> Result<f64, String> {
 /// 0 or more and below 1.
 pub fn below_one(text: &str) -> Result<f64, String> {
     number(text, "a number from 0 to below 1", |value| (0.0..1.0).contains(&value))
+}
+
+fn whole_above_zero<T: FromStr>(text: &str) -> Result<T, String> {
+    text.trim().parse().map_err(|_| "expected a whole number, 1 or more".to_string())
+}
+
+/// A count of 1 or more.
+pub fn at_least_one(text: &str) -> Result<NonZeroUsize, String> {
+    whole_above_zero(text)
+}
+
+/// A number of steps, 1 or more.
+pub fn steps(text: &str) -> Result<u64, String> {
+    whole_above_zero::<NonZeroU64>(text).map(u64::from)
 }
 
 /// Length of a document in tokens: one token has nothing to predict.
@@ -49,6 +66,8 @@ mod tests {
         assert!(not_negative("0").is_ok() && not_negative("-1e-9").is_err());
         assert!(share("1").is_ok() && share("1.01").is_err());
         assert!(below_one("0").is_ok() && below_one("1").is_err());
+        assert!(at_least_one("1").is_ok() && at_least_one("0").is_err());
+        assert_eq!(steps("0"), Err("expected a whole number, 1 or more".to_string()));
         assert!(length("2").is_ok() && length("1").is_err());
         assert!(block_size("64").is_ok() && block_size("96").is_err() && block_size("16").is_err());
     }

@@ -131,7 +131,7 @@ pub enum Quantization {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Data")]
 pub struct TrainDataArgs {
-    /// Training data: JSONL or JSON
+    /// Training data: JSONL, JSON, CSV or Parquet
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Evaluation data: JSONL or JSON
@@ -167,10 +167,10 @@ impl TrainDataArgs {
 #[command(next_help_heading = "Optimization")]
 pub struct OptimizationArgs {
     /// Rows of `--max-length` tokens in a forward pass (unpacked: documents)
-    #[arg(long, value_name = "ROWS", default_value = "1")]
+    #[arg(long, value_name = "ROWS", default_value = "1", value_parser = numbers::at_least_one)]
     pub per_device_train_batch_size: NonZeroUsize,
     /// Forward passes in an optimizer step
-    #[arg(long, value_name = "PASSES", default_value = "4")]
+    #[arg(long, value_name = "PASSES", default_value = "4", value_parser = numbers::at_least_one)]
     pub gradient_accumulation_steps: NonZeroUsize,
     /// Peak learning rate
     #[arg(long, value_name = "RATE", default_value = "2e-4",
@@ -191,7 +191,7 @@ pub struct OptimizationArgs {
           value_parser = numbers::share)]
     pub min_lr_rate: f64,
     /// Optimizer steps of the run; overrides `--num-train-epochs` [default: by epochs]
-    #[arg(long, value_name = "STEPS")]
+    #[arg(long, value_name = "STEPS", value_parser = numbers::steps)]
     pub max_steps: Option<u64>,
     /// Passes over the training data
     #[arg(long, value_name = "EPOCHS", default_value_t = 1.0,
@@ -227,13 +227,13 @@ pub struct OptimizationArgs {
 #[command(next_help_heading = "Evaluation and logging")]
 pub struct EvaluationArgs {
     /// Steps between log lines
-    #[arg(long, value_name = "STEPS", default_value_t = 1, value_parser = at_least_one())]
+    #[arg(long, value_name = "STEPS", default_value_t = 1, value_parser = numbers::steps)]
     pub logging_steps: u64,
     /// Steps between evaluations [default: once, at the end]
-    #[arg(long, value_name = "STEPS", value_parser = at_least_one())]
+    #[arg(long, value_name = "STEPS", value_parser = numbers::steps)]
     pub eval_steps: Option<u64>,
     /// Evaluations without improvement before the run stops
-    #[arg(long, value_name = "EVALUATIONS", value_parser = at_least_one())]
+    #[arg(long, value_name = "EVALUATIONS", value_parser = numbers::steps)]
     pub early_stopping_patience: Option<u64>,
     /// Improvement of the evaluation loss that counts
     #[arg(long, value_name = "LOSS", default_value_t = 0.0,
@@ -247,10 +247,10 @@ pub struct EvaluationArgs {
     #[arg(long, value_name = "TEXT")]
     pub sample_prompt: Vec<String>,
     /// Steps between further answers to `--sample-prompt` [default: none]
-    #[arg(long, value_name = "STEPS", value_parser = at_least_one())]
+    #[arg(long, value_name = "STEPS", value_parser = numbers::steps)]
     pub sample_steps: Option<u64>,
     /// Longest sample answer, in tokens
-    #[arg(long, value_name = "TOKENS", default_value = "64")]
+    #[arg(long, value_name = "TOKENS", default_value = "64", value_parser = numbers::at_least_one)]
     pub sample_max_new_tokens: NonZeroUsize,
     /// Stop when a trained matrix gets no gradient or does not move
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
@@ -265,10 +265,10 @@ pub struct OutputArgs {
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
     /// Steps between checkpoints
-    #[arg(long, value_name = "STEPS", default_value_t = 100, value_parser = at_least_one())]
+    #[arg(long, value_name = "STEPS", default_value_t = 100, value_parser = numbers::steps)]
     pub save_steps: u64,
     /// Checkpoints that are kept; the best one is kept besides
-    #[arg(long, value_name = "CHECKPOINTS", default_value = "2")]
+    #[arg(long, value_name = "CHECKPOINTS", default_value = "2", value_parser = numbers::at_least_one)]
     pub save_total_limit: NonZeroUsize,
     /// Continue the run in `--out` from its newest intact checkpoint, with its settings
     #[arg(long)]
@@ -280,7 +280,7 @@ pub struct OutputArgs {
 #[command(next_help_heading = "Memory and threads")]
 pub struct ResourceArgs {
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS")]
+    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
     /// Activations of a block: `keep` them, or `checkpoint` its input and recompute
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
@@ -291,10 +291,6 @@ pub struct ResourceArgs {
     /// Memory that the run may use, such as `8GiB` [default: what is free]
     #[arg(long, value_name = "SIZE")]
     pub memory_budget: Option<ByteSize>,
-}
-
-fn at_least_one() -> clap::builder::RangedU64ValueParser<u64> {
-    clap::value_parser!(u64).range(1..)
 }
 
 impl TrainArgs {

@@ -17,6 +17,10 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
         Some(prompt) => prompt.clone(),
         None => read_prompt()?,
     };
+    if prompt.is_empty() {
+        return Err(Error::usage("the prompt is empty")
+            .hint("give `--prompt TEXT`, or the prompt on standard input"));
+    }
     let format = args.base.block_format();
     let context = args.generation.context_length;
     let adapter = args.adapter.as_deref();
@@ -65,10 +69,5 @@ fn read_prompt() -> Result<String> {
     std::io::stdin()
         .read_to_string(&mut text)
         .map_err(|e| Error::io("read", "standard input".as_ref(), e))?;
-    let text = text.trim_end_matches('\n').to_string();
-    if text.is_empty() {
-        return Err(Error::usage("the prompt is empty")
-            .hint("give `--prompt TEXT`, or the prompt on standard input"));
-    }
-    Ok(text)
+    Ok(text.trim_end_matches('\n').to_string())
 }

@@ -11,7 +11,7 @@ use serde_json::Value;
 use super::batch::Document;
 use super::encode::{Encoded, Encoder, TrainOn};
 use super::record::{Format, Rejection, parse};
-use super::source::{Raw, Source};
+use super::source::{Body, Raw, Source};
 use super::truncate::Truncation;
 use crate::error::{Error, Result};
 
@@ -122,8 +122,9 @@ pub fn read(
         watch(source.bytes_read());
     }
     if loader.report.records == 0 {
-        return Err(Error::input(format_args!("{} has no records", path.display()))
-            .hint("expected one JSON object in each line, or one JSON list of objects"));
+        return Err(Error::input(format_args!("{} has no records", path.display())).hint(
+            "expected one JSON object in each line, one JSON list of objects, CSV or Parquet",
+        ));
     }
     Ok(loader.report)
 }
@@ -182,7 +183,7 @@ fn next_batch(source: &mut Source) -> Result<Vec<Raw>> {
         && bytes < BATCH_BYTES
         && let Some(raw) = source.next()?
     {
-        bytes += raw.text.as_ref().map_or(0, String::len);
+        bytes += raw.bytes();
         batch.push(raw);
     }
     Ok(batch)
@@ -202,7 +203,11 @@ type Parsed = (usize, std::result::Result<Value, Rejection>);
 impl<K: FnMut(Document)> Loader<'_, K> {
     /// Tokenizes a batch in parallel and files the results in order.
     fn take(&mut self, batch: Vec<Raw>) -> Result<()> {
-        let parse_raw = |raw: Raw| (raw.line, raw.text.and_then(|text| parse_json(&text)));
+        let read = |body| match body {
+            Body::Json(text) => parse_json(&text),
+            Body::Fields(fields) => Ok(fields),
+        };
+        let parse_raw = |raw: Raw| (raw.line, raw.body.and_then(read));
         let parsed: Vec<Parsed> = batch.into_par_iter().map(parse_raw).collect();
         if self.report.format.is_none() {
             self.report.format = self.detect(&parsed)?;

@@ -1,7 +1,15 @@
 //! From files of examples to streams of tokens with a loss mask.
 //!
-//! `record` reads shapes of JSON, `template` renders chats, `encode` makes ids and labels, `load`
-//! reads files and truncates, `pack` fills rows, `batch` is what a forward pass takes.
+//! ```text
+//! source     a file's records: JSONL, JSON, CSV, Parquet
+//! record     what kind of example each is; chat: messages of all shapes
+//! template   conversation → text, in the Jinja of jinja; spans: who said what, up to its ends
+//! encode     text → ids and labels, by the tokenizer
+//! truncate   what happens to the long ones
+//! load       all of these in parallel, with an account of every record
+//! split      some are held out;  pack: the others share rows
+//! batch      what a forward pass takes;  audit: figures for a reader
+//! ```
 
 pub mod audit;
 pub mod batch;
@@ -24,6 +32,6 @@ pub use batch::{Batch, Document};
 pub use encode::{Encoder, TrainOn};
 pub use load::{DataOptions, Dataset, LoadReport, Rejected, load};
 pub use record::Format;
-pub use spans::Rendered;
+pub use spans::{Rendered, Turn};
 pub use tokenizer::ChatTokenizer;
 pub use truncate::Truncation;

@@ -50,7 +50,9 @@ impl Format {
             return Err(no_object(record));
         };
         let names: Vec<&str> = fields.keys().map(String::as_str).collect();
-        let fits = |format: &&Format| format.keys().iter().all(|key| fields.contains_key(*key));
+        // Columns of a table are there even where a row has nothing in them.
+        let has = |key: &str| fields.get(key).is_some_and(|value| !value.is_null());
+        let fits = |format: &&Format| format.keys().iter().all(|key| has(key));
         let found: Vec<Format> = Format::value_variants().iter().filter(fits).copied().collect();
         match found[..] {
             [format] => Ok(format),

@@ -4,6 +4,7 @@ use clap::ValueEnum;
 
 use super::layout::{MemoryPlan, Policy, Settings, layout};
 use super::weights::WeightBytes;
+use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
 use crate::model::spec::ModelSpec;
 
@@ -143,8 +144,8 @@ impl Demand<'_> {
         let need = self.total_bytes(self.settings, leanest);
         let error = Error::budget(format_args!(
             "plan needs {}, budget is {}",
-            gibibytes(need),
-            gibibytes(budget)
+            ByteSize(need),
+            ByteSize(budget)
         ));
         // What is not asked for, but would help: cheapest first.
         let streams = self.weights.streamed.is_some();
@@ -152,7 +153,7 @@ impl Demand<'_> {
         for candidate in nearer.into_iter().filter(|candidate| streams || !candidate.1) {
             let bytes = self.total_bytes(self.settings, candidate);
             if bytes <= budget {
-                let (flags, need) = (self.flags(candidate), gibibytes(bytes));
+                let (flags, need) = (self.flags(candidate), ByteSize(bytes));
                 return error.hint(format_args!("{flags} would need {need}"));
             }
         }
@@ -162,10 +163,10 @@ impl Demand<'_> {
                 "{} with {tokens} tokens in a forward pass would need {}: lower `--max-length` or \
                  `--per-device-train-batch-size`",
                 self.flags(least),
-                gibibytes(bytes)
+                ByteSize(bytes)
             )),
             None => {
-                let least = gibibytes(self.weight_bytes(streams) + self.process_bytes);
+                let least = ByteSize(self.weight_bytes(streams) + self.process_bytes);
                 error.hint(format_args!("the frozen weights and data alone take {least}"))
             }
         }
@@ -195,11 +196,6 @@ impl Demand<'_> {
 fn policies(layers: usize, kept: usize) -> Vec<Policy> {
     let policy = |layer| if layer + kept >= layers { Policy::Keep } else { Policy::Checkpoint };
     (0..layers).map(policy).collect()
-}
-
-fn gibibytes(bytes: u64) -> String {
-    const GIB: f64 = (1u64 << 30) as f64;
-    format!("{:.2} GiB", bytes as f64 / GIB)
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ mod attention;
 mod cross_entropy;
 mod dequantize;
 mod elementwise;
+mod flash;
 mod mutants;
 mod norm;
 mod sums;

@@ -17,15 +17,26 @@ pub fn render(
     options: &DataOptions,
     tokenizer: &ChatTokenizer,
 ) -> String {
-    let mut lines = figures(path, audit, options);
-    lines.extend(histogram(audit));
-    lines.extend(checks(path, audit, options, tokenizer));
+    let mut lines = vec![title(path, audit), String::new()];
+    // Figures and checks of nothing would only hide why.
+    if audit.report.rejected.len() < audit.report.records {
+        lines.extend(figures(audit, options));
+        lines.extend(histogram(audit));
+        lines.extend(checks(path, audit, options, tokenizer));
+    }
+    lines.extend(rejected(path, audit));
+    lines.extend(verdict(path, audit, options));
     lines.join("\n") + "\n"
 }
 
-fn figures(path: &Path, audit: &Audit, options: &DataOptions) -> Vec<String> {
+fn title(path: &Path, audit: &Audit) -> String {
     let report = &audit.report;
     let format = report.format.map_or("unknown".to_string(), |format| format.name());
+    format!("{}: {} records, format {format}", path.display(), number(report.records))
+}
+
+fn figures(audit: &Audit, options: &DataOptions) -> Vec<String> {
+    let report = &audit.report;
     let loss = match options.train_on {
         TrainOn::Assistant => "all answers",
         TrainOn::Completion => "last answers",
@@ -33,8 +44,6 @@ fn figures(path: &Path, audit: &Audit, options: &DataOptions) -> Vec<String> {
     };
     let length = &audit.length;
     vec![
-        format!("{}: {} records, format {format}", path.display(), number(report.records)),
-        String::new(),
         format!("documents   {}", number(report.documents)),
         format!(
             "tokens      {}, {} of them trained: {:.1} % (loss on {loss})",
@@ -82,7 +91,7 @@ fn checks(
         0 => format!("ok    {fine}"),
         count => format!("note  {found}: {} ({})", number(count), places(path, lines)),
     };
-    let mut out = vec![
+    vec![
         check(
             &format!("no record is longer than {} tokens", options.max_length),
             &too_long(audit, options),
@@ -108,10 +117,7 @@ fn checks(
             "records that repeat an earlier one",
             &report.duplicates,
         ),
-    ];
-    out.extend(rejected(path, audit));
-    out.extend(verdict(path, audit, options));
-    out
+    ]
 }
 
 fn too_long(audit: &Audit, options: &DataOptions) -> String {

@@ -18,6 +18,8 @@
 #include "cross_entropy.cuh"
 #include "dequantize.cuh"
 #include "dropout.cuh"
+#include "flash_backward.cuh"
+#include "flash_forward.cuh"
 #include "mlp.cuh"
 #include "norm.cuh"
 #include "rotary.cuh"
@@ -386,3 +388,71 @@ adamw_8bit(float* master, const float* gradients, u8* first_codes, float* first_
     // Its barriers part the reading of absmax from the writing.
     moments.store(maps, maps + 256, i, m, exists);
 }
+
+// ---------------------------------------------------------------- attention, flash
+//
+// One entry a head width (64, 96, 128, 256). q, k, v, d_o: first element of head 0, heads D apart,
+// rows *_stride apart; pointers and strides on 16 bytes. Document i has the queries
+// q_boundaries[i] .. q_boundaries[i + 1] and the keys k_boundaries[i] ..: the same array in training;
+// with more keys than queries the last query sees the last key. Query at position t sees keys
+// t + 1 − window ..= t (window 0: all). lse, delta: f32 [tokens, heads]. heads is a multiple of
+// kv_heads. soft_cap 0: none. All blocks have 128 threads but flash_backward_keys_256, which has 256.
+// Dynamic shared memory above 48 KiB must be allowed with cuFuncSetAttribute:
+//                             64      96      128      256
+//   flash_forward          18432   26624    34816    67584
+//   flash_backward_keys    37376   53760    70144    84608
+//   flash_backward_queries 36864   53248    69632    84480
+
+#define NIBBLE_FLASH_INPUTS                                                                       \
+    const bfloat16 *q, int q_stride, const bfloat16 *k, const bfloat16 *v, int kv_stride,         \
+        const u32 *q_boundaries, const u32 *k_boundaries, int heads, int kv_heads, int window,    \
+        float scale, float soft_cap
+#define NIBBLE_FLASH_VALUES                                                                       \
+    { q, q_stride, k, v, kv_stride, q_boundaries, k_boundaries, heads, kv_heads, window, scale,   \
+      soft_cap }
+
+// o, lse from q, k, v. Grid (ceil(longest queries / 64), heads, documents).
+#define NIBBLE_FLASH_FORWARD(D)                                                                   \
+    (NIBBLE_FLASH_INPUTS, bfloat16* o, int o_stride, float* lse) {                                \
+        const FlashInputs in = NIBBLE_FLASH_VALUES;                                               \
+        flash_forward<D>(in, o, o_stride, lse);                                                   \
+    }
+
+// dk, dv (overwritten), after attention_delta. Grid (ceil(longest keys / 64), kv_heads, documents).
+#define NIBBLE_FLASH_BACKWARD_KEYS(D)                                                             \
+    (NIBBLE_FLASH_INPUTS, const bfloat16* d_o, int d_o_stride, const float* lse,                  \
+     const float* delta, bfloat16* dk, bfloat16* dv, int d_kv_stride) {                           \
+        const FlashInputs in = NIBBLE_FLASH_VALUES;                                               \
+        flash_backward_keys<D>(in, FlashGradients{d_o, d_o_stride, lse, delta}, dk, dv,           \
+                               d_kv_stride);                                                      \
+    }
+
+// dq (overwritten), after attention_delta. Grid (ceil(longest queries / 64), heads, documents).
+#define NIBBLE_FLASH_BACKWARD_QUERIES(D)                                                          \
+    (NIBBLE_FLASH_INPUTS, const bfloat16* d_o, int d_o_stride, const float* lse,                  \
+     const float* delta, bfloat16* dq, int dq_stride) {                                           \
+        const FlashInputs in = NIBBLE_FLASH_VALUES;                                               \
+        flash_backward_queries<D>(in, FlashGradients{d_o, d_o_stride, lse, delta}, dq,            \
+                                  dq_stride);                                                     \
+    }
+
+extern "C" __global__ void __launch_bounds__(128) flash_forward_64 NIBBLE_FLASH_FORWARD(64)
+extern "C" __global__ void __launch_bounds__(128) flash_forward_96 NIBBLE_FLASH_FORWARD(96)
+extern "C" __global__ void __launch_bounds__(128) flash_forward_128 NIBBLE_FLASH_FORWARD(128)
+extern "C" __global__ void __launch_bounds__(128) flash_forward_256 NIBBLE_FLASH_FORWARD(256)
+extern "C" __global__ void __launch_bounds__(128)
+flash_backward_keys_64 NIBBLE_FLASH_BACKWARD_KEYS(64)
+extern "C" __global__ void __launch_bounds__(128)
+flash_backward_keys_96 NIBBLE_FLASH_BACKWARD_KEYS(96)
+extern "C" __global__ void __launch_bounds__(128)
+flash_backward_keys_128 NIBBLE_FLASH_BACKWARD_KEYS(128)
+extern "C" __global__ void __launch_bounds__(256)
+flash_backward_keys_256 NIBBLE_FLASH_BACKWARD_KEYS(256)
+extern "C" __global__ void __launch_bounds__(128)
+flash_backward_queries_64 NIBBLE_FLASH_BACKWARD_QUERIES(64)
+extern "C" __global__ void __launch_bounds__(128)
+flash_backward_queries_96 NIBBLE_FLASH_BACKWARD_QUERIES(96)
+extern "C" __global__ void __launch_bounds__(128)
+flash_backward_queries_128 NIBBLE_FLASH_BACKWARD_QUERIES(128)
+extern "C" __global__ void __launch_bounds__(128)
+flash_backward_queries_256 NIBBLE_FLASH_BACKWARD_QUERIES(256)

@@ -1,29 +1,21 @@
-//! Records of a data file as raw text, one at a time: lines of JSONL, or elements of a JSON list.
+//! Lines of JSONL, or elements of a JSON list, one at a time.
 //!
-//! The file is streamed, so it may be larger than memory, and a pipe will do. A list is cut into its
-//! elements by brackets and quotes alone: an element that is no valid JSON spoils only itself.
+//! The file is streamed, so a pipe will do. A list is cut into its elements by brackets and quotes
+//! alone: an element that is no valid JSON spoils only itself.
 
 use std::fs::File;
 use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::Path;
 
-use super::record::Rejection;
+use super::super::record::Rejection;
+use super::{Body, Raw};
 use crate::error::{Error, Result};
 
 /// Longest record. One that never ends (a binary file, a forgotten line break) must not fill memory.
 const MAX_RECORD_BYTES: usize = 64 << 20;
 
-/// A record as it stands in the file.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Raw {
-    /// Line on which it begins, from 1.
-    pub line: usize,
-    /// Its text, or why there is none.
-    pub text: std::result::Result<String, Rejection>,
-}
-
-/// A data file that is being read.
-pub struct Source<'a> {
+/// A JSON file that is being read.
+pub(super) struct JsonSource<'a> {
     path: &'a Path,
     reader: BufReader<File>,
     layout: Layout,
@@ -39,7 +31,7 @@ enum Layout {
     Ended,
 }
 
-impl<'a> Source<'a> {
+impl<'a> JsonSource<'a> {
     /// Opens `path` and finds out which of the two it is.
     ///
     /// # Errors
@@ -47,7 +39,7 @@ impl<'a> Source<'a> {
     pub fn open(path: &'a Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let reader = BufReader::with_capacity(1 << 20, file);
-        let mut source = Source { path, reader, layout: Layout::Lines, line: 1, bytes_read: 0 };
+        let mut source = JsonSource { path, reader, layout: Layout::Lines, line: 1, bytes_read: 0 };
         let begin = source.peek()?;
         let byte_order_mark = begin.starts_with(b"\xef\xbb\xbf");
         refuse_foreign(begin, path)?;
@@ -91,7 +83,7 @@ impl<'a> Source<'a> {
                 break;
             }
         }
-        Ok((text.length > 0).then(|| Raw { line, text: text.finish() }))
+        Ok((text.length > 0).then(|| Raw { line, body: text.finish() }))
     }
 
     fn next_element(&mut self) -> Result<Option<Raw>> {
@@ -121,7 +113,7 @@ impl<'a> Source<'a> {
             let used = part.len() + usize::from(comma);
             self.consume(used);
             if end.is_some() {
-                return Ok(Some(Raw { line, text: text.finish() }));
+                return Ok(Some(Raw { line, body: text.finish() }));
             }
         }
     }
@@ -173,7 +165,6 @@ fn refuse_foreign(begin: &[u8], path: &Path) -> Result<()> {
         [0x1f, 0x8b, ..] => "a gzip file",
         [0x28, 0xb5, 0x2f, 0xfd, ..] => "a Zstandard file",
         [b'P', b'K', 3, 4, ..] => "a zip file",
-        [b'P', b'A', b'R', b'1', ..] => "a Parquet file",
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "UTF-16 text",
         _ => return Ok(()),
     };
@@ -198,13 +189,13 @@ impl Bounded {
         }
     }
 
-    fn finish(self) -> std::result::Result<String, Rejection> {
+    fn finish(self) -> std::result::Result<Body, Rejection> {
         if self.length > MAX_RECORD_BYTES {
             let (got, most) = (self.length >> 20, MAX_RECORD_BYTES >> 20);
             let what = format!("record has {got} MiB, the most is {most} MiB");
             return Err(Rejection::new(what).hint("is there a line break after each record?"));
         }
-        String::from_utf8(self.bytes).map_err(|e| {
+        String::from_utf8(self.bytes).map(Body::Json).map_err(|e| {
             let byte = e.utf8_error().valid_up_to() + 1;
             Rejection::new(format!("record is not UTF-8 at byte {byte}"))
                 .hint("save the file as UTF-8")
@@ -252,10 +243,14 @@ mod tests {
     fn read(bytes: &[u8]) -> Result<Vec<(usize, String)>> {
         let file = tempfile::NamedTempFile::new().unwrap();
         std::fs::write(file.path(), bytes).unwrap();
-        let mut source = Source::open(file.path())?;
+        let mut source = JsonSource::open(file.path())?;
         let mut records = Vec::new();
         while let Some(raw) = source.next()? {
-            let text = raw.text.unwrap_or_else(|rejection| rejection.reason);
+            let text = match raw.body {
+                Ok(Body::Json(text)) => text,
+                Ok(Body::Fields(fields)) => panic!("{fields} out of a JSON file"),
+                Err(rejection) => rejection.reason,
+            };
             records.push((raw.line, text.trim_end().to_string()));
         }
         Ok(records)
@@ -296,7 +291,7 @@ mod tests {
 
     #[test]
     fn other_kinds_of_files_are_named() {
-        assert!(read(b"PAR1....").unwrap_err().to_string().contains("is a Parquet file"));
+        assert!(read(b"PK\x03\x04").unwrap_err().to_string().contains("is a zip file"));
         assert!(read(b"\x1f\x8b\x08").unwrap_err().to_string().contains("is a gzip file"));
         assert!(read(b"\xff\xfe{\0").unwrap_err().to_string().contains("is UTF-16 text"));
     }

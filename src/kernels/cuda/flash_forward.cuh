@@ -1,0 +1,146 @@
+// Flash attention, forward: o = softmax(cap(scale · q·kᵀ)) · v and the log-sum-exp.
+//
+// A block takes 64 queries of one head, 16 a warp, and walks the keys that they see in tiles. The
+// running maximum m and sum l of a row rescale what was summed when m grows. While scores are
+// computed the tile's values are copied in; while probabilities meet values, the next keys.
+#pragma once
+#include "flash_tile.cuh"
+
+constexpr int FLASH_QUERIES = 64;
+
+/// Rows of keys in a tile: what the registers of D columns of output leave room for.
+template <int D>
+constexpr int FLASH_FORWARD_KEYS = D > 128 ? 32 : 64;
+
+/// The two rows of a lane: running maxima and its share of the sums.
+struct FlashRows {
+    float largest[2], sum[2];
+};
+
+/// Scores to probabilities, in place; returns what the rows' earlier sums are multiplied by.
+template <int N>
+__device__ __forceinline__ void flash_softmax(float (&s)[N / 8][4], FlashRows& rows,
+                                              float (&shrink)[2]) {
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float largest = rows.largest[half];
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+            largest = fmaxf(largest, fmaxf(s[n][2 * half], s[n][2 * half + 1]));
+        }
+        // The four lanes of a row.
+        largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
+        largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
+        // A row that has seen no key yet: exponents of -inf, not NaN.
+        const float base = largest == -infinity() ? 0.0f : largest;
+        shrink[half] = fast_exp2(rows.largest[half] - base);
+        rows.largest[half] = largest;
+        float sum = rows.sum[half] * shrink[half];
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+            s[n][2 * half] = fast_exp2(s[n][2 * half] - base);
+            s[n][2 * half + 1] = fast_exp2(s[n][2 * half + 1] - base);
+            sum += s[n][2 * half] + s[n][2 * half + 1];
+        }
+        rows.sum[half] = sum;
+    }
+}
+
+/// Products to scores; -inf where a query does not see a key. `row` is the warp's first.
+template <int N>
+__device__ __forceinline__ void flash_scores(float (&s)[N / 8][4], const FlashScores& map,
+                                             const FlashMask& mask, bool whole, int row,
+                                             int first_key) {
+#pragma unroll
+    for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            s[n][e] = map.score(s[n][e]);
+            const int key = first_key + 8 * n + fragment_column(e);
+            if (!whole && !mask.sees(row + fragment_row(e), key)) s[n][e] = -infinity();
+        }
+    }
+}
+
+template <int D>
+__device__ __forceinline__ void flash_forward(const FlashInputs& in, bfloat16* o, int o_stride,
+                                              float* lse) {
+    constexpr int KEYS = FLASH_FORWARD_KEYS<D>;
+    // Queries stay in registers where there is room; their tile is then that of the values.
+    constexpr bool RESIDENT = D <= 128;
+    const FlashDocument document(in, blockIdx.z);
+    // The last queries see the most keys: they go first.
+    const int first = (gridDim.x - 1 - blockIdx.x) * FLASH_QUERIES, head = blockIdx.y;
+    if (first >= document.queries) return;
+    NIBBLE_DYNAMIC_SHARED(bfloat16, shared);
+    bfloat16* k_tile = shared;
+    bfloat16* v_tile = k_tile + KEYS * TILE_STRIDE<D>;
+    bfloat16* q_tile = RESIDENT ? v_tile : v_tile + KEYS * TILE_STRIDE<D>;
+    const int kv_head = head / (in.heads / in.kv_heads), warp_row = threadIdx.x / 32 * 16;
+    const bfloat16* q = row_of(in.q, document.q_begin, in.q_stride) + head * D;
+    const bfloat16* k = row_of(in.k, document.k_begin, in.kv_stride) + kv_head * D;
+    const bfloat16* v = row_of(in.v, document.k_begin, in.kv_stride) + kv_head * D;
+    const FlashMask mask = {first + document.offset, in.window};
+    const FlashScores map(in.scale, in.soft_cap);
+    const int begin = mask.begin(), end = mask.end(FLASH_QUERIES, document.keys);
+
+    load_tile<FLASH_QUERIES, D>(q_tile, q, in.q_stride, first, document.queries);
+    load_tile<KEYS, D>(k_tile, k, in.kv_stride, begin, document.keys);
+    copy_async_commit();
+    copy_async_wait<0>();
+    __syncthreads();
+    u32 q_fragments[RESIDENT ? D / 16 : 1][4];
+    if constexpr (RESIDENT) {
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) load_left<D>(q_fragments[i], q_tile, warp_row, 16 * i);
+        __syncthreads();
+    }
+    float output[D / 8][4] = {};
+    FlashRows rows = {{-infinity(), -infinity()}, {0.0f, 0.0f}};
+    for (int key = begin; key < end; key += KEYS) {
+        load_tile<KEYS, D>(v_tile, v, in.kv_stride, key, document.keys);
+        copy_async_commit();
+        float s[KEYS / 8][4] = {};
+        if constexpr (RESIDENT) {
+#pragma unroll
+            for (int i = 0; i < D / 16; i++) {
+                multiply_transposed<KEYS, D>(s, q_fragments[i], k_tile, 16 * i);
+            }
+        } else {
+            multiply_tiles<KEYS, D>(s, q_tile, warp_row, k_tile);
+        }
+        __syncthreads();  // all have read the keys
+        if (key + KEYS < end) {
+            load_tile<KEYS, D>(k_tile, k, in.kv_stride, key + KEYS, document.keys);
+        }
+        copy_async_commit();
+        flash_scores<KEYS>(s, map, mask, mask.sees_all(FLASH_QUERIES, key, KEYS), warp_row, key);
+        float shrink[2];
+        flash_softmax<KEYS>(s, rows, shrink);
+#pragma unroll
+        for (int n = 0; n < D / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) output[n][e] *= shrink[e / 2];
+        }
+        copy_async_wait<1>();
+        __syncthreads();  // the values are there
+        multiply_probabilities<KEYS, D, D>(output, s, v_tile, 0);
+        copy_async_wait<0>();
+        __syncthreads();  // the next keys are there, all have read the values
+    }
+    float inverse[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        float sum = rows.sum[half];
+        sum += __shfl_xor_sync(ALL_LANES, sum, 1);
+        sum += __shfl_xor_sync(ALL_LANES, sum, 2);
+        inverse[half] = 1.0f / sum;
+        const int row = first + warp_row + fragment_row(2 * half);
+        if (threadIdx.x % 4 == 0 && row < document.queries) {
+            lse[(document.q_begin + row) * in.heads + head] =
+                (rows.largest[half] + log2f(sum)) * LN_2;
+        }
+    }
+    store_product<D>(row_of(o, document.q_begin, o_stride) + head * D, o_stride, first + warp_row,
+                     document.queries, output, inverse[0], inverse[1]);
+}

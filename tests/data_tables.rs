@@ -1,0 +1,96 @@
+//! CSV and Parquet files are the same data as JSONL.
+//!
+//! `tests/data/tables` was made by `scripts/golden/gen_parquet.py` with pyarrow.
+
+use std::path::{Path, PathBuf};
+use std::sync::LazyLock;
+
+use nibble::data::{
+    ChatTokenizer, DataOptions, Dataset, Encoder, Format, TrainOn, Truncation, load,
+};
+use nibble::random::Stream;
+
+fn tables() -> &'static Path {
+    Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tables"))
+}
+
+fn try_load(path: &Path) -> nibble::Result<Dataset> {
+    static TOKENIZER: LazyLock<ChatTokenizer> = LazyLock::new(|| {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer/smollm2");
+        ChatTokenizer::open(Path::new(folder)).unwrap()
+    });
+    let encoder = Encoder::new(&TOKENIZER, 49152, TrainOn::Assistant)?;
+    let options = DataOptions {
+        format: None,
+        train_on: TrainOn::Assistant,
+        truncation: Truncation::Error,
+        max_length: 512,
+    };
+    load(path, &encoder, &options)
+}
+
+fn write(name: &str, bytes: impl AsRef<[u8]>) -> (tempfile::TempDir, PathBuf) {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join(name);
+    std::fs::write(&path, bytes).unwrap();
+    (folder, path)
+}
+
+#[test]
+fn parquet_rows_are_records() {
+    let table = try_load(&tables().join("messages.parquet")).unwrap();
+    let lines = try_load(&tables().join("messages.jsonl")).unwrap();
+    assert_eq!(table.documents, lines.documents);
+    assert_eq!(table.report, lines.report);
+    assert_eq!((table.report.records, table.report.documents), (54, 52));
+    let rejected: Vec<(usize, &str)> =
+        table.report.rejected.iter().map(|bad| (bad.line, bad.rejection.reason.as_str())).collect();
+    let expected =
+        [(3, "field `messages` has no messages"), (4, "field `messages` is null, expected a list")];
+    assert_eq!(rejected, expected);
+}
+
+#[test]
+fn csv_rows_are_records() {
+    let rows = "id,prompt,completion\n1,\"a, b\",c\n2,\"d\ne\",f\n3,g\n";
+    let (_folder, path) = write("data.csv", rows);
+    let (_other, tabs) =
+        write("data.TSV", "id\tprompt\tcompletion\n1\ta, b\tc\n2\t\"d\ne\"\tf\n3\tg\n");
+    let (_third, lines) = write(
+        "data.jsonl",
+        "{\"prompt\": \"a, b\", \"completion\": \"c\"}\n{\"prompt\": \"d\\ne\", \"completion\": \"f\"}",
+    );
+    let (table, lines) = (try_load(&path).unwrap(), try_load(&lines).unwrap());
+    let ids = |dataset: &Dataset| -> Vec<Vec<u32>> {
+        dataset.documents.iter().map(|document| document.input_ids.clone()).collect()
+    };
+    assert_eq!(table.report.format, Some(Format::Prompt));
+    assert_eq!(ids(&table), ids(&lines));
+    assert_eq!(ids(&try_load(&tabs).unwrap()), ids(&lines));
+    let places: Vec<usize> = table.documents.iter().map(|document| document.line).collect();
+    assert_eq!(places, [2, 3], "the lines that rows begin on");
+    assert_eq!(table.report.rejected[0].line, 5);
+    assert_eq!(table.report.rejected[0].rejection.reason, "row has 2 cells, the header 3");
+}
+
+/// No byte of a damaged table makes a reader panic.
+#[test]
+fn damaged_tables_are_reported() {
+    let good = std::fs::read(tables().join("messages.parquet")).unwrap();
+    let random = Stream::new(3, "damage");
+    for round in 0..400u64 {
+        let mut bytes = good.clone();
+        for hit in 0..1 + round % 5 {
+            let at = random.below(round * 64 + 2 * hit, bytes.len() as u64) as usize;
+            bytes[at] = random.below(round * 64 + 2 * hit + 1, 256) as u8;
+        }
+        if round % 4 == 0 {
+            bytes.truncate(random.below(round * 64 + 63, bytes.len() as u64) as usize);
+        }
+        let (_folder, path) = write("data.parquet", bytes);
+        let _ = try_load(&path);
+    }
+    let (_folder, path) = write("cut.parquet", &good[..good.len() / 2]);
+    let error = try_load(&path).unwrap_err().to_string();
+    assert!(error.contains("cut.parquet: "), "{error}");
+}
