@@ -69,7 +69,7 @@ const CASES: [Case; 7] = [
     },
 ];
 
-/// Elements between bands of a row that no kernel may touch.
+/// Elements between rows that no kernel may touch.
 const GAP: usize = 8;
 
 /// Inputs and outputs of one case; q, k, v are bands of one row if nothing is past.
@@ -249,19 +249,34 @@ impl Case {
     }
 }
 
-/// `‖got − expected‖ / ‖expected‖`, and no element far off.
-#[track_caller]
-fn assert_near(name: &str, got: &[f64], expected: &[f64], tolerance: f64) {
-    assert_eq!(got.len(), expected.len());
+/// How far results are off: the largest `‖got − expected‖ / ‖expected‖` over what is allowed, and of
+/// one element ten times that of a typical one. NaN counts as infinite.
+fn excess(got: &Results, expected: &Results) -> f64 {
+    let pairs = [
+        (&got.o, &expected.o, 4e-3),
+        (&got.lse, &expected.lse, 1e-5),
+        (&got.dq, &expected.dq, 6e-3),
+        (&got.dk, &expected.dk, 6e-3),
+        (&got.dv, &expected.dv, 6e-3),
+    ];
     let norm = |x: &mut dyn Iterator<Item = f64>| x.map(|x| x * x).sum::<f64>().sqrt();
-    let error = norm(&mut got.iter().zip(expected).map(|(g, e)| g - e));
-    let size = norm(&mut expected.iter().copied());
-    assert!(error <= tolerance * size, "{name}: relative error {:e}", error / size);
-    let typical = size / (got.len() as f64).sqrt();
-    for (i, (g, e)) in got.iter().zip(expected).enumerate() {
-        let bound = 10.0 * tolerance * (typical + e.abs());
-        assert!((g - e).abs() <= bound, "{name}[{i}]: {g:e}, not {e:e}");
-    }
+    let one = |(got, expected, allowed): (&Vec<f64>, &Vec<f64>, f64)| {
+        assert_eq!(got.len(), expected.len());
+        let size = norm(&mut expected.iter().copied());
+        let typical = size / (got.len() as f64).sqrt();
+        let differences = got.iter().zip(expected).map(|(g, e)| (g - e, e));
+        let element = |(d, e): (f64, &f64)| d.abs() / (10.0 * (typical + e.abs()));
+        let largest = differences.clone().map(element).fold(0.0, f64::max);
+        let total = norm(&mut differences.map(|(d, _)| d)) / size;
+        if total.is_nan() { f64::INFINITY } else { total.max(largest) / allowed }
+    };
+    pairs.into_iter().map(one).fold(0.0, f64::max)
+}
+
+/// Whether a case with a window and grouped heads is right in the order that is set.
+pub fn is_right(emulator: &Emulator) -> bool {
+    let tensors = CASES[1].tensors();
+    excess(&CASES[1].run(emulator, &tensors), &CASES[1].reference(&tensors)) <= 1.0
 }
 
 fn check(case: &Case) {
@@ -272,11 +287,8 @@ fn check(case: &Case) {
     for order in ORDERS {
         emulator.order(order);
         let got = case.run(emulator, &tensors);
-        assert_near("o", &got.o, &expected.o, 4e-3);
-        assert_close(&got.lse, &expected.lse, 1e-5, 1e-5);
-        assert_near("dq", &got.dq, &expected.dq, 6e-3);
-        assert_near("dk", &got.dk, &expected.dk, 6e-3);
-        assert_near("dv", &got.dv, &expected.dv, 6e-3);
+        let excess = excess(&got, &expected);
+        assert!(excess <= 1.0, "{order:?}: {excess} times the error that is allowed");
         match &first {
             Some(first) => assert!(got == *first, "the order of threads changes a bit"),
             None => first = Some(got),

@@ -5,12 +5,13 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::emulator::{Emulator, ORDERS, emulator, launch};
+use crate::flash;
 
-/// The kernels with `from` replaced by `to` in `file`, or `None` without g++.
-fn mutant(name: &str, file: &str, from: &str, to: &str) -> Option<Emulator> {
-    emulator()?;
+/// The kernels with `from` replaced by `to` in `file`.
+fn mutant(name: &str, file: &str, from: &str, to: &str) -> Emulator {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let copy = Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("mutant-{name}"));
+    let copy =
+        Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("mutant-{}", name.replace(' ', "-")));
     for folder in ["src/kernels/cuda", "quant/src/cuda"] {
         fs::create_dir_all(copy.join(folder)).unwrap();
         for entry in fs::read_dir(root.join(folder)).unwrap() {
@@ -29,34 +30,83 @@ fn mutant(name: &str, file: &str, from: &str, to: &str) -> Option<Emulator> {
         .status()
         .unwrap();
     assert!(status.success());
-    Some(Emulator::open(&library).unwrap())
+    Emulator::open(&library).unwrap()
 }
 
-/// Σ x of 4,000 ones in each order, over four warps.
-fn sums_of_ones(emulator: &Emulator) -> Vec<f64> {
-    let x = vec![1.0f32; 4000];
-    ORDERS
-        .iter()
-        .map(|&order| {
-            emulator.order(order);
-            let mut sum = [f64::NAN];
-            launch!(emulator, "sum_f32", [1, 1, 1], 128; &x[..], 4000i64, &mut sum[..]);
-            sum[0]
-        })
-        .collect()
+/// The kernels with a line of a file broken, and whether they are still right.
+struct Mutant {
+    name: &'static str,
+    file: &'static str,
+    from: &'static str,
+    to: &'static str,
+    is_right: fn(&Emulator) -> bool,
+}
+
+const MUTANTS: [Mutant; 6] = [
+    Mutant {
+        name: "barrier of a sum",
+        file: "reduce.cuh",
+        from: "if (lane == 0) parts[warp] = x;\n    __syncthreads();",
+        to: "if (lane == 0) parts[warp] = x;",
+        is_right: sums_are_right,
+    },
+    Mutant {
+        name: "wait for values",
+        file: "flash_forward.cuh",
+        from: "copy_async_wait<1>();",
+        to: "",
+        is_right: flash::is_right,
+    },
+    Mutant {
+        name: "barrier after reading keys",
+        file: "flash_forward.cuh",
+        from: "__syncthreads();  // all have read the keys",
+        to: "",
+        is_right: flash::is_right,
+    },
+    Mutant {
+        name: "barrier after reading queries",
+        file: "flash_backward.cuh",
+        from: "__syncthreads();  // all have read them",
+        to: "",
+        is_right: flash::is_right,
+    },
+    Mutant {
+        name: "window of one more",
+        file: "flash_tile.cuh",
+        from: "key > at - window",
+        to: "key >= at - window",
+        is_right: flash::is_right,
+    },
+    Mutant {
+        name: "tiles that need no mask",
+        file: "flash_tile.cuh",
+        from: "first + keys - 1 <= position;",
+        to: "first + keys - 1 <= position + rows;",
+        is_right: flash::is_right,
+    },
+];
+
+/// Σ of 4,000 ones over four warps.
+fn sums_are_right(emulator: &Emulator) -> bool {
+    let (x, mut sum) = (vec![1.0f32; 4000], [f64::NAN]);
+    launch!(emulator, "sum_f32", [1, 1, 1], 128; &x[..], 4000i64, &mut sum[..]);
+    sum[0] == 4000.0
+}
+
+fn is_right_in_every_order(emulator: &Emulator, is_right: fn(&Emulator) -> bool) -> bool {
+    ORDERS.iter().all(|&order| {
+        emulator.order(order);
+        is_right(emulator)
+    })
 }
 
 #[test]
-fn a_missing_barrier_shows() {
+fn broken_kernels_are_wrong() {
     let Some(intact) = emulator() else { return };
-    assert_eq!(sums_of_ones(intact), [4000.0; 3]);
-    let barrier = "if (lane == 0) parts[warp] = x;\n    __syncthreads();";
-    let broken = mutant(
-        "barrier",
-        "src/kernels/cuda/reduce.cuh",
-        barrier,
-        "if (lane == 0) parts[warp] = x;",
-    );
-    let sums = sums_of_ones(&broken.unwrap());
-    assert!(sums.iter().any(|&sum| sum != 4000.0), "{sums:?}");
+    for Mutant { name, file, from, to, is_right } in &MUTANTS {
+        assert!(is_right_in_every_order(intact, *is_right), "{name}: the intact kernel is right");
+        let broken = mutant(name, &format!("src/kernels/cuda/{file}"), from, to);
+        assert!(!is_right_in_every_order(&broken, *is_right), "{name}: nothing was noticed");
+    }
 }

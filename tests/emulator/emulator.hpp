@@ -1,8 +1,9 @@
 // Runs CUDA kernels on the CPU, to test them where there is no GPU.
 //
 // A CUDA thread is a fiber; the fibers of a block share one host thread and give way only at
-// barriers and warp collectives, in an order that the caller picks: up, down, or shuffled by a
-// seed. A kernel that lacks a barrier then gives other results in another order. Shared memory is
+// barriers and warp collectives, in an order that the caller picks: the first warp as far as it can
+// go, then the next; from the last; or any, shuffled by a seed. A kernel that lacks a barrier then
+// gives other results in another order. Shared memory is
 // allocated anew for every block and poisoned, each array by itself, so that AddressSanitizer sees
 // where one ends. Aborts with the block and thread when threads of a barrier stand at different
 // ones, a warp collective names absent lanes, or nothing can go on.
@@ -65,7 +66,7 @@ union Slot {
     const void* pointer;
 };
 
-/// How fibers are ordered: 0 up, 1 down, else shuffled by the seed.
+/// How warps and lanes are ordered: 0 up, 1 down, else shuffled by the seed.
 struct Options {
     int order = 0;
     unsigned seed = 1;
@@ -138,77 +139,84 @@ inline thread_local __attribute__((tls_model("initial-exec"))) Block* block = nu
     leave_context(block->fiber().context, block->scheduler);
 }
 
-/// Wakes the lanes of complete warp barriers; whether there were any.
-inline bool release_warps() {
+/// Wakes the lanes of the complete barriers of the warp that begins at `first`; whether any were.
+inline bool release_warp(int first) {
     Block& b = *block;
-    const int threads = int(b.fibers.size());
+    const int end = std::min(first + 32, int(b.fibers.size()));
     bool any = false;
-    for (int i = 0; i < threads; i++) {
+    for (int i = first; i < end; i++) {
         if (b.fibers[i].state != State::AtWarpBarrier) continue;
         const unsigned lanes = b.fibers[i].lanes;
-        const int place = b.fibers[i].place;
         b.current = i;
         bool complete = true;
         for (int lane = 0; lane < 32 && complete; lane++) {
             if (!(lanes >> lane & 1)) continue;
-            const int other = (i & ~31) + lane;
-            if (other >= threads) b.fail("a warp collective names a lane that the block lacks");
-            const Fiber& f = b.fibers[other];
+            if (first + lane >= end) b.fail("a warp collective names a lane that the block lacks");
+            const Fiber& f = b.fibers[first + lane];
             if (f.state == State::Done) b.fail("a warp collective names a lane that has ended");
             complete = f.state == State::AtWarpBarrier && f.lanes == lanes;
-            if (complete && f.place != place) b.fail("lanes are at different warp collectives");
+            if (complete && f.place != b.fibers[i].place) {
+                b.fail("lanes are at different warp collectives");
+            }
         }
         for (int lane = 0; complete && lane < 32; lane++) {
-            if (lanes >> lane & 1) b.fibers[(i & ~31) + lane].state = State::Ready;
+            if (lanes >> lane & 1) b.fibers[first + lane].state = State::Ready;
         }
         any |= complete;
     }
     return any;
 }
 
-/// Wakes all fibers if each is at the block's barrier or has ended.
+/// Wakes all fibers if each is at the block's barrier or has ended; whether any live.
 inline bool release_block() {
     Block& b = *block;
     int place = -1;
-    for (const Fiber& f : b.fibers) {
-        if (f.state != State::AtBlockBarrier && f.state != State::Done) return false;
-    }
-    bool any = false;
     for (size_t i = 0; i < b.fibers.size(); i++) {
         Fiber& f = b.fibers[i];
         if (f.state == State::Done) continue;
         b.current = int(i);
+        if (f.state != State::AtBlockBarrier) b.fail("deadlock: a warp waits for lanes elsewhere");
         if (place >= 0 && place != f.place) b.fail("threads wait at different __syncthreads");
         place = f.place;
         f.state = State::Ready;
-        any = true;
     }
-    return any;
+    return place >= 0;
+}
+
+/// The next warp to run: as far as one can go before the others (up, down), or any.
+inline int pick_warp(const std::vector<int>& runnable) {
+    Block& b = *block;
+    if (b.options.order == 0) return *std::min_element(runnable.begin(), runnable.end());
+    if (b.options.order == 1) return *std::max_element(runnable.begin(), runnable.end());
+    return runnable[b.random() % runnable.size()];
 }
 
 /// Runs the fibers of the current block to their ends.
-inline void run_block(std::vector<int>& order, std::vector<Stack>& stacks) {
+inline void run_block(std::vector<Stack>& stacks) {
     Block& b = *block;
-    for (size_t i = 0; i < b.fibers.size(); i++) {
-        Fiber& f = b.fibers[i];
+    const int threads = int(b.fibers.size());
+    for (int i = 0; i < threads; i++) {
         const unsigned t = unsigned(i), x = b.dimensions.x, y = b.dimensions.y;
-        f = Fiber{new_context(stacks[i], run_fiber), State::Ready, 0, 0,
-                  {t % x, t / x % y, t / (x * y)}, {}, 0};
+        b.fibers[i] = Fiber{new_context(stacks[i], run_fiber), State::Ready, 0, 0,
+                            {t % x, t / x % y, t / (x * y)}, {}, 0};
     }
-    for (;;) {
-        if (b.options.order > 1) std::shuffle(order.begin(), order.end(), b.random);
-        bool ran = false, live = false;
-        for (int i : order) {
-            if (b.fibers[i].state != State::Ready) continue;
-            ran = true;
-            b.current = i;
-            switch_context(b.scheduler, b.fibers[i].context);
+    std::vector<int> lanes(32), runnable;
+    for (int lane = 0; lane < 32; lane++) lanes[lane] = b.options.order == 1 ? 31 - lane : lane;
+    do {
+        for (int warp = 0; warp < threads; warp += 32) runnable.push_back(warp);
+        while (!runnable.empty()) {
+            const int warp = pick_warp(runnable);
+            if (b.options.order > 1) std::shuffle(lanes.begin(), lanes.end(), b.random);
+            for (const int lane : lanes) {
+                if (warp + lane >= threads || b.fibers[warp + lane].state != State::Ready) continue;
+                b.current = warp + lane;
+                switch_context(b.scheduler, b.fibers[b.current].context);
+            }
+            if (!release_warp(warp)) {
+                runnable.erase(std::find(runnable.begin(), runnable.end(), warp));
+            }
         }
-        for (const Fiber& f : b.fibers) live |= f.state != State::Done;
-        if (!live) return;
-        const bool released = release_warps() || release_block();
-        if (!released && !ran) b.fail("deadlock: not every thread reaches the barrier");
-    }
+    } while (release_block());
 }
 
 /// Runs `body` for every thread of the grid.
@@ -225,8 +233,6 @@ inline void launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, Opt
     b.dimensions = threads;
     b.options = options;
     b.random.seed(options.seed);
-    std::vector<int> order(count);
-    for (size_t i = 0; i < count; i++) order[i] = int(options.order == 1 ? count - 1 - i : i);
     const size_t blocks = size_t(grid.x) * grid.y * grid.z;
     block = &b;
     for (size_t n = 0; n < blocks; n++) {
@@ -236,7 +242,7 @@ inline void launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, Opt
         b.shared.clear();
         b.shared_bytes = 0;
         b.dynamic_shared.reset(b.allocate_shared(dynamic_shared_bytes));
-        run_block(order, stacks);
+        run_block(stacks);
     }
     block = nullptr;
 }
