@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a change must pass before it lands, and exactly what CI runs: format, lints, documentation
-# (a broken link is an error) and all tests. Every step uses the release profile, so that the
+# (a broken link is an error), all tests, the CUDA kernels under AddressSanitizer and their PTX. Every step uses the release profile, so that the
 # dependencies are built once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,3 +21,5 @@ else
     printf '\nskipped: Rust %s is not installed; clippy checked the declared minimum\n' "$msrv"
 fi
 step scripts/test.sh
+step scripts/asan.sh
+step scripts/ptx.sh --check
