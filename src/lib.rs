@@ -7,6 +7,7 @@ pub mod commands;
 pub mod data;
 pub mod error;
 pub mod kernels;
+pub mod ledger;
 pub mod model;
 pub mod nearest;
 pub mod plan;

@@ -1,12 +1,14 @@
 //! `nibble memory` and the arena that a model really allocates.
 
 mod golden;
+mod training;
 
 use std::process::{Command, Output};
 
 use golden::{CASES, Case};
 use nibble::plan::Policy;
 use serde_json::Value;
+use training::{Workplace, fail, succeed};
 
 fn memory(arguments: &[&str]) -> Output {
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/models/llama_s0");
@@ -77,6 +79,45 @@ fn a_budget_decides_which_blocks_keep_and_a_refusal_shows_the_way() {
         error.contains("plan needs") && error.contains("hint: `--activations checkpoint`"),
         "{error}"
     );
+}
+
+#[test]
+fn a_measured_run_fills_the_planned_arena() {
+    let place = Workplace::new();
+    succeed(place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
+    let flags = ["--max-length", "64", "--threads", "2", "--measure", "2", "--json"];
+    for (model, weights) in [("model", "resident"), ("packed", "resident"), ("packed", "stream")] {
+        let mut command = place.nibble(&["memory", "--model", model, "--weights", weights]);
+        command.args(flags).args(["--html", "page.html"]);
+        let output = succeed(command);
+        let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let rows = plan["measured"]["rows"].as_array().unwrap();
+        let bytes = |row: &Value, key: &str| row[key].as_u64().unwrap();
+        let sum: u64 = rows.iter().map(|row| bytes(row, "measured_bytes")).sum();
+        assert_eq!(sum, number(&plan["measured"], "peak_bytes"), "{model}");
+        // After program and weights come the arena's parts: each is in memory to the last page.
+        for row in &rows[2..] {
+            let (planned, measured) = (bytes(row, "planned_bytes"), bytes(row, "measured_bytes"));
+            // A thread that found no tile to compute has not touched its share.
+            let idle = row["name"] == "attention workspace";
+            let least = if idle { planned / 2 } else { planned };
+            let near = least.saturating_sub(2 * 4096)..=planned + 2 * 4096;
+            assert!(near.contains(&measured), "{model}: {row}");
+        }
+        let seen = plan["measured"]["timeline"].as_array().unwrap();
+        for phase in ["load", "forward", "backward", "save"] {
+            let recorded =
+                plan["phases"].as_array().unwrap().iter().any(|row| row["phase"] == phase);
+            assert!(recorded, "{phase}");
+        }
+        assert!(!seen.is_empty());
+        let page = String::from_utf8(place.read("page.html")).unwrap();
+        assert!(page.contains("kept activations") && page.contains("measured"));
+    }
+    let config = ["memory", "--model", "model/config.json", "--measure"];
+    let (code, text) = fail(place.nibble(&config));
+    assert_eq!(code, 2);
+    assert!(text.contains("needs a model with weights"), "{text}");
 }
 
 #[test]

@@ -277,6 +277,11 @@ impl Checkpoint {
         }
     }
 
+    /// Gives the memory behind all tensors back to the system: opening a file reads parts of it.
+    pub fn release_all(&self) {
+        self.pages("").iter().for_each(Pages::release);
+    }
+
     /// Gives the memory behind the tensor `name` back to the system, once its values have been
     /// copied or quantized; reading it again is slower, nothing else.
     pub fn release(&self, name: &str) {

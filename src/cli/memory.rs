@@ -1,6 +1,7 @@
 //! Flags of `nibble memory`.
 
 use std::num::NonZeroUsize;
+use std::path::PathBuf;
 
 use clap::{ArgAction, Args};
 
@@ -42,6 +43,12 @@ pub struct MemoryArgs {
     /// Worker threads [default: one for each core]
     #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
+    /// Make that many real training steps on random tokens, and show what was measured beside the plan
+    #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "2")]
+    pub measure: Option<NonZeroUsize>,
+    /// Write a page with pictures of the plan, and of what was measured, to this file
+    #[arg(long, value_name = "FILE")]
+    pub html: Option<PathBuf>,
     /// Print the plan as JSON, with every region of the arena
     #[arg(long, action = ArgAction::SetTrue)]
     pub json: bool,

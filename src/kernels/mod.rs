@@ -200,7 +200,16 @@ pub trait PlannedMemory<K: Kernels> {
 
     /// Names of the regions that nobody has taken.
     fn untaken(&self) -> Vec<&str>;
+
+    /// Tells how much of each region is in memory: all of it, unless the backend knows better.
+    fn residency(&self, plan: &MemoryPlan) -> Residency {
+        let bytes: Vec<u64> = plan.regions.iter().map(|region| region.bytes() as u64).collect();
+        Box::new(move || bytes.clone())
+    }
 }
+
+/// Bytes of each region of a plan that are in memory now.
+pub type Residency = Box<dyn Fn() -> Vec<u64> + Send + Sync>;
 
 /// A backend: the memory it plans in and the operations on it.
 ///

@@ -17,7 +17,8 @@ use super::weights::Weights;
 use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::Cpu;
-use crate::kernels::{Columns, Kernels, PlannedMemory, TokenLayout};
+use crate::kernels::{Columns, Kernels, PlannedMemory, Residency, TokenLayout};
+use crate::ledger::{self, Phase};
 use crate::plan::{MemoryPlan, Policy, Settings};
 
 /// A loaded model.
@@ -33,6 +34,7 @@ pub struct Model<K: Kernels = Cpu> {
     loss: K::LossSum,
     /// Length of the mapping that the buffers lie in.
     arena_bytes: usize,
+    residency: Residency,
     /// Tokens in the caches.
     cached_tokens: usize,
 }
@@ -203,7 +205,7 @@ impl<K: Kernels> Model<K> {
         let loss = kernels.loss_sum(&mut memory);
         let unused = memory.untaken();
         assert!(unused.is_empty(), "the plan has regions that nobody uses: {unused:?}");
-        let arena_bytes = memory.bytes();
+        let (arena_bytes, residency) = (memory.bytes(), memory.residency(&plan));
         Ok(Model {
             kernels,
             spec,
@@ -215,6 +217,7 @@ impl<K: Kernels> Model<K> {
             buffers,
             loss,
             arena_bytes,
+            residency,
             cached_tokens: 0,
         })
     }
@@ -244,6 +247,11 @@ impl<K: Kernels> Model<K> {
         self.arena_bytes
     }
 
+    /// Bytes of each region of the plan that are in memory now.
+    pub fn region_bytes(&self) -> Vec<u64> {
+        (self.residency)()
+    }
+
     /// The adapters.
     pub fn parameters(&self) -> &Parameters<K> {
         &self.parameters
@@ -263,8 +271,11 @@ impl<K: Kernels> Model<K> {
     pub fn forward_backward(&mut self, batch: &Batch, scale: f32, step: u64) -> Result<f64> {
         let (tokens, targets) = self.begin(batch)?;
         let dropout = self.dropout.map(|(probability, seed)| Dropout { probability, seed, step });
+        ledger::enter(Phase::Forward);
         self.forward(&batch.input_ids, &tokens, Mode { dropout, ..Mode::default() });
+        ledger::enter(Phase::Loss);
         self.head_loss(&targets, Some(scale));
+        ledger::enter(Phase::Backward);
         self.backward(&tokens, dropout);
         self.kernels.read_loss(&self.loss)
     }

@@ -25,8 +25,10 @@ pub struct Streaming {
 }
 
 impl Streaming {
-    /// Of weights that are used as they are stored in `source`.
+    /// Of weights that are used as they are stored in `source`; what loading them has read is
+    /// given back.
     pub fn new(source: &Checkpoint, spec: &ModelSpec) -> Self {
+        source.release_all();
         let pages = |prefix: &str| match source.pages(prefix) {
             // GPT-2 files may lack the prefix.
             none if none.is_empty() => {

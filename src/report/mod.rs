@@ -2,6 +2,7 @@
 //! `report.html`, all made from the same events.
 
 pub mod figures;
+pub mod memory_page;
 mod metrics;
 mod page;
 pub mod table;

@@ -8,6 +8,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::error::Result;
+use crate::ledger::rows::Account;
 
 /// Receives the events of one run, in order.
 pub trait RunLog {
@@ -226,6 +227,9 @@ pub struct EndEvent {
     pub best_checkpoint: Option<String>,
     /// Peak resident memory of the process, in bytes.
     pub peak_rss_bytes: u64,
+    /// Where the memory was, as planned and as measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub memory: Option<Account>,
 }
 
 impl Event {

@@ -12,6 +12,8 @@ use crate::adapter::Adapter;
 use crate::data::Batch;
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
+use crate::ledger::Watch;
+use crate::ledger::rows::Account;
 use crate::model::Model;
 use crate::model::parameters::{ParameterTensor, Part};
 
@@ -23,6 +25,7 @@ pub struct LoraModel<K: TrainingKernels = Cpu> {
     dtype: FloatType,
     preview: Preview,
     planned_tokens: usize,
+    watched: Option<(Watch, Account)>,
 }
 
 impl<K: TrainingKernels> LoraModel<K> {
@@ -38,7 +41,12 @@ impl<K: TrainingKernels> LoraModel<K> {
     ) -> Self {
         model.parameters_mut().load(&adapter);
         adapter.tensors = Vec::new();
-        LoraModel { model, adapter, dtype, preview, planned_tokens }
+        LoraModel { model, adapter, dtype, preview, planned_tokens, watched: None }
+    }
+
+    /// Accounts for its memory: `watch` began before the weights were read, `account` is the plan.
+    pub fn watched(self, watch: Watch, account: Account) -> Self {
+        LoraModel { watched: Some((watch, account)), ..self }
     }
 
     /// The model.
@@ -93,6 +101,12 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
             Some(block) => format!("the output of {}", spec.layer_prefix(block)),
             None => "the token embeddings".to_string(),
         })
+    }
+
+    fn memory(&self) -> Option<Account> {
+        let (watch, account) = self.watched.as_ref()?;
+        let measured = watch.measured(self.model.region_bytes());
+        Some(account.clone().measured(self.model.plan(), measured))
     }
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {

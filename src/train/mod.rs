@@ -14,7 +14,6 @@ pub mod lora_model;
 pub mod preview;
 pub mod progress;
 pub mod recipe;
-pub mod resident;
 pub mod schedule;
 pub mod settings;
 pub mod start;

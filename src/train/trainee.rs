@@ -6,6 +6,7 @@ use std::path::Path;
 use super::backend::Update;
 use crate::data::Batch;
 use crate::error::Result;
+use crate::ledger::rows::Account;
 use crate::model::parameters::{ParameterTensor, Part};
 
 /// A model whose adapter can be trained. The loop knows nothing else of it.
@@ -40,6 +41,11 @@ pub trait Trainee {
 
     /// Where in the forward pass of the last training batch the numbers stopped being finite.
     fn first_bad_activation(&self) -> Option<String> {
+        None
+    }
+
+    /// Where its memory is, as planned and as measured so far.
+    fn memory(&self) -> Option<Account> {
         None
     }
 

@@ -15,13 +15,13 @@ use super::events::{EndEvent, EndReason, EvalEvent, Event, RunLog, SampleEvent, 
 use super::feed::Feed;
 use super::progress::Progress;
 use super::recipe::Recipe;
-use super::resident;
 use super::schedule::Schedule;
 use super::state::{self, Best, TrainState, Window};
 use super::step::{self, Gradient};
 use super::trainee::Trainee;
 use crate::data::Batch;
 use crate::error::{Error, Result};
+use crate::ledger::{self, Phase, resident};
 
 /// What a run works with, beside the model.
 pub struct Parts<'a> {
@@ -143,6 +143,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         let at = |error: Error| error.at(format_args!("step {number}"));
         let gradient = step::accumulate(self.model, &window, first, self.parts.stop).map_err(at)?;
         let Some(gradient) = gradient else { return Ok(false) };
+        ledger::enter(Phase::Optimizer);
         let recipe = self.parts.recipe;
         let rate = self.schedule.rate(self.state.step);
         let scale = clip::gradient_scale(gradient.norm, recipe.max_grad_norm);
@@ -224,6 +225,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
     /// Scores the evaluation data; whether it is the best so far, or `None` if the user asked to
     /// stop.
     fn evaluate(&mut self) -> Result<Option<bool>> {
+        ledger::enter(Phase::Eval);
         let start = Instant::now();
         let (mut loss, mut targets, mut documents) = (0.0, 0, 0);
         for batch in self.parts.evaluation {
@@ -279,6 +281,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         if self.state.sampled_step.replace(self.state.step) == Some(self.state.step) {
             return Ok(());
         }
+        ledger::enter(Phase::Eval);
         for prompt in self.parts.prompts {
             let completion = self.model.sample(prompt)?;
             let (step, epoch) = (self.state.step, self.epoch());
@@ -309,6 +312,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         if step == 0 || self.saved_step == Some(step) {
             return Ok(());
         }
+        ledger::enter(Phase::Save);
         let parts = &self.parts;
         let event = checkpoints::save(self.model, &self.state, parts.out, parts.extra)?;
         let best = self.state.best.map(|best| best.step);
@@ -331,6 +335,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             best: state.best.map(|best| (best.eval_loss, best.step)),
             best_checkpoint: state.best.map(|best| checkpoints::name(best.step)),
             peak_rss_bytes: resident::peak_bytes(),
+            memory: self.model.memory(),
         }
     }
 

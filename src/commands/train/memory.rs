@@ -7,9 +7,10 @@ use crate::cli::lora::AdapterDtype;
 use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
 use crate::error::Result;
+use crate::ledger::resident;
+use crate::ledger::rows::Account;
 use crate::plan::{Choice, Demand, Limit, Policy, Settings, WeightBytes, logit_rows};
 use crate::train::progress::Progress;
-use crate::train::resident;
 
 /// The memory of a run, as planned.
 pub struct Memory {
@@ -17,8 +18,8 @@ pub struct Memory {
     pub settings: Settings,
     /// Whether the blocks' weights are streamed from their file.
     pub stream: bool,
-    /// Named parts and their bytes; the first ones are outside the arena.
-    pub rows: Vec<(String, u64)>,
+    /// Every part of it.
+    pub account: Account,
 }
 
 /// Chooses the layers' policies within the budget, before a weight is read.
@@ -32,6 +33,7 @@ pub fn plan(
     let mut settings = sizes(args, base, adapter, data)?;
     let format = args.model.block_format();
     let weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref());
+    base.checkpoint.release_all();
     let process = resident::now_bytes();
     let demand = Demand {
         spec: &base.spec,
@@ -47,28 +49,18 @@ pub fn plan(
     };
     let Choice { policies, stream } = demand.choose(limit)?;
     let plan = demand.plan(policies.clone());
-    let mut rows = vec![
-        ("program, tokenizer, data".to_string(), process),
-        ("frozen weights".to_string(), demand.weight_bytes(stream)),
-    ];
-    let components = plan.by_component().into_iter();
-    rows.extend(components.map(|(part, bytes)| (part.label().to_string(), bytes as u64)));
+    let account = Account::planned(process, demand.weight_bytes(stream), &plan);
     settings.policies = policies;
-    let memory = Memory { settings, stream, rows };
+    let memory = Memory { settings, stream, account };
     progress.note(&memory.summary());
     Ok(memory)
 }
 
 impl Memory {
-    /// Bytes of everything.
-    pub fn total_bytes(&self) -> u64 {
-        self.rows.iter().map(|(_, bytes)| bytes).sum()
-    }
-
     fn summary(&self) -> String {
         let policies = &self.settings.policies;
         let kept = policies.iter().filter(|policy| **policy == Policy::Keep).count();
-        let (total, layers) = (ByteSize(self.total_bytes()), policies.len());
+        let (total, layers) = (ByteSize(self.account.planned_bytes()), policies.len());
         let tokens = self.settings.tokens;
         let streamed = if self.stream { "; weights are streamed from their file" } else { "" };
         format!(

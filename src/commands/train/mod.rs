@@ -13,12 +13,13 @@ use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
 use crate::data::ChatTokenizer;
 use crate::error::Result;
+use crate::ledger::Watch;
+use crate::ledger::rows::Row;
 use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::model::streaming::Streaming;
 use crate::model::weights::Weights;
-use crate::plan::Settings;
 use crate::report::{REPORT_FILE, Reports};
 use crate::sample::Speaker;
 use crate::train::checkpoints;
@@ -31,6 +32,7 @@ use crate::train::start::{self, AdapterOrigin};
 use crate::train::state::Identity;
 use crate::train::trainer::{Parts, Trainer};
 use data::Prepared;
+use memory::Memory;
 use output::Output;
 
 /// Runs the command.
@@ -47,9 +49,11 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let mut data = data::prepare(args, &base, &progress)?;
     let memory = memory::plan(args, &base, &adapter, &data, &progress)?;
     let parameters = base.parameters(&adapter);
-    let predicted_bytes = memory.total_bytes();
+    let predicted_bytes = memory.account.planned_bytes();
+    let row = |row: &Row| (row.name.clone(), row.planned_bytes);
+    let memory_plan = memory.account.rows.iter().map(row).collect();
     let interrupt = Interrupt::install()?;
-    let mut model = base.load(args, memory.settings, memory.stream, adapter)?;
+    let mut model = base.load(args, memory, adapter)?;
     let identity = identity(args, &data);
     let found = output.found.take();
     let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, found)?;
@@ -57,7 +61,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     progress.begin(&start);
     let mut log = Reports::new(&args.output.out);
     let event = start::start_event(&start.state, &recipe, &data.feed, &args.model.model);
-    let (memory_plan, files) = (memory.rows, data.summaries);
+    let files = data.summaries;
     let event = Event::Start(StartEvent { memory_plan, data: files, parameters, ..event });
     let begun = log.record(&event);
     let parts = Parts {
@@ -122,16 +126,13 @@ impl Base {
         Ok((adapter, origin))
     }
 
-    fn load(
-        self,
-        args: &TrainArgs,
-        settings: Settings,
-        stream: bool,
-        adapter: Adapter,
-    ) -> Result<LoraModel> {
+    fn load(self, args: &TrainArgs, memory: Memory, adapter: Adapter) -> Result<LoraModel> {
+        let mut watch = Watch::begin();
+        let Memory { settings, stream, account } = memory;
         let format = args.model.block_format();
         let mut weights = Weights::load(&self.checkpoint, &self.spec, format.as_ref(), None)?;
         weights.streaming = stream.then(|| Streaming::new(&self.checkpoint, &self.spec));
+        watch.loaded();
         let dropout = adapter.config.lora_dropout as f32;
         let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));
         let planned_tokens = settings.tokens;
@@ -140,7 +141,8 @@ impl Base {
             AdapterDtype::Bf16 => FloatType::Bf16,
             AdapterDtype::F32 => FloatType::F32,
         };
-        Ok(LoraModel::new(model, adapter, dtype, self.preview, planned_tokens))
+        let model = LoraModel::new(model, adapter, dtype, self.preview, planned_tokens);
+        Ok(model.watched(watch, account))
     }
 }
 

@@ -14,7 +14,7 @@ use memmap2::{MmapMut, MmapOptions};
 
 use super::Cpu;
 use crate::error::{Error, Result};
-use crate::kernels::PlannedMemory;
+use crate::kernels::{PlannedMemory, Residency};
 use crate::plan::{MemoryPlan, Region, RegionType};
 
 /// The memory of a plan.
@@ -42,6 +42,12 @@ impl Arena {
         }
         let base = map.as_mut_ptr();
         Ok(Arena { map: Arc::new(map), base, free })
+    }
+
+    /// Tells how much of the arena is in memory, as long as it lives.
+    fn account(&self, plan: &MemoryPlan) -> PageAccount {
+        let lengths = plan.regions.iter().map(Region::bytes).collect();
+        PageAccount { map: self.map.clone(), lengths }
     }
 
     /// Hands out the region `name`.
@@ -74,6 +80,53 @@ impl PlannedMemory<Cpu> for Arena {
 
     fn untaken(&self) -> Vec<&str> {
         self.free.keys().map(String::as_str).collect()
+    }
+
+    fn residency(&self, plan: &MemoryPlan) -> Residency {
+        let account = self.account(plan);
+        Box::new(move || account.region_bytes())
+    }
+}
+
+/// The system's account of an arena.
+struct PageAccount {
+    map: Arc<MmapMut>,
+    lengths: Vec<usize>,
+}
+
+impl PageAccount {
+    /// Bytes of each region that are in memory now; a page that two regions share counts to both
+    /// in parts. All of them where the system does not tell.
+    fn region_bytes(&self) -> Vec<u64> {
+        const PAGE: usize = 4096;
+        let pages = self.pages();
+        let mut offset = 0;
+        let bytes = self.lengths.iter().map(|&length| {
+            let (begin, end) = (offset, offset + length);
+            offset = end;
+            let inside = |page: usize| {
+                let (first, last) = (page * PAGE, (page + 1) * PAGE);
+                (last.min(end) - first.max(begin)) as u64
+            };
+            let touched = begin / PAGE..end.div_ceil(PAGE);
+            touched.filter(|&page| pages.get(page) != Some(&0)).map(inside).sum()
+        });
+        bytes.collect()
+    }
+
+    /// 0 for every page that is not in memory; empty where the system does not tell.
+    fn pages(&self) -> Vec<u8> {
+        #[cfg(target_os = "linux")]
+        {
+            let mut pages = vec![0u8; self.map.len().div_ceil(4096)];
+            let (start, length) = (self.map.as_ptr().cast_mut().cast(), self.map.len());
+            // SAFETY: the mapping begins at a page and lives as long as `self`; there is a byte in
+            // `pages` for each of its pages; nothing of the mapping is read or written.
+            if unsafe { libc::mincore(start, length, pages.as_mut_ptr()) } == 0 {
+                return pages.into_iter().map(|page| page & 1).collect();
+            }
+        }
+        Vec::new()
     }
 }
 
@@ -132,5 +185,23 @@ mod tests {
         assert!(c.iter().all(|&x| x == 0.0) && a.iter().all(|&x| x == 1.0));
         assert_eq!((a.len(), b.len(), c.len()), (5, 33, 16));
         assert!(arena.untaken().is_empty());
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn untouched_pages_are_not_in_memory() {
+        let plan = MemoryPlan {
+            regions: vec![
+                region("a", RegionType::F32, 1 << 20),
+                region("b", RegionType::F32, 1 << 20),
+            ],
+        };
+        let mut arena = Arena::new(&plan).unwrap();
+        let residency = arena.account(&plan);
+        assert_eq!(residency.region_bytes(), [0, 0]);
+        let (a, mut b) = (arena.take::<f32>("a"), arena.take::<f32>("b"));
+        b[..1 << 19].fill(1.0);
+        assert_eq!(residency.region_bytes(), [0, 2 << 20]);
+        drop(a);
     }
 }

@@ -10,6 +10,7 @@ mod sections;
 
 use minijinja::{AutoEscape, Environment, Value, context};
 
+use super::memory_page;
 use crate::train::events::{Event, StartEvent};
 use run::Run;
 
@@ -20,10 +21,13 @@ pub fn render(start: &StartEvent, events: &[Event]) -> String {
     environment.set_auto_escape_callback(|_| AutoEscape::Html);
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);
-    environment.add_template("page", include_str!("page.html")).expect("the template is valid");
+    for (name, text) in [("figures", memory_page::FIGURES), ("page", include_str!("page.html"))] {
+        environment.add_template(name, text).expect("the template is valid");
+    }
+    let style = concat!(include_str!("page.css"), include_str!("../memory_page/figures.css"));
     let page = environment.get_template("page").expect("added above");
     page.render(context! {
-        style => Value::from_safe_string(include_str!("page.css").to_string()),
+        style => Value::from_safe_string(style.to_string()),
         script => Value::from_safe_string(include_str!("page.js").to_string()),
         version => env!("CARGO_PKG_VERSION"),
         run => run.heading(),

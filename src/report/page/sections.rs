@@ -5,7 +5,9 @@ use serde::Serialize;
 use super::chart::Chart;
 use super::run::{Run, perplexity, scientific};
 use crate::cli::size::ByteSize;
+use crate::ledger::rows::{Account, Row};
 use crate::report::figures::thousands;
+use crate::report::memory_page::{Figures, figures};
 use crate::train::events::{EvalEvent, SampleEvent, SaveEvent};
 
 /// Lines of the log that are shown.
@@ -29,19 +31,9 @@ struct Answer {
 /// The plan beside what was measured.
 #[derive(Serialize)]
 pub struct Memory {
-    parts: Vec<Part>,
-    planned: Option<String>,
-    measured: Option<String>,
-    difference: Option<String>,
+    figures: Figures,
+    /// The process from step to step.
     chart: Option<Chart>,
-}
-
-#[derive(Serialize)]
-struct Part {
-    name: String,
-    size: String,
-    /// Of the largest part, in percent.
-    share: String,
 }
 
 /// Texts of a data file.
@@ -90,29 +82,20 @@ impl Run<'_> {
         prompts.into_iter().filter_map(|(prompt, answers)| prompt_of(prompt, &answers)).collect()
     }
 
-    /// The plan, the measured peak and the curve; `None` when nothing is known.
+    /// The account of a run that ended, else the plan, and the curve; `None` when nothing is known.
     pub fn memory(&self) -> Option<Memory> {
-        let (planned, measured) = (self.planned_bytes(), self.peak_bytes());
-        planned.or(measured)?;
-        let plan = &self.start.memory_plan;
-        let largest = plan.iter().map(|(_, bytes)| *bytes).max().unwrap_or(0).max(1);
-        let part = |(name, bytes): &(String, u64)| Part {
+        self.planned_bytes().or(self.peak_bytes())?;
+        let row = |(name, bytes): &(String, u64)| Row {
             name: name.clone(),
-            size: ByteSize(*bytes).to_string(),
-            share: format!("{:.2}", 100.0 * *bytes as f64 / largest as f64),
+            planned_bytes: *bytes,
+            measured_bytes: None,
         };
-        let difference = planned.zip(measured).map(|(planned, measured)| {
-            let share = 100.0 * (measured as f64 / planned.max(1) as f64 - 1.0);
-            format!("{share:+.1} %").replace('-', "\u{2212}")
-        });
-        let size = |bytes: u64| ByteSize(bytes).to_string();
-        Some(Memory {
-            parts: plan.iter().map(part).collect(),
-            planned: planned.map(size),
-            measured: measured.map(size),
-            difference,
-            chart: self.memory_chart(),
-        })
+        let planned = || Account {
+            rows: self.start.memory_plan.iter().map(row).collect(),
+            ..Account::default()
+        };
+        let account = self.end.and_then(|end| end.memory.clone()).unwrap_or_else(planned);
+        Some(Memory { figures: figures(&account), chart: self.memory_chart() })
     }
 
     /// The data files.

@@ -8,6 +8,15 @@ pub fn now_bytes() -> u64 {
     field("VmRSS:")
 }
 
+/// Bytes in memory now, all and of mapped files: the second and third field of `/proc/self/statm`.
+pub fn now_and_files() -> (u64, u64) {
+    const PAGE_BYTES: u64 = 4096;
+    let text = fs::read_to_string("/proc/self/statm").unwrap_or_default();
+    let mut fields = text.split_whitespace().skip(1).map(|field| field.parse::<u64>());
+    let mut next = || fields.next().and_then(Result::ok).unwrap_or(0) * PAGE_BYTES;
+    (next(), next())
+}
+
 /// The most bytes that were in memory at a time.
 pub fn peak_bytes() -> u64 {
     field("VmHWM:")

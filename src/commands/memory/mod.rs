@@ -1,20 +1,26 @@
-//! `nibble memory`: the plan of a run, from a model or a bare `config.json`.
+//! `nibble memory`: the plan of a run, from a model or a bare `config.json`, and what was measured.
+
+mod measure;
+mod print;
 
 use std::path::Path;
 
 use nibble_quant::FloatType;
-use serde_json::{Value, json};
+use serde_json::Value;
 
+use crate::checkpoint::atomic::write_file;
 use crate::checkpoint::{Checkpoint, read_json};
 use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
-use crate::cli::size::ByteSize;
 use crate::data::ChatTokenizer;
 use crate::error::Result;
+use crate::ledger::resident;
+use crate::ledger::rows::Account;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::plan::{Choice, Demand, Limit, MemoryPlan, Policy, Settings, WeightBytes, logit_rows};
-use crate::train::resident;
+use crate::report::figures::thousands;
+use crate::report::memory_page::{self, Heading};
 
 /// Program and tokenizer where only a config is at hand: what a 49k vocabulary takes.
 const ASSUMED_PROCESS_BYTES: u64 = 64 << 20;
@@ -22,11 +28,12 @@ const ASSUMED_PROCESS_BYTES: u64 = 64 << 20;
 /// Runs the command.
 ///
 /// # Errors
-/// `Input` for an unsupported model, `Budget` with the nearest plan that fits.
+/// `Input` for an unsupported model, `Budget` with the nearest plan that fits, `Usage` for
+/// `--measure` without weights.
 pub fn run(args: &MemoryArgs) -> Result<()> {
     super::set_threads(args.threads)?;
     let model = Model::open(args)?;
-    let settings = settings(args, &model.spec)?;
+    let mut settings = settings(args, &model.spec)?;
     let demand = Demand {
         spec: &model.spec,
         settings: &settings,
@@ -37,23 +44,59 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     };
     let limit = args.budget.map_or(Limit::Free(u64::MAX), |budget| Limit::Budget(budget.0));
     let Choice { policies, stream } = demand.choose(limit)?;
-    let kept = policies.iter().filter(|policy| **policy == Policy::Keep).count();
-    let plan = demand.plan(policies);
-    let rows = rows(&model, demand.weight_bytes(stream), &plan);
+    let plan = demand.plan(policies.clone());
+    let account = Account::planned(model.process, demand.weight_bytes(stream), &plan);
+    settings.policies = policies;
+    let mut run = PlannedRun { model, settings, stream, plan, account };
+    if let Some(steps) = args.measure {
+        run.account = measure::measure(args, &run, steps.get())?;
+    }
+    if let Some(path) = &args.html {
+        write_file(path, memory_page::render(&run.heading(args), &run.account).as_bytes())?;
+    }
     if args.json {
-        print_json(args, &settings, (kept, stream), &rows, &plan);
+        print::json(args, &run);
     } else {
-        print_table(args, &model, &settings, (kept, stream), &rows);
+        print::table(args, &run);
     }
     Ok(())
 }
 
+/// A run that could be made.
+struct PlannedRun {
+    model: Model,
+    settings: Settings,
+    /// Whether the blocks' weights are streamed from their file.
+    stream: bool,
+    plan: MemoryPlan,
+    account: Account,
+}
+
+impl PlannedRun {
+    fn kept_blocks(&self) -> usize {
+        self.settings.policies.iter().filter(|policy| **policy == Policy::Keep).count()
+    }
+
+    fn heading(&self, args: &MemoryArgs) -> Heading {
+        let (layers, kept) = (self.model.spec.num_layers, self.kept_blocks());
+        let streamed = if self.stream { "streamed from their file" } else { "in memory" };
+        let facts = vec![
+            format!("{} tokens in a forward pass", thousands(self.settings.tokens as u64)),
+            format!("{kept} of {layers} blocks keep their activations"),
+            format!("weights {streamed}"),
+        ];
+        Heading { model: args.base.model.display().to_string(), facts }
+    }
+}
+
 /// What is known of the model and its weights.
 struct Model {
+    /// The files; none for a bare config.
+    checkpoint: Option<Checkpoint>,
     spec: ModelSpec,
     weights: WeightBytes,
+    /// Program and tokenizer.
     process: u64,
-    measured_process: bool,
 }
 
 impl Model {
@@ -65,15 +108,16 @@ impl Model {
             let dtype = dtype.and_then(FloatType::from_name).unwrap_or(FloatType::Bf16);
             let weights = WeightBytes::of_config(&spec, dtype, format.as_ref());
             let process = ASSUMED_PROCESS_BYTES;
-            return Ok(Model { spec, weights, process, measured_process: false });
+            return Ok(Model { checkpoint: None, spec, weights, process });
         }
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
         let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref());
         let tokenizer = ChatTokenizer::open(path)?;
+        checkpoint.release_all();
         let process = resident::now_bytes();
         drop(tokenizer);
-        Ok(Model { spec, weights, process, measured_process: true })
+        Ok(Model { checkpoint: Some(checkpoint), spec, weights, process })
     }
 }
 
@@ -104,68 +148,4 @@ fn settings(args: &MemoryArgs, spec: &ModelSpec) -> Result<Settings> {
         threads: rayon::current_num_threads(),
         cache_tokens: 0,
     })
-}
-
-fn rows(model: &Model, weights: u64, plan: &MemoryPlan) -> Vec<(&'static str, u64)> {
-    let outside = [("program, tokenizer", model.process), ("frozen weights", weights)];
-    let arena = plan.by_component().into_iter().map(|(part, bytes)| (part.label(), bytes as u64));
-    outside.into_iter().chain(arena).collect()
-}
-
-fn total(rows: &[(&str, u64)]) -> u64 {
-    rows.iter().map(|(_, bytes)| bytes).sum()
-}
-
-fn print_table(
-    args: &MemoryArgs,
-    model: &Model,
-    settings: &Settings,
-    (kept, stream): (usize, bool),
-    rows: &[(&str, u64)],
-) {
-    let trained: usize = settings.targets.iter().map(|target| target.parameters()).sum();
-    println!(
-        "{}: {} layers, {} tokens in a forward pass, {trained} trained parameters",
-        args.base.model.display(),
-        model.spec.num_layers,
-        settings.tokens
-    );
-    println!("{kept} of {} blocks keep their activations", model.spec.num_layers);
-    if stream {
-        println!("the blocks' weights are streamed from their file, two blocks are in memory");
-    }
-    println!();
-    for (label, bytes) in rows {
-        println!("{label:<24} {:>12}", ByteSize(*bytes).to_string());
-    }
-    println!("{:<24} {:>12}", "total", ByteSize(total(rows)).to_string());
-    if let Some(budget) = args.budget {
-        let free = ByteSize(budget.0.saturating_sub(total(rows)));
-        println!("\nfits {budget} with {free} to spare");
-    }
-    if !model.measured_process {
-        println!("\nprogram and tokenizer are assumed: there is no tokenizer beside the config");
-    }
-}
-
-fn print_json(
-    args: &MemoryArgs,
-    settings: &Settings,
-    (kept, stream): (usize, bool),
-    rows: &[(&str, u64)],
-    plan: &MemoryPlan,
-) {
-    let components: serde_json::Map<String, Value> =
-        rows.iter().map(|(label, bytes)| ((*label).to_string(), json!(bytes))).collect();
-    let out = json!({
-        "model": args.base.model,
-        "tokens": settings.tokens,
-        "kept_blocks": kept,
-        "streamed": stream,
-        "total_bytes": total(rows),
-        "arena_bytes": plan.arena_bytes(),
-        "components": components,
-        "regions": plan.regions,
-    });
-    println!("{out:#}");
 }

@@ -1,0 +1,93 @@
+//! The account as a table and as JSON.
+
+use serde_json::{Value, json};
+
+use super::PlannedRun;
+use crate::cli::memory::MemoryArgs;
+use crate::cli::size::ByteSize;
+
+/// For people.
+pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
+    let (layers, kept) = (run.model.spec.num_layers, run.kept_blocks());
+    let trained: usize = run.settings.targets.iter().map(|target| target.parameters()).sum();
+    println!(
+        "{}: {layers} layers, {} tokens in a forward pass, {trained} trained parameters",
+        args.base.model.display(),
+        run.settings.tokens
+    );
+    println!("{kept} of {layers} blocks keep their activations");
+    if run.stream {
+        println!("the blocks' weights are streamed from their file, two blocks are in memory");
+    }
+    println!();
+    rows(run);
+    if let Some(budget) = args.budget {
+        let free = ByteSize(budget.0.saturating_sub(run.account.planned_bytes()));
+        println!("\nfits {budget} with {free} to spare");
+    }
+    if run.model.checkpoint.is_none() {
+        println!("\nprogram and tokenizer are assumed: there is no tokenizer beside the config");
+    }
+    if let Some(path) = &args.html {
+        println!("\npictures: {}", path.display());
+    }
+}
+
+fn rows(run: &PlannedRun) {
+    let (account, size) = (&run.account, |bytes: u64| ByteSize(bytes).to_string());
+    let Some(peak) = account.peak_bytes else {
+        for row in &account.rows {
+            println!("{:<26} {:>12}", row.name, size(row.planned_bytes));
+        }
+        println!("{:<26} {:>12}", "total", size(account.planned_bytes()));
+        return;
+    };
+    println!("{:<26} {:>12} {:>12} {:>12}", "", "planned", "measured", "difference");
+    let line = |name: &str, planned: u64, measured: u64| {
+        let (sign, by) = if measured < planned {
+            ("\u{2212}", planned - measured)
+        } else {
+            ("+", measured - planned)
+        };
+        let difference = format!("{sign}{}", size(by));
+        println!("{name:<26} {:>12} {:>12} {difference:>12}", size(planned), size(measured));
+    };
+    for row in &account.rows {
+        line(&row.name, row.planned_bytes, row.measured_bytes.unwrap_or(0));
+    }
+    line("total", account.planned_bytes(), peak);
+    let share = 100.0 * (peak as f64 / account.planned_bytes() as f64 - 1.0);
+    println!("\nthe measured peak is {share:+.1} % of the plan away; highest in each phase:");
+    for row in &account.phases {
+        if let Some(measured) = row.measured_bytes {
+            let planned: u64 = row.planned_bytes.iter().sum();
+            println!("  {:<24} {:>12} {:>12}", row.phase.label(), size(planned), size(measured));
+        }
+    }
+}
+
+/// For programs.
+pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
+    let account = &run.account;
+    let components: serde_json::Map<String, Value> =
+        account.rows.iter().map(|row| (row.name.clone(), json!(row.planned_bytes))).collect();
+    let mut out = json!({
+        "model": args.base.model,
+        "tokens": run.settings.tokens,
+        "kept_blocks": run.kept_blocks(),
+        "streamed": run.stream,
+        "total_bytes": account.planned_bytes(),
+        "arena_bytes": run.plan.arena_bytes(),
+        "components": components,
+        "phases": account.phases,
+        "regions": run.plan.regions,
+    });
+    if let Some(peak) = account.peak_bytes {
+        out["measured"] = json!({
+            "peak_bytes": peak,
+            "rows": account.rows,
+            "timeline": account.record.moments,
+        });
+    }
+    println!("{out:#}");
+}

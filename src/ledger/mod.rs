@@ -1,0 +1,301 @@
+//! Where memory really went: a run's phases, and what was in memory in each of them.
+//!
+//! [`enter`] says what the process is doing now; a [`Recorder`] looks at the process a few dozen
+//! times a second and keeps the highest figures of each phase. What it reads are the kernel's own
+//! accounts (`/proc/self/statm`), so the cost is microseconds and nothing escapes: mapped files,
+//! heap, stacks. Where there is no `/proc`, everything measured is 0.
+
+pub mod resident;
+pub mod rows;
+
+use std::sync::atomic::{AtomicBool, AtomicU8, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use rows::Measured;
+use serde::{Deserialize, Serialize};
+
+/// What a run is doing.
+#[derive(
+    Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
+)]
+#[serde(rename_all = "lowercase")]
+pub enum Phase {
+    /// Reads weights and data, allocates.
+    #[default]
+    Load,
+    /// Activations of a micro-batch.
+    Forward,
+    /// Logits, loss and their gradient.
+    Loss,
+    /// Gradients of the adapters.
+    Backward,
+    /// Clipping and AdamW.
+    Optimizer,
+    /// Scores held-out data or writes sample answers.
+    Eval,
+    /// Writes a checkpoint.
+    Save,
+}
+
+impl Phase {
+    /// In the order of a run.
+    pub const ALL: [Phase; 7] = [
+        Phase::Load,
+        Phase::Forward,
+        Phase::Loss,
+        Phase::Backward,
+        Phase::Optimizer,
+        Phase::Eval,
+        Phase::Save,
+    ];
+
+    /// Name in tables.
+    pub fn label(self) -> &'static str {
+        match self {
+            Phase::Load => "load",
+            Phase::Forward => "forward",
+            Phase::Loss => "loss",
+            Phase::Backward => "backward",
+            Phase::Optimizer => "optimizer",
+            Phase::Eval => "eval",
+            Phase::Save => "save",
+        }
+    }
+}
+
+/// What the process is doing now: there is one training run in a process.
+static PHASE: AtomicU8 = AtomicU8::new(Phase::Load as u8);
+
+/// Says that `phase` begins.
+pub fn enter(phase: Phase) {
+    PHASE.store(phase as u8, Ordering::Relaxed);
+}
+
+fn current() -> Phase {
+    Phase::ALL[usize::from(PHASE.load(Ordering::Relaxed)).min(Phase::ALL.len() - 1)]
+}
+
+/// The memory of the process at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
+pub struct Moment {
+    /// Since the recorder started.
+    pub seconds: f64,
+    /// What was being done.
+    pub phase: Phase,
+    /// Bytes in memory.
+    pub resident_bytes: u64,
+    /// Of these, bytes of mapped files: program, libraries, weights.
+    pub file_bytes: u64,
+}
+
+impl Moment {
+    /// Bytes that no file backs.
+    pub fn anonymous_bytes(&self) -> u64 {
+        self.resident_bytes.saturating_sub(self.file_bytes)
+    }
+
+    /// The process now.
+    pub fn now(start: Instant) -> Self {
+        let (resident_bytes, file_bytes) = resident::now_and_files();
+        let seconds = start.elapsed().as_secs_f64();
+        Moment { seconds, phase: current(), resident_bytes, file_bytes }
+    }
+}
+
+/// What a recorder saw.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct Record {
+    /// In order of time; thinned where the run is long, without losing a phase's highest.
+    pub moments: Vec<Moment>,
+    /// The highest resident and the highest file bytes of each phase that was seen.
+    pub peaks: Vec<Moment>,
+}
+
+impl Record {
+    /// The highest bytes of mapped files once everything was loaded: loading looks at all of them.
+    pub fn peak_file_bytes(&self) -> u64 {
+        let steps = self.peaks.iter().filter(|peak| peak.phase != Phase::Load);
+        steps.map(|peak| peak.file_bytes).max().unwrap_or(0)
+    }
+
+    /// The highest resident bytes of `phase`.
+    pub fn peak_of(&self, phase: Phase) -> Option<u64> {
+        self.peaks.iter().find(|peak| peak.phase == phase).map(|peak| peak.resident_bytes)
+    }
+
+    fn add(&mut self, moment: Moment) {
+        match self.peaks.iter_mut().find(|peak| peak.phase == moment.phase) {
+            Some(peak) => {
+                if moment.resident_bytes > peak.resident_bytes {
+                    peak.seconds = moment.seconds;
+                }
+                peak.resident_bytes = peak.resident_bytes.max(moment.resident_bytes);
+                peak.file_bytes = peak.file_bytes.max(moment.file_bytes);
+            }
+            None => self.peaks.push(moment),
+        }
+        self.moments.push(moment);
+    }
+
+    /// Keeps the higher one of every two neighbours.
+    fn thin(&mut self) {
+        let higher = |pair: &[Moment]| match pair {
+            [a, b] if a.resident_bytes > b.resident_bytes => *a,
+            _ => pair[pair.len() - 1],
+        };
+        self.moments = self.moments.chunks(2).map(higher).collect();
+    }
+}
+
+/// Between two looks at the process, at first.
+const INTERVAL: Duration = Duration::from_millis(10);
+/// From here on looks become rarer.
+const MOST_MOMENTS: usize = 1500;
+
+/// Enough for a picture.
+const MOST_SHOWN: usize = 400;
+
+/// Watches the process from its own thread until it is stopped or dropped.
+pub struct Recorder {
+    start: Instant,
+    record: Arc<Mutex<Record>>,
+    stopped: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Recorder {
+    /// Starts to watch. Where no thread can be had, it sees only what [`Recorder::look`] is
+    /// called for.
+    pub fn start() -> Self {
+        let (start, record) = (Instant::now(), Arc::new(Mutex::new(Record::default())));
+        let stopped = Arc::new(AtomicBool::new(false));
+        let (shared, stop) = (record.clone(), stopped.clone());
+        let watch = move || {
+            let mut interval = INTERVAL;
+            while !stop.load(Ordering::Relaxed) {
+                let mut record = lock(&shared);
+                record.add(Moment::now(start));
+                if record.moments.len() > MOST_MOMENTS {
+                    record.thin();
+                    interval *= 2;
+                }
+                drop(record);
+                std::thread::park_timeout(interval);
+            }
+        };
+        let thread = std::thread::Builder::new().name("ledger".into()).spawn(watch).ok();
+        Recorder { start, record, stopped, thread }
+    }
+
+    /// Looks now, however long ago the last look was; returns what it saw.
+    pub fn look(&self) -> Moment {
+        let moment = Moment::now(self.start);
+        lock(&self.record).add(moment);
+        moment
+    }
+
+    /// What was seen so far.
+    pub fn record(&self) -> Record {
+        lock(&self.record).clone()
+    }
+}
+
+impl Drop for Recorder {
+    fn drop(&mut self) {
+        self.stopped.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            thread.thread().unpark();
+            // It only reads numbers: a panic in it would lose no work.
+            let _ = thread.join();
+        }
+    }
+}
+
+/// Watches a run from before its weights are read.
+pub struct Watch {
+    recorder: Recorder,
+    before: Moment,
+    loaded: Moment,
+}
+
+impl Watch {
+    /// Before weights are read.
+    pub fn begin() -> Self {
+        let recorder = Recorder::start();
+        let before = recorder.look();
+        Watch { recorder, before, loaded: before }
+    }
+
+    /// After weights were read, before anything else is allocated.
+    pub fn loaded(&mut self) {
+        self.loaded = self.recorder.look();
+    }
+
+    /// The process now.
+    pub fn look(&self) -> Moment {
+        self.recorder.look()
+    }
+
+    /// What was measured so far; `region_bytes` is the arena's account of itself.
+    pub fn measured(&self, region_bytes: Vec<u64>) -> Measured {
+        self.recorder.look();
+        let mut record = self.recorder.record();
+        while record.moments.len() > MOST_SHOWN {
+            record.thin();
+        }
+        let copied = self.loaded.anonymous_bytes().saturating_sub(self.before.anonymous_bytes());
+        let mapped = record.peak_file_bytes().saturating_sub(self.before.file_bytes);
+        let peak_bytes = resident::peak_bytes();
+        Measured { weight_bytes: copied + mapped, region_bytes, peak_bytes, record }
+    }
+}
+
+/// A record is whole after every statement, so a panic elsewhere does not spoil it.
+fn lock(record: &Mutex<Record>) -> MutexGuard<'_, Record> {
+    record.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn moment(seconds: f64, phase: Phase, resident_bytes: u64) -> Moment {
+        Moment { seconds, phase, resident_bytes, file_bytes: resident_bytes / 2 }
+    }
+
+    #[test]
+    fn peaks_are_kept_by_phase_and_survive_thinning() {
+        let mut record = Record::default();
+        for (index, bytes) in [5, 9, 7, 3, 8, 2].into_iter().enumerate() {
+            let phase = if index < 4 { Phase::Forward } else { Phase::Save };
+            record.add(moment(index as f64, phase, bytes));
+        }
+        assert_eq!(
+            (record.peak_of(Phase::Forward), record.peak_of(Phase::Save)),
+            (Some(9), Some(8))
+        );
+        assert_eq!(record.peak_of(Phase::Eval), None);
+        assert_eq!(record.peak_file_bytes(), 4);
+        record.thin();
+        let kept: Vec<u64> = record.moments.iter().map(|moment| moment.resident_bytes).collect();
+        assert_eq!(kept, [9, 7, 8]);
+    }
+
+    #[cfg(target_os = "linux")]
+    #[test]
+    fn a_recorder_sees_a_buffer_come_and_go() {
+        const BYTES: usize = 192 << 20;
+        let recorder = Recorder::start();
+        let before = recorder.look();
+        let buffer = std::hint::black_box(vec![1u8; BYTES]);
+        std::thread::sleep(4 * INTERVAL);
+        drop(buffer);
+        let record = recorder.record();
+        let highest = record.moments.iter().map(Moment::anonymous_bytes).max().unwrap();
+        // Other tests of this process come and go in the meantime.
+        assert!(highest > before.anonymous_bytes() + BYTES as u64 / 2, "{highest} {before:?}");
+        assert!(record.moments.len() >= 3);
+    }
+}

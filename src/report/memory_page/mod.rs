@@ -1,0 +1,305 @@
+//! Pictures of an [`Account`]: a page of its own for `nibble memory --html`, and a section of
+//! `report.html`. Both are the template `figures.html` over the same numbers; hovering shows bytes.
+
+use minijinja::{AutoEscape, Environment, Value, context};
+use serde::Serialize;
+
+use crate::cli::size::ByteSize;
+use crate::ledger::rows::{Account, PhaseRow, Row};
+use crate::ledger::{Moment, Phase};
+
+/// The template of the figures; the page of a training run includes it.
+pub(super) const FIGURES: &str = include_str!("figures.html");
+/// Colours of parts: further ones share the last.
+const COLOURS: usize = 10;
+
+/// What the page is about.
+#[derive(Debug, Serialize)]
+pub struct Heading {
+    /// The model as the user named it.
+    pub model: String,
+    /// What is known of the run, in words.
+    pub facts: Vec<String>,
+}
+
+/// An account as the template shows it; places and lengths in percent.
+#[derive(Debug, Serialize)]
+pub(super) struct Figures {
+    parts: Vec<Part>,
+    planned: String,
+    measured: Option<String>,
+    difference: Option<String>,
+    phases: Vec<Bar>,
+    timeline: Option<Timeline>,
+}
+
+#[derive(Debug, Serialize)]
+struct Part {
+    name: String,
+    colour: usize,
+    planned: String,
+    planned_share: String,
+    measured: Option<String>,
+    measured_share: String,
+    difference: String,
+    title: String,
+}
+
+/// A phase: what is planned to be in use, stacked, and what was measured.
+#[derive(Debug, Serialize)]
+struct Bar {
+    name: &'static str,
+    segments: Vec<Segment>,
+    planned: String,
+    measured: Option<String>,
+    measured_at: Option<String>,
+}
+
+#[derive(Debug, Serialize)]
+struct Segment {
+    colour: usize,
+    width: String,
+    title: String,
+}
+
+/// Resident memory over time, in a box of 100 by 100.
+#[derive(Debug, Serialize)]
+struct Timeline {
+    /// Outline of all memory, closed at the bottom.
+    resident: String,
+    /// Outline of the mapped files' part.
+    file: String,
+    /// Height of the plan from above.
+    planned_at: Option<String>,
+    /// Rows of the scale: place from above, size.
+    scale: Vec<(String, String)>,
+    /// The first step and what comes behind it: begin, width, name.
+    bands: Vec<(String, String, &'static str, String)>,
+    seconds: String,
+}
+
+/// The page of `nibble memory --html`.
+pub fn render(heading: &Heading, account: &Account) -> String {
+    let mut environment = Environment::new();
+    environment.set_auto_escape_callback(|_| AutoEscape::Html);
+    environment.set_trim_blocks(true);
+    environment.set_lstrip_blocks(true);
+    for (name, text) in [("figures", FIGURES), ("page", include_str!("page.html"))] {
+        environment.add_template(name, text).expect("the template is valid");
+    }
+    let page = environment.get_template("page").expect("added above");
+    let style = concat!(include_str!("../page/page.css"), include_str!("figures.css"));
+    page.render(context! {
+        style => Value::from_safe_string(style.to_string()),
+        version => env!("CARGO_PKG_VERSION"),
+        heading => heading,
+        memory => figures(account),
+    })
+    .expect("the template uses what it is given")
+}
+
+/// Everything that the template needs.
+pub(super) fn figures(account: &Account) -> Figures {
+    let (planned, peak) = (account.planned_bytes(), account.peak_bytes);
+    let measured_most = account.rows.iter().filter_map(|row| row.measured_bytes).max();
+    let most = account.rows.iter().map(|row| row.planned_bytes).max();
+    let largest = most.max(measured_most).unwrap_or(0).max(1);
+    let part = |(index, row)| part(index, row, largest);
+    let difference = peak.map(|peak| signed_share(planned, peak));
+    Figures {
+        parts: account.rows.iter().enumerate().map(part).collect(),
+        planned: size(planned),
+        measured: peak.map(size),
+        difference,
+        phases: phases(account),
+        timeline: timeline(account),
+    }
+}
+
+fn size(bytes: u64) -> String {
+    ByteSize(bytes).to_string()
+}
+
+fn percent(part: f64, whole: f64) -> String {
+    format!("{:.2}", 100.0 * part / whole.max(f64::MIN_POSITIVE))
+}
+
+fn signed_share(planned: u64, measured: u64) -> String {
+    let share = 100.0 * (measured as f64 / planned.max(1) as f64 - 1.0);
+    format!("{share:+.1} %").replace('-', "\u{2212}")
+}
+
+fn part(index: usize, row: &Row, largest: u64) -> Part {
+    let share = |bytes: u64| percent(bytes as f64, largest as f64);
+    let difference = row.measured_bytes.map(|measured| {
+        let (sign, by) = match measured.checked_sub(row.planned_bytes) {
+            Some(more) => ("+", more),
+            None => ("\u{2212}", row.planned_bytes - measured),
+        };
+        format!("{sign}{}", size(by))
+    });
+    Part {
+        name: row.name.clone(),
+        colour: index.min(COLOURS - 1),
+        planned: size(row.planned_bytes),
+        planned_share: share(row.planned_bytes),
+        measured: row.measured_bytes.map(size),
+        measured_share: share(row.measured_bytes.unwrap_or(0)),
+        difference: difference.unwrap_or_default(),
+        title: exact(&row.name, row.planned_bytes, row.measured_bytes),
+    }
+}
+
+fn exact(name: &str, planned: u64, measured: Option<u64>) -> String {
+    let planned = super::figures::thousands(planned);
+    match measured {
+        Some(bytes) => {
+            let bytes = super::figures::thousands(bytes);
+            format!("{name}: planned {planned} bytes, measured {bytes}")
+        }
+        None => format!("{name}: {planned} bytes"),
+    }
+}
+
+/// Phases that were seen; all of them before a run.
+fn phases(account: &Account) -> Vec<Bar> {
+    let total = |row: &PhaseRow| row.planned_bytes.iter().sum::<u64>();
+    let shown = |row: &&PhaseRow| account.peak_bytes.is_none() || row.measured_bytes.is_some();
+    let rows: Vec<&PhaseRow> = account.phases.iter().filter(shown).collect();
+    let most = rows.iter().map(|row| total(row).max(row.measured_bytes.unwrap_or(0))).max();
+    let width = most.unwrap_or(0).max(1) as f64;
+    let bar = |row: &&PhaseRow| Bar {
+        name: row.phase.label(),
+        segments: segments(account, row, width),
+        planned: size(total(row)),
+        measured: row.measured_bytes.map(size),
+        measured_at: row.measured_bytes.map(|bytes| percent(bytes as f64, width)),
+    };
+    rows.iter().map(bar).collect()
+}
+
+fn segments(account: &Account, row: &PhaseRow, width: f64) -> Vec<Segment> {
+    let parts = row.planned_bytes.iter().zip(&account.rows).enumerate();
+    let used = parts.filter(|(_, (bytes, _))| **bytes > 0);
+    used.map(|(index, (&bytes, part))| Segment {
+        colour: index.min(COLOURS - 1),
+        width: percent(bytes as f64, width),
+        title: format!("{} in {}: {}", part.name, row.phase.label(), size(bytes)),
+    })
+    .collect()
+}
+
+fn timeline(account: &Account) -> Option<Timeline> {
+    let moments = &account.record.moments;
+    let last = moments.last()?.seconds.max(1e-3);
+    let planned = account.planned_bytes();
+    let seen = moments.iter().map(|moment| moment.resident_bytes).max().unwrap_or(0);
+    let top = seen.max(planned).max(1) as f64 * 1.05;
+    let down = |bytes: u64| percent(top - bytes as f64, top);
+    let across = |seconds: f64| percent(seconds, last);
+    let outline = |bytes: &dyn Fn(&Moment) -> u64| {
+        let mut path = String::from("M0 100");
+        for moment in moments {
+            path.push_str(&format!("L{} {}", across(moment.seconds), down(bytes(moment))));
+        }
+        path.push_str("L100 100Z");
+        path
+    };
+    const ROWS: u64 = 4;
+    let step = round_up(top as u64 / ROWS);
+    let scale = (1..=ROWS).map(|row| row * step).filter(|&bytes| (bytes as f64) < top);
+    Some(Timeline {
+        resident: outline(&|moment| moment.resident_bytes),
+        file: outline(&|moment| moment.file_bytes),
+        planned_at: (planned > 0).then(|| down(planned)),
+        scale: scale.map(|bytes| (down(bytes), size(bytes))).collect(),
+        bands: bands(moments, last),
+        seconds: format!("{last:.1} s"),
+    })
+}
+
+/// Half, one or two times a power of two, no smaller than `bytes` by more than a third.
+fn round_up(bytes: u64) -> u64 {
+    let power = bytes.max(1).next_power_of_two();
+    if power - power / 4 >= bytes { power - power / 4 } else { power }
+}
+
+/// Stretches of one phase, those too narrow to see left out.
+fn bands(moments: &[Moment], last: f64) -> Vec<(String, String, &'static str, String)> {
+    const NARROWEST: f64 = 0.004;
+    let mut bands: Vec<(f64, f64, Phase)> = Vec::new();
+    for pair in moments.windows(2) {
+        let (begin, end, phase) = (pair[0].seconds, pair[1].seconds, pair[0].phase);
+        match bands.last_mut() {
+            Some(band) if band.2 == phase => band.1 = end,
+            _ => bands.push((begin, end, phase)),
+        }
+    }
+    let wide = bands.into_iter().filter(|(begin, end, _)| end - begin >= NARROWEST * last);
+    wide.map(|(begin, end, phase)| {
+        let title = format!("{}: {begin:.2} to {end:.2} s", phase.label());
+        (percent(begin, last), percent(end - begin, last), phase.label(), title)
+    })
+    .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::Record;
+
+    fn account() -> Account {
+        let row = |name: &str, planned_bytes, measured_bytes| Row {
+            name: name.into(),
+            planned_bytes,
+            measured_bytes,
+        };
+        let moment = |seconds, phase, resident_bytes| Moment {
+            seconds,
+            phase,
+            resident_bytes,
+            file_bytes: 1 << 20,
+        };
+        Account {
+            rows: vec![row("a<b", 3 << 20, Some(4 << 20)), row("c", 1 << 20, Some(1 << 20))],
+            phases: vec![PhaseRow {
+                phase: Phase::Loss,
+                planned_bytes: vec![3 << 20, 0],
+                measured_bytes: Some(5 << 20),
+            }],
+            peak_bytes: Some(5 << 20),
+            record: Record {
+                moments: vec![moment(0.0, Phase::Load, 1 << 20), moment(2.0, Phase::Loss, 5 << 20)],
+                peaks: Vec::new(),
+            },
+        }
+    }
+
+    fn heading() -> Heading {
+        Heading { model: "x&y".into(), facts: vec!["two facts".into()] }
+    }
+
+    #[test]
+    fn a_page_shows_every_figure_and_loads_nothing() {
+        let page = render(&heading(), &account());
+        for text in ["a&lt;b", "x&amp;y", "two facts", "+25.0 %", "4,194,304", "5.0 MiB", "loss"] {
+            assert!(page.contains(text), "{text}");
+        }
+        for text in ["http:", "https:", "src=", "href=", "url(", "@import", "a<b"] {
+            assert!(!page.contains(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_plan_alone_has_no_measured_columns() {
+        let mut account = account();
+        account.peak_bytes = None;
+        account.record = Record::default();
+        for row in &mut account.rows {
+            row.measured_bytes = None;
+        }
+        account.phases[0].measured_bytes = None;
+        let page = render(&heading(), &account);
+        assert!(!page.contains("measured") && page.contains("3.0 MiB"));
+    }
+}
