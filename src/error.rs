@@ -161,10 +161,16 @@ pub fn candle_text(error: &candle_core::Error) -> String {
     match error {
         Candle::WithBacktrace { inner, .. } => candle_text(inner),
         Candle::Context { inner, context } => format!("{context}: {}", candle_text(inner)),
-        Candle::WrappedContext { wrapped, context } => format!("{context}: {wrapped}"),
-        // candle writes errors, backtraces and all, into the text of others.
-        other => other.to_string().lines().next().unwrap_or_default().to_string(),
+        Candle::WrappedContext { wrapped, context } => {
+            format!("{context}: {}", first_line(&wrapped.to_string()))
+        }
+        other => first_line(&other.to_string()).to_string(),
     }
+}
+
+/// A message may have another error's text in it, with its backtrace.
+fn first_line(text: &str) -> &str {
+    text.lines().next().unwrap_or_default()
 }
 
 #[cfg(test)]
