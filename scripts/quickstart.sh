@@ -28,7 +28,12 @@ say() {
 # Shows a command as the user would type it, then runs it.
 show() {
     printf '$ nibble'
-    printf ' %q' "${@:2}"
+    for word in "${@:2}"; do
+        case $word in
+            *[[:space:]]*) printf ' "%s"' "$word" ;;
+            *) printf ' %s' "$word" ;;
+        esac
+    done
     printf '\n'
     "$@"
 }

@@ -56,12 +56,12 @@ pub struct DataArgs {
     #[command(flatten)]
     pub format: DataFormatArgs,
     /// Print the first N documents token by token, with what is trained marked
-    #[arg(long, value_name = "N", default_value_t = 0)]
+    #[arg(long, help_heading = "Output", value_name = "N", default_value_t = 0)]
     pub show: usize,
     /// Print everything as JSON
-    #[arg(long, action = ArgAction::SetTrue)]
+    #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]
     pub json: bool,
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
+    #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
 }

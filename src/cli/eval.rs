@@ -24,25 +24,25 @@ pub struct EvalArgs {
     #[command(flatten)]
     pub base: BaseModelArgs,
     /// PEFT adapter folder
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, help_heading = "Adapter", value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// JSONL, JSON, CSV or Parquet file
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = "Data", value_name = "FILE")]
     pub data: PathBuf,
     /// Longest document, in tokens
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
+    #[arg(long, help_heading = "Data", value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
     pub max_length: usize,
     /// How records are read.
     #[command(flatten)]
     pub format: DataFormatArgs,
     /// Write all logits to a safetensors file: f32 `logits` [rows, length, vocabulary] and
     /// `input_ids`, for pre-tokenized rows of equal length
-    #[arg(long, value_name = "FILE")]
+    #[arg(long, help_heading = "Output", value_name = "FILE")]
     pub save_logits: Option<PathBuf>,
     /// Print the figures as JSON
-    #[arg(long, action = ArgAction::SetTrue)]
+    #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]
     pub json: bool,
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
+    #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
 }

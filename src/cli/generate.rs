@@ -38,7 +38,7 @@ pub struct GenerationArgs {
     #[arg(long, value_name = "NUMBER", default_value_t = 42)]
     pub seed: u64,
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
+    #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
 }
 
@@ -72,16 +72,16 @@ pub struct GenerateArgs {
     #[command(flatten)]
     pub base: BaseModelArgs,
     /// PEFT adapter folder
-    #[arg(long, value_name = "DIR")]
+    #[arg(long, help_heading = "Prompt", value_name = "DIR")]
     pub adapter: Option<PathBuf>,
     /// What to answer; read from standard input if absent
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, help_heading = "Prompt", value_name = "TEXT")]
     pub prompt: Option<String>,
     /// System message before the prompt
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, help_heading = "Prompt", value_name = "TEXT")]
     pub system: Option<String>,
     /// Continue the prompt as plain text, without the chat template
-    #[arg(long, action = ArgAction::SetTrue)]
+    #[arg(long, help_heading = "Prompt", action = ArgAction::SetTrue)]
     pub raw: bool,
     /// How to answer.
     #[command(flatten)]
@@ -96,10 +96,10 @@ pub struct ChatArgs {
     #[command(flatten)]
     pub base: BaseModelArgs,
     /// PEFT adapter folder, with a name to call it by; may be repeated, the first one starts
-    #[arg(long, value_name = "NAME=DIR")]
+    #[arg(long, help_heading = "Conversation", value_name = "NAME=DIR")]
     pub adapter: Vec<String>,
     /// System message
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, help_heading = "Conversation", value_name = "TEXT")]
     pub system: Option<String>,
     /// How to answer.
     #[command(flatten)]

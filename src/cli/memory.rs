@@ -26,22 +26,27 @@ pub struct MemoryArgs {
     #[command(flatten)]
     pub lora: LoraArgs,
     /// Rows of `--max-length` tokens in a forward pass
-    #[arg(long, value_name = "ROWS", default_value = "1", value_parser = numbers::at_least_one)]
+    #[arg(long, help_heading = "Batch", value_name = "ROWS", default_value = "1", value_parser = numbers::at_least_one)]
     pub per_device_train_batch_size: NonZeroUsize,
     /// Longest row, in tokens
-    #[arg(long, value_name = "TOKENS", default_value = "2048", value_parser = numbers::at_least_one)]
+    #[arg(long, help_heading = "Batch", value_name = "TOKENS", default_value = "2048", value_parser = numbers::at_least_one)]
     pub max_length: NonZeroUsize,
     /// Activations of a block: `keep` them, or `checkpoint` its input and recompute
-    #[arg(long, value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
+    #[arg(long, help_heading = "Memory and threads", value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
     /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from their 4-bit file
-    #[arg(long, value_name = "MODE", value_enum, default_value_t = WeightsMode::Auto)]
+    #[arg(long, help_heading = "Memory and threads", value_name = "MODE", value_enum, default_value_t = WeightsMode::Auto)]
     pub weights: WeightsMode,
     /// Memory that the run may use, such as `24GiB`; with `auto`, as many blocks keep as fit
-    #[arg(long, value_name = "SIZE", visible_alias = "memory-budget")]
+    #[arg(
+        long,
+        help_heading = "Memory and threads",
+        value_name = "SIZE",
+        visible_alias = "memory-budget"
+    )]
     pub budget: Option<ByteSize>,
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
+    #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
     /// Make that many real training steps on random tokens, and show what was measured beside the plan
     #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "2")]
@@ -50,6 +55,6 @@ pub struct MemoryArgs {
     #[arg(long, value_name = "FILE")]
     pub html: Option<PathBuf>,
     /// Print the plan as JSON, with every region of the arena
-    #[arg(long, action = ArgAction::SetTrue)]
+    #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]
     pub json: bool,
 }

@@ -8,6 +8,7 @@
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::sync::OnceLock;
@@ -200,7 +201,9 @@ fn build() -> Option<PathBuf> {
         return Some(library);
     }
     if Command::new("g++").arg("--version").output().is_err() {
-        println!("skipped: CUDA kernels on the CPU (g++ is not installed)");
+        // Past the harness, which swallows what a passing test prints.
+        let _ = std::io::stderr()
+            .write_all(b"skipped: CUDA kernels on the CPU (g++ is not installed)\n");
         return None;
     }
     let script = root.join("tests/emulator/build.sh");
