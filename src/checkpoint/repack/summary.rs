@@ -2,6 +2,9 @@
 
 use serde::Serialize;
 
+/// Independent sums of squares.
+const LANES: usize = 16;
+
 /// Sums over the tensors of one role.
 #[derive(Debug, Clone, Default)]
 pub struct RoleSummary {
@@ -95,14 +98,20 @@ impl Sums {
     }
 
     fn of_block(original: &[f32], restored: &[f32], block: usize) -> Self {
-        let error: f32 = original.iter().zip(restored).map(|(a, b)| (a - b) * (a - b)).sum();
-        let square: f32 = original.iter().map(|a| a * a).sum();
-        let sums = Sums {
-            error: f64::from(error),
-            square: f64::from(square),
-            worst: 0.0,
-            worst_block: block,
+        // Sums in lanes: one after the other, each addition would wait for the one before.
+        let (mut error, mut square) = ([0.0f32; LANES], [0.0f32; LANES]);
+        let (whole, rest) = original.as_chunks::<LANES>();
+        let (restored_whole, restored_rest) = restored.as_chunks::<LANES>();
+        let mut add = |lane: usize, a: f32, b: f32| {
+            error[lane] += (a - b) * (a - b);
+            square[lane] += a * a;
         };
+        for (a, b) in whole.iter().zip(restored_whole) {
+            (0..LANES).for_each(|lane| add(lane, a[lane], b[lane]));
+        }
+        rest.iter().zip(restored_rest).enumerate().for_each(|(lane, (&a, &b))| add(lane, a, b));
+        let sum = |lanes: [f32; LANES]| lanes.iter().map(|&sum| f64::from(sum)).sum();
+        let sums = Sums { error: sum(error), square: sum(square), worst: 0.0, worst_block: block };
         Sums { worst: sums.relative_rms(), ..sums }
     }
 
