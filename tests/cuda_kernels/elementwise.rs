@@ -58,6 +58,9 @@ fn rows_are_gathered_scattered_scaled_and_zeroed() {
             launch!(emulator, "zero", [2, 1, 1], 32; &mut scattered[..], (2 * width * 5) as i64);
             assert!(scattered[..5 * width].iter().all(|x| x.to_bits() == 0));
             assert!(scattered[5 * width..].iter().any(|x| x.to_bits() != 0));
+            let mut zeroed = vec![POISON; 3 * stride];
+            launch!(emulator, "zero_rows", grid, 32; &mut zeroed[..], stride as i32, width as i32);
+            assert_eq!(band(&zeroed, width, stride), vec![0.0; 3 * width]);
         }
     });
 }
@@ -112,7 +115,7 @@ fn rotary_turns_and_turns_back() {
 #[test]
 fn dropout_has_the_mask_of_the_cpu() {
     in_every_order(|emulator| {
-        for (rows, width, stride) in [(3, 40, 48), (5, 13, 13), (2, 1030, 1030)] {
+        for (rows, width, stride) in shapes() {
             let (seed, step, p) = (9, 5u64 << 32 | 7, 0.3f32);
             let stream = Stream::new(seed, "layers.0.q_proj").at(step);
             let mut factors = vec![0.0; rows * width];
@@ -161,7 +164,7 @@ fn activation(kind: i32, x: f64) -> f64 {
 #[test]
 fn activations_and_their_slopes() {
     in_every_order(|emulator| {
-        for (rows, width, stride) in [(3, 48, 56), (2, 29, 31)] {
+        for (rows, width, stride) in shapes() {
             let n = rows * width;
             let (gate, up, d) =
                 (normal_bf16(n, "gate"), normal_bf16(n, "up"), normal_bf16(n, "d_out"));

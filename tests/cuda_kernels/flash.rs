@@ -2,72 +2,49 @@
 //! documents of odd lengths, windows, soft caps and prompts that continue a cache.
 
 use half::bf16;
+use nibble::random::Stream;
 
 use crate::attention::{score, softmax};
 use crate::emulator::{Argument, Emulator, ORDERS, emulator, launch};
 use crate::support::*;
 
 /// One call: documents with their new queries and all their keys.
+#[derive(Debug)]
 struct Case {
     head_dim: usize,
     heads: usize,
     kv_heads: usize,
-    queries: &'static [usize],
+    queries: Vec<usize>,
     /// Keys before the first query of each document.
     past: usize,
     window: usize,
     cap: f32,
 }
 
-const CASES: [Case; 7] = [
-    Case {
-        head_dim: 64,
-        heads: 4,
-        kv_heads: 2,
-        queries: &[1, 70, 129],
-        past: 0,
-        window: 0,
-        cap: 0.0,
-    },
-    Case { head_dim: 64, heads: 3, kv_heads: 1, queries: &[200], past: 0, window: 37, cap: 3.0 },
-    Case {
-        head_dim: 96,
-        heads: 2,
-        kv_heads: 2,
-        queries: &[65, 64, 31],
-        past: 0,
-        window: 0,
-        cap: 0.0,
-    },
-    Case {
-        head_dim: 128,
-        heads: 2,
-        kv_heads: 1,
-        queries: &[130, 17],
-        past: 0,
-        window: 0,
-        cap: 20.0,
-    },
-    Case { head_dim: 128, heads: 1, kv_heads: 1, queries: &[150], past: 0, window: 1, cap: 0.0 },
-    Case {
-        head_dim: 256,
-        heads: 2,
-        kv_heads: 1,
-        queries: &[67, 80],
-        past: 0,
-        window: 50,
-        cap: 0.0,
-    },
-    Case {
-        head_dim: 128,
-        heads: 2,
-        kv_heads: 2,
-        queries: &[20, 70],
-        past: 45,
-        window: 0,
-        cap: 0.0,
-    },
-];
+impl Case {
+    fn new(head_dim: usize, [heads, kv_heads]: [usize; 2], queries: &[usize]) -> Self {
+        let queries = queries.to_vec();
+        Case { head_dim, heads, kv_heads, queries, past: 0, window: 0, cap: 0.0 }
+    }
+
+    /// Anything that the kernels take, small.
+    fn random(number: u64) -> Self {
+        let stream = Stream::new(number, "flash case");
+        let pick =
+            |index: u64, from: &[usize]| from[stream.below(index, from.len() as u64) as usize];
+        let kv_heads = pick(0, &[1, 2, 3]);
+        let queries = (0..1 + stream.below(1, 4)).map(|i| 1 + stream.below(9 + i, 140) as usize);
+        Case {
+            head_dim: pick(2, &[64, 96, 128, 256]),
+            heads: kv_heads * pick(3, &[1, 2, 3]),
+            kv_heads,
+            queries: queries.collect(),
+            past: pick(4, &[0, 0, 0, 1, 77]),
+            window: pick(5, &[0, 0, 2, 31, 64, 100]),
+            cap: pick(6, &[0, 0, 2, 30]) as f32,
+        }
+    }
+}
 
 /// Elements between rows that no kernel may touch.
 const GAP: usize = 8;
@@ -105,7 +82,7 @@ impl Case {
 
     fn boundaries(&self, past: usize) -> Vec<u32> {
         let mut boundaries = vec![0];
-        for length in self.queries {
+        for length in &self.queries {
             boundaries.push(boundaries.last().unwrap() + (length + past) as u32);
         }
         boundaries
@@ -273,13 +250,18 @@ fn excess(got: &Results, expected: &Results) -> f64 {
     pairs.into_iter().map(one).fold(0.0, f64::max)
 }
 
-/// Whether a case with a window and grouped heads is right in the order that is set.
-pub fn is_right(emulator: &Emulator) -> bool {
-    let tensors = CASES[1].tensors();
-    excess(&CASES[1].run(emulator, &tensors), &CASES[1].reference(&tensors)) <= 1.0
+fn windowed() -> Case {
+    Case { window: 37, cap: 3.0, ..Case::new(64, [3, 1], &[200]) }
 }
 
-fn check(case: &Case) {
+/// Whether a case with a window and grouped heads is right in the order that is set.
+pub fn is_right(emulator: &Emulator) -> bool {
+    let case = windowed();
+    let tensors = case.tensors();
+    excess(&case.run(emulator, &tensors), &case.reference(&tensors)) <= 1.0
+}
+
+fn check(case: Case) {
     let Some(emulator) = emulator() else { return };
     let tensors = case.tensors();
     let expected = case.reference(&tensors);
@@ -288,7 +270,7 @@ fn check(case: &Case) {
         emulator.order(order);
         let got = case.run(emulator, &tensors);
         let excess = excess(&got, &expected);
-        assert!(excess <= 1.0, "{order:?}: {excess} times the error that is allowed");
+        assert!(excess <= 1.0, "{case:?} {order:?}: {excess} times the error that is allowed");
         match &first {
             Some(first) => assert!(got == *first, "the order of threads changes a bit"),
             None => first = Some(got),
@@ -298,27 +280,27 @@ fn check(case: &Case) {
 
 #[test]
 fn head_width_64() {
-    check(&CASES[0]);
+    check(Case::new(64, [4, 2], &[1, 70, 129]));
 }
 
 #[test]
 fn one_key_head_with_window_and_soft_cap() {
-    check(&CASES[1]);
+    check(windowed());
 }
 
 #[test]
 fn head_width_96() {
-    check(&CASES[2]);
+    check(Case::new(96, [2, 2], &[65, 64, 31]));
 }
 
 #[test]
 fn head_width_128_with_soft_cap() {
-    check(&CASES[3]);
+    check(Case { cap: 20.0, ..Case::new(128, [2, 1], &[130, 17]) });
 }
 
 #[test]
 fn a_window_of_one_key() {
-    let case = &CASES[4];
+    let case = Case { window: 1, ..Case::new(128, [1, 1], &[150]) };
     let Some(emulator) = emulator() else { return };
     let tensors = case.tensors();
     emulator.order(ORDERS[0]);
@@ -332,10 +314,15 @@ fn a_window_of_one_key() {
 
 #[test]
 fn head_width_256_with_window() {
-    check(&CASES[5]);
+    check(Case { window: 50, ..Case::new(256, [2, 1], &[67, 80]) });
 }
 
 #[test]
 fn queries_that_follow_a_cache() {
-    check(&CASES[6]);
+    check(Case { past: 45, ..Case::new(128, [2, 2], &[20, 70]) });
+}
+
+#[test]
+fn random_shapes() {
+    (0..16).for_each(|number| check(Case::random(number)));
 }

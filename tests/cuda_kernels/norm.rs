@@ -5,10 +5,6 @@ use half::bf16;
 use crate::emulator::{NULL, launch};
 use crate::support::*;
 
-/// Rows, width, stride: vectors and odd sizes.
-const SHAPES: [(usize, usize, usize); 4] =
-    [(3, 64, 64), (5, 96, 112), (4, 77, 91), (2, 1032, 1048)];
-
 fn statistics(x: &[f64], layer: bool, epsilon: f64) -> (f64, f64) {
     let d = x.len() as f64;
     let mean = if layer { x.iter().sum::<f64>() / d } else { 0.0 };
@@ -19,7 +15,7 @@ fn statistics(x: &[f64], layer: bool, epsilon: f64) -> (f64, f64) {
 #[test]
 fn forward_is_the_norm_of_each_row() {
     in_every_order(|emulator| {
-        for (rows, width, stride) in SHAPES {
+        for (rows, width, stride) in shapes() {
             for layer in [false, true] {
                 let x = normal_bf16(rows * width, "x")
                     .iter()
@@ -52,7 +48,7 @@ fn forward_is_the_norm_of_each_row() {
 #[test]
 fn backward_adds_the_gradient() {
     in_every_order(|emulator| {
-        for (rows, width, stride) in SHAPES {
+        for (rows, width, stride) in shapes() {
             for layer in [false, true] {
                 let (x, dy) = (normal_bf16(rows * width, "x"), normal_bf16(rows * width, "dy"));
                 let (weight, before) = (normal(width, "weight"), normal_bf16(rows * width, "dx"));

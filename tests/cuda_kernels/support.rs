@@ -14,6 +14,19 @@ pub fn in_every_order(test: impl Fn(&Emulator)) {
     }
 }
 
+/// Rows, width and stride: aligned for vectors, odd, wider than a block, and random.
+pub fn shapes() -> Vec<(usize, usize, usize)> {
+    let fixed = [(3, 64, 64), (5, 96, 112), (4, 77, 91), (1, 1, 1), (2, 1032, 1048)];
+    let stream = Stream::new(3, "shapes");
+    let random = (0..6u64).map(|i| {
+        let below = |index, bound| stream.below(4 * i + index, bound) as usize;
+        let unit = if i % 2 == 0 { 8 } else { 1 };
+        let width = unit * (1 + below(0, 700 / unit as u64));
+        (1 + below(1, 6), width, width + unit * below(2, 5))
+    });
+    fixed.into_iter().chain(random).collect()
+}
+
 /// Normal numbers.
 pub fn normal(len: usize, name: &str) -> Vec<f32> {
     let mut out = vec![0.0; len];

@@ -133,6 +133,13 @@ extern "C" __global__ void __launch_bounds__(1024) zero(u16* to, long long bytes
     }
 }
 
+// to[i, :width] = 0. Rows. The blocks beside the diagonal of a K-extended, fused weight.
+extern "C" __global__ void __launch_bounds__(1024) zero_rows(bfloat16* to, int stride, int width) {
+    for (int c = threadIdx.x; c < width; c += blockDim.x) {
+        row_of(to, blockIdx.x, stride)[c] = bfloat16{0};
+    }
+}
+
 // y[i, :] += bias. Rows of `width`.
 extern "C" __global__ void __launch_bounds__(1024)
 add_bias(bfloat16* y, int y_stride, const float* bias, int width) {
