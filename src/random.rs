@@ -121,8 +121,7 @@ impl Stream {
     /// Multipliers of inverted dropout: `out[i]` is 0 with probability `p`, else `1 / (1 − p)`,
     /// from index `first + i`. `p ≥ 1` drops everything.
     pub fn fill_dropout(&self, first: u64, p: f32, out: &mut [f32]) {
-        let threshold = drop_threshold(p);
-        let kept = if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 };
+        let (threshold, kept) = dropout_factors(p);
         self.fill(first, out, |words| {
             words.map(|word| if u64::from(word) < threshold { 0.0 } else { kept })
         });
@@ -196,6 +195,12 @@ impl<F: Fn([u32; 4]) -> [f32; 4]> pulp::WithSimd for Fill<'_, F> {
 /// The upper 24 bits as a fraction: every value is exact in f32.
 fn unit(word: u32) -> f32 {
     (word >> 8) as f32 * (1.0 / 16_777_216.0)
+}
+
+/// Words below the first number are dropped, what is kept is multiplied by the second: dropout of
+/// probability `p` for a kernel that evaluates [`Stream::fill_dropout`] on a device.
+pub fn dropout_factors(p: f32) -> (u64, f32) {
+    (drop_threshold(p), if p < 1.0 { 1.0 / (1.0 - p) } else { 0.0 })
 }
 
 /// Words below this are dropped: `p · 2³²`.

@@ -5,6 +5,7 @@
 //! Every backward *adds* to the gradients that it is given unless it says that it overwrites.
 
 pub mod cpu;
+pub mod cuda;
 
 use std::borrow::Cow;
 use std::ops::Range;

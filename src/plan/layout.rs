@@ -48,6 +48,12 @@ pub enum Component {
     RotaryTables,
     /// Keys and values of generated text.
     KvCache,
+    /// On a GPU, one frozen matrix in bf16.
+    DequantizedWeight,
+    /// On a GPU, cuBLAS' workspace.
+    LibraryWorkspace,
+    /// On a GPU, token ids and rows.
+    Uploads,
 }
 
 impl Component {
@@ -66,6 +72,9 @@ impl Component {
             Component::LogitsChunk => "logits chunk",
             Component::RotaryTables => "rotary tables",
             Component::KvCache => "key/value cache",
+            Component::DequantizedWeight => "dequantized matrix",
+            Component::LibraryWorkspace => "cuBLAS workspace",
+            Component::Uploads => "token ids and rows",
         }
     }
 }

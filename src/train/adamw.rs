@@ -36,21 +36,21 @@ pub struct RateGroup {
 
 /// The numbers of one step for one learning rate, rounded to f32 as torch does.
 #[derive(Debug, Clone, Copy)]
-struct Coefficients {
+pub(super) struct Coefficients {
     /// `1 − lr · weight_decay`.
-    keep: f32,
+    pub keep: f32,
     /// `1 − beta1`.
-    first_weight: f32,
-    beta2: f32,
+    pub first_weight: f32,
+    pub beta2: f32,
     /// `1 − beta2`.
-    second_weight: f32,
+    pub second_weight: f32,
     /// `√(1 − beta2ᵗ)`.
-    second_correction: f32,
-    epsilon: f32,
+    pub second_correction: f32,
+    pub epsilon: f32,
     /// `−lr / (1 − beta1ᵗ)`.
-    negative_step: f32,
+    pub negative_step: f32,
     /// Clipping: what gradients are multiplied by.
-    gradient_scale: f32,
+    pub gradient_scale: f32,
 }
 
 impl AdamW {
@@ -85,7 +85,12 @@ impl AdamW {
         });
     }
 
-    fn coefficients(&self, t: u64, learning_rate: f64, gradient_scale: f32) -> Coefficients {
+    pub(super) fn coefficients(
+        &self,
+        t: u64,
+        learning_rate: f64,
+        gradient_scale: f32,
+    ) -> Coefficients {
         let power = |beta: f64| beta.powi(t.min(i32::MAX as u64) as i32);
         Coefficients {
             keep: (1.0 - learning_rate * self.weight_decay) as f32,

@@ -6,6 +6,7 @@ pub mod buffers;
 pub mod checkpoints;
 pub mod checks;
 pub mod clip;
+mod cuda;
 pub mod digest;
 pub mod events;
 pub mod feed;

@@ -1,0 +1,125 @@
+//! The CUDA backend: bf16 activations and products, f32 statistics, losses, gradients of the
+//! adapters and optimizer.
+//!
+//! [`Cuda`] turns every operation of [`Kernels`] into launches of the kernels in `kernels.cu` and
+//! cuBLAS products, queued on one stream of a [`Driver`]. Operations do not wait and do not fail:
+//! the first error is kept and reported by whatever waits next (a loss, a download).
+
+mod attention;
+pub mod driver;
+mod launch;
+pub mod memory;
+mod operations;
+pub mod optimizer;
+mod plan;
+mod staging;
+mod weight;
+
+use std::sync::{Arc, Mutex, MutexGuard};
+
+use driver::{Argument, Driver};
+use memory::{Allocation, Buffer, PARTIALS};
+use staging::Staging;
+use weight::Tables;
+
+use crate::error::{Error, Result};
+
+/// A GPU as a backend. Clones share it; one model at a time works on it.
+pub struct Cuda<D: Driver> {
+    shared: Arc<Shared<D>>,
+}
+
+impl<D: Driver> Clone for Cuda<D> {
+    fn clone(&self) -> Self {
+        Cuda { shared: self.shared.clone() }
+    }
+}
+
+struct Shared<D: Driver> {
+    driver: Arc<D>,
+    tables: Tables<D>,
+    /// Partial sums, a norm and a gradient scale: the optimizer's numbers.
+    scalars: Arc<Allocation<D>>,
+    state: Mutex<State<D>>,
+}
+
+/// What the plan at work lends to the operations.
+struct State<D: Driver> {
+    staging: Option<Staging<D>>,
+    dequantized: Option<Buffer<D>>,
+    failure: Option<Error>,
+}
+
+/// Bytes of the scalars: partial sums, their sum, the norm, the scale.
+const SCALARS_BYTES: usize = 8 * PARTIALS + 24;
+
+impl<D: Driver> Cuda<D> {
+    /// Works on `driver`.
+    ///
+    /// # Errors
+    /// `Budget` when not even the tables fit.
+    pub fn new(driver: D) -> Result<Self> {
+        let driver = Arc::new(driver);
+        let tables = Tables::new(&driver)?;
+        let scalars = Allocation::new(&driver, SCALARS_BYTES)?;
+        let state = Mutex::new(State { staging: None, dequantized: None, failure: None });
+        Ok(Cuda { shared: Arc::new(Shared { driver, tables, scalars, state }) })
+    }
+
+    /// The GPU.
+    pub fn driver(&self) -> &D {
+        &self.shared.driver
+    }
+
+    fn state(&self) -> MutexGuard<'_, State<D>> {
+        self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Keeps the first error for whoever waits next.
+    fn note(&self, result: Result<()>) {
+        if let Err(error) = result {
+            self.state().failure.get_or_insert(error);
+        }
+    }
+
+    /// The kept error, if there is one.
+    fn check(&self) -> Result<()> {
+        self.state().failure.take().map_or(Ok(()), Err)
+    }
+
+    /// Copies bytes from the device after everything that was queued; staging is free again.
+    fn download(&self, from: driver::Address, to: &mut [u8]) -> Result<()> {
+        self.check()?;
+        self.shared.driver.download(from, to)?;
+        if let Some(staging) = &mut self.state().staging {
+            staging.reuse();
+        }
+        Ok(())
+    }
+
+    fn launch(
+        &self,
+        kernel: &'static str,
+        grid: [u32; 3],
+        threads: u32,
+        arguments: &mut [Argument],
+    ) {
+        self.launch_shared(kernel, grid, threads, 0, arguments);
+    }
+
+    /// Launches a kernel with dynamic shared memory, unless the grid is empty.
+    fn launch_shared(
+        &self,
+        kernel: &'static str,
+        grid: [u32; 3],
+        threads: u32,
+        shared_bytes: u32,
+        arguments: &mut [Argument],
+    ) {
+        if grid.contains(&0) {
+            return;
+        }
+        let launch = driver::Launch { kernel, grid, threads, shared_bytes, arguments };
+        self.note(self.shared.driver.launch(launch));
+    }
+}

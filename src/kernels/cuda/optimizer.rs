@@ -1,0 +1,78 @@
+//! Norm of the gradients, and AdamW.
+
+use std::ops::Range;
+
+use super::Cuda;
+use super::driver::{Address, Argument, Driver};
+use super::launch::{FLAT_THREADS, flat, launch};
+use super::memory::{Buffer, PARTIALS};
+use crate::error::Result;
+
+/// One update of the parameters `range` with one set of coefficients.
+pub struct UpdateRun<'a, D: Driver> {
+    /// Elements of the buffers.
+    pub range: Range<usize>,
+    /// f32 weights.
+    pub master: &'a Buffer<D>,
+    /// f32 gradients.
+    pub gradients: &'a Buffer<D>,
+    /// f32.
+    pub first_moment: &'a Buffer<D>,
+    /// f32.
+    pub second_moment: &'a Buffer<D>,
+    /// bf16 copies of the weights.
+    pub working: Option<&'a Buffer<D>>,
+    /// In the order of the kernel's parameters.
+    pub coefficients: [f32; 7],
+}
+
+impl<D: Driver> Cuda<D> {
+    /// `√Σ x²` in f64, summed in a fixed order; waits.
+    ///
+    /// # Errors
+    /// What went wrong in the operations before.
+    pub fn norm(&self, x: &Buffer<D>, elements: usize) -> Result<f64> {
+        let mut grid = flat(elements);
+        grid[0] = grid[0].min(PARTIALS as u32);
+        if grid[0] == 0 {
+            return Ok(0.0);
+        }
+        let partials = Argument::Pointer(self.scalar(0));
+        launch!(self, "sum_squares_f32", grid, FLAT_THREADS; x.argument(elements), elements as i64, partials);
+        let sum = self.scalar(PARTIALS);
+        launch!(self, "sum_partials", [1, 1, 1], FLAT_THREADS;
+            partials, grid[0] as usize, Argument::Pointer(sum), false);
+        let mut bytes = [0; 8];
+        self.download(sum, &mut bytes)?;
+        Ok(f64::from_le_bytes(bytes).sqrt())
+    }
+
+    /// What [`adamw`](Cuda::adamw) multiplies gradients by.
+    pub fn set_gradient_scale(&self, scale: f32) {
+        let to = self.scalar(PARTIALS + 1);
+        let mut state = self.state();
+        let staging = state.staging.as_mut().expect("a plan is allocated");
+        let result = staging.word(scale.to_bits(), to);
+        drop(state);
+        self.note(result);
+    }
+
+    /// One update; gradients are multiplied by the scale in the device's memory.
+    pub fn adamw(&self, run: UpdateRun<D>) {
+        let part = |buffer: &Buffer<D>| Argument::Pointer(buffer.at(run.range.clone()));
+        let working = run.working.map_or(Argument::Pointer(0), part);
+        let [keep, first_weight, beta2, second_weight, correction, epsilon, step] =
+            run.coefficients;
+        let elements = run.range.len();
+        launch!(self, "adamw", flat(elements), FLAT_THREADS;
+            part(run.master), part(run.gradients), part(run.first_moment),
+            part(run.second_moment), working, elements as i64,
+            Argument::Pointer(self.scalar(PARTIALS + 1)), keep, first_weight, beta2,
+            second_weight, correction, epsilon, step);
+    }
+
+    /// Address of the f64 `index` of the scalars.
+    fn scalar(&self, index: usize) -> Address {
+        self.shared.scalars.address() + 8 * index as u64
+    }
+}

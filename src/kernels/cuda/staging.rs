@@ -1,0 +1,123 @@
+//! Small uploads without waiting: token ids, rows, tables.
+//!
+//! Values are written to pinned host memory and copied from there in stream order. Both sides are
+//! used from the front again once somebody has waited for the stream.
+
+use super::driver::{Address, Driver};
+use super::memory::Buffer;
+use super::plan::UPLOAD_WORDS;
+use crate::error::Result;
+use std::sync::Arc;
+
+/// Pinned host memory, and the region of the plan that words are copied to.
+pub struct Staging<D: Driver> {
+    driver: Arc<D>,
+    host: *mut u8,
+    host_bytes: usize,
+    region: Buffer<D>,
+    host_used: usize,
+    words_used: usize,
+    boundaries: Option<(Vec<usize>, Address)>,
+}
+
+// SAFETY: the pointer is to memory of the driver, which any thread may use; `&mut self` is
+// exclusive.
+#[allow(unsafe_code)]
+unsafe impl<D: Driver> Send for Staging<D> {}
+
+impl<D: Driver> Staging<D> {
+    /// For `region`, and `table_bytes` more of what goes elsewhere.
+    pub fn new(driver: &Arc<D>, region: Buffer<D>, table_bytes: usize) -> Result<Self> {
+        let host_bytes = region.elements * 4 + table_bytes + 4 * UPLOAD_WORDS;
+        let host = driver.allocate_staging(host_bytes)?;
+        let driver = driver.clone();
+        Ok(Staging {
+            driver,
+            host,
+            host_bytes,
+            region,
+            host_used: 0,
+            words_used: 0,
+            boundaries: None,
+        })
+    }
+
+    /// Everything was copied.
+    pub fn reuse(&mut self) {
+        (self.host_used, self.words_used, self.boundaries) = (0, 0, None);
+    }
+
+    /// Boundaries of documents, copied once for all layers of a pass.
+    pub fn boundaries(&mut self, boundaries: &[usize]) -> Result<Address> {
+        match &self.boundaries {
+            Some((known, address)) if known == boundaries => return Ok(*address),
+            _ => {}
+        }
+        let words: Vec<u32> = boundaries.iter().map(|&token| token as u32).collect();
+        let address = self.upload(&words)?;
+        self.boundaries = Some((boundaries.to_vec(), address));
+        Ok(address)
+    }
+
+    /// Waits if what was staged before leaves no room.
+    fn make_room(&mut self, bytes: usize, words: usize) -> Result<()> {
+        let full = self.host_used + bytes > self.host_bytes;
+        if full || self.words_used + words > self.region.elements {
+            self.driver.synchronize()?;
+            self.reuse();
+        }
+        assert!(bytes <= self.host_bytes && words <= self.region.elements, "planned for this much");
+        Ok(())
+    }
+
+    /// Copies words to the device; they are there for the operations that follow.
+    pub fn upload(&mut self, words: &[u32]) -> Result<Address> {
+        let padded = words.len().next_multiple_of(UPLOAD_WORDS);
+        self.make_room(4 * padded, padded)?;
+        let to = self.region.at(self.words_used..self.words_used + words.len());
+        self.words_used += padded;
+        self.stage(to, 4 * words.len(), |bytes| {
+            bytes.copy_from_slice(bytemuck::cast_slice(words))
+        })?;
+        Ok(to)
+    }
+
+    /// One word to some place.
+    pub fn word(&mut self, word: u32, to: Address) -> Result<()> {
+        self.make_room(4 * UPLOAD_WORDS, 0)?;
+        self.stage(to, 4, |bytes| bytes.copy_from_slice(&word.to_le_bytes()))
+    }
+
+    /// Lets `fill` write f32 values that are copied to `to`.
+    pub fn fill(
+        &mut self,
+        to: &Buffer<D>,
+        elements: usize,
+        fill: impl FnOnce(&mut [f32]),
+    ) -> Result<()> {
+        self.make_room(4 * elements, 0)?;
+        let to = to.at(0..elements);
+        self.stage(to, 4 * elements, |bytes| fill(bytemuck::cast_slice_mut(bytes)))
+    }
+
+    #[allow(unsafe_code)]
+    fn stage(&mut self, to: Address, bytes: usize, write: impl FnOnce(&mut [u8])) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        assert!(self.host_used + bytes <= self.host_bytes, "room was made");
+        // SAFETY: in bounds as asserted; nobody else writes here, and nothing that is being copied
+        // lies here: the front is used again only after a wait.
+        let staged =
+            unsafe { std::slice::from_raw_parts_mut(self.host.add(self.host_used), bytes) };
+        write(staged);
+        self.host_used += bytes.next_multiple_of(4 * UPLOAD_WORDS);
+        self.driver.upload_staged(staged.as_ptr(), to, bytes)
+    }
+}
+
+impl<D: Driver> Drop for Staging<D> {
+    fn drop(&mut self) {
+        self.driver.free_staging(self.host, self.host_bytes);
+    }
+}
