@@ -23,6 +23,8 @@ pub enum Error {
     Io(Message, std::io::Error),
     /// The numbers went wrong during a run: NaN, Inf, a parameter that does not move.
     Numeric(Message),
+    /// The GPU or its libraries: missing, too old, or out of order.
+    Gpu(Message),
     /// The user asked to stop; work is saved.
     Interrupted(Message),
 }
@@ -57,6 +59,11 @@ impl Error {
         Error::Numeric(Message::new(what))
     }
 
+    /// A GPU that is not there or does not do what it should.
+    pub fn gpu(what: impl fmt::Display) -> Self {
+        Error::Gpu(Message::new(what))
+    }
+
     /// The system refused `act` (`"open"`, `"rename"`) on `path`.
     pub fn io(act: &str, path: &Path, source: std::io::Error) -> Self {
         Error::Io(Message::new(format_args!("cannot {act} {}", path.display())), source)
@@ -84,7 +91,7 @@ impl Error {
     pub fn message(&self) -> &Message {
         match self {
             Error::Usage(m) | Error::Input(m) | Error::Budget(m) => m,
-            Error::Io(m, _) | Error::Numeric(m) | Error::Interrupted(m) => m,
+            Error::Io(m, _) | Error::Numeric(m) | Error::Gpu(m) | Error::Interrupted(m) => m,
         }
     }
 
@@ -100,7 +107,7 @@ impl Error {
     fn message_mut(&mut self) -> &mut Message {
         match self {
             Error::Usage(m) | Error::Input(m) | Error::Budget(m) => m,
-            Error::Io(m, _) | Error::Numeric(m) | Error::Interrupted(m) => m,
+            Error::Io(m, _) | Error::Numeric(m) | Error::Gpu(m) | Error::Interrupted(m) => m,
         }
     }
 }

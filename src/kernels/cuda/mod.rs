@@ -8,10 +8,12 @@
 mod attention;
 pub mod driver;
 mod launch;
+pub mod library;
 pub mod memory;
 mod operations;
 pub mod optimizer;
 mod plan;
+pub mod search;
 mod staging;
 mod weight;
 

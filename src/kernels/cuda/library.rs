@@ -1,0 +1,544 @@
+//! A real GPU: the driver's and cuBLAS' functions, found when the program runs.
+//!
+//! Only the functions that are used are declared, with the types of cuda.h and cublas_api.h. Every
+//! return code is looked at. Nothing here is needed to build or start the program, and a missing
+//! library or function is an error that names it.
+#![allow(unsafe_code)]
+#![allow(clippy::type_complexity)] // C prototypes
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ptr;
+use std::sync::Mutex;
+
+use libloading::Library;
+
+use super::driver::{Address, Driver, Gemm, Launch};
+use super::search::{self, CUBLAS, DRIVER};
+use crate::error::{Error, Result};
+
+/// The kernels, compiled for compute capability 8.0: every later card runs them.
+const PTX: &str = include_str!("kernels.ptx");
+/// Lowest compute capability of the PTX.
+pub const LOWEST_CAPABILITY: (i32, i32) = (8, 0);
+
+// cuda.h
+const DEVICE_ATTRIBUTE_MULTIPROCESSORS: c_int = 16;
+const DEVICE_ATTRIBUTE_MAJOR: c_int = 75;
+const DEVICE_ATTRIBUTE_MINOR: c_int = 76;
+const FUNCTION_ATTRIBUTE_DYNAMIC_SHARED_BYTES: c_int = 8;
+const STREAM_NON_BLOCKING: c_uint = 1;
+const ERROR_OUT_OF_MEMORY: c_int = 2;
+/// Dynamic shared memory that a kernel may use unasked.
+const PLAIN_SHARED_BYTES: u32 = 48 << 10;
+// library_types.h, cublas_api.h
+const CUDA_R_32F: c_int = 0;
+const CUDA_R_16BF: c_int = 14;
+const COMPUTE_32F: c_int = 68;
+const GEMM_DEFAULT: c_int = -1;
+
+type Handle = *mut c_void;
+
+macro_rules! functions {
+    ($(#[$doc:meta])* $table:ident: $($field:ident = $symbol:literal ($($type:ty),*);)*) => {
+        $(#[$doc])*
+        struct $table { $($field: unsafe extern "C" fn($($type),*) -> c_int,)* _library: Library }
+
+        impl $table {
+            fn load(library: Library, name: &str) -> Result<Self> {
+                $(
+                    // SAFETY: the symbol has this prototype in the library's header.
+                    let $field = unsafe {
+                        *library
+                            .get::<unsafe extern "C" fn($($type),*) -> c_int>(
+                                concat!($symbol, "\0").as_bytes(),
+                            )
+                            .map_err(|e| Error::gpu(format_args!("{name} lacks {}: {e}", $symbol)))?
+                    };
+                )*
+                Ok($table { $($field,)* _library: library })
+            }
+        }
+    };
+}
+
+functions! {
+    /// libcuda.
+    Cuda:
+    init = "cuInit" (c_uint);
+    driver_version = "cuDriverGetVersion" (*mut c_int);
+    device_count = "cuDeviceGetCount" (*mut c_int);
+    device_get = "cuDeviceGet" (*mut c_int, c_int);
+    device_name = "cuDeviceGetName" (*mut c_char, c_int, c_int);
+    device_memory = "cuDeviceTotalMem_v2" (*mut usize, c_int);
+    device_attribute = "cuDeviceGetAttribute" (*mut c_int, c_int, c_int);
+    context_retain = "cuDevicePrimaryCtxRetain" (*mut Handle, c_int);
+    context_release = "cuDevicePrimaryCtxRelease_v2" (c_int);
+    context_use = "cuCtxSetCurrent" (Handle);
+    memory_info = "cuMemGetInfo_v2" (*mut usize, *mut usize);
+    allocate = "cuMemAlloc_v2" (*mut u64, usize);
+    free = "cuMemFree_v2" (u64);
+    allocate_host = "cuMemHostAlloc" (*mut *mut c_void, usize, c_uint);
+    free_host = "cuMemFreeHost" (*mut c_void);
+    upload = "cuMemcpyHtoDAsync_v2" (u64, *const c_void, usize, Handle);
+    download = "cuMemcpyDtoHAsync_v2" (*mut c_void, u64, usize, Handle);
+    copy = "cuMemcpyDtoDAsync_v2" (u64, u64, usize, Handle);
+    fill = "cuMemsetD8Async" (u64, u8, usize, Handle);
+    stream_create = "cuStreamCreate" (*mut Handle, c_uint);
+    stream_destroy = "cuStreamDestroy_v2" (Handle);
+    stream_wait = "cuStreamSynchronize" (Handle);
+    module_load = "cuModuleLoadData" (*mut Handle, *const c_void);
+    module_function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
+    function_attribute = "cuFuncSetAttribute" (Handle, c_int, c_int);
+    launch = "cuLaunchKernel" (
+        Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle,
+        *mut *mut c_void, *mut *mut c_void
+    );
+    error_text = "cuGetErrorString" (c_int, *mut *const c_char);
+}
+
+functions! {
+    /// libcublas.
+    Cublas:
+    create = "cublasCreate_v2" (*mut Handle);
+    destroy = "cublasDestroy_v2" (Handle);
+    set_stream = "cublasSetStream_v2" (Handle, Handle);
+    set_workspace = "cublasSetWorkspace_v2" (Handle, *mut c_void, usize);
+    gemm = "cublasGemmEx" (
+        Handle, c_int, c_int, c_int, c_int, c_int, *const c_void, *const c_void, c_int, c_int,
+        *const c_void, c_int, c_int, *const c_void, *mut c_void, c_int, c_int, c_int, c_int
+    );
+    gemm_batched = "cublasGemmStridedBatchedEx" (
+        Handle, c_int, c_int, c_int, c_int, c_int, *const c_void, *const c_void, c_int, c_int, i64,
+        *const c_void, c_int, c_int, i64, *const c_void, *mut c_void, c_int, c_int, i64, c_int,
+        c_int, c_int
+    );
+}
+
+impl Cuda {
+    fn check(&self, act: &str, code: c_int) -> Result<()> {
+        if code == 0 {
+            return Ok(());
+        }
+        let mut text: *const c_char = ptr::null();
+        // SAFETY: writes a pointer to a static string, or null for an unknown code.
+        unsafe { (self.error_text)(code, &mut text) };
+        let text = if text.is_null() {
+            "unknown error".into()
+        } else {
+            // SAFETY: a static string with a final zero.
+            unsafe { CStr::from_ptr(text) }.to_string_lossy()
+        };
+        let error = Error::gpu(format_args!("cannot {act}: {text} (CUDA error {code})"));
+        Err(match code {
+            ERROR_OUT_OF_MEMORY => {
+                error.hint("lower `--max-length`, give a `--memory-budget`, or free the GPU")
+            }
+            _ => error,
+        })
+    }
+}
+
+/// A device as the driver describes it.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct DeviceInfo {
+    /// Number for `--device cuda:N`.
+    pub index: i32,
+    /// Product name.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Multiprocessors.
+    pub multiprocessors: i32,
+    /// Bytes of memory.
+    pub total_bytes: u64,
+    /// Bytes that are free.
+    pub free_bytes: u64,
+}
+
+/// What the driver says.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct DriverInfo {
+    /// Highest CUDA version that it runs, such as 13.0.
+    pub cuda_version: (i32, i32),
+    /// All devices.
+    pub devices: Vec<DeviceInfo>,
+}
+
+/// Asks the driver for its version and devices.
+///
+/// # Errors
+/// `Gpu` when there is no driver or it refuses.
+pub fn driver_info() -> Result<DriverInfo> {
+    let cuda = open_driver()?;
+    let (mut version, mut count) = (0, 0);
+    // SAFETY: initialised by `open_driver`; the out-pointers are valid.
+    unsafe {
+        cuda.check("read the driver's version", (cuda.driver_version)(&mut version))?;
+        cuda.check("count the devices", (cuda.device_count)(&mut count))?;
+    }
+    let devices = (0..count).map(|index| device_info(&cuda, index)).collect::<Result<_>>()?;
+    Ok(DriverInfo { cuda_version: (version / 1000, version % 1000 / 10), devices })
+}
+
+fn open_driver() -> Result<Cuda> {
+    let found = search::open(&DRIVER)?;
+    let cuda = Cuda::load(found.library, &found.name)?;
+    // SAFETY: cuInit takes 0.
+    let code = unsafe { (cuda.init)(0) };
+    cuda.check("initialise the CUDA driver", code)?;
+    Ok(cuda)
+}
+
+fn device_info(cuda: &Cuda, index: i32) -> Result<DeviceInfo> {
+    let (mut device, mut total, mut name) = (0, 0usize, [0 as c_char; 256]);
+    let [mut major, mut minor, mut multiprocessors] = [0; 3];
+    // SAFETY: the out-pointers are valid, the name has the length that is given.
+    unsafe {
+        cuda.check("open the device", (cuda.device_get)(&mut device, index))?;
+        let length = name.len() as c_int - 1;
+        cuda.check("read its name", (cuda.device_name)(name.as_mut_ptr(), length, device))?;
+        cuda.check("read its memory", (cuda.device_memory)(&mut total, device))?;
+        for (value, attribute) in [
+            (&mut major, DEVICE_ATTRIBUTE_MAJOR),
+            (&mut minor, DEVICE_ATTRIBUTE_MINOR),
+            (&mut multiprocessors, DEVICE_ATTRIBUTE_MULTIPROCESSORS),
+        ] {
+            let code = (cuda.device_attribute)(value, attribute, device);
+            cuda.check("read its attributes", code)?;
+        }
+    }
+    // SAFETY: the driver ends the name with a zero, and the last byte is one.
+    let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
+    let free_bytes = free_bytes(cuda, device)?;
+    let (capability, total_bytes) = ((major, minor), total as u64);
+    Ok(DeviceInfo { index, name, capability, multiprocessors, total_bytes, free_bytes })
+}
+
+/// Free memory; makes a context for the question.
+fn free_bytes(cuda: &Cuda, device: c_int) -> Result<u64> {
+    let (mut context, mut free, mut total) = (ptr::null_mut(), 0, 0);
+    // SAFETY: the context is released after use, and no longer current then.
+    unsafe {
+        cuda.check("use the device", (cuda.context_retain)(&mut context, device))?;
+        let answer = cuda.check("use its context", (cuda.context_use)(context)).and_then(|()| {
+            cuda.check("read its free memory", (cuda.memory_info)(&mut free, &mut total))
+        });
+        (cuda.context_use)(ptr::null_mut());
+        (cuda.context_release)(device);
+        answer?;
+    }
+    Ok(free as u64)
+}
+
+/// One GPU at work.
+pub struct Gpu {
+    cuda: Cuda,
+    cublas: Cublas,
+    device: c_int,
+    context: Handle,
+    stream: Handle,
+    blas: Handle,
+    module: Handle,
+    functions: Mutex<HashMap<&'static str, (Handle, u32)>>,
+}
+
+// SAFETY: handles may be used from any thread once its context is current, which every call sees to;
+// cuBLAS calls are made under `&self` by one model at a time.
+unsafe impl Send for Gpu {}
+// SAFETY: as above; the table of functions is behind a lock.
+unsafe impl Sync for Gpu {}
+
+impl Gpu {
+    /// Opens device `index`, compiles the kernels for it and prepares cuBLAS.
+    ///
+    /// # Errors
+    /// `Gpu` naming what is missing and what to do.
+    pub fn open(index: usize) -> Result<Self> {
+        let cuda = open_driver()?;
+        let info =
+            device_info(&cuda, index as i32).map_err(|error| error.at(format!("cuda:{index}")))?;
+        if info.capability < LOWEST_CAPABILITY {
+            let (name, (major, minor)) = (info.name, info.capability);
+            return Err(Error::gpu(format_args!(
+                "{name} has compute capability {major}.{minor}, expected 8.0 or higher"
+            ))
+            .hint("use `--device cpu`"));
+        }
+        let found = search::open(&CUBLAS)?;
+        let cublas = Cublas::load(found.library, &found.name)?;
+        let mut gpu = Gpu {
+            cuda,
+            cublas,
+            device: index as c_int,
+            context: ptr::null_mut(),
+            stream: ptr::null_mut(),
+            blas: ptr::null_mut(),
+            module: ptr::null_mut(),
+            functions: Mutex::default(),
+        };
+        gpu.prepare()?;
+        Ok(gpu)
+    }
+
+    fn prepare(&mut self) -> Result<()> {
+        let ptx = CString::new(PTX).expect("PTX is text");
+        // SAFETY: out-pointers are this value's fields; the PTX ends with a zero; each handle is
+        // made before it is used, and freed by `drop`.
+        unsafe {
+            let code = (self.cuda.device_get)(&mut self.device, self.device);
+            self.cuda.check("open the device", code)?;
+            let code = (self.cuda.context_retain)(&mut self.context, self.device);
+            self.cuda.check("use the device", code)?;
+            self.enter()?;
+            let code = (self.cuda.stream_create)(&mut self.stream, STREAM_NON_BLOCKING);
+            self.cuda.check("make a stream", code)?;
+            let code = (self.cuda.module_load)(&mut self.module, ptx.as_ptr().cast());
+            self.cuda.check("compile the kernels", code)?;
+            self.check_blas("start cuBLAS", (self.cublas.create)(&mut self.blas))?;
+            self.check_blas("use a stream", (self.cublas.set_stream)(self.blas, self.stream))
+        }
+    }
+
+    /// Free and total memory.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    pub fn memory(&self) -> Result<(u64, u64)> {
+        self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the out-pointers are valid.
+        let code = unsafe { (self.cuda.memory_info)(&mut free, &mut total) };
+        self.cuda.check("read the free memory", code)?;
+        Ok((free as u64, total as u64))
+    }
+
+    /// Makes the context this thread's.
+    fn enter(&self) -> Result<()> {
+        // SAFETY: the context is retained until `drop`.
+        let code = unsafe { (self.cuda.context_use)(self.context) };
+        self.cuda.check("use the GPU's context", code)
+    }
+
+    fn check_blas(&self, act: &str, code: c_int) -> Result<()> {
+        if code == 0 {
+            return Ok(());
+        }
+        Err(Error::gpu(format_args!("cannot {act}: cuBLAS status {code}")))
+    }
+
+    /// The function of a kernel, allowed `shared_bytes` of dynamic shared memory.
+    fn function(&self, kernel: &'static str, shared_bytes: u32) -> Result<Handle> {
+        let mut functions = self.functions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let (mut function, mut allowed) =
+            functions.get(kernel).copied().unwrap_or((ptr::null_mut(), PLAIN_SHARED_BYTES));
+        if function.is_null() {
+            let name = CString::new(kernel).expect("names have no zero bytes");
+            // SAFETY: the module is loaded, the name ends with a zero.
+            let code =
+                unsafe { (self.cuda.module_function)(&mut function, self.module, name.as_ptr()) };
+            self.cuda.check(&format!("find kernel {kernel}"), code)?;
+        }
+        if shared_bytes > allowed {
+            let attribute = FUNCTION_ATTRIBUTE_DYNAMIC_SHARED_BYTES;
+            // SAFETY: a function of the loaded module.
+            let code = unsafe {
+                (self.cuda.function_attribute)(function, attribute, shared_bytes as c_int)
+            };
+            self.cuda
+                .check(&format!("give {kernel} {shared_bytes} bytes of shared memory"), code)?;
+            allowed = shared_bytes;
+        }
+        functions.insert(kernel, (function, allowed));
+        Ok(function)
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        if self.context.is_null() {
+            return;
+        }
+        // SAFETY: each handle was made by `prepare`, is not used afterwards, and is null where it
+        // was not made.
+        unsafe {
+            (self.cuda.context_use)(self.context);
+            if !self.blas.is_null() {
+                (self.cublas.destroy)(self.blas);
+            }
+            if !self.stream.is_null() {
+                (self.cuda.stream_destroy)(self.stream);
+            }
+            // Unloads the module, too.
+            (self.cuda.context_release)(self.device);
+        }
+    }
+}
+
+impl Driver for Gpu {
+    fn allocate(&self, bytes: usize) -> Result<Address> {
+        self.enter()?;
+        let mut address = 0;
+        // SAFETY: the out-pointer is valid.
+        let code = unsafe { (self.cuda.allocate)(&mut address, bytes) };
+        self.cuda.check(&format!("allocate {bytes} bytes of GPU memory"), code)?;
+        Ok(address)
+    }
+
+    fn free(&self, address: Address) {
+        // Waits for what is queued. Nobody is there to hear of an error.
+        if self.enter().is_ok() {
+            // SAFETY: allocated by `allocate`; its owner is gone.
+            unsafe { (self.cuda.free)(address) };
+        }
+    }
+
+    fn allocate_staging(&self, bytes: usize) -> Result<*mut u8> {
+        self.enter()?;
+        let mut start = ptr::null_mut();
+        // SAFETY: the out-pointer is valid.
+        let code = unsafe { (self.cuda.allocate_host)(&mut start, bytes, 0) };
+        self.cuda.check(&format!("allocate {bytes} bytes of pinned memory"), code)?;
+        Ok(start.cast())
+    }
+
+    fn free_staging(&self, staging: *mut u8, _bytes: usize) {
+        if self.synchronize().is_ok() {
+            // SAFETY: allocated by `allocate_staging`, and no copy reads it any more.
+            unsafe { (self.cuda.free_host)(staging.cast()) };
+        }
+    }
+
+    fn upload_staged(&self, from: *const u8, to: Address, bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the caller keeps `from` as it is until the next wait.
+        let code = unsafe { (self.cuda.upload)(to, from.cast(), bytes, self.stream) };
+        self.cuda.check("copy to the GPU", code)
+    }
+
+    fn upload(&self, from: &[u8], to: Address) -> Result<()> {
+        self.upload_staged(from.as_ptr(), to, from.len())?;
+        self.synchronize()
+    }
+
+    fn download(&self, from: Address, to: &mut [u8]) -> Result<()> {
+        self.enter()?;
+        // SAFETY: `to` is as long as is said, and stays until the wait below.
+        let code =
+            unsafe { (self.cuda.download)(to.as_mut_ptr().cast(), from, to.len(), self.stream) };
+        self.cuda.check("copy from the GPU", code)?;
+        self.synchronize()
+    }
+
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: both lie in allocations of this device, as `memory` checks.
+        let code = unsafe { (self.cuda.copy)(to, from, bytes, self.stream) };
+        self.cuda.check("copy inside the GPU", code)
+    }
+
+    fn zero(&self, to: Address, bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: lies in an allocation of this device, as `memory` checks.
+        let code = unsafe { (self.cuda.fill)(to, 0, bytes, self.stream) };
+        self.cuda.check("zero GPU memory", code)
+    }
+
+    fn launch(&self, launch: Launch) -> Result<()> {
+        self.enter()?;
+        let Launch { kernel, grid: [x, y, z], threads, shared_bytes, arguments } = launch;
+        let function = self.function(kernel, shared_bytes)?;
+        let mut pointers: Vec<*mut c_void> =
+            arguments.iter_mut().map(|argument| argument.as_pointer()).collect();
+        // SAFETY: the arguments have the types that the kernel declares (tested with the same
+        // sources on the CPU) and are copied before the call returns.
+        let code = unsafe {
+            let (parameters, extra) = (pointers.as_mut_ptr(), ptr::null_mut());
+            let stream = self.stream;
+            (self.cuda.launch)(
+                function,
+                x,
+                y,
+                z,
+                threads,
+                1,
+                1,
+                shared_bytes,
+                stream,
+                parameters,
+                extra,
+            )
+        };
+        self.cuda.check(&format!("launch {kernel}"), code)
+    }
+
+    fn gemm(&self, gemm: &Gemm) -> Result<()> {
+        self.enter()?;
+        let Gemm { shape: [m, n, k], alpha, a, b, beta, c, batches } = gemm;
+        // Row-major C is column-major Cᵀ = Bᵀ·Aᵀ: operands change places, and a stored matrix is
+        // its own transpose there.
+        let (m, n, k) = (int(*m)?, int(*n)?, int(*k)?);
+        let (first, second) = (c_int::from(b.transposed), c_int::from(a.transposed));
+        let (lda, ldb, ldc) = (int(a.stride)?, int(b.stride)?, int(c.stride)?);
+        let result = if c.wide { CUDA_R_32F } else { CUDA_R_16BF };
+        let (alpha, beta) = (ptr::from_ref(alpha).cast(), ptr::from_ref(beta).cast());
+        let (pa, pb, pc) = (a.address as *const _, b.address as *const _, c.address as *mut _);
+        let (half, compute, algorithm) = (CUDA_R_16BF, COMPUTE_32F, GEMM_DEFAULT);
+        // SAFETY: dimensions and strides stay inside the operands' allocations, as `memory` checks;
+        // alpha and beta are read during the call.
+        let code = unsafe {
+            if *batches == 1 {
+                (self.cublas.gemm)(
+                    self.blas, first, second, n, m, k, alpha, pb, half, ldb, pa, half, lda, beta,
+                    pc, result, ldc, compute, algorithm,
+                )
+            } else {
+                let stride = |elements: usize| elements as i64;
+                (self.cublas.gemm_batched)(
+                    self.blas,
+                    first,
+                    second,
+                    n,
+                    m,
+                    k,
+                    alpha,
+                    pb,
+                    half,
+                    ldb,
+                    stride(b.batch_stride),
+                    pa,
+                    half,
+                    lda,
+                    stride(a.batch_stride),
+                    beta,
+                    pc,
+                    result,
+                    ldc,
+                    stride(c.batch_stride),
+                    int(*batches)?,
+                    compute,
+                    algorithm,
+                )
+            }
+        };
+        self.check_blas(&format!("multiply {:?}", gemm.shape), code)
+    }
+
+    fn set_workspace(&self, address: Address, bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the plan's region, which outlives the model's products.
+        let code = unsafe { (self.cublas.set_workspace)(self.blas, address as *mut _, bytes) };
+        self.check_blas("give cuBLAS its workspace", code)
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the stream is alive.
+        let code = unsafe { (self.cuda.stream_wait)(self.stream) };
+        self.cuda.check("finish work on the GPU", code)
+    }
+}
+
+fn int(x: usize) -> Result<c_int> {
+    x.try_into().map_err(|_| Error::gpu(format_args!("{x} is too large for cuBLAS")))
+}

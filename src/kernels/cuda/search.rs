@@ -1,0 +1,105 @@
+//! Where CUDA's libraries are: `NIBBLE_CUDA_LIB_DIR`, the loader's own path, `/usr/local/cuda`, and
+//! the folders of Python's `nvidia` packages.
+#![allow(unsafe_code)]
+
+use std::ffi::OsStr;
+use std::path::PathBuf;
+use std::process::Command;
+
+use libloading::Library;
+
+use crate::error::{Error, Result};
+
+/// A library by the names under which it may be found.
+#[derive(Debug)]
+pub struct Wanted {
+    /// What it is.
+    pub title: &'static str,
+    /// File names, best first.
+    names: &'static [&'static str],
+    /// What to do where it is missing.
+    pub fix: &'static str,
+    /// Whether it may lie in CUDA's folders, not in the system's alone.
+    bundled: bool,
+}
+
+/// The driver: comes with the system.
+pub const DRIVER: Wanted = Wanted {
+    title: "CUDA driver",
+    names: if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] },
+    fix: "install NVIDIA's driver, 525 or newer; in a container, start it with GPU access",
+    bundled: false,
+};
+
+/// Matrix products.
+pub const CUBLAS: Wanted = Wanted {
+    title: "cuBLAS",
+    names: if cfg!(windows) {
+        &["cublas64_13.dll", "cublas64_12.dll"]
+    } else {
+        &["libcublas.so.13", "libcublas.so.12"]
+    },
+    fix: "install the CUDA toolkit, or `pip install nvidia-cublas-cu12`, or set \
+          NIBBLE_CUDA_LIB_DIR to the folder that holds it",
+    bundled: true,
+};
+
+/// A library that was opened.
+pub struct Found {
+    /// It.
+    pub library: Library,
+    /// File, with its folder where that was searched.
+    pub name: String,
+}
+
+/// Opens a library.
+///
+/// # Errors
+/// `Gpu` naming it, with the fix.
+pub fn open(wanted: &Wanted) -> Result<Found> {
+    let mut folders: Vec<Option<PathBuf>> = Vec::new();
+    if wanted.bundled {
+        folders.extend(std::env::var_os("NIBBLE_CUDA_LIB_DIR").map(|dir| Some(dir.into())));
+    }
+    folders.push(None);
+    if let Some(found) = first(wanted, &folders) {
+        return Ok(found);
+    }
+    if wanted.bundled
+        && let Some(found) = first(wanted, &further_folders())
+    {
+        return Ok(found);
+    }
+    let names = wanted.names.join(" or ");
+    Err(Error::gpu(format_args!("{} is not there ({names})", wanted.title)).hint(wanted.fix))
+}
+
+fn first(wanted: &Wanted, folders: &[Option<PathBuf>]) -> Option<Found> {
+    let paths = folders.iter().flat_map(|folder| {
+        wanted.names.iter().map(move |name| match folder {
+            Some(folder) => folder.join(name),
+            None => PathBuf::from(name),
+        })
+    });
+    paths.into_iter().find_map(|path| {
+        let library = load(path.as_os_str())?;
+        Some(Found { library, name: path.display().to_string() })
+    })
+}
+
+fn load(path: &OsStr) -> Option<Library> {
+    // SAFETY: NVIDIA's libraries may be opened at any time; their initialisers touch nothing of ours.
+    unsafe { Library::new(path) }.ok()
+}
+
+/// CUDA's usual folder and those of Python's packages, where there is a Python.
+fn further_folders() -> Vec<Option<PathBuf>> {
+    const SCRIPT: &str = "import glob, site, sys\n\
+        for root in site.getsitepackages() + [site.getusersitepackages()]:\n    \
+        [print(folder) for folder in sorted(glob.glob(root + '/nvidia/*/lib'), reverse=True)]";
+    let mut folders = vec![Some(PathBuf::from("/usr/local/cuda/lib64"))];
+    let python = Command::new("python3").args(["-c", SCRIPT]).output();
+    let text = python.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    folders.extend(text.unwrap_or_default().lines().map(|line| Some(PathBuf::from(line))));
+    folders
+}

@@ -1,0 +1,209 @@
+//! A GPU that is none: host memory, the emulated kernels, and products with f32 sums.
+//!
+//! Fresh memory is NaN in every type. Allocations, waits and launches are counted.
+#![allow(unsafe_code)]
+
+use std::alloc::Layout;
+use std::collections::HashMap;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use half::bf16;
+use nibble::Result;
+use nibble::kernels::cuda::driver::{Address, Argument, Driver, Gemm, Launch, Operand};
+
+use crate::emulator::{self, Emulator};
+
+/// What was asked of the driver so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    pub allocations: usize,
+    pub allocated_bytes: usize,
+    pub waits: usize,
+    pub launches: usize,
+}
+
+pub struct Emulated {
+    emulator: &'static Emulator,
+    memory: Mutex<HashMap<Address, Layout>>,
+    allocations: AtomicUsize,
+    allocated_bytes: AtomicUsize,
+    waits: AtomicUsize,
+    launches: AtomicUsize,
+}
+
+impl Emulated {
+    /// `None`, aloud, where the kernels cannot be compiled.
+    pub fn new() -> Option<Self> {
+        Some(Emulated {
+            emulator: emulator::emulator()?,
+            memory: Mutex::default(),
+            allocations: AtomicUsize::new(0),
+            allocated_bytes: AtomicUsize::new(0),
+            waits: AtomicUsize::new(0),
+            launches: AtomicUsize::new(0),
+        })
+    }
+
+    pub fn counts(&self) -> Counts {
+        Counts {
+            allocations: self.allocations.load(Relaxed),
+            allocated_bytes: self.allocated_bytes.load(Relaxed),
+            waits: self.waits.load(Relaxed),
+            launches: self.launches.load(Relaxed),
+        }
+    }
+
+    fn reserve(&self, bytes: usize) -> *mut u8 {
+        let layout = Layout::from_size_align(bytes.max(1), 256).unwrap();
+        // SAFETY: the layout is not empty.
+        let start = unsafe { std::alloc::alloc(layout) };
+        assert!(!start.is_null());
+        // SAFETY: freshly allocated with this length. All ones is a NaN in bf16, f32 and f64.
+        unsafe { start.write_bytes(0xff, bytes) };
+        self.memory.lock().unwrap().insert(start as Address, layout);
+        start
+    }
+
+    fn release(&self, address: Address) {
+        let layout = self.memory.lock().unwrap().remove(&address).expect("was allocated");
+        // SAFETY: allocated by `reserve` with this layout, and removed from the list.
+        unsafe { std::alloc::dealloc(address as *mut u8, layout) };
+    }
+
+    /// The bytes at an address, which must lie in one allocation.
+    fn bytes(&self, address: Address, bytes: usize) -> &mut [u8] {
+        let memory = self.memory.lock().unwrap();
+        let end = address + bytes as u64;
+        let inside = |(&start, layout): (&Address, &Layout)| {
+            start <= address && end <= start + layout.size() as u64
+        };
+        assert!(bytes == 0 || memory.iter().any(inside), "{bytes} bytes at {address:#x}");
+        // SAFETY: inside an allocation; the backend uses one thread, one operation at a time.
+        unsafe { std::slice::from_raw_parts_mut(address as *mut u8, bytes) }
+    }
+
+    /// `[rows, columns]` of an operand in f32, for matrix `batch`.
+    fn operand(&self, operand: &Operand, [rows, columns]: [usize; 2], batch: usize) -> Vec<f32> {
+        let stored = if operand.transposed { [columns, rows] } else { [rows, columns] };
+        let elements = (stored[0] - 1) * operand.stride + stored[1];
+        let start = operand.address + 2 * (batch * operand.batch_stride) as u64;
+        let values: &[bf16] = bytemuck::cast_slice(self.bytes(start, 2 * elements));
+        let at = |row: usize, column: usize| {
+            let (row, column) = if operand.transposed { (column, row) } else { (row, column) };
+            values[row * operand.stride + column].to_f32()
+        };
+        (0..rows * columns).map(|i| at(i / columns, i % columns)).collect()
+    }
+}
+
+fn kernel_argument(argument: &Argument) -> emulator::Argument {
+    match *argument {
+        Argument::Pointer(address) => emulator::Argument::Pointer(address as *const _),
+        Argument::I32(x) => emulator::Argument::I32(x),
+        Argument::U32(x) => emulator::Argument::U32(x),
+        Argument::I64(x) => emulator::Argument::I64(x),
+        Argument::U64(x) => emulator::Argument::U64(x),
+        Argument::F32(x) => emulator::Argument::F32(x),
+        Argument::F64(x) => emulator::Argument::F64(x),
+    }
+}
+
+impl Driver for Emulated {
+    fn allocate(&self, bytes: usize) -> Result<Address> {
+        self.allocations.fetch_add(1, Relaxed);
+        self.allocated_bytes.fetch_add(bytes, Relaxed);
+        Ok(self.reserve(bytes) as Address)
+    }
+
+    fn free(&self, address: Address) {
+        self.release(address);
+    }
+
+    fn allocate_staging(&self, bytes: usize) -> Result<*mut u8> {
+        self.allocations.fetch_add(1, Relaxed);
+        Ok(self.reserve(bytes))
+    }
+
+    fn free_staging(&self, staging: *mut u8, _bytes: usize) {
+        self.release(staging as Address);
+    }
+
+    fn upload_staged(&self, from: *const u8, to: Address, bytes: usize) -> Result<()> {
+        self.bytes(to, bytes).copy_from_slice(self.bytes(from as Address, bytes));
+        Ok(())
+    }
+
+    fn upload(&self, from: &[u8], to: Address) -> Result<()> {
+        self.waits.fetch_add(1, Relaxed);
+        self.bytes(to, from.len()).copy_from_slice(from);
+        Ok(())
+    }
+
+    fn download(&self, from: Address, to: &mut [u8]) -> Result<()> {
+        self.waits.fetch_add(1, Relaxed);
+        to.copy_from_slice(self.bytes(from, to.len()));
+        Ok(())
+    }
+
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
+        self.bytes(to, bytes).copy_from_slice(self.bytes(from, bytes));
+        Ok(())
+    }
+
+    fn zero(&self, to: Address, bytes: usize) -> Result<()> {
+        self.bytes(to, bytes).fill(0);
+        Ok(())
+    }
+
+    fn launch(&self, launch: Launch) -> Result<()> {
+        self.launches.fetch_add(1, Relaxed);
+        let mut arguments: Vec<_> = launch.arguments.iter().map(kernel_argument).collect();
+        let shared = launch.shared_bytes as usize;
+        self.emulator.launch(launch.kernel, launch.grid, launch.threads, shared, &mut arguments);
+        Ok(())
+    }
+
+    fn gemm(&self, gemm: &Gemm) -> Result<()> {
+        let [m, n, k] = gemm.shape;
+        for batch in 0..gemm.batches {
+            let a = self.operand(&gemm.a, [m, k], batch);
+            let b = self.operand(&gemm.b, [k, n], batch);
+            let mut sums = vec![0f32; m * n];
+            for (row, sums) in sums.chunks_exact_mut(n).enumerate() {
+                for (inner, b) in b.chunks_exact(n).enumerate() {
+                    let factor = a[row * k + inner];
+                    sums.iter_mut().zip(b).for_each(|(sum, b)| *sum += factor * b);
+                }
+            }
+            let size = if gemm.c.wide { 4 } else { 2 };
+            let start = gemm.c.address + (size * batch * gemm.c.batch_stride) as u64;
+            let bytes = self.bytes(start, size * ((m - 1) * gemm.c.stride + n));
+            for (index, sum) in sums.iter().enumerate() {
+                let at = index / n * gemm.c.stride + index % n;
+                let result = |before: f32| match gemm.beta {
+                    0.0 => gemm.alpha * sum,
+                    beta => gemm.alpha * sum + beta * before,
+                };
+                if gemm.c.wide {
+                    let c: &mut [f32] = bytemuck::cast_slice_mut(bytes);
+                    c[at] = result(c[at]);
+                } else {
+                    let c: &mut [bf16] = bytemuck::cast_slice_mut(bytes);
+                    c[at] = bf16::from_f32(result(c[at].to_f32()));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn set_workspace(&self, address: Address, bytes: usize) -> Result<()> {
+        self.bytes(address, bytes);
+        Ok(())
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.waits.fetch_add(1, Relaxed);
+        Ok(())
+    }
+}
