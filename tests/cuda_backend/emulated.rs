@@ -72,6 +72,7 @@ impl Emulated {
     }
 
     /// The bytes at an address, which must lie in one allocation.
+    #[allow(clippy::mut_from_ref)] // device memory is nobody's borrow
     fn bytes(&self, address: Address, bytes: usize) -> &mut [u8] {
         let memory = self.memory.lock().unwrap();
         let end = address + bytes as u64;

@@ -295,7 +295,8 @@ impl Gpu {
             self.cuda.check("make a stream", code)?;
             let code = (self.cuda.module_load)(&mut self.module, ptx.as_ptr().cast());
             self.cuda.check("compile the kernels", code)?;
-            self.check_blas("start cuBLAS", (self.cublas.create)(&mut self.blas))?;
+            let code = (self.cublas.create)(&mut self.blas);
+            self.check_blas("start cuBLAS", code)?;
             self.check_blas("use a stream", (self.cublas.set_stream)(self.blas, self.stream))
         }
     }

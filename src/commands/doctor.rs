@@ -1,0 +1,107 @@
+//! `nibble doctor`: what this machine offers, and how to get what is missing.
+
+use serde_json::{Value, json};
+
+use crate::cli::doctor::DoctorArgs;
+use crate::cli::size::ByteSize;
+use crate::error::{Error, Result};
+use crate::kernels::cuda::library::{self, DriverInfo, LOWEST_CAPABILITY};
+use crate::kernels::cuda::search::{self, CUBLAS};
+use crate::train::resident;
+
+/// What was found, or why it was not.
+struct Findings {
+    threads: usize,
+    available_bytes: u64,
+    driver: Result<DriverInfo>,
+    cublas: Result<String>,
+}
+
+/// Runs the command. A machine without a GPU is no error.
+///
+/// # Errors
+/// None so far.
+pub fn run(args: &DoctorArgs) -> Result<()> {
+    let findings = Findings {
+        threads: std::thread::available_parallelism().map_or(1, usize::from),
+        available_bytes: resident::available_bytes(),
+        driver: library::driver_info(),
+        cublas: search::open(&CUBLAS).map(|found| found.name),
+    };
+    if args.json {
+        println!("{:#}", findings.json());
+    } else {
+        findings.print();
+    }
+    Ok(())
+}
+
+/// What is wrong, and the way out.
+fn problem(error: &Error) -> Value {
+    let message = error.message();
+    json!({ "problem": message.what, "fix": message.hint })
+}
+
+impl Findings {
+    /// Why a GPU cannot be used; `None` if one can.
+    fn obstacle(&self) -> Option<String> {
+        let what = |error: &Error| error.message().what.clone();
+        match (&self.driver, &self.cublas) {
+            (Err(error), _) => Some(what(error)),
+            (Ok(driver), _) if driver.devices.is_empty() => Some("the driver sees no GPU".into()),
+            (Ok(driver), _) if !driver.devices.iter().any(|d| d.capability >= LOWEST_CAPABILITY) => {
+                Some("no GPU has compute capability 8.0 or higher".into())
+            }
+            (Ok(_), Err(error)) => Some(what(error)),
+            (Ok(_), Ok(_)) => None,
+        }
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "version": env!("CARGO_PKG_VERSION"),
+            "cpu": { "threads": self.threads, "available_bytes": self.available_bytes },
+            "cuda": {
+                "usable": self.obstacle().is_none(),
+                "obstacle": self.obstacle(),
+                "driver": self.driver.as_ref().map_or_else(problem, |driver| json!(driver)),
+                "cublas": self.cublas.as_ref().map_or_else(problem, |file| json!({"file": file})),
+            },
+        })
+    }
+
+    fn print(&self) {
+        let memory = ByteSize(self.available_bytes);
+        println!("processor    {} threads, {memory} available", self.threads);
+        match &self.driver {
+            Ok(driver) => {
+                let (major, minor) = driver.cuda_version;
+                println!("CUDA driver  runs CUDA {major}.{minor}");
+                for device in &driver.devices {
+                    let (major, minor) = device.capability;
+                    let (free, total) = (ByteSize(device.free_bytes), ByteSize(device.total_bytes));
+                    let (index, name) = (device.index, &device.name);
+                    println!("cuda:{index}       {name}, {major}.{minor}, {free} of {total} free");
+                }
+            }
+            Err(error) => print_problem("CUDA driver", error),
+        }
+        match &self.cublas {
+            Ok(file) => println!("cuBLAS       {file}"),
+            Err(error) => print_problem("cuBLAS", error),
+        }
+        println!();
+        match self.obstacle() {
+            None => println!("`--device cuda` can be used; it has not been confirmed on a card yet"),
+            Some(obstacle) => println!("training runs on the CPU: {obstacle}"),
+        }
+    }
+}
+
+fn print_problem(title: &str, error: &Error) {
+    let message = error.message();
+    println!("{title:<12} {}", message.what);
+    if let Some(fix) = &message.hint {
+        println!("{:<12} fix: {fix}", "");
+    }
+}
