@@ -13,7 +13,8 @@ use crate::plan::{Activations, WeightsMode};
 
 const EXAMPLES: &str = "Examples:
   nibble memory --model smollm2-nf4 --max-length 512
-  nibble memory --model Llama-3.1-8B/config.json --lora-r 64 --budget 24GiB";
+  nibble memory --model Llama-3.1-8B/config.json --lora-r 64 --budget 24GiB --fit
+  nibble memory --model smollm2-nf4 --max-length 512 --measure --html memory.html";
 
 /// Where every byte of a training run would go, before it starts
 #[derive(Debug, Args)]
@@ -48,6 +49,9 @@ pub struct MemoryArgs {
     /// Worker threads [default: one for each core]
     #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
+    /// Show what would fit `--budget` (or the free memory): lengths, batches, what each setting buys
+    #[arg(long, action = ArgAction::SetTrue)]
+    pub fit: bool,
     /// Make that many real training steps on random tokens, and show what was measured beside the plan
     #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "2")]
     pub measure: Option<NonZeroUsize>,

@@ -134,7 +134,7 @@ impl Demand<'_> {
     }
 
     /// Bytes of everything if the last `kept` layers keep their activations.
-    fn total_bytes(&self, settings: &Settings, (kept, stream): Candidate) -> u64 {
+    pub(super) fn total_bytes(&self, settings: &Settings, (kept, stream): Candidate) -> u64 {
         let policies = policies(self.spec.num_layers, kept);
         let plan = layout(self.spec, &Settings { policies, ..settings.clone() });
         plan.arena_bytes() as u64 + self.weight_bytes(stream) + self.process_bytes

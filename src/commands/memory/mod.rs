@@ -1,5 +1,6 @@
 //! `nibble memory`: the plan of a run, from a model or a bare `config.json`, and what was measured.
 
+mod fit;
 mod measure;
 mod print;
 
@@ -43,6 +44,9 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         process_bytes: model.process,
     };
     let limit = args.budget.map_or(Limit::Free(u64::MAX), |budget| Limit::Budget(budget.0));
+    if args.fit {
+        return fit::run(args, &demand);
+    }
     let Choice { policies, stream } = demand.choose(limit)?;
     let plan = demand.plan(policies.clone());
     let account = Account::planned(model.process, demand.weight_bytes(stream), &plan);
