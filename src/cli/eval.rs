@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args};
 
 use super::data::DataFormatArgs;
+use super::device::DeviceArgs;
 use super::numbers;
 use super::train::BaseModelArgs;
 
@@ -35,6 +36,9 @@ pub struct EvalArgs {
     /// How records are read.
     #[command(flatten)]
     pub format: DataFormatArgs,
+    /// Where it computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Write all logits to a safetensors file: f32 `logits` [rows, length, vocabulary] and
     /// `input_ids`, for pre-tokenized rows of equal length
     #[arg(long, help_heading = "Output", value_name = "FILE")]

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args};
 
+use super::device::DeviceArgs;
 use super::numbers;
 use super::train::BaseModelArgs;
 use crate::sample::SamplingOptions;
@@ -34,6 +35,9 @@ pub struct GenerationArgs {
     /// Make tokens that occurred less likely; 1 is off
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     pub repetition_penalty: f32,
+    /// Where it computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Seed of the draws
     #[arg(long, value_name = "NUMBER", default_value_t = 42)]
     pub seed: u64,

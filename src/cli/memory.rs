@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args};
 
+use super::device::DeviceArgs;
 use super::lora::LoraArgs;
 use super::numbers;
 use super::size::ByteSize;
@@ -26,6 +27,9 @@ pub struct MemoryArgs {
     /// The adapter.
     #[command(flatten)]
     pub lora: LoraArgs,
+    /// Where it computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Rows of `--max-length` tokens in a forward pass
     #[arg(long, help_heading = "Batch", value_name = "ROWS", default_value = "1", value_parser = numbers::at_least_one)]
     pub per_device_train_batch_size: NonZeroUsize,

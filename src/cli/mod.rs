@@ -3,6 +3,8 @@
 pub mod complete;
 pub mod completions;
 pub mod data;
+pub mod device;
+pub mod doctor;
 pub mod eval;
 pub mod generate;
 pub mod layers;
@@ -50,6 +52,8 @@ pub enum Command {
     Chat(generate::ChatArgs),
     /// Put an adapter into its base model's weights: a dense Hugging Face folder
     Merge(merge::MergeArgs),
+    /// What this machine offers, and how to get what is missing
+    Doctor(doctor::DoctorArgs),
     /// Print a script that completes Nibble's commands and flags in a shell
     Completions(completions::CompletionsArgs),
 }

@@ -9,6 +9,7 @@ use clap::{ArgAction, Args, ValueEnum};
 use nibble_quant::{BlockFormat, QuantType};
 
 use super::data::DataFormatArgs;
+use super::device::DeviceArgs;
 use super::lora::LoraArgs;
 use super::numbers;
 use super::size::ByteSize;
@@ -50,6 +51,9 @@ pub struct TrainArgs {
     /// What it may use.
     #[command(flatten)]
     pub resources: ResourceArgs,
+    /// Where it computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// All settings as text, for the log and for `--resume`.
     #[arg(skip)]
     pub settings: SettingsEcho,

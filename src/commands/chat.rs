@@ -7,9 +7,12 @@
 use std::io::{BufRead, IsTerminal};
 use std::path::{Path, PathBuf};
 
+use super::device;
 use super::generate::{note_finish, print};
 use crate::cli::generate::ChatArgs;
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
+use crate::kernels::cpu::Cpu;
 use crate::nearest::nearest;
 use crate::sample::{Sampler, Session, Wish};
 use crate::train::interrupt::Interrupt;
@@ -31,12 +34,19 @@ const COMMANDS: [&str; 7] = ["/adapter", "/base", "/reset", "/system", "/exit", 
 /// Whatever is wrong with flags, model or adapter.
 pub fn run(args: &ChatArgs) -> Result<()> {
     super::set_threads(args.generation.threads)?;
+    match device::open(args.generation.device.device)? {
+        Some(gpu) => run_on(args, gpu),
+        None => run_on(args, Cpu),
+    }
+}
+
+fn run_on<K: Kernels>(args: &ChatArgs, kernels: K) -> Result<()> {
     let sampler = Sampler::new(args.generation.sampling())?;
     let adapters = args.adapter.iter().map(|text| named(text)).collect::<Result<Vec<_>>>()?;
     let format = args.base.block_format();
     let first = adapters.first().map(|(_, folder)| folder.as_path());
     let context = args.generation.context_length;
-    let session = Session::open(&args.base.model, format.as_ref(), first, context)?;
+    let session = Session::open(kernels, &args.base.model, format.as_ref(), first, context)?;
     let interrupt = Interrupt::on_ctrl_c()?;
     let current = (!adapters.is_empty()).then_some(0);
     let system = args.system.clone();
@@ -51,8 +61,8 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     chat.listen()
 }
 
-struct Chat {
-    session: Session,
+struct Chat<K: Kernels> {
+    session: Session<K>,
     sampler: Sampler,
     adapters: Vec<(String, PathBuf)>,
     /// Index of the adapter in use.
@@ -64,7 +74,7 @@ struct Chat {
     interrupt: Interrupt,
 }
 
-impl Chat {
+impl<K: Kernels> Chat<K> {
     /// Answers line by line until the end of the input.
     fn listen(&mut self) -> Result<()> {
         let prompt = || {

@@ -14,7 +14,7 @@ use crate::kernels::cuda::library::Gpu;
 /// `Gpu` with the reason why the one that is asked for cannot be used.
 pub fn open(device: Device) -> Result<Option<Cuda<Gpu>>> {
     let Device::Cuda(index) = device else { return Ok(None) };
-    eprintln!("{device}: this backend has not been confirmed on a card yet (docs/cuda.md)");
     let gpu = Gpu::open(index).map_err(|error| error.at(format_args!("--device {device}")))?;
+    eprintln!("{device}: this backend has not been confirmed on a card yet (docs/cuda.md)");
     Cuda::new(gpu).map(Some)
 }

@@ -7,7 +7,7 @@ use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
 use crate::kernels::cuda::library::{self, DriverInfo, LOWEST_CAPABILITY};
 use crate::kernels::cuda::search::{self, CUBLAS};
-use crate::train::resident;
+use crate::ledger::resident;
 
 /// What was found, or why it was not.
 struct Findings {
@@ -49,7 +49,9 @@ impl Findings {
         match (&self.driver, &self.cublas) {
             (Err(error), _) => Some(what(error)),
             (Ok(driver), _) if driver.devices.is_empty() => Some("the driver sees no GPU".into()),
-            (Ok(driver), _) if !driver.devices.iter().any(|d| d.capability >= LOWEST_CAPABILITY) => {
+            (Ok(driver), _)
+                if !driver.devices.iter().any(|d| d.capability >= LOWEST_CAPABILITY) =>
+            {
                 Some("no GPU has compute capability 8.0 or higher".into())
             }
             (Ok(_), Err(error)) => Some(what(error)),
@@ -92,7 +94,9 @@ impl Findings {
         }
         println!();
         match self.obstacle() {
-            None => println!("`--device cuda` can be used; it has not been confirmed on a card yet"),
+            None => {
+                println!("`--device cuda` can be used; it has not been confirmed on a card yet")
+            }
             Some(obstacle) => println!("training runs on the CPU: {obstacle}"),
         }
     }

@@ -5,12 +5,14 @@ use std::path::Path;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
-use super::reading;
+use super::{device, reading};
 use crate::adapter::Adapter;
 use crate::checkpoint::{Checkpoint, atomic};
 use crate::cli::eval::EvalArgs;
 use crate::data::{Batch, ChatTokenizer, Dataset, Document, Encoder};
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
+use crate::kernels::cpu::Cpu;
 use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
@@ -30,6 +32,13 @@ const LOGIT_ROWS: usize = 256;
 /// Whatever is wrong with flags, files or data.
 pub fn run(args: &EvalArgs) -> Result<()> {
     super::set_threads(args.threads)?;
+    match device::open(args.device.device)? {
+        Some(gpu) => run_on(args, gpu),
+        None => run_on(args, Cpu),
+    }
+}
+
+fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.base.model)?;
     let spec = spec_from_config(checkpoint.config())?;
     let dataset = read_data(args, &spec)?;
@@ -38,7 +47,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     let (weights, adapter) = load_weights(&checkpoint, &spec, format.as_ref(), adapter)?;
     let merged = args.adapter.is_some() && adapter.is_none();
     let batches = batches(&dataset.documents);
-    let mut model = equip(spec, weights, adapter.as_ref(), &batches)?;
+    let mut model = equip(kernels, spec, weights, adapter.as_ref(), &batches)?;
     let base = (!merged).then(|| figures(&mut model, &batches, false)).transpose()?;
     let adapted =
         args.adapter.is_some().then(|| figures(&mut model, &batches, true)).transpose()?;
@@ -70,12 +79,13 @@ fn batches(documents: &[Document]) -> Vec<Batch> {
     batches
 }
 
-fn equip(
+fn equip<K: Kernels>(
+    kernels: K,
     spec: ModelSpec,
     weights: Weights,
     adapter: Option<&Adapter>,
     batches: &[Batch],
-) -> Result<Model> {
+) -> Result<Model<K>> {
     let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(0);
     let settings = Settings {
         tokens,
@@ -88,7 +98,7 @@ fn equip(
         threads: rayon::current_num_threads(),
         cache_tokens: 0,
     };
-    let mut model = Model::new(spec, weights, settings, None)?;
+    let mut model = Model::on(kernels.clone(), spec, weights.upload(&kernels)?, settings, None)?;
     if let Some(adapter) = adapter {
         model.parameters_mut().load(adapter);
     }
@@ -126,7 +136,7 @@ impl Figures {
     }
 }
 
-fn figures(model: &mut Model, batches: &[Batch], adapters: bool) -> Result<Figures> {
+fn figures<K: Kernels>(model: &mut Model<K>, batches: &[Batch], adapters: bool) -> Result<Figures> {
     let mut figures = Figures::default();
     for batch in batches {
         let score = model.score(batch, adapters)?;
@@ -151,7 +161,11 @@ fn documents_right(batch: &Batch, likeliest: &[bool]) -> usize {
     right
 }
 
-fn save_logits(model: &mut Model, documents: &[Document], file: &Path) -> Result<()> {
+fn save_logits<K: Kernels>(
+    model: &mut Model<K>,
+    documents: &[Document],
+    file: &Path,
+) -> Result<()> {
     let length = documents[0].input_ids.len();
     if let Some(other) = documents.iter().find(|document| document.input_ids.len() != length) {
         return Err(Error::usage(format_args!(

@@ -2,8 +2,11 @@
 
 use std::io::{IsTerminal, Read, Write};
 
+use super::device;
 use crate::cli::generate::GenerateArgs;
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
+use crate::kernels::cpu::Cpu;
 use crate::sample::{Finish, Sampler, Session, Wish};
 
 /// Runs the command.
@@ -12,6 +15,13 @@ use crate::sample::{Finish, Sampler, Session, Wish};
 /// Whatever is wrong with flags, model, adapter or prompt.
 pub fn run(args: &GenerateArgs) -> Result<()> {
     super::set_threads(args.generation.threads)?;
+    match device::open(args.generation.device.device)? {
+        Some(gpu) => run_on(args, gpu),
+        None => run_on(args, Cpu),
+    }
+}
+
+fn run_on<K: Kernels>(args: &GenerateArgs, kernels: K) -> Result<()> {
     let mut sampler = Sampler::new(args.generation.sampling())?;
     let prompt = match &args.prompt {
         Some(prompt) => prompt.clone(),
@@ -24,7 +34,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     let format = args.base.block_format();
     let context = args.generation.context_length;
     let adapter = args.adapter.as_deref();
-    let mut session = Session::open(&args.base.model, format.as_ref(), adapter, context)?;
+    let mut session = Session::open(kernels, &args.base.model, format.as_ref(), adapter, context)?;
     let text = if args.raw {
         prompt
     } else {

@@ -3,6 +3,8 @@
 pub mod chat;
 pub mod completions;
 pub mod data;
+mod device;
+pub mod doctor;
 pub mod eval;
 pub mod generate;
 pub mod memory;
@@ -30,6 +32,7 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => completions::run(args),
     }
 }

@@ -2,7 +2,7 @@
 
 use clap::ValueEnum;
 
-use super::layout::{MemoryPlan, Policy, Settings, layout};
+use super::layout::{MemoryPlan, Policy, Settings};
 use super::weights::WeightBytes;
 use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
@@ -45,12 +45,14 @@ pub enum Limit {
 }
 
 /// A run's demand for memory, before its policies are chosen.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct Demand<'a> {
     /// The model.
     pub spec: &'a ModelSpec,
     /// Sizes; the policies are not looked at.
     pub settings: &'a Settings,
+    /// The backend's buffers for some settings.
+    pub layout: &'a dyn Fn(&ModelSpec, &Settings) -> MemoryPlan,
     /// What the user wants.
     pub activations: Activations,
     /// Whether weights may be streamed.
@@ -130,13 +132,13 @@ impl Demand<'_> {
 
     /// The buffers with `policies`.
     pub fn plan(&self, policies: Vec<Policy>) -> MemoryPlan {
-        layout(self.spec, &Settings { policies, ..self.settings.clone() })
+        (self.layout)(self.spec, &Settings { policies, ..self.settings.clone() })
     }
 
     /// Bytes of everything if the last `kept` layers keep their activations.
     pub(super) fn total_bytes(&self, settings: &Settings, (kept, stream): Candidate) -> u64 {
         let policies = policies(self.spec.num_layers, kept);
-        let plan = layout(self.spec, &Settings { policies, ..settings.clone() });
+        let plan = (self.layout)(self.spec, &Settings { policies, ..settings.clone() });
         plan.arena_bytes() as u64 + self.weight_bytes(stream) + self.process_bytes
     }
 
@@ -200,6 +202,7 @@ fn policies(layers: usize, kept: usize) -> Vec<Policy> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::layout;
     use super::*;
     use crate::adapter::LoraConfig;
     use crate::checkpoint::Checkpoint;
@@ -236,6 +239,7 @@ mod tests {
         let demand = Demand {
             spec: &spec,
             settings: &settings,
+            layout: &layout,
             activations: Activations::Auto,
             mode: WeightsMode::Auto,
             weights: WeightBytes { resident: 900, streamed: None },
@@ -262,6 +266,7 @@ mod tests {
         let demand = |mode| Demand {
             spec: &spec,
             settings: &settings,
+            layout: &layout,
             activations: Activations::Auto,
             mode,
             weights,
@@ -294,6 +299,7 @@ mod tests {
         let demand = |activations| Demand {
             spec: &spec,
             settings: &settings,
+            layout: &layout,
             activations,
             mode: WeightsMode::Auto,
             weights: WeightBytes { resident: 1 << 20, streamed: None },

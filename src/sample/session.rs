@@ -9,6 +9,8 @@ use crate::adapter::{Adapter, PeftAdapter};
 use crate::checkpoint::Checkpoint;
 use crate::data::ChatTokenizer;
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
+use crate::kernels::cpu::Cpu;
 use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
@@ -19,20 +21,22 @@ use crate::plan::Settings;
 const PREFILL_TOKENS: usize = 512;
 
 /// A model at rest or at work.
-pub struct Session {
+pub struct Session<K: Kernels = Cpu> {
+    kernels: K,
     speaker: Speaker,
     /// Absent only where another adapter could not be taken.
-    model: Option<Model>,
+    model: Option<Model<K>>,
     context_tokens: usize,
 }
 
-impl Session {
+impl<K: Kernels> Session<K> {
     /// Loads model and adapter. An adapter that has more than LoRA on linears is merged while
     /// loading.
     ///
     /// # Errors
     /// Whatever is wrong with the files.
     pub fn open(
+        kernels: K,
         path: &Path,
         quantization: Option<&BlockFormat>,
         adapter: Option<&Path>,
@@ -44,8 +48,10 @@ impl Session {
         let (weights, adapter) = load_weights(&checkpoint, &spec, quantization, adapter)?;
         let context_tokens = context_tokens.min(spec.learned_positions.unwrap_or(usize::MAX));
         let speaker = Speaker::new(tokenizer, &spec.eos_token_ids)?;
-        let model = Some(equip(spec, weights, adapter.as_ref(), context_tokens)?);
-        Ok(Session { speaker, model, context_tokens })
+        let weights = weights.upload(&kernels)?;
+        let model = equip(&kernels, spec, weights, adapter.as_ref(), context_tokens)?;
+        let model = Some(model);
+        Ok(Session { kernels, speaker, model, context_tokens })
     }
 
     /// Text in and out of it.
@@ -63,7 +69,8 @@ impl Session {
         let adapter = folder.map(|folder| Adapter::load(folder, &spec)).transpose()?;
         let Some(model) = self.model.take() else { return Ok(()) };
         let weights = model.into_weights();
-        self.model = Some(equip(spec, weights, adapter.as_ref(), self.context_tokens)?);
+        let model = equip(&self.kernels, spec, weights, adapter.as_ref(), self.context_tokens)?;
+        self.model = Some(model);
         Ok(())
     }
 
@@ -85,7 +92,7 @@ impl Session {
         speaker.answer(model, text, sampler, limits, listener)
     }
 
-    fn model(&self) -> Result<&Model> {
+    fn model(&self) -> Result<&Model<K>> {
         self.model.as_ref().ok_or_else(without_model)
     }
 }
@@ -116,12 +123,13 @@ pub fn load_weights(
     Ok((Weights::load(checkpoint, spec, quantization, Some(&merge))?, None))
 }
 
-fn equip(
+fn equip<K: Kernels>(
+    kernels: &K,
     spec: ModelSpec,
-    weights: Weights,
+    weights: Weights<K>,
     adapter: Option<&Adapter>,
     context_tokens: usize,
-) -> Result<Model> {
+) -> Result<Model<K>> {
     let settings = Settings {
         tokens: PREFILL_TOKENS.min(context_tokens),
         longest_document: PREFILL_TOKENS.min(context_tokens),
@@ -133,7 +141,7 @@ fn equip(
         threads: rayon::current_num_threads(),
         cache_tokens: context_tokens,
     };
-    let mut model = Model::new(spec, weights, settings, None)?;
+    let mut model = Model::on(kernels.clone(), spec, weights, settings, None)?;
     if let Some(adapter) = adapter {
         model.parameters_mut().load(adapter);
     }

@@ -6,6 +6,7 @@ use super::clip;
 use crate::error::Result;
 use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
+use crate::ledger::resident;
 use crate::model::parameters::Parameters;
 
 /// One update of all parameters.
@@ -23,8 +24,25 @@ pub struct Update<'a> {
     pub gradient_scale: f32,
 }
 
+/// The memory around a plan.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Surroundings {
+    /// Bytes in memory besides weights and plan: the program, or a GPU's context.
+    pub used_bytes: u64,
+    /// Bytes that a run may use, that included.
+    pub free_bytes: u64,
+    /// Whether this is the memory of the process, so that its peak can be compared with the plan.
+    pub in_process: bool,
+}
+
 /// A backend that can train.
 pub trait TrainingKernels: Kernels {
+    /// The memory that the plan has to fit.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    fn surroundings(&self) -> Result<Surroundings>;
+
     /// `√Σ g²` over all gradients, in f64; finite if and only if every gradient is.
     ///
     /// # Errors
@@ -36,6 +54,15 @@ pub trait TrainingKernels: Kernels {
 }
 
 impl TrainingKernels for Cpu {
+    fn surroundings(&self) -> Result<Surroundings> {
+        let used_bytes = resident::now_bytes();
+        Ok(Surroundings {
+            used_bytes,
+            free_bytes: resident::available_bytes().saturating_add(used_bytes),
+            in_process: true,
+        })
+    }
+
     fn gradient_norm(&self, parameters: &mut Parameters) -> Result<f64> {
         Ok(clip::global_norm(parameters.gradients()))
     }

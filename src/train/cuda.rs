@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::adamw::{Coefficients, RateGroup};
-use super::backend::{TrainingKernels, Update};
+use super::backend::{Surroundings, TrainingKernels, Update};
 use crate::error::Result;
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::driver::Driver;
@@ -11,6 +11,11 @@ use crate::kernels::cuda::optimizer::UpdateRun;
 use crate::model::parameters::{OptimizerView, Parameters};
 
 impl<D: Driver> TrainingKernels for Cuda<D> {
+    fn surroundings(&self) -> Result<Surroundings> {
+        let (free, total) = self.driver().memory()?;
+        Ok(Surroundings { used_bytes: total - free, free_bytes: total, in_process: false })
+    }
+
     fn gradient_norm(&self, parameters: &mut Parameters<Self>) -> Result<f64> {
         let elements = parameters.elements();
         self.norm(parameters.optimizer_view().gradients, elements)

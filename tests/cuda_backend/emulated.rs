@@ -203,6 +203,10 @@ impl Driver for Emulated {
         Ok(())
     }
 
+    fn memory(&self) -> Result<(u64, u64)> {
+        Ok((1 << 30, 1 << 30))
+    }
+
     fn synchronize(&self) -> Result<()> {
         self.waits.fetch_add(1, Relaxed);
         Ok(())

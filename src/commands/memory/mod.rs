@@ -11,20 +11,28 @@ use serde_json::Value;
 
 use crate::checkpoint::atomic::write_file;
 use crate::checkpoint::{Checkpoint, read_json};
+use crate::cli::device::Device;
 use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
 use crate::data::ChatTokenizer;
-use crate::error::Result;
+use crate::error::{Error, Result};
+use crate::kernels::cuda::cuda_layout;
 use crate::ledger::resident;
 use crate::ledger::rows::Account;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
-use crate::plan::{Choice, Demand, Limit, MemoryPlan, Policy, Settings, WeightBytes, logit_rows};
+use crate::plan::{
+    Choice, Demand, Limit, MemoryPlan, Policy, Settings, WeightBytes, WeightsMode, layout,
+    logit_rows,
+};
 use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
 
 /// Program and tokenizer where only a config is at hand: what a 49k vocabulary takes.
 const ASSUMED_PROCESS_BYTES: u64 = 64 << 20;
+
+/// What a CUDA context and its modules take, about; a run measures it.
+const ASSUMED_CONTEXT_BYTES: u64 = 460 << 20;
 
 /// Runs the command.
 ///
@@ -33,11 +41,16 @@ const ASSUMED_PROCESS_BYTES: u64 = 64 << 20;
 /// `--measure` without weights.
 pub fn run(args: &MemoryArgs) -> Result<()> {
     super::set_threads(args.threads)?;
-    let model = Model::open(args)?;
+    let on_gpu = matches!(args.device.device, Device::Cuda(_));
+    let mut model = Model::open(args)?;
+    if on_gpu {
+        model.place_on_gpu(args)?;
+    }
     let mut settings = settings(args, &model.spec)?;
     let demand = Demand {
         spec: &model.spec,
         settings: &settings,
+        layout: if on_gpu { &cuda_layout } else { &layout },
         activations: args.activations,
         mode: args.weights,
         weights: model.weights,
@@ -104,6 +117,15 @@ struct Model {
 }
 
 impl Model {
+    /// Counts what lies in a GPU's memory, not in the program's.
+    fn place_on_gpu(&mut self, args: &MemoryArgs) -> Result<()> {
+        if args.measure.is_some() || args.weights == WeightsMode::Stream {
+            return Err(Error::usage("`--measure` and `--weights stream` work on the CPU only"));
+        }
+        (self.process, self.weights.streamed) = (ASSUMED_CONTEXT_BYTES, None);
+        Ok(())
+    }
+
     fn open(args: &MemoryArgs) -> Result<Self> {
         let (path, format) = (&args.base.model, args.base.block_format());
         if let Some(config) = bare_config(path)? {

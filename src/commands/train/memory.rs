@@ -6,10 +6,10 @@ use crate::adapter::Adapter;
 use crate::cli::lora::AdapterDtype;
 use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
-use crate::error::Result;
-use crate::ledger::resident;
+use crate::error::{Error, Result};
 use crate::ledger::rows::Account;
-use crate::plan::{Choice, Demand, Limit, Policy, Settings, WeightBytes, logit_rows};
+use crate::plan::{Choice, Demand, Limit, Policy, Settings, WeightBytes, WeightsMode, logit_rows};
+use crate::train::backend::TrainingKernels;
 use crate::train::progress::Progress;
 
 /// The memory of a run, as planned.
@@ -20,6 +20,8 @@ pub struct Memory {
     pub stream: bool,
     /// Every part of it.
     pub account: Account,
+    /// Whether the process' own memory is planned, not a GPU's.
+    pub in_process: bool,
 }
 
 /// Chooses the layers' policies within the budget, before a weight is read.
@@ -28,30 +30,40 @@ pub fn plan(
     base: &Base,
     adapter: &Adapter,
     data: &Prepared,
+    kernels: &impl TrainingKernels,
     progress: &Progress,
 ) -> Result<Memory> {
     let mut settings = sizes(args, base, adapter, data)?;
     let format = args.model.block_format();
-    let weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref());
+    let mut weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref());
     base.checkpoint.release_all();
-    let process = resident::now_bytes();
+    let around = kernels.surroundings()?;
+    let mut mode = args.resources.weights;
+    if !around.in_process {
+        if mode == WeightsMode::Stream {
+            return Err(Error::usage("`--weights stream` works on the CPU only"));
+        }
+        (mode, weights.streamed) = (WeightsMode::Resident, None);
+    }
+    let process = around.used_bytes;
     let demand = Demand {
         spec: &base.spec,
         settings: &settings,
+        layout: &|spec, settings| kernels.plan(spec, settings),
         activations: args.resources.activations,
-        mode: args.resources.weights,
+        mode,
         weights,
         process_bytes: process,
     };
     let limit = match args.resources.memory_budget {
         Some(budget) => Limit::Budget(budget.0),
-        None => Limit::Free(resident::available_bytes().saturating_add(process)),
+        None => Limit::Free(around.free_bytes),
     };
     let Choice { policies, stream } = demand.choose(limit)?;
     let plan = demand.plan(policies.clone());
     let account = Account::planned(process, demand.weight_bytes(stream), &plan);
     settings.policies = policies;
-    let memory = Memory { settings, stream, account };
+    let memory = Memory { settings, stream, account, in_process: around.in_process };
     progress.note(&memory.summary());
     Ok(memory)
 }

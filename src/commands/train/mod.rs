@@ -11,8 +11,10 @@ use crate::checkpoint::Checkpoint;
 use crate::cli::lora::AdapterDtype;
 use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
+use crate::commands::device;
 use crate::data::ChatTokenizer;
 use crate::error::Result;
+use crate::kernels::cpu::Cpu;
 use crate::ledger::Watch;
 use crate::ledger::rows::Row;
 use crate::model::Model;
@@ -22,6 +24,7 @@ use crate::model::streaming::Streaming;
 use crate::model::weights::Weights;
 use crate::report::{REPORT_FILE, Reports};
 use crate::sample::Speaker;
+use crate::train::backend::TrainingKernels;
 use crate::train::checkpoints;
 use crate::train::events::{EndEvent, EndReason, Event, ParameterCounts, RunLog, StartEvent};
 use crate::train::interrupt::Interrupt;
@@ -40,20 +43,28 @@ use output::Output;
 /// # Errors
 /// Every wrong setting and input before the first weight is read; later, what the run reports.
 pub fn run(args: &TrainArgs) -> Result<()> {
-    let recipe = args.recipe()?;
+    args.recipe()?;
     super::set_threads(args.resources.threads)?;
+    match device::open(args.device.device)? {
+        Some(gpu) => run_on(args, gpu),
+        None => run_on(args, Cpu),
+    }
+}
+
+fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
+    let recipe = args.recipe()?;
     let mut progress = Progress::stderr();
     let mut output = Output::claim(&args.output, &progress)?;
     let base = Base::open(args)?;
     let (adapter, origin) = base.adapter(args)?;
     let mut data = data::prepare(args, &base, &progress)?;
-    let memory = memory::plan(args, &base, &adapter, &data, &progress)?;
+    let memory = memory::plan(args, &base, &adapter, &data, &kernels, &progress)?;
     let parameters = base.parameters(&adapter);
-    let predicted_bytes = memory.account.planned_bytes();
+    let predicted = (memory.account.planned_bytes(), memory.in_process);
     let row = |row: &Row| (row.name.clone(), row.planned_bytes);
     let memory_plan = memory.account.rows.iter().map(row).collect();
     let interrupt = Interrupt::install()?;
-    let mut model = base.load(args, memory, adapter)?;
+    let mut model = base.load(args, kernels, memory, adapter)?;
     let identity = identity(args, &data);
     let found = output.found.take();
     let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, found)?;
@@ -79,7 +90,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     let end = begun.and_then(|()| trainer.run());
     progress.finish();
     let end = end.map_err(|error| checkpoints::with_survivor(error, &args.output.out))?;
-    report(args, &end, predicted_bytes);
+    report(args, &end, predicted);
     Ok(())
 }
 
@@ -126,23 +137,31 @@ impl Base {
         Ok((adapter, origin))
     }
 
-    fn load(self, args: &TrainArgs, memory: Memory, adapter: Adapter) -> Result<LoraModel> {
+    fn load<K: TrainingKernels>(
+        self,
+        args: &TrainArgs,
+        kernels: K,
+        memory: Memory,
+        adapter: Adapter,
+    ) -> Result<LoraModel<K>> {
         let mut watch = Watch::begin();
-        let Memory { settings, stream, account } = memory;
+        let Memory { settings, stream, account, in_process } = memory;
         let format = args.model.block_format();
-        let mut weights = Weights::load(&self.checkpoint, &self.spec, format.as_ref(), None)?;
+        let weights = Weights::load(&self.checkpoint, &self.spec, format.as_ref(), None)?;
+        let mut weights = weights.upload(&kernels)?;
         weights.streaming = stream.then(|| Streaming::new(&self.checkpoint, &self.spec));
         watch.loaded();
         let dropout = adapter.config.lora_dropout as f32;
         let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));
         let planned_tokens = settings.tokens;
-        let model = Model::new(self.spec, weights, settings, dropout)?;
+        let model = Model::on(kernels, self.spec, weights, settings, dropout)?;
         let dtype = match args.lora.adapter_dtype {
             AdapterDtype::Bf16 => FloatType::Bf16,
             AdapterDtype::F32 => FloatType::F32,
         };
         let model = LoraModel::new(model, adapter, dtype, self.preview, planned_tokens);
-        Ok(model.watched(watch, account))
+        // The ledger watches the process; what a GPU holds is the plan itself.
+        Ok(if in_process { model.watched(watch, account) } else { model })
     }
 }
 
@@ -156,12 +175,16 @@ fn identity(args: &TrainArgs, data: &Prepared) -> Identity {
 }
 
 /// The result on stdout.
-fn report(args: &TrainArgs, end: &EndEvent, predicted_bytes: u64) {
+fn report(args: &TrainArgs, end: &EndEvent, (predicted_bytes, in_process): (u64, bool)) {
     let (out, step, loss) = (args.output.out.display(), end.step, end.train_loss);
     let speed = end.tokens_per_second;
     println!("{out}: {step} steps, mean loss {loss:.4}, {speed:.0} tokens/s");
     let (predicted, measured) = (ByteSize(predicted_bytes), ByteSize(end.peak_rss_bytes));
-    println!("memory: planned {predicted}, measured peak {measured}");
+    if in_process {
+        println!("memory: planned {predicted}, measured peak {measured}");
+    } else {
+        println!("memory: planned {predicted} of the GPU; the program itself took {measured}");
+    }
     if let Some((loss, step)) = end.best {
         println!("lowest evaluation loss {loss:.4} at step {step}");
     }

@@ -170,6 +170,12 @@ pub trait Driver: Send + Sync + 'static {
     /// What the library reports.
     fn set_workspace(&self, address: Address, bytes: usize) -> Result<()>;
 
+    /// Free and total memory.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn memory(&self) -> Result<(u64, u64)>;
+
     /// Waits for all that was queued.
     ///
     /// # Errors

@@ -301,19 +301,6 @@ impl Gpu {
         }
     }
 
-    /// Free and total memory.
-    ///
-    /// # Errors
-    /// What the driver reports.
-    pub fn memory(&self) -> Result<(u64, u64)> {
-        self.enter()?;
-        let (mut free, mut total) = (0, 0);
-        // SAFETY: the out-pointers are valid.
-        let code = unsafe { (self.cuda.memory_info)(&mut free, &mut total) };
-        self.cuda.check("read the free memory", code)?;
-        Ok((free as u64, total as u64))
-    }
-
     /// Makes the context this thread's.
     fn enter(&self) -> Result<()> {
         // SAFETY: the context is retained until `drop`.
@@ -530,6 +517,15 @@ impl Driver for Gpu {
         // SAFETY: the plan's region, which outlives the model's products.
         let code = unsafe { (self.cublas.set_workspace)(self.blas, address as *mut _, bytes) };
         self.check_blas("give cuBLAS its workspace", code)
+    }
+
+    fn memory(&self) -> Result<(u64, u64)> {
+        self.enter()?;
+        let (mut free, mut total) = (0, 0);
+        // SAFETY: the out-pointers are valid.
+        let code = unsafe { (self.cuda.memory_info)(&mut free, &mut total) };
+        self.cuda.check("read the free memory", code)?;
+        Ok((free as u64, total as u64))
     }
 
     fn synchronize(&self) -> Result<()> {

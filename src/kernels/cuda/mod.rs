@@ -19,6 +19,8 @@ mod weight;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+pub use plan::cuda_layout;
+
 use driver::{Argument, Driver};
 use memory::{Allocation, Buffer, PARTIALS};
 use staging::Staging;

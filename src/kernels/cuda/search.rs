@@ -71,7 +71,7 @@ pub fn open(wanted: &Wanted) -> Result<Found> {
         return Ok(found);
     }
     let names = wanted.names.join(" or ");
-    Err(Error::gpu(format_args!("{} is not there ({names})", wanted.title)).hint(wanted.fix))
+    Err(Error::gpu(format_args!("no {}: {names} was not found", wanted.title)).hint(wanted.fix))
 }
 
 fn first(wanted: &Wanted, folders: &[Option<PathBuf>]) -> Option<Found> {

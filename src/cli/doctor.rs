@@ -1,0 +1,12 @@
+//! Flags of `nibble doctor`.
+
+use clap::{ArgAction, Args};
+
+/// What this machine offers: processor, memory, GPUs and their libraries, with the fix for what is
+/// missing
+#[derive(Debug, Args)]
+pub struct DoctorArgs {
+    /// Print the findings as JSON
+    #[arg(long, action = ArgAction::SetTrue)]
+    pub json: bool,
+}

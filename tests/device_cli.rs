@@ -1,0 +1,85 @@
+//! `nibble doctor` and `--device` with the real binary, on machines with and without a GPU.
+
+use std::process::{Command, Output};
+
+use serde_json::Value;
+
+fn nibble(arguments: &[&str]) -> Output {
+    Command::new(env!("CARGO_BIN_EXE_nibble"))
+        .args(arguments)
+        .current_dir(env!("CARGO_MANIFEST_DIR"))
+        .output()
+        .unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8_lossy(bytes).into_owned()
+}
+
+/// What doctor finds.
+fn findings() -> Value {
+    let output = nibble(&["doctor", "--json"]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    serde_json::from_slice(&output.stdout).unwrap()
+}
+
+#[test]
+fn doctor_says_what_is_there_and_how_to_get_the_rest() {
+    let found = findings();
+    assert!(found["cpu"]["threads"].as_u64().unwrap() > 0);
+    let (cuda, plain) = (&found["cuda"], text(&nibble(&["doctor"]).stdout));
+    if cuda["usable"] == true {
+        assert!(plain.contains("`--device cuda` can be used"), "{plain}");
+        return;
+    }
+    let obstacle = cuda["obstacle"].as_str().unwrap();
+    assert!(plain.contains(&format!("training runs on the CPU: {obstacle}")), "{plain}");
+    for part in ["driver", "cublas"] {
+        if cuda[part]["problem"].is_string() {
+            assert!(cuda[part]["fix"].as_str().unwrap().contains("install"), "{cuda}");
+        }
+    }
+}
+
+#[test]
+fn a_gpu_that_is_not_there_is_refused_with_the_reason() {
+    if findings()["cuda"]["usable"] == true {
+        return;
+    }
+    let model = "tests/data/models/llama_s0";
+    let arguments = ["eval", "--model", model, "--data", "none.jsonl", "--device", "cuda:1"];
+    let output = nibble(&arguments);
+    assert_eq!(output.status.code(), Some(1));
+    let message = text(&output.stderr);
+    assert!(message.contains("error: --device cuda:1: "), "{message}");
+    assert!(message.contains("hint: "), "{message}");
+    let output = nibble(&["eval", "--model", model, "--data", "none.jsonl", "--device", "tpu"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("expected auto, cpu, cuda or cuda:N"));
+}
+
+#[test]
+fn the_plan_of_a_gpu_needs_none() {
+    let plan = |device: &str| -> Value {
+        let config = "tests/data/models/llama_s0/config.json";
+        let output = nibble(&["memory", "--model", config, "--json", "--device", device]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let (cpu, gpu) = (plan("cpu"), plan("cuda"));
+    assert_eq!(plan("auto"), cpu);
+    let elements = |plan: &Value, name: &str| {
+        let regions = plan["regions"].as_array().unwrap();
+        let region = regions.iter().find(|region| region["name"] == name);
+        region.map(|region| {
+            (region["dtype"].as_str().unwrap().to_string(), region["elements"].clone())
+        })
+    };
+    for (name, dtype) in [("layer.1.qkv", "bf16"), ("layer.1.lse", "f32"), ("work.mlp", "bf16")] {
+        let (device, host) = (elements(&gpu, name).unwrap(), elements(&cpu, name).unwrap());
+        assert_eq!((device.0.as_str(), host.0.as_str(), &device.1), (dtype, "f32", &host.1));
+    }
+    assert!(
+        elements(&gpu, "cuda.workspace").is_some() && elements(&cpu, "cuda.workspace").is_none()
+    );
+}
