@@ -204,6 +204,7 @@ mod tests {
         test(&Demand {
             spec: &spec,
             settings: &settings,
+            layout: &crate::plan::layout,
             activations: Activations::Auto,
             mode: WeightsMode::Auto,
             weights: WeightBytes { resident: 9 << 20, streamed: Some(2 << 20) },
