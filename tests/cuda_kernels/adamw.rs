@@ -28,7 +28,7 @@ fn coefficients(t: i32) -> [f32; 7] {
 
 #[test]
 fn ten_updates_have_the_bits_of_the_cpu() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         let len = 1337;
         let (mut master, mut m, mut v) = (normal(len, "w"), vec![0.0; len], vec![0.0; len]);
         let mut working = vec![POISON; len];
@@ -47,7 +47,7 @@ fn ten_updates_have_the_bits_of_the_cpu() {
                 scale[..].into(),
             ];
             arguments.extend(coefficients(t).map(Argument::from));
-            emulator.launch("adamw", [3, 1, 1], 128, 0, &mut arguments);
+            device.launch("adamw", [3, 1, 1], 128, 0, &mut arguments);
             let buffers = Buffers {
                 master: &mut cpu_master,
                 gradients: &mut gradients,
@@ -71,7 +71,7 @@ fn unsigned_map() -> Vec<f32> {
 
 #[test]
 fn eight_bit_moments_are_the_nearest_codes() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         let len = 2 * 256 + 99;
         let (signed, unsigned) = (dynamic_map(), unsigned_map());
         let mut master = normal(len, "w");
@@ -102,7 +102,7 @@ fn eight_bit_moments_are_the_nearest_codes() {
                 [0.5f32][..].into(),
             ];
             arguments.extend(coefficients(t).map(Argument::from));
-            emulator.launch("adamw_8bit", [3, 1, 1], 256, 0, &mut arguments);
+            device.launch("adamw_8bit", [3, 1, 1], 256, 0, &mut arguments);
             let buffers = Buffers {
                 master: &mut expected,
                 gradients: &mut gradients,

@@ -45,7 +45,7 @@ impl Block {
 
 #[test]
 fn exact_softmax_and_its_gradient() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         for block in &BLOCKS {
             let (rows, heads, keys) = (block.rows, block.heads, block.keys);
             let (stride, tokens, all_heads, first_head) = (keys + 3, 320, heads + 2, 1);
@@ -58,13 +58,13 @@ fn exact_softmax_and_its_gradient() {
             let narrow_head = (rows * narrow) as i64;
             let mut p = vec![POISON; heads * rows * narrow];
             let mut lse = vec![f32::NAN; tokens * all_heads];
-            launch!(emulator, "attention_softmax", grid, 64; &products[..], head_stride,
+            launch!(device, "attention_softmax", grid, 64; &products[..], head_stride,
                 stride as i32, &mut p[..], narrow_head, narrow as i32, &mut lse[..],
                 all_heads as i32, first_head, block.first_query as i32, block.first_key as i32,
                 keys as i32, block.window as i32, scale, block.cap);
             let delta = normal(tokens * all_heads, "delta");
             let (mut p_again, mut d) = (vec![POISON; p.len()], vec![POISON; p.len()]);
-            launch!(emulator, "attention_softmax_backward", grid, 64; &products[..],
+            launch!(device, "attention_softmax_backward", grid, 64; &products[..],
                 &d_probabilities[..], head_stride, stride as i32, &mut p_again[..], &mut d[..],
                 narrow_head, narrow as i32, &lse[..], &delta[..], all_heads as i32, first_head,
                 block.first_query as i32, block.first_key as i32, keys as i32, block.window as i32,
@@ -100,12 +100,12 @@ fn exact_softmax_and_its_gradient() {
 
 #[test]
 fn delta_is_the_sum_of_each_head() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         let (rows, heads, head_dim) = (3, 5, 40);
         let width = heads * head_dim;
         let (d_o, o) = (normal_bf16(rows * width, "d_o"), normal_bf16(rows * width, "o"));
         let mut delta = vec![f32::NAN; rows * heads];
-        launch!(emulator, "attention_delta", [rows as u32, 1, 1], 64;
+        launch!(device, "attention_delta", [rows as u32, 1, 1], 64;
             &with_stride(&d_o, width, width + 8)[..], width as i32 + 8, &o[..], width as i32,
             &mut delta[..], heads as i32, head_dim as i32);
         let products: Vec<f64> = wide(&d_o).iter().zip(wide(&o)).map(|(a, b)| a * b).collect();
@@ -117,7 +117,7 @@ fn delta_is_the_sum_of_each_head() {
 
 #[test]
 fn decoding_attends_to_the_cache() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         for (rows, past, heads, kv_heads, head_dim, window, cap) in [
             (1, 0, 2, 1, 64, 0, 0.0f32),
             (3, 50, 6, 2, 96, 0, 10.0),
@@ -130,7 +130,7 @@ fn decoding_attends_to_the_cache() {
             let cache = normal_bf16(capacity * 2 * kv_width, "cache");
             let mut o = vec![POISON; rows * q_width];
             let scale = 1.0 / (head_dim as f32).sqrt();
-            launch!(emulator, "attention_decode", [rows as u32, heads as u32, 1], 128; &q[..],
+            launch!(device, "attention_decode", [rows as u32, heads as u32, 1], 128; &q[..],
                 q_width as i32, &cache[..], &cache[kv_width..], 2 * kv_width as i32, &mut o[..],
                 q_width as i32, heads as i32, kv_heads as i32, head_dim as i32, past as i32, window,
                 scale, cap);

@@ -20,7 +20,7 @@ const SHAPES: [(usize, usize, u32); 4] =
 
 #[test]
 fn losses_and_gradients_of_both_types() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         for (vocab, stride, threads) in SHAPES {
             // Rows of large logits, of one that stands out, and one that does not count.
             let targets = [0u32, (vocab - 1) as u32, 17, vocab as u32];
@@ -32,9 +32,9 @@ fn losses_and_gradients_of_both_types() {
                 let mut narrow = with_stride(&z, vocab, stride);
                 let mut full: Vec<f32> = narrow.iter().map(|z| z.to_f32()).collect();
                 let (mut losses, mut losses_f32) = (vec![f32::NAN; 4], vec![f32::NAN; 4]);
-                launch!(emulator, "cross_entropy_bf16", [4, 1, 1], threads; &mut narrow[..],
+                launch!(device, "cross_entropy_bf16", [4, 1, 1], threads; &mut narrow[..],
                     stride as i32, &targets[..], vocab as i32, scale, gradient, &mut losses[..]);
-                launch!(emulator, "cross_entropy_f32", [4, 1, 1], threads; &mut full[..],
+                launch!(device, "cross_entropy_f32", [4, 1, 1], threads; &mut full[..],
                     stride as i32, &targets[..], vocab as i32, scale, gradient, &mut losses_f32[..]);
                 assert_eq!(losses, losses_f32);
                 assert_eq!(losses[3], 0.0);

@@ -4,7 +4,7 @@ use half::bf16;
 use nibble_quant::codebook::dynamic_map;
 use nibble_quant::{Absmax, BlockFormat, Floats, PackedWeight, QuantType};
 
-use crate::emulator::{Argument, Emulator, NULL, launch};
+use crate::emulator::{Argument, Device, NULL, launch};
 use crate::support::*;
 
 /// The arguments that describe a packed weight.
@@ -23,7 +23,7 @@ fn weight_arguments(packed: &PackedWeight) -> [Argument; 8] {
 }
 
 fn dequantize(
-    emulator: &Emulator,
+    device: &Device,
     packed: &PackedWeight,
     rows: std::ops::Range<usize>,
     stride: usize,
@@ -39,19 +39,19 @@ fn dequantize(
         (stride as i32).into(),
     ];
     arguments.extend(rest);
-    emulator.launch("dequantize_4bit", [blocks, 1, 1], 256, 0, &mut arguments);
+    device.launch("dequantize_4bit", [blocks, 1, 1], 256, 0, &mut arguments);
     out
 }
 
 #[track_caller]
-fn check(emulator: &Emulator, shape: [usize; 2], stride: usize, format: &BlockFormat) {
+fn check(device: &Device, shape: [usize; 2], stride: usize, format: &BlockFormat) {
     let values = normal(shape[0] * shape[1], "weight");
     let packed = PackedWeight::quantize(Floats::F32(&values), shape, format).unwrap();
     let expected = packed.dequantize();
     let third = shape[0] / 3;
     for rows in [0..shape[0], third..shape[0] - third] {
         for blocks in [1, 3] {
-            let got = dequantize(emulator, &packed, rows.clone(), stride, blocks);
+            let got = dequantize(device, &packed, rows.clone(), stride, blocks);
             for (row, got) in rows.clone().zip(got.chunks_exact(stride)) {
                 for (column, got) in got.iter().enumerate() {
                     let expected = match column < shape[1] {
@@ -71,12 +71,12 @@ fn check(emulator: &Emulator, shape: [usize; 2], stride: usize, format: &BlockFo
 
 #[test]
 fn every_format_has_the_bits_of_the_cpu() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         for quant_type in [QuantType::Nf4, QuantType::Fp4] {
             for double_quant in [false, true] {
                 for block_size in [32, 64, 128, 256, 512, 1024, 2048, 4096] {
                     let format = BlockFormat { quant_type, block_size, double_quant };
-                    check(emulator, [24, 200], 216, &format);
+                    check(device, [24, 200], 216, &format);
                 }
             }
         }
@@ -87,7 +87,7 @@ fn every_format_has_the_bits_of_the_cpu() {
 /// that begin inside a block.
 #[test]
 fn odd_shapes_have_the_bits_of_the_cpu() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         for double_quant in [false, true] {
             let format = BlockFormat { double_quant, ..BlockFormat::default() };
             for (shape, stride) in [
@@ -99,7 +99,7 @@ fn odd_shapes_have_the_bits_of_the_cpu() {
                 ([12, 8], 8),
                 ([6, 4104], 4112),
             ] {
-                check(emulator, shape, stride, &format);
+                check(device, shape, stride, &format);
             }
         }
     });
@@ -107,7 +107,7 @@ fn odd_shapes_have_the_bits_of_the_cpu() {
 
 #[test]
 fn packed_rows_are_gathered() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         let (vocab, width, ids) = (19, 72, [3u32, 18, 0, 3]);
         let values = normal(vocab * width, "table");
         let packed =
@@ -125,7 +125,7 @@ fn packed_rows_are_gathered() {
                 i32::from(accumulate).into(),
             ];
             arguments.extend(rest);
-            emulator.launch("embed_4bit", [ids.len() as u32, 1, 1], 32, 0, &mut arguments);
+            device.launch("embed_4bit", [ids.len() as u32, 1, 1], 32, 0, &mut arguments);
             let table = packed.dequantize();
             for (i, (got, &id)) in x.chunks_exact(width).zip(&ids).enumerate() {
                 for (c, got) in got.iter().enumerate() {
@@ -141,16 +141,16 @@ fn packed_rows_are_gathered() {
 
 #[test]
 fn dense_rows_are_rounded_as_half_does() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         for (rows, width, stride) in [(3, 40, 56), (2, 33, 35)] {
             let values = normal(rows * width, "dense");
             let halves: Vec<half::f16> = values.iter().map(|x| half::f16::from_f32(*x)).collect();
             let scale = 0.37f32;
             let grid = [rows as u32, 1, 1];
             let (mut a, mut b) = (vec![POISON; rows * stride], vec![POISON; rows * stride]);
-            launch!(emulator, "scale_rows_f32_bf16", grid, 64; &values[..], width as i32,
+            launch!(device, "scale_rows_f32_bf16", grid, 64; &values[..], width as i32,
                 &mut a[..], stride as i32, width as i32, scale, 0);
-            launch!(emulator, "scale_rows_f16_bf16", grid, 64; &halves[..], width as i32,
+            launch!(device, "scale_rows_f16_bf16", grid, 64; &halves[..], width as i32,
                 &mut b[..], stride as i32, width as i32, 1.0f32, 0);
             let expected: Vec<f64> =
                 values.iter().map(|x| bf16::from_f32(scale * x).to_f64()).collect();

@@ -8,19 +8,19 @@ use crate::support::*;
 
 #[test]
 fn rows_are_gathered_scattered_scaled_and_zeroed() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         for (width, stride) in [(24, 32), (13, 13)] {
             let table = normal_bf16(9 * width, "table");
             let rows = [7u32, 0, 4];
             let grid = [3, 1, 1];
             let mut gathered = vec![POISON; 3 * stride];
-            launch!(emulator, "gather_rows", grid, 32; &table[..], width as i32, &rows[..],
+            launch!(device, "gather_rows", grid, 32; &table[..], width as i32, &rows[..],
                 &mut gathered[..], stride as i32, width as i32);
             let expected: Vec<f64> =
                 rows.iter().flat_map(|&r| wide(&table[r as usize * width..][..width])).collect();
             assert_eq!(band(&gathered, width, stride), expected);
             let mut scattered = vec![POISON; 9 * width];
-            launch!(emulator, "scatter_rows", grid, 32; &gathered[..], stride as i32, &rows[..],
+            launch!(device, "scatter_rows", grid, 32; &gathered[..], stride as i32, &rows[..],
                 &mut scattered[..], width as i32, width as i32);
             for row in 0..9u32 {
                 let got = &scattered[row as usize * width..][..width];
@@ -29,24 +29,24 @@ fn rows_are_gathered_scattered_scaled_and_zeroed() {
                     false => assert!(got.iter().all(|x| x.is_nan())),
                 }
             }
-            launch!(emulator, "embed_bf16", grid, 32; &rows[..], &table[..], width as i32,
+            launch!(device, "embed_bf16", grid, 32; &rows[..], &table[..], width as i32,
                 &mut gathered[..], stride as i32, width as i32, 1);
             let twice: Vec<f64> = expected.iter().map(|x| 2.0 * x).collect();
             assert_eq!(band(&gathered, width, stride), twice);
             let wide_table: Vec<f32> = table.iter().map(|x| x.to_f32()).collect();
-            launch!(emulator, "embed_f32", grid, 32; &rows[..], &wide_table[..], width as i32,
+            launch!(device, "embed_f32", grid, 32; &rows[..], &wide_table[..], width as i32,
                 &mut gathered[..], stride as i32, width as i32, 0);
             assert_eq!(band(&gathered, width, stride), expected);
-            launch!(emulator, "scale_rows_bf16", grid, 32; &gathered[..], stride as i32,
+            launch!(device, "scale_rows_bf16", grid, 32; &gathered[..], stride as i32,
                 &mut gathered[..], stride as i32, width as i32, 2.0f32, 1);
             let thrice: Vec<f64> =
                 expected.iter().map(|x| bf16::from_f64(3.0 * x).to_f64()).collect();
             assert_eq!(band(&gathered, width, stride), thrice);
             let mut sums = normal(3 * width, "sums");
             let before = sums.clone();
-            launch!(emulator, "scale_rows_bf16_f32", grid, 32; &gathered[..], stride as i32,
+            launch!(device, "scale_rows_bf16_f32", grid, 32; &gathered[..], stride as i32,
                 &mut sums[..], width as i32, width as i32, 0.5f32, 1);
-            launch!(emulator, "scale_rows_f32", grid, 32; &before[..], width as i32,
+            launch!(device, "scale_rows_f32", grid, 32; &before[..], width as i32,
                 &mut sums[..], width as i32, width as i32, -1.0f32, 1);
             let halves: Vec<f64> = thrice.iter().map(|x| 0.5 * x).collect();
             assert_close(
@@ -55,11 +55,11 @@ fn rows_are_gathered_scattered_scaled_and_zeroed() {
                 1e-6,
                 0.0,
             );
-            launch!(emulator, "zero", [2, 1, 1], 32; &mut scattered[..], (2 * width * 5) as i64);
+            launch!(device, "zero", [2, 1, 1], 32; &mut scattered[..], (2 * width * 5) as i64);
             assert!(scattered[..5 * width].iter().all(|x| x.to_bits() == 0));
             assert!(scattered[5 * width..].iter().any(|x| x.to_bits() != 0));
             let mut zeroed = vec![POISON; 3 * stride];
-            launch!(emulator, "zero_rows", grid, 32; &mut zeroed[..], stride as i32, width as i32);
+            launch!(device, "zero_rows", grid, 32; &mut zeroed[..], stride as i32, width as i32);
             assert_eq!(band(&zeroed, width, stride), vec![0.0; 3 * width]);
         }
     });
@@ -67,11 +67,11 @@ fn rows_are_gathered_scattered_scaled_and_zeroed() {
 
 #[test]
 fn bias_is_added_to_a_band() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         for (width, stride) in [(24, 32), (13, 17)] {
             let (y, bias) = (normal_bf16(4 * width, "y"), normal(width, "bias"));
             let mut out = with_stride(&y, width, stride);
-            launch!(emulator, "add_bias", [4, 1, 1], 32; &mut out[..], stride as i32, &bias[..],
+            launch!(device, "add_bias", [4, 1, 1], 32; &mut out[..], stride as i32, &bias[..],
                 width as i32);
             let sum =
                 |(i, y): (usize, &bf16)| bf16::from_f32(y.to_f32() + bias[i % width]).to_f64();
@@ -83,7 +83,7 @@ fn bias_is_added_to_a_band() {
 
 #[test]
 fn rotary_turns_and_turns_back() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         for (rows, heads, head_dim, stride) in [(3, 5, 32, 192), (2, 3, 14, 60), (2, 2, 128, 400)] {
             let (half, width) = (head_dim / 2, heads * head_dim);
             let x = normal_bf16(rows * width, "x");
@@ -92,7 +92,7 @@ fn rotary_turns_and_turns_back() {
             let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
             let mut qkv = with_stride(&x, width, stride);
             for backward in [0, 1] {
-                launch!(emulator, "rotary", [rows as u32, 1, 1], 64; &mut qkv[..], stride as i32,
+                launch!(device, "rotary", [rows as u32, 1, 1], 64; &mut qkv[..], stride as i32,
                     &cos[..], &sin[..], heads as i32, head_dim as i32, backward);
                 if backward == 0 {
                     let mut expected = wide(&x);
@@ -114,7 +114,7 @@ fn rotary_turns_and_turns_back() {
 
 #[test]
 fn dropout_has_the_mask_of_the_cpu() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         for (rows, width, stride) in shapes() {
             let (seed, step, p) = (9, 5u64 << 32 | 7, 0.3f32);
             let stream = Stream::new(seed, "layers.0.q_proj").at(step);
@@ -125,7 +125,7 @@ fn dropout_has_the_mask_of_the_cpu() {
             let (x, before) = (normal_bf16(rows * width, "x"), normal_bf16(rows * width, "y"));
             for accumulate in [false, true] {
                 let mut y = with_stride(&before, width, stride);
-                launch!(emulator, "dropout", [rows as u32, 1, 1], 64; &x[..], width as i32,
+                launch!(device, "dropout", [rows as u32, 1, 1], 64; &x[..], width as i32,
                     &mut y[..], stride as i32, width as i32, key0, key1, step, threshold,
                     1.0f32 / (1.0 - p), i32::from(accumulate));
                 let element = |i: usize| {
@@ -163,7 +163,7 @@ fn activation(kind: i32, x: f64) -> f64 {
 
 #[test]
 fn activations_and_their_slopes() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         for (rows, width, stride) in shapes() {
             let n = rows * width;
             let (gate, up, d) =
@@ -175,17 +175,17 @@ fn activations_and_their_slopes() {
                     let [gate_rows, up_rows, mut d_rows] = strided;
                     let gate_argument = if gated { gate_rows[..].into() } else { NULL };
                     let mut out = vec![POISON; n];
-                    launch!(emulator, "mlp_forward", grid, 32; kind, gate_argument, stride as i32,
+                    launch!(device, "mlp_forward", grid, 32; kind, gate_argument, stride as i32,
                         &up_rows[..], stride as i32, &mut out[..], width as i32, width as i32);
                     let mut d_up = vec![POISON; n];
                     if gated {
                         // In place: d_gate is d_out.
                         let d_out = crate::emulator::Argument::from(&mut d_rows[..]);
-                        launch!(emulator, "mlp_backward", grid, 32; kind, gate_argument,
+                        launch!(device, "mlp_backward", grid, 32; kind, gate_argument,
                             stride as i32, &up_rows[..], stride as i32, d_out, stride as i32,
                             d_out, stride as i32, &mut d_up[..], width as i32, width as i32);
                     } else {
-                        launch!(emulator, "mlp_backward", grid, 32; kind, NULL, 0, &up_rows[..],
+                        launch!(device, "mlp_backward", grid, 32; kind, NULL, 0, &up_rows[..],
                             stride as i32, &d_rows[..], stride as i32, NULL, 0, &mut d_up[..],
                             width as i32, width as i32);
                     }

@@ -5,7 +5,7 @@ use half::bf16;
 use nibble::random::Stream;
 
 use crate::attention::{score, softmax};
-use crate::emulator::{Argument, Emulator, ORDERS, emulator, launch};
+use crate::emulator::{Argument, Device, ORDERS, device, launch};
 use crate::support::*;
 
 /// One call: documents with their new queries and all their keys.
@@ -99,7 +99,7 @@ impl Case {
         }
     }
 
-    fn run(&self, emulator: &Emulator, tensors: &Tensors) -> Results {
+    fn run(&self, device: &Device, tensors: &Tensors) -> Results {
         let (d, q_width, kv_width) = (self.head_dim, self.q_width(), self.kv_width());
         let (q_stride, kv_stride) = (q_width + GAP, kv_width + GAP);
         let (q_bounds, k_bounds) = (self.boundaries(0), self.boundaries(self.past));
@@ -131,7 +131,7 @@ impl Case {
             |kernel: &str, grid, threads, elements: usize, floats: usize, rest: &[Argument]| {
                 let mut arguments = [&inputs[..], rest].concat();
                 let bytes = 2 * elements * row + 4 * floats;
-                emulator.launch(&format!("{kernel}_{d}"), grid, threads, bytes, &mut arguments);
+                device.launch(&format!("{kernel}_{d}"), grid, threads, bytes, &mut arguments);
             };
         let mut o = vec![POISON; queries * q_stride];
         let mut lse = vec![f32::NAN; queries * self.heads];
@@ -140,7 +140,7 @@ impl Case {
         let outputs = [(&mut o[..]).into(), (q_stride as i32).into(), (&mut lse[..]).into()];
         call("flash_forward", grid(longest, self.heads), 128, elements, 0, &outputs);
         let mut delta = vec![f32::NAN; queries * self.heads];
-        launch!(emulator, "attention_delta", [queries as u32, 1, 1], 64; &d_o[..],
+        launch!(device, "attention_delta", [queries as u32, 1, 1], 64; &d_o[..],
             q_stride as i32, &o[..], q_stride as i32, &mut delta[..], self.heads as i32, d as i32);
         let mut dk = vec![POISON; keys * kv_stride];
         let (mut dv, mut dq) = (dk.clone(), vec![POISON; queries * q_stride]);
@@ -255,20 +255,20 @@ fn windowed() -> Case {
 }
 
 /// Whether a case with a window and grouped heads is right in the order that is set.
-pub fn is_right(emulator: &Emulator) -> bool {
+pub fn is_right(device: &Device) -> bool {
     let case = windowed();
     let tensors = case.tensors();
-    excess(&case.run(emulator, &tensors), &case.reference(&tensors)) <= 1.0
+    excess(&case.run(device, &tensors), &case.reference(&tensors)) <= 1.0
 }
 
 fn check(case: Case) {
-    let Some(emulator) = emulator() else { return };
+    let Some(device) = device() else { return };
     let tensors = case.tensors();
     let expected = case.reference(&tensors);
     let mut first: Option<Results> = None;
-    for order in ORDERS {
-        emulator.order(order);
-        let got = case.run(emulator, &tensors);
+    for &order in device.orders() {
+        device.order(order);
+        let got = case.run(device, &tensors);
         let excess = excess(&got, &expected);
         assert!(excess <= 1.0, "{case:?} {order:?}: {excess} times the error that is allowed");
         match &first {
@@ -301,10 +301,10 @@ fn head_width_128_with_soft_cap() {
 #[test]
 fn a_window_of_one_key() {
     let case = Case { window: 1, ..Case::new(128, [1, 1], &[150]) };
-    let Some(emulator) = emulator() else { return };
+    let Some(device) = device() else { return };
     let tensors = case.tensors();
-    emulator.order(ORDERS[0]);
-    let got = case.run(emulator, &tensors);
+    device.order(ORDERS[0]);
+    let got = case.run(device, &tensors);
     // p = 1 wherever it is not 0: o is v, and no score has a gradient.
     assert_eq!(got.o, wide(&tensors.v));
     assert_eq!(got.dv, wide(&tensors.d_o));

@@ -14,7 +14,7 @@ fn statistics(x: &[f64], layer: bool, epsilon: f64) -> (f64, f64) {
 
 #[test]
 fn forward_is_the_norm_of_each_row() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         for (rows, width, stride) in shapes() {
             for layer in [false, true] {
                 let x = normal_bf16(rows * width, "x")
@@ -26,7 +26,7 @@ fn forward_is_the_norm_of_each_row() {
                 let (mut y, mut stats) =
                     (vec![POISON; rows * (stride + 8)], vec![f32::NAN; 2 * rows]);
                 let bias_argument = if layer { bias[..].into() } else { NULL };
-                launch!(emulator, "norm_forward", [rows as u32, 1, 1], 256;
+                launch!(device, "norm_forward", [rows as u32, 1, 1], 256;
                     &strided[..], stride as i32, &weight[..], bias_argument, 1e-5f32, &mut y[..],
                     stride as i32 + 8, &mut stats[..], width as i32, i32::from(layer));
                 let mut expected = Vec::new();
@@ -47,7 +47,7 @@ fn forward_is_the_norm_of_each_row() {
 
 #[test]
 fn backward_adds_the_gradient() {
-    in_every_order(|emulator| {
+    in_every_order(|device| {
         for (rows, width, stride) in shapes() {
             for layer in [false, true] {
                 let (x, dy) = (normal_bf16(rows * width, "x"), normal_bf16(rows * width, "dy"));
@@ -58,7 +58,7 @@ fn backward_adds_the_gradient() {
                     stats.extend([mean as f32, rstd as f32]);
                 }
                 let mut dx = with_stride(&before, width, stride);
-                launch!(emulator, "norm_backward", [rows as u32, 1, 1], 128;
+                launch!(device, "norm_backward", [rows as u32, 1, 1], 128;
                     &with_stride(&dy, width, stride + 16)[..], stride as i32 + 16, &x[..],
                     width as i32, &weight[..], &stats[..], &mut dx[..], stride as i32, width as i32,
                     i32::from(layer));

@@ -3,14 +3,14 @@
 use half::bf16;
 use nibble::random::Stream;
 
-use crate::emulator::{Emulator, ORDERS, emulator};
+use crate::emulator::{Device, device};
 
 /// Runs `test` in every order of threads, or not at all where there is no g++.
-pub fn in_every_order(test: impl Fn(&Emulator)) {
-    let Some(emulator) = emulator() else { return };
-    for order in ORDERS {
-        emulator.order(order);
-        test(emulator);
+pub fn in_every_order(test: impl Fn(&Device)) {
+    let Some(device) = device() else { return };
+    for &order in device.orders() {
+        device.order(order);
+        test(device);
     }
 }
 

@@ -1,9 +1,12 @@
 //! The CUDA kernels, compiled for the CPU: `build.sh` makes a library of them, this opens it.
 //!
 //! The library is built once per state of the sources, in cargo's folder for tests. Without g++
-//! [`emulator`] prints why and gives `None`. `NIBBLE_EMULATED` names a library to use instead, such
-//! as one with AddressSanitizer.
+//! [`device`] prints why and gives `None`. `NIBBLE_EMULATED` names a library to use instead, such
+//! as one with AddressSanitizer. With `NIBBLE_TEST_DEVICE=cuda` the committed PTX runs on the first
+//! GPU in the emulator's place: the same test bodies, no compiler needed.
 #![allow(unsafe_code)]
+
+mod gpu;
 
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
 use std::fs;
@@ -23,6 +26,14 @@ type Launch = unsafe extern "C" fn(
     *mut *mut c_void,
 ) -> c_int;
 type SetOrder = unsafe extern "C" fn(c_int, c_uint);
+
+/// Something that runs the kernels.
+pub enum Device {
+    /// The CPU.
+    Emulated(Emulator),
+    /// A GPU.
+    Gpu(gpu::Gpu),
+}
 
 /// The kernels on the CPU.
 pub struct Emulator {
@@ -48,8 +59,15 @@ pub const ORDERS: [Order; 3] = [Order::Up, Order::Down, Order::Seeded(20_240_607
 /// One argument of a kernel.
 #[derive(Debug, Clone, Copy)]
 pub enum Argument {
-    /// An address.
-    Pointer(*const c_void),
+    /// A buffer, and whether the kernel may write to it.
+    Pointer {
+        /// Its first byte.
+        address: *const c_void,
+        /// Its length.
+        bytes: usize,
+        /// Made of an exclusive slice.
+        written: bool,
+    },
     /// int.
     I32(i32),
     /// long long.
@@ -65,12 +83,13 @@ pub enum Argument {
 }
 
 /// A null pointer.
-pub const NULL: Argument = Argument::Pointer(std::ptr::null());
+pub const NULL: Argument =
+    Argument::Pointer { address: std::ptr::null(), bytes: 0, written: false };
 
 impl Argument {
     fn address(&mut self) -> *mut c_void {
         match self {
-            Argument::Pointer(x) => std::ptr::from_mut(x).cast(),
+            Argument::Pointer { address, .. } => std::ptr::from_mut(address).cast(),
             Argument::I32(x) => std::ptr::from_mut(x).cast(),
             Argument::I64(x) => std::ptr::from_mut(x).cast(),
             Argument::U32(x) => std::ptr::from_mut(x).cast(),
@@ -96,32 +115,71 @@ macro_rules! pointer_from {
     ($($type:ty),*) => {$(
         impl From<&[$type]> for Argument {
             fn from(x: &[$type]) -> Self {
-                Argument::Pointer(x.as_ptr().cast())
+                let (address, bytes) = (x.as_ptr().cast(), size_of_val(x));
+                Argument::Pointer { address, bytes, written: false }
             }
         }
         impl From<&mut [$type]> for Argument {
             fn from(x: &mut [$type]) -> Self {
-                Argument::Pointer(x.as_mut_ptr().cast_const().cast())
+                let (address, bytes) = (x.as_mut_ptr().cast_const().cast(), size_of_val(x));
+                Argument::Pointer { address, bytes, written: true }
             }
         }
     )*};
 }
 pointer_from!(u8, u16, u32, i32, f32, f64, bf16, f16);
 
-/// Launches a kernel over the emulator: `launch!(emulator, "name", [1, 1, 1], 256; a, b, ..)`.
+/// Launches a kernel: `launch!(device, "name", [1, 1, 1], 256; a, b, ..)`.
 #[allow(unused_macros)]
 macro_rules! launch {
-    ($emulator:expr, $kernel:expr, $grid:expr, $threads:expr; $($argument:expr),* $(,)?) => {
-        launch!($emulator, $kernel, $grid, $threads, 0; $($argument),*)
+    ($device:expr, $kernel:expr, $grid:expr, $threads:expr; $($argument:expr),* $(,)?) => {
+        launch!($device, $kernel, $grid, $threads, 0; $($argument),*)
     };
-    ($emulator:expr, $kernel:expr, $grid:expr, $threads:expr, $shared:expr; $($argument:expr),* $(,)?) => {
-        $emulator.launch($kernel, $grid, $threads, $shared, &mut [
+    ($device:expr, $kernel:expr, $grid:expr, $threads:expr, $shared:expr; $($argument:expr),* $(,)?) => {
+        $device.launch($kernel, $grid, $threads, $shared, &mut [
             $($crate::emulator::Argument::from($argument)),*
         ])
     };
 }
 #[allow(unused_imports)]
 pub(crate) use launch;
+
+impl Device {
+    /// The orders of threads that a test runs in.
+    pub fn orders(&self) -> &'static [Order] {
+        match self {
+            Device::Emulated(_) => &ORDERS,
+            Device::Gpu(_) => &ORDERS[..1],
+        }
+    }
+
+    /// Sets the order of this thread's launches; a GPU has its own.
+    pub fn order(&self, order: Order) {
+        if let Device::Emulated(emulator) = self {
+            emulator.order(order);
+        }
+    }
+
+    /// Runs `kernel`; the arguments are those that kernels.cu declares, or this is undefined.
+    ///
+    /// # Panics
+    /// When there is no such kernel or it does not take the grid or block.
+    pub fn launch(
+        &self,
+        kernel: &str,
+        grid: [u32; 3],
+        threads: u32,
+        dynamic_shared_bytes: usize,
+        arguments: &mut [Argument],
+    ) {
+        match self {
+            Device::Emulated(emulator) => {
+                emulator.launch(kernel, grid, threads, dynamic_shared_bytes, arguments);
+            }
+            Device::Gpu(gpu) => gpu.launch(kernel, grid, threads, dynamic_shared_bytes, arguments),
+        }
+    }
+}
 
 impl Emulator {
     /// Opens a library made by `build.sh`.
@@ -135,8 +193,7 @@ impl Emulator {
         }
     }
 
-    /// Sets the order of this thread's launches.
-    pub fn order(&self, order: Order) {
+    fn order(&self, order: Order) {
         let (order, seed) = match order {
             Order::Up => (0, 1),
             Order::Down => (1, 1),
@@ -146,11 +203,7 @@ impl Emulator {
         unsafe { (self.set_order)(order, seed) };
     }
 
-    /// Runs `kernel`; the arguments are those that kernels.cu declares, or this is undefined.
-    ///
-    /// # Panics
-    /// When there is no such kernel or it does not take the grid or block.
-    pub fn launch(
+    fn launch(
         &self,
         kernel: &str,
         grid: [u32; 3],
@@ -170,18 +223,22 @@ impl Emulator {
     }
 }
 
-/// The emulator of this process; `None`, with a printed line, where there is no g++.
-pub fn emulator() -> Option<&'static Emulator> {
-    static EMULATOR: OnceLock<Option<Emulator>> = OnceLock::new();
-    EMULATOR.get_or_init(open_or_build).as_ref()
+/// What tests of this process run on; `None`, with a printed line, where there is nothing.
+pub fn device() -> Option<&'static Device> {
+    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
+    DEVICE.get_or_init(open_device).as_ref()
 }
 
-fn open_or_build() -> Option<Emulator> {
+fn open_device() -> Option<Device> {
+    if std::env::var_os("NIBBLE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
+        return Some(Device::Gpu(gpu::Gpu::open()));
+    }
     let path = match std::env::var_os("NIBBLE_EMULATED") {
         Some(path) => PathBuf::from(path),
         None => build()?,
     };
-    Some(Emulator::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+    let emulator = Emulator::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
+    Some(Device::Emulated(emulator))
 }
 
 fn build() -> Option<PathBuf> {

@@ -36,7 +36,7 @@ struct PackedWeight {
     __device__ __forceinline__ float at(i64 element) const {
         const u8 byte = codes[element >> 1];
         const int code = element & 1 ? byte & 15 : byte >> 4;
-        return values[code] * scale(element >> block_shift);
+        return __fmul_rn(values[code], scale(element >> block_shift));  // never part of a sum
     }
 };
 

@@ -12,12 +12,17 @@
 struct RunningSum {
     float largest, sum;
 
-    __device__ __forceinline__ void include(float z) {
-        if (z > largest) {
-            sum *= expf(largest - z);
-            largest = z;
+    template <int N>
+    __device__ __forceinline__ void include(const Piece<N>& z) {
+        float top = z.v[0];
+#pragma unroll
+        for (int i = 1; i < N; i++) top = fmaxf(top, z.v[i]);
+        if (top > largest) {
+            sum *= expf(largest - top);
+            largest = top;
         }
-        sum += expf(z - largest);
+#pragma unroll
+        for (int i = 0; i < N; i++) sum += expf(z.v[i] - largest);
     }
 };
 
@@ -28,9 +33,7 @@ struct SumExponentials {
 
     template <int N>
     __device__ __forceinline__ void run(int column) const {
-        const Piece<N> z = load_piece<N>(logits + column);
-#pragma unroll
-        for (int i = 0; i < N; i++) running->include(z.v[i]);
+        running->include(load_piece<N>(logits + column));
     }
 };
 

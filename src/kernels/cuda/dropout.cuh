@@ -63,7 +63,8 @@ struct DropRow {
             // With N = 8 the width is a multiple of 8, so that pieces begin at whole blocks.
             if (i % 4 == 0) words = philox4x32((index + i) / 4, mask.step, mask.key0, mask.key1);
             const u32 word = N == 1 ? pick(words, index % 4) : words.word[i % 4];
-            piece.v[i] *= mask.factor(word);
+            // Rounded before it is added, as on the CPU.
+            piece.v[i] = __fmul_rn(piece.v[i], mask.factor(word));
         }
         if (accumulate) {
             const Piece<N> before = load_piece<N>(y + column);

@@ -5,8 +5,8 @@
 //   columns is a pointer to its first element and the stride of the whole row. Any width, stride
 //   and alignment is right; 16-byte alignment of pointer and stride (8 bf16) and a width that is a
 //   multiple of 8 make it fast.
-// - "rows": the grid is (rows, 1, 1), one block a row; THREADS is 256 (any multiple of 32 up to
-//   1024 is right).
+// - "rows": the grid is (rows, 1, 1), one block a row. Any multiple of 32 threads up to 1024 is
+//   right; best is one thread for 8 columns, at least 32 and at most 256.
 // - "flat": the grid is any number of blocks, ceil(elements / 256) at most; blocks take turns.
 // - No entry needs dynamic shared memory unless it says so. Grids are never empty: launch nothing
 //   for zero rows.
