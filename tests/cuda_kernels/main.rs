@@ -1,6 +1,7 @@
 //! Every CUDA kernel on the CPU, against f64 references and the CPU backend: odd sizes, three
 //! orders of threads, poisoned outputs. The PTX itself is checked by `scripts/ptx.sh`.
 
+#[allow(dead_code)] // a part of it is for other test binaries
 #[path = "../emulator/mod.rs"]
 mod emulator;
 mod support;

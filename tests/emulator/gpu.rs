@@ -89,8 +89,11 @@ impl Gpu {
         let mut values: Vec<u64> = Vec::new();
         for argument in arguments.iter() {
             values.push(match *argument {
-                Argument::Pointer { address, .. } if address.is_null() => 0,
-                Argument::Pointer { address, bytes, .. } => {
+                Argument::Pointer(address) => {
+                    assert!(address.is_null(), "a buffer has a length");
+                    0
+                }
+                Argument::Buffer { address, bytes, .. } => {
                     *copies.entry(address).or_insert_with(|| self.upload(address, bytes))
                 }
                 Argument::I32(x) => u64::from(x as u32),
@@ -135,12 +138,12 @@ impl Gpu {
         );
         call!(self.driver, "cuCtxSynchronize", (),);
         for argument in arguments.iter() {
-            let Argument::Pointer { address, bytes, written } = *argument else { continue };
+            let Argument::Buffer { address, bytes, written } = *argument else { continue };
             let Some(copy) = copies.remove(&address) else { continue };
             // The same buffer may be given twice, to be read and to be written.
             let same = |other: &Argument| {
                 matches!(other,
-                Argument::Pointer { address: a, written: true, .. } if *a == address)
+                Argument::Buffer { address: a, written: true, .. } if *a == address)
             };
             self.download(kernel, copy, address, bytes, written || arguments.iter().any(same));
         }

@@ -59,8 +59,10 @@ pub const ORDERS: [Order; 3] = [Order::Up, Order::Down, Order::Seeded(20_240_607
 /// One argument of a kernel.
 #[derive(Debug, Clone, Copy)]
 pub enum Argument {
+    /// An address, for the emulator alone.
+    Pointer(*const c_void),
     /// A buffer, and whether the kernel may write to it.
-    Pointer {
+    Buffer {
         /// Its first byte.
         address: *const c_void,
         /// Its length.
@@ -83,13 +85,14 @@ pub enum Argument {
 }
 
 /// A null pointer.
-pub const NULL: Argument =
-    Argument::Pointer { address: std::ptr::null(), bytes: 0, written: false };
+pub const NULL: Argument = Argument::Pointer(std::ptr::null());
 
 impl Argument {
     fn address(&mut self) -> *mut c_void {
         match self {
-            Argument::Pointer { address, .. } => std::ptr::from_mut(address).cast(),
+            Argument::Pointer(x) | Argument::Buffer { address: x, .. } => {
+                std::ptr::from_mut(x).cast()
+            }
             Argument::I32(x) => std::ptr::from_mut(x).cast(),
             Argument::I64(x) => std::ptr::from_mut(x).cast(),
             Argument::U32(x) => std::ptr::from_mut(x).cast(),
@@ -116,13 +119,13 @@ macro_rules! pointer_from {
         impl From<&[$type]> for Argument {
             fn from(x: &[$type]) -> Self {
                 let (address, bytes) = (x.as_ptr().cast(), size_of_val(x));
-                Argument::Pointer { address, bytes, written: false }
+                Argument::Buffer { address, bytes, written: false }
             }
         }
         impl From<&mut [$type]> for Argument {
             fn from(x: &mut [$type]) -> Self {
                 let (address, bytes) = (x.as_mut_ptr().cast_const().cast(), size_of_val(x));
-                Argument::Pointer { address, bytes, written: true }
+                Argument::Buffer { address, bytes, written: true }
             }
         }
     )*};
@@ -193,7 +196,8 @@ impl Emulator {
         }
     }
 
-    fn order(&self, order: Order) {
+    /// Sets the order of this thread's launches.
+    pub fn order(&self, order: Order) {
         let (order, seed) = match order {
             Order::Up => (0, 1),
             Order::Down => (1, 1),
@@ -203,7 +207,8 @@ impl Emulator {
         unsafe { (self.set_order)(order, seed) };
     }
 
-    fn launch(
+    /// As [`Device::launch`].
+    pub fn launch(
         &self,
         kernel: &str,
         grid: [u32; 3],
@@ -233,12 +238,21 @@ fn open_device() -> Option<Device> {
     if std::env::var_os("NIBBLE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
         return Some(Device::Gpu(gpu::Gpu::open()));
     }
+    open_emulator().map(Device::Emulated)
+}
+
+/// The emulator, whatever tests run on; `None`, with a printed line, without g++.
+pub fn emulator() -> Option<&'static Emulator> {
+    static EMULATOR: OnceLock<Option<Emulator>> = OnceLock::new();
+    EMULATOR.get_or_init(open_emulator).as_ref()
+}
+
+fn open_emulator() -> Option<Emulator> {
     let path = match std::env::var_os("NIBBLE_EMULATED") {
         Some(path) => PathBuf::from(path),
         None => build()?,
     };
-    let emulator = Emulator::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display()));
-    Some(Device::Emulated(emulator))
+    Some(Emulator::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
 }
 
 fn build() -> Option<PathBuf> {
@@ -248,7 +262,9 @@ fn build() -> Option<PathBuf> {
         let mut files: Vec<PathBuf> =
             fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path()).collect();
         files.sort();
-        for file in files.iter().filter(|file| file.extension().is_none_or(|e| e != "ptx")) {
+        let sources = ["cu", "cuh", "cpp", "hpp", "sh"];
+        files.retain(|file| file.extension().is_some_and(|e| sources.iter().any(|s| e == *s)));
+        for file in files {
             fs::read(file).unwrap().hash(&mut state);
         }
     }
