@@ -38,13 +38,14 @@ fn neither_memory_policy_nor_threads_change_a_bit() {
     for (out, extra) in [
         ("keep", ["--activations", "keep", "--threads", "1"]),
         ("checkpoint", ["--activations", "checkpoint", "--threads", "3"]),
+        ("rehearsed", ["--activations", "keep", "--longest-first-step", "false"]),
     ] {
         let mut command = place.nibble(&["train", "--model", "model", "--data", "train.jsonl"]);
         command.args(["--out", out, "--max-length", "32"]).args(flags).args(extra);
         succeed(command);
         adapters.push(place.read(&format!("{out}/adapter_model.safetensors")));
     }
-    assert!(adapters[0] == adapters[1]);
+    assert!(adapters[0] == adapters[1] && adapters[0] == adapters[2]);
 }
 
 #[test]

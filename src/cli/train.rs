@@ -259,6 +259,9 @@ pub struct EvaluationArgs {
     /// Stop when a trained matrix gets no gradient or does not move
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
     pub self_checks: bool,
+    /// Try the largest batch before the first step, so that memory runs out at once or never
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
+    pub longest_first_step: bool,
 }
 
 /// What is kept.
@@ -334,6 +337,7 @@ impl TrainArgs {
             },
             sample_steps: e.sample_steps,
             self_checks: e.self_checks,
+            longest_first_step: e.longest_first_step,
         })
     }
 

@@ -67,22 +67,39 @@ impl Feed {
         }
         let first = index * self.rows_per_batch;
         let rows = &self.order.rows[first..self.rows.len().min(first + self.rows_per_batch)];
-        let documents = rows.iter().flat_map(|&row| &self.rows[row]);
-        let documents = documents.map(|&document| &self.documents[document]);
-        Batch { file: self.file.clone(), ..Batch::from_documents(documents) }
+        self.batch_of(rows)
     }
 
     /// Tokens of the largest batch that any epoch can have.
     pub fn largest_batch_tokens(&self) -> usize {
-        let length = |row: &Vec<usize>| -> usize {
-            row.iter().map(|&document| self.documents[document].input_ids.len()).sum()
-        };
-        let mut lengths: Vec<usize> = self.rows.iter().map(length).collect();
+        self.largest_rows().iter().map(|&row| self.row_tokens(row)).sum()
+    }
+
+    /// The largest batch that any epoch can have.
+    pub fn largest_batch(&self) -> Batch {
+        self.batch_of(&self.largest_rows())
+    }
+
+    /// Its rows: any can meet when they are shuffled, else they come as they lie.
+    fn largest_rows(&self) -> Vec<usize> {
+        let mut rows: Vec<usize> = (0..self.rows.len()).collect();
         if self.seed.is_some() {
-            lengths.sort_unstable_by(|a, b| b.cmp(a));
+            rows.sort_by_key(|&row| std::cmp::Reverse(self.row_tokens(row)));
         }
-        let batches = lengths.chunks(self.rows_per_batch).map(|batch| batch.iter().sum());
-        batches.max().unwrap_or(0)
+        let tokens =
+            |batch: &&[usize]| batch.iter().map(|&row| self.row_tokens(row)).sum::<usize>();
+        let largest = rows.chunks(self.rows_per_batch).max_by_key(tokens);
+        largest.unwrap_or_default().to_vec()
+    }
+
+    fn row_tokens(&self, row: usize) -> usize {
+        self.rows[row].iter().map(|&document| self.documents[document].input_ids.len()).sum()
+    }
+
+    fn batch_of(&self, rows: &[usize]) -> Batch {
+        let documents = rows.iter().flat_map(|&row| &self.rows[row]);
+        let documents = documents.map(|&document| &self.documents[document]);
+        Batch { file: self.file.clone(), ..Batch::from_documents(documents) }
     }
 
     /// Tokens of the longest document.
@@ -161,6 +178,20 @@ mod tests {
             assert_eq!(lines, [0, 1, 2, 3, 4, 5, 6]);
         }
         assert_eq!(feed.largest_batch_tokens(), 15 + 6, "the two longest rows can meet");
+    }
+
+    #[test]
+    fn the_largest_batch_is_as_large_as_any_that_comes() {
+        for seed in [None, Some(3)] {
+            let mut feed = feed(seed);
+            let largest = feed.largest_batch();
+            assert_eq!(largest.tokens(), feed.largest_batch_tokens());
+            for epoch in 0..5 {
+                for index in 0..feed.num_batches() {
+                    assert!(feed.batch(epoch, index).tokens() <= largest.tokens());
+                }
+            }
+        }
     }
 
     #[test]

@@ -46,6 +46,8 @@ pub struct Recipe {
     pub sample_steps: Option<u64>,
     /// Whether the first steps are checked for dead parameters.
     pub self_checks: bool,
+    /// Whether the largest batch is tried before the first step.
+    pub longest_first_step: bool,
 }
 
 /// Settings of evaluation.

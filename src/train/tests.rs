@@ -43,6 +43,7 @@ fn recipe() -> Recipe {
         saving: SaveRecipe { steps: 3, total_limit: 2 },
         sample_steps: Some(4),
         self_checks: true,
+        longest_first_step: true,
     }
 }
 

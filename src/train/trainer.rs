@@ -81,6 +81,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
     /// `Interrupted` once the state is saved; `Numeric` when the numbers go wrong; whatever model,
     /// log and disk report. The last checkpoint is intact in all cases.
     pub fn run(mut self) -> Result<EndEvent> {
+        self.rehearse()?;
         let reason = self.train().map_err(|error| self.with_survivor(error))?;
         if reason != EndReason::Interrupted {
             self.evaluate_unless_done()?;
@@ -95,6 +96,18 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         self.load_best()?;
         publish(self.model, self.parts.out)?;
         Ok(end)
+    }
+
+    /// Runs the largest batch, whose gradient nobody uses: what a run ever needs of memory it has
+    /// needed before its first step.
+    fn rehearse(&mut self) -> Result<()> {
+        if self.parts.recipe.longest_first_step && self.state.step < self.state.max_steps {
+            let batch = self.parts.feed.largest_batch();
+            let scale = 1.0 / batch.num_targets.max(1) as f32;
+            let at = |error: Error| error.at("the largest batch, tried before the first step");
+            self.model.forward_backward(&batch, scale, self.micro_batches()).map_err(at)?;
+        }
+        Ok(())
     }
 
     fn train(&mut self) -> Result<EndReason> {
