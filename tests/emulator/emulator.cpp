@@ -13,6 +13,15 @@ namespace {
 
 using Invoke = void (*)(void** arguments);
 
+/// Kinds of parameters: p pointer, i 4-byte integer, l 8-byte integer, f float, d double.
+template <class T>
+constexpr char kind() {
+    if (std::is_pointer<T>::value) return 'p';
+    if (std::is_same<T, float>::value) return 'f';
+    if (std::is_same<T, double>::value) return 'd';
+    return sizeof(T) == 8 ? 'l' : 'i';
+}
+
 template <class Function, Function* Kernel>
 struct Entry;
 template <class... Arguments, void (*Kernel)(Arguments...)>
@@ -21,6 +30,7 @@ struct Entry<void(Arguments...), Kernel> {
     static void unpack(void** arguments, std::index_sequence<I...>) {
         Kernel(*static_cast<Arguments*>(arguments[I])...);
     }
+    static constexpr char SIGNATURE[] = {kind<Arguments>()..., 0};
     static void invoke(void** arguments) {
         unpack(arguments, std::index_sequence_for<Arguments...>());
     }
@@ -29,11 +39,14 @@ struct Entry<void(Arguments...), Kernel> {
 struct Kernel {
     const char* name;
     unsigned largest_block;
+    const char* signature;
     Invoke invoke;
 };
 
 const Kernel KERNELS[] = {
-#define NIBBLE_ENTRY(largest_block, name) {#name, largest_block, Entry<decltype(name), name>::invoke},
+#define NIBBLE_ENTRY(largest_block, name)                               \
+    {#name, largest_block, Entry<decltype(name), name>::SIGNATURE, \
+     Entry<decltype(name), name>::invoke},
 #include "entries.inc"  // written by build.sh
 };
 
@@ -45,6 +58,14 @@ extern "C" {
 
 /// Sets how this host thread's launches order fibers: 0 up, 1 down, 2 shuffled by `seed`.
 void nibble_emulation(int order, unsigned seed) { options = {order, seed}; }
+
+/// The kinds of the parameters of `kernel`, a letter each; null if there is no such kernel.
+const char* nibble_signature(const char* kernel) {
+    for (const Kernel& known : KERNELS) {
+        if (strcmp(known.name, kernel) == 0) return known.signature;
+    }
+    return nullptr;
+}
 
 /// Launches `kernel`; `arguments` are pointers to each argument. 0: done, 1: no such kernel,
 /// 2: a grid or block that the kernel or a GPU does not take.

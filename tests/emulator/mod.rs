@@ -8,7 +8,7 @@
 
 mod gpu;
 
-use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::fs;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::io::Write;
@@ -25,6 +25,7 @@ type Launch = unsafe extern "C" fn(
     usize,
     *mut *mut c_void,
 ) -> c_int;
+type Signature = unsafe extern "C" fn(*const c_char) -> *const c_char;
 type SetOrder = unsafe extern "C" fn(c_int, c_uint);
 
 /// Something that runs the kernels.
@@ -38,6 +39,7 @@ pub enum Device {
 /// The kernels on the CPU.
 pub struct Emulator {
     launch: Launch,
+    signature: Signature,
     set_order: SetOrder,
     _library: libloading::Library,
 }
@@ -88,6 +90,17 @@ pub enum Argument {
 pub const NULL: Argument = Argument::Pointer(std::ptr::null());
 
 impl Argument {
+    /// The letter of emulator.cpp for its kind.
+    fn kind(&self) -> u8 {
+        match self {
+            Argument::Pointer(_) | Argument::Buffer { .. } => b'p',
+            Argument::I32(_) | Argument::U32(_) => b'i',
+            Argument::I64(_) | Argument::U64(_) => b'l',
+            Argument::F32(_) => b'f',
+            Argument::F64(_) => b'd',
+        }
+    }
+
     fn address(&mut self) -> *mut c_void {
         match self {
             Argument::Pointer(x) | Argument::Buffer { address: x, .. } => {
@@ -163,10 +176,10 @@ impl Device {
         }
     }
 
-    /// Runs `kernel`; the arguments are those that kernels.cu declares, or this is undefined.
+    /// Runs `kernel`; buffers are as long as kernels.cu says, or this is undefined.
     ///
     /// # Panics
-    /// When there is no such kernel or it does not take the grid or block.
+    /// When there is no such kernel, or it does not take the grid, block or kinds of arguments.
     pub fn launch(
         &self,
         kernel: &str,
@@ -191,8 +204,9 @@ impl Emulator {
         unsafe {
             let library = libloading::Library::new(path)?;
             let launch = *library.get::<Launch>(b"nibble_launch\0")?;
+            let signature = *library.get::<Signature>(b"nibble_signature\0")?;
             let set_order = *library.get::<SetOrder>(b"nibble_emulation\0")?;
-            Ok(Emulator { launch, set_order, _library: library })
+            Ok(Emulator { launch, signature, set_order, _library: library })
         }
     }
 
@@ -217,6 +231,13 @@ impl Emulator {
         arguments: &mut [Argument],
     ) {
         let name = CString::new(kernel).expect("names have no zero bytes");
+        // SAFETY: takes a string and gives a static one or null.
+        let signature = unsafe { (self.signature)(name.as_ptr()) };
+        assert!(!signature.is_null(), "there is no kernel {kernel}");
+        // SAFETY: not null, ends with a zero byte, lives as long as the library.
+        let signature = unsafe { CStr::from_ptr(signature) }.to_str().expect("letters");
+        let kinds: String = arguments.iter().map(|argument| argument.kind() as char).collect();
+        assert_eq!(kinds, signature, "kinds of the arguments of {kernel}, and of its parameters");
         let mut addresses: Vec<*mut c_void> = arguments.iter_mut().map(Argument::address).collect();
         let block = [threads, 1, 1];
         // SAFETY: each argument outlives the call; types and bounds are the test's to get right.
