@@ -1,12 +1,11 @@
 //! A GPU that is none: host memory, the emulated kernels, and products with f32 sums.
 //!
-//! Fresh memory is NaN in every type. Allocations, waits and launches are counted.
+//! An access outside of an allocation is found.
 #![allow(unsafe_code)]
 
 use std::alloc::Layout;
 use std::collections::HashMap;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use half::bf16;
 use nibble::Result;
@@ -14,44 +13,15 @@ use nibble::kernels::cuda::driver::{Address, Argument, Driver, Gemm, Launch, Ope
 
 use crate::emulator::{self, Emulator};
 
-/// What was asked of the driver so far.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Counts {
-    pub allocations: usize,
-    pub allocated_bytes: usize,
-    pub waits: usize,
-    pub launches: usize,
-}
-
 pub struct Emulated {
     emulator: &'static Emulator,
     memory: Mutex<HashMap<Address, Layout>>,
-    allocations: AtomicUsize,
-    allocated_bytes: AtomicUsize,
-    waits: AtomicUsize,
-    launches: AtomicUsize,
 }
 
 impl Emulated {
     /// `None`, aloud, where the kernels cannot be compiled.
     pub fn new() -> Option<Self> {
-        Some(Emulated {
-            emulator: emulator::emulator()?,
-            memory: Mutex::default(),
-            allocations: AtomicUsize::new(0),
-            allocated_bytes: AtomicUsize::new(0),
-            waits: AtomicUsize::new(0),
-            launches: AtomicUsize::new(0),
-        })
-    }
-
-    pub fn counts(&self) -> Counts {
-        Counts {
-            allocations: self.allocations.load(Relaxed),
-            allocated_bytes: self.allocated_bytes.load(Relaxed),
-            waits: self.waits.load(Relaxed),
-            launches: self.launches.load(Relaxed),
-        }
+        Some(Emulated { emulator: emulator::emulator()?, memory: Mutex::default() })
     }
 
     fn reserve(&self, bytes: usize) -> *mut u8 {
@@ -59,8 +29,8 @@ impl Emulated {
         // SAFETY: the layout is not empty.
         let start = unsafe { std::alloc::alloc(layout) };
         assert!(!start.is_null());
-        // SAFETY: freshly allocated with this length. All ones is a NaN in bf16, f32 and f64.
-        unsafe { start.write_bytes(0xff, bytes) };
+        // SAFETY: freshly allocated with this length.
+        unsafe { start.write_bytes(0, bytes) };
         self.memory.lock().unwrap().insert(start as Address, layout);
         start
     }
@@ -112,8 +82,6 @@ fn kernel_argument(argument: &Argument) -> emulator::Argument {
 
 impl Driver for Emulated {
     fn allocate(&self, bytes: usize) -> Result<Address> {
-        self.allocations.fetch_add(1, Relaxed);
-        self.allocated_bytes.fetch_add(bytes, Relaxed);
         Ok(self.reserve(bytes) as Address)
     }
 
@@ -122,7 +90,6 @@ impl Driver for Emulated {
     }
 
     fn allocate_staging(&self, bytes: usize) -> Result<*mut u8> {
-        self.allocations.fetch_add(1, Relaxed);
         Ok(self.reserve(bytes))
     }
 
@@ -136,13 +103,11 @@ impl Driver for Emulated {
     }
 
     fn upload(&self, from: &[u8], to: Address) -> Result<()> {
-        self.waits.fetch_add(1, Relaxed);
         self.bytes(to, from.len()).copy_from_slice(from);
         Ok(())
     }
 
     fn download(&self, from: Address, to: &mut [u8]) -> Result<()> {
-        self.waits.fetch_add(1, Relaxed);
         to.copy_from_slice(self.bytes(from, to.len()));
         Ok(())
     }
@@ -158,7 +123,6 @@ impl Driver for Emulated {
     }
 
     fn launch(&self, launch: Launch) -> Result<()> {
-        self.launches.fetch_add(1, Relaxed);
         let mut arguments: Vec<_> = launch.arguments.iter().map(kernel_argument).collect();
         let shared = launch.shared_bytes as usize;
         self.emulator.launch(launch.kernel, launch.grid, launch.threads, shared, &mut arguments);
@@ -208,7 +172,6 @@ impl Driver for Emulated {
     }
 
     fn synchronize(&self) -> Result<()> {
-        self.waits.fetch_add(1, Relaxed);
         Ok(())
     }
 }

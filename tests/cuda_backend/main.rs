@@ -1,4 +1,5 @@
-//! The CUDA backend on the golden models, with its kernels emulated on the CPU.
+//! The CUDA backend on the golden models, with its kernels emulated on the CPU; on a card with
+//! `NIBBLE_TEST_DEVICE=cuda`.
 //!
 //! Logits, losses and gradients of `tests/data/models/CASE` (made by `gen_models.py`, f32) within
 //! the tolerances of bf16; what must be exact (policies, plan, allocations, waits) exactly.
@@ -9,9 +10,11 @@ mod emulator;
 #[path = "../golden/mod.rs"]
 mod golden;
 
+mod attention;
+mod device;
 mod emulated;
 
-use emulated::Emulated;
+use device::Device;
 use golden::{CASES, Case};
 use nibble::adapter::{Adapter, LoraPlus};
 use nibble::checkpoint::Checkpoint;
@@ -27,7 +30,7 @@ use nibble::train::clip;
 use nibble::train::step;
 use nibble_quant::{BlockFormat, QuantType};
 
-type Gpu = Cuda<Emulated>;
+type Gpu = Cuda<Device>;
 
 /// The same settings as [`Case::model`]'s, but for what is asked.
 fn settings(
@@ -70,7 +73,7 @@ fn model(
 
 /// `None`, aloud, without g++.
 fn gpu() -> Option<Gpu> {
-    Some(Cuda::new(Emulated::new()?).unwrap())
+    Some(Cuda::new(Device::open()?).unwrap())
 }
 
 /// ‖got − expected‖ / ‖expected‖.

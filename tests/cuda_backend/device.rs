@@ -1,0 +1,117 @@
+//! The device under test: emulated, or with `NIBBLE_TEST_DEVICE=cuda` a card.
+//!
+//! Fresh memory is NaN in every type. Allocations and waits are counted.
+
+use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+
+use nibble::Result;
+use nibble::kernels::cuda::driver::{Address, Driver, Gemm, Launch};
+use nibble::kernels::cuda::library::Gpu;
+
+use crate::emulated::Emulated;
+
+/// What was asked of the driver so far.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Counts {
+    pub allocations: usize,
+    pub allocated_bytes: usize,
+    pub waits: usize,
+}
+
+/// A driver that is watched.
+pub struct Device {
+    driver: Box<dyn Driver>,
+    allocations: AtomicUsize,
+    allocated_bytes: AtomicUsize,
+    waits: AtomicUsize,
+}
+
+impl Device {
+    /// `None`, aloud, where kernels cannot be compiled for the emulator. A card that is asked for
+    /// and missing fails the test.
+    pub fn open() -> Option<Self> {
+        let driver: Box<dyn Driver> = match std::env::var("NIBBLE_TEST_DEVICE").as_deref() {
+            Ok("cuda") => Box::new(Gpu::open(0).expect("NIBBLE_TEST_DEVICE=cuda needs a card")),
+            Ok(other) => panic!("NIBBLE_TEST_DEVICE is `{other}`, expected `cuda`"),
+            Err(_) => Box::new(Emulated::new()?),
+        };
+        let zero = || AtomicUsize::new(0);
+        let (allocations, allocated_bytes, waits) = (zero(), zero(), zero());
+        Some(Device { driver, allocations, allocated_bytes, waits })
+    }
+
+    pub fn counts(&self) -> Counts {
+        Counts {
+            allocations: self.allocations.load(Relaxed),
+            allocated_bytes: self.allocated_bytes.load(Relaxed),
+            waits: self.waits.load(Relaxed),
+        }
+    }
+}
+
+impl Driver for Device {
+    fn allocate(&self, bytes: usize) -> Result<Address> {
+        self.allocations.fetch_add(1, Relaxed);
+        self.allocated_bytes.fetch_add(bytes, Relaxed);
+        let address = self.driver.allocate(bytes)?;
+        // All ones is a NaN in bf16, f32 and f64.
+        self.driver.upload(&vec![0xff; bytes], address)?;
+        Ok(address)
+    }
+
+    fn free(&self, address: Address) {
+        self.driver.free(address);
+    }
+
+    fn allocate_staging(&self, bytes: usize) -> Result<*mut u8> {
+        self.allocations.fetch_add(1, Relaxed);
+        self.driver.allocate_staging(bytes)
+    }
+
+    fn free_staging(&self, staging: *mut u8, bytes: usize) {
+        self.driver.free_staging(staging, bytes);
+    }
+
+    fn upload_staged(&self, from: *const u8, to: Address, bytes: usize) -> Result<()> {
+        self.driver.upload_staged(from, to, bytes)
+    }
+
+    fn upload(&self, from: &[u8], to: Address) -> Result<()> {
+        self.waits.fetch_add(1, Relaxed);
+        self.driver.upload(from, to)
+    }
+
+    fn download(&self, from: Address, to: &mut [u8]) -> Result<()> {
+        self.waits.fetch_add(1, Relaxed);
+        self.driver.download(from, to)
+    }
+
+    fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
+        self.driver.copy(from, to, bytes)
+    }
+
+    fn zero(&self, to: Address, bytes: usize) -> Result<()> {
+        self.driver.zero(to, bytes)
+    }
+
+    fn launch(&self, launch: Launch) -> Result<()> {
+        self.driver.launch(launch)
+    }
+
+    fn gemm(&self, gemm: &Gemm) -> Result<()> {
+        self.driver.gemm(gemm)
+    }
+
+    fn set_workspace(&self, address: Address, bytes: usize) -> Result<()> {
+        self.driver.set_workspace(address, bytes)
+    }
+
+    fn memory(&self) -> Result<(u64, u64)> {
+        self.driver.memory()
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        self.waits.fetch_add(1, Relaxed);
+        self.driver.synchronize()
+    }
+}
