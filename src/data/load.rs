@@ -170,8 +170,18 @@ impl LoadReport {
             )));
         }
         if self.documents == 0 {
-            return Err(Error::input(format_args!("{place}: no record has a token to train on"))
-                .hint("see `nibble data --show 3`: which tokens does `--train-on` leave?"));
+            let error = Error::input(format_args!("{place}: no record has a token to train on"));
+            if self.too_long.is_empty() {
+                let hint = "see `nibble data --show 3`: which tokens does `--train-on` leave?";
+                return Err(error.hint(hint));
+            }
+            let longest = self.lengths.iter().max().copied().unwrap_or(0);
+            return Err(error.hint(format_args!(
+                "{} records are longer than `--max-length {}` and lost them by truncation; the \
+                 longest has {longest} tokens",
+                self.too_long.len(),
+                options.max_length
+            )));
         }
         Ok(())
     }
