@@ -1,5 +1,7 @@
 //! A small GGUF file, written field by field so that tests can make any of them lie.
 
+#![allow(dead_code)] // each test binary uses a part of this module
+
 use std::fs;
 use std::path::Path;
 

@@ -90,8 +90,20 @@ impl Repack<'_> {
         let source = self.elements(step)?;
         if step.packed.is_some() {
             let packed = self.pack(step, &source)?;
-            writer.write(&step.name, Contents::Packed(&packed))?;
-            return Ok(source.packed().is_none().then(|| packing_error(&source, &packed)));
+            let lossy = source.packed().is_none();
+            // The system copies what is written on one thread; the others look at the errors.
+            let (written, sums) = rayon::join(
+                || writer.write(&step.name, Contents::Packed(&packed)),
+                || lossy.then(|| packing_error(&source, &packed)),
+            );
+            return written.map(|()| sums);
+        }
+        if let Some(dense) = source.stored().filter(|dense| dense.dtype == step.dtype) {
+            if let Some(index) = dense.first_non_finite() {
+                return Err(not_finite(step, index, dense.to_f32_range(index..index + 1)[0]));
+            }
+            writer.write(&step.name, Contents::Dense(dense.dtype, &step.shape, &dense.data))?;
+            return Ok(None);
         }
         let mut sums = Sums::default();
         let pieces = pieces(source.len()).map(|range| {
