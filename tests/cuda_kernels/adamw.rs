@@ -3,7 +3,7 @@
 use half::bf16;
 use nibble::train::adamw::{AdamW, RateGroup};
 use nibble::train::buffers::Buffers;
-use nibble_quant::codebook::dynamic_map;
+use nibble_quant::codebook::{dynamic_map, unsigned_dynamic_map};
 
 use crate::emulator::{Argument, NULL};
 use crate::support::*;
@@ -63,17 +63,11 @@ fn ten_updates_have_the_bits_of_the_cpu() {
     });
 }
 
-/// Any ascending map serves the definition; bitsandbytes' unsigned one is 0 and the positive half
-/// refined, which this stands for.
-fn unsigned_map() -> Vec<f32> {
-    (0..256).map(|i| (i as f32 / 255.0).powi(3)).collect()
-}
-
 #[test]
 fn eight_bit_moments_are_the_nearest_codes() {
     in_every_order(|device| {
         let len = 2 * 256 + 99;
-        let (signed, unsigned) = (dynamic_map(), unsigned_map());
+        let (signed, unsigned) = (dynamic_map(), unsigned_dynamic_map());
         let mut master = normal(len, "w");
         let (mut m_codes, mut m_absmax) = (vec![127u8; len], vec![0f32; 3]);
         let (mut v_codes, mut v_absmax) = (vec![0u8; len], vec![0f32; 3]);
@@ -86,7 +80,7 @@ fn eight_bit_moments_are_the_nearest_codes() {
                 codes.iter().enumerate().map(value).collect()
             };
             let (mut m, mut v) =
-                (read(signed, &m_codes, &m_absmax), read(&unsigned, &v_codes, &v_absmax));
+                (read(signed, &m_codes, &m_absmax), read(unsigned, &v_codes, &v_absmax));
             let mut expected = master.clone();
             let mut arguments: Vec<Argument> = vec![
                 (&mut master[..]).into(),
