@@ -1,9 +1,10 @@
 //! The CUDA backend: bf16 activations and products, f32 statistics, losses, gradients of the
 //! adapters and optimizer.
 //!
-//! [`Cuda`] turns every operation of [`Kernels`] into launches of the kernels in `kernels.cu` and
-//! cuBLAS products, queued on one stream of a [`Driver`]. Operations do not wait and do not fail:
-//! the first error is kept and reported by whatever waits next (a loss, a download).
+//! [`Cuda`] turns every operation of [`Kernels`](crate::kernels::Kernels) into launches of the
+//! kernels in `kernels.cu` and cuBLAS products, queued on one stream of a [`Driver`]. Operations do
+//! not wait and do not fail: the first error is kept and reported by whatever waits next (a loss, a
+//! download).
 
 mod attention;
 pub mod driver;
