@@ -15,6 +15,8 @@ use super::bnb::QuantState;
 use super::folder::{INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
 
+/// Tensors behind a packed weight, and the first one, begin at multiples of this.
+const ALIGNMENT_BYTES: usize = 64;
 /// Room for a tensor's entry in the header beside its name, which appears once more in its parts.
 const ENTRY_BYTES: usize = 160;
 
@@ -182,7 +184,12 @@ impl ShardWriter {
             }
         }
         self.part(&format!("{name}.quant_map"), "F32", &[16], map)?;
-        let json = python_json(&state);
+        // Spaces after the JSON put the next tensor at an aligned place: a reader that maps the
+        // file needs no copy of it.
+        let mut json = python_json(&state);
+        let offset = self.open.as_ref().map_or(0, |shard| shard.offset);
+        let end = (offset + json.len()).next_multiple_of(ALIGNMENT_BYTES);
+        json.push_str(&" ".repeat(end - offset - json.len()));
         let key = format!("{name}.quant_state.bitsandbytes__{kind}");
         self.part(&key, "U8", &[json.len()], json.as_bytes())
     }
@@ -231,7 +238,7 @@ impl ShardWriter {
         let tensors = self.announced.iter().zip(&self.shards).filter(|(_, shard)| **shard == index);
         // A packed weight has six parts, each with the weight's name.
         let room: usize = tensors.map(|(t, _)| 6 * (t.name.len() + ENTRY_BYTES)).sum();
-        let room = (room + 64).next_multiple_of(8);
+        let room = (room + 64 + 8).next_multiple_of(ALIGNMENT_BYTES) - 8;
         let open = || {
             let mut file = BufWriter::with_capacity(1 << 20, File::create(&path)?);
             file.seek(SeekFrom::Start((8 + room) as u64))?;

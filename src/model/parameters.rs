@@ -6,8 +6,11 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::path::Path;
 
-use crate::adapter::{Adapter, LoraTarget, LoraTensors};
+use nibble_quant::FloatType;
+
+use crate::adapter::{Adapter, LoraTarget};
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
 use crate::kernels::cpu::arena::Buffer;
@@ -142,15 +145,21 @@ impl<K: Kernels> Parameters<K> {
         self.refresh_working();
     }
 
-    /// The master weights of every target.
+    /// The ranges of A and B of every target in the flat buffers.
+    pub fn pairs(&self) -> impl Iterator<Item = [Range<usize>; 2]> {
+        let pairs = self.tensors.chunks_exact(2);
+        pairs.map(|pair| [pair[0].range.clone(), pair[1].range.clone()])
+    }
+
+    /// Writes the master weights as `adapter`'s files.
     ///
     /// # Errors
-    /// Those of the backend.
-    pub fn to_tensors(&self) -> Result<Vec<LoraTensors>> {
+    /// Those of the backend, and `Io` when the disk refuses.
+    pub fn save(&self, adapter: &Adapter, folder: &Path, dtype: FloatType) -> Result<()> {
         let master = self.values(Part::Master)?;
-        let copy = |tensor: &ParameterTensor| master[tensor.range.clone()].to_vec();
-        let pairs = self.tensors.chunks_exact(2);
-        Ok(pairs.map(|pair| LoraTensors { a: copy(&pair[0]), b: copy(&pair[1]) }).collect())
+        let pairs: Vec<[&[f32]; 2]> =
+            self.pairs().map(|pair| pair.map(|range| &master[range])).collect();
+        adapter.save_pairs(folder, dtype, &pairs)
     }
 
     /// Rounds the master to the bf16 working copy.

@@ -110,8 +110,7 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
     }
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {
-        let tensors = self.model.parameters().to_tensors()?;
-        Adapter { tensors, ..self.adapter.clone() }.save(folder, self.dtype)
+        self.model.parameters().save(&self.adapter, folder, self.dtype)
     }
 
     fn sample(&mut self, prompt: &str) -> Result<String> {

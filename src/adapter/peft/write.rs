@@ -30,21 +30,32 @@ impl Adapter {
     /// # Errors
     /// `Io` naming the file when the disk refuses.
     pub fn save(&self, dir: &Path, dtype: FloatType) -> Result<()> {
+        let pairs: Vec<[&[f32]; 2]> =
+            self.tensors.iter().map(|pair| [&pair.a[..], &pair.b]).collect();
+        self.save_pairs(dir, dtype, &pairs)
+    }
+
+    /// [`save`](Self::save) with tensors that lie elsewhere: A and B of every target.
+    ///
+    /// # Errors
+    /// `Io` naming the file when the disk refuses.
+    pub fn save_pairs(&self, dir: &Path, dtype: FloatType, pairs: &[[&[f32]; 2]]) -> Result<()> {
+        assert_eq!(pairs.len(), self.targets.len(), "a pair for each target");
         fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
         let settings = to_json(&self.config, self.base_model.as_deref(), &self.suffixes());
         let settings = format!("{settings:#}\n");
         write_file(&dir.join(CONFIG_FILE), settings.as_bytes())?;
         write_file(&dir.join(CARD_FILE), model_card(self).as_bytes())?;
-        self.save_tensors(&dir.join(TENSORS_FILE), dtype)
+        self.save_tensors(&dir.join(TENSORS_FILE), dtype, pairs)
     }
 
-    fn save_tensors(&self, path: &Path, dtype: FloatType) -> Result<()> {
-        let pairs = self.targets.iter().zip(&self.tensors);
-        let tensors = pairs.flat_map(|(target, pair)| {
+    fn save_tensors(&self, path: &Path, dtype: FloatType, pairs: &[[&[f32]; 2]]) -> Result<()> {
+        let pairs = self.targets.iter().zip(pairs);
+        let tensors = pairs.flat_map(|(target, [a, b])| {
             let (r, wide_in, wide_out) = (target.r, target.in_features, target.out_features);
             [
-                (target.key_a(), Matrix { values: &pair.a, shape: [r, wide_in], dtype }),
-                (target.key_b(), Matrix { values: &pair.b, shape: [wide_out, r], dtype }),
+                (target.key_a(), Matrix { values: a, shape: [r, wide_in], dtype }),
+                (target.key_b(), Matrix { values: b, shape: [wide_out, r], dtype }),
             ]
         });
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);

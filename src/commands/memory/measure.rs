@@ -97,6 +97,5 @@ fn save(args: &MemoryArgs, model: &Model, adapter: &Adapter) -> Result<()> {
         AdapterDtype::Bf16 => FloatType::Bf16,
         AdapterDtype::F32 => FloatType::F32,
     };
-    let tensors = model.parameters().to_tensors()?;
-    Adapter { tensors, ..adapter.clone() }.save(folder.path(), dtype)
+    model.parameters().save(adapter, folder.path(), dtype)
 }

@@ -139,7 +139,9 @@ impl Model {
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
         let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref());
-        let tokenizer = ChatTokenizer::open(path)?;
+        // Weights alone can be measured, too.
+        let has_tokenizer = path.is_file() || path.join("tokenizer.json").exists();
+        let tokenizer = has_tokenizer.then(|| ChatTokenizer::open(path)).transpose()?;
         checkpoint.release_all();
         let process = resident::now_bytes();
         drop(tokenizer);
