@@ -217,9 +217,9 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
     plan
 }
 
-/// Rows of logits that exist at a time: 64 MiB of f32, at least 64 rows, no more than `tokens`.
+/// Rows of logits that exist at a time: 128 MiB of f32, at least 64 rows, no more than `tokens`.
 pub fn logit_rows(spec: &ModelSpec, tokens: usize) -> usize {
-    const CHUNK_BYTES: usize = 64 << 20;
+    const CHUNK_BYTES: usize = 128 << 20;
     const LEAST_ROWS: usize = 64;
     (CHUNK_BYTES / (spec.vocab_size * size_of::<f32>())).max(LEAST_ROWS).min(tokens)
 }
