@@ -259,7 +259,7 @@ pub struct EvaluationArgs {
     /// Stop when a trained matrix gets no gradient or does not move
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
     pub self_checks: bool,
-    /// Try the largest batch before the first step, so that memory runs out at once or never
+    /// Begin with the largest batch, so that memory runs out at once or never
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
     pub longest_first_step: bool,
 }

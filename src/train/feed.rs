@@ -4,6 +4,7 @@
 //! the seed and the epoch's number only, so any batch can be made at any time: resuming is asking
 //! for the next one.
 
+use std::collections::BTreeSet;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -19,6 +20,7 @@ pub struct Feed {
     rows: Vec<Vec<usize>>,
     rows_per_batch: usize,
     seed: Option<u64>,
+    largest_first: bool,
     order: Order,
     file: Option<Arc<str>>,
 }
@@ -44,9 +46,17 @@ impl Feed {
             return Err(Error::input("the training data has no token to learn from")
                 .hint("`nibble data` shows what became of every record"));
         }
-        let order = order(seed, 0, rows.len());
-        let order = Order { epoch: 0, rows: order };
-        Ok(Feed { documents, rows, rows_per_batch, seed, order, file: None })
+        let order = Order { epoch: 0, rows: order(seed, 0, rows.len()) };
+        let largest_first = false;
+        Ok(Feed { documents, rows, rows_per_batch, seed, largest_first, order, file: None })
+    }
+
+    /// Puts the largest batch that can be first in the first epoch, if rows are shuffled at all:
+    /// a run that lacks memory for its data then stops at once.
+    pub fn with_largest_first(mut self, largest_first: bool) -> Self {
+        self.largest_first = largest_first;
+        self.order = self.order_of(0);
+        self
     }
 
     /// Names the file that the documents come from, for messages.
@@ -63,11 +73,20 @@ impl Feed {
     /// Forward pass `index` of `epoch`.
     pub fn batch(&mut self, epoch: u64, index: usize) -> Batch {
         if self.order.epoch != epoch {
-            self.order = Order { epoch, rows: order(self.seed, epoch, self.rows.len()) };
+            self.order = self.order_of(epoch);
         }
         let first = index * self.rows_per_batch;
         let rows = &self.order.rows[first..self.rows.len().min(first + self.rows_per_batch)];
         self.batch_of(rows)
+    }
+
+    fn order_of(&self, epoch: u64) -> Order {
+        let mut rows = order(self.seed, epoch, self.rows.len());
+        if self.largest_first && self.seed.is_some() && epoch == 0 {
+            let largest: BTreeSet<usize> = self.largest_rows().into_iter().collect();
+            rows.sort_by_key(|row| !largest.contains(row));
+        }
+        Order { epoch, rows }
     }
 
     /// Tokens of the largest batch that any epoch can have.
@@ -192,6 +211,21 @@ mod tests {
                 }
             }
         }
+    }
+
+    #[test]
+    fn the_first_epoch_begins_with_the_largest_batch() {
+        for seed in 0..5 {
+            let mut plain = feed(Some(seed));
+            let mut feed = feed(Some(seed)).with_largest_first(true);
+            assert_eq!(feed.batch(0, 0).tokens(), feed.largest_batch_tokens());
+            let mut lines: Vec<_> = (0..3).flat_map(|index| feed.batch(0, index).lines).collect();
+            lines.sort_unstable();
+            assert_eq!(lines, [0, 1, 2, 3, 4, 5, 6]);
+            assert_eq!(feed.batch(1, 0).lines, plain.batch(1, 0).lines);
+        }
+        let mut in_file_order = feed(None).with_largest_first(true);
+        assert_eq!(in_file_order.batch(0, 0).lines, [0, 1, 2]);
     }
 
     #[test]

@@ -10,7 +10,7 @@ pub const SETTINGS_FILE: &str = "settings.toml";
 
 /// Settings that decide where, how fast and how closely watched a run is, but not its numbers. The
 /// contents of model and data are compared by themselves, so their paths may change.
-const NEUTRAL: [&str; 20] = [
+const NEUTRAL: [&str; 19] = [
     "activations",
     "data",
     "early_stopping_patience",
@@ -19,7 +19,6 @@ const NEUTRAL: [&str; 20] = [
     "eval_steps",
     "load_best_model_at_end",
     "logging_steps",
-    "longest_first_step",
     "memory_budget",
     "model",
     "out",

@@ -98,11 +98,14 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         Ok(end)
     }
 
-    /// Runs the largest batch, whose gradient nobody uses: what a run ever needs of memory it has
-    /// needed before its first step.
+    /// What a run ever needs of memory it has needed by its first step: unless that begins with a
+    /// batch as large as any, the largest is tried before, and its gradient thrown away.
     fn rehearse(&mut self) -> Result<()> {
         if self.parts.recipe.longest_first_step && self.state.step < self.state.max_steps {
             let batch = self.parts.feed.largest_batch();
+            if self.window().first().is_some_and(|first| first.tokens() >= batch.tokens()) {
+                return Ok(());
+            }
             let scale = 1.0 / batch.num_targets.max(1) as f32;
             let at = |error: Error| error.at("the largest batch, tried before the first step");
             self.model.forward_backward(&batch, scale, self.micro_batches()).map_err(at)?;

@@ -48,7 +48,7 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
     let seed = args.data.shuffle.then_some(seed);
     let rows_per_batch = args.optimization.per_device_train_batch_size.get();
     let feed = Feed::new(training.documents, training_rows, rows_per_batch, seed)?;
-    let feed = feed.of_file(training.path);
+    let feed = feed.of_file(training.path).with_largest_first(args.evaluation.longest_first_step);
     let mut prepared = Prepared {
         largest_batch_tokens: feed.largest_batch_tokens(),
         longest_document_tokens: feed.longest_document_tokens(),
