@@ -86,7 +86,8 @@ impl LoraConfig {
         self.refuse_idle_settings(spec)?;
         let selected = self.select(spec, &[])?;
         if selected.is_empty() {
-            return Err(Error::usage("target_modules and its exclusions leave no module to adapt"));
+            let what = "target_modules, its exclusions and layers leave no module to adapt";
+            return Err(Error::usage(what).hint("leave some of these settings out"));
         }
         self.refuse_idle_patterns(&selected)?;
         selected.into_iter().map(trained_target).collect()
@@ -121,6 +122,14 @@ impl LoraConfig {
                     "layers_to_transform names block {layer}, the model has blocks 0 to {}",
                     spec.num_layers.saturating_sub(1)
                 )));
+            }
+        }
+        for list in &self.layers_pattern {
+            let number = Pattern::block_number(list)?;
+            let numbers = modules.iter().map(|module| number.number(&module.path));
+            if numbers.collect::<Result<Vec<_>>>()?.iter().all(Option::is_none) {
+                let what = format_args!("layers_pattern: `{list}` is no block list of this model");
+                return Err(Error::usage(what).hint("it is `layers` in model.layers.0.mlp"));
             }
         }
         Ok(())
@@ -350,7 +359,10 @@ mod tests {
         let spec = fixtures::llama(2);
         let base = LoraConfig::default;
         let exclude = |names: &str| Some(names.parse().unwrap());
+        let mut elsewhere = LoraConfig { layers_to_transform: Some(vec![1]), ..base() };
+        elsewhere.layers_pattern = vec!["h".into()];
         for (config, words) in [
+            (elsewhere, "`h` is no block list"),
             (LoraConfig { exclude_modules: exclude("downproj"), ..base() }, "`down_proj`"),
             (LoraConfig { rank_pattern: vec![("q_prj".into(), 4)], ..base() }, "`q_proj`"),
             (LoraConfig { alpha_pattern: vec![("q_prj".into(), 4.0)], ..base() }, "`q_proj`"),

@@ -135,6 +135,24 @@ pub fn write_file(path: &Path, contents: &[u8]) -> Result<()> {
     sync(&parent(path))
 }
 
+/// Flushes a file that a library wrote through a temporary one, which only its owner may read, and
+/// opens it to those who may read its folder.
+///
+/// # Errors
+/// `Io`.
+pub fn finish_file(path: &Path) -> Result<()> {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::PermissionsExt;
+        const NOT_EXECUTABLE: u32 = 0o666;
+        fs::metadata(parent(path))
+            .map(|folder| fs::Permissions::from_mode(folder.permissions().mode() & NOT_EXECUTABLE))
+            .and_then(|permissions| fs::set_permissions(path, permissions))
+            .map_err(|e| Error::io("write", path, e))?;
+    }
+    sync(path)
+}
+
 /// Where a commit puts what it replaces until the new folder is in place.
 fn replaced_name(destination: &Path) -> PathBuf {
     let name = destination.file_name().and_then(|name| name.to_str()).unwrap_or_default();

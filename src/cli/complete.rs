@@ -76,6 +76,7 @@ mod tests {
     use super::super::size::ByteSize;
     use super::super::train::{Quantization, TrainArgs};
     use super::*;
+    use crate::adapter::{ModuleNames, TargetModules};
     use crate::train::adamw::AdamW;
     use crate::train::schedule::{SchedulerType, Warmup};
 
@@ -159,7 +160,8 @@ mod tests {
     #[test]
     fn every_kind_of_value_can_stand_in_the_file() -> Result<()> {
         let text = r#"
-            target-modules = "q_proj,v_proj"
+            target-modules = ["q_proj", "v_proj"]
+            exclude_modules = "q_proj,v_proj"
             layers_to_transform = [0, 2]
             use_rslora = true
             packing = false
@@ -172,6 +174,9 @@ mod tests {
         "#;
         let args = with_file(text, &[])?;
         assert_eq!(args.lora.layers_to_transform, [0, 2]);
+        let names: ModuleNames = "q_proj,v_proj".parse()?;
+        assert_eq!(args.lora.target_modules, TargetModules::Names(names.clone()));
+        assert_eq!(args.lora.exclude_modules, Some(names));
         assert!(args.lora.use_rslora && !args.data.packing);
         assert_eq!(args.recipe()?.warmup, Warmup::Steps(3));
         assert_eq!(args.resources.memory_budget, Some(ByteSize(8 << 30)));
@@ -198,6 +203,11 @@ mod tests {
                 "run.toml:1: invalid value 'cosin' for '--lr-scheduler-type <TYPE>'\nhint: \
                  possible values: constant, constant_with_warmup, linear, cosine, \
                  cosine_with_min_lr",
+            ),
+            (
+                "seed = [1, 2]",
+                "run.toml:1: invalid value '1,2' for '--seed <NUMBER>': invalid digit found in \
+                 string",
             ),
             (
                 "resume = true",

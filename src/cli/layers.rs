@@ -57,7 +57,7 @@ pub fn read_toml(command: &Command, path: &Path) -> Result<Vec<Entry>> {
             Error::usage(format_args!("{place}: `{}` cannot be a date or nested", key.get_ref()))
                 .hint("write the value as on the command line")
         })?;
-        entries.push(Entry { flag: long(arg), values, place });
+        entries.push(Entry { flag: long(arg), values: in_one(arg, values), place });
     }
     entries.iter().try_for_each(|entry| check(command, entry))?;
     Ok(entries)
@@ -98,6 +98,14 @@ fn texts(value: &DeValue<'_>) -> Option<Vec<String>> {
             table.iter().map(|(key, value)| row(key.get_ref(), value.get_ref())).collect()
         }
         value => Some(vec![scalar(value)?]),
+    }
+}
+
+/// A list for a flag that is given once is one value, with commas: `["q_proj", "v_proj"]`.
+fn in_one(arg: &Arg, values: Vec<String>) -> Vec<String> {
+    match arg.get_action() {
+        ArgAction::Append => values,
+        _ => vec![values.join(",")],
     }
 }
 

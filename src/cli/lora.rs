@@ -76,7 +76,7 @@ pub struct LoraArgs {
     #[arg(long, value_name = "RATIO", default_value_t = 1.0,
           value_parser = numbers::positive)]
     pub loraplus_lr_ratio: f64,
-    /// Learning rate of adapters on embeddings (LoRA+)
+    /// Learning rate of adapters on embeddings (LoRA+); none are trained so far
     #[arg(long, value_name = "RATE", default_value = "1e-6",
           value_parser = numbers::positive)]
     pub loraplus_lr_embedding: f64,

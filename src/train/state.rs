@@ -153,7 +153,9 @@ pub fn write_optimizer<M: Trainee>(model: &M, folder: &Path) -> Result<()> {
         }
     }
     let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    safetensors::serialize_to_file(views, Some(metadata), &path).map_err(|e| write_error(&path, e))
+    safetensors::serialize_to_file(views, Some(metadata), &path)
+        .map_err(|e| write_error(&path, e))?;
+    atomic::finish_file(&path)
 }
 
 fn write_error(path: &Path, error: SafeTensorError) -> Error {

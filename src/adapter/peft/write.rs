@@ -2,7 +2,7 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::fs::{self, File};
+use std::fs;
 use std::path::Path;
 
 use half::{bf16, f16};
@@ -13,7 +13,7 @@ use super::super::lora::Adapter;
 use super::card::model_card;
 use super::settings::{CONFIG_FILE, to_json};
 use super::tensors::TENSORS_FILE;
-use crate::checkpoint::atomic::write_file;
+use crate::checkpoint::atomic::{finish_file, write_file};
 use crate::error::{Error, Result};
 
 /// File name of the model card.
@@ -61,12 +61,7 @@ impl Adapter {
         let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
         safetensors::serialize_to_file(tensors, Some(metadata), path)
             .map_err(|e| Error::io("write", path, std::io::Error::other(e)))?;
-        // The library's temporary file is private to the user; take the usual permissions.
-        let permissions = path.with_file_name(CONFIG_FILE);
-        fs::metadata(&permissions)
-            .and_then(|m| fs::set_permissions(path, m.permissions()))
-            .and_then(|()| File::open(path)?.sync_all())
-            .map_err(|e| Error::io("write", path, e))
+        finish_file(path)
     }
 
     /// The distinct last parts of the targets' names, such as `q_proj`: how `all-linear` is written
