@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a change must pass before it lands, and exactly what CI runs: format, lints, documentation
-# (a broken link is an error), all tests, the CUDA kernels under AddressSanitizer and their PTX. Every step uses the release profile, so that the
-# dependencies are built once.
+# (a broken link is an error), all tests, the CUDA kernels under AddressSanitizer and their PTX.
+# Every step uses the release profile, so that the dependencies are built once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -1,0 +1,210 @@
+//! Where a run reads, writes and computes, and what it may use.
+
+use std::process::Command;
+
+use crate::runs::{Run, Runs, arguments};
+use crate::training::succeed;
+
+/// Loss of the base model on the first tokens: what model it is.
+fn base_loss(run: &Run) -> f64 {
+    run.start()["base_loss"].as_f64().unwrap()
+}
+
+fn planned(run: &Run, part: &str) -> u64 {
+    let plan = run.start()["memory_plan"].as_array().unwrap().clone();
+    let row = plan.iter().find(|row| row[0].as_str().unwrap().starts_with(part));
+    row.map_or(0, |row| row[1].as_u64().unwrap())
+}
+
+#[test]
+fn config() {
+    let runs = Runs::new();
+    std::fs::write(runs.place.path("run.toml"), "lora_r = 5\nseed = 9\n").unwrap();
+    let run = runs.train("config=run.toml");
+    assert_eq!(run.adapter_config()["r"], 5);
+    assert_eq!(run.start()["settings"]["seed"], 9);
+    assert_eq!(runs.train("config=run.toml lora-r=6").adapter_config()["r"], 6);
+}
+
+#[test]
+fn model() {
+    let runs = Runs::new();
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/models/llama_tied_s2");
+    std::fs::create_dir(runs.place.path("other")).unwrap();
+    for (from, file) in [
+        (golden.into(), "config.json"),
+        (golden.into(), "model.safetensors"),
+        (runs.place.path("model"), "tokenizer.json"),
+        (runs.place.path("model"), "tokenizer_config.json"),
+    ] {
+        let (from, to) = (from.join(file), runs.place.path("other").join(file));
+        std::fs::copy(from, to).unwrap();
+    }
+    let (one, other) = (runs.train("model=model"), runs.train("model=other"));
+    assert_ne!(base_loss(&one), base_loss(&other));
+    assert_eq!(other.adapter_config()["base_model_name_or_path"], "other");
+}
+
+/// A dense base with `flags` trains as the folder that `nibble quantize` makes with `packed`.
+fn assert_packed_as(flags: &str, packed: &[&str]) {
+    let runs = Runs::new();
+    let mut command = runs.place.nibble(&["quantize", "--model", "model", "--out", "packed"]);
+    command.args(packed);
+    succeed(command);
+    let [dense, stored, default] = [
+        format!("max-steps=3 {flags}"),
+        "max-steps=3 model=packed".to_string(),
+        "max-steps=3".to_string(),
+    ]
+    .map(|flags| runs.train(&flags));
+    assert_eq!(dense.numbers("step", "loss"), stored.numbers("step", "loss"));
+    assert_eq!(dense.optimizer("master"), stored.optimizer("master"));
+    assert_ne!(dense.numbers("step", "loss"), default.numbers("step", "loss"));
+    assert_eq!(planned(&dense, "frozen weights"), planned(&stored, "frozen weights"));
+}
+
+#[test]
+fn quantization() {
+    assert_packed_as("quantization=fp4", &["--quant-type", "fp4"]);
+    let runs = Runs::new();
+    let [none, nf4] = ["none", "nf4"].map(|how| runs.train(&format!("quantization={how}")));
+    assert_ne!(base_loss(&none), base_loss(&nf4));
+    // 64·64·2 + 32·64·2 + 160·64·3 weights of two blocks, in f32 or at 4.127 bits
+    let linears = [4096, 2048, 2048, 4096, 10240, 10240, 10240];
+    let saved: u64 = linears.iter().map(|n| n * 4 - (n / 2 + n / 64 + 4 + 4)).sum();
+    assert_eq!(planned(&none, "frozen") - planned(&nf4, "frozen"), 2 * saved);
+}
+
+#[test]
+fn block_size() {
+    assert_packed_as("block-size=256", &["--block-size", "256"]);
+}
+
+#[test]
+fn double_quant() {
+    assert_packed_as("double-quant=false", &["--double-quant", "false"]);
+}
+
+#[test]
+fn out() {
+    let runs = Runs::new();
+    let folder = runs.train("").out;
+    let mut files = runs.place.list(&folder);
+    files.retain(|name| !name.starts_with('.'));
+    let expected = [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "checkpoint-1",
+        "metrics.jsonl",
+        "report.html",
+        "runs",
+        "settings.toml",
+        "trainer_state.json",
+    ];
+    assert_eq!(files, expected);
+    #[cfg(unix)]
+    for file in ["adapter_model.safetensors", "checkpoint-1/optimizer.safetensors"] {
+        use std::os::unix::fs::PermissionsExt;
+        let mode = |name: &str| {
+            let path = runs.place.path(&folder).join(name);
+            path.metadata().unwrap().permissions().mode()
+        };
+        assert_eq!(mode(file), mode("metrics.jsonl"), "{file}");
+    }
+}
+
+/// `tests/train_resume.rs` kills and stops runs at all kinds of moments.
+#[test]
+fn resume() {
+    let runs = Runs::new();
+    let (whole, part) = (runs.train("max-steps=5"), runs.train("max-steps=2"));
+    let resumed = runs.nibble_into(&part.out, &["--resume", "--max-steps", "5"]);
+    assert_eq!(resumed.numbers("step", "loss"), whole.numbers("step", "loss"));
+    assert_eq!(resumed.start()["resumed_from_step"], 2);
+    assert_eq!(resumed.optimizer("master"), whole.optimizer("master"));
+}
+
+/// Threads of a running process.
+fn threads_of(process: u32) -> Option<usize> {
+    Some(std::fs::read_dir(format!("/proc/{process}/task")).ok()?.count())
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn threads() {
+    let runs = Runs::new();
+    let most = |threads: usize| {
+        let flags = format!("threads={threads} max-steps=100000 save-steps=100000");
+        let out = runs.next_out();
+        let mut command: Command = runs.place.nibble(&["train", "--out", &out]);
+        let mut child = command.args(arguments(&flags)).spawn().unwrap();
+        let metrics = runs.place.path(&out).join("metrics.jsonl");
+        while !metrics.exists() {
+            assert!(child.try_wait().unwrap().is_none());
+            std::thread::sleep(std::time::Duration::from_millis(1));
+        }
+        let found = threads_of(child.id());
+        child.kill().unwrap();
+        child.wait().unwrap();
+        found.unwrap()
+    };
+    assert_eq!(most(4) - most(1), 3);
+}
+
+#[test]
+fn activations() {
+    let runs = Runs::new();
+    let [keep, checkpoint] =
+        ["keep", "checkpoint"].map(|policy| runs.train(&format!("activations={policy}")));
+    assert!(keep.said.contains("2 of 2 blocks keep"), "{}", keep.said);
+    assert!(checkpoint.said.contains("0 of 2 blocks keep"), "{}", checkpoint.said);
+    assert!(planned(&checkpoint, "kept activations") == 0 && planned(&keep, "kept") > 0);
+    assert_eq!(keep.optimizer("master"), checkpoint.optimizer("master"));
+}
+
+#[test]
+fn weights() {
+    let runs = Runs::new();
+    succeed(runs.place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
+    let [resident, stream] =
+        ["resident", "stream"].map(|mode| runs.train(&format!("model=packed weights={mode}")));
+    assert!(stream.said.contains("weights are streamed from their file"), "{}", stream.said);
+    assert!(!resident.said.contains("streamed"), "{}", resident.said);
+    assert_eq!(resident.optimizer("master"), stream.optimizer("master"));
+}
+
+#[test]
+fn memory_budget() {
+    let runs = Runs::new();
+    let total = |run: &Run| planned_total(run);
+    let flags = "max-length=4096 max-steps=1";
+    let [keep, checkpoint] = ["keep", "checkpoint"]
+        .map(|policy| total(&runs.train(&format!("{flags} activations={policy}"))));
+    assert!(checkpoint < keep);
+    // What the program itself takes differs by some pages from run to run.
+    let tight = runs.train(&format!("{flags} memory-budget={}", (keep + checkpoint) / 2));
+    assert!(tight.said.contains("0 of 2 blocks keep"), "{}", tight.said);
+    let roomy = runs.train(&format!("{flags} memory-budget={}", keep + (64 << 20)));
+    assert!(roomy.said.contains("2 of 2 blocks keep"), "{}", roomy.said);
+    let error = runs.refused(&format!("{flags} memory-budget={}", checkpoint - (4 << 20)));
+    assert!(error.starts_with("error: plan needs "), "{error}");
+    let error = runs
+        .refused(&format!("{flags} activations=keep memory-budget={}", (keep + checkpoint) / 2));
+    assert!(error.contains("hint: `--activations checkpoint` would need "), "{error}");
+}
+
+fn planned_total(run: &Run) -> u64 {
+    let plan = run.start()["memory_plan"].as_array().unwrap().clone();
+    plan.iter().map(|row| row[1].as_u64().unwrap()).sum()
+}
+
+/// Runs on a GPU are in `tests/cuda_backend`.
+#[test]
+fn device() {
+    let runs = Runs::new();
+    let [auto, cpu] = ["auto", "cpu"].map(|device| runs.train(&format!("device={device}")));
+    assert_eq!(auto.optimizer("master"), cpu.optimizer("master"));
+    let error = runs.refused("device=cuda:97");
+    assert!(error.contains("hint: "), "{error}");
+}
