@@ -2,6 +2,7 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
+use std::str::FromStr;
 
 use clap::{ArgAction, Args};
 
@@ -9,6 +10,30 @@ use super::device::DeviceArgs;
 use super::numbers;
 use super::train::BaseModelArgs;
 use crate::sample::SamplingOptions;
+
+/// A PEFT adapter folder and what it is called.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct NamedAdapter {
+    /// What the user calls it.
+    pub name: String,
+    /// Where it is.
+    pub folder: PathBuf,
+}
+
+/// `NAME=DIR`, or `DIR` whose last part is the name.
+impl FromStr for NamedAdapter {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        if let Some((name, folder)) = text.split_once('=') {
+            return Ok(NamedAdapter { name: name.to_string(), folder: folder.into() });
+        }
+        let folder = PathBuf::from(text);
+        let name = folder.file_name().and_then(|name| name.to_str()).map(str::to_string);
+        let name = name.ok_or("expected NAME=DIR, or a folder that has a name")?;
+        Ok(NamedAdapter { name, folder })
+    }
+}
 
 /// How answers are made; names as in transformers' `GenerationConfig`.
 #[derive(Debug, Clone, Args)]
@@ -62,6 +87,8 @@ impl GenerationArgs {
 
 const GENERATE_EXAMPLES: &str = "Examples:
   nibble generate --model smollm2-nf4 --adapter run --prompt \"Who are you?\"
+  nibble generate --model smollm2-nf4 --adapter early=run/checkpoint-100 --adapter late=run \\
+      --prompt \"Who are you?\"
   nibble generate --model smollm2-nf4 --raw --temperature 0.8 --prompt \"Once upon a time\"";
 
 const CHAT_EXAMPLES: &str = "Examples:
@@ -75,14 +102,14 @@ pub struct GenerateArgs {
     /// The base model.
     #[command(flatten)]
     pub base: BaseModelArgs,
-    /// PEFT adapter folder
-    #[arg(long, help_heading = "Prompt", value_name = "DIR")]
-    pub adapter: Option<PathBuf>,
+    /// PEFT adapter folder; may be repeated: each one answers, under its name
+    #[arg(long, help_heading = "Prompt", value_name = "[NAME=]DIR")]
+    pub adapter: Vec<NamedAdapter>,
     /// What to answer; read from standard input if absent
     #[arg(long, help_heading = "Prompt", value_name = "TEXT")]
     pub prompt: Option<String>,
     /// System message before the prompt
-    #[arg(long, help_heading = "Prompt", value_name = "TEXT")]
+    #[arg(long, help_heading = "Prompt", value_name = "TEXT", conflicts_with = "raw")]
     pub system: Option<String>,
     /// Continue the prompt as plain text, without the chat template
     #[arg(long, help_heading = "Prompt", action = ArgAction::SetTrue)]
@@ -100,12 +127,27 @@ pub struct ChatArgs {
     #[command(flatten)]
     pub base: BaseModelArgs,
     /// PEFT adapter folder, with a name to call it by; may be repeated, the first one starts
-    #[arg(long, help_heading = "Conversation", value_name = "NAME=DIR")]
-    pub adapter: Vec<String>,
+    #[arg(long, help_heading = "Conversation", value_name = "[NAME=]DIR")]
+    pub adapter: Vec<NamedAdapter>,
     /// System message
     #[arg(long, help_heading = "Conversation", value_name = "TEXT")]
     pub system: Option<String>,
     /// How to answer.
     #[command(flatten)]
     pub generation: GenerationArgs,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_adapter_is_called_by_name_or_by_its_folder() {
+        let named = |text: &str| text.parse::<NamedAdapter>();
+        let adapter =
+            |name: &str, folder: &str| NamedAdapter { name: name.into(), folder: folder.into() };
+        assert_eq!(named("a=b/c"), Ok(adapter("a", "b/c")));
+        assert_eq!(named("b/c"), Ok(adapter("c", "b/c")));
+        assert!(named("..").is_err());
+    }
 }

@@ -5,11 +5,11 @@
 //! answers it ends the program.
 
 use std::io::{BufRead, IsTerminal};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use super::device;
 use super::generate::{note_finish, print};
-use crate::cli::generate::ChatArgs;
+use crate::cli::generate::{ChatArgs, NamedAdapter};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
@@ -42,9 +42,9 @@ pub fn run(args: &ChatArgs) -> Result<()> {
 
 fn run_on<K: Kernels>(args: &ChatArgs, kernels: K) -> Result<()> {
     let sampler = Sampler::new(args.generation.sampling())?;
-    let adapters = args.adapter.iter().map(|text| named(text)).collect::<Result<Vec<_>>>()?;
+    let adapters = args.adapter.clone();
     let format = args.base.block_format();
-    let first = adapters.first().map(|(_, folder)| folder.as_path());
+    let first = adapters.first().map(|adapter| adapter.folder.as_path());
     let context = args.generation.context_length;
     let session = Session::open(kernels, &args.base.model, format.as_ref(), first, context)?;
     let interrupt = Interrupt::on_ctrl_c()?;
@@ -64,7 +64,7 @@ fn run_on<K: Kernels>(args: &ChatArgs, kernels: K) -> Result<()> {
 struct Chat<K: Kernels> {
     session: Session<K>,
     sampler: Sampler,
-    adapters: Vec<(String, PathBuf)>,
+    adapters: Vec<NamedAdapter>,
     /// Index of the adapter in use.
     current: Option<usize>,
     system: Option<String>,
@@ -104,7 +104,7 @@ impl<K: Kernels> Chat<K> {
 
     fn who(&self) -> String {
         let adapter = self.current.and_then(|index| self.adapters.get(index));
-        adapter.map_or("base model".to_string(), |(name, _)| format!("adapter {name}"))
+        adapter.map_or("base model".to_string(), |adapter| format!("adapter {}", adapter.name))
     }
 
     fn command(&mut self, command: &str) -> Result<()> {
@@ -131,7 +131,7 @@ impl<K: Kernels> Chat<K> {
     fn list(&self) -> String {
         let mark = |index| if self.current == index { "* " } else { "  " };
         let mut lines = vec![format!("{}(base model)", mark(None))];
-        for (index, (name, folder)) in self.adapters.iter().enumerate() {
+        for (index, NamedAdapter { name, folder }) in self.adapters.iter().enumerate() {
             lines.push(format!("{}{name}  {}", mark(Some(index)), folder.display()));
         }
         lines.join("\n")
@@ -139,22 +139,22 @@ impl<K: Kernels> Chat<K> {
 
     /// Index of the adapter of that name, or of the folder, which is then known by its name.
     fn find(&mut self, name: &str) -> Result<usize> {
-        if let Some(index) = self.adapters.iter().position(|(known, _)| known == name) {
+        if let Some(index) = self.adapters.iter().position(|known| known.name == name) {
             return Ok(index);
         }
         if Path::new(name).is_dir() {
-            self.adapters.push(named(name)?);
+            self.adapters.push(name.parse().map_err(|text: String| Error::usage(text))?);
             return Ok(self.adapters.len() - 1);
         }
         let error = Error::usage(format_args!("no adapter or folder is called `{name}`"));
-        match nearest(name, self.adapters.iter().map(|(known, _)| known.as_str())) {
+        match nearest(name, self.adapters.iter().map(|known| known.name.as_str())) {
             close if close.is_empty() => Err(error.hint("/adapter lists those that are known")),
             close => Err(error.hint(format_args!("did you mean {close}?"))),
         }
     }
 
     fn equip(&mut self, index: Option<usize>) -> Result<String> {
-        let folder = index.map(|index| self.adapters[index].1.clone());
+        let folder = index.map(|index| self.adapters[index].folder.clone());
         self.session.set_adapter(folder.as_deref())?;
         self.current = index;
         Ok(self.who())
@@ -220,28 +220,9 @@ fn unknown(command: &str) -> Error {
     }
 }
 
-/// `NAME=DIR`, or `DIR` whose last part is the name.
-fn named(text: &str) -> Result<(String, PathBuf)> {
-    if let Some((name, folder)) = text.split_once('=') {
-        return Ok((name.to_string(), PathBuf::from(folder)));
-    }
-    let folder = PathBuf::from(text);
-    let name = folder.file_name().and_then(|name| name.to_str()).map(str::to_string);
-    let name =
-        name.ok_or_else(|| Error::usage(format_args!("--adapter {text}: no folder name")))?;
-    Ok((name, folder))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn an_adapter_is_called_by_name_or_by_its_folder() {
-        assert_eq!(named("a=b/c").unwrap(), ("a".into(), "b/c".into()));
-        assert_eq!(named("b/c").unwrap(), ("c".into(), "b/c".into()));
-        assert!(named("..").unwrap_err().to_string().contains("no folder name"));
-    }
 
     #[test]
     fn a_mistyped_command_is_guessed() {

@@ -1,9 +1,9 @@
-//! `nibble generate`: one answer.
+//! `nibble generate`: an answer, or one for each of several adapters.
 
 use std::io::{IsTerminal, Read, Write};
 
 use super::device;
-use crate::cli::generate::GenerateArgs;
+use crate::cli::generate::{GenerateArgs, NamedAdapter};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
@@ -22,28 +22,49 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
 }
 
 fn run_on<K: Kernels>(args: &GenerateArgs, kernels: K) -> Result<()> {
-    let mut sampler = Sampler::new(args.generation.sampling())?;
-    let prompt = match &args.prompt {
-        Some(prompt) => prompt.clone(),
-        None => read_prompt()?,
-    };
+    Sampler::new(args.generation.sampling())?;
+    let prompt = prompt(args)?;
+    let format = args.base.block_format();
+    let context = args.generation.context_length;
+    let first = args.adapter.first().map(|adapter| adapter.folder.as_path());
+    let mut session = Session::open(kernels, &args.base.model, format.as_ref(), first, context)?;
+    let text = render(args, &session, prompt)?;
+    if args.adapter.len() < 2 {
+        return answer(args, &mut session, &text);
+    }
+    for (index, NamedAdapter { name, folder }) in args.adapter.iter().enumerate() {
+        if index > 0 {
+            session.set_adapter(Some(folder))?;
+        }
+        print(&format!("{name}: "))?;
+        answer(args, &mut session, &text)?;
+    }
+    Ok(())
+}
+
+fn prompt(args: &GenerateArgs) -> Result<String> {
+    let prompt = args.prompt.clone().map_or_else(read_prompt, Ok)?;
     if prompt.is_empty() {
         return Err(Error::usage("the prompt is empty")
             .hint("give `--prompt TEXT`, or the prompt on standard input"));
     }
-    let format = args.base.block_format();
-    let context = args.generation.context_length;
-    let adapter = args.adapter.as_deref();
-    let mut session = Session::open(kernels, &args.base.model, format.as_ref(), adapter, context)?;
-    let text = if args.raw {
-        prompt
-    } else {
-        let system = args.system.as_deref().map(|system| ("system", system));
-        let messages: Vec<_> = system.into_iter().chain([("user", prompt.as_str())]).collect();
-        session.speaker().render(&messages)?
-    };
+    Ok(prompt)
+}
+
+/// The prompt as the model sees it.
+fn render<K: Kernels>(args: &GenerateArgs, session: &Session<K>, prompt: String) -> Result<String> {
+    if args.raw {
+        return Ok(prompt);
+    }
+    let system = args.system.as_deref().map(|system| ("system", system));
+    let messages: Vec<_> = system.into_iter().chain([("user", prompt.as_str())]).collect();
+    session.speaker().render(&messages)
+}
+
+fn answer<K: Kernels>(args: &GenerateArgs, session: &mut Session<K>, text: &str) -> Result<()> {
+    let mut sampler = Sampler::new(args.generation.sampling())?;
     let max_new_tokens = args.generation.max_new_tokens.get();
-    let finish = session.answer(&text, &mut sampler, max_new_tokens, |piece| {
+    let finish = session.answer(text, &mut sampler, max_new_tokens, |piece| {
         print(piece)?;
         Ok(Wish::Continue)
     })?;

@@ -1,6 +1,6 @@
 //! A model that answers: weights, one adapter at a time, and its speaker.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nibble_quant::BlockFormat;
 
@@ -26,6 +26,10 @@ pub struct Session<K: Kernels = Cpu> {
     speaker: Speaker,
     /// Absent only where another adapter could not be taken.
     model: Option<Model<K>>,
+    /// Whether an adapter is merged into the weights, which are then no longer the base's.
+    merged: bool,
+    path: PathBuf,
+    quantization: Option<BlockFormat>,
     context_tokens: usize,
 }
 
@@ -45,13 +49,15 @@ impl<K: Kernels> Session<K> {
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
         let tokenizer = ChatTokenizer::open(path)?;
+        let given = adapter.is_some();
         let (weights, adapter) = load_weights(&checkpoint, &spec, quantization, adapter)?;
+        let merged = given && adapter.is_none();
         let context_tokens = context_tokens.min(spec.learned_positions.unwrap_or(usize::MAX));
         let speaker = Speaker::new(tokenizer, &spec.eos_token_ids)?;
         let weights = weights.upload(&kernels)?;
-        let model = equip(&kernels, spec, weights, adapter.as_ref(), context_tokens)?;
-        let model = Some(model);
-        Ok(Session { kernels, speaker, model, context_tokens })
+        let model = Some(equip(&kernels, spec, weights, adapter.as_ref(), context_tokens)?);
+        let (path, quantization) = (path.to_path_buf(), quantization.copied());
+        Ok(Session { kernels, speaker, model, merged, path, quantization, context_tokens })
     }
 
     /// Text in and out of it.
@@ -59,18 +65,30 @@ impl<K: Kernels> Session<K> {
         &self.speaker
     }
 
-    /// Takes another adapter in place of the present one, or none.
+    /// Takes another adapter in place of the present one, or none. The weights stay, unless the
+    /// present or the other one has to be merged into them: then they are loaded anew.
     ///
     /// # Errors
-    /// What is wrong with the adapter; the present one then stays. `Budget` when the memory for
-    /// the other one is refused: the session is then over.
+    /// What is wrong with the adapter; the present one then stays. When the model cannot be loaded
+    /// anew, or the memory for the other adapter is refused, the session is over.
     pub fn set_adapter(&mut self, folder: Option<&Path>) -> Result<()> {
         let spec = self.model()?.spec().clone();
-        let adapter = folder.map(|folder| Adapter::load(folder, &spec)).transpose()?;
-        let Some(model) = self.model.take() else { return Ok(()) };
-        let weights = model.into_weights();
-        let model = equip(&self.kernels, spec, weights, adapter.as_ref(), self.context_tokens)?;
-        self.model = Some(model);
+        let adapter = folder.map(|folder| PeftAdapter::open(folder, &spec)).transpose()?;
+        let merges = adapter.as_ref().is_some_and(|adapter| !adapter.beyond_lora().is_empty());
+        let (weights, adapter) = if merges || self.merged {
+            self.model = None;
+            let checkpoint = Checkpoint::open(&self.path)?;
+            let format = self.quantization.as_ref();
+            let (weights, adapter) = load_weights(&checkpoint, &spec, format, folder)?;
+            (weights.upload(&self.kernels)?, adapter)
+        } else {
+            let adapter = adapter.map(PeftAdapter::into_trainable).transpose()?;
+            let Some(model) = self.model.take() else { return Ok(()) };
+            (model.into_weights(), adapter)
+        };
+        self.merged = merges;
+        let context_tokens = self.context_tokens;
+        self.model = Some(equip(&self.kernels, spec, weights, adapter.as_ref(), context_tokens)?);
         Ok(())
     }
 
@@ -98,7 +116,7 @@ impl<K: Kernels> Session<K> {
 }
 
 fn without_model() -> Error {
-    Error::budget("the model was given up when an adapter did not fit the memory")
+    Error::budget("the model was given up when it could not take another adapter")
 }
 
 /// Weights, and the adapter unless it could only be merged into them.
