@@ -99,20 +99,34 @@ impl Feed {
         self.batch_of(&self.largest_rows())
     }
 
-    /// Its rows: any can meet when they are shuffled, else they come as they lie.
+    /// Trained tokens of the batch with the most of them that any epoch can have.
+    pub fn most_batch_targets(&self) -> usize {
+        let targets = |row: usize| self.row_sum(row, Document::num_targets);
+        self.greatest_rows(targets).into_iter().map(targets).sum()
+    }
+
     fn largest_rows(&self) -> Vec<usize> {
+        self.greatest_rows(|row| self.row_tokens(row))
+    }
+
+    /// Rows of the batch with the greatest sum of `size`: any can meet when they are shuffled, else
+    /// they come as they lie.
+    fn greatest_rows(&self, size: impl Fn(usize) -> usize) -> Vec<usize> {
         let mut rows: Vec<usize> = (0..self.rows.len()).collect();
         if self.seed.is_some() {
-            rows.sort_by_key(|&row| std::cmp::Reverse(self.row_tokens(row)));
+            rows.sort_by_cached_key(|&row| std::cmp::Reverse(size(row)));
         }
-        let tokens =
-            |batch: &&[usize]| batch.iter().map(|&row| self.row_tokens(row)).sum::<usize>();
-        let largest = rows.chunks(self.rows_per_batch).max_by_key(tokens);
-        largest.unwrap_or_default().to_vec()
+        let sum = |batch: &&[usize]| batch.iter().map(|&row| size(row)).sum::<usize>();
+        let greatest = rows.chunks(self.rows_per_batch).max_by_key(sum);
+        greatest.unwrap_or_default().to_vec()
     }
 
     fn row_tokens(&self, row: usize) -> usize {
-        self.rows[row].iter().map(|&document| self.documents[document].input_ids.len()).sum()
+        self.row_sum(row, |document| document.input_ids.len())
+    }
+
+    fn row_sum(&self, row: usize, size: impl Fn(&Document) -> usize) -> usize {
+        self.rows[row].iter().map(|&document| size(&self.documents[document])).sum()
     }
 
     fn batch_of(&self, rows: &[usize]) -> Batch {
@@ -205,11 +219,16 @@ mod tests {
             let mut feed = feed(seed);
             let largest = feed.largest_batch();
             assert_eq!(largest.tokens(), feed.largest_batch_tokens());
+            let mut most = 0;
             for epoch in 0..5 {
                 for index in 0..feed.num_batches() {
                     assert!(feed.batch(epoch, index).tokens() <= largest.tokens());
+                    most = most.max(feed.batch(epoch, index).num_targets);
                 }
             }
+            assert!(most <= feed.most_batch_targets());
+            // In file order, it does come.
+            assert!(seed.is_some() || most == feed.most_batch_targets());
         }
     }
 

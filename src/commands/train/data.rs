@@ -23,6 +23,8 @@ pub struct Prepared {
     pub evaluation_sha256: Option<String>,
     /// Tokens of the largest batch, evaluation included.
     pub largest_batch_tokens: usize,
+    /// Most trained tokens of a batch, evaluation included.
+    pub most_batch_targets: usize,
     /// Tokens of the longest document, evaluation included.
     pub longest_document_tokens: usize,
     /// What the logs say of the data.
@@ -51,6 +53,7 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
     let feed = feed.of_file(training.path).with_largest_first(args.evaluation.longest_first_step);
     let mut prepared = Prepared {
         largest_batch_tokens: feed.largest_batch_tokens(),
+        most_batch_targets: feed.most_batch_targets(),
         longest_document_tokens: feed.longest_document_tokens(),
         feed,
         evaluation: Vec::new(),
@@ -127,6 +130,7 @@ impl Prepared {
         self.evaluation_sha256 = Some(feed.fingerprint());
         self.evaluation = (0..feed.num_batches()).map(|index| feed.batch(0, index)).collect();
         self.largest_batch_tokens = self.largest_batch_tokens.max(feed.largest_batch_tokens());
+        self.most_batch_targets = self.most_batch_targets.max(feed.most_batch_targets());
         let longest = self.longest_document_tokens.max(feed.longest_document_tokens());
         self.longest_document_tokens = longest;
     }

@@ -84,10 +84,12 @@ impl Memory {
 
 /// What the plan depends on, but for the policies.
 fn sizes(args: &TrainArgs, base: &Base, adapter: &Adapter, data: &Prepared) -> Result<Settings> {
+    // Only trained tokens have logits.
+    let logit_rows = logit_rows(&base.spec, data.largest_batch_tokens);
     Ok(Settings {
         tokens: data.largest_batch_tokens,
         longest_document: data.longest_document_tokens,
-        logit_rows: logit_rows(&base.spec, data.largest_batch_tokens),
+        logit_rows: logit_rows.min(data.most_batch_targets),
         policies: Vec::new(),
         targets: adapter.targets.clone(),
         lora_dropout: adapter.config.lora_dropout > 0.0,
