@@ -146,6 +146,15 @@ fn unknown_values_list_the_known_ones() {
         assert_eq!(code, 2, "{text}");
         assert!(text.contains(&format!("'{value}' for '{flag}")) && text.contains(known), "{text}");
     }
+    for (theirs, ours) in [
+        ("--lr", "--learning-rate"),
+        ("--epochs=3", "--num-train-epochs"),
+        ("--lora_rank", "--lora-r"),
+    ] {
+        let (code, text) = fail(place.train("out", &[theirs]));
+        assert_eq!(code, 2);
+        assert!(text.contains(&format!("hint: here it is `{ours}`")), "{text}");
+    }
     let (code, text) = fail(place.train("out", &["--learning-rte", "1"]));
     assert_eq!(code, 2);
     assert!(text.contains("--learning-rate"), "{text}");

@@ -14,7 +14,7 @@ pub mod writer;
 
 use std::borrow::Cow;
 use std::ops::Range;
-use std::path::{Path, PathBuf};
+use std::path::{Component, Path, PathBuf};
 
 use bytes::Bytes;
 use nibble_quant::{FloatType, PackedWeight};
@@ -327,14 +327,39 @@ fn f32_bytes(values: Vec<f32>) -> Bytes {
 
 fn not_a_model(path: &Path) -> Error {
     let shown = path.display();
+    if path.join("adapter_config.json").exists() {
+        return Error::input(format_args!("{shown} is an adapter, not a model")).hint(
+            "`--model` is the model that it was trained on; the adapter itself goes to `--adapter`, \
+             or to `--init-adapter` for more training",
+        );
+    }
     let what = match (path.exists(), path.is_dir()) {
         (false, _) => format!("{shown} does not exist"),
         (_, false) => format!("{shown} is neither a folder nor a .gguf file"),
         (_, true) => format!("{shown} has no config.json"),
     };
-    Error::input(what).hint(
-        "give a Hugging Face model folder with config.json and *.safetensors, or a .gguf file",
-    )
+    match gguf_inside(path) {
+        Some(file) => Error::input(what).hint(format_args!("give the file {}", file.display())),
+        None if is_hub_name(path) => Error::input(what).hint(format_args!(
+            "models are not downloaded; one of the Hugging Face Hub comes with \
+             `hf download {shown} --local-dir DIR`"
+        )),
+        None => Error::input(what).hint(
+            "give a Hugging Face model folder with config.json and *.safetensors, or a .gguf file",
+        ),
+    }
+}
+
+fn gguf_inside(folder: &Path) -> Option<PathBuf> {
+    let files = std::fs::read_dir(folder).ok()?.flatten().map(|entry| entry.path());
+    files.filter(|path| path.extension().is_some_and(|extension| extension == "gguf")).min()
+}
+
+/// `owner/name`, where there is no folder `owner`.
+fn is_hub_name(path: &Path) -> bool {
+    let parts: Vec<_> = path.components().collect();
+    let plain = parts.iter().all(|part| matches!(part, Component::Normal(_)));
+    plain && parts.len() == 2 && path.parent().is_some_and(|owner| !owner.exists())
 }
 
 /// Other packings than bitsandbytes' 4 bits have names for their parts that nobody here knows.

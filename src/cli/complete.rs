@@ -192,6 +192,7 @@ mod tests {
                 "seed = 1\nlearning_rat = 1e-4",
                 "run.toml:2: unknown key `learning_rat`\nhint: did you mean `learning-rate`?",
             ),
+            ("output_dir = 'x'", "run.toml:1: unknown key `output_dir`\nhint: here it is `out`"),
             ("zebra = 1", "run.toml:1: unknown key `zebra`\nhint: see `nibble train --help`"),
             (
                 "learning-rate = -1",

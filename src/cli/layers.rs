@@ -8,10 +8,12 @@
 use std::ffi::OsString;
 use std::path::Path;
 
+use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
 use toml::de::DeValue;
 
+use super::synonyms;
 use crate::error::{Error, Result};
 use crate::nearest::nearest;
 use crate::train::settings::SettingsEcho;
@@ -81,6 +83,9 @@ fn known<'a>(command: &'a Command, name: &str) -> Result<&'a Arg> {
             .hint("leave it out of the file")),
         None => {
             let error = Error::usage(format_args!("unknown key `{name}`"));
+            if let Some(ours) = synonyms::ours(command, name) {
+                return Err(error.hint(format_args!("here it is `{ours}`")));
+            }
             match nearest(&wanted, settings()) {
                 close if close.is_empty() => Err(error.hint("see `nibble train --help`")),
                 close => Err(error.hint(format_args!("did you mean {close}?"))),
@@ -129,19 +134,26 @@ fn check(command: &Command, entry: &Entry) -> Result<()> {
     let argv = std::iter::once(OsString::from("train")).chain(arguments(entry));
     match partial(command).try_get_matches_from(argv) {
         Ok(_) => Ok(()),
-        Err(error) => Err(readable(&error).at(&entry.place)),
+        Err(error) => Err(readable(command, &error).at(&entry.place)),
     }
 }
 
 /// clap's message without its prefix and its usage lines; possible values or its tip become the
-/// hint.
-pub fn readable(error: &clap::Error) -> Error {
+/// hint, or the flag of `command` that other trainers call by the name that was tried.
+pub fn readable(command: &Command, error: &clap::Error) -> Error {
     let text = error.render().to_string();
     let mut lines = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim);
     let first = lines.next().unwrap_or("invalid setting");
     let first = first.strip_prefix("error: ").unwrap_or(first);
     let tip = text.lines().find_map(|line| line.trim().strip_prefix("tip: "));
     let rest: Vec<&str> = lines.collect();
+    let tried = match error.get(ContextKind::InvalidArg) {
+        Some(ContextValue::String(name)) if error.kind() == ErrorKind::UnknownArgument => name,
+        _ => "",
+    };
+    if let Some(ours) = synonyms::ours(command, tried) {
+        return Error::usage(first).hint(format_args!("here it is `--{ours}`"));
+    }
     match (&rest[..], tip) {
         ([], Some(tip)) => Error::usage(first).hint(tip),
         ([], None) => Error::usage(first),

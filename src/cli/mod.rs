@@ -14,6 +14,7 @@ pub mod merge;
 pub mod numbers;
 pub mod quantize;
 pub mod size;
+pub mod synonyms;
 pub mod train;
 
 use std::ffi::OsString;
@@ -87,6 +88,7 @@ impl Cli {
         if let (Some(train), Some((TRAIN, matches))) = (train, matches.subcommand()) {
             argv.extend(complete::complete(train, matches, &checkpoints::saved_settings)?);
         }
+        let usage = |error| usage(&command, &argv, error);
         let matches = command.clone().try_get_matches_from(&argv).map_err(usage)?;
         let mut cli = Cli::from_arg_matches(&matches).map_err(usage)?;
         if let (Command::Train(args), Some((_, matches))) = (&mut cli.command, matches.subcommand())
@@ -100,6 +102,7 @@ impl Cli {
 
 /// What stands on the command line; required flags of `train` may still come from elsewhere.
 fn partial_matches(command: &clap::Command, argv: &[OsString]) -> Result<ArgMatches> {
+    let usage = |error| usage(command, argv, error);
     let partial = || command.clone().mut_subcommand(TRAIN, |train| layers::partial(&train));
     match command.clone().try_get_matches_from(argv) {
         Err(error) if error.kind() == ErrorKind::MissingRequiredArgument => {
@@ -110,7 +113,11 @@ fn partial_matches(command: &clap::Command, argv: &[OsString]) -> Result<ArgMatc
 }
 
 /// Wrong usage as our error; help and version end the process.
-fn usage(error: clap::Error) -> Error {
+fn usage(command: &clap::Command, argv: &[OsString], error: clap::Error) -> Error {
     let is_help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
-    if error.use_stderr() && !is_help { layers::readable(&error) } else { error.exit() }
+    if !error.use_stderr() || is_help {
+        error.exit()
+    }
+    let chosen = argv.get(1).and_then(|name| command.find_subcommand(name));
+    layers::readable(chosen.unwrap_or(command), &error)
 }

@@ -106,8 +106,17 @@ fn settings_that_are_not_understood() {
 #[test]
 fn a_folder_that_is_no_adapter() {
     let place = Workplace::new();
-    assert_adapter_refused(&place, &["adapter_config.json"]);
+    assert_adapter_refused(&place, &["adapter does not exist", "adapter_config.json"]);
+    fs::write(place.path("adapter"), "GGUF").unwrap();
+    assert_adapter_refused(&place, &["adapter is a file, not an adapter's folder"]);
+    fs::remove_file(place.path("adapter")).unwrap();
     fs::create_dir(place.path("adapter")).unwrap();
+    assert_adapter_refused(&place, &["adapter has no adapter_config.json"]);
+    fs::write(place.path("adapter/config.json"), "{}").unwrap();
+    assert_adapter_refused(&place, &["adapter is a model, not an adapter"]);
+    fs::write(place.path("adapter/settings.toml"), "").unwrap();
+    fs::remove_file(place.path("adapter/config.json")).unwrap();
+    assert_adapter_refused(&place, &["hint: the run in it has not ended", "checkpoint-N"]);
     fs::write(place.path("adapter/adapter_config.json"), "{").unwrap();
     assert_adapter_refused(&place, &["adapter_config.json"]);
 }

@@ -92,6 +92,28 @@ fn a_path_that_is_no_model() {
     }
 }
 
+/// What people give for a model that is something else: the hint says where it goes.
+#[test]
+fn a_path_that_is_something_else() {
+    let place = Workplace::new();
+    fs::create_dir(place.path("adapter")).unwrap();
+    fs::write(place.path("adapter/adapter_config.json"), "{}").unwrap();
+    fs::create_dir(place.path("download")).unwrap();
+    fs::write(place.path("download/tiny.Q4_0.gguf"), "GGUF").unwrap();
+    for (model, says) in [
+        ("adapter", ["adapter is an adapter, not a model", "hint: `--model` is the model that"]),
+        (
+            "download",
+            ["download has no config.json", "hint: give the file download/tiny.Q4_0.gguf"],
+        ),
+        ("owner/name", ["owner/name does not exist", "hint: models are not downloaded"]),
+        ("model/name", ["model/name does not exist", "hint: give a Hugging Face model folder"]),
+    ] {
+        let command = place.nibble(&["quantize", "--model", model, "--out", "out"]);
+        assert_refused(&place, command, 1, &says);
+    }
+}
+
 #[test]
 fn a_model_without_a_tokenizer() {
     let place = Workplace::new();

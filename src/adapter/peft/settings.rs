@@ -4,6 +4,7 @@
 //! computes in a way that Nibble does not implement. Writing keeps to the keys that every PEFT
 //! release knows, because older ones refuse new keys.
 
+use std::io::ErrorKind;
 use std::path::Path;
 
 use serde_json::{Map, Value, json};
@@ -71,6 +72,27 @@ const UNSUPPORTED: [&str; 8] = [
 /// Initialisations that subtract from the base model, which the adapter alone cannot tell.
 const BASE_CHANGING: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
 
+/// Why `adapter_config.json` cannot be read: what `dir` is instead.
+fn not_an_adapter(dir: &Path, path: &Path, error: std::io::Error) -> Error {
+    let shown = dir.display();
+    let what = match error.kind() {
+        ErrorKind::NotADirectory => format!("{shown} is a file, not an adapter's folder"),
+        ErrorKind::NotFound if !dir.exists() => format!("{shown} does not exist"),
+        ErrorKind::NotFound if dir.join("config.json").exists() => {
+            format!("{shown} is a model, not an adapter")
+        }
+        ErrorKind::NotFound => format!("{shown} has no {CONFIG_FILE}"),
+        _ => return Error::io("read", path, error),
+    };
+    let error = Error::input(what);
+    if dir.join("settings.toml").exists() {
+        let hint = "the run in it has not ended: continue it with `nibble train --resume`, or give \
+                    one of its checkpoint-N folders";
+        return error.hint(hint);
+    }
+    error.hint("an adapter is a folder with adapter_config.json and adapter_model.safetensors")
+}
+
 impl PeftSettings {
     /// Reads `dir/adapter_config.json`.
     ///
@@ -85,9 +107,7 @@ impl PeftSettings {
 
     fn read_file(dir: &Path) -> Result<Self> {
         let path = dir.join(CONFIG_FILE);
-        let text = std::fs::read_to_string(&path).map_err(|e| {
-            Error::io("read", &path, e).hint("an adapter is a folder with adapter_config.json")
-        })?;
+        let text = std::fs::read_to_string(&path).map_err(|e| not_an_adapter(dir, &path, e))?;
         let value: Value = serde_json::from_str(&text)
             .map_err(|e| Error::input(format_args!("{}: not JSON: {e}", path.display())))?;
         Self::from_json(&value).map_err(|e| e.at(path.display()))

@@ -129,7 +129,7 @@ impl Model {
     fn open(args: &MemoryArgs) -> Result<Self> {
         let (path, format) = (&args.base.model, args.base.block_format());
         if let Some(config) = bare_config(path)? {
-            let spec = spec_from_config(&config)?;
+            let spec = spec_from_config(&config).map_err(|error| error.at(path.display()))?;
             let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| config[*key].as_str());
             let dtype = dtype.and_then(FloatType::from_name).unwrap_or(FloatType::Bf16);
             let weights = WeightBytes::of_config(&spec, dtype, format.as_ref());
