@@ -47,6 +47,7 @@ fn run_on<K: Kernels>(args: &ChatArgs, kernels: K) -> Result<()> {
     let first = adapters.first().map(|adapter| adapter.folder.as_path());
     let context = args.generation.context_length;
     let session = Session::open(kernels, &args.base.model, format.as_ref(), first, context)?;
+    super::note_packing(&args.base, session.kind());
     let interrupt = Interrupt::on_ctrl_c()?;
     let current = (!adapters.is_empty()).then_some(0);
     let system = args.system.clone();

@@ -42,6 +42,7 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.base.model)?;
     let spec = spec_from_config(checkpoint.config())?;
     let dataset = read_data(args, &spec)?;
+    super::note_packing(&args.base, checkpoint.kind());
     let format = args.base.block_format();
     let adapter = args.adapter.as_deref();
     let (weights, adapter) = load_weights(&checkpoint, &spec, format.as_ref(), adapter)?;

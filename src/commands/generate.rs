@@ -28,6 +28,7 @@ fn run_on<K: Kernels>(args: &GenerateArgs, kernels: K) -> Result<()> {
     let context = args.generation.context_length;
     let first = args.adapter.first().map(|adapter| adapter.folder.as_path());
     let mut session = Session::open(kernels, &args.base.model, format.as_ref(), first, context)?;
+    super::note_packing(&args.base, session.kind());
     let text = render(args, &session, prompt)?;
     if args.adapter.len() < 2 {
         return answer(args, &mut session, &text);

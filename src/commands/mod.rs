@@ -15,7 +15,9 @@ pub mod train;
 
 use std::num::NonZeroUsize;
 
+use crate::checkpoint::CheckpointKind;
 use crate::cli::Command;
+use crate::cli::train::BaseModelArgs;
 use crate::error::{Error, Result};
 
 /// Runs one parsed command.
@@ -34,6 +36,18 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Merge(args) => merge::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => completions::run(args),
+    }
+}
+
+/// Says that dense weights are packed while they are loaded: what is asked of a merged model should
+/// not be answered by a coarser one unawares.
+fn note_packing(base: &BaseModelArgs, kind: CheckpointKind) {
+    let format = base.block_format().filter(|_| kind != CheckpointKind::Bnb4bit);
+    if let Some(format) = format {
+        let (model, quant_type) = (base.model.display(), format.quant_type.as_str());
+        eprintln!(
+            "{model}: linears are packed as {quant_type}; `--quantization none` takes them as they are"
+        );
     }
 }
 

@@ -1,5 +1,7 @@
 //! Figures as people read them.
 
+use crate::cli::size::ByteSize;
+
 /// Seconds as `1:02:03` or `2:03`.
 pub fn clock(seconds: f64) -> String {
     let total = if seconds.is_finite() { seconds.max(0.0).round() as u64 } else { 0 };
@@ -34,6 +36,15 @@ pub fn short_count(count: u64) -> String {
     format!("{value:.decimals$}{unit}")
 }
 
+/// `now` over `before` in bytes, with its sign.
+pub fn change(before: u64, now: u64) -> String {
+    match now.checked_sub(before) {
+        Some(0) => "0 B".to_string(),
+        Some(more) => format!("+{}", ByteSize(more)),
+        None => format!("\u{2212}{}", ByteSize(before - now)),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -57,5 +68,12 @@ mod tests {
         assert_eq!(short_count(53_812), "53.8k");
         assert_eq!(short_count(4_884_480), "4.88M");
         assert_eq!(short_count(134_515_008), "135M");
+    }
+
+    #[test]
+    fn changes_have_a_sign() {
+        assert_eq!(change(5, 5), "0 B");
+        assert_eq!(change(1024, 3072), "+2.0 KiB");
+        assert_eq!(change(3072, 1024), "\u{2212}2.0 KiB");
     }
 }

@@ -6,7 +6,7 @@ use nibble_quant::BlockFormat;
 
 use super::{Finish, Limits, Sampler, Speaker, Wish};
 use crate::adapter::{Adapter, PeftAdapter};
-use crate::checkpoint::Checkpoint;
+use crate::checkpoint::{Checkpoint, CheckpointKind};
 use crate::data::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
@@ -26,6 +26,7 @@ pub struct Session<K: Kernels = Cpu> {
     speaker: Speaker,
     /// Absent only where another adapter could not be taken.
     model: Option<Model<K>>,
+    kind: CheckpointKind,
     /// Whether an adapter is merged into the weights, which are then no longer the base's.
     merged: bool,
     path: PathBuf,
@@ -57,7 +58,13 @@ impl<K: Kernels> Session<K> {
         let weights = weights.upload(&kernels)?;
         let model = Some(equip(&kernels, spec, weights, adapter.as_ref(), context_tokens)?);
         let (path, quantization) = (path.to_path_buf(), quantization.copied());
-        Ok(Session { kernels, speaker, model, merged, path, quantization, context_tokens })
+        let kind = checkpoint.kind();
+        Ok(Session { kernels, speaker, model, kind, merged, path, quantization, context_tokens })
+    }
+
+    /// What the base's weights were when they were read.
+    pub fn kind(&self) -> CheckpointKind {
+        self.kind
     }
 
     /// Text in and out of it.

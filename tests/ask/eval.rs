@@ -6,7 +6,7 @@ use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
 use crate::scene::{Logits, adapter, golden, logits, stdout, write_rows};
-use crate::training::{Workplace, error_of, fail, succeed};
+use crate::training::{Workplace, error_of, fail, stderr, succeed};
 
 /// Ids and logits that PEFT computed, at the last positions of each row.
 struct Expected {
@@ -137,4 +137,26 @@ fn figures_are_those_of_the_logits() {
     command.args(flags);
     let table = stdout(&succeed(command));
     assert!(table.contains(&format!("{:.4}", adapted[0])) && table.contains("of 3"), "{table}");
+}
+
+/// A merged model that is silently packed again would lose most of what was merged.
+#[test]
+fn packing_a_dense_model_does_not_go_unsaid() {
+    let place = Workplace::new();
+    succeed(place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
+    for (model, flags, says) in [
+        ("model", &[][..], true),
+        ("model", &["--quantization", "none"], false),
+        ("packed", &[], false),
+    ] {
+        for command in
+            [&["eval", "--data", "eval.jsonl"][..], &["generate", "--raw", "--prompt", "w5"]]
+        {
+            let arguments = [command, &["--model", model], flags].concat();
+            let said = stderr(&succeed(place.nibble(&arguments)));
+            let note =
+                "model: linears are packed as nf4; `--quantization none` takes them as they are";
+            assert_eq!(said.contains(note), says, "{arguments:?}: {said}");
+        }
+    }
 }

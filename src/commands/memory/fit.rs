@@ -8,7 +8,7 @@ use crate::error::Result;
 use crate::ledger::resident;
 use crate::plan::fit::{Asked, Fit, Way};
 use crate::plan::{Choice, Demand, Limit, Policy};
-use crate::report::figures::thousands;
+use crate::report::figures::{change, thousands};
 
 /// Prints what fits `--budget`, or this machine's free memory.
 pub(super) fn run(args: &MemoryArgs, demand: &Demand) -> Result<()> {
@@ -46,11 +46,7 @@ pub(super) fn run(args: &MemoryArgs, demand: &Demand) -> Result<()> {
     print_ways(&fit, asked, demand.spec.max_positions);
     println!("\n{:<34} {:>12} {:>12} {:>6}", "one change of this plan", "total", "changes", "work");
     for knob in &fit.knobs {
-        let (sign, by) = match knob.bytes.checked_sub(planned) {
-            Some(more) => ("+", more),
-            None => ("\u{2212}", planned - knob.bytes),
-        };
-        let (total, change) = (ByteSize(knob.bytes).to_string(), format!("{sign}{}", ByteSize(by)));
+        let (total, change) = (ByteSize(knob.bytes).to_string(), change(planned, knob.bytes));
         println!("{:<34} {total:>12} {change:>12} {:>5.2}x", knob.flags, knob.work);
     }
     Ok(())

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::PlannedRun;
 use crate::cli::memory::MemoryArgs;
 use crate::cli::size::ByteSize;
+use crate::report::figures::change;
 
 /// For people.
 pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
@@ -44,12 +45,7 @@ fn rows(run: &PlannedRun) {
     };
     println!("{:<26} {:>12} {:>12} {:>12}", "", "planned", "measured", "difference");
     let line = |name: &str, planned: u64, measured: u64| {
-        let (sign, by) = if measured < planned {
-            ("\u{2212}", planned - measured)
-        } else {
-            ("+", measured - planned)
-        };
-        let difference = format!("{sign}{}", size(by));
+        let difference = change(planned, measured);
         println!("{name:<26} {:>12} {:>12} {difference:>12}", size(planned), size(measured));
     };
     for row in &account.rows {

@@ -7,6 +7,7 @@ use serde::Serialize;
 use crate::cli::size::ByteSize;
 use crate::ledger::rows::{Account, PhaseRow, Row};
 use crate::ledger::{Moment, Phase};
+use crate::report::figures::change;
 
 /// The template of the figures; the page of a training run includes it.
 pub(super) const FIGURES: &str = include_str!("figures.html");
@@ -131,13 +132,7 @@ fn signed_share(planned: u64, measured: u64) -> String {
 
 fn part(index: usize, row: &Row, largest: u64) -> Part {
     let share = |bytes: u64| percent(bytes as f64, largest as f64);
-    let difference = row.measured_bytes.map(|measured| {
-        let (sign, by) = match measured.checked_sub(row.planned_bytes) {
-            Some(more) => ("+", more),
-            None => ("\u{2212}", row.planned_bytes - measured),
-        };
-        format!("{sign}{}", size(by))
-    });
+    let difference = row.measured_bytes.map(|measured| change(row.planned_bytes, measured));
     Part {
         name: row.name.clone(),
         colour: index.min(COLOURS - 1),
