@@ -60,12 +60,12 @@ pub struct GenerationArgs {
     /// Make tokens that occurred less likely; 1 is off
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
     pub repetition_penalty: f32,
-    /// Where it computes.
-    #[command(flatten)]
-    pub device: DeviceArgs,
     /// Seed of the draws
     #[arg(long, value_name = "NUMBER", default_value_t = 42)]
     pub seed: u64,
+    /// Where it computes.
+    #[command(flatten)]
+    pub device: DeviceArgs,
     /// Worker threads [default: one for each core]
     #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,

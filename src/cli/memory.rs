@@ -54,13 +54,13 @@ pub struct MemoryArgs {
     #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
     /// Show what would fit `--budget` (or the free memory): lengths, batches, what each setting buys
-    #[arg(long, action = ArgAction::SetTrue)]
+    #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]
     pub fit: bool,
     /// Make that many real training steps on random tokens, and show what was measured beside the plan
-    #[arg(long, value_name = "STEPS", num_args = 0..=1, default_missing_value = "2")]
+    #[arg(long, help_heading = "Output", value_name = "STEPS", num_args = 0..=1, default_missing_value = "2")]
     pub measure: Option<NonZeroUsize>,
-    /// Write a page with pictures of the plan, and of what was measured, to this file
-    #[arg(long, value_name = "FILE")]
+    /// Write a page with pictures of the plan, and of what was measured
+    #[arg(long, help_heading = "Output", value_name = "FILE")]
     pub html: Option<PathBuf>,
     /// Print the plan as JSON, with every region of the arena
     #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]

@@ -138,7 +138,7 @@ pub struct TrainDataArgs {
     /// Training data: JSONL, JSON, CSV or Parquet
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
-    /// Evaluation data: JSONL or JSON
+    /// Evaluation data: JSONL, JSON, CSV or Parquet
     #[arg(long, value_name = "FILE")]
     pub eval_data: Option<PathBuf>,
     /// Share of the training data that is held out for evaluation, such as 0.05
