@@ -4,6 +4,8 @@
 //! checkpoint holds is exactly the state after those, so a resumed run repeats nothing and skips
 //! nothing; an interrupted step is given up and made again.
 
+mod ending;
+
 use std::path::Path;
 use std::time::Instant;
 
@@ -16,7 +18,7 @@ use super::feed::Feed;
 use super::progress::Progress;
 use super::recipe::Recipe;
 use super::schedule::Schedule;
-use super::state::{self, Best, TrainState, Window};
+use super::state::{Best, TrainState, Window};
 use super::step::{self, Gradient};
 use super::trainee::Trainee;
 use crate::data::Batch;
@@ -82,9 +84,11 @@ impl<'a, M: Trainee> Trainer<'a, M> {
     /// log and disk report. The last checkpoint is intact in all cases.
     pub fn run(mut self) -> Result<EndEvent> {
         self.rehearse()?;
-        let reason = self.train().map_err(|error| self.with_survivor(error))?;
+        let mut reason = self.train().map_err(|error| self.with_survivor(error))?;
+        if reason != EndReason::Interrupted && !self.evaluate_unless_done()? {
+            reason = EndReason::Interrupted;
+        }
         if reason != EndReason::Interrupted {
-            self.evaluate_unless_done()?;
             self.sample_unless_done()?;
         }
         self.save_unless_done()?;
@@ -94,7 +98,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             return Err(self.interrupted());
         }
         self.load_best()?;
-        publish(self.model, self.parts.out)?;
+        ending::publish(self.model, self.parts.out)?;
         Ok(end)
     }
 
@@ -315,12 +319,10 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         Ok(())
     }
 
-    fn evaluate_unless_done(&mut self) -> Result<()> {
+    /// The last evaluation; false if the user asked to stop.
+    fn evaluate_unless_done(&mut self) -> Result<bool> {
         let done = self.state.evaluated_step == Some(self.state.step);
-        if !self.parts.evaluation.is_empty() && !done {
-            self.evaluate()?;
-        }
-        Ok(())
+        Ok(self.parts.evaluation.is_empty() || done || self.evaluate()?.is_some())
     }
 
     fn save_unless_done(&mut self) -> Result<()> {
@@ -337,75 +339,10 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         parts.progress.save(&event);
         self.record(Event::Save(event))
     }
-
-    fn end_event(&self, reason: EndReason) -> EndEvent {
-        let state = &self.state;
-        EndEvent {
-            step: state.step,
-            epoch: self.epoch(),
-            reason,
-            train_loss: state.loss_sum / state.step.max(1) as f64,
-            train_runtime: state.elapsed_seconds,
-            tokens_per_second: state.num_input_tokens_seen as f64
-                / state.elapsed_seconds.max(f64::MIN_POSITIVE),
-            best: state.best.map(|best| (best.eval_loss, best.step)),
-            best_checkpoint: state.best.map(|best| checkpoints::name(best.step)),
-            peak_rss_bytes: resident::peak_bytes(),
-            memory: self.model.memory(),
-        }
-    }
-
-    /// Takes the best weights back, if that is asked for and they are others.
-    fn load_best(&mut self) -> Result<()> {
-        let Some(best) = self.state.best else { return Ok(()) };
-        if !self.parts.recipe.evaluation.load_best_at_end || best.step == self.state.step {
-            return Ok(());
-        }
-        let folder = self.parts.out.join(checkpoints::name(best.step));
-        checkpoints::verify(&folder).map_err(|error| error.at(folder.display()))?;
-        state::read_optimizer(self.model, &folder)
-    }
-
-    fn interrupted(&self) -> Error {
-        let (step, out) = (self.state.step, self.parts.out.display());
-        let what = match self.saved_step {
-            Some(saved) => {
-                format!("interrupted after step {step}; saved {}", checkpoints::name(saved))
-            }
-            None => "interrupted before the first step was done".to_string(),
-        };
-        let hint = format_args!("continue with `nibble train --out {out} --resume`");
-        Error::Interrupted(crate::error::Message::new(what)).hint(hint)
-    }
-
-    /// Says which checkpoint a run that went wrong can go back to.
-    fn with_survivor(&self, error: Error) -> Error {
-        let (Error::Numeric(message), Some(saved)) = (&error, self.saved_step) else {
-            return error;
-        };
-        let survivor = format!("{} is the last good checkpoint", checkpoints::name(saved));
-        let hint = message.hint.as_ref().map_or(String::new(), |hint| format!("{hint}; "));
-        error.hint(format_args!("{hint}{survivor}"))
-    }
 }
 
 impl Window {
     fn tokens_per_second(&self) -> f64 {
         self.tokens as f64 / self.seconds.max(f64::MIN_POSITIVE)
     }
-}
-
-/// Puts the adapter's files into `out`, each whole or not at all.
-fn publish<M: Trainee>(model: &M, out: &Path) -> Result<()> {
-    let temporary = out.join(".adapter.partial");
-    std::fs::create_dir_all(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
-    model.write_adapter(&temporary)?;
-    let entries = std::fs::read_dir(&temporary).map_err(|e| Error::io("list", &temporary, e))?;
-    for entry in entries {
-        let entry = entry.map_err(|e| Error::io("list", &temporary, e))?;
-        let destination = out.join(entry.file_name());
-        std::fs::rename(entry.path(), &destination)
-            .map_err(|e| Error::io("write", &destination, e))?;
-    }
-    std::fs::remove_dir(&temporary).map_err(|e| Error::io("remove", &temporary, e))
 }

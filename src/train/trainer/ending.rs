@@ -1,0 +1,79 @@
+//! How a run ends: its last event, its best weights, the adapter's files, and what a run that was
+//! stopped or went wrong says.
+
+use std::path::Path;
+
+use super::Trainer;
+use crate::error::{Error, Message, Result};
+use crate::ledger::resident;
+use crate::train::checkpoints;
+use crate::train::events::{EndEvent, EndReason};
+use crate::train::state;
+use crate::train::trainee::Trainee;
+
+impl<M: Trainee> Trainer<'_, M> {
+    pub(super) fn end_event(&self, reason: EndReason) -> EndEvent {
+        let state = &self.state;
+        EndEvent {
+            step: state.step,
+            epoch: self.epoch(),
+            reason,
+            train_loss: state.loss_sum / state.step.max(1) as f64,
+            train_runtime: state.elapsed_seconds,
+            tokens_per_second: state.num_input_tokens_seen as f64
+                / state.elapsed_seconds.max(f64::MIN_POSITIVE),
+            best: state.best.map(|best| (best.eval_loss, best.step)),
+            best_checkpoint: state.best.map(|best| checkpoints::name(best.step)),
+            peak_rss_bytes: resident::peak_bytes(),
+            memory: self.model.memory(),
+        }
+    }
+
+    /// Takes the best weights back, if that is asked for and they are others.
+    pub(super) fn load_best(&mut self) -> Result<()> {
+        let Some(best) = self.state.best else { return Ok(()) };
+        if !self.parts.recipe.evaluation.load_best_at_end || best.step == self.state.step {
+            return Ok(());
+        }
+        let folder = self.parts.out.join(checkpoints::name(best.step));
+        checkpoints::verify(&folder).map_err(|error| error.at(folder.display()))?;
+        state::read_optimizer(self.model, &folder)
+    }
+
+    pub(super) fn interrupted(&self) -> Error {
+        let (step, out) = (self.state.step, self.parts.out.display());
+        let what = match self.saved_step {
+            Some(saved) => {
+                format!("interrupted after step {step}; saved {}", checkpoints::name(saved))
+            }
+            None => "interrupted before the first step was done".to_string(),
+        };
+        let hint = format_args!("continue with `nibble train --out {out} --resume`");
+        Error::Interrupted(Message::new(what)).hint(hint)
+    }
+
+    /// Says which checkpoint a run that went wrong can go back to.
+    pub(super) fn with_survivor(&self, error: Error) -> Error {
+        let (Error::Numeric(message), Some(saved)) = (&error, self.saved_step) else {
+            return error;
+        };
+        let survivor = format!("{} is the last good checkpoint", checkpoints::name(saved));
+        let hint = message.hint.as_ref().map_or(String::new(), |hint| format!("{hint}; "));
+        error.hint(format_args!("{hint}{survivor}"))
+    }
+}
+
+/// Puts the adapter's files into `out`, each whole or not at all.
+pub(super) fn publish<M: Trainee>(model: &M, out: &Path) -> Result<()> {
+    let temporary = out.join(".adapter.partial");
+    std::fs::create_dir_all(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
+    model.write_adapter(&temporary)?;
+    let entries = std::fs::read_dir(&temporary).map_err(|e| Error::io("list", &temporary, e))?;
+    for entry in entries {
+        let entry = entry.map_err(|e| Error::io("list", &temporary, e))?;
+        let destination = out.join(entry.file_name());
+        std::fs::rename(entry.path(), &destination)
+            .map_err(|e| Error::io("write", &destination, e))?;
+    }
+    std::fs::remove_dir(&temporary).map_err(|e| Error::io("remove", &temporary, e))
+}
