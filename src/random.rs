@@ -258,7 +258,7 @@ mod tests {
         assert_eq!(base, Stream::new(7, "a.lora_A").at(9).at(3));
     }
 
-    /// Expected values: `scripts/random_reference.py`.
+    /// Expected values: `scripts/golden/gen_random.py`.
     #[test]
     fn values_are_pinned() {
         let stream = Stream::new(42, "dropout").at(5);

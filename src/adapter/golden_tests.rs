@@ -1,5 +1,5 @@
-//! PEFT's own answers: `tests/data/peft_targets.json` by `scripts/golden_targets.py`,
-//! `tests/data/adapters` by `scripts/golden_adapters.py`.
+//! PEFT's own answers: `tests/data/peft_targets.json` by `scripts/golden/gen_targets.py`,
+//! `tests/data/adapters` by `scripts/golden/gen_adapters.py`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};

@@ -136,7 +136,7 @@ mod tests {
     use super::super::clip;
     use super::*;
 
-    /// Made by `scripts/optimizer_reference.py`.
+    /// Made by `scripts/golden/gen_optimizer.py`.
     const GOLDEN: &[u8] =
         include_bytes!(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/train/adamw.safetensors"));
     const A_ELEMENTS: usize = 5 * 37;

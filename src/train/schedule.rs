@@ -106,7 +106,7 @@ mod tests {
         rates: Vec<f64>,
     }
 
-    /// Made by `scripts/optimizer_reference.py`.
+    /// Made by `scripts/golden/gen_optimizer.py`.
     #[test]
     fn rates_are_those_of_transformers() {
         let text =

@@ -15,7 +15,7 @@ struct Expected {
 }
 
 impl Expected {
-    /// Made by `scripts/golden_adapters.py` or `scripts/golden/gen_models.py`.
+    /// Made by `scripts/golden/gen_adapters.py` or `scripts/golden/gen_models.py`.
     fn read(file: &str) -> Self {
         let bytes = fs::read(golden(file)).unwrap();
         let file = SafeTensors::deserialize(&bytes).unwrap();

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Prints the values that `src/random.rs` pins in its tests, computed independently of it.
 
-  random_reference.py        no arguments, no packages
+  gen_random.py        no arguments, no packages
 """
 import math
 

@@ -1,14 +1,15 @@
 #!/usr/bin/env python3
 """PEFT adapters and their merged weights: tests/data/adapters.
 
-  golden_adapters.py thin GOLDEN OUT     copy the reference adapters, keeping two merged tensors each
-  golden_adapters.py make MODELS OUT     make the cases below (torch, transformers, peft 0.21.2)
+  gen_adapters.py thin GOLDEN OUT     copy the reference adapters, keeping two merged tensors each
+  gen_adapters.py make MODELS OUT     make the cases below (torch, transformers, peft 0.21.2)
 
 A case is a PEFT folder with two more files. `expected.safetensors`: `input_ids` and the logits of the
 model with the adapter at the last four positions. `merged.safetensors`: some tensors after
 `merge_and_unload`, the names of all that changed in the metadata; absent where PEFT's merge gives another
-model than the adapter (it writes into the matrix that a tied head shares with the embedding). GOLDEN is the reference data of which `tests/data` holds a part, and
-MODELS its folder of small Hugging Face models, `tests/data/models` here.
+model than the adapter (it writes into the matrix that a tied head shares with the embedding). GOLDEN is
+the reference data of which `tests/data` holds a part, and MODELS its folder of small Hugging Face models,
+`tests/data/models` here.
 """
 import json
 import os

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Which modules PEFT adapts, with rank and scale, for many settings: tests/data/peft_targets.json.
 
-  golden_targets.py OUT.json        needs torch, transformers, peft (made with peft 0.21.2)
+  gen_targets.py OUT.json        needs torch, transformers, peft (made with peft 0.21.2)
 
 Models are built from the two configurations below, without weights. A case holds the settings and
 PEFT's answer: {module: [rank, scale]}, or an empty object where PEFT refuses.
