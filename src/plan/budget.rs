@@ -160,18 +160,23 @@ impl Demand<'_> {
             }
         }
         let least = (0, streams);
-        match self.longest_fit(budget, least) {
-            Some((tokens, bytes)) => error.hint(format_args!(
-                "{} with {tokens} tokens in a forward pass would need {}: lower `--max-length` or \
-                 `--per-device-train-batch-size`",
-                self.flags(least),
+        let flags = self.flags(least);
+        if let Some((tokens, bytes)) = self.longest_fit(budget, least) {
+            return error.hint(format_args!(
+                "{flags} with {tokens} tokens in a forward pass would need {}: lower `--max-length` \
+                 or `--per-device-train-batch-size`",
                 ByteSize(bytes)
-            )),
-            None => {
-                let least = ByteSize(self.weight_bytes(streams) + self.process_bytes);
-                error.hint(format_args!("the frozen weights and data alone take {least}"))
-            }
+            ));
         }
+        if let Some((rank, bytes)) = self.highest_rank_fit(budget, least) {
+            return error.hint(format_args!(
+                "{flags} with {LENGTH_STEP} tokens in a forward pass (`--max-length`) and \
+                 `--lora-r {rank}` would need {}",
+                ByteSize(bytes)
+            ));
+        }
+        let least = ByteSize(self.weight_bytes(streams) + self.process_bytes);
+        error.hint(format_args!("the frozen weights and data alone take {least}"))
     }
 
     fn flags(&self, (kept, stream): Candidate) -> String {
@@ -183,16 +188,33 @@ impl Demand<'_> {
     /// The largest forward pass that fits with recomputation, and what it needs.
     fn longest_fit(&self, budget: u64, candidate: Candidate) -> Option<(usize, u64)> {
         let steps = self.settings.tokens / LENGTH_STEP;
-        let need = |tokens: usize| {
-            let longest_document = self.settings.longest_document.min(tokens);
-            let logit_rows = self.settings.logit_rows.min(tokens);
-            let smaller =
-                Settings { tokens, longest_document, logit_rows, ..self.settings.clone() };
-            self.total_bytes(&smaller, candidate)
-        };
         let lengths = (1..=steps).rev().map(|step| step * LENGTH_STEP);
+        let need = |tokens| self.total_bytes(&shorter(self.settings, tokens), candidate);
         lengths.map(|tokens| (tokens, need(tokens))).find(|(_, bytes)| *bytes <= budget)
     }
+
+    /// The highest rank that fits with the shortest forward pass, and what it needs.
+    fn highest_rank_fit(&self, budget: u64, candidate: Candidate) -> Option<(usize, u64)> {
+        let mut settings = shorter(self.settings, LENGTH_STEP);
+        let mut rank = settings.targets.iter().map(|target| target.r).max()? / 2;
+        while rank > 0 {
+            settings.targets.iter_mut().for_each(|target| target.r = target.r.min(rank));
+            let bytes = self.total_bytes(&settings, candidate);
+            if bytes <= budget {
+                return Some((rank, bytes));
+            }
+            rank /= 2;
+        }
+        None
+    }
+}
+
+/// The same with at most `tokens` in a forward pass.
+fn shorter(settings: &Settings, tokens: usize) -> Settings {
+    let tokens = settings.tokens.min(tokens);
+    let longest_document = settings.longest_document.min(tokens);
+    let logit_rows = settings.logit_rows.min(tokens);
+    Settings { tokens, longest_document, logit_rows, ..settings.clone() }
 }
 
 fn policies(layers: usize, kept: usize) -> Vec<Policy> {
@@ -312,6 +334,13 @@ mod tests {
         assert!(text.contains("`--activations checkpoint` would need"), "{text}");
         let text = demand(Activations::Auto).choose(Limit::Budget(none - 1)).unwrap_err();
         assert!(text.to_string().contains("with 960 tokens in a forward pass"), "{text}");
+        let mut low = shorter(&settings, LENGTH_STEP);
+        low.targets.iter_mut().for_each(|target| target.r = 4);
+        let fits = demand(Activations::Auto).total_bytes(&low, (0, false));
+        for (budget, rank) in [(fits, "`--lora-r 4`"), (fits - 1, "`--lora-r 2`")] {
+            let text = demand(Activations::Auto).choose(Limit::Budget(budget)).unwrap_err();
+            assert!(text.to_string().contains(rank), "{text}");
+        }
         let text = demand(Activations::Auto).choose(Limit::Budget(1000)).unwrap_err();
         assert!(text.to_string().contains("alone take"), "{text}");
     }
