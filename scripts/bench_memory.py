@@ -125,9 +125,9 @@ def main():
     print(text)
     missed = check(runs)
     if not arguments.check:
-        out = Path("docs/benchmarks", f"memory-{arguments.preset}")
-        out.with_suffix(".md").write_text(text)
-        out.with_suffix(".json").write_text(json.dumps(runs, indent=1) + "\n")
+        out = Path("docs/benchmarks")
+        (out / f"memory-{arguments.preset}.md").write_text(text)
+        (out / f"memory-{arguments.preset}.json").write_text(json.dumps(runs, indent=1) + "\n")
     elif missed:
         sys.exit("\n".join(missed))
     for line in missed:
