@@ -423,6 +423,9 @@ impl<K: Kernels> Model<K> {
         let Model { kernels, weights, parameters, buffers, cached_tokens, .. } = self;
         let Buffers { inputs, kept, shared, work, caches, .. } = buffers;
         kernels.embed(ids, &weights.embedding, &mut inputs[0], false);
+        if let Some(streaming) = &weights.streaming {
+            streaming.leave_table();
+        }
         if let Some(positions) = &weights.positions {
             kernels.embed(&tokens.positions, positions, &mut inputs[0], true);
         }

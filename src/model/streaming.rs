@@ -17,11 +17,13 @@ pub enum Direction {
     Backward,
 }
 
-/// The pages of every block's weights, and of the matrix that makes logits.
+/// The pages of every block's weights, of the matrix that makes logits, and of the table of
+/// embeddings where that is another.
 #[derive(Debug, Clone)]
 pub struct Streaming {
     blocks: Vec<Vec<Pages>>,
     head: Vec<Pages>,
+    table: Vec<Pages>,
 }
 
 impl Streaming {
@@ -36,12 +38,15 @@ impl Streaming {
             }
             pages => pages,
         };
-        let head =
-            if spec.tie_word_embeddings { spec.embedding_module() } else { spec.head_module() };
         let block = |layer: usize| pages(&format!("{}.", spec.layer_prefix(layer)));
-        Streaming {
-            blocks: (0..spec.num_layers).map(block).collect(),
-            head: pages(&format!("{head}.")),
+        let blocks = (0..spec.num_layers).map(block).collect();
+        let table = pages(&format!("{}.", spec.embedding_module()));
+        match spec.tie_word_embeddings {
+            true => Streaming { blocks, head: table, table: Vec::new() },
+            false => {
+                let head = pages(&format!("{}.", spec.head_module()));
+                Streaming { blocks, head, table }
+            }
         }
     }
 
@@ -63,6 +68,11 @@ impl Streaming {
         if layer != last {
             self.blocks[layer].iter().for_each(Pages::release);
         }
+    }
+
+    /// After the rows of a pass were read.
+    pub fn leave_table(&self) {
+        self.table.iter().for_each(Pages::release);
     }
 
     /// After logits were made.

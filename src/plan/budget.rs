@@ -126,8 +126,12 @@ impl Demand<'_> {
 
     /// Bytes of the frozen weights, streamed or not.
     pub fn weight_bytes(&self, stream: bool) -> u64 {
-        let weights = &self.weights;
-        if stream { weights.streamed.unwrap_or(weights.resident) } else { weights.resident }
+        self.weight_bytes_of(self.settings, stream)
+    }
+
+    fn weight_bytes_of(&self, settings: &Settings, stream: bool) -> u64 {
+        let streamed = self.weights.streamed.filter(|_| stream);
+        streamed.map_or(self.weights.resident, |streamed| streamed.of_pass(settings.tokens))
     }
 
     /// The buffers with `policies`.
@@ -139,7 +143,7 @@ impl Demand<'_> {
     pub(super) fn total_bytes(&self, settings: &Settings, (kept, stream): Candidate) -> u64 {
         let policies = policies(self.spec.num_layers, kept);
         let plan = (self.layout)(self.spec, &Settings { policies, ..settings.clone() });
-        plan.arena_bytes() as u64 + self.weight_bytes(stream) + self.process_bytes
+        plan.arena_bytes() as u64 + self.weight_bytes_of(settings, stream) + self.process_bytes
     }
 
     fn shortfall(&self, budget: u64, leanest: Candidate) -> Error {
@@ -229,6 +233,7 @@ mod tests {
     use crate::adapter::LoraConfig;
     use crate::checkpoint::Checkpoint;
     use crate::model::families::spec_from_config;
+    use crate::plan::StreamedBytes;
 
     fn golden() -> (Checkpoint, ModelSpec) {
         let root = env!("CARGO_MANIFEST_DIR");
@@ -284,7 +289,8 @@ mod tests {
     fn weights_are_streamed_where_that_saves_recomputation() {
         let (_, spec) = golden();
         let settings = settings(&spec);
-        let weights = WeightBytes { resident: 50 << 20, streamed: Some(1 << 20) };
+        let streamed = StreamedBytes { blocks: 1 << 20, table: 0, row: 0 };
+        let weights = WeightBytes { resident: 50 << 20, streamed: Some(streamed) };
         let demand = |mode| Demand {
             spec: &spec,
             settings: &settings,

@@ -185,7 +185,7 @@ mod tests {
     use super::*;
     use crate::adapter::LoraConfig;
     use crate::model::families::spec_from_config;
-    use crate::plan::WeightBytes;
+    use crate::plan::{StreamedBytes, WeightBytes};
 
     fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         let text = include_str!("../../tests/data/models/llama_s0/config.json");
@@ -207,7 +207,10 @@ mod tests {
             layout: &crate::plan::layout,
             activations: Activations::Auto,
             mode: WeightsMode::Auto,
-            weights: WeightBytes { resident: 9 << 20, streamed: Some(2 << 20) },
+            weights: WeightBytes {
+                resident: 9 << 20,
+                streamed: Some(StreamedBytes { blocks: 2 << 20, table: 0, row: 0 }),
+            },
             process_bytes: 1 << 20,
         })
     }

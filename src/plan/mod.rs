@@ -12,4 +12,4 @@ pub mod weights;
 
 pub use budget::{Activations, Choice, Demand, Limit, WeightsMode};
 pub use layout::{Component, MemoryPlan, Policy, Region, RegionType, Settings, layout, logit_rows};
-pub use weights::WeightBytes;
+pub use weights::{StreamedBytes, WeightBytes};

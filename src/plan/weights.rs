@@ -8,14 +8,35 @@ use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 /// Blocks that are in memory at a time when weights are streamed: the one at work, and the next.
 const STREAMED_BLOCKS: u64 = 2;
 
+/// What is mapped with a page that is read from the system's cache: `fault_around_bytes` of Linux.
+const MAPPED_WITH_A_PAGE_BYTES: u64 = 64 << 10;
+
 /// Bytes of all frozen weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WeightBytes {
     /// All in memory.
     pub resident: u64,
-    /// The linears of two blocks and everything outside the blocks; none where the weights are not
-    /// in a file as they are used.
-    pub streamed: Option<u64>,
+    /// None where the weights are not in a file as they are used.
+    pub streamed: Option<StreamedBytes>,
+}
+
+/// What streamed weights have in memory at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StreamedBytes {
+    /// The linears of two blocks, and what is outside the blocks but for the table.
+    pub blocks: u64,
+    /// An embedding that is no head, too: only the rows of a pass are in memory.
+    pub table: u64,
+    /// A row of it.
+    pub row: u64,
+}
+
+impl StreamedBytes {
+    /// In a pass over `tokens` that are all different.
+    pub fn of_pass(&self, tokens: usize) -> u64 {
+        let around = self.row.max(MAPPED_WITH_A_PAGE_BYTES);
+        self.blocks + self.table.min(tokens as u64 * around)
+    }
 }
 
 impl WeightBytes {
@@ -44,11 +65,15 @@ impl WeightBytes {
     }
 
     fn sum(spec: &ModelSpec, bytes: impl Fn(&TensorSpec) -> u64, as_stored: bool) -> Self {
-        let (mut resident, mut linears) = (0, vec![0; spec.num_layers]);
+        let (mut resident, mut table, mut linears) = (0, 0, vec![0; spec.num_layers]);
+        let embedding = format!("{}.weight", spec.embedding_module());
         let prefixes: Vec<String> =
             (0..spec.num_layers).map(|layer| format!("{}.", spec.layer_prefix(layer))).collect();
         for tensor in spec.inventory() {
             resident += bytes(&tensor);
+            if tensor.name == embedding && !spec.tie_word_embeddings {
+                table = bytes(&tensor);
+            }
             let layer = prefixes.iter().position(|prefix| tensor.name.starts_with(prefix));
             if let (TensorRole::Linear(_), Some(layer)) = (tensor.role, layer) {
                 linears[layer] += bytes(&tensor);
@@ -56,8 +81,12 @@ impl WeightBytes {
         }
         let (in_blocks, largest) = (linears.iter().sum::<u64>(), linears.iter().max());
         let working = STREAMED_BLOCKS * largest.copied().unwrap_or(0);
-        let streamed = resident - in_blocks + working.min(in_blocks);
-        WeightBytes { resident, streamed: as_stored.then_some(streamed) }
+        let streamed = || StreamedBytes {
+            blocks: resident - in_blocks - table + working.min(in_blocks),
+            table,
+            row: table / spec.vocab_size as u64,
+        };
+        WeightBytes { resident, streamed: as_stored.then(streamed) }
     }
 }
 
@@ -129,8 +158,19 @@ mod tests {
             WeightBytes::of_config(&spec, FloatType::Bf16, Some(&BlockFormat::default()))
         };
         let (two, many) = (of(2, &mut config), of(20, &mut config));
-        assert_eq!(two.streamed, Some(two.resident));
+        let (few, more) = (two.streamed.unwrap(), many.streamed.unwrap());
+        assert_eq!(few.of_pass(usize::MAX >> 20), two.resident);
+        assert_eq!(few.table, few.row * config["vocab_size"].as_u64().unwrap());
         // Two norms of each further block stay in memory, in f32.
-        assert_eq!(many.streamed.unwrap() - two.resident, 18 * 2 * 64 * 4);
+        assert_eq!(more.blocks - few.blocks, 18 * 2 * 64 * 4);
+    }
+
+    #[test]
+    fn a_pass_maps_the_rows_of_its_tokens() {
+        let bytes = StreamedBytes { blocks: 1000, table: 50 << 20, row: 8 << 10 };
+        assert_eq!(bytes.of_pass(10), 1000 + (640 << 10));
+        assert_eq!(bytes.of_pass(10_000), 1000 + (50 << 20));
+        let long = StreamedBytes { row: 100 << 10, ..bytes };
+        assert_eq!(long.of_pass(2), 1000 + (200 << 10));
     }
 }
