@@ -23,3 +23,5 @@ fi
 step scripts/test.sh
 step scripts/asan.sh
 step scripts/ptx.sh --check
+step scripts/gpu_check.sh --pack
+step scripts/gpu_check.sh --rehearse

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Writes a Llama-shaped checkpoint of random weights, at the disk's speed, with the standard library.
 
-  make_checkpoint.py OUT [--preset llama-2-7b|1b|tiny] [--vocab-size N] [--layers N] [--gguf]
+  make_checkpoint.py OUT [--preset llama-3.1-8b|llama-2-7b|1b|tiny] [--vocab-size N] [--layers N] [--gguf]
 
 OUT       a folder (config.json, bf16 shards of at most 5 GB with their index), or with --gguf one
           file in F16 with a tokenizer of as many tokens as the embedding has rows
@@ -19,6 +19,7 @@ from pathlib import Path
 
 PRESETS = {
     # hidden size, feed-forward size, layers, heads, key/value heads, vocabulary
+    "llama-3.1-8b": (4096, 14336, 32, 32, 8, 128256),
     "llama-2-7b": (4096, 11008, 32, 32, 32, 32000),
     "1b": (2048, 5632, 22, 32, 4, 32000),
     "tiny": (128, 352, 2, 4, 2, 512),
