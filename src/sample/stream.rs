@@ -71,7 +71,8 @@ mod tests {
     #[test]
     fn characters_of_several_tokens_come_whole() {
         let tokenizer = tokenizer();
-        for text in ["Grüße an 👩‍🚀 und 🇯🇵!", "日本語の文字、漢字", "plain words\n\n  indented"] {
+        for text in ["Grüße an 👩‍🚀 und 🇯🇵!", "日本語の文字、漢字", "plain words\n\n  indented"]
+        {
             let ids = tokenizer.encode(text).unwrap();
             let pieces = pieces(&tokenizer, &ids);
             assert_eq!(pieces.concat(), text);

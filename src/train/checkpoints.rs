@@ -60,9 +60,12 @@ pub fn save<M: Trainee>(
         Ok(bytes)
     };
     let bytes = write().map_err(|error| with_survivor(error, out))?;
+    Ok(event(state, bytes, start.elapsed().as_secs_f64()))
+}
+
+fn event(state: &TrainState, bytes: u64, seconds: f64) -> SaveEvent {
     let is_best = state.best.is_some_and(|best| best.step == state.step);
-    let seconds = start.elapsed().as_secs_f64();
-    Ok(SaveEvent { step: state.step, checkpoint, bytes, seconds, is_best })
+    SaveEvent { step: state.step, checkpoint: name(state.step), bytes, seconds, is_best }
 }
 
 /// Tells of the checkpoint to go on from when the system refused to write.
@@ -130,6 +133,15 @@ pub struct Found {
     pub folder: PathBuf,
     /// Its state.
     pub state: TrainState,
+}
+
+impl Found {
+    /// That it was saved: its own history cannot know. How long it took is forgotten.
+    pub fn event(&self) -> SaveEvent {
+        let sizes = files(&self.folder).unwrap_or_default().into_iter();
+        let bytes = sizes.filter_map(|path| Some(fs::metadata(path).ok()?.len())).sum();
+        event(&self.state, bytes, 0.0)
+    }
 }
 
 /// Finds the newest intact checkpoint of `out`; tells `report` about each damaged one.

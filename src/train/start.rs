@@ -4,7 +4,7 @@ use std::path::Path;
 
 use super::checkpoints::Found;
 use super::checks::{self, FirstSteps};
-use super::events::StartEvent;
+use super::events::{Event, StartEvent};
 use super::feed::Feed;
 use super::recipe::Recipe;
 use super::schedule::SchedulerType;
@@ -53,12 +53,15 @@ pub fn begin<M: Trainee>(
     let probe = checks::probe(&feed.batch(0, 0));
     identity.base_loss = checks::base_loss(model, &probe, fresh && recipe.self_checks)?;
     let max_steps = recipe.max_steps(feed.num_batches());
-    let Some(Found { folder, mut state }) = found else {
+    let Some(found) = found else {
         let checks = if fresh { FirstSteps::default() } else { FirstSteps::done() };
         let state = TrainState::new(identity, max_steps);
         return Ok(Start { state, checks, rounding_differs: false });
     };
+    let saved = found.event();
+    let Found { folder, mut state } = found;
     compare(recipe, &state.identity, &identity)?;
+    state.history.push(Event::Save(saved));
     let was = std::mem::replace(&mut state.identity, identity);
     let rounding_differs = was.base_loss.to_bits() != state.identity.base_loss.to_bits();
     state.max_steps = max_steps;

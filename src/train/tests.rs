@@ -130,6 +130,12 @@ fn numbers(events: &[Event]) -> Vec<Event> {
     events.iter().filter_map(timeless).collect()
 }
 
+/// Steps of the checkpoints that were told of.
+fn saves(events: &[Event]) -> Vec<u64> {
+    let saves = events.iter().filter(|event| matches!(event, Event::Save(_)));
+    saves.map(Event::step).collect()
+}
+
 #[test]
 fn training_lowers_the_loss() {
     let out = tempfile::tempdir().unwrap();
@@ -165,6 +171,9 @@ fn a_run_stopped_anywhere_continues_bit_for_bit() {
         assert_eq!(second.result.unwrap(), EndReason::Finished);
         assert_eq!(second.toy.master, whole.toy.master, "stopped after {questions} questions");
         assert_eq!(numbers(&second.events), numbers(&whole.events), "{questions}");
+        let saved = saves(&second.events);
+        assert!(saves(&whole.events).iter().all(|step| saved.contains(step)), "{saved:?}");
+        assert!(saved.is_sorted_by(|a, b| a < b), "each is told of once: {saved:?}");
         assert_eq!(adapter(out.path()), adapter(whole_out.path()));
         let last = |out: &Path| fs::read(out.join("checkpoint-15/optimizer.safetensors")).unwrap();
         assert_eq!(last(out.path()), last(whole_out.path()), "moments, too");
