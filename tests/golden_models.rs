@@ -78,11 +78,29 @@ fn a_padded_batch_equals_its_documents() {
     }
 }
 
-fn check_gradients(case: &Case, tag: &str, quantization: Option<BlockFormat>, policy: &[Policy]) {
+/// Every policy, and the MLP untiled, in tiles with a rest, and of one token.
+fn check_all_gradients(case: &Case, tag: &str, quantization: Option<BlockFormat>) {
+    for policy in POLICIES {
+        for tile in [None, Some(10), Some(1)] {
+            check_gradients(case, tag, quantization, policy, tile);
+        }
+    }
+}
+
+const POLICIES: [&[Policy]; 3] =
+    [&[Policy::Keep], &[Policy::Checkpoint], &[Policy::Checkpoint, Policy::Keep]];
+
+fn check_gradients(
+    case: &Case,
+    tag: &str,
+    quantization: Option<BlockFormat>,
+    policy: &[Policy],
+    tile: Option<usize>,
+) {
     let reference = case.tensors("ref.safetensors");
     let lora = case.tensors("lora.safetensors");
     let (batch, _) = reference.batch("input_ids", "labels");
-    let mut model = case.model(quantization, Some("adapter_init"), policy);
+    let mut model = case.tiled_model(quantization, Some("adapter_init"), policy, tile);
     let noise = case.noise("grad_max_rel_f32_vs_f64").max(1e-6);
     let loss = model.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
     let error =
@@ -102,9 +120,7 @@ fn check_gradients(case: &Case, tag: &str, quantization: Option<BlockFormat>, po
 #[test]
 fn every_lora_gradient_matches_autograd() {
     for name in CASES {
-        let case = Case::open(name);
-        check_gradients(&case, "lora", None, &[Policy::Keep]);
-        check_gradients(&case, "lora", None, &[Policy::Checkpoint]);
+        check_all_gradients(&Case::open(name), "lora", None);
     }
 }
 
@@ -114,8 +130,8 @@ fn every_lora_gradient_matches_autograd_on_a_4_bit_base() {
         |double_quant| BlockFormat { quant_type: QuantType::Nf4, block_size: 64, double_quant };
     for name in CASES {
         let case = Case::open(name);
-        check_gradients(&case, "nf4", Some(format(false)), &[Policy::Keep]);
-        check_gradients(&case, "nf4dq", Some(format(true)), &[Policy::Checkpoint]);
+        check_all_gradients(&case, "nf4", Some(format(false)));
+        check_all_gradients(&case, "nf4dq", Some(format(true)));
     }
 }
 
@@ -144,6 +160,35 @@ fn policies_and_micro_batches_give_the_same_gradients() {
     }
     assert!((sum - loss).abs() < 1e-5 * loss);
     assert!(relative_error(model.parameters().gradients(), &gradients) < 1e-5);
+}
+
+/// Rows are independent: only the sums over tokens in the gradients are made tile by tile.
+#[test]
+fn a_tiled_mlp_gives_the_same_loss_and_gradients() {
+    for name in CASES {
+        let case = Case::open(name);
+        let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
+        let run = |policies: &[Policy], tile| {
+            let format = Some(BlockFormat::default());
+            let mut model = case.tiled_model(format, Some("adapter_init"), policies, tile);
+            let scale = 1.0 / batch.num_targets as f32;
+            let loss = model.forward_backward(&batch, scale, 0).unwrap();
+            (loss, model.parameters().gradients().to_vec(), model.plan().arena_bytes())
+        };
+        let (loss, gradients, bytes) = run(&[Policy::Checkpoint], None);
+        for tile in [7, 16] {
+            let tiled = run(&[Policy::Checkpoint], Some(tile));
+            assert_eq!(tiled.0.to_bits(), loss.to_bits(), "{name}: tiles of {tile}");
+            let error = relative_error(&tiled.1, &gradients);
+            assert!(error < 2e-6, "{name}: tiles of {tile}: {error:e}");
+            assert!(tiled.2 < bytes);
+            for policies in POLICIES {
+                let other = run(policies, Some(tile));
+                assert_eq!(other.0.to_bits(), loss.to_bits(), "{name} {policies:?}");
+                assert!(other.1 == tiled.1, "{name} {policies:?}: bitwise equal");
+            }
+        }
+    }
 }
 
 fn split(batch: &Batch, document: usize) -> Batch {

@@ -33,9 +33,12 @@ fn the_allocated_arena_is_the_planned_one_to_the_byte() {
         let case = Case::open(name);
         for policies in [&[][..], &[Policy::Keep], &[Policy::Checkpoint, Policy::Keep]] {
             for adapter in [None, Some("adapter_init")] {
-                let model = case.model(None, adapter, policies);
-                assert_eq!(model.arena_bytes(), model.plan().arena_bytes(), "{name} {policies:?}");
-                assert!(model.arena_bytes() > 0);
+                for tile in [None, Some(10), Some(64)] {
+                    let model = case.tiled_model(None, adapter, policies, tile);
+                    let planned = model.plan().arena_bytes();
+                    assert_eq!(model.arena_bytes(), planned, "{name} {policies:?} {tile:?}");
+                    assert!(planned > 0);
+                }
             }
         }
     }

@@ -3,7 +3,7 @@
 use clap::{Arg, Command};
 
 /// Their name and ours, with hyphens.
-const SYNONYMS: [(&str, &str); 36] = [
+const SYNONYMS: [(&str, &str); 38] = [
     // transformers, TRL and PEFT, where ours is shorter
     ("bnb-4bit-quant-type", "quantization"),
     ("bnb-4bit-use-double-quant", "double-quant"),
@@ -28,6 +28,8 @@ const SYNONYMS: [(&str, &str); 36] = [
     ("num-epochs", "num-train-epochs"),
     ("sample-packing", "packing"),
     ("sequence-len", "max-length"),
+    ("tiled-mlp", "mlp-tile-length"),
+    ("tiled-mlp-num-shards", "mlp-tile-length"),
     ("train-on-inputs", "train-on"),
     ("val-set-size", "validation-split"),
     // short forms

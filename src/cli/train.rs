@@ -292,6 +292,10 @@ pub struct ResourceArgs {
     /// Activations of a block: `keep` them, or `checkpoint` its input and recompute
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
+    /// Tokens that the MLP works on at a time; lowers memory for long rows [default: by itself
+    /// above 4096]
+    #[arg(long, value_name = "TOKENS", value_parser = numbers::at_least_one)]
+    pub mlp_tile_length: Option<NonZeroUsize>,
     /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from their 4-bit file
     #[arg(long, value_name = "MODE", value_enum, default_value_t = WeightsMode::Auto)]
     pub weights: WeightsMode,

@@ -98,6 +98,7 @@ fn equip<K: Kernels>(
         bf16_working: false,
         threads: rayon::current_num_threads(),
         cache_tokens: 0,
+        mlp_tile_length: None,
     };
     let mut model = Model::on(kernels.clone(), spec, weights.upload(&kernels)?, settings, None)?;
     if let Some(adapter) = adapter {

@@ -154,6 +154,8 @@ pub struct DropoutMask<'a> {
     pub stream: &'a str,
     /// Number of the micro-batch since the start of the run.
     pub step: u64,
+    /// Index of the first element: where the input is a part of the linear's whole input.
+    pub first: u64,
 }
 
 /// A norm's parameters.
@@ -464,8 +466,8 @@ pub trait Kernels: Clone + Sync {
     /// `to[rows[i]] = from[i]`.
     fn scatter_rows(&self, from: &Self::Buffer, rows: &[u32], to: &mut Self::Buffer, width: usize);
 
-    /// Copies the first `elements`.
-    fn copy(&self, from: &Self::Buffer, to: &mut Self::Buffer, elements: usize);
+    /// Copies `elements`, from and to the given offsets.
+    fn copy(&self, from: (&Self::Buffer, usize), to: (&mut Self::Buffer, usize), elements: usize);
 
     /// Zeroes the first `elements`.
     fn zero(&self, buffer: &mut Self::Buffer, elements: usize);

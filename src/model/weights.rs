@@ -16,6 +16,7 @@ use crate::checkpoint::{Checkpoint, DenseTensor, Weight};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
 use crate::kernels::{AttentionShape, Columns, Kernels, LoraShape, NormParameters};
+use crate::plan::settings::Half;
 
 /// The frozen parts of a model, where a backend works with them.
 pub struct Weights<K: Kernels = Cpu> {
@@ -271,10 +272,9 @@ impl Reader<'_> {
     }
 }
 
-/// The adapters of `layer`: module, and where its `x·Aᵀ` lies in the layer's buffer.
+/// The adapters of `layer`: module, and where its `x·Aᵀ` lies in the buffer of its half.
 fn adapters_of(layer: usize, targets: &[LoraTarget]) -> Vec<(&str, LinearAdapter)> {
-    let stride = crate::plan::layout::rank_sum(targets, layer);
-    let mut offset = 0;
+    let mut offsets = [0, 0];
     let of_layer = targets.iter().enumerate().filter(|(_, target)| target.layer == layer);
     of_layer
         .map(|(index, target)| {
@@ -284,8 +284,11 @@ fn adapters_of(layer: usize, targets: &[LoraTarget]) -> Vec<(&str, LinearAdapter
                 rank: target.r,
                 scale: target.scale,
             };
-            let columns = Columns::band(offset, target.r, stride);
-            offset += target.r;
+            let half = Half::of(target.role);
+            let stride = half.rank_sum(targets, layer);
+            let offset = &mut offsets[half as usize];
+            let columns = Columns::band(*offset, target.r, stride);
+            *offset += target.r;
             (target.module.as_str(), LinearAdapter { index, shape, columns })
         })
         .collect()

@@ -2,7 +2,8 @@
 
 use clap::ValueEnum;
 
-use super::layout::{MemoryPlan, Policy, Settings};
+use super::layout::MemoryPlan;
+use super::settings::{Policy, Settings};
 use super::weights::WeightBytes;
 use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
@@ -254,6 +255,7 @@ mod tests {
             bf16_working: true,
             threads: 2,
             cache_tokens: 0,
+            mlp_tile_length: None,
         }
     }
 

@@ -4,7 +4,7 @@
 use serde::Serialize;
 
 use super::budget::{Activations, Demand, WeightsMode};
-use super::layout::{Settings, logit_rows};
+use super::settings::{Settings, logit_rows};
 use crate::error::Result;
 use crate::model::spec::TensorRole;
 
@@ -139,6 +139,13 @@ fn work(demand: &Demand, length: usize, kept: usize) -> f64 {
     (forward * (1.0 + recomputed) + backward + head) / (forward + backward + head)
 }
 
+/// A quarter of the tile, where it is long enough to be cut.
+fn smaller_tile(settings: &Settings) -> Option<usize> {
+    const LEAST_TILE_TOKENS: usize = 256;
+    let quarter = settings.mlp_tile() / 4;
+    (quarter >= LEAST_TILE_TOKENS).then_some(quarter)
+}
+
 fn knobs(demand: &Demand, asked: Asked, (kept, stream): (usize, bool)) -> Vec<Knob> {
     let layers = demand.spec.num_layers;
     let plan_work = work(demand, asked.length, kept);
@@ -167,6 +174,10 @@ fn knobs(demand: &Demand, asked: Asked, (kept, stream): (usize, bool)) -> Vec<Kn
     if asked.length >= 2 * LENGTH_STEP {
         let settings = sized(demand, asked.batch, asked.length / 2);
         knobs.push(knob(format!("--max-length {}", asked.length / 2), &settings, kept, stream));
+    }
+    if let Some(length) = smaller_tile(same) {
+        let settings = Settings { mlp_tile_length: Some(length), ..same.clone() };
+        knobs.push(knob(format!("--mlp-tile-length {length}"), &settings, kept, stream));
     }
     if same.bf16_working {
         let settings = Settings { bf16_working: false, ..same.clone() };
@@ -200,6 +211,7 @@ mod tests {
             bf16_working: true,
             threads: 2,
             cache_tokens: 0,
+            mlp_tile_length: None,
         };
         test(&Demand {
             spec: &spec,
@@ -252,6 +264,7 @@ mod tests {
                 "--weights stream",
                 "--per-device-train-batch-size 1",
                 "--max-length 256",
+                "--mlp-tile-length 256",
                 "--adapter-dtype f32",
                 "--lora-r, halved",
             ];

@@ -4,21 +4,12 @@
 //! columns of q, k, v, Q = H·head_dim, F feed-forward width, ΣR the ranks of the layer's adapters,
 //! a kept layer holds `4·(2 + D + W + H + Q + D + 2 + D + (gated ? 2 : 1)·F + ΣR)` bytes per token.
 
+use super::settings::{Half, Policy, Settings};
 use crate::adapter::LoraTarget;
 use crate::model::spec::ModelSpec;
 
 /// Rows of query tokens that one attention tile holds (per head).
 pub const ATTENTION_TILE_ROWS: usize = 32;
-
-/// What happens to a layer's activations between forward and backward.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum Policy {
-    /// Kept: no recomputation.
-    Keep,
-    /// Only the block's input is kept; the rest is recomputed in the backward pass.
-    Checkpoint,
-}
 
 /// What a region is for: the rows of the memory report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
@@ -113,36 +104,6 @@ impl Region {
     }
 }
 
-/// What the sizes depend on, beside the model.
-#[derive(Debug, Clone)]
-pub struct Settings {
-    /// T: tokens of the largest micro-batch.
-    pub tokens: usize,
-    /// Tokens of the longest document in it.
-    pub longest_document: usize,
-    /// Rows of logits that exist at a time.
-    pub logit_rows: usize,
-    /// Policy of every layer; empty for a model that never runs backward.
-    pub policies: Vec<Policy>,
-    /// Adapted linears.
-    pub targets: Vec<LoraTarget>,
-    /// Whether dropout needs a masked copy of a linear's input.
-    pub lora_dropout: bool,
-    /// Whether bf16 working copies exist beside the f32 master (`--adapter-dtype bf16`).
-    pub bf16_working: bool,
-    /// Worker threads.
-    pub threads: usize,
-    /// Tokens of context for generating text; 0 where nothing is generated.
-    pub cache_tokens: usize,
-}
-
-impl Settings {
-    /// Whether there is a backward pass.
-    pub fn training(&self) -> bool {
-        !self.policies.is_empty()
-    }
-}
-
 /// The arena: its regions in order.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct MemoryPlan {
@@ -193,8 +154,8 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
         }
         for (layer, policy) in settings.policies.iter().enumerate() {
             if *policy == Policy::Keep {
-                let prefix = format!("layer.{layer}");
-                push_saved(&mut plan, spec, settings, Component::KeptActivations, &prefix, layer);
+                let ranks = |half: Half| half.rank_sum(&settings.targets, layer);
+                push_kept(&mut plan, spec, settings, layer, ranks);
             }
         }
     } else {
@@ -202,9 +163,7 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
         plan.push(Component::BlockInputs, "layer.odd.input", tokens * d);
     }
     if !settings.training() || settings.policies.contains(&Policy::Checkpoint) {
-        let widest = widest_layer(spec, settings);
-        let component = Component::RecomputeWorkspace;
-        push_saved(&mut plan, spec, settings, component, "recompute", widest);
+        push_shared(&mut plan, spec, settings);
     }
     if settings.cache_tokens > 0 {
         for layer in 0..spec.num_layers {
@@ -215,22 +174,6 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
     push_workspace(&mut plan, spec, settings);
     push_head(&mut plan, spec, settings);
     plan
-}
-
-/// Rows of logits that exist at a time: 128 MiB of f32, at least 64 rows, no more than `tokens`.
-pub fn logit_rows(spec: &ModelSpec, tokens: usize) -> usize {
-    const CHUNK_BYTES: usize = 128 << 20;
-    const LEAST_ROWS: usize = 64;
-    (CHUNK_BYTES / (spec.vocab_size * size_of::<f32>())).max(LEAST_ROWS).min(tokens)
-}
-
-/// Sum of the adapters' ranks in `layer`.
-pub fn rank_sum(targets: &[LoraTarget], layer: usize) -> usize {
-    targets.iter().filter(|target| target.layer == layer).map(|target| target.r).sum()
-}
-
-fn widest_layer(spec: &ModelSpec, settings: &Settings) -> usize {
-    (0..spec.num_layers).max_by_key(|&layer| rank_sum(&settings.targets, layer)).unwrap_or(0)
 }
 
 fn push_adapter(plan: &mut MemoryPlan, settings: &Settings) {
@@ -248,31 +191,84 @@ fn push_adapter(plan: &mut MemoryPlan, settings: &Settings) {
     }
 }
 
-fn push_saved(
+/// A layer that keeps its activations: buffers for every tile of its MLP.
+fn push_kept(
     plan: &mut MemoryPlan,
     spec: &ModelSpec,
     settings: &Settings,
-    component: Component,
-    prefix: &str,
     layer: usize,
+    ranks: impl Fn(Half) -> usize,
 ) {
-    let (t, d, f) = (settings.tokens, spec.hidden_size, spec.intermediate_size);
-    let qkv = spec.q_width() + 2 * spec.kv_width();
+    let (component, tile) = (Component::KeptActivations, settings.mlp_tile());
+    let prefix = format!("layer.{layer}");
+    push_attention(plan, spec, (component, &prefix), settings.tokens, ranks(Half::Attention));
+    for number in 0..mlp_tiles(settings) {
+        let tokens = tile.min(settings.tokens - number * tile);
+        let prefix = mlp_prefix(&prefix, settings, number);
+        push_mlp(plan, spec, (component, &prefix), tokens, ranks(Half::Mlp));
+    }
+}
+
+/// All other layers, in turn: one tile's MLP.
+fn push_shared(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
+    let widest = |half: Half| {
+        let ranks = (0..spec.num_layers).map(|layer| half.rank_sum(&settings.targets, layer));
+        ranks.max().unwrap_or(0)
+    };
+    let place = (Component::RecomputeWorkspace, "recompute");
+    push_attention(plan, spec, place, settings.tokens, widest(Half::Attention));
+    push_mlp(plan, spec, place, settings.mlp_tile(), widest(Half::Mlp));
+}
+
+/// Tiles of the longest pass.
+pub fn mlp_tiles(settings: &Settings) -> usize {
+    settings.tokens.div_ceil(settings.mlp_tile().max(1)).max(1)
+}
+
+/// Prefix of the regions of a kept layer's tile.
+pub fn mlp_prefix(prefix: &str, settings: &Settings, number: usize) -> String {
+    if settings.tiled() { format!("{prefix}.tile.{number}") } else { prefix.to_string() }
+}
+
+fn push_attention(
+    plan: &mut MemoryPlan,
+    spec: &ModelSpec,
+    (component, prefix): (Component, &str),
+    tokens: usize,
+    ranks: usize,
+) {
+    let d = spec.hidden_size;
     let rows = [
         ("norm1_stats", 2),
         ("norm1", d),
-        ("qkv", qkv),
+        ("qkv", spec.q_width() + 2 * spec.kv_width()),
         ("lse", spec.num_heads),
         ("attention", spec.q_width()),
+        ("attention_lora_x", ranks),
         ("middle", d),
+    ];
+    for (name, width) in rows {
+        plan.push(component, format!("{prefix}.{name}"), tokens * width);
+    }
+}
+
+fn push_mlp(
+    plan: &mut MemoryPlan,
+    spec: &ModelSpec,
+    (component, prefix): (Component, &str),
+    tokens: usize,
+    ranks: usize,
+) {
+    let (d, f) = (spec.hidden_size, spec.intermediate_size);
+    let rows = [
         ("norm2_stats", 2),
         ("norm2", d),
         ("gate", if spec.gated_mlp { f } else { 0 }),
         ("up", f),
-        ("lora_x", rank_sum(&settings.targets, layer)),
+        ("mlp_lora_x", ranks),
     ];
     for (name, width) in rows {
-        plan.push(component, format!("{prefix}.{name}"), t * width);
+        plan.push(component, format!("{prefix}.{name}"), tokens * width);
     }
 }
 
@@ -282,15 +278,25 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
     let rank = settings.targets.iter().map(|target| target.r).max().unwrap_or(0);
     let widths = |target: &LoraTarget| target.in_features + target.out_features;
     let pair = settings.targets.iter().map(|target| target.r * widths(target)).max().unwrap_or(0);
-    let component = Component::BlockWorkspace;
-    plan.push(component, "work.mlp", t * f);
+    let (component, tile) = (Component::BlockWorkspace, settings.mlp_tile());
+    plan.push(component, "work.mlp", tile * f);
     plan.push(component, "work.lora_pair", pair);
+    if settings.tiled() {
+        plan.push(component, "work.tile_middle", tile * d);
+        if settings.training() {
+            plan.push(component, "work.tile_gradient", tile * d);
+        }
+    }
     if settings.lora_dropout {
-        let widest = settings.targets.iter().map(|target| target.in_features).max().unwrap_or(0);
-        plan.push(component, "work.dropped", t * widest);
+        let input = |target: &LoraTarget| match Half::of(target.role) {
+            Half::Attention => t * target.in_features,
+            Half::Mlp => tile * target.in_features,
+        };
+        let most = settings.targets.iter().map(input).max().unwrap_or(0);
+        plan.push(component, "work.dropped", most);
     }
     if settings.training() {
-        plan.push(component, "work.mlp_gradient", t * f);
+        plan.push(component, "work.mlp_gradient", tile * f);
         plan.push(component, "work.gradient", t * d);
         plan.push(component, "work.norm_gradient", t * d.max(spec.q_width()));
         plan.push(component, "work.qkv_gradient", t * qkv);

@@ -8,8 +8,10 @@
 pub mod budget;
 pub mod fit;
 pub mod layout;
+pub mod settings;
 pub mod weights;
 
 pub use budget::{Activations, Choice, Demand, Limit, WeightsMode};
-pub use layout::{Component, MemoryPlan, Policy, Region, RegionType, Settings, layout, logit_rows};
+pub use layout::{Component, MemoryPlan, Region, RegionType, layout};
+pub use settings::{Policy, Settings, logit_rows};
 pub use weights::{StreamedBytes, WeightBytes};

@@ -165,6 +165,7 @@ fn equip<K: Kernels>(
         bf16_working: false,
         threads: rayon::current_num_threads(),
         cache_tokens: context_tokens,
+        mlp_tile_length: None,
     };
     let mut model = Model::on(kernels.clone(), spec, weights, settings, None)?;
     if let Some(adapter) = adapter {

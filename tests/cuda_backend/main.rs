@@ -49,6 +49,7 @@ fn settings(
         bf16_working,
         threads: rayon::current_num_threads(),
         cache_tokens: 40,
+        mlp_tile_length: None,
     }
 }
 
@@ -197,6 +198,22 @@ fn policies_give_the_same_bits_and_the_working_copy_is_what_is_read() {
     for policies in [&[Policy::Checkpoint][..], &[Policy::Checkpoint, Policy::Keep]] {
         assert!(run(policies, true) == kept, "{policies:?}");
     }
+    let tiled = |policies: &[Policy], tile| {
+        let adapter = Some("adapter_init");
+        let mut settings = settings(&case, adapter, policies, true);
+        (settings.lora_dropout, settings.mlp_tile_length) = (true, Some(tile));
+        let mut model = model(&gpu, &case, Some(nf4(true)), adapter, settings, Some((0.3, 7)));
+        let loss = model.forward_backward(&batch, scale, 3).unwrap();
+        (loss.to_bits(), model.parameters().values(Part::Gradients).unwrap().into_owned())
+    };
+    // In tiles, with dropout's masks of the whole: other sums over tokens in f32, no other loss.
+    for tile in [9, 16] {
+        let whole = tiled(&[Policy::Keep], batch.tokens());
+        let (loss, gradients) = tiled(&[Policy::Checkpoint], tile);
+        assert_eq!(loss, whole.0);
+        assert!(error_in_norm(&gradients, &whole.1) < 1e-5);
+        assert!(tiled(&[Policy::Keep, Policy::Checkpoint], tile) == (loss, gradients));
+    }
     // The adapter is small: its bf16 copy is the rounded master in either case.
     assert!(run(&[Policy::Keep], false) == kept);
 }
@@ -324,9 +341,11 @@ fn a_training_run_has_the_losses_of_torch_in_f32() {
 #[test]
 fn the_plan_is_one_allocation_of_its_bytes() {
     let Some(gpu) = gpu() else { return };
-    for name in CASES {
+    for (name, tile) in CASES.into_iter().flat_map(|name| [(name, None), (name, Some(10))]) {
         let case = Case::open(name);
-        let plan = settings(&case, Some("adapter_init"), &[Policy::Keep, Policy::Checkpoint], true);
+        let mut plan =
+            settings(&case, Some("adapter_init"), &[Policy::Keep, Policy::Checkpoint], true);
+        plan.mlp_tile_length = tile;
         let (spec, checkpoint) = (case.spec(), Checkpoint::open(&case.path).unwrap());
         let weights = Weights::load(&checkpoint, &spec, None, None).unwrap().upload(&gpu).unwrap();
         let before = gpu.driver().counts();

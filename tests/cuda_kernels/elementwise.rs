@@ -117,16 +117,18 @@ fn dropout_has_the_mask_of_the_cpu() {
     in_every_order(|device| {
         for (rows, width, stride) in shapes() {
             let (seed, step, p) = (9, 5u64 << 32 | 7, 0.3f32);
+            // Rows in the middle of a matrix; odd ones begin inside a block of words.
+            let first = (rows * width) as u64 * 7 + 3 * (rows as u64 % 2);
             let stream = Stream::new(seed, "layers.0.q_proj").at(step);
             let mut factors = vec![0.0; rows * width];
-            stream.fill_dropout(0, p, &mut factors);
+            stream.fill_dropout(first, p, &mut factors);
             let ([key0, key1], step) = stream.parts();
             let threshold = (f64::from(p) * 4_294_967_296.0).round() as u64;
             let (x, before) = (normal_bf16(rows * width, "x"), normal_bf16(rows * width, "y"));
             for accumulate in [false, true] {
                 let mut y = with_stride(&before, width, stride);
                 launch!(device, "dropout", [rows as u32, 1, 1], 64; &x[..], width as i32,
-                    &mut y[..], stride as i32, width as i32, key0, key1, step, threshold,
+                    &mut y[..], stride as i32, width as i32, first, key0, key1, step, threshold,
                     1.0f32 / (1.0 - p), i32::from(accumulate));
                 let element = |i: usize| {
                     let dropped = x[i].to_f32() * factors[i];

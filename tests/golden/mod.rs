@@ -136,6 +136,17 @@ impl Case {
         adapter: Option<&str>,
         policies: &[Policy],
     ) -> Model {
+        self.tiled_model(quantization, adapter, policies, None)
+    }
+
+    /// The same with an MLP that works on `tile` tokens at a time.
+    pub fn tiled_model(
+        &self,
+        quantization: Option<BlockFormat>,
+        adapter: Option<&str>,
+        policies: &[Policy],
+        tile: Option<usize>,
+    ) -> Model {
         let spec = self.spec();
         let targets = adapter.map(|adapter| self.targets(adapter)).unwrap_or_default();
         let checkpoint = Checkpoint::open(&self.path).unwrap();
@@ -150,6 +161,7 @@ impl Case {
             bf16_working: false,
             threads: rayon::current_num_threads(),
             cache_tokens: 40,
+            mlp_tile_length: tile,
         };
         let mut model = Model::new(spec, weights, settings, None).unwrap();
         if let Some(adapter) = adapter {

@@ -182,6 +182,7 @@ fn with_weights(spec: ModelSpec, weights: Weights, targets: Vec<LoraTarget>) -> 
         longest_document: 32,
         logit_rows: 8,
         cache_tokens: 0,
+        mlp_tile_length: None,
         policies: vec![Policy::Keep; spec.num_layers],
         targets,
         lora_dropout: false,

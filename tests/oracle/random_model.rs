@@ -188,6 +188,7 @@ pub fn model(checkpoint: &Checkpoint, spec: &ModelSpec, adapter: Option<&Adapter
         bf16_working: false,
         threads: rayon::current_num_threads(),
         cache_tokens: 0,
+        mlp_tile_length: None,
     };
     let mut model = Model::new(spec.clone(), weights, settings, None).unwrap();
     if let Some(adapter) = adapter {

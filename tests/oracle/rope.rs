@@ -68,6 +68,7 @@ impl Case {
             bf16_working: false,
             threads: rayon::current_num_threads(),
             cache_tokens: 0,
+            mlp_tile_length: None,
         };
         Model::new(spec, weights, settings, None).unwrap()
     }

@@ -164,6 +164,20 @@ fn activations() {
 }
 
 #[test]
+fn mlp_tile_length() {
+    let runs = Runs::new();
+    let flags = "max-length=64 activations=checkpoint";
+    let [whole, tiled] =
+        ["", "mlp-tile-length=16"].map(|tile| runs.train(&format!("{flags} {tile}")));
+    assert!(tiled.said.contains("MLP in tiles of 16 tokens"), "{}", tiled.said);
+    assert!(!whole.said.contains("MLP"), "{}", whole.said);
+    assert!(planned(&tiled, "block workspace") < planned(&whole, "block workspace"));
+    assert!(planned(&tiled, "recompute") < planned(&whole, "recompute"));
+    // The first loss is the same to the bit; gradients are summed tile by tile.
+    assert_eq!(whole.numbers("step", "loss")[0], tiled.numbers("step", "loss")[0]);
+}
+
+#[test]
 fn weights() {
     let runs = Runs::new();
     succeed(runs.place.nibble(&["quantize", "--model", "model", "--out", "packed"]));

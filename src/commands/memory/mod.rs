@@ -4,6 +4,7 @@ mod fit;
 mod measure;
 mod print;
 
+use std::num::NonZeroUsize;
 use std::path::Path;
 
 use nibble_quant::FloatType;
@@ -175,5 +176,6 @@ fn settings(args: &MemoryArgs, spec: &ModelSpec) -> Result<Settings> {
         bf16_working: args.lora.adapter_dtype == AdapterDtype::Bf16,
         threads: rayon::current_num_threads(),
         cache_tokens: 0,
+        mlp_tile_length: args.mlp_tile_length.map(NonZeroUsize::get),
     })
 }

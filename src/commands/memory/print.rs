@@ -17,6 +17,9 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
         run.settings.tokens
     );
     println!("{kept} of {layers} blocks keep their activations");
+    if run.settings.tiled() {
+        println!("the MLP works on tiles of {} tokens", run.settings.mlp_tile());
+    }
     if run.stream {
         println!("the blocks' weights are streamed from their file, two blocks are in memory");
     }
@@ -72,6 +75,7 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         "tokens": run.settings.tokens,
         "kept_blocks": run.kept_blocks(),
         "streamed": run.stream,
+        "mlp_tile_tokens": run.settings.mlp_tile(),
         "total_bytes": account.planned_bytes(),
         "arena_bytes": run.plan.arena_bytes(),
         "components": components,

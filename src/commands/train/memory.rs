@@ -1,5 +1,7 @@
 //! From flags and data to the sizes of the planned buffers.
 
+use std::num::NonZeroUsize;
+
 use super::Base;
 use super::data::Prepared;
 use crate::adapter::Adapter;
@@ -75,9 +77,11 @@ impl Memory {
         let (total, layers) = (ByteSize(self.account.planned_bytes()), policies.len());
         let tokens = self.settings.tokens;
         let streamed = if self.stream { "; weights are streamed from their file" } else { "" };
+        let tiled = self.settings.tiled().then(|| self.settings.mlp_tile());
+        let tiled = tiled.map_or(String::new(), |t| format!("; MLP in tiles of {t} tokens"));
         format!(
             "plan: {total} for {tokens} tokens in a forward pass; {kept} of {layers} blocks keep \
-             their activations{streamed}"
+             their activations{tiled}{streamed}"
         )
     }
 }
@@ -96,5 +100,6 @@ fn sizes(args: &TrainArgs, base: &Base, adapter: &Adapter, data: &Prepared) -> R
         bf16_working: args.lora.adapter_dtype == AdapterDtype::Bf16,
         threads: rayon::current_num_threads(),
         cache_tokens: base.preview.context_tokens(&args.evaluation.sample_prompt)?,
+        mlp_tile_length: args.resources.mlp_tile_length.map(NonZeroUsize::get),
     })
 }

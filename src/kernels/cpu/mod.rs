@@ -243,7 +243,7 @@ impl Kernels for Cpu {
         chunks.enumerate().for_each_init(
             || vec![0.0; CHUNK],
             |factors, (chunk, (y, x))| {
-                stream.fill_dropout((chunk * CHUNK) as u64, mask.probability, factors);
+                stream.fill_dropout(mask.first + (chunk * CHUNK) as u64, mask.probability, factors);
                 for ((y, x), factor) in y.iter_mut().zip(x).zip(&*factors) {
                     *y = if accumulate { *y + x * factor } else { x * factor };
                 }
@@ -355,9 +355,15 @@ impl Kernels for Cpu {
         }
     }
 
-    fn copy(&self, from: &Buffer<f32>, to: &mut Buffer<f32>, elements: usize) {
-        let to = to[..elements].par_chunks_mut(CHUNK);
-        to.zip(from[..elements].par_chunks(CHUNK)).for_each(|(to, from)| to.copy_from_slice(from));
+    fn copy(
+        &self,
+        (from, first): (&Buffer<f32>, usize),
+        (to, start): (&mut Buffer<f32>, usize),
+        elements: usize,
+    ) {
+        let to = to[start..start + elements].par_chunks_mut(CHUNK);
+        to.zip(from[first..first + elements].par_chunks(CHUNK))
+            .for_each(|(to, from)| to.copy_from_slice(from));
     }
 
     fn zero(&self, buffer: &mut Buffer<f32>, elements: usize) {

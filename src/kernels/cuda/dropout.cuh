@@ -1,7 +1,7 @@
 // Inverted dropout with the words of src/random.rs: y = x ∘ mask / (1 − p).
 //
 // Word i of a stream is word i % 4 of Philox4x32-10 with counter [i/4 low, i/4 high, step low,
-// step high]; element i is dropped if its word is below p·2³². i = row · width + column.
+// step high]; element i is dropped if its word is below p·2³². i = first + row · width + column.
 // Source: Salmon et al., "Parallel Random Numbers: As Easy as 1, 2, 3", SC 2011.
 #pragma once
 #include "vector.cuh"
@@ -60,7 +60,7 @@ struct DropRow {
         PhiloxBlock words = {};
 #pragma unroll
         for (int i = 0; i < N; i++) {
-            // With N = 8 the width is a multiple of 8, so that pieces begin at whole blocks.
+            // With N = 8 width and first are multiples of 4: pieces begin at whole blocks.
             if (i % 4 == 0) words = philox4x32((index + i) / 4, mask.step, mask.key0, mask.key1);
             const u32 word = N == 1 ? pick(words, index % 4) : words.word[i % 4];
             // Rounded before it is added, as on the CPU.
@@ -82,12 +82,13 @@ struct DropRow {
     }
 };
 
-__device__ __forceinline__ void dropout_row(const DropoutMask& mask, const bfloat16* x,
-                                            int x_stride, bfloat16* y, int y_stride, int width,
-                                            bool accumulate) {
+__device__ __forceinline__ void dropout_row(const DropoutMask& mask, u64 first,
+                                            const bfloat16* x, int x_stride, bfloat16* y, int y_stride,
+                                            int width, bool accumulate) {
     const i64 row = blockIdx.x;
-    const bool aligned = rows_aligned(x, x_stride) && rows_aligned(y, y_stride);
+    const bool aligned =
+        first % 4 == 0 && rows_aligned(x, x_stride) && rows_aligned(y, y_stride);
     for_pieces(width, aligned,
                DropRow{mask, row_of(x, row, x_stride), row_of(y, row, y_stride),
-                       static_cast<u64>(row) * static_cast<u64>(width), accumulate});
+                       first + static_cast<u64>(row) * static_cast<u64>(width), accumulate});
 }

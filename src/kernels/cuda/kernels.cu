@@ -172,15 +172,15 @@ rotary(bfloat16* qkv, int stride, const float* cos, const float* sin, int heads,
     rotate(qkv, stride, cos, sin, heads, head_dim, backward);
 }
 
-// y = x ∘ mask · kept, or +=; element (row, column) has index row·width + column in the stream.
+// y = x ∘ mask · kept, or +=; element (row, column) has index first + row·width + column in the stream.
 // key0, key1, step: random::Stream::parts(); threshold = round(p·2³²), kept = 1 / (1 − p), or 0 for
 // p ≥ 1. Rows. Kernels::dropout.
 extern "C" __global__ void __launch_bounds__(1024)
-dropout(const bfloat16* x, int x_stride, bfloat16* y, int y_stride, int width, unsigned key0,
-        unsigned key1, unsigned long long step, unsigned long long threshold, float kept,
-        int accumulate) {
-    dropout_row(DropoutMask{key0, key1, step, threshold, kept}, x, x_stride, y, y_stride, width,
-                accumulate);
+dropout(const bfloat16* x, int x_stride, bfloat16* y, int y_stride, int width,
+        unsigned long long first, unsigned key0, unsigned key1, unsigned long long step,
+        unsigned long long threshold, float kept, int accumulate) {
+    dropout_row(DropoutMask{key0, key1, step, threshold, kept}, first, x, x_stride, y, y_stride,
+                width, accumulate);
 }
 
 // out = act(gate) ∘ up, or act(up) if gate is null. activation: 0 SiLU, 1 GELU, 2 GELU (tanh).

@@ -468,8 +468,8 @@ impl<D: Driver> Kernels for Cuda<D> {
         let (threshold, kept) = random::dropout_factors(mask.probability);
         let (rows, width) = as_rows(elements);
         launch!(self, "dropout", row_grid(rows), ROW_THREADS;
-            x.argument(elements), width, y.argument(elements), width, width, key0, key1, step,
-            threshold, kept, accumulate);
+            x.argument(elements), width, y.argument(elements), width, width, mask.first, key0, key1,
+            step, threshold, kept, accumulate);
     }
 
     fn rotary(
@@ -594,9 +594,15 @@ impl<D: Driver> Kernels for Cuda<D> {
             from.argument(rows.len() * width), width, indices, to.argument(0), width, width);
     }
 
-    fn copy(&self, from: &Buffer<D>, to: &mut Buffer<D>, elements: usize) {
+    fn copy(
+        &self,
+        (from, first): (&Buffer<D>, usize),
+        (to, start): (&mut Buffer<D>, usize),
+        elements: usize,
+    ) {
         let bytes = elements * from.size();
-        self.note(self.driver().copy(from.at(0..elements), to.at(0..elements), bytes));
+        let (from, to) = (from.at(first..first + elements), to.at(start..start + elements));
+        self.note(self.driver().copy(from, to, bytes));
     }
 
     fn zero(&self, buffer: &mut Buffer<D>, elements: usize) {

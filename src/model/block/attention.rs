@@ -1,0 +1,88 @@
+//! The first half of a block: norm, q, k and v, attention, and the projection onto the stream.
+
+use super::linear::GradientTarget;
+use super::{Block, Cache, GradientBuffers, Linear, Pass, Saved, Workspace};
+use crate::kernels::Kernels;
+use crate::model::spec::LinearRole;
+
+impl<K: Kernels> Block<K> {
+    fn projections(&self) -> impl Iterator<Item = &Linear<K>> {
+        use LinearRole::{K as Key, Q, Qkv, V};
+        self.linears.iter().filter(|linear| matches!(linear.role, Q | Key | V | Qkv))
+    }
+
+    /// `middle = x + attention(norm(x))`.
+    pub(super) fn forward_attention(
+        &self,
+        pass: &Pass<K>,
+        x: &K::Buffer,
+        saved: &mut Saved<K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+        cache: Option<Cache<K::Buffer>>,
+    ) {
+        let (kernels, rows) = (pass.kernels, pass.rows.len());
+        kernels.norm_forward(&self.norm1, x, &mut saved.norm1, &mut saved.norm1_stats, rows);
+        for linear in self.projections() {
+            let scratch = (&mut work.lora_pair, &mut work.dropped);
+            let lora_x = &mut saved.lora_x;
+            pass.forward(linear, &saved.norm1, &mut saved.qkv, lora_x, scratch, false);
+        }
+        if let Some((cos, sin)) = &work.rotary {
+            kernels.rotary(&self.attention, (cos, sin), &mut saved.qkv, rows, false);
+        }
+        let (o, tiles) = (&mut saved.attention, &mut work.attention);
+        match cache {
+            None => {
+                let (layout, lse) = (pass.layout, &mut saved.lse);
+                kernels.attention_forward(&self.attention, layout, &saved.qkv, o, lse, tiles);
+            }
+            Some(Cache { keys_values, past }) => {
+                let cache = (keys_values, past);
+                kernels.attention_cached(&self.attention, &saved.qkv, cache, rows, o, tiles);
+            }
+        }
+        kernels.copy((x, 0), (&mut saved.middle, 0), rows * self.hidden_size);
+        let scratch = (&mut work.lora_pair, &mut work.dropped);
+        let output = self.expect(LinearRole::O);
+        let lora_x = &mut saved.lora_x;
+        pass.forward(output, &saved.attention, &mut saved.middle, lora_x, scratch, true);
+    }
+
+    /// From the gradient of `middle` in the stream to that of the norm's output.
+    pub(super) fn backward_attention(
+        &self,
+        pass: &Pass<K>,
+        saved: &Saved<K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+        grads: &mut GradientBuffers<K::Buffer>,
+        parameters: &mut K::Buffer,
+        input_gradient: bool,
+    ) {
+        let (kernels, rows) = (pass.kernels, pass.rows.len());
+        let to = &mut GradientTarget { parameters, work: &mut grads.lora };
+        let output = self.expect(LinearRole::O);
+        let scratch = (&mut work.lora_pair, &mut work.dropped);
+        let inputs = (&saved.attention, &saved.lora_x);
+        let d_o = Some((&mut grads.norm, false));
+        pass.backward(output, &grads.stream, inputs, d_o, to, scratch);
+        kernels.attention_backward(
+            &self.attention,
+            pass.layout,
+            &saved.qkv,
+            &saved.attention,
+            &saved.lse,
+            &grads.norm,
+            &mut grads.qkv,
+            &mut work.attention,
+        );
+        if let Some((cos, sin)) = &work.rotary {
+            kernels.rotary(&self.attention, (cos, sin), &mut grads.qkv, rows, true);
+        }
+        for (position, linear) in self.projections().enumerate() {
+            let scratch = (&mut work.lora_pair, &mut work.dropped);
+            let dx = input_gradient.then_some((&mut grads.norm, position > 0));
+            let inputs = (&saved.norm1, &saved.lora_x);
+            pass.backward(linear, &grads.qkv, inputs, dx, to, scratch);
+        }
+    }
+}

@@ -1,0 +1,129 @@
+//! A linear of a block: the frozen product, its adapter, and the gradients of A and B.
+
+use super::Pass;
+use crate::kernels::{Columns, DropoutMask, Kernels, LoraShape, LoraTerm};
+use crate::model::spec::LinearRole;
+
+/// A linear's frozen weight and its adapter.
+pub struct Linear<K: Kernels> {
+    /// Its place in the block.
+    pub role: LinearRole,
+    /// Hugging Face module path: the stream of its dropout mask.
+    pub module: String,
+    /// `[out, in]`.
+    pub weight: K::Weight,
+    /// `[out]`.
+    pub bias: Option<K::Vector>,
+    /// Where its output lies in the buffer that it writes.
+    pub output: Columns,
+    /// Its adapter, if it has one.
+    pub adapter: Option<LinearAdapter>,
+}
+
+/// Which adapter a linear has, and where `x·Aᵀ` is kept.
+#[derive(Debug, Clone, Copy)]
+pub struct LinearAdapter {
+    /// Index of the target in [`Parameters`](crate::model::parameters::Parameters).
+    pub index: usize,
+    /// Dimensions and scale.
+    pub shape: LoraShape,
+    /// Columns of the `lora_x` buffer of its half of the block.
+    pub columns: Columns,
+}
+
+/// Where a linear's gradients go.
+pub(super) struct GradientTarget<'a, B> {
+    pub(super) parameters: &'a mut B,
+    pub(super) work: &'a mut B,
+}
+
+impl<K: Kernels> Pass<'_, K> {
+    fn mask<'m>(&self, linear: &'m Linear<K>, shape: &LoraShape) -> Option<DropoutMask<'m>> {
+        self.dropout.map(|dropout| DropoutMask {
+            probability: dropout.probability,
+            seed: dropout.seed,
+            stream: &linear.module,
+            step: dropout.step,
+            first: self.rows.start as u64 * shape.in_features as u64,
+        })
+    }
+
+    /// `ax = drop(x)·Aᵀ`; leaves A and B in `pair`.
+    pub(super) fn project(
+        &self,
+        linear: &Linear<K>,
+        adapter: &LinearAdapter,
+        x: &K::Buffer,
+        lora_x: &mut K::Buffer,
+        (pair, dropped): (&mut K::Buffer, &mut Option<K::Buffer>),
+    ) {
+        let (kernels, rows) = (self.kernels, self.rows.len());
+        kernels.load_pair(self.parameters, adapter.index, pair);
+        let x = match (self.mask(linear, &adapter.shape), dropped) {
+            (Some(mask), Some(dropped)) => {
+                kernels.dropout(&mask, x, dropped, rows * adapter.shape.in_features, false);
+                dropped
+            }
+            _ => x,
+        };
+        kernels.lora_project(&adapter.shape, pair, x, (lora_x, adapter.columns), rows);
+    }
+
+    pub(super) fn forward(
+        &self,
+        linear: &Linear<K>,
+        x: &K::Buffer,
+        y: &mut K::Buffer,
+        lora_x: &mut K::Buffer,
+        work: (&mut K::Buffer, &mut Option<K::Buffer>),
+        accumulate: bool,
+    ) {
+        let (kernels, rows) = (self.kernels, self.rows.len());
+        let (pair, dropped) = work;
+        let adapter = linear.adapter.as_ref().filter(|_| self.adapters);
+        let lora = adapter.map(|adapter| {
+            self.project(linear, adapter, x, lora_x, (&mut *pair, dropped));
+            LoraTerm { shape: &adapter.shape, pair: &*pair, inner: (&*lora_x, adapter.columns) }
+        });
+        let bias = linear.bias.as_ref();
+        kernels.linear_forward(&linear.weight, bias, lora, x, (y, linear.output), rows, accumulate);
+    }
+
+    /// Gradients of A and B, and `dx = …` or `dx += …` unless `dx` is absent.
+    pub(super) fn backward(
+        &self,
+        linear: &Linear<K>,
+        dy: &K::Buffer,
+        (x, lora_x): (&K::Buffer, &K::Buffer),
+        dx: Option<(&mut K::Buffer, bool)>,
+        to: &mut GradientTarget<K::Buffer>,
+        (pair, dropped): (&mut K::Buffer, &mut Option<K::Buffer>),
+    ) {
+        let (kernels, rows) = (self.kernels, self.rows.len());
+        let dy = (dy, linear.output);
+        let Some(LinearAdapter { index, shape, columns }) = &linear.adapter else {
+            if let Some((dx, accumulate)) = dx {
+                kernels.linear_backward(&linear.weight, None, dy, dx, rows, accumulate);
+            }
+            return;
+        };
+        let elements = rows * shape.in_features;
+        kernels.load_pair(self.parameters, *index, pair);
+        let mask = self.mask(linear, shape);
+        if let (Some(mask), Some(dropped)) = (&mask, &mut *dropped) {
+            kernels.dropout(mask, x, dropped, elements, false);
+        }
+        let seen = if mask.is_some() { dropped.as_ref().unwrap_or(x) } else { x };
+        let gradients = (&mut *to.parameters, self.parameters.pair_offset(*index));
+        let ax = (lora_x, *columns);
+        kernels.lora_backward(shape, pair, dy, seen, ax, to.work, gradients, rows);
+        let Some((dx, accumulate)) = dx else { return };
+        let inner = (&*to.work, Columns::all(shape.rank));
+        let lora = mask.is_none().then_some(LoraTerm { shape, pair: &*pair, inner });
+        kernels.linear_backward(&linear.weight, lora, dy, dx, rows, accumulate);
+        if let (Some(mask), Some(dropped)) = (mask, dropped) {
+            kernels.lora_input_gradient(shape, pair, to.work, dropped, rows);
+            kernels.dropout(&mask, dropped, dx, elements, true);
+        }
+    }
+}

@@ -1,0 +1,157 @@
+//! The second half of a block: norm and MLP, over tiles of tokens.
+//!
+//! Rows are independent, so a tile gives the rows of the whole; only the sums over tokens in the
+//! gradients of A and B are made tile by tile. A layer that keeps its activations has buffers for
+//! each tile, all others share those of one.
+
+use std::mem::swap;
+use std::ops::Range;
+
+use super::linear::GradientTarget;
+use super::{Block, GradientBuffers, Pass, Saved, SavedMlp, Tile, Workspace};
+use crate::kernels::Kernels;
+use crate::model::spec::LinearRole;
+
+/// Tiles of the rows of a pass, with their numbers.
+fn tiles<B>(rows: usize, tile: &Tile<B>) -> impl Iterator<Item = (usize, Range<usize>)> + use<B> {
+    let length = tile.tokens;
+    (0..rows.div_ceil(length)).map(move |n| (n, n * length..rows.min((n + 1) * length)))
+}
+
+impl<K: Kernels> Block<K> {
+    /// `out = middle + mlp(norm(middle))`.
+    pub(super) fn forward_mlp(
+        &self,
+        pass: &Pass<K>,
+        saved: &mut Saved<K::Buffer>,
+        out: &mut K::Buffer,
+        work: &mut Workspace<K::Buffer>,
+    ) {
+        let (kernels, d, buffers) = (pass.kernels, self.hidden_size, saved.mlp.len());
+        let Some(mut tile) = work.tile.take() else {
+            let mlp = &mut saved.mlp[0];
+            self.forward_gate_up(pass, &saved.middle, mlp, work);
+            kernels.copy((&saved.middle, 0), (out, 0), pass.rows.len() * d);
+            return self.forward_down(pass, mlp, out, work);
+        };
+        for (number, rows) in tiles(pass.rows.len(), &tile) {
+            let (mlp, start) = (&mut saved.mlp[number % buffers], rows.start * d);
+            let (elements, pass) = (rows.len() * d, pass.over(rows));
+            kernels.copy((&saved.middle, start), (&mut tile.middle, 0), elements);
+            self.forward_gate_up(&pass, &tile.middle, mlp, work);
+            self.forward_down(&pass, mlp, &mut tile.middle, work);
+            kernels.copy((&tile.middle, 0), (out, start), elements);
+        }
+        work.tile = Some(tile);
+    }
+
+    /// Norm, gate and up: what is saved.
+    fn forward_gate_up(
+        &self,
+        pass: &Pass<K>,
+        middle: &K::Buffer,
+        saved: &mut SavedMlp<K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+    ) {
+        let SavedMlp { norm2_stats, norm2, gate, up, lora_x } = saved;
+        pass.kernels.norm_forward(&self.norm2, middle, norm2, norm2_stats, pass.rows.len());
+        if let Some(linear) = self.linear(LinearRole::Gate) {
+            let scratch = (&mut work.lora_pair, &mut work.dropped);
+            pass.forward(linear, norm2, gate, lora_x, scratch, false);
+        }
+        let scratch = (&mut work.lora_pair, &mut work.dropped);
+        pass.forward(self.expect(LinearRole::Up), norm2, up, lora_x, scratch, false);
+    }
+
+    /// `out += down(h)`.
+    fn forward_down(
+        &self,
+        pass: &Pass<K>,
+        saved: &mut SavedMlp<K::Buffer>,
+        out: &mut K::Buffer,
+        work: &mut Workspace<K::Buffer>,
+    ) {
+        self.hidden(pass, saved, work);
+        let scratch = (&mut work.lora_pair, &mut work.dropped);
+        let down = self.expect(LinearRole::Down);
+        pass.forward(down, &work.mlp, out, &mut saved.lora_x, scratch, true);
+    }
+
+    /// `h = act(gate) ∘ up` into the workspace.
+    fn hidden(&self, pass: &Pass<K>, saved: &SavedMlp<K::Buffer>, work: &mut Workspace<K::Buffer>) {
+        let gate = self.linear(LinearRole::Gate).map(|_| &saved.gate);
+        let elements = pass.rows.len() * self.intermediate_size;
+        pass.kernels.mlp_forward(self.activation, gate, &saved.up, &mut work.mlp, elements);
+    }
+
+    /// From the gradient of the block's output in the stream to that of `middle`.
+    pub(super) fn backward_mlp(
+        &self,
+        pass: &Pass<K>,
+        saved: &mut Saved<K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+        grads: &mut GradientBuffers<K::Buffer>,
+        parameters: &mut K::Buffer,
+        recompute: bool,
+    ) {
+        let (kernels, d, buffers) = (pass.kernels, self.hidden_size, saved.mlp.len());
+        let Some(mut tile) = work.tile.take() else {
+            let (mlp, middle) = (&mut saved.mlp[0], &saved.middle);
+            return self.backward_rows(pass, middle, mlp, work, (grads, parameters), recompute);
+        };
+        for (number, rows) in tiles(pass.rows.len(), &tile) {
+            let (mlp, start) = (&mut saved.mlp[number % buffers], rows.start * d);
+            let (elements, pass) = (rows.len() * d, pass.over(rows));
+            kernels.copy((&saved.middle, start), (&mut tile.middle, 0), elements);
+            let gradient = tile.gradient.as_mut().expect("planned for a backward pass");
+            kernels.copy((&grads.stream, start), (gradient, 0), elements);
+            swap(&mut grads.stream, gradient);
+            let to = (&mut *grads, &mut *parameters);
+            self.backward_rows(&pass, &tile.middle, mlp, work, to, recompute);
+            swap(&mut grads.stream, gradient);
+            kernels.copy((gradient, 0), (&mut grads.stream, start), elements);
+        }
+        work.tile = Some(tile);
+    }
+
+    /// The same for the rows of a pass, which lie at the front of every buffer.
+    fn backward_rows(
+        &self,
+        pass: &Pass<K>,
+        middle: &K::Buffer,
+        saved: &mut SavedMlp<K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+        (grads, parameters): (&mut GradientBuffers<K::Buffer>, &mut K::Buffer),
+        recompute: bool,
+    ) {
+        if recompute {
+            self.forward_gate_up(pass, middle, saved, work);
+        }
+        self.hidden(pass, saved, work);
+        let down = self.expect(LinearRole::Down);
+        if recompute && let Some(adapter) = &down.adapter {
+            let scratch = (&mut work.lora_pair, &mut work.dropped);
+            pass.project(down, adapter, &work.mlp, &mut saved.lora_x, scratch);
+        }
+        let (kernels, rows) = (pass.kernels, pass.rows.len());
+        let to = &mut GradientTarget { parameters, work: &mut grads.lora };
+        let scratch = (&mut work.lora_pair, &mut work.dropped);
+        let dx = Some((&mut grads.mlp, false));
+        pass.backward(down, &grads.stream, (&work.mlp, &saved.lora_x), dx, to, scratch);
+        let gate = self.linear(LinearRole::Gate);
+        let (gate_values, elements) = (gate.map(|_| &saved.gate), rows * self.intermediate_size);
+        let (d_out, d_up) = (&mut grads.mlp, &mut work.mlp);
+        kernels.mlp_backward(self.activation, gate_values, &saved.up, d_out, d_up, elements);
+        let inputs = (&saved.norm2, &saved.lora_x);
+        if let Some(gate) = gate {
+            let scratch = (&mut work.lora_pair, &mut work.dropped);
+            pass.backward(gate, &grads.mlp, inputs, Some((&mut grads.norm, false)), to, scratch);
+        }
+        let up = self.expect(LinearRole::Up);
+        let d_up = if gate.is_some() { &work.mlp } else { &grads.mlp };
+        let scratch = (&mut work.lora_pair, &mut work.dropped);
+        pass.backward(up, d_up, inputs, Some((&mut grads.norm, gate.is_some())), to, scratch);
+        let (stats, stream) = (&saved.norm2_stats, &mut grads.stream);
+        kernels.norm_backward(&self.norm2, &grads.norm, middle, stats, stream, rows);
+    }
+}

@@ -1,0 +1,212 @@
+//! One transformer block: forward, recomputation and backward over planned buffers.
+//!
+//! ```text
+//! n1 = norm(x)      qkv = n1·Wqkvᵀ, rotated      o = attention(qkv)      m = x + o·Woᵀ
+//! n2 = norm(m)      h = act(n2·Wgᵀ) ∘ (n2·Wuᵀ)   out = m + h·Wdᵀ
+//! ```
+//! Every linear is `x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ` with W frozen. The backward pass computes
+//! gradients of x, A and B only. `h` is recomputed, never kept.
+//!
+//! The two lines are two halves: [`attention`](self) mixes tokens, the MLP takes every token by
+//! itself and so runs over tiles of them, which bounds its wide buffers.
+
+mod attention;
+mod linear;
+mod mlp;
+
+use std::ops::Range;
+
+pub use linear::{Linear, LinearAdapter};
+
+use super::parameters::Parameters;
+use super::spec::{Activation, LinearRole};
+use crate::kernels::{AttentionShape, Kernels, NormParameters, TokenLayout};
+
+/// A block's frozen parts.
+pub struct Block<K: Kernels> {
+    /// Before attention.
+    pub norm1: NormParameters<K::Vector>,
+    /// Before the MLP.
+    pub norm2: NormParameters<K::Vector>,
+    /// In forward order.
+    pub linears: Vec<Linear<K>>,
+    /// Heads and window.
+    pub attention: AttentionShape,
+    /// Nonlinearity of the MLP.
+    pub activation: Activation,
+    /// D.
+    pub hidden_size: usize,
+    /// F.
+    pub intermediate_size: usize,
+}
+
+/// Activations that the backward pass reads.
+pub struct Saved<B> {
+    /// `(μ, 1/σ)` of norm1, `[T, 2]`.
+    pub norm1_stats: B,
+    /// `[T, D]`.
+    pub norm1: B,
+    /// Rotated q, k and v, `[T, q + 2·kv]`.
+    pub qkv: B,
+    /// Log-sum-exp of the scores, `[T, H]`.
+    pub lse: B,
+    /// Output of attention, `[T, H·head_dim]`.
+    pub attention: B,
+    /// `x·Aᵀ` of every adapter of this half, side by side, `[T, ΣR]`.
+    pub lora_x: B,
+    /// Input of the second half, `[T, D]`.
+    pub middle: B,
+    /// The second half: tile after tile, or one for all tiles in turn.
+    pub mlp: Vec<SavedMlp<B>>,
+}
+
+/// Activations of the MLP for one tile of t tokens.
+pub struct SavedMlp<B> {
+    /// `(μ, 1/σ)` of norm2, `[t, 2]`.
+    pub norm2_stats: B,
+    /// `[t, D]`.
+    pub norm2: B,
+    /// Before the nonlinearity, `[t, F]`; empty without a gate.
+    pub gate: B,
+    /// `[t, F]`.
+    pub up: B,
+    /// `x·Aᵀ` of every adapter of this half, side by side, `[t, ΣR]`.
+    pub lora_x: B,
+}
+
+/// Buffers that no layer owns.
+pub struct Workspace<B> {
+    /// h, later the gradient of up, `[t, F]`.
+    pub mlp: B,
+    /// A and B of the adapter at work, widened.
+    pub lora_pair: B,
+    /// Input of an adapter after dropout.
+    pub dropped: Option<B>,
+    /// Score tiles.
+    pub attention: B,
+    /// Tables of cos and sin, `[T, head_dim / 2]`.
+    pub rotary: Option<(B, B)>,
+    /// Rows that the MLP works on, where it works in tiles.
+    pub tile: Option<Tile<B>>,
+    /// Gradients of activations; only where there is a backward pass.
+    pub gradients: Option<GradientBuffers<B>>,
+}
+
+/// Rows of one tile of the MLP, copied in and out.
+pub struct Tile<B> {
+    /// Tokens t of a tile.
+    pub tokens: usize,
+    /// Input of the second half, `[t, D]`.
+    pub middle: B,
+    /// Gradient of the residual stream, `[t, D]`; only where there is a backward pass.
+    pub gradient: Option<B>,
+}
+
+/// Gradients of one block's activations.
+pub struct GradientBuffers<B> {
+    /// Of h, later of the gate, `[t, F]`.
+    pub mlp: B,
+    /// Of the residual stream, `[T, D]`.
+    pub stream: B,
+    /// Of a norm's output or of attention's output, `[T, max(D, Q)]`.
+    pub norm: B,
+    /// Of q, k and v.
+    pub qkv: B,
+    /// `s·dy·B`, `[T, R]`.
+    pub lora: B,
+}
+
+/// LoRA dropout of one micro-batch.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Dropout {
+    /// `lora_dropout`.
+    pub probability: f32,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Number of the micro-batch since the start of the run.
+    pub step: u64,
+}
+
+/// What all layers of one pass share.
+pub struct Pass<'a, K: Kernels> {
+    /// The backend.
+    pub kernels: &'a K,
+    /// The adapters.
+    pub parameters: &'a Parameters<K>,
+    /// The documents.
+    pub layout: &'a TokenLayout,
+    /// Dropout, while training.
+    pub dropout: Option<Dropout>,
+    /// Whether the adapters take part; without them this is the base model.
+    pub adapters: bool,
+    /// Tokens of the stream that the first rows of the buffers hold: all, or a tile.
+    pub rows: Range<usize>,
+}
+
+impl<'a, K: Kernels> Pass<'a, K> {
+    /// The same pass over some of its rows.
+    fn over(&self, rows: Range<usize>) -> Pass<'a, K> {
+        Pass { rows, ..*self }
+    }
+}
+
+/// Keys and values of the tokens that were decoded before, for one block.
+pub struct Cache<'a, B> {
+    /// Rotated keys and values `[capacity, 2·kv]`.
+    pub keys_values: &'a mut B,
+    /// Tokens in it.
+    pub past: usize,
+}
+
+impl<K: Kernels> Block<K> {
+    fn linear(&self, role: LinearRole) -> Option<&Linear<K>> {
+        self.linears.iter().find(|linear| linear.role == role)
+    }
+
+    fn expect(&self, role: LinearRole) -> &Linear<K> {
+        self.linear(role).expect("every block has an output, an up and a down projection")
+    }
+
+    /// `out` from `x`, with what the backward pass reads in `saved`. With a cache, the tokens follow
+    /// those in it and are added to it.
+    pub fn forward(
+        &self,
+        pass: &Pass<K>,
+        x: &K::Buffer,
+        out: &mut K::Buffer,
+        saved: &mut Saved<K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+        cache: Option<Cache<K::Buffer>>,
+    ) {
+        self.forward_attention(pass, x, saved, work, cache);
+        self.forward_mlp(pass, saved, out, work);
+    }
+
+    /// Turns the gradient of the block's output in `work.gradients.stream` into that of its input,
+    /// and adds to the adapters' `gradients`.
+    ///
+    /// `recompute`: `saved` holds nothing of this block yet.
+    /// `input_gradient` false leaves the stream's gradient of the first half out: nothing below
+    /// the first block is trained.
+    pub fn backward(
+        &self,
+        pass: &Pass<K>,
+        x: &K::Buffer,
+        saved: &mut Saved<K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+        gradients: &mut K::Buffer,
+        (recompute, input_gradient): (bool, bool),
+    ) {
+        if recompute {
+            self.forward_attention(pass, x, saved, work, None);
+        }
+        let Some(mut grads) = work.gradients.take() else { return };
+        self.backward_mlp(pass, saved, work, &mut grads, gradients, recompute);
+        self.backward_attention(pass, saved, work, &mut grads, gradients, input_gradient);
+        if input_gradient {
+            let (stats, rows) = (&saved.norm1_stats, pass.rows.len());
+            pass.kernels.norm_backward(&self.norm1, &grads.norm, x, stats, &mut grads.stream, rows);
+        }
+        work.gradients = Some(grads);
+    }
+}

@@ -1,0 +1,66 @@
+//! What a batch asks for, checked against the plan and the vocabulary.
+
+use super::Model;
+use crate::data::Batch;
+use crate::error::{Error, Result};
+use crate::kernels::{Kernels, TokenLayout};
+
+/// Tokens whose next token is trained, and those targets.
+pub(super) struct Targets {
+    pub(super) rows: Vec<u32>,
+    pub(super) ids: Vec<u32>,
+}
+
+impl Targets {
+    pub(super) fn of(batch: &Batch) -> Self {
+        let (mut rows, mut ids) = (Vec::new(), Vec::new());
+        for document in batch.cu_seqlens.windows(2) {
+            for token in document[0]..document[1].saturating_sub(1) {
+                // Label −100 (any negative) is masked.
+                if let Ok(target) = u32::try_from(batch.labels[token as usize + 1]) {
+                    rows.push(token);
+                    ids.push(target);
+                }
+            }
+        }
+        Targets { rows, ids }
+    }
+}
+
+impl<K: Kernels> Model<K> {
+    pub(super) fn begin(&mut self, batch: &Batch) -> Result<(TokenLayout, Targets)> {
+        let tokens = TokenLayout::new(&batch.cu_seqlens);
+        let (planned, longest) = (self.settings.tokens, self.settings.longest_document);
+        if tokens.tokens() > planned || tokens.longest() > longest {
+            let (got, document) = (tokens.tokens(), tokens.longest());
+            return Err(Error::usage(format_args!(
+                "batch of {got} tokens (longest document {document}) is larger than the planned \
+                 {planned} ({longest})"
+            )));
+        }
+        let vocab = self.spec.vocab_size;
+        if let Some(id) = batch.input_ids.iter().find(|&&id| id as usize >= vocab) {
+            return Err(Error::input(format_args!(
+                "token id {id} is outside the vocabulary of {vocab}"
+            ))
+            .hint("the tokenizer belongs to another model"));
+        }
+        if let Some(rows) = self.spec.learned_positions
+            && tokens.longest() > rows
+        {
+            return Err(Error::input(format_args!(
+                "document of {} tokens is longer than the model's {rows} positions",
+                tokens.longest()
+            ))
+            .hint(format_args!("use `--max-length {rows}` or less")));
+        }
+        let targets = Targets::of(batch);
+        if let Some(id) = targets.ids.iter().find(|&&id| id as usize >= vocab) {
+            return Err(Error::input(format_args!(
+                "label {id} is outside the vocabulary of {vocab}"
+            )));
+        }
+        self.fill_rotary(&tokens);
+        Ok((tokens, targets))
+    }
+}

@@ -1,0 +1,125 @@
+//! The arena's regions as the buffers of a model.
+
+use crate::kernels::{Kernels, PlannedMemory};
+use crate::model::block::{GradientBuffers, Saved, SavedMlp, Tile, Workspace};
+use crate::model::spec::ModelSpec;
+use crate::plan::layout::{mlp_prefix, mlp_tiles};
+use crate::plan::{Policy, Settings};
+
+/// The arena's regions.
+pub(super) struct Buffers<K: Kernels> {
+    /// Inputs of all blocks and the output of the last; two that alternate without training.
+    pub(super) inputs: Vec<K::Buffer>,
+    /// Of the layers that keep their activations.
+    pub(super) kept: Vec<Option<Saved<K::Buffer>>>,
+    /// Of all other layers, in turn.
+    pub(super) shared: Option<Saved<K::Buffer>>,
+    pub(super) work: Workspace<K::Buffer>,
+    pub(super) head: HeadBuffers<K::Buffer>,
+    /// One for each block where text is generated.
+    pub(super) caches: Vec<K::Buffer>,
+}
+
+pub(super) struct HeadBuffers<B> {
+    pub(super) logits: B,
+    pub(super) input: B,
+    pub(super) norm: B,
+    pub(super) stats: B,
+    pub(super) gradients: Option<(B, B)>,
+}
+
+impl<K: Kernels> Buffers<K> {
+    pub(super) fn new(spec: &ModelSpec, settings: &Settings, arena: &mut K::Memory) -> Self {
+        let training = settings.training();
+        let inputs = if training {
+            (0..=spec.num_layers).map(|l| arena.take(&format!("layer.{l}.input"))).collect()
+        } else {
+            vec![arena.take("layer.even.input"), arena.take("layer.odd.input")]
+        };
+        let keeps = |layer: usize| settings.policies.get(layer) == Some(&Policy::Keep);
+        let kept = (0..spec.num_layers)
+            .map(|layer| keeps(layer).then(|| kept::<K>(settings, arena, layer)))
+            .collect();
+        let cached = if settings.cache_tokens > 0 { spec.num_layers } else { 0 };
+        let shared = !training || settings.policies.contains(&Policy::Checkpoint);
+        Buffers {
+            inputs,
+            kept,
+            shared: shared.then(|| saved::<K>(arena, "recompute", ["recompute".to_string()])),
+            work: workspace::<K>(spec, settings, arena),
+            caches: (0..cached).map(|layer| arena.take(&format!("cache.{layer}"))).collect(),
+            head: HeadBuffers {
+                logits: arena.take("head.logits"),
+                input: arena.take("head.input"),
+                norm: arena.take("head.norm"),
+                stats: arena.take("head.norm_stats"),
+                gradients: training
+                    .then(|| (arena.take("head.gradient"), arena.take("head.input_gradient"))),
+            },
+        }
+    }
+}
+
+/// Of a layer that keeps its activations, tile after tile.
+fn kept<K: Kernels>(settings: &Settings, arena: &mut K::Memory, layer: usize) -> Saved<K::Buffer> {
+    let prefix = format!("layer.{layer}");
+    let tiles = (0..mlp_tiles(settings)).map(|number| mlp_prefix(&prefix, settings, number));
+    saved::<K>(arena, &prefix, tiles)
+}
+
+/// Regions under `prefix`, those of the MLP under `tiles`.
+fn saved<K: Kernels>(
+    arena: &mut K::Memory,
+    prefix: &str,
+    tiles: impl IntoIterator<Item = String>,
+) -> Saved<K::Buffer> {
+    let mut take = |name: &str| arena.take(&format!("{prefix}.{name}"));
+    Saved {
+        norm1_stats: take("norm1_stats"),
+        norm1: take("norm1"),
+        qkv: take("qkv"),
+        lse: take("lse"),
+        attention: take("attention"),
+        lora_x: take("attention_lora_x"),
+        middle: take("middle"),
+        mlp: tiles.into_iter().map(|prefix| saved_mlp::<K>(arena, &prefix)).collect(),
+    }
+}
+
+fn saved_mlp<K: Kernels>(arena: &mut K::Memory, prefix: &str) -> SavedMlp<K::Buffer> {
+    let mut take = |name: &str| arena.take(&format!("{prefix}.{name}"));
+    SavedMlp {
+        norm2_stats: take("norm2_stats"),
+        norm2: take("norm2"),
+        gate: take("gate"),
+        up: take("up"),
+        lora_x: take("mlp_lora_x"),
+    }
+}
+
+fn workspace<K: Kernels>(
+    spec: &ModelSpec,
+    settings: &Settings,
+    arena: &mut K::Memory,
+) -> Workspace<K::Buffer> {
+    let rotary = spec.rotary.is_some();
+    Workspace {
+        mlp: arena.take("work.mlp"),
+        lora_pair: arena.take("work.lora_pair"),
+        dropped: settings.lora_dropout.then(|| arena.take("work.dropped")),
+        attention: arena.take("work.attention"),
+        rotary: rotary.then(|| (arena.take("rotary.cos"), arena.take("rotary.sin"))),
+        tile: settings.tiled().then(|| Tile {
+            tokens: settings.mlp_tile(),
+            middle: arena.take("work.tile_middle"),
+            gradient: settings.training().then(|| arena.take("work.tile_gradient")),
+        }),
+        gradients: settings.training().then(|| GradientBuffers {
+            mlp: arena.take("work.mlp_gradient"),
+            stream: arena.take("work.gradient"),
+            norm: arena.take("work.norm_gradient"),
+            qkv: arena.take("work.qkv_gradient"),
+            lora: arena.take("work.lora_gradient"),
+        }),
+    }
+}

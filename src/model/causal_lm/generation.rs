@@ -1,0 +1,46 @@
+//! Token after token: decoding with cached keys and values.
+
+use std::borrow::Cow;
+
+use super::{Mode, Model};
+use crate::error::{Error, Result};
+use crate::kernels::{Kernels, TokenLayout};
+
+impl<K: Kernels> Model<K> {
+    /// Forgets all decoded tokens.
+    pub fn clear_cache(&mut self) {
+        self.cached_tokens = 0;
+    }
+
+    /// Tokens that were decoded since the last [`clear_cache`](Model::clear_cache).
+    pub fn cached_tokens(&self) -> usize {
+        self.cached_tokens
+    }
+
+    /// Feeds tokens behind those decoded before; returns the logits `[V]` after the last one.
+    ///
+    /// # Errors
+    /// `Usage` when the context is full (`Settings::cache_tokens`) or more tokens come at once than
+    /// planned, `Input` when an id is outside the vocabulary.
+    pub fn decode(&mut self, ids: &[u32]) -> Result<Cow<'_, [f32]>> {
+        let (past, count) = (self.cached_tokens, ids.len());
+        let room = self.settings.cache_tokens.saturating_sub(past).min(self.settings.tokens);
+        if count == 0 || count > room {
+            return Err(Error::usage(format_args!(
+                "{count} tokens behind {past} do not fit a context of {}",
+                self.settings.cache_tokens
+            )));
+        }
+        let vocab = self.spec.vocab_size;
+        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
+            let what = format_args!("token id {id} is outside the vocabulary of {vocab}");
+            return Err(Error::input(what).hint("the tokenizer belongs to another model"));
+        }
+        let tokens = TokenLayout::continuing(&[0, count as u32], past as u32);
+        self.fill_rotary(&tokens);
+        self.forward(ids, &tokens, Mode { cached: true, ..Mode::default() });
+        self.cached_tokens += count;
+        self.head_logits(&[count as u32 - 1]);
+        self.kernels.values(&self.buffers.head.logits, 0..vocab)
+    }
+}

@@ -1,0 +1,224 @@
+//! A model at work: frozen weights, adapters and the planned buffers of a backend.
+//!
+//! One micro-batch is a stream of T tokens of one or more documents. The training pass keeps every
+//! block's input; a layer whose policy is checkpoint recomputes the rest when its turn comes. The
+//! head runs only on rows that have a target, a chunk of logits at a time, and computes the
+//! gradient of a chunk before the next one overwrites it.
+
+mod batch;
+mod buffers;
+mod generation;
+mod passes;
+pub mod score;
+
+use buffers::Buffers;
+
+use super::block::Dropout;
+use super::parameters::Parameters;
+use super::spec::ModelSpec;
+use super::weights::Weights;
+use crate::data::Batch;
+use crate::error::Result;
+use crate::kernels::cpu::Cpu;
+use crate::kernels::{Kernels, PlannedMemory, Residency};
+use crate::ledger::{self, Phase};
+use crate::plan::{MemoryPlan, Settings};
+
+/// A loaded model.
+pub struct Model<K: Kernels = Cpu> {
+    kernels: K,
+    spec: ModelSpec,
+    weights: Weights<K>,
+    parameters: Parameters<K>,
+    settings: Settings,
+    plan: MemoryPlan,
+    dropout: Option<(f32, u64)>,
+    buffers: Buffers<K>,
+    loss: K::LossSum,
+    /// Length of the mapping that the buffers lie in.
+    arena_bytes: usize,
+    residency: Residency,
+    /// Tokens in the caches.
+    cached_tokens: usize,
+}
+
+/// What kind of forward pass.
+#[derive(Debug, Clone, Copy, Default)]
+struct Mode {
+    dropout: Option<Dropout>,
+    base_only: bool,
+    cached: bool,
+}
+
+impl Model {
+    /// [`on`](Model::on) the CPU.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn new(
+        spec: ModelSpec,
+        weights: Weights,
+        settings: Settings,
+        dropout: Option<(f32, u64)>,
+    ) -> Result<Self> {
+        Model::on(Cpu, spec, weights, settings, dropout)
+    }
+
+    /// The residual stream `[T, D]` before block `layer` (after the last for `num_layers`), as the
+    /// last training pass left it.
+    pub fn block_input(&self, layer: usize) -> &[f32] {
+        &self.buffers.inputs[layer]
+    }
+}
+
+impl<K: Kernels> Model<K> {
+    /// Allocates the plan for `settings` on a backend and takes `weights`; the adapter's tensors
+    /// are zero until they are loaded. `dropout` is `(lora_dropout, seed)`.
+    ///
+    /// # Errors
+    /// `Budget` when the memory cannot be reserved.
+    pub fn on(
+        kernels: K,
+        spec: ModelSpec,
+        mut weights: Weights<K>,
+        settings: Settings,
+        dropout: Option<(f32, u64)>,
+    ) -> Result<Self> {
+        weights.attach(&settings.targets);
+        let plan = kernels.plan(&spec, &settings);
+        let mut memory = kernels.allocate(&plan)?;
+        let targets = settings.targets.clone();
+        let parameters = Parameters::new(kernels.clone(), targets, &plan, &mut memory);
+        let buffers = Buffers::new(&spec, &settings, &mut memory);
+        let loss = kernels.loss_sum(&mut memory);
+        let unused = memory.untaken();
+        assert!(unused.is_empty(), "the plan has regions that nobody uses: {unused:?}");
+        let (arena_bytes, residency) = (memory.bytes(), memory.residency(&plan));
+        Ok(Model {
+            kernels,
+            spec,
+            weights,
+            parameters,
+            settings,
+            plan,
+            dropout,
+            buffers,
+            loss,
+            arena_bytes,
+            residency,
+            cached_tokens: 0,
+        })
+    }
+
+    /// What the model is.
+    pub fn spec(&self) -> &ModelSpec {
+        &self.spec
+    }
+
+    /// The frozen weights.
+    pub fn weights(&self) -> &Weights<K> {
+        &self.weights
+    }
+
+    /// Gives the buffers back and returns the weights, for another plan or adapter.
+    pub fn into_weights(self) -> Weights<K> {
+        self.weights
+    }
+
+    /// The plan that was allocated.
+    pub fn plan(&self) -> &MemoryPlan {
+        &self.plan
+    }
+
+    /// Bytes that were allocated for all buffers: those of the plan.
+    pub fn arena_bytes(&self) -> usize {
+        self.arena_bytes
+    }
+
+    /// Bytes of each region of the plan that are in memory now.
+    pub fn region_bytes(&self) -> Vec<u64> {
+        (self.residency)()
+    }
+
+    /// The adapters.
+    pub fn parameters(&self) -> &Parameters<K> {
+        &self.parameters
+    }
+
+    /// The adapters.
+    pub fn parameters_mut(&mut self) -> &mut Parameters<K> {
+        &mut self.parameters
+    }
+
+    /// Sum of the losses of the batch's trained tokens; adds `scale ·` their gradient to the
+    /// adapters'. `step` is the number of the micro-batch since the start of the run: dropout
+    /// depends on it.
+    ///
+    /// # Errors
+    /// `Usage` when the batch is larger than planned, `Input` when an id is outside the vocabulary.
+    pub fn forward_backward(&mut self, batch: &Batch, scale: f32, step: u64) -> Result<f64> {
+        let (tokens, targets) = self.begin(batch)?;
+        let dropout = self.dropout.map(|(probability, seed)| Dropout { probability, seed, step });
+        ledger::enter(Phase::Forward);
+        self.forward(&batch.input_ids, &tokens, Mode { dropout, ..Mode::default() });
+        ledger::enter(Phase::Loss);
+        self.head_loss(&targets, Some(scale));
+        ledger::enter(Phase::Backward);
+        self.backward(&tokens, dropout);
+        self.kernels.read_loss(&self.loss)
+    }
+
+    /// Sum of the losses of the batch's trained tokens, without dropout.
+    ///
+    /// # Errors
+    /// As [`forward_backward`](Model::forward_backward).
+    pub fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
+        let (tokens, targets) = self.begin(batch)?;
+        self.forward(&batch.input_ids, &tokens, Mode::default());
+        self.head_loss(&targets, None);
+        self.kernels.read_loss(&self.loss)
+    }
+
+    /// [`evaluate`](Model::evaluate) without the adapters.
+    ///
+    /// # Errors
+    /// As [`forward_backward`](Model::forward_backward).
+    pub fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
+        let (tokens, targets) = self.begin(batch)?;
+        self.forward(&batch.input_ids, &tokens, Mode { base_only: true, ..Mode::default() });
+        self.head_loss(&targets, None);
+        self.kernels.read_loss(&self.loss)
+    }
+
+    /// Logits `[rows.len(), V]` at some tokens of the stream.
+    ///
+    /// # Errors
+    /// As [`forward_backward`](Model::forward_backward).
+    pub fn logits(&mut self, batch: &Batch, rows: &[u32]) -> Result<Vec<f32>> {
+        let (tokens, _) = self.begin(batch)?;
+        self.forward(&batch.input_ids, &tokens, Mode::default());
+        let mut out = Vec::with_capacity(rows.len() * self.spec.vocab_size);
+        for chunk in rows.chunks(self.settings.logit_rows) {
+            self.head_logits(chunk);
+            let count = chunk.len() * self.spec.vocab_size;
+            out.extend_from_slice(&self.kernels.values(&self.buffers.head.logits, 0..count)?);
+        }
+        Ok(out)
+    }
+
+    /// The first block whose input in the last training pass had values that are not finite;
+    /// `num_layers` stands for the output of the last one.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn first_bad_block_input(&self) -> Result<Option<usize>> {
+        let elements = self.settings.tokens * self.spec.hidden_size;
+        for (layer, input) in self.buffers.inputs.iter().enumerate() {
+            let values = self.kernels.values(input, 0..elements)?;
+            if values.iter().any(|x| !x.is_finite()) {
+                return Ok(Some(layer));
+            }
+        }
+        Ok(None)
+    }
+}

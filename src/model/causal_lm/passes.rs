@@ -1,0 +1,130 @@
+//! Forward through all blocks, the head and the loss, and backward.
+
+use super::batch::Targets;
+use super::buffers::Buffers;
+use super::{Mode, Model};
+use crate::kernels::{Columns, Kernels, TokenLayout};
+use crate::model::block::{Cache, Dropout, Pass};
+use crate::model::streaming::Direction;
+
+impl<K: Kernels> Model<K> {
+    /// cos and sin for every token; frequencies may depend on the length of its document.
+    pub(super) fn fill_rotary(&mut self, tokens: &TokenLayout) {
+        let (Some(rotary), Some((cos, sin))) = (&self.spec.rotary, &mut self.buffers.work.rotary)
+        else {
+            return;
+        };
+        let (head_dim, elements) = (self.spec.head_dim, tokens.tokens() * self.spec.head_dim / 2);
+        self.kernels.write_tables((cos, sin), elements, |cos, sin| {
+            rotary.fill_tables(head_dim, tokens, cos, sin);
+        });
+    }
+
+    pub(super) fn forward(&mut self, ids: &[u32], tokens: &TokenLayout, mode: Mode) {
+        let Model { kernels, weights, parameters, buffers, cached_tokens, .. } = self;
+        let Buffers { inputs, kept, shared, work, caches, .. } = buffers;
+        kernels.embed(ids, &weights.embedding, &mut inputs[0], false);
+        if let Some(streaming) = &weights.streaming {
+            streaming.leave_table();
+        }
+        if let Some(positions) = &weights.positions {
+            kernels.embed(&tokens.positions, positions, &mut inputs[0], true);
+        }
+        let pass = Pass {
+            kernels,
+            parameters,
+            layout: tokens,
+            dropout: mode.dropout,
+            adapters: !mode.base_only,
+            rows: 0..tokens.tokens(),
+        };
+        let count = inputs.len();
+        for (layer, (block, kept)) in weights.blocks.iter().zip(kept).enumerate() {
+            if let Some(streaming) = &weights.streaming {
+                streaming.enter(layer, Direction::Forward);
+            }
+            let saved = kept.as_mut().or(shared.as_mut()).expect("kept or shared by the plan");
+            let [x, out] = inputs
+                .get_disjoint_mut([layer % count, (layer + 1) % count])
+                .expect("at least two inputs are planned");
+            let cache = caches.get_mut(layer).filter(|_| mode.cached);
+            let cache = cache.map(|keys_values| Cache { keys_values, past: *cached_tokens });
+            block.forward(&pass, x, out, saved, work, cache);
+            if let Some(streaming) = &weights.streaming {
+                streaming.leave(layer, Direction::Forward);
+            }
+        }
+    }
+
+    /// Index of the buffer that holds the last block's output.
+    pub(super) fn output_index(&self) -> usize {
+        self.spec.num_layers % self.buffers.inputs.len()
+    }
+
+    /// Logits of a chunk of rows into the head's buffer.
+    pub(super) fn head_logits(&mut self, rows: &[u32]) {
+        let (d, v, output) = (self.spec.hidden_size, self.spec.vocab_size, self.output_index());
+        let Model { kernels, weights, buffers, .. } = self;
+        let (head, count) = (&mut buffers.head, rows.len());
+        kernels.gather_rows(&buffers.inputs[output], rows, &mut head.input, d);
+        let norm = &weights.final_norm;
+        kernels.norm_forward(norm, &head.input, &mut head.norm, &mut head.stats, count);
+        let logits = (&mut head.logits, Columns::all(v));
+        kernels.linear_forward(weights.head(), None, None, &head.norm, logits, count, false);
+    }
+
+    /// Leaves the sum of losses in `self.loss`.
+    pub(super) fn head_loss(&mut self, targets: &Targets, scale: Option<f32>) {
+        let (d, v) = (self.spec.hidden_size, self.spec.vocab_size);
+        if scale.is_some() {
+            self.zero_stream_gradient();
+        }
+        self.kernels.clear_loss(&mut self.loss);
+        let chunk = self.settings.logit_rows;
+        for (rows, ids) in targets.rows.chunks(chunk).zip(targets.ids.chunks(chunk)) {
+            self.head_logits(rows);
+            let Model { kernels, weights, buffers, loss, .. } = self;
+            let (head, count) = (&mut buffers.head, rows.len());
+            kernels.cross_entropy(&mut head.logits, ids, v, scale, loss);
+            let gradients = scale.and(head.gradients.as_mut()).zip(buffers.work.gradients.as_mut());
+            let Some(((d_norm, d_input), stream)) = gradients else { continue };
+            let logits = (&head.logits, Columns::all(v));
+            kernels.linear_backward(weights.head(), None, logits, d_norm, count, false);
+            kernels.zero(d_input, count * d);
+            let norm = &weights.final_norm;
+            kernels.norm_backward(norm, d_norm, &head.input, &head.stats, d_input, count);
+            kernels.scatter_rows(d_input, rows, &mut stream.stream, d);
+        }
+        if let Some(streaming) = &self.weights.streaming {
+            streaming.leave_head();
+        }
+    }
+
+    pub(super) fn zero_stream_gradient(&mut self) {
+        let elements = self.settings.tokens * self.spec.hidden_size;
+        if let Some(gradients) = &mut self.buffers.work.gradients {
+            self.kernels.zero(&mut gradients.stream, elements);
+        }
+    }
+
+    pub(super) fn backward(&mut self, tokens: &TokenLayout, dropout: Option<Dropout>) {
+        let Model { kernels, weights, parameters, buffers, .. } = self;
+        let Buffers { inputs, kept, shared, work, .. } = buffers;
+        let Some(mut gradients) = parameters.take_gradients() else { return };
+        let rows = 0..tokens.tokens();
+        let pass = Pass { kernels, parameters, layout: tokens, dropout, adapters: true, rows };
+        for (layer, block) in weights.blocks.iter().enumerate().rev() {
+            if let Some(streaming) = &weights.streaming {
+                streaming.enter(layer, Direction::Backward);
+            }
+            let x = &inputs[layer];
+            let flags = (kept[layer].is_none(), layer > 0);
+            let saved = kept[layer].as_mut().or(shared.as_mut()).expect("as in the forward pass");
+            block.backward(&pass, x, saved, work, &mut gradients, flags);
+            if let Some(streaming) = &weights.streaming {
+                streaming.leave(layer, Direction::Backward);
+            }
+        }
+        self.parameters.put_gradients(gradients);
+    }
+}

@@ -1,0 +1,121 @@
+//! What the sizes of a run's buffers depend on, beside the model.
+
+use crate::adapter::LoraTarget;
+use crate::model::spec::{LinearRole, ModelSpec};
+
+/// The MLP is tiled above this many tokens: enough rows to pay for widening a weight once more.
+pub const AUTOMATIC_TILE_TOKENS: usize = 4096;
+
+/// What happens to a layer's activations between forward and backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Policy {
+    /// Kept: no recomputation.
+    Keep,
+    /// Only the block's input is kept; the rest is recomputed in the backward pass.
+    Checkpoint,
+}
+
+/// Rows of logits that exist at a time: 128 MiB of f32, at least 64 rows, no more than `tokens`.
+pub fn logit_rows(spec: &ModelSpec, tokens: usize) -> usize {
+    const CHUNK_BYTES: usize = 128 << 20;
+    const LEAST_ROWS: usize = 64;
+    (CHUNK_BYTES / (spec.vocab_size * size_of::<f32>())).max(LEAST_ROWS).min(tokens)
+}
+
+/// What the sizes depend on, beside the model.
+#[derive(Debug, Clone)]
+pub struct Settings {
+    /// T: tokens of the largest micro-batch.
+    pub tokens: usize,
+    /// Tokens of the longest document in it.
+    pub longest_document: usize,
+    /// Rows of logits that exist at a time.
+    pub logit_rows: usize,
+    /// Policy of every layer; empty for a model that never runs backward.
+    pub policies: Vec<Policy>,
+    /// Adapted linears.
+    pub targets: Vec<LoraTarget>,
+    /// Whether dropout needs a masked copy of a linear's input.
+    pub lora_dropout: bool,
+    /// Whether bf16 working copies exist beside the f32 master (`--adapter-dtype bf16`).
+    pub bf16_working: bool,
+    /// Worker threads.
+    pub threads: usize,
+    /// Tokens of context for generating text; 0 where nothing is generated.
+    pub cache_tokens: usize,
+    /// Tokens that the MLP works on at a time, at most; by itself [`AUTOMATIC_TILE_TOKENS`].
+    pub mlp_tile_length: Option<usize>,
+}
+
+impl Settings {
+    /// Whether there is a backward pass.
+    pub fn training(&self) -> bool {
+        !self.policies.is_empty()
+    }
+    /// Tokens of a tile of the MLP; all of them where one tile holds them. The last one may be shorter.
+    /// A constant length, so that longer passes never need less memory.
+    pub fn mlp_tile(&self) -> usize {
+        let length = self.mlp_tile_length.unwrap_or(AUTOMATIC_TILE_TOKENS);
+        length.max(1).min(self.tokens)
+    }
+
+    /// Whether the MLP works on a part of the tokens at a time.
+    pub fn tiled(&self) -> bool {
+        self.mlp_tile() < self.tokens
+    }
+}
+
+/// The halves of a block, which keep `x·Aᵀ` of their adapters apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Half {
+    /// q, k, v and the output projection.
+    Attention,
+    /// Gate, up and down.
+    Mlp,
+}
+
+impl Half {
+    /// Where a linear belongs.
+    pub fn of(role: LinearRole) -> Self {
+        match role {
+            LinearRole::Gate | LinearRole::Up | LinearRole::Down => Half::Mlp,
+            _ => Half::Attention,
+        }
+    }
+
+    /// Sum of the adapters' ranks in this half of `layer`.
+    pub fn rank_sum(self, targets: &[LoraTarget], layer: usize) -> usize {
+        let here = |target: &&LoraTarget| target.layer == layer && Half::of(target.role) == self;
+        targets.iter().filter(here).map(|target| target.r).sum()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn long_passes_are_tiled_by_themselves() {
+        let of = |tokens, mlp_tile_length| {
+            let settings = Settings {
+                tokens,
+                longest_document: tokens,
+                logit_rows: 1,
+                policies: Vec::new(),
+                targets: Vec::new(),
+                lora_dropout: false,
+                bf16_working: true,
+                threads: 1,
+                cache_tokens: 0,
+                mlp_tile_length,
+            };
+            (settings.mlp_tile(), settings.tiled())
+        };
+        assert_eq!(of(4096, None), (4096, false));
+        assert_eq!(of(4097, None), (4096, true));
+        assert_eq!(of(512, None), (512, false));
+        assert_eq!((of(512, Some(100)), of(512, Some(512))), ((100, true), (512, false)));
+        assert_eq!((of(512, Some(600)), of(0, None)), ((512, false), (0, false)));
+    }
+}
