@@ -16,7 +16,7 @@ held_out=scripts/sample/eval.jsonl
 # The last one is no part of the sample data: what the base knew should still be there.
 prompts=(
     "Today at 4 pm I need to charge the lamp."
-    "Describe Nibble in one sentence."
+    "Do I need a graphics card for Nibble?"
     "What is the capital of France?"
 )
 mkdir -p "$folder"

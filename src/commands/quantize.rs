@@ -214,7 +214,7 @@ fn print_summary(
         "role", "tensors", "before", "after", "bits/weight", "RMS error"
     );
     for (label, summary) in &rows {
-        println!("{}", table_row(label, summary));
+        println!("{}", table_row(label, summary).trim_end());
     }
     let read: usize = summaries.values().map(|summary| summary.bytes_before).sum();
     let rate = read as f64 / seconds.max(1e-9) / 1e9;
