@@ -51,6 +51,15 @@ fn parquet_rows_are_records() {
 }
 
 #[test]
+fn parquet_pages_may_be_compressed_in_any_usual_way() {
+    let lines = try_load(&tables().join("messages.jsonl")).unwrap();
+    for codec in ["gzip", "lz4", "none", "zstd"] {
+        let table = try_load(&tables().join(format!("messages-{codec}.parquet"))).unwrap();
+        assert_eq!(table.documents, lines.documents, "{codec}");
+    }
+}
+
+#[test]
 fn csv_rows_are_records() {
     let rows = "id,prompt,completion\n1,\"a, b\",c\n2,\"d\ne\",f\n3,g\n";
     let (_folder, path) = write("data.csv", rows);

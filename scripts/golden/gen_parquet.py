@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """A Parquet file as Hugging Face data sets write them, and the same records as JSONL.
 
-    gen_parquet.py OUT_FOLDER      messages.parquet and messages.jsonl; needs pyarrow
+    gen_parquet.py OUT_FOLDER      messages.parquet (and one for each further compression) and
+                                   messages.jsonl; needs pyarrow
 """
 
 import json
@@ -26,6 +27,8 @@ def main():
     out = Path(sys.argv[1])
     table = pyarrow.Table.from_pylist(RECORDS)
     pyarrow.parquet.write_table(table, out / "messages.parquet", row_group_size=20)
+    for codec in ["gzip", "lz4", "none", "zstd"]:
+        pyarrow.parquet.write_table(table, out / f"messages-{codec}.parquet", compression=codec)
     lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in RECORDS]
     (out / "messages.jsonl").write_text("".join(lines), encoding="utf-8")
 

@@ -65,8 +65,7 @@ impl<'a> Encoder<'a> {
             ))
             .hint("the tokenizer belongs to another model"));
         }
-        let compile = |source| ChatTemplate::at(DATE_OF_DATA, source, tokenizer.special_tokens());
-        let template = tokenizer.chat_template().map(compile).transpose()?;
+        let template = tokenizer.compile_template_at(DATE_OF_DATA)?;
         let mut end_ids = tokenizer.eos_ids().to_vec();
         if let Some(template) = &template {
             let between = TurnEnds::of(template, &tokenizer.added_tokens()).between;
@@ -160,10 +159,11 @@ impl<'a> Encoder<'a> {
     }
 
     fn chat(&self, chat: &Chat) -> std::result::Result<Encoded, Rejection> {
-        let Some(template) = &self.template else {
+        let Some(templates) = &self.template else {
             return Err(Rejection::new("the tokenizer has no chat template")
                 .hint("use `text` or `prompt`/`completion` records with this base model"));
         };
+        let template = templates.for_variables(&chat.variables);
         if self.train_on == TrainOn::All {
             let text =
                 template.render(&chat.messages, &chat.variables, false).map_err(rejection)?;

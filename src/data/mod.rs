@@ -25,6 +25,7 @@ mod spans;
 pub mod split;
 mod strftime;
 pub mod template;
+mod template_sources;
 pub mod tokenizer;
 mod truncate;
 

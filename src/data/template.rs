@@ -17,6 +17,7 @@ pub struct ChatTemplate {
     environment: Environment<'static>,
     has_generation_blocks: bool,
     special_tokens: Map<String, Value>,
+    tool_use: Option<Box<ChatTemplate>>,
 }
 
 impl ChatTemplate {
@@ -40,7 +41,21 @@ impl ChatTemplate {
         environment
             .add_template_owned("chat", source)
             .map_err(|e| Error::input(format_args!("chat template: {e:#}")))?;
-        Ok(ChatTemplate { environment, has_generation_blocks, special_tokens })
+        Ok(ChatTemplate { environment, has_generation_blocks, special_tokens, tool_use: None })
+    }
+
+    /// Leaves conversations with tools to another template, if there is one.
+    pub fn with_tool_use(mut self, tool_use: Option<ChatTemplate>) -> Self {
+        self.tool_use = tool_use.map(Box::new);
+        self
+    }
+
+    /// The template for a conversation with `variables`.
+    pub fn for_variables(&self, variables: &Map<String, Value>) -> &ChatTemplate {
+        match &self.tool_use {
+            Some(tool_use) if variables.contains_key("tools") => tool_use,
+            _ => self,
+        }
     }
 
     /// The text of a conversation; the template sees `variables` (`tools`, …) too.
@@ -96,4 +111,26 @@ fn normalized(message: &Value) -> Value {
         fields.insert("reasoning_content".into(), reasoning);
     }
     Value::Object(fields)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn conversations_with_tools_have_a_template_of_their_own() -> Result<()> {
+        let compile = |source: &str| ChatTemplate::new(source, Map::new());
+        let tools = compile("{{ tools | length }} tools: {{ messages[0].content }}")?;
+        let template = compile("{{ messages[0].content }}")?.with_tool_use(Some(tools));
+        let messages = [serde_json::json!({"role": "user", "content": "hello"})];
+        let given = Map::from_iter([("tools".to_string(), serde_json::json!([{"name": "add"}]))]);
+        let render =
+            |variables| template.for_variables(variables).render(&messages, variables, false);
+        let none = Map::new();
+        assert_eq!(render(&none)?, "hello");
+        assert_eq!(render(&given)?, "1 tools: hello");
+        let alone = compile("{{ messages[0].content }}")?;
+        assert_eq!(alone.for_variables(&given).render(&messages, &given, false)?, "hello");
+        Ok(())
+    }
 }

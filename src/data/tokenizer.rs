@@ -16,6 +16,7 @@ use tokenizers::pre_tokenizers::sequence::Sequence;
 
 use super::ends::TurnEnds;
 use super::template::ChatTemplate;
+use super::template_sources::TemplateSources;
 use crate::checkpoint::{read_gguf_header, read_json};
 use crate::error::{Error, Result, candle_text};
 
@@ -30,7 +31,7 @@ pub struct ChatTokenizer {
     /// All ids that end a generation; the first is `eos`.
     eos_ids: Vec<u32>,
     add_bos_token: bool,
-    chat_template: Option<String>,
+    templates: Option<TemplateSources>,
 }
 
 /// A token with a meaning.
@@ -101,29 +102,14 @@ impl ChatTokenizer {
                 eos_ids.push(id);
             }
         }
-        let template = folder.join("chat_template.jinja");
-        let chat_template = if template.exists() {
-            let text = std::fs::read_to_string(&template);
-            Some(text.map_err(|e| Error::io("read", &template, e))?)
-        } else {
-            template_of(&config["chat_template"])
-        };
+        let templates = TemplateSources::of_folder(folder, &config)?;
         let (pad, unknown) = (special("pad_token"), special("unk_token"));
         // Llama 3 has no such setting: its post-processor puts the BOS there.
         let processed = tokenizer.encode_fast("a", true).ok();
         let processed = processed.and_then(|encoding| encoding.get_ids().first().copied());
         let adds = processed.is_some() && processed == bos.as_ref().map(|token| token.id);
         let add_bos_token = config["add_bos_token"].as_bool().unwrap_or(adds);
-        Ok(ChatTokenizer {
-            tokenizer,
-            bos,
-            eos,
-            pad,
-            unknown,
-            eos_ids,
-            add_bos_token,
-            chat_template,
-        })
+        Ok(ChatTokenizer { tokenizer, bos, eos, pad, unknown, eos_ids, add_bos_token, templates })
     }
 
     fn from_gguf(path: &Path) -> Result<Self> {
@@ -150,7 +136,6 @@ impl ChatTokenizer {
                     || text("ggml.pre").is_some_and(|pre| pre == "llama-bpe" || pre == "llama3")
             }
         };
-        let template = field("chat_template").and_then(|value| value.to_string().ok());
         Ok(ChatTokenizer {
             bos: special("bos_token_id"),
             pad: special("padding_token_id"),
@@ -158,7 +143,7 @@ impl ChatTokenizer {
             eos_ids: eos.iter().map(|token| token.id).collect(),
             eos,
             add_bos_token: adds_bos,
-            chat_template: template.cloned(),
+            templates: TemplateSources::of_gguf(|key| text(key).cloned()),
             tokenizer,
         })
     }
@@ -179,8 +164,8 @@ impl ChatTokenizer {
         config["add_bos_token"] = self.add_bos_token.into();
         config["clean_up_tokenization_spaces"] = false.into();
         config["tokenizer_class"] = "PreTrainedTokenizerFast".into();
-        if let Some(template) = &self.chat_template {
-            config["chat_template"] = template.clone().into();
+        if let Some(templates) = &self.templates {
+            config["chat_template"] = templates.to_json();
         }
         let id = |token: &Option<SpecialToken>| token.as_ref().map(|token| token.id);
         let eos = if self.eos_ids.len() > 1 { json!(self.eos_ids) } else { json!(id(&self.eos)) };
@@ -238,7 +223,7 @@ impl ChatTokenizer {
 
     /// The chat template's Jinja source.
     pub fn chat_template(&self) -> Option<&str> {
-        self.chat_template.as_deref()
+        self.templates.as_ref().map(|templates| templates.chat.as_str())
     }
 
     /// What a chat template sees of the tokenizer: `bos_token`, `eos_token`, `pad_token` and
@@ -256,13 +241,25 @@ impl ChatTokenizer {
         named.into_iter().filter_map(text).collect()
     }
 
-    /// The chat template, compiled; its clock shows the present.
+    /// The chat templates, compiled; their clock shows the present.
     ///
     /// # Errors
-    /// `Input` when it does not compile.
+    /// `Input` when one does not compile.
     pub fn compile_template(&self) -> Result<Option<ChatTemplate>> {
-        let compile = |source| ChatTemplate::new(source, self.special_tokens());
-        self.chat_template().map(compile).transpose()
+        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+        self.compile_template_at(now.map_or(0, |now| now.as_secs()))
+    }
+
+    /// As [`compile_template`](ChatTokenizer::compile_template), with a clock that stands.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn compile_template_at(&self, unix_seconds: u64) -> Result<Option<ChatTemplate>> {
+        let Some(sources) = &self.templates else { return Ok(None) };
+        let compile = |source: &str| ChatTemplate::at(unix_seconds, source, self.special_tokens());
+        let template = compile(&sources.chat)?;
+        let tool_use = sources.tool_use.as_deref().map(compile).transpose()?;
+        Ok(Some(template.with_tool_use(tool_use)))
     }
 
     /// Ids of `text` without any added special token; special tokens *in* the text are recognised.
@@ -356,19 +353,6 @@ fn ids(value: &Value) -> Vec<u32> {
     match value {
         Value::Array(items) => items.iter().filter_map(one).collect(),
         single => one(single).into_iter().collect(),
-    }
-}
-
-/// A template, or the one named `default` of a list (the first if none is).
-fn template_of(value: &Value) -> Option<String> {
-    match value {
-        Value::String(text) => Some(text.clone()),
-        Value::Array(named) => {
-            let default = named.iter().find(|entry| entry["name"] == "default");
-            let entry = default.or(named.first())?;
-            entry["template"].as_str().map(str::to_string)
-        }
-        _ => None,
     }
 }
 

@@ -127,7 +127,7 @@ fn guarded<T>(
     GUARDED.set(true);
     let done = panic::catch_unwind(AssertUnwindSafe(act));
     GUARDED.set(false);
-    let hint = "write it again; pages may be plain or `compression=\"snappy\"`";
+    let hint = "write it again; pages may be plain, or compressed by snappy, zstd, gzip or lz4";
     match done {
         Ok(Ok(value)) => Ok(value),
         Ok(Err(error)) => Err(Error::input(format_args!("{}: {error}", path.display())).hint(hint)),

@@ -1,0 +1,121 @@
+//! Where a tokenizer keeps its chat templates: one, or several by name.
+//!
+//! Several are a list of `{"name", "template"}` in `tokenizer_config.json`, files in
+//! `additional_chat_templates/`, or keys `tokenizer.chat_template.NAME` of a GGUF file. As
+//! transformers does, `tool_use` is for conversations with tools, `default` for all others.
+
+use std::path::Path;
+
+use serde_json::{Value, json};
+
+use crate::error::{Error, Result};
+
+const DEFAULT: &str = "default";
+const TOOL_USE: &str = "tool_use";
+
+/// The Jinja sources of a tokenizer's chat templates.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct TemplateSources {
+    /// For conversations.
+    pub chat: String,
+    /// For conversations with tools, where that is another.
+    pub tool_use: Option<String>,
+}
+
+impl TemplateSources {
+    /// Those of a tokenizer's folder; `config` is its `tokenizer_config.json`. Files come before
+    /// the config.
+    ///
+    /// # Errors
+    /// `Io` when a file cannot be read.
+    pub fn of_folder(folder: &Path, config: &Value) -> Result<Option<Self>> {
+        let read = |path: &Path| match path.exists() {
+            true => std::fs::read_to_string(path).map(Some).map_err(|e| Error::io("read", path, e)),
+            false => Ok(None),
+        };
+        let tools = folder.join("additional_chat_templates").join(format!("{TOOL_USE}.jinja"));
+        match read(&folder.join("chat_template.jinja"))? {
+            Some(chat) => Ok(Some(TemplateSources { chat, tool_use: read(&tools)? })),
+            None => Ok(Self::of_config(&config["chat_template"])),
+        }
+    }
+
+    /// One text, or a list of named ones, of which the first stands in for a missing default.
+    fn of_config(value: &Value) -> Option<Self> {
+        let Value::Array(named) = value else {
+            let chat = value.as_str()?.to_string();
+            return Some(TemplateSources { chat, tool_use: None });
+        };
+        let text = |entry: &Value| entry["template"].as_str().map(str::to_string);
+        let find = |name: &str| named.iter().find(|entry| entry["name"] == name).and_then(text);
+        let chat = find(DEFAULT).or_else(|| named.first().and_then(text))?;
+        Some(TemplateSources { chat, tool_use: find(TOOL_USE) })
+    }
+
+    /// Those of a GGUF file, whose texts `field` finds under `tokenizer.`
+    pub fn of_gguf(field: impl Fn(&str) -> Option<String>) -> Option<Self> {
+        let chat = field("chat_template")?;
+        Some(TemplateSources { chat, tool_use: field(&format!("chat_template.{TOOL_USE}")) })
+    }
+
+    /// The value of `chat_template` in `tokenizer_config.json`.
+    pub fn to_json(&self) -> Value {
+        match &self.tool_use {
+            None => self.chat.clone().into(),
+            Some(tool_use) => json!([
+                {"name": DEFAULT, "template": self.chat},
+                {"name": TOOL_USE, "template": tool_use},
+            ]),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sources(chat: &str, tool_use: Option<&str>) -> Option<TemplateSources> {
+        Some(TemplateSources { chat: chat.into(), tool_use: tool_use.map(str::to_string) })
+    }
+
+    #[test]
+    fn one_or_several_by_name() {
+        let read = |value: Value| TemplateSources::of_config(&value);
+        let named = |name: &str, text: &str| json!({"name": name, "template": text});
+        assert_eq!(read(json!("a")), sources("a", None));
+        assert_eq!(read(json!(null)), None);
+        assert_eq!(read(json!([named("rag", "r"), named("default", "d")])), sources("d", None));
+        assert_eq!(
+            read(json!([named("rag", "r"), named("tool_use", "t")])),
+            sources("r", Some("t"))
+        );
+        let both = sources("d", Some("t"));
+        for sources in [both, sources("d", None)] {
+            assert_eq!(sources.as_ref().and_then(|one| read(one.to_json())), sources);
+        }
+    }
+
+    #[test]
+    fn files_come_before_the_config() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let config = json!({"chat_template": "of the config"});
+        let read = || TemplateSources::of_folder(folder.path(), &config);
+        assert_eq!(read()?, sources("of the config", None));
+        std::fs::write(folder.path().join("chat_template.jinja"), "of the file").unwrap();
+        assert_eq!(read()?, sources("of the file", None));
+        let more = folder.path().join("additional_chat_templates");
+        std::fs::create_dir(&more).unwrap();
+        std::fs::write(more.join("tool_use.jinja"), "with tools").unwrap();
+        assert_eq!(read()?, sources("of the file", Some("with tools")));
+        Ok(())
+    }
+
+    #[test]
+    fn those_of_a_gguf_file() {
+        let one = |key: &str| (key == "chat_template").then(|| "a".to_string());
+        assert_eq!(TemplateSources::of_gguf(one), sources("a", None));
+        let all = |key: &str| Some(key.to_string());
+        let tools = "chat_template.tool_use";
+        assert_eq!(TemplateSources::of_gguf(all), sources("chat_template", Some(tools)));
+    }
+}
