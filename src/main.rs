@@ -1,5 +1,7 @@
 //! Parse, run, print the error, exit.
 
+mod allocator;
+
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
@@ -10,6 +12,7 @@ use nibble::error::Error;
 use signal_hook::consts::SIGPIPE;
 
 fn main() -> ExitCode {
+    allocator::return_freed_memory();
     end_quietly_without_reader();
     let arguments: Vec<_> = std::env::args_os().collect();
     let command = arguments.get(1).map(|name| name.to_string_lossy().into_owned());

@@ -291,7 +291,7 @@ mod tests {
     fn weights_are_streamed_where_that_saves_recomputation() {
         let (_, spec) = golden();
         let settings = settings(&spec);
-        let streamed = StreamedBytes { blocks: 1 << 20, table: 0, row: 0 };
+        let streamed = StreamedBytes::of_outside(1 << 20);
         let weights = WeightBytes { resident: 50 << 20, streamed: Some(streamed) };
         let demand = |mode| Demand {
             spec: &spec,

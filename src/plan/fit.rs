@@ -221,7 +221,7 @@ mod tests {
             mode: WeightsMode::Auto,
             weights: WeightBytes {
                 resident: 9 << 20,
-                streamed: Some(StreamedBytes { blocks: 2 << 20, table: 0, row: 0 }),
+                streamed: Some(StreamedBytes::of_outside(2 << 20)),
             },
             process_bytes: 1 << 20,
         })

@@ -20,22 +20,36 @@ pub struct WeightBytes {
     pub streamed: Option<StreamedBytes>,
 }
 
-/// What streamed weights have in memory at a time.
+/// What streamed weights have in memory: at the blocks, the rows of the pass and two blocks; at the
+/// logits, the head and one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamedBytes {
-    /// The linears of two blocks, and what is outside the blocks but for the table.
+    /// What always stays: norms, biases, positions.
+    pub outside: u64,
+    /// The largest block's linears.
+    pub block: u64,
+    /// Blocks at a time.
     pub blocks: u64,
-    /// An embedding that is no head, too: only the rows of a pass are in memory.
+    /// The embedding, of which a pass reads the rows of its tokens.
     pub table: u64,
     /// A row of it.
     pub row: u64,
+    /// What makes logits: the embedding again, where they are tied.
+    pub head: u64,
 }
 
 impl StreamedBytes {
-    /// In a pass over `tokens` that are all different.
+    /// The same for every pass.
+    #[cfg(test)]
+    pub(super) fn of_outside(outside: u64) -> Self {
+        StreamedBytes { outside, block: 0, blocks: 0, table: 0, row: 0, head: 0 }
+    }
+
+    /// The most of a pass over `tokens` that are all different.
     pub fn of_pass(&self, tokens: usize) -> u64 {
         let around = self.row.max(MAPPED_WITH_A_PAGE_BYTES);
-        self.blocks + self.table.min(tokens as u64 * around)
+        let rows = self.table.min(tokens as u64 * around);
+        self.outside + (rows + self.blocks * self.block).max(self.head + self.block)
     }
 }
 
@@ -65,26 +79,33 @@ impl WeightBytes {
     }
 
     fn sum(spec: &ModelSpec, bytes: impl Fn(&TensorSpec) -> u64, as_stored: bool) -> Self {
-        let (mut resident, mut table, mut linears) = (0, 0, vec![0; spec.num_layers]);
-        let embedding = format!("{}.weight", spec.embedding_module());
+        let (mut resident, mut table, mut head) = (0u64, 0, 0);
+        let mut linears = vec![0; spec.num_layers];
+        let module = |name: &str| format!("{name}.weight");
+        let [embedding, head_name] = [spec.embedding_module(), spec.head_module()].map(module);
         let prefixes: Vec<String> =
             (0..spec.num_layers).map(|layer| format!("{}.", spec.layer_prefix(layer))).collect();
         for tensor in spec.inventory() {
             resident += bytes(&tensor);
-            if tensor.name == embedding && !spec.tie_word_embeddings {
+            if tensor.name == embedding {
                 table = bytes(&tensor);
+            } else if tensor.name == head_name {
+                head = bytes(&tensor);
             }
             let layer = prefixes.iter().position(|prefix| tensor.name.starts_with(prefix));
             if let (TensorRole::Linear(_), Some(layer)) = (tensor.role, layer) {
                 linears[layer] += bytes(&tensor);
             }
         }
-        let (in_blocks, largest) = (linears.iter().sum::<u64>(), linears.iter().max());
-        let working = STREAMED_BLOCKS * largest.copied().unwrap_or(0);
+        let (in_blocks, block) = (linears.iter().sum::<u64>(), linears.iter().max());
+        let (block, untied) = (block.copied().unwrap_or(0), !spec.tie_word_embeddings);
         let streamed = || StreamedBytes {
-            blocks: resident - in_blocks - table + working.min(in_blocks),
+            outside: resident - in_blocks - table - if untied { head } else { 0 },
+            block,
+            blocks: STREAMED_BLOCKS.min(spec.num_layers as u64),
             table,
             row: table / spec.vocab_size as u64,
+            head: if untied { head } else { table },
         };
         WeightBytes { resident, streamed: as_stored.then(streamed) }
     }
@@ -159,18 +180,22 @@ mod tests {
         };
         let (two, many) = (of(2, &mut config), of(20, &mut config));
         let (few, more) = (two.streamed.unwrap(), many.streamed.unwrap());
-        assert_eq!(few.of_pass(usize::MAX >> 20), two.resident);
-        assert_eq!(few.table, few.row * config["vocab_size"].as_u64().unwrap());
+        assert_eq!((few.blocks, few.block, few.head), (more.blocks, more.block, more.head));
+        let whole = few.outside + 2 * few.block + few.table + few.head;
+        assert_eq!((whole, config["tie_word_embeddings"].as_bool()), (two.resident, Some(false)));
         // Two norms of each further block stay in memory, in f32.
-        assert_eq!(more.blocks - few.blocks, 18 * 2 * 64 * 4);
+        assert_eq!(more.outside - few.outside, 18 * 2 * 64 * 4);
     }
 
     #[test]
-    fn a_pass_maps_the_rows_of_its_tokens() {
-        let bytes = StreamedBytes { blocks: 1000, table: 50 << 20, row: 8 << 10 };
-        assert_eq!(bytes.of_pass(10), 1000 + (640 << 10));
-        assert_eq!(bytes.of_pass(10_000), 1000 + (50 << 20));
-        let long = StreamedBytes { row: 100 << 10, ..bytes };
-        assert_eq!(long.of_pass(2), 1000 + (200 << 10));
+    fn the_most_is_at_the_blocks_or_at_the_head() {
+        let (outside, block, blocks, row) = (1000, 3 << 20, 2, 8 << 10);
+        let small = StreamedBytes { outside, block, blocks, table: 50 << 20, row, head: 2 << 20 };
+        assert_eq!(small.of_pass(16), 1000 + (7 << 20));
+        assert_eq!(small.of_pass(10_000), 1000 + (56 << 20));
+        let long = StreamedBytes { row: 128 << 10, ..small };
+        assert_eq!(long.of_pass(16), 1000 + (8 << 20));
+        let tied = StreamedBytes { head: 50 << 20, ..small };
+        assert_eq!(tied.of_pass(16), 1000 + (53 << 20));
     }
 }
