@@ -66,6 +66,7 @@ fn a_bare_config_has_a_plan_whose_parts_add_up() {
 #[test]
 fn a_budget_decides_which_blocks_keep_and_a_refusal_shows_the_way() {
     let base = ["--model", "config.json", "--json", "--threads", "2", "--max-length", "4096"];
+    let base = [&base[..], &["--weights", "resident"]].concat();
     let with = |more: &[&str]| plan(&[&base[..], more].concat());
     let (keep, least) = (with(&["--activations", "keep"]), with(&["--activations", "checkpoint"]));
     let (most, least) = (number(&keep, "total_bytes"), number(&least, "total_bytes"));
