@@ -1,0 +1,153 @@
+//! docs/memory.md: its tables are what `nibble memory` says of bare configs, beside published figures.
+//!
+//! A table that is no longer true is printed as it should be.
+
+use std::path::Path;
+use std::process::Command;
+
+use serde_json::Value;
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
+/// `nibble memory` of a config for a GPU, one row of `length` tokens.
+fn memory(config: &str, length: u32, flags: &str) -> Value {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
+    command.current_dir(root().join("tests/data/configs"));
+    command.args(["memory", "--json", "--device", "cuda", "--model", &format!("{config}.json")]);
+    command.args(["--max-length", &length.to_string()]).args(flags.split_whitespace());
+    let output = command.output().unwrap();
+    serde_json::from_slice(&output.stdout)
+        .unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)))
+}
+
+fn total_gib(config: &str, length: u32, flags: &str) -> f64 {
+    memory(config, length, flags)["total_bytes"].as_u64().unwrap() as f64 / GIB
+}
+
+/// Tokens of the longest document that fits, everything recomputed.
+fn longest(config: &str, budget_gib: u32) -> u64 {
+    let flags = format!("--lora-r 32 --activations checkpoint --fit --budget {budget_gib}GiB");
+    let fit = memory(config, 512, &flags);
+    let ways = fit["fit"]["ways"].as_array().unwrap();
+    let recomputed = ways.iter().find(|way| way["keep"] == false && way["stream"] == false);
+    recomputed.unwrap()["longest_document"].as_u64().unwrap()
+}
+
+fn thousands(number: u64) -> String {
+    let digits = number.to_string();
+    let groups: Vec<&str> =
+        digits.as_bytes().rchunks(3).rev().map(|part| str::from_utf8(part).unwrap()).collect();
+    groups.join(",")
+}
+
+fn assert_in_docs(table: &[String]) {
+    let table = table.join("\n");
+    let text = std::fs::read_to_string(root().join("docs/memory.md")).unwrap();
+    assert!(text.contains(&table), "docs/memory.md lacks this table:\n\n{table}\n");
+}
+
+#[test]
+fn longest_contexts() {
+    let mut table = vec![
+        "| card | Unsloth | transformers + FlashAttention-2 | Nibble, recomputing |".to_string(),
+        "|---|---|---|---|".to_string(),
+    ];
+    for (model, title, rows) in [
+        (
+            "llama-3.1-8b",
+            "8B",
+            &[
+                (8, "2,972", "out of memory"),
+                (12, "21,848", "932"),
+                (16, "40,724", "2,551"),
+                (24, "78,475", "5,789"),
+                (40, "153,977", "12,264"),
+                (48, "191,728", "15,502"),
+                (80, "342,733", "28,454"),
+            ][..],
+        ),
+        ("llama-3.3-70b", "70B", &[(48, "12,106", "out of memory"), (80, "89,389", "6,916")][..]),
+    ] {
+        for (budget, unsloth, peer) in rows {
+            let ours = thousands(longest(model, *budget));
+            table.push(format!("| {title}, {budget} GB | {unsloth} | {peer} | {ours} |"));
+        }
+    }
+    assert_in_docs(&table);
+}
+
+#[test]
+fn llama_factory() {
+    let mut table = vec![
+        "| tokens | FlashAttention-2 | Unsloth | Nibble, recomputing | Nibble, all kept |"
+            .to_string(),
+        "|---|---|---|---|---|".to_string(),
+    ];
+    for (tokens, peer, unsloth) in [
+        (1024, 6, 5),
+        (2048, 7, 6),
+        (4096, 9, 7),
+        (8192, 12, 8),
+        (16_384, 19, 10),
+        (32_768, 32, 16),
+    ] {
+        let of =
+            |policy| total_gib("llama-2-7b", tokens, &format!("--lora-r 8 --activations {policy}"));
+        let (least, most) = (of("checkpoint"), of("keep"));
+        let tokens = thousands(tokens.into());
+        table.push(format!("| {tokens} | {peer} | {unsloth} | {least:.1} | {most:.1} |"));
+    }
+    assert_in_docs(&table);
+}
+
+#[test]
+fn single_figures() {
+    let seven = memory("llama-2-7b", 512, "--lora-r 16 --activations checkpoint");
+    let weights = seven["components"]["frozen weights"].as_u64().unwrap() as f64 / 1e6;
+    let tutorial = total_gib("llama-2-7b", 2048, "--lora-r 8 --activations checkpoint");
+    assert_in_docs(&[
+        "| source | what | published | Nibble's plan |".to_string(),
+        "|---|---|---|---|".to_string(),
+        format!(
+            "| QLoRA paper, section 2 | 4-bit weights of a 7B model | 5,048 MB | {weights:.0} MB |"
+        ),
+        format!(
+            "| torchtune's tutorial | Llama-2-7B, r 8, 2,048 tokens | < 10 GB | {tutorial:.1} GiB |"
+        ),
+    ]);
+}
+
+#[test]
+fn gpt_3() {
+    let flags = "--quantization none --lora-r 4 --target-modules c_attn --activations checkpoint";
+    let plan = memory("gpt-3-175b", 512, flags);
+    let part = |name: &str| plan["components"][name].as_u64().unwrap();
+    let (weights, file) = (part("frozen weights"), part("LoRA weights (bf16)"));
+    let parameters = weights / 2;
+    let state =
+        part("LoRA master (f32)") + part("LoRA gradients (f32)") + part("AdamW moments (f32)");
+    let gb = |bytes: u64| format!("{:.0} GB", bytes as f64 / 1e9);
+    let mb = |bytes: u64| format!("{:.1} MB", bytes as f64 / 1e6);
+    assert_in_docs(&[
+        "| | bytes | LoRA paper |".to_string(),
+        "|---|---|---|".to_string(),
+        format!("| weights, 2 B each | {} | 350 GB |", gb(weights)),
+        format!(
+            "| full fine-tuning: weights, gradient and two moments at 2 B | {} | |",
+            gb(8 * parameters)
+        ),
+        format!(
+            "| the same without the gradient, which can be used layer by layer | {} | 1.2 TB |",
+            gb(6 * parameters)
+        ),
+        format!(
+            "| LoRA: weights, and master, gradient and moments of A and B at 4 B | {} | 350 GB |",
+            gb(weights + file + state)
+        ),
+        format!("| adapter file, r 4 on q and v | {} | 35 MB |", mb(file)),
+    ]);
+}
