@@ -87,8 +87,13 @@ fn check_all_gradients(case: &Case, tag: &str, quantization: Option<BlockFormat>
     }
 }
 
-const POLICIES: [&[Policy]; 3] =
-    [&[Policy::Keep], &[Policy::Checkpoint], &[Policy::Checkpoint, Policy::Keep]];
+const POLICIES: [&[Policy]; 5] = [
+    &[Policy::Keep],
+    &[Policy::Checkpoint],
+    &[Policy::Checkpoint, Policy::Keep],
+    &[Policy::Offload],
+    &[Policy::Keep, Policy::Offload],
+];
 
 fn check_gradients(
     case: &Case,
@@ -147,7 +152,8 @@ fn policies_and_micro_batches_give_the_same_gradients() {
         (loss, model.parameters().gradients().to_vec())
     };
     let (loss, gradients) = run(&[Policy::Keep]);
-    for policies in [[Policy::Checkpoint; 2], [Policy::Keep, Policy::Checkpoint]] {
+    use Policy::{Checkpoint, Keep, Offload};
+    for policies in [[Checkpoint; 2], [Keep, Checkpoint], [Offload; 2], [Offload, Keep]] {
         let other = run(&policies);
         assert_eq!(loss.to_bits(), other.0.to_bits(), "{policies:?}");
         assert!(gradients == other.1, "{policies:?}: gradients are bitwise equal");

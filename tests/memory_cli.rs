@@ -31,7 +31,13 @@ fn number(plan: &Value, key: &str) -> u64 {
 fn the_allocated_arena_is_the_planned_one_to_the_byte() {
     for name in CASES {
         let case = Case::open(name);
-        for policies in [&[][..], &[Policy::Keep], &[Policy::Checkpoint, Policy::Keep]] {
+        for policies in [
+            &[][..],
+            &[Policy::Keep],
+            &[Policy::Checkpoint, Policy::Keep],
+            &[Policy::Offload],
+            &[Policy::Keep, Policy::Offload],
+        ] {
             for adapter in [None, Some("adapter_init")] {
                 for tile in [None, Some(10), Some(64)] {
                     let model = case.tiled_model(None, adapter, policies, tile);

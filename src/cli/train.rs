@@ -289,7 +289,8 @@ pub struct ResourceArgs {
     /// Worker threads [default: one for each core]
     #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
     pub threads: Option<NonZeroUsize>,
-    /// Activations of a block: `keep` them, or `checkpoint` its input and recompute
+    /// Activations of a block: `keep` them, `checkpoint` its input and recompute, or `offload` the
+    /// input, too: to pinned host memory from a GPU, on the CPU to a nameless file in `--out`
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
     /// Tokens that the MLP works on at a time; lowers memory for long rows [default: by itself

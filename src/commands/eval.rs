@@ -99,6 +99,7 @@ fn equip<K: Kernels>(
         threads: rayon::current_num_threads(),
         cache_tokens: 0,
         mlp_tile_length: None,
+        scratch_folder: None,
     };
     let mut model = Model::on(kernels.clone(), spec, weights.upload(&kernels)?, settings, None)?;
     if let Some(adapter) = adapter {

@@ -9,6 +9,7 @@ pub mod cuda;
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::path::Path;
 
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
@@ -227,6 +228,8 @@ pub trait Kernels: Clone + Sync {
     type Memory: PlannedMemory<Self>;
     /// A running sum of losses in f64.
     type LossSum: Send;
+    /// Where inputs of offloaded layers wait between forward and backward.
+    type Offload: Send;
     /// A frozen matrix `[out, in]`, dense or in 4-bit blocks.
     type Weight: Send + Sync;
     /// A frozen vector: norm weight or bias.
@@ -240,6 +243,39 @@ pub trait Kernels: Clone + Sync {
     /// # Errors
     /// `Budget` when the memory cannot be had.
     fn allocate(&self, plan: &MemoryPlan) -> Result<Self::Memory>;
+
+    /// Makes room for the plan's offloaded regions; `folder` is for a backend that offloads to a file.
+    ///
+    /// # Errors
+    /// `Budget` or `Io` when there is none.
+    fn offload_store(&self, plan: &MemoryPlan, folder: Option<&Path>) -> Result<Self::Offload>;
+
+    /// Begins to copy the first elements of a slot to the offloaded region `index`.
+    fn offload(
+        &self,
+        store: &mut Self::Offload,
+        from: (&Self::Buffer, usize),
+        index: usize,
+        elements: usize,
+    );
+
+    /// Begins to copy them back.
+    fn fetch(
+        &self,
+        store: &mut Self::Offload,
+        index: usize,
+        to: (&mut Self::Buffer, usize),
+        elements: usize,
+    );
+
+    /// What follows finds the last copy of `slot` made: before the slot is read or overwritten.
+    fn settle(&self, store: &mut Self::Offload, slot: usize);
+
+    /// Tells of copies that failed, where nobody else does.
+    ///
+    /// # Errors
+    /// `Io`, the first one.
+    fn offload_failure(&self, store: &mut Self::Offload) -> Result<()>;
 
     /// Takes a frozen matrix over.
     ///

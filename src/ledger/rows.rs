@@ -151,6 +151,7 @@ mod tests {
                 region("adapter.first_moment", Component::OptimizerMoments, 32),
                 region("adapter.second_moment", Component::OptimizerMoments, 32),
             ],
+            offloaded: Vec::new(),
         }
     }
 

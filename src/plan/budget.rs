@@ -23,6 +23,8 @@ pub enum Activations {
     Keep,
     /// All blocks keep their input and recompute the rest
     Checkpoint,
+    /// As `checkpoint`, and the inputs wait in pinned memory beside a GPU, or in a file
+    Offload,
 }
 
 /// Where the frozen weights of the blocks are between their uses.
@@ -115,14 +117,28 @@ impl Demand<'_> {
         let kept: Vec<usize> = match self.activations {
             Activations::Auto => (0..=layers).rev().collect(),
             Activations::Keep => vec![layers],
-            Activations::Checkpoint => vec![0],
+            Activations::Checkpoint | Activations::Offload => vec![0],
         };
         let with_modes = |&kept: &usize| modes.iter().map(move |&stream| (kept, stream));
         Ok(kept.iter().flat_map(with_modes).collect())
     }
 
     fn choice(&self, (kept, stream): Candidate) -> Choice {
-        Choice { policies: policies(self.spec.num_layers, kept), stream }
+        Choice { policies: self.policies(kept), stream }
+    }
+
+    /// The last `kept` layers keep their activations.
+    fn policies(&self, kept: usize) -> Vec<Policy> {
+        let recompute = match self.activations {
+            Activations::Offload => Policy::Offload,
+            _ => Policy::Checkpoint,
+        };
+        policies(self.spec.num_layers, kept, recompute)
+    }
+
+    /// The same with inputs that are offloaded.
+    pub(super) fn offloading(&self) -> Self {
+        Demand { activations: Activations::Offload, ..self.clone() }
     }
 
     /// Bytes of the frozen weights, streamed or not.
@@ -142,7 +158,7 @@ impl Demand<'_> {
 
     /// Bytes of everything if the last `kept` layers keep their activations.
     pub(super) fn total_bytes(&self, settings: &Settings, (kept, stream): Candidate) -> u64 {
-        let policies = policies(self.spec.num_layers, kept);
+        let policies = self.policies(kept);
         let plan = (self.layout)(self.spec, &Settings { policies, ..settings.clone() });
         plan.arena_bytes() as u64 + self.weight_bytes_of(settings, stream) + self.process_bytes
     }
@@ -165,6 +181,12 @@ impl Demand<'_> {
             }
         }
         let least = (0, streams);
+        let offloading = self.offloading();
+        let bytes = offloading.total_bytes(self.settings, least);
+        if bytes <= budget && self.activations != Activations::Offload {
+            let (flags, need) = (offloading.flags(least), ByteSize(bytes));
+            return error.hint(format_args!("{flags} would need {need}"));
+        }
         let flags = self.flags(least);
         if let Some((tokens, bytes)) = self.longest_fit(budget, least) {
             return error.hint(format_args!(
@@ -185,7 +207,10 @@ impl Demand<'_> {
     }
 
     fn flags(&self, (kept, stream): Candidate) -> String {
-        let checkpoint = (kept == 0).then_some("`--activations checkpoint`");
+        let checkpoint = (kept == 0).then_some(match self.activations {
+            Activations::Offload => "`--activations offload`",
+            _ => "`--activations checkpoint`",
+        });
         let stream = stream.then_some("`--weights stream`");
         [checkpoint, stream].into_iter().flatten().collect::<Vec<_>>().join(" with ")
     }
@@ -222,8 +247,8 @@ fn shorter(settings: &Settings, tokens: usize) -> Settings {
     Settings { tokens, longest_document, logit_rows, ..settings.clone() }
 }
 
-fn policies(layers: usize, kept: usize) -> Vec<Policy> {
-    let policy = |layer| if layer + kept >= layers { Policy::Keep } else { Policy::Checkpoint };
+fn policies(layers: usize, kept: usize, recompute: Policy) -> Vec<Policy> {
+    let policy = |layer| if layer + kept >= layers { Policy::Keep } else { recompute };
     (0..layers).map(policy).collect()
 }
 
@@ -256,6 +281,7 @@ mod tests {
             threads: 2,
             cache_tokens: 0,
             mlp_tile_length: None,
+            scratch_folder: None,
         }
     }
 
@@ -278,13 +304,20 @@ mod tests {
         // One byte less than all six: a buffer to recompute in takes the place of a kept layer.
         for (kept, next) in [(0, None), (3, Some(2)), (6, Some(4))] {
             let chosen = demand.choose(Limit::Budget(need(kept))).unwrap();
-            assert_eq!(chosen, Choice { policies: policies(6, kept), stream: false }, "{kept}");
+            assert_eq!(
+                chosen,
+                Choice { policies: policies(6, kept, Policy::Checkpoint), stream: false },
+                "{kept}"
+            );
             assert_eq!(demand.plan(chosen.policies).arena_bytes() as u64 + 1000, need(kept));
             let below = demand.choose(Limit::Budget(need(kept) - 1)).ok();
-            assert_eq!(below.map(|choice| choice.policies), next.map(|next| policies(6, next)));
+            assert_eq!(
+                below.map(|choice| choice.policies),
+                next.map(|next| policies(6, next, Policy::Checkpoint))
+            );
         }
         let free = demand.choose(Limit::Free(0)).unwrap();
-        assert_eq!(free.policies, policies(6, 0), "tries all the same");
+        assert_eq!(free.policies, policies(6, 0, Policy::Checkpoint), "tries all the same");
     }
 
     #[test]
@@ -304,7 +337,7 @@ mod tests {
         };
         let auto = demand(WeightsMode::Auto);
         let most = auto.total_bytes(&settings, (2, false));
-        let all = policies(2, 2);
+        let all = policies(2, 2, Policy::Checkpoint);
         let choose = |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap();
         assert_eq!(choose(&auto, most), Choice { policies: all.clone(), stream: false });
         assert_eq!(choose(&auto, most - 1), Choice { policies: all.clone(), stream: true });

@@ -159,6 +159,10 @@ fn knobs(demand: &Demand, asked: Asked, (kept, stream): (usize, bool)) -> Vec<Kn
     if kept > 0 && demand.activations != Activations::Keep {
         knobs.push(knob("--activations checkpoint".into(), same, 0, stream));
     }
+    if kept == 0 && demand.activations != Activations::Offload {
+        let bytes = demand.offloading().total_bytes(same, (0, stream));
+        knobs.push(Knob { flags: "--activations offload".into(), bytes, work: 1.0 });
+    }
     if kept < layers {
         knobs.push(knob("--activations keep".into(), same, layers, stream));
     }
@@ -212,6 +216,7 @@ mod tests {
             threads: 2,
             cache_tokens: 0,
             mlp_tile_length: None,
+            scratch_folder: None,
         };
         test(&Demand {
             spec: &spec,

@@ -4,7 +4,7 @@
 //! columns of q, k, v, Q = H·head_dim, F feed-forward width, ΣR the ranks of the layer's adapters,
 //! a kept layer holds `4·(2 + D + W + H + Q + D + 2 + D + (gated ? 2 : 1)·F + ΣR)` bytes per token.
 
-use super::settings::{Half, Policy, Settings};
+use super::settings::{Half, OFFLOAD_SLOTS, Policy, Settings};
 use crate::adapter::LoraTarget;
 use crate::model::spec::ModelSpec;
 
@@ -109,12 +109,19 @@ impl Region {
 pub struct MemoryPlan {
     /// All regions.
     pub regions: Vec<Region>,
+    /// Outside of the arena: inputs of offloaded layers, in pinned memory beside a GPU or in a file.
+    pub offloaded: Vec<Region>,
 }
 
 impl MemoryPlan {
     /// Bytes of the arena.
     pub fn arena_bytes(&self) -> usize {
         self.regions.iter().map(Region::bytes).sum()
+    }
+
+    /// Bytes outside of it.
+    pub fn offloaded_bytes(&self) -> usize {
+        self.offloaded.iter().map(Region::bytes).sum()
     }
 
     /// Bytes for each component, largest first.
@@ -145,13 +152,11 @@ impl MemoryPlan {
 
 /// The buffers of a run with `settings`.
 pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
-    let mut plan = MemoryPlan { regions: Vec::new() };
+    let mut plan = MemoryPlan { regions: Vec::new(), offloaded: Vec::new() };
     push_adapter(&mut plan, settings);
     let (tokens, d) = (settings.tokens, spec.hidden_size);
     if settings.training() {
-        for layer in 0..=spec.num_layers {
-            plan.push(Component::BlockInputs, format!("layer.{layer}.input"), tokens * d);
-        }
+        push_inputs(&mut plan, spec, settings);
         for (layer, policy) in settings.policies.iter().enumerate() {
             if *policy == Policy::Keep {
                 let ranks = |half: Half| half.rank_sum(&settings.targets, layer);
@@ -162,7 +167,7 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
         plan.push(Component::BlockInputs, "layer.even.input", tokens * d);
         plan.push(Component::BlockInputs, "layer.odd.input", tokens * d);
     }
-    if !settings.training() || settings.policies.contains(&Policy::Checkpoint) {
+    if !settings.training() || settings.recomputes() {
         push_shared(&mut plan, spec, settings);
     }
     if settings.cache_tokens > 0 {
@@ -188,6 +193,22 @@ fn push_adapter(plan: &mut MemoryPlan, settings: &Settings) {
         plan.push(Component::AdapterGradients, "adapter.gradients", parameters);
         plan.push(Component::OptimizerMoments, "adapter.first_moment", parameters);
         plan.push(Component::OptimizerMoments, "adapter.second_moment", parameters);
+    }
+}
+
+/// Inputs of the blocks and the output of the last one.
+fn push_inputs(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
+    let (component, elements) = (Component::BlockInputs, settings.tokens * spec.hidden_size);
+    for layer in 0..=spec.num_layers {
+        let name = format!("layer.{layer}.input");
+        if settings.policies.get(layer) == Some(&Policy::Offload) {
+            plan.offloaded.push(Region { name, component, dtype: RegionType::F32, elements });
+        } else {
+            plan.push(component, name, elements);
+        }
+    }
+    for slot in 0..OFFLOAD_SLOTS.min(settings.offloaded().len()) {
+        plan.push(component, format!("offload.slot.{slot}"), elements);
     }
 }
 

@@ -1,5 +1,7 @@
 //! What the sizes of a run's buffers depend on, beside the model.
 
+use std::path::PathBuf;
+
 use crate::adapter::LoraTarget;
 use crate::model::spec::{LinearRole, ModelSpec};
 
@@ -14,7 +16,13 @@ pub enum Policy {
     Keep,
     /// Only the block's input is kept; the rest is recomputed in the backward pass.
     Checkpoint,
+    /// As checkpoint, and the input waits outside of the working memory: two buffers of it are all
+    /// that offloaded layers share there.
+    Offload,
 }
+
+/// Buffers for the inputs of layers that are offloaded: one at work, one that is copied.
+pub const OFFLOAD_SLOTS: usize = 2;
 
 /// Rows of logits that exist at a time: 128 MiB of f32, at least 64 rows, no more than `tokens`.
 pub fn logit_rows(spec: &ModelSpec, tokens: usize) -> usize {
@@ -46,6 +54,8 @@ pub struct Settings {
     pub cache_tokens: usize,
     /// Tokens that the MLP works on at a time, at most; by itself [`AUTOMATIC_TILE_TOKENS`].
     pub mlp_tile_length: Option<usize>,
+    /// Folder of the file that the CPU offloads to; the system's for temporary files if absent.
+    pub scratch_folder: Option<PathBuf>,
 }
 
 impl Settings {
@@ -53,6 +63,17 @@ impl Settings {
     pub fn training(&self) -> bool {
         !self.policies.is_empty()
     }
+    /// Whether a layer recomputes what it did not keep.
+    pub fn recomputes(&self) -> bool {
+        self.policies.iter().any(|policy| *policy != Policy::Keep)
+    }
+
+    /// Layers whose input is offloaded, in order.
+    pub fn offloaded(&self) -> Vec<usize> {
+        let offload = |layer: &usize| self.policies[*layer] == Policy::Offload;
+        (0..self.policies.len()).filter(offload).collect()
+    }
+
     /// Tokens of a tile of the MLP; all of them where one tile holds them. The last one may be shorter.
     /// A constant length, so that longer passes never need less memory.
     pub fn mlp_tile(&self) -> usize {
@@ -109,6 +130,7 @@ mod tests {
                 threads: 1,
                 cache_tokens: 0,
                 mlp_tile_length,
+                scratch_folder: None,
             };
             (settings.mlp_tile(), settings.tiled())
         };

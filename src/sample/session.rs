@@ -166,6 +166,7 @@ fn equip<K: Kernels>(
         threads: rayon::current_num_threads(),
         cache_tokens: context_tokens,
         mlp_tile_length: None,
+        scratch_folder: None,
     };
     let mut model = Model::on(kernels.clone(), spec, weights, settings, None)?;
     if let Some(adapter) = adapter {

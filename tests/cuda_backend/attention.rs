@@ -31,7 +31,7 @@ fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType) -> MemoryPlan 
         regions.push(region("cuda.uploads", wide, 1024));
         regions.push(region("cuda.dequantized", dtype, 8));
     }
-    MemoryPlan { regions }
+    MemoryPlan { regions, offloaded: Vec::new() }
 }
 
 /// o, log-sum-exp, dqkv.

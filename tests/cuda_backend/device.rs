@@ -8,7 +8,7 @@ use nibble::Result;
 use nibble::kernels::cuda::driver::{Address, Driver, Gemm, Launch};
 use nibble::kernels::cuda::library::Gpu;
 
-use crate::emulated::Emulated;
+use crate::emulated::{Copies, Emulated};
 
 /// What was asked of the driver so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -33,11 +33,20 @@ impl Device {
         let driver: Box<dyn Driver> = match std::env::var("NIBBLE_TEST_DEVICE").as_deref() {
             Ok("cuda") => Box::new(Gpu::open(0).expect("NIBBLE_TEST_DEVICE=cuda needs a card")),
             Ok(other) => panic!("NIBBLE_TEST_DEVICE is `{other}`, expected `cuda`"),
-            Err(_) => Box::new(Emulated::new()?),
+            Err(_) => return Self::emulated(Copies::AtOnce),
         };
+        Some(Self::watching(driver))
+    }
+
+    /// The emulator with copies of the second stream made when it says.
+    pub fn emulated(copies: Copies) -> Option<Self> {
+        Some(Self::watching(Box::new(Emulated::new(copies)?)))
+    }
+
+    fn watching(driver: Box<dyn Driver>) -> Self {
         let zero = || AtomicUsize::new(0);
         let (allocations, allocated_bytes, waits) = (zero(), zero(), zero());
-        Some(Device { driver, allocations, allocated_bytes, waits })
+        Device { driver, allocations, allocated_bytes, waits }
     }
 
     pub fn counts(&self) -> Counts {
@@ -88,6 +97,18 @@ impl Driver for Device {
 
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
         self.driver.copy(from, to, bytes)
+    }
+
+    fn copy_out(&self, from: Address, to: *mut u8, bytes: usize, slot: usize) -> Result<()> {
+        self.driver.copy_out(from, to, bytes, slot)
+    }
+
+    fn copy_in(&self, from: *const u8, to: Address, bytes: usize, slot: usize) -> Result<()> {
+        self.driver.copy_in(from, to, bytes, slot)
+    }
+
+    fn await_copy(&self, slot: usize) -> Result<()> {
+        self.driver.await_copy(slot)
     }
 
     fn zero(&self, to: Address, bytes: usize) -> Result<()> {

@@ -13,15 +13,38 @@ use nibble::kernels::cuda::driver::{Address, Argument, Driver, Gemm, Launch, Ope
 
 use crate::emulator::{self, Emulator};
 
+/// When a copy of the second stream is made: any time from its place in the queue to the wait for it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Copies {
+    /// As early as it may be.
+    AtOnce,
+    /// As late as it may be.
+    WhenAwaited,
+    /// Never: a wait that is missing, for all who read or overwrite a slot.
+    Never,
+}
+
+/// A copy that is queued: from, to, bytes, slot.
+type Copy = (Address, Address, usize, usize);
+
 pub struct Emulated {
     emulator: &'static Emulator,
+    copies: Copies,
+    queue: Mutex<Vec<Copy>>,
     memory: Mutex<HashMap<Address, Layout>>,
 }
 
 impl Emulated {
     /// `None`, aloud, where the kernels cannot be compiled.
-    pub fn new() -> Option<Self> {
-        Some(Emulated { emulator: emulator::emulator()?, memory: Mutex::default() })
+    pub fn new(copies: Copies) -> Option<Self> {
+        let (memory, queue) = (Mutex::default(), Mutex::default());
+        Some(Emulated { emulator: emulator::emulator()?, copies, queue, memory })
+    }
+
+    /// Puts a copy behind all others of the second stream.
+    fn copy_aside(&self, copy: Copy) -> Result<()> {
+        self.queue.lock().unwrap().push(copy);
+        if self.copies == Copies::AtOnce { self.await_copy(copy.3) } else { Ok(()) }
     }
 
     fn reserve(&self, bytes: usize) -> *mut u8 {
@@ -114,6 +137,26 @@ impl Driver for Emulated {
 
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
         self.bytes(to, bytes).copy_from_slice(self.bytes(from, bytes));
+        Ok(())
+    }
+
+    fn copy_out(&self, from: Address, to: *mut u8, bytes: usize, slot: usize) -> Result<()> {
+        self.copy_aside((from, to as Address, bytes, slot))
+    }
+
+    fn copy_in(&self, from: *const u8, to: Address, bytes: usize, slot: usize) -> Result<()> {
+        self.copy_aside((from as Address, to, bytes, slot))
+    }
+
+    fn await_copy(&self, slot: usize) -> Result<()> {
+        let mut queue = self.queue.lock().unwrap();
+        // Copies are made in order: all up to the last one of this slot.
+        let count = queue.iter().rposition(|copy| copy.3 == slot).map_or(0, |last| last + 1);
+        for (from, to, bytes, _) in queue.drain(..count) {
+            if self.copies != Copies::Never {
+                self.bytes(to, bytes).copy_from_slice(self.bytes(from, bytes));
+            }
+        }
         Ok(())
     }
 

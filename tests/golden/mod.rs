@@ -162,6 +162,7 @@ impl Case {
             threads: rayon::current_num_threads(),
             cache_tokens: 40,
             mlp_tile_length: tile,
+            scratch_folder: None,
         };
         let mut model = Model::new(spec, weights, settings, None).unwrap();
         if let Some(adapter) = adapter {

@@ -183,6 +183,7 @@ fn with_weights(spec: ModelSpec, weights: Weights, targets: Vec<LoraTarget>) -> 
         logit_rows: 8,
         cache_tokens: 0,
         mlp_tile_length: None,
+        scratch_folder: None,
         policies: vec![Policy::Keep; spec.num_layers],
         targets,
         lora_dropout: false,

@@ -189,6 +189,7 @@ pub fn model(checkpoint: &Checkpoint, spec: &ModelSpec, adapter: Option<&Adapter
         threads: rayon::current_num_threads(),
         cache_tokens: 0,
         mlp_tile_length: None,
+        scratch_folder: None,
     };
     let mut model = Model::new(spec.clone(), weights, settings, None).unwrap();
     if let Some(adapter) = adapter {

@@ -69,6 +69,7 @@ impl Case {
             threads: rayon::current_num_threads(),
             cache_tokens: 0,
             mlp_tile_length: None,
+            scratch_folder: None,
         };
         Model::new(spec, weights, settings, None).unwrap()
     }

@@ -155,12 +155,17 @@ fn threads() {
 #[test]
 fn activations() {
     let runs = Runs::new();
-    let [keep, checkpoint] =
-        ["keep", "checkpoint"].map(|policy| runs.train(&format!("activations={policy}")));
+    let [keep, checkpoint, offload] = ["keep", "checkpoint", "offload"]
+        .map(|policy| runs.train(&format!("activations={policy}")));
     assert!(keep.said.contains("2 of 2 blocks keep"), "{}", keep.said);
     assert!(checkpoint.said.contains("0 of 2 blocks keep"), "{}", checkpoint.said);
     assert!(planned(&checkpoint, "kept activations") == 0 && planned(&keep, "kept") > 0);
     assert_eq!(keep.optimizer("master"), checkpoint.optimizer("master"));
+    assert!(offload.said.contains("0 of 2 blocks keep"), "{}", offload.said);
+    assert!(offload.said.contains("of inputs offloaded"), "{}", offload.said);
+    // Two slots and the output of the last block, as many as two blocks have without.
+    assert_eq!(planned(&offload, "block inputs"), planned(&checkpoint, "block inputs"));
+    assert_eq!(offload.optimizer("master"), checkpoint.optimizer("master"));
 }
 
 #[test]

@@ -177,5 +177,6 @@ fn settings(args: &MemoryArgs, spec: &ModelSpec) -> Result<Settings> {
         threads: rayon::current_num_threads(),
         cache_tokens: 0,
         mlp_tile_length: args.mlp_tile_length.map(NonZeroUsize::get),
+        scratch_folder: None,
     })
 }

@@ -17,6 +17,10 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
         run.settings.tokens
     );
     println!("{kept} of {layers} blocks keep their activations");
+    if run.plan.offloaded_bytes() > 0 {
+        let bytes = ByteSize(run.plan.offloaded_bytes() as u64);
+        println!("{bytes} of block inputs are offloaded: to pinned memory, or a file on the CPU");
+    }
     if run.settings.tiled() {
         println!("the MLP works on tiles of {} tokens", run.settings.mlp_tile());
     }
@@ -78,6 +82,7 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         "mlp_tile_tokens": run.settings.mlp_tile(),
         "total_bytes": account.planned_bytes(),
         "arena_bytes": run.plan.arena_bytes(),
+        "offloaded_bytes": run.plan.offloaded_bytes(),
         "components": components,
         "phases": account.phases,
         "regions": run.plan.regions,

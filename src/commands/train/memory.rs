@@ -22,6 +22,8 @@ pub struct Memory {
     pub stream: bool,
     /// Every part of it.
     pub account: Account,
+    /// Bytes of block inputs in pinned memory or in a file.
+    pub offloaded_bytes: u64,
     /// Whether the process' own memory is planned, not a GPU's.
     pub in_process: bool,
 }
@@ -63,9 +65,11 @@ pub fn plan(
     };
     let Choice { policies, stream } = demand.choose(limit)?;
     let plan = demand.plan(policies.clone());
+    let offloaded_bytes = plan.offloaded_bytes() as u64;
     let account = Account::planned(process, demand.weight_bytes(stream), &plan);
     settings.policies = policies;
-    let memory = Memory { settings, stream, account, in_process: around.in_process };
+    let memory =
+        Memory { settings, stream, account, offloaded_bytes, in_process: around.in_process };
     progress.note(&memory.summary());
     Ok(memory)
 }
@@ -79,9 +83,13 @@ impl Memory {
         let streamed = if self.stream { "; weights are streamed from their file" } else { "" };
         let tiled = self.settings.tiled().then(|| self.settings.mlp_tile());
         let tiled = tiled.map_or(String::new(), |t| format!("; MLP in tiles of {t} tokens"));
+        let offloaded = match self.offloaded_bytes {
+            0 => String::new(),
+            bytes => format!("; {} of inputs offloaded", ByteSize(bytes)),
+        };
         format!(
             "plan: {total} for {tokens} tokens in a forward pass; {kept} of {layers} blocks keep \
-             their activations{tiled}{streamed}"
+             their activations{offloaded}{tiled}{streamed}"
         )
     }
 }
@@ -101,5 +109,6 @@ fn sizes(args: &TrainArgs, base: &Base, adapter: &Adapter, data: &Prepared) -> R
         threads: rayon::current_num_threads(),
         cache_tokens: base.preview.context_tokens(&args.evaluation.sample_prompt)?,
         mlp_tile_length: args.resources.mlp_tile_length.map(NonZeroUsize::get),
+        scratch_folder: Some(args.output.out.clone()),
     })
 }

@@ -145,7 +145,7 @@ impl Base {
         adapter: Adapter,
     ) -> Result<LoraModel<K>> {
         let mut watch = Watch::begin();
-        let Memory { settings, stream, account, in_process } = memory;
+        let Memory { settings, stream, account, in_process, .. } = memory;
         let format = args.model.block_format();
         let weights = Weights::load(&self.checkpoint, &self.spec, format.as_ref(), None)?;
         let mut weights = weights.upload(&kernels)?;

@@ -175,6 +175,7 @@ mod tests {
                 region("b", RegionType::Bf16, 33),
                 region("c", RegionType::F32, 16),
             ],
+            offloaded: Vec::new(),
         };
         let mut arena = Arena::new(&plan).unwrap();
         assert_eq!(arena.bytes(), 64 + 128 + 64);
@@ -195,6 +196,7 @@ mod tests {
                 region("a", RegionType::F32, 1 << 20),
                 region("b", RegionType::F32, 1 << 20),
             ],
+            offloaded: Vec::new(),
         };
         let mut arena = Arena::new(&plan).unwrap();
         let residency = arena.account(&plan);

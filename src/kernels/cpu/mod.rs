@@ -8,11 +8,13 @@ mod lora;
 mod mlp;
 mod norm;
 mod rotary;
+mod scratch;
 mod simd;
 mod weight;
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::path::Path;
 
 use half::bf16;
 use rayon::prelude::*;
@@ -27,6 +29,7 @@ use crate::plan::{MemoryPlan, Settings, layout};
 use crate::random;
 use arena::{Arena, Buffer};
 use nibble_quant::product::{Matrix, MatrixMut, product_forward, product_input_gradient};
+pub use scratch::Scratch;
 pub use weight::FrozenMatrix;
 
 /// Rows that one task of the row-wise loops handles.
@@ -57,6 +60,7 @@ impl Kernels for Cpu {
     type HalfBuffer = Buffer<bf16>;
     type Memory = Arena;
     type LossSum = f64;
+    type Offload = Scratch;
     type Weight = FrozenMatrix;
     type Vector = Vec<f32>;
 
@@ -66,6 +70,38 @@ impl Kernels for Cpu {
 
     fn allocate(&self, plan: &MemoryPlan) -> Result<Arena> {
         Arena::new(plan)
+    }
+
+    fn offload_store(&self, plan: &MemoryPlan, folder: Option<&Path>) -> Result<Scratch> {
+        Scratch::new(plan, folder)
+    }
+
+    fn offload(
+        &self,
+        store: &mut Scratch,
+        (from, _): (&Buffer<f32>, usize),
+        index: usize,
+        elements: usize,
+    ) {
+        store.write(index, &from[..elements]);
+    }
+
+    fn fetch(
+        &self,
+        store: &mut Scratch,
+        index: usize,
+        (to, _): (&mut Buffer<f32>, usize),
+        elements: usize,
+    ) {
+        store.read(index, &mut to[..elements]);
+    }
+
+    fn settle(&self, _store: &mut Scratch, _slot: usize) {
+        // Copies are made at once.
+    }
+
+    fn offload_failure(&self, store: &mut Scratch) -> Result<()> {
+        store.check()
     }
 
     fn upload_weight(&self, weight: FrozenMatrix) -> Result<FrozenMatrix> {

@@ -146,6 +146,26 @@ pub trait Driver: Send + Sync + 'static {
     /// What the driver reports.
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()>;
 
+    /// Queues a copy to staging memory on a second stream. It begins after everything that was
+    /// queued before; what is queued later runs beside it until
+    /// [`await_copy`](Driver::await_copy). Copies of the second stream are made in order.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn copy_out(&self, from: Address, to: *mut u8, bytes: usize, slot: usize) -> Result<()>;
+
+    /// The same from staging memory.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn copy_in(&self, from: *const u8, to: Address, bytes: usize, slot: usize) -> Result<()>;
+
+    /// What is queued from now on waits for the last copy of `slot`; the program does not.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn await_copy(&self, slot: usize) -> Result<()>;
+
     /// Queues zeroes.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ use libloading::Library;
 use super::driver::{Address, Driver, Gemm, Launch};
 use super::search::{self, CUBLAS, DRIVER};
 use crate::error::{Error, Result};
+use crate::plan::settings::OFFLOAD_SLOTS;
 
 /// The kernels, compiled for compute capability 8.0: every later card runs them.
 const PTX: &str = include_str!("kernels.ptx");
@@ -28,6 +29,7 @@ const DEVICE_ATTRIBUTE_MAJOR: c_int = 75;
 const DEVICE_ATTRIBUTE_MINOR: c_int = 76;
 const FUNCTION_ATTRIBUTE_DYNAMIC_SHARED_BYTES: c_int = 8;
 const STREAM_NON_BLOCKING: c_uint = 1;
+const EVENT_DISABLE_TIMING: c_uint = 2;
 const ERROR_OUT_OF_MEMORY: c_int = 2;
 /// Dynamic shared memory that a kernel may use unasked.
 const PLAIN_SHARED_BYTES: u32 = 48 << 10;
@@ -86,6 +88,10 @@ functions! {
     fill = "cuMemsetD8Async" (u64, u8, usize, Handle);
     stream_create = "cuStreamCreate" (*mut Handle, c_uint);
     stream_destroy = "cuStreamDestroy_v2" (Handle);
+    stream_wait_event = "cuStreamWaitEvent" (Handle, Handle, c_uint);
+    event_create = "cuEventCreate" (*mut Handle, c_uint);
+    event_destroy = "cuEventDestroy_v2" (Handle);
+    event_record = "cuEventRecord" (Handle, Handle);
     stream_wait = "cuStreamSynchronize" (Handle);
     module_load = "cuModuleLoadData" (*mut Handle, *const c_void);
     module_function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
@@ -238,6 +244,10 @@ pub struct Gpu {
     device: c_int,
     context: Handle,
     stream: Handle,
+    /// The second stream, and events: what it waits for, and the last copy of each slot.
+    copies: Handle,
+    queued: Handle,
+    copied: [Handle; OFFLOAD_SLOTS],
     blas: Handle,
     module: Handle,
     functions: Mutex<HashMap<&'static str, (Handle, u32)>>,
@@ -273,6 +283,9 @@ impl Gpu {
             device: index as c_int,
             context: ptr::null_mut(),
             stream: ptr::null_mut(),
+            copies: ptr::null_mut(),
+            queued: ptr::null_mut(),
+            copied: [ptr::null_mut(); OFFLOAD_SLOTS],
             blas: ptr::null_mut(),
             module: ptr::null_mut(),
             functions: Mutex::default(),
@@ -293,11 +306,32 @@ impl Gpu {
             self.enter()?;
             let code = (self.cuda.stream_create)(&mut self.stream, STREAM_NON_BLOCKING);
             self.cuda.check("make a stream", code)?;
+            let code = (self.cuda.stream_create)(&mut self.copies, STREAM_NON_BLOCKING);
+            self.cuda.check("make a stream", code)?;
+            for event in self.copied.iter_mut().chain([&mut self.queued]) {
+                let code = (self.cuda.event_create)(event, EVENT_DISABLE_TIMING);
+                self.cuda.check("make an event", code)?;
+            }
             let code = (self.cuda.module_load)(&mut self.module, ptx.as_ptr().cast());
             self.cuda.check("compile the kernels", code)?;
             let code = (self.cublas.create)(&mut self.blas);
             self.check_blas("start cuBLAS", code)?;
             self.check_blas("use a stream", (self.cublas.set_stream)(self.blas, self.stream))
+        }
+    }
+
+    /// Queues `copy` on the second stream: behind what the first one has, and marked for `slot`.
+    fn copy_aside(&self, slot: usize, copy: impl FnOnce(Handle) -> c_int) -> Result<()> {
+        self.enter()?;
+        // SAFETY: both streams and the events are alive.
+        unsafe {
+            let code = (self.cuda.event_record)(self.queued, self.stream);
+            self.cuda.check("mark the work on the GPU", code)?;
+            let code = (self.cuda.stream_wait_event)(self.copies, self.queued, 0);
+            self.cuda.check("order a copy", code)?;
+            self.cuda.check("copy an input of a block", copy(self.copies))?;
+            let code = (self.cuda.event_record)(self.copied[slot], self.copies);
+            self.cuda.check("mark a copy", code)
         }
     }
 
@@ -354,8 +388,11 @@ impl Drop for Gpu {
             if !self.blas.is_null() {
                 (self.cublas.destroy)(self.blas);
             }
-            if !self.stream.is_null() {
-                (self.cuda.stream_destroy)(self.stream);
+            for stream in [self.stream, self.copies].into_iter().filter(|x| !x.is_null()) {
+                (self.cuda.stream_destroy)(stream);
+            }
+            for event in self.copied.into_iter().chain([self.queued]).filter(|x| !x.is_null()) {
+                (self.cuda.event_destroy)(event);
             }
             // Unloads the module, too.
             (self.cuda.context_release)(self.device);
@@ -423,6 +460,28 @@ impl Driver for Gpu {
         // SAFETY: both lie in allocations of this device, as `memory` checks.
         let code = unsafe { (self.cuda.copy)(to, from, bytes, self.stream) };
         self.cuda.check("copy inside the GPU", code)
+    }
+
+    fn copy_out(&self, from: Address, to: *mut u8, bytes: usize, slot: usize) -> Result<()> {
+        // SAFETY: `from` lies in an allocation and `to` in pinned memory, as their owners check, and
+        // stay until the copy was awaited.
+        self.copy_aside(slot, |stream| unsafe {
+            (self.cuda.download)(to.cast(), from, bytes, stream)
+        })
+    }
+
+    fn copy_in(&self, from: *const u8, to: Address, bytes: usize, slot: usize) -> Result<()> {
+        // SAFETY: as above.
+        self.copy_aside(slot, |stream| unsafe {
+            (self.cuda.upload)(to, from.cast(), bytes, stream)
+        })
+    }
+
+    fn await_copy(&self, slot: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: stream and event are alive; an event that was never recorded is no wait.
+        let code = unsafe { (self.cuda.stream_wait_event)(self.stream, self.copied[slot], 0) };
+        self.cuda.check("wait for a copy", code)
     }
 
     fn zero(&self, to: Address, bytes: usize) -> Result<()> {

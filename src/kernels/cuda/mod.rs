@@ -11,6 +11,7 @@ pub mod driver;
 mod launch;
 pub mod library;
 pub mod memory;
+mod offload;
 mod operations;
 pub mod optimizer;
 mod plan;

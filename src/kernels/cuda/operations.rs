@@ -2,6 +2,7 @@
 
 use std::borrow::Cow;
 use std::ops::Range;
+use std::path::Path;
 
 use half::bf16;
 
@@ -9,6 +10,7 @@ use super::attention;
 use super::driver::{Address, Driver, Gemm, Operand, Product};
 use super::launch::{FLAT_THREADS, ROW_THREADS, as_rows, flat, launch, rows as row_grid};
 use super::memory::{Allocation, Buffer, Memory, PARTIALS};
+use super::offload::Pinned;
 use super::plan::cuda_layout;
 use super::staging::Staging;
 use super::weight::{self, DeviceWeight, Form};
@@ -174,6 +176,7 @@ impl<D: Driver> Kernels for Cuda<D> {
     type LossSum = LossSum<D>;
     type Weight = DeviceWeight<D>;
     type Vector = DeviceVector<D>;
+    type Offload = Pinned<D>;
 
     fn plan(&self, spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
         cuda_layout(spec, settings)
@@ -203,6 +206,39 @@ impl<D: Driver> Kernels for Cuda<D> {
         drop(state);
         memory.zero_optimizer(driver)?;
         Ok(memory)
+    }
+
+    fn offload_store(&self, plan: &MemoryPlan, _folder: Option<&Path>) -> Result<Pinned<D>> {
+        Pinned::new(&self.shared.driver, plan)
+    }
+
+    fn offload(
+        &self,
+        store: &mut Pinned<D>,
+        from: (&Buffer<D>, usize),
+        index: usize,
+        elements: usize,
+    ) {
+        self.note(store.offload(from, index, elements));
+    }
+
+    fn fetch(
+        &self,
+        store: &mut Pinned<D>,
+        index: usize,
+        (to, slot): (&mut Buffer<D>, usize),
+        elements: usize,
+    ) {
+        self.note(store.fetch(index, (to, slot), elements));
+    }
+
+    fn settle(&self, _store: &mut Pinned<D>, slot: usize) {
+        self.note(self.driver().await_copy(slot));
+    }
+
+    fn offload_failure(&self, _store: &mut Pinned<D>) -> Result<()> {
+        // Kept with all other failures.
+        Ok(())
     }
 
     fn upload_weight(&self, weight: FrozenMatrix) -> Result<DeviceWeight<D>> {

@@ -30,6 +30,7 @@ pub fn cuda_layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
             _ => {}
         }
     }
+    plan.offloaded.iter_mut().for_each(|region| region.dtype = RegionType::Bf16);
     let mut push = |component, name: &str, dtype, elements| {
         plan.regions.push(Region { name: name.to_string(), component, dtype, elements });
     };

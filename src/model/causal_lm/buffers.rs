@@ -1,5 +1,6 @@
 //! The arena's regions as the buffers of a model.
 
+use super::offload::Offload;
 use crate::kernels::{Kernels, PlannedMemory};
 use crate::model::block::{GradientBuffers, Saved, SavedMlp, Tile, Workspace};
 use crate::model::spec::ModelSpec;
@@ -8,8 +9,12 @@ use crate::plan::{Policy, Settings};
 
 /// The arena's regions.
 pub(super) struct Buffers<K: Kernels> {
-    /// Inputs of all blocks and the output of the last; two that alternate without training.
+    /// Inputs of blocks and the output of the last; two that alternate without training.
     pub(super) inputs: Vec<K::Buffer>,
+    /// Which of them each block reads, and the last one writes.
+    pub(super) places: Vec<usize>,
+    /// Inputs that wait elsewhere.
+    pub(super) offload: Offload<K>,
     /// Of the layers that keep their activations.
     pub(super) kept: Vec<Option<Saved<K::Buffer>>>,
     /// Of all other layers, in turn.
@@ -29,21 +34,25 @@ pub(super) struct HeadBuffers<B> {
 }
 
 impl<K: Kernels> Buffers<K> {
-    pub(super) fn new(spec: &ModelSpec, settings: &Settings, arena: &mut K::Memory) -> Self {
+    pub(super) fn new(
+        spec: &ModelSpec,
+        settings: &Settings,
+        store: K::Offload,
+        arena: &mut K::Memory,
+    ) -> Self {
         let training = settings.training();
-        let inputs = if training {
-            (0..=spec.num_layers).map(|l| arena.take(&format!("layer.{l}.input"))).collect()
-        } else {
-            vec![arena.take("layer.even.input"), arena.take("layer.odd.input")]
-        };
+        let offload = Offload::new(store, settings);
+        let (inputs, places) = inputs::<K>(spec, settings, &offload, arena);
         let keeps = |layer: usize| settings.policies.get(layer) == Some(&Policy::Keep);
         let kept = (0..spec.num_layers)
             .map(|layer| keeps(layer).then(|| kept::<K>(settings, arena, layer)))
             .collect();
         let cached = if settings.cache_tokens > 0 { spec.num_layers } else { 0 };
-        let shared = !training || settings.policies.contains(&Policy::Checkpoint);
+        let shared = !training || settings.recomputes();
         Buffers {
             inputs,
+            places,
+            offload,
             kept,
             shared: shared.then(|| saved::<K>(arena, "recompute", ["recompute".to_string()])),
             work: workspace::<K>(spec, settings, arena),
@@ -58,6 +67,30 @@ impl<K: Kernels> Buffers<K> {
             },
         }
     }
+}
+
+/// Buffers of the residual stream, and which one holds it before each block and after the last.
+fn inputs<K: Kernels>(
+    spec: &ModelSpec,
+    settings: &Settings,
+    offload: &Offload<K>,
+    arena: &mut K::Memory,
+) -> (Vec<K::Buffer>, Vec<usize>) {
+    if !settings.training() {
+        let inputs = vec![arena.take("layer.even.input"), arena.take("layer.odd.input")];
+        return (inputs, (0..=spec.num_layers).map(|layer| layer % 2).collect());
+    }
+    let mut inputs: Vec<_> =
+        (0..offload.slots()).map(|slot| arena.take(&format!("offload.slot.{slot}"))).collect();
+    let mut place = |layer: usize| match offload.slot(layer) {
+        Some(slot) => slot,
+        None => {
+            inputs.push(arena.take(&format!("layer.{layer}.input")));
+            inputs.len() - 1
+        }
+    };
+    let places = (0..=spec.num_layers).map(&mut place).collect();
+    (inputs, places)
 }
 
 /// Of a layer that keeps its activations, tile after tile.

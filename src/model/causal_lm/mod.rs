@@ -8,6 +8,7 @@
 mod batch;
 mod buffers;
 mod generation;
+mod offload;
 mod passes;
 pub mod score;
 
@@ -45,6 +46,8 @@ pub struct Model<K: Kernels = Cpu> {
 /// What kind of forward pass.
 #[derive(Debug, Clone, Copy, Default)]
 struct Mode {
+    /// A backward pass follows.
+    training: bool,
     dropout: Option<Dropout>,
     base_only: bool,
     cached: bool,
@@ -65,9 +68,9 @@ impl Model {
     }
 
     /// The residual stream `[T, D]` before block `layer` (after the last for `num_layers`), as the
-    /// last training pass left it.
+    /// last training pass left it; of an offloaded layer, that of one that shares its slot.
     pub fn block_input(&self, layer: usize) -> &[f32] {
-        &self.buffers.inputs[layer]
+        &self.buffers.inputs[self.buffers.places[layer]]
     }
 }
 
@@ -87,9 +90,10 @@ impl<K: Kernels> Model<K> {
         weights.attach(&settings.targets);
         let plan = kernels.plan(&spec, &settings);
         let mut memory = kernels.allocate(&plan)?;
+        let store = kernels.offload_store(&plan, settings.scratch_folder.as_deref())?;
         let targets = settings.targets.clone();
         let parameters = Parameters::new(kernels.clone(), targets, &plan, &mut memory);
-        let buffers = Buffers::new(&spec, &settings, &mut memory);
+        let buffers = Buffers::new(&spec, &settings, store, &mut memory);
         let loss = kernels.loss_sum(&mut memory);
         let unused = memory.untaken();
         assert!(unused.is_empty(), "the plan has regions that nobody uses: {unused:?}");
@@ -160,11 +164,16 @@ impl<K: Kernels> Model<K> {
         let (tokens, targets) = self.begin(batch)?;
         let dropout = self.dropout.map(|(probability, seed)| Dropout { probability, seed, step });
         ledger::enter(Phase::Forward);
-        self.forward(&batch.input_ids, &tokens, Mode { dropout, ..Mode::default() });
+        self.forward(
+            &batch.input_ids,
+            &tokens,
+            Mode { training: true, dropout, ..Mode::default() },
+        );
         ledger::enter(Phase::Loss);
         self.head_loss(&targets, Some(scale));
         ledger::enter(Phase::Backward);
         self.backward(&tokens, dropout);
+        self.kernels.offload_failure(&mut self.buffers.offload.store)?;
         self.kernels.read_loss(&self.loss)
     }
 
@@ -213,8 +222,11 @@ impl<K: Kernels> Model<K> {
     /// Those of the backend.
     pub fn first_bad_block_input(&self) -> Result<Option<usize>> {
         let elements = self.settings.tokens * self.spec.hidden_size;
-        for (layer, input) in self.buffers.inputs.iter().enumerate() {
-            let values = self.kernels.values(input, 0..elements)?;
+        for (layer, &place) in self.buffers.places.iter().enumerate() {
+            if self.buffers.offload.slot(layer).is_some() {
+                continue; // no longer in memory
+            }
+            let values = self.kernels.values(&self.buffers.inputs[place], 0..elements)?;
             if values.iter().any(|x| !x.is_finite()) {
                 return Ok(Some(layer));
             }

@@ -22,13 +22,15 @@ impl<K: Kernels> Model<K> {
 
     pub(super) fn forward(&mut self, ids: &[u32], tokens: &TokenLayout, mode: Mode) {
         let Model { kernels, weights, parameters, buffers, cached_tokens, .. } = self;
-        let Buffers { inputs, kept, shared, work, caches, .. } = buffers;
-        kernels.embed(ids, &weights.embedding, &mut inputs[0], false);
+        let Buffers { inputs, places, offload, kept, shared, work, caches, .. } = buffers;
+        let elements = tokens.tokens() * self.spec.hidden_size;
+        offload.before_write(kernels, 0);
+        kernels.embed(ids, &weights.embedding, &mut inputs[places[0]], false);
         if let Some(streaming) = &weights.streaming {
             streaming.leave_table();
         }
         if let Some(positions) = &weights.positions {
-            kernels.embed(&tokens.positions, positions, &mut inputs[0], true);
+            kernels.embed(&tokens.positions, positions, &mut inputs[places[0]], true);
         }
         let pass = Pass {
             kernels,
@@ -38,15 +40,18 @@ impl<K: Kernels> Model<K> {
             adapters: !mode.base_only,
             rows: 0..tokens.tokens(),
         };
-        let count = inputs.len();
         for (layer, (block, kept)) in weights.blocks.iter().zip(kept).enumerate() {
             if let Some(streaming) = &weights.streaming {
                 streaming.enter(layer, Direction::Forward);
             }
             let saved = kept.as_mut().or(shared.as_mut()).expect("kept or shared by the plan");
+            if mode.training {
+                offload.written(kernels, inputs, layer, elements);
+            }
+            offload.before_write(kernels, layer + 1);
             let [x, out] = inputs
-                .get_disjoint_mut([layer % count, (layer + 1) % count])
-                .expect("at least two inputs are planned");
+                .get_disjoint_mut([places[layer], places[layer + 1]])
+                .expect("neighbours have their own");
             let cache = caches.get_mut(layer).filter(|_| mode.cached);
             let cache = cache.map(|keys_values| Cache { keys_values, past: *cached_tokens });
             block.forward(&pass, x, out, saved, work, cache);
@@ -58,7 +63,7 @@ impl<K: Kernels> Model<K> {
 
     /// Index of the buffer that holds the last block's output.
     pub(super) fn output_index(&self) -> usize {
-        self.spec.num_layers % self.buffers.inputs.len()
+        self.buffers.places[self.spec.num_layers]
     }
 
     /// Logits of a chunk of rows into the head's buffer.
@@ -109,7 +114,8 @@ impl<K: Kernels> Model<K> {
 
     pub(super) fn backward(&mut self, tokens: &TokenLayout, dropout: Option<Dropout>) {
         let Model { kernels, weights, parameters, buffers, .. } = self;
-        let Buffers { inputs, kept, shared, work, .. } = buffers;
+        let Buffers { inputs, places, offload, kept, shared, work, .. } = buffers;
+        let elements = tokens.tokens() * self.spec.hidden_size;
         let Some(mut gradients) = parameters.take_gradients() else { return };
         let rows = 0..tokens.tokens();
         let pass = Pass { kernels, parameters, layout: tokens, dropout, adapters: true, rows };
@@ -117,7 +123,8 @@ impl<K: Kernels> Model<K> {
             if let Some(streaming) = &weights.streaming {
                 streaming.enter(layer, Direction::Backward);
             }
-            let x = &inputs[layer];
+            offload.before_backward(kernels, inputs, layer, elements);
+            let x = &inputs[places[layer]];
             let flags = (kept[layer].is_none(), layer > 0);
             let saved = kept[layer].as_mut().or(shared.as_mut()).expect("as in the forward pass");
             block.backward(&pass, x, saved, work, &mut gradients, flags);

@@ -1,0 +1,100 @@
+//! Inputs of offloaded layers in a file: written in the forward pass, read in the backward pass.
+//!
+//! The file has no name and is gone with the run. What is written goes through the system's page
+//! cache, which is not the program's memory and is given up when memory is short.
+
+use std::fs::File;
+use std::path::Path;
+
+use crate::error::{Error, Result};
+use crate::plan::{MemoryPlan, Region};
+
+/// The file, and where each region begins in it.
+pub struct Scratch {
+    file: Option<File>,
+    offsets: Vec<u64>,
+    failure: Option<Error>,
+}
+
+impl Scratch {
+    /// In `folder`; no file where nothing is offloaded.
+    ///
+    /// # Errors
+    /// `Io` when the file cannot be made.
+    pub fn new(plan: &MemoryPlan, folder: Option<&Path>) -> Result<Self> {
+        let mut end = 0;
+        let mut place = |region: &Region| {
+            let start = end;
+            end += region.bytes() as u64;
+            start
+        };
+        let offsets: Vec<u64> = plan.offloaded.iter().map(&mut place).collect();
+        let folder = folder.map_or_else(std::env::temp_dir, Path::to_path_buf);
+        let make = || {
+            let file = tempfile::tempfile_in(&folder)?;
+            file.set_len(end).map(|()| file)
+        };
+        let file = (!offsets.is_empty()).then(make).transpose();
+        let file = file.map_err(|e| Error::io("offload to a file in", &folder, e))?;
+        Ok(Scratch { file, offsets, failure: None })
+    }
+
+    /// Writes region `index`.
+    pub fn write(&mut self, index: usize, values: &[f32]) {
+        self.access("write", index, |file, offset| {
+            write_at(file, bytemuck::cast_slice(values), offset)
+        });
+    }
+
+    /// Reads region `index`.
+    pub fn read(&mut self, index: usize, values: &mut [f32]) {
+        self.access("read", index, |file, offset| {
+            read_at(file, bytemuck::cast_slice_mut(values), offset)
+        });
+    }
+
+    /// The first thing that went wrong.
+    ///
+    /// # Errors
+    /// That.
+    pub fn check(&mut self) -> Result<()> {
+        self.failure.take().map_or(Ok(()), Err)
+    }
+
+    fn access(
+        &mut self,
+        act: &str,
+        index: usize,
+        access: impl FnOnce(&File, u64) -> std::io::Result<()>,
+    ) {
+        let file = self.file.as_ref().expect("regions are planned");
+        if let Err(e) = access(file, self.offsets[index]) {
+            let failure = Error::io(act, Path::new("the file of offloaded inputs"), e);
+            self.failure.get_or_insert(failure);
+        }
+    }
+}
+
+#[cfg(unix)]
+fn write_at(file: &File, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::write_all_at(file, bytes, offset)
+}
+
+#[cfg(unix)]
+fn read_at(file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()> {
+    std::os::unix::fs::FileExt::read_exact_at(file, bytes, offset)
+}
+
+#[cfg(not(unix))]
+fn write_at(mut file: &File, bytes: &[u8], offset: u64) -> std::io::Result<()> {
+    use std::io::{Seek, SeekFrom, Write};
+    file.seek(SeekFrom::Start(offset))?;
+    file.write_all(bytes)
+}
+
+#[cfg(not(unix))]
+fn read_at(mut file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()> {
+    use std::io::{Read, Seek, SeekFrom};
+    file.seek(SeekFrom::Start(offset))?;
+    file.read_exact(bytes)
+}
