@@ -83,3 +83,31 @@ fn the_plan_of_a_gpu_needs_none() {
         elements(&gpu, "cuda.workspace").is_some() && elements(&cpu, "cuda.workspace").is_none()
     );
 }
+
+/// Python's packages hold cuBLAS without a path to what lies beside it.
+#[cfg(target_os = "linux")]
+#[test]
+fn cublas_is_found_with_the_library_that_it_needs() {
+    let folder = tempfile::tempdir().unwrap();
+    let compile = |name: &str, source: &str, with: &[&str]| {
+        let file = folder.path().join("source.c");
+        std::fs::write(&file, source).unwrap();
+        let mut command = Command::new("cc");
+        command.args(["-shared", "-fPIC", "-o", name]).arg(format!("-Wl,-soname,{name}"));
+        let status = command.arg(&file).args(with).current_dir(folder.path()).status();
+        status.is_ok_and(|status| status.success())
+    };
+    let needed = "libcublasLt.so.12";
+    if !compile(needed, "int inner(void) { return 1; }", &[]) {
+        eprintln!("skipped: no C compiler to make libraries with");
+        return;
+    }
+    let source = "int inner(void); int cublasCreate_v2(void) { return inner(); }";
+    assert!(compile("libcublas.so.12", source, &["-Wl,--no-as-needed", needed]));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
+    command.args(["doctor", "--json"]).env("NIBBLE_CUDA_LIB_DIR", folder.path());
+    let output = command.output().unwrap();
+    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let library = found["cuda"]["cublas"].to_string();
+    assert!(library.contains(folder.path().to_str().unwrap()), "{found}");
+}

@@ -21,6 +21,9 @@ pub struct Wanted {
     pub fix: &'static str,
     /// Whether it may lie in CUDA's folders, not in the system's alone.
     bundled: bool,
+    /// What the library itself needs, as a part of its name and what stands there instead: outside
+    /// the loader's path it would not find even what lies beside it.
+    beside: Option<(&'static str, &'static str)>,
 }
 
 /// The driver: comes with the system.
@@ -29,6 +32,7 @@ pub const DRIVER: Wanted = Wanted {
     names: if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] },
     fix: "install NVIDIA's driver, 525 or newer; in a container, start it with GPU access",
     bundled: false,
+    beside: None,
 };
 
 /// Matrix products.
@@ -42,6 +46,7 @@ pub const CUBLAS: Wanted = Wanted {
     fix: "install the CUDA toolkit, or `pip install nvidia-cublas-cu12`, or set \
           NIBBLE_CUDA_LIB_DIR to the folder that holds it",
     bundled: true,
+    beside: Some(("cublas", "cublasLt")),
 };
 
 /// A library that was opened.
@@ -82,6 +87,12 @@ fn first(wanted: &Wanted, folders: &[Option<PathBuf>]) -> Option<Found> {
         })
     });
     paths.into_iter().find_map(|path| {
+        let name = path.file_name()?.to_str()?;
+        if let Some((part, instead)) = wanted.beside {
+            // Stays open: a library of this name is then found by whoever needs it.
+            let needed = path.with_file_name(name.replace(part, instead));
+            std::mem::forget(load(needed.as_os_str()));
+        }
         let library = load(path.as_os_str())?;
         Some(Found { library, name: path.display().to_string() })
     })
