@@ -1,0 +1,187 @@
+//! What large models would take of a GPU, from their config.json alone: the plan against arithmetic
+//! that is written out here, and against the figures that were estimated for these models before.
+//!
+//! `tests/data/configs` holds the published dimensions. No GPU is needed.
+
+use std::process::Command;
+
+use serde_json::Value;
+
+const GIB: f64 = (1u64 << 30) as f64;
+
+/// Dimensions under the letters of docs/maths.md.
+struct Shape {
+    config: &'static str,
+    d: usize,
+    layers: usize,
+    heads: usize,
+    f: usize,
+    v: usize,
+    qkv_bias: bool,
+}
+
+const LLAMA_8B: Shape = Shape {
+    config: "llama-3.1-8b",
+    d: 4096,
+    layers: 32,
+    heads: 32,
+    f: 14_336,
+    v: 128_256,
+    qkv_bias: false,
+};
+const QWEN_32B: Shape = Shape {
+    config: "qwen2.5-32b",
+    d: 5120,
+    layers: 64,
+    heads: 40,
+    f: 27_648,
+    v: 152_064,
+    qkv_bias: true,
+};
+const LLAMA_70B: Shape = Shape {
+    config: "llama-3.3-70b",
+    d: 8192,
+    layers: 80,
+    heads: 64,
+    f: 28_672,
+    v: 128_256,
+    qkv_bias: false,
+};
+
+/// All three have 8 key heads of 128 columns, and the adapters rank 16 on all seven linears.
+const KV: usize = 8 * 128;
+const RANK: usize = 16;
+const TILE: usize = 4096;
+
+impl Shape {
+    /// (in, out) of a block's linears.
+    fn linears(&self) -> [(usize, usize); 7] {
+        let (d, f) = (self.d, self.f);
+        [(d, d), (d, KV), (d, KV), (d, d), (d, f), (d, f), (f, d)]
+    }
+
+    /// 4 bits a weight, a byte for 64 of them, 4 bytes for 256 such bytes, and an offset; embedding
+    /// and head in bf16, norms and biases in f32.
+    fn weights(&self) -> usize {
+        let packed = |(input, output): (usize, usize)| {
+            let (n, blocks) = (input * output, input * output / 64);
+            n / 2 + blocks + 4 * blocks.div_ceil(256) + 4
+        };
+        let linears: usize = self.linears().into_iter().map(packed).sum();
+        let biases = if self.qkv_bias { 4 * (self.d + 2 * KV) } else { 0 };
+        self.layers * (linears + 2 * 4 * self.d + biases) + 4 * self.d + 2 * 2 * self.v * self.d
+    }
+
+    /// Bytes of what is kept of a token by the first half of a block and by the MLP.
+    fn saved(&self) -> (usize, usize) {
+        let (d, q) = (self.d, self.d);
+        let first = 2 * (d + (q + 2 * KV) + q + 4 * RANK + d) + 4 * (2 + self.heads);
+        (first, 2 * (d + 2 * self.f + 3 * RANK) + 4 * 2)
+    }
+
+    /// Bytes of a run on `tokens`.
+    fn total(&self, tokens: usize, policy: &str) -> usize {
+        let (d, tile) = (self.d, tokens.min(TILE));
+        let parameters: usize = self.linears().iter().map(|(i, o)| RANK * (i + o)).sum();
+        let adapter = 18 * self.layers * parameters;
+        let (first, second) = self.saved();
+        let (inputs, activations) = match policy {
+            "keep" => (self.layers + 1, self.layers * tokens * (first + second)),
+            "checkpoint" => (self.layers + 1, tokens * first + tile * second),
+            _ => (3, tokens * first + tile * second),
+        };
+        // Stream, norm, q k v and rank; cos and sin; δ of attention.
+        let gradients = tokens * (2 * (d + d + (d + 2 * KV) + RANK) + 4 * 128 + 4 * self.heads);
+        let mlp = 2 * tile * 2 * self.f + if tokens > TILE { 2 * tile * 2 * d } else { 0 };
+        let rows = ((128 << 20) / (4 * self.v)).max(64).min(tokens);
+        let head = rows * (2 * (self.v + 4 * d) + 4 * 3);
+        let dequantized = 2 * d * self.f;
+        let (cublas, context) = (32 << 20, 460 << 20);
+        let run = adapter + inputs * tokens * 2 * d + activations + gradients + mlp + head;
+        self.weights() + run + dequantized + cublas + context
+    }
+
+    fn planned(&self, tokens: usize, policy: &str) -> Value {
+        let root = env!("CARGO_MANIFEST_DIR");
+        let config = format!("{root}/tests/data/configs/{}.json", self.config);
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
+        command.args(["memory", "--model", &config, "--device", "cuda", "--json"]);
+        command.args(["--max-length", &tokens.to_string(), "--activations", policy]);
+        let output = command.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        serde_json::from_slice(&output.stdout).unwrap()
+    }
+}
+
+#[test]
+fn a_plan_is_the_arithmetic_of_its_formulas() {
+    for shape in [LLAMA_8B, QWEN_32B, LLAMA_70B] {
+        for (tokens, policy) in [
+            (512, "keep"),
+            (4096, "keep"),
+            (4096, "checkpoint"),
+            (4096, "offload"),
+            (32_768, "checkpoint"),
+            (32_768, "offload"),
+        ] {
+            let plan = shape.planned(tokens, policy);
+            let (got, expected) =
+                (plan["total_bytes"].as_u64().unwrap(), shape.total(tokens, policy) as u64);
+            // What the formulas leave out: padding, token ids, partial sums, one widened adapter.
+            let rest = got as i64 - expected as i64;
+            let name = shape.config;
+            assert!((0..16 << 20).contains(&rest), "{name} {tokens} {policy}: {got}, {expected}");
+            let outside = plan["offloaded_bytes"].as_u64().unwrap();
+            let inputs = (shape.layers * tokens * 2 * shape.d) as u64;
+            assert_eq!(outside, if policy == "offload" { inputs } else { 0 });
+        }
+    }
+}
+
+/// GiB that were estimated before there was a plan (r = 16, tiles of 4,096). The estimate also has a
+/// final norm of all tokens, an f32 sum for dq and norm2 outside of the tiles, 4·D + 4·q + 2·D bytes
+/// a token that no plan needs: it lies above where contexts are long.
+#[test]
+fn plans_are_near_the_figures_that_were_estimated() {
+    for (shape, tokens, policy, estimated) in [
+        (LLAMA_8B, 512, "keep", 8.5),
+        (LLAMA_8B, 4096, "keep", 20.8),
+        (LLAMA_8B, 8192, "keep", 34.6),
+        (LLAMA_8B, 512, "checkpoint", 7.0),
+        (LLAMA_8B, 4096, "checkpoint", 8.7),
+        (LLAMA_8B, 32_768, "checkpoint", 18.7),
+        (QWEN_32B, 512, "checkpoint", 21.5),
+        (QWEN_32B, 4096, "checkpoint", 24.8),
+        (QWEN_32B, 32_768, "checkpoint", 46.1),
+        (LLAMA_70B, 512, "checkpoint", 42.2),
+        (LLAMA_70B, 4096, "checkpoint", 48.0),
+        (LLAMA_70B, 32_768, "checkpoint", 88.9),
+    ] {
+        let planned = shape.planned(tokens, policy)["total_bytes"].as_u64().unwrap() as f64 / GIB;
+        let difference = planned / estimated - 1.0;
+        let name = shape.config;
+        assert!(difference.abs() < 0.07, "{name} {tokens} {policy}: {planned:.2} {estimated}");
+        if std::env::var_os("SHOW").is_some() {
+            println!("{name} {tokens} {policy} {planned:.2} {estimated} {difference:+.3}");
+        }
+    }
+}
+
+/// What the fitter says for a card of 24 GiB: offloading is what makes 32B fit at 4,096 tokens.
+#[test]
+fn the_fitter_shows_what_offloading_buys() {
+    let root = env!("CARGO_MANIFEST_DIR");
+    let config = format!("{root}/tests/data/configs/qwen2.5-32b.json");
+    let fit = |budget: &str| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
+        command.args(["memory", "--model", &config, "--device", "cuda", "--max-length", "4096"]);
+        let output = command.args(["--budget", budget, "--fit"]).output().unwrap();
+        assert!(output.status.success());
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let text = fit("24GiB");
+    assert!(text.contains("does not fit: plan needs 24.7 GiB"), "{text}");
+    assert!(text.contains("hint: `--activations offload` would need 22.3 GiB"), "{text}");
+    assert!(text.contains("--activations offload "), "{text}");
+    assert!(fit("25GiB").contains("fit with 24.7 GiB"));
+}
