@@ -1,5 +1,7 @@
 //! Documents and the token streams that they are batched into.
 
+use std::borrow::Cow;
+use std::ops::Range;
 use std::sync::Arc;
 
 /// Label of a token that is not trained.
@@ -27,6 +29,8 @@ pub struct Batch {
     pub cu_seqlens: Vec<u32>,
     /// Tokens that are predicted from a token before them in the same document.
     pub num_targets: usize,
+    /// Tokens of the micro-batch before these, where they are a part of one: dropout goes on there.
+    pub first_token: usize,
     /// Source lines of the documents.
     pub lines: Vec<usize>,
     /// The file that they are lines of, where it is known.
@@ -59,6 +63,42 @@ impl Batch {
         }
     }
 
+    /// The same documents in passes of at most `most_tokens`, or of one document that is longer.
+    pub fn split(&self, most_tokens: usize) -> Cow<'_, [Batch]> {
+        if self.tokens() <= most_tokens {
+            return Cow::Borrowed(std::slice::from_ref(self));
+        }
+        let ends: Vec<usize> = self.cu_seqlens.iter().map(|&end| end as usize).collect();
+        let documents = ends.len() - 1;
+        let (mut parts, mut first) = (Vec::new(), 0);
+        while first < documents {
+            let fits = |&last: &usize| ends[last + 1] - ends[first] <= most_tokens;
+            let last = (first + 1..documents).take_while(fits).last().unwrap_or(first);
+            parts.push(self.part(first..last + 1));
+            first = last + 1;
+        }
+        Cow::Owned(parts)
+    }
+
+    /// Some of the documents.
+    fn part(&self, documents: Range<usize>) -> Batch {
+        let ends = &self.cu_seqlens[documents.start..=documents.end];
+        let (first, end) = (ends[0] as usize, ends[documents.len()] as usize);
+        let trained = |pair: &[u32]| {
+            let labels = &self.labels[pair[0] as usize..pair[1] as usize];
+            labels.iter().skip(1).filter(|&&label| label >= 0).count()
+        };
+        Batch {
+            input_ids: self.input_ids[first..end].to_vec(),
+            labels: self.labels[first..end].to_vec(),
+            cu_seqlens: ends.iter().map(|&end| end - first as u32).collect(),
+            num_targets: ends.windows(2).map(trained).sum(),
+            first_token: self.first_token + first,
+            lines: self.lines.get(documents).unwrap_or_default().to_vec(),
+            file: self.file.clone(),
+        }
+    }
+
     /// T.
     pub fn tokens(&self) -> usize {
         self.input_ids.len()
@@ -69,5 +109,36 @@ impl Document {
     /// Trained tokens after the shift: the first token has nothing to be predicted from.
     pub fn num_targets(&self) -> usize {
         self.labels.iter().skip(1).filter(|&&label| label >= 0).count()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn document(line: usize, length: usize) -> Document {
+        let input_ids: Vec<u32> = (0..length as u32).map(|i| 10 * line as u32 + i).collect();
+        let mut labels: Vec<i32> = input_ids.iter().map(|&id| id as i32).collect();
+        labels[length / 2] = MASKED;
+        Document { input_ids, labels, line }
+    }
+
+    #[test]
+    fn parts_hold_the_same_documents_and_say_where_they_stood() {
+        let documents: Vec<Document> =
+            [4, 3, 6, 2, 2].into_iter().enumerate().map(|(i, n)| document(i + 1, n)).collect();
+        let whole = Batch::from_documents(&documents);
+        assert!(matches!(whole.split(17), Cow::Borrowed(parts) if parts.len() == 1));
+        for (most, ends) in
+            [(16, vec![4, 5]), (7, vec![2, 3, 5]), (4, vec![1, 2, 3, 5]), (1, vec![1, 2, 3, 4, 5])]
+        {
+            let (mut first, mut first_token) = (0, 0);
+            for (part, end) in whole.split(most).iter().zip(&ends) {
+                let plain = Batch::from_documents(&documents[first..*end]);
+                assert_eq!(*part, Batch { first_token, ..plain }, "{most}: to {end}");
+                (first, first_token) = (*end, first_token + part.tokens());
+            }
+            assert_eq!(whole.split(most).len(), ends.len());
+        }
     }
 }

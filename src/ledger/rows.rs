@@ -83,6 +83,15 @@ impl Account {
         Account { rows, phases: phases.to_vec(), ..Account::default() }
     }
 
+    /// Puts another plan in the place of the old one: program and weights stay.
+    pub fn replan(&mut self, plan: &MemoryPlan) {
+        let bytes = |name: &str| {
+            let row = self.rows.iter().find(|row| row.name == name);
+            row.map_or(0, |row| row.planned_bytes)
+        };
+        *self = Account::planned(bytes(PROCESS), bytes(WEIGHTS), plan);
+    }
+
     /// Adds what was measured. What is neither weights nor arena is the rest of the peak, so that
     /// the rows add up to it.
     pub fn measured(mut self, plan: &MemoryPlan, measured: Measured) -> Self {

@@ -79,7 +79,7 @@ impl OpenRun {
         let due = match event {
             Event::Start(_) | Event::Sample(_) => false,
             Event::Step(_) => self.summarized.elapsed() >= SUMMARY_INTERVAL,
-            Event::Eval(_) | Event::Save(_) | Event::End(_) => true,
+            Event::Eval(_) | Event::Save(_) | Event::OutOfMemory(_) | Event::End(_) => true,
         };
         if due { self.summarize(folder) } else { Ok(()) }
     }

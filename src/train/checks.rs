@@ -19,6 +19,7 @@ pub fn probe(batch: &Batch) -> Batch {
     let input_ids = batch.input_ids[..end].to_vec();
     Batch {
         labels: input_ids.iter().map(|&id| id as i32).collect(),
+        first_token: 0,
         cu_seqlens: vec![0, end as u32],
         num_targets: end.saturating_sub(1),
         lines: batch.lines.iter().take(1).copied().collect(),

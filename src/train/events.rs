@@ -45,6 +45,8 @@ pub enum Event {
     Sample(SampleEvent),
     /// A checkpoint was written.
     Save(SaveEvent),
+    /// Memory ran short; the run goes on with smaller passes.
+    OutOfMemory(OutOfMemoryEvent),
     /// The run is over; always last, also after an interrupt.
     End(EndEvent),
 }
@@ -193,6 +195,22 @@ pub struct SaveEvent {
     pub is_best: bool,
 }
 
+/// Memory ran short: what was being done is done again with fewer tokens in a forward pass. A step
+/// is of the same tokens as before, and its gradient the same sum.
+#[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
+pub struct OutOfMemoryEvent {
+    /// Optimizer steps made.
+    pub step: u64,
+    /// Passes over the training data, with fraction.
+    pub epoch: f64,
+    /// What could not be had.
+    pub reason: String,
+    /// Most tokens in a forward pass before.
+    pub from_tokens: u64,
+    /// Most tokens in a forward pass from now on.
+    pub to_tokens: u64,
+}
+
 /// Why a run ended.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -241,6 +259,7 @@ impl Event {
             Event::Eval(event) => event.step,
             Event::Sample(event) => event.step,
             Event::Save(event) => event.step,
+            Event::OutOfMemory(event) => event.step,
             Event::End(event) => event.step,
         }
     }

@@ -7,7 +7,7 @@ use nibble_quant::FloatType;
 
 use super::backend::{TrainingKernels, Update};
 use super::preview::Preview;
-use super::trainee::Trainee;
+use super::trainee::{Shrunk, Trainee};
 use crate::adapter::Adapter;
 use crate::data::Batch;
 use crate::error::Result;
@@ -19,29 +19,32 @@ use crate::model::parameters::{ParameterTensor, Part};
 
 /// A model in training and what its adapter's files say.
 pub struct LoraModel<K: TrainingKernels = Cpu> {
-    model: Model<K>,
+    /// Away only while it is given smaller buffers.
+    model: Option<Model<K>>,
     /// Settings and targets; the tensors are in the model.
     adapter: Adapter,
     dtype: FloatType,
     preview: Preview,
-    planned_tokens: usize,
+    /// Fewer tokens than these in a pass, since the beginning.
+    wanted_tokens: usize,
     watched: Option<(Watch, Account)>,
 }
 
 impl<K: TrainingKernels> LoraModel<K> {
     /// Moves the adapter's tensors into `model`. `dtype` is what the forward pass reads, and what
-    /// is written: the files hold exactly the weights that were trained with. `planned_tokens` is
-    /// the largest batch that the model was planned for.
+    /// is written: the files hold exactly the weights that were trained with. `wanted_tokens` is
+    /// the largest batch, for which there may not have been memory.
     pub fn new(
         mut model: Model<K>,
         mut adapter: Adapter,
         dtype: FloatType,
         preview: Preview,
-        planned_tokens: usize,
+        wanted_tokens: usize,
     ) -> Self {
         model.parameters_mut().load(&adapter);
         adapter.tensors = Vec::new();
-        LoraModel { model, adapter, dtype, preview, planned_tokens, watched: None }
+        let model = Some(model);
+        LoraModel { model, adapter, dtype, preview, wanted_tokens, watched: None }
     }
 
     /// Accounts for its memory: `watch` began before the weights were read, `account` is the plan.
@@ -50,53 +53,74 @@ impl<K: TrainingKernels> LoraModel<K> {
     }
 
     /// The model.
+    ///
+    /// # Panics
+    /// After smaller buffers could not be had: the run is over then.
     pub fn model(&self) -> &Model<K> {
-        &self.model
+        self.model.as_ref().expect(PRESENT)
+    }
+
+    fn model_mut(&mut self) -> &mut Model<K> {
+        self.model.as_mut().expect(PRESENT)
+    }
+
+    /// The sum of `pass` over the parts of a batch.
+    fn in_parts(
+        &mut self,
+        batch: &Batch,
+        mut pass: impl FnMut(&mut Model<K>, &Batch) -> Result<f64>,
+    ) -> Result<f64> {
+        let model = self.model_mut();
+        let parts = batch.split(model.settings().tokens);
+        parts.iter().map(|part| pass(model, part)).sum()
     }
 }
 
+/// Of the model.
+const PRESENT: &str = "a run ends when its buffers cannot be had";
+
 impl<K: TrainingKernels> Trainee for LoraModel<K> {
     fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64> {
-        self.model.forward_backward(batch, scale, micro_batch)
+        self.in_parts(batch, |model, part| model.forward_backward(part, scale, micro_batch))
     }
 
     fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
-        self.model.evaluate(batch)
+        self.in_parts(batch, Model::evaluate)
     }
 
     fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
-        self.model.evaluate_base(batch)
+        self.in_parts(batch, Model::evaluate_base)
     }
 
     fn tensors(&self) -> &[ParameterTensor] {
-        self.model.parameters().tensors()
+        self.model().parameters().tensors()
     }
 
     fn zero_gradients(&mut self) {
-        self.model.parameters_mut().zero_gradients();
+        self.model_mut().parameters_mut().zero_gradients();
     }
 
     fn gradient_norm(&mut self) -> Result<f64> {
-        let parameters = self.model.parameters_mut();
+        let parameters = self.model_mut().parameters_mut();
         parameters.kernels().clone().gradient_norm(parameters)
     }
 
     fn update(&mut self, update: &Update) {
-        let parameters = self.model.parameters_mut();
+        let parameters = self.model_mut().parameters_mut();
         parameters.kernels().clone().update(parameters, update);
     }
 
     fn values(&self, part: Part) -> Result<Cow<'_, [f32]>> {
-        self.model.parameters().values(part)
+        self.model().parameters().values(part)
     }
 
     fn set_values(&mut self, part: Part, values: &[f32]) {
-        self.model.parameters_mut().set_values(part, values);
+        self.model_mut().parameters_mut().set_values(part, values);
     }
 
     fn first_bad_activation(&self) -> Option<String> {
-        let spec = self.model.spec();
-        let layer = self.model.first_bad_block_input().ok().flatten()?;
+        let spec = self.model().spec();
+        let layer = self.model().first_bad_block_input().ok().flatten()?;
         Some(match layer.checked_sub(1) {
             Some(block) => format!("the output of {}", spec.layer_prefix(block)),
             None => "the token embeddings".to_string(),
@@ -105,15 +129,36 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
 
     fn memory(&self) -> Option<Account> {
         let (watch, account) = self.watched.as_ref()?;
-        let measured = watch.measured(self.model.region_bytes());
-        Some(account.clone().measured(self.model.plan(), measured))
+        let measured = watch.measured(self.model().region_bytes());
+        Some(account.clone().measured(self.model().plan(), measured))
     }
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {
-        self.model.parameters().save(&self.adapter, folder, self.dtype)
+        self.model().parameters().save(&self.adapter, folder, self.dtype)
     }
 
     fn sample(&mut self, prompt: &str) -> Result<String> {
-        self.preview.answer(&mut self.model, prompt, self.planned_tokens)
+        let model = self.model.as_mut().expect(PRESENT);
+        let prefill_tokens = model.settings().tokens;
+        self.preview.answer(model, prompt, prefill_tokens)
+    }
+
+    fn shrink(&mut self) -> Result<Option<Shrunk>> {
+        let from_tokens = self.model().settings().tokens;
+        let Some(model) = self.model.take_if(|model| model.can_have_fewer_tokens()) else {
+            return Ok(None);
+        };
+        let model = self.model.insert(model.with_fewer_tokens()?);
+        let to_tokens = model.settings().tokens;
+        if let Some((_, account)) = &mut self.watched {
+            account.replan(model.plan());
+        }
+        Ok(Some(Shrunk { from_tokens, to_tokens }))
+    }
+
+    fn shrunk_at_start(&mut self) -> Option<Shrunk> {
+        let to_tokens = self.model().settings().tokens;
+        let from_tokens = std::mem::replace(&mut self.wanted_tokens, to_tokens);
+        (to_tokens < from_tokens).then_some(Shrunk { from_tokens, to_tokens })
     }
 }

@@ -4,7 +4,7 @@ use std::io::IsTerminal;
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
-use super::events::{EvalEvent, SampleEvent, SaveEvent, StepEvent};
+use super::events::{EvalEvent, OutOfMemoryEvent, SampleEvent, SaveEvent, StepEvent};
 use super::start::Start;
 use crate::cli::size::ByteSize;
 use crate::report::figures::clock;
@@ -79,6 +79,15 @@ impl Progress {
     pub fn save(&self, event: &SaveEvent) {
         let size = ByteSize(event.bytes);
         self.note(&format!("step {}: saved {} ({size})", event.step, event.checkpoint));
+    }
+
+    /// Memory ran short.
+    pub fn out_of_memory(&self, event: &OutOfMemoryEvent) {
+        let OutOfMemoryEvent { step, reason, from_tokens, to_tokens, .. } = event;
+        self.note(&format!(
+            "step {step}: {reason}; going on with {to_tokens} tokens in a forward pass instead of \
+             {from_tokens}: steps stay as large, and their sums the same"
+        ));
     }
 
     /// A line that stays.

@@ -71,14 +71,18 @@ fn session(out: &Path, recipe: &Recipe, questions: usize, resume: bool) -> Sessi
     session_of(Toy::new(), out, recipe, questions, resume)
 }
 
-fn session_of(
+fn session_of(toy: Toy, out: &Path, recipe: &Recipe, questions: usize, resume: bool) -> Session {
+    session_on(feed(), toy, out, recipe, questions, resume)
+}
+
+fn session_on(
+    mut feed: Feed,
     mut toy: Toy,
     out: &Path,
     recipe: &Recipe,
     questions: usize,
     resume: bool,
 ) -> Session {
-    let mut feed = feed();
     let identity = Identity {
         settings: settings(&[("seed", "1")]),
         data_sha256: feed.fingerprint(),
@@ -125,7 +129,7 @@ fn numbers(events: &[Event]) -> Vec<Event> {
         })),
         Event::Eval(event) => Some(Event::Eval(EvalEvent { eval_runtime: 0.0, ..event.clone() })),
         Event::Sample(_) => Some(event.clone()),
-        Event::Start(_) | Event::Save(_) | Event::End(_) => None,
+        Event::Start(_) | Event::Save(_) | Event::OutOfMemory(_) | Event::End(_) => None,
     };
     events.iter().filter_map(timeless).collect()
 }
@@ -335,4 +339,51 @@ fn a_machine_that_rounds_differently_may_continue_but_is_told() {
     };
     assert!(!start(1.0).rounding_differs);
     assert!(start(1.0 + 1e-6).rounding_differs);
+}
+
+#[test]
+fn memory_that_runs_short_shrinks_passes_and_leaves_the_numbers() {
+    let mut recipe = recipe();
+    recipe.per_device_train_batch_size = 4;
+    let (plenty_out, short_out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let run = |out: &Path, there_are: usize| {
+        let rows = (0..13).map(|index| vec![index]).collect();
+        let feed = Feed::new(feed().documents().to_vec(), rows, 4, Some(11)).unwrap();
+        let mut toy = Toy::new();
+        toy.room.1 = there_are;
+        session_on(feed, toy, out, &recipe, NEVER, false)
+    };
+    let plenty = run(plenty_out.path(), usize::MAX);
+    let short = run(short_out.path(), 18);
+    assert_eq!(short.result.unwrap(), EndReason::Finished);
+    let told: Vec<_> = short
+        .events
+        .iter()
+        .filter_map(|event| match event {
+            Event::OutOfMemory(event) => Some((event.step, event.to_tokens, &*event.reason)),
+            _ => None,
+        })
+        .collect();
+    assert_eq!(told, [(0, 32, "no memory"), (0, 16, "no memory")], "and never again");
+    for (a, b) in plenty.toy.master.iter().zip(&short.toy.master) {
+        assert!((a - b).abs() < 1e-5 * a.abs().max(1.0), "{a} {b}");
+    }
+    let (a, b) = (numbers(&plenty.events), numbers(&short.events));
+    assert_eq!(a.len(), b.len());
+    for (a, b) in a.iter().zip(&b) {
+        if let (Event::Step(a), Event::Step(b)) = (a, b) {
+            assert!((a.loss / b.loss - 1.0).abs() < 1e-5, "{a:?} {b:?}");
+            assert_eq!(a.num_input_tokens_seen, b.num_input_tokens_seen);
+        }
+    }
+}
+
+#[test]
+fn a_document_without_memory_ends_the_run() {
+    let out = tempfile::tempdir().unwrap();
+    let mut toy = Toy::new();
+    toy.room.1 = 3;
+    let run = session_of(toy, out.path(), &recipe(), NEVER, false);
+    let error = run.result.unwrap_err();
+    assert!(matches!(error, Error::Budget(_)), "{error}");
 }

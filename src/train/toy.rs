@@ -11,7 +11,7 @@ use half::bf16;
 use super::backend::Update;
 use super::buffers::Buffers;
 use super::clip;
-use super::trainee::Trainee;
+use super::trainee::{Shrunk, Trainee};
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
 use crate::model::parameters::{Matrix, ParameterTensor, Part};
@@ -33,6 +33,8 @@ pub struct Toy {
     pub poison: Option<u32>,
     /// Whether B never gets a gradient, as after a missing backward pass.
     pub dead_b: bool,
+    /// Most tokens in a pass, and those for which there is memory.
+    pub room: (usize, usize),
     /// Share of the adapter in `evaluate_base`: 0 unless a test breaks it.
     pub base_error: f32,
 }
@@ -67,6 +69,7 @@ impl Toy {
             master,
             poison: None,
             dead_b: false,
+            room: (usize::MAX, usize::MAX),
             base_error: 0.0,
         };
         toy.refresh();
@@ -131,6 +134,19 @@ impl Toy {
         tokens.filter_map(pair).collect()
     }
 
+    /// The sum over the parts of a batch; fails in the middle where memory runs short.
+    fn in_parts(&mut self, batch: &Batch, pass: impl Fn(&mut Toy, &Batch) -> f64) -> Result<f64> {
+        let (most, there_are) = self.room;
+        let mut sum = 0.0;
+        for part in batch.split(most).iter() {
+            sum += pass(self, part);
+            if part.tokens() > there_are {
+                return Err(Error::budget("no memory"));
+            }
+        }
+        Ok(sum)
+    }
+
     fn sum(&mut self, batch: &Batch, adapter: f32, scale: Option<f32>) -> f64 {
         Toy::pairs(batch).into_iter().map(|(x, y)| self.pair(x, y, adapter, scale)).sum()
     }
@@ -138,11 +154,11 @@ impl Toy {
 
 impl Trainee for Toy {
     fn forward_backward(&mut self, batch: &Batch, scale: f32, _micro_batch: u64) -> Result<f64> {
-        Ok(self.sum(batch, 1.0, Some(scale)))
+        self.in_parts(batch, |toy, part| toy.sum(part, 1.0, Some(scale)))
     }
 
     fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
-        Ok(self.sum(batch, 1.0, None))
+        self.in_parts(batch, |toy, part| toy.sum(part, 1.0, None))
     }
 
     fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
@@ -190,6 +206,13 @@ impl Trainee for Toy {
         let path = folder.join("adapter_model.safetensors");
         let bytes: &[u8] = bytemuck::cast_slice(&self.master);
         std::fs::write(&path, bytes).map_err(|e| Error::io("write", &path, e))
+    }
+
+    fn shrink(&mut self) -> Result<Option<Shrunk>> {
+        let from_tokens = self.room.0;
+        let to_tokens = from_tokens.min(64) / 2;
+        self.room.0 = to_tokens;
+        Ok((to_tokens > 0).then_some(Shrunk { from_tokens, to_tokens }))
     }
 
     fn sample(&mut self, prompt: &str) -> Result<String> {

@@ -9,6 +9,15 @@ use crate::error::Result;
 use crate::ledger::rows::Account;
 use crate::model::parameters::{ParameterTensor, Part};
 
+/// Most tokens in a pass, before and after memory ran short.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Shrunk {
+    /// As planned.
+    pub from_tokens: usize,
+    /// From now on.
+    pub to_tokens: usize,
+}
+
 /// A model whose adapter can be trained. The loop knows nothing else of it.
 pub trait Trainee {
     /// Sum of the losses of the batch's trained tokens; adds `scale ·` their gradient to the
@@ -51,6 +60,20 @@ pub trait Trainee {
 
     /// Writes the adapter, as the forward pass sees it, to PEFT's files in `folder`.
     fn write_adapter(&self, folder: &Path) -> Result<()>;
+
+    /// Makes room where memory ran short: from now on a micro-batch is computed in smaller parts,
+    /// with the same sums. `None` where it cannot be cut further.
+    ///
+    /// # Errors
+    /// `Budget` when not even the smaller buffers can be had, or those of the backend.
+    fn shrink(&mut self) -> Result<Option<Shrunk>> {
+        Ok(None)
+    }
+
+    /// What it had to do without before the first step; told once.
+    fn shrunk_at_start(&mut self) -> Option<Shrunk> {
+        None
+    }
 
     /// The model's answer to a prompt.
     fn sample(&mut self, prompt: &str) -> Result<String>;

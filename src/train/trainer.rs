@@ -5,6 +5,7 @@
 //! nothing; an interrupted step is given up and made again.
 
 mod ending;
+mod room;
 
 use std::path::Path;
 use std::time::Instant;
@@ -83,6 +84,10 @@ impl<'a, M: Trainee> Trainer<'a, M> {
     /// `Interrupted` once the state is saved; `Numeric` when the numbers go wrong; whatever model,
     /// log and disk report. The last checkpoint is intact in all cases.
     pub fn run(mut self) -> Result<EndEvent> {
+        if let Some(shrunk) = self.model.shrunk_at_start() {
+            let reason = "the memory of the plan cannot be had".to_string();
+            self.tell_of_shortage(reason, shrunk)?;
+        }
         self.rehearse()?;
         let mut reason = self.train().map_err(|error| self.with_survivor(error))?;
         if reason != EndReason::Interrupted && !self.evaluate_unless_done()? {
@@ -112,7 +117,9 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             }
             let scale = 1.0 / batch.num_targets.max(1) as f32;
             let at = |error: Error| error.at("the largest batch, tried before the first step");
-            self.model.forward_backward(&batch, scale, self.micro_batches()).map_err(at)?;
+            let first = self.micro_batches();
+            let pass = |model: &mut M, _: &Parts| model.forward_backward(&batch, scale, first);
+            self.with_room(pass).map_err(at)?;
         }
         Ok(())
     }
@@ -161,7 +168,9 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         let (window, first) = (self.window(), self.micro_batches());
         let number = self.state.step + 1;
         let at = |error: Error| error.at(format_args!("step {number}"));
-        let gradient = step::accumulate(self.model, &window, first, self.parts.stop).map_err(at)?;
+        let gradient =
+            self.with_room(|model, parts| step::accumulate(model, &window, first, parts.stop));
+        let gradient = gradient.map_err(at)?;
         let Some(gradient) = gradient else { return Ok(false) };
         ledger::enter(Phase::Optimizer);
         let recipe = self.parts.recipe;
@@ -248,11 +257,12 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         ledger::enter(Phase::Eval);
         let start = Instant::now();
         let (mut loss, mut targets, mut documents) = (0.0, 0, 0);
-        for batch in self.parts.evaluation {
+        let evaluation = self.parts.evaluation;
+        for batch in evaluation {
             if (self.parts.stop)() {
                 return Ok(None);
             }
-            loss += self.model.evaluate(batch)?;
+            loss += self.with_room(|model, _| model.evaluate(batch))?;
             targets += batch.num_targets as u64;
             documents += batch.lines.len() as u64;
         }
@@ -302,8 +312,9 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             return Ok(());
         }
         ledger::enter(Phase::Eval);
-        for prompt in self.parts.prompts {
-            let completion = self.model.sample(prompt)?;
+        let prompts = self.parts.prompts;
+        for prompt in prompts {
+            let completion = self.with_room(|model, _| model.sample(prompt))?;
             let (step, epoch) = (self.state.step, self.epoch());
             let event = SampleEvent { step, epoch, prompt: prompt.clone(), completion };
             self.parts.progress.sample(&event);

@@ -4,7 +4,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
-use nibble::Result;
+use nibble::error::{Error, Result};
 use nibble::kernels::cuda::driver::{Address, Driver, Gemm, Launch};
 use nibble::kernels::cuda::library::Gpu;
 
@@ -24,6 +24,10 @@ pub struct Device {
     allocations: AtomicUsize,
     allocated_bytes: AtomicUsize,
     waits: AtomicUsize,
+    /// The most bytes that one allocation may have.
+    most_bytes: AtomicUsize,
+    /// Launches until one finds no memory.
+    launches_left: AtomicUsize,
 }
 
 impl Device {
@@ -46,7 +50,19 @@ impl Device {
     fn watching(driver: Box<dyn Driver>) -> Self {
         let zero = || AtomicUsize::new(0);
         let (allocations, allocated_bytes, waits) = (zero(), zero(), zero());
-        Device { driver, allocations, allocated_bytes, waits }
+        let never = || AtomicUsize::new(usize::MAX);
+        let (most_bytes, launches_left) = (never(), never());
+        Device { driver, allocations, allocated_bytes, waits, most_bytes, launches_left }
+    }
+
+    /// Lets no allocation have more than `bytes` from now on.
+    pub fn limit(&self, bytes: usize) {
+        self.most_bytes.store(bytes, Relaxed);
+    }
+
+    /// Lets one launch fail for want of memory, after `launches` that do not.
+    pub fn fail_after(&self, launches: usize) {
+        self.launches_left.store(launches, Relaxed);
     }
 
     pub fn counts(&self) -> Counts {
@@ -60,6 +76,9 @@ impl Device {
 
 impl Driver for Device {
     fn allocate(&self, bytes: usize) -> Result<Address> {
+        if bytes > self.most_bytes.load(Relaxed) {
+            return Err(Error::budget(format_args!("cannot allocate {bytes} bytes")));
+        }
         self.allocations.fetch_add(1, Relaxed);
         self.allocated_bytes.fetch_add(bytes, Relaxed);
         let address = self.driver.allocate(bytes)?;
@@ -116,7 +135,17 @@ impl Driver for Device {
     }
 
     fn launch(&self, launch: Launch) -> Result<()> {
-        self.driver.launch(launch)
+        match self.launches_left.load(Relaxed) {
+            usize::MAX => self.driver.launch(launch),
+            0 => {
+                self.launches_left.store(usize::MAX, Relaxed);
+                Err(Error::budget(format_args!("cannot launch {}", launch.kernel)))
+            }
+            left => {
+                self.launches_left.store(left - 1, Relaxed);
+                self.driver.launch(launch)
+            }
+        }
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {

@@ -13,6 +13,7 @@ mod golden;
 mod attention;
 mod device;
 mod emulated;
+mod shortage;
 
 use device::Device;
 use emulated::Copies;

@@ -153,13 +153,13 @@ impl Base {
         watch.loaded();
         let dropout = adapter.config.lora_dropout as f32;
         let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));
-        let planned_tokens = settings.tokens;
-        let model = Model::on(kernels, self.spec, weights, settings, dropout)?;
+        let wanted_tokens = settings.tokens;
+        let model = Model::within_reach(kernels, self.spec, weights, settings, dropout)?;
         let dtype = match args.lora.adapter_dtype {
             AdapterDtype::Bf16 => FloatType::Bf16,
             AdapterDtype::F32 => FloatType::F32,
         };
-        let model = LoraModel::new(model, adapter, dtype, self.preview, planned_tokens);
+        let model = LoraModel::new(model, adapter, dtype, self.preview, wanted_tokens);
         // The ledger watches the process; what a GPU holds is the plan itself.
         Ok(if in_process { model.watched(watch, account) } else { model })
     }

@@ -30,6 +30,7 @@ const DEVICE_ATTRIBUTE_MINOR: c_int = 76;
 const FUNCTION_ATTRIBUTE_DYNAMIC_SHARED_BYTES: c_int = 8;
 const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_DISABLE_TIMING: c_uint = 2;
+const CUBLAS_ALLOC_FAILED: c_int = 3;
 const ERROR_OUT_OF_MEMORY: c_int = 2;
 /// Dynamic shared memory that a kernel may use unasked.
 const PLAIN_SHARED_BYTES: u32 = 48 << 10;
@@ -135,12 +136,11 @@ impl Cuda {
             // SAFETY: a static string with a final zero.
             unsafe { CStr::from_ptr(text) }.to_string_lossy()
         };
-        let error = Error::gpu(format_args!("cannot {act}: {text} (CUDA error {code})"));
+        let what = format_args!("cannot {act}: {text} (CUDA error {code})");
         Err(match code {
-            ERROR_OUT_OF_MEMORY => {
-                error.hint("lower `--max-length`, give a `--memory-budget`, or free the GPU")
-            }
-            _ => error,
+            ERROR_OUT_OF_MEMORY => Error::budget(what)
+                .hint("lower `--max-length`, give a `--memory-budget`, or free the GPU"),
+            _ => Error::gpu(what),
         })
     }
 }
@@ -346,7 +346,8 @@ impl Gpu {
         if code == 0 {
             return Ok(());
         }
-        Err(Error::gpu(format_args!("cannot {act}: cuBLAS status {code}")))
+        let what = format_args!("cannot {act}: cuBLAS status {code}");
+        Err(if code == CUBLAS_ALLOC_FAILED { Error::budget(what) } else { Error::gpu(what) })
     }
 
     /// The function of a kernel, allowed `shared_bytes` of dynamic shared memory.

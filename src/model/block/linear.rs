@@ -44,7 +44,7 @@ impl<K: Kernels> Pass<'_, K> {
             seed: dropout.seed,
             stream: &linear.module,
             step: dropout.step,
-            first: self.rows.start as u64 * shape.in_features as u64,
+            first: (dropout.first_token + self.rows.start) as u64 * shape.in_features as u64,
         })
     }
 

@@ -125,6 +125,8 @@ pub struct Dropout {
     pub seed: u64,
     /// Number of the micro-batch since the start of the run.
     pub step: u64,
+    /// Tokens of the micro-batch before those of this pass.
+    pub first_token: usize,
 }
 
 /// What all layers of one pass share.

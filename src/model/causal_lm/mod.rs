@@ -10,6 +10,7 @@ mod buffers;
 mod generation;
 mod offload;
 mod passes;
+mod room;
 pub mod score;
 
 use buffers::Buffers;
@@ -43,6 +44,21 @@ pub struct Model<K: Kernels = Cpu> {
     cached_tokens: usize,
 }
 
+/// A model without its buffers.
+struct Frozen<K: Kernels> {
+    kernels: K,
+    spec: ModelSpec,
+    weights: Weights<K>,
+    dropout: Option<(f32, u64)>,
+}
+
+/// The memory of a plan.
+struct Reserved<K: Kernels> {
+    plan: MemoryPlan,
+    memory: K::Memory,
+    store: K::Offload,
+}
+
 /// What kind of forward pass.
 #[derive(Debug, Clone, Copy, Default)]
 struct Mode {
@@ -51,6 +67,43 @@ struct Mode {
     dropout: Option<Dropout>,
     base_only: bool,
     cached: bool,
+}
+
+impl<K: Kernels> Frozen<K> {
+    /// The memory for `settings`.
+    fn reserve(&self, settings: &Settings) -> Result<Reserved<K>> {
+        let plan = self.kernels.plan(&self.spec, settings);
+        let memory = self.kernels.allocate(&plan)?;
+        let store = self.kernels.offload_store(&plan, settings.scratch_folder.as_deref())?;
+        Ok(Reserved { plan, memory, store })
+    }
+
+    fn with_buffers(self, settings: Settings, reserved: Reserved<K>) -> Model<K> {
+        let Frozen { kernels, spec, mut weights, dropout } = self;
+        let Reserved { plan, mut memory, store } = reserved;
+        weights.attach(&settings.targets);
+        let targets = settings.targets.clone();
+        let parameters = Parameters::new(kernels.clone(), targets, &plan, &mut memory);
+        let buffers = Buffers::new(&spec, &settings, store, &mut memory);
+        let loss = kernels.loss_sum(&mut memory);
+        let unused = memory.untaken();
+        assert!(unused.is_empty(), "the plan has regions that nobody uses: {unused:?}");
+        let (arena_bytes, residency) = (memory.bytes(), memory.residency(&plan));
+        Model {
+            kernels,
+            spec,
+            weights,
+            parameters,
+            settings,
+            plan,
+            dropout,
+            buffers,
+            loss,
+            arena_bytes,
+            residency,
+            cached_tokens: 0,
+        }
+    }
 }
 
 impl Model {
@@ -83,35 +136,18 @@ impl<K: Kernels> Model<K> {
     pub fn on(
         kernels: K,
         spec: ModelSpec,
-        mut weights: Weights<K>,
+        weights: Weights<K>,
         settings: Settings,
         dropout: Option<(f32, u64)>,
     ) -> Result<Self> {
-        weights.attach(&settings.targets);
-        let plan = kernels.plan(&spec, &settings);
-        let mut memory = kernels.allocate(&plan)?;
-        let store = kernels.offload_store(&plan, settings.scratch_folder.as_deref())?;
-        let targets = settings.targets.clone();
-        let parameters = Parameters::new(kernels.clone(), targets, &plan, &mut memory);
-        let buffers = Buffers::new(&spec, &settings, store, &mut memory);
-        let loss = kernels.loss_sum(&mut memory);
-        let unused = memory.untaken();
-        assert!(unused.is_empty(), "the plan has regions that nobody uses: {unused:?}");
-        let (arena_bytes, residency) = (memory.bytes(), memory.residency(&plan));
-        Ok(Model {
-            kernels,
-            spec,
-            weights,
-            parameters,
-            settings,
-            plan,
-            dropout,
-            buffers,
-            loss,
-            arena_bytes,
-            residency,
-            cached_tokens: 0,
-        })
+        let frozen = Frozen { kernels, spec, weights, dropout };
+        let reserved = frozen.reserve(&settings)?;
+        Ok(frozen.with_buffers(settings, reserved))
+    }
+
+    /// What the plan was made for.
+    pub fn settings(&self) -> &Settings {
+        &self.settings
     }
 
     /// What the model is.
@@ -162,7 +198,9 @@ impl<K: Kernels> Model<K> {
     /// `Usage` when the batch is larger than planned, `Input` when an id is outside the vocabulary.
     pub fn forward_backward(&mut self, batch: &Batch, scale: f32, step: u64) -> Result<f64> {
         let (tokens, targets) = self.begin(batch)?;
-        let dropout = self.dropout.map(|(probability, seed)| Dropout { probability, seed, step });
+        let first_token = batch.first_token;
+        let dropout = |(probability, seed)| Dropout { probability, seed, step, first_token };
+        let dropout = self.dropout.map(dropout);
         ledger::enter(Phase::Forward);
         self.forward(
             &batch.input_ids,

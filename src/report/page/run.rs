@@ -6,8 +6,8 @@ use super::chart::{Chart, Frame, Series, chart, smooth};
 use crate::cli::size::ByteSize;
 use crate::report::figures::{clock, short_count, thousands};
 use crate::train::events::{
-    EndEvent, EndReason, EvalEvent, Event, ParameterCounts, SampleEvent, SaveEvent, StartEvent,
-    StepEvent,
+    EndEvent, EndReason, EvalEvent, Event, OutOfMemoryEvent, ParameterCounts, SampleEvent,
+    SaveEvent, StartEvent, StepEvent,
 };
 
 /// Epochs whose ends are marked; more would hide the curve.
@@ -20,6 +20,7 @@ pub struct Run<'a> {
     pub(super) evals: Vec<&'a EvalEvent>,
     pub(super) samples: Vec<&'a SampleEvent>,
     pub(super) saves: Vec<&'a SaveEvent>,
+    pub(super) out_of_memory: Vec<&'a OutOfMemoryEvent>,
     pub(super) end: Option<&'a EndEvent>,
 }
 
@@ -54,6 +55,7 @@ impl<'a> Run<'a> {
             evals: Vec::new(),
             samples: Vec::new(),
             saves: Vec::new(),
+            out_of_memory: Vec::new(),
             end: None,
         };
         for event in events {
@@ -63,6 +65,7 @@ impl<'a> Run<'a> {
                 Event::Eval(eval) => run.evals.push(eval),
                 Event::Sample(sample) => run.samples.push(sample),
                 Event::Save(save) => run.saves.push(save),
+                Event::OutOfMemory(event) => run.out_of_memory.push(event),
                 Event::End(end) => run.end = Some(end),
             }
         }

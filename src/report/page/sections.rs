@@ -8,7 +8,7 @@ use crate::cli::size::ByteSize;
 use crate::ledger::rows::{Account, Row};
 use crate::report::figures::thousands;
 use crate::report::memory_page::{Figures, figures};
-use crate::train::events::{EvalEvent, SampleEvent, SaveEvent};
+use crate::train::events::{EvalEvent, OutOfMemoryEvent, SampleEvent, SaveEvent};
 
 /// Lines of the log that are shown.
 const MOST_LOG_ROWS: usize = 200;
@@ -34,6 +34,8 @@ pub struct Memory {
     figures: Figures,
     /// The process from step to step.
     chart: Option<Chart>,
+    /// Where memory ran short, in words.
+    short: Vec<String>,
 }
 
 /// Texts of a data file.
@@ -69,6 +71,16 @@ pub struct Log {
     rows: Vec<[String; 8]>,
 }
 
+fn short_of_memory(event: &OutOfMemoryEvent) -> String {
+    let (from, to) = (thousands(event.from_tokens), thousands(event.to_tokens));
+    format!(
+        "After step {}, memory ran short ({}): forward passes have at most {to} tokens since then, \
+         {from} before. Steps are as large as before.",
+        thousands(event.step),
+        event.reason,
+    )
+}
+
 impl Run<'_> {
     /// Answers by prompt, in the order in which the prompts came.
     pub fn samples(&self) -> Vec<Prompt> {
@@ -95,7 +107,8 @@ impl Run<'_> {
             ..Account::default()
         };
         let account = self.end.and_then(|end| end.memory.clone()).unwrap_or_else(planned);
-        Some(Memory { figures: figures(&account), chart: self.memory_chart() })
+        let short = self.out_of_memory.iter().map(|event| short_of_memory(event)).collect();
+        Some(Memory { figures: figures(&account), chart: self.memory_chart(), short })
     }
 
     /// The data files.

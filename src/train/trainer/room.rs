@@ -1,0 +1,37 @@
+//! Memory that runs short: room is made, and what was being done is done again.
+
+use super::{Parts, Trainer};
+use crate::error::{Error, Result};
+use crate::train::events::{Event, OutOfMemoryEvent};
+use crate::train::trainee::{Shrunk, Trainee};
+
+impl<M: Trainee> Trainer<'_, M> {
+    /// Does `work`; where memory runs short, again with smaller passes, until it is done or no
+    /// pass can be smaller. `work` begins anew each time.
+    pub(super) fn with_room<T>(
+        &mut self,
+        mut work: impl FnMut(&mut M, &Parts) -> Result<T>,
+    ) -> Result<T> {
+        loop {
+            let message = match work(self.model, &self.parts) {
+                Err(Error::Budget(message)) => message,
+                done => return done,
+            };
+            let Some(shrunk) = self.model.shrink()? else { return Err(Error::Budget(message)) };
+            self.tell_of_shortage(message.what, shrunk)?;
+        }
+    }
+
+    /// Logs that memory ran short.
+    pub(super) fn tell_of_shortage(&mut self, reason: String, shrunk: Shrunk) -> Result<()> {
+        let event = OutOfMemoryEvent {
+            step: self.state.step,
+            epoch: self.epoch(),
+            reason,
+            from_tokens: shrunk.from_tokens as u64,
+            to_tokens: shrunk.to_tokens as u64,
+        };
+        self.parts.progress.out_of_memory(&event);
+        self.record(Event::OutOfMemory(event))
+    }
+}

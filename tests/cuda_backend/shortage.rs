@@ -1,0 +1,69 @@
+//! Memory that runs short in the middle of a pass, and a driver that has less than was planned.
+
+use nibble::error::Error;
+use nibble::model::parameters::Part;
+use nibble::plan::Policy;
+
+use super::golden::Case;
+use super::{gpu, model, nf4, settings};
+
+#[test]
+fn a_pass_that_finds_no_memory_is_repeated_in_parts_with_the_same_sums() {
+    let Some(gpu) = gpu() else { return };
+    let case = Case::open("llama_s0");
+    let (batch, shape) = case.tensors("ref.safetensors").batch("input_ids", "labels");
+    assert!(batch.cu_seqlens.len() > 2, "documents can be parted");
+    let scale = 1.0 / batch.num_targets as f32;
+    let mut plan = settings(&case, Some("adapter_init"), &[Policy::Keep], true);
+    (plan.tokens, plan.longest_document, plan.lora_dropout) = (batch.tokens(), shape[1], true);
+    let fresh = || {
+        let dropout = Some((0.3, 5));
+        model(&gpu, &case, Some(nf4(true)), Some("adapter_init"), plan.clone(), dropout)
+    };
+    let whole = || {
+        let mut model = fresh();
+        let loss = model.forward_backward(&batch, scale, 0).unwrap();
+        (loss, model.parameters().values(Part::Gradients).unwrap().into_owned())
+    };
+    let (loss, gradients) = whole();
+    for launches in [0, 7, 60] {
+        let mut model = fresh();
+        let moments = vec![0.25; gradients.len()];
+        model.parameters_mut().set_values(Part::SecondMoment, &moments);
+        let master = model.parameters().values(Part::Master).unwrap().into_owned();
+        gpu.driver().fail_after(launches);
+        let error = model.forward_backward(&batch, scale, 0).unwrap_err();
+        assert!(matches!(error, Error::Budget(_)), "{launches}: {error}");
+        let before = model.arena_bytes();
+        let mut model = model.with_fewer_tokens().unwrap();
+        assert!(model.arena_bytes() < before);
+        assert_eq!(*model.parameters().values(Part::Master).unwrap(), *master);
+        assert_eq!(*model.parameters().values(Part::SecondMoment).unwrap(), *moments);
+        let parts = batch.split(model.settings().tokens);
+        assert!(parts.len() > 1);
+        model.parameters_mut().zero_gradients();
+        let sum: f64 =
+            parts.iter().map(|part| model.forward_backward(part, scale, 0).unwrap()).sum();
+        assert!((sum / loss - 1.0).abs() < 1e-3, "{sum} {loss}");
+        let got = model.parameters().values(Part::Gradients).unwrap();
+        let error = super::error_in_norm(&got, &gradients);
+        assert!(error < 1e-2, "{launches}: gradients are off by {error:e}");
+    }
+}
+
+#[test]
+fn a_plan_that_the_driver_refuses_becomes_a_smaller_one() {
+    let Some(gpu) = gpu() else { return };
+    let case = Case::open("qwen2_s0");
+    let mut plan = settings(&case, Some("adapter_init"), &[Policy::Keep], true);
+    (plan.tokens, plan.longest_document) = (256, 24);
+    let large = model(&gpu, &case, None, Some("adapter_init"), plan.clone(), None);
+    plan.tokens = 65;
+    let planned = model(&gpu, &case, None, Some("adapter_init"), plan, None).arena_bytes();
+    gpu.driver().limit(planned);
+    let small = large.with_fewer_tokens().unwrap();
+    assert_eq!(small.settings().tokens, 64, "256 and 128 do not fit");
+    gpu.driver().limit(0);
+    let error = small.with_fewer_tokens().err().unwrap();
+    assert!(matches!(error, Error::Budget(_)), "{error}");
+}
