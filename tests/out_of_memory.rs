@@ -1,6 +1,5 @@
 //! Memory that the system refuses: a run goes on with smaller passes and the same sums.
 
-#[allow(dead_code)]
 mod golden;
 mod training;
 
