@@ -34,17 +34,26 @@ impl Device {
     /// `None`, aloud, where kernels cannot be compiled for the emulator. A card that is asked for
     /// and missing fails the test.
     pub fn open() -> Option<Self> {
-        let driver: Box<dyn Driver> = match std::env::var("NIBBLE_TEST_DEVICE").as_deref() {
-            Ok("cuda") => Box::new(Gpu::open(0).expect("NIBBLE_TEST_DEVICE=cuda needs a card")),
-            Ok(other) => panic!("NIBBLE_TEST_DEVICE is `{other}`, expected `cuda`"),
-            Err(_) => return Self::emulated(Copies::AtOnce),
+        Self::with(Copies::AtOnce)
+    }
+
+    /// The same, an emulator with copies of the second stream made when it says.
+    pub fn with(copies: Copies) -> Option<Self> {
+        let driver: Box<dyn Driver> = if Self::is_a_card() {
+            Box::new(Gpu::open(0).expect("NIBBLE_TEST_DEVICE=cuda needs a card"))
+        } else {
+            Box::new(Emulated::new(copies)?)
         };
         Some(Self::watching(driver))
     }
 
-    /// The emulator with copies of the second stream made when it says.
-    pub fn emulated(copies: Copies) -> Option<Self> {
-        Some(Self::watching(Box::new(Emulated::new(copies)?)))
+    /// Whether a real card is under test.
+    pub fn is_a_card() -> bool {
+        match std::env::var("NIBBLE_TEST_DEVICE").as_deref() {
+            Ok("cuda") => true,
+            Ok(other) => panic!("NIBBLE_TEST_DEVICE is `{other}`, expected `cuda`"),
+            Err(_) => false,
+        }
     }
 
     fn watching(driver: Box<dyn Driver>) -> Self {

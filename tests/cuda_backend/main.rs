@@ -13,10 +13,10 @@ mod golden;
 mod attention;
 mod device;
 mod emulated;
+mod offload;
 mod shortage;
 
 use device::Device;
-use emulated::Copies;
 use golden::{CASES, Case};
 use nibble::adapter::{Adapter, LoraPlus};
 use nibble::checkpoint::Checkpoint;
@@ -78,68 +78,6 @@ fn model(
 /// `None`, aloud, without g++.
 fn gpu() -> Option<Gpu> {
     Some(Cuda::new(Device::open()?).unwrap())
-}
-
-/// Blocks that are offloaded among others, and next to each other; copies as early and as late as
-/// they may be made.
-#[test]
-fn offloaded_inputs_give_the_bits_of_checkpointed_ones() {
-    use Policy::{Checkpoint, Keep, Offload};
-    let case = Case::open("llama_s0");
-    let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
-    let run = |copies: Copies, policies: &[Policy]| {
-        let gpu = Cuda::new(Device::emulated(copies)?).unwrap();
-        let adapter = Some("adapter_init");
-        let mut settings = settings(&case, adapter, &[], true);
-        // The golden model's blocks, over and over.
-        settings.policies = policies.to_vec();
-        let mut model = deep_model(&gpu, &case, settings);
-        let scale = 1.0 / batch.num_targets as f32;
-        let mut losses = Vec::new();
-        for step in 0..2 {
-            // An evaluation between leaves slots with copies that nobody read.
-            losses.push(model.forward_backward(&batch, scale, step).unwrap().to_bits());
-            losses.push(model.evaluate(&batch).unwrap().to_bits());
-        }
-        let offloaded = model.plan().offloaded.iter().map(|region| region.bytes()).sum::<usize>();
-        assert_eq!(offloaded, model.plan().offloaded_bytes());
-        assert_eq!(model.arena_bytes(), model.plan().arena_bytes());
-        Some((losses, model.parameters().values(Part::Gradients).unwrap().into_owned()))
-    };
-    let Some(expected) = run(Copies::AtOnce, &[Checkpoint; 6]) else { return };
-    assert!(expected.1.iter().all(|x| x.is_finite()));
-    for policies in [
-        [Offload; 6],
-        [Offload, Checkpoint, Offload, Offload, Keep, Offload],
-        [Checkpoint, Offload, Keep, Keep, Keep, Keep],
-        [Keep, Keep, Checkpoint, Offload, Offload, Keep],
-    ] {
-        for copies in [Copies::AtOnce, Copies::WhenAwaited] {
-            assert!(run(copies, &policies).unwrap() == expected, "{copies:?} {policies:?}");
-        }
-    }
-    let without = run(Copies::Never, &[Offload; 6]).unwrap();
-    assert!(without.1 != expected.1, "the copies matter");
-}
-
-/// The golden model with its blocks repeated to as many as there are policies.
-fn deep_model(gpu: &Gpu, case: &Case, mut settings: Settings) -> Model<Gpu> {
-    let layers = settings.policies.len();
-    let (mut spec, checkpoint) = (case.spec(), Checkpoint::open(&case.path).unwrap());
-    let mut weights = Weights::load(&checkpoint, &spec, None, None).unwrap();
-    let adapter = Adapter::load(&case.path.join("adapter_init"), &spec).unwrap();
-    while weights.blocks.len() < layers {
-        weights.blocks.extend(Weights::load(&checkpoint, &spec, None, None).unwrap().blocks);
-    }
-    weights.blocks.truncate(layers);
-    spec.num_layers = layers;
-    spec.windows = spec.windows.iter().copied().cycle().take(layers).collect();
-    // Adapters of the first blocks only.
-    settings.targets = adapter.targets.clone();
-    let weights = weights.upload(gpu).unwrap();
-    let mut model = Model::on(gpu.clone(), spec, weights, settings, None).unwrap();
-    model.parameters_mut().load(&adapter);
-    model
 }
 
 /// ‖got − expected‖ / ‖expected‖.
