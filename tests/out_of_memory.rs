@@ -96,6 +96,14 @@ fn a_refused_mapping_shrinks_the_run() {
     let tokens = |name: &str| event[name].as_u64().unwrap();
     assert!(tokens("to_tokens") <= tokens("from_tokens") / 2 && tokens("to_tokens") >= 25);
     assert!(String::from_utf8(place.read("limited/report.html")).unwrap().contains("ran short"));
+    let end = events.iter().find(|event| event["event"] == "end").unwrap();
+    for row in &end["memory"]["rows"].as_array().unwrap()[2..] {
+        let bytes = |key: &str| row[key].as_u64().unwrap();
+        let (planned, measured) = (bytes("planned_bytes"), bytes("measured_bytes"));
+        assert!(measured <= planned + 8192, "{row}");
+        // The last of the parts may be short; the plan of the whole batch is four times as large.
+        assert!(measured + 8192 >= planned / 2, "{row}");
+    }
     let losses = |out: &str| -> Vec<f64> {
         let text = String::from_utf8(place.read(&format!("{out}/metrics.jsonl"))).unwrap();
         let events = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());

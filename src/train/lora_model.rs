@@ -6,13 +6,13 @@ use std::path::Path;
 use nibble_quant::FloatType;
 
 use super::backend::{TrainingKernels, Update};
+use super::meter::Meter;
 use super::preview::Preview;
 use super::trainee::{Shrunk, Trainee};
 use crate::adapter::Adapter;
 use crate::data::Batch;
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
-use crate::ledger::Watch;
 use crate::ledger::rows::Account;
 use crate::model::Model;
 use crate::model::parameters::{ParameterTensor, Part};
@@ -27,7 +27,7 @@ pub struct LoraModel<K: TrainingKernels = Cpu> {
     preview: Preview,
     /// Fewer tokens than these in a pass, since the beginning.
     wanted_tokens: usize,
-    watched: Option<(Watch, Account)>,
+    watched: Option<(Meter, Account)>,
 }
 
 impl<K: TrainingKernels> LoraModel<K> {
@@ -47,9 +47,12 @@ impl<K: TrainingKernels> LoraModel<K> {
         LoraModel { model, adapter, dtype, preview, wanted_tokens, watched: None }
     }
 
-    /// Accounts for its memory: `watch` began before the weights were read, `account` is the plan.
-    pub fn watched(self, watch: Watch, account: Account) -> Self {
-        LoraModel { watched: Some((watch, account)), ..self }
+    /// Accounts for its memory: `meter` began before the weights were read, `account` is the plan.
+    pub fn watched(self, meter: Meter, mut account: Account) -> Self {
+        if self.model().settings().tokens < self.wanted_tokens {
+            account.replan(self.model().plan());
+        }
+        LoraModel { watched: Some((meter, account)), ..self }
     }
 
     /// The model.
@@ -128,8 +131,9 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
     }
 
     fn memory(&self) -> Option<Account> {
-        let (watch, account) = self.watched.as_ref()?;
-        let measured = watch.measured(self.model().region_bytes());
+        let (meter, account) = self.watched.as_ref()?;
+        let kernels = self.model().parameters().kernels();
+        let measured = meter.measured(kernels, self.model().region_bytes()).ok()?;
         Some(account.clone().measured(self.model().plan(), measured))
     }
 

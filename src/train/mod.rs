@@ -12,6 +12,7 @@ pub mod events;
 pub mod feed;
 pub mod interrupt;
 pub mod lora_model;
+pub mod meter;
 pub mod preview;
 pub mod progress;
 pub mod recipe;

@@ -6,6 +6,7 @@
 use std::alloc::Layout;
 use std::collections::HashMap;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 
 use half::bf16;
 use nibble::Result;
@@ -32,13 +33,20 @@ pub struct Emulated {
     copies: Copies,
     queue: Mutex<Vec<Copy>>,
     memory: Mutex<HashMap<Address, Layout>>,
+    /// Of the device, without staging.
+    allocated_bytes: AtomicU64,
 }
+
+/// What there is of memory.
+const TOTAL_BYTES: u64 = 1 << 30;
 
 impl Emulated {
     /// `None`, aloud, where the kernels cannot be compiled.
     pub fn new(copies: Copies) -> Option<Self> {
         let (memory, queue) = (Mutex::default(), Mutex::default());
-        Some(Emulated { emulator: emulator::emulator()?, copies, queue, memory })
+        let allocated_bytes = AtomicU64::new(0);
+        let emulator = emulator::emulator()?;
+        Some(Emulated { emulator, copies, queue, memory, allocated_bytes })
     }
 
     /// Puts a copy behind all others of the second stream.
@@ -105,10 +113,13 @@ fn kernel_argument(argument: &Argument) -> emulator::Argument {
 
 impl Driver for Emulated {
     fn allocate(&self, bytes: usize) -> Result<Address> {
+        self.allocated_bytes.fetch_add(bytes.max(1) as u64, Relaxed);
         Ok(self.reserve(bytes) as Address)
     }
 
     fn free(&self, address: Address) {
+        let bytes = self.memory.lock().unwrap()[&address].size();
+        self.allocated_bytes.fetch_sub(bytes as u64, Relaxed);
         self.release(address);
     }
 
@@ -211,7 +222,7 @@ impl Driver for Emulated {
     }
 
     fn memory(&self) -> Result<(u64, u64)> {
-        Ok((1 << 30, 1 << 30))
+        Ok((TOTAL_BYTES - self.allocated_bytes.load(Relaxed), TOTAL_BYTES))
     }
 
     fn synchronize(&self) -> Result<()> {

@@ -13,6 +13,7 @@ mod golden;
 mod attention;
 mod device;
 mod emulated;
+mod meter;
 mod offload;
 mod shortage;
 

@@ -15,7 +15,6 @@ use crate::commands::device;
 use crate::data::ChatTokenizer;
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
-use crate::ledger::Watch;
 use crate::ledger::rows::Row;
 use crate::model::Model;
 use crate::model::families::spec_from_config;
@@ -29,6 +28,7 @@ use crate::train::checkpoints;
 use crate::train::events::{EndEvent, EndReason, Event, ParameterCounts, RunLog, StartEvent};
 use crate::train::interrupt::Interrupt;
 use crate::train::lora_model::LoraModel;
+use crate::train::meter::Meter;
 use crate::train::preview::Preview;
 use crate::train::progress::Progress;
 use crate::train::start::{self, AdapterOrigin};
@@ -144,13 +144,13 @@ impl Base {
         memory: Memory,
         adapter: Adapter,
     ) -> Result<LoraModel<K>> {
-        let mut watch = Watch::begin();
-        let Memory { settings, stream, account, in_process, .. } = memory;
+        let mut meter = Meter::begin(&kernels)?;
+        let Memory { settings, stream, account, .. } = memory;
         let format = args.model.block_format();
         let weights = Weights::load(&self.checkpoint, &self.spec, format.as_ref(), None)?;
         let mut weights = weights.upload(&kernels)?;
         weights.streaming = stream.then(|| Streaming::new(&self.checkpoint, &self.spec));
-        watch.loaded();
+        meter.loaded(&kernels)?;
         let dropout = adapter.config.lora_dropout as f32;
         let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));
         let wanted_tokens = settings.tokens;
@@ -160,8 +160,7 @@ impl Base {
             AdapterDtype::F32 => FloatType::F32,
         };
         let model = LoraModel::new(model, adapter, dtype, self.preview, wanted_tokens);
-        // The ledger watches the process; what a GPU holds is the plan itself.
-        Ok(if in_process { model.watched(watch, account) } else { model })
+        Ok(model.watched(meter, account))
     }
 }
 
@@ -183,7 +182,12 @@ fn report(args: &TrainArgs, end: &EndEvent, (predicted_bytes, in_process): (u64,
     if in_process {
         println!("memory: planned {predicted}, measured peak {measured}");
     } else {
-        println!("memory: planned {predicted} of the GPU; the program itself took {measured}");
+        let in_use = end.memory.as_ref().and_then(|account| account.peak_bytes);
+        let in_use = in_use.map_or("an unknown part".to_string(), |it| ByteSize(it).to_string());
+        println!(
+            "memory: planned {predicted} of the GPU, {in_use} of it in use at the end; the program \
+             itself took {measured}"
+        );
     }
     if let Some((loss, step)) = end.best {
         println!("lowest evaluation loss {loss:.4} at step {step}");

@@ -156,10 +156,11 @@ fn exact(name: &str, planned: u64, measured: Option<u64>) -> String {
     }
 }
 
-/// Phases that were seen; all of them before a run.
+/// Phases that were seen; all of them where none was, before a run or on a GPU.
 fn phases(account: &Account) -> Vec<Bar> {
     let total = |row: &PhaseRow| row.planned_bytes.iter().sum::<u64>();
-    let shown = |row: &&PhaseRow| account.peak_bytes.is_none() || row.measured_bytes.is_some();
+    let none_seen = account.phases.iter().all(|row| row.measured_bytes.is_none());
+    let shown = |row: &&PhaseRow| none_seen || row.measured_bytes.is_some();
     let rows: Vec<&PhaseRow> = account.phases.iter().filter(shown).collect();
     let most = rows.iter().map(|row| total(row).max(row.measured_bytes.unwrap_or(0))).max();
     let width = most.unwrap_or(0).max(1) as f64;
