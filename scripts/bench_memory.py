@@ -20,7 +20,8 @@ from pathlib import Path
 MODES = ("resident", "stream")
 # Goals: the peak within this share of the plan, and the losses equal.
 LARGEST_DIFFERENCE = 0.03
-GIB = 1 << 30
+# What the checkpoints of a shape take on the disk at a time.
+DISK_GB = {"llama-2-7b": 18, "1b": 3.2, "tiny": 0.01}
 
 
 def parse_arguments():
@@ -115,6 +116,12 @@ def check(runs):
 def main():
     arguments = parse_arguments()
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
+        free_gb = shutil.disk_usage(work).free / 1e9
+        if free_gb < DISK_GB.get(arguments.preset, 0):
+            what = f"{work} has {free_gb:.1f} GB free, {arguments.preset} needs {DISK_GB[arguments.preset]}"
+            if arguments.check:
+                return print(f"skipped: {what}")
+            sys.exit(what)
         dense, packed = Path(work, "dense"), Path(work, "packed")
         generator = Path(__file__).with_name("make_checkpoint.py")
         run([sys.executable, generator, dense, "--preset", arguments.preset])

@@ -66,7 +66,9 @@ mod tests {
         // Read before the peak: other tests' memory comes and goes in the meantime.
         let now = now_bytes();
         let peak = peak_bytes();
-        assert!(now > before + BYTES as u64 / 2 && peak >= now, "{before} {now} {peak}");
+        // The system sums the counts of its processors now and then.
+        const SLACK: u64 = 16 << 20;
+        assert!(now > before + BYTES as u64 / 2 && peak + SLACK >= now, "{before} {now} {peak}");
         assert_eq!(buffer[BYTES - 1], 1);
     }
 }
