@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 use crate::cli::doctor::DoctorArgs;
 use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
-use crate::kernels::cuda::library::{self, DriverInfo, LOWEST_CAPABILITY};
+use crate::kernels::cuda::devices::{self, DriverInfo, LOWEST_CAPABILITY};
 use crate::kernels::cuda::search::{self, CUBLAS};
 use crate::ledger::resident;
 
@@ -25,7 +25,7 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
     let findings = Findings {
         threads: std::thread::available_parallelism().map_or(1, usize::from),
         available_bytes: resident::available_bytes(),
-        driver: library::driver_info(),
+        driver: devices::driver_info(),
         cublas: search::open(&CUBLAS).map(|found| found.name),
     };
     if args.json {

@@ -1,241 +1,33 @@
-//! A real GPU: the driver's and cuBLAS' functions, found when the program runs.
-//!
-//! Only the functions that are used are declared, with the types of cuda.h and cublas_api.h. Every
-//! return code is looked at. Nothing here is needed to build or start the program, and a missing
-//! library or function is an error that names it.
+//! A real GPU. Every return code is looked at.
 #![allow(unsafe_code)]
-#![allow(clippy::type_complexity)] // C prototypes
 
 use std::collections::HashMap;
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::ffi::{CString, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::Mutex;
 
-use libloading::Library;
-
+use super::devices::{LOWEST_CAPABILITY, device_info};
 use super::driver::{Address, Driver, Gemm, Launch};
-use super::search::{self, CUBLAS, DRIVER};
+use super::functions::{Cublas, Cuda, Handle, open_driver};
+use super::search::{self, CUBLAS};
 use crate::error::{Error, Result};
 use crate::plan::settings::OFFLOAD_SLOTS;
 
 /// The kernels, compiled for compute capability 8.0: every later card runs them.
 const PTX: &str = include_str!("kernels.ptx");
-/// Lowest compute capability of the PTX.
-pub const LOWEST_CAPABILITY: (i32, i32) = (8, 0);
 
 // cuda.h
-const DEVICE_ATTRIBUTE_MULTIPROCESSORS: c_int = 16;
-const DEVICE_ATTRIBUTE_MAJOR: c_int = 75;
-const DEVICE_ATTRIBUTE_MINOR: c_int = 76;
 const FUNCTION_ATTRIBUTE_DYNAMIC_SHARED_BYTES: c_int = 8;
 const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_DISABLE_TIMING: c_uint = 2;
-const CUBLAS_ALLOC_FAILED: c_int = 3;
-const ERROR_OUT_OF_MEMORY: c_int = 2;
 /// Dynamic shared memory that a kernel may use unasked.
 const PLAIN_SHARED_BYTES: u32 = 48 << 10;
 // library_types.h, cublas_api.h
+const CUBLAS_ALLOC_FAILED: c_int = 3;
 const CUDA_R_32F: c_int = 0;
 const CUDA_R_16BF: c_int = 14;
 const COMPUTE_32F: c_int = 68;
 const GEMM_DEFAULT: c_int = -1;
-
-type Handle = *mut c_void;
-
-macro_rules! functions {
-    ($(#[$doc:meta])* $table:ident: $($field:ident = $symbol:literal ($($type:ty),*);)*) => {
-        $(#[$doc])*
-        struct $table { $($field: unsafe extern "C" fn($($type),*) -> c_int,)* _library: Library }
-
-        impl $table {
-            fn load(library: Library, name: &str) -> Result<Self> {
-                $(
-                    // SAFETY: the symbol has this prototype in the library's header.
-                    let $field = unsafe {
-                        *library
-                            .get::<unsafe extern "C" fn($($type),*) -> c_int>(
-                                concat!($symbol, "\0").as_bytes(),
-                            )
-                            .map_err(|e| Error::gpu(format_args!("{name} lacks {}: {e}", $symbol)))?
-                    };
-                )*
-                Ok($table { $($field,)* _library: library })
-            }
-        }
-    };
-}
-
-functions! {
-    /// libcuda.
-    Cuda:
-    init = "cuInit" (c_uint);
-    driver_version = "cuDriverGetVersion" (*mut c_int);
-    device_count = "cuDeviceGetCount" (*mut c_int);
-    device_get = "cuDeviceGet" (*mut c_int, c_int);
-    device_name = "cuDeviceGetName" (*mut c_char, c_int, c_int);
-    device_memory = "cuDeviceTotalMem_v2" (*mut usize, c_int);
-    device_attribute = "cuDeviceGetAttribute" (*mut c_int, c_int, c_int);
-    context_retain = "cuDevicePrimaryCtxRetain" (*mut Handle, c_int);
-    context_release = "cuDevicePrimaryCtxRelease_v2" (c_int);
-    context_use = "cuCtxSetCurrent" (Handle);
-    memory_info = "cuMemGetInfo_v2" (*mut usize, *mut usize);
-    allocate = "cuMemAlloc_v2" (*mut u64, usize);
-    free = "cuMemFree_v2" (u64);
-    allocate_host = "cuMemHostAlloc" (*mut *mut c_void, usize, c_uint);
-    free_host = "cuMemFreeHost" (*mut c_void);
-    upload = "cuMemcpyHtoDAsync_v2" (u64, *const c_void, usize, Handle);
-    download = "cuMemcpyDtoHAsync_v2" (*mut c_void, u64, usize, Handle);
-    copy = "cuMemcpyDtoDAsync_v2" (u64, u64, usize, Handle);
-    fill = "cuMemsetD8Async" (u64, u8, usize, Handle);
-    stream_create = "cuStreamCreate" (*mut Handle, c_uint);
-    stream_destroy = "cuStreamDestroy_v2" (Handle);
-    stream_wait_event = "cuStreamWaitEvent" (Handle, Handle, c_uint);
-    event_create = "cuEventCreate" (*mut Handle, c_uint);
-    event_destroy = "cuEventDestroy_v2" (Handle);
-    event_record = "cuEventRecord" (Handle, Handle);
-    stream_wait = "cuStreamSynchronize" (Handle);
-    module_load = "cuModuleLoadData" (*mut Handle, *const c_void);
-    module_function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
-    function_attribute = "cuFuncSetAttribute" (Handle, c_int, c_int);
-    launch = "cuLaunchKernel" (
-        Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle,
-        *mut *mut c_void, *mut *mut c_void
-    );
-    error_text = "cuGetErrorString" (c_int, *mut *const c_char);
-}
-
-functions! {
-    /// libcublas.
-    Cublas:
-    create = "cublasCreate_v2" (*mut Handle);
-    destroy = "cublasDestroy_v2" (Handle);
-    set_stream = "cublasSetStream_v2" (Handle, Handle);
-    set_workspace = "cublasSetWorkspace_v2" (Handle, *mut c_void, usize);
-    gemm = "cublasGemmEx" (
-        Handle, c_int, c_int, c_int, c_int, c_int, *const c_void, *const c_void, c_int, c_int,
-        *const c_void, c_int, c_int, *const c_void, *mut c_void, c_int, c_int, c_int, c_int
-    );
-    gemm_batched = "cublasGemmStridedBatchedEx" (
-        Handle, c_int, c_int, c_int, c_int, c_int, *const c_void, *const c_void, c_int, c_int, i64,
-        *const c_void, c_int, c_int, i64, *const c_void, *mut c_void, c_int, c_int, i64, c_int,
-        c_int, c_int
-    );
-}
-
-impl Cuda {
-    fn check(&self, act: &str, code: c_int) -> Result<()> {
-        if code == 0 {
-            return Ok(());
-        }
-        let mut text: *const c_char = ptr::null();
-        // SAFETY: writes a pointer to a static string, or null for an unknown code.
-        unsafe { (self.error_text)(code, &mut text) };
-        let text = if text.is_null() {
-            "unknown error".into()
-        } else {
-            // SAFETY: a static string with a final zero.
-            unsafe { CStr::from_ptr(text) }.to_string_lossy()
-        };
-        let what = format_args!("cannot {act}: {text} (CUDA error {code})");
-        Err(match code {
-            ERROR_OUT_OF_MEMORY => Error::budget(what)
-                .hint("lower `--max-length`, give a `--memory-budget`, or free the GPU"),
-            _ => Error::gpu(what),
-        })
-    }
-}
-
-/// A device as the driver describes it.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
-pub struct DeviceInfo {
-    /// Number for `--device cuda:N`.
-    pub index: i32,
-    /// Product name.
-    pub name: String,
-    /// Compute capability.
-    pub capability: (i32, i32),
-    /// Multiprocessors.
-    pub multiprocessors: i32,
-    /// Bytes of memory.
-    pub total_bytes: u64,
-    /// Bytes that are free.
-    pub free_bytes: u64,
-}
-
-/// What the driver says.
-#[derive(Debug, Clone, PartialEq, serde::Serialize)]
-pub struct DriverInfo {
-    /// Highest CUDA version that it runs, such as 13.0.
-    pub cuda_version: (i32, i32),
-    /// All devices.
-    pub devices: Vec<DeviceInfo>,
-}
-
-/// Asks the driver for its version and devices.
-///
-/// # Errors
-/// `Gpu` when there is no driver or it refuses.
-pub fn driver_info() -> Result<DriverInfo> {
-    let cuda = open_driver()?;
-    let (mut version, mut count) = (0, 0);
-    // SAFETY: initialised by `open_driver`; the out-pointers are valid.
-    unsafe {
-        cuda.check("read the driver's version", (cuda.driver_version)(&mut version))?;
-        cuda.check("count the devices", (cuda.device_count)(&mut count))?;
-    }
-    let devices = (0..count).map(|index| device_info(&cuda, index)).collect::<Result<_>>()?;
-    Ok(DriverInfo { cuda_version: (version / 1000, version % 1000 / 10), devices })
-}
-
-fn open_driver() -> Result<Cuda> {
-    let found = search::open(&DRIVER)?;
-    let cuda = Cuda::load(found.library, &found.name)?;
-    // SAFETY: cuInit takes 0.
-    let code = unsafe { (cuda.init)(0) };
-    cuda.check("initialise the CUDA driver", code)?;
-    Ok(cuda)
-}
-
-fn device_info(cuda: &Cuda, index: i32) -> Result<DeviceInfo> {
-    let (mut device, mut total, mut name) = (0, 0usize, [0 as c_char; 256]);
-    let [mut major, mut minor, mut multiprocessors] = [0; 3];
-    // SAFETY: the out-pointers are valid, the name has the length that is given.
-    unsafe {
-        cuda.check("open the device", (cuda.device_get)(&mut device, index))?;
-        let length = name.len() as c_int - 1;
-        cuda.check("read its name", (cuda.device_name)(name.as_mut_ptr(), length, device))?;
-        cuda.check("read its memory", (cuda.device_memory)(&mut total, device))?;
-        for (value, attribute) in [
-            (&mut major, DEVICE_ATTRIBUTE_MAJOR),
-            (&mut minor, DEVICE_ATTRIBUTE_MINOR),
-            (&mut multiprocessors, DEVICE_ATTRIBUTE_MULTIPROCESSORS),
-        ] {
-            let code = (cuda.device_attribute)(value, attribute, device);
-            cuda.check("read its attributes", code)?;
-        }
-    }
-    // SAFETY: the driver ends the name with a zero, and the last byte is one.
-    let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
-    let free_bytes = free_bytes(cuda, device)?;
-    let (capability, total_bytes) = ((major, minor), total as u64);
-    Ok(DeviceInfo { index, name, capability, multiprocessors, total_bytes, free_bytes })
-}
-
-/// Free memory; makes a context for the question.
-fn free_bytes(cuda: &Cuda, device: c_int) -> Result<u64> {
-    let (mut context, mut free, mut total) = (ptr::null_mut(), 0, 0);
-    // SAFETY: the context is released after use, and no longer current then.
-    unsafe {
-        cuda.check("use the device", (cuda.context_retain)(&mut context, device))?;
-        let answer = cuda.check("use its context", (cuda.context_use)(context)).and_then(|()| {
-            cuda.check("read its free memory", (cuda.memory_info)(&mut free, &mut total))
-        });
-        (cuda.context_use)(ptr::null_mut());
-        (cuda.context_release)(device);
-        answer?;
-    }
-    Ok(free as u64)
-}
 
 /// One GPU at work.
 pub struct Gpu {

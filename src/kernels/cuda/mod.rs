@@ -7,7 +7,9 @@
 //! download).
 
 mod attention;
+pub mod devices;
 pub mod driver;
+mod functions;
 mod launch;
 pub mod library;
 pub mod memory;

@@ -1,0 +1,100 @@
+//! Which GPUs there are.
+#![allow(unsafe_code)]
+
+use std::ffi::{CStr, c_char, c_int};
+use std::ptr;
+
+use super::functions::{Cuda, open_driver};
+use crate::error::Result;
+
+/// Lowest compute capability of the PTX.
+pub const LOWEST_CAPABILITY: (i32, i32) = (8, 0);
+
+// cuda.h
+const DEVICE_ATTRIBUTE_MULTIPROCESSORS: c_int = 16;
+const DEVICE_ATTRIBUTE_MAJOR: c_int = 75;
+const DEVICE_ATTRIBUTE_MINOR: c_int = 76;
+
+/// A device as the driver describes it.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct DeviceInfo {
+    /// Number for `--device cuda:N`.
+    pub index: i32,
+    /// Product name.
+    pub name: String,
+    /// Compute capability.
+    pub capability: (i32, i32),
+    /// Multiprocessors.
+    pub multiprocessors: i32,
+    /// Bytes of memory.
+    pub total_bytes: u64,
+    /// Bytes that are free.
+    pub free_bytes: u64,
+}
+
+/// What the driver says.
+#[derive(Debug, Clone, PartialEq, serde::Serialize)]
+pub struct DriverInfo {
+    /// Highest CUDA version that it runs, such as 13.0.
+    pub cuda_version: (i32, i32),
+    /// All devices.
+    pub devices: Vec<DeviceInfo>,
+}
+
+/// Asks the driver for its version and devices.
+///
+/// # Errors
+/// `Gpu` when there is no driver or it refuses.
+pub fn driver_info() -> Result<DriverInfo> {
+    let cuda = open_driver()?;
+    let (mut version, mut count) = (0, 0);
+    // SAFETY: initialised by `open_driver`; the out-pointers are valid.
+    unsafe {
+        cuda.check("read the driver's version", (cuda.driver_version)(&mut version))?;
+        cuda.check("count the devices", (cuda.device_count)(&mut count))?;
+    }
+    let devices = (0..count).map(|index| device_info(&cuda, index)).collect::<Result<_>>()?;
+    Ok(DriverInfo { cuda_version: (version / 1000, version % 1000 / 10), devices })
+}
+
+/// What the driver says of device `index`.
+pub(super) fn device_info(cuda: &Cuda, index: i32) -> Result<DeviceInfo> {
+    let (mut device, mut total, mut name) = (0, 0usize, [0 as c_char; 256]);
+    let [mut major, mut minor, mut multiprocessors] = [0; 3];
+    // SAFETY: the out-pointers are valid, the name has the length that is given.
+    unsafe {
+        cuda.check("open the device", (cuda.device_get)(&mut device, index))?;
+        let length = name.len() as c_int - 1;
+        cuda.check("read its name", (cuda.device_name)(name.as_mut_ptr(), length, device))?;
+        cuda.check("read its memory", (cuda.device_memory)(&mut total, device))?;
+        for (value, attribute) in [
+            (&mut major, DEVICE_ATTRIBUTE_MAJOR),
+            (&mut minor, DEVICE_ATTRIBUTE_MINOR),
+            (&mut multiprocessors, DEVICE_ATTRIBUTE_MULTIPROCESSORS),
+        ] {
+            let code = (cuda.device_attribute)(value, attribute, device);
+            cuda.check("read its attributes", code)?;
+        }
+    }
+    // SAFETY: the driver ends the name with a zero, and the last byte is one.
+    let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
+    let free_bytes = free_bytes(cuda, device)?;
+    let (capability, total_bytes) = ((major, minor), total as u64);
+    Ok(DeviceInfo { index, name, capability, multiprocessors, total_bytes, free_bytes })
+}
+
+/// Free memory; makes a context for the question.
+fn free_bytes(cuda: &Cuda, device: c_int) -> Result<u64> {
+    let (mut context, mut free, mut total) = (ptr::null_mut(), 0, 0);
+    // SAFETY: the context is released after use, and no longer current then.
+    unsafe {
+        cuda.check("use the device", (cuda.context_retain)(&mut context, device))?;
+        let answer = cuda.check("use its context", (cuda.context_use)(context)).and_then(|()| {
+            cuda.check("read its free memory", (cuda.memory_info)(&mut free, &mut total))
+        });
+        (cuda.context_use)(ptr::null_mut());
+        (cuda.context_release)(device);
+        answer?;
+    }
+    Ok(free as u64)
+}

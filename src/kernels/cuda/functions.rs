@@ -1,0 +1,137 @@
+//! The driver's and cuBLAS' functions, found when the program runs.
+//!
+//! Only those that are used are declared, with the types of cuda.h and cublas_api.h. Nothing here is
+//! needed to build or start the program; a missing library or function is an error that names it.
+#![allow(unsafe_code)]
+#![allow(clippy::type_complexity)] // C prototypes
+
+use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ptr;
+
+use libloading::Library;
+
+use super::search::{self, DRIVER};
+use crate::error::{Error, Result};
+
+// cuda.h
+const ERROR_OUT_OF_MEMORY: c_int = 2;
+
+/// What the libraries hand out: contexts, streams, events, modules, functions.
+pub(super) type Handle = *mut c_void;
+
+macro_rules! functions {
+    ($(#[$doc:meta])* $table:ident: $($field:ident = $symbol:literal ($($type:ty),*);)*) => {
+        $(#[$doc])*
+        pub(super) struct $table { $(pub(super) $field: unsafe extern "C" fn($($type),*) -> c_int,)* _library: Library }
+
+        impl $table {
+            pub(super) fn load(library: Library, name: &str) -> Result<Self> {
+                $(
+                    // SAFETY: the symbol has this prototype in the library's header.
+                    let $field = unsafe {
+                        *library
+                            .get::<unsafe extern "C" fn($($type),*) -> c_int>(
+                                concat!($symbol, "\0").as_bytes(),
+                            )
+                            .map_err(|e| Error::gpu(format_args!("{name} lacks {}: {e}", $symbol)))?
+                    };
+                )*
+                Ok($table { $($field,)* _library: library })
+            }
+        }
+    };
+}
+
+functions! {
+    /// libcuda.
+    Cuda:
+    init = "cuInit" (c_uint);
+    driver_version = "cuDriverGetVersion" (*mut c_int);
+    device_count = "cuDeviceGetCount" (*mut c_int);
+    device_get = "cuDeviceGet" (*mut c_int, c_int);
+    device_name = "cuDeviceGetName" (*mut c_char, c_int, c_int);
+    device_memory = "cuDeviceTotalMem_v2" (*mut usize, c_int);
+    device_attribute = "cuDeviceGetAttribute" (*mut c_int, c_int, c_int);
+    context_retain = "cuDevicePrimaryCtxRetain" (*mut Handle, c_int);
+    context_release = "cuDevicePrimaryCtxRelease_v2" (c_int);
+    context_use = "cuCtxSetCurrent" (Handle);
+    memory_info = "cuMemGetInfo_v2" (*mut usize, *mut usize);
+    allocate = "cuMemAlloc_v2" (*mut u64, usize);
+    free = "cuMemFree_v2" (u64);
+    allocate_host = "cuMemHostAlloc" (*mut *mut c_void, usize, c_uint);
+    free_host = "cuMemFreeHost" (*mut c_void);
+    upload = "cuMemcpyHtoDAsync_v2" (u64, *const c_void, usize, Handle);
+    download = "cuMemcpyDtoHAsync_v2" (*mut c_void, u64, usize, Handle);
+    copy = "cuMemcpyDtoDAsync_v2" (u64, u64, usize, Handle);
+    fill = "cuMemsetD8Async" (u64, u8, usize, Handle);
+    stream_create = "cuStreamCreate" (*mut Handle, c_uint);
+    stream_destroy = "cuStreamDestroy_v2" (Handle);
+    stream_wait_event = "cuStreamWaitEvent" (Handle, Handle, c_uint);
+    event_create = "cuEventCreate" (*mut Handle, c_uint);
+    event_destroy = "cuEventDestroy_v2" (Handle);
+    event_record = "cuEventRecord" (Handle, Handle);
+    stream_wait = "cuStreamSynchronize" (Handle);
+    module_load = "cuModuleLoadData" (*mut Handle, *const c_void);
+    module_function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
+    function_attribute = "cuFuncSetAttribute" (Handle, c_int, c_int);
+    launch = "cuLaunchKernel" (
+        Handle, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, c_uint, Handle,
+        *mut *mut c_void, *mut *mut c_void
+    );
+    error_text = "cuGetErrorString" (c_int, *mut *const c_char);
+}
+
+functions! {
+    /// libcublas.
+    Cublas:
+    create = "cublasCreate_v2" (*mut Handle);
+    destroy = "cublasDestroy_v2" (Handle);
+    set_stream = "cublasSetStream_v2" (Handle, Handle);
+    set_workspace = "cublasSetWorkspace_v2" (Handle, *mut c_void, usize);
+    gemm = "cublasGemmEx" (
+        Handle, c_int, c_int, c_int, c_int, c_int, *const c_void, *const c_void, c_int, c_int,
+        *const c_void, c_int, c_int, *const c_void, *mut c_void, c_int, c_int, c_int, c_int
+    );
+    gemm_batched = "cublasGemmStridedBatchedEx" (
+        Handle, c_int, c_int, c_int, c_int, c_int, *const c_void, *const c_void, c_int, c_int, i64,
+        *const c_void, c_int, c_int, i64, *const c_void, *mut c_void, c_int, c_int, i64, c_int,
+        c_int, c_int
+    );
+}
+
+impl Cuda {
+    /// An error for a code that is not zero, saying what could not be done.
+    pub(super) fn check(&self, act: &str, code: c_int) -> Result<()> {
+        if code == 0 {
+            return Ok(());
+        }
+        let mut text: *const c_char = ptr::null();
+        // SAFETY: writes a pointer to a static string, or null for an unknown code.
+        unsafe { (self.error_text)(code, &mut text) };
+        let text = if text.is_null() {
+            "unknown error".into()
+        } else {
+            // SAFETY: a static string with a final zero.
+            unsafe { CStr::from_ptr(text) }.to_string_lossy()
+        };
+        let what = format_args!("cannot {act}: {text} (CUDA error {code})");
+        Err(match code {
+            ERROR_OUT_OF_MEMORY => Error::budget(what)
+                .hint("lower `--max-length`, give a `--memory-budget`, or free the GPU"),
+            _ => Error::gpu(what),
+        })
+    }
+}
+
+/// The driver, initialised.
+///
+/// # Errors
+/// `Gpu` when there is none or it refuses.
+pub(super) fn open_driver() -> Result<Cuda> {
+    let found = search::open(&DRIVER)?;
+    let cuda = Cuda::load(found.library, &found.name)?;
+    // SAFETY: cuInit takes 0.
+    let code = unsafe { (cuda.init)(0) };
+    cuda.check("initialise the CUDA driver", code)?;
+    Ok(cuda)
+}
