@@ -1,0 +1,171 @@
+//! What operations are told besides their buffers: shapes, layouts, masks and norms.
+
+use crate::error::Result;
+use crate::model::spec::Norm;
+
+/// A band of columns in a wider row: where it starts, how wide it is, and how far rows are apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Columns {
+    /// First column.
+    pub offset: usize,
+    /// Columns in the band.
+    pub width: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+impl Columns {
+    /// A whole matrix of `width` columns.
+    pub fn all(width: usize) -> Self {
+        Columns { offset: 0, width, stride: width }
+    }
+
+    /// `width` columns from `offset` on, in rows of `stride`.
+    pub fn band(offset: usize, width: usize, stride: usize) -> Self {
+        Columns { offset, width, stride }
+    }
+}
+
+/// Which documents a micro-batch consists of: the tokens of all of them in one stream.
+#[derive(Debug, Clone, Default, PartialEq, Eq)]
+pub struct TokenLayout {
+    /// `0, …, T`: where documents begin and end.
+    pub boundaries: Vec<usize>,
+    /// Position of every token in its document.
+    pub positions: Vec<u32>,
+}
+
+impl TokenLayout {
+    /// Positions restart at every boundary.
+    pub fn new(cu_seqlens: &[u32]) -> Self {
+        Self::continuing(cu_seqlens, 0)
+    }
+
+    /// One document (or several) whose first positions are `past`.
+    pub fn continuing(cu_seqlens: &[u32], past: u32) -> Self {
+        let boundaries: Vec<usize> = cu_seqlens.iter().map(|&b| b as usize).collect();
+        let positions =
+            boundaries.windows(2).flat_map(|w| past..past + (w[1] - w[0]) as u32).collect();
+        TokenLayout { boundaries, positions }
+    }
+
+    /// T.
+    pub fn tokens(&self) -> usize {
+        self.positions.len()
+    }
+
+    /// Tokens of the longest document.
+    pub fn longest(&self) -> usize {
+        self.boundaries.windows(2).map(|w| w[1] - w[0]).max().unwrap_or(0)
+    }
+}
+
+/// Shape of attention; rows of the fused `qkv` buffer are `[q | k | v]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct AttentionShape {
+    /// H.
+    pub num_heads: usize,
+    /// K.
+    pub num_kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Keys that a query sees, itself included; `None` is all before it.
+    pub window: Option<usize>,
+}
+
+impl AttentionShape {
+    /// Width of q and of the output.
+    pub fn q_width(&self) -> usize {
+        self.num_heads * self.head_dim
+    }
+
+    /// Width of k and of v.
+    pub fn kv_width(&self) -> usize {
+        self.num_kv_heads * self.head_dim
+    }
+
+    /// Width of a `qkv` row.
+    pub fn qkv_width(&self) -> usize {
+        self.q_width() + 2 * self.kv_width()
+    }
+
+    /// Factor on the scores: `1 / sqrt(head_dim)`.
+    pub fn scale(&self) -> f32 {
+        1.0 / (self.head_dim as f32).sqrt()
+    }
+}
+
+/// One adapter on one linear: `y += scale · (x Aᵀ) Bᵀ`, A `[R, in]`, B `[out, R]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoraShape {
+    /// Width of x.
+    pub in_features: usize,
+    /// Width of y.
+    pub out_features: usize,
+    /// R.
+    pub rank: usize,
+    /// alpha / R, or alpha / sqrt(R).
+    pub scale: f32,
+}
+
+impl LoraShape {
+    /// Elements of A; B follows A in a pair.
+    pub fn a_elements(&self) -> usize {
+        self.rank * self.in_features
+    }
+
+    /// Elements of A and B.
+    pub fn elements(&self) -> usize {
+        self.rank * (self.in_features + self.out_features)
+    }
+}
+
+/// What an adapter adds to a linear's product, in the same pass over the result.
+pub struct LoraTerm<'a, B> {
+    /// Dimensions and scale.
+    pub shape: &'a LoraShape,
+    /// A, then B.
+    pub pair: &'a B,
+    /// `x·Aᵀ` (forward) or `t` (backward), `[rows, R]`.
+    pub inner: (&'a B, Columns),
+}
+
+/// Which elements of a linear's input dropout removes: a function of its fields and the index.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct DropoutMask<'a> {
+    /// Chance of being zeroed; the rest is divided by `1 − probability`.
+    pub probability: f32,
+    /// Seed of the run.
+    pub seed: u64,
+    /// Name of the linear.
+    pub stream: &'a str,
+    /// Number of the micro-batch since the start of the run.
+    pub step: u64,
+    /// Index of the first element: where the input is a part of the linear's whole input.
+    pub first: u64,
+}
+
+/// A norm's parameters.
+#[derive(Debug, Clone)]
+pub struct NormParameters<V> {
+    /// RMS or layer norm.
+    pub kind: Norm,
+    /// Added to the variance.
+    pub epsilon: f32,
+    /// Weight `[D]`.
+    pub weight: V,
+    /// Bias `[D]` of a layer norm.
+    pub bias: Option<V>,
+}
+
+impl<V> NormParameters<V> {
+    /// The same norm with its vectors elsewhere.
+    ///
+    /// # Errors
+    /// Those of `upload`.
+    pub fn try_map<U>(self, upload: impl Fn(V) -> Result<U>) -> Result<NormParameters<U>> {
+        let NormParameters { kind, epsilon, weight, bias } = self;
+        let bias = bias.map(&upload).transpose()?;
+        Ok(NormParameters { kind, epsilon, weight: upload(weight)?, bias })
+    }
+}
