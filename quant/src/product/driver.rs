@@ -30,7 +30,7 @@ const BAND_ELEMENTS: usize = 1 << 20;
 /// Most tiles of rows in a task: a chunk of A stays in the second-level cache.
 const TILES_PER_CHUNK: usize = 22;
 /// Tasks for each thread, so that a thread that was held up loses little.
-const TASKS_PER_THREAD: usize = 8;
+const TASKS_PER_THREAD: usize = 16;
 /// Tiles of rows up to which B is read in place: packing it would cost more than it saves.
 const IN_PLACE_TILES: usize = 4;
 /// Multiply-adds below which other threads are not worth waking.

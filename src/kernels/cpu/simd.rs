@@ -8,14 +8,22 @@
 /// `#[inline(always)]`, as the closure here is: what is not inlined is compiled for the oldest
 /// processor.
 macro_rules! vectorized {
-    ($work:expr) => {
+    ($work:expr) => {{
+        let once = $crate::kernels::cpu::simd::Once;
         pulp::Arch::new().dispatch(
             #[inline(always)]
-            || $work,
+            || {
+                let _moved = once;
+                $work
+            },
         )
-    };
+    }};
 }
 pub(super) use vectorized;
+
+/// Moved into a closure, it makes the closure one that can be called once only. Such a call is the
+/// closure's body; `pulp` calls closures that merely borrow through a shim, which is not inlined.
+pub struct Once;
 
 /// Lanes of the running sums.
 pub const LANES: usize = 16;
@@ -89,14 +97,14 @@ pub fn exp(x: f32) -> f32 {
     const LN2_LOW: f32 = -2.121_944_4e-4;
     let clamped = if x < -87.0 { -87.0 } else { x };
     let clamped = if clamped > 88.0 { 88.0 } else { clamped };
-    let shifted = clamped * std::f32::consts::LOG2_E + MAGIC;
+    let shifted = clamped.mul_add(std::f32::consts::LOG2_E, MAGIC);
     let n = shifted - MAGIC;
-    let f = clamped - n * LN2_HIGH - n * LN2_LOW;
+    let f = n.mul_add(-LN2_LOW, n.mul_add(-LN2_HIGH, clamped));
     let mut p = 1.987_569_1e-4f32;
     for c in [1.398_2e-3, 8.333_452e-3, 4.166_579_6e-2, 0.166_666_65, 0.5] {
-        p = p * f + c;
+        p = p.mul_add(f, c);
     }
-    let mantissa = p * f * f + f + 1.0;
+    let mantissa = p.mul_add(f * f, f) + 1.0;
     let power = f32::from_bits((shifted.to_bits().wrapping_add(127)) << 23);
     mantissa * power
 }
