@@ -10,6 +10,14 @@ use crate::model::spec::ModelSpec;
 
 /// Rows of query tokens that one attention tile holds (per head).
 pub const ATTENTION_TILE_ROWS: usize = 32;
+/// Tiles of a forward pass that share the packing of a block of keys.
+pub const ATTENTION_TILES: usize = 4;
+/// Keys of a block: the scores of a tile and the block itself stay in the second-level cache.
+pub const ATTENTION_KEY_BLOCK: usize = 256;
+/// Elements between rows of scores: as many lines as do not fall into the same sets of a cache.
+pub const ATTENTION_SCORE_STRIDE: usize = ATTENTION_KEY_BLOCK + 16;
+/// Floats in a cache line.
+const CACHE_LINE: usize = 16;
 
 /// What a region is for: the rows of the memory report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
@@ -332,16 +340,24 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
     }
 }
 
-/// Two score tiles (one without a backward pass) and the tiles of q, o and their gradients, for the
-/// query heads that share a key head; in training also dk and dv of one document.
+/// [`attention_elements`] of a model's run.
 pub fn attention_elements_per_thread(spec: &ModelSpec, settings: &Settings) -> usize {
-    let rows = spec.num_heads / spec.num_kv_heads * ATTENTION_TILE_ROWS;
-    let length = settings.longest_document.max(settings.cache_tokens);
-    if settings.training() {
-        rows * (2 * length + 4 * spec.head_dim) + 2 * length * spec.head_dim
-    } else {
-        rows * (length + 2 * spec.head_dim)
-    }
+    let longest = settings.longest_document.max(settings.cache_tokens);
+    let heads = spec.num_heads / spec.num_kv_heads;
+    attention_elements((heads, spec.head_dim), longest, settings.training())
+}
+
+/// What a thread of attention works in, for `heads` query heads of width `d` that share a key head:
+/// tiles of q, o, their gradients and scores, and a block of keys and values as products take them.
+pub fn attention_elements((heads, d): (usize, usize), longest: usize, training: bool) -> usize {
+    let (rows, keys) = (heads * ATTENTION_TILE_ROWS.min(longest), longest.min(ATTENTION_KEY_BLOCK));
+    let turned = d * keys.next_multiple_of(CACHE_LINE);
+    let plain = d.next_multiple_of(CACHE_LINE) * keys;
+    let forward = turned + plain + rows * ATTENTION_SCORE_STRIDE;
+    let forward = forward + ATTENTION_TILES * rows * (2 * d + 2);
+    let backward = 2 * turned + plain + 2 * keys * d + rows * (3 * d + 2 * ATTENTION_SCORE_STRIDE);
+    let most = if training { forward.max(backward) } else { forward };
+    most.next_multiple_of(CACHE_LINE)
 }
 
 fn push_head(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {

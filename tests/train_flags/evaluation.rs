@@ -4,8 +4,9 @@ use crate::runs::{Run, Runs};
 
 /// Learning so slow that the evaluation loss falls by next to nothing.
 const SLOW: &str = "eval-data=eval.jsonl max-steps=12 learning-rate=1e-7 self-checks=false";
-/// Learning so fast that it rises after the first step.
-const WILD: &str = "eval-data=eval.jsonl max-steps=12 learning-rate=2 self-checks=false";
+/// Learning ever faster, so that it falls at first and rises in the end.
+const WILD: &str = "eval-data=eval.jsonl max-steps=12 learning-rate=10 self-checks=false \
+                    lr-scheduler-type=constant_with_warmup warmup-steps=12";
 
 #[test]
 fn logging_steps() {

@@ -7,9 +7,11 @@
 //!         for blocks of k, panels, tiles of rows     B's panel and A's chunk stay in L2
 //! ```
 //! A low-rank addition is appended to the last block of k: it costs no visit of C. B is read in
-//! place where few rows use it. Tasks share out elements of C, never k: results do not depend on
+//! place where few rows use it; one that several products share is packed once ([`PackedOperand`]). Tasks share out elements of C, never k: results do not depend on
 //! the number of threads, nor a row's on the other rows.
 #![allow(unsafe_code)]
+
+mod shared;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -20,6 +22,7 @@ use super::LowRank;
 use super::micro::{Isa, Segment, Tile};
 use super::pack::Operand;
 use super::view::{Matrix, MatrixMut};
+pub use shared::PackedOperand;
 
 /// Longest chain of multiply-adds between two visits of C.
 const K_BLOCK: usize = 640;
@@ -116,7 +119,8 @@ impl<'a> Product<'a> {
                     let elements = columns.len().next_multiple_of(isa.lanes()) * depth;
                     with_buffer(elements, |packed| {
                         band.pack(columns.clone(), packed, parallel);
-                        band.compute(Some(packed), begin, c.columns(columns), parallel);
+                        let panels = Panels { data: packed, columns: columns.len(), unused: 0 };
+                        band.compute(Some(panels), begin, c.columns(columns), parallel);
                     });
                 }
             }
@@ -145,6 +149,16 @@ impl<'a> Product<'a> {
         }
         visits
     }
+}
+
+/// A packed band: blocks one after another, each panel after panel.
+#[derive(Debug, Clone, Copy)]
+struct Panels<'a> {
+    data: &'a [f32],
+    /// Columns that were packed.
+    columns: usize,
+    /// Rows of every panel that no product uses; the band has one block then.
+    unused: usize,
 }
 
 /// A stretch of k of a band of columns.
@@ -205,7 +219,7 @@ impl Band<'_> {
     }
 
     /// Multiplies with a packed band, or with B in place from column `first_column` on.
-    fn compute(&self, packed: Option<&[f32]>, first_column: usize, c: MatrixMut, parallel: bool) {
+    fn compute(&self, packed: Option<Panels>, first_column: usize, c: MatrixMut, parallel: bool) {
         let (rows, panels) = (c.rows, c.columns.div_ceil(self.width));
         let (mut chunk, mut group) = (TILES_PER_CHUNK * self.isa.rows(), panels);
         if parallel {
@@ -233,7 +247,7 @@ impl Band<'_> {
     /// The tiles of some rows and panels.
     fn compute_part(
         &self,
-        packed: Option<&[f32]>,
+        packed: Option<Panels>,
         first_column: usize,
         rows: Range<usize>,
         panels: Range<usize>,
@@ -304,7 +318,7 @@ impl Task<'_> {
     /// `main` is the first block's A from `rows.start` on.
     fn run(
         &self,
-        packed: Option<&[f32]>,
+        packed: Option<Panels>,
         main: Rows,
         rows: Range<usize>,
         panels: Range<usize>,
@@ -320,10 +334,11 @@ impl Task<'_> {
             let mut offset = self.offset;
             for (index, block) in self.visit.iter().enumerate() {
                 let (b, b_stride) = match packed {
-                    Some(packed) => {
-                        let stride = columns.next_multiple_of(band.isa.lanes());
-                        let begin = offset + column * block.k.len();
-                        (&packed[begin..begin + stride * block.k.len()], stride)
+                    Some(panels) => {
+                        let stride = band.width.min(panels.columns - column);
+                        let stride = stride.next_multiple_of(band.isa.lanes());
+                        let begin = offset + column * (block.k.len() + panels.unused);
+                        (&panels.data[begin..begin + stride * block.k.len()], stride)
                     }
                     None => {
                         let (b, stride) = block.b.rows_in_place().expect("checked before");

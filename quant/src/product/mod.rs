@@ -16,6 +16,7 @@ mod view;
 use half::bf16;
 
 use crate::PackedWeight;
+pub use driver::PackedOperand;
 use driver::Product;
 use micro::Isa;
 use pack::Operand;

@@ -19,9 +19,27 @@ const GELU_CUBIC: f32 = 0.044_715;
 /// `out = act(gate) ∘ up`, or `act(up)`.
 pub fn forward(activation: Activation, gate: Option<&[f32]>, up: &[f32], out: &mut [f32]) {
     match activation {
-        Activation::Silu => forward_with(gate, up, out, #[inline(always)] |x| value_and_slope_silu(x).0),
-        Activation::Gelu => forward_with(gate, up, out, #[inline(always)] |x| value_and_slope_gelu(x).0),
-        Activation::GeluTanh => forward_with(gate, up, out, #[inline(always)] |x| value_and_slope_gelu_tanh(x).0),
+        Activation::Silu => forward_with(
+            gate,
+            up,
+            out,
+            #[inline(always)]
+            |x| value_and_slope_silu(x).0,
+        ),
+        Activation::Gelu => forward_with(
+            gate,
+            up,
+            out,
+            #[inline(always)]
+            |x| value_and_slope_gelu(x).0,
+        ),
+        Activation::GeluTanh => forward_with(
+            gate,
+            up,
+            out,
+            #[inline(always)]
+            |x| value_and_slope_gelu_tanh(x).0,
+        ),
     }
 }
 

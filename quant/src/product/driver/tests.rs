@@ -84,3 +84,27 @@ fn a_row_does_not_depend_on_the_other_rows() {
         assert_eq!(run(rows.clone()), whole[rows.start * n..rows.end * n], "rows {rows:?}");
     }
 }
+
+#[test]
+fn a_packed_operand_gives_the_products_of_its_first_rows_and_columns() {
+    let (rows, columns) = (150, 200);
+    let values = values(300 * 300, 7);
+    for turned in [false, true] {
+        let b = if turned {
+            Matrix::new(&values, (columns, rows, 299)).transposed()
+        } else {
+            Matrix::new(&values, (rows, columns, 299))
+        };
+        let mut room = vec![f32::NAN; PackedOperand::elements(rows, columns)];
+        let packed = PackedOperand::pack(b, &mut room);
+        for (m, k, n) in [(97, 150, 200), (13, 64, 130), (1, 1, 1), (30, 149, 199), (5, 0, 7)] {
+            let a = Matrix::new(&values[11..], (m, k, 288));
+            let (mut got, mut expected) = (vec![3.0; m * 257], vec![3.0; m * 257]);
+            packed.gemm(0.5, a, 2.0, MatrixMut::new(&mut got, (m, n, 257)));
+            let b = Matrix { rows: k, ..b.columns(0..n) };
+            let product = Product { alpha: 0.5, a, b: Operand::Dense(b), extra: None, beta: 2.0 };
+            product.run(Isa::detect(), MatrixMut::new(&mut expected, (m, n, 257)), false);
+            assert!(got == expected, "{m}×{n}, k {k}, turned {turned}");
+        }
+    }
+}

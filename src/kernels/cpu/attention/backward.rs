@@ -1,0 +1,169 @@
+//! `dqkv` from o, its gradient and the log-sum-exp.
+//!
+//! With `δ_i = do_i·o_i`: `dv_j = Σ_i p_ij do_i`, `ds_ij = p_ij (do_i·v_j − δ_i)/√d`,
+//! `dq_i = Σ_j ds_ij k_j`, `dk_j = Σ_i ds_ij q_i`. A block of keys stays while the queries that see
+//! it pass by: dk and dv are summed up beside it, dq where it lies.
+
+use std::ops::Range;
+
+use nibble_quant::product::{Matrix, MatrixMut, PackedOperand, gemm_serial};
+
+use super::super::simd::{exp, sum2, vectorized};
+use super::{
+    KvRow, Pieces, Shared, Tile, for_each_item, gather_heads, key_blocks, scatter_heads, tiles,
+};
+use crate::kernels::{AttentionShape, TokenLayout};
+use crate::plan::layout::ATTENTION_SCORE_STRIDE;
+
+/// Overwrites dqkv; a task owns all columns of one key head (and its query heads) in one document.
+#[allow(clippy::too_many_arguments)]
+pub fn backward(
+    shape: &AttentionShape,
+    layout: &TokenLayout,
+    qkv: &[f32],
+    o: &[f32],
+    lse: &[f32],
+    d_o: &[f32],
+    dqkv: &mut [f32],
+    work: &mut [f32],
+) {
+    let mut items: Vec<(usize, usize, usize)> = layout
+        .boundaries
+        .windows(2)
+        .flat_map(|w| (0..shape.num_kv_heads).map(move |kv_head| (w[0], w[1], kv_head)))
+        .collect();
+    items.sort_by_key(|(begin, end, _)| std::cmp::Reverse(end - begin));
+    let inputs = Inputs { shape, qkv, o, lse, d_o };
+    let dqkv = Shared::new(dqkv);
+    for_each_item(items.len(), work, |item, workspace| {
+        let (begin, end, kv_head) = items[item];
+        for keys in key_blocks(begin, end) {
+            inputs.backward_block((begin, end), keys, kv_head, &dqkv, workspace);
+        }
+    });
+}
+
+/// What the backward pass reads.
+struct Inputs<'a> {
+    shape: &'a AttentionShape,
+    qkv: &'a [f32],
+    o: &'a [f32],
+    lse: &'a [f32],
+    d_o: &'a [f32],
+}
+
+/// A block of keys and values as products take them, and their gradients `[keys, d]`.
+struct Block<'a> {
+    first_key: usize,
+    keys_turned: PackedOperand<'a>,
+    keys: PackedOperand<'a>,
+    values_turned: PackedOperand<'a>,
+    dk: &'a mut [f32],
+    dv: &'a mut [f32],
+}
+
+impl Inputs<'_> {
+    fn backward_block(
+        &self,
+        (begin, end): (usize, usize),
+        keys: Range<usize>,
+        kv_head: usize,
+        dqkv: &Shared,
+        workspace: &mut [f32],
+    ) {
+        let shape = self.shape;
+        let (d, stride) = (shape.head_dim, shape.qkv_width());
+        let mut pieces = Pieces(workspace);
+        let (k, v) = KvRow::of_qkv(shape).keys_and_values(shape, kv_head, self.qkv, &keys);
+        let turned = PackedOperand::elements(d, keys.len());
+        let plain = pieces.take(PackedOperand::elements(keys.len(), d));
+        let mut block = Block {
+            first_key: keys.start,
+            keys_turned: PackedOperand::pack(k.transposed(), pieces.take(turned)),
+            keys: PackedOperand::pack(k, plain),
+            values_turned: PackedOperand::pack(v.transposed(), pieces.take(turned)),
+            dk: pieces.take(keys.len() * d),
+            dv: pieces.take(keys.len() * d),
+        };
+        block.dk.fill(0.0);
+        block.dv.fill(0.0);
+        for tile in tiles(begin, end, shape.window, begin) {
+            if tile.end() > keys.start && tile.first_key < keys.end {
+                self.backward_tile(tile, kv_head, &mut block, dqkv, Pieces(&mut *pieces.0));
+            }
+        }
+        let k_column = shape.q_width() + kv_head * d;
+        for (gradient, column) in [(block.dk, k_column), (block.dv, k_column + shape.kv_width())] {
+            for (token, row) in keys.clone().zip(gradient.chunks_exact(d)) {
+                // SAFETY: this task is the only one with these tokens and this key head.
+                unsafe { dqkv.slice(token * stride + column, d) }.copy_from_slice(row);
+            }
+        }
+    }
+
+    /// The tile's part of dq, dk and dv.
+    fn backward_tile(
+        &self,
+        tile: Tile,
+        kv_head: usize,
+        block: &mut Block,
+        dqkv: &Shared,
+        mut pieces: Pieces,
+    ) {
+        let (shape, d) = (self.shape, self.shape.head_dim);
+        let stacked = shape.num_heads / shape.num_kv_heads * tile.rows;
+        let keys = (tile.end() - block.first_key).min(block.dk.len() / d);
+        let [q, d_o, dq] = std::array::from_fn(|_| pieces.take(stacked * d));
+        let [p, dp] = std::array::from_fn(|_| pieces.take(stacked * ATTENTION_SCORE_STRIDE));
+        gather_heads(shape, tile, kv_head, (self.qkv, shape.qkv_width()), shape.scale(), q);
+        gather_heads(shape, tile, kv_head, (self.d_o, shape.q_width()), 1.0, d_o);
+        let rows = (stacked, d, d);
+        let scores = (stacked, keys, ATTENTION_SCORE_STRIDE);
+        block.keys_turned.gemm(1.0, Matrix::new(q, rows), 0.0, MatrixMut::new(p, scores));
+        block.values_turned.gemm(1.0, Matrix::new(d_o, rows), 0.0, MatrixMut::new(dp, scores));
+        self.scores_backward(tile, kv_head, (block.first_key, keys), p, dp);
+        let (p, dp) = (Matrix::new(p, scores), Matrix::new(dp, scores));
+        let (q, d_o) = (Matrix::new(q, rows), Matrix::new(d_o, rows));
+        let key_rows = (keys, d, d);
+        gemm_serial(1.0, p.transposed(), d_o, 1.0, MatrixMut::new(block.dv, key_rows));
+        gemm_serial(1.0, dp.transposed(), q, 1.0, MatrixMut::new(block.dk, key_rows));
+        block.keys.gemm(shape.scale(), dp, 0.0, MatrixMut::new(dq, rows));
+        // An earlier block of keys has written there.
+        let accumulate = tile.first_key < block.first_key;
+        scatter_heads(shape, tile, kv_head, dq, (dqkv, shape.qkv_width()), accumulate);
+    }
+
+    /// `p` from scores, `dp` becomes `p ∘ (dp − δ)`; zero where a query does not see a key.
+    fn scores_backward(
+        &self,
+        tile: Tile,
+        kv_head: usize,
+        block: (usize, usize),
+        p: &mut [f32],
+        dp: &mut [f32],
+    ) {
+        let (shape, d) = (self.shape, self.shape.head_dim);
+        let heads = shape.num_heads / shape.num_kv_heads;
+        let rows = p.chunks_exact_mut(ATTENTION_SCORE_STRIDE);
+        let rows = rows.zip(dp.chunks_exact_mut(ATTENTION_SCORE_STRIDE));
+        for (row, (p, dp)) in rows.enumerate() {
+            let visible = tile.visible(row % tile.rows, shape.window, block);
+            let (token, head) = (tile.first + row % tile.rows, kv_head * heads + row / tile.rows);
+            let lse = self.lse[token * shape.num_heads + head];
+            let band = token * shape.q_width() + head * d;
+            let (d_o, o) = (&self.d_o[band..band + d], &self.o[band..band + d]);
+            let (p, dp) = (&mut p[..block.1], &mut dp[..block.1]);
+            vectorized!({
+                let delta = sum2(d_o, o, |a, b| a * b);
+                p[..visible.start].fill(0.0);
+                p[visible.end..].fill(0.0);
+                dp[..visible.start].fill(0.0);
+                dp[visible.end..].fill(0.0);
+                for (p, dp) in p[visible.clone()].iter_mut().zip(&mut dp[visible]) {
+                    *p = exp(*p - lse);
+                    *dp = *p * (*dp - delta);
+                }
+            });
+        }
+    }
+}

@@ -1,0 +1,137 @@
+//! Against sums in f64, with documents longer and shorter than tiles and blocks.
+
+use super::*;
+use crate::kernels::TokenLayout;
+use crate::plan::layout::attention_elements;
+
+const LENGTHS: [usize; 4] = [1, 37, 300, 530];
+
+fn shape(window: Option<usize>) -> AttentionShape {
+    AttentionShape { num_heads: 4, num_kv_heads: 2, head_dim: 24, window }
+}
+
+/// Values in ±2.
+fn values(count: usize, seed: u64) -> Vec<f32> {
+    let stream = crate::random::Stream::new(seed, "attention");
+    let mut values = vec![0.0; count];
+    stream.fill_uniform(0, -2.0, 2.0, &mut values);
+    values
+}
+
+fn layout() -> TokenLayout {
+    let mut boundaries = vec![0u32];
+    boundaries.extend(LENGTHS.iter().scan(0, |sum, length| {
+        *sum += *length as u32;
+        Some(*sum)
+    }));
+    TokenLayout::new(&boundaries)
+}
+
+fn workspace(shape: &AttentionShape, longest: usize, training: bool) -> Vec<f32> {
+    let heads = shape.num_heads / shape.num_kv_heads;
+    let share = attention_elements((heads, shape.head_dim), longest, training);
+    vec![f32::NAN; share * rayon::current_num_threads()]
+}
+
+/// o, lse and dqkv for one query after the other.
+struct Reference {
+    o: Vec<f64>,
+    lse: Vec<f64>,
+    dqkv: Vec<f64>,
+}
+
+fn reference(shape: &AttentionShape, layout: &TokenLayout, qkv: &[f32], d_o: &[f32]) -> Reference {
+    let (d, tokens) = (shape.head_dim, layout.tokens());
+    let (q_width, width) = (shape.q_width(), shape.qkv_width());
+    let mut o = vec![0.0; tokens * q_width];
+    let mut lse = vec![0.0; tokens * shape.num_heads];
+    let mut dqkv = vec![0.0; tokens * width];
+    let scale = 1.0 / (d as f64).sqrt();
+    let dot = |x: &[f32], y: &[f32]| -> f64 {
+        x.iter().zip(y).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum()
+    };
+    for document in layout.boundaries.windows(2) {
+        for (i, head) in
+            (document[0]..document[1]).flat_map(|i| (0..shape.num_heads).map(move |head| (i, head)))
+        {
+            let first = shape.window.map_or(0, |w| (i + 1).saturating_sub(w)).max(document[0]);
+            let kv_head = head * shape.num_kv_heads / shape.num_heads;
+            let (q_at, k_at) = (i * width + head * d, q_width + kv_head * d);
+            let v_at = k_at + shape.kv_width();
+            let row = |j: usize, at: usize| &qkv[j * width + at..][..d];
+            let q = &qkv[q_at..q_at + d];
+            let scores: Vec<f64> = (first..=i).map(|j| scale * dot(q, row(j, k_at))).collect();
+            let total = scores.iter().map(|s| s.exp()).sum::<f64>().ln();
+            lse[i * shape.num_heads + head] = total;
+            let o = &mut o[i * q_width + head * d..][..d];
+            for (j, score) in (first..=i).zip(&scores) {
+                let p = (score - total).exp();
+                o.iter_mut().zip(row(j, v_at)).for_each(|(o, &v)| *o += p * f64::from(v));
+            }
+            let d_o = &d_o[i * q_width + head * d..][..d];
+            let delta: f64 = d_o.iter().zip(&*o).map(|(&x, y)| f64::from(x) * y).sum();
+            for (j, score) in (first..=i).zip(&scores) {
+                let p = (score - total).exp();
+                let ds = p * (dot(d_o, row(j, v_at)) - delta) * scale;
+                for c in 0..d {
+                    dqkv[j * width + v_at + c] += p * f64::from(d_o[c]);
+                    dqkv[j * width + k_at + c] += ds * f64::from(q[c]);
+                    dqkv[q_at + c] += ds * f64::from(row(j, k_at)[c]);
+                }
+            }
+        }
+    }
+    Reference { o, lse, dqkv }
+}
+
+fn assert_near(what: &str, got: &[f32], expected: &[f64], tolerance: f64) {
+    for (index, (&got, &expected)) in got.iter().zip(expected).enumerate() {
+        let error = (f64::from(got) - expected).abs();
+        assert!(error < tolerance, "{what}[{index}]: {got} instead of {expected}");
+    }
+}
+
+#[test]
+fn both_passes_are_the_sums_over_all_keys_that_a_query_sees() {
+    let layout = layout();
+    let tokens = layout.tokens();
+    for window in [None, Some(1), Some(100), Some(290)] {
+        let shape = shape(window);
+        let qkv = values(tokens * shape.qkv_width(), 1);
+        let d_o = values(tokens * shape.q_width(), 2);
+        let mut o = vec![f32::NAN; d_o.len()];
+        let mut lse = vec![f32::NAN; tokens * shape.num_heads];
+        let mut dqkv = vec![f32::NAN; qkv.len()];
+        let longest = layout.longest();
+        forward(&shape, &layout, &qkv, &mut o, &mut lse, &mut workspace(&shape, longest, false));
+        let work = &mut workspace(&shape, longest, true);
+        backward(&shape, &layout, &qkv, &o, &lse, &d_o, &mut dqkv, work);
+        let expected = reference(&shape, &layout, &qkv, &d_o);
+        assert_near("o", &o, &expected.o, 1e-5);
+        assert_near("lse", &lse, &expected.lse, 1e-5);
+        assert_near("dqkv", &dqkv, &expected.dqkv, 1e-4);
+    }
+}
+
+#[test]
+fn queries_that_follow_a_cache_see_it() {
+    for window in [None, Some(270)] {
+        let shape = shape(window);
+        let tokens = 600;
+        let layout = TokenLayout::new(&[0, tokens as u32]);
+        let qkv = values(tokens * shape.qkv_width(), 3);
+        let mut o = vec![f32::NAN; tokens * shape.q_width()];
+        let mut lse = vec![f32::NAN; tokens * shape.num_heads];
+        forward(&shape, &layout, &qkv, &mut o, &mut lse, &mut workspace(&shape, tokens, false));
+        let mut cache = vec![f32::NAN; tokens * 2 * shape.kv_width()];
+        let work = &mut workspace(&shape, tokens, false);
+        for (past, end) in [(0, 299), (299, 300), (300, 301), (301, 600)] {
+            let new = &qkv[past * shape.qkv_width()..end * shape.qkv_width()];
+            let mut got = vec![f32::NAN; (end - past) * shape.q_width()];
+            cached(&shape, new, (&mut cache, past), &mut got, work);
+            let expected = &o[past * shape.q_width()..end * shape.q_width()];
+            let expected: Vec<f64> = expected.iter().map(|&o| f64::from(o)).collect();
+            assert_near("o", &got, &expected, 1e-5);
+        }
+    }
+}
