@@ -5,8 +5,8 @@ use crate::runs::{Run, Runs};
 /// Learning so slow that the evaluation loss falls by next to nothing.
 const SLOW: &str = "eval-data=eval.jsonl max-steps=12 learning-rate=1e-7 self-checks=false";
 /// Learning ever faster, so that it falls at first and rises in the end.
-const WILD: &str = "eval-data=eval.jsonl max-steps=12 learning-rate=10 self-checks=false \
-                    lr-scheduler-type=constant_with_warmup warmup-steps=12";
+const WILD: &str = "eval-data=eval.jsonl max-steps=12 self-checks=false \
+                    learning-rate=0.03 lr-scheduler-type=constant";
 
 #[test]
 fn logging_steps() {
@@ -65,7 +65,7 @@ fn load_best_model_at_end() {
     for on in ["true", "false"] {
         let run = run(on);
         let best = run.end()["best"][1].as_u64().unwrap();
-        assert!(best < 12);
+        assert!(best < 12, "{:?}", run.numbers("eval", "eval_loss"));
         assert!(run.checkpoints().contains(&best), "the best checkpoint is kept");
         let step = if on == "true" { best } else { 12 };
         assert!(adapter(&run, "") == adapter(&run, &format!("checkpoint-{step}/")), "{on}");
