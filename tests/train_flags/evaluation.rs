@@ -4,7 +4,7 @@ use crate::runs::{Run, Runs};
 
 /// Learning so slow that the evaluation loss falls by next to nothing.
 const SLOW: &str = "eval-data=eval.jsonl max-steps=12 learning-rate=1e-7 self-checks=false";
-/// Learning ever faster, so that it falls at first and rises in the end.
+/// Learning so fast that it falls, rises, falls and rises, by far more than rounding decides.
 const WILD: &str = "eval-data=eval.jsonl max-steps=12 self-checks=false \
                     learning-rate=0.03 lr-scheduler-type=constant";
 
