@@ -1,14 +1,11 @@
-//! `nibble quantize` streams: its memory does not grow with the tensors.
+//! A large tensor: memory does not grow with it, and a run that ends in the middle leaves nothing.
 #![cfg(target_os = "linux")]
-
-mod gguf_file;
-mod training;
 
 use std::fs::{self, OpenOptions};
 use std::time::Duration;
 
-use gguf_file::{Field, GgufFile};
-use training::Workplace;
+use crate::gguf_file::{Field, GgufFile};
+use crate::training::{self, Workplace, fail, succeed};
 
 /// 512 MiB in f32, 256 MiB as written.
 const ROWS: u64 = 1 << 21;
@@ -56,4 +53,37 @@ fn a_large_embedding_in_gguf_is_converted_piece_by_piece() {
     println!("peak anonymous memory {} MiB", peak_bytes >> 20);
     assert!(peak_bytes > 1 << 20, "nothing was measured");
     assert!(peak_bytes < LIMIT_BYTES, "{} MiB of anonymous memory", peak_bytes >> 20);
+}
+
+/// What is in the folder besides inputs.
+fn written(place: &Workplace) -> Vec<String> {
+    let inputs = ["model", "train.jsonl", "eval.jsonl", "model.gguf"];
+    place.list("").into_iter().filter(|name| !inputs.contains(&name.as_str())).collect()
+}
+
+#[test]
+fn a_killed_run_leaves_no_output_and_the_next_one_clears_up() {
+    let place = Workplace::new();
+    large_vocabulary(&place);
+    let arguments = ["quantize", "--model", "model.gguf", "--out", "out"];
+    for signal in ["KILL", "INT", "TERM"] {
+        let mut child = place.nibble(&arguments).spawn().unwrap();
+        let halfway = || {
+            let shard = fs::metadata(place.path(".out.partial/model.safetensors"));
+            shard.is_ok_and(|shard| shard.len() > ROWS * WIDTH)
+        };
+        while !halfway() {
+            assert!(child.try_wait().unwrap().is_none(), "it ended before it could be killed");
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        let process = child.id().to_string();
+        let kill = std::process::Command::new("kill").args(["-s", signal, &process]).status();
+        assert!(kill.unwrap().success());
+        assert!(!child.wait().unwrap().success(), "{signal}");
+        assert_eq!(written(&place), [".out.partial"], "{signal}");
+    }
+    succeed(place.nibble(&arguments));
+    assert_eq!(written(&place), ["out"]);
+    let (code, _) = fail(place.nibble(&arguments));
+    assert_eq!((code, written(&place)), (2, vec!["out".to_string()]), "it is not done twice");
 }

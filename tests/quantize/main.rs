@@ -1,0 +1,11 @@
+//! `nibble quantize`, with the real binary: what it reads, what it writes, what it leaves.
+
+mod bitsandbytes;
+#[path = "../gguf_file/mod.rs"]
+mod gguf_file;
+mod gguf_types;
+mod large;
+mod output;
+mod tensors;
+#[path = "../training/mod.rs"]
+mod training;
