@@ -15,7 +15,7 @@ use nibble::data::{Batch, Document};
 use nibble::kernels::cpu::Cpu;
 use nibble::model::Model;
 use nibble::model::parameters::{ParameterTensor, Part};
-use nibble::plan::Policy;
+use nibble::plan::{MomentLayout, Policy};
 use nibble::train::adamw::AdamW;
 use nibble::train::backend::{TrainingKernels, Update};
 use nibble::train::clip;
@@ -39,6 +39,9 @@ impl Trainee for Bare {
     }
     fn tensors(&self) -> &[ParameterTensor] {
         self.0.parameters().tensors()
+    }
+    fn moments(&self) -> &MomentLayout {
+        self.0.parameters().moments()
     }
     fn zero_gradients(&mut self) {
         self.0.parameters_mut().zero_gradients();

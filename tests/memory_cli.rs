@@ -70,6 +70,20 @@ fn a_bare_config_has_a_plan_whose_parts_add_up() {
 }
 
 #[test]
+fn moments_in_8_bits_are_two_bytes_a_parameter_and_their_scales() {
+    let base = ["--model", "config.json", "--json", "--lora-r", "64", "--optim"];
+    let moments = |optim| {
+        let plan = plan(&[&base[..], &[optim]].concat());
+        let bytes = |name: &str| plan["components"][name].as_u64().unwrap_or(0);
+        (bytes("AdamW moments (f32)"), bytes("AdamW moments (8-bit)"))
+    };
+    // A and B of each block: of q and o, k and v, gate and up, down. B of k and v is small.
+    let (large, small) = (2 * (4 * 4096 + 2 * 4096 + 3 * (4096 + 64 * 160)), 2 * (2 * 64 * 32));
+    assert_eq!(moments("adamw_torch"), (2 * 4 * (large + small), 0));
+    assert_eq!(moments("adamw_8bit"), (2 * 4 * small, 2 * (large + large / 256 * 4)));
+}
+
+#[test]
 fn a_budget_decides_which_blocks_keep_and_a_refusal_shows_the_way() {
     let base = ["--model", "config.json", "--json", "--threads", "2", "--max-length", "4096"];
     let base = [&base[..], &["--weights", "resident"]].concat();
@@ -96,8 +110,14 @@ fn a_measured_run_fills_the_planned_arena() {
     let place = Workplace::new();
     succeed(place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
     let flags = ["--max-length", "64", "--threads", "2", "--measure", "2", "--json"];
-    for (model, weights) in [("model", "resident"), ("packed", "resident"), ("packed", "stream")] {
+    let runs = [
+        ("model", "resident", "adamw_torch"),
+        ("packed", "resident", "adamw_8bit"),
+        ("packed", "stream", "adamw_torch"),
+    ];
+    for (model, weights, optim) in runs {
         let mut command = place.nibble(&["memory", "--model", model, "--weights", weights]);
+        command.args(["--optim", optim, "--lora-r", "64"]);
         command.args(flags).args(["--html", "page.html"]);
         let output = succeed(command);
         let plan: Value = serde_json::from_slice(&output.stdout).unwrap();

@@ -9,7 +9,7 @@ use nibble::checkpoint::Checkpoint;
 use nibble::model::Model;
 use nibble::model::parameters::Part;
 use nibble::model::weights::Weights;
-use nibble::plan::{Policy, Settings};
+use nibble::plan::{Optim, Policy, Settings};
 
 /// Losses and gradients of a batch in one pass, and in parts after the buffers shrank; dropout
 /// masks are those of the whole.
@@ -27,6 +27,7 @@ fn parts_of_a_batch_have_the_sums_of_the_whole() {
             targets: case.targets("adapter_init"),
             lora_dropout: true,
             bf16_working: true,
+            optim: Optim::default(),
             threads: rayon::current_num_threads(),
             cache_tokens: 0,
             mlp_tile_length: Some(16),

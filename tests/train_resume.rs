@@ -106,6 +106,26 @@ fn a_run_stopped_by_a_signal_continues_bit_for_bit() {
 }
 
 #[test]
+fn a_run_with_8_bit_moments_continues_bit_for_bit() {
+    let place = Workplace::new();
+    let flags = [&FLAGS[..], &["--optim", "adamw_8bit", "--lora-r", "64"]].concat();
+    succeed(place.train("whole", &flags));
+    let bytes = place.read("whole/checkpoint-30/optimizer.safetensors");
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let packed = file.iter().filter(|(_, tensor)| tensor.dtype() == safetensors::Dtype::U8);
+    assert_eq!(packed.count(), 2 * 2 * 12, "all but B of k and v");
+    let mut child = place.train("stopped", &flags).spawn().unwrap();
+    assert!(wait_for(&place, "stopped", &mut child, |file| file == "checkpoint-6"));
+    signal(&child, "INT");
+    child.wait().unwrap();
+    let (_, refused) =
+        fail(place.nibble(&["train", "--out", "stopped", "--resume", "--optim", "adamw_torch"]));
+    assert!(refused.contains("optim was adamw_8bit, now adamw_torch"), "{refused}");
+    succeed(place.nibble(&["train", "--out", "stopped", "--resume", "--threads", "1"]));
+    assert_same_results(&place, "whole", "stopped");
+}
+
+#[test]
 fn a_run_killed_between_and_during_saves_continues_bit_for_bit() {
     let place = Workplace::new();
     succeed(place.train("whole", &FLAGS));

@@ -2,14 +2,16 @@
 """Golden data for the optimizer and the learning-rate schedules.
 
 Writes tests/data/train/adamw.safetensors (torch.optim.AdamW with clip_grad_norm_, two groups as
-LoRA+ makes them) and tests/data/train/schedules.json (transformers' get_*_schedule).
+LoRA+ makes them), tests/data/train/adamw_8bit.safetensors (bitsandbytes.optim.AdamW8bit on the CPU) and
+tests/data/train/schedules.json (transformers' get_*_schedule).
 
-Needs torch, transformers, safetensors. Run from the repository root.
+Needs torch, transformers, bitsandbytes, safetensors. Run from the repository root.
 """
 
 import json
 from pathlib import Path
 
+import bitsandbytes
 import torch
 from safetensors.torch import save_file
 from transformers import optimization
@@ -64,6 +66,31 @@ def adamw() -> None:
     })
 
 
+def adamw_8bit() -> None:
+    """A tensor of 17 blocks, the last one short, and a small one that bitsandbytes keeps in f32."""
+    torch.manual_seed(21)
+    large = torch.nn.Parameter(torch.randn(11, 383))
+    small = torch.nn.Parameter(torch.randn(40, 8))
+    parameters = {"large": large, "small": small}
+    tensors = {f"{name}.0": parameter.detach().clone() for name, parameter in parameters.items()}
+    optimizer = bitsandbytes.optim.AdamW8bit(
+        [large, small], lr=LEARNING_RATE, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY)
+    scale = 10 ** (torch.rand(11, 383) - 1)  # gradients of 0.1 to 1
+    for step in range(1, 7):
+        large.grad = (torch.randn(11, 383) * scale).bfloat16().float()
+        small.grad = torch.randn(40, 8).bfloat16().float()
+        for name, parameter in parameters.items():
+            tensors[f"{name}.grad.{step}"] = parameter.grad.bfloat16()
+        optimizer.step()
+        for name, parameter in parameters.items():
+            state = optimizer.state[parameter]
+            tensors[f"{name}.{step}"] = parameter.detach().clone()
+            for key in ("state1", "state2", "absmax1", "absmax2"):
+                if key in state:
+                    tensors[f"{name}.{key}.{step}"] = state[key].clone()
+    save_file(tensors, OUT / "adamw_8bit.safetensors")
+
+
 def rates(schedule, steps) -> list:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
     scheduler = schedule(optimizer)
@@ -95,4 +122,5 @@ def schedules() -> None:
 if __name__ == "__main__":
     OUT.mkdir(parents=True, exist_ok=True)
     adamw()
+    adamw_8bit()
     schedules()

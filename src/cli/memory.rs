@@ -10,7 +10,7 @@ use super::lora::LoraArgs;
 use super::numbers;
 use super::size::ByteSize;
 use super::train::BaseModelArgs;
-use crate::plan::{Activations, WeightsMode};
+use crate::plan::{Activations, Optim, WeightsMode};
 
 const EXAMPLES: &str = "Examples:
   nibble memory --model smollm2-nf4 --max-length 512
@@ -47,6 +47,14 @@ pub struct MemoryArgs {
     /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from their 4-bit file
     #[arg(long, help_heading = "Memory and threads", value_name = "MODE", value_enum, default_value_t = WeightsMode::Auto)]
     pub weights: WeightsMode,
+    /// Optimizer: `adamw_torch`, or `adamw_8bit` with moments in 8 bits: 2 bytes a parameter, not 8
+    #[arg(
+        long,
+        help_heading = "Memory and threads",
+        value_name = "NAME",
+        default_value = "adamw_torch"
+    )]
+    pub optim: Optim,
     /// Memory that the run may use, such as `24GiB`; with `auto`, as many blocks keep as fit
     #[arg(
         long,

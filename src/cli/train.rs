@@ -14,7 +14,7 @@ use super::lora::LoraArgs;
 use super::numbers;
 use super::size::ByteSize;
 use crate::error::{Error, Result};
-use crate::plan::{Activations, WeightsMode};
+use crate::plan::{Activations, Optim, WeightsMode};
 use crate::train::adamw::AdamW;
 use crate::train::recipe::{EvalRecipe, Length, Recipe, SaveRecipe};
 use crate::train::schedule::{SchedulerType, Warmup};
@@ -209,6 +209,9 @@ pub struct OptimizationArgs {
     #[arg(long, value_name = "DECAY", default_value_t = 0.0,
           value_parser = numbers::not_negative)]
     pub weight_decay: f64,
+    /// Optimizer: `adamw_torch`, or `adamw_8bit` with moments in 8 bits: 2 bytes a parameter, not 8
+    #[arg(long, value_name = "NAME", default_value = "adamw_torch")]
+    pub optim: Optim,
     /// Decay of AdamW's first moment
     #[arg(long, value_name = "BETA", default_value_t = 0.9,
           value_parser = numbers::below_one)]

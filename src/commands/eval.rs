@@ -17,7 +17,7 @@ use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::Weights;
-use crate::plan::Settings;
+use crate::plan::{Optim, Settings};
 use crate::report::table::{Align, Table};
 use crate::sample::load_weights;
 
@@ -96,6 +96,7 @@ fn equip<K: Kernels>(
         targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
         lora_dropout: false,
         bf16_working: false,
+        optim: Optim::default(),
         threads: rayon::current_num_threads(),
         cache_tokens: 0,
         mlp_tile_length: None,

@@ -131,7 +131,7 @@ fn first_use(region: &Region) -> Phase {
         Component::AdapterWorking | Component::AdapterMaster => Phase::Load,
         // Zeroed before the first micro-batch.
         Component::AdapterGradients => Phase::Forward,
-        Component::OptimizerMoments => Phase::Optimizer,
+        Component::OptimizerMoments | Component::PackedMoments => Phase::Optimizer,
         Component::LogitsChunk => Phase::Loss,
         Component::KvCache => Phase::Eval,
         Component::BlockWorkspace if region.name.ends_with("_gradient") => Phase::Backward,

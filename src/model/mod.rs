@@ -7,6 +7,7 @@ pub mod block;
 mod causal_lm;
 pub mod families;
 pub mod inventory;
+mod packed_moments;
 pub mod parameters;
 pub mod rotary;
 pub mod spec;

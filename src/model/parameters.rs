@@ -10,12 +10,13 @@ use std::path::Path;
 
 use nibble_quant::FloatType;
 
+pub use super::packed_moments::PackedMoments;
 use crate::adapter::{Adapter, LoraTarget};
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
 use crate::kernels::cpu::arena::Buffer;
 use crate::kernels::{Kernels, PlannedMemory};
-use crate::plan::{MemoryPlan, RegionType};
+use crate::plan::{MemoryPlan, MomentLayout, Optim, RegionType};
 
 /// Which of a pair a tensor is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -40,17 +41,38 @@ pub struct ParameterTensor {
     pub matrix: Matrix,
 }
 
-/// One of the flat f32 buffers.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// One of the flat buffers of f32 words.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Part {
     /// Weights.
     Master,
     /// Gradients of the last batches.
     Gradients,
-    /// AdamW's first moments.
+    /// AdamW's first moments, those in f32.
     FirstMoment,
-    /// AdamW's second moments.
+    /// AdamW's second moments, those in f32.
     SecondMoment,
+    /// Codes of first moments in 8 bits, four in a word.
+    FirstCodes,
+    /// Their scales, one for each block.
+    FirstAbsmax,
+    /// Codes of second moments in 8 bits, four in a word.
+    SecondCodes,
+    /// Their scales, one for each block.
+    SecondAbsmax,
+}
+
+impl Part {
+    /// What outlives a step: weights and moments.
+    pub const LASTING: [Part; 7] = [
+        Part::Master,
+        Part::FirstMoment,
+        Part::SecondMoment,
+        Part::FirstCodes,
+        Part::FirstAbsmax,
+        Part::SecondCodes,
+        Part::SecondAbsmax,
+    ];
 }
 
 /// All trainable tensors, their gradients and the optimizer's moments, where a backend keeps them.
@@ -69,6 +91,8 @@ struct TrainingState<B> {
     gradients: Option<B>,
     first_moment: B,
     second_moment: B,
+    packed: Option<PackedMoments<B>>,
+    places: MomentLayout,
 }
 
 /// Everything that the optimizer touches, borrowed at once.
@@ -77,10 +101,16 @@ pub struct OptimizerView<'a, K: Kernels> {
     pub master: &'a mut K::Buffer,
     /// f32 gradients.
     pub gradients: &'a mut K::Buffer,
-    /// First moments.
+    /// First moments in f32.
     pub first_moment: &'a mut K::Buffer,
-    /// Second moments.
+    /// Second moments in f32.
     pub second_moment: &'a mut K::Buffer,
+    /// Moments in 8 bits, if there are any.
+    pub packed: Option<&'a mut PackedMoments<K::Buffer>>,
+    /// Where each tensor's moments are.
+    pub places: &'a MomentLayout,
+    /// The tensors.
+    pub tensors: &'a [ParameterTensor],
     /// bf16 copies to refresh after the update.
     pub working: Option<&'a mut K::HalfBuffer>,
 }
@@ -99,12 +129,22 @@ impl<K: Kernels> Parameters<K> {
             .iter()
             .any(|r| r.name == "adapter.working" && r.dtype == RegionType::Bf16)
             .then(|| memory.take_half("adapter.working"));
+        let tensors = tensors_of(&targets);
+        let packed = has("adapter.first_codes");
+        let optim = if packed { Optim::Adamw8bit } else { Optim::AdamwTorch };
         let training = has("adapter.gradients").then(|| TrainingState {
             gradients: Some(memory.take("adapter.gradients")),
             first_moment: memory.take("adapter.first_moment"),
             second_moment: memory.take("adapter.second_moment"),
+            packed: packed.then(|| PackedMoments {
+                first_codes: memory.take("adapter.first_codes"),
+                first_absmax: memory.take("adapter.first_absmax"),
+                second_codes: memory.take("adapter.second_codes"),
+                second_absmax: memory.take("adapter.second_absmax"),
+            }),
+            places: MomentLayout::new(optim, tensors.iter().map(|tensor| tensor.range.len())),
         });
-        let (tensors, master) = (tensors_of(&targets), memory.take("adapter.master"));
+        let master = memory.take("adapter.master");
         Parameters { kernels, targets, tensors, working, master, training }
     }
 
@@ -179,7 +219,26 @@ impl<K: Kernels> Parameters<K> {
         }
     }
 
-    /// The elements of one buffer; a copy where the program does not see it.
+    /// Where each tensor's moments are.
+    ///
+    /// # Panics
+    /// Without training buffers.
+    pub fn moments(&self) -> &MomentLayout {
+        &self.training.as_ref().expect("planned for training").places
+    }
+
+    /// f32 words of one buffer.
+    fn words(&self, part: Part) -> usize {
+        match part {
+            Part::Master | Part::Gradients => self.elements(),
+            Part::FirstMoment | Part::SecondMoment => self.moments().float_elements,
+            Part::FirstCodes | Part::SecondCodes => self.moments().code_words(),
+            Part::FirstAbsmax | Part::SecondAbsmax => self.moments().blocks,
+        }
+    }
+
+    /// The words of one buffer, none where it was not planned; a copy where the program does not
+    /// see it.
     ///
     /// # Errors
     /// Those of the backend.
@@ -188,15 +247,17 @@ impl<K: Kernels> Parameters<K> {
     /// Without training buffers, unless `part` is the master.
     pub fn values(&self, part: Part) -> Result<Cow<'_, [f32]>> {
         let buffer = match (part, &self.training) {
-            (Part::Master, _) => &self.master,
-            (Part::Gradients, Some(TrainingState { gradients: Some(buffer), .. })) => buffer,
-            (Part::FirstMoment, Some(state)) => &state.first_moment,
-            (Part::SecondMoment, Some(state)) => &state.second_moment,
-            (Part::Gradients | Part::FirstMoment | Part::SecondMoment, _) => {
-                panic!("{part:?} is planned for training only")
-            }
+            (Part::Master, _) => Some(&self.master),
+            (_, None) => panic!("{part:?} is planned for training only"),
+            (Part::Gradients, Some(state)) => state.gradients.as_ref(),
+            (Part::FirstMoment, Some(state)) => Some(&state.first_moment),
+            (Part::SecondMoment, Some(state)) => Some(&state.second_moment),
+            (part, Some(state)) => state.packed.as_ref().map(|packed| packed.buffer(part)),
         };
-        self.kernels.values(buffer, 0..self.elements())
+        match buffer {
+            Some(buffer) => self.kernels.values(buffer, 0..self.words(part)),
+            None => Ok(Cow::Borrowed(&[])),
+        }
     }
 
     /// Overwrites one buffer; the working copy follows the master.
@@ -204,17 +265,20 @@ impl<K: Kernels> Parameters<K> {
     /// # Panics
     /// Without training buffers.
     pub fn set_values(&mut self, part: Part, values: &[f32]) {
-        assert_eq!(values.len(), self.elements(), "one value for each parameter");
+        assert_eq!(values.len(), self.words(part), "{part:?} has another length");
         let kernels = self.kernels.clone();
-        let OptimizerView { master, gradients, first_moment, second_moment, .. } =
+        let OptimizerView { master, gradients, first_moment, second_moment, packed, .. } =
             self.optimizer_view();
         let buffer = match part {
-            Part::Master => master,
-            Part::Gradients => gradients,
-            Part::FirstMoment => first_moment,
-            Part::SecondMoment => second_moment,
+            Part::Master => Some(master),
+            Part::Gradients => Some(gradients),
+            Part::FirstMoment => Some(first_moment),
+            Part::SecondMoment => Some(second_moment),
+            part => packed.map(|packed| packed.buffer_mut(part)),
         };
-        kernels.set_values(values, buffer, 0);
+        if let Some(buffer) = buffer {
+            kernels.set_values(values, buffer, 0);
+        }
         if part == Part::Master {
             self.refresh_working();
         }
@@ -246,6 +310,9 @@ impl<K: Kernels> Parameters<K> {
             gradients: state.gradients.as_mut().expect("returned by the backward pass"),
             first_moment: &mut state.first_moment,
             second_moment: &mut state.second_moment,
+            packed: state.packed.as_mut(),
+            places: &state.places,
+            tensors: &self.tensors,
             working: self.working.as_mut(),
         }
     }

@@ -278,6 +278,7 @@ mod tests {
             targets: LoraConfig::default().resolve(spec).unwrap(),
             lora_dropout: false,
             bf16_working: true,
+            optim: crate::plan::Optim::default(),
             threads: 2,
             cache_tokens: 0,
             mlp_tile_length: None,

@@ -4,6 +4,7 @@
 use serde::Serialize;
 
 use super::budget::{Activations, Demand, WeightsMode};
+use super::moments::Optim;
 use super::settings::{Settings, logit_rows};
 use crate::error::Result;
 use crate::model::spec::TensorRole;
@@ -183,6 +184,10 @@ fn knobs(demand: &Demand, asked: Asked, (kept, stream): (usize, bool)) -> Vec<Kn
         let settings = Settings { mlp_tile_length: Some(length), ..same.clone() };
         knobs.push(knob(format!("--mlp-tile-length {length}"), &settings, kept, stream));
     }
+    let packed = Settings { optim: Optim::Adamw8bit, ..same.clone() };
+    if same.optim != packed.optim && packed.moments().blocks > 0 {
+        knobs.push(knob("--optim adamw_8bit".into(), &packed, kept, stream));
+    }
     if same.bf16_working {
         let settings = Settings { bf16_working: false, ..same.clone() };
         knobs.push(knob("--adapter-dtype f32".into(), &settings, kept, stream));
@@ -210,9 +215,10 @@ mod tests {
             longest_document: 512,
             logit_rows: logit_rows(&spec, 1024),
             policies: Vec::new(),
-            targets: LoraConfig::default().resolve(&spec).unwrap(),
+            targets: LoraConfig { r: 64, ..LoraConfig::default() }.resolve(&spec).unwrap(),
             lora_dropout: false,
             bf16_working: true,
+            optim: Optim::default(),
             threads: 2,
             cache_tokens: 0,
             mlp_tile_length: None,
@@ -270,6 +276,7 @@ mod tests {
                 "--per-device-train-batch-size 1",
                 "--max-length 256",
                 "--mlp-tile-length 256",
+                "--optim adamw_8bit",
                 "--adapter-dtype f32",
                 "--lora-r, halved",
             ];

@@ -29,8 +29,10 @@ pub enum Component {
     AdapterMaster,
     /// f32 gradients of the LoRA matrices.
     AdapterGradients,
-    /// AdamW's first and second moments.
+    /// AdamW's first and second moments in f32.
     OptimizerMoments,
+    /// The same in 8 bits, with their scales.
+    PackedMoments,
     /// Inputs of all blocks.
     BlockInputs,
     /// Activations of the layers whose policy is keep.
@@ -63,6 +65,7 @@ impl Component {
             Component::AdapterMaster => "LoRA master (f32)",
             Component::AdapterGradients => "LoRA gradients (f32)",
             Component::OptimizerMoments => "AdamW moments (f32)",
+            Component::PackedMoments => "AdamW moments (8-bit)",
             Component::BlockInputs => "block inputs",
             Component::KeptActivations => "kept activations",
             Component::RecomputeWorkspace => "recompute workspace",
@@ -138,7 +141,7 @@ impl MemoryPlan {
         for region in &self.regions {
             *sums.entry(region.component).or_insert(0) += region.bytes();
         }
-        let mut rows: Vec<_> = sums.into_iter().collect();
+        let mut rows: Vec<_> = sums.into_iter().filter(|&(_, bytes)| bytes > 0).collect();
         rows.sort_by_key(|&(component, bytes)| (std::cmp::Reverse(bytes), component));
         rows
     }
@@ -199,8 +202,22 @@ fn push_adapter(plan: &mut MemoryPlan, settings: &Settings) {
     plan.push(Component::AdapterMaster, "adapter.master", parameters);
     if settings.training() {
         plan.push(Component::AdapterGradients, "adapter.gradients", parameters);
-        plan.push(Component::OptimizerMoments, "adapter.first_moment", parameters);
-        plan.push(Component::OptimizerMoments, "adapter.second_moment", parameters);
+        push_moments(plan, settings);
+    }
+}
+
+/// Codes are bytes in f32 words, a whole number of blocks.
+fn push_moments(plan: &mut MemoryPlan, settings: &Settings) {
+    let moments = settings.moments();
+    let floats = moments.float_elements;
+    plan.push(Component::OptimizerMoments, "adapter.first_moment", floats);
+    plan.push(Component::OptimizerMoments, "adapter.second_moment", floats);
+    if moments.blocks > 0 {
+        for moment in ["first", "second"] {
+            let component = Component::PackedMoments;
+            plan.push(component, format!("adapter.{moment}_codes"), moments.code_words());
+            plan.push(component, format!("adapter.{moment}_absmax"), moments.blocks);
+        }
     }
 }
 

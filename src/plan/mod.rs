@@ -8,10 +8,12 @@
 pub mod budget;
 pub mod fit;
 pub mod layout;
+pub mod moments;
 pub mod settings;
 pub mod weights;
 
 pub use budget::{Activations, Choice, Demand, Limit, WeightsMode};
 pub use layout::{Component, MemoryPlan, Region, RegionType, layout};
+pub use moments::{MomentLayout, MomentPlace, Optim};
 pub use settings::{Policy, Settings, logit_rows};
 pub use weights::{StreamedBytes, WeightBytes};

@@ -2,6 +2,7 @@
 
 use std::path::PathBuf;
 
+use super::moments::{MomentLayout, Optim};
 use crate::adapter::LoraTarget;
 use crate::model::spec::{LinearRole, ModelSpec};
 
@@ -48,6 +49,8 @@ pub struct Settings {
     pub lora_dropout: bool,
     /// Whether bf16 working copies exist beside the f32 master (`--adapter-dtype bf16`).
     pub bf16_working: bool,
+    /// How the optimizer keeps its moments.
+    pub optim: Optim,
     /// Worker threads.
     pub threads: usize,
     /// Tokens of context for generating text; 0 where nothing is generated.
@@ -63,6 +66,12 @@ impl Settings {
     pub fn training(&self) -> bool {
         !self.policies.is_empty()
     }
+    /// Where the moments of A and B of each target lie.
+    pub fn moments(&self) -> MomentLayout {
+        let pair = |t: &LoraTarget| [t.r * t.in_features, t.r * t.out_features];
+        MomentLayout::new(self.optim, self.targets.iter().flat_map(pair))
+    }
+
     /// Whether a layer recomputes what it did not keep.
     pub fn recomputes(&self) -> bool {
         self.policies.iter().any(|policy| *policy != Policy::Keep)
@@ -127,6 +136,7 @@ mod tests {
                 targets: Vec::new(),
                 lora_dropout: false,
                 bf16_working: true,
+                optim: Optim::default(),
                 threads: 1,
                 cache_tokens: 0,
                 mlp_tile_length,

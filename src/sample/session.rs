@@ -15,7 +15,7 @@ use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::Weights;
-use crate::plan::Settings;
+use crate::plan::{Optim, Settings};
 
 /// Tokens of a prompt that are fed at a time.
 const PREFILL_TOKENS: usize = 512;
@@ -163,6 +163,7 @@ fn equip<K: Kernels>(
         targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
         lora_dropout: false,
         bf16_working: false,
+        optim: Optim::default(),
         threads: rayon::current_num_threads(),
         cache_tokens: context_tokens,
         mlp_tile_length: None,

@@ -105,8 +105,8 @@ impl AdamW {
     }
 }
 
-/// The widest vectors of this machine, for a plain loop.
-fn update_run(c: &Coefficients, run: Buffers<'_>) {
+/// The update of elements of one rate, with the widest vectors of this machine.
+pub(super) fn update_run(c: &Coefficients, run: Buffers<'_>) {
     pulp::Arch::new().dispatch(
         #[inline(always)]
         || update_elements(c, run),

@@ -1,5 +1,7 @@
 //! What the optimizer needs of a backend.
 
+use std::ops::Range;
+
 use super::adamw::{AdamW, RateGroup};
 use super::buffers::Buffers;
 use super::clip;
@@ -68,11 +70,22 @@ impl TrainingKernels for Cpu {
     }
 
     fn update(&self, parameters: &mut Parameters, update: &Update) {
-        update.apply(parameters.optimizer_view().into());
+        let view = parameters.optimizer_view();
+        match view.packed {
+            None => update.apply(view.into()),
+            Some(_) => update.apply_packed(view),
+        }
     }
 }
 
 impl Update<'_> {
+    /// Learning rate of the elements `range`, which are all in one group; none if in no group.
+    pub(super) fn rate(&self, range: &Range<usize>) -> Option<f64> {
+        let group = self.groups.partition_point(|group| group.range.end < range.end);
+        let group = self.groups.get(group).filter(|group| group.range.start <= range.start)?;
+        Some(self.learning_rate * group.multiplier)
+    }
+
     /// Makes the update on the CPU.
     pub fn apply(&self, buffers: Buffers<'_>) {
         let Update { optimizer, groups, step, learning_rate, gradient_scale } = *self;

@@ -10,6 +10,7 @@ use std::time::Instant;
 
 use super::digest;
 use super::events::SaveEvent;
+use super::optimizer_file::{self, OPTIMIZER_FILE};
 use super::settings::SettingsEcho;
 use super::state::{self, TrainState};
 use super::trainee::Trainee;
@@ -52,7 +53,7 @@ pub fn save<M: Trainee>(
     let write = || -> Result<u64> {
         let folder = AtomicDir::create(&out.join(&checkpoint), true)?;
         model.write_adapter(folder.path())?;
-        state::write_optimizer(model, folder.path())?;
+        optimizer_file::write(model, folder.path())?;
         state.write(folder.path())?;
         extra(folder.path())?;
         let bytes = seal(folder.path())?;
@@ -119,7 +120,7 @@ pub fn verify(folder: &Path) -> Result<()> {
             return Err(Error::input(format_args!("{name} is damaged: SHA-256 differs")));
         }
     }
-    for name in [state::STATE_FILE, state::OPTIMIZER_FILE] {
+    for name in [state::STATE_FILE, OPTIMIZER_FILE] {
         if !sums.lines().any(|line| line.ends_with(&format!("  {name}"))) {
             return Err(Error::input(format_args!("{name} is not in {SUMS_FILE}")));
         }

@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use super::adamw::{Coefficients, RateGroup};
 use super::backend::{Surroundings, TrainingKernels, Update};
 use crate::error::Result;
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::driver::Driver;
-use crate::kernels::cuda::optimizer::UpdateRun;
+use crate::kernels::cuda::optimizer::{RunMoments, UpdateRun};
 use crate::model::parameters::{OptimizerView, Parameters};
+use crate::plan::MomentPlace;
 
 impl<D: Driver> TrainingKernels for Cuda<D> {
     fn surroundings(&self) -> Result<Surroundings> {
@@ -24,50 +24,55 @@ impl<D: Driver> TrainingKernels for Cuda<D> {
     fn update(&self, parameters: &mut Parameters<Self>, update: &Update) {
         let view: OptimizerView<Self> = parameters.optimizer_view();
         self.set_gradient_scale(update.gradient_scale);
-        for (range, multiplier) in runs(update.groups) {
-            let rate = update.learning_rate * multiplier;
-            let Coefficients {
-                keep,
-                first_weight,
-                beta2,
-                second_weight,
-                second_correction,
-                epsilon,
-                negative_step,
-                gradient_scale: _,
-            } = update.optimizer.coefficients(update.step, rate, update.gradient_scale);
+        for (range, rate, place) in runs(&view, update) {
+            let moments = match place {
+                MomentPlace::Floats(floats) => RunMoments::Floats {
+                    moments: [&*view.first_moment, &*view.second_moment],
+                    first_element: floats.start,
+                },
+                MomentPlace::Blocks(blocks) => {
+                    let moments = view.packed.as_deref().expect("8-bit moments are planned");
+                    RunMoments::Packed { moments, blocks }
+                }
+            };
+            let c = update.optimizer.coefficients(update.step, rate, update.gradient_scale);
             self.adamw(UpdateRun {
                 range,
                 master: view.master,
                 gradients: view.gradients,
-                first_moment: view.first_moment,
-                second_moment: view.second_moment,
+                moments,
                 working: view.working.as_deref(),
                 coefficients: [
-                    keep,
-                    first_weight,
-                    beta2,
-                    second_weight,
-                    second_correction,
-                    epsilon,
-                    negative_step,
+                    c.keep,
+                    c.first_weight,
+                    c.beta2,
+                    c.second_weight,
+                    c.second_correction,
+                    c.epsilon,
+                    c.negative_step,
                 ],
             });
         }
     }
 }
 
-/// Neighbouring groups of one rate as one.
-fn runs(groups: &[RateGroup]) -> Vec<(Range<usize>, f64)> {
-    let mut runs: Vec<(Range<usize>, f64)> = Vec::new();
-    for group in groups {
-        match runs.last_mut() {
-            Some((range, multiplier))
-                if range.end == group.range.start && *multiplier == group.multiplier =>
+/// What one launch can update: neighbouring tensors of one rate with f32 moments together, each
+/// tensor with 8-bit moments alone, whose blocks begin anew.
+fn runs<D: Driver>(
+    view: &OptimizerView<Cuda<D>>,
+    update: &Update,
+) -> Vec<(Range<usize>, f64, MomentPlace)> {
+    use MomentPlace::Floats;
+    let mut runs: Vec<(Range<usize>, f64, MomentPlace)> = Vec::new();
+    for (tensor, place) in view.tensors.iter().zip(&view.places.places) {
+        let Some(rate) = update.rate(&tensor.range) else { continue };
+        match (runs.last_mut(), place) {
+            (Some((range, last, Floats(before))), Floats(place))
+                if range.end == tensor.range.start && *last == rate =>
             {
-                range.end = group.range.end;
+                (range.end, before.end) = (tensor.range.end, place.end);
             }
-            _ => runs.push((group.range.clone(), group.multiplier)),
+            _ => runs.push((tensor.range.clone(), rate, place.clone())),
         }
     }
     runs

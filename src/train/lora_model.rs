@@ -16,6 +16,7 @@ use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::Account;
 use crate::model::Model;
 use crate::model::parameters::{ParameterTensor, Part};
+use crate::plan::MomentLayout;
 
 /// A model in training and what its adapter's files say.
 pub struct LoraModel<K: TrainingKernels = Cpu> {
@@ -97,6 +98,10 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
 
     fn tensors(&self) -> &[ParameterTensor] {
         self.model().parameters().tensors()
+    }
+
+    fn moments(&self) -> &MomentLayout {
+        self.model().parameters().moments()
     }
 
     fn zero_gradients(&mut self) {

@@ -1,6 +1,7 @@
 //! Training: from batches and a model to an adapter, one optimizer step after another.
 
 pub mod adamw;
+pub mod adamw_8bit;
 pub mod backend;
 pub mod buffers;
 pub mod checkpoints;
@@ -13,6 +14,7 @@ pub mod feed;
 pub mod interrupt;
 pub mod lora_model;
 pub mod meter;
+pub mod optimizer_file;
 pub mod preview;
 pub mod progress;
 pub mod recipe;

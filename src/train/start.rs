@@ -6,10 +6,11 @@ use super::checkpoints::Found;
 use super::checks::{self, FirstSteps};
 use super::events::{Event, StartEvent};
 use super::feed::Feed;
+use super::optimizer_file;
 use super::recipe::Recipe;
 use super::schedule::SchedulerType;
 use super::settings;
-use super::state::{self, Identity, TrainState};
+use super::state::{Identity, TrainState};
 use super::trainee::Trainee;
 use crate::error::{Error, Result};
 
@@ -65,7 +66,7 @@ pub fn begin<M: Trainee>(
     let was = std::mem::replace(&mut state.identity, identity);
     let rounding_differs = was.base_loss.to_bits() != state.identity.base_loss.to_bits();
     state.max_steps = max_steps;
-    state::read_optimizer(model, &folder)?;
+    optimizer_file::read(model, &folder)?;
     Ok(Start { state, checks: FirstSteps::done(), rounding_differs })
 }
 

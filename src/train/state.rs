@@ -1,27 +1,21 @@
 //! What a run has to remember: counters and history in `state.json`, weights and moments in
-//! `optimizer.safetensors`, both inside a checkpoint folder.
+//! `optimizer.safetensors` ([`super::optimizer_file`]), both inside a checkpoint folder.
 //!
 //! There is no generator state: the order of the data, dropout and initial weights are functions
 //! of the seed and of the step.
 
-use std::collections::HashMap;
 use std::fs;
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
 use serde::{Deserialize, Serialize};
 
 use super::events::Event;
 use super::settings::SettingsEcho;
-use super::trainee::Trainee;
 use crate::checkpoint::atomic;
 use crate::error::{Error, Result};
-use crate::model::parameters::{ParameterTensor, Part};
 
 /// Counters and history.
 pub const STATE_FILE: &str = "state.json";
-/// f32 weights (`master.KEY`) and AdamW's moments (`exp_avg.KEY`, `exp_avg_sq.KEY`).
-pub const OPTIMIZER_FILE: &str = "optimizer.safetensors";
 /// Version of both files' layout.
 const FORMAT: u32 = 1;
 
@@ -128,81 +122,4 @@ impl TrainState {
         }
         Ok(state)
     }
-}
-
-/// The flat buffers that a checkpoint holds, by the prefix of their keys.
-const PARTS: [(&str, Part); 3] =
-    [("master", Part::Master), ("exp_avg", Part::FirstMoment), ("exp_avg_sq", Part::SecondMoment)];
-
-/// Writes weights and moments into `folder`.
-///
-/// # Errors
-/// `Io`.
-pub fn write_optimizer<M: Trainee>(model: &M, folder: &Path) -> Result<()> {
-    let path = folder.join(OPTIMIZER_FILE);
-    let tensors = model.tensors().to_vec();
-    let mut views = Vec::with_capacity(PARTS.len() * tensors.len());
-    let [master, first, second] = PARTS.map(|(_, part)| model.values(part));
-    let values = [master?, first?, second?];
-    for ((prefix, _), values) in PARTS.iter().zip(&values) {
-        for tensor in &tensors {
-            let bytes = bytemuck::cast_slice(&values[tensor.range.clone()]);
-            let view = TensorView::new(Dtype::F32, tensor.shape.to_vec(), bytes)
-                .map_err(|e| write_error(&path, e))?;
-            views.push((format!("{prefix}.{}", tensor.name), view));
-        }
-    }
-    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    safetensors::serialize_to_file(views, Some(metadata), &path)
-        .map_err(|e| write_error(&path, e))?;
-    atomic::finish_file(&path)
-}
-
-fn write_error(path: &Path, error: SafeTensorError) -> Error {
-    let source = match error {
-        SafeTensorError::IoError(source) => source,
-        other => std::io::Error::other(other),
-    };
-    Error::io("write", path, source)
-}
-
-/// Reads weights and moments from `folder` and refreshes the working copy.
-///
-/// # Errors
-/// `Io`, or `Input` when the file is damaged or belongs to another adapter.
-pub fn read_optimizer<M: Trainee>(model: &mut M, folder: &Path) -> Result<()> {
-    let path = folder.join(OPTIMIZER_FILE);
-    let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-    let file = SafeTensors::deserialize(&bytes)
-        .map_err(|e| Error::input(format_args!("{}: {e}", path.display())))?;
-    let tensors = model.tensors().to_vec();
-    if file.len() != PARTS.len() * tensors.len() {
-        let (got, expected) = (file.len(), PARTS.len() * tensors.len());
-        return Err(
-            Error::input(format_args!("{got} tensors, expected {expected}")).at(path.display())
-        );
-    }
-    let mut values = vec![0.0; tensors.last().map_or(0, |tensor| tensor.range.end)];
-    for (prefix, part) in PARTS {
-        for tensor in &tensors {
-            let key = format!("{prefix}.{}", tensor.name);
-            copy(&file, &key, tensor, &mut values[tensor.range.clone()])
-                .map_err(|error| error.at(path.display()))?;
-        }
-        model.set_values(part, &values);
-    }
-    Ok(())
-}
-
-fn copy(file: &SafeTensors, key: &str, tensor: &ParameterTensor, to: &mut [f32]) -> Result<()> {
-    let view = file.tensor(key).map_err(|_| Error::input(format_args!("no tensor {key}")))?;
-    if view.dtype() != Dtype::F32 || view.shape() != tensor.shape {
-        let (dtype, shape) = (view.dtype(), view.shape());
-        let expected = tensor.shape;
-        return Err(Error::input(format_args!(
-            "tensor {key} is {dtype:?} {shape:?}, expected F32 {expected:?}"
-        )));
-    }
-    bytemuck::cast_slice_mut::<f32, u8>(to).copy_from_slice(view.data());
-    Ok(())
 }

@@ -15,6 +15,7 @@ use super::trainee::{Shrunk, Trainee};
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
 use crate::model::parameters::{Matrix, ParameterTensor, Part};
+use crate::plan::{MomentLayout, Optim};
 use crate::random::Stream;
 
 const D: usize = 6;
@@ -28,6 +29,7 @@ pub struct Toy {
     pub gradients: Vec<f32>,
     first_moment: Vec<f32>,
     second_moment: Vec<f32>,
+    places: MomentLayout,
     working: Vec<bf16>,
     /// Token id whose gradient is not finite.
     pub poison: Option<u32>,
@@ -65,6 +67,7 @@ impl Toy {
             gradients: vec![0.0; elements],
             first_moment: vec![0.0; elements],
             second_moment: vec![0.0; elements],
+            places: MomentLayout::new(Optim::AdamwTorch, [R * D, R * D]),
             working: vec![bf16::ZERO; elements],
             master,
             poison: None,
@@ -169,6 +172,10 @@ impl Trainee for Toy {
         &self.tensors
     }
 
+    fn moments(&self) -> &MomentLayout {
+        &self.places
+    }
+
     fn zero_gradients(&mut self) {
         self.gradients.fill(0.0);
     }
@@ -187,16 +194,18 @@ impl Trainee for Toy {
             Part::Gradients => &self.gradients,
             Part::FirstMoment => &self.first_moment,
             Part::SecondMoment => &self.second_moment,
+            _ => &[][..],
         }))
     }
 
     fn set_values(&mut self, part: Part, values: &[f32]) {
         let mut buffers = self.buffers();
-        let buffer = match part {
-            Part::Master => &mut buffers.master,
-            Part::Gradients => &mut buffers.gradients,
-            Part::FirstMoment => &mut buffers.first_moment,
-            Part::SecondMoment => &mut buffers.second_moment,
+        let buffer: &mut [f32] = match part {
+            Part::Master => buffers.master,
+            Part::Gradients => buffers.gradients,
+            Part::FirstMoment => buffers.first_moment,
+            Part::SecondMoment => buffers.second_moment,
+            _ => &mut [],
         };
         buffer.copy_from_slice(values);
         buffers.refresh_working();

@@ -8,6 +8,7 @@ use crate::data::Batch;
 use crate::error::Result;
 use crate::ledger::rows::Account;
 use crate::model::parameters::{ParameterTensor, Part};
+use crate::plan::MomentLayout;
 
 /// Most tokens in a pass, before and after memory ran short.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -32,6 +33,9 @@ pub trait Trainee {
 
     /// The trained tensors and where they lie in the flat buffers.
     fn tensors(&self) -> &[ParameterTensor];
+
+    /// Where each tensor's moments are.
+    fn moments(&self) -> &MomentLayout;
 
     /// Zeroes the gradients.
     fn zero_gradients(&mut self);

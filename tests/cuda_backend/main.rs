@@ -15,6 +15,7 @@ mod device;
 mod emulated;
 mod meter;
 mod offload;
+mod optimizer;
 mod shortage;
 
 use device::Device;
@@ -26,7 +27,7 @@ use nibble::kernels::cuda::Cuda;
 use nibble::model::Model;
 use nibble::model::parameters::Part;
 use nibble::model::weights::Weights;
-use nibble::plan::{Policy, Settings};
+use nibble::plan::{Optim, Policy, Settings};
 use nibble::train::adamw::AdamW;
 use nibble::train::backend::{TrainingKernels, Update};
 use nibble::train::clip;
@@ -50,6 +51,7 @@ fn settings(
         targets: adapter.map(|adapter| case.targets(adapter)).unwrap_or_default(),
         lora_dropout: false,
         bf16_working,
+        optim: Optim::default(),
         threads: rayon::current_num_threads(),
         cache_tokens: 40,
         mlp_tile_length: None,

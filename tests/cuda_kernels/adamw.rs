@@ -1,7 +1,9 @@
-//! AdamW: the f32 kernel bit for bit with the CPU's; the 8-bit one against its definition.
+//! AdamW: the f32 kernel bit for bit with the CPU's; the 8-bit one also against its definition.
 
 use half::bf16;
 use nibble::train::adamw::{AdamW, RateGroup};
+use nibble::train::adamw_8bit::{PackedMoment, Weights};
+use nibble::train::backend::Update;
 use nibble::train::buffers::Buffers;
 use nibble_quant::codebook::{dynamic_map, unsigned_dynamic_map};
 
@@ -69,9 +71,11 @@ fn eight_bit_moments_are_the_nearest_codes() {
         let len = 2 * 256 + 99;
         let (signed, unsigned) = (dynamic_map(), unsigned_dynamic_map());
         let mut master = normal(len, "w");
-        let (mut m_codes, mut m_absmax) = (vec![127u8; len], vec![0f32; 3]);
+        let (mut m_codes, mut m_absmax) = (vec![0u8; len], vec![0f32; 3]);
         let (mut v_codes, mut v_absmax) = (vec![0u8; len], vec![0f32; 3]);
         let mut working = vec![POISON; len];
+        let (mut cpu_master, mut cpu_codes) = (master.clone(), [vec![0u8; len], vec![0u8; len]]);
+        let (mut cpu_absmax, mut cpu_working) = ([vec![0f32; 3], vec![0f32; 3]], working.clone());
         for t in 1..=5 {
             let mut gradients = normal(len, &format!("g{t}"));
             gradients[256..512].fill(0.0);
@@ -107,6 +111,28 @@ fn eight_bit_moments_are_the_nearest_codes() {
             let groups = [RateGroup { range: 0..len, multiplier: 1.0 }];
             OPTIMIZER.update(t as u64, LEARNING_RATE, 0.5, &groups, buffers);
             assert_eq!(master, expected);
+            let update = Update {
+                optimizer: &OPTIMIZER,
+                groups: &groups,
+                step: t as u64,
+                learning_rate: LEARNING_RATE,
+                gradient_scale: 0.5,
+            };
+            let weights = Weights {
+                master: &mut cpu_master,
+                gradients: &mut gradients,
+                working: (t != 3).then_some(&mut cpu_working),
+            };
+            let [first, second] = &mut cpu_codes;
+            let [first_absmax, second_absmax] = &mut cpu_absmax;
+            let moments = [(first, first_absmax), (second, second_absmax)];
+            update.apply_to_packed(
+                weights,
+                moments.map(|(codes, absmax)| PackedMoment { codes, absmax }),
+            );
+            assert_eq!((&master, &working), (&cpu_master, &cpu_working), "as the CPU's");
+            assert_eq!([&m_codes, &v_codes], cpu_codes.each_ref());
+            assert_eq!([&m_absmax, &v_absmax], cpu_absmax.each_ref());
             for (map, exact, codes, absmax) in
                 [(&signed[..], &m, &m_codes, &m_absmax), (&unsigned[..], &v, &v_codes, &v_absmax)]
             {

@@ -10,7 +10,7 @@ use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::model::spec::ModelSpec;
 use nibble::model::weights::Weights;
-use nibble::plan::{Policy, Settings};
+use nibble::plan::{Optim, Policy, Settings};
 use nibble_quant::BlockFormat;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -159,6 +159,7 @@ impl Case {
             targets,
             lora_dropout: false,
             bf16_working: false,
+            optim: Optim::default(),
             threads: rayon::current_num_threads(),
             cache_tokens: 40,
             mlp_tile_length: tile,

@@ -12,7 +12,7 @@ use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::model::spec::ModelSpec;
 use nibble::model::weights::Weights;
-use nibble::plan::{Policy, Settings};
+use nibble::plan::{Optim, Policy, Settings};
 use nibble_quant::BlockFormat;
 use safetensors::SafeTensors;
 use tempfile::TempDir;
@@ -188,6 +188,7 @@ fn with_weights(spec: ModelSpec, weights: Weights, targets: Vec<LoraTarget>) -> 
         targets,
         lora_dropout: false,
         bf16_working: false,
+        optim: Optim::default(),
         threads: rayon::current_num_threads(),
     };
     Model::new(spec, weights, settings, None).unwrap()

@@ -10,7 +10,7 @@ use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::model::spec::{ModelSpec, TensorRole};
 use nibble::model::weights::Weights;
-use nibble::plan::{Policy, Settings};
+use nibble::plan::{Optim, Policy, Settings};
 use nibble::random::Stream;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
@@ -186,6 +186,7 @@ pub fn model(checkpoint: &Checkpoint, spec: &ModelSpec, adapter: Option<&Adapter
         targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
         lora_dropout: false,
         bf16_working: false,
+        optim: Optim::default(),
         threads: rayon::current_num_threads(),
         cache_tokens: 0,
         mlp_tile_length: None,

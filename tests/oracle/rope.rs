@@ -11,7 +11,7 @@ use nibble::data::{Batch, Document};
 use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::model::weights::Weights;
-use nibble::plan::{Policy, Settings};
+use nibble::plan::{Optim, Policy, Settings};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
@@ -66,6 +66,7 @@ impl Case {
             targets: Vec::new(),
             lora_dropout: false,
             bf16_working: false,
+            optim: Optim::default(),
             threads: rayon::current_num_threads(),
             cache_tokens: 0,
             mlp_tile_length: None,

@@ -47,7 +47,7 @@ fn a_file_with_all_settings_is_the_same_run() {
                  gradient-accumulation-steps=2 learning-rate=5e-3 \
                  lr-scheduler-type=cosine_with_min_lr min-lr-rate=0.25 warmup-steps=2 max-steps=5 \
                  max-grad-norm=0.5 weight-decay=0.01 adam-beta1=0.8 adam-beta2=0.95 \
-                 adam-epsilon=1e-6 seed=7 logging-steps=2 eval-steps=2 \
+                 adam-epsilon=1e-6 optim=adamw_8bit seed=7 logging-steps=2 eval-steps=2 \
                  early-stopping-patience=9 early-stopping-threshold=0.001 \
                  load-best-model-at-end=true sample-prompt=w5 sample-steps=3 \
                  sample-max-new-tokens=4 self-checks=true longest-first-step=false save-steps=2 \

@@ -3,6 +3,7 @@
 
 use std::fs;
 
+use safetensors::{Dtype, SafeTensors};
 use serde_json::json;
 
 use crate::runs::{Run, Runs, assert_scaled, norm, only};
@@ -196,6 +197,40 @@ fn weight_decay() {
         ["0", "2"].map(|decay| runs.train(&format!("weight-decay={decay} self-checks=false")));
     let a = |run: &Run| only(run.optimizer("master"), "lora_A");
     assert_scaled(&a(&decayed), 1.0 - 1e-2 * 2.0, &a(&plain), 1e-6);
+}
+
+/// Rank 64 makes matrices of 4096 and more elements, which have 8-bit moments.
+#[test]
+fn optim() {
+    let runs = Runs::new();
+    let flags = "lora-r=64 lora-alpha=64 max-steps=20 learning-rate=2e-3 optim";
+    let [full, small] =
+        ["adamw_torch", "adamw_8bit"].map(|name| runs.train(&format!("{flags}={name}")));
+    let losses = [&full, &small].map(|run| run.numbers("step", "loss"));
+    assert!(losses[0][19] < 0.8 * losses[0][0], "it learns: {:?}", losses[0]);
+    assert_ne!(losses[0], losses[1]);
+    for (step, (full, small)) in losses[0].iter().zip(&losses[1]).enumerate() {
+        assert!((small / full - 1.0).abs() < 0.02, "step {step}: {small}, {full} in f32");
+    }
+    let layout = |run: &Run, prefix: &str, matrix: &str| {
+        let newest = *run.checkpoints().last().unwrap();
+        let path = format!("{}/checkpoint-{newest}/optimizer.safetensors", run.out);
+        let bytes = runs.place.read(&path);
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let name = format!("{prefix}.base_model.model.model.layers.0.{matrix}.weight");
+        file.tensor(&name).ok().map(|tensor| (tensor.dtype(), tensor.shape().to_vec()))
+    };
+    let (large, little) = ("self_attn.q_proj.lora_A", "self_attn.k_proj.lora_B");
+    assert_eq!(layout(&full, "exp_avg_sq", large), Some((Dtype::F32, vec![64, 64])));
+    for moment in ["exp_avg", "exp_avg_sq"] {
+        assert_eq!(layout(&small, moment, large), Some((Dtype::U8, vec![64, 64])));
+        let scales = layout(&small, &format!("{moment}.absmax"), large);
+        assert_eq!(scales, Some((Dtype::F32, vec![16])));
+        assert_eq!(layout(&small, moment, little), Some((Dtype::F32, vec![32, 64])));
+        assert_eq!(layout(&small, &format!("{moment}.absmax"), little), None);
+    }
+    let refused = runs.refused("optim=paged_adamw_8bit");
+    assert!(refused.contains("take adamw_8bit: all of a run's memory is planned"), "{refused}");
 }
 
 #[test]

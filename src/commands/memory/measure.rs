@@ -11,6 +11,7 @@ use crate::cli::memory::MemoryArgs;
 use crate::cli::size::ByteSize;
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
+use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::Account;
 use crate::ledger::{self, Phase, Watch};
 use crate::model::Model;
@@ -19,6 +20,7 @@ use crate::model::streaming::Streaming;
 use crate::model::weights::Weights;
 use crate::random::Stream;
 use crate::train::adamw::AdamW;
+use crate::train::backend::{TrainingKernels, Update};
 use crate::train::progress::Progress;
 use crate::train::{clip, step};
 
@@ -84,9 +86,14 @@ fn train_step(model: &mut Model, batch: &Batch, number: u64) -> Result<f64> {
     let groups = step::rate_groups(model.parameters().tensors(), Default::default());
     let norm = clip::global_norm(model.parameters().gradients());
     let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
-    let (scale, buffers) =
-        (clip::gradient_scale(norm, 1.0), model.parameters_mut().optimizer_view());
-    optimizer.update(number, LEARNING_RATE, scale, &groups, buffers.into());
+    let update = Update {
+        optimizer: &optimizer,
+        groups: &groups,
+        step: number,
+        learning_rate: LEARNING_RATE,
+        gradient_scale: clip::gradient_scale(norm, 1.0),
+    };
+    Cpu.update(model.parameters_mut(), &update);
     Ok(loss / targets as f64)
 }
 

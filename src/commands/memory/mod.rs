@@ -174,6 +174,7 @@ fn settings(args: &MemoryArgs, spec: &ModelSpec) -> Result<Settings> {
         targets: lora.resolve(spec)?,
         lora_dropout: lora.lora_dropout > 0.0,
         bf16_working: args.lora.adapter_dtype == AdapterDtype::Bf16,
+        optim: args.optim,
         threads: rayon::current_num_threads(),
         cache_tokens: 0,
         mlp_tile_length: args.mlp_tile_length.map(NonZeroUsize::get),

@@ -106,6 +106,7 @@ fn sizes(args: &TrainArgs, base: &Base, adapter: &Adapter, data: &Prepared) -> R
         targets: adapter.targets.clone(),
         lora_dropout: adapter.config.lora_dropout > 0.0,
         bf16_working: args.lora.adapter_dtype == AdapterDtype::Bf16,
+        optim: args.optimization.optim,
         threads: rayon::current_num_threads(),
         cache_tokens: base.preview.context_tokens(&args.evaluation.sample_prompt)?,
         mlp_tile_length: args.resources.mlp_tile_length.map(NonZeroUsize::get),

@@ -367,8 +367,8 @@ adamw(float* master, const float* gradients, float* first_moment, float* second_
 }
 
 // The same with 8-bit moments: codes [elements], absmax [ceil(elements / 256)], maps [256] in f32
-// (codebook.rs' dynamic_map, unsigned_dynamic_map). Fresh moments: codes of 0 in their map, absmax 0. Grid ceil(elements / 256),
-// exactly 256 threads.
+// (codebook.rs' dynamic_map, unsigned_dynamic_map). Fresh moments: absmax 0, any codes. Grid
+// ceil(elements / 256), exactly 256 threads.
 extern "C" __global__ void __launch_bounds__(256)
 adamw_8bit(float* master, const float* gradients, u8* first_codes, float* first_absmax,
            u8* second_codes, float* second_absmax, const float* first_map, const float* second_map,

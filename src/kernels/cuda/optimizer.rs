@@ -7,6 +7,8 @@ use super::driver::{Address, Argument, Driver};
 use super::launch::{FLAT_THREADS, flat, launch};
 use super::memory::{Buffer, PARTIALS};
 use crate::error::Result;
+use crate::model::parameters::PackedMoments;
+use crate::plan::moments::MOMENT_BLOCK;
 
 /// One update of the parameters `range` with one set of coefficients.
 pub struct UpdateRun<'a, D: Driver> {
@@ -16,14 +18,30 @@ pub struct UpdateRun<'a, D: Driver> {
     pub master: &'a Buffer<D>,
     /// f32 gradients.
     pub gradients: &'a Buffer<D>,
-    /// f32.
-    pub first_moment: &'a Buffer<D>,
-    /// f32.
-    pub second_moment: &'a Buffer<D>,
+    /// Where their moments are.
+    pub moments: RunMoments<'a, D>,
     /// bf16 copies of the weights.
     pub working: Option<&'a Buffer<D>>,
     /// In the order of the kernel's parameters.
     pub coefficients: [f32; 7],
+}
+
+/// Moments of an update's elements.
+pub enum RunMoments<'a, D: Driver> {
+    /// First and second in f32, from element `first_element` on.
+    Floats {
+        /// Both.
+        moments: [&'a Buffer<D>; 2],
+        /// Where the run begins in them.
+        first_element: usize,
+    },
+    /// In 8 bits, from a block's begin.
+    Packed {
+        /// Both.
+        moments: &'a PackedMoments<Buffer<D>>,
+        /// Blocks.
+        blocks: Range<usize>,
+    },
 }
 
 impl<D: Driver> Cuda<D> {
@@ -64,11 +82,31 @@ impl<D: Driver> Cuda<D> {
         let [keep, first_weight, beta2, second_weight, correction, epsilon, step] =
             run.coefficients;
         let elements = run.range.len();
-        launch!(self, "adamw", flat(elements), FLAT_THREADS;
-            part(run.master), part(run.gradients), part(run.first_moment),
-            part(run.second_moment), working, elements as i64,
-            Argument::Pointer(self.scalar(PARTIALS + 1)), keep, first_weight, beta2,
-            second_weight, correction, epsilon, step);
+        let scale = Argument::Pointer(self.scalar(PARTIALS + 1));
+        match run.moments {
+            RunMoments::Floats { moments, first_element } => {
+                let range = first_element..first_element + elements;
+                let [first, second] =
+                    moments.map(|moment| Argument::Pointer(moment.at(range.clone())));
+                launch!(self, "adamw", flat(elements), FLAT_THREADS;
+                    part(run.master), part(run.gradients), first, second, working,
+                    elements as i64, scale, keep, first_weight, beta2, second_weight, correction,
+                    epsilon, step);
+            }
+            RunMoments::Packed { moments, blocks } => {
+                let grid = [blocks.len() as u32, 1, 1];
+                let words = blocks.start * MOMENT_BLOCK / 4..blocks.end * MOMENT_BLOCK / 4;
+                let codes = |buffer: &Buffer<D>| Argument::Pointer(buffer.at(words.clone()));
+                let absmax = |buffer: &Buffer<D>| Argument::Pointer(buffer.at(blocks.clone()));
+                let tables = &self.shared.tables;
+                let maps = [tables.map(), tables.unsigned_map()].map(Argument::Pointer);
+                launch!(self, "adamw_8bit", grid, MOMENT_BLOCK as u32;
+                    part(run.master), part(run.gradients), codes(&moments.first_codes),
+                    absmax(&moments.first_absmax), codes(&moments.second_codes),
+                    absmax(&moments.second_absmax), maps[0], maps[1], working, elements as i64,
+                    scale, keep, first_weight, beta2, second_weight, correction, epsilon, step);
+            }
+        }
     }
 
     /// Address of the f64 `index` of the scalars.

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use half::bf16;
-use nibble_quant::codebook::dynamic_map;
+use nibble_quant::codebook::{dynamic_map, unsigned_dynamic_map};
 use nibble_quant::{Absmax, PackedWeight, QuantType};
 
 use super::driver::{Address, Argument, Driver};
@@ -60,7 +60,7 @@ impl Packed {
     }
 }
 
-/// The tables that all packed weights share: NF4, FP4, dynamic map.
+/// The tables that all packed weights share: NF4, FP4, dynamic map; and the optimizer's second map.
 pub(super) struct Tables<D: Driver> {
     memory: Arc<Allocation<D>>,
 }
@@ -71,6 +71,7 @@ impl<D: Driver> Tables<D> {
         all.extend_from_slice(QuantType::Nf4.values());
         all.extend_from_slice(QuantType::Fp4.values());
         all.extend_from_slice(dynamic_map());
+        all.extend_from_slice(unsigned_dynamic_map());
         let bytes: &[u8] = bytemuck::cast_slice(&all);
         let memory = Allocation::new(driver, bytes.len())?;
         driver.upload(bytes, memory.address())?;
@@ -81,8 +82,14 @@ impl<D: Driver> Tables<D> {
         self.memory.address() + if quant_type == QuantType::Nf4 { 0 } else { 16 * 4 }
     }
 
-    fn map(&self) -> Address {
+    /// The signed dynamic map.
+    pub fn map(&self) -> Address {
         self.memory.address() + 32 * 4
+    }
+
+    /// The unsigned dynamic map.
+    pub fn unsigned_map(&self) -> Address {
+        self.map() + 256 * 4
     }
 }
 

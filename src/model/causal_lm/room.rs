@@ -8,9 +8,6 @@ use crate::model::spec::ModelSpec;
 use crate::model::weights::Weights;
 use crate::plan::Settings;
 
-/// The trained values, which outlive the buffers.
-const LASTING: [Part; 3] = [Part::Master, Part::FirstMoment, Part::SecondMoment];
-
 impl<K: Kernels> Model<K> {
     /// The same model, adapter and moments with buffers for fewer tokens in a pass: half as many,
     /// but never fewer than the longest document. The old buffers are given back before the new
@@ -20,10 +17,10 @@ impl<K: Kernels> Model<K> {
     /// `Budget` when there is no memory for one document, or those of the backend.
     pub fn with_fewer_tokens(self) -> Result<Self> {
         let read = |part| self.parameters.values(part).map(|values| values.into_owned());
-        let lasting = LASTING.map(read).into_iter().collect::<Result<Vec<_>>>()?;
+        let lasting = Part::LASTING.map(read).into_iter().collect::<Result<Vec<_>>>()?;
         let settings = fewer(&self.settings);
         let mut model = self.without_buffers().with_room(settings)?;
-        for (part, values) in LASTING.into_iter().zip(&lasting) {
+        for (part, values) in Part::LASTING.into_iter().zip(&lasting) {
             model.parameters.set_values(part, values);
         }
         Ok(model)

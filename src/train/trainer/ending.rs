@@ -8,7 +8,7 @@ use crate::error::{Error, Message, Result};
 use crate::ledger::resident;
 use crate::train::checkpoints;
 use crate::train::events::{EndEvent, EndReason};
-use crate::train::state;
+use crate::train::optimizer_file;
 use crate::train::trainee::Trainee;
 
 impl<M: Trainee> Trainer<'_, M> {
@@ -37,7 +37,7 @@ impl<M: Trainee> Trainer<'_, M> {
         }
         let folder = self.parts.out.join(checkpoints::name(best.step));
         checkpoints::verify(&folder).map_err(|error| error.at(folder.display()))?;
-        state::read_optimizer(self.model, &folder)
+        optimizer_file::read(self.model, &folder)
     }
 
     pub(super) fn interrupted(&self) -> Error {
