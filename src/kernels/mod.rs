@@ -16,6 +16,7 @@ use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
+use crate::model::streaming::{Streaming, WeightStream};
 use crate::plan::{MemoryPlan, Settings};
 pub use shapes::{
     AttentionShape, Columns, DropoutMask, LoraShape, LoraTerm, NormParameters, TokenLayout,
@@ -47,6 +48,14 @@ pub trait PlannedMemory<K: Kernels> {
         let bytes: Vec<u64> = plan.regions.iter().map(|region| region.bytes() as u64).collect();
         Box::new(move || bytes.clone())
     }
+}
+
+/// The matrices of all blocks, and what brings them in turn to where they are used.
+pub struct StreamedWeights<W> {
+    /// In the order in which they came.
+    pub blocks: Vec<Vec<W>>,
+    /// To be told which block is used.
+    pub stream: Box<dyn WeightStream>,
 }
 
 /// Bytes of each region of a plan that are in memory now.
@@ -119,6 +128,17 @@ pub trait Kernels: Clone + Sync {
     /// # Errors
     /// `Budget` when the memory cannot be had.
     fn upload_weight(&self, weight: FrozenMatrix) -> Result<Self::Weight>;
+
+    /// Takes over the matrices of blocks, of which two are in its memory at a time; `pages` are
+    /// those of the file that they lie in.
+    ///
+    /// # Errors
+    /// `Budget` when the memory cannot be had.
+    fn stream_weights(
+        &self,
+        blocks: Vec<Vec<FrozenMatrix>>,
+        pages: Streaming,
+    ) -> Result<StreamedWeights<Self::Weight>>;
 
     /// Takes a frozen vector over.
     ///

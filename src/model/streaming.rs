@@ -17,6 +17,29 @@ pub enum Direction {
     Backward,
 }
 
+/// Weights of blocks that take turns in the memory that a backend works with.
+pub trait WeightStream: Send {
+    /// Before block `layer` is used: it is there, and the one behind it is on its way.
+    fn enter(&mut self, layer: usize, direction: Direction);
+
+    /// After block `layer` was used; the last one in either direction is the next one to be used.
+    fn leave(&mut self, layer: usize, direction: Direction);
+
+    /// After the rows of a pass were read.
+    fn leave_table(&mut self);
+
+    /// After logits were made.
+    fn leave_head(&mut self);
+}
+
+/// The block that is used after `layer` of `layers`.
+pub fn next(layer: usize, layers: usize, direction: Direction) -> Option<usize> {
+    match direction {
+        Direction::Forward => Some(layer + 1).filter(|&next| next < layers),
+        Direction::Backward => layer.checked_sub(1),
+    }
+}
+
 /// The pages of every block's weights, of the matrix that makes logits, and of the table of
 /// embeddings where that is another.
 #[derive(Debug, Clone)]
@@ -50,33 +73,36 @@ impl Streaming {
         }
     }
 
-    /// Before block `layer` is used: the one behind it is read ahead.
-    pub fn enter(&self, layer: usize, direction: Direction) {
-        let next = match direction {
-            Direction::Forward => self.blocks.get(layer + 1),
-            Direction::Backward => layer.checked_sub(1).map(|before| &self.blocks[before]),
-        };
-        next.into_iter().flatten().for_each(Pages::read_ahead);
+    /// Begins to read a block from the disk.
+    pub fn read_ahead(&self, layer: usize) {
+        self.blocks.get(layer).into_iter().flatten().for_each(Pages::read_ahead);
     }
 
-    /// After block `layer` was used; the last one in either direction is the next one to be used.
-    pub fn leave(&self, layer: usize, direction: Direction) {
-        let last = match direction {
-            Direction::Forward => self.blocks.len() - 1,
-            Direction::Backward => 0,
-        };
-        if layer != last {
-            self.blocks[layer].iter().for_each(Pages::release);
+    /// Gives a block's pages back.
+    pub fn release(&self, layer: usize) {
+        self.blocks.get(layer).into_iter().flatten().for_each(Pages::release);
+    }
+}
+
+/// On the CPU blocks are used where they are mapped.
+impl WeightStream for Streaming {
+    fn enter(&mut self, layer: usize, direction: Direction) {
+        if let Some(next) = next(layer, self.blocks.len(), direction) {
+            self.read_ahead(next);
         }
     }
 
-    /// After the rows of a pass were read.
-    pub fn leave_table(&self) {
+    fn leave(&mut self, layer: usize, direction: Direction) {
+        if next(layer, self.blocks.len(), direction).is_some() {
+            self.release(layer);
+        }
+    }
+
+    fn leave_table(&mut self) {
         self.table.iter().for_each(Pages::release);
     }
 
-    /// After logits were made.
-    pub fn leave_head(&self) {
+    fn leave_head(&mut self) {
         self.head.iter().for_each(Pages::release);
     }
 }

@@ -9,13 +9,15 @@ use nibble_quant::{BlockFormat, FloatType};
 
 use super::block::{Block, Linear, LinearAdapter};
 use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
-use super::streaming::Streaming;
+use super::streaming::{Streaming, WeightStream};
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
 use crate::checkpoint::{Checkpoint, DenseTensor, Weight};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
-use crate::kernels::{AttentionShape, Columns, Kernels, LoraShape, NormParameters};
+use crate::kernels::{
+    AttentionShape, Columns, Kernels, LoraShape, NormParameters, StreamedWeights,
+};
 use crate::plan::settings::Half;
 
 /// The frozen parts of a model, where a backend works with them.
@@ -31,7 +33,7 @@ pub struct Weights<K: Kernels = Cpu> {
     /// `[V, D]`; the embedding if absent.
     pub head: Option<K::Weight>,
     /// How the blocks come and go, where they are not all kept in memory.
-    pub streaming: Option<Streaming>,
+    pub streaming: Option<Box<dyn WeightStream>>,
 }
 
 impl Weights {
@@ -95,43 +97,89 @@ impl Weights {
     /// # Errors
     /// `Budget` when it does not fit there.
     pub fn upload<K: Kernels>(self, kernels: &K) -> Result<Weights<K>> {
+        self.place(kernels, |block| block.upload(kernels))
+    }
+
+    /// The same, but of the blocks' matrices two blocks' at a time; `pages` are those of the file
+    /// that they lie in.
+    ///
+    /// # Errors
+    /// `Budget` when it does not fit there.
+    pub fn upload_streamed<K: Kernels>(self, kernels: &K, pages: Streaming) -> Result<Weights<K>> {
+        let matrices = self.blocks.iter().map(Block::matrices).collect();
+        let StreamedWeights { blocks, stream } = kernels.stream_weights(matrices, pages)?;
+        let mut matrices = blocks.into_iter();
+        let mut weights = self.place(kernels, |block| {
+            block.with_matrices(kernels, matrices.next().expect("as many as there are blocks"))
+        })?;
+        weights.streaming = Some(stream);
+        Ok(weights)
+    }
+
+    fn place<K: Kernels>(
+        self,
+        kernels: &K,
+        block: impl FnMut(Block<Cpu>) -> Result<Block<K>>,
+    ) -> Result<Weights<K>> {
         let matrix = |weight| kernels.upload_weight(weight);
-        let vector = |vector| kernels.upload_vector(vector);
-        let blocks = self.blocks.into_iter().map(|block| block.upload(kernels));
         Ok(Weights {
             embedding: matrix(self.embedding)?,
             positions: self.positions.map(matrix).transpose()?,
-            blocks: blocks.collect::<Result<_>>()?,
-            final_norm: self.final_norm.try_map(vector)?,
+            blocks: self.blocks.into_iter().map(block).collect::<Result<_>>()?,
+            final_norm: self.final_norm.try_map(|vector| kernels.upload_vector(vector))?,
             head: self.head.map(matrix).transpose()?,
-            // What was moved is no longer read from its file.
             streaming: None,
         })
     }
 }
 
 impl Block<Cpu> {
-    fn upload<K: Kernels>(self, kernels: &K) -> Result<Block<K>> {
-        let vector = |vector| kernels.upload_vector(vector);
-        let linears = self.linears.into_iter().map(|linear| {
-            Ok(Linear {
-                role: linear.role,
-                module: linear.module,
-                weight: kernels.upload_weight(linear.weight)?,
-                bias: linear.bias.map(vector).transpose()?,
-                output: linear.output,
-                adapter: linear.adapter,
-            })
+    /// Its matrices, which are not copied.
+    fn matrices(&self) -> Vec<FrozenMatrix> {
+        self.linears.iter().map(|linear| linear.weight.clone()).collect()
+    }
+
+    fn upload<K: Kernels>(mut self, kernels: &K) -> Result<Block<K>> {
+        let linears = std::mem::take(&mut self.linears);
+        let linears = linears.into_iter().map(|linear| {
+            let weight = kernels.upload_weight(linear.weight.clone())?;
+            linear.moved(kernels, weight)
         });
+        let linears = linears.collect::<Result<_>>()?;
+        self.moved(kernels, linears)
+    }
+
+    /// The block with its matrices elsewhere.
+    fn with_matrices<K: Kernels>(
+        mut self,
+        kernels: &K,
+        matrices: Vec<K::Weight>,
+    ) -> Result<Block<K>> {
+        let linears = std::mem::take(&mut self.linears).into_iter().zip(matrices);
+        let linears = linears.map(|(linear, weight)| linear.moved(kernels, weight));
+        let linears = linears.collect::<Result<_>>()?;
+        self.moved(kernels, linears)
+    }
+
+    fn moved<K: Kernels>(self, kernels: &K, linears: Vec<Linear<K>>) -> Result<Block<K>> {
+        let vector = |vector| kernels.upload_vector(vector);
         Ok(Block {
             norm1: self.norm1.try_map(vector)?,
             norm2: self.norm2.try_map(vector)?,
-            linears: linears.collect::<Result<_>>()?,
+            linears,
             attention: self.attention,
             activation: self.activation,
             hidden_size: self.hidden_size,
             intermediate_size: self.intermediate_size,
         })
+    }
+}
+
+impl Linear<Cpu> {
+    fn moved<K: Kernels>(self, kernels: &K, weight: K::Weight) -> Result<Linear<K>> {
+        let bias = self.bias.map(|bias| kernels.upload_vector(bias)).transpose()?;
+        let Linear { role, module, output, adapter, .. } = self;
+        Ok(Linear { role, module, weight, bias, output, adapter })
     }
 }
 

@@ -6,8 +6,8 @@ use serde::Serialize;
 use super::budget::{Activations, Demand, WeightsMode};
 use super::moments::Optim;
 use super::settings::{Settings, logit_rows};
+use super::work::Work;
 use crate::error::Result;
-use crate::model::spec::TensorRole;
 
 /// Lengths are multiples of this many tokens.
 const LENGTH_STEP: usize = 64;
@@ -120,24 +120,10 @@ fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
     good
 }
 
-/// Multiply-adds of a step over those without recomputation: the products with frozen weights,
-/// attention over rows of `length`, and the head, which is never recomputed.
+/// Multiply-adds of a step with rows of `length` over those without recomputation.
 fn work(demand: &Demand, length: usize, kept: usize) -> f64 {
-    let spec = demand.spec;
-    let linear = |role: TensorRole| matches!(role, TensorRole::Linear(_));
-    let blocks: usize = spec
-        .inventory()
-        .iter()
-        .filter(|tensor| linear(tensor.role))
-        .map(|tensor| tensor.shape.iter().product::<usize>())
-        .sum();
-    // Scores and their product with v, half of them masked.
-    let attention = spec.num_layers * spec.q_width() * length;
-    let forward = (blocks + attention) as f64;
-    let backward = blocks as f64 + 2.5 * attention as f64;
-    let head = 2.0 * (spec.vocab_size * spec.hidden_size) as f64;
-    let recomputed = (spec.num_layers - kept) as f64 / spec.num_layers as f64;
-    (forward * (1.0 + recomputed) + backward + head) / (forward + backward + head)
+    let (work, layers) = (Work::of_token(demand.spec, length), demand.spec.num_layers);
+    work.of_step((layers - kept) as f64 / layers as f64) / work.of_step(0.0)
 }
 
 /// A quarter of the tile, where it is long enough to be cut.

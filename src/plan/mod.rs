@@ -11,6 +11,7 @@ pub mod layout;
 pub mod moments;
 pub mod settings;
 pub mod weights;
+pub mod work;
 
 pub use budget::{Activations, Choice, Demand, Limit, WeightsMode};
 pub use layout::{Component, MemoryPlan, Region, RegionType, layout};

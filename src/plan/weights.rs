@@ -36,13 +36,21 @@ pub struct StreamedBytes {
     pub row: u64,
     /// What makes logits: the embedding again, where they are tied.
     pub head: u64,
+    /// Embedding and head: one matrix where they are tied.
+    pub tables: u64,
 }
 
 impl StreamedBytes {
     /// The same for every pass.
     #[cfg(test)]
     pub(super) fn of_outside(outside: u64) -> Self {
-        StreamedBytes { outside, block: 0, blocks: 0, table: 0, row: 0, head: 0 }
+        StreamedBytes { outside, block: 0, blocks: 0, table: 0, row: 0, head: 0, tables: 0 }
+    }
+
+    /// Beside a GPU only the blocks' linears come and go: all else stays in its memory.
+    pub fn on_gpu(&self) -> Self {
+        let outside = self.outside + self.tables;
+        StreamedBytes { outside, table: 0, row: 0, head: 0, tables: 0, ..*self }
     }
 
     /// The most of a pass over `tokens` that are all different.
@@ -106,6 +114,7 @@ impl WeightBytes {
             table,
             row: table / spec.vocab_size as u64,
             head: if untied { head } else { table },
+            tables: table + if untied { head } else { 0 },
         };
         WeightBytes { resident, streamed: as_stored.then(streamed) }
     }
@@ -190,7 +199,12 @@ mod tests {
     #[test]
     fn the_most_is_at_the_blocks_or_at_the_head() {
         let (outside, block, blocks, row) = (1000, 3 << 20, 2, 8 << 10);
-        let small = StreamedBytes { outside, block, blocks, table: 50 << 20, row, head: 2 << 20 };
+        let (table, head) = (50 << 20, 2 << 20);
+        let small =
+            StreamedBytes { outside, block, blocks, table, row, head, tables: table + head };
+        let on_gpu = small.on_gpu();
+        assert_eq!(on_gpu.of_pass(16), 1000 + (58 << 20));
+        assert_eq!(on_gpu.of_pass(10_000), on_gpu.of_pass(16));
         assert_eq!(small.of_pass(16), 1000 + (7 << 20));
         assert_eq!(small.of_pass(10_000), 1000 + (56 << 20));
         let long = StreamedBytes { row: 128 << 10, ..small };

@@ -139,6 +139,10 @@ impl Driver for Device {
         self.driver.await_copy(slot)
     }
 
+    fn finish_copy(&self, slot: usize) -> Result<()> {
+        self.driver.finish_copy(slot)
+    }
+
     fn zero(&self, to: Address, bytes: usize) -> Result<()> {
         self.driver.zero(to, bytes)
     }

@@ -171,6 +171,10 @@ impl Driver for Emulated {
         Ok(())
     }
 
+    fn finish_copy(&self, slot: usize) -> Result<()> {
+        self.await_copy(slot)
+    }
+
     fn zero(&self, to: Address, bytes: usize) -> Result<()> {
         self.bytes(to, bytes).fill(0);
         Ok(())

@@ -17,6 +17,7 @@ mod meter;
 mod offload;
 mod optimizer;
 mod shortage;
+mod stream;
 
 use device::Device;
 use golden::{CASES, Case};

@@ -5,6 +5,7 @@ use nibble::checkpoint::Checkpoint;
 use nibble::kernels::cuda::Cuda;
 use nibble::model::Model;
 use nibble::model::parameters::Part;
+use nibble::model::streaming::Streaming;
 use nibble::model::weights::Weights;
 use nibble::plan::{Policy, Settings};
 
@@ -26,7 +27,7 @@ fn offloaded_inputs_give_the_bits_of_checkpointed_ones() {
         let mut settings = settings(&case, adapter, &[], true);
         // The golden model's blocks, over and over.
         settings.policies = policies.to_vec();
-        let mut model = deep_model(&gpu, &case, settings);
+        let mut model = deep_model(&gpu, &case, settings, false);
         let scale = 1.0 / batch.num_targets as f32;
         let mut losses = Vec::new();
         for step in 0..2 {
@@ -59,20 +60,25 @@ fn offloaded_inputs_give_the_bits_of_checkpointed_ones() {
 }
 
 /// The golden model with its blocks repeated to as many as there are policies.
-fn deep_model(gpu: &Gpu, case: &Case, mut settings: Settings) -> Model<Gpu> {
+pub fn deep_model(gpu: &Gpu, case: &Case, mut settings: Settings, stream: bool) -> Model<Gpu> {
     let layers = settings.policies.len();
     let (mut spec, checkpoint) = (case.spec(), Checkpoint::open(&case.path).unwrap());
     let mut weights = Weights::load(&checkpoint, &spec, None, None).unwrap();
     let adapter = Adapter::load(&case.path.join("adapter_init"), &spec).unwrap();
     while weights.blocks.len() < layers {
-        weights.blocks.extend(Weights::load(&checkpoint, &spec, None, None).unwrap().blocks);
+        // Turned around, so that blocks that take the same place are not the same.
+        let more = Weights::load(&checkpoint, &spec, None, None).unwrap().blocks;
+        weights.blocks.extend(more.into_iter().rev());
     }
     weights.blocks.truncate(layers);
     spec.num_layers = layers;
     spec.windows = spec.windows.iter().copied().cycle().take(layers).collect();
     // Adapters of the first blocks only.
     settings.targets = adapter.targets.clone();
-    let weights = weights.upload(gpu).unwrap();
+    let weights = match stream {
+        true => weights.upload_streamed(gpu, Streaming::new(&checkpoint, &spec)).unwrap(),
+        false => weights.upload(gpu).unwrap(),
+    };
     let mut model = Model::on(gpu.clone(), spec, weights, settings, None).unwrap();
     model.parameters_mut().load(&adapter);
     model

@@ -37,7 +37,9 @@ pub(super) fn measure(args: &MemoryArgs, run: &PlannedRun, steps: usize) -> Resu
     let mut watch = Watch::begin();
     let format = args.base.block_format();
     let mut weights = Weights::load(checkpoint, spec, format.as_ref(), None)?;
-    weights.streaming = run.stream.then(|| Streaming::new(checkpoint, spec));
+    if run.stream {
+        weights = weights.upload_streamed(&Cpu, Streaming::new(checkpoint, spec))?;
+    }
     watch.loaded();
     let config = args.lora.config()?;
     let dropout = (config.lora_dropout > 0.0).then_some((config.lora_dropout as f32, 0));

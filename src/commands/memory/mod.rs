@@ -22,9 +22,9 @@ use crate::ledger::resident;
 use crate::ledger::rows::Account;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
+use crate::plan::work::{Transfer, Work};
 use crate::plan::{
-    Choice, Demand, Limit, MemoryPlan, Policy, Settings, WeightBytes, WeightsMode, layout,
-    logit_rows,
+    Choice, Demand, Limit, MemoryPlan, Policy, Settings, WeightBytes, layout, logit_rows,
 };
 use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
@@ -95,6 +95,17 @@ impl PlannedRun {
         self.settings.policies.iter().filter(|policy| **policy == Policy::Keep).count()
     }
 
+    /// Copies against computation, where weights are streamed to a GPU.
+    fn transfer(&self, args: &MemoryArgs) -> Option<Transfer> {
+        let on_gpu = matches!(args.device.device, Device::Cuda(_));
+        let streamed = self.model.weights.streamed.filter(|_| self.stream && on_gpu)?;
+        let layers = self.model.spec.num_layers;
+        let work = Work::of_token(&self.model.spec, self.settings.longest_document);
+        let work = work.of_step((layers - self.kept_blocks()) as f64 / layers as f64);
+        let offloaded = self.plan.offloaded_bytes() as u64;
+        Some(Transfer::new(layers, streamed.block, offloaded, self.settings.tokens, work))
+    }
+
     fn heading(&self, args: &MemoryArgs) -> Heading {
         let (layers, kept) = (self.model.spec.num_layers, self.kept_blocks());
         let streamed = if self.stream { "streamed from their file" } else { "in memory" };
@@ -120,10 +131,11 @@ struct Model {
 impl Model {
     /// Counts what lies in a GPU's memory, not in the program's.
     fn place_on_gpu(&mut self, args: &MemoryArgs) -> Result<()> {
-        if args.measure.is_some() || args.weights == WeightsMode::Stream {
-            return Err(Error::usage("`--measure` and `--weights stream` work on the CPU only"));
+        if args.measure.is_some() {
+            return Err(Error::usage("`--measure` works on the CPU only"));
         }
-        (self.process, self.weights.streamed) = (ASSUMED_CONTEXT_BYTES, None);
+        self.process = ASSUMED_CONTEXT_BYTES;
+        self.weights.streamed = self.weights.streamed.map(|streamed| streamed.on_gpu());
         Ok(())
     }
 

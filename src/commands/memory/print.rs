@@ -5,7 +5,8 @@ use serde_json::{Value, json};
 use super::PlannedRun;
 use crate::cli::memory::MemoryArgs;
 use crate::cli::size::ByteSize;
-use crate::report::figures::change;
+use crate::plan::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer};
+use crate::report::figures::{change, thousands};
 
 /// For people.
 pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
@@ -29,6 +30,9 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     }
     println!();
     rows(run);
+    if let Some(transfer) = run.transfer(args) {
+        copies(&transfer);
+    }
     if let Some(budget) = args.budget {
         let free = ByteSize(budget.0.saturating_sub(run.account.planned_bytes()));
         println!("\nfits {budget} with {free} to spare");
@@ -39,6 +43,22 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     if let Some(path) = &args.html {
         println!("\npictures: {}", path.display());
     }
+}
+
+/// Whether the GPU would wait for weights.
+fn copies(transfer: &Transfer) {
+    let (copying, computing) = transfer.seconds();
+    let bound = if copying > computing { "copies" } else { "computation" };
+    println!(
+        "\na step copies {} to the GPU: {copying:.1} s at {:.0} GB/s (PCIe 4.0 x16), beside {:.1} \
+         PFLOP: {computing:.1} s at\n{:.0} TFLOP/s (an RTX 4090, in practice). It is bound by \
+         {bound}; copies hide behind {} tokens or more",
+        ByteSize(transfer.bytes),
+        ASSUMED_BYTES_PER_SECOND / 1e9,
+        transfer.flops / 1e15,
+        ASSUMED_FLOPS_PER_SECOND / 1e12,
+        thousands(transfer.tokens_to_hide_copies),
+    );
 }
 
 fn rows(run: &PlannedRun) {
@@ -87,6 +107,9 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         "phases": account.phases,
         "regions": run.plan.regions,
     });
+    if let Some(transfer) = run.transfer(args) {
+        out["transfer"] = json!(transfer);
+    }
     if let Some(peak) = account.peak_bytes {
         out["measured"] = json!({
             "peak_bytes": peak,

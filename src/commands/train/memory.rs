@@ -8,9 +8,9 @@ use crate::adapter::Adapter;
 use crate::cli::lora::AdapterDtype;
 use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::ledger::rows::Account;
-use crate::plan::{Choice, Demand, Limit, Policy, Settings, WeightBytes, WeightsMode, logit_rows};
+use crate::plan::{Choice, Demand, Limit, Policy, Settings, WeightBytes, logit_rows};
 use crate::train::backend::TrainingKernels;
 use crate::train::progress::Progress;
 
@@ -42,12 +42,8 @@ pub fn plan(
     let mut weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref());
     base.checkpoint.release_all();
     let around = kernels.surroundings()?;
-    let mut mode = args.resources.weights;
     if !around.in_process {
-        if mode == WeightsMode::Stream {
-            return Err(Error::usage("`--weights stream` works on the CPU only"));
-        }
-        (mode, weights.streamed) = (WeightsMode::Resident, None);
+        weights.streamed = weights.streamed.map(|streamed| streamed.on_gpu());
     }
     let process = around.used_bytes;
     let demand = Demand {
@@ -55,7 +51,7 @@ pub fn plan(
         settings: &settings,
         layout: &|spec, settings| kernels.plan(spec, settings),
         activations: args.resources.activations,
-        mode,
+        mode: args.resources.weights,
         weights,
         process_bytes: process,
     };

@@ -148,8 +148,11 @@ impl Base {
         let Memory { settings, stream, account, .. } = memory;
         let format = args.model.block_format();
         let weights = Weights::load(&self.checkpoint, &self.spec, format.as_ref(), None)?;
-        let mut weights = weights.upload(&kernels)?;
-        weights.streaming = stream.then(|| Streaming::new(&self.checkpoint, &self.spec));
+        let weights = if stream {
+            weights.upload_streamed(&kernels, Streaming::new(&self.checkpoint, &self.spec))?
+        } else {
+            weights.upload(&kernels)?
+        };
         meter.loaded(&kernels)?;
         let dropout = adapter.config.lora_dropout as f32;
         let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));

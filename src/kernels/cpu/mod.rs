@@ -20,11 +20,13 @@ use half::bf16;
 use rayon::prelude::*;
 
 use super::{
-    AttentionShape, Columns, DropoutMask, Kernels, LoraShape, LoraTerm, NormParameters, TokenLayout,
+    AttentionShape, Columns, DropoutMask, Kernels, LoraShape, LoraTerm, NormParameters,
+    StreamedWeights, TokenLayout,
 };
 use crate::error::Result;
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
+use crate::model::streaming::Streaming;
 use crate::plan::{MemoryPlan, Settings, layout};
 use crate::random;
 use arena::{Arena, Buffer};
@@ -106,6 +108,14 @@ impl Kernels for Cpu {
 
     fn upload_weight(&self, weight: FrozenMatrix) -> Result<FrozenMatrix> {
         Ok(weight)
+    }
+
+    fn stream_weights(
+        &self,
+        blocks: Vec<Vec<FrozenMatrix>>,
+        pages: Streaming,
+    ) -> Result<StreamedWeights<FrozenMatrix>> {
+        Ok(StreamedWeights { blocks, stream: Box::new(pages) })
     }
 
     fn upload_vector(&self, vector: Vec<f32>) -> Result<Vec<f32>> {

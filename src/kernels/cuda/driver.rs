@@ -166,6 +166,12 @@ pub trait Driver: Send + Sync + 'static {
     /// What the driver reports.
     fn await_copy(&self, slot: usize) -> Result<()>;
 
+    /// Waits for the last copy of `slot`, and for nothing else.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn finish_copy(&self, slot: usize) -> Result<()>;
+
     /// Queues zeroes.
     ///
     /// # Errors

@@ -70,6 +70,7 @@ functions! {
     event_create = "cuEventCreate" (*mut Handle, c_uint);
     event_destroy = "cuEventDestroy_v2" (Handle);
     event_record = "cuEventRecord" (Handle, Handle);
+    event_wait = "cuEventSynchronize" (Handle);
     stream_wait = "cuStreamSynchronize" (Handle);
     module_load = "cuModuleLoadData" (*mut Handle, *const c_void);
     module_function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);

@@ -10,8 +10,8 @@ use super::devices::{LOWEST_CAPABILITY, device_info};
 use super::driver::{Address, Driver, Gemm, Launch};
 use super::functions::{Cublas, Cuda, Handle, open_driver};
 use super::search::{self, CUBLAS};
+use super::stream::COPY_SLOTS;
 use crate::error::{Error, Result};
-use crate::plan::settings::OFFLOAD_SLOTS;
 
 /// The kernels, compiled for compute capability 8.0: every later card runs them.
 const PTX: &str = include_str!("kernels.ptx");
@@ -39,7 +39,7 @@ pub struct Gpu {
     /// The second stream, and events: what it waits for, and the last copy of each slot.
     copies: Handle,
     queued: Handle,
-    copied: [Handle; OFFLOAD_SLOTS],
+    copied: [Handle; COPY_SLOTS],
     blas: Handle,
     module: Handle,
     functions: Mutex<HashMap<&'static str, (Handle, u32)>>,
@@ -77,7 +77,7 @@ impl Gpu {
             stream: ptr::null_mut(),
             copies: ptr::null_mut(),
             queued: ptr::null_mut(),
-            copied: [ptr::null_mut(); OFFLOAD_SLOTS],
+            copied: [ptr::null_mut(); COPY_SLOTS],
             blas: ptr::null_mut(),
             module: ptr::null_mut(),
             functions: Mutex::default(),
@@ -274,6 +274,13 @@ impl Driver for Gpu {
         self.enter()?;
         // SAFETY: stream and event are alive; an event that was never recorded is no wait.
         let code = unsafe { (self.cuda.stream_wait_event)(self.stream, self.copied[slot], 0) };
+        self.cuda.check("wait for a copy", code)
+    }
+
+    fn finish_copy(&self, slot: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the event is alive; one that was never recorded is no wait.
+        let code = unsafe { (self.cuda.event_wait)(self.copied[slot]) };
         self.cuda.check("wait for a copy", code)
     }
 

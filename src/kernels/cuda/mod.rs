@@ -19,6 +19,7 @@ pub mod optimizer;
 mod plan;
 pub mod search;
 mod staging;
+mod stream;
 mod weight;
 
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -28,7 +29,7 @@ pub use plan::cuda_layout;
 use driver::{Argument, Driver};
 use memory::{Allocation, Buffer, PARTIALS};
 use staging::Staging;
-use weight::Tables;
+use weight::{DeviceWeight, Tables};
 
 use crate::error::{Error, Result};
 

@@ -13,15 +13,18 @@ use super::memory::{Allocation, Buffer, Memory, PARTIALS};
 use super::offload::Pinned;
 use super::plan::cuda_layout;
 use super::staging::Staging;
+use super::stream;
 use super::weight::{self, DeviceWeight, Form};
 use super::{Cuda, driver::Argument};
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::kernels::{
-    AttentionShape, Columns, DropoutMask, Kernels, LoraShape, LoraTerm, NormParameters, TokenLayout,
+    AttentionShape, Columns, DropoutMask, Kernels, LoraShape, LoraTerm, NormParameters,
+    StreamedWeights, TokenLayout,
 };
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec, Norm};
+use crate::model::streaming::Streaming;
 use crate::plan::{MemoryPlan, RegionType, Settings};
 use crate::random;
 
@@ -243,6 +246,14 @@ impl<D: Driver> Kernels for Cuda<D> {
 
     fn upload_weight(&self, weight: FrozenMatrix) -> Result<DeviceWeight<D>> {
         weight::upload(&self.shared.driver, &self.shared.tables, &weight)
+    }
+
+    fn stream_weights(
+        &self,
+        blocks: Vec<Vec<FrozenMatrix>>,
+        pages: Streaming,
+    ) -> Result<StreamedWeights<DeviceWeight<D>>> {
+        stream::stream(self, blocks, pages)
     }
 
     fn upload_vector(&self, vector: Vec<f32>) -> Result<DeviceVector<D>> {

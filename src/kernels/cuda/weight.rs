@@ -2,6 +2,7 @@
 
 use std::sync::Arc;
 
+use bytes::Bytes;
 use half::bf16;
 use nibble_quant::codebook::{dynamic_map, unsigned_dynamic_map};
 use nibble_quant::{Absmax, PackedWeight, QuantType};
@@ -93,55 +94,89 @@ impl<D: Driver> Tables<D> {
     }
 }
 
-/// Copies `weight` to the device; dense values are rounded to bf16.
-pub(super) fn upload<D: Driver>(
-    driver: &Arc<D>,
-    tables: &Tables<D>,
-    weight: &FrozenMatrix,
-) -> Result<DeviceWeight<D>> {
-    let shape = weight.shape();
-    match weight {
-        FrozenMatrix::Packed(packed) => upload_packed(driver, tables, packed),
-        FrozenMatrix::Bf16(data, _) => upload_dense(driver, shape, data),
-        FrozenMatrix::F32(data, _) => {
-            let wide: &[f32] = bytemuck::cast_slice(data);
-            let rounded: Vec<bf16> = wide.iter().map(|&x| bf16::from_f32(x)).collect();
-            upload_dense(driver, shape, bytemuck::cast_slice(&rounded))
+/// A part of a weight as the device has it.
+pub(super) enum Part {
+    /// The bytes of the host.
+    Stored(Bytes),
+    /// f32 values that become bf16.
+    Rounded(Bytes),
+}
+
+impl Part {
+    /// Bytes on the device.
+    pub fn bytes(&self) -> usize {
+        match self {
+            Part::Stored(bytes) => bytes.len(),
+            Part::Rounded(wide) => wide.len() / 2,
+        }
+    }
+
+    /// Writes them.
+    pub fn write(&self, to: &mut [u8]) {
+        match self {
+            Part::Stored(bytes) => to.copy_from_slice(bytes),
+            Part::Rounded(wide) => {
+                for (to, wide) in to.chunks_exact_mut(2).zip(wide.chunks_exact(4)) {
+                    let value = f32::from_le_bytes(wide.try_into().expect("four bytes"));
+                    to.copy_from_slice(&bf16::from_f32(value).to_le_bytes());
+                }
+            }
         }
     }
 }
 
-fn upload_dense<D: Driver>(
-    driver: &Arc<D>,
-    shape: [usize; 2],
-    bytes: &[u8],
-) -> Result<DeviceWeight<D>> {
-    let memory = Allocation::new(driver, bytes.len())?;
-    driver.upload(bytes, memory.address())?;
-    let form = Form::Dense(memory.address());
-    Ok(DeviceWeight { shape, form, _memory: memory })
+/// The parts of `weight`, in the order in which they lie.
+pub(super) fn parts(weight: &FrozenMatrix) -> Vec<Part> {
+    let stored = |bytes: &Bytes| Part::Stored(bytes.clone());
+    match weight {
+        FrozenMatrix::Bf16(data, _) => vec![stored(data)],
+        FrozenMatrix::F32(data, _) => vec![Part::Rounded(data.clone())],
+        FrozenMatrix::Packed(packed) => match packed.absmax() {
+            Absmax::Plain(absmax) => vec![stored(packed.codes()), stored(absmax)],
+            Absmax::Nested { codes, absmax, .. } => {
+                vec![stored(packed.codes()), stored(codes), stored(absmax)]
+            }
+        },
+    }
 }
 
-fn upload_packed<D: Driver>(
-    driver: &Arc<D>,
+/// Bytes from the beginning of each part to that of the next.
+pub(super) fn padded_bytes(part: &Part) -> usize {
+    part.bytes().next_multiple_of(PART_ALIGNMENT_BYTES)
+}
+
+/// `weight`, whose parts lie from `start` on.
+pub(super) fn at<D: Driver>(
+    tables: &Tables<D>,
+    weight: &FrozenMatrix,
+    start: Address,
+    memory: &Arc<Allocation<D>>,
+) -> DeviceWeight<D> {
+    let mut next = start;
+    let place = |part: &Part| {
+        let bytes = padded_bytes(part) as u64;
+        next += bytes;
+        next - bytes
+    };
+    let addresses: Vec<Address> = parts(weight).iter().map(place).collect();
+    let form = match weight {
+        FrozenMatrix::Packed(packed) => Form::Packed(packed_at(tables, packed, &addresses)),
+        _ => Form::Dense(addresses[0]),
+    };
+    DeviceWeight { shape: weight.shape(), form, _memory: memory.clone() }
+}
+
+fn packed_at<D: Driver>(
     tables: &Tables<D>,
     weight: &PackedWeight,
-) -> Result<DeviceWeight<D>> {
-    let (parts, offset): (Vec<&[u8]>, f32) = match weight.absmax() {
-        Absmax::Plain(absmax) => (vec![weight.codes(), absmax], 0.0),
-        Absmax::Nested { codes, absmax, offset } => (vec![weight.codes(), codes, absmax], *offset),
+    addresses: &[Address],
+) -> Packed {
+    let (nested, offset) = match weight.absmax() {
+        Absmax::Plain(_) => (false, 0.0),
+        Absmax::Nested { offset, .. } => (true, *offset),
     };
-    let padded = |part: &&[u8]| part.len().next_multiple_of(PART_ALIGNMENT_BYTES);
-    let memory = Allocation::new(driver, parts.iter().map(padded).sum())?;
-    let (mut addresses, mut next) = (Vec::new(), memory.address());
-    for part in &parts {
-        driver.upload(part, next)?;
-        addresses.push(next);
-        next += padded(part) as u64;
-    }
-    let nested = parts.len() == 3;
     let format = weight.format();
-    let packed = Packed {
+    Packed {
         codes: addresses[0],
         values: tables.values(format.quant_type),
         absmax: if nested { 0 } else { addresses[1] },
@@ -150,6 +185,28 @@ fn upload_packed<D: Driver>(
         map: if nested { tables.map() } else { 0 },
         offset,
         block_shift: format.block_size.trailing_zeros() as i32,
-    };
-    Ok(DeviceWeight { shape: weight.shape(), form: Form::Packed(packed), _memory: memory })
+    }
+}
+
+/// Copies `weight` to the device; dense values are rounded to bf16.
+pub(super) fn upload<D: Driver>(
+    driver: &Arc<D>,
+    tables: &Tables<D>,
+    weight: &FrozenMatrix,
+) -> Result<DeviceWeight<D>> {
+    let parts = parts(weight);
+    let memory = Allocation::new(driver, parts.iter().map(padded_bytes).sum())?;
+    let mut next = memory.address();
+    for part in &parts {
+        match part {
+            Part::Stored(bytes) => driver.upload(bytes, next)?,
+            Part::Rounded(_) => {
+                let mut rounded = vec![0; part.bytes()];
+                part.write(&mut rounded);
+                driver.upload(&rounded, next)?;
+            }
+        }
+        next += padded_bytes(part) as u64;
+    }
+    Ok(at(tables, weight, memory.address(), &memory))
 }

@@ -26,7 +26,7 @@ impl<K: Kernels> Model<K> {
         let elements = tokens.tokens() * self.spec.hidden_size;
         offload.before_write(kernels, 0);
         kernels.embed(ids, &weights.embedding, &mut inputs[places[0]], false);
-        if let Some(streaming) = &weights.streaming {
+        if let Some(streaming) = &mut weights.streaming {
             streaming.leave_table();
         }
         if let Some(positions) = &weights.positions {
@@ -41,7 +41,7 @@ impl<K: Kernels> Model<K> {
             rows: 0..tokens.tokens(),
         };
         for (layer, (block, kept)) in weights.blocks.iter().zip(kept).enumerate() {
-            if let Some(streaming) = &weights.streaming {
+            if let Some(streaming) = &mut weights.streaming {
                 streaming.enter(layer, Direction::Forward);
             }
             let saved = kept.as_mut().or(shared.as_mut()).expect("kept or shared by the plan");
@@ -55,7 +55,7 @@ impl<K: Kernels> Model<K> {
             let cache = caches.get_mut(layer).filter(|_| mode.cached);
             let cache = cache.map(|keys_values| Cache { keys_values, past: *cached_tokens });
             block.forward(&pass, x, out, saved, work, cache);
-            if let Some(streaming) = &weights.streaming {
+            if let Some(streaming) = &mut weights.streaming {
                 streaming.leave(layer, Direction::Forward);
             }
         }
@@ -100,7 +100,7 @@ impl<K: Kernels> Model<K> {
             kernels.norm_backward(norm, d_norm, &head.input, &head.stats, d_input, count);
             kernels.scatter_rows(d_input, rows, &mut stream.stream, d);
         }
-        if let Some(streaming) = &self.weights.streaming {
+        if let Some(streaming) = &mut self.weights.streaming {
             streaming.leave_head();
         }
     }
@@ -120,7 +120,7 @@ impl<K: Kernels> Model<K> {
         let rows = 0..tokens.tokens();
         let pass = Pass { kernels, parameters, layout: tokens, dropout, adapters: true, rows };
         for (layer, block) in weights.blocks.iter().enumerate().rev() {
-            if let Some(streaming) = &weights.streaming {
+            if let Some(streaming) = &mut weights.streaming {
                 streaming.enter(layer, Direction::Backward);
             }
             offload.before_backward(kernels, inputs, layer, elements);
@@ -128,7 +128,7 @@ impl<K: Kernels> Model<K> {
             let flags = (kept[layer].is_none(), layer > 0);
             let saved = kept[layer].as_mut().or(shared.as_mut()).expect("as in the forward pass");
             block.backward(&pass, x, saved, work, &mut gradients, flags);
-            if let Some(streaming) = &weights.streaming {
+            if let Some(streaming) = &mut weights.streaming {
                 streaming.leave(layer, Direction::Backward);
             }
         }
