@@ -167,21 +167,43 @@ fn plans_are_near_the_figures_that_were_estimated() {
     }
 }
 
-/// What the fitter says for a card of 24 GiB: offloading is what makes 32B fit at 4,096 tokens.
+/// What `nibble memory --device cuda` says of a model.
+fn says(config: &str, flags: &str) -> String {
+    let config = format!("{}/tests/data/configs/{config}.json", env!("CARGO_MANIFEST_DIR"));
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
+    command.args(["memory", "--model", &config, "--device", "cuda"]);
+    let output = command.args(flags.split(' ')).output().unwrap();
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// 32B at 4,096 tokens on a card of 24 GiB: with streamed weights, or by offloading.
 #[test]
-fn the_fitter_shows_what_offloading_buys() {
-    let root = env!("CARGO_MANIFEST_DIR");
-    let config = format!("{root}/tests/data/configs/qwen2.5-32b.json");
-    let fit = |budget: &str| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
-        command.args(["memory", "--model", &config, "--device", "cuda", "--max-length", "4096"]);
-        let output = command.args(["--budget", budget, "--fit"]).output().unwrap();
-        assert!(output.status.success());
-        String::from_utf8(output.stdout).unwrap()
-    };
-    let text = fit("24GiB");
+fn the_fitter_shows_what_streaming_and_offloading_buy() {
+    let fit = |flags: &str| says("qwen2.5-32b", &format!("--max-length 4096 --fit {flags}"));
+    let text = fit("--budget 24GiB --weights resident");
     assert!(text.contains("does not fit: plan needs 24.7 GiB"), "{text}");
     assert!(text.contains("hint: `--activations offload` would need 22.3 GiB"), "{text}");
     assert!(text.contains("--activations offload "), "{text}");
-    assert!(fit("25GiB").contains("fit with 24.7 GiB"));
+    assert!(fit("--budget 25GiB --weights resident").contains("fit with 24.7 GiB"));
+    let text = fit("--budget 24GiB");
+    assert!(text.contains("21 of 64 blocks keep their activations, weights streamed"), "{text}");
+}
+
+/// 70B on a card of 24 GiB, 8,192 tokens a step; `src/plan/work.rs` checks the arithmetic.
+#[test]
+fn streamed_70b_fits_24_gib_and_is_bound_by_computation() {
+    let flags = "--max-length 8192 --activations checkpoint --weights stream --budget 24GiB";
+    let text = says("llama-3.3-70b", flags);
+    assert!(text.contains("fits 24.0 GiB with 2.7 GiB to spare"), "{text}");
+    assert!(text.contains("a step copies 64.1 GiB to the GPU"), "{text}");
+    assert!(text.contains("It is bound by computation"), "{text}");
+    let blocks =
+        2 * LLAMA_70B.linears().map(|(input, output)| input * output).iter().sum::<usize>();
+    let plan: serde_json::Value =
+        serde_json::from_str(&says("llama-3.3-70b", &format!("{flags} --json"))).unwrap();
+    let weights = plan["components"]["frozen weights"].as_u64().unwrap() as usize;
+    let tables = 2 * 2 * LLAMA_70B.v * LLAMA_70B.d + (2 * 80 + 1) * 4 * LLAMA_70B.d;
+    let bits = 8.0 * (weights - tables) as f64 / blocks as f64;
+    assert!((bits - 4.127).abs() < 0.001, "two blocks of {bits} bits a weight");
 }
