@@ -134,6 +134,11 @@ fn a_measured_run_fills_the_planned_arena() {
             let near = least.saturating_sub(2 * 4096)..=planned + 2 * 4096;
             assert!(near.contains(&measured), "{model}: {row}");
         }
+        let cache = &plan["measured"]["page_cache"];
+        let (file, cached) = (number(cache, "file_bytes"), number(cache, "cached_bytes"));
+        let size = std::fs::metadata(place.path(&format!("{model}/model.safetensors")));
+        let size = size.unwrap().len();
+        assert!(file == size && 0 < cached && cached <= file, "{model}: {cache} of {size}");
         let seen = plan["measured"]["timeline"].as_array().unwrap();
         for phase in ["load", "forward", "backward", "save"] {
             let recorded =

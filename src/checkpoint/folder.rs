@@ -8,7 +8,7 @@ use nibble_quant::FloatType;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
-use super::mapped::{MappedFile, Pages};
+use super::mapped::{MappedFile, PageCache, Pages};
 use super::{DenseTensor, StoredType, TensorInfo, Weight, bnb, damaged_safetensors, read_json};
 use crate::error::{Error, Result};
 
@@ -82,6 +82,16 @@ impl Folder {
         let wanted = self.raw.iter().filter(|(name, _)| name.starts_with(prefix));
         let in_file = |data: &Bytes| self.files.iter().find_map(|file| file.pages(data));
         wanted.filter_map(|(_, tensor)| in_file(&tensor.data)).collect()
+    }
+
+    pub(super) fn page_cache(&self) -> Option<PageCache> {
+        self.files.iter().try_fold(PageCache::default(), |sum, file| {
+            let PageCache { file_bytes, cached_bytes } = file.page_cache()?;
+            Some(PageCache {
+                file_bytes: sum.file_bytes + file_bytes,
+                cached_bytes: sum.cached_bytes + cached_bytes,
+            })
+        })
     }
 
     pub(super) fn release(&self, name: &str) {

@@ -60,6 +60,13 @@ impl MappedFile {
         lies_inside.then(|| Pages { map: map.clone(), offset, length: part.len() })
     }
 
+    /// What the system has of it in its cache, on request of any process; none where it cannot tell.
+    pub(super) fn page_cache(&self) -> Option<PageCache> {
+        let Some(map) = &self.map else { return Some(PageCache::default()) };
+        let cached_bytes = cached_bytes(map)?;
+        Some(PageCache { file_bytes: map.len() as u64, cached_bytes })
+    }
+
     /// Gives the pages of `part` back to the system if it lies in this file: they no longer count
     /// as this process' memory, and are mapped again when they are read again.
     pub(super) fn release(&self, part: &[u8]) {
@@ -67,6 +74,41 @@ impl MappedFile {
             pages.release();
         }
     }
+}
+
+/// How much of some files is in the system's page cache: memory that is nobody's, which the system
+/// takes back when it is needed.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
+pub struct PageCache {
+    /// Of the files.
+    pub file_bytes: u64,
+    /// Of these, in memory.
+    pub cached_bytes: u64,
+}
+
+/// Bytes of the pages that `mincore` finds in memory.
+#[cfg(target_os = "linux")]
+fn cached_bytes(map: &Mmap) -> Option<u64> {
+    const PIECE_PAGES: usize = 1 << 16;
+    // SAFETY: asks for a number.
+    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()?;
+    let (mut pages, mut seen) = (0, vec![0u8; PIECE_PAGES]);
+    for piece in map.chunks(PIECE_PAGES * page) {
+        let start = piece.as_ptr().cast_mut().cast();
+        // SAFETY: a mapping and its pieces begin at pages; there is a byte for each page of a piece.
+        let code = unsafe { libc::mincore(start, piece.len(), seen.as_mut_ptr().cast()) };
+        if code != 0 {
+            return None;
+        }
+        let here = &seen[..piece.len().div_ceil(page)];
+        pages += here.iter().filter(|&&state| state & 1 == 1).count();
+    }
+    Some((pages * page).min(map.len()) as u64)
+}
+
+#[cfg(not(target_os = "linux"))]
+fn cached_bytes(_map: &Mmap) -> Option<u64> {
+    None
 }
 
 /// A part of a mapped file, of which the system can be told when it is needed.

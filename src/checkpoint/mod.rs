@@ -27,8 +27,8 @@ pub use elements::Elements;
 use folder::Folder;
 use gguf::Gguf;
 pub(crate) use gguf::read_header as read_gguf_header;
-pub use mapped::Pages;
 pub(crate) use mapped::map_file;
+pub use mapped::{PageCache, Pages};
 
 /// The way out of a checkpoint that contradicts itself.
 const ANOTHER_COPY: &str = "the checkpoint is damaged or incomplete: get another copy of the model";
@@ -274,6 +274,15 @@ impl Checkpoint {
         match &self.files {
             Files::Folder(folder) => folder.pages(prefix),
             Files::Gguf(_) => Vec::new(),
+        }
+    }
+
+    /// How much of the files the system has in its cache; none of a GGUF file, or where the system
+    /// does not tell.
+    pub fn page_cache(&self) -> Option<PageCache> {
+        match &self.files {
+            Files::Folder(folder) => folder.page_cache(),
+            Files::Gguf(_) => None,
         }
     }
 

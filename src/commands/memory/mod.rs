@@ -11,7 +11,7 @@ use nibble_quant::FloatType;
 use serde_json::Value;
 
 use crate::checkpoint::atomic::write_file;
-use crate::checkpoint::{Checkpoint, read_json};
+use crate::checkpoint::{Checkpoint, PageCache, read_json};
 use crate::cli::device::Device;
 use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
@@ -65,9 +65,10 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let plan = demand.plan(policies.clone());
     let account = Account::planned(model.process, demand.weight_bytes(stream), &plan);
     settings.policies = policies;
-    let mut run = PlannedRun { model, settings, stream, plan, account };
+    let mut run = PlannedRun { model, settings, stream, plan, account, page_cache: None };
     if let Some(steps) = args.measure {
         run.account = measure::measure(args, &run, steps.get())?;
+        run.page_cache = run.model.checkpoint.as_ref().and_then(Checkpoint::page_cache);
     }
     if let Some(path) = &args.html {
         write_file(path, memory_page::render(&run.heading(args), &run.account).as_bytes())?;
@@ -88,6 +89,8 @@ struct PlannedRun {
     stream: bool,
     plan: MemoryPlan,
     account: Account,
+    /// Of the model's files after the run.
+    page_cache: Option<PageCache>,
 }
 
 impl PlannedRun {
@@ -114,6 +117,8 @@ impl PlannedRun {
             format!("{kept} of {layers} blocks keep their activations"),
             format!("weights {streamed}"),
         ];
+        let cached = self.page_cache.map(|cache| print::cached(&cache));
+        let facts = facts.into_iter().chain(cached).collect();
         Heading { model: args.base.model.display().to_string(), facts }
     }
 }

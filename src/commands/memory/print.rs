@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::PlannedRun;
+use crate::checkpoint::PageCache;
 use crate::cli::memory::MemoryArgs;
 use crate::cli::size::ByteSize;
 use crate::plan::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer};
@@ -30,6 +31,9 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     }
     println!();
     rows(run);
+    if let Some(cache) = &run.page_cache {
+        println!("\n{}: not the program's, and given back when it is needed", cached(cache));
+    }
     if let Some(transfer) = run.transfer(args) {
         copies(&transfer);
     }
@@ -43,6 +47,12 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     if let Some(path) = &args.html {
         println!("\npictures: {}", path.display());
     }
+}
+
+/// What the system keeps of the model's files.
+pub(super) fn cached(cache: &PageCache) -> String {
+    let [cached, all] = [cache.cached_bytes, cache.file_bytes].map(ByteSize);
+    format!("{cached} of the model's {all} are in the system's page cache")
 }
 
 /// Whether the GPU would wait for weights.
@@ -115,6 +125,7 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
             "peak_bytes": peak,
             "rows": account.rows,
             "timeline": account.record.moments,
+            "page_cache": run.page_cache,
         });
     }
     println!("{out:#}");
