@@ -17,4 +17,4 @@ pub use budget::{Activations, Choice, Demand, Limit, WeightsMode};
 pub use layout::{Component, MemoryPlan, Region, RegionType, layout};
 pub use moments::{MomentLayout, MomentPlace, Optim};
 pub use settings::{Policy, Settings, logit_rows};
-pub use weights::{StreamedBytes, WeightBytes};
+pub use weights::{Place, StreamedBytes, WeightBytes};

@@ -2,7 +2,8 @@
 
 use nibble_quant::{BlockFormat, FloatType};
 
-use crate::checkpoint::{Checkpoint, CheckpointKind, StoredType};
+use crate::checkpoint::{Checkpoint, CheckpointKind, StoredType, Weight};
+use crate::kernels::cuda::matrix_bytes;
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 
 /// Blocks that are in memory at a time when weights are streamed: the one at work, and the next.
@@ -10,6 +11,15 @@ const STREAMED_BLOCKS: u64 = 2;
 
 /// What is mapped with a page that is read from the system's cache: `fault_around_bytes` of Linux.
 const MAPPED_WITH_A_PAGE_BYTES: u64 = 64 << 10;
+
+/// Where frozen weights are used.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Place {
+    /// In the program's memory, as they are stored.
+    Host,
+    /// On a GPU: matrices in bf16 if they are not packed.
+    Gpu,
+}
 
 /// Bytes of all frozen weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -48,7 +58,7 @@ impl StreamedBytes {
     }
 
     /// Beside a GPU only the blocks' linears come and go: all else stays in its memory.
-    pub fn on_gpu(&self) -> Self {
+    fn on_gpu(&self) -> Self {
         let outside = self.outside + self.tables;
         StreamedBytes { outside, table: 0, row: 0, head: 0, tables: 0, ..*self }
     }
@@ -67,23 +77,38 @@ impl WeightBytes {
         checkpoint: &Checkpoint,
         spec: &ModelSpec,
         format: Option<&BlockFormat>,
+        place: Place,
     ) -> Self {
-        let bytes = |tensor: &TensorSpec| stored_bytes(checkpoint, tensor, format) as u64;
+        let bytes = |tensor: &TensorSpec| stored_bytes(checkpoint, tensor, format, place) as u64;
         let as_stored = match checkpoint.kind() {
             CheckpointKind::Bnb4bit => true,
             CheckpointKind::Dense => format.is_none(),
             CheckpointKind::Gguf => false,
         };
-        Self::sum(spec, bytes, as_stored)
+        Self::sum(spec, bytes, as_stored).used_at(place)
     }
 
     /// Of a model of which only the config is known, stored in `dtype`, its linears in `format` as
     /// `nibble quantize` writes them.
-    pub fn of_config(spec: &ModelSpec, dtype: FloatType, format: Option<&BlockFormat>) -> Self {
+    pub fn of_config(
+        spec: &ModelSpec,
+        dtype: FloatType,
+        format: Option<&BlockFormat>,
+        place: Place,
+    ) -> Self {
         let bytes = |tensor: &TensorSpec| {
-            dense_bytes(tensor, dtype, tensor.shape.iter().product(), format) as u64
+            dense_bytes(tensor, dtype, tensor.shape.iter().product(), format, place) as u64
         };
-        Self::sum(spec, bytes, true)
+        Self::sum(spec, bytes, true).used_at(place)
+    }
+
+    fn used_at(self, place: Place) -> Self {
+        match place {
+            Place::Host => self,
+            Place::Gpu => {
+                WeightBytes { streamed: self.streamed.map(|streamed| streamed.on_gpu()), ..self }
+            }
+        }
     }
 
     fn sum(spec: &ModelSpec, bytes: impl Fn(&TensorSpec) -> u64, as_stored: bool) -> Self {
@@ -124,6 +149,7 @@ fn stored_bytes(
     checkpoint: &Checkpoint,
     tensor: &TensorSpec,
     format: Option<&BlockFormat>,
+    place: Place,
 ) -> usize {
     let short = tensor.name.strip_prefix("transformer.");
     let named = |name: &str| name == tensor.name || short == Some(name);
@@ -131,8 +157,13 @@ fn stored_bytes(
     match checkpoint.tensors().iter().find(|info| named(&info.name)) {
         None => 0,
         Some(info) => match info.stored {
-            StoredType::Packed => info.bytes,
-            StoredType::Dense(dtype) => dense_bytes(tensor, dtype, elements, format),
+            StoredType::Packed => match (place, checkpoint.weight(&info.name)) {
+                (Place::Gpu, Ok(Weight::Packed(weight))) => {
+                    matrix_bytes(elements, Some(&weight.format()))
+                }
+                _ => info.bytes,
+            },
+            StoredType::Dense(dtype) => dense_bytes(tensor, dtype, elements, format, place),
         },
     }
 }
@@ -142,10 +173,13 @@ fn dense_bytes(
     dtype: FloatType,
     elements: usize,
     format: Option<&BlockFormat>,
+    place: Place,
 ) -> usize {
+    let format = format.filter(|_| matches!(tensor.role, TensorRole::Linear(_)));
     match (tensor.role, format) {
-        (TensorRole::Linear(_), Some(format)) => format.packed_bytes(elements),
         (TensorRole::Norm | TensorRole::Bias, _) => elements * size_of::<f32>(),
+        _ if place == Place::Gpu => matrix_bytes(elements, format),
+        (_, Some(format)) => format.packed_bytes(elements),
         // Products read bf16 and f32; f16 is widened.
         _ if dtype == FloatType::Bf16 => elements * FloatType::Bf16.size(),
         _ => elements * size_of::<f32>(),
@@ -172,7 +206,8 @@ mod tests {
                 + weights.embedding.bytes()
                 + weights.head.as_ref().map_or(0, |head| head.bytes())
                 + norms;
-            let predicted = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref());
+            let predicted =
+                WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), Place::Host);
             assert_eq!(predicted.resident, bytes as u64);
             assert_eq!(predicted.streamed.is_some(), format.is_none());
         }
@@ -185,7 +220,8 @@ mod tests {
         let of = |layers: u64, config: &mut serde_json::Value| {
             config["num_hidden_layers"] = layers.into();
             let spec = spec_from_config(config).unwrap();
-            WeightBytes::of_config(&spec, FloatType::Bf16, Some(&BlockFormat::default()))
+            let format = Some(&BlockFormat::default());
+            WeightBytes::of_config(&spec, FloatType::Bf16, format, Place::Host)
         };
         let (two, many) = (of(2, &mut config), of(20, &mut config));
         let (few, more) = (two.streamed.unwrap(), many.streamed.unwrap());

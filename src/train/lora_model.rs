@@ -126,9 +126,9 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
         self.model_mut().parameters_mut().set_values(part, values);
     }
 
-    fn first_bad_activation(&self) -> Option<String> {
+    fn first_bad_activation(&mut self) -> Option<String> {
+        let layer = self.model_mut().first_bad_block_input().ok().flatten()?;
         let spec = self.model().spec();
-        let layer = self.model().first_bad_block_input().ok().flatten()?;
         Some(match layer.checked_sub(1) {
             Some(block) => format!("the output of {}", spec.layer_prefix(block)),
             None => "the token embeddings".to_string(),

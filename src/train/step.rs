@@ -96,7 +96,7 @@ fn find_bad_gradient<M: Trainee>(model: &mut M, window: &[Batch], first: u64) ->
     not_finite(model, "gradient", &place(window, None))
 }
 
-fn not_finite<M: Trainee>(model: &M, what: &str, place: &str) -> Error {
+fn not_finite<M: Trainee>(model: &mut M, what: &str, place: &str) -> Error {
     let tensors = model.tensors().to_vec();
     let activation = model.first_bad_activation();
     let first = |part| {

@@ -53,7 +53,7 @@ pub trait Trainee {
     fn set_values(&mut self, part: Part, values: &[f32]);
 
     /// Where in the forward pass of the last training batch the numbers stopped being finite.
-    fn first_bad_activation(&self) -> Option<String> {
+    fn first_bad_activation(&mut self) -> Option<String> {
         None
     }
 

@@ -1,14 +1,17 @@
 //! What a run takes of a GPU, by the driver's account, beside the plan.
 
+use std::path::Path;
+
 use nibble::checkpoint::Checkpoint;
 use nibble::ledger::rows::Account;
 use nibble::model::Model;
+use nibble::model::families::spec_from_config;
 use nibble::model::weights::Weights;
-use nibble::plan::Policy;
+use nibble::plan::{Place, Policy, WeightBytes};
 use nibble::train::backend::TrainingKernels;
 use nibble::train::meter::Meter;
 
-use super::golden::Case;
+use super::golden::{CASES, Case};
 use super::{gpu, nf4, settings};
 
 #[test]
@@ -42,4 +45,30 @@ fn the_rows_of_a_gpu_are_measured_by_its_driver() {
         assert_eq!(row.measured_bytes, Some(row.planned_bytes), "{}", row.name);
     }
     assert_eq!(account.peak_bytes, Some(account.planned_bytes()));
+}
+
+/// What the driver is asked for: dense files packed on the way and as they are, and 4-bit files
+/// with embeddings in each float type.
+#[test]
+fn weights_take_what_was_predicted_of_a_gpu() {
+    let Some(gpu) = gpu() else { return };
+    let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
+    let dense = CASES.iter().flat_map(|name| {
+        [None, Some(nf4(true)), Some(nf4(false))].map(|format| (format!("models/{name}"), format))
+    });
+    let names = ["gpt2_s0.f32.dq", "llama_s0.bf16.dq.storage_bf16", "llama_s0.f32.plain"];
+    let packed = names.iter().chain(&["qwen2_s0.f16.dq"]);
+    let packed = packed.map(|name| (format!("bnb4bit/{name}"), Some(nf4(true))));
+    for (name, format) in dense.chain(packed) {
+        let checkpoint = Checkpoint::open(&data.join(&name)).unwrap();
+        let spec = spec_from_config(checkpoint.config()).unwrap();
+        let format = format.as_ref();
+        let planned = WeightBytes::of_checkpoint(&checkpoint, &spec, format, Place::Gpu);
+        let weights = Weights::load(&checkpoint, &spec, format, None).unwrap();
+        let allocated = || gpu.driver().counts().allocated_bytes as u64;
+        let without = allocated();
+        let weights = weights.upload(&gpu).unwrap();
+        assert_eq!(planned.resident, allocated() - without, "{name} {format:?}");
+        drop(weights);
+    }
 }

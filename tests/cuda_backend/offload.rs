@@ -2,6 +2,8 @@
 
 use nibble::adapter::Adapter;
 use nibble::checkpoint::Checkpoint;
+use nibble::data::Batch;
+use nibble::kernels::Kernels;
 use nibble::kernels::cuda::Cuda;
 use nibble::model::Model;
 use nibble::model::parameters::Part;
@@ -57,6 +59,46 @@ fn offloaded_inputs_give_the_bits_of_checkpointed_ones() {
     }
     let without = run(Copies::Never, &[Offload; 6]).unwrap();
     assert!(without.1 != expected.1, "the copies matter");
+}
+
+/// Where numbers stop being finite, whether the inputs of blocks are in memory or not.
+#[test]
+fn the_first_bad_input_is_found_among_offloaded_ones() {
+    use Policy::{Checkpoint, Keep, Offload};
+    let case = Case::open("llama_s0");
+    let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
+    fn search<K: Kernels>(
+        model: &mut Model<K>,
+        batch: &Batch,
+        of_block: usize,
+    ) -> [Option<usize>; 2] {
+        model.forward_backward(batch, 1.0, 0).unwrap();
+        let sound = model.first_bad_block_input().unwrap();
+        let mut master = model.parameters().values(Part::Master).unwrap().into_owned();
+        let block = format!("layers.{of_block}.");
+        let tensors = model.parameters().tensors().iter();
+        let mut tensors = tensors.filter(|tensor| tensor.name.contains(&block));
+        let first = tensors.next().unwrap().range.start;
+        master[first] = f32::NAN;
+        model.parameters_mut().set_values(Part::Master, &master);
+        let _ = model.forward_backward(batch, 1.0, 1);
+        [sound, model.first_bad_block_input().unwrap()]
+    }
+    for policies in
+        [[Checkpoint; 6], [Offload; 6], [Keep, Offload, Offload, Keep, Offload, Offload]]
+    {
+        for of_block in [0, 1] {
+            let expected = [None, Some(of_block + 1)];
+            let Some(device) = Device::with(Copies::WhenAwaited) else { return };
+            let gpu = Cuda::new(device).unwrap();
+            let mut settings = settings(&case, Some("adapter_init"), &[], true);
+            settings.policies = policies.to_vec();
+            let mut model = deep_model(&gpu, &case, settings, false);
+            assert_eq!(search(&mut model, &batch, of_block), expected, "{policies:?}");
+            let mut model = case.model(None, Some("adapter_init"), &policies[..2]);
+            assert_eq!(search(&mut model, &batch, of_block), expected, "{policies:?} on the CPU");
+        }
+    }
 }
 
 /// The golden model with its blocks repeated to as many as there are policies.

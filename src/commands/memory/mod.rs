@@ -24,7 +24,7 @@ use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::plan::work::{Transfer, Work};
 use crate::plan::{
-    Choice, Demand, Limit, MemoryPlan, Policy, Settings, WeightBytes, layout, logit_rows,
+    Choice, Demand, Limit, MemoryPlan, Place, Policy, Settings, WeightBytes, layout, logit_rows,
 };
 use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
@@ -43,7 +43,7 @@ const ASSUMED_CONTEXT_BYTES: u64 = 460 << 20;
 pub fn run(args: &MemoryArgs) -> Result<()> {
     super::set_threads(args.threads)?;
     let on_gpu = matches!(args.device.device, Device::Cuda(_));
-    let mut model = Model::open(args)?;
+    let mut model = Model::open(args, if on_gpu { Place::Gpu } else { Place::Host })?;
     if on_gpu {
         model.place_on_gpu(args)?;
     }
@@ -140,23 +140,22 @@ impl Model {
             return Err(Error::usage("`--measure` works on the CPU only"));
         }
         self.process = ASSUMED_CONTEXT_BYTES;
-        self.weights.streamed = self.weights.streamed.map(|streamed| streamed.on_gpu());
         Ok(())
     }
 
-    fn open(args: &MemoryArgs) -> Result<Self> {
+    fn open(args: &MemoryArgs, place: Place) -> Result<Self> {
         let (path, format) = (&args.base.model, args.base.block_format());
         if let Some(config) = bare_config(path)? {
             let spec = spec_from_config(&config).map_err(|error| error.at(path.display()))?;
             let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| config[*key].as_str());
             let dtype = dtype.and_then(FloatType::from_name).unwrap_or(FloatType::Bf16);
-            let weights = WeightBytes::of_config(&spec, dtype, format.as_ref());
+            let weights = WeightBytes::of_config(&spec, dtype, format.as_ref(), place);
             let process = ASSUMED_PROCESS_BYTES;
             return Ok(Model { checkpoint: None, spec, weights, process });
         }
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
-        let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref());
+        let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), place);
         // Weights alone can be measured, too.
         let has_tokenizer = path.is_file() || path.join("tokenizer.json").exists();
         let tokenizer = has_tokenizer.then(|| ChatTokenizer::open(path)).transpose()?;

@@ -10,7 +10,7 @@ use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
 use crate::error::Result;
 use crate::ledger::rows::Account;
-use crate::plan::{Choice, Demand, Limit, Policy, Settings, WeightBytes, logit_rows};
+use crate::plan::{Choice, Demand, Limit, Place, Policy, Settings, WeightBytes, logit_rows};
 use crate::train::backend::TrainingKernels;
 use crate::train::progress::Progress;
 
@@ -39,12 +39,10 @@ pub fn plan(
 ) -> Result<Memory> {
     let mut settings = sizes(args, base, adapter, data)?;
     let format = args.model.block_format();
-    let mut weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref());
-    base.checkpoint.release_all();
     let around = kernels.surroundings()?;
-    if !around.in_process {
-        weights.streamed = weights.streamed.map(|streamed| streamed.on_gpu());
-    }
+    let place = if around.in_process { Place::Host } else { Place::Gpu };
+    let weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref(), place);
+    base.checkpoint.release_all();
     let process = around.used_bytes;
     let demand = Demand {
         spec: &base.spec,

@@ -25,6 +25,7 @@ mod weight;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use plan::cuda_layout;
+pub use weight::matrix_bytes;
 
 use driver::{Argument, Driver};
 use memory::{Allocation, Buffer, PARTIALS};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use bytes::Bytes;
 use half::bf16;
 use nibble_quant::codebook::{dynamic_map, unsigned_dynamic_map};
-use nibble_quant::{Absmax, PackedWeight, QuantType};
+use nibble_quant::{Absmax, BlockFormat, NESTED_BLOCK_SIZE, PackedWeight, QuantType};
 
 use super::driver::{Address, Argument, Driver};
 use super::memory::Allocation;
@@ -138,6 +138,22 @@ pub(super) fn parts(weight: &FrozenMatrix) -> Vec<Part> {
             }
         },
     }
+}
+
+/// Bytes on the device of a matrix of `elements`: packed in `format`, or in bf16.
+pub fn matrix_bytes(elements: usize, format: Option<&BlockFormat>) -> usize {
+    let parts = match format {
+        None => vec![elements * size_of::<bf16>()],
+        Some(format) => {
+            let blocks = elements.div_ceil(format.block_size);
+            let codes = elements.div_ceil(2);
+            match format.double_quant {
+                true => vec![codes, blocks, 4 * blocks.div_ceil(NESTED_BLOCK_SIZE)],
+                false => vec![codes, 4 * blocks],
+            }
+        }
+    };
+    parts.into_iter().map(|bytes| bytes.next_multiple_of(PART_ALIGNMENT_BYTES)).sum()
 }
 
 /// Bytes from the beginning of each part to that of the next.

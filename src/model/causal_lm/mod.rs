@@ -42,6 +42,8 @@ pub struct Model<K: Kernels = Cpu> {
     residency: Residency,
     /// Tokens in the caches.
     cached_tokens: usize,
+    /// Tokens of the last training pass.
+    trained_tokens: usize,
 }
 
 /// A model without its buffers.
@@ -102,6 +104,7 @@ impl<K: Kernels> Frozen<K> {
             arena_bytes,
             residency,
             cached_tokens: 0,
+            trained_tokens: 0,
         }
     }
 }
@@ -258,13 +261,12 @@ impl<K: Kernels> Model<K> {
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn first_bad_block_input(&self) -> Result<Option<usize>> {
-        let elements = self.settings.tokens * self.spec.hidden_size;
-        for (layer, &place) in self.buffers.places.iter().enumerate() {
-            if self.buffers.offload.slot(layer).is_some() {
-                continue; // no longer in memory
-            }
-            let values = self.kernels.values(&self.buffers.inputs[place], 0..elements)?;
+    pub fn first_bad_block_input(&mut self) -> Result<Option<usize>> {
+        let elements = self.trained_tokens * self.spec.hidden_size;
+        let Buffers { inputs, places, offload, .. } = &mut self.buffers;
+        for (layer, &place) in places.iter().enumerate() {
+            offload.bring_back(&self.kernels, inputs, layer, elements)?;
+            let values = self.kernels.values(&inputs[place], 0..elements)?;
             if values.iter().any(|x| !x.is_finite()) {
                 return Ok(Some(layer));
             }

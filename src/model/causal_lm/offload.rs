@@ -5,6 +5,7 @@
 //! a layer computes, the input of the one before it is copied into the slot that the one behind it
 //! has left. The last two are still where they were.
 
+use crate::error::Result;
 use crate::kernels::Kernels;
 use crate::plan::Settings;
 use crate::plan::settings::OFFLOAD_SLOTS;
@@ -54,6 +55,22 @@ impl<K: Kernels> Offload<K> {
             let slot = index % OFFLOAD_SLOTS;
             kernels.offload(&mut self.store, (&inputs[slot], slot), index, elements);
         }
+    }
+
+    /// After a pass: the input of `layer` is in its slot again, and that of another no longer.
+    pub(super) fn bring_back(
+        &mut self,
+        kernels: &K,
+        inputs: &mut [K::Buffer],
+        layer: usize,
+        elements: usize,
+    ) -> Result<()> {
+        let Some(index) = self.index(layer) else { return Ok(()) };
+        let slot = index % OFFLOAD_SLOTS;
+        kernels.settle(&mut self.store, slot);
+        kernels.fetch(&mut self.store, index, (&mut inputs[slot], slot), elements);
+        kernels.settle(&mut self.store, slot);
+        kernels.offload_failure(&mut self.store)
     }
 
     /// Before `layer` goes backward: its input is there, and the one before it on its way.

@@ -21,6 +21,9 @@ impl<K: Kernels> Model<K> {
     }
 
     pub(super) fn forward(&mut self, ids: &[u32], tokens: &TokenLayout, mode: Mode) {
+        if mode.training {
+            self.trained_tokens = tokens.tokens();
+        }
         let Model { kernels, weights, parameters, buffers, cached_tokens, .. } = self;
         let Buffers { inputs, places, offload, kept, shared, work, caches, .. } = buffers;
         let elements = tokens.tokens() * self.spec.hidden_size;
