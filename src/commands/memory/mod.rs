@@ -98,6 +98,14 @@ impl PlannedRun {
         self.settings.policies.iter().filter(|policy| **policy == Policy::Keep).count()
     }
 
+    /// Host memory that a GPU copies from and to: offloaded inputs, and streamed blocks on their way.
+    fn pinned_bytes(&self, args: &MemoryArgs) -> u64 {
+        let on_gpu = matches!(args.device.device, Device::Cuda(_));
+        let streamed = self.model.weights.streamed.filter(|_| self.stream);
+        let blocks = streamed.map_or(0, |streamed| streamed.blocks * streamed.block);
+        if on_gpu { self.plan.offloaded_bytes() as u64 + blocks } else { 0 }
+    }
+
     /// Copies against computation, where weights are streamed to a GPU.
     fn transfer(&self, args: &MemoryArgs) -> Option<Transfer> {
         let on_gpu = matches!(args.device.device, Device::Cuda(_));

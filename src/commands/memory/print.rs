@@ -29,6 +29,10 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     if run.stream {
         println!("the blocks' weights are streamed from their file, two blocks are in memory");
     }
+    let pinned = run.pinned_bytes(args);
+    if pinned > 0 {
+        println!("the host holds {} of pinned memory besides", ByteSize(pinned));
+    }
     println!();
     rows(run);
     if let Some(cache) = &run.page_cache {
@@ -113,6 +117,7 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         "total_bytes": account.planned_bytes(),
         "arena_bytes": run.plan.arena_bytes(),
         "offloaded_bytes": run.plan.offloaded_bytes(),
+        "pinned_bytes": run.pinned_bytes(args),
         "components": components,
         "phases": account.phases,
         "regions": run.plan.regions,
