@@ -39,6 +39,8 @@ pub fn plan(
 ) -> Result<Memory> {
     let mut settings = sizes(args, base, adapter, data)?;
     let format = args.model.block_format();
+    // Pages of the weights' files that were looked at are not the program's.
+    base.checkpoint.release_all();
     let around = kernels.surroundings()?;
     let place = if around.in_process { Place::Host } else { Place::Gpu };
     let weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref(), place);
