@@ -14,6 +14,8 @@ use crate::nested;
 
 /// Elements that one parallel task handles: a whole number of blocks of any size.
 pub(crate) const ELEMENTS_PER_TASK: usize = 65_536;
+/// Elements that are read for it at a time: blocks of any size, in a buffer small enough for the heap.
+const ELEMENTS_PER_READ: usize = 8_192;
 
 /// The scales of a packed weight.
 #[derive(Debug, Clone)]
@@ -81,9 +83,16 @@ impl PackedWeight {
         format: &BlockFormat,
     ) -> Result<Self> {
         Self::quantize_parts(dtype, shape, format, |range, codes, absmax| {
-            let mut part = vec![0.0; range.len()];
-            read(range.start, &mut part);
-            quantize_blocks(Floats::F32(&part), format, codes, absmax)
+            let mut part = vec![0.0; ELEMENTS_PER_READ.min(range.len())];
+            let codes = codes.chunks_mut(ELEMENTS_PER_READ / 2);
+            let absmax = absmax.chunks_mut(ELEMENTS_PER_READ / format.block_size);
+            codes.zip(absmax).enumerate().find_map(|(index, (codes, absmax))| {
+                let begin = index * ELEMENTS_PER_READ;
+                let part = &mut part[..ELEMENTS_PER_READ.min(range.len() - begin)];
+                read(range.start + begin, part);
+                let bad = quantize_blocks(Floats::F32(part), format, codes, absmax)?;
+                Some(begin + bad)
+            })
         })
     }
 

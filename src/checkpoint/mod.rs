@@ -291,6 +291,11 @@ impl Checkpoint {
         self.pages("").iter().for_each(Pages::release);
     }
 
+    /// Starts to read the tensor `name` from the disk, if it is not in the system's cache.
+    pub fn read_ahead(&self, name: &str) {
+        self.pages(name).iter().for_each(Pages::read_ahead);
+    }
+
     /// Gives the memory behind the tensor `name` back to the system, once its values have been
     /// copied or quantized; reading it again is slower, nothing else.
     pub fn release(&self, name: &str) {

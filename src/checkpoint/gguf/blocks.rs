@@ -6,6 +6,9 @@ use bytes::Bytes;
 use candle_core::CpuStorage;
 use candle_core::quantized::GgmlDType;
 
+/// Elements that are decoded at a time, by way of a buffer that the decoder allocates.
+const DECODED_ELEMENTS: usize = 1 << 13;
+
 /// A tensor `[rows, columns]` in blocks that do not straddle rows, mapped.
 #[derive(Debug, Clone)]
 pub(crate) struct Blocks {
@@ -31,6 +34,12 @@ impl Blocks {
 
     /// Stored elements from flat index `first` on.
     fn decode(&self, first: usize, out: &mut [f32]) {
+        for (index, part) in out.chunks_mut(DECODED_ELEMENTS).enumerate() {
+            self.decode_part(first + index * DECODED_ELEMENTS, part);
+        }
+    }
+
+    fn decode_part(&self, first: usize, out: &mut [f32]) {
         let (size, bytes) = (self.dtype.block_size(), self.dtype.type_size());
         let last = first + out.len();
         let (begin, end) = (first / size, last.div_ceil(size));

@@ -1,6 +1,7 @@
 //! Reading, packing or converting, and writing, a part of a tensor at a time.
 
 use std::collections::BTreeMap;
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
 use nibble_quant::{FloatType, PackedWeight};
 use rayon::prelude::*;
@@ -8,19 +9,42 @@ use rayon::prelude::*;
 use super::summary::{RoleSummary, Sums};
 use super::{Repack, Step, quantize, unusable};
 use crate::checkpoint::writer::{Contents, ShardWriter};
-use crate::checkpoint::{Checkpoint, Elements, Weight};
+use crate::checkpoint::{Checkpoint, DenseTensor, Elements, Weight};
 use crate::error::{Error, Result};
 use crate::model::spec::TensorRole;
 
-/// Elements that one parallel task handles: a whole number of blocks of any size.
-const TASK: usize = 1 << 16;
+/// Elements that one parallel task handles: a whole number of blocks of any size. Its buffers are small
+/// enough for the heap; larger ones would be mapped and cleared by the system for each task.
+const TASK: usize = 1 << 13;
 /// Elements that are converted at a time: 16 MiB of bf16.
 const PIECE: usize = 1 << 23;
 /// Errors of dense tensors are looked at in blocks of this size.
 const DENSE_BLOCK: usize = 64;
 
+/// What became of a tensor's values.
+enum Change {
+    Nothing,
+    Rounded(Sums),
+}
+
+/// A tensor on its way to the disk, while the next one is packed.
+struct Parcel<'a> {
+    step: &'a Step,
+    contents: Owned,
+}
+
+enum Owned {
+    /// Blocks, and whether they lie in the source.
+    Packed(PackedWeight, bool),
+    /// As it lies in the source.
+    Dense(DenseTensor),
+    /// Converted elements, one piece after another.
+    Pieces(Receiver<Result<Vec<u8>>>),
+}
+
 impl Repack<'_> {
-    /// Writes all steps; calls `progress(bytes_read)` after each.
+    /// Writes all steps; calls `progress(bytes_read)` after each. While one tensor is written, and
+    /// the one after the next is read ahead, the next is packed.
     ///
     /// # Errors
     /// `Input` naming the tensor when an element is not finite, `Io` when the disk refuses.
@@ -28,22 +52,68 @@ impl Repack<'_> {
         &self,
         steps: &[Step],
         writer: &mut ShardWriter,
+        progress: impl FnMut(usize),
+    ) -> Result<BTreeMap<TensorRole, RoleSummary>> {
+        std::thread::scope(|scope| {
+            // Nothing waits in it: besides the tensor that is written only one is in memory.
+            let (sender, parcels) = sync_channel(0);
+            let writing = scope.spawn(move || {
+                parcels.into_iter().try_for_each(|parcel| self.deliver(parcel, writer))
+            });
+            let summaries = self.pack_all(steps, &sender, progress);
+            drop(sender);
+            let written = writing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));
+            written.and(summaries)
+        })
+    }
+
+    /// Ends early, and without an error of its own, when nobody writes any more.
+    fn pack_all<'a>(
+        &self,
+        steps: &'a [Step],
+        sender: &SyncSender<Parcel<'a>>,
         mut progress: impl FnMut(usize),
     ) -> Result<BTreeMap<TensorRole, RoleSummary>> {
         let mut summaries = BTreeMap::new();
-        for step in steps {
+        for (index, step) in steps.iter().enumerate() {
+            if let Some(next) = steps.get(index + 1) {
+                self.checkpoint.read_ahead(&next.name);
+            }
             let summary: &mut RoleSummary = summaries.entry(step.role).or_default();
             summary.tensors += 1;
             summary.elements += step.shape.iter().product::<usize>();
             summary.bytes_before += step.bytes_before;
             summary.bytes_after += step.bytes_after;
-            if let Some(sums) = self.write(step, writer)? {
-                summary.add(&step.name, sums);
+            match self.send(step, sender)? {
+                None => break,
+                Some(Change::Nothing) => {}
+                Some(Change::Rounded(sums)) => summary.add(&step.name, sums),
             }
-            self.checkpoint.release(&step.name);
             progress(step.bytes_before);
         }
         Ok(summaries)
+    }
+
+    /// Writes one tensor.
+    fn deliver(&self, Parcel { step, contents }: Parcel, writer: &mut ShardWriter) -> Result<()> {
+        match contents {
+            Owned::Packed(packed, stored) => {
+                writer.write(&step.name, Contents::Packed(&packed))?;
+                if !stored {
+                    return Ok(());
+                }
+            }
+            Owned::Dense(dense) => {
+                let contents = Contents::Dense(dense.dtype, &step.shape, &dense.data);
+                writer.write(&step.name, contents)?;
+            }
+            Owned::Pieces(pieces) => {
+                let (name, shape) = (&step.name, &step.shape);
+                return writer.write_pieces(name, step.dtype, shape, pieces.iter());
+            }
+        }
+        self.checkpoint.release(&step.name);
+        Ok(())
     }
 
     /// Compares a written checkpoint with the source, tensor by tensor.
@@ -85,34 +155,44 @@ impl Repack<'_> {
         Ok(if step.transposed { elements.transposed() } else { elements })
     }
 
-    /// Writes one tensor; its errors, if its values change.
-    fn write(&self, step: &Step, writer: &mut ShardWriter) -> Result<Option<Sums>> {
+    /// Hands one tensor over to be written; none when nobody writes any more.
+    fn send<'a>(&self, step: &'a Step, sender: &SyncSender<Parcel<'a>>) -> Result<Option<Change>> {
         let source = self.elements(step)?;
+        let hand_over = |contents| sender.send(Parcel { step, contents }).is_ok();
         if step.packed.is_some() {
             let packed = self.pack(step, &source)?;
-            let lossy = source.packed().is_none();
-            // The system copies what is written on one thread; the others look at the errors.
-            let (written, sums) = rayon::join(
-                || writer.write(&step.name, Contents::Packed(&packed)),
-                || lossy.then(|| packing_error(&source, &packed)),
-            );
-            return written.map(|()| sums);
+            if source.packed().is_some() {
+                let stored = source.packed().is_some_and(|from| from.format() == packed.format());
+                return Ok(hand_over(Owned::Packed(packed, stored)).then_some(Change::Nothing));
+            }
+            let taken = hand_over(Owned::Packed(packed.clone(), false));
+            let sums = packing_error(&source, &packed);
+            self.checkpoint.release(&step.name);
+            return Ok(taken.then_some(Change::Rounded(sums)));
         }
         if let Some(dense) = source.stored().filter(|dense| dense.dtype == step.dtype) {
             if let Some(index) = dense.first_non_finite() {
                 return Err(not_finite(step, index, dense.to_f32_range(index..index + 1)[0]));
             }
-            writer.write(&step.name, Contents::Dense(dense.dtype, &step.shape, &dense.data))?;
+            return Ok(hand_over(Owned::Dense(dense.clone())).then_some(Change::Nothing));
+        }
+        let (pieces, receiver) = sync_channel(0);
+        if !hand_over(Owned::Pieces(receiver)) {
             return Ok(None);
         }
         let mut sums = Sums::default();
-        let pieces = pieces(source.len()).map(|range| {
-            let (bytes, piece) = convert(step, &source, range)?;
-            sums = sums.plus(piece);
-            Ok(bytes)
-        });
-        writer.write_pieces(&step.name, step.dtype, &step.shape, pieces)?;
-        Ok((source.dtype() != step.dtype).then_some(sums))
+        for range in self::pieces(source.len()) {
+            let piece = convert(step, &source, range).map(|(bytes, piece)| {
+                sums = sums.plus(piece);
+                bytes
+            });
+            if pieces.send(piece).is_err() {
+                return Ok(None);
+            }
+        }
+        self.checkpoint.release(&step.name);
+        let rounded = source.dtype() != step.dtype;
+        Ok(Some(if rounded { Change::Rounded(sums) } else { Change::Nothing }))
     }
 
     fn pack(&self, step: &Step, source: &Elements) -> Result<PackedWeight> {
