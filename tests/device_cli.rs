@@ -75,10 +75,18 @@ fn the_plan_of_a_gpu_needs_none() {
             (region["dtype"].as_str().unwrap().to_string(), region["elements"].clone())
         })
     };
-    for (name, dtype) in [("layer.1.qkv", "bf16"), ("layer.1.lse", "f32"), ("work.mlp", "bf16")] {
+    for (name, dtype) in [("layer.1.qkv", "bf16"), ("layer.1.lse", "f32"), ("head.logits", "bf16")]
+    {
         let (device, host) = (elements(&gpu, name).unwrap(), elements(&cpu, name).unwrap());
         assert_eq!((device.0.as_str(), host.0.as_str(), &device.1), (dtype, "f32", &host.1));
     }
+    // Behind each row of an operand there is room for an adapter of rank 16.
+    let (device, host) = (elements(&gpu, "work.mlp").unwrap(), elements(&cpu, "work.mlp").unwrap());
+    let config = std::fs::read("tests/data/models/llama_s0/config.json").unwrap();
+    let config: Value = serde_json::from_slice(&config).unwrap();
+    let width = config["intermediate_size"].as_u64().unwrap();
+    let rows = host.1.as_u64().unwrap() / width;
+    assert_eq!(device.1.as_u64().unwrap(), rows * (width + 16));
     assert!(
         elements(&gpu, "cuda.workspace").is_some() && elements(&cpu, "cuda.workspace").is_none()
     );

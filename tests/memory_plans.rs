@@ -72,11 +72,12 @@ impl Shape {
         self.layers * (linears + 2 * 4 * self.d + biases) + 4 * self.d + 2 * 2 * self.v * self.d
     }
 
-    /// Bytes of what is kept of a token by the first half of a block and by the MLP.
+    /// Bytes of what is kept of a token by the first half of a block and by the MLP. Behind each
+    /// input of a linear there is room for `x·Aᵀ`.
     fn saved(&self) -> (usize, usize) {
         let (d, q) = (self.d, self.d);
-        let first = 2 * (d + (q + 2 * KV) + q + 4 * RANK + d) + 4 * (2 + self.heads);
-        (first, 2 * (d + 2 * self.f + 3 * RANK) + 4 * 2)
+        let first = 2 * (d + (q + 2 * KV) + q + 6 * RANK + d) + 4 * (2 + self.heads);
+        (first, 2 * (d + 2 * self.f + 4 * RANK) + 4 * 2)
     }
 
     /// Bytes of a run on `tokens`.
@@ -90,12 +91,13 @@ impl Shape {
             "checkpoint" => (self.layers + 1, tokens * first + tile * second),
             _ => (3, tokens * first + tile * second),
         };
-        // Stream, norm, q k v and rank; cos and sin; δ of attention.
-        let gradients = tokens * (2 * (d + d + (d + 2 * KV) + RANK) + 4 * 128 + 4 * self.heads);
-        let mlp = 2 * tile * 2 * self.f + if tokens > TILE { 2 * tile * 2 * d } else { 0 };
+        // Stream, norm, q k v and rank, with room for t twice; cos and sin; δ of attention.
+        let gradients = tokens * (2 * (d + d + (d + 2 * KV) + 3 * RANK) + 4 * 128 + 4 * self.heads);
+        let tiles = if tokens > TILE { 2 * tile * (2 * d + RANK) } else { 0 };
+        let mlp = 2 * tile * 2 * (self.f + RANK) + tiles;
         let rows = ((128 << 20) / (4 * self.v)).max(64).min(tokens);
         let head = rows * (2 * (self.v + 4 * d) + 4 * 3);
-        let dequantized = 2 * d * self.f;
+        let dequantized = 2 * (d + RANK) * self.f;
         let (cublas, context) = (32 << 20, 460 << 20);
         let run = adapter + inputs * tokens * 2 * d + activations + gradients + mlp + head;
         self.weights() + run + dequantized + cublas + context

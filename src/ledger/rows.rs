@@ -152,6 +152,7 @@ mod tests {
             component,
             dtype: RegionType::F32,
             elements,
+            pitch: None,
         };
         MemoryPlan {
             regions: vec![

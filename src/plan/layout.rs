@@ -102,6 +102,18 @@ pub struct Region {
     pub dtype: RegionType,
     /// Number of elements.
     pub elements: usize,
+    /// How its rows lie where they do not follow each other; only on a GPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pitch: Option<Pitch>,
+}
+
+/// Rows with room behind them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct Pitch {
+    /// Columns of the matrix itself.
+    pub width: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
 }
 
 /// Regions start at multiples of this many bytes: a cache line, and an AVX-512 vector.
@@ -157,7 +169,7 @@ impl MemoryPlan {
         elements: usize,
         dtype: RegionType,
     ) {
-        self.regions.push(Region { name: name.into(), component, dtype, elements });
+        self.regions.push(Region { name: name.into(), component, dtype, elements, pitch: None });
     }
 }
 
@@ -227,7 +239,8 @@ fn push_inputs(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
     for layer in 0..=spec.num_layers {
         let name = format!("layer.{layer}.input");
         if settings.policies.get(layer) == Some(&Policy::Offload) {
-            plan.offloaded.push(Region { name, component, dtype: RegionType::F32, elements });
+            let dtype = RegionType::F32;
+            plan.offloaded.push(Region { name, component, dtype, elements, pitch: None });
         } else {
             plan.push(component, name, elements);
         }

@@ -14,7 +14,7 @@ pub mod weights;
 pub mod work;
 
 pub use budget::{Activations, Choice, Demand, Limit, WeightsMode};
-pub use layout::{Component, MemoryPlan, Region, RegionType, layout};
+pub use layout::{Component, MemoryPlan, Pitch, Region, RegionType, layout};
 pub use moments::{MomentLayout, MomentPlace, Optim};
 pub use settings::{Policy, Settings, logit_rows};
 pub use weights::{Place, StreamedBytes, WeightBytes};

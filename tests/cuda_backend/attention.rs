@@ -16,6 +16,7 @@ fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType) -> MemoryPlan 
         component: Component::AttentionWorkspace,
         dtype,
         elements,
+        pitch: None,
     };
     let (wide, qkv, o) = (RegionType::F32, tokens * shape.qkv_width(), tokens * shape.q_width());
     let mut regions = vec![

@@ -2,6 +2,7 @@
 //!
 //! Fresh memory is NaN in every type. Allocations and waits are counted.
 
+use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
 
 use nibble::error::{Error, Result};
@@ -28,6 +29,8 @@ pub struct Device {
     most_bytes: AtomicUsize,
     /// Launches until one finds no memory.
     launches_left: AtomicUsize,
+    /// `[m, n, k]` of the products that are queued.
+    products: Mutex<Vec<[usize; 3]>>,
 }
 
 impl Device {
@@ -61,7 +64,8 @@ impl Device {
         let (allocations, allocated_bytes, waits) = (zero(), zero(), zero());
         let never = || AtomicUsize::new(usize::MAX);
         let (most_bytes, launches_left) = (never(), never());
-        Device { driver, allocations, allocated_bytes, waits, most_bytes, launches_left }
+        let products = Mutex::default();
+        Device { driver, allocations, allocated_bytes, waits, most_bytes, launches_left, products }
     }
 
     /// Lets no allocation have more than `bytes` from now on.
@@ -72,6 +76,15 @@ impl Device {
     /// Lets one launch fail for want of memory, after `launches` that do not.
     pub fn fail_after(&self, launches: usize) {
         self.launches_left.store(launches, Relaxed);
+    }
+
+    /// `[m, n, k]` of all products since the last [`forget_products`](Self::forget_products).
+    pub fn products(&self) -> Vec<[usize; 3]> {
+        self.products.lock().unwrap().clone()
+    }
+
+    pub fn forget_products(&self) {
+        self.products.lock().unwrap().clear();
     }
 
     pub fn counts(&self) -> Counts {
@@ -162,6 +175,7 @@ impl Driver for Device {
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
+        self.products.lock().unwrap().push(gemm.shape);
         self.driver.gemm(gemm)
     }
 

@@ -13,6 +13,7 @@ mod golden;
 mod attention;
 mod device;
 mod emulated;
+mod extension;
 mod meter;
 mod offload;
 mod optimizer;

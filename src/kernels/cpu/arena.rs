@@ -164,7 +164,8 @@ mod tests {
     use crate::plan::Component;
 
     fn region(name: &str, dtype: RegionType, elements: usize) -> Region {
-        Region { name: name.into(), component: Component::BlockInputs, dtype, elements }
+        let component = Component::BlockInputs;
+        Region { name: name.into(), component, dtype, elements, pitch: None }
     }
 
     #[test]

@@ -10,7 +10,7 @@
 use super::Cuda;
 use super::driver::{Address, Argument, Driver, Gemm, Operand, Product};
 use super::launch::{FLAT_THREADS, ROW_THREADS, launch, rows as row_grid};
-use super::memory::Buffer;
+use super::memory::{Buffer, Rows};
 use crate::kernels::{AttentionShape, TokenLayout};
 use crate::model::spec::ModelSpec;
 use crate::plan::Settings;
@@ -243,9 +243,9 @@ impl<'a, D: Driver> Exact<'a, D> {
     }
 
     /// `o = p·v`.
-    fn output(&self, block: Block, o: Address) {
-        let (d, stride) = (self.shape.head_dim, self.shape.q_width());
-        let Operand { address, batch_stride, .. } = self.queries(o, stride, block);
+    fn output(&self, block: Block, o: Rows) {
+        let (d, stride) = (self.shape.head_dim, o.stride);
+        let Operand { address, batch_stride, .. } = self.queries(o.address, stride, block);
         let c = Product { address, stride, wide: false, batch_stride };
         let p = self.scores(self.probabilities, block);
         self.gemm([block.rows, d, block.keys], p, self.v(block), c);
@@ -287,9 +287,9 @@ pub(super) fn forward<D: Driver>(
     work: &Buffer<D>,
 ) {
     let tokens = layout.tokens();
-    let (o, lse) = (o.at(0..tokens * shape.q_width()), lse.at(0..tokens * shape.num_heads));
+    let (o, lse) = (o.rows(tokens, shape.q_width()), lse.at(0..tokens * shape.num_heads));
     if let Some(flash) = flash_width(shape.head_dim) {
-        let outputs = [Argument::Pointer(o), shape.q_width().into(), Argument::Pointer(lse)];
+        let outputs = [o.argument(), o.stride.into(), Argument::Pointer(lse)];
         let grid = [layout.longest().div_ceil(FLASH_TOKENS) as u32, shape.num_heads as u32];
         return launch_flash(cuda, flash.forward, grid, shape, layout, qkv, &outputs);
     }
@@ -314,15 +314,15 @@ pub(super) fn backward<D: Driver>(
     dqkv: &Buffer<D>,
     work: &Buffer<D>,
 ) {
-    let (tokens, width, stride) = (layout.tokens(), shape.q_width(), shape.qkv_width());
+    let (tokens, width) = (layout.tokens(), shape.q_width());
     let lse = lse.at(0..tokens * shape.num_heads);
-    let (o, d_o) = (o.at(0..tokens * width), d_o.at(0..tokens * width));
-    let to = dqkv.at(0..tokens * stride);
+    let (o, d_o) = (o.rows(tokens, width), d_o.at(0..tokens * width));
+    let to = dqkv.rows(tokens, shape.qkv_width());
     let flash = flash_width(shape.head_dim);
     let exact = flash.is_none().then(|| Exact::new(cuda, shape, layout, qkv, work, true));
     let delta = exact.as_ref().map_or(work.at(0..tokens * shape.num_heads), |exact| exact.delta);
     launch!(cuda, "attention_delta", row_grid(tokens), ROW_THREADS;
-        Argument::Pointer(d_o), width, Argument::Pointer(o), width, Argument::Pointer(delta),
+        Argument::Pointer(d_o), width, o.argument(), o.stride, Argument::Pointer(delta),
         shape.num_heads, shape.head_dim);
     if let Some(flash) = flash {
         let gradients = [
@@ -331,14 +331,14 @@ pub(super) fn backward<D: Driver>(
             Argument::Pointer(lse),
             Argument::Pointer(delta),
         ];
-        let column = |column: usize| Argument::Pointer(to + 2 * column as u64);
+        let column = |column: usize| to.column(column).argument();
         let blocks = layout.longest().div_ceil(FLASH_TOKENS) as u32;
         let mut keys = gradients.to_vec();
-        keys.extend([column(width), column(width + shape.kv_width()), stride.into()]);
+        keys.extend([column(width), column(width + shape.kv_width()), to.stride.into()]);
         let grid = [blocks, shape.num_kv_heads as u32];
         launch_flash(cuda, flash.keys, grid, shape, layout, qkv, &keys);
         let mut queries = gradients.to_vec();
-        queries.extend([column(0), stride.into()]);
+        queries.extend([column(0), to.stride.into()]);
         let grid = [blocks, shape.num_heads as u32];
         launch_flash(cuda, flash.queries, grid, shape, layout, qkv, &queries);
     }
@@ -356,24 +356,24 @@ fn backward_keys<D: Driver>(
     (begin, end): (usize, usize),
     kv_head: usize,
     (lse, d_o): (Address, Address),
-    to: Address,
+    to: Rows,
 ) {
-    let (cuda, shape) = (exact.cuda, exact.shape);
-    let (d, length, stride) = (shape.head_dim, end - begin, shape.qkv_width());
+    let (cuda, shape, stride) = (exact.cuda, exact.shape, to.stride);
+    let (d, length) = (shape.head_dim, end - begin);
     for gradient in [exact.dk, exact.dv] {
         cuda.note(cuda.driver().zero(gradient, 4 * length * d));
     }
     for block in blocks(begin, end, shape.window, kv_head) {
         let d_o = exact.queries(d_o, shape.q_width(), block);
-        let Operand { address, batch_stride, .. } = exact.queries(to, stride, block);
+        let Operand { address, batch_stride, .. } = exact.queries(to.address, stride, block);
         let dq = Product { address, stride, wide: false, batch_stride };
         exact.block_backward(block, begin, lse, d_o, dq);
     }
     let keys = shape.q_width() + kv_head * d;
     for (gradient, column) in [(exact.dk, keys), (exact.dv, keys + shape.kv_width())] {
-        let target = to + 2 * (begin * stride + column) as u64;
+        let target = to.column(begin * stride + column);
         launch!(cuda, "scale_rows_f32_bf16", row_grid(length), ROW_THREADS;
-            Argument::Pointer(gradient), d, Argument::Pointer(target), stride, d, 1f32, false);
+            Argument::Pointer(gradient), d, target.argument(), stride, d, 1f32, false);
     }
 }
 
@@ -388,7 +388,7 @@ pub(super) fn cached<D: Driver>(
 ) {
     const THREADS: u32 = 128;
     let (stride, kv) = (shape.qkv_width(), 2 * shape.kv_width());
-    let source = qkv.at(0..rows * stride);
+    let (source, o) = (qkv.at(0..rows * stride), o.rows(rows, shape.q_width()));
     let end = cache.at(past * kv..(past + rows) * kv);
     launch!(cuda, "scale_rows_bf16", row_grid(rows), ROW_THREADS;
         Argument::Pointer(source + 2 * shape.q_width() as u64), stride, Argument::Pointer(end), kv,
@@ -397,8 +397,8 @@ pub(super) fn cached<D: Driver>(
     launch!(cuda, "attention_decode", [rows as u32, shape.num_heads as u32, 1], THREADS;
         Argument::Pointer(source), stride, Argument::Pointer(keys),
         Argument::Pointer(keys + 2 * shape.kv_width() as u64), kv,
-        o.argument(rows * shape.q_width()), shape.q_width(), shape.num_heads, shape.num_kv_heads,
-        shape.head_dim, past, shape.window.unwrap_or(0), shape.scale(), 0f32);
+        o.argument(), o.stride, shape.num_heads, shape.num_kv_heads, shape.head_dim, past,
+        shape.window.unwrap_or(0), shape.scale(), 0f32);
 }
 
 fn launch_flash<D: Driver>(

@@ -28,6 +28,8 @@ impl From<usize> for Argument {
 
 /// Threads of the kernels that give a block to each row.
 pub const ROW_THREADS: u32 = 256;
+/// Threads of those, where rows are a few columns.
+pub const TAIL_THREADS: u32 = 32;
 /// Threads of the kernels whose blocks take turns.
 pub const FLAT_THREADS: u32 = 256;
 /// Blocks of those at most: a few for each multiprocessor.

@@ -8,7 +8,7 @@ use super::Cuda;
 use super::driver::{Address, Argument, Driver};
 use crate::error::Result;
 use crate::kernels::{Columns, PlannedMemory};
-use crate::plan::{Region, RegionType};
+use crate::plan::{Pitch, Region, RegionType};
 
 /// Blocks of the first stage of a sum: a constant, so that sums are the same in every run.
 pub const PARTIALS: usize = 256;
@@ -52,7 +52,30 @@ pub struct Buffer<D: Driver> {
     pub(super) address: Address,
     pub(super) elements: usize,
     pub(super) dtype: RegionType,
+    /// Rows of such a buffer are addressed as rows only.
+    pitch: Option<Pitch>,
     memory: Arc<Allocation<D>>,
+}
+
+/// The first rows of a matrix in device memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Rows {
+    /// First element.
+    pub address: Address,
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+impl Rows {
+    /// The matrix as an argument.
+    pub fn argument(self) -> Argument {
+        Argument::Pointer(self.address)
+    }
+
+    /// The columns from `first` on, of a matrix of bf16.
+    pub fn column(self, first: usize) -> Rows {
+        Rows { address: self.address + 2 * first as u64, ..self }
+    }
 }
 
 impl<D: Driver> Clone for Buffer<D> {
@@ -69,24 +92,63 @@ impl<D: Driver> Buffer<D> {
 
     /// Elements `range` as a buffer of their own over the same memory.
     pub(super) fn part(&self, range: Range<usize>) -> Self {
-        let address = self.at(range.clone());
-        Buffer { address, elements: range.len(), dtype: self.dtype, memory: self.memory.clone() }
+        let (address, elements) = (self.at(range.clone()), range.len());
+        Buffer { address, elements, dtype: self.dtype, pitch: None, memory: self.memory.clone() }
     }
 
     /// Address of `range`, which must lie inside.
     ///
     /// # Panics
-    /// When it does not: a bug of the caller, caught here and not by the card.
+    /// When it does not, or rows do not follow each other: a bug of the caller, caught here and not
+    /// by the card.
     pub(super) fn at(&self, range: Range<usize>) -> Address {
+        assert!(self.pitch.is_none(), "rows of {:?} are addressed as one piece", self.pitch);
+        self.inside(range)
+    }
+
+    fn inside(&self, range: Range<usize>) -> Address {
         let inside = range.start <= range.end && range.end <= self.elements;
         assert!(inside, "{range:?} is outside a buffer of {} elements", self.elements);
         self.address + (range.start * self.size()) as u64
     }
 
-    /// Address of `rows` rows of a band of columns.
-    pub(super) fn band(&self, band: Columns, rows: usize) -> Address {
-        let last = rows.saturating_sub(1) * band.stride + band.offset + band.width;
-        self.at(band.offset..last.max(band.offset))
+    /// The first `rows` rows of a matrix of `width` columns.
+    pub(super) fn rows(&self, rows: usize, width: usize) -> Rows {
+        self.band(Columns::all(width), rows)
+    }
+
+    /// `rows` rows of a band of columns.
+    pub(super) fn band(&self, band: Columns, rows: usize) -> Rows {
+        let stride = self.pitch.map_or(band.stride, |pitch| {
+            assert_eq!(pitch.width, band.stride, "a matrix is as wide as was planned");
+            pitch.stride
+        });
+        let end = if rows == 0 { 0 } else { (rows - 1) * stride + band.width };
+        Rows { address: self.inside(band.offset..band.offset + end), stride }
+    }
+
+    /// Columns behind the first `rows` rows, where there are `columns` of them.
+    pub(super) fn tail(&self, rows: usize, columns: usize) -> Option<Rows> {
+        let Pitch { width, stride } = self.pitch?;
+        let end = rows.saturating_sub(1) * stride + width + columns;
+        let address = || self.inside(width..end);
+        (width + columns <= stride).then(|| Rows { address: address(), stride })
+    }
+
+    /// Rows of the matrix, if its rows have room behind them, and their width.
+    pub(super) fn pitched_rows(&self, elements: usize) -> Option<(usize, usize)> {
+        self.pitch.map(|pitch| (elements / pitch.width, pitch.width))
+    }
+
+    /// Whole rows that begin with element `start` of the matrix: their address, and elements from
+    /// the first to the end of the last, what lies behind them included.
+    pub(super) fn whole_rows(&self, start: usize, elements: usize) -> (Address, usize) {
+        let Some(Pitch { width, stride }) = self.pitch else {
+            return (self.inside(start..start + elements), elements);
+        };
+        assert!(start.is_multiple_of(width) && elements.is_multiple_of(width), "rows are whole");
+        let (start, elements) = (start / width * stride, elements / width * stride);
+        (self.inside(start..start + elements), elements)
     }
 
     /// The first `elements` as an argument.
@@ -109,6 +171,7 @@ impl<D: Driver> Memory<D> {
                 address: allocation.address() + offset,
                 elements: region.elements,
                 dtype: region.dtype,
+                pitch: region.pitch,
                 memory: allocation.clone(),
             };
             free.insert(region.name.clone(), buffer);

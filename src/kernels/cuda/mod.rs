@@ -9,9 +9,14 @@
 mod attention;
 pub mod devices;
 pub mod driver;
+mod elementwise;
+mod frozen;
 mod functions;
+mod host;
 mod launch;
 pub mod library;
+mod loss;
+mod low_rank;
 pub mod memory;
 mod offload;
 mod operations;
@@ -27,7 +32,7 @@ use std::sync::{Arc, Mutex, MutexGuard};
 pub use plan::cuda_layout;
 pub use weight::matrix_bytes;
 
-use driver::{Argument, Driver};
+use driver::{Argument, Driver, Gemm, Operand, Product};
 use memory::{Allocation, Buffer, PARTIALS};
 use staging::Staging;
 use weight::{DeviceWeight, Tables};
@@ -105,6 +110,20 @@ impl<D: Driver> Cuda<D> {
             staging.reuse();
         }
         Ok(())
+    }
+
+    /// `C = alpha·A·B + beta·C`.
+    fn gemm(
+        &self,
+        shape: [usize; 3],
+        (alpha, beta): (f32, f32),
+        (a, b): (Operand, Operand),
+        c: Product,
+    ) {
+        if shape.contains(&0) {
+            return;
+        }
+        self.note(self.driver().gemm(&Gemm { shape, alpha, a, b, beta, c, batches: 1 }));
     }
 
     fn launch(

@@ -1,10 +1,11 @@
 //! The memory plan on a GPU: the CPU's regions with activations in bf16, and what the kernels need
 //! beside them.
 
-use crate::model::spec::ModelSpec;
-use crate::plan::{Component, MemoryPlan, Region, RegionType, Settings, layout};
+use crate::model::spec::{LinearRole, ModelSpec};
+use crate::plan::{Component, MemoryPlan, Pitch, Region, RegionType, Settings, layout};
 
 use super::attention::WorkLayout;
+use super::frozen::{extended_elements, tail_columns};
 use super::memory::PARTIALS;
 
 /// cuBLAS' workspace: what NVIDIA recommends for Hopper, enough for every earlier card.
@@ -29,15 +30,22 @@ pub fn cuda_layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
             "work.lora_pair" if settings.bf16_working => region.elements = 0,
             _ => {}
         }
+        if extends(settings) {
+            leave_room(spec, settings, region);
+        }
     }
     plan.offloaded.iter_mut().for_each(|region| region.dtype = RegionType::Bf16);
     let mut push = |component, name: &str, dtype, elements| {
-        plan.regions.push(Region { name: name.to_string(), component, dtype, elements });
+        plan.regions.push(Region {
+            name: name.to_string(),
+            component,
+            dtype,
+            elements,
+            pitch: None,
+        });
     };
-    let linears = (0..spec.num_layers).flat_map(|layer| spec.linears(layer));
-    let largest = linears.map(|linear| linear.in_features * linear.out_features).max();
     let wide = RegionType::F32;
-    let elements = largest.unwrap_or(0);
+    let elements = widened_elements(spec, settings);
     push(Component::DequantizedWeight, "cuda.dequantized", RegionType::Bf16, elements);
     push(Component::LibraryWorkspace, "cuda.workspace", wide, WORKSPACE_BYTES / 4);
     // Two words for each f64.
@@ -47,6 +55,55 @@ pub fn cuda_layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
     let words = UPLOADS_PER_TOKEN * (settings.tokens + UPLOAD_WORDS * (chunks + 2));
     push(Component::Uploads, "cuda.uploads", wide, words);
     plan
+}
+
+/// Whether products have the adapters' share in them: dropout is for A alone.
+fn extends(settings: &Settings) -> bool {
+    !settings.lora_dropout && !settings.targets.is_empty()
+}
+
+/// Elements of the largest matrix in bf16, with its adapter where that lies beside it.
+fn widened_elements(spec: &ModelSpec, settings: &Settings) -> usize {
+    let linears = (0..spec.num_layers).flat_map(|layer| spec.linears(layer));
+    let plain = linears.map(|linear| linear.in_features * linear.out_features).max();
+    let targets = settings.targets.iter().filter(|_| extends(settings));
+    let extended = targets.map(|t| extended_elements([t.out_features, t.in_features], t.r)).max();
+    plain.max(extended).unwrap_or(0)
+}
+
+/// Gives an operand of products with adapters room behind its rows.
+fn leave_room(spec: &ModelSpec, settings: &Settings, region: &mut Region) {
+    let Some((width, roles)) = operand_rows(spec, &region.name) else { return };
+    let layer = region.name.strip_prefix("layer.").and_then(|rest| rest.split('.').next());
+    let layer: Option<usize> = layer.and_then(|number| number.parse().ok());
+    let here = settings.targets.iter().filter(|target| {
+        layer.is_none_or(|layer| target.layer == layer) && roles.contains(&target.role)
+    });
+    let Some(rank) = here.map(|target| target.r).max() else { return };
+    let stride = width + tail_columns(rank);
+    region.elements = region.elements / width * stride;
+    region.pitch = Some(Pitch { width, stride });
+}
+
+/// Width of the rows of a region that such products read, and which linears' they are: their inputs
+/// forward, the gradients of their outputs backward.
+fn operand_rows(spec: &ModelSpec, name: &str) -> Option<(usize, &'static [LinearRole])> {
+    use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
+    let (d, f) = (spec.hidden_size, spec.intermediate_size);
+    match name {
+        "work.mlp" => return Some((f, &[Down, Up])),
+        "work.mlp_gradient" => return Some((f, if spec.gated_mlp { &[Gate] } else { &[Up] })),
+        "work.qkv_gradient" => return Some((spec.q_width() + 2 * spec.kv_width(), &[Qkv, V])),
+        "work.gradient" | "work.tile_gradient" => return Some((d, &[O, Down])),
+        _ if name.starts_with("work.") => return None,
+        _ => {}
+    }
+    match name.rsplit('.').next()? {
+        "norm1" => Some((d, &[Q, K, V, Qkv])),
+        "attention" => Some((spec.q_width(), &[O])),
+        "norm2" => Some((d, &[Gate, Up])),
+        _ => None,
+    }
 }
 
 /// Statistics, tables, sums and the optimizer's state stay f32.

@@ -1,0 +1,261 @@
+//! Products with frozen weights, the adapter's share in the same product where there is room.
+//!
+//! # One product for base and adapter
+//!
+//! A 4-bit weight `[N, K]` is widened to a buffer before each product anyway, so an adapter of rank R
+//! can lie in the same matrix, and what it multiplies beside the activations:
+//!
+//! ```text
+//! y  = [x | ax]·[W | s·B]ᵀ    K + R columns: s·B behind the rows of W, ax = x·Aᵀ behind those of x
+//! dx = [dy | t]·[W ; A]       N + R rows:    A below W, t = s·dy·B behind the rows of dy
+//! ```
+//!
+//! Both are the sums of the two products with one rounding to bf16 instead of two; s·B is rounded
+//! once more unless s is a power of two. In elements moved for a token:
+//!
+//! | | adapter by itself | in the same product |
+//! |---|---|---|
+//! | y | R + 2·N: reads ax, reads and writes y again | 3·R: ax copied, and read |
+//! | dx | R + 2·K: reads t, reads and writes dx again | R: t is made where it is read |
+//! | once a product | N·R, R·K: B, A read | 3·N·R, 3·R·K: copied beside W, and read |
+//!
+//! so it pays from about R tokens on. The 16 columns of a rank-16 adapter cost 0.4 % of the
+//! multiplications at K = 4,096, as they do by themselves. Buffers of activations that such products
+//! read are planned with room behind their rows ([`super::plan`]): a copy of x instead would move
+//! 2·K elements a token, more than is saved for the down projection, where K = 3.5·N. `ax` is
+//! copied, 2·R elements a token, because `x` does not outlive the block and `ax` does: the input of
+//! the down projection is made again for the backward pass, `ax` is not.
+//!
+//! Separate products remain with dropout, which A sees and W does not; for dense weights, which are
+//! operands where they lie; and in the backward pass for a band of columns that others follow.
+
+use super::Cuda;
+use super::driver::{Address, Argument, Driver, Operand, Product};
+use super::host::DeviceVector;
+use super::launch::{FLAT_THREADS, ROW_THREADS, TAIL_THREADS, launch, rows as row_grid};
+use super::memory::{Buffer, Rows};
+use super::weight::{DeviceWeight, Form};
+use crate::kernels::{Columns, LoraShape, LoraTerm};
+
+/// Strides of extended operands are multiples of this: 16 bytes, as tensor cores like them.
+pub(super) const STRIDE_ELEMENTS: usize = 8;
+
+/// Columns that `ranks` take behind a row.
+pub(super) fn tail_columns(ranks: usize) -> usize {
+    ranks.next_multiple_of(STRIDE_ELEMENTS)
+}
+
+/// Elements of a widened weight `[N, K]` with an adapter of `rank`, in either direction.
+pub(super) fn extended_elements([rows, columns]: [usize; 2], rank: usize) -> usize {
+    (rows * (columns + tail_columns(rank))).max((rows + rank) * columns)
+}
+
+/// A matrix as it lies.
+pub(super) fn operand(Rows { address, stride }: Rows) -> Operand {
+    Operand { address, stride, transposed: false, batch_stride: 0 }
+}
+
+/// A matrix whose rows are the operand's columns.
+pub(super) fn transposed(rows: Rows) -> Operand {
+    Operand { transposed: true, ..operand(rows) }
+}
+
+/// Where a product in bf16 goes.
+pub(super) fn product(Rows { address, stride }: Rows) -> Product {
+    Product { address, stride, wide: false, batch_stride: 0 }
+}
+
+/// Rows of a weight in bf16.
+struct Panel {
+    first: usize,
+    count: usize,
+    rows: Rows,
+}
+
+/// Where `t` lies: behind the rows of the gradient that it is made of, if its band ends them and
+/// there is room.
+pub(super) fn gradient_tail<D: Driver>(
+    (dy, band): (&Buffer<D>, Columns),
+    rows: usize,
+    rank: usize,
+) -> Option<Rows> {
+    let ends = band.offset + band.width == band.stride;
+    if ends { dy.tail(rows, rank) } else { None }
+}
+
+/// `y[:, band] = x · Wᵀ + bias + scale · ax · Bᵀ`, or `+=`.
+pub(super) fn forward<D: Driver>(
+    cuda: &Cuda<D>,
+    (weight, bias): (&DeviceWeight<D>, Option<&DeviceVector<D>>),
+    lora: Option<LoraTerm<Buffer<D>>>,
+    x: &Buffer<D>,
+    (y, band): (&Buffer<D>, Columns),
+    rows: usize,
+    accumulate: bool,
+) {
+    let to = y.band(band, rows);
+    let extended = lora.as_ref().is_some_and(|term| {
+        forward_extended(cuda, weight, term, x, to, rows, beta(accumulate)).is_some()
+    });
+    if !extended {
+        forward_separate(cuda, weight, lora.as_ref(), x, to, rows, beta(accumulate));
+    }
+    if let Some(bias) = bias {
+        launch!(cuda, "add_bias", row_grid(rows), ROW_THREADS;
+            to.argument(), to.stride, bias.argument(), band.width);
+    }
+}
+
+/// In one product; `None`, and nothing done, where there is no room.
+fn forward_extended<D: Driver>(
+    cuda: &Cuda<D>,
+    weight: &DeviceWeight<D>,
+    LoraTerm { shape, pair, inner: (ax, columns) }: &LoraTerm<Buffer<D>>,
+    x: &Buffer<D>,
+    to: Rows,
+    rows: usize,
+    beta: f32,
+) -> Option<()> {
+    let ([outer, inner], rank) = (weight.shape, shape.rank);
+    let tail = x.tail(rows, rank)?;
+    let stride = inner + tail_columns(rank);
+    let wide = cuda.widened(weight, stride, extended_elements(weight.shape, rank))?;
+    copy_columns(cuda, ax.band(*columns, rows), tail, (rows, rank), 1.0);
+    copy_columns(cuda, b_of(pair, shape), wide.column(inner), (outer, rank), shape.scale);
+    let operands = (operand(x.rows(rows, inner)), transposed(wide));
+    cuda.gemm([rows, outer, inner + rank], (1.0, beta), operands, product(to));
+    Some(())
+}
+
+fn forward_separate<D: Driver>(
+    cuda: &Cuda<D>,
+    weight: &DeviceWeight<D>,
+    lora: Option<&LoraTerm<Buffer<D>>>,
+    x: &Buffer<D>,
+    to: Rows,
+    rows: usize,
+    beta: f32,
+) {
+    let [outer, inner] = weight.shape;
+    let from = operand(x.rows(rows, inner));
+    cuda.for_panels(weight, |panel| {
+        let operands = (from, transposed(panel.rows));
+        let to = product(to.column(panel.first));
+        cuda.gemm([rows, panel.count, inner], (1.0, beta), operands, to);
+    });
+    if let Some(LoraTerm { shape, pair, inner: (ax, columns) }) = lora {
+        let operands = (operand(ax.band(*columns, rows)), transposed(b_of(pair, shape)));
+        cuda.gemm([rows, outer, shape.rank], (shape.scale, 1.0), operands, product(to));
+    }
+}
+
+/// `dx = dy[:, band] · W + t · A`, or `+=`.
+pub(super) fn backward<D: Driver>(
+    cuda: &Cuda<D>,
+    weight: &DeviceWeight<D>,
+    lora: Option<LoraTerm<Buffer<D>>>,
+    (dy, band): (&Buffer<D>, Columns),
+    dx: &Buffer<D>,
+    rows: usize,
+    accumulate: bool,
+) {
+    let ([outer, inner], from) = (weight.shape, dy.band(band, rows));
+    let to = product(dx.rows(rows, inner));
+    let tail = lora.as_ref().and_then(|term| gradient_tail((dy, band), rows, term.shape.rank));
+    if let (Some(LoraTerm { shape, pair, .. }), Some(_)) = (&lora, tail)
+        && let Some(wide) = cuda.widened(weight, inner, extended_elements(weight.shape, shape.rank))
+    {
+        let a = pair.at(0..shape.a_elements());
+        let below = wide.address + 2 * (outer * inner) as u64;
+        cuda.note(cuda.driver().copy(a, below, 2 * shape.a_elements()));
+        let operands = (operand(from), operand(wide));
+        let factors = (1.0, beta(accumulate));
+        return cuda.gemm([rows, inner, outer + shape.rank], factors, operands, to);
+    }
+    cuda.for_panels(weight, |panel| {
+        let operands = (operand(from.column(panel.first)), operand(panel.rows));
+        let factors = (1.0, beta(accumulate || panel.first > 0));
+        cuda.gemm([rows, inner, panel.count], factors, operands, to);
+    });
+    if let Some(LoraTerm { shape, pair, inner: (t, columns) }) = lora {
+        let t = tail.unwrap_or_else(|| t.band(columns, rows));
+        let a = Rows { address: pair.at(0..shape.a_elements()), stride: inner };
+        cuda.gemm([rows, inner, shape.rank], (1.0, 1.0), (operand(t), operand(a)), to);
+    }
+}
+
+/// B `[out, R]` of a pair.
+fn b_of<D: Driver>(pair: &Buffer<D>, shape: &LoraShape) -> Rows {
+    Rows { address: pair.at(shape.a_elements()..shape.elements()), stride: shape.rank }
+}
+
+/// `to = scale · from`, a few columns of many rows.
+fn copy_columns<D: Driver>(
+    cuda: &Cuda<D>,
+    from: Rows,
+    to: Rows,
+    (rows, width): (usize, usize),
+    scale: f32,
+) {
+    launch!(cuda, "scale_rows_bf16", row_grid(rows), TAIL_THREADS;
+        from.argument(), from.stride, to.argument(), to.stride, width, scale, false);
+}
+
+fn beta(accumulate: bool) -> f32 {
+    if accumulate { 1.0 } else { 0.0 }
+}
+
+impl<D: Driver> Cuda<D> {
+    /// A 4-bit weight in bf16, its rows `stride` apart, in a buffer of at least `elements`; `None`
+    /// for a dense weight and where the buffer is smaller.
+    fn widened(&self, weight: &DeviceWeight<D>, stride: usize, elements: usize) -> Option<Rows> {
+        let Form::Packed(_) = &weight.form else { return None };
+        let buffer = self.state().dequantized.clone().expect("a plan is allocated");
+        if buffer.elements < elements {
+            return None;
+        }
+        let rows = Rows { address: buffer.at(0..elements), stride };
+        self.dequantize(weight, (0, weight.shape[0]), rows);
+        Some(rows)
+    }
+
+    /// Widens `count` rows of a 4-bit weight from row `first` on.
+    fn dequantize(&self, weight: &DeviceWeight<D>, (first, count): (usize, usize), to: Rows) {
+        /// Elements that a block of eight warps takes in one turn.
+        const TURN: usize = 8192;
+        let Form::Packed(packed) = &weight.form else { return };
+        let columns = weight.shape[1];
+        let mut arguments = packed.arguments().to_vec();
+        arguments.extend([
+            Argument::I64(first as i64),
+            Argument::I64(count as i64),
+            Argument::from(columns),
+            to.argument(),
+            Argument::from(to.stride),
+        ]);
+        let grid = [(count * columns).div_ceil(TURN) as u32, 1, 1];
+        self.launch("dequantize_4bit", grid, FLAT_THREADS, &mut arguments);
+    }
+
+    /// Calls `product` with the whole weight in bf16, or with one panel of rows after another where
+    /// the buffer for widened weights is smaller than this one.
+    fn for_panels(&self, weight: &DeviceWeight<D>, mut product: impl FnMut(Panel)) {
+        let [rows, columns] = weight.shape;
+        let whole = |address: Address| Panel {
+            first: 0,
+            count: rows,
+            rows: Rows { address, stride: columns },
+        };
+        if let Form::Dense(address) = &weight.form {
+            return product(whole(*address));
+        }
+        let buffer = self.state().dequantized.clone().expect("a plan is allocated");
+        let height = (buffer.elements / columns).clamp(1, rows);
+        for first in (0..rows).step_by(height) {
+            let count = height.min(rows - first);
+            let panel = Rows { address: buffer.at(0..count * columns), stride: columns };
+            self.dequantize(weight, (first, count), panel);
+            product(Panel { first, count, rows: panel });
+        }
+    }
+}

@@ -1,0 +1,112 @@
+//! What crosses between the program and the device: vectors, values, words.
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::sync::Arc;
+
+use half::bf16;
+
+use super::Cuda;
+use super::driver::{Argument, Driver};
+use super::memory::{Allocation, Buffer};
+use crate::error::Result;
+use crate::kernels::TokenLayout;
+use crate::plan::RegionType;
+
+/// A frozen f32 vector.
+pub struct DeviceVector<D: Driver> {
+    memory: Arc<Allocation<D>>,
+    pub(super) elements: usize,
+}
+
+impl<D: Driver> DeviceVector<D> {
+    pub(super) fn upload(driver: &Arc<D>, vector: &[f32]) -> Result<Self> {
+        let memory = Allocation::new(driver, 4 * vector.len())?;
+        driver.upload(bytemuck::cast_slice(vector), memory.address())?;
+        Ok(DeviceVector { memory, elements: vector.len() })
+    }
+
+    pub(super) fn argument(&self) -> Argument {
+        Argument::Pointer(self.memory.address())
+    }
+}
+
+impl<D: Driver> Cuda<D> {
+    /// Copies words to the device for the next operation.
+    pub(super) fn stage(&self, words: &[u32]) -> Option<Argument> {
+        let mut state = self.state();
+        let staging = state.staging.as_mut().expect("a plan is allocated");
+        match staging.upload(words) {
+            Ok(address) => Some(Argument::Pointer(address)),
+            Err(error) => {
+                state.failure.get_or_insert(error);
+                None
+            }
+        }
+    }
+
+    /// Boundaries of documents on the device.
+    pub(super) fn stage_boundaries(&self, layout: &TokenLayout) -> Option<Argument> {
+        let mut state = self.state();
+        let staging = state.staging.as_mut().expect("a plan is allocated");
+        match staging.boundaries(&layout.boundaries) {
+            Ok(address) => Some(Argument::Pointer(address)),
+            Err(error) => {
+                state.failure.get_or_insert(error);
+                None
+            }
+        }
+    }
+}
+
+/// The elements of `range` in f32.
+pub(super) fn values<D: Driver>(
+    cuda: &Cuda<D>,
+    buffer: &Buffer<D>,
+    range: Range<usize>,
+) -> Result<Cow<'static, [f32]>> {
+    let from = buffer.at(range.clone());
+    Ok(Cow::Owned(if buffer.dtype == RegionType::F32 {
+        let mut values = vec![0f32; range.len()];
+        cuda.download(from, bytemuck::cast_slice_mut(&mut values))?;
+        values
+    } else {
+        let mut values = vec![bf16::ZERO; range.len()];
+        cuda.download(from, bytemuck::cast_slice_mut(&mut values))?;
+        values.iter().map(|x| x.to_f32()).collect()
+    }))
+}
+
+/// Overwrites elements from `offset` on.
+pub(super) fn set_values<D: Driver>(
+    cuda: &Cuda<D>,
+    values: &[f32],
+    buffer: &Buffer<D>,
+    offset: usize,
+) {
+    let (to, driver) = (buffer.at(offset..offset + values.len()), cuda.driver());
+    cuda.note(if buffer.dtype == RegionType::F32 {
+        driver.upload(bytemuck::cast_slice(values), to)
+    } else {
+        let rounded: Vec<bf16> = values.iter().map(|&x| bf16::from_f32(x)).collect();
+        driver.upload(bytemuck::cast_slice(&rounded), to)
+    });
+}
+
+/// Lets `fill` write the first `elements` of two tables.
+pub(super) fn write_tables<D: Driver>(
+    cuda: &Cuda<D>,
+    (first, second): (&Buffer<D>, &Buffer<D>),
+    elements: usize,
+    fill: impl FnOnce(&mut [f32], &mut [f32]),
+) {
+    let (mut one, mut two) = (vec![0.0; elements], vec![0.0; elements]);
+    fill(&mut one, &mut two);
+    let mut state = cuda.state();
+    let staging = state.staging.as_mut().expect("a plan is allocated");
+    let result = staging
+        .fill(first, elements, |to| to.copy_from_slice(&one))
+        .and_then(|()| staging.fill(second, elements, |to| to.copy_from_slice(&two)));
+    drop(state);
+    cuda.note(result);
+}

@@ -1,0 +1,56 @@
+//! The loss: cross-entropy of a chunk of logits, and the sum of all chunks.
+
+use super::Cuda;
+use super::driver::{Address, Argument, Driver};
+use super::launch::{FLAT_THREADS, flat, launch, rows as row_grid};
+use super::memory::{Buffer, PARTIALS};
+use crate::error::Result;
+
+/// Losses of a chunk's rows, partial sums and the sum, in one region: the f64 values first.
+pub struct LossSum<D: Driver>(pub(super) Buffer<D>);
+
+impl<D: Driver> LossSum<D> {
+    fn partials(&self) -> Address {
+        self.0.at(0..2 * PARTIALS)
+    }
+
+    fn sum(&self) -> Address {
+        self.0.at(2 * PARTIALS..2 * PARTIALS + 2)
+    }
+
+    fn losses(&self, rows: usize) -> Address {
+        self.0.at(2 * PARTIALS + 2..2 * PARTIALS + 2 + rows)
+    }
+}
+
+pub(super) fn clear<D: Driver>(cuda: &Cuda<D>, sum: &LossSum<D>) {
+    cuda.note(cuda.driver().zero(sum.sum(), 8));
+}
+
+pub(super) fn read<D: Driver>(cuda: &Cuda<D>, sum: &LossSum<D>) -> Result<f64> {
+    let mut bytes = [0; 8];
+    cuda.download(sum.sum(), &mut bytes)?;
+    Ok(f64::from_le_bytes(bytes))
+}
+
+pub(super) fn cross_entropy<D: Driver>(
+    cuda: &Cuda<D>,
+    logits: &Buffer<D>,
+    targets: &[u32],
+    vocab_size: usize,
+    scale: Option<f32>,
+    loss: &LossSum<D>,
+) {
+    const THREADS: u32 = 1024;
+    let rows = targets.len();
+    let Some(targets) = cuda.stage(targets) else { return };
+    let losses = Argument::Pointer(loss.losses(rows));
+    launch!(cuda, "cross_entropy_bf16", row_grid(rows), THREADS;
+        logits.argument(rows * vocab_size), vocab_size, targets, vocab_size,
+        scale.unwrap_or(0.0), scale.is_some(), losses);
+    let partials = Argument::Pointer(loss.partials());
+    let grid = flat(rows);
+    launch!(cuda, "sum_f32", grid, FLAT_THREADS; losses, rows as i64, partials);
+    launch!(cuda, "sum_partials", [1, 1, 1], FLAT_THREADS;
+        partials, grid[0], Argument::Pointer(loss.sum()), true);
+}
