@@ -52,14 +52,14 @@ def measure(arguments, folder, mode):
     command += ["--activations", arguments.activations, "--threads", arguments.threads]
     done, seconds = run(command)
     plan = json.loads(done.stdout)
-    steps = re.findall(r"loss ([0-9.]+)  ([0-9]+) tokens/s", done.stderr)
+    steps = re.findall(r"loss ([0-9.]+)  ([0-9.]+) tokens/s", done.stderr)
     return {
         "weights": mode,
         "planned_bytes": plan["total_bytes"],
         "peak_bytes": plan["measured"]["peak_bytes"],
         "rows": plan["measured"]["rows"],
         "losses": [loss for loss, _ in steps],
-        "tokens_per_second": [int(rate) for _, rate in steps],
+        "tokens_per_second": [float(rate) for _, rate in steps],
         "seconds": seconds,
     }
 

@@ -3,26 +3,27 @@
 
 use serde::Serialize;
 
-use super::budget::{Activations, Demand, WeightsMode};
+use super::budget::{Candidate, Choice, Demand, WeightsMode};
+use super::cost::Pace;
 use super::moments::Optim;
-use super::settings::{Settings, logit_rows};
-use super::work::Work;
-use crate::error::Result;
+use super::settings::{Policy, Settings, logit_rows};
 
 /// Lengths are multiples of this many tokens.
 const LENGTH_STEP: usize = 64;
 /// Nothing longer is tried.
 const MOST_TOKENS: usize = 1 << 24;
+/// No more rows are tried than two to this power.
+const MOST_BATCH_DOUBLINGS: usize = 12;
 
-/// A way to run: which activations are kept, and where the weights are.
+/// A way to run: what happens to activations, and where the weights are.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Way {
-    /// All blocks keep their activations; else all recompute them.
-    pub keep: bool,
+    /// What all blocks do with their activations.
+    pub policy: Policy,
     /// Weights are streamed from their file.
     pub stream: bool,
-    /// Multiply-adds of a step over those of one that recomputes nothing.
-    pub work: f64,
+    /// Time of a token over that of the first way, by the rates of `src/plan/cost.rs`.
+    pub time: f64,
     /// Bytes at the sizes that were asked for.
     pub bytes: u64,
     /// Tokens of the longest document that fits alone; 0 when none does.
@@ -38,8 +39,25 @@ pub struct Knob {
     pub flags: String,
     /// Bytes with it.
     pub bytes: u64,
-    /// Multiply-adds over those of the plan, where they change.
-    pub work: f64,
+    /// Time of a token over that of the plan.
+    pub time: f64,
+}
+
+/// The fastest plan of any micro-batch.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Fastest {
+    /// Rows of a forward pass.
+    pub batch: usize,
+    /// Blocks that keep their activations.
+    pub kept: usize,
+    /// What the others do.
+    pub others: Policy,
+    /// Weights are streamed from their file.
+    pub stream: bool,
+    /// Bytes of everything.
+    pub bytes: u64,
+    /// Time of a token over that of the plan.
+    pub time: f64,
 }
 
 /// The answer to "does it fit, and what would".
@@ -47,8 +65,14 @@ pub struct Knob {
 pub struct Fit {
     /// Bytes that may be used.
     pub budget_bytes: u64,
-    /// Keeping and recomputing, resident and streamed.
+    /// Whether the asked sizes fit in a way that is allowed.
+    pub fits: bool,
+    /// Of the plan: the fastest one that fits, or the leanest one if none does.
+    pub bytes: u64,
+    /// Keeping, recomputing and offloading, resident and streamed.
     pub ways: Vec<Way>,
+    /// The fastest within the budget, with any number of rows of the asked length.
+    pub fastest: Option<Fastest>,
     /// Single changes of the plan.
     pub knobs: Vec<Knob>,
 }
@@ -62,45 +86,150 @@ pub struct Asked {
     pub length: usize,
 }
 
+/// A demand at sizes that may change, within a budget.
+struct Search<'a> {
+    demand: &'a Demand<'a>,
+    asked: Asked,
+    budget: u64,
+    /// Of the plan at the asked sizes.
+    plan: Candidate,
+}
+
 impl Fit {
-    /// Tries `demand` in every way within `budget_bytes`. `kept` and `stream` are what the plan has.
-    ///
-    /// # Errors
-    /// Those of resolving the adapter with another rank.
-    pub fn new(
-        demand: &Demand,
-        asked: Asked,
-        budget_bytes: u64,
-        (kept, stream): (usize, bool),
-    ) -> Result<Self> {
-        let layers = demand.spec.num_layers;
+    /// Tries `demand` in every way within `budget` bytes; `plan` is what was chosen of it.
+    pub fn new(demand: &Demand, asked: Asked, budget: u64, plan: &Choice) -> Self {
+        let plan = plan.candidate;
+        let search = Search { demand, asked, budget, plan };
+        let bytes = demand.total_bytes(demand.settings, plan);
+        let (ways, fastest, knobs) = (search.ways(), search.fastest(), search.knobs());
+        Fit { budget_bytes: budget, fits: bytes <= budget, bytes, ways, fastest, knobs }
+    }
+}
+
+impl Search<'_> {
+    fn ways(&self) -> Vec<Way> {
+        let (demand, Asked { batch, length }) = (self.demand, self.asked);
         let streams = [false, true].into_iter().filter(|s| !s || demand.weights.streamed.is_some());
-        let ways = streams.flat_map(|stream| [true, false].map(|keep| (keep, stream)));
-        let ways = ways.map(|(keep, stream)| {
-            let candidate = (if keep { layers } else { 0 }, stream);
-            let fits = |batch: usize, length: usize| {
-                let settings = sized(demand, batch, length);
-                demand.total_bytes(&settings, candidate) <= budget_bytes
-            };
-            let step = LENGTH_STEP;
-            Way {
-                keep,
-                stream,
-                work: work(demand, asked.length, candidate.0),
-                bytes: demand.total_bytes(demand.settings, candidate),
-                longest_document: step * largest(MOST_TOKENS / step, |n| fits(1, n * step)),
-                largest_batch: largest(MOST_TOKENS / asked.length, |n| fits(n, asked.length)),
-            }
-        });
-        let knobs = knobs(demand, asked, (kept, stream));
-        Ok(Fit { budget_bytes, ways: ways.collect(), knobs })
+        let policies = [Policy::Keep, Policy::Checkpoint, Policy::Offload];
+        let ways =
+            streams.flat_map(|stream| policies.map(|policy| uniform(demand, policy, stream)));
+        let mut ways: Vec<Way> = ways
+            .map(|candidate| {
+                let fits = |batch: usize, length: usize| {
+                    let settings = sized(demand, batch, length);
+                    demand.total_bytes(&settings, candidate) <= self.budget
+                };
+                Way {
+                    policy: if candidate.kept > 0 { Policy::Keep } else { candidate.others },
+                    stream: candidate.stream,
+                    time: self.seconds(demand.settings, candidate),
+                    bytes: demand.total_bytes(&sized(demand, batch, length), candidate),
+                    longest_document: LENGTH_STEP
+                        * largest(MOST_TOKENS / LENGTH_STEP, |n| fits(1, n * LENGTH_STEP)),
+                    largest_batch: largest(MOST_TOKENS / length, |n| fits(n, length)),
+                }
+            })
+            .collect();
+        let first = ways.first().map_or(1.0, |way| way.time);
+        ways.iter_mut().for_each(|way| way.time /= first);
+        ways
     }
 
-    /// The way with the least work in which the asked sizes fit.
-    pub fn fastest(&self) -> Option<&Way> {
-        let fitting = self.ways.iter().filter(|way| way.bytes <= self.budget_bytes);
-        fitting.min_by(|a, b| a.work.total_cmp(&b.work).then(a.stream.cmp(&b.stream)))
+    /// Of one, two, four… rows.
+    fn fastest(&self) -> Option<Fastest> {
+        let demand = self.demand;
+        let plan_seconds = self.seconds(demand.settings, self.plan);
+        let batches = (0..).map(|power| 1 << power).map_while(|batch| {
+            let settings = sized(demand, batch, self.asked.length);
+            let demand = Demand { settings: &settings, ..demand.clone() };
+            let choice = demand.within(self.budget)?;
+            let Candidate { kept, others, stream, .. } = choice.candidate;
+            let bytes = demand.total_bytes(&settings, choice.candidate);
+            let seconds = Pace::new(&demand, &settings).seconds_per_token(&choice.settings, stream);
+            let time = seconds / plan_seconds;
+            Some(Fastest { batch, kept, others, stream, bytes, time })
+        });
+        // Fewer rows do not lose to more that are as fast.
+        let batches: Vec<Fastest> = batches.take(MOST_BATCH_DOUBLINGS).collect();
+        batches
+            .into_iter()
+            .reduce(|best, next| if next.time < 0.99 * best.time { next } else { best })
     }
+
+    fn seconds(&self, settings: &Settings, candidate: Candidate) -> f64 {
+        let chosen = self.demand.with(settings, candidate);
+        Pace::new(self.demand, settings).seconds_per_token(&chosen, candidate.stream)
+    }
+
+    fn knobs(&self) -> Vec<Knob> {
+        let (demand, plan) = (self.demand, self.plan);
+        let plan_seconds = self.seconds(demand.settings, plan);
+        let knob = |flags: String, settings: &Settings, candidate: Candidate| Knob {
+            flags,
+            bytes: demand.total_bytes(settings, candidate),
+            time: self.seconds(settings, candidate) / plan_seconds,
+        };
+        let same = demand.settings;
+        let mut knobs: Vec<Knob> = self.other_policies(knob);
+        if demand.weights.streamed.is_some() && demand.mode != WeightsMode::Resident {
+            let mode = if plan.stream { "resident" } else { "stream" };
+            let candidate = Candidate { stream: !plan.stream, ..plan };
+            knobs.push(knob(format!("--weights {mode}"), same, candidate));
+        }
+        let mut with = |flags: String, settings: Settings| knobs.push(knob(flags, &settings, plan));
+        let Asked { batch, length } = self.asked;
+        if batch > 1 {
+            let flags = format!("--per-device-train-batch-size {}", batch / 2);
+            with(flags, sized(demand, batch / 2, length));
+        }
+        if length >= 2 * LENGTH_STEP {
+            with(format!("--max-length {}", length / 2), sized(demand, batch, length / 2));
+        }
+        if let Some(length) = smaller_tile(same).filter(|_| !plan.pieces) {
+            let settings = Settings { mlp_tile_length: Some(length), ..same.clone() };
+            with(format!("--mlp-tile-length {length}"), settings);
+        }
+        let packed = Settings { optim: Optim::Adamw8bit, ..same.clone() };
+        if same.optim != packed.optim && packed.moments().blocks > 0 {
+            with("--optim adamw_8bit".into(), packed);
+        }
+        if same.bf16_working {
+            with("--adapter-dtype f32".into(), Settings { bf16_working: false, ..same.clone() });
+        }
+        if same.targets.iter().all(|target| target.r >= 2) && !same.targets.is_empty() {
+            let mut settings = same.clone();
+            settings.targets.iter_mut().for_each(|target| target.r /= 2);
+            with("--lora-r, halved".into(), settings);
+        }
+        knobs
+    }
+
+    /// All blocks keeping, recomputing or offloading, where the plan does not.
+    fn other_policies(&self, knob: impl Fn(String, &Settings, Candidate) -> Knob) -> Vec<Knob> {
+        let (demand, plan) = (self.demand, self.plan);
+        let names = [
+            ("keep", Policy::Keep, plan.kept == demand.spec.num_layers),
+            ("checkpoint", Policy::Checkpoint, plan.kept == 0 && plan.others == Policy::Checkpoint),
+            ("offload", Policy::Offload, plan.kept == 0 && plan.others == Policy::Offload),
+        ];
+        let others = names.into_iter().filter(|(_, _, planned)| !planned);
+        others
+            .map(|(name, policy, _)| {
+                let candidate = uniform(demand, policy, plan.stream);
+                let candidate = Candidate { pieces: plan.pieces, ..candidate };
+                knob(format!("--activations {name}"), demand.settings, candidate)
+            })
+            .collect()
+    }
+}
+
+/// The same policy for all blocks.
+fn uniform(demand: &Demand, policy: Policy, stream: bool) -> Candidate {
+    let (kept, others) = match policy {
+        Policy::Keep => (demand.spec.num_layers, Policy::Checkpoint),
+        others => (0, others),
+    };
+    Candidate { kept, others, stream, pieces: false }
 }
 
 /// The settings of `demand` with other sizes.
@@ -111,19 +240,13 @@ fn sized(demand: &Demand, batch: usize, length: usize) -> Settings {
 }
 
 /// The largest `n` up to `most` that fits; what fits with more fits with less.
-fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
+pub(super) fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
     let (mut good, mut bad) = (0, most + 1);
     while bad - good > 1 {
         let middle = good + (bad - good) / 2;
         if fits(middle) { good = middle } else { bad = middle }
     }
     good
-}
-
-/// Multiply-adds of a step with rows of `length` over those without recomputation.
-fn work(demand: &Demand, length: usize, kept: usize) -> f64 {
-    let (work, layers) = (Work::of_token(demand.spec, length), demand.spec.num_layers);
-    work.of_step((layers - kept) as f64 / layers as f64) / work.of_step(0.0)
 }
 
 /// A quarter of the tile, where it is long enough to be cut.
@@ -133,69 +256,19 @@ fn smaller_tile(settings: &Settings) -> Option<usize> {
     (quarter >= LEAST_TILE_TOKENS).then_some(quarter)
 }
 
-fn knobs(demand: &Demand, asked: Asked, (kept, stream): (usize, bool)) -> Vec<Knob> {
-    let layers = demand.spec.num_layers;
-    let plan_work = work(demand, asked.length, kept);
-    let knob = |flags: String, settings: &Settings, kept: usize, stream: bool| Knob {
-        flags,
-        bytes: demand.total_bytes(settings, (kept, stream)),
-        work: work(demand, asked.length, kept) / plan_work,
-    };
-    let same = demand.settings;
-    let mut knobs = Vec::new();
-    if kept > 0 && demand.activations != Activations::Keep {
-        knobs.push(knob("--activations checkpoint".into(), same, 0, stream));
-    }
-    if kept == 0 && demand.activations != Activations::Offload {
-        let bytes = demand.offloading().total_bytes(same, (0, stream));
-        knobs.push(Knob { flags: "--activations offload".into(), bytes, work: 1.0 });
-    }
-    if kept < layers {
-        knobs.push(knob("--activations keep".into(), same, layers, stream));
-    }
-    if demand.weights.streamed.is_some() && demand.mode != WeightsMode::Resident {
-        let mode = if stream { "resident" } else { "stream" };
-        knobs.push(knob(format!("--weights {mode}"), same, kept, !stream));
-    }
-    if asked.batch > 1 {
-        let settings = sized(demand, asked.batch / 2, asked.length);
-        let flags = format!("--per-device-train-batch-size {}", asked.batch / 2);
-        knobs.push(knob(flags, &settings, kept, stream));
-    }
-    if asked.length >= 2 * LENGTH_STEP {
-        let settings = sized(demand, asked.batch, asked.length / 2);
-        knobs.push(knob(format!("--max-length {}", asked.length / 2), &settings, kept, stream));
-    }
-    if let Some(length) = smaller_tile(same) {
-        let settings = Settings { mlp_tile_length: Some(length), ..same.clone() };
-        knobs.push(knob(format!("--mlp-tile-length {length}"), &settings, kept, stream));
-    }
-    let packed = Settings { optim: Optim::Adamw8bit, ..same.clone() };
-    if same.optim != packed.optim && packed.moments().blocks > 0 {
-        knobs.push(knob("--optim adamw_8bit".into(), &packed, kept, stream));
-    }
-    if same.bf16_working {
-        let settings = Settings { bf16_working: false, ..same.clone() };
-        knobs.push(knob("--adapter-dtype f32".into(), &settings, kept, stream));
-    }
-    if same.targets.iter().all(|target| target.r >= 2) && !same.targets.is_empty() {
-        let mut settings = same.clone();
-        settings.targets.iter_mut().for_each(|target| target.r /= 2);
-        knobs.push(knob("--lora-r, halved".into(), &settings, kept, stream));
-    }
-    knobs
-}
-
 #[cfg(test)]
 mod tests {
+    use super::super::budget::{Activations, Limit};
     use super::*;
     use crate::adapter::LoraConfig;
     use crate::model::families::spec_from_config;
-    use crate::plan::{StreamedBytes, WeightBytes};
+    use crate::plan::{Place, StreamedBytes, WeightBytes};
 
     fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         let text = include_str!("../../tests/data/models/llama_s0/config.json");
-        let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
+        let mut spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
+        spec.num_layers = 6;
+        spec.windows = vec![None; 6];
         let settings = Settings {
             tokens: 1024,
             longest_document: 512,
@@ -221,6 +294,8 @@ mod tests {
                 streamed: Some(StreamedBytes::of_outside(2 << 20)),
             },
             process_bytes: 1 << 20,
+            place: Place::Host,
+            pinned_bytes: u64::MAX,
         })
     }
 
@@ -229,11 +304,14 @@ mod tests {
     #[test]
     fn the_limits_are_the_last_sizes_that_fit() {
         with_demand(|demand| {
-            let budget = demand.total_bytes(demand.settings, (2, false)) + 1000;
-            let fit = Fit::new(demand, ASKED, budget, (2, false)).unwrap();
-            assert_eq!(fit.ways.len(), 4);
+            let keep = uniform(demand, Policy::Keep, false);
+            let budget = demand.total_bytes(demand.settings, keep) + 1000;
+            let plan = demand.choose(Limit::Budget(budget)).unwrap();
+            let fit = Fit::new(demand, ASKED, budget, &plan);
+            assert!(fit.fits && fit.bytes == budget - 1000);
+            assert_eq!(fit.ways.len(), 6);
             for way in &fit.ways {
-                let candidate = (if way.keep { 2 } else { 0 }, way.stream);
+                let candidate = uniform(demand, way.policy, way.stream);
                 let bytes =
                     |batch, length| demand.total_bytes(&sized(demand, batch, length), candidate);
                 assert!(bytes(1, way.longest_document) <= budget);
@@ -242,22 +320,56 @@ mod tests {
                 assert!(bytes(way.largest_batch + 1, 512) > budget);
                 assert_eq!(way.bytes, demand.total_bytes(demand.settings, candidate));
             }
-            let fastest = fit.fastest().unwrap();
-            assert!(fastest.keep && !fastest.stream && fastest.work == 1.0);
-            let leanest = fit.ways.last().unwrap();
-            assert!(leanest.stream && !leanest.keep && leanest.work > 1.2 && leanest.work < 1.5);
-            assert!(leanest.longest_document > fit.ways[0].longest_document);
+            let [first, recomputed, offloaded] = [0, 1, 2].map(|way| &fit.ways[way]);
+            assert!(first.policy == Policy::Keep && !first.stream && first.time == 1.0);
+            assert!(recomputed.time > 1.15 && recomputed.time < 1.5, "{recomputed:?}");
+            assert!(offloaded.time > recomputed.time, "to a drive");
+            assert!(offloaded.bytes < recomputed.bytes && recomputed.bytes < first.bytes);
+            assert!(recomputed.longest_document > first.longest_document);
+        });
+    }
+
+    /// 8B on a card of 24 GiB, rows of 256 tokens: widening the weights for few tokens does not pay.
+    #[test]
+    fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
+        let text = include_str!("../../tests/data/configs/llama-3.1-8b.json");
+        let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
+        let format = Some(nibble_quant::BlockFormat::default());
+        let bf16 = nibble_quant::FloatType::Bf16;
+        let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
+        with_demand(|demand| {
+            let targets = LoraConfig::default().resolve(&spec).unwrap();
+            let settings = Settings { targets, ..demand.settings.clone() };
+            let demand = Demand {
+                spec: &spec,
+                layout: &crate::kernels::cuda::cuda_layout,
+                weights,
+                place: Place::Gpu,
+                ..demand.clone()
+            };
+            let asked = Asked { batch: 1, length: 256 };
+            let demand = Demand { settings: &settings, ..demand };
+            let settings = sized(&demand, 1, 256);
+            let demand = Demand { settings: &settings, ..demand };
+            let budget = 24 << 30;
+            let plan = demand.choose(Limit::Budget(budget)).unwrap();
+            let fastest = Fit::new(&demand, asked, budget, &plan).fastest.unwrap();
+            assert!(fastest.bytes <= budget && fastest.time < 0.9, "{fastest:?}");
+            assert!(fastest.batch > 4 && fastest.kept > 24, "{fastest:?}");
+            assert_eq!(Fit::new(&demand, asked, 100, &plan).fastest, None);
         });
     }
 
     #[test]
     fn every_knob_says_what_it_changes() {
         with_demand(|demand| {
-            let plan = demand.total_bytes(demand.settings, (2, false));
-            let fit = Fit::new(demand, ASKED, plan, (2, false)).unwrap();
+            let plan = demand.choose(Limit::Free(u64::MAX)).unwrap();
+            let bytes = demand.total_bytes(demand.settings, plan.candidate);
+            let fit = Fit::new(demand, ASKED, bytes, &plan);
             let flags: Vec<&str> = fit.knobs.iter().map(|knob| knob.flags.as_str()).collect();
             let expected = [
                 "--activations checkpoint",
+                "--activations offload",
                 "--weights stream",
                 "--per-device-train-batch-size 1",
                 "--max-length 256",
@@ -267,8 +379,11 @@ mod tests {
                 "--lora-r, halved",
             ];
             assert_eq!(flags, expected);
-            assert!(fit.knobs.iter().all(|knob| knob.bytes < plan), "{:?}", fit.knobs);
-            assert!(Fit::new(demand, ASKED, plan / 100, (0, true)).unwrap().fastest().is_none());
+            assert!(fit.knobs.iter().all(|knob| knob.bytes < bytes), "{:?}", fit.knobs);
+            let time = |flags: &str| fit.knobs.iter().find(|k| k.flags == flags).unwrap().time;
+            assert!(time("--activations checkpoint") > 1.15);
+            assert!(time("--activations offload") > time("--activations checkpoint"));
+            assert_eq!(time("--adapter-dtype f32"), 1.0);
         });
     }
 }

@@ -6,6 +6,7 @@
 //! [`ModelSpec`]: crate::model::spec::ModelSpec
 
 pub mod budget;
+mod cost;
 pub mod fit;
 pub mod layout;
 pub mod moments;

@@ -7,7 +7,7 @@ use crate::cli::size::ByteSize;
 use crate::error::Result;
 use crate::ledger::resident;
 use crate::plan::fit::{Asked, Fit, Way};
-use crate::plan::{Choice, Demand, Limit, Policy};
+use crate::plan::{Demand, Limit, Policy};
 use crate::report::figures::{change, thousands};
 
 /// Prints what fits `--budget`, or this machine's free memory.
@@ -18,52 +18,52 @@ pub(super) fn run(args: &MemoryArgs, demand: &Demand) -> Result<()> {
     // The plan within the budget; the nearest one where there is none.
     let chosen = demand.choose(Limit::Budget(budget.0));
     let refused = chosen.as_ref().err().map(ToString::to_string);
-    let Choice { policies, stream } = match chosen {
+    let choice = match chosen {
         Ok(choice) => choice,
         Err(_) => demand.choose(Limit::Free(0))?,
     };
-    let kept = policies.iter().filter(|policy| **policy == Policy::Keep).count();
-    let fit = Fit::new(demand, asked, budget.0, (kept, stream))?;
-    let plan = demand.plan(policies).arena_bytes() as u64;
-    let planned = plan + demand.weight_bytes(stream) + demand.process_bytes;
+    let fit = Fit::new(demand, asked, budget.0, &choice);
     if args.json {
-        let fits = refused.is_none();
-        println!("{:#}", json!({"fits": fits, "planned_bytes": planned, "fit": fit}));
+        println!("{:#}", json!({"fits": fit.fits, "planned_bytes": fit.bytes, "fit": fit}));
         return Ok(());
     }
     println!("{} in {budget}:", args.base.model.display());
     match refused {
         None => println!(
-            "{} rows of {} tokens fit with {}: {kept} of {} blocks keep their activations{}",
+            "{} rows of {} tokens fit with {}: {}",
             asked.batch,
             thousands(asked.length as u64),
-            ByteSize(planned),
-            demand.spec.num_layers,
-            if stream { ", weights streamed" } else { "" }
+            ByteSize(fit.bytes),
+            choice.in_words(),
         ),
         Some(refusal) => println!("does not fit: {refusal}"),
     }
     print_ways(&fit, asked, demand.spec.max_positions);
-    println!("\n{:<34} {:>12} {:>12} {:>6}", "one change of this plan", "total", "changes", "work");
+    print_fastest(&fit, asked);
+    println!("\n{:<34} {:>12} {:>12} {:>6}", "one change of this plan", "total", "changes", "time");
     for knob in &fit.knobs {
-        let (total, change) = (ByteSize(knob.bytes).to_string(), change(planned, knob.bytes));
-        println!("{:<34} {total:>12} {change:>12} {:>5.2}x", knob.flags, knob.work);
+        let (total, change) = (ByteSize(knob.bytes).to_string(), change(fit.bytes, knob.bytes));
+        println!("{:<34} {total:>12} {change:>12} {:>5.2}x", knob.flags, knob.time);
     }
     Ok(())
 }
 
 fn print_ways(fit: &Fit, asked: Asked, max_positions: usize) {
     let rows = format!("rows of {}", thousands(asked.length as u64));
-    println!("\n{:<34} {:>12} {:>6} {:>16} {rows:>16}", "", "as asked", "work", "longest document");
+    println!("\n{:<34} {:>12} {:>6} {:>16} {rows:>16}", "", "as asked", "time", "longest document");
     for way in &fit.ways {
         let name = format!(
             "{}, weights {}",
-            if way.keep { "activations kept" } else { "recomputed" },
+            match way.policy {
+                Policy::Keep => "activations kept",
+                Policy::Checkpoint => "recomputed",
+                Policy::Offload => "inputs offloaded",
+            },
             if way.stream { "streamed" } else { "resident" }
         );
         let longest = thousands(way.longest_document as u64);
         let (bytes, batch) = (ByteSize(way.bytes).to_string(), thousands(way.largest_batch as u64));
-        println!("{name:<34} {bytes:>12} {:>5.2}x {longest:>16} {batch:>16}", way.work);
+        println!("{name:<34} {bytes:>12} {:>5.2}x {longest:>16} {batch:>16}", way.time);
     }
     let beyond = |way: &Way| way.longest_document > max_positions;
     if fit.ways.iter().any(beyond) {
@@ -72,4 +72,17 @@ fn print_ways(fit: &Fit, asked: Asked, max_positions: usize) {
             thousands(max_positions as u64)
         );
     }
+}
+
+/// The micro-batch that is worth more memory.
+fn print_fastest(fit: &Fit, asked: Asked) {
+    let Some(fastest) = fit.fastest.as_ref().filter(|fastest| fastest.batch != asked.batch) else {
+        return;
+    };
+    println!(
+        "\nfastest: --per-device-train-batch-size {} with {}, {:.2}x the time of a token",
+        fastest.batch,
+        ByteSize(fastest.bytes),
+        fastest.time,
+    );
 }

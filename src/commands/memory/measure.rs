@@ -54,7 +54,7 @@ pub(super) fn measure(args: &MemoryArgs, run: &PlannedRun, steps: usize) -> Resu
         let rate = batch.tokens() as f64 / start.elapsed().as_secs_f64();
         let resident = ByteSize(watch.look().resident_bytes);
         progress.note(&format!(
-            "step {number}/{steps}  loss {loss:.4}  {rate:.0} tokens/s  {resident}"
+            "step {number}/{steps}  loss {loss:.4}  {rate:.1} tokens/s  {resident}"
         ));
     }
     ledger::enter(Phase::Eval);

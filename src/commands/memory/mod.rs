@@ -47,7 +47,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     if on_gpu {
         model.place_on_gpu(args)?;
     }
-    let mut settings = settings(args, &model.spec)?;
+    let settings = settings(args, &model.spec)?;
     let demand = Demand {
         spec: &model.spec,
         settings: &settings,
@@ -56,15 +56,17 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         mode: args.weights,
         weights: model.weights,
         process_bytes: model.process,
+        place: if on_gpu { Place::Gpu } else { Place::Host },
+        // Of the host beside the GPU nothing is known.
+        pinned_bytes: u64::MAX,
     };
     let limit = args.budget.map_or(Limit::Free(u64::MAX), |budget| Limit::Budget(budget.0));
     if args.fit {
         return fit::run(args, &demand);
     }
-    let Choice { policies, stream } = demand.choose(limit)?;
-    let plan = demand.plan(policies.clone());
+    let Choice { settings, stream, .. } = demand.choose(limit)?;
+    let plan = demand.plan(&settings);
     let account = Account::planned(model.process, demand.weight_bytes(stream), &plan);
-    settings.policies = policies;
     let mut run = PlannedRun { model, settings, stream, plan, account, page_cache: None };
     if let Some(steps) = args.measure {
         run.account = measure::measure(args, &run, steps.get())?;

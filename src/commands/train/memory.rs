@@ -9,6 +9,7 @@ use crate::cli::lora::AdapterDtype;
 use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
 use crate::error::Result;
+use crate::ledger::resident;
 use crate::ledger::rows::Account;
 use crate::plan::{Choice, Demand, Limit, Place, Policy, Settings, WeightBytes, logit_rows};
 use crate::train::backend::TrainingKernels;
@@ -37,7 +38,7 @@ pub fn plan(
     kernels: &impl TrainingKernels,
     progress: &Progress,
 ) -> Result<Memory> {
-    let mut settings = sizes(args, base, adapter, data)?;
+    let settings = sizes(args, base, adapter, data)?;
     let format = args.model.block_format();
     // Pages of the weights' files that were looked at are not the program's.
     base.checkpoint.release_all();
@@ -54,16 +55,17 @@ pub fn plan(
         mode: args.resources.weights,
         weights,
         process_bytes: process,
+        place,
+        pinned_bytes: resident::available_bytes() / 2,
     };
     let limit = match args.resources.memory_budget {
         Some(budget) => Limit::Budget(budget.0),
         None => Limit::Free(around.free_bytes),
     };
-    let Choice { policies, stream } = demand.choose(limit)?;
-    let plan = demand.plan(policies.clone());
+    let Choice { settings, stream, .. } = demand.choose(limit)?;
+    let plan = demand.plan(&settings);
     let offloaded_bytes = plan.offloaded_bytes() as u64;
     let account = Account::planned(process, demand.weight_bytes(stream), &plan);
-    settings.policies = policies;
     let memory =
         Memory { settings, stream, account, offloaded_bytes, in_process: around.in_process };
     progress.note(&memory.summary());

@@ -1,0 +1,265 @@
+//! The fastest way to run within the memory that may be used: which layers keep their activations,
+//! what the others do with theirs, where weights are, and the sizes of pieces.
+
+mod shortfall;
+
+use clap::ValueEnum;
+
+use crate::error::{Error, Result};
+use crate::model::spec::ModelSpec;
+use crate::plan::cost::Pace;
+use crate::plan::layout::MemoryPlan;
+use crate::plan::settings::{Policy, Settings};
+use crate::plan::weights::{Place, WeightBytes};
+
+/// Share of the free memory that `auto` uses where no budget is given.
+const USABLE_SHARE: f64 = 0.9;
+/// Tokens of a tile of the MLP where memory is short.
+const SMALL_TILE_TOKENS: usize = 1024;
+/// Rows of logits where memory is short, at least.
+const LEAST_LOGIT_ROWS: usize = 64;
+
+/// What happens to activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Activations {
+    /// The fastest mix that fits: as many blocks as can keep theirs
+    Auto,
+    /// All blocks keep everything
+    Keep,
+    /// All blocks keep their input and recompute the rest
+    Checkpoint,
+    /// As `checkpoint`, and the inputs wait in pinned memory beside a GPU, or in a file
+    Offload,
+}
+
+/// Where the frozen weights of the blocks are between their uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum WeightsMode {
+    /// In memory, or streamed where that lets more blocks keep their activations
+    Auto,
+    /// In memory from the first use on
+    Resident,
+    /// In their file: two blocks at a time are in memory, the next one is read ahead
+    Stream,
+}
+
+/// How much memory there is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Limit {
+    /// The user's: a plan above it is refused.
+    Budget(u64),
+    /// What is free on this machine: `auto` tries to stay below.
+    Free(u64),
+}
+
+/// A run's demand for memory, before its policies are chosen.
+#[derive(Clone)]
+pub struct Demand<'a> {
+    /// The model.
+    pub spec: &'a ModelSpec,
+    /// Sizes; the policies are not looked at.
+    pub settings: &'a Settings,
+    /// The backend's buffers for some settings.
+    pub layout: &'a dyn Fn(&ModelSpec, &Settings) -> MemoryPlan,
+    /// What the user wants.
+    pub activations: Activations,
+    /// Whether weights may be streamed.
+    pub mode: WeightsMode,
+    /// Bytes of the frozen weights.
+    pub weights: WeightBytes,
+    /// Bytes of the rest outside the arena: program, tokenizer, data.
+    pub process_bytes: u64,
+    /// Where the run computes.
+    pub place: Place,
+    /// What inputs that are offloaded may take of the host's memory beside a GPU.
+    pub pinned_bytes: u64,
+}
+
+/// What a run does to stay within its memory.
+#[derive(Debug, Clone)]
+pub struct Choice {
+    /// With the policies of all layers, and the sizes of pieces.
+    pub settings: Settings,
+    /// Whether the blocks' weights are streamed from their file.
+    pub stream: bool,
+    /// Where both come from.
+    pub(super) candidate: Candidate,
+}
+
+impl Choice {
+    /// What it does, for people.
+    pub fn in_words(&self) -> String {
+        let Candidate { kept, others, stream, pieces } = self.candidate;
+        let layers = self.settings.policies.len();
+        let offloaded = kept < layers && others == Policy::Offload;
+        let parts = [
+            Some(format!("{kept} of {layers} blocks keep their activations")),
+            offloaded.then(|| "inputs of the others offloaded".into()),
+            stream.then(|| "weights streamed".into()),
+            pieces.then(|| {
+                let (tile, rows) = (self.settings.mlp_tile(), self.settings.logit_rows);
+                format!("tiles of {tile} tokens and {rows} rows of logits")
+            }),
+        ];
+        parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// A way to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Candidate {
+    /// Blocks that keep their activations: the last ones, which the backward pass meets first.
+    pub kept: usize,
+    /// What all others do.
+    pub others: Policy,
+    /// Whether the blocks' weights are streamed.
+    pub stream: bool,
+    /// Whether the MLP and the logits are made in smaller pieces than usual.
+    pub pieces: bool,
+}
+
+impl Demand<'_> {
+    /// The fastest way within `limit` of those that are allowed, by the
+    /// arithmetic of `src/plan/cost.rs`.
+    ///
+    /// # Errors
+    /// `Budget` when nothing fits, with the nearest settings that do; `Usage` when the weights
+    /// cannot be streamed and must be.
+    pub fn choose(&self, limit: Limit) -> Result<Choice> {
+        let bytes = match limit {
+            Limit::Budget(bytes) => bytes,
+            Limit::Free(bytes) => (bytes as f64 * USABLE_SHARE) as u64,
+        };
+        let candidates = self.candidates()?;
+        if let Some(choice) = self.fitting(&candidates, bytes) {
+            return Ok(choice);
+        }
+        let leanest = candidates.iter().min_by_key(|c| self.total_bytes(self.settings, **c));
+        let leanest = *leanest.expect("one mode and one policy are allowed");
+        match limit {
+            Limit::Free(_) => Ok(self.choice(leanest)),
+            Limit::Budget(_) => Err(self.shortfall(bytes, leanest)),
+        }
+    }
+
+    /// The fastest way that is allowed and takes at most `bytes`.
+    pub(super) fn within(&self, bytes: u64) -> Option<Choice> {
+        self.fitting(&self.candidates().ok()?, bytes)
+    }
+
+    fn fitting(&self, candidates: &[Candidate], bytes: u64) -> Option<Choice> {
+        self.fastest(candidates, bytes).map(|candidate| self.choice(candidate))
+    }
+
+    /// The fastest of `candidates` that takes at most `bytes`; of equally fast ones the first.
+    fn fastest(&self, candidates: &[Candidate], bytes: u64) -> Option<Candidate> {
+        let pace = Pace::new(self, self.settings);
+        let seconds = |&candidate: &Candidate| {
+            pace.seconds_per_token(&self.with(self.settings, candidate), candidate.stream)
+        };
+        let mut candidates: Vec<_> = candidates.iter().map(|c| (seconds(c), *c)).collect();
+        candidates.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut candidates = candidates.into_iter().map(|(_, candidate)| candidate);
+        candidates.find(|&candidate| {
+            self.pinned_for(candidate) <= self.pinned_bytes
+                && self.total_bytes(self.settings, candidate) <= bytes
+        })
+    }
+
+    /// Bytes of the host's memory beside a GPU that hold a candidate's offloaded inputs.
+    fn pinned_for(&self, candidate: Candidate) -> u64 {
+        let elements = self.settings.tokens * self.spec.hidden_size;
+        match (candidate.others, self.place) {
+            (Policy::Offload, Place::Gpu) => {
+                2 * ((self.spec.num_layers - candidate.kept) * elements) as u64
+            }
+            _ => 0,
+        }
+    }
+
+    /// All ways that are allowed; of two that take as long, the simpler one comes first.
+    fn candidates(&self) -> Result<Vec<Candidate>> {
+        let layers = self.spec.num_layers;
+        let streams: &[bool] = match (self.mode, self.weights.streamed) {
+            (WeightsMode::Resident, _) | (WeightsMode::Auto, None) => &[false],
+            (WeightsMode::Auto, Some(_)) => &[false, true],
+            (WeightsMode::Stream, Some(_)) => &[true],
+            (WeightsMode::Stream, None) => {
+                let what = "`--weights stream`: the weights are quantized into memory, there is no \
+                            4-bit file to read them from again";
+                return Err(Error::usage(what)
+                    .hint("make one with `nibble quantize` and give it as `--model`"));
+            }
+        };
+        use Policy::{Checkpoint, Offload};
+        let (kept, others): (Vec<usize>, &[Policy]) = match self.activations {
+            Activations::Auto => ((0..=layers).rev().collect(), &[Checkpoint, Offload]),
+            Activations::Keep => (vec![layers], &[Checkpoint]),
+            Activations::Checkpoint => (vec![0], &[Checkpoint]),
+            Activations::Offload => (vec![0], &[Offload]),
+        };
+        let mut candidates = Vec::new();
+        for pieces in [false, true] {
+            for (&stream, &others) in
+                streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))
+            {
+                let with = |&kept: &usize| Candidate { kept, others, stream, pieces };
+                candidates.extend(kept.iter().map(with));
+            }
+        }
+        Ok(candidates)
+    }
+
+    fn choice(&self, candidate: Candidate) -> Choice {
+        let settings = self.with(self.settings, candidate);
+        Choice { settings, stream: candidate.stream, candidate }
+    }
+
+    /// `settings` with the policies and pieces of a candidate.
+    pub(super) fn with(&self, settings: &Settings, candidate: Candidate) -> Settings {
+        let policies = policies(self.spec.num_layers, candidate.kept, candidate.others);
+        let mut settings = Settings { policies, ..settings.clone() };
+        if candidate.pieces {
+            let tile = settings.mlp_tile_length.unwrap_or(SMALL_TILE_TOKENS);
+            settings.mlp_tile_length = Some(tile);
+            settings.logit_rows =
+                (settings.logit_rows / 4).max(LEAST_LOGIT_ROWS).min(settings.logit_rows);
+        }
+        settings
+    }
+
+    /// The same, allowed more.
+    pub(super) fn allowing(&self, activations: Activations, mode: WeightsMode) -> Self {
+        Demand { activations, mode, ..self.clone() }
+    }
+
+    /// Bytes of the frozen weights, streamed or not.
+    pub fn weight_bytes(&self, stream: bool) -> u64 {
+        self.weight_bytes_of(self.settings, stream)
+    }
+
+    fn weight_bytes_of(&self, settings: &Settings, stream: bool) -> u64 {
+        let streamed = self.weights.streamed.filter(|_| stream);
+        streamed.map_or(self.weights.resident, |streamed| streamed.of_pass(settings.tokens))
+    }
+
+    /// The buffers of a choice.
+    pub fn plan(&self, settings: &Settings) -> MemoryPlan {
+        (self.layout)(self.spec, settings)
+    }
+
+    /// Bytes of everything.
+    pub(super) fn total_bytes(&self, settings: &Settings, candidate: Candidate) -> u64 {
+        let plan = self.plan(&self.with(settings, candidate));
+        let weights = self.weight_bytes_of(settings, candidate.stream);
+        plan.arena_bytes() as u64 + weights + self.process_bytes
+    }
+}
+
+fn policies(layers: usize, kept: usize, recompute: Policy) -> Vec<Policy> {
+    let policy = |layer| if layer + kept >= layers { Policy::Keep } else { recompute };
+    (0..layers).map(policy).collect()
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,177 @@
+use super::shortfall::shorter;
+use super::*;
+use crate::adapter::LoraConfig;
+use crate::kernels::cuda::cuda_layout;
+use crate::model::families::spec_from_config;
+use crate::plan::{StreamedBytes, layout};
+
+const CHECKPOINT: Candidate =
+    Candidate { kept: 0, others: Policy::Checkpoint, stream: false, pieces: false };
+
+/// Six blocks.
+fn golden() -> ModelSpec {
+    let text = include_str!("../../../tests/data/models/llama_s0/config.json");
+    let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
+    ModelSpec { num_layers: 6, windows: vec![None; 6], ..spec }
+}
+
+fn settings(spec: &ModelSpec, tokens: usize) -> Settings {
+    Settings {
+        tokens,
+        longest_document: tokens / 2,
+        logit_rows: 64,
+        policies: Vec::new(),
+        targets: LoraConfig::default().resolve(spec).unwrap(),
+        lora_dropout: false,
+        bf16_working: true,
+        optim: crate::plan::Optim::default(),
+        threads: 2,
+        cache_tokens: 0,
+        mlp_tile_length: None,
+        scratch_folder: None,
+    }
+}
+
+/// With all weights in memory, on the CPU.
+fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
+    Demand {
+        spec,
+        settings,
+        layout: &layout,
+        activations: Activations::Auto,
+        mode: WeightsMode::Auto,
+        weights: WeightBytes { resident: 1 << 20, streamed: None },
+        process_bytes: 100,
+        place: Place::Host,
+        pinned_bytes: u64::MAX,
+    }
+}
+
+#[test]
+fn auto_keeps_as_many_layers_as_fit() {
+    let spec = golden();
+    let settings = settings(&spec, 1024);
+    let demand = demand(&spec, &settings);
+    let of = |kept: usize| Candidate { kept, ..CHECKPOINT };
+    let need = |kept: usize| demand.total_bytes(&settings, of(kept));
+    for kept in [0, 3, 6] {
+        let chosen = demand.choose(Limit::Budget(need(kept))).unwrap();
+        assert_eq!(chosen.candidate, of(kept));
+        assert_eq!(chosen.settings.policies, policies(6, kept, Policy::Checkpoint));
+        let bytes = demand.plan(&chosen.settings).arena_bytes() as u64;
+        assert_eq!(bytes + (1 << 20) + 100, need(kept));
+    }
+    // One byte less: offloading the others' inputs pays for no more than they take.
+    let chosen = demand.choose(Limit::Budget(need(3) - 1)).unwrap().candidate;
+    assert!(demand.total_bytes(&settings, chosen) < need(3));
+    assert!(chosen.kept == 2 || chosen.others == Policy::Offload || chosen.pieces, "{chosen:?}");
+    let free = demand.choose(Limit::Free(0)).unwrap();
+    assert_eq!(free.settings.policies, policies(6, 0, Policy::Offload), "tries all the same");
+}
+
+#[test]
+fn weights_are_streamed_where_that_saves_recomputation() {
+    let spec = golden();
+    let settings = settings(&spec, 1024);
+    let streamed = Some(StreamedBytes::of_outside(1 << 20));
+    let weights = WeightBytes { resident: 50 << 20, streamed };
+    let auto = Demand { weights, ..demand(&spec, &settings) };
+    let keep = Candidate { kept: 6, ..CHECKPOINT };
+    let most = auto.total_bytes(&settings, keep);
+    let choose = |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap().candidate;
+    assert_eq!(choose(&auto, most), keep);
+    assert_eq!(choose(&auto, most - 1), Candidate { stream: true, ..keep });
+    let stream = auto.allowing(Activations::Auto, WeightsMode::Stream);
+    assert_eq!(choose(&stream, most), Candidate { stream: true, ..keep });
+    let resident = auto.allowing(Activations::Auto, WeightsMode::Resident);
+    let error = resident.choose(Limit::Budget(weights.resident)).unwrap_err().to_string();
+    assert!(error.contains("`--activations keep` with `--weights stream` would need"), "{error}");
+    let dense = Demand { weights: WeightBytes { streamed: None, ..weights }, ..stream };
+    let error = dense.choose(Limit::Budget(most)).unwrap_err().to_string();
+    assert!(error.contains("nibble quantize"), "{error}");
+}
+
+/// Keeping is asked for, and a little is missing: the pieces shrink, whose results are the same.
+#[test]
+fn pieces_shrink_where_that_is_enough() {
+    let spec = golden();
+    let settings = settings(&spec, 4096);
+    let keep = demand(&spec, &settings).allowing(Activations::Keep, WeightsMode::Auto);
+    let whole = Candidate { kept: 6, ..CHECKPOINT };
+    let bytes = keep.total_bytes(&settings, whole);
+    assert_eq!(keep.choose(Limit::Budget(bytes)).unwrap().candidate, whole);
+    let chosen = keep.choose(Limit::Budget(bytes - 1)).unwrap();
+    assert_eq!(chosen.candidate, Candidate { pieces: true, ..whole });
+    assert_eq!((chosen.settings.mlp_tile(), chosen.settings.logit_rows), (1024, 64));
+    assert!(keep.total_bytes(&settings, chosen.candidate) < bytes);
+    // The user's tile stays.
+    let own = Settings { mlp_tile_length: Some(2048), logit_rows: 400, ..settings.clone() };
+    let chosen = keep.with(&own, Candidate { pieces: true, ..whole });
+    assert_eq!((chosen.mlp_tile(), chosen.logit_rows), (2048, 100));
+}
+
+#[test]
+fn a_plan_over_budget_says_what_would_fit() {
+    let spec = golden();
+    let settings = settings(&spec, 1024);
+    let auto = demand(&spec, &settings);
+    let keep = auto.allowing(Activations::Keep, WeightsMode::Auto);
+    let least = Candidate { others: Policy::Offload, pieces: true, ..CHECKPOINT };
+    let says =
+        |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap_err().to_string();
+    let text = says(&keep, auto.total_bytes(&settings, CHECKPOINT));
+    assert!(text.contains("`--activations checkpoint` would need"), "{text}");
+    let text = says(&keep, auto.total_bytes(&settings, least));
+    assert!(text.contains("`--activations offload` would need"), "{text}");
+    let text = says(&auto, auto.total_bytes(&settings, least) - 1);
+    assert!(text.contains("with 960 tokens in a forward pass"), "{text}");
+    let mut low = shorter(&settings, 64);
+    low.targets.iter_mut().for_each(|target| target.r = 4);
+    let fits = auto.total_bytes(&low, least);
+    for (budget, rank) in [(fits, "`--lora-r 4`"), (fits - 1, "`--lora-r 2`")] {
+        let text = says(&auto, budget);
+        assert!(text.contains(rank), "{text}");
+    }
+    let text = says(&auto, 1000);
+    assert!(text.contains("alone take"), "{text}");
+}
+
+/// With everything allowed on a GPU: what fits one budget fits a larger one, and no slower.
+#[test]
+fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
+    let configs = [
+        (include_str!("../../../tests/data/configs/llama-3.1-8b.json"), 32),
+        (include_str!("../../../tests/data/configs/qwen2.5-32b.json"), 64),
+        (include_str!("../../../tests/data/configs/llama-3.3-70b.json"), 80),
+    ];
+    for (text, layers) in configs {
+        let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
+        let bf16 = nibble_quant::FloatType::Bf16;
+        let format = Some(nibble_quant::BlockFormat::default());
+        let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
+        let settings = settings(&spec, 4096);
+        let demand =
+            Demand { layout: &cuda_layout, weights, place: Place::Gpu, ..demand(&spec, &settings) };
+        let pace = Pace::new(&demand, &settings);
+        let (mut slowest, mut mixed) = (f64::INFINITY, 0);
+        for gib in (4..200).step_by(5) {
+            let budget = gib << 30;
+            let Ok(choice) = demand.choose(Limit::Budget(budget)) else { continue };
+            assert!(demand.total_bytes(&settings, choice.candidate) <= budget);
+            let seconds = pace.seconds_per_token(&choice.settings, choice.stream);
+            assert!(seconds <= slowest, "{gib} GiB: {seconds:e} after {slowest:e}");
+            slowest = seconds;
+            let Candidate { kept, others, .. } = choice.candidate;
+            mixed += usize::from((1..layers).contains(&kept) && others == Policy::Offload);
+        }
+        assert!(mixed > 0, "blocks that keep beside blocks that offload");
+        // All in memory, nothing recomputed.
+        let free = demand.choose(Limit::Free(u64::MAX)).unwrap();
+        assert_eq!(free.candidate, Candidate { kept: layers, ..CHECKPOINT });
+        assert_eq!(slowest, pace.seconds_per_token(&free.settings, false));
+        // The host must have room for what is offloaded.
+        let poor = Demand { pinned_bytes: 0, ..demand.clone() };
+        let budget = Limit::Budget(24 << 30);
+        assert_eq!(poor.choose(budget).unwrap().candidate.others, Policy::Checkpoint);
+    }
+}

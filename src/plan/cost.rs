@@ -1,0 +1,113 @@
+//! How long a step takes, about: what plans that fit are compared by.
+//!
+//! ```text
+//! step = max(compute + widen, copies) + files
+//! compute = 2·(multiply-adds, recomputed ones included) / rate of products
+//! widen   = 2.5 bytes · (weights of the blocks, once a pass, tile and direction) / rate of memory
+//! copies  = bytes to a GPU, or from the files of streamed weights, behind the computation
+//! files   = offloaded inputs on the CPU, written and read
+//! ```
+//!
+//! The rates are assumptions; what is chosen depends on their ratios alone.
+
+use super::budget::Demand;
+use super::settings::{Policy, Settings};
+use super::weights::Place;
+use super::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer, Work};
+use crate::model::spec::LinearRole;
+
+/// What a thread computes in a second, about.
+const ASSUMED_FLOPS_OF_A_THREAD: f64 = 1e11;
+/// What a drive reads or writes in a second, about.
+const ASSUMED_BYTES_OF_A_DRIVE: f64 = 1e9;
+/// What an RTX 4090's memory moves in a second.
+const ASSUMED_BYTES_OF_A_GPU_S_MEMORY: f64 = 1e12;
+/// What a thread moves between its cache and its registers in a second, about.
+const ASSUMED_BYTES_OF_A_CACHE: f64 = 3e10;
+/// Read as 4 bits and a scale, written as bf16 (on the CPU, as f32 that stays in the cache).
+const BYTES_TO_WIDEN: f64 = 2.5;
+/// What stays of copies that hide behind the computation.
+const EXPOSED_SHARE: f64 = 0.02;
+
+/// Rates of the place where a step runs.
+#[derive(Debug, Clone, Copy)]
+struct Rates {
+    flops: f64,
+    memory: f64,
+    copies: f64,
+}
+
+impl Rates {
+    fn of(place: Place, threads: usize) -> Self {
+        let threads = threads as f64;
+        match place {
+            Place::Gpu => Rates {
+                flops: ASSUMED_FLOPS_PER_SECOND,
+                memory: ASSUMED_BYTES_OF_A_GPU_S_MEMORY,
+                copies: ASSUMED_BYTES_PER_SECOND,
+            },
+            Place::Host => Rates {
+                flops: ASSUMED_FLOPS_OF_A_THREAD * threads,
+                memory: ASSUMED_BYTES_OF_A_CACHE * threads,
+                copies: ASSUMED_BYTES_OF_A_DRIVE,
+            },
+        }
+    }
+}
+
+/// What a step of a model costs, before its policies are chosen.
+pub(super) struct Pace<'a> {
+    demand: &'a Demand<'a>,
+    rates: Rates,
+    work: Work,
+    /// Weights of a block: attention's, and the MLP's.
+    elements: [f64; 2],
+}
+
+impl<'a> Pace<'a> {
+    /// With documents as long as `settings` has them.
+    pub fn new(demand: &'a Demand, settings: &Settings) -> Self {
+        use LinearRole::{Down, Gate, Up};
+        let linears = demand.spec.linears(0);
+        let elements = |mlp: bool| -> f64 {
+            let here = linears.iter().filter(|l| matches!(l.role, Gate | Up | Down) == mlp);
+            here.map(|l| (l.in_features * l.out_features) as f64).sum()
+        };
+        Pace {
+            demand,
+            rates: Rates::of(demand.place, settings.threads),
+            work: Work::of_token(demand.spec, settings.longest_document),
+            elements: [elements(false), elements(true)],
+        }
+    }
+
+    /// Seconds for a token of a step whose policies are chosen.
+    pub fn seconds_per_token(&self, settings: &Settings, stream: bool) -> f64 {
+        let (rates, spec, weights) = (self.rates, self.demand.spec, &self.demand.weights);
+        let (layers, tokens) = (spec.num_layers, settings.tokens);
+        let of = |wanted: Policy| settings.policies.iter().filter(|&&p| p == wanted).count();
+        let share = 1.0 - of(Policy::Keep) as f64 / layers as f64;
+        let offloaded = (of(Policy::Offload) * tokens * spec.hidden_size) as u64;
+        let (in_copies, in_files) = match self.demand.place {
+            Place::Gpu => (2 * offloaded, 0),
+            Place::Host => (0, 2 * 4 * offloaded),
+        };
+        let block = weights.streamed.filter(|_| stream).map_or(0, |weights| weights.block);
+        let transfer = Transfer::new(layers, block, in_copies, tokens, self.work.of_step(share));
+        let compute = transfer.flops / rates.flops + self.widening(settings, share) / rates.memory;
+        let copies = transfer.bytes as f64 / rates.copies;
+        let files = in_files as f64 / ASSUMED_BYTES_OF_A_DRIVE;
+        (compute.max(copies) + EXPOSED_SHARE * copies + files) / tokens as f64
+    }
+
+    /// Bytes that widening the blocks' weights moves in a step, and reading the head for each chunk of
+    /// logits.
+    fn widening(&self, settings: &Settings, share: f64) -> f64 {
+        let (spec, [attention, mlp]) = (self.demand.spec, self.elements);
+        let tiles = settings.tokens.div_ceil(settings.mlp_tile().max(1)) as f64;
+        let passes = (2.0 + share) * spec.num_layers as f64;
+        let chunks = settings.tokens.div_ceil(settings.logit_rows.max(1)) as f64;
+        let head = 2.0 * (spec.vocab_size * spec.hidden_size) as f64;
+        BYTES_TO_WIDEN * passes * (attention + tiles * mlp) + 2.0 * chunks * head
+    }
+}
