@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Phase, Record};
+use crate::cli::size::ByteSize;
 use crate::plan::{Component, MemoryPlan, Region};
 
 /// One part of a run's memory.
@@ -119,6 +120,21 @@ impl Account {
         self
     }
 
+    /// By how much the measured peak is above `budget` bytes, and the part that is most above its
+    /// plan; none where it is not.
+    pub fn excess(&self, budget: u64) -> Option<String> {
+        let peak = self.peak_bytes.filter(|&peak| peak > budget)?;
+        let above = |row: &&Row| row.measured_bytes.unwrap_or(0).saturating_sub(row.planned_bytes);
+        let row = self.rows.iter().max_by_key(above)?;
+        let [peak, budget, planned, measured] =
+            [peak, budget, row.planned_bytes, row.measured_bytes.unwrap_or(0)].map(ByteSize);
+        Some(format!(
+            "the run took {peak}, more than the {budget} that are allowed; most of what was not \
+             planned is in `{}`: {measured} instead of {planned}",
+            row.name
+        ))
+    }
+
     /// All rows together.
     pub fn planned_bytes(&self) -> u64 {
         self.rows.iter().map(|row| row.planned_bytes).sum()
@@ -179,6 +195,22 @@ mod tests {
         assert_eq!(phase(Phase::Forward), [1000, 500, 6400, 0, 0]);
         assert_eq!(phase(Phase::Backward), [1000, 500, 6400, 3200, 0]);
         assert_eq!(phase(Phase::Optimizer), [1000, 500, 6400, 3200, 256]);
+    }
+
+    #[test]
+    fn what_is_above_the_budget_is_told_with_the_part_at_fault() {
+        let measured = Measured {
+            weight_bytes: 900,
+            region_bytes: vec![6400, 3200, 128, 128],
+            peak_bytes: 1050 + 900 + 9856,
+            record: Record::default(),
+        };
+        let account = Account::planned(1000, 500, &plan());
+        assert_eq!(account.excess(1), None, "nothing was measured");
+        let account = account.measured(&plan(), measured);
+        assert_eq!(account.excess(1050 + 900 + 9856), None);
+        let text = account.excess(11_500).unwrap();
+        assert!(text.contains("in `frozen weights`: 900 B instead of 500 B"), "{text}");
     }
 
     #[test]

@@ -71,7 +71,7 @@ fn event(state: &TrainState, bytes: u64, seconds: f64) -> SaveEvent {
 
 /// Tells of the checkpoint to go on from when the system refused to write.
 pub fn with_survivor(error: Error, out: &Path) -> Error {
-    if !matches!(error, Error::Io(..)) || error.message().hint.is_some() {
+    if !matches!(error, Error::Io(..) | Error::Budget(_)) || error.message().hint.is_some() {
         return error;
     }
     match steps(out).into_iter().find(|&step| verify(&out.join(name(step))).is_ok()) {

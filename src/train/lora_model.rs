@@ -29,6 +29,8 @@ pub struct LoraModel<K: TrainingKernels = Cpu> {
     /// Fewer tokens than these in a pass, since the beginning.
     wanted_tokens: usize,
     watched: Option<(Meter, Account)>,
+    /// Bytes that the user allows.
+    budget: Option<u64>,
 }
 
 impl<K: TrainingKernels> LoraModel<K> {
@@ -45,15 +47,16 @@ impl<K: TrainingKernels> LoraModel<K> {
         model.parameters_mut().load(&adapter);
         adapter.tensors = Vec::new();
         let model = Some(model);
-        LoraModel { model, adapter, dtype, preview, wanted_tokens, watched: None }
+        LoraModel { model, adapter, dtype, preview, wanted_tokens, watched: None, budget: None }
     }
 
-    /// Accounts for its memory: `meter` began before the weights were read, `account` is the plan.
-    pub fn watched(self, meter: Meter, mut account: Account) -> Self {
+    /// Accounts for its memory: `meter` began before the weights were read, `account` is the plan
+    /// and `budget` what the user allows.
+    pub fn watched(self, meter: Meter, mut account: Account, budget: Option<u64>) -> Self {
         if self.model().settings().tokens < self.wanted_tokens {
             account.replan(self.model().plan());
         }
-        LoraModel { watched: Some((meter, account)), ..self }
+        LoraModel { watched: Some((meter, account)), budget, ..self }
     }
 
     /// The model.
@@ -140,6 +143,11 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
         let kernels = self.model().parameters().kernels();
         let measured = meter.measured(kernels, self.model().region_bytes()).ok()?;
         Some(account.clone().measured(self.model().plan(), measured))
+    }
+
+    fn over_budget(&self) -> Option<String> {
+        let (budget, account) = (self.budget?, self.memory()?);
+        account.excess(budget)
     }
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {

@@ -387,3 +387,55 @@ fn a_document_without_memory_ends_the_run() {
     let error = run.result.unwrap_err();
     assert!(matches!(error, Error::Budget(_)), "{error}");
 }
+
+/// No checkpoint is lost to memory that is short while it is written, and no half of one is left.
+#[test]
+fn a_checkpoint_without_memory_is_written_once_there_is_room() {
+    let (plenty_out, short_out) = (tempfile::tempdir().unwrap(), tempfile::tempdir().unwrap());
+    let run = |out: &Path, failures: usize| {
+        let toy = Toy::new();
+        toy.failing_writes.set(failures);
+        session_of(toy, out, &recipe(), NEVER, false)
+    };
+    let (plenty, short) = (run(plenty_out.path(), 0), run(short_out.path(), 2));
+    assert_eq!(short.result.unwrap(), EndReason::Finished);
+    assert_eq!(numbers(&plenty.events), numbers(&short.events));
+    let reasons: Vec<&str> = short.events.iter().filter_map(shortage).collect();
+    assert_eq!(reasons, ["no memory to write"; 2]);
+    for step in checkpoints::steps(plenty_out.path()) {
+        let name = checkpoints::name(step);
+        assert!(checkpoints::verify(&short_out.path().join(&name)).is_ok(), "{name}");
+    }
+    assert_eq!(std::fs::read_dir(plenty_out.path()).unwrap().count(), {
+        std::fs::read_dir(short_out.path()).unwrap().count()
+    });
+}
+
+/// Where passes cannot be smaller the run ends, and names the checkpoint before.
+#[test]
+fn a_checkpoint_without_memory_at_all_leaves_the_one_before() {
+    let out = tempfile::tempdir().unwrap();
+    let first = session_of(Toy::new(), out.path(), &recipe(), NEVER, false);
+    let saved = first.events.iter().filter(|event| matches!(event, Event::Save(_))).count();
+    assert!(saved > 1);
+    let out = tempfile::tempdir().unwrap();
+    let mut recipe = recipe();
+    recipe.saving.total_limit = 9;
+    let stop_after = first.questions / 2;
+    session_of(Toy::new(), out.path(), &recipe, stop_after, false);
+    let before = checkpoints::steps(out.path())[0];
+    let toy = Toy::new();
+    toy.failing_writes.set(usize::MAX);
+    let error = session_of(toy, out.path(), &recipe, NEVER, true).result.unwrap_err();
+    assert!(matches!(error, Error::Budget(_)), "{error}");
+    let survivor = checkpoints::name(before);
+    assert!(error.to_string().contains(&format!("{survivor} is intact")), "{error}");
+    assert!(checkpoints::verify(&out.path().join(survivor)).is_ok());
+}
+
+fn shortage(event: &Event) -> Option<&str> {
+    match event {
+        Event::OutOfMemory(event) => Some(&event.reason),
+        _ => None,
+    }
+}

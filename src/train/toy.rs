@@ -4,6 +4,7 @@
 //! random vector for each id. A is `[R, D]`, B `[D, R]`; both have exact gradients.
 
 use std::borrow::Cow;
+use std::cell::Cell;
 use std::path::Path;
 
 use half::bf16;
@@ -37,6 +38,8 @@ pub struct Toy {
     pub dead_b: bool,
     /// Most tokens in a pass, and those for which there is memory.
     pub room: (usize, usize),
+    /// How often there is no memory to write the adapter.
+    pub failing_writes: Cell<usize>,
     /// Share of the adapter in `evaluate_base`: 0 unless a test breaks it.
     pub base_error: f32,
 }
@@ -73,6 +76,7 @@ impl Toy {
             poison: None,
             dead_b: false,
             room: (usize::MAX, usize::MAX),
+            failing_writes: Cell::new(0),
             base_error: 0.0,
         };
         toy.refresh();
@@ -212,6 +216,10 @@ impl Trainee for Toy {
     }
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {
+        if let Some(left) = self.failing_writes.get().checked_sub(1) {
+            self.failing_writes.set(left);
+            return Err(Error::budget("no memory to write"));
+        }
         let path = folder.join("adapter_model.safetensors");
         let bytes: &[u8] = bytemuck::cast_slice(&self.master);
         std::fs::write(&path, bytes).map_err(|e| Error::io("write", &path, e))

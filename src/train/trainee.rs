@@ -62,7 +62,15 @@ pub trait Trainee {
         None
     }
 
+    /// What was measured above the memory that the user allows, if it is.
+    fn over_budget(&self) -> Option<String> {
+        None
+    }
+
     /// Writes the adapter, as the forward pass sees it, to PEFT's files in `folder`.
+    ///
+    /// # Errors
+    /// `Io`, or `Budget` where memory runs short.
     fn write_adapter(&self, folder: &Path) -> Result<()>;
 
     /// Makes room where memory ran short: from now on a micro-batch is computed in smaller parts,

@@ -103,7 +103,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             return Err(self.interrupted());
         }
         self.load_best()?;
-        ending::publish(self.model, self.parts.out)?;
+        self.with_room(|model, parts| ending::publish(model, parts.out))?;
         Ok(end)
     }
 
@@ -184,6 +184,9 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             self.checks.after_update(self.model, rate).map_err(at)?;
         }
         self.count(&gradient, start.elapsed().as_secs_f64());
+        if let Some(warning) = self.model.over_budget().filter(|_| self.session.steps == 1) {
+            self.parts.progress.note(&format!("warning: {warning}"));
+        }
         self.log_step(&gradient, rate)?;
         Ok(true)
     }
@@ -342,8 +345,14 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             return Ok(());
         }
         ledger::enter(Phase::Save);
+        let event = loop {
+            let parts = &self.parts;
+            match checkpoints::save(self.model, &self.state, parts.out, parts.extra) {
+                Err(Error::Budget(message)) => self.make_room(message)?,
+                done => break done?,
+            }
+        };
         let parts = &self.parts;
-        let event = checkpoints::save(self.model, &self.state, parts.out, parts.extra)?;
         let best = self.state.best.map(|best| best.step);
         checkpoints::thin_out(parts.out, parts.recipe.saving.total_limit, best)?;
         self.saved_step = Some(step);

@@ -163,7 +163,8 @@ impl Base {
             AdapterDtype::F32 => FloatType::F32,
         };
         let model = LoraModel::new(model, adapter, dtype, self.preview, wanted_tokens);
-        Ok(model.watched(meter, account))
+        let budget = args.resources.memory_budget.map(|budget| budget.0);
+        Ok(model.watched(meter, account, budget))
     }
 }
 
@@ -191,6 +192,11 @@ fn report(args: &TrainArgs, end: &EndEvent, (predicted_bytes, in_process): (u64,
             "memory: planned {predicted} of the GPU, {in_use} of it in use at the end; the program \
              itself took {measured}"
         );
+    }
+    if let (Some(budget), Some(account)) = (args.resources.memory_budget, &end.memory)
+        && let Some(excess) = account.excess(budget.0)
+    {
+        println!("warning: {excess}");
     }
     if let Some((loss, step)) = end.best {
         println!("lowest evaluation loss {loss:.4} at step {step}");

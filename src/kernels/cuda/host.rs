@@ -9,7 +9,8 @@ use half::bf16;
 use super::Cuda;
 use super::driver::{Argument, Driver};
 use super::memory::{Allocation, Buffer};
-use crate::error::Result;
+use crate::cli::size::ByteSize;
+use crate::error::{Error, Result};
 use crate::kernels::TokenLayout;
 use crate::plan::RegionType;
 
@@ -67,14 +68,27 @@ pub(super) fn values<D: Driver>(
 ) -> Result<Cow<'static, [f32]>> {
     let from = buffer.at(range.clone());
     Ok(Cow::Owned(if buffer.dtype == RegionType::F32 {
-        let mut values = vec![0f32; range.len()];
+        let mut values = zeroes(range.len())?;
         cuda.download(from, bytemuck::cast_slice_mut(&mut values))?;
         values
     } else {
-        let mut values = vec![bf16::ZERO; range.len()];
+        let mut values: Vec<bf16> = zeroes(range.len())?;
         cuda.download(from, bytemuck::cast_slice_mut(&mut values))?;
-        values.iter().map(|x| x.to_f32()).collect()
+        let mut wide = zeroes(range.len())?;
+        wide.iter_mut().zip(&values).for_each(|(wide, value)| *wide = value.to_f32());
+        wide
     }))
+}
+
+/// Memory of the host that may not be there: a checkpoint needs it in the middle of a run.
+fn zeroes<T: bytemuck::Zeroable + Clone>(elements: usize) -> Result<Vec<T>> {
+    let mut values = Vec::new();
+    values.try_reserve_exact(elements).map_err(|_| {
+        let bytes = ByteSize((elements * size_of::<T>()) as u64);
+        Error::budget(format_args!("cannot allocate {bytes} of host memory"))
+    })?;
+    values.resize(elements, T::zeroed());
+    Ok(values)
 }
 
 /// Overwrites elements from `offset` on.

@@ -1,7 +1,7 @@
 //! Memory that runs short: room is made, and what was being done is done again.
 
 use super::{Parts, Trainer};
-use crate::error::{Error, Result};
+use crate::error::{Error, Message, Result};
 use crate::train::events::{Event, OutOfMemoryEvent};
 use crate::train::trainee::{Shrunk, Trainee};
 
@@ -13,12 +13,21 @@ impl<M: Trainee> Trainer<'_, M> {
         mut work: impl FnMut(&mut M, &Parts) -> Result<T>,
     ) -> Result<T> {
         loop {
-            let message = match work(self.model, &self.parts) {
-                Err(Error::Budget(message)) => message,
+            match work(self.model, &self.parts) {
+                Err(Error::Budget(message)) => self.make_room(message)?,
                 done => return done,
-            };
-            let Some(shrunk) = self.model.shrink()? else { return Err(Error::Budget(message)) };
-            self.tell_of_shortage(message.what, shrunk)?;
+            }
+        }
+    }
+
+    /// Smaller passes from now on.
+    ///
+    /// # Errors
+    /// `message`, where no pass can be smaller.
+    pub(super) fn make_room(&mut self, message: Message) -> Result<()> {
+        match self.model.shrink()? {
+            Some(shrunk) => self.tell_of_shortage(message.what, shrunk),
+            None => Err(Error::Budget(message)),
         }
     }
 
