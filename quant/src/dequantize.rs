@@ -13,6 +13,8 @@ use crate::packed::{Absmax, ELEMENTS_PER_TASK, PackedWeight};
 
 /// Nested scales that are decoded at a time, on the stack.
 const SCALES: usize = NESTED_BLOCK_SIZE;
+/// Blocks of a short run.
+const FEW_BLOCKS: usize = 8;
 
 impl PackedWeight {
     /// All elements in f32, row-major.
@@ -101,6 +103,13 @@ impl PackedWeight {
             }
             Absmax::Nested { codes: scale_codes, absmax, offset } => {
                 let nested = floats(absmax);
+                if out.len() <= FEW_BLOCKS * block_size {
+                    // Clearing more scales than are used takes longer than decoding a few blocks.
+                    let mut scales = [0.0; FEW_BLOCKS];
+                    let scales = &mut scales[..out.len() / block_size];
+                    dequantize_absmax(scale_codes, nested, *offset, first, scales);
+                    return self.decoder.decode(codes, values, scales, out);
+                }
                 let mut scales = [0.0; SCALES];
                 let pieces = out.chunks_mut(SCALES * block_size);
                 for (piece, out) in pieces.enumerate() {

@@ -11,6 +11,7 @@
 //! the number of threads, nor a row's on the other rows.
 #![allow(unsafe_code)]
 
+mod parts;
 mod shared;
 
 use std::cell::RefCell;
@@ -22,6 +23,7 @@ use super::LowRank;
 use super::micro::{Isa, Segment, Tile};
 use super::pack::Operand;
 use super::view::{Matrix, MatrixMut};
+use parts::{parts, share_out};
 pub use shared::PackedOperand;
 
 /// Longest chain of multiply-adds between two visits of C.
@@ -30,10 +32,6 @@ const K_BLOCK: usize = 640;
 const K_STRETCH: usize = 2048;
 /// Elements of a packed band of B: 4 MiB stay in the last-level cache.
 const BAND_ELEMENTS: usize = 1 << 20;
-/// Most tiles of rows in a task: a chunk of A stays in the second-level cache.
-const TILES_PER_CHUNK: usize = 22;
-/// Tasks for each thread, so that a thread that was held up loses little.
-const TASKS_PER_THREAD: usize = 16;
 /// Tiles of rows up to which B is read in place: packing it would cost more than it saves.
 const IN_PLACE_TILES: usize = 4;
 /// Multiply-adds below which other threads are not worth waking.
@@ -212,7 +210,7 @@ impl Band<'_> {
             }
         };
         if parallel {
-            tasks.into_par_iter().for_each(pack);
+            tasks.into_par_iter().with_max_len(1).for_each(pack);
         } else {
             tasks.into_iter().for_each(pack);
         }
@@ -220,28 +218,13 @@ impl Band<'_> {
 
     /// Multiplies with a packed band, or with B in place from column `first_column` on.
     fn compute(&self, packed: Option<Panels>, first_column: usize, c: MatrixMut, parallel: bool) {
-        let (rows, panels) = (c.rows, c.columns.div_ceil(self.width));
-        let (mut chunk, mut group) = (TILES_PER_CHUNK * self.isa.rows(), panels);
-        if parallel {
-            let tasks = TASKS_PER_THREAD * rayon::current_num_threads();
-            chunk = chunk.min(rows.div_ceil(tasks).next_multiple_of(self.isa.rows()));
-            group = panels.div_ceil(tasks.div_ceil(rows.div_ceil(chunk)).min(panels));
-        }
-        let groups = panels.div_ceil(group);
         let shared =
             Shared { start: c.data.as_mut_ptr(), stride: c.row_stride, columns: c.columns };
-        let task = |index: usize| {
-            let (row, panel) = (index / groups * chunk, index % groups * group);
-            let rows = row..(row + chunk).min(rows);
-            let panels = panel..(panel + group).min(panels);
+        let threads = if parallel { rayon::current_num_threads() } else { 1 };
+        let parts = parts(c.rows, c.columns.div_ceil(self.width), self.isa.rows(), threads);
+        share_out(parts, threads, |(rows, panels)| {
             self.compute_part(packed, first_column, rows, panels, shared);
-        };
-        let tasks = rows.div_ceil(chunk) * groups;
-        if parallel {
-            (0..tasks).into_par_iter().with_max_len(1).for_each(task);
-        } else {
-            (0..tasks).for_each(task);
-        }
+        });
     }
 
     /// The tiles of some rows and panels.
