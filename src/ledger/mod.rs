@@ -125,6 +125,15 @@ impl Record {
         self.peaks.iter().find(|peak| peak.phase == phase).map(|peak| peak.resident_bytes)
     }
 
+    /// Adds that `used_bytes` of a GPU are in use now.
+    pub fn add_now(&mut self, start: Instant, used_bytes: u64) {
+        let seconds = start.elapsed().as_secs_f64();
+        self.add(Moment { seconds, phase: current(), resident_bytes: used_bytes, file_bytes: 0 });
+        if self.moments.len() > MOST_SHOWN {
+            self.thin();
+        }
+    }
+
     fn add(&mut self, moment: Moment) {
         match self.peaks.iter_mut().find(|peak| peak.phase == moment.phase) {
             Some(peak) => {

@@ -112,6 +112,9 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
     }
 
     fn gradient_norm(&mut self) -> Result<f64> {
+        if let (Some((meter, _)), Some(model)) = (&mut self.watched, &self.model) {
+            meter.look(model.parameters().kernels())?;
+        }
         let parameters = self.model_mut().parameters_mut();
         parameters.kernels().clone().gradient_norm(parameters)
     }

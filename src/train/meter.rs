@@ -1,5 +1,7 @@
 //! What a run really takes, of the process' memory or of a GPU's.
 
+use std::time::Instant;
+
 use super::backend::TrainingKernels;
 use crate::error::Result;
 use crate::ledger::rows::Measured;
@@ -16,6 +18,10 @@ pub enum Meter {
         before_bytes: u64,
         /// Bytes in use with them.
         loaded_bytes: u64,
+        /// What was in use whenever somebody looked.
+        record: Record,
+        /// When it began.
+        start: Instant,
     },
 }
 
@@ -29,7 +35,13 @@ impl Meter {
         let before_bytes = around.used_bytes;
         Ok(match around.in_process {
             true => Meter::Process(Watch::begin()),
-            false => Meter::Device { before_bytes, loaded_bytes: before_bytes },
+            false => {
+                let (record, start) = (Record::default(), Instant::now());
+                let mut meter =
+                    Meter::Device { before_bytes, loaded_bytes: before_bytes, record, start };
+                meter.look(kernels)?;
+                meter
+            }
         })
     }
 
@@ -40,11 +52,29 @@ impl Meter {
     pub fn loaded<K: TrainingKernels>(&mut self, kernels: &K) -> Result<()> {
         match self {
             Meter::Process(watch) => watch.loaded(),
-            Meter::Device { loaded_bytes, .. } => {
-                *loaded_bytes = kernels.surroundings()?.used_bytes;
+            Meter::Device { .. } => {
+                let used_bytes = self.look(kernels)?;
+                if let Meter::Device { loaded_bytes, .. } = self {
+                    *loaded_bytes = used_bytes;
+                }
             }
         }
         Ok(())
+    }
+
+    /// Bytes in use now. A process is also watched in between, a GPU is not.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    pub fn look<K: TrainingKernels>(&mut self, kernels: &K) -> Result<u64> {
+        match self {
+            Meter::Process(watch) => Ok(watch.look().resident_bytes),
+            Meter::Device { record, start, .. } => {
+                let used_bytes = kernels.surroundings()?.used_bytes;
+                record.add_now(*start, used_bytes);
+                Ok(used_bytes)
+            }
+        }
     }
 
     /// What was measured so far; `region_bytes` is the arena's account of itself.
@@ -58,12 +88,13 @@ impl Meter {
     ) -> Result<Measured> {
         Ok(match self {
             Meter::Process(watch) => watch.measured(region_bytes),
-            Meter::Device { before_bytes, loaded_bytes } => Measured {
-                weight_bytes: loaded_bytes.saturating_sub(*before_bytes),
-                region_bytes,
-                peak_bytes: kernels.surroundings()?.used_bytes,
-                record: Record::default(),
-            },
+            Meter::Device { before_bytes, loaded_bytes, record, start } => {
+                let peak_bytes = kernels.surroundings()?.used_bytes;
+                let mut record = record.clone();
+                record.add_now(*start, peak_bytes);
+                let weight_bytes = loaded_bytes.saturating_sub(*before_bytes);
+                Measured { weight_bytes, region_bytes, peak_bytes, record }
+            }
         })
     }
 }

@@ -29,3 +29,4 @@ mod tests;
 mod toy;
 pub mod trainee;
 pub mod trainer;
+pub mod trial;

@@ -2,14 +2,18 @@
 
 use std::path::Path;
 
+use nibble::adapter::LoraConfig;
 use nibble::checkpoint::Checkpoint;
+use nibble::kernels::Kernels;
 use nibble::ledger::rows::Account;
 use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::model::weights::Weights;
-use nibble::plan::{Place, Policy, WeightBytes};
+use nibble::plan::{Place, Policy, Settings, WeightBytes};
 use nibble::train::backend::TrainingKernels;
 use nibble::train::meter::Meter;
+use nibble::train::trial::Trial;
+use nibble_quant::FloatType;
 
 use super::golden::{CASES, Case};
 use super::{gpu, nf4, settings};
@@ -45,6 +49,59 @@ fn the_rows_of_a_gpu_are_measured_by_its_driver() {
         assert_eq!(row.measured_bytes, Some(row.planned_bytes), "{}", row.name);
     }
     assert_eq!(account.peak_bytes, Some(account.planned_bytes()));
+}
+
+/// `nibble memory --measure` on a GPU: steps, an evaluation and a checkpoint, with the blocks in
+/// memory and streamed.
+#[test]
+fn a_trial_takes_what_was_planned() {
+    // Others work on a real card.
+    if std::env::var_os("NIBBLE_TEST_DEVICE").is_some() {
+        return;
+    }
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/bnb4bit");
+    let checkpoint = Checkpoint::open(&root.join("llama_s0.bf16.dq.storage_bf16")).unwrap();
+    let spec = spec_from_config(checkpoint.config()).unwrap();
+    let (rows, length) = (2, 12);
+    for (stream, policy) in [(false, Policy::Keep), (true, Policy::Checkpoint)] {
+        let Some(gpu) = gpu() else { return };
+        let lora = LoraConfig { r: 4, ..LoraConfig::default() };
+        let settings = Settings {
+            tokens: rows * length,
+            longest_document: length,
+            targets: lora.resolve(&spec).unwrap(),
+            policies: vec![policy; spec.num_layers],
+            cache_tokens: 0,
+            ..settings(&Case::open("llama_s0"), None, &[policy], true)
+        };
+        let trial = Trial {
+            checkpoint: &checkpoint,
+            spec: &spec,
+            format: None,
+            stream,
+            settings: &settings,
+            lora,
+            dtype: FloatType::Bf16,
+            rows,
+            length,
+        };
+        let before = gpu.surroundings().unwrap().used_bytes;
+        let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, None, Place::Gpu);
+        let streamed = weights.streamed.filter(|_| stream);
+        let bytes = streamed.map_or(weights.resident, |weights| weights.of_pass(rows * length));
+        let plan = gpu.plan(&spec, &settings);
+        let mut losses = Vec::new();
+        let measured = trial.run(gpu.clone(), 3, |step| losses.push(step.loss)).unwrap();
+        assert!(losses.len() == 3 && losses[2] < losses[0], "{losses:?}");
+        let account = Account::planned(before, bytes, &plan).measured(&plan, measured);
+        for row in &account.rows {
+            assert_eq!(row.measured_bytes, Some(row.planned_bytes), "{} {stream}", row.name);
+        }
+        let seen: Vec<u64> = account.record.moments.iter().map(|m| m.resident_bytes).collect();
+        assert_eq!(seen[..2], [before, before + bytes]);
+        // After each step, the evaluation and the checkpoint.
+        assert_eq!(seen[2..], [account.planned_bytes(); 5]);
+    }
 }
 
 /// What the driver is asked for: dense files packed on the way and as they are, and 4-bit files

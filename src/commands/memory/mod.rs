@@ -15,8 +15,10 @@ use crate::checkpoint::{Checkpoint, PageCache, read_json};
 use crate::cli::device::Device;
 use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
+use crate::commands::device;
 use crate::data::ChatTokenizer;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::kernels::cpu::Cpu;
 use crate::kernels::cuda::cuda_layout;
 use crate::ledger::resident;
 use crate::ledger::rows::Account;
@@ -28,6 +30,7 @@ use crate::plan::{
 };
 use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
+use crate::train::backend::TrainingKernels;
 
 /// Program and tokenizer where only a config is at hand: what a 49k vocabulary takes.
 const ASSUMED_PROCESS_BYTES: u64 = 64 << 20;
@@ -39,13 +42,16 @@ const ASSUMED_CONTEXT_BYTES: u64 = 460 << 20;
 ///
 /// # Errors
 /// `Input` for an unsupported model, `Budget` with the nearest plan that fits, `Usage` for
-/// `--measure` without weights.
+/// `--measure` without weights, `Gpu` for `--measure` without the GPU.
 pub fn run(args: &MemoryArgs) -> Result<()> {
     super::set_threads(args.threads)?;
     let on_gpu = matches!(args.device.device, Device::Cuda(_));
     let mut model = Model::open(args, if on_gpu { Place::Gpu } else { Place::Host })?;
-    if on_gpu {
-        model.place_on_gpu(args)?;
+    // Plans need no GPU, measuring does.
+    let gpu = args.measure.map_or(Ok(None), |_| device::open(args.device.device))?;
+    if let Device::Cuda(_) = args.device.device {
+        let surroundings = gpu.as_ref().map(TrainingKernels::surroundings).transpose()?;
+        model.process = surroundings.map_or(ASSUMED_CONTEXT_BYTES, |around| around.used_bytes);
     }
     let settings = settings(args, &model.spec)?;
     let demand = Demand {
@@ -69,7 +75,10 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let account = Account::planned(model.process, demand.weight_bytes(stream), &plan);
     let mut run = PlannedRun { model, settings, stream, plan, account, page_cache: None };
     if let Some(steps) = args.measure {
-        run.account = measure::measure(args, &run, steps.get())?;
+        run.account = match gpu {
+            Some(gpu) => measure::measure(args, &run, gpu, steps.get())?,
+            None => measure::measure(args, &run, Cpu, steps.get())?,
+        };
         run.page_cache = run.model.checkpoint.as_ref().and_then(Checkpoint::page_cache);
     }
     if let Some(path) = &args.html {
@@ -144,15 +153,6 @@ struct Model {
 }
 
 impl Model {
-    /// Counts what lies in a GPU's memory, not in the program's.
-    fn place_on_gpu(&mut self, args: &MemoryArgs) -> Result<()> {
-        if args.measure.is_some() {
-            return Err(Error::usage("`--measure` works on the CPU only"));
-        }
-        self.process = ASSUMED_CONTEXT_BYTES;
-        Ok(())
-    }
-
     fn open(args: &MemoryArgs, place: Place) -> Result<Self> {
         let (path, format) = (&args.base.model, args.base.block_format());
         if let Some(config) = bare_config(path)? {
