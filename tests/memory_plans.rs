@@ -211,7 +211,7 @@ fn streamed_70b_fits_24_gib_and_is_bound_by_computation() {
         serde_json::from_str(&says("llama-3.3-70b", &format!("{flags} --json"))).unwrap();
     let pinned = plan["pinned_bytes"].as_u64().unwrap() as f64;
     assert!((8.0 * pinned / blocks as f64 - 4.127).abs() < 0.001, "the next two, on their way");
-    let weights = plan["components"]["frozen weights"].as_u64().unwrap() as usize;
+    let weights = plan["weight_bytes"].as_u64().unwrap() as usize;
     let tables = 2 * 2 * LLAMA_70B.v * LLAMA_70B.d + (2 * 80 + 1) * 4 * LLAMA_70B.d;
     let bits = 8.0 * (weights - tables) as f64 / blocks as f64;
     assert!((bits - 4.127).abs() < 0.001, "two blocks of {bits} bits a weight");

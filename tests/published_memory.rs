@@ -111,7 +111,7 @@ fn llama_factory() {
 #[test]
 fn single_figures() {
     let seven = memory("llama-2-7b", 512, "--lora-r 16 --activations checkpoint");
-    let weights = seven["components"]["frozen weights"].as_u64().unwrap() as f64 / 1e6;
+    let weights = seven["weight_bytes"].as_u64().unwrap() as f64 / 1e6;
     let tutorial = total_gib("llama-2-7b", 2048, "--lora-r 8 --activations checkpoint");
     assert_in_docs(&[
         "| source | what | published | Nibble's plan |".to_string(),
@@ -130,7 +130,7 @@ fn gpt_3() {
     let flags = "--quantization none --lora-r 4 --target-modules c_attn --activations checkpoint";
     let plan = memory("gpt-3-175b", 512, flags);
     let part = |name: &str| plan["components"][name].as_u64().unwrap();
-    let (weights, file) = (part("frozen weights"), part("LoRA weights (bf16)"));
+    let (weights, file) = (plan["weight_bytes"].as_u64().unwrap(), part("LoRA weights (bf16)"));
     let parameters = weights / 2;
     let state =
         part("LoRA master (f32)") + part("LoRA gradients (f32)") + part("AdamW moments (f32)");

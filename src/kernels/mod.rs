@@ -17,7 +17,7 @@ use crate::kernels::cpu::FrozenMatrix;
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
 use crate::model::streaming::{Streaming, WeightStream};
-use crate::plan::{MemoryPlan, Settings};
+use crate::plan::{MemoryPlan, Settings, WeightParts};
 pub use shapes::{
     AttentionShape, Columns, DropoutMask, LoraShape, LoraTerm, NormParameters, TokenLayout,
 };
@@ -123,11 +123,15 @@ pub trait Kernels: Clone + Sync {
     /// `Io`, the first one.
     fn offload_failure(&self, store: &mut Self::Offload) -> Result<()>;
 
-    /// Takes a frozen matrix over.
+    /// Takes frozen matrices over: on a GPU in one piece of memory, as a driver rounds every piece up
+    /// to 2 MiB.
     ///
     /// # Errors
     /// `Budget` when the memory cannot be had.
-    fn upload_weight(&self, weight: FrozenMatrix) -> Result<Self::Weight>;
+    fn upload_weights(&self, weights: Vec<FrozenMatrix>) -> Result<Vec<Self::Weight>>;
+
+    /// What is in memory of a matrix, as of a block's linear.
+    fn bytes_in_memory(&self, weight: &Self::Weight) -> WeightParts;
 
     /// Takes over the matrices of blocks, of which two are in its memory at a time; `pages` are
     /// those of the file that they lie in.

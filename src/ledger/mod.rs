@@ -16,6 +16,8 @@ use std::time::{Duration, Instant};
 use rows::Measured;
 use serde::{Deserialize, Serialize};
 
+use crate::plan::WeightParts;
+
 /// What a run is doing.
 #[derive(
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Default, Serialize, Deserialize,
@@ -247,17 +249,23 @@ impl Watch {
         self.recorder.look()
     }
 
-    /// What was measured so far; `region_bytes` is the arena's account of itself.
-    pub fn measured(&self, region_bytes: Vec<u64>) -> Measured {
+    /// The most that frozen weights had in memory at a time: their files' pages, and what was copied.
+    pub fn most_weight_bytes(&self) -> u64 {
+        let copied = self.loaded.anonymous_bytes().saturating_sub(self.before.anonymous_bytes());
+        let files = self.recorder.record().peak_file_bytes();
+        copied + files.saturating_sub(self.before.file_bytes)
+    }
+
+    /// What was measured so far; `weights` and `region_bytes` are the model's and the arena's
+    /// accounts of themselves.
+    pub fn measured(&self, weights: WeightParts, region_bytes: Vec<u64>) -> Measured {
         self.recorder.look();
         let mut record = self.recorder.record();
         while record.moments.len() > MOST_SHOWN {
             record.thin();
         }
-        let copied = self.loaded.anonymous_bytes().saturating_sub(self.before.anonymous_bytes());
-        let mapped = record.peak_file_bytes().saturating_sub(self.before.file_bytes);
         let peak_bytes = resident::peak_bytes();
-        Measured { weight_bytes: copied + mapped, region_bytes, peak_bytes, record }
+        Measured { before_bytes: None, weights, region_bytes, peak_bytes, record }
     }
 }
 
@@ -296,15 +304,17 @@ mod tests {
     #[test]
     fn a_recorder_sees_a_buffer_come_and_go() {
         const BYTES: usize = 192 << 20;
-        let recorder = Recorder::start();
-        let before = recorder.look();
-        let buffer = std::hint::black_box(vec![1u8; BYTES]);
-        std::thread::sleep(4 * INTERVAL);
-        drop(buffer);
-        let record = recorder.record();
-        let highest = record.moments.iter().map(Moment::anonymous_bytes).max().unwrap();
-        // Other tests of this process come and go in the meantime.
-        assert!(highest > before.anonymous_bytes() + BYTES as u64 / 2, "{highest} {before:?}");
-        assert!(record.moments.len() >= 3);
+        let seen = || {
+            let recorder = Recorder::start();
+            let before = recorder.look();
+            let buffer = std::hint::black_box(vec![1u8; BYTES]);
+            std::thread::sleep(4 * INTERVAL);
+            drop(buffer);
+            let record = recorder.record();
+            let highest = record.moments.iter().map(Moment::anonymous_bytes).max().unwrap();
+            record.moments.len() >= 3 && highest > before.anonymous_bytes() + BYTES as u64 / 2
+        };
+        // Memory of other tests of this process comes and goes in the meantime.
+        assert!((0..20).any(|_| seen()));
     }
 }

@@ -4,7 +4,7 @@ use serde::{Deserialize, Serialize};
 
 use super::{Phase, Record};
 use crate::cli::size::ByteSize;
-use crate::plan::{Component, MemoryPlan, Region};
+use crate::plan::{Component, MemoryPlan, Outside, Place, Region, WeightParts};
 
 /// One part of a run's memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +31,8 @@ pub struct PhaseRow {
 /// A plan, and the same run as it was measured.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Account {
+    /// What is planned beside the arena.
+    pub outside: Outside,
     /// Program and weights, then the arena's components, largest first.
     pub rows: Vec<Row>,
     /// What was in use in each phase of the first step.
@@ -41,15 +43,19 @@ pub struct Account {
     pub record: Record,
 }
 
-/// Name of the row of what is neither weights nor arena.
-pub const PROCESS: &str = "program, tokenizer, data";
-/// Name of the row of the frozen weights.
-pub const WEIGHTS: &str = "frozen weights";
+/// Row of what is neither weights nor arena of the process.
+const PROCESS: &str = "program, tokenizer, data";
+/// The same on a GPU.
+const CONTEXT: &str = "CUDA context";
+/// Row of what a GPU's memory loses between allocations.
+const ROUNDING: &str = "rounding of allocations";
 
 /// What was measured of a run.
 pub struct Measured {
-    /// Bytes of the frozen weights: of their files' pages and of what was copied.
-    pub weight_bytes: u64,
+    /// Bytes of a GPU that were in use before the run; for a process they are what is left of the peak.
+    pub before_bytes: Option<u64>,
+    /// Frozen weights in memory.
+    pub weights: WeightParts,
     /// Bytes of each region of the plan that are in memory.
     pub region_bytes: Vec<u64>,
     /// The highest resident bytes of the process.
@@ -60,49 +66,59 @@ pub struct Measured {
 
 impl Account {
     /// The prediction.
-    pub fn planned(process_bytes: u64, weight_bytes: u64, plan: &MemoryPlan) -> Self {
-        let row = |name: &str, planned_bytes| Row {
+    pub fn planned(outside: Outside, plan: &MemoryPlan) -> Self {
+        let Outside { place, process_bytes, weights } = outside;
+        let (around, rounding) = match place {
+            Place::Host => (PROCESS, None),
+            Place::Gpu => (CONTEXT, Some((ROUNDING, 0))),
+        };
+        let weights = weights.rows().into_iter().filter(|(_, bytes)| *bytes > 0);
+        let before: Vec<_> = [(around, process_bytes)].into_iter().chain(weights).collect();
+        let components = plan.by_component();
+        let arena = components.iter().map(|(part, bytes)| (part.label(), *bytes as u64));
+        let rows = before.iter().copied().chain(arena).chain(rounding);
+        let row = |(name, planned_bytes): (&str, u64)| Row {
             name: name.to_string(),
             planned_bytes,
             measured_bytes: None,
         };
-        let components = plan.by_component();
-        let arena = components.iter().map(|(part, bytes)| row(part.label(), *bytes as u64));
-        let outside = [row(PROCESS, process_bytes), row(WEIGHTS, weight_bytes)];
-        let rows: Vec<Row> = outside.into_iter().chain(arena).collect();
-        let parts: Vec<Component> = components.into_iter().map(|(part, _)| part).collect();
         let phases = Phase::ALL.map(|phase| {
-            let used = |part: &Component| {
-                let by_then =
-                    |region: &&Region| region.component == *part && first_use(region) <= phase;
+            let used = |(part, _): &(Component, usize)| {
+                // A GPU gives all at once, the system a page when it is touched.
+                let by_then = |region: &&Region| {
+                    let there = place == Place::Gpu || first_use(region) <= phase;
+                    region.component == *part && there
+                };
                 plan.regions.iter().filter(by_then).map(|region| region.bytes() as u64).sum()
             };
+            let outside = before.iter().map(|(_, bytes)| *bytes);
             let planned_bytes =
-                [process_bytes, weight_bytes].into_iter().chain(parts.iter().map(used)).collect();
-            PhaseRow { phase, planned_bytes, measured_bytes: None }
+                outside.chain(components.iter().map(used)).chain(rounding.map(|_| 0));
+            PhaseRow { phase, planned_bytes: planned_bytes.collect(), measured_bytes: None }
         });
-        Account { rows, phases: phases.to_vec(), ..Account::default() }
+        let (rows, phases) = (rows.map(row).collect(), phases.to_vec());
+        Account { outside, rows, phases, ..Account::default() }
     }
 
     /// Puts another plan in the place of the old one: program and weights stay.
     pub fn replan(&mut self, plan: &MemoryPlan) {
-        let bytes = |name: &str| {
-            let row = self.rows.iter().find(|row| row.name == name);
-            row.map_or(0, |row| row.planned_bytes)
-        };
-        *self = Account::planned(bytes(PROCESS), bytes(WEIGHTS), plan);
+        *self = Account::planned(self.outside, plan);
     }
 
-    /// Adds what was measured. What is neither weights nor arena is the rest of the peak, so that
-    /// the rows add up to it.
+    /// Adds what was measured. What has no row of its own is the program's, or what a GPU lost by
+    /// rounding, so that the rows add up to the peak.
     pub fn measured(mut self, plan: &MemoryPlan, measured: Measured) -> Self {
         let arena: u64 = measured.region_bytes.iter().sum();
-        let rest = measured.peak_bytes.saturating_sub(arena + measured.weight_bytes);
+        let accounted = arena + measured.weights.total() + measured.before_bytes.unwrap_or(0);
+        let rest = measured.peak_bytes.saturating_sub(accounted);
+        let weights = measured.weights.rows();
         for row in &mut self.rows {
-            let bytes = match row.name.as_str() {
-                PROCESS => rest,
-                WEIGHTS => measured.weight_bytes,
-                name => plan
+            let of_weights = weights.iter().find(|(name, _)| *name == row.name);
+            let bytes = match (row.name.as_str(), of_weights) {
+                (PROCESS | ROUNDING, _) => rest,
+                (CONTEXT, _) => measured.before_bytes.unwrap_or(0),
+                (_, Some((_, bytes))) => *bytes,
+                (name, None) => plan
                     .regions
                     .iter()
                     .zip(&measured.region_bytes)
@@ -181,49 +197,70 @@ mod tests {
         }
     }
 
+    /// 500 bytes of weights beside 1000 of other things.
+    fn outside(place: Place) -> Outside {
+        let weights = WeightParts { codes: 400, vectors: 100, ..WeightParts::default() };
+        Outside { place, process_bytes: 1000, weights }
+    }
+
+    fn measured(weights: u64, region_bytes: [u64; 4], peak_bytes: u64) -> Measured {
+        let weights = WeightParts { codes: weights - 100, ..outside(Place::Host).weights };
+        let (region_bytes, record) = (region_bytes.to_vec(), Record::default());
+        Measured { before_bytes: None, weights, region_bytes, peak_bytes, record }
+    }
+
+    fn names(account: &Account) -> Vec<&str> {
+        account.rows.iter().map(|row| row.name.as_str()).collect()
+    }
+
     #[test]
     fn parts_are_used_from_the_phase_that_touches_them() {
-        let account = Account::planned(1000, 500, &plan());
-        let names: Vec<&str> = account.rows.iter().map(|row| row.name.as_str()).collect();
+        let account = Account::planned(outside(Place::Host), &plan());
+        let [codes, vectors] = ["4-bit codes", "norms and biases"];
         let moments = Component::OptimizerMoments.label();
-        assert_eq!(names, [PROCESS, WEIGHTS, "block inputs", "logits chunk", moments]);
+        let expected = [PROCESS, codes, vectors, "block inputs", "logits chunk", moments];
+        assert_eq!(names(&account), expected);
         assert_eq!(account.planned_bytes(), 1500 + 6400 + 3200 + 256);
-        let phase = |phase: Phase| {
+        let phase = |account: &Account, phase: Phase| {
             account.phases.iter().find(|row| row.phase == phase).unwrap().planned_bytes.clone()
         };
-        assert_eq!(phase(Phase::Load), [1000, 500, 0, 0, 0]);
-        assert_eq!(phase(Phase::Forward), [1000, 500, 6400, 0, 0]);
-        assert_eq!(phase(Phase::Backward), [1000, 500, 6400, 3200, 0]);
-        assert_eq!(phase(Phase::Optimizer), [1000, 500, 6400, 3200, 256]);
+        assert_eq!(phase(&account, Phase::Load), [1000, 400, 100, 0, 0, 0]);
+        assert_eq!(phase(&account, Phase::Forward), [1000, 400, 100, 6400, 0, 0]);
+        assert_eq!(phase(&account, Phase::Backward), [1000, 400, 100, 6400, 3200, 0]);
+        let all = [1000, 400, 100, 6400, 3200, 256];
+        assert_eq!(phase(&account, Phase::Optimizer), all);
+        let account = Account::planned(outside(Place::Gpu), &plan());
+        assert_eq!(phase(&account, Phase::Load), [&all[..], &[0]].concat());
     }
 
     #[test]
     fn what_is_above_the_budget_is_told_with_the_part_at_fault() {
-        let measured = Measured {
-            weight_bytes: 900,
-            region_bytes: vec![6400, 3200, 128, 128],
-            peak_bytes: 1050 + 900 + 9856,
-            record: Record::default(),
-        };
-        let account = Account::planned(1000, 500, &plan());
+        let account = Account::planned(outside(Place::Host), &plan());
         assert_eq!(account.excess(1), None, "nothing was measured");
-        let account = account.measured(&plan(), measured);
-        assert_eq!(account.excess(1050 + 900 + 9856), None);
+        let peak = 1050 + 900 + 9856;
+        let account = account.measured(&plan(), measured(900, [6400, 3200, 128, 128], peak));
+        assert_eq!(account.excess(peak), None);
         let text = account.excess(11_500).unwrap();
-        assert!(text.contains("in `frozen weights`: 900 B instead of 500 B"), "{text}");
+        assert!(text.contains("in `4-bit codes`: 800 B instead of 400 B"), "{text}");
     }
 
     #[test]
     fn measured_rows_add_up_to_the_peak() {
-        let measured = Measured {
-            weight_bytes: 480,
-            region_bytes: vec![6400, 3000, 128, 128],
-            peak_bytes: 12_000,
-            record: Record::default(),
+        let account = Account::planned(outside(Place::Host), &plan());
+        let account = account.measured(&plan(), measured(480, [6400, 3000, 128, 128], 12_000));
+        let bytes = |account: &Account| -> Vec<u64> {
+            account.rows.iter().filter_map(|row| row.measured_bytes).collect()
         };
-        let account = Account::planned(1000, 500, &plan()).measured(&plan(), measured);
-        let bytes: Vec<u64> = account.rows.iter().filter_map(|row| row.measured_bytes).collect();
-        assert_eq!(bytes, [12_000 - 480 - 9656, 480, 6400, 3000, 256]);
-        assert_eq!(bytes.iter().sum::<u64>(), account.peak_bytes.unwrap());
+        let rest = 12_000 - 480 - 9656;
+        assert_eq!(bytes(&account), [rest, 380, 100, 6400, 3000, 256]);
+        let gpu = Account::planned(outside(Place::Gpu), &plan());
+        let seen = measured(500, [6400, 3200, 128, 128], 12_000);
+        let seen = Measured { before_bytes: Some(1100), ..seen };
+        let gpu = gpu.measured(&plan(), seen);
+        assert_eq!((names(&gpu)[0], names(&gpu)[6]), (CONTEXT, ROUNDING));
+        assert_eq!(bytes(&gpu), [1100, 400, 100, 6400, 3200, 256, 12_000 - 1100 - 500 - 9856]);
+        for account in [account, gpu] {
+            assert_eq!(bytes(&account).iter().sum::<u64>(), account.peak_bytes.unwrap());
+        }
     }
 }

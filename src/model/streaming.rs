@@ -30,6 +30,10 @@ pub trait WeightStream: Send {
 
     /// After logits were made.
     fn leave_head(&mut self);
+
+    /// Memory that its blocks take turns in; none where their pages, and those of the embedding and
+    /// the head, come and go with the system's help.
+    fn bytes_in_memory(&self) -> Option<u64>;
 }
 
 /// The block that is used after `layer` of `layers`.
@@ -104,5 +108,9 @@ impl WeightStream for Streaming {
 
     fn leave_head(&mut self) {
         self.head.iter().for_each(Pages::release);
+    }
+
+    fn bytes_in_memory(&self) -> Option<u64> {
+        None
     }
 }

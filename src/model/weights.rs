@@ -18,6 +18,7 @@ use crate::kernels::cpu::{Cpu, FrozenMatrix};
 use crate::kernels::{
     AttentionShape, Columns, Kernels, LoraShape, NormParameters, StreamedWeights,
 };
+use crate::plan::WeightParts;
 use crate::plan::settings::Half;
 
 /// The frozen parts of a model, where a backend works with them.
@@ -79,6 +80,24 @@ impl<K: Kernels> Weights<K> {
         self.head.as_ref().unwrap_or(&self.embedding)
     }
 
+    /// What of the matrices is in memory. Where pages of tables come and go with those of the blocks,
+    /// neither is counted.
+    pub fn bytes_in_memory(&self, kernels: &K) -> WeightParts {
+        let of_table = |table: &K::Weight| kernels.bytes_in_memory(table).total();
+        let positions = self.positions.iter();
+        let tables = positions.chain([&self.embedding]).chain(&self.head).map(of_table).sum();
+        let mut parts = WeightParts { tables, ..WeightParts::default() };
+        let Some(stream) = &self.streaming else {
+            let linears = self.blocks.iter().flat_map(|block| &block.linears);
+            linears.for_each(|linear| parts += kernels.bytes_in_memory(&linear.weight));
+            return parts;
+        };
+        match stream.bytes_in_memory() {
+            Some(streamed) => WeightParts { streamed, ..parts },
+            None => WeightParts { tables: self.positions.iter().map(of_table).sum(), ..parts },
+        }
+    }
+
     /// Says which linears are adapted by `targets`, in place of any earlier adapters.
     pub fn attach(&mut self, targets: &[LoraTarget]) {
         for (layer, block) in self.blocks.iter_mut().enumerate() {
@@ -92,12 +111,14 @@ impl<K: Kernels> Weights<K> {
 }
 
 impl Weights {
-    /// Moves everything to where `kernels` works with it, part by part.
+    /// Moves everything to where `kernels` works with it.
     ///
     /// # Errors
     /// `Budget` when it does not fit there.
     pub fn upload<K: Kernels>(self, kernels: &K) -> Result<Weights<K>> {
-        self.place(kernels, |block| block.upload(kernels))
+        let matrices = self.blocks.iter().flat_map(Block::matrices);
+        let matrices = self.tables().into_iter().chain(matrices).collect();
+        self.with_matrices(kernels, kernels.upload_weights(matrices)?)
     }
 
     /// The same, but of the blocks' matrices two blocks' at a time; `pages` are those of the file
@@ -106,28 +127,42 @@ impl Weights {
     /// # Errors
     /// `Budget` when it does not fit there.
     pub fn upload_streamed<K: Kernels>(self, kernels: &K, pages: Streaming) -> Result<Weights<K>> {
-        let matrices = self.blocks.iter().map(Block::matrices).collect();
-        let StreamedWeights { blocks, stream } = kernels.stream_weights(matrices, pages)?;
-        let mut matrices = blocks.into_iter();
-        let mut weights = self.place(kernels, |block| {
-            block.with_matrices(kernels, matrices.next().expect("as many as there are blocks"))
-        })?;
+        let mut matrices = kernels.upload_weights(self.tables())?;
+        let blocks = self.blocks.iter().map(|block| block.matrices().collect()).collect();
+        let StreamedWeights { blocks, stream } = kernels.stream_weights(blocks, pages)?;
+        matrices.extend(blocks.into_iter().flatten());
+        let mut weights = self.with_matrices(kernels, matrices)?;
         weights.streaming = Some(stream);
         Ok(weights)
     }
 
-    fn place<K: Kernels>(
+    /// The matrices outside of the blocks, which are not copied.
+    fn tables(&self) -> Vec<FrozenMatrix> {
+        [Some(&self.embedding), self.positions.as_ref(), self.head.as_ref()]
+            .into_iter()
+            .flatten()
+            .cloned()
+            .collect()
+    }
+
+    /// The same model with its matrices elsewhere: the tables, then those of the blocks.
+    fn with_matrices<K: Kernels>(
         self,
         kernels: &K,
-        block: impl FnMut(Block<Cpu>) -> Result<Block<K>>,
+        matrices: Vec<K::Weight>,
     ) -> Result<Weights<K>> {
-        let matrix = |weight| kernels.upload_weight(weight);
+        let mut matrices = matrices.into_iter();
+        let mut next = || matrices.next().expect("one for each that was given");
+        let embedding = next();
+        let positions = self.positions.map(|_| next());
+        let head = self.head.map(|_| next());
+        let blocks = self.blocks.into_iter().map(|block| block.moved(kernels, &mut next));
         Ok(Weights {
-            embedding: matrix(self.embedding)?,
-            positions: self.positions.map(matrix).transpose()?,
-            blocks: self.blocks.into_iter().map(block).collect::<Result<_>>()?,
+            embedding,
+            positions,
+            blocks: blocks.collect::<Result<_>>()?,
             final_norm: self.final_norm.try_map(|vector| kernels.upload_vector(vector))?,
-            head: self.head.map(matrix).transpose()?,
+            head,
             streaming: None,
         })
     }
@@ -135,38 +170,22 @@ impl Weights {
 
 impl Block<Cpu> {
     /// Its matrices, which are not copied.
-    fn matrices(&self) -> Vec<FrozenMatrix> {
-        self.linears.iter().map(|linear| linear.weight.clone()).collect()
-    }
-
-    fn upload<K: Kernels>(mut self, kernels: &K) -> Result<Block<K>> {
-        let linears = std::mem::take(&mut self.linears);
-        let linears = linears.into_iter().map(|linear| {
-            let weight = kernels.upload_weight(linear.weight.clone())?;
-            linear.moved(kernels, weight)
-        });
-        let linears = linears.collect::<Result<_>>()?;
-        self.moved(kernels, linears)
+    fn matrices(&self) -> impl Iterator<Item = FrozenMatrix> {
+        self.linears.iter().map(|linear| linear.weight.clone())
     }
 
     /// The block with its matrices elsewhere.
-    fn with_matrices<K: Kernels>(
-        mut self,
+    fn moved<K: Kernels>(
+        self,
         kernels: &K,
-        matrices: Vec<K::Weight>,
+        mut matrix: impl FnMut() -> K::Weight,
     ) -> Result<Block<K>> {
-        let linears = std::mem::take(&mut self.linears).into_iter().zip(matrices);
-        let linears = linears.map(|(linear, weight)| linear.moved(kernels, weight));
-        let linears = linears.collect::<Result<_>>()?;
-        self.moved(kernels, linears)
-    }
-
-    fn moved<K: Kernels>(self, kernels: &K, linears: Vec<Linear<K>>) -> Result<Block<K>> {
         let vector = |vector| kernels.upload_vector(vector);
+        let linears = self.linears.into_iter().map(|linear| linear.moved(kernels, matrix()));
         Ok(Block {
             norm1: self.norm1.try_map(vector)?,
             norm2: self.norm2.try_map(vector)?,
-            linears,
+            linears: linears.collect::<Result<_>>()?,
             attention: self.attention,
             activation: self.activation,
             hidden_size: self.hidden_size,

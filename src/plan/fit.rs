@@ -262,7 +262,7 @@ mod tests {
     use super::*;
     use crate::adapter::LoraConfig;
     use crate::model::families::spec_from_config;
-    use crate::plan::{Place, StreamedBytes, WeightBytes};
+    use crate::plan::{Place, StreamedBytes, WeightBytes, WeightParts};
 
     fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         let text = include_str!("../../tests/data/models/llama_s0/config.json");
@@ -290,8 +290,8 @@ mod tests {
             activations: Activations::Auto,
             mode: WeightsMode::Auto,
             weights: WeightBytes {
-                resident: 9 << 20,
-                streamed: Some(StreamedBytes::of_outside(2 << 20)),
+                resident: WeightParts { codes: 9 << 20, ..WeightParts::default() },
+                streamed: Some(StreamedBytes::of_vectors(2 << 20)),
             },
             process_bytes: 1 << 20,
             place: Place::Host,

@@ -1,10 +1,12 @@
 //! What the frozen weights take in memory, before one is read.
 
 use nibble_quant::{BlockFormat, FloatType};
+use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Checkpoint, CheckpointKind, StoredType, Weight};
 use crate::kernels::cuda::matrix_bytes;
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
+use crate::plan::WeightParts;
 
 /// Blocks that are in memory at a time when weights are streamed: the one at work, and the next.
 const STREAMED_BLOCKS: u64 = 2;
@@ -13,9 +15,10 @@ const STREAMED_BLOCKS: u64 = 2;
 const MAPPED_WITH_A_PAGE_BYTES: u64 = 64 << 10;
 
 /// Where frozen weights are used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum Place {
     /// In the program's memory, as they are stored.
+    #[default]
     Host,
     /// On a GPU: matrices in bf16 if they are not packed.
     Gpu,
@@ -25,7 +28,7 @@ pub enum Place {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WeightBytes {
     /// All in memory.
-    pub resident: u64,
+    pub resident: WeightParts,
     /// None where the weights are not in a file as they are used.
     pub streamed: Option<StreamedBytes>,
 }
@@ -34,8 +37,10 @@ pub struct WeightBytes {
 /// logits, the head and one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamedBytes {
-    /// What always stays: norms, biases, positions.
-    pub outside: u64,
+    /// Norms and biases, which always stay.
+    pub vectors: u64,
+    /// Tables that always stay: of positions, and on a GPU all.
+    pub kept_tables: u64,
     /// The largest block's linears.
     pub block: u64,
     /// Blocks at a time.
@@ -53,21 +58,24 @@ pub struct StreamedBytes {
 impl StreamedBytes {
     /// The same for every pass.
     #[cfg(test)]
-    pub(super) fn of_outside(outside: u64) -> Self {
-        StreamedBytes { outside, block: 0, blocks: 0, table: 0, row: 0, head: 0, tables: 0 }
+    pub(super) fn of_vectors(vectors: u64) -> Self {
+        let (kept_tables, block, blocks, table, row, head, tables) = (0, 0, 0, 0, 0, 0, 0);
+        StreamedBytes { vectors, kept_tables, block, blocks, table, row, head, tables }
     }
 
     /// Beside a GPU only the blocks' linears come and go: all else stays in its memory.
     fn on_gpu(&self) -> Self {
-        let outside = self.outside + self.tables;
-        StreamedBytes { outside, table: 0, row: 0, head: 0, tables: 0, ..*self }
+        let kept_tables = self.kept_tables + self.tables;
+        StreamedBytes { kept_tables, table: 0, row: 0, head: 0, tables: 0, ..*self }
     }
 
     /// The most of a pass over `tokens` that are all different.
-    pub fn of_pass(&self, tokens: usize) -> u64 {
+    pub fn of_pass(&self, tokens: usize) -> WeightParts {
         let around = self.row.max(MAPPED_WITH_A_PAGE_BYTES);
         let rows = self.table.min(tokens as u64 * around);
-        self.outside + (rows + self.blocks * self.block).max(self.head + self.block)
+        let streamed = (rows + self.blocks * self.block).max(self.head + self.block);
+        let (tables, vectors) = (self.kept_tables, self.vectors);
+        WeightParts { tables, vectors, streamed, ..WeightParts::default() }
     }
 }
 
@@ -79,7 +87,7 @@ impl WeightBytes {
         format: Option<&BlockFormat>,
         place: Place,
     ) -> Self {
-        let bytes = |tensor: &TensorSpec| stored_bytes(checkpoint, tensor, format, place) as u64;
+        let bytes = |tensor: &TensorSpec| stored_bytes(checkpoint, tensor, format, place);
         let as_stored = match checkpoint.kind() {
             CheckpointKind::Bnb4bit => true,
             CheckpointKind::Dense => format.is_none(),
@@ -97,7 +105,7 @@ impl WeightBytes {
         place: Place,
     ) -> Self {
         let bytes = |tensor: &TensorSpec| {
-            dense_bytes(tensor, dtype, tensor.shape.iter().product(), format, place) as u64
+            dense_bytes(tensor, dtype, tensor.shape.iter().product(), format, place)
         };
         Self::sum(spec, bytes, true).used_at(place)
     }
@@ -111,35 +119,36 @@ impl WeightBytes {
         }
     }
 
-    fn sum(spec: &ModelSpec, bytes: impl Fn(&TensorSpec) -> u64, as_stored: bool) -> Self {
-        let (mut resident, mut table, mut head) = (0u64, 0, 0);
+    fn sum(spec: &ModelSpec, bytes: impl Fn(&TensorSpec) -> WeightParts, as_stored: bool) -> Self {
+        let (mut resident, mut table, mut head) = (WeightParts::default(), 0, 0);
         let mut linears = vec![0; spec.num_layers];
         let module = |name: &str| format!("{name}.weight");
         let [embedding, head_name] = [spec.embedding_module(), spec.head_module()].map(module);
         let prefixes: Vec<String> =
             (0..spec.num_layers).map(|layer| format!("{}.", spec.layer_prefix(layer))).collect();
         for tensor in spec.inventory() {
-            resident += bytes(&tensor);
+            let parts = bytes(&tensor);
+            resident += parts;
             if tensor.name == embedding {
-                table = bytes(&tensor);
+                table = parts.total();
             } else if tensor.name == head_name {
-                head = bytes(&tensor);
+                head = parts.total();
             }
             let layer = prefixes.iter().position(|prefix| tensor.name.starts_with(prefix));
             if let (TensorRole::Linear(_), Some(layer)) = (tensor.role, layer) {
-                linears[layer] += bytes(&tensor);
+                linears[layer] += parts.total();
             }
         }
-        let (in_blocks, block) = (linears.iter().sum::<u64>(), linears.iter().max());
-        let (block, untied) = (block.copied().unwrap_or(0), !spec.tie_word_embeddings);
+        let untied_head = if spec.tie_word_embeddings { 0 } else { head };
         let streamed = || StreamedBytes {
-            outside: resident - in_blocks - table - if untied { head } else { 0 },
-            block,
+            vectors: resident.vectors,
+            kept_tables: resident.tables - table - untied_head,
+            block: linears.iter().max().copied().unwrap_or(0),
             blocks: STREAMED_BLOCKS.min(spec.num_layers as u64),
             table,
             row: table / spec.vocab_size as u64,
-            head: if untied { head } else { table },
-            tables: table + if untied { head } else { 0 },
+            head: if spec.tie_word_embeddings { table } else { head },
+            tables: table + untied_head,
         };
         WeightBytes { resident, streamed: as_stored.then(streamed) }
     }
@@ -150,39 +159,52 @@ fn stored_bytes(
     tensor: &TensorSpec,
     format: Option<&BlockFormat>,
     place: Place,
-) -> usize {
+) -> WeightParts {
     let short = tensor.name.strip_prefix("transformer.");
     let named = |name: &str| name == tensor.name || short == Some(name);
     let elements: usize = tensor.shape.iter().product();
     match checkpoint.tensors().iter().find(|info| named(&info.name)) {
-        None => 0,
+        None => WeightParts::default(),
         Some(info) => match info.stored {
             StoredType::Packed => match (place, checkpoint.weight(&info.name)) {
                 (Place::Gpu, Ok(Weight::Packed(weight))) => {
-                    matrix_bytes(elements, Some(&weight.format()))
+                    WeightParts::packed(elements, matrix_bytes(elements, Some(&weight.format())))
                 }
-                _ => info.bytes,
+                _ => WeightParts::packed(elements, info.bytes),
             },
             StoredType::Dense(dtype) => dense_bytes(tensor, dtype, elements, format, place),
         },
     }
 }
 
+/// Of a tensor that is stored in `dtype`; linears are packed in `format`.
 fn dense_bytes(
     tensor: &TensorSpec,
     dtype: FloatType,
     elements: usize,
     format: Option<&BlockFormat>,
     place: Place,
-) -> usize {
-    let format = format.filter(|_| matches!(tensor.role, TensorRole::Linear(_)));
-    match (tensor.role, format) {
-        (TensorRole::Norm | TensorRole::Bias, _) => elements * size_of::<f32>(),
-        _ if place == Place::Gpu => matrix_bytes(elements, format),
-        (_, Some(format)) => format.packed_bytes(elements),
+) -> WeightParts {
+    let dense = match (place, dtype) {
+        (Place::Gpu, _) => matrix_bytes(elements, None),
         // Products read bf16 and f32; f16 is widened.
-        _ if dtype == FloatType::Bf16 => elements * FloatType::Bf16.size(),
-        _ => elements * size_of::<f32>(),
+        (Place::Host, FloatType::Bf16) => elements * FloatType::Bf16.size(),
+        (Place::Host, _) => elements * size_of::<f32>(),
+    } as u64;
+    let none = WeightParts::default();
+    match (tensor.role, format) {
+        (TensorRole::Norm | TensorRole::Bias, _) => {
+            WeightParts { vectors: (elements * size_of::<f32>()) as u64, ..none }
+        }
+        (TensorRole::Linear(_), Some(format)) => {
+            let bytes = match place {
+                Place::Gpu => matrix_bytes(elements, Some(format)),
+                Place::Host => format.packed_bytes(elements),
+            };
+            WeightParts::packed(elements, bytes)
+        }
+        (TensorRole::Linear(_), None) => WeightParts { dense_linears: dense, ..none },
+        _ => WeightParts { tables: dense, ..none },
     }
 }
 
@@ -208,9 +230,22 @@ mod tests {
                 + norms;
             let predicted =
                 WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), Place::Host);
-            assert_eq!(predicted.resident, bytes as u64);
+            assert_eq!(predicted.resident.total(), bytes as u64);
+            assert_eq!(predicted.resident.vectors, norms as u64);
+            let linears = linears_of(&spec) as u64;
+            let (codes, dense) = if format.is_some() { (linears / 2, 0) } else { (0, 4 * linears) };
+            assert_eq!(
+                (predicted.resident.codes, predicted.resident.dense_linears),
+                (codes, dense)
+            );
             assert_eq!(predicted.streamed.is_some(), format.is_none());
         }
+    }
+
+    /// Weights of all linears.
+    fn linears_of(spec: &ModelSpec) -> usize {
+        let linears = (0..spec.num_layers).flat_map(|layer| spec.linears(layer));
+        linears.map(|linear| linear.in_features * linear.out_features).sum()
     }
 
     #[test]
@@ -226,26 +261,36 @@ mod tests {
         let (two, many) = (of(2, &mut config), of(20, &mut config));
         let (few, more) = (two.streamed.unwrap(), many.streamed.unwrap());
         assert_eq!((few.blocks, few.block, few.head), (more.blocks, more.block, more.head));
-        let whole = few.outside + 2 * few.block + few.table + few.head;
-        assert_eq!((whole, config["tie_word_embeddings"].as_bool()), (two.resident, Some(false)));
+        let whole = few.vectors + 2 * few.block + few.table + few.head;
+        let resident = two.resident.total();
+        assert_eq!((whole, config["tie_word_embeddings"].as_bool()), (resident, Some(false)));
         // Two norms of each further block stay in memory, in f32.
-        assert_eq!(more.outside - few.outside, 18 * 2 * 64 * 4);
+        assert_eq!(more.vectors - few.vectors, 18 * 2 * 64 * 4);
     }
 
     #[test]
     fn the_most_is_at_the_blocks_or_at_the_head() {
-        let (outside, block, blocks, row) = (1000, 3 << 20, 2, 8 << 10);
+        let (vectors, kept_tables) = (1000, 500);
+        let (block, blocks, row) = (3 << 20, 2, 8 << 10);
         let (table, head) = (50 << 20, 2 << 20);
-        let small =
-            StreamedBytes { outside, block, blocks, table, row, head, tables: table + head };
+        let tables = table + head;
+        let small = StreamedBytes { vectors, kept_tables, block, blocks, table, row, head, tables };
+        let streamed = |bytes: &StreamedBytes, tokens| {
+            let parts = bytes.of_pass(tokens);
+            assert_eq!(
+                (parts.vectors, parts.total()),
+                (1000, 1000 + parts.tables + parts.streamed)
+            );
+            (parts.tables, parts.streamed)
+        };
         let on_gpu = small.on_gpu();
-        assert_eq!(on_gpu.of_pass(16), 1000 + (58 << 20));
+        assert_eq!(streamed(&on_gpu, 16), (500 + (52 << 20), 6 << 20));
         assert_eq!(on_gpu.of_pass(10_000), on_gpu.of_pass(16));
-        assert_eq!(small.of_pass(16), 1000 + (7 << 20));
-        assert_eq!(small.of_pass(10_000), 1000 + (56 << 20));
+        assert_eq!(streamed(&small, 16), (500, 7 << 20));
+        assert_eq!(streamed(&small, 10_000), (500, 56 << 20));
         let long = StreamedBytes { row: 128 << 10, ..small };
-        assert_eq!(long.of_pass(16), 1000 + (8 << 20));
+        assert_eq!(streamed(&long, 16), (500, 8 << 20));
         let tied = StreamedBytes { head: 50 << 20, ..small };
-        assert_eq!(tied.of_pass(16), 1000 + (53 << 20));
+        assert_eq!(streamed(&tied, 16), (500, 53 << 20));
     }
 }

@@ -143,8 +143,7 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
 
     fn memory(&self) -> Option<Account> {
         let (meter, account) = self.watched.as_ref()?;
-        let kernels = self.model().parameters().kernels();
-        let measured = meter.measured(kernels, self.model().region_bytes()).ok()?;
+        let measured = meter.measured(self.model()).ok()?;
         Some(account.clone().measured(self.model().plan(), measured))
     }
 

@@ -6,6 +6,7 @@ use super::backend::TrainingKernels;
 use crate::error::Result;
 use crate::ledger::rows::Measured;
 use crate::ledger::{Record, Watch};
+use crate::model::Model;
 
 /// Measures a run from before its weights are read.
 pub enum Meter {
@@ -16,8 +17,6 @@ pub enum Meter {
     Device {
         /// Bytes in use before the weights were there: the driver's context and others' memory.
         before_bytes: u64,
-        /// Bytes in use with them.
-        loaded_bytes: u64,
         /// What was in use whenever somebody looked.
         record: Record,
         /// When it began.
@@ -37,8 +36,7 @@ impl Meter {
             true => Meter::Process(Watch::begin()),
             false => {
                 let (record, start) = (Record::default(), Instant::now());
-                let mut meter =
-                    Meter::Device { before_bytes, loaded_bytes: before_bytes, record, start };
+                let mut meter = Meter::Device { before_bytes, record, start };
                 meter.look(kernels)?;
                 meter
             }
@@ -53,10 +51,7 @@ impl Meter {
         match self {
             Meter::Process(watch) => watch.loaded(),
             Meter::Device { .. } => {
-                let used_bytes = self.look(kernels)?;
-                if let Meter::Device { loaded_bytes, .. } = self {
-                    *loaded_bytes = used_bytes;
-                }
+                self.look(kernels)?;
             }
         }
         Ok(())
@@ -77,23 +72,28 @@ impl Meter {
         }
     }
 
-    /// What was measured so far; `region_bytes` is the arena's account of itself.
+    /// What was measured of `model` so far.
     ///
     /// # Errors
     /// Those of the backend.
-    pub fn measured<K: TrainingKernels>(
-        &self,
-        kernels: &K,
-        region_bytes: Vec<u64>,
-    ) -> Result<Measured> {
+    pub fn measured<K: TrainingKernels>(&self, model: &Model<K>) -> Result<Measured> {
+        let (weights, region_bytes) = (model.weight_bytes(), model.region_bytes());
         Ok(match self {
-            Meter::Process(watch) => watch.measured(region_bytes),
-            Meter::Device { before_bytes, loaded_bytes, record, start } => {
-                let peak_bytes = kernels.surroundings()?.used_bytes;
+            Meter::Process(watch) => {
+                let mut measured = watch.measured(weights, region_bytes);
+                if model.weights().streaming.is_some() {
+                    // Gone again by now: what there was at most of all weights, but for what stays.
+                    measured.weights.streamed =
+                        watch.most_weight_bytes().saturating_sub(weights.total());
+                }
+                measured
+            }
+            Meter::Device { before_bytes, record, start } => {
+                let peak_bytes = model.parameters().kernels().surroundings()?.used_bytes;
                 let mut record = record.clone();
                 record.add_now(*start, peak_bytes);
-                let weight_bytes = loaded_bytes.saturating_sub(*before_bytes);
-                Measured { weight_bytes, region_bytes, peak_bytes, record }
+                let before_bytes = Some(*before_bytes);
+                Measured { before_bytes, weights, region_bytes, peak_bytes, record }
             }
         })
     }

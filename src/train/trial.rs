@@ -99,7 +99,7 @@ impl Trial<'_> {
         let folder = tempfile::tempdir();
         let folder = folder.map_err(|e| Error::io("create", &std::env::temp_dir(), e))?;
         model.parameters().save(&adapter, folder.path(), self.dtype)?;
-        meter.measured(&kernels, model.region_bytes())
+        meter.measured(&model)
     }
 
     /// Rows of the longest length, every token trained.

@@ -9,7 +9,7 @@ use nibble::ledger::rows::Account;
 use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::model::weights::Weights;
-use nibble::plan::{Place, Policy, Settings, WeightBytes};
+use nibble::plan::{Outside, Place, Policy, Settings, WeightBytes};
 use nibble::train::backend::TrainingKernels;
 use nibble::train::meter::Meter;
 use nibble::train::trial::Trial;
@@ -38,12 +38,17 @@ fn the_rows_of_a_gpu_are_measured_by_its_driver() {
     let weight_bytes = allocated() - without;
     meter.loaded(&gpu).unwrap();
     let model = Model::on(gpu.clone(), spec, weights, plan, None).unwrap();
-    let measured = meter.measured(&gpu, model.region_bytes()).unwrap();
-    assert_eq!(measured.weight_bytes, weight_bytes);
+    let measured = meter.measured(&model).unwrap();
+    assert_eq!(measured.weights.total(), weight_bytes);
     let arena_bytes = model.arena_bytes() as u64;
     assert_eq!(measured.region_bytes.iter().sum::<u64>(), arena_bytes);
     assert_eq!(measured.peak_bytes, before.used_bytes + weight_bytes + arena_bytes);
-    let account = Account::planned(before.used_bytes, weight_bytes, model.plan());
+    let checkpoint = Checkpoint::open(&case.path).unwrap();
+    let planned =
+        WeightBytes::of_checkpoint(&checkpoint, &case.spec(), Some(&nf4(true)), Place::Gpu);
+    let outside =
+        Outside { place: Place::Gpu, process_bytes: before.used_bytes, weights: planned.resident };
+    let account = Account::planned(outside, model.plan());
     let account = account.measured(model.plan(), measured);
     for row in &account.rows {
         assert_eq!(row.measured_bytes, Some(row.planned_bytes), "{}", row.name);
@@ -88,12 +93,14 @@ fn a_trial_takes_what_was_planned() {
         let before = gpu.surroundings().unwrap().used_bytes;
         let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, None, Place::Gpu);
         let streamed = weights.streamed.filter(|_| stream);
-        let bytes = streamed.map_or(weights.resident, |weights| weights.of_pass(rows * length));
+        let weights = streamed.map_or(weights.resident, |weights| weights.of_pass(rows * length));
+        let bytes = weights.total();
         let plan = gpu.plan(&spec, &settings);
         let mut losses = Vec::new();
         let measured = trial.run(gpu.clone(), 3, |step| losses.push(step.loss)).unwrap();
         assert!(losses.len() == 3 && losses[2] < losses[0], "{losses:?}");
-        let account = Account::planned(before, bytes, &plan).measured(&plan, measured);
+        let outside = Outside { place: Place::Gpu, process_bytes: before, weights };
+        let account = Account::planned(outside, &plan).measured(&plan, measured);
         for row in &account.rows {
             assert_eq!(row.measured_bytes, Some(row.planned_bytes), "{} {stream}", row.name);
         }
@@ -125,7 +132,7 @@ fn weights_take_what_was_predicted_of_a_gpu() {
         let allocated = || gpu.driver().counts().allocated_bytes as u64;
         let without = allocated();
         let weights = weights.upload(&gpu).unwrap();
-        assert_eq!(planned.resident, allocated() - without, "{name} {format:?}");
+        assert_eq!(planned.resident.total(), allocated() - without, "{name} {format:?}");
         drop(weights);
     }
 }

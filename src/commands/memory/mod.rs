@@ -72,14 +72,14 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     }
     let Choice { settings, stream, .. } = demand.choose(limit)?;
     let plan = demand.plan(&settings);
-    let account = Account::planned(model.process, demand.weight_bytes(stream), &plan);
-    let mut run = PlannedRun { model, settings, stream, plan, account, page_cache: None };
+    let account = Account::planned(demand.outside(stream), &plan);
+    let mut run = PlannedRun { model, settings, stream, plan, account, host: None };
     if let Some(steps) = args.measure {
         run.account = match gpu {
             Some(gpu) => measure::measure(args, &run, gpu, steps.get())?,
             None => measure::measure(args, &run, Cpu, steps.get())?,
         };
-        run.page_cache = run.model.checkpoint.as_ref().and_then(Checkpoint::page_cache);
+        run.host = run.model.checkpoint.as_ref().map(Host::now);
     }
     if let Some(path) = &args.html {
         write_file(path, memory_page::render(&run.heading(args), &run.account).as_bytes())?;
@@ -100,13 +100,35 @@ struct PlannedRun {
     stream: bool,
     plan: MemoryPlan,
     account: Account,
-    /// Of the model's files after the run.
+    /// After the run, where one was made.
+    host: Option<Host>,
+}
+
+/// The host's memory after a run.
+struct Host {
+    /// Of this process.
+    resident_bytes: u64,
+    /// Of these, pages of files: program, libraries, weights.
+    mapped_bytes: u64,
+    /// What the system keeps of the model's files.
     page_cache: Option<PageCache>,
+}
+
+impl Host {
+    fn now(checkpoint: &Checkpoint) -> Self {
+        let (resident_bytes, mapped_bytes) = resident::now_and_files();
+        Host { resident_bytes, mapped_bytes, page_cache: checkpoint.page_cache() }
+    }
 }
 
 impl PlannedRun {
     fn kept_blocks(&self) -> usize {
         self.settings.policies.iter().filter(|policy| **policy == Policy::Keep).count()
+    }
+
+    /// What the system keeps of the model's files after a run.
+    fn page_cache(&self) -> Option<&PageCache> {
+        self.host.as_ref()?.page_cache.as_ref()
     }
 
     /// Host memory that a GPU copies from and to: offloaded inputs, and streamed blocks on their way.
@@ -136,7 +158,7 @@ impl PlannedRun {
             format!("{kept} of {layers} blocks keep their activations"),
             format!("weights {streamed}"),
         ];
-        let cached = self.page_cache.map(|cache| print::cached(&cache));
+        let cached = self.page_cache().map(print::cached);
         let facts = facts.into_iter().chain(cached).collect();
         Heading { model: args.base.model.display().to_string(), facts }
     }

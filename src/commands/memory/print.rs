@@ -6,6 +6,7 @@ use super::PlannedRun;
 use crate::checkpoint::PageCache;
 use crate::cli::memory::MemoryArgs;
 use crate::cli::size::ByteSize;
+use crate::plan::Place;
 use crate::plan::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer};
 use crate::report::figures::{change, thousands};
 
@@ -35,7 +36,13 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     }
     println!();
     rows(run);
-    if let Some(cache) = &run.page_cache {
+    if let (Some(host), Place::Gpu) = (&run.host, run.account.outside.place) {
+        let [resident, mapped] = [host.resident_bytes, host.mapped_bytes].map(ByteSize);
+        println!(
+            "\non the host, the program holds {resident}, of which {mapped} are pages of files"
+        );
+    }
+    if let Some(cache) = run.page_cache() {
         println!("\n{}: not the program's, and given back when it is needed", cached(cache));
     }
     if let Some(transfer) = run.transfer(args) {
@@ -46,7 +53,14 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
         println!("\nfits {budget} with {free} to spare");
     }
     if run.model.checkpoint.is_none() {
-        println!("\nprogram and tokenizer are assumed: there is no tokenizer beside the config");
+        println!(
+            "\n{}",
+            match run.account.outside.place {
+                Place::Host =>
+                    "program and tokenizer are assumed: there is no tokenizer beside the config",
+                Place::Gpu => "the CUDA context is assumed: it depends on card and driver",
+            }
+        );
     }
     if let Some(path) = &args.html {
         println!("\npictures: {}", path.display());
@@ -115,6 +129,7 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         "streamed": run.stream,
         "mlp_tile_tokens": run.settings.mlp_tile(),
         "total_bytes": account.planned_bytes(),
+        "weight_bytes": account.outside.weights.total(),
         "arena_bytes": run.plan.arena_bytes(),
         "offloaded_bytes": run.plan.offloaded_bytes(),
         "pinned_bytes": run.pinned_bytes(args),
@@ -130,7 +145,9 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
             "peak_bytes": peak,
             "rows": account.rows,
             "timeline": account.record.moments,
-            "page_cache": run.page_cache,
+            "page_cache": run.page_cache(),
+            "host_resident_bytes": run.host.as_ref().map(|host| host.resident_bytes),
+            "host_mapped_bytes": run.host.as_ref().map(|host| host.mapped_bytes),
         });
     }
     println!("{out:#}");

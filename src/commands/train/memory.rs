@@ -46,7 +46,6 @@ pub fn plan(
     let place = if around.in_process { Place::Host } else { Place::Gpu };
     let weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref(), place);
     base.checkpoint.release_all();
-    let process = around.used_bytes;
     let demand = Demand {
         spec: &base.spec,
         settings: &settings,
@@ -54,7 +53,7 @@ pub fn plan(
         activations: args.resources.activations,
         mode: args.resources.weights,
         weights,
-        process_bytes: process,
+        process_bytes: around.used_bytes,
         place,
         pinned_bytes: resident::available_bytes() / 2,
     };
@@ -65,7 +64,7 @@ pub fn plan(
     let Choice { settings, stream, .. } = demand.choose(limit)?;
     let plan = demand.plan(&settings);
     let offloaded_bytes = plan.offloaded_bytes() as u64;
-    let account = Account::planned(process, demand.weight_bytes(stream), &plan);
+    let account = Account::planned(demand.outside(stream), &plan);
     let memory =
         Memory { settings, stream, account, offloaded_bytes, in_process: around.in_process };
     progress.note(&memory.summary());

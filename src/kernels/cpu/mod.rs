@@ -27,7 +27,7 @@ use crate::error::Result;
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
 use crate::model::streaming::Streaming;
-use crate::plan::{MemoryPlan, Settings, layout};
+use crate::plan::{MemoryPlan, Settings, WeightParts, layout};
 use crate::random;
 use arena::{Arena, Buffer};
 use nibble_quant::product::{Matrix, MatrixMut, product_forward, product_input_gradient};
@@ -106,8 +106,12 @@ impl Kernels for Cpu {
         store.check()
     }
 
-    fn upload_weight(&self, weight: FrozenMatrix) -> Result<FrozenMatrix> {
-        Ok(weight)
+    fn upload_weights(&self, weights: Vec<FrozenMatrix>) -> Result<Vec<FrozenMatrix>> {
+        Ok(weights)
+    }
+
+    fn bytes_in_memory(&self, weight: &FrozenMatrix) -> WeightParts {
+        weight.bytes_in_memory()
     }
 
     fn stream_weights(

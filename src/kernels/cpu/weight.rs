@@ -2,8 +2,11 @@
 
 use bytes::Bytes;
 use half::bf16;
-use nibble_quant::PackedWeight;
 use nibble_quant::product::WeightRef;
+use nibble_quant::{Absmax, PackedWeight};
+
+use crate::ledger::resident;
+use crate::plan::WeightParts;
 
 /// A frozen matrix `[out, in]`.
 #[derive(Debug, Clone)]
@@ -45,6 +48,25 @@ impl FrozenMatrix {
         match self {
             FrozenMatrix::F32(data, _) | FrozenMatrix::Bf16(data, _) => data.len(),
             FrozenMatrix::Packed(packed) => packed.bytes(),
+        }
+    }
+
+    /// What of it is in the program's memory, of a mapped file the pages that were read; everything
+    /// where the system does not tell.
+    pub fn bytes_in_memory(&self) -> WeightParts {
+        let bytes = |part: &Bytes| resident::present_bytes(part).unwrap_or(part.len() as u64);
+        let none = WeightParts::default();
+        match self {
+            FrozenMatrix::F32(data, _) | FrozenMatrix::Bf16(data, _) => {
+                WeightParts { dense_linears: bytes(data), ..none }
+            }
+            FrozenMatrix::Packed(packed) => {
+                let scales = match packed.absmax() {
+                    Absmax::Plain(absmax) => bytes(absmax),
+                    Absmax::Nested { codes, absmax, .. } => bytes(codes) + bytes(absmax),
+                };
+                WeightParts { codes: bytes(packed.codes()), scales, ..none }
+            }
         }
     }
 

@@ -22,7 +22,7 @@ use crate::kernels::{
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
 use crate::model::streaming::Streaming;
-use crate::plan::{MemoryPlan, Settings};
+use crate::plan::{MemoryPlan, Settings, WeightParts};
 
 impl<D: Driver> Kernels for Cuda<D> {
     type Buffer = Buffer<D>;
@@ -96,8 +96,12 @@ impl<D: Driver> Kernels for Cuda<D> {
         Ok(())
     }
 
-    fn upload_weight(&self, weight: FrozenMatrix) -> Result<DeviceWeight<D>> {
-        weight::upload(&self.shared.driver, &self.shared.tables, &weight)
+    fn upload_weights(&self, weights: Vec<FrozenMatrix>) -> Result<Vec<DeviceWeight<D>>> {
+        weight::upload(&self.shared.driver, &self.shared.tables, weights)
+    }
+
+    fn bytes_in_memory(&self, weight: &DeviceWeight<D>) -> WeightParts {
+        weight.bytes
     }
 
     fn stream_weights(

@@ -156,6 +156,10 @@ impl<D: Driver> WeightStream for Stream<D> {
     fn leave_head(&mut self) {
         // On the device.
     }
+
+    fn bytes_in_memory(&self) -> Option<u64> {
+        Some((self.places.len() * self.bytes) as u64)
+    }
 }
 
 impl<D: Driver> Drop for Stream<D> {

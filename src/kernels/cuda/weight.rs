@@ -11,6 +11,7 @@ use super::driver::{Address, Argument, Driver};
 use super::memory::Allocation;
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
+use crate::plan::WeightParts;
 
 /// Parts of a weight begin on this many bytes.
 const PART_ALIGNMENT_BYTES: usize = 256;
@@ -20,6 +21,8 @@ pub struct DeviceWeight<D: Driver> {
     /// `[out, in]`.
     pub shape: [usize; 2],
     pub(super) form: Form,
+    /// What it takes, padding included.
+    pub(super) bytes: WeightParts,
     _memory: Arc<Allocation<D>>,
 }
 
@@ -175,11 +178,19 @@ pub(super) fn at<D: Driver>(
         next - bytes
     };
     let addresses: Vec<Address> = parts(weight).iter().map(place).collect();
-    let form = match weight {
-        FrozenMatrix::Packed(packed) => Form::Packed(packed_at(tables, packed, &addresses)),
-        _ => Form::Dense(addresses[0]),
+    let shape = weight.shape();
+    let bytes = (next - start) as usize;
+    let (form, bytes) = match weight {
+        FrozenMatrix::Packed(packed) => {
+            let form = Form::Packed(packed_at(tables, packed, &addresses));
+            (form, WeightParts::packed(shape[0] * shape[1], bytes))
+        }
+        _ => {
+            let dense = WeightParts { dense_linears: bytes as u64, ..WeightParts::default() };
+            (Form::Dense(addresses[0]), dense)
+        }
     };
-    DeviceWeight { shape: weight.shape(), form, _memory: memory.clone() }
+    DeviceWeight { shape, form, bytes, _memory: memory.clone() }
 }
 
 fn packed_at<D: Driver>(
@@ -204,25 +215,36 @@ fn packed_at<D: Driver>(
     }
 }
 
-/// Copies `weight` to the device; dense values are rounded to bf16.
+/// Copies `weights` to the device, into one allocation; dense values are rounded to bf16.
 pub(super) fn upload<D: Driver>(
     driver: &Arc<D>,
     tables: &Tables<D>,
-    weight: &FrozenMatrix,
-) -> Result<DeviceWeight<D>> {
-    let parts = parts(weight);
-    let memory = Allocation::new(driver, parts.iter().map(padded_bytes).sum())?;
-    let mut next = memory.address();
-    for part in &parts {
-        match part {
-            Part::Stored(bytes) => driver.upload(bytes, next)?,
-            Part::Rounded(_) => {
-                let mut rounded = vec![0; part.bytes()];
-                part.write(&mut rounded);
-                driver.upload(&rounded, next)?;
-            }
-        }
-        next += padded_bytes(part) as u64;
+    weights: Vec<FrozenMatrix>,
+) -> Result<Vec<DeviceWeight<D>>> {
+    if weights.is_empty() {
+        return Ok(Vec::new());
     }
-    Ok(at(tables, weight, memory.address(), &memory))
+    let bytes = |weight: &FrozenMatrix| parts(weight).iter().map(padded_bytes).sum::<usize>();
+    let memory = Allocation::new(driver, weights.iter().map(bytes).sum())?;
+    let mut next = memory.address();
+    let place = |weight: FrozenMatrix| {
+        let start = next;
+        for part in parts(&weight) {
+            write(driver, &part, next)?;
+            next += padded_bytes(&part) as u64;
+        }
+        Ok(at(tables, &weight, start, &memory))
+    };
+    weights.into_iter().map(place).collect()
+}
+
+fn write<D: Driver>(driver: &Arc<D>, part: &Part, to: Address) -> Result<()> {
+    match part {
+        Part::Stored(bytes) => driver.upload(bytes, to),
+        Part::Rounded(_) => {
+            let mut rounded = vec![0; part.bytes()];
+            part.write(&mut rounded);
+            driver.upload(&rounded, to)
+        }
+    }
 }

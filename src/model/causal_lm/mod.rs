@@ -17,14 +17,14 @@ use buffers::Buffers;
 
 use super::block::Dropout;
 use super::parameters::Parameters;
-use super::spec::ModelSpec;
+use super::spec::{ModelSpec, TensorRole, TensorSpec};
 use super::weights::Weights;
 use crate::data::Batch;
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
 use crate::kernels::{Kernels, PlannedMemory, Residency};
 use crate::ledger::{self, Phase};
-use crate::plan::{MemoryPlan, Settings};
+use crate::plan::{MemoryPlan, Settings, WeightParts};
 
 /// A loaded model.
 pub struct Model<K: Kernels = Cpu> {
@@ -181,6 +181,16 @@ impl<K: Kernels> Model<K> {
     /// Bytes of each region of the plan that are in memory now.
     pub fn region_bytes(&self) -> Vec<u64> {
         (self.residency)()
+    }
+
+    /// What of the frozen weights is in memory now, by kind.
+    pub fn weight_bytes(&self) -> WeightParts {
+        let vector =
+            |tensor: &TensorSpec| matches!(tensor.role, TensorRole::Norm | TensorRole::Bias);
+        let vectors = self.spec.inventory().into_iter().filter(vector);
+        let elements: usize = vectors.map(|tensor| tensor.shape.iter().product::<usize>()).sum();
+        let vectors = (elements * size_of::<f32>()) as u64;
+        WeightParts { vectors, ..self.weights.bytes_in_memory(&self.kernels) }
     }
 
     /// The adapters.

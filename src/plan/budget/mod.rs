@@ -6,9 +6,11 @@ mod shortfall;
 use clap::ValueEnum;
 
 use crate::error::{Error, Result};
+
 use crate::model::spec::ModelSpec;
 use crate::plan::cost::Pace;
 use crate::plan::layout::MemoryPlan;
+use crate::plan::outside::{Outside, WeightParts};
 use crate::plan::settings::{Policy, Settings};
 use crate::plan::weights::{Place, WeightBytes};
 
@@ -233,14 +235,16 @@ impl Demand<'_> {
         Demand { activations, mode, ..self.clone() }
     }
 
-    /// Bytes of the frozen weights, streamed or not.
-    pub fn weight_bytes(&self, stream: bool) -> u64 {
-        self.weight_bytes_of(self.settings, stream)
-    }
-
-    fn weight_bytes_of(&self, settings: &Settings, stream: bool) -> u64 {
+    /// The frozen weights, streamed or not, of a run with `settings`.
+    fn weight_parts(&self, settings: &Settings, stream: bool) -> WeightParts {
         let streamed = self.weights.streamed.filter(|_| stream);
         streamed.map_or(self.weights.resident, |streamed| streamed.of_pass(settings.tokens))
+    }
+
+    /// What a run has beside its arena.
+    pub fn outside(&self, stream: bool) -> Outside {
+        let weights = self.weight_parts(self.settings, stream);
+        Outside { place: self.place, process_bytes: self.process_bytes, weights }
     }
 
     /// The buffers of a choice.
@@ -251,7 +255,7 @@ impl Demand<'_> {
     /// Bytes of everything.
     pub(super) fn total_bytes(&self, settings: &Settings, candidate: Candidate) -> u64 {
         let plan = self.plan(&self.with(settings, candidate));
-        let weights = self.weight_bytes_of(settings, candidate.stream);
+        let weights = self.weight_parts(settings, candidate.stream).total();
         plan.arena_bytes() as u64 + weights + self.process_bytes
     }
 }

@@ -49,7 +49,10 @@ impl Demand<'_> {
                 ByteSize(bytes)
             ));
         }
-        let least = ByteSize(self.weight_bytes(stream) + self.process_bytes);
+        let least = {
+            let outside = self.outside(stream);
+            ByteSize(outside.weights.total() + outside.process_bytes)
+        };
         error.hint(format_args!("the frozen weights and data alone take {least}"))
     }
 

@@ -8,6 +8,11 @@ use crate::plan::{StreamedBytes, layout};
 const CHECKPOINT: Candidate =
     Candidate { kept: 0, others: Policy::Checkpoint, stream: false, pieces: false };
 
+/// Weights that are codes alone.
+fn codes(codes: u64) -> WeightParts {
+    WeightParts { codes, ..WeightParts::default() }
+}
+
 /// Six blocks.
 fn golden() -> ModelSpec {
     let text = include_str!("../../../tests/data/models/llama_s0/config.json");
@@ -40,7 +45,7 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
         layout: &layout,
         activations: Activations::Auto,
         mode: WeightsMode::Auto,
-        weights: WeightBytes { resident: 1 << 20, streamed: None },
+        weights: WeightBytes { resident: codes(1 << 20), streamed: None },
         process_bytes: 100,
         place: Place::Host,
         pinned_bytes: u64::MAX,
@@ -73,8 +78,8 @@ fn auto_keeps_as_many_layers_as_fit() {
 fn weights_are_streamed_where_that_saves_recomputation() {
     let spec = golden();
     let settings = settings(&spec, 1024);
-    let streamed = Some(StreamedBytes::of_outside(1 << 20));
-    let weights = WeightBytes { resident: 50 << 20, streamed };
+    let streamed = Some(StreamedBytes::of_vectors(1 << 20));
+    let weights = WeightBytes { resident: codes(50 << 20), streamed };
     let auto = Demand { weights, ..demand(&spec, &settings) };
     let keep = Candidate { kept: 6, ..CHECKPOINT };
     let most = auto.total_bytes(&settings, keep);
@@ -84,7 +89,7 @@ fn weights_are_streamed_where_that_saves_recomputation() {
     let stream = auto.allowing(Activations::Auto, WeightsMode::Stream);
     assert_eq!(choose(&stream, most), Candidate { stream: true, ..keep });
     let resident = auto.allowing(Activations::Auto, WeightsMode::Resident);
-    let error = resident.choose(Limit::Budget(weights.resident)).unwrap_err().to_string();
+    let error = resident.choose(Limit::Budget(weights.resident.total())).unwrap_err().to_string();
     assert!(error.contains("`--activations keep` with `--weights stream` would need"), "{error}");
     let dense = Demand { weights: WeightBytes { streamed: None, ..weights }, ..stream };
     let error = dense.choose(Limit::Budget(most)).unwrap_err().to_string();

@@ -243,6 +243,7 @@ fn bands(moments: &[Moment], last: f64) -> Vec<(String, String, &'static str, St
 mod tests {
     use super::*;
     use crate::ledger::Record;
+    use crate::plan::Outside;
 
     fn account() -> Account {
         let row = |name: &str, planned_bytes, measured_bytes| Row {
@@ -257,6 +258,7 @@ mod tests {
             file_bytes: 1 << 20,
         };
         Account {
+            outside: Outside::default(),
             rows: vec![row("a<b", 3 << 20, Some(4 << 20)), row("c", 1 << 20, Some(1 << 20))],
             phases: vec![PhaseRow {
                 phase: Phase::Loss,

@@ -1,0 +1,72 @@
+//! What a run has in memory beside its arena: rows of the memory report.
+
+use std::ops::AddAssign;
+
+use serde::{Deserialize, Serialize};
+
+use super::Place;
+
+/// What a run has beside its arena.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct Outside {
+    /// Where the run computes.
+    pub place: Place,
+    /// Bytes that are there before the weights: the program, its tokenizer and data; on a GPU what
+    /// the driver and other programs have of it.
+    pub process_bytes: u64,
+    /// Frozen weights.
+    pub weights: WeightParts,
+}
+
+/// Bytes of frozen weights, by kind.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct WeightParts {
+    /// Codes of 4-bit blocks: two weights a byte.
+    pub codes: u64,
+    /// Scales of 4-bit blocks, nested ones included.
+    pub scales: u64,
+    /// Linears that are not packed.
+    pub dense_linears: u64,
+    /// Embeddings of tokens and positions, and the head where it is a matrix of its own.
+    pub tables: u64,
+    /// Norms and biases.
+    pub vectors: u64,
+    /// Of what comes and goes when weights are streamed, the most at a time.
+    pub streamed: u64,
+}
+
+impl WeightParts {
+    /// A packed matrix of `elements` in `bytes`.
+    pub fn packed(elements: usize, bytes: usize) -> Self {
+        let codes = elements.div_ceil(2).min(bytes) as u64;
+        WeightParts { codes, scales: bytes as u64 - codes, ..WeightParts::default() }
+    }
+
+    /// Everything.
+    pub fn total(&self) -> u64 {
+        self.rows().map(|(_, bytes)| bytes).iter().sum()
+    }
+
+    /// Name and bytes of each kind.
+    pub fn rows(&self) -> [(&'static str, u64); 6] {
+        [
+            ("4-bit codes", self.codes),
+            ("scales of 4-bit blocks", self.scales),
+            ("linears that are not packed", self.dense_linears),
+            ("embeddings and head", self.tables),
+            ("norms and biases", self.vectors),
+            ("streamed weights", self.streamed),
+        ]
+    }
+}
+
+impl AddAssign for WeightParts {
+    fn add_assign(&mut self, other: Self) {
+        self.codes += other.codes;
+        self.scales += other.scales;
+        self.dense_linears += other.dense_linears;
+        self.tables += other.tables;
+        self.vectors += other.vectors;
+        self.streamed += other.streamed;
+    }
+}
