@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -79,12 +80,14 @@ def table(arguments, runs, quantize_seconds):
         "| part | " + " | ".join(f"{r['weights']}: planned | measured" for r in runs) + " |",
         "|---|" + "---|---|" * len(runs),
     ]
-    for index, row in enumerate(runs[0]["rows"]):
+    rows = [{row["name"]: row for row in one["rows"]} for one in runs]
+    names = dict.fromkeys(name for one in rows for name in one)
+    for name in sorted(names, key=lambda name: -max(peak(one.get(name)) for one in rows)):
         cells = []
-        for one in runs:
-            part = one["rows"][index]
-            cells += [mebibytes(part["planned_bytes"]), mebibytes(part["measured_bytes"])]
-        lines.append(f"| {row['name']} | " + " | ".join(cells) + " |")
+        for one in rows:
+            part = one.get(name)
+            cells += [mebibytes(part[key]) if part else "" for key in ("planned_bytes", "measured_bytes")]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
     totals = []
     for one in runs:
         difference = 100 * (one["peak_bytes"] / one["planned_bytes"] - 1)
@@ -95,7 +98,13 @@ def table(arguments, runs, quantize_seconds):
         lines.append("")
         lines.append(f"{one['weights']}: loss {', '.join(one['losses'])}; {rates} tokens/s; "
                      f"{one['seconds']:.0f} s in all.")
+    resident, streamed = (statistics.median(one["tokens_per_second"]) for one in runs)
+    lines += ["", f"Streamed steps have {streamed / resident:.2f} of the resident ones' speed (medians)."]
     return "\n".join(lines) + "\n"
+
+
+def peak(row):
+    return row["measured_bytes"] if row else 0
 
 
 def mebibytes(count):
