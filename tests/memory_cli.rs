@@ -3,12 +3,13 @@
 mod golden;
 mod training;
 
+use std::collections::BTreeSet;
 use std::process::{Command, Output};
 
 use golden::{CASES, Case};
 use nibble::plan::Policy;
 use serde_json::Value;
-use training::{Workplace, fail, succeed};
+use training::{Workplace, fail, stderr, succeed};
 
 fn memory(arguments: &[&str]) -> Output {
     let root = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/models/llama_s0");
@@ -121,6 +122,57 @@ fn a_budget_decides_which_blocks_keep_and_a_refusal_shows_the_way() {
     );
 }
 
+/// Rows add up to the peak; after the program come the weights' and the arena's parts: each is in
+/// memory to the last page.
+fn assert_rows_as_planned(plan: &Value) {
+    let rows = plan["measured"]["rows"].as_array().unwrap();
+    let bytes = |row: &Value, key: &str| row[key].as_u64().unwrap();
+    let sum: u64 = rows.iter().map(|row| bytes(row, "measured_bytes")).sum();
+    assert_eq!(sum, number(&plan["measured"], "peak_bytes"));
+    for row in &rows[1..] {
+        let (planned, measured) = (bytes(row, "planned_bytes"), bytes(row, "measured_bytes"));
+        let least = match row["name"].as_str().unwrap() {
+            // Pages of the file that lie around the blocks may come with them, or be gone.
+            "streamed weights" => continue,
+            // Rows of tokens that the batch does not have.
+            "embeddings and head" => planned / 2,
+            // A thread that found no tile to compute has not touched its share.
+            "attention workspace" => planned / 2,
+            _ => planned,
+        };
+        let near = least.saturating_sub(2 * 4096)..=planned + 2 * 4096;
+        assert!(near.contains(&measured), "{row}");
+    }
+}
+
+/// What `auto` takes within smaller and smaller budgets is what the model then allocates.
+#[test]
+fn a_chosen_mix_fills_the_planned_arena() {
+    let place = Workplace::new();
+    succeed(place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
+    let measured = |budget: &str| {
+        let sizes = ["--model", "packed", "--max-length", "4096", "--threads", "2"];
+        let mut command = place.nibble(&["memory", "--measure", "1", "--json"]);
+        command.args(sizes).args(["--budget", budget]).output().expect("the binary runs")
+    };
+    let (mut budget, mut seen) = ("1GiB".to_string(), BTreeSet::new());
+    loop {
+        let output = measured(&budget);
+        if !output.status.success() {
+            assert_eq!(output.status.code(), Some(1), "{}", stderr(&output));
+            break;
+        }
+        let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_rows_as_planned(&plan);
+        let total = number(&plan, "total_bytes");
+        seen.insert((number(&plan, "kept_blocks"), number(&plan, "mlp_tile_tokens")));
+        budget = (total - (64 << 10)).to_string();
+    }
+    let any = |is: fn(&(u64, u64)) -> bool| seen.iter().any(is);
+    assert!(any(|mix| *mix == (2, 4096)) && any(|mix| *mix == (2, 1024)), "{seen:?}");
+    assert!(any(|mix| mix.0 == 0), "{seen:?}");
+}
+
 #[test]
 fn a_measured_run_fills_the_planned_arena() {
     let place = Workplace::new();
@@ -137,27 +189,9 @@ fn a_measured_run_fills_the_planned_arena() {
         command.args(flags).args(["--html", "page.html"]);
         let output = succeed(command);
         let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_rows_as_planned(&plan);
         let rows = plan["measured"]["rows"].as_array().unwrap();
-        let bytes = |row: &Value, key: &str| row[key].as_u64().unwrap();
-        let sum: u64 = rows.iter().map(|row| bytes(row, "measured_bytes")).sum();
-        assert_eq!(sum, number(&plan["measured"], "peak_bytes"), "{model}");
-        // After the program come the weights' and the arena's parts: each is in memory to the last
-        // page.
         assert_eq!(rows.iter().any(|row| row["name"] == "4-bit codes"), weights == "resident");
-        for row in &rows[1..] {
-            let (planned, measured) = (bytes(row, "planned_bytes"), bytes(row, "measured_bytes"));
-            let least = match row["name"].as_str().unwrap() {
-                // Pages of the file that lie around the blocks may come with them, or be gone.
-                "streamed weights" => continue,
-                // Rows of tokens that the batch does not have.
-                "embeddings and head" => planned / 2,
-                // A thread that found no tile to compute has not touched its share.
-                "attention workspace" => planned / 2,
-                _ => planned,
-            };
-            let near = least.saturating_sub(2 * 4096)..=planned + 2 * 4096;
-            assert!(near.contains(&measured), "{model}: {row}");
-        }
         let cache = &plan["measured"]["page_cache"];
         let (file, cached) = (number(cache, "file_bytes"), number(cache, "cached_bytes"));
         let size = std::fs::metadata(place.path(&format!("{model}/model.safetensors")));

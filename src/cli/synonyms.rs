@@ -3,7 +3,7 @@
 use clap::{Arg, Command};
 
 /// Their name and ours, with hyphens.
-const SYNONYMS: [(&str, &str); 38] = [
+const SYNONYMS: [(&str, &str); 39] = [
     // transformers, TRL and PEFT, where ours is shorter
     ("bnb-4bit-quant-type", "quantization"),
     ("bnb-4bit-use-double-quant", "double-quant"),
@@ -26,6 +26,7 @@ const SYNONYMS: [(&str, &str); 38] = [
     ("lora-rank", "lora-r"),
     ("micro-batch-size", "per-device-train-batch-size"),
     ("num-epochs", "num-train-epochs"),
+    ("num-output-chunks", "logits-chunk-length"),
     ("sample-packing", "packing"),
     ("sequence-len", "max-length"),
     ("tiled-mlp", "mlp-tile-length"),

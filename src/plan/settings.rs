@@ -1,5 +1,6 @@
 //! What the sizes of a run's buffers depend on, beside the model.
 
+use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use super::moments::{MomentLayout, Optim};
@@ -25,11 +26,13 @@ pub enum Policy {
 /// Buffers for the inputs of layers that are offloaded: one at work, one that is copied.
 pub const OFFLOAD_SLOTS: usize = 2;
 
-/// Rows of logits that exist at a time: 128 MiB of f32, at least 64 rows, no more than `tokens`.
-pub fn logit_rows(spec: &ModelSpec, tokens: usize) -> usize {
+/// Rows of logits that exist at a time: 128 MiB of f32, at least 64 rows; no more than `most`, where
+/// that is given, nor than `tokens`.
+pub fn logit_rows(spec: &ModelSpec, tokens: usize, most: Option<NonZeroUsize>) -> usize {
     const CHUNK_BYTES: usize = 128 << 20;
     const LEAST_ROWS: usize = 64;
-    (CHUNK_BYTES / (spec.vocab_size * size_of::<f32>())).max(LEAST_ROWS).min(tokens)
+    let rows = (CHUNK_BYTES / (spec.vocab_size * size_of::<f32>())).max(LEAST_ROWS).min(tokens);
+    most.map_or(rows, |most| rows.min(most.get()))
 }
 
 /// What the sizes depend on, beside the model.

@@ -51,7 +51,7 @@ fn a_file_with_all_settings_is_the_same_run() {
                  early-stopping-patience=9 early-stopping-threshold=0.001 \
                  load-best-model-at-end=true sample-prompt=w5 sample-steps=3 \
                  sample-max-new-tokens=4 self-checks=true longest-first-step=false save-steps=2 \
-                 save-total-limit=1 activations=checkpoint mlp-tile-length=9 \
+                 save-total-limit=1 activations=checkpoint mlp-tile-length=9 logits-chunk-length=7 \
                  memory-budget=4GiB";
     let by_flags = runs.train(flags);
     let line = |flag: String| {

@@ -187,6 +187,17 @@ fn mlp_tile_length() {
 }
 
 #[test]
+fn logits_chunk_length() {
+    let runs = Runs::new();
+    let flags = "max-length=64 train-on=all";
+    let [whole, chunks] =
+        ["", "logits-chunk-length=5"].map(|chunk| runs.train(&format!("{flags} {chunk}")));
+    assert!(planned(&chunks, "logits chunk") < planned(&whole, "logits chunk") / 4);
+    // Every row of logits is computed as before; losses are added chunk by chunk.
+    assert_eq!(whole.optimizer("master"), chunks.optimizer("master"));
+}
+
+#[test]
 fn weights() {
     let runs = Runs::new();
     succeed(runs.place.nibble(&["quantize", "--model", "model", "--out", "packed"]));

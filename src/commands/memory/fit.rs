@@ -13,8 +13,11 @@ use crate::report::figures::{change, thousands};
 /// Prints what fits `--budget`, or this machine's free memory.
 pub(super) fn run(args: &MemoryArgs, demand: &Demand) -> Result<()> {
     let budget = args.budget.unwrap_or_else(|| ByteSize(resident::available_bytes()));
-    let asked =
-        Asked { batch: args.per_device_train_batch_size.get(), length: args.max_length.get() };
+    let asked = Asked {
+        batch: args.per_device_train_batch_size.get(),
+        length: args.max_length.get(),
+        logits_chunk: args.logits_chunk_length,
+    };
     // The plan within the budget; the nearest one where there is none.
     let chosen = demand.choose(Limit::Budget(budget.0));
     let refused = chosen.as_ref().err().map(ToString::to_string);

@@ -217,7 +217,7 @@ fn settings(args: &MemoryArgs, spec: &ModelSpec) -> Result<Settings> {
     Ok(Settings {
         tokens,
         longest_document: args.max_length.get(),
-        logit_rows: logit_rows(spec, tokens),
+        logit_rows: logit_rows(spec, tokens, args.logits_chunk_length),
         policies: Vec::new(),
         targets: lora.resolve(spec)?,
         lora_dropout: lora.lora_dropout > 0.0,

@@ -94,7 +94,8 @@ impl Memory {
 /// What the plan depends on, but for the policies.
 fn sizes(args: &TrainArgs, base: &Base, adapter: &Adapter, data: &Prepared) -> Result<Settings> {
     // Only trained tokens have logits.
-    let logit_rows = logit_rows(&base.spec, data.largest_batch_tokens);
+    let (tokens, most) = (data.largest_batch_tokens, args.resources.logits_chunk_length);
+    let logit_rows = logit_rows(&base.spec, tokens, most);
     Ok(Settings {
         tokens: data.largest_batch_tokens,
         longest_document: data.longest_document_tokens,

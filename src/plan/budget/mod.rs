@@ -19,7 +19,7 @@ const USABLE_SHARE: f64 = 0.9;
 /// Tokens of a tile of the MLP where memory is short.
 const SMALL_TILE_TOKENS: usize = 1024;
 /// Rows of logits where memory is short, at least.
-const LEAST_LOGIT_ROWS: usize = 64;
+pub(super) const LEAST_LOGIT_ROWS: usize = 64;
 
 /// What happens to activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -136,7 +136,12 @@ impl Demand<'_> {
         if let Some(choice) = self.fitting(&candidates, bytes) {
             return Ok(choice);
         }
-        let leanest = candidates.iter().min_by_key(|c| self.total_bytes(self.settings, **c));
+        // What the host has no room for is no way out, unless nothing else was allowed.
+        let lean = |c: &&Candidate| {
+            let unpinned = self.pinned_for(**c) > self.pinned_bytes;
+            (unpinned, self.total_bytes(self.settings, **c))
+        };
+        let leanest = candidates.iter().min_by_key(lean);
         let leanest = *leanest.expect("one mode and one policy are allowed");
         match limit {
             Limit::Free(_) => Ok(self.choice(leanest)),

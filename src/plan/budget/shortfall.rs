@@ -12,13 +12,7 @@ const LENGTH_STEP: usize = 64;
 impl Demand<'_> {
     /// `leanest` is the least that was allowed.
     pub(super) fn shortfall(&self, budget: u64, leanest: Candidate) -> Error {
-        let need = self.total_bytes(self.settings, leanest);
-        let error = Error::budget(format_args!(
-            "plan needs {}, budget is {}: {} too little",
-            ByteSize(need),
-            ByteSize(budget),
-            ByteSize(need.saturating_sub(budget))
-        ));
+        let error = self.too_little(budget, leanest);
         // What is not asked for, but would help: the less changes the better.
         let relaxed = [
             (self.activations, WeightsMode::Auto),
@@ -33,7 +27,11 @@ impl Demand<'_> {
             }
         }
         let stream = self.weights.streamed.is_some();
-        let least = Candidate { kept: 0, others: Policy::Offload, stream, pieces: true };
+        let offload = Candidate { kept: 0, others: Policy::Offload, stream, pieces: true };
+        let least = match self.pinned_for(offload) <= self.pinned_bytes {
+            true => offload,
+            false => Candidate { others: Policy::Checkpoint, ..offload },
+        };
         let flags = self.flags(least);
         if let Some((tokens, bytes)) = self.longest_fit(budget, least) {
             return error.hint(format_args!(
@@ -54,6 +52,23 @@ impl Demand<'_> {
             ByteSize(outside.weights.total() + outside.process_bytes)
         };
         error.hint(format_args!("the frozen weights and data alone take {least}"))
+    }
+
+    fn too_little(&self, budget: u64, leanest: Candidate) -> Error {
+        let (need, pinned) = (self.total_bytes(self.settings, leanest), self.pinned_for(leanest));
+        if need <= budget {
+            return Error::budget(format_args!(
+                "offloaded inputs need {} of pinned host memory, {} can be had: half of what is free",
+                ByteSize(pinned),
+                ByteSize(self.pinned_bytes)
+            ));
+        }
+        Error::budget(format_args!(
+            "plan needs {}, budget is {}: {} too little",
+            ByteSize(need),
+            ByteSize(budget),
+            ByteSize(need - budget)
+        ))
     }
 
     /// What to type for a candidate.

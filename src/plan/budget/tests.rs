@@ -178,5 +178,9 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         let poor = Demand { pinned_bytes: 0, ..demand.clone() };
         let budget = Limit::Budget(24 << 30);
         assert_eq!(poor.choose(budget).unwrap().candidate.others, Policy::Checkpoint);
+        let poor = poor.allowing(Activations::Offload, WeightsMode::Auto);
+        let error = poor.choose(Limit::Budget(200 << 30)).unwrap_err().to_string();
+        assert!(error.contains("of pinned host memory, 0 B can be had"), "{error}");
+        assert!(error.contains("hint: `--activations keep` would need"), "{error}");
     }
 }

@@ -1,12 +1,14 @@
 //! What fits a memory budget: the longest context, the largest micro-batch, and what each setting
 //! would change. All of it is the plan's own arithmetic, tried at other sizes.
 
+use std::num::NonZeroUsize;
+
 use serde::Serialize;
 
-use super::budget::{Candidate, Choice, Demand, WeightsMode};
-use super::cost::Pace;
-use super::moments::Optim;
-use super::settings::{Policy, Settings, logit_rows};
+use crate::plan::budget::{Candidate, Choice, Demand, LEAST_LOGIT_ROWS, WeightsMode};
+use crate::plan::cost::Pace;
+use crate::plan::moments::Optim;
+use crate::plan::settings::{Policy, Settings, logit_rows};
 
 /// Lengths are multiples of this many tokens.
 const LENGTH_STEP: usize = 64;
@@ -84,6 +86,17 @@ pub struct Asked {
     pub batch: usize,
     /// Tokens of a row.
     pub length: usize,
+    /// Tokens whose logits exist at a time, at most.
+    pub logits_chunk: Option<NonZeroUsize>,
+}
+
+impl Asked {
+    /// The settings of `demand` with other sizes.
+    fn sized(&self, demand: &Demand, batch: usize, length: usize) -> Settings {
+        let tokens = batch * length;
+        let logit_rows = logit_rows(demand.spec, tokens, self.logits_chunk);
+        Settings { tokens, longest_document: length, logit_rows, ..demand.settings.clone() }
+    }
 }
 
 /// A demand at sizes that may change, within a budget.
@@ -108,7 +121,7 @@ impl Fit {
 
 impl Search<'_> {
     fn ways(&self) -> Vec<Way> {
-        let (demand, Asked { batch, length }) = (self.demand, self.asked);
+        let (demand, Asked { batch, length, .. }) = (self.demand, self.asked);
         let streams = [false, true].into_iter().filter(|s| !s || demand.weights.streamed.is_some());
         let policies = [Policy::Keep, Policy::Checkpoint, Policy::Offload];
         let ways =
@@ -116,14 +129,14 @@ impl Search<'_> {
         let mut ways: Vec<Way> = ways
             .map(|candidate| {
                 let fits = |batch: usize, length: usize| {
-                    let settings = sized(demand, batch, length);
+                    let settings = self.asked.sized(demand, batch, length);
                     demand.total_bytes(&settings, candidate) <= self.budget
                 };
                 Way {
                     policy: if candidate.kept > 0 { Policy::Keep } else { candidate.others },
                     stream: candidate.stream,
                     time: self.seconds(demand.settings, candidate),
-                    bytes: demand.total_bytes(&sized(demand, batch, length), candidate),
+                    bytes: demand.total_bytes(&self.asked.sized(demand, batch, length), candidate),
                     longest_document: LENGTH_STEP
                         * largest(MOST_TOKENS / LENGTH_STEP, |n| fits(1, n * LENGTH_STEP)),
                     largest_batch: largest(MOST_TOKENS / length, |n| fits(n, length)),
@@ -140,7 +153,7 @@ impl Search<'_> {
         let demand = self.demand;
         let plan_seconds = self.seconds(demand.settings, self.plan);
         let batches = (0..).map(|power| 1 << power).map_while(|batch| {
-            let settings = sized(demand, batch, self.asked.length);
+            let settings = self.asked.sized(demand, batch, self.asked.length);
             let demand = Demand { settings: &settings, ..demand.clone() };
             let choice = demand.within(self.budget)?;
             let Candidate { kept, others, stream, .. } = choice.candidate;
@@ -177,17 +190,24 @@ impl Search<'_> {
             knobs.push(knob(format!("--weights {mode}"), same, candidate));
         }
         let mut with = |flags: String, settings: Settings| knobs.push(knob(flags, &settings, plan));
-        let Asked { batch, length } = self.asked;
+        let Asked { batch, length, .. } = self.asked;
         if batch > 1 {
             let flags = format!("--per-device-train-batch-size {}", batch / 2);
-            with(flags, sized(demand, batch / 2, length));
+            with(flags, self.asked.sized(demand, batch / 2, length));
         }
         if length >= 2 * LENGTH_STEP {
-            with(format!("--max-length {}", length / 2), sized(demand, batch, length / 2));
+            with(
+                format!("--max-length {}", length / 2),
+                self.asked.sized(demand, batch, length / 2),
+            );
         }
         if let Some(length) = smaller_tile(same).filter(|_| !plan.pieces) {
             let settings = Settings { mlp_tile_length: Some(length), ..same.clone() };
             with(format!("--mlp-tile-length {length}"), settings);
+        }
+        if let Some(logit_rows) = smaller_chunk(same).filter(|_| !plan.pieces) {
+            let settings = Settings { logit_rows, ..same.clone() };
+            with(format!("--logits-chunk-length {logit_rows}"), settings);
         }
         let packed = Settings { optim: Optim::Adamw8bit, ..same.clone() };
         if same.optim != packed.optim && packed.moments().blocks > 0 {
@@ -232,13 +252,6 @@ fn uniform(demand: &Demand, policy: Policy, stream: bool) -> Candidate {
     Candidate { kept, others, stream, pieces: false }
 }
 
-/// The settings of `demand` with other sizes.
-fn sized(demand: &Demand, batch: usize, length: usize) -> Settings {
-    let tokens = batch * length;
-    let logit_rows = logit_rows(demand.spec, tokens);
-    Settings { tokens, longest_document: length, logit_rows, ..demand.settings.clone() }
-}
-
 /// The largest `n` up to `most` that fits; what fits with more fits with less.
 pub(super) fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
     let (mut good, mut bad) = (0, most + 1);
@@ -256,134 +269,11 @@ fn smaller_tile(settings: &Settings) -> Option<usize> {
     (quarter >= LEAST_TILE_TOKENS).then_some(quarter)
 }
 
-#[cfg(test)]
-mod tests {
-    use super::super::budget::{Activations, Limit};
-    use super::*;
-    use crate::adapter::LoraConfig;
-    use crate::model::families::spec_from_config;
-    use crate::plan::{Place, StreamedBytes, WeightBytes, WeightParts};
-
-    fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
-        let text = include_str!("../../tests/data/models/llama_s0/config.json");
-        let mut spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
-        spec.num_layers = 6;
-        spec.windows = vec![None; 6];
-        let settings = Settings {
-            tokens: 1024,
-            longest_document: 512,
-            logit_rows: logit_rows(&spec, 1024),
-            policies: Vec::new(),
-            targets: LoraConfig { r: 64, ..LoraConfig::default() }.resolve(&spec).unwrap(),
-            lora_dropout: false,
-            bf16_working: true,
-            optim: Optim::default(),
-            threads: 2,
-            cache_tokens: 0,
-            mlp_tile_length: None,
-            scratch_folder: None,
-        };
-        test(&Demand {
-            spec: &spec,
-            settings: &settings,
-            layout: &crate::plan::layout,
-            activations: Activations::Auto,
-            mode: WeightsMode::Auto,
-            weights: WeightBytes {
-                resident: WeightParts { codes: 9 << 20, ..WeightParts::default() },
-                streamed: Some(StreamedBytes::of_vectors(2 << 20)),
-            },
-            process_bytes: 1 << 20,
-            place: Place::Host,
-            pinned_bytes: u64::MAX,
-        })
-    }
-
-    const ASKED: Asked = Asked { batch: 2, length: 512 };
-
-    #[test]
-    fn the_limits_are_the_last_sizes_that_fit() {
-        with_demand(|demand| {
-            let keep = uniform(demand, Policy::Keep, false);
-            let budget = demand.total_bytes(demand.settings, keep) + 1000;
-            let plan = demand.choose(Limit::Budget(budget)).unwrap();
-            let fit = Fit::new(demand, ASKED, budget, &plan);
-            assert!(fit.fits && fit.bytes == budget - 1000);
-            assert_eq!(fit.ways.len(), 6);
-            for way in &fit.ways {
-                let candidate = uniform(demand, way.policy, way.stream);
-                let bytes =
-                    |batch, length| demand.total_bytes(&sized(demand, batch, length), candidate);
-                assert!(bytes(1, way.longest_document) <= budget);
-                assert!(bytes(1, way.longest_document + LENGTH_STEP) > budget);
-                assert!(bytes(way.largest_batch, 512) <= budget);
-                assert!(bytes(way.largest_batch + 1, 512) > budget);
-                assert_eq!(way.bytes, demand.total_bytes(demand.settings, candidate));
-            }
-            let [first, recomputed, offloaded] = [0, 1, 2].map(|way| &fit.ways[way]);
-            assert!(first.policy == Policy::Keep && !first.stream && first.time == 1.0);
-            assert!(recomputed.time > 1.15 && recomputed.time < 1.5, "{recomputed:?}");
-            assert!(offloaded.time > recomputed.time, "to a drive");
-            assert!(offloaded.bytes < recomputed.bytes && recomputed.bytes < first.bytes);
-            assert!(recomputed.longest_document > first.longest_document);
-        });
-    }
-
-    /// 8B on a card of 24 GiB, rows of 256 tokens: widening the weights for few tokens does not pay.
-    #[test]
-    fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
-        let text = include_str!("../../tests/data/configs/llama-3.1-8b.json");
-        let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
-        let format = Some(nibble_quant::BlockFormat::default());
-        let bf16 = nibble_quant::FloatType::Bf16;
-        let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
-        with_demand(|demand| {
-            let targets = LoraConfig::default().resolve(&spec).unwrap();
-            let settings = Settings { targets, ..demand.settings.clone() };
-            let demand = Demand {
-                spec: &spec,
-                layout: &crate::kernels::cuda::cuda_layout,
-                weights,
-                place: Place::Gpu,
-                ..demand.clone()
-            };
-            let asked = Asked { batch: 1, length: 256 };
-            let demand = Demand { settings: &settings, ..demand };
-            let settings = sized(&demand, 1, 256);
-            let demand = Demand { settings: &settings, ..demand };
-            let budget = 24 << 30;
-            let plan = demand.choose(Limit::Budget(budget)).unwrap();
-            let fastest = Fit::new(&demand, asked, budget, &plan).fastest.unwrap();
-            assert!(fastest.bytes <= budget && fastest.time < 0.9, "{fastest:?}");
-            assert!(fastest.batch > 4 && fastest.kept > 24, "{fastest:?}");
-            assert_eq!(Fit::new(&demand, asked, 100, &plan).fastest, None);
-        });
-    }
-
-    #[test]
-    fn every_knob_says_what_it_changes() {
-        with_demand(|demand| {
-            let plan = demand.choose(Limit::Free(u64::MAX)).unwrap();
-            let bytes = demand.total_bytes(demand.settings, plan.candidate);
-            let fit = Fit::new(demand, ASKED, bytes, &plan);
-            let flags: Vec<&str> = fit.knobs.iter().map(|knob| knob.flags.as_str()).collect();
-            let expected = [
-                "--activations checkpoint",
-                "--activations offload",
-                "--weights stream",
-                "--per-device-train-batch-size 1",
-                "--max-length 256",
-                "--mlp-tile-length 256",
-                "--optim adamw_8bit",
-                "--adapter-dtype f32",
-                "--lora-r, halved",
-            ];
-            assert_eq!(flags, expected);
-            assert!(fit.knobs.iter().all(|knob| knob.bytes < bytes), "{:?}", fit.knobs);
-            let time = |flags: &str| fit.knobs.iter().find(|k| k.flags == flags).unwrap().time;
-            assert!(time("--activations checkpoint") > 1.15);
-            assert!(time("--activations offload") > time("--activations checkpoint"));
-            assert_eq!(time("--adapter-dtype f32"), 1.0);
-        });
-    }
+/// A quarter of the rows of logits, where there are enough of them, as a round number.
+fn smaller_chunk(settings: &Settings) -> Option<usize> {
+    let quarter = settings.logit_rows / 4 / LEAST_LOGIT_ROWS * LEAST_LOGIT_ROWS;
+    (quarter >= LEAST_LOGIT_ROWS).then_some(quarter)
 }
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,129 @@
+use super::*;
+use crate::adapter::LoraConfig;
+use crate::model::families::spec_from_config;
+use crate::plan::budget::{Activations, Limit};
+use crate::plan::{Place, StreamedBytes, WeightBytes, WeightParts};
+
+fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
+    let text = include_str!("../../../tests/data/models/llama_s0/config.json");
+    let mut spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
+    spec.num_layers = 6;
+    spec.windows = vec![None; 6];
+    let settings = Settings {
+        tokens: 1024,
+        longest_document: 512,
+        logit_rows: logit_rows(&spec, 1024, None),
+        policies: Vec::new(),
+        targets: LoraConfig { r: 64, ..LoraConfig::default() }.resolve(&spec).unwrap(),
+        lora_dropout: false,
+        bf16_working: true,
+        optim: Optim::default(),
+        threads: 2,
+        cache_tokens: 0,
+        mlp_tile_length: None,
+        scratch_folder: None,
+    };
+    test(&Demand {
+        spec: &spec,
+        settings: &settings,
+        layout: &crate::plan::layout,
+        activations: Activations::Auto,
+        mode: WeightsMode::Auto,
+        weights: WeightBytes {
+            resident: WeightParts { codes: 9 << 20, ..WeightParts::default() },
+            streamed: Some(StreamedBytes::of_vectors(2 << 20)),
+        },
+        process_bytes: 1 << 20,
+        place: Place::Host,
+        pinned_bytes: u64::MAX,
+    })
+}
+
+const ASKED: Asked = Asked { batch: 2, length: 512, logits_chunk: None };
+
+#[test]
+fn the_limits_are_the_last_sizes_that_fit() {
+    with_demand(|demand| {
+        let keep = uniform(demand, Policy::Keep, false);
+        let budget = demand.total_bytes(demand.settings, keep) + 1000;
+        let plan = demand.choose(Limit::Budget(budget)).unwrap();
+        let fit = Fit::new(demand, ASKED, budget, &plan);
+        assert!(fit.fits && fit.bytes == budget - 1000);
+        assert_eq!(fit.ways.len(), 6);
+        for way in &fit.ways {
+            let candidate = uniform(demand, way.policy, way.stream);
+            let bytes =
+                |batch, length| demand.total_bytes(&ASKED.sized(demand, batch, length), candidate);
+            assert!(bytes(1, way.longest_document) <= budget);
+            assert!(bytes(1, way.longest_document + LENGTH_STEP) > budget);
+            assert!(bytes(way.largest_batch, 512) <= budget);
+            assert!(bytes(way.largest_batch + 1, 512) > budget);
+            assert_eq!(way.bytes, demand.total_bytes(demand.settings, candidate));
+        }
+        let [first, recomputed, offloaded] = [0, 1, 2].map(|way| &fit.ways[way]);
+        assert!(first.policy == Policy::Keep && !first.stream && first.time == 1.0);
+        assert!(recomputed.time > 1.15 && recomputed.time < 1.5, "{recomputed:?}");
+        assert!(offloaded.time > recomputed.time, "to a drive");
+        assert!(offloaded.bytes < recomputed.bytes && recomputed.bytes < first.bytes);
+        assert!(recomputed.longest_document > first.longest_document);
+    });
+}
+
+/// 8B on a card of 24 GiB, rows of 256 tokens: widening the weights for few tokens does not pay.
+#[test]
+fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
+    let text = include_str!("../../../tests/data/configs/llama-3.1-8b.json");
+    let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
+    let format = Some(nibble_quant::BlockFormat::default());
+    let bf16 = nibble_quant::FloatType::Bf16;
+    let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
+    with_demand(|demand| {
+        let targets = LoraConfig::default().resolve(&spec).unwrap();
+        let settings = Settings { targets, ..demand.settings.clone() };
+        let demand = Demand {
+            spec: &spec,
+            layout: &crate::kernels::cuda::cuda_layout,
+            weights,
+            place: Place::Gpu,
+            ..demand.clone()
+        };
+        let asked = Asked { batch: 1, length: 256, logits_chunk: None };
+        let demand = Demand { settings: &settings, ..demand };
+        let settings = asked.sized(&demand, 1, 256);
+        let demand = Demand { settings: &settings, ..demand };
+        let budget = 24 << 30;
+        let plan = demand.choose(Limit::Budget(budget)).unwrap();
+        let fastest = Fit::new(&demand, asked, budget, &plan).fastest.unwrap();
+        assert!(fastest.bytes <= budget && fastest.time < 0.9, "{fastest:?}");
+        assert!(fastest.batch > 4 && fastest.kept > 24, "{fastest:?}");
+        assert_eq!(Fit::new(&demand, asked, 100, &plan).fastest, None);
+    });
+}
+
+#[test]
+fn every_knob_says_what_it_changes() {
+    with_demand(|demand| {
+        let plan = demand.choose(Limit::Free(u64::MAX)).unwrap();
+        let bytes = demand.total_bytes(demand.settings, plan.candidate);
+        let fit = Fit::new(demand, ASKED, bytes, &plan);
+        let flags: Vec<&str> = fit.knobs.iter().map(|knob| knob.flags.as_str()).collect();
+        let expected = [
+            "--activations checkpoint",
+            "--activations offload",
+            "--weights stream",
+            "--per-device-train-batch-size 1",
+            "--max-length 256",
+            "--mlp-tile-length 256",
+            "--logits-chunk-length 256",
+            "--optim adamw_8bit",
+            "--adapter-dtype f32",
+            "--lora-r, halved",
+        ];
+        assert_eq!(flags, expected);
+        assert!(fit.knobs.iter().all(|knob| knob.bytes < bytes), "{:?}", fit.knobs);
+        let time = |flags: &str| fit.knobs.iter().find(|k| k.flags == flags).unwrap().time;
+        assert!(time("--activations checkpoint") > 1.15);
+        assert!(time("--activations offload") > time("--activations checkpoint"));
+        assert_eq!(time("--adapter-dtype f32"), 1.0);
+    });
+}
