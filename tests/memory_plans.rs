@@ -97,7 +97,7 @@ impl Shape {
         let mlp = 2 * tile * 2 * (self.f + RANK) + tiles;
         let rows = ((128 << 20) / (4 * self.v)).max(64).min(tokens);
         let head = rows * (2 * (self.v + 4 * d) + 4 * 3);
-        let dequantized = 2 * (d + RANK) * self.f;
+        let dequantized = 2 * 2 * (d + RANK) * self.f;
         let (cublas, context) = (32 << 20, 460 << 20);
         let run = adapter + inputs * tokens * 2 * d + activations + gradients + mlp + head;
         self.weights() + run + dequantized + cublas + context
@@ -129,7 +129,7 @@ fn a_plan_is_the_arithmetic_of_its_formulas() {
             let plan = shape.planned(tokens, policy);
             let (got, expected) =
                 (plan["total_bytes"].as_u64().unwrap(), shape.total(tokens, policy) as u64);
-            // What the formulas leave out: padding, token ids, partial sums, one widened adapter.
+            // What the formulas leave out: padding, token ids, partial sums, widened adapters.
             let rest = got as i64 - expected as i64;
             let name = shape.config;
             assert!((0..16 << 20).contains(&rest), "{name} {tokens} {policy}: {got}, {expected}");
@@ -185,15 +185,15 @@ fn the_fitter_shows_what_streaming_and_offloading_buy() {
     let fit = |flags: &str| says("qwen2.5-32b", &format!("--max-length 4096 --fit {flags}"));
     let text = fit("--budget 24GiB --weights resident --activations checkpoint");
     assert!(text.contains("does not fit: plan needs 24.0 GiB, budget is 24.0 GiB: "), "{text}");
-    assert!(text.contains("with `--weights stream` would need 10.2 GiB"), "{text}");
+    assert!(text.contains("with `--weights stream` would need 10.4 GiB"), "{text}");
     let offload = text.lines().find(|line| line.starts_with("--activations offload ")).unwrap();
     assert!(offload.contains("21.6 GiB"), "{text}");
     // Mixed: blocks that keep beside blocks that offload.
     let text = fit("--budget 24GiB --weights resident");
-    let mixed = "fit with 23.6 GiB: 2 of 64 blocks keep their activations, inputs of the others";
+    let mixed = "fit with 23.9 GiB: 2 of 64 blocks keep their activations, inputs of the others";
     assert!(text.contains(mixed), "{text}");
     let text = fit("--budget 24GiB");
-    assert!(text.contains("24 of 64 blocks keep their activations, inputs of the"), "{text}");
+    assert!(text.contains("23 of 64 blocks keep their activations, inputs of the"), "{text}");
     assert!(text.contains("offloaded, weights streamed"), "{text}");
 }
 
@@ -202,7 +202,7 @@ fn the_fitter_shows_what_streaming_and_offloading_buy() {
 fn streamed_70b_fits_24_gib_and_is_bound_by_computation() {
     let flags = "--max-length 8192 --activations checkpoint --weights stream --budget 24GiB";
     let text = says("llama-3.3-70b", flags);
-    assert!(text.contains("fits 24.0 GiB with 2.7 GiB to spare"), "{text}");
+    assert!(text.contains("fits 24.0 GiB with 2.2 GiB to spare"), "{text}");
     assert!(text.contains("a step copies 64.1 GiB to the GPU"), "{text}");
     assert!(text.contains("It is bound by computation"), "{text}");
     let blocks =

@@ -32,6 +32,7 @@ fn parts_of_a_batch_have_the_sums_of_the_whole() {
             cache_tokens: 0,
             mlp_tile_length: Some(16),
             scratch_folder: None,
+            widen_ahead: true,
         };
         let weights =
             Weights::load(&Checkpoint::open(&case.path).unwrap(), &case.spec(), None, None);

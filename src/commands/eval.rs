@@ -101,6 +101,7 @@ fn equip<K: Kernels>(
         cache_tokens: 0,
         mlp_tile_length: None,
         scratch_folder: None,
+        widen_ahead: true,
     };
     let mut model = Model::on(kernels.clone(), spec, weights.upload(&kernels)?, settings, None)?;
     if let Some(adapter) = adapter {

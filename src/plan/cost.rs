@@ -1,9 +1,11 @@
 //! How long a step takes, about: what plans that fit are compared by.
 //!
 //! ```text
-//! step = max(compute + widen, copies) + files
+//! step = max(compute + widen + logits, copies) + files
 //! compute = 2·(multiply-adds, recomputed ones included) / rate of products
-//! widen   = 2.5 bytes · (weights of the blocks, once a pass, tile and direction) / rate of memory
+//! widen   = 2.5 bytes · (weights of the blocks, once a pass, tile and direction) / rate of memory;
+//!           a quarter of it where a GPU widens ahead, beside the products
+//! logits  = bytes of the head, twice a chunk of logits / rate of memory
 //! copies  = bytes to a GPU, or from the files of streamed weights, behind the computation
 //! files   = offloaded inputs on the CPU, written and read
 //! ```
@@ -26,6 +28,8 @@ const ASSUMED_BYTES_OF_A_GPU_S_MEMORY: f64 = 1e12;
 const ASSUMED_BYTES_OF_A_CACHE: f64 = 3e10;
 /// Read as 4 bits and a scale, written as bf16 (on the CPU, as f32 that stays in the cache).
 const BYTES_TO_WIDEN: f64 = 2.5;
+/// What stays of widening beside products, which share the multiprocessors and the memory with it.
+const WIDENED_BESIDE: f64 = 0.25;
 /// What stays of copies that hide behind the computation.
 const EXPOSED_SHARE: f64 = 0.02;
 
@@ -94,20 +98,33 @@ impl<'a> Pace<'a> {
         };
         let block = weights.streamed.filter(|_| stream).map_or(0, |weights| weights.block);
         let transfer = Transfer::new(layers, block, in_copies, tokens, self.work.of_step(share));
-        let compute = transfer.flops / rates.flops + self.widening(settings, share) / rates.memory;
+        let products = transfer.flops / rates.flops;
+        let compute = products
+            + self.widening(settings, share, products)
+            + self.reading_the_head(settings) / rates.memory;
         let copies = transfer.bytes as f64 / rates.copies;
         let files = in_files as f64 / ASSUMED_BYTES_OF_A_DRIVE;
         (compute.max(copies) + EXPOSED_SHARE * copies + files) / tokens as f64
     }
 
-    /// Bytes that widening the blocks' weights moves in a step, and reading the head for each chunk of
-    /// logits.
-    fn widening(&self, settings: &Settings, share: f64) -> f64 {
+    /// Seconds that widening the blocks' weights adds to a step whose products take `products`.
+    fn widening(&self, settings: &Settings, share: f64, products: f64) -> f64 {
         let (spec, [attention, mlp]) = (self.demand.spec, self.elements);
         let tiles = settings.tokens.div_ceil(settings.mlp_tile().max(1)) as f64;
         let passes = (2.0 + share) * spec.num_layers as f64;
+        let bytes = BYTES_TO_WIDEN * passes * (attention + tiles * mlp);
+        let seconds = bytes / self.rates.memory;
+        match (self.demand.place, settings.widen_ahead) {
+            (Place::Gpu, true) => seconds - (1.0 - WIDENED_BESIDE) * seconds.min(products),
+            _ => seconds,
+        }
+    }
+
+    /// Bytes of the head that each chunk of logits reads, forward and backward.
+    fn reading_the_head(&self, settings: &Settings) -> f64 {
+        let spec = self.demand.spec;
         let chunks = settings.tokens.div_ceil(settings.logit_rows.max(1)) as f64;
         let head = 2.0 * (spec.vocab_size * spec.hidden_size) as f64;
-        BYTES_TO_WIDEN * passes * (attention + tiles * mlp) + 2.0 * chunks * head
+        2.0 * chunks * head
     }
 }

@@ -49,7 +49,7 @@ pub enum Component {
     RotaryTables,
     /// Keys and values of generated text.
     KvCache,
-    /// On a GPU, one frozen matrix in bf16.
+    /// On a GPU, two frozen matrices in bf16: the one at work and the next.
     DequantizedWeight,
     /// On a GPU, cuBLAS' workspace.
     LibraryWorkspace,
@@ -74,7 +74,7 @@ impl Component {
             Component::LogitsChunk => "logits chunk",
             Component::RotaryTables => "rotary tables",
             Component::KvCache => "key/value cache",
-            Component::DequantizedWeight => "dequantized matrix",
+            Component::DequantizedWeight => "dequantized matrices",
             Component::LibraryWorkspace => "cuBLAS workspace",
             Component::Uploads => "token ids and rows",
         }

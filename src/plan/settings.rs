@@ -62,6 +62,9 @@ pub struct Settings {
     pub mlp_tile_length: Option<usize>,
     /// Folder of the file that the CPU offloads to; the system's for temporary files if absent.
     pub scratch_folder: Option<PathBuf>,
+    /// On a GPU: whether 4-bit weights have a second buffer, in which the next one is widened while a
+    /// product runs.
+    pub widen_ahead: bool,
 }
 
 impl Settings {
@@ -144,6 +147,7 @@ mod tests {
                 cache_tokens: 0,
                 mlp_tile_length,
                 scratch_folder: None,
+                widen_ahead: true,
             };
             (settings.mlp_tile(), settings.tiled())
         };

@@ -168,6 +168,7 @@ fn equip<K: Kernels>(
         cache_tokens: context_tokens,
         mlp_tile_length: None,
         scratch_folder: None,
+        widen_ahead: true,
     };
     let mut model = Model::on(kernels.clone(), spec, weights, settings, None)?;
     if let Some(adapter) = adapter {

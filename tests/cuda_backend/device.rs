@@ -29,6 +29,8 @@ pub struct Device {
     most_bytes: AtomicUsize,
     /// Launches until one finds no memory.
     launches_left: AtomicUsize,
+    /// Weights that were widened, on the first stream and on the third.
+    widened: [AtomicUsize; 2],
     /// `[m, n, k]` of the products that are queued.
     products: Mutex<Vec<[usize; 3]>>,
 }
@@ -65,7 +67,16 @@ impl Device {
         let never = || AtomicUsize::new(usize::MAX);
         let (most_bytes, launches_left) = (never(), never());
         let products = Mutex::default();
-        Device { driver, allocations, allocated_bytes, waits, most_bytes, launches_left, products }
+        Device {
+            driver,
+            allocations,
+            allocated_bytes,
+            waits,
+            most_bytes,
+            launches_left,
+            widened: [zero(), zero()],
+            products,
+        }
     }
 
     /// Lets no allocation have more than `bytes` from now on.
@@ -76,6 +87,11 @@ impl Device {
     /// Lets one launch fail for want of memory, after `launches` that do not.
     pub fn fail_after(&self, launches: usize) {
         self.launches_left.store(launches, Relaxed);
+    }
+
+    /// Weights that were widened in their turn, and ahead of it.
+    pub fn widened(&self) -> [usize; 2] {
+        [0, 1].map(|stream| self.widened[stream].load(Relaxed))
     }
 
     /// `[m, n, k]` of all products since the last [`forget_products`](Self::forget_products).
@@ -161,6 +177,9 @@ impl Driver for Device {
     }
 
     fn launch(&self, launch: Launch) -> Result<()> {
+        if launch.kernel == "dequantize_4bit" {
+            self.widened[0].fetch_add(1, Relaxed);
+        }
         match self.launches_left.load(Relaxed) {
             usize::MAX => self.driver.launch(launch),
             0 => {
@@ -172,6 +191,16 @@ impl Driver for Device {
                 self.driver.launch(launch)
             }
         }
+    }
+
+    fn launch_ahead(&self, launch: Launch, slot: usize) -> Result<()> {
+        assert_eq!(launch.kernel, "dequantize_4bit");
+        self.widened[1].fetch_add(1, Relaxed);
+        self.driver.launch_ahead(launch, slot)
+    }
+
+    fn await_ahead(&self, slot: usize) -> Result<()> {
+        self.driver.await_ahead(slot)
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {

@@ -14,7 +14,8 @@ use nibble::kernels::cuda::driver::{Address, Argument, Driver, Gemm, Launch, Ope
 
 use crate::emulator::{self, Emulator};
 
-/// When a copy of the second stream is made: any time from its place in the queue to the wait for it.
+/// When a copy of the second stream is made, or a kernel of the third one runs: any time from its
+/// place in the queue to the wait for it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Copies {
     /// As early as it may be.
@@ -25,6 +26,16 @@ pub enum Copies {
     Never,
 }
 
+/// A kernel that is queued, and its slot.
+struct Ahead {
+    kernel: &'static str,
+    grid: [u32; 3],
+    threads: u32,
+    shared_bytes: u32,
+    arguments: Vec<Argument>,
+    slot: usize,
+}
+
 /// A copy that is queued: from, to, bytes, slot.
 type Copy = (Address, Address, usize, usize);
 
@@ -32,6 +43,7 @@ pub struct Emulated {
     emulator: &'static Emulator,
     copies: Copies,
     queue: Mutex<Vec<Copy>>,
+    ahead: Mutex<Vec<Ahead>>,
     memory: Mutex<HashMap<Address, Layout>>,
     /// Of the device, without staging.
     allocated_bytes: AtomicU64,
@@ -43,10 +55,10 @@ const TOTAL_BYTES: u64 = 1 << 30;
 impl Emulated {
     /// `None`, aloud, where the kernels cannot be compiled.
     pub fn new(copies: Copies) -> Option<Self> {
-        let (memory, queue) = (Mutex::default(), Mutex::default());
+        let (memory, queue, ahead) = (Mutex::default(), Mutex::default(), Mutex::default());
         let allocated_bytes = AtomicU64::new(0);
         let emulator = emulator::emulator()?;
-        Some(Emulated { emulator, copies, queue, memory, allocated_bytes })
+        Some(Emulated { emulator, copies, queue, ahead, memory, allocated_bytes })
     }
 
     /// Puts a copy behind all others of the second stream.
@@ -184,6 +196,27 @@ impl Driver for Emulated {
         let mut arguments: Vec<_> = launch.arguments.iter().map(kernel_argument).collect();
         let shared = launch.shared_bytes as usize;
         self.emulator.launch(launch.kernel, launch.grid, launch.threads, shared, &mut arguments);
+        Ok(())
+    }
+
+    fn launch_ahead(&self, launch: Launch, slot: usize) -> Result<()> {
+        let Launch { kernel, grid, threads, shared_bytes, arguments } = launch;
+        let arguments = arguments.to_vec();
+        let ahead = Ahead { kernel, grid, threads, shared_bytes, arguments, slot };
+        self.ahead.lock().unwrap().push(ahead);
+        if self.copies == Copies::AtOnce { self.await_ahead(slot) } else { Ok(()) }
+    }
+
+    fn await_ahead(&self, slot: usize) -> Result<()> {
+        let mut queue = self.ahead.lock().unwrap();
+        let count = queue.iter().rposition(|ahead| ahead.slot == slot).map_or(0, |last| last + 1);
+        for mut ahead in queue.drain(..count) {
+            if self.copies != Copies::Never {
+                let Ahead { kernel, grid, threads, shared_bytes, arguments, .. } = &mut ahead;
+                let (grid, threads, shared_bytes) = (*grid, *threads, *shared_bytes);
+                self.launch(Launch { kernel, grid, threads, shared_bytes, arguments })?;
+            }
+        }
         Ok(())
     }
 

@@ -10,6 +10,7 @@ mod emulator;
 #[path = "../golden/mod.rs"]
 mod golden;
 
+mod ahead;
 mod attention;
 mod device;
 mod emulated;
@@ -58,6 +59,7 @@ fn settings(
         cache_tokens: 40,
         mlp_tile_length: None,
         scratch_folder: None,
+        widen_ahead: true,
     }
 }
 

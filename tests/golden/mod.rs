@@ -164,6 +164,7 @@ impl Case {
             cache_tokens: 40,
             mlp_tile_length: tile,
             scratch_folder: None,
+            widen_ahead: true,
         };
         let mut model = Model::new(spec, weights, settings, None).unwrap();
         if let Some(adapter) = adapter {

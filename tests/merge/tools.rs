@@ -184,6 +184,7 @@ fn with_weights(spec: ModelSpec, weights: Weights, targets: Vec<LoraTarget>) -> 
         cache_tokens: 0,
         mlp_tile_length: None,
         scratch_folder: None,
+        widen_ahead: true,
         policies: vec![Policy::Keep; spec.num_layers],
         targets,
         lora_dropout: false,

@@ -191,6 +191,7 @@ pub fn model(checkpoint: &Checkpoint, spec: &ModelSpec, adapter: Option<&Adapter
         cache_tokens: 0,
         mlp_tile_length: None,
         scratch_folder: None,
+        widen_ahead: true,
     };
     let mut model = Model::new(spec.clone(), weights, settings, None).unwrap();
     if let Some(adapter) = adapter {

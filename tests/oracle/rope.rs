@@ -71,6 +71,7 @@ impl Case {
             cache_tokens: 0,
             mlp_tile_length: None,
             scratch_folder: None,
+            widen_ahead: true,
         };
         Model::new(spec, weights, settings, None).unwrap()
     }

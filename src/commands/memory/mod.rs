@@ -227,5 +227,6 @@ fn settings(args: &MemoryArgs, spec: &ModelSpec) -> Result<Settings> {
         cache_tokens: 0,
         mlp_tile_length: args.mlp_tile_length.map(NonZeroUsize::get),
         scratch_folder: None,
+        widen_ahead: true,
     })
 }

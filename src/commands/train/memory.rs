@@ -109,5 +109,6 @@ fn sizes(args: &TrainArgs, base: &Base, adapter: &Adapter, data: &Prepared) -> R
         cache_tokens: base.preview.context_tokens(&args.evaluation.sample_prompt)?,
         mlp_tile_length: args.resources.mlp_tile_length.map(NonZeroUsize::get),
         scratch_folder: Some(args.output.out.clone()),
+        widen_ahead: true,
     })
 }

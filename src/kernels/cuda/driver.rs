@@ -184,6 +184,20 @@ pub trait Driver: Send + Sync + 'static {
     /// What the driver reports.
     fn launch(&self, launch: Launch) -> Result<()>;
 
+    /// Queues a kernel on a third stream. It begins after everything that was queued before on the
+    /// first; what is queued later runs beside it until [`await_ahead`](Driver::await_ahead).
+    /// Kernels of the third stream run in order.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn launch_ahead(&self, launch: Launch, slot: usize) -> Result<()>;
+
+    /// What is queued from now on waits for the last kernel of `slot`; the program does not.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn await_ahead(&self, slot: usize) -> Result<()>;
+
     /// Queues a product.
     ///
     /// # Errors

@@ -30,7 +30,8 @@
 //! operands where they lie; and in the backward pass for a band of columns that others follow.
 
 use super::Cuda;
-use super::driver::{Address, Argument, Driver, Operand, Product};
+use super::ahead::{Ahead, Wanted};
+use super::driver::{Argument, Driver, Launch, Operand, Product};
 use super::host::DeviceVector;
 use super::launch::{FLAT_THREADS, ROW_THREADS, TAIL_THREADS, launch, rows as row_grid};
 use super::memory::{Buffer, Rows};
@@ -207,55 +208,102 @@ fn beta(accumulate: bool) -> f32 {
 
 impl<D: Driver> Cuda<D> {
     /// A 4-bit weight in bf16, its rows `stride` apart, in a buffer of at least `elements`; `None`
-    /// for a dense weight and where the buffer is smaller.
+    /// for a dense weight and where the buffers are smaller. The weight that follows it in a pass is
+    /// widened meanwhile, see [`super::ahead`].
     fn widened(&self, weight: &DeviceWeight<D>, stride: usize, elements: usize) -> Option<Rows> {
-        let Form::Packed(_) = &weight.form else { return None };
-        let buffer = self.state().dequantized.clone().expect("a plan is allocated");
-        if buffer.elements < elements {
-            return None;
+        let Form::Packed(packed) = weight.form else { return None };
+        let wanted = Wanted { packed, shape: weight.shape, stride, place: weight.place };
+        let turn = {
+            let mut state = self.state();
+            let ahead = state.ahead.as_mut().expect("a plan is allocated");
+            if ahead.elements() < elements {
+                return None;
+            }
+            ahead.turn(wanted)
+        };
+        self.await_ahead(turn.pending);
+        let rows = Rows { address: turn.to, stride };
+        if !turn.ready {
+            let mut arguments = dequantize_arguments(&wanted, (0, weight.shape[0]), rows);
+            self.note(self.driver().launch(dequantize(&wanted, weight.shape[0], &mut arguments)));
         }
-        let rows = Rows { address: buffer.at(0..elements), stride };
-        self.dequantize(weight, (0, weight.shape[0]), rows);
+        if let Some((next, slot, address)) = turn.next {
+            let to = Rows { address, stride: next.stride };
+            let mut arguments = dequantize_arguments(&next, (0, next.shape[0]), to);
+            let launch = dequantize(&next, next.shape[0], &mut arguments);
+            let result = self.driver().launch_ahead(launch, slot);
+            if result.is_err() {
+                self.forget_ahead();
+            }
+            self.note(result);
+        }
         Some(rows)
     }
 
-    /// Widens `count` rows of a 4-bit weight from row `first` on.
-    fn dequantize(&self, weight: &DeviceWeight<D>, (first, count): (usize, usize), to: Rows) {
-        /// Elements that a block of eight warps takes in one turn.
-        const TURN: usize = 8192;
-        let Form::Packed(packed) = &weight.form else { return };
-        let columns = weight.shape[1];
-        let mut arguments = packed.arguments().to_vec();
-        arguments.extend([
-            Argument::I64(first as i64),
-            Argument::I64(count as i64),
-            Argument::from(columns),
-            to.argument(),
-            Argument::from(to.stride),
-        ]);
-        let grid = [(count * columns).div_ceil(TURN) as u32, 1, 1];
-        self.launch("dequantize_4bit", grid, FLAT_THREADS, &mut arguments);
+    /// What is queued from now on waits for what was widened ahead in these slots.
+    fn await_ahead(&self, slots: impl IntoIterator<Item = usize>) {
+        slots.into_iter().for_each(|slot| self.note(self.driver().await_ahead(slot)));
+    }
+
+    /// Before streamed weights change: what was widened ahead of them is of no use.
+    pub(super) fn forget_ahead(&self) {
+        let slots = self.state().ahead.as_mut().map(Ahead::forget);
+        self.await_ahead(slots.into_iter().flatten());
     }
 
     /// Calls `product` with the whole weight in bf16, or with one panel of rows after another where
-    /// the buffer for widened weights is smaller than this one.
+    /// the buffers for widened weights are smaller than this one.
     fn for_panels(&self, weight: &DeviceWeight<D>, mut product: impl FnMut(Panel)) {
         let [rows, columns] = weight.shape;
-        let whole = |address: Address| Panel {
-            first: 0,
-            count: rows,
-            rows: Rows { address, stride: columns },
+        let packed = match weight.form {
+            Form::Dense(address) => {
+                let whole = Rows { address, stride: columns };
+                return product(Panel { first: 0, count: rows, rows: whole });
+            }
+            Form::Packed(packed) => packed,
         };
-        if let Form::Dense(address) = &weight.form {
-            return product(whole(*address));
+        if let Some(whole) = self.widened(weight, columns, rows * columns) {
+            return product(Panel { first: 0, count: rows, rows: whole });
         }
-        let buffer = self.state().dequantized.clone().expect("a plan is allocated");
-        let height = (buffer.elements / columns).clamp(1, rows);
+        let wanted = Wanted { packed, shape: weight.shape, stride: columns, place: weight.place };
+        let (elements, (address, pending)) = {
+            let mut state = self.state();
+            let ahead = state.ahead.as_mut().expect("a plan is allocated");
+            (ahead.elements(), ahead.take())
+        };
+        self.await_ahead(pending);
+        let panel = Rows { address, stride: columns };
+        let height = (elements / columns).clamp(1, rows);
         for first in (0..rows).step_by(height) {
             let count = height.min(rows - first);
-            let panel = Rows { address: buffer.at(0..count * columns), stride: columns };
-            self.dequantize(weight, (first, count), panel);
+            let mut arguments = dequantize_arguments(&wanted, (first, count), panel);
+            self.note(self.driver().launch(dequantize(&wanted, count, &mut arguments)));
             product(Panel { first, count, rows: panel });
         }
     }
+}
+
+/// Widens `count` rows of a 4-bit weight from row `first` on.
+fn dequantize_arguments(
+    wanted: &Wanted,
+    (first, count): (usize, usize),
+    to: Rows,
+) -> Vec<Argument> {
+    let mut arguments = wanted.packed.arguments().to_vec();
+    arguments.extend([
+        Argument::I64(first as i64),
+        Argument::I64(count as i64),
+        Argument::from(wanted.shape[1]),
+        to.argument(),
+        Argument::from(to.stride),
+    ]);
+    arguments
+}
+
+/// The launch for `count` rows.
+fn dequantize<'a>(wanted: &Wanted, count: usize, arguments: &'a mut [Argument]) -> Launch<'a> {
+    /// Elements that a block of eight warps takes in one turn.
+    const TURN: usize = 8192;
+    let grid = [(count * wanted.shape[1]).div_ceil(TURN) as u32, 1, 1];
+    Launch { kernel: "dequantize_4bit", grid, threads: FLAT_THREADS, shared_bytes: 0, arguments }
 }

@@ -6,9 +6,11 @@ use std::ffi::{CString, c_int, c_uint, c_void};
 use std::ptr;
 use std::sync::Mutex;
 
+use super::ahead::AHEAD_SLOTS;
 use super::devices::{LOWEST_CAPABILITY, device_info};
 use super::driver::{Address, Driver, Gemm, Launch};
 use super::functions::{Cublas, Cuda, Handle, open_driver};
+use super::products;
 use super::search::{self, CUBLAS};
 use super::stream::COPY_SLOTS;
 use crate::error::{Error, Result};
@@ -22,12 +24,8 @@ const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_DISABLE_TIMING: c_uint = 2;
 /// Dynamic shared memory that a kernel may use unasked.
 const PLAIN_SHARED_BYTES: u32 = 48 << 10;
-// library_types.h, cublas_api.h
+// cublas_api.h
 const CUBLAS_ALLOC_FAILED: c_int = 3;
-const CUDA_R_32F: c_int = 0;
-const CUDA_R_16BF: c_int = 14;
-const COMPUTE_32F: c_int = 68;
-const GEMM_DEFAULT: c_int = -1;
 
 /// One GPU at work.
 pub struct Gpu {
@@ -40,6 +38,9 @@ pub struct Gpu {
     copies: Handle,
     queued: Handle,
     copied: [Handle; COPY_SLOTS],
+    /// The third stream, and the last kernel of each slot.
+    ahead: Handle,
+    prepared: [Handle; AHEAD_SLOTS],
     blas: Handle,
     module: Handle,
     functions: Mutex<HashMap<&'static str, (Handle, u32)>>,
@@ -78,6 +79,8 @@ impl Gpu {
             copies: ptr::null_mut(),
             queued: ptr::null_mut(),
             copied: [ptr::null_mut(); COPY_SLOTS],
+            ahead: ptr::null_mut(),
+            prepared: [ptr::null_mut(); AHEAD_SLOTS],
             blas: ptr::null_mut(),
             module: ptr::null_mut(),
             functions: Mutex::default(),
@@ -96,11 +99,12 @@ impl Gpu {
             let code = (self.cuda.context_retain)(&mut self.context, self.device);
             self.cuda.check("use the device", code)?;
             self.enter()?;
-            let code = (self.cuda.stream_create)(&mut self.stream, STREAM_NON_BLOCKING);
-            self.cuda.check("make a stream", code)?;
-            let code = (self.cuda.stream_create)(&mut self.copies, STREAM_NON_BLOCKING);
-            self.cuda.check("make a stream", code)?;
-            for event in self.copied.iter_mut().chain([&mut self.queued]) {
+            for stream in [&mut self.stream, &mut self.copies, &mut self.ahead] {
+                let code = (self.cuda.stream_create)(stream, STREAM_NON_BLOCKING);
+                self.cuda.check("make a stream", code)?;
+            }
+            let done = self.copied.iter_mut().chain(&mut self.prepared);
+            for event in done.chain([&mut self.queued]) {
                 let code = (self.cuda.event_create)(event, EVENT_DISABLE_TIMING);
                 self.cuda.check("make an event", code)?;
             }
@@ -112,19 +116,58 @@ impl Gpu {
         }
     }
 
-    /// Queues `copy` on the second stream: behind what the first one has, and marked for `slot`.
-    fn copy_aside(&self, slot: usize, copy: impl FnOnce(Handle) -> c_int) -> Result<()> {
+    /// Queues `work` on another stream: behind what the first one has, and marked by `done`.
+    fn aside(
+        &self,
+        stream: Handle,
+        done: Handle,
+        work: impl FnOnce(Handle) -> Result<()>,
+    ) -> Result<()> {
         self.enter()?;
         // SAFETY: both streams and the events are alive.
         unsafe {
             let code = (self.cuda.event_record)(self.queued, self.stream);
             self.cuda.check("mark the work on the GPU", code)?;
-            let code = (self.cuda.stream_wait_event)(self.copies, self.queued, 0);
-            self.cuda.check("order a copy", code)?;
-            self.cuda.check("copy an input of a block", copy(self.copies))?;
-            let code = (self.cuda.event_record)(self.copied[slot], self.copies);
-            self.cuda.check("mark a copy", code)
+            let code = (self.cuda.stream_wait_event)(stream, self.queued, 0);
+            self.cuda.check("order work on the GPU", code)?;
+            work(stream)?;
+            let code = (self.cuda.event_record)(done, stream);
+            self.cuda.check("mark the end of work", code)
         }
+    }
+
+    /// What the first stream gets from now on waits for `done`.
+    fn wait_for(&self, done: Handle) -> Result<()> {
+        self.enter()?;
+        // SAFETY: stream and event are alive; an event that was never recorded is no wait.
+        let code = unsafe { (self.cuda.stream_wait_event)(self.stream, done, 0) };
+        self.cuda.check("wait for another stream", code)
+    }
+
+    fn launch_on(&self, stream: Handle, launch: Launch) -> Result<()> {
+        let Launch { kernel, grid: [x, y, z], threads, shared_bytes, arguments } = launch;
+        let function = self.function(kernel, shared_bytes)?;
+        let mut pointers: Vec<*mut c_void> =
+            arguments.iter_mut().map(|argument| argument.as_pointer()).collect();
+        let (parameters, extra) = (pointers.as_mut_ptr(), ptr::null_mut());
+        // SAFETY: the arguments have the types that the kernel declares (tested with the same
+        // sources on the CPU) and are copied before the call returns.
+        let code = unsafe {
+            (self.cuda.launch)(
+                function,
+                x,
+                y,
+                z,
+                threads,
+                1,
+                1,
+                shared_bytes,
+                stream,
+                parameters,
+                extra,
+            )
+        };
+        self.cuda.check(&format!("launch {kernel}"), code)
     }
 
     /// Makes the context this thread's.
@@ -181,10 +224,12 @@ impl Drop for Gpu {
             if !self.blas.is_null() {
                 (self.cublas.destroy)(self.blas);
             }
-            for stream in [self.stream, self.copies].into_iter().filter(|x| !x.is_null()) {
+            let streams = [self.stream, self.copies, self.ahead];
+            for stream in streams.into_iter().filter(|x| !x.is_null()) {
                 (self.cuda.stream_destroy)(stream);
             }
-            for event in self.copied.into_iter().chain([self.queued]).filter(|x| !x.is_null()) {
+            let events = self.copied.into_iter().chain(self.prepared).chain([self.queued]);
+            for event in events.filter(|x| !x.is_null()) {
                 (self.cuda.event_destroy)(event);
             }
             // Unloads the module, too.
@@ -256,25 +301,24 @@ impl Driver for Gpu {
     }
 
     fn copy_out(&self, from: Address, to: *mut u8, bytes: usize, slot: usize) -> Result<()> {
-        // SAFETY: `from` lies in an allocation and `to` in pinned memory, as their owners check, and
-        // stay until the copy was awaited.
-        self.copy_aside(slot, |stream| unsafe {
-            (self.cuda.download)(to.cast(), from, bytes, stream)
+        self.aside(self.copies, self.copied[slot], |stream| {
+            // SAFETY: `from` lies in an allocation and `to` in pinned memory, as their owners check,
+            // and stay until the copy was awaited.
+            let code = unsafe { (self.cuda.download)(to.cast(), from, bytes, stream) };
+            self.cuda.check("copy an input of a block", code)
         })
     }
 
     fn copy_in(&self, from: *const u8, to: Address, bytes: usize, slot: usize) -> Result<()> {
-        // SAFETY: as above.
-        self.copy_aside(slot, |stream| unsafe {
-            (self.cuda.upload)(to, from.cast(), bytes, stream)
+        self.aside(self.copies, self.copied[slot], |stream| {
+            // SAFETY: as above.
+            let code = unsafe { (self.cuda.upload)(to, from.cast(), bytes, stream) };
+            self.cuda.check("copy to a block", code)
         })
     }
 
     fn await_copy(&self, slot: usize) -> Result<()> {
-        self.enter()?;
-        // SAFETY: stream and event are alive; an event that was never recorded is no wait.
-        let code = unsafe { (self.cuda.stream_wait_event)(self.stream, self.copied[slot], 0) };
-        self.cuda.check("wait for a copy", code)
+        self.wait_for(self.copied[slot])
     }
 
     fn finish_copy(&self, slot: usize) -> Result<()> {
@@ -293,81 +337,20 @@ impl Driver for Gpu {
 
     fn launch(&self, launch: Launch) -> Result<()> {
         self.enter()?;
-        let Launch { kernel, grid: [x, y, z], threads, shared_bytes, arguments } = launch;
-        let function = self.function(kernel, shared_bytes)?;
-        let mut pointers: Vec<*mut c_void> =
-            arguments.iter_mut().map(|argument| argument.as_pointer()).collect();
-        // SAFETY: the arguments have the types that the kernel declares (tested with the same
-        // sources on the CPU) and are copied before the call returns.
-        let code = unsafe {
-            let (parameters, extra) = (pointers.as_mut_ptr(), ptr::null_mut());
-            let stream = self.stream;
-            (self.cuda.launch)(
-                function,
-                x,
-                y,
-                z,
-                threads,
-                1,
-                1,
-                shared_bytes,
-                stream,
-                parameters,
-                extra,
-            )
-        };
-        self.cuda.check(&format!("launch {kernel}"), code)
+        self.launch_on(self.stream, launch)
+    }
+
+    fn launch_ahead(&self, launch: Launch, slot: usize) -> Result<()> {
+        self.aside(self.ahead, self.prepared[slot], |stream| self.launch_on(stream, launch))
+    }
+
+    fn await_ahead(&self, slot: usize) -> Result<()> {
+        self.wait_for(self.prepared[slot])
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
         self.enter()?;
-        let Gemm { shape: [m, n, k], alpha, a, b, beta, c, batches } = gemm;
-        // Row-major C is column-major Cᵀ = Bᵀ·Aᵀ: operands change places, and a stored matrix is
-        // its own transpose there.
-        let (m, n, k) = (int(*m)?, int(*n)?, int(*k)?);
-        let (first, second) = (c_int::from(b.transposed), c_int::from(a.transposed));
-        let (lda, ldb, ldc) = (int(a.stride)?, int(b.stride)?, int(c.stride)?);
-        let result = if c.wide { CUDA_R_32F } else { CUDA_R_16BF };
-        let (alpha, beta) = (ptr::from_ref(alpha).cast(), ptr::from_ref(beta).cast());
-        let (pa, pb, pc) = (a.address as *const _, b.address as *const _, c.address as *mut _);
-        let (half, compute, algorithm) = (CUDA_R_16BF, COMPUTE_32F, GEMM_DEFAULT);
-        // SAFETY: dimensions and strides stay inside the operands' allocations, as `memory` checks;
-        // alpha and beta are read during the call.
-        let code = unsafe {
-            if *batches == 1 {
-                (self.cublas.gemm)(
-                    self.blas, first, second, n, m, k, alpha, pb, half, ldb, pa, half, lda, beta,
-                    pc, result, ldc, compute, algorithm,
-                )
-            } else {
-                let stride = |elements: usize| elements as i64;
-                (self.cublas.gemm_batched)(
-                    self.blas,
-                    first,
-                    second,
-                    n,
-                    m,
-                    k,
-                    alpha,
-                    pb,
-                    half,
-                    ldb,
-                    stride(b.batch_stride),
-                    pa,
-                    half,
-                    lda,
-                    stride(a.batch_stride),
-                    beta,
-                    pc,
-                    result,
-                    ldc,
-                    stride(c.batch_stride),
-                    int(*batches)?,
-                    compute,
-                    algorithm,
-                )
-            }
-        };
+        let code = products::gemm(&self.cublas, self.blas, gemm)?;
         self.check_blas(&format!("multiply {:?}", gemm.shape), code)
     }
 
@@ -393,8 +376,4 @@ impl Driver for Gpu {
         let code = unsafe { (self.cuda.stream_wait)(self.stream) };
         self.cuda.check("finish work on the GPU", code)
     }
-}
-
-fn int(x: usize) -> Result<c_int> {
-    x.try_into().map_err(|_| Error::gpu(format_args!("{x} is too large for cuBLAS")))
 }

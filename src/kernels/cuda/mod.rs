@@ -6,6 +6,7 @@
 //! not wait and do not fail: the first error is kept and reported by whatever waits next (a loss, a
 //! download).
 
+mod ahead;
 mod attention;
 pub mod devices;
 pub mod driver;
@@ -22,6 +23,7 @@ mod offload;
 mod operations;
 pub mod optimizer;
 mod plan;
+mod products;
 pub mod search;
 mod staging;
 mod stream;
@@ -32,8 +34,9 @@ use std::sync::{Arc, Mutex, MutexGuard};
 pub use plan::cuda_layout;
 pub use weight::matrix_bytes;
 
+use ahead::Ahead;
 use driver::{Argument, Driver, Gemm, Operand, Product};
-use memory::{Allocation, Buffer, PARTIALS};
+use memory::{Allocation, PARTIALS};
 use staging::Staging;
 use weight::{DeviceWeight, Tables};
 
@@ -61,7 +64,7 @@ struct Shared<D: Driver> {
 /// What the plan at work lends to the operations.
 struct State<D: Driver> {
     staging: Option<Staging<D>>,
-    dequantized: Option<Buffer<D>>,
+    ahead: Option<Ahead<D>>,
     failure: Option<Error>,
 }
 
@@ -77,7 +80,7 @@ impl<D: Driver> Cuda<D> {
         let driver = Arc::new(driver);
         let tables = Tables::new(&driver)?;
         let scalars = Allocation::new(&driver, SCALARS_BYTES)?;
-        let state = Mutex::new(State { staging: None, dequantized: None, failure: None });
+        let state = Mutex::new(State { staging: None, ahead: None, failure: None });
         Ok(Cuda { shared: Arc::new(Shared { driver, tables, scalars, state }) })
     }
 

@@ -4,12 +4,13 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
 
+use super::ahead::Ahead;
 use super::driver::Driver;
 use super::host::{self, DeviceVector};
 use super::loss::{self, LossSum};
 use super::memory::{Allocation, Buffer, Memory};
 use super::offload::Pinned;
-use super::plan::cuda_layout;
+use super::plan::{DEQUANTIZED, cuda_layout};
 use super::staging::Staging;
 use super::weight::{self, DeviceWeight};
 use super::{Cuda, attention, elementwise, frozen, low_rank, stream};
@@ -41,7 +42,7 @@ impl<D: Driver> Kernels for Cuda<D> {
         {
             // The last plan's memory goes before the next one's is asked for.
             let mut state = self.state();
-            (state.staging, state.dequantized) = (None, None);
+            (state.staging, state.ahead) = (None, None);
         }
         let driver = &self.shared.driver;
         let allocation = Allocation::new(driver, plan.arena_bytes())?;
@@ -57,7 +58,9 @@ impl<D: Driver> Kernels for Cuda<D> {
         let staging = Staging::new(driver, memory.region("cuda.uploads"), tables)?;
         let mut state = self.state();
         state.staging = Some(staging);
-        state.dequantized = Some(memory.region("cuda.dequantized"));
+        let planned = |name: &&str| plan.regions.iter().any(|region| region.name == *name);
+        let buffers = DEQUANTIZED.into_iter().filter(planned);
+        state.ahead = Some(Ahead::new(buffers.map(|name| memory.region(name)).collect()));
         drop(state);
         memory.zero_optimizer(driver)?;
         Ok(memory)
@@ -150,6 +153,9 @@ impl<D: Driver> Kernels for Cuda<D> {
     }
 
     fn embed(&self, ids: &[u32], table: &DeviceWeight<D>, x: &mut Buffer<D>, accumulate: bool) {
+        if !accumulate && let Some(ahead) = &mut self.state().ahead {
+            ahead.begin_pass();
+        }
         elementwise::embed(self, ids, table, x, accumulate);
     }
 

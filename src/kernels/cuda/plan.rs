@@ -15,6 +15,9 @@ const UPLOADS_PER_TOKEN: usize = 6;
 /// Each upload begins on this many words.
 pub(super) const UPLOAD_WORDS: usize = 4;
 
+/// Buffers for widened weights; the second one is for what is widened ahead.
+pub(super) const DEQUANTIZED: [&str; 2] = ["cuda.dequantized", "cuda.dequantized.ahead"];
+
 /// Regions of a run with `settings`.
 pub fn cuda_layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
     let mut plan = layout(spec, settings);
@@ -46,7 +49,9 @@ pub fn cuda_layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
     };
     let wide = RegionType::F32;
     let elements = widened_elements(spec, settings);
-    push(Component::DequantizedWeight, "cuda.dequantized", RegionType::Bf16, elements);
+    for name in &DEQUANTIZED[..if settings.widen_ahead { 2 } else { 1 }] {
+        push(Component::DequantizedWeight, name, RegionType::Bf16, elements);
+    }
     push(Component::LibraryWorkspace, "cuda.workspace", wide, WORKSPACE_BYTES / 4);
     // Two words for each f64.
     let loss = 2 * (PARTIALS + 1) + settings.logit_rows;

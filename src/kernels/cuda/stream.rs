@@ -77,7 +77,8 @@ pub(super) fn stream<D: Driver>(
         let place = |matrix: &FrozenMatrix| {
             let bytes = weight::parts(matrix).iter().map(weight::padded_bytes).sum::<usize>();
             start += bytes as u64;
-            weight::at(&cuda.shared.tables, matrix, start - bytes as u64, memory)
+            let weight = weight::at(&cuda.shared.tables, matrix, start - bytes as u64, memory);
+            weight.in_turns_at(memory.address())
         };
         block.iter().map(place).collect()
     });
@@ -102,6 +103,7 @@ impl<D: Driver> Stream<D> {
             return Ok(());
         }
         place.block = None;
+        self.cuda.forget_ahead();
         driver.finish_copy(slot)?;
         write_block(&self.blocks[layer], place.pinned, self.bytes);
         self.pages.release(layer);

@@ -23,7 +23,16 @@ pub struct DeviceWeight<D: Driver> {
     pub(super) form: Form,
     /// What it takes, padding included.
     pub(super) bytes: WeightParts,
+    /// Where it lies, if others take turns with it there.
+    pub(super) place: Option<Address>,
     _memory: Arc<Allocation<D>>,
+}
+
+impl<D: Driver> DeviceWeight<D> {
+    /// The same, that others take turns with in the memory at `place`.
+    pub(super) fn in_turns_at(self, place: Address) -> Self {
+        DeviceWeight { place: Some(place), ..self }
+    }
 }
 
 /// How it is stored.
@@ -35,6 +44,7 @@ pub(super) enum Form {
 }
 
 /// Addresses of a packed weight's parts; 0 is null.
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Packed {
     codes: Address,
     values: Address,
@@ -190,7 +200,7 @@ pub(super) fn at<D: Driver>(
             (Form::Dense(addresses[0]), dense)
         }
     };
-    DeviceWeight { shape, form, bytes, _memory: memory.clone() }
+    DeviceWeight { shape, form, bytes, place: None, _memory: memory.clone() }
 }
 
 fn packed_at<D: Driver>(

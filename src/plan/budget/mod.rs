@@ -161,16 +161,22 @@ impl Demand<'_> {
     /// The fastest of `candidates` that takes at most `bytes`; of equally fast ones the first.
     fn fastest(&self, candidates: &[Candidate], bytes: u64) -> Option<Candidate> {
         let pace = Pace::new(self, self.settings);
-        let seconds = |&candidate: &Candidate| {
-            pace.seconds_per_token(&self.with(self.settings, candidate), candidate.stream)
+        let seconds = |candidate: &Candidate| {
+            pace.seconds_per_token(&self.with(self.settings, *candidate), candidate.stream)
         };
-        let mut candidates: Vec<_> = candidates.iter().map(|c| (seconds(c), *c)).collect();
-        candidates.sort_by(|a, b| a.0.total_cmp(&b.0));
-        let mut candidates = candidates.into_iter().map(|(_, candidate)| candidate);
-        candidates.find(|&candidate| {
-            self.pinned_for(candidate) <= self.pinned_bytes
-                && self.total_bytes(self.settings, candidate) <= bytes
-        })
+        let fits = |candidate: &Candidate| {
+            self.pinned_for(*candidate) <= self.pinned_bytes
+                && self.total_bytes(self.settings, *candidate) <= bytes
+        };
+        // Ways that differ in the blocks that keep, most first: each block that keeps is faster and
+        // takes memory, but for the last one, with which nothing is recomputed any more.
+        let way = |c: &Candidate| (c.others, c.stream, c.pieces);
+        let most = candidates.chunk_by(|a, b| way(a) == way(b)).filter_map(|kept| {
+            let (all, fewer) = kept.split_first()?;
+            let first = || fewer.get(fewer.partition_point(|candidate| !fits(candidate)));
+            if fits(all) { Some(all) } else { first() }
+        });
+        most.copied().min_by(|a, b| seconds(a).total_cmp(&seconds(b)))
     }
 
     /// Bytes of the host's memory beside a GPU that hold a candidate's offloaded inputs.
@@ -229,6 +235,7 @@ impl Demand<'_> {
         if candidate.pieces {
             let tile = settings.mlp_tile_length.unwrap_or(SMALL_TILE_TOKENS);
             settings.mlp_tile_length = Some(tile);
+            settings.widen_ahead = false;
             settings.logit_rows =
                 (settings.logit_rows / 4).max(LEAST_LOGIT_ROWS).min(settings.logit_rows);
         }

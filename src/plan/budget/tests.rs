@@ -34,6 +34,7 @@ fn settings(spec: &ModelSpec, tokens: usize) -> Settings {
         cache_tokens: 0,
         mlp_tile_length: None,
         scratch_folder: None,
+        widen_ahead: true,
     }
 }
 

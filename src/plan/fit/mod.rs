@@ -127,16 +127,23 @@ impl Search<'_> {
         let ways =
             streams.flat_map(|stream| policies.map(|policy| uniform(demand, policy, stream)));
         let mut ways: Vec<Way> = ways
-            .map(|candidate| {
-                let fits = |batch: usize, length: usize| {
-                    let settings = self.asked.sized(demand, batch, length);
-                    demand.total_bytes(&settings, candidate) <= self.budget
+            .map(|whole| {
+                let bytes = |batch, length, candidate| {
+                    demand.total_bytes(&self.asked.sized(demand, batch, length), candidate)
                 };
+                let pieces = Candidate { pieces: true, ..whole };
+                let fits = |batch, length| {
+                    [whole, pieces].iter().any(|c| bytes(batch, length, *c) <= self.budget)
+                };
+                // In smaller pieces where only these fit.
+                let fitting =
+                    |candidate: &Candidate| bytes(batch, length, *candidate) <= self.budget;
+                let candidate = [whole, pieces].into_iter().find(fitting).unwrap_or(whole);
                 Way {
-                    policy: if candidate.kept > 0 { Policy::Keep } else { candidate.others },
-                    stream: candidate.stream,
+                    policy: if whole.kept > 0 { Policy::Keep } else { whole.others },
+                    stream: whole.stream,
                     time: self.seconds(demand.settings, candidate),
-                    bytes: demand.total_bytes(&self.asked.sized(demand, batch, length), candidate),
+                    bytes: bytes(batch, length, candidate),
                     longest_document: LENGTH_STEP
                         * largest(MOST_TOKENS / LENGTH_STEP, |n| fits(1, n * LENGTH_STEP)),
                     largest_batch: largest(MOST_TOKENS / length, |n| fits(n, length)),
@@ -252,9 +259,14 @@ fn uniform(demand: &Demand, policy: Policy, stream: bool) -> Candidate {
     Candidate { kept, others, stream, pieces: false }
 }
 
-/// The largest `n` up to `most` that fits; what fits with more fits with less.
+/// The largest `n` up to `most` that fits; what fits with more fits with less. Sizes are doubled
+/// first: plans far beyond what fits have many parts.
 pub(super) fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
-    let (mut good, mut bad) = (0, most + 1);
+    let (mut good, mut bad) = (0, 1);
+    while bad <= most && fits(bad) {
+        (good, bad) = (bad, 2 * bad);
+    }
+    bad = bad.min(most + 1);
     while bad - good > 1 {
         let middle = good + (bad - good) / 2;
         if fits(middle) { good = middle } else { bad = middle }

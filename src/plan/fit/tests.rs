@@ -22,6 +22,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         cache_tokens: 0,
         mlp_tile_length: None,
         scratch_folder: None,
+        widen_ahead: true,
     };
     test(&Demand {
         spec: &spec,
@@ -51,14 +52,17 @@ fn the_limits_are_the_last_sizes_that_fit() {
         assert!(fit.fits && fit.bytes == budget - 1000);
         assert_eq!(fit.ways.len(), 6);
         for way in &fit.ways {
-            let candidate = uniform(demand, way.policy, way.stream);
-            let bytes =
-                |batch, length| demand.total_bytes(&ASKED.sized(demand, batch, length), candidate);
+            let whole = uniform(demand, way.policy, way.stream);
+            let pieces = Candidate { pieces: true, ..whole };
+            let bytes = |batch, length| {
+                let settings = ASKED.sized(demand, batch, length);
+                demand.total_bytes(&settings, whole).min(demand.total_bytes(&settings, pieces))
+            };
             assert!(bytes(1, way.longest_document) <= budget);
             assert!(bytes(1, way.longest_document + LENGTH_STEP) > budget);
             assert!(bytes(way.largest_batch, 512) <= budget);
             assert!(bytes(way.largest_batch + 1, 512) > budget);
-            assert_eq!(way.bytes, demand.total_bytes(demand.settings, candidate));
+            assert_eq!(way.bytes, demand.total_bytes(demand.settings, whole));
         }
         let [first, recomputed, offloaded] = [0, 1, 2].map(|way| &fit.ways[way]);
         assert!(first.policy == Policy::Keep && !first.stream && first.time == 1.0);
@@ -94,7 +98,7 @@ fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
         let budget = 24 << 30;
         let plan = demand.choose(Limit::Budget(budget)).unwrap();
         let fastest = Fit::new(&demand, asked, budget, &plan).fastest.unwrap();
-        assert!(fastest.bytes <= budget && fastest.time < 0.9, "{fastest:?}");
+        assert!(fastest.bytes <= budget && fastest.time < 0.95, "{fastest:?}");
         assert!(fastest.batch > 4 && fastest.kept > 24, "{fastest:?}");
         assert_eq!(Fit::new(&demand, asked, 100, &plan).fastest, None);
     });

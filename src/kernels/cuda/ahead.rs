@@ -1,0 +1,118 @@
+//! Weights that are widened ahead: the next one, while the product with this one runs.
+//!
+//! A pass asks for the weights in the order of the pass before it. The order is remembered, and as
+//! soon as one weight is asked for, the one that followed it is widened into the other of two
+//! buffers on a stream of its own: behind the last product that read that buffer, beside the one
+//! that comes now. A guess that was wrong costs its time and nothing else: what a buffer holds is
+//! compared with what is wanted, and a buffer is waited for before it is read or written again.
+//!
+//! Only the frozen weight is widened ahead; what adapters add to it lies outside of it and is
+//! written when it is used. Streamed weights are guessed within their block, as the next block may
+//! still be on its way, and forgotten when another block takes their place.
+
+use super::driver::{Address, Driver};
+use super::memory::Buffer;
+use super::weight::Packed;
+
+/// Buffers for widened weights.
+pub(super) const AHEAD_SLOTS: usize = 2;
+
+/// A weight, and how its rows shall lie.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Wanted {
+    pub packed: Packed,
+    pub shape: [usize; 2],
+    pub stride: usize,
+    /// Where streamed weights lie; they are in turns.
+    pub place: Option<Address>,
+}
+
+impl Wanted {
+    fn elements(&self) -> usize {
+        self.shape[0] * self.stride
+    }
+}
+
+/// What is to be done for a weight that is asked for.
+pub(super) struct Turn {
+    /// Where it lies, or shall.
+    pub to: Address,
+    /// Slot to wait for first.
+    pub pending: Option<usize>,
+    /// Whether it is there then.
+    pub ready: bool,
+    /// What to widen ahead: into which slot, where.
+    pub next: Option<(Wanted, usize, Address)>,
+}
+
+/// The buffers, one or two, and the order of requests.
+pub(super) struct Ahead<D: Driver> {
+    buffers: Vec<Buffer<D>>,
+    /// Of the last request.
+    current: usize,
+    /// What the other buffer holds, or will.
+    guessed: Option<Wanted>,
+    /// Written ahead, and not waited for.
+    pending: [bool; AHEAD_SLOTS],
+    /// Requests of the longest pass so far of which the present one is the beginning, or of the last.
+    known: Vec<Wanted>,
+    /// Requests of this pass.
+    seen: Vec<Wanted>,
+}
+
+impl<D: Driver> Ahead<D> {
+    /// With one buffer nothing is widened ahead.
+    pub fn new(buffers: Vec<Buffer<D>>) -> Self {
+        let (known, seen) = (Vec::new(), Vec::new());
+        Ahead { buffers, current: 0, guessed: None, pending: [false; AHEAD_SLOTS], known, seen }
+    }
+
+    /// Elements of a buffer.
+    pub fn elements(&self) -> usize {
+        self.buffers[0].elements
+    }
+
+    /// A pass begins.
+    pub fn begin_pass(&mut self) {
+        if !self.known.starts_with(&self.seen) {
+            std::mem::swap(&mut self.known, &mut self.seen);
+        }
+        self.seen.clear();
+    }
+
+    /// The next buffer, for whatever: its address, and the slot to wait for.
+    pub fn take(&mut self) -> (Address, Option<usize>) {
+        self.current = (self.current + 1) % self.buffers.len();
+        self.guessed = None;
+        let pending = std::mem::take(&mut self.pending[self.current]);
+        let buffer = &self.buffers[self.current];
+        (buffer.at(0..buffer.elements), pending.then_some(self.current))
+    }
+
+    /// The next buffer, for `wanted`, which fits.
+    pub fn turn(&mut self, wanted: Wanted) -> Turn {
+        let ready = self.guessed == Some(wanted);
+        let (to, pending) = self.take();
+        let at = self.seen.len();
+        self.seen.push(wanted);
+        let follower = self.known.get(at + 1).filter(|_| self.known[at] == wanted);
+        let next = follower.copied().filter(|next| {
+            let there = next.place.is_none() || next.place == wanted.place;
+            there && next.elements() <= self.elements() && self.buffers.len() > 1
+        });
+        self.guessed = next;
+        let next = next.map(|next| {
+            let slot = (self.current + 1) % AHEAD_SLOTS;
+            self.pending[slot] = true;
+            (next, slot, self.buffers[slot].at(0..next.elements()))
+        });
+        Turn { to, pending, ready, next }
+    }
+
+    /// What was widened ahead is not to be used: the slots to wait for, before its source changes.
+    pub fn forget(&mut self) -> impl Iterator<Item = usize> + use<D> {
+        self.guessed = None;
+        let pending = std::mem::take(&mut self.pending);
+        (0..AHEAD_SLOTS).filter(move |&slot| pending[slot])
+    }
+}

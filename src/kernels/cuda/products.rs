@@ -1,0 +1,73 @@
+//! cuBLAS' calls for a [`Gemm`].
+#![allow(unsafe_code)]
+
+use std::ffi::c_int;
+use std::ptr;
+
+use super::driver::Gemm;
+use super::functions::{Cublas, Handle};
+use crate::error::{Error, Result};
+
+// library_types.h, cublas_api.h
+const CUDA_R_32F: c_int = 0;
+const CUDA_R_16BF: c_int = 14;
+const COMPUTE_32F: c_int = 68;
+const GEMM_DEFAULT: c_int = -1;
+
+/// Queues the product on the library's stream; returns its status.
+///
+/// # Errors
+/// `Gpu` for sizes that it does not take.
+pub(super) fn gemm(cublas: &Cublas, blas: Handle, gemm: &Gemm) -> Result<c_int> {
+    let Gemm { shape: [m, n, k], alpha, a, b, beta, c, batches } = gemm;
+    // Row-major C is column-major Cᵀ = Bᵀ·Aᵀ: operands change places, and a stored matrix is
+    // its own transpose there.
+    let (m, n, k) = (int(*m)?, int(*n)?, int(*k)?);
+    let (first, second) = (c_int::from(b.transposed), c_int::from(a.transposed));
+    let (lda, ldb, ldc) = (int(a.stride)?, int(b.stride)?, int(c.stride)?);
+    let result = if c.wide { CUDA_R_32F } else { CUDA_R_16BF };
+    let (alpha, beta) = (ptr::from_ref(alpha).cast(), ptr::from_ref(beta).cast());
+    let (pa, pb, pc) = (a.address as *const _, b.address as *const _, c.address as *mut _);
+    let (half, compute, algorithm) = (CUDA_R_16BF, COMPUTE_32F, GEMM_DEFAULT);
+    // SAFETY: dimensions and strides stay inside the operands' allocations, as `memory` checks;
+    // alpha and beta are read during the call.
+    Ok(unsafe {
+        if *batches == 1 {
+            (cublas.gemm)(
+                blas, first, second, n, m, k, alpha, pb, half, ldb, pa, half, lda, beta, pc,
+                result, ldc, compute, algorithm,
+            )
+        } else {
+            let stride = |elements: usize| elements as i64;
+            (cublas.gemm_batched)(
+                blas,
+                first,
+                second,
+                n,
+                m,
+                k,
+                alpha,
+                pb,
+                half,
+                ldb,
+                stride(b.batch_stride),
+                pa,
+                half,
+                lda,
+                stride(a.batch_stride),
+                beta,
+                pc,
+                result,
+                ldc,
+                stride(c.batch_stride),
+                int(*batches)?,
+                compute,
+                algorithm,
+            )
+        }
+    })
+}
+
+fn int(x: usize) -> Result<c_int> {
+    x.try_into().map_err(|_| Error::gpu(format_args!("{x} is too large for cuBLAS")))
+}

@@ -1,0 +1,106 @@
+//! Weights that are widened on a stream of their own while the product before theirs runs.
+
+use std::path::Path;
+
+use nibble::adapter::{Adapter, LoraConfig};
+use nibble::checkpoint::Checkpoint;
+use nibble::data::Batch;
+use nibble::kernels::cuda::Cuda;
+use nibble::model::Model;
+use nibble::model::families::spec_from_config;
+use nibble::model::parameters::Part;
+use nibble::model::streaming::Streaming;
+use nibble::model::weights::Weights;
+use nibble::plan::{Policy, Settings};
+
+use crate::device::Device;
+use crate::emulated::Copies;
+use crate::golden::Case;
+use crate::{Gpu, settings};
+
+/// A model of 4-bit blocks, without nested scales, whose offsets would tell weights apart: its
+/// file's two blocks over and over, turned around each time, so that blocks that take the same
+/// place are not the same.
+fn packed_model(gpu: &Gpu, policies: &[Policy], stream: bool) -> Model<Gpu> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/bnb4bit");
+    let checkpoint = Checkpoint::open(&root.join("llama_s0.f32.plain")).unwrap();
+    let mut spec = spec_from_config(checkpoint.config()).unwrap();
+    let mut weights = Weights::load(&checkpoint, &spec, None, None).unwrap();
+    let pages = Streaming::new(&checkpoint, &spec);
+    while weights.blocks.len() < policies.len() {
+        let more = Weights::load(&checkpoint, &spec, None, None).unwrap().blocks;
+        weights.blocks.extend(more.into_iter().rev());
+    }
+    weights.blocks.truncate(policies.len());
+    for (layer, block) in weights.blocks.iter_mut().enumerate() {
+        for linear in &mut block.linears {
+            let part = linear.module.splitn(4, '.').last().unwrap();
+            linear.module = format!("model.layers.{layer}.{part}");
+        }
+    }
+    spec.num_layers = policies.len();
+    spec.windows.resize(policies.len(), spec.windows[0]);
+    let weights = match stream {
+        true => weights.upload_streamed(gpu, pages).unwrap(),
+        false => weights.upload(gpu).unwrap(),
+    };
+    let lora = LoraConfig { r: 4, ..LoraConfig::default() };
+    let settings = Settings {
+        targets: lora.resolve(&spec).unwrap(),
+        policies: policies.to_vec(),
+        ..settings(&Case::open("llama_s0"), None, &[Policy::Keep], true)
+    };
+    let mut adapter = Adapter::init(lora, &spec, 3).unwrap();
+    // B is zero at first: then nobody would see what A's gradient is made of.
+    for tensors in &mut adapter.tensors {
+        let values = tensors.b.iter_mut().enumerate();
+        values.for_each(|(index, b)| *b = (index % 7) as f32 * 0.01 - 0.03);
+    }
+    let mut model = Model::on(gpu.clone(), spec, weights, settings, None).unwrap();
+    model.parameters_mut().load(&adapter);
+    model
+}
+
+/// Loss and gradients of a step from nothing.
+fn step(model: &mut Model<Gpu>, batch: &Batch) -> (u64, Vec<u32>) {
+    model.parameters_mut().zero_gradients();
+    let loss = model.forward_backward(batch, 1.0, 0).unwrap();
+    let gradients = model.parameters().values(Part::Gradients).unwrap();
+    (loss.to_bits(), gradients.iter().map(|x| x.to_bits()).collect())
+}
+
+/// The first step knows no order and widens nothing ahead; the later ones have its bits, whether
+/// the other stream is as early or as late as it may be.
+#[test]
+fn what_is_widened_ahead_has_the_bits_of_what_is_widened_in_turn() {
+    use Policy::{Checkpoint, Keep, Offload};
+    let (batch, _) = Case::open("llama_s0").tensors("ref.safetensors").batch("input_ids", "labels");
+    let policies = [Checkpoint, Keep, Offload];
+    for stream in [false, true] {
+        for copies in [Copies::AtOnce, Copies::WhenAwaited] {
+            let Some(device) = Device::with(copies) else { return };
+            let gpu = Cuda::new(device).unwrap();
+            let mut model = packed_model(&gpu, &policies, stream);
+            let widened = || gpu.driver().widened();
+            let first = step(&mut model, &batch);
+            let [all, none] = widened();
+            assert!(f64::from_bits(first.0).is_finite() && none == 0 && all >= 7 * 3 * 2);
+            // Another order between, which ends where it is not expected to.
+            model.evaluate(&batch).unwrap();
+            let before = widened();
+            assert!(step(&mut model, &batch) == first, "{copies:?}, streamed: {stream}");
+            let [in_turn, ahead] = [0, 1].map(|stream| widened()[stream] - before[stream]);
+            assert_eq!(in_turn + ahead, all, "no guess was wrong");
+            // The first one of all; of streamed weights also where the pass goes to another block.
+            let passes = if stream { 2 * (policies.len() - 1) + 1 } else { 1 };
+            assert_eq!(in_turn, passes);
+        }
+    }
+    if Device::is_a_card() {
+        return; // it is as early as it likes
+    }
+    let gpu = Cuda::new(Device::with(Copies::Never).unwrap()).unwrap();
+    let mut model = packed_model(&gpu, &[Keep; 2], false);
+    let first = step(&mut model, &batch);
+    assert!(step(&mut model, &batch) != first, "what is widened ahead matters");
+}
