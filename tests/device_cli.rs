@@ -119,3 +119,42 @@ fn cublas_is_found_with_the_library_that_it_needs() {
     let library = found["cuda"]["cublas"].to_string();
     assert!(library.contains(folder.path().to_str().unwrap()), "{found}");
 }
+
+#[test]
+fn attention_that_a_model_or_device_lacks_is_refused() {
+    let small = "tests/data/models/llama_s0/config.json";
+    let large = "tests/data/configs/llama-3.1-8b.json";
+    let memory = |model: &str, flags: &[&str]| {
+        nibble(&[&["memory", "--json", "--model", model][..], flags].concat())
+    };
+    let with = |model: &str, attention: &str| {
+        memory(model, &["--device", "cuda", "--attn-implementation", attention])
+    };
+    let workspace = |attention: &str| {
+        let output = with(large, attention);
+        let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+        plan["components"]["attention workspace"].as_u64().unwrap()
+    };
+    assert_eq!(workspace("auto"), workspace("flash_attention_2"));
+    // Scores and probabilities of 256 rows of the four heads that share a key, and their gradients.
+    let scores = 4 * 256 * 2048 * (4 + 2) * 2;
+    assert!(workspace("eager") - workspace("flash") > scores);
+    let refused = [
+        (with(small, "flash"), "have 16 columns", "--attn-implementation exact"),
+        (memory(large, &["--attn-implementation", "flash"]), "CUDA backend", "leave it out"),
+        (
+            nibble(&["generate", "--model", "none", "--attn-implementation", "flash"]),
+            "CUDA backend",
+            "leave it out",
+        ),
+    ];
+    for (output, what, hint) in refused {
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(2), "{message}");
+        assert!(message.contains(what) && message.contains(hint), "{message}");
+    }
+    for attention in ["auto", "exact"] {
+        let output = memory(small, &["--attn-implementation", attention]);
+        assert!(output.status.success(), "{}", text(&output.stderr));
+    }
+}

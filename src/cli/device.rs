@@ -5,6 +5,8 @@ use std::str::FromStr;
 
 use clap::Args;
 
+use crate::kernels::cuda::AttnImplementation;
+
 /// Where a model works.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Device")]
@@ -13,6 +15,10 @@ pub struct DeviceArgs {
     /// been confirmed on a card
     #[arg(long, value_name = "DEVICE", default_value_t = Device::Auto)]
     pub device: Device,
+
+    /// Attention on a GPU: `flash`, `exact` (slower, for any head), or what suits the model
+    #[arg(long, value_name = "PATH", value_enum, default_value_t = AttnImplementation::Auto)]
+    pub attn_implementation: AttnImplementation,
 }
 
 /// A device by name.

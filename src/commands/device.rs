@@ -1,9 +1,9 @@
-//! From `--device` to a backend.
+//! From `--device` and `--attn-implementation` to a backend.
 
-use crate::cli::device::Device;
-use crate::error::Result;
-use crate::kernels::cuda::Cuda;
+use crate::cli::device::{Device, DeviceArgs};
+use crate::error::{Error, Result};
 use crate::kernels::cuda::library::Gpu;
+use crate::kernels::cuda::{AttnImplementation, Cuda};
 
 /// The GPU that is asked for; `None` for the CPU.
 ///
@@ -11,10 +11,27 @@ use crate::kernels::cuda::library::Gpu;
 /// not depend on what was never seen to work.
 ///
 /// # Errors
-/// `Gpu` with the reason why the one that is asked for cannot be used.
-pub fn open(device: Device) -> Result<Option<Cuda<Gpu>>> {
-    let Device::Cuda(index) = device else { return Ok(None) };
+/// `Gpu` with the reason why the one that is asked for cannot be used, `Usage` for flash attention
+/// on the CPU.
+pub fn open(args: &DeviceArgs) -> Result<Option<Cuda<Gpu>>> {
+    check(args)?;
+    let Device::Cuda(index) = args.device else { return Ok(None) };
+    let device = args.device;
     let gpu = Gpu::open(index).map_err(|error| error.at(format_args!("--device {device}")))?;
     eprintln!("{device}: this backend has not been confirmed on a card yet (docs/cuda.md)");
-    Cuda::new(gpu).map(Some)
+    Ok(Some(Cuda::new(gpu)?.with_attention(args.attn_implementation)))
+}
+
+/// Whether the device has what is asked for.
+///
+/// # Errors
+/// `Usage` for flash attention on the CPU.
+pub fn check(args: &DeviceArgs) -> Result<()> {
+    match (args.device, args.attn_implementation) {
+        (Device::Auto | Device::Cpu, AttnImplementation::Flash) => {
+            Err(Error::usage("`--attn-implementation flash` is a path of the CUDA backend")
+                .hint("leave it out: the CPU has one path, or use `--device cuda`"))
+        }
+        _ => Ok(()),
+    }
 }

@@ -32,7 +32,7 @@ const LOGIT_ROWS: usize = 256;
 /// Whatever is wrong with flags, files or data.
 pub fn run(args: &EvalArgs) -> Result<()> {
     super::set_threads(args.threads)?;
-    match device::open(args.device.device)? {
+    match device::open(&args.device)? {
         Some(gpu) => run_on(args, gpu),
         None => run_on(args, Cpu),
     }
@@ -41,6 +41,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.base.model)?;
     let spec = spec_from_config(checkpoint.config())?;
+    kernels.check(&spec)?;
     let dataset = read_data(args, &spec)?;
     super::note_packing(&args.base, checkpoint.kind());
     let format = args.base.block_format();

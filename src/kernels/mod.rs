@@ -123,6 +123,12 @@ pub trait Kernels: Clone + Sync {
     /// `Io`, the first one.
     fn offload_failure(&self, store: &mut Self::Offload) -> Result<()>;
 
+    /// Whether it can compute this model as it was told to.
+    ///
+    /// # Errors
+    /// `Usage` for a setting that the model does not allow.
+    fn check(&self, spec: &ModelSpec) -> Result<()>;
+
     /// Takes frozen matrices over: on a GPU in one piece of memory, as a driver rounds every piece up
     /// to 2 MiB.
     ///

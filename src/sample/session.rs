@@ -49,6 +49,7 @@ impl<K: Kernels> Session<K> {
     ) -> Result<Self> {
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
+        kernels.check(&spec)?;
         let tokenizer = ChatTokenizer::open(path)?;
         let given = adapter.is_some();
         let (weights, adapter) = load_weights(&checkpoint, &spec, quantization, adapter)?;

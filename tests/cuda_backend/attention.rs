@@ -1,16 +1,34 @@
 //! Attention alone: flash kernels and the exact path against the CPU backend, on ragged documents.
 
 use nibble::kernels::cpu::Cpu;
+use nibble::kernels::cuda::{AttnImplementation, cuda_layout};
 use nibble::kernels::{AttentionShape, Kernels, PlannedMemory, TokenLayout};
-use nibble::plan::{Component, MemoryPlan, Region, RegionType};
+use nibble::model::spec::ModelSpec;
+use nibble::plan::{Component, MemoryPlan, Policy, Region, RegionType, Settings};
 use nibble::random::Stream;
 
-use crate::{Gpu, error_in_norm, gpu};
+use crate::golden::Case;
+use crate::{Gpu, error_in_norm, gpu, settings};
 
 const BOUNDARIES: [u32; 4] = [0, 37, 38, 171];
 
-/// Regions for one layer's attention, activations in `dtype`.
-fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType) -> MemoryPlan {
+/// f32 elements that a plan gives such attention on a GPU.
+fn planned_work(shape: &AttentionShape, attention: AttnImplementation) -> usize {
+    let case = Case::open("llama_s0");
+    let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = *shape;
+    let spec = ModelSpec { num_heads, num_kv_heads, head_dim, ..case.spec() };
+    let layout = TokenLayout::new(&BOUNDARIES);
+    let settings = Settings {
+        tokens: layout.tokens(),
+        longest_document: layout.longest(),
+        ..settings(&case, None, &[Policy::Keep], true)
+    };
+    let plan = cuda_layout(&spec, &settings, attention);
+    plan.regions.iter().find(|region| region.name == "work.attention").unwrap().elements
+}
+
+/// Regions for one layer's attention, activations in `dtype`, `work` f32 elements to work in.
+fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType, work: usize) -> MemoryPlan {
     let region = |name: &str, dtype, elements| Region {
         name: name.to_string(),
         component: Component::AttentionWorkspace,
@@ -25,7 +43,7 @@ fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType) -> MemoryPlan 
         region("lse", wide, tokens * shape.num_heads),
         region("d_o", dtype, o),
         region("dqkv", dtype, qkv),
-        region("work", wide, 1 << 22),
+        region("work", wide, work),
     ];
     if dtype == RegionType::Bf16 {
         regions.push(region("cuda.workspace", wide, 1024));
@@ -36,10 +54,15 @@ fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType) -> MemoryPlan 
 }
 
 /// o, log-sum-exp, dqkv.
-fn run<K: Kernels>(kernels: &K, shape: &AttentionShape, dtype: RegionType) -> [Vec<f32>; 3] {
+fn run<K: Kernels>(
+    kernels: &K,
+    shape: &AttentionShape,
+    dtype: RegionType,
+    work: usize,
+) -> [Vec<f32>; 3] {
     let layout = TokenLayout::new(&BOUNDARIES);
     let tokens = layout.tokens();
-    let mut memory = kernels.allocate(&plan(shape, tokens, dtype)).unwrap();
+    let mut memory = kernels.allocate(&plan(shape, tokens, dtype, work)).unwrap();
     let names = ["qkv", "o", "lse", "d_o", "dqkv", "work"];
     let [mut qkv, mut o, mut lse, mut d_o, mut dqkv, mut work] =
         names.map(|name| memory.take(name));
@@ -62,30 +85,51 @@ fn run<K: Kernels>(kernels: &K, shape: &AttentionShape, dtype: RegionType) -> [V
     ]
 }
 
-fn check(gpu: &Gpu, head_dim: usize, window: Option<usize>) {
-    let shape = AttentionShape { num_heads: 4, num_kv_heads: 2, head_dim, window };
-    let device = run(gpu, &shape, RegionType::Bf16);
-    let host = run(&Cpu, &shape, RegionType::F32);
-    let tolerances = [("o", 5e-3), ("log-sum-exp", 1e-4), ("dqkv", 1e-2)];
-    for ((got, expected), (name, tolerance)) in device.iter().zip(&host).zip(tolerances) {
+fn assert_near(got: &[Vec<f32>; 3], expected: &[Vec<f32>; 3], tolerances: [f64; 3], what: &str) {
+    let names = ["o", "log-sum-exp", "dqkv"];
+    for ((got, expected), (name, tolerance)) in
+        got.iter().zip(expected).zip(names.into_iter().zip(tolerances))
+    {
         let error = error_in_norm(got, expected);
-        assert!(error < tolerance, "{head_dim} {window:?}: {name} is off by {error:e}");
+        assert!(error < tolerance, "{what}: {name} is off by {error:e}");
     }
 }
 
+/// On the device, and that against the CPU.
+fn check(gpu: &Gpu, shape: &AttentionShape, attention: AttnImplementation) -> [Vec<f32>; 3] {
+    let gpu = gpu.clone().with_attention(attention);
+    let device = run(&gpu, shape, RegionType::Bf16, planned_work(shape, attention));
+    let host = run(&Cpu, shape, RegionType::F32, 1 << 22);
+    assert_near(&device, &host, [5e-3, 1e-4, 1e-2], &format!("{attention:?} {shape:?}"));
+    device
+}
+
+fn shape(head_dim: usize, window: Option<usize>) -> AttentionShape {
+    AttentionShape { num_heads: 4, num_kv_heads: 2, head_dim, window }
+}
+
+/// Each against the CPU and against the other, in the memory that is planned for it.
 #[test]
-fn flash_kernels_are_launched_as_they_are_declared() {
+fn flash_kernels_agree_with_the_exact_path() {
+    use AttnImplementation::{Auto, Exact, Flash};
     let Some(gpu) = gpu() else { return };
-    for head_dim in [64, 96, 128, 256] {
-        check(&gpu, head_dim, None);
+    let cases = [(64, None), (64, Some(29)), (96, None), (128, None), (256, None)];
+    for (head_dim, window) in cases {
+        let shape = shape(head_dim, window);
+        let [auto, flash, exact] = [Auto, Flash, Exact].map(|path| check(&gpu, &shape, path));
+        assert!(auto == flash && flash != exact, "auto is flash where it can be");
+        assert_near(&flash, &exact, [5e-3, 1e-4, 1e-2], &format!("flash and exact {shape:?}"));
+        assert!(planned_work(&shape, Exact) > planned_work(&shape, Flash));
     }
-    check(&gpu, 64, Some(29));
 }
 
 #[test]
 fn the_exact_path_takes_every_width_and_window() {
     let Some(gpu) = gpu() else { return };
     for (head_dim, window) in [(16, None), (40, Some(29)), (80, None)] {
-        check(&gpu, head_dim, window);
+        let shape = shape(head_dim, window);
+        let auto = check(&gpu, &shape, AttnImplementation::Auto);
+        assert!(auto == check(&gpu, &shape, AttnImplementation::Exact));
+        assert!(AttnImplementation::Flash.check(head_dim).is_err());
     }
 }

@@ -244,3 +244,14 @@ fn device() {
     let error = runs.refused("device=cuda:97");
     assert!(error.contains("hint: "), "{error}");
 }
+
+/// On the CPU there is one path; those of a GPU are in `tests/cuda_backend/attention.rs`.
+#[test]
+fn attn_implementation() {
+    let runs = Runs::new();
+    let [auto, exact] =
+        ["auto", "exact"].map(|path| runs.train(&format!("attn-implementation={path}")));
+    assert_eq!(auto.optimizer("master"), exact.optimizer("master"));
+    let error = runs.refused("attn-implementation=flash");
+    assert!(error.contains("is a path of the CUDA backend"), "{error}");
+}

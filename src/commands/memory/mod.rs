@@ -47,17 +47,21 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     super::set_threads(args.threads)?;
     let on_gpu = matches!(args.device.device, Device::Cuda(_));
     let mut model = Model::open(args, if on_gpu { Place::Gpu } else { Place::Host })?;
+    device::check(&args.device)?;
     // Plans need no GPU, measuring does.
-    let gpu = args.measure.map_or(Ok(None), |_| device::open(args.device.device))?;
+    let gpu = args.measure.map_or(Ok(None), |_| device::open(&args.device))?;
     if let Device::Cuda(_) = args.device.device {
         let surroundings = gpu.as_ref().map(TrainingKernels::surroundings).transpose()?;
         model.process = surroundings.map_or(ASSUMED_CONTEXT_BYTES, |around| around.used_bytes);
     }
     let settings = settings(args, &model.spec)?;
+    let attention = args.device.attn_implementation;
+    attention.check(model.spec.head_dim)?;
+    let on_a_gpu = |spec: &ModelSpec, settings: &Settings| cuda_layout(spec, settings, attention);
     let demand = Demand {
         spec: &model.spec,
         settings: &settings,
-        layout: if on_gpu { &cuda_layout } else { &layout },
+        layout: if on_gpu { &on_a_gpu } else { &layout },
         activations: args.activations,
         mode: args.weights,
         weights: model.weights,

@@ -45,7 +45,7 @@ use output::Output;
 pub fn run(args: &TrainArgs) -> Result<()> {
     args.recipe()?;
     super::set_threads(args.resources.threads)?;
-    match device::open(args.device.device)? {
+    match device::open(&args.device)? {
         Some(gpu) => run_on(args, gpu),
         None => run_on(args, Cpu),
     }
@@ -56,6 +56,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let mut progress = Progress::stderr();
     let mut output = Output::claim(&args.output, &progress)?;
     let base = Base::open(args)?;
+    kernels.check(&base.spec)?;
     let (adapter, origin) = base.adapter(args)?;
     let mut data = data::prepare(args, &base, &progress)?;
     let memory = memory::plan(args, &base, &adapter, &data, &kernels, &progress)?;

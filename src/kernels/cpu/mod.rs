@@ -106,6 +106,10 @@ impl Kernels for Cpu {
         store.check()
     }
 
+    fn check(&self, _spec: &ModelSpec) -> Result<()> {
+        Ok(())
+    }
+
     fn upload_weights(&self, weights: Vec<FrozenMatrix>) -> Result<Vec<FrozenMatrix>> {
         Ok(weights)
     }

@@ -31,6 +31,7 @@ mod weight;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
+pub use attention::AttnImplementation;
 pub use plan::cuda_layout;
 pub use weight::matrix_bytes;
 
@@ -45,11 +46,12 @@ use crate::error::{Error, Result};
 /// A GPU as a backend. Clones share it; one model at a time works on it.
 pub struct Cuda<D: Driver> {
     shared: Arc<Shared<D>>,
+    attention: AttnImplementation,
 }
 
 impl<D: Driver> Clone for Cuda<D> {
     fn clone(&self) -> Self {
-        Cuda { shared: self.shared.clone() }
+        Cuda { shared: self.shared.clone(), attention: self.attention }
     }
 }
 
@@ -81,7 +83,13 @@ impl<D: Driver> Cuda<D> {
         let tables = Tables::new(&driver)?;
         let scalars = Allocation::new(&driver, SCALARS_BYTES)?;
         let state = Mutex::new(State { staging: None, ahead: None, failure: None });
-        Ok(Cuda { shared: Arc::new(Shared { driver, tables, scalars, state }) })
+        let shared = Arc::new(Shared { driver, tables, scalars, state });
+        Ok(Cuda { shared, attention: AttnImplementation::default() })
+    }
+
+    /// The same, with attention computed as is said.
+    pub fn with_attention(self, attention: AttnImplementation) -> Self {
+        Cuda { attention, ..self }
     }
 
     /// The GPU.

@@ -35,7 +35,7 @@ impl<D: Driver> Kernels for Cuda<D> {
     type Offload = Pinned<D>;
 
     fn plan(&self, spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
-        cuda_layout(spec, settings)
+        cuda_layout(spec, settings, self.attention)
     }
 
     fn allocate(&self, plan: &MemoryPlan) -> Result<Memory<D>> {
@@ -97,6 +97,10 @@ impl<D: Driver> Kernels for Cuda<D> {
     fn offload_failure(&self, _store: &mut Pinned<D>) -> Result<()> {
         // Kept with all other failures.
         Ok(())
+    }
+
+    fn check(&self, spec: &ModelSpec) -> Result<()> {
+        self.attention.check(spec.head_dim)
     }
 
     fn upload_weights(&self, weights: Vec<FrozenMatrix>) -> Result<Vec<DeviceWeight<D>>> {

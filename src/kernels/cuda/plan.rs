@@ -4,7 +4,7 @@
 use crate::model::spec::{LinearRole, ModelSpec};
 use crate::plan::{Component, MemoryPlan, Pitch, Region, RegionType, Settings, layout};
 
-use super::attention::WorkLayout;
+use super::attention::{AttnImplementation, WorkLayout};
 use super::frozen::{extended_elements, tail_columns};
 use super::memory::PARTIALS;
 
@@ -19,7 +19,11 @@ pub(super) const UPLOAD_WORDS: usize = 4;
 pub(super) const DEQUANTIZED: [&str; 2] = ["cuda.dequantized", "cuda.dequantized.ahead"];
 
 /// Regions of a run with `settings`.
-pub fn cuda_layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
+pub fn cuda_layout(
+    spec: &ModelSpec,
+    settings: &Settings,
+    attention: AttnImplementation,
+) -> MemoryPlan {
     let mut plan = layout(spec, settings);
     for region in &mut plan.regions {
         if !is_wide(&region.name) {
@@ -27,7 +31,7 @@ pub fn cuda_layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
         }
         match region.name.as_str() {
             "work.attention" => {
-                region.elements = WorkLayout::new(spec, settings).elements();
+                region.elements = WorkLayout::new(spec, settings, attention).elements();
             }
             // The bf16 copies are operands as they are.
             "work.lora_pair" if settings.bf16_working => region.elements = 0,

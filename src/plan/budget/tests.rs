@@ -1,7 +1,7 @@
 use super::shortfall::shorter;
 use super::*;
 use crate::adapter::LoraConfig;
-use crate::kernels::cuda::cuda_layout;
+use crate::kernels::cuda::{AttnImplementation, cuda_layout};
 use crate::model::families::spec_from_config;
 use crate::plan::{StreamedBytes, layout};
 
@@ -156,8 +156,12 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         let format = Some(nibble_quant::BlockFormat::default());
         let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
         let settings = settings(&spec, 4096);
-        let demand =
-            Demand { layout: &cuda_layout, weights, place: Place::Gpu, ..demand(&spec, &settings) };
+        let demand = Demand {
+            layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
+            weights,
+            place: Place::Gpu,
+            ..demand(&spec, &settings)
+        };
         let pace = Pace::new(&demand, &settings);
         let (mut slowest, mut mixed) = (f64::INFINITY, 0);
         for gib in (4..200).step_by(5) {

@@ -1,5 +1,6 @@
 use super::*;
 use crate::adapter::LoraConfig;
+use crate::kernels::cuda::{AttnImplementation, cuda_layout};
 use crate::model::families::spec_from_config;
 use crate::plan::budget::{Activations, Limit};
 use crate::plan::{Place, StreamedBytes, WeightBytes, WeightParts};
@@ -86,7 +87,7 @@ fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
         let settings = Settings { targets, ..demand.settings.clone() };
         let demand = Demand {
             spec: &spec,
-            layout: &crate::kernels::cuda::cuda_layout,
+            layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
             weights,
             place: Place::Gpu,
             ..demand.clone()

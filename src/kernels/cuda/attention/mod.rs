@@ -1,0 +1,259 @@
+//! Causal attention inside documents: our flash kernels where they have the head's width, else, or
+//! where it is asked for, the [exact](exact) path, which is also their oracle.
+//! Formulas: src/kernels/cpu/attention.rs.
+
+mod exact;
+
+use clap::ValueEnum;
+
+use super::Cuda;
+use super::driver::{Argument, Driver};
+use super::launch::{ROW_THREADS, launch, rows as row_grid};
+use super::memory::Buffer;
+use crate::error::{Error, Result};
+use crate::kernels::{AttentionShape, TokenLayout};
+use crate::model::spec::ModelSpec;
+use crate::plan::Settings;
+use exact::{Exact, backward_keys, blocks};
+
+/// Query rows of a block of scores.
+const BLOCK_ROWS: usize = 256;
+/// Parts of the workspace begin on this many f32 elements.
+const PART_ELEMENTS: usize = 64;
+/// Tokens that a block of the flash kernels handles.
+const FLASH_TOKENS: usize = 64;
+
+/// Head widths that the flash kernels have.
+const FLASH_WIDTHS: [usize; 4] = [64, 96, 128, 256];
+
+/// How attention is computed on a GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum AttnImplementation {
+    /// By the flash kernels where they have the head's width, else exactly.
+    #[default]
+    Auto,
+    /// By the flash kernels: scores are made and used tile by tile.
+    #[value(alias = "flash_attention_2")]
+    Flash,
+    /// By products of whole rows of scores: slower, for any head.
+    #[value(alias = "eager")]
+    Exact,
+}
+
+impl AttnImplementation {
+    /// Whether it has kernels for heads of this width.
+    ///
+    /// # Errors
+    /// `Usage` for the flash kernels and a width that they lack.
+    pub fn check(self, head_dim: usize) -> Result<()> {
+        if self != AttnImplementation::Flash || FLASH_WIDTHS.contains(&head_dim) {
+            return Ok(());
+        }
+        let what = format_args!(
+            "`--attn-implementation flash` has kernels for heads of {FLASH_WIDTHS:?}, this model's \
+             have {head_dim} columns"
+        );
+        Err(Error::usage(what).hint("use `--attn-implementation exact`, or leave it to `auto`"))
+    }
+
+    /// The flash kernels, if heads of this width shall have them.
+    fn flash(self, head_dim: usize) -> Option<Flash> {
+        if self == AttnImplementation::Exact { None } else { flash_width(head_dim) }
+    }
+}
+
+/// Where the parts of the workspace lie, in f32 elements.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct WorkLayout {
+    /// Scores of one part: rows · keys of a group of heads.
+    scores: usize,
+    /// dk and dv of one document and key head, each.
+    keys: usize,
+    /// δ of all tokens and heads.
+    delta: usize,
+    training: bool,
+}
+
+impl WorkLayout {
+    /// For the largest document of a plan.
+    pub fn new(spec: &ModelSpec, settings: &Settings, attention: AttnImplementation) -> Self {
+        let padded = |elements: usize| elements.next_multiple_of(PART_ELEMENTS);
+        let training = settings.training();
+        let exact = attention.flash(spec.head_dim).is_none();
+        let longest = settings.longest_document;
+        let group = spec.num_heads / spec.num_kv_heads;
+        let scores = group * BLOCK_ROWS.min(longest) * padded(longest);
+        WorkLayout {
+            scores: if exact { padded(scores) } else { 0 },
+            keys: if exact && training { padded(longest * spec.head_dim) } else { 0 },
+            delta: if training { padded(settings.tokens * spec.num_heads) } else { 0 },
+            training,
+        }
+    }
+
+    /// f32 elements of everything: products, probabilities (bf16), and their gradients.
+    pub fn elements(&self) -> usize {
+        let pair = self.scores + self.scores.div_ceil(2).next_multiple_of(PART_ELEMENTS);
+        self.delta + 2 * self.keys + if self.training { 2 * pair } else { pair }
+    }
+}
+
+/// The width if there are flash kernels for it.
+fn flash_width(head_dim: usize) -> Option<Flash> {
+    let [forward, keys, queries] = match head_dim {
+        64 => ["flash_forward_64", "flash_backward_keys_64", "flash_backward_queries_64"],
+        96 => ["flash_forward_96", "flash_backward_keys_96", "flash_backward_queries_96"],
+        128 => ["flash_forward_128", "flash_backward_keys_128", "flash_backward_queries_128"],
+        256 => ["flash_forward_256", "flash_backward_keys_256", "flash_backward_queries_256"],
+        _ => return None,
+    };
+    // Shared memory as kernels.cu lists it.
+    let shared = match head_dim {
+        64 => [18_432, 37_376, 36_864],
+        96 => [26_624, 53_760, 53_248],
+        128 => [34_816, 70_144, 69_632],
+        _ => [67_584, 84_608, 84_480],
+    };
+    let keys_threads = if head_dim == 256 { 256 } else { 128 };
+    Some(Flash {
+        forward: (forward, shared[0], 128),
+        keys: (keys, shared[1], keys_threads),
+        queries: (queries, shared[2], 128),
+    })
+}
+
+/// Name, shared memory and threads of the three kernels.
+struct Flash {
+    forward: (&'static str, u32, u32),
+    keys: (&'static str, u32, u32),
+    queries: (&'static str, u32, u32),
+}
+
+/// o and the log-sum-exp.
+pub(super) fn forward<D: Driver>(
+    cuda: &Cuda<D>,
+    shape: &AttentionShape,
+    layout: &TokenLayout,
+    qkv: &Buffer<D>,
+    (o, lse): (&Buffer<D>, &Buffer<D>),
+    work: &Buffer<D>,
+) {
+    let tokens = layout.tokens();
+    let (o, lse) = (o.rows(tokens, shape.q_width()), lse.at(0..tokens * shape.num_heads));
+    if let Some(flash) = cuda.attention.flash(shape.head_dim) {
+        let outputs = [o.argument(), o.stride.into(), Argument::Pointer(lse)];
+        let grid = [layout.longest().div_ceil(FLASH_TOKENS) as u32, shape.num_heads as u32];
+        return launch_flash(cuda, flash.forward, grid, shape, layout, qkv, &outputs);
+    }
+    let exact = Exact::new(cuda, shape, layout, qkv, work, false);
+    for document in layout.boundaries.windows(2) {
+        for kv_head in 0..shape.num_kv_heads {
+            for block in blocks(document[0], document[1], shape.window, kv_head) {
+                exact.multiply_queries(block);
+                exact.softmax(block, lse);
+                exact.output(block, o);
+            }
+        }
+    }
+}
+
+/// Overwrites dqkv.
+pub(super) fn backward<D: Driver>(
+    cuda: &Cuda<D>,
+    shape: &AttentionShape,
+    layout: &TokenLayout,
+    (qkv, o, lse, d_o): (&Buffer<D>, &Buffer<D>, &Buffer<D>, &Buffer<D>),
+    dqkv: &Buffer<D>,
+    work: &Buffer<D>,
+) {
+    let (tokens, width) = (layout.tokens(), shape.q_width());
+    let lse = lse.at(0..tokens * shape.num_heads);
+    let (o, d_o) = (o.rows(tokens, width), d_o.at(0..tokens * width));
+    let to = dqkv.rows(tokens, shape.qkv_width());
+    let flash = cuda.attention.flash(shape.head_dim);
+    let exact = flash.is_none().then(|| Exact::new(cuda, shape, layout, qkv, work, true));
+    let delta = exact.as_ref().map_or(work.at(0..tokens * shape.num_heads), |exact| exact.delta);
+    launch!(cuda, "attention_delta", row_grid(tokens), ROW_THREADS;
+        Argument::Pointer(d_o), width, o.argument(), o.stride, Argument::Pointer(delta),
+        shape.num_heads, shape.head_dim);
+    if let Some(flash) = flash {
+        let gradients = [
+            Argument::Pointer(d_o),
+            width.into(),
+            Argument::Pointer(lse),
+            Argument::Pointer(delta),
+        ];
+        let column = |column: usize| to.column(column).argument();
+        let blocks = layout.longest().div_ceil(FLASH_TOKENS) as u32;
+        let mut keys = gradients.to_vec();
+        keys.extend([column(width), column(width + shape.kv_width()), to.stride.into()]);
+        let grid = [blocks, shape.num_kv_heads as u32];
+        launch_flash(cuda, flash.keys, grid, shape, layout, qkv, &keys);
+        let mut queries = gradients.to_vec();
+        queries.extend([column(0), to.stride.into()]);
+        let grid = [blocks, shape.num_heads as u32];
+        launch_flash(cuda, flash.queries, grid, shape, layout, qkv, &queries);
+    }
+    let Some(exact) = exact else { return };
+    for document in layout.boundaries.windows(2) {
+        for kv_head in 0..shape.num_kv_heads {
+            backward_keys(&exact, (document[0], document[1]), kv_head, (lse, d_o), to);
+        }
+    }
+}
+
+/// Appends k and v to the cache and attends to all of it.
+pub(super) fn cached<D: Driver>(
+    cuda: &Cuda<D>,
+    shape: &AttentionShape,
+    qkv: &Buffer<D>,
+    (cache, past): (&Buffer<D>, usize),
+    o: &Buffer<D>,
+    rows: usize,
+) {
+    const THREADS: u32 = 128;
+    let (stride, kv) = (shape.qkv_width(), 2 * shape.kv_width());
+    let (source, o) = (qkv.at(0..rows * stride), o.rows(rows, shape.q_width()));
+    let end = cache.at(past * kv..(past + rows) * kv);
+    launch!(cuda, "scale_rows_bf16", row_grid(rows), ROW_THREADS;
+        Argument::Pointer(source + 2 * shape.q_width() as u64), stride, Argument::Pointer(end), kv,
+        kv, 1f32, false);
+    let keys = cache.at(0..(past + rows) * kv);
+    launch!(cuda, "attention_decode", [rows as u32, shape.num_heads as u32, 1], THREADS;
+        Argument::Pointer(source), stride, Argument::Pointer(keys),
+        Argument::Pointer(keys + 2 * shape.kv_width() as u64), kv,
+        o.argument(), o.stride, shape.num_heads, shape.num_kv_heads, shape.head_dim, past,
+        shape.window.unwrap_or(0), shape.scale(), 0f32);
+}
+
+fn launch_flash<D: Driver>(
+    cuda: &Cuda<D>,
+    (kernel, shared_bytes, threads): (&'static str, u32, u32),
+    [blocks, heads]: [u32; 2],
+    shape: &AttentionShape,
+    layout: &TokenLayout,
+    qkv: &Buffer<D>,
+    rest: &[Argument],
+) {
+    let Some(boundaries) = cuda.stage_boundaries(layout) else { return };
+    let stride = shape.qkv_width();
+    let source = qkv.at(0..layout.tokens() * stride);
+    let column = |column: usize| Argument::Pointer(source + 2 * column as u64);
+    let mut arguments = vec![
+        column(0),
+        stride.into(),
+        column(shape.q_width()),
+        column(shape.q_width() + shape.kv_width()),
+        stride.into(),
+        boundaries,
+        boundaries,
+        shape.num_heads.into(),
+        shape.num_kv_heads.into(),
+        shape.window.unwrap_or(0).into(),
+        shape.scale().into(),
+        0f32.into(),
+    ];
+    arguments.extend_from_slice(rest);
+    let documents = layout.boundaries.len().saturating_sub(1) as u32;
+    cuda.launch_shared(kernel, [blocks, heads, documents], threads, shared_bytes, &mut arguments);
+}
