@@ -14,8 +14,8 @@ fn mutant(name: &str, file: &str, from: &str, to: &str) -> Device {
         Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("mutant-{}", name.replace(' ', "-")));
     for folder in ["src/kernels/cuda", "quant/src/cuda"] {
         fs::create_dir_all(copy.join(folder)).unwrap();
-        for entry in fs::read_dir(root.join(folder)).unwrap() {
-            let path = entry.unwrap().path();
+        let entries = fs::read_dir(root.join(folder)).unwrap();
+        for path in entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
             fs::copy(&path, copy.join(folder).join(path.file_name().unwrap())).unwrap();
         }
     }
