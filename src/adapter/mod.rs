@@ -13,6 +13,7 @@
 mod config;
 #[cfg(test)]
 mod fixtures;
+mod gguf;
 #[cfg(test)]
 mod golden_tests;
 mod lora;

@@ -7,7 +7,7 @@ pub mod bnb;
 mod damage;
 pub mod elements;
 pub mod folder;
-mod gguf;
+pub(crate) mod gguf;
 mod mapped;
 pub mod repack;
 pub mod writer;
@@ -27,6 +27,7 @@ pub use elements::Elements;
 use folder::Folder;
 use gguf::Gguf;
 pub(crate) use gguf::read_header as read_gguf_header;
+pub use gguf::{Export, gguf_fields};
 pub(crate) use mapped::map_file;
 pub use mapped::{PageCache, Pages};
 

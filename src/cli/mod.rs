@@ -6,6 +6,7 @@ pub mod data;
 pub mod device;
 pub mod doctor;
 pub mod eval;
+pub mod export;
 pub mod generate;
 pub mod layers;
 pub mod lora;
@@ -53,6 +54,8 @@ pub enum Command {
     Chat(generate::ChatArgs),
     /// Put an adapter into its base model's weights: a dense Hugging Face folder
     Merge(merge::MergeArgs),
+    /// Write a model, or an adapter, as a GGUF file for llama.cpp
+    Export(export::ExportArgs),
     /// What this machine offers, and how to get what is missing
     Doctor(doctor::DoctorArgs),
     /// Print a script that completes Nibble's commands and flags in a shell

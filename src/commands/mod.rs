@@ -6,6 +6,7 @@ pub mod data;
 mod device;
 pub mod doctor;
 pub mod eval;
+pub mod export;
 pub mod generate;
 pub mod memory;
 pub mod merge;
@@ -34,6 +35,7 @@ pub fn run(command: &Command) -> Result<()> {
         Command::Generate(args) => generate::run(args),
         Command::Chat(args) => chat::run(args),
         Command::Merge(args) => merge::run(args),
+        Command::Export(args) => export::run(args),
         Command::Doctor(args) => doctor::run(args),
         Command::Completions(args) => completions::run(args),
     }

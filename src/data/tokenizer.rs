@@ -6,15 +6,13 @@
 use std::ops::Range;
 use std::path::Path;
 
-use candle_core::quantized::gguf_file::{Content, Value as Metadata};
+use candle_core::quantized::gguf_file::Value as Metadata;
 use candle_core::quantized::tokenizer::TokenizerFromGguf;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
-use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence;
 
 use super::ends::TurnEnds;
+use super::pre_tokenizers::set_splitter;
 use super::template::ChatTemplate;
 use super::template_sources::TemplateSources;
 use crate::checkpoint::{read_gguf_header, read_json};
@@ -23,11 +21,11 @@ use crate::error::{Error, Result, candle_text};
 /// A model's tokenizer.
 #[derive(Debug, Clone)]
 pub struct ChatTokenizer {
-    tokenizer: Tokenizer,
+    pub(super) tokenizer: Tokenizer,
     bos: Option<SpecialToken>,
     eos: Option<SpecialToken>,
     pad: Option<SpecialToken>,
-    unknown: Option<SpecialToken>,
+    pub(super) unknown: Option<SpecialToken>,
     /// All ids that end a generation; the first is `eos`.
     eos_ids: Vec<u32>,
     add_bos_token: bool,
@@ -120,7 +118,7 @@ impl ChatTokenizer {
         };
         let content = read_gguf_header(&bytes).map_err(|e| e.at(path.display()))?;
         let mut tokenizer = Tokenizer::from_gguf(&content).map_err(damaged)?;
-        set_pre_tokenizer(&mut tokenizer, &content, path)?;
+        set_splitter(&mut tokenizer, &content).map_err(|e| e.at(path.display()))?;
         let field = |key: &str| content.metadata.get(&format!("tokenizer.{key}"));
         let special = |key: &str| {
             let id = field(&format!("ggml.{key}")).and_then(|value| value.to_u32().ok())?;
@@ -309,34 +307,6 @@ impl ChatTokenizer {
     pub fn id(&self, text: &str) -> Option<u32> {
         self.tokenizer.token_to_id(text)
     }
-}
-
-/// Splits text as llama.cpp's `tokenizer.ggml.pre` says; candle knows only some of them, and its
-/// default puts a space before the text. An unknown value would give wrong tokens silently.
-fn set_pre_tokenizer(tokenizer: &mut Tokenizer, content: &Content, path: &Path) -> Result<()> {
-    let field = |key: &str| content.metadata.get(&format!("tokenizer.ggml.{key}"));
-    let prefix_space = matches!(field("add_space_prefix"), Some(Metadata::Bool(true)));
-    let bytes = ByteLevel::new(prefix_space, true, true);
-    let pre = field("pre").and_then(|value| value.to_string().ok());
-    match pre.map_or("default", String::as_str) {
-        "qwen2" | "llama3" | "llama-bpe" | "smaug-bpe" | "lfm2" => return Ok(()),
-        "smollm" | "starcoder" | "refact" | "command-r" => {
-            let steps = vec![Digits::new(true).into(), bytes.into()];
-            tokenizer.with_pre_tokenizer(Some(Sequence::new(steps)));
-        }
-        "default" | "gpt-2" | "gpt2" => {
-            tokenizer.with_pre_tokenizer(Some(bytes));
-        }
-        other => {
-            return Err(Error::input(format_args!(
-                "{}: pre-tokenizer `{other}` is not supported",
-                path.display()
-            ))
-            .hint("use the Hugging Face folder of this model, which has a tokenizer.json"));
-        }
-    }
-    tokenizer.with_post_processor(Some(ByteLevel::new(prefix_space, false, true)));
-    Ok(())
 }
 
 fn optional_json(path: &Path) -> Result<Value> {

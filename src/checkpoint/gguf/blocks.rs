@@ -54,7 +54,7 @@ impl Blocks {
 }
 
 /// llama.cpp's converter puts row `half · d/2 + j` of a head of d rows at `2j + half`.
-fn stored_row(row: usize, head_rows: usize) -> usize {
+pub(super) fn stored_row(row: usize, head_rows: usize) -> usize {
     let (head, within) = (row / head_rows, row % head_rows);
     let (half, j) = (within / (head_rows / 2), within % (head_rows / 2));
     head * head_rows + 2 * j + half

@@ -7,8 +7,11 @@
 
 mod blocks;
 mod config;
+mod export;
 mod header;
+mod metadata;
 mod names;
+mod write;
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -22,7 +25,11 @@ use super::{DenseTensor, StoredType, TensorInfo, f32_bytes};
 use crate::error::{Error, Result};
 pub(super) use blocks::Blocks;
 use config::ROPE_FACTORS;
+pub use export::Export;
+pub(crate) use export::{encoded, source_row};
 pub(crate) use header::read_header;
+pub use metadata::fields as gguf_fields;
+pub(crate) use write::{Description, GgufWriter};
 
 /// An opened GGUF file.
 pub(super) struct Gguf {
@@ -37,7 +44,7 @@ pub(super) struct Gguf {
 
 /// The architectures that have a Hugging Face family here.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Architecture {
+pub(crate) enum Architecture {
     Llama,
     Qwen2,
     Gpt2,
@@ -171,12 +178,7 @@ impl Gguf {
     }
 
     fn field(&self, key: &str) -> Option<&Metadata> {
-        let prefix = match self.architecture {
-            Architecture::Llama => "llama",
-            Architecture::Qwen2 => "qwen2",
-            Architecture::Gpt2 => "gpt2",
-        };
-        self.content.metadata.get(&format!("{prefix}.{key}"))
+        self.content.metadata.get(&format!("{}.{key}", self.architecture.name()))
     }
 
     fn wrong(&self, what: impl std::fmt::Display) -> Error {

@@ -54,3 +54,53 @@ fn gpt2_part(part: &str) -> Option<&'static str> {
         _ => return None,
     })
 }
+
+/// `model.layers.3.self_attn.q_proj.weight` → `blk.3.attn_q.weight`.
+pub(super) fn gguf_name(architecture: Architecture, name: &str) -> Option<String> {
+    const OUTSIDE: [&str; 4] = ["token_embd", "position_embd", "output_norm", "output"];
+    const PARTS: [&str; 10] = [
+        "attn_norm",
+        "attn_q",
+        "attn_k",
+        "attn_v",
+        "attn_qkv",
+        "attn_output",
+        "ffn_norm",
+        "ffn_gate",
+        "ffn_up",
+        "ffn_down",
+    ];
+    let (module, suffix) = name.rsplit_once('.')?;
+    let layer = module.split('.').find_map(|part| part.parse::<usize>().ok());
+    let stored = OUTSIDE.iter().map(|part| part.to_string());
+    let inside =
+        layer.into_iter().flat_map(|layer| PARTS.map(|part| format!("blk.{layer}.{part}")));
+    let mut stored = stored.chain(inside).map(|module| format!("{module}.{suffix}"));
+    stored.find(|stored| hugging_face_name(architecture, stored).as_deref() == Some(name))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_lead_there_and_back() {
+        let names = [
+            (
+                Architecture::Llama,
+                "model.layers.12.self_attn.q_proj.weight",
+                "blk.12.attn_q.weight",
+            ),
+            (Architecture::Qwen2, "model.layers.0.mlp.down_proj.weight", "blk.0.ffn_down.weight"),
+            (Architecture::Qwen2, "model.layers.3.self_attn.k_proj.bias", "blk.3.attn_k.bias"),
+            (Architecture::Gpt2, "transformer.h.1.attn.c_attn.bias", "blk.1.attn_qkv.bias"),
+            (Architecture::Gpt2, "transformer.wpe.weight", "position_embd.weight"),
+            (Architecture::Llama, "lm_head.weight", "output.weight"),
+        ];
+        for (architecture, name, stored) in names {
+            assert_eq!(gguf_name(architecture, name).as_deref(), Some(stored));
+            assert_eq!(hugging_face_name(architecture, stored).as_deref(), Some(name));
+        }
+        assert_eq!(gguf_name(Architecture::Llama, "model.other.weight"), None);
+    }
+}

@@ -1,0 +1,64 @@
+//! A LoRA adapter as a GGUF file, which llama.cpp adds to a model as it runs. Source: llama.cpp
+//! `convert_lora_to_gguf.py`, `src/llama-adapter.cpp`.
+
+use std::path::Path;
+
+use candle_core::quantized::GgmlDType;
+use candle_core::quantized::gguf_file::Value as Metadata;
+
+use super::{Adapter, LoraTarget, LoraTensors};
+use crate::checkpoint::gguf::{Architecture, Description, GgufWriter, encoded, source_row};
+use crate::error::{Error, Result};
+use crate::model::spec::{LinearRole, ModelSpec};
+
+impl Adapter {
+    /// Writes `….lora_a` `[R, in]` and `….lora_b` `[out, R]` of every target. llama.cpp multiplies
+    /// by alpha / R with one alpha: what a target's scale differs by is in its B. Returns the bytes.
+    ///
+    /// # Errors
+    /// `Input` for a value that does not fit `dtype`; `Io` when the disk refuses.
+    pub fn write_gguf(&self, path: &Path, spec: &ModelSpec, dtype: GgmlDType) -> Result<u64> {
+        let architecture = Architecture::of(spec.family);
+        let alpha = self.config.lora_alpha as f32;
+        let text = |text: &str| Metadata::String(text.to_string());
+        let metadata = [
+            ("general.type".to_string(), text("adapter")),
+            ("general.architecture".to_string(), text(architecture.name())),
+            ("adapter.type".to_string(), text("lora")),
+            ("adapter.lora.alpha".to_string(), Metadata::F32(alpha)),
+        ];
+        let describe = |target: &LoraTarget| {
+            let weight = format!("{}.weight", target.module);
+            let name = architecture.tensor(&weight).ok_or_else(|| {
+                Error::input(format_args!("module {} has no name in GGUF", target.module))
+            })?;
+            let part =
+                |part: &str, shape| Description { name: format!("{name}.{part}"), shape, dtype };
+            let a = part("lora_a", vec![target.r, target.in_features]);
+            Ok([a, part("lora_b", vec![target.out_features, target.r])])
+        };
+        let descriptions: Vec<[Description; 2]> =
+            self.targets.iter().map(describe).collect::<Result<_>>()?;
+        let mut writer =
+            GgufWriter::create(path, &metadata, descriptions.into_iter().flatten().collect())?;
+        for (target, LoraTensors { a, b }) in self.targets.iter().zip(&self.tensors) {
+            let factor = target.scale * target.r as f32 / alpha;
+            let turned = architecture == Architecture::Llama
+                && matches!(target.role, LinearRole::Q | LinearRole::K);
+            let rows = |row: usize| {
+                let source = if turned { source_row(row, spec.head_dim) } else { row };
+                b[source * target.r..(source + 1) * target.r].iter().map(|x| x * factor)
+            };
+            let b: Vec<f32> = (0..target.out_features).flat_map(rows).collect();
+            for values in [a, &b] {
+                let bytes = encoded(values, dtype).ok_or_else(|| {
+                    Error::input(format_args!("{}: a value does not fit {dtype:?}", target.module))
+                        .hint("use `--outtype f32`")
+                })?;
+                writer.append(&bytes)?;
+                writer.end_tensor()?;
+            }
+        }
+        writer.finish()
+    }
+}

@@ -1,0 +1,120 @@
+//! What a GGUF file says of a model beside its tensors and tokenizer. Source: llama.cpp
+//! `convert_hf_to_gguf.py`, `gguf-py/gguf/constants.py`.
+
+use std::f64::consts::PI;
+
+use candle_core::quantized::gguf_file::Value as Metadata;
+
+use super::Architecture;
+use super::names::gguf_name;
+use crate::error::{Error, Result};
+use crate::model::spec::{Family, ModelSpec, RopeScaling};
+
+/// A key and its value.
+pub type Field = (String, Metadata);
+
+impl Architecture {
+    /// That llama.cpp has for a family: a Mistral is a Llama there.
+    pub fn of(family: Family) -> Self {
+        match family {
+            Family::Llama | Family::Mistral => Architecture::Llama,
+            Family::Qwen2 => Architecture::Qwen2,
+            Family::Gpt2 => Architecture::Gpt2,
+        }
+    }
+
+    /// Its name for the tensor `name`.
+    pub fn tensor(self, name: &str) -> Option<String> {
+        gguf_name(self, name)
+    }
+
+    /// Its name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Architecture::Llama => "llama",
+            Architecture::Qwen2 => "qwen2",
+            Architecture::Gpt2 => "gpt2",
+        }
+    }
+}
+
+/// Dimensions and switches.
+///
+/// # Errors
+/// `Input` for what llama.cpp has no word for.
+pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
+    let architecture = Architecture::of(spec.family);
+    let mut fields = vec![(
+        "general.architecture".to_string(),
+        Metadata::String(architecture.name().to_string()),
+    )];
+    let mut put = |key: &str, value: Metadata| {
+        fields.push((format!("{}.{key}", architecture.name()), value));
+    };
+    let size = |size: usize| Metadata::U32(size as u32);
+    put("context_length", size(spec.max_positions));
+    put("embedding_length", size(spec.hidden_size));
+    put("block_count", size(spec.num_layers));
+    put("feed_forward_length", size(spec.intermediate_size));
+    put("attention.head_count", size(spec.num_heads));
+    put("attention.head_count_kv", size(spec.num_kv_heads));
+    put("vocab_size", size(spec.vocab_size));
+    let epsilon = Metadata::F32(spec.norm_eps as f32);
+    let Some(rotary) = &spec.rotary else {
+        put("attention.layer_norm_epsilon", epsilon);
+        return Ok(fields);
+    };
+    put("attention.layer_norm_rms_epsilon", epsilon);
+    put("attention.key_length", size(spec.head_dim));
+    put("attention.value_length", size(spec.head_dim));
+    put("rope.dimension_count", size(spec.head_dim));
+    put("rope.freq_base", Metadata::F32(rotary.theta as f32));
+    let mut scale = |kind: &str, factor: f64| {
+        put("rope.scaling.type", Metadata::String(kind.into()));
+        put("rope.scaling.factor", Metadata::F32(factor as f32));
+    };
+    match rotary.scaling {
+        // Llama 3's factors are a tensor.
+        RopeScaling::Default | RopeScaling::Llama3 { .. } => {}
+        RopeScaling::Linear { factor } => scale("linear", factor),
+        RopeScaling::Yarn { factor, original_max_position_embeddings, .. } => {
+            scale("yarn", factor);
+            put("rope.scaling.original_context_length", size(original_max_position_embeddings));
+        }
+        RopeScaling::Dynamic { .. } => {
+            return Err(Error::input("rope scaling `dynamic` has no form in GGUF").hint(
+                "llama.cpp scales by a fixed factor: set `linear` or `yarn` in config.json",
+            ));
+        }
+    }
+    Ok(fields)
+}
+
+/// By how much each frequency of Llama 3's scaling is divided; none for other models.
+pub fn rope_factors(spec: &ModelSpec) -> Option<Vec<f32>> {
+    let rotary = spec.rotary.as_ref()?;
+    let RopeScaling::Llama3 {
+        factor,
+        low_freq_factor,
+        high_freq_factor,
+        original_max_position_embeddings,
+    } = rotary.scaling
+    else {
+        return None;
+    };
+    let original = original_max_position_embeddings as f64;
+    let divisor = |pair: usize| {
+        let exponent = 2.0 * pair as f64 / spec.head_dim as f64;
+        let wavelength = 2.0 * PI * rotary.theta.powf(exponent);
+        if wavelength < original / high_freq_factor {
+            return 1.0;
+        }
+        if wavelength > original / low_freq_factor {
+            return factor;
+        }
+        let smooth =
+            (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
+        1.0 / ((1.0 - smooth) / factor + smooth)
+    };
+    Some((0..spec.head_dim / 2).map(|pair| divisor(pair) as f32).collect())
+}

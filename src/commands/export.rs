@@ -1,0 +1,86 @@
+//! `nibble export`: a model as a GGUF file.
+
+use std::path::Path;
+use std::time::Instant;
+
+use candle_core::quantized::gguf_file::Value as Metadata;
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::adapter::Adapter;
+use crate::checkpoint::{Checkpoint, Export, gguf_fields};
+use crate::cli::export::{ExportArgs, OutType};
+use crate::cli::size::ByteSize;
+use crate::data::ChatTokenizer;
+use crate::error::{Error, Result};
+use crate::model::families::spec_from_config;
+use crate::model::spec::ModelSpec;
+
+/// Runs the command.
+///
+/// # Errors
+/// Every wrong input before the first byte is written; `Io` when the disk refuses.
+pub fn run(args: &ExportArgs) -> Result<()> {
+    super::set_threads(args.threads)?;
+    if args.out.exists() && !args.overwrite {
+        return Err(Error::usage(format_args!("{} is there already", args.out.display()))
+            .hint("give another `--out`, or `--overwrite`"));
+    }
+    let checkpoint = Checkpoint::open(&args.model)?;
+    let spec = spec_from_config(checkpoint.config())?;
+    let started = Instant::now();
+    let bytes = match &args.adapter {
+        Some(folder) => adapter(args, &spec, folder)?,
+        None => model(args, &checkpoint, &spec)?,
+    };
+    let seconds = started.elapsed().as_secs_f64();
+    println!("wrote {} ({}, {seconds:.1} s)", args.out.display(), ByteSize(bytes));
+    Ok(())
+}
+
+fn adapter(args: &ExportArgs, spec: &ModelSpec, folder: &Path) -> Result<u64> {
+    if args.outtype == OutType::Q8_0 {
+        return Err(Error::usage("an adapter's rows are too short for `--outtype q8_0`")
+            .hint("use `--outtype f16` or `--outtype f32`"));
+    }
+    Adapter::load(folder, spec)?.write_gguf(&args.out, spec, args.outtype.dtype())
+}
+
+fn model(args: &ExportArgs, checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<u64> {
+    let metadata = metadata(args, spec)?;
+    note_windows(spec);
+    let export = Export { checkpoint, spec, dtype: args.outtype.dtype() };
+    let bar = ProgressBar::new(export.data_bytes()? as u64).with_style(
+        ProgressStyle::with_template(
+            "writing {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}",
+        )
+        .expect("the template is valid"),
+    );
+    let bytes = export.write(&args.out, &metadata, |written| bar.inc(written as u64))?;
+    bar.finish_and_clear();
+    Ok(bytes)
+}
+
+/// The model's, then the tokenizer's.
+fn metadata(args: &ExportArgs, spec: &ModelSpec) -> Result<Vec<(String, Metadata)>> {
+    let tokenizer = ChatTokenizer::open(&args.model)?;
+    let mut fields = gguf_fields(spec)?;
+    let name = args.model.file_stem().map(|name| name.to_string_lossy().into_owned());
+    fields.push(("general.name".into(), Metadata::String(name.unwrap_or_default())));
+    fields.push(("general.file_type".into(), Metadata::U32(args.outtype.file_type())));
+    if args.outtype == OutType::Q8_0 {
+        fields.push(("general.quantization_version".into(), Metadata::U32(2)));
+    }
+    fields.extend(tokenizer.gguf_fields(spec.vocab_size)?);
+    Ok(fields)
+}
+
+/// llama.cpp computes these families with full attention.
+fn note_windows(spec: &ModelSpec) {
+    let shortest = spec.windows.iter().flatten().min();
+    if let Some(window) = shortest.filter(|window| **window < spec.max_positions) {
+        eprintln!(
+            "note: llama.cpp computes this model without its sliding window: texts longer than \
+             {window} tokens will differ"
+        );
+    }
+}

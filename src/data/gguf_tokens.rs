@@ -1,0 +1,156 @@
+//! A tokenizer as a GGUF file's metadata. Source: llama.cpp `convert_hf_to_gguf.py`,
+//! `gguf-py/gguf/vocab.py`.
+
+use std::collections::HashMap;
+
+use candle_core::quantized::gguf_file::Value as Metadata;
+use serde_json::Value;
+
+use super::ChatTokenizer;
+use super::pre_tokenizers::Splitter;
+use crate::error::{Error, Result};
+
+// `enum llama_token_type`.
+const NORMAL: i32 = 1;
+const UNKNOWN: i32 = 2;
+const CONTROL: i32 = 3;
+const USER_DEFINED: i32 = 4;
+const UNUSED: i32 = 5;
+const BYTE: i32 = 6;
+
+/// What SentencePiece calls a space.
+const META_SPACE: char = '▁';
+
+impl ChatTokenizer {
+    /// The fields `tokenizer.…`, with a token for each of the model's `vocab_size` rows.
+    ///
+    /// # Errors
+    /// `Input` for a tokenizer that llama.cpp has no name for.
+    pub fn gguf_fields(&self, vocab_size: usize) -> Result<Vec<(String, Metadata)>> {
+        let text = self.tokenizer.to_string(false);
+        let text = text.map_err(|e| Error::input(format_args!("tokenizer: {e}")))?;
+        let json: Value = serde_json::from_str(&text)
+            .map_err(|e| Error::input(format_args!("tokenizer: {e}")))?;
+        let model = &json["model"];
+        if model["type"] != "BPE" {
+            return Err(unnamed(format_args!("its model is {}", model["type"])));
+        }
+        let mut fields = match model["byte_fallback"] == true {
+            true => self.sentence_piece(&json, vocab_size)?,
+            false => self.byte_pairs(&json, vocab_size)?,
+        };
+        let mut put = |key: &str, value| fields.push((format!("tokenizer.{key}"), value));
+        let special = [("bos", self.bos()), ("eos", self.eos()), ("padding", self.pad())];
+        for (name, token) in special {
+            if let Some(token) = token {
+                put(&format!("ggml.{name}_token_id"), Metadata::U32(token.id));
+            }
+        }
+        if let Some(token) = &self.unknown {
+            put("ggml.unknown_token_id", Metadata::U32(token.id));
+        }
+        put("ggml.add_bos_token", Metadata::Bool(self.adds_bos()));
+        put("ggml.add_eos_token", Metadata::Bool(false));
+        if let Some(template) = self.chat_template() {
+            put("chat_template", Metadata::String(template.to_string()));
+        }
+        Ok(fields)
+    }
+
+    /// Byte pairs as GPT-2 has them.
+    fn byte_pairs(&self, json: &Value, vocab_size: usize) -> Result<Vec<(String, Metadata)>> {
+        let Some(splitter) = Splitter::of(&self.tokenizer) else {
+            return Err(unnamed("it splits text in a way of its own"));
+        };
+        let tokens = tokens(json, vocab_size)?;
+        let mut fields = common("gpt2", splitter.name(), &tokens);
+        let merges = merges(json).map(|(left, right)| Metadata::String(format!("{left} {right}")));
+        fields.push(("tokenizer.ggml.merges".into(), Metadata::Array(merges.collect())));
+        Ok(fields)
+    }
+
+    /// SentencePiece's byte pairs: the merge that makes a token is its score.
+    fn sentence_piece(&self, json: &Value, vocab_size: usize) -> Result<Vec<(String, Metadata)>> {
+        let tokens = tokens(json, vocab_size)?;
+        let mut made_by: HashMap<String, usize> = HashMap::new();
+        for (rank, (left, right)) in merges(json).enumerate() {
+            made_by.entry(format!("{left}{right}")).or_insert(rank);
+        }
+        let score = |(text, kind): &(String, i32)| match (*kind, made_by.get(text)) {
+            (NORMAL, Some(rank)) => -(*rank as f32),
+            // Single characters are there from the start: nothing is merged into them.
+            (NORMAL, None) => -(made_by.len() as f32),
+            _ => 0.0,
+        };
+        let scores = tokens.iter().map(score).map(Metadata::F32).collect();
+        let mut fields = common("llama", "default", &tokens);
+        fields.push(("tokenizer.ggml.scores".into(), Metadata::Array(scores)));
+        let pieces = format!("{}{}", json["normalizer"], json["pre_tokenizer"]);
+        let prefix = pieces.contains("Prepend") || pieces.contains("\"prepend_scheme\":\"first\"");
+        fields.push(("tokenizer.ggml.add_space_prefix".into(), Metadata::Bool(prefix)));
+        Ok(fields)
+    }
+}
+
+fn unnamed(why: impl std::fmt::Display) -> Error {
+    Error::input(format_args!("llama.cpp has no name for this tokenizer that is known here: {why}"))
+        .hint("llama.cpp's `convert_hf_to_gguf.py` knows more of them: give it the merged folder")
+}
+
+fn common(model: &str, pre: &str, tokens: &[(String, i32)]) -> Vec<(String, Metadata)> {
+    let texts = tokens.iter().map(|(text, _)| Metadata::String(text.clone())).collect();
+    let kinds = tokens.iter().map(|(_, kind)| Metadata::I32(*kind)).collect();
+    vec![
+        ("tokenizer.ggml.model".into(), Metadata::String(model.into())),
+        ("tokenizer.ggml.pre".into(), Metadata::String(pre.into())),
+        ("tokenizer.ggml.tokens".into(), Metadata::Array(texts)),
+        ("tokenizer.ggml.token_type".into(), Metadata::Array(kinds)),
+    ]
+}
+
+/// Text and kind of the token of every row.
+fn tokens(json: &Value, vocab_size: usize) -> Result<Vec<(String, i32)>> {
+    let mut tokens: Vec<(String, i32)> =
+        (0..vocab_size).map(|id| (format!("[PAD{id}]"), UNUSED)).collect();
+    let fallback = json["model"]["byte_fallback"] == true;
+    let unknown = json["model"]["unk_token"].as_str();
+    let mut put = |text: &str, id: usize, kind: i32| match tokens.get_mut(id) {
+        Some(token) => {
+            *token = (text.to_string(), kind);
+            Ok(())
+        }
+        None => Err(Error::input(format_args!(
+            "tokenizer: token {id} is outside the model's {vocab_size} rows"
+        ))),
+    };
+    for (text, id) in json["model"]["vocab"].as_object().into_iter().flatten() {
+        let is_byte = fallback && text.len() == 6 && text.starts_with("<0x") && text.ends_with('>');
+        let kind = if is_byte { BYTE } else { NORMAL };
+        put(text, id.as_u64().unwrap_or(u64::MAX) as usize, kind)?;
+    }
+    for token in json["added_tokens"].as_array().into_iter().flatten() {
+        let text = token["content"].as_str().unwrap_or_default();
+        let kind = match token["special"] == true {
+            true if fallback && unknown == Some(text) => UNKNOWN,
+            true => CONTROL,
+            false => USER_DEFINED,
+        };
+        // SentencePiece's own spelling of a space, as its tokens have it.
+        let text = if fallback && kind == USER_DEFINED {
+            text.replace(' ', &META_SPACE.to_string())
+        } else {
+            text.to_string()
+        };
+        put(&text, token["id"].as_u64().unwrap_or(u64::MAX) as usize, kind)?;
+    }
+    Ok(tokens)
+}
+
+/// Pairs in the order in which they are merged: `"a b"` or `["a", "b"]`.
+fn merges(json: &Value) -> impl Iterator<Item = (&str, &str)> {
+    let merges = json["model"]["merges"].as_array().into_iter().flatten();
+    merges.filter_map(|merge| match merge {
+        Value::String(pair) => pair.split_once(' '),
+        pair => Some((pair[0].as_str()?, pair[1].as_str()?)),
+    })
+}

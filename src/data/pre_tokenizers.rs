@@ -1,0 +1,177 @@
+//! How text is split before byte pairs are merged, by the names that llama.cpp gives to it in
+//! `tokenizer.ggml.pre`. Source: llama.cpp `src/llama-vocab.cpp`.
+
+use candle_core::quantized::gguf_file::{Content, Value as Metadata};
+use tokenizers::models::ModelWrapper;
+use tokenizers::pre_tokenizers::PreTokenizerWrapper;
+use tokenizers::pre_tokenizers::byte_level::ByteLevel;
+use tokenizers::pre_tokenizers::digits::Digits;
+use tokenizers::pre_tokenizers::sequence::Sequence;
+use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
+use tokenizers::{
+    OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _, SplitDelimiterBehavior,
+    Tokenizer,
+};
+
+use crate::error::{Error, Result};
+
+const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const QWEN_2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Text on which all of them differ.
+const PROBE: &str = "Don't  SHE'LL 1234567 x٣٤ \n\n  naïve—«日本語» (a+b)!?\t\tend... \r\n 3.14 ";
+
+/// A way to split.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Splitter {
+    /// GPT-2's words.
+    Gpt2,
+    /// The same, and every digit by itself.
+    Smollm,
+    /// Llama 3's words, digits by three.
+    LlamaBpe,
+    /// The same, every digit by itself.
+    Qwen2,
+}
+
+impl Splitter {
+    const ALL: [Splitter; 4] =
+        [Splitter::Gpt2, Splitter::Smollm, Splitter::LlamaBpe, Splitter::Qwen2];
+
+    /// By one of llama.cpp's names.
+    pub fn from_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "default" | "gpt-2" | "gpt2" => Splitter::Gpt2,
+            "smollm" | "starcoder" | "refact" | "command-r" => Splitter::Smollm,
+            "llama-bpe" | "llama3" | "llama-v3" | "smaug-bpe" | "lfm2" => Splitter::LlamaBpe,
+            "qwen2" | "deepseek-r1-qwen" => Splitter::Qwen2,
+            _ => return None,
+        })
+    }
+
+    /// llama.cpp's name.
+    pub fn name(self) -> &'static str {
+        match self {
+            Splitter::Gpt2 => "gpt-2",
+            Splitter::Smollm => "smollm",
+            Splitter::LlamaBpe => "llama-bpe",
+            Splitter::Qwen2 => "qwen2",
+        }
+    }
+
+    /// As the tokenizers library has it.
+    fn build(self, prefix_space: bool) -> PreTokenizerWrapper {
+        let words = |regex: &str| {
+            let pattern = SplitPattern::Regex(regex.to_string());
+            let split = Split::new(pattern, SplitDelimiterBehavior::Isolated, false);
+            let split = split.expect("the expressions are valid").into();
+            Sequence::new(vec![split, ByteLevel::new(prefix_space, true, false).into()]).into()
+        };
+        let bytes = ByteLevel::new(prefix_space, true, true);
+        match self {
+            Splitter::Gpt2 => bytes.into(),
+            Splitter::Smollm => Sequence::new(vec![Digits::new(true).into(), bytes.into()]).into(),
+            Splitter::LlamaBpe => words(LLAMA_3),
+            Splitter::Qwen2 => words(QWEN_2),
+        }
+    }
+
+    /// The one that splits as `tokenizer` does; none for all others.
+    pub fn of(tokenizer: &Tokenizer) -> Option<Self> {
+        let pieces = pieces(tokenizer.get_pre_tokenizer()?)?;
+        Self::ALL
+            .into_iter()
+            .find(|splitter| pieces_of(*splitter).is_some_and(|known| known == pieces))
+    }
+}
+
+fn pieces_of(splitter: Splitter) -> Option<Vec<String>> {
+    pieces(&splitter.build(false))
+}
+
+/// What the probe is split into.
+fn pieces(pre_tokenizer: &PreTokenizerWrapper) -> Option<Vec<String>> {
+    let mut text = PreTokenizedString::from(PROBE);
+    pre_tokenizer.pre_tokenize(&mut text).ok()?;
+    let splits = text.get_splits(OffsetReferential::Original, OffsetType::Byte);
+    Some(splits.into_iter().map(|(piece, _, _)| piece.to_string()).collect())
+}
+
+/// Splits text as the file says; candle knows only some of the names, and its default puts a space
+/// before the text. An unknown name would give wrong tokens silently.
+///
+/// # Errors
+/// `Input`, without the file's name, for an unknown name.
+pub(super) fn set_splitter(tokenizer: &mut Tokenizer, content: &Content) -> Result<()> {
+    let field = |key: &str| content.metadata.get(&format!("tokenizer.ggml.{key}"));
+    let prefix_space = matches!(field("add_space_prefix"), Some(Metadata::Bool(true)));
+    let name = field("pre").and_then(|value| value.to_string().ok());
+    let name = name.map_or("default", String::as_str);
+    let Some(splitter) = Splitter::from_name(name) else {
+        return Err(Error::input(format_args!("pre-tokenizer `{name}` is not supported"))
+            .hint("use the Hugging Face folder of this model, which has a tokenizer.json"));
+    };
+    tokenizer.with_pre_tokenizer(Some(splitter.build(prefix_space)));
+    tokenizer.with_post_processor(Some(ByteLevel::new(prefix_space, false, true)));
+    // Llama 3 has words that no merges lead to.
+    if splitter == Splitter::LlamaBpe
+        && name != "smaug-bpe"
+        && let ModelWrapper::BPE(mut model) = tokenizer.get_model().clone()
+    {
+        model.ignore_merges = true;
+        tokenizer.with_model(model);
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_probe_tells_them_apart() {
+        let all = Splitter::ALL.map(|splitter| pieces_of(splitter).unwrap());
+        for (index, pieces) in all.iter().enumerate() {
+            assert!(
+                all[index + 1..].iter().all(|other| other != pieces),
+                "{:?}",
+                Splitter::ALL[index]
+            );
+            assert_eq!(
+                Splitter::from_name(Splitter::ALL[index].name()),
+                Some(Splitter::ALL[index])
+            );
+        }
+    }
+
+    /// What the tokenizers library (0.22) makes of the probe with the tokenizer.json of Llama 3.1,
+    /// Qwen 3 and SmolLM2.
+    #[test]
+    fn text_is_split_as_by_the_models_own_tokenizers() {
+        let llama = "Don|'t| | SHE|'LL| |123|456|7| x|٣٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|14| ";
+        let qwen = "Don|'t| | SHE|'LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|1|4| ";
+        let smollm = "Don|'t| | SHE|'|LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n | naïve|—«|日本語|»| (|a|+|b|)!?|\t|\t|end|...| \r\n |3|.|1|4| ";
+        let cases =
+            [(Splitter::LlamaBpe, llama), (Splitter::Qwen2, qwen), (Splitter::Smollm, smollm)];
+        for (splitter, expected) in cases {
+            let mut text = PreTokenizedString::from(PROBE);
+            splitter.build(false).pre_tokenize(&mut text).unwrap();
+            let splits = text.get_splits(OffsetReferential::Original, OffsetType::Byte);
+            let pieces: Vec<&str> =
+                splits.iter().map(|(_, (begin, end), _)| &PROBE[*begin..*end]).collect();
+            assert_eq!(pieces.join("|"), expected, "{splitter:?}");
+        }
+    }
+
+    #[test]
+    fn a_tokenizer_is_recognized_by_what_it_does() {
+        for splitter in Splitter::ALL {
+            let mut tokenizer = Tokenizer::new(tokenizers::models::bpe::BPE::default());
+            assert_eq!(Splitter::of(&tokenizer), None);
+            tokenizer.with_pre_tokenizer(Some(splitter.build(false)));
+            assert_eq!(Splitter::of(&tokenizer), Some(splitter));
+            tokenizer.with_pre_tokenizer(Some(splitter.build(true)));
+            assert_eq!(Splitter::of(&tokenizer), None, "a space before the text");
+        }
+    }
+}

@@ -1,0 +1,239 @@
+//! `nibble export`: what llama.cpp gets of a model, its tokenizer and an adapter.
+
+mod golden;
+mod training;
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::Path;
+
+use candle_core::Device;
+use candle_core::quantized::gguf_file::{Content, Value as Metadata};
+use golden::{CASES, Case};
+use nibble::checkpoint::Checkpoint;
+use nibble::data::ChatTokenizer;
+use nibble::model::families::spec_from_config;
+use serde_json::{Value, json};
+use training::{Workplace, fail, succeed};
+
+/// A tokenizer of 128 byte-level tokens, of which a few are merged.
+fn write_tokenizer(folder: &Path) {
+    let mut vocab: serde_json::Map<String, Value> =
+        ('!'..='~').enumerate().map(|(id, byte)| (byte.to_string(), id.into())).collect();
+    let merges = ["l l", "h e", "he ll", "hell o", "Ġ w"];
+    for token in ["Ġ", "Ċ", "ll", "he", "hell", "hello", "Ġw"] {
+        vocab.insert(token.into(), vocab.len().into());
+    }
+    let special = json!({
+        "id": vocab.len(), "content": "<|end|>", "special": true, "single_word": false,
+        "lstrip": false, "rstrip": false, "normalized": false
+    });
+    let bytes = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true
+    });
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [special],
+        "normalizer": null, "pre_tokenizer": bytes, "post_processor": null, "decoder": bytes,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges}
+    });
+    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let config = json!({"eos_token": "<|end|>", "chat_template": "{{ messages[0].content }}"});
+    fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
+}
+
+/// A golden model with that tokenizer, as `base` of a workplace.
+fn place(case: &Case) -> Workplace {
+    let place = Workplace::new();
+    let folder = place.path("base");
+    fs::create_dir(&folder).unwrap();
+    for name in ["config.json", "model.safetensors"] {
+        fs::copy(case.path.join(name), folder.join(name)).unwrap();
+    }
+    write_tokenizer(&folder);
+    place
+}
+
+fn export(place: &Workplace, flags: &[&str]) -> (Content, File) {
+    let base = ["export", "--model", "base", "--out", "out.gguf", "--overwrite"];
+    succeed(place.nibble(&[&base[..], flags].concat()));
+    let mut file = File::open(place.path("out.gguf")).unwrap();
+    (Content::read(&mut file).unwrap(), file)
+}
+
+#[test]
+fn every_family_reads_back_as_it_was() {
+    for name in CASES {
+        let case = Case::open(name);
+        let place = place(&case);
+        export(&place, &["--outtype", "f32"]);
+        let source = Checkpoint::open(&place.path("base")).unwrap();
+        let written = Checkpoint::open(&place.path("out.gguf")).unwrap();
+        let (expected, got) =
+            [&source, &written].map(|c| spec_from_config(c.config()).unwrap()).into();
+        assert_eq!(got.inventory(), expected.inventory(), "{name}");
+        let rotary = |spec: &nibble::model::spec::ModelSpec| format!("{:?}", spec.rotary);
+        assert_eq!(rotary(&got), rotary(&expected), "{name}");
+        assert_eq!((got.norm_eps, got.max_positions), (expected.norm_eps, expected.max_positions));
+        for tensor in expected.inventory() {
+            let [was, is] = [&source, &written].map(|checkpoint| {
+                let elements = checkpoint.elements(&tensor.name).unwrap();
+                (elements.shape().to_vec(), elements.to_f32())
+            });
+            assert!(was == is, "{name}: {}", tensor.name);
+        }
+        let text = "hello world\n<|end|>";
+        let [was, is] = ["base", "out.gguf"].map(|path| {
+            let tokenizer = ChatTokenizer::open(&place.path(path)).unwrap();
+            let eos = tokenizer.eos().cloned();
+            (tokenizer.encode(text).unwrap(), eos, tokenizer.chat_template().map(String::from))
+        });
+        assert_eq!(was, is, "{name}");
+        assert!(was.0.len() < text.len() && was.2.is_some());
+    }
+}
+
+#[test]
+fn matrices_have_the_type_that_is_asked_for_and_vectors_are_f32() {
+    let case = Case::open("llama_s0");
+    let place = place(&case);
+    let source = Checkpoint::open(&place.path("base")).unwrap();
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let expected = source.elements(name).unwrap().to_f32();
+    let largest = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+    let kinds = [("f16", "F16", 2e-3), ("bf16", "BF16", 1e-2), ("q8_0", "Q8_0", 1.0 / 127.0)];
+    for (flag, kind, tolerance) in kinds {
+        let (content, _) = export(&place, &["--outtype", flag]);
+        let dtype = |name: &str| format!("{:?}", content.tensor_infos[name].ggml_dtype);
+        assert_eq!(
+            (dtype("blk.1.ffn_up.weight"), dtype("token_embd.weight")),
+            (kind.into(), kind.into())
+        );
+        assert_eq!(dtype("blk.0.attn_norm.weight"), "F32");
+        let got = Checkpoint::open(&place.path("out.gguf")).unwrap().elements(name).unwrap();
+        let off =
+            got.to_f32().iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        assert!(off > 0.0 && off <= tolerance * largest, "{flag}: {off} of {largest}");
+    }
+}
+
+/// Rows of q and k that llama.cpp has interleaved: row `half · d/2 + j` of a head at `2j + half`.
+fn interleaved(rows: &[Vec<f32>], head_dim: usize) -> Vec<Vec<f32>> {
+    let heads = rows.chunks(head_dim);
+    heads
+        .flat_map(|head| (0..head_dim).map(|at| head[at % 2 * (head_dim / 2) + at / 2].clone()))
+        .collect()
+}
+
+#[test]
+fn an_adapter_is_written_for_llama_cpp() {
+    let case = Case::open("llama_s0");
+    let place = place(&case);
+    let folder = case.path.join("adapter_init");
+    let folder = folder.to_str().unwrap();
+    let (content, mut file) = export(&place, &["--adapter", folder, "--outtype", "f32"]);
+    let text = |key: &str| content.metadata[key].to_string().unwrap().clone();
+    assert_eq!((text("general.type"), text("adapter.type")), ("adapter".into(), "lora".into()));
+    assert_eq!(text("general.architecture"), "llama");
+    let config: Value =
+        serde_json::from_slice(&fs::read(Path::new(folder).join("adapter_config.json")).unwrap())
+            .unwrap();
+    let alpha = config["lora_alpha"].as_f64().unwrap() as f32;
+    assert!(matches!(content.metadata["adapter.lora.alpha"], Metadata::F32(x) if x == alpha));
+    let bytes = fs::read(Path::new(folder).join("adapter_model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let head_dim = case.spec().head_dim;
+    let parts: HashMap<&str, &str> = [
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ]
+    .into();
+    assert_eq!(content.tensor_infos.len(), tensors.len());
+    for (name, tensor) in tensors.tensors() {
+        let path = name.strip_prefix("base_model.model.model.layers.").unwrap();
+        let (layer, rest) = path.split_once('.').unwrap();
+        let (module, matrix) = rest.split_once(".lora_").unwrap();
+        let stored =
+            format!("blk.{layer}.{}.weight.lora_{}", parts[module], matrix[..1].to_lowercase());
+        let got = content.tensor(&mut file, &stored, &Device::Cpu).unwrap();
+        let got = got.dequantize(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+        let columns = tensor.shape()[1];
+        let values: Vec<f32> = bytemuck::pod_collect_to_vec(tensor.data());
+        let rows: Vec<Vec<f32>> = values.chunks(columns).map(<[f32]>::to_vec).collect();
+        let turned = matrix.starts_with('B') && ["attn_q", "attn_k"].contains(&parts[module]);
+        assert!(got == if turned { interleaved(&rows, head_dim) } else { rows }, "{name}");
+    }
+}
+
+#[test]
+fn what_cannot_be_written_is_refused_before_anything_is() {
+    let case = Case::open("llama_s0");
+    let place = place(&case);
+    let refused = |place: &Workplace, flags: &[&str]| {
+        let (code, error) = fail(place.nibble(&[&["export", "--out", "new.gguf"], flags].concat()));
+        assert!(!place.path("new.gguf").exists() && error.contains("hint: "), "{error}");
+        (code, error)
+    };
+    let adapter = case.path.join("adapter_init");
+    let flags = ["--model", "base", "--adapter", adapter.to_str().unwrap(), "--outtype", "q8_0"];
+    assert_eq!(refused(&place, &flags).0, 2);
+    // The word-level tokenizer of the workplace's own model.
+    let (_, error) = refused(&place, &["--model", "model"]);
+    assert!(error.contains("no name for this tokenizer"), "{error}");
+    fs::write(place.path("there.gguf"), "mine").unwrap();
+    let (code, error) = fail(place.nibble(&["export", "--model", "base", "--out", "there.gguf"]));
+    assert!(code == 2 && error.contains("is there already"), "{error}");
+    assert_eq!(place.read("there.gguf"), b"mine");
+}
+
+/// As Llama 2 has it: what SentencePiece calls scores is the order of the merges.
+#[test]
+fn a_tokenizer_with_byte_fallback_becomes_sentence_piece() {
+    let case = Case::open("llama_s0");
+    let place = place(&case);
+    let mut tokens = vec!["<unk>".to_string(), "<s>".into(), "</s>".into()];
+    tokens.extend((0..40).map(|byte| format!("<0x{byte:02X}>")));
+    tokens
+        .extend(["▁", "h", "e", "l", "o", "he", "ll", "hell", "hello", "▁hello"].map(String::from));
+    let vocab: serde_json::Map<String, Value> =
+        tokens.iter().enumerate().map(|(id, token)| (token.clone(), id.into())).collect();
+    let merges = ["h e", "l l", "he ll", "hell o", "▁ hello"];
+    let special = |id: usize| {
+        json!({
+            "id": id, "content": tokens[id], "special": true, "single_word": false,
+            "lstrip": false, "rstrip": false, "normalized": false
+        })
+    };
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": [special(0), special(1), special(2)],
+        "normalizer": {"type": "Prepend", "prepend": "▁"}, "pre_tokenizer": null,
+        "post_processor": null, "decoder": null,
+        "model": {
+            "type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": true,
+            "fuse_unk": true, "unk_token": "<unk>"
+        }
+    });
+    fs::write(place.path("base/tokenizer.json"), tokenizer.to_string()).unwrap();
+    let config = json!({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true});
+    fs::write(place.path("base/tokenizer_config.json"), config.to_string()).unwrap();
+    let (content, _) = export(&place, &[]);
+    let field = |key: &str| content.metadata[&format!("tokenizer.ggml.{key}")].clone();
+    assert_eq!(field("model").to_string().unwrap(), "llama");
+    assert!(
+        field("add_bos_token").to_bool().unwrap() && field("add_space_prefix").to_bool().unwrap()
+    );
+    let list = |key: &str| field(key).to_vec().unwrap().clone();
+    let scores: Vec<f32> = list("scores").iter().map(|x| x.to_f32().unwrap()).collect();
+    let kinds: Vec<i32> = list("token_type").iter().map(|x| x.to_i32().unwrap()).collect();
+    let at = |token: &str| tokens.iter().position(|other| other == token).unwrap();
+    for (rank, token) in ["he", "ll", "hell", "hello", "▁hello"].into_iter().enumerate() {
+        assert_eq!((scores[at(token)], kinds[at(token)]), (-(rank as f32), 1), "{token}");
+    }
+    assert_eq!([0, 1, 2, 3, 127].map(|id| kinds[id]), [2, 3, 3, 6, 5]);
+    assert_eq!((scores.len(), list("tokens").len()), (128, 128));
+}
