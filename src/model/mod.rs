@@ -12,6 +12,7 @@ pub mod parameters;
 pub mod rotary;
 pub mod spec;
 pub mod streaming;
+mod upload;
 pub mod weights;
 
 pub use causal_lm::{Model, score::Score};

@@ -11,13 +11,15 @@ pub mod fit;
 pub mod layout;
 pub mod moments;
 pub mod outside;
+pub mod region;
 pub mod settings;
 pub mod weights;
 pub mod work;
 
 pub use budget::{Activations, Choice, Demand, Limit, WeightsMode};
-pub use layout::{Component, MemoryPlan, Pitch, Region, RegionType, layout};
+pub use layout::layout;
 pub use moments::{MomentLayout, MomentPlace, Optim};
 pub use outside::{Outside, WeightParts};
+pub use region::{Component, MemoryPlan, Pitch, REGION_ALIGNMENT_BYTES, Region, RegionType};
 pub use settings::{Policy, Settings, logit_rows};
 pub use weights::{Place, StreamedBytes, WeightBytes};

@@ -8,6 +8,8 @@
 
 mod card;
 mod contents;
+#[cfg(test)]
+mod hostile_tests;
 mod settings;
 mod tensors;
 #[cfg(test)]

@@ -9,8 +9,8 @@ use crate::error::{Error, Result};
 
 use crate::model::spec::ModelSpec;
 use crate::plan::cost::Pace;
-use crate::plan::layout::MemoryPlan;
 use crate::plan::outside::{Outside, WeightParts};
+use crate::plan::region::MemoryPlan;
 use crate::plan::settings::{Policy, Settings};
 use crate::plan::weights::{Place, WeightBytes};
 

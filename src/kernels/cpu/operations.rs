@@ -1,0 +1,393 @@
+//! [`Kernels`] on the CPU.
+
+use std::borrow::Cow;
+use std::ops::Range;
+use std::path::Path;
+
+use half::bf16;
+use rayon::prelude::*;
+
+use super::arena::{Arena, Buffer};
+use super::{
+    CHUNK, Cpu, FrozenMatrix, ROWS, Scratch, attention, beta, cross_entropy, lora, mlp, norm,
+    rotary, view, view_mut,
+};
+use crate::error::Result;
+use crate::kernels::{
+    AttentionShape, Columns, DropoutMask, Kernels, LoraShape, LoraTerm, NormParameters,
+    StreamedWeights, TokenLayout,
+};
+use crate::model::parameters::Parameters;
+use crate::model::spec::{Activation, ModelSpec};
+use crate::model::streaming::Streaming;
+use crate::plan::{MemoryPlan, Settings, WeightParts, layout};
+use crate::random;
+use nibble_quant::product::{product_forward, product_input_gradient};
+
+impl Kernels for Cpu {
+    type Buffer = Buffer<f32>;
+    type HalfBuffer = Buffer<bf16>;
+    type Memory = Arena;
+    type LossSum = f64;
+    type Offload = Scratch;
+    type Weight = FrozenMatrix;
+    type Vector = Vec<f32>;
+
+    fn plan(&self, spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
+        layout(spec, settings)
+    }
+
+    fn allocate(&self, plan: &MemoryPlan) -> Result<Arena> {
+        Arena::new(plan)
+    }
+
+    fn offload_store(&self, plan: &MemoryPlan, folder: Option<&Path>) -> Result<Scratch> {
+        Scratch::new(plan, folder)
+    }
+
+    fn offload(
+        &self,
+        store: &mut Scratch,
+        (from, _): (&Buffer<f32>, usize),
+        index: usize,
+        elements: usize,
+    ) {
+        store.write(index, &from[..elements]);
+    }
+
+    fn fetch(
+        &self,
+        store: &mut Scratch,
+        index: usize,
+        (to, _): (&mut Buffer<f32>, usize),
+        elements: usize,
+    ) {
+        store.read(index, &mut to[..elements]);
+    }
+
+    fn settle(&self, _store: &mut Scratch, _slot: usize) {
+        // Copies are made at once.
+    }
+
+    fn offload_failure(&self, store: &mut Scratch) -> Result<()> {
+        store.check()
+    }
+
+    fn check(&self, _spec: &ModelSpec) -> Result<()> {
+        Ok(())
+    }
+
+    fn upload_weights(&self, weights: Vec<FrozenMatrix>) -> Result<Vec<FrozenMatrix>> {
+        Ok(weights)
+    }
+
+    fn bytes_in_memory(&self, weight: &FrozenMatrix) -> WeightParts {
+        weight.bytes_in_memory()
+    }
+
+    fn stream_weights(
+        &self,
+        blocks: Vec<Vec<FrozenMatrix>>,
+        pages: Streaming,
+    ) -> Result<StreamedWeights<FrozenMatrix>> {
+        Ok(StreamedWeights { blocks, stream: Box::new(pages) })
+    }
+
+    fn upload_vector(&self, vector: Vec<f32>) -> Result<Vec<f32>> {
+        Ok(vector)
+    }
+
+    fn values<'a>(&self, buffer: &'a Buffer<f32>, range: Range<usize>) -> Result<Cow<'a, [f32]>> {
+        Ok(Cow::Borrowed(&buffer[range]))
+    }
+
+    fn set_values(&self, values: &[f32], buffer: &mut Buffer<f32>, offset: usize) {
+        buffer[offset..offset + values.len()].copy_from_slice(values);
+    }
+
+    fn round(&self, from: &Buffer<f32>, to: &mut Buffer<bf16>, elements: usize) {
+        let to = to[..elements].par_chunks_mut(CHUNK);
+        to.zip(from[..elements].par_chunks(CHUNK)).for_each(|(to, from)| {
+            to.iter_mut().zip(from).for_each(|(to, &from)| *to = bf16::from_f32(from));
+        });
+    }
+
+    fn write_tables(
+        &self,
+        (first, second): (&mut Buffer<f32>, &mut Buffer<f32>),
+        elements: usize,
+        fill: impl FnOnce(&mut [f32], &mut [f32]),
+    ) {
+        fill(&mut first[..elements], &mut second[..elements]);
+    }
+
+    fn loss_sum(&self, _memory: &mut Arena) -> f64 {
+        0.0
+    }
+
+    fn clear_loss(&self, sum: &mut f64) {
+        *sum = 0.0;
+    }
+
+    fn read_loss(&self, sum: &f64) -> Result<f64> {
+        Ok(*sum)
+    }
+
+    fn embed(&self, ids: &[u32], table: &FrozenMatrix, x: &mut Buffer<f32>, accumulate: bool) {
+        let d = table.columns();
+        x[..ids.len() * d].par_chunks_mut(d).zip(ids).for_each(|(x, &id)| {
+            table.read_row(id as usize, x, accumulate);
+        });
+    }
+
+    fn norm_forward(
+        &self,
+        norm: &NormParameters<Vec<f32>>,
+        x: &Buffer<f32>,
+        y: &mut Buffer<f32>,
+        stats: &mut Buffer<f32>,
+        rows: usize,
+    ) {
+        let elements = rows * norm.weight.len();
+        norm::forward(norm, &x[..elements], &mut y[..elements], &mut stats[..2 * rows]);
+    }
+
+    fn norm_backward(
+        &self,
+        norm: &NormParameters<Vec<f32>>,
+        dy: &Buffer<f32>,
+        x: &Buffer<f32>,
+        stats: &Buffer<f32>,
+        dx: &mut Buffer<f32>,
+        rows: usize,
+    ) {
+        let n = rows * norm.weight.len();
+        norm::backward(norm, &dy[..n], &x[..n], &stats[..2 * rows], &mut dx[..n]);
+    }
+
+    fn linear_forward(
+        &self,
+        weight: &FrozenMatrix,
+        bias: Option<&Vec<f32>>,
+        lora: Option<LoraTerm<Buffer<f32>>>,
+        x: &Buffer<f32>,
+        (y, band): (&mut Buffer<f32>, Columns),
+        rows: usize,
+        accumulate: bool,
+    ) {
+        let x = view(x, Columns::all(weight.columns()), rows);
+        let low_rank = lora.map(|term| lora::output_term(&term, rows));
+        let beta = beta(accumulate);
+        product_forward(x, weight.as_ref(), low_rank, beta, view_mut(y, band, rows));
+        if let Some(bias) = bias {
+            y[..rows * band.stride].par_chunks_mut(band.stride).for_each(|row| {
+                let band = &mut row[band.offset..band.offset + band.width];
+                band.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
+            });
+        }
+    }
+
+    fn linear_backward(
+        &self,
+        weight: &FrozenMatrix,
+        lora: Option<LoraTerm<Buffer<f32>>>,
+        (dy, band): (&Buffer<f32>, Columns),
+        dx: &mut Buffer<f32>,
+        rows: usize,
+        accumulate: bool,
+    ) {
+        let dx = view_mut(dx, Columns::all(weight.columns()), rows);
+        let dy = view(dy, band, rows);
+        let low_rank = lora.map(|term| lora::input_term(&term, rows));
+        product_input_gradient(dy, weight.as_ref(), low_rank, beta(accumulate), dx);
+    }
+
+    fn load_pair(&self, parameters: &Parameters, index: usize, pair: &mut Buffer<f32>) {
+        parameters.widen_pair(index, pair);
+    }
+
+    fn lora_project(
+        &self,
+        shape: &LoraShape,
+        pair: &Buffer<f32>,
+        x: &Buffer<f32>,
+        (ax, band): (&mut Buffer<f32>, Columns),
+        rows: usize,
+    ) {
+        let x = view(x, Columns::all(shape.in_features), rows);
+        lora::project(shape, pair, x, view_mut(ax, band, rows));
+    }
+
+    fn lora_backward(
+        &self,
+        shape: &LoraShape,
+        pair: &Buffer<f32>,
+        (dy, band): (&Buffer<f32>, Columns),
+        x: &Buffer<f32>,
+        (ax, ax_band): (&Buffer<f32>, Columns),
+        t: &mut Buffer<f32>,
+        (gradients, offset): (&mut Buffer<f32>, usize),
+        rows: usize,
+    ) {
+        let inputs = lora::BackwardInputs {
+            dy: view(dy, band, rows),
+            x: view(x, Columns::all(shape.in_features), rows),
+            ax: view(ax, ax_band, rows),
+        };
+        let gradients = &mut gradients[offset..offset + shape.elements()];
+        lora::backward(shape, pair, inputs, &mut t[..rows * shape.rank], gradients);
+    }
+
+    fn lora_input_gradient(
+        &self,
+        shape: &LoraShape,
+        pair: &Buffer<f32>,
+        t: &Buffer<f32>,
+        dx: &mut Buffer<f32>,
+        rows: usize,
+    ) {
+        let t = view(t, Columns::all(shape.rank), rows);
+        let dx = view_mut(dx, Columns::all(shape.in_features), rows);
+        lora::input_gradient(shape, pair, t, dx);
+    }
+
+    fn dropout(
+        &self,
+        mask: &DropoutMask,
+        x: &Buffer<f32>,
+        y: &mut Buffer<f32>,
+        elements: usize,
+        accumulate: bool,
+    ) {
+        let stream = random::Stream::new(mask.seed, mask.stream).at(mask.step);
+        let chunks = y[..elements].par_chunks_mut(CHUNK).zip(x[..elements].par_chunks(CHUNK));
+        chunks.enumerate().for_each_init(
+            || vec![0.0; CHUNK],
+            |factors, (chunk, (y, x))| {
+                stream.fill_dropout(mask.first + (chunk * CHUNK) as u64, mask.probability, factors);
+                for ((y, x), factor) in y.iter_mut().zip(x).zip(&*factors) {
+                    *y = if accumulate { *y + x * factor } else { x * factor };
+                }
+            },
+        );
+    }
+
+    fn rotary(
+        &self,
+        shape: &AttentionShape,
+        (cos, sin): (&Buffer<f32>, &Buffer<f32>),
+        qkv: &mut Buffer<f32>,
+        rows: usize,
+        backward: bool,
+    ) {
+        let half = rows * shape.head_dim / 2;
+        let qkv = &mut qkv[..rows * shape.qkv_width()];
+        rotary::rotate(shape, &cos[..half], &sin[..half], qkv, backward);
+    }
+
+    fn attention_forward(
+        &self,
+        shape: &AttentionShape,
+        layout: &TokenLayout,
+        qkv: &Buffer<f32>,
+        o: &mut Buffer<f32>,
+        lse: &mut Buffer<f32>,
+        work: &mut Buffer<f32>,
+    ) {
+        attention::forward(shape, layout, qkv, o, lse, work);
+    }
+
+    fn attention_cached(
+        &self,
+        shape: &AttentionShape,
+        qkv: &Buffer<f32>,
+        (cache, past): (&mut Buffer<f32>, usize),
+        rows: usize,
+        o: &mut Buffer<f32>,
+        work: &mut Buffer<f32>,
+    ) {
+        attention::cached(shape, &qkv[..rows * shape.qkv_width()], (cache, past), o, work);
+    }
+
+    fn attention_backward(
+        &self,
+        shape: &AttentionShape,
+        layout: &TokenLayout,
+        qkv: &Buffer<f32>,
+        o: &Buffer<f32>,
+        lse: &Buffer<f32>,
+        d_o: &Buffer<f32>,
+        dqkv: &mut Buffer<f32>,
+        work: &mut Buffer<f32>,
+    ) {
+        attention::backward(shape, layout, qkv, o, lse, d_o, dqkv, work);
+    }
+
+    fn mlp_forward(
+        &self,
+        activation: Activation,
+        gate: Option<&Buffer<f32>>,
+        up: &Buffer<f32>,
+        out: &mut Buffer<f32>,
+        elements: usize,
+    ) {
+        let gate = gate.map(|gate| &gate[..elements]);
+        mlp::forward(activation, gate, &up[..elements], &mut out[..elements]);
+    }
+
+    fn mlp_backward(
+        &self,
+        activation: Activation,
+        gate: Option<&Buffer<f32>>,
+        up: &Buffer<f32>,
+        d_out: &mut Buffer<f32>,
+        d_up: &mut Buffer<f32>,
+        elements: usize,
+    ) {
+        let gate = gate.map(|gate| &gate[..elements]);
+        let (d_out, d_up) = (&mut d_out[..elements], &mut d_up[..elements]);
+        mlp::backward(activation, gate, &up[..elements], d_out, d_up);
+    }
+
+    fn cross_entropy(
+        &self,
+        logits: &mut Buffer<f32>,
+        targets: &[u32],
+        vocab_size: usize,
+        scale: Option<f32>,
+        loss: &mut f64,
+    ) {
+        let logits = &mut logits[..targets.len() * vocab_size];
+        *loss += cross_entropy::forward_backward(logits, targets, vocab_size, scale);
+    }
+
+    fn gather_rows(&self, from: &Buffer<f32>, rows: &[u32], to: &mut Buffer<f32>, width: usize) {
+        let to = to[..rows.len() * width].par_chunks_mut(ROWS * width);
+        to.zip(rows.par_chunks(ROWS)).for_each(|(to, rows)| {
+            for (to, &row) in to.chunks_exact_mut(width).zip(rows) {
+                to.copy_from_slice(&from[row as usize * width..][..width]);
+            }
+        });
+    }
+
+    fn scatter_rows(&self, from: &Buffer<f32>, rows: &[u32], to: &mut Buffer<f32>, width: usize) {
+        for (from, &row) in from.chunks_exact(width).zip(rows) {
+            to[row as usize * width..][..width].copy_from_slice(from);
+        }
+    }
+
+    fn copy(
+        &self,
+        (from, first): (&Buffer<f32>, usize),
+        (to, start): (&mut Buffer<f32>, usize),
+        elements: usize,
+    ) {
+        let to = to[start..start + elements].par_chunks_mut(CHUNK);
+        to.zip(from[first..first + elements].par_chunks(CHUNK))
+            .for_each(|(to, from)| to.copy_from_slice(from));
+    }
+
+    fn zero(&self, buffer: &mut Buffer<f32>, elements: usize) {
+        buffer[..elements].par_chunks_mut(CHUNK).for_each(|chunk| chunk.fill(0.0));
+    }
+}

@@ -1,0 +1,155 @@
+//! Named buffers of the arena, and the parts of a run that they count to.
+
+/// What a region is for: the rows of the memory report.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Component {
+    /// bf16 LoRA matrices that the forward pass reads.
+    AdapterWorking,
+    /// f32 LoRA matrices that the optimizer updates.
+    AdapterMaster,
+    /// f32 gradients of the LoRA matrices.
+    AdapterGradients,
+    /// AdamW's first and second moments in f32.
+    OptimizerMoments,
+    /// The same in 8 bits, with their scales.
+    PackedMoments,
+    /// Inputs of all blocks.
+    BlockInputs,
+    /// Activations of the layers whose policy is keep.
+    KeptActivations,
+    /// Activations of the one layer that is being recomputed.
+    RecomputeWorkspace,
+    /// Gradients and temporaries of one block.
+    BlockWorkspace,
+    /// Score tiles of attention, for each thread.
+    AttentionWorkspace,
+    /// Logits of one chunk, their rows of hidden states and gradients.
+    LogitsChunk,
+    /// Tables of cos and sin.
+    RotaryTables,
+    /// Keys and values of generated text.
+    KvCache,
+    /// On a GPU, two frozen matrices in bf16: the one at work and the next.
+    DequantizedWeight,
+    /// On a GPU, cuBLAS' workspace.
+    LibraryWorkspace,
+    /// On a GPU, token ids and rows.
+    Uploads,
+}
+
+impl Component {
+    /// Label in tables.
+    pub fn label(self) -> &'static str {
+        match self {
+            Component::AdapterWorking => "LoRA weights (bf16)",
+            Component::AdapterMaster => "LoRA master (f32)",
+            Component::AdapterGradients => "LoRA gradients (f32)",
+            Component::OptimizerMoments => "AdamW moments (f32)",
+            Component::PackedMoments => "AdamW moments (8-bit)",
+            Component::BlockInputs => "block inputs",
+            Component::KeptActivations => "kept activations",
+            Component::RecomputeWorkspace => "recompute workspace",
+            Component::BlockWorkspace => "block workspace",
+            Component::AttentionWorkspace => "attention workspace",
+            Component::LogitsChunk => "logits chunk",
+            Component::RotaryTables => "rotary tables",
+            Component::KvCache => "key/value cache",
+            Component::DequantizedWeight => "dequantized matrices",
+            Component::LibraryWorkspace => "cuBLAS workspace",
+            Component::Uploads => "token ids and rows",
+        }
+    }
+}
+
+/// Element type of a region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum RegionType {
+    /// 4 bytes.
+    F32,
+    /// 2 bytes.
+    Bf16,
+}
+
+/// One named buffer.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct Region {
+    /// Unique name, such as `layer.3.qkv`.
+    pub name: String,
+    /// Report row that it counts to.
+    pub component: Component,
+    /// Element type.
+    pub dtype: RegionType,
+    /// Number of elements.
+    pub elements: usize,
+    /// How its rows lie where they do not follow each other; only on a GPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pitch: Option<Pitch>,
+}
+
+/// Rows with room behind them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
+pub struct Pitch {
+    /// Columns of the matrix itself.
+    pub width: usize,
+    /// Elements from one row to the next.
+    pub stride: usize,
+}
+
+/// Regions start at multiples of this many bytes: a cache line, and an AVX-512 vector.
+pub const REGION_ALIGNMENT_BYTES: usize = 64;
+
+impl Region {
+    /// Bytes in the arena, padding included.
+    pub fn bytes(&self) -> usize {
+        let size = if self.dtype == RegionType::F32 { 4 } else { 2 };
+        (self.elements * size).next_multiple_of(REGION_ALIGNMENT_BYTES)
+    }
+}
+
+/// The arena: its regions in order.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+pub struct MemoryPlan {
+    /// All regions.
+    pub regions: Vec<Region>,
+    /// Outside of the arena: inputs of offloaded layers, in pinned memory beside a GPU or in a file.
+    pub offloaded: Vec<Region>,
+}
+
+impl MemoryPlan {
+    /// Bytes of the arena.
+    pub fn arena_bytes(&self) -> usize {
+        self.regions.iter().map(Region::bytes).sum()
+    }
+
+    /// Bytes outside of it.
+    pub fn offloaded_bytes(&self) -> usize {
+        self.offloaded.iter().map(Region::bytes).sum()
+    }
+
+    /// Bytes for each component, largest first.
+    pub fn by_component(&self) -> Vec<(Component, usize)> {
+        let mut sums = std::collections::BTreeMap::new();
+        for region in &self.regions {
+            *sums.entry(region.component).or_insert(0) += region.bytes();
+        }
+        let mut rows: Vec<_> = sums.into_iter().filter(|&(_, bytes)| bytes > 0).collect();
+        rows.sort_by_key(|&(component, bytes)| (std::cmp::Reverse(bytes), component));
+        rows
+    }
+
+    pub(super) fn push(&mut self, component: Component, name: impl Into<String>, elements: usize) {
+        self.push_typed(component, name, elements, RegionType::F32);
+    }
+
+    pub(super) fn push_typed(
+        &mut self,
+        component: Component,
+        name: impl Into<String>,
+        elements: usize,
+        dtype: RegionType,
+    ) {
+        self.regions.push(Region { name: name.into(), component, dtype, elements, pitch: None });
+    }
+}
