@@ -92,6 +92,13 @@ def sanitize():
     return {"ran": True, "ok": status == 0, "output": "" if status == 0 else last_lines(text, 40)}
 
 
+def write_tokenizer(folder, size):
+    vocabulary = {f"w{i}": i for i in range(size)}
+    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
+    tokenizer = {"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "model": model}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 def make_model(folder):
     dense, packed = folder / "dense", folder / "nf4"
     text, status = run(
@@ -99,10 +106,7 @@ def make_model(folder):
     )
     if status:
         raise RuntimeError(f"make_checkpoint.py: {last_lines(text)}")
-    vocabulary = {f"w{i}": i for i in range(VOCABULARY)}
-    model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
-    tokenizer = {"version": "1.0", "pre_tokenizer": {"type": "Whitespace"}, "model": model}
-    (dense / "tokenizer.json").write_text(json.dumps(tokenizer))
+    write_tokenizer(dense, VOCABULARY)
     text, status = run([CARRIED / "nibble", "quantize", "--model", dense, "--out", packed], 150)
     if status:
         raise RuntimeError(f"nibble quantize: {last_lines(text)}")
@@ -196,6 +200,74 @@ def train_peer(dense, rows):
     return {"ran": True, "tokens_per_second": rate, "peak_mib": result["peak"] >> 20}
 
 
+SDPA = """
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+tokens = %d
+q = torch.randn(1, 32, tokens, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+k, v = (torch.randn(1, 8, tokens, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+        for _ in range(2))
+best = float("inf")
+with sdpa_kernel(SDPBackend.FLASH_ATTENTION):
+    for _ in range(12):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        out.backward(out.detach())
+        end.record(); torch.cuda.synchronize()
+        best = min(best, begin.elapsed_time(end))
+print("RESULT %%.4f" %% best)
+"""
+
+
+def kernel_speed():
+    """Widening beside a copy, attention beside PyTorch's flash kernels, in one call."""
+    environment = {} if REHEARSAL else {"NIBBLE_TEST_DEVICE": "cuda"}
+    arguments = [CARRIED / "cuda_backend", "--exact", "speed::of_kernels", "--nocapture"]
+    text, status = run(arguments, 60, RUST_BACKTRACE="0", **environment)
+    found = re.search(r"SPEED (\{.*\})", text)
+    if status or not found:
+        return {"ok": False, "output": last_lines(text)}
+    speed = json.loads(found.group(1)) | {"ok": True}
+    if not REHEARSAL:
+        text, _ = run([sys.executable, "-c", SDPA % speed["attention_tokens"]], 60)
+        found = re.search(r"RESULT (.*)", text)
+        speed |= {"sdpa_ms": float(found.group(1))} if found else {"sdpa": last_lines(text)}
+    return speed
+
+
+def loss_curves(folder):
+    """200 steps of a tiny model on the card and on the CPU: the largest relative difference."""
+    dense, rows = folder / "tiny", folder / "tiny.jsonl"
+    text, status = run([sys.executable, "scripts/make_checkpoint.py", dense, "--preset", "tiny"], 30)
+    if status:
+        return {"ok": False, "output": last_lines(text)}
+    write_tokenizer(dense, 512)
+    source = random.Random(5)
+    with open(rows, "w") as file:
+        for _ in range(64):
+            first = source.randrange(3, 400)
+            ids = [first + (7 * i) % 100 for i in range(48)]
+            file.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
+    curves = []
+    for device in (DEVICE, "cpu"):
+        out = folder / f"tiny-{device}-{len(curves)}"
+        text, status = run(
+            [CARRIED / "nibble", "train", "--model", dense, "--data", rows, "--out", out]
+            + ["--device", device, "--max-steps", 20 if REHEARSAL else 200, "--logging-steps", 1]
+            + ["--max-length", 128, "--per-device-train-batch-size", 4, "--learning-rate", "1e-3"],
+            90,
+        )
+        if status:
+            return {"ok": False, "output": last_lines(text)}
+        log = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+        curves.append([entry["loss"] for entry in log if entry["event"] == "step"])
+    differences = [abs(a / b - 1) for a, b in zip(*curves)]
+    largest = max(differences)
+    return {"ok": largest < 0.005, "steps": len(differences), "largest_difference": largest,
+            "losses": curves, "output": "" if largest < 0.005 else f"losses differ by {largest:.2%}"}
+
+
 def matrix_rate():
     if REHEARSAL:
         return None
@@ -209,6 +281,7 @@ def measure(folder):
         "tests of the backend": run_tests("cuda_backend", "logits_and_loss"),
     }
     results = {"tests": tests, "sanitizer": sanitize(), "cublas_tflops": matrix_rate()}
+    results |= {"kernels": kernel_speed(), "curves": loss_curves(folder)}
     try:
         dense, packed, rows = make_model(folder)
     except RuntimeError as error:
@@ -223,6 +296,27 @@ def measure(folder):
     return results
 
 
+def kernel_rows(speed):
+    if not speed["ok"]:
+        return ["| kernels | | | FAILED |"]
+    widened, copied = speed["dequantize_gb_per_s"], speed["copy_gb_per_s"]
+    note = f"{widened:,.0f} GB/s, {widened / copied:.0%} of a copy ({copied:,.0f} GB/s)"
+    rows = [f"| dequantize | | | {note}; goal 85 % |"]
+    flash, tokens = speed["attention_ms"], speed["attention_tokens"]
+    note = f"{flash:.2f} ms forward and backward, {tokens} tokens"
+    if "sdpa_ms" in speed:
+        note += f": {speed['sdpa_ms'] / flash:.0%} of PyTorch's flash speed ({speed['sdpa_ms']:.2f} ms); goal 50 %"
+    return rows + [f"| attention, 32 heads of 128, 8 for keys | | | {note} |"]
+
+
+def curve_rows(curves):
+    if "steps" not in curves:
+        return ["| losses beside the CPU | | | FAILED |"]
+    verdict = "" if curves["ok"] else "FAILED: "
+    note = f"{verdict}{curves['steps']} steps of a tiny model within {curves['largest_difference']:.3%}; goal 0.5 %"
+    return [f"| losses beside the CPU | | | {note} |"]
+
+
 def table(results):
     number = lambda value: "-" if value is None else f"{value:,.0f}"
     peer, sanitizer = results["peer"], results["sanitizer"]
@@ -233,6 +327,7 @@ def table(results):
     clean = "no error" if sanitizer.get("ok") else "FAILED"
     note = clean if sanitizer["ran"] else f"NOT RUN: {sanitizer['why']}"
     lines.append(f"| compute-sanitizer | | | {note} |")
+    lines += kernel_rows(results["kernels"]) + curve_rows(results["curves"])
     for name, row in results["nibble"].items():
         note = (row.get("memory") or "") if row["ok"] else "FAILED: " + row.get("output", "").replace("\n", " / ")
         rate, peak = number(row.get("tokens_per_second")), number(row.get("peak_mib"))
@@ -258,6 +353,7 @@ def main():
     results |= {"card": card, "driver": smi("driver_version"), "model": PRESET, "length_tokens": LENGTH}
     results["seconds"] = round(time.monotonic() - begun)
     stages = [*results["tests"].values(), *results["nibble"].values(), results["sanitizer"]]
+    stages += [results["kernels"], results["curves"]]
     passed = all(stage.get("ok", True) for stage in stages)
     results["passed"] = passed
     title = f"{card}: {PRESET} shape, random weights, {LENGTH} tokens, r 16 on all linears"

@@ -19,6 +19,7 @@ mod meter;
 mod offload;
 mod optimizer;
 mod shortage;
+mod speed;
 mod stream;
 
 use device::Device;
