@@ -158,3 +158,27 @@ fn attention_that_a_model_or_device_lacks_is_refused() {
         assert!(output.status.success(), "{}", text(&output.stderr));
     }
 }
+
+#[test]
+fn the_embedding_can_stay_on_the_host_where_it_is_not_the_head() {
+    let memory = |model: &str, flags: &[&str]| {
+        let base = ["memory", "--json", "--model", model, "--device", "cuda", "--quantization"];
+        nibble(&[&base[..], &["nf4"], flags].concat())
+    };
+    let of = |flags: &[&str]| -> Value {
+        let output = memory("tests/data/configs/llama-3.1-8b.json", flags);
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let (on_gpu, on_host) = (of(&[]), of(&["--embedding", "host"]));
+    let bytes = |plan: &Value, key: &str| plan[key].as_u64().unwrap();
+    let table = 128_256 * 4096 * 2;
+    assert_eq!(bytes(&on_gpu, "total_bytes") - bytes(&on_host, "total_bytes"), table);
+    assert_eq!((bytes(&on_gpu, "pinned_bytes"), bytes(&on_host, "pinned_bytes")), (0, table));
+    let fit = of(&["--fit", "--budget", "24GiB"]);
+    let knobs = fit["fit"]["knobs"].as_array().unwrap().clone();
+    let knob = knobs.iter().find(|knob| knob["flags"] == "--embedding host").unwrap();
+    assert_eq!(bytes(&fit, "planned_bytes") - bytes(knob, "bytes"), table);
+    let output = memory("tests/data/models/llama_tied_s2/config.json", &["--embedding", "host"]);
+    let message = text(&output.stderr);
+    assert!(output.status.code() == Some(2) && message.contains("is its head, too"), "{message}");
+}

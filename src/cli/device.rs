@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use clap::Args;
 
-use crate::kernels::cuda::AttnImplementation;
+use crate::kernels::cuda::{AttnImplementation, EmbeddingPlace};
 
 /// Where a model works.
 #[derive(Debug, Clone, Args)]
@@ -19,6 +19,11 @@ pub struct DeviceArgs {
     /// Attention on a GPU: `flash`, `exact` (slower, for any head), or what suits the model
     #[arg(long, value_name = "PATH", value_enum, default_value_t = AttnImplementation::Auto)]
     pub attn_implementation: AttnImplementation,
+
+    /// Where a GPU has the input embedding: in its memory, or on the `host`, from which the rows of a
+    /// pass are read (not where it is the head, too)
+    #[arg(long, value_name = "PLACE", value_enum, default_value_t = EmbeddingPlace::Gpu)]
+    pub embedding: EmbeddingPlace,
 }
 
 /// A device by name.

@@ -19,7 +19,8 @@ pub fn open(args: &DeviceArgs) -> Result<Option<Cuda<Gpu>>> {
     let device = args.device;
     let gpu = Gpu::open(index).map_err(|error| error.at(format_args!("--device {device}")))?;
     eprintln!("{device}: this backend has not been confirmed on a card yet (docs/cuda.md)");
-    Ok(Some(Cuda::new(gpu)?.with_attention(args.attn_implementation)))
+    let cuda = Cuda::new(gpu)?.with_attention(args.attn_implementation);
+    Ok(Some(cuda.with_embedding(args.embedding)))
 }
 
 /// Whether the device has what is asked for.

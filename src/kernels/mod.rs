@@ -136,6 +136,12 @@ pub trait Kernels: Clone + Sync {
     /// `Budget` when the memory cannot be had.
     fn upload_weights(&self, weights: Vec<FrozenMatrix>) -> Result<Vec<Self::Weight>>;
 
+    /// Takes the embedding over, to where it was told to keep it; `is_head` where it makes logits, too.
+    ///
+    /// # Errors
+    /// `Budget` when the memory cannot be had.
+    fn upload_embedding(&self, table: FrozenMatrix, is_head: bool) -> Result<Self::Weight>;
+
     /// What is in memory of a matrix, as of a block's linear.
     fn bytes_in_memory(&self, weight: &Self::Weight) -> WeightParts;
 

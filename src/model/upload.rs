@@ -33,13 +33,9 @@ impl Weights {
         Ok(weights)
     }
 
-    /// The matrices outside of the blocks, which are not copied.
+    /// The matrices outside of the blocks but for the embedding, which are not copied.
     fn tables(&self) -> Vec<FrozenMatrix> {
-        [Some(&self.embedding), self.positions.as_ref(), self.head.as_ref()]
-            .into_iter()
-            .flatten()
-            .cloned()
-            .collect()
+        self.positions.iter().chain(&self.head).cloned().collect()
     }
 
     /// The same model with its matrices elsewhere: the tables, then those of the blocks.
@@ -50,7 +46,7 @@ impl Weights {
     ) -> Result<Weights<K>> {
         let mut matrices = matrices.into_iter();
         let mut next = || matrices.next().expect("one for each that was given");
-        let embedding = next();
+        let embedding = kernels.upload_embedding(self.embedding, self.head.is_none())?;
         let positions = self.positions.map(|_| next());
         let head = self.head.map(|_| next());
         let blocks = self.blocks.into_iter().map(|block| block.moved(kernels, &mut next));

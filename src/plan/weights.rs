@@ -31,6 +31,8 @@ pub struct WeightBytes {
     pub resident: WeightParts,
     /// None where the weights are not in a file as they are used.
     pub streamed: Option<StreamedBytes>,
+    /// Of the embedding, where it is not the head, too: it may be elsewhere.
+    pub embedding: u64,
 }
 
 /// What streamed weights have in memory: at the blocks, the rows of the pass and two blocks; at the
@@ -110,6 +112,21 @@ impl WeightBytes {
         Self::sum(spec, bytes, true).used_at(place)
     }
 
+    /// Of a GPU whose embedding is in the host's memory.
+    pub fn with_embedding_on_host(self) -> Self {
+        let without = |tables: u64| tables - self.embedding;
+        let tables = without(self.resident.tables);
+        let streamed = |bytes: StreamedBytes| StreamedBytes {
+            kept_tables: without(bytes.kept_tables),
+            ..bytes
+        };
+        WeightBytes {
+            resident: WeightParts { tables, ..self.resident },
+            streamed: self.streamed.map(streamed),
+            embedding: 0,
+        }
+    }
+
     fn used_at(self, place: Place) -> Self {
         match place {
             Place::Host => self,
@@ -150,7 +167,8 @@ impl WeightBytes {
             head: if spec.tie_word_embeddings { table } else { head },
             tables: table + untied_head,
         };
-        WeightBytes { resident, streamed: as_stored.then(streamed) }
+        let embedding = if spec.tie_word_embeddings { 0 } else { table };
+        WeightBytes { resident, streamed: as_stored.then(streamed), embedding }
     }
 }
 

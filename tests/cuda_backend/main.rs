@@ -13,6 +13,7 @@ mod golden;
 mod ahead;
 mod attention;
 mod device;
+mod embedding;
 mod emulated;
 mod extension;
 mod meter;

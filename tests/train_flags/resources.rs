@@ -255,3 +255,13 @@ fn attn_implementation() {
     let error = runs.refused("attn-implementation=flash");
     assert!(error.contains("is a path of the CUDA backend"), "{error}");
 }
+
+/// On the CPU it is in the host's memory anyway; those of a GPU are in
+/// `tests/cuda_backend/embedding.rs`.
+#[test]
+fn embedding() {
+    let runs = Runs::new();
+    let [gpu, host] = ["gpu", "host"].map(|place| runs.train(&format!("embedding={place}")));
+    assert_eq!(gpu.optimizer("master"), host.optimizer("master"));
+    assert_eq!(planned(&gpu, "embeddings and head"), planned(&host, "embeddings and head"));
+}

@@ -19,7 +19,7 @@ use crate::commands::device;
 use crate::data::ChatTokenizer;
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
-use crate::kernels::cuda::cuda_layout;
+use crate::kernels::cuda::{EmbeddingPlace, cuda_layout};
 use crate::ledger::resident;
 use crate::ledger::rows::Account;
 use crate::model::families::spec_from_config;
@@ -57,6 +57,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let settings = settings(args, &model.spec)?;
     let attention = args.device.attn_implementation;
     attention.check(model.spec.head_dim)?;
+    let pinned_embedding = if on_gpu { model.place_embedding(args.device.embedding)? } else { 0 };
     let on_a_gpu = |spec: &ModelSpec, settings: &Settings| cuda_layout(spec, settings, attention);
     let demand = Demand {
         spec: &model.spec,
@@ -77,7 +78,8 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let Choice { settings, stream, .. } = demand.choose(limit)?;
     let plan = demand.plan(&settings);
     let account = Account::planned(demand.outside(stream), &plan);
-    let mut run = PlannedRun { model, settings, stream, plan, account, host: None };
+    let mut run =
+        PlannedRun { model, settings, stream, plan, account, pinned_embedding, host: None };
     if let Some(steps) = args.measure {
         run.account = match gpu {
             Some(gpu) => measure::measure(args, &run, gpu, steps.get())?,
@@ -104,6 +106,8 @@ struct PlannedRun {
     stream: bool,
     plan: MemoryPlan,
     account: Account,
+    /// Bytes of the embedding, where it is in the host's memory beside a GPU.
+    pinned_embedding: u64,
     /// After the run, where one was made.
     host: Option<Host>,
 }
@@ -135,12 +139,13 @@ impl PlannedRun {
         self.host.as_ref()?.page_cache.as_ref()
     }
 
-    /// Host memory that a GPU copies from and to: offloaded inputs, and streamed blocks on their way.
+    /// Host memory that a GPU copies from and to: offloaded inputs, streamed blocks on their way, and
+    /// the embedding.
     fn pinned_bytes(&self, args: &MemoryArgs) -> u64 {
         let on_gpu = matches!(args.device.device, Device::Cuda(_));
         let streamed = self.model.weights.streamed.filter(|_| self.stream);
         let blocks = streamed.map_or(0, |streamed| streamed.blocks * streamed.block);
-        if on_gpu { self.plan.offloaded_bytes() as u64 + blocks } else { 0 }
+        if on_gpu { self.plan.offloaded_bytes() as u64 + blocks + self.pinned_embedding } else { 0 }
     }
 
     /// Copies against computation, where weights are streamed to a GPU.
@@ -179,6 +184,17 @@ struct Model {
 }
 
 impl Model {
+    /// Counts a GPU's embedding where it is; returns its bytes on the host.
+    fn place_embedding(&mut self, place: EmbeddingPlace) -> Result<u64> {
+        place.check(&self.spec)?;
+        let bytes = self.weights.embedding;
+        if place == EmbeddingPlace::Gpu {
+            return Ok(0);
+        }
+        self.weights = self.weights.with_embedding_on_host();
+        Ok(bytes)
+    }
+
     fn open(args: &MemoryArgs, place: Place) -> Result<Self> {
         let (path, format) = (&args.base.model, args.base.block_format());
         if let Some(config) = bare_config(path)? {

@@ -9,6 +9,7 @@ use crate::cli::lora::AdapterDtype;
 use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
 use crate::error::Result;
+use crate::kernels::cuda::EmbeddingPlace;
 use crate::ledger::resident;
 use crate::ledger::rows::Account;
 use crate::plan::{Choice, Demand, Limit, Place, Policy, Settings, WeightBytes, logit_rows};
@@ -46,6 +47,10 @@ pub fn plan(
     let place = if around.in_process { Place::Host } else { Place::Gpu };
     let weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref(), place);
     base.checkpoint.release_all();
+    let weights = match (place, args.device.embedding) {
+        (Place::Gpu, EmbeddingPlace::Host) => weights.with_embedding_on_host(),
+        _ => weights,
+    };
     let demand = Demand {
         spec: &base.spec,
         settings: &settings,

@@ -113,7 +113,8 @@ pub trait Driver: Send + Sync + 'static {
     /// Gives memory back, once all that was queued is done.
     fn free(&self, address: Address);
 
-    /// Host memory that copies need not wait for, on 64 bytes; it lives as long as the driver.
+    /// Host memory that copies need not wait for, on 64 bytes, and that kernels can read at the same
+    /// address; it lives as long as the driver.
     ///
     /// # Errors
     /// `Budget` when there is not enough.

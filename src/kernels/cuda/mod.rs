@@ -11,6 +11,7 @@ mod attention;
 pub mod devices;
 pub mod driver;
 mod elementwise;
+mod embedding;
 mod frozen;
 mod functions;
 mod host;
@@ -32,6 +33,7 @@ mod weight;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use attention::AttnImplementation;
+pub use embedding::EmbeddingPlace;
 pub use plan::cuda_layout;
 pub use weight::matrix_bytes;
 
@@ -47,11 +49,12 @@ use crate::error::{Error, Result};
 pub struct Cuda<D: Driver> {
     shared: Arc<Shared<D>>,
     attention: AttnImplementation,
+    embedding: EmbeddingPlace,
 }
 
 impl<D: Driver> Clone for Cuda<D> {
     fn clone(&self) -> Self {
-        Cuda { shared: self.shared.clone(), attention: self.attention }
+        Cuda { shared: self.shared.clone(), attention: self.attention, embedding: self.embedding }
     }
 }
 
@@ -84,12 +87,18 @@ impl<D: Driver> Cuda<D> {
         let scalars = Allocation::new(&driver, SCALARS_BYTES)?;
         let state = Mutex::new(State { staging: None, ahead: None, failure: None });
         let shared = Arc::new(Shared { driver, tables, scalars, state });
-        Ok(Cuda { shared, attention: AttnImplementation::default() })
+        let (attention, embedding) = (AttnImplementation::default(), EmbeddingPlace::default());
+        Ok(Cuda { shared, attention, embedding })
     }
 
     /// The same, with attention computed as is said.
     pub fn with_attention(self, attention: AttnImplementation) -> Self {
         Cuda { attention, ..self }
+    }
+
+    /// The same, with the embedding kept where is said.
+    pub fn with_embedding(self, embedding: EmbeddingPlace) -> Self {
+        Cuda { embedding, ..self }
     }
 
     /// The GPU.

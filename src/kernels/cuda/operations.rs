@@ -13,7 +13,7 @@ use super::offload::Pinned;
 use super::plan::{DEQUANTIZED, cuda_layout};
 use super::staging::Staging;
 use super::weight::{self, DeviceWeight};
-use super::{Cuda, attention, elementwise, frozen, low_rank, stream};
+use super::{Cuda, EmbeddingPlace, attention, elementwise, frozen, low_rank, stream};
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::kernels::{
@@ -100,11 +100,21 @@ impl<D: Driver> Kernels for Cuda<D> {
     }
 
     fn check(&self, spec: &ModelSpec) -> Result<()> {
-        self.attention.check(spec.head_dim)
+        self.attention.check(spec.head_dim)?;
+        self.embedding.check(spec)
     }
 
     fn upload_weights(&self, weights: Vec<FrozenMatrix>) -> Result<Vec<DeviceWeight<D>>> {
         weight::upload(&self.shared.driver, &self.shared.tables, weights)
+    }
+
+    fn upload_embedding(&self, table: FrozenMatrix, is_head: bool) -> Result<DeviceWeight<D>> {
+        let (driver, tables) = (&self.shared.driver, &self.shared.tables);
+        if self.embedding == EmbeddingPlace::Host && !is_head {
+            return weight::pin(driver, tables, &table);
+        }
+        let mut uploaded = weight::upload(driver, tables, vec![table])?;
+        Ok(uploaded.pop().expect("one was given"))
     }
 
     fn bytes_in_memory(&self, weight: &DeviceWeight<D>) -> WeightParts {

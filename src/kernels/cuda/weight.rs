@@ -1,5 +1,7 @@
 //! Frozen matrices on the device: bf16, or 4-bit blocks that are widened just before a product.
 
+use std::any::Any;
+use std::marker::PhantomData;
 use std::sync::Arc;
 
 use bytes::Bytes;
@@ -25,7 +27,9 @@ pub struct DeviceWeight<D: Driver> {
     pub(super) bytes: WeightParts,
     /// Where it lies, if others take turns with it there.
     pub(super) place: Option<Address>,
-    _memory: Arc<Allocation<D>>,
+    /// Keeps it alive.
+    _memory: Arc<dyn Any + Send + Sync>,
+    _driver: PhantomData<D>,
 }
 
 impl<D: Driver> DeviceWeight<D> {
@@ -179,7 +183,7 @@ pub(super) fn at<D: Driver>(
     tables: &Tables<D>,
     weight: &FrozenMatrix,
     start: Address,
-    memory: &Arc<Allocation<D>>,
+    memory: &Arc<impl Any + Send + Sync>,
 ) -> DeviceWeight<D> {
     let mut next = start;
     let place = |part: &Part| {
@@ -200,7 +204,8 @@ pub(super) fn at<D: Driver>(
             (Form::Dense(addresses[0]), dense)
         }
     };
-    DeviceWeight { shape, form, bytes, place: None, _memory: memory.clone() }
+    let _memory = memory.clone();
+    DeviceWeight { shape, form, bytes, place: None, _memory, _driver: PhantomData }
 }
 
 fn packed_at<D: Driver>(
@@ -257,4 +262,47 @@ fn write<D: Driver>(driver: &Arc<D>, part: &Part, to: Address) -> Result<()> {
             driver.upload(&rounded, to)
         }
     }
+}
+
+/// Pinned memory, given back when its last user is gone.
+struct Pinned<D: Driver> {
+    driver: Arc<D>,
+    start: *mut u8,
+    bytes: usize,
+}
+
+// SAFETY: the pointer is to memory of the driver, which any thread may use; after it was filled it
+// is only read.
+#[allow(unsafe_code)]
+unsafe impl<D: Driver> Send for Pinned<D> {}
+// SAFETY: as above.
+#[allow(unsafe_code)]
+unsafe impl<D: Driver> Sync for Pinned<D> {}
+
+impl<D: Driver> Drop for Pinned<D> {
+    fn drop(&mut self) {
+        self.driver.free_staging(self.start, self.bytes);
+    }
+}
+
+/// Writes `weight` to pinned memory of the host, which kernels read where it lies.
+pub(super) fn pin<D: Driver>(
+    driver: &Arc<D>,
+    tables: &Tables<D>,
+    weight: &FrozenMatrix,
+) -> Result<DeviceWeight<D>> {
+    let parts = parts(weight);
+    let bytes = parts.iter().map(padded_bytes).sum::<usize>().max(1);
+    let start = driver.allocate_staging(bytes)?;
+    let pinned = Arc::new(Pinned { driver: driver.clone(), start, bytes });
+    // SAFETY: the memory has `bytes`, and nobody else knows it yet.
+    #[allow(unsafe_code)]
+    let mut rest = unsafe { std::slice::from_raw_parts_mut(start, bytes) };
+    for part in &parts {
+        let (own, later) = rest.split_at_mut(padded_bytes(part));
+        part.write(&mut own[..part.bytes()]);
+        rest = later;
+    }
+    let weight = at(tables, weight, start as Address, &pinned);
+    Ok(DeviceWeight { bytes: WeightParts::default(), ..weight })
 }

@@ -46,7 +46,7 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
         layout: &layout,
         activations: Activations::Auto,
         mode: WeightsMode::Auto,
-        weights: WeightBytes { resident: codes(1 << 20), streamed: None },
+        weights: WeightBytes { resident: codes(1 << 20), streamed: None, embedding: 0 },
         process_bytes: 100,
         place: Place::Host,
         pinned_bytes: u64::MAX,
@@ -80,7 +80,7 @@ fn weights_are_streamed_where_that_saves_recomputation() {
     let spec = golden();
     let settings = settings(&spec, 1024);
     let streamed = Some(StreamedBytes::of_vectors(1 << 20));
-    let weights = WeightBytes { resident: codes(50 << 20), streamed };
+    let weights = WeightBytes { resident: codes(50 << 20), streamed, embedding: 0 };
     let auto = Demand { weights, ..demand(&spec, &settings) };
     let keep = Candidate { kept: 6, ..CHECKPOINT };
     let most = auto.total_bytes(&settings, keep);

@@ -9,6 +9,7 @@ use crate::plan::budget::{Candidate, Choice, Demand, LEAST_LOGIT_ROWS, WeightsMo
 use crate::plan::cost::Pace;
 use crate::plan::moments::Optim;
 use crate::plan::settings::{Policy, Settings, logit_rows};
+use crate::plan::weights::Place;
 
 /// Lengths are multiples of this many tokens.
 const LENGTH_STEP: usize = 64;
@@ -195,6 +196,10 @@ impl Search<'_> {
             let mode = if plan.stream { "resident" } else { "stream" };
             let candidate = Candidate { stream: !plan.stream, ..plan };
             knobs.push(knob(format!("--weights {mode}"), same, candidate));
+        }
+        if demand.place == Place::Gpu && demand.weights.embedding > 0 {
+            let bytes = demand.total_bytes(same, plan) - demand.weights.embedding;
+            knobs.push(Knob { flags: "--embedding host".into(), bytes, time: 1.0 });
         }
         let mut with = |flags: String, settings: Settings| knobs.push(knob(flags, &settings, plan));
         let Asked { batch, length, .. } = self.asked;

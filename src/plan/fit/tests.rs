@@ -34,6 +34,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         weights: WeightBytes {
             resident: WeightParts { codes: 9 << 20, ..WeightParts::default() },
             streamed: Some(StreamedBytes::of_vectors(2 << 20)),
+            embedding: 0,
         },
         process_bytes: 1 << 20,
         place: Place::Host,
