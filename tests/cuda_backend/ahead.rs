@@ -61,10 +61,15 @@ fn packed_model(gpu: &Gpu, policies: &[Policy], stream: bool) -> Model<Gpu> {
     model
 }
 
-/// Loss and gradients of a step from nothing.
+/// Loss and gradients of a step from nothing. A pass allocates nothing and waits for its loss alone,
+/// whatever is offloaded, streamed or widened ahead.
 fn step(model: &mut Model<Gpu>, batch: &Batch) -> (u64, Vec<u32>) {
     model.parameters_mut().zero_gradients();
+    let counts = |model: &Model<Gpu>| model.parameters().kernels().driver().counts();
+    let before = counts(model);
     let loss = model.forward_backward(batch, 1.0, 0).unwrap();
+    let after = counts(model);
+    assert_eq!((after.allocations, after.waits), (before.allocations, before.waits + 1));
     let gradients = model.parameters().values(Part::Gradients).unwrap();
     (loss.to_bits(), gradients.iter().map(|x| x.to_bits()).collect())
 }
