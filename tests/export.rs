@@ -211,7 +211,11 @@ fn a_tokenizer_with_byte_fallback_becomes_sentence_piece() {
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null,
         "added_tokens": [special(0), special(1), special(2)],
-        "normalizer": {"type": "Prepend", "prepend": "▁"}, "pre_tokenizer": null,
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        ]},
+        "pre_tokenizer": null,
         "post_processor": null, "decoder": null,
         "model": {
             "type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": true,
@@ -236,4 +240,14 @@ fn a_tokenizer_with_byte_fallback_becomes_sentence_piece() {
     }
     assert_eq!([0, 1, 2, 3, 127].map(|id| kinds[id]), [2, 3, 3, 6, 5]);
     assert_eq!((scores.len(), list("tokens").len()), (128, 128));
+    // Read back from the file, it has the same tokens.
+    let [folder, file] =
+        ["base", "out.gguf"].map(|path| ChatTokenizer::open(&place.path(path)).unwrap());
+    for text in ["hello", "hello hello", "  hell ohe", "he\n!<s>lo", "ä</s>", ""] {
+        let ids = folder.encode(text).unwrap();
+        assert_eq!(file.encode(text).unwrap(), ids, "{text:?}");
+    }
+    let ids = file.encode("hello hello").unwrap();
+    assert_eq!(file.decode(&ids, false).unwrap(), "hello hello");
+    assert!(ids.contains(&(at("▁hello") as u32)) && file.adds_bos());
 }

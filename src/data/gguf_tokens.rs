@@ -8,6 +8,7 @@ use serde_json::Value;
 
 use super::ChatTokenizer;
 use super::pre_tokenizers::Splitter;
+use super::sentence_piece::META_SPACE;
 use crate::error::{Error, Result};
 
 // `enum llama_token_type`.
@@ -17,9 +18,6 @@ const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
-
-/// What SentencePiece calls a space.
-const META_SPACE: char = '▁';
 
 impl ChatTokenizer {
     /// The fields `tokenizer.…`, with a token for each of the model's `vocab_size` rows.
@@ -137,7 +135,7 @@ fn tokens(json: &Value, vocab_size: usize) -> Result<Vec<(String, i32)>> {
         };
         // SentencePiece's own spelling of a space, as its tokens have it.
         let text = if fallback && kind == USER_DEFINED {
-            text.replace(' ', &META_SPACE.to_string())
+            text.replace(' ', META_SPACE)
         } else {
             text.to_string()
         };

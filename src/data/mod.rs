@@ -22,6 +22,7 @@ pub mod load;
 pub mod pack;
 mod pre_tokenizers;
 pub mod record;
+mod sentence_piece;
 mod source;
 mod spans;
 pub mod split;

@@ -144,7 +144,7 @@ mod tests {
         }
     }
 
-    /// What the tokenizers library (0.22) makes of the probe with the tokenizer.json of Llama 3.1,
+    /// What the tokenizers library makes of the probe with the tokenizer.json of Llama 3.1,
     /// Qwen 3 and SmolLM2.
     #[test]
     fn text_is_split_as_by_the_models_own_tokenizers() {

@@ -13,6 +13,7 @@ use tokenizers::Tokenizer;
 
 use super::ends::TurnEnds;
 use super::pre_tokenizers::set_splitter;
+use super::sentence_piece::{self, is_sentence_piece};
 use super::template::ChatTemplate;
 use super::template_sources::TemplateSources;
 use crate::checkpoint::{read_gguf_header, read_json};
@@ -117,8 +118,13 @@ impl ChatTokenizer {
             Error::input(format_args!("{}: tokenizer metadata: {cause}", path.display()))
         };
         let content = read_gguf_header(&bytes).map_err(|e| e.at(path.display()))?;
-        let mut tokenizer = Tokenizer::from_gguf(&content).map_err(damaged)?;
-        set_splitter(&mut tokenizer, &content).map_err(|e| e.at(path.display()))?;
+        let tokenizer = if is_sentence_piece(&content) {
+            sentence_piece::from_gguf(&content).map_err(|e| e.at(path.display()))?
+        } else {
+            let mut tokenizer = Tokenizer::from_gguf(&content).map_err(damaged)?;
+            set_splitter(&mut tokenizer, &content).map_err(|e| e.at(path.display()))?;
+            tokenizer
+        };
         let field = |key: &str| content.metadata.get(&format!("tokenizer.{key}"));
         let special = |key: &str| {
             let id = field(&format!("ggml.{key}")).and_then(|value| value.to_u32().ok())?;
