@@ -14,6 +14,7 @@ use std::path::Path;
 
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
+use crate::model::block::Linear;
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
 use crate::model::streaming::{Streaming, WeightStream};
@@ -66,6 +67,10 @@ pub type Residency = Box<dyn Fn() -> Vec<u64> + Send + Sync>;
 /// Operations may be asynchronous and then report nothing; what returns a `Result` waits for all
 /// that was asked before and reports what went wrong since.
 pub trait Kernels: Clone + Sync {
+    /// Whether sums have another order, and so other bits, in products of another shape. Then the
+    /// base model alone is computed in the shapes of the adapted one, its adapters scaled by 0.
+    const BITS_DEPEND_ON_SHAPE: bool = false;
+
     /// A planned region of activations or gradients.
     type Buffer: Send;
     /// A planned region of bf16 copies of the trained weights.
@@ -241,6 +246,43 @@ pub trait Kernels: Clone + Sync {
         rows: usize,
         accumulate: bool,
     );
+
+    /// [`lora_project`](Kernels::lora_project) and [`linear_forward`](Kernels::linear_forward) of
+    /// linears that read the same rows, with fewer reads and products than one after another. Their
+    /// outputs are bands of one buffer, or a buffer for each; `scale` is a factor on the adapters'.
+    /// `false`, and nothing done, where the backend has nothing better.
+    #[allow(clippy::too_many_arguments)]
+    fn linears_forward(
+        &self,
+        _parameters: &Parameters<Self>,
+        _linears: &[&Linear<Self>],
+        _x: &Self::Buffer,
+        _ys: &mut [&mut Self::Buffer],
+        _ax: &mut Self::Buffer,
+        _pair: &mut Self::Buffer,
+        _rows: usize,
+        _scale: f32,
+    ) -> bool {
+        false
+    }
+
+    /// [`lora_backward`](Kernels::lora_backward) and [`linear_backward`](Kernels::linear_backward)
+    /// of the same linears, of which dx is the sum; `inputs` are x and ax.
+    #[allow(clippy::too_many_arguments)]
+    fn linears_backward(
+        &self,
+        _parameters: &Parameters<Self>,
+        _linears: &[&Linear<Self>],
+        _dys: &[&Self::Buffer],
+        _inputs: (&Self::Buffer, &Self::Buffer),
+        _dx: Option<&mut Self::Buffer>,
+        _t: &mut Self::Buffer,
+        _gradients: &mut Self::Buffer,
+        _pair: &mut Self::Buffer,
+        _rows: usize,
+    ) -> bool {
+        false
+    }
 
     /// Widens target `index`'s A, then B, into `pair`: what the products below compute with.
     fn load_pair(&self, parameters: &Parameters<Self>, index: usize, pair: &mut Self::Buffer);

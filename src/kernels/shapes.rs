@@ -118,6 +118,11 @@ impl LoraShape {
     pub fn elements(&self) -> usize {
         self.rank * (self.in_features + self.out_features)
     }
+
+    /// The same with another factor on its scale.
+    pub fn scaled(self, factor: f32) -> Self {
+        LoraShape { scale: self.scale * factor, ..self }
+    }
 }
 
 /// What an adapter adds to a linear's product, in the same pass over the result.

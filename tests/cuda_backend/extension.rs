@@ -10,6 +10,8 @@ use nibble::plan::{Policy, Settings};
 use super::golden::{CASES, Case};
 use super::{Gpu, error_in_norm, gpu, model, nf4, settings};
 
+const KEEP: [Policy; 1] = [Policy::Keep];
+
 /// An adapter on all linears with every rank that a layout could mistake: even, odd, above the
 /// room of its neighbours. B is not zero.
 fn adapter(case: &Case, r: usize) -> Adapter {
@@ -88,32 +90,52 @@ fn what_is_kept_does_not_change_a_bit_of_them() {
     }
 }
 
-/// How many products `y` and `dx` of a step have the adapter in them, and how many more there are
-/// for its share in these.
-fn products(gpu: &Gpu, case: &Case, adapter: &Adapter, plan: Settings) -> [usize; 2] {
+/// What every run checks before its first step. A product with the adapter in it has another shape
+/// than one without, and so may have another order of its sums.
+#[test]
+fn a_fresh_adapter_does_not_change_a_bit() {
+    let Some(gpu) = gpu() else { return };
+    for (name, quantize) in CASES.into_iter().zip([true, false].into_iter().cycle()) {
+        let case = Case::open(name);
+        let trained = adapter(&case, 7);
+        let mut fresh = trained.clone();
+        fresh.tensors.iter_mut().for_each(|tensors| tensors.b.fill(0.0));
+        let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
+        let together = plan(&case, &fresh, &KEEP);
+        for plan in [together.clone(), separate(together)] {
+            let format = quantize.then(|| nf4(true));
+            let mut model = model(&gpu, &case, format, None, plan, None);
+            let losses = |model: &mut Model<Gpu>, adapter: &Adapter| {
+                model.parameters_mut().load(adapter);
+                [model.evaluate_base(&batch), model.evaluate(&batch)].map(|loss| loss.unwrap())
+            };
+            let [base, adapted] = losses(&mut model, &fresh);
+            assert_eq!(base.to_bits(), adapted.to_bits(), "{name}: {base}, {adapted}");
+            let [again, adapted] = losses(&mut model, &trained);
+            assert_eq!(base.to_bits(), again.to_bits(), "{name}: an adapter in the base");
+            assert_ne!(base.to_bits(), adapted.to_bits(), "{name}");
+        }
+    }
+}
+
+/// `[m, n, k]` of the products of a step.
+fn products(gpu: &Gpu, case: &Case, adapter: &Adapter, plan: Settings) -> Vec<[usize; 3]> {
     gpu.driver().forget_products();
     step(gpu, case, adapter, plan);
-    let products = gpu.driver().products();
-    let tokens = case.tensors("ref.safetensors").batch("input_ids", "labels").0.tokens();
-    let count = |wanted: &[fn(&LoraTarget, usize) -> [usize; 3]]| {
-        let all = wanted.iter().flat_map(|of| adapter.targets.iter().map(|t| of(t, tokens)));
-        let mut left: Vec<[usize; 3]> = all.collect();
-        let found = products.iter().filter(|&shape| {
-            let at = left.iter().position(|wanted| wanted == shape);
-            at.map(|at| left.swap_remove(at)).is_some()
-        });
-        found.count()
-    };
-    let together = count(&[
-        |t, tokens| [tokens, t.out_features, t.in_features + t.r],
-        |t, tokens| [tokens, t.in_features, t.out_features + t.r],
-    ]);
-    let alone = count(&[
-        |t, tokens| [tokens, t.out_features, t.r],
-        |t, tokens| [tokens, t.in_features, t.r],
-    ]);
-    [together, alone]
+    gpu.driver().products()
 }
+
+/// How many of the wanted products there are, each counted once.
+fn found(products: &[[usize; 3]], mut wanted: Vec<[usize; 3]>) -> usize {
+    let found = products.iter().filter(|&shape| {
+        let at = wanted.iter().position(|wanted| wanted == shape);
+        at.map(|at| wanted.swap_remove(at)).is_some()
+    });
+    found.count()
+}
+
+/// A product's shape, from the widths of its linears' inputs and outputs, and ranks.
+type Shape<'a> = &'a dyn Fn(usize, usize, usize) -> [usize; 3];
 
 #[test]
 fn the_adapter_has_no_product_of_its_own_where_there_is_room() {
@@ -122,20 +144,83 @@ fn the_adapter_has_no_product_of_its_own_where_there_is_room() {
     for (name, r) in [("llama_s0", 7), ("gpt2_s0", 7)] {
         let case = Case::open(name);
         let adapter = adapter(&case, r);
-        let targets = adapter.targets.len();
-        let together = plan(&case, &adapter, &[Policy::Keep]);
-        let separately = products(&gpu, &case, &adapter, separate(together.clone()));
+        let tokens = case.tensors("ref.safetensors").batch("input_ids", "labels").0.tokens();
+        let y: Shape = &|inner, outer, ranks| [tokens, outer, inner + ranks];
+        let dx: Shape = &|inner, outer, ranks| [tokens, inner, outer + ranks];
+        let y_alone: Shape = &|_, outer, ranks| [tokens, outer, ranks];
+        let dx_alone: Shape = &|inner, _, ranks| [tokens, inner, ranks];
+        let separate = products(&gpu, &case, &adapter, separate(plan(&case, &adapter, &KEEP)));
+        let together = products(&gpu, &case, &adapter, plan(&case, &adapter, &KEEP));
+        let one_by_one = |shape: Shape| -> Vec<[usize; 3]> {
+            let of = |t: &LoraTarget| shape(t.in_features, t.out_features, t.r);
+            adapter.targets.iter().map(of).collect()
+        };
         // The first block's inputs need no gradient: the embedding is frozen.
         let first = adapter.targets.iter().filter(|t| t.layer == 0 && reads_norm1(&t.module));
-        let first = first.count();
-        assert_eq!(separately, [0, 2 * targets - first], "{name}");
-        let together = products(&gpu, &case, &adapter, together);
-        // Of q, k and v, of which the gradients are bands of one matrix, only the last has room.
-        let bands = adapter.targets.iter().filter(|t| t.layer > 0);
-        let bands = bands.filter(|t| t.module.ends_with("q_proj") || t.module.ends_with("k_proj"));
-        let bands = bands.count();
-        assert_eq!(together, [2 * targets - first - bands, bands], "{name}");
+        let (targets, first) = (adapter.targets.len(), first.count());
+        let alone = [one_by_one(y_alone), one_by_one(dx_alone)].concat();
+        assert_eq!(found(&separate, alone.clone()), 2 * targets - first, "{name}");
+        assert_eq!(found(&together, alone), 0, "{name}");
+        // q, k and v are one product, and so is the gradient of what they read.
+        let groups = groups(&adapter);
+        let grouped = |shape: Shape, first: usize| -> Vec<[usize; 3]> {
+            let of = |g: &&Group| shape(g.inner, g.outer, g.ranks);
+            let backward = |g: &&Group| g.layer >= first || !g.reads_norm1;
+            groups.iter().filter(backward).map(|g| of(&g)).collect()
+        };
+        for wanted in [grouped(y, 0), grouped(dx, 1)] {
+            assert_eq!(found(&together, wanted.clone()), wanted.len(), "{name}: {wanted:?}");
+        }
     }
+}
+
+/// x is read once for `x·Aᵀ` of q, k and v, once for gate and up; and once for the gradients of their A.
+#[test]
+fn linears_that_read_the_same_rows_read_them_once() {
+    let Some(gpu) = gpu() else { return };
+    let case = Case::open("llama_s0");
+    let adapter = adapter(&case, 7);
+    let tokens = case.tensors("ref.safetensors").batch("input_ids", "labels").0.tokens();
+    let all = products(&gpu, &case, &adapter, plan(&case, &adapter, &KEEP));
+    for layer in 0..case.spec().num_layers {
+        for part in [["q_proj", "k_proj", "v_proj"].as_slice(), &["gate_proj", "up_proj"]] {
+            let here = adapter.targets.iter().filter(|t| t.layer == layer);
+            let here: Vec<_> =
+                here.filter(|t| part.iter().any(|p| t.module.ends_with(p))).collect();
+            let (ranks, inner) = (here.iter().map(|t| t.r).sum(), here[0].in_features);
+            let wanted = vec![[tokens, ranks, inner], [ranks, inner, tokens]];
+            assert_eq!(found(&all, wanted), 2, "{part:?} of layer {layer}");
+        }
+    }
+    // The third one is o's, whose input is as wide.
+    let width = case.spec().hidden_size;
+    let reads = all.iter().filter(|shape| shape[1..] == [width, tokens]).count();
+    assert_eq!(reads, 3 * case.spec().num_layers);
+}
+
+/// Linears that are one product.
+struct Group {
+    layer: usize,
+    inner: usize,
+    outer: usize,
+    ranks: usize,
+    reads_norm1: bool,
+}
+
+fn groups(adapter: &Adapter) -> Vec<Group> {
+    let mut groups: Vec<Group> = Vec::new();
+    for target in &adapter.targets {
+        let (layer, reads_norm1) = (target.layer, reads_norm1(&target.module));
+        let (inner, outer, ranks) = (target.in_features, target.out_features, target.r);
+        match groups.last_mut() {
+            Some(last) if reads_norm1 && last.reads_norm1 && last.layer == layer => {
+                last.outer += outer;
+                last.ranks += ranks;
+            }
+            _ => groups.push(Group { layer, inner, outer, ranks, reads_norm1 }),
+        }
+    }
+    groups
 }
 
 fn reads_norm1(module: &str) -> bool {

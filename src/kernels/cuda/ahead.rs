@@ -12,24 +12,55 @@
 
 use super::driver::{Address, Driver};
 use super::memory::Buffer;
-use super::weight::Packed;
+use super::weight::{DeviceWeight, Form, Packed};
 
 /// Buffers for widened weights.
 pub(super) const AHEAD_SLOTS: usize = 2;
 
-/// A weight, and how its rows shall lie.
+/// Weights that one product takes at most: q, k and v.
+const STACKED: usize = 3;
+
+/// A weight, or some of equal width one below the other, and how their rows shall lie.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Wanted {
-    pub packed: Packed,
-    pub shape: [usize; 2],
+    /// With their rows.
+    parts: [Option<(Packed, usize)>; STACKED],
+    /// Of each row.
+    pub columns: usize,
+    /// From one row to the next.
     pub stride: usize,
     /// Where streamed weights lie; they are in turns.
-    pub place: Option<Address>,
+    place: Option<Address>,
 }
 
 impl Wanted {
+    /// `None` unless all are in 4-bit blocks, as wide as each other, and in the same place.
+    pub fn new<D: Driver>(weights: &[&DeviceWeight<D>], stride: usize) -> Option<Self> {
+        let first = weights.first().filter(|_| weights.len() <= STACKED)?;
+        let (columns, place) = (first.shape[1], first.place);
+        let mut parts = [None; STACKED];
+        for (part, weight) in parts.iter_mut().zip(weights) {
+            match weight.form {
+                Form::Packed(packed) if (weight.shape[1], weight.place) == (columns, place) => {
+                    *part = Some((packed, weight.shape[0]));
+                }
+                _ => return None,
+            }
+        }
+        Some(Wanted { parts, columns, stride, place })
+    }
+
+    /// The weights, each with the number of its first row and its rows.
+    pub fn parts(&self) -> impl Iterator<Item = (Packed, usize, usize)> {
+        let mut end = 0;
+        self.parts.into_iter().flatten().map(move |(packed, rows)| {
+            end += rows;
+            (packed, end - rows, rows)
+        })
+    }
+
     fn elements(&self) -> usize {
-        self.shape[0] * self.stride
+        self.parts().map(|(_, _, rows)| rows).sum::<usize>() * self.stride
     }
 }
 

@@ -26,16 +26,17 @@
 //! copied, 2·R elements a token, because `x` does not outlive the block and `ax` does: the input of
 //! the down projection is made again for the backward pass, `ax` is not.
 //!
-//! Separate products remain with dropout, which A sees and W does not; for dense weights, which are
-//! operands where they lie; and in the backward pass for a band of columns that others follow.
+//! Separate products remain with dropout, which A sees and W does not, and for dense weights, which
+//! are operands where they lie. [`super::together`] has linears that read the same rows.
 
 use super::Cuda;
 use super::ahead::{Ahead, Wanted};
-use super::driver::{Argument, Driver, Launch, Operand, Product};
+use super::driver::{Address, Argument, Driver, Launch, Operand, Product};
 use super::host::DeviceVector;
 use super::launch::{FLAT_THREADS, ROW_THREADS, TAIL_THREADS, launch, rows as row_grid};
 use super::memory::{Buffer, Rows};
-use super::weight::{DeviceWeight, Form};
+use super::weight::{DeviceWeight, Form, Packed};
+use crate::error::Result;
 use crate::kernels::{Columns, LoraShape, LoraTerm};
 
 /// Strides of extended operands are multiples of this: 16 bytes, as tensor cores like them.
@@ -102,9 +103,20 @@ pub(super) fn forward<D: Driver>(
         forward_separate(cuda, weight, lora.as_ref(), x, to, rows, beta(accumulate));
     }
     if let Some(bias) = bias {
-        launch!(cuda, "add_bias", row_grid(rows), ROW_THREADS;
-            to.argument(), to.stride, bias.argument(), band.width);
+        add_bias(cuda, bias, to, band.width, rows);
     }
+}
+
+/// `y += bias` for each row.
+pub(super) fn add_bias<D: Driver>(
+    cuda: &Cuda<D>,
+    bias: &DeviceVector<D>,
+    to: Rows,
+    width: usize,
+    rows: usize,
+) {
+    launch!(cuda, "add_bias", row_grid(rows), ROW_THREADS;
+        to.argument(), to.stride, bias.argument(), width);
 }
 
 /// In one product; `None`, and nothing done, where there is no room.
@@ -120,7 +132,7 @@ fn forward_extended<D: Driver>(
     let ([outer, inner], rank) = (weight.shape, shape.rank);
     let tail = x.tail(rows, rank)?;
     let stride = inner + tail_columns(rank);
-    let wide = cuda.widened(weight, stride, extended_elements(weight.shape, rank))?;
+    let wide = cuda.widened(&[weight], stride, extended_elements(weight.shape, rank))?;
     copy_columns(cuda, ax.band(*columns, rows), tail, (rows, rank), 1.0);
     copy_columns(cuda, b_of(pair, shape), wide.column(inner), (outer, rank), shape.scale);
     let operands = (operand(x.rows(rows, inner)), transposed(wide));
@@ -150,6 +162,13 @@ fn forward_separate<D: Driver>(
     }
 }
 
+/// An adapter's part of a gradient: `t · A`.
+pub(super) struct LoraInput<'a, D: Driver> {
+    pub shape: &'a LoraShape,
+    pub pair: &'a Buffer<D>,
+    pub t: Rows,
+}
+
 /// `dx = dy[:, band] · W + t · A`, or `+=`.
 pub(super) fn backward<D: Driver>(
     cuda: &Cuda<D>,
@@ -160,14 +179,32 @@ pub(super) fn backward<D: Driver>(
     rows: usize,
     accumulate: bool,
 ) {
-    let ([outer, inner], from) = (weight.shape, dy.band(band, rows));
+    let lora = lora.map(|LoraTerm { shape, pair, inner: (t, columns) }| {
+        let tail = gradient_tail((dy, band), rows, shape.rank);
+        LoraInput { shape, pair, t: tail.unwrap_or_else(|| t.band(columns, rows)) }
+    });
+    input_gradient(cuda, weight, lora, dy.band(band, rows), dx, rows, accumulate);
+}
+
+/// The same; the adapter has its part in the product if t is right behind `from`, the rows of dy.
+pub(super) fn input_gradient<D: Driver>(
+    cuda: &Cuda<D>,
+    weight: &DeviceWeight<D>,
+    lora: Option<LoraInput<D>>,
+    from: Rows,
+    dx: &Buffer<D>,
+    rows: usize,
+    accumulate: bool,
+) {
+    let [outer, inner] = weight.shape;
     let to = product(dx.rows(rows, inner));
-    let tail = lora.as_ref().and_then(|term| gradient_tail((dy, band), rows, term.shape.rank));
-    if let (Some(LoraTerm { shape, pair, .. }), Some(_)) = (&lora, tail)
-        && let Some(wide) = cuda.widened(weight, inner, extended_elements(weight.shape, shape.rank))
+    if let Some(LoraInput { shape, pair, .. }) =
+        lora.as_ref().filter(|lora| lora.t == from.column(outer))
+        && let Some(wide) =
+            cuda.widened(&[weight], inner, extended_elements(weight.shape, shape.rank))
     {
         let a = pair.at(0..shape.a_elements());
-        let below = wide.address + 2 * (outer * inner) as u64;
+        let below = wide.row(outer).address;
         cuda.note(cuda.driver().copy(a, below, 2 * shape.a_elements()));
         let operands = (operand(from), operand(wide));
         let factors = (1.0, beta(accumulate));
@@ -178,20 +215,19 @@ pub(super) fn backward<D: Driver>(
         let factors = (1.0, beta(accumulate || panel.first > 0));
         cuda.gemm([rows, inner, panel.count], factors, operands, to);
     });
-    if let Some(LoraTerm { shape, pair, inner: (t, columns) }) = lora {
-        let t = tail.unwrap_or_else(|| t.band(columns, rows));
+    if let Some(LoraInput { shape, pair, t }) = lora {
         let a = Rows { address: pair.at(0..shape.a_elements()), stride: inner };
         cuda.gemm([rows, inner, shape.rank], (1.0, 1.0), (operand(t), operand(a)), to);
     }
 }
 
 /// B `[out, R]` of a pair.
-fn b_of<D: Driver>(pair: &Buffer<D>, shape: &LoraShape) -> Rows {
+pub(super) fn b_of<D: Driver>(pair: &Buffer<D>, shape: &LoraShape) -> Rows {
     Rows { address: pair.at(shape.a_elements()..shape.elements()), stride: shape.rank }
 }
 
 /// `to = scale · from`, a few columns of many rows.
-fn copy_columns<D: Driver>(
+pub(super) fn copy_columns<D: Driver>(
     cuda: &Cuda<D>,
     from: Rows,
     to: Rows,
@@ -207,12 +243,16 @@ fn beta(accumulate: bool) -> f32 {
 }
 
 impl<D: Driver> Cuda<D> {
-    /// A 4-bit weight in bf16, its rows `stride` apart, in a buffer of at least `elements`; `None`
-    /// for a dense weight and where the buffers are smaller. The weight that follows it in a pass is
-    /// widened meanwhile, see [`super::ahead`].
-    fn widened(&self, weight: &DeviceWeight<D>, stride: usize, elements: usize) -> Option<Rows> {
-        let Form::Packed(packed) = weight.form else { return None };
-        let wanted = Wanted { packed, shape: weight.shape, stride, place: weight.place };
+    /// 4-bit weights in bf16, one below the other, their rows `stride` apart, in a buffer of at least
+    /// `elements`; `None` where one is dense, and where the buffers are smaller. The weight that
+    /// follows in a pass is widened meanwhile, see [`super::ahead`].
+    pub(super) fn widened(
+        &self,
+        weights: &[&DeviceWeight<D>],
+        stride: usize,
+        elements: usize,
+    ) -> Option<Rows> {
+        let wanted = Wanted::new(weights, stride)?;
         let turn = {
             let mut state = self.state();
             let ahead = state.ahead.as_mut().expect("a plan is allocated");
@@ -222,22 +262,18 @@ impl<D: Driver> Cuda<D> {
             ahead.turn(wanted)
         };
         self.await_ahead(turn.pending);
-        let rows = Rows { address: turn.to, stride };
         if !turn.ready {
-            let mut arguments = dequantize_arguments(&wanted, (0, weight.shape[0]), rows);
-            self.note(self.driver().launch(dequantize(&wanted, weight.shape[0], &mut arguments)));
+            self.note(widen(&wanted, turn.to, |launch| self.driver().launch(launch)));
         }
         if let Some((next, slot, address)) = turn.next {
-            let to = Rows { address, stride: next.stride };
-            let mut arguments = dequantize_arguments(&next, (0, next.shape[0]), to);
-            let launch = dequantize(&next, next.shape[0], &mut arguments);
-            let result = self.driver().launch_ahead(launch, slot);
+            let ahead = |launch: Launch| self.driver().launch_ahead(launch, slot);
+            let result = widen(&next, address, ahead);
             if result.is_err() {
                 self.forget_ahead();
             }
             self.note(result);
         }
-        Some(rows)
+        Some(Rows { address: turn.to, stride })
     }
 
     /// What is queued from now on waits for what was widened ahead in these slots.
@@ -262,10 +298,9 @@ impl<D: Driver> Cuda<D> {
             }
             Form::Packed(packed) => packed,
         };
-        if let Some(whole) = self.widened(weight, columns, rows * columns) {
+        if let Some(whole) = self.widened(&[weight], columns, rows * columns) {
             return product(Panel { first: 0, count: rows, rows: whole });
         }
-        let wanted = Wanted { packed, shape: weight.shape, stride: columns, place: weight.place };
         let (elements, (address, pending)) = {
             let mut state = self.state();
             let ahead = state.ahead.as_mut().expect("a plan is allocated");
@@ -276,34 +311,40 @@ impl<D: Driver> Cuda<D> {
         let height = (elements / columns).clamp(1, rows);
         for first in (0..rows).step_by(height) {
             let count = height.min(rows - first);
-            let mut arguments = dequantize_arguments(&wanted, (first, count), panel);
-            self.note(self.driver().launch(dequantize(&wanted, count, &mut arguments)));
+            let launch = |launch: Launch| self.driver().launch(launch);
+            self.note(dequantize(packed, (first, count), columns, panel, launch));
             product(Panel { first, count, rows: panel });
         }
     }
 }
 
+/// Widens all that is wanted, to `address` on.
+fn widen(wanted: &Wanted, address: Address, launch: impl Fn(Launch) -> Result<()>) -> Result<()> {
+    let to = |first| Rows { address, stride: wanted.stride }.row(first);
+    wanted.parts().try_for_each(|(packed, first, rows)| {
+        dequantize(packed, (0, rows), wanted.columns, to(first), &launch)
+    })
+}
+
 /// Widens `count` rows of a 4-bit weight from row `first` on.
-fn dequantize_arguments(
-    wanted: &Wanted,
+fn dequantize(
+    packed: Packed,
     (first, count): (usize, usize),
+    columns: usize,
     to: Rows,
-) -> Vec<Argument> {
-    let mut arguments = wanted.packed.arguments().to_vec();
+    launch: impl Fn(Launch) -> Result<()>,
+) -> Result<()> {
+    /// Elements that a block of eight warps takes in one turn.
+    const TURN: usize = 8192;
+    let mut arguments = packed.arguments().to_vec();
     arguments.extend([
         Argument::I64(first as i64),
         Argument::I64(count as i64),
-        Argument::from(wanted.shape[1]),
+        Argument::from(columns),
         to.argument(),
         Argument::from(to.stride),
     ]);
-    arguments
-}
-
-/// The launch for `count` rows.
-fn dequantize<'a>(wanted: &Wanted, count: usize, arguments: &'a mut [Argument]) -> Launch<'a> {
-    /// Elements that a block of eight warps takes in one turn.
-    const TURN: usize = 8192;
-    let grid = [(count * wanted.shape[1]).div_ceil(TURN) as u32, 1, 1];
-    Launch { kernel: "dequantize_4bit", grid, threads: FLAT_THREADS, shared_bytes: 0, arguments }
+    let (kernel, threads) = ("dequantize_4bit", FLAT_THREADS);
+    let grid = [(count * columns).div_ceil(TURN) as u32, 1, 1];
+    launch(Launch { kernel, grid, threads, shared_bytes: 0, arguments: &mut arguments })
 }

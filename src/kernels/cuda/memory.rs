@@ -76,6 +76,11 @@ impl Rows {
     pub fn column(self, first: usize) -> Rows {
         Rows { address: self.address + 2 * first as u64, ..self }
     }
+
+    /// The rows from `first` on, of a matrix of bf16.
+    pub fn row(self, first: usize) -> Rows {
+        self.column(first * self.stride)
+    }
 }
 
 impl<D: Driver> Clone for Buffer<D> {

@@ -28,6 +28,7 @@ mod products;
 pub mod search;
 mod staging;
 mod stream;
+mod together;
 mod weight;
 
 use std::sync::{Arc, Mutex, MutexGuard};
@@ -41,6 +42,7 @@ use ahead::Ahead;
 use driver::{Argument, Driver, Gemm, Operand, Product};
 use memory::{Allocation, PARTIALS};
 use staging::Staging;
+use together::Stack;
 use weight::{DeviceWeight, Tables};
 
 use crate::error::{Error, Result};
@@ -70,6 +72,7 @@ struct Shared<D: Driver> {
 struct State<D: Driver> {
     staging: Option<Staging<D>>,
     ahead: Option<Ahead<D>>,
+    stack: Option<Stack<D>>,
     failure: Option<Error>,
 }
 
@@ -85,7 +88,7 @@ impl<D: Driver> Cuda<D> {
         let driver = Arc::new(driver);
         let tables = Tables::new(&driver)?;
         let scalars = Allocation::new(&driver, SCALARS_BYTES)?;
-        let state = Mutex::new(State { staging: None, ahead: None, failure: None });
+        let state = Mutex::new(State { staging: None, ahead: None, stack: None, failure: None });
         let shared = Arc::new(Shared { driver, tables, scalars, state });
         let (attention, embedding) = (AttnImplementation::default(), EmbeddingPlace::default());
         Ok(Cuda { shared, attention, embedding })
@@ -108,6 +111,11 @@ impl<D: Driver> Cuda<D> {
 
     fn state(&self) -> MutexGuard<'_, State<D>> {
         self.shared.state.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Room for linears that read the same rows, if there is any.
+    fn stack(&self) -> Option<Stack<D>> {
+        self.state().stack.clone()
     }
 
     /// Keeps the first error for whoever waits next.

@@ -10,8 +10,9 @@ use super::host::{self, DeviceVector};
 use super::loss::{self, LossSum};
 use super::memory::{Allocation, Buffer, Memory};
 use super::offload::Pinned;
-use super::plan::{DEQUANTIZED, cuda_layout};
+use super::plan::{DEQUANTIZED, STACKED_A, STACKED_GRADIENT, cuda_layout};
 use super::staging::Staging;
+use super::together::{self, Stack};
 use super::weight::{self, DeviceWeight};
 use super::{Cuda, EmbeddingPlace, attention, elementwise, frozen, low_rank, stream};
 use crate::error::Result;
@@ -20,12 +21,16 @@ use crate::kernels::{
     AttentionShape, Columns, DropoutMask, Kernels, LoraShape, LoraTerm, NormParameters,
     StreamedWeights, TokenLayout,
 };
+use crate::model::block::Linear;
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
 use crate::model::streaming::Streaming;
 use crate::plan::{MemoryPlan, Settings, WeightParts};
 
 impl<D: Driver> Kernels for Cuda<D> {
+    /// cuBLAS chooses a kernel for each shape.
+    const BITS_DEPEND_ON_SHAPE: bool = true;
+
     type Buffer = Buffer<D>;
     type HalfBuffer = Buffer<D>;
     type Memory = Memory<D>;
@@ -42,7 +47,7 @@ impl<D: Driver> Kernels for Cuda<D> {
         {
             // The last plan's memory goes before the next one's is asked for.
             let mut state = self.state();
-            (state.staging, state.ahead) = (None, None);
+            (state.staging, state.ahead, state.stack) = (None, None, None);
         }
         let driver = &self.shared.driver;
         let allocation = Allocation::new(driver, plan.arena_bytes())?;
@@ -58,9 +63,10 @@ impl<D: Driver> Kernels for Cuda<D> {
         let staging = Staging::new(driver, memory.region("cuda.uploads"), tables)?;
         let mut state = self.state();
         state.staging = Some(staging);
-        let planned = |name: &&str| plan.regions.iter().any(|region| region.name == *name);
-        let buffers = DEQUANTIZED.into_iter().filter(planned);
-        state.ahead = Some(Ahead::new(buffers.map(|name| memory.region(name)).collect()));
+        let planned = |name: &str| plan.regions.iter().any(|region| region.name == name);
+        let mut take = |name: &str| planned(name).then(|| memory.region(name));
+        state.ahead = Some(Ahead::new(DEQUANTIZED.into_iter().filter_map(&mut take).collect()));
+        state.stack = take(STACKED_A).map(|a| Stack { a, gradient: take(STACKED_GRADIENT) });
         drop(state);
         memory.zero_optimizer(driver)?;
         Ok(memory)
@@ -219,6 +225,36 @@ impl<D: Driver> Kernels for Cuda<D> {
         accumulate: bool,
     ) {
         frozen::backward(self, weight, lora, dy, dx, rows, accumulate);
+    }
+
+    fn linears_forward(
+        &self,
+        parameters: &Parameters<Self>,
+        linears: &[&Linear<Self>],
+        x: &Buffer<D>,
+        ys: &mut [&mut Buffer<D>],
+        ax: &mut Buffer<D>,
+        pair: &mut Buffer<D>,
+        rows: usize,
+        scale: f32,
+    ) -> bool {
+        together::forward(self, parameters, linears, x, ys, ax, pair, rows, scale)
+    }
+
+    fn linears_backward(
+        &self,
+        parameters: &Parameters<Self>,
+        linears: &[&Linear<Self>],
+        dys: &[&Buffer<D>],
+        inputs: (&Buffer<D>, &Buffer<D>),
+        dx: Option<&mut Buffer<D>>,
+        t: &mut Buffer<D>,
+        gradients: &mut Buffer<D>,
+        pair: &mut Buffer<D>,
+        rows: usize,
+    ) -> bool {
+        let dx = dx.as_deref();
+        together::backward(self, parameters, linears, dys, inputs, dx, t, gradients, pair, rows)
     }
 
     fn load_pair(&self, parameters: &Parameters<Self>, index: usize, pair: &mut Buffer<D>) {

@@ -18,6 +18,14 @@ pub(super) const UPLOAD_WORDS: usize = 4;
 /// Buffers for widened weights; the second one is for what is widened ahead.
 pub(super) const DEQUANTIZED: [&str; 2] = ["cuda.dequantized", "cuda.dequantized.ahead"];
 
+/// Room for the matrices of linears that read the same rows, and for their gradients.
+pub(super) const STACKED_A: &str = "cuda.stacked_a";
+pub(super) const STACKED_GRADIENT: &str = "cuda.stacked_gradient";
+
+/// Linears that read the same rows; the first ones write bands of one matrix, too.
+const TOGETHER: [&[LinearRole]; 2] =
+    [&[LinearRole::Q, LinearRole::K, LinearRole::V], &[LinearRole::Gate, LinearRole::Up]];
+
 /// Regions of a run with `settings`.
 pub fn cuda_layout(
     spec: &ModelSpec,
@@ -35,6 +43,12 @@ pub fn cuda_layout(
             }
             // The bf16 copies are operands as they are.
             "work.lora_pair" if settings.bf16_working => region.elements = 0,
+            "work.lora_gradient" if extends(settings) => {
+                let ranks =
+                    TOGETHER.map(|roles| most(spec, |layer| rank_sum(settings, layer, roles)));
+                let side_by_side = settings.tokens * ranks.into_iter().max().unwrap_or(0);
+                region.elements = region.elements.max(side_by_side);
+            }
             _ => {}
         }
         if extends(settings) {
@@ -56,6 +70,12 @@ pub fn cuda_layout(
     for name in &DEQUANTIZED[..if settings.widen_ahead { 2 } else { 1 }] {
         push(Component::DequantizedWeight, name, RegionType::Bf16, elements);
     }
+    if let Some(elements) = stacked_elements(spec, settings) {
+        push(Component::BlockWorkspace, STACKED_A, RegionType::Bf16, elements);
+        if settings.training() {
+            push(Component::BlockWorkspace, STACKED_GRADIENT, wide, elements);
+        }
+    }
     push(Component::LibraryWorkspace, "cuda.workspace", wide, WORKSPACE_BYTES / 4);
     // Two words for each f64.
     let loss = 2 * (PARTIALS + 1) + settings.logit_rows;
@@ -71,13 +91,40 @@ fn extends(settings: &Settings) -> bool {
     !settings.lora_dropout && !settings.targets.is_empty()
 }
 
-/// Elements of the largest matrix in bf16, with its adapter where that lies beside it.
+/// The largest of a number that each layer has.
+fn most(spec: &ModelSpec, of: impl Fn(usize) -> usize) -> usize {
+    (0..spec.num_layers).map(of).max().unwrap_or(0)
+}
+
+/// Sum of the ranks of a layer's adapters on some linears.
+fn rank_sum(settings: &Settings, layer: usize, roles: &[LinearRole]) -> usize {
+    let here = settings.targets.iter().filter(|t| t.layer == layer && roles.contains(&t.role));
+    here.map(|target| target.r).sum()
+}
+
+/// Elements of the A of linears that read the same rows; `None` where there is no use for them.
+fn stacked_elements(spec: &ModelSpec, settings: &Settings) -> Option<usize> {
+    let several = |roles: &&&[LinearRole]| {
+        let linears = spec.linears(0);
+        linears.iter().filter(|linear| roles.contains(&linear.role)).count() > 1
+    };
+    let groups = TOGETHER.iter().filter(several).filter(|_| extends(settings));
+    let ranks = groups.map(|roles| most(spec, |layer| rank_sum(settings, layer, roles)));
+    ranks.max().map(|ranks| ranks * spec.hidden_size)
+}
+
+/// Elements of the largest matrix in bf16, with its adapter where that lies beside it; of q, k and v
+/// one below the other.
 fn widened_elements(spec: &ModelSpec, settings: &Settings) -> usize {
     let linears = (0..spec.num_layers).flat_map(|layer| spec.linears(layer));
     let plain = linears.map(|linear| linear.in_features * linear.out_features).max();
     let targets = settings.targets.iter().filter(|_| extends(settings));
     let extended = targets.map(|t| extended_elements([t.out_features, t.in_features], t.r)).max();
-    plain.max(extended).unwrap_or(0)
+    let together = stacked_elements(spec, settings).map(|_| {
+        let ranks = most(spec, |layer| rank_sum(settings, layer, TOGETHER[0]));
+        extended_elements([spec.q_width() + 2 * spec.kv_width(), spec.hidden_size], ranks)
+    });
+    plain.max(extended).max(together).unwrap_or(0)
 }
 
 /// Gives an operand of products with adapters room behind its rows.
@@ -85,13 +132,17 @@ fn leave_room(spec: &ModelSpec, settings: &Settings, region: &mut Region) {
     let Some((width, roles)) = operand_rows(spec, &region.name) else { return };
     let layer = region.name.strip_prefix("layer.").and_then(|rest| rest.split('.').next());
     let layer: Option<usize> = layer.and_then(|number| number.parse().ok());
-    let here = settings.targets.iter().filter(|target| {
-        layer.is_none_or(|layer| target.layer == layer) && roles.contains(&target.role)
-    });
-    let Some(rank) = here.map(|target| target.r).max() else { return };
-    let stride = width + tail_columns(rank);
-    region.elements = region.elements / width * stride;
-    region.pitch = Some(Pitch { width, stride });
+    // q, k and v are one product, which has the adapters of all; others are products of their own.
+    let of_layer = |layer| match roles.contains(&LinearRole::Q) {
+        true => rank_sum(settings, layer, roles),
+        false => roles.iter().map(|&role| rank_sum(settings, layer, &[role])).max().unwrap_or(0),
+    };
+    let rank = layer.map_or_else(|| most(spec, of_layer), of_layer);
+    if rank > 0 {
+        let stride = width + tail_columns(rank);
+        region.elements = region.elements / width * stride;
+        region.pitch = Some(Pitch { width, stride });
+    }
 }
 
 /// Width of the rows of a region that such products read, and which linears' they are: their inputs
@@ -102,7 +153,9 @@ fn operand_rows(spec: &ModelSpec, name: &str) -> Option<(usize, &'static [Linear
     match name {
         "work.mlp" => return Some((f, &[Down, Up])),
         "work.mlp_gradient" => return Some((f, if spec.gated_mlp { &[Gate] } else { &[Up] })),
-        "work.qkv_gradient" => return Some((spec.q_width() + 2 * spec.kv_width(), &[Qkv, V])),
+        "work.qkv_gradient" => {
+            return Some((spec.q_width() + 2 * spec.kv_width(), &[Q, K, V, Qkv]));
+        }
         "work.gradient" | "work.tile_gradient" => return Some((d, &[O, Down])),
         _ if name.starts_with("work.") => return None,
         _ => {}

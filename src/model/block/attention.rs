@@ -6,9 +6,9 @@ use crate::kernels::Kernels;
 use crate::model::spec::LinearRole;
 
 impl<K: Kernels> Block<K> {
-    fn projections(&self) -> impl Iterator<Item = &Linear<K>> {
+    fn projections(&self) -> Vec<&Linear<K>> {
         use LinearRole::{K as Key, Q, Qkv, V};
-        self.linears.iter().filter(|linear| matches!(linear.role, Q | Key | V | Qkv))
+        self.linears.iter().filter(|linear| matches!(linear.role, Q | Key | V | Qkv)).collect()
     }
 
     /// `middle = x + attention(norm(x))`.
@@ -22,11 +22,9 @@ impl<K: Kernels> Block<K> {
     ) {
         let (kernels, rows) = (pass.kernels, pass.rows.len());
         kernels.norm_forward(&self.norm1, x, &mut saved.norm1, &mut saved.norm1_stats, rows);
-        for linear in self.projections() {
-            let scratch = (&mut work.lora_pair, &mut work.dropped);
-            let lora_x = &mut saved.lora_x;
-            pass.forward(linear, &saved.norm1, &mut saved.qkv, lora_x, scratch, false);
-        }
+        let scratch = (&mut work.lora_pair, &mut work.dropped);
+        let (ys, lora_x) = (&mut [&mut saved.qkv], &mut saved.lora_x);
+        pass.forward_all(&self.projections(), &saved.norm1, ys, lora_x, scratch);
         if let Some((cos, sin)) = &work.rotary {
             kernels.rotary(&self.attention, (cos, sin), &mut saved.qkv, rows, false);
         }
@@ -78,11 +76,9 @@ impl<K: Kernels> Block<K> {
         if let Some((cos, sin)) = &work.rotary {
             kernels.rotary(&self.attention, (cos, sin), &mut grads.qkv, rows, true);
         }
-        for (position, linear) in self.projections().enumerate() {
-            let scratch = (&mut work.lora_pair, &mut work.dropped);
-            let dx = input_gradient.then_some((&mut grads.norm, position > 0));
-            let inputs = (&saved.norm1, &saved.lora_x);
-            pass.backward(linear, &grads.qkv, inputs, dx, to, scratch);
-        }
+        let scratch = (&mut work.lora_pair, &mut work.dropped);
+        let inputs = (&saved.norm1, &saved.lora_x);
+        let dx = input_gradient.then_some(&mut grads.norm);
+        pass.backward_all(&self.projections(), &[&grads.qkv], inputs, dx, to, scratch);
     }
 }

@@ -80,13 +80,75 @@ impl<K: Kernels> Pass<'_, K> {
     ) {
         let (kernels, rows) = (self.kernels, self.rows.len());
         let (pair, dropped) = work;
-        let adapter = linear.adapter.as_ref().filter(|_| self.adapters);
-        let lora = adapter.map(|adapter| {
-            self.project(linear, adapter, x, lora_x, (&mut *pair, dropped));
-            LoraTerm { shape: &adapter.shape, pair: &*pair, inner: (&*lora_x, adapter.columns) }
+        let adapter = linear.adapter.filter(|_| self.adapters || K::BITS_DEPEND_ON_SHAPE);
+        let shape = adapter.map(|adapter| adapter.shape.scaled(self.adapter_scale()));
+        let lora = adapter.zip(shape.as_ref()).map(|(adapter, shape)| {
+            self.project(linear, &adapter, x, lora_x, (&mut *pair, dropped));
+            LoraTerm { shape, pair: &*pair, inner: (&*lora_x, adapter.columns) }
         });
         let bias = linear.bias.as_ref();
         kernels.linear_forward(&linear.weight, bias, lora, x, (y, linear.output), rows, accumulate);
+    }
+
+    fn adapter_scale(&self) -> f32 {
+        if self.adapters { 1.0 } else { 0.0 }
+    }
+
+    /// Of linears that read the same rows; into bands of one buffer, or into a buffer for each.
+    pub(super) fn forward_all(
+        &self,
+        linears: &[&Linear<K>],
+        x: &K::Buffer,
+        ys: &mut [&mut K::Buffer],
+        lora_x: &mut K::Buffer,
+        (pair, dropped): (&mut K::Buffer, &mut Option<K::Buffer>),
+    ) {
+        let (kernels, parameters, rows) = (self.kernels, self.parameters, self.rows.len());
+        let scale = self.adapter_scale();
+        let together = self.dropout.is_none()
+            && kernels.linears_forward(parameters, linears, x, ys, lora_x, pair, rows, scale);
+        if together {
+            return;
+        }
+        let last = ys.len() - 1;
+        for (position, linear) in linears.iter().enumerate() {
+            let y = &mut *ys[position.min(last)];
+            self.forward(linear, x, y, lora_x, (&mut *pair, &mut *dropped), false);
+        }
+    }
+
+    /// Of the same: dx is their sum.
+    pub(super) fn backward_all(
+        &self,
+        linears: &[&Linear<K>],
+        dys: &[&K::Buffer],
+        inputs: (&K::Buffer, &K::Buffer),
+        mut dx: Option<&mut K::Buffer>,
+        to: &mut GradientTarget<K::Buffer>,
+        (pair, dropped): (&mut K::Buffer, &mut Option<K::Buffer>),
+    ) {
+        let (kernels, parameters, rows) = (self.kernels, self.parameters, self.rows.len());
+        let GradientTarget { parameters: gradients, work } = &mut *to;
+        let together = self.dropout.is_none()
+            && kernels.linears_backward(
+                parameters,
+                linears,
+                dys,
+                inputs,
+                dx.as_deref_mut(),
+                work,
+                gradients,
+                pair,
+                rows,
+            );
+        if together {
+            return;
+        }
+        for (position, linear) in linears.iter().enumerate() {
+            let dy = dys[position.min(dys.len() - 1)];
+            let dx = dx.as_deref_mut().map(|dx| (dx, position > 0));
+            self.backward(linear, dy, inputs, dx, to, (&mut *pair, &mut *dropped));
+        }
     }
 
     /// Gradients of A and B, and `dx = …` or `dx += …` unless `dx` is absent.

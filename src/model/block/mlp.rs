@@ -55,12 +55,14 @@ impl<K: Kernels> Block<K> {
     ) {
         let SavedMlp { norm2_stats, norm2, gate, up, lora_x } = saved;
         pass.kernels.norm_forward(&self.norm2, middle, norm2, norm2_stats, pass.rows.len());
-        if let Some(linear) = self.linear(LinearRole::Gate) {
-            let scratch = (&mut work.lora_pair, &mut work.dropped);
-            pass.forward(linear, norm2, gate, lora_x, scratch, false);
-        }
         let scratch = (&mut work.lora_pair, &mut work.dropped);
-        pass.forward(self.expect(LinearRole::Up), norm2, up, lora_x, scratch, false);
+        let linear = self.expect(LinearRole::Up);
+        match self.linear(LinearRole::Gate) {
+            Some(first) => {
+                pass.forward_all(&[first, linear], norm2, &mut [gate, up], lora_x, scratch);
+            }
+            None => pass.forward(linear, norm2, up, lora_x, scratch, false),
+        }
     }
 
     /// `out += down(h)`.
@@ -143,14 +145,18 @@ impl<K: Kernels> Block<K> {
         let (d_out, d_up) = (&mut grads.mlp, &mut work.mlp);
         kernels.mlp_backward(self.activation, gate_values, &saved.up, d_out, d_up, elements);
         let inputs = (&saved.norm2, &saved.lora_x);
-        if let Some(gate) = gate {
-            let scratch = (&mut work.lora_pair, &mut work.dropped);
-            pass.backward(gate, &grads.mlp, inputs, Some((&mut grads.norm, false)), to, scratch);
-        }
         let up = self.expect(LinearRole::Up);
-        let d_up = if gate.is_some() { &work.mlp } else { &grads.mlp };
         let scratch = (&mut work.lora_pair, &mut work.dropped);
-        pass.backward(up, d_up, inputs, Some((&mut grads.norm, gate.is_some())), to, scratch);
+        match gate {
+            Some(gate) => {
+                let (dys, dx) = (&[&grads.mlp, &work.mlp], Some(&mut grads.norm));
+                pass.backward_all(&[gate, up], dys, inputs, dx, to, scratch);
+            }
+            None => {
+                let dx = Some((&mut grads.norm, false));
+                pass.backward(up, &grads.mlp, inputs, dx, to, scratch);
+            }
+        }
         let (stats, stream) = (&saved.norm2_stats, &mut grads.stream);
         kernels.norm_backward(&self.norm2, &grads.norm, middle, stats, stream, rows);
     }

@@ -1,0 +1,337 @@
+//! Linears that read the same rows: q, k and v, or gate and up.
+//!
+//! Their A are copied one below the other, so that x is read once for `x·Aᵀ` of all of them, and once
+//! for the gradients of A. The outputs of q, k and v are bands of one matrix; their weights are widened
+//! one below the other, and one product makes all three, one more the gradient of x:
+//!
+//! ```text
+//! [q | k | v] = [x | ax]·[W | B]ᵀ     W = [Wq; Wk; Wv]    B = diag(s·Bq, s·Bk, s·Bv)
+//! dx = [dq | dk | dv | t]·[W ; A]     A = [Aq; Ak; Av]
+//! ```
+//!
+//! In elements moved for a token, for inputs of width K:
+//!
+//! | | one by one | together |
+//! |---|---|---|
+//! | `x·Aᵀ`, and gradients of A: n linears | n·K each | K each |
+//! | dx of q, k and v | 9·K: written by q, read and written again by its adapter, k, its adapter, v | K |
+//!
+//! The zeros of B cost 2·R columns of a product with K (0.8 % for rank 16 at 4,096), the copies of A
+//! nothing to speak of. Gate and up stay two products: one would need both widened at once, where
+//! each is the largest weight by itself.
+
+use super::Cuda;
+use super::driver::{Argument, Driver, Product};
+use super::frozen::{self, LoraInput, b_of, copy_columns, operand, product, tail_columns};
+use super::frozen::{extended_elements, gradient_tail, transposed};
+use super::launch::{ROW_THREADS, TAIL_THREADS, launch, rows as row_grid};
+use super::memory::{Buffer, Rows};
+use super::weight::DeviceWeight;
+use crate::kernels::{Columns, Kernels, LoraTerm};
+use crate::model::block::{Linear, LinearAdapter};
+use crate::model::parameters::Parameters;
+
+/// Room for the matrices of the linears at work; see the module.
+pub(super) struct Stack<D: Driver> {
+    /// A of all, bf16 `[ΣR, K]`.
+    pub a: Buffer<D>,
+    /// Their gradients, f32 `[ΣR, K]`; only where there is a backward pass.
+    pub gradient: Option<Buffer<D>>,
+}
+
+impl<D: Driver> Clone for Stack<D> {
+    fn clone(&self) -> Self {
+        Stack { a: self.a.clone(), gradient: self.gradient.clone() }
+    }
+}
+
+/// The adapters of linears that read the same rows.
+struct Adapters {
+    all: Vec<LinearAdapter>,
+    /// ΣR.
+    ranks: usize,
+    /// K.
+    inner: usize,
+}
+
+impl Adapters {
+    fn of<D: Driver>(linears: &[&Linear<Cuda<D>>]) -> Self {
+        let all: Vec<LinearAdapter> = linears.iter().filter_map(|linear| linear.adapter).collect();
+        let adjacent = |pair: &[LinearAdapter]| {
+            pair[0].columns.offset + pair[0].shape.rank == pair[1].columns.offset
+        };
+        assert!(
+            all.windows(2).all(adjacent),
+            "x·Aᵀ of linears that follow each other are adjacent"
+        );
+        let ranks = all.iter().map(|adapter| adapter.shape.rank).sum();
+        Adapters { all, ranks, inner: linears[0].weight.shape[1] }
+    }
+
+    /// Columns of `x·Aᵀ` of all of them.
+    fn columns(&self) -> Columns {
+        let first = self.all.first().map_or(Columns::all(0), |adapter| adapter.columns);
+        Columns { width: self.ranks, ..first }
+    }
+
+    /// ΣR columns behind the rows of a matrix, where there is room for them.
+    fn behind<D: Driver>(&self, matrix: &Buffer<D>, rows: usize) -> Option<Rows> {
+        if self.ranks == 0 {
+            Some(Rows { address: 0, stride: 0 })
+        } else {
+            matrix.tail(rows, self.ranks)
+        }
+    }
+
+    /// With the sum of the ranks before each.
+    fn with_offsets(&self) -> impl Iterator<Item = (usize, &LinearAdapter)> {
+        let mut end = 0;
+        self.all.iter().map(move |adapter| {
+            end += adapter.shape.rank;
+            (end - adapter.shape.rank, adapter)
+        })
+    }
+
+    /// Writes all A, one below the other.
+    fn write_a<D: Driver>(&self, cuda: &Cuda<D>, parameters: &Parameters<Cuda<D>>, to: Rows) {
+        for (offset, LinearAdapter { index, shape, .. }) in self.with_offsets() {
+            let from = parameters.pair_range(*index).start;
+            let from = (from, shape.in_features);
+            write_rows(cuda, parameters, from, to.row(offset), shape.rank, 1.0);
+        }
+    }
+}
+
+/// `to = scale ·` rows of the parameters, which begin with element `start` and have `width` columns.
+fn write_rows<D: Driver>(
+    cuda: &Cuda<D>,
+    parameters: &Parameters<Cuda<D>>,
+    (start, width): (usize, usize),
+    to: Rows,
+    rows: usize,
+    scale: f32,
+) {
+    let range = start..start + rows * width;
+    let (kernel, from) = match parameters.working() {
+        Some(working) => ("scale_rows_bf16", working.at(range)),
+        None => ("scale_rows_f32_bf16", parameters.master_buffer().at(range)),
+    };
+    let threads = if width < TAIL_THREADS as usize { TAIL_THREADS } else { ROW_THREADS };
+    let arguments = &mut [
+        Argument::Pointer(from),
+        width.into(),
+        to.argument(),
+        to.stride.into(),
+        width.into(),
+        scale.into(),
+        false.into(),
+    ];
+    cuda.launch(kernel, row_grid(rows), threads, arguments);
+}
+
+/// The linears' weights, and their rows together, where their outputs fill the rows of one matrix.
+fn one_below_the_other<'a, D: Driver>(
+    linears: &[&'a Linear<Cuda<D>>],
+) -> Option<(Vec<&'a DeviceWeight<D>>, usize)> {
+    let mut end = 0;
+    let follows = |linear: &&Linear<Cuda<D>>| {
+        end += linear.output.width;
+        linear.output.offset + linear.output.width == end
+    };
+    let filled = linears.iter().all(follows) && linears[0].output.stride == end;
+    filled.then(|| (linears.iter().map(|linear| &linear.weight).collect(), end))
+}
+
+/// `y = x·Wᵀ + bias + scale · s · ax · Bᵀ` of each, and ax; `false`, and nothing done, where the plan
+/// has no room for it.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn forward<D: Driver>(
+    cuda: &Cuda<D>,
+    parameters: &Parameters<Cuda<D>>,
+    linears: &[&Linear<Cuda<D>>],
+    x: &Buffer<D>,
+    ys: &[&mut Buffer<D>],
+    ax: &Buffer<D>,
+    pair: &mut Buffer<D>,
+    rows: usize,
+    scale: f32,
+) -> bool {
+    let Some(stack) = cuda.stack().filter(|_| linears.len() > 1) else { return false };
+    let adapters = Adapters::of(linears);
+    if adapters.ranks > 0 {
+        let inner = adapters.inner;
+        let a = Rows { address: stack.a.at(0..adapters.ranks * inner), stride: inner };
+        adapters.write_a(cuda, parameters, a);
+        let operands = (operand(x.rows(rows, inner)), transposed(a));
+        let to = product(ax.band(adapters.columns(), rows));
+        cuda.gemm([rows, adapters.ranks, inner], (1.0, 0.0), operands, to);
+    }
+    if let [y] = ys
+        && forward_in_one(cuda, parameters, linears, &adapters, x, y, ax, rows, scale).is_some()
+    {
+        return true;
+    }
+    for (position, linear) in linears.iter().enumerate() {
+        let shape = linear.adapter.map(|adapter| adapter.shape.scaled(scale));
+        let lora = linear.adapter.as_ref().zip(shape.as_ref()).map(|(adapter, shape)| {
+            cuda.load_pair(parameters, adapter.index, pair);
+            LoraTerm { shape, pair: &*pair, inner: (ax, adapter.columns) }
+        });
+        let weight = (&linear.weight, linear.bias.as_ref());
+        let y = &*ys[position.min(ys.len() - 1)];
+        frozen::forward(cuda, weight, lora, x, (y, linear.output), rows, false);
+    }
+    true
+}
+
+/// In one product; `None`, and nothing done, where that cannot be.
+#[allow(clippy::too_many_arguments)]
+fn forward_in_one<D: Driver>(
+    cuda: &Cuda<D>,
+    parameters: &Parameters<Cuda<D>>,
+    linears: &[&Linear<Cuda<D>>],
+    adapters: &Adapters,
+    x: &Buffer<D>,
+    y: &Buffer<D>,
+    ax: &Buffer<D>,
+    rows: usize,
+    scale: f32,
+) -> Option<()> {
+    let (weights, outer) = one_below_the_other(linears)?;
+    let (inner, ranks) = (adapters.inner, adapters.ranks);
+    let tail = adapters.behind(x, rows)?;
+    let stride = inner + tail_columns(ranks);
+    let wide = cuda.widened(&weights, stride, extended_elements([outer, inner], ranks))?;
+    let b = wide.column(inner);
+    if ranks > 0 {
+        copy_columns(cuda, ax.band(adapters.columns(), rows), tail, (rows, ranks), 1.0);
+        launch!(cuda, "zero_rows", row_grid(outer), TAIL_THREADS; b.argument(), b.stride, ranks);
+    }
+    let mut column = 0;
+    for linear in linears {
+        let Some(LinearAdapter { index, shape, .. }) = &linear.adapter else { continue };
+        let from = parameters.pair_range(*index).start + shape.a_elements();
+        let to = b.row(linear.output.offset).column(column);
+        let factor = shape.scale * scale;
+        write_rows(cuda, parameters, (from, shape.rank), to, shape.out_features, factor);
+        column += shape.rank;
+    }
+    let operands = (operand(x.rows(rows, inner)), transposed(wide));
+    let to = y.rows(rows, outer);
+    cuda.gemm([rows, outer, inner + ranks], (1.0, 0.0), operands, product(to));
+    for linear in linears {
+        if let Some(bias) = &linear.bias {
+            let to = y.band(linear.output, rows);
+            frozen::add_bias(cuda, bias, to, linear.output.width, rows);
+        }
+    }
+    Some(())
+}
+
+/// `gA += tᵀ x` and `gB += s · dyᵀ ax` of each, with `t = s · dy · B`, and `dx = Σ dy · W + t · A`;
+/// `false`, and nothing done, where the plan has no room for it.
+#[allow(clippy::too_many_arguments)]
+pub(super) fn backward<D: Driver>(
+    cuda: &Cuda<D>,
+    parameters: &Parameters<Cuda<D>>,
+    linears: &[&Linear<Cuda<D>>],
+    dys: &[&Buffer<D>],
+    (x, ax): (&Buffer<D>, &Buffer<D>),
+    dx: Option<&Buffer<D>>,
+    t: &Buffer<D>,
+    gradients: &Buffer<D>,
+    pair: &mut Buffer<D>,
+    rows: usize,
+) -> bool {
+    let stack = cuda.stack().filter(|_| linears.len() > 1);
+    let Some(Stack { gradient: Some(stacked), .. }) = stack else { return false };
+    let adapters = Adapters::of(linears);
+    let (inner, ranks) = (adapters.inner, adapters.ranks);
+    // Side by side: behind the rows of the one gradient, or by themselves.
+    let behind = if let [dy] = dys { adapters.behind(dy, rows) } else { None };
+    let ts = behind.unwrap_or_else(|| t.rows(rows, ranks));
+    let mut inputs: Vec<Option<Rows>> = Vec::with_capacity(linears.len());
+    let mut column = 0;
+    for (position, linear) in linears.iter().enumerate() {
+        let (dy, band) = (dys[position.min(dys.len() - 1)], linear.output);
+        let Some(LinearAdapter { index, shape, columns }) = linear.adapter else {
+            inputs.push(None);
+            continue;
+        };
+        cuda.load_pair(parameters, index, pair);
+        let (own, from) = (ts.column(column), dy.band(band, rows));
+        // Where the product for dx reads it, if that is not where it is already.
+        let there = gradient_tail((dy, band), rows, shape.rank).filter(|_| behind.is_none());
+        let made = there.unwrap_or(own);
+        let factors = (shape.scale, 0.0);
+        let operands = (operand(from), operand(b_of(pair, &shape)));
+        cuda.gemm([rows, shape.rank, shape.out_features], factors, operands, product(made));
+        if there.is_some() {
+            copy_columns(cuda, made, own, (rows, shape.rank), 1.0);
+        }
+        let start = parameters.pair_range(index).start;
+        let range = start + shape.a_elements()..start + shape.elements();
+        let to = wide_product(gradients, range, shape.rank);
+        let operands = (transposed(from), operand(ax.band(columns, rows)));
+        cuda.gemm([shape.out_features, shape.rank, rows], (shape.scale, 1.0), operands, to);
+        inputs.push(Some(made));
+        column += shape.rank;
+    }
+    if ranks > 0 {
+        let operands = (transposed(ts), operand(x.rows(rows, inner)));
+        let to = wide_product(&stacked, 0..ranks * inner, inner);
+        cuda.gemm([ranks, inner, rows], (1.0, 0.0), operands, to);
+    }
+    for (offset, LinearAdapter { index, shape, .. }) in adapters.with_offsets() {
+        let start = parameters.pair_range(*index).start;
+        let from = stacked.at(offset * inner..(offset + shape.rank) * inner);
+        let to = gradients.at(start..start + shape.a_elements());
+        launch!(cuda, "scale_rows_f32", row_grid(shape.rank), ROW_THREADS;
+            Argument::Pointer(from), inner, Argument::Pointer(to), inner, inner, 1f32, true);
+    }
+    let Some(dx) = dx else { return true };
+    if let [dy] = dys
+        && backward_in_one(cuda, parameters, linears, &adapters, dy, dx, rows).is_some()
+    {
+        return true;
+    }
+    for (position, (linear, t)) in linears.iter().zip(inputs).enumerate() {
+        let from = dys[position.min(dys.len() - 1)].band(linear.output, rows);
+        let lora = linear.adapter.as_ref().zip(t).map(|(LinearAdapter { index, shape, .. }, t)| {
+            cuda.load_pair(parameters, *index, pair);
+            LoraInput { shape, pair: &*pair, t }
+        });
+        frozen::input_gradient(cuda, &linear.weight, lora, from, dx, rows, position > 0);
+    }
+    true
+}
+
+/// dx in one product; `None`, and nothing done, where that cannot be.
+fn backward_in_one<D: Driver>(
+    cuda: &Cuda<D>,
+    parameters: &Parameters<Cuda<D>>,
+    linears: &[&Linear<Cuda<D>>],
+    adapters: &Adapters,
+    dy: &Buffer<D>,
+    dx: &Buffer<D>,
+    rows: usize,
+) -> Option<()> {
+    let (weights, outer) = one_below_the_other(linears)?;
+    let (inner, ranks) = (adapters.inner, adapters.ranks);
+    adapters.behind(dy, rows)?;
+    let wide = cuda.widened(&weights, inner, extended_elements([outer, inner], ranks))?;
+    adapters.write_a(cuda, parameters, wide.row(outer));
+    let operands = (operand(dy.rows(rows, outer)), operand(wide));
+    let to = product(dx.rows(rows, inner));
+    cuda.gemm([rows, inner, outer + ranks], (1.0, 0.0), operands, to);
+    Some(())
+}
+
+/// Where a product in f32 goes.
+fn wide_product<D: Driver>(
+    to: &Buffer<D>,
+    range: std::ops::Range<usize>,
+    stride: usize,
+) -> Product {
+    Product { address: to.at(range), stride, wide: true, batch_stride: 0 }
+}
