@@ -73,10 +73,10 @@ impl Shape {
     }
 
     /// Bytes of what is kept of a token by the first half of a block and by the MLP. Behind each
-    /// input of a linear there is room for `x·Aᵀ`.
+    /// input of linears there is room for `x·Aᵀ`: of q, k and v for all three.
     fn saved(&self) -> (usize, usize) {
         let (d, q) = (self.d, self.d);
-        let first = 2 * (d + (q + 2 * KV) + q + 6 * RANK + d) + 4 * (2 + self.heads);
+        let first = 2 * (d + (q + 2 * KV) + q + 8 * RANK + d) + 4 * (2 + self.heads);
         (first, 2 * (d + 2 * self.f + 4 * RANK) + 4 * 2)
     }
 
@@ -91,15 +91,19 @@ impl Shape {
             "checkpoint" => (self.layers + 1, tokens * first + tile * second),
             _ => (3, tokens * first + tile * second),
         };
-        // Stream, norm, q k v and rank, with room for t twice; cos and sin; δ of attention.
-        let gradients = tokens * (2 * (d + d + (d + 2 * KV) + 3 * RANK) + 4 * 128 + 4 * self.heads);
+        // Stream, norm, q k v, with room for t of the stream's and of q, k and v, and t of three side
+        // by side; cos and sin; δ of attention.
+        let gradients = tokens * (2 * (d + d + (d + 2 * KV) + 7 * RANK) + 4 * 128 + 4 * self.heads);
+        // A of q, k and v one below the other, and its gradient.
+        let stacked = (2 + 4) * 3 * RANK * d;
         let tiles = if tokens > TILE { 2 * tile * (2 * d + RANK) } else { 0 };
         let mlp = 2 * tile * 2 * (self.f + RANK) + tiles;
         let rows = ((128 << 20) / (4 * self.v)).max(64).min(tokens);
         let head = rows * (2 * (self.v + 4 * d) + 4 * 3);
         let dequantized = 2 * 2 * (d + RANK) * self.f;
         let (cublas, context) = (32 << 20, 460 << 20);
-        let run = adapter + inputs * tokens * 2 * d + activations + gradients + mlp + head;
+        let run =
+            adapter + inputs * tokens * 2 * d + activations + gradients + stacked + mlp + head;
         self.weights() + run + dequantized + cublas + context
     }
 
