@@ -46,7 +46,7 @@ fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType, work: usize) -
         region("work", wide, work),
     ];
     if dtype == RegionType::Bf16 {
-        regions.push(region("cuda.workspace", wide, 1024));
+        regions.insert(0, region("cuda.workspace", wide, 1024));
         regions.push(region("cuda.uploads", wide, 1024));
         regions.push(region("cuda.dequantized", dtype, 8));
     }

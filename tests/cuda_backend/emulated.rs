@@ -258,6 +258,7 @@ impl Driver for Emulated {
     }
 
     fn set_workspace(&self, address: Address, bytes: usize) -> Result<()> {
+        assert!(address.is_multiple_of(256), "cublasSetWorkspace would refuse {address:#x}");
         self.bytes(address, bytes);
         Ok(())
     }

@@ -44,12 +44,12 @@ fn dequantize(gpu: &Gpu, [rows, columns]: [usize; 2], times: usize) -> [f64; 2] 
     let elements = rows * columns;
     let mut memory = gpu
         .allocate(&plan(&[
+            ("cuda.workspace", F32, 8 << 20),
             ("x", Bf16, columns),
             ("y", Bf16, rows),
             ("from", Bf16, elements),
             ("to", Bf16, elements),
             ("cuda.dequantized", Bf16, elements),
-            ("cuda.workspace", F32, 8 << 20),
             ("cuda.uploads", F32, 1024),
         ]))
         .unwrap();
@@ -80,6 +80,7 @@ fn attention(gpu: &Gpu, tokens: usize, times: usize) -> f64 {
     let layout = TokenLayout::new(&[0, tokens as u32]);
     let (qkv, o) = (tokens * shape.qkv_width(), tokens * shape.q_width());
     let regions = [
+        ("cuda.workspace", F32, 1024),
         ("qkv", Bf16, qkv),
         ("o", Bf16, o),
         ("lse", F32, tokens * shape.num_heads),
@@ -87,7 +88,6 @@ fn attention(gpu: &Gpu, tokens: usize, times: usize) -> f64 {
         ("dqkv", Bf16, qkv),
         ("work", F32, (tokens * shape.num_heads).next_multiple_of(64)),
         ("cuda.dequantized", Bf16, 8),
-        ("cuda.workspace", F32, 1024),
         ("cuda.uploads", F32, 1024),
     ];
     let mut memory = gpu.allocate(&plan(&regions)).unwrap();

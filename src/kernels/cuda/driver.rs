@@ -205,7 +205,7 @@ pub trait Driver: Send + Sync + 'static {
     /// What the library reports.
     fn gemm(&self, gemm: &Gemm) -> Result<()>;
 
-    /// Memory for the library's products; from then on it allocates none of its own.
+    /// Memory for the library's products, on 256 bytes; from then on it allocates none of its own.
     ///
     /// # Errors
     /// What the library reports.

@@ -88,6 +88,7 @@ functions! {
     create = "cublasCreate_v2" (*mut Handle);
     destroy = "cublasDestroy_v2" (Handle);
     set_stream = "cublasSetStream_v2" (Handle, Handle);
+    set_math_mode = "cublasSetMathMode" (Handle, c_int);
     set_workspace = "cublasSetWorkspace_v2" (Handle, *mut c_void, usize);
     gemm = "cublasGemmEx" (
         Handle, c_int, c_int, c_int, c_int, c_int, *const c_void, *const c_void, c_int, c_int,

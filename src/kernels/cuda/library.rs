@@ -26,6 +26,8 @@ const EVENT_DISABLE_TIMING: c_uint = 2;
 const PLAIN_SHARED_BYTES: u32 = 48 << 10;
 // cublas_api.h
 const CUBLAS_ALLOC_FAILED: c_int = 3;
+/// Parts of a sum that several blocks made are added in f32, not in the result's bf16.
+const MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: c_int = 16;
 
 /// One GPU at work.
 pub struct Gpu {
@@ -112,6 +114,8 @@ impl Gpu {
             self.cuda.check("compile the kernels", code)?;
             let code = (self.cublas.create)(&mut self.blas);
             self.check_blas("start cuBLAS", code)?;
+            let mode = MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
+            self.check_blas("set its precision", (self.cublas.set_math_mode)(self.blas, mode))?;
             self.check_blas("use a stream", (self.cublas.set_stream)(self.blas, self.stream))
         }
     }
@@ -294,6 +298,9 @@ impl Driver for Gpu {
     }
 
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         self.enter()?;
         // SAFETY: both lie in allocations of this device, as `memory` checks.
         let code = unsafe { (self.cuda.copy)(to, from, bytes, self.stream) };
@@ -329,6 +336,9 @@ impl Driver for Gpu {
     }
 
     fn zero(&self, to: Address, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         self.enter()?;
         // SAFETY: lies in an allocation of this device, as `memory` checks.
         let code = unsafe { (self.cuda.fill)(to, 0, bytes, self.stream) };

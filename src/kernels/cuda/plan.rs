@@ -76,13 +76,21 @@ pub fn cuda_layout(
             push(Component::BlockWorkspace, STACKED_GRADIENT, wide, elements);
         }
     }
-    push(Component::LibraryWorkspace, "cuda.workspace", wide, WORKSPACE_BYTES / 4);
     // Two words for each f64.
     let loss = 2 * (PARTIALS + 1) + settings.logit_rows;
     push(Component::LogitsChunk, "cuda.loss", wide, loss);
     let chunks = settings.tokens.div_ceil(settings.logit_rows.max(1));
     let words = UPLOADS_PER_TOKEN * (settings.tokens + UPLOAD_WORDS * (chunks + 2));
     push(Component::Uploads, "cuda.uploads", wide, words);
+    let workspace = Region {
+        name: "cuda.workspace".into(),
+        component: Component::LibraryWorkspace,
+        dtype: wide,
+        elements: WORKSPACE_BYTES / 4,
+        pitch: None,
+    };
+    // Where the arena begins: on 256 bytes, as cuBLAS demands of it.
+    plan.regions.insert(0, workspace);
     plan
 }
 
