@@ -11,8 +11,8 @@ use crate::kernels::cuda::{AttnImplementation, EmbeddingPlace};
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Device")]
 pub struct DeviceArgs {
-    /// Where to compute: `cpu`, `cuda` or `cuda:N`; `auto` is the CPU until the CUDA backend has
-    /// been confirmed on a card
+    /// Where to compute: `cpu`, `cuda` or `cuda:N`; `auto` is a GPU if there is one that computes
+    /// what the CPU does, which is tried
     #[arg(long, value_name = "DEVICE", default_value_t = Device::Auto)]
     pub device: Device,
 

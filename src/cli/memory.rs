@@ -18,7 +18,7 @@ const EXAMPLES: &str = "Examples:
   nibble memory --model smollm2-nf4 --max-length 512 --measure --html memory.html";
 
 /// Where every byte of a training run would go, before it starts
-#[derive(Debug, Args)]
+#[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct MemoryArgs {
     /// The base model; a bare config.json will do.

@@ -1,38 +1,64 @@
 //! From `--device` and `--attn-implementation` to a backend.
 
 use crate::cli::device::{Device, DeviceArgs};
+use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
+use crate::kernels::cuda::devices::{DeviceInfo, LOWEST_CAPABILITY, driver_info};
 use crate::kernels::cuda::library::Gpu;
 use crate::kernels::cuda::{AttnImplementation, Cuda};
+use crate::train::agreement;
 
-/// The GPU that is asked for; `None` for the CPU.
-///
-/// `auto` is the CPU: the CUDA backend has been tested on emulated kernels alone, and a run must
-/// not depend on what was never seen to work.
+/// The GPU that is asked for, or with `auto` found; `None` for the CPU. It has computed a step of a
+/// tiny model as the CPU does.
 ///
 /// # Errors
 /// `Gpu` with the reason why the one that is asked for cannot be used, `Usage` for flash attention
-/// on the CPU.
+/// on the CPU. With `auto` the reason is told, and the CPU taken.
 pub fn open(args: &DeviceArgs) -> Result<Option<Cuda<Gpu>>> {
-    check(args)?;
-    let Device::Cuda(index) = args.device else { return Ok(None) };
-    let device = args.device;
-    let gpu = Gpu::open(index).map_err(|error| error.at(format_args!("--device {device}")))?;
-    eprintln!("{device}: this backend has not been confirmed on a card yet (docs/cuda.md)");
-    let cuda = Cuda::new(gpu)?.with_attention(args.attn_implementation);
-    Ok(Some(cuda.with_embedding(args.embedding)))
+    let device = resolve(args)?;
+    let Device::Cuda(index) = device else { return Ok(None) };
+    let flash = args.attn_implementation == AttnImplementation::Flash;
+    match open_gpu(args, index) {
+        Ok(gpu) => Ok(Some(gpu)),
+        Err(error) if args.device == Device::Auto && !flash => {
+            eprintln!("{}", error.at(format_args!("the CPU is used, not cuda:{index}")));
+            Ok(None)
+        }
+        Err(error) => Err(error.at(format_args!("--device {device}"))),
+    }
 }
 
-/// Whether the device has what is asked for.
+fn open_gpu(args: &DeviceArgs, index: usize) -> Result<Cuda<Gpu>> {
+    let cuda = Cuda::new(Gpu::open(index)?)?.with_attention(args.attn_implementation);
+    agreement::check(&cuda)?;
+    cuda.forget_plan();
+    let of_index = |info: &DeviceInfo| info.index as usize == index;
+    if let Some(info) = driver_info()?.devices.into_iter().find(of_index) {
+        let [free, total] = [info.free_bytes, info.total_bytes].map(ByteSize);
+        eprintln!("cuda:{index}: {}, {free} of {total} free, computes as the CPU does", info.name);
+    }
+    Ok(cuda.with_embedding(args.embedding))
+}
+
+/// Where a run is planned: with `auto` on the first GPU that Nibble has kernels for, and on the CPU
+/// where there is none.
 ///
 /// # Errors
 /// `Usage` for flash attention on the CPU.
-pub fn check(args: &DeviceArgs) -> Result<()> {
-    match (args.device, args.attn_implementation) {
-        (Device::Auto | Device::Cpu, AttnImplementation::Flash) => {
-            Err(Error::usage("`--attn-implementation flash` is a path of the CUDA backend")
-                .hint("leave it out: the CPU has one path, or use `--device cuda`"))
-        }
-        _ => Ok(()),
+pub fn resolve(args: &DeviceArgs) -> Result<Device> {
+    let device = match args.device {
+        Device::Auto => first_gpu().map_or(Device::Cpu, Device::Cuda),
+        device => device,
+    };
+    if device == Device::Cpu && args.attn_implementation == AttnImplementation::Flash {
+        return Err(Error::usage("`--attn-implementation flash` is a path of the CUDA backend")
+            .hint("leave it out: the CPU has one path, or use `--device cuda`"));
     }
+    Ok(device)
+}
+
+fn first_gpu() -> Option<usize> {
+    let devices = driver_info().ok()?.devices;
+    let usable = devices.iter().find(|info| info.capability >= LOWEST_CAPABILITY)?;
+    Some(usable.index as usize)
 }

@@ -5,9 +5,12 @@ use serde_json::{Value, json};
 use crate::cli::doctor::DoctorArgs;
 use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
+use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::devices::{self, DriverInfo, LOWEST_CAPABILITY};
+use crate::kernels::cuda::library::Gpu;
 use crate::kernels::cuda::search::{self, CUBLAS};
 use crate::ledger::resident;
+use crate::train::agreement;
 
 /// What was found, or why it was not.
 struct Findings {
@@ -15,6 +18,8 @@ struct Findings {
     available_bytes: u64,
     driver: Result<DriverInfo>,
     cublas: Result<String>,
+    /// Whether the first GPU computes what the CPU does, if it can be asked.
+    agreement: Option<Result<()>>,
 }
 
 /// Runs the command. A machine without a GPU is no error.
@@ -22,18 +27,25 @@ struct Findings {
 /// # Errors
 /// None so far.
 pub fn run(args: &DoctorArgs) -> Result<()> {
-    let findings = Findings {
+    let mut findings = Findings {
         threads: std::thread::available_parallelism().map_or(1, usize::from),
         available_bytes: resident::available_bytes(),
         driver: devices::driver_info(),
         cublas: search::open(&CUBLAS).map(|found| found.name),
+        agreement: None,
     };
+    findings.agreement = findings.first_gpu().map(try_gpu);
     if args.json {
         println!("{:#}", findings.json());
     } else {
         findings.print();
     }
     Ok(())
+}
+
+/// Opens a GPU and compares it with the CPU.
+fn try_gpu(index: usize) -> Result<()> {
+    agreement::check(&Cuda::new(Gpu::open(index)?)?)
 }
 
 /// What is wrong, and the way out.
@@ -43,19 +55,22 @@ fn problem(error: &Error) -> Value {
 }
 
 impl Findings {
+    /// The first GPU that Nibble has kernels for, where cuBLAS is there, too.
+    fn first_gpu(&self) -> Option<usize> {
+        let (Ok(driver), Ok(_)) = (&self.driver, &self.cublas) else { return None };
+        let usable = driver.devices.iter().find(|d| d.capability >= LOWEST_CAPABILITY)?;
+        Some(usable.index as usize)
+    }
+
     /// Why a GPU cannot be used; `None` if one can.
     fn obstacle(&self) -> Option<String> {
         let what = |error: &Error| error.message().what.clone();
-        match (&self.driver, &self.cublas) {
-            (Err(error), _) => Some(what(error)),
-            (Ok(driver), _) if driver.devices.is_empty() => Some("the driver sees no GPU".into()),
-            (Ok(driver), _)
-                if !driver.devices.iter().any(|d| d.capability >= LOWEST_CAPABILITY) =>
-            {
-                Some("no GPU has compute capability 8.0 or higher".into())
-            }
-            (Ok(_), Err(error)) => Some(what(error)),
-            (Ok(_), Ok(_)) => None,
+        match (&self.driver, &self.cublas, &self.agreement) {
+            (Err(error), ..) | (_, _, Some(Err(error))) => Some(what(error)),
+            (Ok(driver), ..) if driver.devices.is_empty() => Some("the driver sees no GPU".into()),
+            (Ok(_), Err(error), _) => Some(what(error)),
+            (Ok(_), Ok(_), None) => Some("no GPU has compute capability 8.0 or higher".into()),
+            (Ok(_), Ok(_), Some(Ok(()))) => None,
         }
     }
 
@@ -94,9 +109,7 @@ impl Findings {
         }
         println!();
         match self.obstacle() {
-            None => {
-                println!("`--device cuda` can be used; it has not been confirmed on a card yet")
-            }
+            None => println!("the first GPU computes what the CPU does: training runs on it"),
             Some(obstacle) => println!("training runs on the CPU: {obstacle}"),
         }
     }

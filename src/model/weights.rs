@@ -35,6 +35,35 @@ pub struct Weights<K: Kernels = Cpu> {
     pub streaming: Option<Box<dyn WeightStream>>,
 }
 
+/// Where tensors come from.
+pub trait TensorSource {
+    /// Whether there is a tensor `name`.
+    fn contains(&self, name: &str) -> bool;
+
+    /// The tensor `name`.
+    ///
+    /// # Errors
+    /// `Input` when there is none, or it is damaged.
+    fn weight(&self, name: &str) -> Result<Weight>;
+
+    /// Its values have been copied.
+    fn release(&self, _name: &str) {}
+}
+
+impl TensorSource for Checkpoint {
+    fn contains(&self, name: &str) -> bool {
+        Checkpoint::contains(self, name)
+    }
+
+    fn weight(&self, name: &str) -> Result<Weight> {
+        Checkpoint::weight(self, name)
+    }
+
+    fn release(&self, name: &str) {
+        Checkpoint::release(self, name);
+    }
+}
+
 impl Weights {
     /// Reads and, with `quantization`, quantizes the weights of `spec`. With `merge`, the tensors
     /// that an adapter changes are dense: its change on top of what training saw.
@@ -42,7 +71,7 @@ impl Weights {
     /// # Errors
     /// `Input` naming the tensor when one is missing, has another shape, or is not finite.
     pub fn load(
-        source: &Checkpoint,
+        source: &dyn TensorSource,
         spec: &ModelSpec,
         quantization: Option<&BlockFormat>,
         merge: Option<&Merge>,
@@ -109,7 +138,7 @@ impl<K: Kernels> Weights<K> {
 }
 
 struct Reader<'a> {
-    source: &'a Checkpoint,
+    source: &'a dyn TensorSource,
     spec: &'a ModelSpec,
     quantization: Option<&'a BlockFormat>,
     merge: Option<&'a Merge<'a>>,

@@ -137,6 +137,7 @@ mod tests {
             tokens_per_second: 200.0,
             elapsed_seconds: step as f64,
             rss_bytes: (1 << 30) + (step << 20),
+            gpu_bytes: None,
             ..StepEvent::default()
         })
     }

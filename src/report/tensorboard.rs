@@ -88,14 +88,17 @@ fn version(wall_time: f64) -> Vec<u8> {
 /// The `Event` message of a training event, under the tags that transformers uses.
 fn record(event: &Event, wall_time: f64) -> Option<Vec<u8>> {
     let scalars: Vec<(&str, f64)> = match event {
-        Event::Step(step) => vec![
+        Event::Step(step) => [
             ("train/loss", step.loss),
             ("train/learning_rate", step.learning_rate),
             ("train/grad_norm", step.grad_norm),
             ("train/epoch", step.epoch),
             ("perf/tokens_per_second", step.tokens_per_second),
             ("perf/rss_bytes", step.rss_bytes as f64),
-        ],
+        ]
+        .into_iter()
+        .chain(step.gpu_bytes.map(|bytes| ("perf/gpu_bytes", bytes as f64)))
+        .collect(),
         Event::Eval(eval) => vec![("eval/loss", eval.eval_loss)],
         _ => return None,
     };
@@ -178,6 +181,7 @@ mod tests {
             grad_norm: 0.75,
             tokens_per_second: 203.5,
             rss_bytes: 3 << 30,
+            gpu_bytes: None,
             ..StepEvent::default()
         });
         let eval = EvalEvent { step: 0, eval_loss: 3.25, ..EvalEvent::default() };

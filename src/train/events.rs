@@ -144,6 +144,16 @@ pub struct StepEvent {
     pub elapsed_seconds: f64,
     /// Resident memory of the process now, in bytes.
     pub rss_bytes: u64,
+    /// Memory of the GPU that is in use now, in bytes, by whomever.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub gpu_bytes: Option<u64>,
+}
+
+impl StepEvent {
+    /// Memory where the model is.
+    pub fn memory_bytes(&self) -> u64 {
+        self.gpu_bytes.unwrap_or(self.rss_bytes)
+    }
 }
 
 /// The evaluation set, scored.

@@ -147,6 +147,11 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
         Some(account.clone().measured(self.model().plan(), measured))
     }
 
+    fn gpu_bytes(&self) -> Option<u64> {
+        let around = self.model().parameters().kernels().surroundings().ok()?;
+        (!around.in_process).then_some(around.used_bytes)
+    }
+
     fn over_budget(&self) -> Option<String> {
         let (budget, account) = (self.budget?, self.memory()?);
         account.excess(budget)

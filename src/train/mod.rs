@@ -2,6 +2,7 @@
 
 pub mod adamw;
 pub mod adamw_8bit;
+pub mod agreement;
 pub mod backend;
 pub mod buffers;
 pub mod checkpoints;

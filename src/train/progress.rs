@@ -109,7 +109,7 @@ impl Progress {
 }
 
 fn step_line(event: &StepEvent, max_steps: u64, eta_seconds: f64) -> String {
-    let memory = ByteSize(event.rss_bytes);
+    let memory = ByteSize(event.memory_bytes());
     format!(
         "step {}/{max_steps}  loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s  {memory}  ETA {}",
         event.step,
@@ -134,6 +134,7 @@ mod tests {
             grad_norm: 0.5,
             tokens_per_second: 203.4,
             rss_bytes: 1 << 30,
+            gpu_bytes: None,
             ..StepEvent::default()
         };
         assert_eq!(

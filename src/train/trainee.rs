@@ -62,6 +62,11 @@ pub trait Trainee {
         None
     }
 
+    /// Memory of the GPU that is in use now, where the model is on one.
+    fn gpu_bytes(&self) -> Option<u64> {
+        None
+    }
+
     /// What was measured above the memory that the user allows, if it is.
     fn over_budget(&self) -> Option<String> {
         None

@@ -228,6 +228,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             tokens_per_second: window.tokens_per_second(),
             elapsed_seconds: self.state.elapsed_seconds,
             rss_bytes: resident::now_bytes(),
+            gpu_bytes: self.model.gpu_bytes(),
         };
         let seconds_per_step = self.session.seconds / self.session.steps as f64;
         self.parts.progress.step(&event, seconds_per_step * (last - step) as f64);

@@ -24,5 +24,5 @@ if "${CXX:-g++}" -ftrivial-auto-var-init=pattern -x c++ -fsyntax-only /dev/null 
     flags+=(-ftrivial-auto-var-init=pattern)
 fi
 "${CXX:-g++}" "${flags[@]}" "$@" -I"$work" -I"$here" -I"$kernels" -I"$root/quant/src/cuda" \
-    "$here/emulator.cpp" -o "$work/library.so"
+    "$here/emulator.cpp" "$here/driver.cpp" -o "$work/library.so"
 mv "$work/library.so" "$output"

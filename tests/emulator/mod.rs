@@ -268,11 +268,13 @@ pub fn emulator() -> Option<&'static Emulator> {
     EMULATOR.get_or_init(open_emulator).as_ref()
 }
 
+/// The library; `None`, with a printed line, without g++.
+pub fn library() -> Option<PathBuf> {
+    std::env::var_os("NIBBLE_EMULATED").map(PathBuf::from).or_else(build)
+}
+
 fn open_emulator() -> Option<Emulator> {
-    let path = match std::env::var_os("NIBBLE_EMULATED") {
-        Some(path) => PathBuf::from(path),
-        None => build()?,
-    };
+    let path = library()?;
     Some(Emulator::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
 }
 

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use crate::checkpoint::atomic::write_file;
 use crate::checkpoint::{Checkpoint, PageCache, read_json};
-use crate::cli::device::Device;
+use crate::cli::device::{Device, DeviceArgs};
 use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
 use crate::commands::device;
@@ -45,9 +45,10 @@ const ASSUMED_CONTEXT_BYTES: u64 = 460 << 20;
 /// `--measure` without weights, `Gpu` for `--measure` without the GPU.
 pub fn run(args: &MemoryArgs) -> Result<()> {
     super::set_threads(args.threads)?;
+    let device = DeviceArgs { device: device::resolve(&args.device)?, ..args.device.clone() };
+    let args = &MemoryArgs { device, ..args.clone() };
     let on_gpu = matches!(args.device.device, Device::Cuda(_));
     let mut model = Model::open(args, if on_gpu { Place::Gpu } else { Place::Host })?;
-    device::check(&args.device)?;
     // Plans need no GPU, measuring does.
     let gpu = args.measure.map_or(Ok(None), |_| device::open(&args.device))?;
     if let Device::Cuda(_) = args.device.device {

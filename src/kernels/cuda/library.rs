@@ -61,8 +61,8 @@ impl Gpu {
     /// `Gpu` naming what is missing and what to do.
     pub fn open(index: usize) -> Result<Self> {
         let cuda = open_driver()?;
-        let info =
-            device_info(&cuda, index as i32).map_err(|error| error.at(format!("cuda:{index}")))?;
+        let info = device_info(&cuda, index as i32)
+            .map_err(|error| error.or_hint("`nibble doctor` lists the GPUs"))?;
         if info.capability < LOWEST_CAPABILITY {
             let (name, (major, minor)) = (info.name, info.capability);
             return Err(Error::gpu(format_args!(

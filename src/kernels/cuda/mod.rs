@@ -104,6 +104,12 @@ impl<D: Driver> Cuda<D> {
         Cuda { embedding, ..self }
     }
 
+    /// Gives back what is left of the last plan, whose model is gone.
+    pub fn forget_plan(&self) {
+        let mut state = self.state();
+        (state.staging, state.ahead, state.stack) = (None, None, None);
+    }
+
     /// The GPU.
     pub fn driver(&self) -> &D {
         &self.shared.driver

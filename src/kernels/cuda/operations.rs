@@ -44,11 +44,8 @@ impl<D: Driver> Kernels for Cuda<D> {
     }
 
     fn allocate(&self, plan: &MemoryPlan) -> Result<Memory<D>> {
-        {
-            // The last plan's memory goes before the next one's is asked for.
-            let mut state = self.state();
-            (state.staging, state.ahead, state.stack) = (None, None, None);
-        }
+        // The last plan's memory goes before the next one's is asked for.
+        self.forget_plan();
         let driver = &self.shared.driver;
         let allocation = Allocation::new(driver, plan.arena_bytes())?;
         let mut memory = Memory::new(allocation, &plan.regions);

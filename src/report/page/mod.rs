@@ -57,6 +57,7 @@ mod tests {
             grad_norm: 0.5,
             tokens_per_second: 200.0,
             rss_bytes: 1 << 30,
+            gpu_bytes: None,
             ..StepEvent::default()
         })
     }

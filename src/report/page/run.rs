@@ -127,9 +127,16 @@ impl<'a> Run<'a> {
         steps.into_iter().chain(self.end.map(|end| end.step)).max().unwrap_or(0)
     }
 
-    /// Highest resident memory of the process.
+    fn on_gpu(&self) -> bool {
+        self.steps.iter().any(|step| step.gpu_bytes.is_some())
+    }
+
+    /// Highest memory where the model is: of the process, or of the GPU as seen.
     pub(super) fn peak_bytes(&self) -> Option<u64> {
-        let seen = self.steps.iter().map(|step| step.rss_bytes).max();
+        let seen = self.steps.iter().map(|step| step.memory_bytes()).max();
+        if self.on_gpu() {
+            return seen;
+        }
         self.end.map(|end| end.peak_rss_bytes).filter(|&peak| peak > 0).max(seen)
     }
 
@@ -230,13 +237,17 @@ impl<'a> Run<'a> {
 
     /// Resident memory over the run, below the plan.
     pub(super) fn memory_chart(&self) -> Option<Chart> {
-        let points = self.line(|step| step.rss_bytes as f64);
+        let points = self.line(|step| step.memory_bytes() as f64);
+        let (title, name) = match self.on_gpu() {
+            true => ("Memory of the GPU", "in use"),
+            false => ("Memory of the process", "resident"),
+        };
         let format = |value: f64| ByteSize(value.max(0.0) as u64).to_string();
         let reference = self.planned_bytes().map(|bytes| ("planned", bytes as f64));
         let largest = self.planned_bytes().max(self.peak_bytes()).unwrap_or(0);
         let unit = if largest < 1 << 30 { 1u64 << 20 } else { 1 << 30 } as f64;
-        let frame = self.frame("Memory of the process", &format);
-        let series = vec![Series { class: "a", name: "resident", points }];
+        let frame = self.frame(title, &format);
+        let series = vec![Series { class: "a", name, points }];
         chart(series, &Frame { from_zero: true, unit, reference, ..frame })
     }
 }

@@ -175,7 +175,7 @@ impl Run<'_> {
                 format!("{:.3}", step.grad_norm),
                 thousands(step.num_input_tokens_seen),
                 format!("{:.0}", step.tokens_per_second),
-                ByteSize(step.rss_bytes).to_string(),
+                ByteSize(step.memory_bytes()).to_string(),
             ]
         });
         Log { every, rows: rows.collect() }

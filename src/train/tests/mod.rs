@@ -127,6 +127,7 @@ fn numbers(events: &[Event]) -> Vec<Event> {
             tokens_per_second: 0.0,
             elapsed_seconds: 0.0,
             rss_bytes: 0,
+            gpu_bytes: None,
             ..event.clone()
         })),
         Event::Eval(event) => Some(Event::Eval(EvalEvent { eval_runtime: 0.0, ..event.clone() })),

@@ -1,0 +1,208 @@
+//! Whether a backend computes what the CPU does: a tiny model of random weights on both.
+//!
+//! A GPU is a driver, a compiler in it, a library and a card, none of which was there when this
+//! program was built. What they make of the kernels is compared with the CPU before each run on one.
+
+use nibble_quant::{BlockFormat, FloatType};
+use serde_json::json;
+
+use super::adamw::AdamW;
+use super::backend::{TrainingKernels, Update};
+use super::step;
+use crate::adapter::{Adapter, LoraConfig, LoraPlus};
+use crate::checkpoint::{DenseTensor, Weight};
+use crate::data::Batch;
+use crate::error::{Error, Result};
+use crate::kernels::cpu::Cpu;
+use crate::model::Model;
+use crate::model::families::spec_from_config;
+use crate::model::parameters::Part;
+use crate::model::spec::{ModelSpec, TensorRole};
+use crate::model::weights::{TensorSource, Weights};
+use crate::plan::{Optim, Policy, Settings};
+use crate::random::Stream;
+
+/// Widths of heads, each of which has kernels of its own.
+const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
+/// Two documents.
+const BOUNDARIES: [u32; 3] = [0, 41, 70];
+const VOCABULARY: usize = 192;
+/// Tokens that are decoded one after another.
+const DECODED: usize = 5;
+const SEED: u64 = 20;
+
+/// The largest error in norm that bf16 explains, several times over: a wrong kernel is off by about 1.
+#[derive(Debug, Clone, Copy, PartialEq)]
+struct Tolerance {
+    loss: f64,
+    gradients: f64,
+    logits: f64,
+    weights: f64,
+}
+
+const TOLERANCE: Tolerance = Tolerance { loss: 5e-3, gradients: 6e-2, logits: 6e-2, weights: 1e-5 };
+
+/// Compares loss, gradients, an update and decoded logits, for every width of heads.
+///
+/// # Errors
+/// `Gpu` with what differs and by how much; those of the backend.
+pub fn check<K: TrainingKernels>(kernels: &K) -> Result<()> {
+    HEAD_DIMS.into_iter().try_for_each(|head_dim| check_heads_of(kernels, head_dim))
+}
+
+fn check_heads_of<K: TrainingKernels>(kernels: &K, head_dim: usize) -> Result<()> {
+    let mut device = model(kernels.clone(), head_dim, Policy::Offload)?;
+    let mut host = model(Cpu, head_dim, Policy::Checkpoint)?; // which offloads to a file
+    let batch = batch();
+    let differs = |what: &str, error: f64| {
+        let what = format!("{what} with heads of {head_dim} differ from the CPU's by {error:.1e}");
+        Error::gpu(what).hint("use `--device cpu`, and try a newer driver")
+    };
+    // NaN is no agreement.
+    let agree = |what: &str, error: f64, tolerance: f64| {
+        if error <= tolerance { Ok(()) } else { Err(differs(what, error)) }
+    };
+    let scale = 1.0 / batch.num_targets as f32;
+    let [got, expected] =
+        [device.forward_backward(&batch, scale, 0)?, host.forward_backward(&batch, scale, 0)?];
+    agree("losses", (got / expected - 1.0).abs(), TOLERANCE.loss)?;
+    let gradients = device.parameters().values(Part::Gradients)?.into_owned();
+    let error = error_in_norm(&gradients, &host.parameters().values(Part::Gradients)?);
+    agree("gradients", error, TOLERANCE.gradients)?;
+
+    // One update from the same gradients.
+    host.parameters_mut().set_values(Part::Gradients, &gradients);
+    let norm = kernels.gradient_norm(device.parameters_mut())?;
+    let error = (norm / Cpu.gradient_norm(host.parameters_mut())? - 1.0).abs();
+    agree("norms of gradients", error, TOLERANCE.weights)?;
+    let groups = step::rate_groups(host.parameters().tensors(), LoraPlus::default());
+    let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
+    let (optimizer, groups) = (&optimizer, &groups[..]);
+    let update = Update { optimizer, groups, step: 1, learning_rate: 1e-2, gradient_scale: 0.5 };
+    kernels.update(device.parameters_mut(), &update);
+    Cpu.update(host.parameters_mut(), &update);
+    let updated = device.parameters().values(Part::Master)?;
+    let error = error_in_norm(&updated, &host.parameters().values(Part::Master)?);
+    agree("updates", error, TOLERANCE.weights)?;
+
+    for &id in &batch.input_ids[..DECODED] {
+        let logits = device.decode(&[id])?.into_owned();
+        let error = error_in_norm(&logits, &host.decode(&[id])?);
+        agree("logits", error, TOLERANCE.logits)?;
+    }
+    Ok(())
+}
+
+/// ‖got − expected‖ / ‖expected‖.
+fn error_in_norm(got: &[f32], expected: &[f32]) -> f64 {
+    let square = |x: f64| x * x;
+    let difference: f64 =
+        got.iter().zip(expected).map(|(g, e)| square(f64::from(*g) - f64::from(*e))).sum();
+    (difference / expected.iter().map(|&e| square(f64::from(e))).sum::<f64>()).sqrt()
+}
+
+fn batch() -> Batch {
+    let tokens = u64::from(BOUNDARIES[2]);
+    let stream = Stream::new(SEED, "tokens");
+    let ids = (0..tokens).map(|index| stream.below(index, VOCABULARY as u64) as u32);
+    let input_ids: Vec<u32> = ids.collect();
+    Batch {
+        // Some of them are not trained.
+        labels: input_ids
+            .iter()
+            .map(|&id| if id.is_multiple_of(5) { -100 } else { id as i32 })
+            .collect(),
+        cu_seqlens: BOUNDARIES.to_vec(),
+        num_targets: (1..input_ids.len())
+            .filter(|&at| at != BOUNDARIES[1] as usize && !input_ids[at].is_multiple_of(5))
+            .count(),
+        input_ids,
+        ..Batch::default()
+    }
+}
+
+/// 4-bit weights, grouped heads, one block kept, adapters on all linears.
+fn model<K: TrainingKernels>(kernels: K, head_dim: usize, second: Policy) -> Result<Model<K>> {
+    let spec = spec(head_dim)?;
+    let format = BlockFormat::default();
+    let weights = Weights::load(&RandomTensors(&spec), &spec, Some(&format), None)?;
+    let config = LoraConfig { r: 8, ..LoraConfig::default() };
+    let mut adapter = Adapter::init(config, &spec, SEED)?;
+    for (index, tensors) in adapter.tensors.iter_mut().enumerate() {
+        Stream::new(SEED, "b").at(index as u64).fill_normal(0, 0.02, &mut tensors.b);
+    }
+    let settings = Settings {
+        tokens: BOUNDARIES[2] as usize,
+        longest_document: BOUNDARIES[1] as usize,
+        logit_rows: 32,
+        policies: vec![Policy::Keep, second],
+        targets: adapter.targets.clone(),
+        lora_dropout: false,
+        bf16_working: true,
+        optim: Optim::default(),
+        threads: rayon::current_num_threads(),
+        cache_tokens: DECODED,
+        mlp_tile_length: None,
+        scratch_folder: None,
+        widen_ahead: true,
+    };
+    let weights = weights.upload(&kernels)?;
+    let mut model = Model::on(kernels, spec, weights, settings, None)?;
+    model.parameters_mut().load(&adapter);
+    model.parameters_mut().zero_gradients();
+    Ok(model)
+}
+
+fn spec(head_dim: usize) -> Result<ModelSpec> {
+    spec_from_config(&json!({
+        "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
+        "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": head_dim,
+        "vocab_size": VOCABULARY, "max_position_embeddings": 128, "tie_word_embeddings": false,
+        "attention_bias": false, "mlp_bias": false,
+    }))
+}
+
+/// A checkpoint of random tensors: norms around 1, all else around 0.
+struct RandomTensors<'a>(&'a ModelSpec);
+
+impl TensorSource for RandomTensors<'_> {
+    fn contains(&self, name: &str) -> bool {
+        self.0.inventory().iter().any(|tensor| tensor.name == name)
+    }
+
+    fn weight(&self, name: &str) -> Result<Weight> {
+        let tensor = self.0.inventory().into_iter().find(|tensor| tensor.name == name);
+        let tensor = tensor.ok_or_else(|| Error::input(format_args!("no tensor {name}")))?;
+        let mean = if tensor.role == TensorRole::Norm { 1.0 } else { 0.0 };
+        let mut values = vec![0f32; tensor.shape.iter().product()];
+        Stream::new(SEED, name).fill_normal(0, 0.08, &mut values);
+        values.iter_mut().for_each(|value| *value += mean);
+        let data = bytemuck::allocation::pod_collect_to_vec::<f32, u8>(&values).into();
+        Ok(Weight::Dense(DenseTensor { dtype: FloatType::F32, shape: tensor.shape, data }))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_cpu_agrees_with_itself() {
+        check(&Cpu).unwrap();
+    }
+
+    #[test]
+    fn every_part_of_the_model_is_in_the_comparison() {
+        let mut host = model(Cpu, 64, Policy::Keep).unwrap();
+        let batch = batch();
+        let loss = host.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
+        let loss = loss / batch.num_targets as f64;
+        assert!((loss / (VOCABULARY as f64).ln() - 1.0).abs() < 0.3, "{loss}");
+        let gradients = host.parameters().gradients();
+        for tensor in host.parameters().tensors() {
+            let largest = gradients[tensor.range.clone()].iter().fold(0f32, |m, g| m.max(g.abs()));
+            assert!(largest > 1e-6, "{}: {largest:e}", tensor.name);
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! The whole program with `--device cuda`, where the driver's and cuBLAS' libraries are stand-ins:
+//! `tests/emulator/driver.cpp`, which checks every call and runs what is queued as late as it may.
+
+#[path = "emulator/mod.rs"]
+#[allow(dead_code)]
+mod emulator;
+mod training;
+
+use std::fs;
+use std::os::unix::fs::symlink;
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::OnceLock;
+
+use serde_json::Value;
+use training::{Workplace, fail, stderr, succeed};
+
+/// A folder with the libraries; `None`, aloud, without g++.
+fn libraries() -> Option<&'static PathBuf> {
+    static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
+    let make = || {
+        let library = emulator::library()?;
+        let folder = library.with_extension("libraries");
+        fs::create_dir_all(&folder).unwrap();
+        for name in ["libcuda.so.1", "libcublas.so.12"] {
+            // There since an earlier run, if not.
+            let _ = symlink(&library, folder.join(name));
+        }
+        Some(folder)
+    };
+    FOLDER.get_or_init(make).as_ref()
+}
+
+/// The command on a GPU of 1 GiB.
+fn on_gpu(mut command: Command) -> Option<Command> {
+    let libraries = libraries()?;
+    command.env("LD_LIBRARY_PATH", libraries).env("NIBBLE_CUDA_LIB_DIR", libraries);
+    Some(command)
+}
+
+/// `nibble train --device cuda` into `out`.
+fn train(place: &Workplace, out: &str, flags: &[&str]) -> Option<Command> {
+    on_gpu(place.train(out, &[&["--device", "cuda"], flags].concat()))
+}
+
+fn stdout_json(command: Command) -> Value {
+    serde_json::from_slice(&succeed(command).stdout).unwrap()
+}
+
+fn losses(place: &Workplace, checkpoint: &str) -> Vec<f64> {
+    let state = place.json(&format!("{checkpoint}/state.json"));
+    let events = state["history"].as_array().unwrap().iter();
+    let steps = events.filter(|event| event["event"] == "step");
+    steps.map(|event| event["loss"].as_f64().unwrap()).collect()
+}
+
+#[test]
+fn a_card_is_taken_if_it_computes_what_the_cpu_does() {
+    let place = Workplace::new();
+    let Some(doctor) = on_gpu(place.nibble(&["doctor", "--json"])) else { return };
+    let found = stdout_json(doctor);
+    assert_eq!(found["cuda"]["usable"], true, "{found}");
+    assert_eq!(found["cuda"]["driver"]["devices"][0]["name"], "Emulated GPU", "{found}");
+    let said = stderr(&succeed(on_gpu(place.train("auto", &["--max-steps", "1"])).unwrap()));
+    assert!(said.contains("cuda:0: Emulated GPU, "), "{said}");
+    assert!(said.contains("computes as the CPU does"), "{said}");
+    // Memory in the line of a step is the GPU's, cuBLAS' workspace included.
+    assert!(said.contains("tokens/s  33."), "{said}");
+
+    let broken = |command: Command| {
+        let mut command = on_gpu(command).unwrap();
+        command.env("NIBBLE_EMULATED_FAULT", "1");
+        command
+    };
+    let found = stdout_json(broken(place.nibble(&["doctor", "--json"])));
+    assert_eq!(found["cuda"]["usable"], false, "{found}");
+    let said = stderr(&succeed(broken(place.train("broken", &["--max-steps", "1"]))));
+    assert!(said.contains("the CPU is used, not cuda:0: losses with heads of 64 differ"), "{said}");
+    let (code, text) = fail(broken(place.train("none", &["--device", "cuda"])));
+    assert_eq!(code, 1);
+    assert!(text.contains("error: --device cuda: losses with heads of 64 differ"), "{text}");
+    assert!(text.contains("hint: use `--device cpu`"), "{text}");
+}
+
+/// Losses of a run on the CPU, and of the same on the GPU, resumed in the middle.
+#[test]
+fn a_run_follows_the_cpu_and_resumes_bit_for_bit() {
+    let place = Workplace::new();
+    let flags = ["--learning-rate", "1e-2", "--per-device-train-batch-size", "2"];
+    let steps = |count: &'static str| [&flags[..], &["--max-steps", count]].concat();
+    let Some(run) = train(&place, "gpu", &[&steps("6")[..], &["--save-steps", "3"]].concat())
+    else {
+        return;
+    };
+    let said = stderr(&succeed(run));
+    assert!(said.contains("Emulated GPU"), "{said}");
+    succeed(place.train("cpu", &steps("6")));
+    let (gpu, cpu) = (losses(&place, "gpu/checkpoint-6"), losses(&place, "cpu/checkpoint-6"));
+    assert_eq!(gpu.len(), 6);
+    for (gpu_loss, cpu_loss) in gpu.iter().zip(&cpu) {
+        assert!((gpu_loss / cpu_loss - 1.0).abs() < 2e-2, "{gpu:?}, on the CPU {cpu:?}");
+    }
+    // As if it had ended after the third step.
+    fs::remove_dir_all(place.path("gpu/checkpoint-6")).unwrap();
+    let adapter = place.read("gpu/adapter_model.safetensors");
+    succeed(on_gpu(place.nibble(&["train", "--out", "gpu", "--resume"])).unwrap());
+    assert!(place.read("gpu/adapter_model.safetensors") == adapter, "resumed bit for bit");
+    assert_eq!(losses(&place, "gpu/checkpoint-6"), gpu);
+}
+
+#[test]
+fn no_policy_changes_a_bit() {
+    let place = Workplace::new();
+    succeed(place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
+    let mut adapters = Vec::new();
+    for (out, flags) in [
+        ("keep", ["--activations", "keep", "--weights", "resident"]),
+        ("checkpoint", ["--activations", "checkpoint", "--weights", "resident"]),
+        ("offload", ["--activations", "offload", "--weights", "stream"]),
+    ] {
+        let mut command = place.nibble(&["train", "--model", "packed", "--data", "train.jsonl"]);
+        command.args(["--device", "cuda", "--out", out, "--max-length", "32", "--max-steps", "3"]);
+        command.args(["--learning-rate", "1e-2"]).args(flags);
+        let Some(command) = on_gpu(command) else { return };
+        succeed(command);
+        adapters.push(place.read(&format!("{out}/adapter_model.safetensors")));
+    }
+    assert!(adapters[0] == adapters[1] && adapters[0] == adapters[2]);
+}
+
+#[test]
+fn a_trained_adapter_is_measured_and_asked() {
+    let place = Workplace::new();
+    let flags = ["--max-steps", "4", "--learning-rate", "1e-2", "--lora-dropout", "0.1"];
+    let Some(run) = train(&place, "out", &flags) else { return };
+    succeed(run);
+    let eval = |device: &str| {
+        let mut command = place.nibble(&["eval", "--model", "model", "--adapter", "out", "--json"]);
+        command.args(["--data", "eval.jsonl", "--device", device]);
+        stdout_json(on_gpu(command).unwrap())
+    };
+    let (gpu, cpu) = (eval("cuda"), eval("cpu"));
+    for part in ["base", "adapter"] {
+        let loss = |all: &Value| all[part]["loss"].as_f64().unwrap();
+        let (gpu, cpu) = (loss(&gpu), loss(&cpu));
+        assert!((gpu / cpu - 1.0).abs() < 1e-2, "{part}: {gpu}, on the CPU {cpu}");
+    }
+    let ask = || {
+        let mut command = place.nibble(&["generate", "--model", "model", "--adapter", "out"]);
+        command.args([
+            "--device",
+            "cuda",
+            "--raw",
+            "--prompt",
+            "w5 w12 w19",
+            "--max-new-tokens",
+            "9",
+        ]);
+        succeed(on_gpu(command).unwrap()).stdout
+    };
+    let answer = ask();
+    assert!(!answer.is_empty() && answer == ask());
+}
+
+#[test]
+fn memory_is_what_was_planned() {
+    let place = Workplace::new();
+    let mut command = place.nibble(&["memory", "--model", "model", "--max-length", "32", "--json"]);
+    command.args(["--device", "cuda", "--measure", "2"]);
+    let Some(command) = on_gpu(command) else { return };
+    let report = stdout_json(command);
+    let (planned, measured) = (&report["total_bytes"], &report["measured"]["peak_bytes"]);
+    assert!(
+        planned.as_u64().unwrap() > 0 && planned == measured,
+        "{measured} of {planned} planned"
+    );
+}
+
+#[test]
+fn a_card_that_is_too_small_is_refused_with_what_would_fit() {
+    let place = Workplace::new();
+    let Some(mut run) = train(&place, "out", &["--max-steps", "1"]) else { return };
+    run.env("NIBBLE_EMULATED_BYTES", "4000000");
+    let (_, text) = fail(run);
+    assert!(text.contains("error: "), "{text}");
+    assert!(text.contains("hint: "), "{text}");
+    assert!(!place.path("out").join("adapter_model.safetensors").exists());
+}
