@@ -5,7 +5,8 @@ use std::str::FromStr;
 
 use clap::Args;
 
-use crate::kernels::cuda::{AttnImplementation, EmbeddingPlace};
+use crate::kernels::cuda::AttnImplementation;
+use crate::plan::EmbeddingPlace;
 
 /// Where a model works.
 #[derive(Debug, Clone, Args)]
@@ -20,9 +21,9 @@ pub struct DeviceArgs {
     #[arg(long, value_name = "PATH", value_enum, default_value_t = AttnImplementation::Auto)]
     pub attn_implementation: AttnImplementation,
 
-    /// Where a GPU has the input embedding: in its memory, or on the `host`, from which the rows of a
-    /// pass are read (not where it is the head, too)
-    #[arg(long, value_name = "PLACE", value_enum, default_value_t = EmbeddingPlace::Gpu)]
+    /// Where the input embedding is beside a GPU, unless it is the head, too; `auto` is `gpu` where
+    /// there is no plan to be made
+    #[arg(long, value_name = "PLACE", value_enum, default_value_t = EmbeddingPlace::Auto)]
     pub embedding: EmbeddingPlace,
 }
 

@@ -3,9 +3,11 @@
 use crate::cli::device::{Device, DeviceArgs};
 use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
 use crate::kernels::cuda::devices::{DeviceInfo, LOWEST_CAPABILITY, driver_info};
 use crate::kernels::cuda::library::Gpu;
 use crate::kernels::cuda::{AttnImplementation, Cuda};
+use crate::plan::EmbeddingPlace;
 use crate::train::agreement;
 
 /// The GPU that is asked for, or with `auto` found; `None` for the CPU. It has computed a step of a
@@ -37,7 +39,8 @@ fn open_gpu(args: &DeviceArgs, index: usize) -> Result<Cuda<Gpu>> {
         let [free, total] = [info.free_bytes, info.total_bytes].map(ByteSize);
         eprintln!("cuda:{index}: {}, {free} of {total} free, computes as the CPU does", info.name);
     }
-    Ok(cuda.with_embedding(args.embedding))
+    let on_host = args.embedding == EmbeddingPlace::Host;
+    Ok(if on_host { cuda.with_embedding_on_host() } else { cuda })
 }
 
 /// Where a run is planned: with `auto` on the first GPU that Nibble has kernels for, and on the CPU
@@ -55,6 +58,12 @@ pub fn resolve(args: &DeviceArgs) -> Result<Device> {
             .hint("leave it out: the CPU has one path, or use `--device cuda`"));
     }
     Ok(device)
+}
+
+/// What is free on GPU `index`, if there is one.
+pub fn free_bytes(index: usize) -> Option<u64> {
+    let devices = driver_info().ok()?.devices;
+    devices.iter().find(|info| info.index as usize == index).map(|info| info.free_bytes)
 }
 
 fn first_gpu() -> Option<usize> {

@@ -134,6 +134,11 @@ pub trait Kernels: Clone + Sync {
     /// `Usage` for a setting that the model does not allow.
     fn check(&self, spec: &ModelSpec) -> Result<()>;
 
+    /// The same, with the embedding kept in the host's memory, where that is another place.
+    fn with_embedding_on_host(self) -> Self {
+        self
+    }
+
     /// Takes frozen matrices over: on a GPU in one piece of memory, as a driver rounds every piece up
     /// to 2 MiB.
     ///

@@ -1,18 +1,19 @@
 //! How long a step takes, about: what plans that fit are compared by.
 //!
 //! ```text
-//! step = max(compute + widen + logits, copies) + files
+//! step = max(compute + widen + logits, copies) + files + rows
 //! compute = 2·(multiply-adds, recomputed ones included) / rate of products
 //! widen   = 2.5 bytes · (weights of the blocks, once a pass, tile and direction) / rate of memory;
 //!           a quarter of it where a GPU widens ahead, beside the products
 //! logits  = bytes of the head, twice a chunk of logits / rate of memory
 //! copies  = bytes to a GPU, or from the files of streamed weights, behind the computation
+//! rows    = the tokens' rows of an embedding on the host, over the bus
 //! files   = offloaded inputs on the CPU, written and read
 //! ```
 //!
 //! The rates are assumptions; what is chosen depends on their ratios alone.
 
-use super::budget::Demand;
+use super::budget::{Candidate, Demand};
 use super::settings::{Policy, Settings};
 use super::weights::Place;
 use super::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer, Work};
@@ -86,7 +87,8 @@ impl<'a> Pace<'a> {
     }
 
     /// Seconds for a token of a step whose policies are chosen.
-    pub fn seconds_per_token(&self, settings: &Settings, stream: bool) -> f64 {
+    pub fn seconds_per_token(&self, settings: &Settings, candidate: Candidate) -> f64 {
+        let Candidate { stream, embedding_on_host, .. } = candidate;
         let (rates, spec, weights) = (self.rates, self.demand.spec, &self.demand.weights);
         let (layers, tokens) = (spec.num_layers, settings.tokens);
         let of = |wanted: Policy| settings.policies.iter().filter(|&&p| p == wanted).count();
@@ -104,7 +106,9 @@ impl<'a> Pace<'a> {
             + self.reading_the_head(settings) / rates.memory;
         let copies = transfer.bytes as f64 / rates.copies;
         let files = in_files as f64 / ASSUMED_BYTES_OF_A_DRIVE;
-        (compute.max(copies) + EXPOSED_SHARE * copies + files) / tokens as f64
+        let rows = if embedding_on_host { 2 * tokens * spec.hidden_size } else { 0 };
+        let rows = rows as f64 / rates.copies;
+        (compute.max(copies) + EXPOSED_SHARE * copies + files + rows) / tokens as f64
     }
 
     /// Seconds that widening the blocks' weights adds to a step whose products take `products`.

@@ -7,6 +7,7 @@
 
 pub mod budget;
 mod cost;
+mod embedding;
 pub mod fit;
 pub mod layout;
 pub mod moments;
@@ -17,6 +18,7 @@ pub mod weights;
 pub mod work;
 
 pub use budget::{Activations, Choice, Demand, Limit, WeightsMode};
+pub use embedding::EmbeddingPlace;
 pub use layout::layout;
 pub use moments::{MomentLayout, MomentPlace, Optim};
 pub use outside::{Outside, WeightParts};

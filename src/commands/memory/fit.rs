@@ -2,9 +2,11 @@
 
 use serde_json::json;
 
+use crate::cli::device::Device;
 use crate::cli::memory::MemoryArgs;
 use crate::cli::size::ByteSize;
-use crate::error::Result;
+use crate::commands::device;
+use crate::error::{Error, Result};
 use crate::ledger::resident;
 use crate::plan::fit::{Asked, Fit, Way};
 use crate::plan::{Demand, Limit, Policy};
@@ -12,7 +14,18 @@ use crate::report::figures::{change, thousands};
 
 /// Prints what fits `--budget`, or this machine's free memory.
 pub(super) fn run(args: &MemoryArgs, demand: &Demand) -> Result<()> {
-    let budget = args.budget.unwrap_or_else(|| ByteSize(resident::available_bytes()));
+    let budget = match (args.budget, args.device.device) {
+        (Some(budget), _) => budget,
+        (None, Device::Cuda(index)) => {
+            device::free_bytes(index).map(ByteSize).ok_or_else(|| {
+                Error::usage(format_args!(
+                    "`--fit`: cuda:{index} is not here to be asked what is free"
+                ))
+                .hint("give its memory as `--budget`, such as `--budget 24GiB`")
+            })?
+        }
+        (None, _) => ByteSize(resident::available_bytes()),
+    };
     let asked = Asked {
         batch: args.per_device_train_batch_size.get(),
         length: args.max_length.get(),

@@ -18,8 +18,9 @@ use crate::cli::memory::MemoryArgs;
 use crate::commands::device;
 use crate::data::ChatTokenizer;
 use crate::error::Result;
+use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
-use crate::kernels::cuda::{EmbeddingPlace, cuda_layout};
+use crate::kernels::cuda::cuda_layout;
 use crate::ledger::resident;
 use crate::ledger::rows::Account;
 use crate::model::families::spec_from_config;
@@ -58,7 +59,9 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let settings = settings(args, &model.spec)?;
     let attention = args.device.attn_implementation;
     attention.check(model.spec.head_dim)?;
-    let pinned_embedding = if on_gpu { model.place_embedding(args.device.embedding)? } else { 0 };
+    if on_gpu {
+        args.device.embedding.check(&model.spec)?;
+    }
     let on_a_gpu = |spec: &ModelSpec, settings: &Settings| cuda_layout(spec, settings, attention);
     let demand = Demand {
         spec: &model.spec,
@@ -67,6 +70,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         activations: args.activations,
         mode: args.weights,
         weights: model.weights,
+        embedding: args.device.embedding,
         process_bytes: model.process,
         place: if on_gpu { Place::Gpu } else { Place::Host },
         // Of the host beside the GPU nothing is known.
@@ -76,13 +80,17 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     if args.fit {
         return fit::run(args, &demand);
     }
-    let Choice { settings, stream, .. } = demand.choose(limit)?;
-    let plan = demand.plan(&settings);
-    let account = Account::planned(demand.outside(stream), &plan);
+    let choice = demand.choose(limit)?;
+    let plan = demand.plan(&choice.settings);
+    let account = Account::planned(demand.outside(&choice), &plan);
+    let Choice { settings, stream, embedding_on_host, .. } = choice;
     let mut run =
-        PlannedRun { model, settings, stream, plan, account, pinned_embedding, host: None };
+        PlannedRun { model, settings, stream, embedding_on_host, plan, account, host: None };
     if let Some(steps) = args.measure {
         run.account = match gpu {
+            Some(gpu) if embedding_on_host => {
+                measure::measure(args, &run, gpu.with_embedding_on_host(), steps.get())?
+            }
             Some(gpu) => measure::measure(args, &run, gpu, steps.get())?,
             None => measure::measure(args, &run, Cpu, steps.get())?,
         };
@@ -105,10 +113,10 @@ struct PlannedRun {
     settings: Settings,
     /// Whether the blocks' weights are streamed from their file.
     stream: bool,
+    /// Whether the embedding is in the host's memory beside a GPU.
+    embedding_on_host: bool,
     plan: MemoryPlan,
     account: Account,
-    /// Bytes of the embedding, where it is in the host's memory beside a GPU.
-    pinned_embedding: u64,
     /// After the run, where one was made.
     host: Option<Host>,
 }
@@ -146,7 +154,8 @@ impl PlannedRun {
         let on_gpu = matches!(args.device.device, Device::Cuda(_));
         let streamed = self.model.weights.streamed.filter(|_| self.stream);
         let blocks = streamed.map_or(0, |streamed| streamed.blocks * streamed.block);
-        if on_gpu { self.plan.offloaded_bytes() as u64 + blocks + self.pinned_embedding } else { 0 }
+        let embedding = if self.embedding_on_host { self.model.weights.embedding } else { 0 };
+        if on_gpu { self.plan.offloaded_bytes() as u64 + blocks + embedding } else { 0 }
     }
 
     /// Copies against computation, where weights are streamed to a GPU.
@@ -185,17 +194,6 @@ struct Model {
 }
 
 impl Model {
-    /// Counts a GPU's embedding where it is; returns its bytes on the host.
-    fn place_embedding(&mut self, place: EmbeddingPlace) -> Result<u64> {
-        place.check(&self.spec)?;
-        let bytes = self.weights.embedding;
-        if place == EmbeddingPlace::Gpu {
-            return Ok(0);
-        }
-        self.weights = self.weights.with_embedding_on_host();
-        Ok(bytes)
-    }
-
     fn open(args: &MemoryArgs, place: Place) -> Result<Self> {
         let (path, format) = (&args.base.model, args.base.block_format());
         if let Some(config) = bare_config(path)? {

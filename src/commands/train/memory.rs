@@ -9,7 +9,6 @@ use crate::cli::lora::AdapterDtype;
 use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
 use crate::error::Result;
-use crate::kernels::cuda::EmbeddingPlace;
 use crate::ledger::resident;
 use crate::ledger::rows::Account;
 use crate::plan::{Choice, Demand, Limit, Place, Policy, Settings, WeightBytes, logit_rows};
@@ -22,6 +21,8 @@ pub struct Memory {
     pub settings: Settings,
     /// Whether the blocks' weights are streamed from their file.
     pub stream: bool,
+    /// Whether the embedding is in the host's memory beside a GPU.
+    pub embedding_on_host: bool,
     /// Every part of it.
     pub account: Account,
     /// Bytes of block inputs in pinned memory or in a file.
@@ -47,10 +48,6 @@ pub fn plan(
     let place = if around.in_process { Place::Host } else { Place::Gpu };
     let weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref(), place);
     base.checkpoint.release_all();
-    let weights = match (place, args.device.embedding) {
-        (Place::Gpu, EmbeddingPlace::Host) => weights.with_embedding_on_host(),
-        _ => weights,
-    };
     let demand = Demand {
         spec: &base.spec,
         settings: &settings,
@@ -58,6 +55,7 @@ pub fn plan(
         activations: args.resources.activations,
         mode: args.resources.weights,
         weights,
+        embedding: args.device.embedding,
         process_bytes: around.used_bytes,
         place,
         pinned_bytes: resident::available_bytes() / 2,
@@ -66,12 +64,18 @@ pub fn plan(
         Some(budget) => Limit::Budget(budget.0),
         None => Limit::Free(around.free_bytes),
     };
-    let Choice { settings, stream, .. } = demand.choose(limit)?;
-    let plan = demand.plan(&settings);
-    let offloaded_bytes = plan.offloaded_bytes() as u64;
-    let account = Account::planned(demand.outside(stream), &plan);
-    let memory =
-        Memory { settings, stream, account, offloaded_bytes, in_process: around.in_process };
+    let choice = demand.choose(limit)?;
+    let plan = demand.plan(&choice.settings);
+    let account = Account::planned(demand.outside(&choice), &plan);
+    let Choice { settings, stream, embedding_on_host, .. } = choice;
+    let memory = Memory {
+        settings,
+        stream,
+        embedding_on_host,
+        account,
+        offloaded_bytes: plan.offloaded_bytes() as u64,
+        in_process: around.in_process,
+    };
     progress.note(&memory.summary());
     Ok(memory)
 }
@@ -83,6 +87,7 @@ impl Memory {
         let (total, layers) = (ByteSize(self.account.planned_bytes()), policies.len());
         let tokens = self.settings.tokens;
         let streamed = if self.stream { "; weights are streamed from their file" } else { "" };
+        let embedding = if self.embedding_on_host { "; the embedding is on the host" } else { "" };
         let tiled = self.settings.tiled().then(|| self.settings.mlp_tile());
         let tiled = tiled.map_or(String::new(), |t| format!("; MLP in tiles of {t} tokens"));
         let offloaded = match self.offloaded_bytes {
@@ -91,7 +96,7 @@ impl Memory {
         };
         format!(
             "plan: {total} for {tokens} tokens in a forward pass; {kept} of {layers} blocks keep \
-             their activations{offloaded}{tiled}{streamed}"
+             their activations{offloaded}{tiled}{streamed}{embedding}"
         )
     }
 }

@@ -11,7 +11,6 @@ mod attention;
 pub mod devices;
 pub mod driver;
 mod elementwise;
-mod embedding;
 mod frozen;
 mod functions;
 mod host;
@@ -34,7 +33,6 @@ mod weight;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use attention::AttnImplementation;
-pub use embedding::EmbeddingPlace;
 pub use plan::cuda_layout;
 pub use weight::matrix_bytes;
 
@@ -51,12 +49,13 @@ use crate::error::{Error, Result};
 pub struct Cuda<D: Driver> {
     shared: Arc<Shared<D>>,
     attention: AttnImplementation,
-    embedding: EmbeddingPlace,
+    embedding_on_host: bool,
 }
 
 impl<D: Driver> Clone for Cuda<D> {
     fn clone(&self) -> Self {
-        Cuda { shared: self.shared.clone(), attention: self.attention, embedding: self.embedding }
+        let Cuda { ref shared, attention, embedding_on_host } = *self;
+        Cuda { shared: shared.clone(), attention, embedding_on_host }
     }
 }
 
@@ -90,18 +89,12 @@ impl<D: Driver> Cuda<D> {
         let scalars = Allocation::new(&driver, SCALARS_BYTES)?;
         let state = Mutex::new(State { staging: None, ahead: None, stack: None, failure: None });
         let shared = Arc::new(Shared { driver, tables, scalars, state });
-        let (attention, embedding) = (AttnImplementation::default(), EmbeddingPlace::default());
-        Ok(Cuda { shared, attention, embedding })
+        Ok(Cuda { shared, attention: AttnImplementation::default(), embedding_on_host: false })
     }
 
     /// The same, with attention computed as is said.
     pub fn with_attention(self, attention: AttnImplementation) -> Self {
         Cuda { attention, ..self }
-    }
-
-    /// The same, with the embedding kept where is said.
-    pub fn with_embedding(self, embedding: EmbeddingPlace) -> Self {
-        Cuda { embedding, ..self }
     }
 
     /// Gives back what is left of the last plan, whose model is gone.

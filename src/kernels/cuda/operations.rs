@@ -14,7 +14,7 @@ use super::plan::{DEQUANTIZED, STACKED_A, STACKED_GRADIENT, cuda_layout};
 use super::staging::Staging;
 use super::together::{self, Stack};
 use super::weight::{self, DeviceWeight};
-use super::{Cuda, EmbeddingPlace, attention, elementwise, frozen, low_rank, stream};
+use super::{Cuda, attention, elementwise, frozen, low_rank, stream};
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::kernels::{
@@ -25,7 +25,7 @@ use crate::model::block::Linear;
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
 use crate::model::streaming::Streaming;
-use crate::plan::{MemoryPlan, Settings, WeightParts};
+use crate::plan::{EmbeddingPlace, MemoryPlan, Settings, WeightParts};
 
 impl<D: Driver> Kernels for Cuda<D> {
     /// cuBLAS chooses a kernel for each shape.
@@ -104,7 +104,12 @@ impl<D: Driver> Kernels for Cuda<D> {
 
     fn check(&self, spec: &ModelSpec) -> Result<()> {
         self.attention.check(spec.head_dim)?;
-        self.embedding.check(spec)
+        let place = if self.embedding_on_host { EmbeddingPlace::Host } else { EmbeddingPlace::Gpu };
+        place.check(spec)
+    }
+
+    fn with_embedding_on_host(self) -> Self {
+        Cuda { embedding_on_host: true, ..self }
     }
 
     fn upload_weights(&self, weights: Vec<FrozenMatrix>) -> Result<Vec<DeviceWeight<D>>> {
@@ -113,7 +118,7 @@ impl<D: Driver> Kernels for Cuda<D> {
 
     fn upload_embedding(&self, table: FrozenMatrix, is_head: bool) -> Result<DeviceWeight<D>> {
         let (driver, tables) = (&self.shared.driver, &self.shared.tables);
-        if self.embedding == EmbeddingPlace::Host && !is_head {
+        if self.embedding_on_host && !is_head {
             return weight::pin(driver, tables, &table);
         }
         let mut uploaded = weight::upload(driver, tables, vec![table])?;

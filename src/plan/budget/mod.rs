@@ -9,6 +9,7 @@ use crate::error::{Error, Result};
 
 use crate::model::spec::ModelSpec;
 use crate::plan::cost::Pace;
+use crate::plan::embedding::EmbeddingPlace;
 use crate::plan::outside::{Outside, WeightParts};
 use crate::plan::region::MemoryPlan;
 use crate::plan::settings::{Policy, Settings};
@@ -67,8 +68,10 @@ pub struct Demand<'a> {
     pub activations: Activations,
     /// Whether weights may be streamed.
     pub mode: WeightsMode,
-    /// Bytes of the frozen weights.
+    /// Bytes of the frozen weights, all of them where the run computes.
     pub weights: WeightBytes,
+    /// Where the embedding may be.
+    pub embedding: EmbeddingPlace,
     /// Bytes of the rest outside the arena: program, tokenizer, data.
     pub process_bytes: u64,
     /// Where the run computes.
@@ -84,20 +87,23 @@ pub struct Choice {
     pub settings: Settings,
     /// Whether the blocks' weights are streamed from their file.
     pub stream: bool,
-    /// Where both come from.
+    /// Whether the embedding is in the host's memory beside a GPU.
+    pub embedding_on_host: bool,
+    /// Where all of it comes from.
     pub(super) candidate: Candidate,
 }
 
 impl Choice {
     /// What it does, for people.
     pub fn in_words(&self) -> String {
-        let Candidate { kept, others, stream, pieces } = self.candidate;
+        let Candidate { kept, others, stream, embedding_on_host, pieces } = self.candidate;
         let layers = self.settings.policies.len();
         let offloaded = kept < layers && others == Policy::Offload;
         let parts = [
             Some(format!("{kept} of {layers} blocks keep their activations")),
             offloaded.then(|| "inputs of the others offloaded".into()),
             stream.then(|| "weights streamed".into()),
+            embedding_on_host.then(|| "the embedding on the host".into()),
             pieces.then(|| {
                 let (tile, rows) = (self.settings.mlp_tile(), self.settings.logit_rows);
                 format!("tiles of {tile} tokens and {rows} rows of logits")
@@ -116,6 +122,8 @@ pub(super) struct Candidate {
     pub others: Policy,
     /// Whether the blocks' weights are streamed.
     pub stream: bool,
+    /// Whether the embedding is beside the GPU.
+    pub embedding_on_host: bool,
     /// Whether the MLP and the logits are made in smaller pieces than usual.
     pub pieces: bool,
 }
@@ -162,7 +170,7 @@ impl Demand<'_> {
     fn fastest(&self, candidates: &[Candidate], bytes: u64) -> Option<Candidate> {
         let pace = Pace::new(self, self.settings);
         let seconds = |candidate: &Candidate| {
-            pace.seconds_per_token(&self.with(self.settings, *candidate), candidate.stream)
+            pace.seconds_per_token(&self.with(self.settings, *candidate), *candidate)
         };
         let fits = |candidate: &Candidate| {
             self.pinned_for(*candidate) <= self.pinned_bytes
@@ -170,7 +178,7 @@ impl Demand<'_> {
         };
         // Ways that differ in the blocks that keep, most first: each block that keeps is faster and
         // takes memory, but for the last one, with which nothing is recomputed any more.
-        let way = |c: &Candidate| (c.others, c.stream, c.pieces);
+        let way = |c: &Candidate| (c.others, c.stream, c.embedding_on_host, c.pieces);
         let most = candidates.chunk_by(|a, b| way(a) == way(b)).filter_map(|kept| {
             let (all, fewer) = kept.split_first()?;
             let first = || fewer.get(fewer.partition_point(|candidate| !fits(candidate)));
@@ -179,14 +187,24 @@ impl Demand<'_> {
         most.copied().min_by(|a, b| seconds(a).total_cmp(&seconds(b)))
     }
 
-    /// Bytes of the host's memory beside a GPU that hold a candidate's offloaded inputs.
+    /// Bytes of the host's memory beside a GPU that hold a candidate's offloaded inputs and embedding.
     fn pinned_for(&self, candidate: Candidate) -> u64 {
         let elements = self.settings.tokens * self.spec.hidden_size;
-        match (candidate.others, self.place) {
+        let inputs = match (candidate.others, self.place) {
             (Policy::Offload, Place::Gpu) => {
                 2 * ((self.spec.num_layers - candidate.kept) * elements) as u64
             }
             _ => 0,
+        };
+        inputs + if candidate.embedding_on_host { self.weights.embedding } else { 0 }
+    }
+
+    /// The places that the embedding may have: the host's memory or not.
+    pub(super) fn embedding_places(&self) -> &'static [bool] {
+        match (self.place, self.weights.embedding, self.embedding) {
+            (Place::Host, ..) | (_, 0, _) | (.., EmbeddingPlace::Gpu) => &[false],
+            (.., EmbeddingPlace::Host) => &[true],
+            (.., EmbeddingPlace::Auto) => &[false, true],
         }
     }
 
@@ -213,11 +231,19 @@ impl Demand<'_> {
         };
         let mut candidates = Vec::new();
         for pieces in [false, true] {
-            for (&stream, &others) in
-                streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))
-            {
-                let with = |&kept: &usize| Candidate { kept, others, stream, pieces };
-                candidates.extend(kept.iter().map(with));
+            for &embedding_on_host in self.embedding_places() {
+                for (&stream, &others) in
+                    streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))
+                {
+                    let with = |&kept: &usize| Candidate {
+                        kept,
+                        others,
+                        stream,
+                        embedding_on_host,
+                        pieces,
+                    };
+                    candidates.extend(kept.iter().map(with));
+                }
             }
         }
         Ok(candidates)
@@ -225,7 +251,8 @@ impl Demand<'_> {
 
     fn choice(&self, candidate: Candidate) -> Choice {
         let settings = self.with(self.settings, candidate);
-        Choice { settings, stream: candidate.stream, candidate }
+        let Candidate { stream, embedding_on_host, .. } = candidate;
+        Choice { settings, stream, embedding_on_host, candidate }
     }
 
     /// `settings` with the policies and pieces of a candidate.
@@ -247,15 +274,23 @@ impl Demand<'_> {
         Demand { activations, mode, ..self.clone() }
     }
 
-    /// The frozen weights, streamed or not, of a run with `settings`.
-    fn weight_parts(&self, settings: &Settings, stream: bool) -> WeightParts {
-        let streamed = self.weights.streamed.filter(|_| stream);
-        streamed.map_or(self.weights.resident, |streamed| streamed.of_pass(settings.tokens))
+    /// The frozen weights of a run with `settings`, where the run computes.
+    fn weight_parts(&self, settings: &Settings, candidate: Candidate) -> WeightParts {
+        let weights = match candidate.embedding_on_host {
+            true => self.weights.with_embedding_on_host(),
+            false => self.weights,
+        };
+        let streamed = weights.streamed.filter(|_| candidate.stream);
+        streamed.map_or(weights.resident, |streamed| streamed.of_pass(settings.tokens))
     }
 
     /// What a run has beside its arena.
-    pub fn outside(&self, stream: bool) -> Outside {
-        let weights = self.weight_parts(self.settings, stream);
+    pub fn outside(&self, choice: &Choice) -> Outside {
+        self.outside_of(choice.candidate)
+    }
+
+    fn outside_of(&self, candidate: Candidate) -> Outside {
+        let weights = self.weight_parts(self.settings, candidate);
         Outside { place: self.place, process_bytes: self.process_bytes, weights }
     }
 
@@ -267,7 +302,7 @@ impl Demand<'_> {
     /// Bytes of everything.
     pub(super) fn total_bytes(&self, settings: &Settings, candidate: Candidate) -> u64 {
         let plan = self.plan(&self.with(settings, candidate));
-        let weights = self.weight_parts(settings, candidate.stream).total();
+        let weights = self.weight_parts(settings, candidate).total();
         plan.arena_bytes() as u64 + weights + self.process_bytes
     }
 }

@@ -27,7 +27,9 @@ impl Demand<'_> {
             }
         }
         let stream = self.weights.streamed.is_some();
-        let offload = Candidate { kept: 0, others: Policy::Offload, stream, pieces: true };
+        let embedding_on_host = self.embedding_places().contains(&true);
+        let others = Policy::Offload;
+        let offload = Candidate { kept: 0, others, stream, embedding_on_host, pieces: true };
         let least = match self.pinned_for(offload) <= self.pinned_bytes {
             true => offload,
             false => Candidate { others: Policy::Checkpoint, ..offload },
@@ -47,11 +49,11 @@ impl Demand<'_> {
                 ByteSize(bytes)
             ));
         }
-        let least = {
-            let outside = self.outside(stream);
+        let alone = {
+            let outside = self.outside_of(least);
             ByteSize(outside.weights.total() + outside.process_bytes)
         };
-        error.hint(format_args!("the frozen weights and data alone take {least}"))
+        error.hint(format_args!("the frozen weights and data alone take {alone}"))
     }
 
     fn too_little(&self, budget: u64, leanest: Candidate) -> Error {

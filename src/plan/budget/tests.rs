@@ -5,8 +5,13 @@ use crate::kernels::cuda::{AttnImplementation, cuda_layout};
 use crate::model::families::spec_from_config;
 use crate::plan::{StreamedBytes, layout};
 
-const CHECKPOINT: Candidate =
-    Candidate { kept: 0, others: Policy::Checkpoint, stream: false, pieces: false };
+const CHECKPOINT: Candidate = Candidate {
+    kept: 0,
+    others: Policy::Checkpoint,
+    stream: false,
+    embedding_on_host: false,
+    pieces: false,
+};
 
 /// Weights that are codes alone.
 fn codes(codes: u64) -> WeightParts {
@@ -47,6 +52,7 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
         activations: Activations::Auto,
         mode: WeightsMode::Auto,
         weights: WeightBytes { resident: codes(1 << 20), streamed: None, embedding: 0 },
+        embedding: EmbeddingPlace::Auto,
         process_bytes: 100,
         place: Place::Host,
         pinned_bytes: u64::MAX,
@@ -168,7 +174,7 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
             let budget = gib << 30;
             let Ok(choice) = demand.choose(Limit::Budget(budget)) else { continue };
             assert!(demand.total_bytes(&settings, choice.candidate) <= budget);
-            let seconds = pace.seconds_per_token(&choice.settings, choice.stream);
+            let seconds = pace.seconds_per_token(&choice.settings, choice.candidate);
             assert!(seconds <= slowest, "{gib} GiB: {seconds:e} after {slowest:e}");
             slowest = seconds;
             let Candidate { kept, others, .. } = choice.candidate;
@@ -178,7 +184,21 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         // All in memory, nothing recomputed.
         let free = demand.choose(Limit::Free(u64::MAX)).unwrap();
         assert_eq!(free.candidate, Candidate { kept: layers, ..CHECKPOINT });
-        assert_eq!(slowest, pace.seconds_per_token(&free.settings, false));
+        assert_eq!(slowest, pace.seconds_per_token(&free.settings, free.candidate));
+        // Where not all of it fits, the embedding goes first; it costs less than a block.
+        let all = demand.total_bytes(&settings, free.candidate);
+        let without = |place| {
+            let demand = Demand { embedding: place, ..demand.clone() };
+            demand.choose(Limit::Budget(all - 1)).unwrap().candidate
+        };
+        let keep = Candidate { kept: layers, ..CHECKPOINT };
+        let chosen = without(EmbeddingPlace::Auto);
+        assert_eq!(chosen, Candidate { embedding_on_host: true, ..keep });
+        let weights = demand.outside_of(keep).weights.total();
+        assert_eq!(weights - demand.outside_of(chosen).weights.total(), demand.weights.embedding);
+        assert!(!without(EmbeddingPlace::Gpu).embedding_on_host);
+        let host = Demand { embedding: EmbeddingPlace::Host, ..demand.clone() };
+        assert!(host.choose(Limit::Free(u64::MAX)).unwrap().embedding_on_host);
         // The host must have room for what is offloaded.
         let poor = Demand { pinned_bytes: 0, ..demand.clone() };
         let budget = Limit::Budget(24 << 30);

@@ -132,14 +132,23 @@ impl Search<'_> {
                 let bytes = |batch, length, candidate| {
                     demand.total_bytes(&self.asked.sized(demand, batch, length), candidate)
                 };
-                let pieces = Candidate { pieces: true, ..whole };
-                let fits = |batch, length| {
-                    [whole, pieces].iter().any(|c| bytes(batch, length, *c) <= self.budget)
-                };
-                // In smaller pieces where only these fit.
+                // In smaller pieces, or with the embedding on the host, where only these fit.
+                let all: Vec<Candidate> = [false, true]
+                    .into_iter()
+                    .flat_map(|pieces| {
+                        let places = demand.embedding_places().iter();
+                        places.map(move |&embedding_on_host| Candidate {
+                            pieces,
+                            embedding_on_host,
+                            ..whole
+                        })
+                    })
+                    .collect();
+                let fits =
+                    |batch, length| all.iter().any(|c| bytes(batch, length, *c) <= self.budget);
                 let fitting =
-                    |candidate: &Candidate| bytes(batch, length, *candidate) <= self.budget;
-                let candidate = [whole, pieces].into_iter().find(fitting).unwrap_or(whole);
+                    |candidate: &&Candidate| bytes(batch, length, **candidate) <= self.budget;
+                let candidate = *all.iter().find(fitting).unwrap_or(&all[0]);
                 Way {
                     policy: if whole.kept > 0 { Policy::Keep } else { whole.others },
                     stream: whole.stream,
@@ -166,7 +175,8 @@ impl Search<'_> {
             let choice = demand.within(self.budget)?;
             let Candidate { kept, others, stream, .. } = choice.candidate;
             let bytes = demand.total_bytes(&settings, choice.candidate);
-            let seconds = Pace::new(&demand, &settings).seconds_per_token(&choice.settings, stream);
+            let pace = Pace::new(&demand, &settings);
+            let seconds = pace.seconds_per_token(&choice.settings, choice.candidate);
             let time = seconds / plan_seconds;
             Some(Fastest { batch, kept, others, stream, bytes, time })
         });
@@ -179,7 +189,7 @@ impl Search<'_> {
 
     fn seconds(&self, settings: &Settings, candidate: Candidate) -> f64 {
         let chosen = self.demand.with(settings, candidate);
-        Pace::new(self.demand, settings).seconds_per_token(&chosen, candidate.stream)
+        Pace::new(self.demand, settings).seconds_per_token(&chosen, candidate)
     }
 
     fn knobs(&self) -> Vec<Knob> {
@@ -198,8 +208,9 @@ impl Search<'_> {
             knobs.push(knob(format!("--weights {mode}"), same, candidate));
         }
         if demand.place == Place::Gpu && demand.weights.embedding > 0 {
-            let bytes = demand.total_bytes(same, plan) - demand.weights.embedding;
-            knobs.push(Knob { flags: "--embedding host".into(), bytes, time: 1.0 });
+            let place = if plan.embedding_on_host { "gpu" } else { "host" };
+            let candidate = Candidate { embedding_on_host: !plan.embedding_on_host, ..plan };
+            knobs.push(knob(format!("--embedding {place}"), same, candidate));
         }
         let mut with = |flags: String, settings: Settings| knobs.push(knob(flags, &settings, plan));
         let Asked { batch, length, .. } = self.asked;
@@ -248,7 +259,8 @@ impl Search<'_> {
         others
             .map(|(name, policy, _)| {
                 let candidate = uniform(demand, policy, plan.stream);
-                let candidate = Candidate { pieces: plan.pieces, ..candidate };
+                let Candidate { embedding_on_host, pieces, .. } = plan;
+                let candidate = Candidate { embedding_on_host, pieces, ..candidate };
                 knob(format!("--activations {name}"), demand.settings, candidate)
             })
             .collect()
@@ -261,7 +273,7 @@ fn uniform(demand: &Demand, policy: Policy, stream: bool) -> Candidate {
         Policy::Keep => (demand.spec.num_layers, Policy::Checkpoint),
         others => (0, others),
     };
-    Candidate { kept, others, stream, pieces: false }
+    Candidate { kept, others, stream, embedding_on_host: false, pieces: false }
 }
 
 /// The largest `n` up to `most` that fits; what fits with more fits with less. Sizes are doubled

@@ -2,6 +2,7 @@ use super::*;
 use crate::adapter::LoraConfig;
 use crate::kernels::cuda::{AttnImplementation, cuda_layout};
 use crate::model::families::spec_from_config;
+use crate::plan::EmbeddingPlace;
 use crate::plan::budget::{Activations, Limit};
 use crate::plan::{Place, StreamedBytes, WeightBytes, WeightParts};
 
@@ -36,6 +37,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
             streamed: Some(StreamedBytes::of_vectors(2 << 20)),
             embedding: 0,
         },
+        embedding: EmbeddingPlace::Auto,
         process_bytes: 1 << 20,
         place: Place::Host,
         pinned_bytes: u64::MAX,

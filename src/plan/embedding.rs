@@ -1,4 +1,4 @@
-//! Where the input embedding is: a pass reads a few rows of it, which can come over the bus.
+//! Where a GPU's input embedding is: a pass reads a few rows of it, which can come over the bus.
 
 use clap::ValueEnum;
 
@@ -8,10 +8,12 @@ use crate::model::spec::ModelSpec;
 /// Where a GPU's embedding is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum EmbeddingPlace {
-    /// In its own memory.
+    /// On the GPU, or on the host where that lets more blocks keep their activations
     #[default]
+    Auto,
+    /// In its memory
     Gpu,
-    /// In pinned memory of the host, of which kernels read the rows of a pass: 2·D bytes a token.
+    /// In pinned memory of the host, of which kernels read the rows of a pass: 2·D bytes a token
     Host,
 }
 
@@ -21,7 +23,7 @@ impl EmbeddingPlace {
     /// # Errors
     /// `Usage` on the host, where it is the head, too, which is read whole.
     pub fn check(self, spec: &ModelSpec) -> Result<()> {
-        if self == EmbeddingPlace::Gpu || !spec.tie_word_embeddings {
+        if self != EmbeddingPlace::Host || !spec.tie_word_embeddings {
             return Ok(());
         }
         Err(Error::usage("`--embedding host`: this model's embedding is its head, too")
