@@ -265,7 +265,8 @@ impl Watch {
             record.thin();
         }
         let peak_bytes = resident::peak_bytes();
-        Measured { before_bytes: None, weights, region_bytes, peak_bytes, record }
+        let free_heap_bytes = resident::free_heap_bytes();
+        Measured { before_bytes: None, weights, free_heap_bytes, region_bytes, peak_bytes, record }
     }
 }
 

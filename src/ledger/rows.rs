@@ -47,6 +47,8 @@ pub struct Account {
 const PROCESS: &str = "program, tokenizer, data";
 /// The same on a GPU.
 const CONTEXT: &str = "CUDA context";
+/// Row of what the process' allocator has free, in pieces, and did not give back to the system.
+const FREE_HEAP: &str = "free heap, in pieces";
 /// Row of what a GPU's memory loses between allocations.
 const ROUNDING: &str = "rounding of allocations";
 
@@ -56,6 +58,8 @@ pub struct Measured {
     pub before_bytes: Option<u64>,
     /// Frozen weights in memory.
     pub weights: WeightParts,
+    /// Bytes of the process' heap that are free and not given back to the system.
+    pub free_heap_bytes: u64,
     /// Bytes of each region of the plan that are in memory.
     pub region_bytes: Vec<u64>,
     /// The highest resident bytes of the process.
@@ -68,15 +72,15 @@ impl Account {
     /// The prediction.
     pub fn planned(outside: Outside, plan: &MemoryPlan) -> Self {
         let Outside { place, process_bytes, weights } = outside;
-        let (around, rounding) = match place {
-            Place::Host => (PROCESS, None),
-            Place::Gpu => (CONTEXT, Some((ROUNDING, 0))),
+        let (around, lost) = match place {
+            Place::Host => (PROCESS, FREE_HEAP),
+            Place::Gpu => (CONTEXT, ROUNDING),
         };
         let weights = weights.rows().into_iter().filter(|(_, bytes)| *bytes > 0);
         let before: Vec<_> = [(around, process_bytes)].into_iter().chain(weights).collect();
         let components = plan.by_component();
         let arena = components.iter().map(|(part, bytes)| (part.label(), *bytes as u64));
-        let rows = before.iter().copied().chain(arena).chain(rounding);
+        let rows = before.iter().copied().chain(arena).chain([(lost, 0)]);
         let row = |(name, planned_bytes): (&str, u64)| Row {
             name: name.to_string(),
             planned_bytes,
@@ -92,8 +96,7 @@ impl Account {
                 plan.regions.iter().filter(by_then).map(|region| region.bytes() as u64).sum()
             };
             let outside = before.iter().map(|(_, bytes)| *bytes);
-            let planned_bytes =
-                outside.chain(components.iter().map(used)).chain(rounding.map(|_| 0));
+            let planned_bytes = outside.chain(components.iter().map(used)).chain([0]);
             PhaseRow { phase, planned_bytes: planned_bytes.collect(), measured_bytes: None }
         });
         let (rows, phases) = (rows.map(row).collect(), phases.to_vec());
@@ -106,16 +109,19 @@ impl Account {
     }
 
     /// Adds what was measured. What has no row of its own is the program's, or what a GPU lost by
-    /// rounding, so that the rows add up to the peak.
+    /// rounding, so that the rows add up to the peak. Nobody plans to lose memory.
     pub fn measured(mut self, plan: &MemoryPlan, measured: Measured) -> Self {
         let arena: u64 = measured.region_bytes.iter().sum();
         let accounted = arena + measured.weights.total() + measured.before_bytes.unwrap_or(0);
         let rest = measured.peak_bytes.saturating_sub(accounted);
         let weights = measured.weights.rows();
+        let free_heap = measured.free_heap_bytes.min(rest);
         for row in &mut self.rows {
             let of_weights = weights.iter().find(|(name, _)| *name == row.name);
             let bytes = match (row.name.as_str(), of_weights) {
-                (PROCESS | ROUNDING, _) => rest,
+                (PROCESS, _) => rest - free_heap,
+                (FREE_HEAP, _) => free_heap,
+                (ROUNDING, _) => rest,
                 (CONTEXT, _) => measured.before_bytes.unwrap_or(0),
                 (_, Some((_, bytes))) => *bytes,
                 (name, None) => plan
@@ -206,7 +212,8 @@ mod tests {
     fn measured(weights: u64, region_bytes: [u64; 4], peak_bytes: u64) -> Measured {
         let weights = WeightParts { codes: weights - 100, ..outside(Place::Host).weights };
         let (region_bytes, record) = (region_bytes.to_vec(), Record::default());
-        Measured { before_bytes: None, weights, region_bytes, peak_bytes, record }
+        let free_heap_bytes = 20;
+        Measured { before_bytes: None, weights, free_heap_bytes, region_bytes, peak_bytes, record }
     }
 
     fn names(account: &Account) -> Vec<&str> {
@@ -218,19 +225,20 @@ mod tests {
         let account = Account::planned(outside(Place::Host), &plan());
         let [codes, vectors] = ["4-bit codes", "norms and biases"];
         let moments = Component::OptimizerMoments.label();
-        let expected = [PROCESS, codes, vectors, "block inputs", "logits chunk", moments];
+        let arena = ["block inputs", "logits chunk", moments];
+        let expected = [&[PROCESS, codes, vectors], &arena[..], &[FREE_HEAP]].concat();
         assert_eq!(names(&account), expected);
         assert_eq!(account.planned_bytes(), 1500 + 6400 + 3200 + 256);
         let phase = |account: &Account, phase: Phase| {
             account.phases.iter().find(|row| row.phase == phase).unwrap().planned_bytes.clone()
         };
-        assert_eq!(phase(&account, Phase::Load), [1000, 400, 100, 0, 0, 0]);
-        assert_eq!(phase(&account, Phase::Forward), [1000, 400, 100, 6400, 0, 0]);
-        assert_eq!(phase(&account, Phase::Backward), [1000, 400, 100, 6400, 3200, 0]);
-        let all = [1000, 400, 100, 6400, 3200, 256];
+        assert_eq!(phase(&account, Phase::Load), [1000, 400, 100, 0, 0, 0, 0]);
+        assert_eq!(phase(&account, Phase::Forward), [1000, 400, 100, 6400, 0, 0, 0]);
+        assert_eq!(phase(&account, Phase::Backward), [1000, 400, 100, 6400, 3200, 0, 0]);
+        let all = [1000, 400, 100, 6400, 3200, 256, 0];
         assert_eq!(phase(&account, Phase::Optimizer), all);
         let account = Account::planned(outside(Place::Gpu), &plan());
-        assert_eq!(phase(&account, Phase::Load), [&all[..], &[0]].concat());
+        assert_eq!(phase(&account, Phase::Load), all);
     }
 
     #[test]
@@ -252,7 +260,7 @@ mod tests {
             account.rows.iter().filter_map(|row| row.measured_bytes).collect()
         };
         let rest = 12_000 - 480 - 9656;
-        assert_eq!(bytes(&account), [rest, 380, 100, 6400, 3000, 256]);
+        assert_eq!(bytes(&account), [rest - 20, 380, 100, 6400, 3000, 256, 20]);
         let gpu = Account::planned(outside(Place::Gpu), &plan());
         let seen = measured(500, [6400, 3200, 128, 128], 12_000);
         let seen = Measured { before_bytes: Some(1100), ..seen };

@@ -93,7 +93,14 @@ impl Meter {
                 let mut record = record.clone();
                 record.add_now(*start, peak_bytes);
                 let before_bytes = Some(*before_bytes);
-                Measured { before_bytes, weights, region_bytes, peak_bytes, record }
+                Measured {
+                    before_bytes,
+                    weights,
+                    free_heap_bytes: 0,
+                    region_bytes,
+                    peak_bytes,
+                    record,
+                }
             }
         })
     }
