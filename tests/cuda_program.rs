@@ -82,6 +82,22 @@ fn a_card_is_taken_if_it_computes_what_the_cpu_does() {
     assert!(text.contains("hint: use `--device cpu`"), "{text}");
 }
 
+/// As where a package has brought a newer cuBLAS than the system's driver runs.
+#[test]
+fn a_library_that_needs_a_newer_driver_is_told_of() {
+    let place = Workplace::new();
+    let Some(library) = emulator::library() else { return };
+    for name in ["libcuda.so.1", "libcublas.so.13"] {
+        symlink(&library, place.path(name)).unwrap();
+    }
+    let mut command = place.nibble(&["doctor", "--json"]);
+    command.env("LD_LIBRARY_PATH", place.path("")).env("NIBBLE_CUDA_LIB_DIR", place.path(""));
+    let obstacle = stdout_json(command)["cuda"]["obstacle"].clone();
+    let obstacle = obstacle.as_str().unwrap();
+    assert!(obstacle.contains("libcublas.so.13 needs a newer driver"), "{obstacle}");
+    assert!(obstacle.contains("this one runs CUDA 12"), "{obstacle}");
+}
+
 /// Losses of a run on the CPU, and of the same on the GPU, resumed in the middle.
 #[test]
 fn a_run_follows_the_cpu_and_resumes_bit_for_bit() {

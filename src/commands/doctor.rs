@@ -27,11 +27,13 @@ struct Findings {
 /// # Errors
 /// None so far.
 pub fn run(args: &DoctorArgs) -> Result<()> {
+    let driver = devices::driver_info();
+    let version = driver.as_ref().map_or(i32::MAX, |driver| driver.cuda_version.0);
     let mut findings = Findings {
         threads: std::thread::available_parallelism().map_or(1, usize::from),
         available_bytes: resident::available_bytes(),
-        driver: devices::driver_info(),
-        cublas: search::open(&CUBLAS).map(|found| found.name),
+        driver,
+        cublas: search::open(&CUBLAS, version).map(|found| found.name),
         agreement: None,
     };
     findings.agreement = findings.first_gpu().map(try_gpu);

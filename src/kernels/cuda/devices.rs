@@ -47,14 +47,19 @@ pub struct DriverInfo {
 /// `Gpu` when there is no driver or it refuses.
 pub fn driver_info() -> Result<DriverInfo> {
     let cuda = open_driver()?;
-    let (mut version, mut count) = (0, 0);
-    // SAFETY: initialised by `open_driver`; the out-pointers are valid.
-    unsafe {
-        cuda.check("read the driver's version", (cuda.driver_version)(&mut version))?;
-        cuda.check("count the devices", (cuda.device_count)(&mut count))?;
-    }
+    let mut count = 0;
+    // SAFETY: initialised by `open_driver`; the out-pointer is valid.
+    cuda.check("count the devices", unsafe { (cuda.device_count)(&mut count) })?;
     let devices = (0..count).map(|index| device_info(&cuda, index)).collect::<Result<_>>()?;
-    Ok(DriverInfo { cuda_version: (version / 1000, version % 1000 / 10), devices })
+    Ok(DriverInfo { cuda_version: driver_version(&cuda)?, devices })
+}
+
+/// Highest CUDA version that the driver runs.
+pub(super) fn driver_version(cuda: &Cuda) -> Result<(i32, i32)> {
+    let mut version = 0;
+    // SAFETY: the out-pointer is valid.
+    cuda.check("read the driver's version", unsafe { (cuda.driver_version)(&mut version) })?;
+    Ok((version / 1000, version % 1000 / 10))
 }
 
 /// What the driver says of device `index`.

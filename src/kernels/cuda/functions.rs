@@ -130,7 +130,7 @@ impl Cuda {
 /// # Errors
 /// `Gpu` when there is none or it refuses.
 pub(super) fn open_driver() -> Result<Cuda> {
-    let found = search::open(&DRIVER)?;
+    let found = search::open(&DRIVER, 0)?;
     let cuda = Cuda::load(found.library, &found.name)?;
     // SAFETY: cuInit takes 0.
     let code = unsafe { (cuda.init)(0) };

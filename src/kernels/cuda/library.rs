@@ -7,7 +7,7 @@ use std::ptr;
 use std::sync::Mutex;
 
 use super::ahead::AHEAD_SLOTS;
-use super::devices::{LOWEST_CAPABILITY, device_info};
+use super::devices::{LOWEST_CAPABILITY, device_info, driver_version};
 use super::driver::{Address, Driver, Gemm, Launch};
 use super::functions::{Cublas, Cuda, Handle, open_driver};
 use super::products;
@@ -70,7 +70,7 @@ impl Gpu {
             ))
             .hint("use `--device cpu`"));
         }
-        let found = search::open(&CUBLAS)?;
+        let found = search::open(&CUBLAS, driver_version(&cuda)?.0)?;
         let cublas = Cublas::load(found.library, &found.name)?;
         let mut gpu = Gpu {
             cuda,

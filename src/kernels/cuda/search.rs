@@ -15,8 +15,8 @@ use crate::error::{Error, Result};
 pub struct Wanted {
     /// What it is.
     pub title: &'static str,
-    /// File names, best first.
-    names: &'static [&'static str],
+    /// File names, best first, with the CUDA version that the driver must run at least.
+    names: &'static [(&'static str, i32)],
     /// What to do where it is missing.
     pub fix: &'static str,
     /// Whether it may lie in CUDA's folders, not in the system's alone.
@@ -29,7 +29,11 @@ pub struct Wanted {
 /// The driver: comes with the system.
 pub const DRIVER: Wanted = Wanted {
     title: "CUDA driver",
-    names: if cfg!(windows) { &["nvcuda.dll"] } else { &["libcuda.so.1", "libcuda.so"] },
+    names: if cfg!(windows) {
+        &[("nvcuda.dll", 0)]
+    } else {
+        &[("libcuda.so.1", 0), ("libcuda.so", 0)]
+    },
     fix: "install NVIDIA's driver, 525 or newer; in a container, start it with GPU access",
     bundled: false,
     beside: None,
@@ -39,9 +43,9 @@ pub const DRIVER: Wanted = Wanted {
 pub const CUBLAS: Wanted = Wanted {
     title: "cuBLAS",
     names: if cfg!(windows) {
-        &["cublas64_13.dll", "cublas64_12.dll"]
+        &[("cublas64_13.dll", 13), ("cublas64_12.dll", 12)]
     } else {
-        &["libcublas.so.13", "libcublas.so.12"]
+        &[("libcublas.so.13", 13), ("libcublas.so.12", 12)]
     },
     fix: "install the CUDA toolkit, or `pip install nvidia-cublas-cu12`, or set \
           NIBBLE_CUDA_LIB_DIR to the folder that holds it",
@@ -57,31 +61,42 @@ pub struct Found {
     pub name: String,
 }
 
-/// Opens a library.
+/// Opens a library that works with a driver that runs CUDA `version`.
 ///
 /// # Errors
 /// `Gpu` naming it, with the fix.
-pub fn open(wanted: &Wanted) -> Result<Found> {
+pub fn open(wanted: &Wanted, version: i32) -> Result<Found> {
+    let fits = |(name, least): &(&'static str, i32)| (*least <= version).then_some(*name);
+    let names: Vec<&str> = wanted.names.iter().filter_map(fits).collect();
+    if let Some(found) = find(wanted, &names) {
+        return Ok(found);
+    }
+    let newer: Vec<&str> = wanted.names.iter().map(|(name, _)| *name).collect();
+    if let Some(found) = find(wanted, &newer) {
+        let what = format!("{} needs a newer driver: this one runs CUDA {version}", found.name);
+        return Err(
+            Error::gpu(what).hint("update NVIDIA's driver, or `pip install nvidia-cublas-cu12`")
+        );
+    }
+    let names = names.join(" or ");
+    Err(Error::gpu(format_args!("no {}: {names} was not found", wanted.title)).hint(wanted.fix))
+}
+
+fn find(wanted: &Wanted, names: &[&str]) -> Option<Found> {
     let mut folders: Vec<Option<PathBuf>> = Vec::new();
     if wanted.bundled {
         folders.extend(std::env::var_os("NIBBLE_CUDA_LIB_DIR").map(|dir| Some(dir.into())));
     }
     folders.push(None);
-    if let Some(found) = first(wanted, &folders) {
-        return Ok(found);
-    }
-    if wanted.bundled
-        && let Some(found) = first(wanted, &further_folders())
-    {
-        return Ok(found);
-    }
-    let names = wanted.names.join(" or ");
-    Err(Error::gpu(format_args!("no {}: {names} was not found", wanted.title)).hint(wanted.fix))
+    first(wanted, names, &folders).or_else(|| {
+        let further = wanted.bundled.then(further_folders)?;
+        first(wanted, names, &further)
+    })
 }
 
-fn first(wanted: &Wanted, folders: &[Option<PathBuf>]) -> Option<Found> {
+fn first(wanted: &Wanted, names: &[&str], folders: &[Option<PathBuf>]) -> Option<Found> {
     let paths = folders.iter().flat_map(|folder| {
-        wanted.names.iter().map(move |name| match folder {
+        names.iter().map(move |name| match folder {
             Some(folder) => folder.join(name),
             None => PathBuf::from(name),
         })
