@@ -118,8 +118,10 @@ impl Cuda {
         };
         let what = format_args!("cannot {act}: {text} (CUDA error {code})");
         Err(match code {
-            ERROR_OUT_OF_MEMORY => Error::budget(what)
-                .hint("lower `--max-length`, give a `--memory-budget`, or free the GPU"),
+            ERROR_OUT_OF_MEMORY => Error::budget(what).hint(
+                "lower `--max-length`, give a `--memory-budget`, free the GPU, or use \
+                     `--device cpu`",
+            ),
             _ => Error::gpu(what),
         })
     }

@@ -68,8 +68,8 @@ struct Segment {
 struct Timeline {
     /// Outline of all memory, closed at the bottom.
     resident: String,
-    /// Outline of the mapped files' part.
-    file: String,
+    /// Outline of the mapped files' part; a GPU maps none.
+    file: Option<String>,
     /// Height of the plan from above.
     planned_at: Option<String>,
     /// Rows of the scale: place from above, size.
@@ -204,9 +204,10 @@ fn timeline(account: &Account) -> Option<Timeline> {
     const ROWS: u64 = 4;
     let step = round_up(top as u64 / ROWS);
     let scale = (1..=ROWS).map(|row| row * step).filter(|&bytes| (bytes as f64) < top);
+    let mapped = moments.iter().any(|moment| moment.file_bytes > 0);
     Some(Timeline {
         resident: outline(&|moment| moment.resident_bytes),
-        file: outline(&|moment| moment.file_bytes),
+        file: mapped.then(|| outline(&|moment| moment.file_bytes)),
         planned_at: (planned > 0).then(|| down(planned)),
         scale: scale.map(|bytes| (down(bytes), size(bytes))).collect(),
         bands: bands(moments, last),
