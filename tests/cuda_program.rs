@@ -124,6 +124,27 @@ fn a_run_follows_the_cpu_and_resumes_bit_for_bit() {
     assert_eq!(losses(&place, "gpu/checkpoint-6"), gpu);
 }
 
+/// All moments in 8 bits, so that none are left in f32; answers in between.
+#[test]
+fn a_run_with_packed_moments_is_saved_and_resumed() {
+    let place = Workplace::new();
+    let flags = ["--optim", "adamw_8bit", "--lora-r", "64", "--target-modules", "q_proj,o_proj"];
+    let more = ["--learning-rate", "1e-2", "--max-steps", "4", "--save-steps", "2"];
+    let samples = ["--sample-prompt", "w5 w12", "--sample-steps", "2"];
+    let flags = [&flags[..], &more, &samples].concat();
+    let Some(run) = train(&place, "gpu", &flags) else { return };
+    succeed(run);
+    succeed(place.train("cpu", &[&["--device", "cpu"], &flags[..]].concat()));
+    let (gpu, cpu) = (losses(&place, "gpu/checkpoint-4"), losses(&place, "cpu/checkpoint-4"));
+    for (gpu_loss, cpu_loss) in gpu.iter().zip(&cpu) {
+        assert!((gpu_loss / cpu_loss - 1.0).abs() < 2e-2, "{gpu:?}, on the CPU {cpu:?}");
+    }
+    fs::remove_dir_all(place.path("gpu/checkpoint-4")).unwrap();
+    let adapter = place.read("gpu/adapter_model.safetensors");
+    succeed(on_gpu(place.nibble(&["train", "--out", "gpu", "--resume"])).unwrap());
+    assert!(place.read("gpu/adapter_model.safetensors") == adapter, "resumed bit for bit");
+}
+
 #[test]
 fn no_policy_changes_a_bit() {
     let place = Workplace::new();

@@ -277,6 +277,9 @@ impl Driver for Gpu {
     }
 
     fn upload_staged(&self, from: *const u8, to: Address, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         self.enter()?;
         // SAFETY: the caller keeps `from` as it is until the next wait.
         let code = unsafe { (self.cuda.upload)(to, from.cast(), bytes, self.stream) };
@@ -290,10 +293,12 @@ impl Driver for Gpu {
 
     fn download(&self, from: Address, to: &mut [u8]) -> Result<()> {
         self.enter()?;
-        // SAFETY: `to` is as long as is said, and stays until the wait below.
-        let code =
-            unsafe { (self.cuda.download)(to.as_mut_ptr().cast(), from, to.len(), self.stream) };
-        self.cuda.check("copy from the GPU", code)?;
+        if !to.is_empty() {
+            let (start, bytes) = (to.as_mut_ptr().cast(), to.len());
+            // SAFETY: `to` is as long as is said, and stays until the wait below.
+            let code = unsafe { (self.cuda.download)(start, from, bytes, self.stream) };
+            self.cuda.check("copy from the GPU", code)?;
+        }
         self.synchronize()
     }
 
