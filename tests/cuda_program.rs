@@ -202,15 +202,20 @@ fn a_trained_adapter_is_measured_and_asked() {
 #[test]
 fn memory_is_what_was_planned() {
     let place = Workplace::new();
-    let mut command = place.nibble(&["memory", "--model", "model", "--max-length", "32", "--json"]);
-    command.args(["--device", "cuda", "--measure", "2"]);
-    let Some(command) = on_gpu(command) else { return };
-    let report = stdout_json(command);
-    let (planned, measured) = (&report["total_bytes"], &report["measured"]["peak_bytes"]);
-    assert!(
-        planned.as_u64().unwrap() > 0 && planned == measured,
-        "{measured} of {planned} planned"
-    );
+    succeed(place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
+    for flags in [
+        ["--activations", "keep", "--embedding", "gpu"],
+        ["--activations", "checkpoint", "--embedding", "host"],
+        ["--activations", "offload", "--weights", "stream"],
+    ] {
+        let mut command = place.nibble(&["memory", "--model", "packed", "--max-length", "32"]);
+        command.args(["--json", "--device", "cuda", "--measure", "2"]).args(flags);
+        let Some(command) = on_gpu(command) else { return };
+        let report = stdout_json(command);
+        let (planned, measured) = (&report["total_bytes"], &report["measured"]["peak_bytes"]);
+        assert!(planned.as_u64().unwrap() > 0, "{report}");
+        assert!(planned == measured, "{flags:?}: {measured} of {planned} planned");
+    }
 }
 
 #[test]

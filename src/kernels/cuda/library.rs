@@ -148,6 +148,14 @@ impl Gpu {
         self.cuda.check("wait for another stream", code)
     }
 
+    /// Waits for all that a stream has.
+    fn finish(&self, stream: Handle) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the stream is alive.
+        let code = unsafe { (self.cuda.stream_wait)(stream) };
+        self.cuda.check("finish work on the GPU", code)
+    }
+
     fn launch_on(&self, stream: Handle, launch: Launch) -> Result<()> {
         let Launch { kernel, grid: [x, y, z], threads, shared_bytes, arguments } = launch;
         let function = self.function(kernel, shared_bytes)?;
@@ -270,8 +278,9 @@ impl Driver for Gpu {
     }
 
     fn free_staging(&self, staging: *mut u8, _bytes: usize) {
-        if self.synchronize().is_ok() {
-            // SAFETY: allocated by `allocate_staging`, and no copy reads it any more.
+        let streams = [self.stream, self.copies, self.ahead];
+        if streams.into_iter().try_for_each(|stream| self.finish(stream)).is_ok() {
+            // SAFETY: allocated by `allocate_staging`, and nothing that is queued reads it any more.
             unsafe { (self.cuda.free_host)(staging.cast()) };
         }
     }
@@ -386,9 +395,6 @@ impl Driver for Gpu {
     }
 
     fn synchronize(&self) -> Result<()> {
-        self.enter()?;
-        // SAFETY: the stream is alive.
-        let code = unsafe { (self.cuda.stream_wait)(self.stream) };
-        self.cuda.check("finish work on the GPU", code)
+        self.finish(self.stream)
     }
 }
