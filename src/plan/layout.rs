@@ -2,7 +2,7 @@
 //!
 //! Formulas per token and layer are PERFORMANCE-sheet arithmetic in f32: with D width, W = q + 2·kv
 //! columns of q, k, v, Q = H·head_dim, F feed-forward width, ΣR the ranks of the layer's adapters,
-//! a kept layer holds `4·(2 + D + W + H + Q + D + 2 + D + (gated ? 2 : 1)·F + ΣR)` bytes per token.
+//! a kept layer holds `4·(W + H + Q + D + (gated ? 2 : 1)·F + ΣR)` bytes per token.
 
 use super::region::{Component, MemoryPlan, Region, RegionType};
 use super::settings::{Half, OFFLOAD_SLOTS, Policy, Settings};
@@ -145,8 +145,6 @@ fn push_attention(
 ) {
     let d = spec.hidden_size;
     let rows = [
-        ("norm1_stats", 2),
-        ("norm1", d),
         ("qkv", spec.q_width() + 2 * spec.kv_width()),
         ("lse", spec.num_heads),
         ("attention", spec.q_width()),
@@ -165,10 +163,8 @@ fn push_mlp(
     tokens: usize,
     ranks: usize,
 ) {
-    let (d, f) = (spec.hidden_size, spec.intermediate_size);
+    let f = spec.intermediate_size;
     let rows = [
-        ("norm2_stats", 2),
-        ("norm2", d),
         ("gate", if spec.gated_mlp { f } else { 0 }),
         ("up", f),
         ("mlp_lora_x", ranks),
@@ -185,6 +181,8 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
     let widths = |target: &LoraTarget| target.in_features + target.out_features;
     let pair = settings.targets.iter().map(|target| target.r * widths(target)).max().unwrap_or(0);
     let (component, tile) = (Component::BlockWorkspace, settings.mlp_tile());
+    plan.push(component, "work.norm", t * d);
+    plan.push(component, "work.norm_stats", t * 2);
     plan.push(component, "work.mlp", tile * f);
     plan.push(component, "work.lora_pair", pair);
     if settings.tiled() {

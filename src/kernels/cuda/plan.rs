@@ -137,13 +137,11 @@ fn widened_elements(spec: &ModelSpec, settings: &Settings) -> usize {
 
 /// Gives an operand of products with adapters room behind its rows.
 fn leave_room(spec: &ModelSpec, settings: &Settings, region: &mut Region) {
-    let Some((width, roles)) = operand_rows(spec, &region.name) else { return };
+    let Some((width, products)) = operand_rows(spec, &region.name) else { return };
     let layer = region.name.strip_prefix("layer.").and_then(|rest| rest.split('.').next());
     let layer: Option<usize> = layer.and_then(|number| number.parse().ok());
-    // q, k and v are one product, which has the adapters of all; others are products of their own.
-    let of_layer = |layer| match roles.contains(&LinearRole::Q) {
-        true => rank_sum(settings, layer, roles),
-        false => roles.iter().map(|&role| rank_sum(settings, layer, &[role])).max().unwrap_or(0),
+    let of_layer = |layer| {
+        products.iter().map(|roles| rank_sum(settings, layer, roles)).max().unwrap_or(0)
     };
     let rank = layer.map_or_else(|| most(spec, of_layer), of_layer);
     if rank > 0 {
@@ -153,28 +151,27 @@ fn leave_room(spec: &ModelSpec, settings: &Settings, region: &mut Region) {
     }
 }
 
-/// Width of the rows of a region that such products read, and which linears' they are: their inputs
-/// forward, the gradients of their outputs backward.
-fn operand_rows(spec: &ModelSpec, name: &str) -> Option<(usize, &'static [LinearRole])> {
+/// Width of the rows of a region that such products read, and the linears of each product: their
+/// inputs forward, the gradients of their outputs backward.
+fn operand_rows(spec: &ModelSpec, name: &str) -> Option<(usize, &'static [Product])> {
     use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
+    const PROJECTIONS: Product = &[Q, K, V, Qkv];
     let (d, f) = (spec.hidden_size, spec.intermediate_size);
+    let qkv = spec.q_width() + 2 * spec.kv_width();
     match name {
-        "work.mlp" => return Some((f, &[Down, Up])),
-        "work.mlp_gradient" => return Some((f, if spec.gated_mlp { &[Gate] } else { &[Up] })),
-        "work.qkv_gradient" => {
-            return Some((spec.q_width() + 2 * spec.kv_width(), &[Q, K, V, Qkv]));
-        }
-        "work.gradient" | "work.tile_gradient" => return Some((d, &[O, Down])),
-        _ if name.starts_with("work.") => return None,
-        _ => {}
-    }
-    match name.rsplit('.').next()? {
-        "norm1" => Some((d, &[Q, K, V, Qkv])),
-        "attention" => Some((spec.q_width(), &[O])),
-        "norm2" => Some((d, &[Gate, Up])),
-        _ => None,
+        "work.norm" => Some((d, &[PROJECTIONS, &[Gate], &[Up]])),
+        "work.mlp" => Some((f, &[&[Down], &[Up]])),
+        "work.mlp_gradient" if spec.gated_mlp => Some((f, &[&[Gate]])),
+        "work.mlp_gradient" => Some((f, &[&[Up]])),
+        "work.qkv_gradient" => Some((qkv, &[PROJECTIONS])),
+        "work.gradient" | "work.tile_gradient" => Some((d, &[&[O], &[Down]])),
+        "work.attention" => None,
+        _ => name.ends_with(".attention").then_some((spec.q_width(), &[&[O]])),
     }
 }
+
+/// Linears that one product computes.
+type Product = &'static [LinearRole];
 
 /// Statistics, tables, sums and the optimizer's state stay f32.
 fn is_wide(name: &str) -> bool {

@@ -21,10 +21,10 @@ impl<K: Kernels> Block<K> {
         cache: Option<Cache<K::Buffer>>,
     ) {
         let (kernels, rows) = (pass.kernels, pass.rows.len());
-        kernels.norm_forward(&self.norm1, x, &mut saved.norm1, &mut saved.norm1_stats, rows);
+        kernels.norm_forward(&self.norm1, x, &mut work.norm, &mut work.norm_stats, rows);
         let scratch = (&mut work.lora_pair, &mut work.dropped);
         let (ys, lora_x) = (&mut [&mut saved.qkv], &mut saved.lora_x);
-        pass.forward_all(&self.projections(), &saved.norm1, ys, lora_x, scratch);
+        pass.forward_all(&self.projections(), &work.norm, ys, lora_x, scratch);
         if let Some((cos, sin)) = &work.rotary {
             kernels.rotary(&self.attention, (cos, sin), &mut saved.qkv, rows, false);
         }
@@ -46,10 +46,12 @@ impl<K: Kernels> Block<K> {
         pass.forward(output, &saved.attention, &mut saved.middle, lora_x, scratch, true);
     }
 
-    /// From the gradient of `middle` in the stream to that of the norm's output.
+    /// From the gradient of `middle` in the stream to that of `x`.
+    #[allow(clippy::too_many_arguments)]
     pub(super) fn backward_attention(
         &self,
         pass: &Pass<K>,
+        x: &K::Buffer,
         saved: &Saved<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         grads: &mut GradientBuffers<K::Buffer>,
@@ -76,9 +78,14 @@ impl<K: Kernels> Block<K> {
         if let Some((cos, sin)) = &work.rotary {
             kernels.rotary(&self.attention, (cos, sin), &mut grads.qkv, rows, true);
         }
+        let (norm, stats) = (&mut work.norm, &mut work.norm_stats);
+        kernels.norm_forward(&self.norm1, x, norm, stats, rows);
         let scratch = (&mut work.lora_pair, &mut work.dropped);
-        let inputs = (&saved.norm1, &saved.lora_x);
+        let inputs = (&*norm, &saved.lora_x);
         let dx = input_gradient.then_some(&mut grads.norm);
         pass.backward_all(&self.projections(), &[&grads.qkv], inputs, dx, to, scratch);
+        if input_gradient {
+            kernels.norm_backward(&self.norm1, &grads.norm, x, stats, &mut grads.stream, rows);
+        }
     }
 }

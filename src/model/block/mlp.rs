@@ -45,7 +45,7 @@ impl<K: Kernels> Block<K> {
         work.tile = Some(tile);
     }
 
-    /// Norm, gate and up: what is saved.
+    /// Gate and up, which are saved, of the norm.
     fn forward_gate_up(
         &self,
         pass: &Pass<K>,
@@ -53,16 +53,27 @@ impl<K: Kernels> Block<K> {
         saved: &mut SavedMlp<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
     ) {
-        let SavedMlp { norm2_stats, norm2, gate, up, lora_x } = saved;
-        pass.kernels.norm_forward(&self.norm2, middle, norm2, norm2_stats, pass.rows.len());
-        let scratch = (&mut work.lora_pair, &mut work.dropped);
+        let SavedMlp { gate, up, lora_x } = saved;
+        self.normalize_middle(pass, middle, work);
+        let (norm, scratch) = (&work.norm, (&mut work.lora_pair, &mut work.dropped));
         let linear = self.expect(LinearRole::Up);
         match self.linear(LinearRole::Gate) {
             Some(first) => {
-                pass.forward_all(&[first, linear], norm2, &mut [gate, up], lora_x, scratch);
+                pass.forward_all(&[first, linear], norm, &mut [gate, up], lora_x, scratch);
             }
-            None => pass.forward(linear, norm2, up, lora_x, scratch, false),
+            None => pass.forward(linear, norm, up, lora_x, scratch, false),
         }
+    }
+
+    /// Norm of the MLP's input, into the workspace.
+    fn normalize_middle(
+        &self,
+        pass: &Pass<K>,
+        middle: &K::Buffer,
+        work: &mut Workspace<K::Buffer>,
+    ) {
+        let (norm, stats) = (&mut work.norm, &mut work.norm_stats);
+        pass.kernels.norm_forward(&self.norm2, middle, norm, stats, pass.rows.len());
     }
 
     /// `out += down(h)`.
@@ -128,6 +139,8 @@ impl<K: Kernels> Block<K> {
     ) {
         if recompute {
             self.forward_gate_up(pass, middle, saved, work);
+        } else {
+            self.normalize_middle(pass, middle, work);
         }
         self.hidden(pass, saved, work);
         let down = self.expect(LinearRole::Down);
@@ -144,7 +157,7 @@ impl<K: Kernels> Block<K> {
         let (gate_values, elements) = (gate.map(|_| &saved.gate), rows * self.intermediate_size);
         let (d_out, d_up) = (&mut grads.mlp, &mut work.mlp);
         kernels.mlp_backward(self.activation, gate_values, &saved.up, d_out, d_up, elements);
-        let inputs = (&saved.norm2, &saved.lora_x);
+        let inputs = (&work.norm, &saved.lora_x);
         let up = self.expect(LinearRole::Up);
         let scratch = (&mut work.lora_pair, &mut work.dropped);
         match gate {
@@ -157,7 +170,7 @@ impl<K: Kernels> Block<K> {
                 pass.backward(up, &grads.mlp, inputs, dx, to, scratch);
             }
         }
-        let (stats, stream) = (&saved.norm2_stats, &mut grads.stream);
+        let (stats, stream) = (&work.norm_stats, &mut grads.stream);
         kernels.norm_backward(&self.norm2, &grads.norm, middle, stats, stream, rows);
     }
 }

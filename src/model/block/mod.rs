@@ -5,7 +5,8 @@
 //! n2 = norm(m)      h = act(n2·Wgᵀ) ∘ (n2·Wuᵀ)   out = m + h·Wdᵀ
 //! ```
 //! Every linear is `x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ` with W frozen. The backward pass computes
-//! gradients of x, A and B only. `h` is recomputed, never kept.
+//! gradients of x, A and B only. `n1`, `n2` and `h` are made again, never kept: a pass over memory is all
+//! that they cost.
 //!
 //! The two lines are two halves: [`attention`](self) mixes tokens, the MLP takes every token by
 //! itself and so runs over tiles of them, which bounds its wide buffers.
@@ -42,10 +43,6 @@ pub struct Block<K: Kernels> {
 
 /// Activations that the backward pass reads.
 pub struct Saved<B> {
-    /// `(μ, 1/σ)` of norm1, `[T, 2]`.
-    pub norm1_stats: B,
-    /// `[T, D]`.
-    pub norm1: B,
     /// Rotated q, k and v, `[T, q + 2·kv]`.
     pub qkv: B,
     /// Log-sum-exp of the scores, `[T, H]`.
@@ -62,10 +59,6 @@ pub struct Saved<B> {
 
 /// Activations of the MLP for one tile of t tokens.
 pub struct SavedMlp<B> {
-    /// `(μ, 1/σ)` of norm2, `[t, 2]`.
-    pub norm2_stats: B,
-    /// `[t, D]`.
-    pub norm2: B,
     /// Before the nonlinearity, `[t, F]`; empty without a gate.
     pub gate: B,
     /// `[t, F]`.
@@ -76,6 +69,10 @@ pub struct SavedMlp<B> {
 
 /// Buffers that no layer owns.
 pub struct Workspace<B> {
+    /// Output of the norm at work, `[T, D]`.
+    pub norm: B,
+    /// Its `(μ, 1/σ)`, `[T, 2]`.
+    pub norm_stats: B,
     /// h, later the gradient of up, `[t, F]`.
     pub mlp: B,
     /// A and B of the adapter at work, widened.
@@ -204,11 +201,7 @@ impl<K: Kernels> Block<K> {
         }
         let Some(mut grads) = work.gradients.take() else { return };
         self.backward_mlp(pass, saved, work, &mut grads, gradients, recompute);
-        self.backward_attention(pass, saved, work, &mut grads, gradients, input_gradient);
-        if input_gradient {
-            let (stats, rows) = (&saved.norm1_stats, pass.rows.len());
-            pass.kernels.norm_backward(&self.norm1, &grads.norm, x, stats, &mut grads.stream, rows);
-        }
+        self.backward_attention(pass, x, saved, work, &mut grads, gradients, input_gradient);
         work.gradients = Some(grads);
     }
 }

@@ -108,8 +108,6 @@ fn saved<K: Kernels>(
 ) -> Saved<K::Buffer> {
     let mut take = |name: &str| arena.take(&format!("{prefix}.{name}"));
     Saved {
-        norm1_stats: take("norm1_stats"),
-        norm1: take("norm1"),
         qkv: take("qkv"),
         lse: take("lse"),
         attention: take("attention"),
@@ -122,8 +120,6 @@ fn saved<K: Kernels>(
 fn saved_mlp<K: Kernels>(arena: &mut K::Memory, prefix: &str) -> SavedMlp<K::Buffer> {
     let mut take = |name: &str| arena.take(&format!("{prefix}.{name}"));
     SavedMlp {
-        norm2_stats: take("norm2_stats"),
-        norm2: take("norm2"),
         gate: take("gate"),
         up: take("up"),
         lora_x: take("mlp_lora_x"),
@@ -137,6 +133,8 @@ fn workspace<K: Kernels>(
 ) -> Workspace<K::Buffer> {
     let rotary = spec.rotary.is_some();
     Workspace {
+        norm: arena.take("work.norm"),
+        norm_stats: arena.take("work.norm_stats"),
         mlp: arena.take("work.mlp"),
         lora_pair: arena.take("work.lora_pair"),
         dropped: settings.lora_dropout.then(|| arena.take("work.dropped")),
