@@ -4,8 +4,10 @@ use crate::cli::device::{Device, DeviceArgs};
 use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
-use crate::kernels::cuda::devices::{DeviceInfo, LOWEST_CAPABILITY, driver_info};
+use crate::kernels::cuda::devices::{self, LOWEST_CAPABILITY, driver_info};
+use crate::kernels::cuda::driver::Driver;
 use crate::kernels::cuda::library::Gpu;
+use crate::kernels::cuda::search;
 use crate::kernels::cuda::{AttnImplementation, Cuda};
 use crate::plan::EmbeddingPlace;
 use crate::train::agreement;
@@ -34,11 +36,9 @@ fn open_gpu(args: &DeviceArgs, index: usize) -> Result<Cuda<Gpu>> {
     let cuda = Cuda::new(Gpu::open(index)?)?.with_attention(args.attn_implementation);
     agreement::check(&cuda)?;
     cuda.forget_plan();
-    let of_index = |info: &DeviceInfo| info.index as usize == index;
-    if let Some(info) = driver_info()?.devices.into_iter().find(of_index) {
-        let [free, total] = [info.free_bytes, info.total_bytes].map(ByteSize);
-        eprintln!("cuda:{index}: {}, {free} of {total} free, computes as the CPU does", info.name);
-    }
+    let (free, total) = cuda.driver().memory()?;
+    let (name, free, total) = (cuda.driver().name(), ByteSize(free), ByteSize(total));
+    eprintln!("cuda:{index}: {name}, {free} of {total} free, computes as the CPU does");
     let on_host = args.embedding == EmbeddingPlace::Host;
     Ok(if on_host { cuda.with_embedding_on_host() } else { cuda })
 }
@@ -62,12 +62,20 @@ pub fn resolve(args: &DeviceArgs) -> Result<Device> {
 
 /// What is free on GPU `index`, if there is one.
 pub fn free_bytes(index: usize) -> Option<u64> {
-    let devices = driver_info().ok()?.devices;
-    devices.iter().find(|info| info.index as usize == index).map(|info| info.free_bytes)
+    devices::free_bytes(index).ok()
 }
 
+/// The first GPU that there are kernels for. Where there is no driver, there is nothing to tell; one that
+/// refuses is told of.
 fn first_gpu() -> Option<usize> {
-    let devices = driver_info().ok()?.devices;
+    search::open(&search::DRIVER, 0).ok()?;
+    let devices = match driver_info() {
+        Ok(info) => info.devices,
+        Err(error) => {
+            eprintln!("{}", error.at("the CPU is used, not a GPU"));
+            return None;
+        }
+    };
     let usable = devices.iter().find(|info| info.capability >= LOWEST_CAPABILITY)?;
     Some(usable.index as usize)
 }

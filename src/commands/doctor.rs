@@ -17,6 +17,8 @@ struct Findings {
     threads: usize,
     available_bytes: u64,
     driver: Result<DriverInfo>,
+    /// Of each GPU.
+    free_bytes: Vec<Option<u64>>,
     cublas: Result<String>,
     /// Whether the first GPU computes what the CPU does, if it can be asked.
     agreement: Option<Result<()>>,
@@ -32,6 +34,7 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
     let mut findings = Findings {
         threads: std::thread::available_parallelism().map_or(1, usize::from),
         available_bytes: resident::available_bytes(),
+        free_bytes: free_bytes(&driver),
         driver,
         cublas: search::open(&CUBLAS, version).map(|found| found.name),
         agreement: None,
@@ -43,6 +46,12 @@ pub fn run(args: &DoctorArgs) -> Result<()> {
         findings.print();
     }
     Ok(())
+}
+
+/// What is free on each GPU, where it says so.
+fn free_bytes(driver: &Result<DriverInfo>) -> Vec<Option<u64>> {
+    let devices = driver.as_ref().map_or(&[][..], |driver| &driver.devices);
+    devices.iter().map(|info| devices::free_bytes(info.index as usize).ok()).collect()
 }
 
 /// Opens a GPU and compares it with the CPU.
@@ -84,6 +93,7 @@ impl Findings {
                 "usable": self.obstacle().is_none(),
                 "obstacle": self.obstacle(),
                 "driver": self.driver.as_ref().map_or_else(problem, |driver| json!(driver)),
+                "free_bytes": self.free_bytes,
                 "cublas": self.cublas.as_ref().map_or_else(problem, |file| json!({"file": file})),
             },
         })
@@ -96,10 +106,11 @@ impl Findings {
             Ok(driver) => {
                 let (major, minor) = driver.cuda_version;
                 println!("CUDA driver  runs CUDA {major}.{minor}");
-                for device in &driver.devices {
+                for (device, free) in driver.devices.iter().zip(&self.free_bytes) {
                     let (major, minor) = device.capability;
-                    let (free, total) = (ByteSize(device.free_bytes), ByteSize(device.total_bytes));
                     let (index, name) = (device.index, &device.name);
+                    let free = free.map_or("?".into(), |bytes| ByteSize(bytes).to_string());
+                    let total = ByteSize(device.total_bytes);
                     println!("cuda:{index}       {name}, {major}.{minor}, {free} of {total} free");
                 }
             }

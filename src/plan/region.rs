@@ -97,8 +97,9 @@ pub struct Pitch {
     pub stride: usize,
 }
 
-/// Regions start at multiples of this many bytes: a cache line, and an AVX-512 vector.
-pub const REGION_ALIGNMENT_BYTES: usize = 64;
+/// Regions start at multiples of this many bytes: what a driver aligns its own allocations to, and so
+/// what no library chooses another kernel for.
+pub const REGION_ALIGNMENT_BYTES: usize = 256;
 
 impl Region {
     /// Bytes in the arena, padding included.

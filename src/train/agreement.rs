@@ -22,8 +22,8 @@ use crate::model::weights::{TensorSource, Weights};
 use crate::plan::{Optim, Policy, Settings};
 use crate::random::Stream;
 
-/// Widths of heads, each of which has kernels of its own.
-const HEAD_DIMS: [usize; 4] = [64, 96, 128, 256];
+/// Widths of heads, each of which has kernels of its own, and one that has none.
+const HEAD_DIMS: [usize; 5] = [64, 96, 128, 256, 32];
 /// Two documents.
 const BOUNDARIES: [u32; 3] = [0, 41, 70];
 const VOCABULARY: usize = 192;
@@ -79,8 +79,8 @@ fn check_heads_of<K: TrainingKernels>(kernels: &K, head_dim: usize) -> Result<()
     let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
     let (optimizer, groups) = (&optimizer, &groups[..]);
     let update = Update { optimizer, groups, step: 1, learning_rate: 1e-2, gradient_scale: 0.5 };
-    kernels.update(device.parameters_mut(), &update);
-    Cpu.update(host.parameters_mut(), &update);
+    kernels.update(device.parameters_mut(), &update)?;
+    Cpu.update(host.parameters_mut(), &update)?;
     let updated = device.parameters().values(Part::Master)?;
     let error = error_in_norm(&updated, &host.parameters().values(Part::Master)?);
     agree("updates", error, TOLERANCE.weights)?;

@@ -23,7 +23,7 @@ extern "C" const char* nibble_signature(const char*);
 namespace {
 
 // cuda.h
-constexpr int SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3;
+constexpr int SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED = 3, UNAVAILABLE = 46;
 constexpr int INVALID_DEVICE = 101, INVALID_CONTEXT = 201, INVALID_PTX = 218;
 constexpr int INVALID_HANDLE = 400, NOT_FOUND = 500;
 // cublas_api.h
@@ -123,6 +123,8 @@ thread_local void* current = nullptr;
     ONE_AT_A_TIME;            \
     if (current != CONTEXT || retained == 0) return INVALID_CONTEXT
 
+/// What a block of compute capability 8.6 may have.
+constexpr int SHARED_BYTES = 99 << 10;
 struct Function {
     std::string name;
     size_t dynamic_shared = 48 << 10;
@@ -231,13 +233,14 @@ int cuInit(unsigned flags) {
     return initialised ? SUCCESS : INVALID_VALUE;
 }
 int cuDriverGetVersion(int* version) { return *version = 12080, SUCCESS; }
+// The second device is another process' alone.
 int cuDeviceGetCount(int* count) {
-    *count = 1;
+    *count = 2;
     return initialised ? SUCCESS : NOT_INITIALIZED;
 }
 int cuDeviceGet(int* handle, int index) {
     *handle = index;
-    return !initialised ? NOT_INITIALIZED : index == 0 ? SUCCESS : INVALID_DEVICE;
+    return !initialised ? NOT_INITIALIZED : index < 2 ? SUCCESS : INVALID_DEVICE;
 }
 int cuDeviceGetName(char* name, int length, int) {
     snprintf(name, length, "Emulated GPU");
@@ -245,11 +248,16 @@ int cuDeviceGetName(char* name, int length, int) {
 }
 int cuDeviceTotalMem_v2(size_t* bytes, int) { return *bytes = device_bytes(), SUCCESS; }
 int cuDeviceGetAttribute(int* value, int attribute, int) {
-    *value = attribute == 75 ? 8 : attribute == 76 ? 9 : attribute == 16 ? 128 : -1;
+    *value = attribute == 75   ? 8
+             : attribute == 76 ? 9
+             : attribute == 16 ? 128
+             : attribute == 97 ? SHARED_BYTES
+                               : -1;
     return *value < 0 ? INVALID_VALUE : SUCCESS;
 }
-int cuDevicePrimaryCtxRetain(void** context, int) {
+int cuDevicePrimaryCtxRetain(void** context, int device) {
     ONE_AT_A_TIME;
+    if (device != 0) return UNAVAILABLE;
     retained++;
     return *context = CONTEXT, SUCCESS;
 }
@@ -327,9 +335,14 @@ int cuMemsetD8Async(Address to, unsigned char value, size_t bytes, void* stream)
     inside(device, to, bytes, "fill");
     return queue(stream, [=] { memset(reinterpret_cast<void*>(to), value, bytes); });
 }
-int cuStreamCreate(void** stream, unsigned flags) {
+int cuCtxGetStreamPriorityRange(int* least, int* greatest) {
+    IN_CONTEXT;
+    return *least = 0, *greatest = -5, SUCCESS;
+}
+int cuStreamCreateWithPriority(void** stream, unsigned flags, int priority) {
     IN_CONTEXT;
     if (flags != 1) bug("a stream that waits for the default stream");
+    if (priority > 0 || priority < -5) bug("a stream of priority %d", priority);
     auto made = std::make_unique<Stream>();
     *stream = made.get();
     streams[*stream] = std::move(made);
@@ -383,10 +396,13 @@ int cuEventSynchronize(void* event) {
     if (awaited.stream) run(*awaited.stream, awaited.count);
     return SUCCESS;
 }
-int cuModuleLoadData(void** module, const void* ptx) {
+int cuModuleLoadDataEx(void** module, const void* ptx, unsigned count, int* options, void** values) {
     IN_CONTEXT;
     *module = CONTEXT;
-    return strstr(static_cast<const char*>(ptx), ".target sm_80") ? SUCCESS : INVALID_PTX;
+    if (count != 2 || options[0] != 5 || options[1] != 6) return INVALID_VALUE;
+    const bool known = strstr(static_cast<const char*>(ptx), ".target sm_80") && !getenv("NIBBLE_EMULATED_OLD");
+    if (!known) snprintf(static_cast<char*>(values[0]), size_t(values[1]), "ptxas: line 1: too new\n");
+    return known ? SUCCESS : INVALID_PTX;
 }
 int cuModuleGetFunction(void** function, void* module, const char* name) {
     IN_CONTEXT;
@@ -400,8 +416,9 @@ int cuModuleGetFunction(void** function, void* module, const char* name) {
 int cuFuncSetAttribute(void* function, int attribute, int value) {
     IN_CONTEXT;
     auto found = functions.find(function);
-    // What a block of compute capability 8.6 may have.
-    if (found == functions.end() || attribute != 8 || value > 99 << 10) return INVALID_VALUE;
+    if (found == functions.end()) return INVALID_HANDLE;
+    if (attribute == 9) return value >= -1 && value <= 100 ? SUCCESS : INVALID_VALUE;
+    if (attribute != 8 || value > SHARED_BYTES) return INVALID_VALUE;
     found->second->dynamic_shared = value;
     return SUCCESS;
 }
@@ -437,6 +454,7 @@ int cublasCreate_v2(void** handle) {
     handles[*handle] = std::move(made);
     return SUCCESS;
 }
+int cublasGetVersion_v2(void*, int* version) { return *version = 120800, SUCCESS; }
 int cublasDestroy_v2(void* handle) {
     ONE_AT_A_TIME;
     return handles.erase(handle) ? SUCCESS : BLAS_NOT_INITIALIZED;

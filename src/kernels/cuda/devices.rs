@@ -28,8 +28,6 @@ pub struct DeviceInfo {
     pub multiprocessors: i32,
     /// Bytes of memory.
     pub total_bytes: u64,
-    /// Bytes that are free.
-    pub free_bytes: u64,
 }
 
 /// What the driver says.
@@ -41,7 +39,8 @@ pub struct DriverInfo {
     pub devices: Vec<DeviceInfo>,
 }
 
-/// Asks the driver for its version and devices.
+/// Asks the driver for its version and devices; makes no context, so that a card that is full or busy
+/// is seen, too.
 ///
 /// # Errors
 /// `Gpu` when there is no driver or it refuses.
@@ -50,8 +49,8 @@ pub fn driver_info() -> Result<DriverInfo> {
     let mut count = 0;
     // SAFETY: initialised by `open_driver`; the out-pointer is valid.
     cuda.check("count the devices", unsafe { (cuda.device_count)(&mut count) })?;
-    let devices = (0..count).map(|index| device_info(&cuda, index)).collect::<Result<_>>()?;
-    Ok(DriverInfo { cuda_version: driver_version(&cuda)?, devices })
+    let devices = (0..count).map(|index| device_info(cuda, index)).collect::<Result<_>>()?;
+    Ok(DriverInfo { cuda_version: driver_version(cuda)?, devices })
 }
 
 /// Highest CUDA version that the driver runs.
@@ -65,34 +64,41 @@ pub(super) fn driver_version(cuda: &Cuda) -> Result<(i32, i32)> {
 /// What the driver says of device `index`.
 pub(super) fn device_info(cuda: &Cuda, index: i32) -> Result<DeviceInfo> {
     let (mut device, mut total, mut name) = (0, 0usize, [0 as c_char; 256]);
-    let [mut major, mut minor, mut multiprocessors] = [0; 3];
     // SAFETY: the out-pointers are valid, the name has the length that is given.
     unsafe {
         cuda.check("open the device", (cuda.device_get)(&mut device, index))?;
         let length = name.len() as c_int - 1;
         cuda.check("read its name", (cuda.device_name)(name.as_mut_ptr(), length, device))?;
         cuda.check("read its memory", (cuda.device_memory)(&mut total, device))?;
-        for (value, attribute) in [
-            (&mut major, DEVICE_ATTRIBUTE_MAJOR),
-            (&mut minor, DEVICE_ATTRIBUTE_MINOR),
-            (&mut multiprocessors, DEVICE_ATTRIBUTE_MULTIPROCESSORS),
-        ] {
-            let code = (cuda.device_attribute)(value, attribute, device);
-            cuda.check("read its attributes", code)?;
-        }
     }
+    let [major, minor] = [DEVICE_ATTRIBUTE_MAJOR, DEVICE_ATTRIBUTE_MINOR];
+    let capability = (attribute(cuda, device, major)?, attribute(cuda, device, minor)?);
+    let multiprocessors = attribute(cuda, device, DEVICE_ATTRIBUTE_MULTIPROCESSORS)?;
     // SAFETY: the driver ends the name with a zero, and the last byte is one.
     let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
-    let free_bytes = free_bytes(cuda, device)?;
-    let (capability, total_bytes) = ((major, minor), total as u64);
-    Ok(DeviceInfo { index, name, capability, multiprocessors, total_bytes, free_bytes })
+    let total_bytes = total as u64;
+    Ok(DeviceInfo { index, name, capability, multiprocessors, total_bytes })
 }
 
-/// Free memory; makes a context for the question.
-fn free_bytes(cuda: &Cuda, device: c_int) -> Result<u64> {
-    let (mut context, mut free, mut total) = (ptr::null_mut(), 0, 0);
-    // SAFETY: the context is released after use, and no longer current then.
+/// An attribute of a device.
+pub(super) fn attribute(cuda: &Cuda, device: c_int, attribute: c_int) -> Result<c_int> {
+    let mut value = 0;
+    // SAFETY: the out-pointer is valid.
+    let code = unsafe { (cuda.device_attribute)(&mut value, attribute, device) };
+    cuda.check("read an attribute of the GPU", code)?;
+    Ok(value)
+}
+
+/// Free memory of device `index`, beside the context that is made for the question.
+///
+/// # Errors
+/// `Gpu` or `Budget` where no context can be had: the card is full, or another process has it alone.
+pub fn free_bytes(index: usize) -> Result<u64> {
+    let cuda = open_driver()?;
+    let (mut device, mut context, mut free, mut total) = (0, ptr::null_mut(), 0, 0);
+    // SAFETY: out-pointers are valid; the context is released after use, and no longer current then.
     unsafe {
+        cuda.check("open the device", (cuda.device_get)(&mut device, index as c_int))?;
         cuda.check("use the device", (cuda.context_retain)(&mut context, device))?;
         let answer = cuda.check("use its context", (cuda.context_use)(context)).and_then(|()| {
             cuda.check("read its free memory", (cuda.memory_info)(&mut free, &mut total))

@@ -6,7 +6,9 @@
 #![allow(clippy::type_complexity)] // C prototypes
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::fmt::Display;
 use std::ptr;
+use std::sync::OnceLock;
 
 use libloading::Library;
 
@@ -15,6 +17,10 @@ use crate::error::{Error, Result};
 
 // cuda.h
 const ERROR_OUT_OF_MEMORY: c_int = 2;
+const ERROR_NO_BINARY_FOR_GPU: c_int = 209;
+const ERROR_INVALID_PTX: c_int = 218;
+const ERROR_JIT_COMPILER_NOT_FOUND: c_int = 221;
+const ERROR_UNSUPPORTED_PTX_VERSION: c_int = 222;
 
 /// What the libraries hand out: contexts, streams, events, modules, functions.
 pub(super) type Handle = *mut c_void;
@@ -22,10 +28,10 @@ pub(super) type Handle = *mut c_void;
 macro_rules! functions {
     ($(#[$doc:meta])* $table:ident: $($field:ident = $symbol:literal ($($type:ty),*);)*) => {
         $(#[$doc])*
-        pub(super) struct $table { $(pub(super) $field: unsafe extern "C" fn($($type),*) -> c_int,)* _library: Library }
+        pub(super) struct $table { $(pub(super) $field: unsafe extern "C" fn($($type),*) -> c_int,)* }
 
         impl $table {
-            pub(super) fn load(library: Library, name: &str) -> Result<Self> {
+            pub(super) fn load(library: &'static Library, name: &str) -> Result<Self> {
                 $(
                     // SAFETY: the symbol has this prototype in the library's header.
                     let $field = unsafe {
@@ -36,7 +42,7 @@ macro_rules! functions {
                             .map_err(|e| Error::gpu(format_args!("{name} lacks {}: {e}", $symbol)))?
                     };
                 )*
-                Ok($table { $($field,)* _library: library })
+                Ok($table { $($field,)* })
             }
         }
     };
@@ -64,7 +70,8 @@ functions! {
     download = "cuMemcpyDtoHAsync_v2" (*mut c_void, u64, usize, Handle);
     copy = "cuMemcpyDtoDAsync_v2" (u64, u64, usize, Handle);
     fill = "cuMemsetD8Async" (u64, u8, usize, Handle);
-    stream_create = "cuStreamCreate" (*mut Handle, c_uint);
+    stream_priorities = "cuCtxGetStreamPriorityRange" (*mut c_int, *mut c_int);
+    stream_create = "cuStreamCreateWithPriority" (*mut Handle, c_uint, c_int);
     stream_destroy = "cuStreamDestroy_v2" (Handle);
     stream_wait_event = "cuStreamWaitEvent" (Handle, Handle, c_uint);
     event_create = "cuEventCreate" (*mut Handle, c_uint);
@@ -72,7 +79,9 @@ functions! {
     event_record = "cuEventRecord" (Handle, Handle);
     event_wait = "cuEventSynchronize" (Handle);
     stream_wait = "cuStreamSynchronize" (Handle);
-    module_load = "cuModuleLoadData" (*mut Handle, *const c_void);
+    module_load = "cuModuleLoadDataEx" (
+        *mut Handle, *const c_void, c_uint, *mut c_int, *mut *mut c_void
+    );
     module_function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
     function_attribute = "cuFuncSetAttribute" (Handle, c_int, c_int);
     launch = "cuLaunchKernel" (
@@ -86,6 +95,7 @@ functions! {
     /// libcublas.
     Cublas:
     create = "cublasCreate_v2" (*mut Handle);
+    version = "cublasGetVersion_v2" (Handle, *mut c_int);
     destroy = "cublasDestroy_v2" (Handle);
     set_stream = "cublasSetStream_v2" (Handle, Handle);
     set_math_mode = "cublasSetMathMode" (Handle, c_int);
@@ -103,7 +113,7 @@ functions! {
 
 impl Cuda {
     /// An error for a code that is not zero, saying what could not be done.
-    pub(super) fn check(&self, act: &str, code: c_int) -> Result<()> {
+    pub(super) fn check(&self, act: impl Display, code: c_int) -> Result<()> {
         if code == 0 {
             return Ok(());
         }
@@ -122,6 +132,13 @@ impl Cuda {
                 "lower `--max-length`, give a `--memory-budget`, free the GPU, or use \
                      `--device cpu`",
             ),
+            ERROR_NO_BINARY_FOR_GPU | ERROR_INVALID_PTX | ERROR_UNSUPPORTED_PTX_VERSION => {
+                Error::gpu(what).hint("update NVIDIA's driver: 525 or newer, for RTX 50 570")
+            }
+            ERROR_JIT_COMPILER_NOT_FOUND => Error::gpu(what).hint(
+                "the driver's libnvidia-ptxjitcompiler is missing: in a container, set \
+                 NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+            ),
             _ => Error::gpu(what),
         })
     }
@@ -131,11 +148,15 @@ impl Cuda {
 ///
 /// # Errors
 /// `Gpu` when there is none or it refuses.
-pub(super) fn open_driver() -> Result<Cuda> {
+pub(super) fn open_driver() -> Result<&'static Cuda> {
+    static DRIVER_AT_WORK: OnceLock<Cuda> = OnceLock::new();
+    if let Some(cuda) = DRIVER_AT_WORK.get() {
+        return Ok(cuda);
+    }
     let found = search::open(&DRIVER, 0)?;
     let cuda = Cuda::load(found.library, &found.name)?;
     // SAFETY: cuInit takes 0.
     let code = unsafe { (cuda.init)(0) };
     cuda.check("initialise the CUDA driver", code)?;
-    Ok(cuda)
+    Ok(DRIVER_AT_WORK.get_or_init(|| cuda))
 }

@@ -3,11 +3,13 @@
 
 use std::collections::HashMap;
 use std::ffi::{CString, c_int, c_uint, c_void};
+use std::fmt::Display;
 use std::ptr;
-use std::sync::Mutex;
+use std::sync::mpsc;
+use std::time::Duration;
 
 use super::ahead::AHEAD_SLOTS;
-use super::devices::{LOWEST_CAPABILITY, device_info, driver_version};
+use super::devices::{LOWEST_CAPABILITY, attribute, device_info, driver_version};
 use super::driver::{Address, Driver, Gemm, Launch};
 use super::functions::{Cublas, Cuda, Handle, open_driver};
 use super::products;
@@ -19,20 +21,34 @@ use crate::error::{Error, Result};
 const PTX: &str = include_str!("kernels.ptx");
 
 // cuda.h
+const DEVICE_ATTRIBUTE_MOST_SHARED_BYTES: c_int = 97;
 const FUNCTION_ATTRIBUTE_DYNAMIC_SHARED_BYTES: c_int = 8;
+const FUNCTION_ATTRIBUTE_SHARED_CARVEOUT: c_int = 9;
 const STREAM_NON_BLOCKING: c_uint = 1;
 const EVENT_DISABLE_TIMING: c_uint = 2;
-/// Dynamic shared memory that a kernel may use unasked.
-const PLAIN_SHARED_BYTES: u32 = 48 << 10;
+const JIT_ERROR_LOG_BUFFER: c_int = 5;
+const JIT_ERROR_LOG_BUFFER_BYTES: c_int = 6;
 // cublas_api.h
+const CUBLAS_NOT_INITIALIZED: c_int = 1;
 const CUBLAS_ALLOC_FAILED: c_int = 3;
+const CUBLAS_ARCH_MISMATCH: c_int = 8;
+const CUBLAS_EXECUTION_FAILED: c_int = 13;
+const CUBLAS_INTERNAL_ERROR: c_int = 14;
+const CUBLAS_NOT_SUPPORTED: c_int = 15;
 /// Parts of a sum that several blocks made are added in f32, not in the result's bf16.
 const MATH_DISALLOW_REDUCED_PRECISION_REDUCTION: c_int = 16;
 
+/// Free memory below which a library that fails is taken to have found none: it does not say so when
+/// the code of a kernel, which is loaded when it is first used, has no room.
+const SCARCE_BYTES: u64 = 128 << 20;
+/// Most parameters of a kernel, with some to spare.
+const MOST_ARGUMENTS: usize = 32;
+
 /// One GPU at work.
 pub struct Gpu {
-    cuda: Cuda,
+    cuda: &'static Cuda,
     cublas: Cublas,
+    name: String,
     device: c_int,
     context: Handle,
     stream: Handle,
@@ -45,13 +61,13 @@ pub struct Gpu {
     prepared: [Handle; AHEAD_SLOTS],
     blas: Handle,
     module: Handle,
-    functions: Mutex<HashMap<&'static str, (Handle, u32)>>,
+    functions: HashMap<&'static str, Handle>,
 }
 
 // SAFETY: handles may be used from any thread once its context is current, which every call sees to;
 // cuBLAS calls are made under `&self` by one model at a time.
 unsafe impl Send for Gpu {}
-// SAFETY: as above; the table of functions is behind a lock.
+// SAFETY: as above; the table of functions does not change.
 unsafe impl Sync for Gpu {}
 
 impl Gpu {
@@ -61,7 +77,7 @@ impl Gpu {
     /// `Gpu` naming what is missing and what to do.
     pub fn open(index: usize) -> Result<Self> {
         let cuda = open_driver()?;
-        let info = device_info(&cuda, index as i32)
+        let info = device_info(cuda, index as i32)
             .map_err(|error| error.or_hint("`nibble doctor` lists the GPUs"))?;
         if info.capability < LOWEST_CAPABILITY {
             let (name, (major, minor)) = (info.name, info.capability);
@@ -70,11 +86,12 @@ impl Gpu {
             ))
             .hint("use `--device cpu`"));
         }
-        let found = search::open(&CUBLAS, driver_version(&cuda)?.0)?;
+        let found = search::open(&CUBLAS, driver_version(cuda)?.0)?;
         let cublas = Cublas::load(found.library, &found.name)?;
         let mut gpu = Gpu {
             cuda,
             cublas,
+            name: info.name,
             device: index as c_int,
             context: ptr::null_mut(),
             stream: ptr::null_mut(),
@@ -85,24 +102,35 @@ impl Gpu {
             prepared: [ptr::null_mut(); AHEAD_SLOTS],
             blas: ptr::null_mut(),
             module: ptr::null_mut(),
-            functions: Mutex::default(),
+            functions: HashMap::new(),
         };
         gpu.prepare()?;
+        gpu.load_kernels()?;
         Ok(gpu)
     }
 
+    /// The product's name.
+    pub fn name(&self) -> &str {
+        &self.name
+    }
+
     fn prepare(&mut self) -> Result<()> {
-        let ptx = CString::new(PTX).expect("PTX is text");
-        // SAFETY: out-pointers are this value's fields; the PTX ends with a zero; each handle is
-        // made before it is used, and freed by `drop`.
+        let (mut last, mut first) = (0, 0);
+        // SAFETY: out-pointers are valid; each handle is made before it is used, and freed by `drop`.
         unsafe {
             let code = (self.cuda.device_get)(&mut self.device, self.device);
             self.cuda.check("open the device", code)?;
             let code = (self.cuda.context_retain)(&mut self.context, self.device);
             self.cuda.check("use the device", code)?;
             self.enter()?;
-            for stream in [&mut self.stream, &mut self.copies, &mut self.ahead] {
-                let code = (self.cuda.stream_create)(stream, STREAM_NON_BLOCKING);
+            let code = (self.cuda.stream_priorities)(&mut last, &mut first);
+            self.cuda.check("read the priorities of streams", code)?;
+            // What is widened ahead gets the multiprocessors that a product leaves, not those that it
+            // is waiting for.
+            for (stream, priority) in
+                [(&mut self.stream, first), (&mut self.copies, first), (&mut self.ahead, last)]
+            {
+                let code = (self.cuda.stream_create)(stream, STREAM_NON_BLOCKING, priority);
                 self.cuda.check("make a stream", code)?;
             }
             let done = self.copied.iter_mut().chain(&mut self.prepared);
@@ -110,14 +138,76 @@ impl Gpu {
                 let code = (self.cuda.event_create)(event, EVENT_DISABLE_TIMING);
                 self.cuda.check("make an event", code)?;
             }
-            let code = (self.cuda.module_load)(&mut self.module, ptx.as_ptr().cast());
-            self.cuda.check("compile the kernels", code)?;
             let code = (self.cublas.create)(&mut self.blas);
             self.check_blas("start cuBLAS", code)?;
             let mode = MATH_DISALLOW_REDUCED_PRECISION_REDUCTION;
             self.check_blas("set its precision", (self.cublas.set_math_mode)(self.blas, mode))?;
             self.check_blas("use a stream", (self.cublas.set_stream)(self.blas, self.stream))
         }
+    }
+
+    /// Compiles the kernels for the card, or takes what the driver kept of the last time, and looks
+    /// all of them up: a kernel that is loaded in the middle of a run might find no memory.
+    fn load_kernels(&mut self) -> Result<()> {
+        let (done, waiting) = mpsc::channel();
+        let what = format!("compiling the kernels for {}; the driver keeps them", self.name);
+        std::thread::scope(|scope| {
+            scope.spawn(move || {
+                let patience = Duration::from_secs(1);
+                if waiting.recv_timeout(patience) == Err(mpsc::RecvTimeoutError::Timeout) {
+                    eprintln!("{what}");
+                }
+            });
+            let result = self.compile();
+            let _ = done.send(());
+            result
+        })?;
+        let most = attribute(self.cuda, self.device, DEVICE_ATTRIBUTE_MOST_SHARED_BYTES)?;
+        for kernel in kernels() {
+            let name = CString::new(kernel).expect("names have no zero bytes");
+            let mut function = ptr::null_mut();
+            // SAFETY: the module is loaded, the name ends with a zero.
+            let code =
+                unsafe { (self.cuda.module_function)(&mut function, self.module, name.as_ptr()) };
+            self.cuda.check(format_args!("find kernel {kernel}"), code)?;
+            if kernel.starts_with("flash_") {
+                let attributes = [
+                    (FUNCTION_ATTRIBUTE_DYNAMIC_SHARED_BYTES, most),
+                    // Per cent: as many blocks as fit, whatever the driver would guess.
+                    (FUNCTION_ATTRIBUTE_SHARED_CARVEOUT, 100),
+                ];
+                for (attribute, value) in attributes {
+                    // SAFETY: a function of the loaded module.
+                    let code =
+                        unsafe { (self.cuda.function_attribute)(function, attribute, value) };
+                    self.cuda.check(format_args!("give {kernel} its shared memory"), code)?;
+                }
+            }
+            self.functions.insert(kernel, function);
+        }
+        Ok(())
+    }
+
+    fn compile(&mut self) -> Result<()> {
+        let ptx = CString::new(PTX).expect("PTX is text");
+        let mut log = vec![0u8; 4096];
+        let mut options = [JIT_ERROR_LOG_BUFFER, JIT_ERROR_LOG_BUFFER_BYTES];
+        let mut values = [log.as_mut_ptr().cast(), log.len() as *mut c_void];
+        self.enter()?;
+        // SAFETY: the PTX ends with a zero; as many values as options, the log as long as is said.
+        let code = unsafe {
+            (self.cuda.module_load)(
+                &mut self.module,
+                ptx.as_ptr().cast(),
+                options.len() as c_uint,
+                options.as_mut_ptr(),
+                values.as_mut_ptr(),
+            )
+        };
+        let log = String::from_utf8_lossy(&log);
+        let log = log.trim_end_matches('\0').trim();
+        let separator = if log.is_empty() { "" } else { ": " };
+        self.cuda.check(format_args!("compile the kernels{separator}{log}"), code)
     }
 
     /// Queues `work` on another stream: behind what the first one has, and marked by `done`.
@@ -158,9 +248,14 @@ impl Gpu {
 
     fn launch_on(&self, stream: Handle, launch: Launch) -> Result<()> {
         let Launch { kernel, grid: [x, y, z], threads, shared_bytes, arguments } = launch;
-        let function = self.function(kernel, shared_bytes)?;
-        let mut pointers: Vec<*mut c_void> =
-            arguments.iter_mut().map(|argument| argument.as_pointer()).collect();
+        let function = *self
+            .functions
+            .get(kernel)
+            .ok_or_else(|| Error::gpu(format_args!("there is no kernel {kernel}")))?;
+        let mut pointers = [ptr::null_mut(); MOST_ARGUMENTS];
+        for (pointer, argument) in pointers[..arguments.len()].iter_mut().zip(arguments) {
+            *pointer = argument.as_pointer();
+        }
         let (parameters, extra) = (pointers.as_mut_ptr(), ptr::null_mut());
         // SAFETY: the arguments have the types that the kernel declares (tested with the same
         // sources on the CPU) and are copied before the call returns.
@@ -179,7 +274,7 @@ impl Gpu {
                 extra,
             )
         };
-        self.cuda.check(&format!("launch {kernel}"), code)
+        self.cuda.check(format_args!("launch {kernel}"), code)
     }
 
     /// Makes the context this thread's.
@@ -189,39 +284,37 @@ impl Gpu {
         self.cuda.check("use the GPU's context", code)
     }
 
-    fn check_blas(&self, act: &str, code: c_int) -> Result<()> {
+    fn check_blas(&self, act: impl Display, code: c_int) -> Result<()> {
         if code == 0 {
             return Ok(());
         }
-        let what = format_args!("cannot {act}: cuBLAS status {code}");
-        Err(if code == CUBLAS_ALLOC_FAILED { Error::budget(what) } else { Error::gpu(what) })
+        let mut version = 0;
+        // SAFETY: the out-pointer is valid; without a handle the library says so.
+        unsafe { (self.cublas.version)(self.blas, &mut version) };
+        let what = format_args!("cannot {act}: status {code} of cuBLAS {version}");
+        let scarce = || matches!(self.memory(), Ok((free, _)) if free < SCARCE_BYTES);
+        Err(match code {
+            CUBLAS_ALLOC_FAILED => Error::budget(what),
+            CUBLAS_NOT_INITIALIZED | CUBLAS_EXECUTION_FAILED | CUBLAS_INTERNAL_ERROR
+                if scarce() =>
+            {
+                Error::budget(what).hint("leave more of the GPU free with `--memory-budget`")
+            }
+            CUBLAS_ARCH_MISMATCH | CUBLAS_EXECUTION_FAILED | CUBLAS_NOT_SUPPORTED => {
+                Error::gpu(what).hint(
+                    "it may be older than the card: `pip install -U nvidia-cublas-cu12`, RTX 50 \
+                     needs 12.8",
+                )
+            }
+            _ => Error::gpu(what),
+        })
     }
+}
 
-    /// The function of a kernel, allowed `shared_bytes` of dynamic shared memory.
-    fn function(&self, kernel: &'static str, shared_bytes: u32) -> Result<Handle> {
-        let mut functions = self.functions.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        let (mut function, mut allowed) =
-            functions.get(kernel).copied().unwrap_or((ptr::null_mut(), PLAIN_SHARED_BYTES));
-        if function.is_null() {
-            let name = CString::new(kernel).expect("names have no zero bytes");
-            // SAFETY: the module is loaded, the name ends with a zero.
-            let code =
-                unsafe { (self.cuda.module_function)(&mut function, self.module, name.as_ptr()) };
-            self.cuda.check(&format!("find kernel {kernel}"), code)?;
-        }
-        if shared_bytes > allowed {
-            let attribute = FUNCTION_ATTRIBUTE_DYNAMIC_SHARED_BYTES;
-            // SAFETY: a function of the loaded module.
-            let code = unsafe {
-                (self.cuda.function_attribute)(function, attribute, shared_bytes as c_int)
-            };
-            self.cuda
-                .check(&format!("give {kernel} {shared_bytes} bytes of shared memory"), code)?;
-            allowed = shared_bytes;
-        }
-        functions.insert(kernel, (function, allowed));
-        Ok(function)
-    }
+/// Names of the kernels in the PTX.
+fn kernels() -> impl Iterator<Item = &'static str> {
+    let name = |line: &'static str| line.strip_prefix(".visible .entry ")?.split('(').next();
+    PTX.lines().filter_map(name)
 }
 
 impl Drop for Gpu {
@@ -256,7 +349,7 @@ impl Driver for Gpu {
         let mut address = 0;
         // SAFETY: the out-pointer is valid.
         let code = unsafe { (self.cuda.allocate)(&mut address, bytes) };
-        self.cuda.check(&format!("allocate {bytes} bytes of GPU memory"), code)?;
+        self.cuda.check(format_args!("allocate {bytes} bytes of GPU memory"), code)?;
         Ok(address)
     }
 
@@ -273,7 +366,7 @@ impl Driver for Gpu {
         let mut start = ptr::null_mut();
         // SAFETY: the out-pointer is valid.
         let code = unsafe { (self.cuda.allocate_host)(&mut start, bytes, 0) };
-        self.cuda.check(&format!("allocate {bytes} bytes of pinned memory"), code)?;
+        self.cuda.check(format_args!("allocate {bytes} bytes of pinned memory"), code)?;
         Ok(start.cast())
     }
 
@@ -375,7 +468,7 @@ impl Driver for Gpu {
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
         self.enter()?;
         let code = products::gemm(&self.cublas, self.blas, gemm)?;
-        self.check_blas(&format!("multiply {:?}", gemm.shape), code)
+        self.check_blas(format_args!("multiply {:?}", gemm.shape), code)
     }
 
     fn set_workspace(&self, address: Address, bytes: usize) -> Result<()> {

@@ -49,7 +49,8 @@ pub(super) fn cross_entropy<D: Driver>(
         logits.argument(rows * vocab_size), vocab_size, targets, vocab_size,
         scale.unwrap_or(0.0), scale.is_some(), losses);
     let partials = Argument::Pointer(loss.partials());
-    let grid = flat(rows);
+    let mut grid = flat(rows);
+    grid[0] = grid[0].min(PARTIALS as u32);
     launch!(cuda, "sum_f32", grid, FLAT_THREADS; losses, rows as i64, partials);
     launch!(cuda, "sum_partials", [1, 1, 1], FLAT_THREADS;
         partials, grid[0], Argument::Pointer(loss.sum()), true);

@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::OsStr;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use libloading::Library;
@@ -21,8 +21,8 @@ pub struct Wanted {
     pub fix: &'static str,
     /// Whether it may lie in CUDA's folders, not in the system's alone.
     bundled: bool,
-    /// What the library itself needs, as a part of its name and what stands there instead: outside
-    /// the loader's path it would not find even what lies beside it.
+    /// What the library itself needs, as a part of its name and what stands there instead, where the
+    /// loader does not look beside it.
     beside: Option<(&'static str, &'static str)>,
 }
 
@@ -53,10 +53,11 @@ pub const CUBLAS: Wanted = Wanted {
     beside: Some(("cublas", "cublasLt")),
 };
 
-/// A library that was opened.
+/// A library that was opened. It is never closed: CUDA's libraries have threads and exit handlers of
+/// their own, which would run into the gap.
 pub struct Found {
     /// It.
-    pub library: Library,
+    pub library: &'static Library,
     /// File, with its folder where that was searched.
     pub name: String,
 }
@@ -102,20 +103,25 @@ fn first(wanted: &Wanted, names: &[&str], folders: &[Option<PathBuf>]) -> Option
         })
     });
     paths.into_iter().find_map(|path| {
-        let name = path.file_name()?.to_str()?;
-        if let Some((part, instead)) = wanted.beside {
-            // Stays open: a library of this name is then found by whoever needs it.
-            let needed = path.with_file_name(name.replace(part, instead));
-            std::mem::forget(load(needed.as_os_str()));
-        }
-        let library = load(path.as_os_str())?;
+        let library = load(path.as_os_str()).or_else(|| {
+            let (part, instead) = wanted.beside.filter(|_| path.is_file())?;
+            // Once it is open, whoever needs a library of its name has it.
+            load(beside(&path, part, instead)?.as_os_str())?;
+            load(path.as_os_str())
+        })?;
         Some(Found { library, name: path.display().to_string() })
     })
 }
 
-fn load(path: &OsStr) -> Option<Library> {
+/// The file that has `instead` for `part` in its name.
+fn beside(path: &Path, part: &str, instead: &str) -> Option<PathBuf> {
+    Some(path.with_file_name(path.file_name()?.to_str()?.replace(part, instead)))
+}
+
+fn load(path: &OsStr) -> Option<&'static Library> {
     // SAFETY: NVIDIA's libraries may be opened at any time; their initialisers touch nothing of ours.
-    unsafe { Library::new(path) }.ok()
+    let library = unsafe { Library::new(path) }.ok()?;
+    Some(Box::leak(Box::new(library)))
 }
 
 /// CUDA's usual folder and those of Python's packages, where there is a Python.
