@@ -58,9 +58,6 @@ fn rows_are_gathered_scattered_scaled_and_zeroed() {
             launch!(device, "zero", [2, 1, 1], 32; &mut scattered[..], (2 * width * 5) as i64);
             assert!(scattered[..5 * width].iter().all(|x| x.to_bits() == 0));
             assert!(scattered[5 * width..].iter().any(|x| x.to_bits() != 0));
-            let mut zeroed = vec![POISON; 3 * stride];
-            launch!(device, "zero_rows", grid, 32; &mut zeroed[..], stride as i32, width as i32);
-            assert_eq!(band(&zeroed, width, stride), vec![0.0; 3 * width]);
         }
     });
 }

@@ -14,4 +14,5 @@ mod elementwise;
 mod flash;
 mod mutants;
 mod norm;
+mod parts;
 mod sums;

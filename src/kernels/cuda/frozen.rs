@@ -33,7 +33,7 @@ use super::Cuda;
 use super::ahead::{Ahead, Wanted};
 use super::driver::{Address, Argument, Driver, Launch, Operand, Product};
 use super::host::DeviceVector;
-use super::launch::{FLAT_THREADS, ROW_THREADS, TAIL_THREADS, launch, rows as row_grid};
+use super::launch::{FLAT_THREADS, ROW_THREADS, columns as columns_grid, launch, rows as row_grid};
 use super::memory::{Buffer, Rows};
 use super::weight::{DeviceWeight, Form, Packed};
 use crate::error::Result;
@@ -234,8 +234,8 @@ pub(super) fn copy_columns<D: Driver>(
     (rows, width): (usize, usize),
     scale: f32,
 ) {
-    launch!(cuda, "scale_rows_bf16", row_grid(rows), TAIL_THREADS;
-        from.argument(), from.stride, to.argument(), to.stride, width, scale, false);
+    launch!(cuda, "scale_columns_bf16", columns_grid(rows, width), FLAT_THREADS;
+        from.argument(), from.stride, to.argument(), to.stride, rows, width, scale);
 }
 
 fn beta(accumulate: bool) -> f32 {

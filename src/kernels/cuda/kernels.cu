@@ -22,6 +22,7 @@
 #include "flash_forward.cuh"
 #include "mlp.cuh"
 #include "norm.cuh"
+#include "parts.cuh"
 #include "rotary.cuh"
 #include "rows.cuh"
 #include "sum.cuh"
@@ -43,8 +44,7 @@ dequantize_4bit(const u8* codes, const float* values, const float* absmax, const
     dequantize_rows(weight, first_row, rows, columns, out, out_stride);
 }
 
-// to = scale · from, or to += scale · from, in f32, rounded once. Rows. Also the copy of a band
-// (scale 1) and the tail s·B of a K-extended weight.
+// to = scale · from, or to += scale · from, in f32, rounded once. Rows.
 extern "C" __global__ void __launch_bounds__(1024)
 scale_rows_bf16(const bfloat16* from, int from_stride, bfloat16* to, int to_stride, int width,
                 float scale, int accumulate) {
@@ -133,17 +133,68 @@ extern "C" __global__ void __launch_bounds__(1024) zero(u16* to, long long bytes
     }
 }
 
-// to[i, :width] = 0. Rows. The blocks beside the diagonal of a K-extended, fused weight.
-extern "C" __global__ void __launch_bounds__(1024) zero_rows(bfloat16* to, int stride, int width) {
-    for (int c = threadIdx.x; c < width; c += blockDim.x) {
-        row_of(to, blockIdx.x, stride)[c] = bfloat16{0};
-    }
-}
-
 // y[i, :] += bias. Rows of `width`.
 extern "C" __global__ void __launch_bounds__(1024)
 add_bias(bfloat16* y, int y_stride, const float* bias, int width) {
     add_bias_row(y, y_stride, bias, width);
+}
+
+// ---------------------------------------------------------------- adapters beside large matrices
+
+// to = scale · from, a few columns of `rows` rows: x·Aᵀ behind the rows of x, s·B behind those of a
+// weight. Flat over rows · ceil(width / 8).
+extern "C" __global__ void __launch_bounds__(1024)
+scale_columns_bf16(const bfloat16* from, int from_stride, bfloat16* to, int to_stride, int rows,
+                   int width, float scale) {
+    scale_columns(from, from_stride, to, to_stride, rows, width, scale);
+}
+
+#define NIBBLE_DIAGONAL_INPUTS(T)                                                                 \
+    const T *b0, const T *b1, const T *b2, int rows0, int rows1, int rows2, int rank0, int rank1, \
+        int rank2, float scale0, float scale1, float scale2
+#define NIBBLE_DIAGONAL_VALUES                                                                    \
+    b0, b1, b2, rows0, rows1, rows2, rank0, rank1, rank2, scale0, scale1, scale2
+
+// to[Σ rows, Σ ranks] = diag(scale · b), each b [rows, rank] without gaps; a b of rank 0 is not read.
+// Whole pieces of 8 columns are written. Flat over Σ rows · ceil(Σ ranks / 8). What stands behind the
+// rows of fused weights.
+extern "C" __global__ void __launch_bounds__(1024)
+diagonal_bf16(NIBBLE_DIAGONAL_INPUTS(bfloat16), bfloat16* to, int stride) {
+    write_diagonal(Diagonal<bfloat16>(NIBBLE_DIAGONAL_VALUES), to, stride);
+}
+
+// The same from f32.
+extern "C" __global__ void __launch_bounds__(1024)
+diagonal_f32_bf16(NIBBLE_DIAGONAL_INPUTS(float), bfloat16* to, int stride) {
+    write_diagonal(Diagonal<float>(NIBBLE_DIAGONAL_VALUES), to, stride);
+}
+
+// to = up to three matrices of `width` columns without gaps, one below the other, of which the first
+// two have `rows0` and `rows1` rows. Rows, of all of them.
+extern "C" __global__ void __launch_bounds__(1024)
+stack_rows_bf16(const bfloat16* a0, const bfloat16* a1, const bfloat16* a2, int rows0, int rows1,
+                int width, bfloat16* to, int to_stride) {
+    int row = blockIdx.x;
+    const bfloat16* from = one_of(find_part(row, rows0, rows1), a0, a1, a2);
+    scale_row(from, width, row, to, to_stride, blockIdx.x, width, 1.0f, false);
+}
+
+// The same from f32.
+extern "C" __global__ void __launch_bounds__(1024)
+stack_rows_f32_bf16(const float* a0, const float* a1, const float* a2, int rows0, int rows1,
+                    int width, bfloat16* to, int to_stride) {
+    int row = blockIdx.x;
+    const float* from = one_of(find_part(row, rows0, rows1), a0, a1, a2);
+    scale_row(from, width, row, to, to_stride, blockIdx.x, width, 1.0f, false);
+}
+
+// The way back, added: each matrix += its rows of `from`, which has no gaps. Rows, of all of them.
+extern "C" __global__ void __launch_bounds__(1024)
+add_stacked_f32(const float* from, float* a0, float* a1, float* a2, int rows0, int rows1,
+                int width) {
+    int row = blockIdx.x;
+    float* to = one_of(find_part(row, rows0, rows1), a0, a1, a2);
+    scale_row(from, width, blockIdx.x, to, width, row, width, 1.0f, true);
 }
 
 // ---------------------------------------------------------------- norms, rotary, dropout, MLP

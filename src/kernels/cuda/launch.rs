@@ -28,8 +28,6 @@ impl From<usize> for Argument {
 
 /// Threads of the kernels that give a block to each row.
 pub const ROW_THREADS: u32 = 256;
-/// Threads of those, where rows are a few columns.
-pub const TAIL_THREADS: u32 = 32;
 /// Threads of the kernels whose blocks take turns.
 pub const FLAT_THREADS: u32 = 256;
 /// Blocks of those at most: a few for each multiprocessor.
@@ -43,6 +41,11 @@ pub fn rows(rows: usize) -> [u32; 3] {
 /// Grid of a kernel whose blocks take turns through `elements`.
 pub fn flat(elements: usize) -> [u32; 3] {
     [elements.div_ceil(FLAT_THREADS as usize).min(FLAT_BLOCKS) as u32, 1, 1]
+}
+
+/// Grid of a kernel whose blocks take turns through `rows` rows of a few columns, eight at a time.
+pub fn columns(rows: usize, width: usize) -> [u32; 3] {
+    flat(rows * width.div_ceil(8))
 }
 
 /// `elements` as rows of equal width, of 8 elements' multiple where that divides: for elementwise

@@ -140,9 +140,8 @@ fn leave_room(spec: &ModelSpec, settings: &Settings, region: &mut Region) {
     let Some((width, products)) = operand_rows(spec, &region.name) else { return };
     let layer = region.name.strip_prefix("layer.").and_then(|rest| rest.split('.').next());
     let layer: Option<usize> = layer.and_then(|number| number.parse().ok());
-    let of_layer = |layer| {
-        products.iter().map(|roles| rank_sum(settings, layer, roles)).max().unwrap_or(0)
-    };
+    let of_layer =
+        |layer| products.iter().map(|roles| rank_sum(settings, layer, roles)).max().unwrap_or(0);
     let rank = layer.map_or_else(|| most(spec, of_layer), of_layer);
     if rank > 0 {
         let stride = width + tail_columns(rank);

@@ -24,7 +24,7 @@ use super::Cuda;
 use super::driver::{Argument, Driver, Product};
 use super::frozen::{self, LoraInput, b_of, copy_columns, operand, product, tail_columns};
 use super::frozen::{extended_elements, gradient_tail, transposed};
-use super::launch::{ROW_THREADS, TAIL_THREADS, launch, rows as row_grid};
+use super::launch::{FLAT_THREADS, ROW_THREADS, columns as columns_grid, rows as row_grid};
 use super::memory::{Buffer, Rows};
 use super::weight::DeviceWeight;
 use crate::kernels::{Columns, Kernels, LoraTerm};
@@ -83,50 +83,69 @@ impl Adapters {
         }
     }
 
-    /// With the sum of the ranks before each.
-    fn with_offsets(&self) -> impl Iterator<Item = (usize, &LinearAdapter)> {
-        let mut end = 0;
-        self.all.iter().map(move |adapter| {
-            end += adapter.shape.rank;
-            (end - adapter.shape.rank, adapter)
-        })
+    /// Addresses of all A in `buffer`, which holds what [`Parameters::pair_range`] says, and the rows
+    /// of the first ones: the arguments of the kernels that take them one below the other.
+    fn a_arguments<D: Driver>(
+        &self,
+        parameters: &Parameters<Cuda<D>>,
+        buffer: &Buffer<D>,
+    ) -> impl Iterator<Item = Argument> + use<D> {
+        let mut starts = [Argument::Pointer(0); TOGETHER];
+        let mut rows = [Argument::from(0usize); TOGETHER];
+        for (number, LinearAdapter { index, shape, .. }) in self.all.iter().enumerate() {
+            let start = parameters.pair_range(*index).start;
+            starts[number] = Argument::Pointer(buffer.at(start..start + shape.a_elements()));
+            rows[number] = shape.rank.into();
+        }
+        starts.into_iter().chain(rows.into_iter().take(TOGETHER - 1))
     }
 
     /// Writes all A, one below the other.
     fn write_a<D: Driver>(&self, cuda: &Cuda<D>, parameters: &Parameters<Cuda<D>>, to: Rows) {
-        for (offset, LinearAdapter { index, shape, .. }) in self.with_offsets() {
-            let from = parameters.pair_range(*index).start;
-            let from = (from, shape.in_features);
-            write_rows(cuda, parameters, from, to.row(offset), shape.rank, 1.0);
-        }
+        let (kernel, from) = match parameters.working() {
+            Some(working) => ("stack_rows_bf16", working),
+            None => ("stack_rows_f32_bf16", parameters.master_buffer()),
+        };
+        let arguments = self.a_arguments(parameters, from);
+        let to = [self.inner.into(), to.argument(), to.stride.into()];
+        let mut arguments: Vec<Argument> = arguments.chain(to).collect();
+        cuda.launch(kernel, row_grid(self.ranks), ROW_THREADS, &mut arguments);
     }
 }
 
-/// `to = scale ·` rows of the parameters, which begin with element `start` and have `width` columns.
-fn write_rows<D: Driver>(
+/// Linears that read the same rows, at most: q, k and v.
+const TOGETHER: usize = 3;
+
+/// Writes `diag(factor · s · B)` of linears whose outputs are one below the other.
+fn write_diagonal<D: Driver>(
     cuda: &Cuda<D>,
     parameters: &Parameters<Cuda<D>>,
-    (start, width): (usize, usize),
+    linears: &[&Linear<Cuda<D>>],
     to: Rows,
-    rows: usize,
-    scale: f32,
+    factor: f32,
 ) {
-    let range = start..start + rows * width;
     let (kernel, from) = match parameters.working() {
-        Some(working) => ("scale_rows_bf16", working.at(range)),
-        None => ("scale_rows_f32_bf16", parameters.master_buffer().at(range)),
+        Some(working) => ("diagonal_bf16", working),
+        None => ("diagonal_f32_bf16", parameters.master_buffer()),
     };
-    let threads = if width < TAIL_THREADS as usize { TAIL_THREADS } else { ROW_THREADS };
-    let arguments = &mut [
-        Argument::Pointer(from),
-        width.into(),
-        to.argument(),
-        to.stride.into(),
-        width.into(),
-        scale.into(),
-        false.into(),
-    ];
-    cuda.launch(kernel, row_grid(rows), threads, arguments);
+    let mut starts = [Argument::Pointer(0); TOGETHER];
+    let [mut rows, mut ranks] = [[Argument::from(0usize); TOGETHER]; 2];
+    let mut scales = [Argument::from(0f32); TOGETHER];
+    let (mut outer, mut width) = (0, 0);
+    for (number, linear) in linears.iter().enumerate() {
+        rows[number] = linear.output.width.into();
+        outer += linear.output.width;
+        let Some(LinearAdapter { index, shape, .. }) = &linear.adapter else { continue };
+        let pair = parameters.pair_range(*index);
+        let b = pair.start + shape.a_elements()..pair.start + shape.elements();
+        starts[number] = Argument::Pointer(from.at(b));
+        ranks[number] = shape.rank.into();
+        scales[number] = (shape.scale * factor).into();
+        width += shape.rank;
+    }
+    let parts = starts.into_iter().chain(rows).chain(ranks).chain(scales);
+    let mut arguments: Vec<Argument> = parts.chain([to.argument(), to.stride.into()]).collect();
+    cuda.launch(kernel, columns_grid(outer, width), FLAT_THREADS, &mut arguments);
 }
 
 /// The linears' weights, and their rows together, where their outputs fill the rows of one matrix.
@@ -205,16 +224,7 @@ fn forward_in_one<D: Driver>(
     let b = wide.column(inner);
     if ranks > 0 {
         copy_columns(cuda, ax.band(adapters.columns(), rows), tail, (rows, ranks), 1.0);
-        launch!(cuda, "zero_rows", row_grid(outer), TAIL_THREADS; b.argument(), b.stride, ranks);
-    }
-    let mut column = 0;
-    for linear in linears {
-        let Some(LinearAdapter { index, shape, .. }) = &linear.adapter else { continue };
-        let from = parameters.pair_range(*index).start + shape.a_elements();
-        let to = b.row(linear.output.offset).column(column);
-        let factor = shape.scale * scale;
-        write_rows(cuda, parameters, (from, shape.rank), to, shape.out_features, factor);
-        column += shape.rank;
+        write_diagonal(cuda, parameters, linears, b, scale);
     }
     let operands = (operand(x.rows(rows, inner)), transposed(wide));
     let to = y.rows(rows, outer);
@@ -282,12 +292,12 @@ pub(super) fn backward<D: Driver>(
         let to = wide_product(&stacked, 0..ranks * inner, inner);
         cuda.gemm([ranks, inner, rows], (1.0, 0.0), operands, to);
     }
-    for (offset, LinearAdapter { index, shape, .. }) in adapters.with_offsets() {
-        let start = parameters.pair_range(*index).start;
-        let from = stacked.at(offset * inner..(offset + shape.rank) * inner);
-        let to = gradients.at(start..start + shape.a_elements());
-        launch!(cuda, "scale_rows_f32", row_grid(shape.rank), ROW_THREADS;
-            Argument::Pointer(from), inner, Argument::Pointer(to), inner, inner, 1f32, true);
+    if ranks > 0 {
+        let from = stacked.argument(ranks * inner);
+        let to = adapters.a_arguments(parameters, gradients);
+        let mut arguments: Vec<Argument> =
+            [from].into_iter().chain(to).chain([inner.into()]).collect();
+        cuda.launch("add_stacked_f32", row_grid(ranks), ROW_THREADS, &mut arguments);
     }
     let Some(dx) = dx else { return true };
     if let [dy] = dys
