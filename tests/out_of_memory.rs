@@ -46,7 +46,7 @@ fn parts_of_a_batch_have_the_sums_of_the_whole() {
         model.parameters_mut().set_values(Part::FirstMoment, &moments);
         let (before, master) = (model.arena_bytes(), model.parameters().values(Part::Master));
         let master = master.unwrap().into_owned();
-        let mut model = model.with_fewer_tokens().unwrap();
+        let mut model = model.with_smaller_plan().unwrap();
         assert!(model.arena_bytes() < before);
         assert_eq!(*model.parameters().values(Part::Master).unwrap(), *master);
         assert_eq!(*model.parameters().values(Part::FirstMoment).unwrap(), *moments);

@@ -6,11 +6,15 @@
 
 use std::f64::consts::PI;
 
+use rayon::prelude::*;
 use serde_json::Value;
 
 use super::spec::{RopeScaling, Rotary};
 use crate::error::{Error, Result};
 use crate::kernels::TokenLayout;
+
+/// Tokens whose angles a thread computes at least.
+const ROWS_OF_A_TASK: usize = 64;
 
 /// Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4).
 pub(super) fn rotary_from_config(config: &Value) -> Result<Rotary> {
@@ -138,17 +142,18 @@ impl Rotary {
         let half = head_dim / 2;
         for document in layout.boundaries.windows(2) {
             let (begin, end) = (document[0], document[1]);
-            let length = layout.positions[begin..end].last().map_or(0, |&last| last as usize + 1);
+            let positions = &layout.positions[begin..end];
+            let length = positions.last().map_or(0, |&last| last as usize + 1);
             let (frequencies, factor) = self.inverse_frequencies(head_dim, length);
-            for token in begin..end {
-                let position = layout.positions[token];
-                let row = token * half..(token + 1) * half;
-                let tables = cos[row.clone()].iter_mut().zip(&mut sin[row]);
-                for ((cos, sin), frequency) in tables.zip(&frequencies) {
+            let cos = cos[begin * half..end * half].par_chunks_exact_mut(half);
+            let sin = sin[begin * half..end * half].par_chunks_exact_mut(half);
+            let rows = positions.par_iter().zip(cos).zip(sin).with_min_len(ROWS_OF_A_TASK);
+            rows.for_each(|((&position, cos), sin)| {
+                for ((cos, sin), frequency) in cos.iter_mut().zip(sin).zip(&frequencies) {
                     let (s, c) = (position as f32 * frequency).sin_cos();
                     (*cos, *sin) = (c * factor, s * factor);
                 }
-            }
+            });
         }
     }
 

@@ -4,11 +4,17 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use super::moments::{MomentLayout, Optim};
+use super::weights::Place;
 use crate::adapter::LoraTarget;
 use crate::model::spec::{LinearRole, ModelSpec};
 
 /// The MLP is tiled above this many tokens: enough rows to pay for widening a weight once more.
 pub const AUTOMATIC_TILE_TOKENS: usize = 4096;
+
+/// Tokens of a tile of the MLP where memory is short.
+const SMALL_TILE_TOKENS: usize = 1024;
+/// Rows of logits where memory is short, at least.
+pub(super) const LEAST_LOGIT_ROWS: usize = 64;
 
 /// What happens to a layer's activations between forward and backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -26,12 +32,20 @@ pub enum Policy {
 /// Buffers for the inputs of layers that are offloaded: one at work, one that is copied.
 pub const OFFLOAD_SLOTS: usize = 2;
 
-/// Rows of logits that exist at a time: 128 MiB of f32, at least 64 rows; no more than `most`, where
-/// that is given, nor than `tokens`.
-pub fn logit_rows(spec: &ModelSpec, tokens: usize, most: Option<NonZeroUsize>) -> usize {
+/// Rows of logits that exist at a time: 128 MiB (in f32, on a GPU in bf16), at least 64 rows; no more
+/// than `most`, where that is given, nor than `tokens`. Products of whole tiles of rows waste nothing.
+pub fn logit_rows(
+    spec: &ModelSpec,
+    tokens: usize,
+    most: Option<NonZeroUsize>,
+    place: Place,
+) -> usize {
     const CHUNK_BYTES: usize = 128 << 20;
-    const LEAST_ROWS: usize = 64;
-    let rows = (CHUNK_BYTES / (spec.vocab_size * size_of::<f32>())).max(LEAST_ROWS).min(tokens);
+    const TILE_ROWS: usize = 256;
+    let size = if place == Place::Gpu { 2 } else { 4 };
+    let rows = CHUNK_BYTES / (spec.vocab_size * size);
+    let whole = if rows >= TILE_ROWS { TILE_ROWS } else { LEAST_LOGIT_ROWS };
+    let rows = (rows / whole * whole).max(LEAST_LOGIT_ROWS).min(tokens);
     most.map_or(rows, |most| rows.min(most.get()))
 }
 
@@ -72,6 +86,25 @@ impl Settings {
     pub fn training(&self) -> bool {
         !self.policies.is_empty()
     }
+
+    /// Layers of a policy.
+    pub fn count(&self, policy: Policy) -> usize {
+        self.policies.iter().filter(|its| **its == policy).count()
+    }
+
+    /// The same with the MLP and the logits in smaller pieces than usual, and on a GPU one buffer for
+    /// widened weights.
+    pub fn in_pieces(&self) -> Self {
+        let tile = self.mlp_tile_length.unwrap_or(SMALL_TILE_TOKENS);
+        let rows = (self.logit_rows / 4).max(LEAST_LOGIT_ROWS).min(self.logit_rows);
+        Settings {
+            mlp_tile_length: Some(tile),
+            widen_ahead: false,
+            logit_rows: rows,
+            ..self.clone()
+        }
+    }
+
     /// Where the moments of A and B of each target lie.
     pub fn moments(&self) -> MomentLayout {
         let pair = |t: &LoraTarget| [t.r * t.in_features, t.r * t.out_features];

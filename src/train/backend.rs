@@ -52,7 +52,10 @@ pub trait TrainingKernels: Kernels {
     fn gradient_norm(&self, parameters: &mut Parameters<Self>) -> Result<f64>;
 
     /// Makes one update and refreshes the working copy.
-    fn update(&self, parameters: &mut Parameters<Self>, update: &Update);
+    ///
+    /// # Errors
+    /// Those of the backend: the weights are then neither the old nor the new ones.
+    fn update(&self, parameters: &mut Parameters<Self>, update: &Update) -> Result<()>;
 }
 
 impl TrainingKernels for Cpu {
@@ -69,12 +72,13 @@ impl TrainingKernels for Cpu {
         Ok(clip::global_norm(parameters.gradients()))
     }
 
-    fn update(&self, parameters: &mut Parameters, update: &Update) {
+    fn update(&self, parameters: &mut Parameters, update: &Update) -> Result<()> {
         let view = parameters.optimizer_view();
         match view.packed {
             None => update.apply(view.into()),
             Some(_) => update.apply_packed(view),
         }
+        Ok(())
     }
 }
 

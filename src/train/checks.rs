@@ -179,7 +179,7 @@ mod tests {
         let optimizer = AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 };
         accumulate(toy, &[batch()], 0, &|| false)?;
         checks.before_update(toy)?;
-        update(toy, &optimizer, &groups, (number, rate), 1.0);
+        update(toy, &optimizer, &groups, (number, rate), 1.0)?;
         checks.after_update(toy, rate)
     }
 

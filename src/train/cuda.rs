@@ -21,7 +21,7 @@ impl<D: Driver> TrainingKernels for Cuda<D> {
         self.norm(parameters.optimizer_view().gradients, elements)
     }
 
-    fn update(&self, parameters: &mut Parameters<Self>, update: &Update) {
+    fn update(&self, parameters: &mut Parameters<Self>, update: &Update) -> Result<()> {
         let view: OptimizerView<Self> = parameters.optimizer_view();
         self.set_gradient_scale(update.gradient_scale);
         for (range, rate, place) in runs(&view, update) {
@@ -53,6 +53,9 @@ impl<D: Driver> TrainingKernels for Cuda<D> {
                 ],
             });
         }
+        // A launch that was refused is this update's failure, not one of the next pass, which could be
+        // made again.
+        self.check()
     }
 }
 

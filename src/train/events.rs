@@ -205,8 +205,8 @@ pub struct SaveEvent {
     pub is_best: bool,
 }
 
-/// Memory ran short: what was being done is done again with fewer tokens in a forward pass. A step
-/// is of the same tokens as before, and its gradient the same sum.
+/// Memory ran short: what was being done is done again with a smaller plan. A step is of the same
+/// tokens as before, and its gradient the same sum.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct OutOfMemoryEvent {
     /// Optimizer steps made.
@@ -219,6 +219,9 @@ pub struct OutOfMemoryEvent {
     pub from_tokens: u64,
     /// Most tokens in a forward pass from now on.
     pub to_tokens: u64,
+    /// All that changed, for people.
+    #[serde(default)]
+    pub change: String,
 }
 
 /// Why a run ended.

@@ -17,6 +17,7 @@ use crate::ledger::rows::Account;
 use crate::model::Model;
 use crate::model::parameters::{ParameterTensor, Part};
 use crate::plan::MomentLayout;
+use crate::plan::{self, Settings};
 
 /// A model in training and what its adapter's files say.
 pub struct LoraModel<K: TrainingKernels = Cpu> {
@@ -26,8 +27,8 @@ pub struct LoraModel<K: TrainingKernels = Cpu> {
     adapter: Adapter,
     dtype: FloatType,
     preview: Preview,
-    /// Fewer tokens than these in a pass, since the beginning.
-    wanted_tokens: usize,
+    /// What was planned, until it was told that it could not be had.
+    wanted: Settings,
     watched: Option<(Meter, Account)>,
     /// Bytes that the user allows.
     budget: Option<u64>,
@@ -35,25 +36,25 @@ pub struct LoraModel<K: TrainingKernels = Cpu> {
 
 impl<K: TrainingKernels> LoraModel<K> {
     /// Moves the adapter's tensors into `model`. `dtype` is what the forward pass reads, and what
-    /// is written: the files hold exactly the weights that were trained with. `wanted_tokens` is
-    /// the largest batch, for which there may not have been memory.
+    /// is written: the files hold exactly the weights that were trained with. `wanted` is
+    /// the plan, for which there may not have been memory.
     pub fn new(
         mut model: Model<K>,
         mut adapter: Adapter,
         dtype: FloatType,
         preview: Preview,
-        wanted_tokens: usize,
+        wanted: Settings,
     ) -> Self {
         model.parameters_mut().load(&adapter);
         adapter.tensors = Vec::new();
         let model = Some(model);
-        LoraModel { model, adapter, dtype, preview, wanted_tokens, watched: None, budget: None }
+        LoraModel { model, adapter, dtype, preview, wanted, watched: None, budget: None }
     }
 
     /// Accounts for its memory: `meter` began before the weights were read, `account` is the plan
     /// and `budget` what the user allows.
     pub fn watched(self, meter: Meter, mut account: Account, budget: Option<u64>) -> Self {
-        if self.model().settings().tokens < self.wanted_tokens {
+        if self.shrunk_since(&self.wanted).is_some() {
             account.replan(self.model().plan());
         }
         LoraModel { watched: Some((meter, account)), budget, ..self }
@@ -69,6 +70,14 @@ impl<K: TrainingKernels> LoraModel<K> {
 
     fn model_mut(&mut self) -> &mut Model<K> {
         self.model.as_mut().expect(PRESENT)
+    }
+
+    /// What is smaller now than in a plan `before`, if anything is.
+    fn shrunk_since(&self, before: &Settings) -> Option<Shrunk> {
+        let now = self.model().settings();
+        let (from_tokens, to_tokens) = (before.tokens, now.tokens);
+        let change = plan::in_words(before, now);
+        (!change.is_empty()).then_some(Shrunk { from_tokens, to_tokens, change })
     }
 
     /// The sum of `pass` over the parts of a batch.
@@ -119,9 +128,9 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
         parameters.kernels().clone().gradient_norm(parameters)
     }
 
-    fn update(&mut self, update: &Update) {
+    fn update(&mut self, update: &Update) -> Result<()> {
         let parameters = self.model_mut().parameters_mut();
-        parameters.kernels().clone().update(parameters, update);
+        parameters.kernels().clone().update(parameters, update)
     }
 
     fn values(&self, part: Part) -> Result<Cow<'_, [f32]>> {
@@ -168,21 +177,20 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
     }
 
     fn shrink(&mut self) -> Result<Option<Shrunk>> {
-        let from_tokens = self.model().settings().tokens;
-        let Some(model) = self.model.take_if(|model| model.can_have_fewer_tokens()) else {
+        let before = self.model().settings().clone();
+        let Some(model) = self.model.take_if(|model| model.can_be_smaller()) else {
             return Ok(None);
         };
-        let model = self.model.insert(model.with_fewer_tokens()?);
-        let to_tokens = model.settings().tokens;
+        let model = self.model.insert(model.with_smaller_plan()?);
         if let Some((_, account)) = &mut self.watched {
             account.replan(model.plan());
         }
-        Ok(Some(Shrunk { from_tokens, to_tokens }))
+        Ok(self.shrunk_since(&before))
     }
 
     fn shrunk_at_start(&mut self) -> Option<Shrunk> {
-        let to_tokens = self.model().settings().tokens;
-        let from_tokens = std::mem::replace(&mut self.wanted_tokens, to_tokens);
-        (to_tokens < from_tokens).then_some(Shrunk { from_tokens, to_tokens })
+        let now = self.model().settings().clone();
+        let wanted = std::mem::replace(&mut self.wanted, now);
+        self.shrunk_since(&wanted)
     }
 }

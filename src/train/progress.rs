@@ -83,10 +83,10 @@ impl Progress {
 
     /// Memory ran short.
     pub fn out_of_memory(&self, event: &OutOfMemoryEvent) {
-        let OutOfMemoryEvent { step, reason, from_tokens, to_tokens, .. } = event;
+        let OutOfMemoryEvent { step, reason, change, .. } = event;
         self.note(&format!(
-            "step {step}: {reason}; going on with {to_tokens} tokens in a forward pass instead of \
-             {from_tokens}: steps stay as large, and their sums the same"
+            "step {step}: {reason}; going on with {change}: steps stay as large, and their sums the \
+             same"
         ));
     }
 

@@ -71,14 +71,17 @@ pub fn accumulate<M: Trainee>(
 }
 
 /// Updates the weights with the gradients at hand; `step` counts from 1.
+///
+/// # Errors
+/// Those of the backend. They end the run: the last checkpoint is what is left of it.
 pub fn update<M: Trainee>(
     model: &mut M,
     optimizer: &AdamW,
     groups: &[RateGroup],
     (step, learning_rate): (u64, f64),
     gradient_scale: f32,
-) {
-    model.update(&Update { optimizer, groups, step, learning_rate, gradient_scale });
+) -> Result<()> {
+    model.update(&Update { optimizer, groups, step, learning_rate, gradient_scale })
 }
 
 /// Repeats the window batch by batch until the gradient is bad.
@@ -146,7 +149,7 @@ mod tests {
         let batch = Batch::from_documents(&documents(&[5]));
         gradient(&mut toy, &[batch]);
         let optimizer = AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 };
-        update(&mut toy, &optimizer, &groups, (1, 0.1), 1.0);
+        update(&mut toy, &optimizer, &groups, (1, 0.1), 1.0).unwrap();
         toy
     }
 

@@ -188,8 +188,9 @@ impl Trainee for Toy {
         Ok(clip::global_norm(&self.gradients))
     }
 
-    fn update(&mut self, update: &Update) {
+    fn update(&mut self, update: &Update) -> Result<()> {
         update.apply(self.buffers());
+        Ok(())
     }
 
     fn values(&self, part: Part) -> Result<Cow<'_, [f32]>> {
@@ -229,7 +230,8 @@ impl Trainee for Toy {
         let from_tokens = self.room.0;
         let to_tokens = from_tokens.min(64) / 2;
         self.room.0 = to_tokens;
-        Ok((to_tokens > 0).then_some(Shrunk { from_tokens, to_tokens }))
+        let change = format!("{to_tokens} tokens");
+        Ok((to_tokens > 0).then_some(Shrunk { from_tokens, to_tokens, change }))
     }
 
     fn sample(&mut self, prompt: &str) -> Result<String> {

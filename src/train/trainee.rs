@@ -10,13 +10,15 @@ use crate::ledger::rows::Account;
 use crate::model::parameters::{ParameterTensor, Part};
 use crate::plan::MomentLayout;
 
-/// Most tokens in a pass, before and after memory ran short.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// What is smaller since memory ran short.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Shrunk {
-    /// As planned.
+    /// Most tokens in a pass, as planned.
     pub from_tokens: usize,
-    /// From now on.
+    /// Most tokens in a pass from now on.
     pub to_tokens: usize,
+    /// All that changed, for people.
+    pub change: String,
 }
 
 /// A model whose adapter can be trained. The loop knows nothing else of it.
@@ -44,7 +46,10 @@ pub trait Trainee {
     fn gradient_norm(&mut self) -> Result<f64>;
 
     /// Updates the weights with the gradients at hand.
-    fn update(&mut self, update: &Update);
+    ///
+    /// # Errors
+    /// Those of the backend: the weights are then neither the old nor the new ones.
+    fn update(&mut self, update: &Update) -> Result<()>;
 
     /// One of the flat buffers; a copy where the program does not see it.
     fn values(&self, part: Part) -> Result<Cow<'_, [f32]>>;
@@ -78,8 +83,8 @@ pub trait Trainee {
     /// `Io`, or `Budget` where memory runs short.
     fn write_adapter(&self, folder: &Path) -> Result<()>;
 
-    /// Makes room where memory ran short: from now on a micro-batch is computed in smaller parts,
-    /// with the same sums. `None` where it cannot be cut further.
+    /// Makes room where memory ran short: from now on a micro-batch is computed in smaller parts, or
+    /// with less kept of it, with the same sums. `None` where no plan is smaller.
     ///
     /// # Errors
     /// `Budget` when not even the smaller buffers can be had, or those of the backend.

@@ -179,12 +179,15 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         if recipe.self_checks {
             self.checks.before_update(self.model).map_err(at)?;
         }
-        step::update(self.model, &recipe.optimizer, &self.groups, (number, rate), scale);
+        step::update(self.model, &recipe.optimizer, &self.groups, (number, rate), scale)
+            .map_err(at)?;
         if recipe.self_checks {
             self.checks.after_update(self.model, rate).map_err(at)?;
         }
         self.count(&gradient, start.elapsed().as_secs_f64());
-        if let Some(warning) = self.model.over_budget().filter(|_| self.session.steps == 1) {
+        if self.session.steps == 1
+            && let Some(warning) = self.model.over_budget()
+        {
             self.parts.progress.note(&format!("warning: {warning}"));
         }
         self.log_step(&gradient, rate)?;

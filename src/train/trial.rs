@@ -138,6 +138,6 @@ fn train_step<K: TrainingKernels>(
         learning_rate: LEARNING_RATE,
         gradient_scale: clip::gradient_scale(norm, 1.0),
     };
-    kernels.update(model.parameters_mut(), &update);
+    kernels.update(model.parameters_mut(), &update)?;
     Ok(loss / targets as f64)
 }

@@ -49,14 +49,15 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let device = DeviceArgs { device: device::resolve(&args.device)?, ..args.device.clone() };
     let args = &MemoryArgs { device, ..args.clone() };
     let on_gpu = matches!(args.device.device, Device::Cuda(_));
-    let mut model = Model::open(args, if on_gpu { Place::Gpu } else { Place::Host })?;
+    let place = if on_gpu { Place::Gpu } else { Place::Host };
+    let mut model = Model::open(args, place)?;
     // Plans need no GPU, measuring does.
     let gpu = args.measure.map_or(Ok(None), |_| device::open(&args.device))?;
     if let Device::Cuda(_) = args.device.device {
         let surroundings = gpu.as_ref().map(TrainingKernels::surroundings).transpose()?;
         model.process = surroundings.map_or(ASSUMED_CONTEXT_BYTES, |around| around.used_bytes);
     }
-    let settings = settings(args, &model.spec)?;
+    let settings = settings(args, &model.spec, place)?;
     let attention = args.device.attn_implementation;
     attention.check(model.spec.head_dim)?;
     if on_gpu {
@@ -72,7 +73,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         weights: model.weights,
         embedding: args.device.embedding,
         process_bytes: model.process,
-        place: if on_gpu { Place::Gpu } else { Place::Host },
+        place,
         // Of the host beside the GPU nothing is known.
         pinned_bytes: u64::MAX,
     };
@@ -230,13 +231,13 @@ fn bare_config(path: &Path) -> Result<Option<Value>> {
     Ok(None)
 }
 
-fn settings(args: &MemoryArgs, spec: &ModelSpec) -> Result<Settings> {
+fn settings(args: &MemoryArgs, spec: &ModelSpec, place: Place) -> Result<Settings> {
     let lora = args.lora.config()?;
     let tokens = args.per_device_train_batch_size.get() * args.max_length.get();
     Ok(Settings {
         tokens,
         longest_document: args.max_length.get(),
-        logit_rows: logit_rows(spec, tokens, args.logits_chunk_length),
+        logit_rows: logit_rows(spec, tokens, args.logits_chunk_length, place),
         policies: Vec::new(),
         targets: lora.resolve(spec)?,
         lora_dropout: lora.lora_dropout > 0.0,

@@ -40,12 +40,12 @@ pub fn plan(
     kernels: &impl TrainingKernels,
     progress: &Progress,
 ) -> Result<Memory> {
-    let settings = sizes(args, base, adapter, data)?;
     let format = args.model.block_format();
     // Pages of the weights' files that were looked at are not the program's.
     base.checkpoint.release_all();
     let around = kernels.surroundings()?;
     let place = if around.in_process { Place::Host } else { Place::Gpu };
+    let settings = sizes(args, base, adapter, data, place)?;
     let weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref(), place);
     base.checkpoint.release_all();
     let demand = Demand {
@@ -102,10 +102,16 @@ impl Memory {
 }
 
 /// What the plan depends on, but for the policies.
-fn sizes(args: &TrainArgs, base: &Base, adapter: &Adapter, data: &Prepared) -> Result<Settings> {
+fn sizes(
+    args: &TrainArgs,
+    base: &Base,
+    adapter: &Adapter,
+    data: &Prepared,
+    place: Place,
+) -> Result<Settings> {
     // Only trained tokens have logits.
     let (tokens, most) = (data.largest_batch_tokens, args.resources.logits_chunk_length);
-    let logit_rows = logit_rows(&base.spec, tokens, most);
+    let logit_rows = logit_rows(&base.spec, tokens, most, place);
     Ok(Settings {
         tokens: data.largest_batch_tokens,
         longest_document: data.longest_document_tokens,

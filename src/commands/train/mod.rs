@@ -161,13 +161,13 @@ impl Base {
         meter.loaded(&kernels)?;
         let dropout = adapter.config.lora_dropout as f32;
         let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));
-        let wanted_tokens = settings.tokens;
+        let wanted = settings.clone();
         let model = Model::within_reach(kernels, self.spec, weights, settings, dropout)?;
         let dtype = match args.lora.adapter_dtype {
             AdapterDtype::Bf16 => FloatType::Bf16,
             AdapterDtype::F32 => FloatType::F32,
         };
-        let model = LoraModel::new(model, adapter, dtype, self.preview, wanted_tokens);
+        let model = LoraModel::new(model, adapter, dtype, self.preview, wanted);
         let budget = args.resources.memory_budget.map(|budget| budget.0);
         Ok(model.watched(meter, account, budget))
     }

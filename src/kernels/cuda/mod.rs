@@ -125,7 +125,7 @@ impl<D: Driver> Cuda<D> {
     }
 
     /// The kept error, if there is one.
-    fn check(&self) -> Result<()> {
+    pub(crate) fn check(&self) -> Result<()> {
         self.state().failure.take().map_or(Ok(()), Err)
     }
 

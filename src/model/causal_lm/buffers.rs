@@ -119,11 +119,7 @@ fn saved<K: Kernels>(
 
 fn saved_mlp<K: Kernels>(arena: &mut K::Memory, prefix: &str) -> SavedMlp<K::Buffer> {
     let mut take = |name: &str| arena.take(&format!("{prefix}.{name}"));
-    SavedMlp {
-        gate: take("gate"),
-        up: take("up"),
-        lora_x: take("mlp_lora_x"),
-    }
+    SavedMlp { gate: take("gate"), up: take("up"), lora_x: take("mlp_lora_x") }
 }
 
 fn workspace<K: Kernels>(

@@ -1,4 +1,4 @@
-//! Fewer tokens in a pass, where memory turned out to be short.
+//! Smaller buffers, where memory turned out to be short.
 
 use super::{Frozen, Model};
 use crate::error::{Error, Result};
@@ -6,19 +6,18 @@ use crate::kernels::Kernels;
 use crate::model::parameters::Part;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::Weights;
-use crate::plan::Settings;
+use crate::plan::{Settings, leaner};
 
 impl<K: Kernels> Model<K> {
-    /// The same model, adapter and moments with buffers for fewer tokens in a pass: half as many,
-    /// but never fewer than the longest document. The old buffers are given back before the new
-    /// ones are asked for; gradients are lost.
+    /// The same model, adapter and moments with the buffers of the next smaller plan. The old ones
+    /// are given back before the new ones are asked for; gradients are lost.
     ///
     /// # Errors
-    /// `Budget` when there is no memory for one document, or those of the backend.
-    pub fn with_fewer_tokens(self) -> Result<Self> {
+    /// `Budget` when there is no memory for the smallest plan either, or those of the backend.
+    pub fn with_smaller_plan(self) -> Result<Self> {
         let read = |part| self.parameters.values(part).map(|values| values.into_owned());
         let lasting = Part::LASTING.map(read).into_iter().collect::<Result<Vec<_>>>()?;
-        let settings = fewer(&self.settings);
+        let settings = leaner(&self.settings).unwrap_or_else(|| self.settings.clone());
         let mut model = self.without_buffers().with_room(settings)?;
         for (part, values) in Part::LASTING.into_iter().zip(&lasting) {
             model.parameters.set_values(part, values);
@@ -32,15 +31,15 @@ impl<K: Kernels> Model<K> {
         Frozen { kernels, spec, weights, dropout }
     }
 
-    /// Whether a pass could have fewer tokens: documents are not cut.
-    pub fn can_have_fewer_tokens(&self) -> bool {
-        can_be_fewer(&self.settings)
+    /// Whether there is a smaller plan.
+    pub fn can_be_smaller(&self) -> bool {
+        leaner(&self.settings).is_some()
     }
 
-    /// [`on`](Model::on), with fewer tokens in a pass if the memory cannot be had for all of them.
+    /// [`on`](Model::on), with a smaller plan if the memory of this one cannot be had.
     ///
     /// # Errors
-    /// `Budget` when there is no memory for one document.
+    /// `Budget` when there is no memory for the smallest plan either.
     pub fn within_reach(
         kernels: K,
         spec: ModelSpec,
@@ -53,23 +52,16 @@ impl<K: Kernels> Model<K> {
 }
 
 impl<K: Kernels> Frozen<K> {
-    /// With buffers for `settings`, or for fewer tokens where these cannot be had.
+    /// With buffers for `settings`, or for a smaller plan where these cannot be had.
     fn with_room(self, mut settings: Settings) -> Result<Model<K>> {
         loop {
             match self.reserve(&settings) {
                 Ok(reserved) => return Ok(self.with_buffers(settings, reserved)),
-                Err(Error::Budget(_)) if can_be_fewer(&settings) => settings = fewer(&settings),
+                Err(Error::Budget(message)) => {
+                    settings = leaner(&settings).ok_or(Error::Budget(message))?;
+                }
                 Err(error) => return Err(error),
             }
         }
     }
-}
-
-fn can_be_fewer(settings: &Settings) -> bool {
-    settings.tokens > settings.longest_document
-}
-
-fn fewer(settings: &Settings) -> Settings {
-    let tokens = (settings.tokens / 2).max(settings.longest_document);
-    Settings { tokens, logit_rows: settings.logit_rows.min(tokens), ..settings.clone() }
 }

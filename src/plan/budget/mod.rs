@@ -17,10 +17,6 @@ use crate::plan::weights::{Place, WeightBytes};
 
 /// Share of the free memory that `auto` uses where no budget is given.
 const USABLE_SHARE: f64 = 0.9;
-/// Tokens of a tile of the MLP where memory is short.
-const SMALL_TILE_TOKENS: usize = 1024;
-/// Rows of logits where memory is short, at least.
-pub(super) const LEAST_LOGIT_ROWS: usize = 64;
 
 /// What happens to activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -258,15 +254,8 @@ impl Demand<'_> {
     /// `settings` with the policies and pieces of a candidate.
     pub(super) fn with(&self, settings: &Settings, candidate: Candidate) -> Settings {
         let policies = policies(self.spec.num_layers, candidate.kept, candidate.others);
-        let mut settings = Settings { policies, ..settings.clone() };
-        if candidate.pieces {
-            let tile = settings.mlp_tile_length.unwrap_or(SMALL_TILE_TOKENS);
-            settings.mlp_tile_length = Some(tile);
-            settings.widen_ahead = false;
-            settings.logit_rows =
-                (settings.logit_rows / 4).max(LEAST_LOGIT_ROWS).min(settings.logit_rows);
-        }
-        settings
+        let settings = Settings { policies, ..settings.clone() };
+        if candidate.pieces { settings.in_pieces() } else { settings }
     }
 
     /// The same, allowed more.

@@ -5,9 +5,10 @@ use std::num::NonZeroUsize;
 
 use serde::Serialize;
 
-use crate::plan::budget::{Candidate, Choice, Demand, LEAST_LOGIT_ROWS, WeightsMode};
+use crate::plan::budget::{Candidate, Choice, Demand, WeightsMode};
 use crate::plan::cost::Pace;
 use crate::plan::moments::Optim;
+use crate::plan::settings::LEAST_LOGIT_ROWS;
 use crate::plan::settings::{Policy, Settings, logit_rows};
 use crate::plan::weights::Place;
 
@@ -95,7 +96,7 @@ impl Asked {
     /// The settings of `demand` with other sizes.
     fn sized(&self, demand: &Demand, batch: usize, length: usize) -> Settings {
         let tokens = batch * length;
-        let logit_rows = logit_rows(demand.spec, tokens, self.logits_chunk);
+        let logit_rows = logit_rows(demand.spec, tokens, self.logits_chunk, demand.place);
         Settings { tokens, longest_document: length, logit_rows, ..demand.settings.clone() }
     }
 }

@@ -14,7 +14,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
     let settings = Settings {
         tokens: 1024,
         longest_document: 512,
-        logit_rows: logit_rows(&spec, 1024, None),
+        logit_rows: logit_rows(&spec, 1024, None, Place::Host),
         policies: Vec::new(),
         targets: LoraConfig { r: 64, ..LoraConfig::default() }.resolve(&spec).unwrap(),
         lora_dropout: false,

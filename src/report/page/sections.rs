@@ -72,12 +72,12 @@ pub struct Log {
 }
 
 fn short_of_memory(event: &OutOfMemoryEvent) -> String {
-    let (from, to) = (thousands(event.from_tokens), thousands(event.to_tokens));
     format!(
-        "After step {}, memory ran short ({}): forward passes have at most {to} tokens since then, \
-         {from} before. Steps are as large as before.",
+        "After step {}, memory ran short ({}). Since then: {}. Steps are as large as before, and their \
+         sums the same.",
         thousands(event.step),
         event.reason,
+        event.change,
     )
 }
 

@@ -6,8 +6,8 @@ use crate::train::events::{Event, OutOfMemoryEvent};
 use crate::train::trainee::{Shrunk, Trainee};
 
 impl<M: Trainee> Trainer<'_, M> {
-    /// Does `work`; where memory runs short, again with smaller passes, until it is done or no
-    /// pass can be smaller. `work` begins anew each time.
+    /// Does `work`; where memory runs short, again with a smaller plan, until it is done or no plan
+    /// is smaller. `work` begins anew each time.
     pub(super) fn with_room<T>(
         &mut self,
         mut work: impl FnMut(&mut M, &Parts) -> Result<T>,
@@ -20,10 +20,10 @@ impl<M: Trainee> Trainer<'_, M> {
         }
     }
 
-    /// Smaller passes from now on.
+    /// A smaller plan from now on.
     ///
     /// # Errors
-    /// `message`, where no pass can be smaller.
+    /// `message`, where there is none.
     pub(super) fn make_room(&mut self, message: Message) -> Result<()> {
         match self.model.shrink()? {
             Some(shrunk) => self.tell_of_shortage(message.what, shrunk),
@@ -39,6 +39,7 @@ impl<M: Trainee> Trainer<'_, M> {
             reason,
             from_tokens: shrunk.from_tokens as u64,
             to_tokens: shrunk.to_tokens as u64,
+            change: shrunk.change,
         };
         self.parts.progress.out_of_memory(&event);
         self.record(Event::OutOfMemory(event))

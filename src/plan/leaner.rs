@@ -1,0 +1,130 @@
+//! Where the memory of a plan cannot be had after all: the next smaller plan of the same results.
+//!
+//! In this order, each where the one before is used up: passes of half as many tokens, down to the
+//! longest document; half of the blocks that keep their activations recompute; the MLP, the logits and
+//! widened weights take smaller pieces; inputs of blocks wait elsewhere. Losses and gradients are the same
+//! sums in all of them, up to the order of summation.
+
+use super::settings::{Policy, Settings};
+
+/// The next smaller plan; `None` after the smallest one.
+pub fn leaner(settings: &Settings) -> Option<Settings> {
+    shorter(settings)
+        .or_else(|| keeping_fewer(settings))
+        .or_else(|| Some(settings.in_pieces()).filter(|pieces| differ(settings, pieces)))
+        .or_else(|| offloading(settings))
+}
+
+/// Documents are not cut.
+fn shorter(settings: &Settings) -> Option<Settings> {
+    if settings.tokens <= settings.longest_document {
+        return None;
+    }
+    let tokens = (settings.tokens / 2).max(settings.longest_document);
+    Some(Settings { tokens, logit_rows: settings.logit_rows.min(tokens), ..settings.clone() })
+}
+
+/// The last blocks keep what they have longest: the backward pass meets them first.
+fn keeping_fewer(settings: &Settings) -> Option<Settings> {
+    let kept = settings.count(Policy::Keep);
+    let offloads = settings.count(Policy::Offload) > 0;
+    let instead = if offloads { Policy::Offload } else { Policy::Checkpoint };
+    let mut policies = settings.policies.clone();
+    let first_ones = policies.iter_mut().filter(|policy| **policy == Policy::Keep);
+    first_ones.take(kept.div_ceil(2)).for_each(|policy| *policy = instead);
+    (kept > 0).then(|| Settings { policies, ..settings.clone() })
+}
+
+fn offloading(settings: &Settings) -> Option<Settings> {
+    let policies = vec![Policy::Offload; settings.policies.len()];
+    (settings.policies != policies).then(|| Settings { policies, ..settings.clone() })
+}
+
+fn pieces(settings: &Settings) -> (usize, usize, bool) {
+    (settings.mlp_tile(), settings.logit_rows, settings.widen_ahead)
+}
+
+fn differ(one: &Settings, other: &Settings) -> bool {
+    pieces(one) != pieces(other)
+}
+
+/// What a smaller plan does, for people.
+pub fn in_words(from: &Settings, to: &Settings) -> String {
+    let layers = to.policies.len();
+    let [kept, offloaded] = [Policy::Keep, Policy::Offload].map(|policy| to.count(policy));
+    let shorter = (to.tokens < from.tokens)
+        .then(|| format!("{} tokens in a forward pass instead of {}", to.tokens, from.tokens));
+    let recomputing = (kept < from.count(Policy::Keep))
+        .then(|| format!("{} of {layers} blocks recomputed", layers - kept));
+    let smaller = to.tokens == from.tokens && differ(from, to);
+    let smaller = smaller.then(|| "smaller pieces of the MLP and the logits".to_string());
+    let offloading = (offloaded > from.count(Policy::Offload))
+        .then(|| format!("inputs of {offloaded} of {layers} blocks offloaded"));
+    let changes = [shorter, recomputing, smaller, offloading];
+    changes.into_iter().flatten().collect::<Vec<_>>().join(", ")
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::plan::Optim;
+
+    fn settings(tokens: usize, longest_document: usize, policies: Vec<Policy>) -> Settings {
+        Settings {
+            tokens,
+            longest_document,
+            logit_rows: 512,
+            policies,
+            targets: Vec::new(),
+            lora_dropout: false,
+            bf16_working: true,
+            optim: Optim::default(),
+            threads: 1,
+            cache_tokens: 0,
+            mlp_tile_length: None,
+            scratch_folder: None,
+            widen_ahead: true,
+        }
+    }
+
+    #[test]
+    fn a_plan_shrinks_step_by_step() {
+        let mut plan = settings(4096, 2000, vec![Policy::Keep; 5]);
+        let mut told = Vec::new();
+        while let Some(next) = leaner(&plan) {
+            told.push(in_words(&plan, &next));
+            plan = next;
+        }
+        assert_eq!(
+            told,
+            [
+                "2048 tokens in a forward pass instead of 4096",
+                "2000 tokens in a forward pass instead of 2048",
+                "3 of 5 blocks recomputed",
+                "4 of 5 blocks recomputed",
+                "5 of 5 blocks recomputed",
+                "smaller pieces of the MLP and the logits",
+                "smaller pieces of the MLP and the logits",
+                "inputs of 5 of 5 blocks offloaded",
+            ]
+        );
+        assert_eq!(pieces(&plan), (1024, 64, false));
+    }
+
+    #[test]
+    fn the_last_blocks_keep_longest_and_the_others_stay_as_they_are() {
+        use Policy::{Keep, Offload};
+        let plan = settings(64, 64, vec![Offload, Keep, Keep, Keep]);
+        assert_eq!(leaner(&plan).unwrap().policies, [Offload, Offload, Offload, Keep]);
+    }
+
+    #[test]
+    fn nothing_is_left_without_a_backward_pass_and_pieces() {
+        let plan = settings(64, 64, Vec::new());
+        let small = leaner(&plan).unwrap();
+        assert_eq!(pieces(&small), (64, 128, false));
+        assert!(leaner(&small).is_some_and(|next| next.logit_rows == 64));
+        let least = Settings { logit_rows: 64, ..small };
+        assert!(leaner(&least).is_none());
+    }
+}
