@@ -164,11 +164,7 @@ fn push_mlp(
     ranks: usize,
 ) {
     let f = spec.intermediate_size;
-    let rows = [
-        ("gate", if spec.gated_mlp { f } else { 0 }),
-        ("up", f),
-        ("mlp_lora_x", ranks),
-    ];
+    let rows = [("gate", if spec.gated_mlp { f } else { 0 }), ("up", f), ("mlp_lora_x", ranks)];
     for (name, width) in rows {
         plan.push(component, format!("{prefix}.{name}"), tokens * width);
     }
