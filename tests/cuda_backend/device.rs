@@ -1,12 +1,13 @@
 //! The device under test: emulated, or with `NIBBLE_TEST_DEVICE=cuda` a card.
 //!
-//! Fresh memory is NaN in every type. Allocations and waits are counted.
+//! Fresh memory is NaN in every type. Allocations and waits are counted. All tests of a process share
+//! one card: a context of its own for each would be compiled for anew.
 
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed};
+use std::sync::{Arc, Mutex, OnceLock};
 
 use nibble::error::{Error, Result};
-use nibble::kernels::cuda::driver::{Address, Driver, Gemm, Launch};
+use nibble::kernels::cuda::driver::{Address, Argument, Driver, Gemm, Launch};
 use nibble::kernels::cuda::library::Gpu;
 
 use crate::emulated::{Copies, Emulated};
@@ -19,9 +20,19 @@ pub struct Counts {
     pub waits: usize,
 }
 
+/// A launch, to be made again.
+#[derive(Clone)]
+pub struct Recorded {
+    kernel: &'static str,
+    grid: [u32; 3],
+    threads: u32,
+    shared_bytes: u32,
+    arguments: Vec<Argument>,
+}
+
 /// A driver that is watched.
 pub struct Device {
-    driver: Box<dyn Driver>,
+    driver: Arc<dyn Driver>,
     allocations: AtomicUsize,
     allocated_bytes: AtomicUsize,
     waits: AtomicUsize,
@@ -33,6 +44,25 @@ pub struct Device {
     widened: [AtomicUsize; 2],
     /// `[m, n, k]` of the products that are queued.
     products: Mutex<Vec<[usize; 3]>>,
+    /// Launches that widened a weight, while they are recorded.
+    recorded: Mutex<Option<Vec<Recorded>>>,
+    /// Whether the base model alone is computed, of weights that are wide already.
+    bare: AtomicBool,
+}
+
+/// Ranks of an adapter, also of three side by side, are below this, all widths of a model above.
+const MOST_RANKS: usize = 64;
+
+/// Whether a launch reads or writes nothing but an adapter, or what it adds to rows.
+fn is_of_adapters(launch: &Launch) -> bool {
+    let narrow = |index: usize| matches!(launch.arguments[index], Argument::I32(width) if width <= MOST_RANKS as i32);
+    match launch.kernel {
+        "zero_rows" => narrow(2),
+        kernel if kernel.starts_with("scale_rows") => {
+            narrow(4) || launch.grid[0] <= MOST_RANKS as u32
+        }
+        _ => false,
+    }
 }
 
 impl Device {
@@ -44,12 +74,23 @@ impl Device {
 
     /// The same, an emulator with copies of the second stream made when it says.
     pub fn with(copies: Copies) -> Option<Self> {
-        let driver: Box<dyn Driver> = if Self::is_a_card() {
-            Box::new(Gpu::open(0).expect("NIBBLE_TEST_DEVICE=cuda needs a card"))
+        let driver: Arc<dyn Driver> = if Self::is_a_card() {
+            static CARD: OnceLock<Arc<Gpu>> = OnceLock::new();
+            let open = || Arc::new(Gpu::open(0).expect("NIBBLE_TEST_DEVICE=cuda needs a card"));
+            CARD.get_or_init(open).clone()
         } else {
-            Box::new(Emulated::new(copies)?)
+            Arc::new(Emulated::new(copies)?)
         };
         Some(Self::watching(driver))
+    }
+
+    /// Whether a real card is under test, where `what` cannot be tried: that is printed.
+    pub fn skips_on_a_card(what: &str) -> bool {
+        let card = Self::is_a_card();
+        if card {
+            println!("skipped: {what}");
+        }
+        card
     }
 
     /// Whether a real card is under test.
@@ -61,7 +102,7 @@ impl Device {
         }
     }
 
-    fn watching(driver: Box<dyn Driver>) -> Self {
+    fn watching(driver: Arc<dyn Driver>) -> Self {
         let zero = || AtomicUsize::new(0);
         let (allocations, allocated_bytes, waits) = (zero(), zero(), zero());
         let never = || AtomicUsize::new(usize::MAX);
@@ -76,7 +117,33 @@ impl Device {
             launches_left,
             widened: [zero(), zero()],
             products,
+            recorded: Mutex::default(),
+            bare: AtomicBool::new(false),
         }
+    }
+
+    /// The launches that widen weights in what `call` does.
+    pub fn record(&self, call: impl FnOnce()) -> Vec<Recorded> {
+        *self.recorded.lock().unwrap() = Some(Vec::new());
+        call();
+        self.recorded.lock().unwrap().take().unwrap()
+    }
+
+    /// Makes a recorded launch again.
+    pub fn replay(&self, recorded: &Recorded) {
+        let Recorded { kernel, grid, threads, shared_bytes, mut arguments } = recorded.clone();
+        let arguments = &mut arguments[..];
+        self.driver.launch(Launch { kernel, grid, threads, shared_bytes, arguments }).unwrap();
+    }
+
+    /// From now on, or no longer, leaves out what widens weights and what is of adapters alone; products
+    /// are without the columns that an adapter has in them. The numbers mean nothing then.
+    pub fn set_bare(&self, bare: bool) {
+        self.bare.store(bare, Relaxed);
+    }
+
+    fn is_bare(&self) -> bool {
+        self.bare.load(Relaxed)
     }
 
     /// Lets no allocation have more than `bytes` from now on.
@@ -153,6 +220,11 @@ impl Driver for Device {
     }
 
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
+        // A of an adapter, below a weight.
+        const MOST_COPIED: usize = 2 * MOST_RANKS * 16_384;
+        if self.is_bare() && bytes <= MOST_COPIED {
+            return Ok(());
+        }
         self.driver.copy(from, to, bytes)
     }
 
@@ -177,8 +249,17 @@ impl Driver for Device {
     }
 
     fn launch(&self, launch: Launch) -> Result<()> {
-        if launch.kernel == "dequantize_4bit" {
+        let widens = launch.kernel == "dequantize_4bit";
+        if widens {
             self.widened[0].fetch_add(1, Relaxed);
+            if let Some(recorded) = self.recorded.lock().unwrap().as_mut() {
+                let Launch { kernel, grid, threads, shared_bytes, ref arguments } = launch;
+                let arguments = arguments.to_vec();
+                recorded.push(Recorded { kernel, grid, threads, shared_bytes, arguments });
+            }
+        }
+        if self.is_bare() && (widens || is_of_adapters(&launch)) {
+            return Ok(());
         }
         match self.launches_left.load(Relaxed) {
             usize::MAX => self.driver.launch(launch),
@@ -196,6 +277,9 @@ impl Driver for Device {
     fn launch_ahead(&self, launch: Launch, slot: usize) -> Result<()> {
         assert_eq!(launch.kernel, "dequantize_4bit");
         self.widened[1].fetch_add(1, Relaxed);
+        if self.is_bare() {
+            return Ok(());
+        }
         self.driver.launch_ahead(launch, slot)
     }
 
@@ -205,6 +289,15 @@ impl Driver for Device {
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
         self.products.lock().unwrap().push(gemm.shape);
+        if self.is_bare() {
+            let [m, n, k] = gemm.shape;
+            if m.min(n).min(k) <= MOST_RANKS {
+                return Ok(());
+            }
+            // Widths are multiples; what is more is an adapter's.
+            let shape = [m, n, k / MOST_RANKS * MOST_RANKS];
+            return self.driver.gemm(&Gemm { shape, ..*gemm });
+        }
         self.driver.gemm(gemm)
     }
 

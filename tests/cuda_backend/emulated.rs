@@ -13,6 +13,7 @@ use half::bf16;
 use nibble::Result;
 use nibble::kernels::cuda::driver::{Address, Argument, Driver, Gemm, Launch, Operand};
 
+use crate::device::Device;
 use crate::emulator::{self, Emulator};
 
 /// When a copy of the second stream is made, or a kernel of the third one runs: any time from its
@@ -269,5 +270,16 @@ impl Driver for Emulated {
 
     fn synchronize(&self) -> Result<()> {
         Ok(())
+    }
+}
+
+/// For `scripts/gpu_check.sh --rehearse`, which has its driver from there.
+#[test]
+fn is_compiled() {
+    if Device::skips_on_a_card("the emulator") {
+        return;
+    }
+    if let Some(library) = emulator::library() {
+        println!("EMULATED {}", library.display());
     }
 }

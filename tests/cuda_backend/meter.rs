@@ -15,14 +15,14 @@ use nibble::train::meter::Meter;
 use nibble::train::trial::Trial;
 use nibble_quant::FloatType;
 
+use super::device::Device;
 use super::golden::{CASES, Case};
 use super::{gpu, nf4, settings};
 
 #[test]
 fn the_rows_of_a_gpu_are_measured_by_its_driver() {
     let Some(gpu) = gpu() else { return };
-    // Others work on a real card.
-    if std::env::var_os("NIBBLE_TEST_DEVICE").is_some() {
+    if Device::skips_on_a_card("the memory of a card that others use, too") {
         return;
     }
     let case = Case::open("mistral_s0");
@@ -60,8 +60,7 @@ fn the_rows_of_a_gpu_are_measured_by_its_driver() {
 /// memory and streamed.
 #[test]
 fn a_trial_takes_what_was_planned() {
-    // Others work on a real card.
-    if std::env::var_os("NIBBLE_TEST_DEVICE").is_some() {
+    if Device::skips_on_a_card("the memory of a card that others use, too") {
         return;
     }
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/bnb4bit");
