@@ -1,0 +1,160 @@
+"""What all stages share: the report, the programs, the models that are written meanwhile, and the time."""
+
+import ctypes
+import importlib.util
+import json
+import os
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from .child import Child, Children, Ended
+from .goals import GOALS
+from .nibble import Run
+from .report import Report
+from .setup import Setup
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+CARRIED = ROOT / "gpu_check"
+SCRIPTS = ROOT / "scripts"
+# What the models of a check on a card take, the pages that are read of them, and pinned memory.
+ROOMY_BYTES = 64 << 30
+
+
+class NoCard(Exception):
+    """There is nothing to be checked."""
+
+
+class Check:
+    """One call of the script."""
+
+    def __init__(self, setup: Setup, out: Path, stem: str | None, log: Path):
+        self.setup, self.begun = setup, time.monotonic()
+        self.folder = Path(tempfile.mkdtemp(prefix="gpu_check-"))
+        (self.folder / "runs").mkdir()
+        self.shared = self.roomy_folder()
+        self.report = Report(out, stem, GOALS)
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)
+        self.children = Children(ROOT, log, self.environment())
+        self.stage_end = self.begun + setup.deadline_s
+        self.background: dict[str, Child] = {}
+        self.runs: dict[str, Run] = {}
+
+    def roomy_folder(self) -> Path:
+        """Where large models are: memory, if there is much of it."""
+        memory = Path("/dev/shm")
+        if self.setup.rehearsal or not memory.is_dir() or shutil.disk_usage(memory).free < ROOMY_BYTES:
+            return self.folder
+        return Path(tempfile.mkdtemp(prefix="gpu_check-", dir=memory))
+
+    def environment(self) -> dict[str, str]:
+        own = {"CUDA_CACHE_PATH": str(self.folder / "cuda-cache"), "RUST_BACKTRACE": "0"}
+        packages = [str(CARRIED / "site"), os.environ.get("PYTHONPATH", "")]
+        own |= {"PYTHONPATH": os.pathsep.join(filter(None, packages))}
+        own |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder)}
+        if self.setup.device == "cuda":
+            own["NIBBLE_TEST_DEVICE"] = "cuda"
+        environment = {"HOME": str(self.folder)} | os.environ | own
+        libraries = cuda_libraries()
+        if libraries and "NIBBLE_CUDA_LIB_DIR" not in environment:
+            environment["NIBBLE_CUDA_LIB_DIR"] = libraries
+        return environment
+
+    def left(self) -> float:
+        return self.begun + self.setup.deadline_s - time.monotonic()
+
+    def stage_left(self) -> float:
+        return self.stage_end - time.monotonic()
+
+    def run(self, arguments: list, **environment: str) -> Ended:
+        """A program that may take what is left to the stage."""
+        return self.children.run(arguments, self.stage_left(), **environment)
+
+    def python(self, name: str, *arguments) -> Ended:
+        return self.run([sys.executable, SCRIPTS / "gpu" / name, *arguments])
+
+    def start(self, name: str, arguments: list, **environment: str):
+        """A program beside the stages, until it is awaited."""
+        self.background[name] = self.children.start(arguments, **environment)
+
+    def awaited(self, name: str) -> Ended:
+        ended = self.background[name].wait(self.stage_left())
+        if ended.status:
+            raise RuntimeError(f"{name}: {ended.tail()}")
+        return ended
+
+    def make_model(self, name: str, preset: str, folder: Path):
+        maker = [sys.executable, SCRIPTS / "make_checkpoint.py", folder / name]
+        self.start(name, maker + ["--preset", preset, "--nf4"])
+
+    def model(self, name: str) -> Path:
+        """A model that was written meanwhile."""
+        self.awaited(name)
+        return Path(self.background[name].arguments[2])
+
+    def config(self, name: str) -> dict:
+        return json.loads((self.model(name) / "config.json").read_text())
+
+    def train(self, name: str, model: Path, rows: Path, length: int, *flags, **options) -> Run:
+        """A run of `nibble train` under the budget, which is part of the account."""
+        ended = self.run(self.train_arguments(name, model, rows, length, *flags, **options))
+        self.runs[name] = Run.read(self.out(name), ended)
+        return self.runs[name]
+
+    def out(self, name: str) -> Path:
+        """The output folder of a run."""
+        return self.folder / "runs" / name
+
+    def train_arguments(
+        self, name: str, model: Path, rows: Path, length: int, *flags, device: str | None = None
+    ) -> list:
+        arguments = [CARRIED / "nibble", "train", "--model", model, "--data", rows]
+        arguments += ["--out", self.out(name), "--device", device or self.setup.device]
+        arguments += ["--max-length", length, "--gradient-accumulation-steps", 1, "--logging-steps", 1]
+        return arguments + ["--lora-r", 16, "--lora-dropout", 0, *flags]
+
+    def write_rows(self, name: str, count: int, length: int, vocabulary: int) -> Path:
+        """Rows of random tokens, the same for everybody."""
+        source, path = random.Random(f"{name} {length}"), self.folder / f"{name}.jsonl"
+        rows = ([source.randrange(3, vocabulary) for _ in range(length)] for _ in range(count))
+        write_jsonl(path, rows)
+        return path
+
+    def close(self):
+        self.children.end_all()
+        for folder in {self.folder, self.shared}:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def write_jsonl(path: Path, rows):
+    with open(path, "w") as file:
+        for ids in rows:
+            file.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
+
+
+def require_driver():
+    """The program says more of it, but a moment later."""
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError as error:
+        raise NoCard(f"no NVIDIA driver: {error}") from error
+
+
+def cuda_libraries() -> str | None:
+    """The folder of cuBLAS in Python's packages, which the program would otherwise search each time."""
+    found = importlib.util.find_spec("nvidia")
+    for place in found.submodule_search_locations if found else []:
+        for library in sorted(Path(place).glob("*/lib/libcublas.so.1[23]")):
+            return str(library.parent)
+    return None
+
+
+def end_with_table(*_):
+    """The handler of signals: whoever asks for the end gets the table."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise KeyboardInterrupt

@@ -1,0 +1,32 @@
+"""What the check decides: each goal's title and its words, in the order of the table."""
+
+LOSS_GAP = 0.005
+GRADIENT_ERROR = 0.02
+SPEED_CHECKPOINT = 1.5
+SPEED_AUTO = 1.9
+UTILISATION = 0.55
+PEAK_SHARE = 0.60
+PLAN_ERROR = 0.03
+DEQUANTIZE_SHARE = 0.85
+EXPOSED_SHARE = 0.06
+ATTENTION_SHARE = 0.50
+
+GOALS = {
+    "doctor": ("driver, cuBLAS, agreement with the CPU", "usable"),
+    "kernel tests": ("tests of the kernels", "all pass"),
+    "backend tests": ("tests of the backend", "all pass"),
+    "smoke": ("eval, generate and resume", "work"),
+    "sanitizer": ("compute-sanitizer on flash attention", "no error"),
+    "gradients": ("LoRA gradients of 8B-shaped blocks beside f32, worst tensor", f"≤ {GRADIENT_ERROR:.0%}"),
+    "curve": ("losses beside the CPU's, mean difference", f"≤ {LOSS_GAP:.1%}"),
+    "speed checkpoint": ("tokens/s beside PEFT + bitsandbytes, all recomputed", f"≥ {SPEED_CHECKPOINT}x"),
+    "speed auto": ("tokens/s beside it with the planner's policy in 23.5 GiB", f"≥ {SPEED_AUTO}x"),
+    "utilisation": ("utilisation beside cuBLAS, all recomputed", f"≥ {UTILISATION:.0%}"),
+    "peak": ("memory of the card beside the peer's, all recomputed", f"≤ {PEAK_SHARE:.0%}"),
+    "plan": ("measured memory beside the plan, worst run", f"≤ {PLAN_ERROR:.0%} off"),
+    "32B": ("32B, 8,192 tokens, 23.5 GiB", "trains"),
+    "8B long": ("8B, 120,000 tokens, 23.5 GiB", "trains"),
+    "dequantize": ("widening beside a copy", f"≥ {DEQUANTIZE_SHARE:.0%}"),
+    "exposed": ("widening and adapters in a step's time", f"≤ {EXPOSED_SHARE:.0%}"),
+    "attention": ("flash attention beside PyTorch's, both passes", f"≥ {ATTENTION_SHARE:.0%}"),
+}

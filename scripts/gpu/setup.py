@@ -1,0 +1,62 @@
+"""Sizes of the check on a card, and of its rehearsal."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Presets of make_checkpoint.py, tokens of a row, steps, and where runs compute; one of a rehearsal's does
+    on the emulated driver, which takes its time."""
+
+    rehearsal: bool
+    deadline_s: float
+    preset_8b: str
+    preset_32b: str
+    curve_preset: str
+    length: int
+    length_32b: int
+    length_long: int
+    curve_length: int
+    steps: int
+    warm_up: int
+    curve_steps: int
+    budget: str
+    device: str
+    device_checkpoint: str
+
+
+CARD = Setup(
+    rehearsal=False,
+    deadline_s=560,
+    preset_8b="llama-3.1-8b",
+    preset_32b="32b",
+    curve_preset="small",
+    length=4096,
+    length_32b=8192,
+    length_long=120_000,
+    curve_length=320,
+    steps=13,
+    warm_up=3,
+    curve_steps=200,
+    budget="23.5GiB",
+    device="cuda",
+    device_checkpoint="cuda",
+)
+
+REHEARSAL = Setup(
+    rehearsal=True,
+    deadline_s=400,
+    preset_8b="tiny",
+    preset_32b="tiny",
+    curve_preset="tiny",
+    length=32,
+    length_32b=48,
+    length_long=64,
+    curve_length=32,
+    steps=4,
+    warm_up=1,
+    curve_steps=30,
+    budget="1GiB",
+    device="cpu",
+    device_checkpoint="cuda",
+)
