@@ -21,8 +21,8 @@ from .setup import Setup
 ROOT = Path(__file__).resolve().parent.parent.parent
 CARRIED = ROOT / "gpu_check"
 SCRIPTS = ROOT / "scripts"
-# What the models of a check on a card take, the pages that are read of them, and pinned memory.
-ROOMY_BYTES = 64 << 30
+# What the models of a check on a card take, and as much again.
+ROOMY_BYTES = 40 << 30
 
 
 class NoCard(Exception):
@@ -71,16 +71,16 @@ class Check:
     def stage_left(self) -> float:
         return self.stage_end - time.monotonic()
 
-    def run(self, arguments: list, **environment: str) -> Ended:
-        """A program that may take what is left to the stage."""
-        return self.children.run(arguments, self.stage_left(), **environment)
+    def run(self, arguments: list, keep_s: float = 0.0) -> Ended:
+        """A program that may take what is left to the stage but so many seconds."""
+        return self.children.run(arguments, self.stage_left() - keep_s)
 
     def python(self, name: str, *arguments) -> Ended:
         return self.run([sys.executable, SCRIPTS / "gpu" / name, *arguments])
 
-    def start(self, name: str, arguments: list, **environment: str):
+    def start(self, name: str, arguments: list):
         """A program beside the stages, until it is awaited."""
-        self.background[name] = self.children.start(arguments, **environment)
+        self.background[name] = self.children.start(arguments)
 
     def awaited(self, name: str) -> Ended:
         ended = self.background[name].wait(self.stage_left())

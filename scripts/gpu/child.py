@@ -43,7 +43,7 @@ class Ended:
 class Child:
     """A program at work."""
 
-    def __init__(self, children: "Children", arguments: list[str], environment: dict[str, str]):
+    def __init__(self, children: "Children", arguments: list[str]):
         self.children, self.arguments, self.begun = children, arguments, time.monotonic()
         self.output = tempfile.TemporaryFile()
         self.process, self.ended = None, None
@@ -54,7 +54,7 @@ class Child:
                 stdout=self.output,
                 stderr=subprocess.STDOUT,
                 cwd=children.root,
-                env=environment,
+                env=children.environment,
                 process_group=0,
             )
         except OSError as error:
@@ -95,13 +95,13 @@ class Children:
         self.root, self.log_file, self.environment = root, log_file, environment
         self.all: list[Child] = []
 
-    def start(self, arguments: list, **environment: str) -> Child:
-        child = Child(self, [str(it) for it in arguments], self.environment | environment)
+    def start(self, arguments: list) -> Child:
+        child = Child(self, [str(it) for it in arguments])
         self.all.append(child)
         return child
 
-    def run(self, arguments: list, seconds: float, **environment: str) -> Ended:
-        return self.start(arguments, **environment).wait(seconds)
+    def run(self, arguments: list, seconds: float) -> Ended:
+        return self.start(arguments).wait(seconds)
 
     def end_all(self):
         for child in self.all:

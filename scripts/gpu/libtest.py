@@ -29,7 +29,7 @@ class Tests:
         tests = Tests(complete=re.search(r"^test result: ", ended.text, re.M) is not None)
         for name, verdict in dict(TEST.findall(ended.text)).items():
             (tests.passed if verdict == "ok" else tests.failed).append(name)
-        tests.skipped = sorted(set(SKIPPED.findall(ended.text)))
+        tests.skipped = SKIPPED.findall(ended.text)
         at_work = AT_WORK.search(ended.text)
         tests.at_work = at_work.group(1) if at_work else ""
         panic = PANIC.search(ended.text)
