@@ -80,6 +80,13 @@ fn a_card_is_taken_if_it_computes_what_the_cpu_does() {
     assert_eq!(code, 1);
     assert!(text.contains("error: --device cuda: losses with heads of 64 differ"), "{text}");
     assert!(text.contains("hint: use `--device cpu`"), "{text}");
+
+    // As the check on a GPU has it, which measures the rest.
+    let mut measured = broken(place.train("measured", &["--device", "cuda", "--max-steps", "1"]));
+    measured.env("NIBBLE_UNVERIFIED_GPU", "1");
+    let said = stderr(&succeed(measured));
+    assert!(said.contains("warning: results are wrong: losses with heads of 64 differ"), "{said}");
+    assert!(said.contains("free, DOES NOT compute as the CPU does"), "{said}");
 }
 
 /// As where a package has brought a newer cuBLAS than the system's driver runs.
