@@ -389,14 +389,14 @@ STAGES = [
     Stage("8B checkpoint", 70, checkpoint_8b, ("utilisation",)),
     Stage("8B auto", 60, auto_8b),
     Stage("peer", 120, peer, ("speed checkpoint", "speed auto", "peak")),
-    Stage("8B of half length", 40, half_8b, reserve_s=260),
+    Stage("8B of half length", 40, half_8b, reserve_s=330),
     Stage("gradients", 60, gradients, ("gradients",), diagnosis=True),
     Stage("curve", 60, curve, ("curve",)),
     Stage("smoke", 30, smoke, ("smoke",)),
-    Stage("32B", 80, train_32b, ("32B",)),
+    Stage("32B", 100, train_32b, ("32B",)),
     Stage("kernel tests", 80, kernel_tests, ("kernel tests",), diagnosis=True),
     Stage("backend tests", 80, backend_tests, ("backend tests",), diagnosis=True),
-    Stage("8B long", 400, train_8b_long, ("8B long",), reserve_s=40),
+    Stage("8B long", 400, train_8b_long, ("8B long",), reserve_s=25),
     Stage("sanitizer", 60, sanitizer, ("sanitizer",)),
 ]
 # Whoever fails here has little use for the rest.
