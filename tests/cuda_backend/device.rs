@@ -55,14 +55,8 @@ const MOST_RANKS: usize = 64;
 
 /// Whether a launch reads or writes nothing but an adapter, or what it adds to rows.
 fn is_of_adapters(launch: &Launch) -> bool {
-    let narrow = |index: usize| matches!(launch.arguments[index], Argument::I32(width) if width <= MOST_RANKS as i32);
-    match launch.kernel {
-        "zero_rows" => narrow(2),
-        kernel if kernel.starts_with("scale_rows") => {
-            narrow(4) || launch.grid[0] <= MOST_RANKS as u32
-        }
-        _ => false,
-    }
+    let kernels = ["scale_columns", "diagonal", "stack_rows", "add_stacked"];
+    kernels.iter().any(|kernel| launch.kernel.starts_with(kernel))
 }
 
 impl Device {

@@ -8,7 +8,7 @@ use nibble::error::Result;
 use nibble::model::families::spec_from_config;
 use nibble::model::spec::{ModelSpec, TensorRole};
 use nibble::model::weights::{TensorSource, Weights};
-use nibble::plan::{Optim, Policy, Settings, logit_rows};
+use nibble::plan::{Optim, Place, Policy, Settings, logit_rows};
 use nibble::random::Stream;
 use nibble_quant::{Absmax, FloatType, PackedParts, PackedWeight, QuantType};
 use serde_json::json;
@@ -132,7 +132,7 @@ pub fn settings(spec: &ModelSpec, adapter: &Adapter, batch: &Batch, policy: Poli
     Settings {
         tokens: batch.tokens(),
         longest_document: lengths.max().unwrap_or(0) as usize,
-        logit_rows: logit_rows(spec, batch.tokens(), None),
+        logit_rows: logit_rows(spec, batch.tokens(), None, Place::Gpu),
         policies: vec![policy; spec.num_layers],
         targets: adapter.targets.clone(),
         lora_dropout: false,

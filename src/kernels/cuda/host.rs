@@ -60,22 +60,27 @@ impl<D: Driver> Cuda<D> {
     }
 }
 
-/// The elements of `range` in f32.
+/// The elements of `range` in f32: whole rows, of a matrix whose rows have room behind them.
 pub(super) fn values<D: Driver>(
     cuda: &Cuda<D>,
     buffer: &Buffer<D>,
     range: Range<usize>,
 ) -> Result<Cow<'static, [f32]>> {
-    let from = buffer.at(range.clone());
+    let (from, stored) = buffer.whole_rows(range.start, range.len());
     Ok(Cow::Owned(if buffer.dtype == RegionType::F32 {
-        let mut values = zeroes(range.len())?;
+        assert_eq!(stored, range.len(), "rows of f32 have no room behind them");
+        let mut values = zeroes(stored)?;
         cuda.download(from, bytemuck::cast_slice_mut(&mut values))?;
         values
     } else {
-        let mut values: Vec<bf16> = zeroes(range.len())?;
+        let mut values: Vec<bf16> = zeroes(stored)?;
         cuda.download(from, bytemuck::cast_slice_mut(&mut values))?;
         let mut wide = zeroes(range.len())?;
-        wide.iter_mut().zip(&values).for_each(|(wide, value)| *wide = value.to_f32());
+        let (rows, width) = buffer.pitched_rows(range.len()).unwrap_or((1, stored.max(1)));
+        let rows = values.chunks_exact((stored / rows.max(1)).max(1));
+        for (wide, row) in wide.chunks_exact_mut(width).zip(rows) {
+            wide.iter_mut().zip(row).for_each(|(wide, value)| *wide = value.to_f32());
+        }
         wide
     }))
 }

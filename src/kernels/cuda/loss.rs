@@ -45,8 +45,9 @@ pub(super) fn cross_entropy<D: Driver>(
     let rows = targets.len();
     let Some(targets) = cuda.stage(targets) else { return };
     let losses = Argument::Pointer(loss.losses(rows));
+    let logits = logits.rows(rows, vocab_size);
     launch!(cuda, "cross_entropy_bf16", row_grid(rows), THREADS;
-        logits.argument(rows * vocab_size), vocab_size, targets, vocab_size,
+        logits.argument(), logits.stride, targets, vocab_size,
         scale.unwrap_or(0.0), scale.is_some(), losses);
     let partials = Argument::Pointer(loss.partials());
     let mut grid = flat(rows);

@@ -5,7 +5,7 @@ use crate::model::spec::{LinearRole, ModelSpec};
 use crate::plan::{Component, MemoryPlan, Pitch, Region, RegionType, Settings, layout};
 
 use super::attention::{AttnImplementation, WorkLayout};
-use super::frozen::{extended_elements, tail_columns};
+use super::frozen::{STRIDE_ELEMENTS, extended_elements, tail_columns};
 use super::memory::PARTIALS;
 
 /// cuBLAS' workspace: what NVIDIA recommends for Hopper, enough for every earlier card.
@@ -53,6 +53,9 @@ pub fn cuda_layout(
         }
         if extends(settings) {
             leave_room(spec, settings, region);
+        }
+        if region.name == "head.logits" {
+            align_rows(spec.vocab_size, region);
         }
     }
     plan.offloaded.iter_mut().for_each(|region| region.dtype = RegionType::Bf16);
@@ -145,6 +148,15 @@ fn leave_room(spec: &ModelSpec, settings: &Settings, region: &mut Region) {
     let rank = layer.map_or_else(|| most(spec, of_layer), of_layer);
     if rank > 0 {
         let stride = width + tail_columns(rank);
+        region.elements = region.elements / width * stride;
+        region.pitch = Some(Pitch { width, stride });
+    }
+}
+
+/// Rows of an odd vocabulary's logits begin on 16 bytes, as tensor cores like them.
+fn align_rows(width: usize, region: &mut Region) {
+    let stride = width.next_multiple_of(STRIDE_ELEMENTS);
+    if stride > width {
         region.elements = region.elements / width * stride;
         region.pitch = Some(Pitch { width, stride });
     }
