@@ -5,6 +5,7 @@
 //! accounts (`/proc/self/statm`), so the cost is microseconds and nothing escapes: mapped files,
 //! heap, stacks. Where there is no `/proc`, everything measured is 0.
 
+mod control_group;
 pub mod resident;
 pub mod rows;
 

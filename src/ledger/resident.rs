@@ -3,6 +3,9 @@
 
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
+use std::path::Path;
+
+use super::control_group;
 
 /// Bytes in memory now.
 pub fn now_bytes() -> u64 {
@@ -58,18 +61,12 @@ pub fn present_bytes(bytes: &[u8]) -> Option<u64> {
     Some(present.map(inside).sum())
 }
 
-/// Bytes that this process could still take: the system's free memory, or what its control group
-/// leaves if that is less.
+/// Bytes that this process could still take: the system's free memory, or what its control groups
+/// leave if that is less.
 pub fn available_bytes() -> u64 {
     let meminfo = fs::read_to_string("/proc/meminfo").unwrap_or_default();
     let free = kibibytes(&meminfo, "MemAvailable:").unwrap_or(u64::MAX);
-    let number = |name: &str| {
-        let text = fs::read_to_string(format!("/sys/fs/cgroup/{name}")).ok()?;
-        text.trim().parse::<u64>().ok()
-    };
-    let in_group = number("memory.max").zip(number("memory.current"));
-    let left = in_group.map_or(u64::MAX, |(max, current)| max.saturating_sub(current));
-    free.min(left)
+    free.min(control_group::left_bytes(Path::new("/")).unwrap_or(u64::MAX))
 }
 
 fn field(name: &str) -> u64 {
