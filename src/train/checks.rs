@@ -5,6 +5,7 @@
 use super::trainee::Trainee;
 use crate::data::Batch;
 use crate::error::{Error, Result};
+use crate::ledger::{self, Phase};
 use crate::model::parameters::{Matrix, ParameterTensor, Part};
 
 /// Tokens that the base and the adapted model are compared on.
@@ -34,6 +35,7 @@ pub fn probe(batch: &Batch) -> Batch {
 /// # Errors
 /// `Numeric` with both losses when they differ or are not finite.
 pub fn base_loss<M: Trainee>(model: &mut M, probe: &Batch, fresh: bool) -> Result<f64> {
+    ledger::enter(Phase::Eval);
     let base = model.evaluate_base(probe)?;
     if !base.is_finite() {
         let what = format!("loss of the base model is {base} on its first tokens");

@@ -258,6 +258,9 @@ mod tests {
             resident_bytes,
             file_bytes: 1 << 20,
         };
+        let mut record = Record::default();
+        record.moments =
+            vec![moment(0.0, Phase::Load, 1 << 20), moment(2.0, Phase::Loss, 5 << 20)];
         Account {
             outside: Outside::default(),
             rows: vec![row("a<b", 3 << 20, Some(4 << 20)), row("c", 1 << 20, Some(1 << 20))],
@@ -267,10 +270,7 @@ mod tests {
                 measured_bytes: Some(5 << 20),
             }],
             peak_bytes: Some(5 << 20),
-            record: Record {
-                moments: vec![moment(0.0, Phase::Load, 1 << 20), moment(2.0, Phase::Loss, 5 << 20)],
-                peaks: Vec::new(),
-            },
+            record,
         }
     }
 
