@@ -222,7 +222,41 @@ fn memory_is_what_was_planned() {
         let (planned, measured) = (&report["total_bytes"], &report["measured"]["peak_bytes"]);
         assert!(planned.as_u64().unwrap() > 0, "{report}");
         assert!(planned == measured, "{flags:?}: {measured} of {planned} planned");
+        let (planned, host) = (&report["pinned_bytes"], &report["measured"]["host"]);
+        assert!(planned.as_u64().unwrap() > 0, "what is uploaded is staged");
+        assert_eq!(planned, &host["pinned_bytes"], "{flags:?}");
+        let [resident, mapped] = ["resident_bytes", "mapped_bytes"].map(|key| host[key].as_u64());
+        assert!(0 < mapped.unwrap() && mapped < resident, "{host}");
     }
+}
+
+/// The host's memory beside the GPU, in what `train` says at its end and in its report.
+#[test]
+fn a_run_tells_what_it_pinned() {
+    let place = Workplace::new();
+    let flags = ["--max-steps", "2", "--activations", "offload"];
+    let Some(run) = train(&place, "out", &flags) else { return };
+    let said = String::from_utf8(succeed(run).stdout).unwrap();
+    let line = said.lines().find(|line| line.contains(" of pinned memory, planned ")).unwrap();
+    let (_, sizes) = line.split_once(", and ").unwrap();
+    let (pinned, planned) = sizes.split_once(" of pinned memory, planned ").unwrap();
+    assert_eq!(pinned, planned, "{said}");
+    let page = String::from_utf8(place.read("out/report.html")).unwrap();
+    assert!(page.contains("pinned memory") && page.contains("on the host"));
+}
+
+/// The answer's cache would take more than the card has: told before a weight is read.
+#[test]
+fn a_plan_that_the_card_has_no_room_for_is_refused() {
+    let place = Workplace::new();
+    let flags = ["--sample-prompt", "w5 w6", "--sample-max-new-tokens", "100000000"];
+    let Some(run) = train(&place, "out", &flags) else { return };
+    let (code, text) = fail(run);
+    assert_eq!(code, 1);
+    assert!(text.contains("1.0 GiB are free: ") && text.contains("hint: "), "{text}");
+    let command = place.nibble(&["memory", "--model", "model", "--device", "cuda"]);
+    let said = String::from_utf8(succeed(on_gpu(command).unwrap()).stdout).unwrap();
+    assert!(said.contains("\nfits the "), "{said}");
 }
 
 #[test]

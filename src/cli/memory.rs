@@ -9,7 +9,7 @@ use super::device::DeviceArgs;
 use super::lora::LoraArgs;
 use super::numbers;
 use super::size::ByteSize;
-use super::train::BaseModelArgs;
+use super::train::{BaseModelArgs, GRADIENT_ACCUMULATION_STEPS};
 use crate::plan::{Activations, Optim, WeightsMode};
 
 const EXAMPLES: &str = "Examples:
@@ -33,6 +33,9 @@ pub struct MemoryArgs {
     /// Rows of `--max-length` tokens in a forward pass
     #[arg(long, help_heading = "Batch", value_name = "ROWS", default_value = "1", value_parser = numbers::at_least_one)]
     pub per_device_train_batch_size: NonZeroUsize,
+    /// Forward passes in an optimizer step; `--fit` keeps the rows of a step where it tries others
+    #[arg(long, help_heading = "Batch", value_name = "PASSES", default_value = GRADIENT_ACCUMULATION_STEPS, value_parser = numbers::at_least_one)]
+    pub gradient_accumulation_steps: NonZeroUsize,
     /// Longest row, in tokens
     #[arg(long, help_heading = "Batch", value_name = "TOKENS", default_value = "2048", value_parser = numbers::at_least_one)]
     pub max_length: NonZeroUsize,

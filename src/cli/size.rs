@@ -38,6 +38,17 @@ impl FromStr for ByteSize {
     }
 }
 
+impl ByteSize {
+    /// As a flag's value that means this many bytes and no other.
+    pub fn exact(self) -> String {
+        match self.0 {
+            bytes if bytes > 0 && bytes.is_multiple_of(1 << 30) => format!("{}GiB", bytes >> 30),
+            bytes if bytes > 0 && bytes.is_multiple_of(1 << 20) => format!("{}MiB", bytes >> 20),
+            bytes => bytes.to_string(),
+        }
+    }
+}
+
 fn expected(text: &str) -> String {
     format!("`{text}` is not a size, expected a number with a unit, such as 23GiB or 500MB")
 }
@@ -46,10 +57,11 @@ fn expected(text: &str) -> String {
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let unit = UNITS[..4].iter().rev().zip(["TiB", "GiB", "MiB", "KiB"]);
-        match unit.into_iter().find(|((_, factor), _)| self.0 >= *factor) {
-            Some(((_, factor), name)) => write!(f, "{:.1} {name}", self.0 as f64 / *factor as f64),
-            None => write!(f, "{} B", self.0),
-        }
+        let text = match unit.into_iter().find(|((_, factor), _)| self.0 >= *factor) {
+            Some(((_, factor), name)) => format!("{:.1} {name}", self.0 as f64 / *factor as f64),
+            None => format!("{} B", self.0),
+        };
+        f.pad(&text)
     }
 }
 

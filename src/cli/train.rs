@@ -20,6 +20,9 @@ use crate::train::recipe::{EvalRecipe, Length, Recipe, SaveRecipe};
 use crate::train::schedule::{SchedulerType, Warmup};
 use crate::train::settings::SettingsEcho;
 
+/// Forward passes in an optimizer step, by default.
+pub const GRADIENT_ACCUMULATION_STEPS: &str = "4";
+
 /// Train a LoRA adapter on a frozen base model
 #[derive(Debug, Clone, Args)]
 #[command(after_long_help = AFTER_HELP, allow_negative_numbers = true)]
@@ -174,7 +177,7 @@ pub struct OptimizationArgs {
     #[arg(long, value_name = "ROWS", default_value = "1", value_parser = numbers::at_least_one)]
     pub per_device_train_batch_size: NonZeroUsize,
     /// Forward passes in an optimizer step
-    #[arg(long, value_name = "PASSES", default_value = "4", value_parser = numbers::at_least_one)]
+    #[arg(long, value_name = "PASSES", default_value = GRADIENT_ACCUMULATION_STEPS, value_parser = numbers::at_least_one)]
     pub gradient_accumulation_steps: NonZeroUsize,
     /// Peak learning rate
     #[arg(long, value_name = "RATE", default_value = "2e-4",

@@ -6,6 +6,7 @@
 //! escapes: mapped files, heap, stacks. Where there is no `/proc`, everything measured is 0.
 
 mod control_group;
+pub mod pinned;
 pub mod resident;
 pub mod rows;
 
@@ -302,7 +303,9 @@ impl Watch {
         }
         let peak_bytes = resident::peak_bytes();
         let free_heap_bytes = resident::free_heap_bytes();
-        Measured { before_bytes: None, weights, free_heap_bytes, region_bytes, peak_bytes, record }
+        let host = None;
+        let before_bytes = None;
+        Measured { before_bytes, weights, free_heap_bytes, region_bytes, peak_bytes, host, record }
     }
 }
 

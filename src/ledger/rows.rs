@@ -28,6 +28,17 @@ pub struct PhaseRow {
     pub measured_bytes: Option<u64>,
 }
 
+/// The host's memory beside a GPU, once all of a run is allocated.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+pub struct HostMemory {
+    /// Of the process.
+    pub resident_bytes: u64,
+    /// Of these, pages of files: program, libraries, weights that are streamed.
+    pub mapped_bytes: u64,
+    /// Pinned for the run; the system may or may not count it to the process.
+    pub pinned_bytes: u64,
+}
+
 /// A plan, and the same run as it was measured.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Account {
@@ -39,6 +50,9 @@ pub struct Account {
     pub phases: Vec<PhaseRow>,
     /// The highest resident bytes of the process.
     pub peak_bytes: Option<u64>,
+    /// Beside a GPU, where a run was made.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub host: Option<HostMemory>,
     /// The run over time.
     pub record: Record,
 }
@@ -64,6 +78,8 @@ pub struct Measured {
     pub region_bytes: Vec<u64>,
     /// The highest resident bytes of the process.
     pub peak_bytes: u64,
+    /// Beside a GPU.
+    pub host: Option<HostMemory>,
     /// The run over time.
     pub record: Record,
 }
@@ -71,7 +87,7 @@ pub struct Measured {
 impl Account {
     /// The prediction.
     pub fn planned(outside: Outside, plan: &MemoryPlan) -> Self {
-        let Outside { place, process_bytes, weights } = outside;
+        let Outside { place, process_bytes, weights, .. } = outside;
         let (around, lost) = match place {
             Place::Host => (PROCESS, FREE_HEAP),
             Place::Gpu => (CONTEXT, ROUNDING),
@@ -138,6 +154,7 @@ impl Account {
             row.measured_bytes = measured.record.peak_of(row.phase);
         }
         self.peak_bytes = Some(measured.peak_bytes);
+        self.host = measured.host;
         self.record = measured.record;
         self
     }
@@ -206,14 +223,15 @@ mod tests {
     /// 500 bytes of weights beside 1000 of other things.
     fn outside(place: Place) -> Outside {
         let weights = WeightParts { codes: 400, vectors: 100, ..WeightParts::default() };
-        Outside { place, process_bytes: 1000, weights }
+        Outside { place, process_bytes: 1000, weights, pinned_bytes: 0 }
     }
 
     fn measured(weights: u64, region_bytes: [u64; 4], peak_bytes: u64) -> Measured {
         let weights = WeightParts { codes: weights - 100, ..outside(Place::Host).weights };
         let (region_bytes, record) = (region_bytes.to_vec(), Record::default());
         let free_heap_bytes = 20;
-        Measured { before_bytes: None, weights, free_heap_bytes, region_bytes, peak_bytes, record }
+        let (before_bytes, host) = (None, None);
+        Measured { before_bytes, weights, free_heap_bytes, region_bytes, peak_bytes, host, record }
     }
 
     fn names(account: &Account) -> Vec<&str> {

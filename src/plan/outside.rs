@@ -16,6 +16,17 @@ pub struct Outside {
     pub process_bytes: u64,
     /// Frozen weights.
     pub weights: WeightParts,
+    /// Of the host's memory beside a GPU, pinned: offloaded inputs, streamed blocks on their way, an
+    /// embedding, and what is staged.
+    #[serde(default)]
+    pub pinned_bytes: u64,
+}
+
+impl Outside {
+    /// Bytes where the run computes.
+    pub fn total(&self) -> u64 {
+        self.process_bytes + self.weights.total()
+    }
 }
 
 /// Bytes of frozen weights, by kind.

@@ -4,8 +4,8 @@ use std::time::Instant;
 
 use super::backend::TrainingKernels;
 use crate::error::Result;
-use crate::ledger::rows::Measured;
-use crate::ledger::{Record, Watch};
+use crate::ledger::rows::{HostMemory, Measured};
+use crate::ledger::{Record, Watch, pinned, resident};
 use crate::model::Model;
 
 /// Measures a run from before its weights are read.
@@ -17,6 +17,8 @@ pub enum Meter {
     Device {
         /// Bytes in use before the weights were there: the driver's context and others' memory.
         before_bytes: u64,
+        /// Bytes of the host that were pinned before.
+        pinned_before: u64,
         /// What was in use whenever somebody looked.
         record: Record,
         /// When it began.
@@ -36,7 +38,8 @@ impl Meter {
             true => Meter::Process(Watch::begin()),
             false => {
                 let (record, start) = (Record::default(), Instant::now());
-                let mut meter = Meter::Device { before_bytes, record, start };
+                let pinned_before = pinned::bytes();
+                let mut meter = Meter::Device { before_bytes, pinned_before, record, start };
                 meter.look(kernels)?;
                 meter
             }
@@ -88,17 +91,21 @@ impl Meter {
                 }
                 measured
             }
-            Meter::Device { before_bytes, record, start } => {
+            Meter::Device { before_bytes, pinned_before, record, start } => {
                 let peak_bytes = model.parameters().kernels().surroundings()?.used_bytes;
                 let mut record = record.clone();
                 record.add_now(*start, peak_bytes);
                 let before_bytes = Some(*before_bytes);
+                let (resident_bytes, mapped_bytes) = resident::now_and_files();
+                let pinned_bytes = pinned::bytes().saturating_sub(*pinned_before);
+                let host = Some(HostMemory { resident_bytes, mapped_bytes, pinned_bytes });
                 Measured {
                     before_bytes,
                     weights,
                     free_heap_bytes: 0,
                     region_bytes,
                     peak_bytes,
+                    host,
                     record,
                 }
             }

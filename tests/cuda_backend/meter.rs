@@ -46,8 +46,12 @@ fn the_rows_of_a_gpu_are_measured_by_its_driver() {
     let checkpoint = Checkpoint::open(&case.path).unwrap();
     let planned =
         WeightBytes::of_checkpoint(&checkpoint, &case.spec(), Some(&nf4(true)), Place::Gpu);
-    let outside =
-        Outside { place: Place::Gpu, process_bytes: before.used_bytes, weights: planned.resident };
+    let outside = Outside {
+        place: Place::Gpu,
+        process_bytes: before.used_bytes,
+        weights: planned.resident,
+        ..Outside::default()
+    };
     let account = Account::planned(outside, model.plan());
     let account = account.measured(model.plan(), measured);
     for row in &account.rows {
@@ -98,7 +102,8 @@ fn a_trial_takes_what_was_planned() {
         let mut losses = Vec::new();
         let measured = trial.run(gpu.clone(), 3, |step| losses.push(step.loss)).unwrap();
         assert!(losses.len() == 3 && losses[2] < losses[0], "{losses:?}");
-        let outside = Outside { place: Place::Gpu, process_bytes: before, weights };
+        let outside =
+            Outside { place: Place::Gpu, process_bytes: before, weights, ..Outside::default() };
         let account = Account::planned(outside, &plan).measured(&plan, measured);
         for row in &account.rows {
             assert_eq!(row.measured_bytes, Some(row.planned_bytes), "{} {stream}", row.name);

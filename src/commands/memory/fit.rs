@@ -2,87 +2,123 @@
 
 use serde_json::json;
 
-use crate::cli::device::Device;
+use super::room::Room;
 use crate::cli::memory::MemoryArgs;
 use crate::cli::size::ByteSize;
-use crate::commands::device;
 use crate::error::{Error, Result};
-use crate::ledger::resident;
 use crate::plan::fit::{Asked, Fit, Way};
-use crate::plan::{Demand, Limit, Policy};
+use crate::plan::{Demand, Limit, Place, Policy};
 use crate::report::figures::{change, thousands};
 
-/// Prints what fits `--budget`, or this machine's free memory.
-pub(super) fn run(args: &MemoryArgs, demand: &Demand) -> Result<()> {
-    let budget = match (args.budget, args.device.device) {
-        (Some(budget), _) => budget,
-        (None, Device::Cuda(index)) => {
-            device::free_bytes(index).map(ByteSize).ok_or_else(|| {
-                Error::usage(format_args!(
-                    "`--fit`: cuda:{index} is not here to be asked what is free"
-                ))
-                .hint("give its memory as `--budget`, such as `--budget 24GiB`")
-            })?
-        }
-        (None, _) => ByteSize(resident::available_bytes()),
-    };
+/// Prints what fits `--budget`, or the memory that is free here.
+///
+/// # Errors
+/// `Budget`, after everything is printed, where what was asked for does not fit.
+pub(super) fn run(args: &MemoryArgs, demand: &Demand, room: &Room) -> Result<()> {
+    let limit = limit(args, room)?;
     let asked = Asked {
         batch: args.per_device_train_batch_size.get(),
+        accumulation: args.gradient_accumulation_steps.get(),
         length: args.max_length.get(),
         logits_chunk: args.logits_chunk_length,
     };
-    // The plan within the budget; the nearest one where there is none.
-    let chosen = demand.choose(Limit::Budget(budget.0));
-    let refused = chosen.as_ref().err().map(ToString::to_string);
-    let choice = match chosen {
-        Ok(choice) => choice,
-        Err(_) => demand.choose(Limit::Free(0))?,
+    let chosen = demand.choose(limit);
+    let (choice, refusal) = match chosen {
+        Ok(choice) => (choice, None),
+        Err(refusal @ Error::Budget(_)) => (demand.leanest()?, Some(refusal)),
+        Err(error) => return Err(error),
     };
-    let fit = Fit::new(demand, asked, budget.0, &choice);
+    let fit = Fit::new(demand, asked, limit, &choice);
     if args.json {
-        println!("{:#}", json!({"fits": fit.fits, "planned_bytes": fit.bytes, "fit": fit}));
-        return Ok(());
+        let message = refusal.as_ref().map(Error::message);
+        let refused = message.map(|m| json!({"error": m.what, "hint": m.hint}));
+        let out = json!({
+            "fits": refusal.is_none(),
+            "planned_bytes": fit.bytes,
+            "refusal": refused,
+            "fit": fit,
+        });
+        println!("{out:#}");
+    } else {
+        print(args, demand, (&fit, asked), (limit, refusal.as_ref()));
     }
-    println!("{} in {budget}:", args.base.model.display());
-    match refused {
+    refusal.map_or(Ok(()), Err)
+}
+
+fn limit(args: &MemoryArgs, room: &Room) -> Result<Limit> {
+    if let Some(budget) = args.budget {
+        return Ok(Limit::Budget(budget.0));
+    }
+    room.free_bytes.map(Limit::Free).ok_or_else(|| {
+        let device = args.device.device;
+        Error::usage(format_args!("`--fit`: `{device}` is not here to be asked what is free"))
+            .hint("give its memory as `--budget`, such as `--budget 24GiB`")
+    })
+}
+
+fn print(
+    args: &MemoryArgs,
+    demand: &Demand,
+    (fit, asked): (&Fit, Asked),
+    (limit, refusal): (Limit, Option<&Error>),
+) {
+    let usable = ByteSize(limit.usable_bytes());
+    let of = match limit {
+        Limit::Budget(_) => String::new(),
+        Limit::Free(bytes) => format!(", of the {} that are free here", ByteSize(bytes)),
+    };
+    println!("{} in {usable}{of}:", args.base.model.display());
+    match refusal {
         None => println!(
             "{} rows of {} tokens fit with {}: {}",
             asked.batch,
             thousands(asked.length as u64),
             ByteSize(fit.bytes),
-            choice.in_words(),
+            fit.plan.words,
         ),
         Some(refusal) => println!("does not fit: {refusal}"),
     }
-    print_ways(&fit, asked, demand.spec.max_positions);
-    print_fastest(&fit, asked);
+    print_ways(fit, asked, demand);
+    if let Some(fastest) = &fit.fastest {
+        let which = if refusal.is_none() { "fastest" } else { "fits" };
+        println!(
+            "\n{which}: {}\n  {}: {}, {:.2}x the time of a token",
+            fastest.plan.flags,
+            ByteSize(fastest.plan.bytes),
+            fastest.plan.words,
+            fastest.time,
+        );
+    }
     println!("\n{:<34} {:>12} {:>12} {:>6}", "one change of this plan", "total", "changes", "time");
     for knob in &fit.knobs {
-        let (total, change) = (ByteSize(knob.bytes).to_string(), change(fit.bytes, knob.bytes));
+        let (total, change) = (ByteSize(knob.bytes), change(fit.bytes, knob.bytes));
         println!("{:<34} {total:>12} {change:>12} {:>5.2}x", knob.flags, knob.time);
     }
-    Ok(())
 }
 
-fn print_ways(fit: &Fit, asked: Asked, max_positions: usize) {
+fn print_ways(fit: &Fit, asked: Asked, demand: &Demand) {
     let rows = format!("rows of {}", thousands(asked.length as u64));
-    println!("\n{:<34} {:>12} {:>6} {:>16} {rows:>16}", "", "as asked", "time", "longest document");
+    let on_gpu = demand.place == Place::Gpu;
+    let host = if on_gpu { format!(" {:>12}", "pins") } else { String::new() };
+    println!(
+        "\n{:<34} {:>12} {:>6} {:>16}{host} {rows:>16}",
+        "", "as asked", "time", "longest document"
+    );
     for way in &fit.ways {
-        let name = format!(
-            "{}, weights {}",
-            match way.policy {
-                Policy::Keep => "activations kept",
-                Policy::Checkpoint => "recomputed",
-                Policy::Offload => "inputs offloaded",
-            },
-            if way.stream { "streamed" } else { "resident" }
-        );
         let longest = thousands(way.longest_document as u64);
-        let (bytes, batch) = (ByteSize(way.bytes).to_string(), thousands(way.largest_batch as u64));
-        println!("{name:<34} {bytes:>12} {:>5.2}x {longest:>16} {batch:>16}", way.time);
+        let (bytes, batch) = (ByteSize(way.bytes), thousands(way.largest_batch as u64));
+        let pins = match (on_gpu, way.pinned_bytes) {
+            (false, _) => String::new(),
+            (true, bytes) => format!(" {:>12}", ByteSize(bytes)),
+        };
+        let (name, time) = (name(way, demand), way.time);
+        println!("{name:<34} {bytes:>12} {time:>5.2}x {longest:>16}{pins} {batch:>16}");
     }
-    let beyond = |way: &Way| way.longest_document > max_positions;
-    if fit.ways.iter().any(beyond) {
+    if on_gpu {
+        println!("(pins: memory of the host that the longest document takes besides)");
+    }
+    let max_positions = demand.spec.max_positions;
+    if fit.ways.iter().any(|way| way.longest_document > max_positions) {
         println!(
             "(the model itself was trained on up to {} tokens)",
             thousands(max_positions as u64)
@@ -90,15 +126,16 @@ fn print_ways(fit: &Fit, asked: Asked, max_positions: usize) {
     }
 }
 
-/// The micro-batch that is worth more memory.
-fn print_fastest(fit: &Fit, asked: Asked) {
-    let Some(fastest) = fit.fastest.as_ref().filter(|fastest| fastest.batch != asked.batch) else {
-        return;
+fn name(way: &Way, demand: &Demand) -> String {
+    let weights = if way.stream { "streamed" } else { "resident" };
+    let others = match way.policy {
+        Policy::Keep => "activations kept",
+        Policy::Checkpoint => "recomputed",
+        Policy::Offload => "inputs offloaded",
     };
-    println!(
-        "\nfastest: --per-device-train-batch-size {} with {}, {:.2}x the time of a token",
-        fastest.batch,
-        ByteSize(fastest.bytes),
-        fastest.time,
-    );
+    if (1..demand.spec.num_layers).contains(&way.kept) {
+        let others = if way.policy == Policy::Offload { "offloaded" } else { "recomputed" };
+        return format!("{} kept, rest {others}, {weights}", way.kept);
+    }
+    format!("{others}, weights {weights}")
 }

@@ -1,11 +1,13 @@
 //! `nibble memory`: the plan of a run, from a model or a bare `config.json`, and what was measured.
 
 mod fit;
+mod full;
 mod measure;
 mod print;
+mod room;
 
 use std::num::NonZeroUsize;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use nibble_quant::FloatType;
 use serde_json::Value;
@@ -17,7 +19,7 @@ use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
 use crate::commands::device;
 use crate::data::ChatTokenizer;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
 use crate::kernels::cuda::cuda_layout;
@@ -31,7 +33,8 @@ use crate::plan::{
 };
 use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
-use crate::train::backend::TrainingKernels;
+use full::FullFineTuning;
+use room::Room;
 
 /// Program and tokenizer where only a config is at hand: what a 49k vocabulary takes.
 const ASSUMED_PROCESS_BYTES: u64 = 64 << 20;
@@ -43,8 +46,9 @@ const ASSUMED_CONTEXT_BYTES: u64 = 460 << 20;
 ///
 /// # Errors
 /// `Input` for an unsupported model, `Budget` with the nearest plan that fits, `Usage` for
-/// `--measure` without weights, `Gpu` for `--measure` without the GPU.
+/// `--measure` without weights or beside `--fit`, `Gpu` for `--measure` without the GPU.
 pub fn run(args: &MemoryArgs) -> Result<()> {
+    check(args)?;
     super::set_threads(args.threads)?;
     let device = DeviceArgs { device: device::resolve(&args.device)?, ..args.device.clone() };
     let args = &MemoryArgs { device, ..args.clone() };
@@ -53,16 +57,14 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let mut model = Model::open(args, place)?;
     // Plans need no GPU, measuring does.
     let gpu = args.measure.map_or(Ok(None), |_| device::open(&args.device))?;
-    if let Device::Cuda(_) = args.device.device {
-        let surroundings = gpu.as_ref().map(TrainingKernels::surroundings).transpose()?;
-        model.process = surroundings.map_or(ASSUMED_CONTEXT_BYTES, |around| around.used_bytes);
+    let room = Room::look(args.device.device, gpu.as_ref())?;
+    if on_gpu {
+        model.process = room.context_bytes.unwrap_or(ASSUMED_CONTEXT_BYTES);
+        args.device.embedding.check(&model.spec)?;
     }
     let settings = settings(args, &model.spec, place)?;
     let attention = args.device.attn_implementation;
     attention.check(model.spec.head_dim)?;
-    if on_gpu {
-        args.device.embedding.check(&model.spec)?;
-    }
     let on_a_gpu = |spec: &ModelSpec, settings: &Settings| cuda_layout(spec, settings, attention);
     let demand = Demand {
         spec: &model.spec,
@@ -74,19 +76,18 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         embedding: args.device.embedding,
         process_bytes: model.process,
         place,
-        // Of the host beside the GPU nothing is known.
-        pinned_bytes: u64::MAX,
+        pinned_bytes: room.pinned_bytes,
     };
-    let limit = args.budget.map_or(Limit::Free(u64::MAX), |budget| Limit::Budget(budget.0));
     if args.fit {
-        return fit::run(args, &demand);
+        return fit::run(args, &demand, &room);
     }
-    let choice = demand.choose(limit)?;
+    let choice = demand.choose(limit(args, &room))?;
     let plan = demand.plan(&choice.settings);
     let account = Account::planned(demand.outside(&choice), &plan);
+    let verdict = room.verdict(&demand, account.planned_bytes());
     let Choice { settings, stream, embedding_on_host, .. } = choice;
-    let mut run =
-        PlannedRun { model, settings, stream, embedding_on_host, plan, account, host: None };
+    let page_cache = None;
+    let mut run = PlannedRun { model, settings, stream, plan, account, page_cache, verdict };
     if let Some(steps) = args.measure {
         run.account = match gpu {
             Some(gpu) if embedding_on_host => {
@@ -95,7 +96,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
             Some(gpu) => measure::measure(args, &run, gpu, steps.get())?,
             None => measure::measure(args, &run, Cpu, steps.get())?,
         };
-        run.host = run.model.checkpoint.as_ref().map(Host::now);
+        run.page_cache = run.model.checkpoint.as_ref().and_then(Checkpoint::page_cache);
     }
     if let Some(path) = &args.html {
         write_file(path, memory_page::render(&run.heading(args), &run.account).as_bytes())?;
@@ -108,35 +109,35 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     Ok(())
 }
 
+fn check(args: &MemoryArgs) -> Result<()> {
+    let other = [("--measure", args.measure.is_some()), ("--html", args.html.is_some())];
+    match other.into_iter().find(|(_, given)| args.fit && *given) {
+        None => Ok(()),
+        Some((flag, _)) => Err(Error::usage(format_args!(
+            "`--fit` compares plans, `{flag}` is about one"
+        ))
+        .hint(format_args!("leave out `--fit`, and give `{flag}` the flags that it printed"))),
+    }
+}
+
+/// A plan alone may be for another machine, a trial is made on this one.
+fn limit(args: &MemoryArgs, room: &Room) -> Limit {
+    let here = args.measure.and(room.free_bytes).unwrap_or(u64::MAX);
+    args.budget.map_or(Limit::Free(here), |budget| Limit::Budget(budget.0))
+}
+
 /// A run that could be made.
 struct PlannedRun {
     model: Model,
     settings: Settings,
     /// Whether the blocks' weights are streamed from their file.
     stream: bool,
-    /// Whether the embedding is in the host's memory beside a GPU.
-    embedding_on_host: bool,
     plan: MemoryPlan,
     account: Account,
-    /// After the run, where one was made.
-    host: Option<Host>,
-}
-
-/// The host's memory after a run.
-struct Host {
-    /// Of this process.
-    resident_bytes: u64,
-    /// Of these, pages of files: program, libraries, weights.
-    mapped_bytes: u64,
-    /// What the system keeps of the model's files.
+    /// What the system keeps of the model's files after a run, where one was made.
     page_cache: Option<PageCache>,
-}
-
-impl Host {
-    fn now(checkpoint: &Checkpoint) -> Self {
-        let (resident_bytes, mapped_bytes) = resident::now_and_files();
-        Host { resident_bytes, mapped_bytes, page_cache: checkpoint.page_cache() }
-    }
+    /// Whether it fits what is free here, where that is known.
+    verdict: Option<room::Verdict>,
 }
 
 impl PlannedRun {
@@ -144,19 +145,9 @@ impl PlannedRun {
         self.settings.policies.iter().filter(|policy| **policy == Policy::Keep).count()
     }
 
-    /// What the system keeps of the model's files after a run.
-    fn page_cache(&self) -> Option<&PageCache> {
-        self.host.as_ref()?.page_cache.as_ref()
-    }
-
-    /// Host memory that a GPU copies from and to: offloaded inputs, streamed blocks on their way, and
-    /// the embedding.
-    fn pinned_bytes(&self, args: &MemoryArgs) -> u64 {
-        let on_gpu = matches!(args.device.device, Device::Cuda(_));
-        let streamed = self.model.weights.streamed.filter(|_| self.stream);
-        let blocks = streamed.map_or(0, |streamed| streamed.blocks * streamed.block);
-        let embedding = if self.embedding_on_host { self.model.weights.embedding } else { 0 };
-        if on_gpu { self.plan.offloaded_bytes() as u64 + blocks + embedding } else { 0 }
+    /// What training all weights would take instead.
+    fn full_fine_tuning(&self) -> FullFineTuning {
+        FullFineTuning::of(&self.model.spec, &self.account, &self.plan)
     }
 
     /// Copies against computation, where weights are streamed to a GPU.
@@ -178,7 +169,7 @@ impl PlannedRun {
             format!("{kept} of {layers} blocks keep their activations"),
             format!("weights {streamed}"),
         ];
-        let cached = self.page_cache().map(print::cached);
+        let cached = self.page_cache.as_ref().map(print::cached);
         let facts = facts.into_iter().chain(cached).collect();
         Heading { model: args.base.model.display().to_string(), facts }
     }
@@ -192,6 +183,8 @@ struct Model {
     weights: WeightBytes,
     /// Program and tokenizer.
     process: u64,
+    /// What was planned with stays until the trial is over, as in training.
+    _tokenizer: Option<ChatTokenizer>,
 }
 
 impl Model {
@@ -203,7 +196,7 @@ impl Model {
             let dtype = dtype.and_then(FloatType::from_name).unwrap_or(FloatType::Bf16);
             let weights = WeightBytes::of_config(&spec, dtype, format.as_ref(), place);
             let process = ASSUMED_PROCESS_BYTES;
-            return Ok(Model { checkpoint: None, spec, weights, process });
+            return Ok(Model { checkpoint: None, spec, weights, process, _tokenizer: None });
         }
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
@@ -213,8 +206,8 @@ impl Model {
         let tokenizer = has_tokenizer.then(|| ChatTokenizer::open(path)).transpose()?;
         checkpoint.release_all();
         let process = resident::now_bytes();
-        drop(tokenizer);
-        Ok(Model { checkpoint: Some(checkpoint), spec, weights, process })
+        let checkpoint = Some(checkpoint);
+        Ok(Model { checkpoint, spec, weights, process, _tokenizer: tokenizer })
     }
 }
 
@@ -246,7 +239,8 @@ fn settings(args: &MemoryArgs, spec: &ModelSpec, place: Place) -> Result<Setting
         threads: rayon::current_num_threads(),
         cache_tokens: 0,
         mlp_tile_length: args.mlp_tile_length.map(NonZeroUsize::get),
-        scratch_folder: None,
+        // Where temporary files go is often memory, which no account of the process shows.
+        scratch_folder: Some(PathBuf::from(".")),
         widen_ahead: true,
     })
 }

@@ -30,19 +30,21 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     if run.stream {
         println!("the blocks' weights are streamed from their file, two blocks are in memory");
     }
-    let pinned = run.pinned_bytes(args);
+    let pinned = run.account.outside.pinned_bytes;
     if pinned > 0 {
         println!("the host holds {} of pinned memory besides", ByteSize(pinned));
     }
     println!();
     rows(run);
-    if let (Some(host), Place::Gpu) = (&run.host, run.account.outside.place) {
+    if let Some(host) = &run.account.host {
         let [resident, mapped] = [host.resident_bytes, host.mapped_bytes].map(ByteSize);
-        println!(
-            "\non the host, the program holds {resident}, of which {mapped} are pages of files"
-        );
+        println!("\n{:<26} {:>12} {:>12}", "on the host", "planned", "measured");
+        println!("{:<26} {:>12} {resident:>12}", "the program", "");
+        println!("{:<26} {:>12} {mapped:>12}", "of it pages of files", "");
+        let [planned, pinned] = [pinned, host.pinned_bytes].map(ByteSize);
+        println!("{:<26} {planned:>12} {pinned:>12}", "pinned memory");
     }
-    if let Some(cache) = run.page_cache() {
+    if let Some(cache) = &run.page_cache {
         println!("\n{}: not the program's, and given back when it is needed", cached(cache));
     }
     if let Some(transfer) = run.transfer(args) {
@@ -51,6 +53,10 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     if let Some(budget) = args.budget {
         let free = ByteSize(budget.0.saturating_sub(run.account.planned_bytes()));
         println!("\nfits {budget} with {free} to spare");
+    }
+    println!("\n{}", run.full_fine_tuning().in_words());
+    if let (Some(verdict), None) = (&run.verdict, args.budget) {
+        println!("\n{}", verdict.in_words());
     }
     if run.model.checkpoint.is_none() {
         println!(
@@ -132,7 +138,9 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         "weight_bytes": account.outside.weights.total(),
         "arena_bytes": run.plan.arena_bytes(),
         "offloaded_bytes": run.plan.offloaded_bytes(),
-        "pinned_bytes": run.pinned_bytes(args),
+        "pinned_bytes": account.outside.pinned_bytes,
+        "full_fine_tuning": run.full_fine_tuning(),
+        "here": run.verdict,
         "components": components,
         "phases": account.phases,
         "regions": run.plan.regions,
@@ -145,9 +153,8 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
             "peak_bytes": peak,
             "rows": account.rows,
             "timeline": account.record.moments,
-            "page_cache": run.page_cache(),
-            "host_resident_bytes": run.host.as_ref().map(|host| host.resident_bytes),
-            "host_mapped_bytes": run.host.as_ref().map(|host| host.mapped_bytes),
+            "page_cache": run.page_cache,
+            "host": account.host,
         });
     }
     println!("{out:#}");

@@ -15,7 +15,7 @@ use crate::commands::device;
 use crate::data::ChatTokenizer;
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
-use crate::ledger::rows::Row;
+use crate::ledger::rows::{Account, Row};
 use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::spec::{ModelSpec, TensorSpec};
@@ -193,9 +193,16 @@ fn report(args: &TrainArgs, end: &EndEvent, (predicted_bytes, in_process): (u64,
     } else {
         let in_use = end.memory.as_ref().and_then(|account| account.peak_bytes);
         let in_use = in_use.map_or("an unknown part".to_string(), |it| ByteSize(it).to_string());
+        let account = end.memory.as_ref();
+        let pinned = |account: &Account| {
+            let host = account.host?;
+            let [planned, pinned] = [account.outside.pinned_bytes, host.pinned_bytes].map(ByteSize);
+            Some(format!(", and {pinned} of pinned memory, planned {planned}"))
+        };
+        let pinned = account.and_then(pinned).unwrap_or_default();
         println!(
             "memory: planned {predicted} of the GPU, {in_use} of it in use at the end; the program \
-             itself took {measured}"
+             itself took {measured} of the host{pinned}"
         );
     }
     if let (Some(budget), Some(account)) = (args.resources.memory_budget, &end.memory)

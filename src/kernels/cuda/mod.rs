@@ -33,7 +33,7 @@ mod weight;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use attention::AttnImplementation;
-pub use plan::cuda_layout;
+pub use plan::{cuda_layout, staged_bytes};
 pub use weight::matrix_bytes;
 
 use ahead::Ahead;

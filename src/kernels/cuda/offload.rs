@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::driver::Driver;
+use super::driver::{Driver, pin, unpin};
 use super::memory::Buffer;
 use crate::error::Result;
 use crate::plan::settings::OFFLOAD_SLOTS;
@@ -31,7 +31,7 @@ impl<D: Driver> Pinned<D> {
             start
         };
         let offsets: Vec<usize> = plan.offloaded.iter().map(&mut place).collect();
-        let host = (bytes > 0).then(|| driver.allocate_staging(bytes)).transpose()?;
+        let host = (bytes > 0).then(|| pin(driver.as_ref(), bytes)).transpose()?;
         Ok(Pinned { driver: driver.clone(), host, bytes, offsets })
     }
 
@@ -75,6 +75,6 @@ impl<D: Driver> Drop for Pinned<D> {
                 return;
             }
         }
-        self.driver.free_staging(host, self.bytes);
+        unpin(self.driver.as_ref(), host, self.bytes);
     }
 }

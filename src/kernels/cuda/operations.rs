@@ -10,7 +10,7 @@ use super::host::{self, DeviceVector};
 use super::loss::{self, LossSum};
 use super::memory::{Allocation, Buffer, Memory};
 use super::offload::Pinned;
-use super::plan::{DEQUANTIZED, STACKED_A, STACKED_GRADIENT, cuda_layout};
+use super::plan::{DEQUANTIZED, STACKED_A, STACKED_GRADIENT, cuda_layout, staged_bytes};
 use super::staging::Staging;
 use super::together::{self, Stack};
 use super::weight::{self, DeviceWeight};
@@ -49,15 +49,9 @@ impl<D: Driver> Kernels for Cuda<D> {
         let driver = &self.shared.driver;
         let allocation = Allocation::new(driver, plan.arena_bytes())?;
         let mut memory = Memory::new(allocation, &plan.regions);
-        let mut tables = 0;
-        for region in &plan.regions {
-            if region.name.starts_with("rotary.") {
-                tables += region.bytes();
-            }
-        }
         let workspace = memory.region("cuda.workspace");
         driver.set_workspace(workspace.address, workspace.elements * workspace.size())?;
-        let staging = Staging::new(driver, memory.region("cuda.uploads"), tables)?;
+        let staging = Staging::new(driver, memory.region("cuda.uploads"), staged_bytes(plan))?;
         let mut state = self.state();
         state.staging = Some(staging);
         let planned = |name: &str| plan.regions.iter().any(|region| region.name == name);

@@ -15,6 +15,15 @@ const UPLOADS_PER_TOKEN: usize = 6;
 /// Each upload begins on this many words.
 pub(super) const UPLOAD_WORDS: usize = 4;
 
+/// Pinned host memory through which a plan's uploads and tables go.
+pub fn staged_bytes(plan: &MemoryPlan) -> usize {
+    let staged = |region: &&Region| {
+        region.component == Component::Uploads || region.component == Component::RotaryTables
+    };
+    let regions = plan.regions.iter().filter(staged);
+    regions.map(|region| 4 * region.elements).sum::<usize>() + 4 * UPLOAD_WORDS
+}
+
 /// Buffers for widened weights; the second one is for what is widened ahead.
 pub(super) const DEQUANTIZED: [&str; 2] = ["cuda.dequantized", "cuda.dequantized.ahead"];
 

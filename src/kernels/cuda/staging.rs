@@ -3,7 +3,7 @@
 //! Values are written to pinned host memory and copied from there in stream order. Both sides are
 //! used from the front again once somebody has waited for the stream.
 
-use super::driver::{Address, Driver};
+use super::driver::{Address, Driver, pin, unpin};
 use super::memory::Buffer;
 use super::plan::UPLOAD_WORDS;
 use crate::error::Result;
@@ -26,10 +26,9 @@ pub struct Staging<D: Driver> {
 unsafe impl<D: Driver> Send for Staging<D> {}
 
 impl<D: Driver> Staging<D> {
-    /// For `region`, and `table_bytes` more of what goes elsewhere.
-    pub fn new(driver: &Arc<D>, region: Buffer<D>, table_bytes: usize) -> Result<Self> {
-        let host_bytes = region.elements * 4 + table_bytes + 4 * UPLOAD_WORDS;
-        let host = driver.allocate_staging(host_bytes)?;
+    /// For `region`, and what goes elsewhere, through `host_bytes`.
+    pub fn new(driver: &Arc<D>, region: Buffer<D>, host_bytes: usize) -> Result<Self> {
+        let host = pin(driver.as_ref(), host_bytes)?;
         let driver = driver.clone();
         Ok(Staging {
             driver,
@@ -118,6 +117,6 @@ impl<D: Driver> Staging<D> {
 
 impl<D: Driver> Drop for Staging<D> {
     fn drop(&mut self) {
-        self.driver.free_staging(self.host, self.host_bytes);
+        unpin(self.driver.as_ref(), self.host, self.host_bytes);
     }
 }

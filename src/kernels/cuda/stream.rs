@@ -10,7 +10,7 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::driver::Driver;
+use super::driver::{Driver, pin, unpin};
 use super::memory::Allocation;
 use super::weight::{self, Part};
 use super::{Cuda, DeviceWeight};
@@ -68,7 +68,7 @@ pub(super) fn stream<D: Driver>(
     let mut stream = Stream { cuda: cuda.clone(), pages, blocks: parts, places: Vec::new(), bytes };
     for _ in 0..STREAM_SLOTS.min(blocks.len()) {
         let memory = Allocation::new(driver, bytes)?;
-        let pinned = driver.allocate_staging(bytes.max(1))?;
+        let pinned = pin(driver.as_ref(), bytes.max(1))?;
         stream.places.push(Place { memory, pinned, block: None });
     }
     let placed = blocks.iter().enumerate().map(|(layer, block)| {
@@ -170,7 +170,7 @@ impl<D: Driver> Drop for Stream<D> {
         for (index, place) in self.places.iter().enumerate() {
             // A copy that cannot be waited for keeps its memory.
             if driver.finish_copy(OFFLOAD_SLOTS + index).is_ok() {
-                driver.free_staging(place.pinned, self.bytes.max(1));
+                unpin(driver.as_ref(), place.pinned, self.bytes.max(1));
             }
         }
     }

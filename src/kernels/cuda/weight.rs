@@ -9,7 +9,7 @@ use half::bf16;
 use nibble_quant::codebook::{dynamic_map, unsigned_dynamic_map};
 use nibble_quant::{Absmax, BlockFormat, NESTED_BLOCK_SIZE, PackedWeight, QuantType};
 
-use super::driver::{Address, Argument, Driver};
+use super::driver::{self, Address, Argument, Driver};
 use super::memory::Allocation;
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
@@ -281,7 +281,7 @@ unsafe impl<D: Driver> Sync for Pinned<D> {}
 
 impl<D: Driver> Drop for Pinned<D> {
     fn drop(&mut self) {
-        self.driver.free_staging(self.start, self.bytes);
+        driver::unpin(self.driver.as_ref(), self.start, self.bytes);
     }
 }
 
@@ -293,7 +293,7 @@ pub(super) fn pin<D: Driver>(
 ) -> Result<DeviceWeight<D>> {
     let parts = parts(weight);
     let bytes = parts.iter().map(padded_bytes).sum::<usize>().max(1);
-    let start = driver.allocate_staging(bytes)?;
+    let start = driver::pin(driver.as_ref(), bytes)?;
     let pinned = Arc::new(Pinned { driver: driver.clone(), start, bytes });
     // SAFETY: the memory has `bytes`, and nobody else knows it yet.
     #[allow(unsafe_code)]

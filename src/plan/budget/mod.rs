@@ -6,7 +6,7 @@ mod shortfall;
 use clap::ValueEnum;
 
 use crate::error::{Error, Result};
-
+use crate::kernels::cuda::staged_bytes;
 use crate::model::spec::ModelSpec;
 use crate::plan::cost::Pace;
 use crate::plan::embedding::EmbeddingPlace;
@@ -15,7 +15,7 @@ use crate::plan::region::MemoryPlan;
 use crate::plan::settings::{Policy, Settings};
 use crate::plan::weights::{Place, WeightBytes};
 
-/// Share of the free memory that `auto` uses where no budget is given.
+/// Share of the free memory that is planned with where no budget is given.
 const USABLE_SHARE: f64 = 0.9;
 
 /// What happens to activations.
@@ -45,10 +45,28 @@ pub enum WeightsMode {
 /// How much memory there is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
-    /// The user's: a plan above it is refused.
+    /// The user's.
     Budget(u64),
-    /// What is free on this machine: `auto` tries to stay below.
+    /// What is free on this machine.
     Free(u64),
+}
+
+impl Limit {
+    /// What is planned within, if anything can be: of what is free a tenth is left for what else
+    /// happens on a machine.
+    pub fn usable_bytes(self) -> u64 {
+        match self {
+            Limit::Budget(bytes) => bytes,
+            Limit::Free(bytes) => (bytes as f64 * USABLE_SHARE) as u64,
+        }
+    }
+
+    /// Above it a plan is refused.
+    pub fn most_bytes(self) -> u64 {
+        match self {
+            Limit::Budget(bytes) | Limit::Free(bytes) => bytes,
+        }
+    }
 }
 
 /// A run's demand for memory, before its policies are chosen.
@@ -126,36 +144,67 @@ pub(super) struct Candidate {
 
 impl Demand<'_> {
     /// The fastest way within `limit` of those that are allowed, by the
-    /// arithmetic of `src/plan/cost.rs`.
+    /// arithmetic of `src/plan/cost.rs`; where only the leanest one fits into what is free, that.
     ///
     /// # Errors
     /// `Budget` when nothing fits, with the nearest settings that do; `Usage` when the weights
     /// cannot be streamed and must be.
     pub fn choose(&self, limit: Limit) -> Result<Choice> {
-        let bytes = match limit {
-            Limit::Budget(bytes) => bytes,
-            Limit::Free(bytes) => (bytes as f64 * USABLE_SHARE) as u64,
-        };
         let candidates = self.candidates()?;
-        if let Some(choice) = self.fitting(&candidates, bytes) {
+        if let Some(choice) = self.fitting(&candidates, limit.usable_bytes()) {
             return Ok(choice);
         }
-        // What the host has no room for is no way out, unless nothing else was allowed.
-        let lean = |c: &&Candidate| {
-            let unpinned = self.pinned_for(**c) > self.pinned_bytes;
-            (unpinned, self.total_bytes(self.settings, **c))
-        };
-        let leanest = candidates.iter().min_by_key(lean);
-        let leanest = *leanest.expect("one mode and one policy are allowed");
-        match limit {
-            Limit::Free(_) => Ok(self.choice(leanest)),
-            Limit::Budget(_) => Err(self.shortfall(bytes, leanest)),
+        let leanest = self.leanest_of(&candidates);
+        match self.fits(leanest, limit.most_bytes()) {
+            true => Ok(self.choice(leanest)),
+            false => Err(self.shortfall(limit, leanest)),
         }
+    }
+
+    /// The way that takes the least of those that are allowed.
+    ///
+    /// # Errors
+    /// `Usage` when the weights cannot be streamed and must be.
+    pub fn leanest(&self) -> Result<Choice> {
+        Ok(self.choice(self.leanest_of(&self.candidates()?)))
+    }
+
+    /// What the host has no room for is no way out, unless nothing else was allowed.
+    fn leanest_of(&self, candidates: &[Candidate]) -> Candidate {
+        let mut leanest: Option<((bool, u64), Candidate)> = None;
+        // Those that keep the least come first; of two that take as much the earlier one is taken.
+        for &candidate in candidates.iter().rev() {
+            if leanest.is_some_and(|((_, least), _)| self.kept_bytes(candidate) > least) {
+                continue;
+            }
+            let unpinned = self.pinned_for(self.settings, candidate) > self.pinned_bytes;
+            let bytes = (unpinned, self.total_bytes(self.settings, candidate));
+            if leanest.is_none_or(|(least, _)| bytes <= least) {
+                leanest = Some((bytes, candidate));
+            }
+        }
+        leanest.expect("one mode and one policy are allowed").1
+    }
+
+    /// What blocks that keep their activations keep at least: 2 bytes of each. A plan far beyond what
+    /// fits has a part for each tile of each block, and is not made.
+    fn kept_bytes(&self, candidate: Candidate) -> u64 {
+        let spec = self.spec;
+        let width = 2 * spec.q_width() + 2 * spec.kv_width() + spec.hidden_size;
+        let elements = self.settings.tokens as u64 * (width + spec.intermediate_size) as u64;
+        2 * elements.saturating_mul(candidate.kept as u64)
     }
 
     /// The fastest way that is allowed and takes at most `bytes`.
     pub(super) fn within(&self, bytes: u64) -> Option<Choice> {
         self.fitting(&self.candidates().ok()?, bytes)
+    }
+
+    /// Whether a way takes at most `bytes`, and what it pins of the host's memory can be had.
+    fn fits(&self, candidate: Candidate, bytes: u64) -> bool {
+        self.pinned_for(self.settings, candidate) <= self.pinned_bytes
+            && self.kept_bytes(candidate) <= bytes
+            && self.total_bytes(self.settings, candidate) <= bytes
     }
 
     fn fitting(&self, candidates: &[Candidate], bytes: u64) -> Option<Choice> {
@@ -168,10 +217,7 @@ impl Demand<'_> {
         let seconds = |candidate: &Candidate| {
             pace.seconds_per_token(&self.with(self.settings, *candidate), *candidate)
         };
-        let fits = |candidate: &Candidate| {
-            self.pinned_for(*candidate) <= self.pinned_bytes
-                && self.total_bytes(self.settings, *candidate) <= bytes
-        };
+        let fits = |candidate: &Candidate| self.fits(*candidate, bytes);
         // Ways that differ in the blocks that keep, most first: each block that keeps is faster and
         // takes memory, but for the last one, with which nothing is recomputed any more.
         let way = |c: &Candidate| (c.others, c.stream, c.embedding_on_host, c.pieces);
@@ -183,16 +229,35 @@ impl Demand<'_> {
         most.copied().min_by(|a, b| seconds(a).total_cmp(&seconds(b)))
     }
 
-    /// Bytes of the host's memory beside a GPU that hold a candidate's offloaded inputs and embedding.
-    fn pinned_for(&self, candidate: Candidate) -> u64 {
-        let elements = self.settings.tokens * self.spec.hidden_size;
-        let inputs = match (candidate.others, self.place) {
-            (Policy::Offload, Place::Gpu) => {
-                2 * ((self.spec.num_layers - candidate.kept) * elements) as u64
+    /// Bytes of the host's memory beside a GPU that hold a run's offloaded inputs, its embedding, and
+    /// streamed blocks on their way.
+    pub(super) fn pinned_for(&self, settings: &Settings, candidate: Candidate) -> u64 {
+        if self.place == Place::Host {
+            return 0;
+        }
+        let inputs = match candidate.others {
+            Policy::Offload => {
+                2 * (self.spec.num_layers - candidate.kept)
+                    * settings.tokens
+                    * self.spec.hidden_size
             }
             _ => 0,
         };
-        inputs + if candidate.embedding_on_host { self.weights.embedding } else { 0 }
+        let streamed = self.weights.streamed.filter(|_| candidate.stream);
+        let blocks = streamed.map_or(0, |streamed| streamed.blocks * streamed.block);
+        let embedding = if candidate.embedding_on_host { self.weights.embedding } else { 0 };
+        inputs as u64 + blocks + embedding
+    }
+
+    /// All that a way pins of the host's memory beside a GPU, with what is staged for uploads.
+    pub(super) fn pinned(&self, candidate: Candidate) -> u64 {
+        match self.place {
+            Place::Host => 0,
+            Place::Gpu => {
+                let plan = self.plan(&self.with(self.settings, candidate));
+                self.pinned_for(self.settings, candidate) + staged_bytes(&plan) as u64
+            }
+        }
     }
 
     /// The places that the embedding may have: the host's memory or not.
@@ -258,11 +323,6 @@ impl Demand<'_> {
         if candidate.pieces { settings.in_pieces() } else { settings }
     }
 
-    /// The same, allowed more.
-    pub(super) fn allowing(&self, activations: Activations, mode: WeightsMode) -> Self {
-        Demand { activations, mode, ..self.clone() }
-    }
-
     /// The frozen weights of a run with `settings`, where the run computes.
     fn weight_parts(&self, settings: &Settings, candidate: Candidate) -> WeightParts {
         let weights = match candidate.embedding_on_host {
@@ -280,7 +340,8 @@ impl Demand<'_> {
 
     fn outside_of(&self, candidate: Candidate) -> Outside {
         let weights = self.weight_parts(self.settings, candidate);
-        Outside { place: self.place, process_bytes: self.process_bytes, weights }
+        let Demand { place, process_bytes, .. } = *self;
+        Outside { place, process_bytes, weights, pinned_bytes: self.pinned(candidate) }
     }
 
     /// The buffers of a choice.

@@ -1,88 +1,240 @@
-//! A budget that nothing fits: the nearest settings that would.
+//! A limit that nothing fits: the nearest settings that would, by the fewest changes.
 
-use super::{Activations, Candidate, Demand, WeightsMode};
+use super::{Activations, Candidate, Choice, Demand, Limit, WeightsMode};
 use crate::cli::size::ByteSize;
 use crate::error::Error;
-use crate::plan::fit::largest;
+use crate::plan::cost::Pace;
+use crate::plan::embedding::EmbeddingPlace;
+use crate::plan::fit::{largest, smallest_pieces};
+use crate::plan::moments::Optim;
 use crate::plan::settings::{Policy, Settings};
 
 /// Suggested lengths are multiples of this many tokens.
 const LENGTH_STEP: usize = 64;
 
+/// What a demand fixes and could leave open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Wish {
+    Activations,
+    Weights,
+    Embedding,
+    /// Sizes of tiles and chunks.
+    Pieces,
+    /// The only one that changes what is computed.
+    Optim,
+}
+
+const WISHES: [Wish; 5] =
+    [Wish::Activations, Wish::Weights, Wish::Embedding, Wish::Pieces, Wish::Optim];
+
 impl Demand<'_> {
     /// `leanest` is the least that was allowed.
-    pub(super) fn shortfall(&self, budget: u64, leanest: Candidate) -> Error {
-        let error = self.too_little(budget, leanest);
-        // What is not asked for, but would help: the less changes the better.
-        let relaxed = [
-            (self.activations, WeightsMode::Auto),
-            (Activations::Auto, self.mode),
-            (Activations::Auto, WeightsMode::Auto),
-        ];
-        for (activations, mode) in relaxed {
-            if let Some(choice) = self.allowing(activations, mode).within(budget) {
-                let bytes = ByteSize(self.total_bytes(self.settings, choice.candidate));
-                let flags = self.flags(choice.candidate);
-                return error.hint(format_args!("{flags} would need {bytes}"));
-            }
+    pub(super) fn shortfall(&self, limit: Limit, leanest: Candidate) -> Error {
+        let (error, most) = (self.too_little(limit, leanest), limit.most_bytes());
+        if let Some((flags, bytes)) = self.nearest(most) {
+            return error.hint(format_args!("{flags} would need {}", ByteSize(bytes)));
         }
-        let stream = self.weights.streamed.is_some();
-        let embedding_on_host = self.embedding_places().contains(&true);
-        let others = Policy::Offload;
-        let offload = Candidate { kept: 0, others, stream, embedding_on_host, pieces: true };
-        let least = match self.pinned_for(offload) <= self.pinned_bytes {
-            true => offload,
-            false => Candidate { others: Policy::Checkpoint, ..offload },
-        };
-        let flags = self.flags(least);
-        if let Some((tokens, bytes)) = self.longest_fit(budget, least) {
-            return error.hint(format_args!(
-                "{flags} with {tokens} tokens in a forward pass would need {}: lower `--max-length` \
-                 or `--per-device-train-batch-size`",
-                ByteSize(bytes)
-            ));
-        }
-        if let Some((rank, bytes)) = self.highest_rank_fit(budget, least) {
-            return error.hint(format_args!(
-                "{flags} with {LENGTH_STEP} tokens in a forward pass (`--max-length`) and \
-                 `--lora-r {rank}` would need {}",
-                ByteSize(bytes)
-            ));
-        }
-        let alone = {
-            let outside = self.outside_of(least);
-            ByteSize(outside.weights.total() + outside.process_bytes)
-        };
-        error.hint(format_args!("the frozen weights and data alone take {alone}"))
+        let (settings, kept_optim) = (self.settings.clone(), |wish: &Wish| *wish != Wish::Optim);
+        let wishes: Vec<Wish> = WISHES.into_iter().filter(kept_optim).collect();
+        self.granting(&wishes, settings, |demand| error.hint(demand.shorter_hint(self, most)))
     }
 
-    fn too_little(&self, budget: u64, leanest: Candidate) -> Error {
-        let (need, pinned) = (self.total_bytes(self.settings, leanest), self.pinned_for(leanest));
-        if need <= budget {
+    fn too_little(&self, limit: Limit, leanest: Candidate) -> Error {
+        let need = self.total_bytes(self.settings, leanest);
+        let pinned = self.pinned_for(self.settings, leanest);
+        let most = limit.most_bytes();
+        if need <= most {
             return Error::budget(format_args!(
-                "offloaded inputs need {} of pinned host memory, {} can be had: half of what is free",
+                "what is offloaded or streamed needs {} of pinned host memory, {} can be had: half \
+                 of what is free",
                 ByteSize(pinned),
                 ByteSize(self.pinned_bytes)
             ));
         }
-        Error::budget(format_args!(
-            "plan needs {}, budget is {}: {} too little",
-            ByteSize(need),
-            ByteSize(budget),
-            ByteSize(need - budget)
-        ))
+        let [need, most, lack] = [need, most, need - most].map(ByteSize);
+        match limit {
+            Limit::Budget(_) => Error::budget(format_args!(
+                "plan needs {need}, budget is {most}: {lack} too little"
+            )),
+            Limit::Free(_) => {
+                Error::budget(format_args!("plan needs {need}, {most} are free: {lack} too little"))
+            }
+        }
     }
 
-    /// What to type for a candidate.
-    fn flags(&self, Candidate { kept, others, stream, .. }: Candidate) -> String {
-        let activations = match (kept, others) {
-            (0, Policy::Offload) => "`--activations offload`",
-            (0, _) => "`--activations checkpoint`",
-            (kept, _) if kept == self.spec.num_layers => "`--activations keep`",
-            _ => "`--activations auto`",
+    /// Flags of the plan within `bytes` that changes the fewest of what is asked for, and its bytes; of
+    /// several the fastest, but first the one that only moves an embedding. What changes no result
+    /// comes before what does.
+    fn nearest(&self, bytes: u64) -> Option<(String, u64)> {
+        let mut changes: Vec<Vec<Wish>> = (1..1u32 << WISHES.len())
+            .map(|set| {
+                let chosen = |(bit, wish): (usize, Wish)| (set >> bit & 1 == 1).then_some(wish);
+                WISHES.into_iter().enumerate().filter_map(chosen).collect()
+            })
+            .filter(|wishes: &Vec<Wish>| wishes.iter().all(|wish| self.fixes(*wish)))
+            .collect();
+        let size = |wishes: &Vec<Wish>| {
+            (wishes.contains(&Wish::Optim), wishes.len(), wishes[..] != [Wish::Embedding])
         };
-        let stream = stream.then_some("`--weights stream`");
-        [Some(activations), stream].into_iter().flatten().collect::<Vec<_>>().join(" with ")
+        changes.sort_by_key(size);
+        changes.chunk_by(|a, b| size(a) == size(b)).find_map(|changes| {
+            let fitting = changes.iter().filter_map(|wishes| {
+                self.granting(wishes, self.settings.clone(), |demand| {
+                    let choice = demand.within(bytes)?;
+                    let pace = Pace::new(demand, demand.settings);
+                    let seconds = pace.seconds_per_token(&choice.settings, choice.candidate);
+                    let need = demand.total_bytes(demand.settings, choice.candidate);
+                    Some((seconds, self.changed_flags(demand.settings, &choice), need))
+                })
+            });
+            let fastest = fitting.min_by(|a, b| a.0.total_cmp(&b.0));
+            fastest.map(|(_, flags, need)| (flags.join(" with "), need))
+        })
+    }
+
+    /// Whether something else could be had by granting it.
+    fn fixes(&self, wish: Wish) -> bool {
+        match wish {
+            Wish::Activations => self.activations != Activations::Auto,
+            Wish::Weights => self.mode != WeightsMode::Auto && self.weights.streamed.is_some(),
+            Wish::Embedding => self.embedding != EmbeddingPlace::Auto && self.weights.embedding > 0,
+            Wish::Pieces => true,
+            Wish::Optim => {
+                let packed = Settings { optim: Optim::Adamw8bit, ..self.settings.clone() };
+                self.settings.optim != Optim::Adamw8bit && packed.moments().blocks > 0
+            }
+        }
+    }
+
+    /// Calls `with` a demand that leaves open what is wished for.
+    fn granting<R>(
+        &self,
+        wishes: &[Wish],
+        mut settings: Settings,
+        with: impl FnOnce(&Demand) -> R,
+    ) -> R {
+        let Demand { mut activations, mut mode, mut embedding, .. } = *self;
+        for wish in wishes {
+            match wish {
+                Wish::Activations => activations = Activations::Auto,
+                Wish::Weights => mode = WeightsMode::Auto,
+                Wish::Embedding => embedding = EmbeddingPlace::Auto,
+                Wish::Pieces => smallest_pieces(&mut settings),
+                Wish::Optim => settings.optim = Optim::Adamw8bit,
+            }
+        }
+        with(&Demand { settings: &settings, activations, mode, embedding, ..self.clone() })
+    }
+
+    /// What to type for `choice` of a demand with `settings`, where it is not what this one asks for.
+    fn changed_flags(&self, settings: &Settings, choice: &Choice) -> Vec<String> {
+        let mut flags = Vec::new();
+        let [activations, weights, embedding] = self.words(choice.candidate);
+        let asked = match self.activations {
+            Activations::Auto => activations,
+            Activations::Keep => "keep",
+            Activations::Checkpoint => "checkpoint",
+            Activations::Offload => "offload",
+        };
+        if activations != asked {
+            flags.push(format!("`--activations {activations}`"));
+        }
+        let asked = match self.mode {
+            WeightsMode::Auto => weights,
+            WeightsMode::Resident => "resident",
+            WeightsMode::Stream => "stream",
+        };
+        if weights != asked {
+            flags.push(format!("`--weights {weights}`"));
+        }
+        let asked = match self.embedding {
+            EmbeddingPlace::Auto => embedding,
+            EmbeddingPlace::Gpu => "gpu",
+            EmbeddingPlace::Host => "host",
+        };
+        if embedding != asked && self.weights.embedding > 0 {
+            flags.push(format!("`--embedding {embedding}`"));
+        }
+        if let Some(tile) = settings.mlp_tile_length
+            && settings.mlp_tile_length != self.settings.mlp_tile_length
+        {
+            flags.push(format!("`--mlp-tile-length {tile}`"));
+        }
+        if settings.logit_rows != self.settings.logit_rows {
+            flags.push(format!("`--logits-chunk-length {}`", settings.logit_rows));
+        }
+        if settings.optim != self.settings.optim {
+            flags.push("`--optim adamw_8bit`".to_string());
+        }
+        flags
+    }
+
+    /// Values of `--activations`, `--weights` and `--embedding` for a candidate.
+    pub(in crate::plan) fn words(&self, candidate: Candidate) -> [&'static str; 3] {
+        let Candidate { kept, others, stream, embedding_on_host, .. } = candidate;
+        let activations = match (kept, others) {
+            (kept, _) if kept == self.spec.num_layers => "keep",
+            (0, Policy::Offload) => "offload",
+            (0, _) => "checkpoint",
+            _ => "auto",
+        };
+        let weights = if stream { "stream" } else { "resident" };
+        [activations, weights, if embedding_on_host { "host" } else { "gpu" }]
+    }
+
+    /// With everything allowed: the longest forward pass within `bytes`, then the highest rank, then
+    /// what the least plan of all needs. `asked` is what was not.
+    fn shorter_hint(&self, asked: &Demand, bytes: u64) -> String {
+        let least = self.least();
+        let flags = asked.changed_flags(self.settings, &self.choice(least));
+        let with = |rest: String| {
+            let parts = flags.iter().cloned().chain([rest]).collect::<Vec<_>>();
+            parts.join(" with ")
+        };
+        if let Some((tokens, need)) = self.longest_fit(bytes, least) {
+            return with(format!(
+                "{tokens} tokens in a forward pass would need {}: lower `--max-length` or \
+                 `--per-device-train-batch-size`",
+                ByteSize(need)
+            ));
+        }
+        let shortest = format!("{LENGTH_STEP} tokens in a forward pass (`--max-length`)");
+        match self.highest_rank_fit(bytes, least) {
+            Ok((rank, need)) => {
+                with(format!("{shortest} and `--lora-r {rank}` would need {}", ByteSize(need)))
+            }
+            Err(need) => {
+                let outside = self.outside_of(least);
+                let alone = ByteSize(outside.weights.total() + outside.process_bytes);
+                let rest = with(format!("{shortest} and `--lora-r 1`"));
+                format!(
+                    "the least that this model can be trained in is {}, {rest}; the frozen weights \
+                     and data alone take {alone}",
+                    ByteSize(need)
+                )
+            }
+        }
+    }
+
+    /// What takes the least of this memory, and no more of the host's than there is.
+    fn least(&self) -> Candidate {
+        let stream = self.weights.streamed.is_some();
+        let embedding_on_host = self.embedding_places().contains(&true);
+        let with = |others, stream, embedding_on_host| Candidate {
+            kept: 0,
+            others,
+            stream,
+            embedding_on_host,
+            pieces: true,
+        };
+        let (offload, checkpoint) = (Policy::Offload, Policy::Checkpoint);
+        let ways = [
+            with(offload, stream, embedding_on_host),
+            with(checkpoint, stream, embedding_on_host),
+            with(checkpoint, stream, false),
+        ];
+        let pinned = |way: &Candidate| self.pinned_for(self.settings, *way) <= self.pinned_bytes;
+        ways.into_iter().find(pinned).unwrap_or(with(checkpoint, false, false))
     }
 
     /// The largest forward pass that fits, and what it needs.
@@ -93,19 +245,21 @@ impl Demand<'_> {
         (steps > 0).then(|| (steps * LENGTH_STEP, need(steps)))
     }
 
-    /// The highest rank that fits with the shortest forward pass, and what it needs.
-    fn highest_rank_fit(&self, budget: u64, candidate: Candidate) -> Option<(usize, u64)> {
+    /// The highest rank that fits with the shortest forward pass, and what it needs; what the lowest
+    /// one needs where none does.
+    fn highest_rank_fit(&self, budget: u64, candidate: Candidate) -> Result<(usize, u64), u64> {
         let mut settings = shorter(self.settings, LENGTH_STEP);
-        let mut rank = settings.targets.iter().map(|target| target.r).max()? / 2;
+        let mut rank = settings.targets.iter().map(|target| target.r).max().unwrap_or(0) / 2;
+        let mut least = self.total_bytes(&settings, candidate);
         while rank > 0 {
             settings.targets.iter_mut().for_each(|target| target.r = target.r.min(rank));
-            let bytes = self.total_bytes(&settings, candidate);
-            if bytes <= budget {
-                return Some((rank, bytes));
+            least = self.total_bytes(&settings, candidate);
+            if least <= budget {
+                return Ok((rank, least));
             }
             rank /= 2;
         }
-        None
+        Err(least)
     }
 }
 

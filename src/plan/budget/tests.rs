@@ -59,6 +59,13 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
     }
 }
 
+impl Demand<'_> {
+    /// The same, allowed something else.
+    fn allowing(&self, activations: Activations, mode: WeightsMode) -> Self {
+        Demand { activations, mode, ..self.clone() }
+    }
+}
+
 #[test]
 fn auto_keeps_as_many_layers_as_fit() {
     let spec = golden();
@@ -77,8 +84,16 @@ fn auto_keeps_as_many_layers_as_fit() {
     let chosen = demand.choose(Limit::Budget(need(3) - 1)).unwrap().candidate;
     assert!(demand.total_bytes(&settings, chosen) < need(3));
     assert!(chosen.kept == 2 || chosen.others == Policy::Offload || chosen.pieces, "{chosen:?}");
-    let free = demand.choose(Limit::Free(0)).unwrap();
-    assert_eq!(free.settings.policies, policies(6, 0, Policy::Offload), "tries all the same");
+    // A tenth of what is free is left alone, but for the leanest plan.
+    let free = |bytes| demand.choose(Limit::Free(bytes));
+    assert_eq!(free(need(3) * 10 / 9 + 10).unwrap().candidate, of(3));
+    assert_ne!(free(need(3)).unwrap().candidate, of(3));
+    let leanest = demand.leanest().unwrap().candidate;
+    assert_eq!((leanest.kept, leanest.others), (0, Policy::Offload));
+    let least = demand.total_bytes(&settings, leanest);
+    assert_eq!(free(least).unwrap().candidate, leanest);
+    let error = free(least - 1).unwrap_err().to_string();
+    assert!(error.contains(" are free: 1 B too little\nhint: "), "{error}");
 }
 
 #[test]
@@ -97,7 +112,7 @@ fn weights_are_streamed_where_that_saves_recomputation() {
     assert_eq!(choose(&stream, most), Candidate { stream: true, ..keep });
     let resident = auto.allowing(Activations::Auto, WeightsMode::Resident);
     let error = resident.choose(Limit::Budget(weights.resident.total())).unwrap_err().to_string();
-    assert!(error.contains("`--activations keep` with `--weights stream` would need"), "{error}");
+    assert!(error.contains("hint: `--weights stream` would need"), "{error}");
     let dense = Demand { weights: WeightBytes { streamed: None, ..weights }, ..stream };
     let error = dense.choose(Limit::Budget(most)).unwrap_err().to_string();
     assert!(error.contains("nibble quantize"), "{error}");
@@ -129,6 +144,7 @@ fn a_plan_over_budget_says_what_would_fit() {
     let auto = demand(&spec, &settings);
     let keep = auto.allowing(Activations::Keep, WeightsMode::Auto);
     let least = Candidate { others: Policy::Offload, pieces: true, ..CHECKPOINT };
+    let small = Settings { mlp_tile_length: Some(256), ..settings.clone() };
     let says =
         |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap_err().to_string();
     let text = says(&keep, auto.total_bytes(&settings, CHECKPOINT));
@@ -136,8 +152,10 @@ fn a_plan_over_budget_says_what_would_fit() {
     let text = says(&keep, auto.total_bytes(&settings, least));
     assert!(text.contains("`--activations offload` would need"), "{text}");
     let text = says(&auto, auto.total_bytes(&settings, least) - 1);
-    assert!(text.contains("with 960 tokens in a forward pass"), "{text}");
-    let mut low = shorter(&settings, 64);
+    assert!(text.contains("hint: `--mlp-tile-length 256` would need"), "{text}");
+    let text = says(&auto, auto.total_bytes(&small, least) - 1);
+    assert!(text.contains("`--mlp-tile-length 256` with 960 tokens in a forward pass"), "{text}");
+    let mut low = shorter(&small, 64);
     low.targets.iter_mut().for_each(|target| target.r = 4);
     let fits = auto.total_bytes(&low, least);
     for (budget, rank) in [(fits, "`--lora-r 4`"), (fits - 1, "`--lora-r 2`")] {
@@ -146,6 +164,13 @@ fn a_plan_over_budget_says_what_would_fit() {
     }
     let text = says(&auto, 1000);
     assert!(text.contains("alone take"), "{text}");
+    low.targets.iter_mut().for_each(|target| target.r = 1);
+    let fits = crate::cli::size::ByteSize(auto.total_bytes(&low, least));
+    assert!(
+        text.contains(&format!("the least that this model can be trained in is {fits}, ")),
+        "{text}"
+    );
+    assert!(text.contains("and `--lora-r 1`"), "{text}");
 }
 
 /// With everything allowed on a GPU: what fits one budget fits a larger one, and no slower.
@@ -199,13 +224,52 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         assert!(!without(EmbeddingPlace::Gpu).embedding_on_host);
         let host = Demand { embedding: EmbeddingPlace::Host, ..demand.clone() };
         assert!(host.choose(Limit::Free(u64::MAX)).unwrap().embedding_on_host);
-        // The host must have room for what is offloaded.
+        // The host must have room for what is offloaded or streamed.
         let poor = Demand { pinned_bytes: 0, ..demand.clone() };
-        let budget = Limit::Budget(24 << 30);
-        assert_eq!(poor.choose(budget).unwrap().candidate.others, Policy::Checkpoint);
+        match poor.choose(Limit::Budget(24 << 30)) {
+            Ok(Choice { candidate, .. }) => assert_eq!(poor.pinned_for(&settings, candidate), 0),
+            Err(error) => assert!(layers == 80, "{error}"),
+        }
+        let streamed = Candidate { stream: true, ..CHECKPOINT };
+        let block = demand.weights.streamed.unwrap().block;
+        assert_eq!(demand.pinned_for(&settings, streamed), 2 * block);
+        assert!(demand.pinned(streamed) > 2 * block, "uploads are staged, too");
         let poor = poor.allowing(Activations::Offload, WeightsMode::Auto);
         let error = poor.choose(Limit::Budget(200 << 30)).unwrap_err().to_string();
         assert!(error.contains("of pinned host memory, 0 B can be had"), "{error}");
         assert!(error.contains("hint: `--activations keep` would need"), "{error}");
     }
+}
+
+/// 32B with its embedding on the GPU by wish: the embedding is what is moved, nothing else.
+#[test]
+fn the_nearest_plan_changes_the_least() {
+    let text = include_str!("../../../tests/data/configs/qwen2.5-32b.json");
+    let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
+    let (bf16, format) = (nibble_quant::FloatType::Bf16, nibble_quant::BlockFormat::default());
+    let weights = WeightBytes::of_config(&spec, bf16, Some(&format), Place::Gpu);
+    let settings = Settings { logit_rows: 220, ..settings(&spec, 4096) };
+    let asked = Demand {
+        layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
+        weights,
+        place: Place::Gpu,
+        activations: Activations::Checkpoint,
+        mode: WeightsMode::Resident,
+        embedding: EmbeddingPlace::Gpu,
+        ..demand(&spec, &settings)
+    };
+    let leanest = asked.leanest().unwrap().candidate;
+    let least = asked.total_bytes(&settings, leanest);
+    let says = |bytes| asked.choose(Limit::Budget(bytes)).unwrap_err().to_string();
+    let text = says(least - 1);
+    assert!(text.contains("hint: `--embedding host` would need"), "{text}");
+    let host = Candidate { embedding_on_host: true, ..leanest };
+    let text = says(asked.total_bytes(&settings, host) - (64 << 20));
+    assert!(text.contains("hint: `--activations auto` would need"), "{text}");
+    // One change of several at once comes before the optimizer, which changes the result.
+    let text = says(3 << 30);
+    for flag in ["--weights stream", "--embedding host", "--activations offload"] {
+        assert!(text.contains(flag), "{text}");
+    }
+    assert!(!text.contains("adamw_8bit"), "{text}");
 }

@@ -5,7 +5,8 @@ use std::num::NonZeroUsize;
 
 use serde::Serialize;
 
-use crate::plan::budget::{Candidate, Choice, Demand, WeightsMode};
+use crate::cli::size::ByteSize;
+use crate::plan::budget::{Candidate, Choice, Demand, Limit, WeightsMode};
 use crate::plan::cost::Pace;
 use crate::plan::moments::Optim;
 use crate::plan::settings::LEAST_LOGIT_ROWS;
@@ -16,13 +17,20 @@ use crate::plan::weights::Place;
 const LENGTH_STEP: usize = 64;
 /// Nothing longer is tried.
 const MOST_TOKENS: usize = 1 << 24;
-/// No more rows are tried than two to this power.
-const MOST_BATCH_DOUBLINGS: usize = 12;
+/// Another micro-batch is told of where it takes less than this of a token's time: less is within what
+/// the arithmetic can know.
+const CLEARLY_FASTER: f64 = 0.97;
+/// Fewer rows are as good where they take no more than this of the least time.
+const AS_FAST: f64 = 1.01;
+/// Of a tile of the MLP, at least.
+const LEAST_TILE_TOKENS: usize = 256;
 
 /// A way to run: what happens to activations, and where the weights are.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Way {
-    /// What all blocks do with their activations.
+    /// Blocks that keep their activations.
+    pub kept: usize,
+    /// What all others do with theirs, or all of them.
     pub policy: Policy,
     /// Weights are streamed from their file.
     pub stream: bool,
@@ -32,6 +40,8 @@ pub struct Way {
     pub bytes: u64,
     /// Tokens of the longest document that fits alone; 0 when none does.
     pub longest_document: usize,
+    /// Bytes of the host's memory that this document pins beside a GPU.
+    pub pinned_bytes: u64,
     /// Rows of the asked length that fit in one forward pass; 0 when none does.
     pub largest_batch: usize,
 }
@@ -47,35 +57,61 @@ pub struct Knob {
     pub time: f64,
 }
 
-/// The fastest plan of any micro-batch.
+/// A plan in numbers, and what to type for it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Fastest {
-    /// Rows of a forward pass.
-    pub batch: usize,
+pub struct Plan {
+    /// Flags of `train` and `memory` that lead to it, the limit included: within that `auto` finds the
+    /// mix, and the sizes of pieces, again.
+    pub flags: String,
+    /// What it does, for people.
+    pub words: String,
     /// Blocks that keep their activations.
     pub kept: usize,
     /// What the others do.
     pub others: Policy,
     /// Weights are streamed from their file.
     pub stream: bool,
+    /// The embedding is in the host's memory beside a GPU.
+    pub embedding_on_host: bool,
+    /// Tokens that the MLP works on at a time.
+    pub mlp_tile_tokens: usize,
+    /// Tokens whose logits exist at a time.
+    pub logit_rows: usize,
     /// Bytes of everything.
     pub bytes: u64,
-    /// Time of a token over that of the plan.
+    /// Of the host's memory beside a GPU.
+    pub pinned_bytes: u64,
+}
+
+/// The fastest plan of any micro-batch that divides the effective batch.
+#[derive(Debug, Clone, PartialEq, Serialize)]
+pub struct Fastest {
+    /// Rows of a forward pass.
+    pub batch: usize,
+    /// Forward passes of a step, for as many rows a step as were asked for.
+    pub accumulation: usize,
+    /// How.
+    #[serde(flatten)]
+    pub plan: Plan,
+    /// Time of a token over that of the plan that was asked for.
     pub time: f64,
 }
 
 /// The answer to "does it fit, and what would".
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct Fit {
-    /// Bytes that may be used.
+    /// Bytes that are planned within.
     pub budget_bytes: u64,
     /// Whether the asked sizes fit in a way that is allowed.
     pub fits: bool,
     /// Of the plan: the fastest one that fits, or the leanest one if none does.
     pub bytes: u64,
-    /// Keeping, recomputing and offloading, resident and streamed.
+    /// That plan.
+    pub plan: Plan,
+    /// Keeping, recomputing and offloading, resident and streamed; the plan, if it is a mix of them.
     pub ways: Vec<Way>,
-    /// The fastest within the budget, with any number of rows of the asked length.
+    /// The fastest micro-batch within the budget, where it is clearly faster than the one that was
+    /// asked for or that one does not fit.
     pub fastest: Option<Fastest>,
     /// Single changes of the plan.
     pub knobs: Vec<Knob>,
@@ -86,6 +122,8 @@ pub struct Fit {
 pub struct Asked {
     /// Rows of a forward pass.
     pub batch: usize,
+    /// Forward passes of a step.
+    pub accumulation: usize,
     /// Tokens of a row.
     pub length: usize,
     /// Tokens whose logits exist at a time, at most.
@@ -105,87 +143,132 @@ impl Asked {
 struct Search<'a> {
     demand: &'a Demand<'a>,
     asked: Asked,
+    limit: Limit,
     budget: u64,
     /// Of the plan at the asked sizes.
     plan: Candidate,
 }
 
 impl Fit {
-    /// Tries `demand` in every way within `budget` bytes; `plan` is what was chosen of it.
-    pub fn new(demand: &Demand, asked: Asked, budget: u64, plan: &Choice) -> Self {
-        let plan = plan.candidate;
-        let search = Search { demand, asked, budget, plan };
-        let bytes = demand.total_bytes(demand.settings, plan);
-        let (ways, fastest, knobs) = (search.ways(), search.fastest(), search.knobs());
-        Fit { budget_bytes: budget, fits: bytes <= budget, bytes, ways, fastest, knobs }
+    /// Tries `demand` in every way within `limit`; `plan` is what was chosen of it.
+    pub fn new(demand: &Demand, asked: Asked, limit: Limit, plan: &Choice) -> Self {
+        let budget = limit.usable_bytes();
+        let search = Search { demand, asked, limit, budget, plan: plan.candidate };
+        let plan = search.describe(demand, plan);
+        let (bytes, fits) = (plan.bytes, plan.bytes <= limit.most_bytes());
+        let (ways, knobs) = (search.ways(), search.knobs());
+        let fastest = search.fastest(fits);
+        Fit { budget_bytes: budget, fits, bytes, plan, ways, fastest, knobs }
     }
 }
 
 impl Search<'_> {
+    fn describe(&self, demand: &Demand, choice: &Choice) -> Plan {
+        let Candidate { kept, others, stream, embedding_on_host, .. } = choice.candidate;
+        let [activations, weights, embedding] = demand.words(choice.candidate);
+        let mut flags = format!("--activations {activations} --weights {weights}");
+        if demand.place == Place::Gpu && demand.weights.embedding > 0 {
+            flags += &format!(" --embedding {embedding}");
+        }
+        if let Limit::Budget(bytes) = self.limit {
+            flags += &format!(" --memory-budget {}", ByteSize(bytes).exact());
+        }
+        Plan {
+            flags,
+            words: choice.in_words(),
+            kept,
+            others,
+            stream,
+            embedding_on_host,
+            mlp_tile_tokens: choice.settings.mlp_tile(),
+            logit_rows: choice.settings.logit_rows,
+            bytes: demand.total_bytes(demand.settings, choice.candidate),
+            pinned_bytes: demand.pinned(choice.candidate),
+        }
+    }
+
     fn ways(&self) -> Vec<Way> {
-        let (demand, Asked { batch, length, .. }) = (self.demand, self.asked);
+        let demand = self.demand;
         let streams = [false, true].into_iter().filter(|s| !s || demand.weights.streamed.is_some());
         let policies = [Policy::Keep, Policy::Checkpoint, Policy::Offload];
-        let ways =
+        let uniform =
             streams.flat_map(|stream| policies.map(|policy| uniform(demand, policy, stream)));
-        let mut ways: Vec<Way> = ways
-            .map(|whole| {
-                let bytes = |batch, length, candidate| {
-                    demand.total_bytes(&self.asked.sized(demand, batch, length), candidate)
-                };
-                // In smaller pieces, or with the embedding on the host, where only these fit.
-                let all: Vec<Candidate> = [false, true]
-                    .into_iter()
-                    .flat_map(|pieces| {
-                        let places = demand.embedding_places().iter();
-                        places.map(move |&embedding_on_host| Candidate {
-                            pieces,
-                            embedding_on_host,
-                            ..whole
-                        })
-                    })
-                    .collect();
-                let fits =
-                    |batch, length| all.iter().any(|c| bytes(batch, length, *c) <= self.budget);
-                let fitting =
-                    |candidate: &&Candidate| bytes(batch, length, **candidate) <= self.budget;
-                let candidate = *all.iter().find(fitting).unwrap_or(&all[0]);
-                Way {
-                    policy: if whole.kept > 0 { Policy::Keep } else { whole.others },
-                    stream: whole.stream,
-                    time: self.seconds(demand.settings, candidate),
-                    bytes: bytes(batch, length, candidate),
-                    longest_document: LENGTH_STEP
-                        * largest(MOST_TOKENS / LENGTH_STEP, |n| fits(1, n * LENGTH_STEP)),
-                    largest_batch: largest(MOST_TOKENS / length, |n| fits(n, length)),
-                }
-            })
-            .collect();
+        let mixed = (1..demand.spec.num_layers).contains(&self.plan.kept);
+        let whole = Candidate { embedding_on_host: false, pieces: false, ..self.plan };
+        let mut ways: Vec<Way> =
+            uniform.chain(mixed.then_some(whole)).map(|whole| self.way(whole)).collect();
         let first = ways.first().map_or(1.0, |way| way.time);
         ways.iter_mut().for_each(|way| way.time /= first);
         ways
     }
 
-    /// Of one, two, four… rows.
-    fn fastest(&self) -> Option<Fastest> {
-        let demand = self.demand;
-        let plan_seconds = self.seconds(demand.settings, self.plan);
-        let batches = (0..).map(|power| 1 << power).map_while(|batch| {
-            let settings = self.asked.sized(demand, batch, self.asked.length);
-            let demand = Demand { settings: &settings, ..demand.clone() };
-            let choice = demand.within(self.budget)?;
-            let Candidate { kept, others, stream, .. } = choice.candidate;
-            let bytes = demand.total_bytes(&settings, choice.candidate);
-            let pace = Pace::new(&demand, &settings);
-            let seconds = pace.seconds_per_token(&choice.settings, choice.candidate);
-            let time = seconds / plan_seconds;
-            Some(Fastest { batch, kept, others, stream, bytes, time })
-        });
-        // Fewer rows do not lose to more that are as fast.
-        let batches: Vec<Fastest> = batches.take(MOST_BATCH_DOUBLINGS).collect();
-        batches
+    /// In smaller pieces, or with the embedding on the host, where only these fit.
+    fn way(&self, whole: Candidate) -> Way {
+        let (demand, Asked { batch, length, .. }) = (self.demand, self.asked);
+        let places = demand.embedding_places().iter();
+        let all: Vec<Candidate> = [false, true]
             .into_iter()
-            .reduce(|best, next| if next.time < 0.99 * best.time { next } else { best })
+            .flat_map(|pieces| {
+                let places = places.clone();
+                places.map(move |&embedding_on_host| Candidate {
+                    pieces,
+                    embedding_on_host,
+                    ..whole
+                })
+            })
+            .collect();
+        // The first candidate that fits.
+        let fitting = |batch, length| {
+            let settings = self.asked.sized(demand, batch, length);
+            let fits = |candidate: &&Candidate| {
+                demand.pinned_for(&settings, **candidate) <= demand.pinned_bytes
+                    && demand.total_bytes(&settings, **candidate) <= self.budget
+            };
+            all.iter().find(fits).copied()
+        };
+        let candidate = fitting(batch, length).unwrap_or(all[0]);
+        let longest_document = LENGTH_STEP
+            * largest(MOST_TOKENS / LENGTH_STEP, |n| fitting(1, n * LENGTH_STEP).is_some());
+        let longest = self.asked.sized(demand, 1, longest_document);
+        let pinned = |candidate| demand.pinned_for(&longest, candidate);
+        Way {
+            kept: whole.kept,
+            policy: if whole.kept == demand.spec.num_layers { Policy::Keep } else { whole.others },
+            stream: whole.stream,
+            time: self.seconds(demand.settings, candidate),
+            bytes: demand.total_bytes(demand.settings, candidate),
+            longest_document,
+            pinned_bytes: fitting(1, longest_document.max(1)).map_or(0, pinned),
+            largest_batch: largest(MOST_TOKENS / length, |n| fitting(n, length).is_some()),
+        }
+    }
+
+    /// Of all numbers of rows that divide those of a step, up to the first that does not fit.
+    fn fastest(&self, asked_fits: bool) -> Option<Fastest> {
+        let plan_seconds = self.seconds(self.demand.settings, self.plan);
+        let rows = self.asked.batch * self.asked.accumulation;
+        let divisors = (1..=rows).filter(|batch| rows.is_multiple_of(*batch));
+        let batches: Vec<Fastest> = divisors
+            .map_while(|batch| {
+                let settings = self.asked.sized(self.demand, batch, self.asked.length);
+                let demand = Demand { settings: &settings, ..self.demand.clone() };
+                let choice = demand.within(self.budget)?;
+                let pace = Pace::new(&demand, &settings);
+                let seconds = pace.seconds_per_token(&choice.settings, choice.candidate);
+                let (time, accumulation) = (seconds / plan_seconds, rows / batch);
+                let mut plan = self.describe(&demand, &choice);
+                plan.flags = format!(
+                    "--per-device-train-batch-size {batch} --gradient-accumulation-steps \
+                     {accumulation} {}",
+                    plan.flags
+                );
+                Some(Fastest { batch, accumulation, plan, time })
+            })
+            .collect();
+        let least = batches.iter().map(|fastest| fastest.time).min_by(f64::total_cmp)?;
+        let asked = |fastest: &Fastest| fastest.batch == self.asked.batch;
+        let best = batches.into_iter().find(|fastest| fastest.time <= AS_FAST * least)?;
+        (!asked(&best) && (!asked_fits || best.time < CLEARLY_FASTER)).then_some(best)
     }
 
     fn seconds(&self, settings: &Settings, candidate: Candidate) -> f64 {
@@ -292,9 +375,16 @@ pub(super) fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
     good
 }
 
+/// The smallest tiles and chunks that are suggested.
+pub(super) fn smallest_pieces(settings: &mut Settings) {
+    if settings.mlp_tile() > LEAST_TILE_TOKENS {
+        settings.mlp_tile_length = Some(LEAST_TILE_TOKENS);
+    }
+    settings.logit_rows = settings.logit_rows.min(LEAST_LOGIT_ROWS);
+}
+
 /// A quarter of the tile, where it is long enough to be cut.
 fn smaller_tile(settings: &Settings) -> Option<usize> {
-    const LEAST_TILE_TOKENS: usize = 256;
     let quarter = settings.mlp_tile() / 4;
     (quarter >= LEAST_TILE_TOKENS).then_some(quarter)
 }

@@ -44,7 +44,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
     })
 }
 
-const ASKED: Asked = Asked { batch: 2, length: 512, logits_chunk: None };
+const ASKED: Asked = Asked { batch: 2, accumulation: 2, length: 512, logits_chunk: None };
 
 #[test]
 fn the_limits_are_the_last_sizes_that_fit() {
@@ -52,7 +52,7 @@ fn the_limits_are_the_last_sizes_that_fit() {
         let keep = uniform(demand, Policy::Keep, false);
         let budget = demand.total_bytes(demand.settings, keep) + 1000;
         let plan = demand.choose(Limit::Budget(budget)).unwrap();
-        let fit = Fit::new(demand, ASKED, budget, &plan);
+        let fit = Fit::new(demand, ASKED, Limit::Budget(budget), &plan);
         assert!(fit.fits && fit.bytes == budget - 1000);
         assert_eq!(fit.ways.len(), 6);
         for way in &fit.ways {
@@ -93,18 +93,52 @@ fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
             layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
             weights,
             place: Place::Gpu,
+            settings: &settings,
             ..demand.clone()
         };
-        let asked = Asked { batch: 1, length: 256, logits_chunk: None };
-        let demand = Demand { settings: &settings, ..demand };
-        let settings = asked.sized(&demand, 1, 256);
-        let demand = Demand { settings: &settings, ..demand };
-        let budget = 24 << 30;
-        let plan = demand.choose(Limit::Budget(budget)).unwrap();
-        let fastest = Fit::new(&demand, asked, budget, &plan).fastest.unwrap();
-        assert!(fastest.bytes <= budget && fastest.time < 0.95, "{fastest:?}");
-        assert!(fastest.batch > 4 && fastest.kept > 24, "{fastest:?}");
-        assert_eq!(Fit::new(&demand, asked, 100, &plan).fastest, None);
+        let asked = |batch, accumulation| {
+            let asked = Asked { batch, accumulation, length: 256, logits_chunk: None };
+            let settings = asked.sized(&demand, batch, 256);
+            (asked, settings)
+        };
+        // What a token takes with the best plan of a micro-batch, by hand.
+        let best = |batch: usize, bytes: u64| {
+            let (_, settings) = asked(batch, 1);
+            let demand = Demand { settings: &settings, ..demand.clone() };
+            let choice = demand.within(bytes)?;
+            let pace = Pace::new(&demand, &settings);
+            Some(pace.seconds_per_token(&choice.settings, choice.candidate))
+        };
+        let limit = Limit::Budget(24 << 30);
+        let fastest = |batch, accumulation| {
+            let (asked, settings) = asked(batch, accumulation);
+            let demand = Demand { settings: &settings, ..demand.clone() };
+            let plan = demand.choose(limit).or_else(|_| demand.leanest()).unwrap();
+            Fit::new(&demand, asked, limit, &plan).fastest
+        };
+        let found = fastest(1, 48).unwrap();
+        assert!(found.plan.bytes <= 24 << 30 && found.time < 0.95, "{found:?}");
+        assert!(found.batch > 4 && found.plan.kept > 24, "{found:?}");
+        assert_eq!(found.batch * found.accumulation, 48);
+        let seconds = best(found.batch, 24 << 30).unwrap();
+        assert!((seconds / best(1, 24 << 30).unwrap() / found.time - 1.0).abs() < 1e-9);
+        for batch in [1, 2, 3, 4, 6, 8, 12, 16, 24, 48] {
+            let other = best(batch, 24 << 30);
+            assert!(other.is_none_or(|other| other >= seconds / 1.01), "{batch}: {found:?}");
+            let again = fastest(batch, 48 / batch);
+            // From where it is as fast, nothing is to be gained; where it does not fit, what does.
+            let gain = other.is_none_or(|other| seconds < 0.97 * other);
+            assert_eq!(again.is_some(), gain && batch != found.batch, "{batch}: {again:?}");
+            if let Some(again) = again {
+                assert_eq!((again.batch, &again.plan.words), (found.batch, &found.plan.words));
+            }
+        }
+        let flags = format!(
+            "--per-device-train-batch-size {} --gradient-accumulation-steps {} --activations ",
+            found.batch, found.accumulation
+        );
+        assert!(found.plan.flags.starts_with(&flags), "{found:?}");
+        assert!(found.plan.flags.ends_with(" --memory-budget 24GiB"), "{found:?}");
     });
 }
 
@@ -113,7 +147,7 @@ fn every_knob_says_what_it_changes() {
     with_demand(|demand| {
         let plan = demand.choose(Limit::Free(u64::MAX)).unwrap();
         let bytes = demand.total_bytes(demand.settings, plan.candidate);
-        let fit = Fit::new(demand, ASKED, bytes, &plan);
+        let fit = Fit::new(demand, ASKED, Limit::Budget(bytes), &plan);
         let flags: Vec<&str> = fit.knobs.iter().map(|knob| knob.flags.as_str()).collect();
         let expected = [
             "--activations checkpoint",

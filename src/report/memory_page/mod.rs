@@ -270,6 +270,7 @@ mod tests {
                 measured_bytes: Some(5 << 20),
             }],
             peak_bytes: Some(5 << 20),
+            host: None,
             record,
         }
     }

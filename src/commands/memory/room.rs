@@ -1,0 +1,77 @@
+//! The memory that is free here, and whether a plan fits it.
+
+use serde::Serialize;
+
+use crate::cli::device::Device;
+use crate::cli::size::ByteSize;
+use crate::commands::device;
+use crate::error::Result;
+use crate::kernels::cpu::Cpu;
+use crate::kernels::cuda::Cuda;
+use crate::kernels::cuda::library::Gpu;
+use crate::ledger::resident;
+use crate::plan::{Demand, Limit};
+use crate::train::backend::TrainingKernels;
+
+/// What is known of the memory where a run would be.
+pub(super) struct Room {
+    /// Bytes that a run may use, the program or the context included; none where the GPU is not here.
+    pub free_bytes: Option<u64>,
+    /// What a GPU that is open has in use already.
+    pub context_bytes: Option<u64>,
+    /// What may be pinned of the host's memory beside a GPU.
+    pub pinned_bytes: u64,
+}
+
+/// Whether a plan fits here.
+#[derive(Debug, Serialize)]
+pub(super) struct Verdict {
+    free_bytes: u64,
+    fits: bool,
+    /// What `train` would do instead.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    instead: Option<String>,
+}
+
+impl Room {
+    /// `gpu` is open where a trial will be made.
+    pub fn look(asked: Device, gpu: Option<&Cuda<Gpu>>) -> Result<Self> {
+        let (free_bytes, context_bytes) = match (asked, gpu) {
+            (_, Some(gpu)) => {
+                let around = gpu.surroundings()?;
+                (Some(around.free_bytes), Some(around.used_bytes))
+            }
+            (Device::Cuda(index), None) => (device::free_bytes(index), None),
+            (_, None) => (Some(Cpu.surroundings()?.free_bytes), None),
+        };
+        // Beside a GPU that is not here nothing is known of the host.
+        let pinned_bytes = free_bytes.map_or(u64::MAX, |_| resident::available_bytes() / 2);
+        Ok(Room { free_bytes, context_bytes, pinned_bytes })
+    }
+
+    /// Whether `planned_bytes` fit here; if not, what of `demand` does.
+    pub fn verdict(&self, demand: &Demand, planned_bytes: u64) -> Option<Verdict> {
+        let free_bytes = self.free_bytes?;
+        let fits = planned_bytes <= free_bytes;
+        let instead = || match demand.choose(Limit::Free(free_bytes)) {
+            Ok(choice) => {
+                let bytes = demand.outside(&choice).total()
+                    + demand.plan(&choice.settings).arena_bytes() as u64;
+                format!("`train` would take {}: {}", ByteSize(bytes), choice.in_words())
+            }
+            Err(refusal) => refusal.message().hint.clone().unwrap_or_default(),
+        };
+        Some(Verdict { free_bytes, fits, instead: (!fits).then(instead) })
+    }
+}
+
+impl Verdict {
+    /// One line.
+    pub fn in_words(&self) -> String {
+        let free = ByteSize(self.free_bytes);
+        match &self.instead {
+            None => format!("fits the {free} that are free here"),
+            Some(instead) => format!("does not fit the {free} that are free here; {instead}"),
+        }
+    }
+}
