@@ -5,14 +5,16 @@ use minijinja::{AutoEscape, Environment, Value, context};
 use serde::Serialize;
 
 use crate::cli::size::ByteSize;
-use crate::ledger::rows::{Account, PhaseRow, Row};
+use crate::ledger::rows::{Account, HostMemory, PhaseRow, Row};
 use crate::ledger::{Moment, Phase};
 use crate::report::figures::change;
 
 /// The template of the figures; the page of a training run includes it.
 pub(super) const FIGURES: &str = include_str!("figures.html");
-/// Colours of parts: further ones share the last.
-const COLOURS: usize = 10;
+/// Colours of parts in `figures.css`: more than an account has rows.
+const COLOURS: usize = 24;
+/// Of a bar of something that is there, in percent.
+const NARROWEST_BAR: f64 = 0.3;
 
 /// What the page is about.
 #[derive(Debug, Serialize)]
@@ -32,6 +34,8 @@ pub(super) struct Figures {
     difference: Option<String>,
     phases: Vec<Bar>,
     timeline: Option<Timeline>,
+    /// Beside a GPU: name, planned, measured.
+    host: Vec<(&'static str, String, String)>,
 }
 
 #[derive(Debug, Serialize)]
@@ -66,10 +70,14 @@ struct Segment {
 /// Resident memory over time, in a box of 100 by 100.
 #[derive(Debug, Serialize)]
 struct Timeline {
-    /// Outline of all memory, closed at the bottom.
+    /// Line of all memory.
     resident: String,
-    /// Outline of the mapped files' part; a GPU maps none.
+    /// Line of the mapped files' part; a GPU maps none.
     file: Option<String>,
+    /// Colour and outline of each part, stacked: what is planned to be in use by then.
+    layers: Vec<(usize, String)>,
+    /// What hovering shows: begin, width, text.
+    columns: Vec<(String, String, String)>,
     /// Height of the plan from above.
     planned_at: Option<String>,
     /// Rows of the scale: place from above, size.
@@ -114,7 +122,16 @@ pub(super) fn figures(account: &Account) -> Figures {
         difference,
         phases: phases(account),
         timeline: timeline(account),
+        host: account.host.map(|host| host_rows(account, &host)).unwrap_or_default(),
     }
+}
+
+fn host_rows(account: &Account, host: &HostMemory) -> Vec<(&'static str, String, String)> {
+    vec![
+        ("the program", String::new(), size(host.resident_bytes)),
+        ("of it pages of files", String::new(), size(host.mapped_bytes)),
+        ("pinned memory", size(account.outside.pinned_bytes), size(host.pinned_bytes)),
+    ]
 }
 
 fn size(bytes: u64) -> String {
@@ -131,7 +148,10 @@ fn signed_share(planned: u64, measured: u64) -> String {
 }
 
 fn part(index: usize, row: &Row, largest: u64) -> Part {
-    let share = |bytes: u64| percent(bytes as f64, largest as f64);
+    let share = |bytes: u64| {
+        let least = if bytes > 0 { NARROWEST_BAR / 100.0 * largest as f64 } else { 0.0 };
+        percent((bytes as f64).max(least), largest as f64)
+    };
     let difference = row.measured_bytes.map(|measured| change(row.planned_bytes, measured));
     Part {
         name: row.name.clone(),
@@ -193,21 +213,20 @@ fn timeline(account: &Account) -> Option<Timeline> {
     let top = seen.max(planned).max(1) as f64 * 1.05;
     let down = |bytes: u64| percent(top - bytes as f64, top);
     let across = |seconds: f64| percent(seconds, last);
-    let outline = |bytes: &dyn Fn(&Moment) -> u64| {
-        let mut path = String::from("M0 100");
-        for moment in moments {
-            path.push_str(&format!("L{} {}", across(moment.seconds), down(bytes(moment))));
-        }
-        path.push_str("L100 100Z");
-        path
+    let line = |bytes: &dyn Fn(&Moment) -> u64| {
+        let point = |moment: &Moment| format!("{} {}", across(moment.seconds), down(bytes(moment)));
+        let points: Vec<String> = moments.iter().map(point).collect();
+        format!("M{}", points.join("L"))
     };
     const ROWS: u64 = 4;
     let step = round_up(top as u64 / ROWS);
     let scale = (1..=ROWS).map(|row| row * step).filter(|&bytes| (bytes as f64) < top);
     let mapped = moments.iter().any(|moment| moment.file_bytes > 0);
     Some(Timeline {
-        resident: outline(&|moment| moment.resident_bytes),
-        file: mapped.then(|| outline(&|moment| moment.file_bytes)),
+        resident: line(&|moment| moment.resident_bytes),
+        file: mapped.then(|| line(&|moment| moment.file_bytes)),
+        layers: layers(account, last, top),
+        columns: columns(account, last),
         planned_at: (planned > 0).then(|| down(planned)),
         scale: scale.map(|bytes| (down(bytes), size(bytes))).collect(),
         bands: bands(moments, last),
@@ -221,12 +240,87 @@ fn round_up(bytes: u64) -> u64 {
     if power - power / 4 >= bytes { power - power / 4 } else { power }
 }
 
+/// Bytes of each part that are planned to be in use at each moment: by a phase that has begun.
+fn in_use(account: &Account) -> Vec<Vec<u64>> {
+    let mut used = vec![0; account.rows.len()];
+    let by_then = |moment: &Moment| {
+        let phase = account.phases.iter().find(|row| row.phase == moment.phase);
+        for (used, bytes) in used.iter_mut().zip(phase.map_or(&[][..], |row| &row.planned_bytes)) {
+            *used = (*used).max(*bytes);
+        }
+        used.clone()
+    };
+    account.record.moments.iter().map(by_then).collect()
+}
+
+/// Outlines of the parts, one on the other: steps where a phase begins for the first time.
+fn layers(account: &Account, last: f64, top: f64) -> Vec<(usize, String)> {
+    let moments = &account.record.moments;
+    let mut steps: Vec<(f64, Vec<u64>)> = Vec::new();
+    for (index, used) in in_use(account).into_iter().enumerate() {
+        // From the moment before on: this one is of the phase's end, or later.
+        let begin = moments[index.saturating_sub(1)].seconds;
+        if steps.last().is_none_or(|(_, before)| *before != used) {
+            steps.push((begin, used));
+        }
+    }
+    let mut below = vec![0; steps.len()];
+    let mut layers = Vec::new();
+    for part in 0..account.rows.len() {
+        let above: Vec<u64> =
+            below.iter().zip(&steps).map(|(sum, step)| sum + step.1[part]).collect();
+        if above != below {
+            let edge = |heights: &[u64]| {
+                let ends = steps.iter().skip(1).map(|step| step.0).chain([last]);
+                let mut points = Vec::new();
+                for ((step, end), &bytes) in steps.iter().zip(ends).zip(heights) {
+                    let height = percent(top - bytes as f64, top);
+                    points.push(format!("{} {height}", percent(step.0, last)));
+                    points.push(format!("{} {height}", percent(end, last)));
+                }
+                points
+            };
+            let back = edge(&below).into_iter().rev();
+            let points: Vec<String> = edge(&above).into_iter().chain(back).collect();
+            layers.push((part.min(COLOURS - 1), format!("M{}Z", points.join("L"))));
+        }
+        below = above;
+    }
+    layers
+}
+
+/// Around each moment, half the way to its neighbours.
+fn columns(account: &Account, last: f64) -> Vec<(String, String, String)> {
+    let moments = &account.record.moments;
+    let between = |a: usize, b: usize| (moments[a].seconds + moments[b].seconds) / 2.0;
+    let column = |(index, used): (usize, Vec<u64>)| {
+        let moment = &moments[index];
+        let begin = if index == 0 { 0.0 } else { between(index - 1, index) };
+        let end = if index + 1 < moments.len() { between(index, index + 1) } else { last };
+        let planned: u64 = used.iter().sum();
+        let files = match moment.file_bytes {
+            0 => String::new(),
+            bytes => format!(", {} of it mapped files", size(bytes)),
+        };
+        let text = format!(
+            "{:.2} s, {}: {}{files}; planned by then {}",
+            moment.seconds,
+            moment.phase.label(),
+            size(moment.resident_bytes),
+            size(planned)
+        );
+        (percent(begin, last), percent(end - begin, last), text)
+    };
+    in_use(account).into_iter().enumerate().map(column).collect()
+}
+
 /// Stretches of one phase, those too narrow to see left out.
 fn bands(moments: &[Moment], last: f64) -> Vec<(String, String, &'static str, String)> {
     const NARROWEST: f64 = 0.004;
     let mut bands: Vec<(f64, f64, Phase)> = Vec::new();
     for pair in moments.windows(2) {
-        let (begin, end, phase) = (pair[0].seconds, pair[1].seconds, pair[0].phase);
+        // A phase is looked at where it ends.
+        let (begin, end, phase) = (pair[0].seconds, pair[1].seconds, pair[1].phase);
         match bands.last_mut() {
             Some(band) if band.2 == phase => band.1 = end,
             _ => bands.push((begin, end, phase)),
@@ -259,8 +353,7 @@ mod tests {
             file_bytes: 1 << 20,
         };
         let mut record = Record::default();
-        record.moments =
-            vec![moment(0.0, Phase::Load, 1 << 20), moment(2.0, Phase::Loss, 5 << 20)];
+        record.moments = vec![moment(0.0, Phase::Load, 1 << 20), moment(2.0, Phase::Loss, 5 << 20)];
         Account {
             outside: Outside::default(),
             rows: vec![row("a<b", 3 << 20, Some(4 << 20)), row("c", 1 << 20, Some(1 << 20))],
@@ -287,6 +380,50 @@ mod tests {
         }
         for text in ["http:", "https:", "src=", "href=", "url(", "@import", "a<b"] {
             assert!(!page.contains(text), "{text}");
+        }
+        // A pair of bars for each part, and values where the mouse is, without a script.
+        let bars = "<title>a&lt;b: planned 3,145,728 bytes, measured 4,194,304</title>";
+        assert!(page.contains(bars) && page.contains("class=\"seen\" y=\"11\" width=\"100.00\""));
+        let hover =
+            "<title>2.00 s, loss: 5.0 MiB, 1.0 MiB of it mapped files; planned by then 3.0 MiB";
+        assert!(page.contains(hover) && !page.contains("<script"), "{page}");
+    }
+
+    /// As many parts as a run on the CPU and one on a GPU can have.
+    #[test]
+    fn every_part_has_a_colour_of_its_own() {
+        let style = include_str!("figures.css");
+        let colours: Vec<&str> = (0..COLOURS)
+            .map(|index| {
+                let rule = format!(".c{index} {{ --p: ");
+                let start = style.find(&rule).expect("each has a rule") + rule.len();
+                &style[start..start + 7]
+            })
+            .collect();
+        let distinct: std::collections::BTreeSet<&&str> = colours.iter().collect();
+        assert_eq!(distinct.len(), COLOURS);
+        let mut account = account();
+        let row = account.rows[0].clone();
+        account.rows =
+            (0..20).map(|index| Row { name: format!("part {index}"), ..row.clone() }).collect();
+        account.phases[0].planned_bytes = vec![1 << 20; 20];
+        let page = render(&heading(), &account);
+        for index in 0..20 {
+            let (swatch, layer) = (format!("swatch c{index}\""), format!("layer c{index}\""));
+            assert!(page.contains(&swatch) && page.contains(&layer), "{index}");
+        }
+    }
+
+    #[test]
+    fn the_host_beside_a_gpu_has_rows() {
+        let mut account = account();
+        assert!(!render(&heading(), &account).contains("pinned memory"));
+        account.outside.pinned_bytes = 7 << 20;
+        let (resident_bytes, mapped_bytes, pinned_bytes) = (9 << 20, 2 << 20, 8 << 20);
+        account.host = Some(HostMemory { resident_bytes, mapped_bytes, pinned_bytes });
+        let page = render(&heading(), &account);
+        for text in ["pinned memory", "9.0 MiB", "7.0 MiB", "8.0 MiB"] {
+            assert!(page.contains(text), "{text}");
         }
     }
 
