@@ -125,13 +125,44 @@ fn single_figures() {
     ]);
 }
 
+/// What is trained, in all its copies.
+fn part_of_lora(plan: &Value) -> u64 {
+    let parts = plan["components"].as_object().unwrap().iter();
+    let lora = parts.filter(|(name, _)| name.starts_with("LoRA ") || name.starts_with("AdamW "));
+    lora.map(|(_, bytes)| bytes.as_u64().unwrap()).sum()
+}
+
+/// What offloading takes of the host, as docs/memory.md says below the longest contexts.
+#[test]
+fn offloaded_inputs_are_on_the_host() {
+    let text = std::fs::read_to_string(root().join("docs/memory.md")).unwrap();
+    for (config, layers, d, says) in [
+        ("llama-3.1-8b", 32u64, 4096u64, "262 kB a token of 8B"),
+        ("llama-3.3-70b", 80, 8192, "1.31 MB of 70B"),
+    ] {
+        let plan = memory(config, 1000, "--activations offload --embedding gpu");
+        let bytes = plan["offloaded_bytes"].as_u64().unwrap();
+        assert_eq!(bytes, 1000 * 2 * d * layers);
+        let (kilo, mega) = (bytes as f64 / 1e6, bytes as f64 / 1e9);
+        let token = if mega < 1.0 { format!("{kilo:.0} kB") } else { format!("{mega:.2} MB") };
+        assert!(says.starts_with(&token) && text.contains(says), "{token}: {says}");
+        assert!(plan["pinned_bytes"].as_u64().unwrap() >= bytes);
+    }
+}
+
 #[test]
 fn gpt_3() {
     let flags = "--quantization none --lora-r 4 --target-modules c_attn --activations checkpoint";
     let plan = memory("gpt-3-175b", 512, flags);
     let part = |name: &str| plan["components"][name].as_u64().unwrap();
     let (weights, file) = (plan["weight_bytes"].as_u64().unwrap(), part("LoRA weights (bf16)"));
-    let parameters = weights / 2;
+    // What the command prints beside the plan: of the paper's two sizes the larger.
+    let full = &plan["full_fine_tuning"];
+    let parameters = full["parameters"].as_u64().unwrap();
+    assert_eq!(full["bytes"].as_u64(), Some(8 * parameters));
+    // Norms and biases are in f32.
+    assert!((weights as f64 / (2 * parameters) as f64 - 1.0).abs() < 1e-3);
+    assert_eq!(full["lora_bytes"].as_u64().unwrap() - weights, part_of_lora(&plan));
     let state =
         part("LoRA master (f32)") + part("LoRA gradients (f32)") + part("AdamW moments (f32)");
     let gb = |bytes: u64| format!("{:.0} GB", bytes as f64 / 1e9);
