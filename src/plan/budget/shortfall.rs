@@ -8,6 +8,7 @@ use crate::plan::embedding::EmbeddingPlace;
 use crate::plan::fit::{largest, smallest_pieces};
 use crate::plan::moments::Optim;
 use crate::plan::settings::{Policy, Settings};
+use crate::plan::weights::Place;
 
 /// Suggested lengths are multiples of this many tokens.
 const LENGTH_STEP: usize = 64;
@@ -97,13 +98,18 @@ impl Demand<'_> {
         match wish {
             Wish::Activations => self.activations != Activations::Auto,
             Wish::Weights => self.mode != WeightsMode::Auto && self.weights.streamed.is_some(),
-            Wish::Embedding => self.embedding != EmbeddingPlace::Auto && self.weights.embedding > 0,
+            Wish::Embedding => self.embedding != EmbeddingPlace::Auto && self.places_embedding(),
             Wish::Pieces => true,
             Wish::Optim => {
                 let packed = Settings { optim: Optim::Adamw8bit, ..self.settings.clone() };
                 self.settings.optim != Optim::Adamw8bit && packed.moments().blocks > 0
             }
         }
+    }
+
+    /// Whether the embedding could be in two places.
+    fn places_embedding(&self) -> bool {
+        self.place == Place::Gpu && self.weights.embedding > 0
     }
 
     /// Calls `with` a demand that leaves open what is wished for.
@@ -152,7 +158,7 @@ impl Demand<'_> {
             EmbeddingPlace::Gpu => "gpu",
             EmbeddingPlace::Host => "host",
         };
-        if embedding != asked && self.weights.embedding > 0 {
+        if embedding != asked && self.places_embedding() {
             flags.push(format!("`--embedding {embedding}`"));
         }
         if let Some(tile) = settings.mlp_tile_length

@@ -164,6 +164,10 @@ fn a_plan_over_budget_says_what_would_fit() {
     }
     let text = says(&auto, 1000);
     assert!(text.contains("alone take"), "{text}");
+    // On the CPU there is one place for an embedding.
+    let weights = WeightBytes { embedding: 1 << 19, ..auto.weights };
+    let host = Demand { weights, embedding: EmbeddingPlace::Host, ..auto.clone() };
+    assert_eq!(says(&host, 1000), text);
     low.targets.iter_mut().for_each(|target| target.r = 1);
     let fits = crate::cli::size::ByteSize(auto.total_bytes(&low, least));
     assert!(
