@@ -1,13 +1,15 @@
 //! Pictures of an [`Account`]: a page of its own for `nibble memory --html`, and a section of
 //! `report.html`. Both are the template `figures.html` over the same numbers; hovering shows bytes.
 
+mod timeline;
+
 use minijinja::{AutoEscape, Environment, Value, context};
 use serde::Serialize;
 
 use crate::cli::size::ByteSize;
 use crate::ledger::rows::{Account, HostMemory, PhaseRow, Row};
-use crate::ledger::{Moment, Phase};
 use crate::report::figures::change;
+use timeline::{Timeline, timeline};
 
 /// The template of the figures; the page of a training run includes it.
 pub(super) const FIGURES: &str = include_str!("figures.html");
@@ -65,26 +67,6 @@ struct Segment {
     colour: usize,
     width: String,
     title: String,
-}
-
-/// Resident memory over time, in a box of 100 by 100.
-#[derive(Debug, Serialize)]
-struct Timeline {
-    /// Line of all memory.
-    resident: String,
-    /// Line of the mapped files' part; a GPU maps none.
-    file: Option<String>,
-    /// Colour and outline of each part, stacked: what is planned to be in use by then.
-    layers: Vec<(usize, String)>,
-    /// What hovering shows: begin, width, text.
-    columns: Vec<(String, String, String)>,
-    /// Height of the plan from above.
-    planned_at: Option<String>,
-    /// Rows of the scale: place from above, size.
-    scale: Vec<(String, String)>,
-    /// The first step and what comes behind it: begin, width, name.
-    bands: Vec<(String, String, &'static str, String)>,
-    seconds: String,
 }
 
 /// The page of `nibble memory --html`.
@@ -205,139 +187,10 @@ fn segments(account: &Account, row: &PhaseRow, width: f64) -> Vec<Segment> {
     .collect()
 }
 
-fn timeline(account: &Account) -> Option<Timeline> {
-    let moments = &account.record.moments;
-    let last = moments.last()?.seconds.max(1e-3);
-    let planned = account.planned_bytes();
-    let seen = moments.iter().map(|moment| moment.resident_bytes).max().unwrap_or(0);
-    let top = seen.max(planned).max(1) as f64 * 1.05;
-    let down = |bytes: u64| percent(top - bytes as f64, top);
-    let across = |seconds: f64| percent(seconds, last);
-    let line = |bytes: &dyn Fn(&Moment) -> u64| {
-        let point = |moment: &Moment| format!("{} {}", across(moment.seconds), down(bytes(moment)));
-        let points: Vec<String> = moments.iter().map(point).collect();
-        format!("M{}", points.join("L"))
-    };
-    const ROWS: u64 = 4;
-    let step = round_up(top as u64 / ROWS);
-    let scale = (1..=ROWS).map(|row| row * step).filter(|&bytes| (bytes as f64) < top);
-    let mapped = moments.iter().any(|moment| moment.file_bytes > 0);
-    Some(Timeline {
-        resident: line(&|moment| moment.resident_bytes),
-        file: mapped.then(|| line(&|moment| moment.file_bytes)),
-        layers: layers(account, last, top),
-        columns: columns(account, last),
-        planned_at: (planned > 0).then(|| down(planned)),
-        scale: scale.map(|bytes| (down(bytes), size(bytes))).collect(),
-        bands: bands(moments, last),
-        seconds: format!("{last:.1} s"),
-    })
-}
-
-/// Half, one or two times a power of two, no smaller than `bytes` by more than a third.
-fn round_up(bytes: u64) -> u64 {
-    let power = bytes.max(1).next_power_of_two();
-    if power - power / 4 >= bytes { power - power / 4 } else { power }
-}
-
-/// Bytes of each part that are planned to be in use at each moment: by a phase that has begun.
-fn in_use(account: &Account) -> Vec<Vec<u64>> {
-    let mut used = vec![0; account.rows.len()];
-    let by_then = |moment: &Moment| {
-        let phase = account.phases.iter().find(|row| row.phase == moment.phase);
-        for (used, bytes) in used.iter_mut().zip(phase.map_or(&[][..], |row| &row.planned_bytes)) {
-            *used = (*used).max(*bytes);
-        }
-        used.clone()
-    };
-    account.record.moments.iter().map(by_then).collect()
-}
-
-/// Outlines of the parts, one on the other: steps where a phase begins for the first time.
-fn layers(account: &Account, last: f64, top: f64) -> Vec<(usize, String)> {
-    let moments = &account.record.moments;
-    let mut steps: Vec<(f64, Vec<u64>)> = Vec::new();
-    for (index, used) in in_use(account).into_iter().enumerate() {
-        // From the moment before on: this one is of the phase's end, or later.
-        let begin = moments[index.saturating_sub(1)].seconds;
-        if steps.last().is_none_or(|(_, before)| *before != used) {
-            steps.push((begin, used));
-        }
-    }
-    let mut below = vec![0; steps.len()];
-    let mut layers = Vec::new();
-    for part in 0..account.rows.len() {
-        let above: Vec<u64> =
-            below.iter().zip(&steps).map(|(sum, step)| sum + step.1[part]).collect();
-        if above != below {
-            let edge = |heights: &[u64]| {
-                let ends = steps.iter().skip(1).map(|step| step.0).chain([last]);
-                let mut points = Vec::new();
-                for ((step, end), &bytes) in steps.iter().zip(ends).zip(heights) {
-                    let height = percent(top - bytes as f64, top);
-                    points.push(format!("{} {height}", percent(step.0, last)));
-                    points.push(format!("{} {height}", percent(end, last)));
-                }
-                points
-            };
-            let back = edge(&below).into_iter().rev();
-            let points: Vec<String> = edge(&above).into_iter().chain(back).collect();
-            layers.push((part.min(COLOURS - 1), format!("M{}Z", points.join("L"))));
-        }
-        below = above;
-    }
-    layers
-}
-
-/// Around each moment, half the way to its neighbours.
-fn columns(account: &Account, last: f64) -> Vec<(String, String, String)> {
-    let moments = &account.record.moments;
-    let between = |a: usize, b: usize| (moments[a].seconds + moments[b].seconds) / 2.0;
-    let column = |(index, used): (usize, Vec<u64>)| {
-        let moment = &moments[index];
-        let begin = if index == 0 { 0.0 } else { between(index - 1, index) };
-        let end = if index + 1 < moments.len() { between(index, index + 1) } else { last };
-        let planned: u64 = used.iter().sum();
-        let files = match moment.file_bytes {
-            0 => String::new(),
-            bytes => format!(", {} of it mapped files", size(bytes)),
-        };
-        let text = format!(
-            "{:.2} s, {}: {}{files}; planned by then {}",
-            moment.seconds,
-            moment.phase.label(),
-            size(moment.resident_bytes),
-            size(planned)
-        );
-        (percent(begin, last), percent(end - begin, last), text)
-    };
-    in_use(account).into_iter().enumerate().map(column).collect()
-}
-
-/// Stretches of one phase, those too narrow to see left out.
-fn bands(moments: &[Moment], last: f64) -> Vec<(String, String, &'static str, String)> {
-    const NARROWEST: f64 = 0.004;
-    let mut bands: Vec<(f64, f64, Phase)> = Vec::new();
-    for pair in moments.windows(2) {
-        // A phase is looked at where it ends.
-        let (begin, end, phase) = (pair[0].seconds, pair[1].seconds, pair[1].phase);
-        match bands.last_mut() {
-            Some(band) if band.2 == phase => band.1 = end,
-            _ => bands.push((begin, end, phase)),
-        }
-    }
-    let wide = bands.into_iter().filter(|(begin, end, _)| end - begin >= NARROWEST * last);
-    wide.map(|(begin, end, phase)| {
-        let title = format!("{}: {begin:.2} to {end:.2} s", phase.label());
-        (percent(begin, last), percent(end - begin, last), phase.label(), title)
-    })
-    .collect()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::ledger::Record;
+    use crate::ledger::{Moment, Phase, Record};
     use crate::plan::Outside;
 
     fn account() -> Account {
