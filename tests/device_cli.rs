@@ -64,7 +64,10 @@ fn the_plan_of_a_gpu_needs_none() {
         let config = "tests/data/models/llama_s0/config.json";
         let output = nibble(&["memory", "--model", config, "--json", "--device", device]);
         assert!(output.status.success(), "{}", text(&output.stderr));
-        serde_json::from_slice(&output.stdout).unwrap()
+        let mut plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+        // What is free changes from one moment to the next.
+        plan.as_object_mut().unwrap().remove("here");
+        plan
     };
     let (cpu, gpu) = (plan("cpu"), plan("cuda"));
     assert_eq!(plan("auto"), cpu);

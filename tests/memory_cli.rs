@@ -181,11 +181,13 @@ fn a_budget_decides_which_blocks_keep_and_a_refusal_shows_the_way() {
         assert_eq!(number(&fitting, "kept_blocks"), kept, "{budget} of {most}");
         assert_eq!(number(&fitting, "mlp_tile_tokens") == 4096, whole, "{budget} of {most}");
     }
-    let refused = memory(&[&base[..], &["--budget", &(most / 5 * 3).to_string()]].concat());
+    let refused = memory(&[&base[..], &["--budget", &(most / 4 * 3).to_string()]].concat());
     let error = String::from_utf8_lossy(&refused.stderr);
     assert_eq!(refused.status.code(), Some(1));
     assert!(
-        error.contains("plan needs") && error.contains("hint: `--weights stream` would need"),
+        error.contains("plan needs")
+            && error
+                .contains("hint: `--mlp-tile-length 256`, `--logits-chunk-length 64` would need"),
         "{error}"
     );
 }

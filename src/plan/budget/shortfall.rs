@@ -89,7 +89,7 @@ impl Demand<'_> {
                 })
             });
             let fastest = fitting.min_by(|a, b| a.0.total_cmp(&b.0));
-            fastest.map(|(_, flags, need)| (flags.join(" with "), need))
+            fastest.map(|(_, flags, need)| (flags.join(", "), need))
         })
     }
 
@@ -193,9 +193,9 @@ impl Demand<'_> {
     fn shorter_hint(&self, asked: &Demand, bytes: u64) -> String {
         let least = self.least();
         let flags = asked.changed_flags(self.settings, &self.choice(least));
-        let with = |rest: String| {
-            let parts = flags.iter().cloned().chain([rest]).collect::<Vec<_>>();
-            parts.join(" with ")
+        let with = |rest: String| match flags.is_empty() {
+            true => rest,
+            false => format!("{} with {rest}", flags.join(", ")),
         };
         if let Some((tokens, need)) = self.longest_fit(bytes, least) {
             return with(format!(

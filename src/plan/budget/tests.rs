@@ -269,7 +269,7 @@ fn the_nearest_plan_changes_the_least() {
     assert!(text.contains("hint: `--embedding host` would need"), "{text}");
     let host = Candidate { embedding_on_host: true, ..leanest };
     let text = says(asked.total_bytes(&settings, host) - (64 << 20));
-    assert!(text.contains("hint: `--activations auto` would need"), "{text}");
+    assert!(text.contains("hint: `--weights stream` would need"), "{text}");
     // One change of several at once comes before the optimizer, which changes the result.
     let text = says(3 << 30);
     for flag in ["--weights stream", "--embedding host", "--activations offload"] {
