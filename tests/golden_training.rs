@@ -49,8 +49,8 @@ impl Trainee for Bare {
     fn gradient_norm(&mut self) -> Result<f64> {
         Cpu.gradient_norm(self.0.parameters_mut())
     }
-    fn update(&mut self, update: &Update) {
-        Cpu.update(self.0.parameters_mut(), update);
+    fn update(&mut self, update: &Update) -> Result<()> {
+        Cpu.update(self.0.parameters_mut(), update)
     }
     fn values(&self, part: Part) -> Result<Cow<'_, [f32]>> {
         self.0.parameters().values(part)
@@ -88,7 +88,7 @@ fn train(case: &Case, quantization: Option<BlockFormat>) -> (Vec<f64>, Vec<f64>,
         let window = [data.train_batch(k)];
         let gradient = step::accumulate(&mut model, &window, k as u64, &|| false).unwrap().unwrap();
         let scale = clip::gradient_scale(gradient.norm, number("max_grad_norm"));
-        step::update(&mut model, &optimizer, &groups, (k as u64 + 1, rate), scale);
+        step::update(&mut model, &optimizer, &groups, (k as u64 + 1, rate), scale).unwrap();
         losses.push(gradient.loss);
         norms.push(gradient.norm);
     }

@@ -68,7 +68,8 @@ fn every_option_allocates_what_it_plans() {
             planned
         };
         let bytes = of(&|_| {});
-        let smaller: [(&str, &dyn Fn(&mut Settings)); 5] = [
+        type Change<'a> = &'a dyn Fn(&mut Settings);
+        let smaller: [(&str, Change); 5] = [
             ("adapter in f32", &|s| s.bf16_working = false),
             ("8-bit moments", &|s| s.optim = Optim::Adamw8bit),
             ("seven chunks of logits", &|s| s.logit_rows = 10),
@@ -78,7 +79,7 @@ fn every_option_allocates_what_it_plans() {
         for (what, change) in smaller {
             assert!(of(change) < bytes, "{name}: {what}");
         }
-        let larger: [(&str, &dyn Fn(&mut Settings)); 3] = [
+        let larger: [(&str, Change); 3] = [
             ("dropout", &|s| s.lora_dropout = true),
             ("threads", &|s| s.threads = 3),
             ("cache", &|s| s.cache_tokens = 40),

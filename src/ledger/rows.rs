@@ -212,9 +212,9 @@ mod tests {
         MemoryPlan {
             regions: vec![
                 region("layer.0.input", Component::BlockInputs, 1600),
-                region("head.logits", Component::LogitsChunk, 800),
-                region("adapter.first_moment", Component::OptimizerMoments, 32),
-                region("adapter.second_moment", Component::OptimizerMoments, 32),
+                region("head.logits", Component::LogitsChunk, 832),
+                region("adapter.first_moment", Component::OptimizerMoments, 64),
+                region("adapter.second_moment", Component::OptimizerMoments, 64),
             ],
             offloaded: Vec::new(),
         }
@@ -246,14 +246,14 @@ mod tests {
         let arena = ["block inputs", "logits chunk", moments];
         let expected = [&[PROCESS, codes, vectors], &arena[..], &[FREE_HEAP]].concat();
         assert_eq!(names(&account), expected);
-        assert_eq!(account.planned_bytes(), 1500 + 6400 + 3200 + 256);
+        assert_eq!(account.planned_bytes(), 1500 + 6400 + 3328 + 512);
         let phase = |account: &Account, phase: Phase| {
             account.phases.iter().find(|row| row.phase == phase).unwrap().planned_bytes.clone()
         };
         assert_eq!(phase(&account, Phase::Load), [1000, 400, 100, 0, 0, 0, 0]);
         assert_eq!(phase(&account, Phase::Forward), [1000, 400, 100, 6400, 0, 0, 0]);
-        assert_eq!(phase(&account, Phase::Backward), [1000, 400, 100, 6400, 3200, 0, 0]);
-        let all = [1000, 400, 100, 6400, 3200, 256, 0];
+        assert_eq!(phase(&account, Phase::Backward), [1000, 400, 100, 6400, 3328, 0, 0]);
+        let all = [1000, 400, 100, 6400, 3328, 512, 0];
         assert_eq!(phase(&account, Phase::Optimizer), all);
         let account = Account::planned(outside(Place::Gpu), &plan());
         assert_eq!(phase(&account, Phase::Load), all);
@@ -263,28 +263,28 @@ mod tests {
     fn what_is_above_the_budget_is_told_with_the_part_at_fault() {
         let account = Account::planned(outside(Place::Host), &plan());
         assert_eq!(account.excess(1), None, "nothing was measured");
-        let peak = 1050 + 900 + 9856;
-        let account = account.measured(&plan(), measured(900, [6400, 3200, 128, 128], peak));
+        let peak = 1050 + 900 + 10_240;
+        let account = account.measured(&plan(), measured(900, [6400, 3328, 256, 256], peak));
         assert_eq!(account.excess(peak), None);
-        let text = account.excess(11_500).unwrap();
+        let text = account.excess(11_900).unwrap();
         assert!(text.contains("in `4-bit codes`: 800 B instead of 400 B"), "{text}");
     }
 
     #[test]
     fn measured_rows_add_up_to_the_peak() {
         let account = Account::planned(outside(Place::Host), &plan());
-        let account = account.measured(&plan(), measured(480, [6400, 3000, 128, 128], 12_000));
+        let account = account.measured(&plan(), measured(480, [6400, 3000, 256, 256], 12_000));
         let bytes = |account: &Account| -> Vec<u64> {
             account.rows.iter().filter_map(|row| row.measured_bytes).collect()
         };
-        let rest = 12_000 - 480 - 9656;
-        assert_eq!(bytes(&account), [rest - 20, 380, 100, 6400, 3000, 256, 20]);
+        let rest = 12_000 - 480 - 9912;
+        assert_eq!(bytes(&account), [rest - 20, 380, 100, 6400, 3000, 512, 20]);
         let gpu = Account::planned(outside(Place::Gpu), &plan());
-        let seen = measured(500, [6400, 3200, 128, 128], 12_000);
+        let seen = measured(500, [6400, 3328, 256, 256], 12_000);
         let seen = Measured { before_bytes: Some(1100), ..seen };
         let gpu = gpu.measured(&plan(), seen);
         assert_eq!((names(&gpu)[0], names(&gpu)[6]), (CONTEXT, ROUNDING));
-        assert_eq!(bytes(&gpu), [1100, 400, 100, 6400, 3200, 256, 12_000 - 1100 - 500 - 9856]);
+        assert_eq!(bytes(&gpu), [1100, 400, 100, 6400, 3328, 512, 12_000 - 1100 - 500 - 10_240]);
         for account in [account, gpu] {
             assert_eq!(bytes(&account).iter().sum::<u64>(), account.peak_bytes.unwrap());
         }

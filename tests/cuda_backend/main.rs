@@ -328,7 +328,7 @@ fn train(gpu: &Gpu, case: &Case, steps: usize) -> Vec<f64> {
         let (groups, optimizer) = (&groups, &optimizer);
         let step = k as u64 + 1;
         let update = Update { optimizer, groups, step, learning_rate, gradient_scale };
-        gpu.update(model.parameters_mut(), &update);
+        gpu.update(model.parameters_mut(), &update).unwrap();
         let after = gpu.driver().counts();
         assert_eq!(after.allocations, before.allocations, "{}: a step allocates", case.name);
         assert_eq!(after.waits - before.waits, 2, "{}: it waits for loss and norm", case.name);

@@ -179,7 +179,7 @@ mod tests {
             offloaded: Vec::new(),
         };
         let mut arena = Arena::new(&plan).unwrap();
-        assert_eq!(arena.bytes(), 64 + 128 + 64);
+        assert_eq!(arena.bytes(), 3 * 256);
         let (mut a, mut b, c) =
             (arena.take::<f32>("a"), arena.take::<half::bf16>("b"), arena.take::<f32>("c"));
         a.fill(1.0);
