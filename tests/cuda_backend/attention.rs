@@ -123,6 +123,17 @@ fn flash_kernels_agree_with_the_exact_path() {
     }
 }
 
+/// A window wider than an `int` of the kernels, or so wide that positions and it do not fit one.
+#[test]
+fn a_window_of_all_keys_is_none() {
+    let Some(gpu) = gpu() else { return };
+    for attention in [AttnImplementation::Flash, AttnImplementation::Exact] {
+        let [none, whole, int, huge] = [None, Some(133), Some(i32::MAX as usize), Some(usize::MAX)]
+            .map(|window| check(&gpu, &shape(64, window), attention));
+        assert!(none == whole && none == int && none == huge, "{attention:?}");
+    }
+}
+
 #[test]
 fn the_exact_path_takes_every_width_and_window() {
     let Some(gpu) = gpu() else { return };

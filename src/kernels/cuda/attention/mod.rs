@@ -98,6 +98,11 @@ impl WorkLayout {
     }
 }
 
+/// Keys that a query sees, as the kernels take it: 0 is all of those that there are.
+fn window(shape: &AttentionShape, keys: usize) -> usize {
+    shape.window.filter(|&window| window < keys).unwrap_or(0)
+}
+
 /// The width if there are flash kernels for it.
 fn flash_width(head_dim: usize) -> Option<Flash> {
     let [forward, keys, queries] = match head_dim {
@@ -223,7 +228,7 @@ pub(super) fn cached<D: Driver>(
         Argument::Pointer(source), stride, Argument::Pointer(keys),
         Argument::Pointer(keys + 2 * shape.kv_width() as u64), kv,
         o.argument(), o.stride, shape.num_heads, shape.num_kv_heads, shape.head_dim, past,
-        shape.window.unwrap_or(0), shape.scale(), 0f32);
+        window(shape, past + rows), shape.scale(), 0f32);
 }
 
 fn launch_flash<D: Driver>(
@@ -249,7 +254,7 @@ fn launch_flash<D: Driver>(
         boundaries,
         shape.num_heads.into(),
         shape.num_kv_heads.into(),
-        shape.window.unwrap_or(0).into(),
+        window(shape, layout.longest()).into(),
         shape.scale().into(),
         0f32.into(),
     ];
