@@ -88,6 +88,16 @@ impl Case {
         boundaries
     }
 
+    /// Document and tile of 64 rows, in an order of no use.
+    fn tiles(&self, past: usize) -> Vec<[u32; 2]> {
+        let documents = self.queries.iter().enumerate();
+        let tiles = documents.flat_map(|(document, length)| {
+            let tiles = (length + past).div_ceil(64) as u32;
+            (0..tiles).map(move |tile| [document as u32, tile])
+        });
+        tiles.collect()
+    }
+
     fn tensors(&self) -> Tensors {
         let queries = *self.boundaries(0).last().unwrap() as usize;
         let keys = *self.boundaries(self.past).last().unwrap() as usize;
@@ -108,37 +118,43 @@ impl Case {
         let k = with_stride(&tensors.k, kv_width, kv_stride);
         let v = with_stride(&tensors.v, kv_width, kv_stride);
         let d_o = with_stride(&tensors.d_o, q_width, q_stride);
-        let inputs: [Argument; 12] = [
-            q[..].into(),
-            (q_stride as i32).into(),
-            k[..].into(),
-            v[..].into(),
-            (kv_stride as i32).into(),
-            q_bounds[..].into(),
-            k_bounds[..].into(),
-            (self.heads as i32).into(),
-            (self.kv_heads as i32).into(),
-            (self.window as i32).into(),
-            self.scale().into(),
-            self.cap.into(),
-        ];
-        let longest = *self.queries.iter().max().unwrap();
-        let tiles = |rows: usize| rows.div_ceil(64) as u32;
-        let grid = |rows, heads| [tiles(rows), heads as u32, self.queries.len() as u32];
+        let (q_tiles, k_tiles) = (self.tiles(0), self.tiles(self.past));
+        let inputs = |tiles: &[[u32; 2]]| {
+            [
+                q[..].into(),
+                (q_stride as i32).into(),
+                k[..].into(),
+                v[..].into(),
+                (kv_stride as i32).into(),
+                q_bounds[..].into(),
+                k_bounds[..].into(),
+                Argument::from(tiles.as_flattened()),
+                (self.heads as i32).into(),
+                (self.kv_heads as i32).into(),
+                (self.window as i32).into(),
+                self.scale().into(),
+                self.cap.into(),
+            ]
+        };
         let row = d + 8;
         let wide_head = d > 128;
-        let call =
-            |kernel: &str, grid, threads, elements: usize, floats: usize, rest: &[Argument]| {
-                let mut arguments = [&inputs[..], rest].concat();
-                let bytes = 2 * elements * row + 4 * floats;
-                device.launch(&format!("{kernel}_{d}"), grid, threads, bytes, &mut arguments);
-            };
+        let call = |kernel: &str,
+                    (tiles, heads): (&[[u32; 2]], usize),
+                    threads,
+                    elements: usize,
+                    floats: usize,
+                    rest: &[Argument]| {
+            let mut arguments = [&inputs(tiles)[..], rest].concat();
+            let bytes = 2 * elements * row + 4 * floats;
+            let grid = [(tiles.len() * heads) as u32, 1, 1];
+            device.launch(&format!("{kernel}_{d}"), grid, threads, bytes, &mut arguments);
+        };
         let mut o = vec![POISON; queries * q_stride];
         let mut lse = vec![f32::NAN; queries * self.heads];
         // Rows of the tiles: keys and values, and 256 columns keep the queries beside 32 of each.
         let elements = 128;
         let outputs = [(&mut o[..]).into(), (q_stride as i32).into(), (&mut lse[..]).into()];
-        call("flash_forward", grid(longest, self.heads), 128, elements, 0, &outputs);
+        call("flash_forward", (&q_tiles, self.heads), 128, elements, 0, &outputs);
         let mut delta = vec![f32::NAN; queries * self.heads];
         launch!(device, "attention_delta", [queries as u32, 1, 1], 64; &d_o[..],
             q_stride as i32, &o[..], q_stride as i32, &mut delta[..], self.heads as i32, d as i32);
@@ -151,7 +167,7 @@ impl Case {
         let outputs = [(&mut dk[..]).into(), (&mut dv[..]).into(), (kv_stride as i32).into()];
         call(
             "flash_backward_keys",
-            grid(longest + self.past, self.kv_heads),
+            (&k_tiles, self.kv_heads),
             if wide_head { 256 } else { 128 },
             elements,
             stages * 2 * rows,
@@ -160,7 +176,7 @@ impl Case {
         let outputs = [(&mut dq[..]).into(), (q_stride as i32).into()];
         call(
             "flash_backward_queries",
-            grid(longest, self.heads),
+            (&q_tiles, self.heads),
             128,
             elements,
             0,

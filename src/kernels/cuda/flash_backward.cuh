@@ -76,9 +76,10 @@ __device__ __forceinline__ void flash_backward_keys(const FlashInputs& in,
                                                     bfloat16* dv, int d_kv_stride) {
     typedef FlashKeyPass<D> Shape;
     constexpr int KEYS = Shape::KEYS, QUERIES = Shape::QUERIES, STAGES = Shape::STAGES;
-    const FlashDocument document(in, blockIdx.z);
-    const int first_key = blockIdx.x * KEYS, kv_head = blockIdx.y;
-    if (first_key >= document.keys) return;
+    const FlashBlock block(in, in.kv_heads);
+    const FlashDocument document(in, block.document);
+    // Tiles count from the last: as many queries see the first keys as the last queries see keys.
+    const int first_key = ((document.keys - 1) / KEYS - block.tile) * KEYS, kv_head = block.head;
     NIBBLE_DYNAMIC_SHARED(bfloat16, shared);
     bfloat16* k_tile = shared;
     bfloat16* v_tile = k_tile + KEYS * TILE_STRIDE<D>;
@@ -158,9 +159,9 @@ __device__ __forceinline__ void flash_backward_queries(const FlashInputs& in,
                                                        bfloat16* dq, int dq_stride) {
     typedef FlashQueryPass<D> Shape;
     constexpr int KEYS = Shape::KEYS, QUERIES = Shape::QUERIES, STAGES = Shape::STAGES;
-    const FlashDocument document(in, blockIdx.z);
-    const int first = (gridDim.x - 1 - blockIdx.x) * QUERIES, head = blockIdx.y;
-    if (first >= document.queries) return;
+    const FlashBlock block(in, in.heads);
+    const FlashDocument document(in, block.document);
+    const int first = block.tile * QUERIES, head = block.head;
     NIBBLE_DYNAMIC_SHARED(bfloat16, shared);
     bfloat16* q_tile = shared;
     bfloat16* d_o_tile = q_tile + QUERIES * TILE_STRIDE<D>;

@@ -68,10 +68,9 @@ __device__ __forceinline__ void flash_forward(const FlashInputs& in, bfloat16* o
     constexpr int KEYS = FLASH_FORWARD_KEYS<D>;
     // Queries stay in registers where there is room; their tile is then that of the values.
     constexpr bool RESIDENT = D <= 128;
-    const FlashDocument document(in, blockIdx.z);
-    // The last queries see the most keys: they go first.
-    const int first = (gridDim.x - 1 - blockIdx.x) * FLASH_QUERIES, head = blockIdx.y;
-    if (first >= document.queries) return;
+    const FlashBlock block(in, in.heads);
+    const FlashDocument document(in, block.document);
+    const int first = block.tile * FLASH_QUERIES, head = block.head;
     NIBBLE_DYNAMIC_SHARED(bfloat16, shared);
     bfloat16* k_tile = shared;
     bfloat16* v_tile = k_tile + KEYS * TILE_STRIDE<D>;

@@ -19,9 +19,22 @@ struct FlashInputs {
     int kv_stride;
     const u32* q_boundaries;  // [documents + 1]
     const u32* k_boundaries;
+    const u32* tiles;  // document and tile of 64 rows, for all heads of each
     int heads, kv_heads;
     int window;  // 0: all keys before the query
     float scale, soft_cap;
+};
+
+/// What a block works on: the heads of a tile lie side by side in the grid.
+struct FlashBlock {
+    int head, document, tile;
+
+    __device__ __forceinline__ FlashBlock(const FlashInputs& in, u32 heads) {
+        const u32* item = in.tiles + 2 * static_cast<i64>(blockIdx.x / heads);
+        head = blockIdx.x % heads;
+        document = item[0];
+        tile = item[1];
+    }
 };
 
 /// One document: its rows of q and of k. Query i stands at key position i + offset.

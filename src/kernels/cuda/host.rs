@@ -9,6 +9,7 @@ use half::bf16;
 use super::Cuda;
 use super::driver::{Argument, Driver};
 use super::memory::{Allocation, Buffer};
+use super::staging::Documents;
 use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
 use crate::kernels::TokenLayout;
@@ -46,12 +47,12 @@ impl<D: Driver> Cuda<D> {
         }
     }
 
-    /// Boundaries of documents on the device.
-    pub(super) fn stage_boundaries(&self, layout: &TokenLayout) -> Option<Argument> {
+    /// Boundaries and tiles of documents on the device.
+    pub(super) fn stage_documents(&self, layout: &TokenLayout) -> Option<Documents> {
         let mut state = self.state();
         let staging = state.staging.as_mut().expect("a plan is allocated");
-        match staging.boundaries(&layout.boundaries) {
-            Ok(address) => Some(Argument::Pointer(address)),
+        match staging.documents(&layout.boundaries) {
+            Ok(documents) => Some(documents),
             Err(error) => {
                 state.failure.get_or_insert(error);
                 None

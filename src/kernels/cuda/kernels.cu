@@ -453,8 +453,10 @@ adamw_8bit(float* master, const float* gradients, u8* first_codes, float* first_
 // rows *_stride apart; pointers and strides on 16 bytes. Document i has the queries
 // q_boundaries[i] .. q_boundaries[i + 1] and the keys k_boundaries[i] ..: the same array in training;
 // with more keys than queries the last query sees the last key. Query at position t sees keys
-// t + 1 − window ..= t (window 0: all). lse, delta: f32 [tokens, heads]. heads is a multiple of
-// kv_heads. soft_cap 0: none. All blocks have 128 threads but flash_backward_keys_256, which has 256.
+// t + 1 − window ..= t (window 0: all; positions and window together fit an int). lse, delta: f32
+// [tokens, heads]. heads is a multiple of kv_heads. soft_cap 0: none. tiles: pairs of a document and
+// the number of 64 of its rows, one for each tile of each document, in any order; best is the one in
+// which blocks last less and less: src/kernels/cuda/attention/tiles.rs. All blocks have 128 threads but flash_backward_keys_256, which has 256.
 // Dynamic shared memory above 48 KiB must be allowed with cuFuncSetAttribute:
 //                             64      96      128      256
 //   flash_forward          18432   26624    34816    67584
@@ -463,20 +465,21 @@ adamw_8bit(float* master, const float* gradients, u8* first_codes, float* first_
 
 #define NIBBLE_FLASH_INPUTS                                                                       \
     const bfloat16 *q, int q_stride, const bfloat16 *k, const bfloat16 *v, int kv_stride,         \
-        const u32 *q_boundaries, const u32 *k_boundaries, int heads, int kv_heads, int window,    \
-        float scale, float soft_cap
+        const u32 *q_boundaries, const u32 *k_boundaries, const u32 *tiles, int heads,            \
+        int kv_heads, int window, float scale, float soft_cap
 #define NIBBLE_FLASH_VALUES                                                                       \
-    { q, q_stride, k, v, kv_stride, q_boundaries, k_boundaries, heads, kv_heads, window, scale,   \
-      soft_cap }
+    { q, q_stride, k, v, kv_stride, q_boundaries, k_boundaries, tiles, heads, kv_heads, window,   \
+      scale, soft_cap }
 
-// o, lse from q, k, v. Grid (ceil(longest queries / 64), heads, documents).
+// o, lse from q, k, v. Tiles of queries, from the first on. Grid (tiles·heads).
 #define NIBBLE_FLASH_FORWARD(D)                                                                   \
     (NIBBLE_FLASH_INPUTS, bfloat16* o, int o_stride, float* lse) {                                \
         const FlashInputs in = NIBBLE_FLASH_VALUES;                                               \
         flash_forward<D>(in, o, o_stride, lse);                                                   \
     }
 
-// dk, dv (overwritten), after attention_delta. Grid (ceil(longest keys / 64), kv_heads, documents).
+// dk, dv (overwritten), after attention_delta. Tiles of keys, from the last on. Grid
+// (tiles·kv_heads).
 #define NIBBLE_FLASH_BACKWARD_KEYS(D)                                                             \
     (NIBBLE_FLASH_INPUTS, const bfloat16* d_o, int d_o_stride, const float* lse,                  \
      const float* delta, bfloat16* dk, bfloat16* dv, int d_kv_stride) {                           \
@@ -485,7 +488,7 @@ adamw_8bit(float* master, const float* gradients, u8* first_codes, float* first_
                                d_kv_stride);                                                      \
     }
 
-// dq (overwritten), after attention_delta. Grid (ceil(longest queries / 64), heads, documents).
+// dq (overwritten), after attention_delta. Tiles of queries, from the first on. Grid (tiles·heads).
 #define NIBBLE_FLASH_BACKWARD_QUERIES(D)                                                          \
     (NIBBLE_FLASH_INPUTS, const bfloat16* d_o, int d_o_stride, const float* lse,                  \
      const float* delta, bfloat16* dq, int dq_stride) {                                           \

@@ -10,8 +10,9 @@ use super::memory::PARTIALS;
 
 /// cuBLAS' workspace: what NVIDIA recommends for Hopper, enough for every earlier card.
 const WORKSPACE_BYTES: usize = 32 << 20;
-/// Token ids, positions, targets, rows of the head twice, and boundaries of documents.
-const UPLOADS_PER_TOKEN: usize = 6;
+/// Token ids, positions, targets, rows of the head twice, boundaries of documents, and two words for
+/// each tile of one: a tile a token where documents have no more.
+const UPLOADS_PER_TOKEN: usize = 8;
 /// Each upload begins on this many words.
 pub(super) const UPLOAD_WORDS: usize = 4;
 

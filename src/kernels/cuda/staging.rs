@@ -3,11 +3,23 @@
 //! Values are written to pinned host memory and copied from there in stream order. Both sides are
 //! used from the front again once somebody has waited for the stream.
 
+use super::attention::heaviest_first;
 use super::driver::{Address, Driver, pin, unpin};
 use super::memory::Buffer;
 use super::plan::UPLOAD_WORDS;
 use crate::error::Result;
 use std::sync::Arc;
+
+/// The documents of a pass on the device.
+#[derive(Debug, Clone, Copy)]
+pub struct Documents {
+    /// Where they begin and end.
+    pub boundaries: Address,
+    /// Document and tile of each block of the flash kernels.
+    pub tiles: Address,
+    /// How many tiles.
+    pub count: usize,
+}
 
 /// Pinned host memory, and the region of the plan that words are copied to.
 pub struct Staging<D: Driver> {
@@ -17,7 +29,7 @@ pub struct Staging<D: Driver> {
     region: Buffer<D>,
     host_used: usize,
     words_used: usize,
-    boundaries: Option<(Vec<usize>, Address)>,
+    documents: Option<(Vec<usize>, Documents)>,
 }
 
 // SAFETY: the pointer is to memory of the driver, which any thread may use; `&mut self` is
@@ -37,25 +49,32 @@ impl<D: Driver> Staging<D> {
             region,
             host_used: 0,
             words_used: 0,
-            boundaries: None,
+            documents: None,
         })
     }
 
     /// Everything was copied.
     pub fn reuse(&mut self) {
-        (self.host_used, self.words_used, self.boundaries) = (0, 0, None);
+        (self.host_used, self.words_used, self.documents) = (0, 0, None);
     }
 
-    /// Boundaries of documents, copied once for all layers of a pass.
-    pub fn boundaries(&mut self, boundaries: &[usize]) -> Result<Address> {
-        match &self.boundaries {
-            Some((known, address)) if known == boundaries => return Ok(*address),
+    /// Boundaries and tiles of documents, copied once for all layers of a pass.
+    pub fn documents(&mut self, boundaries: &[usize]) -> Result<Documents> {
+        match &self.documents {
+            Some((known, documents)) if known == boundaries => return Ok(*documents),
             _ => {}
         }
-        let words: Vec<u32> = boundaries.iter().map(|&token| token as u32).collect();
+        let tiles = heaviest_first(boundaries);
+        // One upload: a second one might wait, and then overwrite the first.
+        let mut words: Vec<u32> = boundaries.iter().map(|&token| token as u32).collect();
+        words.resize(words.len().next_multiple_of(2), 0);
+        let first = words.len();
+        words.extend(tiles.as_flattened());
         let address = self.upload(&words)?;
-        self.boundaries = Some((boundaries.to_vec(), address));
-        Ok(address)
+        let (tiles, count) = (address + 4 * first as u64, tiles.len());
+        let documents = Documents { boundaries: address, tiles, count };
+        self.documents = Some((boundaries.to_vec(), documents));
+        Ok(documents)
     }
 
     /// Waits if what was staged before leaves no room.

@@ -3,6 +3,7 @@
 //! Formulas: src/kernels/cpu/attention.rs.
 
 mod exact;
+mod tiles;
 
 use clap::ValueEnum;
 
@@ -15,13 +16,12 @@ use crate::kernels::{AttentionShape, TokenLayout};
 use crate::model::spec::ModelSpec;
 use crate::plan::Settings;
 use exact::{Exact, backward_keys, blocks};
+pub(super) use tiles::heaviest_first;
 
 /// Query rows of a block of scores.
 const BLOCK_ROWS: usize = 256;
 /// Parts of the workspace begin on this many f32 elements.
 const PART_ELEMENTS: usize = 64;
-/// Tokens that a block of the flash kernels handles.
-const FLASH_TOKENS: usize = 64;
 
 /// Head widths that the flash kernels have.
 const FLASH_WIDTHS: [usize; 4] = [64, 96, 128, 256];
@@ -147,8 +147,8 @@ pub(super) fn forward<D: Driver>(
     let (o, lse) = (o.rows(tokens, shape.q_width()), lse.at(0..tokens * shape.num_heads));
     if let Some(flash) = cuda.attention.flash(shape.head_dim) {
         let outputs = [o.argument(), o.stride.into(), Argument::Pointer(lse)];
-        let grid = [layout.longest().div_ceil(FLASH_TOKENS) as u32, shape.num_heads as u32];
-        return launch_flash(cuda, flash.forward, grid, shape, layout, qkv, &outputs);
+        let heads = shape.num_heads;
+        return launch_flash(cuda, flash.forward, heads, shape, layout, qkv, &outputs);
     }
     let exact = Exact::new(cuda, shape, layout, qkv, work, false);
     for document in layout.boundaries.windows(2) {
@@ -189,15 +189,12 @@ pub(super) fn backward<D: Driver>(
             Argument::Pointer(delta),
         ];
         let column = |column: usize| to.column(column).argument();
-        let blocks = layout.longest().div_ceil(FLASH_TOKENS) as u32;
         let mut keys = gradients.to_vec();
         keys.extend([column(width), column(width + shape.kv_width()), to.stride.into()]);
-        let grid = [blocks, shape.num_kv_heads as u32];
-        launch_flash(cuda, flash.keys, grid, shape, layout, qkv, &keys);
+        launch_flash(cuda, flash.keys, shape.num_kv_heads, shape, layout, qkv, &keys);
         let mut queries = gradients.to_vec();
         queries.extend([column(0), to.stride.into()]);
-        let grid = [blocks, shape.num_heads as u32];
-        launch_flash(cuda, flash.queries, grid, shape, layout, qkv, &queries);
+        launch_flash(cuda, flash.queries, shape.num_heads, shape, layout, qkv, &queries);
     }
     let Some(exact) = exact else { return };
     for document in layout.boundaries.windows(2) {
@@ -234,13 +231,13 @@ pub(super) fn cached<D: Driver>(
 fn launch_flash<D: Driver>(
     cuda: &Cuda<D>,
     (kernel, shared_bytes, threads): (&'static str, u32, u32),
-    [blocks, heads]: [u32; 2],
+    heads: usize,
     shape: &AttentionShape,
     layout: &TokenLayout,
     qkv: &Buffer<D>,
     rest: &[Argument],
 ) {
-    let Some(boundaries) = cuda.stage_boundaries(layout) else { return };
+    let Some(documents) = cuda.stage_documents(layout) else { return };
     let stride = shape.qkv_width();
     let source = qkv.at(0..layout.tokens() * stride);
     let column = |column: usize| Argument::Pointer(source + 2 * column as u64);
@@ -250,8 +247,9 @@ fn launch_flash<D: Driver>(
         column(shape.q_width()),
         column(shape.q_width() + shape.kv_width()),
         stride.into(),
-        boundaries,
-        boundaries,
+        Argument::Pointer(documents.boundaries),
+        Argument::Pointer(documents.boundaries),
+        Argument::Pointer(documents.tiles),
         shape.num_heads.into(),
         shape.num_kv_heads.into(),
         window(shape, layout.longest()).into(),
@@ -259,6 +257,6 @@ fn launch_flash<D: Driver>(
         0f32.into(),
     ];
     arguments.extend_from_slice(rest);
-    let documents = layout.boundaries.len().saturating_sub(1) as u32;
-    cuda.launch_shared(kernel, [blocks, heads, documents], threads, shared_bytes, &mut arguments);
+    let blocks = u32::try_from(documents.count * heads).expect("fewer blocks than addresses");
+    cuda.launch_shared(kernel, [blocks, 1, 1], threads, shared_bytes, &mut arguments);
 }
