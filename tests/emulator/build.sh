@@ -13,8 +13,8 @@ trap 'rm -rf "$work"' EXIT
 
 # NIBBLE_ENTRY(largest block, name) for every entry of kernels.cu
 tr '\n' ' ' <"$kernels/kernels.cu" |
-    grep -o 'extern "C" __global__ void __launch_bounds__([0-9]*) *[a-z0-9_]*' |
-    sed -E 's/.*__launch_bounds__\(([0-9]*)\) *([a-z0-9_]*)/NIBBLE_ENTRY(\1, \2)/' \
+    grep -o 'extern "C" __global__ void __launch_bounds__([0-9, ]*) *[a-z0-9_]*' |
+    sed -E 's/.*__launch_bounds__\(([0-9]*)[0-9, ]*\) *([a-z0-9_]*)/NIBBLE_ENTRY(\1, \2)/' \
         >"$work/entries.inc"
 
 # -ffp-contract=off: products and sums round as written. Locals start as a pattern, not as luck.

@@ -44,6 +44,7 @@ enum class State { Ready, AtBlockBarrier, AtWarpBarrier, Done };
 struct PendingCopy {
     void* to;
     const void* from;
+    unsigned bytes;
     bool present;
     int group;
 };

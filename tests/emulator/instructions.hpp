@@ -149,26 +149,33 @@ inline void load_matrices_transposed(unsigned (&r)[4], SharedAddress row) {
 
 inline void finish_copy(const emulator::PendingCopy& copy) {
     if (copy.present) {
-        memcpy(copy.to, copy.from, 16);
+        memcpy(copy.to, copy.from, copy.bytes);
     } else {
-        memset(copy.to, 0, 16);
+        memset(copy.to, 0, copy.bytes);
     }
 }
 /// The copy happens at once, when it is waited for, or either, by order: what reads too early or
 /// overwrites too early shows in one of them.
-inline void copy_async_16(SharedAddress to, const void* from, bool present) {
+inline void copy_async(SharedAddress to, const void* from, unsigned bytes, bool present) {
     emulator::Fiber& fiber = emulator::block->fiber();
     const int order = emulator::block->options.order;
     const bool later = order == 1 || (order > 1 && emulator::block->random() % 2 == 0);
-    if (to % 16 != 0 || (present && reinterpret_cast<uintptr_t>(from) % 16 != 0)) {
-        emulator::block->fail("an asynchronous copy is not aligned to 16 bytes");
+    if (to % bytes != 0 || (present && reinterpret_cast<uintptr_t>(from) % bytes != 0)) {
+        emulator::block->fail("an asynchronous copy is not aligned to its size");
     }
-    const emulator::PendingCopy copy = {reinterpret_cast<void*>(to), from, present, fiber.group};
+    const emulator::PendingCopy copy = {reinterpret_cast<void*>(to), from, bytes, present,
+                                        fiber.group};
     if (later) {
         fiber.copies.push_back(copy);
     } else {
         finish_copy(copy);
     }
+}
+inline void copy_async_16(SharedAddress to, const void* from, bool present) {
+    copy_async(to, from, 16, present);
+}
+inline void copy_async_4(SharedAddress to, const void* from, bool present) {
+    copy_async(to, from, 4, present);
 }
 inline void copy_async_commit() { emulator::block->fiber().group++; }
 template <int Pending>

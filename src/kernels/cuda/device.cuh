@@ -97,6 +97,13 @@ __device__ __forceinline__ void copy_async_16(SharedAddress to, const void* from
                  : "memory");
 }
 
+/// Four bytes in the same way; zeros if not `present`.
+__device__ __forceinline__ void copy_async_4(SharedAddress to, const void* from, bool present) {
+    const u32 bytes = present ? 4 : 0;
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(to), "l"(from), "r"(bytes)
+                 : "memory");
+}
+
 /// Ends a group of copies.
 __device__ __forceinline__ void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");

@@ -7,19 +7,21 @@
 #include "flash_tile.cuh"
 
 constexpr int FLASH_QUERIES = 64;
+constexpr int FLASH_THREADS = 2 * FLASH_QUERIES;
 
 /// Rows of keys in a tile: what the registers of D columns of output leave room for.
 template <int D>
 constexpr int FLASH_FORWARD_KEYS = D > 128 ? 32 : 64;
 
-/// The two rows of a lane: running maxima and its share of the sums.
+/// The two rows of a lane: the largest scores, before `units`, and its share of the sums.
 struct FlashRows {
     float largest[2], sum[2];
 };
 
-/// Scores to probabilities, in place; returns what the rows' earlier sums are multiplied by.
+/// Scores to probabilities, in place; returns what the rows' earlier sums are multiplied by. `units`,
+/// which is positive, makes a score an exponent of 2: one multiplication and addition an element.
 template <int N>
-__device__ __forceinline__ void flash_softmax(float (&s)[N / 8][4], FlashRows& rows,
+__device__ __forceinline__ void flash_softmax(float (&s)[N / 8][4], float units, FlashRows& rows,
                                               float (&shrink)[2]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -32,32 +34,41 @@ __device__ __forceinline__ void flash_softmax(float (&s)[N / 8][4], FlashRows& r
         largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 1));
         largest = fmaxf(largest, __shfl_xor_sync(ALL_LANES, largest, 2));
         // A row that has seen no key yet: exponents of -inf, not NaN.
-        const float base = largest == -infinity() ? 0.0f : largest;
-        shrink[half] = fast_exp2(rows.largest[half] - base);
+        const float base = largest == -infinity() ? 0.0f : __fmul_rn(largest, units);
+        // Rounded as the base was, so that it is 1 if the largest is still the same.
+        shrink[half] = fast_exp2(__fmul_rn(rows.largest[half], units) - base);
         rows.largest[half] = largest;
         float sum = rows.sum[half] * shrink[half];
 #pragma unroll
         for (int n = 0; n < N / 8; n++) {
-            s[n][2 * half] = fast_exp2(s[n][2 * half] - base);
-            s[n][2 * half + 1] = fast_exp2(s[n][2 * half + 1] - base);
+            s[n][2 * half] = fast_exp2(fmaf(s[n][2 * half], units, -base));
+            s[n][2 * half + 1] = fast_exp2(fmaf(s[n][2 * half + 1], units, -base));
             sum += s[n][2 * half] + s[n][2 * half + 1];
         }
         rows.sum[half] = sum;
     }
 }
 
-/// Products to scores; -inf where a query does not see a key. `row` is the warp's first.
+/// Products to scores before `units`; -inf where a query does not see a key. `row` is the warp's first.
 template <int N>
 __device__ __forceinline__ void flash_scores(float (&s)[N / 8][4], const FlashScores& map,
                                              const FlashMask& mask, bool whole, int row,
                                              int first_key) {
+    if (map.is_capped()) {
 #pragma unroll
-    for (int n = 0; n < N / 8; n++) {
+        for (int n = 0; n < N / 8; n++) {
 #pragma unroll
-        for (int e = 0; e < 4; e++) {
-            s[n][e] = map.score(s[n][e]);
-            const int key = first_key + 8 * n + fragment_column(e);
-            if (!whole && !mask.sees(row + fragment_row(e), key)) s[n][e] = -infinity();
+            for (int e = 0; e < 4; e++) s[n][e] = map.capped(s[n][e]);
+        }
+    }
+    if (!whole) {
+#pragma unroll
+        for (int n = 0; n < N / 8; n++) {
+#pragma unroll
+            for (int e = 0; e < 4; e++) {
+                const int key = first_key + 8 * n + fragment_column(e);
+                if (!mask.sees(row + fragment_row(e), key)) s[n][e] = -infinity();
+            }
         }
     }
 }
@@ -71,51 +82,52 @@ __device__ __forceinline__ void flash_forward(const FlashInputs& in, bfloat16* o
     const FlashBlock block(in, in.heads);
     const FlashDocument document(in, block.document);
     const int first = block.tile * FLASH_QUERIES, head = block.head;
-    NIBBLE_DYNAMIC_SHARED(bfloat16, shared);
-    bfloat16* k_tile = shared;
-    bfloat16* v_tile = k_tile + KEYS * TILE_STRIDE<D>;
-    bfloat16* q_tile = RESIDENT ? v_tile : v_tile + KEYS * TILE_STRIDE<D>;
+    NIBBLE_DYNAMIC_SHARED(bfloat16, shared_memory);
+    const SharedAddress shared = shared_address(shared_memory);
+    constexpr u32 K_TILE = 0, V_TILE = KEYS * TILE_ROW<D>;
+    constexpr u32 Q_TILE = RESIDENT ? V_TILE : 2 * KEYS * TILE_ROW<D>;
     const int kv_head = head / (in.heads / in.kv_heads), warp_row = threadIdx.x / 32 * 16;
     const bfloat16* q = row_of(in.q, document.q_begin, in.q_stride) + head * D;
     const bfloat16* k = row_of(in.k, document.k_begin, in.kv_stride) + kv_head * D;
-    const bfloat16* v = row_of(in.v, document.k_begin, in.kv_stride) + kv_head * D;
     const FlashMask mask = {first + document.offset, in.window};
     const FlashScores map(in.scale, in.soft_cap);
     const int begin = mask.begin(), end = mask.end(FLASH_QUERIES, document.keys);
+    TileCopy<FLASH_THREADS, FLASH_QUERIES, D> queries(shared, q, in.q_stride, first);
+    TileCopy<FLASH_THREADS, KEYS, D> keys(shared, k, in.kv_stride, begin);
+    const i64 values = in.v - in.k;  // from keys to values
+    const TileLane<D> lane(shared);
 
-    load_tile<FLASH_QUERIES, D>(q_tile, q, in.q_stride, first, document.queries);
-    load_tile<KEYS, D>(k_tile, k, in.kv_stride, begin, document.keys);
+    queries.start(Q_TILE, document.queries - first);
+    keys.start(K_TILE, document.keys - begin);
     copy_async_commit();
     copy_async_wait<0>();
     __syncthreads();
     u32 q_fragments[RESIDENT ? D / 16 : 1][4];
     if constexpr (RESIDENT) {
 #pragma unroll
-        for (int i = 0; i < D / 16; i++) load_left<D>(q_fragments[i], q_tile, warp_row, 16 * i);
+        for (int i = 0; i < D / 16; i++) {
+            load_matrices(q_fragments[i], lane.block(Q_TILE + warp_row * TILE_ROW<D>, 0, 16 * i));
+        }
         __syncthreads();
     }
     float output[D / 8][4] = {};
     FlashRows rows = {{-infinity(), -infinity()}, {0.0f, 0.0f}};
     for (int key = begin; key < end; key += KEYS) {
-        load_tile<KEYS, D>(v_tile, v, in.kv_stride, key, document.keys);
+        keys.start(V_TILE, document.keys - key, values);
+        keys.advance();
         copy_async_commit();
-        float s[KEYS / 8][4] = {};
+        float s[KEYS / 8][4];
         if constexpr (RESIDENT) {
-#pragma unroll
-            for (int i = 0; i < D / 16; i++) {
-                multiply_transposed<KEYS, D>(s, q_fragments[i], k_tile, 16 * i);
-            }
+            multiply_fragments<KEYS, D>(s, q_fragments, lane, K_TILE);
         } else {
-            multiply_tiles<KEYS, D>(s, q_tile, warp_row, k_tile);
+            multiply_tiles<KEYS, D>(s, lane, Q_TILE + warp_row * TILE_ROW<D>, lane, K_TILE);
         }
         __syncthreads();  // all have read the keys
-        if (key + KEYS < end) {
-            load_tile<KEYS, D>(k_tile, k, in.kv_stride, key + KEYS, document.keys);
-        }
+        if (key + KEYS < end) keys.start(K_TILE, document.keys - key - KEYS);
         copy_async_commit();
         flash_scores<KEYS>(s, map, mask, mask.sees_all(FLASH_QUERIES, key, KEYS), warp_row, key);
         float shrink[2];
-        flash_softmax<KEYS>(s, rows, shrink);
+        flash_softmax<KEYS>(s, map.units, rows, shrink);
 #pragma unroll
         for (int n = 0; n < D / 8; n++) {
 #pragma unroll
@@ -123,7 +135,7 @@ __device__ __forceinline__ void flash_forward(const FlashInputs& in, bfloat16* o
         }
         copy_async_wait<1>();
         __syncthreads();  // the values are there
-        multiply_probabilities<KEYS, D, D>(output, s, v_tile, 0);
+        multiply_probabilities<KEYS, D, D>(output, s, lane, V_TILE);
         copy_async_wait<0>();
         __syncthreads();  // the next keys are there, all have read the values
     }
@@ -137,7 +149,7 @@ __device__ __forceinline__ void flash_forward(const FlashInputs& in, bfloat16* o
         const int row = first + warp_row + fragment_row(2 * half);
         if (threadIdx.x % 4 == 0 && row < document.queries) {
             lse[(document.q_begin + row) * in.heads + head] =
-                (rows.largest[half] + log2f(sum)) * LN_2;
+                (__fmul_rn(rows.largest[half], map.units) + log2f(sum)) * LN_2;
         }
     }
     store_product<D>(row_of(o, document.q_begin, o_stride) + head * D, o_stride, first + warp_row,

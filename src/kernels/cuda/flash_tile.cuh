@@ -56,23 +56,26 @@ __device__ __forceinline__ float fast_tanh(float x) {
     return 1.0f - __fdividef(2.0f, 1.0f + fast_exp2(2.0f * LOG2_E * x));
 }
 
-/// Scores in units of log 2.
+/// From q·k to scores in units of log 2: units · q·k, or units · capped(q·k).
 struct FlashScores {
-    float factor;     // of q·k: scale · log2(e), or scale / cap
-    float cap;        // cap · log2(e); 0: none
+    float units;   // scale · log2(e), or 1
+    float factor;  // scale / cap
+    float cap;     // cap · log2(e); 0: none
 
     __device__ __forceinline__ FlashScores(float scale, float soft_cap) {
-        const bool capped = soft_cap > 0.0f;
-        factor = capped ? scale / soft_cap : scale * LOG2_E;
-        cap = capped ? soft_cap * LOG2_E : 0.0f;
+        const bool is_capped = soft_cap > 0.0f;
+        units = is_capped ? 1.0f : scale * LOG2_E;
+        factor = is_capped ? scale / soft_cap : 0.0f;
+        cap = is_capped ? soft_cap * LOG2_E : 0.0f;
     }
-    __device__ __forceinline__ float score(float product) const {
-        return cap > 0.0f ? cap * fast_tanh(factor * product) : factor * product;
+    __device__ __forceinline__ bool is_capped() const { return cap > 0.0f; }
+    __device__ __forceinline__ float capped(float product) const {
+        return cap * fast_tanh(factor * product);
     }
     /// cap'(scale · q·k), from the score.
     __device__ __forceinline__ float slope(float score) const {
         const float t = __fdividef(score, cap);
-        return cap > 0.0f ? 1.0f - t * t : 1.0f;
+        return 1.0f - t * t;
     }
 };
 
@@ -99,78 +102,128 @@ struct FlashMask {
     }
 };
 
+/// Bytes from one row of a tile to the next.
 template <int D>
-constexpr int TILE_STRIDE = D + 8;
+constexpr u32 TILE_ROW = 2 * (D + 8);
 
-/// Starts copying rows first .. first + Rows of a matrix; zeros from row `end` on.
-template <int Rows, int D>
-__device__ __forceinline__ void load_tile(bfloat16* tile, const bfloat16* matrix, int stride,
-                                          int first, int end) {
-    constexpr int PIECES = D / 8;
-    for (int i = threadIdx.x; i < Rows * PIECES; i += blockDim.x) {
-        const int row = i / PIECES, column = i % PIECES * 8;
-        copy_async_16(shared_address(tile + row * TILE_STRIDE<D> + column),
-                      row_of(matrix, first + row, stride) + column, first + row < end);
+/// Copies a matrix to shared memory, one tile of `Rows` rows after the other. A thread has the same
+/// columns of every DOWN-th row, so that an address is the last one and a constant.
+template <int Threads, int Rows, int D>
+struct TileCopy {
+    static constexpr int PIECES = D / 8;
+    static constexpr int ACROSS = PIECES & -PIECES;  // threads side by side: a power of two
+    static constexpr int DOWN = Threads / ACROSS;
+    static_assert(Threads % ACROSS == 0 && Rows % DOWN == 0, "all threads copy as much");
+
+    const bfloat16* from;
+    int stride, row;
+    SharedAddress to;
+
+    /// Tiles of `matrix` from row `first` on, to places in `shared`.
+    __device__ __forceinline__ TileCopy(SharedAddress shared, const bfloat16* matrix, int stride,
+                                        int first)
+        : stride(stride) {
+        const int piece = threadIdx.x % ACROSS;
+        row = threadIdx.x / ACROSS;
+        from = row_of(matrix, first + row, stride) + 8 * piece;
+        to = shared + row * TILE_ROW<D> + 16 * piece;
     }
-}
 
-/// The 16×16 block at (row, column) as the left operand.
+    /// Starts copying a tile to `tile` bytes behind the first place, zeros after `rows` rows; of the
+    /// matrix that begins `other` elements from this one, and has its stride.
+    __device__ __forceinline__ void start(u32 tile, int rows, i64 other = 0) const {
+        const bfloat16* at = from + other;
+#pragma unroll
+        for (int first = 0; first < Rows; first += DOWN) {
+            const bool present = row < rows - first;
+#pragma unroll
+            for (int piece = 0; piece < PIECES; piece += ACROSS) {
+                copy_async_16(to + tile + (first * TILE_ROW<D> + 16 * piece), at + 8 * piece,
+                              present);
+            }
+            at = row_of(at, DOWN, stride);
+        }
+    }
+    /// On to the next tile.
+    __device__ __forceinline__ void advance() { from = row_of(from, Rows, stride); }
+};
+
+/// A lane's part of 16×16 blocks: eight columns, lane / 16 · 8 .., of row lane % 16.
 template <int D>
-__device__ __forceinline__ void load_left(u32 (&a)[4], const bfloat16* tile, int row, int column) {
-    const int lane = threadIdx.x % 32;
-    load_matrices(a, shared_address(tile + (row + lane % 16) * TILE_STRIDE<D> + column +
-                                    lane / 16 * 8));
-}
+struct TileLane {
+    SharedAddress at;
+
+    __device__ __forceinline__ explicit TileLane(SharedAddress shared) {
+        const int lane = threadIdx.x % 32;
+        at = shared + lane % 16 * TILE_ROW<D> + lane / 16 * 16;
+    }
+    /// Of the block at (row, column), both multiples of 16, of the tile `tile` bytes from the first.
+    __device__ __forceinline__ SharedAddress block(u32 tile, int row, int column) const {
+        return at + tile + (row * TILE_ROW<D> + 2 * column);
+    }
+};
 
 /// c += a · Bᵀ for 16 columns k.. of both; B is N rows of a tile, a its fragment of A.
 template <int N, int D>
 __device__ __forceinline__ void multiply_transposed(float (&c)[N / 8][4], const u32 (&a)[4],
-                                                    const bfloat16* tile, int k) {
-    const int lane = threadIdx.x % 32;
-    const int row = lane / 16 * 8 + lane % 8, column = k + lane / 8 % 2 * 8;
+                                                    const TileLane<D>& lane, u32 tile, int k) {
 #pragma unroll
     for (int n = 0; n < N; n += 16) {
         u32 b[4];
-        load_matrices(b, shared_address(tile + (n + row) * TILE_STRIDE<D> + column));
-        mma_16x8x16(c[n / 8], a, b[0], b[1]);
-        mma_16x8x16(c[n / 8 + 1], a, b[2], b[3]);
+        load_matrices(b, lane.block(tile, n, k));
+        mma_16x8x16(c[n / 8], a, b[0], b[2]);
+        mma_16x8x16(c[n / 8 + 1], a, b[1], b[3]);
     }
 }
 
-/// c = A · Bᵀ: 16 rows of one tile, N rows of another, both D wide.
-template <int N, int D>
-__device__ __forceinline__ void multiply_tiles(float (&c)[N / 8][4], const bfloat16* left, int row,
-                                               const bfloat16* right) {
+/// All 0.
+template <int N>
+__device__ __forceinline__ void clear(float (&c)[N][4]) {
 #pragma unroll
-    for (int n = 0; n < N / 8; n++) {
+    for (int n = 0; n < N; n++) {
 #pragma unroll
         for (int e = 0; e < 4; e++) c[n][e] = 0.0f;
     }
+}
+
+/// c = A · Bᵀ: A's 16 rows as fragments, N rows of a tile, both D wide.
+template <int N, int D>
+__device__ __forceinline__ void multiply_fragments(float (&c)[N / 8][4],
+                                                   const u32 (&a)[D / 16][4],
+                                                   const TileLane<D>& lane, u32 right) {
+    clear(c);
+#pragma unroll
+    for (int i = 0; i < D / 16; i++) multiply_transposed<N, D>(c, a[i], lane, right, 16 * i);
+}
+
+/// The same with 16 rows of another tile.
+template <int N, int D>
+__device__ __forceinline__ void multiply_tiles(float (&c)[N / 8][4], const TileLane<D>& left_lane,
+                                               u32 left, const TileLane<D>& lane, u32 right) {
+    clear(c);
 #pragma unroll
     for (int k = 0; k < D; k += 16) {
         u32 a[4];
-        load_left<D>(a, left, row, k);
-        multiply_transposed<N, D>(c, a, right, k);
+        load_matrices(a, left_lane.block(left, 0, k));
+        multiply_transposed<N, D>(c, a, lane, right, k);
     }
 }
 
 /// c += P · B: P 16×K, an earlier product that becomes the left operand in bf16; B the K rows of a
-/// tile, its columns first .. first + Columns.
+/// tile, its first `Columns` columns.
 template <int K, int Columns, int D>
 __device__ __forceinline__ void multiply_probabilities(float (&c)[Columns / 8][4],
                                                        const float (&p)[K / 8][4],
-                                                       const bfloat16* tile, int first) {
-    const int lane = threadIdx.x % 32;
+                                                       const TileLane<D>& lane, u32 tile) {
 #pragma unroll
     for (int k = 0; k < K; k += 16) {
         const u32 a[4] = {pack_bf16(p[k / 8][0], p[k / 8][1]), pack_bf16(p[k / 8][2], p[k / 8][3]),
                           pack_bf16(p[k / 8 + 1][0], p[k / 8 + 1][1]),
                           pack_bf16(p[k / 8 + 1][2], p[k / 8 + 1][3])};
-        const bfloat16* row = tile + (k + lane % 16) * TILE_STRIDE<D> + first + lane / 16 * 8;
 #pragma unroll
         for (int n = 0; n < Columns; n += 16) {
             u32 b[4];
-            load_matrices_transposed(b, shared_address(row + n));
+            load_matrices_transposed(b, lane.block(tile, k, n));
             mma_16x8x16(c[n / 8], a, b[0], b[1]);
             mma_16x8x16(c[n / 8 + 1], a, b[2], b[3]);
         }

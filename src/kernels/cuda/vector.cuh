@@ -13,6 +13,14 @@ struct __align__(16) Words4 {
     u32 word[4];
 };
 
+/// Two f32 from an address that is a multiple of 8, in one instruction.
+struct __align__(8) Pair {
+    float x, y;
+};
+__device__ __forceinline__ Pair load_pair(const float* from) {
+    return *reinterpret_cast<const Pair*>(from);
+}
+
 template <int N>
 __device__ __forceinline__ Piece<N> load_piece(const bfloat16* from) {
     Piece<N> piece;
