@@ -136,7 +136,8 @@ impl Case {
                 self.cap.into(),
             ]
         };
-        let row = d + 8;
+        // Rows of 128 columns are swizzled, others padded.
+        let row = if d == 128 { d } else { d + 8 };
         let wide_head = d > 128;
         let call = |kernel: &str,
                     (tiles, heads): (&[[u32; 2]], usize),
@@ -173,6 +174,8 @@ impl Case {
             stages * 2 * rows,
             &[&gradients[..], &outputs].concat(),
         );
+        // Queries and gradients are in registers, or beside 16 keys and values.
+        let elements = if wide_head { 2 * 64 + 2 * 16 } else { 128 };
         let outputs = [(&mut dq[..]).into(), (q_stride as i32).into()];
         call(
             "flash_backward_queries",

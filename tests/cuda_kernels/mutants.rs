@@ -42,7 +42,7 @@ struct Mutant {
     is_right: fn(&Device) -> bool,
 }
 
-const MUTANTS: [Mutant; 6] = [
+const MUTANTS: [Mutant; 8] = [
     Mutant {
         name: "barrier of a sum",
         file: "reduce.cuh",
@@ -69,6 +69,20 @@ const MUTANTS: [Mutant; 6] = [
         file: "flash_backward.cuh",
         from: "__syncthreads();  // all have read them",
         to: "",
+        is_right: flash::is_right,
+    },
+    Mutant {
+        name: "barrier after queries went to registers",
+        file: "flash_backward.cuh",
+        from: "__syncthreads();  // and in registers",
+        to: "",
+        is_right: flash::is_right,
+    },
+    Mutant {
+        name: "warps that see nothing",
+        file: "flash_tile.cuh",
+        from: "first <= at + rows - 1 &&",
+        to: "first <= at &&",
         is_right: flash::is_right,
     },
     Mutant {

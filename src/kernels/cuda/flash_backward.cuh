@@ -210,9 +210,13 @@ struct FlashQueryPass {
     static constexpr int KEYS = D > 128 ? 16 : 32;       // of a tile
     static constexpr int STAGES = D > 128 ? 1 : 2;
     static constexpr int THREADS = QUERIES / 16 * 32;
-    // Where tiles begin: queries, gradients, and for each stage keys and values.
-    static constexpr u32 Q_TILE = 0, D_O_TILE = QUERIES * TILE_ROW<D>, STAGE = 2 * D_O_TILE;
     static constexpr u32 TILE = KEYS * TILE_ROW<D>, STAGE_BYTES = 2 * TILE;
+    // Where tiles begin: queries and gradients of outputs, in registers before the first keys come
+    // where there is room for that, and for each stage keys and values.
+    static constexpr bool RESIDENT = D <= 128;
+    static constexpr u32 Q_TILE = 0, D_O_TILE = QUERIES * TILE_ROW<D>;
+    static constexpr u32 STAGE = RESIDENT ? 0 : 2 * D_O_TILE;
+    static_assert(!RESIDENT || 2 * D_O_TILE == STAGES * STAGE_BYTES, "their place is the stages'");
 };
 
 /// Second pass: dq of 64 queries of one head.
@@ -226,6 +230,7 @@ __device__ __forceinline__ void flash_backward_queries(const FlashInputs& in,
     const FlashDocument document(in, block.document);
     const int first = block.tile * QUERIES, head = block.head;
     constexpr int THREADS = Shape::THREADS;
+    constexpr bool RESIDENT = Shape::RESIDENT;
     NIBBLE_DYNAMIC_SHARED(unsigned char, shared_memory);
     const SharedAddress shared = shared_address(shared_memory);
     const int kv_head = head / (in.heads / in.kv_heads), warp_row = threadIdx.x / 32 * 16;
@@ -254,6 +259,18 @@ __device__ __forceinline__ void flash_backward_queries(const FlashInputs& in,
 
     queries.start(Shape::Q_TILE, document.queries - first);
     d_o.start(Shape::D_O_TILE, document.queries - first);
+    u32 q_fragments[RESIDENT ? D / 16 : 1][4], d_o_fragments[RESIDENT ? D / 16 : 1][4];
+    if constexpr (RESIDENT) {
+        copy_async_commit();
+        copy_async_wait<0>();
+        __syncthreads();  // queries and gradients are there
+#pragma unroll
+        for (int i = 0; i < D / 16; i++) {
+            load_matrices(q_fragments[i], query_lane.block(Shape::Q_TILE, 0, 16 * i));
+            load_matrices(d_o_fragments[i], query_lane.block(Shape::D_O_TILE, 0, 16 * i));
+        }
+        __syncthreads();  // and in registers
+    }
     u32 stage = Shape::STAGE, other = Shape::STAGE + (STAGES - 1) * Shape::STAGE_BYTES;
     load_keys(begin, stage);
     float lse[4], delta[4];  // of the rows of a fragment's elements
@@ -269,25 +286,32 @@ __device__ __forceinline__ void flash_backward_queries(const FlashInputs& in,
         if (STAGES == 2) load_keys(key + KEYS, other);
         copy_async_wait<STAGES - 1>();
         __syncthreads();  // the tile's keys are there
-        const bool whole = mask.sees_all(QUERIES, key, KEYS);
-        float p[KEYS / 8][4], ds[KEYS / 8][4];
-        multiply_tiles<KEYS, D>(p, query_lane, Shape::Q_TILE, lane, stage);
-        multiply_tiles<KEYS, D>(ds, query_lane, Shape::D_O_TILE, lane, stage + Shape::TILE);
-#pragma unroll
-        for (int n = 0; n < KEYS / 8; n++) {
-            flash_gradients(p[n], ds[n], lse, delta, map);
-        }
-        if (!whole) {
+        if (mask.sees_any(warp_row, 16, key, KEYS)) {
+            const bool whole = mask.sees_all(QUERIES, key, KEYS);
+            float p[KEYS / 8][4], ds[KEYS / 8][4];
+            if constexpr (RESIDENT) {
+                multiply_fragments<KEYS, D>(p, q_fragments, lane, stage);
+                multiply_fragments<KEYS, D>(ds, d_o_fragments, lane, stage + Shape::TILE);
+            } else {
+                multiply_tiles<KEYS, D>(p, query_lane, Shape::Q_TILE, lane, stage);
+                multiply_tiles<KEYS, D>(ds, query_lane, Shape::D_O_TILE, lane, stage + Shape::TILE);
+            }
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {
+                flash_gradients(p[n], ds[n], lse, delta, map);
+            }
+            if (!whole) {
 #pragma unroll
-                for (int e = 0; e < 4; e++) {
-                    const int column = key + 8 * n + fragment_column(e);
-                    if (!mask.sees(warp_row + fragment_row(e), column)) ds[n][e] = 0.0f;
+                for (int n = 0; n < KEYS / 8; n++) {
+#pragma unroll
+                    for (int e = 0; e < 4; e++) {
+                        const int column = key + 8 * n + fragment_column(e);
+                        if (!mask.sees(warp_row + fragment_row(e), column)) ds[n][e] = 0.0f;
+                    }
                 }
             }
+            multiply_probabilities<KEYS, D, D>(sum, ds, lane, stage);
         }
-        multiply_probabilities<KEYS, D, D>(sum, ds, lane, stage);
         __syncthreads();  // all have read them
         if (STAGES == 1) load_keys(key + KEYS, stage);
         const u32 done = stage;

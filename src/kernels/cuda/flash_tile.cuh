@@ -1,8 +1,8 @@
 // What the passes of flash attention share: documents, tiles in shared memory, tensor-core products.
 //
 // Scores are kept in units of log 2: s = cap(scale · q·k) · log2(e), so that probabilities are one
-// `ex2`. Tiles have rows of D + 8 elements: 16-byte pieces of eight consecutive rows then lie in
-// different banks, for D = 64, 96, 128 and 256.
+// `ex2`. The 16-byte pieces of eight consecutive rows of a tile lie in different banks: rows are padded
+// by 8 elements, or their pieces swizzled.
 // Source of the algorithm: FlashAttention-2, arXiv 2307.08691; fragments: the PTX manual, mma.m16n8k16.
 #pragma once
 #include "vector.cuh"
@@ -92,6 +92,11 @@ struct FlashMask {
         const bool before = first + keys - 1 <= position;
         return before && (window == 0 || first > position + rows - 1 - window);
     }
+    /// Whether any of `rows` rows from `row` on sees one of the keys first .. first + keys.
+    __device__ __forceinline__ bool sees_any(int row, int rows, int first, int keys) const {
+        const int at = position + row;
+        return first <= at + rows - 1 && (window == 0 || first + keys - 1 > at - window);
+    }
     /// First key that a row sees, and the end of those that any of `rows` rows sees.
     __device__ __forceinline__ int begin() const {
         const int first = window > 0 ? position + 1 - window : 0;
@@ -102,9 +107,14 @@ struct FlashMask {
     }
 };
 
+/// Whether piece p of row r of a tile lies at p ^ (r & 7): where the bytes that padding takes cost a
+/// block on a multiprocessor. Else rows have 8 elements more.
+template <int D>
+constexpr bool SWIZZLED = D == 128;
+
 /// Bytes from one row of a tile to the next.
 template <int D>
-constexpr u32 TILE_ROW = 2 * (D + 8);
+constexpr u32 TILE_ROW = 2 * (SWIZZLED<D> ? D : D + 8);
 
 /// Copies a matrix to shared memory, one tile of `Rows` rows after the other. A thread has the same
 /// columns of every DOWN-th row, so that an address is the last one and a constant.
@@ -114,6 +124,7 @@ struct TileCopy {
     static constexpr int ACROSS = PIECES & -PIECES;  // threads side by side: a power of two
     static constexpr int DOWN = Threads / ACROSS;
     static_assert(Threads % ACROSS == 0 && Rows % DOWN == 0, "all threads copy as much");
+    static_assert(!SWIZZLED<D> || DOWN % 8 == 0, "a thread's rows are all swizzled alike");
 
     const bfloat16* from;
     int stride, row;
@@ -126,7 +137,7 @@ struct TileCopy {
         const int piece = threadIdx.x % ACROSS;
         row = threadIdx.x / ACROSS;
         from = row_of(matrix, first + row, stride) + 8 * piece;
-        to = shared + row * TILE_ROW<D> + 16 * piece;
+        to = shared + row * TILE_ROW<D> + 16 * (SWIZZLED<D> ? piece ^ (row & 7) : piece);
     }
 
     /// Starts copying a tile to `tile` bytes behind the first place, zeros after `rows` rows; of the
@@ -135,7 +146,9 @@ struct TileCopy {
         const bfloat16* at = from + other;
 #pragma unroll
         for (int first = 0; first < Rows; first += DOWN) {
-            const bool present = row < rows - first;
+            // One condition in two forms: the assembler needs fewer registers for the first with 256
+            // columns, for the second with 128.
+            const bool present = D > 128 ? row < rows - first : first + row < rows;
 #pragma unroll
             for (int piece = 0; piece < PIECES; piece += ACROSS) {
                 copy_async_16(to + tile + (first * TILE_ROW<D> + 16 * piece), at + 8 * piece,
@@ -148,18 +161,26 @@ struct TileCopy {
     __device__ __forceinline__ void advance() { from = row_of(from, Rows, stride); }
 };
 
-/// A lane's part of 16×16 blocks: eight columns, lane / 16 · 8 .., of row lane % 16.
+/// A lane's part of 16×16 blocks: eight columns, lane / 16 · 8 .., of row lane % 16. What is swizzled
+/// has one address for each block of 64 columns, all else is a constant away.
 template <int D>
 struct TileLane {
-    SharedAddress at;
+    static constexpr int PLACES = SWIZZLED<D> ? 4 : 1;
+    SharedAddress at[PLACES];
 
     __device__ __forceinline__ explicit TileLane(SharedAddress shared) {
         const int lane = threadIdx.x % 32;
-        at = shared + lane % 16 * TILE_ROW<D> + lane / 16 * 16;
+#pragma unroll
+        for (int i = 0; i < PLACES; i++) {
+            const int piece = 2 * i + lane / 16;
+            at[i] = shared + lane % 16 * TILE_ROW<D> +
+                    16 * (SWIZZLED<D> ? piece ^ (lane & 7) : piece);
+        }
     }
     /// Of the block at (row, column), both multiples of 16, of the tile `tile` bytes from the first.
     __device__ __forceinline__ SharedAddress block(u32 tile, int row, int column) const {
-        return at + tile + (row * TILE_ROW<D> + 2 * column);
+        const int place = column / 16 % PLACES;
+        return at[place] + tile + (row * TILE_ROW<D> + 2 * (column - 16 * place));
     }
 };
 

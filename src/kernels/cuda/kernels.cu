@@ -459,9 +459,9 @@ adamw_8bit(float* master, const float* gradients, u8* first_codes, float* first_
 // which blocks last less and less: src/kernels/cuda/attention/tiles.rs. All blocks have 128 threads but flash_backward_keys_256, which has 256.
 // Dynamic shared memory above 48 KiB must be allowed with cuFuncSetAttribute:
 //                             64      96      128      256
-//   flash_forward          18432   26624    34816    67584
-//   flash_backward_keys    37376   53760    70144    84608
-//   flash_backward_queries 36864   53248    69632    84480
+//   flash_forward          18432   26624    32768    67584
+//   flash_backward_keys    37376   53760    66048    84608
+//   flash_backward_queries 18432   26624    32768    84480
 
 #define NIBBLE_FLASH_INPUTS                                                                       \
     const bfloat16 *q, int q_stride, const bfloat16 *k, const bfloat16 *v, int kv_stride,         \
@@ -499,7 +499,7 @@ adamw_8bit(float* master, const float* gradients, u8* first_codes, float* first_
 
 extern "C" __global__ void __launch_bounds__(128) flash_forward_64 NIBBLE_FLASH_FORWARD(64)
 extern "C" __global__ void __launch_bounds__(128) flash_forward_96 NIBBLE_FLASH_FORWARD(96)
-extern "C" __global__ void __launch_bounds__(128) flash_forward_128 NIBBLE_FLASH_FORWARD(128)
+extern "C" __global__ void __launch_bounds__(128, 3) flash_forward_128 NIBBLE_FLASH_FORWARD(128)
 extern "C" __global__ void __launch_bounds__(128) flash_forward_256 NIBBLE_FLASH_FORWARD(256)
 extern "C" __global__ void __launch_bounds__(128)
 flash_backward_keys_64 NIBBLE_FLASH_BACKWARD_KEYS(64)

@@ -114,9 +114,9 @@ fn flash_width(head_dim: usize) -> Option<Flash> {
     };
     // Shared memory as kernels.cu lists it.
     let shared = match head_dim {
-        64 => [18_432, 37_376, 36_864],
-        96 => [26_624, 53_760, 53_248],
-        128 => [34_816, 70_144, 69_632],
+        64 => [18_432, 37_376, 18_432],
+        96 => [26_624, 53_760, 26_624],
+        128 => [32_768, 66_048, 32_768],
         _ => [67_584, 84_608, 84_480],
     };
     let keys_threads = if head_dim == 256 { 256 } else { 128 };
