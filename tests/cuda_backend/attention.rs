@@ -47,7 +47,8 @@ fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType, work: usize) -
     ];
     if dtype == RegionType::Bf16 {
         regions.insert(0, region("cuda.workspace", wide, 1024));
-        regions.push(region("cuda.uploads", wide, 1024));
+        let uploads = region("cuda.uploads", wide, 1024);
+        regions.push(Region { component: Component::Uploads, ..uploads });
         regions.push(region("cuda.dequantized", dtype, 8));
     }
     MemoryPlan { regions, offloaded: Vec::new() }
