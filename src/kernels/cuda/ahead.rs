@@ -18,7 +18,7 @@ use super::weight::{DeviceWeight, Form, Packed};
 pub(super) const AHEAD_SLOTS: usize = 2;
 
 /// Weights that one product takes at most: q, k and v.
-const STACKED: usize = 3;
+pub(super) const STACKED: usize = 3;
 
 /// A weight, or some of equal width one below the other, and how their rows shall lie.
 #[derive(Debug, Clone, Copy, PartialEq)]

@@ -77,10 +77,10 @@ pub(super) fn values<D: Driver>(
         let mut values: Vec<bf16> = zeroes(stored)?;
         cuda.download(from, bytemuck::cast_slice_mut(&mut values))?;
         let mut wide = zeroes(range.len())?;
-        let (rows, width) = buffer.pitched_rows(range.len()).unwrap_or((1, stored.max(1)));
-        let rows = values.chunks_exact((stored / rows.max(1)).max(1));
-        for (wide, row) in wide.chunks_exact_mut(width).zip(rows) {
-            wide.iter_mut().zip(row).for_each(|(wide, value)| *wide = value.to_f32());
+        let (rows, width) = buffer.pitched_rows(range.len()).unwrap_or((1, stored));
+        for row in 0..rows {
+            let (to, from) = (&mut wide[row * width..][..width], &values[row * stored / rows..]);
+            to.iter_mut().zip(from).for_each(|(wide, value)| *wide = value.to_f32());
         }
         wide
     }))

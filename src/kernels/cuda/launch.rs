@@ -1,6 +1,7 @@
 //! From Rust values to a launch.
 
 use super::driver::Argument;
+use super::memory::PARTIALS;
 
 macro_rules! from {
     ($($type:ty => $variant:ident),*) => {$(
@@ -41,6 +42,12 @@ pub fn rows(rows: usize) -> [u32; 3] {
 /// Grid of a kernel whose blocks take turns through `elements`.
 pub fn flat(elements: usize) -> [u32; 3] {
     [elements.div_ceil(FLAT_THREADS as usize).min(FLAT_BLOCKS) as u32, 1, 1]
+}
+
+/// Grid of the first stage of a sum over `elements`, which leaves a partial sum for each block.
+pub fn partial_sums(elements: usize) -> [u32; 3] {
+    let [blocks, ..] = flat(elements);
+    [blocks.min(PARTIALS as u32), 1, 1]
 }
 
 /// Grid of a kernel whose blocks take turns through `rows` rows of a few columns, eight at a time.

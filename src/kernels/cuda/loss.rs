@@ -2,7 +2,7 @@
 
 use super::Cuda;
 use super::driver::{Address, Argument, Driver};
-use super::launch::{FLAT_THREADS, flat, launch, rows as row_grid};
+use super::launch::{FLAT_THREADS, launch, partial_sums, rows as row_grid};
 use super::memory::{Buffer, PARTIALS};
 use crate::error::Result;
 
@@ -50,8 +50,7 @@ pub(super) fn cross_entropy<D: Driver>(
         logits.argument(), logits.stride, targets, vocab_size,
         scale.unwrap_or(0.0), scale.is_some(), losses);
     let partials = Argument::Pointer(loss.partials());
-    let mut grid = flat(rows);
-    grid[0] = grid[0].min(PARTIALS as u32);
+    let grid = partial_sums(rows);
     launch!(cuda, "sum_f32", grid, FLAT_THREADS; losses, rows as i64, partials);
     launch!(cuda, "sum_partials", [1, 1, 1], FLAT_THREADS;
         partials, grid[0], Argument::Pointer(loss.sum()), true);

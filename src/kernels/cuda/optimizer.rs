@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::Cuda;
 use super::driver::{Address, Argument, Driver};
-use super::launch::{FLAT_THREADS, flat, launch};
+use super::launch::{FLAT_THREADS, flat, launch, partial_sums};
 use super::memory::{Buffer, PARTIALS};
 use crate::error::Result;
 use crate::model::parameters::PackedMoments;
@@ -50,8 +50,7 @@ impl<D: Driver> Cuda<D> {
     /// # Errors
     /// What went wrong in the operations before.
     pub fn norm(&self, x: &Buffer<D>, elements: usize) -> Result<f64> {
-        let mut grid = flat(elements);
-        grid[0] = grid[0].min(PARTIALS as u32);
+        let grid = partial_sums(elements);
         if grid[0] == 0 {
             return Ok(0.0);
         }

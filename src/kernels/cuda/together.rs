@@ -21,6 +21,7 @@
 //! each is the largest weight by itself.
 
 use super::Cuda;
+use super::ahead::STACKED;
 use super::driver::{Argument, Driver, Product};
 use super::frozen::{self, LoraInput, b_of, copy_columns, operand, product, tail_columns};
 use super::frozen::{extended_elements, gradient_tail, transposed};
@@ -90,14 +91,14 @@ impl Adapters {
         parameters: &Parameters<Cuda<D>>,
         buffer: &Buffer<D>,
     ) -> impl Iterator<Item = Argument> + use<D> {
-        let mut starts = [Argument::Pointer(0); TOGETHER];
-        let mut rows = [Argument::from(0usize); TOGETHER];
+        let mut starts = [Argument::Pointer(0); STACKED];
+        let mut rows = [Argument::from(0usize); STACKED];
         for (number, LinearAdapter { index, shape, .. }) in self.all.iter().enumerate() {
             let start = parameters.pair_range(*index).start;
             starts[number] = Argument::Pointer(buffer.at(start..start + shape.a_elements()));
             rows[number] = shape.rank.into();
         }
-        starts.into_iter().chain(rows.into_iter().take(TOGETHER - 1))
+        starts.into_iter().chain(rows.into_iter().take(STACKED - 1))
     }
 
     /// Writes all A, one below the other.
@@ -113,9 +114,6 @@ impl Adapters {
     }
 }
 
-/// Linears that read the same rows, at most: q, k and v.
-const TOGETHER: usize = 3;
-
 /// Writes `diag(factor · s · B)` of linears whose outputs are one below the other.
 fn write_diagonal<D: Driver>(
     cuda: &Cuda<D>,
@@ -128,9 +126,9 @@ fn write_diagonal<D: Driver>(
         Some(working) => ("diagonal_bf16", working),
         None => ("diagonal_f32_bf16", parameters.master_buffer()),
     };
-    let mut starts = [Argument::Pointer(0); TOGETHER];
-    let [mut rows, mut ranks] = [[Argument::from(0usize); TOGETHER]; 2];
-    let mut scales = [Argument::from(0f32); TOGETHER];
+    let mut starts = [Argument::Pointer(0); STACKED];
+    let [mut rows, mut ranks] = [[Argument::from(0usize); STACKED]; 2];
+    let mut scales = [Argument::from(0f32); STACKED];
     let (mut outer, mut width) = (0, 0);
     for (number, linear) in linears.iter().enumerate() {
         rows[number] = linear.output.width.into();
