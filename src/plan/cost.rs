@@ -91,9 +91,8 @@ impl<'a> Pace<'a> {
         let Candidate { stream, embedding_on_host, .. } = candidate;
         let (rates, spec, weights) = (self.rates, self.demand.spec, &self.demand.weights);
         let (layers, tokens) = (spec.num_layers, settings.tokens);
-        let of = |wanted: Policy| settings.policies.iter().filter(|&&p| p == wanted).count();
-        let share = 1.0 - of(Policy::Keep) as f64 / layers as f64;
-        let offloaded = (of(Policy::Offload) * tokens * spec.hidden_size) as u64;
+        let share = 1.0 - settings.count(Policy::Keep) as f64 / layers as f64;
+        let offloaded = (settings.count(Policy::Offload) * tokens * spec.hidden_size) as u64;
         let (in_copies, in_files) = match self.demand.place {
             Place::Gpu => (2 * offloaded, 0),
             Place::Host => (0, 2 * 4 * offloaded),

@@ -113,7 +113,7 @@ impl Settings {
 
     /// Whether a layer recomputes what it did not keep.
     pub fn recomputes(&self) -> bool {
-        self.policies.iter().any(|policy| *policy != Policy::Keep)
+        self.count(Policy::Keep) < self.policies.len()
     }
 
     /// Layers whose input is offloaded, in order.

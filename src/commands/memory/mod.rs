@@ -142,7 +142,7 @@ struct PlannedRun {
 
 impl PlannedRun {
     fn kept_blocks(&self) -> usize {
-        self.settings.policies.iter().filter(|policy| **policy == Policy::Keep).count()
+        self.settings.count(Policy::Keep)
     }
 
     /// What training all weights would take instead.

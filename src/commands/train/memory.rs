@@ -82,9 +82,8 @@ pub fn plan(
 
 impl Memory {
     fn summary(&self) -> String {
-        let policies = &self.settings.policies;
-        let kept = policies.iter().filter(|policy| **policy == Policy::Keep).count();
-        let (total, layers) = (ByteSize(self.account.planned_bytes()), policies.len());
+        let (kept, layers) = (self.settings.count(Policy::Keep), self.settings.policies.len());
+        let total = ByteSize(self.account.planned_bytes());
         let tokens = self.settings.tokens;
         let streamed = if self.stream { "; weights are streamed from their file" } else { "" };
         let embedding = if self.embedding_on_host { "; the embedding is on the host" } else { "" };

@@ -210,8 +210,7 @@ impl Demand<'_> {
                 with(format!("{shortest} and `--lora-r {rank}` would need {}", ByteSize(need)))
             }
             Err(need) => {
-                let outside = self.outside_of(least);
-                let alone = ByteSize(outside.weights.total() + outside.process_bytes);
+                let alone = ByteSize(self.outside_of(least).total());
                 let rest = with(format!("{shortest} and `--lora-r 1`"));
                 format!(
                     "the least that this model can be trained in is {}, {rest}; the frozen weights \
