@@ -212,6 +212,7 @@ fn memory_is_what_was_planned() {
     succeed(place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
     for flags in [
         ["--activations", "keep", "--embedding", "gpu"],
+        ["--activations", "checkpoint", "--embedding", "host-input"],
         ["--activations", "checkpoint", "--embedding", "host"],
         ["--activations", "offload", "--weights", "stream"],
     ] {

@@ -163,7 +163,7 @@ fn attention_that_a_model_or_device_lacks_is_refused() {
 }
 
 #[test]
-fn the_embedding_can_stay_on_the_host_where_it_is_not_the_head() {
+fn embedding_and_head_can_stay_on_the_host() {
     let memory = |model: &str, flags: &[&str]| {
         let base = ["memory", "--json", "--model", model, "--device", "cuda", "--quantization"];
         nibble(&[&base[..], &["nf4"], flags].concat())
@@ -172,7 +172,7 @@ fn the_embedding_can_stay_on_the_host_where_it_is_not_the_head() {
         let output = memory("tests/data/configs/llama-3.1-8b.json", flags);
         serde_json::from_slice(&output.stdout).unwrap()
     };
-    let (on_gpu, on_host) = (of(&[]), of(&["--embedding", "host"]));
+    let (on_gpu, on_host) = (of(&[]), of(&["--embedding", "host-input"]));
     let bytes = |plan: &Value, key: &str| plan[key].as_u64().unwrap();
     let table = 128_256 * 4096 * 2;
     assert_eq!(bytes(&on_gpu, "total_bytes") - bytes(&on_host, "total_bytes"), table);
@@ -180,9 +180,15 @@ fn the_embedding_can_stay_on_the_host_where_it_is_not_the_head() {
     assert!(bytes(&on_gpu, "pinned_bytes") < 4 << 20, "only what is uploaded is staged");
     let fit = of(&["--fit", "--budget", "24GiB"]);
     let knobs = fit["fit"]["knobs"].as_array().unwrap().clone();
-    let knob = knobs.iter().find(|knob| knob["flags"] == "--embedding host").unwrap();
-    assert_eq!(bytes(&fit, "planned_bytes") - bytes(knob, "bytes"), table);
-    let output = memory("tests/data/models/llama_tied_s2/config.json", &["--embedding", "host"]);
+    let knob = |flags: &str| knobs.iter().find(|knob| knob["flags"] == flags).unwrap();
+    let less = |flags| bytes(&fit, "planned_bytes") - bytes(knob(flags), "bytes");
+    assert_eq!(less("--embedding host-input"), table);
+    assert!(less("--embedding host") > table + table * 9 / 10);
+    let (on_gpu, on_host) = (of(&[]), of(&["--embedding", "host"]));
+    assert_eq!(bytes(&on_host, "pinned_bytes") - bytes(&on_gpu, "pinned_bytes"), 2 * table);
+    let tied = "tests/data/models/llama_tied_s2/config.json";
+    assert!(memory(tied, &["--embedding", "host"]).status.success());
+    let output = memory(tied, &["--embedding", "host-input"]);
     let message = text(&output.stderr);
     assert!(output.status.code() == Some(2) && message.contains("is its head, too"), "{message}");
 }

@@ -54,6 +54,7 @@ fn every_option_allocates_what_it_plans() {
             mlp_tile_length: None,
             scratch_folder: None,
             widen_ahead: true,
+            head_on_host: false,
         };
         let of = |change: &dyn Fn(&mut Settings)| {
             let mut settings = plain.clone();

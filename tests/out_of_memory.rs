@@ -33,6 +33,7 @@ fn parts_of_a_batch_have_the_sums_of_the_whole() {
             mlp_tile_length: Some(16),
             scratch_folder: None,
             widen_ahead: true,
+            head_on_host: false,
         };
         let weights =
             Weights::load(&Checkpoint::open(&case.path).unwrap(), &case.spec(), None, None);

@@ -21,8 +21,7 @@ pub struct DeviceArgs {
     #[arg(long, value_name = "PATH", value_enum, default_value_t = AttnImplementation::Auto)]
     pub attn_implementation: AttnImplementation,
 
-    /// Where the input embedding is beside a GPU, unless it is the head, too; `auto` is `gpu` where
-    /// there is no plan to be made
+    /// Where embedding and head are beside a GPU; `auto` is `gpu` where there is no plan to be made
     #[arg(long, value_name = "PLACE", value_enum, default_value_t = EmbeddingPlace::Auto)]
     pub embedding: EmbeddingPlace,
 }

@@ -9,7 +9,6 @@ use crate::kernels::cuda::driver::Driver;
 use crate::kernels::cuda::library::Gpu;
 use crate::kernels::cuda::search;
 use crate::kernels::cuda::{AttnImplementation, Cuda};
-use crate::plan::EmbeddingPlace;
 use crate::train::agreement;
 
 /// The GPU that is asked for, or with `auto` found; `None` for the CPU. It has computed a step of a
@@ -39,8 +38,7 @@ fn open_gpu(args: &DeviceArgs, index: usize) -> Result<Cuda<Gpu>> {
     let (free, total) = cuda.driver().memory()?;
     let (name, free, total) = (cuda.driver().name(), ByteSize(free), ByteSize(total));
     eprintln!("cuda:{index}: {name}, {free} of {total} free, {verdict}");
-    let on_host = args.embedding == EmbeddingPlace::Host;
-    Ok(if on_host { cuda.with_embedding_on_host() } else { cuda })
+    Ok(cuda.keeping_on_host(args.embedding.on_host()))
 }
 
 /// What a GPU's results are found to be. With `NIBBLE_UNVERIFIED_GPU=1` wrong ones are no error: for

@@ -6,6 +6,7 @@
 
 pub mod cpu;
 pub mod cuda;
+mod head;
 mod shapes;
 
 use std::borrow::Cow;
@@ -18,7 +19,7 @@ use crate::model::block::Linear;
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
 use crate::model::streaming::{Streaming, WeightStream};
-use crate::plan::{MemoryPlan, Settings, WeightParts};
+use crate::plan::{MemoryPlan, OnHost, Settings, WeightParts};
 pub use shapes::{
     AttentionShape, Columns, DropoutMask, LoraShape, LoraTerm, NormParameters, TokenLayout,
 };
@@ -134,9 +135,15 @@ pub trait Kernels: Clone + Sync {
     /// `Usage` for a setting that the model does not allow.
     fn check(&self, spec: &ModelSpec) -> Result<()>;
 
-    /// The same, with the embedding kept in the host's memory, where that is another place.
-    fn with_embedding_on_host(self) -> Self {
+    /// The same, with the embedding, or that and the head, kept in the host's memory, where that is
+    /// another place.
+    fn keeping_on_host(self, _what: OnHost) -> Self {
         self
+    }
+
+    /// Whether the head is in the host's memory, and that another place.
+    fn head_is_on_host(&self) -> bool {
+        false
     }
 
     /// Takes frozen matrices over: on a GPU in one piece of memory, as a driver rounds every piece up
@@ -151,6 +158,12 @@ pub trait Kernels: Clone + Sync {
     /// # Errors
     /// `Budget` when the memory cannot be had.
     fn upload_embedding(&self, table: FrozenMatrix, is_head: bool) -> Result<Self::Weight>;
+
+    /// Takes a head over that is a matrix of its own, to where it was told to keep it.
+    ///
+    /// # Errors
+    /// `Budget` when the memory cannot be had.
+    fn upload_head(&self, head: FrozenMatrix) -> Result<Self::Weight>;
 
     /// What is in memory of a matrix, as of a block's linear.
     fn bytes_in_memory(&self, weight: &Self::Weight) -> WeightParts;
@@ -415,6 +428,41 @@ pub trait Kernels: Clone + Sync {
         scale: Option<f32>,
         loss: &mut Self::LossSum,
     );
+
+    /// Adds the sum over rows of `−log softmax(x · Wᵀ)[target]` to `loss`, W `[vocab_size, in]` the
+    /// head; with `scale`, x `[rows, in]` becomes `scale ·` its gradient. What was planned holds logits
+    /// in `logits`, and in `sum` the gradient of a head that comes in tiles.
+    #[allow(clippy::too_many_arguments)]
+    fn head_loss(
+        &self,
+        head: &Self::Weight,
+        x: &mut Self::Buffer,
+        logits: &mut Self::Buffer,
+        _sum: Option<&mut Self::Buffer>,
+        targets: &[u32],
+        vocab_size: usize,
+        scale: Option<f32>,
+        loss: &mut Self::LossSum,
+    ) {
+        head::loss_at_once(self, head, x, logits, targets, vocab_size, scale, loss);
+    }
+
+    /// Adds the same losses, and tells of each row whether no logit is larger than its target's.
+    ///
+    /// # Errors
+    /// What went wrong in the operations before.
+    #[allow(clippy::too_many_arguments)]
+    fn head_score(
+        &self,
+        head: &Self::Weight,
+        x: &Self::Buffer,
+        logits: &mut Self::Buffer,
+        targets: &[u32],
+        vocab_size: usize,
+        loss: &mut Self::LossSum,
+    ) -> Result<Vec<bool>> {
+        head::score_at_once(self, head, x, logits, targets, vocab_size, loss)
+    }
 
     /// `to[i] = from[rows[i]]`, rows of `width`.
     fn gather_rows(&self, from: &Self::Buffer, rows: &[u32], to: &mut Self::Buffer, width: usize);

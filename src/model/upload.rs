@@ -33,9 +33,9 @@ impl Weights {
         Ok(weights)
     }
 
-    /// The matrices outside of the blocks but for the embedding, which are not copied.
+    /// The matrices outside of the blocks but for embedding and head, which are not copied.
     fn tables(&self) -> Vec<FrozenMatrix> {
-        self.positions.iter().chain(&self.head).cloned().collect()
+        self.positions.iter().cloned().collect()
     }
 
     /// The same model with its matrices elsewhere: the tables, then those of the blocks.
@@ -48,7 +48,7 @@ impl Weights {
         let mut next = || matrices.next().expect("one for each that was given");
         let embedding = kernels.upload_embedding(self.embedding, self.head.is_none())?;
         let positions = self.positions.map(|_| next());
-        let head = self.head.map(|_| next());
+        let head = self.head.map(|head| kernels.upload_head(head)).transpose()?;
         let blocks = self.blocks.into_iter().map(|block| block.moved(kernels, &mut next));
         Ok(Weights {
             embedding,

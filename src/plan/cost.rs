@@ -1,19 +1,21 @@
 //! How long a step takes, about: what plans that fit are compared by.
 //!
 //! ```text
-//! step = max(compute + widen + logits, copies) + files + rows
+//! step = max(compute + widen + logits, copies) + files + rows + tiles
 //! compute = 2·(multiply-adds, recomputed ones included) / rate of products
 //! widen   = 2.5 bytes · (weights of the blocks, once a pass, tile and direction) / rate of memory;
 //!           a quarter of it where a GPU widens ahead, beside the products
 //! logits  = bytes of the head, twice a chunk of logits / rate of memory
 //! copies  = bytes to a GPU, or from the files of streamed weights, behind the computation
 //! rows    = the tokens' rows of an embedding on the host, over the bus
+//! tiles   = of a head on the host: a third product with it, and what of its copies the three do not hide
 //! files   = offloaded inputs on the CPU, written and read
 //! ```
 //!
 //! The rates are assumptions; what is chosen depends on their ratios alone.
 
 use super::budget::{Candidate, Demand};
+use super::embedding::OnHost;
 use super::settings::{Policy, Settings};
 use super::weights::Place;
 use super::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer, Work};
@@ -88,7 +90,7 @@ impl<'a> Pace<'a> {
 
     /// Seconds for a token of a step whose policies are chosen.
     pub fn seconds_per_token(&self, settings: &Settings, candidate: Candidate) -> f64 {
-        let Candidate { stream, embedding_on_host, .. } = candidate;
+        let Candidate { stream, on_host, .. } = candidate;
         let (rates, spec, weights) = (self.rates, self.demand.spec, &self.demand.weights);
         let (layers, tokens) = (spec.num_layers, settings.tokens);
         let share = 1.0 - settings.count(Policy::Keep) as f64 / layers as f64;
@@ -105,9 +107,24 @@ impl<'a> Pace<'a> {
             + self.reading_the_head(settings) / rates.memory;
         let copies = transfer.bytes as f64 / rates.copies;
         let files = in_files as f64 / ASSUMED_BYTES_OF_A_DRIVE;
-        let rows = if embedding_on_host { 2 * tokens * spec.hidden_size } else { 0 };
+        let rows = if on_host == OnHost::Nothing { 0 } else { 2 * tokens * spec.hidden_size };
         let rows = rows as f64 / rates.copies;
-        (compute.max(copies) + EXPOSED_SHARE * copies + files + rows) / tokens as f64
+        let tiles = if on_host == OnHost::All { self.tiles_of_the_head(settings) } else { 0.0 };
+        (compute.max(copies) + EXPOSED_SHARE * copies + files + rows + tiles) / tokens as f64
+    }
+
+    /// Seconds that a head on the host adds: logits are made twice, and its tiles come twice for each
+    /// chunk of rows, behind the three products with them.
+    fn tiles_of_the_head(&self, settings: &Settings) -> f64 {
+        let head = (self.demand.spec.vocab_size * self.demand.spec.hidden_size) as f64;
+        let product = 2.0 * head * settings.tokens as f64 / self.rates.flops;
+        let copies = 2.0 * self.chunks(settings) * 2.0 * head / self.rates.copies;
+        product + (copies - 3.0 * product).max(0.0) + EXPOSED_SHARE * copies
+    }
+
+    fn chunks(&self, settings: &Settings) -> f64 {
+        let rows = settings.head(self.demand.spec.vocab_size).rows;
+        settings.tokens.div_ceil(rows.max(1)) as f64
     }
 
     /// Seconds that widening the blocks' weights adds to a step whose products take `products`.
@@ -126,8 +143,7 @@ impl<'a> Pace<'a> {
     /// Bytes of the head that each chunk of logits reads, forward and backward.
     fn reading_the_head(&self, settings: &Settings) -> f64 {
         let spec = self.demand.spec;
-        let chunks = settings.tokens.div_ceil(settings.logit_rows.max(1)) as f64;
         let head = 2.0 * (spec.vocab_size * spec.hidden_size) as f64;
-        2.0 * chunks * head
+        2.0 * self.chunks(settings) * head
     }
 }

@@ -1,32 +1,80 @@
-//! Where a GPU's input embedding is: a pass reads a few rows of it, which can come over the bus.
+//! Where a GPU's embedding and head are: a pass reads a few rows of one, which can come over the bus,
+//! and all of the other, which can come a tile at a time.
 
 use clap::ValueEnum;
+use serde::{Deserialize, Serialize};
 
 use crate::error::{Error, Result};
 use crate::model::spec::ModelSpec;
 
-/// Where a GPU's embedding is.
+/// Where a GPU's embedding and head may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum EmbeddingPlace {
-    /// On the GPU, or on the host where that lets more blocks keep their activations
+    /// On the GPU, or on the host where that makes a faster plan fit
     #[default]
     Auto,
     /// In its memory
     Gpu,
-    /// In pinned memory of the host, of which kernels read the rows of a pass: 2·D bytes a token
+    /// The input embedding in pinned memory of the host, of which kernels read the rows of a pass: 2·D
+    /// bytes a token
+    HostInput,
+    /// Embedding and head in pinned memory of the host: the head comes a tile of the vocabulary at a
+    /// time, twice for 2,048 trained tokens
     Host,
 }
 
-impl EmbeddingPlace {
-    /// Whether a model's embedding can be there.
+/// What of both is in pinned memory of the host.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum OnHost {
+    /// All is on the GPU.
+    #[default]
+    Nothing,
+    /// The input embedding, where it is not the head, too.
+    Input,
+    /// Embedding and head.
+    All,
+}
+
+impl OnHost {
+    /// The value of `--embedding` that asks for it.
+    pub fn flag(self) -> &'static str {
+        match self {
+            OnHost::Nothing => "gpu",
+            OnHost::Input => "host-input",
+            OnHost::All => "host",
+        }
+    }
+
+    /// Whether that can be of a model.
     ///
     /// # Errors
-    /// `Usage` on the host, where it is the head, too, which is read whole.
+    /// `Usage` for the input embedding alone, where it is the head, too.
     pub fn check(self, spec: &ModelSpec) -> Result<()> {
-        if self != EmbeddingPlace::Host || !spec.tie_word_embeddings {
+        if self != OnHost::Input || !spec.tie_word_embeddings {
             return Ok(());
         }
-        Err(Error::usage("`--embedding host`: this model's embedding is its head, too")
-            .hint("leave it on the GPU: each step reads all of it"))
+        let what = "`--embedding host-input`: this model's embedding is its head, too";
+        Err(Error::usage(what).hint("`--embedding host` moves both"))
+    }
+
+    /// For people; nothing where all is on the GPU.
+    pub fn in_words(self) -> Option<&'static str> {
+        match self {
+            OnHost::Nothing => None,
+            OnHost::Input => Some("the input embedding on the host"),
+            OnHost::All => Some("embedding and head on the host"),
+        }
+    }
+}
+
+impl EmbeddingPlace {
+    /// What is on the host where there is no plan to be made.
+    pub fn on_host(self) -> OnHost {
+        match self {
+            EmbeddingPlace::Auto | EmbeddingPlace::Gpu => OnHost::Nothing,
+            EmbeddingPlace::HostInput => OnHost::Input,
+            EmbeddingPlace::Host => OnHost::All,
+        }
     }
 }

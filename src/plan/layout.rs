@@ -5,7 +5,7 @@
 //! a kept layer holds `4·(W + H + Q + D + (gated ? 2 : 1)·F + ΣR)` bytes per token.
 
 use super::region::{Component, MemoryPlan, Region, RegionType};
-use super::settings::{Half, OFFLOAD_SLOTS, Policy, Settings};
+use super::settings::{Half, HeadSizes, OFFLOAD_SLOTS, Policy, Settings};
 use crate::adapter::LoraTarget;
 use crate::model::spec::ModelSpec;
 
@@ -232,14 +232,16 @@ pub fn attention_elements((heads, d): (usize, usize), longest: usize, training: 
 }
 
 fn push_head(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
-    let (rows, d) = (settings.logit_rows, spec.hidden_size);
+    let (HeadSizes { rows, logits, .. }, d) = (settings.head(spec.vocab_size), spec.hidden_size);
     let component = Component::LogitsChunk;
-    plan.push(component, "head.logits", rows * spec.vocab_size);
+    plan.push(component, "head.logits", logits);
     plan.push(component, "head.input", rows * d);
     plan.push(component, "head.norm", rows * d);
     plan.push(component, "head.norm_stats", rows * 2);
     if settings.training() {
         plan.push(component, "head.gradient", rows * d);
-        plan.push(component, "head.input_gradient", rows * d);
+        if settings.head_on_host {
+            plan.push(component, "head.sum", rows * d);
+        }
     }
 }

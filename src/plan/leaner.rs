@@ -84,6 +84,7 @@ mod tests {
             mlp_tile_length: None,
             scratch_folder: None,
             widen_ahead: true,
+            head_on_host: false,
         }
     }
 

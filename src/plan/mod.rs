@@ -19,7 +19,7 @@ pub mod weights;
 pub mod work;
 
 pub use budget::{Activations, Choice, Demand, Limit, WeightsMode};
-pub use embedding::EmbeddingPlace;
+pub use embedding::{EmbeddingPlace, OnHost};
 pub use layout::layout;
 pub use leaner::{in_words, leaner};
 pub use moments::{MomentLayout, MomentPlace, Optim};

@@ -16,6 +16,12 @@ const SMALL_TILE_TOKENS: usize = 1024;
 /// Rows of logits where memory is short, at least.
 pub(super) const LEAST_LOGIT_ROWS: usize = 64;
 
+/// Rows of a head on the host that are on the GPU at a time, about: enough for whole tiles of a product.
+const HOST_HEAD_TILE: usize = 8192;
+/// Rows of its input that each reading of it serves, at most. From 2,700 on its products, of which
+/// there are three, take longer than two readings over PCIe 4.0; each takes 10·D bytes.
+const HOST_HEAD_ROWS: usize = 2048;
+
 /// What happens to a layer's activations between forward and backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "lowercase")]
@@ -79,6 +85,19 @@ pub struct Settings {
     /// On a GPU: whether 4-bit weights have a second buffer, in which the next one is widened while a
     /// product runs.
     pub widen_ahead: bool,
+    /// On a GPU: whether the head is in the host's memory.
+    pub head_on_host: bool,
+}
+
+/// What the head works with at a time.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HeadSizes {
+    /// Rows of its input and of their gradients.
+    pub rows: usize,
+    /// Logits, of these rows or of a tile of the vocabulary for each.
+    pub logits: usize,
+    /// Rows whose logits are there all at once.
+    pub whole_rows: usize,
 }
 
 impl Settings {
@@ -114,6 +133,19 @@ impl Settings {
     /// Whether a layer recomputes what it did not keep.
     pub fn recomputes(&self) -> bool {
         self.count(Policy::Keep) < self.policies.len()
+    }
+
+    /// Of a head of `vocab_size` rows. One on the host comes in tiles, twice for as many rows of its
+    /// input as there are: more of them, and no more logits than otherwise.
+    pub fn head(&self, vocab_size: usize) -> HeadSizes {
+        let (rows, logits) = (self.logit_rows, self.logit_rows * vocab_size);
+        if !self.head_on_host {
+            return HeadSizes { rows, logits, whole_rows: rows };
+        }
+        let tile = HOST_HEAD_TILE.min(vocab_size);
+        let rows = (logits / tile).min(HOST_HEAD_ROWS).min(self.tokens);
+        let logits = (rows * tile).max(vocab_size);
+        HeadSizes { rows, logits, whole_rows: logits / vocab_size }
     }
 
     /// Layers whose input is offloaded, in order.
@@ -181,6 +213,7 @@ mod tests {
                 mlp_tile_length,
                 scratch_folder: None,
                 widen_ahead: true,
+                head_on_host: false,
             };
             (settings.mlp_tile(), settings.tiled())
         };

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use crate::checkpoint::{Checkpoint, CheckpointKind, StoredType, Weight};
 use crate::kernels::cuda::matrix_bytes;
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
-use crate::plan::WeightParts;
+use crate::plan::{OnHost, WeightParts};
 
 /// Blocks that are in memory at a time when weights are streamed: the one at work, and the next.
 const STREAMED_BLOCKS: u64 = 2;
@@ -33,6 +33,8 @@ pub struct WeightBytes {
     pub streamed: Option<StreamedBytes>,
     /// Of the embedding, where it is not the head, too: it may be elsewhere.
     pub embedding: u64,
+    /// Of what makes logits: it may be elsewhere, too.
+    pub head: u64,
 }
 
 /// What streamed weights have in memory: at the blocks, the rows of the pass and two blocks; at the
@@ -112,18 +114,27 @@ impl WeightBytes {
         Self::sum(spec, bytes, true).used_at(place)
     }
 
-    /// Of a GPU whose embedding is in the host's memory.
-    pub fn with_embedding_on_host(self) -> Self {
-        let without = |tables: u64| tables - self.embedding;
-        let tables = without(self.resident.tables);
+    /// What of it may be in the host's memory beside a GPU.
+    pub fn on_host(&self, what: OnHost) -> u64 {
+        match what {
+            OnHost::Nothing => 0,
+            OnHost::Input => self.embedding,
+            OnHost::All => self.embedding + self.head,
+        }
+    }
+
+    /// Of a GPU that has the rest.
+    pub fn without(self, what: OnHost) -> Self {
+        let moved = self.on_host(what);
+        let tables = self.resident.tables - moved;
         let streamed = |bytes: StreamedBytes| StreamedBytes {
-            kept_tables: without(bytes.kept_tables),
+            kept_tables: bytes.kept_tables - moved,
             ..bytes
         };
         WeightBytes {
             resident: WeightParts { tables, ..self.resident },
             streamed: self.streamed.map(streamed),
-            embedding: 0,
+            ..self
         }
     }
 
@@ -144,7 +155,10 @@ impl WeightBytes {
         let prefixes: Vec<String> =
             (0..spec.num_layers).map(|layer| format!("{}.", spec.layer_prefix(layer))).collect();
         for tensor in spec.inventory() {
-            let parts = bytes(&tensor);
+            let parts = match tensor.role {
+                TensorRole::Linear(_) | TensorRole::Norm | TensorRole::Bias => bytes(&tensor),
+                _ => WeightParts { tables: bytes(&tensor).total(), ..WeightParts::default() },
+            };
             resident += parts;
             if tensor.name == embedding {
                 table = parts.total();
@@ -167,8 +181,9 @@ impl WeightBytes {
             head: if spec.tie_word_embeddings { table } else { head },
             tables: table + untied_head,
         };
-        let embedding = if spec.tie_word_embeddings { 0 } else { table };
-        WeightBytes { resident, streamed: as_stored.then(streamed), embedding }
+        let (embedding, head) =
+            if spec.tie_word_embeddings { (0, table) } else { (table, untied_head) };
+        WeightBytes { resident, streamed: as_stored.then(streamed), embedding, head }
     }
 }
 

@@ -170,6 +170,7 @@ fn equip<K: Kernels>(
         mlp_tile_length: None,
         scratch_folder: None,
         widen_ahead: true,
+        head_on_host: false,
     };
     let mut model = Model::on(kernels.clone(), spec, weights, settings, None)?;
     if let Some(adapter) = adapter {

@@ -146,6 +146,7 @@ fn model<K: TrainingKernels>(kernels: K, head_dim: usize, second: Policy) -> Res
         mlp_tile_length: None,
         scratch_folder: None,
         widen_ahead: true,
+        head_on_host: false,
     };
     let weights = weights.upload(&kernels)?;
     let mut model = Model::on(kernels, spec, weights, settings, None)?;

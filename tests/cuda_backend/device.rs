@@ -42,6 +42,7 @@ pub struct Device {
     launches_left: AtomicUsize,
     /// Weights that were widened, on the first stream and on the third.
     widened: [AtomicUsize; 2],
+    copied_ahead: AtomicUsize,
     /// `[m, n, k]` of the products that are queued.
     products: Mutex<Vec<[usize; 3]>>,
     /// Launches that widened a weight, while they are recorded.
@@ -110,6 +111,7 @@ impl Device {
             most_bytes,
             launches_left,
             widened: [zero(), zero()],
+            copied_ahead: zero(),
             products,
             recorded: Mutex::default(),
             bare: AtomicBool::new(false),
@@ -153,6 +155,11 @@ impl Device {
     /// Weights that were widened in their turn, and ahead of it.
     pub fn widened(&self) -> [usize; 2] {
         [0, 1].map(|stream| self.widened[stream].load(Relaxed))
+    }
+
+    /// Copies to the buffers of widened weights ahead of their turn.
+    pub fn copied_ahead(&self) -> usize {
+        self.copied_ahead.load(Relaxed)
     }
 
     /// `[m, n, k]` of all products since the last [`forget_products`](Self::forget_products).
@@ -275,6 +282,11 @@ impl Driver for Device {
             return Ok(());
         }
         self.driver.launch_ahead(launch, slot)
+    }
+
+    fn copy_ahead(&self, from: *const u8, to: Address, bytes: usize, slot: usize) -> Result<()> {
+        self.copied_ahead.fetch_add(1, Relaxed);
+        self.driver.copy_ahead(from, to, bytes, slot)
     }
 
     fn await_ahead(&self, slot: usize) -> Result<()> {

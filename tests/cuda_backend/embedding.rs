@@ -1,50 +1,194 @@
-//! The embedding in the host's memory.
+//! Embedding and head in the host's memory.
 
 use nibble::checkpoint::Checkpoint;
+use nibble::data::Batch;
 use nibble::kernels::Kernels;
+use nibble::kernels::cuda::Cuda;
+use nibble::model::Model;
 use nibble::model::parameters::Part;
-use nibble::plan::{Place, Policy, WeightBytes};
+use nibble::model::spec::ModelSpec;
+use nibble::plan::{OnHost, Place, Policy, Settings, WeightBytes, WeightParts};
+use nibble_quant::{BlockFormat, FloatType};
 
+use crate::device::Device;
+use crate::emulated::Copies;
 use crate::golden::Case;
-use crate::{gpu, model, nf4, settings};
+use crate::{Gpu, error_in_norm, gpu, model, nf4, settings, shaped};
 
-/// The same loss and gradients, with as much less of the GPU's memory as was predicted.
+/// A model that keeps something on the host, and the bytes that its weights took of the GPU.
+fn keeping(gpu: Gpu, what: OnHost, case: &Case, format: Option<BlockFormat>) -> (Model<Gpu>, u64) {
+    let gpu = gpu.keeping_on_host(what);
+    gpu.check(&case.spec()).unwrap();
+    let adapter = Some("adapter_init");
+    let settings = settings(case, adapter, &[Policy::Keep], true);
+    let before = gpu.driver().counts().allocated_bytes;
+    let model = model(&gpu, case, format, adapter, settings, None);
+    let bytes = gpu.driver().counts().allocated_bytes - before - model.arena_bytes();
+    (model, bytes as u64)
+}
+
+/// Loss and gradients of a step from nothing.
+fn step(model: &mut Model<Gpu>, batch: &Batch) -> (f64, Vec<f32>) {
+    model.parameters_mut().zero_gradients();
+    let loss = model.forward_backward(batch, 1.0 / batch.num_targets as f32, 0).unwrap();
+    (loss, model.parameters().values(Part::Gradients).unwrap().into_owned())
+}
+
+fn batch(case: &Case) -> Batch {
+    case.tensors("ref.safetensors").batch("input_ids", "labels").0
+}
+
+/// As much less of the GPU's memory as was predicted.
+fn assert_moved(
+    case: &Case,
+    format: Option<BlockFormat>,
+    what: OnHost,
+    [all, fewer]: [u64; 2],
+    measured: WeightParts,
+) {
+    let checkpoint = Checkpoint::open(&case.path).unwrap();
+    let planned =
+        WeightBytes::of_checkpoint(&checkpoint, &case.spec(), format.as_ref(), Place::Gpu);
+    assert!(planned.on_host(what) > 0);
+    assert_eq!(all - fewer, planned.on_host(what));
+    assert_eq!(measured, planned.without(what).resident);
+}
+
 #[test]
-fn an_embedding_on_the_host_gives_the_same_bits() {
+fn an_input_embedding_on_the_host_gives_the_same_bits() {
     for (name, packed) in [("llama_s0", true), ("mistral_s0", false)] {
         let case = Case::open(name);
-        let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
-        let format = packed.then(|| nf4(true));
-        let run = |on_host: bool| {
-            let gpu = gpu()?;
-            let gpu = if on_host { gpu.with_embedding_on_host() } else { gpu };
-            gpu.check(&case.spec()).unwrap();
-            let adapter = Some("adapter_init");
-            let settings = settings(&case, adapter, &[Policy::Keep], true);
-            let before = gpu.driver().counts().allocated_bytes;
-            let mut model = model(&gpu, &case, format, adapter, settings, None);
-            let bytes = gpu.driver().counts().allocated_bytes - before - model.arena_bytes();
-            let scale = 1.0 / batch.num_targets as f32;
-            let loss = model.forward_backward(&batch, scale, 0).unwrap();
-            let gradients = model.parameters().values(Part::Gradients).unwrap().into_owned();
-            Some(((loss.to_bits(), gradients), bytes as u64, model.weight_bytes()))
+        let (batch, format) = (batch(&case), packed.then(|| nf4(true)));
+        let Some(gpu) = gpu() else { return };
+        let (mut model, all) = keeping(gpu.clone(), OnHost::Nothing, &case, format);
+        let expected = step(&mut model, &batch);
+        drop(model);
+        let (mut model, fewer) = keeping(gpu, OnHost::Input, &case, format);
+        assert!(step(&mut model, &batch) == expected && expected.1.iter().any(|x| *x != 0.0));
+        assert_moved(&case, format, OnHost::Input, [all, fewer], model.weight_bytes());
+    }
+}
+
+/// A small model of a vocabulary of three tiles, the last one shorter, and targets in all of them.
+fn of_three_tiles(vocab_size: usize, tied: bool) -> (ModelSpec, Batch) {
+    let case = Case::open(if tied { "llama_tied_s2" } else { "llama_s0" });
+    let mut batch = batch(&case);
+    for (index, label) in batch.labels.iter_mut().enumerate().filter(|(_, label)| **label >= 0) {
+        *label = (*label + 128 * index as i32) % vocab_size as i32;
+    }
+    (ModelSpec { vocab_size, ..case.spec() }, batch)
+}
+
+/// Rank 16 on all linears, what is said on the host.
+fn random_model(
+    gpu: &Gpu,
+    what: OnHost,
+    spec: &ModelSpec,
+    batch: &Batch,
+    change: impl Fn(&mut Settings),
+) -> (Model<Gpu>, u64) {
+    let (gpu, adapter) = (gpu.clone().keeping_on_host(what), shaped::adapter(spec));
+    let mut settings = shaped::settings(spec, &adapter, batch, Policy::Checkpoint);
+    (settings.logit_rows, settings.cache_tokens) = (10, 40);
+    change(&mut settings);
+    let before = gpu.driver().counts().allocated_bytes;
+    let weights = shaped::weights(spec).upload(&gpu).unwrap();
+    let bytes = gpu.driver().counts().allocated_bytes - before;
+    let mut model = Model::on(gpu, spec.clone(), weights, settings, None).unwrap();
+    model.parameters_mut().load(&adapter);
+    (model, bytes as u64)
+}
+
+/// A head of its own and the embedding's, of even and of odd rows of logits: the same loss and
+/// gradients but for roundings, which are fewer; likewise logits, scores and an answer's.
+#[test]
+fn a_head_on_the_host_gives_the_same_numbers() {
+    for (vocab, tied) in [(600, false), (601, true)] {
+        let Some(gpu) = gpu() else { return };
+        let (spec, batch) = of_three_tiles(vocab, tied);
+        let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
+        let numbers = |model: &mut Model<Gpu>| {
+            let (loss, gradients) = step(model, &batch);
+            let evaluated = model.evaluate(&batch).unwrap();
+            assert!((evaluated / loss - 1.0).abs() < 1e-6, "{vocab}: {evaluated}, {loss}");
+            let (score, logits) = (model.score(&batch, true).unwrap(), model.logits(&batch, &rows));
+            model.clear_cache();
+            let decoded = model.decode(&batch.input_ids[..3]).unwrap().into_owned();
+            (loss, gradients, score, logits.unwrap(), decoded)
         };
-        let Some((expected, bytes, _)) = run(false) else { return };
-        let (got, fewer, measured) = run(true).unwrap();
-        assert!(got == expected && got.1.iter().any(|x| *x != 0.0), "{name}");
-        let checkpoint = Checkpoint::open(&case.path).unwrap();
-        let planned =
-            WeightBytes::of_checkpoint(&checkpoint, &case.spec(), format.as_ref(), Place::Gpu);
-        assert_eq!(bytes - fewer, planned.embedding, "{name}");
-        assert_eq!(measured, planned.with_embedding_on_host().resident, "{name}");
+        let (mut model, all) = random_model(&gpu, OnHost::Nothing, &spec, &batch, |_| {});
+        let expected = numbers(&mut model);
+        // Greedy decoding chooses what has the largest logit.
+        let likeliest: Vec<bool> = likeliest(&batch, &expected.3, vocab);
+        assert_eq!(expected.2.likeliest, likeliest);
+        drop(model);
+        gpu.driver().forget_products();
+        let (mut model, fewer) = random_model(&gpu, OnHost::All, &spec, &batch, |_| {});
+        let got = numbers(&mut model);
+        let products = gpu.driver().products();
+        assert!(products.iter().all(|[_, n, k]| *n.max(k) < vocab / 2), "{vocab}: three tiles");
+        let format = BlockFormat::default();
+        let planned = WeightBytes::of_config(&spec, FloatType::F32, Some(&format), Place::Gpu);
+        assert_eq!(all - fewer, planned.on_host(OnHost::All));
+        assert_eq!(model.weight_bytes(), planned.without(OnHost::All).resident);
+        assert!((got.0 / expected.0 - 1.0).abs() < 1e-5, "{vocab}: {}, {}", got.0, expected.0);
+        let off = error_in_norm(&got.1, &expected.1);
+        assert!(off < 1e-2, "{vocab}: gradients are off by {off:e}");
+        assert!((got.2.loss / expected.2.loss - 1.0).abs() < 1e-5);
+        assert!(error_in_norm(&got.3, &expected.3) < 5e-3 && got.2.likeliest.len() > 8);
+        assert!(error_in_norm(&got.4, &expected.4) < 5e-3);
+    }
+}
+
+/// Of each trained token, whether no logit is larger than its own.
+fn likeliest(batch: &Batch, logits: &[f32], vocab: usize) -> Vec<bool> {
+    let starts: Vec<usize> = batch.cu_seqlens.iter().map(|&start| start as usize).collect();
+    let predicts = |row: &usize| !starts.contains(&(row + 1)) && batch.labels[row + 1] >= 0;
+    let rows = (0..batch.tokens() - 1).filter(predicts);
+    rows.map(|row| {
+        let logits = &logits[row * vocab..][..vocab];
+        logits.iter().all(|&logit| logit <= logits[batch.labels[row + 1] as usize])
+    })
+    .collect()
+}
+
+/// Whether the copies of its tiles are as early or as late as they may be, of chunks of rows or all of
+/// them, with one buffer and with two; ahead of their turn from the second step on.
+#[test]
+fn the_tiles_of_a_head_are_there_when_they_are_used() {
+    let (spec, batch) = of_three_tiles(600, false);
+    for (ahead, rows) in [(true, 10), (true, 1), (false, 10)] {
+        let run = |copies| {
+            let gpu = Cuda::new(Device::with(copies)?).unwrap();
+            let (mut model, _) = random_model(&gpu, OnHost::All, &spec, &batch, |s| {
+                (s.widen_ahead, s.logit_rows) = (ahead, rows);
+            });
+            let first = step(&mut model, &batch);
+            assert_eq!(gpu.driver().copied_ahead(), 0);
+            let second = step(&mut model, &batch);
+            let copied = gpu.driver().copied_ahead();
+            Some((first, second, copied))
+        };
+        let Some((first, second, copied)) = run(Copies::AtOnce) else { return };
+        assert!(first == second && first.1.iter().any(|x| *x != 0.0));
+        // Three tiles forward and two backward for each chunk of rows.
+        let chunks = batch.num_targets.div_ceil(rows);
+        assert_eq!(copied, if ahead { 5 * chunks } else { 0 });
+        if Device::skips_on_a_card("copies at other times") {
+            return;
+        }
+        assert!(run(Copies::WhenAwaited).unwrap() == (first.clone(), second, copied));
+        let (again, never, _) = run(Copies::Never).unwrap();
+        assert_eq!((again == first, never == first), (true, !ahead));
     }
 }
 
 #[test]
-fn an_embedding_that_is_the_head_stays() {
+fn an_embedding_that_is_the_head_moves_with_it() {
     let Some(gpu) = gpu() else { return };
     let tied = Case::open("llama_tied_s2").spec();
-    assert!(gpu.check(&tied).is_ok());
-    let error = gpu.with_embedding_on_host().check(&tied).unwrap_err().to_string();
-    assert!(error.contains("is its head, too"), "{error}");
+    let check = |what| gpu.clone().keeping_on_host(what).check(&tied);
+    assert!(check(OnHost::Nothing).is_ok() && check(OnHost::All).is_ok());
+    let error = check(OnHost::Input).unwrap_err().to_string();
+    assert!(error.contains("is its head, too") && error.contains("--embedding host"), "{error}");
 }

@@ -28,14 +28,20 @@ pub enum Copies {
     Never,
 }
 
-/// A kernel that is queued, and its slot.
-struct Ahead {
-    kernel: &'static str,
-    grid: [u32; 3],
-    threads: u32,
-    shared_bytes: u32,
-    arguments: Vec<Argument>,
-    slot: usize,
+/// What is queued on the third stream.
+enum Ahead {
+    Kernel {
+        kernel: &'static str,
+        grid: [u32; 3],
+        threads: u32,
+        shared_bytes: u32,
+        arguments: Vec<Argument>,
+    },
+    Copy {
+        from: Address,
+        to: Address,
+        bytes: usize,
+    },
 }
 
 /// A copy that is queued: from, to, bytes, slot.
@@ -45,7 +51,8 @@ pub struct Emulated {
     emulator: &'static Emulator,
     copies: Copies,
     queue: Mutex<Vec<Copy>>,
-    ahead: Mutex<Vec<Ahead>>,
+    /// With slots.
+    ahead: Mutex<Vec<(Ahead, usize)>>,
     memory: Mutex<HashMap<Address, Layout>>,
     /// Of the device, without staging.
     allocated_bytes: AtomicU64,
@@ -67,6 +74,12 @@ impl Emulated {
     fn copy_aside(&self, copy: Copy) -> Result<()> {
         self.queue.lock().unwrap().push(copy);
         if self.copies == Copies::AtOnce { self.await_copy(copy.3) } else { Ok(()) }
+    }
+
+    /// Puts it behind all others of the third stream.
+    fn queue_ahead(&self, ahead: Ahead, slot: usize) -> Result<()> {
+        self.ahead.lock().unwrap().push((ahead, slot));
+        if self.copies == Copies::AtOnce { self.await_ahead(slot) } else { Ok(()) }
     }
 
     fn reserve(&self, bytes: usize) -> *mut u8 {
@@ -204,19 +217,26 @@ impl Driver for Emulated {
     fn launch_ahead(&self, launch: Launch, slot: usize) -> Result<()> {
         let Launch { kernel, grid, threads, shared_bytes, arguments } = launch;
         let arguments = arguments.to_vec();
-        let ahead = Ahead { kernel, grid, threads, shared_bytes, arguments, slot };
-        self.ahead.lock().unwrap().push(ahead);
-        if self.copies == Copies::AtOnce { self.await_ahead(slot) } else { Ok(()) }
+        self.queue_ahead(Ahead::Kernel { kernel, grid, threads, shared_bytes, arguments }, slot)
+    }
+
+    fn copy_ahead(&self, from: *const u8, to: Address, bytes: usize, slot: usize) -> Result<()> {
+        self.queue_ahead(Ahead::Copy { from: from as Address, to, bytes }, slot)
     }
 
     fn await_ahead(&self, slot: usize) -> Result<()> {
         let mut queue = self.ahead.lock().unwrap();
-        let count = queue.iter().rposition(|ahead| ahead.slot == slot).map_or(0, |last| last + 1);
-        for mut ahead in queue.drain(..count) {
-            if self.copies != Copies::Never {
-                let Ahead { kernel, grid, threads, shared_bytes, arguments, .. } = &mut ahead;
-                let (grid, threads, shared_bytes) = (*grid, *threads, *shared_bytes);
-                self.launch(Launch { kernel, grid, threads, shared_bytes, arguments })?;
+        let count = queue.iter().rposition(|(_, its)| *its == slot).map_or(0, |last| last + 1);
+        let due: Vec<_> = queue.drain(..count).filter(|_| self.copies != Copies::Never).collect();
+        for (ahead, _) in due {
+            match ahead {
+                Ahead::Kernel { kernel, grid, threads, shared_bytes, mut arguments } => {
+                    let arguments = &mut arguments[..];
+                    self.launch(Launch { kernel, grid, threads, shared_bytes, arguments })?;
+                }
+                Ahead::Copy { from, to, bytes } => {
+                    self.bytes(to, bytes).copy_from_slice(self.bytes(from, bytes));
+                }
             }
         }
         Ok(())

@@ -64,6 +64,7 @@ fn settings(
         mlp_tile_length: None,
         scratch_folder: None,
         widen_ahead: true,
+        head_on_host: false,
     }
 }
 

@@ -143,6 +143,7 @@ pub fn settings(spec: &ModelSpec, adapter: &Adapter, batch: &Batch, policy: Poli
         mlp_tile_length: None,
         scratch_folder: None,
         widen_ahead: true,
+        head_on_host: false,
     }
 }
 

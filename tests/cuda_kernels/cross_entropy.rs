@@ -18,6 +18,54 @@ fn reference(z: &[f64], target: usize, scale: f64) -> (f64, Vec<f64>) {
 const SHAPES: [(usize, usize, u32); 4] =
     [(512, 520, 256), (40, 40, 256), (333, 335, 64), (5000, 5000, 1024)];
 
+/// Tiles of several widths, the last one shorter, the target in any of them or in none: loss and
+/// gradient of the row as a whole.
+#[test]
+fn tiles_of_a_row_give_its_loss_and_gradient() {
+    in_every_order(|device| {
+        for (vocab, tile, threads) in [(512, 512, 256), (512, 200, 256), (333, 96, 64)] {
+            let targets = [0u32, (vocab - 1) as u32, 100, vocab as u32];
+            let mut z = normal_bf16(4 * vocab, "logits");
+            z[..vocab].iter_mut().for_each(|z| *z *= bf16::from_f32(30.0));
+            z[2 * vocab + 100] = bf16::from_f32(60.0);
+            let scale = 0.25f32;
+            let mut statistics = vec![f32::NAN; 3 * 4];
+            let columns = |first: usize| tile.min(vocab - first);
+            let of_tile = |first: usize| -> Vec<bf16> {
+                let rows = z.chunks(vocab);
+                rows.flat_map(|row| row[first..first + columns(first)].to_vec()).collect()
+            };
+            for first in (0..vocab).step_by(tile) {
+                let (logits, columns) = (of_tile(first), columns(first) as i32);
+                launch!(device, "tile_statistics", [4, 1, 1], threads; &logits[..], columns,
+                    columns, &targets[..], first as i32, i32::from(first == 0),
+                    &mut statistics[..]);
+            }
+            let mut losses = vec![f32::NAN; 4];
+            launch!(device, "tile_losses", [2, 1, 1], 32; &statistics[..], &targets[..],
+                vocab as i32, 4, &mut losses[..]);
+            assert_eq!(losses[3], 0.0);
+            let mut gradient = vec![0.0; 4 * vocab];
+            for first in (0..vocab).step_by(tile) {
+                let (mut logits, count) = (of_tile(first), columns(first));
+                launch!(device, "tile_gradient", [4, 1, 1], threads; &mut logits[..], count as i32,
+                    count as i32, &targets[..], first as i32, vocab as i32, scale,
+                    &statistics[..]);
+                for (row, tile) in logits.chunks(count).enumerate() {
+                    gradient[row * vocab + first..][..count].copy_from_slice(&wide(tile));
+                }
+            }
+            assert!(gradient[3 * vocab..].iter().all(|&d| d == 0.0));
+            for row in 0..3 {
+                let logits = wide(&z[row * vocab..][..vocab]);
+                let (loss, d) = reference(&logits, targets[row] as usize, f64::from(scale));
+                assert_close(&[f64::from(losses[row])], &[loss], 2e-6, 2e-6);
+                assert_close(&gradient[row * vocab..][..vocab], &d, 1e-7, BF16_ROUNDING);
+            }
+        }
+    });
+}
+
 #[test]
 fn losses_and_gradients_of_both_types() {
     in_every_order(|device| {

@@ -165,6 +165,7 @@ impl Case {
             mlp_tile_length: tile,
             scratch_folder: None,
             widen_ahead: true,
+            head_on_host: false,
         };
         let mut model = Model::new(spec, weights, settings, None).unwrap();
         if let Some(adapter) = adapter {

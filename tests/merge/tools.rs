@@ -185,6 +185,7 @@ fn with_weights(spec: ModelSpec, weights: Weights, targets: Vec<LoraTarget>) -> 
         mlp_tile_length: None,
         scratch_folder: None,
         widen_ahead: true,
+        head_on_host: false,
         policies: vec![Policy::Keep; spec.num_layers],
         targets,
         lora_dropout: false,

@@ -192,6 +192,7 @@ pub fn model(checkpoint: &Checkpoint, spec: &ModelSpec, adapter: Option<&Adapter
         mlp_tile_length: None,
         scratch_folder: None,
         widen_ahead: true,
+        head_on_host: false,
     };
     let mut model = Model::new(spec.clone(), weights, settings, None).unwrap();
     if let Some(adapter) = adapter {

@@ -72,6 +72,7 @@ impl Case {
             mlp_tile_length: None,
             scratch_folder: None,
             widen_ahead: true,
+            head_on_host: false,
         };
         Model::new(spec, weights, settings, None).unwrap()
     }

@@ -261,7 +261,10 @@ fn attn_implementation() {
 #[test]
 fn embedding() {
     let runs = Runs::new();
-    let [gpu, host] = ["gpu", "host"].map(|place| runs.train(&format!("embedding={place}")));
-    assert_eq!(gpu.optimizer("master"), host.optimizer("master"));
-    assert_eq!(planned(&gpu, "embeddings and head"), planned(&host, "embeddings and head"));
+    let [gpu, input, host] =
+        ["gpu", "host-input", "host"].map(|place| runs.train(&format!("embedding={place}")));
+    for host in [input, host] {
+        assert_eq!(gpu.optimizer("master"), host.optimizer("master"));
+        assert_eq!(planned(&gpu, "embeddings and head"), planned(&host, "embeddings and head"));
+    }
 }

@@ -60,7 +60,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let room = Room::look(args.device.device, gpu.as_ref())?;
     if on_gpu {
         model.process = room.context_bytes.unwrap_or(ASSUMED_CONTEXT_BYTES);
-        args.device.embedding.check(&model.spec)?;
+        args.device.embedding.on_host().check(&model.spec)?;
     }
     let settings = settings(args, &model.spec, place)?;
     let attention = args.device.attn_implementation;
@@ -85,15 +85,12 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let plan = demand.plan(&choice.settings);
     let account = Account::planned(demand.outside(&choice), &plan);
     let verdict = room.verdict(&demand, account.planned_bytes());
-    let Choice { settings, stream, embedding_on_host, .. } = choice;
+    let Choice { settings, stream, on_host, .. } = choice;
     let page_cache = None;
     let mut run = PlannedRun { model, settings, stream, plan, account, page_cache, verdict };
     if let Some(steps) = args.measure {
         run.account = match gpu {
-            Some(gpu) if embedding_on_host => {
-                measure::measure(args, &run, gpu.with_embedding_on_host(), steps.get())?
-            }
-            Some(gpu) => measure::measure(args, &run, gpu, steps.get())?,
+            Some(gpu) => measure::measure(args, &run, gpu.keeping_on_host(on_host), steps.get())?,
             None => measure::measure(args, &run, Cpu, steps.get())?,
         };
         run.page_cache = run.model.checkpoint.as_ref().and_then(Checkpoint::page_cache);
@@ -242,5 +239,6 @@ fn settings(args: &MemoryArgs, spec: &ModelSpec, place: Place) -> Result<Setting
         // Where temporary files go is often memory, which no account of the process shows.
         scratch_folder: Some(PathBuf::from(".")),
         widen_ahead: true,
+        head_on_host: false,
     })
 }

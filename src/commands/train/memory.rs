@@ -11,7 +11,9 @@ use crate::cli::train::TrainArgs;
 use crate::error::Result;
 use crate::ledger::resident;
 use crate::ledger::rows::Account;
-use crate::plan::{Choice, Demand, Limit, Place, Policy, Settings, WeightBytes, logit_rows};
+use crate::plan::{
+    Choice, Demand, Limit, OnHost, Place, Policy, Settings, WeightBytes, logit_rows,
+};
 use crate::train::backend::TrainingKernels;
 use crate::train::progress::Progress;
 
@@ -21,8 +23,8 @@ pub struct Memory {
     pub settings: Settings,
     /// Whether the blocks' weights are streamed from their file.
     pub stream: bool,
-    /// Whether the embedding is in the host's memory beside a GPU.
-    pub embedding_on_host: bool,
+    /// What is in the host's memory beside a GPU.
+    pub on_host: OnHost,
     /// Every part of it.
     pub account: Account,
     /// Bytes of block inputs in pinned memory or in a file.
@@ -67,11 +69,11 @@ pub fn plan(
     let choice = demand.choose(limit)?;
     let plan = demand.plan(&choice.settings);
     let account = Account::planned(demand.outside(&choice), &plan);
-    let Choice { settings, stream, embedding_on_host, .. } = choice;
+    let Choice { settings, stream, on_host, .. } = choice;
     let memory = Memory {
         settings,
         stream,
-        embedding_on_host,
+        on_host,
         account,
         offloaded_bytes: plan.offloaded_bytes() as u64,
         in_process: around.in_process,
@@ -86,7 +88,7 @@ impl Memory {
         let total = ByteSize(self.account.planned_bytes());
         let tokens = self.settings.tokens;
         let streamed = if self.stream { "; weights are streamed from their file" } else { "" };
-        let embedding = if self.embedding_on_host { "; the embedding is on the host" } else { "" };
+        let on_host = self.on_host.in_words().map_or(String::new(), |what| format!("; {what}"));
         let tiled = self.settings.tiled().then(|| self.settings.mlp_tile());
         let tiled = tiled.map_or(String::new(), |t| format!("; MLP in tiles of {t} tokens"));
         let offloaded = match self.offloaded_bytes {
@@ -95,7 +97,7 @@ impl Memory {
         };
         format!(
             "plan: {total} for {tokens} tokens in a forward pass; {kept} of {layers} blocks keep \
-             their activations{offloaded}{tiled}{streamed}{embedding}"
+             their activations{offloaded}{tiled}{streamed}{on_host}"
         )
     }
 }
@@ -125,5 +127,6 @@ fn sizes(
         mlp_tile_length: args.resources.mlp_tile_length.map(NonZeroUsize::get),
         scratch_folder: Some(args.output.out.clone()),
         widen_ahead: true,
+        head_on_host: false,
     })
 }

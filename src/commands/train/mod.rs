@@ -60,10 +60,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let (adapter, origin) = base.adapter(args)?;
     let mut data = data::prepare(args, &base, &progress)?;
     let memory = memory::plan(args, &base, &adapter, &data, &kernels, &progress)?;
-    let kernels = match memory.embedding_on_host {
-        true => kernels.with_embedding_on_host(),
-        false => kernels,
-    };
+    let kernels = kernels.keeping_on_host(memory.on_host);
     let parameters = base.parameters(&adapter);
     let predicted = (memory.account.planned_bytes(), memory.in_process);
     let row = |row: &Row| (row.name.clone(), row.planned_bytes);

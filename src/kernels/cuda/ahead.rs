@@ -8,7 +8,10 @@
 //!
 //! Only the frozen weight is widened ahead; what adapters add to it lies outside of it and is
 //! written when it is used. Streamed weights are guessed within their block, as the next block may
-//! still be on its way, and forgotten when another block takes their place.
+//! still be on its way, and forgotten when another block takes their place. A head on the host takes
+//! turns in the same buffers, a tile after another: these are copied, not widened.
+
+use std::ops::Range;
 
 use super::driver::{Address, Driver};
 use super::memory::Buffer;
@@ -20,11 +23,40 @@ pub(super) const AHEAD_SLOTS: usize = 2;
 /// Weights that one product takes at most: q, k and v.
 pub(super) const STACKED: usize = 3;
 
-/// A weight, or some of equal width one below the other, and how their rows shall lie.
+/// What a buffer is filled from.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) enum Source {
+    /// Rows of a 4-bit weight from this one on.
+    Packed(Packed, usize),
+    /// Rows in bf16 in pinned memory of the host.
+    Pinned(Address),
+}
+
+/// Some rows.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Part {
+    pub source: Source,
+    pub rows: usize,
+}
+
+impl Part {
+    fn of<D: Driver>(weight: &DeviceWeight<D>, rows: Range<usize>) -> Self {
+        let source = match weight.form {
+            Form::Packed(packed) => Source::Packed(packed, rows.start),
+            Form::Dense(address) => {
+                assert!(weight.on_host, "a dense weight on the device is an operand as it lies");
+                Source::Pinned(address + 2 * (rows.start * weight.shape[1]) as u64)
+            }
+        };
+        Part { source, rows: rows.len() }
+    }
+}
+
+/// A weight, some of its rows, or several of equal width one below the other, and how the rows shall
+/// lie.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Wanted {
-    /// With their rows.
-    parts: [Option<(Packed, usize)>; STACKED],
+    parts: [Option<Part>; STACKED],
     /// Of each row.
     pub columns: usize,
     /// From one row to the next.
@@ -41,8 +73,8 @@ impl Wanted {
         let mut parts = [None; STACKED];
         for (part, weight) in parts.iter_mut().zip(weights) {
             match weight.form {
-                Form::Packed(packed) if (weight.shape[1], weight.place) == (columns, place) => {
-                    *part = Some((packed, weight.shape[0]));
+                Form::Packed(_) if (weight.shape[1], weight.place) == (columns, place) => {
+                    *part = Some(Part::of(weight, 0..weight.shape[0]));
                 }
                 _ => return None,
             }
@@ -50,17 +82,24 @@ impl Wanted {
         Some(Wanted { parts, columns, stride, place })
     }
 
-    /// The weights, each with the number of its first row and its rows.
-    pub fn parts(&self) -> impl Iterator<Item = (Packed, usize, usize)> {
+    /// Rows of a weight that is not an operand as it lies, one right behind the other.
+    pub fn of_rows<D: Driver>(weight: &DeviceWeight<D>, rows: Range<usize>) -> Self {
+        let (columns, place) = (weight.shape[1], weight.place);
+        let parts = [Some(Part::of(weight, rows)), None, None];
+        Wanted { parts, columns, stride: columns, place }
+    }
+
+    /// The parts, each with the number of its first row.
+    pub fn parts(&self) -> impl Iterator<Item = (Part, usize)> {
         let mut end = 0;
-        self.parts.into_iter().flatten().map(move |(packed, rows)| {
-            end += rows;
-            (packed, end - rows, rows)
+        self.parts.into_iter().flatten().map(move |part| {
+            end += part.rows;
+            (part, end - part.rows)
         })
     }
 
     fn elements(&self) -> usize {
-        self.parts().map(|(_, _, rows)| rows).sum::<usize>() * self.stride
+        self.parts().map(|(part, _)| part.rows).sum::<usize>() * self.stride
     }
 }
 
@@ -111,8 +150,8 @@ impl<D: Driver> Ahead<D> {
         self.seen.clear();
     }
 
-    /// The next buffer, for whatever: its address, and the slot to wait for.
-    pub fn take(&mut self) -> (Address, Option<usize>) {
+    /// The next buffer: its address, and the slot to wait for.
+    fn take(&mut self) -> (Address, Option<usize>) {
         self.current = (self.current + 1) % self.buffers.len();
         self.guessed = None;
         let pending = std::mem::take(&mut self.pending[self.current]);

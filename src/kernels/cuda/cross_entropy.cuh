@@ -4,6 +4,9 @@
 // maximum and sum together, rescaled when the maximum grows, then the gradient.
 // A target that is not below the vocabulary marks a row that does not count: loss and gradient 0.
 // Twin of src/kernels/cpu/cross_entropy.rs.
+//
+// Where the logits come in tiles of the vocabulary, three numbers a row go from one to the next:
+// maximum, Σ e^{z − maximum}, and the target's logit.
 #pragma once
 #include "reduce.cuh"
 #include "vector.cuh"
@@ -77,4 +80,48 @@ __device__ __forceinline__ void cross_entropy_row(T* logits, int stride, const u
         for_pieces(vocab_size, aligned,
                    LogitGradient<T>{logits, target, largest, used / total, used});
     }
+}
+
+struct TileStatistics {
+    float largest, sum, chosen;
+};
+
+/// Goes on with a row's tile of `columns` that begins with the vocabulary's `first`.
+__device__ __forceinline__ void tile_statistics_row(const bfloat16* logits, int stride, int columns,
+                                                    const u32* targets, int first, bool fresh,
+                                                    TileStatistics* statistics) {
+    const i64 row = blockIdx.x;
+    const bool aligned = rows_aligned(logits, stride);
+    logits = row_of(logits, row, stride);
+    RunningSum running = {-3.0e38f, 0.0f};
+    for_pieces(columns, aligned, SumExponentials<bfloat16>{logits, &running});
+    const float largest = block_max(running.largest);
+    const float sum = block_sum(running.sum * expf(running.largest - largest));
+    if (threadIdx.x != 0) return;
+    const u32 target = targets[row] - static_cast<u32>(first);
+    const bool here = target < static_cast<u32>(columns);
+    const TileStatistics nothing = {-3.0e38f, 0.0f, 0.0f};
+    const TileStatistics before = fresh ? nothing : statistics[row];
+    const float top = fmaxf(before.largest, largest);
+    statistics[row] = {top,
+                       before.sum * expf(before.largest - top) + sum * expf(largest - top),
+                       here ? to_f32(logits[target]) : before.chosen};
+}
+
+__device__ __forceinline__ float tile_loss(const TileStatistics& statistics, bool counts) {
+    return counts ? statistics.largest + logf(statistics.sum) - statistics.chosen : 0.0f;
+}
+
+/// Logits of a tile become scale · their gradient.
+__device__ __forceinline__ void tile_gradient_row(bfloat16* logits, int stride, int columns,
+                                                  const u32* targets, int first, int vocab_size,
+                                                  float scale, const TileStatistics* statistics) {
+    const i64 row = blockIdx.x;
+    const bool aligned = rows_aligned(logits, stride);
+    const float used = targets[row] < static_cast<u32>(vocab_size) ? scale : 0.0f;
+    const u32 target = targets[row] - static_cast<u32>(first);
+    const TileStatistics all = statistics[row];
+    for_pieces(columns, aligned,
+               LogitGradient<bfloat16>{row_of(logits, row, stride), target, all.largest,
+                                       used / all.sum, used});
 }

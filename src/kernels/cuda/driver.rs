@@ -194,7 +194,13 @@ pub trait Driver: Send + Sync + 'static {
     /// What the driver reports.
     fn launch_ahead(&self, launch: Launch, slot: usize) -> Result<()>;
 
-    /// What is queued from now on waits for the last kernel of `slot`; the program does not.
+    /// The same with a copy out of staging memory, which must stay as it is until it was awaited.
+    ///
+    /// # Errors
+    /// What the driver reports.
+    fn copy_ahead(&self, from: *const u8, to: Address, bytes: usize, slot: usize) -> Result<()>;
+
+    /// What is queued from now on waits for the last kernel or copy of `slot`; the program does not.
     ///
     /// # Errors
     /// What the driver reports.

@@ -30,12 +30,12 @@
 //! are operands where they lie. [`super::together`] has linears that read the same rows.
 
 use super::Cuda;
-use super::ahead::{Ahead, Wanted};
+use super::ahead::{Ahead, Part, Source, Wanted};
 use super::driver::{Address, Argument, Driver, Launch, Operand, Product};
 use super::host::DeviceVector;
 use super::launch::{FLAT_THREADS, ROW_THREADS, columns as columns_grid, launch, rows as row_grid};
 use super::memory::{Buffer, Rows};
-use super::weight::{DeviceWeight, Form, Packed};
+use super::weight::{DeviceWeight, Packed};
 use crate::error::Result;
 use crate::kernels::{Columns, LoraShape, LoraTerm};
 
@@ -244,8 +244,7 @@ fn beta(accumulate: bool) -> f32 {
 
 impl<D: Driver> Cuda<D> {
     /// 4-bit weights in bf16, one below the other, their rows `stride` apart, in a buffer of at least
-    /// `elements`; `None` where one is dense, and where the buffers are smaller. The weight that
-    /// follows in a pass is widened meanwhile, see [`super::ahead`].
+    /// `elements`; `None` where one is dense, and where the buffers are smaller.
     pub(super) fn widened(
         &self,
         weights: &[&DeviceWeight<D>],
@@ -253,30 +252,57 @@ impl<D: Driver> Cuda<D> {
         elements: usize,
     ) -> Option<Rows> {
         let wanted = Wanted::new(weights, stride)?;
-        let turn = {
-            let mut state = self.state();
-            let ahead = state.ahead.as_mut().expect("a plan is allocated");
-            if ahead.elements() < elements {
-                return None;
-            }
-            ahead.turn(wanted)
-        };
+        (elements <= self.room_for_widened()).then(|| self.brought(wanted))
+    }
+
+    /// Elements of a buffer for widened weights.
+    pub(super) fn room_for_widened(&self) -> usize {
+        self.state().ahead.as_ref().expect("a plan is allocated").elements()
+    }
+
+    /// What is wanted, in a buffer. What follows it in a pass is brought meanwhile, see
+    /// [`super::ahead`].
+    pub(super) fn brought(&self, wanted: Wanted) -> Rows {
+        let turn = self.state().ahead.as_mut().expect("a plan is allocated").turn(wanted);
         self.await_ahead(turn.pending);
         if !turn.ready {
-            self.note(widen(&wanted, turn.to, |launch| self.driver().launch(launch)));
+            self.note(self.bring(&wanted, turn.to, None));
         }
         if let Some((next, slot, address)) = turn.next {
-            let ahead = |launch: Launch| self.driver().launch_ahead(launch, slot);
-            let result = widen(&next, address, ahead);
+            let result = self.bring(&next, address, Some(slot));
             if result.is_err() {
                 self.forget_ahead();
             }
             self.note(result);
         }
-        Some(Rows { address: turn.to, stride })
+        Rows { address: turn.to, stride: wanted.stride }
     }
 
-    /// What is queued from now on waits for what was widened ahead in these slots.
+    /// Fills a buffer in its turn, or ahead into a slot.
+    fn bring(&self, wanted: &Wanted, to: Address, slot: Option<usize>) -> Result<()> {
+        let driver = self.driver();
+        wanted.parts().try_for_each(|(Part { source, rows }, first)| {
+            let to = Rows { address: to, stride: wanted.stride }.row(first);
+            match source {
+                Source::Packed(packed, first) => {
+                    let rows = (first, rows);
+                    dequantize(packed, rows, wanted.columns, to, |launch| match slot {
+                        None => driver.launch(launch),
+                        Some(slot) => driver.launch_ahead(launch, slot),
+                    })
+                }
+                Source::Pinned(from) => {
+                    let (from, bytes) = (from as *const u8, 2 * rows * wanted.columns);
+                    match slot {
+                        None => driver.upload_staged(from, to.address, bytes),
+                        Some(slot) => driver.copy_ahead(from, to.address, bytes, slot),
+                    }
+                }
+            }
+        })
+    }
+
+    /// What is queued from now on waits for what was brought ahead into these slots.
     fn await_ahead(&self, slots: impl IntoIterator<Item = usize>) {
         slots.into_iter().for_each(|slot| self.note(self.driver().await_ahead(slot)));
     }
@@ -291,39 +317,24 @@ impl<D: Driver> Cuda<D> {
     /// the buffers for widened weights are smaller than this one.
     fn for_panels(&self, weight: &DeviceWeight<D>, mut product: impl FnMut(Panel)) {
         let [rows, columns] = weight.shape;
-        let packed = match weight.form {
-            Form::Dense(address) => {
-                let whole = Rows { address, stride: columns };
-                return product(Panel { first: 0, count: rows, rows: whole });
-            }
-            Form::Packed(packed) => packed,
-        };
-        if let Some(whole) = self.widened(&[weight], columns, rows * columns) {
+        if let Some(whole) = weight.operand() {
             return product(Panel { first: 0, count: rows, rows: whole });
         }
-        let (elements, (address, pending)) = {
-            let mut state = self.state();
-            let ahead = state.ahead.as_mut().expect("a plan is allocated");
-            (ahead.elements(), ahead.take())
-        };
-        self.await_ahead(pending);
-        let panel = Rows { address, stride: columns };
-        let height = (elements / columns).clamp(1, rows);
+        let height = panel_rows(self.room_for_widened() / columns, rows);
         for first in (0..rows).step_by(height) {
             let count = height.min(rows - first);
-            let launch = |launch: Launch| self.driver().launch(launch);
-            self.note(dequantize(packed, (first, count), columns, panel, launch));
-            product(Panel { first, count, rows: panel });
+            let wanted = Wanted::of_rows(weight, first..first + count);
+            product(Panel { first, count, rows: self.brought(wanted) });
         }
     }
 }
 
-/// Widens all that is wanted, to `address` on.
-fn widen(wanted: &Wanted, address: Address, launch: impl Fn(Launch) -> Result<()>) -> Result<()> {
-    let to = |first| Rows { address, stride: wanted.stride }.row(first);
-    wanted.parts().try_for_each(|(packed, first, rows)| {
-        dequantize(packed, (0, rows), wanted.columns, to(first), &launch)
-    })
+/// Rows of a panel, if `most` have room and there are `all`: then columns of what a panel makes begin
+/// on 16 bytes.
+pub(super) fn panel_rows(most: usize, all: usize) -> usize {
+    let aligned = most / STRIDE_ELEMENTS * STRIDE_ELEMENTS;
+    let rows = if most >= all { all } else { aligned };
+    rows.max(1)
 }
 
 /// Widens `count` rows of a 4-bit weight from row `first` on.

@@ -271,6 +271,32 @@ cross_entropy_f32(float* logits, int stride, const u32* targets, int vocab_size,
     cross_entropy_row(logits, stride, targets, vocab_size, scale, gradient, losses);
 }
 
+// statistics[row] = {maximum, Σ e^{z − maximum}, the target's z} of the tiles so far: those of columns
+// `first`.. of the vocabulary added to what was there, or with `fresh` alone. Rows; 1024 threads are
+// best. Kernels::head_loss of a head in tiles.
+extern "C" __global__ void __launch_bounds__(1024)
+tile_statistics(const bfloat16* logits, int stride, int columns, const u32* targets, int first,
+                int fresh, TileStatistics* statistics) {
+    tile_statistics_row(logits, stride, columns, targets, first, fresh, statistics);
+}
+
+// losses[row] once all tiles were added; 0 for a target ≥ vocab_size. Flat.
+extern "C" __global__ void __launch_bounds__(256)
+tile_losses(const TileStatistics* statistics, const u32* targets, int vocab_size, int rows,
+            float* losses) {
+    const int first = blockIdx.x * blockDim.x + threadIdx.x;
+    for (int row = first; row < rows; row += gridDim.x * blockDim.x) {
+        losses[row] = tile_loss(statistics[row], targets[row] < static_cast<u32>(vocab_size));
+    }
+}
+
+// The tile's logits become scale · ∂loss/∂logits. Rows; 1024 threads are best.
+extern "C" __global__ void __launch_bounds__(1024)
+tile_gradient(bfloat16* logits, int stride, int columns, const u32* targets, int first,
+              int vocab_size, float scale, const TileStatistics* statistics) {
+    tile_gradient_row(logits, stride, columns, targets, first, vocab_size, scale, statistics);
+}
+
 // ---------------------------------------------------------------- sums
 
 // partial[block] = the block's share of Σ x, in f64. Flat; at most 1024 blocks are useful, and the

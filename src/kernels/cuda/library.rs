@@ -461,6 +461,14 @@ impl Driver for Gpu {
         self.aside(self.ahead, self.prepared[slot], |stream| self.launch_on(stream, launch))
     }
 
+    fn copy_ahead(&self, from: *const u8, to: Address, bytes: usize, slot: usize) -> Result<()> {
+        self.aside(self.ahead, self.prepared[slot], |stream| {
+            // SAFETY: as above.
+            let code = unsafe { (self.cuda.upload)(to, from.cast(), bytes, stream) };
+            self.cuda.check("copy a part of the head", code)
+        })
+    }
+
     fn await_ahead(&self, slot: usize) -> Result<()> {
         self.wait_for(self.prepared[slot])
     }

@@ -6,8 +6,15 @@ use super::launch::{FLAT_THREADS, launch, partial_sums, rows as row_grid};
 use super::memory::{Buffer, PARTIALS};
 use crate::error::Result;
 
-/// Losses of a chunk's rows, partial sums and the sum, in one region: the f64 values first.
+/// What is kept of a row whose logits come in tiles: their maximum, Σ e^{z − maximum}, the target's.
+pub(super) const TILE_STATISTICS: usize = 3;
+
+/// Partial sums and the sum, losses of a chunk's rows, and where these come in tiles what is kept of
+/// each, in one region: the f64 values first.
 pub struct LossSum<D: Driver>(pub(super) Buffer<D>);
+
+/// Threads that a row of logits has.
+pub(super) const LOGIT_THREADS: u32 = 1024;
 
 impl<D: Driver> LossSum<D> {
     fn partials(&self) -> Address {
@@ -18,8 +25,24 @@ impl<D: Driver> LossSum<D> {
         self.0.at(2 * PARTIALS..2 * PARTIALS + 2)
     }
 
-    fn losses(&self, rows: usize) -> Address {
+    pub(super) fn losses(&self, rows: usize) -> Address {
         self.0.at(2 * PARTIALS + 2..2 * PARTIALS + 2 + rows)
+    }
+
+    /// Of `rows`, behind their losses.
+    pub(super) fn tile_statistics(&self, rows: usize) -> Address {
+        let start = 2 * PARTIALS + 2 + rows;
+        self.0.at(start..start + TILE_STATISTICS * rows)
+    }
+
+    /// Adds the losses of `rows`.
+    pub(super) fn add_losses(&self, cuda: &Cuda<D>, rows: usize) {
+        let losses = Argument::Pointer(self.losses(rows));
+        let partials = Argument::Pointer(self.partials());
+        let grid = partial_sums(rows);
+        launch!(cuda, "sum_f32", grid, FLAT_THREADS; losses, rows as i64, partials);
+        launch!(cuda, "sum_partials", [1, 1, 1], FLAT_THREADS;
+            partials, grid[0], Argument::Pointer(self.sum()), true);
     }
 }
 
@@ -41,17 +64,12 @@ pub(super) fn cross_entropy<D: Driver>(
     scale: Option<f32>,
     loss: &LossSum<D>,
 ) {
-    const THREADS: u32 = 1024;
     let rows = targets.len();
     let Some(targets) = cuda.stage(targets) else { return };
     let losses = Argument::Pointer(loss.losses(rows));
     let logits = logits.rows(rows, vocab_size);
-    launch!(cuda, "cross_entropy_bf16", row_grid(rows), THREADS;
+    launch!(cuda, "cross_entropy_bf16", row_grid(rows), LOGIT_THREADS;
         logits.argument(), logits.stride, targets, vocab_size,
         scale.unwrap_or(0.0), scale.is_some(), losses);
-    let partials = Argument::Pointer(loss.partials());
-    let grid = partial_sums(rows);
-    launch!(cuda, "sum_f32", grid, FLAT_THREADS; losses, rows as i64, partials);
-    launch!(cuda, "sum_partials", [1, 1, 1], FLAT_THREADS;
-        partials, grid[0], Argument::Pointer(loss.sum()), true);
+    loss.add_losses(cuda, rows);
 }

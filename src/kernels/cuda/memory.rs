@@ -122,6 +122,11 @@ impl<D: Driver> Buffer<D> {
         self.band(Columns::all(width), rows)
     }
 
+    /// The memory as another matrix, whatever its rows are planned to be.
+    pub(super) fn as_matrix(&self, rows: usize, width: usize) -> Rows {
+        Rows { address: self.inside(0..rows * width), stride: width }
+    }
+
     /// `rows` rows of a band of columns.
     pub(super) fn band(&self, band: Columns, rows: usize) -> Rows {
         let stride = self.pitch.map_or(band.stride, |pitch| {

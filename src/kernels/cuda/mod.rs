@@ -13,6 +13,7 @@ pub mod driver;
 mod elementwise;
 mod frozen;
 mod functions;
+mod head;
 mod host;
 mod launch;
 pub mod library;
@@ -44,18 +45,19 @@ use together::Stack;
 use weight::{DeviceWeight, Tables};
 
 use crate::error::{Error, Result};
+use crate::plan::OnHost;
 
 /// A GPU as a backend. Clones share it; one model at a time works on it.
 pub struct Cuda<D: Driver> {
     shared: Arc<Shared<D>>,
     attention: AttnImplementation,
-    embedding_on_host: bool,
+    on_host: OnHost,
 }
 
 impl<D: Driver> Clone for Cuda<D> {
     fn clone(&self) -> Self {
-        let Cuda { ref shared, attention, embedding_on_host } = *self;
-        Cuda { shared: shared.clone(), attention, embedding_on_host }
+        let Cuda { ref shared, attention, on_host } = *self;
+        Cuda { shared: shared.clone(), attention, on_host }
     }
 }
 
@@ -89,7 +91,7 @@ impl<D: Driver> Cuda<D> {
         let scalars = Allocation::new(&driver, SCALARS_BYTES)?;
         let state = Mutex::new(State { staging: None, ahead: None, stack: None, failure: None });
         let shared = Arc::new(Shared { driver, tables, scalars, state });
-        Ok(Cuda { shared, attention: AttnImplementation::default(), embedding_on_host: false })
+        Ok(Cuda { shared, attention: AttnImplementation::default(), on_host: OnHost::Nothing })
     }
 
     /// The same, with attention computed as is said.

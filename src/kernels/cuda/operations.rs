@@ -14,9 +14,10 @@ use super::plan::{DEQUANTIZED, STACKED_A, STACKED_GRADIENT, cuda_layout, staged_
 use super::staging::Staging;
 use super::together::{self, Stack};
 use super::weight::{self, DeviceWeight};
-use super::{Cuda, attention, elementwise, frozen, low_rank, stream};
+use super::{Cuda, attention, elementwise, frozen, head, low_rank, stream};
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
+use crate::kernels::head::loss_at_once;
 use crate::kernels::{
     AttentionShape, Columns, DropoutMask, Kernels, LoraShape, LoraTerm, NormParameters,
     StreamedWeights, TokenLayout,
@@ -25,7 +26,7 @@ use crate::model::block::Linear;
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
 use crate::model::streaming::Streaming;
-use crate::plan::{EmbeddingPlace, MemoryPlan, Settings, WeightParts};
+use crate::plan::{MemoryPlan, OnHost, Settings, WeightParts};
 
 impl<D: Driver> Kernels for Cuda<D> {
     /// cuBLAS chooses a kernel for each shape.
@@ -98,12 +99,15 @@ impl<D: Driver> Kernels for Cuda<D> {
 
     fn check(&self, spec: &ModelSpec) -> Result<()> {
         self.attention.check(spec.head_dim)?;
-        let place = if self.embedding_on_host { EmbeddingPlace::Host } else { EmbeddingPlace::Gpu };
-        place.check(spec)
+        self.on_host.check(spec)
     }
 
-    fn with_embedding_on_host(self) -> Self {
-        Cuda { embedding_on_host: true, ..self }
+    fn keeping_on_host(self, what: OnHost) -> Self {
+        Cuda { on_host: what, ..self }
+    }
+
+    fn head_is_on_host(&self) -> bool {
+        self.on_host == OnHost::All
     }
 
     fn upload_weights(&self, weights: Vec<FrozenMatrix>) -> Result<Vec<DeviceWeight<D>>> {
@@ -111,12 +115,12 @@ impl<D: Driver> Kernels for Cuda<D> {
     }
 
     fn upload_embedding(&self, table: FrozenMatrix, is_head: bool) -> Result<DeviceWeight<D>> {
-        let (driver, tables) = (&self.shared.driver, &self.shared.tables);
-        if self.embedding_on_host && !is_head {
-            return weight::pin(driver, tables, &table);
-        }
-        let mut uploaded = weight::upload(driver, tables, vec![table])?;
-        Ok(uploaded.pop().expect("one was given"))
+        let input_on_host = self.on_host == OnHost::Input && !is_head;
+        weight::table(self, table, input_on_host || self.on_host == OnHost::All)
+    }
+
+    fn upload_head(&self, head: FrozenMatrix) -> Result<DeviceWeight<D>> {
+        weight::table(self, head, self.on_host == OnHost::All)
     }
 
     fn bytes_in_memory(&self, weight: &DeviceWeight<D>) -> WeightParts {
@@ -395,6 +399,36 @@ impl<D: Driver> Kernels for Cuda<D> {
         loss: &mut LossSum<D>,
     ) {
         loss::cross_entropy(self, logits, targets, vocab_size, scale, loss);
+    }
+
+    fn head_loss(
+        &self,
+        head: &DeviceWeight<D>,
+        x: &mut Buffer<D>,
+        logits: &mut Buffer<D>,
+        sum: Option<&mut Buffer<D>>,
+        targets: &[u32],
+        vocab_size: usize,
+        scale: Option<f32>,
+        loss: &mut LossSum<D>,
+    ) {
+        if !head.on_host {
+            return loss_at_once(self, head, x, logits, targets, vocab_size, scale, loss);
+        }
+        let gradient = scale.zip(sum.as_deref());
+        head::loss_in_tiles(self, head, x, logits, targets, gradient, loss);
+    }
+
+    fn head_score(
+        &self,
+        head: &DeviceWeight<D>,
+        x: &Buffer<D>,
+        logits: &mut Buffer<D>,
+        targets: &[u32],
+        _vocab_size: usize,
+        loss: &mut LossSum<D>,
+    ) -> Result<Vec<bool>> {
+        head::score(self, head, x, logits, targets, loss)
     }
 
     fn gather_rows(&self, from: &Buffer<D>, rows: &[u32], to: &mut Buffer<D>, width: usize) {

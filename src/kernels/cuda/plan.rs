@@ -6,6 +6,7 @@ use crate::plan::{Component, MemoryPlan, Pitch, Region, RegionType, Settings, la
 
 use super::attention::{AttnImplementation, WorkLayout};
 use super::frozen::{STRIDE_ELEMENTS, extended_elements, tail_columns};
+use super::loss::TILE_STATISTICS;
 use super::memory::PARTIALS;
 
 /// cuBLAS' workspace: what NVIDIA recommends for Hopper, enough for every earlier card.
@@ -89,8 +90,9 @@ pub fn cuda_layout(
             push(Component::BlockWorkspace, STACKED_GRADIENT, wide, elements);
         }
     }
-    // Two words for each f64.
-    let loss = 2 * (PARTIALS + 1) + settings.logit_rows;
+    // Two words for each f64; a loss for each row, and what its tiles add up to.
+    let rows = settings.head(spec.vocab_size).rows;
+    let loss = 2 * (PARTIALS + 1) + (1 + TILE_STATISTICS) * rows;
     push(Component::LogitsChunk, "cuda.loss", wide, loss);
     let chunks = settings.tokens.div_ceil(settings.logit_rows.max(1));
     let words = UPLOADS_PER_TOKEN * (settings.tokens + UPLOAD_WORDS * (chunks + 2));
@@ -167,7 +169,7 @@ fn leave_room(spec: &ModelSpec, settings: &Settings, region: &mut Region) {
 fn align_rows(width: usize, region: &mut Region) {
     let stride = width.next_multiple_of(STRIDE_ELEMENTS);
     if stride > width {
-        region.elements = region.elements / width * stride;
+        region.elements = region.elements.div_ceil(width) * stride;
         region.pitch = Some(Pitch { width, stride });
     }
 }
@@ -198,5 +200,6 @@ type Product = &'static [LinearRole];
 fn is_wide(name: &str) -> bool {
     let optimizer = name.starts_with("adapter.") && name != "adapter.working";
     let statistics = name.ends_with("stats") || name.ends_with(".lse");
-    optimizer || statistics || name.starts_with("rotary.") || name == "work.attention"
+    let work = ["work.attention", "head.sum"].contains(&name);
+    optimizer || statistics || work || name.starts_with("rotary.")
 }

@@ -9,8 +9,9 @@ use half::bf16;
 use nibble_quant::codebook::{dynamic_map, unsigned_dynamic_map};
 use nibble_quant::{Absmax, BlockFormat, NESTED_BLOCK_SIZE, PackedWeight, QuantType};
 
+use super::Cuda;
 use super::driver::{self, Address, Argument, Driver};
-use super::memory::Allocation;
+use super::memory::{Allocation, Rows};
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::plan::WeightParts;
@@ -27,12 +28,22 @@ pub struct DeviceWeight<D: Driver> {
     pub(super) bytes: WeightParts,
     /// Where it lies, if others take turns with it there.
     pub(super) place: Option<Address>,
+    /// Whether that is pinned memory of the host.
+    pub(super) on_host: bool,
     /// Keeps it alive.
     _memory: Arc<dyn Any + Send + Sync>,
     _driver: PhantomData<D>,
 }
 
 impl<D: Driver> DeviceWeight<D> {
+    /// Its rows, where products can read them as they lie.
+    pub(super) fn operand(&self) -> Option<Rows> {
+        match self.form {
+            Form::Dense(address) if !self.on_host => Some(Rows { address, stride: self.shape[1] }),
+            _ => None,
+        }
+    }
+
     /// The same, that others take turns with in the memory at `place`.
     pub(super) fn in_turns_at(self, place: Address) -> Self {
         DeviceWeight { place: Some(place), ..self }
@@ -205,7 +216,8 @@ pub(super) fn at<D: Driver>(
         }
     };
     let _memory = memory.clone();
-    DeviceWeight { shape, form, bytes, place: None, _memory, _driver: PhantomData }
+    let (place, on_host) = (None, false);
+    DeviceWeight { shape, form, bytes, place, on_host, _memory, _driver: PhantomData }
 }
 
 fn packed_at<D: Driver>(
@@ -253,6 +265,20 @@ pub(super) fn upload<D: Driver>(
     weights.into_iter().map(place).collect()
 }
 
+/// An embedding or a head, on the device or in pinned memory of the host.
+pub(super) fn table<D: Driver>(
+    cuda: &Cuda<D>,
+    table: FrozenMatrix,
+    on_host: bool,
+) -> Result<DeviceWeight<D>> {
+    let (driver, tables) = (&cuda.shared.driver, &cuda.shared.tables);
+    if on_host {
+        return pin(driver, tables, &table);
+    }
+    let mut uploaded = upload(driver, tables, vec![table])?;
+    Ok(uploaded.pop().expect("one was given"))
+}
+
 fn write<D: Driver>(driver: &Arc<D>, part: &Part, to: Address) -> Result<()> {
     match part {
         Part::Stored(bytes) => driver.upload(bytes, to),
@@ -285,8 +311,8 @@ impl<D: Driver> Drop for Pinned<D> {
     }
 }
 
-/// Writes `weight` to pinned memory of the host, which kernels read where it lies.
-pub(super) fn pin<D: Driver>(
+/// Writes `weight` to pinned memory of the host, which kernels read where it lies, and copies do.
+fn pin<D: Driver>(
     driver: &Arc<D>,
     tables: &Tables<D>,
     weight: &FrozenMatrix,
@@ -304,5 +330,5 @@ pub(super) fn pin<D: Driver>(
         rest = later;
     }
     let weight = at(tables, weight, start as Address, &pinned);
-    Ok(DeviceWeight { bytes: WeightParts::default(), ..weight })
+    Ok(DeviceWeight { bytes: WeightParts::default(), on_host: true, ..weight })
 }

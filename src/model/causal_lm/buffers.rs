@@ -28,9 +28,13 @@ pub(super) struct Buffers<K: Kernels> {
 pub(super) struct HeadBuffers<B> {
     pub(super) logits: B,
     pub(super) input: B,
+    /// The head's input; in the backward pass its gradient.
     pub(super) norm: B,
     pub(super) stats: B,
-    pub(super) gradients: Option<(B, B)>,
+    /// That gradient while it is summed, where the head comes in tiles.
+    pub(super) sum: Option<B>,
+    /// Of the input.
+    pub(super) gradient: Option<B>,
 }
 
 impl<K: Kernels> Buffers<K> {
@@ -62,8 +66,8 @@ impl<K: Kernels> Buffers<K> {
                 input: arena.take("head.input"),
                 norm: arena.take("head.norm"),
                 stats: arena.take("head.norm_stats"),
-                gradients: training
-                    .then(|| (arena.take("head.gradient"), arena.take("head.input_gradient"))),
+                sum: (training && settings.head_on_host).then(|| arena.take("head.sum")),
+                gradient: training.then(|| arena.take("head.gradient")),
             },
         }
     }

@@ -143,6 +143,7 @@ impl<K: Kernels> Model<K> {
         settings: Settings,
         dropout: Option<(f32, u64)>,
     ) -> Result<Self> {
+        let settings = Settings { head_on_host: kernels.head_is_on_host(), ..settings };
         let frozen = Frozen { kernels, spec, weights, dropout };
         let reserved = frozen.reserve(&settings)?;
         Ok(frozen.with_buffers(settings, reserved))
@@ -258,7 +259,7 @@ impl<K: Kernels> Model<K> {
         let (tokens, _) = self.begin(batch)?;
         self.forward(&batch.input_ids, &tokens, Mode::default());
         let mut out = Vec::with_capacity(rows.len() * self.spec.vocab_size);
-        for chunk in rows.chunks(self.settings.logit_rows) {
+        for chunk in rows.chunks(self.settings.head(self.spec.vocab_size).whole_rows) {
             self.head_logits(chunk);
             let count = chunk.len() * self.spec.vocab_size;
             out.extend_from_slice(&self.kernels.values(&self.buffers.head.logits, 0..count)?);

@@ -1,7 +1,7 @@
 //! Forward through all blocks, the head and the loss, and backward.
 
 use super::batch::Targets;
-use super::buffers::Buffers;
+use super::buffers::{Buffers, HeadBuffers};
 use super::{Mode, Model};
 use crate::kernels::{Columns, Kernels, TokenLayout};
 use crate::model::block::{Cache, Dropout, Pass};
@@ -69,16 +69,23 @@ impl<K: Kernels> Model<K> {
         self.buffers.places[self.spec.num_layers]
     }
 
-    /// Logits of a chunk of rows into the head's buffer.
-    pub(super) fn head_logits(&mut self, rows: &[u32]) {
-        let (d, v, output) = (self.spec.hidden_size, self.spec.vocab_size, self.output_index());
+    /// What the head reads, of some rows.
+    pub(super) fn head_inputs(&mut self, rows: &[u32]) {
+        let (d, output) = (self.spec.hidden_size, self.output_index());
         let Model { kernels, weights, buffers, .. } = self;
-        let (head, count) = (&mut buffers.head, rows.len());
+        let head = &mut buffers.head;
         kernels.gather_rows(&buffers.inputs[output], rows, &mut head.input, d);
         let norm = &weights.final_norm;
-        kernels.norm_forward(norm, &head.input, &mut head.norm, &mut head.stats, count);
-        let logits = (&mut head.logits, Columns::all(v));
-        kernels.linear_forward(weights.head(), None, None, &head.norm, logits, count, false);
+        kernels.norm_forward(norm, &head.input, &mut head.norm, &mut head.stats, rows.len());
+    }
+
+    /// Logits of a chunk of rows into the head's buffer.
+    pub(super) fn head_logits(&mut self, rows: &[u32]) {
+        self.head_inputs(rows);
+        let Model { kernels, weights, buffers, spec, .. } = self;
+        let head = &mut buffers.head;
+        let logits = (&mut head.logits, Columns::all(spec.vocab_size));
+        kernels.linear_forward(weights.head(), None, None, &head.norm, logits, rows.len(), false);
     }
 
     /// Leaves the sum of losses in `self.loss`.
@@ -88,19 +95,17 @@ impl<K: Kernels> Model<K> {
             self.zero_stream_gradient();
         }
         self.kernels.clear_loss(&mut self.loss);
-        let chunk = self.settings.logit_rows;
+        let chunk = self.settings.head(v).rows;
         for (rows, ids) in targets.rows.chunks(chunk).zip(targets.ids.chunks(chunk)) {
-            self.head_logits(rows);
+            self.head_inputs(rows);
             let Model { kernels, weights, buffers, loss, .. } = self;
-            let (head, count) = (&mut buffers.head, rows.len());
-            kernels.cross_entropy(&mut head.logits, ids, v, scale, loss);
-            let gradients = scale.and(head.gradients.as_mut()).zip(buffers.work.gradients.as_mut());
-            let Some(((d_norm, d_input), stream)) = gradients else { continue };
-            let logits = (&head.logits, Columns::all(v));
-            kernels.linear_backward(weights.head(), None, logits, d_norm, count, false);
-            kernels.zero(d_input, count * d);
+            let HeadBuffers { logits, input, norm: x, stats, sum, gradient } = &mut buffers.head;
+            kernels.head_loss(weights.head(), x, logits, sum.as_mut(), ids, v, scale, loss);
+            let gradients = scale.and(gradient.as_mut()).zip(buffers.work.gradients.as_mut());
+            let Some((d_input, stream)) = gradients else { continue };
+            kernels.zero(d_input, rows.len() * d);
             let norm = &weights.final_norm;
-            kernels.norm_backward(norm, d_norm, &head.input, &head.stats, d_input, count);
+            kernels.norm_backward(norm, x, input, stats, d_input, rows.len());
             kernels.scatter_rows(d_input, rows, &mut stream.stream, d);
         }
         if let Some(streaming) = &mut self.weights.streaming {

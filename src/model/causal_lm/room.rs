@@ -47,6 +47,7 @@ impl<K: Kernels> Model<K> {
         settings: Settings,
         dropout: Option<(f32, u64)>,
     ) -> Result<Self> {
+        let settings = Settings { head_on_host: kernels.head_is_on_host(), ..settings };
         Frozen { kernels, spec, weights, dropout }.with_room(settings)
     }
 }

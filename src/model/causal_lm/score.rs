@@ -1,7 +1,6 @@
 //! How well a model foretells the trained tokens of a batch.
 
-use rayon::prelude::*;
-
+use super::buffers::HeadBuffers;
 use super::{Mode, Model};
 use crate::data::Batch;
 use crate::error::Result;
@@ -25,22 +24,16 @@ impl<K: Kernels> Model<K> {
     pub fn score(&mut self, batch: &Batch, adapters: bool) -> Result<Score> {
         let (tokens, targets) = self.begin(batch)?;
         self.forward(&batch.input_ids, &tokens, Mode { base_only: !adapters, ..Mode::default() });
-        let (vocab, chunk) = (self.spec.vocab_size, self.settings.logit_rows);
-        let mut score = Score::default();
+        let vocab = self.spec.vocab_size;
+        let chunk = self.settings.head(vocab).rows;
+        let mut likeliest = Vec::with_capacity(targets.ids.len());
         self.kernels.clear_loss(&mut self.loss);
         for (rows, ids) in targets.rows.chunks(chunk).zip(targets.ids.chunks(chunk)) {
-            self.head_logits(rows);
-            let Model { kernels, buffers, loss, .. } = self;
-            let logits = &mut buffers.head.logits;
-            let values = kernels.values(logits, 0..ids.len() * vocab)?;
-            let right = values.par_chunks(vocab).zip(ids).map(|(row, &id)| {
-                let chosen = row[id as usize];
-                row.iter().all(|&logit| logit <= chosen)
-            });
-            score.likeliest.par_extend(right);
-            kernels.cross_entropy(logits, ids, vocab, None, loss);
+            self.head_inputs(rows);
+            let Model { kernels, weights, buffers, loss, .. } = self;
+            let HeadBuffers { norm, logits, .. } = &mut buffers.head;
+            likeliest.extend(kernels.head_score(weights.head(), norm, logits, ids, vocab, loss)?);
         }
-        score.loss = self.kernels.read_loss(&self.loss)?;
-        Ok(score)
+        Ok(Score { loss: self.kernels.read_loss(&self.loss)?, likeliest })
     }
 }

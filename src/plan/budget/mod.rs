@@ -9,7 +9,7 @@ use crate::error::{Error, Result};
 use crate::kernels::cuda::staged_bytes;
 use crate::model::spec::ModelSpec;
 use crate::plan::cost::Pace;
-use crate::plan::embedding::EmbeddingPlace;
+use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::outside::{Outside, WeightParts};
 use crate::plan::region::MemoryPlan;
 use crate::plan::settings::{Policy, Settings};
@@ -101,8 +101,8 @@ pub struct Choice {
     pub settings: Settings,
     /// Whether the blocks' weights are streamed from their file.
     pub stream: bool,
-    /// Whether the embedding is in the host's memory beside a GPU.
-    pub embedding_on_host: bool,
+    /// What is in the host's memory beside a GPU.
+    pub on_host: OnHost,
     /// Where all of it comes from.
     pub(super) candidate: Candidate,
 }
@@ -110,14 +110,14 @@ pub struct Choice {
 impl Choice {
     /// What it does, for people.
     pub fn in_words(&self) -> String {
-        let Candidate { kept, others, stream, embedding_on_host, pieces } = self.candidate;
+        let Candidate { kept, others, stream, on_host, pieces } = self.candidate;
         let layers = self.settings.policies.len();
         let offloaded = kept < layers && others == Policy::Offload;
         let parts = [
             Some(format!("{kept} of {layers} blocks keep their activations")),
             offloaded.then(|| "inputs of the others offloaded".into()),
             stream.then(|| "weights streamed".into()),
-            embedding_on_host.then(|| "the embedding on the host".into()),
+            on_host.in_words().map(Into::into),
             pieces.then(|| {
                 let (tile, rows) = (self.settings.mlp_tile(), self.settings.logit_rows);
                 format!("tiles of {tile} tokens and {rows} rows of logits")
@@ -136,8 +136,8 @@ pub(super) struct Candidate {
     pub others: Policy,
     /// Whether the blocks' weights are streamed.
     pub stream: bool,
-    /// Whether the embedding is beside the GPU.
-    pub embedding_on_host: bool,
+    /// What is in the host's memory beside a GPU.
+    pub on_host: OnHost,
     /// Whether the MLP and the logits are made in smaller pieces than usual.
     pub pieces: bool,
 }
@@ -220,7 +220,7 @@ impl Demand<'_> {
         let fits = |candidate: &Candidate| self.fits(*candidate, bytes);
         // Ways that differ in the blocks that keep, most first: each block that keeps is faster and
         // takes memory, but for the last one, with which nothing is recomputed any more.
-        let way = |c: &Candidate| (c.others, c.stream, c.embedding_on_host, c.pieces);
+        let way = |c: &Candidate| (c.others, c.stream, c.on_host, c.pieces);
         let most = candidates.chunk_by(|a, b| way(a) == way(b)).filter_map(|kept| {
             let (all, fewer) = kept.split_first()?;
             let first = || fewer.get(fewer.partition_point(|candidate| !fits(candidate)));
@@ -229,8 +229,8 @@ impl Demand<'_> {
         most.copied().min_by(|a, b| seconds(a).total_cmp(&seconds(b)))
     }
 
-    /// Bytes of the host's memory beside a GPU that hold a run's offloaded inputs, its embedding, and
-    /// streamed blocks on their way.
+    /// Bytes of the host's memory beside a GPU that hold a run's offloaded inputs, its embedding and head,
+    /// and streamed blocks on their way.
     pub(super) fn pinned_for(&self, settings: &Settings, candidate: Candidate) -> u64 {
         if self.place == Place::Host {
             return 0;
@@ -245,8 +245,7 @@ impl Demand<'_> {
         };
         let streamed = self.weights.streamed.filter(|_| candidate.stream);
         let blocks = streamed.map_or(0, |streamed| streamed.blocks * streamed.block);
-        let embedding = if candidate.embedding_on_host { self.weights.embedding } else { 0 };
-        inputs as u64 + blocks + embedding
+        inputs as u64 + blocks + self.weights.on_host(candidate.on_host)
     }
 
     /// All that a way pins of the host's memory beside a GPU, with what is staged for uploads.
@@ -260,12 +259,15 @@ impl Demand<'_> {
         }
     }
 
-    /// The places that the embedding may have: the host's memory or not.
-    pub(super) fn embedding_places(&self) -> &'static [bool] {
-        match (self.place, self.weights.embedding, self.embedding) {
-            (Place::Host, ..) | (_, 0, _) | (.., EmbeddingPlace::Gpu) => &[false],
-            (.., EmbeddingPlace::Host) => &[true],
-            (.., EmbeddingPlace::Auto) => &[false, true],
+    /// What may be in the host's memory beside a GPU.
+    pub(super) fn embedding_places(&self) -> &'static [OnHost] {
+        use OnHost::{All, Input, Nothing};
+        match (self.place, self.embedding) {
+            (Place::Host, _) | (_, EmbeddingPlace::Gpu) => &[Nothing],
+            (_, EmbeddingPlace::HostInput) => &[Input],
+            (_, EmbeddingPlace::Host) => &[All],
+            (_, EmbeddingPlace::Auto) if self.weights.embedding == 0 => &[Nothing, All],
+            (_, EmbeddingPlace::Auto) => &[Nothing, Input, All],
         }
     }
 
@@ -292,17 +294,11 @@ impl Demand<'_> {
         };
         let mut candidates = Vec::new();
         for pieces in [false, true] {
-            for &embedding_on_host in self.embedding_places() {
+            for &on_host in self.embedding_places() {
                 for (&stream, &others) in
                     streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))
                 {
-                    let with = |&kept: &usize| Candidate {
-                        kept,
-                        others,
-                        stream,
-                        embedding_on_host,
-                        pieces,
-                    };
+                    let with = |&kept: &usize| Candidate { kept, others, stream, on_host, pieces };
                     candidates.extend(kept.iter().map(with));
                 }
             }
@@ -312,23 +308,21 @@ impl Demand<'_> {
 
     fn choice(&self, candidate: Candidate) -> Choice {
         let settings = self.with(self.settings, candidate);
-        let Candidate { stream, embedding_on_host, .. } = candidate;
-        Choice { settings, stream, embedding_on_host, candidate }
+        let Candidate { stream, on_host, .. } = candidate;
+        Choice { settings, stream, on_host, candidate }
     }
 
     /// `settings` with the policies and pieces of a candidate.
     pub(super) fn with(&self, settings: &Settings, candidate: Candidate) -> Settings {
         let policies = policies(self.spec.num_layers, candidate.kept, candidate.others);
-        let settings = Settings { policies, ..settings.clone() };
+        let head_on_host = candidate.on_host == OnHost::All;
+        let settings = Settings { policies, head_on_host, ..settings.clone() };
         if candidate.pieces { settings.in_pieces() } else { settings }
     }
 
     /// The frozen weights of a run with `settings`, where the run computes.
     fn weight_parts(&self, settings: &Settings, candidate: Candidate) -> WeightParts {
-        let weights = match candidate.embedding_on_host {
-            true => self.weights.with_embedding_on_host(),
-            false => self.weights,
-        };
+        let weights = self.weights.without(candidate.on_host);
         let streamed = weights.streamed.filter(|_| candidate.stream);
         streamed.map_or(weights.resident, |streamed| streamed.of_pass(settings.tokens))
     }

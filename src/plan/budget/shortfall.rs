@@ -4,7 +4,7 @@ use super::{Activations, Candidate, Choice, Demand, Limit, WeightsMode};
 use crate::cli::size::ByteSize;
 use crate::error::Error;
 use crate::plan::cost::Pace;
-use crate::plan::embedding::EmbeddingPlace;
+use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::fit::{largest, smallest_pieces};
 use crate::plan::moments::Optim;
 use crate::plan::settings::{Policy, Settings};
@@ -107,9 +107,9 @@ impl Demand<'_> {
         }
     }
 
-    /// Whether the embedding could be in two places.
-    fn places_embedding(&self) -> bool {
-        self.place == Place::Gpu && self.weights.embedding > 0
+    /// Whether embedding and head could be in two places.
+    pub(in crate::plan) fn places_embedding(&self) -> bool {
+        self.place == Place::Gpu && self.weights.head > 0
     }
 
     /// Calls `with` a demand that leaves open what is wished for.
@@ -155,8 +155,7 @@ impl Demand<'_> {
         }
         let asked = match self.embedding {
             EmbeddingPlace::Auto => embedding,
-            EmbeddingPlace::Gpu => "gpu",
-            EmbeddingPlace::Host => "host",
+            place => place.on_host().flag(),
         };
         if embedding != asked && self.places_embedding() {
             flags.push(format!("`--embedding {embedding}`"));
@@ -177,7 +176,7 @@ impl Demand<'_> {
 
     /// Values of `--activations`, `--weights` and `--embedding` for a candidate.
     pub(in crate::plan) fn words(&self, candidate: Candidate) -> [&'static str; 3] {
-        let Candidate { kept, others, stream, embedding_on_host, .. } = candidate;
+        let Candidate { kept, others, stream, on_host, .. } = candidate;
         let activations = match (kept, others) {
             (kept, _) if kept == self.spec.num_layers => "keep",
             (0, Policy::Offload) => "offload",
@@ -185,7 +184,7 @@ impl Demand<'_> {
             _ => "auto",
         };
         let weights = if stream { "stream" } else { "resident" };
-        [activations, weights, if embedding_on_host { "host" } else { "gpu" }]
+        [activations, weights, on_host.flag()]
     }
 
     /// With everything allowed: the longest forward pass within `bytes`, then the highest rank, then
@@ -224,22 +223,17 @@ impl Demand<'_> {
     /// What takes the least of this memory, and no more of the host's than there is.
     fn least(&self) -> Candidate {
         let stream = self.weights.streamed.is_some();
-        let embedding_on_host = self.embedding_places().contains(&true);
-        let with = |others, stream, embedding_on_host| Candidate {
-            kept: 0,
-            others,
-            stream,
-            embedding_on_host,
-            pieces: true,
-        };
+        let on_host = self.embedding_places().last().copied().unwrap_or_default();
+        let with =
+            |others, stream, on_host| Candidate { kept: 0, others, stream, on_host, pieces: true };
         let (offload, checkpoint) = (Policy::Offload, Policy::Checkpoint);
         let ways = [
-            with(offload, stream, embedding_on_host),
-            with(checkpoint, stream, embedding_on_host),
-            with(checkpoint, stream, false),
+            with(offload, stream, on_host),
+            with(checkpoint, stream, on_host),
+            with(checkpoint, stream, OnHost::Nothing),
         ];
         let pinned = |way: &Candidate| self.pinned_for(self.settings, *way) <= self.pinned_bytes;
-        ways.into_iter().find(pinned).unwrap_or(with(checkpoint, false, false))
+        ways.into_iter().find(pinned).unwrap_or(with(checkpoint, false, OnHost::Nothing))
     }
 
     /// The largest forward pass that fits, and what it needs.

@@ -9,7 +9,7 @@ const CHECKPOINT: Candidate = Candidate {
     kept: 0,
     others: Policy::Checkpoint,
     stream: false,
-    embedding_on_host: false,
+    on_host: OnHost::Nothing,
     pieces: false,
 };
 
@@ -40,6 +40,7 @@ fn settings(spec: &ModelSpec, tokens: usize) -> Settings {
         mlp_tile_length: None,
         scratch_folder: None,
         widen_ahead: true,
+        head_on_host: false,
     }
 }
 
@@ -51,7 +52,7 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
         layout: &layout,
         activations: Activations::Auto,
         mode: WeightsMode::Auto,
-        weights: WeightBytes { resident: codes(1 << 20), streamed: None, embedding: 0 },
+        weights: WeightBytes { resident: codes(1 << 20), streamed: None, embedding: 0, head: 0 },
         embedding: EmbeddingPlace::Auto,
         process_bytes: 100,
         place: Place::Host,
@@ -101,7 +102,7 @@ fn weights_are_streamed_where_that_saves_recomputation() {
     let spec = golden();
     let settings = settings(&spec, 1024);
     let streamed = Some(StreamedBytes::of_vectors(1 << 20));
-    let weights = WeightBytes { resident: codes(50 << 20), streamed, embedding: 0 };
+    let weights = WeightBytes { resident: codes(50 << 20), streamed, embedding: 0, head: 0 };
     let auto = Demand { weights, ..demand(&spec, &settings) };
     let keep = Candidate { kept: 6, ..CHECKPOINT };
     let most = auto.total_bytes(&settings, keep);
@@ -177,6 +178,11 @@ fn a_plan_over_budget_says_what_would_fit() {
     assert!(text.contains("and `--lora-r 1`"), "{text}");
 }
 
+/// Bytes of the frozen weights where the run computes.
+fn weights_of(demand: &Demand, candidate: Candidate) -> u64 {
+    demand.outside_of(candidate).weights.total()
+}
+
 /// With everything allowed on a GPU: what fits one budget fits a larger one, and no slower.
 #[test]
 fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
@@ -222,12 +228,19 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         };
         let keep = Candidate { kept: layers, ..CHECKPOINT };
         let chosen = without(EmbeddingPlace::Auto);
-        assert_eq!(chosen, Candidate { embedding_on_host: true, ..keep });
-        let weights = demand.outside_of(keep).weights.total();
-        assert_eq!(weights - demand.outside_of(chosen).weights.total(), demand.weights.embedding);
-        assert!(!without(EmbeddingPlace::Gpu).embedding_on_host);
+        assert_eq!(chosen, Candidate { on_host: OnHost::Input, ..keep });
+        let weights = weights_of(&demand, keep) - weights_of(&demand, chosen);
+        assert_eq!(weights, demand.weights.embedding);
+        assert_eq!(without(EmbeddingPlace::Gpu).on_host, OnHost::Nothing);
         let host = Demand { embedding: EmbeddingPlace::Host, ..demand.clone() };
-        assert!(host.choose(Limit::Free(u64::MAX)).unwrap().embedding_on_host);
+        let host = host.choose(Limit::Free(u64::MAX)).unwrap();
+        assert!(host.on_host == OnHost::All && host.settings.head_on_host);
+        // As much less as embedding and head, but for what a head in tiles works in.
+        let weights = weights_of(&demand, keep) - weights_of(&demand, host.candidate);
+        assert_eq!(weights, demand.weights.embedding + demand.weights.head);
+        let more = demand.plan(&host.settings).arena_bytes() as u64;
+        let less = demand.plan(&demand.with(&settings, keep)).arena_bytes() as u64;
+        assert!(more < less + (100 << 20), "{more}, {less}");
         // The host must have room for what is offloaded or streamed.
         let poor = Demand { pinned_bytes: 0, ..demand.clone() };
         match poor.choose(Limit::Budget(24 << 30)) {
@@ -266,12 +279,14 @@ fn the_nearest_plan_changes_the_least() {
     let least = asked.total_bytes(&settings, leanest);
     let says = |bytes| asked.choose(Limit::Budget(bytes)).unwrap_err().to_string();
     let text = says(least - 1);
+    assert!(text.contains("hint: `--embedding host-input` would need"), "{text}");
+    let all = Candidate { on_host: OnHost::All, ..leanest };
+    let text = says(asked.total_bytes(&settings, all));
     assert!(text.contains("hint: `--embedding host` would need"), "{text}");
-    let host = Candidate { embedding_on_host: true, ..leanest };
-    let text = says(asked.total_bytes(&settings, host) - (64 << 20));
+    let text = says(asked.total_bytes(&settings, all) - (64 << 20));
     assert!(text.contains("hint: `--weights stream` would need"), "{text}");
     // One change of several at once comes before the optimizer, which changes the result.
-    let text = says(3 << 30);
+    let text = says(4 << 30);
     for flag in ["--weights stream", "--embedding host", "--activations offload"] {
         assert!(text.contains(flag), "{text}");
     }

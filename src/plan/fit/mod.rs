@@ -8,10 +8,10 @@ use serde::Serialize;
 use crate::cli::size::ByteSize;
 use crate::plan::budget::{Candidate, Choice, Demand, Limit, WeightsMode};
 use crate::plan::cost::Pace;
+use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::moments::Optim;
 use crate::plan::settings::LEAST_LOGIT_ROWS;
 use crate::plan::settings::{Policy, Settings, logit_rows};
-use crate::plan::weights::Place;
 
 /// Lengths are multiples of this many tokens.
 const LENGTH_STEP: usize = 64;
@@ -71,8 +71,8 @@ pub struct Plan {
     pub others: Policy,
     /// Weights are streamed from their file.
     pub stream: bool,
-    /// The embedding is in the host's memory beside a GPU.
-    pub embedding_on_host: bool,
+    /// What is in the host's memory beside a GPU.
+    pub on_host: OnHost,
     /// Tokens that the MLP works on at a time.
     pub mlp_tile_tokens: usize,
     /// Tokens whose logits exist at a time.
@@ -164,10 +164,10 @@ impl Fit {
 
 impl Search<'_> {
     fn describe(&self, demand: &Demand, choice: &Choice) -> Plan {
-        let Candidate { kept, others, stream, embedding_on_host, .. } = choice.candidate;
+        let Candidate { kept, others, stream, on_host, .. } = choice.candidate;
         let [activations, weights, embedding] = demand.words(choice.candidate);
         let mut flags = format!("--activations {activations} --weights {weights}");
-        if demand.place == Place::Gpu && demand.weights.embedding > 0 {
+        if demand.places_embedding() {
             flags += &format!(" --embedding {embedding}");
         }
         if let Limit::Budget(bytes) = self.limit {
@@ -179,7 +179,7 @@ impl Search<'_> {
             kept,
             others,
             stream,
-            embedding_on_host,
+            on_host,
             mlp_tile_tokens: choice.settings.mlp_tile(),
             logit_rows: choice.settings.logit_rows,
             bytes: demand.total_bytes(demand.settings, choice.candidate),
@@ -194,7 +194,7 @@ impl Search<'_> {
         let uniform =
             streams.flat_map(|stream| policies.map(|policy| uniform(demand, policy, stream)));
         let mixed = (1..demand.spec.num_layers).contains(&self.plan.kept);
-        let whole = Candidate { embedding_on_host: false, pieces: false, ..self.plan };
+        let whole = Candidate { on_host: OnHost::Nothing, pieces: false, ..self.plan };
         let mut ways: Vec<Way> =
             uniform.chain(mixed.then_some(whole)).map(|whole| self.way(whole)).collect();
         let first = ways.first().map_or(1.0, |way| way.time);
@@ -202,7 +202,7 @@ impl Search<'_> {
         ways
     }
 
-    /// In smaller pieces, or with the embedding on the host, where only these fit.
+    /// In smaller pieces, or with tables on the host, where only these fit.
     fn way(&self, whole: Candidate) -> Way {
         let (demand, Asked { batch, length, .. }) = (self.demand, self.asked);
         let places = demand.embedding_places().iter();
@@ -210,11 +210,7 @@ impl Search<'_> {
             .into_iter()
             .flat_map(|pieces| {
                 let places = places.clone();
-                places.map(move |&embedding_on_host| Candidate {
-                    pieces,
-                    embedding_on_host,
-                    ..whole
-                })
+                places.map(move |&on_host| Candidate { pieces, on_host, ..whole })
             })
             .collect();
         // The first candidate that fits.
@@ -291,10 +287,10 @@ impl Search<'_> {
             let candidate = Candidate { stream: !plan.stream, ..plan };
             knobs.push(knob(format!("--weights {mode}"), same, candidate));
         }
-        if demand.place == Place::Gpu && demand.weights.embedding > 0 {
-            let place = if plan.embedding_on_host { "gpu" } else { "host" };
-            let candidate = Candidate { embedding_on_host: !plan.embedding_on_host, ..plan };
-            knobs.push(knob(format!("--embedding {place}"), same, candidate));
+        let anywhere = Demand { embedding: EmbeddingPlace::Auto, ..demand.clone() };
+        for &on_host in anywhere.embedding_places().iter().filter(|place| **place != plan.on_host) {
+            let flags = format!("--embedding {}", on_host.flag());
+            knobs.push(knob(flags, same, Candidate { on_host, ..plan }));
         }
         let mut with = |flags: String, settings: Settings| knobs.push(knob(flags, &settings, plan));
         let Asked { batch, length, .. } = self.asked;
@@ -343,8 +339,8 @@ impl Search<'_> {
         others
             .map(|(name, policy, _)| {
                 let candidate = uniform(demand, policy, plan.stream);
-                let Candidate { embedding_on_host, pieces, .. } = plan;
-                let candidate = Candidate { embedding_on_host, pieces, ..candidate };
+                let Candidate { on_host, pieces, .. } = plan;
+                let candidate = Candidate { on_host, pieces, ..candidate };
                 knob(format!("--activations {name}"), demand.settings, candidate)
             })
             .collect()
@@ -357,7 +353,7 @@ fn uniform(demand: &Demand, policy: Policy, stream: bool) -> Candidate {
         Policy::Keep => (demand.spec.num_layers, Policy::Checkpoint),
         others => (0, others),
     };
-    Candidate { kept, others, stream, embedding_on_host: false, pieces: false }
+    Candidate { kept, others, stream, on_host: OnHost::Nothing, pieces: false }
 }
 
 /// The largest `n` up to `most` that fits; what fits with more fits with less. Sizes are doubled

@@ -25,6 +25,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         mlp_tile_length: None,
         scratch_folder: None,
         widen_ahead: true,
+        head_on_host: false,
     };
     test(&Demand {
         spec: &spec,
@@ -36,6 +37,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
             resident: WeightParts { codes: 9 << 20, ..WeightParts::default() },
             streamed: Some(StreamedBytes::of_vectors(2 << 20)),
             embedding: 0,
+            head: 0,
         },
         embedding: EmbeddingPlace::Auto,
         process_bytes: 1 << 20,

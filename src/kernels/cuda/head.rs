@@ -1,0 +1,174 @@
+//! Losses a tile of the vocabulary at a time: under a head that is in the host's memory, and where it
+//! is asked which tokens are likeliest.
+//!
+//! ```text
+//! forward   for each tile W_t:  z = x·W_tᵀ;  m, Σ e^{z − m} and the target's z of each row go on
+//! backward  from the last one:  z again;  dz = scale · (e^{z − m} / Σ − [target]);  dx += dz·W_t
+//! ```
+//!
+//! A head on the host is read twice for a chunk of rows, and not twice for as many as have room for
+//! all their logits: 2·V·D bytes each time, beside 3 · 2·V·D floating-point operations a row. Tiles
+//! lie in the buffers of widened weights, which nobody needs meanwhile, and the next one is copied
+//! while the products with this one run ([`super::ahead`]); between both directions the last one
+//! stays. dx is summed in f32, and rounded once. One on the device is one tile.
+
+use std::ops::Range;
+
+use super::Cuda;
+use super::ahead::Wanted;
+use super::driver::{Argument, Driver, Product};
+use super::elementwise::convert;
+use super::frozen::{operand, panel_rows, product, transposed};
+use super::launch::{FLAT_THREADS, flat, launch, rows as row_grid};
+use super::loss::{LOGIT_THREADS, LossSum, TILE_STATISTICS};
+use super::memory::{Buffer, Rows};
+use super::weight::DeviceWeight;
+use crate::error::Result;
+
+/// What a chunk of rows works with.
+struct Chunk<'a, D: Driver> {
+    cuda: &'a Cuda<D>,
+    head: &'a DeviceWeight<D>,
+    rows: usize,
+    x: Rows,
+    logits: &'a Buffer<D>,
+    targets: Argument,
+    loss: &'a LossSum<D>,
+}
+
+/// Rows of the head, and where they lie.
+#[derive(Clone, Copy)]
+struct Tile {
+    first: usize,
+    count: usize,
+    rows: Rows,
+}
+
+/// Adds the losses; with `gradient`, a factor on it and where to sum it, x becomes that of x.
+pub(super) fn loss_in_tiles<D: Driver>(
+    cuda: &Cuda<D>,
+    head: &DeviceWeight<D>,
+    x: &Buffer<D>,
+    logits: &Buffer<D>,
+    targets: &[u32],
+    gradient: Option<(f32, &Buffer<D>)>,
+    loss: &LossSum<D>,
+) {
+    let Some(chunk) = Chunk::new(cuda, head, x, logits, targets, loss) else { return };
+    let Some(last) = chunk.add_losses() else { return };
+    let Some((scale, sum)) = gradient else { return };
+    chunk.add_gradient(&last, scale, sum, 0.0);
+    for tile in chunk.tiles().rev().skip(1) {
+        let tile = chunk.bring(tile);
+        chunk.logits(&tile);
+        chunk.add_gradient(&tile, scale, sum, 1.0);
+    }
+    convert(cuda, sum, x, chunk.rows * head.shape[1]);
+}
+
+/// Adds the losses, and tells of each row whether no logit is larger than its target's.
+///
+/// # Errors
+/// What went wrong before.
+pub(super) fn score<D: Driver>(
+    cuda: &Cuda<D>,
+    head: &DeviceWeight<D>,
+    x: &Buffer<D>,
+    logits: &Buffer<D>,
+    targets: &[u32],
+    loss: &LossSum<D>,
+) -> Result<Vec<bool>> {
+    let mut statistics = vec![0f32; TILE_STATISTICS * targets.len()];
+    if let Some(chunk) = Chunk::new(cuda, head, x, logits, targets, loss) {
+        chunk.add_losses();
+    }
+    let bytes = bytemuck::cast_slice_mut(&mut statistics);
+    cuda.download(loss.tile_statistics(targets.len()), bytes)?;
+    let likeliest = |row: &[f32]| row[0] <= row[2];
+    Ok(statistics.chunks_exact(TILE_STATISTICS).map(likeliest).collect())
+}
+
+impl<'a, D: Driver> Chunk<'a, D> {
+    /// `None` where the targets cannot be copied.
+    fn new(
+        cuda: &'a Cuda<D>,
+        head: &'a DeviceWeight<D>,
+        x: &Buffer<D>,
+        logits: &'a Buffer<D>,
+        targets: &[u32],
+        loss: &'a LossSum<D>,
+    ) -> Option<Self> {
+        let (rows, x) = (targets.len(), x.rows(targets.len(), head.shape[1]));
+        let targets = cuda.stage(targets)?;
+        Some(Chunk { cuda, head, rows, x, logits, targets, loss })
+    }
+
+    /// Rows of the head that have room, and their logits.
+    fn tiles(&self) -> impl DoubleEndedIterator<Item = Range<usize>> + use<D> {
+        let [vocab_size, width] = self.head.shape;
+        let room = self.logits.elements / self.rows;
+        let most = match self.head.operand() {
+            Some(_) => room,
+            None => room.min(self.cuda.room_for_widened() / width),
+        };
+        let height = panel_rows(most, vocab_size);
+        (0..vocab_size).step_by(height).map(move |first| first..vocab_size.min(first + height))
+    }
+
+    fn bring(&self, rows: Range<usize>) -> Tile {
+        let (first, count) = (rows.start, rows.len());
+        let rows = match self.head.operand() {
+            Some(whole) => whole.row(first),
+            None => self.cuda.brought(Wanted::of_rows(self.head, rows)),
+        };
+        Tile { first, count, rows }
+    }
+
+    fn statistics(&self) -> Argument {
+        Argument::Pointer(self.loss.tile_statistics(self.rows))
+    }
+
+    /// Leaves the last tile, and its logits.
+    fn add_losses(&self) -> Option<Tile> {
+        let (cuda, [vocab_size, _]) = (self.cuda, self.head.shape);
+        let last = self.tiles().fold(None, |_, tile| {
+            let tile = self.bring(tile);
+            self.add_statistics(&tile);
+            Some(tile)
+        });
+        let losses = Argument::Pointer(self.loss.losses(self.rows));
+        launch!(cuda, "tile_losses", flat(self.rows), FLAT_THREADS;
+            self.statistics(), self.targets, vocab_size, self.rows, losses);
+        self.loss.add_losses(cuda, self.rows);
+        last
+    }
+
+    /// Logits of a tile, one row right behind the other.
+    fn logits(&self, tile: &Tile) -> Rows {
+        let z = self.logits.as_matrix(self.rows, tile.count);
+        let shape = [self.rows, tile.count, self.head.shape[1]];
+        let operands = (operand(self.x), transposed(tile.rows));
+        self.cuda.gemm(shape, (1.0, 0.0), operands, product(z));
+        z
+    }
+
+    fn add_statistics(&self, tile: &Tile) {
+        let (cuda, z) = (self.cuda, self.logits(tile));
+        launch!(cuda, "tile_statistics", row_grid(self.rows), LOGIT_THREADS;
+            z.argument(), z.stride, tile.count, self.targets, tile.first, tile.first == 0,
+            self.statistics());
+    }
+
+    /// The logits become their gradient.
+    fn add_gradient(&self, tile: &Tile, scale: f32, sum: &Buffer<D>, beta: f32) {
+        let (cuda, [vocab_size, width]) = (self.cuda, self.head.shape);
+        let z = self.logits.as_matrix(self.rows, tile.count);
+        launch!(cuda, "tile_gradient", row_grid(self.rows), LOGIT_THREADS;
+            z.argument(), z.stride, tile.count, self.targets, tile.first, vocab_size, scale,
+            self.statistics());
+        let to = sum.rows(self.rows, width);
+        let to = Product { address: to.address, stride: to.stride, wide: true, batch_stride: 0 };
+        let operands = (operand(z), operand(tile.rows));
+        cuda.gemm([self.rows, width, tile.count], (1.0, beta), operands, to);
+    }
+}
