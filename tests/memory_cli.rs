@@ -185,7 +185,10 @@ fn a_budget_decides_which_blocks_keep_and_a_refusal_shows_the_way() {
         assert_eq!(number(&fitting, "kept_blocks"), kept, "{budget} of {most}");
         assert_eq!(number(&fitting, "mlp_tile_tokens") == 4096, whole, "{budget} of {most}");
     }
-    let refused = memory(&[&base[..], &["--budget", &(most / 4 * 3).to_string()]].concat());
+    let pieces = ["--mlp-tile-length", "1024", "--logits-chunk-length", "1024"];
+    let leanest = with(&[&["--activations", "offload"], &pieces[..]].concat());
+    let budget = (number(&leanest, "total_bytes") - 1).to_string();
+    let refused = memory(&[&base[..], &["--budget", &budget]].concat());
     let error = String::from_utf8_lossy(&refused.stderr);
     assert_eq!(refused.status.code(), Some(1));
     assert!(

@@ -8,7 +8,7 @@
 //! logits  = bytes of the head, twice a chunk of logits / rate of memory
 //! copies  = bytes to a GPU, or from the files of streamed weights, behind the computation
 //! rows    = the tokens' rows of an embedding on the host, over the bus
-//! tiles   = of a head on the host: a third product with it, and what of its copies the three do not hide
+//! tiles   = of a head on the host: a third product with it, and what products do not hide of its copies
 //! files   = offloaded inputs on the CPU, written and read
 //! ```
 //!
@@ -114,12 +114,13 @@ impl<'a> Pace<'a> {
     }
 
     /// Seconds that a head on the host adds: logits are made twice, and its tiles come twice for each
-    /// chunk of rows, behind the three products with them.
+    /// chunk of rows, behind one product and behind two.
     fn tiles_of_the_head(&self, settings: &Settings) -> f64 {
         let head = (self.demand.spec.vocab_size * self.demand.spec.hidden_size) as f64;
         let product = 2.0 * head * settings.tokens as f64 / self.rates.flops;
-        let copies = 2.0 * self.chunks(settings) * 2.0 * head / self.rates.copies;
-        product + (copies - 3.0 * product).max(0.0) + EXPOSED_SHARE * copies
+        let copy = self.chunks(settings) * 2.0 * head / self.rates.copies;
+        let waits = (copy - product).max(0.0) + (copy - 2.0 * product).max(0.0);
+        product + waits + EXPOSED_SHARE * 2.0 * copy
     }
 
     fn chunks(&self, settings: &Settings) -> f64 {

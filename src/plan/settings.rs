@@ -18,8 +18,8 @@ pub(super) const LEAST_LOGIT_ROWS: usize = 64;
 
 /// Rows of a head on the host that are on the GPU at a time, about: enough for whole tiles of a product.
 const HOST_HEAD_TILE: usize = 8192;
-/// Rows of its input that each reading of it serves, at most. From 2,700 on its products, of which
-/// there are three, take longer than two readings over PCIe 4.0; each takes 10·D bytes.
+/// Rows of its input that each reading of it serves, at most. Each takes 10·D bytes; from 4,000 on a
+/// product would take as long as a reading over PCIe 4.0, of which half are behind two products.
 const HOST_HEAD_ROWS: usize = 2048;
 
 /// What happens to a layer's activations between forward and backward.

@@ -55,6 +55,7 @@ struct Fiber {
     State state;
     unsigned lanes;  // of the warp barrier it waits at
     int place;       // which barrier
+    bool odd;        // whether its warp has met an odd number of times
     Index3 thread;
     std::vector<PendingCopy> copies;
     int group;  // of the copies that it starts next
@@ -76,7 +77,7 @@ struct Options {
 /// The block that this host thread runs.
 struct Block {
     std::vector<Fiber> fibers;
-    std::vector<Slot> slots;
+    std::vector<Slot> slots[2];  // of even and of odd meetings
     std::vector<std::pair<const void*, std::unique_ptr<char[]>>> shared;
     std::unique_ptr<char[]> dynamic_shared;
     size_t shared_bytes = 0;
@@ -198,7 +199,7 @@ inline void run_block(std::vector<Stack>& stacks) {
     const int threads = int(b.fibers.size());
     for (int i = 0; i < threads; i++) {
         const unsigned t = unsigned(i), x = b.dimensions.x, y = b.dimensions.y;
-        b.fibers[i] = Fiber{new_context(stacks[i], run_fiber), State::Ready, 0, 0,
+        b.fibers[i] = Fiber{new_context(stacks[i], run_fiber), State::Ready, 0, 0, false,
                             {t % x, t / x % y, t / (x * y)}, {}, 0};
     }
     std::vector<int> lanes(32), runnable;
@@ -228,7 +229,7 @@ inline void launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, Opt
     while (stacks.size() < count) stacks.emplace_back();
     Block b;
     b.fibers.resize(count);
-    b.slots.resize((count + 31) / 32 * 32);
+    for (auto& slots : b.slots) slots.resize((count + 31) / 32 * 32);
     b.body = &body;
     b.grid = grid;
     b.dimensions = threads;
@@ -251,14 +252,17 @@ inline void launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, Opt
 /// Barrier number of a collective; the barriers of `__syncthreads` count from 1000.
 enum Place { Shuffle = 1, Vote, Sync, Mma, Matrices };
 
-/// Shows a slot to the lanes, runs `read` when all have shown theirs, then lets them go on.
+/// Shows a slot to the lanes, and runs `read` when all have shown theirs. What a whole warp shows next
+/// is shown in other slots, and it meets for that only when all have read; some of its lanes, or all
+/// that read what is not in slots, meet once more before they go on.
 template <class Show, class Read>
-inline auto collective(unsigned lanes, int place, Show show, Read read) {
-    show(block->slots[block->current]);
+inline auto collective(unsigned lanes, int place, Show show, Read read, bool in_slots = true) {
+    auto& slots = block->slots[block->fiber().odd];
+    show(slots[block->current]);
     block->wait(State::AtWarpBarrier, lanes, 2 * place);
-    const auto result = read(&block->slots[block->first_lane()]);
-    // Nobody shows anything else before all have read.
-    block->wait(State::AtWarpBarrier, lanes, 2 * place + 1);
+    const auto result = read(&slots[block->first_lane()]);
+    if (lanes == ~0u) block->fiber().odd ^= true;
+    if (lanes != ~0u || !in_slots) block->wait(State::AtWarpBarrier, lanes, 2 * place + 1);
     return result;
 }
 

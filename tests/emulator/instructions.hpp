@@ -137,7 +137,8 @@ inline void load_matrices_from(unsigned (&r)[4], SharedAddress row) {
                 w.word[i] = halves[0] | halves[1] << 16;
             }
             return w;
-        });
+        },
+        false);
     memcpy(r, words.word, sizeof(r));
 }
 inline void load_matrices(unsigned (&r)[4], SharedAddress row) {
