@@ -230,6 +230,53 @@ fn memory_is_what_was_planned() {
     }
 }
 
+/// What the context takes is in use when the GPU is asked, and not taken once more from what is free.
+#[test]
+fn a_context_is_counted_once() {
+    const CONTEXT: u64 = 600 << 20;
+    let place = Workplace::new();
+    let with_context = |mut command: Command, bytes: u64| {
+        command.env("NIBBLE_EMULATED_CONTEXT_BYTES", bytes.to_string());
+        on_gpu(command)
+    };
+    let sizes = ["--model", "model", "--device", "cuda", "--json", "--max-length", "32"];
+    let memory = |bytes: u64, flags: &[&str]| {
+        let command = place.nibble(&[&["memory"], &sizes[..], flags].concat());
+        with_context(command, bytes).map(stdout_json)
+    };
+    let context = |report: &Value| report["components"]["CUDA context"].as_u64().unwrap();
+    let Some(plan) = memory(CONTEXT, &[]) else { return };
+    assert_eq!(context(&plan), CONTEXT);
+    assert_eq!(
+        (&plan["here"]["fits"], &plan["here"]["free_bytes"]),
+        (&true.into(), &(1 << 30).into())
+    );
+    let fit = memory(CONTEXT, &["--fit"]).unwrap();
+    assert_eq!(
+        (&fit["fits"], &fit["planned_bytes"]),
+        (&true.into(), &plan["total_bytes"]),
+        "{fit}"
+    );
+    let run = place.train("out", &["--device", "cuda", "--max-steps", "1"]);
+    succeed(with_context(run, CONTEXT).unwrap());
+    let text = String::from_utf8(place.read("out/metrics.jsonl")).unwrap();
+    let start: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    // Open for work, the backend has a page or two of its own.
+    let open = |bytes: u64| (CONTEXT..CONTEXT + 8192).contains(&bytes);
+    let row = &start["memory_plan"][0];
+    assert!(row[0] == "CUDA context" && open(row[1].as_u64().unwrap()), "{start}");
+
+    // Modules and cuBLAS come to the bare context of the question; other cards have a context of their own.
+    assert_eq!(context(&memory(1 << 20, &[]).unwrap()), 460 << 20);
+    let elsewhere = memory(CONTEXT, &["--budget", "600MiB"]).unwrap();
+    assert_eq!((context(&elsewhere), &elsewhere["here"]["fits"]), (460 << 20, &true.into()));
+    let full = memory(1000 << 20, &["--budget", "600MiB"]).unwrap();
+    assert_eq!(full["here"]["fits"], false, "{full}");
+    let measured = memory(CONTEXT, &["--measure", "1"]).unwrap();
+    assert!(open(context(&measured)), "{measured}");
+    assert_eq!(measured["total_bytes"], measured["measured"]["peak_bytes"]);
+}
+
 /// The host's memory beside the GPU, in what `train` says at its end and in its report.
 #[test]
 fn a_run_tells_what_it_pinned() {

@@ -1,8 +1,9 @@
 // The driver and cuBLAS of a machine without a GPU: the functions that Nibble calls, with the emulated
 // kernels behind cuLaunchKernel. As strict as the documentation allows, and as late: what is queued on
 // a stream runs when somebody waits for it, so memory that is changed or freed too early is noticed.
-// NIBBLE_EMULATED_BYTES is the memory of the device (1 GiB); with NIBBLE_EMULATED_FAULT products are a
-// tenth too large. What only a bug does ends the process.
+// NIBBLE_EMULATED_BYTES is the memory of the device (1 GiB), NIBBLE_EMULATED_CONTEXT_BYTES what a context
+// takes of it (nothing); with NIBBLE_EMULATED_FAULT products are a tenth too large. What only a bug does
+// ends the process.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdint>
@@ -68,10 +69,11 @@ struct Memory {
 };
 Memory device, pinned;
 
-size_t device_bytes() {
-    const char* text = getenv("NIBBLE_EMULATED_BYTES");
-    return text ? strtoull(text, nullptr, 10) : size_t(1) << 30;
+size_t number(const char* variable, size_t otherwise) {
+    const char* text = getenv(variable);
+    return text ? strtoull(text, nullptr, 10) : otherwise;
 }
+size_t device_bytes() { return number("NIBBLE_EMULATED_BYTES", size_t(1) << 30); }
 
 void inside(const Memory& memory, Address start, size_t bytes, const char* what) {
     if (!memory.holds(start, bytes)) bug("%s: %zu bytes at %#lx", what, bytes, (unsigned long)start);
@@ -118,6 +120,11 @@ int retained = 0;
 char context_object;
 void* const CONTEXT = &context_object;
 thread_local void* current = nullptr;
+
+/// Of the device, whoever uses them.
+size_t used_bytes() {
+    return device.bytes() + (retained > 0 ? number("NIBBLE_EMULATED_CONTEXT_BYTES", 0) : 0);
+}
 
 #define IN_CONTEXT            \
     ONE_AT_A_TIME;            \
@@ -273,12 +280,12 @@ int cuCtxSetCurrent(void* context) {
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
     IN_CONTEXT;
     *total = device_bytes();
-    return *free = *total - std::min(*total, device.bytes()), SUCCESS;
+    return *free = *total - std::min(*total, used_bytes()), SUCCESS;
 }
 int cuMemAlloc_v2(Address* address, size_t bytes) {
     IN_CONTEXT;
     if (bytes == 0) return INVALID_VALUE;
-    if (device.bytes() + bytes > device_bytes()) return OUT_OF_MEMORY;
+    if (used_bytes() + bytes > device_bytes()) return OUT_OF_MEMORY;
     return *address = Address(device.add(bytes)), SUCCESS;
 }
 int cuMemFree_v2(Address address) {
