@@ -6,12 +6,14 @@
 mod emulator;
 mod training;
 
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 
+use safetensors::SafeTensors;
 use serde_json::Value;
 use training::{Workplace, fail, stderr, succeed};
 
@@ -150,6 +152,32 @@ fn a_run_with_packed_moments_is_saved_and_resumed() {
     let adapter = place.read("gpu/adapter_model.safetensors");
     succeed(on_gpu(place.nibble(&["train", "--out", "gpu", "--resume"])).unwrap());
     assert!(place.read("gpu/adapter_model.safetensors") == adapter, "resumed bit for bit");
+}
+
+/// Weights and moments of a wide adapter, each matrix more than 1 MiB, pass through the host's memory in
+/// pieces, and come back. The driver ends a process that copies more at once.
+#[test]
+fn a_checkpoint_is_written_and_read_piece_by_piece() {
+    let place = Workplace::new();
+    let pieces = |mut command: Command| {
+        command.env("NIBBLE_EMULATED_MOST_DOWNLOAD", (1 << 20).to_string());
+        on_gpu(command)
+    };
+    let flags = ["--lora-r", "5000", "--target-modules", "q_proj", "--learning-rate", "1e-2"];
+    let flags = [&flags[..], &["--max-steps", "2", "--save-steps", "1"]].concat();
+    let run = place.train("gpu", &[&["--device", "cuda"], &flags[..]].concat());
+    let Some(run) = pieces(run) else { return };
+    succeed(run);
+    let written = place.read("gpu/checkpoint-2/optimizer.safetensors");
+    let file = SafeTensors::deserialize(&written).unwrap();
+    assert!(file.tensors().iter().all(|(_, tensor)| tensor.data().len() > 1 << 20));
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    assert!(safetensors::serialize(file.tensors(), Some(metadata)).unwrap() == written);
+    fs::remove_dir_all(place.path("gpu/checkpoint-2")).unwrap();
+    let adapter = place.read("gpu/adapter_model.safetensors");
+    succeed(pieces(place.nibble(&["train", "--out", "gpu", "--resume"])).unwrap());
+    assert!(place.read("gpu/adapter_model.safetensors") == adapter, "resumed bit for bit");
+    assert!(place.read("gpu/checkpoint-2/optimizer.safetensors") == written);
 }
 
 #[test]

@@ -2,8 +2,8 @@
 // kernels behind cuLaunchKernel. As strict as the documentation allows, and as late: what is queued on
 // a stream runs when somebody waits for it, so memory that is changed or freed too early is noticed.
 // NIBBLE_EMULATED_BYTES is the memory of the device (1 GiB), NIBBLE_EMULATED_CONTEXT_BYTES what a context
-// takes of it (nothing); with NIBBLE_EMULATED_FAULT products are a tenth too large. What only a bug does
-// ends the process.
+// takes of it (nothing), NIBBLE_EMULATED_MOST_DOWNLOAD the most bytes that are copied to memory that is not
+// pinned; with NIBBLE_EMULATED_FAULT products are a tenth too large. What only a bug does ends the process.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdint>
@@ -325,6 +325,8 @@ int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void* stream) {
     IN_CONTEXT;
     if (bytes == 0) return INVALID_VALUE;
     inside(device, from, bytes, "copy from the GPU");
+    const size_t most = number("NIBBLE_EMULATED_MOST_DOWNLOAD", SIZE_MAX);
+    if (bytes > most && !pinned.holds(Address(to), bytes)) bug("%zu bytes are copied at once", bytes);
     return queue(stream, [=] { memcpy(to, reinterpret_cast<void*>(from), bytes); });
 }
 int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void* stream) {
