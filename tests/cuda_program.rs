@@ -154,6 +154,54 @@ fn a_run_with_packed_moments_is_saved_and_resumed() {
     assert!(place.read("gpu/adapter_model.safetensors") == adapter, "resumed bit for bit");
 }
 
+/// In the middle of the second of three steps the driver, or cuBLAS, has no memory: the step is made again in
+/// smaller parts, and has the same loss, as has the one after it.
+#[test]
+fn a_step_that_finds_no_memory_is_made_again_in_parts() {
+    let place = Workplace::new();
+    let flags = ["--per-device-train-batch-size", "4", "--packing", "false"];
+    let flags = [&flags[..], &["--gradient-accumulation-steps", "1"]].concat();
+    let run = |out: &str, steps: &str, (name, value): (&str, &str)| {
+        let rate = ["--learning-rate", "1e-2", "--lr-scheduler-type", "constant"];
+        let flags = [&flags[..], &rate, &["--max-steps", steps]].concat();
+        let mut command = train(&place, out, &flags)?;
+        command.env(name, value);
+        Some(stderr(&succeed(command)))
+    };
+    let calls = |out: &str, steps: &str| -> Option<Vec<(String, u64)>> {
+        run(out, steps, ("NIBBLE_EMULATED_CALLS", "calls"))?;
+        let text = String::from_utf8(place.read("calls")).unwrap();
+        let call = |line: &str| {
+            let (kind, count) = line.split_once(' ').unwrap();
+            (kind.to_string(), count.parse().unwrap())
+        };
+        Some(text.lines().map(call).collect())
+    };
+    let Some(first) = calls("first", "1") else { return };
+    let all = calls("plenty", "3").unwrap();
+    let plenty = losses(&place, "plenty/checkpoint-3");
+    for ((kind, first), (_, all)) in first.iter().zip(&all) {
+        let half_a_step = (all - first) / 4;
+        assert!(half_a_step > 10, "{kind}: {first} of {all}");
+        let shortage = format!("{kind}:{}", first + half_a_step);
+        let said = run(kind, "3", ("NIBBLE_EMULATED_SHORTAGE", &shortage)).unwrap();
+        assert!(said.contains("step 1: ") && said.contains("going on with"), "{kind}: {said}");
+        let short = losses(&place, &format!("{kind}/checkpoint-3"));
+        assert_eq!(short[0], plenty[0], "{kind}");
+        for (short, plenty) in short.iter().zip(&plenty) {
+            assert!((short / plenty - 1.0).abs() < 1e-3, "{kind}: {short}, with memory {plenty}");
+        }
+        let text = String::from_utf8(place.read(&format!("{kind}/metrics.jsonl"))).unwrap();
+        let events = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let told: Vec<Value> = events.filter(|event| event["event"] == "out_of_memory").collect();
+        assert!(told.len() == 1 && told[0]["step"] == 1, "{kind}: {told:?}");
+        let tokens = |key: &str| told[0][key].as_u64().unwrap();
+        assert!(tokens("to_tokens") < tokens("from_tokens"), "{kind}: {told:?}");
+        let page = String::from_utf8(place.read(&format!("{kind}/report.html"))).unwrap();
+        assert!(page.contains("After step 1, memory ran short"), "{kind}");
+    }
+}
+
 /// Weights and moments of a wide adapter, each matrix more than 1 MiB, pass through the host's memory in
 /// pieces, and come back. The driver ends a process that copies more at once.
 #[test]
