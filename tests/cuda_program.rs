@@ -6,12 +6,14 @@
 mod emulator;
 mod training;
 
+use std::collections::HashMap;
 use std::fs;
 use std::os::unix::fs::symlink;
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 
+use safetensors::SafeTensors;
 use serde_json::Value;
 use training::{Workplace, fail, stderr, succeed};
 
@@ -152,6 +154,80 @@ fn a_run_with_packed_moments_is_saved_and_resumed() {
     assert!(place.read("gpu/adapter_model.safetensors") == adapter, "resumed bit for bit");
 }
 
+/// In the middle of the second of three steps the driver, or cuBLAS, has no memory: the step is made again in
+/// smaller parts, and has the same loss, as has the one after it.
+#[test]
+fn a_step_that_finds_no_memory_is_made_again_in_parts() {
+    let place = Workplace::new();
+    let flags = ["--per-device-train-batch-size", "4", "--packing", "false"];
+    let flags = [&flags[..], &["--gradient-accumulation-steps", "1"]].concat();
+    let run = |out: &str, steps: &str, (name, value): (&str, &str)| {
+        let rate = ["--learning-rate", "1e-2", "--lr-scheduler-type", "constant"];
+        let flags = [&flags[..], &rate, &["--max-steps", steps]].concat();
+        let mut command = train(&place, out, &flags)?;
+        command.env(name, value);
+        Some(stderr(&succeed(command)))
+    };
+    let calls = |out: &str, steps: &str| -> Option<Vec<(String, u64)>> {
+        run(out, steps, ("NIBBLE_EMULATED_CALLS", "calls"))?;
+        let text = String::from_utf8(place.read("calls")).unwrap();
+        let call = |line: &str| {
+            let (kind, count) = line.split_once(' ').unwrap();
+            (kind.to_string(), count.parse().unwrap())
+        };
+        Some(text.lines().map(call).collect())
+    };
+    let Some(first) = calls("first", "1") else { return };
+    let all = calls("plenty", "3").unwrap();
+    let plenty = losses(&place, "plenty/checkpoint-3");
+    for ((kind, first), (_, all)) in first.iter().zip(&all) {
+        let half_a_step = (all - first) / 4;
+        assert!(half_a_step > 10, "{kind}: {first} of {all}");
+        let shortage = format!("{kind}:{}", first + half_a_step);
+        let said = run(kind, "3", ("NIBBLE_EMULATED_SHORTAGE", &shortage)).unwrap();
+        assert!(said.contains("step 1: ") && said.contains("going on with"), "{kind}: {said}");
+        let short = losses(&place, &format!("{kind}/checkpoint-3"));
+        assert_eq!(short[0], plenty[0], "{kind}");
+        for (short, plenty) in short.iter().zip(&plenty) {
+            assert!((short / plenty - 1.0).abs() < 1e-3, "{kind}: {short}, with memory {plenty}");
+        }
+        let text = String::from_utf8(place.read(&format!("{kind}/metrics.jsonl"))).unwrap();
+        let events = text.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let told: Vec<Value> = events.filter(|event| event["event"] == "out_of_memory").collect();
+        assert!(told.len() == 1 && told[0]["step"] == 1, "{kind}: {told:?}");
+        let tokens = |key: &str| told[0][key].as_u64().unwrap();
+        assert!(tokens("to_tokens") < tokens("from_tokens"), "{kind}: {told:?}");
+        let page = String::from_utf8(place.read(&format!("{kind}/report.html"))).unwrap();
+        assert!(page.contains("After step 1, memory ran short"), "{kind}");
+    }
+}
+
+/// Weights and moments of a wide adapter, each matrix more than 1 MiB, pass through the host's memory in
+/// pieces, and come back. The driver ends a process that copies more at once.
+#[test]
+fn a_checkpoint_is_written_and_read_piece_by_piece() {
+    let place = Workplace::new();
+    let pieces = |mut command: Command| {
+        command.env("NIBBLE_EMULATED_MOST_DOWNLOAD", (1 << 20).to_string());
+        on_gpu(command)
+    };
+    let flags = ["--lora-r", "5000", "--target-modules", "q_proj", "--learning-rate", "1e-2"];
+    let flags = [&flags[..], &["--max-steps", "2", "--save-steps", "1"]].concat();
+    let run = place.train("gpu", &[&["--device", "cuda"], &flags[..]].concat());
+    let Some(run) = pieces(run) else { return };
+    succeed(run);
+    let written = place.read("gpu/checkpoint-2/optimizer.safetensors");
+    let file = SafeTensors::deserialize(&written).unwrap();
+    assert!(file.tensors().iter().all(|(_, tensor)| tensor.data().len() > 1 << 20));
+    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
+    assert!(safetensors::serialize(file.tensors(), Some(metadata)).unwrap() == written);
+    fs::remove_dir_all(place.path("gpu/checkpoint-2")).unwrap();
+    let adapter = place.read("gpu/adapter_model.safetensors");
+    succeed(pieces(place.nibble(&["train", "--out", "gpu", "--resume"])).unwrap());
+    assert!(place.read("gpu/adapter_model.safetensors") == adapter, "resumed bit for bit");
+    assert!(place.read("gpu/checkpoint-2/optimizer.safetensors") == written);
+}
+
 #[test]
 fn no_policy_changes_a_bit() {
     let place = Workplace::new();
@@ -229,6 +305,53 @@ fn memory_is_what_was_planned() {
         let [resident, mapped] = ["resident_bytes", "mapped_bytes"].map(|key| host[key].as_u64());
         assert!(0 < mapped.unwrap() && mapped < resident, "{host}");
     }
+}
+
+/// What the context takes is in use when the GPU is asked, and not taken once more from what is free.
+#[test]
+fn a_context_is_counted_once() {
+    const CONTEXT: u64 = 600 << 20;
+    let place = Workplace::new();
+    let with_context = |mut command: Command, bytes: u64| {
+        command.env("NIBBLE_EMULATED_CONTEXT_BYTES", bytes.to_string());
+        on_gpu(command)
+    };
+    let sizes = ["--model", "model", "--device", "cuda", "--json", "--max-length", "32"];
+    let memory = |bytes: u64, flags: &[&str]| {
+        let command = place.nibble(&[&["memory"], &sizes[..], flags].concat());
+        with_context(command, bytes).map(stdout_json)
+    };
+    let context = |report: &Value| report["components"]["CUDA context"].as_u64().unwrap();
+    let Some(plan) = memory(CONTEXT, &[]) else { return };
+    assert_eq!(context(&plan), CONTEXT);
+    assert_eq!(
+        (&plan["here"]["fits"], &plan["here"]["free_bytes"]),
+        (&true.into(), &(1 << 30).into())
+    );
+    let fit = memory(CONTEXT, &["--fit"]).unwrap();
+    assert_eq!(
+        (&fit["fits"], &fit["planned_bytes"]),
+        (&true.into(), &plan["total_bytes"]),
+        "{fit}"
+    );
+    let run = place.train("out", &["--device", "cuda", "--max-steps", "1"]);
+    succeed(with_context(run, CONTEXT).unwrap());
+    let text = String::from_utf8(place.read("out/metrics.jsonl")).unwrap();
+    let start: Value = serde_json::from_str(text.lines().next().unwrap()).unwrap();
+    // Open for work, the backend has a page or two of its own.
+    let open = |bytes: u64| (CONTEXT..CONTEXT + 8192).contains(&bytes);
+    let row = &start["memory_plan"][0];
+    assert!(row[0] == "CUDA context" && open(row[1].as_u64().unwrap()), "{start}");
+
+    // Modules and cuBLAS come to the bare context of the question; other cards have a context of their own.
+    assert_eq!(context(&memory(1 << 20, &[]).unwrap()), 460 << 20);
+    let elsewhere = memory(CONTEXT, &["--budget", "600MiB"]).unwrap();
+    assert_eq!((context(&elsewhere), &elsewhere["here"]["fits"]), (460 << 20, &true.into()));
+    let full = memory(1000 << 20, &["--budget", "600MiB"]).unwrap();
+    assert_eq!(full["here"]["fits"], false, "{full}");
+    let measured = memory(CONTEXT, &["--measure", "1"]).unwrap();
+    assert!(open(context(&measured)), "{measured}");
+    assert_eq!(measured["total_bytes"], measured["measured"]["peak_bytes"]);
 }
 
 /// The host's memory beside the GPU, in what `train` says at its end and in its report.

@@ -212,9 +212,14 @@ fn plans_are_near_the_figures_that_were_estimated() {
 
 /// What `nibble memory --device cuda` says of a model.
 fn says(config: &str, flags: &str) -> String {
+    says_of("cuda", config, flags)
+}
+
+/// What `nibble memory` says of a model on a device.
+fn says_of(device: &str, config: &str, flags: &str) -> String {
     let config = format!("{}/tests/data/configs/{config}.json", env!("CARGO_MANIFEST_DIR"));
     let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
-    command.args(["memory", "--model", &config, "--device", "cuda"]);
+    command.args(["memory", "--model", &config, "--device", device]);
     let output = command.args(flags.split(' ')).output().unwrap();
     let text = String::from_utf8(output.stdout).unwrap();
     // A table of what would fit is printed in any case, and the status tells that this does not.
@@ -296,6 +301,32 @@ fn the_printed_flags_lead_to_the_printed_plan() {
             assert_eq!(again["mlp_tile_tokens"], plan["mlp_tile_tokens"], "{flags}");
             assert_eq!(again["pinned_bytes"], plan["pinned_bytes"], "{flags}");
         }
+    }
+}
+
+/// A mix that `auto` finds has a row of its own beside the ways that treat all blocks alike.
+#[test]
+fn a_chosen_mix_has_a_row_of_its_own() {
+    for (device, config, flags, others) in [
+        ("cpu", "llama-3.1-8b", "--threads 64 --weights resident --budget 24GiB", "recomputed"),
+        ("cuda", "qwen2.5-32b", "--weights resident --budget 24GiB", "offloaded"),
+        ("cuda", "qwen2.5-32b", "--weights stream --budget 24GiB", "offloaded"),
+        ("cuda", "llama-3.1-8b", "--weights auto --budget 24GiB", "none"),
+    ] {
+        let flags = format!("--max-length 4096 --fit {flags}");
+        let fit = says_of(device, config, &format!("{flags} --json"));
+        let fit: Value = serde_json::from_str(&fit).unwrap();
+        let (plan, text) = (&fit["fit"]["plan"], says_of(device, config, &flags));
+        let rows: Vec<&str> = text.lines().filter(|line| line.contains(" kept, rest ")).collect();
+        if others == "none" {
+            assert!(rows.is_empty(), "{text}");
+            continue;
+        }
+        let weights = if plan["stream"] == true { "streamed" } else { "resident" };
+        let name = format!("{} kept, rest {others}, {weights} ", plan["kept"]);
+        let size = format!(" {:.1} GiB ", plan["bytes"].as_f64().unwrap() / GIB);
+        assert!(rows.len() == 1 && rows[0].starts_with(&name), "{name}: {text}");
+        assert!(rows[0].contains(&size), "{size}: {text}");
     }
 }
 

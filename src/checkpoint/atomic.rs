@@ -120,16 +120,24 @@ pub fn check_not_within(input: &Path, output: &Path) -> Result<()> {
 /// # Errors
 /// `Io`; an existing file is then as it was, and the temporary one is gone.
 pub fn write_file(path: &Path, contents: &[u8]) -> Result<()> {
+    write_with(path, |file| file.write_all(contents).map_err(|e| Error::io("write", path, e)))
+}
+
+/// [`write_file`] with contents that `write` makes.
+///
+/// # Errors
+/// Those of `write`, and `Io`; an existing file is then as it was, and the temporary one is gone.
+pub fn write_with(path: &Path, write: impl FnOnce(&mut File) -> Result<()>) -> Result<()> {
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or("file");
     let temporary = parent(path).join(format!(".{name}.partial"));
-    let write = || {
-        let mut file = File::create(&temporary)?;
-        file.write_all(contents)?;
-        file.sync_all()
-    };
-    if let Err(error) = write() {
+    let refused = |error| Error::io("write", path, error);
+    let written = File::create(&temporary).map_err(refused).and_then(|mut file| {
+        write(&mut file)?;
+        file.sync_all().map_err(refused)
+    });
+    if let Err(error) = written {
         let _ = fs::remove_file(&temporary);
-        return Err(Error::io("write", path, error));
+        return Err(error);
     }
     rename(&temporary, path)?;
     sync(&parent(path))

@@ -20,9 +20,9 @@ pub fn map_file(path: &Path) -> Result<Bytes> {
 
 /// A file mapped read-only.
 #[derive(Debug, Clone)]
-pub(super) struct MappedFile {
+pub(crate) struct MappedFile {
     /// Its contents; slices keep the mapping alive.
-    pub(super) bytes: Bytes,
+    pub(crate) bytes: Bytes,
     /// None for an empty file.
     map: Option<Arc<Mmap>>,
 }
@@ -37,7 +37,7 @@ impl AsRef<[u8]> for Owner {
 
 impl MappedFile {
     /// See [`map_file`].
-    pub(super) fn open(path: &Path) -> Result<Self> {
+    pub(crate) fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let length = file.metadata().map_err(|e| Error::io("read the size of", path, e))?.len();
         if length == 0 {
@@ -69,7 +69,7 @@ impl MappedFile {
 
     /// Gives the pages of `part` back to the system if it lies in this file: they no longer count
     /// as this process' memory, and are mapped again when they are read again.
-    pub(super) fn release(&self, part: &[u8]) {
+    pub(crate) fn release(&self, part: &[u8]) {
         if let Some(pages) = self.pages(part) {
             pages.release();
         }

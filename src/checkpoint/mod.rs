@@ -11,6 +11,7 @@ pub mod folder;
 pub(crate) mod gguf;
 mod mapped;
 pub mod repack;
+pub mod tensor_file;
 pub mod writer;
 
 use std::path::{Component, Path, PathBuf};
@@ -27,7 +28,7 @@ use folder::Folder;
 use gguf::Gguf;
 pub(crate) use gguf::read_header as read_gguf_header;
 pub use gguf::{Export, gguf_fields};
-pub(crate) use mapped::map_file;
+pub(crate) use mapped::{MappedFile, map_file};
 pub use mapped::{PageCache, Pages};
 
 /// The way out of a checkpoint that contradicts itself.

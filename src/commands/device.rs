@@ -10,6 +10,7 @@ use crate::kernels::cuda::library::Gpu;
 use crate::kernels::cuda::search;
 use crate::kernels::cuda::{AttnImplementation, Cuda};
 use crate::train::agreement;
+use crate::train::backend::Surroundings;
 
 /// The GPU that is asked for, or with `auto` found; `None` for the CPU. It has computed a step of a
 /// tiny model as the CPU does.
@@ -71,9 +72,12 @@ pub fn resolve(args: &DeviceArgs) -> Result<Device> {
     Ok(device)
 }
 
-/// What is free on GPU `index`, if there is one.
-pub fn free_bytes(index: usize) -> Option<u64> {
-    devices::free_bytes(index).ok()
+/// The memory of GPU `index`, if there is one: what a run may have is all of it, what is in use has
+/// the context that is made for the question, and other programs' memory.
+pub fn surroundings(index: usize) -> Option<Surroundings> {
+    let total = driver_info().ok()?.devices.get(index)?.total_bytes;
+    let used_bytes = total.saturating_sub(devices::free_bytes(index).ok()?);
+    Some(Surroundings { used_bytes, free_bytes: total, in_process: false })
 }
 
 /// The first GPU that there are kernels for. Where there is no driver, there is nothing to tell; one that

@@ -185,21 +185,15 @@ impl<K: Kernels> Parameters<K> {
         self.refresh_working();
     }
 
-    /// The ranges of A and B of every target in the flat buffers.
-    pub fn pairs(&self) -> impl Iterator<Item = [Range<usize>; 2]> {
-        let pairs = self.tensors.chunks_exact(2);
-        pairs.map(|pair| [pair[0].range.clone(), pair[1].range.clone()])
-    }
-
     /// Writes the master weights as `adapter`'s files.
     ///
     /// # Errors
     /// Those of the backend, and `Io` when the disk refuses.
     pub fn save(&self, adapter: &Adapter, folder: &Path, dtype: FloatType) -> Result<()> {
-        let master = self.values(Part::Master)?;
-        let pairs: Vec<[&[f32]; 2]> =
-            self.pairs().map(|pair| pair.map(|range| &master[range])).collect();
-        adapter.save_pairs(folder, dtype, &pairs)
+        adapter.save_from(folder, dtype, &|tensor, elements| {
+            let first = self.tensors[tensor].range.start;
+            self.words_of(Part::Master, first + elements.start..first + elements.end)
+        })
     }
 
     /// Rounds the master to the bf16 working copy.
@@ -246,6 +240,17 @@ impl<K: Kernels> Parameters<K> {
     /// # Panics
     /// Without training buffers, unless `part` is the master.
     pub fn values(&self, part: Part) -> Result<Cow<'_, [f32]>> {
+        self.words_of(part, 0..self.words(part))
+    }
+
+    /// [`values`](Parameters::values), some of them.
+    ///
+    /// # Errors
+    /// Those of the backend.
+    ///
+    /// # Panics
+    /// As `values`.
+    pub fn words_of(&self, part: Part, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
         let buffer = match (part, &self.training) {
             (Part::Master, _) => Some(&self.master),
             (_, None) => panic!("{part:?} is planned for training only"),
@@ -255,7 +260,7 @@ impl<K: Kernels> Parameters<K> {
             (part, Some(state)) => state.packed.as_ref().map(|packed| packed.buffer(part)),
         };
         match buffer {
-            Some(buffer) => self.kernels.values(buffer, 0..self.words(part)),
+            Some(buffer) => self.kernels.values(buffer, words),
             None => Ok(Cow::Borrowed(&[])),
         }
     }
@@ -266,6 +271,18 @@ impl<K: Kernels> Parameters<K> {
     /// Without training buffers.
     pub fn set_values(&mut self, part: Part, values: &[f32]) {
         assert_eq!(values.len(), self.words(part), "{part:?} has another length");
+        self.set_words(part, 0, values);
+        if part == Part::Master {
+            self.refresh_working();
+        }
+    }
+
+    /// Overwrites words of one buffer from `first` on. Once all of the master is written, the working
+    /// copy has to be [refreshed](Parameters::refresh_working).
+    ///
+    /// # Panics
+    /// Without training buffers.
+    pub fn set_words(&mut self, part: Part, first: usize, values: &[f32]) {
         let kernels = self.kernels.clone();
         let OptimizerView { master, gradients, first_moment, second_moment, packed, .. } =
             self.optimizer_view();
@@ -277,10 +294,7 @@ impl<K: Kernels> Parameters<K> {
             part => packed.map(|packed| packed.buffer_mut(part)),
         };
         if let Some(buffer) = buffer {
-            kernels.set_values(values, buffer, 0);
-        }
-        if part == Part::Master {
-            self.refresh_working();
+            kernels.set_values(values, buffer, first);
         }
     }
 

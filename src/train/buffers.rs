@@ -50,16 +50,6 @@ impl<'a> Buffers<'a> {
             .collect()
     }
 
-    /// Rounds the weights to the working copy.
-    pub fn refresh_working(&mut self) {
-        if let Some(working) = &mut self.working {
-            working
-                .iter_mut()
-                .zip(&*self.master)
-                .for_each(|(to, &from)| *to = bf16::from_f32(from));
-        }
-    }
-
     /// The elements of `range`.
     pub fn slice(&mut self, range: Range<usize>) -> Buffers<'_> {
         Buffers {

@@ -1,6 +1,7 @@
 //! The real model as the training loop sees it.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::path::Path;
 
 use nibble_quant::FloatType;
@@ -133,12 +134,16 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
         parameters.kernels().clone().update(parameters, update)
     }
 
-    fn values(&self, part: Part) -> Result<Cow<'_, [f32]>> {
-        self.model().parameters().values(part)
+    fn values(&self, part: Part, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        self.model().parameters().words_of(part, words)
     }
 
-    fn set_values(&mut self, part: Part, values: &[f32]) {
-        self.model_mut().parameters_mut().set_values(part, values);
+    fn set_values(&mut self, part: Part, first: usize, values: &[f32]) {
+        self.model_mut().parameters_mut().set_words(part, first, values);
+    }
+
+    fn refresh_working(&mut self) {
+        self.model_mut().parameters_mut().refresh_working();
     }
 
     fn first_bad_activation(&mut self) -> Option<String> {

@@ -1,14 +1,13 @@
 //! Weights and moments of a run in `optimizer.safetensors`, bit for bit.
 
-use std::collections::HashMap;
-use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, SafeTensorError, SafeTensors, TensorView};
+use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
 use super::trainee::Trainee;
-use crate::checkpoint::atomic;
+use crate::checkpoint::MappedFile;
+use crate::checkpoint::tensor_file::{NewTensor, PIECE_BYTES, pieces, write_tensors};
 use crate::error::{Error, Result};
 use crate::model::parameters::{ParameterTensor, Part};
 use crate::plan::moments::MOMENT_BLOCK;
@@ -25,6 +24,18 @@ struct Entry {
     shape: Vec<usize>,
     part: Part,
     bytes: Range<usize>,
+}
+
+impl Entry {
+    /// Its bytes in pieces that begin with a word.
+    fn pieces(&self) -> impl Iterator<Item = Range<usize>> {
+        pieces(self.bytes.clone(), PIECE_BYTES)
+    }
+}
+
+/// The words of a flat buffer that hold some of its bytes.
+fn words(bytes: &Range<usize>) -> Range<usize> {
+    bytes.start / size_of::<f32>()..bytes.end.div_ceil(size_of::<f32>())
 }
 
 /// Everything that the file holds, tensor by tensor.
@@ -59,45 +70,35 @@ fn entries(tensors: &[ParameterTensor], moments: &MomentLayout) -> Vec<Entry> {
     entries
 }
 
-/// Writes weights and moments into `folder`.
+/// Writes weights and moments into `folder`, piece by piece: beside a GPU that takes no more of the
+/// host's memory than a piece.
 ///
 /// # Errors
-/// `Io`.
+/// `Io`, or those of the backend.
 pub fn write<M: Trainee>(model: &M, folder: &Path) -> Result<()> {
-    let path = folder.join(OPTIMIZER_FILE);
-    let mut buffers = HashMap::new();
-    for part in Part::LASTING {
-        buffers.insert(part, model.values(part)?);
-    }
-    let mut views = Vec::new();
-    for entry in entries(model.tensors(), model.moments()) {
-        let bytes: &[u8] = bytemuck::cast_slice(&buffers[&entry.part]);
-        let view = TensorView::new(entry.dtype, entry.shape, &bytes[entry.bytes])
-            .map_err(|e| write_error(&path, e))?;
-        views.push((entry.key, view));
-    }
-    let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-    safetensors::serialize_to_file(views, Some(metadata), &path)
-        .map_err(|e| write_error(&path, e))?;
-    atomic::finish_file(&path)
-}
-
-fn write_error(path: &Path, error: SafeTensorError) -> Error {
-    let source = match error {
-        SafeTensorError::IoError(source) => source,
-        other => std::io::Error::other(other),
+    let tensor = |entry: Entry| {
+        let (name, dtype, shape) = (entry.key.clone(), entry.dtype, entry.shape.clone());
+        NewTensor { name, dtype, shape, source: entry }
     };
-    Error::io("write", path, source)
+    let tensors = entries(model.tensors(), model.moments()).into_iter().map(tensor).collect();
+    write_tensors(&folder.join(OPTIMIZER_FILE), tensors, |tensor, sink| {
+        let entry: &Entry = &tensor.source;
+        for bytes in entry.pieces() {
+            let values = model.values(entry.part, words(&bytes))?;
+            sink.append(&bytemuck::cast_slice(&values)[..bytes.len()])?;
+        }
+        Ok(())
+    })
 }
 
-/// Reads weights and moments from `folder` and refreshes the working copy.
+/// Reads weights and moments from `folder`, piece by piece, and refreshes the working copy.
 ///
 /// # Errors
 /// `Io`, or `Input` when the file is damaged or belongs to another adapter or optimizer.
 pub fn read<M: Trainee>(model: &mut M, folder: &Path) -> Result<()> {
     let path = folder.join(OPTIMIZER_FILE);
-    let bytes = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-    let file = SafeTensors::deserialize(&bytes)
+    let mapped = MappedFile::open(&path)?;
+    let file = SafeTensors::deserialize(&mapped.bytes)
         .map_err(|e| Error::input(format_args!("{}: {e}", path.display())))?;
     let entries = entries(model.tensors(), model.moments());
     if file.len() != entries.len() {
@@ -106,18 +107,24 @@ pub fn read<M: Trainee>(model: &mut M, folder: &Path) -> Result<()> {
             Error::input(format_args!("{got} tensors, expected {expected}")).at(path.display())
         );
     }
-    for part in Part::LASTING {
-        let mut values = model.values(part)?.into_owned();
-        for entry in entries.iter().filter(|entry| entry.part == part) {
-            let to = &mut bytemuck::cast_slice_mut::<f32, u8>(&mut values)[entry.bytes.clone()];
-            copy(&file, entry, to).map_err(|error| error.at(path.display()))?;
+    let view = |entry| view(&file, entry).map_err(|error| error.at(path.display()));
+    let views = entries.iter().map(view).collect::<Result<Vec<_>>>()?;
+    for (entry, view) in entries.iter().zip(&views) {
+        for bytes in entry.pieces() {
+            // The last word of codes may have some that are no tensor's.
+            let mut values = model.values(entry.part, words(&bytes))?.into_owned();
+            let from = &view.data()[bytes.start - entry.bytes.start..][..bytes.len()];
+            bytemuck::cast_slice_mut(&mut values)[..from.len()].copy_from_slice(from);
+            model.set_values(entry.part, words(&bytes).start, &values);
         }
-        model.set_values(part, &values);
+        mapped.release(view.data());
     }
+    model.refresh_working();
     Ok(())
 }
 
-fn copy(file: &SafeTensors, entry: &Entry, to: &mut [u8]) -> Result<()> {
+/// The tensor of an entry, which must have its type and shape.
+fn view<'a>(file: &SafeTensors<'a>, entry: &Entry) -> Result<TensorView<'a>> {
     let Entry { key, dtype, shape, .. } = entry;
     let view = file.tensor(key).map_err(|_| Error::input(format_args!("no tensor {key}")))?;
     if view.dtype() != *dtype || view.shape() != shape {
@@ -127,6 +134,5 @@ fn copy(file: &SafeTensors, entry: &Entry, to: &mut [u8]) -> Result<()> {
             got.0, got.1
         )));
     }
-    to.copy_from_slice(view.data());
-    Ok(())
+    Ok(view)
 }

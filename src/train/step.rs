@@ -103,8 +103,10 @@ fn not_finite<M: Trainee>(model: &mut M, what: &str, place: &str) -> Error {
     let tensors = model.tensors().to_vec();
     let activation = model.first_bad_activation();
     let first = |part| {
-        let values = model.values(part).ok()?;
-        let bad = |tensor: &&ParameterTensor| values[tensor.range.clone()].iter().any(is_bad);
+        let bad = |tensor: &&ParameterTensor| {
+            let bad = |values: &[f32]| values.iter().any(|value| !value.is_finite());
+            model.any_piece(part, tensor.range.clone(), bad).unwrap_or(false)
+        };
         tensors.iter().find(bad).map(|tensor| tensor.name.as_str())
     };
     let culprit = match (first(Part::Master), activation, first(Part::Gradients)) {
@@ -115,10 +117,6 @@ fn not_finite<M: Trainee>(model: &mut M, what: &str, place: &str) -> Error {
     };
     Error::numeric(format_args!("{what} is not finite in {place}{culprit}"))
         .hint("try a lower `--learning-rate`, or look at these records with `nibble data --show`")
-}
-
-fn is_bad(value: &f32) -> bool {
-    !value.is_finite()
 }
 
 /// `batch 2 of 4 (train.jsonl:7, 9)`.

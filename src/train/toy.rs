@@ -5,6 +5,7 @@
 
 use std::borrow::Cow;
 use std::cell::Cell;
+use std::ops::Range;
 use std::path::Path;
 
 use half::bf16;
@@ -193,18 +194,19 @@ impl Trainee for Toy {
         Ok(())
     }
 
-    fn values(&self, part: Part) -> Result<Cow<'_, [f32]>> {
-        Ok(Cow::Borrowed(match part {
-            Part::Master => &self.master,
+    fn values(&self, part: Part, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        let buffer = match part {
+            Part::Master => &self.master[..],
             Part::Gradients => &self.gradients,
             Part::FirstMoment => &self.first_moment,
             Part::SecondMoment => &self.second_moment,
             _ => &[][..],
-        }))
+        };
+        Ok(Cow::Borrowed(&buffer[words]))
     }
 
-    fn set_values(&mut self, part: Part, values: &[f32]) {
-        let mut buffers = self.buffers();
+    fn set_values(&mut self, part: Part, first: usize, values: &[f32]) {
+        let buffers = self.buffers();
         let buffer: &mut [f32] = match part {
             Part::Master => buffers.master,
             Part::Gradients => buffers.gradients,
@@ -212,8 +214,11 @@ impl Trainee for Toy {
             Part::SecondMoment => buffers.second_moment,
             _ => &mut [],
         };
-        buffer.copy_from_slice(values);
-        buffers.refresh_working();
+        buffer[first..first + values.len()].copy_from_slice(values);
+    }
+
+    fn refresh_working(&mut self) {
+        self.refresh();
     }
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {

@@ -1,9 +1,11 @@
 //! What the training loop needs of a model.
 
 use std::borrow::Cow;
+use std::ops::Range;
 use std::path::Path;
 
 use super::backend::Update;
+use crate::checkpoint::tensor_file::{PIECE_BYTES, pieces};
 use crate::data::Batch;
 use crate::error::Result;
 use crate::ledger::rows::Account;
@@ -51,11 +53,36 @@ pub trait Trainee {
     /// Those of the backend: the weights are then neither the old nor the new ones.
     fn update(&mut self, update: &Update) -> Result<()>;
 
-    /// One of the flat buffers; a copy where the program does not see it.
-    fn values(&self, part: Part) -> Result<Cow<'_, [f32]>>;
+    /// Words of one of the flat buffers; a copy where the program does not see it.
+    ///
+    /// # Errors
+    /// `Budget` where the host has no memory for a copy, or those of the backend.
+    fn values(&self, part: Part, words: Range<usize>) -> Result<Cow<'_, [f32]>>;
 
-    /// Overwrites one of the flat buffers; what the forward pass reads follows the master.
-    fn set_values(&mut self, part: Part, values: &[f32]);
+    /// Shows words of one of the flat buffers to `found`, piece by piece, until it says yes; whether it
+    /// did.
+    ///
+    /// # Errors
+    /// Those of [`values`](Trainee::values).
+    fn any_piece(
+        &self,
+        part: Part,
+        words: Range<usize>,
+        mut found: impl FnMut(&[f32]) -> bool,
+    ) -> Result<bool> {
+        for piece in pieces(words, PIECE_BYTES / size_of::<f32>()) {
+            if found(&self.values(part, piece)?) {
+                return Ok(true);
+            }
+        }
+        Ok(false)
+    }
+
+    /// Overwrites words of one of the flat buffers from `first` on.
+    fn set_values(&mut self, part: Part, first: usize, values: &[f32]);
+
+    /// Makes what the forward pass reads of the master, once that was overwritten.
+    fn refresh_working(&mut self);
 
     /// Where in the forward pass of the last training batch the numbers stopped being finite.
     fn first_bad_activation(&mut self) -> Option<String> {

@@ -1,8 +1,11 @@
 // The driver and cuBLAS of a machine without a GPU: the functions that Nibble calls, with the emulated
 // kernels behind cuLaunchKernel. As strict as the documentation allows, and as late: what is queued on
 // a stream runs when somebody waits for it, so memory that is changed or freed too early is noticed.
-// NIBBLE_EMULATED_BYTES is the memory of the device (1 GiB); with NIBBLE_EMULATED_FAULT products are a
-// tenth too large. What only a bug does ends the process.
+// NIBBLE_EMULATED_BYTES is the memory of the device (1 GiB), NIBBLE_EMULATED_CONTEXT_BYTES what a context
+// takes of it (nothing), NIBBLE_EMULATED_MOST_DOWNLOAD the most bytes that are copied to memory that is not
+// pinned; with NIBBLE_EMULATED_FAULT products are a tenth too large. NIBBLE_EMULATED_SHORTAGE, such as
+// launch:700 or product:30, is the call that finds no memory; how many there were is written to the file
+// NIBBLE_EMULATED_CALLS. What only a bug does ends the process.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdint>
@@ -27,7 +30,7 @@ constexpr int SUCCESS = 0, INVALID_VALUE = 1, OUT_OF_MEMORY = 2, NOT_INITIALIZED
 constexpr int INVALID_DEVICE = 101, INVALID_CONTEXT = 201, INVALID_PTX = 218;
 constexpr int INVALID_HANDLE = 400, NOT_FOUND = 500;
 // cublas_api.h
-constexpr int BLAS_NOT_INITIALIZED = 1, BLAS_INVALID_VALUE = 7, BLAS_NOT_SUPPORTED = 15;
+constexpr int BLAS_NOT_INITIALIZED = 1, BLAS_ALLOC_FAILED = 3, BLAS_INVALID_VALUE = 7, BLAS_NOT_SUPPORTED = 15;
 
 using Address = uint64_t;
 std::recursive_mutex lock;
@@ -68,14 +71,39 @@ struct Memory {
 };
 Memory device, pinned;
 
-size_t device_bytes() {
-    const char* text = getenv("NIBBLE_EMULATED_BYTES");
-    return text ? strtoull(text, nullptr, 10) : size_t(1) << 30;
+size_t number(const char* variable, size_t otherwise) {
+    const char* text = getenv(variable);
+    return text ? strtoull(text, nullptr, 10) : otherwise;
 }
+size_t device_bytes() { return number("NIBBLE_EMULATED_BYTES", size_t(1) << 30); }
 
 void inside(const Memory& memory, Address start, size_t bytes, const char* what) {
     if (!memory.holds(start, bytes)) bug("%s: %zu bytes at %#lx", what, bytes, (unsigned long)start);
 }
+
+/// Calls of a kind that may find no memory.
+struct Calls {
+    const char* kind;
+    size_t count = 0;
+
+    bool find_no_memory() {
+        const char* shortage = getenv("NIBBLE_EMULATED_SHORTAGE");
+        count++;
+        return shortage && kind + (":" + std::to_string(count)) == shortage;
+    }
+};
+Calls launches = {"launch"}, products = {"product"};
+
+/// Writes them down at the end.
+struct CallCounts {
+    ~CallCounts() {
+        const char* path = getenv("NIBBLE_EMULATED_CALLS");
+        FILE* file = path ? fopen(path, "w") : nullptr;
+        if (!file) return;
+        for (const Calls* calls : {&launches, &products}) fprintf(file, "%s %zu\n", calls->kind, calls->count);
+        fclose(file);
+    }
+} call_counts;
 
 // ---------------------------------------------------------------- streams
 
@@ -118,6 +146,11 @@ int retained = 0;
 char context_object;
 void* const CONTEXT = &context_object;
 thread_local void* current = nullptr;
+
+/// Of the device, whoever uses them.
+size_t used_bytes() {
+    return device.bytes() + (retained > 0 ? number("NIBBLE_EMULATED_CONTEXT_BYTES", 0) : 0);
+}
 
 #define IN_CONTEXT            \
     ONE_AT_A_TIME;            \
@@ -273,12 +306,12 @@ int cuCtxSetCurrent(void* context) {
 int cuMemGetInfo_v2(size_t* free, size_t* total) {
     IN_CONTEXT;
     *total = device_bytes();
-    return *free = *total - std::min(*total, device.bytes()), SUCCESS;
+    return *free = *total - std::min(*total, used_bytes()), SUCCESS;
 }
 int cuMemAlloc_v2(Address* address, size_t bytes) {
     IN_CONTEXT;
     if (bytes == 0) return INVALID_VALUE;
-    if (device.bytes() + bytes > device_bytes()) return OUT_OF_MEMORY;
+    if (used_bytes() + bytes > device_bytes()) return OUT_OF_MEMORY;
     return *address = Address(device.add(bytes)), SUCCESS;
 }
 int cuMemFree_v2(Address address) {
@@ -318,6 +351,8 @@ int cuMemcpyDtoHAsync_v2(void* to, Address from, size_t bytes, void* stream) {
     IN_CONTEXT;
     if (bytes == 0) return INVALID_VALUE;
     inside(device, from, bytes, "copy from the GPU");
+    const size_t most = number("NIBBLE_EMULATED_MOST_DOWNLOAD", SIZE_MAX);
+    if (bytes > most && !pinned.holds(Address(to), bytes)) bug("%zu bytes are copied at once", bytes);
     return queue(stream, [=] { memcpy(to, reinterpret_cast<void*>(from), bytes); });
 }
 int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void* stream) {
@@ -428,6 +463,7 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
     auto found = functions.find(function);
     if (found == functions.end()) return INVALID_HANDLE;
     if (shared > found->second->dynamic_shared || extra) return INVALID_VALUE;
+    if (launches.find_no_memory()) return OUT_OF_MEMORY;
     const std::string name = found->second->name;
     auto values = copied(nibble_signature(name.c_str()), arguments);
     return queue(stream, [=]() mutable {
@@ -493,6 +529,7 @@ int cublasGemmStridedBatchedEx(void* handle, int transpose_a, int transpose_b, i
     const bool sizes = m > 0 && n > 0 && k > 0 && batches > 0;
     const bool strides = lda >= (transpose_a ? k : m) && ldb >= (transpose_b ? n : k) && ldc >= m;
     if (!sizes || !strides || transpose_a > 1 || transpose_b > 1) return BLAS_INVALID_VALUE;
+    if (products.find_no_memory()) return BLAS_ALLOC_FAILED;
     for (int batch = 0; batch < batches; batch++) {
         const auto* left = static_cast<const uint16_t*>(a) + batch * stride_a;
         const auto* right = static_cast<const uint16_t*>(b) + batch * stride_b;

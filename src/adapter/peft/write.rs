@@ -1,28 +1,32 @@
 //! Writes an adapter's folder so that PEFT, vLLM and other readers of its format take it.
 
 use std::borrow::Cow;
-use std::collections::HashMap;
 use std::fs;
+use std::ops::Range;
 use std::path::Path;
 
 use half::{bf16, f16};
 use nibble_quant::FloatType;
-use safetensors::{Dtype, View};
+use safetensors::Dtype;
 
 use super::super::lora::Adapter;
 use super::card::model_card;
 use super::settings::{CONFIG_FILE, to_json};
 use super::tensors::TENSORS_FILE;
-use crate::checkpoint::atomic::{finish_file, write_file};
+use crate::checkpoint::atomic::write_file;
+use crate::checkpoint::tensor_file::{NewTensor, PIECE_BYTES, pieces, write_tensors};
 use crate::error::{Error, Result};
 
 /// File name of the model card.
 const CARD_FILE: &str = "README.md";
 
+/// Elements of a tensor that lies somewhere.
+pub type Values<'a> = &'a dyn Fn(usize, Range<usize>) -> Result<Cow<'a, [f32]>>;
+
 impl Adapter {
     /// Writes `adapter_config.json`, `adapter_model.safetensors` and `README.md` into `dir`, which
     /// is created if need be. PEFT stores f32; other types round to nearest even. The tensors are
-    /// converted one at a time, so that saving needs next to no memory.
+    /// converted piece by piece, so that saving needs next to no memory.
     ///
     /// Each file appears whole or not at all; for a folder that does, write into a temporary one
     /// and rename it.
@@ -30,38 +34,45 @@ impl Adapter {
     /// # Errors
     /// `Io` naming the file when the disk refuses.
     pub fn save(&self, dir: &Path, dtype: FloatType) -> Result<()> {
-        let pairs: Vec<[&[f32]; 2]> =
-            self.tensors.iter().map(|pair| [&pair.a[..], &pair.b]).collect();
-        self.save_pairs(dir, dtype, &pairs)
+        self.save_from(dir, dtype, &|tensor, elements| {
+            let pair = &self.tensors[tensor / 2];
+            let values = if tensor % 2 == 0 { &pair.a } else { &pair.b };
+            Ok(Cow::Borrowed(&values[elements]))
+        })
     }
 
-    /// [`save`](Self::save) with tensors that lie elsewhere: A and B of every target.
+    /// [`save`](Self::save) with tensors that lie elsewhere: `values` has elements of a tensor, where A
+    /// and B of every target are counted in turn.
     ///
     /// # Errors
-    /// `Io` naming the file when the disk refuses.
-    pub fn save_pairs(&self, dir: &Path, dtype: FloatType, pairs: &[[&[f32]; 2]]) -> Result<()> {
-        assert_eq!(pairs.len(), self.targets.len(), "a pair for each target");
+    /// Those of `values`, and `Io` naming the file when the disk refuses.
+    pub fn save_from(&self, dir: &Path, dtype: FloatType, values: Values<'_>) -> Result<()> {
         fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
         let settings = to_json(&self.config, self.base_model.as_deref(), &self.suffixes());
         let settings = format!("{settings:#}\n");
         write_file(&dir.join(CONFIG_FILE), settings.as_bytes())?;
         write_file(&dir.join(CARD_FILE), model_card(self).as_bytes())?;
-        self.save_tensors(&dir.join(TENSORS_FILE), dtype, pairs)
+        self.save_tensors(&dir.join(TENSORS_FILE), dtype, values)
     }
 
-    fn save_tensors(&self, path: &Path, dtype: FloatType, pairs: &[[&[f32]; 2]]) -> Result<()> {
-        let pairs = self.targets.iter().zip(pairs);
-        let tensors = pairs.flat_map(|(target, [a, b])| {
+    fn save_tensors(&self, path: &Path, dtype: FloatType, values: Values<'_>) -> Result<()> {
+        let shapes = self.targets.iter().flat_map(|target| {
             let (r, wide_in, wide_out) = (target.r, target.in_features, target.out_features);
-            [
-                (target.key_a(), Matrix { values: a, shape: [r, wide_in], dtype }),
-                (target.key_b(), Matrix { values: b, shape: [wide_out, r], dtype }),
-            ]
+            [(target.key_a(), vec![r, wide_in]), (target.key_b(), vec![wide_out, r])]
         });
-        let metadata = HashMap::from([("format".to_string(), "pt".to_string())]);
-        safetensors::serialize_to_file(tensors, Some(metadata), path)
-            .map_err(|e| Error::io("write", path, std::io::Error::other(e)))?;
-        finish_file(path)
+        let tensor = |(index, (name, shape))| NewTensor {
+            name,
+            dtype: stored_type(dtype),
+            shape,
+            source: index,
+        };
+        let tensors = shapes.enumerate().map(tensor).collect();
+        write_tensors(path, tensors, |tensor, sink| {
+            for piece in pieces(0..tensor.elements(), PIECE_BYTES / size_of::<f32>()) {
+                sink.append(&rounded(&values(tensor.source, piece)?, dtype))?;
+            }
+            Ok(())
+        })
     }
 
     /// The distinct last parts of the targets' names, such as `q_proj`: how `all-linear` is written
@@ -78,36 +89,20 @@ impl Adapter {
     }
 }
 
-/// A matrix on its way into a file.
-struct Matrix<'a> {
-    values: &'a [f32],
-    shape: [usize; 2],
-    dtype: FloatType,
+fn stored_type(dtype: FloatType) -> Dtype {
+    match dtype {
+        FloatType::F32 => Dtype::F32,
+        FloatType::F16 => Dtype::F16,
+        FloatType::Bf16 => Dtype::BF16,
+    }
 }
 
-impl View for Matrix<'_> {
-    fn dtype(&self) -> Dtype {
-        match self.dtype {
-            FloatType::F32 => Dtype::F32,
-            FloatType::F16 => Dtype::F16,
-            FloatType::Bf16 => Dtype::BF16,
-        }
-    }
-
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-
-    fn data(&self) -> Cow<'_, [u8]> {
-        let values = self.values.iter();
-        Cow::Owned(match self.dtype {
-            FloatType::F32 => values.flat_map(|x| x.to_le_bytes()).collect(),
-            FloatType::F16 => values.flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
-            FloatType::Bf16 => values.flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
-        })
-    }
-
-    fn data_len(&self) -> usize {
-        self.values.len() * if self.dtype == FloatType::F32 { 4 } else { 2 }
+/// The bytes of values in a file.
+fn rounded(values: &[f32], dtype: FloatType) -> Vec<u8> {
+    let values = values.iter();
+    match dtype {
+        FloatType::F32 => values.flat_map(|x| x.to_le_bytes()).collect(),
+        FloatType::F16 => values.flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
+        FloatType::Bf16 => values.flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
     }
 }

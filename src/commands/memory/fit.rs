@@ -2,7 +2,7 @@
 
 use serde_json::json;
 
-use super::room::Room;
+use super::room::{Room, place_in_words};
 use crate::cli::memory::MemoryArgs;
 use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
@@ -65,7 +65,10 @@ fn print(
     let usable = ByteSize(limit.usable_bytes());
     let of = match limit {
         Limit::Budget(_) => String::new(),
-        Limit::Free(bytes) => format!(", of the {} that are free here", ByteSize(bytes)),
+        Limit::Free(bytes) => {
+            let place = place_in_words(demand.place == Place::Gpu);
+            format!(", of the {} {place}", ByteSize(bytes))
+        }
     };
     println!("{} in {usable}{of}:", args.base.model.display());
     match refusal {

@@ -34,13 +34,10 @@ use crate::plan::{
 use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
 use full::FullFineTuning;
-use room::Room;
+use room::{ASSUMED_CONTEXT_BYTES, Room};
 
 /// Program and tokenizer where only a config is at hand: what a 49k vocabulary takes.
 const ASSUMED_PROCESS_BYTES: u64 = 64 << 20;
-
-/// What a CUDA context and its modules take, about; a run measures it.
-const ASSUMED_CONTEXT_BYTES: u64 = 460 << 20;
 
 /// Runs the command.
 ///
@@ -59,7 +56,9 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let gpu = args.measure.map_or(Ok(None), |_| device::open(&args.device))?;
     let room = Room::look(args.device.device, gpu.as_ref())?;
     if on_gpu {
-        model.process = room.context_bytes.unwrap_or(ASSUMED_CONTEXT_BYTES);
+        // A budget may be that of another card.
+        let here = room.context_bytes.filter(|_| args.measure.is_some() || args.budget.is_none());
+        model.process = here.unwrap_or(ASSUMED_CONTEXT_BYTES);
         args.device.embedding.on_host().check(&model.spec)?;
     }
     let settings = settings(args, &model.spec, place)?;

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::PlannedRun;
+use super::room::ASSUMED_CONTEXT_BYTES;
 use crate::checkpoint::PageCache;
 use crate::cli::memory::MemoryArgs;
 use crate::cli::size::ByteSize;
@@ -58,18 +59,24 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     if let (Some(verdict), None) = (&run.verdict, args.budget) {
         println!("\n{}", verdict.in_words());
     }
-    if run.model.checkpoint.is_none() {
-        println!(
-            "\n{}",
-            match run.account.outside.place {
-                Place::Host =>
-                    "program and tokenizer are assumed: there is no tokenizer beside the config",
-                Place::Gpu => "the CUDA context is assumed: it depends on card and driver",
-            }
-        );
+    if let Some(assumed) = assumed(run) {
+        println!("\n{assumed}");
     }
     if let Some(path) = &args.html {
         println!("\npictures: {}", path.display());
+    }
+}
+
+/// What of the plan beside weights and arena is only assumed.
+fn assumed(run: &PlannedRun) -> Option<&'static str> {
+    let outside = &run.account.outside;
+    match (outside.place, &run.model.checkpoint) {
+        (Place::Gpu, _) => (outside.process_bytes == ASSUMED_CONTEXT_BYTES)
+            .then_some("the CUDA context is assumed: it depends on card and driver"),
+        (Place::Host, None) => {
+            Some("program and tokenizer are assumed: there is no tokenizer beside the config")
+        }
+        (Place::Host, Some(_)) => None,
     }
 }
 

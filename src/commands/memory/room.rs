@@ -13,11 +13,15 @@ use crate::ledger::resident;
 use crate::plan::{Demand, Limit};
 use crate::train::backend::TrainingKernels;
 
+/// What a CUDA context takes with its modules and cuBLAS, about; a run measures it.
+pub(super) const ASSUMED_CONTEXT_BYTES: u64 = 460 << 20;
+
 /// What is known of the memory where a run would be.
 pub(super) struct Room {
-    /// Bytes that a run may use, the program or the context included; none where the GPU is not here.
+    /// Bytes that a run may use: the program is among them, or a GPU's context and what other
+    /// programs have of it. None where the GPU is not here.
     pub free_bytes: Option<u64>,
-    /// What a GPU that is open has in use already.
+    /// Of a GPU's, what a run's context and other programs take.
     pub context_bytes: Option<u64>,
     /// What may be pinned of the host's memory beside a GPU.
     pub pinned_bytes: u64,
@@ -27,6 +31,8 @@ pub(super) struct Room {
 #[derive(Debug, Serialize)]
 pub(super) struct Verdict {
     free_bytes: u64,
+    #[serde(skip)]
+    on_gpu: bool,
     fits: bool,
     /// What `train` would do instead.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -41,7 +47,14 @@ impl Room {
                 let around = gpu.surroundings()?;
                 (Some(around.free_bytes), Some(around.used_bytes))
             }
-            (Device::Cuda(index), None) => (device::free_bytes(index), None),
+            (Device::Cuda(index), None) => match device::surroundings(index) {
+                // The context of the question has no modules yet.
+                Some(around) => {
+                    let context_bytes = around.used_bytes.max(ASSUMED_CONTEXT_BYTES);
+                    (Some(around.free_bytes), Some(context_bytes))
+                }
+                None => (None, None),
+            },
             (_, None) => (Some(Cpu.surroundings()?.free_bytes), None),
         };
         // Beside a GPU that is not here nothing is known of the host.
@@ -51,8 +64,11 @@ impl Room {
 
     /// Whether `planned_bytes` fit here; if not, what of `demand` does.
     pub fn verdict(&self, demand: &Demand, planned_bytes: u64) -> Option<Verdict> {
-        let free_bytes = self.free_bytes?;
-        let fits = planned_bytes <= free_bytes;
+        let (free_bytes, on_gpu) = (self.free_bytes?, self.context_bytes.is_some());
+        // A budget's plan has the assumed context of some card.
+        let process_bytes = self.context_bytes.unwrap_or(demand.process_bytes);
+        let fits = planned_bytes - demand.process_bytes + process_bytes <= free_bytes;
+        let demand = Demand { process_bytes, ..demand.clone() };
         let instead = || match demand.choose(Limit::Free(free_bytes)) {
             Ok(choice) => {
                 let bytes = demand.outside(&choice).total()
@@ -61,17 +77,22 @@ impl Room {
             }
             Err(refusal) => refusal.message().hint.clone().unwrap_or_default(),
         };
-        Some(Verdict { free_bytes, fits, instead: (!fits).then(instead) })
+        Some(Verdict { free_bytes, on_gpu, fits, instead: (!fits).then(instead) })
     }
 }
 
 impl Verdict {
     /// One line.
     pub fn in_words(&self) -> String {
-        let free = ByteSize(self.free_bytes);
+        let (free, place) = (ByteSize(self.free_bytes), place_in_words(self.on_gpu));
         match &self.instead {
-            None => format!("fits the {free} that are free here"),
-            Some(instead) => format!("does not fit the {free} that are free here; {instead}"),
+            None => format!("fits the {free} {place}"),
+            Some(instead) => format!("does not fit the {free} {place}; {instead}"),
         }
     }
+}
+
+/// Of what the bytes are that a run may use.
+pub(super) fn place_in_words(on_gpu: bool) -> &'static str {
+    if on_gpu { "of this GPU" } else { "that are free here" }
 }
