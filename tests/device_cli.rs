@@ -185,7 +185,9 @@ fn embedding_and_head_can_stay_on_the_host() {
     assert_eq!(less("--embedding host-input"), table);
     assert!(less("--embedding host") > table + table * 9 / 10);
     let (on_gpu, on_host) = (of(&[]), of(&["--embedding", "host"]));
-    assert_eq!(bytes(&on_host, "pinned_bytes") - bytes(&on_gpu, "pinned_bytes"), 2 * table);
+    // Uploads for fewer chunks of rows.
+    let pinned = bytes(&on_host, "pinned_bytes") - bytes(&on_gpu, "pinned_bytes");
+    assert!((2 * table - 4096..=2 * table).contains(&pinned), "{pinned}");
     let tied = "tests/data/models/llama_tied_s2/config.json";
     assert!(memory(tied, &["--embedding", "host"]).status.success());
     let output = memory(tied, &["--embedding", "host-input"]);

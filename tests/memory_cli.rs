@@ -41,20 +41,11 @@ fn every_option_allocates_what_it_plans() {
         let lora = LoraConfig { r: 64, ..LoraConfig::default() };
         let policies = [Policy::Keep, Policy::Checkpoint, Policy::Offload];
         let plain = Settings {
-            tokens: 64,
             longest_document: 32,
-            logit_rows: 64,
             policies: policies.iter().copied().cycle().take(spec.num_layers).collect(),
             targets: lora.resolve(&spec).unwrap(),
-            lora_dropout: false,
-            bf16_working: true,
-            optim: Optim::AdamwTorch,
             threads: 2,
-            cache_tokens: 0,
-            mlp_tile_length: None,
-            scratch_folder: None,
-            widen_ahead: true,
-            head_on_host: false,
+            ..Settings::evaluating(64, 64)
         };
         let of = |change: &dyn Fn(&mut Settings)| {
             let mut settings = plain.clone();
@@ -185,18 +176,22 @@ fn a_budget_decides_which_blocks_keep_and_a_refusal_shows_the_way() {
         assert_eq!(number(&fitting, "kept_blocks"), kept, "{budget} of {most}");
         assert_eq!(number(&fitting, "mlp_tile_tokens") == 4096, whole, "{budget} of {most}");
     }
-    let pieces = ["--mlp-tile-length", "1024", "--logits-chunk-length", "1024"];
-    let leanest = with(&[&["--activations", "offload"], &pieces[..]].concat());
-    let budget = (number(&leanest, "total_bytes") - 1).to_string();
-    let refused = memory(&[&base[..], &["--budget", &budget]].concat());
-    let error = String::from_utf8_lossy(&refused.stderr);
-    assert_eq!(refused.status.code(), Some(1));
-    assert!(
-        error.contains("plan needs")
-            && error
-                .contains("hint: `--mlp-tile-length 256`, `--logits-chunk-length 64` would need"),
-        "{error}"
-    );
+    let refused = |budget: u64| {
+        let refused = memory(&[&base[..], &["--budget", &budget.to_string()]].concat());
+        assert_eq!(refused.status.code(), Some(1));
+        let error = String::from_utf8_lossy(&refused.stderr).into_owned();
+        assert!(error.contains("plan needs"), "{error}");
+        error
+    };
+    let offload = |pieces: [&str; 4]| {
+        number(&with(&[&["--activations", "offload"], &pieces[..]].concat()), "total_bytes")
+    };
+    let usual = offload(["--mlp-tile-length", "1024", "--logits-chunk-length", "1024"]);
+    let error = refused(usual - 1);
+    assert!(error.contains("hint: `--weights stream` would need"), "{error}");
+    let error = refused(offload(["--mlp-tile-length", "256", "--logits-chunk-length", "64"]));
+    let pieces = "hint: `--mlp-tile-length 256`, `--logits-chunk-length 64` would need";
+    assert!(error.contains(pieces), "{error}");
 }
 
 /// Rows add up to the peak; after the program come the weights' and the arena's parts: each is in

@@ -168,7 +168,7 @@ fn a_head_on_the_host_works_in_tiles() {
         let (d, v) = (shape.d, shape.v);
         let whole_rows = ((128 << 20) / (2 * v) / 256 * 256).min(tokens);
         let whole = whole_rows * (2 * (v + 3 * d) + 4 * 6);
-        let rows = (whole_rows * v / 8192).min(2048).min(tokens);
+        let rows = (4 * whole_rows).min(2048).min(tokens);
         // Logits of a tile, input, norm and gradient in bf16, its sum and six numbers in f32.
         let tiles = rows * (2 * (8192 + 3 * d) + 4 * d + 4 * 6);
         let moved = 2 * 2 * v * d;

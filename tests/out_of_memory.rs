@@ -9,7 +9,7 @@ use nibble::checkpoint::Checkpoint;
 use nibble::model::Model;
 use nibble::model::parameters::Part;
 use nibble::model::weights::Weights;
-use nibble::plan::{Optim, Policy, Settings};
+use nibble::plan::{Policy, Settings};
 
 /// Losses and gradients of a batch in one pass, and in parts after the buffers shrank; dropout
 /// masks are those of the whole.
@@ -20,20 +20,12 @@ fn parts_of_a_batch_have_the_sums_of_the_whole() {
         let (batch, shape) = case.tensors("ref.safetensors").batch("input_ids", "labels");
         let scale = 1.0 / batch.num_targets as f32;
         let settings = Settings {
-            tokens: batch.tokens(),
             longest_document: shape[1],
-            logit_rows: 10,
             policies: vec![Policy::Keep; case.spec().num_layers],
             targets: case.targets("adapter_init"),
             lora_dropout: true,
-            bf16_working: true,
-            optim: Optim::default(),
-            threads: rayon::current_num_threads(),
-            cache_tokens: 0,
             mlp_tile_length: Some(16),
-            scratch_folder: None,
-            widen_ahead: true,
-            head_on_host: false,
+            ..Settings::evaluating(batch.tokens(), 10)
         };
         let weights =
             Weights::load(&Checkpoint::open(&case.path).unwrap(), &case.spec(), None, None);

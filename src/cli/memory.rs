@@ -47,7 +47,8 @@ pub struct MemoryArgs {
     /// above 4096]
     #[arg(long, help_heading = "Memory and threads", value_name = "TOKENS", value_parser = numbers::at_least_one)]
     pub mlp_tile_length: Option<NonZeroUsize>,
-    /// Tokens whose logits exist at a time, at most [default: 128 MiB of them]
+    /// Tokens whose logits exist at a time, at most; under a head on the host, parts of the logits of
+    /// four times as many [default: 128 MiB of them]
     #[arg(long, help_heading = "Memory and threads", value_name = "TOKENS", value_parser = numbers::at_least_one)]
     pub logits_chunk_length: Option<NonZeroUsize>,
     /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from their 4-bit file

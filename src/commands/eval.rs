@@ -17,7 +17,7 @@ use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::Weights;
-use crate::plan::{Optim, Settings};
+use crate::plan::Settings;
 use crate::report::table::{Align, Table};
 use crate::sample::load_weights;
 
@@ -90,20 +90,9 @@ fn equip<K: Kernels>(
 ) -> Result<Model<K>> {
     let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(0);
     let settings = Settings {
-        tokens,
-        longest_document: tokens,
-        logit_rows: LOGIT_ROWS.min(tokens),
-        policies: Vec::new(),
         targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
-        lora_dropout: false,
         bf16_working: false,
-        optim: Optim::default(),
-        threads: rayon::current_num_threads(),
-        cache_tokens: 0,
-        mlp_tile_length: None,
-        scratch_folder: None,
-        widen_ahead: true,
-        head_on_host: false,
+        ..Settings::evaluating(tokens, LOGIT_ROWS.min(tokens))
     };
     let mut model = Model::on(kernels.clone(), spec, weights.upload(&kernels)?, settings, None)?;
     if let Some(adapter) = adapter {

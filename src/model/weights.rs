@@ -16,8 +16,8 @@ use crate::checkpoint::{Checkpoint, DenseTensor, Weight};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
 use crate::kernels::{AttentionShape, Columns, Kernels, LoraShape, NormParameters};
-use crate::plan::WeightParts;
 use crate::plan::settings::Half;
+use crate::plan::{Ranks, WeightParts};
 
 /// The frozen parts of a model, where a backend works with them.
 pub struct Weights<K: Kernels = Cpu> {
@@ -127,8 +127,9 @@ impl<K: Kernels> Weights<K> {
 
     /// Says which linears are adapted by `targets`, in place of any earlier adapters.
     pub fn attach(&mut self, targets: &[LoraTarget]) {
+        let ranks = Ranks::new(targets, self.blocks.len());
         for (layer, block) in self.blocks.iter_mut().enumerate() {
-            let adapters = adapters_of(layer, targets);
+            let adapters = adapters_of(layer, targets, &ranks);
             for linear in &mut block.linears {
                 let found = adapters.iter().find(|(module, _)| *module == linear.module);
                 linear.adapter = found.map(|(_, adapter)| *adapter);
@@ -275,7 +276,11 @@ impl Reader<'_> {
 }
 
 /// The adapters of `layer`: module, and where its `x·Aᵀ` lies in the buffer of its half.
-fn adapters_of(layer: usize, targets: &[LoraTarget]) -> Vec<(&str, LinearAdapter)> {
+fn adapters_of<'a>(
+    layer: usize,
+    targets: &'a [LoraTarget],
+    ranks: &Ranks,
+) -> Vec<(&'a str, LinearAdapter)> {
     let mut offsets = [0, 0];
     let of_layer = targets.iter().enumerate().filter(|(_, target)| target.layer == layer);
     of_layer
@@ -287,7 +292,7 @@ fn adapters_of(layer: usize, targets: &[LoraTarget]) -> Vec<(&str, LinearAdapter
                 scale: target.scale,
             };
             let half = Half::of(target.role);
-            let stride = half.rank_sum(targets, layer);
+            let stride = ranks.of(layer, half.roles());
             let offset = &mut offsets[half as usize];
             let columns = Columns::band(*offset, target.r, stride);
             *offset += target.r;

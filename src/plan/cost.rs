@@ -114,12 +114,14 @@ impl<'a> Pace<'a> {
     }
 
     /// Seconds that a head on the host adds: logits are made twice, and its tiles come twice for each
-    /// chunk of rows, behind one product and behind two.
+    /// chunk of rows, behind one product and behind two; with one buffer, behind none.
     fn tiles_of_the_head(&self, settings: &Settings) -> f64 {
         let head = (self.demand.spec.vocab_size * self.demand.spec.hidden_size) as f64;
         let product = 2.0 * head * settings.tokens as f64 / self.rates.flops;
         let copy = self.chunks(settings) * 2.0 * head / self.rates.copies;
-        let waits = (copy - product).max(0.0) + (copy - 2.0 * product).max(0.0);
+        let beside = |products: f64| if settings.widen_ahead { products } else { 0.0 };
+        let wait = |products: f64| (copy - beside(products)).max(0.0);
+        let waits = wait(product) + wait(2.0 * product);
         product + waits + EXPOSED_SHARE * 2.0 * copy
     }
 

@@ -25,14 +25,16 @@ pub enum EmbeddingPlace {
 
 /// What of both is in pinned memory of the host.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-#[serde(rename_all = "kebab-case")]
 pub enum OnHost {
     /// All is on the GPU.
     #[default]
+    #[serde(rename = "gpu")]
     Nothing,
     /// The input embedding, where it is not the head, too.
+    #[serde(rename = "host-input")]
     Input,
     /// Embedding and head.
+    #[serde(rename = "host")]
     All,
 }
 

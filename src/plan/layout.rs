@@ -4,6 +4,7 @@
 //! columns of q, k, v, Q = H·head_dim, F feed-forward width, ΣR the ranks of the layer's adapters,
 //! a kept layer holds `4·(W + H + Q + D + (gated ? 2 : 1)·F + ΣR)` bytes per token.
 
+use super::ranks::Ranks;
 use super::region::{Component, MemoryPlan, Region, RegionType};
 use super::settings::{Half, HeadSizes, OFFLOAD_SLOTS, Policy, Settings};
 use crate::adapter::LoraTarget;
@@ -23,13 +24,14 @@ const CACHE_LINE: usize = 16;
 /// The buffers of a run with `settings`.
 pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
     let mut plan = MemoryPlan { regions: Vec::new(), offloaded: Vec::new() };
+    let ranks = Ranks::new(&settings.targets, spec.num_layers);
     push_adapter(&mut plan, settings);
     let (tokens, d) = (settings.tokens, spec.hidden_size);
     if settings.training() {
         push_inputs(&mut plan, spec, settings);
         for (layer, policy) in settings.policies.iter().enumerate() {
             if *policy == Policy::Keep {
-                let ranks = |half: Half| half.rank_sum(&settings.targets, layer);
+                let ranks = |half: Half| ranks.of(layer, half.roles());
                 push_kept(&mut plan, spec, settings, layer, ranks);
             }
         }
@@ -38,7 +40,7 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
         plan.push(Component::BlockInputs, "layer.odd.input", tokens * d);
     }
     if !settings.training() || settings.recomputes() {
-        push_shared(&mut plan, spec, settings);
+        push_shared(&mut plan, spec, settings, &ranks);
     }
     if settings.cache_tokens > 0 {
         for layer in 0..spec.num_layers {
@@ -116,11 +118,8 @@ fn push_kept(
 }
 
 /// All other layers, in turn: one tile's MLP.
-fn push_shared(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
-    let widest = |half: Half| {
-        let ranks = (0..spec.num_layers).map(|layer| half.rank_sum(&settings.targets, layer));
-        ranks.max().unwrap_or(0)
-    };
+fn push_shared(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings, ranks: &Ranks) {
+    let widest = |half: Half| ranks.most(half.roles());
     let place = (Component::RecomputeWorkspace, "recompute");
     push_attention(plan, spec, place, settings.tokens, widest(Half::Attention));
     push_mlp(plan, spec, place, settings.mlp_tile(), widest(Half::Mlp));

@@ -5,13 +5,13 @@
 //! widened weights take smaller pieces; inputs of blocks wait elsewhere. Losses and gradients are the same
 //! sums in all of them, up to the order of summation.
 
-use super::settings::{Policy, Settings};
+use super::settings::{Pieces, Policy, Settings};
 
 /// The next smaller plan; `None` after the smallest one.
 pub fn leaner(settings: &Settings) -> Option<Settings> {
     shorter(settings)
         .or_else(|| keeping_fewer(settings))
-        .or_else(|| Some(settings.in_pieces()).filter(|pieces| differ(settings, pieces)))
+        .or_else(|| Some(settings.in_pieces(Pieces::ALL)).filter(|pieces| differ(settings, pieces)))
         .or_else(|| offloading(settings))
 }
 
@@ -20,8 +20,7 @@ fn shorter(settings: &Settings) -> Option<Settings> {
     if settings.tokens <= settings.longest_document {
         return None;
     }
-    let tokens = (settings.tokens / 2).max(settings.longest_document);
-    Some(Settings { tokens, logit_rows: settings.logit_rows.min(tokens), ..settings.clone() })
+    Some(settings.shorter((settings.tokens / 2).max(settings.longest_document)))
 }
 
 /// The last blocks keep what they have longest: the backward pass meets them first.
@@ -67,25 +66,9 @@ pub fn in_words(from: &Settings, to: &Settings) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::Optim;
 
     fn settings(tokens: usize, longest_document: usize, policies: Vec<Policy>) -> Settings {
-        Settings {
-            tokens,
-            longest_document,
-            logit_rows: 512,
-            policies,
-            targets: Vec::new(),
-            lora_dropout: false,
-            bf16_working: true,
-            optim: Optim::default(),
-            threads: 1,
-            cache_tokens: 0,
-            mlp_tile_length: None,
-            scratch_folder: None,
-            widen_ahead: true,
-            head_on_host: false,
-        }
+        Settings { longest_document, policies, threads: 1, ..Settings::evaluating(tokens, 512) }
     }
 
     #[test]

@@ -16,11 +16,16 @@ const SMALL_TILE_TOKENS: usize = 1024;
 /// Rows of logits where memory is short, at least.
 pub(super) const LEAST_LOGIT_ROWS: usize = 64;
 
-/// Rows of a head on the host that are on the GPU at a time, about: enough for whole tiles of a product.
+/// Rows of a head on the host that are on the GPU at a time, at most.
 const HOST_HEAD_TILE: usize = 8192;
-/// Rows of its input that each reading of it serves, at most. Each takes 10·D bytes; from 4,000 on a
-/// product would take as long as a reading over PCIe 4.0, of which half are behind two products.
+/// Their number is a multiple of this.
+const HEAD_TILE_MULTIPLE: usize = 8;
+/// Rows of its input that each reading of it serves, at most. Each takes 10·D bytes of memory. Of
+/// 2,048 a product takes half as long as a reading over PCIe 4.0, and half of the readings are behind
+/// two products.
 const HOST_HEAD_ROWS: usize = 2048;
+/// Chunks of a head on the GPU that read one on the host together.
+const CHUNKS_TO_SHARE_A_HEAD: usize = 4;
 
 /// What happens to a layer's activations between forward and backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
@@ -33,6 +38,36 @@ pub enum Policy {
     /// As checkpoint, and the input waits outside of the working memory: two buffers of it are all
     /// that offloaded layers share there.
     Offload,
+}
+
+/// What is made in smaller pieces than usual, where memory is short.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Pieces {
+    /// The MLP, in tiles of 1,024 tokens.
+    pub tiles: bool,
+    /// The logits, a quarter of the rows at a time.
+    pub logits: bool,
+    /// Widened weights, in one buffer on a GPU.
+    pub one_buffer: bool,
+}
+
+impl Pieces {
+    /// Nothing.
+    pub const NONE: Pieces = Pieces { tiles: false, logits: false, one_buffer: false };
+    /// Everything.
+    pub const ALL: Pieces = Pieces { tiles: true, logits: true, one_buffer: true };
+
+    /// All ways, the fewest first; with one buffer only where there could be two.
+    pub fn ways(two_buffers: bool) -> impl Iterator<Item = Pieces> {
+        let bit = |set: u32, bit: u32| set >> bit & 1 == 1;
+        let sets = [0b000, 0b001, 0b010, 0b100, 0b011, 0b101, 0b110, 0b111];
+        let pieces = sets.into_iter().map(move |set| Pieces {
+            tiles: bit(set, 0),
+            logits: bit(set, 1),
+            one_buffer: bit(set, 2),
+        });
+        pieces.filter(move |pieces| two_buffers || !pieces.one_buffer)
+    }
 }
 
 /// Buffers for the inputs of layers that are offloaded: one at work, one that is copied.
@@ -62,7 +97,9 @@ pub struct Settings {
     pub tokens: usize,
     /// Tokens of the longest document in it.
     pub longest_document: usize,
-    /// Rows of logits that exist at a time.
+    /// Those of them that have a loss, at most: only these have logits.
+    pub trained_tokens: usize,
+    /// Rows of logits that exist at a time, at most.
     pub logit_rows: usize,
     /// Policy of every layer; empty for a model that never runs backward.
     pub policies: Vec<Policy>,
@@ -101,6 +138,39 @@ pub struct HeadSizes {
 }
 
 impl Settings {
+    /// Of a model without adapters that evaluates passes of `tokens`, on all threads.
+    pub fn evaluating(tokens: usize, logit_rows: usize) -> Self {
+        Settings {
+            tokens,
+            longest_document: tokens,
+            trained_tokens: tokens,
+            logit_rows,
+            policies: Vec::new(),
+            targets: Vec::new(),
+            lora_dropout: false,
+            bf16_working: true,
+            optim: Optim::default(),
+            threads: rayon::current_num_threads(),
+            cache_tokens: 0,
+            mlp_tile_length: None,
+            scratch_folder: None,
+            widen_ahead: true,
+            head_on_host: false,
+        }
+    }
+
+    /// The same with passes of at most `tokens`.
+    pub fn shorter(&self, tokens: usize) -> Self {
+        let tokens = self.tokens.min(tokens);
+        Settings {
+            tokens,
+            longest_document: self.longest_document.min(tokens),
+            trained_tokens: self.trained_tokens.min(tokens),
+            logit_rows: self.logit_rows.min(tokens),
+            ..self.clone()
+        }
+    }
+
     /// Whether there is a backward pass.
     pub fn training(&self) -> bool {
         !self.policies.is_empty()
@@ -111,15 +181,14 @@ impl Settings {
         self.policies.iter().filter(|its| **its == policy).count()
     }
 
-    /// The same with the MLP and the logits in smaller pieces than usual, and on a GPU one buffer for
-    /// widened weights.
-    pub fn in_pieces(&self) -> Self {
+    /// The same with some things in smaller pieces than usual.
+    pub fn in_pieces(&self, pieces: Pieces) -> Self {
         let tile = self.mlp_tile_length.unwrap_or(SMALL_TILE_TOKENS);
         let rows = (self.logit_rows / 4).max(LEAST_LOGIT_ROWS).min(self.logit_rows);
         Settings {
-            mlp_tile_length: Some(tile),
-            widen_ahead: false,
-            logit_rows: rows,
+            mlp_tile_length: if pieces.tiles { Some(tile) } else { self.mlp_tile_length },
+            logit_rows: if pieces.logits { rows } else { self.logit_rows },
+            widen_ahead: self.widen_ahead && !pieces.one_buffer,
             ..self.clone()
         }
     }
@@ -135,15 +204,18 @@ impl Settings {
         self.count(Policy::Keep) < self.policies.len()
     }
 
-    /// Of a head of `vocab_size` rows. One on the host comes in tiles, twice for as many rows of its
-    /// input as there are: more of them, and no more logits than otherwise.
+    /// What a head of V = `vocab_size` rows works with. On the host it comes in tiles, twice for each
+    /// chunk of rows, which is therefore four times as long: `min(4·logit_rows, 2048, trained)` rows of
+    /// `min(V/4, 8192)` logits, no more of these than `logit_rows·V`.
     pub fn head(&self, vocab_size: usize) -> HeadSizes {
-        let (rows, logits) = (self.logit_rows, self.logit_rows * vocab_size);
+        let trained = self.trained_tokens.max(1);
         if !self.head_on_host {
-            return HeadSizes { rows, logits, whole_rows: rows };
+            let rows = self.logit_rows.min(trained);
+            return HeadSizes { rows, logits: rows * vocab_size, whole_rows: rows };
         }
-        let tile = HOST_HEAD_TILE.min(vocab_size);
-        let rows = (logits / tile).min(HOST_HEAD_ROWS).min(self.tokens);
+        let rows = (CHUNKS_TO_SHARE_A_HEAD * self.logit_rows).min(HOST_HEAD_ROWS).min(trained);
+        let tile = vocab_size.div_ceil(CHUNKS_TO_SHARE_A_HEAD).min(HOST_HEAD_TILE);
+        let tile = tile.next_multiple_of(HEAD_TILE_MULTIPLE);
         let logits = (rows * tile).max(vocab_size);
         HeadSizes { rows, logits, whole_rows: logits / vocab_size }
     }
@@ -179,16 +251,16 @@ pub enum Half {
 impl Half {
     /// Where a linear belongs.
     pub fn of(role: LinearRole) -> Self {
-        match role {
-            LinearRole::Gate | LinearRole::Up | LinearRole::Down => Half::Mlp,
-            _ => Half::Attention,
-        }
+        if Half::Mlp.roles().contains(&role) { Half::Mlp } else { Half::Attention }
     }
 
-    /// Sum of the adapters' ranks in this half of `layer`.
-    pub fn rank_sum(self, targets: &[LoraTarget], layer: usize) -> usize {
-        let here = |target: &&LoraTarget| target.layer == layer && Half::of(target.role) == self;
-        targets.iter().filter(here).map(|target| target.r).sum()
+    /// Its linears.
+    pub fn roles(self) -> &'static [LinearRole] {
+        use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
+        match self {
+            Half::Attention => &[Q, K, V, Qkv, O],
+            Half::Mlp => &[Gate, Up, Down],
+        }
     }
 }
 
@@ -199,22 +271,8 @@ mod tests {
     #[test]
     fn long_passes_are_tiled_by_themselves() {
         let of = |tokens, mlp_tile_length| {
-            let settings = Settings {
-                tokens,
-                longest_document: tokens,
-                logit_rows: 1,
-                policies: Vec::new(),
-                targets: Vec::new(),
-                lora_dropout: false,
-                bf16_working: true,
-                optim: Optim::default(),
-                threads: 1,
-                cache_tokens: 0,
-                mlp_tile_length,
-                scratch_folder: None,
-                widen_ahead: true,
-                head_on_host: false,
-            };
+            let settings =
+                Settings { threads: 1, mlp_tile_length, ..Settings::evaluating(tokens, 1) };
             (settings.mlp_tile(), settings.tiled())
         };
         assert_eq!(of(4096, None), (4096, false));

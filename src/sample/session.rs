@@ -15,7 +15,7 @@ use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::Weights;
-use crate::plan::{Optim, Settings};
+use crate::plan::Settings;
 
 /// Tokens of a prompt that are fed at a time.
 const PREFILL_TOKENS: usize = 512;
@@ -157,20 +157,10 @@ fn equip<K: Kernels>(
     context_tokens: usize,
 ) -> Result<Model<K>> {
     let settings = Settings {
-        tokens: PREFILL_TOKENS.min(context_tokens),
-        longest_document: PREFILL_TOKENS.min(context_tokens),
-        logit_rows: 1,
-        policies: Vec::new(),
         targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
-        lora_dropout: false,
         bf16_working: false,
-        optim: Optim::default(),
-        threads: rayon::current_num_threads(),
         cache_tokens: context_tokens,
-        mlp_tile_length: None,
-        scratch_folder: None,
-        widen_ahead: true,
-        head_on_host: false,
+        ..Settings::evaluating(PREFILL_TOKENS.min(context_tokens), 1)
     };
     let mut model = Model::on(kernels.clone(), spec, weights, settings, None)?;
     if let Some(adapter) = adapter {

@@ -19,7 +19,7 @@ use crate::model::families::spec_from_config;
 use crate::model::parameters::Part;
 use crate::model::spec::{ModelSpec, TensorRole};
 use crate::model::weights::{TensorSource, Weights};
-use crate::plan::{Optim, Policy, Settings};
+use crate::plan::{Policy, Settings};
 use crate::random::Stream;
 
 /// Widths of heads, each of which has kernels of its own, and one that has none.
@@ -133,20 +133,11 @@ fn model<K: TrainingKernels>(kernels: K, head_dim: usize, second: Policy) -> Res
         Stream::new(SEED, "b").at(index as u64).fill_normal(0, 0.02, &mut tensors.b);
     }
     let settings = Settings {
-        tokens: BOUNDARIES[2] as usize,
         longest_document: BOUNDARIES[1] as usize,
-        logit_rows: 32,
         policies: vec![Policy::Keep, second],
         targets: adapter.targets.clone(),
-        lora_dropout: false,
-        bf16_working: true,
-        optim: Optim::default(),
-        threads: rayon::current_num_threads(),
         cache_tokens: DECODED,
-        mlp_tile_length: None,
-        scratch_folder: None,
-        widen_ahead: true,
-        head_on_host: false,
+        ..Settings::evaluating(BOUNDARIES[2] as usize, 32)
     };
     let weights = weights.upload(&kernels)?;
     let mut model = Model::on(kernels, spec, weights, settings, None)?;

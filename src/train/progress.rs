@@ -42,7 +42,7 @@ impl Progress {
     pub fn begin(&mut self, start: &Start) {
         self.max_steps = start.state.max_steps;
         if start.rounding_differs {
-            self.note("this machine rounds differently: the run continues, but not bit for bit");
+            self.note("another machine or another plan rounds differently: the run continues, but not bit for bit");
         }
         if let Output::Live(bar) = &self.output {
             bar.set_length(self.max_steps);

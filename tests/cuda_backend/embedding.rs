@@ -69,8 +69,8 @@ fn an_input_embedding_on_the_host_gives_the_same_bits() {
     }
 }
 
-/// A small model of a vocabulary of three tiles, the last one shorter, and targets in all of them.
-fn of_three_tiles(vocab_size: usize, tied: bool) -> (ModelSpec, Batch) {
+/// A small model of a vocabulary of four tiles, the last one shorter, and targets in all of them.
+fn of_four_tiles(vocab_size: usize, tied: bool) -> (ModelSpec, Batch) {
     let case = Case::open(if tied { "llama_tied_s2" } else { "llama_s0" });
     let mut batch = batch(&case);
     for (index, label) in batch.labels.iter_mut().enumerate().filter(|(_, label)| **label >= 0) {
@@ -105,7 +105,7 @@ fn random_model(
 fn a_head_on_the_host_gives_the_same_numbers() {
     for (vocab, tied) in [(600, false), (601, true)] {
         let Some(gpu) = gpu() else { return };
-        let (spec, batch) = of_three_tiles(vocab, tied);
+        let (spec, batch) = of_four_tiles(vocab, tied);
         let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
         let numbers = |model: &mut Model<Gpu>| {
             let (loss, gradients) = step(model, &batch);
@@ -126,7 +126,7 @@ fn a_head_on_the_host_gives_the_same_numbers() {
         let (mut model, fewer) = random_model(&gpu, OnHost::All, &spec, &batch, |_| {});
         let got = numbers(&mut model);
         let products = gpu.driver().products();
-        assert!(products.iter().all(|[_, n, k]| *n.max(k) < vocab / 2), "{vocab}: three tiles");
+        assert!(products.iter().all(|[_, n, k]| *n.max(k) < vocab / 2), "{vocab}: four tiles");
         let format = BlockFormat::default();
         let planned = WeightBytes::of_config(&spec, FloatType::F32, Some(&format), Place::Gpu);
         assert_eq!(all - fewer, planned.on_host(OnHost::All));
@@ -152,11 +152,17 @@ fn likeliest(batch: &Batch, logits: &[f32], vocab: usize) -> Vec<bool> {
     .collect()
 }
 
+/// Copies of tiles for each chunk of rows: forward all four, backward the first two, as the last two are
+/// still there; and then the first two are, for the next chunk.
+fn copies_of(chunks: usize) -> usize {
+    2 + 4 * chunks
+}
+
 /// Whether the copies of its tiles are as early or as late as they may be, of chunks of rows or all of
 /// them, with one buffer and with two; ahead of their turn from the second step on.
 #[test]
 fn the_tiles_of_a_head_are_there_when_they_are_used() {
-    let (spec, batch) = of_three_tiles(600, false);
+    let (spec, batch) = of_four_tiles(600, false);
     for (ahead, rows) in [(true, 10), (true, 1), (false, 10)] {
         let run = |copies| {
             let gpu = Cuda::new(Device::with(copies)?).unwrap();
@@ -171,15 +177,43 @@ fn the_tiles_of_a_head_are_there_when_they_are_used() {
         };
         let Some((first, second, copied)) = run(Copies::AtOnce) else { return };
         assert!(first == second && first.1.iter().any(|x| *x != 0.0));
-        // Three tiles forward and two backward for each chunk of rows.
-        let chunks = batch.num_targets.div_ceil(rows);
-        assert_eq!(copied, if ahead { 5 * chunks } else { 0 });
+        let chunks = batch.num_targets.div_ceil(4 * rows);
+        assert_eq!(copied, if ahead { copies_of(chunks) } else { 0 }, "{chunks} chunks");
         if Device::skips_on_a_card("copies at other times") {
             return;
         }
         assert!(run(Copies::WhenAwaited).unwrap() == (first.clone(), second, copied));
         let (again, never, _) = run(Copies::Never).unwrap();
         assert_eq!((again == first, never == first), (true, !ahead));
+    }
+}
+
+/// Steps of fewer trained tokens, and an evaluation between them: tiles and weights come ahead of their
+/// turn all the same.
+#[test]
+fn another_number_of_trained_tokens_is_no_other_order() {
+    let (spec, batch) = of_four_tiles(600, false);
+    let mut fewer = batch.clone();
+    fewer.labels[batch.tokens() / 2..].fill(-100);
+    let trained = (1..batch.tokens())
+        .filter(|&token| fewer.labels[token] >= 0 && !batch.cu_seqlens.contains(&(token as u32)));
+    fewer.num_targets = trained.count();
+    let chunks = |batch: &Batch| batch.num_targets.div_ceil(4);
+    assert!(chunks(&fewer) > 1 && chunks(&fewer) + 2 < chunks(&batch));
+    let Some(gpu) = gpu() else { return };
+    let (mut model, _) =
+        random_model(&gpu, OnHost::All, &spec, &batch, |settings| settings.logit_rows = 1);
+    step(&mut model, &batch);
+    for batch in [&fewer, &batch, &fewer, &batch] {
+        let before = (gpu.driver().copied_ahead(), gpu.driver().widened());
+        step(&mut model, batch);
+        let copied = gpu.driver().copied_ahead() - before.0;
+        assert_eq!(copied, copies_of(chunks(batch)), "{} chunks", chunks(batch));
+        // The first ones of all, q, k and v in one product; and those behind the head, where another
+        // chunk may have been expected.
+        let [in_turn, ahead] = [0, 1].map(|of| gpu.driver().widened()[of] - before.1[of]);
+        assert!(in_turn <= 3 + 3 && ahead > 30, "{in_turn} in turn, {ahead} ahead");
+        model.evaluate(batch).unwrap();
     }
 }
 

@@ -51,20 +51,12 @@ fn settings(
     bf16_working: bool,
 ) -> Settings {
     Settings {
-        tokens: 64,
         longest_document: 32,
-        logit_rows: 10,
         policies: policies.iter().copied().cycle().take(case.spec().num_layers).collect(),
         targets: adapter.map(|adapter| case.targets(adapter)).unwrap_or_default(),
-        lora_dropout: false,
         bf16_working,
-        optim: Optim::default(),
-        threads: rayon::current_num_threads(),
         cache_tokens: 40,
-        mlp_tile_length: None,
-        scratch_folder: None,
-        widen_ahead: true,
-        head_on_host: false,
+        ..Settings::evaluating(64, 10)
     }
 }
 

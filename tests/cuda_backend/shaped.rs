@@ -8,7 +8,7 @@ use nibble::error::Result;
 use nibble::model::families::spec_from_config;
 use nibble::model::spec::{ModelSpec, TensorRole};
 use nibble::model::weights::{TensorSource, Weights};
-use nibble::plan::{Optim, Place, Policy, Settings, logit_rows};
+use nibble::plan::{Place, Policy, Settings, logit_rows};
 use nibble::random::Stream;
 use nibble_quant::{Absmax, FloatType, PackedParts, PackedWeight, QuantType};
 use serde_json::json;
@@ -130,20 +130,10 @@ pub fn adapter(spec: &ModelSpec) -> Adapter {
 pub fn settings(spec: &ModelSpec, adapter: &Adapter, batch: &Batch, policy: Policy) -> Settings {
     let lengths = batch.cu_seqlens.windows(2).map(|document| document[1] - document[0]);
     Settings {
-        tokens: batch.tokens(),
         longest_document: lengths.max().unwrap_or(0) as usize,
-        logit_rows: logit_rows(spec, batch.tokens(), None, Place::Gpu),
         policies: vec![policy; spec.num_layers],
         targets: adapter.targets.clone(),
-        lora_dropout: false,
-        bf16_working: true,
-        optim: Optim::default(),
-        threads: rayon::current_num_threads(),
-        cache_tokens: 0,
-        mlp_tile_length: None,
-        scratch_folder: None,
-        widen_ahead: true,
-        head_on_host: false,
+        ..Settings::evaluating(batch.tokens(), logit_rows(spec, batch.tokens(), None, Place::Gpu))
     }
 }
 

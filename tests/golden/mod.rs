@@ -10,7 +10,7 @@ use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::model::spec::ModelSpec;
 use nibble::model::weights::Weights;
-use nibble::plan::{Optim, Policy, Settings};
+use nibble::plan::{Policy, Settings};
 use nibble_quant::BlockFormat;
 use safetensors::SafeTensors;
 use serde_json::Value;
@@ -152,20 +152,13 @@ impl Case {
         let checkpoint = Checkpoint::open(&self.path).unwrap();
         let weights = Weights::load(&checkpoint, &spec, quantization.as_ref(), None).unwrap();
         let settings = Settings {
-            tokens: 64,
             longest_document: 32,
-            logit_rows: 10,
             policies: policies.iter().copied().cycle().take(spec.num_layers).collect(),
             targets,
-            lora_dropout: false,
             bf16_working: false,
-            optim: Optim::default(),
-            threads: rayon::current_num_threads(),
             cache_tokens: 40,
             mlp_tile_length: tile,
-            scratch_folder: None,
-            widen_ahead: true,
-            head_on_host: false,
+            ..Settings::evaluating(64, 10)
         };
         let mut model = Model::new(spec, weights, settings, None).unwrap();
         if let Some(adapter) = adapter {

@@ -12,7 +12,7 @@ use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::model::spec::ModelSpec;
 use nibble::model::weights::Weights;
-use nibble::plan::{Optim, Policy, Settings};
+use nibble::plan::{Policy, Settings};
 use nibble_quant::BlockFormat;
 use safetensors::SafeTensors;
 use tempfile::TempDir;
@@ -178,20 +178,11 @@ pub fn model_merged(
 
 fn with_weights(spec: ModelSpec, weights: Weights, targets: Vec<LoraTarget>) -> Model {
     let settings = Settings {
-        tokens: 64,
         longest_document: 32,
-        logit_rows: 8,
-        cache_tokens: 0,
-        mlp_tile_length: None,
-        scratch_folder: None,
-        widen_ahead: true,
-        head_on_host: false,
         policies: vec![Policy::Keep; spec.num_layers],
         targets,
-        lora_dropout: false,
         bf16_working: false,
-        optim: Optim::default(),
-        threads: rayon::current_num_threads(),
+        ..Settings::evaluating(64, 8)
     };
     Model::new(spec, weights, settings, None).unwrap()
 }

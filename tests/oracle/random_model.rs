@@ -10,7 +10,7 @@ use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::model::spec::{ModelSpec, TensorRole};
 use nibble::model::weights::Weights;
-use nibble::plan::{Optim, Policy, Settings};
+use nibble::plan::{Policy, Settings};
 use nibble::random::Stream;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
@@ -179,20 +179,11 @@ pub fn model(checkpoint: &Checkpoint, spec: &ModelSpec, adapter: Option<&Adapter
     let weights = Weights::load(checkpoint, spec, None, None).unwrap();
     let policies = [Policy::Keep, Policy::Checkpoint].into_iter().cycle();
     let settings = Settings {
-        tokens: 48,
         longest_document: 24,
-        logit_rows: 7,
         policies: policies.take(spec.num_layers).collect(),
         targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
-        lora_dropout: false,
         bf16_working: false,
-        optim: Optim::default(),
-        threads: rayon::current_num_threads(),
-        cache_tokens: 0,
-        mlp_tile_length: None,
-        scratch_folder: None,
-        widen_ahead: true,
-        head_on_host: false,
+        ..Settings::evaluating(48, 7)
     };
     let mut model = Model::new(spec.clone(), weights, settings, None).unwrap();
     if let Some(adapter) = adapter {

@@ -11,7 +11,7 @@ use nibble::data::{Batch, Document};
 use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::model::weights::Weights;
-use nibble::plan::{Optim, Policy, Settings};
+use nibble::plan::{Policy, Settings};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
@@ -59,20 +59,10 @@ impl Case {
         let spec = spec_from_config(checkpoint.config()).unwrap();
         let weights = Weights::load(&checkpoint, &spec, None, None).unwrap();
         let settings = Settings {
-            tokens: 256,
             longest_document: 96,
-            logit_rows: 32,
             policies: vec![Policy::Keep; spec.num_layers],
-            targets: Vec::new(),
-            lora_dropout: false,
             bf16_working: false,
-            optim: Optim::default(),
-            threads: rayon::current_num_threads(),
-            cache_tokens: 0,
-            mlp_tile_length: None,
-            scratch_folder: None,
-            widen_ahead: true,
-            head_on_host: false,
+            ..Settings::evaluating(256, 32)
         };
         Model::new(spec, weights, settings, None).unwrap()
     }

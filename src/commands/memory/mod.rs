@@ -224,20 +224,14 @@ fn settings(args: &MemoryArgs, spec: &ModelSpec, place: Place) -> Result<Setting
     let lora = args.lora.config()?;
     let tokens = args.per_device_train_batch_size.get() * args.max_length.get();
     Ok(Settings {
-        tokens,
         longest_document: args.max_length.get(),
-        logit_rows: logit_rows(spec, tokens, args.logits_chunk_length, place),
-        policies: Vec::new(),
         targets: lora.resolve(spec)?,
         lora_dropout: lora.lora_dropout > 0.0,
         bf16_working: args.lora.adapter_dtype == AdapterDtype::Bf16,
         optim: args.optim,
-        threads: rayon::current_num_threads(),
-        cache_tokens: 0,
         mlp_tile_length: args.mlp_tile_length.map(NonZeroUsize::get),
         // Where temporary files go is often memory, which no account of the process shows.
         scratch_folder: Some(PathBuf::from(".")),
-        widen_ahead: true,
-        head_on_host: false,
+        ..Settings::evaluating(tokens, logit_rows(spec, tokens, args.logits_chunk_length, place))
     })
 }

@@ -110,23 +110,18 @@ fn sizes(
     data: &Prepared,
     place: Place,
 ) -> Result<Settings> {
-    // Only trained tokens have logits.
     let (tokens, most) = (data.largest_batch_tokens, args.resources.logits_chunk_length);
     let logit_rows = logit_rows(&base.spec, tokens, most, place);
     Ok(Settings {
-        tokens: data.largest_batch_tokens,
         longest_document: data.longest_document_tokens,
-        logit_rows: logit_rows.min(data.most_batch_targets),
-        policies: Vec::new(),
+        trained_tokens: data.most_batch_targets,
         targets: adapter.targets.clone(),
         lora_dropout: adapter.config.lora_dropout > 0.0,
         bf16_working: args.lora.adapter_dtype == AdapterDtype::Bf16,
         optim: args.optimization.optim,
-        threads: rayon::current_num_threads(),
         cache_tokens: base.preview.context_tokens(&args.evaluation.sample_prompt)?,
         mlp_tile_length: args.resources.mlp_tile_length.map(NonZeroUsize::get),
         scratch_folder: Some(args.output.out.clone()),
-        widen_ahead: true,
-        head_on_host: false,
+        ..Settings::evaluating(data.largest_batch_tokens, logit_rows)
     })
 }

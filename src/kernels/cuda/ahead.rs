@@ -111,30 +111,42 @@ pub(super) struct Turn {
     pub pending: Option<usize>,
     /// Whether it is there then.
     pub ready: bool,
-    /// What to widen ahead: into which slot, where.
+    /// What to bring ahead: into which slot, where.
     pub next: Option<(Wanted, usize, Address)>,
 }
 
 /// The buffers, one or two, and the order of requests.
 pub(super) struct Ahead<D: Driver> {
     buffers: Vec<Buffer<D>>,
-    /// Of the last request.
-    current: usize,
-    /// What the other buffer holds, or will.
-    guessed: Option<Wanted>,
+    /// What each holds, or will.
+    held: [Option<Wanted>; AHEAD_SLOTS],
     /// Written ahead, and not waited for.
     pending: [bool; AHEAD_SLOTS],
-    /// Requests of the longest pass so far of which the present one is the beginning, or of the last.
+    /// Of the last request.
+    current: usize,
+    /// Requests of the last pass that asked for something new.
     known: Vec<Wanted>,
+    /// Where the next request is expected there.
+    expected: usize,
     /// Requests of this pass.
     seen: Vec<Wanted>,
+    /// Whether one of them is not known.
+    news: bool,
 }
 
 impl<D: Driver> Ahead<D> {
-    /// With one buffer nothing is widened ahead.
+    /// With one buffer nothing is brought ahead.
     pub fn new(buffers: Vec<Buffer<D>>) -> Self {
-        let (known, seen) = (Vec::new(), Vec::new());
-        Ahead { buffers, current: 0, guessed: None, pending: [false; AHEAD_SLOTS], known, seen }
+        Ahead {
+            buffers,
+            held: [None; AHEAD_SLOTS],
+            pending: [false; AHEAD_SLOTS],
+            current: 0,
+            known: Vec::new(),
+            expected: 0,
+            seen: Vec::new(),
+            news: false,
+        }
     }
 
     /// Elements of a buffer.
@@ -144,44 +156,53 @@ impl<D: Driver> Ahead<D> {
 
     /// A pass begins.
     pub fn begin_pass(&mut self) {
-        if !self.known.starts_with(&self.seen) {
+        if self.news {
             std::mem::swap(&mut self.known, &mut self.seen);
         }
         self.seen.clear();
+        (self.expected, self.news) = (0, false);
     }
 
-    /// The next buffer: its address, and the slot to wait for.
-    fn take(&mut self) -> (Address, Option<usize>) {
-        self.current = (self.current + 1) % self.buffers.len();
-        self.guessed = None;
-        let pending = std::mem::take(&mut self.pending[self.current]);
-        let buffer = &self.buffers[self.current];
-        (buffer.at(0..buffer.elements), pending.then_some(self.current))
-    }
-
-    /// The next buffer, for `wanted`, which fits.
+    /// A buffer for `wanted`, which fits: the one that holds it, or the one that was not the last.
     pub fn turn(&mut self, wanted: Wanted) -> Turn {
-        let ready = self.guessed == Some(wanted);
-        let (to, pending) = self.take();
-        let at = self.seen.len();
-        self.seen.push(wanted);
-        let follower = self.known.get(at + 1).filter(|_| self.known[at] == wanted);
-        let next = follower.copied().filter(|next| {
-            let there = next.place.is_none() || next.place == wanted.place;
-            there && next.elements() <= self.elements() && self.buffers.len() > 1
-        });
-        self.guessed = next;
-        let next = next.map(|next| {
-            let slot = (self.current + 1) % AHEAD_SLOTS;
-            self.pending[slot] = true;
-            (next, slot, self.buffers[slot].at(0..next.elements()))
-        });
-        Turn { to, pending, ready, next }
+        let holds = self.held.iter().position(|held| *held == Some(wanted));
+        self.current = holds.unwrap_or((self.current + 1) % self.buffers.len());
+        self.held[self.current] = Some(wanted);
+        let pending = std::mem::take(&mut self.pending[self.current]);
+        let next = self.follower(wanted).and_then(|next| self.ahead_of(&wanted, next));
+        let to = self.buffers[self.current].at(0..wanted.elements());
+        Turn { to, pending: pending.then_some(self.current), ready: holds.is_some(), next }
     }
 
-    /// What was widened ahead is not to be used: the slots to wait for, before its source changes.
+    /// What came after it in a pass before. Passes differ in their chunks of rows, so a request that is
+    /// not the expected one is looked for behind it, then before it.
+    fn follower(&mut self, wanted: Wanted) -> Option<Wanted> {
+        self.seen.push(wanted);
+        let (before, behind) = self.known.split_at(self.expected.min(self.known.len()));
+        let found = behind.iter().position(|known| *known == wanted);
+        let found = found.map(|at| before.len() + at);
+        let found = found.or_else(|| before.iter().rposition(|known| *known == wanted));
+        self.news |= found.is_none();
+        self.expected = found? + 1;
+        self.known.get(self.expected).copied()
+    }
+
+    /// `next` into the other buffer, unless it is there, does not fit, or may be on its way to where it
+    /// would be read.
+    fn ahead_of(&mut self, wanted: &Wanted, next: Wanted) -> Option<(Wanted, usize, Address)> {
+        let there = next.place.is_none() || next.place == wanted.place;
+        let fits = next.elements() <= self.elements() && self.buffers.len() > 1;
+        if !there || !fits || self.held.contains(&Some(next)) {
+            return None;
+        }
+        let slot = (self.current + 1) % AHEAD_SLOTS;
+        (self.held[slot], self.pending[slot]) = (Some(next), true);
+        Some((next, slot, self.buffers[slot].at(0..next.elements())))
+    }
+
+    /// What the buffers hold is not to be used: the slots to wait for, before its source changes.
     pub fn forget(&mut self) -> impl Iterator<Item = usize> + use<D> {
-        self.guessed = None;
+        self.held = [None; AHEAD_SLOTS];
         let pending = std::mem::take(&mut self.pending);
         (0..AHEAD_SLOTS).filter(move |&slot| pending[slot])
     }

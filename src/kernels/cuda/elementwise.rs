@@ -4,7 +4,7 @@
 use super::Cuda;
 use super::driver::{Argument, Driver};
 use super::host::DeviceVector;
-use super::launch::{ROW_THREADS, as_rows, launch, rows as row_grid};
+use super::launch::{as_rows, launch, row_threads, rows as row_grid};
 use super::memory::Buffer;
 use super::weight::{DeviceWeight, Form};
 use crate::kernels::{AttentionShape, DropoutMask, NormParameters};
@@ -24,13 +24,13 @@ pub(super) fn embed<D: Driver>(
     let Some(ids_on_device) = cuda.stage(ids) else { return };
     let grid = row_grid(ids.len());
     match &table.form {
-        Form::Dense(address) => launch!(cuda, "embed_bf16", grid, ROW_THREADS;
+        Form::Dense(address) => launch!(cuda, "embed_bf16", grid, row_threads(width);
             ids_on_device, Argument::Pointer(*address), width, to, width, width, accumulate),
         Form::Packed(packed) => {
             let mut arguments = vec![ids_on_device];
             arguments.extend(packed.arguments());
             arguments.extend([to, width.into(), width.into(), accumulate.into()]);
-            cuda.launch("embed_4bit", grid, ROW_THREADS, &mut arguments);
+            cuda.launch("embed_4bit", grid, row_threads(width), &mut arguments);
         }
     }
 }
@@ -45,7 +45,7 @@ pub(super) fn norm_forward<D: Driver>(
     let width = norm.weight.elements;
     let (x, y) = (x.rows(rows, width), y.rows(rows, width));
     let bias = norm.bias.as_ref().map_or(Argument::Pointer(0), DeviceVector::argument);
-    launch!(cuda, "norm_forward", row_grid(rows), ROW_THREADS;
+    launch!(cuda, "norm_forward", row_grid(rows), row_threads(width);
         x.argument(), x.stride, norm.weight.argument(), bias, norm.epsilon, y.argument(), y.stride,
         stats.argument(2 * rows), width, norm.kind == Norm::Layer);
 }
@@ -59,7 +59,7 @@ pub(super) fn norm_backward<D: Driver>(
 ) {
     let width = norm.weight.elements;
     let [dy, x, dx] = [dy, x, dx].map(|buffer| buffer.rows(rows, width));
-    launch!(cuda, "norm_backward", row_grid(rows), ROW_THREADS;
+    launch!(cuda, "norm_backward", row_grid(rows), row_threads(width);
         dy.argument(), dy.stride, x.argument(), x.stride, norm.weight.argument(),
         stats.argument(2 * rows), dx.argument(), dx.stride, width, norm.kind == Norm::Layer);
 }
@@ -73,7 +73,7 @@ pub(super) fn rotary<D: Driver>(
     backward: bool,
 ) {
     let (half, qkv) = (rows * shape.head_dim / 2, qkv.rows(rows, shape.qkv_width()));
-    launch!(cuda, "rotary", row_grid(rows), ROW_THREADS;
+    launch!(cuda, "rotary", row_grid(rows), row_threads(shape.qkv_width() / 2);
         qkv.argument(), qkv.stride, cos.argument(half), sin.argument(half),
         shape.num_heads + shape.num_kv_heads, shape.head_dim, backward);
 }
@@ -89,7 +89,7 @@ pub(super) fn dropout<D: Driver>(
     let ([key0, key1], step) = random::Stream::new(mask.seed, mask.stream).at(mask.step).parts();
     let (threshold, kept) = random::dropout_factors(mask.probability);
     let (rows, width) = as_rows(elements);
-    launch!(cuda, "dropout", row_grid(rows), ROW_THREADS;
+    launch!(cuda, "dropout", row_grid(rows), row_threads(width);
         x.argument(elements), width, y.argument(elements), width, width, mask.first, key0, key1,
         step, threshold, kept, accumulate);
 }
@@ -119,7 +119,7 @@ pub(super) fn mlp_forward<D: Driver>(
     let (rows, width) = common_rows(&[up, out], elements);
     let gate = gate.map_or(Argument::Pointer(0), |gate| gate.argument(elements));
     let (up, out) = (up.rows(rows, width), out.rows(rows, width));
-    launch!(cuda, "mlp_forward", row_grid(rows), ROW_THREADS;
+    launch!(cuda, "mlp_forward", row_grid(rows), row_threads(width);
         activation_code(activation), gate, width, up.argument(), up.stride, out.argument(),
         out.stride, width);
 }
@@ -139,7 +139,7 @@ pub(super) fn mlp_backward<D: Driver>(
         Some(gate) => (gate.argument(elements), d_out.argument(), d_up),
         None => (null, null, d_out),
     };
-    launch!(cuda, "mlp_backward", row_grid(rows), ROW_THREADS;
+    launch!(cuda, "mlp_backward", row_grid(rows), row_threads(width);
         activation_code(activation), gate, width, up.argument(), up.stride, d_out.argument(),
         d_out.stride, d_gate, d_out.stride, d_up.argument(), d_up.stride, width);
 }
@@ -153,7 +153,7 @@ pub(super) fn gather_rows<D: Driver>(
 ) {
     let Some(indices) = cuda.stage(rows) else { return };
     let (from, to) = (from.rows(0, width), to.rows(rows.len(), width));
-    launch!(cuda, "gather_rows", row_grid(rows.len()), ROW_THREADS;
+    launch!(cuda, "gather_rows", row_grid(rows.len()), row_threads(width);
         from.argument(), from.stride, indices, to.argument(), to.stride, width);
 }
 
@@ -166,7 +166,7 @@ pub(super) fn scatter_rows<D: Driver>(
 ) {
     let Some(indices) = cuda.stage(rows) else { return };
     let (from, to) = (from.rows(rows.len(), width), to.rows(0, width));
-    launch!(cuda, "scatter_rows", row_grid(rows.len()), ROW_THREADS;
+    launch!(cuda, "scatter_rows", row_grid(rows.len()), row_threads(width);
         from.argument(), from.stride, indices, to.argument(), to.stride, width);
 }
 
@@ -208,5 +208,5 @@ pub(super) fn convert<D: Driver>(
         (RegionType::F32, RegionType::F32) => "scale_rows_f32",
         (RegionType::Bf16, RegionType::Bf16) => "scale_rows_bf16",
     };
-    cuda.launch(kernel, row_grid(rows), ROW_THREADS, &mut arguments);
+    cuda.launch(kernel, row_grid(rows), row_threads(width), &mut arguments);
 }

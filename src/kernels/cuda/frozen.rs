@@ -33,7 +33,7 @@ use super::Cuda;
 use super::ahead::{Ahead, Part, Source, Wanted};
 use super::driver::{Address, Argument, Driver, Launch, Operand, Product};
 use super::host::DeviceVector;
-use super::launch::{FLAT_THREADS, ROW_THREADS, columns as columns_grid, launch, rows as row_grid};
+use super::launch::{FLAT_THREADS, columns as columns_grid, launch, row_threads, rows as row_grid};
 use super::memory::{Buffer, Rows};
 use super::weight::{DeviceWeight, Packed};
 use crate::error::Result;
@@ -115,7 +115,7 @@ pub(super) fn add_bias<D: Driver>(
     width: usize,
     rows: usize,
 ) {
-    launch!(cuda, "add_bias", row_grid(rows), ROW_THREADS;
+    launch!(cuda, "add_bias", row_grid(rows), row_threads(width);
         to.argument(), to.stride, bias.argument(), width);
 }
 
@@ -252,7 +252,7 @@ impl<D: Driver> Cuda<D> {
         elements: usize,
     ) -> Option<Rows> {
         let wanted = Wanted::new(weights, stride)?;
-        (elements <= self.room_for_widened()).then(|| self.brought(wanted))
+        (elements <= self.room_for_widened()).then(|| self.in_a_buffer(wanted))
     }
 
     /// Elements of a buffer for widened weights.
@@ -262,24 +262,30 @@ impl<D: Driver> Cuda<D> {
 
     /// What is wanted, in a buffer. What follows it in a pass is brought meanwhile, see
     /// [`super::ahead`].
-    pub(super) fn brought(&self, wanted: Wanted) -> Rows {
+    pub(super) fn in_a_buffer(&self, wanted: Wanted) -> Rows {
         let turn = self.state().ahead.as_mut().expect("a plan is allocated").turn(wanted);
         self.await_ahead(turn.pending);
         if !turn.ready {
-            self.note(self.bring(&wanted, turn.to, None));
+            let result = self.fill(&wanted, turn.to, None);
+            self.note_or_forget(result);
         }
         if let Some((next, slot, address)) = turn.next {
-            let result = self.bring(&next, address, Some(slot));
-            if result.is_err() {
-                self.forget_ahead();
-            }
-            self.note(result);
+            let result = self.fill(&next, address, Some(slot));
+            self.note_or_forget(result);
         }
         Rows { address: turn.to, stride: wanted.stride }
     }
 
+    /// What a buffer holds is not known where it could not be filled.
+    fn note_or_forget(&self, result: Result<()>) {
+        if result.is_err() {
+            self.forget_ahead();
+        }
+        self.note(result);
+    }
+
     /// Fills a buffer in its turn, or ahead into a slot.
-    fn bring(&self, wanted: &Wanted, to: Address, slot: Option<usize>) -> Result<()> {
+    fn fill(&self, wanted: &Wanted, to: Address, slot: Option<usize>) -> Result<()> {
         let driver = self.driver();
         wanted.parts().try_for_each(|(Part { source, rows }, first)| {
             let to = Rows { address: to, stride: wanted.stride }.row(first);
@@ -324,7 +330,7 @@ impl<D: Driver> Cuda<D> {
         for first in (0..rows).step_by(height) {
             let count = height.min(rows - first);
             let wanted = Wanted::of_rows(weight, first..first + count);
-            product(Panel { first, count, rows: self.brought(wanted) });
+            product(Panel { first, count, rows: self.in_a_buffer(wanted) });
         }
     }
 }

@@ -6,11 +6,11 @@
 //! backward  from the last one:  z again;  dz = scale · (e^{z − m} / Σ − [target]);  dx += dz·W_t
 //! ```
 //!
-//! A head on the host is read twice for a chunk of rows, and not twice for as many as have room for
-//! all their logits: 2·V·D bytes each time, beside 3 · 2·V·D floating-point operations a row. Tiles
-//! lie in the buffers of widened weights, which nobody needs meanwhile, and the next one is copied
-//! while the products with this one run ([`super::ahead`]); between both directions the last one
-//! stays. dx is summed in f32, and rounded once. One on the device is one tile.
+//! A head on the host is read twice for a chunk of rows, 2·V·D bytes each time, beside 3 · 2·V·D
+//! floating-point operations a row. Tiles lie in the buffers of widened weights, which nobody needs
+//! meanwhile, and the next one is copied while the products with this one run ([`super::ahead`]);
+//! between both directions the last two stay. dx is summed in f32, and rounded once. A head on the
+//! device is one tile.
 
 use std::ops::Range;
 
@@ -18,9 +18,9 @@ use super::Cuda;
 use super::ahead::Wanted;
 use super::driver::{Argument, Driver, Product};
 use super::elementwise::convert;
-use super::frozen::{operand, panel_rows, product, transposed};
+use super::frozen::{STRIDE_ELEMENTS, operand, panel_rows, product, transposed};
 use super::launch::{FLAT_THREADS, flat, launch, rows as row_grid};
-use super::loss::{LOGIT_THREADS, LossSum, TILE_STATISTICS};
+use super::loss::{LossSum, TILE_STATISTICS, logit_threads};
 use super::memory::{Buffer, Rows};
 use super::weight::DeviceWeight;
 use crate::error::Result;
@@ -31,6 +31,8 @@ struct Chunk<'a, D: Driver> {
     head: &'a DeviceWeight<D>,
     rows: usize,
     x: Rows,
+    /// Logits of a row that have room, whatever the rows of this chunk: tiles are the same in each.
+    room: usize,
     logits: &'a Buffer<D>,
     targets: Argument,
     loss: &'a LossSum<D>,
@@ -59,7 +61,7 @@ pub(super) fn loss_in_tiles<D: Driver>(
     let Some((scale, sum)) = gradient else { return };
     chunk.add_gradient(&last, scale, sum, 0.0);
     for tile in chunk.tiles().rev().skip(1) {
-        let tile = chunk.bring(tile);
+        let tile = chunk.tile(tile);
         chunk.logits(&tile);
         chunk.add_gradient(&tile, scale, sum, 1.0);
     }
@@ -84,7 +86,8 @@ pub(super) fn score<D: Driver>(
     }
     let bytes = bytemuck::cast_slice_mut(&mut statistics);
     cuda.download(loss.tile_statistics(targets.len()), bytes)?;
-    let likeliest = |row: &[f32]| row[0] <= row[2];
+    // A maximum knows no NaN, a sum does.
+    let likeliest = |row: &[f32]| row[1].is_finite() && row[0] <= row[2];
     Ok(statistics.chunks_exact(TILE_STATISTICS).map(likeliest).collect())
 }
 
@@ -98,28 +101,28 @@ impl<'a, D: Driver> Chunk<'a, D> {
         targets: &[u32],
         loss: &'a LossSum<D>,
     ) -> Option<Self> {
-        let (rows, x) = (targets.len(), x.rows(targets.len(), head.shape[1]));
-        let targets = cuda.stage(targets)?;
-        Some(Chunk { cuda, head, rows, x, logits, targets, loss })
+        let (rows, width) = (targets.len(), head.shape[1]);
+        let room = logits.elements / (x.elements / width);
+        let (x, targets) = (x.rows(rows, width), cuda.stage(targets)?);
+        Some(Chunk { cuda, head, rows, x, room, logits, targets, loss })
     }
 
-    /// Rows of the head that have room, and their logits.
+    /// Rows of the head, as many at a time as their buffer and their logits have room.
     fn tiles(&self) -> impl DoubleEndedIterator<Item = Range<usize>> + use<D> {
         let [vocab_size, width] = self.head.shape;
-        let room = self.logits.elements / self.rows;
         let most = match self.head.operand() {
-            Some(_) => room,
-            None => room.min(self.cuda.room_for_widened() / width),
+            Some(_) => self.room,
+            None => self.room.min(self.cuda.room_for_widened() / width),
         };
-        let height = panel_rows(most, vocab_size);
+        let height = panel_rows(most, stride(vocab_size)).min(vocab_size);
         (0..vocab_size).step_by(height).map(move |first| first..vocab_size.min(first + height))
     }
 
-    fn bring(&self, rows: Range<usize>) -> Tile {
+    fn tile(&self, rows: Range<usize>) -> Tile {
         let (first, count) = (rows.start, rows.len());
         let rows = match self.head.operand() {
             Some(whole) => whole.row(first),
-            None => self.cuda.brought(Wanted::of_rows(self.head, rows)),
+            None => self.cuda.in_a_buffer(Wanted::of_rows(self.head, rows)),
         };
         Tile { first, count, rows }
     }
@@ -132,7 +135,7 @@ impl<'a, D: Driver> Chunk<'a, D> {
     fn add_losses(&self) -> Option<Tile> {
         let (cuda, [vocab_size, _]) = (self.cuda, self.head.shape);
         let last = self.tiles().fold(None, |_, tile| {
-            let tile = self.bring(tile);
+            let tile = self.tile(tile);
             self.add_statistics(&tile);
             Some(tile)
         });
@@ -143,9 +146,14 @@ impl<'a, D: Driver> Chunk<'a, D> {
         last
     }
 
-    /// Logits of a tile, one row right behind the other.
+    /// Where logits of a tile are.
+    fn place(&self, tile: &Tile) -> Rows {
+        self.logits.as_matrix(self.rows, stride(tile.count))
+    }
+
+    /// Makes them.
     fn logits(&self, tile: &Tile) -> Rows {
-        let z = self.logits.as_matrix(self.rows, tile.count);
+        let z = self.place(tile);
         let shape = [self.rows, tile.count, self.head.shape[1]];
         let operands = (operand(self.x), transposed(tile.rows));
         self.cuda.gemm(shape, (1.0, 0.0), operands, product(z));
@@ -154,7 +162,7 @@ impl<'a, D: Driver> Chunk<'a, D> {
 
     fn add_statistics(&self, tile: &Tile) {
         let (cuda, z) = (self.cuda, self.logits(tile));
-        launch!(cuda, "tile_statistics", row_grid(self.rows), LOGIT_THREADS;
+        launch!(cuda, "tile_statistics", row_grid(self.rows), logit_threads(tile.count);
             z.argument(), z.stride, tile.count, self.targets, tile.first, tile.first == 0,
             self.statistics());
     }
@@ -162,8 +170,8 @@ impl<'a, D: Driver> Chunk<'a, D> {
     /// The logits become their gradient.
     fn add_gradient(&self, tile: &Tile, scale: f32, sum: &Buffer<D>, beta: f32) {
         let (cuda, [vocab_size, width]) = (self.cuda, self.head.shape);
-        let z = self.logits.as_matrix(self.rows, tile.count);
-        launch!(cuda, "tile_gradient", row_grid(self.rows), LOGIT_THREADS;
+        let z = self.place(tile);
+        launch!(cuda, "tile_gradient", row_grid(self.rows), logit_threads(tile.count);
             z.argument(), z.stride, tile.count, self.targets, tile.first, vocab_size, scale,
             self.statistics());
         let to = sum.rows(self.rows, width);
@@ -171,4 +179,9 @@ impl<'a, D: Driver> Chunk<'a, D> {
         let operands = (operand(z), operand(tile.rows));
         cuda.gemm([self.rows, width, tile.count], (1.0, beta), operands, to);
     }
+}
+
+/// Elements from one row of `count` logits to the next.
+fn stride(count: usize) -> usize {
+    count.next_multiple_of(STRIDE_ELEMENTS)
 }

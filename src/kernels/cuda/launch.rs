@@ -27,8 +27,8 @@ impl From<usize> for Argument {
     }
 }
 
-/// Threads of the kernels that give a block to each row.
-pub const ROW_THREADS: u32 = 256;
+/// Threads of the kernels that give a block to each row, at most.
+const MOST_ROW_THREADS: u32 = 256;
 /// Threads of the kernels whose blocks take turns.
 pub const FLAT_THREADS: u32 = 256;
 /// Blocks of those at most: a few for each multiprocessor.
@@ -37,6 +37,18 @@ const FLAT_BLOCKS: usize = 2048;
 /// Grid of a kernel that gives a block to each row.
 pub fn rows(rows: usize) -> [u32; 3] {
     [rows as u32, 1, 1]
+}
+
+/// Threads of such a kernel for rows of `width`: one for eight columns, in whole warps.
+pub fn row_threads(width: usize) -> u32 {
+    threads_for(width, MOST_ROW_THREADS)
+}
+
+/// The same with another limit.
+pub fn threads_for(width: usize, most: u32) -> u32 {
+    const WARP: usize = 32;
+    let threads = width.div_ceil(8).next_multiple_of(WARP).clamp(WARP, most as usize);
+    threads as u32
 }
 
 /// Grid of a kernel whose blocks take turns through `elements`.
@@ -78,6 +90,13 @@ pub(super) use launch;
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn rows_have_whole_warps_of_threads() {
+        let threads = [0, 8, 257, 576, 2048, 2049, 14_336].map(row_threads);
+        assert_eq!(threads, [32, 32, 64, 96, 256, 256, 256]);
+        assert_eq!(threads_for(128_256, 1024), 1024);
+    }
 
     #[test]
     fn rows_cover_all_elements() {

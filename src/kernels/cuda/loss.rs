@@ -2,7 +2,7 @@
 
 use super::Cuda;
 use super::driver::{Address, Argument, Driver};
-use super::launch::{FLAT_THREADS, launch, partial_sums, rows as row_grid};
+use super::launch::{FLAT_THREADS, launch, partial_sums, rows as row_grid, threads_for};
 use super::memory::{Buffer, PARTIALS};
 use crate::error::Result;
 
@@ -14,7 +14,9 @@ pub(super) const TILE_STATISTICS: usize = 3;
 pub struct LossSum<D: Driver>(pub(super) Buffer<D>);
 
 /// Threads that a row of logits has.
-pub(super) const LOGIT_THREADS: u32 = 1024;
+pub(super) fn logit_threads(columns: usize) -> u32 {
+    threads_for(columns, 1024)
+}
 
 impl<D: Driver> LossSum<D> {
     fn partials(&self) -> Address {
@@ -68,7 +70,7 @@ pub(super) fn cross_entropy<D: Driver>(
     let Some(targets) = cuda.stage(targets) else { return };
     let losses = Argument::Pointer(loss.losses(rows));
     let logits = logits.rows(rows, vocab_size);
-    launch!(cuda, "cross_entropy_bf16", row_grid(rows), LOGIT_THREADS;
+    launch!(cuda, "cross_entropy_bf16", row_grid(rows), logit_threads(vocab_size);
         logits.argument(), logits.stride, targets, vocab_size,
         scale.unwrap_or(0.0), scale.is_some(), losses);
     loss.add_losses(cuda, rows);

@@ -2,7 +2,7 @@
 //! beside them.
 
 use crate::model::spec::{LinearRole, ModelSpec};
-use crate::plan::{Component, MemoryPlan, Pitch, Region, RegionType, Settings, layout};
+use crate::plan::{Component, MemoryPlan, Pitch, Ranks, Region, RegionType, Settings, layout};
 
 use super::attention::{AttnImplementation, WorkLayout};
 use super::frozen::{STRIDE_ELEMENTS, extended_elements, tail_columns};
@@ -44,6 +44,8 @@ pub fn cuda_layout(
     attention: AttnImplementation,
 ) -> MemoryPlan {
     let mut plan = layout(spec, settings);
+    let ranks = Ranks::new(&settings.targets, spec.num_layers);
+    let stacked = stacked_elements(spec, settings, &ranks);
     for region in &mut plan.regions {
         if !is_wide(&region.name) {
             region.dtype = RegionType::Bf16;
@@ -55,15 +57,14 @@ pub fn cuda_layout(
             // The bf16 copies are operands as they are.
             "work.lora_pair" if settings.bf16_working => region.elements = 0,
             "work.lora_gradient" if extends(settings) => {
-                let ranks =
-                    TOGETHER.map(|roles| most(spec, |layer| rank_sum(settings, layer, roles)));
+                let ranks = TOGETHER.map(|roles| ranks.most(roles));
                 let side_by_side = settings.tokens * ranks.into_iter().max().unwrap_or(0);
                 region.elements = region.elements.max(side_by_side);
             }
             _ => {}
         }
         if extends(settings) {
-            leave_room(spec, settings, region);
+            leave_room(spec, &ranks, region);
         }
         if region.name == "head.logits" {
             align_rows(spec.vocab_size, region);
@@ -80,11 +81,11 @@ pub fn cuda_layout(
         });
     };
     let wide = RegionType::F32;
-    let elements = widened_elements(spec, settings);
+    let elements = widened_elements(spec, settings, &ranks);
     for name in &DEQUANTIZED[..if settings.widen_ahead { 2 } else { 1 }] {
         push(Component::DequantizedWeight, name, RegionType::Bf16, elements);
     }
-    if let Some(elements) = stacked_elements(spec, settings) {
+    if let Some(elements) = stacked {
         push(Component::BlockWorkspace, STACKED_A, RegionType::Bf16, elements);
         if settings.training() {
             push(Component::BlockWorkspace, STACKED_GRADIENT, wide, elements);
@@ -94,7 +95,7 @@ pub fn cuda_layout(
     let rows = settings.head(spec.vocab_size).rows;
     let loss = 2 * (PARTIALS + 1) + (1 + TILE_STATISTICS) * rows;
     push(Component::LogitsChunk, "cuda.loss", wide, loss);
-    let chunks = settings.tokens.div_ceil(settings.logit_rows.max(1));
+    let chunks = settings.tokens.div_ceil(rows);
     let words = UPLOADS_PER_TOKEN * (settings.tokens + UPLOAD_WORDS * (chunks + 2));
     push(Component::Uploads, "cuda.uploads", wide, words);
     let workspace = Region {
@@ -114,50 +115,41 @@ fn extends(settings: &Settings) -> bool {
     !settings.lora_dropout && !settings.targets.is_empty()
 }
 
-/// The largest of a number that each layer has.
-fn most(spec: &ModelSpec, of: impl Fn(usize) -> usize) -> usize {
-    (0..spec.num_layers).map(of).max().unwrap_or(0)
-}
-
-/// Sum of the ranks of a layer's adapters on some linears.
-fn rank_sum(settings: &Settings, layer: usize, roles: &[LinearRole]) -> usize {
-    let here = settings.targets.iter().filter(|t| t.layer == layer && roles.contains(&t.role));
-    here.map(|target| target.r).sum()
-}
-
 /// Elements of the A of linears that read the same rows; `None` where there is no use for them.
-fn stacked_elements(spec: &ModelSpec, settings: &Settings) -> Option<usize> {
+fn stacked_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> Option<usize> {
+    let linears = spec.linears(0);
     let several = |roles: &&&[LinearRole]| {
-        let linears = spec.linears(0);
         linears.iter().filter(|linear| roles.contains(&linear.role)).count() > 1
     };
     let groups = TOGETHER.iter().filter(several).filter(|_| extends(settings));
-    let ranks = groups.map(|roles| most(spec, |layer| rank_sum(settings, layer, roles)));
-    ranks.max().map(|ranks| ranks * spec.hidden_size)
+    groups.map(|roles| ranks.most(roles)).max().map(|ranks| ranks * spec.hidden_size)
 }
 
 /// Elements of the largest matrix in bf16, with its adapter where that lies beside it; of q, k and v
 /// one below the other.
-fn widened_elements(spec: &ModelSpec, settings: &Settings) -> usize {
-    let linears = (0..spec.num_layers).flat_map(|layer| spec.linears(layer));
+fn widened_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> usize {
+    // All layers have the same.
+    let linears = spec.linears(0).into_iter();
     let plain = linears.map(|linear| linear.in_features * linear.out_features).max();
     let targets = settings.targets.iter().filter(|_| extends(settings));
     let extended = targets.map(|t| extended_elements([t.out_features, t.in_features], t.r)).max();
-    let together = stacked_elements(spec, settings).map(|_| {
-        let ranks = most(spec, |layer| rank_sum(settings, layer, TOGETHER[0]));
-        extended_elements([spec.q_width() + 2 * spec.kv_width(), spec.hidden_size], ranks)
+    let together = stacked_elements(spec, settings, ranks).map(|_| {
+        let rows = spec.q_width() + 2 * spec.kv_width();
+        extended_elements([rows, spec.hidden_size], ranks.most(TOGETHER[0]))
     });
     plain.max(extended).max(together).unwrap_or(0)
 }
 
 /// Gives an operand of products with adapters room behind its rows.
-fn leave_room(spec: &ModelSpec, settings: &Settings, region: &mut Region) {
+fn leave_room(spec: &ModelSpec, ranks: &Ranks, region: &mut Region) {
     let Some((width, products)) = operand_rows(spec, &region.name) else { return };
     let layer = region.name.strip_prefix("layer.").and_then(|rest| rest.split('.').next());
     let layer: Option<usize> = layer.and_then(|number| number.parse().ok());
-    let of_layer =
-        |layer| products.iter().map(|roles| rank_sum(settings, layer, roles)).max().unwrap_or(0);
-    let rank = layer.map_or_else(|| most(spec, of_layer), of_layer);
+    let of = |roles: &&[LinearRole]| match layer {
+        Some(layer) => ranks.of(layer, roles),
+        None => ranks.most(roles),
+    };
+    let rank = products.iter().map(of).max().unwrap_or(0);
     if rank > 0 {
         let stride = width + tail_columns(rank);
         region.elements = region.elements / width * stride;

@@ -25,7 +25,7 @@ use super::ahead::STACKED;
 use super::driver::{Argument, Driver, Product};
 use super::frozen::{self, LoraInput, b_of, copy_columns, operand, product, tail_columns};
 use super::frozen::{extended_elements, gradient_tail, transposed};
-use super::launch::{FLAT_THREADS, ROW_THREADS, columns as columns_grid, rows as row_grid};
+use super::launch::{FLAT_THREADS, columns as columns_grid, row_threads, rows as row_grid};
 use super::memory::{Buffer, Rows};
 use super::weight::DeviceWeight;
 use crate::kernels::{Columns, Kernels, LoraTerm};
@@ -110,7 +110,7 @@ impl Adapters {
         let arguments = self.a_arguments(parameters, from);
         let to = [self.inner.into(), to.argument(), to.stride.into()];
         let mut arguments: Vec<Argument> = arguments.chain(to).collect();
-        cuda.launch(kernel, row_grid(self.ranks), ROW_THREADS, &mut arguments);
+        cuda.launch(kernel, row_grid(self.ranks), row_threads(self.inner), &mut arguments);
     }
 }
 
@@ -295,7 +295,7 @@ pub(super) fn backward<D: Driver>(
         let to = adapters.a_arguments(parameters, gradients);
         let mut arguments: Vec<Argument> =
             [from].into_iter().chain(to).chain([inner.into()]).collect();
-        cuda.launch("add_stacked_f32", row_grid(ranks), ROW_THREADS, &mut arguments);
+        cuda.launch("add_stacked_f32", row_grid(ranks), row_threads(inner), &mut arguments);
     }
     let Some(dx) = dx else { return true };
     if let [dy] = dys

@@ -12,7 +12,7 @@ use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::outside::{Outside, WeightParts};
 use crate::plan::region::MemoryPlan;
-use crate::plan::settings::{Policy, Settings};
+use crate::plan::settings::{Pieces, Policy, Settings};
 use crate::plan::weights::{Place, WeightBytes};
 
 /// Share of the free memory that is planned with where no budget is given.
@@ -90,7 +90,7 @@ pub struct Demand<'a> {
     pub process_bytes: u64,
     /// Where the run computes.
     pub place: Place,
-    /// What inputs that are offloaded may take of the host's memory beside a GPU.
+    /// What may be pinned of the host's memory beside a GPU: offloaded inputs, streamed blocks, tables.
     pub pinned_bytes: u64,
 }
 
@@ -118,10 +118,9 @@ impl Choice {
             offloaded.then(|| "inputs of the others offloaded".into()),
             stream.then(|| "weights streamed".into()),
             on_host.in_words().map(Into::into),
-            pieces.then(|| {
-                let (tile, rows) = (self.settings.mlp_tile(), self.settings.logit_rows);
-                format!("tiles of {tile} tokens and {rows} rows of logits")
-            }),
+            pieces.tiles.then(|| format!("MLP in tiles of {} tokens", self.settings.mlp_tile())),
+            pieces.logits.then(|| "a quarter of the logits at a time".into()),
+            pieces.one_buffer.then(|| "one buffer for widened weights".into()),
         ];
         parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
     }
@@ -138,8 +137,8 @@ pub(super) struct Candidate {
     pub stream: bool,
     /// What is in the host's memory beside a GPU.
     pub on_host: OnHost,
-    /// Whether the MLP and the logits are made in smaller pieces than usual.
-    pub pieces: bool,
+    /// What is made in smaller pieces than usual.
+    pub pieces: Pieces,
 }
 
 impl Demand<'_> {
@@ -293,7 +292,7 @@ impl Demand<'_> {
             Activations::Offload => (vec![0], &[Offload]),
         };
         let mut candidates = Vec::new();
-        for pieces in [false, true] {
+        for pieces in Pieces::ways(self.place == Place::Gpu) {
             for &on_host in self.embedding_places() {
                 for (&stream, &others) in
                     streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))
@@ -317,7 +316,7 @@ impl Demand<'_> {
         let policies = policies(self.spec.num_layers, candidate.kept, candidate.others);
         let head_on_host = candidate.on_host == OnHost::All;
         let settings = Settings { policies, head_on_host, ..settings.clone() };
-        if candidate.pieces { settings.in_pieces() } else { settings }
+        settings.in_pieces(candidate.pieces)
     }
 
     /// The frozen weights of a run with `settings`, where the run computes.

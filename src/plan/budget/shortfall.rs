@@ -4,10 +4,10 @@ use super::{Activations, Candidate, Choice, Demand, Limit, WeightsMode};
 use crate::cli::size::ByteSize;
 use crate::error::Error;
 use crate::plan::cost::Pace;
-use crate::plan::embedding::{EmbeddingPlace, OnHost};
+use crate::plan::embedding::EmbeddingPlace;
 use crate::plan::fit::{largest, smallest_pieces};
 use crate::plan::moments::Optim;
-use crate::plan::settings::{Policy, Settings};
+use crate::plan::settings::{Pieces, Policy, Settings};
 use crate::plan::weights::Place;
 
 /// Suggested lengths are multiples of this many tokens.
@@ -46,8 +46,8 @@ impl Demand<'_> {
         let most = limit.most_bytes();
         if need <= most {
             return Error::budget(format_args!(
-                "what is offloaded or streamed needs {} of pinned host memory, {} can be had: half \
-                 of what is free",
+                "what waits on the host needs {} of pinned memory there, {} can be had: half of what \
+                 is free",
                 ByteSize(pinned),
                 ByteSize(self.pinned_bytes)
             ));
@@ -223,23 +223,30 @@ impl Demand<'_> {
     /// What takes the least of this memory, and no more of the host's than there is.
     fn least(&self) -> Candidate {
         let stream = self.weights.streamed.is_some();
-        let on_host = self.embedding_places().last().copied().unwrap_or_default();
-        let with =
-            |others, stream, on_host| Candidate { kept: 0, others, stream, on_host, pieces: true };
-        let (offload, checkpoint) = (Policy::Offload, Policy::Checkpoint);
-        let ways = [
-            with(offload, stream, on_host),
-            with(checkpoint, stream, on_host),
-            with(checkpoint, stream, OnHost::Nothing),
-        ];
+        let places = self.embedding_places();
+        let streams = [stream, false];
+        let with = |others, stream, on_host| Candidate {
+            kept: 0,
+            others,
+            stream,
+            on_host,
+            pieces: Pieces::ALL,
+        };
+        let others = [Policy::Offload, Policy::Checkpoint];
+        let ways = streams.into_iter().flat_map(|stream| {
+            let at = move |others| {
+                places.iter().rev().map(move |&on_host| with(others, stream, on_host))
+            };
+            others.into_iter().flat_map(at)
+        });
         let pinned = |way: &Candidate| self.pinned_for(self.settings, *way) <= self.pinned_bytes;
-        ways.into_iter().find(pinned).unwrap_or(with(checkpoint, false, OnHost::Nothing))
+        let plainest = with(Policy::Checkpoint, false, places[0]);
+        ways.into_iter().find(pinned).unwrap_or(plainest)
     }
 
     /// The largest forward pass that fits, and what it needs.
     fn longest_fit(&self, budget: u64, candidate: Candidate) -> Option<(usize, u64)> {
-        let need =
-            |steps| self.total_bytes(&shorter(self.settings, steps * LENGTH_STEP), candidate);
+        let need = |steps| self.total_bytes(&self.settings.shorter(steps * LENGTH_STEP), candidate);
         let steps = largest(self.settings.tokens / LENGTH_STEP, |steps| need(steps) <= budget);
         (steps > 0).then(|| (steps * LENGTH_STEP, need(steps)))
     }
@@ -247,7 +254,7 @@ impl Demand<'_> {
     /// The highest rank that fits with the shortest forward pass, and what it needs; what the lowest
     /// one needs where none does.
     fn highest_rank_fit(&self, budget: u64, candidate: Candidate) -> Result<(usize, u64), u64> {
-        let mut settings = shorter(self.settings, LENGTH_STEP);
+        let mut settings = self.settings.shorter(LENGTH_STEP);
         let mut rank = settings.targets.iter().map(|target| target.r).max().unwrap_or(0) / 2;
         let mut least = self.total_bytes(&settings, candidate);
         while rank > 0 {
@@ -260,12 +267,4 @@ impl Demand<'_> {
         }
         Err(least)
     }
-}
-
-/// The same with at most `tokens` in a forward pass.
-pub(super) fn shorter(settings: &Settings, tokens: usize) -> Settings {
-    let tokens = settings.tokens.min(tokens);
-    let longest_document = settings.longest_document.min(tokens);
-    let logit_rows = settings.logit_rows.min(tokens);
-    Settings { tokens, longest_document, logit_rows, ..settings.clone() }
 }

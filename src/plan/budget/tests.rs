@@ -1,4 +1,3 @@
-use super::shortfall::shorter;
 use super::*;
 use crate::adapter::LoraConfig;
 use crate::kernels::cuda::{AttnImplementation, cuda_layout};
@@ -10,7 +9,7 @@ const CHECKPOINT: Candidate = Candidate {
     others: Policy::Checkpoint,
     stream: false,
     on_host: OnHost::Nothing,
-    pieces: false,
+    pieces: Pieces::NONE,
 };
 
 /// Weights that are codes alone.
@@ -27,20 +26,10 @@ fn golden() -> ModelSpec {
 
 fn settings(spec: &ModelSpec, tokens: usize) -> Settings {
     Settings {
-        tokens,
         longest_document: tokens / 2,
-        logit_rows: 64,
-        policies: Vec::new(),
         targets: LoraConfig::default().resolve(spec).unwrap(),
-        lora_dropout: false,
-        bf16_working: true,
-        optim: crate::plan::Optim::default(),
         threads: 2,
-        cache_tokens: 0,
-        mlp_tile_length: None,
-        scratch_folder: None,
-        widen_ahead: true,
-        head_on_host: false,
+        ..Settings::evaluating(tokens, 64)
     }
 }
 
@@ -84,7 +73,10 @@ fn auto_keeps_as_many_layers_as_fit() {
     // One byte less: offloading the others' inputs pays for no more than they take.
     let chosen = demand.choose(Limit::Budget(need(3) - 1)).unwrap().candidate;
     assert!(demand.total_bytes(&settings, chosen) < need(3));
-    assert!(chosen.kept == 2 || chosen.others == Policy::Offload || chosen.pieces, "{chosen:?}");
+    assert!(
+        chosen.kept == 2 || chosen.others == Policy::Offload || chosen.pieces != Pieces::NONE,
+        "{chosen:?}"
+    );
     // A tenth of what is free is left alone, but for the leanest plan.
     let free = |bytes| demand.choose(Limit::Free(bytes));
     assert_eq!(free(need(3) * 10 / 9 + 10).unwrap().candidate, of(3));
@@ -129,12 +121,13 @@ fn pieces_shrink_where_that_is_enough() {
     let bytes = keep.total_bytes(&settings, whole);
     assert_eq!(keep.choose(Limit::Budget(bytes)).unwrap().candidate, whole);
     let chosen = keep.choose(Limit::Budget(bytes - 1)).unwrap();
-    assert_eq!(chosen.candidate, Candidate { pieces: true, ..whole });
+    let tiles = Pieces { tiles: true, ..Pieces::NONE };
+    assert_eq!(chosen.candidate, Candidate { pieces: tiles, ..whole });
     assert_eq!((chosen.settings.mlp_tile(), chosen.settings.logit_rows), (1024, 64));
     assert!(keep.total_bytes(&settings, chosen.candidate) < bytes);
     // The user's tile stays.
     let own = Settings { mlp_tile_length: Some(2048), logit_rows: 400, ..settings.clone() };
-    let chosen = keep.with(&own, Candidate { pieces: true, ..whole });
+    let chosen = keep.with(&own, Candidate { pieces: Pieces::ALL, ..whole });
     assert_eq!((chosen.mlp_tile(), chosen.logit_rows), (2048, 100));
 }
 
@@ -144,7 +137,8 @@ fn a_plan_over_budget_says_what_would_fit() {
     let settings = settings(&spec, 1024);
     let auto = demand(&spec, &settings);
     let keep = auto.allowing(Activations::Keep, WeightsMode::Auto);
-    let least = Candidate { others: Policy::Offload, pieces: true, ..CHECKPOINT };
+    let pieces = Pieces { one_buffer: false, ..Pieces::ALL };
+    let least = Candidate { others: Policy::Offload, pieces, ..CHECKPOINT };
     let small = Settings { mlp_tile_length: Some(256), ..settings.clone() };
     let says =
         |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap_err().to_string();
@@ -156,7 +150,7 @@ fn a_plan_over_budget_says_what_would_fit() {
     assert!(text.contains("hint: `--mlp-tile-length 256` would need"), "{text}");
     let text = says(&auto, auto.total_bytes(&small, least) - 1);
     assert!(text.contains("`--mlp-tile-length 256` with 960 tokens in a forward pass"), "{text}");
-    let mut low = shorter(&small, 64);
+    let mut low = small.shorter(64);
     low.targets.iter_mut().for_each(|target| target.r = 4);
     let fits = auto.total_bytes(&low, least);
     for (budget, rank) in [(fits, "`--lora-r 4`"), (fits - 1, "`--lora-r 2`")] {
@@ -253,7 +247,7 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         assert!(demand.pinned(streamed) > 2 * block, "uploads are staged, too");
         let poor = poor.allowing(Activations::Offload, WeightsMode::Auto);
         let error = poor.choose(Limit::Budget(200 << 30)).unwrap_err().to_string();
-        assert!(error.contains("of pinned host memory, 0 B can be had"), "{error}");
+        assert!(error.contains("of pinned memory there, 0 B can be had"), "{error}");
         assert!(error.contains("hint: `--activations keep` would need"), "{error}");
     }
 }

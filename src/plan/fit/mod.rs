@@ -11,7 +11,7 @@ use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::moments::Optim;
 use crate::plan::settings::LEAST_LOGIT_ROWS;
-use crate::plan::settings::{Policy, Settings, logit_rows};
+use crate::plan::settings::{Pieces, Policy, Settings, logit_rows};
 
 /// Lengths are multiples of this many tokens.
 const LENGTH_STEP: usize = 64;
@@ -71,11 +71,11 @@ pub struct Plan {
     pub others: Policy,
     /// Weights are streamed from their file.
     pub stream: bool,
-    /// What is in the host's memory beside a GPU.
-    pub on_host: OnHost,
+    /// Where embedding and head are beside a GPU.
+    pub embedding: OnHost,
     /// Tokens that the MLP works on at a time.
     pub mlp_tile_tokens: usize,
-    /// Tokens whose logits exist at a time.
+    /// Tokens whose logits exist at a time, of a head on the GPU.
     pub logit_rows: usize,
     /// Bytes of everything.
     pub bytes: u64,
@@ -135,7 +135,13 @@ impl Asked {
     fn sized(&self, demand: &Demand, batch: usize, length: usize) -> Settings {
         let tokens = batch * length;
         let logit_rows = logit_rows(demand.spec, tokens, self.logits_chunk, demand.place);
-        Settings { tokens, longest_document: length, logit_rows, ..demand.settings.clone() }
+        Settings {
+            tokens,
+            longest_document: length,
+            trained_tokens: tokens,
+            logit_rows,
+            ..demand.settings.clone()
+        }
     }
 }
 
@@ -164,11 +170,11 @@ impl Fit {
 
 impl Search<'_> {
     fn describe(&self, demand: &Demand, choice: &Choice) -> Plan {
-        let Candidate { kept, others, stream, on_host, .. } = choice.candidate;
-        let [activations, weights, embedding] = demand.words(choice.candidate);
+        let Candidate { kept, others, stream, on_host: embedding, .. } = choice.candidate;
+        let [activations, weights, place] = demand.words(choice.candidate);
         let mut flags = format!("--activations {activations} --weights {weights}");
         if demand.places_embedding() {
-            flags += &format!(" --embedding {embedding}");
+            flags += &format!(" --embedding {place}");
         }
         if let Limit::Budget(bytes) = self.limit {
             flags += &format!(" --memory-budget {}", ByteSize(bytes).exact());
@@ -179,7 +185,7 @@ impl Search<'_> {
             kept,
             others,
             stream,
-            on_host,
+            embedding,
             mlp_tile_tokens: choice.settings.mlp_tile(),
             logit_rows: choice.settings.logit_rows,
             bytes: demand.total_bytes(demand.settings, choice.candidate),
@@ -194,7 +200,7 @@ impl Search<'_> {
         let uniform =
             streams.flat_map(|stream| policies.map(|policy| uniform(demand, policy, stream)));
         let mixed = (1..demand.spec.num_layers).contains(&self.plan.kept);
-        let whole = Candidate { on_host: OnHost::Nothing, pieces: false, ..self.plan };
+        let whole = Candidate { on_host: OnHost::Nothing, pieces: Pieces::NONE, ..self.plan };
         let mut ways: Vec<Way> =
             uniform.chain(mixed.then_some(whole)).map(|whole| self.way(whole)).collect();
         let first = ways.first().map_or(1.0, |way| way.time);
@@ -206,7 +212,7 @@ impl Search<'_> {
     fn way(&self, whole: Candidate) -> Way {
         let (demand, Asked { batch, length, .. }) = (self.demand, self.asked);
         let places = demand.embedding_places().iter();
-        let all: Vec<Candidate> = [false, true]
+        let all: Vec<Candidate> = [Pieces::NONE, Pieces::ALL]
             .into_iter()
             .flat_map(|pieces| {
                 let places = places.clone();
@@ -304,11 +310,11 @@ impl Search<'_> {
                 self.asked.sized(demand, batch, length / 2),
             );
         }
-        if let Some(length) = smaller_tile(same).filter(|_| !plan.pieces) {
+        if let Some(length) = smaller_tile(same).filter(|_| !plan.pieces.tiles) {
             let settings = Settings { mlp_tile_length: Some(length), ..same.clone() };
             with(format!("--mlp-tile-length {length}"), settings);
         }
-        if let Some(logit_rows) = smaller_chunk(same).filter(|_| !plan.pieces) {
+        if let Some(logit_rows) = smaller_chunk(same).filter(|_| !plan.pieces.logits) {
             let settings = Settings { logit_rows, ..same.clone() };
             with(format!("--logits-chunk-length {logit_rows}"), settings);
         }
@@ -353,7 +359,7 @@ fn uniform(demand: &Demand, policy: Policy, stream: bool) -> Candidate {
         Policy::Keep => (demand.spec.num_layers, Policy::Checkpoint),
         others => (0, others),
     };
-    Candidate { kept, others, stream, on_host: OnHost::Nothing, pieces: false }
+    Candidate { kept, others, stream, on_host: OnHost::Nothing, pieces: Pieces::NONE }
 }
 
 /// The largest `n` up to `most` that fits; what fits with more fits with less. Sizes are doubled

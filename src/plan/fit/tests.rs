@@ -12,20 +12,10 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
     spec.num_layers = 6;
     spec.windows = vec![None; 6];
     let settings = Settings {
-        tokens: 1024,
         longest_document: 512,
-        logit_rows: logit_rows(&spec, 1024, None, Place::Host),
-        policies: Vec::new(),
         targets: LoraConfig { r: 64, ..LoraConfig::default() }.resolve(&spec).unwrap(),
-        lora_dropout: false,
-        bf16_working: true,
-        optim: Optim::default(),
         threads: 2,
-        cache_tokens: 0,
-        mlp_tile_length: None,
-        scratch_folder: None,
-        widen_ahead: true,
-        head_on_host: false,
+        ..Settings::evaluating(1024, logit_rows(&spec, 1024, None, Place::Host))
     };
     test(&Demand {
         spec: &spec,
@@ -59,7 +49,7 @@ fn the_limits_are_the_last_sizes_that_fit() {
         assert_eq!(fit.ways.len(), 6);
         for way in &fit.ways {
             let whole = uniform(demand, way.policy, way.stream);
-            let pieces = Candidate { pieces: true, ..whole };
+            let pieces = Candidate { pieces: Pieces::ALL, ..whole };
             let bytes = |batch, length| {
                 let settings = ASKED.sized(demand, batch, length);
                 demand.total_bytes(&settings, whole).min(demand.total_bytes(&settings, pieces))

@@ -7,7 +7,7 @@
 use super::{BLOCK_ROWS, PART_ELEMENTS, window};
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::driver::{Address, Argument, Driver, Gemm, Operand, Product};
-use crate::kernels::cuda::launch::{FLAT_THREADS, ROW_THREADS, launch, rows as row_grid};
+use crate::kernels::cuda::launch::{launch, row_threads, rows as row_grid};
 use crate::kernels::cuda::memory::{Buffer, Rows};
 use crate::kernels::{AttentionShape, TokenLayout};
 
@@ -151,7 +151,7 @@ impl<'a, D: Driver> Exact<'a, D> {
     pub fn softmax(&self, block: Block, lse: Address) {
         let (shape, (head_stride, stride)) = (self.shape, self.score_strides(block));
         let grid = [block.rows as u32, self.group() as u32, 1];
-        launch!(self.cuda, "attention_softmax", grid, FLAT_THREADS;
+        launch!(self.cuda, "attention_softmax", grid, row_threads(8 * block.keys);
             Argument::Pointer(self.products), head_stride, stride,
             Argument::Pointer(self.probabilities), head_stride, stride,
             Argument::Pointer(lse), shape.num_heads, block.kv_head * self.group(), block.first,
@@ -161,7 +161,7 @@ impl<'a, D: Driver> Exact<'a, D> {
     fn softmax_backward(&self, block: Block, lse: Address) {
         let (shape, (head_stride, stride)) = (self.shape, self.score_strides(block));
         let grid = [block.rows as u32, self.group() as u32, 1];
-        launch!(self.cuda, "attention_softmax_backward", grid, FLAT_THREADS;
+        launch!(self.cuda, "attention_softmax_backward", grid, row_threads(8 * block.keys);
             Argument::Pointer(self.products), Argument::Pointer(self.d_probabilities), head_stride,
             stride, Argument::Pointer(self.probabilities), Argument::Pointer(self.d_products),
             head_stride, stride, Argument::Pointer(lse), Argument::Pointer(self.delta),
@@ -226,7 +226,7 @@ pub(super) fn backward_keys<D: Driver>(
     let keys = shape.q_width() + kv_head * d;
     for (gradient, column) in [(exact.dk, keys), (exact.dv, keys + shape.kv_width())] {
         let target = to.column(begin * stride + column);
-        launch!(cuda, "scale_rows_f32_bf16", row_grid(length), ROW_THREADS;
+        launch!(cuda, "scale_rows_f32_bf16", row_grid(length), row_threads(d);
             Argument::Pointer(gradient), d, target.argument(), stride, d, 1f32, false);
     }
 }

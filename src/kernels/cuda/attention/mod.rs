@@ -9,7 +9,7 @@ use clap::ValueEnum;
 
 use super::Cuda;
 use super::driver::{Argument, Driver};
-use super::launch::{ROW_THREADS, launch, rows as row_grid};
+use super::launch::{launch, row_threads, rows as row_grid};
 use super::memory::Buffer;
 use crate::error::{Error, Result};
 use crate::kernels::{AttentionShape, TokenLayout};
@@ -178,7 +178,7 @@ pub(super) fn backward<D: Driver>(
     let flash = cuda.attention.flash(shape.head_dim);
     let exact = flash.is_none().then(|| Exact::new(cuda, shape, layout, qkv, work, true));
     let delta = exact.as_ref().map_or(work.at(0..tokens * shape.num_heads), |exact| exact.delta);
-    launch!(cuda, "attention_delta", row_grid(tokens), ROW_THREADS;
+    launch!(cuda, "attention_delta", row_grid(tokens), row_threads(256 * shape.num_heads);
         Argument::Pointer(d_o), width, o.argument(), o.stride, Argument::Pointer(delta),
         shape.num_heads, shape.head_dim);
     if let Some(flash) = flash {
@@ -217,7 +217,7 @@ pub(super) fn cached<D: Driver>(
     let (stride, kv) = (shape.qkv_width(), 2 * shape.kv_width());
     let (source, o) = (qkv.at(0..rows * stride), o.rows(rows, shape.q_width()));
     let end = cache.at(past * kv..(past + rows) * kv);
-    launch!(cuda, "scale_rows_bf16", row_grid(rows), ROW_THREADS;
+    launch!(cuda, "scale_rows_bf16", row_grid(rows), row_threads(kv);
         Argument::Pointer(source + 2 * shape.q_width() as u64), stride, Argument::Pointer(end), kv,
         kv, 1f32, false);
     let keys = cache.at(0..(past + rows) * kv);
