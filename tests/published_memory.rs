@@ -108,16 +108,64 @@ fn llama_factory() {
     assert_in_docs(&table);
 }
 
+/// The bars of QLoRA's figure, in MB, and its totals in GB.
+#[test]
+fn qlora_figure() {
+    let mut table = vec![
+        "| LLaMA | 4-bit model | Nibble | stored as theirs | optimizer | Nibble | total | Nibble | 8-bit moments |"
+            .to_string(),
+        "|---|---|---|---|---|---|---|---|---|".to_string(),
+    ];
+    for (config, name, d, layers, model, optimizer, total) in [
+        ("llama-2-7b", "7B", 4096, 32, 5046, 1152u64, 6.9),
+        ("llama-13b", "13B", 5120, 40, 8476, 1800, 11.3),
+        ("llama-33b", "33B", 6656, 60, 19_302, 3510, 24.7),
+        ("llama-65b", "65B", 8192, 80, 37_074, 5760, 45.0),
+    ] {
+        let flags = "--lora-r 64 --activations checkpoint";
+        let plan = memory(config, 512, flags);
+        let plain = memory(config, 512, &format!("{flags} --double-quant false"));
+        let part = |plan: &Value, name: &str| plan["components"][name].as_u64().unwrap();
+        let [ours, wide] = [&plan, &plain].map(|plan| plan["weight_bytes"].as_u64().unwrap());
+        // Embeddings and head in 4 bytes instead of 2.
+        let wide = wide + part(&plain, "embeddings and head");
+        let (rest, moments) = (model - mb(wide), part(&plan, "AdamW moments (f32)"));
+        assert!((300..600).contains(&rest), "{name}: {rest} MB of the figure are not explained");
+        assert_eq!(8 * 64 * 18 * d * layers, optimizer << 20, "{name}: MB are MiB");
+        let gib = plan["total_bytes"].as_u64().unwrap() as f64 / GIB;
+        let packed = total_gib(config, 512, &format!("{flags} --optim adamw_8bit"));
+        let [model, ours, wide, optimizer, moments] =
+            [model, mb(ours), mb(wide), optimizer, mb(moments)].map(thousands);
+        table.push(format!(
+            "| {name} | {model} | {ours} | {wide} | {optimizer} | {moments} | {total:.1} | {gib:.1} | {packed:.1} |"
+        ));
+    }
+    assert_in_docs(&table);
+}
+
+/// As the QLoRA paper counts: see its figure.
+fn mb(bytes: u64) -> u64 {
+    (bytes as f64 / (1 << 20) as f64).round() as u64
+}
+
 #[test]
 fn single_figures() {
     let seven = memory("llama-2-7b", 512, "--lora-r 16 --activations checkpoint");
-    let weights = seven["weight_bytes"].as_u64().unwrap() as f64 / 1e6;
+    let weights = thousands(mb(seven["weight_bytes"].as_u64().unwrap()));
+    let gradients = mb(seven["components"]["block workspace"].as_u64().unwrap());
+    let attention = "--target-modules q_proj,k_proj,v_proj,o_proj";
+    let small = memory("llama-2-7b", 512, &format!("--lora-r 13 {attention}"));
+    let lora = mb(small["components"]["LoRA weights (bf16)"].as_u64().unwrap());
     let tutorial = total_gib("llama-2-7b", 2048, "--lora-r 8 --activations checkpoint");
     assert_in_docs(&[
         "| source | what | published | Nibble's plan |".to_string(),
         "|---|---|---|---|".to_string(),
         format!(
-            "| QLoRA paper, section 2 | 4-bit weights of a 7B model | 5,048 MB | {weights:.0} MB |"
+            "| QLoRA paper, section 2 | 4-bit weights of a 7B model | 5,048 MB | {weights} MB |"
+        ),
+        format!("| | LoRA of 0.2 % of its weights | 26 MB | {lora} MB: r 13 on q, k, v and o |"),
+        format!(
+            "| | gradients of the adapters' inputs, a row of FLAN v2 | 567 MB, checkpointing 18 MB | {gradients} MB: 512 tokens, one block at a time |"
         ),
         format!(
             "| torchtune's tutorial | Llama-2-7B, r 8, 2,048 tokens | < 10 GB | {tutorial:.1} GiB |"
