@@ -6,8 +6,12 @@
 #
 # Needs 18 GB in DIR for the 7B shape (3 GB for 1b), and removes what it wrote there. Writes
 # docs/benchmarks/memory-PRESET.{json,md}; --check writes nothing and fails where a goal is missed.
+# NIBBLE names a program that is built already.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-cargo build --release --locked --bin nibble
-exec python3 scripts/bench_memory.py --nibble "${CARGO_TARGET_DIR:-target}/release/nibble" "$@"
+if [ -z "${NIBBLE:-}" ]; then
+    cargo build --release --locked --bin nibble
+    NIBBLE=${CARGO_TARGET_DIR:-target}/release/nibble
+fi
+exec python3 scripts/bench_memory.py --nibble "$NIBBLE" "$@"

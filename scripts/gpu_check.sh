@@ -17,9 +17,7 @@ carried=gpu_check
 
 pack() {
     mkdir -p "$carried"
-    cargo build --release --locked
-    local target=${CARGO_TARGET_DIR:-target}
-    cp "$target/release/nibble" "$carried/nibble"
+    # Builds the program, too.
     cargo test --release --locked --no-run --test cuda_backend --test cuda_kernels \
         --message-format=json |
         python3 -c 'import json, sys
@@ -28,6 +26,7 @@ for line in sys.stdin:
     if message.get("executable") and "test" in message["target"]["kind"]:
         print(message["target"]["name"], message["executable"])' |
         while read -r name binary; do cp "$binary" "$carried/$name"; done
+    cp "${CARGO_TARGET_DIR:-target}/release/nibble" "$carried/nibble"
     # Names of functions are two thirds of it; a carried folder has its limits.
     strip "$carried"/{nibble,cuda_backend,cuda_kernels}
     # Tests find their data under the folder that they were compiled in.

@@ -174,7 +174,8 @@ fn a_budget_decides_which_blocks_keep_and_a_refusal_shows_the_way() {
         let fitting = with(&["--budget", &budget.to_string()]);
         assert!(number(&fitting, "total_bytes") <= budget);
         assert_eq!(number(&fitting, "kept_blocks"), kept, "{budget} of {most}");
-        assert_eq!(number(&fitting, "mlp_tile_tokens") == 4096, whole, "{budget} of {most}");
+        let pieces = ["mlp_tile_tokens", "logit_rows"].map(|key| number(&fitting, key));
+        assert_eq!(pieces == [4096, 4096], whole, "{budget} of {most}: {pieces:?}");
     }
     let refused = |budget: u64| {
         let refused = memory(&[&base[..], &["--budget", &budget.to_string()]].concat());

@@ -141,6 +141,7 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         "kept_blocks": run.kept_blocks(),
         "streamed": run.stream,
         "mlp_tile_tokens": run.settings.mlp_tile(),
+        "logit_rows": run.settings.logit_rows,
         "total_bytes": account.planned_bytes(),
         "weight_bytes": account.outside.weights.total(),
         "arena_bytes": run.plan.arena_bytes(),

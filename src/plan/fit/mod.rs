@@ -212,7 +212,9 @@ impl Search<'_> {
     fn way(&self, whole: Candidate) -> Way {
         let (demand, Asked { batch, length, .. }) = (self.demand, self.asked);
         let places = demand.embedding_places().iter();
-        let all: Vec<Candidate> = [Pieces::NONE, Pieces::ALL]
+        let mut all_pieces = vec![Pieces::NONE, self.plan.pieces, Pieces::ALL];
+        all_pieces.dedup();
+        let all: Vec<Candidate> = all_pieces
             .into_iter()
             .flat_map(|pieces| {
                 let places = places.clone();
