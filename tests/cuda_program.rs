@@ -377,7 +377,10 @@ fn a_plan_that_the_card_has_no_room_for_is_refused() {
     let Some(run) = train(&place, "out", &flags) else { return };
     let (code, text) = fail(run);
     assert_eq!(code, 1);
-    assert!(text.contains("1.0 GiB are free: ") && text.contains("hint: "), "{text}");
+    assert!(
+        text.contains("with what is in use, the GPU has 1.0 GiB: ") && text.contains("hint: "),
+        "{text}"
+    );
     let command = place.nibble(&["memory", "--model", "model", "--device", "cuda"]);
     let said = String::from_utf8(succeed(on_gpu(command).unwrap()).stdout).unwrap();
     assert!(said.contains("\nfits the "), "{said}");

@@ -106,7 +106,10 @@ pub fn deep_model(gpu: &Gpu, case: &Case, mut settings: Settings, stream: bool) 
     let layers = settings.policies.len();
     let (mut spec, checkpoint) = (case.spec(), Checkpoint::open(&case.path).unwrap());
     let mut weights = Weights::load(&checkpoint, &spec, None, None).unwrap();
-    let adapter = Adapter::load(&case.path.join("adapter_init"), &spec).unwrap();
+    let mut adapter = Adapter::load(&case.path.join("adapter_init"), &spec).unwrap();
+    // Targets come layer after layer.
+    adapter.targets.retain(|target| target.layer < layers);
+    adapter.tensors.truncate(adapter.targets.len());
     while weights.blocks.len() < layers {
         // Turned around, so that blocks that take the same place are not the same.
         let more = Weights::load(&checkpoint, &spec, None, None).unwrap().blocks;

@@ -53,14 +53,12 @@ impl Demand<'_> {
             ));
         }
         let [need, most, lack] = [need, most, need - most].map(ByteSize);
-        match limit {
-            Limit::Budget(_) => Error::budget(format_args!(
-                "plan needs {need}, budget is {most}: {lack} too little"
-            )),
-            Limit::Free(_) => {
-                Error::budget(format_args!("plan needs {need}, {most} are free: {lack} too little"))
-            }
-        }
+        let there_is = match (limit, self.place) {
+            (Limit::Budget(_), _) => format!("budget is {most}"),
+            (Limit::Free(_), Place::Host) => format!("{most} are free"),
+            (Limit::Free(_), Place::Gpu) => format!("with what is in use, the GPU has {most}"),
+        };
+        Error::budget(format_args!("plan needs {need}, {there_is}: {lack} too little"))
     }
 
     /// Flags of the plan within `bytes` that changes the fewest of what is asked for, and its bytes; of
