@@ -29,7 +29,7 @@ fn tiles_of_a_row_give_its_loss_and_gradient() {
             z[..vocab].iter_mut().for_each(|z| *z *= bf16::from_f32(30.0));
             z[2 * vocab + 100] = bf16::from_f32(60.0);
             let scale = 0.25f32;
-            let mut statistics = vec![f32::NAN; 3 * 4];
+            let mut statistics = [f32::NAN; 3 * 4];
             let columns = |first: usize| tile.min(vocab - first);
             let of_tile = |first: usize| -> Vec<bf16> {
                 let rows = z.chunks(vocab);
@@ -41,7 +41,7 @@ fn tiles_of_a_row_give_its_loss_and_gradient() {
                     columns, &targets[..], first as i32, i32::from(first == 0),
                     &mut statistics[..]);
             }
-            let mut losses = vec![f32::NAN; 4];
+            let mut losses = [f32::NAN; 4];
             launch!(device, "tile_losses", [2, 1, 1], 32; &statistics[..], &targets[..],
                 vocab as i32, 4, &mut losses[..]);
             assert_eq!(losses[3], 0.0);
