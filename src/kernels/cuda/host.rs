@@ -36,28 +36,12 @@ impl<D: Driver> DeviceVector<D> {
 impl<D: Driver> Cuda<D> {
     /// Copies words to the device for the next operation.
     pub(super) fn stage(&self, words: &[u32]) -> Option<Argument> {
-        let mut state = self.state();
-        let staging = state.staging.as_mut().expect("a plan is allocated");
-        match staging.upload(words) {
-            Ok(address) => Some(Argument::Pointer(address)),
-            Err(error) => {
-                state.failure.get_or_insert(error);
-                None
-            }
-        }
+        self.through_staging(|staging| staging.upload(words)).map(Argument::Pointer)
     }
 
     /// Boundaries and tiles of documents on the device.
     pub(super) fn stage_documents(&self, layout: &TokenLayout) -> Option<Documents> {
-        let mut state = self.state();
-        let staging = state.staging.as_mut().expect("a plan is allocated");
-        match staging.documents(&layout.boundaries) {
-            Ok(documents) => Some(documents),
-            Err(error) => {
-                state.failure.get_or_insert(error);
-                None
-            }
-        }
+        self.through_staging(|staging| staging.documents(&layout.boundaries))
     }
 }
 
@@ -122,11 +106,8 @@ pub(super) fn write_tables<D: Driver>(
 ) {
     let (mut one, mut two) = (vec![0.0; elements], vec![0.0; elements]);
     fill(&mut one, &mut two);
-    let mut state = cuda.state();
-    let staging = state.staging.as_mut().expect("a plan is allocated");
-    let result = staging
-        .fill(first, elements, |to| to.copy_from_slice(&one))
-        .and_then(|()| staging.fill(second, elements, |to| to.copy_from_slice(&two)));
-    drop(state);
-    cuda.note(result);
+    cuda.through_staging(|staging| {
+        staging.fill(first, elements, |to| to.copy_from_slice(&one))?;
+        staging.fill(second, elements, |to| to.copy_from_slice(&two))
+    });
 }

@@ -131,6 +131,13 @@ impl<D: Driver> Cuda<D> {
         self.state().failure.take().map_or(Ok(()), Err)
     }
 
+    /// What goes to the device through staging; the first error is kept, as [`note`](Cuda::note) does.
+    fn through_staging<R>(&self, upload: impl FnOnce(&mut Staging<D>) -> Result<R>) -> Option<R> {
+        let mut state = self.state();
+        let result = upload(state.staging.as_mut().expect("a plan is allocated"));
+        result.map_err(|error| _ = state.failure.get_or_insert(error)).ok()
+    }
+
     /// Copies bytes from the device after everything that was queued; staging is free again.
     fn download(&self, from: driver::Address, to: &mut [u8]) -> Result<()> {
         self.check()?;

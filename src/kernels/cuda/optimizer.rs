@@ -67,11 +67,7 @@ impl<D: Driver> Cuda<D> {
     /// What [`adamw`](Cuda::adamw) multiplies gradients by.
     pub fn set_gradient_scale(&self, scale: f32) {
         let to = self.scalar(PARTIALS + 1);
-        let mut state = self.state();
-        let staging = state.staging.as_mut().expect("a plan is allocated");
-        let result = staging.word(scale.to_bits(), to);
-        drop(state);
-        self.note(result);
+        self.through_staging(|staging| staging.word(scale.to_bits(), to));
     }
 
     /// One update; gradients are multiplied by the scale in the device's memory.
