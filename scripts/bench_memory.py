@@ -124,6 +124,8 @@ def check(runs):
 
 def main():
     arguments = parse_arguments()
+    if arguments.work:
+        arguments.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=arguments.work) as work:
         free_gb = shutil.disk_usage(work).free / 1e9
         if free_gb < DISK_GB.get(arguments.preset, 0):
