@@ -81,7 +81,7 @@ pub fn cuda_layout(
         });
     };
     let wide = RegionType::F32;
-    let elements = widened_elements(spec, settings, &ranks);
+    let elements = widened_elements(spec, settings, &ranks, stacked.is_some());
     for name in &DEQUANTIZED[..if settings.widen_ahead { 2 } else { 1 }] {
         push(Component::DequantizedWeight, name, RegionType::Bf16, elements);
     }
@@ -127,13 +127,13 @@ fn stacked_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> Opt
 
 /// Elements of the largest matrix in bf16, with its adapter where that lies beside it; of q, k and v
 /// one below the other.
-fn widened_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> usize {
+fn widened_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks, together: bool) -> usize {
     // All layers have the same.
     let linears = spec.linears(0).into_iter();
     let plain = linears.map(|linear| linear.in_features * linear.out_features).max();
     let targets = settings.targets.iter().filter(|_| extends(settings));
     let extended = targets.map(|t| extended_elements([t.out_features, t.in_features], t.r)).max();
-    let together = stacked_elements(spec, settings, ranks).map(|_| {
+    let together = together.then(|| {
         let rows = spec.q_width() + 2 * spec.kv_width();
         extended_elements([rows, spec.hidden_size], ranks.most(TOGETHER[0]))
     });
