@@ -67,7 +67,7 @@ pub struct GenerationArgs {
     #[command(flatten)]
     pub device: DeviceArgs,
     /// Worker threads [default: one for each core]
-    #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::at_least_one)]
+    #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
 }
 

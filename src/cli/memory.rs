@@ -71,7 +71,7 @@ pub struct MemoryArgs {
     )]
     pub budget: Option<ByteSize>,
     /// Worker threads [default: one for each core]
-    #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::at_least_one)]
+    #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
     /// Show what would fit `--budget` (or the free memory): lengths, batches, what each setting buys
     #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]

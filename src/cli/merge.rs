@@ -58,7 +58,7 @@ pub struct MergeArgs {
     pub json: bool,
 
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
+    #[arg(long, value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
 
     /// The model that the adapter was trained on.

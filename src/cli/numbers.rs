@@ -37,6 +37,13 @@ pub fn at_least_one(text: &str) -> Result<NonZeroUsize, String> {
     whole_above_zero(text)
 }
 
+/// Worker threads: more than any machine has cores would only take memory.
+pub fn threads(text: &str) -> Result<NonZeroUsize, String> {
+    const MOST: usize = 1024;
+    let threads = text.trim().parse().ok().filter(|threads: &NonZeroUsize| threads.get() <= MOST);
+    threads.ok_or_else(|| format!("expected a whole number from 1 to {MOST}"))
+}
+
 /// A number of steps, 1 or more.
 pub fn steps(text: &str) -> Result<u64, String> {
     whole_above_zero::<NonZeroU64>(text).map(u64::from)

@@ -293,7 +293,7 @@ pub struct OutputArgs {
 #[command(next_help_heading = "Memory and threads")]
 pub struct ResourceArgs {
     /// Worker threads [default: one for each core]
-    #[arg(long, value_name = "THREADS", value_parser = numbers::at_least_one)]
+    #[arg(long, value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
     /// Activations of a block: `keep` them, `checkpoint` its input and recompute, or `offload` the
     /// input, too: to pinned host memory from a GPU, on the CPU to a nameless file in `--out`
