@@ -69,6 +69,18 @@ pub fn available_bytes() -> u64 {
     free.min(control_group::left_bytes(Path::new("/")).unwrap_or(u64::MAX))
 }
 
+/// Bytes that may be pinned for a GPU to read: half of what is available, and no more than 512 MiB in
+/// WSL, where reports of the limit begin.
+pub fn pinnable_bytes() -> u64 {
+    let release = fs::read_to_string("/proc/sys/kernel/osrelease").unwrap_or_default();
+    pinnable_of(available_bytes(), &release)
+}
+
+fn pinnable_of(available: u64, kernel_release: &str) -> u64 {
+    let wsl = kernel_release.to_ascii_lowercase().contains("microsoft");
+    if wsl { (available / 2).min(512 << 20) } else { available / 2 }
+}
+
 fn field(name: &str) -> u64 {
     let status = fs::read_to_string("/proc/self/status").unwrap_or_default();
     kibibytes(&status, name).unwrap_or(0)
@@ -83,6 +95,13 @@ fn kibibytes(text: &str, name: &str) -> Option<u64> {
 #[cfg(all(test, target_os = "linux"))]
 mod tests {
     use super::*;
+
+    #[test]
+    fn half_of_what_is_available_is_pinned_and_little_in_wsl() {
+        assert_eq!(pinnable_of(64 << 30, "6.8.0-45-generic\n"), 32 << 30);
+        assert_eq!(pinnable_of(64 << 30, "5.15.153.1-microsoft-standard-WSL2\n"), 512 << 20);
+        assert_eq!(pinnable_of(100 << 20, "4.4.0-19041-Microsoft\n"), 50 << 20);
+    }
 
     #[test]
     fn some_memory_is_available_and_no_more_than_there_is() {

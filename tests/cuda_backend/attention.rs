@@ -124,6 +124,16 @@ fn flash_kernels_agree_with_the_exact_path() {
     }
 }
 
+/// On a card that shows a desktop no launch may last for seconds.
+#[test]
+fn shorter_launches_give_the_same_bits() {
+    let Some(gpu) = gpu() else { return };
+    let gpus = [gpu.clone(), gpu.clone().with_launches_of(1), gpu.with_launches_of(3 << 20)];
+    let shape = shape(64, None);
+    let [once, by_tile, by_some] = gpus.map(|gpu| check(&gpu, &shape, AttnImplementation::Flash));
+    assert!(once == by_tile && once == by_some);
+}
+
 /// A window wider than an `int` of the kernels, or so wide that positions and it do not fit one.
 #[test]
 fn a_window_of_all_keys_is_none() {

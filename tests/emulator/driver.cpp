@@ -360,8 +360,9 @@ int cuMemcpyDtoDAsync_v2(Address to, Address from, size_t bytes, void* stream) {
     if (bytes == 0) return INVALID_VALUE;
     inside(device, from, bytes, "copy from");
     inside(device, to, bytes, "copy to");
+    if (from < to + bytes && to < from + bytes) bug("a copy of %zu bytes overlaps itself", bytes);
     return queue(stream, [=] {
-        memmove(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
+        memcpy(reinterpret_cast<void*>(to), reinterpret_cast<void*>(from), bytes);
     });
 }
 int cuMemsetD8Async(Address to, unsigned char value, size_t bytes, void* stream) {
@@ -438,6 +439,10 @@ int cuModuleLoadDataEx(void** module, const void* ptx, unsigned count, int* opti
     const bool known = strstr(static_cast<const char*>(ptx), ".target sm_80") && !getenv("NIBBLE_EMULATED_OLD");
     if (!known) snprintf(static_cast<char*>(values[0]), size_t(values[1]), "ptxas: line 1: too new\n");
     return known ? SUCCESS : INVALID_PTX;
+}
+int cuModuleUnload(void* module) {
+    IN_CONTEXT;
+    return module == CONTEXT ? SUCCESS : INVALID_HANDLE;
 }
 int cuModuleGetFunction(void** function, void* module, const char* name) {
     IN_CONTEXT;

@@ -58,7 +58,7 @@ impl Room {
             (_, None) => (Some(Cpu.surroundings()?.free_bytes), None),
         };
         // Beside a GPU that is not here nothing is known of the host.
-        let pinned_bytes = free_bytes.map_or(u64::MAX, |_| resident::available_bytes() / 2);
+        let pinned_bytes = free_bytes.map_or(u64::MAX, |_| resident::pinnable_bytes());
         Ok(Room { free_bytes, context_bytes, pinned_bytes })
     }
 

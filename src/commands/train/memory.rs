@@ -60,7 +60,7 @@ pub fn plan(
         embedding: args.device.embedding,
         process_bytes: around.used_bytes,
         place,
-        pinned_bytes: resident::available_bytes() / 2,
+        pinned_bytes: resident::pinnable_bytes(),
     };
     let limit = match args.resources.memory_budget {
         Some(budget) => Limit::Budget(budget.0),

@@ -81,7 +81,7 @@ pub(super) fn device_info(cuda: &Cuda, index: i32) -> Result<DeviceInfo> {
 }
 
 /// An attribute of a device.
-pub(super) fn attribute(cuda: &Cuda, device: c_int, attribute: c_int) -> Result<c_int> {
+fn attribute(cuda: &Cuda, device: c_int, attribute: c_int) -> Result<c_int> {
     let mut value = 0;
     // SAFETY: the out-pointer is valid.
     let code = unsafe { (cuda.device_attribute)(&mut value, attribute, device) };

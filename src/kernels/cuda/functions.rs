@@ -5,6 +5,7 @@
 #![allow(unsafe_code)]
 #![allow(clippy::type_complexity)] // C prototypes
 
+use std::borrow::Cow;
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::fmt::Display;
 use std::ptr;
@@ -82,6 +83,7 @@ functions! {
     module_load = "cuModuleLoadDataEx" (
         *mut Handle, *const c_void, c_uint, *mut c_int, *mut *mut c_void
     );
+    module_unload = "cuModuleUnload" (Handle);
     module_function = "cuModuleGetFunction" (*mut Handle, Handle, *const c_char);
     function_attribute = "cuFuncSetAttribute" (Handle, c_int, c_int);
     launch = "cuLaunchKernel" (
@@ -117,16 +119,7 @@ impl Cuda {
         if code == 0 {
             return Ok(());
         }
-        let mut text: *const c_char = ptr::null();
-        // SAFETY: writes a pointer to a static string, or null for an unknown code.
-        unsafe { (self.error_text)(code, &mut text) };
-        let text = if text.is_null() {
-            "unknown error".into()
-        } else {
-            // SAFETY: a static string with a final zero.
-            unsafe { CStr::from_ptr(text) }.to_string_lossy()
-        };
-        let what = format_args!("cannot {act}: {text} (CUDA error {code})");
+        let what = format_args!("cannot {act}: {} (CUDA error {code})", self.text(code));
         Err(match code {
             ERROR_OUT_OF_MEMORY => Error::budget(what).hint(
                 "lower `--max-length`, give a `--memory-budget`, free the GPU, or use \
@@ -141,6 +134,33 @@ impl Cuda {
             ),
             _ => Error::gpu(what),
         })
+    }
+
+    /// An error where pinned memory of the host could not be had. That is no shortage on the GPU,
+    /// which a smaller plan would answer by pinning more.
+    pub(super) fn check_pinned(&self, bytes: usize, code: c_int) -> Result<()> {
+        if code == 0 {
+            return Ok(());
+        }
+        let text = self.text(code);
+        Err(Error::gpu(format_args!(
+            "cannot pin {bytes} bytes of the host's memory: {text} (CUDA error {code})"
+        ))
+        .hint(
+            "pin less: `--activations checkpoint`, `--embedding gpu`, `--weights resident`; WSL and \
+             containers may allow little (`ulimit -l`)",
+        ))
+    }
+
+    fn text(&self, code: c_int) -> Cow<'static, str> {
+        let mut text: *const c_char = ptr::null();
+        // SAFETY: writes a pointer to a static string, or null for an unknown code.
+        unsafe { (self.error_text)(code, &mut text) };
+        if text.is_null() {
+            return "unknown error".into();
+        }
+        // SAFETY: a static string with a final zero.
+        unsafe { CStr::from_ptr(text) }.to_string_lossy()
     }
 }
 

@@ -9,7 +9,8 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use super::ahead::AHEAD_SLOTS;
-use super::devices::{LOWEST_CAPABILITY, attribute, device_info, driver_version};
+use super::attention;
+use super::devices::{LOWEST_CAPABILITY, device_info, driver_version};
 use super::driver::{Address, Driver, Gemm, Launch};
 use super::functions::{Cublas, Cuda, Handle, open_driver};
 use super::products;
@@ -21,7 +22,6 @@ use crate::error::{Error, Result};
 const PTX: &str = include_str!("kernels.ptx");
 
 // cuda.h
-const DEVICE_ATTRIBUTE_MOST_SHARED_BYTES: c_int = 97;
 const FUNCTION_ATTRIBUTE_DYNAMIC_SHARED_BYTES: c_int = 8;
 const FUNCTION_ATTRIBUTE_SHARED_CARVEOUT: c_int = 9;
 const STREAM_NON_BLOCKING: c_uint = 1;
@@ -48,6 +48,8 @@ const MOST_ARGUMENTS: usize = 32;
 pub struct Gpu {
     cuda: &'static Cuda,
     cublas: Cublas,
+    /// The file that it is.
+    cublas_name: String,
     name: String,
     device: c_int,
     context: Handle,
@@ -91,6 +93,7 @@ impl Gpu {
         let mut gpu = Gpu {
             cuda,
             cublas,
+            cublas_name: found.name,
             name: info.name,
             device: index as c_int,
             context: ptr::null_mut(),
@@ -162,7 +165,7 @@ impl Gpu {
             let _ = done.send(());
             result
         })?;
-        let most = attribute(self.cuda, self.device, DEVICE_ATTRIBUTE_MOST_SHARED_BYTES)?;
+        let shared: HashMap<_, _> = attention::shared_bytes().collect();
         for kernel in kernels() {
             let name = CString::new(kernel).expect("names have no zero bytes");
             let mut function = ptr::null_mut();
@@ -170,9 +173,9 @@ impl Gpu {
             let code =
                 unsafe { (self.cuda.module_function)(&mut function, self.module, name.as_ptr()) };
             self.cuda.check(format_args!("find kernel {kernel}"), code)?;
-            if kernel.starts_with("flash_") {
+            if let Some(&bytes) = shared.get(kernel) {
                 let attributes = [
-                    (FUNCTION_ATTRIBUTE_DYNAMIC_SHARED_BYTES, most),
+                    (FUNCTION_ATTRIBUTE_DYNAMIC_SHARED_BYTES, bytes as c_int),
                     // Per cent: as many blocks as fit, whatever the driver would guess.
                     (FUNCTION_ATTRIBUTE_SHARED_CARVEOUT, 100),
                 ];
@@ -301,10 +304,11 @@ impl Gpu {
                 Error::budget(what).hint("leave more of the GPU free with `--memory-budget`")
             }
             CUBLAS_ARCH_MISMATCH | CUBLAS_EXECUTION_FAILED | CUBLAS_NOT_SUPPORTED => {
-                Error::gpu(what).hint(
-                    "it may be older than the card: `pip install -U nvidia-cublas-cu12`, RTX 50 \
-                     needs 12.8",
-                )
+                Error::gpu(what).hint(format_args!(
+                    "{} may be older than the card (RTX 50 needs 12.8): set NIBBLE_CUDA_LIB_DIR to \
+                     the folder of a newer one",
+                    self.cublas_name
+                ))
             }
             _ => Error::gpu(what),
         })
@@ -333,11 +337,13 @@ impl Drop for Gpu {
             for stream in streams.into_iter().filter(|x| !x.is_null()) {
                 (self.cuda.stream_destroy)(stream);
             }
+            if !self.module.is_null() {
+                (self.cuda.module_unload)(self.module);
+            }
             let events = self.copied.into_iter().chain(self.prepared).chain([self.queued]);
             for event in events.filter(|x| !x.is_null()) {
                 (self.cuda.event_destroy)(event);
             }
-            // Unloads the module, too.
             (self.cuda.context_release)(self.device);
         }
     }
@@ -366,7 +372,7 @@ impl Driver for Gpu {
         let mut start = ptr::null_mut();
         // SAFETY: the out-pointer is valid.
         let code = unsafe { (self.cuda.allocate_host)(&mut start, bytes, 0) };
-        self.cuda.check(format_args!("allocate {bytes} bytes of pinned memory"), code)?;
+        self.cuda.check_pinned(bytes, code)?;
         Ok(start.cast())
     }
 

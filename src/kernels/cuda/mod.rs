@@ -51,13 +51,15 @@ use crate::plan::OnHost;
 pub struct Cuda<D: Driver> {
     shared: Arc<Shared<D>>,
     attention: AttnImplementation,
+    /// What a launch of flash attention computes at most.
+    launch_flops: u64,
     on_host: OnHost,
 }
 
 impl<D: Driver> Clone for Cuda<D> {
     fn clone(&self) -> Self {
-        let Cuda { ref shared, attention, on_host } = *self;
-        Cuda { shared: shared.clone(), attention, on_host }
+        let Cuda { ref shared, attention, launch_flops, on_host } = *self;
+        Cuda { shared: shared.clone(), attention, launch_flops, on_host }
     }
 }
 
@@ -91,12 +93,22 @@ impl<D: Driver> Cuda<D> {
         let scalars = Allocation::new(&driver, SCALARS_BYTES)?;
         let state = Mutex::new(State { staging: None, ahead: None, stack: None, failure: None });
         let shared = Arc::new(Shared { driver, tables, scalars, state });
-        Ok(Cuda { shared, attention: AttnImplementation::default(), on_host: OnHost::Nothing })
+        Ok(Cuda {
+            shared,
+            attention: AttnImplementation::default(),
+            launch_flops: attention::LAUNCH_FLOPS,
+            on_host: OnHost::Nothing,
+        })
     }
 
     /// The same, with attention computed as is said.
     pub fn with_attention(self, attention: AttnImplementation) -> Self {
         Cuda { attention, ..self }
+    }
+
+    /// The same, with launches of flash attention that compute `flops` at most: the same bits.
+    pub fn with_launches_of(self, flops: u64) -> Self {
+        Cuda { launch_flops: flops, ..self }
     }
 
     /// Gives back what is left of the last plan, whose model is gone.

@@ -1,5 +1,5 @@
-//! Where CUDA's libraries are: `NIBBLE_CUDA_LIB_DIR`, the loader's own path, `/usr/local/cuda`, and
-//! the folders of Python's `nvidia` packages.
+//! Where CUDA's libraries are: `NIBBLE_CUDA_LIB_DIR`, the loader's own path, `CUDA_HOME` and its
+//! like, conda's folder, `/usr/local/cuda`, and the folders of Python's `nvidia` packages.
 #![allow(unsafe_code)]
 
 use std::ffi::OsStr;
@@ -21,8 +21,8 @@ pub struct Wanted {
     pub fix: &'static str,
     /// Whether it may lie in CUDA's folders, not in the system's alone.
     bundled: bool,
-    /// What the library itself needs, as a part of its name and what stands there instead, where the
-    /// loader does not look beside it.
+    /// What the library itself needs of its own version and folder, as a part of its name and what
+    /// stands there instead.
     beside: Option<(&'static str, &'static str)>,
 }
 
@@ -103,12 +103,12 @@ fn first(wanted: &Wanted, names: &[&str], folders: &[Option<PathBuf>]) -> Option
         })
     });
     paths.into_iter().find_map(|path| {
-        let library = load(path.as_os_str()).or_else(|| {
-            let (part, instead) = wanted.beside.filter(|_| path.is_file())?;
-            // Once it is open, whoever needs a library of its name has it.
-            load(beside(&path, part, instead)?.as_os_str())?;
-            load(path.as_os_str())
-        })?;
+        if let Some((part, instead)) = wanted.beside.filter(|_| path.is_file()) {
+            // Once it is open, whoever needs a library of its name has it, and not one of another
+            // version that the loader finds first.
+            beside(&path, part, instead).and_then(|needed| load(needed.as_os_str()));
+        }
+        let library = load(path.as_os_str())?;
         Some(Found { library, name: path.display().to_string() })
     })
 }
@@ -124,12 +124,18 @@ fn load(path: &OsStr) -> Option<&'static Library> {
     Some(Box::leak(Box::new(library)))
 }
 
-/// CUDA's usual folder and those of Python's packages, where there is a Python.
+/// CUDA's folders, conda's, and those of Python's packages, where there is a Python.
 fn further_folders() -> Vec<Option<PathBuf>> {
     const SCRIPT: &str = "import glob, site, sys\n\
         for root in site.getsitepackages() + [site.getusersitepackages()]:\n    \
-        [print(folder) for folder in sorted(glob.glob(root + '/nvidia/*/lib'), reverse=True)]";
-    let mut folders = vec![Some(PathBuf::from("/usr/local/cuda/lib64"))];
+        [print(folder) for folder in sorted(glob.glob(root + '/nvidia/*/lib'), reverse=True)]\n\
+        print(sys.prefix + '/lib')";
+    let named = [("CUDA_HOME", "lib64"), ("CUDA_PATH", "lib64"), ("CONDA_PREFIX", "lib")];
+    let named = named.into_iter().filter_map(|(variable, folder)| {
+        Some(Some(PathBuf::from(std::env::var_os(variable)?).join(folder)))
+    });
+    let mut folders: Vec<_> = named.collect();
+    folders.push(Some(PathBuf::from("/usr/local/cuda/lib64")));
     let python = Command::new("python3").args(["-c", SCRIPT]).output();
     let text = python.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
     folders.extend(text.unwrap_or_default().lines().map(|line| Some(PathBuf::from(line))));

@@ -47,7 +47,7 @@ impl Demand<'_> {
         if need <= most {
             return Error::budget(format_args!(
                 "what waits on the host needs {} of pinned memory there, {} can be had: half of what \
-                 is free",
+                 is free, 512 MiB in WSL",
                 ByteSize(pinned),
                 ByteSize(self.pinned_bytes)
             ));

@@ -16,7 +16,8 @@ use crate::kernels::{AttentionShape, TokenLayout};
 use crate::model::spec::ModelSpec;
 use crate::plan::Settings;
 use exact::{Exact, backward_keys, blocks};
-pub(super) use tiles::heaviest_first;
+use tiles::tiles_of_launch;
+pub(super) use tiles::{LAUNCH_FLOPS, heaviest_first};
 
 /// Query rows of a block of scores.
 const BLOCK_ROWS: usize = 256;
@@ -125,6 +126,13 @@ fn flash_width(head_dim: usize) -> Option<Flash> {
         keys: (keys, shared[1], keys_threads),
         queries: (queries, shared[2], 128),
     })
+}
+
+/// The kernels that work in shared memory, and its bytes.
+pub(super) fn shared_bytes() -> impl Iterator<Item = (&'static str, u32)> {
+    let widths = FLASH_WIDTHS.into_iter().filter_map(flash_width);
+    let kernels = widths.flat_map(|flash| [flash.forward, flash.keys, flash.queries]);
+    kernels.map(|(kernel, bytes, _)| (kernel, bytes))
 }
 
 /// Name, shared memory and threads of the three kernels.
@@ -241,6 +249,7 @@ fn launch_flash<D: Driver>(
     let stride = shape.qkv_width();
     let source = qkv.at(0..layout.tokens() * stride);
     let column = |column: usize| Argument::Pointer(source + 2 * column as u64);
+    const TILES: usize = 7;
     let mut arguments = vec![
         column(0),
         stride.into(),
@@ -257,6 +266,12 @@ fn launch_flash<D: Driver>(
         0f32.into(),
     ];
     arguments.extend_from_slice(rest);
-    let blocks = u32::try_from(documents.count * heads).expect("fewer blocks than addresses");
-    cuda.launch_shared(kernel, [blocks, 1, 1], threads, shared_bytes, &mut arguments);
+    let at_once = tiles_of_launch(shape, layout.longest(), cuda.launch_flops);
+    for first in (0..documents.count).step_by(at_once) {
+        let tiles = at_once.min(documents.count - first);
+        let blocks = u32::try_from(tiles * heads).expect("fewer blocks than addresses");
+        let address = documents.tiles + (size_of::<[u32; 2]>() * first) as u64;
+        arguments[TILES] = Argument::Pointer(address);
+        cuda.launch_shared(kernel, [blocks, 1, 1], threads, shared_bytes, &mut arguments);
+    }
 }

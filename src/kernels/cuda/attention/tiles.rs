@@ -3,6 +3,9 @@
 //! A tile of queries costs as many tiles of keys as lie before it, in documents of any length. Blocks
 //! start in the order of the grid: those that last longest first, over all heads and documents, so
 //! that none is left alone at the end; and no block is started for what a shorter document lacks.
+//! A launch has all of them, unless it would last for seconds.
+
+use crate::kernels::AttentionShape;
 
 /// Tokens that a block of the flash kernels handles.
 const FLASH_TOKENS: usize = 64;
@@ -19,6 +22,19 @@ pub fn heaviest_first(boundaries: &[usize]) -> Vec<[u32; 2]> {
     let mut tiles: Vec<_> = tiles.collect();
     tiles.sort_by_key(|[_, tile]| std::cmp::Reverse(*tile));
     tiles
+}
+
+/// What a launch of flash attention computes at most, in floating-point operations: part of a second
+/// on any card. The driver of a card that shows a desktop stops what holds it up for seconds.
+pub const LAUNCH_FLOPS: u64 = 20_000_000_000_000;
+/// Of a query, a key and a column, in the pass that owns keys: four products, more than in the others.
+const PAIR_FLOPS: u64 = 8;
+
+/// Tiles of queries, or of keys, with all their heads in a launch of `flops` at most; one at least.
+pub fn tiles_of_launch(shape: &AttentionShape, longest: usize, flops: u64) -> usize {
+    let seen = shape.window.map_or(longest, |window| window.min(longest));
+    let pairs = (FLASH_TOKENS * seen * shape.q_width()) as u64;
+    (flops / (PAIR_FLOPS * pairs).max(1)).max(1) as usize
 }
 
 #[cfg(test)]
@@ -50,6 +66,20 @@ mod tests {
         let tiles = heaviest_first(&[0, 0, 130, 131, 195, 195]);
         assert_eq!(tiles, [[1, 2], [1, 1], [1, 0], [2, 0], [3, 0]]);
         assert!(heaviest_first(&[]).is_empty());
+    }
+
+    /// Llama-3.1-8B's attention.
+    #[test]
+    fn only_long_contexts_take_several_launches() {
+        let mut shape =
+            AttentionShape { num_heads: 32, num_kv_heads: 8, head_dim: 128, window: None };
+        let tiles = |shape: &AttentionShape, tokens| tiles_of_launch(shape, tokens, LAUNCH_FLOPS);
+        assert!(tiles(&shape, 16_384) > 16_384 / FLASH_TOKENS);
+        // Still several blocks for each place of a GPU.
+        assert_eq!(tiles(&shape, 120_000), 79);
+        assert_eq!(tiles_of_launch(&shape, 120_000, 1), 1);
+        shape.window = Some(4096);
+        assert!(tiles(&shape, 120_000) > 120_000 / FLASH_TOKENS);
     }
 
     /// Two blocks on each multiprocessor of an H100, and one on each of an RTX 4090.
