@@ -12,7 +12,15 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 MODELS = Path(__file__).parents[2] / "tests/data/models"
-CASES = ["llama_s0", "llama_s1_qv", "llama_tied_s2", "mistral_s0", "qwen2_s0", "gpt2_s0"]
+CASES = [
+    "llama_s0",
+    "llama_s1_qv",
+    "llama_tied_s2",
+    "mistral_s0",
+    "qwen2_s0",
+    "qwen3_s0",
+    "gpt2_s0",
+]
 
 
 def gradient_errors(case: str) -> list[float]:

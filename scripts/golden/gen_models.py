@@ -86,6 +86,7 @@ CASES = {
         ),
         "mistral_s0": c("mistral", 10, LLA, extra=dict(sliding_window=8), **RT(10000.0)),
         "qwen2_s0": c("qwen2", 20, LLA, tie_word_embeddings=True, **RT(1000000.0)),
+        "qwen3_s0": c("qwen3", 25, LLA, extra=dict(head_dim=24), **RT(1000000.0)),
         "gpt2_s0": dict(
             model_type="gpt2",
             seed=30,

@@ -20,6 +20,7 @@ pub fn llama(num_layers: usize) -> ModelSpec {
         rotary: Some(Rotary { theta: 10_000.0, scaling: RopeScaling::Default }),
         learned_positions: None,
         qkv_bias: false,
+        qk_norm: false,
         output_bias: false,
         mlp_bias: false,
         fused_qkv: false,

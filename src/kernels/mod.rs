@@ -23,7 +23,8 @@ use crate::model::streaming::Streaming;
 use crate::plan::{MemoryPlan, OnHost, Settings, WeightParts};
 pub use memory::{PlannedMemory, Residency, StreamedWeights};
 pub use shapes::{
-    AttentionShape, Columns, DropoutMask, LoraShape, LoraTerm, NormParameters, TokenLayout,
+    AttentionShape, Columns, DropoutMask, HeadNorms, LoraShape, LoraTerm, NormParameters,
+    TokenLayout,
 };
 
 /// A backend: the memory it plans in and the operations on it.
@@ -311,6 +312,27 @@ pub trait Kernels: Clone + Sync {
         y: &mut Self::Buffer,
         elements: usize,
         accumulate: bool,
+    );
+
+    /// `to = [norm(q) | norm(k) | v]` of the rows of `qkv`, each head of q and k by itself.
+    fn head_norms(
+        &self,
+        norms: &HeadNorms<Self::Vector>,
+        shape: &AttentionShape,
+        qkv: &Self::Buffer,
+        to: &mut Self::Buffer,
+        rows: usize,
+    );
+
+    /// Overwrites the gradients of norm(q) and norm(k) in `dqkv` with those of q and k in `qkv`; no
+    /// gradient for the frozen weights.
+    fn head_norms_backward(
+        &self,
+        norms: &HeadNorms<Self::Vector>,
+        shape: &AttentionShape,
+        qkv: &Self::Buffer,
+        dqkv: &mut Self::Buffer,
+        rows: usize,
     );
 
     /// Rotates q and k in place; `backward` turns the other way. Tables `[T, head_dim / 2]`.

@@ -150,6 +150,25 @@ pub struct DropoutMask<'a> {
     pub first: u64,
 }
 
+/// The RMS norms of a block's heads, each `[head_dim]`: one for every head of q, one for those of k.
+#[derive(Debug, Clone)]
+pub struct HeadNorms<V> {
+    /// Of q.
+    pub q: NormParameters<V>,
+    /// Of k.
+    pub k: NormParameters<V>,
+}
+
+impl<V> HeadNorms<V> {
+    /// The same norms with their vectors elsewhere.
+    ///
+    /// # Errors
+    /// Those of `upload`.
+    pub fn try_map<U>(self, upload: impl Fn(V) -> Result<U>) -> Result<HeadNorms<U>> {
+        Ok(HeadNorms { q: self.q.try_map(&upload)?, k: self.k.try_map(&upload)? })
+    }
+}
+
 /// A norm's parameters.
 #[derive(Debug, Clone)]
 pub struct NormParameters<V> {

@@ -25,12 +25,13 @@ fn read_spec(fields: &Fields) -> Result<ModelSpec> {
         "llama" => llama(fields, Family::Llama)?,
         "mistral" => mistral(fields)?,
         "qwen2" => qwen2(fields)?,
+        "qwen3" => qwen3(fields)?,
         "gpt2" => gpt2(fields)?,
         other => {
             return Err(Error::input(format_args!(
                 "config.json: model_type `{other}` is not supported"
             ))
-            .hint("supported families: llama, mistral, qwen2, gpt2"));
+            .hint("supported families: llama, mistral, qwen2, qwen3, gpt2"));
         }
     };
     validate(&spec)?;
@@ -61,6 +62,7 @@ fn llama(fields: &Fields, family: Family) -> Result<ModelSpec> {
         rotary: Some(rotary_from_config(config_of(fields))?),
         learned_positions: None,
         qkv_bias: attention_bias,
+        qk_norm: false,
         output_bias: attention_bias,
         mlp_bias: fields.flag_or("mlp_bias", false)?,
         fused_qkv: false,
@@ -95,14 +97,30 @@ fn qwen2(fields: &Fields) -> Result<ModelSpec> {
         spec.num_kv_heads = 32;
     }
     (spec.qkv_bias, spec.output_bias, spec.mlp_bias) = (true, false, false);
-    if fields.flag_or("use_sliding_window", false)? {
-        let window = fields.size_or("sliding_window", 4096)?;
-        let first = fields.size_or("max_window_layers", 28)?;
-        spec.windows = (0..spec.num_layers)
-            .map(|layer| fields.layer_slides(layer).unwrap_or(layer >= first).then_some(window))
-            .collect();
-    }
+    spec.windows = qwen_windows(fields, spec.num_layers)?;
     Ok(spec)
+}
+
+fn qwen3(fields: &Fields) -> Result<ModelSpec> {
+    let mut spec = llama(fields, Family::Qwen3)?;
+    if fields.0.get("num_key_value_heads").is_none() {
+        spec.num_kv_heads = 32;
+    }
+    spec.head_dim = fields.size_or("head_dim", 128)?;
+    (spec.qk_norm, spec.mlp_bias) = (true, false);
+    spec.windows = qwen_windows(fields, spec.num_layers)?;
+    Ok(spec)
+}
+
+/// Windows in the layers from `max_window_layers` on, unless `layer_types` has them elsewhere.
+fn qwen_windows(fields: &Fields, num_layers: usize) -> Result<Vec<Option<usize>>> {
+    if !fields.flag_or("use_sliding_window", false)? {
+        return Ok(vec![None; num_layers]);
+    }
+    let window = fields.size_or("sliding_window", 4096)?;
+    let first = fields.size_or("max_window_layers", 28)?;
+    let slides = |layer| fields.layer_slides(layer).unwrap_or(layer >= first);
+    Ok((0..num_layers).map(|layer| slides(layer).then_some(window)).collect())
 }
 
 fn gpt2(fields: &Fields) -> Result<ModelSpec> {
@@ -138,6 +156,7 @@ fn gpt2(fields: &Fields) -> Result<ModelSpec> {
         rotary: None,
         learned_positions: Some(positions),
         qkv_bias: true,
+        qk_norm: false,
         output_bias: true,
         mlp_bias: true,
         fused_qkv: true,

@@ -21,7 +21,7 @@ fn names(family: Family) -> Names {
             first_norm: "ln_1",
             second_norm: "ln_2",
         },
-        Family::Llama | Family::Mistral | Family::Qwen2 => Names {
+        Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 => Names {
             embedding: "model.embed_tokens",
             final_norm: "model.norm",
             head: "lm_head",
@@ -58,6 +58,12 @@ impl ModelSpec {
         [format!("{prefix}.{}", names.first_norm), format!("{prefix}.{}", names.second_norm)]
     }
 
+    /// Module paths of the norms of block `layer`'s heads: of q, of k.
+    pub fn head_norm_modules(&self, layer: usize) -> Option<[String; 2]> {
+        let prefix = self.layer_prefix(layer);
+        self.qk_norm.then(|| ["q", "k"].map(|what| format!("{prefix}.self_attn.{what}_norm")))
+    }
+
     /// Every tensor of the model, in checkpoint order: embedding, blocks, final norm, head.
     pub fn inventory(&self) -> Vec<TensorSpec> {
         let d = self.hidden_size;
@@ -69,7 +75,7 @@ impl ModelSpec {
         }
         for layer in 0..self.num_layers {
             let [first, second] = self.layer_norm_modules(layer);
-            self.push_norm(&mut out, &first);
+            self.push_norm(&mut out, &first, d);
             for linear in self.linears(layer) {
                 out.push(TensorSpec {
                     name: format!("{}.weight", linear.module),
@@ -82,9 +88,12 @@ impl ModelSpec {
                     out.push(plain(name, vec![linear.out_features], TensorRole::Bias));
                 }
             }
-            self.push_norm(&mut out, &second);
+            for module in self.head_norm_modules(layer).into_iter().flatten() {
+                self.push_norm(&mut out, &module, self.head_dim);
+            }
+            self.push_norm(&mut out, &second, d);
         }
-        self.push_norm(&mut out, self.final_norm_module());
+        self.push_norm(&mut out, self.final_norm_module(), d);
         if !self.tie_word_embeddings {
             let name = format!("{}.weight", self.head_module());
             out.push(plain(name, vec![self.vocab_size, d], TensorRole::Head));
@@ -92,12 +101,12 @@ impl ModelSpec {
         out
     }
 
-    fn push_norm(&self, out: &mut Vec<TensorSpec>, module: &str) {
+    fn push_norm(&self, out: &mut Vec<TensorSpec>, module: &str, width: usize) {
         let suffixes: &[&str] =
             if self.norm == Norm::Layer { &["weight", "bias"] } else { &["weight"] };
         out.extend(suffixes.iter().map(|suffix| TensorSpec {
             name: format!("{module}.{suffix}"),
-            shape: vec![self.hidden_size],
+            shape: vec![width],
             role: TensorRole::Norm,
             transposed: false,
         }));

@@ -12,6 +12,8 @@ pub enum Family {
     Mistral,
     /// `Qwen2ForCausalLM`: Llama with biases on q, k and v.
     Qwen2,
+    /// `Qwen3ForCausalLM`: Llama with a norm of each head of q and k.
+    Qwen3,
     /// `GPT2LMHeadModel`: layer norms, learned positions, fused qkv stored `[in, out]`.
     Gpt2,
 }
@@ -23,6 +25,7 @@ impl Family {
             Family::Llama => "llama",
             Family::Mistral => "mistral",
             Family::Qwen2 => "qwen2",
+            Family::Qwen3 => "qwen3",
             Family::Gpt2 => "gpt2",
         }
     }
@@ -135,6 +138,8 @@ pub struct ModelSpec {
     pub learned_positions: Option<usize>,
     /// Bias on q, k, v.
     pub qkv_bias: bool,
+    /// Each head of q and of k goes through an RMS norm of its own before it is rotated.
+    pub qk_norm: bool,
     /// Bias on the attention output projection.
     pub output_bias: bool,
     /// Bias on the MLP's linears.

@@ -78,6 +78,7 @@ impl Block<Cpu> {
         Ok(Block {
             norm1: self.norm1.try_map(vector)?,
             norm2: self.norm2.try_map(vector)?,
+            head_norms: self.head_norms.map(|norms| norms.try_map(vector)).transpose()?,
             linears: linears.collect::<Result<_>>()?,
             attention: self.attention,
             activation: self.activation,

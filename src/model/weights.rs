@@ -15,7 +15,7 @@ use crate::checkpoint::repack::quantize;
 use crate::checkpoint::{Checkpoint, DenseTensor, Weight};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
-use crate::kernels::{AttentionShape, Columns, Kernels, LoraShape, NormParameters};
+use crate::kernels::{AttentionShape, Columns, HeadNorms, Kernels, LoraShape, NormParameters};
 use crate::plan::settings::Half;
 use crate::plan::{Ranks, WeightParts};
 
@@ -94,7 +94,7 @@ impl Weights {
             embedding: reader.matrix(&weight(spec.embedding_module()), [v, d])?,
             positions,
             blocks: blocks.collect::<Result<_>>()?,
-            final_norm: reader.norm(spec.final_norm_module())?,
+            final_norm: reader.norm(spec.final_norm_module(), d)?,
             head,
             streaming: None,
         })
@@ -203,26 +203,26 @@ impl Reader<'_> {
         }
     }
 
-    fn norm(&self, module: &str) -> Result<NormParameters<Vec<f32>>> {
-        let d = self.spec.hidden_size;
+    fn norm(&self, module: &str, width: usize) -> Result<NormParameters<Vec<f32>>> {
         let bias = (self.spec.norm == Norm::Layer)
-            .then(|| self.vector(&format!("{module}.bias"), d))
+            .then(|| self.vector(&format!("{module}.bias"), width))
             .transpose()?;
         Ok(NormParameters {
             kind: self.spec.norm,
             epsilon: self.spec.norm_eps as f32,
-            weight: self.vector(&format!("{module}.weight"), d)?,
+            weight: self.vector(&format!("{module}.weight"), width)?,
             bias,
         })
     }
 
     fn block(&self, layer: usize) -> Result<Block<Cpu>> {
         let spec = self.spec;
-        let [first, second] = spec.layer_norm_modules(layer);
+        let ([first, second], d) = (spec.layer_norm_modules(layer), spec.hidden_size);
         let linears = spec.linears(layer).into_iter().map(|linear| self.linear(linear));
         Ok(Block {
-            norm1: self.norm(&first)?,
-            norm2: self.norm(&second)?,
+            norm1: self.norm(&first, d)?,
+            norm2: self.norm(&second, d)?,
+            head_norms: self.head_norms(layer)?,
             linears: linears.collect::<Result<_>>()?,
             attention: AttentionShape {
                 num_heads: spec.num_heads,
@@ -234,6 +234,12 @@ impl Reader<'_> {
             hidden_size: spec.hidden_size,
             intermediate_size: spec.intermediate_size,
         })
+    }
+
+    fn head_norms(&self, layer: usize) -> Result<Option<HeadNorms<Vec<f32>>>> {
+        let Some([q, k]) = self.spec.head_norm_modules(layer) else { return Ok(None) };
+        let width = self.spec.head_dim;
+        Ok(Some(HeadNorms { q: self.norm(&q, width)?, k: self.norm(&k, width)? }))
     }
 
     fn linear(&self, linear: LinearSpec) -> Result<Linear<Cpu>> {

@@ -178,6 +178,9 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
     let (component, tile) = (Component::BlockWorkspace, settings.mlp_tile());
     plan.push(component, "work.norm", t * d);
     plan.push(component, "work.norm_stats", t * 2);
+    if spec.qk_norm {
+        plan.push(component, "work.normed_qkv", t * qkv);
+    }
     plan.push(component, "work.mlp", tile * f);
     plan.push(component, "work.lora_pair", pair);
     if settings.tiled() {

@@ -22,8 +22,10 @@ use crate::model::weights::{TensorSource, Weights};
 use crate::plan::{Policy, Settings};
 use crate::random::Stream;
 
-/// Widths of heads, each of which has kernels of its own, and one that has none.
-const HEAD_DIMS: [usize; 5] = [64, 96, 128, 256, 32];
+/// Widths of heads, each of which has kernels of its own, and one that has none; without and with
+/// norms of heads.
+const HEADS: [(&str, usize); 5] =
+    [("llama", 64), ("llama", 96), ("qwen3", 128), ("llama", 256), ("qwen3", 32)];
 /// Two documents.
 const BOUNDARIES: [u32; 3] = [0, 41, 70];
 /// Odd, so that rows of logits have room behind them.
@@ -48,15 +50,17 @@ const TOLERANCE: Tolerance = Tolerance { loss: 5e-3, gradients: 6e-2, logits: 6e
 /// # Errors
 /// `Gpu` with what differs and by how much; those of the backend.
 pub fn check<K: TrainingKernels>(kernels: &K) -> Result<()> {
-    HEAD_DIMS.into_iter().try_for_each(|head_dim| check_heads_of(kernels, head_dim))
+    HEADS.into_iter().try_for_each(|heads| check_heads(kernels, heads))
 }
 
-fn check_heads_of<K: TrainingKernels>(kernels: &K, head_dim: usize) -> Result<()> {
-    let mut device = model(kernels.clone(), head_dim, Policy::Offload)?;
-    let mut host = model(Cpu, head_dim, Policy::Checkpoint)?; // which offloads to a file
+fn check_heads<K: TrainingKernels>(kernels: &K, heads: (&str, usize)) -> Result<()> {
+    let mut device = model(kernels.clone(), heads, Policy::Offload)?;
+    let mut host = model(Cpu, heads, Policy::Checkpoint)?; // which offloads to a file
     let batch = batch();
     let differs = |what: &str, error: f64| {
-        let what = format!("{what} with heads of {head_dim} differ from the CPU's by {error:.1e}");
+        let (family, width) = heads;
+        let model = format_args!("a {family} with heads of {width}");
+        let what = format!("{what} of {model} differ from the CPU's by {error:.1e}");
         Error::gpu(what).hint("use `--device cpu`, and try a newer driver")
     };
     // NaN is no agreement.
@@ -123,8 +127,8 @@ fn batch() -> Batch {
 }
 
 /// 4-bit weights, grouped heads, one block kept, adapters on all linears.
-fn model<K: TrainingKernels>(kernels: K, head_dim: usize, second: Policy) -> Result<Model<K>> {
-    let spec = spec(head_dim)?;
+fn model<K: TrainingKernels>(kernels: K, heads: (&str, usize), second: Policy) -> Result<Model<K>> {
+    let spec = spec(heads)?;
     let format = BlockFormat::default();
     let weights = Weights::load(&RandomTensors(&spec), &spec, Some(&format), None)?;
     let config = LoraConfig { r: 8, ..LoraConfig::default() };
@@ -146,9 +150,9 @@ fn model<K: TrainingKernels>(kernels: K, head_dim: usize, second: Policy) -> Res
     Ok(model)
 }
 
-fn spec(head_dim: usize) -> Result<ModelSpec> {
+fn spec((family, head_dim): (&str, usize)) -> Result<ModelSpec> {
     spec_from_config(&json!({
-        "model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
+        "model_type": family, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
         "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": head_dim,
         "vocab_size": VOCABULARY, "max_position_embeddings": 128, "tie_word_embeddings": false,
@@ -187,15 +191,18 @@ mod tests {
 
     #[test]
     fn every_part_of_the_model_is_in_the_comparison() {
-        let mut host = model(Cpu, 64, Policy::Keep).unwrap();
-        let batch = batch();
-        let loss = host.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
-        let loss = loss / batch.num_targets as f64;
-        assert!((loss / (VOCABULARY as f64).ln() - 1.0).abs() < 0.3, "{loss}");
-        let gradients = host.parameters().gradients();
-        for tensor in host.parameters().tensors() {
-            let largest = gradients[tensor.range.clone()].iter().fold(0f32, |m, g| m.max(g.abs()));
-            assert!(largest > 1e-6, "{}: {largest:e}", tensor.name);
+        for heads in HEADS {
+            let mut host = model(Cpu, heads, Policy::Keep).unwrap();
+            let batch = batch();
+            let loss = host.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
+            let loss = loss / batch.num_targets as f64;
+            assert!((loss / (VOCABULARY as f64).ln() - 1.0).abs() < 0.3, "{loss}");
+            let gradients = host.parameters().gradients();
+            for tensor in host.parameters().tensors() {
+                let values = gradients[tensor.range.clone()].iter();
+                let largest = values.fold(0f32, |m, g| m.max(g.abs()));
+                assert!(largest > 1e-6, "{}: {largest:e}", tensor.name);
+            }
         }
     }
 }

@@ -82,3 +82,71 @@ fn backward_adds_the_gradient() {
         }
     });
 }
+
+/// Query heads, key heads, width of a head and room behind a row: aligned, odd, wider than a warp's
+/// vectors, more heads than warps.
+const HEADS: [(usize, usize, usize, usize); 5] =
+    [(4, 2, 24, 16), (3, 1, 16, 8), (2, 1, 7, 3), (2, 2, 320, 0), (5, 5, 64, 8)];
+
+#[test]
+fn each_head_of_q_and_k_is_normed_by_itself() {
+    in_every_order(|device| {
+        for (heads, kv_heads, head, room) in HEADS {
+            let (rows, width) = (3, (heads + 2 * kv_heads) * head);
+            let qkv = normal_bf16(rows * width, "qkv");
+            let weights = [normal(head, "q weight"), normal(head, "k weight")];
+            let mut to = vec![POISON; rows * (width + room)];
+            launch!(device, "head_norms", [rows as u32, 1, 1], 64;
+                &with_stride(&qkv, width, width + 8)[..], width as i32 + 8, &weights[0][..],
+                &weights[1][..], 1e-5f32, &mut to[..], (width + room) as i32, heads as i32,
+                kv_heads as i32, head as i32);
+            let mut expected = Vec::new();
+            for (number, x) in wide(&qkv).chunks_exact(head).enumerate() {
+                let weight = match number % (heads + 2 * kv_heads) {
+                    at if at < heads => &weights[0],
+                    at if at < heads + kv_heads => &weights[1],
+                    _ => {
+                        expected.extend_from_slice(x);
+                        continue;
+                    }
+                };
+                let (_, rstd) = statistics(x, false, 1e-5);
+                expected.extend(x.iter().zip(weight).map(|(x, w)| x * rstd * f64::from(*w)));
+            }
+            assert_close(&band(&to, width, width + room), &expected, 1e-5, BF16_ROUNDING);
+        }
+    });
+}
+
+#[test]
+fn gradients_behind_the_norms_of_heads_become_those_before_them() {
+    in_every_order(|device| {
+        for (heads, kv_heads, head, room) in HEADS {
+            let (rows, width) = (3, (heads + 2 * kv_heads) * head);
+            let qkv = normal_bf16(rows * width, "qkv");
+            let before = normal_bf16(rows * width, "dqkv");
+            let weights = [normal(head, "q weight"), normal(head, "k weight")];
+            let mut dqkv = with_stride(&before, width, width + room);
+            launch!(device, "head_norms_backward", [rows as u32, 1, 1], 64;
+                &with_stride(&qkv, width, width + 8)[..], width as i32 + 8, &weights[0][..],
+                &weights[1][..], 1e-5f32, &mut dqkv[..], (width + room) as i32, heads as i32,
+                kv_heads as i32, head as i32);
+            let (qkv, mut expected) = (wide(&qkv), wide(&before));
+            for (number, d) in expected.chunks_exact_mut(head).enumerate() {
+                let x = &qkv[number * head..][..head];
+                let weight = match number % (heads + 2 * kv_heads) {
+                    at if at < heads => &weights[0],
+                    at if at < heads + kv_heads => &weights[1],
+                    _ => continue,
+                };
+                let (_, rstd) = statistics(x, false, 1e-5);
+                let g: Vec<f64> = d.iter().zip(weight).map(|(d, w)| d * f64::from(*w)).collect();
+                let along = g.iter().zip(x).map(|(g, x)| g * x * rstd).sum::<f64>() / head as f64;
+                for (i, d) in d.iter_mut().enumerate() {
+                    *d = rstd * (g[i] - x[i] * rstd * along);
+                }
+            }
+            assert_close(&band(&dqkv, width, width + room), &expected, 1e-5, BF16_ROUNDING);
+        }
+    });
+}

@@ -78,6 +78,11 @@ fn qwen2_with_biases_and_windows_in_some_layers() {
 }
 
 #[test]
+fn qwen3_with_norms_of_heads() {
+    (40..48).for_each(|seed| assert_gradients("qwen3", "default", seed));
+}
+
+#[test]
 fn gpt2_with_both_activations() {
     (30..38).for_each(|seed| assert_gradients("gpt2", "default", seed));
 }

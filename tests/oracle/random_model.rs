@@ -73,6 +73,9 @@ pub fn config(family: &str, scaling: &str, draws: &Draws) -> Value {
             config["sliding_window"] = draws.pick("window", &[2, 4, 9]).into();
         }
         _ => {
+            if family == "qwen3" {
+                config["attention_bias"] = draws.flag("attention bias").into();
+            }
             config["use_sliding_window"] = draws.flag("slides").into();
             config["sliding_window"] = 5.into();
             config["max_window_layers"] = 1.into();

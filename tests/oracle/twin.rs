@@ -163,8 +163,11 @@ impl<'a> Twin<'a> {
             let spread = x.unsqueeze(1)?.broadcast_as((kv_heads, group, length, width))?;
             spread.contiguous()?.reshape((self.spec.num_heads, length, width))
         };
-        let q = self.rotate(&heads(q, self.spec.num_heads)?)?;
-        let k = shared(self.rotate(&heads(k, self.spec.num_kv_heads)?)?)?;
+        let (mut q, mut k) = (heads(q, self.spec.num_heads)?, heads(k, self.spec.num_kv_heads)?);
+        if let Some([q_norm, k_norm]) = self.spec.head_norm_modules(layer) {
+            (q, k) = (self.norm(&q_norm, &q)?, self.norm(&k_norm, &k)?);
+        }
+        let (q, k) = (self.rotate(&q)?, shared(self.rotate(&k)?)?);
         let v = shared(heads(v, self.spec.num_kv_heads)?)?;
         let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? / (width as f64).sqrt())?;
         let scores =

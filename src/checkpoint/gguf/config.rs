@@ -18,7 +18,9 @@ impl Gguf {
     pub(crate) fn config(&self) -> Result<Value> {
         let mut config = match self.architecture {
             Architecture::Gpt2 => self.gpt2_config()?,
-            Architecture::Llama | Architecture::Qwen2 => self.llama_config()?,
+            Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => {
+                self.llama_config()?
+            }
         };
         for (key, field) in [
             ("bos_token_id", "tokenizer.ggml.bos_token_id"),
@@ -38,6 +40,7 @@ impl Gguf {
         let hidden = self.size("embedding_length")?;
         let (kind, class) = match self.architecture {
             Architecture::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
+            Architecture::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
             _ => ("llama", "LlamaForCausalLM"),
         };
         let theta = self.float("rope.freq_base").unwrap_or(10_000.0);

@@ -19,6 +19,7 @@ impl Architecture {
         match family {
             Family::Llama | Family::Mistral => Architecture::Llama,
             Family::Qwen2 => Architecture::Qwen2,
+            Family::Qwen3 => Architecture::Qwen3,
             Family::Gpt2 => Architecture::Gpt2,
         }
     }
@@ -33,6 +34,7 @@ impl Architecture {
         match self {
             Architecture::Llama => "llama",
             Architecture::Qwen2 => "qwen2",
+            Architecture::Qwen3 => "qwen3",
             Architecture::Gpt2 => "gpt2",
         }
     }

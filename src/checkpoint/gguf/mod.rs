@@ -47,6 +47,7 @@ pub(super) struct Gguf {
 pub(crate) enum Architecture {
     Llama,
     Qwen2,
+    Qwen3,
     Gpt2,
 }
 
@@ -156,9 +157,9 @@ impl Gguf {
                 continue;
             }
             let Some(name) = names::hugging_face_name(self.architecture, stored) else {
-                return Err(self
-                    .wrong(format_args!("tensor {stored} is not known"))
-                    .hint("only the weights of llama, qwen2 and gpt2 models are supported"));
+                return Err(self.wrong(format_args!("tensor {stored} is not known")).hint(
+                    "only the weights of llama, qwen2, qwen3 and gpt2 models are supported",
+                ));
             };
             let mut shape = info.shape.dims().to_vec();
             if self.is_conv1d(&name, &shape) {
@@ -191,11 +192,12 @@ fn architecture(content: &Content) -> Result<Architecture> {
     match name.map(String::as_str) {
         Some("llama") => Ok(Architecture::Llama),
         Some("qwen2") => Ok(Architecture::Qwen2),
+        Some("qwen3") => Ok(Architecture::Qwen3),
         Some("gpt2") => Ok(Architecture::Gpt2),
         other => Err(Error::input(format_args!(
             "GGUF architecture `{}` is not supported",
             other.unwrap_or("(none)")
         ))
-        .hint("supported: llama (also Mistral), qwen2, gpt2")),
+        .hint("supported: llama (also Mistral), qwen2, qwen3, gpt2")),
     }
 }

@@ -12,7 +12,7 @@ pub(super) fn hugging_face_name(architecture: Architecture, stored: &str) -> Opt
             if gpt2 {
                 format!("transformer.h.{layer}.{}", gpt2_part(part)?)
             } else {
-                format!("model.layers.{layer}.{}", llama_part(part)?)
+                format!("model.layers.{layer}.{}", llama_part(architecture, part)?)
             }
         }
         None => match (module, gpt2) {
@@ -28,12 +28,14 @@ pub(super) fn hugging_face_name(architecture: Architecture, stored: &str) -> Opt
     Some(format!("{module}.{suffix}"))
 }
 
-fn llama_part(part: &str) -> Option<&'static str> {
+fn llama_part(architecture: Architecture, part: &str) -> Option<&'static str> {
     Some(match part {
         "attn_norm" => "input_layernorm",
         "attn_q" => "self_attn.q_proj",
         "attn_k" => "self_attn.k_proj",
         "attn_v" => "self_attn.v_proj",
+        "attn_q_norm" if architecture == Architecture::Qwen3 => "self_attn.q_norm",
+        "attn_k_norm" if architecture == Architecture::Qwen3 => "self_attn.k_norm",
         "attn_output" => "self_attn.o_proj",
         "ffn_norm" => "post_attention_layernorm",
         "ffn_gate" => "mlp.gate_proj",
@@ -58,13 +60,15 @@ fn gpt2_part(part: &str) -> Option<&'static str> {
 /// `model.layers.3.self_attn.q_proj.weight` → `blk.3.attn_q.weight`.
 pub(super) fn gguf_name(architecture: Architecture, name: &str) -> Option<String> {
     const OUTSIDE: [&str; 4] = ["token_embd", "position_embd", "output_norm", "output"];
-    const PARTS: [&str; 10] = [
+    const PARTS: [&str; 12] = [
         "attn_norm",
         "attn_q",
         "attn_k",
         "attn_v",
         "attn_qkv",
         "attn_output",
+        "attn_q_norm",
+        "attn_k_norm",
         "ffn_norm",
         "ffn_gate",
         "ffn_up",
@@ -93,6 +97,11 @@ mod tests {
             ),
             (Architecture::Qwen2, "model.layers.0.mlp.down_proj.weight", "blk.0.ffn_down.weight"),
             (Architecture::Qwen2, "model.layers.3.self_attn.k_proj.bias", "blk.3.attn_k.bias"),
+            (
+                Architecture::Qwen3,
+                "model.layers.1.self_attn.k_norm.weight",
+                "blk.1.attn_k_norm.weight",
+            ),
             (Architecture::Gpt2, "transformer.h.1.attn.c_attn.bias", "blk.1.attn_qkv.bias"),
             (Architecture::Gpt2, "transformer.wpe.weight", "position_embd.weight"),
             (Architecture::Llama, "lm_head.weight", "output.weight"),
@@ -102,5 +111,6 @@ mod tests {
             assert_eq!(hugging_face_name(architecture, stored).as_deref(), Some(name));
         }
         assert_eq!(gguf_name(Architecture::Llama, "model.other.weight"), None);
+        assert_eq!(hugging_face_name(Architecture::Qwen2, "blk.0.attn_q_norm.weight"), None);
     }
 }

@@ -4,6 +4,7 @@
 pub mod arena;
 mod attention;
 mod cross_entropy;
+mod head_norms;
 mod lora;
 mod mlp;
 mod norm;

@@ -33,7 +33,7 @@ pub fn forward(norm: &NormParameters<Vec<f32>>, x: &[f32], y: &mut [f32], stats:
 }
 
 #[inline(always)]
-fn statistics(norm: &NormParameters<Vec<f32>>, x: &[f32]) -> (f32, f32) {
+pub(super) fn statistics(norm: &NormParameters<Vec<f32>>, x: &[f32]) -> (f32, f32) {
     let d = x.len() as f32;
     let mean = if norm.kind == Norm::Layer { sum(x, |v| v) / d } else { 0.0 };
     let variance = sum(x, |v| (v - mean) * (v - mean)) / d;
@@ -41,7 +41,13 @@ fn statistics(norm: &NormParameters<Vec<f32>>, x: &[f32]) -> (f32, f32) {
 }
 
 #[inline(always)]
-fn apply(norm: &NormParameters<Vec<f32>>, x: &[f32], y: &mut [f32], mean: f32, rstd: f32) {
+pub(super) fn apply(
+    norm: &NormParameters<Vec<f32>>,
+    x: &[f32],
+    y: &mut [f32],
+    mean: f32,
+    rstd: f32,
+) {
     match &norm.bias {
         Some(bias) => {
             for (((y, x), w), b) in y.iter_mut().zip(x).zip(&norm.weight).zip(bias) {

@@ -9,12 +9,12 @@ use rayon::prelude::*;
 
 use super::arena::{Arena, Buffer};
 use super::{
-    CHUNK, Cpu, FrozenMatrix, ROWS, Scratch, attention, beta, cross_entropy, lora, mlp, norm,
-    rotary, view, view_mut,
+    CHUNK, Cpu, FrozenMatrix, ROWS, Scratch, attention, beta, cross_entropy, head_norms, lora, mlp,
+    norm, rotary, view, view_mut,
 };
 use crate::error::Result;
 use crate::kernels::{
-    AttentionShape, Columns, DropoutMask, Kernels, LoraShape, LoraTerm, NormParameters,
+    AttentionShape, Columns, DropoutMask, HeadNorms, Kernels, LoraShape, LoraTerm, NormParameters,
     StreamedWeights, TokenLayout,
 };
 use crate::model::parameters::Parameters;
@@ -171,6 +171,30 @@ impl Kernels for Cpu {
     ) {
         let n = rows * norm.weight.len();
         norm::backward(norm, &dy[..n], &x[..n], &stats[..2 * rows], &mut dx[..n]);
+    }
+
+    fn head_norms(
+        &self,
+        norms: &HeadNorms<Vec<f32>>,
+        shape: &AttentionShape,
+        qkv: &Buffer<f32>,
+        to: &mut Buffer<f32>,
+        rows: usize,
+    ) {
+        let n = rows * shape.qkv_width();
+        head_norms::forward(norms, shape, &qkv[..n], &mut to[..n]);
+    }
+
+    fn head_norms_backward(
+        &self,
+        norms: &HeadNorms<Vec<f32>>,
+        shape: &AttentionShape,
+        qkv: &Buffer<f32>,
+        dqkv: &mut Buffer<f32>,
+        rows: usize,
+    ) {
+        let n = rows * shape.qkv_width();
+        head_norms::backward(norms, shape, &qkv[..n], &mut dqkv[..n]);
     }
 
     fn linear_forward(

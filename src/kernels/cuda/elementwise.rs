@@ -7,7 +7,7 @@ use super::host::DeviceVector;
 use super::launch::{as_rows, launch, row_threads, rows as row_grid};
 use super::memory::Buffer;
 use super::weight::{DeviceWeight, Form};
-use crate::kernels::{AttentionShape, DropoutMask, NormParameters};
+use crate::kernels::{AttentionShape, DropoutMask, HeadNorms, NormParameters};
 use crate::model::spec::{Activation, Norm};
 use crate::plan::RegionType;
 use crate::random;
@@ -62,6 +62,36 @@ pub(super) fn norm_backward<D: Driver>(
     launch!(cuda, "norm_backward", row_grid(rows), row_threads(width);
         dy.argument(), dy.stride, x.argument(), x.stride, norm.weight.argument(),
         stats.argument(2 * rows), dx.argument(), dx.stride, width, norm.kind == Norm::Layer);
+}
+
+pub(super) fn head_norms<D: Driver>(
+    cuda: &Cuda<D>,
+    norms: &HeadNorms<DeviceVector<D>>,
+    shape: &AttentionShape,
+    (qkv, to): (&Buffer<D>, &Buffer<D>),
+    rows: usize,
+) {
+    let width = shape.qkv_width();
+    let [qkv, to] = [qkv, to].map(|buffer| buffer.rows(rows, width));
+    launch!(cuda, "head_norms", row_grid(rows), row_threads(width);
+        qkv.argument(), qkv.stride, norms.q.weight.argument(), norms.k.weight.argument(),
+        norms.q.epsilon, to.argument(), to.stride, shape.num_heads, shape.num_kv_heads,
+        shape.head_dim);
+}
+
+pub(super) fn head_norms_backward<D: Driver>(
+    cuda: &Cuda<D>,
+    norms: &HeadNorms<DeviceVector<D>>,
+    shape: &AttentionShape,
+    (qkv, dqkv): (&Buffer<D>, &Buffer<D>),
+    rows: usize,
+) {
+    let width = shape.qkv_width();
+    let [qkv, dqkv] = [qkv, dqkv].map(|buffer| buffer.rows(rows, width));
+    launch!(cuda, "head_norms_backward", row_grid(rows), row_threads(width);
+        qkv.argument(), qkv.stride, norms.q.weight.argument(), norms.k.weight.argument(),
+        norms.q.epsilon, dqkv.argument(), dqkv.stride, shape.num_heads, shape.num_kv_heads,
+        shape.head_dim);
 }
 
 pub(super) fn rotary<D: Driver>(

@@ -20,6 +20,7 @@
 #include "dropout.cuh"
 #include "flash_backward.cuh"
 #include "flash_forward.cuh"
+#include "head_norm.cuh"
 #include "mlp.cuh"
 #include "norm.cuh"
 #include "parts.cuh"
@@ -213,6 +214,25 @@ norm_backward(const bfloat16* dy, int dy_stride, const bfloat16* x, int x_stride
               const float* weight, const float* stats, bfloat16* dx, int dx_stride, int width,
               int layer) {
     norm_backward_row(dy, dy_stride, x, x_stride, weight, stats, dx, dx_stride, width, layer);
+}
+
+// to = [norm(q) | norm(k) | v]: an RMS norm of each head; q_weight, k_weight [head_dim] in f32.
+// Rows of all three bands, at most 256 threads. Kernels::head_norms.
+extern "C" __global__ void __launch_bounds__(256)
+head_norms(const bfloat16* qkv, int stride, const float* q_weight, const float* k_weight,
+           float epsilon, bfloat16* to, int to_stride, int heads, int kv_heads, int head_dim) {
+    const HeadNorms norms = {q_weight, k_weight, epsilon, heads, kv_heads, head_dim};
+    norm_heads(norms, qkv, stride, to, to_stride);
+}
+
+// Gradients of norm(q) and norm(k) in dqkv become those of q and k in qkv. Rows, at most
+// 256 threads. Kernels::head_norms_backward.
+extern "C" __global__ void __launch_bounds__(256)
+head_norms_backward(const bfloat16* qkv, int stride, const float* q_weight, const float* k_weight,
+                    float epsilon, bfloat16* dqkv, int d_stride, int heads, int kv_heads,
+                    int head_dim) {
+    const HeadNorms norms = {q_weight, k_weight, epsilon, heads, kv_heads, head_dim};
+    norm_heads_gradient(norms, qkv, stride, dqkv, d_stride);
 }
 
 // Rotates the first `heads` heads of each row in place (q and k: H + K). cos, sin: f32

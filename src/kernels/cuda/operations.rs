@@ -19,7 +19,7 @@ use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::kernels::head::loss_at_once;
 use crate::kernels::{
-    AttentionShape, Columns, DropoutMask, Kernels, LoraShape, LoraTerm, NormParameters,
+    AttentionShape, Columns, DropoutMask, HeadNorms, Kernels, LoraShape, LoraTerm, NormParameters,
     StreamedWeights, TokenLayout,
 };
 use crate::model::block::Linear;
@@ -316,6 +316,28 @@ impl<D: Driver> Kernels for Cuda<D> {
         accumulate: bool,
     ) {
         elementwise::dropout(self, mask, x, y, elements, accumulate);
+    }
+
+    fn head_norms(
+        &self,
+        norms: &HeadNorms<DeviceVector<D>>,
+        shape: &AttentionShape,
+        qkv: &Buffer<D>,
+        to: &mut Buffer<D>,
+        rows: usize,
+    ) {
+        elementwise::head_norms(self, norms, shape, (qkv, to), rows);
+    }
+
+    fn head_norms_backward(
+        &self,
+        norms: &HeadNorms<DeviceVector<D>>,
+        shape: &AttentionShape,
+        qkv: &Buffer<D>,
+        dqkv: &mut Buffer<D>,
+        rows: usize,
+    ) {
+        elementwise::head_norms_backward(self, norms, shape, (qkv, dqkv), rows);
     }
 
     fn rotary(

@@ -25,18 +25,22 @@ impl<K: Kernels> Block<K> {
         let scratch = (&mut work.lora_pair, &mut work.dropped);
         let (ys, lora_x) = (&mut [&mut saved.qkv], &mut saved.lora_x);
         pass.forward_all(&self.projections(), &work.norm, ys, lora_x, scratch);
-        if let Some((cos, sin)) = &work.rotary {
-            kernels.rotary(&self.attention, (cos, sin), &mut saved.qkv, rows, false);
+        match &work.rotary {
+            Some((cos, sin)) if self.head_norms.is_none() => {
+                kernels.rotary(&self.attention, (cos, sin), &mut saved.qkv, rows, false);
+            }
+            _ => self.norm_heads(pass, saved, work),
         }
+        let qkv = work.normed_qkv.as_ref().unwrap_or(&saved.qkv);
         let (o, tiles) = (&mut saved.attention, &mut work.attention);
         match cache {
             None => {
                 let (layout, lse) = (pass.layout, &mut saved.lse);
-                kernels.attention_forward(&self.attention, layout, &saved.qkv, o, lse, tiles);
+                kernels.attention_forward(&self.attention, layout, qkv, o, lse, tiles);
             }
             Some(Cache { keys_values, past }) => {
                 let cache = (keys_values, past);
-                kernels.attention_cached(&self.attention, &saved.qkv, cache, rows, o, tiles);
+                kernels.attention_cached(&self.attention, qkv, cache, rows, o, tiles);
             }
         }
         kernels.copy((x, 0), (&mut saved.middle, 0), rows * self.hidden_size);
@@ -44,6 +48,23 @@ impl<K: Kernels> Block<K> {
         let output = self.expect(LinearRole::O);
         let lora_x = &mut saved.lora_x;
         pass.forward(output, &saved.attention, &mut saved.middle, lora_x, scratch, true);
+    }
+
+    /// Where heads have norms: `work.normed_qkv` from what is saved.
+    pub(super) fn norm_heads(
+        &self,
+        pass: &Pass<K>,
+        saved: &Saved<K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+    ) {
+        let (kernels, rows) = (pass.kernels, pass.rows.len());
+        let Some((norms, normed)) = self.head_norms.as_ref().zip(work.normed_qkv.as_mut()) else {
+            return;
+        };
+        kernels.head_norms(norms, &self.attention, &saved.qkv, normed, rows);
+        if let Some((cos, sin)) = &work.rotary {
+            kernels.rotary(&self.attention, (cos, sin), normed, rows, false);
+        }
     }
 
     /// From the gradient of `middle` in the stream to that of `x`.
@@ -68,7 +89,7 @@ impl<K: Kernels> Block<K> {
         kernels.attention_backward(
             &self.attention,
             pass.layout,
-            &saved.qkv,
+            work.normed_qkv.as_ref().unwrap_or(&saved.qkv),
             &saved.attention,
             &saved.lse,
             &grads.norm,
@@ -77,6 +98,10 @@ impl<K: Kernels> Block<K> {
         );
         if let Some((cos, sin)) = &work.rotary {
             kernels.rotary(&self.attention, (cos, sin), &mut grads.qkv, rows, true);
+        }
+        if let Some(norms) = &self.head_norms {
+            let shape = &self.attention;
+            kernels.head_norms_backward(norms, shape, &saved.qkv, &mut grads.qkv, rows);
         }
         let (norm, stats) = (&mut work.norm, &mut work.norm_stats);
         kernels.norm_forward(&self.norm1, x, norm, stats, rows);

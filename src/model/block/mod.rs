@@ -5,8 +5,8 @@
 //! n2 = norm(m)      h = act(n2·Wgᵀ) ∘ (n2·Wuᵀ)   out = m + h·Wdᵀ
 //! ```
 //! Every linear is `x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ` with W frozen. The backward pass computes
-//! gradients of x, A and B only. `n1`, `n2` and `h` are made again, never kept: a pass over memory is all
-//! that they cost.
+//! gradients of x, A and B only. `n1`, `n2`, `h` and norms of heads are made again, never kept: a pass
+//! over memory is all that they cost.
 //!
 //! The two lines are two halves: [`attention`](self) mixes tokens, the MLP takes every token by
 //! itself and so runs over tiles of them, which bounds its wide buffers.
@@ -21,7 +21,7 @@ pub use linear::{Linear, LinearAdapter};
 
 use super::parameters::Parameters;
 use super::spec::{Activation, LinearRole};
-use crate::kernels::{AttentionShape, Kernels, NormParameters, TokenLayout};
+use crate::kernels::{AttentionShape, HeadNorms, Kernels, NormParameters, TokenLayout};
 
 /// A block's frozen parts.
 pub struct Block<K: Kernels> {
@@ -29,6 +29,8 @@ pub struct Block<K: Kernels> {
     pub norm1: NormParameters<K::Vector>,
     /// Before the MLP.
     pub norm2: NormParameters<K::Vector>,
+    /// Of q and k, head by head, before they are rotated.
+    pub head_norms: Option<HeadNorms<K::Vector>>,
     /// In forward order.
     pub linears: Vec<Linear<K>>,
     /// Heads and window.
@@ -43,7 +45,7 @@ pub struct Block<K: Kernels> {
 
 /// Activations that the backward pass reads.
 pub struct Saved<B> {
-    /// Rotated q, k and v, `[T, q + 2·kv]`.
+    /// q, k and v, `[T, q + 2·kv]`: rotated, or as they are before the norms of heads.
     pub qkv: B,
     /// Log-sum-exp of the scores, `[T, H]`.
     pub lse: B,
@@ -79,6 +81,9 @@ pub struct Workspace<B> {
     pub lora_pair: B,
     /// Input of an adapter after dropout.
     pub dropped: Option<B>,
+    /// q and k behind the norms of their heads, rotated, and v, `[T, q + 2·kv]`; only where heads
+    /// have norms.
+    pub normed_qkv: Option<B>,
     /// Score tiles.
     pub attention: B,
     /// Tables of cos and sin, `[T, head_dim / 2]`.
@@ -201,6 +206,9 @@ impl<K: Kernels> Block<K> {
         }
         let Some(mut grads) = work.gradients.take() else { return };
         self.backward_mlp(pass, saved, work, &mut grads, gradients, recompute);
+        if !recompute {
+            self.norm_heads(pass, saved, work);
+        }
         self.backward_attention(pass, x, saved, work, &mut grads, gradients, input_gradient);
         work.gradients = Some(grads);
     }

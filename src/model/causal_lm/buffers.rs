@@ -138,6 +138,7 @@ fn workspace<K: Kernels>(
         mlp: arena.take("work.mlp"),
         lora_pair: arena.take("work.lora_pair"),
         dropped: settings.lora_dropout.then(|| arena.take("work.dropped")),
+        normed_qkv: spec.qk_norm.then(|| arena.take("work.normed_qkv")),
         attention: arena.take("work.attention"),
         rotary: rotary.then(|| (arena.take("rotary.cos"), arena.take("rotary.sin"))),
         tile: settings.tiled().then(|| Tile {
