@@ -186,9 +186,13 @@ fn a_finished_run_is_not_trained_over() {
             .ends_with("hint: continue its run with `--resume`, or choose another `--out`"),
         "{text}"
     );
-    let before = place.read("out/adapter_model.safetensors");
-    succeed(place.nibble(&["train", "--out", "out", "--resume"]));
-    assert!(place.read("out/adapter_model.safetensors") == before, "resuming it changes nothing");
+    let files = || place.list("out").into_iter().filter(|name| name.contains('.'));
+    let before: Vec<_> = files().map(|name| place.read(&format!("out/{name}"))).collect();
+    let output = succeed(place.nibble(&["train", "--out", "out", "--resume"]));
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert_eq!(said, "out: finished at step 2; nothing is left to resume\n");
+    let after: Vec<_> = files().map(|name| place.read(&format!("out/{name}"))).collect();
+    assert!(before == after && before.len() > 6, "resuming it changes nothing");
 }
 
 #[test]
@@ -232,6 +236,44 @@ fn a_constant_rate_can_be_trained_on_for_longer() {
     succeed(place.nibble(&["train", "--out", "short", "--resume", "--max-steps", "9"]));
     let adapter = |out: &str| place.read(&format!("{out}/adapter_model.safetensors"));
     assert!(adapter("long") == adapter("short"));
+}
+
+#[test]
+fn what_a_run_does_not_do_is_said() {
+    let place = Workplace::new();
+    let said = |out: &str, flags: &[&str]| stderr(&succeed(place.train(out, flags)));
+    let short = said("short", &["--max-steps", "1"]);
+    assert!(short.contains("warning: all 1 steps are warm-up"), "{short}");
+    assert!(short.contains("computing on the CPU, 2 threads"), "{short}");
+    let flags = ["--max-steps", "2", "--warmup-steps", "1"];
+    let quiet = said("quiet", &flags);
+    assert!(!quiet.contains("warning") && !quiet.contains("note: "), "{quiet}");
+    let start = String::from_utf8(place.read("quiet/metrics.jsonl")).unwrap();
+    assert!(start.contains(r#""device":"the CPU, 2 threads""#), "{start}");
+    let config = String::from_utf8(place.read("model/config.json")).unwrap();
+    let dropping = config.replace(r#""attention_dropout": 0.0"#, r#""attention_dropout": 0.1"#);
+    assert_ne!(config, dropping);
+    std::fs::write(place.path("model/config.json"), dropping).unwrap();
+    let noted = said("noted", &flags);
+    assert!(noted.contains("attention_dropout of 0.1 is not applied"), "{noted}");
+}
+
+#[test]
+fn a_packed_base_is_not_packed_otherwise() {
+    let place = Workplace::new();
+    succeed(place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
+    let train = |out: &str, flags: &[&str]| {
+        let mut command = place.nibble(&["train", "--model", "packed", "--data", "train.jsonl"]);
+        command.args(["--out", out, "--max-length", "32", "--max-steps", "2"]).args(flags);
+        command
+    };
+    for flags in [&["--quantization", "fp4"][..], &["--block-size", "32"]] {
+        let (code, text) = fail(train("out", flags));
+        let says =
+            "packed is 4-bit already: --quantization nf4 --block-size 64 --double-quant true";
+        assert!(code == 2 && error_of(&text).contains(says), "{text}");
+    }
+    succeed(train("out", &["--quantization", "nf4", "--block-size", "64"]));
 }
 
 #[test]

@@ -118,7 +118,7 @@ impl<'a> MergedModel<'a> {
     pub fn write(
         &self,
         writer: &mut ShardWriter,
-        mut progress: impl FnMut(usize),
+        mut progress: impl FnMut(usize) -> Result<()>,
     ) -> Result<MergeCost> {
         let mut cost = MergeCost::default();
         for tensor in &self.tensors {
@@ -127,7 +127,7 @@ impl<'a> MergedModel<'a> {
             let contents = Contents::Dense(tensor.dtype, &shape, &data);
             writer.write(&tensor.spec.name, contents)?;
             self.base.release(self.merge.source(&tensor.spec.name));
-            progress(data.len());
+            progress(data.len())?;
         }
         Ok(cost)
     }

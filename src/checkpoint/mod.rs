@@ -16,7 +16,7 @@ pub mod writer;
 
 use std::path::{Component, Path, PathBuf};
 
-use nibble_quant::{FloatType, PackedWeight};
+use nibble_quant::{BlockFormat, FloatType, PackedWeight};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
@@ -140,6 +140,16 @@ impl Checkpoint {
         }
     }
 
+    /// How the first packed weight is packed.
+    pub fn packed_format(&self) -> Option<BlockFormat> {
+        let packed = |info: &&TensorInfo| info.stored == StoredType::Packed;
+        let first = self.tensors().iter().find(packed)?;
+        match self.weight(&first.name) {
+            Ok(Weight::Packed(packed)) => Some(packed.format()),
+            _ => None,
+        }
+    }
+
     /// All tensors; a packed weight is one entry.
     pub fn tensors(&self) -> &[TensorInfo] {
         match &self.files {
@@ -259,7 +269,10 @@ fn is_hub_name(path: &Path) -> bool {
 }
 
 /// Other packings than bitsandbytes' 4 bits have names for their parts that nobody here knows.
-fn check_quantization(config: &Value) -> Result<()> {
+///
+/// # Errors
+/// `Input` naming the packing of `config`, a parsed `config.json`.
+pub fn check_quantization(config: &Value) -> Result<()> {
     let settings = &config["quantization_config"];
     let method = settings["quant_method"].as_str().unwrap_or("bitsandbytes");
     let in_8_bits = settings["load_in_8bit"] == true;

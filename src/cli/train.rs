@@ -20,6 +20,8 @@ use crate::train::recipe::{EvalRecipe, Length, Recipe, SaveRecipe};
 use crate::train::schedule::{SchedulerType, Warmup};
 use crate::train::settings::SettingsEcho;
 
+/// Floor of the learning rate as a share of the peak, by default.
+const MIN_LR_RATE: f64 = 0.1;
 /// Forward passes in an optimizer step, by default.
 pub const GRADIENT_ACCUMULATION_STEPS: &str = "4";
 
@@ -111,6 +113,11 @@ pub struct BaseModelArgs {
 }
 
 impl BaseModelArgs {
+    /// Whether a flag says how a dense base is packed.
+    pub fn asks_for_packing(&self) -> bool {
+        self.block_format() != Some(BlockFormat::default())
+    }
+
     /// How a dense base is packed; none leaves it as it is.
     pub fn block_format(&self) -> Option<BlockFormat> {
         let quant_type = match self.quantization {
@@ -194,7 +201,7 @@ pub struct OptimizationArgs {
           value_parser = numbers::share)]
     pub warmup_ratio: f64,
     /// Floor of `cosine_with_min_lr` as a share of the peak
-    #[arg(long, value_name = "SHARE", default_value_t = 0.1,
+    #[arg(long, value_name = "SHARE", default_value_t = MIN_LR_RATE,
           value_parser = numbers::share)]
     pub min_lr_rate: f64,
     /// Optimizer steps of the run; overrides `--num-train-epochs` [default: by epochs]
@@ -373,6 +380,22 @@ impl TrainArgs {
         if e.early_stopping_patience.is_some() && e.eval_steps.is_none() {
             return Err(Error::usage("`--early-stopping-patience` needs `--eval-steps`")
                 .hint("patience counts evaluations: say how many steps lie between two"));
+        }
+        if e.early_stopping_threshold > 0.0 && e.early_stopping_patience.is_none() {
+            return Err(Error::usage("`--early-stopping-threshold` has no effect by itself")
+                .hint("add `--early-stopping-patience`: after how many evaluations to stop"));
+        }
+        let o = &self.optimization;
+        if o.warmup_steps.is_some_and(|steps| steps > 0)
+            && o.lr_scheduler_type == SchedulerType::Constant
+        {
+            return Err(Error::usage("`--warmup-steps` has no effect: `constant` has no warm-up")
+                .hint("use `--lr-scheduler-type constant_with_warmup`"));
+        }
+        let has_floor = o.lr_scheduler_type == SchedulerType::CosineWithMinLr;
+        if o.min_lr_rate != MIN_LR_RATE && !has_floor {
+            return Err(Error::usage("`--min-lr-rate` has no effect on this schedule")
+                .hint("use `--lr-scheduler-type cosine_with_min_lr`"));
         }
         if e.sample_steps.is_some() && e.sample_prompt.is_empty() {
             return Err(Error::usage("`--sample-steps` needs a prompt")

@@ -34,6 +34,7 @@ const COMMANDS: [&str; 7] = ["/adapter", "/base", "/reset", "/system", "/exit", 
 /// Whatever is wrong with flags, model or adapter.
 pub fn run(args: &ChatArgs) -> Result<()> {
     super::set_threads(args.generation.threads)?;
+    super::check_packing(&args.base)?;
     match device::open(&args.generation.device)? {
         Some(gpu) => run_on(args, gpu),
         None => run_on(args, Cpu),

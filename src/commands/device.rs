@@ -9,6 +9,7 @@ use crate::kernels::cuda::driver::Driver;
 use crate::kernels::cuda::library::Gpu;
 use crate::kernels::cuda::search;
 use crate::kernels::cuda::{AttnImplementation, Cuda};
+use crate::plan::EmbeddingPlace;
 use crate::train::agreement;
 use crate::train::backend::Surroundings;
 
@@ -16,8 +17,8 @@ use crate::train::backend::Surroundings;
 /// tiny model as the CPU does.
 ///
 /// # Errors
-/// `Gpu` with the reason why the one that is asked for cannot be used, `Usage` for flash attention
-/// on the CPU. With `auto` the reason is told, and the CPU taken.
+/// `Gpu` with the reason why the one that is asked for cannot be used, `Usage` for what only a GPU
+/// has. With `auto` the reason is told, and the CPU taken.
 pub fn open(args: &DeviceArgs) -> Result<Option<Cuda<Gpu>>> {
     let device = resolve(args)?;
     let Device::Cuda(index) = device else { return Ok(None) };
@@ -59,7 +60,7 @@ fn verify(cuda: &Cuda<Gpu>) -> Result<&'static str> {
 /// where there is none.
 ///
 /// # Errors
-/// `Usage` for flash attention on the CPU.
+/// `Usage` for what only a GPU has.
 pub fn resolve(args: &DeviceArgs) -> Result<Device> {
     let device = match args.device {
         Device::Auto => first_gpu().map_or(Device::Cpu, Device::Cuda),
@@ -68,6 +69,12 @@ pub fn resolve(args: &DeviceArgs) -> Result<Device> {
     if device == Device::Cpu && args.attn_implementation == AttnImplementation::Flash {
         return Err(Error::usage("`--attn-implementation flash` is a path of the CUDA backend")
             .hint("leave it out: the CPU has one path, or use `--device cuda`"));
+    }
+    if device == Device::Cpu && args.embedding != EmbeddingPlace::Auto {
+        return Err(Error::usage(
+            "`--embedding` is for a GPU: beside the CPU all is in its memory",
+        )
+        .hint("leave it out, or use `--device cuda`"));
     }
     Ok(device)
 }

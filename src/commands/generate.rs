@@ -15,6 +15,7 @@ use crate::sample::{Finish, Sampler, Session, Wish};
 /// Whatever is wrong with flags, model, adapter or prompt.
 pub fn run(args: &GenerateArgs) -> Result<()> {
     super::set_threads(args.generation.threads)?;
+    super::check_packing(&args.base)?;
     match device::open(&args.generation.device)? {
         Some(gpu) => run_on(args, gpu),
         None => run_on(args, Cpu),

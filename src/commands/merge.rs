@@ -1,15 +1,14 @@
 //! `nibble merge`: an adapter into its base model's weights.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
 use nibble_quant::{BlockFormat, FloatType, QuantType};
 use serde_json::json;
 
-use super::quantize::COPIED_FILES;
+use super::model_folder::{self, COPIED_FILES};
 use crate::adapter::{MergeBase, MergeCost, MergeOnto, MergedModel, PeftAdapter};
-use crate::checkpoint::atomic::{AtomicDir, check_destination, check_not_within};
 use crate::checkpoint::writer::ShardWriter;
 use crate::checkpoint::{Checkpoint, CheckpointKind};
 use crate::cli::merge::MergeArgs;
@@ -18,6 +17,7 @@ use crate::cli::train::{BaseModelArgs, Quantization};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
+use crate::train::interrupt::Interrupt;
 
 /// Runs the command.
 ///
@@ -25,10 +25,9 @@ use crate::model::spec::ModelSpec;
 /// Every wrong input before the first byte is written; `Io` when the disk refuses.
 pub fn run(args: &MergeArgs) -> Result<()> {
     super::set_threads(args.threads)?;
-    check_destination(&args.out, args.overwrite)?;
-    for input in [Some(&args.base.model), Some(&args.adapter), args.original.as_ref()] {
-        input.map_or(Ok(()), |input| check_not_within(input, &args.out))?;
-    }
+    let inputs = [Some(&args.base.model), Some(&args.adapter), args.original.as_ref()];
+    let inputs: Vec<&Path> = inputs.into_iter().flatten().map(PathBuf::as_path).collect();
+    model_folder::check(&args.out, args.overwrite, &inputs)?;
     let model = Checkpoint::open(&args.base.model)?;
     let original = args.original.as_deref().map(Checkpoint::open).transpose()?;
     let spec = spec_from_config(model.config())?;
@@ -44,10 +43,11 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     let adapter = PeftAdapter::open(&args.adapter, &spec)?;
     let dtype = args.dtype.map(FloatType::from);
     let merged = MergedModel::new(base, adapter.merge(&spec)?, &spec, dtype)?;
-    let folder = AtomicDir::create(&args.out, args.overwrite)?;
+    let interrupt = Interrupt::install()?;
+    let folder = model_folder::create(&args.out, args.overwrite, &inputs)?;
     write_side_files(args, &model, &merged, folder.path())?;
     let started = Instant::now();
-    let (cost, bytes) = stream(args, &merged, folder.path())?;
+    let (cost, bytes) = stream(args, &merged, folder.path(), &interrupt)?;
     folder.commit()?;
     report(args, base.onto(), &merged, &cost, bytes, started.elapsed().as_secs_f64())
 }
@@ -98,7 +98,12 @@ fn write_side_files(
     Ok(())
 }
 
-fn stream(args: &MergeArgs, merged: &MergedModel, folder: &Path) -> Result<(MergeCost, usize)> {
+fn stream(
+    args: &MergeArgs,
+    merged: &MergedModel,
+    folder: &Path,
+    interrupt: &Interrupt,
+) -> Result<(MergeCost, usize)> {
     let announced = merged.announce();
     let bytes: usize = announced.iter().map(|tensor| tensor.bytes).sum();
     let bar = ProgressBar::new(bytes as u64).with_style(
@@ -109,7 +114,10 @@ fn stream(args: &MergeArgs, merged: &MergedModel, folder: &Path) -> Result<(Merg
     );
     let shard = usize::try_from(args.max_shard_size.0).unwrap_or(usize::MAX);
     let mut writer = ShardWriter::new(folder, announced, shard);
-    let cost = merged.write(&mut writer, |written| bar.inc(written as u64))?;
+    let cost = merged.write(&mut writer, |written| {
+        bar.inc(written as u64);
+        interrupt.check()
+    })?;
     bar.finish_and_clear();
     Ok((cost, writer.finish()?))
 }

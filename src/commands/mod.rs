@@ -10,13 +10,14 @@ pub mod export;
 pub mod generate;
 pub mod memory;
 pub mod merge;
+mod model_folder;
 pub mod quantize;
 mod reading;
 pub mod train;
 
 use std::num::NonZeroUsize;
 
-use crate::checkpoint::CheckpointKind;
+use crate::checkpoint::{Checkpoint, CheckpointKind};
 use crate::cli::Command;
 use crate::cli::train::BaseModelArgs;
 use crate::error::{Error, Result};
@@ -51,6 +52,25 @@ fn note_packing(base: &BaseModelArgs, kind: CheckpointKind) {
             "{model}: linears are packed as {quant_type}; `--quantization none` takes them as they are"
         );
     }
+}
+
+/// Refuses a packing that is asked for where the base is packed in another already.
+fn check_packing(base: &BaseModelArgs) -> Result<()> {
+    if !base.asks_for_packing() {
+        return Ok(());
+    }
+    // What is wrong with the model is told by who opens it to work with it.
+    let Ok(checkpoint) = Checkpoint::open(&base.model) else { return Ok(()) };
+    let Some(stored) = checkpoint.packed_format() else { return Ok(()) };
+    if base.block_format() == Some(stored) {
+        return Ok(());
+    }
+    let (model, kind) = (base.model.display(), stored.quant_type.as_str());
+    let (size, nested) = (stored.block_size, stored.double_quant);
+    Err(Error::usage(format_args!(
+        "{model} is 4-bit already: --quantization {kind} --block-size {size} --double-quant {nested}"
+    ))
+    .hint("leave these flags out, or give the dense model"))
 }
 
 /// Sizes the pool that all parallel loops share; all cores by default.

@@ -9,28 +9,15 @@ use nibble_quant::{BlockFormat, FloatType};
 use regex::Regex;
 use serde_json::{Value, json};
 
-use crate::checkpoint::atomic::{self, AtomicDir};
 use crate::checkpoint::repack::{Repack, RoleSummary, Step};
 use crate::checkpoint::writer::ShardWriter;
 use crate::checkpoint::{Checkpoint, CheckpointKind};
 use crate::cli::quantize::QuantizeArgs;
+use crate::commands::model_folder::{self, COPIED_FILES};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 use crate::model::spec::TensorRole;
-
-/// Files of a Hugging Face folder that are copied as they are.
-pub const COPIED_FILES: [&str; 10] = [
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-];
+use crate::train::interrupt::Interrupt;
 
 /// Runs the command.
 ///
@@ -49,11 +36,12 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
         reblock: args.force,
     };
     let steps = repack.steps()?;
-    atomic::check_not_within(&args.model, &args.out)?;
-    let folder = AtomicDir::create(&args.out, args.overwrite)?;
+    check_skipped(&repack, &args.skip)?;
+    let interrupt = Interrupt::install()?;
+    let folder = model_folder::create(&args.out, args.overwrite, &[&args.model])?;
     write_side_files(&checkpoint, &steps, args, folder.path())?;
     let started = Instant::now();
-    let (summaries, bytes) = stream(&repack, &steps, args, folder.path())?;
+    let (summaries, bytes) = stream(&repack, &steps, args, folder.path(), &interrupt)?;
     let seconds = started.elapsed().as_secs_f64();
     if args.check {
         repack.check(&steps, &Checkpoint::open(folder.path())?)?;
@@ -101,6 +89,19 @@ fn skip_pattern(pattern: &str) -> Result<Regex> {
     Regex::new(pattern).map_err(|e| {
         let error = Error::usage(format_args!("--skip: {e}"));
         error.hint("give a regular expression on tensor names, such as `layers\\.0\\.`")
+    })
+}
+
+/// A pattern that matches nothing leaves nothing dense.
+fn check_skipped(repack: &Repack, patterns: &[String]) -> Result<()> {
+    let inventory = repack.spec.inventory();
+    let matches = |pattern: &Regex| inventory.iter().any(|it| pattern.is_match(&it.name));
+    let idle = repack.skip.iter().zip(patterns).find(|(pattern, _)| !matches(pattern));
+    idle.map_or(Ok(()), |(_, pattern)| {
+        let what = format_args!("--skip: `{pattern}` matches no tensor of the model");
+        let example = inventory.iter().find(|it| matches!(it.role, TensorRole::Linear(_)));
+        let example = example.map_or("", |tensor| &tensor.name);
+        Err(Error::usage(what).hint(format_args!("names are such as {example}")))
     })
 }
 
@@ -176,6 +177,7 @@ fn stream(
     steps: &[Step],
     args: &QuantizeArgs,
     folder: &Path,
+    interrupt: &Interrupt,
 ) -> Result<(BTreeMap<TensorRole, RoleSummary>, usize)> {
     let bytes: usize = steps.iter().map(|step| step.bytes_before).sum();
     let bar = ProgressBar::new(bytes as u64).with_style(
@@ -186,7 +188,10 @@ fn stream(
     );
     let shard = usize::try_from(args.max_shard_size.0).unwrap_or(usize::MAX);
     let mut writer = ShardWriter::new(folder, Repack::announce(steps), shard);
-    let summaries = repack.run(steps, &mut writer, |read| bar.inc(read as u64))?;
+    let summaries = repack.run(steps, &mut writer, |read| {
+        bar.inc(read as u64);
+        interrupt.check()
+    })?;
     bar.finish_and_clear();
     Ok((summaries, writer.finish()?))
 }

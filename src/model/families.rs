@@ -20,6 +20,18 @@ pub fn spec_from_config(config: &Value) -> Result<ModelSpec> {
     read_spec(&Fields(config)).map_err(|error| error.or_hint(GENERAL))
 }
 
+/// Dropout of the base model that transformers applies in training and Nibble does not: the key of
+/// `config` and its probability.
+pub fn base_dropout(config: &Value) -> Option<(&'static str, f64)> {
+    const KEYS: [&str; 4] = ["attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"];
+    let of_gpt2 = config["model_type"] == "gpt2";
+    let probability = |key: &'static str| {
+        let default = if of_gpt2 && key != KEYS[0] { 0.1 } else { 0.0 };
+        (key, config[key].as_f64().unwrap_or(default))
+    };
+    KEYS.map(probability).into_iter().find(|(_, probability)| *probability > 0.0)
+}
+
 fn read_spec(fields: &Fields) -> Result<ModelSpec> {
     let spec = match fields.text("model_type")? {
         "llama" => llama(fields, Family::Llama)?,
@@ -41,7 +53,7 @@ fn read_spec(fields: &Fields) -> Result<ModelSpec> {
 fn llama(fields: &Fields, family: Family) -> Result<ModelSpec> {
     let hidden_size = fields.size("hidden_size")?;
     let num_heads = fields.size("num_attention_heads")?;
-    let num_layers = fields.size("num_hidden_layers")?;
+    let num_layers = fields.layers("num_hidden_layers")?;
     let head_dim = fields.size_or("head_dim", hidden_size / num_heads.max(1))?;
     fields.unless("hidden_act", |v| v == "silu", "only `silu` is implemented")?;
     fields.unless("pretraining_tp", |v| v == 1, "only 1 is implemented")?;
@@ -126,7 +138,7 @@ fn qwen_windows(fields: &Fields, num_layers: usize) -> Result<Vec<Option<usize>>
 fn gpt2(fields: &Fields) -> Result<ModelSpec> {
     let hidden_size = fields.size("n_embd")?;
     let num_heads = fields.size("n_head")?;
-    let num_layers = fields.size("n_layer")?;
+    let num_layers = fields.layers("n_layer")?;
     fields.unless("scale_attn_weights", |v| v == true, "only `true` is implemented")?;
     fields.unless(
         "scale_attn_by_inverse_layer_idx",
@@ -240,6 +252,17 @@ impl<'a> Fields<'a> {
         size.ok_or_else(|| wrong_type(key, "a non-negative whole number", value))
     }
 
+    /// A number of blocks: more than any model has would only take memory.
+    fn layers(&self, key: &str) -> Result<usize> {
+        const MOST: usize = 10_000;
+        let layers = self.size(key)?;
+        if layers > MOST {
+            let what = format_args!("config.json: {key} is {layers}, expected at most {MOST}");
+            return Err(Error::input(what));
+        }
+        Ok(layers)
+    }
+
     fn size_or(&self, key: &str, default: usize) -> Result<usize> {
         if self.present(key).is_some() { self.size(key) } else { Ok(default) }
     }
@@ -285,4 +308,26 @@ impl<'a> Fields<'a> {
 
 fn wrong_type(key: &str, expected: &str, got: &Value) -> Error {
     Error::input(format_args!("config.json: field `{key}` must be {expected}, got {got}"))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn dropout_of_the_base_is_known_by_every_name() {
+        let llama = |extra: Value| {
+            let mut config = json!({"model_type": "llama"});
+            config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+            base_dropout(&config)
+        };
+        assert_eq!(llama(json!({})), None);
+        assert_eq!(llama(json!({"attention_dropout": 0.0})), None);
+        assert_eq!(llama(json!({"attention_dropout": 0.2})), Some(("attention_dropout", 0.2)));
+        // GPT-2's class has it by default.
+        let gpt2 = json!({"model_type": "gpt2", "attn_pdrop": 0.0});
+        assert_eq!(base_dropout(&gpt2), Some(("resid_pdrop", 0.1)));
+    }
 }

@@ -2,6 +2,7 @@
 //! `merge` writes.
 
 use super::spec::{Family, ModelSpec, Norm, TensorRole, TensorSpec};
+use crate::error::{Error, Result};
 
 /// Names of the tensors outside the blocks.
 struct Names {
@@ -99,6 +100,20 @@ impl ModelSpec {
             out.push(plain(name, vec![self.vocab_size, d], TensorRole::Head));
         }
         out
+    }
+
+    /// Weights of more layers than there are here belong to another model.
+    ///
+    /// # Errors
+    /// `Input` naming such a weight.
+    pub fn check_no_further_layer(&self, contains: impl Fn(&str) -> bool) -> Result<()> {
+        let layers = self.num_layers;
+        let names = self.linears(layers).into_iter().map(|it| format!("{}.weight", it.module));
+        let found = names.into_iter().find(|name| contains(name));
+        found.map_or(Ok(()), |name| {
+            let what = format!("there is a tensor {name}, config.json has {layers} layers");
+            Err(Error::input(what).hint("the weights and config.json belong to different models"))
+        })
     }
 
     fn push_norm(&self, out: &mut Vec<TensorSpec>, module: &str, width: usize) {

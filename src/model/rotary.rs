@@ -35,7 +35,8 @@ pub(super) fn rotary_from_config(config: &Value) -> Result<Rotary> {
         {
             return Err(Error::input(format_args!(
                 "config.json: partial_rotary_factor = {fraction} is not supported"
-            )));
+            ))
+            .hint("only models that rotate whole heads are"));
         }
     }
     Ok(Rotary { theta, scaling: scaling_from(parameters, config)? })

@@ -77,6 +77,7 @@ impl Weights {
         merge: Option<&Merge>,
     ) -> Result<Self> {
         let reader = Reader { source, spec, quantization, merge };
+        spec.check_no_further_layer(|name| source.contains(name))?;
         let (v, d) = (spec.vocab_size, spec.hidden_size);
         let weight = |module: &str| format!("{module}.weight");
         let positions = match (spec.positions_name(), spec.learned_positions) {

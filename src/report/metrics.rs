@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 
 use crate::checkpoint::atomic::write_file;
 use crate::error::{Error, Result};
-use crate::train::events::Event;
+use crate::train::events::{EndEvent, Event};
 
 /// An open file.
 pub struct Metrics {
@@ -36,6 +36,15 @@ impl Metrics {
         // One write for the whole line: a reader never sees half of one.
         let written = self.file.write_all(line(event).as_bytes());
         written.map_err(|e| Error::io("write", &self.path, e))
+    }
+}
+
+/// The end that the log at `path` closes with, if it does.
+pub fn last_end(path: &Path) -> Option<EndEvent> {
+    let text = std::fs::read_to_string(path).ok()?;
+    match serde_json::from_str(text.lines().last()?) {
+        Ok(Event::End(end)) => Some(end),
+        _ => None,
     }
 }
 

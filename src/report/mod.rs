@@ -3,7 +3,7 @@
 
 pub mod figures;
 pub mod memory_page;
-mod metrics;
+pub mod metrics;
 mod page;
 pub mod table;
 mod tensorboard;

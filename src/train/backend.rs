@@ -39,6 +39,9 @@ pub struct Surroundings {
 
 /// A backend that can train.
 pub trait TrainingKernels: Kernels {
+    /// What computes, in words.
+    fn device(&self) -> String;
+
     /// The memory that the plan has to fit.
     ///
     /// # Errors
@@ -59,6 +62,13 @@ pub trait TrainingKernels: Kernels {
 }
 
 impl TrainingKernels for Cpu {
+    fn device(&self) -> String {
+        match rayon::current_num_threads() {
+            1 => "the CPU, 1 thread".to_string(),
+            threads => format!("the CPU, {threads} threads"),
+        }
+    }
+
     fn surroundings(&self) -> Result<Surroundings> {
         let used_bytes = resident::now_bytes();
         Ok(Surroundings {

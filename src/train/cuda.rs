@@ -11,6 +11,10 @@ use crate::model::parameters::{OptimizerView, Parameters};
 use crate::plan::MomentPlace;
 
 impl<D: Driver> TrainingKernels for Cuda<D> {
+    fn device(&self) -> String {
+        self.driver().in_words()
+    }
+
     fn surroundings(&self) -> Result<Surroundings> {
         let (free, total) = self.driver().memory()?;
         Ok(Surroundings { used_bytes: total - free, free_bytes: total, in_process: false })

@@ -58,6 +58,9 @@ pub struct StartEvent {
     pub settings: serde_json::Value,
     /// The base model as the user named it.
     pub model: String,
+    /// Where it is computed.
+    #[serde(default)]
+    pub device: String,
     /// Optimizer steps of the whole run.
     pub max_steps: u64,
     /// Optimizer steps of one pass over the training data.

@@ -1,10 +1,11 @@
-//! Ctrl-C and SIGTERM: the first asks the run to save and stop, the second ends it at once.
+//! Ctrl-C, SIGTERM and a terminal that is closed: the first asks the run to save and stop, the second
+//! ends it at once.
 
 use std::ffi::c_int;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use signal_hook::consts::{SIGINT, SIGTERM};
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
 use crate::error::{Error, Message, Result};
@@ -17,12 +18,14 @@ const SIGNAL_EXIT_BASE: i32 = 128;
 pub struct Interrupt(Arc<AtomicBool>);
 
 impl Interrupt {
-    /// Listens from now on.
+    /// Listens from now on; to the end of the terminal unless that is to be ignored, as under `nohup`.
     ///
     /// # Errors
     /// `Io` when the system refuses a handler.
     pub fn install() -> Result<Self> {
-        Self::on(&[SIGINT, SIGTERM])
+        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+        let signals = [SIGINT, SIGTERM, SIGHUP];
+        Self::on(&signals[..if is_ignored(SIGHUP, &status) { 2 } else { 3 }])
     }
 
     /// Listens to Ctrl-C only.
@@ -50,6 +53,17 @@ impl Interrupt {
         self.0.load(Ordering::Relaxed)
     }
 
+    /// An error once a signal came, for work that leaves nothing behind.
+    ///
+    /// # Errors
+    /// `Interrupted`.
+    pub fn check(&self) -> Result<()> {
+        if self.requested() {
+            return Err(Error::Interrupted(Message::new("interrupted; nothing was written")));
+        }
+        Ok(())
+    }
+
     /// Forgets a signal: the next one is the first again.
     pub fn clear(&self) {
         self.0.store(false, Ordering::Relaxed);
@@ -58,5 +72,26 @@ impl Interrupt {
     /// As if a signal had come: the next one ends the process.
     pub fn request(&self) {
         self.0.store(true, Ordering::Relaxed);
+    }
+}
+
+/// Whether `status`, `/proc/self/status`, says that this process ignores `signal`.
+fn is_ignored(signal: c_int, status: &str) -> bool {
+    let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
+    let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
+    mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_ignored_signal_is_known_by_its_bit() {
+        let status =
+            |mask: &str| format!("Name:\tnibble\nSigIgn:\t{mask}\nSigCgt:\t0000000000000001\n");
+        assert!(is_ignored(SIGHUP, &status("0000000000001001")));
+        assert!(!is_ignored(SIGHUP, &status("0000000000001000")));
+        assert!(!is_ignored(SIGHUP, ""));
     }
 }

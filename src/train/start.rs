@@ -91,7 +91,11 @@ pub fn start_event(state: &TrainState, recipe: &Recipe, feed: &Feed, model: &Pat
     }
 }
 
-fn compare(recipe: &Recipe, was: &Identity, now: &Identity) -> Result<()> {
+/// Whether `now` continues the run that was `was`.
+///
+/// # Errors
+/// `Usage` or `Input` naming what differs.
+pub fn compare(recipe: &Recipe, was: &Identity, now: &Identity) -> Result<()> {
     let changes = settings::changes(&was.settings, &now.settings, rate_is_constant(recipe));
     if !changes.is_empty() {
         return Err(Error::usage(format_args!(

@@ -36,6 +36,16 @@ fn more_layers_than_there_are_weights() {
 }
 
 #[test]
+fn fewer_layers_than_there_are_weights() {
+    let place = with("num_hidden_layers", 1.into());
+    let says = ["model.layers.1.self_attn.q_proj.weight, config.json has 1 layers"];
+    assert_not_quantized(&place, &says);
+    assert_not_trained(&place, 1, &[], &says);
+    let place = with("num_hidden_layers", 1_000_000_000_000_u64.into());
+    assert_not_quantized(&place, &["num_hidden_layers is 1000000000000, expected at most 10000"]);
+}
+
+#[test]
 fn an_unsupported_family() {
     let place = with("model_type", "mamba".into());
     let says = ["config.json", "model_type `mamba`", "llama, mistral, qwen2, qwen3, gpt2"];
@@ -54,7 +64,11 @@ fn unsupported_switches() {
         ("pretraining_tp", json!(2), "pretraining_tp"),
         ("quantization_config", json!({"quant_method": "gptq"}), "gptq"),
     ] {
-        assert_not_quantized(&with(key, value), &["config.json", says]);
+        let place = with(key, value);
+        assert_not_quantized(&place, &["config.json", says]);
+        fs::remove_file(place.path("model/model.safetensors")).unwrap();
+        let memory = place.nibble(&["memory", "--model", "model", "--max-length", "32"]);
+        assert_refused(&place, memory, 1, &["config.json", says]);
     }
 }
 

@@ -1,12 +1,13 @@
 //! What is written: shards, what stays dense, the table.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
 
 use nibble_quant::{BlockFormat, Floats, PackedWeight, QuantType};
 use serde_json::Value;
 
 use crate::tensors::{Tensor, of_file, of_folder, shards};
-use crate::training::{Workplace, succeed};
+use crate::training::{Workplace, fail, succeed};
 
 fn quantize(place: &Workplace, model: &str, out: &str, flags: &[&str]) -> String {
     let arguments = ["quantize", "--model", model, "--out", out];
@@ -69,6 +70,27 @@ fn shards_are_no_larger_than_asked_and_hold_everything() {
     // A sharded folder is read like a single file.
     quantize(&place, "parts", "again", &["--check"]);
     assert_eq!(of_folder(&place.path("again")), whole);
+}
+
+#[test]
+fn a_pattern_that_skips_nothing_is_refused() {
+    let place = Workplace::new();
+    let arguments = ["quantize", "--model", "model", "--out", "out", "--skip", "q_prj"];
+    let (code, error) = fail(place.nibble(&arguments));
+    assert!(code == 2 && error.contains("--skip: `q_prj` matches no tensor"), "{error}");
+    assert!(error.contains("hint: names are such as model.layers.0.self_attn.q_proj"), "{error}");
+}
+
+#[test]
+fn only_a_models_folder_is_overwritten() {
+    let place = Workplace::new();
+    quantize(&place, "model", "out", &[]);
+    quantize(&place, "model", "out", &["--overwrite", "--quant-type", "fp4"]);
+    fs::write(place.path("out/thesis.tex"), "mine").unwrap();
+    let arguments = ["quantize", "--model", "model", "--out", "out", "--overwrite"];
+    let (code, error) = fail(place.nibble(&arguments));
+    assert!(code == 2 && error.contains("out holds `thesis.tex`"), "{error}");
+    assert_eq!(place.read("out/thesis.tex"), b"mine");
 }
 
 #[test]

@@ -127,12 +127,16 @@ fn lr_scheduler_type() {
         let got = rates(&runs, &format!("lr-scheduler-type={name} warmup-steps=2"));
         assert_rates(&got, &[vec![0.0, 0.5], after_warmup].concat());
     }
-    assert_rates(&rates(&runs, "lr-scheduler-type=constant warmup-steps=2"), &[1.0; 8]);
+    assert_rates(&rates(&runs, "lr-scheduler-type=constant"), &[1.0; 8]);
+    let error = runs.refused("lr-scheduler-type=constant warmup-steps=2");
+    assert!(error.contains("`--warmup-steps` has no effect"), "{error}");
 }
 
 #[test]
 fn min_lr_rate() {
     let runs = Runs::new();
+    let error = runs.refused("lr-scheduler-type=cosine min-lr-rate=0.5");
+    assert!(error.contains("`--min-lr-rate` has no effect"), "{error}");
     let flags = "lr-scheduler-type=cosine_with_min_lr warmup-steps=0 min-lr-rate";
     let [low, high] = ["0", "0.5"].map(|rate| rates(&runs, &format!("{flags}={rate}")));
     let expected: Vec<f64> = low.iter().map(|rate| 0.5 + 0.5 * rate).collect();

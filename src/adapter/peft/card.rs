@@ -28,9 +28,10 @@ fn text(adapter: &Adapter, base: &str) -> String {
          ```python\n\
          from peft import PeftModel\n\
          from transformers import AutoModelForCausalLM\n\n\
-         model = AutoModelForCausalLM.from_pretrained({base:?})\n\
+         model = AutoModelForCausalLM.from_pretrained({base})\n\
          model = PeftModel.from_pretrained(model, \"path/to/this/folder\")\n\
          ```\n",
+        base = from_pretrained(base),
         version = env!("CARGO_PKG_VERSION"),
         r = config.r,
         alpha = config.lora_alpha,
@@ -38,6 +39,17 @@ fn text(adapter: &Adapter, base: &str) -> String {
         parameters = adapter.parameters(),
         modules = adapter.targets.len(),
     )
+}
+
+/// What transformers takes for `base`: a GGUF file by its folder and its name.
+fn from_pretrained(base: &str) -> String {
+    match base.ends_with(".gguf") {
+        true => {
+            let (folder, file) = base.rsplit_once('/').unwrap_or((".", base));
+            format!("{folder:?}, gguf_file={file:?}")
+        }
+        false => format!("{base:?}"),
+    }
 }
 
 /// Quoted where plain YAML would read something else than the text.
@@ -55,6 +67,13 @@ fn yaml_text(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_gguf_base_is_loaded_as_transformers_does_it() {
+        assert_eq!(from_pretrained("owner/model"), r#""owner/model""#);
+        assert_eq!(from_pretrained("runs/a.gguf"), r#""runs", gguf_file="a.gguf""#);
+        assert_eq!(from_pretrained("a.gguf"), r#"".", gguf_file="a.gguf""#);
+    }
 
     #[test]
     fn names_are_quoted_where_yaml_needs_it() {

@@ -21,6 +21,7 @@ use std::path::Path;
 
 use self::contents::{Contents, Part};
 pub use self::settings::{PeftSettings, TokenIndices, TrainedBias};
+pub use self::tensors::TENSORS_FILE;
 use super::lora::{Adapter, LoraTensors};
 use super::targets::{ModuleKind, Selected, modules, trained_target};
 use crate::checkpoint::DenseTensor;

@@ -72,8 +72,9 @@ impl Repack<'_> {
     /// The output's tensors in order.
     ///
     /// # Errors
-    /// `Input` when the checkpoint lacks a tensor of the inventory or has another shape.
+    /// `Input` when the checkpoint lacks a tensor of the inventory, has another shape or more layers.
     pub fn steps(&self) -> Result<Vec<Step>> {
+        self.spec.check_no_further_layer(|name| self.checkpoint.contains(name))?;
         let stored: BTreeMap<&str, &TensorInfo> =
             self.checkpoint.tensors().iter().map(|info| (info.name.as_str(), info)).collect();
         self.spec.inventory().iter().map(|tensor| self.step(tensor, &stored)).collect()

@@ -52,7 +52,7 @@ impl Repack<'_> {
         &self,
         steps: &[Step],
         writer: &mut ShardWriter,
-        progress: impl FnMut(usize),
+        progress: impl FnMut(usize) -> Result<()>,
     ) -> Result<BTreeMap<TensorRole, RoleSummary>> {
         std::thread::scope(|scope| {
             // Nothing waits in it: besides the tensor that is written only one is in memory.
@@ -72,7 +72,7 @@ impl Repack<'_> {
         &self,
         steps: &'a [Step],
         sender: &SyncSender<Parcel<'a>>,
-        mut progress: impl FnMut(usize),
+        mut progress: impl FnMut(usize) -> Result<()>,
     ) -> Result<BTreeMap<TensorRole, RoleSummary>> {
         let mut summaries = BTreeMap::new();
         for (index, step) in steps.iter().enumerate() {
@@ -89,7 +89,7 @@ impl Repack<'_> {
                 Some(Change::Nothing) => {}
                 Some(Change::Rounded(sums)) => summary.add(&step.name, sums),
             }
-            progress(step.bytes_before);
+            progress(step.bytes_before)?;
         }
         Ok(summaries)
     }

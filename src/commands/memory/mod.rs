@@ -13,7 +13,7 @@ use nibble_quant::FloatType;
 use serde_json::Value;
 
 use crate::checkpoint::atomic::write_file;
-use crate::checkpoint::{Checkpoint, PageCache, read_json};
+use crate::checkpoint::{Checkpoint, PageCache, check_quantization, read_json};
 use crate::cli::device::{Device, DeviceArgs};
 use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
@@ -29,7 +29,8 @@ use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::plan::work::{Transfer, Work};
 use crate::plan::{
-    Choice, Demand, Limit, MemoryPlan, Place, Policy, Settings, WeightBytes, layout, logit_rows,
+    Choice, Demand, Limit, MemoryPlan, OnHost, Place, Policy, Settings, WeightBytes, layout,
+    logit_rows,
 };
 use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
@@ -46,6 +47,7 @@ const ASSUMED_PROCESS_BYTES: u64 = 64 << 20;
 /// `--measure` without weights or beside `--fit`, `Gpu` for `--measure` without the GPU.
 pub fn run(args: &MemoryArgs) -> Result<()> {
     check(args)?;
+    super::check_packing(&args.base)?;
     super::set_threads(args.threads)?;
     let device = DeviceArgs { device: device::resolve(&args.device)?, ..args.device.clone() };
     let args = &MemoryArgs { device, ..args.clone() };
@@ -86,7 +88,8 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let verdict = room.verdict(&demand, account.planned_bytes());
     let Choice { settings, stream, on_host, .. } = choice;
     let page_cache = None;
-    let mut run = PlannedRun { model, settings, stream, plan, account, page_cache, verdict };
+    let mut run =
+        PlannedRun { model, settings, stream, on_host, plan, account, page_cache, verdict };
     if let Some(steps) = args.measure {
         run.account = match gpu {
             Some(gpu) => measure::measure(args, &run, gpu.keeping_on_host(on_host), steps.get())?,
@@ -126,6 +129,8 @@ fn limit(args: &MemoryArgs, room: &Room) -> Limit {
 struct PlannedRun {
     model: Model,
     settings: Settings,
+    /// What of embedding and head is in the host's memory beside a GPU.
+    on_host: OnHost,
     /// Whether the blocks' weights are streamed from their file.
     stream: bool,
     plan: MemoryPlan,
@@ -187,6 +192,7 @@ impl Model {
     fn open(args: &MemoryArgs, place: Place) -> Result<Self> {
         let (path, format) = (&args.base.model, args.base.block_format());
         if let Some(config) = bare_config(path)? {
+            check_quantization(&config).map_err(|error| error.at(path.display()))?;
             let spec = spec_from_config(&config).map_err(|error| error.at(path.display()))?;
             let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| config[*key].as_str());
             let dtype = dtype.and_then(FloatType::from_name).unwrap_or(FloatType::Bf16);
@@ -220,9 +226,21 @@ fn bare_config(path: &Path) -> Result<Option<Value>> {
     Ok(None)
 }
 
+/// Tokens of a forward pass: fewer than no machine could ever hold.
+fn tokens_of_pass(args: &MemoryArgs) -> Result<usize> {
+    const MOST: usize = 1 << 28;
+    let (rows, length) = (args.per_device_train_batch_size.get(), args.max_length.get());
+    rows.checked_mul(length).filter(|&tokens| tokens <= MOST).ok_or_else(|| {
+        Error::usage(format_args!(
+            "{rows} rows of {length} tokens in a forward pass are more than {MOST} tokens"
+        ))
+        .hint("lower `--max-length` or `--per-device-train-batch-size`")
+    })
+}
+
 fn settings(args: &MemoryArgs, spec: &ModelSpec, place: Place) -> Result<Settings> {
     let lora = args.lora.config()?;
-    let tokens = args.per_device_train_batch_size.get() * args.max_length.get();
+    let tokens = tokens_of_pass(args)?;
     Ok(Settings {
         longest_document: args.max_length.get(),
         targets: lora.resolve(spec)?,

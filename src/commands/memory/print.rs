@@ -31,6 +31,9 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     if run.stream {
         println!("the blocks' weights are streamed from their file, two blocks are in memory");
     }
+    if let Some(what) = run.on_host.in_words() {
+        println!("{what}, in pinned memory");
+    }
     let pinned = run.account.outside.pinned_bytes;
     if pinned > 0 {
         println!("the host holds {} of pinned memory besides", ByteSize(pinned));

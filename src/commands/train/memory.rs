@@ -83,6 +83,17 @@ pub fn plan(
 }
 
 impl Memory {
+    /// Of a checkpoint, about: the adapter as it is stored, the master copy and the moments.
+    pub fn checkpoint_bytes(&self, adapter: &Adapter, args: &TrainArgs) -> u64 {
+        let stored = match args.lora.adapter_dtype {
+            AdapterDtype::Bf16 => 2,
+            AdapterDtype::F32 => 4,
+        };
+        let moments = self.settings.moments();
+        let packed = moments.code_words() + moments.blocks;
+        ((stored + 4) * adapter.parameters() + 8 * (moments.float_elements + packed)) as u64
+    }
+
     fn summary(&self) -> String {
         let (kept, layers) = (self.settings.count(Policy::Keep), self.settings.policies.len());
         let total = ByteSize(self.account.planned_bytes());

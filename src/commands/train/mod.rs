@@ -17,7 +17,7 @@ use crate::error::Result;
 use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::{Account, Row};
 use crate::model::Model;
-use crate::model::families::spec_from_config;
+use crate::model::families::{base_dropout, spec_from_config};
 use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::model::streaming::Streaming;
 use crate::model::weights::Weights;
@@ -31,6 +31,8 @@ use crate::train::lora_model::LoraModel;
 use crate::train::meter::Meter;
 use crate::train::preview::Preview;
 use crate::train::progress::Progress;
+use crate::train::recipe::Recipe;
+use crate::train::schedule::SchedulerType;
 use crate::train::start::{self, AdapterOrigin};
 use crate::train::state::Identity;
 use crate::train::trainer::{Parts, Trainer};
@@ -45,6 +47,7 @@ use output::Output;
 pub fn run(args: &TrainArgs) -> Result<()> {
     args.recipe()?;
     super::set_threads(args.resources.threads)?;
+    super::check_packing(&args.model)?;
     match device::open(&args.device)? {
         Some(gpu) => run_on(args, gpu),
         None => run_on(args, Cpu),
@@ -59,7 +62,18 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     kernels.check(&base.spec)?;
     let (adapter, origin) = base.adapter(args)?;
     let mut data = data::prepare(args, &base, &progress)?;
+    let identity = identity(args, &data);
+    let max_steps = recipe.max_steps(data.feed.num_batches());
+    if let Some(step) = output.finished(max_steps) {
+        return nothing_left(args, &recipe, &output, &identity, step);
+    }
+    warn(&base, &recipe, max_steps, &progress);
     let memory = memory::plan(args, &base, &adapter, &data, &kernels, &progress)?;
+    output.check_room(memory.checkpoint_bytes(&adapter, args), &args.output, &progress)?;
+    let device = kernels.device();
+    if memory.in_process {
+        progress.note(&format!("computing on {device}"));
+    }
     let kernels = kernels.keeping_on_host(memory.on_host);
     let parameters = base.parameters(&adapter);
     let predicted = (memory.account.planned_bytes(), memory.in_process);
@@ -67,7 +81,6 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let memory_plan = memory.account.rows.iter().map(row).collect();
     let interrupt = Interrupt::install()?;
     let mut model = base.load(args, kernels, memory, adapter)?;
-    let identity = identity(args, &data);
     let found = output.found.take();
     let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, found)?;
     output.write_settings(&args.settings)?;
@@ -75,7 +88,8 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let mut log = Reports::new(&args.output.out);
     let event = start::start_event(&start.state, &recipe, &data.feed, &args.model.model);
     let files = data.summaries;
-    let event = Event::Start(StartEvent { memory_plan, data: files, parameters, ..event });
+    let event = StartEvent { memory_plan, data: files, parameters, device, ..event };
+    let event = Event::Start(event);
     let begun = log.record(&event);
     let parts = Parts {
         recipe: &recipe,
@@ -96,6 +110,39 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     Ok(())
 }
 
+/// What a user may not expect of the run.
+fn warn(base: &Base, recipe: &Recipe, max_steps: u64, progress: &Progress) {
+    if let Some((key, probability)) = base_dropout(base.checkpoint.config()) {
+        progress.note(&format!(
+            "note: config.json's {key} of {probability} is not applied: dropout is `--lora-dropout`'s"
+        ));
+    }
+    let warmup = recipe.warmup.steps(max_steps);
+    if recipe.scheduler_type != SchedulerType::Constant && warmup >= max_steps {
+        progress.note(&format!(
+            "warning: all {max_steps} steps are warm-up, the first of them at learning rate 0; \
+             `--warmup-steps 0` begins at the peak"
+        ));
+    }
+}
+
+/// A finished run has nothing to resume; its files stay as they are.
+fn nothing_left(
+    args: &TrainArgs,
+    recipe: &Recipe,
+    output: &Output,
+    identity: &Identity,
+    step: u64,
+) -> Result<()> {
+    if let Some(found) = &output.found {
+        start::compare(recipe, &found.state.identity, identity)?;
+    }
+    let out = args.output.out.display();
+    println!("{out}: finished at step {step}; nothing is left to resume");
+    eprintln!("to train its adapter further, give `--init-adapter {out}` and another `--out`");
+    Ok(())
+}
+
 /// The frozen model before its weights are read.
 struct Base {
     checkpoint: Checkpoint,
@@ -106,7 +153,14 @@ struct Base {
 
 impl Base {
     fn open(args: &TrainArgs) -> Result<Self> {
-        let checkpoint = Checkpoint::open(&args.model.model)?;
+        let model = &args.model.model;
+        let elsewhere = args.output.resume && model.is_relative() && !model.exists();
+        let checkpoint = Checkpoint::open(model).map_err(|error| match elsewhere {
+            true => {
+                error.hint("paths are those of the folder where the run began: resume it there")
+            }
+            false => error,
+        })?;
         let spec = spec_from_config(checkpoint.config())?;
         let tokenizer = ChatTokenizer::open(&args.model.model)?;
         let speaker = Speaker::new(tokenizer.clone(), &spec.eos_token_ids)?;

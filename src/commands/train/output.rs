@@ -3,10 +3,14 @@
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
+use crate::adapter::TENSORS_FILE;
 use crate::checkpoint::atomic;
+use crate::cli::size::ByteSize;
 use crate::cli::train::OutputArgs;
 use crate::error::{Error, Result};
+use crate::report::{METRICS_FILE, metrics};
 use crate::train::checkpoints::{self, Found};
+use crate::train::events::EndReason;
 use crate::train::progress::Progress;
 use crate::train::settings::{SETTINGS_FILE, SettingsEcho, to_toml};
 
@@ -45,6 +49,10 @@ impl Output {
     /// checkpoints and all are damaged; `Io`.
     pub fn claim(args: &OutputArgs, progress: &Progress) -> Result<Self> {
         let out = args.out.as_path();
+        if out.is_file() {
+            let what = format_args!("--out {} is a file, expected a folder", out.display());
+            return Err(Error::usage(what).hint("choose another `--out`"));
+        }
         let ours = out.join(LOCK_FILE).exists();
         let continues = args.resume && ours;
         if !is_empty(out) && !continues {
@@ -64,6 +72,42 @@ impl Output {
             output.found = find(out, progress)?;
         }
         Ok(output)
+    }
+
+    /// The last step of a run of `max_steps` that came to its end, if this is one.
+    pub fn finished(&self, max_steps: u64) -> Option<u64> {
+        let step = self.found.as_ref()?.state.step;
+        let end = metrics::last_end(&self.folder.join(METRICS_FILE))?;
+        let is_over = match end.reason {
+            EndReason::Finished => step >= max_steps,
+            EndReason::EarlyStopping => true,
+            EndReason::Interrupted => false,
+        };
+        (is_over && end.step == step && self.folder.join(TENSORS_FILE).exists()).then_some(step)
+    }
+
+    /// Whether the disk has room for checkpoints of `bytes`.
+    ///
+    /// # Errors
+    /// `Input` when not even one fits.
+    pub fn check_room(&self, bytes: u64, args: &OutputArgs, progress: &Progress) -> Result<()> {
+        let Ok(disk) = rustix::fs::statvfs(&self.folder) else { return Ok(()) };
+        let free = disk.f_bavail.saturating_mul(disk.f_frsize);
+        // A new one is whole before the oldest goes; the best one may be kept besides.
+        let most = bytes.saturating_mul(args.save_total_limit.get() as u64 + 2);
+        let (free, size, out) = (ByteSize(free), ByteSize(bytes), self.folder.display());
+        if free.0 < bytes {
+            let what =
+                format_args!("{out}: a checkpoint takes about {size}, {free} are free there");
+            return Err(Error::input(what).hint("make room, or choose an `--out` on another disk"));
+        }
+        if free.0 < most {
+            progress.note(&format!(
+                "warning: {out} has {free} free; up to {} of checkpoints are kept there",
+                ByteSize(most)
+            ));
+        }
+        Ok(())
     }
 
     /// Writes down what the run was asked for.

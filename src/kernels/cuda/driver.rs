@@ -105,6 +105,11 @@ pub struct Gemm {
 
 /// A GPU.
 pub trait Driver: Send + Sync + 'static {
+    /// Which GPU it is.
+    fn in_words(&self) -> String {
+        "a GPU".to_string()
+    }
+
     /// Device memory of any content, on 256 bytes.
     ///
     /// # Errors

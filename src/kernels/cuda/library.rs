@@ -51,6 +51,7 @@ pub struct Gpu {
     /// The file that it is.
     cublas_name: String,
     name: String,
+    index: usize,
     device: c_int,
     context: Handle,
     stream: Handle,
@@ -95,6 +96,7 @@ impl Gpu {
             cublas,
             cublas_name: found.name,
             name: info.name,
+            index,
             device: index as c_int,
             context: ptr::null_mut(),
             stream: ptr::null_mut(),
@@ -350,6 +352,10 @@ impl Drop for Gpu {
 }
 
 impl Driver for Gpu {
+    fn in_words(&self) -> String {
+        format!("cuda:{}, {}", self.index, self.name)
+    }
+
     fn allocate(&self, bytes: usize) -> Result<Address> {
         self.enter()?;
         let mut address = 0;

@@ -103,6 +103,9 @@ impl<'a> Run<'a> {
             Some(value.as_str().map_or_else(|| value.to_string(), str::to_string))
         };
         let mut facts = Vec::new();
+        if !self.start.device.is_empty() {
+            facts.push(format!("on {}", self.start.device));
+        }
         if let (Some(r), Some(alpha)) = (setting("lora_r"), setting("lora_alpha")) {
             facts.push(format!("LoRA r {r}, alpha {alpha}"));
         }

@@ -1,0 +1,77 @@
+//! The folder that `quantize` and `merge` write a model into.
+
+use std::fs;
+use std::path::Path;
+
+use crate::checkpoint::atomic::{AtomicDir, check_destination, check_not_within};
+use crate::error::{Error, Result};
+
+/// Files of a Hugging Face folder that are copied as they are.
+pub const COPIED_FILES: [&str; 10] = [
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "vocab.json",
+    "merges.txt",
+    "tokenizer.model",
+];
+
+/// Begins the folder `out`, which may replace a model's, but none of `inputs` and nothing else.
+///
+/// # Errors
+/// `Usage` naming what would be lost, `Io`.
+pub fn create(out: &Path, overwrite: bool, inputs: &[&Path]) -> Result<AtomicDir> {
+    check(out, overwrite, inputs)?;
+    AtomicDir::create(out, overwrite)
+}
+
+/// Whether that would begin, before anything is read.
+///
+/// # Errors
+/// As there.
+pub fn check(out: &Path, overwrite: bool, inputs: &[&Path]) -> Result<()> {
+    check_destination(out, overwrite)?;
+    inputs.iter().try_for_each(|input| check_not_within(input, out))?;
+    let Ok(entries) = fs::read_dir(out) else { return Ok(()) };
+    let names = entries.flatten().map(|entry| entry.file_name().to_string_lossy().into_owned());
+    let foreign = names.filter(|name| !is_of_a_model(name)).min();
+    foreign.map_or(Ok(()), |name| {
+        let what = format_args!("{} holds `{name}`, which is no file of a model", out.display());
+        Err(Error::usage(what)
+            .hint("choose another `--out`, or move it away: all would be replaced"))
+    })
+}
+
+fn is_of_a_model(name: &str) -> bool {
+    let weights = [".safetensors", ".safetensors.index.json"];
+    name == "config.json"
+        || COPIED_FILES.contains(&name)
+        || weights.iter().any(|suffix| name.ends_with(suffix))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_model_is_replaced() {
+        let root = tempfile::tempdir().unwrap();
+        let out = root.path().join("out");
+        check(&out, true, &[]).unwrap();
+        fs::create_dir(&out).unwrap();
+        for name in ["config.json", "model-00001-of-00002.safetensors", "tokenizer.json"] {
+            fs::write(out.join(name), "").unwrap();
+        }
+        let refused = check(&out, false, &[]).unwrap_err().to_string();
+        assert!(refused.contains("is not empty"), "{refused}");
+        check(&out, true, &[]).unwrap();
+        assert!(check(&out, true, &[&out.join("config.json")]).is_err());
+        fs::create_dir(out.join("thesis")).unwrap();
+        let refused = check(&out, true, &[]).unwrap_err().to_string();
+        assert!(refused.contains("holds `thesis`") && refused.contains("hint: "), "{refused}");
+    }
+}
