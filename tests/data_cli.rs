@@ -1,8 +1,9 @@
 //! `nibble data` as a user runs it: counts, bad lines and the visible loss mask.
 
-use std::process::Command;
+use std::process::{Command, Output};
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 const LINES: &str = "\
 {\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}, {\"role\": \"assistant\", \"content\": \"Hello!\"}]}
@@ -11,7 +12,8 @@ not json
 {\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}, {\"role\": \"assistant\", \"content\": \"Hello!\"}]}
 ";
 
-fn run(arguments: &[&str]) -> String {
+/// A folder with a model, and a data file `name` that holds `text`.
+fn scene(name: &str, text: &str) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("model");
     std::fs::create_dir(&model).unwrap();
@@ -23,12 +25,35 @@ fn run(arguments: &[&str]) -> String {
     let config = r#"{"model_type": "llama", "vocab_size": 49152, "hidden_size": 64,
         "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}"#;
     std::fs::write(model.join("config.json"), config).unwrap();
-    std::fs::write(folder.path().join("chat.jsonl"), LINES).unwrap();
+    std::fs::write(folder.path().join(name), text).unwrap();
+    folder
+}
+
+/// What `nibble data` makes of a file.
+fn look(name: &str, text: &str, arguments: &[&str]) -> Output {
+    let folder = scene(name, text);
     let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
-    command.args(["data", "--model", "model", "--data", "chat.jsonl"]).args(arguments);
-    let output = command.current_dir(folder.path()).output().unwrap();
+    command.args(["data", "--model", "model", "--data", name]).args(arguments);
+    command.current_dir(folder.path()).output().unwrap()
+}
+
+/// The report on a file that can be trained on.
+fn report(text: &str, arguments: &[&str]) -> String {
+    let output = look("chat.jsonl", text, arguments);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
+}
+
+fn run(arguments: &[&str]) -> String {
+    report(LINES, arguments)
+}
+
+#[test]
+fn one_is_no_plural() {
+    let line = LINES.lines().next().unwrap();
+    let text = report(line, &["--max-length", "34", "--truncation", "right"]);
+    assert!(text.starts_with("chat.jsonl: 1 record, format messages\n"), "{text}");
+    assert!(text.contains("cut at the end by 1 token in all: 1 (chat.jsonl:1)"), "{text}");
 }
 
 #[test]

@@ -32,6 +32,18 @@ fn ten_losses_stay_what_they_are() {
 }
 
 #[test]
+fn one_is_no_plural() {
+    let place = Workplace::new();
+    place.write_rows("train.jsonl", 1, 1);
+    let output = succeed(place.train("out", &["--max-steps", "1"]));
+    let said = stderr(&output);
+    assert!(said.contains("train.jsonl: 1 record, 1 document, "), "{said}");
+    assert!(said.contains("packed into 1 row of 32 tokens"), "{said}");
+    let result = String::from_utf8_lossy(&output.stdout);
+    assert!(result.starts_with("out: 1 step, mean loss "), "{result}");
+}
+
+#[test]
 fn neither_memory_policy_nor_threads_change_a_bit() {
     let place = Workplace::new();
     let flags = ["--max-steps", "6", "--learning-rate", "1e-2", "--lora-dropout", "0.2"];

@@ -14,6 +14,7 @@ use super::record::{Format, Rejection, parse};
 use super::source::{Body, Raw, Source};
 use super::truncate::Truncation;
 use crate::error::{Error, Result};
+use crate::plural::noun;
 
 /// Records, and bytes of text, that are tokenized at a time.
 const BATCH_RECORDS: usize = 2048;
@@ -150,7 +151,7 @@ impl LoadReport {
         if let Some(Rejected { line, rejection }) = self.rejected.first() {
             let more = match self.rejected.len() - 1 {
                 0 => String::new(),
-                more => format!(" (and {more} more bad records)"),
+                more => format!(" (and {more} more bad {})", noun(more, "record")),
             };
             let error = Error::input(format_args!("{place}:{line}: {}{more}", rejection.reason));
             let general = "`nibble data` lists every bad record of the file";
@@ -160,9 +161,10 @@ impl LoadReport {
             let longest = self.lengths.iter().max().copied().unwrap_or(0);
             let (line, most) = (self.too_long[0], options.max_length);
             let (count, all) = (self.too_long.len(), self.lengths.len());
+            let verb = if count == 1 { "is" } else { "are" };
             return Err(Error::input(format_args!(
-                "{place}:{line}: document is longer than {most} tokens ({count} of {all} are, the \
-                 longest has {longest})"
+                "{place}:{line}: document is longer than {most} tokens ({count} of {all} {verb}, \
+                 the longest has {longest})"
             ))
             .hint(format_args!(
                 "raise `--max-length` to {longest}, or choose `--truncation drop`, `right`, `left` \
@@ -176,11 +178,12 @@ impl LoadReport {
                 return Err(error.hint(hint));
             }
             let longest = self.lengths.iter().max().copied().unwrap_or(0);
+            let (count, most) = (self.too_long.len(), options.max_length);
+            let verb = if count == 1 { "is" } else { "are" };
             return Err(error.hint(format_args!(
-                "{} records are longer than `--max-length {}` and lost them by truncation; the \
-                 longest has {longest} tokens",
-                self.too_long.len(),
-                options.max_length
+                "{count} {} {verb} longer than `--max-length {most}` and lost them by truncation; \
+                 the longest has {longest} tokens",
+                noun(count, "record")
             )));
         }
         Ok(())

@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::chat::Chat;
+use crate::plural::noun;
 
 /// The shape of a file's records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
@@ -234,9 +235,10 @@ fn tokens(record: &Value) -> Result<Record, Rejection> {
                 .collect::<Option<Vec<i32>>>()
                 .ok_or_else(|| Rejection::new("`labels` holds something else than labels"))?;
             if labels.len() != input_ids.len() {
+                let count = labels.len();
                 return Err(Rejection::new(format!(
-                    "{} labels for {} input_ids",
-                    labels.len(),
+                    "{count} {} for {} input_ids",
+                    noun(count, "label"),
                     input_ids.len()
                 )));
             }

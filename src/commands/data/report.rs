@@ -4,6 +4,7 @@ use std::path::Path;
 
 use crate::data::audit::{Audit, Bar};
 use crate::data::{ChatTokenizer, DataOptions, TrainOn, Truncation};
+use crate::plural::noun;
 
 /// Lines and bad records that are listed of each kind; `--json` has all.
 const LISTED: usize = 20;
@@ -32,7 +33,8 @@ pub fn render(
 fn title(path: &Path, audit: &Audit) -> String {
     let report = &audit.report;
     let format = report.format.map_or("unknown".to_string(), |format| format.name());
-    format!("{}: {} records, format {format}", path.display(), number(report.records))
+    let (count, records) = (number(report.records), noun(report.records, "record"));
+    format!("{}: {count} {records}, format {format}", path.display())
 }
 
 fn figures(audit: &Audit, options: &DataOptions) -> Vec<String> {
@@ -123,13 +125,15 @@ fn checks(
 fn too_long(audit: &Audit, options: &DataOptions) -> String {
     let report = &audit.report;
     let share = percent(report.too_long.len(), report.lengths.len());
-    let removed = number(report.tokens_removed);
+    let verb = if report.tokens_removed == 1 { "is" } else { "are" };
+    let removed = report.tokens_removed;
+    let removed = format!("{} {}", number(removed), noun(removed, "token"));
     let fate = match options.truncation {
         Truncation::Error => "refused without `--truncation`".to_string(),
-        Truncation::Drop => format!("left out with {removed} tokens"),
-        Truncation::Right => format!("cut at the end by {removed} tokens in all"),
-        Truncation::Left => format!("cut at the beginning by {removed} tokens in all"),
-        Truncation::Split => format!("split; {removed} tokens are in parts without a target"),
+        Truncation::Drop => format!("left out with {removed}"),
+        Truncation::Right => format!("cut at the end by {removed} in all"),
+        Truncation::Left => format!("cut at the beginning by {removed} in all"),
+        Truncation::Split => format!("split; {removed} {verb} in parts without a target"),
     };
     format!("records longer than {} tokens ({share:.1} %), {fate}", options.max_length)
 }

@@ -19,6 +19,7 @@ use serde_json::{Map, Value};
 use super::super::record::Rejection;
 use super::{Body, Raw};
 use crate::error::{Error, Result};
+use crate::plural::noun;
 
 pub(super) struct CsvSource<'a> {
     path: &'a Path,
@@ -52,7 +53,7 @@ impl<'a> CsvSource<'a> {
     fn fields(&self) -> std::result::Result<Value, Rejection> {
         let (cells, columns) = (self.row.len(), self.columns.len());
         if cells != columns {
-            let what = format!("row has {cells} cells, the header {columns}");
+            let what = format!("row has {cells} {}, the header {columns}", noun(cells, "cell"));
             return Err(Rejection::new(what)
                 .hint("cells that hold commas, quotes or line breaks stand in double quotes"));
         }
@@ -175,7 +176,7 @@ mod tests {
         let expected = [
             (2, Ok(json!({"prompt": "a", "completion": "b, \"c\"\nd"}))),
             (5, Ok(json!({"prompt": "1", "completion": ""}))),
-            (6, Err("row has 1 cells, the header 2".to_string())),
+            (6, Err("row has 1 cell, the header 2".to_string())),
             (7, Err("field `completion` is not UTF-8 at byte 1".to_string())),
         ];
         assert_eq!(csv(text), expected);
