@@ -89,6 +89,32 @@ fn what_truncation_would_do_is_said() {
 }
 
 #[test]
+fn answers_that_lose_their_end_are_counted_after_truncation() {
+    let fine = "ok    every answer ends in a trained end-of-sequence token (<|im_end|>)\n";
+    let text = run(&["--max-length", "33", "--truncation", "right"]);
+    let cut = "note  answers that lost their end by truncation: 2 (chat.jsonl:1, 4)\n";
+    assert!(text.contains(cut) && !text.contains(fine), "{text}");
+    // Without the line break behind the end, or without the beginning, the ends are there.
+    for flags in [["34", "right"], ["33", "left"]] {
+        let text = run(&["--max-length", flags[0], "--truncation", flags[1]]);
+        assert!(text.contains(fine) && !text.contains("lost their end"), "{text}");
+    }
+    let json = run(&["--max-length", "33", "--truncation", "right", "--json"]);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["cut_answers"], serde_json::json!([1, 4]));
+}
+
+#[test]
+fn nothing_is_fine_about_no_document() {
+    for flags in [["8", "right"], ["8", "drop"], ["8", "error"]] {
+        let flags = ["--max-length", flags[0], "--truncation", flags[1]];
+        let text = String::from_utf8(look("chat.jsonl", LINES, &flags).stdout).unwrap();
+        assert!(text.contains("note  no document is left to train on\n"), "{text}");
+        assert!(!text.contains("every answer ends in"), "{text}");
+    }
+}
+
+#[test]
 fn the_loss_mask_is_visible_token_by_token() {
     let text = run(&["--show", "1"]);
     let shown = "

@@ -116,7 +116,8 @@ impl<'a> Encoder<'a> {
         Ok(ids)
     }
 
-    fn ends_turn(&self, id: u32) -> bool {
+    /// Whether a token ends a turn or a document.
+    pub(super) fn ends_turn(&self, id: u32) -> bool {
         self.end_ids.contains(&id)
     }
 

@@ -60,8 +60,10 @@ pub struct LoadReport {
     pub tokens_removed: usize,
     /// Lines without a token to train on (left out).
     pub without_targets: Vec<usize>,
-    /// Lines with an answer whose end-of-sequence is not trained.
+    /// Lines with an answer whose end-of-sequence is not trained, if anything of them is.
     pub untrained_eos: Vec<usize>,
+    /// The line of each answer that lost its end by truncation.
+    pub cut_answers: Vec<usize>,
     /// Lines that begin with two beginning-of-sequence tokens.
     pub double_bos: Vec<usize>,
     /// Lines that repeat an earlier record.
@@ -267,9 +269,6 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         if !self.seen.insert(fingerprint) {
             report.duplicates.push(line);
         }
-        if encoded.untrained_eos {
-            report.untrained_eos.push(line);
-        }
         if encoded.double_bos {
             report.double_bos.push(line);
         }
@@ -279,18 +278,25 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         }
         let (length, max_length) = (document.input_ids.len(), self.options.max_length);
         report.lengths.push(length as u32);
+        let before = report.documents;
         if length <= max_length {
             self.keep(document);
         } else {
             report.too_long.push(line);
             self.truncate(&document);
         }
+        if encoded.untrained_eos && self.report.documents > before {
+            self.report.untrained_eos.push(line);
+        }
     }
 
     fn truncate(&mut self, document: &Document) {
         let (length, how) = (document.input_ids.len(), self.options.truncation);
         let before = (self.report.documents, self.report.tokens);
-        for range in how.parts(length, self.options.max_length) {
+        let parts = how.parts(length, self.options.max_length);
+        let cut = document.cut_answers(&parts, |id| self.encoder.ends_turn(id));
+        self.report.cut_answers.extend(std::iter::repeat_n(document.line, cut));
+        for range in parts {
             let part = document.part(range);
             if part.num_targets() > 0 {
                 self.keep(part);

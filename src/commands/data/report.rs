@@ -3,7 +3,7 @@
 use std::path::Path;
 
 use crate::data::audit::{Audit, Bar};
-use crate::data::{ChatTokenizer, DataOptions, TrainOn, Truncation};
+use crate::data::{ChatTokenizer, DataOptions, LoadReport, TrainOn, Truncation};
 use crate::plural::noun;
 
 /// Lines and bad records that are listed of each kind; `--json` has all.
@@ -88,12 +88,11 @@ fn checks(
     tokenizer: &ChatTokenizer,
 ) -> Vec<String> {
     let report = &audit.report;
-    let eos = tokenizer.eos().map_or("which the tokenizer lacks", |token| &token.text);
     let check = |fine: &str, found: &str, lines: &[usize]| match lines.len() {
         0 => format!("ok    {fine}"),
-        count => format!("note  {found}: {} ({})", number(count), places(path, lines)),
+        _ => note(path, found, lines),
     };
-    vec![
+    let mut all = vec![
         check(
             &format!("no record is longer than {} tokens", options.max_length),
             &too_long(audit, options),
@@ -104,11 +103,9 @@ fn checks(
             "records without a token to train on, left out",
             &report.without_targets,
         ),
-        check(
-            &format!("every answer ends in a trained end-of-sequence token ({eos})"),
-            "records with an answer whose end-of-sequence token is not trained",
-            &report.untrained_eos,
-        ),
+    ];
+    all.extend(ends(path, report, tokenizer));
+    all.extend([
         check(
             "no record begins with two beginning-of-sequence tokens",
             "records that begin with two beginning-of-sequence tokens",
@@ -119,7 +116,34 @@ fn checks(
             "records that repeat an earlier one",
             &report.duplicates,
         ),
-    ]
+    ]);
+    all
+}
+
+/// Whether what truncation left teaches the model to stop.
+fn ends(path: &Path, report: &LoadReport, tokenizer: &ChatTokenizer) -> Vec<String> {
+    if report.documents == 0 {
+        return vec!["note  no document is left to train on".into()];
+    }
+    let found = [
+        (
+            "records with an answer whose end-of-sequence token is not trained",
+            &report.untrained_eos,
+        ),
+        ("answers that lost their end by truncation", &report.cut_answers),
+    ];
+    let found = found.into_iter().filter(|(_, lines)| !lines.is_empty());
+    let notes: Vec<String> = found.map(|(what, lines)| note(path, what, lines)).collect();
+    if !notes.is_empty() {
+        return notes;
+    }
+    let eos = tokenizer.eos().map_or("which the tokenizer lacks", |token| &token.text);
+    vec![format!("ok    every answer ends in a trained end-of-sequence token ({eos})")]
+}
+
+/// How many there are of something, and on which lines.
+fn note(path: &Path, what: &str, lines: &[usize]) -> String {
+    format!("note  {what}: {} ({})", number(lines.len()), places(path, lines))
 }
 
 fn too_long(audit: &Audit, options: &DataOptions) -> String {
@@ -162,9 +186,10 @@ fn verdict(path: &Path, audit: &Audit, options: &DataOptions) -> Vec<String> {
     }
 }
 
-/// `train.jsonl:4, 9, 17`.
+/// `train.jsonl:4, 9, 17`, each line once.
 fn places(path: &Path, lines: &[usize]) -> String {
-    let listed: Vec<String> = lines.iter().take(LISTED).map(usize::to_string).collect();
+    let lines: Vec<&usize> = lines.chunk_by(usize::eq).map(|same| &same[0]).collect();
+    let listed: Vec<String> = lines.iter().take(LISTED).map(|line| line.to_string()).collect();
     let more = if lines.len() > LISTED { ", …" } else { "" };
     format!("{}:{}{more}", path.display(), listed.join(", "))
 }
@@ -198,7 +223,7 @@ mod tests {
     #[test]
     fn a_few_lines_are_listed() {
         let path = Path::new("d.jsonl");
-        assert_eq!(places(path, &[4, 9]), "d.jsonl:4, 9");
+        assert_eq!(places(path, &[4, 9, 9]), "d.jsonl:4, 9");
         assert!(places(path, &(1..99).collect::<Vec<_>>()).ends_with("19, 20, …"));
     }
 }

@@ -165,6 +165,7 @@ fn notes(report: &LoadReport) -> Vec<String> {
         plain(report.too_long.len(), "longer than `--max-length`"),
         counted(report.tokens_removed, "token", "removed by truncation"),
         plain(report.untrained_eos.len(), "with an answer whose end-of-sequence is not trained"),
+        counted(report.cut_answers.len(), "answer", "cut before the end"),
         plain(report.double_bos.len(), "with two beginning-of-sequence tokens in front"),
         plain(report.duplicates.len(), "repeating an earlier one"),
     ];
