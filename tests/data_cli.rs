@@ -44,8 +44,18 @@ fn report(text: &str, arguments: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// The report on a file that cannot, and what stands on stderr.
+fn refused(text: &str, arguments: &[&str]) -> (String, String) {
+    let output = look("chat.jsonl", text, arguments);
+    let [report, error] =
+        [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+    assert_eq!(output.status.code(), Some(1), "{report}{error}");
+    (report, error)
+}
+
+/// The report on [`LINES`], which have a bad one.
 fn run(arguments: &[&str]) -> String {
-    report(LINES, arguments)
+    refused(LINES, arguments).0
 }
 
 #[test]
@@ -75,6 +85,24 @@ fn the_audit_counts_everything_and_names_bad_lines() {
     ] {
         assert!(text.contains(expected), "{expected:?} is not in\n{text}");
     }
+}
+
+#[test]
+fn the_exit_code_says_whether_training_would_stop() {
+    let good = LINES.lines().next().unwrap();
+    assert!(!report(good, &[]).contains("would stop"));
+    let json: Value = serde_json::from_str(&report(good, &["--json"])).unwrap();
+    assert!(json.as_object().unwrap()["would_stop"].is_null());
+    let (text, error) = refused(LINES, &[]);
+    assert!(text.contains("\n\ntraining would stop: chat.jsonl:3: not valid JSON"), "{text}");
+    assert_eq!(error, "error: chat.jsonl cannot be trained on as it is\n");
+    let (text, error) = refused(good, &["--max-length", "32", "--json"]);
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let why = json["would_stop"].as_str().unwrap();
+    assert!(why.starts_with("chat.jsonl:1: document is longer than 32 tokens"), "{why}");
+    assert!(error.contains("\nhint: raise `--max-length` to 35, or choose"), "{error}");
+    let (text, _) = refused(LINES.lines().nth(1).unwrap(), &[]);
+    assert!(text.contains("training would stop: chat.jsonl: no record has a token"), "{text}");
 }
 
 #[test]
@@ -108,7 +136,7 @@ fn answers_that_lose_their_end_are_counted_after_truncation() {
 fn nothing_is_fine_about_no_document() {
     for flags in [["8", "right"], ["8", "drop"], ["8", "error"]] {
         let flags = ["--max-length", flags[0], "--truncation", flags[1]];
-        let text = String::from_utf8(look("chat.jsonl", LINES, &flags).stdout).unwrap();
+        let text = run(&flags);
         assert!(text.contains("note  no document is left to train on\n"), "{text}");
         assert!(!text.contains("every answer ends in"), "{text}");
     }

@@ -15,7 +15,8 @@ pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dat
     let keep = |document| documents.push(document);
     let report = read(path, encoder, options, keep, |bytes| bar.set_position(bytes))?;
     bar.finish_and_clear();
-    report.check(path, options)?;
+    let general = "`nibble data` lists every bad record of the file";
+    report.check(path, options).map_err(|error| error.or_hint(general))?;
     Ok(Dataset { documents, report })
 }
 

@@ -21,6 +21,8 @@ pub struct Audit {
     /// What became of each record.
     #[serde(flatten)]
     pub report: LoadReport,
+    /// What `nibble train` would stop with, if it would.
+    pub would_stop: Option<String>,
     /// Lengths in tokens, before truncation.
     pub length: Lengths,
     /// Rows of the maximal length when packed.
@@ -77,6 +79,7 @@ impl Audit {
         let report = read(path, encoder, options, keep, watch)?;
         let rows = pack(&lengths, options.max_length, PACKING_SEED);
         let audit = Audit {
+            would_stop: report.check(path, options).err().map(|e| e.message().what.clone()),
             length: Lengths::of(report.lengths.clone()),
             packed_rows: rows.len(),
             packing_efficiency: efficiency(&lengths, &rows, options.max_length),

@@ -156,8 +156,10 @@ impl LoadReport {
                 more => format!(" (and {more} more bad {})", noun(more, "record")),
             };
             let error = Error::input(format_args!("{place}:{line}: {}{more}", rejection.reason));
-            let general = "`nibble data` lists every bad record of the file";
-            return Err(error.hint(rejection.hint.as_deref().unwrap_or(general)));
+            return Err(match &rejection.hint {
+                Some(hint) => error.hint(hint),
+                None => error,
+            });
         }
         if options.truncation == Truncation::Error && !self.too_long.is_empty() {
             let longest = self.lengths.iter().max().copied().unwrap_or(0);

@@ -3,6 +3,8 @@
 mod report;
 mod show;
 
+use std::path::Path;
+
 use serde_json::json;
 
 use super::reading;
@@ -10,13 +12,14 @@ use crate::checkpoint::{Checkpoint, read_json};
 use crate::cli::data::DataArgs;
 use crate::data::audit::Audit;
 use crate::data::{ChatTokenizer, Encoder};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 
 /// Runs the command.
 ///
 /// # Errors
-/// `Input` when the file cannot be read as records at all; bad records are listed, not raised.
+/// `Input` when the file cannot be read as records at all, or, below the whole report, when training
+/// would stop.
 pub fn run(args: &DataArgs) -> Result<()> {
     super::set_threads(args.threads)?;
     let tokenizer = ChatTokenizer::open(&args.model)?;
@@ -32,7 +35,17 @@ pub fn run(args: &DataArgs) -> Result<()> {
         let shown = show::documents(&args.data, &first, &tokenizer)?;
         report::render(&args.data, &audit, &options, &tokenizer) + &shown
     };
-    super::generate::print(&text)
+    super::generate::print(&text)?;
+    audit.report.check(&args.data, &options).map_err(|error| refused(&args.data, &error))
+}
+
+/// The report has said why; what to do about it stands here.
+fn refused(path: &Path, why: &Error) -> Error {
+    let error = Error::input(format_args!("{} cannot be trained on as it is", path.display()));
+    match &why.message().hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
 }
 
 /// Rows of the model's embedding; a folder with a tokenizer but no weights will do.

@@ -26,7 +26,9 @@ pub fn render(
         lines.extend(checks(path, audit, options, tokenizer));
     }
     lines.extend(rejected(path, audit));
-    lines.extend(verdict(path, audit, options));
+    // What `nibble train` would say.
+    let verdict = audit.would_stop.as_ref().map(|why| format!("\ntraining would stop: {why}"));
+    lines.extend(verdict);
     lines.join("\n") + "\n"
 }
 
@@ -176,14 +178,6 @@ fn rejected(path: &Path, audit: &Audit) -> Vec<String> {
         lines.push(format!("      … and {} more: `--json` has all", rejected.len() - LISTED));
     }
     lines
-}
-
-/// What `nibble train` would say.
-fn verdict(path: &Path, audit: &Audit, options: &DataOptions) -> Vec<String> {
-    match audit.report.check(path, options) {
-        Ok(()) => Vec::new(),
-        Err(error) => vec![String::new(), format!("training would stop: {}", error.message().what)],
-    }
 }
 
 /// `train.jsonl:4, 9, 17`, each line once.
