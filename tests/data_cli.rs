@@ -106,6 +106,13 @@ fn the_exit_code_says_whether_training_would_stop() {
 }
 
 #[test]
+fn a_first_record_with_null_is_a_bad_one_like_others() {
+    let (text, _) = refused("{\"text\": null}\n{\"text\": \"Once.\"}\n", &[]);
+    assert!(text.starts_with("chat.jsonl: 2 records, format text\n"), "{text}");
+    assert!(text.contains("chat.jsonl:1: field `text` is null, expected text\n"), "{text}");
+}
+
+#[test]
 fn what_truncation_would_do_is_said() {
     let text = run(&["--max-length", "32"]);
     let refused = "note  records longer than 32 tokens (100.0 %), refused without `--truncation`: 2 \

@@ -42,7 +42,8 @@ impl Format {
         }
     }
 
-    /// The format whose keys `record` has.
+    /// The format whose keys `record` has. Those that are null count where no format has all others:
+    /// [`parse`] then says which they are.
     ///
     /// # Errors
     /// Why there is none, or that there are several.
@@ -51,10 +52,15 @@ impl Format {
             return Err(no_object(record));
         };
         let names: Vec<&str> = fields.keys().map(String::as_str).collect();
+        let with_keys = |has: &dyn Fn(&str) -> bool| -> Vec<Format> {
+            let fits = |format: &&Format| format.keys().iter().all(|key| has(key));
+            Format::value_variants().iter().filter(fits).copied().collect()
+        };
         // Columns of a table are there even where a row has nothing in them.
-        let has = |key: &str| fields.get(key).is_some_and(|value| !value.is_null());
-        let fits = |format: &&Format| format.keys().iter().all(|key| has(key));
-        let found: Vec<Format> = Format::value_variants().iter().filter(fits).copied().collect();
+        let mut found = with_keys(&|key| fields.get(key).is_some_and(|value| !value.is_null()));
+        if found.is_empty() {
+            found = with_keys(&|key| fields.contains_key(key));
+        }
         match found[..] {
             [format] => Ok(format),
             [] => Err(unknown(&names)),
@@ -162,7 +168,7 @@ pub fn parse(record: &Value, format: Format) -> Result<Record, Rejection> {
 
 /// Text on both sides, or lists of messages on both (TRL's conversational form).
 fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
-    if record["prompt"].is_array() && record["completion"].is_array() {
+    if record["prompt"].is_array() || record["completion"].is_array() {
         let prompt = Chat::new(record, "prompt")?;
         let completion = Chat::new(record, "completion")?;
         let prompt_messages = prompt.messages.len();
