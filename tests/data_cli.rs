@@ -113,6 +113,28 @@ fn a_first_record_with_null_is_a_bad_one_like_others() {
 }
 
 #[test]
+fn roles_that_may_be_mistyped_are_named() {
+    let record = |roles: [&str; 3]| {
+        let messages = roles.map(|role| serde_json::json!({"role": role, "content": "Hi"}));
+        serde_json::json!({ "messages": messages }).to_string() + "\n"
+    };
+    let good = record(["user", "assistant", "tool"]);
+    let text = good.clone()
+        + &record(["user", "Assistant", "assistant"])
+        + &record(["bot", "assistant", "Assistant"]);
+    let roles = "messages of roles that templates seldom know: 2 of `Assistant` (from line 2), \
+                 1 of `bot` (from line 3)";
+    let said = report(&text, &[]);
+    assert!(said.contains(&format!("note  {roles}; only `assistant` is trained\n")), "{said}");
+    let said = report(&text, &["--train-on", "all"]);
+    assert!(said.contains(&format!("note  {roles}\n")), "{said}");
+    assert!(!report(&good, &[]).contains("roles that"));
+    let json: Value = serde_json::from_str(&report(&text, &["--json"])).unwrap();
+    let bot = serde_json::json!({"messages": 1, "first_line": 3});
+    assert_eq!(json["unknown_roles"]["bot"], bot);
+}
+
+#[test]
 fn what_truncation_would_do_is_said() {
     let text = run(&["--max-length", "32"]);
     let refused = "note  records longer than 32 tokens (100.0 %), refused without `--truncation`: 2 \

@@ -4,6 +4,7 @@ mod training;
 
 use std::fs;
 
+use serde_json::json;
 use training::{Workplace, error_of, fail, stderr, succeed};
 
 /// Losses and gradient norms that a run logged.
@@ -41,6 +42,21 @@ fn one_is_no_plural() {
     assert!(said.contains("packed into 1 row of 32 tokens"), "{said}");
     let result = String::from_utf8_lossy(&output.stdout);
     assert!(result.starts_with("out: 1 step, mean loss "), "{result}");
+}
+
+#[test]
+fn mistyped_roles_are_said_before_the_training() {
+    let place = Workplace::new();
+    let template = "{% for m in messages %}{{ m.content }} w2 {% endfor %}";
+    let config = json!({"eos_token": "w2", "bos_token": "w1", "chat_template": template});
+    fs::write(place.path("model/tokenizer_config.json"), config.to_string()).unwrap();
+    let turn = |role: &str| json!({"role": role, "content": "w5 w6"});
+    let messages = ["user", "assistant", "user", "Assistant"].map(turn);
+    let record = json!({ "messages": messages }).to_string();
+    fs::write(place.path("train.jsonl"), record).unwrap();
+    let said = stderr(&succeed(place.train("out", &["--max-steps", "1"])));
+    let note = "; messages of roles that templates seldom know: 1 of `Assistant` (from line 1)\n";
+    assert!(said.contains(note), "{said}");
 }
 
 #[test]

@@ -5,8 +5,12 @@ use std::path::Path;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::data::load::read;
-use crate::data::{DataOptions, Dataset, Encoder};
+use crate::data::{DataOptions, Dataset, Encoder, LoadReport, RoleUse};
 use crate::error::Result;
+
+/// What is shown of roles that may be anything.
+const MOST_ROLES: usize = 8;
+const MOST_CHARACTERS: usize = 40;
 
 /// [`crate::data::load()`] behind a [`bar`]; fails on what training should not pass over.
 pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dataset> {
@@ -18,6 +22,19 @@ pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dat
     let general = "`nibble data` lists every bad record of the file";
     report.check(path, options).map_err(|error| error.or_hint(general))?;
     Ok(Dataset { documents, report })
+}
+
+/// Which roles templates seldom know, and where: ``3 of `Assistant` (from line 7)``; the first few.
+pub fn unknown_roles(report: &LoadReport) -> Option<String> {
+    let mut roles: Vec<(&String, &RoleUse)> = report.unknown_roles.iter().collect();
+    roles.sort_by_key(|(_, found)| found.first_line);
+    let words = |(role, found): &(&String, &RoleUse)| {
+        let name: String = role.escape_debug().take(MOST_CHARACTERS).collect();
+        format!("{} of `{name}` (from line {})", found.messages, found.first_line)
+    };
+    let words: Vec<String> = roles.iter().take(MOST_ROLES).map(words).collect();
+    let more = if roles.len() > MOST_ROLES { ", …" } else { "" };
+    (!words.is_empty()).then(|| words.join(", ") + more)
 }
 
 /// A bar over the bytes of `path`, on stderr if that is a terminal.

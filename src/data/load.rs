@@ -1,6 +1,6 @@
 //! Reading a data file into documents, and an account of every record.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
@@ -66,6 +66,8 @@ pub struct LoadReport {
     pub cut_answers: Vec<usize>,
     /// Lines that begin with two beginning-of-sequence tokens.
     pub double_bos: Vec<usize>,
+    /// Messages of roles that templates seldom know.
+    pub unknown_roles: BTreeMap<String, RoleUse>,
     /// Lines that repeat an earlier record.
     pub duplicates: Vec<usize>,
     /// Documents that are left to train on.
@@ -74,6 +76,15 @@ pub struct LoadReport {
     pub tokens: usize,
     /// Those of them that are trained.
     pub targets: usize,
+}
+
+/// Where a role occurs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct RoleUse {
+    /// Messages that have it.
+    pub messages: usize,
+    /// Line of the first.
+    pub first_line: usize,
 }
 
 /// A record that could not be used.
@@ -273,6 +284,10 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         }
         if encoded.double_bos {
             report.double_bos.push(line);
+        }
+        for role in encoded.unknown_roles {
+            let first = RoleUse { messages: 0, first_line: line };
+            report.unknown_roles.entry(role).or_insert(first).messages += 1;
         }
         if document.num_targets() == 0 {
             report.without_targets.push(line);

@@ -2,6 +2,7 @@
 
 use std::path::Path;
 
+use crate::commands::reading;
 use crate::data::audit::{Audit, Bar};
 use crate::data::{ChatTokenizer, DataOptions, LoadReport, TrainOn, Truncation};
 use crate::plural::noun;
@@ -119,7 +120,18 @@ fn checks(
             &report.duplicates,
         ),
     ]);
+    all.extend(unknown_roles(report, options));
     all
+}
+
+/// Mistyped, the assistant is nobody whom the loss knows.
+fn unknown_roles(report: &LoadReport, options: &DataOptions) -> Option<String> {
+    let roles = reading::unknown_roles(report)?;
+    let only = match options.train_on {
+        TrainOn::Assistant | TrainOn::Completion => "; only `assistant` is trained",
+        TrainOn::All => "",
+    };
+    Some(format!("note  messages of roles that templates seldom know: {roles}{only}"))
 }
 
 /// Whether what truncation left teaches the model to stop.

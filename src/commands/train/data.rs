@@ -168,6 +168,8 @@ fn notes(report: &LoadReport) -> Vec<String> {
         counted(report.cut_answers.len(), "answer", "cut before the end"),
         plain(report.double_bos.len(), "with two beginning-of-sequence tokens in front"),
         plain(report.duplicates.len(), "repeating an earlier one"),
+        reading::unknown_roles(report)
+            .map(|roles| format!("messages of roles that templates seldom know: {roles}")),
     ];
     notes.into_iter().flatten().collect()
 }
