@@ -23,7 +23,8 @@ fn scene(name: &str, text: &str) -> TempDir {
         std::fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
     }
     let config = r#"{"model_type": "llama", "vocab_size": 49152, "hidden_size": 64,
-        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}"#;
+        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "max_position_embeddings": 3000}"#;
     std::fs::write(model.join("config.json"), config).unwrap();
     std::fs::write(folder.path().join(name), text).unwrap();
     folder
@@ -132,6 +133,29 @@ fn roles_that_may_be_mistyped_are_named() {
     let json: Value = serde_json::from_str(&report(&text, &["--json"])).unwrap();
     let bot = serde_json::json!({"messages": 1, "first_line": 3});
     assert_eq!(json["unknown_roles"]["bot"], bot);
+}
+
+#[test]
+fn lengths_that_the_model_was_not_trained_on_are_noted() {
+    let known = "the model was trained on up to 3,000 tokens; ";
+    let text = |length: usize| serde_json::json!({"text": " a".repeat(length)}).to_string();
+    let lines = format!("{}\n{}\n", text(2000), text(2500));
+    assert!(!report(&lines, &["--max-length", "3000"]).contains(known));
+    let said = report(&lines, &["--max-length", "5000"]);
+    assert!(said.contains(&format!("ok    {known}no document is longer\n")), "{said}");
+    let lines = lines + &text(4000);
+    let said = report(&lines, &["--max-length", "5000"]);
+    let note = format!(
+        "note  {known}1 document is longer: its later positions are new to the model \
+         (chat.jsonl:3)\n"
+    );
+    assert!(said.contains(&note), "{said}");
+    let json: Value =
+        serde_json::from_str(&report(&lines, &["--max-length", "5000", "--json"])).unwrap();
+    assert_eq!(
+        (&json["trained_length"], &json["beyond_trained_length"][0]),
+        (&3000.into(), &3.into())
+    );
 }
 
 #[test]

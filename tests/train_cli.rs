@@ -60,6 +60,28 @@ fn mistyped_roles_are_said_before_the_training() {
 }
 
 #[test]
+fn lengths_that_the_model_was_not_trained_on_are_said_once() {
+    let place = Workplace::new();
+    let row =
+        |length: u64| json!({"input_ids": (0..length).map(|i| 3 + i % 9).collect::<Vec<_>>()});
+    fs::write(place.path("rows.jsonl"), [20, 130, 135].map(|n| row(n).to_string()).join("\n"))
+        .unwrap();
+    let said = |data: &str, max_length: &str| {
+        let mut command = place.nibble(&["train", "--model", "model", "--data", data]);
+        command.args(["--eval-data", "eval.jsonl", "--max-steps", "1"]);
+        command.args(["--max-length", max_length, "--out", &format!("out-{max_length}")]);
+        stderr(&succeed(command))
+    };
+    let known = "the model was trained on up to 128 tokens; ";
+    let longer = said("rows.jsonl", "136");
+    let note = "2 documents are longer: their later positions are new to the model\n";
+    assert!(longer.contains(&format!("{known}{note}")), "{longer}");
+    assert_eq!(longer.matches(known).count(), 1, "{longer}");
+    assert!(said("train.jsonl", "129").contains(&format!("{known}no document is longer\n")));
+    assert!(!said("train.jsonl", "128").contains(known));
+}
+
+#[test]
 fn neither_memory_policy_nor_threads_change_a_bit() {
     let place = Workplace::new();
     let flags = ["--max-steps", "6", "--learning-rate", "1e-2", "--lora-dropout", "0.2"];

@@ -7,6 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::data::load::read;
 use crate::data::{DataOptions, Dataset, Encoder, LoadReport, RoleUse};
 use crate::error::Result;
+use crate::report::figures::thousands;
 
 /// What is shown of roles that may be anything.
 const MOST_ROLES: usize = 8;
@@ -35,6 +36,17 @@ pub fn unknown_roles(report: &LoadReport) -> Option<String> {
     let words: Vec<String> = roles.iter().take(MOST_ROLES).map(words).collect();
     let more = if roles.len() > MOST_ROLES { ", …" } else { "" };
     (!words.is_empty()).then(|| words.join(", ") + more)
+}
+
+/// How many documents are longer than the model was trained on.
+pub fn beyond_training(trained_length: usize, longer: usize) -> String {
+    let most = thousands(trained_length as u64);
+    let found = match longer {
+        0 => "no document is longer".to_string(),
+        1 => "1 document is longer: its later positions are new to the model".to_string(),
+        _ => format!("{longer} documents are longer: their later positions are new to the model"),
+    };
+    format!("the model was trained on up to {most} tokens; {found}")
 }
 
 /// A bar over the bytes of `path`, on stderr if that is a terminal.

@@ -14,6 +14,7 @@ use crate::data::audit::Audit;
 use crate::data::{ChatTokenizer, Encoder};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
+use crate::model::spec::ModelSpec;
 
 /// Runs the command.
 ///
@@ -24,10 +25,12 @@ pub fn run(args: &DataArgs) -> Result<()> {
     super::set_threads(args.threads)?;
     let tokenizer = ChatTokenizer::open(&args.model)?;
     let options = args.format.options(args.max_length);
-    let encoder = Encoder::new(&tokenizer, vocab_size(args)?, options.train_on)?;
+    let spec = spec(args)?;
+    let encoder = Encoder::new(&tokenizer, spec.vocab_size, options.train_on)?;
     let bar = reading::bar(&args.data);
     let watch = |bytes| bar.set_position(bytes);
-    let (audit, first) = Audit::of(&args.data, &encoder, &options, args.show, watch)?;
+    let trained = spec.trained_length();
+    let (audit, first) = Audit::of(&args.data, &encoder, &options, trained, args.show, watch)?;
     bar.finish_and_clear();
     let text = if args.json {
         format!("{:#}\n", json!(audit))
@@ -48,13 +51,11 @@ fn refused(path: &Path, why: &Error) -> Error {
     }
 }
 
-/// Rows of the model's embedding; a folder with a tokenizer but no weights will do.
-fn vocab_size(args: &DataArgs) -> Result<usize> {
+/// The model; a folder with a tokenizer but no weights will do.
+fn spec(args: &DataArgs) -> Result<ModelSpec> {
     let config = args.model.join("config.json");
-    let spec = if config.exists() {
-        spec_from_config(&read_json(&config)?)?
-    } else {
-        spec_from_config(Checkpoint::open(&args.model)?.config())?
-    };
-    Ok(spec.vocab_size)
+    if config.exists() {
+        return spec_from_config(&read_json(&config)?);
+    }
+    spec_from_config(Checkpoint::open(&args.model)?.config())
 }

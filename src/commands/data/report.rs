@@ -107,6 +107,7 @@ fn checks(
             &report.without_targets,
         ),
     ];
+    all.extend(positions(path, audit));
     all.extend(ends(path, report, tokenizer));
     all.extend([
         check(
@@ -132,6 +133,16 @@ fn unknown_roles(report: &LoadReport, options: &DataOptions) -> Option<String> {
         TrainOn::All => "",
     };
     Some(format!("note  messages of roles that templates seldom know: {roles}{only}"))
+}
+
+/// Whether documents go beyond what the model knows, where `--max-length` lets them.
+fn positions(path: &Path, audit: &Audit) -> Option<String> {
+    let longer = &audit.beyond_trained_length;
+    let found = reading::beyond_training(audit.trained_length?, longer.len());
+    Some(match longer.len() {
+        0 => format!("ok    {found}"),
+        _ => format!("note  {found} ({})", places(path, longer)),
+    })
 }
 
 /// Whether what truncation left teaches the model to stop.

@@ -36,6 +36,10 @@ pub struct Prepared {
 pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Result<Prepared> {
     let [training, evaluation] = sources(args, base, progress)?;
     let (max_length, seed) = (args.data.max_length, args.optimization.seed);
+    if let Some(most) = base.spec.trained_length().filter(|&most| most < max_length) {
+        let documents = training.documents.iter().chain(&evaluation.documents);
+        progress.note(&reading::beyond_training(most, longer_than(most, documents)));
+    }
     let rows = |documents: &[Document]| match args.data.packing {
         true => pack(&lengths(documents), max_length, seed),
         false => one_per_row(documents.len()),
@@ -69,6 +73,10 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
         prepared.evaluate(feed.of_file(evaluation.path));
     }
     Ok(prepared)
+}
+
+fn longer_than<'d>(tokens: usize, documents: impl Iterator<Item = &'d Document>) -> usize {
+    documents.filter(|document| document.input_ids.len() > tokens).count()
 }
 
 fn lengths(documents: &[Document]) -> Vec<usize> {
