@@ -11,6 +11,7 @@ pub mod ledger;
 pub mod model;
 pub mod nearest;
 pub mod plan;
+pub mod plural;
 pub mod random;
 pub mod report;
 pub mod sample;

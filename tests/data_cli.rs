@@ -1,8 +1,9 @@
 //! `nibble data` as a user runs it: counts, bad lines and the visible loss mask.
 
-use std::process::Command;
+use std::process::{Command, Output};
 
 use serde_json::Value;
+use tempfile::TempDir;
 
 const LINES: &str = "\
 {\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}, {\"role\": \"assistant\", \"content\": \"Hello!\"}]}
@@ -11,7 +12,8 @@ not json
 {\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}, {\"role\": \"assistant\", \"content\": \"Hello!\"}]}
 ";
 
-fn run(arguments: &[&str]) -> String {
+/// A folder with a model, and a data file `name` that holds `text`.
+fn scene(name: &str, text: &str) -> TempDir {
     let folder = tempfile::tempdir().unwrap();
     let model = folder.path().join("model");
     std::fs::create_dir(&model).unwrap();
@@ -21,14 +23,48 @@ fn run(arguments: &[&str]) -> String {
         std::fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
     }
     let config = r#"{"model_type": "llama", "vocab_size": 49152, "hidden_size": 64,
-        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}"#;
+        "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
+        "max_position_embeddings": 3000}"#;
     std::fs::write(model.join("config.json"), config).unwrap();
-    std::fs::write(folder.path().join("chat.jsonl"), LINES).unwrap();
+    std::fs::write(folder.path().join(name), text).unwrap();
+    folder
+}
+
+/// What `nibble data` makes of a file.
+fn look(name: &str, text: &str, arguments: &[&str]) -> Output {
+    let folder = scene(name, text);
     let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
-    command.args(["data", "--model", "model", "--data", "chat.jsonl"]).args(arguments);
-    let output = command.current_dir(folder.path()).output().unwrap();
+    command.args(["data", "--model", "model", "--data", name]).args(arguments);
+    command.current_dir(folder.path()).output().unwrap()
+}
+
+/// The report on a file that can be trained on.
+fn report(text: &str, arguments: &[&str]) -> String {
+    let output = look("chat.jsonl", text, arguments);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     String::from_utf8(output.stdout).unwrap()
+}
+
+/// The report on a file that cannot, and what stands on stderr.
+fn refused(text: &str, arguments: &[&str]) -> (String, String) {
+    let output = look("chat.jsonl", text, arguments);
+    let [report, error] =
+        [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap());
+    assert_eq!(output.status.code(), Some(1), "{report}{error}");
+    (report, error)
+}
+
+/// The report on [`LINES`], which have a bad one.
+fn run(arguments: &[&str]) -> String {
+    refused(LINES, arguments).0
+}
+
+#[test]
+fn one_is_no_plural() {
+    let line = LINES.lines().next().unwrap();
+    let text = report(line, &["--max-length", "34", "--truncation", "right"]);
+    assert!(text.starts_with("chat.jsonl: 1 record, format messages\n"), "{text}");
+    assert!(text.contains("cut at the end by 1 token in all: 1 (chat.jsonl:1)"), "{text}");
 }
 
 #[test]
@@ -53,6 +89,76 @@ fn the_audit_counts_everything_and_names_bad_lines() {
 }
 
 #[test]
+fn the_exit_code_says_whether_training_would_stop() {
+    let good = LINES.lines().next().unwrap();
+    assert!(!report(good, &[]).contains("would stop"));
+    let json: Value = serde_json::from_str(&report(good, &["--json"])).unwrap();
+    assert!(json.as_object().unwrap()["would_stop"].is_null());
+    let (text, error) = refused(LINES, &[]);
+    assert!(text.contains("\n\ntraining would stop: chat.jsonl:3: not valid JSON"), "{text}");
+    assert_eq!(error, "error: chat.jsonl cannot be trained on as it is\n");
+    let (text, error) = refused(good, &["--max-length", "32", "--json"]);
+    let json: Value = serde_json::from_str(&text).unwrap();
+    let why = json["would_stop"].as_str().unwrap();
+    assert!(why.starts_with("chat.jsonl:1: document is longer than 32 tokens"), "{why}");
+    assert!(error.contains("\nhint: raise `--max-length` to 35, or choose"), "{error}");
+    let (text, _) = refused(LINES.lines().nth(1).unwrap(), &[]);
+    assert!(text.contains("training would stop: chat.jsonl: no record has a token"), "{text}");
+}
+
+#[test]
+fn a_first_record_with_null_is_a_bad_one_like_others() {
+    let (text, _) = refused("{\"text\": null}\n{\"text\": \"Once.\"}\n", &[]);
+    assert!(text.starts_with("chat.jsonl: 2 records, format text\n"), "{text}");
+    assert!(text.contains("chat.jsonl:1: field `text` is null, expected text\n"), "{text}");
+}
+
+#[test]
+fn roles_that_may_be_mistyped_are_named() {
+    let record = |roles: [&str; 3]| {
+        let messages = roles.map(|role| serde_json::json!({"role": role, "content": "Hi"}));
+        serde_json::json!({ "messages": messages }).to_string() + "\n"
+    };
+    let good = record(["user", "assistant", "tool"]);
+    let text = good.clone()
+        + &record(["user", "Assistant", "assistant"])
+        + &record(["bot", "assistant", "Assistant"]);
+    let roles = "messages of roles that templates seldom know: 2 of `Assistant` (from line 2), \
+                 1 of `bot` (from line 3)";
+    let said = report(&text, &[]);
+    assert!(said.contains(&format!("note  {roles}; only `assistant` is trained\n")), "{said}");
+    let said = report(&text, &["--train-on", "all"]);
+    assert!(said.contains(&format!("note  {roles}\n")), "{said}");
+    assert!(!report(&good, &[]).contains("roles that"));
+    let json: Value = serde_json::from_str(&report(&text, &["--json"])).unwrap();
+    let bot = serde_json::json!({"messages": 1, "first_line": 3});
+    assert_eq!(json["unknown_roles"]["bot"], bot);
+}
+
+#[test]
+fn lengths_that_the_model_was_not_trained_on_are_noted() {
+    let known = "the model was trained on up to 3,000 tokens; ";
+    let text = |length: usize| serde_json::json!({"text": " a".repeat(length)}).to_string();
+    let lines = format!("{}\n{}\n", text(2000), text(2500));
+    assert!(!report(&lines, &["--max-length", "3000"]).contains(known));
+    let said = report(&lines, &["--max-length", "5000"]);
+    assert!(said.contains(&format!("ok    {known}no document is longer\n")), "{said}");
+    let lines = lines + &text(4000);
+    let said = report(&lines, &["--max-length", "5000"]);
+    let note = format!(
+        "note  {known}1 document is longer: its later positions are new to the model \
+         (chat.jsonl:3)\n"
+    );
+    assert!(said.contains(&note), "{said}");
+    let json: Value =
+        serde_json::from_str(&report(&lines, &["--max-length", "5000", "--json"])).unwrap();
+    assert_eq!(
+        (&json["trained_length"], &json["beyond_trained_length"][0]),
+        (&3000.into(), &3.into())
+    );
+}
+
+#[test]
 fn what_truncation_would_do_is_said() {
     let text = run(&["--max-length", "32"]);
     let refused = "note  records longer than 32 tokens (100.0 %), refused without `--truncation`: 2 \
@@ -61,6 +167,32 @@ fn what_truncation_would_do_is_said() {
     let text = run(&["--max-length", "32", "--truncation", "left"]);
     let cut = "(100.0 %), cut at the beginning by 6 tokens in all: 2 (chat.jsonl:1, 4)\n";
     assert!(text.contains(cut), "{text}");
+}
+
+#[test]
+fn answers_that_lose_their_end_are_counted_after_truncation() {
+    let fine = "ok    every answer ends in a trained end-of-sequence token (<|im_end|>)\n";
+    let text = run(&["--max-length", "33", "--truncation", "right"]);
+    let cut = "note  answers that lost their end by truncation: 2 (chat.jsonl:1, 4)\n";
+    assert!(text.contains(cut) && !text.contains(fine), "{text}");
+    // Without the line break behind the end, or without the beginning, the ends are there.
+    for flags in [["34", "right"], ["33", "left"]] {
+        let text = run(&["--max-length", flags[0], "--truncation", flags[1]]);
+        assert!(text.contains(fine) && !text.contains("lost their end"), "{text}");
+    }
+    let json = run(&["--max-length", "33", "--truncation", "right", "--json"]);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["cut_answers"], serde_json::json!([1, 4]));
+}
+
+#[test]
+fn nothing_is_fine_about_no_document() {
+    for flags in [["8", "right"], ["8", "drop"], ["8", "error"]] {
+        let flags = ["--max-length", flags[0], "--truncation", flags[1]];
+        let text = run(&flags);
+        assert!(text.contains("note  no document is left to train on\n"), "{text}");
+        assert!(!text.contains("every answer ends in"), "{text}");
+    }
 }
 
 #[test]

@@ -207,6 +207,29 @@ fn what_no_format_fits_is_explained() {
 }
 
 #[test]
+fn keys_of_the_wrong_type_are_named() {
+    let tokenizer = tokenizer(json!({}));
+    for (record, reason) in [
+        (json!({"text": null}), "field `text` is null, expected text"),
+        (json!({"text": 5}), "field `text` is a number, expected text"),
+        (json!({"prompt": "a", "completion": null}), "field `completion` is null, expected text"),
+        (
+            json!({"prompt": exchange("a", "b"), "completion": null}),
+            "field `completion` is null, expected a list",
+        ),
+        (json!({"instruction": null, "output": "b"}), "field `instruction` is null, expected text"),
+        (json!({"conversations": null}), "field `conversations` is null, expected a list"),
+        (json!({"messages": null, "id": 3}), "field `messages` is null, expected a list"),
+        (json!({"messages": "a"}), "field `messages` is text, expected a list"),
+        (json!({"input_ids": null}), "field `input_ids` is null, expected a list"),
+    ] {
+        assert_eq!(encode(&tokenizer, &record).unwrap_err(), reason);
+    }
+    let columns = json!({"text": null, "messages": exchange("a", "b")});
+    assert_eq!(Format::detect(&columns).unwrap(), Format::Messages, "an empty column is no key");
+}
+
+#[test]
 fn turns_that_cannot_be_read_are_named() {
     let tokenizer = tokenizer(json!({}));
     for (record, reason) in [

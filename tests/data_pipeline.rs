@@ -172,7 +172,7 @@ fn long_documents_are_never_cut_silently() {
     let (_, dataset) = load(Truncation::Error);
     let error = dataset.check(Path::new("f"), &with(Truncation::Error)).unwrap_err().to_string();
     assert!(
-        error.contains("f:1: document is longer than 3 tokens (1 of 1 are, the longest has 7)"),
+        error.contains("f:1: document is longer than 3 tokens (1 of 1 is, the longest has 7)"),
         "{error}"
     );
     assert!(error.contains("raise `--max-length` to 7"), "{error}");
@@ -212,7 +212,7 @@ fn bad_records_are_named_by_file_and_line() {
     rejected(b"{\"messages\": []}", "field `messages` has no messages");
     rejected(b"{\"messages\": [{\"content\": \"a\"}]}", "messages[0].role is missing");
     rejected(b"{\"input_ids\": [1, 49152]}", "token id 49152 is outside the vocabulary of 49152");
-    rejected(b"{\"input_ids\": [1, 2], \"labels\": [1]}", "1 labels for 2 input_ids");
+    rejected(b"{\"input_ids\": [1, 2], \"labels\": [1]}", "1 label for 2 input_ids");
     rejected(
         b"{\"input_ids\": [1, 2], \"labels\": [1, -100]}",
         "no record has a token to train on",

@@ -82,6 +82,24 @@ fn csv_rows_are_records() {
     assert_eq!(table.report.rejected[0].rejection.reason, "row has 2 cells, the header 3");
 }
 
+/// Otherwise the rest of the file would be one record, and nothing said.
+#[test]
+fn quotes_that_are_not_closed_are_an_error_that_says_where() {
+    let rest = "more,rows\n".repeat(2000);
+    for (text, line) in [
+        (format!("prompt,completion\na,b\nc,\"d\n{rest}"), 3),
+        (format!("prompt,\"completion\na,b\n{rest}"), 1),
+        (format!("prompt,completion\nc,\"d\ne,\"f\"\n{rest}"), 2),
+        ("prompt,completion\n\na,\"b".to_string(), 3),
+    ] {
+        let (_folder, path) = write("data.csv", text);
+        let error = try_load(&path).unwrap_err().to_string();
+        let says = format!("data.csv:{line}: the quotes that begin in this line are not closed\n");
+        assert!(error.contains(&says), "{error}");
+        assert!(error.contains("hint: a cell in quotes ends in a quote"), "{error}");
+    }
+}
+
 /// No byte of a damaged table makes a reader panic.
 #[test]
 fn damaged_tables_are_reported() {

@@ -4,6 +4,7 @@ mod training;
 
 use std::fs;
 
+use serde_json::json;
 use training::{Workplace, error_of, fail, stderr, succeed};
 
 /// Losses and gradient norms that a run logged.
@@ -29,6 +30,55 @@ fn ten_losses_stay_what_they_are() {
     for ((loss, _), pinned) in got.iter().zip(pinned) {
         assert!((loss - pinned).abs() < 1e-4, "{got:?}");
     }
+}
+
+#[test]
+fn one_is_no_plural() {
+    let place = Workplace::new();
+    place.write_rows("train.jsonl", 1, 1);
+    let output = succeed(place.train("out", &["--max-steps", "1"]));
+    let said = stderr(&output);
+    assert!(said.contains("train.jsonl: 1 record, 1 document, "), "{said}");
+    assert!(said.contains("packed into 1 row of 32 tokens"), "{said}");
+    let result = String::from_utf8_lossy(&output.stdout);
+    assert!(result.starts_with("out: 1 step, mean loss "), "{result}");
+}
+
+#[test]
+fn mistyped_roles_are_said_before_the_training() {
+    let place = Workplace::new();
+    let template = "{% for m in messages %}{{ m.content }} w2 {% endfor %}";
+    let config = json!({"eos_token": "w2", "bos_token": "w1", "chat_template": template});
+    fs::write(place.path("model/tokenizer_config.json"), config.to_string()).unwrap();
+    let turn = |role: &str| json!({"role": role, "content": "w5 w6"});
+    let messages = ["user", "assistant", "user", "Assistant"].map(turn);
+    let record = json!({ "messages": messages }).to_string();
+    fs::write(place.path("train.jsonl"), record).unwrap();
+    let said = stderr(&succeed(place.train("out", &["--max-steps", "1"])));
+    let note = "; messages of roles that templates seldom know: 1 of `Assistant` (from line 1)\n";
+    assert!(said.contains(note), "{said}");
+}
+
+#[test]
+fn lengths_that_the_model_was_not_trained_on_are_said_once() {
+    let place = Workplace::new();
+    let row =
+        |length: u64| json!({"input_ids": (0..length).map(|i| 3 + i % 9).collect::<Vec<_>>()});
+    fs::write(place.path("rows.jsonl"), [20, 130, 135].map(|n| row(n).to_string()).join("\n"))
+        .unwrap();
+    let said = |data: &str, max_length: &str| {
+        let mut command = place.nibble(&["train", "--model", "model", "--data", data]);
+        command.args(["--eval-data", "eval.jsonl", "--max-steps", "1"]);
+        command.args(["--max-length", max_length, "--out", &format!("out-{max_length}")]);
+        stderr(&succeed(command))
+    };
+    let known = "the model was trained on up to 128 tokens; ";
+    let longer = said("rows.jsonl", "136");
+    let note = "2 documents are longer: their later positions are new to the model\n";
+    assert!(longer.contains(&format!("{known}{note}")), "{longer}");
+    assert_eq!(longer.matches(known).count(), 1, "{longer}");
+    assert!(said("train.jsonl", "129").contains(&format!("{known}no document is longer\n")));
+    assert!(!said("train.jsonl", "128").contains(known));
 }
 
 #[test]

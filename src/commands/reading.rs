@@ -5,8 +5,13 @@ use std::path::Path;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::data::load::read;
-use crate::data::{DataOptions, Dataset, Encoder};
+use crate::data::{DataOptions, Dataset, Encoder, LoadReport, RoleUse};
 use crate::error::Result;
+use crate::report::figures::thousands;
+
+/// What is shown of roles that may be anything.
+const MOST_ROLES: usize = 8;
+const MOST_CHARACTERS: usize = 40;
 
 /// [`crate::data::load()`] behind a [`bar`]; fails on what training should not pass over.
 pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dataset> {
@@ -15,8 +20,33 @@ pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dat
     let keep = |document| documents.push(document);
     let report = read(path, encoder, options, keep, |bytes| bar.set_position(bytes))?;
     bar.finish_and_clear();
-    report.check(path, options)?;
+    let general = "`nibble data` lists every bad record of the file";
+    report.check(path, options).map_err(|error| error.or_hint(general))?;
     Ok(Dataset { documents, report })
+}
+
+/// Which roles templates seldom know, and where: ``3 of `Assistant` (from line 7)``; the first few.
+pub fn unknown_roles(report: &LoadReport) -> Option<String> {
+    let mut roles: Vec<(&String, &RoleUse)> = report.unknown_roles.iter().collect();
+    roles.sort_by_key(|(_, found)| found.first_line);
+    let words = |(role, found): &(&String, &RoleUse)| {
+        let name: String = role.escape_debug().take(MOST_CHARACTERS).collect();
+        format!("{} of `{name}` (from line {})", found.messages, found.first_line)
+    };
+    let words: Vec<String> = roles.iter().take(MOST_ROLES).map(words).collect();
+    let more = if roles.len() > MOST_ROLES { ", …" } else { "" };
+    (!words.is_empty()).then(|| words.join(", ") + more)
+}
+
+/// How many documents are longer than the model was trained on.
+pub fn beyond_training(trained_length: usize, longer: usize) -> String {
+    let most = thousands(trained_length as u64);
+    let found = match longer {
+        0 => "no document is longer".to_string(),
+        1 => "1 document is longer: its later positions are new to the model".to_string(),
+        _ => format!("{longer} documents are longer: their later positions are new to the model"),
+    };
+    format!("the model was trained on up to {most} tokens; {found}")
 }
 
 /// A bar over the bytes of `path`, on stderr if that is a terminal.

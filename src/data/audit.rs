@@ -21,8 +21,14 @@ pub struct Audit {
     /// What became of each record.
     #[serde(flatten)]
     pub report: LoadReport,
+    /// What `nibble train` would stop with, if it would.
+    pub would_stop: Option<String>,
     /// Lengths in tokens, before truncation.
     pub length: Lengths,
+    /// Longest sequence in tokens that the model was trained on, where documents may be longer.
+    pub trained_length: Option<usize>,
+    /// The line of each document that is longer.
+    pub beyond_trained_length: Vec<usize>,
     /// Rows of the maximal length when packed.
     pub packed_rows: usize,
     /// Share of those rows that is documents.
@@ -56,7 +62,8 @@ pub struct Bar {
 }
 
 impl Audit {
-    /// Reads `path`, and returns its first `shown` documents too. `watch` hears of bytes read.
+    /// Reads `path`, and returns its first `shown` documents too. `watch` hears of bytes read;
+    /// `trained_length` is [`ModelSpec::trained_length`](crate::model::spec::ModelSpec::trained_length).
     ///
     /// # Errors
     /// As [`read`].
@@ -64,12 +71,18 @@ impl Audit {
         path: &Path,
         encoder: &Encoder,
         options: &DataOptions,
+        trained_length: Option<usize>,
         shown: usize,
         watch: impl FnMut(u64),
     ) -> Result<(Self, Vec<Document>)> {
-        let (mut lengths, mut first) = (Vec::new(), Vec::new());
+        let trained_length = trained_length.filter(|&most| most < options.max_length);
+        let (mut lengths, mut first, mut beyond) = (Vec::new(), Vec::new(), Vec::new());
         let keep = |document: Document| {
-            lengths.push(document.input_ids.len());
+            let length = document.input_ids.len();
+            lengths.push(length);
+            if trained_length.is_some_and(|most| length > most) {
+                beyond.push(document.line);
+            }
             if first.len() < shown {
                 first.push(document);
             }
@@ -77,7 +90,10 @@ impl Audit {
         let report = read(path, encoder, options, keep, watch)?;
         let rows = pack(&lengths, options.max_length, PACKING_SEED);
         let audit = Audit {
+            would_stop: report.check(path, options).err().map(|e| e.message().what.clone()),
             length: Lengths::of(report.lengths.clone()),
+            trained_length,
+            beyond_trained_length: beyond,
             packed_rows: rows.len(),
             packing_efficiency: efficiency(&lengths, &rows, options.max_length),
             report,

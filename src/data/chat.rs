@@ -8,6 +8,10 @@ use serde_json::{Map, Value, json};
 
 use super::record::{Rejection, kind, list};
 
+/// What chat templates call those who speak; another name may be a slip of the pen.
+const ROLES: [&str; 7] =
+    ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
+
 /// Turns for the chat template.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Chat {
@@ -48,6 +52,12 @@ impl Chat {
     /// `"weight": 0`.
     pub fn is_trained(&self, index: usize) -> bool {
         index >= self.prompt_messages && self.messages[index]["weight"] != 0
+    }
+
+    /// Roles that templates seldom know, one for each message that has one.
+    pub fn unknown_roles(&self) -> Vec<String> {
+        let roles = self.messages.iter().filter_map(|message| message["role"].as_str());
+        roles.filter(|role| !ROLES.contains(role)).map(str::to_string).collect()
     }
 
     /// Whether all of the assistant's messages are trained.

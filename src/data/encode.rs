@@ -49,6 +49,8 @@ pub struct Encoded {
     pub untrained_eos: bool,
     /// The document begins with two beginning-of-sequence tokens.
     pub double_bos: bool,
+    /// Roles that templates seldom know, one for each message that has one.
+    pub unknown_roles: Vec<String>,
 }
 
 impl<'a> Encoder<'a> {
@@ -102,6 +104,9 @@ impl<'a> Encoder<'a> {
         encoded.double_bos = self.tokenizer.bos().is_some_and(|bos| {
             document.input_ids.len() > 1 && document.input_ids[..2] == [bos.id, bos.id]
         });
+        if let Record::Chat(chat) = record {
+            encoded.unknown_roles = chat.unknown_roles();
+        }
         Ok(encoded)
     }
 
@@ -116,7 +121,8 @@ impl<'a> Encoder<'a> {
         Ok(ids)
     }
 
-    fn ends_turn(&self, id: u32) -> bool {
+    /// Whether a token ends a turn or a document.
+    pub(super) fn ends_turn(&self, id: u32) -> bool {
         self.end_ids.contains(&id)
     }
 
@@ -217,7 +223,7 @@ impl<'a> Encoder<'a> {
             untrained_eos |= !ends;
         }
         let document = Document { input_ids: ids, labels, line: 0 };
-        Encoded { document, untrained_eos, double_bos: false }
+        Encoded { document, untrained_eos, ..Encoded::default() }
     }
 
     /// Tokens of an assistant turn, up to its last end-of-turn token; one that follows directly is
@@ -243,7 +249,8 @@ impl<'a> Encoder<'a> {
 
 fn all_trained(input_ids: Vec<u32>, untrained_eos: bool) -> Encoded {
     let labels = input_ids.iter().map(|&id| id as i32).collect();
-    Encoded { document: Document { input_ids, labels, line: 0 }, untrained_eos, double_bos: false }
+    let document = Document { input_ids, labels, line: 0 };
+    Encoded { document, untrained_eos, ..Encoded::default() }
 }
 
 fn rejection(error: Error) -> Rejection {

@@ -1,6 +1,6 @@
 //! Reading a data file into documents, and an account of every record.
 
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
@@ -14,6 +14,7 @@ use super::record::{Format, Rejection, parse};
 use super::source::{Body, Raw, Source};
 use super::truncate::Truncation;
 use crate::error::{Error, Result};
+use crate::plural::noun;
 
 /// Records, and bytes of text, that are tokenized at a time.
 const BATCH_RECORDS: usize = 2048;
@@ -59,10 +60,14 @@ pub struct LoadReport {
     pub tokens_removed: usize,
     /// Lines without a token to train on (left out).
     pub without_targets: Vec<usize>,
-    /// Lines with an answer whose end-of-sequence is not trained.
+    /// Lines with an answer whose end-of-sequence is not trained, if anything of them is.
     pub untrained_eos: Vec<usize>,
+    /// The line of each answer that lost its end by truncation.
+    pub cut_answers: Vec<usize>,
     /// Lines that begin with two beginning-of-sequence tokens.
     pub double_bos: Vec<usize>,
+    /// Messages of roles that templates seldom know.
+    pub unknown_roles: BTreeMap<String, RoleUse>,
     /// Lines that repeat an earlier record.
     pub duplicates: Vec<usize>,
     /// Documents that are left to train on.
@@ -71,6 +76,15 @@ pub struct LoadReport {
     pub tokens: usize,
     /// Those of them that are trained.
     pub targets: usize,
+}
+
+/// Where a role occurs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct RoleUse {
+    /// Messages that have it.
+    pub messages: usize,
+    /// Line of the first.
+    pub first_line: usize,
 }
 
 /// A record that could not be used.
@@ -150,19 +164,22 @@ impl LoadReport {
         if let Some(Rejected { line, rejection }) = self.rejected.first() {
             let more = match self.rejected.len() - 1 {
                 0 => String::new(),
-                more => format!(" (and {more} more bad records)"),
+                more => format!(" (and {more} more bad {})", noun(more, "record")),
             };
             let error = Error::input(format_args!("{place}:{line}: {}{more}", rejection.reason));
-            let general = "`nibble data` lists every bad record of the file";
-            return Err(error.hint(rejection.hint.as_deref().unwrap_or(general)));
+            return Err(match &rejection.hint {
+                Some(hint) => error.hint(hint),
+                None => error,
+            });
         }
         if options.truncation == Truncation::Error && !self.too_long.is_empty() {
             let longest = self.lengths.iter().max().copied().unwrap_or(0);
             let (line, most) = (self.too_long[0], options.max_length);
             let (count, all) = (self.too_long.len(), self.lengths.len());
+            let verb = if count == 1 { "is" } else { "are" };
             return Err(Error::input(format_args!(
-                "{place}:{line}: document is longer than {most} tokens ({count} of {all} are, the \
-                 longest has {longest})"
+                "{place}:{line}: document is longer than {most} tokens ({count} of {all} {verb}, \
+                 the longest has {longest})"
             ))
             .hint(format_args!(
                 "raise `--max-length` to {longest}, or choose `--truncation drop`, `right`, `left` \
@@ -176,11 +193,12 @@ impl LoadReport {
                 return Err(error.hint(hint));
             }
             let longest = self.lengths.iter().max().copied().unwrap_or(0);
+            let (count, most) = (self.too_long.len(), options.max_length);
+            let verb = if count == 1 { "is" } else { "are" };
             return Err(error.hint(format_args!(
-                "{} records are longer than `--max-length {}` and lost them by truncation; the \
-                 longest has {longest} tokens",
-                self.too_long.len(),
-                options.max_length
+                "{count} {} {verb} longer than `--max-length {most}` and lost them by truncation; \
+                 the longest has {longest} tokens",
+                noun(count, "record")
             )));
         }
         Ok(())
@@ -264,11 +282,12 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         if !self.seen.insert(fingerprint) {
             report.duplicates.push(line);
         }
-        if encoded.untrained_eos {
-            report.untrained_eos.push(line);
-        }
         if encoded.double_bos {
             report.double_bos.push(line);
+        }
+        for role in encoded.unknown_roles {
+            let first = RoleUse { messages: 0, first_line: line };
+            report.unknown_roles.entry(role).or_insert(first).messages += 1;
         }
         if document.num_targets() == 0 {
             report.without_targets.push(line);
@@ -276,18 +295,25 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         }
         let (length, max_length) = (document.input_ids.len(), self.options.max_length);
         report.lengths.push(length as u32);
+        let before = report.documents;
         if length <= max_length {
             self.keep(document);
         } else {
             report.too_long.push(line);
             self.truncate(&document);
         }
+        if encoded.untrained_eos && self.report.documents > before {
+            self.report.untrained_eos.push(line);
+        }
     }
 
     fn truncate(&mut self, document: &Document) {
         let (length, how) = (document.input_ids.len(), self.options.truncation);
         let before = (self.report.documents, self.report.tokens);
-        for range in how.parts(length, self.options.max_length) {
+        let parts = how.parts(length, self.options.max_length);
+        let cut = document.cut_answers(&parts, |id| self.encoder.ends_turn(id));
+        self.report.cut_answers.extend(std::iter::repeat_n(document.line, cut));
+        for range in parts {
             let part = document.part(range);
             if part.num_targets() > 0 {
                 self.keep(part);

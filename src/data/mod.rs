@@ -34,7 +34,7 @@ mod truncate;
 
 pub use batch::{Batch, Document};
 pub use encode::{Encoder, TrainOn};
-pub use load::{DataOptions, Dataset, LoadReport, Rejected, load};
+pub use load::{DataOptions, Dataset, LoadReport, Rejected, RoleUse, load};
 pub use record::Format;
 pub use spans::{Rendered, Turn};
 pub use tokenizer::ChatTokenizer;

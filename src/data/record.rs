@@ -9,6 +9,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
 use super::chat::Chat;
+use crate::plural::noun;
 
 /// The shape of a file's records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
@@ -41,7 +42,8 @@ impl Format {
         }
     }
 
-    /// The format whose keys `record` has.
+    /// The format whose keys `record` has. Those that are null count where no format has all others:
+    /// [`parse`] then says which they are.
     ///
     /// # Errors
     /// Why there is none, or that there are several.
@@ -50,10 +52,15 @@ impl Format {
             return Err(no_object(record));
         };
         let names: Vec<&str> = fields.keys().map(String::as_str).collect();
+        let with_keys = |has: &dyn Fn(&str) -> bool| -> Vec<Format> {
+            let fits = |format: &&Format| format.keys().iter().all(|key| has(key));
+            Format::value_variants().iter().filter(fits).copied().collect()
+        };
         // Columns of a table are there even where a row has nothing in them.
-        let has = |key: &str| fields.get(key).is_some_and(|value| !value.is_null());
-        let fits = |format: &&Format| format.keys().iter().all(|key| has(key));
-        let found: Vec<Format> = Format::value_variants().iter().filter(fits).copied().collect();
+        let mut found = with_keys(&|key| fields.get(key).is_some_and(|value| !value.is_null()));
+        if found.is_empty() {
+            found = with_keys(&|key| fields.contains_key(key));
+        }
         match found[..] {
             [format] => Ok(format),
             [] => Err(unknown(&names)),
@@ -161,7 +168,7 @@ pub fn parse(record: &Value, format: Format) -> Result<Record, Rejection> {
 
 /// Text on both sides, or lists of messages on both (TRL's conversational form).
 fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
-    if record["prompt"].is_array() && record["completion"].is_array() {
+    if record["prompt"].is_array() || record["completion"].is_array() {
         let prompt = Chat::new(record, "prompt")?;
         let completion = Chat::new(record, "completion")?;
         let prompt_messages = prompt.messages.len();
@@ -234,9 +241,10 @@ fn tokens(record: &Value) -> Result<Record, Rejection> {
                 .collect::<Option<Vec<i32>>>()
                 .ok_or_else(|| Rejection::new("`labels` holds something else than labels"))?;
             if labels.len() != input_ids.len() {
+                let count = labels.len();
                 return Err(Rejection::new(format!(
-                    "{} labels for {} input_ids",
-                    labels.len(),
+                    "{count} {} for {} input_ids",
+                    noun(count, "label"),
                     input_ids.len()
                 )));
             }

@@ -51,6 +51,31 @@ impl Document {
             line: self.line,
         }
     }
+
+    /// How many of its answers lose their end where `parts` are all that is left of it: some of an
+    /// answer is trained, but neither its last token nor, as the last of these, one that `ends` a turn.
+    /// The first token of a part is not trained: nothing predicts it.
+    pub(super) fn cut_answers(&self, parts: &[Range<usize>], ends: impl Fn(u32) -> bool) -> usize {
+        let trained = |token: &usize| {
+            let part = parts.get(parts.partition_point(|part| part.end <= *token));
+            part.is_some_and(|part| part.start < *token)
+        };
+        let is_cut = |answer: &Range<usize>| {
+            let last = answer.clone().rfind(trained);
+            last.is_some_and(|last| last + 1 < answer.end && !ends(self.input_ids[last]))
+        };
+        self.answers().filter(is_cut).count()
+    }
+
+    /// Tokens that are trained, run by run.
+    fn answers(&self) -> impl Iterator<Item = Range<usize>> {
+        let runs = self.labels.chunk_by(|a, b| (*a >= 0) == (*b >= 0));
+        let ranges = runs.scan(0, |end, run| {
+            *end += run.len();
+            Some((run[0] >= 0, *end - run.len()..*end))
+        });
+        ranges.filter_map(|(is_trained, range)| is_trained.then_some(range))
+    }
 }
 
 #[cfg(test)]
@@ -71,5 +96,35 @@ mod tests {
         for &how in Truncation::value_variants() {
             assert_eq!(parts(how, 3), [(0, 3)], "{how:?}");
         }
+    }
+
+    #[test]
+    fn answers_that_go_on_without_their_end_are_counted() {
+        const END: u32 = 9;
+        // A question, an answer of three tokens, another question, an answer of two.
+        let labels = vec![-100, -100, 1, 2, 9, -100, 3, 9, -100];
+        let input_ids = labels.iter().map(|&label: &i32| label.max(0) as u32).collect();
+        let document = Document { input_ids, labels, line: 1 };
+        let cut = |how: Truncation, max_length| {
+            let parts = how.parts(document.labels.len(), max_length);
+            document.cut_answers(&parts, |id| id == END)
+        };
+        let right: Vec<usize> = (2..9).map(|length| cut(Truncation::Right, length)).collect();
+        assert_eq!(right, [0, 1, 1, 0, 0, 1, 0]);
+        for length in 2..9 {
+            assert_eq!(cut(Truncation::Left, length), 0, "the ends stay");
+            assert_eq!(cut(Truncation::Drop, length), 0, "nothing goes on");
+        }
+        // An end that begins a part is predicted from nothing.
+        assert_eq!(
+            [2, 3, 4, 5, 6, 7].map(|length| cut(Truncation::Split, length)),
+            [1, 0, 1, 0, 0, 1]
+        );
+        let all = Document { labels: vec![0; 9], ..document.clone() };
+        let cut = |length| {
+            let parts = Truncation::Right.parts(9, length);
+            all.cut_answers(&parts, |id| id == END)
+        };
+        assert_eq!([4, 5, 6].map(cut), [1, 0, 1], "a turn's own end is an end");
     }
 }

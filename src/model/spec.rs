@@ -232,6 +232,12 @@ impl ModelSpec {
         self.num_heads * self.head_dim
     }
 
+    /// The longest trained sequence in tokens, of a model that computes longer ones all the same:
+    /// rotary positions go on, learned ones do not.
+    pub fn trained_length(&self) -> Option<usize> {
+        self.rotary.is_some().then_some(self.max_positions)
+    }
+
     /// Width of k and of v: `K · head_dim`.
     pub fn kv_width(&self) -> usize {
         self.num_kv_heads * self.head_dim

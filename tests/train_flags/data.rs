@@ -106,6 +106,7 @@ fn truncation() {
         let data = training(&run);
         assert_eq!((&data["documents"], &data["tokens"]), (&json!(documents), &json!(tokens)));
         assert!(run.said.contains("1 longer than `--max-length`"), "{}", run.said);
+        assert_eq!(run.said.contains("; 1 answer cut before the end"), how == "right");
     }
     // Which end is kept shows in the loss of the first batch.
     let loss = |how: &str| {

@@ -3,6 +3,8 @@
 mod report;
 mod show;
 
+use std::path::Path;
+
 use serde_json::json;
 
 use super::reading;
@@ -10,21 +12,25 @@ use crate::checkpoint::{Checkpoint, read_json};
 use crate::cli::data::DataArgs;
 use crate::data::audit::Audit;
 use crate::data::{ChatTokenizer, Encoder};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
+use crate::model::spec::ModelSpec;
 
 /// Runs the command.
 ///
 /// # Errors
-/// `Input` when the file cannot be read as records at all; bad records are listed, not raised.
+/// `Input` when the file cannot be read as records at all, or, below the whole report, when training
+/// would stop.
 pub fn run(args: &DataArgs) -> Result<()> {
     super::set_threads(args.threads)?;
     let tokenizer = ChatTokenizer::open(&args.model)?;
     let options = args.format.options(args.max_length);
-    let encoder = Encoder::new(&tokenizer, vocab_size(args)?, options.train_on)?;
+    let spec = spec(args)?;
+    let encoder = Encoder::new(&tokenizer, spec.vocab_size, options.train_on)?;
     let bar = reading::bar(&args.data);
     let watch = |bytes| bar.set_position(bytes);
-    let (audit, first) = Audit::of(&args.data, &encoder, &options, args.show, watch)?;
+    let trained = spec.trained_length();
+    let (audit, first) = Audit::of(&args.data, &encoder, &options, trained, args.show, watch)?;
     bar.finish_and_clear();
     let text = if args.json {
         format!("{:#}\n", json!(audit))
@@ -32,16 +38,24 @@ pub fn run(args: &DataArgs) -> Result<()> {
         let shown = show::documents(&args.data, &first, &tokenizer)?;
         report::render(&args.data, &audit, &options, &tokenizer) + &shown
     };
-    super::generate::print(&text)
+    super::generate::print(&text)?;
+    audit.report.check(&args.data, &options).map_err(|error| refused(&args.data, &error))
 }
 
-/// Rows of the model's embedding; a folder with a tokenizer but no weights will do.
-fn vocab_size(args: &DataArgs) -> Result<usize> {
+/// The report has said why; what to do about it stands here.
+fn refused(path: &Path, why: &Error) -> Error {
+    let error = Error::input(format_args!("{} cannot be trained on as it is", path.display()));
+    match &why.message().hint {
+        Some(hint) => error.hint(hint),
+        None => error,
+    }
+}
+
+/// The model; a folder with a tokenizer but no weights will do.
+fn spec(args: &DataArgs) -> Result<ModelSpec> {
     let config = args.model.join("config.json");
-    let spec = if config.exists() {
-        spec_from_config(&read_json(&config)?)?
-    } else {
-        spec_from_config(Checkpoint::open(&args.model)?.config())?
-    };
-    Ok(spec.vocab_size)
+    if config.exists() {
+        return spec_from_config(&read_json(&config)?);
+    }
+    spec_from_config(Checkpoint::open(&args.model)?.config())
 }

@@ -2,8 +2,10 @@
 
 use std::path::Path;
 
+use crate::commands::reading;
 use crate::data::audit::{Audit, Bar};
-use crate::data::{ChatTokenizer, DataOptions, TrainOn, Truncation};
+use crate::data::{ChatTokenizer, DataOptions, LoadReport, TrainOn, Truncation};
+use crate::plural::noun;
 
 /// Lines and bad records that are listed of each kind; `--json` has all.
 const LISTED: usize = 20;
@@ -25,14 +27,17 @@ pub fn render(
         lines.extend(checks(path, audit, options, tokenizer));
     }
     lines.extend(rejected(path, audit));
-    lines.extend(verdict(path, audit, options));
+    // What `nibble train` would say.
+    let verdict = audit.would_stop.as_ref().map(|why| format!("\ntraining would stop: {why}"));
+    lines.extend(verdict);
     lines.join("\n") + "\n"
 }
 
 fn title(path: &Path, audit: &Audit) -> String {
     let report = &audit.report;
     let format = report.format.map_or("unknown".to_string(), |format| format.name());
-    format!("{}: {} records, format {format}", path.display(), number(report.records))
+    let (count, records) = (number(report.records), noun(report.records, "record"));
+    format!("{}: {count} {records}, format {format}", path.display())
 }
 
 fn figures(audit: &Audit, options: &DataOptions) -> Vec<String> {
@@ -86,12 +91,11 @@ fn checks(
     tokenizer: &ChatTokenizer,
 ) -> Vec<String> {
     let report = &audit.report;
-    let eos = tokenizer.eos().map_or("which the tokenizer lacks", |token| &token.text);
     let check = |fine: &str, found: &str, lines: &[usize]| match lines.len() {
         0 => format!("ok    {fine}"),
-        count => format!("note  {found}: {} ({})", number(count), places(path, lines)),
+        _ => note(path, found, lines),
     };
-    vec![
+    let mut all = vec![
         check(
             &format!("no record is longer than {} tokens", options.max_length),
             &too_long(audit, options),
@@ -102,11 +106,10 @@ fn checks(
             "records without a token to train on, left out",
             &report.without_targets,
         ),
-        check(
-            &format!("every answer ends in a trained end-of-sequence token ({eos})"),
-            "records with an answer whose end-of-sequence token is not trained",
-            &report.untrained_eos,
-        ),
+    ];
+    all.extend(positions(path, audit));
+    all.extend(ends(path, report, tokenizer));
+    all.extend([
         check(
             "no record begins with two beginning-of-sequence tokens",
             "records that begin with two beginning-of-sequence tokens",
@@ -117,19 +120,69 @@ fn checks(
             "records that repeat an earlier one",
             &report.duplicates,
         ),
-    ]
+    ]);
+    all.extend(unknown_roles(report, options));
+    all
+}
+
+/// Mistyped, the assistant is nobody whom the loss knows.
+fn unknown_roles(report: &LoadReport, options: &DataOptions) -> Option<String> {
+    let roles = reading::unknown_roles(report)?;
+    let only = match options.train_on {
+        TrainOn::Assistant | TrainOn::Completion => "; only `assistant` is trained",
+        TrainOn::All => "",
+    };
+    Some(format!("note  messages of roles that templates seldom know: {roles}{only}"))
+}
+
+/// Whether documents go beyond what the model knows, where `--max-length` lets them.
+fn positions(path: &Path, audit: &Audit) -> Option<String> {
+    let longer = &audit.beyond_trained_length;
+    let found = reading::beyond_training(audit.trained_length?, longer.len());
+    Some(match longer.len() {
+        0 => format!("ok    {found}"),
+        _ => format!("note  {found} ({})", places(path, longer)),
+    })
+}
+
+/// Whether what truncation left teaches the model to stop.
+fn ends(path: &Path, report: &LoadReport, tokenizer: &ChatTokenizer) -> Vec<String> {
+    if report.documents == 0 {
+        return vec!["note  no document is left to train on".into()];
+    }
+    let found = [
+        (
+            "records with an answer whose end-of-sequence token is not trained",
+            &report.untrained_eos,
+        ),
+        ("answers that lost their end by truncation", &report.cut_answers),
+    ];
+    let found = found.into_iter().filter(|(_, lines)| !lines.is_empty());
+    let notes: Vec<String> = found.map(|(what, lines)| note(path, what, lines)).collect();
+    if !notes.is_empty() {
+        return notes;
+    }
+    let eos = tokenizer.eos().map_or("which the tokenizer lacks", |token| &token.text);
+    vec![format!("ok    every answer ends in a trained end-of-sequence token ({eos})")]
+}
+
+/// How many there are of something, and on which lines.
+fn note(path: &Path, what: &str, lines: &[usize]) -> String {
+    format!("note  {what}: {} ({})", number(lines.len()), places(path, lines))
 }
 
 fn too_long(audit: &Audit, options: &DataOptions) -> String {
     let report = &audit.report;
     let share = percent(report.too_long.len(), report.lengths.len());
-    let removed = number(report.tokens_removed);
+    let verb = if report.tokens_removed == 1 { "is" } else { "are" };
+    let removed = report.tokens_removed;
+    let removed = format!("{} {}", number(removed), noun(removed, "token"));
     let fate = match options.truncation {
         Truncation::Error => "refused without `--truncation`".to_string(),
-        Truncation::Drop => format!("left out with {removed} tokens"),
-        Truncation::Right => format!("cut at the end by {removed} tokens in all"),
-        Truncation::Left => format!("cut at the beginning by {removed} tokens in all"),
-        Truncation::Split => format!("split; {removed} tokens are in parts without a target"),
+        Truncation::Drop => format!("left out with {removed}"),
+        Truncation::Right => format!("cut at the end by {removed} in all"),
+        Truncation::Left => format!("cut at the beginning by {removed} in all"),
+        Truncation::Split => format!("split; {removed} {verb} in parts without a target"),
     };
     format!("records longer than {} tokens ({share:.1} %), {fate}", options.max_length)
 }
@@ -150,17 +203,10 @@ fn rejected(path: &Path, audit: &Audit) -> Vec<String> {
     lines
 }
 
-/// What `nibble train` would say.
-fn verdict(path: &Path, audit: &Audit, options: &DataOptions) -> Vec<String> {
-    match audit.report.check(path, options) {
-        Ok(()) => Vec::new(),
-        Err(error) => vec![String::new(), format!("training would stop: {}", error.message().what)],
-    }
-}
-
-/// `train.jsonl:4, 9, 17`.
+/// `train.jsonl:4, 9, 17`, each line once.
 fn places(path: &Path, lines: &[usize]) -> String {
-    let listed: Vec<String> = lines.iter().take(LISTED).map(usize::to_string).collect();
+    let lines: Vec<&usize> = lines.chunk_by(usize::eq).map(|same| &same[0]).collect();
+    let listed: Vec<String> = lines.iter().take(LISTED).map(|line| line.to_string()).collect();
     let more = if lines.len() > LISTED { ", …" } else { "" };
     format!("{}:{}{more}", path.display(), listed.join(", "))
 }
@@ -194,7 +240,7 @@ mod tests {
     #[test]
     fn a_few_lines_are_listed() {
         let path = Path::new("d.jsonl");
-        assert_eq!(places(path, &[4, 9]), "d.jsonl:4, 9");
+        assert_eq!(places(path, &[4, 9, 9]), "d.jsonl:4, 9");
         assert!(places(path, &(1..99).collect::<Vec<_>>()).ends_with("19, 20, …"));
     }
 }

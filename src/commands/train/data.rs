@@ -9,6 +9,7 @@ use crate::data::pack::{efficiency, one_per_row, pack};
 use crate::data::split::hold_out;
 use crate::data::{Batch, Document, LoadReport};
 use crate::error::Result;
+use crate::plural::noun;
 use crate::train::events::DataSummary;
 use crate::train::feed::Feed;
 use crate::train::progress::Progress;
@@ -35,6 +36,10 @@ pub struct Prepared {
 pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Result<Prepared> {
     let [training, evaluation] = sources(args, base, progress)?;
     let (max_length, seed) = (args.data.max_length, args.optimization.seed);
+    if let Some(most) = base.spec.trained_length().filter(|&most| most < max_length) {
+        let documents = training.documents.iter().chain(&evaluation.documents);
+        progress.note(&reading::beyond_training(most, longer_than(most, documents)));
+    }
     let rows = |documents: &[Document]| match args.data.packing {
         true => pack(&lengths(documents), max_length, seed),
         false => one_per_row(documents.len()),
@@ -43,8 +48,9 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
     if args.data.packing {
         let share = 100.0 * efficiency(&lengths(&training.documents), &training_rows, max_length);
         let count = training_rows.len();
+        let rows = noun(count, "row");
         progress
-            .note(&format!("packed into {count} rows of {max_length} tokens, {share:.1}% full"));
+            .note(&format!("packed into {count} {rows} of {max_length} tokens, {share:.1}% full"));
     }
     let summaries = vec![training.summary("training", &training_rows)];
     let seed = args.data.shuffle.then_some(seed);
@@ -67,6 +73,10 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
         prepared.evaluate(feed.of_file(evaluation.path));
     }
     Ok(prepared)
+}
+
+fn longer_than<'d>(tokens: usize, documents: impl Iterator<Item = &'d Document>) -> usize {
+    documents.filter(|document| document.input_ids.len() > tokens).count()
 }
 
 fn lengths(documents: &[Document]) -> Vec<usize> {
@@ -139,12 +149,13 @@ impl Prepared {
 /// One line on a file; nothing that was left out goes unsaid.
 fn first_line(path: &Path, report: &LoadReport, notes: &[String]) -> String {
     let share = 100.0 * report.targets as f64 / report.tokens.max(1) as f64;
+    let counted = |count: usize, one: &str| format!("{count} {}", noun(count, one));
     let mut line = format!(
-        "{}: {} records, {} documents, {} tokens, {share:.0}% of them trained",
+        "{}: {}, {}, {}, {share:.0}% of them trained",
         path.display(),
-        report.records,
-        report.documents,
-        report.tokens,
+        counted(report.records, "record"),
+        counted(report.documents, "document"),
+        counted(report.tokens, "token"),
     );
     for note in notes {
         line.push_str("; ");
@@ -155,14 +166,18 @@ fn first_line(path: &Path, report: &LoadReport, notes: &[String]) -> String {
 
 /// What was left out or looks wrong.
 fn notes(report: &LoadReport) -> Vec<String> {
+    let plain = |count: usize, what: &str| (count > 0).then(|| format!("{count} {what}"));
+    let counted = |count, one, what| plain(count, &format!("{} {what}", noun(count, one)));
     let notes = [
-        (report.without_targets.len(), "without a token to train on, left out"),
-        (report.too_long.len(), "longer than `--max-length`"),
-        (report.tokens_removed, "tokens removed by truncation"),
-        (report.untrained_eos.len(), "with an answer whose end-of-sequence is not trained"),
-        (report.double_bos.len(), "that begin with two beginning-of-sequence tokens"),
-        (report.duplicates.len(), "that repeat an earlier one"),
+        plain(report.without_targets.len(), "without a token to train on, left out"),
+        plain(report.too_long.len(), "longer than `--max-length`"),
+        counted(report.tokens_removed, "token", "removed by truncation"),
+        plain(report.untrained_eos.len(), "with an answer whose end-of-sequence is not trained"),
+        counted(report.cut_answers.len(), "answer", "cut before the end"),
+        plain(report.double_bos.len(), "with two beginning-of-sequence tokens in front"),
+        plain(report.duplicates.len(), "repeating an earlier one"),
+        reading::unknown_roles(report)
+            .map(|roles| format!("messages of roles that templates seldom know: {roles}")),
     ];
-    let found = notes.into_iter().filter(|(count, _)| *count > 0);
-    found.map(|(count, what)| format!("{count} {what}")).collect()
+    notes.into_iter().flatten().collect()
 }

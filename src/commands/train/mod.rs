@@ -21,6 +21,7 @@ use crate::model::families::{base_dropout, spec_from_config};
 use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::model::streaming::Streaming;
 use crate::model::weights::Weights;
+use crate::plural::noun;
 use crate::report::{REPORT_FILE, Reports};
 use crate::sample::Speaker;
 use crate::train::backend::TrainingKernels;
@@ -237,7 +238,8 @@ fn identity(args: &TrainArgs, data: &Prepared) -> Identity {
 fn report(args: &TrainArgs, end: &EndEvent, (predicted_bytes, in_process): (u64, bool)) {
     let (out, step, loss) = (args.output.out.display(), end.step, end.train_loss);
     let speed = end.tokens_per_second;
-    println!("{out}: {step} steps, mean loss {loss:.4}, {speed:.0} tokens/s");
+    let steps = noun(step as usize, "step");
+    println!("{out}: {step} {steps}, mean loss {loss:.4}, {speed:.0} tokens/s");
     let (predicted, measured) = (ByteSize(predicted_bytes), ByteSize(end.peak_rss_bytes));
     if in_process {
         println!("memory: planned {predicted}, measured peak {measured}");

@@ -3,6 +3,7 @@
 //! Parquet is known by its first bytes, CSV by its name (`.csv`, `.tsv`); all else is JSON.
 
 mod json;
+mod quotes;
 mod table;
 
 use std::fs::File;

@@ -17,12 +17,14 @@ use parquet::record::reader::RowIter;
 use serde_json::{Map, Value};
 
 use super::super::record::Rejection;
+use super::quotes::QuoteReader;
 use super::{Body, Raw};
 use crate::error::{Error, Result};
+use crate::plural::noun;
 
 pub(super) struct CsvSource<'a> {
     path: &'a Path,
-    reader: Reader<File>,
+    reader: Reader<QuoteReader<File>>,
     columns: Vec<String>,
     row: ByteRecord,
 }
@@ -30,16 +32,22 @@ pub(super) struct CsvSource<'a> {
 impl<'a> CsvSource<'a> {
     pub fn open(path: &'a Path, delimiter: u8) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-        let mut reader = ReaderBuilder::new().delimiter(delimiter).flexible(true).from_reader(file);
+        let mut builder = ReaderBuilder::new();
+        let file = QuoteReader::new(file, delimiter);
+        let mut reader = builder.delimiter(delimiter).flexible(true).from_reader(file);
         let header = reader.byte_headers().map_err(|e| damaged(path, &e))?;
         let columns = header.iter().map(|name| String::from_utf8_lossy(name).into_owned());
         let columns = columns.map(|name| name.trim_start_matches('\u{feff}').to_string()).collect();
-        Ok(CsvSource { path, reader, columns, row: ByteRecord::new() })
+        let source = CsvSource { path, reader, columns, row: ByteRecord::new() };
+        source.check_quotes()?;
+        Ok(source)
     }
 
     pub fn next(&mut self) -> Result<Option<Raw>> {
         let read = self.reader.read_byte_record(&mut self.row);
-        if !read.map_err(|e| damaged(self.path, &e))? {
+        let is_row = read.map_err(|e| damaged(self.path, &e))?;
+        self.check_quotes()?;
+        if !is_row {
             return Ok(None);
         }
         // The position is that before blank lines; count back from the row's end to skip them.
@@ -49,10 +57,19 @@ impl<'a> CsvSource<'a> {
         Ok(Some(Raw { line, body: self.fields().map(Body::Fields) }))
     }
 
+    fn check_quotes(&self) -> Result<()> {
+        let Some(line) = self.reader.get_ref().unclosed() else { return Ok(()) };
+        let path = self.path.display();
+        Err(Error::input(format_args!(
+            "{path}:{line}: the quotes that begin in this line are not closed"
+        ))
+        .hint("a cell in quotes ends in a quote; one inside of it is written twice: `\"\"`"))
+    }
+
     fn fields(&self) -> std::result::Result<Value, Rejection> {
         let (cells, columns) = (self.row.len(), self.columns.len());
         if cells != columns {
-            let what = format!("row has {cells} cells, the header {columns}");
+            let what = format!("row has {cells} {}, the header {columns}", noun(cells, "cell"));
             return Err(Rejection::new(what)
                 .hint("cells that hold commas, quotes or line breaks stand in double quotes"));
         }
@@ -175,7 +192,7 @@ mod tests {
         let expected = [
             (2, Ok(json!({"prompt": "a", "completion": "b, \"c\"\nd"}))),
             (5, Ok(json!({"prompt": "1", "completion": ""}))),
-            (6, Err("row has 1 cells, the header 2".to_string())),
+            (6, Err("row has 1 cell, the header 2".to_string())),
             (7, Err("field `completion` is not UTF-8 at byte 1".to_string())),
         ];
         assert_eq!(csv(text), expected);

@@ -1,0 +1,119 @@
+//! Whether the quotes of a CSV file are closed. The parser does not tell: to it, all that follows a
+//! quote, up to the next one or to the end of the file, is one cell.
+
+use std::io::{self, Read};
+
+const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
+
+/// A reader that follows the quotes in what it reads, by the parser's rules.
+pub(super) struct QuoteReader<R> {
+    inner: R,
+    delimiter: u8,
+    has_begun: bool,
+    place: Place,
+    /// Line of the next byte, from 1.
+    line: usize,
+    /// Line of the last quote that began a cell.
+    opened: usize,
+    unclosed: Option<usize>,
+}
+
+/// What comes before the next byte.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Place {
+    /// A delimiter, a line break or nothing.
+    Begin,
+    /// Text of a cell without quotes, where quotes mean nothing.
+    Plain,
+    /// Text in quotes.
+    Quoted,
+    /// A quote: the last one, or the first of two that stand for one.
+    Quote,
+}
+
+impl<R> QuoteReader<R> {
+    pub fn new(inner: R, delimiter: u8) -> Self {
+        let (has_begun, place, line) = (false, Place::Begin, 1);
+        QuoteReader { inner, delimiter, has_begun, place, line, opened: line, unclosed: None }
+    }
+
+    /// The line of the first quote that has no partner in what has been read: none is there when the
+    /// file ends, or the one that was found stands in the middle of a cell on a later line.
+    pub fn unclosed(&self) -> Option<usize> {
+        self.unclosed
+    }
+
+    fn take(&mut self, byte: u8) {
+        self.place = match (self.place, byte) {
+            (Place::Begin, b'"') => {
+                self.opened = self.line;
+                Place::Quoted
+            }
+            (Place::Quoted, b'"') => Place::Quote,
+            (Place::Quoted, _) | (Place::Quote, b'"') => Place::Quoted,
+            (_, b'\r' | b'\n') => Place::Begin,
+            (_, byte) if byte == self.delimiter => Place::Begin,
+            (Place::Quote, byte) if self.line > self.opened && byte != b' ' => {
+                self.unclosed.get_or_insert(self.opened);
+                Place::Plain
+            }
+            _ => Place::Plain,
+        };
+        self.line += usize::from(byte == b'\n');
+    }
+
+    fn end(&mut self) {
+        if self.place == Place::Quoted {
+            self.unclosed.get_or_insert(self.opened);
+        }
+    }
+}
+
+impl<R: Read> Read for QuoteReader<R> {
+    fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        let length = self.inner.read(buffer)?;
+        if length == 0 && !buffer.is_empty() {
+            self.end();
+        }
+        let read = &buffer[..length];
+        let text = match self.has_begun {
+            false => read.strip_prefix(BYTE_ORDER_MARK).unwrap_or(read),
+            true => read,
+        };
+        self.has_begun = true;
+        text.iter().for_each(|&byte| self.take(byte));
+        Ok(length)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn unclosed(text: &str) -> Option<usize> {
+        let mut reader = QuoteReader::new(text.as_bytes(), b',');
+        io::copy(&mut reader, &mut io::sink()).unwrap();
+        reader.unclosed()
+    }
+
+    #[test]
+    fn a_quote_without_a_partner_has_a_line() {
+        assert_eq!(unclosed("a,b\nc,\"d\ne,f\n"), Some(2));
+        assert_eq!(unclosed("\u{feff}\"a,b\nc,d\n"), Some(1));
+        assert_eq!(unclosed("a,\"b \"\"c\"\"\nd"), Some(1));
+        assert_eq!(unclosed("a,b\nc,\"d\ne,\"f\"\ng,h\n"), Some(2), "closed by another's quote");
+    }
+
+    #[test]
+    fn closed_and_plain_quotes_are_fine() {
+        for text in [
+            "a,\"b \"\"c\"\"\r\nd\"\r\ne,f\r\n",
+            "\u{feff}\"a\",\"\"\n\"\",\"\n\"",
+            "\"a\nb\" ,c\n",
+            "5\" pipe,it's \"so\"\n\"a\"b,c\n",
+            "",
+        ] {
+            assert_eq!(unclosed(text), None, "{text:?}");
+        }
+    }
+}
