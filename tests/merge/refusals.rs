@@ -58,8 +58,11 @@ fn an_output_folder_with_files_in_it() {
     let errors = fail(2, &merge.arguments(&out, &[]));
     assert!(errors.contains("not empty") && errors.contains("--overwrite"), "{errors}");
     assert!(out.join("precious").exists());
+    let errors = fail(2, &merge.arguments(&out, &["--overwrite"]));
+    assert!(errors.contains("holds `precious`, which is no file of a model"), "{errors}");
+    fs::rename(out.join("precious"), out.join("vocab.json")).unwrap();
     run(&merge.arguments(&out, &["--overwrite"]));
-    assert!(!out.join("precious").exists());
+    assert!(!out.join("vocab.json").exists());
 }
 
 #[test]
