@@ -18,6 +18,7 @@ struct Shape {
     f: usize,
     v: usize,
     qkv_bias: bool,
+    qk_norm: bool,
 }
 
 const LLAMA_8B: Shape = Shape {
@@ -28,6 +29,7 @@ const LLAMA_8B: Shape = Shape {
     f: 14_336,
     v: 128_256,
     qkv_bias: false,
+    qk_norm: false,
 };
 const QWEN_32B: Shape = Shape {
     config: "qwen2.5-32b",
@@ -37,6 +39,7 @@ const QWEN_32B: Shape = Shape {
     f: 27_648,
     v: 152_064,
     qkv_bias: true,
+    qk_norm: false,
 };
 const LLAMA_70B: Shape = Shape {
     config: "llama-3.3-70b",
@@ -46,9 +49,20 @@ const LLAMA_70B: Shape = Shape {
     f: 28_672,
     v: 128_256,
     qkv_bias: false,
+    qk_norm: false,
+};
+const QWEN3_8B: Shape = Shape {
+    config: "qwen3-8b",
+    d: 4096,
+    layers: 36,
+    heads: 32,
+    f: 12_288,
+    v: 151_936,
+    qkv_bias: false,
+    qk_norm: true,
 };
 
-/// All three have 8 key heads of 128 columns, and the adapters rank 16 on all seven linears.
+/// All four have 8 key heads of 128 columns, and the adapters rank 16 on all seven linears.
 const KV: usize = 8 * 128;
 const RANK: usize = 16;
 const TILE: usize = 4096;
@@ -69,7 +83,8 @@ impl Shape {
         };
         let linears: usize = self.linears().into_iter().map(packed).sum();
         let biases = if self.qkv_bias { 4 * (self.d + 2 * KV) } else { 0 };
-        self.layers * (linears + 2 * 4 * self.d + biases) + 4 * self.d + 2 * 2 * self.v * self.d
+        let head_norms = if self.qk_norm { 2 * 4 * 128 } else { 0 };
+        self.layers * (linears + 2 * 4 * self.d + biases + head_norms) + 4 * self.d + 2 * 2 * self.v * self.d
     }
 
     /// Bytes of what is kept of a token by the first half of a block and by the MLP. Behind the rows of
@@ -94,6 +109,8 @@ impl Shape {
         // Stream, norm, q k v, with room for t of the stream's and of q, k and v, and t of three side
         // by side; cos and sin; δ of attention.
         let gradients = tokens * (2 * (d + d + (d + 2 * KV) + 7 * RANK) + 4 * 128 + 4 * self.heads);
+        // q, k and v as attention reads them, where norms lie between.
+        let normed = if self.qk_norm { tokens * 2 * (d + 2 * KV) } else { 0 };
         // The output of a norm, with room for `x·Aᵀ` of q, k and v, and its statistics.
         let norm = tokens * (2 * (d + 3 * RANK) + 4 * 2);
         // A of q, k and v one below the other, and its gradient.
@@ -108,6 +125,7 @@ impl Shape {
             + inputs * tokens * 2 * d
             + activations
             + gradients
+            + normed
             + norm
             + stacked
             + mlp
@@ -133,7 +151,7 @@ impl Shape {
 
 #[test]
 fn a_plan_is_the_arithmetic_of_its_formulas() {
-    for shape in [LLAMA_8B, QWEN_32B, LLAMA_70B] {
+    for shape in [LLAMA_8B, QWEN_32B, LLAMA_70B, QWEN3_8B] {
         for (tokens, policy) in [
             (512, "keep"),
             (4096, "keep"),
