@@ -84,7 +84,9 @@ impl Shape {
         let linears: usize = self.linears().into_iter().map(packed).sum();
         let biases = if self.qkv_bias { 4 * (self.d + 2 * KV) } else { 0 };
         let head_norms = if self.qk_norm { 2 * 4 * 128 } else { 0 };
-        self.layers * (linears + 2 * 4 * self.d + biases + head_norms) + 4 * self.d + 2 * 2 * self.v * self.d
+        self.layers * (linears + 2 * 4 * self.d + biases + head_norms)
+            + 4 * self.d
+            + 2 * 2 * self.v * self.d
     }
 
     /// Bytes of what is kept of a token by the first half of a block and by the MLP. Behind the rows of
