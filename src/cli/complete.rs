@@ -207,8 +207,13 @@ mod tests {
             ),
             (
                 "seed = [1, 2]",
-                "run.toml:1: invalid value '1,2' for '--seed <NUMBER>': invalid digit found in \
-                 string",
+                "run.toml:1: invalid value '1,2' for '--seed <NUMBER>': expected a whole number, \
+                 0 or more",
+            ),
+            (
+                "lora_alpha = 0",
+                "run.toml:1: invalid value '0' for '--lora-alpha <ALPHA>': expected a number \
+                 above 0",
             ),
             (
                 "resume = true",

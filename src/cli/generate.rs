@@ -46,22 +46,22 @@ pub struct GenerationArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
     pub context_length: usize,
     /// Divides the logits: higher is more random, 0 always takes the likeliest token
-    #[arg(long, value_name = "NUMBER", default_value_t = 0.0)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 0.0, value_parser = numbers::any)]
     pub temperature: f32,
     /// Draw from the k likeliest tokens; 0 is all
-    #[arg(long, value_name = "K", default_value_t = 50)]
+    #[arg(long, value_name = "K", default_value_t = 50, value_parser = numbers::whole::<usize>)]
     pub top_k: usize,
     /// Draw from the likeliest tokens that together reach this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = numbers::any)]
     pub top_p: f32,
     /// Draw from tokens at least this likely, relative to the likeliest
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = numbers::any)]
     pub min_p: f32,
     /// Make tokens that occurred less likely; 1 is off
-    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = numbers::any)]
     pub repetition_penalty: f32,
     /// Seed of the draws
-    #[arg(long, value_name = "NUMBER", default_value_t = 42)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 42, value_parser = numbers::whole::<u64>)]
     pub seed: u64,
     /// Where it computes.
     #[command(flatten)]
@@ -97,7 +97,7 @@ const CHAT_EXAMPLES: &str = "Examples:
 
 /// Answer a prompt
 #[derive(Debug, Args)]
-#[command(after_help = GENERATE_EXAMPLES, allow_negative_numbers = true)]
+#[command(after_help = GENERATE_EXAMPLES)]
 pub struct GenerateArgs {
     /// The base model.
     #[command(flatten)]
@@ -106,10 +106,16 @@ pub struct GenerateArgs {
     #[arg(long, help_heading = "Prompt", value_name = "[NAME=]DIR")]
     pub adapter: Vec<NamedAdapter>,
     /// What to answer; read from standard input if absent
-    #[arg(long, help_heading = "Prompt", value_name = "TEXT")]
+    #[arg(long, help_heading = "Prompt", value_name = "TEXT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
     /// System message before the prompt
-    #[arg(long, help_heading = "Prompt", value_name = "TEXT", conflicts_with = "raw")]
+    #[arg(
+        long,
+        help_heading = "Prompt",
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        conflicts_with = "raw"
+    )]
     pub system: Option<String>,
     /// Continue the prompt as plain text, without the chat template
     #[arg(long, help_heading = "Prompt", action = ArgAction::SetTrue)]
@@ -121,7 +127,7 @@ pub struct GenerateArgs {
 
 /// Talk to a model; adapters can be swapped while talking, `/help` says how
 #[derive(Debug, Args)]
-#[command(after_help = CHAT_EXAMPLES, allow_negative_numbers = true)]
+#[command(after_help = CHAT_EXAMPLES)]
 pub struct ChatArgs {
     /// The base model.
     #[command(flatten)]
@@ -130,7 +136,7 @@ pub struct ChatArgs {
     #[arg(long, help_heading = "Conversation", value_name = "[NAME=]DIR")]
     pub adapter: Vec<NamedAdapter>,
     /// System message
-    #[arg(long, help_heading = "Conversation", value_name = "TEXT")]
+    #[arg(long, help_heading = "Conversation", value_name = "TEXT", allow_hyphen_values = true)]
     pub system: Option<String>,
     /// How to answer.
     #[command(flatten)]

@@ -77,7 +77,8 @@ pub struct MemoryArgs {
     #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]
     pub fit: bool,
     /// Make that many real training steps on random tokens, and show what was measured beside the plan
-    #[arg(long, help_heading = "Output", value_name = "STEPS", num_args = 0..=1, default_missing_value = "2")]
+    #[arg(long, help_heading = "Output", value_name = "STEPS", num_args = 0..=1,
+          default_missing_value = "2", value_parser = numbers::at_least_one)]
     pub measure: Option<NonZeroUsize>,
     /// Write a page with pictures of the plan, and of what was measured
     #[arg(long, help_heading = "Output", value_name = "FILE")]

@@ -1,5 +1,6 @@
 //! The command line as types: one struct per command, each default written once, here.
 
+pub mod arguments;
 pub mod complete;
 pub mod completions;
 pub mod data;
@@ -84,8 +85,9 @@ impl Cli {
     ///
     /// # Errors
     /// `Usage` for wrong flags or a wrong config file.
-    pub fn from_arguments(mut argv: Vec<OsString>) -> Result<Self> {
+    pub fn from_arguments(argv: Vec<OsString>) -> Result<Self> {
         let command = Cli::command();
+        let mut argv = arguments::for_clap(&command, argv);
         let matches = partial_matches(&command, &argv)?;
         let train = command.find_subcommand(TRAIN);
         if let (Some(train), Some((TRAIN, matches))) = (train, matches.subcommand()) {
@@ -123,4 +125,27 @@ fn usage(command: &clap::Command, argv: &[OsString], error: clap::Error) -> Erro
     }
     let chosen = argv.get(1).and_then(|name| command.find_subcommand(name));
     layers::readable(chosen.unwrap_or(command), &error)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_values_are_refused_in_words_of_ours() {
+        for command in Cli::command().get_subcommands() {
+            let flags = command.get_arguments().filter(|arg| arg.get_action().takes_values());
+            for flag in flags.filter_map(clap::Arg::get_long) {
+                for value in ["?", "-1", "0", "1e9", "99999999999999999999999", "a=b", ",", " "] {
+                    let argv = [command.get_name(), &format!("--{flag}={value}")];
+                    let result = layers::partial(command).try_get_matches_from(argv);
+                    let Err(error) = result else { continue };
+                    let text = layers::readable(command, &error).to_string();
+                    for raw in ["invalid digit", "invalid float", "non-zero type", "number too"] {
+                        assert!(!text.contains(raw), "{text}");
+                    }
+                }
+            }
+        }
+    }
 }

@@ -34,7 +34,8 @@ pub struct QuantizeArgs {
     pub block_size: usize,
 
     /// Whether the scales are quantized, too: to 8 bits
-    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set, default_value_t = true,
+          num_args = 0..=1, default_missing_value = "true")]
     pub double_quant: bool,
 
     /// Keep tensors dense whose name matches this regular expression; may be repeated

@@ -154,3 +154,17 @@ fn the_prompt_may_come_from_standard_input() {
     assert_eq!(code, 2);
     assert!(error_of(&text).contains("hint: give `--prompt TEXT`"), "{text}");
 }
+
+#[test]
+fn a_prompt_may_begin_with_a_dash() {
+    let place = Workplace::new();
+    add_template(&place);
+    let spaced = ["--raw", "--prompt", "- w7 w31"];
+    assert_eq!(generate(&place, &spaced), generate(&place, &["--raw", "--prompt=- w7 w31"]));
+    for text in ["-5", "-w5", "--raw", "--", "--max_new_tokens"] {
+        let apart = ["--prompt", text, "--system", text];
+        let joined = [format!("--prompt={text}"), format!("--system={text}")];
+        let joined = joined.each_ref().map(String::as_str);
+        assert_eq!(generate(&place, &apart), generate(&place, &joined), "{text}");
+    }
+}
