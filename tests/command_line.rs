@@ -38,3 +38,22 @@ fn negative_numbers_reach_the_flag_that_refuses_them() {
         assert!(error.contains(&format!(": {expected}")), "{error}");
     }
 }
+
+#[test]
+fn a_size_has_a_unit() {
+    let place = Workplace::new();
+    for (arguments, hint) in [
+        ("memory --model m --budget 24", "`24GiB`"),
+        ("memory --model m --memory_budget 7.5", "`7.5GiB`"),
+        ("train --out o --memory-budget 24000000000", "`24000000000B`"),
+        ("quantize --max-shard-size 5", "`5GiB`"),
+    ] {
+        let error = refused(&place, arguments);
+        let message = format!(": expected a number with a unit\nhint: {hint}");
+        assert!(error.ends_with(&message), "{error}");
+    }
+    for command in ["quantize", "merge"] {
+        let error = refused(&place, &format!("{command} --max-shard-size 0B"));
+        assert!(error.contains("expected more than nothing, such as 5GB"), "{error}");
+    }
+}

@@ -211,6 +211,11 @@ mod tests {
                  0 or more",
             ),
             (
+                "memory_budget = 24",
+                "run.toml:1: invalid value '24' for '--memory-budget <SIZE>': expected a number \
+                 with a unit\nhint: `24GiB`",
+            ),
+            (
                 "lora_alpha = 0",
                 "run.toml:1: invalid value '0' for '--lora-alpha <ALPHA>': expected a number \
                  above 0",

@@ -29,6 +29,9 @@ pub struct Entry {
     pub place: String,
 }
 
+/// What a value parser may write at the beginning of its second line: the way out.
+pub const HINT: &str = "hint: ";
+
 /// Flags that say where settings come from, and are not settings.
 const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];
 
@@ -160,6 +163,7 @@ pub fn readable(command: &Command, error: &clap::Error) -> Error {
         ([values, ..], _) if values.starts_with('[') => {
             Error::usage(first).hint(values.trim_matches(['[', ']']))
         }
+        ([hint], _) if hint.starts_with(HINT) => Error::usage(first).hint(&hint[HINT.len()..]),
         (rest, _) => Error::usage(format_args!("{first} {}", rest.join(", "))),
     }
 }
