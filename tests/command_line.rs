@@ -2,7 +2,9 @@
 
 mod training;
 
-use training::{Workplace, error_of, fail};
+use std::fs;
+
+use training::{Workplace, error_of, fail, succeed};
 
 fn refused(place: &Workplace, arguments: &str) -> String {
     let arguments: Vec<&str> = arguments.split(' ').collect();
@@ -56,4 +58,35 @@ fn a_size_has_a_unit() {
         let error = refused(&place, &format!("{command} --max-shard-size 0B"));
         assert!(error.contains("expected more than nothing, such as 5GB"), "{error}");
     }
+}
+
+#[test]
+fn names_from_scripts_of_other_trainers() {
+    let place = Workplace::new();
+    let flags = "--lora_r 4 --lora_alpha=8 --max_steps 1 --packing --use_rslora --sample_prompt \
+                 --max_steps";
+    succeed(place.train("out", &flags.split(' ').collect::<Vec<_>>()));
+    let config = place.json("out/adapter_config.json");
+    assert_eq!((&config["r"], &config["lora_alpha"]), (&4.into(), &8.into()));
+    let settings = String::from_utf8(place.read("out/settings.toml")).unwrap();
+    assert!(settings.contains("sample_prompt = \"--max_steps\"\n"), "{settings}");
+    for (flag, hint) in [
+        ("--max_seq_len", "here it is `--max-length`"),
+        ("--gradient_checkpointing", "here it is `--activations`"),
+        ("--assistant_only_loss", "here it is `--train-on`"),
+        ("--use-dora", "not supported in training"),
+        ("--modules-to-save", "not supported in training"),
+        ("--neftune_noise_alpha", "not supported"),
+        ("--bf16", "leave it out: it computes in bf16 on a GPU"),
+        ("--report_to", "leave it out: every run writes TensorBoard's files"),
+        ("--learning-rte", "did you mean `--learning-rate`?"),
+        ("--colour", "see `nibble train --help`"),
+    ] {
+        let error = refused(&place, &format!("train {flag} 1"));
+        assert!(error.contains(&format!("\nhint: {hint}")), "{flag}: {error}");
+    }
+    fs::write(place.path("run.toml"), "use_dora = true\n").unwrap();
+    let error = refused(&place, "train --config run.toml");
+    let message = "error: run.toml:1: unknown key `use_dora`\nhint: not supported in training";
+    assert!(error.starts_with(message), "{error}");
 }

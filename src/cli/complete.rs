@@ -225,8 +225,8 @@ mod tests {
                 "run.toml:1: `resume` belongs on the command line\nhint: leave it out of the file",
             ),
             (
-                "[optimizer]\nseed = 1",
-                "run.toml:1: unknown key `optimizer`\nhint: see `nibble train --help`",
+                "[tokenizer]\nseed = 1",
+                "run.toml:1: unknown key `tokenizer`\nhint: see `nibble train --help`",
             ),
             (
                 "seed = 2026-01-01",

@@ -86,8 +86,8 @@ fn known<'a>(command: &'a Command, name: &str) -> Result<&'a Arg> {
             .hint("leave it out of the file")),
         None => {
             let error = Error::usage(format_args!("unknown key `{name}`"));
-            if let Some(ours) = synonyms::ours(command, name) {
-                return Err(error.hint(format_args!("here it is `{ours}`")));
+            if let Some(hint) = synonyms::hint(command, name, "") {
+                return Err(error.hint(hint));
             }
             match nearest(&wanted, settings()) {
                 close if close.is_empty() => Err(error.hint("see `nibble train --help`")),
@@ -141,8 +141,8 @@ fn check(command: &Command, entry: &Entry) -> Result<()> {
     }
 }
 
-/// clap's message without its prefix and its usage lines; possible values or its tip become the
-/// hint, or the flag of `command` that other trainers call by the name that was tried.
+/// clap's message without its prefix and its usage lines; possible values, its tip or a parser's
+/// hint become the hint, or what is said of a flag of `command` that is not there.
 pub fn readable(command: &Command, error: &clap::Error) -> Error {
     let text = error.render().to_string();
     let mut lines = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim);
@@ -150,12 +150,10 @@ pub fn readable(command: &Command, error: &clap::Error) -> Error {
     let first = first.strip_prefix("error: ").unwrap_or(first);
     let tip = text.lines().find_map(|line| line.trim().strip_prefix("tip: "));
     let rest: Vec<&str> = lines.collect();
-    let tried = match error.get(ContextKind::InvalidArg) {
-        Some(ContextValue::String(name)) if error.kind() == ErrorKind::UnknownArgument => name,
-        _ => "",
-    };
-    if let Some(ours) = synonyms::ours(command, tried) {
-        return Error::usage(first).hint(format_args!("here it is `--{ours}`"));
+    if let (ErrorKind::UnknownArgument, Some(ContextValue::String(tried))) =
+        (error.kind(), error.get(ContextKind::InvalidArg))
+    {
+        return unknown(command, first, tried);
     }
     match (&rest[..], tip) {
         ([], Some(tip)) => Error::usage(first).hint(tip),
@@ -165,6 +163,20 @@ pub fn readable(command: &Command, error: &clap::Error) -> Error {
         }
         ([hint], _) if hint.starts_with(HINT) => Error::usage(first).hint(&hint[HINT.len()..]),
         (rest, _) => Error::usage(format_args!("{first} {}", rest.join(", "))),
+    }
+}
+
+/// An unknown argument, with the flag of `command` that was meant, if one can tell.
+fn unknown(command: &Command, what: &str, tried: &str) -> Error {
+    let error = Error::usage(what);
+    if let Some(hint) = synonyms::hint(command, tried, "--") {
+        return error.hint(hint);
+    }
+    let flags = command.get_arguments().filter_map(Arg::get_long).map(|long| format!("--{long}"));
+    let flags: Vec<String> = flags.collect();
+    match nearest(&tried.replace('_', "-"), flags.iter().map(String::as_str)) {
+        close if close.is_empty() => error,
+        close => error.hint(format_args!("did you mean {close}?")),
     }
 }
 
