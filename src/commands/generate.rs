@@ -3,7 +3,7 @@
 use std::io::{IsTerminal, Read, Write};
 
 use super::device;
-use crate::cli::generate::{GenerateArgs, NamedAdapter};
+use crate::cli::generate::{GenerateArgs, NamedAdapter, check_names};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
@@ -14,6 +14,7 @@ use crate::sample::{Finish, Sampler, Session, Wish};
 /// # Errors
 /// Whatever is wrong with flags, model, adapter or prompt.
 pub fn run(args: &GenerateArgs) -> Result<()> {
+    check_names(&args.adapter)?;
     super::set_threads(args.generation.threads)?;
     match device::open(&args.generation.device)? {
         Some(gpu) => run_on(args, gpu),
