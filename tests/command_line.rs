@@ -1,10 +1,61 @@
-//! What every command does with its arguments.
+//! What every command does with its arguments and with its output.
 
 mod training;
 
-use std::fs;
+use std::fs::{self, File};
+use std::os::unix::process::ExitStatusExt;
+use std::process::Stdio;
 
-use training::{Workplace, error_of, fail, succeed};
+use training::{Workplace, error_of, fail, stderr, succeed};
+
+/// A device on which every write fails as on a full disk.
+fn full() -> Stdio {
+    File::options().write(true).open("/dev/full").unwrap().into()
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn output_that_cannot_be_written_is_an_error() {
+    let place = Workplace::new();
+    fs::copy(place.path("model/config.json"), place.path("config.json")).unwrap();
+    for arguments in [
+        &["completions", "bash"][..],
+        &["completions", "zsh"],
+        &["--help"],
+        &["train", "-h"],
+        &["--version"],
+        &["doctor"],
+        &["memory", "--model", "config.json"],
+        &["memory", "--model", "config.json", "--fit", "--json", "--budget", "1GiB"],
+        &["data", "--model", "model", "--data", "train.jsonl", "--show", "1"],
+        &["quantize", "--model", "model", "--out", "packed"],
+        &["generate", "--model", "model", "--raw", "--prompt", "w5"],
+    ] {
+        let mut command = place.nibble(arguments);
+        command.stdout(full());
+        let (code, text) = fail(command);
+        assert_eq!(code, 1, "{arguments:?}: {text}");
+        let message = "error: cannot write to standard output: No space left on device";
+        assert!(error_of(&text).starts_with(message), "{arguments:?}: {text}");
+        assert!(!text.contains("panicked"), "{arguments:?}: {text}");
+    }
+    let mut command = place.nibble(&["completions", "bash"]);
+    command.stdout(full()).stderr(full());
+    assert_eq!(command.status().unwrap().code(), Some(1), "nothing can be told");
+}
+
+#[test]
+fn a_reader_that_is_gone_is_no_error() {
+    let place = Workplace::new();
+    for arguments in [&["completions", "bash"][..], &["--help"], &["doctor"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = place.nibble(arguments);
+        let output = command.stdout(writer).output().unwrap();
+        assert_eq!(stderr(&output), "", "{arguments:?}");
+        assert_eq!(output.status.signal(), Some(libc::SIGPIPE), "{arguments:?}");
+    }
+}
 
 fn refused(place: &Workplace, arguments: &str) -> String {
     let arguments: Vec<&str> = arguments.split(' ').collect();

@@ -81,10 +81,10 @@ impl Cli {
     }
 
     /// Parses a command line; the settings of `train` are completed from its config file, the
-    /// resumed run and the preset. Help ends the process as clap does.
+    /// resumed run and the preset. Help and version are printed, and end the process.
     ///
     /// # Errors
-    /// `Usage` for wrong flags or a wrong config file.
+    /// `Usage` for wrong flags or a wrong config file; `Io` when help cannot be printed.
     pub fn from_arguments(argv: Vec<OsString>) -> Result<Self> {
         let command = Cli::command();
         let mut argv = arguments::for_clap(&command, argv);
@@ -117,14 +117,23 @@ fn partial_matches(command: &clap::Command, argv: &[OsString]) -> Result<ArgMatc
     }
 }
 
-/// Wrong usage as our error; help and version end the process.
+/// Wrong usage as our error; help and version end the process once they are printed.
 fn usage(command: &clap::Command, argv: &[OsString], error: clap::Error) -> Error {
     let is_help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
     if !error.use_stderr() || is_help {
-        error.exit()
+        return end_with(&error);
     }
     let chosen = argv.get(1).and_then(|name| command.find_subcommand(name));
     layers::readable(chosen.unwrap_or(command), &error)
+}
+
+/// Prints help and ends the process, as clap's own `exit` does, which would not tell of a failure.
+#[allow(clippy::exit)]
+fn end_with(help: &clap::Error) -> Error {
+    match help.print() {
+        Ok(()) => std::process::exit(help.exit_code()),
+        Err(e) => Error::io("write to", "standard output".as_ref(), e),
+    }
 }
 
 #[cfg(test)]

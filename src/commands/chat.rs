@@ -8,12 +8,13 @@ use std::io::{BufRead, IsTerminal};
 use std::path::Path;
 
 use super::device;
-use super::generate::{note_finish, print};
+use super::generate::note_finish;
 use crate::cli::generate::{ChatArgs, NamedAdapter, check_names};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
 use crate::nearest::nearest;
+use crate::printed;
 use crate::sample::{Sampler, Session, Wish};
 use crate::train::interrupt::Interrupt;
 
@@ -207,11 +208,11 @@ impl<K: Kernels> Chat<K> {
         let mut answer = String::new();
         let finish = session.answer(&prompt, sampler, *max_new_tokens, |piece| {
             answer.push_str(piece);
-            print(piece)?;
+            printed::at_once(piece)?;
             Ok(if interrupt.requested() { Wish::Stop } else { Wish::Continue })
         });
         let finish = finish.map_err(|error| if first { error } else { or_reset(error) })?;
-        print("\n")?;
+        printed::at_once("\n")?;
         note_finish(finish, self.max_new_tokens);
         Ok(answer)
     }
@@ -227,16 +228,12 @@ fn or_reset(error: Error) -> Error {
     }
 }
 
-/// Shows what the user can mend; the rest ends the program.
+/// Shows what the user can mend, such as an adapter folder that cannot be read; the rest ends the
+/// program, as does an answer that cannot be written.
 fn tell(result: Result<()>) -> Result<()> {
     match result {
-        Err(error @ (Error::Usage(_) | Error::Input(_))) => {
+        Err(error @ (Error::Usage(_) | Error::Input(_) | Error::Io(..))) if !printed::failed() => {
             eprintln!("error: {error}");
-            Ok(())
-        }
-        // An adapter folder that cannot be read, but not a terminal that went away.
-        Err(Error::Io(message, cause)) if cause.kind() != std::io::ErrorKind::BrokenPipe => {
-            eprintln!("error: {}", Error::Io(message, cause));
             Ok(())
         }
         result => result,

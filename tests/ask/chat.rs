@@ -160,6 +160,19 @@ fn a_folder_is_known_once_and_a_name_means_one_folder() {
 }
 
 #[test]
+#[cfg(target_os = "linux")]
+fn answers_that_cannot_be_written_end_the_conversation() {
+    let place = Workplace::new();
+    add_template(&place);
+    std::fs::write(place.path("lines"), "w5 w6\nw5 w6\n").unwrap();
+    let mut command = place.nibble(&["chat", "--model", "model", "--quantization", "none"]);
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    command.stdin(std::fs::File::open(place.path("lines")).unwrap()).stdout(full);
+    let (code, text) = crate::training::fail(command);
+    assert_eq!((code, text.matches("error: cannot write to standard output").count()), (1, 1));
+}
+
+#[test]
 fn a_model_without_a_template_is_refused_before_the_first_question() {
     let place = Workplace::new();
     let (code, text) = crate::training::fail(place.nibble(&["chat", "--model", "model"]));

@@ -12,6 +12,7 @@ use crate::data::audit::Audit;
 use crate::data::{ChatTokenizer, Encoder};
 use crate::error::Result;
 use crate::model::families::spec_from_config;
+use crate::printed;
 
 /// Runs the command.
 ///
@@ -32,7 +33,7 @@ pub fn run(args: &DataArgs) -> Result<()> {
         let shown = show::documents(&args.data, &first, &tokenizer)?;
         report::render(&args.data, &audit, &options, &tokenizer) + &shown
     };
-    super::generate::print(&text)
+    printed::at_once(&text)
 }
 
 /// Rows of the model's embedding; a folder with a tokenizer but no weights will do.
