@@ -4,7 +4,7 @@ mod training;
 
 use std::fs::{self, File};
 use std::os::unix::process::ExitStatusExt;
-use std::process::Stdio;
+use std::process::{Command, Stdio};
 
 use training::{Workplace, error_of, fail, stderr, succeed};
 
@@ -140,4 +140,38 @@ fn names_from_scripts_of_other_trainers() {
     let error = refused(&place, "train --config run.toml");
     let message = "error: run.toml:1: unknown key `use_dora`\nhint: not supported in training";
     assert!(error.starts_with(message), "{error}");
+}
+
+#[test]
+fn flags_with_fixed_values_complete_them_and_numbers_complete_nothing() {
+    let place = Workplace::new();
+    let script = succeed(place.nibble(&["completions", "bash"])).stdout;
+    fs::write(place.path("nibble.bash"), script).unwrap();
+    let completed = |words: &str| {
+        let count = words.split(' ').count();
+        let ask = format!(
+            "compopt() {{ :; }}; source nibble.bash; COMP_WORDS=({words} ''); COMP_CWORD={count}; \
+             _nibble nibble '' \"${{COMP_WORDS[-2]}}\"; echo \"${{COMPREPLY[@]}}\""
+        );
+        let mut bash = Command::new("bash");
+        bash.current_dir(place.path("")).args(["-c", &ask]);
+        let output = bash.output().unwrap();
+        assert_eq!(stderr(&output), "", "{words}");
+        String::from_utf8(output.stdout).unwrap().trim().to_string()
+    };
+    for (words, values) in [
+        ("nibble train --optim", "adamw_torch adamw_8bit"),
+        ("nibble memory --optim", "adamw_torch adamw_8bit"),
+        ("nibble generate --device", "auto cpu cuda"),
+        ("nibble train --init-lora-weights", "true gaussian"),
+        ("nibble train --target-modules", "all-linear"),
+        ("nibble train --packing", "true false"),
+        ("nibble train --seed", ""),
+        ("nibble generate --prompt", ""),
+    ] {
+        assert_eq!(completed(words), values, "{words}");
+    }
+    for words in ["nibble chat --adapter", "nibble train --data"] {
+        assert!(completed(words).contains("train.jsonl"), "{words}");
+    }
 }

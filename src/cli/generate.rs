@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf, is_separator};
 use std::str::FromStr;
 
-use clap::{ArgAction, Args};
+use clap::{ArgAction, Args, ValueHint};
 
 use super::device::DeviceArgs;
 use super::numbers;
@@ -133,7 +133,7 @@ pub struct GenerateArgs {
     #[command(flatten)]
     pub base: BaseModelArgs,
     /// PEFT adapter folder; may be repeated: each one answers, under its name
-    #[arg(long, help_heading = "Prompt", value_name = "[NAME=]DIR")]
+    #[arg(long, help_heading = "Prompt", value_name = "[NAME=]DIR", value_hint = ValueHint::AnyPath)]
     pub adapter: Vec<NamedAdapter>,
     /// What to answer; read from standard input if absent
     #[arg(long, help_heading = "Prompt", value_name = "TEXT", allow_hyphen_values = true)]
@@ -163,7 +163,8 @@ pub struct ChatArgs {
     #[command(flatten)]
     pub base: BaseModelArgs,
     /// PEFT adapter folder, with a name to call it by; may be repeated, the first one starts
-    #[arg(long, help_heading = "Conversation", value_name = "[NAME=]DIR")]
+    #[arg(long, help_heading = "Conversation", value_name = "[NAME=]DIR",
+          value_hint = ValueHint::AnyPath)]
     pub adapter: Vec<NamedAdapter>,
     /// System message
     #[arg(long, help_heading = "Conversation", value_name = "TEXT", allow_hyphen_values = true)]

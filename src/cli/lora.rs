@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use clap::{ArgAction, Args, ValueEnum};
 
+use super::listed::listed;
 use super::numbers;
 use crate::adapter::{InitLoraWeights, LoraConfig, LoraPlus, ModuleNames, TargetModules};
 use crate::error::Result;
@@ -48,7 +49,8 @@ pub struct LoraArgs {
           value_parser = numbers::below_one)]
     pub lora_dropout: f64,
     /// Modules to adapt: `all-linear`, names separated by commas, or a regular expression
-    #[arg(long, value_name = "MODULES", default_value = "all-linear")]
+    #[arg(long, value_name = "MODULES", default_value = "all-linear",
+          value_parser = listed::<TargetModules>(&["all-linear"]), hide_possible_values = true)]
     pub target_modules: TargetModules,
     /// Modules to leave alone: names separated by commas, or a regular expression
     #[arg(long, value_name = "MODULES")]
@@ -71,7 +73,9 @@ pub struct LoraArgs {
           num_args = 0..=1, default_missing_value = "true")]
     pub use_rslora: bool,
     /// How A starts: `true` (Kaiming uniform) or `gaussian`
-    #[arg(long, value_name = "INIT", default_value = "true")]
+    #[arg(long, value_name = "INIT", default_value = "true",
+          value_parser = listed::<InitLoraWeights>(&["true", "gaussian"]),
+          hide_possible_values = true)]
     pub init_lora_weights: InitLoraWeights,
     /// Learning rate of B over that of A (LoRA+)
     #[arg(long, value_name = "RATIO", default_value_t = 1.0,

@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args};
 
 use super::device::DeviceArgs;
+use super::listed::listed;
 use super::lora::LoraArgs;
 use super::numbers;
 use super::size::ByteSize;
@@ -59,7 +60,9 @@ pub struct MemoryArgs {
         long,
         help_heading = "Memory and threads",
         value_name = "NAME",
-        default_value = "adamw_torch"
+        default_value = "adamw_torch",
+        value_parser = listed::<Optim>(&Optim::NAMES),
+        hide_possible_values = true
     )]
     pub optim: Optim,
     /// Memory that the run may use, such as `24GiB`; with `auto`, as many blocks keep as fit

@@ -10,6 +10,7 @@ pub mod eval;
 pub mod export;
 pub mod generate;
 pub mod layers;
+pub mod listed;
 pub mod lora;
 pub mod memory;
 pub mod merge;

@@ -10,6 +10,7 @@ use nibble_quant::{BlockFormat, QuantType};
 
 use super::data::DataFormatArgs;
 use super::device::DeviceArgs;
+use super::listed::listed;
 use super::lora::LoraArgs;
 use super::numbers;
 use super::size::ByteSize;
@@ -217,7 +218,8 @@ pub struct OptimizationArgs {
           value_parser = numbers::not_negative)]
     pub weight_decay: f64,
     /// Optimizer: `adamw_torch`, or `adamw_8bit` with moments in 8 bits: 2 bytes a parameter, not 8
-    #[arg(long, value_name = "NAME", default_value = "adamw_torch")]
+    #[arg(long, value_name = "NAME", default_value = "adamw_torch",
+          value_parser = listed::<Optim>(&Optim::NAMES), hide_possible_values = true)]
     pub optim: Optim,
     /// Decay of AdamW's first moment
     #[arg(long, value_name = "BETA", default_value_t = 0.9,
