@@ -1,5 +1,8 @@
 //! Nibble: QLoRA fine-tuning from one binary.
 
+#[macro_use]
+pub mod printed;
+
 pub mod adapter;
 pub mod checkpoint;
 pub mod cli;

@@ -2,13 +2,14 @@
 
 mod allocator;
 
+use std::io::Write;
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
 use nibble::cli::Cli;
-use nibble::commands;
 use nibble::error::Error;
+use nibble::{commands, printed};
 use signal_hook::consts::SIGPIPE;
 
 fn main() -> ExitCode {
@@ -17,11 +18,14 @@ fn main() -> ExitCode {
     let arguments: Vec<_> = std::env::args_os().collect();
     let command = arguments.get(1).map(|name| name.to_string_lossy().into_owned());
     let cli = Cli::from_arguments(arguments);
-    match cli.and_then(|cli| commands::run(&cli.command)) {
+    let done = cli.and_then(|cli| commands::run(&cli.command));
+    match done.and_then(|()| printed::flush()) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
             let code = error.exit_code();
-            eprintln!("error: {}", with_way_out(error, command.as_deref()));
+            // Where it cannot be told, the exit code is left.
+            let error = with_way_out(error, command.as_deref());
+            let _ = writeln!(std::io::stderr(), "error: {error}");
             ExitCode::from(code)
         }
     }

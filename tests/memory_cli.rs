@@ -171,14 +171,14 @@ fn a_budget_decides_which_blocks_keep_and_a_refusal_shows_the_way() {
     let small = number(&small, "total_bytes");
     let cases = [(most, 2, true), (most - 1, 2, false), (least, 1, false), (small, 0, false)];
     for (budget, kept, whole) in cases {
-        let fitting = with(&["--budget", &budget.to_string()]);
+        let fitting = with(&["--budget", &format!("{budget}B")]);
         assert!(number(&fitting, "total_bytes") <= budget);
         assert_eq!(number(&fitting, "kept_blocks"), kept, "{budget} of {most}");
         let pieces = ["mlp_tile_tokens", "logit_rows"].map(|key| number(&fitting, key));
         assert_eq!(pieces == [4096, 4096], whole, "{budget} of {most}: {pieces:?}");
     }
     let refused = |budget: u64| {
-        let refused = memory(&[&base[..], &["--budget", &budget.to_string()]].concat());
+        let refused = memory(&[&base[..], &["--budget", &format!("{budget}B")]].concat());
         assert_eq!(refused.status.code(), Some(1));
         let error = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(error.contains("plan needs"), "{error}");
@@ -241,7 +241,7 @@ fn a_chosen_mix_fills_the_planned_arena() {
         assert_rows_as_planned(&plan);
         let total = number(&plan, "total_bytes");
         seen.insert((number(&plan, "kept_blocks"), number(&plan, "mlp_tile_tokens")));
-        budget = (total - (64 << 10)).to_string();
+        budget = format!("{}B", total - (64 << 10));
     }
     let any = |is: fn(&(u64, u64)) -> bool| seen.iter().any(is);
     assert!(any(|mix| *mix == (2, 4096)) && any(|mix| *mix == (2, 1024)), "{seen:?}");

@@ -145,6 +145,22 @@ fn a_config_file_is_a_command_line() {
     assert_eq!(state["identity"]["settings"]["learning_rate"][0], "1e-3");
 }
 
+/// It has all settings, those that exclude each other too.
+#[test]
+fn a_runs_own_file_repeats_it_whatever_was_set() {
+    let place = Workplace::new();
+    let flags = ["--max-steps", "2", "--warmup-steps", "1", "--sample-prompt", "0x10"];
+    succeed(place.train("out", &flags));
+    succeed(place.nibble(&["train", "--config", "out/settings.toml", "--out", "again"]));
+    let read = |out: &str, file: &str| place.read(&format!("{out}/{file}"));
+    assert!(read("out", "adapter_model.safetensors") == read("again", "adapter_model.safetensors"));
+    let settings = |out: &str| {
+        let text = String::from_utf8(read(out, "settings.toml")).unwrap();
+        text.replace(&format!("out = \"{out}\"\n"), "")
+    };
+    assert_eq!(settings("out"), settings("again"));
+}
+
 #[test]
 fn mistakes_are_found_before_anything_is_read_or_written() {
     let place = Workplace::new();

@@ -1,11 +1,13 @@
 //! `docs/train.toml`, the example of a config file, is complete and true.
 
+use std::any::TypeId;
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::{Arg, Command, CommandFactory};
 use nibble::cli::Cli;
 use nibble::cli::layers::{Entry, read_toml};
+use nibble::train::settings::TEXTS;
 
 const EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/train.toml");
 
@@ -58,4 +60,18 @@ fn the_example_names_every_setting_with_a_value_that_it_takes() {
     for flag in flags.filter(|flag| !not_settings.contains(flag)) {
         assert!(entries.contains_key(flag), "docs/train.toml does not name {flag}");
     }
+}
+
+#[test]
+fn texts_are_the_flags_for_paths_and_texts() {
+    let command = train();
+    let is_text = |arg: &&Arg| {
+        let kind = arg.get_value_parser().type_id();
+        let path = kind == TypeId::of::<PathBuf>() && arg.get_long() != Some("config");
+        path || (kind == TypeId::of::<String>() && arg.get_action().takes_values())
+    };
+    let flags = command.get_arguments().filter(is_text).filter_map(Arg::get_long);
+    let mut flags: Vec<String> = flags.map(|flag| flag.replace('-', "_")).collect();
+    flags.sort();
+    assert_eq!(flags, TEXTS);
 }

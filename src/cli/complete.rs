@@ -16,7 +16,7 @@ pub type SavedSettings = dyn Fn(&Path) -> Result<Option<SettingsEcho>>;
 /// The command line of `nibble train`, completed from `--config`, the resumed run and the preset.
 ///
 /// # Errors
-/// Those of [`layers::read_toml`] and of `saved`.
+/// Those of [`layers::read_toml`], [`layers::compatible`] and `saved`.
 pub fn complete(
     command: &Command,
     matches: &ArgMatches,
@@ -24,7 +24,7 @@ pub fn complete(
 ) -> Result<Vec<OsString>> {
     let mut below = Layers::new(command, matches);
     let file = match matches.get_one::<PathBuf>("config") {
-        Some(path) => layers::read_toml(command, path)?,
+        Some(path) => layers::compatible(command, layers::read_toml(command, path)?)?,
         None => Vec::new(),
     };
     below.add(&file);
@@ -207,16 +207,45 @@ mod tests {
             ),
             (
                 "seed = [1, 2]",
-                "run.toml:1: invalid value '1,2' for '--seed <NUMBER>': invalid digit found in \
-                 string",
+                "run.toml:1: invalid value '1,2' for '--seed <NUMBER>': expected a whole number, \
+                 0 or more",
+            ),
+            (
+                "lora_r = 8\nseed = 1\nlora-r = 4",
+                "run.toml:3: `lora-r` is set again, expected once; it is in run.toml:1, too\n\
+                 hint: `lora_r` and `lora-r` are one setting: keep one",
+            ),
+            (
+                "model = 3",
+                "run.toml:1: `model` is 3, expected a path in quotes\nhint: `model = \"3\"`",
+            ),
+            (
+                "\neval_data = ['a', 'b']",
+                "run.toml:2: `eval_data` is no single value, expected a path in quotes\n\
+                 hint: `eval_data = \"FOLDER\"`",
+            ),
+            (
+                "warmup_ratio = 0.1\nseed = 1\nwarmup_steps = 5",
+                "run.toml:3: `warmup-steps` excludes `warmup-ratio`, which is in run.toml:1\n\
+                 hint: keep one of them",
+            ),
+            (
+                "memory_budget = 24",
+                "run.toml:1: invalid value '24' for '--memory-budget <SIZE>': expected a number \
+                 with a unit\nhint: `24GiB`",
+            ),
+            (
+                "lora_alpha = 0",
+                "run.toml:1: invalid value '0' for '--lora-alpha <ALPHA>': expected a number \
+                 above 0",
             ),
             (
                 "resume = true",
                 "run.toml:1: `resume` belongs on the command line\nhint: leave it out of the file",
             ),
             (
-                "[optimizer]\nseed = 1",
-                "run.toml:1: unknown key `optimizer`\nhint: see `nibble train --help`",
+                "[tokenizer]\nseed = 1",
+                "run.toml:1: unknown key `tokenizer`\nhint: see `nibble train --help`",
             ),
             (
                 "seed = 2026-01-01",
@@ -237,7 +266,8 @@ mod tests {
         assert_eq!(args.recipe()?.warmup, Warmup::Steps(5));
         let args = parse(&["--preset", "qlora-paper", "--init-adapter", "dir"])?;
         assert_eq!(args.lora.lora_r.get(), 16, "the adapter decides, not the preset");
-        assert!(with_file("warmup_ratio = 0.1\nwarmup_steps = 5", &[]).is_err());
+        let both = "warmup_ratio = 0.03\nwarmup_steps = 5\nlora_r = 16";
+        assert_eq!(with_file(both, &[])?.recipe()?.warmup, Warmup::Steps(5), "0.03 is the default");
         Ok(())
     }
 

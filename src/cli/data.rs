@@ -56,7 +56,7 @@ pub struct DataArgs {
     #[command(flatten)]
     pub format: DataFormatArgs,
     /// Print the first N documents token by token, with what is trained marked
-    #[arg(long, help_heading = "Output", value_name = "N", default_value_t = 0)]
+    #[arg(long, help_heading = "Output", value_name = "N", default_value_t = 0, value_parser = numbers::whole::<usize>)]
     pub show: usize,
     /// Print everything as JSON
     #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]

@@ -5,6 +5,7 @@ use std::str::FromStr;
 
 use clap::Args;
 
+use super::listed::listed;
 use crate::kernels::cuda::AttnImplementation;
 use crate::plan::EmbeddingPlace;
 
@@ -14,7 +15,8 @@ use crate::plan::EmbeddingPlace;
 pub struct DeviceArgs {
     /// Where to compute: `cpu`, `cuda` or `cuda:N`; `auto` is a GPU if there is one that computes
     /// what the CPU does, which is tried
-    #[arg(long, value_name = "DEVICE", default_value_t = Device::Auto)]
+    #[arg(long, value_name = "DEVICE", default_value_t = Device::Auto,
+          value_parser = listed::<Device>(&["auto", "cpu", "cuda"]), hide_possible_values = true)]
     pub device: Device,
 
     /// Attention on a GPU: `flash`, `exact` (slower, for any head), or what suits the model

@@ -1,14 +1,15 @@
 //! Flags of `nibble generate` and `nibble chat`.
 
 use std::num::NonZeroUsize;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf, is_separator};
 use std::str::FromStr;
 
-use clap::{ArgAction, Args};
+use clap::{ArgAction, Args, ValueHint};
 
 use super::device::DeviceArgs;
 use super::numbers;
 use super::train::BaseModelArgs;
+use crate::error::Error;
 use crate::sample::SamplingOptions;
 
 /// A PEFT adapter folder and what it is called.
@@ -20,19 +21,48 @@ pub struct NamedAdapter {
     pub folder: PathBuf,
 }
 
-/// `NAME=DIR`, or `DIR` whose last part is the name.
+/// `NAME=DIR`, or `DIR` whose last part is the name. A path may hold `=` itself: one that exists, or
+/// has a separator before its first `=`, is taken whole.
 impl FromStr for NamedAdapter {
     type Err = String;
 
     fn from_str(text: &str) -> Result<Self, String> {
-        if let Some((name, folder)) = text.split_once('=') {
-            return Ok(NamedAdapter { name: name.to_string(), folder: folder.into() });
+        let split = text.split_once('=').filter(|(name, _)| !name.contains(is_separator));
+        match split.filter(|_| !Path::new(text).exists()) {
+            Some((_, "")) => Err("no folder stands behind the `=`, expected NAME=DIR".into()),
+            Some(("", _)) => Err("no name stands before the `=`, expected NAME=DIR".into()),
+            Some((name, folder)) => {
+                Ok(NamedAdapter { name: name.to_string(), folder: folder.into() })
+            }
+            None => NamedAdapter::from_folder(text),
         }
+    }
+}
+
+impl NamedAdapter {
+    fn from_folder(text: &str) -> Result<Self, String> {
         let folder = PathBuf::from(text);
         let name = folder.file_name().and_then(|name| name.to_str()).map(str::to_string);
         let name = name.ok_or("expected NAME=DIR, or a folder that has a name")?;
         Ok(NamedAdapter { name, folder })
     }
+}
+
+/// That no two adapters have the same name: what one of them says could not be told from the other.
+///
+/// # Errors
+/// `Usage` with the name and both folders.
+pub fn check_names(adapters: &[NamedAdapter]) -> crate::error::Result<()> {
+    for (index, NamedAdapter { name, folder }) in adapters.iter().enumerate() {
+        let Some(first) = adapters[..index].iter().find(|first| first.name == *name) else {
+            continue;
+        };
+        let (first, folder) = (first.folder.display(), folder.display());
+        let what = format_args!("two adapters are called `{name}`: {first} and {folder}");
+        let hint = format_args!("name one of them: `--adapter NAME={folder}`");
+        return Err(Error::usage(what).hint(hint));
+    }
+    Ok(())
 }
 
 /// How answers are made; names as in transformers' `GenerationConfig`.
@@ -46,22 +76,22 @@ pub struct GenerationArgs {
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
     pub context_length: usize,
     /// Divides the logits: higher is more random, 0 always takes the likeliest token
-    #[arg(long, value_name = "NUMBER", default_value_t = 0.0)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 0.0, value_parser = numbers::any)]
     pub temperature: f32,
     /// Draw from the k likeliest tokens; 0 is all
-    #[arg(long, value_name = "K", default_value_t = 50)]
+    #[arg(long, value_name = "K", default_value_t = 50, value_parser = numbers::whole::<usize>)]
     pub top_k: usize,
     /// Draw from the likeliest tokens that together reach this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0)]
+    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = numbers::any)]
     pub top_p: f32,
     /// Draw from tokens at least this likely, relative to the likeliest
-    #[arg(long, value_name = "P", default_value_t = 0.0)]
+    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = numbers::any)]
     pub min_p: f32,
     /// Make tokens that occurred less likely; 1 is off
-    #[arg(long, value_name = "FACTOR", default_value_t = 1.0)]
+    #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = numbers::any)]
     pub repetition_penalty: f32,
     /// Seed of the draws
-    #[arg(long, value_name = "NUMBER", default_value_t = 42)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 42, value_parser = numbers::whole::<u64>)]
     pub seed: u64,
     /// Where it computes.
     #[command(flatten)]
@@ -97,19 +127,25 @@ const CHAT_EXAMPLES: &str = "Examples:
 
 /// Answer a prompt
 #[derive(Debug, Args)]
-#[command(after_help = GENERATE_EXAMPLES, allow_negative_numbers = true)]
+#[command(after_help = GENERATE_EXAMPLES)]
 pub struct GenerateArgs {
     /// The base model.
     #[command(flatten)]
     pub base: BaseModelArgs,
     /// PEFT adapter folder; may be repeated: each one answers, under its name
-    #[arg(long, help_heading = "Prompt", value_name = "[NAME=]DIR")]
+    #[arg(long, help_heading = "Prompt", value_name = "[NAME=]DIR", value_hint = ValueHint::AnyPath)]
     pub adapter: Vec<NamedAdapter>,
     /// What to answer; read from standard input if absent
-    #[arg(long, help_heading = "Prompt", value_name = "TEXT")]
+    #[arg(long, help_heading = "Prompt", value_name = "TEXT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
     /// System message before the prompt
-    #[arg(long, help_heading = "Prompt", value_name = "TEXT", conflicts_with = "raw")]
+    #[arg(
+        long,
+        help_heading = "Prompt",
+        value_name = "TEXT",
+        allow_hyphen_values = true,
+        conflicts_with = "raw"
+    )]
     pub system: Option<String>,
     /// Continue the prompt as plain text, without the chat template
     #[arg(long, help_heading = "Prompt", action = ArgAction::SetTrue)]
@@ -121,16 +157,17 @@ pub struct GenerateArgs {
 
 /// Talk to a model; adapters can be swapped while talking, `/help` says how
 #[derive(Debug, Args)]
-#[command(after_help = CHAT_EXAMPLES, allow_negative_numbers = true)]
+#[command(after_help = CHAT_EXAMPLES)]
 pub struct ChatArgs {
     /// The base model.
     #[command(flatten)]
     pub base: BaseModelArgs,
     /// PEFT adapter folder, with a name to call it by; may be repeated, the first one starts
-    #[arg(long, help_heading = "Conversation", value_name = "[NAME=]DIR")]
+    #[arg(long, help_heading = "Conversation", value_name = "[NAME=]DIR",
+          value_hint = ValueHint::AnyPath)]
     pub adapter: Vec<NamedAdapter>,
     /// System message
-    #[arg(long, help_heading = "Conversation", value_name = "TEXT")]
+    #[arg(long, help_heading = "Conversation", value_name = "TEXT", allow_hyphen_values = true)]
     pub system: Option<String>,
     /// How to answer.
     #[command(flatten)]
@@ -149,5 +186,17 @@ mod tests {
         assert_eq!(named("a=b/c"), Ok(adapter("a", "b/c")));
         assert_eq!(named("b/c"), Ok(adapter("c", "b/c")));
         assert!(named("..").is_err());
+    }
+
+    #[test]
+    fn a_path_may_hold_the_sign_behind_a_name() {
+        let named = |text: &str| text.parse::<NamedAdapter>();
+        let adapter =
+            |name: &str, folder: &str| NamedAdapter { name: name.into(), folder: folder.into() };
+        assert_eq!(named("./od=d"), Ok(adapter("od=d", "./od=d")));
+        assert_eq!(named("runs/lr=1e-4"), Ok(adapter("lr=1e-4", "runs/lr=1e-4")));
+        assert_eq!(named("a=runs/lr=1e-4"), Ok(adapter("a", "runs/lr=1e-4")));
+        assert!(named("a=").unwrap_err().starts_with("no folder"));
+        assert!(named("=a").unwrap_err().starts_with("no name"));
     }
 }

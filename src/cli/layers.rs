@@ -5,8 +5,9 @@
 //! cannot hold what the command line would refuse. Lower layers are appended to the command line
 //! as `--flag=value`, but only where no higher layer has set that flag or one that excludes it.
 
+use std::any::TypeId;
 use std::ffi::OsString;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
@@ -29,6 +30,9 @@ pub struct Entry {
     pub place: String,
 }
 
+/// What a value parser may write at the beginning of its second line: the way out.
+pub const HINT: &str = "hint: ";
+
 /// Flags that say where settings come from, and are not settings.
 const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];
 
@@ -41,8 +45,8 @@ fn find<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
 /// The settings of a TOML file, checked one by one against the flags of `command`.
 ///
 /// # Errors
-/// `Usage` with file and line: not TOML, an unknown name (with the nearest known one), a value
-/// that the flag does not take.
+/// `Usage` with file and line: not TOML, an unknown name (with the nearest known one), a name that
+/// is there twice, a value that the flag does not take.
 pub fn read_toml(command: &Command, path: &Path) -> Result<Vec<Entry>> {
     let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
     let line = |offset: usize| text[..offset].matches('\n').count() + 1;
@@ -51,18 +55,91 @@ pub fn read_toml(command: &Command, path: &Path) -> Result<Vec<Entry>> {
         Error::usage(format_args!("{}{place}: {}", path.display(), error.message()))
             .hint("write one `name = value` a line, text in quotes, each name once")
     })?;
-    let mut entries = Vec::new();
-    for (key, value) in table.get_ref() {
+    let mut rows: Vec<_> = table.get_ref().iter().collect();
+    rows.sort_by_key(|(key, _)| key.span().start);
+    let mut entries: Vec<Entry> = Vec::new();
+    for (key, value) in rows {
         let place = format!("{}:{}", path.display(), line(key.span().start));
-        let arg = known(command, key.get_ref()).map_err(|error| error.at(&place))?;
-        let values = texts(value.get_ref()).ok_or_else(|| {
-            Error::usage(format_args!("{place}: `{}` cannot be a date or nested", key.get_ref()))
-                .hint("write the value as on the command line")
-        })?;
-        entries.push(Entry { flag: long(arg), values: in_one(arg, values), place });
+        let row = entry(command, key.get_ref(), value.get_ref(), place.clone());
+        let row = row.and_then(|row| alone(row, &entries)).map_err(|error| error.at(&place))?;
+        entries.push(row);
     }
     entries.iter().try_for_each(|entry| check(command, entry))?;
     Ok(entries)
+}
+
+/// The settings of a file that can stand together. A run's own file has all of them: what equals the
+/// default is left out where it is excluded by what does not.
+///
+/// # Errors
+/// `Usage` with the places of two that exclude each other.
+pub fn compatible(command: &Command, entries: Vec<Entry>) -> Result<Vec<Entry>> {
+    let set = |entry: &&Entry| !is_default(command, &entry.flag, &entry.values);
+    let excluded = |one: &Entry, other: &Entry| exclude(command, &one.flag, &other.flag);
+    let idle = |entry: &&Entry| {
+        !set(entry) && entries.iter().filter(set).any(|other| excluded(entry, other))
+    };
+    let kept: Vec<Entry> = entries.iter().filter(|entry| !idle(entry)).cloned().collect();
+    for (index, entry) in kept.iter().enumerate() {
+        let earlier = kept[..index].iter().find(|earlier| excluded(entry, earlier));
+        if let Some(Entry { flag, place, .. }) = earlier {
+            let what = format_args!("`{}` excludes `{flag}`, which is in {place}", entry.flag);
+            return Err(Error::usage(what).hint("keep one of them").at(&entry.place));
+        }
+    }
+    Ok(kept)
+}
+
+/// Whether two flags cannot be given together.
+fn exclude(command: &Command, one: &str, other: &str) -> bool {
+    let excludes = |one: &Arg, other: &Arg| {
+        let conflicts = command.get_arg_conflicts_with(one);
+        conflicts.iter().any(|conflict| conflict.get_id() == other.get_id())
+    };
+    let both = find(command, one).zip(find(command, other));
+    both.is_some_and(|(one, other)| excludes(one, other) || excludes(other, one))
+}
+
+fn is_default(command: &Command, flag: &str, values: &[String]) -> bool {
+    let defaults = find(command, flag).map(Arg::get_default_values).unwrap_or_default();
+    values.iter().map(OsString::from).eq(defaults.iter().map(OsString::from))
+}
+
+fn entry(command: &Command, name: &str, value: &DeValue<'_>, place: String) -> Result<Entry> {
+    let arg = known(command, name)?;
+    if arg.get_value_parser().type_id() == TypeId::of::<PathBuf>() {
+        check_path(name, value)?;
+    }
+    let values = texts(value).ok_or_else(|| {
+        Error::usage(format_args!("`{name}` cannot be a date or nested"))
+            .hint("write the value as on the command line")
+    })?;
+    Ok(Entry { flag: long(arg), values: in_one(arg, values), place })
+}
+
+/// A number for a path is a mistake: it would be looked for as a file of that name.
+fn check_path(name: &str, value: &DeValue<'_>) -> Result<()> {
+    let (got, example) = match value {
+        DeValue::String(_) => return Ok(()),
+        value => match scalar(value) {
+            Some(text) => (text.clone(), text),
+            None => ("no single value".to_string(), "FOLDER".to_string()),
+        },
+    };
+    let what = format_args!("`{name}` is {got}, expected a path in quotes");
+    Err(Error::usage(what).hint(format_args!("`{name} = \"{example}\"`")))
+}
+
+/// `entry`, unless its setting is among the `earlier` ones: TOML itself sees two names in `lora-r`
+/// and `lora_r`.
+fn alone(entry: Entry, earlier: &[Entry]) -> Result<Entry> {
+    let Some(first) = earlier.iter().find(|first| first.flag == entry.flag) else {
+        return Ok(entry);
+    };
+    let (flag, place) = (&entry.flag, &first.place);
+    let what = format_args!("`{flag}` is set again, expected once; it is in {place}, too");
+    let snake = flag.replace('-', "_");
+    Err(Error::usage(what).hint(format_args!("`{snake}` and `{flag}` are one setting: keep one")))
 }
 
 fn long(arg: &Arg) -> String {
@@ -83,8 +160,8 @@ fn known<'a>(command: &'a Command, name: &str) -> Result<&'a Arg> {
             .hint("leave it out of the file")),
         None => {
             let error = Error::usage(format_args!("unknown key `{name}`"));
-            if let Some(ours) = synonyms::ours(command, name) {
-                return Err(error.hint(format_args!("here it is `{ours}`")));
+            if let Some(hint) = synonyms::hint(command, name, "") {
+                return Err(error.hint(hint));
             }
             match nearest(&wanted, settings()) {
                 close if close.is_empty() => Err(error.hint("see `nibble train --help`")),
@@ -138,8 +215,8 @@ fn check(command: &Command, entry: &Entry) -> Result<()> {
     }
 }
 
-/// clap's message without its prefix and its usage lines; possible values or its tip become the
-/// hint, or the flag of `command` that other trainers call by the name that was tried.
+/// clap's message without its prefix and its usage lines; possible values, its tip or a parser's
+/// hint become the hint, or what is said of a flag of `command` that is not there.
 pub fn readable(command: &Command, error: &clap::Error) -> Error {
     let text = error.render().to_string();
     let mut lines = text.lines().take_while(|line| !line.trim().is_empty()).map(str::trim);
@@ -147,12 +224,10 @@ pub fn readable(command: &Command, error: &clap::Error) -> Error {
     let first = first.strip_prefix("error: ").unwrap_or(first);
     let tip = text.lines().find_map(|line| line.trim().strip_prefix("tip: "));
     let rest: Vec<&str> = lines.collect();
-    let tried = match error.get(ContextKind::InvalidArg) {
-        Some(ContextValue::String(name)) if error.kind() == ErrorKind::UnknownArgument => name,
-        _ => "",
-    };
-    if let Some(ours) = synonyms::ours(command, tried) {
-        return Error::usage(first).hint(format_args!("here it is `--{ours}`"));
+    if let (ErrorKind::UnknownArgument, Some(ContextValue::String(tried))) =
+        (error.kind(), error.get(ContextKind::InvalidArg))
+    {
+        return unknown(command, first, tried);
     }
     match (&rest[..], tip) {
         ([], Some(tip)) => Error::usage(first).hint(tip),
@@ -160,7 +235,22 @@ pub fn readable(command: &Command, error: &clap::Error) -> Error {
         ([values, ..], _) if values.starts_with('[') => {
             Error::usage(first).hint(values.trim_matches(['[', ']']))
         }
+        ([hint], _) if hint.starts_with(HINT) => Error::usage(first).hint(&hint[HINT.len()..]),
         (rest, _) => Error::usage(format_args!("{first} {}", rest.join(", "))),
+    }
+}
+
+/// An unknown argument, with the flag of `command` that was meant, if one can tell.
+fn unknown(command: &Command, what: &str, tried: &str) -> Error {
+    let error = Error::usage(what);
+    if let Some(hint) = synonyms::hint(command, tried, "--") {
+        return error.hint(hint);
+    }
+    let flags = command.get_arguments().filter_map(Arg::get_long).map(|long| format!("--{long}"));
+    let flags: Vec<String> = flags.collect();
+    match nearest(&tried.replace('_', "-"), flags.iter().map(String::as_str)) {
+        close if close.is_empty() => error,
+        close => error.hint(format_args!("did you mean {close}?")),
     }
 }
 
@@ -199,15 +289,8 @@ impl<'a> Layers<'a> {
     }
 
     fn decided(&self, entry: &Entry) -> bool {
-        let Some(arg) = find(self.command, &entry.flag) else { return false };
-        let excludes = |one: &Arg, other: &Arg| {
-            let conflicts = self.command.get_arg_conflicts_with(one);
-            conflicts.iter().any(|conflict| conflict.get_id() == other.get_id())
-        };
-        self.set
-            .iter()
-            .filter_map(|flag| find(self.command, flag))
-            .any(|set| set.get_id() == arg.get_id() || excludes(set, arg) || excludes(arg, set))
+        let decides = |set: &String| *set == entry.flag || exclude(self.command, set, &entry.flag);
+        self.set.iter().any(decides)
     }
 }
 
@@ -224,12 +307,10 @@ pub fn preset_entries(settings: &[(&str, &str)]) -> Vec<Entry> {
 /// A saved run's settings as a layer. What equals the default is left out: it would be in the way
 /// of flags that exclude it.
 pub fn saved_entries(command: &Command, saved: &SettingsEcho) -> Vec<Entry> {
-    let default = |arg: &Arg| -> Vec<String> {
-        arg.get_default_values().iter().map(|v| v.to_string_lossy().into_owned()).collect()
-    };
     let entries = saved.iter().filter_map(|(name, values)| {
-        let arg = find(command, name).filter(|arg| default(arg) != *values)?;
-        Some(Entry { flag: long(arg), values: values.clone(), place: "saved run".to_string() })
+        let flag = long(find(command, name)?);
+        let place = "saved run".to_string();
+        (!is_default(command, &flag, values)).then(|| Entry { flag, values: values.clone(), place })
     });
     entries.collect()
 }

@@ -2,10 +2,10 @@
 
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
-use std::str::FromStr;
 
 use clap::{ArgAction, Args, ValueEnum};
 
+use super::listed::listed;
 use super::numbers;
 use crate::adapter::{InitLoraWeights, LoraConfig, LoraPlus, ModuleNames, TargetModules};
 use crate::error::Result;
@@ -41,36 +41,41 @@ pub struct LoraArgs {
     #[arg(long, value_name = "R", default_value = "16", value_parser = numbers::at_least_one)]
     pub lora_r: NonZeroUsize,
     /// Numerator of the adapter's scale: alpha / r
-    #[arg(long, value_name = "ALPHA", default_value_t = 32.0)]
+    #[arg(long, value_name = "ALPHA", default_value_t = 32.0,
+          value_parser = numbers::positive)]
     pub lora_alpha: f64,
     /// Share of the adapter's inputs that is dropped in training
     #[arg(long, value_name = "SHARE", default_value_t = 0.0,
           value_parser = numbers::below_one)]
     pub lora_dropout: f64,
     /// Modules to adapt: `all-linear`, names separated by commas, or a regular expression
-    #[arg(long, value_name = "MODULES", default_value = "all-linear")]
+    #[arg(long, value_name = "MODULES", default_value = "all-linear",
+          value_parser = listed::<TargetModules>(&["all-linear"]), hide_possible_values = true)]
     pub target_modules: TargetModules,
     /// Modules to leave alone: names separated by commas, or a regular expression
     #[arg(long, value_name = "MODULES")]
     pub exclude_modules: Option<ModuleNames>,
     /// Blocks to adapt, by number, separated by commas
-    #[arg(long, value_name = "NUMBERS", value_delimiter = ',')]
+    #[arg(long, value_name = "NUMBERS", value_delimiter = ',',
+          value_parser = numbers::whole::<usize>)]
     pub layers_to_transform: Vec<usize>,
     /// Name of the block list in module paths, for `--layers-to-transform`
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub layers_pattern: Vec<String>,
     /// Rank of the modules whose path ends in PATTERN; may be repeated
-    #[arg(long, value_name = "PATTERN=R", value_parser = pair::<usize>)]
+    #[arg(long, value_name = "PATTERN=R", value_parser = pattern_rank)]
     pub rank_pattern: Vec<(String, usize)>,
     /// Alpha of the modules whose path ends in PATTERN; may be repeated
-    #[arg(long, value_name = "PATTERN=ALPHA", value_parser = pair::<f64>)]
+    #[arg(long, value_name = "PATTERN=ALPHA", value_parser = pattern_alpha)]
     pub alpha_pattern: Vec<(String, f64)>,
     /// Scale by alpha / sqrt(r)
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = false,
           num_args = 0..=1, default_missing_value = "true")]
     pub use_rslora: bool,
     /// How A starts: `true` (Kaiming uniform) or `gaussian`
-    #[arg(long, value_name = "INIT", default_value = "true")]
+    #[arg(long, value_name = "INIT", default_value = "true",
+          value_parser = listed::<InitLoraWeights>(&["true", "gaussian"]),
+          hide_possible_values = true)]
     pub init_lora_weights: InitLoraWeights,
     /// Learning rate of B over that of A (LoRA+)
     #[arg(long, value_name = "RATIO", default_value_t = 1.0,
@@ -119,10 +124,22 @@ impl LoraArgs {
     }
 }
 
+fn pattern_rank(text: &str) -> std::result::Result<(String, usize), String> {
+    pair(text, |rank| numbers::at_least_one(rank).map(usize::from))
+}
+
+fn pattern_alpha(text: &str) -> std::result::Result<(String, f64), String> {
+    pair(text, numbers::positive)
+}
+
 /// `pattern=number`, split at the last `=` since patterns are regular expressions.
-fn pair<T: FromStr>(text: &str) -> std::result::Result<(String, T), String> {
-    let expected = || format!("`{text}` is not PATTERN=NUMBER, such as q_proj=8");
-    let (pattern, number) = text.rsplit_once('=').ok_or_else(expected)?;
-    let number = number.trim().parse().map_err(|_| expected())?;
-    Ok((pattern.trim().to_string(), number))
+fn pair<T>(
+    text: &str,
+    number: impl Fn(&str) -> std::result::Result<T, String>,
+) -> std::result::Result<(String, T), String> {
+    let (pattern, value) = text
+        .rsplit_once('=')
+        .ok_or_else(|| format!("`{text}` is not PATTERN=NUMBER, such as q_proj=8"))?;
+    let value = number(value).map_err(|expected| format!("{expected}, behind the `=`"))?;
+    Ok((pattern.trim().to_string(), value))
 }

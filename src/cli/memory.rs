@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args};
 
 use super::device::DeviceArgs;
+use super::listed::listed;
 use super::lora::LoraArgs;
 use super::numbers;
 use super::size::ByteSize;
@@ -59,7 +60,9 @@ pub struct MemoryArgs {
         long,
         help_heading = "Memory and threads",
         value_name = "NAME",
-        default_value = "adamw_torch"
+        default_value = "adamw_torch",
+        value_parser = listed::<Optim>(&Optim::NAMES),
+        hide_possible_values = true
     )]
     pub optim: Optim,
     /// Memory that the run may use, such as `24GiB`; with `auto`, as many blocks keep as fit
@@ -77,7 +80,8 @@ pub struct MemoryArgs {
     #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]
     pub fit: bool,
     /// Make that many real training steps on random tokens, and show what was measured beside the plan
-    #[arg(long, help_heading = "Output", value_name = "STEPS", num_args = 0..=1, default_missing_value = "2")]
+    #[arg(long, help_heading = "Output", value_name = "STEPS", num_args = 0..=1,
+          default_missing_value = "2", value_parser = numbers::at_least_one)]
     pub measure: Option<NonZeroUsize>,
     /// Write a page with pictures of the plan, and of what was measured
     #[arg(long, help_heading = "Output", value_name = "FILE")]

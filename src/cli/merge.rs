@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 
 use super::numbers;
 use super::quantize::DtypeArg;
-use super::size::ByteSize;
+use super::size::{self, ByteSize};
 use super::train::BaseModelArgs;
 use crate::adapter::MergeOnto;
 
@@ -46,7 +46,7 @@ pub struct MergeArgs {
     pub dtype: Option<DtypeArg>,
 
     /// Largest size of a shard
-    #[arg(long, value_name = "SIZE", default_value = "5GB")]
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size::above_zero)]
     pub max_shard_size: ByteSize,
 
     /// Replace `--out` if it is not empty

@@ -1,5 +1,6 @@
 //! The command line as types: one struct per command, each default written once, here.
 
+pub mod arguments;
 pub mod complete;
 pub mod completions;
 pub mod data;
@@ -9,6 +10,7 @@ pub mod eval;
 pub mod export;
 pub mod generate;
 pub mod layers;
+pub mod listed;
 pub mod lora;
 pub mod memory;
 pub mod merge;
@@ -80,12 +82,13 @@ impl Cli {
     }
 
     /// Parses a command line; the settings of `train` are completed from its config file, the
-    /// resumed run and the preset. Help ends the process as clap does.
+    /// resumed run and the preset. Help and version are printed, and end the process.
     ///
     /// # Errors
-    /// `Usage` for wrong flags or a wrong config file.
-    pub fn from_arguments(mut argv: Vec<OsString>) -> Result<Self> {
+    /// `Usage` for wrong flags or a wrong config file; `Io` when help cannot be printed.
+    pub fn from_arguments(argv: Vec<OsString>) -> Result<Self> {
         let command = Cli::command();
+        let mut argv = arguments::for_clap(&command, argv);
         let matches = partial_matches(&command, &argv)?;
         let train = command.find_subcommand(TRAIN);
         if let (Some(train), Some((TRAIN, matches))) = (train, matches.subcommand()) {
@@ -115,12 +118,44 @@ fn partial_matches(command: &clap::Command, argv: &[OsString]) -> Result<ArgMatc
     }
 }
 
-/// Wrong usage as our error; help and version end the process.
+/// Wrong usage as our error; help and version end the process once they are printed.
 fn usage(command: &clap::Command, argv: &[OsString], error: clap::Error) -> Error {
     let is_help = error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand;
     if !error.use_stderr() || is_help {
-        error.exit()
+        return end_with(&error);
     }
     let chosen = argv.get(1).and_then(|name| command.find_subcommand(name));
     layers::readable(chosen.unwrap_or(command), &error)
+}
+
+/// Prints help and ends the process, as clap's own `exit` does, which would not tell of a failure.
+#[allow(clippy::exit)]
+fn end_with(help: &clap::Error) -> Error {
+    match help.print() {
+        Ok(()) => std::process::exit(help.exit_code()),
+        Err(e) => Error::io("write to", "standard output".as_ref(), e),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn wrong_values_are_refused_in_words_of_ours() {
+        for command in Cli::command().get_subcommands() {
+            let flags = command.get_arguments().filter(|arg| arg.get_action().takes_values());
+            for flag in flags.filter_map(clap::Arg::get_long) {
+                for value in ["?", "-1", "0", "1e9", "99999999999999999999999", "a=b", ",", " "] {
+                    let argv = [command.get_name(), &format!("--{flag}={value}")];
+                    let result = layers::partial(command).try_get_matches_from(argv);
+                    let Err(error) = result else { continue };
+                    let text = layers::readable(command, &error).to_string();
+                    for raw in ["invalid digit", "invalid float", "non-zero type", "number too"] {
+                        assert!(!text.contains(raw), "{text}");
+                    }
+                }
+            }
+        }
+    }
 }

@@ -8,6 +8,11 @@ fn number(text: &str, expected: &str, fits: impl Fn(f64) -> bool) -> Result<f64,
     value.ok_or_else(|| format!("expected {expected}"))
 }
 
+/// Any number.
+pub fn any(text: &str) -> Result<f32, String> {
+    number(text, "a number", |_| true).map(|value| value as f32)
+}
+
 /// A number above 0.
 pub fn positive(text: &str) -> Result<f64, String> {
     number(text, "a number above 0", |value| value > 0.0)
@@ -26,6 +31,11 @@ pub fn share(text: &str) -> Result<f64, String> {
 /// 0 or more and below 1.
 pub fn below_one(text: &str) -> Result<f64, String> {
     number(text, "a number from 0 to below 1", |value| (0.0..1.0).contains(&value))
+}
+
+/// A whole number, 0 or more.
+pub fn whole<T: FromStr>(text: &str) -> Result<T, String> {
+    text.trim().parse().map_err(|_| "expected a whole number, 0 or more".to_string())
 }
 
 fn whole_above_zero<T: FromStr>(text: &str) -> Result<T, String> {
@@ -49,10 +59,11 @@ pub fn steps(text: &str) -> Result<u64, String> {
     whole_above_zero::<NonZeroU64>(text).map(u64::from)
 }
 
-/// Length of a document in tokens: one token has nothing to predict.
+/// Length of a document in tokens: one token has nothing to predict, and positions have 32 bits.
 pub fn length(text: &str) -> Result<usize, String> {
-    let length = text.trim().parse().ok().filter(|&length: &usize| length >= 2);
-    length.ok_or_else(|| "expected a whole number, 2 or more".to_string())
+    const MOST: usize = u32::MAX as usize;
+    let length = text.trim().parse().ok().filter(|length: &usize| (2..=MOST).contains(length));
+    length.ok_or_else(|| format!("expected a whole number from 2 to {MOST}"))
 }
 
 /// Weights that share a scale.
@@ -69,13 +80,17 @@ mod tests {
     #[test]
     fn ranges_have_the_right_ends() {
         assert_eq!(positive("2e-4"), Ok(2e-4));
+        assert_eq!(any("-1e-4"), Ok(-1e-4));
+        assert!(any("hot").is_err() && any("inf").is_err() && any("nan").is_err());
         assert!(positive("0").is_err() && positive("inf").is_err() && positive("nan").is_err());
         assert!(not_negative("0").is_ok() && not_negative("-1e-9").is_err());
         assert!(share("1").is_ok() && share("1.01").is_err());
         assert!(below_one("0").is_ok() && below_one("1").is_err());
+        assert_eq!(whole::<u64>("0"), Ok(0));
+        assert_eq!(whole::<u64>("-1"), Err("expected a whole number, 0 or more".to_string()));
         assert!(at_least_one("1").is_ok() && at_least_one("0").is_err());
         assert_eq!(steps("0"), Err("expected a whole number, 1 or more".to_string()));
-        assert!(length("2").is_ok() && length("1").is_err());
+        assert!(length("2").is_ok() && length("1").is_err() && length("4294967296").is_err());
         assert!(block_size("64").is_ok() && block_size("96").is_err() && block_size("16").is_err());
     }
 }

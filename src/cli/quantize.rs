@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use nibble_quant::{FloatType, QuantType};
 
 use super::numbers;
-use super::size::ByteSize;
+use super::size::{self, ByteSize};
 
 const EXAMPLES: &str = "Examples:
   nibble quantize --model SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2-nf4 --check
@@ -34,7 +34,8 @@ pub struct QuantizeArgs {
     pub block_size: usize,
 
     /// Whether the scales are quantized, too: to 8 bits
-    #[arg(long, value_name = "BOOL", default_value_t = true, action = clap::ArgAction::Set)]
+    #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set, default_value_t = true,
+          num_args = 0..=1, default_missing_value = "true")]
     pub double_quant: bool,
 
     /// Keep tensors dense whose name matches this regular expression; may be repeated
@@ -46,7 +47,7 @@ pub struct QuantizeArgs {
     pub dtype: Option<DtypeArg>,
 
     /// Largest size of a shard
-    #[arg(long, value_name = "SIZE", default_value = "5GB")]
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size::above_zero)]
     pub max_shard_size: ByteSize,
 
     /// Pack linears that are 4-bit already anew in this format

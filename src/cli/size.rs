@@ -1,7 +1,11 @@
-//! Amounts of memory as people write them: `23GiB`, `500MB`, `1048576`.
+//! Amounts of memory as people write them: `23GiB`, `500MB`, `1048576B`.
+//!
+//! A number without a unit is refused: `24` may have meant 24 GiB, and would be 24 bytes.
 
 use std::fmt;
 use std::str::FromStr;
+
+use super::layers::HINT;
 
 /// A number of bytes.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
@@ -28,7 +32,7 @@ impl FromStr for ByteSize {
         let (number, factor) = UNITS
             .iter()
             .find_map(|(unit, factor)| Some((lower.strip_suffix(unit)?.trim_end(), *factor)))
-            .unwrap_or((lower.as_str(), 1));
+            .ok_or_else(|| without_unit(&lower).unwrap_or_else(|| expected(text)))?;
         let amount: f64 = number.parse().map_err(|_| expected(text))?;
         let bytes = amount * factor as f64;
         if !bytes.is_finite() || bytes < 0.0 || bytes >= u64::MAX as f64 {
@@ -44,13 +48,28 @@ impl ByteSize {
         match self.0 {
             bytes if bytes > 0 && bytes.is_multiple_of(1 << 30) => format!("{}GiB", bytes >> 30),
             bytes if bytes > 0 && bytes.is_multiple_of(1 << 20) => format!("{}MiB", bytes >> 20),
-            bytes => bytes.to_string(),
+            bytes => format!("{bytes}B"),
         }
     }
 }
 
+/// More than nothing.
+pub fn above_zero(text: &str) -> Result<ByteSize, String> {
+    let size: ByteSize = text.parse()?;
+    let something = (size.0 > 0).then_some(size);
+    something.ok_or_else(|| "expected more than nothing, such as 5GB".to_string())
+}
+
 fn expected(text: &str) -> String {
     format!("`{text}` is not a size, expected a number with a unit, such as 23GiB or 500MB")
+}
+
+/// What is wrong with a mere number: few are meant in GiB, many as bytes.
+fn without_unit(text: &str) -> Option<String> {
+    const MANY: f64 = 1e5;
+    let number = text.parse().ok().filter(|number: &f64| number.is_finite() && *number >= 0.0)?;
+    let meant = if number < MANY { "GiB" } else { "B" };
+    Some(format!("expected a number with a unit\n{HINT}`{number}{meant}`"))
 }
 
 /// In the largest power of 1024 that leaves at least 1, with one decimal.
@@ -75,15 +94,33 @@ mod tests {
             ("23GiB", 23 << 30),
             ("1.5 kib", 1536),
             ("500MB", 500_000_000),
-            ("0", 0),
+            ("0B", 0),
             ("17b", 17),
             ("2TiB", 2 << 40),
         ] {
             assert_eq!(text.parse(), Ok(ByteSize(bytes)), "{text}");
         }
-        for text in ["", "GiB", "-1GiB", "many", "1e300GiB", "nan", "12 apples"] {
+        for text in ["", "GiB", "-1GiB", "-1", "many", "1e300GiB", "nan", "12 apples"] {
             let error = text.parse::<ByteSize>().unwrap_err();
             assert!(error.contains(&format!("`{text}`")), "{error}");
+        }
+    }
+
+    #[test]
+    fn a_number_without_a_unit_is_refused() {
+        for (text, meant) in [("24", "24GiB"), ("0.5", "0.5GiB"), ("1048576", "1048576B")] {
+            let error = text.parse::<ByteSize>().unwrap_err();
+            assert_eq!(error, format!("expected a number with a unit\nhint: `{meant}`"));
+        }
+        assert!("0".parse::<ByteSize>().is_err());
+        assert!(above_zero("0B").is_err() && above_zero("0.1B").is_err());
+        assert_eq!(above_zero("1kB"), Ok(ByteSize(1000)));
+    }
+
+    #[test]
+    fn a_flag_reads_back_what_is_exact() {
+        for bytes in [0, 1, 1 << 20, (1 << 30) + 1, 24 << 30] {
+            assert_eq!(ByteSize(bytes).exact().parse(), Ok(ByteSize(bytes)));
         }
     }
 

@@ -1,37 +1,65 @@
-//! What other trainers call the settings that Nibble has: a hint for those who try their names.
+//! What other programs call the settings that Nibble has, and what it does about those that it has
+//! not: a hint for those who try their names.
 
-use clap::{Arg, Command};
+use clap::Command;
 
-/// Their name and ours, with hyphens.
-const SYNONYMS: [(&str, &str); 39] = [
+/// Their name and ours, with hyphens. A name that means several things is there several times: the
+/// first flag that a command has is meant.
+const SYNONYMS: [(&str, &str); 74] = [
     // transformers, TRL and PEFT, where ours is shorter
+    ("assistant-only-loss", "train-on"),
     ("bnb-4bit-quant-type", "quantization"),
     ("bnb-4bit-use-double-quant", "double-quant"),
+    ("completion-only-loss", "train-on"),
     ("dataset-name", "data"),
+    ("device-map", "device"),
+    ("do-sample", "temperature"),
+    ("eval-strategy", "eval-steps"),
+    ("evaluation-strategy", "eval-steps"),
     ("gradient-checkpointing", "activations"),
+    ("gradient-checkpointing-kwargs", "activations"),
     ("load-in-4bit", "quantization"),
+    ("logging-strategy", "logging-steps"),
+    ("max-seq-len", "max-length"),
+    ("max-seq-len", "context-length"),
     ("max-seq-length", "max-length"),
+    ("max-seq-length", "context-length"),
     ("model-name-or-path", "model"),
     ("output-dir", "out"),
+    ("peft-model-path", "adapter"),
     ("r", "lora-r"),
     ("resume-from-checkpoint", "resume"),
+    ("save-strategy", "save-steps"),
     ("train-file", "data"),
+    ("use-flash-attention-2", "attn-implementation"),
     ("validation-file", "eval-data"),
-    // axolotl, LLaMA-Factory, torchtune, mlx-lm, unsloth
+    // axolotl, LLaMA-Factory, torchtune, mlx-lm, unsloth, llama.cpp
+    ("adapter-name-or-path", "adapter"),
+    ("adapter-name-or-path", "init-adapter"),
+    ("adapter-path", "adapter"),
+    ("adapter-path", "init-adapter"),
     ("base-model", "model"),
+    ("ctx-size", "context-length"),
     ("cutoff-len", "max-length"),
     ("datasets", "data"),
+    ("flash-attention", "attn-implementation"),
+    ("flash-attn", "attn-implementation"),
     ("grad-checkpoint", "activations"),
     ("iters", "max-steps"),
     ("lora-rank", "lora-r"),
+    ("lora-target", "target-modules"),
+    ("lora-target-modules", "target-modules"),
     ("micro-batch-size", "per-device-train-batch-size"),
+    ("n-predict", "max-new-tokens"),
     ("num-epochs", "num-train-epochs"),
     ("num-output-chunks", "logits-chunk-length"),
     ("sample-packing", "packing"),
     ("sequence-len", "max-length"),
+    ("system-prompt", "system"),
     ("tiled-mlp", "mlp-tile-length"),
     ("tiled-mlp-num-shards", "mlp-tile-length"),
     ("train-on-inputs", "train-on"),
+    ("train-on-responses-only", "train-on"),
     ("val-set-size", "validation-split"),
     // short forms
     ("alpha", "lora-alpha"),
@@ -40,19 +68,93 @@ const SYNONYMS: [(&str, &str); 39] = [
     ("epochs", "num-train-epochs"),
     ("eval-file", "eval-data"),
     ("grad-accum", "gradient-accumulation-steps"),
+    ("gradient-accumulation", "gradient-accumulation-steps"),
+    ("lora", "adapter"),
+    ("lora", "init-adapter"),
     ("lr", "learning-rate"),
     ("lr-scheduler", "lr-scheduler-type"),
     ("max-tokens", "max-new-tokens"),
+    ("num-threads", "threads"),
+    ("optimizer", "optim"),
     ("output", "out"),
     ("rank", "lora-r"),
+    ("scheduler", "lr-scheduler-type"),
+    ("seq-len", "max-length"),
     ("steps", "max-steps"),
+    ("target", "target-modules"),
+    ("warmup", "warmup-steps"),
 ];
 
-/// The flag of `command` that other programs call `theirs` (kebab or snake case).
-pub fn ours(command: &Command, theirs: &str) -> Option<&'static str> {
+const NUMBER_TYPE: &str =
+    "leave it out: it computes in bf16 on a GPU and in f32 on a CPU; there is no fp16";
+const REPORTS: &str = "leave it out: every run writes TensorBoard's files, metrics.jsonl and \
+                       report.html into `--out`; other trackers are not supported";
+const NOT_NEEDED: &str = "leave it out: Nibble does so anyway";
+const ONE_DEVICE: &str = "not supported: it trains on one device";
+const NO_UPLOAD: &str = "not supported: what `--out` holds can be uploaded as it is";
+const NOT_TRAINED: &str = "not supported in training: only LoRA on linears is trained; adapters \
+                           that have more can be used and merged";
+
+/// Their names of what has no flag here, and why.
+const WITHOUT_FLAG: [(&str, &str); 36] = [
+    ("bf16", NUMBER_TYPE),
+    ("bias", NOT_TRAINED),
+    ("bnb-4bit-compute-dtype", NUMBER_TYPE),
+    (
+        "chat-template",
+        "leave it out: the model's own is used, from the folder or file of `--model`",
+    ),
+    ("dataloader-num-workers", "leave it out: data are in memory before the first step"),
+    ("dataset-text-field", "not supported: plain text is read from the field `text`"),
+    ("ddp-find-unused-parameters", ONE_DEVICE),
+    ("deepspeed", ONE_DEVICE),
+    ("do-eval", NOT_NEEDED),
+    ("do-train", NOT_NEEDED),
+    ("fp16", NUMBER_TYPE),
+    ("fsdp", ONE_DEVICE),
+    ("group-by-length", "not supported: `--packing` fills rows with documents of any length"),
+    ("hub-model-id", NO_UPLOAD),
+    ("label-smoothing-factor", "not supported"),
+    ("load-in-8bit", "not supported: `--quantization` is nf4, fp4 or none"),
+    ("logging-dir", REPORTS),
+    ("lora-bias", NOT_TRAINED),
+    ("modules-to-save", NOT_TRAINED),
+    ("neftune-noise-alpha", "not supported"),
+    ("num-processes", ONE_DEVICE),
+    (
+        "overwrite-output-dir",
+        "leave it out: a run begins in a new `--out`, or goes on by `--resume`",
+    ),
+    ("per-device-eval-batch-size", "leave it out: it is that of `--per-device-train-batch-size`"),
+    ("push-to-hub", NO_UPLOAD),
+    ("remove-unused-columns", NOT_NEEDED),
+    ("report-to", REPORTS),
+    ("run-name", REPORTS),
+    ("task-type", NOT_NEEDED),
+    ("tf32", NUMBER_TYPE),
+    ("torch-dtype", NUMBER_TYPE),
+    ("trust-remote-code", "leave it out: a model's code is never run"),
+    ("use-dora", NOT_TRAINED),
+    ("use-lora", NOT_NEEDED),
+    ("use-peft", NOT_NEEDED),
+    ("use-qlora", NOT_NEEDED),
+    ("wandb-project", REPORTS),
+];
+
+/// What to do instead of setting `theirs` (kebab or snake case), as far as other programs' names
+/// tell; flags of `command` are written behind `dashes`.
+pub fn hint(command: &Command, theirs: &str, dashes: &str) -> Option<String> {
     let theirs = theirs.trim_start_matches('-').replace('_', "-").to_lowercase();
-    let (_, ours) = SYNONYMS.into_iter().find(|(name, _)| *name == theirs)?;
-    command.get_arguments().filter_map(Arg::get_long).any(|long| long == ours).then_some(ours)
+    let without = || WITHOUT_FLAG.into_iter().find(|(name, _)| *name == theirs);
+    let here = ours(command, &theirs).map(|ours| format!("here it is `{dashes}{ours}`"));
+    here.or_else(|| Some(without()?.1.to_string()))
+}
+
+/// The flag of `command` that other programs call `theirs`.
+fn ours(command: &Command, theirs: &str) -> Option<&'static str> {
+    let has = |name: &str| command.get_arguments().any(|arg| arg.get_long() == Some(name));
+    let mut meant = SYNONYMS.into_iter().filter(|(name, _)| *name == theirs);
+    meant.find(|(_, ours)| has(ours)).map(|(_, ours)| ours)
 }
 
 #[cfg(test)]
@@ -65,13 +167,36 @@ mod tests {
     #[test]
     fn every_name_leads_to_a_flag_and_is_none_itself() {
         let cli = Cli::command();
+        let train = cli.find_subcommand("train").unwrap();
         for (theirs, name) in SYNONYMS {
             let has = |command: &&Command| ours(command, theirs) == Some(name);
             assert!(cli.get_subcommands().any(|command| has(&command)), "{theirs}");
-            let train = cli.find_subcommand("train").unwrap();
+        }
+        for (theirs, _) in SYNONYMS.into_iter().chain(WITHOUT_FLAG) {
             assert!(train.get_arguments().all(|arg| arg.get_long() != Some(theirs)), "{theirs}");
         }
+        for (theirs, _) in WITHOUT_FLAG {
+            assert!(SYNONYMS.iter().all(|(name, _)| *name != theirs), "{theirs}");
+        }
         let data = cli.find_subcommand("data").unwrap();
-        assert_eq!(ours(data, "--lr"), None, "it has no such flag");
+        assert_eq!(hint(data, "--lr", "--"), None, "it has no such flag");
+    }
+
+    #[test]
+    fn a_name_is_answered_by_what_the_command_has() {
+        let cli = Cli::command();
+        let answer = |name: &str, theirs| hint(cli.find_subcommand(name).unwrap(), theirs, "--");
+        for (command, theirs, words) in [
+            ("train", "--max-seq-length", "here it is `--max-length`"),
+            ("generate", "--max_seq_len", "here it is `--context-length`"),
+            ("chat", "--adapter-path", "here it is `--adapter`"),
+            ("train", "adapter_path", "here it is `--init-adapter`"),
+            ("train", "--neftune-noise-alpha", "not supported"),
+        ] {
+            assert_eq!(answer(command, theirs).as_deref(), Some(words), "{command} {theirs}");
+        }
+        for theirs in ["--use-dora", "--modules-to-save", "--bf16", "--report-to"] {
+            assert!(answer("train", theirs).is_some_and(|words| !words.contains("here it is")));
+        }
     }
 }

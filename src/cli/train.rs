@@ -10,6 +10,7 @@ use nibble_quant::{BlockFormat, QuantType};
 
 use super::data::DataFormatArgs;
 use super::device::DeviceArgs;
+use super::listed::listed;
 use super::lora::LoraArgs;
 use super::numbers;
 use super::size::ByteSize;
@@ -27,7 +28,7 @@ pub const GRADIENT_ACCUMULATION_STEPS: &str = "4";
 
 /// Train a LoRA adapter on a frozen base model
 #[derive(Debug, Clone, Args)]
-#[command(after_long_help = AFTER_HELP, allow_negative_numbers = true)]
+#[command(after_long_help = AFTER_HELP)]
 pub struct TrainArgs {
     /// Settings from this TOML file, under the flags' names; flags on the command line win
     #[arg(long, value_name = "FILE")]
@@ -108,7 +109,8 @@ pub struct BaseModelArgs {
     #[arg(long, value_name = "WEIGHTS", default_value_t = 64, value_parser = numbers::block_size)]
     pub block_size: usize,
     /// Whether the scales are quantized, too
-    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true,
+          num_args = 0..=1, default_missing_value = "true")]
     pub double_quant: bool,
 }
 
@@ -162,10 +164,12 @@ pub struct TrainDataArgs {
     #[command(flatten)]
     pub format: DataFormatArgs,
     /// Put several short documents into one row; they do not see each other
-    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true,
+          num_args = 0..=1, default_missing_value = "true")]
     pub packing: bool,
     /// New order in every epoch
-    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true,
+          num_args = 0..=1, default_missing_value = "true")]
     pub shuffle: bool,
 }
 
@@ -194,7 +198,8 @@ pub struct OptimizationArgs {
     #[arg(long, value_name = "TYPE", value_enum, default_value_t = SchedulerType::Cosine)]
     pub lr_scheduler_type: SchedulerType,
     /// Steps in which the learning rate rises from 0 [default: by `--warmup-ratio`]
-    #[arg(long, value_name = "STEPS", conflicts_with = "warmup_ratio")]
+    #[arg(long, value_name = "STEPS", conflicts_with = "warmup_ratio",
+          value_parser = numbers::whole::<u64>)]
     pub warmup_steps: Option<u64>,
     /// The same as a share of all steps, rounded up
     #[arg(long, value_name = "SHARE", default_value_t = 0.03,
@@ -220,7 +225,8 @@ pub struct OptimizationArgs {
           value_parser = numbers::not_negative)]
     pub weight_decay: f64,
     /// Optimizer: `adamw_torch`, or `adamw_8bit` with moments in 8 bits: 2 bytes a parameter, not 8
-    #[arg(long, value_name = "NAME", default_value = "adamw_torch")]
+    #[arg(long, value_name = "NAME", default_value = "adamw_torch",
+          value_parser = listed::<Optim>(&Optim::NAMES), hide_possible_values = true)]
     pub optim: Optim,
     /// Decay of AdamW's first moment
     #[arg(long, value_name = "BETA", default_value_t = 0.9,
@@ -235,7 +241,7 @@ pub struct OptimizationArgs {
           value_parser = numbers::positive)]
     pub adam_epsilon: f64,
     /// Seed of initial weights, order and dropout
-    #[arg(long, value_name = "NUMBER", default_value_t = 42)]
+    #[arg(long, value_name = "NUMBER", default_value_t = 42, value_parser = numbers::whole::<u64>)]
     pub seed: u64,
 }
 
@@ -261,7 +267,7 @@ pub struct EvaluationArgs {
           num_args = 0..=1, default_missing_value = "true")]
     pub load_best_model_at_end: bool,
     /// Answer this prompt before the first step and after the last one; may be repeated
-    #[arg(long, value_name = "TEXT")]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub sample_prompt: Vec<String>,
     /// Steps between further answers to `--sample-prompt` [default: none]
     #[arg(long, value_name = "STEPS", value_parser = numbers::steps)]
@@ -270,10 +276,12 @@ pub struct EvaluationArgs {
     #[arg(long, value_name = "TOKENS", default_value = "64", value_parser = numbers::at_least_one)]
     pub sample_max_new_tokens: NonZeroUsize,
     /// Stop when a trained matrix gets no gradient or does not move
-    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true,
+          num_args = 0..=1, default_missing_value = "true")]
     pub self_checks: bool,
     /// Begin with the largest batch, so that memory runs out at once or never
-    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true)]
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true,
+          num_args = 0..=1, default_missing_value = "true")]
     pub longest_first_step: bool,
 }
 

@@ -8,18 +8,19 @@ use std::io::{BufRead, IsTerminal};
 use std::path::Path;
 
 use super::device;
-use super::generate::{note_finish, print};
-use crate::cli::generate::{ChatArgs, NamedAdapter};
+use super::generate::note_finish;
+use crate::cli::generate::{ChatArgs, NamedAdapter, check_names};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
 use crate::nearest::nearest;
+use crate::printed;
 use crate::sample::{Sampler, Session, Wish};
 use crate::train::interrupt::Interrupt;
 
 const HELP: &str = "\
 /adapter           the adapters, and which one is in use
-/adapter NAME|DIR  answer with another adapter from here on
+/adapter NAME|DIR  answer with another adapter from here on; NAME=DIR names it
 /base              answer without an adapter
 /reset             forget the conversation
 /system TEXT       new system message; forgets the conversation
@@ -33,6 +34,7 @@ const COMMANDS: [&str; 7] = ["/adapter", "/base", "/reset", "/system", "/exit", 
 /// # Errors
 /// Whatever is wrong with flags, model or adapter.
 pub fn run(args: &ChatArgs) -> Result<()> {
+    check_names(&args.adapter)?;
     super::set_threads(args.generation.threads)?;
     super::check_packing(&args.base)?;
     match device::open(&args.generation.device)? {
@@ -144,15 +146,32 @@ impl<K: Kernels> Chat<K> {
         if let Some(index) = self.adapters.iter().position(|known| known.name == name) {
             return Ok(index);
         }
-        if Path::new(name).is_dir() {
-            self.adapters.push(name.parse().map_err(|text: String| Error::usage(text))?);
-            return Ok(self.adapters.len() - 1);
+        match name.parse::<NamedAdapter>() {
+            Ok(new) if new.folder.is_dir() => return self.add(new),
+            Err(text) if Path::new(name).is_dir() => return Err(Error::usage(text)),
+            _ => {}
         }
         let error = Error::usage(format_args!("no adapter or folder is called `{name}`"));
         match nearest(name, self.adapters.iter().map(|known| known.name.as_str())) {
             close if close.is_empty() => Err(error.hint("/adapter lists those that are known")),
             close => Err(error.hint(format_args!("did you mean {close}?"))),
         }
+    }
+
+    /// Index of an adapter that may be known already, but not under a name that another one has.
+    fn add(&mut self, new: NamedAdapter) -> Result<usize> {
+        let Some(index) = self.adapters.iter().position(|known| known.name == new.name) else {
+            self.adapters.push(new);
+            return Ok(self.adapters.len() - 1);
+        };
+        let known = &self.adapters[index];
+        if known.folder == new.folder {
+            return Ok(index);
+        }
+        let (name, folder) = (&known.name, known.folder.display());
+        let what = format_args!("an adapter is called `{name}` already: {folder}");
+        let hint = format_args!("give this one a name: `/adapter NAME={}`", new.folder.display());
+        Err(Error::usage(what).hint(hint))
     }
 
     fn equip(&mut self, index: Option<usize>) -> Result<String> {
@@ -185,29 +204,37 @@ impl<K: Kernels> Chat<K> {
         let messages: Vec<(&str, &str)> =
             self.turns.iter().map(|(role, content)| (*role, content.as_str())).collect();
         let prompt = self.session.speaker().render(&messages)?;
+        let first = self.turns.len() == 1 + usize::from(self.system.is_some());
         let Chat { session, sampler, interrupt, max_new_tokens, .. } = self;
         let mut answer = String::new();
         let finish = session.answer(&prompt, sampler, *max_new_tokens, |piece| {
             answer.push_str(piece);
-            print(piece)?;
+            printed::at_once(piece)?;
             Ok(if interrupt.requested() { Wish::Stop } else { Wish::Continue })
-        })?;
-        print("\n")?;
+        });
+        let finish = finish.map_err(|error| if first { error } else { or_reset(error) })?;
+        printed::at_once("\n")?;
         note_finish(finish, self.max_new_tokens);
         Ok(answer)
     }
 }
 
-/// Shows what the user can mend; the rest ends the program.
+/// A conversation that has outgrown the context fails at every further question.
+fn or_reset(error: Error) -> Error {
+    match error {
+        Error::Usage(_) => {
+            error.hint("`/reset` forgets the conversation; `--context-length` gives it more room")
+        }
+        other => other,
+    }
+}
+
+/// Shows what the user can mend, such as an adapter folder that cannot be read; the rest ends the
+/// program, as does an answer that cannot be written.
 fn tell(result: Result<()>) -> Result<()> {
     match result {
-        Err(error @ (Error::Usage(_) | Error::Input(_))) => {
+        Err(error @ (Error::Usage(_) | Error::Input(_) | Error::Io(..))) if !printed::failed() => {
             eprintln!("error: {error}");
-            Ok(())
-        }
-        // An adapter folder that cannot be read, but not a terminal that went away.
-        Err(Error::Io(message, cause)) if cause.kind() != std::io::ErrorKind::BrokenPipe => {
-            eprintln!("error: {}", Error::Io(message, cause));
             Ok(())
         }
         result => result,

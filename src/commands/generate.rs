@@ -1,12 +1,13 @@
 //! `nibble generate`: an answer, or one for each of several adapters.
 
-use std::io::{IsTerminal, Read, Write};
+use std::io::{IsTerminal, Read};
 
 use super::device;
-use crate::cli::generate::{GenerateArgs, NamedAdapter};
+use crate::cli::generate::{GenerateArgs, NamedAdapter, check_names};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
+use crate::printed;
 use crate::sample::{Finish, Sampler, Session, Wish};
 
 /// Runs the command.
@@ -14,6 +15,7 @@ use crate::sample::{Finish, Sampler, Session, Wish};
 /// # Errors
 /// Whatever is wrong with flags, model, adapter or prompt.
 pub fn run(args: &GenerateArgs) -> Result<()> {
+    check_names(&args.adapter)?;
     super::set_threads(args.generation.threads)?;
     super::check_packing(&args.base)?;
     match device::open(&args.generation.device)? {
@@ -38,7 +40,7 @@ fn run_on<K: Kernels>(args: &GenerateArgs, kernels: K) -> Result<()> {
         if index > 0 {
             session.set_adapter(Some(folder))?;
         }
-        print(&format!("{name}: "))?;
+        printed::at_once(&format!("{name}: "))?;
         answer(args, &mut session, &text)?;
     }
     Ok(())
@@ -67,20 +69,12 @@ fn answer<K: Kernels>(args: &GenerateArgs, session: &mut Session<K>, text: &str)
     let mut sampler = Sampler::new(args.generation.sampling())?;
     let max_new_tokens = args.generation.max_new_tokens.get();
     let finish = session.answer(text, &mut sampler, max_new_tokens, |piece| {
-        print(piece)?;
+        printed::at_once(piece)?;
         Ok(Wish::Continue)
     })?;
-    print("\n")?;
+    printed::at_once("\n")?;
     note_finish(finish, max_new_tokens);
     Ok(())
-}
-
-/// Writes text at once.
-pub(super) fn print(text: &str) -> Result<()> {
-    let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes())
-        .and_then(|()| out.flush())
-        .map_err(|e| Error::io("write to", "standard output".as_ref(), e))
 }
 
 /// Tells someone who watches that the answer was cut.

@@ -21,6 +21,11 @@ pub enum Optim {
     Adamw8bit,
 }
 
+impl Optim {
+    /// The names that are taken.
+    pub const NAMES: [&str; 2] = ["adamw_torch", "adamw_8bit"];
+}
+
 impl FromStr for Optim {
     type Err = String;
 

@@ -162,9 +162,20 @@ fn equip<K: Kernels>(
         cache_tokens: context_tokens,
         ..Settings::evaluating(PREFILL_TOKENS.min(context_tokens), 1)
     };
-    let mut model = Model::on(kernels.clone(), spec, weights, settings, None)?;
+    let model = Model::on(kernels.clone(), spec, weights, settings, None);
+    let mut model = model.map_err(|error| shorter(error, context_tokens))?;
     if let Some(adapter) = adapter {
         model.parameters_mut().load(adapter);
     }
     Ok(model)
+}
+
+/// The memory that was refused is that of the context: the flag that `generate` and `chat` have.
+fn shorter(error: Error, context_tokens: usize) -> Error {
+    match error {
+        Error::Budget(_) => error.hint(format_args!(
+            "lower `--context-length`, which is {context_tokens}, or free memory"
+        )),
+        other => other,
+    }
 }

@@ -32,6 +32,10 @@ const NEUTRAL: [&str; 19] = [
     "weights",
 ];
 
+/// Settings that are text, whatever their value looks like: paths and prompts.
+pub const TEXTS: [&str; 7] =
+    ["data", "eval_data", "init_adapter", "layers_pattern", "model", "out", "sample_prompt"];
+
 /// Settings that only say how long the run is; neutral where the learning rate does not fall.
 const LENGTH: [&str; 2] = ["max_steps", "num_train_epochs"];
 
@@ -82,16 +86,20 @@ pub fn to_json(settings: &SettingsEcho) -> serde_json::Value {
 
 /// The settings as a TOML file for `--config`.
 pub fn to_toml(settings: &SettingsEcho) -> String {
-    let value = |text: &String| match text.parse::<toml::Value>() {
+    let number = |text: &String| match text.parse::<toml::Value>() {
         Ok(value @ (toml::Value::Integer(_) | toml::Value::Float(_) | toml::Value::Boolean(_))) => {
-            value
+            Some(value)
         }
-        _ => toml::Value::String(text.clone()),
+        _ => None,
+    };
+    let value = |name: &str, text: &String| {
+        let number = (!TEXTS.contains(&name)).then(|| number(text)).flatten();
+        number.unwrap_or_else(|| toml::Value::String(text.clone()))
     };
     let line = |(name, values): (&String, &Vec<String>)| {
         let value = match values.as_slice() {
-            [one] => value(one),
-            many => toml::Value::Array(many.iter().map(value).collect()),
+            [one] => value(name, one),
+            many => toml::Value::Array(many.iter().map(|one| value(name, one)).collect()),
         };
         format!("{name} = {value}\n")
     };
@@ -115,6 +123,13 @@ mod tests {
         let (short, long) = (echo(&[("max_steps", "5")]), echo(&[("max_steps", "9")]));
         assert_eq!(changes(&short, &long, false), ["max_steps was 5, now 9"]);
         assert!(changes(&short, &long, true).is_empty());
+    }
+
+    #[test]
+    fn text_stays_text_in_toml() {
+        let settings = echo(&[("model", "3"), ("sample_prompt", "0x10"), ("seed", "3")]);
+        let toml = "model = \"3\"\nsample_prompt = \"0x10\"\nseed = 3\n";
+        assert_eq!(to_toml(&settings), toml);
     }
 
     #[test]

@@ -123,6 +123,56 @@ fn a_mistake_does_not_end_the_conversation() {
 }
 
 #[test]
+fn a_conversation_that_outgrows_the_context_can_be_forgotten() {
+    let place = Workplace::new();
+    add_template(&place);
+    let long = "w5 ".repeat(40);
+    let lines = [&long[..], &long, &long, "/reset", &long];
+    let (answers, said) = chat(&place, &["--context-length", "64"], &lines);
+    assert_eq!(answers.len(), 2, "{said}");
+    assert_eq!(answers[0], answers[1]);
+    assert_eq!(said.matches("error: the prompt has ").count(), 2, "{said}");
+    assert_eq!(said.matches("\nhint: `/reset` forgets the conversation").count(), 2, "{said}");
+}
+
+#[test]
+fn a_folder_is_known_once_and_a_name_means_one_folder() {
+    let place = Workplace::new();
+    add_template(&place);
+    let [plain, other] = ["plain", "rslora"].map(|kind| adapter(&format!("llama_s0.{kind}")));
+    let named = |name: &str, folder: &str| format!("/adapter {name}={folder}");
+    let lines = [
+        &format!("/adapter {plain}"),
+        &format!("/adapter {plain}"),
+        &named("llama_s0.plain", &other),
+        &named("two", &other),
+        "/adapter",
+    ];
+    let (_, said) = chat(&place, &[], &lines);
+    let error = "error: an adapter is called `llama_s0.plain` already: ";
+    assert_eq!(said.matches(error).count(), 1, "{said}");
+    assert!(
+        said.contains(&format!("hint: give this one a name: `/adapter NAME={other}`")),
+        "{said}"
+    );
+    assert!(said.contains("\nadapter two\n"), "{said}");
+    assert_eq!(said.matches(&format!("  {plain}\n")).count(), 1, "{said}");
+}
+
+#[test]
+#[cfg(target_os = "linux")]
+fn answers_that_cannot_be_written_end_the_conversation() {
+    let place = Workplace::new();
+    add_template(&place);
+    std::fs::write(place.path("lines"), "w5 w6\nw5 w6\n").unwrap();
+    let mut command = place.nibble(&["chat", "--model", "model", "--quantization", "none"]);
+    let full = std::fs::File::options().write(true).open("/dev/full").unwrap();
+    command.stdin(std::fs::File::open(place.path("lines")).unwrap()).stdout(full);
+    let (code, text) = crate::training::fail(command);
+    assert_eq!((code, text.matches("error: cannot write to standard output").count()), (1, 1));
+}
+
+#[test]
 fn a_model_without_a_template_is_refused_before_the_first_question() {
     let place = Workplace::new();
     let (code, text) = crate::training::fail(place.nibble(&["chat", "--model", "model"]));

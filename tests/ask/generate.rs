@@ -154,3 +154,74 @@ fn the_prompt_may_come_from_standard_input() {
     assert_eq!(code, 2);
     assert!(error_of(&text).contains("hint: give `--prompt TEXT`"), "{text}");
 }
+
+#[test]
+fn a_prompt_may_begin_with_a_dash() {
+    let place = Workplace::new();
+    add_template(&place);
+    let spaced = ["--raw", "--prompt", "- w7 w31"];
+    assert_eq!(generate(&place, &spaced), generate(&place, &["--raw", "--prompt=- w7 w31"]));
+    for text in ["-5", "-w5", "--raw", "--", "--max_new_tokens"] {
+        let apart = ["--prompt", text, "--system", text];
+        let joined = [format!("--prompt={text}"), format!("--system={text}")];
+        let joined = joined.each_ref().map(String::as_str);
+        assert_eq!(generate(&place, &apart), generate(&place, &joined), "{text}");
+    }
+}
+
+#[test]
+fn an_adapters_folder_may_have_an_equals_sign() {
+    let place = Workplace::new();
+    let copied = |to: &str| {
+        let from = std::path::PathBuf::from(adapter("llama_s0.plain"));
+        fs::create_dir_all(place.path(to)).unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            fs::copy(from.join(file), place.path(to).join(file)).unwrap();
+        }
+    };
+    ["od=d", "runs/lr=1e-4"].into_iter().for_each(copied);
+    let prompt = ["--raw", "--prompt", "w7 w31 w12"];
+    let ask = |flags: &[&str]| generate(&place, &[&prompt[..], flags].concat());
+    let alone = ask(&["--adapter", &adapter("llama_s0.plain")]);
+    for folder in ["od=d", "./od=d", "runs/lr=1e-4", "name=od=d"] {
+        assert_eq!(ask(&["--adapter", folder]), alone, "{folder}");
+    }
+    let two = ask(&["--adapter", "od=d", "--adapter", "runs/lr=1e-4"]);
+    assert_eq!(two, format!("od=d: {alone}\nlr=1e-4: {alone}"));
+}
+
+#[test]
+fn adapters_without_a_name_of_their_own_are_refused() {
+    let place = Workplace::new();
+    for (adapters, message) in [
+        (&["a="][..], "no folder stands behind the `=`, expected NAME=DIR"),
+        (&["=a"], "no name stands before the `=`, expected NAME=DIR"),
+        (
+            &["a/run", "b/run"],
+            "error: two adapters are called `run`: a/run and b/run\n\
+             hint: name one of them: `--adapter NAME=b/run`",
+        ),
+    ] {
+        for name in ["generate", "chat"] {
+            let mut command = place.nibble(&[name, "--model", "model"]);
+            command.args(adapters.iter().map(|adapter| format!("--adapter={adapter}")));
+            let (code, text) = fail(command);
+            assert_eq!(code, 2, "{text}");
+            assert!(error_of(&text).contains(message), "{text}");
+        }
+    }
+}
+
+#[test]
+fn a_context_that_memory_cannot_hold_is_named() {
+    let place = Workplace::new();
+    let script = "ulimit -v 8000000; exec \"$0\" generate --model model --raw --prompt w5 \
+                  --context-length 100000000";
+    let mut command = std::process::Command::new("bash");
+    command.current_dir(place.path("")).args(["-c", script, env!("CARGO_BIN_EXE_nibble")]);
+    let (code, text) = fail(command);
+    assert_eq!(code, 1);
+    let error = error_of(&text);
+    assert!(error.starts_with("error: cannot reserve "), "{error}");
+    assert!(error.contains("\nhint: lower `--context-length`, which is 100000000"), "{error}");
+}

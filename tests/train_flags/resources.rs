@@ -218,15 +218,15 @@ fn memory_budget() {
     assert!(checkpoint < keep);
     // What the program itself takes differs by some pages from run to run.
     let budget = (keep + checkpoint) / 2;
-    let tight = runs.train(&format!("{flags} memory-budget={budget}"));
+    let tight = runs.train(&format!("{flags} memory-budget={budget}B"));
     assert!(total(&tight) <= budget, "{}", tight.said);
-    let roomy = runs.train(&format!("{flags} memory-budget={}", keep + (64 << 20)));
+    let roomy = runs.train(&format!("{flags} memory-budget={}B", keep + (64 << 20)));
     assert!(roomy.said.contains("2 of 2 blocks keep"), "{}", roomy.said);
-    let error = runs.refused(&format!("{flags} memory-budget={}", checkpoint - (4 << 20)));
+    let error = runs.refused(&format!("{flags} memory-budget={}B", checkpoint - (4 << 20)));
     assert!(error.starts_with("error: plan needs "), "{error}");
     // Too little even for a smaller tile of the MLP.
     let budget = checkpoint + (keep - checkpoint) / 4;
-    let error = runs.refused(&format!("{flags} activations=keep memory-budget={budget}"));
+    let error = runs.refused(&format!("{flags} activations=keep memory-budget={budget}B"));
     assert!(error.contains("hint: `--activations checkpoint` would need "), "{error}");
 }
 

@@ -15,6 +15,7 @@ use crate::data::{ChatTokenizer, Encoder};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
+use crate::printed;
 
 /// Runs the command.
 ///
@@ -38,7 +39,7 @@ pub fn run(args: &DataArgs) -> Result<()> {
         let shown = show::documents(&args.data, &first, &tokenizer)?;
         report::render(&args.data, &audit, &options, &tokenizer) + &shown
     };
-    super::generate::print(&text)?;
+    printed::at_once(&text)?;
     audit.report.check(&args.data, &options).map_err(|error| refused(&args.data, &error))
 }
 
