@@ -92,6 +92,9 @@ pub(super) fn note_finish(finish: Finish, max_new_tokens: usize) {
 }
 
 fn read_prompt() -> Result<String> {
+    if std::io::stdin().is_terminal() {
+        eprintln!("type the prompt; Ctrl-D ends it");
+    }
     let mut text = String::new();
     std::io::stdin()
         .read_to_string(&mut text)
