@@ -9,6 +9,7 @@ use serde_json::json;
 
 use super::model_folder::{self, COPIED_FILES};
 use crate::adapter::{MergeBase, MergeCost, MergeOnto, MergedModel, PeftAdapter};
+use crate::checkpoint::atomic::AtomicDir;
 use crate::checkpoint::writer::ShardWriter;
 use crate::checkpoint::{Checkpoint, CheckpointKind};
 use crate::cli::merge::MergeArgs;
@@ -44,7 +45,7 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     let dtype = args.dtype.map(FloatType::from);
     let merged = MergedModel::new(base, adapter.merge(&spec)?, &spec, dtype)?;
     let interrupt = Interrupt::install()?;
-    let folder = model_folder::create(&args.out, args.overwrite, &inputs)?;
+    let folder = AtomicDir::create(&args.out, args.overwrite)?;
     write_side_files(args, &model, &merged, folder.path())?;
     let started = Instant::now();
     let (cost, bytes) = stream(args, &merged, folder.path(), &interrupt)?;

@@ -3,7 +3,7 @@
 use std::fs;
 use std::path::Path;
 
-use crate::checkpoint::atomic::{AtomicDir, check_destination, check_not_within};
+use crate::checkpoint::atomic::{check_destination, check_not_within};
 use crate::error::{Error, Result};
 
 /// Files of a Hugging Face folder that are copied as they are.
@@ -20,19 +20,11 @@ pub const COPIED_FILES: [&str; 10] = [
     "tokenizer.model",
 ];
 
-/// Begins the folder `out`, which may replace a model's, but none of `inputs` and nothing else.
+/// Whether the folder `out` may be written: it may replace a model's, but none of `inputs` and
+/// nothing else.
 ///
 /// # Errors
-/// `Usage` naming what would be lost, `Io`.
-pub fn create(out: &Path, overwrite: bool, inputs: &[&Path]) -> Result<AtomicDir> {
-    check(out, overwrite, inputs)?;
-    AtomicDir::create(out, overwrite)
-}
-
-/// Whether that would begin, before anything is read.
-///
-/// # Errors
-/// As there.
+/// `Usage` naming what would be lost.
 pub fn check(out: &Path, overwrite: bool, inputs: &[&Path]) -> Result<()> {
     check_destination(out, overwrite)?;
     inputs.iter().try_for_each(|input| check_not_within(input, out))?;

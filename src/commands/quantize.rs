@@ -9,6 +9,7 @@ use nibble_quant::{BlockFormat, FloatType};
 use regex::Regex;
 use serde_json::{Value, json};
 
+use crate::checkpoint::atomic::AtomicDir;
 use crate::checkpoint::repack::{Repack, RoleSummary, Step};
 use crate::checkpoint::writer::ShardWriter;
 use crate::checkpoint::{Checkpoint, CheckpointKind};
@@ -38,7 +39,8 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
     let steps = repack.steps()?;
     check_skipped(&repack, &args.skip)?;
     let interrupt = Interrupt::install()?;
-    let folder = model_folder::create(&args.out, args.overwrite, &[&args.model])?;
+    model_folder::check(&args.out, args.overwrite, &[&args.model])?;
+    let folder = AtomicDir::create(&args.out, args.overwrite)?;
     write_side_files(&checkpoint, &steps, args, folder.path())?;
     let started = Instant::now();
     let (summaries, bytes) = stream(&repack, &steps, args, folder.path(), &interrupt)?;

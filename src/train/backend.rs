@@ -10,6 +10,7 @@ use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
 use crate::ledger::resident;
 use crate::model::parameters::Parameters;
+use crate::plural::noun;
 
 /// One update of all parameters.
 #[derive(Debug, Clone, Copy)]
@@ -63,10 +64,8 @@ pub trait TrainingKernels: Kernels {
 
 impl TrainingKernels for Cpu {
     fn device(&self) -> String {
-        match rayon::current_num_threads() {
-            1 => "the CPU, 1 thread".to_string(),
-            threads => format!("the CPU, {threads} threads"),
-        }
+        let threads = rayon::current_num_threads();
+        format!("the CPU, {threads} {}", noun(threads, "thread"))
     }
 
     fn surroundings(&self) -> Result<Surroundings> {

@@ -64,8 +64,10 @@ pub(super) fn norm_backward<D: Driver>(
         stats.argument(2 * rows), dx.argument(), dx.stride, width, norm.kind == Norm::Layer);
 }
 
+/// `head_norms` from `qkv` to `to`, or `head_norms_backward` of `qkv` in `to`: they take the same.
 pub(super) fn head_norms<D: Driver>(
     cuda: &Cuda<D>,
+    kernel: &'static str,
     norms: &HeadNorms<DeviceVector<D>>,
     shape: &AttentionShape,
     (qkv, to): (&Buffer<D>, &Buffer<D>),
@@ -73,24 +75,9 @@ pub(super) fn head_norms<D: Driver>(
 ) {
     let width = shape.qkv_width();
     let [qkv, to] = [qkv, to].map(|buffer| buffer.rows(rows, width));
-    launch!(cuda, "head_norms", row_grid(rows), row_threads(width);
+    launch!(cuda, kernel, row_grid(rows), row_threads(width);
         qkv.argument(), qkv.stride, norms.q.weight.argument(), norms.k.weight.argument(),
         norms.q.epsilon, to.argument(), to.stride, shape.num_heads, shape.num_kv_heads,
-        shape.head_dim);
-}
-
-pub(super) fn head_norms_backward<D: Driver>(
-    cuda: &Cuda<D>,
-    norms: &HeadNorms<DeviceVector<D>>,
-    shape: &AttentionShape,
-    (qkv, dqkv): (&Buffer<D>, &Buffer<D>),
-    rows: usize,
-) {
-    let width = shape.qkv_width();
-    let [qkv, dqkv] = [qkv, dqkv].map(|buffer| buffer.rows(rows, width));
-    launch!(cuda, "head_norms_backward", row_grid(rows), row_threads(width);
-        qkv.argument(), qkv.stride, norms.q.weight.argument(), norms.k.weight.argument(),
-        norms.q.epsilon, dqkv.argument(), dqkv.stride, shape.num_heads, shape.num_kv_heads,
         shape.head_dim);
 }
 

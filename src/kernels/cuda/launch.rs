@@ -79,7 +79,7 @@ pub fn as_rows(elements: usize) -> (usize, usize) {
 
 /// `launch!(cuda, "name", grid, threads; a, b, ..)`: arguments as the kernel declares them.
 macro_rules! launch {
-    ($cuda:expr, $kernel:literal, $grid:expr, $threads:expr; $($argument:expr),* $(,)?) => {
+    ($cuda:expr, $kernel:expr, $grid:expr, $threads:expr; $($argument:expr),* $(,)?) => {
         $cuda.launch($kernel, $grid, $threads, &mut [
             $($crate::kernels::cuda::driver::Argument::from($argument)),*
         ])

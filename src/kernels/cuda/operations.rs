@@ -326,7 +326,7 @@ impl<D: Driver> Kernels for Cuda<D> {
         to: &mut Buffer<D>,
         rows: usize,
     ) {
-        elementwise::head_norms(self, norms, shape, (qkv, to), rows);
+        elementwise::head_norms(self, "head_norms", norms, shape, (qkv, to), rows);
     }
 
     fn head_norms_backward(
@@ -337,7 +337,8 @@ impl<D: Driver> Kernels for Cuda<D> {
         dqkv: &mut Buffer<D>,
         rows: usize,
     ) {
-        elementwise::head_norms_backward(self, norms, shape, (qkv, dqkv), rows);
+        let kernel = "head_norms_backward";
+        elementwise::head_norms(self, kernel, norms, shape, (qkv, dqkv), rows);
     }
 
     fn rotary(

@@ -4,6 +4,7 @@ use serde::Serialize;
 
 use super::chart::{Chart, Frame, Series, chart, smooth};
 use crate::cli::size::ByteSize;
+use crate::plural::noun;
 use crate::report::figures::{clock, short_count, thousands};
 use crate::train::events::{
     EndEvent, EndReason, EvalEvent, Event, OutOfMemoryEvent, ParameterCounts, SampleEvent,
@@ -117,7 +118,7 @@ impl<'a> Run<'a> {
         }
         let rows = self.start.train_batch_size * self.start.gradient_accumulation_steps;
         if rows > 0 {
-            facts.push(format!("{rows} {} in a step", if rows == 1 { "row" } else { "rows" }));
+            facts.push(format!("{rows} {} in a step", noun(rows, "row")));
         }
         if let Some(step) = self.start.resumed_from_step {
             facts.push(format!("resumed at step {}", thousands(step)));
