@@ -10,6 +10,7 @@ use serde_json::Value;
 const GIB: f64 = (1u64 << 30) as f64;
 
 /// Dimensions under the letters of docs/maths.md.
+#[derive(Clone, Copy)]
 struct Shape {
     config: &'static str,
     d: usize,
@@ -17,8 +18,17 @@ struct Shape {
     heads: usize,
     f: usize,
     v: usize,
+    /// Columns of q, and of k.
+    q: usize,
+    kv: usize,
+    head_dim: usize,
     qkv_bias: bool,
     qk_norm: bool,
+    /// Norms behind attention and the MLP.
+    post_norms: bool,
+    /// Pairs of rotary tables.
+    rotaries: usize,
+    tied: bool,
 }
 
 const LLAMA_8B: Shape = Shape {
@@ -28,8 +38,14 @@ const LLAMA_8B: Shape = Shape {
     heads: 32,
     f: 14_336,
     v: 128_256,
+    q: 4096,
+    kv: 1024,
+    head_dim: 128,
     qkv_bias: false,
     qk_norm: false,
+    post_norms: false,
+    rotaries: 1,
+    tied: false,
 };
 const QWEN_32B: Shape = Shape {
     config: "qwen2.5-32b",
@@ -38,8 +54,9 @@ const QWEN_32B: Shape = Shape {
     heads: 40,
     f: 27_648,
     v: 152_064,
+    q: 5120,
     qkv_bias: true,
-    qk_norm: false,
+    ..LLAMA_8B
 };
 const LLAMA_70B: Shape = Shape {
     config: "llama-3.3-70b",
@@ -47,31 +64,46 @@ const LLAMA_70B: Shape = Shape {
     layers: 80,
     heads: 64,
     f: 28_672,
-    v: 128_256,
-    qkv_bias: false,
-    qk_norm: false,
+    q: 8192,
+    ..LLAMA_8B
 };
-const QWEN3_8B: Shape = Shape {
-    config: "qwen3-8b",
-    d: 4096,
-    layers: 36,
-    heads: 32,
-    f: 12_288,
-    v: 151_936,
-    qkv_bias: false,
+const QWEN3_8B: Shape =
+    Shape { config: "qwen3-8b", layers: 36, f: 12_288, v: 151_936, qk_norm: true, ..LLAMA_8B };
+const GEMMA2_9B: Shape = Shape {
+    config: "gemma-2-9b",
+    d: 3584,
+    layers: 42,
+    heads: 16,
+    v: 256_000,
+    kv: 2048,
+    head_dim: 256,
+    post_norms: true,
+    tied: true,
+    ..LLAMA_8B
+};
+const GEMMA3_27B: Shape = Shape {
+    config: "gemma-3-27b-text",
+    d: 5376,
+    layers: 62,
+    f: 21_504,
+    v: 262_208,
+    kv: 2048,
     qk_norm: true,
+    post_norms: true,
+    rotaries: 2,
+    tied: true,
+    ..LLAMA_8B
 };
 
-/// All four have 8 key heads of 128 columns, and the adapters rank 16 on all seven linears.
-const KV: usize = 8 * 128;
+/// Adapters of rank 16 are on all seven linears.
 const RANK: usize = 16;
 const TILE: usize = 4096;
 
 impl Shape {
     /// (in, out) of a block's linears.
     fn linears(&self) -> [(usize, usize); 7] {
-        let (d, f) = (self.d, self.f);
-        [(d, d), (d, KV), (d, KV), (d, d), (d, f), (d, f), (f, d)]
+        let Shape { d, f, q, kv, .. } = *self;
+        [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
     }
 
     /// 4 bits a weight, a byte for 64 of them, 4 bytes for 256 such bytes, and an offset; embedding
@@ -82,24 +114,28 @@ impl Shape {
             n / 2 + blocks + 4 * blocks.div_ceil(256) + 4
         };
         let linears: usize = self.linears().into_iter().map(packed).sum();
-        let biases = if self.qkv_bias { 4 * (self.d + 2 * KV) } else { 0 };
-        let head_norms = if self.qk_norm { 2 * 4 * 128 } else { 0 };
-        self.layers * (linears + 2 * 4 * self.d + biases + head_norms)
+        let biases = if self.qkv_bias { 4 * (self.q + 2 * self.kv) } else { 0 };
+        let head_norms = if self.qk_norm { 2 * 4 * self.head_dim } else { 0 };
+        let norms = if self.post_norms { 4 } else { 2 };
+        let tables = if self.tied { 1 } else { 2 };
+        self.layers * (linears + norms * 4 * self.d + biases + head_norms)
             + 4 * self.d
-            + 2 * 2 * self.v * self.d
+            + tables * 2 * self.v * self.d
     }
 
     /// Bytes of what is kept of a token by the first half of a block and by the MLP. Behind the rows of
     /// attention's output there is room for `x·Aᵀ`.
     fn saved(&self) -> (usize, usize) {
-        let (d, q) = (self.d, self.d);
-        let first = 2 * ((q + 2 * KV) + q + 5 * RANK + d) + 4 * self.heads;
-        (first, 2 * (2 * self.f + 3 * RANK))
+        let Shape { d, q, kv, .. } = *self;
+        let projected = if self.post_norms { d } else { 0 };
+        let first = 2 * ((q + 2 * kv) + q + 5 * RANK + d + projected) + 4 * self.heads;
+        (first, 2 * (2 * self.f + 3 * RANK + projected))
     }
 
     /// Bytes of a run on `tokens`.
     fn total(&self, tokens: usize, policy: &str) -> usize {
-        let (d, tile) = (self.d, tokens.min(TILE));
+        let (Shape { d, q, kv, .. }, tile) = (*self, tokens.min(TILE));
+        let qkv = q + 2 * kv;
         let parameters: usize = self.linears().iter().map(|(i, o)| RANK * (i + o)).sum();
         let adapter = 18 * self.layers * parameters;
         let (first, second) = self.saved();
@@ -108,18 +144,23 @@ impl Shape {
             "checkpoint" => (self.layers + 1, tokens * first + tile * second),
             _ => (3, tokens * first + tile * second),
         };
-        // Stream, norm, q k v, with room for t of the stream's and of q, k and v, and t of three side
-        // by side; cos and sin; δ of attention.
-        let gradients = tokens * (2 * (d + d + (d + 2 * KV) + 7 * RANK) + 4 * 128 + 4 * self.heads);
+        // Stream, norm, q k v, with room for t of the stream's (of what goes through a norm before it
+        // is added, where there is one) and of q, k and v, and t of three side by side; cos and sin;
+        // δ of attention.
+        let projected = if self.post_norms { d } else { 0 };
+        let tables = self.rotaries * 4 * self.head_dim;
+        let gradients = 2 * (d + d.max(q) + qkv + projected + 7 * RANK) + tables + 4 * self.heads;
+        let gradients = tokens * gradients;
         // q, k and v as attention reads them, where norms lie between.
-        let normed = if self.qk_norm { tokens * 2 * (d + 2 * KV) } else { 0 };
+        let normed = if self.qk_norm { tokens * 2 * qkv } else { 0 };
         // The output of a norm, with room for `x·Aᵀ` of q, k and v, and its statistics.
         let norm = tokens * (2 * (d + 3 * RANK) + 4 * 2);
         // A of q, k and v one below the other, and its gradient.
         let stacked = (2 + 4) * 3 * RANK * d;
-        let tiles = if tokens > TILE { 2 * tile * (2 * d + RANK) } else { 0 };
+        let room = if self.post_norms { 0 } else { RANK };
+        let tiles = if tokens > TILE { 2 * tile * (2 * d + room) } else { 0 };
         let mlp = 2 * tile * 2 * (self.f + RANK) + tiles;
-        let rows = ((128 << 20) / (2 * self.v) / 256 * 256).min(tokens);
+        let rows = ((128usize << 20).div_ceil(2 * self.v) / 256 * 256).min(tokens);
         let head = rows * (2 * (self.v + 3 * d) + 4 * 6);
         let dequantized = 2 * 2 * (d + RANK) * self.f;
         let (cublas, context) = (32 << 20, 460 << 20);
@@ -153,7 +194,7 @@ impl Shape {
 
 #[test]
 fn a_plan_is_the_arithmetic_of_its_formulas() {
-    for shape in [LLAMA_8B, QWEN_32B, LLAMA_70B, QWEN3_8B] {
+    for shape in [LLAMA_8B, QWEN_32B, LLAMA_70B, QWEN3_8B, GEMMA2_9B, GEMMA3_27B] {
         for (tokens, policy) in [
             (512, "keep"),
             (4096, "keep"),

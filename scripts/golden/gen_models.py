@@ -87,6 +87,46 @@ CASES = {
         "mistral_s0": c("mistral", 10, LLA, extra=dict(sliding_window=8), **RT(10000.0)),
         "qwen2_s0": c("qwen2", 20, LLA, tie_word_embeddings=True, **RT(1000000.0)),
         "qwen3_s0": c("qwen3", 25, LLA, extra=dict(head_dim=24), **RT(1000000.0)),
+        "gemma_s0": c(
+            "gemma",
+            50,
+            LLA,
+            tie_word_embeddings=True,
+            num_key_value_heads=1,
+            extra=dict(head_dim=24),
+            **RT(10000.0),
+        ),
+        "gemma2_s0": c(
+            "gemma2",
+            60,
+            LLA,
+            tie_word_embeddings=True,
+            extra=dict(
+                head_dim=24,
+                query_pre_attn_scalar=20,
+                sliding_window=8,
+                attn_logit_softcapping=2.0,
+                final_logit_softcapping=3.0,
+            ),
+            **RT(10000.0),
+        ),
+        "gemma3_s0": c(
+            "gemma3_text",
+            70,
+            LLA,
+            tie_word_embeddings=True,
+            num_hidden_layers=3,
+            extra=dict(
+                head_dim=24,
+                query_pre_attn_scalar=20,
+                sliding_window=8,
+                layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+            ),
+            rope_parameters=dict(
+                full_attention=dict(rope_type="linear", factor=8.0, rope_theta=1000000.0),
+                sliding_attention=dict(rope_type="default", rope_theta=10000.0),
+            ),
+        ),
         "gpt2_s0": dict(
             model_type="gpt2",
             seed=30,
@@ -133,7 +173,10 @@ def init(model, seed):
         for n, p in sorted(model.named_parameters()):
             if p.dim() >= 2:
                 fan = p.shape[1]
-                s = 0.5 if ("embed" in n or "wte" in n or "wpe" in n) else 1.2 / math.sqrt(fan)
+                # Gemma multiplies its embeddings by the root of their width.
+                embedding = 0.2 if model.config.model_type.startswith("gemma") else 0.5
+                tables = ("embed", "wte", "wpe")
+                s = embedding if any(t in n for t in tables) else 1.2 / math.sqrt(fan)
                 p.copy_(torch.randn(p.shape, generator=g) * s)
             elif n.endswith("bias"):
                 p.copy_(torch.randn(p.shape, generator=g) * 0.1)
@@ -226,6 +269,12 @@ def make(name, spec, out):
     js = json.load(open(d + "/config.json"))
     v4 = dict(js)
     rp = v4.pop("rope_parameters", None)
+    if rp and "full_attention" in rp:
+        v4["rope_local_base_freq"] = rp["sliding_attention"]["rope_theta"]
+        rp = rp["full_attention"]
+        v4["sliding_window_pattern"] = 2
+    if spec["model_type"].startswith("gemma"):
+        v4.pop("layer_types", None)
     if rp:
         rp = dict(rp)
         v4["rope_theta"] = rp.pop("rope_theta", 10000.0)

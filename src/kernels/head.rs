@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{Columns, Kernels};
+use super::{Columns, Kernels, LogitShape};
 use crate::error::Result;
 
 /// [`Kernels::head_loss`] of its three operations: logits, their gradient in place, and that of x,
@@ -14,13 +14,13 @@ pub(super) fn loss_at_once<K: Kernels>(
     x: &mut K::Buffer,
     logits: &mut K::Buffer,
     targets: &[u32],
-    vocab_size: usize,
+    shape: LogitShape,
     scale: Option<f32>,
     loss: &mut K::LossSum,
 ) {
-    let (rows, all) = (targets.len(), Columns::all(vocab_size));
+    let (rows, all) = (targets.len(), Columns::all(shape.vocab_size));
     kernels.linear_forward(head, None, None, x, (logits, all), rows, false);
-    kernels.cross_entropy(logits, targets, vocab_size, scale, loss);
+    kernels.cross_entropy(logits, targets, shape, scale, loss);
     if scale.is_some() {
         kernels.linear_backward(head, None, (logits, all), x, rows, false);
     }
@@ -33,10 +33,10 @@ pub(super) fn score_at_once<K: Kernels>(
     x: &K::Buffer,
     logits: &mut K::Buffer,
     targets: &[u32],
-    vocab_size: usize,
+    shape: LogitShape,
     loss: &mut K::LossSum,
 ) -> Result<Vec<bool>> {
-    let rows = targets.len();
+    let (rows, vocab_size) = (targets.len(), shape.vocab_size);
     kernels.linear_forward(head, None, None, x, (logits, Columns::all(vocab_size)), rows, false);
     let values = kernels.values(logits, 0..rows * vocab_size)?;
     let likeliest = values.par_chunks(vocab_size).zip(targets).map(|(row, &target)| {
@@ -44,6 +44,6 @@ pub(super) fn score_at_once<K: Kernels>(
         row.iter().all(|&logit| logit <= chosen)
     });
     let likeliest = likeliest.collect();
-    kernels.cross_entropy(logits, targets, vocab_size, None, loss);
+    kernels.cross_entropy(logits, targets, shape, None, loss);
     Ok(likeliest)
 }

@@ -23,8 +23,8 @@ use crate::model::streaming::Streaming;
 use crate::plan::{MemoryPlan, OnHost, Settings, WeightParts};
 pub use memory::{PlannedMemory, Residency, StreamedWeights};
 pub use shapes::{
-    AttentionShape, Columns, DropoutMask, HeadNorms, LoraShape, LoraTerm, NormParameters,
-    TokenLayout,
+    AttentionShape, Columns, DropoutMask, HeadNorms, LogitShape, LoraShape, LoraTerm,
+    NormParameters, PostNorms, TokenLayout,
 };
 
 /// A backend: the memory it plans in and the operations on it.
@@ -181,10 +181,17 @@ pub trait Kernels: Clone + Sync {
     /// What went wrong in the operations before.
     fn read_loss(&self, sum: &Self::LossSum) -> Result<f64>;
 
-    /// `x[t] = table[ids[t]]`, or `+=`; x `[T, D]`, table `[V, D]`.
-    fn embed(&self, ids: &[u32], table: &Self::Weight, x: &mut Self::Buffer, accumulate: bool);
+    /// `x[t] = scale · table[ids[t]]`, or `+=`; x `[T, D]`, table `[V, D]`.
+    fn embed(
+        &self,
+        ids: &[u32],
+        table: &Self::Weight,
+        scale: f32,
+        x: &mut Self::Buffer,
+        accumulate: bool,
+    );
 
-    /// y = norm(x), rows of D; `stats` keeps `(mean, 1/σ)` of each row for the backward pass.
+    /// y = norm(x), or `+=`, rows of D; `stats` keeps `(mean, 1/σ)` of each row for the backward pass.
     fn norm_forward(
         &self,
         norm: &NormParameters<Self::Vector>,
@@ -192,6 +199,7 @@ pub trait Kernels: Clone + Sync {
         y: &mut Self::Buffer,
         stats: &mut Self::Buffer,
         rows: usize,
+        accumulate: bool,
     );
 
     /// `dx += ∂norm/∂x · dy`; no gradient for the frozen weight and bias.
@@ -403,19 +411,18 @@ pub trait Kernels: Clone + Sync {
         elements: usize,
     );
 
-    /// Adds the sum over rows of `−log softmax(logits)[target]` to `loss`; `logits [rows, V]` become
-    /// `scale ·` their gradient if there is one to compute.
+    /// Adds the sum over rows of `−log softmax(logits)[target]` to `loss`; `logits [rows, V]`, as they
+    /// are before they are capped, become `scale ·` their gradient if there is one to compute.
     fn cross_entropy(
         &self,
         logits: &mut Self::Buffer,
         targets: &[u32],
-        vocab_size: usize,
+        shape: LogitShape,
         scale: Option<f32>,
         loss: &mut Self::LossSum,
     );
 
-    /// Adds the sum over rows of `−log softmax(x · Wᵀ)[target]` to `loss`, W `[vocab_size, in]` the
-    /// head; with `scale`, x `[rows, in]` becomes `scale ·` its gradient. What was planned holds logits
+    /// Adds the sum over rows of `−log softmax(x · Wᵀ)[target]` to `loss`, W `[V, in]` the head; with `scale`, x `[rows, in]` becomes `scale ·` its gradient. What was planned holds logits
     /// in `logits`, and in `sum` the gradient of a head that comes in tiles.
     #[allow(clippy::too_many_arguments)]
     fn head_loss(
@@ -425,11 +432,11 @@ pub trait Kernels: Clone + Sync {
         logits: &mut Self::Buffer,
         _sum: Option<&mut Self::Buffer>,
         targets: &[u32],
-        vocab_size: usize,
+        shape: LogitShape,
         scale: Option<f32>,
         loss: &mut Self::LossSum,
     ) {
-        head::loss_at_once(self, head, x, logits, targets, vocab_size, scale, loss);
+        head::loss_at_once(self, head, x, logits, targets, shape, scale, loss);
     }
 
     /// Adds the same losses, and tells of each row whether no logit is larger than its target's.
@@ -443,10 +450,10 @@ pub trait Kernels: Clone + Sync {
         x: &Self::Buffer,
         logits: &mut Self::Buffer,
         targets: &[u32],
-        vocab_size: usize,
+        shape: LogitShape,
         loss: &mut Self::LossSum,
     ) -> Result<Vec<bool>> {
-        head::score_at_once(self, head, x, logits, targets, vocab_size, loss)
+        head::score_at_once(self, head, x, logits, targets, shape, loss)
     }
 
     /// `to[i] = from[rows[i]]`, rows of `width`.

@@ -71,9 +71,19 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// Keys that a query sees, itself included; `None` is all before it.
     pub window: Option<usize>,
+    /// Factor on the scores.
+    pub scale: f32,
+    /// c: scores become `c·tanh(score / c)`.
+    pub soft_cap: Option<f32>,
 }
 
 impl AttentionShape {
+    /// Full causal attention, scores divided by `sqrt(head_dim)`.
+    pub fn new(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> Self {
+        let scale = 1.0 / (head_dim as f32).sqrt();
+        AttentionShape { num_heads, num_kv_heads, head_dim, window: None, scale, soft_cap: None }
+    }
+
     /// Width of q and of the output.
     pub fn q_width(&self) -> usize {
         self.num_heads * self.head_dim
@@ -87,11 +97,6 @@ impl AttentionShape {
     /// Width of a `qkv` row.
     pub fn qkv_width(&self) -> usize {
         self.q_width() + 2 * self.kv_width()
-    }
-
-    /// Factor on the scores: `1 / sqrt(head_dim)`.
-    pub fn scale(&self) -> f32 {
-        1.0 / (self.head_dim as f32).sqrt()
     }
 }
 
@@ -167,6 +172,35 @@ impl<V> HeadNorms<V> {
     pub fn try_map<U>(self, upload: impl Fn(V) -> Result<U>) -> Result<HeadNorms<U>> {
         Ok(HeadNorms { q: self.q.try_map(&upload)?, k: self.k.try_map(&upload)? })
     }
+}
+
+/// The norms of what a block's halves add to the residual stream, each `[D]`.
+#[derive(Debug, Clone)]
+pub struct PostNorms<V> {
+    /// Of attention's output projection.
+    pub attention: NormParameters<V>,
+    /// Of the MLP's.
+    pub mlp: NormParameters<V>,
+}
+
+impl<V> PostNorms<V> {
+    /// The same norms with their vectors elsewhere.
+    ///
+    /// # Errors
+    /// Those of `upload`.
+    pub fn try_map<U>(self, upload: impl Fn(V) -> Result<U>) -> Result<PostNorms<U>> {
+        let PostNorms { attention, mlp } = self;
+        Ok(PostNorms { attention: attention.try_map(&upload)?, mlp: mlp.try_map(&upload)? })
+    }
+}
+
+/// Logits of a vocabulary.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LogitShape {
+    /// V.
+    pub vocab_size: usize,
+    /// c: logits become `c·tanh(logit / c)`.
+    pub soft_cap: Option<f32>,
 }
 
 /// A norm's parameters.

@@ -4,7 +4,7 @@
 //! Missing keys take the defaults of transformers' config classes; an unknown family or a switch
 //! that Nibble does not implement is an error that names the field.
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::rotary::rotary_from_config;
 use super::spec::{Activation, Family, ModelSpec, Norm};
@@ -32,18 +32,30 @@ pub fn base_dropout(config: &Value) -> Option<(&'static str, f64)> {
     KEYS.map(probability).into_iter().find(|(_, probability)| *probability > 0.0)
 }
 
+const SUPPORTED: &str =
+    "supported families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, gpt2";
+
 fn read_spec(fields: &Fields) -> Result<ModelSpec> {
     let spec = match fields.text("model_type")? {
         "llama" => llama(fields, Family::Llama)?,
         "mistral" => mistral(fields)?,
         "qwen2" => qwen2(fields)?,
         "qwen3" => qwen3(fields)?,
+        "gemma" => gemma(fields, Family::Gemma)?,
+        "gemma2" => gemma2(fields)?,
+        "gemma3_text" => gemma3(fields)?,
         "gpt2" => gpt2(fields)?,
         other => {
             return Err(Error::input(format_args!(
                 "config.json: model_type `{other}` is not supported"
             ))
-            .hint("supported families: llama, mistral, qwen2, qwen3, gpt2"));
+            .hint(match other {
+                "gemma3" => {
+                    "save its text model alone, with transformers' \
+                     `Gemma3ForCausalLM.from_pretrained(..).save_pretrained(..)`"
+                }
+                _ => SUPPORTED,
+            }));
         }
     };
     validate(&spec)?;
@@ -51,12 +63,17 @@ fn read_spec(fields: &Fields) -> Result<ModelSpec> {
 }
 
 fn llama(fields: &Fields, family: Family) -> Result<ModelSpec> {
+    fields.unless("hidden_act", |v| v == "silu", "only `silu` is implemented")?;
+    fields.unless("pretraining_tp", |v| v == 1, "only 1 is implemented")?;
+    decoder(fields, family)
+}
+
+/// What all but GPT-2 have in common, with Llama's switches.
+fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
     let hidden_size = fields.size("hidden_size")?;
     let num_heads = fields.size("num_attention_heads")?;
     let num_layers = fields.layers("num_hidden_layers")?;
     let head_dim = fields.size_or("head_dim", hidden_size / num_heads.max(1))?;
-    fields.unless("hidden_act", |v| v == "silu", "only `silu` is implemented")?;
-    fields.unless("pretraining_tp", |v| v == 1, "only 1 is implemented")?;
     let attention_bias = fields.flag_or("attention_bias", false)?;
     Ok(ModelSpec {
         family,
@@ -69,12 +86,19 @@ fn llama(fields: &Fields, family: Family) -> Result<ModelSpec> {
         head_dim,
         norm: Norm::Rms,
         norm_eps: fields.number_or("rms_norm_eps", 1e-6)?,
+        norm_plus_one: false,
+        post_norms: false,
+        embedding_scale: 1.0,
         activation: Activation::Silu,
         gated_mlp: true,
-        rotary: Some(rotary_from_config(config_of(fields))?),
+        rotary: Some(rotary_from_config(fields.0)?),
+        local_rotary: None,
         learned_positions: None,
         qkv_bias: attention_bias,
         qk_norm: false,
+        attention_scale: 1.0 / (head_dim as f32).sqrt(),
+        attention_soft_cap: None,
+        logit_soft_cap: None,
         output_bias: attention_bias,
         mlp_bias: fields.flag_or("mlp_bias", false)?,
         fused_qkv: false,
@@ -135,6 +159,102 @@ fn qwen_windows(fields: &Fields, num_layers: usize) -> Result<Vec<Option<usize>>
     Ok((0..num_layers).map(|layer| slides(layer).then_some(window)).collect())
 }
 
+/// Sources: transformers `models/gemma{,2,3}/modeling_gemma*.py`, `configuration_gemma*.py`.
+fn gemma(fields: &Fields, family: Family) -> Result<ModelSpec> {
+    let defaults: &[_] = match family {
+        Family::Gemma => &[("vocab_size", 256_000), ("max_position_embeddings", 8192)],
+        Family::Gemma2 => &[
+            ("vocab_size", 256_000),
+            ("num_attention_heads", 8),
+            ("num_key_value_heads", 4),
+            ("max_position_embeddings", 8192),
+        ],
+        _ => &[
+            ("vocab_size", 262_208),
+            ("num_attention_heads", 8),
+            ("num_key_value_heads", 4),
+            ("max_position_embeddings", 131_072),
+        ],
+    };
+    let mut config = fields.0.clone();
+    for (key, value) in [("head_dim", 256)].iter().chain(defaults) {
+        if fields.present(key).is_none() {
+            config[key] = (*value).into();
+        }
+    }
+    let fields = &Fields(&config);
+    // Gemma's first files say `gelu`; its authors and every implementation mean the approximation.
+    for key in ["hidden_activation", "hidden_act"] {
+        let tanh = |v: &Value| v == "gelu_pytorch_tanh" || (family == Family::Gemma && v == "gelu");
+        fields.unless(key, tanh, "only `gelu_pytorch_tanh` is implemented")?;
+    }
+    fields.unless("use_bidirectional_attention", |v| v == false, "only `false` is implemented")?;
+    let mut spec = decoder(fields, family)?;
+    spec.activation = Activation::GeluTanh;
+    spec.norm_plus_one = true;
+    spec.embedding_scale = (spec.hidden_size as f32).sqrt();
+    spec.tie_word_embeddings = fields.flag_or("tie_word_embeddings", true)?;
+    Ok(spec)
+}
+
+fn gemma2(fields: &Fields) -> Result<ModelSpec> {
+    let mut spec = gemma(fields, Family::Gemma2)?;
+    spec.windows = gemma_windows(fields, spec.num_layers, 2)?;
+    later_gemma(fields, &mut spec, [Some(50.0), Some(30.0)])?;
+    Ok(spec)
+}
+
+fn gemma3(fields: &Fields) -> Result<ModelSpec> {
+    const THETA: f64 = 1e6;
+    const LOCAL_THETA: f64 = 1e4;
+    let mut config = fields.0.clone();
+    // transformers 5 has one rotary embedding for each kind of layer, transformers 4 keys for both.
+    let mut local = json!({"rope_theta": fields.number_or("rope_local_base_freq", LOCAL_THETA)?});
+    let of_kind = |kind| fields.present("rope_parameters").and_then(|all| all.get(kind)).cloned();
+    if let Some(global) = of_kind("full_attention") {
+        config["rope_parameters"] = global;
+        local = of_kind("sliding_attention").unwrap_or(local);
+    }
+    if fields.present("rope_theta").is_none() {
+        config["rope_theta"] = THETA.into();
+    }
+    let mut spec = gemma(&Fields(&config), Family::Gemma3)?;
+    config["rope_parameters"] = local;
+    spec.local_rotary = Some(rotary_from_config(&config)?);
+    spec.qk_norm = true;
+    let pattern = fields.size_or("_sliding_window_pattern", 6)?;
+    let pattern = fields.size_or("sliding_window_pattern", pattern)?;
+    spec.windows = gemma_windows(fields, spec.num_layers, pattern)?;
+    later_gemma(fields, &mut spec, [None, None])?;
+    Ok(spec)
+}
+
+/// What the second and the third Gemma have in common; caps of scores and logits where the config is
+/// silent.
+fn later_gemma(
+    fields: &Fields,
+    spec: &mut ModelSpec,
+    [scores, logits]: [Option<f64>; 2],
+) -> Result<()> {
+    spec.post_norms = true;
+    let scalar = fields.positive_or("query_pre_attn_scalar", Some(256.0))?;
+    spec.attention_scale = scalar.map_or(1.0, |scalar| 1.0 / scalar.sqrt()) as f32;
+    let cap = |key, default| Ok(fields.positive_or(key, default)?.map(|cap| cap as f32));
+    spec.attention_soft_cap = cap("attn_logit_softcapping", scores)?;
+    spec.logit_soft_cap = cap("final_logit_softcapping", logits)?;
+    Ok(())
+}
+
+/// Windows in all layers but every `pattern`th, unless `layer_types` has them elsewhere.
+fn gemma_windows(fields: &Fields, num_layers: usize, pattern: usize) -> Result<Vec<Option<usize>>> {
+    let window = fields.size_or("sliding_window", 4096)?;
+    let slides = |layer: usize| {
+        let by_pattern = !(layer + 1).is_multiple_of(pattern.max(1));
+        fields.layer_slides(layer).unwrap_or(by_pattern)
+    };
+    Ok((0..num_layers).map(|layer| slides(layer).then_some(window)).collect())
+}
+
 fn gpt2(fields: &Fields) -> Result<ModelSpec> {
     let hidden_size = fields.size("n_embd")?;
     let num_heads = fields.size("n_head")?;
@@ -163,12 +283,19 @@ fn gpt2(fields: &Fields) -> Result<ModelSpec> {
         head_dim: hidden_size / num_heads.max(1),
         norm: Norm::Layer,
         norm_eps: fields.number_or("layer_norm_epsilon", 1e-5)?,
+        norm_plus_one: false,
+        post_norms: false,
+        embedding_scale: 1.0,
         activation,
         gated_mlp: false,
         rotary: None,
+        local_rotary: None,
         learned_positions: Some(positions),
         qkv_bias: true,
         qk_norm: false,
+        attention_scale: 1.0 / ((hidden_size / num_heads.max(1)) as f32).sqrt(),
+        attention_soft_cap: None,
+        logit_soft_cap: None,
         output_bias: true,
         mlp_bias: true,
         fused_qkv: true,
@@ -218,10 +345,6 @@ fn validate(spec: &ModelSpec) -> Result<()> {
 
 fn unsupported(field: &str, value: impl std::fmt::Display, hint: &str) -> Error {
     Error::input(format_args!("config.json: {field} = {value} is not supported")).hint(hint)
-}
-
-fn config_of<'a>(fields: &Fields<'a>) -> &'a Value {
-    fields.0
 }
 
 /// Typed access to a JSON object; null counts as absent.
@@ -274,6 +397,16 @@ impl<'a> Fields<'a> {
         }
     }
 
+    /// A number above 0. Only an absent key takes the default: null stands for none.
+    fn positive_or(&self, key: &str, default: Option<f64>) -> Result<Option<f64>> {
+        let Some(value) = self.0.get(key) else { return Ok(default) };
+        if value.is_null() {
+            return Ok(None);
+        }
+        let number = value.as_f64().filter(|number| *number > 0.0);
+        number.map(Some).ok_or_else(|| wrong_type(key, "a number above 0", value))
+    }
+
     fn flag_or(&self, key: &str, default: bool) -> Result<bool> {
         match self.present(key) {
             Some(value) => value.as_bool().ok_or_else(|| wrong_type(key, "true or false", value)),
@@ -312,8 +445,6 @@ fn wrong_type(key: &str, expected: &str, got: &Value) -> Error {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     #[test]
@@ -329,5 +460,46 @@ mod tests {
         // GPT-2's class has it by default.
         let gpt2 = json!({"model_type": "gpt2", "attn_pdrop": 0.0});
         assert_eq!(base_dropout(&gpt2), Some(("resid_pdrop", 0.1)));
+    }
+
+    #[test]
+    fn a_gemma_is_what_its_classes_make_of_silence() {
+        let config = |family: &str, extra: Value| {
+            let mut config = json!({
+                "model_type": family, "hidden_size": 64, "intermediate_size": 96,
+                "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 1,
+            });
+            config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+            spec_from_config(&config)
+        };
+        let first =
+            config("gemma", json!({"hidden_act": "gelu", "hidden_activation": null})).unwrap();
+        assert_eq!((first.activation, first.head_dim), (Activation::GeluTanh, 256));
+        assert_eq!((first.embedding_scale, first.vocab_size), (8.0, 256_000));
+        assert!(first.tie_word_embeddings && first.norm_plus_one && !first.post_norms);
+        assert_eq!(first.windows, [None; 7]);
+
+        let second = config("gemma2", json!({"query_pre_attn_scalar": 144})).unwrap();
+        assert_eq!(second.attention_scale, 1.0 / 12.0);
+        assert_eq!((second.attention_soft_cap, second.logit_soft_cap), (Some(50.0), Some(30.0)));
+        assert_eq!(second.windows[..3], [Some(4096), None, Some(4096)]);
+        let uncapped = config("gemma2", json!({"attn_logit_softcapping": null})).unwrap();
+        assert_eq!(uncapped.attention_soft_cap, None);
+
+        let third = config("gemma3_text", json!({"sliding_window": 512})).unwrap();
+        assert_eq!((third.windows[4], third.windows[5]), (Some(512), None));
+        assert_eq!((third.rotary_of(4), third.rotary_of(5)), (Some(1), Some(0)));
+        let thetas: Vec<f64> = third.rotaries().map(|rotary| rotary.theta).collect();
+        assert_eq!((thetas, third.logit_soft_cap), (vec![1e6, 1e4], None));
+
+        for (family, extra, says) in [
+            ("gemma", json!({"hidden_act": "relu"}), "hidden_act"),
+            ("gemma2", json!({"final_logit_softcapping": 0}), "final_logit_softcapping"),
+            ("gemma3_text", json!({"use_bidirectional_attention": true}), "bidirectional"),
+            ("gemma3", json!({}), "Gemma3ForCausalLM"),
+        ] {
+            let error = config(family, extra).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
     }
 }

@@ -22,7 +22,7 @@ fn names(family: Family) -> Names {
             first_norm: "ln_1",
             second_norm: "ln_2",
         },
-        Family::Llama | Family::Mistral | Family::Qwen2 | Family::Qwen3 => Names {
+        _ => Names {
             embedding: "model.embed_tokens",
             final_norm: "model.norm",
             head: "lm_head",
@@ -56,7 +56,15 @@ impl ModelSpec {
     /// Module paths of block `layer`'s norms: before attention, before the MLP.
     pub fn layer_norm_modules(&self, layer: usize) -> [String; 2] {
         let (prefix, names) = (self.layer_prefix(layer), names(self.family));
-        [format!("{prefix}.{}", names.first_norm), format!("{prefix}.{}", names.second_norm)]
+        let second = if self.post_norms { "pre_feedforward_layernorm" } else { names.second_norm };
+        [format!("{prefix}.{}", names.first_norm), format!("{prefix}.{second}")]
+    }
+
+    /// Module paths of the norms of what block `layer` adds to the stream: of attention, of the MLP.
+    pub fn post_norm_modules(&self, layer: usize) -> Option<[String; 2]> {
+        let prefix = self.layer_prefix(layer);
+        let names = ["post_attention_layernorm", "post_feedforward_layernorm"];
+        self.post_norms.then(|| names.map(|name| format!("{prefix}.{name}")))
     }
 
     /// Module paths of the norms of block `layer`'s heads: of q, of k.
@@ -93,6 +101,9 @@ impl ModelSpec {
                 self.push_norm(&mut out, &module, self.head_dim);
             }
             self.push_norm(&mut out, &second, d);
+            for module in self.post_norm_modules(layer).into_iter().flatten() {
+                self.push_norm(&mut out, &module, d);
+            }
         }
         self.push_norm(&mut out, self.final_norm_module(), d);
         if !self.tie_word_embeddings {

@@ -3,6 +3,8 @@
 //! A family is one function from `config.json` to a [`ModelSpec`] (see `families`);
 //! everything else (loading, quantizing, planning, training, exporting) reads the spec.
 
+use crate::kernels::LogitShape;
+
 /// Which Hugging Face `model_type` the names follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Family {
@@ -14,6 +16,12 @@ pub enum Family {
     Qwen2,
     /// `Qwen3ForCausalLM`: Llama with a norm of each head of q and k.
     Qwen3,
+    /// `GemmaForCausalLM`: norms of 1 + w, scaled embeddings, GELU.
+    Gemma,
+    /// `Gemma2ForCausalLM`: Gemma with norms behind attention and MLP, and capped scores and logits.
+    Gemma2,
+    /// `Gemma3ForCausalLM`: norms of heads in place of caps, two rotary embeddings.
+    Gemma3,
     /// `GPT2LMHeadModel`: layer norms, learned positions, fused qkv stored `[in, out]`.
     Gpt2,
 }
@@ -26,6 +34,9 @@ impl Family {
             Family::Mistral => "mistral",
             Family::Qwen2 => "qwen2",
             Family::Qwen3 => "qwen3",
+            Family::Gemma => "gemma",
+            Family::Gemma2 => "gemma2",
+            Family::Gemma3 => "gemma3_text",
             Family::Gpt2 => "gpt2",
         }
     }
@@ -128,18 +139,32 @@ pub struct ModelSpec {
     pub norm: Norm,
     /// Epsilon of all norms.
     pub norm_eps: f64,
+    /// Files hold the weights of norms less 1.
+    pub norm_plus_one: bool,
+    /// What attention and the MLP add to the stream goes through norms of its own.
+    pub post_norms: bool,
+    /// Factor on the embeddings: 1, or Gemma's √D.
+    pub embedding_scale: f32,
     /// Nonlinearity of the MLP.
     pub activation: Activation,
     /// `down(act(gate(x)) · up(x))` if true, `down(act(up(x)))` if false.
     pub gated_mlp: bool,
     /// Rotary embedding of q and k.
     pub rotary: Option<Rotary>,
+    /// Another one for the layers with a window.
+    pub local_rotary: Option<Rotary>,
     /// Rows of a learned position table, GPT-2's `wpe`.
     pub learned_positions: Option<usize>,
     /// Bias on q, k, v.
     pub qkv_bias: bool,
     /// Each head of q and of k goes through an RMS norm of its own before it is rotated.
     pub qk_norm: bool,
+    /// Factor on the scores: `1 / sqrt(head_dim)` but for some Gemmas.
+    pub attention_scale: f32,
+    /// c of `c·tanh(score / c)`.
+    pub attention_soft_cap: Option<f32>,
+    /// c of `c·tanh(logit / c)`.
+    pub logit_soft_cap: Option<f32>,
     /// Bias on the attention output projection.
     pub output_bias: bool,
     /// Bias on the MLP's linears.
@@ -236,6 +261,22 @@ impl ModelSpec {
     /// rotary positions go on, learned ones do not.
     pub fn trained_length(&self) -> Option<usize> {
         self.rotary.is_some().then_some(self.max_positions)
+    }
+
+    /// Logits of its head.
+    pub fn logit_shape(&self) -> LogitShape {
+        LogitShape { vocab_size: self.vocab_size, soft_cap: self.logit_soft_cap }
+    }
+
+    /// All rotary embeddings, that of layers without a window first.
+    pub fn rotaries(&self) -> impl Iterator<Item = &Rotary> {
+        self.rotary.iter().chain(&self.local_rotary)
+    }
+
+    /// Which of them turns q and k of block `layer`.
+    pub fn rotary_of(&self, layer: usize) -> Option<usize> {
+        let local = self.windows[layer].is_some() && self.local_rotary.is_some();
+        self.rotary.is_some().then_some(usize::from(local))
     }
 
     /// Width of k and of v: `K · head_dim`.

@@ -15,7 +15,9 @@ use crate::checkpoint::repack::quantize;
 use crate::checkpoint::{Checkpoint, DenseTensor, Weight};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
-use crate::kernels::{AttentionShape, Columns, HeadNorms, Kernels, LoraShape, NormParameters};
+use crate::kernels::{
+    AttentionShape, Columns, HeadNorms, Kernels, LoraShape, NormParameters, PostNorms,
+};
 use crate::plan::settings::Half;
 use crate::plan::{Ranks, WeightParts};
 
@@ -208,12 +210,12 @@ impl Reader<'_> {
         let bias = (self.spec.norm == Norm::Layer)
             .then(|| self.vector(&format!("{module}.bias"), width))
             .transpose()?;
-        Ok(NormParameters {
-            kind: self.spec.norm,
-            epsilon: self.spec.norm_eps as f32,
-            weight: self.vector(&format!("{module}.weight"), width)?,
-            bias,
-        })
+        let mut weight = self.vector(&format!("{module}.weight"), width)?;
+        if self.spec.norm_plus_one {
+            weight.iter_mut().for_each(|value| *value += 1.0);
+        }
+        let (kind, epsilon) = (self.spec.norm, self.spec.norm_eps as f32);
+        Ok(NormParameters { kind, epsilon, weight, bias })
     }
 
     fn block(&self, layer: usize) -> Result<Block<Cpu>> {
@@ -224,13 +226,17 @@ impl Reader<'_> {
             norm1: self.norm(&first, d)?,
             norm2: self.norm(&second, d)?,
             head_norms: self.head_norms(layer)?,
+            post_norms: self.post_norms(layer)?,
             linears: linears.collect::<Result<_>>()?,
             attention: AttentionShape {
                 num_heads: spec.num_heads,
                 num_kv_heads: spec.num_kv_heads,
                 head_dim: spec.head_dim,
                 window: spec.windows[layer],
+                scale: spec.attention_scale,
+                soft_cap: spec.attention_soft_cap,
             },
+            rotary: spec.rotary_of(layer),
             activation: spec.activation,
             hidden_size: spec.hidden_size,
             intermediate_size: spec.intermediate_size,
@@ -241,6 +247,12 @@ impl Reader<'_> {
         let Some([q, k]) = self.spec.head_norm_modules(layer) else { return Ok(None) };
         let width = self.spec.head_dim;
         Ok(Some(HeadNorms { q: self.norm(&q, width)?, k: self.norm(&k, width)? }))
+    }
+
+    fn post_norms(&self, layer: usize) -> Result<Option<PostNorms<Vec<f32>>>> {
+        let Some([attention, mlp]) = self.spec.post_norm_modules(layer) else { return Ok(None) };
+        let d = self.spec.hidden_size;
+        Ok(Some(PostNorms { attention: self.norm(&attention, d)?, mlp: self.norm(&mlp, d)? }))
     }
 
     fn linear(&self, linear: LinearSpec) -> Result<Linear<Cpu>> {

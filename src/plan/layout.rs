@@ -2,7 +2,8 @@
 //!
 //! Formulas per token and layer are PERFORMANCE-sheet arithmetic in f32: with D width, W = q + 2·kv
 //! columns of q, k, v, Q = H·head_dim, F feed-forward width, ΣR the ranks of the layer's adapters,
-//! a kept layer holds `4·(W + H + Q + D + (gated ? 2 : 1)·F + ΣR)` bytes per token.
+//! a kept layer holds `4·(W + H + Q + D + (gated ? 2 : 1)·F + ΣR)` bytes per token, and `4·2·D` more
+//! where it has post-norms.
 
 use super::ranks::Ranks;
 use super::region::{Component, MemoryPlan, Region, RegionType};
@@ -153,6 +154,9 @@ fn push_attention(
     for (name, width) in rows {
         plan.push(component, format!("{prefix}.{name}"), tokens * width);
     }
+    if spec.post_norms {
+        plan.push(component, format!("{prefix}.attention_projected"), tokens * d);
+    }
 }
 
 fn push_mlp(
@@ -166,6 +170,9 @@ fn push_mlp(
     let rows = [("gate", if spec.gated_mlp { f } else { 0 }), ("up", f), ("mlp_lora_x", ranks)];
     for (name, width) in rows {
         plan.push(component, format!("{prefix}.{name}"), tokens * width);
+    }
+    if spec.post_norms {
+        plan.push(component, format!("{prefix}.mlp_projected"), tokens * spec.hidden_size);
     }
 }
 
@@ -201,16 +208,24 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
         plan.push(component, "work.mlp_gradient", tile * f);
         plan.push(component, "work.gradient", t * d);
         plan.push(component, "work.norm_gradient", t * d.max(spec.q_width()));
+        if spec.post_norms {
+            plan.push(component, "work.projected_gradient", t * d);
+        }
         plan.push(component, "work.qkv_gradient", t * qkv);
         plan.push(component, "work.lora_gradient", t * rank);
     }
     let per_thread = attention_elements_per_thread(spec, settings);
     let component = Component::AttentionWorkspace;
     plan.push(component, "work.attention", settings.threads * per_thread);
-    if spec.rotary.is_some() {
-        plan.push(Component::RotaryTables, "rotary.cos", t * spec.head_dim / 2);
-        plan.push(Component::RotaryTables, "rotary.sin", t * spec.head_dim / 2);
+    for name in rotary_tables(spec).flatten() {
+        plan.push(Component::RotaryTables, name, t * spec.head_dim / 2);
     }
+}
+
+/// Regions of each rotary embedding: cos and sin.
+pub fn rotary_tables(spec: &ModelSpec) -> impl Iterator<Item = [String; 2]> {
+    let prefixes = spec.rotaries().zip(["rotary", "rotary.local"]);
+    prefixes.map(|(_, prefix)| ["cos", "sin"].map(|name| format!("{prefix}.{name}")))
 }
 
 /// [`attention_elements`] of a model's run.

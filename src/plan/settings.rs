@@ -73,7 +73,7 @@ impl Pieces {
 /// Buffers for the inputs of layers that are offloaded: one at work, one that is copied.
 pub const OFFLOAD_SLOTS: usize = 2;
 
-/// Rows of logits that exist at a time: 128 MiB (in f32, on a GPU in bf16), at least 64 rows; no more
+/// Rows of logits that exist at a time: about 128 MiB (in f32, on a GPU in bf16), at least 64 rows; no more
 /// than `most`, where that is given, nor than `tokens`. Products of whole tiles of rows waste nothing.
 pub fn logit_rows(
     spec: &ModelSpec,
@@ -84,7 +84,8 @@ pub fn logit_rows(
     const CHUNK_BYTES: usize = 128 << 20;
     const TILE_ROWS: usize = 256;
     let size = if place == Place::Gpu { 2 } else { 4 };
-    let rows = CHUNK_BYTES / (spec.vocab_size * size);
+    // Rounded up: a vocabulary just over 2^18 has whole tiles, too.
+    let rows = CHUNK_BYTES.div_ceil(spec.vocab_size * size);
     let whole = if rows >= TILE_ROWS { TILE_ROWS } else { LEAST_LOGIT_ROWS };
     let rows = (rows / whole * whole).max(LEAST_LOGIT_ROWS).min(tokens);
     most.map_or(rows, |most| rows.min(most.get()))

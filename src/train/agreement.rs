@@ -23,9 +23,15 @@ use crate::plan::{Policy, Settings};
 use crate::random::Stream;
 
 /// Widths of heads, each of which has kernels of its own, and one that has none; without and with
-/// norms of heads.
-const HEADS: [(&str, usize); 5] =
-    [("llama", 64), ("llama", 96), ("qwen3", 128), ("llama", 256), ("qwen3", 32)];
+/// norms of heads, caps and norms of what is added to the stream.
+const HEADS: [(&str, usize); 6] = [
+    ("llama", 64),
+    ("llama", 96),
+    ("qwen3", 128),
+    ("gemma2", 256),
+    ("gemma3_text", 64),
+    ("qwen3", 32),
+];
 /// Two documents.
 const BOUNDARIES: [u32; 3] = [0, 41, 70];
 /// Odd, so that rows of logits have room behind them.
@@ -151,12 +157,14 @@ fn model<K: TrainingKernels>(kernels: K, heads: (&str, usize), second: Policy) -
 }
 
 fn spec((family, head_dim): (&str, usize)) -> Result<ModelSpec> {
+    let activation = if family.starts_with("gemma") { "gelu_pytorch_tanh" } else { "silu" };
     spec_from_config(&json!({
-        "model_type": family, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
+        "model_type": family, "hidden_act": activation, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
         "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": head_dim,
         "vocab_size": VOCABULARY, "max_position_embeddings": 128, "tie_word_embeddings": false,
-        "attention_bias": false, "mlp_bias": false,
+        "attention_bias": false, "mlp_bias": false, "sliding_window": 16, "sliding_window_pattern": 2,
+        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0,
     }))
 }
 
@@ -171,7 +179,8 @@ impl TensorSource for RandomTensors<'_> {
     fn weight(&self, name: &str) -> Result<Weight> {
         let tensor = self.0.inventory().into_iter().find(|tensor| tensor.name == name);
         let tensor = tensor.ok_or_else(|| Error::input(format_args!("no tensor {name}")))?;
-        let mean = if tensor.role == TensorRole::Norm { 1.0 } else { 0.0 };
+        let is_factor = tensor.role == TensorRole::Norm && !self.0.norm_plus_one;
+        let mean = if is_factor { 1.0 } else { 0.0 };
         let mut values = vec![0f32; tensor.shape.iter().product()];
         Stream::new(SEED, name).fill_normal(0, 0.08, &mut values);
         values.iter_mut().for_each(|value| *value += mean);

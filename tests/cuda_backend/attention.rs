@@ -106,7 +106,7 @@ fn check(gpu: &Gpu, shape: &AttentionShape, attention: AttnImplementation) -> [V
 }
 
 fn shape(head_dim: usize, window: Option<usize>) -> AttentionShape {
-    AttentionShape { num_heads: 4, num_kv_heads: 2, head_dim, window }
+    AttentionShape { window, ..AttentionShape::new(4, 2, head_dim) }
 }
 
 /// Each against the CPU and against the other, in the memory that is planned for it.
@@ -114,9 +114,14 @@ fn shape(head_dim: usize, window: Option<usize>) -> AttentionShape {
 fn flash_kernels_agree_with_the_exact_path() {
     use AttnImplementation::{Auto, Exact, Flash};
     let Some(gpu) = gpu() else { return };
-    let cases = [(64, None), (64, Some(29)), (96, None), (128, None), (256, None)];
-    for (head_dim, window) in cases {
-        let shape = shape(head_dim, window);
+    let plain = [(64, None), (64, Some(29)), (96, None), (128, None), (256, None)]
+        .map(|(head_dim, window)| shape(head_dim, window));
+    let capped = [(128, None), (256, Some(29))].map(|(head_dim, window)| AttentionShape {
+        scale: 0.1,
+        soft_cap: Some(3.0),
+        ..shape(head_dim, window)
+    });
+    for shape in plain.into_iter().chain(capped) {
         let [auto, flash, exact] = [Auto, Flash, Exact].map(|path| check(&gpu, &shape, path));
         assert!(auto == flash && flash != exact, "auto is flash where it can be");
         assert_near(&flash, &exact, [5e-3, 1e-4, 1e-2], &format!("flash and exact {shape:?}"));

@@ -59,7 +59,7 @@ fn reference(case: &Case, adapter: &Adapter, plan: Settings) -> (f64, Vec<f32>) 
 #[test]
 fn one_product_for_base_and_adapter_is_as_exact_as_two() {
     let Some(gpu) = gpu() else { return };
-    for (name, r) in CASES.into_iter().zip([16, 5, 8, 1, 16, 6]) {
+    for (name, r) in CASES.into_iter().zip([16, 5, 8, 1, 16, 6, 8, 3, 12, 4]) {
         let case = Case::open(name);
         let adapter = adapter(&case, r);
         let plan = plan(&case, &adapter, &[Policy::Keep]);

@@ -89,7 +89,7 @@ fn dequantize(gpu: &Gpu, [rows, columns]: [usize; 2], calls: usize) -> [f64; 2] 
 /// Seconds of attention's forward and backward pass over one document.
 fn attention(gpu: &Gpu, tokens: usize, calls: usize) -> f64 {
     use RegionType::{Bf16, F32};
-    let shape = AttentionShape { num_heads: 32, num_kv_heads: 8, head_dim: 128, window: None };
+    let shape = AttentionShape::new(32, 8, 128);
     let layout = TokenLayout::new(&[0, tokens as u32]);
     let (qkv, o) = (tokens * shape.qkv_width(), tokens * shape.q_width());
     let regions = [

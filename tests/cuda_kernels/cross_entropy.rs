@@ -5,25 +5,43 @@ use half::bf16;
 use crate::emulator::launch;
 use crate::support::*;
 
-/// Loss and gradient of one row.
-fn reference(z: &[f64], target: usize, scale: f64) -> (f64, Vec<f64>) {
+/// No cap, and one that the largest logits are far beyond.
+const CAPS: [f32; 2] = [0.0, 7.0];
+
+/// Loss and gradient of one row, capped unless `cap` is 0.
+fn reference(x: &[f64], target: usize, scale: f64, cap: f32) -> (f64, Vec<f64>) {
+    let cap = f64::from(cap);
+    let capped = |x: &f64| if cap > 0.0 { cap * (x / cap).tanh() } else { *x };
+    let z: Vec<f64> = x.iter().map(capped).collect();
     let largest = z.iter().copied().fold(f64::NEG_INFINITY, f64::max);
     let total: f64 = z.iter().map(|z| (z - largest).exp()).sum();
     let mut gradient: Vec<f64> = z.iter().map(|z| scale * (z - largest).exp() / total).collect();
     gradient[target] -= scale;
+    if cap > 0.0 {
+        gradient.iter_mut().zip(&z).for_each(|(d, z)| *d *= 1.0 - (z / cap).powi(2));
+    }
     (largest + total.ln() - z[target], gradient)
 }
 
 /// (vocabulary, stride, threads): full vectors, fewer columns than threads, odd.
 const SHAPES: [(usize, usize, u32); 4] =
-    [(512, 520, 256), (40, 40, 256), (333, 335, 64), (5000, 5000, 1024)];
+    [(512, 520, 256), (40, 40, 256), (333, 335, 64), (5000, 5000, 512)];
+
+/// Each of one with each of the other.
+fn both<A: Copy, B: Copy, const M: usize, const N: usize>(
+    ones: [A; M],
+    others: [B; N],
+) -> impl Iterator<Item = (A, B)> {
+    ones.into_iter().flat_map(move |one| others.into_iter().map(move |other| (one, other)))
+}
 
 /// Tiles of several widths, the last one shorter, the target in any of them or in none: loss and
 /// gradient of the row as a whole.
 #[test]
 fn tiles_of_a_row_give_its_loss_and_gradient() {
     in_every_order(|device| {
-        for (vocab, tile, threads) in [(512, 512, 256), (512, 200, 256), (333, 96, 64)] {
+        let shapes = [(512, 512, 256), (512, 200, 256), (333, 96, 64)];
+        for ((vocab, tile, threads), cap) in both(shapes, CAPS) {
             let targets = [0u32, (vocab - 1) as u32, 100, vocab as u32];
             let mut z = normal_bf16(4 * vocab, "logits");
             z[..vocab].iter_mut().for_each(|z| *z *= bf16::from_f32(30.0));
@@ -39,7 +57,7 @@ fn tiles_of_a_row_give_its_loss_and_gradient() {
                 let (logits, columns) = (of_tile(first), columns(first) as i32);
                 launch!(device, "tile_statistics", [4, 1, 1], threads; &logits[..], columns,
                     columns, &targets[..], first as i32, i32::from(first == 0),
-                    &mut statistics[..]);
+                    cap, &mut statistics[..]);
             }
             let mut losses = [f32::NAN; 4];
             launch!(device, "tile_losses", [2, 1, 1], 32; &statistics[..], &targets[..],
@@ -50,7 +68,7 @@ fn tiles_of_a_row_give_its_loss_and_gradient() {
                 let (mut logits, count) = (of_tile(first), columns(first));
                 launch!(device, "tile_gradient", [4, 1, 1], threads; &mut logits[..], count as i32,
                     count as i32, &targets[..], first as i32, vocab as i32, scale,
-                    &statistics[..]);
+                    cap, &statistics[..]);
                 for (row, tile) in logits.chunks(count).enumerate() {
                     gradient[row * vocab + first..][..count].copy_from_slice(&wide(tile));
                 }
@@ -58,7 +76,7 @@ fn tiles_of_a_row_give_its_loss_and_gradient() {
             assert!(gradient[3 * vocab..].iter().all(|&d| d == 0.0));
             for row in 0..3 {
                 let logits = wide(&z[row * vocab..][..vocab]);
-                let (loss, d) = reference(&logits, targets[row] as usize, f64::from(scale));
+                let (loss, d) = reference(&logits, targets[row] as usize, f64::from(scale), cap);
                 assert_close(&[f64::from(losses[row])], &[loss], 2e-6, 2e-6);
                 assert_close(&gradient[row * vocab..][..vocab], &d, 1e-7, BF16_ROUNDING);
             }
@@ -69,7 +87,7 @@ fn tiles_of_a_row_give_its_loss_and_gradient() {
 #[test]
 fn losses_and_gradients_of_both_types() {
     in_every_order(|device| {
-        for (vocab, stride, threads) in SHAPES {
+        for ((vocab, stride, threads), cap) in both(SHAPES, CAPS) {
             // Rows of large logits, of one that stands out, and one that does not count.
             let targets = [0u32, (vocab - 1) as u32, 17, vocab as u32];
             let mut z = normal_bf16(4 * vocab, "logits");
@@ -81,15 +99,18 @@ fn losses_and_gradients_of_both_types() {
                 let mut full: Vec<f32> = narrow.iter().map(|z| z.to_f32()).collect();
                 let (mut losses, mut losses_f32) = (vec![f32::NAN; 4], vec![f32::NAN; 4]);
                 launch!(device, "cross_entropy_bf16", [4, 1, 1], threads; &mut narrow[..],
-                    stride as i32, &targets[..], vocab as i32, scale, gradient, &mut losses[..]);
+                    stride as i32, &targets[..], vocab as i32, scale, gradient, cap,
+                    &mut losses[..]);
                 launch!(device, "cross_entropy_f32", [4, 1, 1], threads; &mut full[..],
-                    stride as i32, &targets[..], vocab as i32, scale, gradient, &mut losses_f32[..]);
+                    stride as i32, &targets[..], vocab as i32, scale, gradient, cap,
+                    &mut losses_f32[..]);
                 assert_eq!(losses, losses_f32);
                 assert_eq!(losses[3], 0.0);
                 let narrow = band(&narrow, vocab, stride);
                 for row in 0..3 {
                     let logits = wide(&z[row * vocab..][..vocab]);
-                    let (loss, d) = reference(&logits, targets[row] as usize, f64::from(scale));
+                    let (loss, d) =
+                        reference(&logits, targets[row] as usize, f64::from(scale), cap);
                     assert_close(&[f64::from(losses[row])], &[loss], 2e-6, 2e-6);
                     let expected = if gradient == 1 { &d } else { &logits };
                     let got: Vec<f64> =

@@ -118,10 +118,12 @@ fn packed_rows_are_gathered() {
             let mut x = if accumulate { before.clone() } else { vec![POISON; before.len()] };
             let mut arguments = vec![Argument::from(&ids[..])];
             arguments.extend(weight_arguments(&packed));
-            let rest: [Argument; 4] = [
+            let scale = 1.5f32;
+            let rest: [Argument; 5] = [
                 (&mut x[..]).into(),
                 (width as i32).into(),
                 (width as i32).into(),
+                scale.into(),
                 i32::from(accumulate).into(),
             ];
             arguments.extend(rest);
@@ -129,7 +131,7 @@ fn packed_rows_are_gathered() {
             let table = packed.dequantize();
             for (i, (got, &id)) in x.chunks_exact(width).zip(&ids).enumerate() {
                 for (c, got) in got.iter().enumerate() {
-                    let value = table[id as usize * width + c];
+                    let value = scale * table[id as usize * width + c];
                     let sum = before[i * width + c].to_f32() + value;
                     let expected = bf16::from_f32(if accumulate { sum } else { value });
                     assert_eq!(*got, expected, "{i} {c}");

@@ -30,12 +30,12 @@ fn rows_are_gathered_scattered_scaled_and_zeroed() {
                 }
             }
             launch!(device, "embed_bf16", grid, 32; &rows[..], &table[..], width as i32,
-                &mut gathered[..], stride as i32, width as i32, 1);
-            let twice: Vec<f64> = expected.iter().map(|x| 2.0 * x).collect();
-            assert_eq!(band(&gathered, width, stride), twice);
+                &mut gathered[..], stride as i32, width as i32, 3.0f32, 1);
+            let fourfold: Vec<f64> = expected.iter().map(|x| 4.0 * x).collect();
+            assert_eq!(band(&gathered, width, stride), fourfold);
             let wide_table: Vec<f32> = table.iter().map(|x| x.to_f32()).collect();
             launch!(device, "embed_f32", grid, 32; &rows[..], &wide_table[..], width as i32,
-                &mut gathered[..], stride as i32, width as i32, 0);
+                &mut gathered[..], stride as i32, width as i32, 1.0f32, 0);
             assert_eq!(band(&gathered, width, stride), expected);
             launch!(device, "scale_rows_bf16", grid, 32; &gathered[..], stride as i32,
                 &mut gathered[..], stride as i32, width as i32, 2.0f32, 1);

@@ -16,19 +16,24 @@ fn statistics(x: &[f64], layer: bool, epsilon: f64) -> (f64, f64) {
 fn forward_is_the_norm_of_each_row() {
     in_every_order(|device| {
         for (rows, width, stride) in shapes() {
-            for layer in [false, true] {
+            for (layer, accumulate) in [(false, false), (true, false), (false, true)] {
                 let x = normal_bf16(rows * width, "x")
                     .iter()
                     .map(|x| *x + bf16::ONE)
                     .collect::<Vec<_>>();
                 let (weight, bias) = (normal(width, "weight"), normal(width, "bias"));
                 let strided = with_stride(&x, width, stride);
-                let (mut y, mut stats) =
-                    (vec![POISON; rows * (stride + 8)], vec![f32::NAN; 2 * rows]);
+                let before = normal_bf16(rows * width, "y");
+                let mut stats = vec![f32::NAN; 2 * rows];
+                let mut y = vec![POISON; rows * (stride + 8)];
+                if accumulate {
+                    y = with_stride(&before, width, stride + 8);
+                }
                 let bias_argument = if layer { bias[..].into() } else { NULL };
                 launch!(device, "norm_forward", [rows as u32, 1, 1], 256;
                     &strided[..], stride as i32, &weight[..], bias_argument, 1e-5f32, &mut y[..],
-                    stride as i32 + 8, &mut stats[..], width as i32, i32::from(layer));
+                    stride as i32 + 8, &mut stats[..], width as i32, i32::from(layer),
+                    i32::from(accumulate));
                 let mut expected = Vec::new();
                 for (row, x) in wide(&x).chunks_exact(width).enumerate() {
                     let (mean, rstd) = statistics(x, layer, 1e-5);
@@ -38,6 +43,9 @@ fn forward_is_the_norm_of_each_row() {
                         let b = if layer { f64::from(bias[i]) } else { 0.0 };
                         (x - mean) * rstd * f64::from(weight[i]) + b
                     }));
+                }
+                if accumulate {
+                    expected.iter_mut().zip(wide(&before)).for_each(|(y, before)| *y += before);
                 }
                 assert_close(&band(&y, width, stride + 8), &expected, 1e-5, BF16_ROUNDING);
             }

@@ -16,8 +16,18 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 
 /// Every family that Nibble trains.
-pub const CASES: [&str; 7] =
-    ["llama_s0", "llama_s1_qv", "llama_tied_s2", "mistral_s0", "qwen2_s0", "qwen3_s0", "gpt2_s0"];
+pub const CASES: [&str; 10] = [
+    "llama_s0",
+    "llama_s1_qv",
+    "llama_tied_s2",
+    "mistral_s0",
+    "qwen2_s0",
+    "qwen3_s0",
+    "gemma_s0",
+    "gemma2_s0",
+    "gemma3_s0",
+    "gpt2_s0",
+];
 
 /// Largest difference, relative to the largest expected value.
 pub fn relative_error(got: &[f32], expected: &[f32]) -> f64 {

@@ -48,7 +48,11 @@ fn fewer_layers_than_there_are_weights() {
 #[test]
 fn an_unsupported_family() {
     let place = with("model_type", "mamba".into());
-    let says = ["config.json", "model_type `mamba`", "llama, mistral, qwen2, qwen3, gpt2"];
+    let says = [
+        "config.json",
+        "model_type `mamba`",
+        "llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, gpt2",
+    ];
     assert_not_quantized(&place, &says);
     assert_not_trained(&place, 1, &[], &says);
     let command = place.nibble(&["memory", "--model", "model", "--max-length", "32"]);

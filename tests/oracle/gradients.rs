@@ -83,6 +83,21 @@ fn qwen3_with_norms_of_heads() {
 }
 
 #[test]
+fn gemma_with_scaled_embeddings() {
+    (50..56).for_each(|seed| assert_gradients("gemma", "default", seed));
+}
+
+#[test]
+fn gemma2_with_four_norms_and_caps() {
+    (60..70).for_each(|seed| assert_gradients("gemma2", "default", seed));
+}
+
+#[test]
+fn gemma3_with_two_rotary_embeddings() {
+    (70..80).for_each(|seed| assert_gradients("gemma3_text", "linear", seed));
+}
+
+#[test]
 fn gpt2_with_both_activations() {
     (30..38).for_each(|seed| assert_gradients("gpt2", "default", seed));
 }

@@ -64,10 +64,28 @@ pub fn config(family: &str, scaling: &str, draws: &Draws) -> Value {
         "tie_word_embeddings": draws.flag("tied"),
         "rope_parameters": rope(scaling),
     });
+    if family.starts_with("gemma") {
+        config["hidden_act"] = "gelu_pytorch_tanh".into();
+    }
     match family {
         "llama" => {
             config["attention_bias"] = draws.flag("attention bias").into();
             config["mlp_bias"] = draws.flag("mlp bias").into();
+        }
+        "gemma" => {}
+        "gemma2" | "gemma3_text" => {
+            config["sliding_window"] = draws.pick("window", &[2, 4, 9]).into();
+            config["query_pre_attn_scalar"] = draws.pick("scalar", &[4.0, 11.0]).into();
+            let [scores, logits] = ["score cap", "logit cap"].map(|name| draws.flag(name));
+            config["attn_logit_softcapping"] = scores.then_some(1.5).into();
+            config["final_logit_softcapping"] = logits.then_some(2.5).into();
+            if family == "gemma3_text" {
+                config["layer_types"] =
+                    json!(["sliding_attention", "full_attention", "sliding_attention"]);
+                let local = json!({"rope_type": "default", "rope_theta": 30.0});
+                config["rope_parameters"] =
+                    json!({"full_attention": rope(scaling), "sliding_attention": local});
+            }
         }
         "mistral" => {
             config["sliding_window"] = draws.pick("window", &[2, 4, 9]).into();
@@ -109,7 +127,8 @@ pub fn weights(spec: &ModelSpec, draws: &Draws) -> HashMap<String, Vec<f32>> {
         let count = tensor.shape.iter().product();
         let mut values = draws.normal(&tensor.name, count, 0.3);
         if tensor.role == TensorRole::Norm && tensor.name.ends_with("weight") {
-            values.iter_mut().for_each(|value| *value += 1.0);
+            let mean = if spec.norm_plus_one { 0.0 } else { 1.0 };
+            values.iter_mut().for_each(|value| *value += mean);
         }
         (tensor.name.clone(), values)
     };

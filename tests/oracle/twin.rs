@@ -68,7 +68,7 @@ impl<'a> Twin<'a> {
         let spec = self.spec;
         let embedding = &self.frozen[&format!("{}.weight", spec.embedding_module())];
         let ids = Tensor::new(ids, &Device::Cpu)?;
-        let mut x = embedding.index_select(&ids, 0)?;
+        let mut x = (embedding.index_select(&ids, 0)? * f64::from(spec.embedding_scale))?;
         if let Some(name) = spec.positions_name() {
             x = (x + self.frozen[name].narrow(0, 0, ids.elem_count())?)?;
         }
@@ -77,7 +77,8 @@ impl<'a> Twin<'a> {
         }
         let x = self.norm(spec.final_norm_module(), &x)?;
         let head = self.frozen.get(&format!("{}.weight", spec.head_module()));
-        x.matmul(&head.unwrap_or(embedding).t()?)
+        let logits = x.matmul(&head.unwrap_or(embedding).t()?)?;
+        capped(&logits, spec.logit_soft_cap)
     }
 
     fn loss(&self, document: &Document) -> Result<Tensor> {
@@ -113,7 +114,13 @@ impl<'a> Twin<'a> {
             (of(LinearRole::Q)?, of(LinearRole::K)?, of(LinearRole::V)?)
         };
         let mixed = self.attention(layer, &q, &k, &v)?;
-        let x = (x + linear(LinearRole::O, &mixed)?)?;
+        let [post_attention, post_mlp] =
+            self.spec.post_norm_modules(layer).map_or([None, None], |names| names.map(Some));
+        let post_norm = |module: Option<String>, x: Tensor| match module {
+            Some(module) => self.norm(&module, &x),
+            None => Ok(x),
+        };
+        let x = (x + post_norm(post_attention, linear(LinearRole::O, &mixed)?)?)?;
         let normed = self.norm(&second, &x)?;
         let inner = if self.spec.gated_mlp {
             let gate = activate(self.spec.activation, &linear(LinearRole::Gate, &normed)?)?;
@@ -121,7 +128,7 @@ impl<'a> Twin<'a> {
         } else {
             activate(self.spec.activation, &linear(LinearRole::Up, &normed)?)?
         };
-        x + linear(LinearRole::Down, &inner)?
+        x + post_norm(post_mlp, linear(LinearRole::Down, &inner)?)?
     }
 
     fn linear(&self, spec: &LinearSpec, x: &Tensor) -> Result<Tensor> {
@@ -137,6 +144,7 @@ impl<'a> Twin<'a> {
 
     fn norm(&self, module: &str, x: &Tensor) -> Result<Tensor> {
         let weight = &self.frozen[&format!("{module}.weight")];
+        let weight = &(weight + if self.spec.norm_plus_one { 1.0 } else { 0.0 })?;
         let centred = match self.spec.norm {
             Norm::Rms => x.clone(),
             Norm::Layer => x.broadcast_sub(&x.mean_keepdim(D::Minus1)?)?,
@@ -167,9 +175,11 @@ impl<'a> Twin<'a> {
         if let Some([q_norm, k_norm]) = self.spec.head_norm_modules(layer) {
             (q, k) = (self.norm(&q_norm, &q)?, self.norm(&k_norm, &k)?);
         }
-        let (q, k) = (self.rotate(&q)?, shared(self.rotate(&k)?)?);
+        let (q, k) = (self.rotate(layer, &q)?, shared(self.rotate(layer, &k)?)?);
         let v = shared(heads(v, self.spec.num_kv_heads)?)?;
-        let scores = (q.matmul(&k.transpose(1, 2)?.contiguous()?)? / (width as f64).sqrt())?;
+        let scores = q.matmul(&k.transpose(1, 2)?.contiguous()?)?;
+        let scores = (scores * f64::from(self.spec.attention_scale))?;
+        let scores = capped(&scores, self.spec.attention_soft_cap)?;
         let scores =
             scores.broadcast_add(&mask(length, self.spec.windows[layer])?.to_dtype(self.dtype)?)?;
         let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
@@ -178,8 +188,9 @@ impl<'a> Twin<'a> {
     }
 
     /// Hugging Face's `rotate_half`, positions from 0.
-    fn rotate(&self, x: &Tensor) -> Result<Tensor> {
-        let Some(rotary) = &self.spec.rotary else { return Ok(x.clone()) };
+    fn rotate(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
+        let local = self.spec.local_rotary.as_ref().filter(|_| self.spec.windows[layer].is_some());
+        let Some(rotary) = local.or(self.spec.rotary.as_ref()) else { return Ok(x.clone()) };
         let (_, length, width) = x.dims3()?;
         let half = width / 2;
         let (frequencies, factor) = rotary.inverse_frequencies(width, length);
@@ -200,6 +211,14 @@ impl<'a> Twin<'a> {
 
 fn find(linears: &[LinearSpec], role: LinearRole) -> &LinearSpec {
     linears.iter().find(|linear| linear.role == role).expect("the block has it")
+}
+
+/// `c·tanh(x / c)`.
+fn capped(x: &Tensor, cap: Option<f32>) -> Result<Tensor> {
+    match cap.map(f64::from) {
+        Some(cap) => (x / cap)?.tanh()? * cap,
+        None => Ok(x.clone()),
+    }
 }
 
 /// 0 where a query may look, far below every score elsewhere.

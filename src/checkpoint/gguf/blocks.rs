@@ -17,6 +17,8 @@ pub(crate) struct Blocks {
     pub(super) columns: usize,
     /// Rows of one head that llama.cpp stores interleaved; none if rows are in order.
     pub(super) head_rows: Option<usize>,
+    /// By how much stored values are larger: llama.cpp stores what a Gemma's norms multiply by.
+    pub(super) excess: f32,
 }
 
 impl Blocks {
@@ -47,6 +49,9 @@ impl Blocks {
         match blocks.dequantize((end - begin) * size) {
             Ok(CpuStorage::F32(values)) => {
                 out.copy_from_slice(&values[first - begin * size..last - begin * size]);
+                if self.excess != 0.0 {
+                    out.iter_mut().for_each(|value| *value -= self.excess);
+                }
             }
             _ => unreachable!("the CPU decodes every type that the header reader lets pass"),
         }
@@ -82,6 +87,7 @@ mod tests {
             data: bytemuck::allocation::pod_collect_to_vec(&stored).into(),
             columns,
             head_rows: Some(d),
+            excess: 0.0,
         };
         let mut all = vec![0.0; heads * d * columns];
         blocks.read(0, &mut all);

@@ -6,6 +6,7 @@
 use nibble_quant::FloatType;
 use serde_json::{Map, Value, json};
 
+use super::metadata::LOCAL_THETA;
 use super::{Architecture, Gguf};
 use crate::error::Result;
 use crate::model::rotary::llama3_scaling_of;
@@ -18,9 +19,7 @@ impl Gguf {
     pub(crate) fn config(&self) -> Result<Value> {
         let mut config = match self.architecture {
             Architecture::Gpt2 => self.gpt2_config()?,
-            Architecture::Llama | Architecture::Qwen2 | Architecture::Qwen3 => {
-                self.llama_config()?
-            }
+            _ => self.llama_config()?,
         };
         for (key, field) in [
             ("bos_token_id", "tokenizer.ggml.bos_token_id"),
@@ -41,6 +40,9 @@ impl Gguf {
         let (kind, class) = match self.architecture {
             Architecture::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
             Architecture::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
+            Architecture::Gemma => ("gemma", "GemmaForCausalLM"),
+            Architecture::Gemma2 => ("gemma2", "Gemma2ForCausalLM"),
+            Architecture::Gemma3 => ("gemma3_text", "Gemma3ForCausalLM"),
             _ => ("llama", "LlamaForCausalLM"),
         };
         let theta = self.float("rope.freq_base").unwrap_or(10_000.0);
@@ -67,7 +69,34 @@ impl Gguf {
             config["attention_bias"] = self.has("blk.0.attn_q.bias").into();
             config["mlp_bias"] = self.has("blk.0.ffn_up.bias").into();
         }
+        if self.architecture.is_gemma() {
+            self.add_gemma(&mut config, head_dim)?;
+        }
         Ok(config.as_object().cloned().unwrap_or_default())
+    }
+
+    /// What of a Gemma is not in a Llama, from the file or from what llama.cpp takes for granted.
+    fn add_gemma(&self, config: &mut Value, head_dim: usize) -> Result<()> {
+        config["hidden_act"] = "gelu_pytorch_tanh".into();
+        config["hidden_activation"] = "gelu_pytorch_tanh".into();
+        let Some(pattern) = self.architecture.window_pattern() else { return Ok(()) };
+        let layers = self.size("block_count")?;
+        let share = self.size("embedding_length")? / self.size("attention.head_count")?.max(1);
+        let scalar = self.architecture.attention_scalar(layers, head_dim, share);
+        config["query_pre_attn_scalar"] = scalar.into();
+        config["sliding_window"] = self.size("attention.sliding_window")?.into();
+        let kind = |layer: usize| match (layer + 1).is_multiple_of(pattern) {
+            true => "full_attention",
+            false => "sliding_attention",
+        };
+        config["layer_types"] = (0..layers).map(kind).collect();
+        for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
+            config[key] = self.float(key).into();
+        }
+        if self.architecture == Architecture::Gemma3 {
+            config["rope_local_base_freq"] = LOCAL_THETA.into();
+        }
+        Ok(())
     }
 
     fn gpt2_config(&self) -> Result<Map<String, Value>> {

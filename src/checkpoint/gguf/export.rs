@@ -121,6 +121,9 @@ impl Export<'_> {
                     });
                 }
             }
+            if self.spec.norm_plus_one && tensor.role == TensorRole::Norm {
+                values.iter_mut().for_each(|value| *value += 1.0);
+            }
             let bytes = encoded(&values, dtype).ok_or_else(|| {
                 Error::input(format_args!("tensor {}: a value does not fit {dtype:?}", tensor.name))
                     .hint("use `--outtype bf16` or `--outtype f32`")

@@ -8,7 +8,10 @@ use candle_core::quantized::gguf_file::Value as Metadata;
 use super::Architecture;
 use super::names::gguf_name;
 use crate::error::{Error, Result};
-use crate::model::spec::{Family, ModelSpec, RopeScaling};
+use crate::model::spec::{Family, ModelSpec, RopeScaling, Rotary};
+
+/// Base of the rotary embedding in layers with a window.
+pub(super) const LOCAL_THETA: f64 = 10_000.0;
 
 /// A key and its value.
 pub type Field = (String, Metadata);
@@ -20,6 +23,9 @@ impl Architecture {
             Family::Llama | Family::Mistral => Architecture::Llama,
             Family::Qwen2 => Architecture::Qwen2,
             Family::Qwen3 => Architecture::Qwen3,
+            Family::Gemma => Architecture::Gemma,
+            Family::Gemma2 => Architecture::Gemma2,
+            Family::Gemma3 => Architecture::Gemma3,
             Family::Gpt2 => Architecture::Gpt2,
         }
     }
@@ -29,12 +35,38 @@ impl Architecture {
         gguf_name(self, name)
     }
 
+    /// Whether it is one of Google's: norms of 1 + w, which llama.cpp stores as that sum.
+    pub fn is_gemma(self) -> bool {
+        matches!(self, Architecture::Gemma | Architecture::Gemma2 | Architecture::Gemma3)
+    }
+
+    /// A layer without a window comes after so many with one.
+    pub(super) fn window_pattern(self) -> Option<usize> {
+        match self {
+            Architecture::Gemma2 => Some(2),
+            Architecture::Gemma3 => Some(6),
+            _ => None,
+        }
+    }
+
+    /// `query_pre_attn_scalar`, which no file holds: only the largest models divide scores by
+    /// another number than the root of their heads' width. Source: llama.cpp `llama-model.cpp`.
+    pub(super) fn attention_scalar(self, layers: usize, head_dim: usize, share: usize) -> usize {
+        match (self, layers) {
+            (Architecture::Gemma2, 46) | (Architecture::Gemma3, 62) => share,
+            _ => head_dim,
+        }
+    }
+
     /// Its name.
     pub fn name(self) -> &'static str {
         match self {
             Architecture::Llama => "llama",
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
+            Architecture::Gemma => "gemma",
+            Architecture::Gemma2 => "gemma2",
+            Architecture::Gemma3 => "gemma3",
             Architecture::Gpt2 => "gpt2",
         }
     }
@@ -46,6 +78,7 @@ impl Architecture {
 /// `Input` for what llama.cpp has no word for.
 pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
     let architecture = Architecture::of(spec.family);
+    check_unwritten(architecture, spec)?;
     let mut fields = vec![(
         "general.architecture".to_string(),
         Metadata::String(architecture.name().to_string()),
@@ -71,6 +104,17 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
     put("attention.value_length", size(spec.head_dim));
     put("rope.dimension_count", size(spec.head_dim));
     put("rope.freq_base", Metadata::F32(rotary.theta as f32));
+    if let Some(window) = spec.windows.iter().flatten().next().filter(|_| spec.post_norms) {
+        put("attention.sliding_window", size(*window));
+    }
+    for (key, cap) in [
+        ("attn_logit_softcapping", spec.attention_soft_cap),
+        ("final_logit_softcapping", spec.logit_soft_cap),
+    ] {
+        if let Some(cap) = cap {
+            put(key, Metadata::F32(cap));
+        }
+    }
     let mut scale = |kind: &str, factor: f64| {
         put("rope.scaling.type", Metadata::String(kind.into()));
         put("rope.scaling.factor", Metadata::F32(factor as f32));
@@ -90,6 +134,29 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
         }
     }
     Ok(fields)
+}
+
+/// Refuses what llama.cpp knows better than its files.
+fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
+    let Some(pattern) = architecture.window_pattern() else { return Ok(()) };
+    let share = spec.hidden_size / spec.num_heads;
+    let scalar = architecture.attention_scalar(spec.num_layers, spec.head_dim, share);
+    let local = Rotary { theta: LOCAL_THETA, scaling: RopeScaling::Default };
+    let mut windows = spec.windows.iter().enumerate();
+    let different = [
+        (
+            "layer_types",
+            windows.any(|(layer, window)| window.is_none() != (layer + 1).is_multiple_of(pattern)),
+        ),
+        ("query_pre_attn_scalar", spec.attention_scale != (1.0 / (scalar as f64).sqrt()) as f32),
+        ("rope_local_base_freq", spec.local_rotary.as_ref().is_some_and(|it| *it != local)),
+    ];
+    let found = different.into_iter().find(|(_, different)| *different);
+    found.map_or(Ok(()), |(key, _)| {
+        let name = architecture.name();
+        let what = format_args!("config.json: llama.cpp has another {key} for every {name}");
+        Err(Error::input(what).hint("this model cannot be a GGUF file"))
+    })
 }
 
 /// By how much each frequency of Llama 3's scaling is divided; none for other models.

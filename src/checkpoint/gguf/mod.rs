@@ -48,6 +48,9 @@ pub(crate) enum Architecture {
     Llama,
     Qwen2,
     Qwen3,
+    Gemma,
+    Gemma2,
+    Gemma3,
     Gpt2,
 }
 
@@ -111,6 +114,11 @@ impl Gguf {
             data: self.file.bytes.slice_ref(self.blocks_of(stored)),
             columns: if shape.len() > 1 { shape[shape.len() - 1] } else { 1 },
             head_rows: self.interleaved_rows(stored, &shape)?,
+            excess: if self.architecture.is_gemma() && stored.ends_with("norm.weight") {
+                1.0
+            } else {
+                0.0
+            },
         };
         Ok(Elements::blocks(shape, blocks))
     }
@@ -157,9 +165,9 @@ impl Gguf {
                 continue;
             }
             let Some(name) = names::hugging_face_name(self.architecture, stored) else {
-                return Err(self.wrong(format_args!("tensor {stored} is not known")).hint(
-                    "only the weights of llama, qwen2, qwen3 and gpt2 models are supported",
-                ));
+                let architecture = self.architecture.name();
+                let hint = format!("only the weights of a {architecture} model are supported");
+                return Err(self.wrong(format_args!("tensor {stored} is not known")).hint(hint));
             };
             let mut shape = info.shape.dims().to_vec();
             if self.is_conv1d(&name, &shape) {
@@ -193,11 +201,14 @@ fn architecture(content: &Content) -> Result<Architecture> {
         Some("llama") => Ok(Architecture::Llama),
         Some("qwen2") => Ok(Architecture::Qwen2),
         Some("qwen3") => Ok(Architecture::Qwen3),
+        Some("gemma") => Ok(Architecture::Gemma),
+        Some("gemma2") => Ok(Architecture::Gemma2),
+        Some("gemma3") => Ok(Architecture::Gemma3),
         Some("gpt2") => Ok(Architecture::Gpt2),
         other => Err(Error::input(format_args!(
             "GGUF architecture `{}` is not supported",
             other.unwrap_or("(none)")
         ))
-        .hint("supported: llama (also Mistral), qwen2, qwen3, gpt2")),
+        .hint("supported: llama (also Mistral), qwen2, qwen3, gemma, gemma2, gemma3, gpt2")),
     }
 }

@@ -29,14 +29,20 @@ pub(super) fn hugging_face_name(architecture: Architecture, stored: &str) -> Opt
 }
 
 fn llama_part(architecture: Architecture, part: &str) -> Option<&'static str> {
+    use Architecture::{Gemma2, Gemma3, Qwen3};
+    let norms_heads = matches!(architecture, Qwen3 | Gemma3);
+    let post_norms = matches!(architecture, Gemma2 | Gemma3);
     Some(match part {
         "attn_norm" => "input_layernorm",
         "attn_q" => "self_attn.q_proj",
         "attn_k" => "self_attn.k_proj",
         "attn_v" => "self_attn.v_proj",
-        "attn_q_norm" if architecture == Architecture::Qwen3 => "self_attn.q_norm",
-        "attn_k_norm" if architecture == Architecture::Qwen3 => "self_attn.k_norm",
+        "attn_q_norm" if norms_heads => "self_attn.q_norm",
+        "attn_k_norm" if norms_heads => "self_attn.k_norm",
         "attn_output" => "self_attn.o_proj",
+        "post_attention_norm" if post_norms => "post_attention_layernorm",
+        "ffn_norm" if post_norms => "pre_feedforward_layernorm",
+        "post_ffw_norm" if post_norms => "post_feedforward_layernorm",
         "ffn_norm" => "post_attention_layernorm",
         "ffn_gate" => "mlp.gate_proj",
         "ffn_up" => "mlp.up_proj",
@@ -60,7 +66,7 @@ fn gpt2_part(part: &str) -> Option<&'static str> {
 /// `model.layers.3.self_attn.q_proj.weight` → `blk.3.attn_q.weight`.
 pub(super) fn gguf_name(architecture: Architecture, name: &str) -> Option<String> {
     const OUTSIDE: [&str; 4] = ["token_embd", "position_embd", "output_norm", "output"];
-    const PARTS: [&str; 12] = [
+    const PARTS: [&str; 14] = [
         "attn_norm",
         "attn_q",
         "attn_k",
@@ -69,7 +75,9 @@ pub(super) fn gguf_name(architecture: Architecture, name: &str) -> Option<String
         "attn_output",
         "attn_q_norm",
         "attn_k_norm",
+        "post_attention_norm",
         "ffn_norm",
+        "post_ffw_norm",
         "ffn_gate",
         "ffn_up",
         "ffn_down",
@@ -101,6 +109,31 @@ mod tests {
                 Architecture::Qwen3,
                 "model.layers.1.self_attn.k_norm.weight",
                 "blk.1.attn_k_norm.weight",
+            ),
+            (
+                Architecture::Gemma,
+                "model.layers.4.post_attention_layernorm.weight",
+                "blk.4.ffn_norm.weight",
+            ),
+            (
+                Architecture::Gemma2,
+                "model.layers.4.post_attention_layernorm.weight",
+                "blk.4.post_attention_norm.weight",
+            ),
+            (
+                Architecture::Gemma3,
+                "model.layers.0.pre_feedforward_layernorm.weight",
+                "blk.0.ffn_norm.weight",
+            ),
+            (
+                Architecture::Gemma3,
+                "model.layers.0.post_feedforward_layernorm.weight",
+                "blk.0.post_ffw_norm.weight",
+            ),
+            (
+                Architecture::Gemma3,
+                "model.layers.0.self_attn.q_norm.weight",
+                "blk.0.attn_q_norm.weight",
             ),
             (Architecture::Gpt2, "transformer.h.1.attn.c_attn.bias", "blk.1.attn_qkv.bias"),
             (Architecture::Gpt2, "transformer.wpe.weight", "position_embd.weight"),

@@ -1,22 +1,29 @@
 //! Cross-entropy of a chunk of logits, with its gradient in the same pass.
 //!
-//! `loss_i = log Σ_v e^{z_iv} − z_{i,y_i}`; `dz_iv = scale · (softmax(z_i)_v − [v = y_i])`.
+//! `loss_i = log Σ_v e^{z_iv} − z_{i,y_i}`; `dz_iv = scale · (softmax(z_i)_v − [v = y_i])`. Where
+//! logits are capped, `z = c·tanh(x/c)`: `dx = dz · (1 − tanh²(x/c))`.
 
 use rayon::prelude::*;
 
-use super::simd::{LANES, exp, max, vectorized};
+use super::simd::{LANES, exp, max, tanh, vectorized};
+use crate::kernels::LogitShape;
 
 /// Sum of the rows' losses (f64, in row order); with `scale`, logits become gradients.
 pub fn forward_backward(
     logits: &mut [f32],
     targets: &[u32],
-    vocab_size: usize,
+    LogitShape { vocab_size, soft_cap }: LogitShape,
     scale: Option<f32>,
 ) -> f64 {
     let rows = logits.par_chunks_mut(vocab_size).zip(targets.par_iter());
-    let losses: Vec<f64> =
-        rows.map(|(row, &target)| vectorized!(one_row(row, target as usize, scale))).collect();
-    losses.iter().sum()
+    let losses = rows.map(|(row, &target)| {
+        let target = target as usize;
+        match soft_cap {
+            None => vectorized!(one_row(row, target, scale)),
+            Some(cap) => vectorized!(capped_row(row, target, scale, cap)),
+        }
+    });
+    losses.collect::<Vec<f64>>().iter().sum()
 }
 
 #[inline(always)]
@@ -41,4 +48,25 @@ fn one_row(row: &mut [f32], target: usize, scale: Option<f32>) -> f64 {
         row[target] -= scale;
     }
     f64::from(largest) + total.ln() - f64::from(chosen)
+}
+
+#[inline(always)]
+fn capped_row(row: &mut [f32], target: usize, scale: Option<f32>, cap: f32) -> f64 {
+    row.iter_mut().for_each(|value| *value = tanh(*value / cap));
+    let (largest, chosen) = (cap * max(row), row[target]);
+    let mut lanes = [0.0f32; LANES];
+    for chunk in row.chunks(LANES) {
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *lane += exp(cap * value - largest);
+        }
+    }
+    let total: f64 = lanes.iter().map(|&lane| f64::from(lane)).sum();
+    if let Some(scale) = scale {
+        let factor = (f64::from(scale) / total) as f32;
+        for value in row.iter_mut() {
+            *value = factor * exp(cap * *value - largest) * (1.0 - *value * *value);
+        }
+        row[target] -= scale * (1.0 - chosen * chosen);
+    }
+    f64::from(largest) + total.ln() - f64::from(cap * chosen)
 }

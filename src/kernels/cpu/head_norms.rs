@@ -32,7 +32,7 @@ fn forward_heads(norm: &NormParameters<Vec<f32>>, from: &[f32], to: &mut [f32]) 
     let head = norm.weight.len();
     for (x, y) in from.chunks_exact(head).zip(to.chunks_exact_mut(head)) {
         let (mean, rstd) = statistics(norm, x);
-        apply(norm, x, y, mean, rstd);
+        apply(norm, x, y, (mean, rstd), |y, value| *y = value);
     }
 }
 

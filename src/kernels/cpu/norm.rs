@@ -13,8 +13,14 @@ use crate::model::spec::Norm;
 /// Rows that one task handles.
 const ROWS: usize = 16;
 
-/// y, stats `(μ, ρ)` from x; all rows of `[rows, D]`.
-pub fn forward(norm: &NormParameters<Vec<f32>>, x: &[f32], y: &mut [f32], stats: &mut [f32]) {
+/// y (or what is added to it), stats `(μ, ρ)` from x; all rows of `[rows, D]`.
+pub fn forward(
+    norm: &NormParameters<Vec<f32>>,
+    x: &[f32],
+    y: &mut [f32],
+    stats: &mut [f32],
+    accumulate: bool,
+) {
     let d = norm.weight.len();
     x.par_chunks(ROWS * d)
         .zip(y.par_chunks_mut(ROWS * d))
@@ -26,7 +32,11 @@ pub fn forward(norm: &NormParameters<Vec<f32>>, x: &[f32], y: &mut [f32], stats:
                 for ((x, y), stats) in rows {
                     let (mean, rstd) = statistics(norm, x);
                     (stats[0], stats[1]) = (mean, rstd);
-                    apply(norm, x, y, mean, rstd);
+                    if accumulate {
+                        apply(norm, x, y, (mean, rstd), |y, value| *y += value);
+                    } else {
+                        apply(norm, x, y, (mean, rstd), |y, value| *y = value);
+                    }
                 }
             });
         });
@@ -45,18 +55,18 @@ pub(super) fn apply(
     norm: &NormParameters<Vec<f32>>,
     x: &[f32],
     y: &mut [f32],
-    mean: f32,
-    rstd: f32,
+    (mean, rstd): (f32, f32),
+    put: impl Fn(&mut f32, f32),
 ) {
     match &norm.bias {
         Some(bias) => {
             for (((y, x), w), b) in y.iter_mut().zip(x).zip(&norm.weight).zip(bias) {
-                *y = (x - mean) * rstd * w + b;
+                put(y, (x - mean) * rstd * w + b);
             }
         }
         None => {
             for ((y, x), w) in y.iter_mut().zip(x).zip(&norm.weight) {
-                *y = (x - mean) * rstd * w;
+                put(y, (x - mean) * rstd * w);
             }
         }
     }

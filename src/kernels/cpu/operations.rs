@@ -14,8 +14,8 @@ use super::{
 };
 use crate::error::Result;
 use crate::kernels::{
-    AttentionShape, Columns, DropoutMask, HeadNorms, Kernels, LoraShape, LoraTerm, NormParameters,
-    StreamedWeights, TokenLayout,
+    AttentionShape, Columns, DropoutMask, HeadNorms, Kernels, LogitShape, LoraShape, LoraTerm,
+    NormParameters, StreamedWeights, TokenLayout,
 };
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
@@ -141,10 +141,17 @@ impl Kernels for Cpu {
         Ok(*sum)
     }
 
-    fn embed(&self, ids: &[u32], table: &FrozenMatrix, x: &mut Buffer<f32>, accumulate: bool) {
+    fn embed(
+        &self,
+        ids: &[u32],
+        table: &FrozenMatrix,
+        scale: f32,
+        x: &mut Buffer<f32>,
+        accumulate: bool,
+    ) {
         let d = table.columns();
         x[..ids.len() * d].par_chunks_mut(d).zip(ids).for_each(|(x, &id)| {
-            table.read_row(id as usize, x, accumulate);
+            table.read_row(id as usize, scale, x, accumulate);
         });
     }
 
@@ -155,9 +162,10 @@ impl Kernels for Cpu {
         y: &mut Buffer<f32>,
         stats: &mut Buffer<f32>,
         rows: usize,
+        accumulate: bool,
     ) {
-        let elements = rows * norm.weight.len();
-        norm::forward(norm, &x[..elements], &mut y[..elements], &mut stats[..2 * rows]);
+        let (n, stats) = (rows * norm.weight.len(), &mut stats[..2 * rows]);
+        norm::forward(norm, &x[..n], &mut y[..n], stats, accumulate);
     }
 
     fn norm_backward(
@@ -385,12 +393,12 @@ impl Kernels for Cpu {
         &self,
         logits: &mut Buffer<f32>,
         targets: &[u32],
-        vocab_size: usize,
+        shape: LogitShape,
         scale: Option<f32>,
         loss: &mut f64,
     ) {
-        let logits = &mut logits[..targets.len() * vocab_size];
-        *loss += cross_entropy::forward_backward(logits, targets, vocab_size, scale);
+        let logits = &mut logits[..targets.len() * shape.vocab_size];
+        *loss += cross_entropy::forward_backward(logits, targets, shape, scale);
     }
 
     fn gather_rows(&self, from: &Buffer<f32>, rows: &[u32], to: &mut Buffer<f32>, width: usize) {

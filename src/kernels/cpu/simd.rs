@@ -115,10 +115,13 @@ pub fn sigmoid(x: f32) -> f32 {
     1.0 / (1.0 + exp(-x))
 }
 
-/// `tanh x = 2·sigmoid(2x) − 1`, absolute error below 2e-7.
+/// `tanh x = 2·sigmoid(2x) − 1`, near 0 the first terms of its series: relative error below 1e-6.
 #[inline(always)]
 pub fn tanh(x: f32) -> f32 {
-    2.0 * sigmoid(2.0 * x) - 1.0
+    let (far, square) = (2.0 * sigmoid(2.0 * x) - 1.0, x * x);
+    let terms = [-17.0 / 315.0, 2.0 / 15.0, -1.0 / 3.0, 1.0];
+    let near = x * terms.into_iter().fold(62.0 / 2835.0, |sum, term| sum * square + term);
+    if x.abs() < 0.25 { near } else { far }
 }
 
 #[cfg(test)]

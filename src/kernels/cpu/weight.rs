@@ -91,10 +91,12 @@ impl FrozenMatrix {
         }
     }
 
-    /// Row `row` into `to`, or added to it.
-    pub fn read_row(&self, row: usize, to: &mut [f32], accumulate: bool) {
+    /// `scale ·` row `row` into `to`, or added to it.
+    pub fn read_row(&self, row: usize, scale: f32, to: &mut [f32], accumulate: bool) {
         let band = row * to.len()..(row + 1) * to.len();
-        let put = |to: &mut f32, value: f32| *to = if accumulate { *to + value } else { value };
+        let put = |to: &mut f32, value: f32| {
+            *to = if accumulate { *to + scale * value } else { scale * value };
+        };
         match self {
             FrozenMatrix::F32(data, _) => {
                 let data: &[f32] = bytemuck::cast_slice(data);

@@ -2,6 +2,7 @@
 //
 // loss = log Σ_v e^{z_v} − z_y; dz_v = scale · (softmax(z)_v − [v = y]). Two passes over the row:
 // maximum and sum together, rescaled when the maximum grows, then the gradient.
+// Capped logits are z = c·tanh(x/c) of what lies there: dx = dz · (1 − tanh²(x/c)).
 // A target that is not below the vocabulary marks a row that does not count: loss and gradient 0.
 // Twin of src/kernels/cpu/cross_entropy.rs.
 //
@@ -29,30 +30,56 @@ struct RunningSum {
     }
 };
 
+/// c·tanh(x/c) and its slope; without a cap x and 1.
+struct SoftCap {
+    float cap;  // 0: none
+
+    __device__ __forceinline__ float value(float x) const {
+        // Absolute error of 1e-7·c, in fewer registers than tanhf's.
+        return cap > 0.0f ? cap - 2.0f * cap / (1.0f + expf(2.0f * x / cap)) : x;
+    }
+    /// Of the capped value.
+    __device__ __forceinline__ float slope(float z) const {
+        return cap > 0.0f ? 1.0f - z / cap * (z / cap) : 1.0f;
+    }
+    template <int N>
+    __device__ __forceinline__ Piece<N> apply(Piece<N> x) const {
+        if (cap > 0.0f) {
+#pragma unroll
+            for (int i = 0; i < N; i++) x.v[i] = value(x.v[i]);
+        }
+        return x;
+    }
+};
+
 template <class T>
 struct SumExponentials {
     const T* logits;
+    SoftCap cap;
     RunningSum* running;
 
     template <int N>
     __device__ __forceinline__ void run(int column) const {
-        running->include(load_piece<N>(logits + column));
+        running->include(cap.apply(load_piece<N>(logits + column)));
     }
 };
 
 template <class T>
 struct LogitGradient {
     T* logits;
+    SoftCap cap;
     u32 target;
     float largest, factor, scale;
 
     template <int N>
     __device__ __forceinline__ void run(int column) const {
-        Piece<N> z = load_piece<N>(logits + column);
+        Piece<N> z = cap.apply(load_piece<N>(logits + column));
 #pragma unroll
         for (int i = 0; i < N; i++) {
+            const float slope = cap.slope(z.v[i]);
             z.v[i] = factor * expf(z.v[i] - largest);
             if (static_cast<u32>(column + i) == target) z.v[i] -= scale;
+            z.v[i] *= slope;
         }
         store_piece(logits + column, z);
     }
@@ -61,16 +88,16 @@ struct LogitGradient {
 template <class T>
 __device__ __forceinline__ void cross_entropy_row(T* logits, int stride, const u32* targets,
                                                   int vocab_size, float scale, bool gradient,
-                                                  float* losses) {
+                                                  SoftCap cap, float* losses) {
     const i64 row = blockIdx.x;
     const bool aligned = rows_aligned(logits, stride);
     logits = row_of(logits, row, stride);
     const u32 target = targets[row];
     const bool counts = target < static_cast<u32>(vocab_size);
-    const float chosen = counts ? to_f32(logits[target]) : 0.0f;
+    const float chosen = counts ? cap.value(to_f32(logits[target])) : 0.0f;
     // Smaller than any logit, and finite: a thread without columns must not make a NaN.
     RunningSum running = {-3.0e38f, 0.0f};
-    for_pieces(vocab_size, aligned, SumExponentials<T>{logits, &running});
+    for_pieces(vocab_size, aligned, SumExponentials<T>{logits, cap, &running});
     // Its barriers also part the reading of `chosen` from the writing of gradients.
     const float largest = block_max(running.largest);
     const float total = block_sum(running.sum * expf(running.largest - largest));
@@ -78,7 +105,7 @@ __device__ __forceinline__ void cross_entropy_row(T* logits, int stride, const u
     if (gradient) {
         const float used = counts ? scale : 0.0f;
         for_pieces(vocab_size, aligned,
-                   LogitGradient<T>{logits, target, largest, used / total, used});
+                   LogitGradient<T>{logits, cap, target, largest, used / total, used});
     }
 }
 
@@ -89,12 +116,12 @@ struct TileStatistics {
 /// Goes on with a row's tile of `columns` that begins with the vocabulary's `first`.
 __device__ __forceinline__ void tile_statistics_row(const bfloat16* logits, int stride, int columns,
                                                     const u32* targets, int first, bool fresh,
-                                                    TileStatistics* statistics) {
+                                                    SoftCap cap, TileStatistics* statistics) {
     const i64 row = blockIdx.x;
     const bool aligned = rows_aligned(logits, stride);
     logits = row_of(logits, row, stride);
     RunningSum running = {-3.0e38f, 0.0f};
-    for_pieces(columns, aligned, SumExponentials<bfloat16>{logits, &running});
+    for_pieces(columns, aligned, SumExponentials<bfloat16>{logits, cap, &running});
     const float largest = block_max(running.largest);
     const float sum = block_sum(running.sum * expf(running.largest - largest));
     if (threadIdx.x != 0) return;
@@ -105,7 +132,7 @@ __device__ __forceinline__ void tile_statistics_row(const bfloat16* logits, int 
     const float top = fmaxf(before.largest, largest);
     statistics[row] = {top,
                        before.sum * expf(before.largest - top) + sum * expf(largest - top),
-                       here ? to_f32(logits[target]) : before.chosen};
+                       here ? cap.value(to_f32(logits[target])) : before.chosen};
 }
 
 __device__ __forceinline__ float tile_loss(const TileStatistics& statistics, bool counts) {
@@ -115,13 +142,14 @@ __device__ __forceinline__ float tile_loss(const TileStatistics& statistics, boo
 /// Logits of a tile become scale · their gradient.
 __device__ __forceinline__ void tile_gradient_row(bfloat16* logits, int stride, int columns,
                                                   const u32* targets, int first, int vocab_size,
-                                                  float scale, const TileStatistics* statistics) {
+                                                  float scale, SoftCap cap,
+                                                  const TileStatistics* statistics) {
     const i64 row = blockIdx.x;
     const bool aligned = rows_aligned(logits, stride);
     const float used = targets[row] < static_cast<u32>(vocab_size) ? scale : 0.0f;
     const u32 target = targets[row] - static_cast<u32>(first);
     const TileStatistics all = statistics[row];
     for_pieces(columns, aligned,
-               LogitGradient<bfloat16>{row_of(logits, row, stride), target, all.largest,
+               LogitGradient<bfloat16>{row_of(logits, row, stride), cap, target, all.largest,
                                        used / all.sum, used});
 }

@@ -16,6 +16,7 @@ pub(super) fn embed<D: Driver>(
     cuda: &Cuda<D>,
     ids: &[u32],
     table: &DeviceWeight<D>,
+    scale: f32,
     x: &Buffer<D>,
     accumulate: bool,
 ) {
@@ -25,11 +26,11 @@ pub(super) fn embed<D: Driver>(
     let grid = row_grid(ids.len());
     match &table.form {
         Form::Dense(address) => launch!(cuda, "embed_bf16", grid, row_threads(width);
-            ids_on_device, Argument::Pointer(*address), width, to, width, width, accumulate),
+            ids_on_device, Argument::Pointer(*address), width, to, width, width, scale, accumulate),
         Form::Packed(packed) => {
             let mut arguments = vec![ids_on_device];
             arguments.extend(packed.arguments());
-            arguments.extend([to, width.into(), width.into(), accumulate.into()]);
+            arguments.extend([to, width.into(), width.into(), scale.into(), accumulate.into()]);
             cuda.launch("embed_4bit", grid, row_threads(width), &mut arguments);
         }
     }
@@ -41,13 +42,14 @@ pub(super) fn norm_forward<D: Driver>(
     x: &Buffer<D>,
     (y, stats): (&Buffer<D>, &Buffer<D>),
     rows: usize,
+    accumulate: bool,
 ) {
     let width = norm.weight.elements;
     let (x, y) = (x.rows(rows, width), y.rows(rows, width));
     let bias = norm.bias.as_ref().map_or(Argument::Pointer(0), DeviceVector::argument);
     launch!(cuda, "norm_forward", row_grid(rows), row_threads(width);
         x.argument(), x.stride, norm.weight.argument(), bias, norm.epsilon, y.argument(), y.stride,
-        stats.argument(2 * rows), width, norm.kind == Norm::Layer);
+        stats.argument(2 * rows), width, norm.kind == Norm::Layer, accumulate);
 }
 
 pub(super) fn norm_backward<D: Driver>(

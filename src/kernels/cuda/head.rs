@@ -35,6 +35,8 @@ struct Chunk<'a, D: Driver> {
     room: usize,
     logits: &'a Buffer<D>,
     targets: Argument,
+    /// Of the logits; 0 for none.
+    soft_cap: f32,
     loss: &'a LossSum<D>,
 }
 
@@ -52,7 +54,7 @@ pub(super) fn loss_in_tiles<D: Driver>(
     head: &DeviceWeight<D>,
     x: &Buffer<D>,
     logits: &Buffer<D>,
-    targets: &[u32],
+    targets: (&[u32], Option<f32>),
     gradient: Option<(f32, &Buffer<D>)>,
     loss: &LossSum<D>,
 ) {
@@ -77,15 +79,16 @@ pub(super) fn score<D: Driver>(
     head: &DeviceWeight<D>,
     x: &Buffer<D>,
     logits: &Buffer<D>,
-    targets: &[u32],
+    targets: (&[u32], Option<f32>),
     loss: &LossSum<D>,
 ) -> Result<Vec<bool>> {
-    let mut statistics = vec![0f32; TILE_STATISTICS * targets.len()];
+    let rows = targets.0.len();
+    let mut statistics = vec![0f32; TILE_STATISTICS * rows];
     if let Some(chunk) = Chunk::new(cuda, head, x, logits, targets, loss) {
         chunk.add_losses();
     }
     let bytes = bytemuck::cast_slice_mut(&mut statistics);
-    cuda.download(loss.tile_statistics(targets.len()), bytes)?;
+    cuda.download(loss.tile_statistics(rows), bytes)?;
     // A maximum knows no NaN, a sum does.
     let likeliest = |row: &[f32]| row[1].is_finite() && row[0] <= row[2];
     Ok(statistics.chunks_exact(TILE_STATISTICS).map(likeliest).collect())
@@ -98,13 +101,14 @@ impl<'a, D: Driver> Chunk<'a, D> {
         head: &'a DeviceWeight<D>,
         x: &Buffer<D>,
         logits: &'a Buffer<D>,
-        targets: &[u32],
+        (targets, soft_cap): (&[u32], Option<f32>),
         loss: &'a LossSum<D>,
     ) -> Option<Self> {
         let (rows, width) = (targets.len(), head.shape[1]);
         let room = logits.elements / (x.elements / width);
         let (x, targets) = (x.rows(rows, width), cuda.stage(targets)?);
-        Some(Chunk { cuda, head, rows, x, room, logits, targets, loss })
+        let soft_cap = soft_cap.unwrap_or(0.0);
+        Some(Chunk { cuda, head, rows, x, room, logits, targets, soft_cap, loss })
     }
 
     /// Rows of the head, as many at a time as their buffer and their logits have room.
@@ -164,7 +168,7 @@ impl<'a, D: Driver> Chunk<'a, D> {
         let (cuda, z) = (self.cuda, self.logits(tile));
         launch!(cuda, "tile_statistics", row_grid(self.rows), logit_threads(tile.count);
             z.argument(), z.stride, tile.count, self.targets, tile.first, tile.first == 0,
-            self.statistics());
+            self.soft_cap, self.statistics());
     }
 
     /// The logits become their gradient.
@@ -173,7 +177,7 @@ impl<'a, D: Driver> Chunk<'a, D> {
         let z = self.place(tile);
         launch!(cuda, "tile_gradient", row_grid(self.rows), logit_threads(tile.count);
             z.argument(), z.stride, tile.count, self.targets, tile.first, vocab_size, scale,
-            self.statistics());
+            self.soft_cap, self.statistics());
         let to = sum.rows(self.rows, width);
         let to = Product { address: to.address, stride: to.stride, wide: true, batch_stride: 0 };
         let operands = (operand(z), operand(tile.rows));

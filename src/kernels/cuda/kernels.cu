@@ -82,19 +82,19 @@ scale_rows_f32(const float* from, int from_stride, float* to, int to_stride, int
 
 // ---------------------------------------------------------------- embedding and rows
 
-// x[i] = table[ids[i]], or +=. Rows of `width`. Kernels::embed with a bf16 table.
+// x[i] = scale · table[ids[i]], or +=. Rows of `width`. Kernels::embed with a bf16 table.
 extern "C" __global__ void __launch_bounds__(1024)
 embed_bf16(const u32* ids, const bfloat16* table, int table_stride, bfloat16* x, int x_stride,
-           int width, int accumulate) {
-    scale_row(table, table_stride, ids[blockIdx.x], x, x_stride, blockIdx.x, width, 1.0f,
+           int width, float scale, int accumulate) {
+    scale_row(table, table_stride, ids[blockIdx.x], x, x_stride, blockIdx.x, width, scale,
               accumulate);
 }
 
 // The same with an f32 table.
 extern "C" __global__ void __launch_bounds__(1024)
 embed_f32(const u32* ids, const float* table, int table_stride, bfloat16* x, int x_stride,
-          int width, int accumulate) {
-    scale_row(table, table_stride, ids[blockIdx.x], x, x_stride, blockIdx.x, width, 1.0f,
+          int width, float scale, int accumulate) {
+    scale_row(table, table_stride, ids[blockIdx.x], x, x_stride, blockIdx.x, width, scale,
               accumulate);
 }
 
@@ -102,12 +102,12 @@ embed_f32(const u32* ids, const float* table, int table_stride, bfloat16* x, int
 extern "C" __global__ void __launch_bounds__(1024)
 embed_4bit(const u32* ids, const u8* codes, const float* values, const float* absmax,
            const u8* absmax_codes, const float* nested_absmax, const float* map, float offset,
-           int block_shift, bfloat16* x, int x_stride, int width, int accumulate) {
+           int block_shift, bfloat16* x, int x_stride, int width, float scale, int accumulate) {
     const PackedWeight table = {codes, values, absmax, absmax_codes, nested_absmax,
                                 map,   offset, block_shift};
     bfloat16* row = row_of(x, blockIdx.x, x_stride);
     for (int c = threadIdx.x; c < width; c += blockDim.x) {
-        const float value = table.at(static_cast<i64>(ids[blockIdx.x]) * width + c);
+        const float value = scale * table.at(static_cast<i64>(ids[blockIdx.x]) * width + c);
         row[c] = to_bf16(accumulate ? to_f32(row[c]) + value : value);
     }
 }
@@ -200,12 +200,14 @@ add_stacked_f32(const float* from, float* a0, float* a1, float* a2, int rows0, i
 
 // ---------------------------------------------------------------- norms, rotary, dropout, MLP
 
-// y = norm(x); stats[row] = (mean, 1/σ) in f32. weight, bias [width] in f32; bias may be null.
+// y = norm(x), or +=; stats[row] = (mean, 1/σ) in f32. weight, bias [width] in f32; bias may be null.
 // layer: 1 layer norm, 0 RMS norm. Rows. Kernels::norm_forward.
 extern "C" __global__ void __launch_bounds__(1024)
 norm_forward(const bfloat16* x, int x_stride, const float* weight, const float* bias,
-             float epsilon, bfloat16* y, int y_stride, float* stats, int width, int layer) {
-    norm_forward_row(x, x_stride, weight, bias, epsilon, y, y_stride, stats, width, layer);
+             float epsilon, bfloat16* y, int y_stride, float* stats, int width, int layer,
+             int accumulate) {
+    norm_forward_row(x, x_stride, weight, bias, epsilon, y, y_stride, stats, width, layer,
+                     accumulate);
 }
 
 // dx += ∂norm/∂x · dy. Rows. Kernels::norm_backward.
@@ -277,27 +279,30 @@ mlp_backward(int activation, const bfloat16* gate, int gate_stride, const bfloat
 // ---------------------------------------------------------------- loss
 
 // losses[row] in f32; with `gradient`, logits become scale · ∂loss/∂logits. A target ≥ vocab_size
-// does not count. Rows; 1024 threads are best. Kernels::cross_entropy; the sum is sum_f32's.
-extern "C" __global__ void __launch_bounds__(1024)
+// does not count. soft_cap 0: none. Rows of up to 512 threads. Kernels::cross_entropy; the sum is sum_f32's.
+extern "C" __global__ void __launch_bounds__(512)
 cross_entropy_bf16(bfloat16* logits, int stride, const u32* targets, int vocab_size, float scale,
-                   int gradient, float* losses) {
-    cross_entropy_row(logits, stride, targets, vocab_size, scale, gradient, losses);
+                   int gradient, float soft_cap, float* losses) {
+    cross_entropy_row(logits, stride, targets, vocab_size, scale, gradient, SoftCap{soft_cap},
+                      losses);
 }
 
 // The same over f32 logits.
-extern "C" __global__ void __launch_bounds__(1024)
+extern "C" __global__ void __launch_bounds__(512)
 cross_entropy_f32(float* logits, int stride, const u32* targets, int vocab_size, float scale,
-                  int gradient, float* losses) {
-    cross_entropy_row(logits, stride, targets, vocab_size, scale, gradient, losses);
+                  int gradient, float soft_cap, float* losses) {
+    cross_entropy_row(logits, stride, targets, vocab_size, scale, gradient, SoftCap{soft_cap},
+                      losses);
 }
 
 // statistics[row] = {maximum, Σ e^{z − maximum}, the target's z} of the tiles so far: those of columns
-// `first`.. of the vocabulary added to what was there, or with `fresh` alone. Rows; 1024 threads are
-// best. Kernels::head_loss of a head in tiles.
-extern "C" __global__ void __launch_bounds__(1024)
+// `first`.. of the vocabulary added to what was there, or with `fresh` alone. Rows of up to
+// 512 threads. Kernels::head_loss of a head in tiles.
+extern "C" __global__ void __launch_bounds__(512)
 tile_statistics(const bfloat16* logits, int stride, int columns, const u32* targets, int first,
-                int fresh, TileStatistics* statistics) {
-    tile_statistics_row(logits, stride, columns, targets, first, fresh, statistics);
+                int fresh, float soft_cap, TileStatistics* statistics) {
+    tile_statistics_row(logits, stride, columns, targets, first, fresh, SoftCap{soft_cap},
+                        statistics);
 }
 
 // losses[row] once all tiles were added; 0 for a target ≥ vocab_size. Flat.
@@ -310,11 +315,12 @@ tile_losses(const TileStatistics* statistics, const u32* targets, int vocab_size
     }
 }
 
-// The tile's logits become scale · ∂loss/∂logits. Rows; 1024 threads are best.
-extern "C" __global__ void __launch_bounds__(1024)
+// The tile's logits become scale · ∂loss/∂logits. Rows of up to 512 threads.
+extern "C" __global__ void __launch_bounds__(512)
 tile_gradient(bfloat16* logits, int stride, int columns, const u32* targets, int first,
-              int vocab_size, float scale, const TileStatistics* statistics) {
-    tile_gradient_row(logits, stride, columns, targets, first, vocab_size, scale, statistics);
+              int vocab_size, float scale, float soft_cap, const TileStatistics* statistics) {
+    tile_gradient_row(logits, stride, columns, targets, first, vocab_size, scale,
+                      SoftCap{soft_cap}, statistics);
 }
 
 // ---------------------------------------------------------------- sums

@@ -5,6 +5,7 @@ use super::driver::{Address, Argument, Driver};
 use super::launch::{FLAT_THREADS, launch, partial_sums, rows as row_grid, threads_for};
 use super::memory::{Buffer, PARTIALS};
 use crate::error::Result;
+use crate::kernels::LogitShape;
 
 /// What is kept of a row whose logits come in tiles: their maximum, Σ e^{z − maximum}, the target's.
 pub(super) const TILE_STATISTICS: usize = 3;
@@ -15,7 +16,7 @@ pub struct LossSum<D: Driver>(pub(super) Buffer<D>);
 
 /// Threads that a row of logits has.
 pub(super) fn logit_threads(columns: usize) -> u32 {
-    threads_for(columns, 1024)
+    threads_for(columns, 512)
 }
 
 impl<D: Driver> LossSum<D> {
@@ -62,7 +63,7 @@ pub(super) fn cross_entropy<D: Driver>(
     cuda: &Cuda<D>,
     logits: &Buffer<D>,
     targets: &[u32],
-    vocab_size: usize,
+    LogitShape { vocab_size, soft_cap }: LogitShape,
     scale: Option<f32>,
     loss: &LossSum<D>,
 ) {
@@ -72,6 +73,6 @@ pub(super) fn cross_entropy<D: Driver>(
     let logits = logits.rows(rows, vocab_size);
     launch!(cuda, "cross_entropy_bf16", row_grid(rows), logit_threads(vocab_size);
         logits.argument(), logits.stride, targets, vocab_size,
-        scale.unwrap_or(0.0), scale.is_some(), losses);
+        scale.unwrap_or(0.0), scale.is_some(), soft_cap.unwrap_or(0.0), losses);
     loss.add_losses(cuda, rows);
 }

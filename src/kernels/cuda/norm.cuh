@@ -31,6 +31,7 @@ struct NormalizeRow {
     const float* bias;  // may be null
     bfloat16* y;
     float mean, rstd;
+    bool accumulate;
 
     template <int N>
     __device__ __forceinline__ void run(int column) const {
@@ -40,6 +41,11 @@ struct NormalizeRow {
         if (bias) b = load_piece<N>(bias + column);
 #pragma unroll
         for (int i = 0; i < N; i++) piece.v[i] = (piece.v[i] - mean) * rstd * w.v[i] + b.v[i];
+        if (accumulate) {
+            const Piece<N> before = load_piece<N>(y + column);
+#pragma unroll
+            for (int i = 0; i < N; i++) piece.v[i] += before.v[i];
+        }
         store_piece(y + column, piece);
     }
 };
@@ -47,7 +53,8 @@ struct NormalizeRow {
 __device__ __forceinline__ void norm_forward_row(const bfloat16* x, int x_stride,
                                                  const float* weight, const float* bias,
                                                  float epsilon, bfloat16* y, int y_stride,
-                                                 float* stats, int width, bool layer) {
+                                                 float* stats, int width, bool layer,
+                                                 bool accumulate) {
     const i64 row = blockIdx.x;
     const bool aligned = rows_aligned(x, x_stride) && rows_aligned(y, y_stride) &&
                          rows_aligned(weight, 0) && rows_aligned(bias, 0);
@@ -65,7 +72,7 @@ __device__ __forceinline__ void norm_forward_row(const bfloat16* x, int x_stride
         stats[2 * row + 1] = rstd;
     }
     for_pieces(width, aligned,
-               NormalizeRow{x, weight, bias, row_of(y, row, y_stride), mean, rstd});
+               NormalizeRow{x, weight, bias, row_of(y, row, y_stride), mean, rstd, accumulate});
 }
 
 /// Σ g and Σ g ∘ (x − μ).

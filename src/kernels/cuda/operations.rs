@@ -19,8 +19,8 @@ use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::kernels::head::loss_at_once;
 use crate::kernels::{
-    AttentionShape, Columns, DropoutMask, HeadNorms, Kernels, LoraShape, LoraTerm, NormParameters,
-    StreamedWeights, TokenLayout,
+    AttentionShape, Columns, DropoutMask, HeadNorms, Kernels, LogitShape, LoraShape, LoraTerm,
+    NormParameters, StreamedWeights, TokenLayout,
 };
 use crate::model::block::Linear;
 use crate::model::parameters::Parameters;
@@ -172,11 +172,18 @@ impl<D: Driver> Kernels for Cuda<D> {
         loss::read(self, sum)
     }
 
-    fn embed(&self, ids: &[u32], table: &DeviceWeight<D>, x: &mut Buffer<D>, accumulate: bool) {
+    fn embed(
+        &self,
+        ids: &[u32],
+        table: &DeviceWeight<D>,
+        scale: f32,
+        x: &mut Buffer<D>,
+        accumulate: bool,
+    ) {
         if !accumulate && let Some(ahead) = &mut self.state().ahead {
             ahead.begin_pass();
         }
-        elementwise::embed(self, ids, table, x, accumulate);
+        elementwise::embed(self, ids, table, scale, x, accumulate);
     }
 
     fn norm_forward(
@@ -186,8 +193,9 @@ impl<D: Driver> Kernels for Cuda<D> {
         y: &mut Buffer<D>,
         stats: &mut Buffer<D>,
         rows: usize,
+        accumulate: bool,
     ) {
-        elementwise::norm_forward(self, norm, x, (y, stats), rows);
+        elementwise::norm_forward(self, norm, x, (y, stats), rows, accumulate);
     }
 
     fn norm_backward(
@@ -417,11 +425,11 @@ impl<D: Driver> Kernels for Cuda<D> {
         &self,
         logits: &mut Buffer<D>,
         targets: &[u32],
-        vocab_size: usize,
+        shape: LogitShape,
         scale: Option<f32>,
         loss: &mut LossSum<D>,
     ) {
-        loss::cross_entropy(self, logits, targets, vocab_size, scale, loss);
+        loss::cross_entropy(self, logits, targets, shape, scale, loss);
     }
 
     fn head_loss(
@@ -431,15 +439,15 @@ impl<D: Driver> Kernels for Cuda<D> {
         logits: &mut Buffer<D>,
         sum: Option<&mut Buffer<D>>,
         targets: &[u32],
-        vocab_size: usize,
+        shape: LogitShape,
         scale: Option<f32>,
         loss: &mut LossSum<D>,
     ) {
         if !head.on_host {
-            return loss_at_once(self, head, x, logits, targets, vocab_size, scale, loss);
+            return loss_at_once(self, head, x, logits, targets, shape, scale, loss);
         }
-        let gradient = scale.zip(sum.as_deref());
-        head::loss_in_tiles(self, head, x, logits, targets, gradient, loss);
+        let (gradient, soft_cap) = (scale.zip(sum.as_deref()), shape.soft_cap);
+        head::loss_in_tiles(self, head, x, logits, (targets, soft_cap), gradient, loss);
     }
 
     fn head_score(
@@ -448,10 +456,10 @@ impl<D: Driver> Kernels for Cuda<D> {
         x: &Buffer<D>,
         logits: &mut Buffer<D>,
         targets: &[u32],
-        _vocab_size: usize,
+        shape: LogitShape,
         loss: &mut LossSum<D>,
     ) -> Result<Vec<bool>> {
-        head::score(self, head, x, logits, targets, loss)
+        head::score(self, head, x, logits, (targets, shape.soft_cap), loss)
     }
 
     fn gather_rows(&self, from: &Buffer<D>, rows: &[u32], to: &mut Buffer<D>, width: usize) {

@@ -179,7 +179,8 @@ fn operand_rows(spec: &ModelSpec, name: &str) -> Option<(usize, &'static [Produc
         "work.mlp_gradient" if spec.gated_mlp => Some((f, &[&[Gate]])),
         "work.mlp_gradient" => Some((f, &[&[Up]])),
         "work.qkv_gradient" => Some((qkv, &[PROJECTIONS])),
-        "work.gradient" | "work.tile_gradient" => Some((d, &[&[O], &[Down]])),
+        "work.projected_gradient" => Some((d, &[&[O], &[Down]])),
+        "work.gradient" | "work.tile_gradient" if !spec.post_norms => Some((d, &[&[O], &[Down]])),
         "work.attention" => None,
         _ => name.ends_with(".attention").then_some((spec.q_width(), &[&[O]])),
     }

@@ -21,12 +21,13 @@ impl<K: Kernels> Block<K> {
         cache: Option<Cache<K::Buffer>>,
     ) {
         let (kernels, rows) = (pass.kernels, pass.rows.len());
-        kernels.norm_forward(&self.norm1, x, &mut work.norm, &mut work.norm_stats, rows);
+        kernels.norm_forward(&self.norm1, x, &mut work.norm, &mut work.norm_stats, rows, false);
         let scratch = (&mut work.lora_pair, &mut work.dropped);
         let (ys, lora_x) = (&mut [&mut saved.qkv], &mut saved.lora_x);
         pass.forward_all(&self.projections(), &work.norm, ys, lora_x, scratch);
-        match &work.rotary {
-            Some((cos, sin)) if self.head_norms.is_none() => {
+        match self.rotary {
+            Some(index) if self.head_norms.is_none() => {
+                let (cos, sin) = &work.rotary[index];
                 kernels.rotary(&self.attention, (cos, sin), &mut saved.qkv, rows, false);
             }
             _ => self.norm_heads(pass, saved, work),
@@ -47,7 +48,20 @@ impl<K: Kernels> Block<K> {
         let scratch = (&mut work.lora_pair, &mut work.dropped);
         let output = self.expect(LinearRole::O);
         let lora_x = &mut saved.lora_x;
-        pass.forward(output, &saved.attention, &mut saved.middle, lora_x, scratch, true);
+        let Some((norms, projected)) = self.post_norms.as_ref().zip(saved.projected.as_mut())
+        else {
+            return pass.forward(
+                output,
+                &saved.attention,
+                &mut saved.middle,
+                lora_x,
+                scratch,
+                true,
+            );
+        };
+        pass.forward(output, &saved.attention, projected, lora_x, scratch, false);
+        let (middle, stats) = (&mut saved.middle, &mut work.norm_stats);
+        kernels.norm_forward(&norms.attention, projected, middle, stats, rows, true);
     }
 
     /// Where heads have norms: `work.normed_qkv` from what is saved.
@@ -62,7 +76,8 @@ impl<K: Kernels> Block<K> {
             return;
         };
         kernels.head_norms(norms, &self.attention, &saved.qkv, normed, rows);
-        if let Some((cos, sin)) = &work.rotary {
+        if let Some(index) = self.rotary {
+            let (cos, sin) = &work.rotary[index];
             kernels.rotary(&self.attention, (cos, sin), normed, rows, false);
         }
     }
@@ -80,12 +95,16 @@ impl<K: Kernels> Block<K> {
         input_gradient: bool,
     ) {
         let (kernels, rows) = (pass.kernels, pass.rows.len());
+        if let Some(norms) = &self.post_norms {
+            self.post_norm_backward(pass, &norms.attention, &saved.projected, work, grads);
+        }
         let to = &mut GradientTarget { parameters, work: &mut grads.lora };
         let output = self.expect(LinearRole::O);
         let scratch = (&mut work.lora_pair, &mut work.dropped);
         let inputs = (&saved.attention, &saved.lora_x);
         let d_o = Some((&mut grads.norm, false));
-        pass.backward(output, &grads.stream, inputs, d_o, to, scratch);
+        let dy = grads.projected.as_ref().unwrap_or(&grads.stream);
+        pass.backward(output, dy, inputs, d_o, to, scratch);
         kernels.attention_backward(
             &self.attention,
             pass.layout,
@@ -96,7 +115,8 @@ impl<K: Kernels> Block<K> {
             &mut grads.qkv,
             &mut work.attention,
         );
-        if let Some((cos, sin)) = &work.rotary {
+        if let Some(index) = self.rotary {
+            let (cos, sin) = &work.rotary[index];
             kernels.rotary(&self.attention, (cos, sin), &mut grads.qkv, rows, true);
         }
         if let Some(norms) = &self.head_norms {
@@ -104,7 +124,7 @@ impl<K: Kernels> Block<K> {
             kernels.head_norms_backward(norms, shape, &saved.qkv, &mut grads.qkv, rows);
         }
         let (norm, stats) = (&mut work.norm, &mut work.norm_stats);
-        kernels.norm_forward(&self.norm1, x, norm, stats, rows);
+        kernels.norm_forward(&self.norm1, x, norm, stats, rows, false);
         let scratch = (&mut work.lora_pair, &mut work.dropped);
         let inputs = (&*norm, &saved.lora_x);
         let dx = input_gradient.then_some(&mut grads.norm);

@@ -53,7 +53,7 @@ impl<K: Kernels> Block<K> {
         saved: &mut SavedMlp<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
     ) {
-        let SavedMlp { gate, up, lora_x } = saved;
+        let SavedMlp { gate, up, lora_x, .. } = saved;
         self.normalize_middle(pass, middle, work);
         let (norm, scratch) = (&work.norm, (&mut work.lora_pair, &mut work.dropped));
         let linear = self.expect(LinearRole::Up);
@@ -73,10 +73,10 @@ impl<K: Kernels> Block<K> {
         work: &mut Workspace<K::Buffer>,
     ) {
         let (norm, stats) = (&mut work.norm, &mut work.norm_stats);
-        pass.kernels.norm_forward(&self.norm2, middle, norm, stats, pass.rows.len());
+        pass.kernels.norm_forward(&self.norm2, middle, norm, stats, pass.rows.len(), false);
     }
 
-    /// `out += down(h)`.
+    /// `out += down(h)`, or the norm of that.
     fn forward_down(
         &self,
         pass: &Pass<K>,
@@ -85,9 +85,28 @@ impl<K: Kernels> Block<K> {
         work: &mut Workspace<K::Buffer>,
     ) {
         self.hidden(pass, saved, work);
+        let Some(norms) = &self.post_norms else {
+            return self.project_down(pass, saved, Some(out), work);
+        };
+        self.project_down(pass, saved, None, work);
+        let projected = saved.projected.as_ref().expect("planned where there are post-norms");
+        let (stats, rows) = (&mut work.norm_stats, pass.rows.len());
+        pass.kernels.norm_forward(&norms.mlp, projected, out, stats, rows, true);
+    }
+
+    /// `out += h·Wdᵀ`, or that product to where it is saved.
+    fn project_down(
+        &self,
+        pass: &Pass<K>,
+        saved: &mut SavedMlp<K::Buffer>,
+        out: Option<&mut K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+    ) {
+        let SavedMlp { lora_x, projected, .. } = saved;
+        let (down, accumulate) = (self.expect(LinearRole::Down), out.is_some());
+        let to = out.or(projected.as_mut()).expect("planned where there are post-norms");
         let scratch = (&mut work.lora_pair, &mut work.dropped);
-        let down = self.expect(LinearRole::Down);
-        pass.forward(down, &work.mlp, out, &mut saved.lora_x, scratch, true);
+        pass.forward(down, &work.mlp, to, lora_x, scratch, accumulate);
     }
 
     /// `h = act(gate) ∘ up` into the workspace.
@@ -139,20 +158,24 @@ impl<K: Kernels> Block<K> {
     ) {
         if recompute {
             self.forward_gate_up(pass, middle, saved, work);
-        } else {
-            self.normalize_middle(pass, middle, work);
         }
         self.hidden(pass, saved, work);
         let down = self.expect(LinearRole::Down);
-        if recompute && let Some(adapter) = &down.adapter {
-            let scratch = (&mut work.lora_pair, &mut work.dropped);
-            pass.project(down, adapter, &work.mlp, &mut saved.lora_x, scratch);
+        if recompute {
+            self.recompute_down(pass, saved, work);
+        }
+        if let Some(norms) = &self.post_norms {
+            self.post_norm_backward(pass, &norms.mlp, &saved.projected, work, grads);
+        }
+        if !recompute || self.post_norms.is_some() {
+            self.normalize_middle(pass, middle, work);
         }
         let (kernels, rows) = (pass.kernels, pass.rows.len());
         let to = &mut GradientTarget { parameters, work: &mut grads.lora };
         let scratch = (&mut work.lora_pair, &mut work.dropped);
-        let dx = Some((&mut grads.mlp, false));
-        pass.backward(down, &grads.stream, (&work.mlp, &saved.lora_x), dx, to, scratch);
+        let (dx, dy) = (Some((&mut grads.mlp, false)), grads.projected.as_ref());
+        let (dy, inputs) = (dy.unwrap_or(&grads.stream), (&work.mlp, &saved.lora_x));
+        pass.backward(down, dy, inputs, dx, to, scratch);
         let gate = self.linear(LinearRole::Gate);
         let (gate_values, elements) = (gate.map(|_| &saved.gate), rows * self.intermediate_size);
         let (d_out, d_up) = (&mut grads.mlp, &mut work.mlp);
@@ -172,5 +195,22 @@ impl<K: Kernels> Block<K> {
         }
         let (stats, stream) = (&work.norm_stats, &mut grads.stream);
         kernels.norm_backward(&self.norm2, &grads.norm, middle, stats, stream, rows);
+    }
+
+    /// What the backward pass reads of the down projection: its product only where that has a norm.
+    fn recompute_down(
+        &self,
+        pass: &Pass<K>,
+        saved: &mut SavedMlp<K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+    ) {
+        if self.post_norms.is_some() {
+            return self.project_down(pass, saved, None, work);
+        }
+        let down = self.expect(LinearRole::Down);
+        if let Some(adapter) = &down.adapter {
+            let scratch = (&mut work.lora_pair, &mut work.dropped);
+            pass.project(down, adapter, &work.mlp, &mut saved.lora_x, scratch);
+        }
     }
 }

@@ -4,6 +4,7 @@
 //! n1 = norm(x)      qkv = n1·Wqkvᵀ, rotated      o = attention(qkv)      m = x + o·Woᵀ
 //! n2 = norm(m)      h = act(n2·Wgᵀ) ∘ (n2·Wuᵀ)   out = m + h·Wdᵀ
 //! ```
+//! Where there are post-norms, what is added to x and m is `norm(o·Woᵀ)` and `norm(h·Wdᵀ)`.
 //! Every linear is `x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ` with W frozen. The backward pass computes
 //! gradients of x, A and B only. `n1`, `n2`, `h` and norms of heads are made again, never kept: a pass
 //! over memory is all that they cost.
@@ -21,7 +22,7 @@ pub use linear::{Linear, LinearAdapter};
 
 use super::parameters::Parameters;
 use super::spec::{Activation, LinearRole};
-use crate::kernels::{AttentionShape, HeadNorms, Kernels, NormParameters, TokenLayout};
+use crate::kernels::{AttentionShape, HeadNorms, Kernels, NormParameters, PostNorms, TokenLayout};
 
 /// A block's frozen parts.
 pub struct Block<K: Kernels> {
@@ -31,6 +32,10 @@ pub struct Block<K: Kernels> {
     pub norm2: NormParameters<K::Vector>,
     /// Of q and k, head by head, before they are rotated.
     pub head_norms: Option<HeadNorms<K::Vector>>,
+    /// Of what both halves add to the stream.
+    pub post_norms: Option<PostNorms<K::Vector>>,
+    /// Which of the rotary tables turns q and k.
+    pub rotary: Option<usize>,
     /// In forward order.
     pub linears: Vec<Linear<K>>,
     /// Heads and window.
@@ -53,6 +58,8 @@ pub struct Saved<B> {
     pub attention: B,
     /// `x·Aᵀ` of every adapter of this half, side by side, `[T, ΣR]`.
     pub lora_x: B,
+    /// `o·Woᵀ`, `[T, D]`, where it goes through a norm.
+    pub projected: Option<B>,
     /// Input of the second half, `[T, D]`.
     pub middle: B,
     /// The second half: tile after tile, or one for all tiles in turn.
@@ -67,6 +74,8 @@ pub struct SavedMlp<B> {
     pub up: B,
     /// `x·Aᵀ` of every adapter of this half, side by side, `[t, ΣR]`.
     pub lora_x: B,
+    /// `h·Wdᵀ`, `[t, D]`, where it goes through a norm.
+    pub projected: Option<B>,
 }
 
 /// Buffers that no layer owns.
@@ -86,8 +95,8 @@ pub struct Workspace<B> {
     pub normed_qkv: Option<B>,
     /// Score tiles.
     pub attention: B,
-    /// Tables of cos and sin, `[T, head_dim / 2]`.
-    pub rotary: Option<(B, B)>,
+    /// Tables of cos and sin, `[T, head_dim / 2]`, of each rotary embedding.
+    pub rotary: Vec<(B, B)>,
     /// Rows that the MLP works on, where it works in tiles.
     pub tile: Option<Tile<B>>,
     /// Gradients of activations; only where there is a backward pass.
@@ -112,6 +121,8 @@ pub struct GradientBuffers<B> {
     pub stream: B,
     /// Of a norm's output or of attention's output, `[T, max(D, Q)]`.
     pub norm: B,
+    /// Of what goes through a post-norm, `[T, D]`.
+    pub projected: Option<B>,
     /// Of q, k and v.
     pub qkv: B,
     /// `s·dy·B`, `[T, R]`.
@@ -211,5 +222,23 @@ impl<K: Kernels> Block<K> {
         }
         self.backward_attention(pass, x, saved, work, &mut grads, gradients, input_gradient);
         work.gradients = Some(grads);
+    }
+
+    /// The gradient of what went through a post-norm, into `grads.projected`, from that of the stream.
+    fn post_norm_backward(
+        &self,
+        pass: &Pass<K>,
+        norm: &NormParameters<K::Vector>,
+        projected: &Option<K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+        grads: &mut GradientBuffers<K::Buffer>,
+    ) {
+        let (kernels, rows) = (pass.kernels, pass.rows.len());
+        let buffers = projected.as_ref().zip(grads.projected.as_mut());
+        let (x, dx) = buffers.expect("planned where there are post-norms");
+        let stats = &mut work.norm_stats;
+        kernels.norm_forward(norm, x, &mut work.norm, stats, rows, false);
+        kernels.zero(dx, rows * self.hidden_size);
+        kernels.norm_backward(norm, &grads.stream, x, stats, dx, rows);
     }
 }

@@ -4,7 +4,7 @@ use super::offload::Offload;
 use crate::kernels::{Kernels, PlannedMemory};
 use crate::model::block::{GradientBuffers, Saved, SavedMlp, Tile, Workspace};
 use crate::model::spec::ModelSpec;
-use crate::plan::layout::{mlp_prefix, mlp_tiles};
+use crate::plan::layout::{mlp_prefix, mlp_tiles, rotary_tables};
 use crate::plan::{Policy, Settings};
 
 /// The arena's regions.
@@ -49,7 +49,7 @@ impl<K: Kernels> Buffers<K> {
         let (inputs, places) = inputs::<K>(spec, settings, &offload, arena);
         let keeps = |layer: usize| settings.policies.get(layer) == Some(&Policy::Keep);
         let kept = (0..spec.num_layers)
-            .map(|layer| keeps(layer).then(|| kept::<K>(settings, arena, layer)))
+            .map(|layer| keeps(layer).then(|| kept::<K>(spec, settings, arena, layer)))
             .collect();
         let cached = if settings.cache_tokens > 0 { spec.num_layers } else { 0 };
         let shared = !training || settings.recomputes();
@@ -58,7 +58,7 @@ impl<K: Kernels> Buffers<K> {
             places,
             offload,
             kept,
-            shared: shared.then(|| saved::<K>(arena, "recompute", ["recompute".to_string()])),
+            shared: shared.then(|| saved::<K>(spec, arena, "recompute", ["recompute".to_string()])),
             work: workspace::<K>(spec, settings, arena),
             caches: (0..cached).map(|layer| arena.take(&format!("cache.{layer}"))).collect(),
             head: HeadBuffers {
@@ -98,14 +98,20 @@ fn inputs<K: Kernels>(
 }
 
 /// Of a layer that keeps its activations, tile after tile.
-fn kept<K: Kernels>(settings: &Settings, arena: &mut K::Memory, layer: usize) -> Saved<K::Buffer> {
+fn kept<K: Kernels>(
+    spec: &ModelSpec,
+    settings: &Settings,
+    arena: &mut K::Memory,
+    layer: usize,
+) -> Saved<K::Buffer> {
     let prefix = format!("layer.{layer}");
     let tiles = (0..mlp_tiles(settings)).map(|number| mlp_prefix(&prefix, settings, number));
-    saved::<K>(arena, &prefix, tiles)
+    saved::<K>(spec, arena, &prefix, tiles)
 }
 
 /// Regions under `prefix`, those of the MLP under `tiles`.
 fn saved<K: Kernels>(
+    spec: &ModelSpec,
     arena: &mut K::Memory,
     prefix: &str,
     tiles: impl IntoIterator<Item = String>,
@@ -116,14 +122,24 @@ fn saved<K: Kernels>(
         lse: take("lse"),
         attention: take("attention"),
         lora_x: take("attention_lora_x"),
+        projected: spec.post_norms.then(|| take("attention_projected")),
         middle: take("middle"),
-        mlp: tiles.into_iter().map(|prefix| saved_mlp::<K>(arena, &prefix)).collect(),
+        mlp: tiles.into_iter().map(|prefix| saved_mlp::<K>(spec, arena, &prefix)).collect(),
     }
 }
 
-fn saved_mlp<K: Kernels>(arena: &mut K::Memory, prefix: &str) -> SavedMlp<K::Buffer> {
+fn saved_mlp<K: Kernels>(
+    spec: &ModelSpec,
+    arena: &mut K::Memory,
+    prefix: &str,
+) -> SavedMlp<K::Buffer> {
     let mut take = |name: &str| arena.take(&format!("{prefix}.{name}"));
-    SavedMlp { gate: take("gate"), up: take("up"), lora_x: take("mlp_lora_x") }
+    SavedMlp {
+        gate: take("gate"),
+        up: take("up"),
+        lora_x: take("mlp_lora_x"),
+        projected: spec.post_norms.then(|| take("mlp_projected")),
+    }
 }
 
 fn workspace<K: Kernels>(
@@ -131,7 +147,6 @@ fn workspace<K: Kernels>(
     settings: &Settings,
     arena: &mut K::Memory,
 ) -> Workspace<K::Buffer> {
-    let rotary = spec.rotary.is_some();
     Workspace {
         norm: arena.take("work.norm"),
         norm_stats: arena.take("work.norm_stats"),
@@ -140,7 +155,9 @@ fn workspace<K: Kernels>(
         dropped: settings.lora_dropout.then(|| arena.take("work.dropped")),
         normed_qkv: spec.qk_norm.then(|| arena.take("work.normed_qkv")),
         attention: arena.take("work.attention"),
-        rotary: rotary.then(|| (arena.take("rotary.cos"), arena.take("rotary.sin"))),
+        rotary: rotary_tables(spec)
+            .map(|names| names.map(|name| arena.take(&name)).into())
+            .collect(),
         tile: settings.tiled().then(|| Tile {
             tokens: settings.mlp_tile(),
             middle: arena.take("work.tile_middle"),
@@ -150,6 +167,7 @@ fn workspace<K: Kernels>(
             mlp: arena.take("work.mlp_gradient"),
             stream: arena.take("work.gradient"),
             norm: arena.take("work.norm_gradient"),
+            projected: spec.post_norms.then(|| arena.take("work.projected_gradient")),
             qkv: arena.take("work.qkv_gradient"),
             lora: arena.take("work.lora_gradient"),
         }),

@@ -41,6 +41,6 @@ impl<K: Kernels> Model<K> {
         self.forward(ids, &tokens, Mode { cached: true, ..Mode::default() });
         self.cached_tokens += count;
         self.head_logits(&[count as u32 - 1]);
-        self.kernels.values(&self.buffers.head.logits, 0..vocab)
+        self.capped_logits(1)
     }
 }

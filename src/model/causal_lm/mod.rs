@@ -261,8 +261,7 @@ impl<K: Kernels> Model<K> {
         let mut out = Vec::with_capacity(rows.len() * self.spec.vocab_size);
         for chunk in rows.chunks(self.settings.head(self.spec.vocab_size).whole_rows) {
             self.head_logits(chunk);
-            let count = chunk.len() * self.spec.vocab_size;
-            out.extend_from_slice(&self.kernels.values(&self.buffers.head.logits, 0..count)?);
+            out.extend_from_slice(&self.capped_logits(chunk.len())?);
         }
         Ok(out)
     }

@@ -1,23 +1,24 @@
 //! Forward through all blocks, the head and the loss, and backward.
 
+use std::borrow::Cow;
+
 use super::batch::Targets;
 use super::buffers::{Buffers, HeadBuffers};
 use super::{Mode, Model};
-use crate::kernels::{Columns, Kernels, TokenLayout};
+use crate::error::Result;
+use crate::kernels::{Columns, Kernels, LogitShape, TokenLayout};
 use crate::model::block::{Cache, Dropout, Pass};
 use crate::model::streaming::Direction;
 
 impl<K: Kernels> Model<K> {
     /// cos and sin for every token; frequencies may depend on the length of its document.
     pub(super) fn fill_rotary(&mut self, tokens: &TokenLayout) {
-        let (Some(rotary), Some((cos, sin))) = (&self.spec.rotary, &mut self.buffers.work.rotary)
-        else {
-            return;
-        };
         let (head_dim, elements) = (self.spec.head_dim, tokens.tokens() * self.spec.head_dim / 2);
-        self.kernels.write_tables((cos, sin), elements, |cos, sin| {
-            rotary.fill_tables(head_dim, tokens, cos, sin);
-        });
+        for (rotary, (cos, sin)) in self.spec.rotaries().zip(&mut self.buffers.work.rotary) {
+            self.kernels.write_tables((cos, sin), elements, |cos, sin| {
+                rotary.fill_tables(head_dim, tokens, cos, sin);
+            });
+        }
     }
 
     pub(super) fn forward(&mut self, ids: &[u32], tokens: &TokenLayout, mode: Mode) {
@@ -28,12 +29,13 @@ impl<K: Kernels> Model<K> {
         let Buffers { inputs, places, offload, kept, shared, work, caches, .. } = buffers;
         let elements = tokens.tokens() * self.spec.hidden_size;
         offload.before_write(kernels, 0);
-        kernels.embed(ids, &weights.embedding, &mut inputs[places[0]], false);
+        let scale = self.spec.embedding_scale;
+        kernels.embed(ids, &weights.embedding, scale, &mut inputs[places[0]], false);
         if let Some(streaming) = &mut weights.streaming {
             streaming.leave_table();
         }
         if let Some(positions) = &weights.positions {
-            kernels.embed(&tokens.positions, positions, &mut inputs[places[0]], true);
+            kernels.embed(&tokens.positions, positions, 1.0, &mut inputs[places[0]], true);
         }
         let pass = Pass {
             kernels,
@@ -76,7 +78,7 @@ impl<K: Kernels> Model<K> {
         let head = &mut buffers.head;
         kernels.gather_rows(&buffers.inputs[output], rows, &mut head.input, d);
         let norm = &weights.final_norm;
-        kernels.norm_forward(norm, &head.input, &mut head.norm, &mut head.stats, rows.len());
+        kernels.norm_forward(norm, &head.input, &mut head.norm, &mut head.stats, rows.len(), false);
     }
 
     /// Logits of a chunk of rows into the head's buffer.
@@ -88,19 +90,29 @@ impl<K: Kernels> Model<K> {
         kernels.linear_forward(weights.head(), None, None, &head.norm, logits, rows.len(), false);
     }
 
+    /// Of the first `rows` of that buffer.
+    pub(super) fn capped_logits(&self, rows: usize) -> Result<Cow<'_, [f32]>> {
+        let LogitShape { vocab_size, soft_cap } = self.spec.logit_shape();
+        let mut logits = self.kernels.values(&self.buffers.head.logits, 0..rows * vocab_size)?;
+        if let Some(cap) = soft_cap {
+            logits.to_mut().iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
+        }
+        Ok(logits)
+    }
+
     /// Leaves the sum of losses in `self.loss`.
     pub(super) fn head_loss(&mut self, targets: &Targets, scale: Option<f32>) {
-        let (d, v) = (self.spec.hidden_size, self.spec.vocab_size);
+        let (d, shape) = (self.spec.hidden_size, self.spec.logit_shape());
         if scale.is_some() {
             self.zero_stream_gradient();
         }
         self.kernels.clear_loss(&mut self.loss);
-        let chunk = self.settings.head(v).rows;
+        let chunk = self.settings.head(shape.vocab_size).rows;
         for (rows, ids) in targets.rows.chunks(chunk).zip(targets.ids.chunks(chunk)) {
             self.head_inputs(rows);
             let Model { kernels, weights, buffers, loss, .. } = self;
             let HeadBuffers { logits, input, norm: x, stats, sum, gradient } = &mut buffers.head;
-            kernels.head_loss(weights.head(), x, logits, sum.as_mut(), ids, v, scale, loss);
+            kernels.head_loss(weights.head(), x, logits, sum.as_mut(), ids, shape, scale, loss);
             let gradients = scale.and(gradient.as_mut()).zip(buffers.work.gradients.as_mut());
             let Some((d_input, stream)) = gradients else { continue };
             kernels.zero(d_input, rows.len() * d);

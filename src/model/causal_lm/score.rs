@@ -24,15 +24,15 @@ impl<K: Kernels> Model<K> {
     pub fn score(&mut self, batch: &Batch, adapters: bool) -> Result<Score> {
         let (tokens, targets) = self.begin(batch)?;
         self.forward(&batch.input_ids, &tokens, Mode { base_only: !adapters, ..Mode::default() });
-        let vocab = self.spec.vocab_size;
-        let chunk = self.settings.head(vocab).rows;
+        let shape = self.spec.logit_shape();
+        let chunk = self.settings.head(shape.vocab_size).rows;
         let mut likeliest = Vec::with_capacity(targets.ids.len());
         self.kernels.clear_loss(&mut self.loss);
         for (rows, ids) in targets.rows.chunks(chunk).zip(targets.ids.chunks(chunk)) {
             self.head_inputs(rows);
             let Model { kernels, weights, buffers, loss, .. } = self;
             let HeadBuffers { norm, logits, .. } = &mut buffers.head;
-            likeliest.extend(kernels.head_score(weights.head(), norm, logits, ids, vocab, loss)?);
+            likeliest.extend(kernels.head_score(weights.head(), norm, logits, ids, shape, loss)?);
         }
         Ok(Score { loss: self.kernels.read_loss(&self.loss)?, likeliest })
     }

@@ -1,14 +1,15 @@
 //! `dqkv` from o, its gradient and the log-sum-exp.
 //!
 //! With `δ_i = do_i·o_i`: `dv_j = Σ_i p_ij do_i`, `ds_ij = p_ij (do_i·v_j − δ_i)/√d`,
-//! `dq_i = Σ_j ds_ij k_j`, `dk_j = Σ_i ds_ij q_i`. A block of keys stays while the queries that see
+//! `dq_i = Σ_j ds_ij k_j`, `dk_j = Σ_i ds_ij q_i`. Scores that are capped, `c·tanh(s/c)`, take
+//! `1 − tanh²(s/c)` into ds. A block of keys stays while the queries that see
 //! it pass by: dk and dv are summed up beside it, dq where it lies.
 
 use std::ops::Range;
 
 use nibble_quant::product::{Matrix, MatrixMut, PackedOperand, gemm_serial};
 
-use super::super::simd::{exp, sum2, vectorized};
+use super::super::simd::{exp, sum2, tanh, vectorized};
 use super::{
     KvRow, Pieces, Shared, Tile, for_each_item, gather_heads, key_blocks, scatter_heads, tiles,
 };
@@ -115,7 +116,7 @@ impl Inputs<'_> {
         let keys = (tile.end() - block.first_key).min(block.dk.len() / d);
         let [q, d_o, dq] = std::array::from_fn(|_| pieces.take(stacked * d));
         let [p, dp] = std::array::from_fn(|_| pieces.take(stacked * ATTENTION_SCORE_STRIDE));
-        gather_heads(shape, tile, kv_head, (self.qkv, shape.qkv_width()), shape.scale(), q);
+        gather_heads(shape, tile, kv_head, (self.qkv, shape.qkv_width()), shape.scale, q);
         gather_heads(shape, tile, kv_head, (self.d_o, shape.q_width()), 1.0, d_o);
         let rows = (stacked, d, d);
         let scores = (stacked, keys, ATTENTION_SCORE_STRIDE);
@@ -127,7 +128,7 @@ impl Inputs<'_> {
         let key_rows = (keys, d, d);
         gemm_serial(1.0, p.transposed(), d_o, 1.0, MatrixMut::new(block.dv, key_rows));
         gemm_serial(1.0, dp.transposed(), q, 1.0, MatrixMut::new(block.dk, key_rows));
-        block.keys.gemm(shape.scale(), dp, 0.0, MatrixMut::new(dq, rows));
+        block.keys.gemm(shape.scale, dp, 0.0, MatrixMut::new(dq, rows));
         // An earlier block of keys has written there.
         let accumulate = tile.first_key < block.first_key;
         scatter_heads(shape, tile, kv_head, dq, (dqkv, shape.qkv_width()), accumulate);
@@ -159,9 +160,21 @@ impl Inputs<'_> {
                 p[visible.end..].fill(0.0);
                 dp[..visible.start].fill(0.0);
                 dp[visible.end..].fill(0.0);
-                for (p, dp) in p[visible.clone()].iter_mut().zip(&mut dp[visible]) {
-                    *p = exp(*p - lse);
-                    *dp = *p * (*dp - delta);
+                let visible = p[visible.clone()].iter_mut().zip(&mut dp[visible]);
+                match shape.soft_cap {
+                    None => {
+                        for (p, dp) in visible {
+                            *p = exp(*p - lse);
+                            *dp = *p * (*dp - delta);
+                        }
+                    }
+                    Some(cap) => {
+                        for (p, dp) in visible {
+                            let t = tanh(*p / cap);
+                            *p = exp(cap * t - lse);
+                            *dp = *p * (*dp - delta) * (1.0 - t * t);
+                        }
+                    }
                 }
             });
         }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use nibble_quant::product::{Matrix, MatrixMut, PackedOperand};
 
-use super::super::simd::{LANES, exp, max, vectorized};
+use super::super::simd::{LANES, exp, max, tanh, vectorized};
 use super::{
     KvRow, Pieces, Shared, Tile, for_each_item, gather_heads, key_blocks, scatter_heads, tiles,
 };
@@ -116,7 +116,7 @@ fn forward_group(
             let (q, o) = (pieces.take(stacked * d), pieces.take(stacked * d));
             let (largest, sum) = (pieces.take(stacked), pieces.take(stacked));
             let rows = source.rows(tile);
-            gather_heads(shape, rows, kv_head, (source.q, shape.qkv_width()), shape.scale(), q);
+            gather_heads(shape, rows, kv_head, (source.q, shape.qkv_width()), shape.scale, q);
             o.fill(0.0);
             largest.fill(f32::NEG_INFINITY);
             sum.fill(0.0);
@@ -166,7 +166,13 @@ impl Running<'_> {
         let state = self.largest.iter_mut().zip(self.sum.iter_mut());
         for (row, ((scores, o), (largest, sum))) in rows.zip(state).enumerate() {
             let visible = tile.visible(row % tile.rows, shape.window, (block.start, keys));
-            vectorized!(softmax(&mut scores[..keys], visible.clone(), (largest, sum), o));
+            let scores = &mut scores[..keys];
+            vectorized!({
+                if let Some(cap) = shape.soft_cap {
+                    scores[visible.clone()].iter_mut().for_each(|s| *s = cap * tanh(*s / cap));
+                }
+                softmax(scores, visible.clone(), (largest, sum), o);
+            });
         }
         let o = MatrixMut::new(self.o, (stacked, d, d));
         v.gemm(1.0, Matrix::new(scores, view), 1.0, o);

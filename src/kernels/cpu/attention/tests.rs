@@ -7,7 +7,7 @@ use crate::plan::layout::attention_elements;
 const LENGTHS: [usize; 4] = [1, 37, 300, 530];
 
 fn shape(window: Option<usize>) -> AttentionShape {
-    AttentionShape { num_heads: 4, num_kv_heads: 2, head_dim: 24, window }
+    AttentionShape { window, ..AttentionShape::new(4, 2, 24) }
 }
 
 /// Values in ±2.
@@ -46,7 +46,7 @@ fn reference(shape: &AttentionShape, layout: &TokenLayout, qkv: &[f32], d_o: &[f
     let mut o = vec![0.0; tokens * q_width];
     let mut lse = vec![0.0; tokens * shape.num_heads];
     let mut dqkv = vec![0.0; tokens * width];
-    let scale = 1.0 / (d as f64).sqrt();
+    let (scale, cap) = (f64::from(shape.scale), shape.soft_cap.map(f64::from));
     let dot = |x: &[f32], y: &[f32]| -> f64 {
         x.iter().zip(y).map(|(&x, &y)| f64::from(x) * f64::from(y)).sum()
     };
@@ -60,7 +60,9 @@ fn reference(shape: &AttentionShape, layout: &TokenLayout, qkv: &[f32], d_o: &[f
             let v_at = k_at + shape.kv_width();
             let row = |j: usize, at: usize| &qkv[j * width + at..][..d];
             let q = &qkv[q_at..q_at + d];
-            let scores: Vec<f64> = (first..=i).map(|j| scale * dot(q, row(j, k_at))).collect();
+            let score = |j| scale * dot(q, row(j, k_at));
+            let capped = |s: f64| cap.map_or(s, |cap| cap * (s / cap).tanh());
+            let scores: Vec<f64> = (first..=i).map(|j| capped(score(j))).collect();
             let total = scores.iter().map(|s| s.exp()).sum::<f64>().ln();
             lse[i * shape.num_heads + head] = total;
             let o = &mut o[i * q_width + head * d..][..d];
@@ -72,7 +74,8 @@ fn reference(shape: &AttentionShape, layout: &TokenLayout, qkv: &[f32], d_o: &[f
             let delta: f64 = d_o.iter().zip(&*o).map(|(&x, y)| f64::from(x) * y).sum();
             for (j, score) in (first..=i).zip(&scores) {
                 let p = (score - total).exp();
-                let ds = p * (dot(d_o, row(j, v_at)) - delta) * scale;
+                let slope = cap.map_or(1.0, |cap| 1.0 - (score / cap).powi(2));
+                let ds = p * (dot(d_o, row(j, v_at)) - delta) * slope * scale;
                 for c in 0..d {
                     dqkv[j * width + v_at + c] += p * f64::from(d_o[c]);
                     dqkv[j * width + k_at + c] += ds * f64::from(q[c]);
@@ -95,8 +98,14 @@ fn assert_near(what: &str, got: &[f32], expected: &[f64], tolerance: f64) {
 fn both_passes_are_the_sums_over_all_keys_that_a_query_sees() {
     let layout = layout();
     let tokens = layout.tokens();
-    for window in [None, Some(1), Some(100), Some(290)] {
-        let shape = shape(window);
+    let plain = [None, Some(1), Some(100), Some(290)].map(shape);
+    // Scores reach ten times the cap.
+    let capped = [None, Some(100)].map(|window| AttentionShape {
+        scale: 0.7,
+        soft_cap: Some(3.0),
+        ..shape(window)
+    });
+    for shape in plain.into_iter().chain(capped) {
         let qkv = values(tokens * shape.qkv_width(), 1);
         let d_o = values(tokens * shape.q_width(), 2);
         let mut o = vec![f32::NAN; d_o.len()];

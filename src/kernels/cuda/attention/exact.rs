@@ -4,7 +4,7 @@
 //! `s = q·kᵀ` in f32, softmax, `o = p·v`; backward `dv += pᵀ·do`, `dp = do·vᵀ`,
 //! `ds = p ∘ (dp − δ)`, `dq = ds·k`, `dk += dsᵀ·q`, with dk and dv of the document in f32.
 
-use super::{BLOCK_ROWS, PART_ELEMENTS, window};
+use super::{BLOCK_ROWS, PART_ELEMENTS, soft_cap, window};
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::driver::{Address, Argument, Driver, Gemm, Operand, Product};
 use crate::kernels::cuda::launch::{launch, row_threads, rows as row_grid};
@@ -155,7 +155,7 @@ impl<'a, D: Driver> Exact<'a, D> {
             Argument::Pointer(self.products), head_stride, stride,
             Argument::Pointer(self.probabilities), head_stride, stride,
             Argument::Pointer(lse), shape.num_heads, block.kv_head * self.group(), block.first,
-            block.first_key, block.keys, window(shape, block.keys), shape.scale(), 0f32);
+            block.first_key, block.keys, window(shape, block.keys), shape.scale, soft_cap(shape));
     }
 
     fn softmax_backward(&self, block: Block, lse: Address) {
@@ -166,7 +166,7 @@ impl<'a, D: Driver> Exact<'a, D> {
             stride, Argument::Pointer(self.probabilities), Argument::Pointer(self.d_products),
             head_stride, stride, Argument::Pointer(lse), Argument::Pointer(self.delta),
             shape.num_heads, block.kv_head * self.group(), block.first, block.first_key,
-            block.keys, window(shape, block.keys), shape.scale(), 0f32);
+            block.keys, window(shape, block.keys), shape.scale, soft_cap(shape));
     }
 
     /// `o = p·v`.

@@ -104,6 +104,11 @@ fn window(shape: &AttentionShape, keys: usize) -> usize {
     shape.window.filter(|&window| window < keys).unwrap_or(0)
 }
 
+/// What scores are capped with, as the kernels take it: 0 is nothing.
+fn soft_cap(shape: &AttentionShape) -> f32 {
+    shape.soft_cap.unwrap_or(0.0)
+}
+
 /// The width if there are flash kernels for it.
 fn flash_width(head_dim: usize) -> Option<Flash> {
     let [forward, keys, queries] = match head_dim {
@@ -233,7 +238,7 @@ pub(super) fn cached<D: Driver>(
         Argument::Pointer(source), stride, Argument::Pointer(keys),
         Argument::Pointer(keys + 2 * shape.kv_width() as u64), kv,
         o.argument(), o.stride, shape.num_heads, shape.num_kv_heads, shape.head_dim, past,
-        window(shape, past + rows), shape.scale(), 0f32);
+        window(shape, past + rows), shape.scale, soft_cap(shape));
 }
 
 fn launch_flash<D: Driver>(
@@ -262,8 +267,8 @@ fn launch_flash<D: Driver>(
         shape.num_heads.into(),
         shape.num_kv_heads.into(),
         window(shape, layout.longest()).into(),
-        shape.scale().into(),
-        0f32.into(),
+        shape.scale.into(),
+        soft_cap(shape).into(),
     ];
     arguments.extend_from_slice(rest);
     let at_once = tiles_of_launch(shape, layout.longest(), cuda.launch_flops);

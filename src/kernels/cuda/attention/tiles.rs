@@ -71,8 +71,7 @@ mod tests {
     /// Llama-3.1-8B's attention.
     #[test]
     fn only_long_contexts_take_several_launches() {
-        let mut shape =
-            AttentionShape { num_heads: 32, num_kv_heads: 8, head_dim: 128, window: None };
+        let mut shape = AttentionShape::new(32, 8, 128);
         let tiles = |shape: &AttentionShape, tokens| tiles_of_launch(shape, tokens, LAUNCH_FLOPS);
         assert!(tiles(&shape, 16_384) > 16_384 / FLASH_TOKENS);
         // Still several blocks for each place of a GPU.
