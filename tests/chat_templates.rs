@@ -6,9 +6,10 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use nibble::data::ChatTokenizer;
 use nibble::data::chat::Chat;
 use nibble::data::template::ChatTemplate;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 /// 2024-07-26 09:05:03 UTC, when the generator's clock stands.
 const CLOCK: u64 = 1_721_984_703;
@@ -163,4 +164,83 @@ fn assistant_turns_are_where_trl_has_them() {
     }
     println!("{compared} conversations");
     assert!(wrong.is_empty(), "{} wrong:\n{}", wrong.len(), wrong.join("\n\n"));
+}
+
+/// A tokenizer of a word, `bos`, an end of sequence and `added`.
+fn tokenizer(template: &str, bos: Option<&str>, added: &[&str]) -> ChatTokenizer {
+    let special = |(id, text): (usize, &&str)| {
+        json!({"id": id + 1, "content": text, "special": true, "single_word": false,
+            "lstrip": false, "rstrip": false, "normalized": false})
+    };
+    let all: Vec<&str> =
+        [bos.unwrap_or("<unused>"), "</s>"].into_iter().chain(added.to_vec()).collect();
+    let added: Vec<Value> = all.iter().enumerate().map(special).collect();
+    let json = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": added,
+        "normalizer": null, "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": null, "decoder": null,
+        "model": {"type": "WordLevel", "vocab": {"word": 0}, "unk_token": "word"}
+    });
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("tokenizer.json"), json.to_string()).unwrap();
+    let config = json!({"bos_token": bos, "eos_token": "</s>", "add_bos_token": bos.is_some()});
+    std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
+    assert!(ChatTokenizer::open(folder.path()).unwrap().compile_template().unwrap().is_none());
+    ChatTokenizer::open_for(folder.path(), Some(template), None).unwrap()
+}
+
+/// Those that `--chat-template` knows by name write what the published ones do, of text.
+#[test]
+fn known_templates_write_what_the_published_ones_do() {
+    let roles = ["<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"];
+    let turns = ["<start_of_turn>", "<end_of_turn>"];
+    for (name, published, bos, added) in [
+        ("chatml", "chatml", None, &["<|im_start|>", "<|im_end|>"][..]),
+        ("zephyr", "zephyr", None, &[]),
+        ("llama-3", "llama3", Some("<s>"), &roles),
+        ("gemma", "gemma3", Some("<s>"), &turns),
+    ] {
+        let tokenizer = tokenizer(name, bos, added);
+        let known = tokenizer.compile_template().unwrap().unwrap();
+        let golden = read(&folder().join(format!("{published}.json")));
+        let (mut alike, none) = (0, Map::new());
+        for case in golden.cases.iter().filter(|case| case["tools"].is_null()) {
+            let messages = case["messages"].as_array().unwrap();
+            let is_plain = |message: &Value| {
+                let plain = ["system", "user", "assistant"].map(Value::from);
+                message["content"].is_string() && plain.contains(&message["role"])
+            };
+            if !messages.iter().all(is_plain) || !case["text"].is_string() {
+                continue;
+            }
+            for (key, prompt) in [("text", false), ("prompt", true)] {
+                let Some(expected) = case[key].as_str() else { continue };
+                assert_eq!(known.render(messages, &none, prompt).unwrap(), expected, "{name}");
+                alike += 1;
+            }
+        }
+        assert!(alike >= 6, "{name}: {alike}");
+        let tools = Map::from_iter([("tools".to_string(), json!([{"name": "add"}]))]);
+        let question = [json!({"role": "user", "content": "1 + 1?"})];
+        let refused = known.render(&question, &tools, true).unwrap_err().to_string();
+        assert!(refused.contains("no place for tools"), "{refused}");
+        let end = added.last().unwrap_or(&"</s>");
+        assert!(tokenizer.eos_ids().contains(&tokenizer.id(end).unwrap()), "{name}");
+    }
+}
+
+/// Stanford's text of an instruction without an input, which `alpaca` records have without a template, too.
+#[test]
+fn alpaca_is_the_text_of_its_authors() {
+    let tokenizer = tokenizer("alpaca", Some("<s>"), &[]);
+    let template = tokenizer.compile_template().unwrap().unwrap();
+    let said = |role: &str, content: &str| json!({"role": role, "content": content});
+    let turns = [said("user", "Count."), said("assistant", "One."), said("user", "On.")];
+    let text = "<s>Below is an instruction that describes a task. Write a response that \
+                appropriately completes the request.\n\n### Instruction:\nCount.\n\n\
+                ### Response:\nOne.</s>\n\n### Instruction:\nOn.\n\n### Response:\n";
+    assert_eq!(template.render(&turns, &Map::new(), true).unwrap(), text);
+    let turns = [said("system", "Be brief."), said("user", "Count."), said("assistant", "One.")];
+    let text = "<s>Be brief.\n\n### Instruction:\nCount.\n\n### Response:\nOne.</s>";
+    assert_eq!(template.render(&turns, &Map::new(), false).unwrap(), text);
 }

@@ -56,6 +56,18 @@ impl Folder {
         Ok(Folder { files, raw, tensors })
     }
 
+    /// Gives each tensor another name, and leaves out those that get none; returns how many.
+    pub(super) fn rename(&mut self, name: impl Fn(&str) -> Option<String>) -> usize {
+        let raw = std::mem::take(&mut self.raw).into_iter();
+        self.raw = raw.filter_map(|(stored, tensor)| Some((name(&stored)?, tensor))).collect();
+        let before = self.tensors.len();
+        let tensors = std::mem::take(&mut self.tensors).into_iter();
+        let renamed = |tensor: TensorInfo| Some(TensorInfo { name: name(&tensor.name)?, ..tensor });
+        self.tensors = tensors.filter_map(renamed).collect();
+        self.tensors.sort_by(|a, b| a.name.cmp(&b.name));
+        before - self.tensors.len()
+    }
+
     pub(super) fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
     }

@@ -12,6 +12,7 @@ pub(crate) mod gguf;
 mod mapped;
 pub mod repack;
 pub mod tensor_file;
+mod text_part;
 pub mod writer;
 
 use std::path::{Component, Path, PathBuf};
@@ -82,6 +83,8 @@ pub struct Checkpoint {
     path: PathBuf,
     config: Value,
     files: Files,
+    /// Tensors that are not the text model's, of a model for text and images.
+    left_out: usize,
 }
 
 #[derive(Debug)]
@@ -106,18 +109,25 @@ impl Checkpoint {
             let gguf = Gguf::open(path)?;
             let config = gguf.config()?;
             let files = Files::Gguf(Box::new(gguf));
-            return Ok(Checkpoint { path: path.to_path_buf(), config, files });
+            return Ok(Checkpoint { path: path.to_path_buf(), config, files, left_out: 0 });
         }
         if !path.join("config.json").exists() {
             return Err(not_a_model(path));
         }
-        let config = read_json(&path.join("config.json"))?;
-        check_quantization(&config)?;
-        let files = Files::Folder(Folder::open(path)?);
-        Ok(Checkpoint { path: path.to_path_buf(), config, files })
+        let whole = read_json(&path.join("config.json"))?;
+        check_quantization(&whole)?;
+        let (is_more, mut folder) = (text_part::is_more(&whole), Folder::open(path)?);
+        let left_out = if is_more { folder.rename(text_part::name) } else { 0 };
+        let (config, files) = (as_understood(whole), Files::Folder(folder));
+        Ok(Checkpoint { path: path.to_path_buf(), config, files, left_out })
     }
 
-    /// `config.json`.
+    /// Tensors that stay unread, of a model for text and images: those of images.
+    pub fn left_out(&self) -> usize {
+        self.left_out
+    }
+
+    /// `config.json`, as [`read_config`] reads it.
     pub fn config(&self) -> &Value {
         &self.config
     }
@@ -282,6 +292,25 @@ pub fn check_quantization(config: &Value) -> Result<()> {
     let what = if in_8_bits { "8-bit weights of bitsandbytes" } else { method };
     Err(Error::input(format_args!("config.json: quantization by {what} is not supported"))
         .hint("give the dense model, or a 4-bit one that bitsandbytes or Nibble packed"))
+}
+
+/// Reads a `config.json`: of a model for text and images the text model's part, of a Gemma with the
+/// activation function that it was trained with.
+///
+/// # Errors
+/// As [`read_json`].
+pub fn read_config(path: &Path) -> Result<Value> {
+    read_json(path).map(as_understood)
+}
+
+fn as_understood(whole: Value) -> Value {
+    let mut config = if text_part::is_more(&whole) { text_part::config(&whole) } else { whole };
+    // The first files of Gemma say `gelu`, by which its authors meant the approximation; those of
+    // today say so. Source: transformers 4.39, `GemmaMLP`.
+    if config["model_type"] == "gemma" && config["hidden_act"] == "gelu" {
+        config["hidden_act"] = "gelu_pytorch_tanh".into();
+    }
+    config
 }
 
 /// Reads and parses a JSON file.

@@ -3,7 +3,7 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use clap::{ArgAction, Args};
+use clap::{ArgAction, Args, ValueHint};
 
 use super::numbers;
 use crate::data::{DataOptions, Format, TrainOn, Truncation};
@@ -15,6 +15,9 @@ pub struct DataFormatArgs {
     /// Shape of the records [default: found from the first one]
     #[arg(long, value_enum)]
     pub format: Option<Format>,
+    /// Chat template: alpaca, chatml, gemma, llama-3, zephyr, or a Jinja file [default: the model's]
+    #[arg(long, value_name = "NAME|FILE", value_hint = ValueHint::FilePath)]
+    pub chat_template: Option<String>,
     /// Which tokens count in the loss
     #[arg(long, value_enum, value_name = "PART", default_value_t = TrainOn::Assistant)]
     pub train_on: TrainOn,

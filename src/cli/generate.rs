@@ -147,6 +147,10 @@ pub struct GenerateArgs {
         conflicts_with = "raw"
     )]
     pub system: Option<String>,
+    /// Chat template, by name or Jinja file [default: the adapter's, else the model's]
+    #[arg(long, help_heading = "Prompt", value_name = "NAME|FILE", value_hint = ValueHint::FilePath,
+          conflicts_with = "raw")]
+    pub chat_template: Option<String>,
     /// Continue the prompt as plain text, without the chat template
     #[arg(long, help_heading = "Prompt", action = ArgAction::SetTrue)]
     pub raw: bool,
@@ -169,6 +173,10 @@ pub struct ChatArgs {
     /// System message
     #[arg(long, help_heading = "Conversation", value_name = "TEXT", allow_hyphen_values = true)]
     pub system: Option<String>,
+    /// Chat template, by name or Jinja file [default: the adapter's, else the model's]
+    #[arg(long, help_heading = "Conversation", value_name = "NAME|FILE",
+          value_hint = ValueHint::FilePath)]
+    pub chat_template: Option<String>,
     /// How to answer.
     #[command(flatten)]
     pub generation: GenerationArgs,

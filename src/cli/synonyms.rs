@@ -5,11 +5,12 @@ use clap::Command;
 
 /// Their name and ours, with hyphens. A name that means several things is there several times: the
 /// first flag that a command has is meant.
-const SYNONYMS: [(&str, &str); 74] = [
+const SYNONYMS: [(&str, &str); 75] = [
     // transformers, TRL and PEFT, where ours is shorter
     ("assistant-only-loss", "train-on"),
     ("bnb-4bit-quant-type", "quantization"),
     ("bnb-4bit-use-double-quant", "double-quant"),
+    ("chat-template-path", "chat-template"),
     ("completion-only-loss", "train-on"),
     ("dataset-name", "data"),
     ("device-map", "device"),
@@ -96,14 +97,10 @@ const NOT_TRAINED: &str = "not supported in training: only LoRA on linears is tr
                            that have more can be used and merged";
 
 /// Their names of what has no flag here, and why.
-const WITHOUT_FLAG: [(&str, &str); 36] = [
+const WITHOUT_FLAG: [(&str, &str); 35] = [
     ("bf16", NUMBER_TYPE),
     ("bias", NOT_TRAINED),
     ("bnb-4bit-compute-dtype", NUMBER_TYPE),
-    (
-        "chat-template",
-        "leave it out: the model's own is used, from the folder or file of `--model`",
-    ),
     ("dataloader-num-workers", "leave it out: data are in memory before the first step"),
     ("dataset-text-field", "not supported: plain text is read from the field `text`"),
     ("ddp-find-unused-parameters", ONE_DEVICE),

@@ -49,7 +49,8 @@ fn run_on<K: Kernels>(args: &ChatArgs, kernels: K) -> Result<()> {
     let format = args.base.block_format();
     let first = adapters.first().map(|adapter| adapter.folder.as_path());
     let context = args.generation.context_length;
-    let session = Session::open(kernels, &args.base.model, format.as_ref(), first, context)?;
+    let (model, template) = (&args.base.model, args.chat_template.as_deref());
+    let session = Session::open(kernels, model, format.as_ref(), first, template, context)?;
     super::note_packing(&args.base, session.kind());
     let interrupt = Interrupt::on_ctrl_c()?;
     let current = (!adapters.is_empty()).then_some(0);

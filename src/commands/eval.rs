@@ -41,6 +41,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 
 fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.base.model)?;
+    super::note_left_out(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     kernels.check(&spec)?;
     let dataset = read_data(args, &spec)?;
@@ -62,7 +63,8 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
 
 fn read_data(args: &EvalArgs, spec: &ModelSpec) -> Result<Dataset> {
     let options = args.format.options(args.max_length);
-    let tokenizer = ChatTokenizer::open(&args.base.model)?;
+    let (template, adapter) = (args.format.chat_template.as_deref(), args.adapter.as_deref());
+    let tokenizer = ChatTokenizer::open_for(&args.base.model, template, adapter)?;
     let encoder = Encoder::new(&tokenizer, spec.vocab_size, options.train_on)?;
     reading::load(&args.data, &encoder, &options)
 }

@@ -26,6 +26,7 @@ pub fn run(args: &ExportArgs) -> Result<()> {
             .hint("give another `--out`, or `--overwrite`"));
     }
     let checkpoint = Checkpoint::open(&args.model)?;
+    super::note_left_out(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     let started = Instant::now();
     let bytes = match &args.adapter {
@@ -47,7 +48,7 @@ fn adapter(args: &ExportArgs, spec: &ModelSpec, folder: &Path) -> Result<u64> {
 
 fn model(args: &ExportArgs, checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<u64> {
     let metadata = metadata(args, spec)?;
-    note_windows(spec);
+    note_windows(spec, &metadata);
     let export = Export { checkpoint, spec, dtype: args.outtype.dtype() };
     let bar = ProgressBar::new(export.data_bytes()? as u64).with_style(
         ProgressStyle::with_template(
@@ -74,8 +75,11 @@ fn metadata(args: &ExportArgs, spec: &ModelSpec) -> Result<Vec<(String, Metadata
     Ok(fields)
 }
 
-/// llama.cpp computes these families with full attention.
-fn note_windows(spec: &ModelSpec) {
+/// llama.cpp computes a family with full attention if its files name no window.
+fn note_windows(spec: &ModelSpec, metadata: &[(String, Metadata)]) {
+    if metadata.iter().any(|(key, _)| key.ends_with(".attention.sliding_window")) {
+        return;
+    }
     let shortest = spec.windows.iter().flatten().min();
     if let Some(window) = shortest.filter(|window| **window < spec.max_positions) {
         eprintln!(

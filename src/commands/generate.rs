@@ -8,7 +8,7 @@ use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
 use crate::printed;
-use crate::sample::{Finish, Sampler, Session, Wish};
+use crate::sample::{Finish, Prompt, Sampler, Session, Wish};
 
 /// Runs the command.
 ///
@@ -30,18 +30,18 @@ fn run_on<K: Kernels>(args: &GenerateArgs, kernels: K) -> Result<()> {
     let format = args.base.block_format();
     let context = args.generation.context_length;
     let first = args.adapter.first().map(|adapter| adapter.folder.as_path());
-    let mut session = Session::open(kernels, &args.base.model, format.as_ref(), first, context)?;
+    let (model, template) = (&args.base.model, args.chat_template.as_deref());
+    let mut session = Session::open(kernels, model, format.as_ref(), first, template, context)?;
     super::note_packing(&args.base, session.kind());
-    let text = render(args, &session, prompt)?;
     if args.adapter.len() < 2 {
-        return answer(args, &mut session, &text);
+        return answer(args, &mut session, &prompt);
     }
     for (index, NamedAdapter { name, folder }) in args.adapter.iter().enumerate() {
         if index > 0 {
             session.set_adapter(Some(folder))?;
         }
         printed::at_once(&format!("{name}: "))?;
-        answer(args, &mut session, &text)?;
+        answer(args, &mut session, &prompt)?;
     }
     Ok(())
 }
@@ -56,19 +56,20 @@ fn prompt(args: &GenerateArgs) -> Result<String> {
 }
 
 /// The prompt as the model sees it.
-fn render<K: Kernels>(args: &GenerateArgs, session: &Session<K>, prompt: String) -> Result<String> {
+fn render<K: Kernels>(args: &GenerateArgs, session: &Session<K>, prompt: &str) -> Result<Prompt> {
     if args.raw {
-        return Ok(prompt);
+        return Ok(Prompt::Text(prompt.to_string()));
     }
     let system = args.system.as_deref().map(|system| ("system", system));
-    let messages: Vec<_> = system.into_iter().chain([("user", prompt.as_str())]).collect();
+    let messages: Vec<_> = system.into_iter().chain([("user", prompt)]).collect();
     session.speaker().render(&messages)
 }
 
-fn answer<K: Kernels>(args: &GenerateArgs, session: &mut Session<K>, text: &str) -> Result<()> {
+fn answer<K: Kernels>(args: &GenerateArgs, session: &mut Session<K>, prompt: &str) -> Result<()> {
+    let prompt = render(args, session, prompt)?;
     let mut sampler = Sampler::new(args.generation.sampling())?;
     let max_new_tokens = args.generation.max_new_tokens.get();
-    let finish = session.answer(text, &mut sampler, max_new_tokens, |piece| {
+    let finish = session.answer(&prompt, &mut sampler, max_new_tokens, |piece| {
         printed::at_once(piece)?;
         Ok(Wish::Continue)
     })?;

@@ -11,10 +11,11 @@ use super::model_folder::{self, COPIED_FILES};
 use crate::adapter::{MergeBase, MergeCost, MergeOnto, MergedModel, PeftAdapter};
 use crate::checkpoint::atomic::AtomicDir;
 use crate::checkpoint::writer::ShardWriter;
-use crate::checkpoint::{Checkpoint, CheckpointKind};
+use crate::checkpoint::{Checkpoint, CheckpointKind, read_json};
 use crate::cli::merge::MergeArgs;
 use crate::cli::size::ByteSize;
 use crate::cli::train::{BaseModelArgs, Quantization};
+use crate::data::{ChatTokenizer, TemplateSources};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
@@ -30,6 +31,7 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     let inputs: Vec<&Path> = inputs.into_iter().flatten().map(PathBuf::as_path).collect();
     model_folder::check(&args.out, args.overwrite, &inputs)?;
     let model = Checkpoint::open(&args.base.model)?;
+    super::note_left_out(&model);
     let original = args.original.as_deref().map(Checkpoint::open).transpose()?;
     let spec = spec_from_config(model.config())?;
     if let Some(original) = &original {
@@ -74,7 +76,8 @@ fn training_format(base: &BaseModelArgs) -> Option<BlockFormat> {
     Some(BlockFormat { quant_type, block_size, double_quant })
 }
 
-/// config.json, and the tokenizer: the adapter's if it brings one, otherwise the base's.
+/// config.json, and the tokenizer: the adapter's if it brings one, otherwise the base's, with the
+/// adapter's chat templates.
 fn write_side_files(
     args: &MergeArgs,
     model: &Checkpoint,
@@ -86,7 +89,7 @@ fn write_side_files(
     std::fs::write(&path, text).map_err(|e| Error::io("write", &path, e))?;
     let from_adapter = args.adapter.join("tokenizer.json").exists();
     if model.kind() == CheckpointKind::Gguf && !from_adapter {
-        return crate::data::ChatTokenizer::open(model.path())?.save(folder);
+        return ChatTokenizer::open_for(model.path(), None, Some(&args.adapter))?.save(folder);
     }
     for name in COPIED_FILES {
         let tokenizer = name != "generation_config.json";
@@ -96,7 +99,24 @@ fn write_side_files(
             std::fs::copy(&from, &to).map_err(|e| Error::io("copy to", &to, e))?;
         }
     }
-    Ok(())
+    let templates = TemplateSources::of_adapter(&args.adapter)?;
+    if let Some(templates) = templates.as_ref().filter(|_| !from_adapter) {
+        templates.save(folder)?;
+    }
+    if templates.is_some() { write_ends(folder) } else { Ok(()) }
+}
+
+/// What the adapter's chat templates end an answer with, in generation_config.json, which transformers and
+/// vLLM heed.
+fn write_ends(folder: &Path) -> Result<()> {
+    if !folder.join("tokenizer.json").exists() {
+        return Ok(());
+    }
+    let path = folder.join("generation_config.json");
+    let mut generation = if path.exists() { read_json(&path)? } else { json!({}) };
+    generation["eos_token_id"] = json!(ChatTokenizer::open(folder)?.eos_ids());
+    let text = format!("{generation:#}\n");
+    std::fs::write(&path, text).map_err(|e| Error::io("write", &path, e))
 }
 
 fn stream(

@@ -21,6 +21,7 @@ use crate::checkpoint::{Checkpoint, CheckpointKind};
 use crate::cli::Command;
 use crate::cli::train::BaseModelArgs;
 use crate::error::{Error, Result};
+use crate::plural::noun;
 
 /// Runs one parsed command.
 ///
@@ -51,6 +52,15 @@ fn note_packing(base: &BaseModelArgs, kind: CheckpointKind) {
         eprintln!(
             "{model}: linears are packed as {quant_type}; `--quantization none` takes them as they are"
         );
+    }
+}
+
+/// Says that a model for text and images is taken for its text alone.
+fn note_left_out(checkpoint: &Checkpoint) {
+    if checkpoint.left_out() > 0 {
+        let (path, count) = (checkpoint.path().display(), checkpoint.left_out());
+        let tensors = noun(count, "tensor");
+        eprintln!("{path}: the text model alone; {count} {tensors} for images are left out");
     }
 }
 

@@ -27,6 +27,7 @@ use crate::train::interrupt::Interrupt;
 pub fn run(args: &QuantizeArgs) -> Result<()> {
     super::set_threads(args.threads)?;
     let checkpoint = Checkpoint::open(&args.model)?;
+    super::note_left_out(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     let repack = Repack {
         checkpoint: &checkpoint,

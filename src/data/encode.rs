@@ -167,7 +167,7 @@ impl<'a> Encoder<'a> {
     fn chat(&self, chat: &Chat) -> std::result::Result<Encoded, Rejection> {
         let Some(templates) = &self.template else {
             return Err(Rejection::new("the tokenizer has no chat template")
-                .hint("use `text` or `prompt`/`completion` records with this base model"));
+                .hint("choose one, such as `--chat-template chatml` or `alpaca`"));
         };
         let template = templates.for_variables(&chat.variables);
         if self.train_on == TrainOn::All {

@@ -1,4 +1,5 @@
-//! SentencePiece's byte pairs out of a GGUF file: the tokenizers of Llama 2, Mistral and their kin.
+//! SentencePiece's byte pairs out of a GGUF file: the tokenizers of Llama 2, Mistral, Gemma
+//! and their kin.
 //!
 //! The file has a score for each token, and no merges: a pair may be merged if what it makes is a token,
 //! and the highest score comes first. Source: llama.cpp `llm_tokenizer_spm`; transformers

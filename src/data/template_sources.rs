@@ -8,10 +8,14 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
+use crate::checkpoint::atomic::write_file;
+use crate::checkpoint::read_json;
 use crate::error::{Error, Result};
 
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
+const CHAT_FILE: &str = "chat_template.jinja";
+const CONFIG_FILE: &str = "tokenizer_config.json";
 
 /// The Jinja sources of a tokenizer's chat templates.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -34,10 +38,39 @@ impl TemplateSources {
             false => Ok(None),
         };
         let tools = folder.join("additional_chat_templates").join(format!("{TOOL_USE}.jinja"));
-        match read(&folder.join("chat_template.jinja"))? {
+        match read(&folder.join(CHAT_FILE))? {
             Some(chat) => Ok(Some(TemplateSources { chat, tool_use: read(&tools)? })),
             None => Ok(Self::of_config(&config["chat_template"])),
         }
+    }
+
+    /// Those that an adapter's folder brings.
+    ///
+    /// # Errors
+    /// `Io` or `Input` when a file cannot be read.
+    pub fn of_adapter(folder: &Path) -> Result<Option<Self>> {
+        let config = folder.join(CONFIG_FILE);
+        let config = if config.exists() { read_json(&config)? } else { Value::Null };
+        Self::of_folder(folder, &config)
+    }
+
+    /// Writes them into a folder, in place of any that it has: one as a file, several into
+    /// `tokenizer_config.json`.
+    ///
+    /// # Errors
+    /// `Io` when the disk refuses; `Input` when there is such a config, and damaged.
+    pub fn save(&self, folder: &Path) -> Result<()> {
+        let (file, path) = (folder.join(CHAT_FILE), folder.join(CONFIG_FILE));
+        if self.tool_use.is_none() {
+            return write_file(&file, self.chat.as_bytes());
+        }
+        let mut config = if path.exists() { read_json(&path)? } else { json!({}) };
+        config["chat_template"] = self.to_json();
+        write_file(&path, format!("{config:#}\n").as_bytes())?;
+        if file.exists() {
+            std::fs::remove_file(&file).map_err(|e| Error::io("remove", &file, e))?;
+        }
+        Ok(())
     }
 
     /// One text, or a list of named ones, of which the first stands in for a missing default.
@@ -107,6 +140,19 @@ mod tests {
         std::fs::create_dir(&more).unwrap();
         std::fs::write(more.join("tool_use.jinja"), "with tools").unwrap();
         assert_eq!(read()?, sources("of the file", Some("with tools")));
+        Ok(())
+    }
+
+    #[test]
+    fn what_is_saved_is_what_is_read() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join(CONFIG_FILE);
+        std::fs::write(&path, r#"{"eos_token": "<end>", "chat_template": "before"}"#).unwrap();
+        for sources in [sources("a", None), sources("a", Some("t")), sources("b", Some("u"))] {
+            sources.as_ref().unwrap().save(folder.path())?;
+            assert_eq!(TemplateSources::of_adapter(folder.path())?, sources);
+            assert_eq!(read_json(&path)?["eos_token"], "<end>");
+        }
         Ok(())
     }
 

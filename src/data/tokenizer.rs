@@ -4,7 +4,7 @@
 //! `generation_config.json`) or rebuilt from a GGUF file's metadata by candle.
 
 use std::ops::Range;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::Value as Metadata;
 use candle_core::quantized::tokenizer::TokenizerFromGguf;
@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 
 use super::ends::TurnEnds;
+use super::known_templates::{known_template, unknown_template};
 use super::pre_tokenizers::set_splitter;
 use super::sentence_piece::{self, is_sentence_piece};
 use super::template::ChatTemplate;
@@ -31,6 +32,10 @@ pub struct ChatTokenizer {
     eos_ids: Vec<u32>,
     add_bos_token: bool,
     templates: Option<TemplateSources>,
+    /// Those of its files, and how many of `eos_ids` are.
+    own: (Option<TemplateSources>, usize),
+    /// Where these files are.
+    home: PathBuf,
 }
 
 /// A token with a meaning.
@@ -48,28 +53,99 @@ impl ChatTokenizer {
     /// # Errors
     /// `Input` when a file is missing, damaged, or names tokens that the vocabulary lacks.
     pub fn open(path: &Path) -> Result<Self> {
+        Self::open_beside(path, path)
+    }
+
+    /// The tokenizer at `path` for the model at `model`, whose configs name ends of sequences, too.
+    fn open_beside(path: &Path, model: &Path) -> Result<Self> {
         let opened = if path.extension().is_some_and(|extension| extension == "gguf") {
             Self::from_gguf(path)
         } else {
-            Self::from_folder(path)
+            Self::from_folder(path, model)
         };
         let mut tokenizer = opened.map_err(|error| {
             error.or_hint("the tokenizer is damaged: get another copy of the model's files")
         })?;
+        tokenizer.own = (tokenizer.templates.clone(), tokenizer.eos_ids.len());
+        tokenizer.home = path.to_path_buf();
         tokenizer.learn_turn_end();
         Ok(tokenizer)
+    }
+
+    /// The tokenizer of `model`, or that of `adapter` if it brings one, with the chat templates that are
+    /// `chosen`, known by name or a file's, else those that the adapter was trained with.
+    ///
+    /// # Errors
+    /// As [`open`](ChatTokenizer::open); `Usage` for an unknown name; `Input` when a template does not
+    /// compile.
+    pub fn open_for(model: &Path, chosen: Option<&str>, adapter: Option<&Path>) -> Result<Self> {
+        let mut tokenizer = Self::open_beside(home(model, adapter), model)?;
+        tokenizer.choose_templates(chosen, adapter)?;
+        Ok(tokenizer)
+    }
+
+    /// The same for another adapter, without reading the files again that it has read.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn open_again(
+        &self,
+        model: &Path,
+        chosen: Option<&str>,
+        adapter: Option<&Path>,
+    ) -> Result<Self> {
+        if home(model, adapter) != self.home {
+            return Self::open_for(model, chosen, adapter);
+        }
+        let mut tokenizer = self.clone();
+        tokenizer.choose_templates(chosen, adapter)?;
+        Ok(tokenizer)
+    }
+
+    fn choose_templates(&mut self, chosen: Option<&str>, adapter: Option<&Path>) -> Result<()> {
+        let (sources, place) = match (chosen, adapter) {
+            (Some(name), _) => (Some(self.named(name)?), Path::new(name)),
+            (None, Some(folder)) => (TemplateSources::of_adapter(folder)?, folder),
+            (None, None) => (None, Path::new("")),
+        };
+        let is_other = sources.is_some();
+        self.templates = sources.or_else(|| self.own.0.clone());
+        if is_other {
+            self.compile_template().map_err(|error| error.at(place.display()))?;
+        }
+        self.learn_turn_end();
+        Ok(())
+    }
+
+    /// A template that is known by name, or that of a file.
+    fn named(&self, name: &str) -> Result<TemplateSources> {
+        let path = Path::new(name);
+        let chat = match known_template(name, self)? {
+            Some(source) => source,
+            None if path.is_file() => {
+                std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?
+            }
+            None => return Err(unknown_template(name)),
+        };
+        Ok(TemplateSources { chat, tool_use: None })
+    }
+
+    /// The chat templates, where they are not the model's.
+    pub fn other_templates(&self) -> Option<&TemplateSources> {
+        self.templates.as_ref().filter(|_| self.templates != self.own.0)
     }
 
     /// Generation must stop at what the chat template ends a turn with. A template that does not
     /// compile is reported where it is needed.
     fn learn_turn_end(&mut self) {
+        self.eos_ids.truncate(self.own.1);
         let Ok(Some(template)) = self.compile_template() else { return };
         let last = TurnEnds::of(&template, &self.added_tokens()).last;
         let id = last.and_then(|text| self.id(&text));
         self.eos_ids.extend(id.filter(|id| !self.eos_ids.contains(id)));
     }
 
-    fn from_folder(folder: &Path) -> Result<Self> {
+    fn from_folder(folder: &Path, model: &Path) -> Result<Self> {
         let path = folder.join("tokenizer.json");
         if !path.exists() {
             let what = format!("{} has no tokenizer.json", folder.display());
@@ -87,8 +163,8 @@ impl ChatTokenizer {
             .with_truncation(None)
             .map_err(|e| Error::input(format_args!("{}: {e}", path.display())))?;
         let config = optional_json(&folder.join("tokenizer_config.json"))?;
-        let generation = optional_json(&folder.join("generation_config.json"))?;
-        let model = optional_json(&folder.join("config.json"))?;
+        let generation = optional_json(&model.join("generation_config.json"))?;
+        let model = optional_json(&model.join("config.json"))?;
         let special = |key: &str| {
             let text = special_text(&config[key])?;
             let id = tokenizer.token_to_id(&text)?;
@@ -108,7 +184,19 @@ impl ChatTokenizer {
         let processed = processed.and_then(|encoding| encoding.get_ids().first().copied());
         let adds = processed.is_some() && processed == bos.as_ref().map(|token| token.id);
         let add_bos_token = config["add_bos_token"].as_bool().unwrap_or(adds);
-        Ok(ChatTokenizer { tokenizer, bos, eos, pad, unknown, eos_ids, add_bos_token, templates })
+        let (own, home) = ((None, 0), PathBuf::new());
+        Ok(ChatTokenizer {
+            tokenizer,
+            bos,
+            eos,
+            pad,
+            unknown,
+            eos_ids,
+            add_bos_token,
+            templates,
+            own,
+            home,
+        })
     }
 
     fn from_gguf(path: &Path) -> Result<Self> {
@@ -148,6 +236,8 @@ impl ChatTokenizer {
             eos,
             add_bos_token: adds_bos,
             templates: TemplateSources::of_gguf(|key| text(key).cloned()),
+            own: (None, 0),
+            home: PathBuf::new(),
             tokenizer,
         })
     }
@@ -313,6 +403,11 @@ impl ChatTokenizer {
     pub fn id(&self, text: &str) -> Option<u32> {
         self.tokenizer.token_to_id(text)
     }
+}
+
+/// Where the tokenizer is that an adapter of `model` was trained with.
+fn home<'a>(model: &'a Path, adapter: Option<&'a Path>) -> &'a Path {
+    adapter.filter(|folder| folder.join("tokenizer.json").exists()).unwrap_or(model)
 }
 
 fn optional_json(path: &Path) -> Result<Value> {

@@ -422,8 +422,9 @@ pub trait Kernels: Clone + Sync {
         loss: &mut Self::LossSum,
     );
 
-    /// Adds the sum over rows of `−log softmax(x · Wᵀ)[target]` to `loss`, W `[V, in]` the head; with `scale`, x `[rows, in]` becomes `scale ·` its gradient. What was planned holds logits
-    /// in `logits`, and in `sum` the gradient of a head that comes in tiles.
+    /// Adds the sum over rows of `−log softmax(x · Wᵀ)[target]` to `loss`, W `[V, in]` the head; with
+    /// `scale`, x `[rows, in]` becomes `scale ·` its gradient. What was planned holds logits in
+    /// `logits`, and in `sum` the gradient of a head that comes in tiles.
     #[allow(clippy::too_many_arguments)]
     fn head_loss(
         &self,

@@ -32,6 +32,9 @@ pub fn base_dropout(config: &Value) -> Option<(&'static str, f64)> {
     KEYS.map(probability).into_iter().find(|(_, probability)| *probability > 0.0)
 }
 
+/// More blocks than any model has.
+pub(crate) const MOST_LAYERS: usize = 10_000;
+
 const SUPPORTED: &str =
     "supported families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, gpt2";
 
@@ -49,13 +52,7 @@ fn read_spec(fields: &Fields) -> Result<ModelSpec> {
             return Err(Error::input(format_args!(
                 "config.json: model_type `{other}` is not supported"
             ))
-            .hint(match other {
-                "gemma3" => {
-                    "save its text model alone, with transformers' \
-                     `Gemma3ForCausalLM.from_pretrained(..).save_pretrained(..)`"
-                }
-                _ => SUPPORTED,
-            }));
+            .hint(SUPPORTED));
         }
     };
     validate(&spec)?;
@@ -155,7 +152,8 @@ fn qwen_windows(fields: &Fields, num_layers: usize) -> Result<Vec<Option<usize>>
     }
     let window = fields.size_or("sliding_window", 4096)?;
     let first = fields.size_or("max_window_layers", 28)?;
-    let slides = |layer| fields.layer_slides(layer).unwrap_or(layer >= first);
+    let listed = fields.layers_that_slide(num_layers)?;
+    let slides = |layer: usize| listed.as_ref().map_or(layer >= first, |listed| listed[layer]);
     Ok((0..num_layers).map(|layer| slides(layer).then_some(window)).collect())
 }
 
@@ -183,9 +181,8 @@ fn gemma(fields: &Fields, family: Family) -> Result<ModelSpec> {
         }
     }
     let fields = &Fields(&config);
-    // Gemma's first files say `gelu`; its authors and every implementation mean the approximation.
     for key in ["hidden_activation", "hidden_act"] {
-        let tanh = |v: &Value| v == "gelu_pytorch_tanh" || (family == Family::Gemma && v == "gelu");
+        let tanh = |v: &Value| v == "gelu_pytorch_tanh";
         fields.unless(key, tanh, "only `gelu_pytorch_tanh` is implemented")?;
     }
     fields.unless("use_bidirectional_attention", |v| v == false, "only `false` is implemented")?;
@@ -209,21 +206,23 @@ fn gemma3(fields: &Fields) -> Result<ModelSpec> {
     const LOCAL_THETA: f64 = 1e4;
     let mut config = fields.0.clone();
     // transformers 5 has one rotary embedding for each kind of layer, transformers 4 keys for both.
-    let mut local = json!({"rope_theta": fields.number_or("rope_local_base_freq", LOCAL_THETA)?});
-    let of_kind = |kind| fields.present("rope_parameters").and_then(|all| all.get(kind)).cloned();
+    let of_kind = |kind| {
+        let all = fields.present("rope_parameters")?;
+        all.get(kind).filter(|parameters| parameters.is_object()).cloned()
+    };
     if let Some(global) = of_kind("full_attention") {
         config["rope_parameters"] = global;
-        local = of_kind("sliding_attention").unwrap_or(local);
     }
     if fields.present("rope_theta").is_none() {
         config["rope_theta"] = THETA.into();
     }
+    let theta = fields.number_or("rope_local_base_freq", LOCAL_THETA)?;
+    let local = of_kind("sliding_attention").unwrap_or(json!({}));
+    let local = json!({"rope_theta": theta, "rope_parameters": local});
     let mut spec = gemma(&Fields(&config), Family::Gemma3)?;
-    config["rope_parameters"] = local;
-    spec.local_rotary = Some(rotary_from_config(&config)?);
+    spec.local_rotary = Some(rotary_from_config(&local)?);
     spec.qk_norm = true;
-    let pattern = fields.size_or("_sliding_window_pattern", 6)?;
-    let pattern = fields.size_or("sliding_window_pattern", pattern)?;
+    let pattern = fields.size_or("sliding_window_pattern", 6)?;
     spec.windows = gemma_windows(fields, spec.num_layers, pattern)?;
     later_gemma(fields, &mut spec, [None, None])?;
     Ok(spec)
@@ -234,23 +233,28 @@ fn gemma3(fields: &Fields) -> Result<ModelSpec> {
 fn later_gemma(
     fields: &Fields,
     spec: &mut ModelSpec,
-    [scores, logits]: [Option<f64>; 2],
+    [scores, logits]: [Option<f32>; 2],
 ) -> Result<()> {
     spec.post_norms = true;
     let scalar = fields.positive_or("query_pre_attn_scalar", Some(256.0))?;
-    spec.attention_scale = scalar.map_or(1.0, |scalar| 1.0 / scalar.sqrt()) as f32;
-    let cap = |key, default| Ok(fields.positive_or(key, default)?.map(|cap| cap as f32));
-    spec.attention_soft_cap = cap("attn_logit_softcapping", scores)?;
-    spec.logit_soft_cap = cap("final_logit_softcapping", logits)?;
+    let scalar = scalar
+        .ok_or_else(|| wrong_type("query_pre_attn_scalar", "a number above 0", &Value::Null))?;
+    spec.attention_scale = (1.0 / f64::from(scalar).sqrt()) as f32;
+    spec.attention_soft_cap = fields.positive_or("attn_logit_softcapping", scores)?;
+    spec.logit_soft_cap = fields.positive_or("final_logit_softcapping", logits)?;
     Ok(())
 }
 
 /// Windows in all layers but every `pattern`th, unless `layer_types` has them elsewhere.
 fn gemma_windows(fields: &Fields, num_layers: usize, pattern: usize) -> Result<Vec<Option<usize>>> {
-    let window = fields.size_or("sliding_window", 4096)?;
-    let slides = |layer: usize| {
-        let by_pattern = !(layer + 1).is_multiple_of(pattern.max(1));
-        fields.layer_slides(layer).unwrap_or(by_pattern)
+    let window = match fields.0.get("sliding_window") {
+        None => 4096,
+        Some(_) => fields.size("sliding_window")?,
+    };
+    let listed = fields.layers_that_slide(num_layers)?;
+    let slides = |layer: usize| match &listed {
+        Some(listed) => listed[layer],
+        None => !(layer + 1).is_multiple_of(pattern.max(1)),
     };
     Ok((0..num_layers).map(|layer| slides(layer).then_some(window)).collect())
 }
@@ -324,6 +328,10 @@ fn validate(spec: &ModelSpec) -> Result<()> {
     if let Some((name, value)) = sizes.iter().find(|(_, v)| *v == 0 || *v > LIMIT) {
         return Err(Error::input(format_args!("config.json: {name} is {value}")));
     }
+    if spec.windows.contains(&Some(0)) {
+        let what = "config.json: sliding_window is 0: no token would see itself";
+        return Err(Error::input(what).hint("null, where the family has it, is no window"));
+    }
     if !spec.num_heads.is_multiple_of(spec.num_kv_heads) {
         return Err(Error::input(format_args!(
             "config.json: num_attention_heads {} is not a multiple of num_key_value_heads {}",
@@ -377,10 +385,10 @@ impl<'a> Fields<'a> {
 
     /// A number of blocks: more than any model has would only take memory.
     fn layers(&self, key: &str) -> Result<usize> {
-        const MOST: usize = 10_000;
         let layers = self.size(key)?;
-        if layers > MOST {
-            let what = format_args!("config.json: {key} is {layers}, expected at most {MOST}");
+        if layers > MOST_LAYERS {
+            let what =
+                format_args!("config.json: {key} is {layers}, expected at most {MOST_LAYERS}");
             return Err(Error::input(what));
         }
         Ok(layers)
@@ -398,12 +406,13 @@ impl<'a> Fields<'a> {
     }
 
     /// A number above 0. Only an absent key takes the default: null stands for none.
-    fn positive_or(&self, key: &str, default: Option<f64>) -> Result<Option<f64>> {
+    fn positive_or(&self, key: &str, default: Option<f32>) -> Result<Option<f32>> {
         let Some(value) = self.0.get(key) else { return Ok(default) };
         if value.is_null() {
             return Ok(None);
         }
-        let number = value.as_f64().filter(|number| *number > 0.0);
+        let number = value.as_f64().map(|number| number as f32);
+        let number = number.filter(|number| number.is_normal() && *number > 0.0);
         number.map(Some).ok_or_else(|| wrong_type(key, "a number above 0", value))
     }
 
@@ -425,9 +434,20 @@ impl<'a> Fields<'a> {
         ids.ok_or_else(|| wrong_type(key, "a token id or a list of them", value))
     }
 
-    fn layer_slides(&self, layer: usize) -> Option<bool> {
-        let kind = self.present("layer_types")?.get(layer)?.as_str()?;
-        Some(kind == "sliding_attention")
+    /// Which layers have a window, where `layer_types` says so.
+    fn layers_that_slide(&self, num_layers: usize) -> Result<Option<Vec<bool>>> {
+        const KEY: &str = "layer_types";
+        let Some(value) = self.present(KEY) else { return Ok(None) };
+        let kinds = value.as_array().map_or(&[][..], Vec::as_slice);
+        if kinds.len() != num_layers {
+            return Err(wrong_type(KEY, &format!("a list of {num_layers} names"), value));
+        }
+        let slides = |kind: &Value| match kind.as_str() {
+            Some("sliding_attention") => Ok(true),
+            Some("full_attention") => Ok(false),
+            _ => Err(unsupported(KEY, kind, "use `full_attention` or `sliding_attention`")),
+        };
+        kinds.iter().map(slides).collect::<Result<_>>().map(Some)
     }
 
     /// An error when `key` is present and `supported` refuses its value.
@@ -446,6 +466,7 @@ fn wrong_type(key: &str, expected: &str, got: &Value) -> Error {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::model::spec::RopeScaling;
 
     #[test]
     fn dropout_of_the_base_is_known_by_every_name() {
@@ -472,8 +493,7 @@ mod tests {
             config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
             spec_from_config(&config)
         };
-        let first =
-            config("gemma", json!({"hidden_act": "gelu", "hidden_activation": null})).unwrap();
+        let first = config("gemma", json!({"hidden_activation": null})).unwrap();
         assert_eq!((first.activation, first.head_dim), (Activation::GeluTanh, 256));
         assert_eq!((first.embedding_scale, first.vocab_size), (8.0, 256_000));
         assert!(first.tie_word_embeddings && first.norm_plus_one && !first.post_norms);
@@ -489,14 +509,31 @@ mod tests {
         let third = config("gemma3_text", json!({"sliding_window": 512})).unwrap();
         assert_eq!((third.windows[4], third.windows[5]), (Some(512), None));
         assert_eq!((third.rotary_of(4), third.rotary_of(5)), (Some(1), Some(0)));
+        let nested = |local: Value| {
+            let both = json!({
+                "full_attention": {"rope_type": "linear", "factor": 8, "rope_theta": 5e5},
+                "sliding_attention": local,
+            });
+            config("gemma3_text", json!({"rope_parameters": both})).unwrap().local_rotary.unwrap()
+        };
+        for local in [json!({"rope_type": "default"}), json!(null)] {
+            let local = nested(local);
+            assert_eq!((local.theta, local.scaling), (1e4, RopeScaling::Default));
+        }
         let thetas: Vec<f64> = third.rotaries().map(|rotary| rotary.theta).collect();
         assert_eq!((thetas, third.logit_soft_cap), (vec![1e6, 1e4], None));
 
         for (family, extra, says) in [
-            ("gemma", json!({"hidden_act": "relu"}), "hidden_act"),
+            ("gemma", json!({"hidden_act": "gelu"}), "hidden_act"),
+            ("gemma2", json!({"attn_logit_softcapping": 1e39}), "attn_logit_softcapping"),
+            ("gemma2", json!({"query_pre_attn_scalar": null}), "query_pre_attn_scalar"),
+            ("gemma2", json!({"sliding_window": 0}), "sliding_window"),
+            ("gemma2", json!({"sliding_window": null}), "sliding_window"),
+            ("gemma2", json!({"layer_types": ["full_attention"]}), "a list of 7 names"),
+            ("gemma2", json!({"layer_types": vec!["chunked_attention"; 7]}), "chunked_attention"),
             ("gemma2", json!({"final_logit_softcapping": 0}), "final_logit_softcapping"),
             ("gemma3_text", json!({"use_bidirectional_attention": true}), "bidirectional"),
-            ("gemma3", json!({}), "Gemma3ForCausalLM"),
+            ("gemma3", json!({}), "gemma3_text"),
         ] {
             let error = config(family, extra).unwrap_err().to_string();
             assert!(error.contains(says), "{error}");

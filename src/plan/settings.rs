@@ -73,8 +73,9 @@ impl Pieces {
 /// Buffers for the inputs of layers that are offloaded: one at work, one that is copied.
 pub const OFFLOAD_SLOTS: usize = 2;
 
-/// Rows of logits that exist at a time: about 128 MiB (in f32, on a GPU in bf16), at least 64 rows; no more
-/// than `most`, where that is given, nor than `tokens`. Products of whole tiles of rows waste nothing.
+/// Rows of logits that exist at a time: about 128 MiB (in f32, on a GPU in bf16), at least 64 rows; no
+/// more than `most`, where that is given, nor than `tokens`. Products of whole tiles of rows waste
+/// nothing.
 pub fn logit_rows(
     spec: &ModelSpec,
     tokens: usize,

@@ -7,5 +7,5 @@ mod stream;
 
 pub use sampler::{Sampler, SamplingOptions};
 pub use session::{Session, load_weights};
-pub use speaker::{Finish, Limits, Speaker, Wish};
+pub use speaker::{Finish, Limits, Prompt, Speaker, Wish};
 pub use stream::TextStream;

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use nibble_quant::BlockFormat;
 
-use super::{Finish, Limits, Sampler, Speaker, Wish};
+use super::{Finish, Limits, Prompt, Sampler, Speaker, Wish};
 use crate::adapter::{Adapter, PeftAdapter};
 use crate::checkpoint::{Checkpoint, CheckpointKind};
 use crate::data::ChatTokenizer;
@@ -30,12 +30,14 @@ pub struct Session<K: Kernels = Cpu> {
     /// Whether an adapter is merged into the weights, which are then no longer the base's.
     merged: bool,
     path: PathBuf,
+    chat_template: Option<String>,
     quantization: Option<BlockFormat>,
     context_tokens: usize,
 }
 
 impl<K: Kernels> Session<K> {
-    /// Loads model and adapter. An adapter that has more than LoRA on linears is merged while
+    /// Loads model and adapter. `chat_template`, a name or a file, is used whatever model and adapter
+    /// bring. An adapter that has more than LoRA on linears is merged while
     /// loading.
     ///
     /// # Errors
@@ -45,12 +47,13 @@ impl<K: Kernels> Session<K> {
         path: &Path,
         quantization: Option<&BlockFormat>,
         adapter: Option<&Path>,
+        chat_template: Option<&str>,
         context_tokens: usize,
     ) -> Result<Self> {
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
         kernels.check(&spec)?;
-        let tokenizer = ChatTokenizer::open(path)?;
+        let tokenizer = ChatTokenizer::open_for(path, chat_template, adapter)?;
         let given = adapter.is_some();
         let (weights, adapter) = load_weights(&checkpoint, &spec, quantization, adapter)?;
         let merged = given && adapter.is_none();
@@ -60,7 +63,18 @@ impl<K: Kernels> Session<K> {
         let model = Some(equip(&kernels, spec, weights, adapter.as_ref(), context_tokens)?);
         let (path, quantization) = (path.to_path_buf(), quantization.copied());
         let kind = checkpoint.kind();
-        Ok(Session { kernels, speaker, model, kind, merged, path, quantization, context_tokens })
+        let chat_template = chat_template.map(str::to_string);
+        Ok(Session {
+            kernels,
+            speaker,
+            model,
+            kind,
+            merged,
+            path,
+            chat_template,
+            quantization,
+            context_tokens,
+        })
     }
 
     /// What the base's weights were when they were read.
@@ -82,6 +96,7 @@ impl<K: Kernels> Session<K> {
     pub fn set_adapter(&mut self, folder: Option<&Path>) -> Result<()> {
         let spec = self.model()?.spec().clone();
         let adapter = folder.map(|folder| PeftAdapter::open(folder, &spec)).transpose()?;
+        self.speaker.follow(&self.path, self.chat_template.as_deref(), folder)?;
         let merges = adapter.as_ref().is_some_and(|adapter| !adapter.beyond_lora().is_empty());
         let (weights, adapter) = if merges || self.merged {
             self.model = None;
@@ -100,13 +115,13 @@ impl<K: Kernels> Session<K> {
         Ok(())
     }
 
-    /// Continues `text`: see [`Speaker::answer`].
+    /// Continues `prompt`: see [`Speaker::answer`].
     ///
     /// # Errors
     /// As there.
     pub fn answer(
         &mut self,
-        text: &str,
+        prompt: &Prompt,
         sampler: &mut Sampler,
         max_new_tokens: usize,
         listener: impl FnMut(&str) -> Result<Wish>,
@@ -115,7 +130,7 @@ impl<K: Kernels> Session<K> {
         let limits = Limits { max_new_tokens, context_tokens, prefill_tokens: PREFILL_TOKENS };
         let Session { speaker, model, .. } = self;
         let model = model.as_mut().ok_or_else(without_model)?;
-        speaker.answer(model, text, sampler, limits, listener)
+        speaker.answer(model, prompt, sampler, limits, listener)
     }
 
     fn model(&self) -> Result<&Model<K>> {

@@ -1,5 +1,7 @@
 //! Text in and out of a model: what `generate`, `chat` and the sample answers of a run share.
 
+use std::path::Path;
+
 use serde_json::{Map, Value, json};
 
 use super::{Sampler, TextStream};
@@ -40,11 +42,22 @@ pub struct Limits {
     pub prefill_tokens: usize,
 }
 
+/// What a model is to continue.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub enum Prompt {
+    /// A conversation as the chat template wrote it, a BOS included where the model knows one there.
+    Chat(String),
+    /// Text as it stands.
+    Text(String),
+}
+
 /// A model's tokenizer, its chat template and the tokens that end its answers.
 pub struct Speaker {
     tokenizer: ChatTokenizer,
     template: Option<ChatTemplate>,
     eos_ids: Vec<u32>,
+    /// Of the model's config.
+    model_eos_ids: Vec<u32>,
 }
 
 impl Speaker {
@@ -56,41 +69,62 @@ impl Speaker {
         let template = tokenizer.compile_template()?;
         let mut all = tokenizer.eos_ids().to_vec();
         all.extend(eos_ids.iter().filter(|id| !tokenizer.eos_ids().contains(id)));
-        Ok(Speaker { tokenizer, template, eos_ids: all })
+        Ok(Speaker { tokenizer, template, eos_ids: all, model_eos_ids: eos_ids.to_vec() })
     }
 
-    /// Text of a conversation (role and content) for the model to continue.
+    /// Speaks as another adapter of the model was taught: [`ChatTokenizer::open_again`].
+    ///
+    /// # Errors
+    /// As there; then all stays as it is.
+    pub fn follow(
+        &mut self,
+        model: &Path,
+        chosen: Option<&str>,
+        adapter: Option<&Path>,
+    ) -> Result<()> {
+        let tokenizer = self.tokenizer.open_again(model, chosen, adapter)?;
+        *self = Speaker::new(tokenizer, &self.model_eos_ids)?;
+        Ok(())
+    }
+
+    /// A conversation (role and content) for the model to continue.
     ///
     /// # Errors
     /// `Input` when the model has no chat template or the template refuses.
-    pub fn render(&self, messages: &[(&str, &str)]) -> Result<String> {
+    pub fn render(&self, messages: &[(&str, &str)]) -> Result<Prompt> {
         let Some(template) = &self.template else {
             return Err(Error::input("the tokenizer has no chat template: this is no chat model")
-                .hint("`nibble generate --raw` continues text"));
+                .hint(
+                    "choose one with `--chat-template`; `nibble generate --raw` continues text",
+                ));
         };
         let message = |(role, content): &(&str, &str)| json!({"role": role, "content": content});
         let messages: Vec<Value> = messages.iter().map(message).collect();
-        template.render(&messages, &Map::new(), true)
+        template.render(&messages, &Map::new(), true).map(Prompt::Chat)
     }
 
     /// A prompt as a user's turn where there is a chat template, else as text to continue.
     ///
     /// # Errors
     /// `Input` when the template refuses.
-    pub fn prompt(&self, text: &str) -> Result<String> {
+    pub fn prompt(&self, text: &str) -> Result<Prompt> {
         match self.template {
             Some(_) => self.render(&[("user", text)]),
-            None => Ok(text.to_string()),
+            None => Ok(Prompt::Text(text.to_string())),
         }
     }
 
-    /// Ids of rendered text, behind a BOS where the tokenizer wants one.
+    /// Ids of a prompt, those of text behind a BOS where the tokenizer wants one: as in training.
     ///
     /// # Errors
     /// `Usage` when it is empty, `Input` when the tokenizer refuses it.
-    pub fn ids(&self, text: &str) -> Result<Vec<u32>> {
+    pub fn ids(&self, prompt: &Prompt) -> Result<Vec<u32>> {
+        let (text, adds_bos) = match prompt {
+            Prompt::Chat(text) => (text, false),
+            Prompt::Text(text) => (text, self.tokenizer.adds_bos()),
+        };
         let mut ids = self.tokenizer.encode(text)?;
-        if let Some(bos) = self.tokenizer.bos().filter(|_| self.tokenizer.adds_bos())
+        if let Some(bos) = self.tokenizer.bos().filter(|_| adds_bos)
             && ids.first() != Some(&bos.id)
         {
             ids.insert(0, bos.id);
@@ -101,7 +135,7 @@ impl Speaker {
         Ok(ids)
     }
 
-    /// Lets `model` continue `text` until an end-of-sequence token, a limit, or the wish of
+    /// Lets `model` continue `prompt` until an end-of-sequence token, a limit, or the wish of
     /// `listener`, who gets the text as it comes.
     ///
     /// # Errors
@@ -109,12 +143,12 @@ impl Speaker {
     pub fn answer<K: Kernels>(
         &self,
         model: &mut Model<K>,
-        text: &str,
+        prompt: &Prompt,
         sampler: &mut Sampler,
         limits: Limits,
         mut listener: impl FnMut(&str) -> Result<Wish>,
     ) -> Result<Finish> {
-        let (mut history, context) = (self.ids(text)?, limits.context_tokens);
+        let (mut history, context) = (self.ids(prompt)?, limits.context_tokens);
         if history.len() >= context {
             let tokens = history.len();
             let what = format_args!("the prompt has {tokens} tokens, the context {context}");

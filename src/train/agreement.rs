@@ -24,10 +24,11 @@ use crate::random::Stream;
 
 /// Widths of heads, each of which has kernels of its own, and one that has none; without and with
 /// norms of heads, caps and norms of what is added to the stream.
-const HEADS: [(&str, usize); 6] = [
+const HEADS: [(&str, usize); 7] = [
     ("llama", 64),
     ("llama", 96),
     ("qwen3", 128),
+    ("gemma", 256),
     ("gemma2", 256),
     ("gemma3_text", 64),
     ("qwen3", 32),

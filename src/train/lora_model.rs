@@ -11,7 +11,7 @@ use super::meter::Meter;
 use super::preview::Preview;
 use super::trainee::{Shrunk, Trainee};
 use crate::adapter::Adapter;
-use crate::data::Batch;
+use crate::data::{Batch, TemplateSources};
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::Account;
@@ -33,6 +33,8 @@ pub struct LoraModel<K: TrainingKernels = Cpu> {
     watched: Option<(Meter, Account)>,
     /// Bytes that the user allows.
     budget: Option<u64>,
+    /// What conversations are written with, if not with the model's own.
+    templates: Option<TemplateSources>,
 }
 
 impl<K: TrainingKernels> LoraModel<K> {
@@ -49,7 +51,21 @@ impl<K: TrainingKernels> LoraModel<K> {
         model.parameters_mut().load(&adapter);
         adapter.tensors = Vec::new();
         let model = Some(model);
-        LoraModel { model, adapter, dtype, preview, wanted, watched: None, budget: None }
+        LoraModel {
+            model,
+            adapter,
+            dtype,
+            preview,
+            wanted,
+            watched: None,
+            budget: None,
+            templates: None,
+        }
+    }
+
+    /// Whoever reads the adapter needs these chat templates.
+    pub fn speaking(self, templates: Option<TemplateSources>) -> Self {
+        LoraModel { templates, ..self }
     }
 
     /// Accounts for its memory: `meter` began before the weights were read, `account` is the plan
@@ -172,7 +188,8 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
     }
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {
-        self.model().parameters().save(&self.adapter, folder, self.dtype)
+        self.model().parameters().save(&self.adapter, folder, self.dtype)?;
+        self.templates.as_ref().map_or(Ok(()), |templates| templates.save(folder))
     }
 
     fn sample(&mut self, prompt: &str) -> Result<String> {

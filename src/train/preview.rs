@@ -39,12 +39,12 @@ impl Preview {
         prompt: &str,
         prefill_tokens: usize,
     ) -> Result<String> {
-        let text = self.speaker.prompt(prompt)?;
-        let context_tokens = self.speaker.ids(&text)?.len() + self.max_new_tokens;
+        let prompt = self.speaker.prompt(prompt)?;
+        let context_tokens = self.speaker.ids(&prompt)?.len() + self.max_new_tokens;
         let limits = Limits { max_new_tokens: self.max_new_tokens, context_tokens, prefill_tokens };
         let mut sampler = Sampler::new(SamplingOptions::greedy())?;
         let mut answer = String::new();
-        self.speaker.answer(model, &text, &mut sampler, limits, |piece| {
+        self.speaker.answer(model, &prompt, &mut sampler, limits, |piece| {
             answer.push_str(piece);
             Ok(Wish::Continue)
         })?;

@@ -9,9 +9,11 @@ pub type SettingsEcho = BTreeMap<String, Vec<String>>;
 pub const SETTINGS_FILE: &str = "settings.toml";
 
 /// Settings that decide where, how fast and how closely watched a run is, but not its numbers. The
-/// contents of model and data are compared by themselves, so their paths may change.
-const NEUTRAL: [&str; 19] = [
+/// contents of model and data, as a chat template writes them, are compared by themselves, so their
+/// paths may change.
+const NEUTRAL: [&str; 20] = [
     "activations",
+    "chat_template",
     "data",
     "early_stopping_patience",
     "early_stopping_threshold",
@@ -33,8 +35,16 @@ const NEUTRAL: [&str; 19] = [
 ];
 
 /// Settings that are text, whatever their value looks like: paths and prompts.
-pub const TEXTS: [&str; 7] =
-    ["data", "eval_data", "init_adapter", "layers_pattern", "model", "out", "sample_prompt"];
+pub const TEXTS: [&str; 8] = [
+    "chat_template",
+    "data",
+    "eval_data",
+    "init_adapter",
+    "layers_pattern",
+    "model",
+    "out",
+    "sample_prompt",
+];
 
 /// Settings that only say how long the run is; neutral where the learning rate does not fall.
 const LENGTH: [&str; 2] = ["max_steps", "num_train_epochs"];

@@ -177,6 +177,6 @@ fn a_model_without_a_template_is_refused_before_the_first_question() {
     let place = Workplace::new();
     let (code, text) = crate::training::fail(place.nibble(&["chat", "--model", "model"]));
     assert_eq!(code, 1);
-    assert!(text.contains("hint: `nibble generate --raw` continues text"), "{text}");
+    assert!(text.contains("hint: choose one with `--chat-template`"), "{text}");
     assert_eq!(generate(&place, &["--raw", "--prompt", "w5"]).split(' ').count(), 8);
 }

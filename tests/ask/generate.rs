@@ -14,7 +14,9 @@ use crate::training::{Workplace, error_of, fail, succeed};
 fn greedy_words_are_the_likeliest_of_a_whole_forward_pass() {
     let place = Workplace::new();
     let prompt = "w7 w31 w90 w15";
-    for case in ["llama_s0", "llama_tied_s2", "mistral_s0", "qwen2_s0", "qwen3_s0", "gpt2_s0"] {
+    let llamas = ["llama_s0", "llama_tied_s2", "mistral_s0", "qwen2_s0", "qwen3_s0"];
+    let others = ["gemma_s0", "gemma2_s0", "gemma3_s0", "gpt2_s0"];
+    for case in llamas.into_iter().chain(others) {
         add_model(&place, case);
         let flags = ["--model", case, "--raw", "--prompt", prompt, "--max-new-tokens", "24"];
         let mut command = place.nibble(&["generate", "--quantization", "none"]);

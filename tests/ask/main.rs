@@ -5,5 +5,6 @@ mod chat;
 mod eval;
 mod generate;
 mod scene;
+mod template;
 #[path = "../training/mod.rs"]
 mod training;

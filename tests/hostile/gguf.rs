@@ -54,6 +54,25 @@ fn the_undamaged_file_is_the_model_that_it_was_made_from() {
     succeed(command);
 }
 
+/// The layers of a Gemma are listed in its config: not before their number is known to be one.
+#[test]
+fn a_gemma_of_more_layers_than_there_can_be() {
+    let gemma = with(|file| {
+        for (key, value) in &mut file.fields {
+            *key = key.replace("llama.", "gemma2.");
+            if key == "general.architecture" {
+                *value = Field::Text("gemma2".into());
+            }
+        }
+        file.set("gemma2.block_count", Field::U32(u32::MAX));
+    });
+    let place = Workplace::new();
+    fs::write(place.path("model.gguf"), gemma).unwrap();
+    let command = place.nibble(&["quantize", "--model", "model.gguf", "--out", "out"]);
+    let says = "num_hidden_layers is 4294967295, expected at most 10000";
+    assert_refused(&place, command, 1, &[says]);
+}
+
 #[test]
 fn a_truncated_file() {
     let bytes = GgufFile::tiny_llama().bytes();

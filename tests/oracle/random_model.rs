@@ -80,8 +80,8 @@ pub fn config(family: &str, scaling: &str, draws: &Draws) -> Value {
             config["attn_logit_softcapping"] = scores.then_some(1.5).into();
             config["final_logit_softcapping"] = logits.then_some(2.5).into();
             if family == "gemma3_text" {
-                config["layer_types"] =
-                    json!(["sliding_attention", "full_attention", "sliding_attention"]);
+                let kinds = ["sliding_attention", "full_attention", "sliding_attention"];
+                config["layer_types"] = json!(kinds[..layers as usize]);
                 let local = json!({"rope_type": "default", "rope_theta": 30.0});
                 config["rope_parameters"] =
                     json!({"full_attention": rope(scaling), "sliding_attention": local});

@@ -7,5 +7,6 @@ mod gguf_types;
 mod large;
 mod output;
 mod tensors;
+mod text_part;
 #[path = "../training/mod.rs"]
 mod training;

@@ -82,6 +82,30 @@ fn format() {
 }
 
 #[test]
+fn chat_template() {
+    let runs = Runs::new();
+    let turns =
+        json!([{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": "w5"}]);
+    fs::write(runs.place.path("chat.jsonl"), json!({"messages": turns}).to_string()).unwrap();
+    let error = runs.refused("data=chat.jsonl");
+    assert!(error.contains("--chat-template"), "{error}");
+    let template = |ending: &str| {
+        let source =
+            format!("{{% for m in messages %}}{{{{ m.content }}}} {ending} {{% endfor %}}");
+        fs::write(runs.place.path("turns.jinja"), &source).unwrap();
+        source
+    };
+    // The answer and what the template ends it with.
+    for (ending, targets) in [("w2", 2.0), ("w9 w2", 3.0)] {
+        let source = template(ending);
+        let run = runs.train("data=chat.jsonl chat-template=turns.jinja");
+        assert_eq!(run.numbers("step", "num_target_tokens_seen"), [targets], "{ending}");
+        let kept = runs.place.read(&format!("{}/chat_template.jinja", run.out));
+        assert_eq!(String::from_utf8(kept).unwrap(), source);
+    }
+}
+
+#[test]
 fn train_on() {
     let runs = Runs::new();
     let row = json!({"prompt": "w3 w4 w5 w6 ", "completion": "w7 w8 w9"}).to_string();

@@ -193,6 +193,10 @@ impl Difference {
     }
 
     fn into_error(self, placed: usize) -> Error {
+        if self.unexpected.iter().any(|key| key.contains("language_model.")) {
+            let what = format_args!("adapter for a model of text and images{self}");
+            return Error::input(what).hint("of such a model, only the text model is read here");
+        }
         if placed == 0 || !self.shape.is_empty() {
             Error::input(format_args!("adapter for another model{self}"))
         } else {

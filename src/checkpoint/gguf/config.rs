@@ -9,6 +9,7 @@ use serde_json::{Map, Value, json};
 use super::metadata::LOCAL_THETA;
 use super::{Architecture, Gguf};
 use crate::error::Result;
+use crate::model::families::MOST_LAYERS;
 use crate::model::rotary::llama3_scaling_of;
 
 /// llama.cpp's file with the factor of every frequency.
@@ -84,17 +85,21 @@ impl Gguf {
         let share = self.size("embedding_length")? / self.size("attention.head_count")?.max(1);
         let scalar = self.architecture.attention_scalar(layers, head_dim, share);
         config["query_pre_attn_scalar"] = scalar.into();
-        config["sliding_window"] = self.size("attention.sliding_window")?.into();
-        let kind = |layer: usize| match (layer + 1).is_multiple_of(pattern) {
-            true => "full_attention",
-            false => "sliding_attention",
-        };
-        config["layer_types"] = (0..layers).map(kind).collect();
+        let window = self.size_or("attention.sliding_window", 4096 * usize::from(pattern == 2))?;
+        let pattern = self.size_or("attention.sliding_window_pattern", pattern)?.max(1);
+        let slides = |layer: usize| window > 0 && !(layer + 1).is_multiple_of(pattern);
+        let kind = |layer| if slides(layer) { "sliding_attention" } else { "full_attention" };
+        // More layers than any model has are refused by who reads the config.
+        config["layer_types"] = (0..layers.min(MOST_LAYERS)).map(kind).collect();
+        config["sliding_window"] = window.max(1).into();
         for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
-            config[key] = self.float(key).into();
+            if self.field(key).is_some() {
+                config[key] = self.required_float(key)?.into();
+            }
         }
         if self.architecture == Architecture::Gemma3 {
-            config["rope_local_base_freq"] = LOCAL_THETA.into();
+            let local = self.float("rope.freq_base_swa").unwrap_or(LOCAL_THETA);
+            config["rope_local_base_freq"] = local.into();
         }
         Ok(())
     }
@@ -194,6 +199,10 @@ impl Gguf {
         value
             .and_then(|value| usize::try_from(value).ok())
             .ok_or_else(|| self.wrong(format_args!("metadata `{key}` is missing or no number")))
+    }
+
+    fn size_or(&self, key: &str, default: usize) -> Result<usize> {
+        if self.field(key).is_some() { self.size(key) } else { Ok(default) }
     }
 
     fn float(&self, key: &str) -> Option<f64> {

@@ -138,7 +138,12 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
 
 /// Refuses what llama.cpp knows better than its files.
 fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
+    if architecture.is_gemma() && !spec.tie_word_embeddings {
+        let what = "config.json: llama.cpp takes the embedding for the head of every Gemma";
+        return Err(Error::input(what).hint("this model cannot be a GGUF file"));
+    }
     let Some(pattern) = architecture.window_pattern() else { return Ok(()) };
+    let caps = [spec.attention_soft_cap, spec.logit_soft_cap].map(|cap| cap.is_some());
     let share = spec.hidden_size / spec.num_heads;
     let scalar = architecture.attention_scalar(spec.num_layers, spec.head_dim, share);
     let local = Rotary { theta: LOCAL_THETA, scaling: RopeScaling::Default };
@@ -148,6 +153,8 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
             "layer_types",
             windows.any(|(layer, window)| window.is_none() != (layer + 1).is_multiple_of(pattern)),
         ),
+        ("attn_logit_softcapping", caps[0] != (architecture == Architecture::Gemma2)),
+        ("final_logit_softcapping", architecture == Architecture::Gemma2 && !caps[1]),
         ("query_pre_attn_scalar", spec.attention_scale != (1.0 / (scalar as f64).sqrt()) as f32),
         ("rope_local_base_freq", spec.local_rotary.as_ref().is_some_and(|it| *it != local)),
     ];

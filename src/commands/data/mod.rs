@@ -8,7 +8,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::reading;
-use crate::checkpoint::{Checkpoint, read_json};
+use crate::checkpoint::{Checkpoint, read_config};
 use crate::cli::data::DataArgs;
 use crate::data::audit::Audit;
 use crate::data::{ChatTokenizer, Encoder};
@@ -24,7 +24,8 @@ use crate::printed;
 /// would stop.
 pub fn run(args: &DataArgs) -> Result<()> {
     super::set_threads(args.threads)?;
-    let tokenizer = ChatTokenizer::open(&args.model)?;
+    let template = args.format.chat_template.as_deref();
+    let tokenizer = ChatTokenizer::open_for(&args.model, template, None)?;
     let options = args.format.options(args.max_length);
     let spec = spec(args)?;
     let encoder = Encoder::new(&tokenizer, spec.vocab_size, options.train_on)?;
@@ -56,7 +57,7 @@ fn refused(path: &Path, why: &Error) -> Error {
 fn spec(args: &DataArgs) -> Result<ModelSpec> {
     let config = args.model.join("config.json");
     if config.exists() {
-        return spec_from_config(&read_json(&config)?);
+        return spec_from_config(&read_config(&config)?);
     }
     spec_from_config(Checkpoint::open(&args.model)?.config())
 }

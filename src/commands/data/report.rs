@@ -162,7 +162,9 @@ fn ends(path: &Path, report: &LoadReport, tokenizer: &ChatTokenizer) -> Vec<Stri
     if !notes.is_empty() {
         return notes;
     }
-    let eos = tokenizer.eos().map_or("which the tokenizer lacks", |token| &token.text);
+    let eos: Vec<String> =
+        tokenizer.eos_ids().iter().filter_map(|&id| tokenizer.token(id)).collect();
+    let eos = if eos.is_empty() { "which the tokenizer lacks".into() } else { eos.join(" or ") };
     vec![format!("ok    every answer ends in a trained end-of-sequence token ({eos})")]
 }
 

@@ -13,7 +13,7 @@ use nibble_quant::FloatType;
 use serde_json::Value;
 
 use crate::checkpoint::atomic::write_file;
-use crate::checkpoint::{Checkpoint, PageCache, check_quantization, read_json};
+use crate::checkpoint::{Checkpoint, PageCache, check_quantization, read_config};
 use crate::cli::device::{Device, DeviceArgs};
 use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
@@ -216,12 +216,12 @@ impl Model {
 /// The config, if that is all there is: a JSON file, or a folder without weights.
 fn bare_config(path: &Path) -> Result<Option<Value>> {
     if path.extension().is_some_and(|extension| extension == "json") {
-        return read_json(path).map(Some);
+        return read_config(path).map(Some);
     }
     let weights = ["model.safetensors", "model.safetensors.index.json"];
     let config = path.join("config.json");
     if path.is_dir() && config.exists() && !weights.iter().any(|file| path.join(file).exists()) {
-        return read_json(&config).map(Some);
+        return read_config(&config).map(Some);
     }
     Ok(None)
 }

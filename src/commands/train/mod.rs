@@ -13,7 +13,7 @@ use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
 use crate::commands::device;
 use crate::data::ChatTokenizer;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::{Account, Row};
 use crate::model::Model;
@@ -162,8 +162,17 @@ impl Base {
             }
             false => error,
         })?;
+        crate::commands::note_left_out(&checkpoint);
         let spec = spec_from_config(checkpoint.config())?;
-        let tokenizer = ChatTokenizer::open(&args.model.model)?;
+        let template = args.data.format.chat_template.as_deref();
+        let adapter = args.lora.init_adapter.as_deref();
+        let tokenizer = ChatTokenizer::open_for(model, template, adapter);
+        let tokenizer = tokenizer.map_err(|error| match error {
+            Error::Usage(_) if args.output.resume => error.hint(
+                "each checkpoint of the run has it: `--chat-template CHECKPOINT/chat_template.jinja`",
+            ),
+            other => other,
+        })?;
         let speaker = Speaker::new(tokenizer.clone(), &spec.eos_token_ids)?;
         let preview = Preview::new(speaker, args.evaluation.sample_max_new_tokens.get());
         Ok(Base { checkpoint, spec, tokenizer, preview })
@@ -219,7 +228,8 @@ impl Base {
             AdapterDtype::Bf16 => FloatType::Bf16,
             AdapterDtype::F32 => FloatType::F32,
         };
-        let model = LoraModel::new(model, adapter, dtype, self.preview, wanted);
+        let model = LoraModel::new(model, adapter, dtype, self.preview, wanted)
+            .speaking(self.tokenizer.other_templates().cloned());
         let budget = args.resources.memory_budget.map(|budget| budget.0);
         Ok(model.watched(meter, account, budget))
     }

@@ -1,4 +1,4 @@
-//! RMS norms of single heads, Qwen3's `q_norm` and `k_norm`.
+//! RMS norms of single heads, Qwen3's and Gemma 3's `q_norm` and `k_norm`.
 //!
 //! `y = w ∘ x·ρ` with `ρ = 1/sqrt(mean(x²) + ε)` over one head; backward, with `g = w ∘ dy`:
 //! `dx = ρ·(g − x̂·mean(g ∘ x̂))`, `x̂ = x·ρ`. ρ is made again rather than kept.

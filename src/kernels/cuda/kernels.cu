@@ -279,7 +279,8 @@ mlp_backward(int activation, const bfloat16* gate, int gate_stride, const bfloat
 // ---------------------------------------------------------------- loss
 
 // losses[row] in f32; with `gradient`, logits become scale · ∂loss/∂logits. A target ≥ vocab_size
-// does not count. soft_cap 0: none. Rows of up to 512 threads. Kernels::cross_entropy; the sum is sum_f32's.
+// does not count. soft_cap 0: none. Rows of up to 512 threads. Kernels::cross_entropy; the sum is
+// sum_f32's.
 extern "C" __global__ void __launch_bounds__(512)
 cross_entropy_bf16(bfloat16* logits, int stride, const u32* targets, int vocab_size, float scale,
                    int gradient, float soft_cap, float* losses) {

@@ -1,6 +1,6 @@
 //! `dqkv` from o, its gradient and the log-sum-exp.
 //!
-//! With `δ_i = do_i·o_i`: `dv_j = Σ_i p_ij do_i`, `ds_ij = p_ij (do_i·v_j − δ_i)/√d`,
+//! With `δ_i = do_i·o_i`: `dv_j = Σ_i p_ij do_i`, `ds_ij = scale·p_ij (do_i·v_j − δ_i)`,
 //! `dq_i = Σ_j ds_ij k_j`, `dk_j = Σ_i ds_ij q_i`. Scores that are capped, `c·tanh(s/c)`, take
 //! `1 − tanh²(s/c)` into ds. A block of keys stays while the queries that see
 //! it pass by: dk and dv are summed up beside it, dq where it lies.

@@ -1,7 +1,7 @@
 //! Exact causal attention over documents: tiles of query rows against blocks of keys, probabilities
 //! recomputed in the backward pass.
 //!
-//! With `s_ij = q_i·k_j/√d` for `j ≤ i` (and `j > i − window`): `lse_i = log Σ_j e^{s_ij}`,
+//! With `s_ij = scale·q_i·k_j` for `j ≤ i` (and `j > i − window`): `lse_i = log Σ_j e^{s_ij}`,
 //! `p_ij = e^{s_ij − lse_i}`, `o_i = Σ_j p_ij v_j`. Source: FlashAttention-2, arXiv 2307.08691,
 //! section 3: work memory is a few tiles and blocks, however long a document is.
 //!
