@@ -221,11 +221,14 @@ fn known_templates_write_what_the_published_ones_do() {
         }
         assert!(alike >= 6, "{name}: {alike}");
         let tools = Map::from_iter([("tools".to_string(), json!([{"name": "add"}]))]);
-        let question = [json!({"role": "user", "content": "1 + 1?"})];
-        let refused = known.render(&question, &tools, true).unwrap_err().to_string();
-        assert!(refused.contains("no place for tools"), "{refused}");
-        let end = added.last().unwrap_or(&"</s>");
-        assert!(tokenizer.eos_ids().contains(&tokenizer.id(end).unwrap()), "{name}");
+        let question = json!({"role": "user", "content": "1 + 1?"});
+        let call = json!({"role": "assistant", "content": "", "tool_calls": [{"name": "add"}]});
+        for (messages, variables) in
+            [(vec![question.clone()], &tools), (vec![question, call], &none)]
+        {
+            let refused = known.render(&messages, variables, true).unwrap_err().to_string();
+            assert!(refused.contains("no place for tools"), "{refused}");
+        }
     }
 }
 

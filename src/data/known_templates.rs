@@ -11,9 +11,8 @@ struct Known {
     tokens: &'static [&'static str],
 }
 
-/// Tools would be left out silently.
-const NO_TOOLS: &str = "{%- if tools -%}\n\
-    {{- raise_exception('this chat template has no place for tools') -}}\n{%- endif -%}\n";
+/// Tools and their calls would be left out silently.
+const NO_TOOLS: &str = include_str!("templates/no-tools.jinja");
 
 const KNOWN: [Known; 5] = [
     Known { name: "alpaca", source: include_str!("templates/alpaca.jinja"), tokens: &[] },

@@ -1,0 +1,175 @@
+//! Gemma 1, 2 and 3. Sources: transformers `models/gemma{,2,3}/modeling_gemma*.py`,
+//! `configuration_gemma*.py`.
+
+use serde_json::{Value, json};
+
+use super::decoder;
+use super::fields::{Fields, wrong_type};
+use crate::error::Result;
+use crate::model::rotary::rotary_from_config;
+use crate::model::spec::{Activation, Family, ModelSpec};
+
+pub(super) fn gemma(fields: &Fields, family: Family) -> Result<ModelSpec> {
+    let defaults: &[_] = match family {
+        Family::Gemma => &[("vocab_size", 256_000), ("max_position_embeddings", 8192)],
+        Family::Gemma2 => &[
+            ("vocab_size", 256_000),
+            ("num_attention_heads", 8),
+            ("num_key_value_heads", 4),
+            ("max_position_embeddings", 8192),
+        ],
+        _ => &[
+            ("vocab_size", 262_208),
+            ("num_attention_heads", 8),
+            ("num_key_value_heads", 4),
+            ("max_position_embeddings", 131_072),
+        ],
+    };
+    let mut config = fields.0.clone();
+    for (key, value) in [("head_dim", 256)].iter().chain(defaults) {
+        if fields.present(key).is_none() {
+            config[key] = (*value).into();
+        }
+    }
+    let fields = &Fields(&config);
+    for key in ["hidden_activation", "hidden_act"] {
+        let tanh = |v: &Value| v == "gelu_pytorch_tanh";
+        fields.unless(key, tanh, "only `gelu_pytorch_tanh` is implemented")?;
+    }
+    fields.unless("use_bidirectional_attention", |v| v == false, "only `false` is implemented")?;
+    let mut spec = decoder(fields, family)?;
+    spec.activation = Activation::GeluTanh;
+    spec.norm_plus_one = true;
+    spec.embedding_scale = (spec.hidden_size as f32).sqrt();
+    spec.tie_word_embeddings = fields.flag_or("tie_word_embeddings", true)?;
+    Ok(spec)
+}
+
+pub(super) fn gemma2(fields: &Fields) -> Result<ModelSpec> {
+    let mut spec = gemma(fields, Family::Gemma2)?;
+    spec.windows = gemma_windows(fields, spec.num_layers, 2)?;
+    later_gemma(fields, &mut spec, [Some(50.0), Some(30.0)])?;
+    Ok(spec)
+}
+
+pub(super) fn gemma3(fields: &Fields) -> Result<ModelSpec> {
+    const THETA: f64 = 1e6;
+    const LOCAL_THETA: f64 = 1e4;
+    let mut config = fields.0.clone();
+    // transformers 5 has one rotary embedding for each kind of layer, transformers 4 keys for both.
+    let of_kind = |kind| {
+        let all = fields.present("rope_parameters")?;
+        all.get(kind).filter(|parameters| parameters.is_object()).cloned()
+    };
+    if let Some(global) = of_kind("full_attention") {
+        config["rope_parameters"] = global;
+    }
+    if fields.present("rope_theta").is_none() {
+        config["rope_theta"] = THETA.into();
+    }
+    let theta = fields.number_or("rope_local_base_freq", LOCAL_THETA)?;
+    let local = of_kind("sliding_attention").unwrap_or(json!({}));
+    let local = json!({"rope_theta": theta, "rope_parameters": local});
+    let mut spec = gemma(&Fields(&config), Family::Gemma3)?;
+    spec.local_rotary = Some(rotary_from_config(&local)?);
+    spec.qk_norm = true;
+    let pattern = fields.size_or("sliding_window_pattern", 6)?;
+    spec.windows = gemma_windows(fields, spec.num_layers, pattern)?;
+    later_gemma(fields, &mut spec, [None, None])?;
+    Ok(spec)
+}
+
+/// What the second and the third Gemma have in common; caps of scores and logits where the config is
+/// silent.
+fn later_gemma(
+    fields: &Fields,
+    spec: &mut ModelSpec,
+    [scores, logits]: [Option<f32>; 2],
+) -> Result<()> {
+    spec.post_norms = true;
+    let scalar = fields.positive_or("query_pre_attn_scalar", Some(256.0))?;
+    let scalar = scalar
+        .ok_or_else(|| wrong_type("query_pre_attn_scalar", "a number above 0", &Value::Null))?;
+    spec.attention_scale = (1.0 / f64::from(scalar).sqrt()) as f32;
+    spec.attention_soft_cap = fields.positive_or("attn_logit_softcapping", scores)?;
+    spec.logit_soft_cap = fields.positive_or("final_logit_softcapping", logits)?;
+    Ok(())
+}
+
+/// Windows in all layers but every `pattern`th, unless `layer_types` has them elsewhere.
+fn gemma_windows(fields: &Fields, num_layers: usize, pattern: usize) -> Result<Vec<Option<usize>>> {
+    let window = match fields.0.get("sliding_window") {
+        None => 4096,
+        Some(_) => fields.size("sliding_window")?,
+    };
+    let listed = fields.layers_that_slide(num_layers)?;
+    let slides = |layer: usize| match &listed {
+        Some(listed) => listed[layer],
+        None => !(layer + 1).is_multiple_of(pattern.max(1)),
+    };
+    Ok((0..num_layers).map(|layer| slides(layer).then_some(window)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::families::spec_from_config;
+    use crate::model::spec::RopeScaling;
+
+    #[test]
+    fn a_gemma_is_what_its_classes_make_of_silence() {
+        let config = |family: &str, extra: Value| {
+            let mut config = json!({
+                "model_type": family, "hidden_size": 64, "intermediate_size": 96,
+                "num_hidden_layers": 7, "num_attention_heads": 4, "num_key_value_heads": 1,
+            });
+            config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+            spec_from_config(&config)
+        };
+        let first = config("gemma", json!({"hidden_activation": null})).unwrap();
+        assert_eq!((first.activation, first.head_dim), (Activation::GeluTanh, 256));
+        assert_eq!((first.embedding_scale, first.vocab_size), (8.0, 256_000));
+        assert!(first.tie_word_embeddings && first.norm_plus_one && !first.post_norms);
+        assert_eq!(first.windows, [None; 7]);
+
+        let second = config("gemma2", json!({"query_pre_attn_scalar": 144})).unwrap();
+        assert_eq!(second.attention_scale, 1.0 / 12.0);
+        assert_eq!((second.attention_soft_cap, second.logit_soft_cap), (Some(50.0), Some(30.0)));
+        assert_eq!(second.windows[..3], [Some(4096), None, Some(4096)]);
+        let uncapped = config("gemma2", json!({"attn_logit_softcapping": null})).unwrap();
+        assert_eq!(uncapped.attention_soft_cap, None);
+
+        let third = config("gemma3_text", json!({"sliding_window": 512})).unwrap();
+        assert_eq!((third.windows[4], third.windows[5]), (Some(512), None));
+        assert_eq!((third.rotary_of(4), third.rotary_of(5)), (Some(1), Some(0)));
+        let nested = |local: Value| {
+            let both = json!({
+                "full_attention": {"rope_type": "linear", "factor": 8, "rope_theta": 5e5},
+                "sliding_attention": local,
+            });
+            config("gemma3_text", json!({"rope_parameters": both})).unwrap().local_rotary.unwrap()
+        };
+        for local in [json!({"rope_type": "default"}), json!(null)] {
+            let local = nested(local);
+            assert_eq!((local.theta, local.scaling), (1e4, RopeScaling::Default));
+        }
+        let thetas: Vec<f64> = third.rotaries().map(|rotary| rotary.theta).collect();
+        assert_eq!((thetas, third.logit_soft_cap), (vec![1e6, 1e4], None));
+
+        for (family, extra, says) in [
+            ("gemma", json!({"hidden_act": "gelu"}), "hidden_act"),
+            ("gemma2", json!({"attn_logit_softcapping": 1e39}), "attn_logit_softcapping"),
+            ("gemma2", json!({"query_pre_attn_scalar": null}), "query_pre_attn_scalar"),
+            ("gemma2", json!({"sliding_window": 0}), "sliding_window"),
+            ("gemma2", json!({"sliding_window": null}), "sliding_window"),
+            ("gemma2", json!({"layer_types": ["full_attention"]}), "a list of 7 names"),
+            ("gemma2", json!({"layer_types": vec!["chunked_attention"; 7]}), "chunked_attention"),
+            ("gemma2", json!({"final_logit_softcapping": 0}), "final_logit_softcapping"),
+            ("gemma3_text", json!({"use_bidirectional_attention": true}), "bidirectional"),
+            ("gemma3", json!({}), "gemma3_text"),
+        ] {
+            let error = config(family, extra).unwrap_err().to_string();
+            assert!(error.contains(says), "{error}");
+        }
+    }
+}

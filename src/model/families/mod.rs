@@ -1,0 +1,277 @@
+//! `config.json` → [`ModelSpec`], one function per family.
+//!
+//! Reads both spellings: transformers 4 (`rope_theta`, `rope_scaling`) and 5 (`rope_parameters`).
+//! Missing keys take the defaults of transformers' config classes; an unknown family or a switch
+//! that Nibble does not implement is an error that names the field.
+
+mod fields;
+mod gemma;
+
+use serde_json::Value;
+
+use fields::{Fields, unsupported};
+use gemma::{gemma, gemma2, gemma3};
+
+use super::rotary::rotary_from_config;
+use super::spec::{Activation, Family, ModelSpec, Norm};
+use crate::error::{Error, Result};
+
+pub(crate) use fields::MOST_LAYERS;
+
+/// The spec of the model that `config` (a parsed `config.json`) describes.
+///
+/// # Errors
+/// `Input` naming the field when the family is unknown, a dimension is missing or inconsistent, or
+/// a switch has no implementation.
+pub fn spec_from_config(config: &Value) -> Result<ModelSpec> {
+    const GENERAL: &str = "config.json is damaged or belongs to another kind of model";
+    read_spec(&Fields(config)).map_err(|error| error.or_hint(GENERAL))
+}
+
+/// Dropout of the base model that transformers applies in training and Nibble does not: the key of
+/// `config` and its probability.
+pub fn base_dropout(config: &Value) -> Option<(&'static str, f64)> {
+    const KEYS: [&str; 4] = ["attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"];
+    let of_gpt2 = config["model_type"] == "gpt2";
+    let probability = |key: &'static str| {
+        let default = if of_gpt2 && key != KEYS[0] { 0.1 } else { 0.0 };
+        (key, config[key].as_f64().unwrap_or(default))
+    };
+    KEYS.map(probability).into_iter().find(|(_, probability)| *probability > 0.0)
+}
+
+const SUPPORTED: &str =
+    "supported families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, gpt2";
+
+fn read_spec(fields: &Fields) -> Result<ModelSpec> {
+    let spec = match fields.text("model_type")? {
+        "llama" => llama(fields, Family::Llama)?,
+        "mistral" => mistral(fields)?,
+        "qwen2" => qwen2(fields)?,
+        "qwen3" => qwen3(fields)?,
+        "gemma" => gemma(fields, Family::Gemma)?,
+        "gemma2" => gemma2(fields)?,
+        "gemma3_text" => gemma3(fields)?,
+        "gpt2" => gpt2(fields)?,
+        other => {
+            return Err(Error::input(format_args!(
+                "config.json: model_type `{other}` is not supported"
+            ))
+            .hint(SUPPORTED));
+        }
+    };
+    validate(&spec)?;
+    Ok(spec)
+}
+
+fn llama(fields: &Fields, family: Family) -> Result<ModelSpec> {
+    fields.unless("hidden_act", |v| v == "silu", "only `silu` is implemented")?;
+    fields.unless("pretraining_tp", |v| v == 1, "only 1 is implemented")?;
+    decoder(fields, family)
+}
+
+/// What all but GPT-2 have in common, with Llama's switches.
+fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
+    let hidden_size = fields.size("hidden_size")?;
+    let num_heads = fields.size("num_attention_heads")?;
+    let num_layers = fields.layers("num_hidden_layers")?;
+    let head_dim = fields.size_or("head_dim", hidden_size / num_heads.max(1))?;
+    let attention_bias = fields.flag_or("attention_bias", false)?;
+    Ok(ModelSpec {
+        family,
+        vocab_size: fields.size("vocab_size")?,
+        hidden_size,
+        intermediate_size: fields.size("intermediate_size")?,
+        num_layers,
+        num_heads,
+        num_kv_heads: fields.size_or("num_key_value_heads", num_heads)?,
+        head_dim,
+        norm: Norm::Rms,
+        norm_eps: fields.number_or("rms_norm_eps", 1e-6)?,
+        norm_plus_one: false,
+        post_norms: false,
+        embedding_scale: 1.0,
+        activation: Activation::Silu,
+        gated_mlp: true,
+        rotary: Some(rotary_from_config(fields.0)?),
+        local_rotary: None,
+        learned_positions: None,
+        qkv_bias: attention_bias,
+        qk_norm: false,
+        attention_scale: 1.0 / (head_dim as f32).sqrt(),
+        attention_soft_cap: None,
+        logit_soft_cap: None,
+        output_bias: attention_bias,
+        mlp_bias: fields.flag_or("mlp_bias", false)?,
+        fused_qkv: false,
+        conv1d: false,
+        windows: vec![None; num_layers],
+        tie_word_embeddings: fields.flag_or("tie_word_embeddings", false)?,
+        max_positions: fields.size_or("max_position_embeddings", 2048)?,
+        bos_token_id: fields.token_ids("bos_token_id")?.first().copied(),
+        eos_token_ids: fields.token_ids("eos_token_id")?,
+    })
+}
+
+fn mistral(fields: &Fields) -> Result<ModelSpec> {
+    let mut spec = llama(fields, Family::Mistral)?;
+    if fields.0.get("num_key_value_heads").is_none() {
+        spec.num_kv_heads = 8;
+    }
+    // The class default is 4096; an explicit null (v0.2 and later) switches the window off.
+    let window = match fields.0.get("sliding_window") {
+        None => Some(4096),
+        Some(Value::Null) => None,
+        Some(_) => Some(fields.size("sliding_window")?),
+    };
+    spec.windows = vec![window; spec.num_layers];
+    (spec.qkv_bias, spec.output_bias, spec.mlp_bias) = (false, false, false);
+    Ok(spec)
+}
+
+fn qwen2(fields: &Fields) -> Result<ModelSpec> {
+    let mut spec = llama(fields, Family::Qwen2)?;
+    if fields.0.get("num_key_value_heads").is_none() {
+        spec.num_kv_heads = 32;
+    }
+    (spec.qkv_bias, spec.output_bias, spec.mlp_bias) = (true, false, false);
+    spec.windows = qwen_windows(fields, spec.num_layers)?;
+    Ok(spec)
+}
+
+fn qwen3(fields: &Fields) -> Result<ModelSpec> {
+    let mut spec = llama(fields, Family::Qwen3)?;
+    if fields.0.get("num_key_value_heads").is_none() {
+        spec.num_kv_heads = 32;
+    }
+    spec.head_dim = fields.size_or("head_dim", 128)?;
+    (spec.qk_norm, spec.mlp_bias) = (true, false);
+    spec.windows = qwen_windows(fields, spec.num_layers)?;
+    Ok(spec)
+}
+
+/// Windows in the layers from `max_window_layers` on, unless `layer_types` has them elsewhere.
+fn qwen_windows(fields: &Fields, num_layers: usize) -> Result<Vec<Option<usize>>> {
+    if !fields.flag_or("use_sliding_window", false)? {
+        return Ok(vec![None; num_layers]);
+    }
+    let window = fields.size_or("sliding_window", 4096)?;
+    let first = fields.size_or("max_window_layers", 28)?;
+    let listed = fields.layers_that_slide(num_layers)?;
+    let slides = |layer: usize| listed.as_ref().map_or(layer >= first, |listed| listed[layer]);
+    Ok((0..num_layers).map(|layer| slides(layer).then_some(window)).collect())
+}
+
+fn gpt2(fields: &Fields) -> Result<ModelSpec> {
+    let hidden_size = fields.size("n_embd")?;
+    let num_heads = fields.size("n_head")?;
+    let num_layers = fields.layers("n_layer")?;
+    fields.unless("scale_attn_weights", |v| v == true, "only `true` is implemented")?;
+    fields.unless(
+        "scale_attn_by_inverse_layer_idx",
+        |v| v == false,
+        "only `false` is implemented",
+    )?;
+    fields.unless("add_cross_attention", |v| v == false, "only `false` is implemented")?;
+    let activation = match fields.text_or("activation_function", "gelu_new")? {
+        "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluTanh,
+        "gelu" => Activation::Gelu,
+        other => return Err(unsupported("activation_function", other, "use `gelu_new` or `gelu`")),
+    };
+    let positions = fields.size_or("n_positions", 1024)?;
+    Ok(ModelSpec {
+        family: Family::Gpt2,
+        vocab_size: fields.size("vocab_size")?,
+        hidden_size,
+        intermediate_size: fields.size_or("n_inner", 4 * hidden_size)?,
+        num_layers,
+        num_heads,
+        num_kv_heads: num_heads,
+        head_dim: hidden_size / num_heads.max(1),
+        norm: Norm::Layer,
+        norm_eps: fields.number_or("layer_norm_epsilon", 1e-5)?,
+        norm_plus_one: false,
+        post_norms: false,
+        embedding_scale: 1.0,
+        activation,
+        gated_mlp: false,
+        rotary: None,
+        local_rotary: None,
+        learned_positions: Some(positions),
+        qkv_bias: true,
+        qk_norm: false,
+        attention_scale: 1.0 / ((hidden_size / num_heads.max(1)) as f32).sqrt(),
+        attention_soft_cap: None,
+        logit_soft_cap: None,
+        output_bias: true,
+        mlp_bias: true,
+        fused_qkv: true,
+        conv1d: true,
+        windows: vec![None; num_layers],
+        tie_word_embeddings: fields.flag_or("tie_word_embeddings", true)?,
+        max_positions: positions,
+        bos_token_id: fields.token_ids("bos_token_id")?.first().copied(),
+        eos_token_ids: fields.token_ids("eos_token_id")?,
+    })
+}
+
+/// Dimensions that do not fit each other are found here, before any weight is read.
+fn validate(spec: &ModelSpec) -> Result<()> {
+    let sizes = [
+        ("vocab_size", spec.vocab_size),
+        ("hidden_size (n_embd)", spec.hidden_size),
+        ("intermediate_size (n_inner)", spec.intermediate_size),
+        ("num_hidden_layers (n_layer)", spec.num_layers),
+        ("num_attention_heads (n_head)", spec.num_heads),
+        ("num_key_value_heads", spec.num_kv_heads),
+        ("head_dim", spec.head_dim),
+    ];
+    // Larger values are lies: no model comes near, and products of them must not overflow.
+    const LIMIT: usize = 1 << 24;
+    if let Some((name, value)) = sizes.iter().find(|(_, v)| *v == 0 || *v > LIMIT) {
+        return Err(Error::input(format_args!("config.json: {name} is {value}")));
+    }
+    if spec.windows.contains(&Some(0)) {
+        let what = "config.json: sliding_window is 0: no token would see itself";
+        return Err(Error::input(what).hint("null, where the family has it, is no window"));
+    }
+    if !spec.num_heads.is_multiple_of(spec.num_kv_heads) {
+        return Err(Error::input(format_args!(
+            "config.json: num_attention_heads {} is not a multiple of num_key_value_heads {}",
+            spec.num_heads, spec.num_kv_heads
+        )));
+    }
+    if spec.rotary.is_some() && !spec.head_dim.is_multiple_of(2) {
+        let what = format_args!("config.json: head_dim {} is odd", spec.head_dim);
+        return Err(Error::input(what).hint("rotary embedding needs an even head_dim"));
+    }
+    if spec.fused_qkv && spec.q_width() != spec.hidden_size {
+        return Err(Error::input(format_args!(
+            "config.json: n_embd {} is not a multiple of n_head {}",
+            spec.hidden_size, spec.num_heads
+        )));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn dropout_of_the_base_is_known_by_every_name() {
+        let llama = |extra: Value| {
+            let mut config = json!({"model_type": "llama"});
+            config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+            base_dropout(&config)
+        };
+        assert_eq!(llama(json!({})), None);
+        assert_eq!(llama(json!({"attention_dropout": 0.0})), None);
+        assert_eq!(llama(json!({"attention_dropout": 0.2})), Some(("attention_dropout", 0.2)));
+        // GPT-2's class has it by default.
+        let gpt2 = json!({"model_type": "gpt2", "attn_pdrop": 0.0});
+        assert_eq!(base_dropout(&gpt2), Some(("resid_pdrop", 0.1)));
+    }
+}
