@@ -85,7 +85,9 @@ impl Gguf {
         let share = self.size("embedding_length")? / self.size("attention.head_count")?.max(1);
         let scalar = self.architecture.attention_scalar(layers, head_dim, share);
         config["query_pre_attn_scalar"] = scalar.into();
-        let window = self.size_or("attention.sliding_window", 4096 * usize::from(pattern == 2))?;
+        // What llama.cpp takes where a file is silent; 0 is no window.
+        let window = if self.architecture == Architecture::Gemma2 { 4096 } else { 0 };
+        let window = self.size_or("attention.sliding_window", window)?;
         let pattern = self.size_or("attention.sliding_window_pattern", pattern)?.max(1);
         let slides = |layer: usize| window > 0 && !(layer + 1).is_multiple_of(pattern);
         let kind = |layer| if slides(layer) { "sliding_attention" } else { "full_attention" };

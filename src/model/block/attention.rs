@@ -48,20 +48,15 @@ impl<K: Kernels> Block<K> {
         let scratch = (&mut work.lora_pair, &mut work.dropped);
         let output = self.expect(LinearRole::O);
         let lora_x = &mut saved.lora_x;
-        let Some((norms, projected)) = self.post_norms.as_ref().zip(saved.projected.as_mut())
-        else {
-            return pass.forward(
-                output,
-                &saved.attention,
-                &mut saved.middle,
-                lora_x,
-                scratch,
-                true,
-            );
+        let (to, accumulate) = match &mut saved.projected {
+            Some(projected) => (projected, false),
+            None => (&mut saved.middle, true),
         };
-        pass.forward(output, &saved.attention, projected, lora_x, scratch, false);
-        let (middle, stats) = (&mut saved.middle, &mut work.norm_stats);
-        kernels.norm_forward(&norms.attention, projected, middle, stats, rows, true);
+        pass.forward(output, &saved.attention, to, lora_x, scratch, accumulate);
+        if let Some((norms, projected)) = self.post_norms.as_ref().zip(saved.projected.as_ref()) {
+            let (middle, stats) = (&mut saved.middle, &mut work.norm_stats);
+            kernels.norm_forward(&norms.attention, projected, middle, stats, rows, true);
+        }
     }
 
     /// Where heads have norms: `work.normed_qkv` from what is saved.

@@ -90,8 +90,21 @@ impl<'a> Fields<'a> {
         ids.ok_or_else(|| wrong_type(key, "a token id or a list of them", value))
     }
 
-    /// Which layers have a window, where `layer_types` says so.
-    pub fn layers_that_slide(&self, num_layers: usize) -> Result<Option<Vec<bool>>> {
+    /// A window in the layers that `layer_types` gives one; where it is silent, in those that `slides`.
+    pub fn windows(
+        &self,
+        num_layers: usize,
+        window: usize,
+        slides: impl Fn(usize) -> bool,
+    ) -> Result<Vec<Option<usize>>> {
+        let slide = match self.layers_that_slide(num_layers)? {
+            Some(listed) => listed,
+            None => (0..num_layers).map(slides).collect(),
+        };
+        Ok(slide.into_iter().map(|slides| slides.then_some(window)).collect())
+    }
+
+    fn layers_that_slide(&self, num_layers: usize) -> Result<Option<Vec<bool>>> {
         const KEY: &str = "layer_types";
         let Some(value) = self.present(KEY) else { return Ok(None) };
         let kinds = value.as_array().map_or(&[][..], Vec::as_slice);

@@ -102,12 +102,7 @@ fn gemma_windows(fields: &Fields, num_layers: usize, pattern: usize) -> Result<V
         None => 4096,
         Some(_) => fields.size("sliding_window")?,
     };
-    let listed = fields.layers_that_slide(num_layers)?;
-    let slides = |layer: usize| match &listed {
-        Some(listed) => listed[layer],
-        None => !(layer + 1).is_multiple_of(pattern.max(1)),
-    };
-    Ok((0..num_layers).map(|layer| slides(layer).then_some(window)).collect())
+    fields.windows(num_layers, window, |layer| !(layer + 1).is_multiple_of(pattern.max(1)))
 }
 
 #[cfg(test)]

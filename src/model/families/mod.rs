@@ -157,9 +157,7 @@ fn qwen_windows(fields: &Fields, num_layers: usize) -> Result<Vec<Option<usize>>
     }
     let window = fields.size_or("sliding_window", 4096)?;
     let first = fields.size_or("max_window_layers", 28)?;
-    let listed = fields.layers_that_slide(num_layers)?;
-    let slides = |layer: usize| listed.as_ref().map_or(layer >= first, |listed| listed[layer]);
-    Ok((0..num_layers).map(|layer| slides(layer).then_some(window)).collect())
+    fields.windows(num_layers, window, |layer| layer >= first)
 }
 
 fn gpt2(fields: &Fields) -> Result<ModelSpec> {
