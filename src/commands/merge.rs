@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use nibble_quant::{BlockFormat, FloatType, QuantType};
 use serde_json::json;
 
-use super::model_folder::{self, COPIED_FILES};
+use super::model_folder;
 use crate::adapter::{MergeBase, MergeCost, MergeOnto, MergedModel, PeftAdapter};
 use crate::checkpoint::atomic::AtomicDir;
 use crate::checkpoint::writer::ShardWriter;
@@ -15,7 +15,7 @@ use crate::checkpoint::{Checkpoint, CheckpointKind, read_json};
 use crate::cli::merge::MergeArgs;
 use crate::cli::size::ByteSize;
 use crate::cli::train::{BaseModelArgs, Quantization};
-use crate::data::{ChatTokenizer, TemplateSources};
+use crate::data::{ChatTokenizer, TemplateSources, TokenizerFiles};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
@@ -91,19 +91,13 @@ fn write_side_files(
     if model.kind() == CheckpointKind::Gguf && !from_adapter {
         return ChatTokenizer::open_for(model.path(), None, Some(&args.adapter))?.save(folder);
     }
-    for name in COPIED_FILES {
-        let tokenizer = name != "generation_config.json";
-        let source = if from_adapter && tokenizer { &args.adapter } else { model.path() };
-        let (from, to) = (source.join(name), folder.join(name));
-        if from.exists() {
-            std::fs::copy(&from, &to).map_err(|e| Error::io("copy to", &to, e))?;
-        }
-    }
+    let source = if from_adapter { &args.adapter } else { model.path() };
     let templates = TemplateSources::of_adapter(&args.adapter)?;
-    if let Some(templates) = templates.as_ref().filter(|_| !from_adapter) {
-        templates.save(folder)?;
-    }
-    if templates.is_some() { write_ends(folder) } else { Ok(()) }
+    let speaks = templates.is_some();
+    let tokenizer =
+        TokenizerFiles::of_folder(source)?.with_templates(templates.filter(|_| !from_adapter));
+    model_folder::copy_side_files(model.path(), &tokenizer, folder)?;
+    if speaks { write_ends(folder) } else { Ok(()) }
 }
 
 /// What the adapter's chat templates end an answer with, in generation_config.json, which transformers and

@@ -4,21 +4,24 @@ use std::fs;
 use std::path::Path;
 
 use crate::checkpoint::atomic::{check_destination, check_not_within};
+use crate::data::{TOKENIZER_FILES, TokenizerFiles};
 use crate::error::{Error, Result};
 
-/// Files of a Hugging Face folder that are copied as they are.
-pub const COPIED_FILES: [&str; 10] = [
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "vocab.json",
-    "merges.txt",
-    "tokenizer.model",
-];
+/// Copied as it is.
+const GENERATION_FILE: &str = "generation_config.json";
+
+/// Copies what a model folder has beside its weights and its config: generation_config.json of
+/// `model`, and the files of a tokenizer.
+///
+/// # Errors
+/// `Io` when the disk refuses.
+pub fn copy_side_files(model: &Path, tokenizer: &TokenizerFiles, folder: &Path) -> Result<()> {
+    let (from, to) = (model.join(GENERATION_FILE), folder.join(GENERATION_FILE));
+    if from.exists() {
+        fs::copy(&from, &to).map_err(|e| Error::io("copy to", &to, e))?;
+    }
+    tokenizer.save(folder)
+}
 
 /// Whether the folder `out` may be written: it may replace a model's, but none of `inputs` and
 /// nothing else.
@@ -40,8 +43,8 @@ pub fn check(out: &Path, overwrite: bool, inputs: &[&Path]) -> Result<()> {
 
 fn is_of_a_model(name: &str) -> bool {
     let weights = [".safetensors", ".safetensors.index.json"];
-    name == "config.json"
-        || COPIED_FILES.contains(&name)
+    ["config.json", GENERATION_FILE].contains(&name)
+        || TOKENIZER_FILES.contains(&name)
         || weights.iter().any(|suffix| name.ends_with(suffix))
 }
 

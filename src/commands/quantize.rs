@@ -14,7 +14,8 @@ use crate::checkpoint::repack::{Repack, RoleSummary, Step};
 use crate::checkpoint::writer::ShardWriter;
 use crate::checkpoint::{Checkpoint, CheckpointKind};
 use crate::cli::quantize::QuantizeArgs;
-use crate::commands::model_folder::{self, COPIED_FILES};
+use crate::commands::model_folder;
+use crate::data::{ChatTokenizer, TokenizerFiles};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 use crate::model::spec::TensorRole;
@@ -139,15 +140,10 @@ fn write_side_files(
     let path = folder.join("config.json");
     std::fs::write(&path, format!("{config:#}\n")).map_err(|e| Error::io("write", &path, e))?;
     if checkpoint.kind() == CheckpointKind::Gguf {
-        return crate::data::ChatTokenizer::open(checkpoint.path())?.save(folder);
+        return ChatTokenizer::open(checkpoint.path())?.save(folder);
     }
-    for name in COPIED_FILES {
-        let (from, to) = (checkpoint.path().join(name), folder.join(name));
-        if from.exists() {
-            std::fs::copy(&from, &to).map_err(|e| Error::io("copy to", &to, e))?;
-        }
-    }
-    Ok(())
+    let model = checkpoint.path();
+    model_folder::copy_side_files(model, &TokenizerFiles::of_folder(model)?, folder)
 }
 
 /// What makes `transformers` load the folder as pre-quantized.

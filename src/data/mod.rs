@@ -31,6 +31,7 @@ mod strftime;
 pub mod template;
 mod template_sources;
 pub mod tokenizer;
+mod tokenizer_files;
 mod truncate;
 
 pub use batch::{Batch, Document};
@@ -40,4 +41,5 @@ pub use record::Format;
 pub use spans::{Rendered, Turn};
 pub use template_sources::TemplateSources;
 pub use tokenizer::ChatTokenizer;
+pub use tokenizer_files::{TOKENIZER_FILES, TokenizerFiles};
 pub use truncate::Truncation;

@@ -16,6 +16,7 @@ const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
 const CHAT_FILE: &str = "chat_template.jinja";
 const CONFIG_FILE: &str = "tokenizer_config.json";
+const MORE_TEMPLATES: &str = "additional_chat_templates";
 
 /// The Jinja sources of a tokenizer's chat templates.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -37,7 +38,7 @@ impl TemplateSources {
             true => std::fs::read_to_string(path).map(Some).map_err(|e| Error::io("read", path, e)),
             false => Ok(None),
         };
-        let tools = folder.join("additional_chat_templates").join(format!("{TOOL_USE}.jinja"));
+        let tools = folder.join(MORE_TEMPLATES).join(format!("{TOOL_USE}.jinja"));
         match read(&folder.join(CHAT_FILE))? {
             Some(chat) => Ok(Some(TemplateSources { chat, tool_use: read(&tools)? })),
             None => Ok(Self::of_config(&config["chat_template"])),
@@ -52,6 +53,16 @@ impl TemplateSources {
         let config = folder.join(CONFIG_FILE);
         let config = if config.exists() { read_json(&config)? } else { Value::Null };
         Self::of_folder(folder, &config)
+    }
+
+    /// Those that `folder` has spread over more than the files of [`TOKENIZER_FILES`].
+    ///
+    /// [`TOKENIZER_FILES`]: super::TOKENIZER_FILES
+    ///
+    /// # Errors
+    /// `Io` or `Input` when a file cannot be read.
+    pub fn of_several_files(folder: &Path) -> Result<Option<Self>> {
+        if folder.join(MORE_TEMPLATES).exists() { Self::of_adapter(folder) } else { Ok(None) }
     }
 
     /// Writes them into a folder, in place of any that it has: one as a file, several into

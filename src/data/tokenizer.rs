@@ -17,6 +17,7 @@ use super::pre_tokenizers::set_splitter;
 use super::sentence_piece::{self, is_sentence_piece};
 use super::template::ChatTemplate;
 use super::template_sources::TemplateSources;
+use super::tokenizer_files::TokenizerFiles;
 use crate::checkpoint::{read_gguf_header, read_json};
 use crate::error::{Error, Result, candle_text};
 
@@ -130,9 +131,18 @@ impl ChatTokenizer {
         Ok(TemplateSources { chat, tool_use: None })
     }
 
-    /// The chat templates, where they are not the model's.
-    pub fn other_templates(&self) -> Option<&TemplateSources> {
-        self.templates.as_ref().filter(|_| self.templates != self.own.0)
+    /// What the folder of an adapter of `model` needs for being read as it was trained: the files,
+    /// where they are not the model's, and chat templates that are not in the files.
+    ///
+    /// # Errors
+    /// `Io` when a file cannot be opened.
+    pub fn beyond_the_model(&self, model: &Path) -> Result<TokenizerFiles> {
+        let files = match self.home == model {
+            true => TokenizerFiles::default(),
+            false => TokenizerFiles::of_folder(&self.home)?,
+        };
+        let other = self.templates.clone().filter(|_| self.templates != self.own.0);
+        Ok(files.with_templates(other))
     }
 
     /// Generation must stop at what the chat template ends a turn with. A template that does not

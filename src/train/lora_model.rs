@@ -11,7 +11,7 @@ use super::meter::Meter;
 use super::preview::Preview;
 use super::trainee::{Shrunk, Trainee};
 use crate::adapter::Adapter;
-use crate::data::{Batch, TemplateSources};
+use crate::data::{Batch, TokenizerFiles};
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::Account;
@@ -33,8 +33,8 @@ pub struct LoraModel<K: TrainingKernels = Cpu> {
     watched: Option<(Meter, Account)>,
     /// Bytes that the user allows.
     budget: Option<u64>,
-    /// What conversations are written with, if not with the model's own.
-    templates: Option<TemplateSources>,
+    /// What conversations are read and written with, if not with the model's own.
+    tokenizer: TokenizerFiles,
 }
 
 impl<K: TrainingKernels> LoraModel<K> {
@@ -59,13 +59,13 @@ impl<K: TrainingKernels> LoraModel<K> {
             wanted,
             watched: None,
             budget: None,
-            templates: None,
+            tokenizer: TokenizerFiles::default(),
         }
     }
 
-    /// Whoever reads the adapter needs these chat templates.
-    pub fn speaking(self, templates: Option<TemplateSources>) -> Self {
-        LoraModel { templates, ..self }
+    /// Whoever reads the adapter needs these files.
+    pub fn speaking(self, tokenizer: TokenizerFiles) -> Self {
+        LoraModel { tokenizer, ..self }
     }
 
     /// Accounts for its memory: `meter` began before the weights were read, `account` is the plan
@@ -189,7 +189,7 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {
         self.model().parameters().save(&self.adapter, folder, self.dtype)?;
-        self.templates.as_ref().map_or(Ok(()), |templates| templates.save(folder))
+        self.tokenizer.save(folder)
     }
 
     fn sample(&mut self, prompt: &str) -> Result<String> {

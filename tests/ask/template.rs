@@ -1,6 +1,7 @@
 //! A chat template that the model does not bring: chosen by a flag, kept with the adapter.
 
 use std::fs;
+use std::path::Path;
 
 use serde_json::{Value, json};
 
@@ -166,10 +167,13 @@ fn a_conversation_has_no_beginning_of_its_own() {
 fn an_adapter_speaks_with_the_tokenizer_that_it_brings() {
     let place = place();
     let other = adapter("llama_s0.plain");
-    fs::create_dir(place.path("own")).unwrap();
-    for file in ["adapter_config.json", "adapter_model.safetensors"] {
-        fs::copy(format!("{other}/{file}"), place.path("own").join(file)).unwrap();
-    }
+    let take = |from: &Path, name: &str| {
+        fs::create_dir(place.path(name)).unwrap();
+        for file in ["adapter_config.json", "adapter_model.safetensors"] {
+            fs::copy(from.join(file), place.path(name).join(file)).unwrap();
+        }
+    };
+    take(Path::new(&other), "own");
     let swapped = |text: &str| {
         let swap = |word: &str| match word {
             "w5" => "w6".to_string(),
@@ -187,6 +191,19 @@ fn an_adapter_speaks_with_the_tokenizer_that_it_brings() {
     let expected = generate(&place, &["--adapter", &other, "--raw", "--prompt", "w92 w6 w93"]);
     let got = generate(&place, &["--adapter", "own", "--prompt", "w5"]);
     assert_eq!(got, swapped(&expected));
+    // A run that starts from it keeps all of that, whatever becomes of the first folder.
+    succeed(train(&place, "next", &["--init-adapter", "own", "--max-steps", "2"]));
+    for folder in ["next", "next/checkpoint-2"] {
+        for file in ["tokenizer.json", "tokenizer_config.json"] {
+            assert_eq!(place.read(&format!("{folder}/{file}")), place.read(&format!("own/{file}")));
+        }
+    }
+    let answer = generate(&place, &["--adapter", "next", "--prompt", "w5"]);
+    take(&place.path("next"), "bare");
+    let raw = ["--adapter", "bare", "--raw", "--prompt", "w92 w6 w93"];
+    // Where the template ends a turn, its answer stops, and the raw text need not.
+    let raw = swapped(&generate(&place, &raw));
+    assert!(!answer.is_empty() && raw.starts_with(&answer), "{answer} of {raw}");
     // And the base again with its own.
     let (answers, _) = chat(
         &place,

@@ -229,7 +229,7 @@ impl Base {
             AdapterDtype::F32 => FloatType::F32,
         };
         let model = LoraModel::new(model, adapter, dtype, self.preview, wanted)
-            .speaking(self.tokenizer.other_templates().cloned());
+            .speaking(self.tokenizer.beyond_the_model(&args.model.model)?);
         let budget = args.resources.memory_budget.map(|budget| budget.0);
         Ok(model.watched(meter, account, budget))
     }
