@@ -122,6 +122,38 @@ fn what_llama_cpp_computes_otherwise_is_refused() {
     }
 }
 
+/// The golden configs say `max_position_embeddings` 128.
+#[test]
+fn windows_that_llama_cpp_does_not_heed_are_told() {
+    for (name, window) in [("mistral_s0", "8"), ("phi3_s0", "10")] {
+        let place = place(&Case::open(name));
+        let output = succeed(place.nibble(&["export", "--model", "base", "--out", "out.gguf"]));
+        let text = String::from_utf8(output.stderr).unwrap();
+        let says = format!("texts longer than {window} tokens will differ");
+        assert!(text.contains(&says), "{text}");
+    }
+}
+
+/// LongRoPE's divisors are tensors, as llama.cpp's converter writes them.
+#[test]
+fn long_rope_is_written_for_llama_cpp() {
+    let place = place(&Case::open("phi3_s0"));
+    let (content, mut file) = export(&place, &[]);
+    let mut factors = |kind: &str| {
+        let name = format!("rope_factors_{kind}.weight");
+        let tensor = content.tensor(&mut file, &name, &Device::Cpu).unwrap();
+        tensor.dequantize(&Device::Cpu).unwrap().to_vec1::<f32>().unwrap()
+    };
+    assert_eq!(factors("short"), [1.0, 1.1, 1.2, 1.4, 1.7, 2.1]);
+    assert_eq!(factors("long"), [1.0, 1.5, 2.5, 4.0, 6.0, 9.0]);
+    let field = |key: &str| &content.metadata[&format!("phi3.{key}")];
+    assert_eq!(field("rope.dimension_count").to_u32().unwrap(), 12);
+    assert_eq!(field("rope.scaling.original_context_length").to_u32().unwrap(), 48);
+    assert_eq!(field("attention.sliding_window").to_u32().unwrap(), 10);
+    let factor = (1.0 + (128.0_f64 / 48.0).ln() / 48.0_f64.ln()).sqrt() as f32;
+    assert_eq!(field("rope.scaling.attn_factor").to_f32().unwrap(), factor);
+}
+
 #[test]
 fn matrices_have_the_type_that_is_asked_for_and_vectors_are_f32() {
     let case = Case::open("llama_s0");

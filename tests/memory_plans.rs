@@ -29,6 +29,8 @@ struct Shape {
     /// Pairs of rotary tables.
     rotaries: usize,
     tied: bool,
+    /// q, k and v are one linear, and gate and up.
+    fused: bool,
 }
 
 const LLAMA_8B: Shape = Shape {
@@ -46,6 +48,7 @@ const LLAMA_8B: Shape = Shape {
     post_norms: false,
     rotaries: 1,
     tied: false,
+    fused: false,
 };
 const QWEN_32B: Shape = Shape {
     config: "qwen2.5-32b",
@@ -94,16 +97,36 @@ const GEMMA3_27B: Shape = Shape {
     tied: true,
     ..LLAMA_8B
 };
+const PHI4: Shape = Shape {
+    config: "phi-4",
+    d: 5120,
+    layers: 40,
+    heads: 40,
+    f: 17_920,
+    v: 100_352,
+    q: 5120,
+    kv: 1280,
+    fused: true,
+    ..LLAMA_8B
+};
 
-/// Adapters of rank 16 are on all seven linears.
+/// Adapters of rank 16 are on all linears.
 const RANK: usize = 16;
 const TILE: usize = 4096;
 
 impl Shape {
     /// (in, out) of a block's linears.
-    fn linears(&self) -> [(usize, usize); 7] {
+    fn linears(&self) -> Vec<(usize, usize)> {
         let Shape { d, f, q, kv, .. } = *self;
-        [(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
+        if self.fused {
+            return vec![(d, q + 2 * kv), (q, d), (d, 2 * f), (f, d)];
+        }
+        vec![(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
+    }
+
+    /// Linears that make q, k and v.
+    fn projections(&self) -> usize {
+        if self.fused { 1 } else { 3 }
     }
 
     /// 4 bits a weight, a byte for 64 of them, 4 bytes for 256 such bytes, and an offset; embedding
@@ -128,7 +151,9 @@ impl Shape {
     fn saved(&self) -> (usize, usize) {
         let Shape { d, q, kv, .. } = *self;
         let projected = if self.post_norms { d } else { 0 };
-        let first = 2 * ((q + 2 * kv) + q + 5 * RANK + d + projected) + 4 * self.heads;
+        let ranks = (self.projections() + 2) * RANK;
+        let first = 2 * ((q + 2 * kv) + q + ranks + d + projected) + 4 * self.heads;
+        // `x·Aᵀ` of gate, up and down; or of two, and room behind gate and up for t of both.
         (first, 2 * (2 * self.f + 3 * RANK + projected))
     }
 
@@ -149,20 +174,25 @@ impl Shape {
         // δ of attention.
         let projected = if self.post_norms { d } else { 0 };
         let tables = self.rotaries * 4 * self.head_dim;
-        let gradients = 2 * (d + d.max(q) + qkv + projected + 7 * RANK) + tables + 4 * self.heads;
+        let projections = self.projections();
+        let ranks = (1 + 2 * projections) * RANK;
+        let gradients = 2 * (d + d.max(q) + qkv + projected + ranks) + tables + 4 * self.heads;
         let gradients = tokens * gradients;
         // q, k and v as attention reads them, where norms lie between.
         let normed = if self.qk_norm { tokens * 2 * qkv } else { 0 };
         // The output of a norm, with room for `x·Aᵀ` of q, k and v, and its statistics.
-        let norm = tokens * (2 * (d + 3 * RANK) + 4 * 2);
+        let norm = tokens * (2 * (d + projections * RANK) + 4 * 2);
         // A of q, k and v one below the other, and its gradient.
-        let stacked = (2 + 4) * 3 * RANK * d;
+        let stacked = if self.fused { 0 } else { (2 + 4) * 3 * RANK * d };
         let room = if self.post_norms { 0 } else { RANK };
         let tiles = if tokens > TILE { 2 * tile * (2 * d + room) } else { 0 };
-        let mlp = 2 * tile * 2 * (self.f + RANK) + tiles;
+        // h, and the gradient of the gate where that is not made in place of gate and up.
+        let mlp_ranks = if self.fused { 1 } else { 2 };
+        let mlp = 2 * tile * (2 * self.f + mlp_ranks * RANK) + tiles;
         let rows = ((128usize << 20).div_ceil(2 * self.v) / 256 * 256).min(tokens);
         let head = rows * (2 * (self.v + 3 * d) + 4 * 6);
-        let dequantized = 2 * 2 * (d + RANK) * self.f;
+        let widest = if self.fused { 2 * self.f } else { self.f };
+        let dequantized = 2 * 2 * (d + RANK) * widest;
         let (cublas, context) = (32 << 20, 460 << 20);
         let run = adapter
             + inputs * tokens * 2 * d
@@ -194,7 +224,7 @@ impl Shape {
 
 #[test]
 fn a_plan_is_the_arithmetic_of_its_formulas() {
-    for shape in [LLAMA_8B, QWEN_32B, LLAMA_70B, QWEN3_8B, GEMMA2_9B, GEMMA3_27B] {
+    for shape in [LLAMA_8B, QWEN_32B, LLAMA_70B, QWEN3_8B, GEMMA2_9B, GEMMA3_27B, PHI4] {
         for (tokens, policy) in [
             (512, "keep"),
             (4096, "keep"),
@@ -322,7 +352,7 @@ fn streamed_70b_fits_24_gib_and_is_bound_by_computation() {
     assert!(text.contains("a step copies 64.1 GiB to the GPU"), "{text}");
     assert!(text.contains("It is bound by computation"), "{text}");
     let blocks =
-        2 * LLAMA_70B.linears().map(|(input, output)| input * output).iter().sum::<usize>();
+        2 * LLAMA_70B.linears().iter().map(|(input, output)| input * output).sum::<usize>();
     let plan: serde_json::Value =
         serde_json::from_str(&says("llama-3.3-70b", &format!("{flags} --json"))).unwrap();
     let pinned = plan["pinned_bytes"].as_u64().unwrap() as f64;

@@ -22,6 +22,7 @@ CASES = [
     "gemma_s0",
     "gemma2_s0",
     "gemma3_s0",
+    "phi3_s0",
     "gpt2_s0",
 ]
 

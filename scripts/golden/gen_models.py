@@ -127,6 +127,20 @@ CASES = {
                 sliding_attention=dict(rope_type="default", rope_theta=10000.0),
             ),
         ),
+        "phi3_s0": c(
+            "phi3",
+            80,
+            ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+            extra=dict(sliding_window=10, original_max_position_embeddings=48),
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=10000.0,
+                partial_rotary_factor=0.75,
+                original_max_position_embeddings=48,
+                short_factor=[1.0, 1.1, 1.2, 1.4, 1.7, 2.1],
+                long_factor=[1.0, 1.5, 2.5, 4.0, 6.0, 9.0],
+            ),
+        ),
         "gpt2_s0": dict(
             model_type="gpt2",
             seed=30,
@@ -279,6 +293,11 @@ def make(name, spec, out):
         rp = dict(rp)
         v4["rope_theta"] = rp.pop("rope_theta", 10000.0)
         prf = rp.pop("partial_rotary_factor", None)
+        if spec["model_type"] == "phi3":
+            v4["partial_rotary_factor"] = prf
+            # transformers 4 has it outside.
+            del rp["original_max_position_embeddings"]
+            rp["type"] = rp.pop("rope_type")
         if spec["model_type"] == "gpt_neox":
             v4["rotary_emb_base"] = v4.pop("rope_theta")
             v4["rotary_pct"] = prf

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """One tiny Llama for each way to stretch rotary embeddings, run beyond the length it was trained for.
 
-usage: gen_rope.py OUT
+usage: gen_rope.py OUT [NAME ...]
 
 OUT/NAME/config.json, model.safetensors (f32); ref.safetensors: input_ids [2, S], labels, logits, loss,
 and short_ids [1, 20] with short_logits; case.json: f32-vs-f64 noise, and how far the logits move when
@@ -54,6 +54,15 @@ CASES = {
             factor=4.0,
             original_max_position_embeddings=TRAINED,
             attention_factor=1.3,
+        ),
+        4 * TRAINED,
+    ),
+    "longrope": (
+        dict(
+            rope_type="longrope",
+            original_max_position_embeddings=TRAINED,
+            short_factor=[1.0, 1.05, 1.1, 1.2, 1.35, 1.6, 2.0, 2.5],
+            long_factor=[1.0, 1.2, 1.7, 2.4, 3.3, 4.5, 6.0, 8.0],
         ),
         4 * TRAINED,
     ),
@@ -137,8 +146,9 @@ def write(out, name, rope, max_positions):
 
 def main():
     out = Path(sys.argv[1])
-    for name, (rope, max_positions) in CASES.items():
-        write(out, name, rope, max_positions)
+    names = sys.argv[2:] or CASES
+    for name in names:
+        write(out, name, *CASES[name])
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ use crate::cli::size::ByteSize;
 use crate::data::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
-use crate::model::spec::ModelSpec;
+use crate::model::spec::{Family, ModelSpec};
 
 /// Runs the command.
 ///
@@ -75,9 +75,10 @@ fn metadata(args: &ExportArgs, spec: &ModelSpec) -> Result<Vec<(String, Metadata
     Ok(fields)
 }
 
-/// llama.cpp computes a family with full attention if its files name no window.
+/// llama.cpp computes a family with full attention if its files name no window, and a Phi-3 in any case.
 fn note_windows(spec: &ModelSpec, metadata: &[(String, Metadata)]) {
-    if metadata.iter().any(|(key, _)| key.ends_with(".attention.sliding_window")) {
+    let named = metadata.iter().any(|(key, _)| key.ends_with(".attention.sliding_window"));
+    if named && spec.family != Family::Phi3 {
         return;
     }
     let shortest = spec.windows.iter().flatten().min();

@@ -61,7 +61,8 @@ impl ChatTokenizer {
             return Err(unnamed("it splits text in a way of its own"));
         };
         let tokens = tokens(json, vocab_size)?;
-        let mut fields = common("gpt2", splitter.name(), &tokens);
+        let ignore_merges = json["model"]["ignore_merges"] == true;
+        let mut fields = common("gpt2", splitter.name(ignore_merges), &tokens);
         let merges = merges(json).map(|(left, right)| Metadata::String(format!("{left} {right}")));
         fields.push(("tokenizer.ggml.merges".into(), Metadata::Array(merges.collect())));
         Ok(fields)

@@ -17,6 +17,10 @@ use crate::error::{Error, Result};
 
 const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN_2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const GPT_4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+
+/// Names under which Llama 3's words are found by their merges, as all others are: Phi-4's.
+const WITH_MERGES: [&str; 2] = ["dbrx", "smaug-bpe"];
 
 /// Text on which all of them differ.
 const PROBE: &str = "Don't  SHE'LL 1234567 x٣٤ \n\n  naïve—«日本語» (a+b)!?\t\tend... \r\n 3.14 ";
@@ -32,30 +36,36 @@ pub(super) enum Splitter {
     LlamaBpe,
     /// The same, every digit by itself.
     Qwen2,
+    /// Words that end with their 's and begin with capitals, digits by three: Phi-4-mini's.
+    Gpt4o,
 }
 
 impl Splitter {
-    const ALL: [Splitter; 4] =
-        [Splitter::Gpt2, Splitter::Smollm, Splitter::LlamaBpe, Splitter::Qwen2];
+    const ALL: [Splitter; 5] =
+        [Splitter::Gpt2, Splitter::Smollm, Splitter::LlamaBpe, Splitter::Qwen2, Splitter::Gpt4o];
 
     /// By one of llama.cpp's names.
     pub fn from_name(name: &str) -> Option<Self> {
         Some(match name {
             "default" | "gpt-2" | "gpt2" => Splitter::Gpt2,
             "smollm" | "starcoder" | "refact" | "command-r" => Splitter::Smollm,
-            "llama-bpe" | "llama3" | "llama-v3" | "smaug-bpe" | "lfm2" => Splitter::LlamaBpe,
+            "llama-bpe" | "llama3" | "llama-v3" | "lfm2" => Splitter::LlamaBpe,
+            name if WITH_MERGES.contains(&name) => Splitter::LlamaBpe,
             "qwen2" | "deepseek-r1-qwen" => Splitter::Qwen2,
+            "gpt-4o" => Splitter::Gpt4o,
             _ => return None,
         })
     }
 
-    /// llama.cpp's name.
-    pub fn name(self) -> &'static str {
+    /// llama.cpp's name, for a tokenizer that looks words up before it merges, or does not.
+    pub fn name(self, ignore_merges: bool) -> &'static str {
         match self {
+            Splitter::LlamaBpe if !ignore_merges => WITH_MERGES[0],
             Splitter::Gpt2 => "gpt-2",
             Splitter::Smollm => "smollm",
             Splitter::LlamaBpe => "llama-bpe",
             Splitter::Qwen2 => "qwen2",
+            Splitter::Gpt4o => "gpt-4o",
         }
     }
 
@@ -73,6 +83,7 @@ impl Splitter {
             Splitter::Smollm => Sequence::new(vec![Digits::new(true).into(), bytes.into()]).into(),
             Splitter::LlamaBpe => words(LLAMA_3),
             Splitter::Qwen2 => words(QWEN_2),
+            Splitter::Gpt4o => words(GPT_4O),
         }
     }
 
@@ -115,7 +126,7 @@ pub(super) fn set_splitter(tokenizer: &mut Tokenizer, content: &Content) -> Resu
     tokenizer.with_post_processor(Some(ByteLevel::new(prefix_space, false, true)));
     // Llama 3 has words that no merges lead to.
     if splitter == Splitter::LlamaBpe
-        && name != "smaug-bpe"
+        && !WITH_MERGES.contains(&name)
         && let ModelWrapper::BPE(mut model) = tokenizer.get_model().clone()
     {
         model.ignore_merges = true;
@@ -137,22 +148,27 @@ mod tests {
                 "{:?}",
                 Splitter::ALL[index]
             );
-            assert_eq!(
-                Splitter::from_name(Splitter::ALL[index].name()),
-                Some(Splitter::ALL[index])
-            );
+            let splitter = Splitter::ALL[index];
+            for ignore_merges in [true, false] {
+                assert_eq!(Splitter::from_name(splitter.name(ignore_merges)), Some(splitter));
+            }
         }
     }
 
     /// What the tokenizers library makes of the probe with the tokenizer.json of Llama 3.1,
-    /// Qwen 3 and SmolLM2.
+    /// Qwen 3 and SmolLM2, and with the published expression of GPT-4o's.
     #[test]
     fn text_is_split_as_by_the_models_own_tokenizers() {
         let llama = "Don|'t| | SHE|'LL| |123|456|7| x|٣٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|14| ";
         let qwen = "Don|'t| | SHE|'LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|1|4| ";
         let smollm = "Don|'t| | SHE|'|LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n | naïve|—«|日本語|»| (|a|+|b|)!?|\t|\t|end|...| \r\n |3|.|1|4| ";
-        let cases =
-            [(Splitter::LlamaBpe, llama), (Splitter::Qwen2, qwen), (Splitter::Smollm, smollm)];
+        let gpt_4o = "Don't| | SHE'LL| |123|456|7| x|٣٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|14| ";
+        let cases = [
+            (Splitter::LlamaBpe, llama),
+            (Splitter::Qwen2, qwen),
+            (Splitter::Smollm, smollm),
+            (Splitter::Gpt4o, gpt_4o),
+        ];
         for (splitter, expected) in cases {
             let mut text = PreTokenizedString::from(PROBE);
             splitter.build(false).pre_tokenize(&mut text).unwrap();

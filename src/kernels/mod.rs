@@ -343,7 +343,8 @@ pub trait Kernels: Clone + Sync {
         rows: usize,
     );
 
-    /// Rotates q and k in place; `backward` turns the other way. Tables `[T, head_dim / 2]`.
+    /// Rotates q and k in place; `backward` turns the other way. Tables
+    /// `[T, rotary_dim / 2]`.
     fn rotary(
         &self,
         shape: &AttentionShape,
@@ -409,6 +410,26 @@ pub trait Kernels: Clone + Sync {
         d_out: &mut Self::Buffer,
         d_up: &mut Self::Buffer,
         elements: usize,
+    );
+
+    /// `out = act(gate) ∘ up` of `[gate | up]`, rows of twice the width of `out`.
+    fn fused_mlp_forward(
+        &self,
+        activation: Activation,
+        gate_up: &Self::Buffer,
+        out: &mut Self::Buffer,
+        rows: usize,
+        width: usize,
+    );
+
+    /// `gate_up` becomes its gradient, `d_out` that of what was made of it.
+    fn fused_mlp_backward(
+        &self,
+        activation: Activation,
+        gate_up: &mut Self::Buffer,
+        d_out: &Self::Buffer,
+        rows: usize,
+        width: usize,
     );
 
     /// Adds the sum over rows of `−log softmax(logits)[target]` to `loss`; `logits [rows, V]`, as they

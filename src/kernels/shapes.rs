@@ -69,6 +69,8 @@ pub struct AttentionShape {
     pub num_kv_heads: usize,
     /// Width of a head.
     pub head_dim: usize,
+    /// The first elements of a head, which rotary embedding turns.
+    pub rotary_dim: usize,
     /// Keys that a query sees, itself included; `None` is all before it.
     pub window: Option<usize>,
     /// Factor on the scores.
@@ -78,10 +80,17 @@ pub struct AttentionShape {
 }
 
 impl AttentionShape {
-    /// Full causal attention, scores divided by `sqrt(head_dim)`.
+    /// Full causal attention, scores divided by `sqrt(head_dim)`, whole heads rotated.
     pub fn new(num_heads: usize, num_kv_heads: usize, head_dim: usize) -> Self {
-        let scale = 1.0 / (head_dim as f32).sqrt();
-        AttentionShape { num_heads, num_kv_heads, head_dim, window: None, scale, soft_cap: None }
+        AttentionShape {
+            num_heads,
+            num_kv_heads,
+            head_dim,
+            rotary_dim: head_dim,
+            window: None,
+            scale: 1.0 / (head_dim as f32).sqrt(),
+            soft_cap: None,
+        }
     }
 
     /// Width of q and of the output.

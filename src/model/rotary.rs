@@ -2,7 +2,8 @@
 //!
 //! Pair `j` of a head turns by `position · inv_freq[j]`, in Hugging Face's `rotate_half` layout:
 //! `y[j] = x[j]·cos − x[j + d/2]·sin`, `y[j + d/2] = x[j + d/2]·cos + x[j]·sin`.
-//! Sources: transformers `modeling_rope_utils.py`; YaRN, arXiv 2309.00071; RoFormer, 2104.09864.
+//! Sources: transformers `modeling_rope_utils.py`; YaRN, arXiv 2309.00071; LongRoPE, 2402.13753;
+//! RoFormer, 2104.09864.
 
 use std::f64::consts::PI;
 
@@ -29,17 +30,14 @@ pub(super) fn rotary_from_config(config: &Value) -> Result<Rotary> {
     if !(theta.is_finite() && theta > 0.0) {
         return Err(Error::input(format_args!("config.json: rope_theta is {theta}")));
     }
-    for holder in [parameters, config] {
-        if let Some(fraction) = holder.get("partial_rotary_factor").and_then(Value::as_f64)
-            && fraction != 1.0
-        {
-            return Err(Error::input(format_args!(
-                "config.json: partial_rotary_factor = {fraction} is not supported"
-            ))
-            .hint("only models that rotate whole heads are"));
-        }
-    }
     Ok(Rotary { theta, scaling: scaling_from(parameters, config)? })
+}
+
+/// The share of each head that turns, as transformers 5 or 4 spells it.
+pub(super) fn partial_rotary_factor(config: &Value) -> f64 {
+    const KEY: &str = "partial_rotary_factor";
+    let holders = [&config["rope_parameters"], &config["rope_scaling"], config];
+    holders.into_iter().find_map(|holder| holder[KEY].as_f64()).unwrap_or(1.0)
 }
 
 fn scaling_from(parameters: &Value, config: &Value) -> Result<RopeScaling> {
@@ -74,6 +72,7 @@ fn scaling_from(parameters: &Value, config: &Value) -> Result<RopeScaling> {
                 truncate: parameters.get("truncate").and_then(Value::as_bool).unwrap_or(true),
             }
         }
+        "longrope" => long_rope(parameters, config)?,
         "llama3" => RopeScaling::Llama3 {
             factor: number("factor")?,
             low_freq_factor: number("low_freq_factor")?,
@@ -84,9 +83,44 @@ fn scaling_from(parameters: &Value, config: &Value) -> Result<RopeScaling> {
             return Err(Error::input(format_args!(
                 "config.json: rope_type `{other}` is not supported"
             ))
-            .hint("supported: default, linear, dynamic, yarn, llama3"));
+            .hint("supported: default, linear, dynamic, yarn, longrope, llama3"));
         }
     })
+}
+
+fn long_rope(parameters: &Value, config: &Value) -> Result<RopeScaling> {
+    // The config's own comes before that of the scaling, as in transformers.
+    const ORIGINAL: &str = "original_max_position_embeddings";
+    let longest = &config["max_position_embeddings"];
+    let original = [&config[ORIGINAL], &parameters[ORIGINAL], longest];
+    let original = original.into_iter().find_map(Value::as_f64).filter(|length| *length > 1.0);
+    let original = original.ok_or_else(|| {
+        Error::input(format_args!("config.json: longrope needs an `{ORIGINAL}` above 1"))
+    })?;
+    let divisors = |key: &str| {
+        let listed = parameters[key].as_array().map_or(&[][..], Vec::as_slice);
+        let divisor = |value: &Value| value.as_f64().map(|x| x as f32);
+        let divisor = |value| divisor(value).filter(|x| x.is_normal() && *x > 0.0);
+        let divisors: Option<Vec<f32>> = listed.iter().map(divisor).collect();
+        divisors.filter(|divisors| !divisors.is_empty()).ok_or_else(|| {
+            Error::input(format_args!("config.json: longrope needs positive numbers `{key}`"))
+        })
+    };
+    let stretch = parameters["factor"].as_f64();
+    let stretch = stretch.unwrap_or(longest.as_f64().unwrap_or(original) / original);
+    let attention_factor = parameters["attention_factor"].as_f64();
+    Ok(RopeScaling::LongRope {
+        short_factor: divisors("short_factor")?,
+        long_factor: divisors("long_factor")?,
+        original_max_position_embeddings: original as usize,
+        attention_factor: attention_factor
+            .unwrap_or_else(|| long_rope_attention_factor(stretch, original)),
+    })
+}
+
+/// `sqrt(1 + ln s / ln L)` for a context that is s times the trained length L.
+pub fn long_rope_attention_factor(stretch: f64, original: f64) -> f64 {
+    if stretch <= 1.0 { 1.0 } else { (1.0 + stretch.ln() / original.ln()).sqrt() }
 }
 
 fn yarn_attention_factor(optional: &dyn Fn(&str) -> Option<f64>, factor: f64) -> f64 {
@@ -132,20 +166,29 @@ pub fn llama3_scaling_of(factors: &[f32], theta: f64, head_dim: usize) -> Option
 }
 
 impl Rotary {
-    /// cos and sin `[T, head_dim / 2]` for the tokens of `layout`.
+    /// cos and sin `[T, dim / 2]` for the tokens of `layout`; `dim` elements of each head turn. Where
+    /// more tokens of a document may come, `context` is how many there can be in all.
+    ///
+    /// LongRoPE has one set of frequencies for all keys of a document: where its length is not known
+    /// yet, that of the context decides, as in llama.cpp and vLLM.
     pub fn fill_tables(
         &self,
-        head_dim: usize,
+        dim: usize,
         layout: &TokenLayout,
+        context: Option<usize>,
         cos: &mut [f32],
         sin: &mut [f32],
     ) {
-        let half = head_dim / 2;
+        let half = dim / 2;
+        let least = match self.scaling {
+            RopeScaling::LongRope { .. } => context.unwrap_or(0),
+            _ => 0,
+        };
         for document in layout.boundaries.windows(2) {
             let (begin, end) = (document[0], document[1]);
             let positions = &layout.positions[begin..end];
-            let length = positions.last().map_or(0, |&last| last as usize + 1);
-            let (frequencies, factor) = self.inverse_frequencies(head_dim, length);
+            let length = positions.last().map_or(0, |&last| last as usize + 1).max(least);
+            let (frequencies, factor) = self.inverse_frequencies(dim, length);
             let cos = cos[begin * half..end * half].par_chunks_exact_mut(half);
             let sin = sin[begin * half..end * half].par_chunks_exact_mut(half);
             let rows = positions.par_iter().zip(cos).zip(sin).with_min_len(ROWS_OF_A_TASK);
@@ -158,14 +201,13 @@ impl Rotary {
         }
     }
 
-    /// Inverse frequencies `[head_dim / 2]` (f32, as transformers computes them) for a sequence of
+    /// Inverse frequencies `[dim / 2]` (f32, as transformers computes them) for a sequence of
     /// `length_tokens`, and the factor on cos and sin.
-    pub fn inverse_frequencies(&self, head_dim: usize, length_tokens: usize) -> (Vec<f32>, f32) {
-        let dim = head_dim as f64;
-        let series = |theta: f64| -> Vec<f32> {
-            let exponent = |j: usize| (2 * j) as f32 / head_dim as f32;
-            (0..head_dim / 2).map(|j| 1.0 / (theta as f32).powf(exponent(j))).collect()
-        };
+    pub fn inverse_frequencies(&self, dim: usize, length_tokens: usize) -> (Vec<f32>, f32) {
+        let width = dim as f64;
+        let power = |theta: f64, j: usize| (theta as f32).powf((2 * j) as f32 / dim as f32);
+        let series =
+            |theta: f64| -> Vec<f32> { (0..dim / 2).map(|j| 1.0 / power(theta, j)).collect() };
         match self.scaling {
             RopeScaling::Default => (series(self.theta), 1.0),
             RopeScaling::Linear { factor } => {
@@ -174,19 +216,26 @@ impl Rotary {
             RopeScaling::Dynamic { factor, original_max_position_embeddings } => {
                 let trained = original_max_position_embeddings as f64;
                 let stretch = factor * (length_tokens as f64).max(trained) / trained;
-                let exponent = dim / (dim - 2.0);
+                let exponent = width / (width - 2.0);
                 (series(self.theta * (stretch - (factor - 1.0)).powf(exponent)), 1.0)
             }
             RopeScaling::Yarn { attention_factor, .. } => {
-                (self.yarn(series(self.theta), dim), attention_factor as f32)
+                (self.yarn(series(self.theta), width), attention_factor as f32)
+            }
+            RopeScaling::LongRope {
+                ref short_factor,
+                ref long_factor,
+                original_max_position_embeddings,
+                attention_factor,
+            } => {
+                let is_long = length_tokens > original_max_position_embeddings;
+                let divisors = if is_long { long_factor } else { short_factor };
+                let divided =
+                    divisors.iter().enumerate().map(|(j, by)| 1.0 / (by * power(self.theta, j)));
+                (divided.collect(), attention_factor as f32)
             }
             RopeScaling::Llama3 { .. } => (self.llama3(series(self.theta)), 1.0),
         }
-    }
-
-    /// Whether the frequencies depend on the length of the sequence.
-    pub fn depends_on_length(&self) -> bool {
-        matches!(self.scaling, RopeScaling::Dynamic { .. })
     }
 
     fn yarn(&self, base: Vec<f32>, dim: f64) -> Vec<f32> {

@@ -22,6 +22,8 @@ pub enum Family {
     Gemma2,
     /// `Gemma3ForCausalLM`: norms of heads in place of caps, two rotary embeddings.
     Gemma3,
+    /// `Phi3ForCausalLM`: fused qkv, fused gate and up, LongRoPE; also Phi-4.
+    Phi3,
     /// `GPT2LMHeadModel`: layer norms, learned positions, fused qkv stored `[in, out]`.
     Gpt2,
 }
@@ -37,6 +39,7 @@ impl Family {
             Family::Gemma => "gemma",
             Family::Gemma2 => "gemma2",
             Family::Gemma3 => "gemma3_text",
+            Family::Phi3 => "phi3",
             Family::Gpt2 => "gpt2",
         }
     }
@@ -103,6 +106,17 @@ pub enum RopeScaling {
         /// Whether the bounds are rounded to whole dimensions (default true).
         truncate: bool,
     },
+    /// LongRoPE, arXiv 2402.13753: a divisor for each frequency.
+    LongRope {
+        /// Divisors `[rotary_dim / 2]` for sequences of up to the trained length.
+        short_factor: Vec<f32>,
+        /// For longer ones.
+        long_factor: Vec<f32>,
+        /// Trained length in tokens.
+        original_max_position_embeddings: usize,
+        /// Multiplies cos and sin, of short sequences, too.
+        attention_factor: f64,
+    },
     /// Llama 3.1's piecewise stretch by wavelength.
     Llama3 {
         /// Stretch of the long wavelengths.
@@ -149,8 +163,12 @@ pub struct ModelSpec {
     pub activation: Activation,
     /// `down(act(gate(x)) · up(x))` if true, `down(act(up(x)))` if false.
     pub gated_mlp: bool,
+    /// gate and up are one matrix, one below the other; it has the role of up.
+    pub fused_gate_up: bool,
     /// Rotary embedding of q and k.
     pub rotary: Option<Rotary>,
+    /// The first elements of each head, which it turns; the others stay as they are.
+    pub rotary_dim: usize,
     /// Another one for the layers with a window.
     pub local_rotary: Option<Rotary>,
     /// Rows of a learned position table, GPT-2's `wpe`.
@@ -169,7 +187,7 @@ pub struct ModelSpec {
     pub output_bias: bool,
     /// Bias on the MLP's linears.
     pub mlp_bias: bool,
-    /// q, k, v are one matrix `c_attn`.
+    /// q, k, v are one matrix.
     pub fused_qkv: bool,
     /// Linears are stored `[in, out]` (GPT-2's `Conv1D`) in dense checkpoints.
     pub conv1d: bool,
@@ -200,7 +218,7 @@ pub enum LinearRole {
     O,
     /// MLP gate.
     Gate,
-    /// MLP up (GPT-2: `c_fc`).
+    /// MLP up (GPT-2: `c_fc`); gate and up where they are one matrix.
     Up,
     /// MLP down (GPT-2: `mlp.c_proj`).
     Down,
@@ -279,6 +297,11 @@ impl ModelSpec {
         self.rotary.is_some().then_some(usize::from(local))
     }
 
+    /// Columns of what the linear of role up makes: F, or those of gate and up.
+    pub fn up_width(&self) -> usize {
+        if self.fused_gate_up { 2 * self.intermediate_size } else { self.intermediate_size }
+    }
+
     /// Width of k and of v: `K · head_dim`.
     pub fn kv_width(&self) -> usize {
         self.num_kv_heads * self.head_dim
@@ -303,6 +326,12 @@ impl ModelSpec {
                 (LinearRole::O, "attn.c_proj", q, d, o_bias),
                 (LinearRole::Up, "mlp.c_fc", d, f, mlp_bias),
                 (LinearRole::Down, "mlp.c_proj", f, d, mlp_bias),
+            ],
+            Family::Phi3 => vec![
+                (LinearRole::Qkv, "self_attn.qkv_proj", d, q + 2 * kv, qkv_bias),
+                (LinearRole::O, "self_attn.o_proj", q, d, o_bias),
+                (LinearRole::Up, "mlp.gate_up_proj", d, 2 * f, mlp_bias),
+                (LinearRole::Down, "mlp.down_proj", f, d, mlp_bias),
             ],
             _ => vec![
                 (LinearRole::Q, "self_attn.q_proj", d, q, qkv_bias),

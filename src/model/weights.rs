@@ -232,6 +232,7 @@ impl Reader<'_> {
                 num_heads: spec.num_heads,
                 num_kv_heads: spec.num_kv_heads,
                 head_dim: spec.head_dim,
+                rotary_dim: spec.rotary_dim,
                 window: spec.windows[layer],
                 scale: spec.attention_scale,
                 soft_cap: spec.attention_soft_cap,
@@ -240,6 +241,7 @@ impl Reader<'_> {
             activation: spec.activation,
             hidden_size: spec.hidden_size,
             intermediate_size: spec.intermediate_size,
+            fused_gate_up: spec.fused_gate_up,
         })
     }
 

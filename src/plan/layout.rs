@@ -166,8 +166,9 @@ fn push_mlp(
     tokens: usize,
     ranks: usize,
 ) {
-    let f = spec.intermediate_size;
-    let rows = [("gate", if spec.gated_mlp { f } else { 0 }), ("up", f), ("mlp_lora_x", ranks)];
+    let gate = spec.gated_mlp && !spec.fused_gate_up;
+    let gate = if gate { spec.intermediate_size } else { 0 };
+    let rows = [("gate", gate), ("up", spec.up_width()), ("mlp_lora_x", ranks)];
     for (name, width) in rows {
         plan.push(component, format!("{prefix}.{name}"), tokens * width);
     }
@@ -218,7 +219,7 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
     let component = Component::AttentionWorkspace;
     plan.push(component, "work.attention", settings.threads * per_thread);
     for name in rotary_tables(spec).flatten() {
-        plan.push(Component::RotaryTables, name, t * spec.head_dim / 2);
+        plan.push(Component::RotaryTables, name, t * spec.rotary_dim / 2);
     }
 }
 

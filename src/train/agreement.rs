@@ -23,14 +23,16 @@ use crate::plan::{Policy, Settings};
 use crate::random::Stream;
 
 /// Widths of heads, each of which has kernels of its own, and one that has none; without and with
-/// norms of heads, caps and norms of what is added to the stream.
-const HEADS: [(&str, usize); 7] = [
+/// norms of heads, caps, norms of what is added to the stream, fused linears and heads that turn in
+/// part.
+const HEADS: [(&str, usize); 8] = [
     ("llama", 64),
     ("llama", 96),
     ("qwen3", 128),
     ("gemma", 256),
     ("gemma2", 256),
     ("gemma3_text", 64),
+    ("phi3", 128),
     ("qwen3", 32),
 ];
 /// Two documents.
@@ -164,6 +166,7 @@ fn spec((family, head_dim): (&str, usize)) -> Result<ModelSpec> {
         "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": head_dim,
         "vocab_size": VOCABULARY, "max_position_embeddings": 128, "tie_word_embeddings": false,
+        "partial_rotary_factor": if family == "phi3" { 0.75 } else { 1.0 },
         "attention_bias": false, "mlp_bias": false, "sliding_window": 16, "sliding_window_pattern": 2,
         "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0,
     }))

@@ -16,7 +16,7 @@ const KEEP: [Policy; 1] = [Policy::Keep];
 /// room of its neighbours. B is not zero.
 fn adapter(case: &Case, r: usize) -> Adapter {
     let rank_pattern =
-        vec![("0.mlp.(down_proj|c_proj)".into(), 11), ("1.+(k_proj|c_fc)".into(), 3)];
+        vec![("0.mlp.(down_proj|c_proj)".into(), 11), ("1.+(k_proj|qkv_proj|c_fc)".into(), 3)];
     let config = LoraConfig { r, rank_pattern, ..LoraConfig::default() };
     let mut adapter = Adapter::init(config, &case.spec(), 5).unwrap();
     for (index, tensors) in adapter.tensors.iter_mut().enumerate() {
@@ -59,7 +59,7 @@ fn reference(case: &Case, adapter: &Adapter, plan: Settings) -> (f64, Vec<f32>) 
 #[test]
 fn one_product_for_base_and_adapter_is_as_exact_as_two() {
     let Some(gpu) = gpu() else { return };
-    for (name, r) in CASES.into_iter().zip([16, 5, 8, 1, 16, 6, 8, 3, 12, 4]) {
+    for (name, r) in CASES.into_iter().zip([16, 5, 8, 1, 16, 6, 8, 3, 12, 8, 4]) {
         let case = Case::open(name);
         let adapter = adapter(&case, r);
         let plan = plan(&case, &adapter, &[Policy::Keep]);

@@ -132,7 +132,7 @@ fn a_ragged_batch_equals_its_documents() {
 
 /// Largest error in norm of a LoRA gradient in bf16 by transformers and PEFT themselves, against f32:
 /// `scripts/golden/bf16_error.py`. These models are small and steep; ours may not be worse.
-const TORCH_ERRORS: [(&str, f64); 10] = [
+const TORCH_ERRORS: [(&str, f64); 11] = [
     ("llama_s0", 0.0366),
     ("llama_s1_qv", 0.0307),
     ("llama_tied_s2", 0.0627),
@@ -142,6 +142,7 @@ const TORCH_ERRORS: [(&str, f64); 10] = [
     ("gemma_s0", 0.0270),
     ("gemma2_s0", 0.0237),
     ("gemma3_s0", 0.0303),
+    ("phi3_s0", 0.0474),
     ("gpt2_s0", 0.0193),
 ];
 

@@ -81,8 +81,10 @@ fn bias_is_added_to_a_band() {
 #[test]
 fn rotary_turns_and_turns_back() {
     in_every_order(|device| {
-        for (rows, heads, head_dim, stride) in [(3, 5, 32, 192), (2, 3, 14, 60), (2, 2, 128, 400)] {
-            let (half, width) = (head_dim / 2, heads * head_dim);
+        let whole = [(3, 5, [32, 32], 192), (2, 3, [14, 14], 60), (2, 2, [128, 128], 400)];
+        let parts = [(3, 3, [32, 16], 96), (2, 5, [128, 96], 648), (2, 3, [20, 16], 64)];
+        for (rows, heads, [head_dim, turned], stride) in whole.into_iter().chain(parts) {
+            let (half, width) = (turned / 2, heads * head_dim);
             let x = normal_bf16(rows * width, "x");
             let angles = normal(rows * half, "angles");
             let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
@@ -90,7 +92,7 @@ fn rotary_turns_and_turns_back() {
             let mut qkv = with_stride(&x, width, stride);
             for backward in [0, 1] {
                 launch!(device, "rotary", [rows as u32, 1, 1], 64; &mut qkv[..], stride as i32,
-                    &cos[..], &sin[..], heads as i32, head_dim as i32, backward);
+                    &cos[..], &sin[..], heads as i32, head_dim as i32, turned as i32, backward);
                 if backward == 0 {
                     let mut expected = wide(&x);
                     for (i, head) in expected.chunks_exact_mut(head_dim).enumerate() {
@@ -158,6 +160,47 @@ fn activation(kind: i32, x: f64) -> f64 {
             0.5 * x * (1.0 + inner.tanh())
         }
     }
+}
+
+/// gate and up side by side become their gradients: the same as apart.
+#[test]
+fn activations_of_halves_of_a_row() {
+    in_every_order(|device| {
+        for (rows, width, stride) in [(3, 24, 56), (2, 13, 26), (1, 520, 1048)] {
+            let n = rows * width;
+            let [gate, up, d_out] = ["gate", "up", "d_out"].map(|name| normal_bf16(n, name));
+            let grid = [rows as u32, 1, 1];
+            let (width_argument, stride_argument) = (width as i32, stride as i32);
+            for kind in 0..3 {
+                let [mut out, mut d_gate, mut d_up] = [0; 3].map(|_| vec![POISON; n]);
+                launch!(device, "mlp_forward", grid, 32; kind, &gate[..], width_argument, &up[..],
+                    width_argument, &mut out[..], width_argument, width_argument);
+                launch!(device, "mlp_backward", grid, 32; kind, &gate[..], width_argument, &up[..],
+                    width_argument, &d_out[..], width_argument, &mut d_gate[..], width_argument,
+                    &mut d_up[..], width_argument, width_argument);
+                let mut both = vec![POISON; rows * stride];
+                for (row, both) in both.chunks_mut(stride).enumerate() {
+                    both[..width].copy_from_slice(&gate[row * width..][..width]);
+                    both[width..2 * width].copy_from_slice(&up[row * width..][..width]);
+                }
+                let mut together = vec![POISON; n];
+                let (first, second) = both.split_at_mut(width);
+                let [first, second] = [first, second].map(crate::emulator::Argument::from);
+                launch!(device, "mlp_forward", grid, 32; kind, first, stride_argument, second,
+                    stride_argument, &mut together[..], width_argument, width_argument);
+                assert_eq!(wide(&together), wide(&out));
+                launch!(device, "mlp_backward", grid, 32; kind, first, stride_argument, second,
+                    stride_argument, &d_out[..], width_argument, first, stride_argument, second,
+                    stride_argument, width_argument);
+                for (row, both) in both.chunks(stride).enumerate() {
+                    let of = |all: &[bf16]| wide(&all[row * width..][..width]);
+                    assert_eq!(wide(&both[..width]), of(&d_gate));
+                    assert_eq!(wide(&both[width..2 * width]), of(&d_up));
+                    assert!(both[2 * width..].iter().all(|x| x.to_bits() == POISON.to_bits()));
+                }
+            }
+        }
+    });
 }
 
 #[test]

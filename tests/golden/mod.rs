@@ -16,7 +16,7 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 
 /// Every family that Nibble trains.
-pub const CASES: [&str; 10] = [
+pub const CASES: [&str; 11] = [
     "llama_s0",
     "llama_s1_qv",
     "llama_tied_s2",
@@ -26,6 +26,7 @@ pub const CASES: [&str; 10] = [
     "gemma_s0",
     "gemma2_s0",
     "gemma3_s0",
+    "phi3_s0",
     "gpt2_s0",
 ];
 

@@ -62,7 +62,7 @@ fn assert_gradients(family: &str, scaling: &str, seed: u64) {
 
 #[test]
 fn llama_with_every_rope_scaling() {
-    for scaling in ["default", "linear", "dynamic", "yarn", "llama3"] {
+    for scaling in ["default", "linear", "dynamic", "yarn", "longrope", "llama3"] {
         (0..4).for_each(|seed| assert_gradients("llama", scaling, seed));
     }
 }
@@ -95,6 +95,12 @@ fn gemma2_with_four_norms_and_caps() {
 #[test]
 fn gemma3_with_two_rotary_embeddings() {
     (70..80).for_each(|seed| assert_gradients("gemma3_text", "linear", seed));
+}
+
+#[test]
+fn phi3_with_fused_linears_and_heads_that_turn_in_part() {
+    (80..84).for_each(|seed| assert_gradients("phi3", "default", seed));
+    (84..90).for_each(|seed| assert_gradients("phi3", "longrope", seed));
 }
 
 #[test]

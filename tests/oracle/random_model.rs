@@ -62,7 +62,7 @@ pub fn config(family: &str, scaling: &str, draws: &Draws) -> Value {
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "hidden_act": "silu",
         "rms_norm_eps": draws.pick("epsilon", &[1e-5, 1e-6]), "max_position_embeddings": 8,
         "tie_word_embeddings": draws.flag("tied"),
-        "rope_parameters": rope(scaling),
+        "rope_parameters": rope(scaling, head_dim),
     });
     if family.starts_with("gemma") {
         config["hidden_act"] = "gelu_pytorch_tanh".into();
@@ -73,6 +73,14 @@ pub fn config(family: &str, scaling: &str, draws: &Draws) -> Value {
             config["mlp_bias"] = draws.flag("mlp bias").into();
         }
         "gemma" => {}
+        "phi3" => {
+            let turned = 2 * (1 + draws.below("turned", head_dim / 2));
+            config["rope_parameters"] = rope(scaling, turned);
+            config["partial_rotary_factor"] = (turned as f64 / head_dim as f64).into();
+            config["original_max_position_embeddings"] = 8.into();
+            config["max_position_embeddings"] = 32.into();
+            config["sliding_window"] = draws.pick("window", &[None, Some(4), Some(9)]).into();
+        }
         "gemma2" | "gemma3_text" => {
             config["sliding_window"] = draws.pick("window", &[2, 4, 9]).into();
             config["query_pre_attn_scalar"] = draws.pick("scalar", &[4.0, 11.0]).into();
@@ -84,7 +92,7 @@ pub fn config(family: &str, scaling: &str, draws: &Draws) -> Value {
                 config["layer_types"] = json!(kinds[..layers as usize]);
                 let local = json!({"rope_type": "default", "rope_theta": 30.0});
                 config["rope_parameters"] =
-                    json!({"full_attention": rope(scaling), "sliding_attention": local});
+                    json!({"full_attention": rope(scaling, head_dim), "sliding_attention": local});
             }
         }
         "mistral" => {
@@ -102,8 +110,9 @@ pub fn config(family: &str, scaling: &str, draws: &Draws) -> Value {
     config
 }
 
-/// Every scaling is in force: the model is trained for 8 tokens, documents are longer.
-fn rope(scaling: &str) -> Value {
+/// Every scaling is in force: the model is trained for 8 tokens, documents are longer. `turned` elements
+/// of each head are rotated.
+fn rope(scaling: &str, turned: u64) -> Value {
     let mut rope = json!({"rope_theta": 100.0, "rope_type": scaling});
     let more = match scaling {
         "default" => json!({}),
@@ -111,6 +120,14 @@ fn rope(scaling: &str) -> Value {
             "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
             "original_max_position_embeddings": 8,
         }),
+        "longrope" => {
+            let factors =
+                |step: f64| (0..turned / 2).map(|j| 1.0 + step * j as f64).collect::<Vec<f64>>();
+            json!({
+                "original_max_position_embeddings": 8, "factor": 4.0, "short_factor": factors(0.1),
+                "long_factor": factors(0.7),
+            })
+        }
         "yarn" => json!({
             "factor": 3.0, "original_max_position_embeddings": 8, "beta_fast": 2.0,
             "beta_slow": 0.3,

@@ -15,7 +15,8 @@ use nibble::plan::{Policy, Settings};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
-const CASES: [&str; 6] = ["linear", "dynamic", "yarn", "yarn_settings", "yarn_attention", "llama3"];
+const CASES: [&str; 7] =
+    ["linear", "dynamic", "yarn", "yarn_settings", "yarn_attention", "longrope", "llama3"];
 
 struct Case {
     folder: PathBuf,

@@ -122,7 +122,10 @@ impl<'a> Twin<'a> {
         };
         let x = (x + post_norm(post_attention, linear(LinearRole::O, &mixed)?)?)?;
         let normed = self.norm(&second, &x)?;
-        let inner = if self.spec.gated_mlp {
+        let inner = if self.spec.fused_gate_up {
+            let (both, f) = (linear(LinearRole::Up, &normed)?, self.spec.intermediate_size);
+            (activate(self.spec.activation, &both.narrow(1, 0, f)?)? * both.narrow(1, f, f)?)?
+        } else if self.spec.gated_mlp {
             let gate = activate(self.spec.activation, &linear(LinearRole::Gate, &normed)?)?;
             (gate * linear(LinearRole::Up, &normed)?)?
         } else {
@@ -191,8 +194,9 @@ impl<'a> Twin<'a> {
     fn rotate(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
         let local = self.spec.local_rotary.as_ref().filter(|_| self.spec.windows[layer].is_some());
         let Some(rotary) = local.or(self.spec.rotary.as_ref()) else { return Ok(x.clone()) };
-        let (_, length, width) = x.dims3()?;
-        let half = width / 2;
+        let (_, length, head_dim) = x.dims3()?;
+        let width = self.spec.rotary_dim;
+        let (half, rest) = (width / 2, head_dim - width);
         let (frequencies, factor) = rotary.inverse_frequencies(width, length);
         let table = |f: fn(f64) -> f64| {
             // The angle is an f32 product in every implementation.
@@ -205,7 +209,10 @@ impl<'a> Twin<'a> {
         let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
         let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
         let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
-        Tensor::cat(&[first, second], 2)
+        if rest == 0 {
+            return Tensor::cat(&[first, second], 2);
+        }
+        Tensor::cat(&[first, second, x.narrow(2, width, rest)?], 2)
     }
 }
 

@@ -10,10 +10,13 @@ use super::metadata::LOCAL_THETA;
 use super::{Architecture, Gguf};
 use crate::error::Result;
 use crate::model::families::MOST_LAYERS;
-use crate::model::rotary::llama3_scaling_of;
+use crate::model::rotary::{llama3_scaling_of, long_rope_attention_factor};
 
-/// llama.cpp's file with the factor of every frequency.
+/// llama.cpp's tensor with the divisor of every frequency.
 pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// Those of LongRoPE: for short sequences, for long ones.
+pub(super) const LONG_ROPE_FACTORS: [&str; 2] =
+    ["rope_factors_short.weight", "rope_factors_long.weight"];
 
 impl Gguf {
     /// The `config.json`.
@@ -44,6 +47,7 @@ impl Gguf {
             Architecture::Gemma => ("gemma", "GemmaForCausalLM"),
             Architecture::Gemma2 => ("gemma2", "Gemma2ForCausalLM"),
             Architecture::Gemma3 => ("gemma3_text", "Gemma3ForCausalLM"),
+            Architecture::Phi3 => ("phi3", "Phi3ForCausalLM"),
             _ => ("llama", "LlamaForCausalLM"),
         };
         let theta = self.float("rope.freq_base").unwrap_or(10_000.0);
@@ -69,6 +73,9 @@ impl Gguf {
         if self.architecture == Architecture::Llama {
             config["attention_bias"] = self.has("blk.0.attn_q.bias").into();
             config["mlp_bias"] = self.has("blk.0.ffn_up.bias").into();
+        }
+        if self.architecture == Architecture::Phi3 {
+            self.add_phi3(&mut config, head_dim)?;
         }
         if self.architecture.is_gemma() {
             self.add_gemma(&mut config, head_dim)?;
@@ -106,6 +113,40 @@ impl Gguf {
         Ok(())
     }
 
+    /// What of a Phi-3 is not in a Llama.
+    fn add_phi3(&self, config: &mut Value, head_dim: usize) -> Result<()> {
+        let turned = self.size_or("rope.dimension_count", head_dim)?;
+        config["partial_rotary_factor"] = (turned as f64 / head_dim as f64).into();
+        let window = self.size_or("attention.sliding_window", 0)?;
+        config["sliding_window"] = if window > 0 { window.into() } else { Value::Null };
+        let longest = self.size("context_length")?;
+        let original = self.size_or("rope.scaling.original_context_length", longest)?;
+        config["original_max_position_embeddings"] = original.into();
+        if !LONG_ROPE_FACTORS.iter().any(|name| self.has(name)) {
+            return Ok(());
+        }
+        let [short, long] = LONG_ROPE_FACTORS.map(|name| self.factors(name));
+        let mut scaling = json!({"type": "longrope", "short_factor": short?, "long_factor": long?});
+        let implied = long_rope_attention_factor(longest as f64 / original as f64, original as f64);
+        let stored = self.float("rope.scaling.attn_factor").unwrap_or(1.0);
+        if (stored / implied - 1.0).abs() > 1e-4 {
+            scaling["attention_factor"] = stored.into();
+        }
+        config["rope_scaling"] = scaling;
+        Ok(())
+    }
+
+    /// A tensor of divisors.
+    fn factors(&self, stored: &str) -> Result<Vec<f32>> {
+        if !self.has(stored) {
+            return Err(self.wrong(format_args!("tensor {stored} is missing")));
+        }
+        let elements = self.elements_of(stored)?;
+        let mut factors = vec![0.0; elements.len()];
+        elements.read(0, &mut factors);
+        Ok(factors)
+    }
+
     fn gpt2_config(&self) -> Result<Map<String, Value>> {
         let config = json!({
             "architectures": ["GPT2LMHeadModel"],
@@ -125,11 +166,15 @@ impl Gguf {
 
     /// Refuses what a Llama of `config.json` has no word for.
     fn check_switches(&self, head_dim: usize) -> Result<()> {
+        let partial = self.architecture == Architecture::Phi3;
         for (key, expected) in [
             ("expert_count", 0),
             ("rope.dimension_count", head_dim),
             ("attention.value_length", head_dim),
         ] {
+            if partial && key == "rope.dimension_count" {
+                continue;
+            }
             if self.field(key).is_some() && self.size(key)? != expected {
                 let got = self.size(key)?;
                 return Err(self
@@ -142,9 +187,7 @@ impl Gguf {
 
     fn rope_scaling(&self, theta: f64, head_dim: usize) -> Result<Value> {
         if self.has(ROPE_FACTORS) {
-            let elements = self.elements_of(ROPE_FACTORS)?;
-            let mut factors = vec![0.0; elements.len()];
-            elements.read(0, &mut factors);
+            let factors = self.factors(ROPE_FACTORS)?;
             return llama3_scaling_of(&factors, theta, head_dim).ok_or_else(|| {
                 self.wrong("rope_freqs.weight: not the factors of a Llama 3 model")
             });

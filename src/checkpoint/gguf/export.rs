@@ -10,10 +10,10 @@ use candle_core::{Device, Tensor};
 use half::{bf16, f16};
 use rayon::prelude::*;
 
+use super::Architecture;
 use super::blocks::stored_row;
 use super::metadata::{Field, rope_factors};
 use super::write::{Description, GgufWriter};
-use super::{Architecture, ROPE_FACTORS};
 use crate::checkpoint::elements::Elements;
 use crate::checkpoint::{Checkpoint, f32_bytes};
 use crate::error::{Error, Result};
@@ -45,8 +45,8 @@ impl Export<'_> {
     ) -> Result<u64> {
         let (tensors, mut descriptions) = self.tensors()?;
         let factors = rope_factors(self.spec);
-        if let Some(factors) = &factors {
-            let (name, shape) = (ROPE_FACTORS.to_string(), vec![factors.len()]);
+        for (name, factors) in &factors {
+            let (name, shape) = (name.to_string(), vec![factors.len()]);
             descriptions.push(Description { name, shape, dtype: GgmlDType::F32 });
         }
         let mut writer = GgufWriter::create(path, metadata, descriptions.clone())?;
@@ -55,7 +55,7 @@ impl Export<'_> {
             writer.end_tensor()?;
             self.checkpoint.release(&tensor.name);
         }
-        if let Some(factors) = factors {
+        for (_, factors) in factors {
             writer.append(&f32_bytes(factors))?;
             writer.end_tensor()?;
         }

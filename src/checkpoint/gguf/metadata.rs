@@ -6,6 +6,7 @@ use std::f64::consts::PI;
 use candle_core::quantized::gguf_file::Value as Metadata;
 
 use super::Architecture;
+use super::config::{LONG_ROPE_FACTORS, ROPE_FACTORS};
 use super::names::gguf_name;
 use crate::error::{Error, Result};
 use crate::model::spec::{Family, ModelSpec, RopeScaling, Rotary};
@@ -26,6 +27,7 @@ impl Architecture {
             Family::Gemma => Architecture::Gemma,
             Family::Gemma2 => Architecture::Gemma2,
             Family::Gemma3 => Architecture::Gemma3,
+            Family::Phi3 => Architecture::Phi3,
             Family::Gpt2 => Architecture::Gpt2,
         }
     }
@@ -67,6 +69,7 @@ impl Architecture {
             Architecture::Gemma => "gemma",
             Architecture::Gemma2 => "gemma2",
             Architecture::Gemma3 => "gemma3",
+            Architecture::Phi3 => "phi3",
             Architecture::Gpt2 => "gpt2",
         }
     }
@@ -102,9 +105,13 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
     put("attention.layer_norm_rms_epsilon", epsilon);
     put("attention.key_length", size(spec.head_dim));
     put("attention.value_length", size(spec.head_dim));
-    put("rope.dimension_count", size(spec.head_dim));
+    put("rope.dimension_count", size(spec.rotary_dim));
     put("rope.freq_base", Metadata::F32(rotary.theta as f32));
-    if let Some(window) = spec.windows.iter().flatten().next().filter(|_| spec.post_norms) {
+    let window = spec.windows.iter().flatten().next();
+    if architecture == Architecture::Phi3 {
+        // 0 is what llama.cpp's converter writes for none; the key must be there.
+        put("attention.sliding_window", size(window.copied().unwrap_or(0)));
+    } else if let Some(window) = window.filter(|_| spec.post_norms) {
         put("attention.sliding_window", size(*window));
     }
     for (key, cap) in [
@@ -120,12 +127,22 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
         put("rope.scaling.factor", Metadata::F32(factor as f32));
     };
     match rotary.scaling {
-        // Llama 3's factors are a tensor.
+        // Llama 3's factors are a tensor, as are those of LongRoPE.
         RopeScaling::Default | RopeScaling::Llama3 { .. } => {}
         RopeScaling::Linear { factor } => scale("linear", factor),
         RopeScaling::Yarn { factor, original_max_position_embeddings, .. } => {
             scale("yarn", factor);
             put("rope.scaling.original_context_length", size(original_max_position_embeddings));
+        }
+        RopeScaling::LongRope { original_max_position_embeddings, attention_factor, .. }
+            if architecture == Architecture::Phi3 =>
+        {
+            put("rope.scaling.original_context_length", size(original_max_position_embeddings));
+            put("rope.scaling.attn_factor", Metadata::F32(attention_factor as f32));
+        }
+        RopeScaling::LongRope { .. } => {
+            let what = "config.json: llama.cpp has rope scaling `longrope` for phi3 alone";
+            return Err(Error::input(what).hint("this model cannot be a GGUF file"));
         }
         RopeScaling::Dynamic { .. } => {
             return Err(Error::input("rope scaling `dynamic` has no form in GGUF").hint(
@@ -166,8 +183,18 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
     })
 }
 
+/// Divisors of the frequencies, which are tensors of the file: by name.
+pub fn rope_factors(spec: &ModelSpec) -> Vec<(&'static str, Vec<f32>)> {
+    let scaling = spec.rotary.as_ref().map(|rotary| &rotary.scaling);
+    if let Some(RopeScaling::LongRope { short_factor, long_factor, .. }) = scaling {
+        let [short, long] = LONG_ROPE_FACTORS;
+        return vec![(short, short_factor.clone()), (long, long_factor.clone())];
+    }
+    llama3_factors(spec).map(|factors| (ROPE_FACTORS, factors)).into_iter().collect()
+}
+
 /// By how much each frequency of Llama 3's scaling is divided; none for other models.
-pub fn rope_factors(spec: &ModelSpec) -> Option<Vec<f32>> {
+fn llama3_factors(spec: &ModelSpec) -> Option<Vec<f32>> {
     let rotary = spec.rotary.as_ref()?;
     let RopeScaling::Llama3 {
         factor,

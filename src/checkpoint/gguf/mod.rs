@@ -24,7 +24,7 @@ use super::mapped::MappedFile;
 use super::{DenseTensor, StoredType, TensorInfo, f32_bytes};
 use crate::error::{Error, Result};
 pub(super) use blocks::Blocks;
-use config::ROPE_FACTORS;
+use config::{LONG_ROPE_FACTORS, ROPE_FACTORS};
 pub use export::Export;
 pub(crate) use export::{encoded, source_row};
 pub(crate) use header::read_header;
@@ -51,6 +51,7 @@ pub(crate) enum Architecture {
     Gemma,
     Gemma2,
     Gemma3,
+    Phi3,
     Gpt2,
 }
 
@@ -161,7 +162,7 @@ impl Gguf {
 
     fn list_tensors(&mut self) -> Result<()> {
         for (stored, info) in &self.content.tensor_infos {
-            if stored == ROPE_FACTORS {
+            if stored == ROPE_FACTORS || LONG_ROPE_FACTORS.contains(&stored.as_str()) {
                 continue;
             }
             let Some(name) = names::hugging_face_name(self.architecture, stored) else {
@@ -204,11 +205,12 @@ fn architecture(content: &Content) -> Result<Architecture> {
         Some("gemma") => Ok(Architecture::Gemma),
         Some("gemma2") => Ok(Architecture::Gemma2),
         Some("gemma3") => Ok(Architecture::Gemma3),
+        Some("phi3") => Ok(Architecture::Phi3),
         Some("gpt2") => Ok(Architecture::Gpt2),
         other => Err(Error::input(format_args!(
             "GGUF architecture `{}` is not supported",
             other.unwrap_or("(none)")
         ))
-        .hint("supported: llama (also Mistral), qwen2, qwen3, gemma, gemma2, gemma3, gpt2")),
+        .hint("supported: llama (also Mistral), qwen2, qwen3, gemma, gemma2, gemma3, phi3, gpt2")),
     }
 }

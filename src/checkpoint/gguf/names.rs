@@ -29,9 +29,12 @@ pub(super) fn hugging_face_name(architecture: Architecture, stored: &str) -> Opt
 }
 
 fn llama_part(architecture: Architecture, part: &str) -> Option<&'static str> {
-    use Architecture::{Gemma2, Gemma3, Qwen3};
+    use Architecture::{Gemma2, Gemma3, Phi3, Qwen3};
     let norms_heads = matches!(architecture, Qwen3 | Gemma3);
     let post_norms = matches!(architecture, Gemma2 | Gemma3);
+    if architecture == Phi3 {
+        return phi3_part(part);
+    }
     Some(match part {
         "attn_norm" => "input_layernorm",
         "attn_q" => "self_attn.q_proj",
@@ -46,6 +49,18 @@ fn llama_part(architecture: Architecture, part: &str) -> Option<&'static str> {
         "ffn_norm" => "post_attention_layernorm",
         "ffn_gate" => "mlp.gate_proj",
         "ffn_up" => "mlp.up_proj",
+        "ffn_down" => "mlp.down_proj",
+        _ => return None,
+    })
+}
+
+fn phi3_part(part: &str) -> Option<&'static str> {
+    Some(match part {
+        "attn_norm" => "input_layernorm",
+        "attn_qkv" => "self_attn.qkv_proj",
+        "attn_output" => "self_attn.o_proj",
+        "ffn_norm" => "post_attention_layernorm",
+        "ffn_up" => "mlp.gate_up_proj",
         "ffn_down" => "mlp.down_proj",
         _ => return None,
     })
@@ -135,6 +150,7 @@ mod tests {
                 "model.layers.0.self_attn.q_norm.weight",
                 "blk.0.attn_q_norm.weight",
             ),
+            (Architecture::Phi3, "model.layers.0.mlp.gate_up_proj.weight", "blk.0.ffn_up.weight"),
             (Architecture::Gpt2, "transformer.h.1.attn.c_attn.bias", "blk.1.attn_qkv.bias"),
             (Architecture::Gpt2, "transformer.wpe.weight", "position_embd.weight"),
             (Architecture::Llama, "lm_head.weight", "output.weight"),

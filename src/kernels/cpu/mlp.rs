@@ -58,6 +58,26 @@ pub fn backward(
     }
 }
 
+/// `out = act(gate) ∘ up` of rows `[gate | up]` of `2·width`.
+pub fn fused_forward(activation: Activation, gate_up: &[f32], out: &mut [f32], width: usize) {
+    let rows = out.par_chunks_exact_mut(width).zip(gate_up.par_chunks_exact(2 * width));
+    rows.for_each(|(out, row)| {
+        let (gate, up) = row.split_at(width);
+        forward(activation, Some(gate), up, out);
+    });
+}
+
+/// Rows `[gate | up]` become `[dgate | dup]`.
+pub fn fused_backward(activation: Activation, gate_up: &mut [f32], d_out: &[f32], width: usize) {
+    match activation {
+        Activation::Silu => fused_backward_with(gate_up, d_out, width, value_and_slope_silu),
+        Activation::Gelu => fused_backward_with(gate_up, d_out, width, value_and_slope_gelu),
+        Activation::GeluTanh => {
+            fused_backward_with(gate_up, d_out, width, value_and_slope_gelu_tanh);
+        }
+    }
+}
+
 #[inline(always)]
 fn value_and_slope_silu(x: f32) -> (f32, f32) {
     let s = sigmoid(x);
@@ -148,4 +168,23 @@ fn backward_with(
             });
         },
     );
+}
+
+#[inline(always)]
+fn fused_backward_with(
+    gate_up: &mut [f32],
+    d_out: &[f32],
+    width: usize,
+    act: impl Fn(f32) -> (f32, f32) + Sync + Copy,
+) {
+    let rows = gate_up.par_chunks_exact_mut(2 * width).zip(d_out.par_chunks_exact(width));
+    rows.for_each(|(row, d_out)| {
+        let (gate, up) = row.split_at_mut(width);
+        vectorized!({
+            for ((gate, up), d_out) in gate.iter_mut().zip(up).zip(d_out) {
+                let (value, slope) = act(*gate);
+                (*gate, *up) = (d_out * (*up * slope), d_out * value);
+            }
+        });
+    });
 }

@@ -320,7 +320,7 @@ impl Kernels for Cpu {
         rows: usize,
         backward: bool,
     ) {
-        let half = rows * shape.head_dim / 2;
+        let half = rows * shape.rotary_dim / 2;
         let qkv = &mut qkv[..rows * shape.qkv_width()];
         rotary::rotate(shape, &cos[..half], &sin[..half], qkv, backward);
     }
@@ -387,6 +387,30 @@ impl Kernels for Cpu {
         let gate = gate.map(|gate| &gate[..elements]);
         let (d_out, d_up) = (&mut d_out[..elements], &mut d_up[..elements]);
         mlp::backward(activation, gate, &up[..elements], d_out, d_up);
+    }
+
+    fn fused_mlp_forward(
+        &self,
+        activation: Activation,
+        gate_up: &Buffer<f32>,
+        out: &mut Buffer<f32>,
+        rows: usize,
+        width: usize,
+    ) {
+        let (gate_up, out) = (&gate_up[..2 * rows * width], &mut out[..rows * width]);
+        mlp::fused_forward(activation, gate_up, out, width);
+    }
+
+    fn fused_mlp_backward(
+        &self,
+        activation: Activation,
+        gate_up: &mut Buffer<f32>,
+        d_out: &Buffer<f32>,
+        rows: usize,
+        width: usize,
+    ) {
+        let (gate_up, d_out) = (&mut gate_up[..2 * rows * width], &d_out[..rows * width]);
+        mlp::fused_backward(activation, gate_up, d_out, width);
     }
 
     fn cross_entropy(

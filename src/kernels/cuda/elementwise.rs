@@ -5,9 +5,9 @@ use super::Cuda;
 use super::driver::{Argument, Driver};
 use super::host::DeviceVector;
 use super::launch::{as_rows, launch, row_threads, rows as row_grid};
-use super::memory::Buffer;
+use super::memory::{Buffer, Rows};
 use super::weight::{DeviceWeight, Form};
-use crate::kernels::{AttentionShape, DropoutMask, HeadNorms, NormParameters};
+use crate::kernels::{AttentionShape, Columns, DropoutMask, HeadNorms, NormParameters};
 use crate::model::spec::{Activation, Norm};
 use crate::plan::RegionType;
 use crate::random;
@@ -91,10 +91,10 @@ pub(super) fn rotary<D: Driver>(
     rows: usize,
     backward: bool,
 ) {
-    let (half, qkv) = (rows * shape.head_dim / 2, qkv.rows(rows, shape.qkv_width()));
+    let (half, qkv) = (rows * shape.rotary_dim / 2, qkv.rows(rows, shape.qkv_width()));
     launch!(cuda, "rotary", row_grid(rows), row_threads(shape.qkv_width() / 2);
         qkv.argument(), qkv.stride, cos.argument(half), sin.argument(half),
-        shape.num_heads + shape.num_kv_heads, shape.head_dim, backward);
+        shape.num_heads + shape.num_kv_heads, shape.head_dim, shape.rotary_dim, backward);
 }
 
 pub(super) fn dropout<D: Driver>(
@@ -161,6 +161,39 @@ pub(super) fn mlp_backward<D: Driver>(
     launch!(cuda, "mlp_backward", row_grid(rows), row_threads(width);
         activation_code(activation), gate, width, up.argument(), up.stride, d_out.argument(),
         d_out.stride, d_gate, d_out.stride, d_up.argument(), d_up.stride, width);
+}
+
+/// The halves of the rows of `gate_up`, each of `width` columns.
+fn halves<D: Driver>(gate_up: &Buffer<D>, rows: usize, width: usize) -> [Rows; 2] {
+    let whole = 2 * width;
+    [0, width].map(|first| gate_up.band(Columns::band(first, width, whole), rows))
+}
+
+pub(super) fn fused_mlp_forward<D: Driver>(
+    cuda: &Cuda<D>,
+    activation: Activation,
+    gate_up: &Buffer<D>,
+    out: &Buffer<D>,
+    (rows, width): (usize, usize),
+) {
+    let ([gate, up], out) = (halves(gate_up, rows, width), out.rows(rows, width));
+    launch!(cuda, "mlp_forward", row_grid(rows), row_threads(width);
+        activation_code(activation), gate.argument(), gate.stride, up.argument(), up.stride,
+        out.argument(), out.stride, width);
+}
+
+pub(super) fn fused_mlp_backward<D: Driver>(
+    cuda: &Cuda<D>,
+    activation: Activation,
+    gate_up: &Buffer<D>,
+    d_out: &Buffer<D>,
+    (rows, width): (usize, usize),
+) {
+    let ([gate, up], d_out) = (halves(gate_up, rows, width), d_out.rows(rows, width));
+    launch!(cuda, "mlp_backward", row_grid(rows), row_threads(width);
+        activation_code(activation), gate.argument(), gate.stride, up.argument(), up.stride,
+        d_out.argument(), d_out.stride, gate.argument(), gate.stride, up.argument(), up.stride,
+        width);
 }
 
 pub(super) fn gather_rows<D: Driver>(

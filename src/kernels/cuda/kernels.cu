@@ -238,11 +238,11 @@ head_norms_backward(const bfloat16* qkv, int stride, const float* q_weight, cons
 }
 
 // Rotates the first `heads` heads of each row in place (q and k: H + K). cos, sin: f32
-// [rows, head_dim / 2]. Rows. Kernels::rotary.
+// [rows, rotary_dim / 2]. Rows. Kernels::rotary.
 extern "C" __global__ void __launch_bounds__(1024)
 rotary(bfloat16* qkv, int stride, const float* cos, const float* sin, int heads, int head_dim,
-       int backward) {
-    rotate(qkv, stride, cos, sin, heads, head_dim, backward);
+       int rotary_dim, int backward) {
+    rotate(qkv, stride, cos, sin, heads, head_dim, rotary_dim, backward);
 }
 
 // y = x ∘ mask · kept, or +=; element (row, column) has index first + row·width + column in the stream.
@@ -266,7 +266,7 @@ mlp_forward(int activation, const bfloat16* gate, int gate_stride, const bfloat1
 }
 
 // d_gate, d_up from d_out; without a gate d_up alone (d_gate is not touched). d_gate or d_up may be
-// d_out itself. Rows. Kernels::mlp_backward.
+// d_out itself, or gate and up. Rows. Kernels::mlp_backward.
 extern "C" __global__ void __launch_bounds__(1024)
 mlp_backward(int activation, const bfloat16* gate, int gate_stride, const bfloat16* up,
              int up_stride, const bfloat16* d_out, int d_out_stride, bfloat16* d_gate,

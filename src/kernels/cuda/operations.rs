@@ -421,6 +421,28 @@ impl<D: Driver> Kernels for Cuda<D> {
         elementwise::mlp_backward(self, activation, (gate, up), (d_out, d_up), elements);
     }
 
+    fn fused_mlp_forward(
+        &self,
+        activation: Activation,
+        gate_up: &Buffer<D>,
+        out: &mut Buffer<D>,
+        rows: usize,
+        width: usize,
+    ) {
+        elementwise::fused_mlp_forward(self, activation, gate_up, out, (rows, width));
+    }
+
+    fn fused_mlp_backward(
+        &self,
+        activation: Activation,
+        gate_up: &mut Buffer<D>,
+        d_out: &Buffer<D>,
+        rows: usize,
+        width: usize,
+    ) {
+        elementwise::fused_mlp_backward(self, activation, gate_up, d_out, (rows, width));
+    }
+
     fn cross_entropy(
         &self,
         logits: &mut Buffer<D>,

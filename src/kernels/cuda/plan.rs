@@ -175,9 +175,12 @@ fn operand_rows(spec: &ModelSpec, name: &str) -> Option<(usize, &'static [Produc
     let qkv = spec.q_width() + 2 * spec.kv_width();
     match name {
         "work.norm" => Some((d, &[PROJECTIONS, &[Gate], &[Up]])),
+        "work.mlp" if spec.fused_gate_up => Some((f, &[&[Down]])),
         "work.mlp" => Some((f, &[&[Down], &[Up]])),
+        "work.mlp_gradient" if spec.fused_gate_up => None,
         "work.mlp_gradient" if spec.gated_mlp => Some((f, &[&[Gate]])),
         "work.mlp_gradient" => Some((f, &[&[Up]])),
+        _ if spec.fused_gate_up && name.ends_with(".up") => Some((spec.up_width(), &[&[Up]])),
         "work.qkv_gradient" => Some((qkv, &[PROJECTIONS])),
         "work.projected_gradient" => Some((d, &[&[O], &[Down]])),
         "work.gradient" | "work.tile_gradient" if !spec.post_norms => Some((d, &[&[O], &[Down]])),

@@ -1,6 +1,7 @@
-// Rotary embedding in place: [a, b] ← [a·cos − b·sin, b·cos + a·sin] for the halves of each head.
+// Rotary embedding in place: [a, b] ← [a·cos − b·sin, b·cos + a·sin] for the halves of each head, or of
+// the rotary_dim elements at its beginning.
 //
-// The backward pass turns by the opposite angle. Tables in f32, [rows, head_dim / 2]; the rotated
+// The backward pass turns by the opposite angle. Tables in f32, [rows, rotary_dim / 2]; the rotated
 // heads (q, then k) lie at the beginning of each row. Twin of src/kernels/cpu/rotary.rs.
 #pragma once
 #include "vector.cuh"
@@ -23,28 +24,29 @@ __device__ __forceinline__ void rotate_piece(bfloat16* first, bfloat16* second, 
 
 template <int N>
 __device__ __forceinline__ void rotate_row(bfloat16* row, const float* cos, const float* sin,
-                                           int heads, int half, float sign) {
+                                           int heads, int head_dim, int half, float sign) {
     const int pieces = half / N;
     for (int i = threadIdx.x; i < heads * pieces; i += blockDim.x) {
         const int head = i / pieces, column = i % pieces * N;
-        bfloat16* first = row + head * 2 * half + column;
+        bfloat16* first = row + head * head_dim + column;
         rotate_piece<N>(first, first + half, cos + column, sin + column, sign);
     }
 }
 
 __device__ __forceinline__ void rotate(bfloat16* qkv, int stride, const float* cos,
-                                       const float* sin, int heads, int head_dim, bool backward) {
+                                       const float* sin, int heads, int head_dim, int rotary_dim,
+                                       bool backward) {
     const i64 row = blockIdx.x;
-    const int half = head_dim / 2;
+    const int half = rotary_dim / 2;
     const float sign = backward ? -1.0f : 1.0f;
     const bool aligned = rows_aligned(qkv, stride) && rows_aligned(cos, half) &&
-                         rows_aligned(sin, half) && half % 8 == 0;
+                         rows_aligned(sin, half) && half % 8 == 0 && head_dim % 8 == 0;
     qkv = row_of(qkv, row, stride);
     cos = row_of(cos, row, half);
     sin = row_of(sin, row, half);
     if (aligned) {
-        rotate_row<8>(qkv, cos, sin, heads, half, sign);
+        rotate_row<8>(qkv, cos, sin, heads, head_dim, half, sign);
     } else {
-        rotate_row<1>(qkv, cos, sin, heads, half, sign);
+        rotate_row<1>(qkv, cos, sin, heads, head_dim, half, sign);
     }
 }

@@ -111,9 +111,13 @@ impl<K: Kernels> Block<K> {
 
     /// `h = act(gate) ∘ up` into the workspace.
     fn hidden(&self, pass: &Pass<K>, saved: &SavedMlp<K::Buffer>, work: &mut Workspace<K::Buffer>) {
+        let (kernels, h, rows) = (pass.kernels, &mut work.mlp, pass.rows.len());
+        let width = self.intermediate_size;
+        if self.fused_gate_up {
+            return kernels.fused_mlp_forward(self.activation, &saved.up, h, rows, width);
+        }
         let gate = self.linear(LinearRole::Gate).map(|_| &saved.gate);
-        let elements = pass.rows.len() * self.intermediate_size;
-        pass.kernels.mlp_forward(self.activation, gate, &saved.up, &mut work.mlp, elements);
+        kernels.mlp_forward(self.activation, gate, &saved.up, h, rows * width);
     }
 
     /// From the gradient of the block's output in the stream to that of `middle`.
@@ -176,10 +180,14 @@ impl<K: Kernels> Block<K> {
         let (dx, dy) = (Some((&mut grads.mlp, false)), grads.projected.as_ref());
         let (dy, inputs) = (dy.unwrap_or(&grads.stream), (&work.mlp, &saved.lora_x));
         pass.backward(down, dy, inputs, dx, to, scratch);
-        let gate = self.linear(LinearRole::Gate);
-        let (gate_values, elements) = (gate.map(|_| &saved.gate), rows * self.intermediate_size);
-        let (d_out, d_up) = (&mut grads.mlp, &mut work.mlp);
-        kernels.mlp_backward(self.activation, gate_values, &saved.up, d_out, d_up, elements);
+        let (gate, width) = (self.linear(LinearRole::Gate), self.intermediate_size);
+        let d_out = &mut grads.mlp;
+        if self.fused_gate_up {
+            kernels.fused_mlp_backward(self.activation, &mut saved.up, d_out, rows, width);
+        } else {
+            let (gate, up, d_up) = (gate.map(|_| &saved.gate), &saved.up, &mut work.mlp);
+            kernels.mlp_backward(self.activation, gate, up, d_out, d_up, rows * width);
+        }
         let inputs = (&work.norm, &saved.lora_x);
         let up = self.expect(LinearRole::Up);
         let scratch = (&mut work.lora_pair, &mut work.dropped);
@@ -189,8 +197,9 @@ impl<K: Kernels> Block<K> {
                 pass.backward_all(&[gate, up], dys, inputs, dx, to, scratch);
             }
             None => {
+                let dy = if self.fused_gate_up { &saved.up } else { &grads.mlp };
                 let dx = Some((&mut grads.norm, false));
-                pass.backward(up, &grads.mlp, inputs, dx, to, scratch);
+                pass.backward(up, dy, inputs, dx, to, scratch);
             }
         }
         let (stats, stream) = (&work.norm_stats, &mut grads.stream);

@@ -46,6 +46,8 @@ pub struct Block<K: Kernels> {
     pub hidden_size: usize,
     /// F.
     pub intermediate_size: usize,
+    /// The linear of role up makes gate and up.
+    pub fused_gate_up: bool,
 }
 
 /// Activations that the backward pass reads.
@@ -68,9 +70,10 @@ pub struct Saved<B> {
 
 /// Activations of the MLP for one tile of t tokens.
 pub struct SavedMlp<B> {
-    /// Before the nonlinearity, `[t, F]`; empty without a gate.
+    /// Before the nonlinearity, `[t, F]`; empty without a gate of its own.
     pub gate: B,
-    /// `[t, F]`.
+    /// `[t, F]`; or gate and up side by side, `[t, 2·F]`, which the backward pass turns into their
+    /// gradients.
     pub up: B,
     /// `x·Aᵀ` of every adapter of this half, side by side, `[t, ΣR]`.
     pub lora_x: B,
@@ -95,7 +98,7 @@ pub struct Workspace<B> {
     pub normed_qkv: Option<B>,
     /// Score tiles.
     pub attention: B,
-    /// Tables of cos and sin, `[T, head_dim / 2]`, of each rotary embedding.
+    /// Tables of cos and sin, `[T, rotary_dim / 2]`, of each rotary embedding.
     pub rotary: Vec<(B, B)>,
     /// Rows that the MLP works on, where it works in tiles.
     pub tile: Option<Tile<B>>,

@@ -60,7 +60,7 @@ impl<K: Kernels> Model<K> {
                 "label {id} is outside the vocabulary of {vocab}"
             )));
         }
-        self.fill_rotary(&tokens);
+        self.fill_rotary(&tokens, None);
         Ok((tokens, targets))
     }
 }

@@ -37,7 +37,7 @@ impl<K: Kernels> Model<K> {
             return Err(Error::input(what).hint("the tokenizer belongs to another model"));
         }
         let tokens = TokenLayout::continuing(&[0, count as u32], past as u32);
-        self.fill_rotary(&tokens);
+        self.fill_rotary(&tokens, Some(self.settings.cache_tokens));
         self.forward(ids, &tokens, Mode { cached: true, ..Mode::default() });
         self.cached_tokens += count;
         self.head_logits(&[count as u32 - 1]);

@@ -11,12 +11,13 @@ use crate::model::block::{Cache, Dropout, Pass};
 use crate::model::streaming::Direction;
 
 impl<K: Kernels> Model<K> {
-    /// cos and sin for every token; frequencies may depend on the length of its document.
-    pub(super) fn fill_rotary(&mut self, tokens: &TokenLayout) {
-        let (head_dim, elements) = (self.spec.head_dim, tokens.tokens() * self.spec.head_dim / 2);
+    /// cos and sin for every token; frequencies may depend on the length of its document, or on that of
+    /// the context where more of it may come.
+    pub(super) fn fill_rotary(&mut self, tokens: &TokenLayout, context: Option<usize>) {
+        let (dim, elements) = (self.spec.rotary_dim, tokens.tokens() * self.spec.rotary_dim / 2);
         for (rotary, (cos, sin)) in self.spec.rotaries().zip(&mut self.buffers.work.rotary) {
             self.kernels.write_tables((cos, sin), elements, |cos, sin| {
-                rotary.fill_tables(head_dim, tokens, cos, sin);
+                rotary.fill_tables(dim, tokens, context, cos, sin);
             });
         }
     }

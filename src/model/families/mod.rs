@@ -6,14 +6,16 @@
 
 mod fields;
 mod gemma;
+mod phi3;
 
 use serde_json::Value;
 
 use fields::{Fields, unsupported};
 use gemma::{gemma, gemma2, gemma3};
+use phi3::phi3;
 
-use super::rotary::rotary_from_config;
-use super::spec::{Activation, Family, ModelSpec, Norm};
+use super::rotary::{partial_rotary_factor, rotary_from_config};
+use super::spec::{Activation, Family, ModelSpec, Norm, RopeScaling};
 use crate::error::{Error, Result};
 
 pub(crate) use fields::MOST_LAYERS;
@@ -41,7 +43,7 @@ pub fn base_dropout(config: &Value) -> Option<(&'static str, f64)> {
 }
 
 const SUPPORTED: &str =
-    "supported families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, gpt2";
+    "supported families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, gpt2";
 
 fn read_spec(fields: &Fields) -> Result<ModelSpec> {
     let spec = match fields.text("model_type")? {
@@ -52,6 +54,7 @@ fn read_spec(fields: &Fields) -> Result<ModelSpec> {
         "gemma" => gemma(fields, Family::Gemma)?,
         "gemma2" => gemma2(fields)?,
         "gemma3_text" => gemma3(fields)?,
+        "phi3" => phi3(fields)?,
         "gpt2" => gpt2(fields)?,
         other => {
             return Err(Error::input(format_args!(
@@ -93,7 +96,9 @@ fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
         embedding_scale: 1.0,
         activation: Activation::Silu,
         gated_mlp: true,
+        fused_gate_up: false,
         rotary: Some(rotary_from_config(fields.0)?),
+        rotary_dim: rotary_dim(fields, family, head_dim)?,
         local_rotary: None,
         learned_positions: None,
         qkv_bias: attention_bias,
@@ -111,6 +116,16 @@ fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
         bos_token_id: fields.token_ids("bos_token_id")?.first().copied(),
         eos_token_ids: fields.token_ids("eos_token_id")?,
     })
+}
+
+/// Elements of each head that turn: for Phi-3, part of a head may.
+fn rotary_dim(fields: &Fields, family: Family, head_dim: usize) -> Result<usize> {
+    let fraction = partial_rotary_factor(fields.0);
+    if family != Family::Phi3 && fraction != 1.0 {
+        let hint = "models of this family rotate whole heads";
+        return Err(unsupported("partial_rotary_factor", fraction, hint));
+    }
+    Ok((head_dim as f64 * fraction) as usize)
 }
 
 fn mistral(fields: &Fields) -> Result<ModelSpec> {
@@ -193,7 +208,9 @@ fn gpt2(fields: &Fields) -> Result<ModelSpec> {
         embedding_scale: 1.0,
         activation,
         gated_mlp: false,
+        fused_gate_up: false,
         rotary: None,
+        rotary_dim: 0,
         local_rotary: None,
         learned_positions: Some(positions),
         qkv_bias: true,
@@ -239,15 +256,40 @@ fn validate(spec: &ModelSpec) -> Result<()> {
             spec.num_heads, spec.num_kv_heads
         )));
     }
-    if spec.rotary.is_some() && !spec.head_dim.is_multiple_of(2) {
-        let what = format_args!("config.json: head_dim {} is odd", spec.head_dim);
-        return Err(Error::input(what).hint("rotary embedding needs an even head_dim"));
-    }
-    if spec.fused_qkv && spec.q_width() != spec.hidden_size {
+    check_rotary(spec)?;
+    if spec.conv1d && spec.q_width() != spec.hidden_size {
         return Err(Error::input(format_args!(
             "config.json: n_embd {} is not a multiple of n_head {}",
             spec.hidden_size, spec.num_heads
         )));
+    }
+    Ok(())
+}
+
+fn check_rotary(spec: &ModelSpec) -> Result<()> {
+    let (head, turned) = (spec.head_dim, spec.rotary_dim);
+    if spec.rotary.is_some() && turned == head && !head.is_multiple_of(2) {
+        let what = format_args!("config.json: head_dim {head} is odd");
+        return Err(Error::input(what).hint("rotary embedding needs an even head_dim"));
+    }
+    if spec.rotary.is_some() && (!turned.is_multiple_of(2) || turned == 0 || turned > head) {
+        let what = format_args!(
+            "config.json: partial_rotary_factor turns {turned} elements of heads of {head}"
+        );
+        return Err(Error::input(what).hint("pairs of elements are turned"));
+    }
+    for rotary in spec.rotaries() {
+        let RopeScaling::LongRope { short_factor, long_factor, .. } = &rotary.scaling else {
+            continue;
+        };
+        for (key, factors) in [("short_factor", short_factor), ("long_factor", long_factor)] {
+            let (got, expected) = (factors.len(), turned / 2);
+            if got != expected {
+                return Err(Error::input(format_args!(
+                    "config.json: `{key}` of the rope scaling has {got} numbers, expected {expected}"
+                )));
+            }
+        }
     }
     Ok(())
 }
