@@ -88,6 +88,32 @@ fn chats_render_and_encode_as_in_transformers() {
     }
 }
 
+/// Phi-3's markers take the spaces behind them: an answer that begins with one does not begin with its
+/// marker.
+#[test]
+fn a_marker_that_takes_spaces_is_not_trained() {
+    let source =
+        concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer/smollm2/tokenizer.json");
+    let mut tokens: Value = serde_json::from_slice(&std::fs::read(source).unwrap()).unwrap();
+    let added = tokens["added_tokens"].as_array_mut().unwrap();
+    let marker = added.iter_mut().find(|token| token["content"] == "<|im_start|>").unwrap();
+    marker["rstrip"] = true.into();
+    let folder = tempfile::tempdir().unwrap();
+    std::fs::write(folder.path().join("tokenizer.json"), tokens.to_string()).unwrap();
+    let template = "{% for m in messages %}{{ m.role }}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}assistant<|im_start|>{% endif %}";
+    let config = json!({"eos_token": "<|im_end|>", "chat_template": template}).to_string();
+    std::fs::write(folder.path().join("tokenizer_config.json"), config).unwrap();
+    let tokenizer = ChatTokenizer::open(folder.path()).unwrap();
+    let encoder = Encoder::new(&tokenizer, VOCAB, TrainOn::Assistant).unwrap();
+    for (answer, expected) in [("Hello", "Hello<|im_end|>"), ("\n Hello", "Hello<|im_end|>")] {
+        let said = |role: &str, content: &str| json!({"role": role, "content": content});
+        let record = json!({"messages": [said("user", "Hi"), said("assistant", answer)]});
+        let file = File::new(record.to_string());
+        let dataset = load(&file.path(), &encoder, &options()).unwrap();
+        assert_eq!(trained(&dataset.documents[0]).0, expected);
+    }
+}
+
 #[test]
 fn only_assistant_turns_are_trained_and_each_ends_in_eos() {
     let line = r#"{"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant",

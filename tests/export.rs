@@ -252,27 +252,33 @@ fn what_cannot_be_written_is_refused_before_anything_is() {
     assert_eq!(place.read("there.gguf"), b"mine");
 }
 
-/// As Llama 2 has it: what SentencePiece calls scores is the order of the merges.
-#[test]
-fn a_tokenizer_with_byte_fallback_becomes_sentence_piece() {
-    let case = Case::open("llama_s0");
-    let place = place(&case);
+/// Tokens of a vocabulary in the manner of SentencePiece.
+fn sentence_pieces() -> Vec<String> {
     let mut tokens = vec!["<unk>".to_string(), "<s>".into(), "</s>".into()];
     tokens.extend((0..40).map(|byte| format!("<0x{byte:02X}>")));
     tokens
         .extend(["▁", "h", "e", "l", "o", "he", "ll", "hell", "hello", "▁hello"].map(String::from));
+    tokens
+}
+
+/// Their tokenizer, as Llama 2 has it; of `special` tokens the text, and whether they take the spaces
+/// behind them.
+fn sentence_piece(special: &[(&str, bool)]) -> Value {
+    let mut tokens = sentence_pieces();
+    let new = special.iter().map(|(text, _)| text.to_string());
+    let new: Vec<String> = new.filter(|text| !tokens.contains(text)).collect();
+    tokens.extend(new);
     let vocab: serde_json::Map<String, Value> =
         tokens.iter().enumerate().map(|(id, token)| (token.clone(), id.into())).collect();
-    let merges = ["h e", "l l", "he ll", "hell o", "▁ hello"];
-    let special = |id: usize| {
+    let added = special.iter().map(|(text, takes_spaces)| {
         json!({
-            "id": id, "content": tokens[id], "special": true, "single_word": false,
-            "lstrip": false, "rstrip": false, "normalized": false
+            "id": vocab[*text], "content": text, "special": true, "single_word": false,
+            "lstrip": false, "rstrip": takes_spaces, "normalized": false
         })
-    };
-    let tokenizer = json!({
+    });
+    json!({
         "version": "1.0", "truncation": null, "padding": null,
-        "added_tokens": [special(0), special(1), special(2)],
+        "added_tokens": added.collect::<Vec<Value>>(),
         "normalizer": {"type": "Sequence", "normalizers": [
             {"type": "Prepend", "prepend": "▁"},
             {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
@@ -280,13 +286,35 @@ fn a_tokenizer_with_byte_fallback_becomes_sentence_piece() {
         "pre_tokenizer": null,
         "post_processor": null, "decoder": null,
         "model": {
-            "type": "BPE", "vocab": vocab, "merges": merges, "byte_fallback": true,
+            "type": "BPE", "vocab": vocab,
+            "merges": ["h e", "l l", "he ll", "hell o", "▁ hello"], "byte_fallback": true,
             "fuse_unk": true, "unk_token": "<unk>"
         }
-    });
+    })
+}
+
+/// Makes it the tokenizer of `base`.
+fn give(place: &Workplace, tokenizer: &Value) {
     fs::write(place.path("base/tokenizer.json"), tokenizer.to_string()).unwrap();
     let config = json!({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true});
     fs::write(place.path("base/tokenizer_config.json"), config.to_string()).unwrap();
+}
+
+/// Both tokenizers make the same of the texts.
+fn assert_same_tokens(place: &Workplace, texts: &[&str]) {
+    let [folder, file] =
+        ["base", "out.gguf"].map(|path| ChatTokenizer::open(&place.path(path)).unwrap());
+    for text in texts {
+        assert_eq!(file.encode(text).unwrap(), folder.encode(text).unwrap(), "{text:?}");
+    }
+}
+
+/// What SentencePiece calls scores is the order of the merges.
+#[test]
+fn a_tokenizer_with_byte_fallback_becomes_sentence_piece() {
+    let place = place(&Case::open("llama_s0"));
+    let tokens = sentence_pieces();
+    give(&place, &sentence_piece(&[("<unk>", false), ("<s>", false), ("</s>", false)]));
     let (content, _) = export(&place, &[]);
     let field = |key: &str| content.metadata[&format!("tokenizer.ggml.{key}")].clone();
     assert_eq!(field("model").to_string().unwrap(), "llama");
@@ -303,13 +331,46 @@ fn a_tokenizer_with_byte_fallback_becomes_sentence_piece() {
     assert_eq!([0, 1, 2, 3, 127].map(|id| kinds[id]), [2, 3, 3, 6, 5]);
     assert_eq!((scores.len(), list("tokens").len()), (128, 128));
     // Read back from the file, it has the same tokens.
-    let [folder, file] =
-        ["base", "out.gguf"].map(|path| ChatTokenizer::open(&place.path(path)).unwrap());
-    for text in ["hello", "hello hello", "  hell ohe", "he\n!<s>lo", "ä</s>", ""] {
-        let ids = folder.encode(text).unwrap();
-        assert_eq!(file.encode(text).unwrap(), ids, "{text:?}");
-    }
+    assert_same_tokens(&place, &["hello", "hello hello", "  hell ohe", "he\n!<s>lo", "ä</s>", ""]);
+    let file = ChatTokenizer::open(&place.path("out.gguf")).unwrap();
     let ids = file.encode("hello hello").unwrap();
     assert_eq!(file.decode(&ids, false).unwrap(), "hello hello");
     assert!(ids.contains(&(at("▁hello") as u32)) && file.adds_bos());
+}
+
+/// No field says that a token takes the spaces behind it: llama.cpp knows it of a Phi-3, by its name.
+#[test]
+fn special_tokens_of_a_phi3_take_the_spaces_behind_them() {
+    let place = place(&Case::open("phi3_s0"));
+    let tokens = |takes_spaces| {
+        let [plain, role] = [false, takes_spaces];
+        [
+            ("<unk>", plain),
+            ("<s>", plain),
+            ("</s>", role),
+            ("<|endoftext|>", plain),
+            ("<|user|>", role),
+        ]
+    };
+    let name = |place: &Workplace| {
+        let (content, _) = export(place, &[]);
+        content.metadata["general.name"].to_string().unwrap().clone()
+    };
+    give(&place, &sentence_piece(&tokens(true)));
+    assert_eq!(name(&place), "Phi-3 base");
+    let texts = ["<|user|>\n hello<|user|>  hell", "<s> hello</s> hello", "<|endoftext|> hello"];
+    assert_same_tokens(&place, &texts);
+    let length = |text: &str| {
+        ChatTokenizer::open(&place.path("out.gguf")).unwrap().encode(text).unwrap().len()
+    };
+    assert_eq!(length("<|user|>\nhello"), length("<|user|>hello"));
+
+    give(&place, &sentence_piece(&tokens(false)));
+    assert_eq!(name(&place), "base");
+    assert_same_tokens(&place, &texts);
+    fs::rename(place.path("base"), place.path("my-Phi3")).unwrap();
+    succeed(place.nibble(&["export", "--model", "my-Phi3", "--out", "other.gguf"]));
+    let mut file = File::open(place.path("other.gguf")).unwrap();
+    let content = Content::read(&mut file).unwrap();
+    assert_eq!(content.metadata["general.name"].to_string().unwrap(), "Phi my-3");
 }

@@ -229,6 +229,26 @@ fn cached_decoding_gives_the_logits_of_the_full_pass() {
     }
 }
 
+/// LongRoPE beyond the trained length: the context decides about the first tokens, too.
+#[test]
+fn cached_decoding_of_a_long_context_has_the_factors_for_long_texts() {
+    let case = Case::open("phi3_s0");
+    let (batch, shape) = case.tensors("ref.safetensors").batch("input_ids", "labels");
+    let rows: Vec<u32> = (0..shape[1] as u32).collect();
+    let short = case.model(None, None, &[]).logits(&batch, &rows).unwrap();
+    let mut config = case.json("config.json");
+    config["original_max_position_embeddings"] = 16.into();
+    let spec = spec_from_config(&config).unwrap();
+    let mut model = case.model_of(spec, None, None, &[], None);
+    let (full, vocab) = (model.logits(&batch, &rows).unwrap(), model.spec().vocab_size);
+    assert!(largest_difference(&full, &short) > 0.1);
+    for fed in 0..shape[1] {
+        let logits = model.decode(&batch.input_ids[fed..fed + 1]).unwrap().to_vec();
+        let error = largest_difference(&logits, &full[fed * vocab..(fed + 1) * vocab]);
+        assert_within(&case, &format!("logits after {fed}"), error, 2e-5);
+    }
+}
+
 #[test]
 fn without_its_adapter_a_model_is_its_base() {
     let case = Case::open("llama_s0");

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""One tiny Llama for each way to stretch rotary embeddings, run beyond the length it was trained for.
+"""One tiny Llama for each way to stretch rotary embeddings, run beyond the length it was trained for;
+and a Phi-3, of whose heads only a part turns.
 
 usage: gen_rope.py OUT [NAME ...]
 
@@ -19,7 +20,7 @@ warnings.filterwarnings("ignore")
 import torch
 import transformers
 from safetensors.torch import save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Phi3Config, Phi3ForCausalLM
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)
@@ -66,6 +67,16 @@ CASES = {
         ),
         4 * TRAINED,
     ),
+    "phi3": (
+        dict(
+            rope_type="longrope",
+            partial_rotary_factor=0.75,
+            original_max_position_embeddings=TRAINED,
+            short_factor=[1.0, 1.05, 1.1, 1.2, 1.35, 1.6],
+            long_factor=[1.0, 1.2, 1.7, 2.4, 3.3, 4.5],
+        ),
+        4 * TRAINED,
+    ),
     "llama3": (
         dict(
             rope_type="llama3",
@@ -80,7 +91,10 @@ CASES = {
 
 
 def make(rope, max_positions):
-    config = LlamaConfig(
+    phi3 = "partial_rotary_factor" in rope
+    more = dict(original_max_position_embeddings=TRAINED, pad_token_id=0) if phi3 else {}
+    config = (Phi3Config if phi3 else LlamaConfig)(
+        **more,
         vocab_size=96,
         hidden_size=48,
         intermediate_size=64,
@@ -109,7 +123,8 @@ def logits_of(model, ids):
 def write(out, name, rope, max_positions):
     torch.manual_seed(7)
     config = make(rope, max_positions)
-    model = LlamaForCausalLM(config)
+    kind = Phi3ForCausalLM if config.model_type == "phi3" else LlamaForCausalLM
+    model = kind(config)
     ids = torch.randint(3, 96, (2, LENGTH))
     short = torch.randint(3, 96, (1, SHORT))
     labels = ids.clone()
@@ -118,7 +133,8 @@ def write(out, name, rope, max_positions):
         result = model.eval()(input_ids=ids, labels=labels)
     short_logits = logits_of(model, short)
     noise = (logits_of(copy.deepcopy(model).double(), ids) - result.logits).abs().max().item()
-    plain = LlamaForCausalLM(make(dict(rope_type="default"), max_positions))
+    default = {k: v for k, v in rope.items() if k == "partial_rotary_factor"}
+    plain = kind(make(dict(rope_type="default", **default), max_positions))
     plain.load_state_dict(model.state_dict())
     moved = (logits_of(plain, ids) - result.logits).abs().max().item()
     assert math.isfinite(noise) and moved > 1e3 * noise, (name, noise, moved)

@@ -66,7 +66,8 @@ fn metadata(args: &ExportArgs, spec: &ModelSpec) -> Result<Vec<(String, Metadata
     let tokenizer = ChatTokenizer::open(&args.model)?;
     let mut fields = gguf_fields(spec)?;
     let name = args.model.file_stem().map(|name| name.to_string_lossy().into_owned());
-    fields.push(("general.name".into(), Metadata::String(name.unwrap_or_default())));
+    let name = tokenizer.gguf_name(&name.unwrap_or_default());
+    fields.push(("general.name".into(), Metadata::String(name)));
     fields.push(("general.file_type".into(), Metadata::U32(args.outtype.file_type())));
     if args.outtype == OutType::Q8_0 {
         fields.push(("general.quantization_version".into(), Metadata::U32(2)));

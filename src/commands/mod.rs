@@ -21,6 +21,7 @@ use crate::checkpoint::{Checkpoint, CheckpointKind};
 use crate::cli::Command;
 use crate::cli::train::BaseModelArgs;
 use crate::error::{Error, Result};
+use crate::model::spec::{ModelSpec, RopeScaling};
 use crate::plural::noun;
 
 /// Runs one parsed command.
@@ -51,6 +52,19 @@ fn note_packing(base: &BaseModelArgs, kind: CheckpointKind) {
         let (model, quant_type) = (base.model.display(), format.quant_type.as_str());
         eprintln!(
             "{model}: linears are packed as {quant_type}; `--quantization none` takes them as they are"
+        );
+    }
+}
+
+/// Says that a context is so long that LongRoPE turns short texts otherwise than in training.
+fn note_long_rope(spec: &ModelSpec, context_tokens: usize) {
+    let scaling = spec.rotary.as_ref().map(|rotary| &rotary.scaling);
+    if let Some(RopeScaling::LongRope { original_max_position_embeddings: most, .. }) = scaling
+        && context_tokens > *most
+    {
+        eprintln!(
+            "note: the context is longer than {most} tokens, so that all of it has LongRoPE's factors \
+             for long texts; `--context-length {most}` has those that shorter ones are trained with"
         );
     }
 }

@@ -227,9 +227,14 @@ impl<'a> Encoder<'a> {
     }
 
     /// Tokens of an assistant turn, up to its last end-of-turn token; one that follows directly is
-    /// taken in, and so is a token that reaches into the turn.
+    /// taken in, and so is a token of text that reaches into the turn. A marker that does has only
+    /// taken the spaces behind it.
     fn turn(&self, ids: &[u32], offsets: &[Range<usize>], range: &Range<usize>) -> Range<usize> {
-        let begin = offsets.partition_point(|offset| offset.end <= range.start);
+        let mut begin = offsets.partition_point(|offset| offset.end <= range.start);
+        let reaches = |offset: &Range<usize>| offset.start < range.start;
+        if offsets.get(begin).is_some_and(reaches) && self.tokenizer.is_added(ids[begin]) {
+            begin += 1;
+        }
         let end = offsets.partition_point(|offset| offset.start < range.end).max(begin);
         match ids[begin..end].iter().rposition(|&id| self.ends_turn(id)) {
             Some(last) => begin..begin + last + 1,

@@ -19,6 +19,15 @@ const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
 
+/// Tokens that llama.cpp takes for granted in a Phi-3: spaces behind the first three stay.
+pub(super) const PHI3_TOKENS: [&str; 4] = ["<unk>", "<s>", "<|endoftext|>", "</s>"];
+
+/// Whether llama.cpp takes a model of this name for a Phi-3.
+pub(super) fn named_phi3(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    name.contains("phi-3") || name.contains("phi3")
+}
+
 impl ChatTokenizer {
     /// The fields `tokenizer.…`, with a token for each of the model's `vocab_size` rows.
     ///
@@ -53,6 +62,20 @@ impl ChatTokenizer {
             put("chat_template", Metadata::String(template.to_string()));
         }
         Ok(fields)
+    }
+
+    /// `name` for `general.name`: that of a Phi-3 tells llama.cpp that its special tokens take the spaces
+    /// behind them, which files have no field for. Source: llama.cpp `llama-vocab.cpp`.
+    pub fn gguf_name(&self, name: &str) -> String {
+        let added = self.tokenizer.get_added_tokens_decoder();
+        let takes_spaces = added.values().any(|token| token.special && token.rstrip);
+        let is_phi3 = PHI3_TOKENS.iter().all(|token| self.id(token).is_some()) && takes_spaces;
+        match (is_phi3, named_phi3(name)) {
+            (true, false) => format!("Phi-3 {name}"),
+            // Which would look for tokens that are not there.
+            (false, true) => format!("Phi {}", name.to_ascii_lowercase().replace("phi", "")),
+            _ => name.to_string(),
+        }
     }
 
     /// Byte pairs as GPT-2 has them.

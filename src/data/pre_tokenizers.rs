@@ -179,6 +179,25 @@ mod tests {
         }
     }
 
+    /// Llama 3 looks whole words up before it merges, Phi-4 does not.
+    #[test]
+    fn merges_are_ignored_where_the_name_says_so() {
+        for (name, ignores) in [("llama-bpe", true), ("dbrx", false), ("gpt-4o", false)] {
+            let pre = Metadata::String(name.into());
+            let content = Content {
+                magic: candle_core::quantized::gguf_file::VersionedMagic::GgufV3,
+                metadata: [("tokenizer.ggml.pre".to_string(), pre)].into(),
+                tensor_infos: Default::default(),
+                tensor_data_offset: 0,
+            };
+            let mut tokenizer = Tokenizer::new(tokenizers::models::bpe::BPE::default());
+            set_splitter(&mut tokenizer, &content).unwrap();
+            let ModelWrapper::BPE(model) = tokenizer.get_model() else { panic!("{name}") };
+            assert_eq!(model.ignore_merges, ignores, "{name}");
+            assert_eq!(Splitter::of(&tokenizer).unwrap().name(ignores), name);
+        }
+    }
+
     #[test]
     fn a_tokenizer_is_recognized_by_what_it_does() {
         for splitter in Splitter::ALL {

@@ -17,6 +17,7 @@ use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as Normalizers};
 use tokenizers::{AddedToken, Tokenizer};
 
+use super::gguf_tokens::{PHI3_TOKENS, named_phi3};
 use crate::error::{Error, Result};
 
 /// What stands for a space.
@@ -66,9 +67,13 @@ pub(super) fn from_gguf(content: &Content) -> Result<Tokenizer> {
         steps.push(Strip::new(' ', 1, 0).into());
     }
     tokenizer.with_decoder(Some(Decoders::new(steps)));
+    let name = content.metadata.get("general.name").and_then(|name| name.to_string().ok());
+    let is_phi3 = name.is_some_and(|name| named_phi3(name));
+    let takes_spaces = |token: &String| is_phi3 && !PHI3_TOKENS[..3].contains(&token.as_str());
     let of = |wanted: &[i64], special: bool| -> Vec<AddedToken> {
         let ids = (0..tokens.len()).filter(|&id| wanted.contains(&kind(id)));
-        ids.map(|id| AddedToken::from(tokens[id].clone(), special).normalized(!special)).collect()
+        let added = |token: &String| AddedToken::from(token.clone(), special).normalized(!special);
+        ids.map(|id| added(&tokens[id]).rstrip(takes_spaces(&tokens[id]))).collect()
     };
     // Users' own are looked for in text as it is stored, with its spaces written out.
     tokenizer.add_special_tokens(of(&[UNKNOWN, CONTROL], true)).map_err(wrong)?;

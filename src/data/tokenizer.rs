@@ -409,6 +409,11 @@ impl ChatTokenizer {
         added.into_values().map(|token| token.content).collect()
     }
 
+    /// Whether the token `id` was added to the vocabulary.
+    pub fn is_added(&self, id: u32) -> bool {
+        self.tokenizer.get_added_vocabulary().simple_id_to_token(id).is_some()
+    }
+
     /// The id of the token `text`.
     pub fn id(&self, text: &str) -> Option<u32> {
         self.tokenizer.token_to_id(text)

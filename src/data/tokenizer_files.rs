@@ -20,8 +20,8 @@ pub const TOKENIZER_FILES: [&str; 9] = [
     "tokenizer.model",
 ];
 
-/// Files of a tokenizer and chat templates in place of its own. They are open: what happens to
-/// their folder no longer matters.
+/// Files of a tokenizer and chat templates in place of its own. They are open: that their folder is
+/// moved or removed no longer matters.
 #[derive(Debug, Default)]
 pub struct TokenizerFiles {
     files: Vec<(&'static str, File)>,
@@ -46,6 +46,12 @@ impl TokenizerFiles {
     /// With these chat templates, if any, in place of those in the files.
     pub fn with_templates(self, templates: Option<TemplateSources>) -> Self {
         TokenizerFiles { templates: templates.or(self.templates), ..self }
+    }
+
+    /// Bytes of the files.
+    pub fn bytes(&self) -> u64 {
+        let bytes = |file: &File| file.metadata().map_or(0, |metadata| metadata.len());
+        self.files.iter().map(|(_, file)| bytes(file)).sum()
     }
 
     /// Writes them into `folder`.
@@ -87,6 +93,7 @@ mod tests {
         let files = TokenizerFiles::of_folder(&from).unwrap();
         fs::remove_dir_all(&from).unwrap();
         for _ in 0..2 {
+            assert_eq!(files.bytes() as usize, names.concat().len());
             files.save(&to).unwrap();
             for name in names {
                 assert_eq!(fs::read_to_string(to.join(name)).unwrap(), name);

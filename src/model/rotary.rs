@@ -34,10 +34,39 @@ pub(super) fn rotary_from_config(config: &Value) -> Result<Rotary> {
 }
 
 /// The share of each head that turns, as transformers 5 or 4 spells it.
-pub(super) fn partial_rotary_factor(config: &Value) -> f64 {
+///
+/// # Errors
+/// `Input` when it is no number.
+pub(super) fn partial_rotary_factor(config: &Value) -> Result<f64> {
     const KEY: &str = "partial_rotary_factor";
     let holders = [&config["rope_parameters"], &config["rope_scaling"], config];
-    holders.into_iter().find_map(|holder| holder[KEY].as_f64()).unwrap_or(1.0)
+    let given = holders.into_iter().find_map(|holder| optional_number(holder, KEY).transpose());
+    Ok(given.transpose()?.unwrap_or(1.0))
+}
+
+/// A number, if there is anything.
+fn optional_number(holder: &Value, key: &str) -> Result<Option<f64>> {
+    let value = &holder[key];
+    if value.is_null() {
+        return Ok(None);
+    }
+    let number = value.as_f64().map(Some);
+    number.ok_or_else(|| {
+        Error::input(format_args!("config.json: field `{key}` must be a number, got {value}"))
+    })
+}
+
+/// What cos and sin are multiplied by, if the config says so.
+fn attention_factor(parameters: &Value) -> Result<Option<f64>> {
+    const KEY: &str = "attention_factor";
+    let given = optional_number(parameters, KEY)?;
+    match given.filter(|factor| !(*factor as f32).is_normal() || *factor < 0.0) {
+        Some(wrong) => {
+            let what = format_args!("config.json: {KEY} is {wrong}, expected a number above 0");
+            Err(Error::input(what))
+        }
+        None => Ok(given),
+    }
 }
 
 fn scaling_from(parameters: &Value, config: &Value) -> Result<RopeScaling> {
@@ -68,7 +97,8 @@ fn scaling_from(parameters: &Value, config: &Value) -> Result<RopeScaling> {
                 original_max_position_embeddings: original()?,
                 beta_fast: optional("beta_fast").filter(|v| *v != 0.0).unwrap_or(32.0),
                 beta_slow: optional("beta_slow").filter(|v| *v != 0.0).unwrap_or(1.0),
-                attention_factor: yarn_attention_factor(&optional, factor),
+                attention_factor: attention_factor(parameters)?
+                    .unwrap_or_else(|| yarn_attention_factor(&optional, factor)),
                 truncate: parameters.get("truncate").and_then(Value::as_bool).unwrap_or(true),
             }
         }
@@ -91,10 +121,11 @@ fn scaling_from(parameters: &Value, config: &Value) -> Result<RopeScaling> {
 fn long_rope(parameters: &Value, config: &Value) -> Result<RopeScaling> {
     // The config's own comes before that of the scaling, as in transformers.
     const ORIGINAL: &str = "original_max_position_embeddings";
-    let longest = &config["max_position_embeddings"];
-    let original = [&config[ORIGINAL], &parameters[ORIGINAL], longest];
-    let original = original.into_iter().find_map(Value::as_f64).filter(|length| *length > 1.0);
-    let original = original.ok_or_else(|| {
+    const LONGEST: f64 = (1u64 << 30) as f64;
+    let longest = optional_number(config, "max_position_embeddings")?;
+    let own = optional_number(config, ORIGINAL)?;
+    let original = own.or(optional_number(parameters, ORIGINAL)?).or(longest);
+    let original = original.filter(|length| (2.0..LONGEST).contains(length)).ok_or_else(|| {
         Error::input(format_args!("config.json: longrope needs an `{ORIGINAL}` above 1"))
     })?;
     let divisors = |key: &str| {
@@ -106,14 +137,13 @@ fn long_rope(parameters: &Value, config: &Value) -> Result<RopeScaling> {
             Error::input(format_args!("config.json: longrope needs positive numbers `{key}`"))
         })
     };
-    let stretch = parameters["factor"].as_f64();
-    let stretch = stretch.unwrap_or(longest.as_f64().unwrap_or(original) / original);
-    let attention_factor = parameters["attention_factor"].as_f64();
+    let stretch = optional_number(parameters, "factor")?;
+    let stretch = stretch.unwrap_or(longest.unwrap_or(original) / original);
     Ok(RopeScaling::LongRope {
         short_factor: divisors("short_factor")?,
         long_factor: divisors("long_factor")?,
         original_max_position_embeddings: original as usize,
-        attention_factor: attention_factor
+        attention_factor: attention_factor(parameters)?
             .unwrap_or_else(|| long_rope_attention_factor(stretch, original)),
     })
 }
@@ -126,12 +156,10 @@ pub fn long_rope_attention_factor(stretch: f64, original: f64) -> f64 {
 fn yarn_attention_factor(optional: &dyn Fn(&str) -> Option<f64>, factor: f64) -> f64 {
     let mscale = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
     let given = |key: &str| optional(key).filter(|v| *v != 0.0);
-    optional("attention_factor").unwrap_or_else(|| {
-        match (given("mscale"), given("mscale_all_dim")) {
-            (Some(m), Some(all)) => mscale(m) / mscale(all),
-            _ => mscale(1.0),
-        }
-    })
+    match (given("mscale"), given("mscale_all_dim")) {
+        (Some(m), Some(all)) => mscale(m) / mscale(all),
+        _ => mscale(1.0),
+    }
 }
 
 /// `rope_scaling` of the Llama 3 model whose frequencies are divided by `factors`

@@ -82,6 +82,14 @@ impl<K: Kernels> Session<K> {
         self.kind
     }
 
+    /// What it is.
+    ///
+    /// # Errors
+    /// `Usage` when the session is over.
+    pub fn spec(&self) -> Result<&ModelSpec> {
+        Ok(self.model()?.spec())
+    }
+
     /// Text in and out of it.
     pub fn speaker(&self) -> &Speaker {
         &self.speaker

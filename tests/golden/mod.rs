@@ -158,7 +158,18 @@ impl Case {
         policies: &[Policy],
         tile: Option<usize>,
     ) -> Model {
-        let spec = self.spec();
+        self.model_of(self.spec(), quantization, adapter, policies, tile)
+    }
+
+    /// The same of another spec.
+    pub fn model_of(
+        &self,
+        spec: ModelSpec,
+        quantization: Option<BlockFormat>,
+        adapter: Option<&str>,
+        policies: &[Policy],
+        tile: Option<usize>,
+    ) -> Model {
         let targets = adapter.map(|adapter| self.targets(adapter)).unwrap_or_default();
         let checkpoint = Checkpoint::open(&self.path).unwrap();
         let weights = Weights::load(&checkpoint, &spec, quantization.as_ref(), None).unwrap();

@@ -15,8 +15,8 @@ use nibble::plan::{Policy, Settings};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
 
-const CASES: [&str; 7] =
-    ["linear", "dynamic", "yarn", "yarn_settings", "yarn_attention", "longrope", "llama3"];
+const CASES: [&str; 8] =
+    ["linear", "dynamic", "yarn", "yarn_settings", "yarn_attention", "longrope", "llama3", "phi3"];
 
 struct Case {
     folder: PathBuf,

@@ -1,6 +1,6 @@
 //! The `config.json` that a GGUF file's metadata implies.
 //!
-//! What the metadata say and Nibble cannot do (experts, partial rotary embedding, values narrower
+//! What the metadata say and Nibble cannot do (experts, heads that turn in part but for a Phi-3, values narrower
 //! than keys) is refused here: the tensors alone would not show it.
 
 use nibble_quant::FloatType;
@@ -129,6 +129,10 @@ impl Gguf {
         let mut scaling = json!({"type": "longrope", "short_factor": short?, "long_factor": long?});
         let implied = long_rope_attention_factor(longest as f64 / original as f64, original as f64);
         let stored = self.float("rope.scaling.attn_factor").unwrap_or(1.0);
+        if !(stored.is_finite() && stored > 0.0) {
+            let what = format_args!("metadata `rope.scaling.attn_factor` is {stored}");
+            return Err(self.wrong(what));
+        }
         if (stored / implied - 1.0).abs() > 1e-4 {
             scaling["attention_factor"] = stored.into();
         }
@@ -193,6 +197,9 @@ impl Gguf {
             });
         }
         let kind = self.field("rope.scaling.type").and_then(|v| v.to_string().ok());
+        if self.has(LONG_ROPE_FACTORS[0]) && kind.is_none_or(|kind| kind == "longrope") {
+            return Ok(Value::Null);
+        }
         let factor = self.float("rope.scaling.factor").or_else(|| self.float("rope.scale_linear"));
         match (kind.map(String::as_str), factor) {
             (None, None) | (Some("none"), _) => Ok(Value::Null),

@@ -122,23 +122,34 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
             put(key, Metadata::F32(cap));
         }
     }
-    let mut scale = |kind: &str, factor: f64| {
-        put("rope.scaling.type", Metadata::String(kind.into()));
-        put("rope.scaling.factor", Metadata::F32(factor as f32));
-    };
-    match rotary.scaling {
+    for (key, value) in rope_scaling(architecture, &rotary.scaling)? {
+        put(key, value);
+    }
+    Ok(fields)
+}
+
+fn rope_scaling(
+    architecture: Architecture,
+    scaling: &RopeScaling,
+) -> Result<Vec<(&'static str, Metadata)>> {
+    const FACTOR: &str = "rope.scaling.factor";
+    let kind = |name: &str| ("rope.scaling.type", Metadata::String(name.into()));
+    let number = |key, number: f64| (key, Metadata::F32(number as f32));
+    let original =
+        |tokens: usize| ("rope.scaling.original_context_length", Metadata::U32(tokens as u32));
+    Ok(match *scaling {
         // Llama 3's factors are a tensor, as are those of LongRoPE.
-        RopeScaling::Default | RopeScaling::Llama3 { .. } => {}
-        RopeScaling::Linear { factor } => scale("linear", factor),
+        RopeScaling::Default | RopeScaling::Llama3 { .. } => Vec::new(),
+        RopeScaling::Linear { factor } => vec![kind("linear"), number(FACTOR, factor)],
         RopeScaling::Yarn { factor, original_max_position_embeddings, .. } => {
-            scale("yarn", factor);
-            put("rope.scaling.original_context_length", size(original_max_position_embeddings));
+            let length = original(original_max_position_embeddings);
+            vec![kind("yarn"), number(FACTOR, factor), length]
         }
         RopeScaling::LongRope { original_max_position_embeddings, attention_factor, .. }
             if architecture == Architecture::Phi3 =>
         {
-            put("rope.scaling.original_context_length", size(original_max_position_embeddings));
-            put("rope.scaling.attn_factor", Metadata::F32(attention_factor as f32));
+            let factor = number("rope.scaling.attn_factor", attention_factor);
+            vec![original(original_max_position_embeddings), factor]
         }
         RopeScaling::LongRope { .. } => {
             let what = "config.json: llama.cpp has rope scaling `longrope` for phi3 alone";
@@ -149,8 +160,7 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
                 "llama.cpp scales by a fixed factor: set `linear` or `yarn` in config.json",
             ));
         }
-    }
-    Ok(fields)
+    })
 }
 
 /// Refuses what llama.cpp knows better than its files.

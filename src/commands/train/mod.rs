@@ -12,7 +12,7 @@ use crate::cli::lora::AdapterDtype;
 use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
 use crate::commands::device;
-use crate::data::ChatTokenizer;
+use crate::data::{ChatTokenizer, TokenizerFiles};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::{Account, Row};
@@ -70,7 +70,8 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     }
     warn(&base, &recipe, max_steps, &progress);
     let memory = memory::plan(args, &base, &adapter, &data, &kernels, &progress)?;
-    output.check_room(memory.checkpoint_bytes(&adapter, args), &args.output, &progress)?;
+    let checkpoint = memory.checkpoint_bytes(&adapter, args) + base.brought.bytes();
+    output.check_room(checkpoint, &args.output, &progress)?;
     let device = kernels.device();
     if memory.in_process {
         progress.note(&format!("computing on {device}"));
@@ -149,6 +150,8 @@ struct Base {
     checkpoint: Checkpoint,
     spec: ModelSpec,
     tokenizer: ChatTokenizer,
+    /// What of it the adapter must bring.
+    brought: TokenizerFiles,
     preview: Preview,
 }
 
@@ -175,7 +178,8 @@ impl Base {
         })?;
         let speaker = Speaker::new(tokenizer.clone(), &spec.eos_token_ids)?;
         let preview = Preview::new(speaker, args.evaluation.sample_max_new_tokens.get());
-        Ok(Base { checkpoint, spec, tokenizer, preview })
+        let brought = tokenizer.beyond_the_model(model)?;
+        Ok(Base { checkpoint, spec, tokenizer, brought, preview })
     }
 
     /// Numbers that are trained, and those of base and adapter together.
@@ -228,8 +232,8 @@ impl Base {
             AdapterDtype::Bf16 => FloatType::Bf16,
             AdapterDtype::F32 => FloatType::F32,
         };
-        let model = LoraModel::new(model, adapter, dtype, self.preview, wanted)
-            .speaking(self.tokenizer.beyond_the_model(&args.model.model)?);
+        let model =
+            LoraModel::new(model, adapter, dtype, self.preview, wanted).speaking(self.brought);
         let budget = args.resources.memory_budget.map(|budget| budget.0);
         Ok(model.watched(meter, account, budget))
     }

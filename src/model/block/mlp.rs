@@ -180,18 +180,11 @@ impl<K: Kernels> Block<K> {
         let (dx, dy) = (Some((&mut grads.mlp, false)), grads.projected.as_ref());
         let (dy, inputs) = (dy.unwrap_or(&grads.stream), (&work.mlp, &saved.lora_x));
         pass.backward(down, dy, inputs, dx, to, scratch);
-        let (gate, width) = (self.linear(LinearRole::Gate), self.intermediate_size);
-        let d_out = &mut grads.mlp;
-        if self.fused_gate_up {
-            kernels.fused_mlp_backward(self.activation, &mut saved.up, d_out, rows, width);
-        } else {
-            let (gate, up, d_up) = (gate.map(|_| &saved.gate), &saved.up, &mut work.mlp);
-            kernels.mlp_backward(self.activation, gate, up, d_out, d_up, rows * width);
-        }
+        self.hidden_backward(pass, saved, work, &mut grads.mlp);
         let inputs = (&work.norm, &saved.lora_x);
         let up = self.expect(LinearRole::Up);
         let scratch = (&mut work.lora_pair, &mut work.dropped);
-        match gate {
+        match self.linear(LinearRole::Gate) {
             Some(gate) => {
                 let (dys, dx) = (&[&grads.mlp, &work.mlp], Some(&mut grads.norm));
                 pass.backward_all(&[gate, up], dys, inputs, dx, to, scratch);
@@ -204,6 +197,24 @@ impl<K: Kernels> Block<K> {
         }
         let (stats, stream) = (&work.norm_stats, &mut grads.stream);
         kernels.norm_backward(&self.norm2, &grads.norm, middle, stats, stream, rows);
+    }
+
+    /// From the gradient of h in `d_out` to those of gate and up: there and in the workspace, or, where
+    /// one linear makes both, in place of what it made.
+    fn hidden_backward(
+        &self,
+        pass: &Pass<K>,
+        saved: &mut SavedMlp<K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+        d_out: &mut K::Buffer,
+    ) {
+        let (kernels, rows, width) = (pass.kernels, pass.rows.len(), self.intermediate_size);
+        if self.fused_gate_up {
+            return kernels.fused_mlp_backward(self.activation, &mut saved.up, d_out, rows, width);
+        }
+        let gate = self.linear(LinearRole::Gate).map(|_| &saved.gate);
+        let elements = rows * width;
+        kernels.mlp_backward(self.activation, gate, &saved.up, d_out, &mut work.mlp, elements);
     }
 
     /// What the backward pass reads of the down projection: its product only where that has a norm.

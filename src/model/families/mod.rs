@@ -120,7 +120,7 @@ fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
 
 /// Elements of each head that turn: for Phi-3, part of a head may.
 fn rotary_dim(fields: &Fields, family: Family, head_dim: usize) -> Result<usize> {
-    let fraction = partial_rotary_factor(fields.0);
+    let fraction = partial_rotary_factor(fields.0)?;
     if family != Family::Phi3 && fraction != 1.0 {
         let hint = "models of this family rotate whole heads";
         return Err(unsupported("partial_rotary_factor", fraction, hint));
@@ -155,11 +155,15 @@ fn qwen2(fields: &Fields) -> Result<ModelSpec> {
 }
 
 fn qwen3(fields: &Fields) -> Result<ModelSpec> {
+    let mut config = fields.0.clone();
+    if fields.present("head_dim").is_none() {
+        config["head_dim"] = 128.into();
+    }
+    let fields = &Fields(&config);
     let mut spec = llama(fields, Family::Qwen3)?;
     if fields.0.get("num_key_value_heads").is_none() {
         spec.num_kv_heads = 32;
     }
-    spec.head_dim = fields.size_or("head_dim", 128)?;
     (spec.qk_norm, spec.mlp_bias) = (true, false);
     spec.windows = qwen_windows(fields, spec.num_layers)?;
     Ok(spec)
@@ -299,6 +303,17 @@ mod tests {
     use serde_json::json;
 
     use super::*;
+
+    #[test]
+    fn heads_of_a_qwen3_are_128_wide_where_its_config_is_silent() {
+        let spec = spec_from_config(&json!({
+            "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 64, "vocab_size": 99,
+            "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 8,
+        }));
+        let spec = spec.unwrap();
+        assert_eq!((spec.head_dim, spec.rotary_dim, spec.q_width()), (128, 128, 2048));
+        assert_eq!(spec.attention_scale, 1.0 / 128_f32.sqrt());
+    }
 
     #[test]
     fn dropout_of_the_base_is_known_by_every_name() {

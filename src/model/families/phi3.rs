@@ -9,7 +9,11 @@ use crate::model::spec::{Family, ModelSpec};
 pub(super) fn phi3(fields: &Fields) -> Result<ModelSpec> {
     fields.unless("hidden_act", |v| v == "silu", "only `silu` is implemented")?;
     let mut config = fields.0.clone();
-    for (key, value) in [("max_position_embeddings", 4096), ("vocab_size", 32_064)] {
+    for (key, value) in [
+        ("max_position_embeddings", 4096),
+        ("original_max_position_embeddings", 4096),
+        ("vocab_size", 32_064),
+    ] {
         if fields.present(key).is_none() {
             config[key] = value.into();
         }
@@ -96,10 +100,33 @@ mod tests {
         }
     }
 
+    /// The class' own length comes before that of the scaling.
+    #[test]
+    fn the_trained_length_is_4096_where_the_config_is_silent() {
+        let factors = vec![1.0; 8];
+        let spec = config(json!({
+            "max_position_embeddings": 131_072,
+            "rope_parameters": {"rope_type": "longrope", "original_max_position_embeddings": 8192,
+                                "short_factor": factors, "long_factor": factors},
+        }));
+        let RopeScaling::LongRope { original_max_position_embeddings, attention_factor, .. } =
+            spec.unwrap().rotary.unwrap().scaling
+        else {
+            panic!("another scaling");
+        };
+        assert_eq!(original_max_position_embeddings, 4096);
+        assert!((attention_factor - (1.0_f64 + 5.0 / 12.0).sqrt()).abs() < 1e-12);
+    }
+
     #[test]
     fn what_does_not_fit_is_named() {
         let rope = |short: Value, long: Value| json!({"rope_scaling": {"type": "longrope", "short_factor": short, "long_factor": long}});
         let eight = || json!(vec![1.0; 8]);
+        let rope_with = |key: &str, value: Value| {
+            let mut config = rope(eight(), eight());
+            config["rope_scaling"][key] = value;
+            config
+        };
         assert!(config(rope(eight(), eight())).is_ok());
         for (extra, says) in [
             (
@@ -112,6 +139,15 @@ mod tests {
             (json!({"partial_rotary_factor": 0.2}), "turns 3 elements of heads of 16"),
             (json!({"partial_rotary_factor": 0.0}), "turns 0 elements"),
             (json!({"partial_rotary_factor": 1.5}), "turns 24 elements"),
+            (json!({"partial_rotary_factor": "0.75"}), "`partial_rotary_factor` must be a number"),
+            (rope_with("attention_factor", json!(1e300)), "attention_factor"),
+            (rope_with("attention_factor", json!(-1)), "attention_factor"),
+            (rope_with("factor", json!("32")), "`factor` must be a number"),
+            (
+                json!({"original_max_position_embeddings": 1u64 << 40,
+                    "rope_scaling": rope(eight(), eight())["rope_scaling"]}),
+                "original_max",
+            ),
             (json!({"hidden_act": "gelu"}), "hidden_act"),
             (json!({"sliding_window": 0}), "sliding_window is 0"),
         ] {
