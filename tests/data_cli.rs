@@ -26,7 +26,9 @@ fn scene(name: &str, text: &str) -> TempDir {
         "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1,
         "max_position_embeddings": 3000}"#;
     std::fs::write(model.join("config.json"), config).unwrap();
-    std::fs::write(folder.path().join(name), text).unwrap();
+    let path = folder.path().join(name);
+    std::fs::create_dir_all(path.parent().unwrap()).unwrap();
+    std::fs::write(path, text).unwrap();
     folder
 }
 
@@ -57,6 +59,45 @@ fn refused(text: &str, arguments: &[&str]) -> (String, String) {
 /// The report on [`LINES`], which have a bad one.
 fn run(arguments: &[&str]) -> String {
     refused(LINES, arguments).0
+}
+
+/// Files of a folder, or those that a pattern fits, are one data set; places are those of the files.
+#[test]
+fn several_files_are_one_data_set() {
+    let lines: Vec<&str> = LINES.lines().collect();
+    let folder = scene("parts/b.jsonl", &lines[2..].join("\n"));
+    std::fs::write(folder.path().join("parts/a.jsonl"), lines[..2].join("\n")).unwrap();
+    std::fs::write(folder.path().join("parts/README.md"), "no data").unwrap();
+    let nibble = |data: &str, arguments: &[&str]| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
+        command.args(["data", "--model", "model", "--data", data]).args(arguments);
+        let output = command.current_dir(folder.path()).output().unwrap();
+        [output.stdout, output.stderr].map(|text| String::from_utf8(text).unwrap())
+    };
+    for data in ["parts", "parts/*.jsonl"] {
+        let [text, error] = nibble(data, &["--show", "2"]);
+        assert!(
+            text.starts_with(&format!("{data}: 4 records in 2 files, format messages\n")),
+            "{text}"
+        );
+        assert!(text.contains("      parts/b.jsonl:1: not valid JSON"), "{text}");
+        assert!(text.contains("records that repeat an earlier one: 1 (parts/b.jsonl:2)"), "{text}");
+        assert!(text.contains("left out: 1 (parts/a.jsonl:2)"), "{text}");
+        assert!(
+            text.contains("\nparts/a.jsonl:1: ") && text.contains("\nparts/b.jsonl:2: "),
+            "{text}"
+        );
+        assert!(error.contains(&format!("{data} cannot be trained on as it is")), "{error}");
+    }
+    let [text, _] = nibble("parts", &["--json"]);
+    let json: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(json["files"][1], serde_json::json!({"path": "parts/b.jsonl", "lines_before": 2}));
+    assert_eq!(json["rejected"][0]["line"], 3);
+    // As a shell hands it over where there are no quotes.
+    let [_, error] = nibble("parts/a.jsonl", &["parts/b.jsonl"]);
+    assert!(error.contains("hint: several data files are a folder, or a pattern"), "{error}");
+    let [_, error] = nibble("parts/c*", &[]);
+    assert!(error.contains("no file fits parts/c*"), "{error}");
 }
 
 #[test]

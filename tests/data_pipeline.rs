@@ -25,6 +25,7 @@ fn options() -> DataOptions {
         train_on: TrainOn::Assistant,
         truncation: Truncation::Error,
         max_length: 512,
+        rename_columns: Vec::new(),
     }
 }
 
@@ -198,7 +199,9 @@ fn long_documents_are_never_cut_silently() {
     let (_, dataset) = load(Truncation::Error);
     let error = dataset.check(Path::new("f"), &with(Truncation::Error)).unwrap_err().to_string();
     assert!(
-        error.contains("f:1: document is longer than 3 tokens (1 of 1 is, the longest has 7)"),
+        error.contains(
+            "data.jsonl:1: document is longer than 3 tokens (1 of 1 is, the longest has 7)"
+        ),
         "{error}"
     );
     assert!(error.contains("raise `--max-length` to 7"), "{error}");

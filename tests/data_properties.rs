@@ -5,7 +5,7 @@ use std::path::Path;
 use clap::ValueEnum;
 use nibble::data::pack::pack;
 use nibble::data::{
-    Batch, ChatTokenizer, DataOptions, Dataset, Encoder, TrainOn, Truncation, load,
+    Batch, ChatTokenizer, DataFiles, DataOptions, Dataset, Encoder, TrainOn, Truncation, load,
 };
 use nibble::random::Stream;
 use serde_json::json;
@@ -46,11 +46,21 @@ fn load_all(text: &str, options: &DataOptions) -> Dataset {
     let path = folder.path().join("data.jsonl");
     std::fs::write(&path, text).unwrap();
     let tokenizer = tokenizer();
-    load(&path, &Encoder::new(&tokenizer, VOCAB, options.train_on).unwrap(), options).unwrap()
+    let encoder = Encoder::new(&tokenizer, VOCAB, options.train_on).unwrap();
+    let mut dataset = load(&path, &encoder, options).unwrap();
+    // Its name is another each time.
+    dataset.report.files = DataFiles::default();
+    dataset
 }
 
 fn options(truncation: Truncation, max_length: usize) -> DataOptions {
-    DataOptions { format: None, train_on: TrainOn::Assistant, truncation, max_length }
+    DataOptions {
+        format: None,
+        train_on: TrainOn::Assistant,
+        truncation,
+        max_length,
+        rename_columns: Vec::new(),
+    }
 }
 
 #[test]

@@ -1,12 +1,13 @@
-//! CSV and Parquet files are the same data as JSONL.
+//! CSV and Parquet files are the same data as JSONL, packed ones the same as what they hold.
 //!
 //! `tests/data/tables` was made by `scripts/golden/gen_parquet.py` with pyarrow.
 
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::LazyLock;
 
 use nibble::data::{
-    ChatTokenizer, DataOptions, Dataset, Encoder, Format, TrainOn, Truncation, load,
+    ChatTokenizer, DataOptions, Dataset, Encoder, Format, LoadReport, TrainOn, Truncation, load,
 };
 use nibble::random::Stream;
 
@@ -25,6 +26,7 @@ fn try_load(path: &Path) -> nibble::Result<Dataset> {
         train_on: TrainOn::Assistant,
         truncation: Truncation::Error,
         max_length: 512,
+        rename_columns: Vec::new(),
     };
     load(path, &encoder, &options)
 }
@@ -41,7 +43,10 @@ fn parquet_rows_are_records() {
     let table = try_load(&tables().join("messages.parquet")).unwrap();
     let lines = try_load(&tables().join("messages.jsonl")).unwrap();
     assert_eq!(table.documents, lines.documents);
-    assert_eq!(table.report, lines.report);
+    assert_eq!(
+        LoadReport { files: lines.report.files.clone(), ..table.report.clone() },
+        lines.report
+    );
     assert_eq!((table.report.records, table.report.documents), (54, 52));
     let rejected: Vec<(usize, &str)> =
         table.report.rejected.iter().map(|bad| (bad.line, bad.rejection.reason.as_str())).collect();
@@ -80,6 +85,48 @@ fn csv_rows_are_records() {
     assert_eq!(places, [2, 3], "the lines that rows begin on");
     assert_eq!(table.report.rejected[0].line, 5);
     assert_eq!(table.report.rejected[0].rejection.reason, "row has 2 cells, the header 3");
+}
+
+fn gzip(bytes: &[u8]) -> Vec<u8> {
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::fast());
+    packed.write_all(bytes).unwrap();
+    packed.finish().unwrap()
+}
+
+#[test]
+fn text_may_be_packed() {
+    let lines = std::fs::read(tables().join("messages.jsonl")).unwrap();
+    let expected = try_load(&tables().join("messages.jsonl")).unwrap().documents;
+    // By what it holds, whatever its name is; several members are one file.
+    let (first, rest) = lines.split_at(lines.len() / 3);
+    let zstandard = zstd::encode_all(&lines[..], 1).unwrap();
+    let members = [gzip(first), gzip(rest)].concat();
+    for (name, bytes) in [
+        ("data.jsonl.gz", gzip(&lines)),
+        ("data.jsonl", members),
+        ("data.json.zst", zstandard.clone()),
+    ] {
+        let (_folder, path) = write(name, bytes);
+        assert_eq!(try_load(&path).unwrap().documents, expected, "{name}");
+    }
+    let rows = "prompt,completion\n\"a, b\",c\n";
+    let (_folder, plain) = write("data.csv", rows);
+    let (_other, packed) = write("data.csv.gz", gzip(rows.as_bytes()));
+    assert_eq!(try_load(&packed).unwrap().documents, try_load(&plain).unwrap().documents);
+    let mut spoilt = gzip(rows.as_bytes());
+    let middle = spoilt.len() / 2;
+    spoilt[middle] ^= 0x55;
+    for (name, bytes) in [
+        ("cut.jsonl.gz", gzip(&lines)[..40].to_vec()),
+        ("cut.zst", zstandard[..zstandard.len() / 2].to_vec()),
+        ("spoilt.csv.gz", spoilt),
+        ("no.gz", b"\x1f\x8b\x08".to_vec()),
+    ] {
+        let (_folder, path) = write(name, bytes);
+        let error = try_load(&path).unwrap_err().to_string();
+        assert!(error.contains(&format!("{name} cannot be unpacked")), "{error}");
+        assert!(error.contains("hint: the file is damaged or cut off"), "{error}");
+    }
 }
 
 /// Otherwise the rest of the file would be one record, and nothing said.

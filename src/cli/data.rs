@@ -15,6 +15,9 @@ pub struct DataFormatArgs {
     /// Shape of the records [default: found from the first one]
     #[arg(long, value_enum)]
     pub format: Option<Format>,
+    /// Fields that are called otherwise in the file, such as `question=prompt,answer=completion`
+    #[arg(long, value_name = "OLD=NEW", value_delimiter = ',', value_parser = rename)]
+    pub rename_columns: Vec<(String, String)>,
     /// Chat template: alpaca, chatml, gemma, llama-3, zephyr, or a Jinja file [default: the model's]
     #[arg(long, value_name = "NAME|FILE", value_hint = ValueHint::FilePath)]
     pub chat_template: Option<String>,
@@ -34,7 +37,15 @@ impl DataFormatArgs {
             train_on: self.train_on,
             truncation: self.truncation,
             max_length,
+            rename_columns: self.rename_columns.clone(),
         }
+    }
+}
+
+fn rename(text: &str) -> std::result::Result<(String, String), String> {
+    match text.split_once('=') {
+        Some((old, new)) if !old.is_empty() && !new.is_empty() => Ok((old.into(), new.into())),
+        _ => Err("expected `OLD=NEW`, such as `question=prompt`".into()),
     }
 }
 
@@ -49,7 +60,7 @@ pub struct DataArgs {
     /// Hugging Face folder or GGUF file whose tokenizer and chat template are used
     #[arg(long, value_name = "PATH")]
     pub model: PathBuf,
-    /// JSONL, JSON, CSV or Parquet file
+    /// JSONL, JSON, CSV or Parquet: a file, a folder, or a pattern in quotes
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
     /// Longest document, in tokens

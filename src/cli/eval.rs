@@ -27,7 +27,7 @@ pub struct EvalArgs {
     /// PEFT adapter folder
     #[arg(long, help_heading = "Adapter", value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// JSONL, JSON, CSV or Parquet file
+    /// JSONL, JSON, CSV or Parquet: a file, a folder, or a pattern in quotes
     #[arg(long, help_heading = "Data", value_name = "FILE")]
     pub data: PathBuf,
     /// Longest document, in tokens

@@ -246,6 +246,11 @@ fn unknown(command: &Command, what: &str, tried: &str) -> Error {
     if let Some(hint) = synonyms::hint(command, tried, "--") {
         return error.hint(hint);
     }
+    if Path::new(tried).is_file() && find(command, "data").is_some() {
+        // A pattern that the shell has taken for itself.
+        return error
+            .hint("several data files are a folder, or a pattern in quotes: `'parts/*.jsonl'`");
+    }
     let flags = command.get_arguments().filter_map(Arg::get_long).map(|long| format!("--{long}"));
     let flags: Vec<String> = flags.collect();
     match nearest(&tried.replace('_', "-"), flags.iter().map(String::as_str)) {

@@ -147,10 +147,10 @@ pub enum Quantization {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Data")]
 pub struct TrainDataArgs {
-    /// Training data: JSONL, JSON, CSV or Parquet
+    /// Training data, JSONL, JSON, CSV or Parquet: a file, a folder, or a pattern in quotes
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
-    /// Evaluation data: JSONL, JSON, CSV or Parquet
+    /// Evaluation data, as for `--data`
     #[arg(long, value_name = "FILE")]
     pub eval_data: Option<PathBuf>,
     /// Share of the training data that is held out for evaluation, such as 0.05

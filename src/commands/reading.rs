@@ -5,7 +5,7 @@ use std::path::Path;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::data::load::read;
-use crate::data::{DataOptions, Dataset, Encoder, LoadReport, RoleUse};
+use crate::data::{DataFiles, DataOptions, Dataset, Encoder, LoadReport, RoleUse};
 use crate::error::Result;
 use crate::report::figures::thousands;
 
@@ -20,7 +20,7 @@ pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dat
     let keep = |document| documents.push(document);
     let report = read(path, encoder, options, keep, |bytes| bar.set_position(bytes))?;
     bar.finish_and_clear();
-    let general = "`nibble data` lists every bad record of the file";
+    let general = "`nibble data` lists every bad record";
     report.check(path, options).map_err(|error| error.or_hint(general))?;
     Ok(Dataset { documents, report })
 }
@@ -31,7 +31,7 @@ pub fn unknown_roles(report: &LoadReport) -> Option<String> {
     roles.sort_by_key(|(_, found)| found.first_line);
     let words = |(role, found): &(&String, &RoleUse)| {
         let name: String = role.escape_debug().take(MOST_CHARACTERS).collect();
-        format!("{} of `{name}` (from line {})", found.messages, found.first_line)
+        format!("{} of `{name}` (from {})", found.messages, report.files.line(found.first_line))
     };
     let words: Vec<String> = roles.iter().take(MOST_ROLES).map(words).collect();
     let more = if roles.len() > MOST_ROLES { ", …" } else { "" };
@@ -49,9 +49,9 @@ pub fn beyond_training(trained_length: usize, longer: usize) -> String {
     format!("the model was trained on up to {most} tokens; {found}")
 }
 
-/// A bar over the bytes of `path`, on stderr if that is a terminal.
+/// A bar over the bytes of the data at `path`, on stderr if that is a terminal.
 pub fn bar(path: &Path) -> ProgressBar {
-    let bytes = std::fs::metadata(path).map_or(0, |metadata| metadata.len());
+    let bytes = DataFiles::find(path).map_or(0, |files| files.bytes());
     let template = "reading {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}";
     let style = ProgressStyle::with_template(template).expect("the template is valid");
     ProgressBar::new(bytes).with_style(style)

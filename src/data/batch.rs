@@ -4,6 +4,8 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::sync::Arc;
 
+use super::files::DataFiles;
+
 /// Label of a token that is not trained.
 pub const MASKED: i32 = -100;
 
@@ -33,8 +35,8 @@ pub struct Batch {
     pub first_token: usize,
     /// Source lines of the documents.
     pub lines: Vec<usize>,
-    /// The file that they are lines of, where it is known.
-    pub file: Option<Arc<str>>,
+    /// The files that they are lines of, where these are known.
+    pub files: Arc<DataFiles>,
 }
 
 impl Batch {
@@ -54,13 +56,7 @@ impl Batch {
     /// Where the documents come from: `train.jsonl:7, 9`, or `lines 7, 9`; the first few.
     pub fn places(&self) -> String {
         const SHOWN: usize = 8;
-        let lines: Vec<String> = self.lines.iter().take(SHOWN).map(usize::to_string).collect();
-        let more = if self.lines.len() > SHOWN { ", …" } else { "" };
-        let lines = lines.join(", ");
-        match &self.file {
-            Some(file) => format!("{file}:{lines}{more}"),
-            None => format!("lines {lines}{more}"),
-        }
+        self.files.places(&self.lines, SHOWN)
     }
 
     /// The same documents in passes of at most `most_tokens`, or of one document that is longer.
@@ -95,7 +91,7 @@ impl Batch {
             num_targets: ends.windows(2).map(trained).sum(),
             first_token: self.first_token + first,
             lines: self.lines.get(documents).unwrap_or_default().to_vec(),
-            file: self.file.clone(),
+            files: self.files.clone(),
         }
     }
 

@@ -1,4 +1,4 @@
-//! Reading a data file into documents, and an account of every record.
+//! Reading data files into documents, and an account of every record.
 
 use std::collections::{BTreeMap, HashSet};
 use std::hash::{DefaultHasher, Hash, Hasher};
@@ -6,10 +6,11 @@ use std::path::Path;
 
 use rayon::prelude::*;
 use serde::Serialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use super::batch::Document;
 use super::encode::{Encoded, Encoder, TrainOn};
+use super::files::DataFiles;
 use super::record::{Format, Rejection, parse};
 use super::source::{Body, Raw, Source};
 use super::truncate::Truncation;
@@ -20,8 +21,8 @@ use crate::plural::noun;
 const BATCH_RECORDS: usize = 2048;
 const BATCH_BYTES: usize = 16 << 20;
 
-/// How to read a file.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// How to read data.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DataOptions {
     /// Shape of the records; found from the first one if absent.
     pub format: Option<Format>,
@@ -31,6 +32,8 @@ pub struct DataOptions {
     pub truncation: Truncation,
     /// Longest document in tokens.
     pub max_length: usize,
+    /// Fields that have another name in the records: theirs, and that of the format.
+    pub rename_columns: Vec<(String, String)>,
 }
 
 /// The documents of a file and what became of its records.
@@ -42,12 +45,15 @@ pub struct Dataset {
     pub report: LoadReport,
 }
 
-/// What became of the records of a file. Lines are those that a record begins on.
+/// What became of the records. Lines are those that a record begins on; they are counted on from file
+/// to file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct LoadReport {
+    /// Where they are.
+    pub files: DataFiles,
     /// Shape of the records.
     pub format: Option<Format>,
-    /// Records in the file, blank lines left out.
+    /// How many there are, blank lines left out.
     pub records: usize,
     /// Records that could not be used.
     pub rejected: Vec<Rejected>,
@@ -97,7 +103,8 @@ pub struct Rejected {
     pub rejection: Rejection,
 }
 
-/// Reads, tokenizes and truncates the records of `path`.
+/// Reads, tokenizes and truncates the records of `path`: of a file, a folder or a pattern
+/// ([`DataFiles::find`]).
 ///
 /// # Errors
 /// As [`read`].
@@ -124,21 +131,34 @@ pub fn read(
         return Err(Error::usage(format_args!("--max-length {}", options.max_length))
             .hint("a document needs two tokens: one to predict the other from"));
     }
-    let report = LoadReport { format: options.format, ..LoadReport::default() };
-    let mut loader = Loader { path, encoder, options, seen: HashSet::new(), report, keep };
-    let mut source = Source::open(path)?;
-    loop {
-        let batch = next_batch(&mut source)?;
-        if batch.is_empty() {
-            break;
+    let files = DataFiles::find(path)?;
+    let report =
+        LoadReport { files: files.clone(), format: options.format, ..LoadReport::default() };
+    let renames = options.rename_columns.iter().map(|(from, _)| from.as_str()).collect();
+    let mut loader = Loader { encoder, options, seen: HashSet::new(), idle: renames, report, keep };
+    let (mut lines, mut bytes) = (0, 0);
+    for (index, path) in files.paths().enumerate() {
+        loader.report.files.begin(index, lines);
+        let mut source = Source::open(path)?;
+        let before = lines;
+        loop {
+            let mut batch = next_batch(&mut source)?;
+            batch.iter_mut().for_each(|raw| raw.line += before);
+            let Some(last) = batch.last() else { break };
+            lines = last.line;
+            loader.take(batch)?;
+            watch(bytes + source.bytes_read());
         }
-        loader.take(batch)?;
-        watch(source.bytes_read());
+        bytes += source.bytes_read();
     }
     if loader.report.records == 0 {
         return Err(Error::input(format_args!("{} has no records", path.display())).hint(
             "expected one JSON object in each line, one JSON list of objects, CSV or Parquet",
         ));
+    }
+    if let Some(name) = loader.idle.first() {
+        return Err(Error::usage(format_args!("--rename-columns: no record has a field `{name}`"))
+            .hint("each is OLD=NEW, the name in the file before the one that is meant"));
     }
     Ok(loader.report)
 }
@@ -161,12 +181,13 @@ impl LoadReport {
     /// data without a token to train on.
     pub fn check(&self, path: &Path, options: &DataOptions) -> Result<()> {
         let place = path.display();
+        let at = |line: usize| self.files.place(line);
         if let Some(Rejected { line, rejection }) = self.rejected.first() {
             let more = match self.rejected.len() - 1 {
                 0 => String::new(),
                 more => format!(" (and {more} more bad {})", noun(more, "record")),
             };
-            let error = Error::input(format_args!("{place}:{line}: {}{more}", rejection.reason));
+            let error = Error::input(format_args!("{}: {}{more}", at(*line), rejection.reason));
             return Err(match &rejection.hint {
                 Some(hint) => error.hint(hint),
                 None => error,
@@ -174,11 +195,11 @@ impl LoadReport {
         }
         if options.truncation == Truncation::Error && !self.too_long.is_empty() {
             let longest = self.lengths.iter().max().copied().unwrap_or(0);
-            let (line, most) = (self.too_long[0], options.max_length);
+            let (place, most) = (at(self.too_long[0]), options.max_length);
             let (count, all) = (self.too_long.len(), self.lengths.len());
             let verb = if count == 1 { "is" } else { "are" };
             return Err(Error::input(format_args!(
-                "{place}:{line}: document is longer than {most} tokens ({count} of {all} {verb}, \
+                "{place}: document is longer than {most} tokens ({count} of {all} {verb}, \
                  the longest has {longest})"
             ))
             .hint(format_args!(
@@ -218,10 +239,11 @@ fn next_batch(source: &mut Source) -> Result<Vec<Raw>> {
 }
 
 struct Loader<'a, K> {
-    path: &'a Path,
     encoder: &'a Encoder<'a>,
     options: &'a DataOptions,
     seen: HashSet<u64>,
+    /// Fields to be renamed that no record has had.
+    idle: Vec<&'a str>,
     report: LoadReport,
     keep: K,
 }
@@ -236,7 +258,8 @@ impl<K: FnMut(Document)> Loader<'_, K> {
             Body::Fields(fields) => Ok(fields),
         };
         let parse_raw = |raw: Raw| (raw.line, raw.body.and_then(read));
-        let parsed: Vec<Parsed> = batch.into_par_iter().map(parse_raw).collect();
+        let mut parsed: Vec<Parsed> = batch.into_par_iter().map(parse_raw).collect();
+        self.rename(&mut parsed);
         if self.report.format.is_none() {
             self.report.format = self.detect(&parsed)?;
         }
@@ -260,13 +283,31 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         Ok(())
     }
 
+    fn rename(&mut self, parsed: &mut [Parsed]) {
+        let renames = &self.options.rename_columns;
+        if renames.is_empty() {
+            return;
+        }
+        let has = |name: &str| {
+            parsed.iter().any(|(_, record)| record.as_ref().is_ok_and(|it| it.get(name).is_some()))
+        };
+        self.idle.retain(|name| !has(name));
+        parsed.par_iter_mut().for_each(|(_, record)| {
+            if let Ok(Value::Object(fields)) = record
+                && let Err(rejection) = renamed(fields, renames)
+            {
+                *record = Err(rejection);
+            }
+        });
+    }
+
     /// The format of the first record that is JSON; none if there is no such record.
     fn detect(&self, parsed: &[Parsed]) -> Result<Option<Format>> {
         let mut records =
             parsed.iter().filter_map(|(line, record)| Some((line, record.as_ref().ok()?)));
         let Some((line, record)) = records.next() else { return Ok(None) };
         let found = Format::detect(record).map_err(|rejection| {
-            let place = format!("{}:{line}", self.path.display());
+            let place = self.report.files.place(*line);
             let error = Error::input(format_args!("{place}: {}", rejection.reason));
             match rejection.hint {
                 Some(hint) => error.hint(hint),
@@ -335,6 +376,23 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         self.report.targets += document.num_targets();
         (self.keep)(document);
     }
+}
+
+/// Gives fields other names, all at once: two may change places.
+fn renamed(
+    fields: &mut Map<String, Value>,
+    renames: &[(String, String)],
+) -> std::result::Result<(), Rejection> {
+    let taken: Vec<(&String, Value)> =
+        renames.iter().filter_map(|(from, to)| Some((to, fields.shift_remove(from)?))).collect();
+    for (to, value) in taken {
+        if fields.get(to).is_some_and(|there| !there.is_null()) {
+            let what = format!("`--rename-columns`: the record has a field `{to}` already");
+            return Err(Rejection::new(what).hint(format!("rename that, too: `{to}=other_{to}`")));
+        }
+        fields.insert(to.clone(), value);
+    }
+    Ok(())
 }
 
 fn parse_json(text: &str) -> std::result::Result<Value, Rejection> {

@@ -1,7 +1,8 @@
 //! From files of examples to streams of tokens with a loss mask.
 //!
 //! ```text
-//! source     a file's records: JSONL, JSON, CSV, Parquet
+//! files      one, those of a folder, or those that a pattern fits
+//! source     a file's records: JSONL, JSON, CSV, Parquet, packed or not
 //! record     what kind of example each is; chat: messages of all shapes
 //! template   conversation → text, in the Jinja of jinja; spans: who said what, up to its ends
 //! encode     text → ids and labels, by the tokenizer
@@ -16,6 +17,7 @@ pub mod batch;
 pub mod chat;
 pub mod encode;
 mod ends;
+pub mod files;
 mod gguf_tokens;
 mod jinja;
 mod known_templates;
@@ -36,6 +38,7 @@ mod truncate;
 
 pub use batch::{Batch, Document};
 pub use encode::{Encoder, TrainOn};
+pub use files::DataFiles;
 pub use load::{DataOptions, Dataset, LoadReport, Rejected, RoleUse, load};
 pub use record::Format;
 pub use spans::{Rendered, Turn};

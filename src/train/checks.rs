@@ -24,7 +24,7 @@ pub fn probe(batch: &Batch) -> Batch {
         cu_seqlens: vec![0, end as u32],
         num_targets: end.saturating_sub(1),
         lines: batch.lines.iter().take(1).copied().collect(),
-        file: batch.file.clone(),
+        files: batch.files.clone(),
         input_ids,
     }
 }

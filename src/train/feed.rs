@@ -5,12 +5,11 @@
 //! for the next one.
 
 use std::collections::BTreeSet;
-use std::path::Path;
 use std::sync::Arc;
 
 use sha2::{Digest, Sha256};
 
-use crate::data::{Batch, Document};
+use crate::data::{Batch, DataFiles, Document};
 use crate::error::{Error, Result};
 use crate::random::Stream;
 
@@ -22,7 +21,7 @@ pub struct Feed {
     seed: Option<u64>,
     largest_first: bool,
     order: Order,
-    file: Option<Arc<str>>,
+    files: Arc<DataFiles>,
 }
 
 /// The order of the rows in one epoch, kept until another one is asked for.
@@ -48,7 +47,15 @@ impl Feed {
         }
         let order = Order { epoch: 0, rows: order(seed, 0, rows.len()) };
         let largest_first = false;
-        Ok(Feed { documents, rows, rows_per_batch, seed, largest_first, order, file: None })
+        Ok(Feed {
+            documents,
+            rows,
+            rows_per_batch,
+            seed,
+            largest_first,
+            order,
+            files: Arc::default(),
+        })
     }
 
     /// Puts the largest batch that can be first in the first epoch, if rows are shuffled at all:
@@ -59,9 +66,9 @@ impl Feed {
         self
     }
 
-    /// Names the file that the documents come from, for messages.
-    pub fn of_file(mut self, path: &Path) -> Self {
-        self.file = Some(path.display().to_string().into());
+    /// Names the files that the documents come from, for messages.
+    pub fn of_files(mut self, files: DataFiles) -> Self {
+        self.files = files.into();
         self
     }
 
@@ -132,7 +139,7 @@ impl Feed {
     fn batch_of(&self, rows: &[usize]) -> Batch {
         let documents = rows.iter().flat_map(|&row| &self.rows[row]);
         let documents = documents.map(|&document| &self.documents[document]);
-        Batch { file: self.file.clone(), ..Batch::from_documents(documents) }
+        Batch { files: self.files.clone(), ..Batch::from_documents(documents) }
     }
 
     /// Tokens of the longest document.
@@ -170,6 +177,8 @@ fn order(seed: Option<u64>, epoch: u64, rows: usize) -> Vec<usize> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn document(line: usize, length: usize) -> Document {
@@ -193,7 +202,7 @@ mod tests {
         assert_eq!(feed.batch(0, 0).places(), "lines 0, 1, 2");
         assert_eq!(feed.largest_batch_tokens(), 15, "the short last batch: documents 5 and 6");
         assert_eq!(feed.longest_document_tokens(), 8);
-        let mut feed = feed.of_file(Path::new("train.jsonl"));
+        let mut feed = feed.of_files(DataFiles::find(Path::new("train.jsonl")).unwrap());
         assert_eq!(feed.batch(0, 1).places(), "train.jsonl:3, 4");
     }
 

@@ -11,7 +11,7 @@ pub const SETTINGS_FILE: &str = "settings.toml";
 /// Settings that decide where, how fast and how closely watched a run is, but not its numbers. The
 /// contents of model and data, as a chat template writes them, are compared by themselves, so their
 /// paths may change.
-const NEUTRAL: [&str; 20] = [
+const NEUTRAL: [&str; 21] = [
     "activations",
     "chat_template",
     "data",
@@ -24,6 +24,7 @@ const NEUTRAL: [&str; 20] = [
     "memory_budget",
     "model",
     "out",
+    "rename_columns",
     "sample_max_new_tokens",
     "sample_prompt",
     "sample_steps",

@@ -67,6 +67,7 @@ fn read_data(place: &Workplace, spec: &ModelSpec) {
         train_on: TrainOn::Assistant,
         truncation: Truncation::Right,
         max_length: 16,
+        rename_columns: Vec::new(),
     };
     if let Ok(data) = load(&place.path("rows.jsonl"), &encoder, &options) {
         let _ = data.check(&place.path("rows.jsonl"), &options);

@@ -29,6 +29,32 @@ fn data() {
     let data = training(&run);
     assert_eq!((&data["file"], &data["tokens"]), (&json!("other.jsonl"), &json!(21)));
     assert_eq!(run.numbers("step", "num_input_tokens_seen"), [21.0]);
+    // Several files.
+    fs::create_dir(runs.place.path("parts")).unwrap();
+    write_lengths(&runs, "parts/b.jsonl", &[12, 999]);
+    write_lengths(&runs, "parts/a.jsonl", &[9]);
+    let error = runs.refused("data=parts max-length=64");
+    assert!(error.contains("parts/b.jsonl:2: document is longer than 64 tokens"), "{error}");
+    write_lengths(&runs, "parts/b.jsonl", &[12]);
+    let together = runs.train("data=parts/*.jsonl");
+    assert_eq!(together.numbers("step", "loss"), run.numbers("step", "loss"));
+    assert_eq!(training(&together)["file"], "parts/*.jsonl");
+}
+
+#[test]
+fn rename_columns() {
+    let runs = Runs::new();
+    let rows = ["w3 w4", "w5"].map(|text| json!({"body": text, "text": "w9 w9 w9"}).to_string());
+    fs::write(runs.place.path("named.jsonl"), rows.join("\n")).unwrap();
+    let error = runs.refused("data=named.jsonl rename-columns=body=text");
+    assert!(error.contains("named.jsonl:1: `--rename-columns`: the record has a field"), "{error}");
+    let run = runs.train("data=named.jsonl rename-columns=body=text,text=other");
+    // Three words, and an end to each.
+    assert_eq!(training(&run)["tokens"], 5);
+    let error = runs.refused("data=named.jsonl rename-columns=body=text,text=body,title=x");
+    assert!(error.contains("no record has a field `title`"), "{error}");
+    let error = runs.refused("data=named.jsonl rename-columns=body");
+    assert!(error.contains("expected `OLD=NEW`"), "{error}");
 }
 
 #[test]

@@ -37,7 +37,7 @@ pub fn run(args: &DataArgs) -> Result<()> {
     let text = if args.json {
         format!("{:#}\n", json!(audit))
     } else {
-        let shown = show::documents(&args.data, &first, &tokenizer)?;
+        let shown = show::documents(&audit.report.files, &first, &tokenizer)?;
         report::render(&args.data, &audit, &options, &tokenizer) + &shown
     };
     printed::at_once(&text)?;

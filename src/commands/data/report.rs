@@ -24,9 +24,9 @@ pub fn render(
     if audit.report.rejected.len() < audit.report.records {
         lines.extend(figures(audit, options));
         lines.extend(histogram(audit));
-        lines.extend(checks(path, audit, options, tokenizer));
+        lines.extend(checks(audit, options, tokenizer));
     }
-    lines.extend(rejected(path, audit));
+    lines.extend(rejected(audit));
     // What `nibble train` would say.
     let verdict = audit.would_stop.as_ref().map(|why| format!("\ntraining would stop: {why}"));
     lines.extend(verdict);
@@ -37,7 +37,9 @@ fn title(path: &Path, audit: &Audit) -> String {
     let report = &audit.report;
     let format = report.format.map_or("unknown".to_string(), |format| format.name());
     let (count, records) = (number(report.records), noun(report.records, "record"));
-    format!("{}: {count} {records}, format {format}", path.display())
+    let files = report.files.paths().count();
+    let files = if files > 1 { format!(" in {files} files") } else { String::new() };
+    format!("{}: {count} {records}{files}, format {format}", path.display())
 }
 
 fn figures(audit: &Audit, options: &DataOptions) -> Vec<String> {
@@ -84,16 +86,11 @@ fn histogram(audit: &Audit) -> Vec<String> {
 }
 
 /// One line for each thing that may be wrong.
-fn checks(
-    path: &Path,
-    audit: &Audit,
-    options: &DataOptions,
-    tokenizer: &ChatTokenizer,
-) -> Vec<String> {
+fn checks(audit: &Audit, options: &DataOptions, tokenizer: &ChatTokenizer) -> Vec<String> {
     let report = &audit.report;
     let check = |fine: &str, found: &str, lines: &[usize]| match lines.len() {
         0 => format!("ok    {fine}"),
-        _ => note(path, found, lines),
+        _ => note(report, found, lines),
     };
     let mut all = vec![
         check(
@@ -107,8 +104,8 @@ fn checks(
             &report.without_targets,
         ),
     ];
-    all.extend(positions(path, audit));
-    all.extend(ends(path, report, tokenizer));
+    all.extend(positions(audit));
+    all.extend(ends(report, tokenizer));
     all.extend([
         check(
             "no record begins with two beginning-of-sequence tokens",
@@ -136,17 +133,17 @@ fn unknown_roles(report: &LoadReport, options: &DataOptions) -> Option<String> {
 }
 
 /// Whether documents go beyond what the model knows, where `--max-length` lets them.
-fn positions(path: &Path, audit: &Audit) -> Option<String> {
+fn positions(audit: &Audit) -> Option<String> {
     let longer = &audit.beyond_trained_length;
     let found = reading::beyond_training(audit.trained_length?, longer.len());
     Some(match longer.len() {
         0 => format!("ok    {found}"),
-        _ => format!("note  {found} ({})", places(path, longer)),
+        _ => format!("note  {found} ({})", places(&audit.report, longer)),
     })
 }
 
 /// Whether what truncation left teaches the model to stop.
-fn ends(path: &Path, report: &LoadReport, tokenizer: &ChatTokenizer) -> Vec<String> {
+fn ends(report: &LoadReport, tokenizer: &ChatTokenizer) -> Vec<String> {
     if report.documents == 0 {
         return vec!["note  no document is left to train on".into()];
     }
@@ -158,7 +155,7 @@ fn ends(path: &Path, report: &LoadReport, tokenizer: &ChatTokenizer) -> Vec<Stri
         ("answers that lost their end by truncation", &report.cut_answers),
     ];
     let found = found.into_iter().filter(|(_, lines)| !lines.is_empty());
-    let notes: Vec<String> = found.map(|(what, lines)| note(path, what, lines)).collect();
+    let notes: Vec<String> = found.map(|(what, lines)| note(report, what, lines)).collect();
     if !notes.is_empty() {
         return notes;
     }
@@ -169,8 +166,8 @@ fn ends(path: &Path, report: &LoadReport, tokenizer: &ChatTokenizer) -> Vec<Stri
 }
 
 /// How many there are of something, and on which lines.
-fn note(path: &Path, what: &str, lines: &[usize]) -> String {
-    format!("note  {what}: {} ({})", number(lines.len()), places(path, lines))
+fn note(report: &LoadReport, what: &str, lines: &[usize]) -> String {
+    format!("note  {what}: {} ({})", number(lines.len()), places(report, lines))
 }
 
 fn too_long(audit: &Audit, options: &DataOptions) -> String {
@@ -189,14 +186,15 @@ fn too_long(audit: &Audit, options: &DataOptions) -> String {
     format!("records longer than {} tokens ({share:.1} %), {fate}", options.max_length)
 }
 
-fn rejected(path: &Path, audit: &Audit) -> Vec<String> {
+fn rejected(audit: &Audit) -> Vec<String> {
     let rejected = &audit.report.rejected;
     if rejected.is_empty() {
         return vec!["ok    every record can be read".into()];
     }
     let mut lines = vec![format!("bad   records that cannot be used: {}", number(rejected.len()))];
     for bad in rejected.iter().take(LISTED) {
-        lines.push(format!("      {}:{}: {}", path.display(), bad.line, bad.rejection.reason));
+        let place = audit.report.files.place(bad.line);
+        lines.push(format!("      {place}: {}", bad.rejection.reason));
         lines.extend(bad.rejection.hint.iter().map(|hint| format!("        hint: {hint}")));
     }
     if rejected.len() > LISTED {
@@ -205,12 +203,8 @@ fn rejected(path: &Path, audit: &Audit) -> Vec<String> {
     lines
 }
 
-/// `train.jsonl:4, 9, 17`, each line once.
-fn places(path: &Path, lines: &[usize]) -> String {
-    let lines: Vec<&usize> = lines.chunk_by(usize::eq).map(|same| &same[0]).collect();
-    let listed: Vec<String> = lines.iter().take(LISTED).map(|line| line.to_string()).collect();
-    let more = if lines.len() > LISTED { ", …" } else { "" };
-    format!("{}:{}{more}", path.display(), listed.join(", "))
+fn places(report: &LoadReport, lines: &[usize]) -> String {
+    report.files.places(lines, LISTED)
 }
 
 fn percent(part: usize, whole: usize) -> f64 {
@@ -237,12 +231,5 @@ mod tests {
     #[test]
     fn thousands_are_set_apart() {
         assert_eq!([0, 999, 1000, 1_234_567].map(number), ["0", "999", "1,000", "1,234,567"]);
-    }
-
-    #[test]
-    fn a_few_lines_are_listed() {
-        let path = Path::new("d.jsonl");
-        assert_eq!(places(path, &[4, 9, 9]), "d.jsonl:4, 9");
-        assert!(places(path, &(1..99).collect::<Vec<_>>()).ends_with("19, 20, …"));
     }
 }

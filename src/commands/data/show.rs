@@ -1,9 +1,8 @@
 //! Documents token by token, with the loss mask in front of each line as in a diff: `+` is trained.
 
 use std::io::IsTerminal;
-use std::path::Path;
 
-use crate::data::{ChatTokenizer, Document};
+use crate::data::{ChatTokenizer, DataFiles, Document};
 use crate::error::Result;
 
 /// Characters of a line.
@@ -13,14 +12,17 @@ const DIM: &str = "\x1b[2m";
 const RESET: &str = "\x1b[0m";
 
 /// Each document under a line that says which it is.
-pub fn documents(path: &Path, documents: &[Document], tokenizer: &ChatTokenizer) -> Result<String> {
+pub fn documents(
+    files: &DataFiles,
+    documents: &[Document],
+    tokenizer: &ChatTokenizer,
+) -> Result<String> {
     let colour = std::io::stdout().is_terminal();
     let mut out = String::new();
     for document in documents {
         out += &format!(
-            "\n{}:{}: {} tokens, {} trained (+)\n",
-            path.display(),
-            document.line,
+            "\n{}: {} tokens, {} trained (+)\n",
+            files.place(document.line),
             document.input_ids.len(),
             document.num_targets()
         );

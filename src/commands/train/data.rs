@@ -7,7 +7,7 @@ use crate::commands::reading;
 use crate::data::encode::Encoder;
 use crate::data::pack::{efficiency, one_per_row, pack};
 use crate::data::split::hold_out;
-use crate::data::{Batch, Document, LoadReport};
+use crate::data::{Batch, DataFiles, Dataset, Document, LoadReport};
 use crate::error::Result;
 use crate::plural::noun;
 use crate::train::events::DataSummary;
@@ -56,7 +56,7 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
     let seed = args.data.shuffle.then_some(seed);
     let rows_per_batch = args.optimization.per_device_train_batch_size.get();
     let feed = Feed::new(training.documents, training_rows, rows_per_batch, seed)?;
-    let feed = feed.of_file(training.path).with_largest_first(args.evaluation.longest_first_step);
+    let feed = feed.of_files(training.files).with_largest_first(args.evaluation.longest_first_step);
     let mut prepared = Prepared {
         largest_batch_tokens: feed.largest_batch_tokens(),
         most_batch_targets: feed.most_batch_targets(),
@@ -70,7 +70,7 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
         let evaluation_rows = rows(&evaluation.documents);
         prepared.summaries.push(evaluation.summary("evaluation", &evaluation_rows));
         let feed = Feed::new(evaluation.documents, evaluation_rows, rows_per_batch, None)?;
-        prepared.evaluate(feed.of_file(evaluation.path));
+        prepared.evaluate(feed.of_files(evaluation.files));
     }
     Ok(prepared)
 }
@@ -83,9 +83,10 @@ fn lengths(documents: &[Document]) -> Vec<usize> {
     documents.iter().map(|document| document.input_ids.len()).collect()
 }
 
-/// Documents of a file, or a part of them.
+/// Documents of files, or a part of them.
 struct Source<'a> {
     path: &'a Path,
+    files: DataFiles,
     documents: Vec<Document>,
     /// What was left out or looks wrong.
     notes: Vec<String>,
@@ -103,10 +104,12 @@ fn sources<'a>(
         let dataset = reading::load(path, &encoder, &options)?;
         let notes = notes(&dataset.report);
         progress.note(&first_line(path, &dataset.report, &notes));
-        Ok(Source { path, documents: dataset.documents, notes })
+        let Dataset { documents, report } = dataset;
+        Ok(Source { path, files: report.files, documents, notes })
     };
     let mut training = read(&args.data.data)?;
-    let mut evaluation = Source { path: training.path, documents: Vec::new(), notes: Vec::new() };
+    let (path, files) = (training.path, training.files.clone());
+    let mut evaluation = Source { path, files, documents: Vec::new(), notes: Vec::new() };
     match (&args.data.eval_data, args.data.validation_split) {
         (Some(path), _) => evaluation = read(path)?,
         (None, Some(share)) if share > 0.0 => {

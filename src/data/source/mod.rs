@@ -1,8 +1,10 @@
 //! Records of a data file, one at a time: the file may be larger than memory.
 //!
-//! Parquet is known by its first bytes, CSV by its name (`.csv`, `.tsv`); all else is JSON.
+//! Parquet is known by its first bytes, CSV by its name (`.csv`, `.tsv`); all else is JSON. Text may be
+//! packed by gzip or Zstandard.
 
 mod json;
+mod packed;
 mod quotes;
 mod table;
 
@@ -12,6 +14,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
+use super::files::unpacked_ending;
 use super::record::Rejection;
 use crate::error::{Error, Result};
 use json::JsonSource;
@@ -50,8 +53,7 @@ impl<'a> Source<'a> {
     /// # Errors
     /// `Io` when it cannot be read, `Input` when it is something else than data.
     pub fn open(path: &'a Path) -> Result<Self> {
-        let extension = path.extension().and_then(|extension| extension.to_str()).unwrap_or("");
-        let kind = match extension.to_ascii_lowercase().as_str() {
+        let kind = match unpacked_ending(path).as_str() {
             "csv" => Kind::Csv(Box::new(CsvSource::open(path, b',')?)),
             "tsv" => Kind::Csv(Box::new(CsvSource::open(path, b'\t')?)),
             _ if is_parquet(path)? => Kind::Parquet(ParquetSource::open(path)?),

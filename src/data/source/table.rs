@@ -7,6 +7,7 @@ use std::cell::Cell;
 use std::fs::File;
 use std::panic::{self, AssertUnwindSafe};
 use std::path::Path;
+use std::rc::Rc;
 use std::sync::Once;
 
 use csv::{ByteRecord, Reader, ReaderBuilder};
@@ -17,6 +18,7 @@ use parquet::record::reader::RowIter;
 use serde_json::{Map, Value};
 
 use super::super::record::Rejection;
+use super::packed::{Text, refused};
 use super::quotes::QuoteReader;
 use super::{Body, Raw};
 use crate::error::{Error, Result};
@@ -24,28 +26,30 @@ use crate::plural::noun;
 
 pub(super) struct CsvSource<'a> {
     path: &'a Path,
-    reader: Reader<QuoteReader<File>>,
+    reader: Reader<QuoteReader<Text>>,
     columns: Vec<String>,
     row: ByteRecord,
+    bytes_read: Rc<Cell<u64>>,
 }
 
 impl<'a> CsvSource<'a> {
     pub fn open(path: &'a Path, delimiter: u8) -> Result<Self> {
-        let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
+        let text = Text::open(path)?;
+        let bytes_read = text.counter();
         let mut builder = ReaderBuilder::new();
-        let file = QuoteReader::new(file, delimiter);
-        let mut reader = builder.delimiter(delimiter).flexible(true).from_reader(file);
-        let header = reader.byte_headers().map_err(|e| damaged(path, &e))?;
+        let text = QuoteReader::new(text, delimiter);
+        let mut reader = builder.delimiter(delimiter).flexible(true).from_reader(text);
+        let header = reader.byte_headers().map_err(|e| damaged(path, e))?;
         let columns = header.iter().map(|name| String::from_utf8_lossy(name).into_owned());
         let columns = columns.map(|name| name.trim_start_matches('\u{feff}').to_string()).collect();
-        let source = CsvSource { path, reader, columns, row: ByteRecord::new() };
+        let source = CsvSource { path, reader, columns, row: ByteRecord::new(), bytes_read };
         source.check_quotes()?;
         Ok(source)
     }
 
     pub fn next(&mut self) -> Result<Option<Raw>> {
         let read = self.reader.read_byte_record(&mut self.row);
-        let is_row = read.map_err(|e| damaged(self.path, &e))?;
+        let is_row = read.map_err(|e| damaged(self.path, e))?;
         self.check_quotes()?;
         if !is_row {
             return Ok(None);
@@ -86,12 +90,16 @@ impl<'a> CsvSource<'a> {
     }
 
     pub fn bytes_read(&self) -> u64 {
-        self.reader.position().byte()
+        self.bytes_read.get()
     }
 }
 
-fn damaged(path: &Path, error: &csv::Error) -> Error {
-    Error::input(format_args!("{}: {error}", path.display()))
+fn damaged(path: &Path, error: csv::Error) -> Error {
+    let text = error.to_string();
+    match error.into_kind() {
+        csv::ErrorKind::Io(error) => refused(path, error),
+        _ => Error::input(format_args!("{}: {text}", path.display())),
+    }
 }
 
 pub(super) struct ParquetSource<'a> {

@@ -1,0 +1,222 @@
+//! Which files a data set consists of, and which of them a line is in.
+
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use glob::{MatchOptions, glob_with};
+use serde::Serialize;
+
+use crate::error::{Error, Result};
+use crate::plural::noun;
+
+/// Endings of the files that are taken from a folder.
+const ENDINGS: [&str; 5] = ["jsonl", "json", "csv", "tsv", "parquet"];
+/// Endings behind those.
+const PACKED_ENDINGS: [&str; 3] = ["gz", "zst", "zstd"];
+/// What the names of files begin with that hold different parts of a data set.
+const SPLITS: [&str; 5] = ["train", "valid", "dev", "eval", "test"];
+
+/// Files in the order in which they are read. Lines are counted on from each to the next.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
+pub struct DataFiles(Vec<DataFile>);
+
+/// One of them.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct DataFile {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Lines of those before it.
+    pub lines_before: usize,
+}
+
+impl DataFiles {
+    /// A file by itself, the data files of a folder, or the files that a pattern such as
+    /// `data/train-*.parquet` fits, by name. Nothing is read.
+    ///
+    /// # Errors
+    /// `Input` when there is none, or a folder holds several parts of a data set.
+    pub fn find(given: &Path) -> Result<Self> {
+        let mut paths = match given.to_str().filter(|text| is_pattern(text) && !given.exists()) {
+            Some(pattern) => fitting(pattern)?,
+            None if given.is_dir() => in_folder(given)?,
+            None => vec![given.to_path_buf()],
+        };
+        paths.sort();
+        let file = |path| DataFile { path, lines_before: 0 };
+        Ok(DataFiles(paths.into_iter().map(file).collect()))
+    }
+
+    /// The paths.
+    pub fn paths(&self) -> impl Iterator<Item = &Path> {
+        self.0.iter().map(|file| file.path.as_path())
+    }
+
+    /// Bytes of all.
+    pub fn bytes(&self) -> u64 {
+        self.paths().map(|path| fs::metadata(path).map_or(0, |metadata| metadata.len())).sum()
+    }
+
+    /// Sets what has been counted up to file `index`.
+    pub(super) fn begin(&mut self, index: usize, lines_before: usize) {
+        self.0[index].lines_before = lines_before;
+    }
+
+    /// `train.jsonl:7`.
+    pub fn place(&self, line: usize) -> String {
+        self.places(&[line], 1)
+    }
+
+    /// `line 7`; of several files `b.jsonl:7`.
+    pub fn line(&self, line: usize) -> String {
+        if self.0.len() > 1 { self.place(line) } else { format!("line {line}") }
+    }
+
+    /// `train.jsonl:4, 9, 17`, or `a.jsonl:4, 9; b.jsonl:17`: the first `most` of the lines, each once.
+    pub fn places(&self, lines: &[usize], most: usize) -> String {
+        let mut once: Vec<usize> = lines.to_vec();
+        once.dedup();
+        let listed = &once[..once.len().min(most)];
+        let by_file = listed.chunk_by(|&a, &b| self.index_of(a) == self.index_of(b));
+        let parts: Vec<String> = by_file.map(|lines| self.in_one_file(lines)).collect();
+        let more = if once.len() > most { ", …" } else { "" };
+        parts.join("; ") + more
+    }
+
+    fn in_one_file(&self, lines: &[usize]) -> String {
+        let file = lines.first().and_then(|&line| self.0.get(self.index_of(line)));
+        let before = file.map_or(0, |file| file.lines_before);
+        let numbers: Vec<String> = lines.iter().map(|line| (line - before).to_string()).collect();
+        let numbers = numbers.join(", ");
+        file.map_or(format!("lines {numbers}"), |file| format!("{}:{numbers}", file.path.display()))
+    }
+
+    /// The last file that begins before `line`.
+    fn index_of(&self, line: usize) -> usize {
+        self.0.partition_point(|file| file.lines_before < line).saturating_sub(1)
+    }
+}
+
+fn is_pattern(text: &str) -> bool {
+    text.contains(['*', '?', '['])
+}
+
+fn fitting(pattern: &str) -> Result<Vec<PathBuf>> {
+    let options = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::new() };
+    let found = glob_with(pattern, options)
+        .map_err(|e| Error::usage(format_args!("pattern {pattern}: {e}")))?;
+    let files: Vec<PathBuf> = found.flatten().filter(|path| path.is_file()).collect();
+    if files.is_empty() {
+        return Err(Error::input(format_args!("no file fits {pattern}")));
+    }
+    Ok(files)
+}
+
+fn in_folder(folder: &Path) -> Result<Vec<PathBuf>> {
+    let entries = fs::read_dir(folder).map_err(|e| Error::io("list", folder, e))?;
+    let paths = entries.flatten().map(|entry| entry.path());
+    let files: Vec<PathBuf> = paths.filter(|path| is_data(path) && path.is_file()).collect();
+    let place = folder.display();
+    if files.is_empty() {
+        let what = format_args!("{place} holds no data file");
+        return Err(Error::input(what).hint(
+            "files end in .jsonl, .json, .csv, .tsv or .parquet; folders within it are not searched",
+        ));
+    }
+    let begins = |split: &&str| files.iter().any(|file| name(file).starts_with(split));
+    let splits: Vec<&str> = SPLITS.into_iter().filter(begins).collect();
+    if splits.len() > 1 {
+        let (count, one) = (files.len(), splits[0]);
+        let what = format_args!(
+            "{place} holds {count} data {} of different parts: {}",
+            noun(count, "file"),
+            splits.join(", ")
+        );
+        return Err(Error::input(what).hint(format_args!("choose one: `--data '{place}/{one}*'`")));
+    }
+    Ok(files)
+}
+
+fn name(path: &Path) -> &str {
+    path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
+}
+
+fn is_data(path: &Path) -> bool {
+    let ending = unpacked_ending(path);
+    !name(path).starts_with('.') && ENDINGS.contains(&ending.as_str())
+}
+
+/// The ending of a file's name, less that of a compressor: `csv` of `a.csv.gz`.
+pub(super) fn unpacked_ending(path: &Path) -> String {
+    let ending = |path: &Path| {
+        let ending = path.extension().and_then(|ending| ending.to_str());
+        ending.unwrap_or_default().to_ascii_lowercase()
+    };
+    let last = ending(path);
+    if PACKED_ENDINGS.contains(&last.as_str()) { ending(&path.with_extension("")) } else { last }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn folder(names: &[&str]) -> tempfile::TempDir {
+        let folder = tempfile::tempdir().unwrap();
+        names.iter().for_each(|name| fs::write(folder.path().join(name), name).unwrap());
+        folder
+    }
+
+    fn names(found: Result<DataFiles>) -> Vec<String> {
+        found.unwrap().paths().map(|path| name(path).to_string()).collect()
+    }
+
+    #[test]
+    fn a_folder_or_a_pattern_stands_for_its_files() {
+        let all = [
+            "b-2.jsonl",
+            "b-1.jsonl",
+            "a.csv.gz",
+            "README.md",
+            ".hidden.json",
+            "c.parquet",
+            "d.gz",
+        ];
+        let folder = folder(&all);
+        fs::create_dir(folder.path().join("more.json")).unwrap();
+        let found = names(DataFiles::find(folder.path()));
+        assert_eq!(found, ["a.csv.gz", "b-1.jsonl", "b-2.jsonl", "c.parquet"]);
+        let pattern = |pattern: &str| DataFiles::find(&folder.path().join(pattern));
+        assert_eq!(names(pattern("b-*")), ["b-1.jsonl", "b-2.jsonl"]);
+        assert_eq!(names(pattern("b-[2-9].json?")), ["b-2.jsonl"]);
+        assert!(pattern("x*").unwrap_err().to_string().contains("no file fits"));
+        assert!(pattern("b-[").unwrap_err().to_string().contains("pattern"));
+        // A file may be called so.
+        fs::write(folder.path().join("b-[1].json"), "").unwrap();
+        assert_eq!(names(pattern("b-[1].json")), ["b-[1].json"]);
+        assert_eq!(pattern("b-*.jsonl").unwrap().bytes(), 18);
+        assert_eq!(names(DataFiles::find(Path::new("missing.jsonl"))), ["missing.jsonl"]);
+    }
+
+    #[test]
+    fn parts_of_a_data_set_are_not_mixed() {
+        let mixed = folder(&["train-0.parquet", "train-1.parquet", "test-0.parquet"]);
+        let error = DataFiles::find(mixed.path()).unwrap_err().to_string();
+        assert!(error.contains("3 data files of different parts: train, test"), "{error}");
+        assert!(error.contains("/train*'"), "{error}");
+        let empty = DataFiles::find(folder(&["notes.txt"]).path()).unwrap_err().to_string();
+        assert!(empty.contains("holds no data file"), "{empty}");
+    }
+
+    #[test]
+    fn lines_are_those_of_their_file() {
+        let file = |name: &str, lines_before| DataFile { path: name.into(), lines_before };
+        let one = DataFiles(vec![file("d.jsonl", 0)]);
+        assert_eq!(one.places(&[4, 9, 9], 3), "d.jsonl:4, 9");
+        assert_eq!((one.place(7), one.line(7)), ("d.jsonl:7".into(), "line 7".into()));
+        let several =
+            DataFiles(vec![file("a", 0), file("empty", 10), file("b", 10), file("c", 13)]);
+        assert_eq!(several.places(&[10, 11, 13, 14], 9), "a:10; b:1, 3; c:1");
+        assert_eq!(several.places(&[1, 2, 11], 2), "a:1, 2, …");
+        assert_eq!(several.line(14), "c:1");
+        assert_eq!(DataFiles::default().places(&[3, 5], 9), "lines 3, 5");
+    }
+}
