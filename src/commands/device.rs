@@ -3,7 +3,7 @@
 use crate::cli::device::{Device, DeviceArgs};
 use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
-use crate::kernels::Kernels;
+use crate::kernels::Storage;
 use crate::kernels::cuda::devices::{self, LOWEST_CAPABILITY, driver_info};
 use crate::kernels::cuda::driver::Driver;
 use crate::kernels::cuda::library::Gpu;

@@ -10,18 +10,11 @@ mod head;
 mod memory;
 mod shapes;
 
-use std::borrow::Cow;
-use std::ops::Range;
-use std::path::Path;
-
 use crate::error::Result;
-use crate::kernels::cpu::FrozenMatrix;
 use crate::model::block::Linear;
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
-use crate::model::streaming::Streaming;
-use crate::plan::{MemoryPlan, OnHost, Settings, WeightParts};
-pub use memory::{PlannedMemory, Residency, StreamedWeights};
+pub use memory::{PlannedMemory, Residency, Storage, StreamedWeights};
 pub use shapes::{
     AttentionShape, Columns, DropoutMask, HeadNorms, LogitShape, LoraShape, LoraTerm,
     NormParameters, PostNorms, TokenLayout,
@@ -31,155 +24,16 @@ pub use shapes::{
 ///
 /// Operations may be asynchronous and then report nothing; what returns a `Result` waits for all
 /// that was asked before and reports what went wrong since.
-pub trait Kernels: Clone + Sync {
+pub trait Kernels: Storage {
     /// Whether sums have another order, and so other bits, in products of another shape. Then the
     /// base model alone is computed in the shapes of the adapted one, its adapters scaled by 0.
     const BITS_DEPEND_ON_SHAPE: bool = false;
-
-    /// A planned region of activations or gradients.
-    type Buffer: Send;
-    /// A planned region of bf16 copies of the trained weights.
-    type HalfBuffer: Send;
-    /// All planned regions.
-    type Memory: PlannedMemory<Self>;
-    /// A running sum of losses in f64.
-    type LossSum: Send;
-    /// Where inputs of offloaded layers wait between forward and backward.
-    type Offload: Send;
-    /// A frozen matrix `[out, in]`, dense or in 4-bit blocks.
-    type Weight: Send + Sync;
-    /// A frozen vector: norm weight or bias.
-    type Vector: Send + Sync;
-
-    /// The regions that this backend needs for a run with `settings`.
-    fn plan(&self, spec: &ModelSpec, settings: &Settings) -> MemoryPlan;
-
-    /// Allocates a plan in one piece, zeroed.
-    ///
-    /// # Errors
-    /// `Budget` when the memory cannot be had.
-    fn allocate(&self, plan: &MemoryPlan) -> Result<Self::Memory>;
-
-    /// Makes room for the plan's offloaded regions; `folder` is for a backend that offloads to a file.
-    ///
-    /// # Errors
-    /// `Budget` or `Io` when there is none.
-    fn offload_store(&self, plan: &MemoryPlan, folder: Option<&Path>) -> Result<Self::Offload>;
-
-    /// Begins to copy the first elements of a slot to the offloaded region `index`.
-    fn offload(
-        &self,
-        store: &mut Self::Offload,
-        from: (&Self::Buffer, usize),
-        index: usize,
-        elements: usize,
-    );
-
-    /// Begins to copy them back.
-    fn fetch(
-        &self,
-        store: &mut Self::Offload,
-        index: usize,
-        to: (&mut Self::Buffer, usize),
-        elements: usize,
-    );
-
-    /// What follows finds the last copy of `slot` made: before the slot is read or overwritten.
-    fn settle(&self, store: &mut Self::Offload, slot: usize);
-
-    /// Tells of copies that failed, where nobody else does.
-    ///
-    /// # Errors
-    /// `Io`, the first one.
-    fn offload_failure(&self, store: &mut Self::Offload) -> Result<()>;
 
     /// Whether it can compute this model as it was told to.
     ///
     /// # Errors
     /// `Usage` for a setting that the model does not allow.
     fn check(&self, spec: &ModelSpec) -> Result<()>;
-
-    /// The same, with the embedding, or that and the head, kept in the host's memory, where that is
-    /// another place.
-    fn keeping_on_host(self, _what: OnHost) -> Self {
-        self
-    }
-
-    /// Whether the head is in the host's memory, and that another place.
-    fn head_is_on_host(&self) -> bool {
-        false
-    }
-
-    /// Takes frozen matrices over: on a GPU in one piece of memory, as a driver rounds every piece up
-    /// to 2 MiB.
-    ///
-    /// # Errors
-    /// `Budget` when the memory cannot be had.
-    fn upload_weights(&self, weights: Vec<FrozenMatrix>) -> Result<Vec<Self::Weight>>;
-
-    /// Takes the embedding over, to where it was told to keep it; `is_head` where it makes logits, too.
-    ///
-    /// # Errors
-    /// `Budget` when the memory cannot be had.
-    fn upload_embedding(&self, table: FrozenMatrix, is_head: bool) -> Result<Self::Weight>;
-
-    /// Takes a head over that is a matrix of its own, to where it was told to keep it.
-    ///
-    /// # Errors
-    /// `Budget` when the memory cannot be had.
-    fn upload_head(&self, head: FrozenMatrix) -> Result<Self::Weight>;
-
-    /// What is in memory of a matrix, as of a block's linear.
-    fn bytes_in_memory(&self, weight: &Self::Weight) -> WeightParts;
-
-    /// Takes over the matrices of blocks, of which two are in its memory at a time; `pages` are
-    /// those of the file that they lie in.
-    ///
-    /// # Errors
-    /// `Budget` when the memory cannot be had.
-    fn stream_weights(
-        &self,
-        blocks: Vec<Vec<FrozenMatrix>>,
-        pages: Streaming,
-    ) -> Result<StreamedWeights<Self::Weight>>;
-
-    /// Takes a frozen vector over.
-    ///
-    /// # Errors
-    /// `Budget` when the memory cannot be had.
-    fn upload_vector(&self, vector: Vec<f32>) -> Result<Self::Vector>;
-
-    /// The elements of `range` in f32; a copy where the program does not see the memory.
-    ///
-    /// # Errors
-    /// What went wrong in the operations before.
-    fn values<'a>(&self, buffer: &'a Self::Buffer, range: Range<usize>) -> Result<Cow<'a, [f32]>>;
-
-    /// Overwrites elements from `offset` on.
-    fn set_values(&self, values: &[f32], buffer: &mut Self::Buffer, offset: usize);
-
-    /// Rounds `elements` f32 weights to their bf16 copies.
-    fn round(&self, from: &Self::Buffer, to: &mut Self::HalfBuffer, elements: usize);
-
-    /// Lets `fill` write the first `elements` of two tables, cos and sin.
-    fn write_tables(
-        &self,
-        tables: (&mut Self::Buffer, &mut Self::Buffer),
-        elements: usize,
-        fill: impl FnOnce(&mut [f32], &mut [f32]),
-    );
-
-    /// A sum that begins at zero.
-    fn loss_sum(&self, memory: &mut Self::Memory) -> Self::LossSum;
-
-    /// Sets it to zero.
-    fn clear_loss(&self, sum: &mut Self::LossSum);
-
-    /// Its value.
-    ///
-    /// # Errors
-    /// What went wrong in the operations before.
-    fn read_loss(&self, sum: &Self::LossSum) -> Result<f64>;
 
     /// `x[t] = scale · table[ids[t]]`, or `+=`; x `[T, D]`, table `[V, D]`.
     fn embed(

@@ -2,8 +2,8 @@
 
 use nibble::checkpoint::Checkpoint;
 use nibble::data::Batch;
-use nibble::kernels::Kernels;
 use nibble::kernels::cuda::Cuda;
+use nibble::kernels::{Kernels, Storage};
 use nibble::model::Model;
 use nibble::model::parameters::Part;
 use nibble::model::spec::ModelSpec;

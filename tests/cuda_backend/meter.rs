@@ -4,7 +4,7 @@ use std::path::Path;
 
 use nibble::adapter::LoraConfig;
 use nibble::checkpoint::Checkpoint;
-use nibble::kernels::Kernels;
+use nibble::kernels::Storage;
 use nibble::ledger::rows::Account;
 use nibble::model::Model;
 use nibble::model::families::spec_from_config;

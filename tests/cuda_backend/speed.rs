@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use nibble::kernels::cpu::FrozenMatrix;
 use nibble::kernels::cuda::driver::Driver;
-use nibble::kernels::{AttentionShape, Columns, Kernels, PlannedMemory, TokenLayout};
+use nibble::kernels::{AttentionShape, Columns, Kernels, PlannedMemory, Storage, TokenLayout};
 use nibble::model::Model;
 use nibble::plan::{Component, MemoryPlan, Policy, Region, RegionType};
 use nibble_quant::{Floats, PackedWeight};

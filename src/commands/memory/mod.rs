@@ -20,7 +20,7 @@ use crate::cli::memory::MemoryArgs;
 use crate::commands::device;
 use crate::data::ChatTokenizer;
 use crate::error::{Error, Result};
-use crate::kernels::Kernels;
+use crate::kernels::Storage;
 use crate::kernels::cpu::Cpu;
 use crate::kernels::cuda::cuda_layout;
 use crate::ledger::resident;

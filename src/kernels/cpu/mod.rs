@@ -12,6 +12,7 @@ mod operations;
 mod rotary;
 mod scratch;
 mod simd;
+mod storage;
 mod weight;
 
 use super::Columns;

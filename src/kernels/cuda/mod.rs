@@ -27,6 +27,7 @@ mod plan;
 mod products;
 pub mod search;
 mod staging;
+mod storage;
 mod stream;
 mod together;
 mod weight;

@@ -1,175 +1,29 @@
 //! Every operation of [`Kernels`], by the file that has it.
 
-use std::borrow::Cow;
-use std::ops::Range;
-use std::path::Path;
-
-use super::ahead::Ahead;
 use super::driver::Driver;
-use super::host::{self, DeviceVector};
+use super::host::DeviceVector;
 use super::loss::{self, LossSum};
-use super::memory::{Allocation, Buffer, Memory};
-use super::offload::Pinned;
-use super::plan::{DEQUANTIZED, STACKED_A, STACKED_GRADIENT, cuda_layout, staged_bytes};
-use super::staging::Staging;
-use super::together::{self, Stack};
-use super::weight::{self, DeviceWeight};
-use super::{Cuda, attention, elementwise, frozen, head, low_rank, stream};
+use super::memory::Buffer;
+use super::together::{self};
+use super::weight::DeviceWeight;
+use super::{Cuda, attention, elementwise, frozen, head, low_rank};
 use crate::error::Result;
-use crate::kernels::cpu::FrozenMatrix;
 use crate::kernels::head::loss_at_once;
 use crate::kernels::{
     AttentionShape, Columns, DropoutMask, HeadNorms, Kernels, LogitShape, LoraShape, LoraTerm,
-    NormParameters, StreamedWeights, TokenLayout,
+    NormParameters, TokenLayout,
 };
 use crate::model::block::Linear;
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
-use crate::model::streaming::Streaming;
-use crate::plan::{MemoryPlan, OnHost, Settings, WeightParts};
 
 impl<D: Driver> Kernels for Cuda<D> {
     /// cuBLAS chooses a kernel for each shape.
     const BITS_DEPEND_ON_SHAPE: bool = true;
 
-    type Buffer = Buffer<D>;
-    type HalfBuffer = Buffer<D>;
-    type Memory = Memory<D>;
-    type LossSum = LossSum<D>;
-    type Weight = DeviceWeight<D>;
-    type Vector = DeviceVector<D>;
-    type Offload = Pinned<D>;
-
-    fn plan(&self, spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
-        cuda_layout(spec, settings, self.attention)
-    }
-
-    fn allocate(&self, plan: &MemoryPlan) -> Result<Memory<D>> {
-        // The last plan's memory goes before the next one's is asked for.
-        self.forget_plan();
-        let driver = &self.shared.driver;
-        let allocation = Allocation::new(driver, plan.arena_bytes())?;
-        let mut memory = Memory::new(allocation, &plan.regions);
-        let workspace = memory.region("cuda.workspace");
-        driver.set_workspace(workspace.address, workspace.elements * workspace.size())?;
-        let staging = Staging::new(driver, memory.region("cuda.uploads"), staged_bytes(plan))?;
-        let mut state = self.state();
-        state.staging = Some(staging);
-        let planned = |name: &str| plan.regions.iter().any(|region| region.name == name);
-        let mut take = |name: &str| planned(name).then(|| memory.region(name));
-        state.ahead = Some(Ahead::new(DEQUANTIZED.into_iter().filter_map(&mut take).collect()));
-        state.stack = take(STACKED_A).map(|a| Stack { a, gradient: take(STACKED_GRADIENT) });
-        drop(state);
-        memory.zero_optimizer(driver)?;
-        Ok(memory)
-    }
-
-    fn offload_store(&self, plan: &MemoryPlan, _folder: Option<&Path>) -> Result<Pinned<D>> {
-        Pinned::new(&self.shared.driver, plan)
-    }
-
-    fn offload(
-        &self,
-        store: &mut Pinned<D>,
-        from: (&Buffer<D>, usize),
-        index: usize,
-        elements: usize,
-    ) {
-        self.note(store.offload(from, index, elements));
-    }
-
-    fn fetch(
-        &self,
-        store: &mut Pinned<D>,
-        index: usize,
-        (to, slot): (&mut Buffer<D>, usize),
-        elements: usize,
-    ) {
-        self.note(store.fetch(index, (to, slot), elements));
-    }
-
-    fn settle(&self, _store: &mut Pinned<D>, slot: usize) {
-        self.note(self.driver().await_copy(slot));
-    }
-
-    fn offload_failure(&self, _store: &mut Pinned<D>) -> Result<()> {
-        // Kept with all other failures.
-        Ok(())
-    }
-
     fn check(&self, spec: &ModelSpec) -> Result<()> {
         self.attention.check(spec.head_dim)?;
         self.on_host.check(spec)
-    }
-
-    fn keeping_on_host(self, what: OnHost) -> Self {
-        Cuda { on_host: what, ..self }
-    }
-
-    fn head_is_on_host(&self) -> bool {
-        self.on_host == OnHost::All
-    }
-
-    fn upload_weights(&self, weights: Vec<FrozenMatrix>) -> Result<Vec<DeviceWeight<D>>> {
-        weight::upload(&self.shared.driver, &self.shared.tables, weights)
-    }
-
-    fn upload_embedding(&self, table: FrozenMatrix, is_head: bool) -> Result<DeviceWeight<D>> {
-        let input_on_host = self.on_host == OnHost::Input && !is_head;
-        weight::table(self, table, input_on_host || self.on_host == OnHost::All)
-    }
-
-    fn upload_head(&self, head: FrozenMatrix) -> Result<DeviceWeight<D>> {
-        weight::table(self, head, self.on_host == OnHost::All)
-    }
-
-    fn bytes_in_memory(&self, weight: &DeviceWeight<D>) -> WeightParts {
-        weight.bytes
-    }
-
-    fn stream_weights(
-        &self,
-        blocks: Vec<Vec<FrozenMatrix>>,
-        pages: Streaming,
-    ) -> Result<StreamedWeights<DeviceWeight<D>>> {
-        stream::stream(self, blocks, pages)
-    }
-
-    fn upload_vector(&self, vector: Vec<f32>) -> Result<DeviceVector<D>> {
-        DeviceVector::upload(&self.shared.driver, &vector)
-    }
-
-    fn values<'a>(&self, buffer: &'a Buffer<D>, range: Range<usize>) -> Result<Cow<'a, [f32]>> {
-        host::values(self, buffer, range)
-    }
-
-    fn set_values(&self, values: &[f32], buffer: &mut Buffer<D>, offset: usize) {
-        host::set_values(self, values, buffer, offset);
-    }
-
-    fn round(&self, from: &Buffer<D>, to: &mut Buffer<D>, elements: usize) {
-        elementwise::convert(self, from, to, elements);
-    }
-
-    fn write_tables(
-        &self,
-        (first, second): (&mut Buffer<D>, &mut Buffer<D>),
-        elements: usize,
-        fill: impl FnOnce(&mut [f32], &mut [f32]),
-    ) {
-        host::write_tables(self, (first, second), elements, fill);
-    }
-
-    fn loss_sum(&self, memory: &mut Memory<D>) -> LossSum<D> {
-        LossSum(memory.region("cuda.loss"))
-    }
-
-    fn clear_loss(&self, sum: &mut LossSum<D>) {
-        loss::clear(self, sum);
-    }
-
-    fn read_loss(&self, sum: &LossSum<D>) -> Result<f64> {
-        loss::read(self, sum)
     }
 
     fn embed(
