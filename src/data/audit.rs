@@ -6,7 +6,8 @@ use serde::Serialize;
 
 use super::Document;
 use super::encode::Encoder;
-use super::load::{DataOptions, LoadReport, read};
+use super::load::{DataOptions, read};
+use super::load_report::LoadReport;
 use super::pack::{efficiency, pack};
 use crate::error::Result;
 

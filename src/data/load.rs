@@ -1,21 +1,20 @@
 //! Reading data files into documents, and an account of every record.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::Path;
 
 use rayon::prelude::*;
-use serde::Serialize;
 use serde_json::{Map, Value};
 
 use super::batch::Document;
 use super::encode::{Encoded, Encoder, TrainOn};
 use super::files::DataFiles;
+use super::load_report::{LoadReport, Rejected, RoleUse};
 use super::record::{Format, Rejection, parse};
 use super::source::{Body, Raw, Source};
 use super::truncate::Truncation;
 use crate::error::{Error, Result};
-use crate::plural::noun;
 
 /// Records, and bytes of text, that are tokenized at a time.
 const BATCH_RECORDS: usize = 2048;
@@ -43,64 +42,6 @@ pub struct Dataset {
     pub documents: Vec<Document>,
     /// Counts.
     pub report: LoadReport,
-}
-
-/// What became of the records. Lines are those that a record begins on; they are counted on from file
-/// to file.
-#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct LoadReport {
-    /// Where they are.
-    pub files: DataFiles,
-    /// Shape of the records.
-    pub format: Option<Format>,
-    /// How many there are, blank lines left out.
-    pub records: usize,
-    /// Records that could not be used.
-    pub rejected: Vec<Rejected>,
-    /// Length in tokens of every accepted document, before truncation.
-    #[serde(skip)]
-    pub lengths: Vec<u32>,
-    /// Lines of documents longer than the maximum.
-    pub too_long: Vec<usize>,
-    /// Tokens that truncation removed.
-    pub tokens_removed: usize,
-    /// Lines without a token to train on (left out).
-    pub without_targets: Vec<usize>,
-    /// Lines with an answer whose end-of-sequence is not trained, if anything of them is.
-    pub untrained_eos: Vec<usize>,
-    /// The line of each answer that lost its end by truncation.
-    pub cut_answers: Vec<usize>,
-    /// Lines that begin with two beginning-of-sequence tokens.
-    pub double_bos: Vec<usize>,
-    /// Messages of roles that templates seldom know.
-    pub unknown_roles: BTreeMap<String, RoleUse>,
-    /// Lines that repeat an earlier record.
-    pub duplicates: Vec<usize>,
-    /// Documents that are left to train on.
-    pub documents: usize,
-    /// Their tokens.
-    pub tokens: usize,
-    /// Those of them that are trained.
-    pub targets: usize,
-}
-
-/// Where a role occurs.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-pub struct RoleUse {
-    /// Messages that have it.
-    pub messages: usize,
-    /// Line of the first.
-    pub first_line: usize,
-}
-
-/// A record that could not be used.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Rejected {
-    /// Line that it begins on.
-    pub line: usize,
-    /// Why.
-    #[serde(flatten)]
-    pub rejection: Rejection,
 }
 
 /// Reads, tokenizes and truncates the records of `path`: of a file, a folder or a pattern
@@ -170,59 +111,6 @@ impl Dataset {
     /// As there.
     pub fn check(&self, path: &Path, options: &DataOptions) -> Result<()> {
         self.report.check(path, options)
-    }
-}
-
-impl LoadReport {
-    /// Fails on the first thing that a training run should not pass over.
-    ///
-    /// # Errors
-    /// `Input` for a rejected record, a document that is too long under `--truncation error`, or
-    /// data without a token to train on.
-    pub fn check(&self, path: &Path, options: &DataOptions) -> Result<()> {
-        let place = path.display();
-        let at = |line: usize| self.files.place(line);
-        if let Some(Rejected { line, rejection }) = self.rejected.first() {
-            let more = match self.rejected.len() - 1 {
-                0 => String::new(),
-                more => format!(" (and {more} more bad {})", noun(more, "record")),
-            };
-            let error = Error::input(format_args!("{}: {}{more}", at(*line), rejection.reason));
-            return Err(match &rejection.hint {
-                Some(hint) => error.hint(hint),
-                None => error,
-            });
-        }
-        if options.truncation == Truncation::Error && !self.too_long.is_empty() {
-            let longest = self.lengths.iter().max().copied().unwrap_or(0);
-            let (place, most) = (at(self.too_long[0]), options.max_length);
-            let (count, all) = (self.too_long.len(), self.lengths.len());
-            let verb = if count == 1 { "is" } else { "are" };
-            return Err(Error::input(format_args!(
-                "{place}: document is longer than {most} tokens ({count} of {all} {verb}, \
-                 the longest has {longest})"
-            ))
-            .hint(format_args!(
-                "raise `--max-length` to {longest}, or choose `--truncation drop`, `right`, `left` \
-                 or `split`"
-            )));
-        }
-        if self.documents == 0 {
-            let error = Error::input(format_args!("{place}: no record has a token to train on"));
-            if self.too_long.is_empty() {
-                let hint = "see `nibble data --show 3`: which tokens does `--train-on` leave?";
-                return Err(error.hint(hint));
-            }
-            let longest = self.lengths.iter().max().copied().unwrap_or(0);
-            let (count, most) = (self.too_long.len(), options.max_length);
-            let verb = if count == 1 { "is" } else { "are" };
-            return Err(error.hint(format_args!(
-                "{count} {} {verb} longer than `--max-length {most}` and lost them by truncation; \
-                 the longest has {longest} tokens",
-                noun(count, "record")
-            )));
-        }
-        Ok(())
     }
 }
 

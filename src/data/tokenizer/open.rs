@@ -1,0 +1,145 @@
+//! A tokenizer out of the files that hold one.
+
+use std::path::{Path, PathBuf};
+
+use candle_core::quantized::gguf_file::Value as Metadata;
+use candle_core::quantized::tokenizer::TokenizerFromGguf;
+use serde_json::Value;
+use tokenizers::Tokenizer;
+
+use super::{ChatTokenizer, SpecialToken};
+use crate::checkpoint::{map_file, read_gguf_header, read_json};
+use crate::data::pre_tokenizers::set_splitter;
+use crate::data::sentence_piece::{self, is_sentence_piece};
+use crate::data::template_sources::TemplateSources;
+use crate::error::{Error, Result, candle_text};
+
+impl ChatTokenizer {
+    /// Of a Hugging Face folder; `model` is that of the model, whose configs name ends of sequences, too.
+    pub(super) fn from_folder(folder: &Path, model: &Path) -> Result<Self> {
+        let path = folder.join("tokenizer.json");
+        if !path.exists() {
+            let what = format!("{} has no tokenizer.json", folder.display());
+            return Err(Error::input(what).hint(
+                "save the tokenizer with transformers' `AutoTokenizer.from_pretrained(..).save_pretrained`",
+            ));
+        }
+        let mut tokenizer = read_tokenizer(&path).map_err(|reason| {
+            Error::input(format_args!("{}: {reason}", path.display()))
+                .hint("the file is damaged, or written by a newer `tokenizers` library")
+        })?;
+        // Fixed-length padding and truncation are for inference servers; here they corrupt data.
+        tokenizer.with_padding(None);
+        tokenizer
+            .with_truncation(None)
+            .map_err(|e| Error::input(format_args!("{}: {e}", path.display())))?;
+        let config = optional_json(&folder.join("tokenizer_config.json"))?;
+        let generation = optional_json(&model.join("generation_config.json"))?;
+        let model = optional_json(&model.join("config.json"))?;
+        let special = |key: &str| {
+            let text = special_text(&config[key])?;
+            let id = tokenizer.token_to_id(&text)?;
+            Some(SpecialToken { text, id })
+        };
+        let (bos, eos) = (special("bos_token"), special("eos_token"));
+        let mut eos_ids: Vec<u32> = eos.iter().map(|token| token.id).collect();
+        for id in ids(&generation["eos_token_id"]).into_iter().chain(ids(&model["eos_token_id"])) {
+            if !eos_ids.contains(&id) {
+                eos_ids.push(id);
+            }
+        }
+        let templates = TemplateSources::of_folder(folder, &config)?;
+        let (pad, unknown) = (special("pad_token"), special("unk_token"));
+        // Llama 3 has no such setting: its post-processor puts the BOS there.
+        let processed = tokenizer.encode_fast("a", true).ok();
+        let processed = processed.and_then(|encoding| encoding.get_ids().first().copied());
+        let adds = processed.is_some() && processed == bos.as_ref().map(|token| token.id);
+        let add_bos_token = config["add_bos_token"].as_bool().unwrap_or(adds);
+        let (own, home) = ((None, 0), PathBuf::new());
+        Ok(ChatTokenizer {
+            tokenizer,
+            bos,
+            eos,
+            pad,
+            unknown,
+            eos_ids,
+            add_bos_token,
+            templates,
+            own,
+            home,
+        })
+    }
+
+    /// Of a `.gguf` file.
+    pub(super) fn from_gguf(path: &Path) -> Result<Self> {
+        let bytes = map_file(path)?;
+        let damaged = |e: candle_core::Error| {
+            let cause = candle_text(&e);
+            Error::input(format_args!("{}: tokenizer metadata: {cause}", path.display()))
+        };
+        let content = read_gguf_header(&bytes).map_err(|e| e.at(path.display()))?;
+        let tokenizer = if is_sentence_piece(&content) {
+            sentence_piece::from_gguf(&content).map_err(|e| e.at(path.display()))?
+        } else {
+            let mut tokenizer = Tokenizer::from_gguf(&content).map_err(damaged)?;
+            set_splitter(&mut tokenizer, &content).map_err(|e| e.at(path.display()))?;
+            tokenizer
+        };
+        let field = |key: &str| content.metadata.get(&format!("tokenizer.{key}"));
+        let special = |key: &str| {
+            let id = field(&format!("ggml.{key}")).and_then(|value| value.to_u32().ok())?;
+            Some(SpecialToken { text: tokenizer.id_to_token(id)?, id })
+        };
+        let eos = special("eos_token_id");
+        let text = |key: &str| field(key).and_then(|value| value.to_string().ok());
+        // llama.cpp's defaults where the file does not say.
+        let adds_bos = match field("ggml.add_bos_token") {
+            Some(flag) => matches!(flag, Metadata::Bool(true)),
+            None => {
+                text("ggml.model").is_some_and(|model| model == "llama")
+                    || text("ggml.pre").is_some_and(|pre| pre == "llama-bpe" || pre == "llama3")
+            }
+        };
+        Ok(ChatTokenizer {
+            bos: special("bos_token_id"),
+            pad: special("padding_token_id"),
+            unknown: special("unknown_token_id"),
+            eos_ids: eos.iter().map(|token| token.id).collect(),
+            eos,
+            add_bos_token: adds_bos,
+            templates: TemplateSources::of_gguf(|key| text(key).cloned()),
+            own: (None, 0),
+            home: PathBuf::new(),
+            tokenizer,
+        })
+    }
+}
+
+fn optional_json(path: &Path) -> Result<Value> {
+    if path.exists() { read_json(path) } else { Ok(Value::Null) }
+}
+
+/// `"</s>"` or `{"content": "</s>", …}`.
+fn special_text(value: &Value) -> Option<String> {
+    value.as_str().or_else(|| value["content"].as_str()).map(str::to_string)
+}
+
+fn ids(value: &Value) -> Vec<u32> {
+    let one = |value: &Value| value.as_u64().and_then(|id| u32::try_from(id).ok());
+    match value {
+        Value::Array(items) => items.iter().filter_map(one).collect(),
+        single => one(single).into_iter().collect(),
+    }
+}
+
+/// Reads `tokenizer.json`. The library panics over some damaged files: that is an error like others.
+fn read_tokenizer(path: &Path) -> std::result::Result<Tokenizer, String> {
+    let hook = std::panic::take_hook();
+    std::panic::set_hook(Box::new(|_| {}));
+    let result = std::panic::catch_unwind(|| Tokenizer::from_file(path));
+    std::panic::set_hook(hook);
+    match result {
+        Ok(tokenizer) => tokenizer.map_err(|e| e.to_string()),
+        Err(_) => Err("not a tokenizer that the `tokenizers` library reads".into()),
+    }
+}
