@@ -127,7 +127,7 @@ fn names_from_scripts_of_other_trainers() {
         ("--assistant_only_loss", "here it is `--train-on`"),
         ("--use-dora", "not supported in training"),
         ("--modules-to-save", "not supported in training"),
-        ("--neftune_noise_alpha", "not supported"),
+        ("--label_smoothing_factor", "not supported"),
         ("--bf16", "leave it out: it computes in bf16 on a GPU"),
         ("--report_to", "leave it out: every run writes TensorBoard's files"),
         ("--learning-rte", "did you mean `--learning-rate`?"),

@@ -7,6 +7,7 @@ mod golden;
 
 use golden::{CASES, Case, relative_error};
 use nibble::data::Batch;
+use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::plan::Policy;
 use nibble_quant::{BlockFormat, QuantType};
@@ -246,6 +247,47 @@ fn cached_decoding_of_a_long_context_has_the_factors_for_long_texts() {
         let logits = model.decode(&batch.input_ids[fed..fed + 1]).unwrap().to_vec();
         let error = largest_difference(&logits, &full[fed * vocab..(fed + 1) * vocab]);
         assert_within(&case, &format!("logits after {fed}"), error, 2e-5);
+    }
+}
+
+/// NEFTune: at most α/√(L·D) on each element of a document of L tokens, and nothing in an evaluation.
+#[test]
+fn embeddings_have_noise_while_training() {
+    for (name, scale) in [("llama_s0", 1.0), ("gpt2_s0", 1.0), ("gemma_s0", 8.0f32)] {
+        let case = Case::open(name);
+        let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
+        let documents: Vec<Batch> = (0..2).map(|document| split(&batch, document)).collect();
+        let (d, tokens) = (case.spec().hidden_size, batch.tokens());
+        let alpha = 3.0;
+        let model = || case.model(None, Some("adapter_init"), &[Policy::Checkpoint]);
+        let mut noisy = model().with_neftune(Some((alpha, 7)));
+        let mut quiet = model();
+        let evaluated = quiet.evaluate(&batch).unwrap();
+        assert_eq!(noisy.evaluate(&batch).unwrap().to_bits(), evaluated.to_bits());
+        quiet.forward_backward(&batch, 1.0, 0).unwrap();
+        let loss = noisy.forward_backward(&batch, 1.0, 4).unwrap();
+        let noise = |model: &Model| -> Vec<f32> {
+            let pairs = model.block_input(0)[..tokens * d].iter().zip(quiet.block_input(0));
+            pairs.map(|(noisy, quiet)| noisy - quiet).collect()
+        };
+        let first = noise(&noisy);
+        let length = documents[0].tokens();
+        let most = scale * alpha / ((length * d) as f32).sqrt();
+        let largest = first.iter().fold(0.0f32, |largest, x| largest.max(x.abs()));
+        assert!((0.95 * most..1.001 * most).contains(&largest), "{name}: {largest} of {most}");
+        let mean = first.iter().sum::<f32>() / first.len() as f32;
+        let square = first.iter().map(|x| x * x).sum::<f32>() / first.len() as f32;
+        assert!(mean.abs() < 0.05 * most && (square / (most * most / 3.0) - 1.0).abs() < 0.1);
+        // Other noise in another micro-batch, the same in the parts of one.
+        noisy.forward_backward(&batch, 1.0, 5).unwrap();
+        assert!(largest_difference(&noise(&noisy), &first) > f64::from(most));
+        let mut sum = 0.0;
+        for (number, document) in documents.into_iter().enumerate() {
+            let part = Batch { first_token: number * length, ..document };
+            sum += noisy.forward_backward(&part, 1.0, 4).unwrap();
+        }
+        assert!((sum / loss - 1.0).abs() < 1e-5, "{name}: {sum} {loss}");
+        assert!((loss / evaluated - 1.0).abs() > 1e-4, "{name}: {loss} {evaluated}");
     }
 }
 

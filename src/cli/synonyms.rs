@@ -5,7 +5,7 @@ use clap::Command;
 
 /// Their name and ours, with hyphens. A name that means several things is there several times: the
 /// first flag that a command has is meant.
-const SYNONYMS: [(&str, &str); 75] = [
+const SYNONYMS: [(&str, &str); 77] = [
     // transformers, TRL and PEFT, where ours is shorter
     ("assistant-only-loss", "train-on"),
     ("bnb-4bit-quant-type", "quantization"),
@@ -52,6 +52,8 @@ const SYNONYMS: [(&str, &str); 75] = [
     ("lora-target-modules", "target-modules"),
     ("micro-batch-size", "per-device-train-batch-size"),
     ("n-predict", "max-new-tokens"),
+    ("neftune-alpha", "neftune-noise-alpha"),
+    ("noisy-embedding-alpha", "neftune-noise-alpha"),
     ("num-epochs", "num-train-epochs"),
     ("num-output-chunks", "logits-chunk-length"),
     ("sample-packing", "packing"),
@@ -97,12 +99,15 @@ const NOT_TRAINED: &str = "not supported in training: only LoRA on linears is tr
                            that have more can be used and merged";
 
 /// Their names of what has no flag here, and why.
-const WITHOUT_FLAG: [(&str, &str); 35] = [
+const WITHOUT_FLAG: [(&str, &str); 34] = [
     ("bf16", NUMBER_TYPE),
     ("bias", NOT_TRAINED),
     ("bnb-4bit-compute-dtype", NUMBER_TYPE),
     ("dataloader-num-workers", "leave it out: data are in memory before the first step"),
-    ("dataset-text-field", "not supported: plain text is read from the field `text`"),
+    (
+        "dataset-text-field",
+        "plain text is read from the field `text`: `--rename-columns FIELD=text`",
+    ),
     ("ddp-find-unused-parameters", ONE_DEVICE),
     ("deepspeed", ONE_DEVICE),
     ("do-eval", NOT_NEEDED),
@@ -116,7 +121,6 @@ const WITHOUT_FLAG: [(&str, &str); 35] = [
     ("logging-dir", REPORTS),
     ("lora-bias", NOT_TRAINED),
     ("modules-to-save", NOT_TRAINED),
-    ("neftune-noise-alpha", "not supported"),
     ("num-processes", ONE_DEVICE),
     (
         "overwrite-output-dir",
@@ -188,7 +192,7 @@ mod tests {
             ("generate", "--max_seq_len", "here it is `--context-length`"),
             ("chat", "--adapter-path", "here it is `--adapter`"),
             ("train", "adapter_path", "here it is `--init-adapter`"),
-            ("train", "--neftune-noise-alpha", "not supported"),
+            ("train", "--label-smoothing-factor", "not supported"),
         ] {
             assert_eq!(answer(command, theirs).as_deref(), Some(words), "{command} {theirs}");
         }

@@ -240,7 +240,10 @@ pub struct OptimizationArgs {
     #[arg(long, value_name = "EPSILON", default_value = "1e-8",
           value_parser = numbers::positive)]
     pub adam_epsilon: f64,
-    /// Seed of initial weights, order and dropout
+    /// Noise on the embeddings while training (NEFTune), 5 to 15 in its paper [default: none]
+    #[arg(long, value_name = "ALPHA", value_parser = numbers::positive)]
+    pub neftune_noise_alpha: Option<f64>,
+    /// Seed of initial weights, order, dropout and noise
     #[arg(long, value_name = "NUMBER", default_value_t = 42, value_parser = numbers::whole::<u64>)]
     pub seed: u64,
 }

@@ -10,6 +10,8 @@ mod head;
 mod memory;
 mod shapes;
 
+use std::ops::Range;
+
 use crate::error::Result;
 use crate::model::block::Linear;
 use crate::model::parameters::Parameters;
@@ -17,7 +19,7 @@ use crate::model::spec::{Activation, ModelSpec};
 pub use memory::{PlannedMemory, Residency, Storage, StreamedWeights};
 pub use shapes::{
     AttentionShape, Columns, DropoutMask, HeadNorms, LogitShape, LoraShape, LoraTerm,
-    NormParameters, PostNorms, TokenLayout,
+    NormParameters, PostNorms, TokenLayout, UniformNoise,
 };
 
 /// A backend: the memory it plans in and the operations on it.
@@ -174,6 +176,15 @@ pub trait Kernels: Storage {
         y: &mut Self::Buffer,
         elements: usize,
         accumulate: bool,
+    );
+
+    /// Adds noise to `rows` of x, which are `width` wide.
+    fn add_noise(
+        &self,
+        noise: &UniformNoise,
+        x: &mut Self::Buffer,
+        rows: Range<usize>,
+        width: usize,
     );
 
     /// `to = [norm(q) | norm(k) | v]` of the rows of `qkv`, each head of q and k by itself.

@@ -164,6 +164,21 @@ pub struct DropoutMask<'a> {
     pub first: u64,
 }
 
+/// Noise that is uniform in `[−amplitude, amplitude)`: a function of its fields and the index.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct UniformNoise<'a> {
+    /// The most that it adds.
+    pub amplitude: f32,
+    /// Seed of the run.
+    pub seed: u64,
+    /// What it is for.
+    pub stream: &'a str,
+    /// Number of the micro-batch since the start of the run.
+    pub step: u64,
+    /// Index of the first element.
+    pub first: u64,
+}
+
 /// The RMS norms of a block's heads, each `[head_dim]`: one for every head of q, one for those of k.
 #[derive(Debug, Clone)]
 pub struct HeadNorms<V> {

@@ -153,7 +153,8 @@ fn model<K: TrainingKernels>(kernels: K, heads: (&str, usize), second: Policy) -
         ..Settings::evaluating(BOUNDARIES[2] as usize, 32)
     };
     let weights = weights.upload(&kernels)?;
-    let mut model = Model::on(kernels, spec, weights, settings, None)?;
+    let model = Model::on(kernels, spec, weights, settings, None)?;
+    let mut model = model.with_neftune(Some((1.0, SEED)));
     model.parameters_mut().load(&adapter);
     model.parameters_mut().zero_gradients();
     Ok(model)

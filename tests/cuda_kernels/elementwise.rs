@@ -162,6 +162,26 @@ fn activation(kind: i32, x: f64) -> f64 {
     }
 }
 
+#[test]
+fn noise_is_that_of_the_cpu() {
+    in_every_order(|device| {
+        for (rows, width, stride) in shapes() {
+            let (first, amplitude) = ((rows * width) as u64 * 5 + 3 * (rows as u64 % 2), 0.37f32);
+            let stream = Stream::new(9, "neftune").at(6u64 << 32 | 1);
+            let mut noise = vec![0.0; rows * width];
+            stream.fill_uniform(first, -amplitude, amplitude, &mut noise);
+            let ([key0, key1], step) = stream.parts();
+            let before = normal_bf16(rows * width, "x");
+            let mut x = with_stride(&before, width, stride);
+            launch!(device, "add_noise", [rows as u32, 1, 1], 64; &mut x[..], stride as i32,
+                width as i32, first, key0, key1, step, amplitude);
+            let sum = |(x, noise): (&bf16, &f32)| bf16::from_f32(x.to_f32() + noise).to_f64();
+            let expected: Vec<f64> = before.iter().zip(&noise).map(sum).collect();
+            assert_eq!(band(&x, width, stride), expected);
+        }
+    });
+}
+
 /// gate and up side by side become their gradients: the same as apart.
 #[test]
 fn activations_of_halves_of_a_row() {

@@ -268,3 +268,18 @@ fn seed() {
     assert_ne!(a("seed=1"), a("seed=2"));
     assert_eq!(a(""), a("seed=42"));
 }
+
+#[test]
+fn neftune_noise_alpha() {
+    let runs = Runs::new();
+    let losses = |flags: &str| {
+        let run = runs.train(&format!("eval-data=eval.jsonl max-steps=3 {flags}"));
+        (run.numbers("step", "loss"), run.numbers("eval", "eval_loss"))
+    };
+    let (plain, noisy) = (losses(""), losses("neftune-noise-alpha=15"));
+    assert_eq!(losses("neftune-noise-alpha=15"), noisy);
+    let (first, other) = (plain.0[0], noisy.0[0]);
+    assert!(first != other && (first / other - 1.0).abs() < 0.2, "{first} {other}");
+    assert!(losses("neftune-noise-alpha=15 seed=3").0 != noisy.0);
+    assert!(runs.refused("neftune-noise-alpha=0").contains("expected a number above 0"));
+}

@@ -227,7 +227,10 @@ impl Base {
         let dropout = adapter.config.lora_dropout as f32;
         let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));
         let wanted = settings.clone();
+        let noise = args.optimization.neftune_noise_alpha;
+        let noise = noise.map(|alpha| (alpha as f32, args.optimization.seed));
         let model = Model::within_reach(kernels, self.spec, weights, settings, dropout)?;
+        let model = model.with_neftune(noise);
         let dtype = match args.lora.adapter_dtype {
             AdapterDtype::Bf16 => FloatType::Bf16,
             AdapterDtype::F32 => FloatType::F32,

@@ -1,5 +1,7 @@
 //! [`Kernels`] on the CPU.
 
+use std::ops::Range;
+
 use rayon::prelude::*;
 
 use super::arena::Buffer;
@@ -10,7 +12,7 @@ use super::{
 use crate::error::Result;
 use crate::kernels::{
     AttentionShape, Columns, DropoutMask, HeadNorms, Kernels, LogitShape, LoraShape, LoraTerm,
-    NormParameters, TokenLayout,
+    NormParameters, TokenLayout, UniformNoise,
 };
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
@@ -189,6 +191,26 @@ impl Kernels for Cpu {
                 for ((y, x), factor) in y.iter_mut().zip(x).zip(&*factors) {
                     *y = if accumulate { *y + x * factor } else { x * factor };
                 }
+            },
+        );
+    }
+
+    fn add_noise(
+        &self,
+        noise: &UniformNoise,
+        x: &mut Buffer<f32>,
+        rows: Range<usize>,
+        width: usize,
+    ) {
+        let stream = random::Stream::new(noise.seed, noise.stream).at(noise.step);
+        let chunks = x[rows.start * width..rows.end * width].par_chunks_mut(CHUNK).enumerate();
+        chunks.for_each_init(
+            || vec![0.0; CHUNK],
+            |values, (chunk, x)| {
+                let (first, values) =
+                    (noise.first + (chunk * CHUNK) as u64, &mut values[..x.len()]);
+                stream.fill_uniform(first, -noise.amplitude, noise.amplitude, values);
+                x.iter_mut().zip(values).for_each(|(x, value)| *x += *value);
             },
         );
     }

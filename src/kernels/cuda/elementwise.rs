@@ -1,13 +1,17 @@
 //! Operations on rows and elements: norms, rotary embedding, dropout, the MLP's nonlinearity, rows
 //! that move.
 
+use std::ops::Range;
+
 use super::Cuda;
 use super::driver::{Argument, Driver};
 use super::host::DeviceVector;
 use super::launch::{as_rows, launch, row_threads, rows as row_grid};
 use super::memory::{Buffer, Rows};
 use super::weight::{DeviceWeight, Form};
-use crate::kernels::{AttentionShape, Columns, DropoutMask, HeadNorms, NormParameters};
+use crate::kernels::{
+    AttentionShape, Columns, DropoutMask, HeadNorms, NormParameters, UniformNoise,
+};
 use crate::model::spec::{Activation, Norm};
 use crate::plan::RegionType;
 use crate::random;
@@ -111,6 +115,20 @@ pub(super) fn dropout<D: Driver>(
     launch!(cuda, "dropout", row_grid(rows), row_threads(width);
         x.argument(elements), width, y.argument(elements), width, width, mask.first, key0, key1,
         step, threshold, kept, accumulate);
+}
+
+pub(super) fn add_noise<D: Driver>(
+    cuda: &Cuda<D>,
+    noise: &UniformNoise,
+    x: &Buffer<D>,
+    rows: Range<usize>,
+    width: usize,
+) {
+    let ([key0, key1], step) = random::Stream::new(noise.seed, noise.stream).at(noise.step).parts();
+    let count = rows.len();
+    let x = x.part(rows.start * width..rows.end * width).rows(count, width);
+    launch!(cuda, "add_noise", row_grid(count), row_threads(width);
+        x.argument(), x.stride, width, noise.first, key0, key1, step, noise.amplitude);
 }
 
 /// Rows and width of buffers of `elements` each: their own where one of them has room behind its

@@ -22,6 +22,7 @@
 #include "flash_forward.cuh"
 #include "head_norm.cuh"
 #include "mlp.cuh"
+#include "noise.cuh"
 #include "norm.cuh"
 #include "parts.cuh"
 #include "rotary.cuh"
@@ -254,6 +255,14 @@ dropout(const bfloat16* x, int x_stride, bfloat16* y, int y_stride, int width,
         unsigned long long threshold, float kept, int accumulate) {
     dropout_row(DropoutMask{key0, key1, step, threshold, kept}, first, x, x_stride, y, y_stride,
                 width, accumulate);
+}
+
+// x += −amplitude + 2·amplitude·u, u uniform in [0, 1): element (row, column) has index first +
+// row·width + column in the stream. Rows. Kernels::add_noise.
+extern "C" __global__ void __launch_bounds__(1024)
+add_noise(bfloat16* x, int stride, int width, unsigned long long first, unsigned key0, unsigned key1,
+          unsigned long long step, float amplitude) {
+    add_noise_row(UniformNoise{key0, key1, step, amplitude}, first, x, stride, width);
 }
 
 // out = act(gate) ∘ up, or act(up) if gate is null. activation: 0 SiLU, 1 GELU, 2 GELU (tanh).

@@ -1,5 +1,7 @@
 //! Every operation of [`Kernels`], by the file that has it.
 
+use std::ops::Range;
+
 use super::driver::Driver;
 use super::host::DeviceVector;
 use super::loss::{self, LossSum};
@@ -11,7 +13,7 @@ use crate::error::Result;
 use crate::kernels::head::loss_at_once;
 use crate::kernels::{
     AttentionShape, Columns, DropoutMask, HeadNorms, Kernels, LogitShape, LoraShape, LoraTerm,
-    NormParameters, TokenLayout,
+    NormParameters, TokenLayout, UniformNoise,
 };
 use crate::model::block::Linear;
 use crate::model::parameters::Parameters;
@@ -178,6 +180,10 @@ impl<D: Driver> Kernels for Cuda<D> {
         accumulate: bool,
     ) {
         elementwise::dropout(self, mask, x, y, elements, accumulate);
+    }
+
+    fn add_noise(&self, noise: &UniformNoise, x: &mut Buffer<D>, rows: Range<usize>, width: usize) {
+        elementwise::add_noise(self, noise, x, rows, width);
     }
 
     fn head_norms(

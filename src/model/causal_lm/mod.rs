@@ -8,12 +8,14 @@
 mod batch;
 mod buffers;
 mod generation;
+mod neftune;
 mod offload;
 mod passes;
 mod room;
 pub mod score;
 
 use buffers::Buffers;
+use neftune::EmbeddingNoise;
 
 use super::block::Dropout;
 use super::parameters::Parameters;
@@ -34,7 +36,7 @@ pub struct Model<K: Kernels = Cpu> {
     parameters: Parameters<K>,
     settings: Settings,
     plan: MemoryPlan,
-    dropout: Option<(f32, u64)>,
+    random: Randomness,
     buffers: Buffers<K>,
     loss: K::LossSum,
     /// Length of the mapping that the buffers lie in.
@@ -51,7 +53,16 @@ struct Frozen<K: Kernels> {
     kernels: K,
     spec: ModelSpec,
     weights: Weights<K>,
+    random: Randomness,
+}
+
+/// What training passes do at random, each with the seed of the run.
+#[derive(Debug, Clone, Copy, Default)]
+struct Randomness {
+    /// `lora_dropout`.
     dropout: Option<(f32, u64)>,
+    /// `neftune_noise_alpha`.
+    neftune: Option<(f32, u64)>,
 }
 
 /// The memory of a plan.
@@ -67,6 +78,7 @@ struct Mode {
     /// A backward pass follows.
     training: bool,
     dropout: Option<Dropout>,
+    noise: Option<EmbeddingNoise>,
     base_only: bool,
     cached: bool,
 }
@@ -81,7 +93,7 @@ impl<K: Kernels> Frozen<K> {
     }
 
     fn with_buffers(self, settings: Settings, reserved: Reserved<K>) -> Model<K> {
-        let Frozen { kernels, spec, mut weights, dropout } = self;
+        let Frozen { kernels, spec, mut weights, random } = self;
         let Reserved { plan, mut memory, store } = reserved;
         weights.attach(&settings.targets);
         let targets = settings.targets.clone();
@@ -98,7 +110,7 @@ impl<K: Kernels> Frozen<K> {
             parameters,
             settings,
             plan,
-            dropout,
+            random,
             buffers,
             loss,
             arena_bytes,
@@ -144,9 +156,16 @@ impl<K: Kernels> Model<K> {
         dropout: Option<(f32, u64)>,
     ) -> Result<Self> {
         let settings = Settings { head_on_host: kernels.head_is_on_host(), ..settings };
-        let frozen = Frozen { kernels, spec, weights, dropout };
+        let random = Randomness { dropout, ..Randomness::default() };
+        let frozen = Frozen { kernels, spec, weights, random };
         let reserved = frozen.reserve(&settings)?;
         Ok(frozen.with_buffers(settings, reserved))
+    }
+
+    /// With noise on the embeddings of training passes: `neftune_noise_alpha`, and the seed.
+    pub fn with_neftune(mut self, noise: Option<(f32, u64)>) -> Self {
+        self.random.neftune = noise;
+        self
     }
 
     /// What the plan was made for.
@@ -205,8 +224,8 @@ impl<K: Kernels> Model<K> {
     }
 
     /// Sum of the losses of the batch's trained tokens; adds `scale ·` their gradient to the
-    /// adapters'. `step` is the number of the micro-batch since the start of the run: dropout
-    /// depends on it.
+    /// adapters'. `step` is the number of the micro-batch since the start of the run: dropout and
+    /// noise depend on it.
     ///
     /// # Errors
     /// `Usage` when the batch is larger than planned, `Input` when an id is outside the vocabulary.
@@ -214,13 +233,12 @@ impl<K: Kernels> Model<K> {
         let (tokens, targets) = self.begin(batch)?;
         let first_token = batch.first_token;
         let dropout = |(probability, seed)| Dropout { probability, seed, step, first_token };
-        let dropout = self.dropout.map(dropout);
+        let dropout = self.random.dropout.map(dropout);
+        let noise = |(alpha, seed)| EmbeddingNoise { alpha, seed, step, first_token };
+        let noise = self.random.neftune.map(noise);
         ledger::enter(Phase::Forward);
-        self.forward(
-            &batch.input_ids,
-            &tokens,
-            Mode { training: true, dropout, ..Mode::default() },
-        );
+        let mode = Mode { training: true, dropout, noise, ..Mode::default() };
+        self.forward(&batch.input_ids, &tokens, mode);
         ledger::enter(Phase::Loss);
         self.head_loss(&targets, Some(scale));
         ledger::enter(Phase::Backward);
@@ -229,7 +247,7 @@ impl<K: Kernels> Model<K> {
         self.kernels.read_loss(&self.loss)
     }
 
-    /// Sum of the losses of the batch's trained tokens, without dropout.
+    /// Sum of the losses of the batch's trained tokens, without dropout and noise.
     ///
     /// # Errors
     /// As [`forward_backward`](Model::forward_backward).

@@ -38,6 +38,9 @@ impl<K: Kernels> Model<K> {
         if let Some(positions) = &weights.positions {
             kernels.embed(&tokens.positions, positions, 1.0, &mut inputs[places[0]], true);
         }
+        if let Some(noise) = mode.noise {
+            noise.add(kernels, tokens, (&mut inputs[places[0]], self.spec.hidden_size), scale);
+        }
         let pass = Pass {
             kernels,
             parameters,

@@ -1,6 +1,6 @@
 //! Smaller buffers, where memory turned out to be short.
 
-use super::{Frozen, Model};
+use super::{Frozen, Model, Randomness};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::model::parameters::Part;
@@ -27,8 +27,8 @@ impl<K: Kernels> Model<K> {
 
     /// All buffers are given back when this returns.
     fn without_buffers(self) -> Frozen<K> {
-        let Model { kernels, spec, weights, dropout, .. } = self;
-        Frozen { kernels, spec, weights, dropout }
+        let Model { kernels, spec, weights, random, .. } = self;
+        Frozen { kernels, spec, weights, random }
     }
 
     /// Whether there is a smaller plan.
@@ -48,7 +48,8 @@ impl<K: Kernels> Model<K> {
         dropout: Option<(f32, u64)>,
     ) -> Result<Self> {
         let settings = Settings { head_on_host: kernels.head_is_on_host(), ..settings };
-        Frozen { kernels, spec, weights, dropout }.with_room(settings)
+        let random = Randomness { dropout, ..Randomness::default() };
+        Frozen { kernels, spec, weights, random }.with_room(settings)
     }
 }
 
