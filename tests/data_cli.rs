@@ -89,6 +89,15 @@ fn several_files_are_one_data_set() {
         );
         assert!(error.contains(&format!("{data} cannot be trained on as it is")), "{error}");
     }
+    // An error while the first file is read.
+    std::fs::create_dir(folder.path().join("odd")).unwrap();
+    for (name, text) in
+        [("a.jsonl", "{\"foo\": 1}"), ("b.jsonl", "{\"text\": \"b\"}"), ("c.jsonl", "")]
+    {
+        std::fs::write(folder.path().join("odd").join(name), text).unwrap();
+    }
+    let [_, error] = nibble("odd", &[]);
+    assert!(error.contains("odd/a.jsonl:1: cannot tell the format"), "{error}");
     let [text, _] = nibble("parts", &["--json"]);
     let json: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(json["files"][1], serde_json::json!({"path": "parts/b.jsonl", "lines_before": 2}));

@@ -105,6 +105,8 @@ fn text_may_be_packed() {
         ("data.jsonl.gz", gzip(&lines)),
         ("data.jsonl", members),
         ("data.json.zst", zstandard.clone()),
+        // As parallel packers write it: a frame to be skipped comes first.
+        ("data.zst", [&b"\x50\x2a\x4d\x18\x02\0\0\0ab"[..], &zstandard].concat()),
     ] {
         let (_folder, path) = write(name, bytes);
         assert_eq!(try_load(&path).unwrap().documents, expected, "{name}");
@@ -127,6 +129,16 @@ fn text_may_be_packed() {
         assert!(error.contains(&format!("{name} cannot be unpacked")), "{error}");
         assert!(error.contains("hint: the file is damaged or cut off"), "{error}");
     }
+}
+
+/// A few bytes that unpack to more than there is memory.
+#[test]
+fn a_row_without_end_does_not_fill_memory() {
+    let mut rows = b"text\n".to_vec();
+    rows.resize(rows.len() + (65 << 20), b'x');
+    let (_folder, path) = write("data.csv.zst", zstd::encode_all(&rows[..], 1).unwrap());
+    let error = try_load(&path).unwrap_err().to_string();
+    assert!(error.contains("data.csv.zst:2: the row has more than 64 MiB"), "{error}");
 }
 
 /// Otherwise the rest of the file would be one record, and nothing said.

@@ -15,8 +15,8 @@ pub struct DataFormatArgs {
     /// Shape of the records [default: found from the first one]
     #[arg(long, value_enum)]
     pub format: Option<Format>,
-    /// Fields that are called otherwise in the file, such as `question=prompt,answer=completion`
-    #[arg(long, value_name = "OLD=NEW", value_delimiter = ',', value_parser = rename)]
+    /// A field that is called otherwise in the file, such as `question=prompt`; may be repeated
+    #[arg(long, value_name = "OLD=NEW", value_parser = rename)]
     pub rename_columns: Vec<(String, String)>,
     /// Chat template: alpaca, chatml, gemma, llama-3, zephyr, or a Jinja file [default: the model's]
     #[arg(long, value_name = "NAME|FILE", value_hint = ValueHint::FilePath)]
@@ -43,9 +43,12 @@ impl DataFormatArgs {
 }
 
 fn rename(text: &str) -> std::result::Result<(String, String), String> {
-    match text.split_once('=') {
-        Some((old, new)) if !old.is_empty() && !new.is_empty() => Ok((old.into(), new.into())),
-        _ => Err("expected `OLD=NEW`, such as `question=prompt`".into()),
+    // The name that is meant has neither; the file's may have both.
+    match text.rsplit_once('=') {
+        Some((old, new)) if !old.is_empty() && !new.is_empty() && !new.contains(',') => {
+            Ok((old.into(), new.into()))
+        }
+        _ => Err("expected one `OLD=NEW`, such as `question=prompt`".into()),
     }
 }
 

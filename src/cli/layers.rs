@@ -15,6 +15,7 @@ use clap::{Arg, ArgAction, ArgMatches, Command};
 use toml::de::DeValue;
 
 use super::synonyms;
+use crate::data::files::is_data;
 use crate::error::{Error, Result};
 use crate::nearest::nearest;
 use crate::train::settings::SettingsEcho;
@@ -246,7 +247,8 @@ fn unknown(command: &Command, what: &str, tried: &str) -> Error {
     if let Some(hint) = synonyms::hint(command, tried, "--") {
         return error.hint(hint);
     }
-    if Path::new(tried).is_file() && find(command, "data").is_some() {
+    let is_data = |path: &Path| is_data(path) && path.extension().is_some_and(|it| it != "json");
+    if is_data(Path::new(tried)) && find(command, "data").is_some() {
         // A pattern that the shell has taken for itself.
         return error
             .hint("several data files are a folder, or a pattern in quotes: `'parts/*.jsonl'`");

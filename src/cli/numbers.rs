@@ -18,6 +18,12 @@ pub fn positive(text: &str) -> Result<f64, String> {
     number(text, "a number above 0", |value| value > 0.0)
 }
 
+/// A number above 0, in f32.
+pub fn positive_f32(text: &str) -> Result<f32, String> {
+    let fits = |value: f64| value > 0.0 && (value as f32).is_normal();
+    number(text, "a number above 0", fits).map(|value| value as f32)
+}
+
 /// 0 or more.
 pub fn not_negative(text: &str) -> Result<f64, String> {
     number(text, "a number, 0 or more", |value| value >= 0.0)

@@ -241,8 +241,8 @@ pub struct OptimizationArgs {
           value_parser = numbers::positive)]
     pub adam_epsilon: f64,
     /// Noise on the embeddings while training (NEFTune), 5 to 15 in its paper [default: none]
-    #[arg(long, value_name = "ALPHA", value_parser = numbers::positive)]
-    pub neftune_noise_alpha: Option<f64>,
+    #[arg(long, value_name = "ALPHA", value_parser = numbers::positive_f32)]
+    pub neftune_noise_alpha: Option<f32>,
     /// Seed of initial weights, order, dropout and noise
     #[arg(long, value_name = "NUMBER", default_value_t = 42, value_parser = numbers::whole::<u64>)]
     pub seed: u64,

@@ -232,7 +232,7 @@ impl<'a> Encoder<'a> {
     fn turn(&self, ids: &[u32], offsets: &[Range<usize>], range: &Range<usize>) -> Range<usize> {
         let mut begin = offsets.partition_point(|offset| offset.end <= range.start);
         let reaches = |offset: &Range<usize>| offset.start < range.start;
-        if offsets.get(begin).is_some_and(reaches) && self.tokenizer.is_added(ids[begin]) {
+        if offsets.get(begin).is_some_and(reaches) && self.tokenizer.takes_spaces(ids[begin]) {
             begin += 1;
         }
         let end = offsets.partition_point(|offset| offset.start < range.end).max(begin);

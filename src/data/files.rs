@@ -10,11 +10,14 @@ use crate::error::{Error, Result};
 use crate::plural::noun;
 
 /// Endings of the files that are taken from a folder.
-const ENDINGS: [&str; 5] = ["jsonl", "json", "csv", "tsv", "parquet"];
-/// Endings behind those.
+const ENDINGS: [&str; 6] = ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"];
+/// Endings behind those of text.
 const PACKED_ENDINGS: [&str; 3] = ["gz", "zst", "zstd"];
-/// What the names of files begin with that hold different parts of a data set.
-const SPLITS: [&str; 5] = ["train", "valid", "dev", "eval", "test"];
+/// Words in the names of files that are kept apart from training data.
+const HELD_OUT: [(&str, &[&str]); 2] = [
+    ("validation", &["val", "valid", "validation", "dev", "eval", "evaluation"]),
+    ("test", &["test", "tests", "testing"]),
+];
 
 /// Files in the order in which they are read. Lines are counted on from each to the next.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -56,9 +59,11 @@ impl DataFiles {
         self.paths().map(|path| fs::metadata(path).map_or(0, |metadata| metadata.len())).sum()
     }
 
-    /// Sets what has been counted up to file `index`.
+    /// Sets what has been counted up to file `index`, which is read now.
     pub(super) fn begin(&mut self, index: usize, lines_before: usize) {
         self.0[index].lines_before = lines_before;
+        // Not reached yet.
+        self.0[index + 1..].iter_mut().for_each(|file| file.lines_before = usize::MAX);
     }
 
     /// `train.jsonl:7`.
@@ -104,17 +109,33 @@ fn fitting(pattern: &str) -> Result<Vec<PathBuf>> {
     let options = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::new() };
     let found = glob_with(pattern, options)
         .map_err(|e| Error::usage(format_args!("pattern {pattern}: {e}")))?;
-    let files: Vec<PathBuf> = found.flatten().filter(|path| path.is_file()).collect();
+    let mut files = Vec::new();
+    for path in found {
+        let path = path.map_err(|e| {
+            let place = e.path().to_path_buf();
+            Error::io("list", &place, e.into())
+        })?;
+        if !path.is_dir() {
+            files.push(path);
+        }
+    }
     if files.is_empty() {
         return Err(Error::input(format_args!("no file fits {pattern}")));
     }
     Ok(files)
 }
 
+/// A file that is there by name alone (a link to nowhere) is in, so that it is missed.
 fn in_folder(folder: &Path) -> Result<Vec<PathBuf>> {
-    let entries = fs::read_dir(folder).map_err(|e| Error::io("list", folder, e))?;
-    let paths = entries.flatten().map(|entry| entry.path());
-    let files: Vec<PathBuf> = paths.filter(|path| is_data(path) && path.is_file()).collect();
+    let refused = |e| Error::io("list", folder, e);
+    let mut files = Vec::new();
+    for entry in fs::read_dir(folder).map_err(refused)? {
+        let path = entry.map_err(refused)?.path();
+        if is_data(&path) && !path.is_dir() {
+            files.push(path);
+        }
+    }
+    files.sort();
     let place = folder.display();
     if files.is_empty() {
         let what = format_args!("{place} holds no data file");
@@ -122,35 +143,49 @@ fn in_folder(folder: &Path) -> Result<Vec<PathBuf>> {
             "files end in .jsonl, .json, .csv, .tsv or .parquet; folders within it are not searched",
         ));
     }
-    let begins = |split: &&str| files.iter().any(|file| name(file).starts_with(split));
-    let splits: Vec<&str> = SPLITS.into_iter().filter(begins).collect();
-    if splits.len() > 1 {
-        let (count, one) = (files.len(), splits[0]);
+    let part = |file: &PathBuf| held_out(name(file));
+    if let Some(other) = files.iter().find(|file| part(file) != part(&files[0])) {
+        let (count, one) = (files.len(), [&files[0], other]);
+        let [first, second] = one.map(|file| name(file));
         let what = format_args!(
-            "{place} holds {count} data {} of different parts: {}",
-            noun(count, "file"),
-            splits.join(", ")
+            "{place} holds {count} data {}, for training and for something else: {first}, {second}",
+            noun(count, "file")
         );
-        return Err(Error::input(what).hint(format_args!("choose one: `--data '{place}/{one}*'`")));
+        return Err(Error::input(what)
+            .hint("give one of them, or a pattern in quotes that fits those of one kind"));
     }
     Ok(files)
+}
+
+/// What a file of this name is kept for, if not for training.
+fn held_out(name: &str) -> Option<&'static str> {
+    let name = name.to_ascii_lowercase();
+    let mut words = name.split(|c: char| !c.is_ascii_alphabetic());
+    words.find_map(|word| {
+        let kind = HELD_OUT.iter().find(|(_, words)| words.contains(&word));
+        kind.map(|(kind, _)| *kind)
+    })
 }
 
 fn name(path: &Path) -> &str {
     path.file_name().and_then(|name| name.to_str()).unwrap_or_default()
 }
 
-fn is_data(path: &Path) -> bool {
-    let ending = unpacked_ending(path);
-    !name(path).starts_with('.') && ENDINGS.contains(&ending.as_str())
+/// Whether a file's name says that it holds data.
+pub fn is_data(path: &Path) -> bool {
+    let (ending, last) = (unpacked_ending(path), ending(path));
+    let packed = ending != last;
+    let known = ENDINGS.contains(&ending.as_str()) && !(packed && ending == "parquet");
+    known && !name(path).starts_with('.')
+}
+
+fn ending(path: &Path) -> String {
+    let ending = path.extension().and_then(|ending| ending.to_str());
+    ending.unwrap_or_default().to_ascii_lowercase()
 }
 
 /// The ending of a file's name, less that of a compressor: `csv` of `a.csv.gz`.
 pub(super) fn unpacked_ending(path: &Path) -> String {
-    let ending = |path: &Path| {
-        let ending = path.extension().and_then(|ending| ending.to_str());
-        ending.unwrap_or_default().to_ascii_lowercase()
-    };
     let last = ending(path);
     if PACKED_ENDINGS.contains(&last.as_str()) { ending(&path.with_extension("")) } else { last }
 }
@@ -198,12 +233,30 @@ mod tests {
 
     #[test]
     fn parts_of_a_data_set_are_not_mixed() {
-        let mixed = folder(&["train-0.parquet", "train-1.parquet", "test-0.parquet"]);
-        let error = DataFiles::find(mixed.path()).unwrap_err().to_string();
-        assert!(error.contains("3 data files of different parts: train, test"), "{error}");
-        assert!(error.contains("/train*'"), "{error}");
+        for (names, said) in [
+            (["train-0.parquet", "train-1.parquet", "test-0.parquet"], "test-0.parquet, train-0"),
+            (["squad_train.jsonl", "b.jsonl", "squad_VAL.jsonl.gz"], "b.jsonl, squad_VAL.jsonl.gz"),
+            (["a.csv", "x.dev.csv", "y.csv"], "a.csv, x.dev.csv"),
+        ] {
+            let error = DataFiles::find(folder(&names).path()).unwrap_err().to_string();
+            let says = format!("3 data files, for training and for something else: {said}");
+            assert!(error.contains(&says), "{error}");
+        }
+        let one_kind = folder(&["trainers.jsonl", "devices.jsonl", "contest.jsonl"]);
+        assert_eq!(names(DataFiles::find(one_kind.path())).len(), 3);
+        let held_out = folder(&["eval-1.jsonl", "validation-2.jsonl"]);
+        assert_eq!(names(DataFiles::find(held_out.path())).len(), 2);
         let empty = DataFiles::find(folder(&["notes.txt"]).path()).unwrap_err().to_string();
         assert!(empty.contains("holds no data file"), "{empty}");
+    }
+
+    #[cfg(unix)]
+    #[test]
+    fn a_link_to_nowhere_is_a_file_that_is_missed() {
+        let folder = folder(&["a-0.jsonl"]);
+        std::os::unix::fs::symlink("gone", folder.path().join("a-1.jsonl")).unwrap();
+        assert_eq!(names(DataFiles::find(folder.path())).len(), 2);
+        assert_eq!(names(DataFiles::find(&folder.path().join("a-*"))).len(), 2);
     }
 
     #[test]
@@ -218,5 +271,9 @@ mod tests {
         assert_eq!(several.places(&[1, 2, 11], 2), "a:1, 2, …");
         assert_eq!(several.line(14), "c:1");
         assert_eq!(DataFiles::default().places(&[3, 5], 9), "lines 3, 5");
+        // While the second one is read.
+        let mut begun = several;
+        begun.begin(2, 10);
+        assert_eq!(begun.places(&[2, 12], 9), "a:2; b:2");
     }
 }

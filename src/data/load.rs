@@ -75,8 +75,8 @@ pub fn read(
     let files = DataFiles::find(path)?;
     let report =
         LoadReport { files: files.clone(), format: options.format, ..LoadReport::default() };
-    let renames = options.rename_columns.iter().map(|(from, _)| from.as_str()).collect();
-    let mut loader = Loader { encoder, options, seen: HashSet::new(), idle: renames, report, keep };
+    let idle = options.rename_columns.iter().collect();
+    let mut loader = Loader { encoder, options, seen: HashSet::new(), idle, report, keep };
     let (mut lines, mut bytes) = (0, 0);
     for (index, path) in files.paths().enumerate() {
         loader.report.files.begin(index, lines);
@@ -97,9 +97,12 @@ pub fn read(
             "expected one JSON object in each line, one JSON list of objects, CSV or Parquet",
         ));
     }
-    if let Some(name) = loader.idle.first() {
-        return Err(Error::usage(format_args!("--rename-columns: no record has a field `{name}`"))
-            .hint("each is OLD=NEW, the name in the file before the one that is meant"));
+    let unread = loader.report.rejected.len() == loader.report.records;
+    if let Some((old, _)) = loader.idle.first().filter(|_| !unread) {
+        let place = path.display();
+        let what = format_args!("--rename-columns: no record of {place} has a field `{old}`");
+        return Err(Error::usage(what)
+            .hint("each is one OLD=NEW, the name in the file first; the flag may be repeated"));
     }
     Ok(loader.report)
 }
@@ -130,8 +133,8 @@ struct Loader<'a, K> {
     encoder: &'a Encoder<'a>,
     options: &'a DataOptions,
     seen: HashSet<u64>,
-    /// Fields to be renamed that no record has had.
-    idle: Vec<&'a str>,
+    /// Fields to be renamed that no record has had, under either name.
+    idle: Vec<&'a (String, String)>,
     report: LoadReport,
     keep: K,
 }
@@ -179,7 +182,7 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         let has = |name: &str| {
             parsed.iter().any(|(_, record)| record.as_ref().is_ok_and(|it| it.get(name).is_some()))
         };
-        self.idle.retain(|name| !has(name));
+        self.idle.retain(|(old, new)| !has(old) && !has(new));
         parsed.par_iter_mut().for_each(|(_, record)| {
             if let Ok(Value::Object(fields)) = record
                 && let Err(rejection) = renamed(fields, renames)
@@ -274,13 +277,23 @@ fn renamed(
     let taken: Vec<(&String, Value)> =
         renames.iter().filter_map(|(from, to)| Some((to, fields.shift_remove(from)?))).collect();
     for (to, value) in taken {
-        if fields.get(to).is_some_and(|there| !there.is_null()) {
-            let what = format!("`--rename-columns`: the record has a field `{to}` already");
-            return Err(Rejection::new(what).hint(format!("rename that, too: `{to}=other_{to}`")));
+        let there = fields.get(to).filter(|there| !is_nothing(there));
+        match there {
+            None => drop(fields.insert(to.clone(), value)),
+            Some(_) if is_nothing(&value) => {}
+            Some(_) => {
+                let what = format!("`--rename-columns`: the record has a field `{to}` already");
+                let hint = format!("rename that, too: `{to}=other_{to}`");
+                return Err(Rejection::new(what).hint(hint));
+            }
         }
-        fields.insert(to.clone(), value);
     }
     Ok(())
+}
+
+/// Null, or an empty cell of a table.
+fn is_nothing(value: &Value) -> bool {
+    value.is_null() || value == ""
 }
 
 fn parse_json(text: &str) -> std::result::Result<Value, Rejection> {

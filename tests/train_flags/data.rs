@@ -48,13 +48,32 @@ fn rename_columns() {
     fs::write(runs.place.path("named.jsonl"), rows.join("\n")).unwrap();
     let error = runs.refused("data=named.jsonl rename-columns=body=text");
     assert!(error.contains("named.jsonl:1: `--rename-columns`: the record has a field"), "{error}");
-    let run = runs.train("data=named.jsonl rename-columns=body=text,text=other");
+    let run = runs.train("data=named.jsonl rename-columns=body=text rename-columns=text=other");
     // Three words, and an end to each.
     assert_eq!(training(&run)["tokens"], 5);
-    let error = runs.refused("data=named.jsonl rename-columns=body=text,text=body,title=x");
-    assert!(error.contains("no record has a field `title`"), "{error}");
-    let error = runs.refused("data=named.jsonl rename-columns=body");
-    assert!(error.contains("expected `OLD=NEW`"), "{error}");
+    let swapped = "data=named.jsonl rename-columns=body=text rename-columns=text=body";
+    assert_eq!(training(&runs.train(swapped))["tokens"], 5);
+    let error = runs.refused(&format!("{swapped} rename-columns=title=x"));
+    assert!(error.contains("no record of named.jsonl has a field `title`"), "{error}");
+    let wrong = [("body", "expected one `OLD=NEW`"), ("body=text,text=other", "may be repeated")];
+    for (value, says) in wrong {
+        let error = runs.refused(&format!("data=named.jsonl rename-columns={value}"));
+        assert!(error.contains(says), "{error}");
+    }
+    // Evaluation data may have the right names already, and records have nothing where others have it.
+    let rows = [json!({"body": "w3 w4", "text": null}), json!({"body": null, "text": "w5"})];
+    let rows = rows.map(|row| row.to_string()).join("\n");
+    fs::write(runs.place.path("either.jsonl"), rows).unwrap();
+    fs::write(runs.place.path("right.jsonl"), json!({"text": "w6 w7"}).to_string()).unwrap();
+    let run = runs.train("data=either.jsonl eval-data=right.jsonl rename-columns=body=text");
+    assert_eq!(training(&run)["tokens"], 5);
+    assert_eq!(run.numbers("eval", "num_documents"), [1.0]);
+    // A table in a file may have any name in it.
+    let rows = ["a, b=c,text", "w3 w4,w9"].join("\n").replacen("a, b=c", "\"a, b=c\"", 1);
+    fs::write(runs.place.path("table.csv"), rows).unwrap();
+    let toml = "[rename_columns]\n\"a, b=c\" = \"text\"\ntext = \"rest\"\n";
+    fs::write(runs.place.path("renames.toml"), toml).unwrap();
+    assert_eq!(training(&runs.train("data=table.csv config=renames.toml"))["tokens"], 3);
 }
 
 #[test]

@@ -197,7 +197,8 @@ impl Gguf {
             });
         }
         let kind = self.field("rope.scaling.type").and_then(|v| v.to_string().ok());
-        if self.has(LONG_ROPE_FACTORS[0]) && kind.is_none_or(|kind| kind == "longrope") {
+        let of_phi3 = self.architecture == Architecture::Phi3 && self.has(LONG_ROPE_FACTORS[0]);
+        if of_phi3 && kind.is_none_or(|kind| kind == "longrope") {
             return Ok(Value::Null);
         }
         let factor = self.float("rope.scaling.factor").or_else(|| self.float("rope.scale_linear"));

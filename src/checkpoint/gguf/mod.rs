@@ -162,7 +162,9 @@ impl Gguf {
 
     fn list_tensors(&mut self) -> Result<()> {
         for (stored, info) in &self.content.tensor_infos {
-            if stored == ROPE_FACTORS || LONG_ROPE_FACTORS.contains(&stored.as_str()) {
+            let of_phi3 = self.architecture == Architecture::Phi3;
+            let long_rope = of_phi3 && LONG_ROPE_FACTORS.contains(&stored.as_str());
+            if stored == ROPE_FACTORS || long_rope {
                 continue;
             }
             let Some(name) = names::hugging_face_name(self.architecture, stored) else {

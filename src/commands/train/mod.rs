@@ -228,7 +228,7 @@ impl Base {
         let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));
         let wanted = settings.clone();
         let noise = args.optimization.neftune_noise_alpha;
-        let noise = noise.map(|alpha| (alpha as f32, args.optimization.seed));
+        let noise = noise.map(|alpha| (alpha, args.optimization.seed));
         let model = Model::within_reach(kernels, self.spec, weights, settings, dropout)?;
         let model = model.with_neftune(noise);
         let dtype = match args.lora.adapter_dtype {

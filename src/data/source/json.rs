@@ -10,11 +10,8 @@ use std::rc::Rc;
 
 use super::super::record::Rejection;
 use super::packed::{Text, refused};
-use super::{Body, Raw};
+use super::{Body, MAX_RECORD_BYTES, Raw};
 use crate::error::{Error, Result};
-
-/// Longest record. One that never ends (a binary file, a forgotten line break) must not fill memory.
-const MAX_RECORD_BYTES: usize = 64 << 20;
 
 /// A JSON file that is being read.
 pub(super) struct JsonSource<'a> {
@@ -165,6 +162,9 @@ fn fill<'b>(reader: &'b mut BufReader<Text>, path: &Path) -> Result<&'b [u8]> {
 fn refuse_foreign(begin: &[u8], path: &Path) -> Result<()> {
     let kind = match begin {
         [b'P', b'K', 3, 4, ..] => "a zip file",
+        [0xfd, b'7', b'z', b'X', b'Z', ..] => "an xz file",
+        [b'B', b'Z', b'h', b'1'..=b'9', ..] => "a bzip2 file",
+        [0x1f, 0x8b, ..] | [0x28, 0xb5, 0x2f, 0xfd, ..] => "packed twice",
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "UTF-16 text",
         _ => return Ok(()),
     };
@@ -292,6 +292,7 @@ mod tests {
     #[test]
     fn other_kinds_of_files_are_named() {
         assert!(read(b"PK\x03\x04").unwrap_err().to_string().contains("is a zip file"));
+        assert!(read(b"BZh91AY").unwrap_err().to_string().contains("is a bzip2 file"));
         assert!(read(b"\xff\xfe{\0").unwrap_err().to_string().contains("is UTF-16 text"));
     }
 

@@ -20,6 +20,9 @@ use crate::error::{Error, Result};
 use json::JsonSource;
 use table::{CsvSource, ParquetSource};
 
+/// Longest record. One that never ends (a binary file, a forgotten line break) must not fill memory.
+const MAX_RECORD_BYTES: usize = 64 << 20;
+
 /// A record as it stands in the file.
 #[derive(Debug, PartialEq)]
 pub struct Raw {

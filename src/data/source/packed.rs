@@ -2,7 +2,7 @@
 
 use std::cell::Cell;
 use std::fs::File;
-use std::io::{self, BufRead, BufReader, Read};
+use std::io::{self, BufReader, Cursor, Read};
 use std::path::Path;
 use std::rc::Rc;
 
@@ -12,6 +12,7 @@ use crate::error::{Error, Result};
 
 const GZIP: &[u8] = &[0x1f, 0x8b];
 const ZSTANDARD: &[u8] = &[0x28, 0xb5, 0x2f, 0xfd];
+const MAGIC_BYTES: u64 = 4;
 
 /// Text, and how much of the file has been read for it.
 pub(super) struct Text {
@@ -30,9 +31,11 @@ impl Text {
         let counted = Counted { file, bytes_read: bytes_read.clone() };
         let mut reader = BufReader::with_capacity(1 << 16, counted);
         let begin = begin(&mut reader).map_err(|e| Error::io("read", path, e))?;
-        let reader: Box<dyn Read> = if begin.starts_with(GZIP) {
+        let (is_gzip, is_zstandard) = (begin.starts_with(GZIP), is_zstandard(&begin));
+        let reader = Cursor::new(begin).chain(reader);
+        let reader: Box<dyn Read> = if is_gzip {
             Box::new(MultiGzDecoder::new(reader))
-        } else if begin.starts_with(ZSTANDARD) {
+        } else if is_zstandard {
             let decoder = zstd::stream::read::Decoder::with_buffer(reader);
             Box::new(decoder.map_err(|e| Error::io("read", path, e))?)
         } else {
@@ -53,14 +56,16 @@ impl Read for Text {
     }
 }
 
-/// What the file begins with; nothing is taken.
-fn begin(reader: &mut impl BufRead) -> io::Result<&[u8]> {
-    while let Err(error) = reader.fill_buf() {
-        if error.kind() != io::ErrorKind::Interrupted {
-            return Err(error);
-        }
-    }
-    reader.fill_buf()
+/// The first bytes, which a pipe may hand over one by one.
+fn begin(reader: &mut impl Read) -> io::Result<Vec<u8>> {
+    let mut begin = Vec::new();
+    reader.take(MAGIC_BYTES).read_to_end(&mut begin)?;
+    Ok(begin)
+}
+
+/// A frame, or one that is to be skipped, such as parallel packers begin with.
+fn is_zstandard(begin: &[u8]) -> bool {
+    begin == ZSTANDARD || matches!(begin, [0x50..=0x5f, 0x2a, 0x4d, 0x18])
 }
 
 struct Counted {
@@ -81,8 +86,13 @@ pub(super) fn refused(path: &Path, error: io::Error) -> Error {
     use io::ErrorKind::{InvalidData, InvalidInput, Other, UnexpectedEof};
     match error.kind() {
         InvalidData | InvalidInput | UnexpectedEof | Other if error.raw_os_error().is_none() => {
-            let what = format_args!("{} cannot be unpacked: {error}", path.display());
-            Error::input(what).hint("the file is damaged or cut off: get it again")
+            let text = error.to_string();
+            let hint = match text.contains("too much memory") {
+                true => "it was packed with a window of more than 128 MiB: `zstd -d --long=31`",
+                false => "the file is damaged or cut off: get it again",
+            };
+            let what = format_args!("{} cannot be unpacked: {text}", path.display());
+            Error::input(what).hint(hint)
         }
         _ => Error::io("read", path, error),
     }

@@ -3,6 +3,8 @@
 
 use std::io::{self, Read};
 
+use super::MAX_RECORD_BYTES;
+
 const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
 
 /// A reader that follows the quotes in what it reads, by the parser's rules.
@@ -16,6 +18,12 @@ pub(super) struct QuoteReader<R> {
     /// Line of the last quote that began a cell.
     opened: usize,
     unclosed: Option<usize>,
+    /// Bytes of the row so far.
+    row_bytes: usize,
+    /// Line on which a row begins that has more than [`MAX_RECORD_BYTES`].
+    endless: Option<usize>,
+    /// Line on which this row begins.
+    row_line: usize,
 }
 
 /// What comes before the next byte.
@@ -34,7 +42,23 @@ enum Place {
 impl<R> QuoteReader<R> {
     pub fn new(inner: R, delimiter: u8) -> Self {
         let (has_begun, place, line) = (false, Place::Begin, 1);
-        QuoteReader { inner, delimiter, has_begun, place, line, opened: line, unclosed: None }
+        QuoteReader {
+            inner,
+            delimiter,
+            has_begun,
+            place,
+            line,
+            opened: line,
+            unclosed: None,
+            row_bytes: 0,
+            endless: None,
+            row_line: line,
+        }
+    }
+
+    /// The line of a row that is too long to be one; nothing is read behind it.
+    pub fn endless(&self) -> Option<usize> {
+        self.endless
     }
 
     /// The line of the first quote that has no partner in what has been read: none is there when the
@@ -60,6 +84,12 @@ impl<R> QuoteReader<R> {
             _ => Place::Plain,
         };
         self.line += usize::from(byte == b'\n');
+        self.row_bytes += 1;
+        if byte == b'\n' && self.place == Place::Begin {
+            (self.row_bytes, self.row_line) = (0, self.line);
+        } else if self.row_bytes > MAX_RECORD_BYTES {
+            self.endless.get_or_insert(self.row_line);
+        }
     }
 
     fn end(&mut self) {
@@ -71,6 +101,9 @@ impl<R> QuoteReader<R> {
 
 impl<R: Read> Read for QuoteReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        if self.endless.is_some() {
+            return Ok(0);
+        }
         let length = self.inner.read(buffer)?;
         if length == 0 && !buffer.is_empty() {
             self.end();

@@ -20,7 +20,7 @@ use serde_json::{Map, Value};
 use super::super::record::Rejection;
 use super::packed::{Text, refused};
 use super::quotes::QuoteReader;
-use super::{Body, Raw};
+use super::{Body, MAX_RECORD_BYTES, Raw};
 use crate::error::{Error, Result};
 use crate::plural::noun;
 
@@ -62,6 +62,11 @@ impl<'a> CsvSource<'a> {
     }
 
     fn check_quotes(&self) -> Result<()> {
+        if let Some(line) = self.reader.get_ref().endless() {
+            let (path, most) = (self.path.display(), MAX_RECORD_BYTES >> 20);
+            let what = format_args!("{path}:{line}: the row has more than {most} MiB");
+            return Err(Error::input(what).hint("is there a line break after each row?"));
+        }
         let Some(line) = self.reader.get_ref().unclosed() else { return Ok(()) };
         let path = self.path.display();
         Err(Error::input(format_args!(

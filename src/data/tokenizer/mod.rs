@@ -309,9 +309,10 @@ impl ChatTokenizer {
         added.into_values().map(|token| token.content).collect()
     }
 
-    /// Whether the token `id` was added to the vocabulary.
-    pub fn is_added(&self, id: u32) -> bool {
-        self.tokenizer.get_added_vocabulary().simple_id_to_token(id).is_some()
+    /// Whether the token `id` takes the spaces behind it, as markers of some models do.
+    pub fn takes_spaces(&self, id: u32) -> bool {
+        let added = self.tokenizer.get_added_vocabulary().get_added_tokens_decoder();
+        added.get(&id).is_some_and(|token| token.rstrip)
     }
 
     /// The id of the token `text`.
