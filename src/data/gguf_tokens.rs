@@ -8,7 +8,7 @@ use serde_json::Value;
 
 use super::ChatTokenizer;
 use super::pre_tokenizers::Splitter;
-use super::sentence_piece::META_SPACE;
+use super::sentence_piece::{META_SPACE, PHI3_TOKENS, named_phi3};
 use crate::error::{Error, Result};
 
 // `enum llama_token_type`.
@@ -18,15 +18,6 @@ const CONTROL: i32 = 3;
 const USER_DEFINED: i32 = 4;
 const UNUSED: i32 = 5;
 const BYTE: i32 = 6;
-
-/// Tokens that llama.cpp takes for granted in a Phi-3: spaces behind the first three stay.
-pub(super) const PHI3_TOKENS: [&str; 4] = ["<unk>", "<s>", "<|endoftext|>", "</s>"];
-
-/// Whether llama.cpp takes a model of this name for a Phi-3.
-pub(super) fn named_phi3(name: &str) -> bool {
-    let name = name.to_ascii_lowercase();
-    name.contains("phi-3") || name.contains("phi3")
-}
 
 impl ChatTokenizer {
     /// The fields `tokenizer.…`, with a token for each of the model's `vocab_size` rows.

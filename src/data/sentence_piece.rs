@@ -17,11 +17,19 @@ use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as Normalizers};
 use tokenizers::{AddedToken, Tokenizer};
 
-use super::gguf_tokens::{PHI3_TOKENS, named_phi3};
 use crate::error::{Error, Result};
 
 /// What stands for a space.
 pub(super) const META_SPACE: &str = "▁";
+
+/// Tokens that llama.cpp takes for granted in a Phi-3: spaces behind the first three stay.
+pub(super) const PHI3_TOKENS: [&str; 4] = ["<unk>", "<s>", "<|endoftext|>", "</s>"];
+
+/// Whether llama.cpp takes a model of this name for a Phi-3.
+pub(super) fn named_phi3(name: &str) -> bool {
+    let name = name.to_ascii_lowercase();
+    name.contains("phi-3") || name.contains("phi3")
+}
 
 // `enum llama_token_type`.
 const UNKNOWN: i64 = 2;

@@ -6,17 +6,11 @@
 use nibble_quant::FloatType;
 use serde_json::{Map, Value, json};
 
-use super::metadata::LOCAL_THETA;
+use super::metadata::{LOCAL_THETA, LONG_ROPE_FACTORS, ROPE_FACTORS};
 use super::{Architecture, Gguf};
 use crate::error::Result;
 use crate::model::families::MOST_LAYERS;
 use crate::model::rotary::{llama3_scaling_of, long_rope_attention_factor};
-
-/// llama.cpp's tensor with the divisor of every frequency.
-pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
-/// Those of LongRoPE: for short sequences, for long ones.
-pub(super) const LONG_ROPE_FACTORS: [&str; 2] =
-    ["rope_factors_short.weight", "rope_factors_long.weight"];
 
 impl Gguf {
     /// The `config.json`.

@@ -6,10 +6,15 @@ use std::f64::consts::PI;
 use candle_core::quantized::gguf_file::Value as Metadata;
 
 use super::Architecture;
-use super::config::{LONG_ROPE_FACTORS, ROPE_FACTORS};
 use super::names::gguf_name;
 use crate::error::{Error, Result};
 use crate::model::spec::{Family, ModelSpec, RopeScaling, Rotary};
+
+/// llama.cpp's tensor with the divisor of every frequency.
+pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
+/// Those of LongRoPE: for short sequences, for long ones.
+pub(super) const LONG_ROPE_FACTORS: [&str; 2] =
+    ["rope_factors_short.weight", "rope_factors_long.weight"];
 
 /// Base of the rotary embedding in layers with a window.
 pub(super) const LOCAL_THETA: f64 = 10_000.0;

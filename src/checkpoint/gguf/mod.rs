@@ -24,11 +24,11 @@ use super::mapped::MappedFile;
 use super::{DenseTensor, StoredType, TensorInfo, f32_bytes};
 use crate::error::{Error, Result};
 pub(super) use blocks::Blocks;
-use config::{LONG_ROPE_FACTORS, ROPE_FACTORS};
 pub use export::Export;
 pub(crate) use export::{encoded, source_row};
 pub(crate) use header::read_header;
 pub use metadata::fields as gguf_fields;
+use metadata::{LONG_ROPE_FACTORS, ROPE_FACTORS};
 pub(crate) use write::{Description, GgufWriter};
 
 /// An opened GGUF file.

@@ -26,16 +26,10 @@ struct DropRow {
     template <int N>
     __device__ __forceinline__ void run(int column) const {
         Piece<N> piece = load_piece<N>(x + column);
-        const u64 index = first + column;
-        PhiloxBlock words = {};
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            // With N = 8 width and first are multiples of 4: pieces begin at whole blocks.
-            if (i % 4 == 0) words = philox4x32((index + i) / 4, mask.step, mask.key0, mask.key1);
-            const u32 word = N == 1 ? pick(words, index % 4) : words.word[i % 4];
-            // Rounded before it is added, as on the CPU.
+        // Rounded before it is added, as on the CPU.
+        for_words<N>(first + column, mask.step, mask.key0, mask.key1, [&](int i, u32 word) {
             piece.v[i] = __fmul_rn(piece.v[i], mask.factor(word));
-        }
+        });
         if (accumulate) {
             const Piece<N> before = load_piece<N>(y + column);
 #pragma unroll

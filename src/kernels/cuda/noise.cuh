@@ -24,15 +24,8 @@ struct NoiseRow {
     template <int N>
     __device__ __forceinline__ void run(int column) const {
         Piece<N> piece = load_piece<N>(x + column);
-        const u64 index = first + column;
-        PhiloxBlock words = {};
-#pragma unroll
-        for (int i = 0; i < N; i++) {
-            // With N = 8 width and first are multiples of 4: pieces begin at whole blocks.
-            if (i % 4 == 0) words = philox4x32((index + i) / 4, noise.step, noise.key0, noise.key1);
-            const u32 word = N == 1 ? pick(words, index % 4) : words.word[i % 4];
-            piece.v[i] += noise.value(word);
-        }
+        for_words<N>(first + column, noise.step, noise.key0, noise.key1,
+                     [&](int i, u32 word) { piece.v[i] += noise.value(word); });
         store_piece(x + column, piece);
     }
 };

@@ -38,3 +38,15 @@ __device__ __forceinline__ u32 pick(const PhiloxBlock& words, u64 i) {
     const u32 high = i == 2 ? words.word[2] : words.word[3];
     return i < 2 ? low : high;
 }
+
+/// Calls use(i, word) for N elements from `index` on, which for N = 8 is a multiple of 4: pieces begin
+/// at whole blocks.
+template <int N, class Use>
+__device__ __forceinline__ void for_words(u64 index, u64 step, u32 key0, u32 key1, Use use) {
+    PhiloxBlock words = {};
+#pragma unroll
+    for (int i = 0; i < N; i++) {
+        if (i % 4 == 0) words = philox4x32((index + i) / 4, step, key0, key1);
+        use(i, N == 1 ? pick(words, index % 4) : words.word[i % 4]);
+    }
+}
