@@ -5,7 +5,7 @@ use std::path::Path;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::data::load::read;
-use crate::data::{DataFiles, DataOptions, Dataset, Encoder, LoadReport, RoleUse};
+use crate::data::{DataOptions, Dataset, Encoder, LoadReport, RoleUse};
 use crate::error::Result;
 use crate::report::figures::thousands;
 
@@ -15,10 +15,10 @@ const MOST_CHARACTERS: usize = 40;
 
 /// [`crate::data::load()`] behind a [`bar`]; fails on what training should not pass over.
 pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dataset> {
-    let bar = bar(path);
+    let bar = bar();
     let mut documents = Vec::new();
     let keep = |document| documents.push(document);
-    let report = read(path, encoder, options, keep, |bytes| bar.set_position(bytes))?;
+    let report = read(path, encoder, options, keep, |bytes, of| show(&bar, bytes, of))?;
     bar.finish_and_clear();
     let general = "`nibble data` lists every bad record";
     report.check(path, options).map_err(|error| error.or_hint(general))?;
@@ -49,10 +49,15 @@ pub fn beyond_training(trained_length: usize, longer: usize) -> String {
     format!("the model was trained on up to {most} tokens; {found}")
 }
 
-/// A bar over the bytes of the data at `path`, on stderr if that is a terminal.
-pub fn bar(path: &Path) -> ProgressBar {
-    let bytes = DataFiles::find(path).map_or(0, |files| files.bytes());
+/// A bar over the bytes of data, on stderr if that is a terminal.
+pub fn bar() -> ProgressBar {
     let template = "reading {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}";
     let style = ProgressStyle::with_template(template).expect("the template is valid");
-    ProgressBar::new(bytes).with_style(style)
+    ProgressBar::new(0).with_style(style)
+}
+
+/// Shows that `bytes` have been read of `all`.
+pub fn show(bar: &ProgressBar, bytes: u64, all: u64) {
+    bar.set_length(all);
+    bar.set_position(bytes);
 }

@@ -63,7 +63,8 @@ pub struct Bar {
 }
 
 impl Audit {
-    /// Reads `path`, and returns its first `shown` documents too. `watch` hears of bytes read;
+    /// Reads `path`, and returns its first `shown` documents too. `watch` hears of bytes read, and
+    /// of how many there are;
     /// `trained_length` is [`ModelSpec::trained_length`](crate::model::spec::ModelSpec::trained_length).
     ///
     /// # Errors
@@ -74,7 +75,7 @@ impl Audit {
         options: &DataOptions,
         trained_length: Option<usize>,
         shown: usize,
-        watch: impl FnMut(u64),
+        watch: impl FnMut(u64, u64),
     ) -> Result<(Self, Vec<Document>)> {
         let trained_length = trained_length.filter(|&most| most < options.max_length);
         let (mut lengths, mut first, mut beyond) = (Vec::new(), Vec::new(), Vec::new());

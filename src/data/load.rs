@@ -51,12 +51,12 @@ pub struct Dataset {
 /// As [`read`].
 pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dataset> {
     let mut documents = Vec::new();
-    let report = read(path, encoder, options, |document| documents.push(document), |_| ())?;
+    let report = read(path, encoder, options, |document| documents.push(document), |_, _| ())?;
     Ok(Dataset { documents, report })
 }
 
 /// As [`load`], but hands each document to `keep`, so that a file may be larger than memory; `watch`
-/// hears now and then how many bytes have been read.
+/// hears now and then how many bytes have been read, and how many there are.
 ///
 /// # Errors
 /// `Io` when the file cannot be read, `Input` when it has no record or its shape is unknown. Bad
@@ -66,7 +66,7 @@ pub fn read(
     encoder: &Encoder,
     options: &DataOptions,
     keep: impl FnMut(Document),
-    mut watch: impl FnMut(u64),
+    mut watch: impl FnMut(u64, u64),
 ) -> Result<LoadReport> {
     if options.max_length < 2 {
         return Err(Error::usage(format_args!("--max-length {}", options.max_length))
@@ -77,7 +77,7 @@ pub fn read(
         LoadReport { files: files.clone(), format: options.format, ..LoadReport::default() };
     let idle = options.rename_columns.iter().collect();
     let mut loader = Loader { encoder, options, seen: HashSet::new(), idle, report, keep };
-    let (mut lines, mut bytes) = (0, 0);
+    let (mut lines, mut bytes, all_bytes) = (0, 0, files.bytes());
     for (index, path) in files.paths().enumerate() {
         loader.report.files.begin(index, lines);
         let mut source = Source::open(path)?;
@@ -88,7 +88,7 @@ pub fn read(
             let Some(last) = batch.last() else { break };
             lines = last.line;
             loader.take(batch)?;
-            watch(bytes + source.bytes_read());
+            watch(bytes + source.bytes_read(), all_bytes);
         }
         bytes += source.bytes_read();
     }

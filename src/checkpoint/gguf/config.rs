@@ -1,7 +1,7 @@
 //! The `config.json` that a GGUF file's metadata implies.
 //!
-//! What the metadata say and Nibble cannot do (experts, heads that turn in part but for a Phi-3, values narrower
-//! than keys) is refused here: the tensors alone would not show it.
+//! What the metadata say and Nibble cannot do (experts, heads that turn in part but for a Phi-3,
+//! values narrower than keys) is refused here: the tensors alone would not show it.
 
 use nibble_quant::FloatType;
 use serde_json::{Map, Value, json};
@@ -164,15 +164,10 @@ impl Gguf {
 
     /// Refuses what a Llama of `config.json` has no word for.
     fn check_switches(&self, head_dim: usize) -> Result<()> {
-        let partial = self.architecture == Architecture::Phi3;
-        for (key, expected) in [
-            ("expert_count", 0),
-            ("rope.dimension_count", head_dim),
-            ("attention.value_length", head_dim),
-        ] {
-            if partial && key == "rope.dimension_count" {
-                continue;
-            }
+        let whole = ("rope.dimension_count", head_dim);
+        let whole = (self.architecture != Architecture::Phi3).then_some(whole);
+        let before = [("expert_count", 0)].into_iter().chain(whole);
+        for (key, expected) in before.chain([("attention.value_length", head_dim)]) {
             if self.field(key).is_some() && self.size(key)? != expected {
                 let got = self.size(key)?;
                 return Err(self

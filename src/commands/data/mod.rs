@@ -29,8 +29,8 @@ pub fn run(args: &DataArgs) -> Result<()> {
     let options = args.format.options(args.max_length);
     let spec = spec(args)?;
     let encoder = Encoder::new(&tokenizer, spec.vocab_size, options.train_on)?;
-    let bar = reading::bar(&args.data);
-    let watch = |bytes| bar.set_position(bytes);
+    let bar = reading::bar();
+    let watch = |bytes, of| reading::show(&bar, bytes, of);
     let trained = spec.trained_length();
     let (audit, first) = Audit::of(&args.data, &encoder, &options, trained, args.show, watch)?;
     bar.finish_and_clear();

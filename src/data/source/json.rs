@@ -9,7 +9,7 @@ use std::path::Path;
 use std::rc::Rc;
 
 use super::super::record::Rejection;
-use super::packed::{Text, refused};
+use super::packed::{Text, is_packed, refused};
 use super::{Body, MAX_RECORD_BYTES, Raw};
 use crate::error::{Error, Result};
 
@@ -164,7 +164,7 @@ fn refuse_foreign(begin: &[u8], path: &Path) -> Result<()> {
         [b'P', b'K', 3, 4, ..] => "a zip file",
         [0xfd, b'7', b'z', b'X', b'Z', ..] => "an xz file",
         [b'B', b'Z', b'h', b'1'..=b'9', ..] => "a bzip2 file",
-        [0x1f, 0x8b, ..] | [0x28, 0xb5, 0x2f, 0xfd, ..] => "packed twice",
+        begin if is_packed(begin) => "packed twice",
         [0xff, 0xfe, ..] | [0xfe, 0xff, ..] => "UTF-16 text",
         _ => return Ok(()),
     };

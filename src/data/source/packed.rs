@@ -63,6 +63,11 @@ fn begin(reader: &mut impl Read) -> io::Result<Vec<u8>> {
     Ok(begin)
 }
 
+/// Whether text begins as a packed file does.
+pub(super) fn is_packed(begin: &[u8]) -> bool {
+    begin.starts_with(GZIP) || begin.starts_with(ZSTANDARD)
+}
+
 /// A frame, or one that is to be skipped, such as parallel packers begin with.
 fn is_zstandard(begin: &[u8]) -> bool {
     begin == ZSTANDARD || matches!(begin, [0x50..=0x5f, 0x2a, 0x4d, 0x18])

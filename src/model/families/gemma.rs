@@ -3,10 +3,10 @@
 
 use serde_json::{Value, json};
 
-use super::decoder;
-use super::fields::{Fields, unsupported, wrong_type};
+use super::fields::{Fields, wrong_type};
+use super::{decoder, whole_heads};
 use crate::error::Result;
-use crate::model::rotary::{partial_rotary_factor, rotary_from_config};
+use crate::model::rotary::rotary_from_config;
 use crate::model::spec::{Activation, Family, ModelSpec};
 
 pub(super) fn gemma(fields: &Fields, family: Family) -> Result<ModelSpec> {
@@ -71,10 +71,7 @@ pub(super) fn gemma3(fields: &Fields) -> Result<ModelSpec> {
     let local = of_kind("sliding_attention").unwrap_or(json!({}));
     let local = json!({"rope_theta": theta, "rope_parameters": local});
     let mut spec = gemma(&Fields(&config), Family::Gemma3)?;
-    if partial_rotary_factor(&local)? != 1.0 {
-        let hint = "models of this family rotate whole heads";
-        return Err(unsupported("partial_rotary_factor", partial_rotary_factor(&local)?, hint));
-    }
+    whole_heads(&local)?;
     spec.local_rotary = Some(rotary_from_config(&local)?);
     spec.qk_norm = true;
     let pattern = fields.size_or("sliding_window_pattern", 6)?;

@@ -120,12 +120,20 @@ fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
 
 /// Elements of each head that turn: for Phi-3, part of a head may.
 fn rotary_dim(fields: &Fields, family: Family, head_dim: usize) -> Result<usize> {
-    let fraction = partial_rotary_factor(fields.0)?;
-    if family != Family::Phi3 && fraction != 1.0 {
+    if family != Family::Phi3 {
+        return whole_heads(fields.0).map(|()| head_dim);
+    }
+    Ok((head_dim as f64 * partial_rotary_factor(fields.0)?) as usize)
+}
+
+/// Refuses a config whose heads turn in part.
+fn whole_heads(config: &Value) -> Result<()> {
+    let fraction = partial_rotary_factor(config)?;
+    if fraction != 1.0 {
         let hint = "models of this family rotate whole heads";
         return Err(unsupported("partial_rotary_factor", fraction, hint));
     }
-    Ok((head_dim as f64 * fraction) as usize)
+    Ok(())
 }
 
 fn mistral(fields: &Fields) -> Result<ModelSpec> {
