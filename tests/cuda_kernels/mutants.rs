@@ -4,7 +4,7 @@ use std::fs;
 use std::path::Path;
 use std::process::Command;
 
-use crate::emulator::{Device, Emulator, ORDERS, device, launch};
+use crate::emulator::{Device, Emulator, ORDERS, PTX, devices, launch, ptx_library};
 use crate::flash;
 
 /// The kernels with `from` replaced by `to` in `file`.
@@ -115,9 +115,46 @@ fn is_right_in_every_order(device: &Device, is_right: fn(&Device) -> bool) -> bo
     })
 }
 
+/// Flash attention with heads of 64 from the committed PTX, `from` replaced by `to` where it first stands.
+fn ptx_mutant(from: &str, to: &str) -> Device {
+    let wanted = [
+        "flash_forward_64",
+        "flash_backward_keys_64",
+        "flash_backward_queries_64",
+        "attention_delta",
+    ];
+    let mut entries = PTX.split(".visible .entry ");
+    let mut kept = entries.next().unwrap().to_string();
+    for entry in entries.filter(|entry| wanted.contains(&entry.split('(').next().unwrap())) {
+        kept = kept + ".visible .entry " + entry;
+    }
+    assert!(kept.contains(from), "the PTX has no `{from}`");
+    let library = ptx_library(&kept.replacen(from, to, 1)).unwrap();
+    Device::Emulated(Emulator::open(&library).unwrap())
+}
+
+#[test]
+fn broken_ptx_is_wrong() {
+    let Some(Device::Emulated(_)) = devices().first() else {
+        println!("skipped: broken PTX (it is compiled for the CPU)");
+        return;
+    };
+    let intact = ptx_mutant("bar.sync", "bar.sync");
+    assert!(is_right_in_every_order(&intact, flash::is_right), "the intact PTX is right");
+    let breaks = [
+        ("bar.sync", "// bar.sync"),
+        ("cp.async.wait_group 1;", "cp.async.wait_group 2;"),
+        ("x4.trans.shared", "x4.shared"),
+    ];
+    for (from, to) in breaks {
+        let broken = ptx_mutant(from, to);
+        assert!(!is_right_in_every_order(&broken, flash::is_right), "{from}: nothing was noticed");
+    }
+}
+
 #[test]
 fn broken_kernels_are_wrong() {
-    let Some(intact @ Device::Emulated(_)) = device() else {
+    let Some(intact @ Device::Emulated(_)) = devices().first() else {
         println!("skipped: broken kernels (they are compiled for the CPU)");
         return;
     };

@@ -3,14 +3,15 @@
 use half::bf16;
 use nibble::random::Stream;
 
-use crate::emulator::{Device, device};
+use crate::emulator::{Device, devices};
 
-/// Runs `test` in every order of threads, or not at all where there is no g++.
+/// Runs `test` on every device in every order of threads, or not at all where there is no g++.
 pub fn in_every_order(test: impl Fn(&Device)) {
-    let Some(device) = device() else { return };
-    for &order in device.orders() {
-        device.order(order);
-        test(device);
+    for device in devices() {
+        for &order in device.orders() {
+            device.order(order);
+            test(device);
+        }
     }
 }
 

@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Compiles the CUDA kernels for the CPU: tests/emulator/build.sh OUTPUT.so [compiler flags]
+# NIBBLE_TRANSLATION is a translation of kernels.ptx (ptx.rs) to compile in place of kernels.cu.
 # NIBBLE_SOURCES is the root of a copy of the sources to compile instead (tests of the tests).
 # Needs g++ 9 or newer (CXX picks another compiler) on x86-64 or aarch64 Linux.
 set -euo pipefail
@@ -24,5 +25,5 @@ if "${CXX:-g++}" -ftrivial-auto-var-init=pattern -x c++ -fsyntax-only /dev/null 
     flags+=(-ftrivial-auto-var-init=pattern)
 fi
 "${CXX:-g++}" "${flags[@]}" "$@" -I"$work" -I"$here" -I"$kernels" -I"$root/quant/src/cuda" \
-    "$here/emulator.cpp" "$here/driver.cpp" -o "$work/library.so"
+    -DNIBBLE_KERNELS="\"${NIBBLE_TRANSLATION:-source.hpp}\"" "$here/emulator.cpp" "$here/driver.cpp" -o "$work/library.so"
 mv "$work/library.so" "$output"

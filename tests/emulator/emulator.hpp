@@ -8,8 +8,7 @@
 // where one ends. Aborts with the block and thread when threads of a barrier stand at different
 // ones, a warp collective names absent lanes, or nothing can go on.
 //
-// Not modelled: time, the weak memory of a GPU between barriers, and the device's approximations
-// of exp, tanh and the like.
+// Not modelled: time, and the weak memory of a GPU between barriers.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -23,13 +22,6 @@
 #include <vector>
 
 #include "switch.hpp"
-
-#define NIBBLE_EMULATED 1
-#define __global__
-#define __device__
-#define __forceinline__ inline
-#define __launch_bounds__(...)
-#define __align__(n) alignas(n)
 
 struct Index3 {
     unsigned x, y, z;
@@ -74,17 +66,37 @@ struct Options {
     unsigned seed = 1;
 };
 
+/// Memory that a launch may read, and write.
+struct Range {
+    uint64_t start, end;
+    bool written;
+};
+struct Memory {
+    std::vector<Range> ranges;  // none: anything is allowed
+    size_t last = 0;
+
+    bool allows(uint64_t address, size_t bytes, bool written) {
+        const auto holds = [&](const Range& range) {
+            return range.start <= address && address + bytes <= range.end && (range.written || !written);
+        };
+        if (ranges.empty() || holds(ranges[last])) return true;
+        for (last = 0; last + 1 < ranges.size() && !holds(ranges[last]);) last++;
+        return holds(ranges[last]);
+    }
+};
 /// The block that this host thread runs.
 struct Block {
     std::vector<Fiber> fibers;
     std::vector<Slot> slots[2];  // of even and of odd meetings
     std::vector<std::pair<const void*, std::unique_ptr<char[]>>> shared;
     std::unique_ptr<char[]> dynamic_shared;
-    size_t shared_bytes = 0;
+    size_t dynamic_shared_bytes = 0;
+    size_t shared_bytes = 0;  // in all
     const std::function<void()>* body = nullptr;
     Context scheduler;
     int current = 0;
     Index3 index, grid, dimensions;
+    Memory memory;
     Options options;
     std::mt19937 random;
 
@@ -222,8 +234,8 @@ inline void run_block(std::vector<Stack>& stacks) {
 }
 
 /// Runs `body` for every thread of the grid.
-inline void launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, Options options,
-                   const std::function<void()>& body) {
+inline void launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, const Memory& memory,
+                   Options options, const std::function<void()>& body) {
     static thread_local std::vector<Stack> stacks;
     const size_t count = size_t(threads.x) * threads.y * threads.z;
     while (stacks.size() < count) stacks.emplace_back();
@@ -233,6 +245,8 @@ inline void launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, Opt
     b.body = &body;
     b.grid = grid;
     b.dimensions = threads;
+    b.dynamic_shared_bytes = dynamic_shared_bytes;
+    b.memory = memory;
     b.options = options;
     b.random.seed(options.seed);
     const size_t blocks = size_t(grid.x) * grid.y * grid.z;
@@ -249,9 +263,6 @@ inline void launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, Opt
     block = nullptr;
 }
 
-/// Barrier number of a collective; the barriers of `__syncthreads` count from 1000.
-enum Place { Shuffle = 1, Vote, Sync, Mma, Matrices };
-
 /// Shows a slot to the lanes, and runs `read` when all have shown theirs. What a whole warp shows next
 /// is shown in other slots, and it meets for that only when all have read; some of its lanes, or all
 /// that read what is not in slots, meet once more before they go on.
@@ -266,21 +277,43 @@ inline auto collective(unsigned lanes, int place, Show show, Read read, bool in_
     return result;
 }
 
-template <class T>
-inline T shuffle(unsigned lanes, T value, int source) {
-    static_assert(sizeof(T) <= 8, "a shuffled value has up to 8 bytes");
-    if (source < 0 || source > 31 || !(lanes >> source & 1)) {
-        block->fail("a shuffle reads a lane that does not take part");
+/// A kernel, and what its launch needs to know.
+struct Kernel {
+    const char* name;
+    unsigned largest_block;
+    /// A letter a parameter: p pointer, i 4-byte integer, l 8-byte integer, f float, d double. In PTX a
+    /// pointer is an 8-byte integer.
+    const char* signature;
+    void (*invoke)(void** arguments);
+};
+
+inline void finish_copy(const PendingCopy& copy) {
+    if (copy.present) {
+        memcpy(copy.to, copy.from, copy.bytes);
+    } else {
+        memset(copy.to, 0, copy.bytes);
     }
-    return collective(
-        lanes, Shuffle, [&](Slot& slot) { memcpy(&slot, &value, sizeof(T)); },
-        [&](const Slot* slots) {
-            T result;
-            memcpy(&result, &slots[source], sizeof(T));
-            return result;
-        });
+}
+/// The copy happens at once, when it is waited for, or either, by order: what reads too early or
+/// overwrites too early shows in one of them.
+inline void start_copy(void* to, const void* from, unsigned bytes, bool present) {
+    Fiber& fiber = block->fiber();
+    const int order = block->options.order;
+    const bool later = order == 1 || (order > 1 && block->random() % 2 == 0);
+    const PendingCopy copy = {to, from, bytes, present, fiber.group};
+    if (later) {
+        fiber.copies.push_back(copy);
+    } else {
+        finish_copy(copy);
+    }
+}
+inline void end_group_of_copies() { block->fiber().group++; }
+/// Until at most `pending` groups of this thread are unfinished.
+inline void wait_for_copies(int pending) {
+    Fiber& fiber = block->fiber();
+    auto done = fiber.copies.begin();
+    while (done != fiber.copies.end() && done->group < fiber.group - pending) finish_copy(*done++);
+    fiber.copies.erase(fiber.copies.begin(), done);
 }
 
 }  // namespace emulator
-
-#include "instructions.hpp"

@@ -7,8 +7,6 @@ use std::sync::Mutex;
 
 use super::Argument;
 
-/// The committed kernels, with the zero byte that the driver wants.
-const PTX: &str = concat!(include_str!("../../src/kernels/cuda/kernels.ptx"), "\0");
 /// Poison before and after every buffer; also the alignment of what lies between.
 const GUARD: usize = 256;
 /// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
@@ -49,8 +47,9 @@ impl Gpu {
         call!(driver, "cuDeviceGet", (*mut c_int, c_int), &mut device, 0);
         call!(driver, "cuDevicePrimaryCtxRetain", (*mut Handle, c_int), &mut context, device);
         call!(driver, "cuCtxSetCurrent", (Handle), context);
-        let ptx = PTX.as_ptr().cast();
-        call!(driver, "cuModuleLoadData", (*mut Handle, *const c_void), &mut module, ptx);
+        let ptx = CString::new(super::PTX).expect("text");
+        let text = ptx.as_ptr().cast();
+        call!(driver, "cuModuleLoadData", (*mut Handle, *const c_void), &mut module, text);
         let (context, module) = (context as usize, module as usize);
         Gpu { driver, context, module, one_at_a_time: Mutex::new(()) }
     }

@@ -1,6 +1,14 @@
 // The CPU twins of what kernels use of CUDA: built-in variables, intrinsics, and the one-instruction
 // helpers of src/kernels/cuda/device.cuh.
 #pragma once
+#include "emulator.hpp"
+
+#define NIBBLE_EMULATED 1
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
 
 #define threadIdx (emulator::block->fiber().thread)
 #define blockIdx (emulator::block->index)
@@ -17,16 +25,34 @@
 #define NIBBLE_DYNAMIC_SHARED(type, name) \
     type* const name = reinterpret_cast<type*>(emulator::block->dynamic_shared.get())
 
+/// The collectives, as places where lanes meet; the barriers of `__syncthreads` count from 1000.
+enum Place { AtShuffle = 1, AtSync, AtMma, AtMatrices };
+
+template <class T>
+inline T shuffle(unsigned lanes, T value, int source) {
+    static_assert(sizeof(T) <= 8, "a shuffled value has up to 8 bytes");
+    if (source < 0 || source > 31 || !(lanes >> source & 1)) {
+        emulator::block->fail("a shuffle reads a lane that does not take part");
+    }
+    return emulator::collective(
+        lanes, AtShuffle, [&](emulator::Slot& slot) { memcpy(&slot, &value, sizeof(T)); },
+        [&](const emulator::Slot* slots) {
+            T result;
+            memcpy(&result, &slots[source], sizeof(T));
+            return result;
+        });
+}
+
 inline void __syncwarp(unsigned lanes = 0xffffffffu) {
-    emulator::block->wait(emulator::State::AtWarpBarrier, lanes, 2 * emulator::Sync);
+    emulator::block->wait(emulator::State::AtWarpBarrier, lanes, 2 * AtSync);
 }
 template <class T>
 inline T __shfl_sync(unsigned lanes, T value, int source) {
-    return emulator::shuffle(lanes, value, source);
+    return shuffle(lanes, value, source);
 }
 template <class T>
 inline T __shfl_xor_sync(unsigned lanes, T value, int offset) {
-    return emulator::shuffle(lanes, value, emulator::block->lane() ^ offset);
+    return shuffle(lanes, value, emulator::block->lane() ^ offset);
 }
 
 inline float __fadd_rn(float a, float b) { return a + b; }
@@ -88,7 +114,7 @@ inline void mma_16x8x16(float (&d)[4], const unsigned (&a)[4], unsigned b0, unsi
     };
     const int lane = emulator::block->lane(), group = lane / 4, pair = lane % 4;
     const Result result = emulator::collective(
-        0xffffffffu, emulator::Mma,
+        0xffffffffu, AtMma,
         [&](emulator::Slot& slot) {
             for (int i = 0; i < 4; i++) slot.words[i] = a[i];
             slot.words[4] = b0;
@@ -122,7 +148,7 @@ inline void load_matrices_from(unsigned (&r)[4], SharedAddress row) {
     const int lane = emulator::block->lane();
     if (row % 16 != 0) emulator::block->fail("a row of a matrix is not aligned to 16 bytes");
     const Words words = emulator::collective(
-        0xffffffffu, emulator::Matrices,
+        0xffffffffu, AtMatrices,
         [&](emulator::Slot& slot) { slot.pointer = reinterpret_cast<const void*>(row); },
         [&](const emulator::Slot* slots) {
             Words w;
@@ -148,29 +174,11 @@ inline void load_matrices_transposed(unsigned (&r)[4], SharedAddress row) {
     load_matrices_from<true>(r, row);
 }
 
-inline void finish_copy(const emulator::PendingCopy& copy) {
-    if (copy.present) {
-        memcpy(copy.to, copy.from, copy.bytes);
-    } else {
-        memset(copy.to, 0, copy.bytes);
-    }
-}
-/// The copy happens at once, when it is waited for, or either, by order: what reads too early or
-/// overwrites too early shows in one of them.
 inline void copy_async(SharedAddress to, const void* from, unsigned bytes, bool present) {
-    emulator::Fiber& fiber = emulator::block->fiber();
-    const int order = emulator::block->options.order;
-    const bool later = order == 1 || (order > 1 && emulator::block->random() % 2 == 0);
     if (to % bytes != 0 || (present && reinterpret_cast<uintptr_t>(from) % bytes != 0)) {
         emulator::block->fail("an asynchronous copy is not aligned to its size");
     }
-    const emulator::PendingCopy copy = {reinterpret_cast<void*>(to), from, bytes, present,
-                                        fiber.group};
-    if (later) {
-        fiber.copies.push_back(copy);
-    } else {
-        finish_copy(copy);
-    }
+    emulator::start_copy(reinterpret_cast<void*>(to), from, bytes, present);
 }
 inline void copy_async_16(SharedAddress to, const void* from, bool present) {
     copy_async(to, from, 16, present);
@@ -178,13 +186,10 @@ inline void copy_async_16(SharedAddress to, const void* from, bool present) {
 inline void copy_async_4(SharedAddress to, const void* from, bool present) {
     copy_async(to, from, 4, present);
 }
-inline void copy_async_commit() { emulator::block->fiber().group++; }
+inline void copy_async_commit() { emulator::end_group_of_copies(); }
 template <int Pending>
 inline void copy_async_wait() {
-    emulator::Fiber& fiber = emulator::block->fiber();
-    auto done = fiber.copies.begin();
-    while (done != fiber.copies.end() && done->group < fiber.group - Pending) finish_copy(*done++);
-    fiber.copies.erase(fiber.copies.begin(), done);
+    emulator::wait_for_copies(Pending);
 }
 
 inline bfloat16 to_bf16(float x);

@@ -1,12 +1,14 @@
 //! The CUDA kernels, compiled for the CPU: `build.sh` makes a library of them, this opens it.
 //!
-//! The library is built once per state of the sources, in cargo's folder for tests. Without g++
-//! [`device`] prints why and gives `None`. `NIBBLE_EMULATED` names a library to use instead, such
-//! as one with AddressSanitizer. With `NIBBLE_TEST_DEVICE=cuda` the committed PTX runs on the first
-//! GPU in the emulator's place: the same test bodies, no compiler needed.
+//! There are two such libraries: of the sources, and of the committed PTX (`ptx.rs`). Each is built
+//! once per state of what it is made of, in cargo's folder for tests. Without g++ [`devices`] prints why
+//! and has none. `NIBBLE_EMULATED` names a library to use instead of both, such as one with
+//! AddressSanitizer. With `NIBBLE_TEST_DEVICE=cuda` the committed PTX runs on the first GPU in the
+//! emulator's place: the same test bodies, no compiler needed.
 #![allow(unsafe_code)]
 
 mod gpu;
+mod ptx;
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::fs;
@@ -18,6 +20,9 @@ use std::sync::OnceLock;
 
 use half::{bf16, f16};
 
+/// The committed kernels.
+pub const PTX: &str = include_str!("../../src/kernels/cuda/kernels.ptx");
+
 type Launch = unsafe extern "C" fn(
     *const c_char,
     *const c_uint,
@@ -27,6 +32,15 @@ type Launch = unsafe extern "C" fn(
 ) -> c_int;
 type Signature = unsafe extern "C" fn(*const c_char) -> *const c_char;
 type SetOrder = unsafe extern "C" fn(c_int, c_uint);
+type SetMemory = unsafe extern "C" fn(*const Range, usize);
+
+/// Memory that a kernel may read, and write.
+#[repr(C)]
+struct Range {
+    start: u64,
+    end: u64,
+    written: bool,
+}
 
 /// Something that runs the kernels.
 pub enum Device {
@@ -41,6 +55,7 @@ pub struct Emulator {
     launch: Launch,
     signature: Signature,
     set_order: SetOrder,
+    set_memory: SetMemory,
     _library: libloading::Library,
 }
 
@@ -99,6 +114,17 @@ impl Argument {
             Argument::F32(_) => b'f',
             Argument::F64(_) => b'd',
         }
+    }
+
+    fn range(&self) -> Option<Range> {
+        let Argument::Buffer { address, bytes, written } = *self else { return None };
+        let start = address as u64;
+        Some(Range { start, end: start + bytes as u64, written })
+    }
+
+    /// Whether nobody knows how much memory is there.
+    fn is_unbounded(&self) -> bool {
+        matches!(self, Argument::Pointer(address) if !address.is_null())
     }
 
     fn address(&mut self) -> *mut c_void {
@@ -206,7 +232,8 @@ impl Emulator {
             let launch = *library.get::<Launch>(b"nibble_launch\0")?;
             let signature = *library.get::<Signature>(b"nibble_signature\0")?;
             let set_order = *library.get::<SetOrder>(b"nibble_emulation\0")?;
-            Ok(Emulator { launch, signature, set_order, _library: library })
+            let set_memory = *library.get::<SetMemory>(b"nibble_memory\0")?;
+            Ok(Emulator { launch, signature, set_order, set_memory, _library: library })
         }
     }
 
@@ -236,8 +263,15 @@ impl Emulator {
         assert!(!signature.is_null(), "there is no kernel {kernel}");
         // SAFETY: not null, ends with a zero byte, lives as long as the library.
         let signature = unsafe { CStr::from_ptr(signature) }.to_str().expect("letters");
-        let kinds: String = arguments.iter().map(|argument| argument.kind() as char).collect();
+        let mut kinds: String = arguments.iter().map(|argument| argument.kind() as char).collect();
+        if !signature.contains('p') {
+            kinds = kinds.replace('p', "l"); // as PTX has it
+        }
         assert_eq!(kinds, signature, "kinds of the arguments of {kernel}, and of its parameters");
+        let ranges: Vec<Range> = arguments.iter().filter_map(Argument::range).collect();
+        let ranges = if arguments.iter().any(Argument::is_unbounded) { &[][..] } else { &ranges };
+        // SAFETY: copies the ranges.
+        unsafe { (self.set_memory)(ranges.as_ptr(), ranges.len()) };
         let mut addresses: Vec<*mut c_void> = arguments.iter_mut().map(Argument::address).collect();
         let block = [threads, 1, 1];
         // SAFETY: each argument outlives the call; types and bounds are the test's to get right.
@@ -249,38 +283,51 @@ impl Emulator {
     }
 }
 
-/// What tests of this process run on; `None`, with a printed line, where there is nothing.
-pub fn device() -> Option<&'static Device> {
-    static DEVICE: OnceLock<Option<Device>> = OnceLock::new();
-    DEVICE.get_or_init(open_device).as_ref()
+/// What tests of this process run on, each in its turn; none, with a printed line, where there is nothing.
+pub fn devices() -> &'static [Device] {
+    static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
+    DEVICES.get_or_init(|| {
+        if std::env::var_os("NIBBLE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
+            return vec![Device::Gpu(gpu::Gpu::open())];
+        }
+        let mut libraries: Vec<PathBuf> = library().into_iter().collect();
+        if std::env::var_os("NIBBLE_EMULATED").is_none() {
+            libraries.extend(ptx_library(PTX));
+        }
+        libraries.iter().map(|path| Device::Emulated(open(path))).collect()
+    })
 }
 
-fn open_device() -> Option<Device> {
-    if std::env::var_os("NIBBLE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
-        return Some(Device::Gpu(gpu::Gpu::open()));
-    }
-    open_emulator().map(Device::Emulated)
-}
-
-/// The emulator, whatever tests run on; `None`, with a printed line, without g++.
+/// The emulator of the sources, whatever tests run on; `None`, with a printed line, without g++.
 pub fn emulator() -> Option<&'static Emulator> {
     static EMULATOR: OnceLock<Option<Emulator>> = OnceLock::new();
-    EMULATOR.get_or_init(open_emulator).as_ref()
+    EMULATOR.get_or_init(|| library().as_deref().map(open)).as_ref()
 }
 
-/// The library; `None`, with a printed line, without g++.
+fn open(path: &Path) -> Emulator {
+    Emulator::open(path).unwrap_or_else(|e| panic!("{}: {e}", path.display()))
+}
+
+/// The library of the sources; `None`, with a printed line, without g++.
 pub fn library() -> Option<PathBuf> {
+    let build = || build("source", |command| command);
     std::env::var_os("NIBBLE_EMULATED").map(PathBuf::from).or_else(build)
 }
 
-fn open_emulator() -> Option<Emulator> {
-    let path = library()?;
-    Some(Emulator::open(&path).unwrap_or_else(|e| panic!("{}: {e}", path.display())))
+/// The library of a PTX; `None` without g++.
+pub fn ptx_library(ptx: &str) -> Option<PathBuf> {
+    let translation = ptx::translate(ptx).unwrap_or_else(|e| panic!("{e}"));
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("kernels.cpp");
+    fs::write(&path, &translation).unwrap();
+    build(&translation, |command| command.env("NIBBLE_TRANSLATION", &path).arg("-O1").arg("-w"))
 }
 
-fn build() -> Option<PathBuf> {
+/// The library of `kernels`, which is made by build.sh with what `set` adds.
+fn build(kernels: &str, set: impl FnOnce(&mut Command) -> &mut Command) -> Option<PathBuf> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut state = DefaultHasher::new();
+    kernels.hash(&mut state);
     for folder in ["src/kernels/cuda", "quant/src/cuda", "tests/emulator"] {
         let mut files: Vec<PathBuf> =
             fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path()).collect();
@@ -303,7 +350,7 @@ fn build() -> Option<PathBuf> {
         return None;
     }
     let script = root.join("tests/emulator/build.sh");
-    let status = Command::new(script).arg(&library).status().expect("bash runs build.sh");
+    let status = set(Command::new(script).arg(&library)).status().expect("bash runs build.sh");
     assert!(status.success(), "the emulator compiles");
     Some(library)
 }
