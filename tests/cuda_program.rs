@@ -17,11 +17,11 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 use training::{Workplace, fail, stderr, succeed};
 
-/// A folder with the libraries; `None`, aloud, without g++.
+/// A folder with the libraries, whose kernels are the committed PTX; `None`, aloud, without g++.
 fn libraries() -> Option<&'static PathBuf> {
     static FOLDER: OnceLock<Option<PathBuf>> = OnceLock::new();
     let make = || {
-        let library = emulator::library()?;
+        let library = emulator::ptx_library(emulator::PTX)?;
         let folder = library.with_extension("libraries");
         fs::create_dir_all(&folder).unwrap();
         for name in ["libcuda.so.1", "libcublas.so.12"] {
@@ -104,7 +104,7 @@ fn a_card_is_taken_if_it_computes_what_the_cpu_does() {
 #[test]
 fn a_library_that_needs_a_newer_driver_is_told_of() {
     let place = Workplace::new();
-    let Some(library) = emulator::library() else { return };
+    let Some(library) = emulator::ptx_library(emulator::PTX) else { return };
     for name in ["libcuda.so.1", "libcublas.so.13"] {
         symlink(&library, place.path(name)).unwrap();
     }

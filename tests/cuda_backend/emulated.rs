@@ -299,7 +299,7 @@ fn is_compiled() {
     if Device::skips_on_a_card("the emulator") {
         return;
     }
-    if let Some(library) = emulator::library() {
+    if let Some(library) = emulator::ptx_library(emulator::PTX) {
         println!("EMULATED {}", library.display());
     }
 }

@@ -1,5 +1,5 @@
-//! Every CUDA kernel on the CPU, against f64 references and the CPU backend: odd sizes, three
-//! orders of threads, poisoned outputs. The PTX itself is checked by `scripts/ptx.sh`.
+//! Every CUDA kernel on the CPU, from its source and from the committed PTX, against f64 references and
+//! the CPU backend: odd sizes, three orders of threads, poisoned outputs.
 
 #[allow(dead_code)] // a part of it is for other test binaries
 #[path = "../emulator/mod.rs"]

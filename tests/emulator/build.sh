@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Compiles the CUDA kernels for the CPU: tests/emulator/build.sh OUTPUT.so [compiler flags]
-# NIBBLE_TRANSLATION is a translation of kernels.ptx (ptx.rs) to compile in place of kernels.cu.
+# NIBBLE_TRANSLATION is a translation of kernels.ptx (ptx/) to compile in place of kernels.cu.
 # NIBBLE_SOURCES is the root of a copy of the sources to compile instead (tests of the tests).
 # Needs g++ 9 or newer (CXX picks another compiler) on x86-64 or aarch64 Linux.
 set -euo pipefail

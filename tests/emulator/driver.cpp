@@ -20,6 +20,9 @@
 #include <string>
 #include <vector>
 
+#include "emulator.hpp"
+
+extern "C" void nibble_memory(const emulator::Range*, size_t);
 extern "C" int nibble_launch(const char*, const unsigned[3], const unsigned[3], size_t, void**);
 extern "C" const char* nibble_signature(const char*);
 
@@ -163,6 +166,15 @@ struct Function {
     size_t dynamic_shared = 48 << 10;
 };
 std::map<void*, std::unique_ptr<Function>> functions;
+
+/// What a kernel may touch now.
+std::vector<emulator::Range> kernel_memory() {
+    std::vector<emulator::Range> ranges;
+    for (const Memory* memory : {&device, &pinned}) {
+        for (const auto& [start, bytes] : memory->pieces) ranges.push_back({start, start + bytes, true});
+    }
+    return ranges;
+}
 
 /// The arguments of a launch, copied as the driver does.
 std::vector<std::vector<char>> copied(const char* signature, void** arguments) {
@@ -475,6 +487,8 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
         std::vector<void*> addresses;
         for (auto& value : values) addresses.push_back(value.data());
         const unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
+        const auto ranges = kernel_memory();
+        nibble_memory(ranges.data(), ranges.size());
         const int status = nibble_launch(name.c_str(), grid, block, shared, addresses.data());
         if (status != 0) bug("%s does not take %u blocks of %u threads", name.c_str(), gx, bx);
     });

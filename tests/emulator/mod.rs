@@ -1,6 +1,6 @@
 //! The CUDA kernels, compiled for the CPU: `build.sh` makes a library of them, this opens it.
 //!
-//! There are two such libraries: of the sources, and of the committed PTX (`ptx.rs`). Each is built
+//! There are two such libraries: of the sources, and of the committed PTX (`ptx/`). Each is built
 //! once per state of what it is made of, in cargo's folder for tests. Without g++ [`devices`] prints why
 //! and has none. `NIBBLE_EMULATED` names a library to use instead of both, such as one with
 //! AddressSanitizer. With `NIBBLE_TEST_DEVICE=cuda` the committed PTX runs on the first GPU in the
@@ -298,10 +298,10 @@ pub fn devices() -> &'static [Device] {
     })
 }
 
-/// The emulator of the sources, whatever tests run on; `None`, with a printed line, without g++.
+/// The emulator of the committed PTX, whatever tests run on; `None`, with a printed line, without g++.
 pub fn emulator() -> Option<&'static Emulator> {
     static EMULATOR: OnceLock<Option<Emulator>> = OnceLock::new();
-    EMULATOR.get_or_init(|| library().as_deref().map(open)).as_ref()
+    EMULATOR.get_or_init(|| ptx_library(PTX).as_deref().map(open)).as_ref()
 }
 
 fn open(path: &Path) -> Emulator {
@@ -309,7 +309,7 @@ fn open(path: &Path) -> Emulator {
 }
 
 /// The library of the sources; `None`, with a printed line, without g++.
-pub fn library() -> Option<PathBuf> {
+fn library() -> Option<PathBuf> {
     let build = || build("source", |command| command);
     std::env::var_os("NIBBLE_EMULATED").map(PathBuf::from).or_else(build)
 }

@@ -1,4 +1,4 @@
-// The instructions of kernels.ptx on the CPU, as the PTX ISA describes them: what ptx.rs translates to.
+// The instructions of kernels.ptx on the CPU, as the PTX ISA describes them: what ptx/ translates to.
 //
 // Written from the ISA and not from instructions.hpp, so that the two can disagree. Stricter than a
 // GPU: every access to memory has its alignment and its bounds. Where the ISA promises a result
@@ -120,11 +120,11 @@ inline u32 atomic_or(u64 address, u32 bits, int line) {
 // ---- integers
 
 template <class T>
-inline T shift_left(T x, u32 by) {
+inline T shl(T x, u32 by) {
     return by >= 8 * sizeof(T) ? 0 : T(x << by);
 }
 template <class T>
-inline T shift_right(T x, u32 by) {
+inline T shr(T x, u32 by) {
     const u32 bits = 8 * sizeof(T);
     if (by >= bits) return x < 0 ? T(-1) : T(0);
     return T(x >> by);
@@ -154,6 +154,14 @@ template <class T>
 inline T remainder(T a, T b, int line) {
     if (b == 0) fail(line, "a division by zero");
     return T(a % b);
+}
+template <class T>
+inline T negative(T a) {
+    return difference(T(0), a);
+}
+template <class T>
+inline T inverse(T a) {
+    return T(~a);
 }
 /// prmt: byte i of the result is the byte of {b, a} that nibble i of the selector names.
 inline u32 permute(u32 a, u32 b, u32 selector, int line) {
@@ -263,15 +271,18 @@ inline u32 shuffle(u32 value, int source, u32 clamp_and_segment, u32 lanes, int 
         lanes, line, [&](emulator::Slot& slot) { slot.words[0] = value; },
         [&](const emulator::Slot* slots) { return slots[source].words[0]; });
 }
-inline u32 shuffle_xor(u32 value, u32 mask, u32 clamp_and_segment, u32 lanes, int line) {
+inline u32 shuffle_bfly(u32 value, u32 mask, u32 clamp_and_segment, u32 lanes, int line) {
     return shuffle(value, emulator::block->lane() ^ int(mask), clamp_and_segment, lanes, line);
 }
-inline u32 shuffle_index(u32 value, u32 index, u32 clamp_and_segment, u32 lanes, int line) {
+inline u32 shuffle_idx(u32 value, u32 index, u32 clamp_and_segment, u32 lanes, int line) {
     return shuffle(value, int(index & 31), clamp_and_segment, lanes, line);
 }
 
 struct Fragment {
     u32 words[4];
+};
+struct HalfFragment {
+    u32 words[2];
 };
 
 /// ldmatrix .x4 of 8×8 matrices of 16 bits: lanes 8i to 8i + 7 give the rows of matrix i; a lane gets
@@ -315,12 +326,12 @@ inline f32 cut(f64 exact) {
 ///   A: row group for i in 0, 1, 4, 5, else group + 8; column 2·member + i % 2, + 8 for i ≥ 4
 ///   B: row 2·member + i % 2, + 8 for i ≥ 2; column group
 ///   C: row group for i < 2, else group + 8; column 2·member + i % 2
-inline Sums multiply_matrices(const Fragment& a, const u32 (&b)[2], const Sums& c, int line) {
+inline Sums multiply_matrices(const Fragment& a, const HalfFragment& b, const Sums& c, int line) {
     return emulator::collective(
         ~0u, line,
         [&](emulator::Slot& slot) {
             for (int i = 0; i < 4; i++) slot.words[i] = a.words[i];
-            for (int i = 0; i < 2; i++) slot.words[4 + i] = b[i];
+            for (int i = 0; i < 2; i++) slot.words[4 + i] = b.words[i];
         },
         [&](const emulator::Slot* slots) {
             const auto element_of_a = [&](int row, int column) {
