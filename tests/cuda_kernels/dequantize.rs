@@ -69,6 +69,12 @@ fn check(device: &Device, shape: [usize; 2], stride: usize, format: &BlockFormat
     }
 }
 
+/// Whether a matrix in the default format has the CPU's bits; panics if it has not.
+pub fn is_right(device: &Device) -> bool {
+    check(device, [24, 200], 216, &BlockFormat::default());
+    true
+}
+
 #[test]
 fn every_format_has_the_bits_of_the_cpu() {
     in_every_order(|device| {

@@ -1,11 +1,12 @@
 //! Tests of the tests: with one line of a kernel broken, results must be wrong in some order.
 
 use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::process::Command;
 
 use crate::emulator::{Device, Emulator, ORDERS, PTX, devices, launch, ptx_library};
-use crate::flash;
+use crate::{dequantize, flash};
 
 /// The kernels with `from` replaced by `to` in `file`.
 fn mutant(name: &str, file: &str, from: &str, to: &str) -> Device {
@@ -108,24 +109,19 @@ fn sums_are_right(device: &Device) -> bool {
     sum[0] == 4000.0
 }
 
+/// And no threads race, which is a panic.
 fn is_right_in_every_order(device: &Device, is_right: fn(&Device) -> bool) -> bool {
     ORDERS.iter().all(|&order| {
         device.order(order);
-        is_right(device)
+        catch_unwind(AssertUnwindSafe(|| is_right(device))).unwrap_or(false)
     })
 }
 
-/// Flash attention with heads of 64 from the committed PTX, `from` replaced by `to` where it first stands.
-fn ptx_mutant(from: &str, to: &str) -> Device {
-    let wanted = [
-        "flash_forward_64",
-        "flash_backward_keys_64",
-        "flash_backward_queries_64",
-        "attention_delta",
-    ];
+/// `kernels` of the committed PTX, `from` replaced by `to` where it first stands in them.
+fn ptx_mutant(kernels: &[&str], from: &str, to: &str) -> Device {
     let mut entries = PTX.split(".visible .entry ");
     let mut kept = entries.next().unwrap().to_string();
-    for entry in entries.filter(|entry| wanted.contains(&entry.split('(').next().unwrap())) {
+    for entry in entries.filter(|entry| kernels.contains(&entry.split('(').next().unwrap())) {
         kept = kept + ".visible .entry " + entry;
     }
     assert!(kept.contains(from), "the PTX has no `{from}`");
@@ -139,16 +135,26 @@ fn broken_ptx_is_wrong() {
         println!("skipped: broken PTX (it is compiled for the CPU)");
         return;
     };
-    let intact = ptx_mutant("bar.sync", "bar.sync");
-    assert!(is_right_in_every_order(&intact, flash::is_right), "the intact PTX is right");
-    let breaks = [
-        ("bar.sync", "// bar.sync"),
-        ("cp.async.wait_group 1;", "cp.async.wait_group 2;"),
-        ("x4.trans.shared", "x4.shared"),
+    let flash: &[&str] = &[
+        "flash_forward_64",
+        "flash_backward_keys_64",
+        "flash_backward_queries_64",
+        "attention_delta",
     ];
-    for (from, to) in breaks {
-        let broken = ptx_mutant(from, to);
-        assert!(!is_right_in_every_order(&broken, flash::is_right), "{from}: nothing was noticed");
+    let (flash, is_right): (_, fn(&Device) -> bool) = (flash, flash::is_right);
+    let (dequantize, is_widened): (&[&str], fn(&Device) -> bool) =
+        (&["dequantize_4bit"], dequantize::is_right);
+    let breaks = [
+        (flash, "bar.sync", "bar.sync", is_right, true),
+        (flash, "bar.sync", "// bar.sync", is_right, false),
+        (flash, "cp.async.wait_group 1;", "cp.async.wait_group 2;", is_right, false),
+        (flash, "x4.trans.shared", "x4.shared", is_right, false),
+        (dequantize, "bar.warp.sync", "bar.warp.sync", is_widened, true),
+        (dequantize, "bar.warp.sync", "// bar.warp.sync", is_widened, false),
+    ];
+    for (kernels, from, to, is_right, expected) in breaks {
+        let mutant = ptx_mutant(kernels, from, to);
+        assert_eq!(is_right_in_every_order(&mutant, is_right), expected, "{from} is now {to}");
     }
 }
 

@@ -22,7 +22,7 @@
 
 #include "emulator.hpp"
 
-extern "C" void nibble_memory(const emulator::Range*, size_t);
+extern "C" void nibble_memory(const emulator::Range*, size_t, int);
 extern "C" int nibble_launch(const char*, const unsigned[3], const unsigned[3], size_t, void**);
 extern "C" const char* nibble_signature(const char*);
 
@@ -488,7 +488,7 @@ int cuLaunchKernel(void* function, unsigned gx, unsigned gy, unsigned gz, unsign
         for (auto& value : values) addresses.push_back(value.data());
         const unsigned grid[3] = {gx, gy, gz}, block[3] = {bx, by, bz};
         const auto ranges = kernel_memory();
-        nibble_memory(ranges.data(), ranges.size());
+        nibble_memory(ranges.data(), ranges.size(), 0);
         const int status = nibble_launch(name.c_str(), grid, block, shared, addresses.data());
         if (status != 0) bug("%s does not take %u blocks of %u threads", name.c_str(), gx, bx);
     });

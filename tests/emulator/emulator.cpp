@@ -15,9 +15,10 @@ extern "C" {
 /// Sets how this host thread's launches order fibers: 0 up, 1 down, 2 shuffled by `seed`.
 void nibble_emulation(int order, unsigned seed) { options = {order, seed}; }
 
-/// Sets what this host thread's launches may read and write: anything, if `count` is 0.
-void nibble_memory(const emulator::Range* ranges, size_t count) {
-    memory = {{ranges, ranges + count}};
+/// Sets what this host thread's launches may read and write, anything if `count` is 0, and whether races
+/// are looked for.
+void nibble_memory(const emulator::Range* ranges, size_t count, int finds_races) {
+    memory = {{ranges, ranges + count}, finds_races != 0};
 }
 
 /// The kinds of the parameters of `kernel`, a letter each; null if there is no such kernel.
@@ -29,7 +30,7 @@ const char* nibble_signature(const char* kernel) {
 }
 
 /// Launches `kernel`; `arguments` are pointers to each argument. 0: done, 1: no such kernel,
-/// 2: a grid or block that the kernel or a GPU does not take.
+/// 2: a grid or block that the kernel or a GPU does not take, 3: threads raced, as was printed.
 int nibble_launch(const char* kernel, const unsigned grid[3], const unsigned block[3],
                   size_t dynamic_shared_bytes, void** arguments) {
     for (const emulator::Kernel& known : KERNELS) {
@@ -37,9 +38,9 @@ int nibble_launch(const char* kernel, const unsigned grid[3], const unsigned blo
         const size_t threads = size_t(block[0]) * block[1] * block[2];
         const bool empty = size_t(grid[0]) * grid[1] * grid[2] == 0 || threads == 0;
         if (empty || threads > known.largest_block || grid[1] > 65535 || grid[2] > 65535) return 2;
-        emulator::launch({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]},
+        const bool good = emulator::launch({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]},
                          dynamic_shared_bytes, memory, options, [&] { known.invoke(arguments); });
-        return 0;
+        return good ? 0 : 3;
     }
     return 1;
 }

@@ -8,7 +8,7 @@
 // where one ends. Aborts with the block and thread when threads of a barrier stand at different
 // ones, a warp collective names absent lanes, or nothing can go on.
 //
-// Not modelled: time, and the weak memory of a GPU between barriers.
+// Not modelled: time, and the weak memory of a GPU between barriers; races.hpp says whether it matters.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -17,10 +17,12 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <map>
 #include <memory>
 #include <random>
 #include <vector>
 
+#include "races.hpp"
 #include "switch.hpp"
 
 struct Index3 {
@@ -33,12 +35,14 @@ namespace emulator {
 enum class State { Ready, AtBlockBarrier, AtWarpBarrier, Done };
 
 /// A copy to shared memory that has been started.
-struct PendingCopy {
+struct Copy {
     void* to;
     const void* from;
     unsigned bytes;
     bool present;
     int group;
+    bool made;
+    size_t offset;  // in shared memory, for races
 };
 
 /// One CUDA thread.
@@ -49,8 +53,9 @@ struct Fiber {
     int place;       // which barrier
     bool odd;        // whether its warp has met an odd number of times
     Index3 thread;
-    std::vector<PendingCopy> copies;
-    int group;  // of the copies that it starts next
+    std::vector<Copy> copies;
+    int group;       // of the copies that it starts next
+    uint32_t syncs;  // of its warp that it has passed
 };
 
 /// What lanes show each other.
@@ -73,6 +78,7 @@ struct Range {
 };
 struct Memory {
     std::vector<Range> ranges;  // none: anything is allowed
+    bool finds_races = false;
     size_t last = 0;
 
     bool allows(uint64_t address, size_t bytes, bool written) {
@@ -84,6 +90,7 @@ struct Memory {
         return holds(ranges[last]);
     }
 };
+
 /// The block that this host thread runs.
 struct Block {
     std::vector<Fiber> fibers;
@@ -96,13 +103,25 @@ struct Block {
     Context scheduler;
     int current = 0;
     Index3 index, grid, dimensions;
+    uint32_t number = 0, epoch = 0;
     Memory memory;
+    std::unique_ptr<Races> shared_races;
+    /// By the end of what they are of: ranges of `memory`, those that overlap as one.
+    std::map<uint64_t, std::pair<uint64_t, Races>> global_races;
+    bool raced = false;
     Options options;
     std::mt19937 random;
 
     Fiber& fiber() { return fibers[current]; }
     int lane() const { return current & 31; }
     int first_lane() const { return current & ~31; }
+
+    /// Where the current thread is.
+    Moment now() {
+        const auto threads = uint32_t(fibers.size()), warps = (threads + 31) / 32;
+        return {number * threads + current + 1, number, number * warps + current / 32, epoch,
+                fiber().syncs};
+    }
 
     [[noreturn]] void fail(const char* what) {
         const Index3 t = fiber().thread;
@@ -194,7 +213,23 @@ inline bool release_block() {
         place = f.place;
         f.state = State::Ready;
     }
+    b.epoch++;
     return place >= 0;
+}
+
+/// What finds races in the memory of a launch.
+inline std::map<uint64_t, std::pair<uint64_t, Races>> races_of(Memory memory) {
+    std::map<uint64_t, std::pair<uint64_t, Races>> all;
+    auto& ranges = memory.ranges;
+    std::sort(ranges.begin(), ranges.end(),
+              [](const Range& a, const Range& b) { return a.start < b.start; });
+    for (size_t i = 0; memory.finds_races && i < ranges.size();) {
+        const uint64_t start = ranges[i].start;
+        uint64_t end = ranges[i].end;
+        while (++i < ranges.size() && ranges[i].start < end) end = std::max(end, ranges[i].end);
+        if (end > start) all.emplace(end, std::make_pair(start, Races(end - start, 1, true)));
+    }
+    return all;
 }
 
 /// The next warp to run: as far as one can go before the others (up, down), or any.
@@ -212,7 +247,7 @@ inline void run_block(std::vector<Stack>& stacks) {
     for (int i = 0; i < threads; i++) {
         const unsigned t = unsigned(i), x = b.dimensions.x, y = b.dimensions.y;
         b.fibers[i] = Fiber{new_context(stacks[i], run_fiber), State::Ready, 0, 0, false,
-                            {t % x, t / x % y, t / (x * y)}, {}, 0};
+                            {t % x, t / x % y, t / (x * y)}, {}, 0, 0};
     }
     std::vector<int> lanes(32), runnable;
     for (int lane = 0; lane < 32; lane++) lanes[lane] = b.options.order == 1 ? 31 - lane : lane;
@@ -233,8 +268,8 @@ inline void run_block(std::vector<Stack>& stacks) {
     } while (release_block());
 }
 
-/// Runs `body` for every thread of the grid.
-inline void launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, const Memory& memory,
+/// Runs `body` for every thread of the grid; whether no two of them raced.
+inline bool launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, const Memory& memory,
                    Options options, const std::function<void()>& body) {
     static thread_local std::vector<Stack> stacks;
     const size_t count = size_t(threads.x) * threads.y * threads.z;
@@ -247,12 +282,15 @@ inline void launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, con
     b.dimensions = threads;
     b.dynamic_shared_bytes = dynamic_shared_bytes;
     b.memory = memory;
+    b.global_races = races_of(memory);
     b.options = options;
     b.random.seed(options.seed);
     const size_t blocks = size_t(grid.x) * grid.y * grid.z;
     block = &b;
     for (size_t n = 0; n < blocks; n++) {
         const size_t i = options.order == 1 ? blocks - 1 - n : n;
+        b.number = uint32_t(i);
+        b.epoch++;
         b.index = {unsigned(i % grid.x), unsigned(i / grid.x % grid.y),
                    unsigned(i / grid.x / grid.y)};
         b.shared.clear();
@@ -261,6 +299,7 @@ inline void launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, con
         run_block(stacks);
     }
     block = nullptr;
+    return !b.raced;
 }
 
 /// Shows a slot to the lanes, and runs `read` when all have shown theirs. What a whole warp shows next
@@ -287,7 +326,8 @@ struct Kernel {
     void (*invoke)(void** arguments);
 };
 
-inline void finish_copy(const PendingCopy& copy) {
+inline void make(Copy& copy) {
+    copy.made = true;
     if (copy.present) {
         memcpy(copy.to, copy.from, copy.bytes);
     } else {
@@ -300,19 +340,19 @@ inline void start_copy(void* to, const void* from, unsigned bytes, bool present)
     Fiber& fiber = block->fiber();
     const int order = block->options.order;
     const bool later = order == 1 || (order > 1 && block->random() % 2 == 0);
-    const PendingCopy copy = {to, from, bytes, present, fiber.group};
-    if (later) {
-        fiber.copies.push_back(copy);
-    } else {
-        finish_copy(copy);
-    }
+    fiber.copies.push_back({to, from, bytes, present, fiber.group, false, 0});
+    if (!later) make(fiber.copies.back());
 }
 inline void end_group_of_copies() { block->fiber().group++; }
-/// Until at most `pending` groups of this thread are unfinished.
-inline void wait_for_copies(int pending) {
+/// Until at most `pending` groups of this thread are unfinished; `arrived` is told of each copy.
+template <class Arrived>
+inline void wait_for_copies(int pending, Arrived arrived) {
     Fiber& fiber = block->fiber();
     auto done = fiber.copies.begin();
-    while (done != fiber.copies.end() && done->group < fiber.group - pending) finish_copy(*done++);
+    for (; done != fiber.copies.end() && done->group < fiber.group - pending; ++done) {
+        if (!done->made) make(*done);
+        arrived(*done);
+    }
     fiber.copies.erase(fiber.copies.begin(), done);
 }
 

@@ -189,7 +189,7 @@ inline void copy_async_4(SharedAddress to, const void* from, bool present) {
 inline void copy_async_commit() { emulator::end_group_of_copies(); }
 template <int Pending>
 inline void copy_async_wait() {
-    emulator::wait_for_copies(Pending);
+    emulator::wait_for_copies(Pending, [](const emulator::Copy&) {});
 }
 
 inline bfloat16 to_bf16(float x);

@@ -32,7 +32,7 @@ type Launch = unsafe extern "C" fn(
 ) -> c_int;
 type Signature = unsafe extern "C" fn(*const c_char) -> *const c_char;
 type SetOrder = unsafe extern "C" fn(c_int, c_uint);
-type SetMemory = unsafe extern "C" fn(*const Range, usize);
+type SetMemory = unsafe extern "C" fn(*const Range, usize, c_int);
 
 /// Memory that a kernel may read, and write.
 #[repr(C)]
@@ -270,8 +270,9 @@ impl Emulator {
         assert_eq!(kinds, signature, "kinds of the arguments of {kernel}, and of its parameters");
         let ranges: Vec<Range> = arguments.iter().filter_map(Argument::range).collect();
         let ranges = if arguments.iter().any(Argument::is_unbounded) { &[][..] } else { &ranges };
+        let finds_races = c_int::from(!ranges.is_empty());
         // SAFETY: copies the ranges.
-        unsafe { (self.set_memory)(ranges.as_ptr(), ranges.len()) };
+        unsafe { (self.set_memory)(ranges.as_ptr(), ranges.len(), finds_races) };
         let mut addresses: Vec<*mut c_void> = arguments.iter_mut().map(Argument::address).collect();
         let block = [threads, 1, 1];
         // SAFETY: each argument outlives the call; types and bounds are the test's to get right.
@@ -279,6 +280,7 @@ impl Emulator {
             let (grid, block) = (grid.as_ptr(), block.as_ptr());
             (self.launch)(name.as_ptr(), grid, block, dynamic_shared_bytes, addresses.as_mut_ptr())
         };
+        assert_ne!(status, 3, "{kernel}: threads race");
         assert_eq!(status, 0, "{kernel} with grid {grid:?} and {threads} threads");
     }
 }

@@ -66,31 +66,64 @@ inline Index3 nctaid() { return emulator::block->grid; }
 
 /// Where shared memory begins: the first KiB is the system's.
 constexpr u64 SHARED_BASE = 1024;
-constexpr u64 SHARED_END = 1 << 20;
+constexpr u64 SHARED_BYTES = 100 << 10;
 
+enum class Access { Read, Write, Copy };
+
+inline void note(emulator::Races& races, Access access, u64 offset, size_t bytes, int line) {
+    emulator::Block& block = *emulator::block;
+    const emulator::Moment now = block.now();
+    const bool found = access == Access::Read ? races.read(offset, bytes, now)
+                                              : races.write(offset, bytes, now, access == Access::Copy);
+    if (found && !block.raced) {
+        fprintf(stderr, "emulated kernel: kernels.ptx:%d: memory that another thread uses (block %u thread %d)\n",
+                line, block.number, block.current);
+    }
+    block.raced |= found;
+}
+/// Notes an access to shared memory; the first of a launch that races is printed.
+inline void note_shared(Access access, u64 offset, size_t bytes, int line) {
+    if (!emulator::block->memory.finds_races) return;
+    auto& races = emulator::block->shared_races;
+    if (!races) races.reset(new emulator::Races(SHARED_BYTES, 4, false));
+    note(*races, access, offset, bytes, line);
+}
+inline void note_global(Access access, u64 address, size_t bytes, int line) {
+    auto& all = emulator::block->global_races;
+    const auto found = all.upper_bound(address);
+    if (found == all.end() || address < found->second.first) return;
+    note(found->second.second, access, address - found->second.first, bytes, line);
+}
 /// The `bytes` at `address` of shared memory, of which the kernel has `fixed` and the launch gives more.
-inline char* shared(u64 address, size_t bytes, size_t fixed, int line) {
+inline char* shared(Access access, u64 address, size_t bytes, size_t fixed, int line) {
     static const char key = 0;
     emulator::Block& block = *emulator::block;
     if (address % bytes != 0) fail(line, "a shared address is not aligned to what is accessed");
     const u64 dynamic = SHARED_BASE + (fixed + 15) / 16 * 16;
     if (address >= SHARED_BASE && address + bytes <= SHARED_BASE + fixed) {
+        note_shared(access, address - SHARED_BASE, bytes, line);
         return block.shared_array(&key, fixed) + (address - SHARED_BASE);
     }
     if (address >= dynamic && address + bytes <= dynamic + block.dynamic_shared_bytes) {
+        note_shared(access, address - SHARED_BASE, bytes, line);
         return block.dynamic_shared.get() + (address - dynamic);
     }
     fail(line, "outside of shared memory");
 }
-/// The `bytes` at `address` of global memory.
-inline char* global(u64 address, size_t bytes, bool written, int line) {
-    if (address < SHARED_END) fail(line, "an address of shared memory, or none, where a global one is meant");
+/// The `bytes` at `address` of global memory, whoever else uses them.
+inline char* reachable(u64 address, size_t bytes, bool written, int line) {
+    if (address < SHARED_BASE + SHARED_BYTES) fail(line, "an address of shared memory, or none, where a global one is meant");
     if (address % bytes != 0) fail(line, "a global address is not aligned to what is accessed");
     if (!emulator::block->memory.allows(address, bytes, written)) {
         fail(line, written ? "a write outside of the buffers that may be written"
                            : "a read outside of the buffers");
     }
     return reinterpret_cast<char*>(address);
+}
+inline char* global(u64 address, size_t bytes, bool written, int line) {
+    char* found = reachable(address, bytes, written, line);
+    note_global(written ? Access::Write : Access::Read, address, bytes, line);
+    return found;
 }
 template <class T>
 inline T load(const char* from) {
@@ -107,11 +140,18 @@ inline void store(char* to, T value) {
 inline void copy_async(u32 to, u64 from, unsigned bytes, unsigned present, size_t fixed, int line) {
     if (present != 0 && present != bytes) fail(line, "a copy of a part");
     const char* source = present ? global(from, bytes, false, line) : nullptr;
-    emulator::start_copy(shared(to, bytes, fixed, line), source, bytes, present != 0);
+    emulator::start_copy(shared(Access::Copy, to, bytes, fixed, line), source, bytes, present != 0);
+    emulator::block->fiber().copies.back().offset = to - SHARED_BASE;
+}
+inline void wait_for_copies(int pending) {
+    emulator::wait_for_copies(pending, [](const emulator::Copy& copy) {
+        emulator::Block& block = *emulator::block;
+        if (block.shared_races) block.shared_races->arrived(copy.offset, copy.bytes, block.now());
+    });
 }
 
 inline u32 atomic_or(u64 address, u32 bits, int line) {
-    char* at = global(address, 4, true, line);
+    char* at = reachable(address, 4, true, line);
     const u32 before = load<u32>(at);
     store(at, before | bits);
     return before;
@@ -261,6 +301,7 @@ inline void barrier(int line) {
 }
 inline void warp_barrier(u32 lanes, int line) {
     emulator::block->wait(emulator::State::AtWarpBarrier, lanes, 2 * line);
+    if (lanes == ~0u) emulator::block->fiber().syncs++;
 }
 inline u32 shuffle(u32 value, int source, u32 clamp_and_segment, u32 lanes, int line) {
     if (clamp_and_segment != 31) fail(line, "a shuffle of segments");
@@ -288,7 +329,7 @@ struct HalfFragment {
 /// ldmatrix .x4 of 8×8 matrices of 16 bits: lanes 8i to 8i + 7 give the rows of matrix i; a lane gets
 /// of each matrix elements 2·(lane % 4) and the next of row lane / 4, or of column, when transposed.
 inline Fragment load_matrices(u32 row, bool transposed, size_t fixed, int line) {
-    const char* start = shared(row, 16, fixed, line);
+    const char* start = shared(Access::Read, row, 16, fixed, line);
     const int lane = emulator::block->lane();
     return emulator::collective(
         ~0u, line, [&](emulator::Slot& slot) { slot.pointer = start; },

@@ -71,7 +71,7 @@ impl Instruction<'_> {
             }
             ["cp", "async", "commit_group"] => Some("emulator::end_group_of_copies();".into()),
             ["cp", "async", "wait_group"] => {
-                Some(format!("emulator::wait_for_copies({});", self.operands[0]))
+                Some(format!("ptx::wait_for_copies({});", self.operands[0]))
             }
             _ => None,
         }

@@ -128,7 +128,8 @@ impl<'a> Instruction<'a> {
     pub fn place(&self, index: usize, bytes: usize, written: bool) -> Option<String> {
         let (address, fixed, number) = (self.address(index)?, self.fixed, self.number);
         Some(if self.has("shared") {
-            format!("ptx::shared({address}, {bytes}, {fixed}, {number})")
+            let access = if written { "Write" } else { "Read" };
+            format!("ptx::shared(ptx::Access::{access}, {address}, {bytes}, {fixed}, {number})")
         } else {
             format!("ptx::global({address}, {bytes}, {written}, {number})")
         })
