@@ -69,6 +69,14 @@ fn check(device: &Device, shape: [usize; 2], stride: usize, format: &BlockFormat
     }
 }
 
+/// A matrix of whole warps in the default format.
+pub fn run_once(device: &Device) {
+    let values = normal(64 * 4096, "weight");
+    let format = BlockFormat::default();
+    let packed = PackedWeight::quantize(Floats::F32(&values), [64, 4096], &format).unwrap();
+    dequantize(device, &packed, 0..64, 4096 + 16, 32);
+}
+
 /// Whether a matrix in the default format has the CPU's bits; panics if it has not.
 pub fn is_right(device: &Device) -> bool {
     check(device, [24, 200], 216, &BlockFormat::default());

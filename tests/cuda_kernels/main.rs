@@ -16,3 +16,4 @@ mod mutants;
 mod norm;
 mod parts;
 mod sums;
+mod traffic;

@@ -7,6 +7,8 @@ namespace {
 
 thread_local emulator::Options options;
 thread_local emulator::Memory memory;
+thread_local bool counts = false;
+thread_local emulator::Traffic traffic;
 
 }  // namespace
 
@@ -19,6 +21,23 @@ void nibble_emulation(int order, unsigned seed) { options = {order, seed}; }
 /// are looked for.
 void nibble_memory(const emulator::Range* ranges, size_t count, int finds_races) {
     memory = {{ranges, ranges + count}, finds_races != 0};
+}
+
+/// Whether this host thread's launches from now on count their accesses; those before are forgotten.
+void nibble_count_traffic(int does) {
+    counts = does != 0;
+    traffic = {};
+}
+
+/// A line of the PTX, from `line` on, at which the launches since accessed memory: 0 if there is none, else
+/// the line, with whether the memory is shared, whether it was written, what that cost and the fewest it could.
+int nibble_traffic(int line, uint64_t found_there[4]) {
+    const auto found = traffic.lines.lower_bound(line);
+    if (found == traffic.lines.end()) return 0;
+    const emulator::Traffic::Line& seen = found->second;
+    const uint64_t values[4] = {seen.shared, seen.written, seen.cost, seen.fewest};
+    std::copy(values, values + 4, found_there);
+    return found->first;
 }
 
 /// The kinds of the parameters of `kernel`, a letter each; null if there is no such kernel.
@@ -39,7 +58,7 @@ int nibble_launch(const char* kernel, const unsigned grid[3], const unsigned blo
         const bool empty = size_t(grid[0]) * grid[1] * grid[2] == 0 || threads == 0;
         if (empty || threads > known.largest_block || grid[1] > 65535 || grid[2] > 65535) return 2;
         const bool good = emulator::launch({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]},
-                         dynamic_shared_bytes, memory, options, [&] { known.invoke(arguments); });
+                         dynamic_shared_bytes, memory, counts ? &traffic : nullptr, options, [&] { known.invoke(arguments); });
         return good ? 0 : 3;
     }
     return 1;

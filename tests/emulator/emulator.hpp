@@ -24,6 +24,7 @@
 
 #include "races.hpp"
 #include "switch.hpp"
+#include "traffic.hpp"
 
 struct Index3 {
     unsigned x, y, z;
@@ -109,6 +110,7 @@ struct Block {
     /// By the end of what they are of: ranges of `memory`, those that overlap as one.
     std::map<uint64_t, std::pair<uint64_t, Races>> global_races;
     bool raced = false;
+    Traffic* traffic = nullptr;  // counted, if it is there
     Options options;
     std::mt19937 random;
 
@@ -270,7 +272,7 @@ inline void run_block(std::vector<Stack>& stacks) {
 
 /// Runs `body` for every thread of the grid; whether no two of them raced.
 inline bool launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, const Memory& memory,
-                   Options options, const std::function<void()>& body) {
+                   Traffic* traffic, Options options, const std::function<void()>& body) {
     static thread_local std::vector<Stack> stacks;
     const size_t count = size_t(threads.x) * threads.y * threads.z;
     while (stacks.size() < count) stacks.emplace_back();
@@ -283,6 +285,7 @@ inline bool launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, con
     b.dynamic_shared_bytes = dynamic_shared_bytes;
     b.memory = memory;
     b.global_races = races_of(memory);
+    b.traffic = traffic;
     b.options = options;
     b.random.seed(options.seed);
     const size_t blocks = size_t(grid.x) * grid.y * grid.z;
@@ -297,6 +300,7 @@ inline bool launch(Index3 grid, Index3 threads, size_t dynamic_shared_bytes, con
         b.shared_bytes = 0;
         b.dynamic_shared.reset(b.allocate_shared(dynamic_shared_bytes));
         run_block(stacks);
+        if (traffic) traffic->end_block();
     }
     block = nullptr;
     return !b.raced;

@@ -192,5 +192,13 @@ inline void copy_async_wait() {
     emulator::wait_for_copies(Pending, [](const emulator::Copy&) {});
 }
 
+inline void store_words(void* to, unsigned a, unsigned b, unsigned c, unsigned d) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 != 0) {
+        emulator::block->fail("a store of 16 bytes is not aligned to them");
+    }
+    const unsigned words[4] = {a, b, c, d};
+    memcpy(to, words, sizeof(words));
+}
+
 inline bfloat16 to_bf16(float x);
 inline float to_f32(float16 x);

@@ -34,6 +34,24 @@ type Signature = unsafe extern "C" fn(*const c_char) -> *const c_char;
 type SetOrder = unsafe extern "C" fn(c_int, c_uint);
 type SetMemory = unsafe extern "C" fn(*const Range, usize, c_int);
 
+type CountTraffic = unsafe extern "C" fn(c_int);
+type NextTraffic = unsafe extern "C" fn(c_int, *mut u64) -> c_int;
+
+/// What warps did at a line of the PTX: see traffic.hpp.
+#[derive(Debug, Clone, Copy)]
+pub struct Traffic {
+    /// Of kernels.ptx.
+    pub line: i32,
+    /// Shared memory, or global.
+    pub shared: bool,
+    /// Or read.
+    pub written: bool,
+    /// Waits for a bank, or sectors of 32 bytes.
+    pub cost: u64,
+    /// As few as would do for what was accessed.
+    pub fewest: u64,
+}
+
 /// Memory that a kernel may read, and write.
 #[repr(C)]
 struct Range {
@@ -56,6 +74,8 @@ pub struct Emulator {
     signature: Signature,
     set_order: SetOrder,
     set_memory: SetMemory,
+    count_traffic: CountTraffic,
+    next_traffic: NextTraffic,
     _library: libloading::Library,
 }
 
@@ -233,7 +253,17 @@ impl Emulator {
             let signature = *library.get::<Signature>(b"nibble_signature\0")?;
             let set_order = *library.get::<SetOrder>(b"nibble_emulation\0")?;
             let set_memory = *library.get::<SetMemory>(b"nibble_memory\0")?;
-            Ok(Emulator { launch, signature, set_order, set_memory, _library: library })
+            let count_traffic = *library.get::<CountTraffic>(b"nibble_count_traffic\0")?;
+            let next_traffic = *library.get::<NextTraffic>(b"nibble_traffic\0")?;
+            Ok(Emulator {
+                launch,
+                signature,
+                set_order,
+                set_memory,
+                count_traffic,
+                next_traffic,
+                _library: library,
+            })
         }
     }
 
@@ -246,6 +276,28 @@ impl Emulator {
         };
         // SAFETY: sets two thread-local numbers.
         unsafe { (self.set_order)(order, seed) };
+    }
+
+    /// What the launches in `run` did to memory, line by line; nothing for kernels that are no PTX.
+    pub fn traffic(&self, run: impl FnOnce()) -> Vec<Traffic> {
+        // SAFETY: sets what belongs to this thread.
+        unsafe { (self.count_traffic)(1) };
+        run();
+        let (mut all, mut from) = (Vec::new(), 0);
+        loop {
+            let mut found = [0; 4];
+            // SAFETY: writes four numbers.
+            let line = unsafe { (self.next_traffic)(from, found.as_mut_ptr()) };
+            if line == 0 {
+                break;
+            }
+            let [shared, written, cost, fewest] = found;
+            all.push(Traffic { line, shared: shared != 0, written: written != 0, cost, fewest });
+            from = line + 1;
+        }
+        // SAFETY: as above.
+        unsafe { (self.count_traffic)(0) };
+        all
     }
 
     /// As [`Device::launch`].

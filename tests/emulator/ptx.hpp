@@ -83,12 +83,21 @@ inline void note(emulator::Races& races, Access access, u64 offset, size_t bytes
 }
 /// Notes an access to shared memory; the first of a launch that races is printed.
 inline void note_shared(Access access, u64 offset, size_t bytes, int line) {
+    emulator::Traffic* traffic = emulator::block->traffic;
+    if (traffic) traffic->access(line, true, access != Access::Read, offset, unsigned(bytes), emulator::block->current);
     if (!emulator::block->memory.finds_races) return;
     auto& races = emulator::block->shared_races;
     if (!races) races.reset(new emulator::Races(SHARED_BYTES, 4, false));
     note(*races, access, offset, bytes, line);
 }
 inline void note_global(Access access, u64 address, size_t bytes, int line) {
+    emulator::Traffic* traffic = emulator::block->traffic;
+    if (traffic) {
+        // As if every buffer began where a GPU's do, at a multiple of 256.
+        const emulator::Memory& memory = emulator::block->memory;
+        const u64 start = memory.ranges.empty() ? 0 : memory.ranges[memory.last].start;
+        traffic->access(line, false, access != Access::Read, address - start, unsigned(bytes), emulator::block->current);
+    }
     auto& all = emulator::block->global_races;
     const auto found = all.upper_bound(address);
     if (found == all.end() || address < found->second.first) return;

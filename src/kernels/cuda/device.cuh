@@ -104,6 +104,13 @@ __device__ __forceinline__ void copy_async_4(SharedAddress to, const void* from,
                  : "memory");
 }
 
+/// 16 bytes to global memory in one instruction: the compiler may make four of an assignment.
+__device__ __forceinline__ void store_words(void* to, u32 a, u32 b, u32 c, u32 d) {
+    asm volatile("st.global.v4.u32 [%0], {%1,%2,%3,%4};" ::"l"(__cvta_generic_to_global(to)), "r"(a),
+                 "r"(b), "r"(c), "r"(d)
+                 : "memory");
+}
+
 /// Ends a group of copies.
 __device__ __forceinline__ void copy_async_commit() {
     asm volatile("cp.async.commit_group;" ::: "memory");

@@ -31,12 +31,14 @@ struct NormHead {
         const float* weight = norms.weight(head);
         const int first = N * (threadIdx.x % 32);
         float sum = 0.0f;
+#pragma unroll 1  // one turn for heads of up to 256
         for (int c = first; c < norms.head_dim; c += 32 * N) {
             const Piece<N> piece = load_piece<N>(x + c);
 #pragma unroll
             for (int i = 0; i < N; i++) sum += piece.v[i] * piece.v[i];
         }
         const float rstd = 1.0f / sqrtf(warp_sum(sum) / norms.head_dim + norms.epsilon);
+#pragma unroll 1  // one turn for heads of up to 256
         for (int c = first; c < norms.head_dim; c += 32 * N) {
             Piece<N> piece = load_piece<N>(x + c);
             const Piece<N> w = load_piece<N>(weight + c);
@@ -59,6 +61,7 @@ struct NormHeadGradient {
         const float* weight = norms.weight(head);
         const int first = N * (threadIdx.x % 32);
         float square = 0.0f, along = 0.0f;
+#pragma unroll 1  // one turn for heads of up to 256
         for (int c = first; c < norms.head_dim; c += 32 * N) {
             const Piece<N> input = load_piece<N>(x + c), dy = load_piece<N>(d + c);
             const Piece<N> w = load_piece<N>(weight + c);
@@ -70,6 +73,7 @@ struct NormHeadGradient {
         }
         const float rstd = 1.0f / sqrtf(warp_sum(square) / norms.head_dim + norms.epsilon);
         along = warp_sum(along) * rstd * rstd / norms.head_dim;
+#pragma unroll 1  // one turn for heads of up to 256
         for (int c = first; c < norms.head_dim; c += 32 * N) {
             const Piece<N> input = load_piece<N>(x + c), w = load_piece<N>(weight + c);
             Piece<N> gradient = load_piece<N>(d + c);

@@ -59,6 +59,21 @@ struct DiagonalBlock {
     int rank, first;
     float scale;
 
+    /// Whether a piece of a row is all in the block or all beside it, and can be read as one.
+    __device__ __forceinline__ bool has_whole_pieces() const {
+        return rank % PIECE == 0 && first % PIECE == 0 && rows_aligned(b, rank);
+    }
+
+    __device__ __forceinline__ Piece<PIECE> piece_at(i64 row, int column) const {
+        const int inside = column - first;
+        Piece<PIECE> piece = {};
+        if (inside < 0 || inside >= rank) return piece;
+        piece = load_piece<PIECE>(b + row * rank + inside);
+#pragma unroll
+        for (int i = 0; i < PIECE; i++) piece.v[i] *= scale;
+        return piece;
+    }
+
     __device__ __forceinline__ float at(i64 row, int column) const {
         const int inside = column - first;
         if (inside < 0 || inside >= rank) return 0.0f;
@@ -94,9 +109,13 @@ __device__ __forceinline__ void write_diagonal(const Diagonal<T>& from, bfloat16
         const int which = find_part(inside, from.rows0, from.rows1);
         const DiagonalBlock<T> block = one_of(which, from.first, from.second, from.third);
         const int begin = PIECE * number;
-        Piece<8> piece;
+        Piece<PIECE> piece;
+        if (block.has_whole_pieces()) {
+            piece = block.piece_at(inside, begin);
+        } else {
 #pragma unroll
-        for (int i = 0; i < PIECE; i++) piece.v[i] = block.at(inside, begin + i);
+            for (int i = 0; i < PIECE; i++) piece.v[i] = block.at(inside, begin + i);
+        }
         bfloat16* target = row_of(to, row, stride) + begin;
         if (aligned) {
             store_piece(target, piece);

@@ -74,10 +74,10 @@ __device__ __forceinline__ Piece<N> load_piece(const float16* from) {
 template <int N>
 __device__ __forceinline__ void store_piece(bfloat16* to, const Piece<N>& piece) {
     if constexpr (N == 8) {
-        Words4 words;
+        u32 words[4];
 #pragma unroll
-        for (int i = 0; i < 4; i++) words.word[i] = pack_bf16(piece.v[2 * i], piece.v[2 * i + 1]);
-        *reinterpret_cast<Words4*>(to) = words;
+        for (int i = 0; i < 4; i++) words[i] = pack_bf16(piece.v[2 * i], piece.v[2 * i + 1]);
+        store_words(to, words[0], words[1], words[2], words[3]);
     } else {
 #pragma unroll
         for (int i = 0; i < N; i++) to[i] = to_bf16(piece.v[i]);
@@ -89,10 +89,10 @@ __device__ __forceinline__ void store_piece(float* to, const Piece<N>& piece) {
     if constexpr (N == 8) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            Words4 words;
+            u32 words[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) words.word[i] = __float_as_uint(piece.v[4 * half + i]);
-            reinterpret_cast<Words4*>(to)[half] = words;
+            for (int i = 0; i < 4; i++) words[i] = __float_as_uint(piece.v[4 * half + i]);
+            store_words(to + 4 * half, words[0], words[1], words[2], words[3]);
         }
     } else {
 #pragma unroll
