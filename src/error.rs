@@ -49,6 +49,11 @@ impl Error {
         Error::Input(Message::new(what))
     }
 
+    /// Weights that are not what config.json says.
+    pub fn other_weights(what: impl fmt::Display) -> Self {
+        Error::input(what).hint("the weights and config.json belong to different models")
+    }
+
     /// A plan over its budget.
     pub fn budget(what: impl fmt::Display) -> Self {
         Error::Budget(Message::new(what))

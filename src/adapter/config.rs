@@ -130,6 +130,20 @@ impl LoraConfig {
         self.validate_layers()
     }
 
+    /// Checks that training can change what the adapter does: with an alpha of 0 no gradient is any but 0.
+    ///
+    /// # Errors
+    /// `Input` naming the setting.
+    pub fn check_trainable(&self) -> Result<()> {
+        let patterns = self.alpha_pattern.iter().map(|(key, alpha)| (key.as_str(), *alpha));
+        let mut alphas = std::iter::once(("lora_alpha", self.lora_alpha)).chain(patterns);
+        let Some((name, _)) = alphas.find(|(_, alpha)| *alpha == 0.0) else { return Ok(()) };
+        let what =
+            format!("alpha of `{name}` is 0: the adapter changes nothing and gets no gradient");
+        Err(Error::input(what)
+            .hint("write another alpha into its adapter_config.json, or train a fresh one"))
+    }
+
     fn validate_layers(&self) -> Result<()> {
         let by_pattern =
             matches!(self.target_modules, TargetModules::Names(ModuleNames::Pattern(_)));

@@ -199,10 +199,9 @@ fn stored(checkpoint: &Checkpoint, spec: &TensorSpec, name: &str) -> Result<Base
         return Ok(weight);
     }
     let place = checkpoint.path().display();
-    Err(Error::input(format_args!(
+    Err(Error::other_weights(format_args!(
         "{place}: tensor {name} has shape {got:?}, config.json implies {expected:?}"
-    ))
-    .hint("the weights and config.json belong to different models"))
+    )))
 }
 
 /// The dense linear `spec` as training saw it: packed and widened again, `[out, in]`.

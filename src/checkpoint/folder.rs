@@ -78,8 +78,9 @@ impl Folder {
 
     pub(super) fn weight(&self, name: &str) -> Result<Weight> {
         let Some(tensor) = self.raw.get(name) else {
-            return Err(Error::input(format_args!("tensor {name} is not in the checkpoint"))
-                .hint("the weights and config.json belong to different models"));
+            return Err(Error::other_weights(format_args!(
+                "tensor {name} is not in the checkpoint"
+            )));
         };
         if let Some(state) = bnb::quant_state_key(name, |key| self.raw.contains_key(key)) {
             return bnb::packed_weight(name, &state, |key| self.raw.get(key)).map(Weight::Packed);

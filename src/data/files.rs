@@ -39,12 +39,11 @@ impl DataFiles {
     /// # Errors
     /// `Input` when there is none, or a folder holds several parts of a data set.
     pub fn find(given: &Path) -> Result<Self> {
-        let mut paths = match given.to_str().filter(|text| is_pattern(text) && !given.exists()) {
+        let paths = match given.to_str().filter(|text| is_pattern(text) && !given.exists()) {
             Some(pattern) => fitting(pattern)?,
             None if given.is_dir() => in_folder(given)?,
             None => vec![given.to_path_buf()],
         };
-        paths.sort();
         let file = |path| DataFile { path, lines_before: 0 };
         Ok(DataFiles(paths.into_iter().map(file).collect()))
     }
@@ -105,6 +104,7 @@ fn is_pattern(text: &str) -> bool {
     text.contains(['*', '?', '['])
 }
 
+/// By name, as `glob` gives them.
 fn fitting(pattern: &str) -> Result<Vec<PathBuf>> {
     let options = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::new() };
     let found = glob_with(pattern, options)

@@ -123,7 +123,7 @@ impl ModelSpec {
         let found = names.into_iter().find(|name| contains(name));
         found.map_or(Ok(()), |name| {
             let what = format!("there is a tensor {name}, config.json has {layers} layers");
-            Err(Error::input(what).hint("the weights and config.json belong to different models"))
+            Err(Error::other_weights(what))
         })
     }
 

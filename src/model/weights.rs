@@ -339,7 +339,7 @@ fn check_shape(name: &str, got: &[usize], expected: &[usize]) -> Result<()> {
         return Ok(());
     }
     let what = format!("tensor {name} has shape {got:?}, config.json implies {expected:?}");
-    Err(Error::input(what).hint("the weights and config.json belong to different models"))
+    Err(Error::other_weights(what))
 }
 
 fn dense_matrix(name: &str, dense: DenseTensor, shape: [usize; 2]) -> Result<FrozenMatrix> {

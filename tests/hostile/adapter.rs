@@ -52,6 +52,15 @@ fn an_adapter_for_another_width() {
     assert_adapter_refused(&place, &["adapter_model.safetensors", "q_proj", "expected"]);
 }
 
+/// It can be used, not trained.
+#[test]
+fn an_adapter_that_training_cannot_change() {
+    let place = with_adapter("llama_s0.plain");
+    edit_json(&place.path("adapter/adapter_config.json"), |config| config["lora_alpha"] = json!(0));
+    let says = ["adapter: alpha of `lora_alpha` is 0", "no gradient"];
+    assert_not_trained(&place, 1, &["--init-adapter", "adapter"], &says);
+}
+
 #[test]
 fn a_truncated_adapter() {
     let place = with_adapter("llama_s0.plain");

@@ -85,12 +85,11 @@ impl Repack<'_> {
         let Some(info) = stored.get(tensor.name.as_str()).or_else(|| stored.get(short)) else {
             // Says so, too, when it is there in a type that nobody can read.
             self.checkpoint.elements(&tensor.name)?;
-            return Err(Error::input(format_args!(
+            return Err(Error::other_weights(format_args!(
                 "{}: tensor {} is missing",
                 self.checkpoint.path().display(),
                 tensor.name
-            ))
-            .hint("the weights and config.json belong to different models"));
+            )));
         };
         let linear = matches!(tensor.role, TensorRole::Linear(_));
         let skipped = self.skip.iter().any(|pattern| pattern.is_match(&tensor.name));
@@ -107,11 +106,10 @@ impl Repack<'_> {
         };
         let expected: Vec<usize> = oriented(from_packed);
         if info.shape != expected {
-            return Err(Error::input(format_args!(
+            return Err(Error::other_weights(format_args!(
                 "tensor {} has shape {:?}, config.json implies {expected:?}",
                 info.name, info.shape
-            ))
-            .hint("the weights and config.json belong to different models"));
+            )));
         }
         let copied = from_packed && packed.is_some() && !self.reblock;
         let dtype = if copied { stored_type } else { self.dtype.unwrap_or(stored_type) };

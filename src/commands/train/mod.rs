@@ -195,6 +195,7 @@ impl Base {
         let (mut adapter, origin) = match &lora.init_adapter {
             Some(folder) => {
                 let mut adapter = Adapter::load(folder, &self.spec)?;
+                adapter.config.check_trainable().map_err(|error| error.at(folder.display()))?;
                 adapter.config.lora_dropout = lora.lora_dropout;
                 (adapter, AdapterOrigin::Loaded)
             }
