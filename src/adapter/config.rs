@@ -112,9 +112,7 @@ impl LoraConfig {
                 )));
             }
         }
-        let alphas = std::iter::once(("lora_alpha", self.lora_alpha))
-            .chain(self.alpha_pattern.iter().map(|(key, alpha)| (key.as_str(), *alpha)));
-        for (name, alpha) in alphas {
+        for (name, alpha) in self.alphas() {
             if !alpha.is_finite() {
                 return Err(Error::usage(format_args!(
                     "alpha of `{name}` is {alpha}, expected a number"
@@ -135,13 +133,17 @@ impl LoraConfig {
     /// # Errors
     /// `Input` naming the setting.
     pub fn check_trainable(&self) -> Result<()> {
-        let patterns = self.alpha_pattern.iter().map(|(key, alpha)| (key.as_str(), *alpha));
-        let mut alphas = std::iter::once(("lora_alpha", self.lora_alpha)).chain(patterns);
-        let Some((name, _)) = alphas.find(|(_, alpha)| *alpha == 0.0) else { return Ok(()) };
+        let Some((name, _)) = self.alphas().find(|(_, alpha)| *alpha == 0.0) else { return Ok(()) };
         let what =
             format!("alpha of `{name}` is 0: the adapter changes nothing and gets no gradient");
         Err(Error::input(what)
             .hint("write another alpha into its adapter_config.json, or train a fresh one"))
+    }
+
+    /// Every alpha with the name of its setting.
+    fn alphas(&self) -> impl Iterator<Item = (&str, f64)> {
+        let patterns = self.alpha_pattern.iter().map(|(key, alpha)| (key.as_str(), *alpha));
+        std::iter::once(("lora_alpha", self.lora_alpha)).chain(patterns)
     }
 
     fn validate_layers(&self) -> Result<()> {
