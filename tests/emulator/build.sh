@@ -25,5 +25,6 @@ if "${CXX:-g++}" -ftrivial-auto-var-init=pattern -x c++ -fsyntax-only /dev/null 
     flags+=(-ftrivial-auto-var-init=pattern)
 fi
 "${CXX:-g++}" "${flags[@]}" "$@" -I"$work" -I"$here" -I"$kernels" -I"$root/quant/src/cuda" \
-    -DNIBBLE_KERNELS="\"${NIBBLE_TRANSLATION:-source.hpp}\"" "$here/emulator.cpp" "$here/driver.cpp" -o "$work/library.so"
+    -DNIBBLE_KERNELS="\"${NIBBLE_TRANSLATION:-source.hpp}\"" \
+    "$here/emulator.cpp" "$here/driver.cpp" -o "$work/library.so"
 mv "$work/library.so" "$output"

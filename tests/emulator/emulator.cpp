@@ -29,14 +29,14 @@ void nibble_count_traffic(int does) {
     traffic = {};
 }
 
-/// A line of the PTX, from `line` on, at which the launches since accessed memory: 0 if there is none, else
-/// the line, with whether the memory is shared, whether it was written, what that cost and the fewest it could.
-int nibble_traffic(int line, uint64_t found_there[4]) {
-    const auto found = traffic.lines.lower_bound(line);
+/// The next place, from `place` on, at which the launches since accessed memory, see traffic.hpp; 0 if there
+/// is none. With whether it was written, what that cost and the fewest it could.
+int nibble_traffic(int place, uint64_t found_there[3]) {
+    const auto found = traffic.lines.lower_bound(place);
     if (found == traffic.lines.end()) return 0;
     const emulator::Traffic::Line& seen = found->second;
-    const uint64_t values[4] = {seen.shared, seen.written, seen.cost, seen.fewest};
-    std::copy(values, values + 4, found_there);
+    const uint64_t values[3] = {seen.written, seen.cost, seen.fewest};
+    std::copy(values, values + 3, found_there);
     return found->first;
 }
 
@@ -57,8 +57,10 @@ int nibble_launch(const char* kernel, const unsigned grid[3], const unsigned blo
         const size_t threads = size_t(block[0]) * block[1] * block[2];
         const bool empty = size_t(grid[0]) * grid[1] * grid[2] == 0 || threads == 0;
         if (empty || threads > known.largest_block || grid[1] > 65535 || grid[2] > 65535) return 2;
-        const bool good = emulator::launch({grid[0], grid[1], grid[2]}, {block[0], block[1], block[2]},
-                         dynamic_shared_bytes, memory, counts ? &traffic : nullptr, options, [&] { known.invoke(arguments); });
+        const Index3 blocks = {grid[0], grid[1], grid[2]}, size = {block[0], block[1], block[2]};
+        const bool good = emulator::launch(blocks, size, dynamic_shared_bytes, memory,
+                                           counts ? &traffic : nullptr, options,
+                                           [&] { known.invoke(arguments); });
         return good ? 0 : 3;
     }
     return 1;

@@ -340,11 +340,11 @@ inline void make(Copy& copy) {
 }
 /// The copy happens at once, when it is waited for, or either, by order: what reads too early or
 /// overwrites too early shows in one of them.
-inline void start_copy(void* to, const void* from, unsigned bytes, bool present) {
+inline void start_copy(void* to, const void* from, unsigned bytes, bool present, size_t offset = 0) {
     Fiber& fiber = block->fiber();
     const int order = block->options.order;
     const bool later = order == 1 || (order > 1 && block->random() % 2 == 0);
-    fiber.copies.push_back({to, from, bytes, present, fiber.group, false, 0});
+    fiber.copies.push_back({to, from, bytes, present, fiber.group, false, offset});
     if (!later) make(fiber.copies.back());
 }
 inline void end_group_of_copies() { block->fiber().group++; }

@@ -2,8 +2,8 @@
 //!
 //! There are two such libraries: of the sources, and of the committed PTX (`ptx/`). Each is built
 //! once per state of what it is made of, in cargo's folder for tests. Without g++ [`devices`] prints why
-//! and has none. `NIBBLE_EMULATED` names a library to use instead of both, such as one with
-//! AddressSanitizer. With `NIBBLE_TEST_DEVICE=cuda` the committed PTX runs on the first GPU in the
+//! and has none. `NIBBLE_EMULATED` names a library that [`devices`] has instead of both, such
+//! as one with AddressSanitizer. With `NIBBLE_TEST_DEVICE=cuda` the committed PTX runs on the first GPU in the
 //! emulator's place: the same test bodies, no compiler needed.
 #![allow(unsafe_code)]
 
@@ -33,7 +33,6 @@ type Launch = unsafe extern "C" fn(
 type Signature = unsafe extern "C" fn(*const c_char) -> *const c_char;
 type SetOrder = unsafe extern "C" fn(c_int, c_uint);
 type SetMemory = unsafe extern "C" fn(*const Range, usize, c_int);
-
 type CountTraffic = unsafe extern "C" fn(c_int);
 type NextTraffic = unsafe extern "C" fn(c_int, *mut u64) -> c_int;
 
@@ -285,15 +284,15 @@ impl Emulator {
         run();
         let (mut all, mut from) = (Vec::new(), 0);
         loop {
-            let mut found = [0; 4];
-            // SAFETY: writes four numbers.
-            let line = unsafe { (self.next_traffic)(from, found.as_mut_ptr()) };
-            if line == 0 {
+            let mut found = [0; 3];
+            // SAFETY: writes three numbers.
+            let place = unsafe { (self.next_traffic)(from, found.as_mut_ptr()) };
+            if place == 0 {
                 break;
             }
-            let [shared, written, cost, fewest] = found;
-            all.push(Traffic { line, shared: shared != 0, written: written != 0, cost, fewest });
-            from = line + 1;
+            let (line, shared, [written, cost, fewest]) = (place / 2, place % 2 == 1, found);
+            all.push(Traffic { line, shared, written: written != 0, cost, fewest });
+            from = place + 1;
         }
         // SAFETY: as above.
         unsafe { (self.count_traffic)(0) };

@@ -76,29 +76,35 @@ inline void note(emulator::Races& races, Access access, u64 offset, size_t bytes
     const bool found = access == Access::Read ? races.read(offset, bytes, now)
                                               : races.write(offset, bytes, now, access == Access::Copy);
     if (found && !block.raced) {
-        fprintf(stderr, "emulated kernel: kernels.ptx:%d: memory that another thread uses (block %u thread %d)\n",
+        fprintf(stderr,
+                "emulated kernel: kernels.ptx:%d: memory that another thread uses"
+                " (block %u thread %d)\n",
                 line, block.number, block.current);
     }
     block.raced |= found;
 }
 /// Notes an access to shared memory; the first of a launch that races is printed.
 inline void note_shared(Access access, u64 offset, size_t bytes, int line) {
-    emulator::Traffic* traffic = emulator::block->traffic;
-    if (traffic) traffic->access(line, true, access != Access::Read, offset, unsigned(bytes), emulator::block->current);
-    if (!emulator::block->memory.finds_races) return;
-    auto& races = emulator::block->shared_races;
+    emulator::Block& block = *emulator::block;
+    if (block.traffic) {
+        const bool written = access != Access::Read;
+        block.traffic->access(line, true, written, offset, unsigned(bytes), block.current);
+    }
+    if (!block.memory.finds_races) return;
+    auto& races = block.shared_races;
     if (!races) races.reset(new emulator::Races(SHARED_BYTES, 4, false));
     note(*races, access, offset, bytes, line);
 }
 inline void note_global(Access access, u64 address, size_t bytes, int line) {
-    emulator::Traffic* traffic = emulator::block->traffic;
-    if (traffic) {
+    emulator::Block& block = *emulator::block;
+    if (block.traffic) {
         // As if every buffer began where a GPU's do, at a multiple of 256.
-        const emulator::Memory& memory = emulator::block->memory;
+        const emulator::Memory& memory = block.memory;
         const u64 start = memory.ranges.empty() ? 0 : memory.ranges[memory.last].start;
-        traffic->access(line, false, access != Access::Read, address - start, unsigned(bytes), emulator::block->current);
+        const bool written = access != Access::Read;
+        block.traffic->access(line, false, written, address - start, unsigned(bytes), block.current);
     }
-    auto& all = emulator::block->global_races;
+    auto& all = block.global_races;
     const auto found = all.upper_bound(address);
     if (found == all.end() || address < found->second.first) return;
     note(found->second.second, access, address - found->second.first, bytes, line);
@@ -109,19 +115,22 @@ inline char* shared(Access access, u64 address, size_t bytes, size_t fixed, int 
     emulator::Block& block = *emulator::block;
     if (address % bytes != 0) fail(line, "a shared address is not aligned to what is accessed");
     const u64 dynamic = SHARED_BASE + (fixed + 15) / 16 * 16;
+    char* found = nullptr;
     if (address >= SHARED_BASE && address + bytes <= SHARED_BASE + fixed) {
-        note_shared(access, address - SHARED_BASE, bytes, line);
-        return block.shared_array(&key, fixed) + (address - SHARED_BASE);
+        found = block.shared_array(&key, fixed) + (address - SHARED_BASE);
+    } else if (address >= dynamic && address + bytes <= dynamic + block.dynamic_shared_bytes) {
+        found = block.dynamic_shared.get() + (address - dynamic);
+    } else {
+        fail(line, "outside of shared memory");
     }
-    if (address >= dynamic && address + bytes <= dynamic + block.dynamic_shared_bytes) {
-        note_shared(access, address - SHARED_BASE, bytes, line);
-        return block.dynamic_shared.get() + (address - dynamic);
-    }
-    fail(line, "outside of shared memory");
+    note_shared(access, address - SHARED_BASE, bytes, line);
+    return found;
 }
 /// The `bytes` at `address` of global memory, whoever else uses them.
 inline char* reachable(u64 address, size_t bytes, bool written, int line) {
-    if (address < SHARED_BASE + SHARED_BYTES) fail(line, "an address of shared memory, or none, where a global one is meant");
+    if (address < SHARED_BASE + SHARED_BYTES) {
+        fail(line, "an address of shared memory, or none, where a global one is meant");
+    }
     if (address % bytes != 0) fail(line, "a global address is not aligned to what is accessed");
     if (!emulator::block->memory.allows(address, bytes, written)) {
         fail(line, written ? "a write outside of the buffers that may be written"
@@ -149,8 +158,8 @@ inline void store(char* to, T value) {
 inline void copy_async(u32 to, u64 from, unsigned bytes, unsigned present, size_t fixed, int line) {
     if (present != 0 && present != bytes) fail(line, "a copy of a part");
     const char* source = present ? global(from, bytes, false, line) : nullptr;
-    emulator::start_copy(shared(Access::Copy, to, bytes, fixed, line), source, bytes, present != 0);
-    emulator::block->fiber().copies.back().offset = to - SHARED_BASE;
+    char* target = shared(Access::Copy, to, bytes, fixed, line);
+    emulator::start_copy(target, source, bytes, present != 0, to - SHARED_BASE);
 }
 inline void wait_for_copies(int pending) {
     emulator::wait_for_copies(pending, [](const emulator::Copy& copy) {
@@ -280,7 +289,7 @@ inline f32 reciprocal_approximate(f32 x) {
 /// div.approx: two units of the last place for divisors up to 2^126, zero (or NaN) for larger ones.
 inline f32 quotient_approximate(f32 a, f32 b) {
     if (std::fabs(b) > 0x1p126f && std::isfinite(b)) {
-        return std::isinf(a) ? NAN : std::copysign(0.0f, a * std::copysign(1.0f, b));
+        return std::isinf(a) || std::isnan(a) ? NAN : std::copysign(0.0f, a * std::copysign(1.0f, b));
     }
     return approximate(f64(a) / f64(b), 2, as<u32>(a) ^ as<u32>(b));
 }

@@ -16,18 +16,19 @@ namespace emulator {
 
 class Traffic {
   public:
-    /// What all warps did at a line.
+    /// What all warps did at a line to one kind of memory.
     struct Line {
-        bool shared, written;
+        bool written;
         uint64_t cost, fewest;
     };
+    /// By place: twice the line, and one more for shared memory, as cp.async uses both.
     std::map<int, Line> lines;
 
     void access(int line, bool shared, bool written, uint64_t address, unsigned bytes, int thread) {
-        const uint32_t time = times[key(line, thread)]++;
-        auto& warp = requests[key(line, thread / 32)];
+        const int place = 2 * line + shared;
+        const uint32_t time = times[key(place, thread)]++;
+        auto& warp = requests[key(place, thread / 32)];
         if (warp.size() <= time) warp.resize(time + 1);
-        warp[time].shared = shared;
         warp[time].written = written;
         warp[time].bytes = bytes;
         warp[time].addresses.emplace_back(thread % 32, address);
@@ -35,9 +36,10 @@ class Traffic {
     /// Counts what the threads of a block did.
     void end_block() {
         for (const auto& [which, warp] : requests) {
-            Line& line = lines.try_emplace(int(which >> 32), Line{warp[0].shared, warp[0].written, 0, 0}).first->second;
+            const int place = int(which >> 32);
+            Line& line = lines.try_emplace(place, Line{warp[0].written, 0, 0}).first->second;
             for (const Request& request : warp) {
-                request.shared ? count_banks(request, line) : count_sectors(request, line);
+                place % 2 ? count_banks(request, line) : count_sectors(request, line);
             }
         }
         requests.clear();
@@ -46,11 +48,11 @@ class Traffic {
 
   private:
     struct Request {
-        bool shared, written;
+        bool written;
         unsigned bytes;
         std::vector<std::pair<int, uint64_t>> addresses;  // of lanes
     };
-    static uint64_t key(int line, int number) { return uint64_t(line) << 32 | unsigned(number); }
+    static uint64_t key(int place, int number) { return uint64_t(place) << 32 | unsigned(number); }
 
     static void count_banks(const Request& request, Line& line) {
         const int lanes = request.bytes <= 4 ? 32 : int(128 / request.bytes);
@@ -83,8 +85,8 @@ class Traffic {
         line.fewest += (accessed.size() + 31) / 32;
     }
 
-    std::unordered_map<uint64_t, uint32_t> times;               // by line and thread
-    std::unordered_map<uint64_t, std::vector<Request>> requests;  // by line and warp
+    std::unordered_map<uint64_t, uint32_t> times;               // by place and thread
+    std::unordered_map<uint64_t, std::vector<Request>> requests;  // by place and warp
 };
 
 }  // namespace emulator

@@ -136,6 +136,9 @@ struct TileCopy {
         : stride(stride) {
         const int piece = threadIdx.x % ACROSS;
         row = threadIdx.x / ACROSS;
+        // Eight lanes write together. Where those are two rows, they lie four apart: next to each other
+        // they would share banks.
+        if (ACROSS == 4) row = (row & ~7) | (row & 1) << 2 | (row >> 1 & 3);
         from = row_of(matrix, first + row, stride) + 8 * piece;
         to = shared + row * TILE_ROW<D> + 16 * (SWIZZLED<D> ? piece ^ (row & 7) : piece);
     }

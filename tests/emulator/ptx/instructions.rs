@@ -27,7 +27,7 @@ impl Instruction<'_> {
     }
 
     fn memory(&self) -> Option<String> {
-        let (kind, number, fixed) = (self.kind(), self.number, self.fixed);
+        let (kind, number, fixed) = (self.kind(), self.number, self.fixed());
         match self.parts.as_slice() {
             ["cvta", "to", "global", "u64"] => self.unary(""),
             ["ld", "param", _] => {
@@ -35,26 +35,12 @@ impl Instruction<'_> {
                 let index = name.rsplit_once("_param_")?.1;
                 self.put(&format!("ptx::argument<ptx::{kind}>(arguments, {index})"))
             }
-            ["ld", ..] => {
-                let (registers, size) = (self.group(0)?, bytes(kind)?);
-                let place = self.place(1, size * registers.len(), false)?;
-                let mut code = format!("{{ const char* at = {place}; ");
-                for (i, to) in registers.iter().enumerate() {
-                    let from = size * i;
-                    write!(code, "ptx::put({to}, ptx::load<ptx::{kind}>(at + {from})); ").unwrap();
-                }
-                Some(code + "}")
-            }
-            ["st", ..] => {
-                let (registers, size) = (self.group(1)?, bytes(kind)?);
-                let place = self.place(0, size * registers.len(), true)?;
-                let mut code = format!("{{ char* at = {place}; ");
-                for (i, from) in registers.iter().enumerate() {
-                    let to = size * i;
-                    write!(code, "ptx::store(at + {to}, ptx::as<ptx::{kind}>({from})); ").unwrap();
-                }
-                Some(code + "}")
-            }
+            ["ld", ..] => self.access(0, 1, |register, byte| {
+                format!("ptx::put({register}, ptx::load<ptx::{kind}>(at + {byte}));")
+            }),
+            ["st", ..] => self.access(1, 0, |register, byte| {
+                format!("ptx::store(at + {byte}, ptx::as<ptx::{kind}>({register}));")
+            }),
             ["atom", "global", "or", "b32"] => {
                 let (address, bits) = (self.address(1)?, self.read_as(2, "u32")?);
                 self.put(&format!("ptx::atomic_or({address}, {bits}, {number})"))
@@ -77,8 +63,33 @@ impl Instruction<'_> {
         }
     }
 
+    /// A load or a store: `each` register of operand `registers`, with its byte behind `at`, which is
+    /// operand `address`.
+    fn access(
+        &self,
+        registers: usize,
+        address: usize,
+        each: impl Fn(&str, usize) -> String,
+    ) -> Option<String> {
+        let (space, width) = match self.modifiers() {
+            [space @ .., "v2"] => (space, 2),
+            [space @ .., "v4"] => (space, 4),
+            space => (space, 1),
+        };
+        let (registers, size) = (self.group(registers)?, bytes(self.kind())?);
+        if !matches!(space, [] | ["global"] | ["shared"]) || registers.len() != width {
+            return None;
+        }
+        let place = self.place(address, size * width, self.parts[0] == "st")?;
+        let mut code = format!("{{ auto* at = {place};");
+        for (i, register) in registers.iter().enumerate() {
+            write!(code, " {}", each(register, size * i)).unwrap();
+        }
+        Some(code + " }")
+    }
+
     fn collective(&self) -> Option<String> {
-        let (number, fixed) = (self.number, self.fixed);
+        let (number, fixed) = (self.number, self.fixed());
         match self.parts.as_slice() {
             ["bar", "sync"] if self.operands == ["0"] => Some(format!("ptx::barrier({number});")),
             ["bar", "warp", "sync"] => {
@@ -248,7 +259,11 @@ impl Instruction<'_> {
             ("sub", []) => self.binary("ptx::difference($a, $b)"),
             ("mul", ["lo"]) => self.binary("ptx::product($a, $b)"),
             ("mul", ["wide"]) => {
-                let wide = kind.replace("32", "64");
+                let wide = match kind {
+                    "u32" => "u64",
+                    "s32" => "s64",
+                    _ => return None,
+                };
                 self.binary(&format!("ptx::product(ptx::{wide}($a), ptx::{wide}($b))"))
             }
             ("mad", ["lo"]) => {

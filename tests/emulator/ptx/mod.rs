@@ -130,8 +130,7 @@ impl Kernel {
                     (Some(guard.replace('%', "")), rest.trim())
                 }
             };
-            let instruction = Instruction::read(number, rest, &self.shared)?;
-            let code = instruction.code()?;
+            let code = Instruction::read(number, rest, &self.shared).code()?;
             match guard {
                 Some(guard) => writeln!(self.body, "if ({guard}) {{ {code} }}").unwrap(),
                 None => writeln!(self.body, "{code}").unwrap(),

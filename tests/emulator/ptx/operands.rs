@@ -1,7 +1,5 @@
 //! An instruction in its parts, and its operands as C++.
 
-use std::collections::HashMap;
-
 use super::Arrays;
 
 /// `opcode operand, operand`.
@@ -11,14 +9,12 @@ pub struct Instruction<'a> {
     /// The opcode at its dots.
     pub parts: Vec<&'a str>,
     pub operands: Vec<&'a str>,
-    /// The bytes of the kernel's own shared arrays.
-    pub fixed: usize,
-    /// What names of shared arrays stand for.
-    names: HashMap<&'a str, String>,
+    /// The kernel's.
+    shared: &'a Arrays,
 }
 
 impl<'a> Instruction<'a> {
-    pub fn read(number: usize, line: &'a str, shared: &Arrays) -> Option<Self> {
+    pub fn read(number: usize, line: &'a str, shared: &'a Arrays) -> Self {
         let (opcode, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         let parts = opcode.split('.').collect();
         let mut operands = Vec::new();
@@ -37,14 +33,12 @@ impl<'a> Instruction<'a> {
         if !rest.is_empty() {
             operands.push(rest[start..].trim());
         }
-        let mut names = HashMap::new();
-        for operand in &operands {
-            let name = operand.trim_matches(['[', ']']).split('+').next()?;
-            if let Some(address) = shared.address(name) {
-                names.insert(name, address);
-            }
-        }
-        Some(Instruction { number, parts, operands, fixed: shared.bytes, names })
+        Instruction { number, parts, operands, shared }
+    }
+
+    /// The bytes of the shared arrays, without what a launch adds.
+    pub fn fixed(&self) -> usize {
+        self.shared.bytes
     }
 
     /// The last part of the opcode: its type, where it has one.
@@ -90,7 +84,7 @@ impl<'a> Instruction<'a> {
                 u64::try_from(number).ok().or_else(|| i64::try_from(number).ok().map(|x| x as u64));
             return Some(format!("ptx::u64({}ull)", bits?));
         }
-        self.names.get(operand).cloned()
+        self.shared.address(operand)
     }
 
     /// Operand `index`, read as `kind`.
@@ -126,7 +120,7 @@ impl<'a> Instruction<'a> {
 
     /// Where [`Self::address`] lies.
     pub fn place(&self, index: usize, bytes: usize, written: bool) -> Option<String> {
-        let (address, fixed, number) = (self.address(index)?, self.fixed, self.number);
+        let (address, fixed, number) = (self.address(index)?, self.fixed(), self.number);
         Some(if self.has("shared") {
             let access = if written { "Write" } else { "Read" };
             format!("ptx::shared(ptx::Access::{access}, {address}, {bytes}, {fixed}, {number})")
