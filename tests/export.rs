@@ -162,8 +162,16 @@ fn matrices_have_the_type_that_is_asked_for_and_vectors_are_f32() {
     let name = "model.layers.1.mlp.up_proj.weight";
     let expected = source.elements(name).unwrap().to_f32();
     let largest = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
-    let kinds = [("f16", "F16", 2e-3), ("bf16", "BF16", 1e-2), ("q8_0", "Q8_0", 1.0 / 127.0)];
-    for (flag, kind, tolerance) in kinds {
+    // Rows of 64 are too short for blocks of 256.
+    let kinds = [
+        ("f16", "F16", 1, 2e-3),
+        ("bf16", "BF16", 32, 1e-2),
+        ("q8_0", "Q8_0", 7, 0.004),
+        ("q6_k", "Q8_0", 18, 0.004),
+        ("q5_k_m", "Q5_1", 17, 0.04),
+        ("Q4_K_M", "Q5_0", 15, 0.07),
+    ];
+    for (flag, kind, file_type, tolerance) in kinds {
         let (content, _) = export(&place, &["--outtype", flag]);
         let dtype = |name: &str| format!("{:?}", content.tensor_infos[name].ggml_dtype);
         assert_eq!(
@@ -171,10 +179,37 @@ fn matrices_have_the_type_that_is_asked_for_and_vectors_are_f32() {
             (kind.into(), kind.into())
         );
         assert_eq!(dtype("blk.0.attn_norm.weight"), "F32");
+        assert_eq!(content.metadata["general.file_type"].to_u32().unwrap(), file_type);
         let got = Checkpoint::open(&place.path("out.gguf")).unwrap().elements(name).unwrap();
         let off =
             got.to_f32().iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
         assert!(off > 0.0 && off <= tolerance * largest, "{flag}: {off} of {largest}");
+    }
+}
+
+/// GPT-2's down projection has rows of 256.
+#[test]
+fn blocks_of_256_are_written_where_rows_allow() {
+    let place = place(&Case::open("gpt2_s0"));
+    let source = Checkpoint::open(&place.path("base")).unwrap();
+    for (flag, kinds, tolerance) in [
+        ("q4_k_m", ["Q4K", "Q6K"], 0.12),
+        ("q5_k_m", ["Q5K", "Q6K"], 0.06),
+        ("q6_k", ["Q6K"; 2], 0.03),
+    ] {
+        let (content, _) = export(&place, &["--outtype", flag]);
+        let written = Checkpoint::open(&place.path("out.gguf")).unwrap();
+        for (layer, kind) in kinds.into_iter().enumerate() {
+            let dtype = content.tensor_infos[&format!("blk.{layer}.ffn_down.weight")].ggml_dtype;
+            assert_eq!(format!("{dtype:?}"), kind, "{flag}");
+            let name = format!("transformer.h.{layer}.mlp.c_proj.weight");
+            let expected = source.elements(&name).unwrap().to_f32();
+            let got = written.elements(&name).unwrap().to_f32();
+            let square = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
+            let error = square(&mut got.iter().zip(&expected).map(|(a, b)| a - b));
+            let error = (error / square(&mut expected.iter().copied())).sqrt();
+            assert!(error > 0.0 && error < tolerance, "{flag}, layer {layer}: {error}");
+        }
     }
 }
 
@@ -241,8 +276,11 @@ fn what_cannot_be_written_is_refused_before_anything_is() {
         (code, error)
     };
     let adapter = case.path.join("adapter_init");
-    let flags = ["--model", "base", "--adapter", adapter.to_str().unwrap(), "--outtype", "q8_0"];
-    assert_eq!(refused(&place, &flags).0, 2);
+    for outtype in ["q8_0", "q4_k_m"] {
+        let adapter = adapter.to_str().unwrap();
+        let flags = ["--model", "base", "--adapter", adapter, "--outtype", outtype];
+        assert_eq!(refused(&place, &flags).0, 2);
+    }
     // The word-level tokenizer of the workplace's own model.
     let (_, error) = refused(&place, &["--model", "model"]);
     assert!(error.contains("no name for this tokenizer"), "{error}");

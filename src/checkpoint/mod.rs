@@ -28,7 +28,7 @@ pub use elements::Elements;
 use folder::Folder;
 use gguf::Gguf;
 pub(crate) use gguf::read_header as read_gguf_header;
-pub use gguf::{Export, gguf_fields};
+pub use gguf::{Export, FileType, gguf_fields};
 pub(crate) use mapped::{MappedFile, map_file};
 pub use mapped::{PageCache, Pages};
 

@@ -5,7 +5,7 @@ use clap::Command;
 
 /// Their name and ours, with hyphens. A name that means several things is there several times: the
 /// first flag that a command has is meant.
-const SYNONYMS: [(&str, &str); 77] = [
+const SYNONYMS: [(&str, &str); 79] = [
     // transformers, TRL and PEFT, where ours is shorter
     ("assistant-only-loss", "train-on"),
     ("bnb-4bit-quant-type", "quantization"),
@@ -56,6 +56,8 @@ const SYNONYMS: [(&str, &str); 77] = [
     ("noisy-embedding-alpha", "neftune-noise-alpha"),
     ("num-epochs", "num-train-epochs"),
     ("num-output-chunks", "logits-chunk-length"),
+    ("quantization-method", "outtype"),
+    ("quantization-type", "outtype"),
     ("sample-packing", "packing"),
     ("sequence-len", "max-length"),
     ("system-prompt", "system"),

@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::adapter::Adapter;
 use crate::checkpoint::{Checkpoint, Export, gguf_fields};
-use crate::cli::export::{ExportArgs, OutType};
+use crate::cli::export::ExportArgs;
 use crate::cli::size::ByteSize;
 use crate::data::ChatTokenizer;
 use crate::error::{Error, Result};
@@ -39,8 +39,8 @@ pub fn run(args: &ExportArgs) -> Result<()> {
 }
 
 fn adapter(args: &ExportArgs, spec: &ModelSpec, folder: &Path) -> Result<u64> {
-    if args.outtype == OutType::Q8_0 {
-        return Err(Error::usage("an adapter's rows are too short for `--outtype q8_0`")
+    if args.outtype.is_quantized() {
+        return Err(Error::usage("an adapter's rows are too short for blocks of codes")
             .hint("use `--outtype f16` or `--outtype f32`"));
     }
     Adapter::load(folder, spec)?.write_gguf(&args.out, spec, args.outtype.dtype())
@@ -49,7 +49,7 @@ fn adapter(args: &ExportArgs, spec: &ModelSpec, folder: &Path) -> Result<u64> {
 fn model(args: &ExportArgs, checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<u64> {
     let metadata = metadata(args, spec)?;
     note_windows(spec, &metadata);
-    let export = Export { checkpoint, spec, dtype: args.outtype.dtype() };
+    let export = Export { checkpoint, spec, file_type: args.outtype };
     let bar = ProgressBar::new(export.data_bytes()? as u64).with_style(
         ProgressStyle::with_template(
             "writing {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}",
@@ -68,8 +68,8 @@ fn metadata(args: &ExportArgs, spec: &ModelSpec) -> Result<Vec<(String, Metadata
     let name = args.model.file_stem().map(|name| name.to_string_lossy().into_owned());
     let name = tokenizer.gguf_name(&name.unwrap_or_default());
     fields.push(("general.name".into(), Metadata::String(name)));
-    fields.push(("general.file_type".into(), Metadata::U32(args.outtype.file_type())));
-    if args.outtype == OutType::Q8_0 {
+    fields.push(("general.file_type".into(), Metadata::U32(args.outtype.id())));
+    if args.outtype.is_quantized() {
         fields.push(("general.quantization_version".into(), Metadata::U32(2)));
     }
     fields.extend(tokenizer.gguf_fields(spec.vocab_size)?);

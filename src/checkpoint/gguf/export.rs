@@ -1,7 +1,7 @@
 //! A checkpoint as a GGUF file, a few rows at a time.
 //!
-//! Matrices are written in one type, vectors in f32, as llama.cpp's converter does; q and k of the
-//! `llama` architecture get the order of rows that its rotary embedding wants.
+//! Matrices have the type that their file's gives them, vectors are f32; q and k of the `llama`
+//! architecture get the order of rows that its rotary embedding wants.
 
 use std::path::Path;
 
@@ -12,6 +12,7 @@ use rayon::prelude::*;
 
 use super::Architecture;
 use super::blocks::stored_row;
+use super::file_type::FileType;
 use super::metadata::{Field, rope_factors};
 use super::write::{Description, GgufWriter};
 use crate::checkpoint::elements::Elements;
@@ -28,8 +29,8 @@ pub struct Export<'a> {
     pub checkpoint: &'a Checkpoint,
     /// What it is.
     pub spec: &'a ModelSpec,
-    /// Type of the matrices: F32, F16, BF16 or Q8_0.
-    pub dtype: GgmlDType,
+    /// How its matrices are stored.
+    pub file_type: FileType,
 }
 
 impl Export<'_> {
@@ -80,21 +81,14 @@ impl Export<'_> {
             let name = architecture.tensor(&tensor.name).ok_or_else(|| {
                 Error::input(format_args!("tensor {} has no name in GGUF", tensor.name))
             })?;
-            Ok(Description { name, shape: tensor.shape.clone(), dtype: self.dtype_of(tensor) })
+            Ok(Description {
+                name,
+                shape: tensor.shape.clone(),
+                dtype: self.file_type.of(tensor, self.spec),
+            })
         };
         let descriptions = tensors.iter().map(describe).collect::<Result<_>>()?;
         Ok((tensors, descriptions))
-    }
-
-    /// llama.cpp reads norms, biases and learned positions in f32.
-    fn dtype_of(&self, tensor: &TensorSpec) -> GgmlDType {
-        let columns = tensor.shape.last().copied().unwrap_or(1);
-        let fits = columns.is_multiple_of(self.dtype.block_size());
-        match tensor.role {
-            TensorRole::Norm | TensorRole::Bias | TensorRole::Positions => GgmlDType::F32,
-            _ if !fits => GgmlDType::F16,
-            _ => self.dtype,
-        }
     }
 
     fn write_tensor(
@@ -190,7 +184,7 @@ pub fn encoded(values: &[f32], dtype: GgmlDType) -> Option<Vec<u8>> {
         }
         GgmlDType::F16 => put(bytes, values, |x| f16::from_f32(x).to_bits(), f16::MAX.to_f32()),
         GgmlDType::BF16 => put(bytes, values, |x| bf16::from_f32(x).to_bits(), bf16::MAX.to_f32()),
-        _ => put_q8_0(bytes, values),
+        _ => put_blocks(bytes, values, dtype),
     });
     fits.reduce(|| true, |a, b| a && b).then_some(bytes)
 }
@@ -202,13 +196,94 @@ fn put(bytes: &mut [u8], values: &[f32], bits: impl Fn(f32) -> u16, largest: f32
     values.iter().all(|x| x.abs() <= largest)
 }
 
-/// Blocks of 32: an f16 scale, and codes of 8 bits.
-fn put_q8_0(bytes: &mut [u8], values: &[f32]) -> bool {
-    let packed = Tensor::from_slice(values, values.len(), &Device::Cpu)
-        .and_then(|values| QTensor::quantize(&values, GgmlDType::Q8_0));
+/// candle's blocks: codes, and scales of f16, which values may be too large for.
+fn put_blocks(bytes: &mut [u8], values: &[f32], dtype: GgmlDType) -> bool {
+    if !values.iter().all(|x| x.is_finite()) {
+        return false;
+    }
+    let size = dtype.block_size();
+    let packed = Tensor::from_slice(values, (values.len() / size, size), &Device::Cpu);
+    let packed = packed.and_then(|values| match dtype {
+        // The search for the best scales is the better one with an importance matrix, even of ones.
+        GgmlDType::Q4K | GgmlDType::Q5K | GgmlDType::Q6K => {
+            QTensor::quantize_imatrix(&values, &vec![1.0; size], dtype)
+        }
+        _ => QTensor::quantize(&values, dtype),
+    });
     let Ok(packed) = packed else { return false };
     let Ok(blocks) = packed.data() else { return false };
     bytes.copy_from_slice(&blocks);
-    let mut scales = blocks.chunks_exact(GgmlDType::Q8_0.type_size());
-    scales.all(|block| f16::from_le_bytes([block[0], block[1]]).is_finite())
+    let scale = |block: &[u8], at: usize| f16::from_le_bytes([block[at], block[at + 1]]);
+    let finite = |block: &[u8]| scales(dtype).iter().all(|at| scale(block, *at).is_finite());
+    blocks.chunks_exact(dtype.type_size()).all(finite)
+}
+
+/// Where in a block its f16 are. Source: ggml `src/ggml-common.h`.
+fn scales(dtype: GgmlDType) -> &'static [usize] {
+    match dtype {
+        GgmlDType::Q5_0 | GgmlDType::Q8_0 => &[0],
+        GgmlDType::Q5_1 | GgmlDType::Q4K | GgmlDType::Q5K => &[0, 2],
+        GgmlDType::Q6K => &[208],
+        other => unreachable!("{other:?} is read only"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+
+    use candle_core::CpuStorage;
+
+    use super::*;
+
+    const TYPES: [(GgmlDType, f32); 6] = [
+        (GgmlDType::Q8_0, 0.005),
+        (GgmlDType::Q6K, 0.04),
+        (GgmlDType::Q5_0, 0.07),
+        (GgmlDType::Q5_1, 0.04),
+        (GgmlDType::Q5K, 0.05),
+        (GgmlDType::Q4K, 0.09),
+    ];
+
+    fn decoded(values: &[f32], dtype: GgmlDType) -> Vec<f32> {
+        let bytes = encoded(values, dtype).unwrap();
+        match dtype.from_data(Cow::Owned(bytes)).dequantize(values.len()).unwrap() {
+            CpuStorage::F32(values) => values,
+            _ => unreachable!(),
+        }
+    }
+
+    /// A row of padding, of one value, of one weight among zeros.
+    #[test]
+    fn hard_blocks_keep_their_values() {
+        let spike = |at: usize| (0..256).map(move |i| if i == at { -3.0 } else { 0.0 }).collect();
+        let hard: [Vec<f32>; 7] = [
+            vec![0.0; 256],
+            vec![0.75; 256],
+            vec![-0.75; 256],
+            spike(0),
+            spike(131),
+            (0..256).map(|i| if i < 32 { 0.0 } else { (i as f32).sin() }).collect(),
+            (0..256).map(|i| (i as f32).cos() * 0.05).collect(),
+        ];
+        for (dtype, tolerance) in TYPES {
+            for (index, values) in hard.iter().enumerate() {
+                let largest = values.iter().fold(0f32, |most, x| most.max(x.abs()));
+                let got = decoded(values, dtype);
+                let off = got.iter().zip(values).map(|(a, b)| (a - b).abs());
+                let off = off.fold(0f32, |most, x| if x.is_nan() { x } else { most.max(x) });
+                assert!(off <= tolerance * largest, "{dtype:?} {index}: {off} of {largest}");
+            }
+        }
+    }
+
+    #[test]
+    fn values_too_large_for_the_scales_are_told() {
+        for (dtype, _) in TYPES {
+            assert!(encoded(&[1e9; 256], dtype).is_none(), "{dtype:?}");
+            let mut values = [0.5; 256];
+            values[77] = f32::NAN;
+            assert!(encoded(&values, dtype).is_none(), "{dtype:?}");
+        }
+    }
 }

@@ -8,6 +8,7 @@
 mod blocks;
 mod config;
 mod export;
+mod file_type;
 mod header;
 mod metadata;
 mod names;
@@ -26,6 +27,7 @@ use crate::error::{Error, Result};
 pub(super) use blocks::Blocks;
 pub use export::Export;
 pub(crate) use export::{encoded, source_row};
+pub use file_type::FileType;
 pub(crate) use header::read_header;
 pub use metadata::fields as gguf_fields;
 use metadata::{LONG_ROPE_FACTORS, ROPE_FACTORS};

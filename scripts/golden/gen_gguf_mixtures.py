@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Which type llama.cpp gives each matrix of a quantized GGUF file.
+
+  gen_gguf_mixtures.py LIBRARIES OUT NAME=FILE.gguf ...
+
+LIBRARIES is a folder with llama.cpp's shared libraries, such as `bins/linux-x64` of the npm package
+@node-llama-cpp/linux-x64; the files are unquantized. OUT is JSON: name, file type, part of the model, and the
+types of its layers in order.
+
+Needs gguf.
+"""
+
+import ctypes
+import json
+import re
+import sys
+import tempfile
+from collections import defaultdict
+from pathlib import Path
+
+from gguf import GGUFReader
+
+# `enum llama_ftype`
+FILE_TYPES = {"q8_0": 7, "q4_k_m": 15, "q5_k_m": 17, "q6_k": 18}
+
+
+class Parameters(ctypes.Structure):
+    """The beginning of `llama_model_quantize_params`; what follows stays as it is by default."""
+
+    _fields_ = [("nthread", ctypes.c_int32), ("ftype", ctypes.c_int), ("rest", ctypes.c_char * 512)]
+
+
+def load(folder: Path) -> ctypes.CDLL:
+    for pattern in ("libggml-base.so*", "libggml.*so*", "libllama.*so*"):
+        library = ctypes.CDLL(str(next(folder.glob(pattern))), mode=ctypes.RTLD_GLOBAL)
+    library.llama_model_quantize_default_params.restype = Parameters
+    library.llama_backend_init()
+    return library
+
+
+def mixture(library: ctypes.CDLL, source: str, file_type: int) -> dict[str, str]:
+    parameters = library.llama_model_quantize_default_params()
+    parameters.ftype = file_type
+    with tempfile.NamedTemporaryFile(suffix=".gguf") as file:
+        code = library.llama_model_quantize(source.encode(), file.name.encode(), ctypes.byref(parameters))
+        assert code == 0, source
+        parts = defaultdict(list)
+        for tensor in GGUFReader(file.name).tensors:
+            if len(tensor.shape) == 2 and tensor.tensor_type.name != "F32":
+                layer, part = re.match(r"(?:blk\.(\d+)\.)?(.*)\.weight", tensor.name).groups()
+                parts[part].append((int(layer or 0), tensor.tensor_type.name))
+    return {part: " ".join(kind for _, kind in sorted(kinds)) for part, kinds in sorted(parts.items())}
+
+
+library = load(Path(sys.argv[1]))
+cases = dict(argument.split("=", 1) for argument in sys.argv[3:])
+golden = {
+    name: {kind: mixture(library, source, number) for kind, number in FILE_TYPES.items()}
+    for name, source in cases.items()
+}
+Path(sys.argv[2]).write_text(json.dumps(golden, indent=1) + "\n")
