@@ -4,12 +4,14 @@
 //! registers of each line of inline PTX, the parameters as a launch must pass them. It knows the
 //! instructions that the file has; any other is an error with its line.
 
+mod contraction;
 mod instructions;
 mod operands;
 
 use std::collections::HashMap;
 use std::fmt::Write;
 
+use contraction::Products;
 use operands::Instruction;
 
 /// C++ for all entries of `ptx`, and a table `KERNELS` of them.
@@ -87,6 +89,7 @@ struct Kernel {
     signature: String,
     body: String,
     shared: Arrays,
+    products: Products,
 }
 
 impl Kernel {
@@ -98,7 +101,8 @@ impl Kernel {
     ) -> Result<Self, String> {
         let name = name.trim_end_matches(['(', ')']).to_string();
         let (largest_block, signature, body) = (0, String::new(), String::new());
-        let mut kernel = Kernel { name, largest_block, signature, body, shared };
+        let products = Products::default();
+        let mut kernel = Kernel { name, largest_block, signature, body, shared, products };
         writeln!(kernel.body, "static void {}(void** arguments) {{", kernel.name).unwrap();
         for (number, line) in lines {
             match line {
@@ -119,6 +123,7 @@ impl Kernel {
     /// One line; `None` if it means nothing known.
     fn line(&mut self, number: usize, line: &str) -> Option<()> {
         if let Some(label) = line.strip_suffix(':') {
+            self.products.label();
             writeln!(self.body, "{}:;", label_name(label)).unwrap();
         } else if line.starts_with('.') {
             self.directive(line)?;
@@ -130,7 +135,9 @@ impl Kernel {
                     (Some(guard.replace('%', "")), rest.trim())
                 }
             };
-            let code = Instruction::read(number, rest, &self.shared).code()?;
+            let instruction = Instruction::read(number, rest, &self.shared);
+            let fused = self.products.pass(&instruction, guard.is_some());
+            let code = fused.or_else(|| instruction.code())?;
             match guard {
                 Some(guard) => writeln!(self.body, "if ({guard}) {{ {code} }}").unwrap(),
                 None => writeln!(self.body, "{code}").unwrap(),
