@@ -1,8 +1,9 @@
-//! The language model inside a model for text and images: Gemma 3's larger checkpoints.
+//! The language model inside a model for text and images: the larger Gemma 3, Mistral 3, Qwen3-VL.
 //!
 //! Seen through here such a checkpoint is the text model alone: `text_config` is the config, tensors have
-//! the names of transformers' `Gemma3ForCausalLM`, and the vision tower is not there. Source: transformers
-//! `models/gemma3/modeling_gemma3.py`.
+//! the names of the text model's class in transformers, and the vision tower is not there. Text alone
+//! takes the same path through it: the three positions of Qwen3-VL's tokens are one. Sources:
+//! transformers `models/{gemma3,mistral3,qwen3_vl}/modeling_*.py`.
 
 use serde_json::{Value, json};
 
@@ -14,23 +15,51 @@ const PREFIXES: [(&str, &str); 3] = [
     ("model.language_model.", "model."),
 ];
 
+/// `model_type` of the whole and of its text, and that of the text model alone, with its class.
+const MODELS: [[&str; 4]; 3] = [
+    ["gemma3", "gemma3_text", "gemma3_text", "Gemma3ForCausalLM"],
+    ["mistral3", "mistral", "mistral", "MistralForCausalLM"],
+    ["qwen3_vl", "qwen3_vl_text", "qwen3", "Qwen3ForCausalLM"],
+];
+
 /// What is said of the whole model and holds for its text.
-const SHARED: [&str; 6] =
-    ["bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "quantization_config"];
+const SHARED: [&str; 7] = [
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+    "torch_dtype",
+    "dtype",
+    "quantization_config",
+    "tie_word_embeddings",
+];
 
 /// Whether `config` is that of a model for text and images.
 pub(super) fn is_more(config: &Value) -> bool {
-    config["model_type"] == "gemma3" && config["text_config"].is_object()
+    config["text_config"].is_object() && kind(config).is_some()
 }
 
-/// The text model's part of such a config.
+fn kind(config: &Value) -> Option<&'static [&'static str; 4]> {
+    MODELS.iter().find(|[whole, ..]| config["model_type"] == *whole)
+}
+
+/// The text model's part of such a config. A text model of another kind than the whole's is left as it is.
 pub(super) fn config(config: &Value) -> Value {
     let mut text = config["text_config"].clone();
-    text["model_type"] = "gemma3_text".into();
-    text["architectures"] = json!(["Gemma3ForCausalLM"]);
     for key in SHARED {
         if text[key].is_null() && !config[key].is_null() {
             text[key] = config[key].clone();
+        }
+    }
+    if let Some([_, inner, alone, class]) = kind(config) {
+        if text["model_type"].is_null() || text["model_type"] == *inner {
+            text["model_type"] = (*alone).into();
+            text["architectures"] = json!([class]);
+        }
+    }
+    // With them other programs would expect three positions a token.
+    for holder in ["rope_scaling", "rope_parameters"] {
+        if let Some(parameters) = text.get_mut(holder).and_then(Value::as_object_mut) {
+            parameters.retain(|key, _| !key.starts_with("mrope_"));
         }
     }
     text
@@ -80,6 +109,22 @@ mod tests {
         text.as_object_mut().unwrap().retain(|_, value| !value.is_null());
         assert_eq!(text, expected);
         assert!(is_more(&whole));
+        let whole = json!({
+            "model_type": "qwen3_vl", "tie_word_embeddings": true, "text_config": {
+                "model_type": "qwen3_vl_text", "head_dim": 8,
+                "rope_scaling": {"mrope_interleaved": true, "mrope_section": [2, 1, 1], "rope_type": "default"},
+            },
+        });
+        let mut text = config(&whole);
+        text.as_object_mut().unwrap().retain(|_, value| !value.is_null());
+        let expected = json!({
+            "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 8,
+            "rope_scaling": {"rope_type": "default"}, "tie_word_embeddings": true,
+        });
+        assert_eq!(text, expected);
+        let unknown =
+            json!({"model_type": "mistral3", "text_config": {"model_type": "ministral3"}});
+        assert_eq!(config(&unknown)["model_type"], "ministral3");
         assert!(!is_more(&json!({"model_type": "llama", "text_config": {}})));
     }
 }
