@@ -87,6 +87,14 @@ CASES = {
         "mistral_s0": c("mistral", 10, LLA, extra=dict(sliding_window=8), **RT(10000.0)),
         "qwen2_s0": c("qwen2", 20, LLA, tie_word_embeddings=True, **RT(1000000.0)),
         "qwen3_s0": c("qwen3", 25, LLA, extra=dict(head_dim=24), **RT(1000000.0)),
+        "smollm3_s0": c(
+            "smollm3",
+            27,
+            LLA,
+            tie_word_embeddings=True,
+            num_hidden_layers=4,
+            **RT(5000000.0),
+        ),
         "gemma_s0": c(
             "gemma",
             50,
@@ -239,8 +247,10 @@ def nf4_base(base, dq):
             w = mod.weight.data
             tr = isinstance(mod, Conv1D)
             w = (w.t() if tr else w).contiguous()
-            q, s = BF.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=dq)
-            d = BF.dequantize_4bit(q, s)
+            # As one row: on some CPUs bitsandbytes 0.50.2 decodes rows of 160 as if blocks ended with them.
+            row = w.reshape(1, -1)
+            q, s = BF.quantize_4bit(row, blocksize=64, quant_type="nf4", compress_statistics=dq)
+            d = BF.dequantize_4bit(q, s).reshape(w.shape)
             mod.weight.data = (d.t() if tr else d).contiguous()
     return m
 

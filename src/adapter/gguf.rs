@@ -43,7 +43,7 @@ impl Adapter {
             GgufWriter::create(path, &metadata, descriptions.into_iter().flatten().collect())?;
         for (target, LoraTensors { a, b }) in self.targets.iter().zip(&self.tensors) {
             let factor = target.scale * target.r as f32 / alpha;
-            let turned = architecture == Architecture::Llama
+            let turned = architecture.interleaves_heads()
                 && matches!(target.role, LinearRole::Q | LinearRole::K);
             let rows = |row: usize| {
                 let source = if turned { source_row(row, spec.head_dim) } else { row };

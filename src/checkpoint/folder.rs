@@ -76,6 +76,13 @@ impl Folder {
         self.raw.contains_key(name)
     }
 
+    /// Whether it holds a head that is not its embedding.
+    pub(super) fn has_own_head(&self) -> bool {
+        let data = |name: &str| self.raw.get(name).map(|tensor| &tensor.data);
+        let both = data("lm_head.weight").zip(data("model.embed_tokens.weight"));
+        both.is_some_and(|(head, embedding)| head != embedding)
+    }
+
     pub(super) fn weight(&self, name: &str) -> Result<Weight> {
         let Some(tensor) = self.raw.get(name) else {
             return Err(Error::other_weights(format_args!(

@@ -118,8 +118,13 @@ impl Checkpoint {
         check_quantization(&whole)?;
         let (is_more, mut folder) = (text_part::is_more(&whole), Folder::open(path)?);
         let left_out = if is_more { folder.rename(text_part::name) } else { 0 };
-        let (config, files) = (as_understood(whole), Files::Folder(folder));
-        Ok(Checkpoint { path: path.to_path_buf(), config, files, left_out })
+        let mut config = as_understood(whole);
+        // A head that is there is meant, as transformers 5 has it: configs of models for text and
+        // images say `true` where nobody asked.
+        if config["tie_word_embeddings"] == true && folder.has_own_head() {
+            config["tie_word_embeddings"] = false.into();
+        }
+        Ok(Checkpoint { path: path.to_path_buf(), config, files: Files::Folder(folder), left_out })
     }
 
     /// Tensors that stay unread, of a model for text and images: those of images.

@@ -23,15 +23,11 @@ const MODELS: [[&str; 4]; 3] = [
 ];
 
 /// What is said of the whole model and holds for its text.
-const SHARED: [&str; 7] = [
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "torch_dtype",
-    "dtype",
-    "quantization_config",
-    "tie_word_embeddings",
-];
+const SHARED: [&str; 6] =
+    ["bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "quantization_config"];
+
+/// What counts where the whole model says it, whatever its text says.
+const TIED: &str = "tie_word_embeddings";
 
 /// Whether `config` is that of a model for text and images.
 pub(super) fn is_more(config: &Value) -> bool {
@@ -50,11 +46,14 @@ pub(super) fn config(config: &Value) -> Value {
             text[key] = config[key].clone();
         }
     }
-    if let Some([_, inner, alone, class]) = kind(config) {
-        if text["model_type"].is_null() || text["model_type"] == *inner {
-            text["model_type"] = (*alone).into();
-            text["architectures"] = json!([class]);
-        }
+    if !config[TIED].is_null() {
+        text[TIED] = config[TIED].clone();
+    }
+    if let Some([_, inner, alone, class]) = kind(config)
+        && (text["model_type"].is_null() || text["model_type"] == *inner)
+    {
+        text["model_type"] = (*alone).into();
+        text["architectures"] = json!([class]);
     }
     // With them other programs would expect three positions a token.
     for holder in ["rope_scaling", "rope_parameters"] {
@@ -111,7 +110,7 @@ mod tests {
         assert!(is_more(&whole));
         let whole = json!({
             "model_type": "qwen3_vl", "tie_word_embeddings": true, "text_config": {
-                "model_type": "qwen3_vl_text", "head_dim": 8,
+                "model_type": "qwen3_vl_text", "head_dim": 8, "tie_word_embeddings": false,
                 "rope_scaling": {"mrope_interleaved": true, "mrope_section": [2, 1, 1], "rope_type": "default"},
             },
         });
@@ -119,7 +118,7 @@ mod tests {
         text.as_object_mut().unwrap().retain(|_, value| !value.is_null());
         let expected = json!({
             "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 8,
-            "rope_scaling": {"rope_type": "default"}, "tie_word_embeddings": true,
+            "tie_word_embeddings": true, "rope_scaling": {"rope_type": "default"},
         });
         assert_eq!(text, expected);
         let unknown =

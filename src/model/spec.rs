@@ -16,6 +16,8 @@ pub enum Family {
     Qwen2,
     /// `Qwen3ForCausalLM`: Llama with a norm of each head of q and k.
     Qwen3,
+    /// `SmolLM3ForCausalLM`: Llama, of which every fourth layer turns nothing.
+    SmolLm3,
     /// `GemmaForCausalLM`: norms of 1 + w, scaled embeddings, GELU.
     Gemma,
     /// `Gemma2ForCausalLM`: Gemma with norms behind attention and MLP, and capped scores and logits.
@@ -36,6 +38,7 @@ impl Family {
             Family::Mistral => "mistral",
             Family::Qwen2 => "qwen2",
             Family::Qwen3 => "qwen3",
+            Family::SmolLm3 => "smollm3",
             Family::Gemma => "gemma",
             Family::Gemma2 => "gemma2",
             Family::Gemma3 => "gemma3_text",
@@ -171,6 +174,8 @@ pub struct ModelSpec {
     pub rotary_dim: usize,
     /// Another one for the layers with a window.
     pub local_rotary: Option<Rotary>,
+    /// Whether each layer turns q and k at all, if there is a rotary embedding.
+    pub rotates: Vec<bool>,
     /// Rows of a learned position table, GPT-2's `wpe`.
     pub learned_positions: Option<usize>,
     /// Bias on q, k, v.
@@ -294,7 +299,7 @@ impl ModelSpec {
     /// Which of them turns q and k of block `layer`.
     pub fn rotary_of(&self, layer: usize) -> Option<usize> {
         let local = self.windows[layer].is_some() && self.local_rotary.is_some();
-        self.rotary.is_some().then_some(usize::from(local))
+        (self.rotary.is_some() && self.rotates[layer]).then_some(usize::from(local))
     }
 
     /// Columns of what the linear of role up makes: F, or those of gate and up.

@@ -83,6 +83,11 @@ fn qwen3_with_norms_of_heads() {
 }
 
 #[test]
+fn smollm3_with_layers_that_turn_nothing() {
+    (30..38).for_each(|seed| assert_gradients("smollm3", "yarn", seed));
+}
+
+#[test]
 fn gemma_with_scaled_embeddings() {
     (50..56).for_each(|seed| assert_gradients("gemma", "default", seed));
 }

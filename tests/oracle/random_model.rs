@@ -95,6 +95,12 @@ pub fn config(family: &str, scaling: &str, draws: &Draws) -> Value {
                     json!({"full_attention": rope(scaling, head_dim), "sliding_attention": local});
             }
         }
+        "smollm3" => {
+            let turns = ["first", "second", "third"].map(|name| u8::from(draws.flag(name)));
+            config["no_rope_layers"] = json!(turns);
+            config["use_sliding_window"] = draws.flag("slides").into();
+            config["sliding_window"] = 5.into();
+        }
         "mistral" => {
             config["sliding_window"] = draws.pick("window", &[2, 4, 9]).into();
         }

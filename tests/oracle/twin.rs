@@ -193,7 +193,8 @@ impl<'a> Twin<'a> {
     /// Hugging Face's `rotate_half`, positions from 0.
     fn rotate(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
         let local = self.spec.local_rotary.as_ref().filter(|_| self.spec.windows[layer].is_some());
-        let Some(rotary) = local.or(self.spec.rotary.as_ref()) else { return Ok(x.clone()) };
+        let rotary = local.or(self.spec.rotary.as_ref()).filter(|_| self.spec.rotates[layer]);
+        let Some(rotary) = rotary else { return Ok(x.clone()) };
         let (_, length, head_dim) = x.dims3()?;
         let width = self.spec.rotary_dim;
         let (half, rest) = (width / 2, head_dim - width);

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::metadata::{LOCAL_THETA, LONG_ROPE_FACTORS, ROPE_FACTORS};
 use super::{Architecture, Gguf};
 use crate::error::Result;
-use crate::model::families::MOST_LAYERS;
+use crate::model::families::{INTERVAL, MOST_LAYERS};
 use crate::model::rotary::{llama3_scaling_of, long_rope_attention_factor};
 
 impl Gguf {
@@ -38,6 +38,7 @@ impl Gguf {
         let (kind, class) = match self.architecture {
             Architecture::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
             Architecture::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
+            Architecture::SmolLm3 => ("smollm3", "SmolLM3ForCausalLM"),
             Architecture::Gemma => ("gemma", "GemmaForCausalLM"),
             Architecture::Gemma2 => ("gemma2", "Gemma2ForCausalLM"),
             Architecture::Gemma3 => ("gemma3_text", "Gemma3ForCausalLM"),
@@ -67,6 +68,9 @@ impl Gguf {
         if self.architecture == Architecture::Llama {
             config["attention_bias"] = self.has("blk.0.attn_q.bias").into();
             config["mlp_bias"] = self.has("blk.0.ffn_up.bias").into();
+        }
+        if self.architecture == Architecture::SmolLm3 {
+            config["no_rope_layer_interval"] = INTERVAL.into();
         }
         if self.architecture == Architecture::Phi3 {
             self.add_phi3(&mut config, head_dim)?;

@@ -1,7 +1,7 @@
 //! A checkpoint as a GGUF file, a few rows at a time.
 //!
-//! Matrices have the type that their file's gives them, vectors are f32; q and k of the `llama`
-//! architecture get the order of rows that its rotary embedding wants.
+//! Matrices have the type that their file's gives them, vectors are f32; q and k of
+//! Llamas and SmolLM3 get the order of rows that its rotary embedding wants.
 
 use std::path::Path;
 
@@ -151,7 +151,7 @@ impl Export<'_> {
 
     /// Rows of a head of q or k, weight or bias, where they change places.
     fn head_rows(&self, tensor: &TensorSpec) -> Option<usize> {
-        let llama = Architecture::of(self.spec.family) == Architecture::Llama;
+        let interleaved = Architecture::of(self.spec.family).interleaves_heads();
         let turned = match tensor.role {
             TensorRole::Linear(LinearRole::Q | LinearRole::K) => true,
             TensorRole::Bias => {
@@ -159,7 +159,7 @@ impl Export<'_> {
             }
             _ => false,
         };
-        (llama && turned).then_some(self.spec.head_dim)
+        (interleaved && turned).then_some(self.spec.head_dim)
     }
 }
 

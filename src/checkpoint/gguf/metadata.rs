@@ -8,6 +8,7 @@ use candle_core::quantized::gguf_file::Value as Metadata;
 use super::Architecture;
 use super::names::gguf_name;
 use crate::error::{Error, Result};
+use crate::model::families::INTERVAL;
 use crate::model::spec::{Family, ModelSpec, RopeScaling, Rotary};
 
 /// llama.cpp's tensor with the divisor of every frequency.
@@ -29,6 +30,7 @@ impl Architecture {
             Family::Llama | Family::Mistral => Architecture::Llama,
             Family::Qwen2 => Architecture::Qwen2,
             Family::Qwen3 => Architecture::Qwen3,
+            Family::SmolLm3 => Architecture::SmolLm3,
             Family::Gemma => Architecture::Gemma,
             Family::Gemma2 => Architecture::Gemma2,
             Family::Gemma3 => Architecture::Gemma3,
@@ -45,6 +47,11 @@ impl Architecture {
     /// Whether it is one of Google's: norms of 1 + w, which llama.cpp stores as that sum.
     pub fn is_gemma(self) -> bool {
         matches!(self, Architecture::Gemma | Architecture::Gemma2 | Architecture::Gemma3)
+    }
+
+    /// Whether the rows of each head of q and k are stored interleaved, for llama.cpp's rotary embedding.
+    pub fn interleaves_heads(self) -> bool {
+        matches!(self, Architecture::Llama | Architecture::SmolLm3)
     }
 
     /// A layer without a window comes after so many with one.
@@ -71,6 +78,7 @@ impl Architecture {
             Architecture::Llama => "llama",
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
+            Architecture::SmolLm3 => "smollm3",
             Architecture::Gemma => "gemma",
             Architecture::Gemma2 => "gemma2",
             Architecture::Gemma3 => "gemma3",
@@ -174,6 +182,11 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
         let what = "config.json: llama.cpp takes the embedding for the head of every Gemma";
         return Err(Error::input(what).hint("this model cannot be a GGUF file"));
     }
+    let turned = (1..).zip(&spec.rotates);
+    let as_usual = |(layer, turns): (usize, &bool)| *turns != layer.is_multiple_of(INTERVAL);
+    if architecture == Architecture::SmolLm3 && !turned.into_iter().all(as_usual) {
+        return Err(another("no_rope_layers", architecture));
+    }
     let Some(pattern) = architecture.window_pattern() else { return Ok(()) };
     let caps = [spec.attention_soft_cap, spec.logit_soft_cap].map(|cap| cap.is_some());
     let share = spec.hidden_size / spec.num_heads;
@@ -191,11 +204,13 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
         ("rope_local_base_freq", spec.local_rotary.as_ref().is_some_and(|it| *it != local)),
     ];
     let found = different.into_iter().find(|(_, different)| *different);
-    found.map_or(Ok(()), |(key, _)| {
-        let name = architecture.name();
-        let what = format_args!("config.json: llama.cpp has another {key} for every {name}");
-        Err(Error::input(what).hint("this model cannot be a GGUF file"))
-    })
+    found.map_or(Ok(()), |(key, _)| Err(another(key, architecture)))
+}
+
+fn another(key: &str, architecture: Architecture) -> Error {
+    let name = architecture.name();
+    let what = format_args!("config.json: llama.cpp has another {key} for every {name}");
+    Error::input(what).hint("this model cannot be a GGUF file")
 }
 
 /// Divisors of the frequencies, which are tensors of the file: by name.

@@ -1,7 +1,7 @@
 //! GGUF files as Hugging Face checkpoints: names, shapes, row order and `config.json` restored.
 //!
 //! Elements are decoded by candle's block formats when they are asked for. llama.cpp stores q and k
-//! of the `llama` architecture with the rows of each head interleaved for its rotary embedding;
+//! of Llamas and SmolLM3 with the rows of each head interleaved for its rotary embedding;
 //! here they are put back into halves. A file without `output.weight` has a tied head. Source:
 //! llama.cpp `convert_hf_to_gguf.py`.
 
@@ -50,6 +50,7 @@ pub(crate) enum Architecture {
     Llama,
     Qwen2,
     Qwen3,
+    SmolLm3,
     Gemma,
     Gemma2,
     Gemma3,
@@ -132,11 +133,14 @@ impl Gguf {
         &self.file.bytes[begin..begin + header::block_bytes(info)]
     }
 
-    /// Rows of one head of q and k of the `llama` architecture.
+    /// Rows of one head of q and k, where they are stored interleaved.
     fn interleaved_rows(&self, stored: &str, shape: &[usize]) -> Result<Option<usize>> {
-        let heads = match (self.architecture, stored.rsplit('.').nth(1)) {
-            (Architecture::Llama, Some("attn_q")) => self.size("attention.head_count")?,
-            (Architecture::Llama, Some("attn_k")) => self.kv_heads()?,
+        if !self.architecture.interleaves_heads() {
+            return Ok(None);
+        }
+        let heads = match stored.rsplit('.').nth(1) {
+            Some("attn_q") => self.size("attention.head_count")?,
+            Some("attn_k") => self.kv_heads()?,
             _ => return Ok(None),
         };
         let rows = shape.first().copied().unwrap_or(0);
@@ -206,6 +210,7 @@ fn architecture(content: &Content) -> Result<Architecture> {
         Some("llama") => Ok(Architecture::Llama),
         Some("qwen2") => Ok(Architecture::Qwen2),
         Some("qwen3") => Ok(Architecture::Qwen3),
+        Some("smollm3") => Ok(Architecture::SmolLm3),
         Some("gemma") => Ok(Architecture::Gemma),
         Some("gemma2") => Ok(Architecture::Gemma2),
         Some("gemma3") => Ok(Architecture::Gemma3),
@@ -215,6 +220,8 @@ fn architecture(content: &Content) -> Result<Architecture> {
             "GGUF architecture `{}` is not supported",
             other.unwrap_or("(none)")
         ))
-        .hint("supported: llama (also Mistral), qwen2, qwen3, gemma, gemma2, gemma3, phi3, gpt2")),
+        .hint(
+            "supported: llama (also Mistral), qwen2, qwen3, smollm3, gemma, gemma2, gemma3, phi3, gpt2",
+        )),
     }
 }

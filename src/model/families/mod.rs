@@ -7,18 +7,21 @@
 mod fields;
 mod gemma;
 mod phi3;
+mod smollm3;
 
 use serde_json::Value;
 
 use fields::{Fields, unsupported};
 use gemma::{gemma, gemma2, gemma3};
 use phi3::phi3;
+use smollm3::smollm3;
 
 use super::rotary::{partial_rotary_factor, rotary_from_config};
 use super::spec::{Activation, Family, ModelSpec, Norm, RopeScaling};
 use crate::error::{Error, Result};
 
 pub(crate) use fields::MOST_LAYERS;
+pub(crate) use smollm3::INTERVAL;
 
 /// The spec of the model that `config` (a parsed `config.json`) describes.
 ///
@@ -42,8 +45,7 @@ pub fn base_dropout(config: &Value) -> Option<(&'static str, f64)> {
     KEYS.map(probability).into_iter().find(|(_, probability)| *probability > 0.0)
 }
 
-const SUPPORTED: &str =
-    "supported families: llama, mistral, qwen2, qwen3, gemma, gemma2, gemma3_text, phi3, gpt2";
+const SUPPORTED: &str = "supported families: llama, mistral, qwen2, qwen3, smollm3, gemma, gemma2, gemma3_text, phi3, gpt2";
 
 fn read_spec(fields: &Fields) -> Result<ModelSpec> {
     let spec = match fields.text("model_type")? {
@@ -51,6 +53,7 @@ fn read_spec(fields: &Fields) -> Result<ModelSpec> {
         "mistral" => mistral(fields)?,
         "qwen2" => qwen2(fields)?,
         "qwen3" => qwen3(fields)?,
+        "smollm3" => smollm3(fields)?,
         "gemma" => gemma(fields, Family::Gemma)?,
         "gemma2" => gemma2(fields)?,
         "gemma3_text" => gemma3(fields)?,
@@ -100,6 +103,7 @@ fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
         rotary: Some(rotary_from_config(fields.0)?),
         rotary_dim: rotary_dim(fields, family, head_dim)?,
         local_rotary: None,
+        rotates: vec![true; num_layers],
         learned_positions: None,
         qkv_bias: attention_bias,
         qk_norm: false,
@@ -224,6 +228,7 @@ fn gpt2(fields: &Fields) -> Result<ModelSpec> {
         rotary: None,
         rotary_dim: 0,
         local_rotary: None,
+        rotates: vec![true; num_layers],
         learned_positions: Some(positions),
         qkv_bias: true,
         qk_norm: false,
