@@ -373,6 +373,65 @@ fn full_fine_tuning_stands_beside_the_plan() {
     assert!(text.contains("full fine-tuning would take 59.8 GiB\n(8 B a parameter"), "{text}");
 }
 
+/// What a plan says of a run, without what was measured of this machine.
+fn plan_in(place: &Workplace, arguments: &[&str]) -> Vec<Value> {
+    let base = ["memory", "--device", "cpu", "--threads", "2", "--json"];
+    let output = succeed(place.nibble(&[&base[..], arguments].concat()));
+    let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+    ["tokens", "kept_blocks", "arena_bytes", "regions"].map(|key| plan[key].clone()).into()
+}
+
+/// A file for `train`, of which only a part matters here.
+#[test]
+fn the_settings_of_a_run_have_the_plan_of_their_flags() {
+    let place = Workplace::new();
+    let text = r#"
+        model = "model"
+        data = "no-such.jsonl"
+        out = "run"
+        preset = "qlora-paper"
+        learning_rate = 1e-5
+        max_length = 48
+        per_device_train_batch_size = 2
+        optim = "adamw_8bit"
+        activations = "checkpoint"
+        memory_budget = "1MiB"
+    "#;
+    std::fs::write(place.path("run.toml"), text).unwrap();
+    let (code, error) = fail(place.nibble(&["memory", "--config", "run.toml"]));
+    assert!(code == 1 && error.contains("1.0 MiB"), "{code}: {error}");
+    // Flags win, also under another name.
+    let config = ["--config", "run.toml", "--budget", "3GiB"];
+    let flags = [
+        "--model=model",
+        "--max-length=48",
+        "--per-device-train-batch-size=2",
+        "--optim=adamw_8bit",
+        "--activations=checkpoint",
+        "--lora-dropout=0.1",
+    ];
+    let with_rank = |rank| plan_in(&place, &[&flags[..], &[rank]].concat());
+    assert!(plan_in(&place, &config) == with_rank("--lora-r=64"));
+    let smaller = plan_in(&place, &[&config[..], &["--lora-r", "8"]].concat());
+    assert!(smaller == with_rank("--lora-r=8") && smaller != with_rank("--lora-r=64"));
+
+    std::fs::write(place.path("wrong.toml"), "model = \"model\"\nlerning_rate = 1").unwrap();
+    let (code, error) = fail(place.nibble(&["memory", "--config", "wrong.toml"]));
+    assert!(code == 2 && error.contains("wrong.toml:2: unknown key `lerning_rate`"), "{error}");
+    let (code, error) = fail(place.nibble(&["memory", "--max-length", "48"]));
+    assert!(code == 2 && error.contains("--model"), "{error}");
+}
+
+/// What a run writes of itself is such a file.
+#[test]
+fn a_run_that_was_made_can_be_asked_for() {
+    let place = Workplace::new();
+    let flags = ["--model", "model", "--max-length", "64", "--lora-r", "2"];
+    let run = ["train", "--data", "train.jsonl", "--out", "run", "--max-steps", "1"];
+    succeed(place.nibble(&[&run[..], &flags].concat()));
+    assert!(plan_in(&place, &["--config", "run/settings.toml"]) == plan_in(&place, &flags));
+}
+
 #[test]
 fn an_unsupported_model_is_named() {
     let folder = tempfile::tempdir().unwrap();

@@ -1,4 +1,5 @@
-//! Completes the command line of `nibble train` from the places that [`super::layers`] orders.
+//! Completes the command lines of `nibble train` and `nibble memory` from the places that
+//! [`super::layers`] orders.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -23,10 +24,7 @@ pub fn complete(
     saved: &SavedSettings,
 ) -> Result<Vec<OsString>> {
     let mut below = Layers::new(command, matches);
-    let file = match matches.get_one::<PathBuf>("config") {
-        Some(path) => layers::compatible(command, layers::read_toml(command, path)?)?,
-        None => Vec::new(),
-    };
+    let file = config_file(command, matches)?;
     below.add(&file);
     if matches.get_flag("resume") {
         let in_file = || {
@@ -45,14 +43,41 @@ pub fn complete(
             below.add(&entries);
         }
     }
-    let in_file = || {
-        let entry = file.iter().find(|entry| entry.flag == "preset")?;
-        Preset::from_str(entry.values.first()?, false).ok()
-    };
-    if let Some(preset) = matches.get_one::<Preset>("preset").copied().or_else(in_file) {
+    let preset = matches.get_one::<Preset>("preset").copied();
+    if let Some(preset) = preset.or_else(|| preset_of(&file)) {
         below.add(&layers::preset_entries(preset.settings()));
     }
     Ok(below.into_arguments())
+}
+
+/// The command line of `nibble memory`, completed from `--config`: a file for `train`, whose other
+/// settings are checked and left alone.
+///
+/// # Errors
+/// Those of [`layers::read_toml`] and [`layers::compatible`].
+pub fn complete_memory(
+    memory: &Command,
+    train: &Command,
+    matches: &ArgMatches,
+) -> Result<Vec<OsString>> {
+    let file = config_file(train, matches)?;
+    let preset = preset_of(&file).map(|preset| layers::preset_entries(preset.settings()));
+    let mut below = Layers::new(memory, matches);
+    below.add(&layers::known_to(memory, file));
+    below.add(&layers::known_to(memory, preset.unwrap_or_default()));
+    Ok(below.into_arguments())
+}
+
+/// The settings of `--config`, under the flags of `train`.
+fn config_file(train: &Command, matches: &ArgMatches) -> Result<Vec<Entry>> {
+    let path = matches.get_one::<PathBuf>("config");
+    let read = |path: &PathBuf| layers::compatible(train, layers::read_toml(train, path)?);
+    path.map_or(Ok(Vec::new()), read)
+}
+
+fn preset_of(file: &[Entry]) -> Option<Preset> {
+    let entry = file.iter().find(|entry| entry.flag == "preset")?;
+    Preset::from_str(entry.values.first()?, false).ok()
 }
 
 /// Settings of the run in `out`: its newest checkpoint's, else those that it began with.

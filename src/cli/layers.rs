@@ -43,6 +43,19 @@ fn find<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
     command.get_arguments().find(|arg| arg.get_long() == Some(name.as_str()))
 }
 
+/// Those of another command's settings that `command` has, be it under an alias.
+pub fn known_to(command: &Command, entries: Vec<Entry>) -> Vec<Entry> {
+    let aliased = |arg: &&Arg, name: &str| {
+        arg.get_visible_aliases().is_some_and(|aliases| aliases.contains(&name))
+    };
+    let named = |name: &str| {
+        let by_alias = || command.get_arguments().find(|arg| aliased(arg, name));
+        find(command, name).or_else(by_alias)
+    };
+    let known = |entry: Entry| Some(Entry { flag: long(named(&entry.flag)?), ..entry });
+    entries.into_iter().filter_map(known).collect()
+}
+
 /// The settings of a TOML file, checked one by one against the flags of `command`.
 ///
 /// # Errors

@@ -16,12 +16,17 @@ use crate::plan::{Activations, Optim, WeightsMode};
 const EXAMPLES: &str = "Examples:
   nibble memory --model smollm2-nf4 --max-length 512
   nibble memory --model Llama-3.1-8B/config.json --lora-r 64 --budget 24GiB --fit
-  nibble memory --model smollm2-nf4 --max-length 512 --measure --html memory.html";
+  nibble memory --model smollm2-nf4 --max-length 512 --measure --html memory.html
+  nibble memory --config run.toml --fit";
 
 /// Where every byte of a training run would go, before it starts
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct MemoryArgs {
+    /// Settings of a run, as `nibble train --config` takes them or OUT/settings.toml has them: those
+    /// that memory depends on; flags on the command line win
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// The base model; a bare config.json will do.
     #[command(flatten)]
     pub base: BaseModelArgs,

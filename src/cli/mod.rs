@@ -72,8 +72,9 @@ const AFTER_HELP: &str = "From a published model to a fine-tuned one:
 Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage,
 130 interrupted with the work saved.";
 
-/// The subcommand whose settings may come from files.
+/// The subcommands whose settings may come from files.
 const TRAIN: &str = "train";
+const MEMORY: &str = "memory";
 
 impl Cli {
     /// Whether `nibble NAME` is a command.
@@ -82,7 +83,7 @@ impl Cli {
     }
 
     /// Parses a command line; the settings of `train` are completed from its config file, the
-    /// resumed run and the preset. Help and version are printed, and end the process.
+    /// resumed run and the preset, those of `memory` from such a file. Help and version are printed, and end the process.
     ///
     /// # Errors
     /// `Usage` for wrong flags or a wrong config file; `Io` when help cannot be printed.
@@ -90,9 +91,15 @@ impl Cli {
         let command = Cli::command();
         let mut argv = arguments::for_clap(&command, argv);
         let matches = partial_matches(&command, &argv)?;
-        let train = command.find_subcommand(TRAIN);
-        if let (Some(train), Some((TRAIN, matches))) = (train, matches.subcommand()) {
-            argv.extend(complete::complete(train, matches, &checkpoints::saved_settings)?);
+        let (train, memory) = (command.find_subcommand(TRAIN), command.find_subcommand(MEMORY));
+        match (train, memory, matches.subcommand()) {
+            (Some(train), _, Some((TRAIN, matches))) => {
+                argv.extend(complete::complete(train, matches, &checkpoints::saved_settings)?);
+            }
+            (Some(train), Some(memory), Some((MEMORY, matches))) => {
+                argv.extend(complete::complete_memory(memory, train, matches)?);
+            }
+            _ => {}
         }
         let usage = |error| usage(&command, &argv, error);
         let matches = command.clone().try_get_matches_from(&argv).map_err(usage)?;
@@ -106,10 +113,13 @@ impl Cli {
     }
 }
 
-/// What stands on the command line; required flags of `train` may still come from elsewhere.
+/// What stands on the command line; required flags may still come from elsewhere.
 fn partial_matches(command: &clap::Command, argv: &[OsString]) -> Result<ArgMatches> {
     let usage = |error| usage(command, argv, error);
-    let partial = || command.clone().mut_subcommand(TRAIN, |train| layers::partial(&train));
+    let partial = || {
+        let train = command.clone().mut_subcommand(TRAIN, |train| layers::partial(&train));
+        train.mut_subcommand(MEMORY, |memory| layers::partial(&memory))
+    };
     match command.clone().try_get_matches_from(argv) {
         Err(error) if error.kind() == ErrorKind::MissingRequiredArgument => {
             partial().try_get_matches_from(argv).map_err(|_| usage(error))
