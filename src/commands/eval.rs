@@ -66,7 +66,11 @@ fn read_data(args: &EvalArgs, spec: &ModelSpec) -> Result<Dataset> {
     let (template, adapter) = (args.format.chat_template.as_deref(), args.adapter.as_deref());
     let tokenizer = ChatTokenizer::open_for(&args.base.model, template, adapter)?;
     let encoder = Encoder::new(&tokenizer, spec.vocab_size, options.train_on)?;
-    reading::load(&args.data, &encoder, &options)
+    let dataset = reading::load(&args.data, &encoder, &options)?;
+    for note in reading::notes(&dataset.report) {
+        eprintln!("note: {}: {note}", args.data.display());
+    }
+    Ok(dataset)
 }
 
 /// Documents together in passes of about [`TOKENS_PER_PASS`].

@@ -33,6 +33,7 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     let model = Checkpoint::open(&args.base.model)?;
     super::note_left_out(&model);
     let original = args.original.as_deref().map(Checkpoint::open).transpose()?;
+    original.iter().for_each(super::note_left_out);
     let spec = spec_from_config(model.config())?;
     if let Some(original) = &original {
         check_same_shapes(original, &spec)?;

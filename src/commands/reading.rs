@@ -1,4 +1,4 @@
-//! Reading data files behind a bar that shows how far it is.
+//! Reading data files behind a bar that shows how far it is, and what is said of them then.
 
 use std::path::Path;
 
@@ -7,6 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use crate::data::load::read;
 use crate::data::{DataOptions, Dataset, Encoder, LoadReport, RoleUse};
 use crate::error::Result;
+use crate::plural::noun;
 use crate::report::figures::thousands;
 
 /// What is shown of roles that may be anything.
@@ -23,6 +24,24 @@ pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dat
     let general = "`nibble data` lists every bad record";
     report.check(path, options).map_err(|error| error.or_hint(general))?;
     Ok(Dataset { documents, report })
+}
+
+/// What was left out or looks wrong.
+pub fn notes(report: &LoadReport) -> Vec<String> {
+    let plain = |count: usize, what: &str| (count > 0).then(|| format!("{count} {what}"));
+    let counted = |count, one, what| plain(count, &format!("{} {what}", noun(count, one)));
+    let notes = [
+        plain(report.without_targets.len(), "without a token to train on, left out"),
+        plain(report.too_long.len(), "longer than `--max-length`"),
+        counted(report.tokens_removed, "token", "removed by truncation"),
+        plain(report.untrained_eos.len(), "with an answer whose end-of-sequence is not trained"),
+        counted(report.cut_answers.len(), "answer", "cut before the end"),
+        plain(report.double_bos.len(), "with two beginning-of-sequence tokens in front"),
+        plain(report.duplicates.len(), "repeating an earlier one"),
+        unknown_roles(report)
+            .map(|roles| format!("messages of roles that templates seldom know: {roles}")),
+    ];
+    notes.into_iter().flatten().collect()
 }
 
 /// Which roles templates seldom know, and where: ``3 of `Assistant` (from line 7)``; the first few.

@@ -73,6 +73,20 @@ fn rows_of_different_lengths_have_no_logits_tensor() {
     assert!(!place.path("logits.safetensors").exists());
 }
 
+/// As `train` says it.
+#[test]
+fn what_is_cut_or_repeated_is_told() {
+    let place = Workplace::new();
+    let long: Vec<u64> = (5..45).collect();
+    write_rows(&place, "rows.jsonl", &[vec![5, 6, 7], vec![5, 6, 7], long]);
+    let eval = ["eval", "--model", "model", "--data", "rows.jsonl", "--max-length", "32"];
+    let output = succeed(place.nibble(&[&eval[..], &["--truncation", "right"]].concat()));
+    let text = stderr(&output);
+    for note in ["8 tokens removed by truncation", "1 repeating an earlier one"] {
+        assert!(text.contains(&format!("note: rows.jsonl: {note}\n")), "{note}: {text}");
+    }
+}
+
 /// Loss, share of likeliest tokens and of rows that are right throughout, from saved logits.
 fn figures(logits: &Logits, labels: &[Vec<i64>]) -> [f64; 3] {
     let (mut loss, mut right, mut targets, mut rows_right) = (0.0, 0.0, 0.0, 0.0);

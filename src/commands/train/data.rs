@@ -102,7 +102,7 @@ fn sources<'a>(
     let encoder = Encoder::new(&base.tokenizer, base.spec.vocab_size, options.train_on)?;
     let read = |path: &'a Path| -> Result<Source<'a>> {
         let dataset = reading::load(path, &encoder, &options)?;
-        let notes = notes(&dataset.report);
+        let notes = reading::notes(&dataset.report);
         progress.note(&first_line(path, &dataset.report, &notes));
         let Dataset { documents, report } = dataset;
         Ok(Source { path, files: report.files, documents, notes })
@@ -165,22 +165,4 @@ fn first_line(path: &Path, report: &LoadReport, notes: &[String]) -> String {
         line.push_str(note);
     }
     line
-}
-
-/// What was left out or looks wrong.
-fn notes(report: &LoadReport) -> Vec<String> {
-    let plain = |count: usize, what: &str| (count > 0).then(|| format!("{count} {what}"));
-    let counted = |count, one, what| plain(count, &format!("{} {what}", noun(count, one)));
-    let notes = [
-        plain(report.without_targets.len(), "without a token to train on, left out"),
-        plain(report.too_long.len(), "longer than `--max-length`"),
-        counted(report.tokens_removed, "token", "removed by truncation"),
-        plain(report.untrained_eos.len(), "with an answer whose end-of-sequence is not trained"),
-        counted(report.cut_answers.len(), "answer", "cut before the end"),
-        plain(report.double_bos.len(), "with two beginning-of-sequence tokens in front"),
-        plain(report.duplicates.len(), "repeating an earlier one"),
-        reading::unknown_roles(report)
-            .map(|roles| format!("messages of roles that templates seldom know: {roles}")),
-    ];
-    notes.into_iter().flatten().collect()
 }
