@@ -112,13 +112,35 @@ fn every_family_reads_back_as_it_was() {
 
 #[test]
 fn what_llama_cpp_computes_otherwise_is_refused() {
-    for (name, key) in [("gemma2_s0", "query_pre_attn_scalar"), ("gemma3_s0", "layer_types")] {
+    let llama3 = json!({
+        "rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32
+    });
+    let another = |key: &str, name: &str| format!("llama.cpp has another {key} for every {name}");
+    let cases = [
+        ("gemma2_s0", None, another("query_pre_attn_scalar", "gemma2")),
+        ("gemma3_s0", None, another("layer_types", "gemma3")),
+        (
+            "smollm3_s0",
+            Some(("no_rope_layers", json!([1, 0, 1, 1]))),
+            another("no_rope_layers", "smollm3"),
+        ),
+        (
+            "qwen3_s0",
+            Some(("rope_parameters", llama3)),
+            "rope scaling `llama3` for llama alone".into(),
+        ),
+    ];
+    for (name, change, says) in cases {
         let case = Case::open(name);
         let place = place(&case);
-        fs::copy(case.path.join("config.json"), place.path("base/config.json")).unwrap();
+        let mut config = case.json("config.json");
+        if let Some((key, value)) = change {
+            config[key] = value;
+        }
+        fs::write(place.path("base/config.json"), config.to_string()).unwrap();
         let (code, error) = fail(place.nibble(&["export", "--model", "base", "--out", "out.gguf"]));
-        let says = format!("llama.cpp has another {key} for every {}", &name[..6]);
-        assert!(code == 1 && error.contains(&says), "{code}: {error}");
+        assert!(code == 1 && error.contains(&says), "{name}: {code}: {error}");
     }
 }
 
@@ -222,15 +244,79 @@ fn interleaved(rows: &[Vec<f32>], head_dim: usize) -> Vec<Vec<f32>> {
 }
 
 #[test]
+fn rows_of_heads_are_interleaved_where_llama_cpp_expects_it() {
+    for (name, turned) in [("llama_s0", true), ("smollm3_s0", true), ("qwen3_s0", false)] {
+        let case = Case::open(name);
+        let place = place(&case);
+        let (content, mut file) = export(&place, &["--outtype", "f32"]);
+        let source = Checkpoint::open(&place.path("base")).unwrap();
+        for (stored, module) in [("attn_q", "q_proj"), ("attn_k", "k_proj")] {
+            let weight = format!("model.layers.0.self_attn.{module}.weight");
+            let elements = source.elements(&weight).unwrap();
+            let columns = elements.shape()[1];
+            let rows: Vec<Vec<f32>> =
+                elements.to_f32().chunks(columns).map(<[f32]>::to_vec).collect();
+            let stored = format!("blk.0.{stored}.weight");
+            let got = content.tensor(&mut file, &stored, &Device::Cpu).unwrap();
+            let got = got.dequantize(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+            let expected = if turned { interleaved(&rows, case.spec().head_dim) } else { rows };
+            assert!(got == expected, "{name} {stored}");
+        }
+    }
+}
+
+/// Golden models have none.
+#[test]
+fn biases_of_q_k_v_and_o_come_back() {
+    for name in ["llama_s0", "smollm3_s0", "qwen3_s0"] {
+        let case = Case::open(name);
+        let place = place(&case);
+        let mut config = case.json("config.json");
+        config["attention_bias"] = true.into();
+        fs::write(place.path("base/config.json"), config.to_string()).unwrap();
+        let spec = spec_from_config(&config).unwrap();
+        let bytes = place.read("base/model.safetensors");
+        let weights = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let biases: Vec<_> =
+            spec.inventory().into_iter().filter(|it| it.role == TensorRole::Bias).collect();
+        let values = |index: usize, rows: usize| -> Vec<f32> {
+            (0..rows).map(|row| (index * 1000 + row) as f32).collect()
+        };
+        let values: Vec<_> =
+            biases.iter().enumerate().map(|(i, it)| values(i, it.shape[0])).collect();
+        let views = biases.iter().zip(&values).map(|(bias, values)| {
+            let bytes = bytemuck::cast_slice(values);
+            let dtype = safetensors::Dtype::F32;
+            let view = safetensors::tensor::TensorView::new(dtype, bias.shape.clone(), bytes);
+            (bias.name.clone(), view.unwrap())
+        });
+        let all: Vec<_> = weights.tensors().into_iter().chain(views).collect();
+        let file = place.path("base/model.safetensors");
+        safetensors::serialize_to_file(all, None, &file).unwrap();
+        export(&place, &["--outtype", "f32"]);
+        let written = Checkpoint::open(&place.path("out.gguf")).unwrap();
+        let read = spec_from_config(written.config()).unwrap();
+        assert!(read.qkv_bias && read.output_bias && biases.len() == 4 * spec.num_layers, "{name}");
+        for (bias, values) in biases.iter().zip(&values) {
+            assert!(written.elements(&bias.name).unwrap().to_f32() == *values, "{}", bias.name);
+        }
+    }
+}
+
+#[test]
 fn an_adapter_is_written_for_llama_cpp() {
-    let case = Case::open("llama_s0");
+    ["llama_s0", "smollm3_s0"].into_iter().for_each(check_adapter);
+}
+
+fn check_adapter(name: &'static str) {
+    let case = Case::open(name);
     let place = place(&case);
     let folder = case.path.join("adapter_init");
     let folder = folder.to_str().unwrap();
     let (content, mut file) = export(&place, &["--adapter", folder, "--outtype", "f32"]);
     let text = |key: &str| content.metadata[key].to_string().unwrap().clone();
     assert_eq!((text("general.type"), text("adapter.type")), ("adapter".into(), "lora".into()));
-    assert_eq!(text("general.architecture"), "llama");
+    assert_eq!(text("general.architecture"), name.split('_').next().unwrap());
     let config: Value =
         serde_json::from_slice(&fs::read(Path::new(folder).join("adapter_config.json")).unwrap())
             .unwrap();

@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
 """Which type llama.cpp gives each matrix of a quantized GGUF file.
 
-  gen_gguf_mixtures.py LIBRARIES OUT NAME=FILE.gguf ...
+  gen_gguf_mixtures.py LIBRARIES OUT FOLDER ...
 
 LIBRARIES is a folder with llama.cpp's shared libraries, such as `bins/linux-x64` of the npm package
-@node-llama-cpp/linux-x64; the files are unquantized. OUT is JSON: name, file type, part of the model, and the
-types of its layers in order.
+@node-llama-cpp/linux-x64. A FOLDER has config.json and, as model.gguf, a model of it (any weights) that
+`nibble export --outtype f32` wrote. OUT is JSON: for each folder its config, and for each file type and part
+of the model the types of its layers in order.
 
 Needs gguf.
 """
@@ -52,10 +53,12 @@ def mixture(library: ctypes.CDLL, source: str, file_type: int) -> dict[str, str]
     return {part: " ".join(kind for _, kind in sorted(kinds)) for part, kinds in sorted(parts.items())}
 
 
-library = load(Path(sys.argv[1]))
-cases = dict(argument.split("=", 1) for argument in sys.argv[3:])
-golden = {
-    name: {kind: mixture(library, source, number) for kind, number in FILE_TYPES.items()}
-    for name, source in cases.items()
-}
+def case(library: ctypes.CDLL, folder: Path) -> dict:
+    source = str(folder / "model.gguf")
+    types = {kind: mixture(library, source, number) for kind, number in FILE_TYPES.items()}
+    return {"config": json.loads((folder / "config.json").read_text()), "types": types}
+
+
+loaded = load(Path(sys.argv[1]))
+golden = {folder.name: case(loaded, folder) for folder in map(Path, sys.argv[3:])}
 Path(sys.argv[2]).write_text(json.dumps(golden, indent=1) + "\n")

@@ -76,11 +76,12 @@ impl Folder {
         self.raw.contains_key(name)
     }
 
-    /// Whether it holds a head that is not its embedding.
-    pub(super) fn has_own_head(&self) -> bool {
-        let data = |name: &str| self.raw.get(name).map(|tensor| &tensor.data);
-        let both = data("lm_head.weight").zip(data("model.embed_tokens.weight"));
-        both.is_some_and(|(head, embedding)| head != embedding)
+    /// Whether both tensors are there and differ; where types and shapes do not, all bytes are read.
+    pub(super) fn differ(&self, one: &str, other: &str) -> bool {
+        let Some((a, b)) = self.raw.get(one).zip(self.raw.get(other)) else { return false };
+        let differ = a.dtype != b.dtype || a.shape != b.shape || a.data != b.data;
+        [one, other].into_iter().for_each(|name| self.release(name));
+        differ
     }
 
     pub(super) fn weight(&self, name: &str) -> Result<Weight> {

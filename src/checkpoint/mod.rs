@@ -21,6 +21,7 @@ use nibble_quant::{BlockFormat, FloatType, PackedWeight};
 use serde_json::Value;
 
 use crate::error::{Error, Result};
+use crate::model::families::spec_from_config;
 pub(crate) use damage::damaged_safetensors;
 pub use dense::DenseTensor;
 use dense::{f32_bytes, parallel_f32};
@@ -95,7 +96,7 @@ enum Files {
 
 impl Checkpoint {
     /// Opens a Hugging Face folder or a `.gguf` file; reads headers, maps the files, touches no
-    /// weights.
+    /// weights but a head that is stored beside the embedding that it should be.
     ///
     /// # Errors
     /// `Io` when a file cannot be opened; `Input` naming the file when a header is damaged, a shard
@@ -119,9 +120,7 @@ impl Checkpoint {
         let (is_more, mut folder) = (text_part::is_more(&whole), Folder::open(path)?);
         let left_out = if is_more { folder.rename(text_part::name) } else { 0 };
         let mut config = as_understood(whole);
-        // A head that is there is meant, as transformers 5 has it: configs of models for text and
-        // images say `true` where nobody asked.
-        if config["tie_word_embeddings"] == true && folder.has_own_head() {
+        if has_own_head(&config, &folder) {
             config["tie_word_embeddings"] = false.into();
         }
         Ok(Checkpoint { path: path.to_path_buf(), config, files: Files::Folder(folder), left_out })
@@ -244,6 +243,19 @@ impl Checkpoint {
             Files::Gguf(gguf) => gguf.release(name),
         }
     }
+}
+
+/// Whether a head is stored that the config ties to the embedding, and is another: it is meant, as
+/// transformers 5 has it. Configs of models for text and images say `true` where nobody asked.
+fn has_own_head(config: &Value, folder: &Folder) -> bool {
+    // A config that is wrong is refused by who reads it.
+    let Ok(spec) = spec_from_config(config) else { return false };
+    let [head, embedding] =
+        [spec.head_module(), spec.embedding_module()].map(|module| format!("{module}.weight"));
+    // GPT-2's files may lack the prefix.
+    let short = embedding.strip_prefix("transformer.").unwrap_or(&embedding);
+    let stored = if folder.contains(&embedding) { &embedding } else { short };
+    spec.tie_word_embeddings && folder.differ(&head, stored)
 }
 
 fn not_a_model(path: &Path) -> Error {

@@ -1,4 +1,5 @@
-//! The language model inside a model for text and images: the larger Gemma 3, Mistral 3, Qwen3-VL.
+//! The language model inside a model for text and images: the larger Gemma 3, Mistral Small 3.1 and
+//! later, Qwen3-VL.
 //!
 //! Seen through here such a checkpoint is the text model alone: `text_config` is the config, tensors have
 //! the names of the text model's class in transformers, and the vision tower is not there. Text alone
@@ -55,6 +56,9 @@ pub(super) fn config(config: &Value) -> Value {
         text["model_type"] = (*alone).into();
         text["architectures"] = json!([class]);
     }
+    if config["model_type"] == "qwen3_vl" {
+        add_defaults(&mut text);
+    }
     // With them other programs would expect three positions a token.
     for holder in ["rope_scaling", "rope_parameters"] {
         if let Some(parameters) = text.get_mut(holder).and_then(Value::as_object_mut) {
@@ -62,6 +66,17 @@ pub(super) fn config(config: &Value) -> Value {
         }
     }
     text
+}
+
+/// What Qwen3-VL's class has by default, and Qwen3's otherwise.
+fn add_defaults(text: &mut Value) {
+    let holders = ["rope_parameters", "rope_scaling"].map(|key| &text[key]["rope_theta"]);
+    if text["rope_theta"].is_null() && holders.iter().all(|theta| theta.is_null()) {
+        text["rope_theta"] = 500_000.0.into();
+    }
+    if text["max_position_embeddings"].is_null() {
+        text["max_position_embeddings"] = 128_000.into();
+    }
 }
 
 /// The name of a tensor in the text model; none for those of images.
@@ -119,6 +134,7 @@ mod tests {
         let expected = json!({
             "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"], "head_dim": 8,
             "tie_word_embeddings": true, "rope_scaling": {"rope_type": "default"},
+            "rope_theta": 500_000.0, "max_position_embeddings": 128_000,
         });
         assert_eq!(text, expected);
         let unknown =

@@ -58,10 +58,17 @@ pub fn run(args: &MergeArgs) -> Result<()> {
 
 /// The original of a 4-bit model has the same tensors.
 fn check_same_shapes(original: &Checkpoint, spec: &ModelSpec) -> Result<()> {
-    if spec_from_config(original.config())?.inventory() == spec.inventory() {
+    let theirs = spec_from_config(original.config())?;
+    if theirs.inventory() == spec.inventory() {
         return Ok(());
     }
     let path = original.path().display();
+    let tied = |tie_word_embeddings| ModelSpec { tie_word_embeddings, ..theirs.clone() };
+    if tied(spec.tie_word_embeddings).inventory() == spec.inventory() {
+        let what =
+            format!("--original {path} has a head of its own, --model has not, or the reverse");
+        return Err(Error::input(what).hint("quantize the original again: `nibble quantize`"));
+    }
     Err(Error::input(format_args!("--original {path} is another model than --model"))
         .hint("give the dense model that --model was quantized from"))
 }

@@ -18,12 +18,14 @@ use crate::error::{Error, Result};
 const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN_2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const GPT_4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// Names under which Llama 3's words are found by their merges, as all others are: Phi-4's.
 const WITH_MERGES: [&str; 2] = ["dbrx", "smaug-bpe"];
 
 /// Text on which all of them differ.
-const PROBE: &str = "Don't  SHE'LL 1234567 x٣٤ \n\n  naïve—«日本語» (a+b)!?\t\tend... \r\n 3.14 ";
+const PROBE: &str =
+    "Don't  SHE'LL 1234567 x٣٤ \n\n  naïve—«日本語» (a+b)!?\t\tend... \r\n 3.14 camelCase ";
 
 /// A way to split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -38,11 +40,19 @@ pub(super) enum Splitter {
     Qwen2,
     /// Words that end with their 's and begin with capitals, digits by three: Phi-4-mini's.
     Gpt4o,
+    /// Words that begin with capitals, every digit by itself: Mistral Nemo's and later ones'.
+    Tekken,
 }
 
 impl Splitter {
-    const ALL: [Splitter; 5] =
-        [Splitter::Gpt2, Splitter::Smollm, Splitter::LlamaBpe, Splitter::Qwen2, Splitter::Gpt4o];
+    const ALL: [Splitter; 6] = [
+        Splitter::Gpt2,
+        Splitter::Smollm,
+        Splitter::LlamaBpe,
+        Splitter::Qwen2,
+        Splitter::Gpt4o,
+        Splitter::Tekken,
+    ];
 
     /// By one of llama.cpp's names.
     pub fn from_name(name: &str) -> Option<Self> {
@@ -53,6 +63,7 @@ impl Splitter {
             name if WITH_MERGES.contains(&name) => Splitter::LlamaBpe,
             "qwen2" | "deepseek-r1-qwen" => Splitter::Qwen2,
             "gpt-4o" => Splitter::Gpt4o,
+            "tekken" => Splitter::Tekken,
             _ => return None,
         })
     }
@@ -66,6 +77,7 @@ impl Splitter {
             Splitter::LlamaBpe => "llama-bpe",
             Splitter::Qwen2 => "qwen2",
             Splitter::Gpt4o => "gpt-4o",
+            Splitter::Tekken => "tekken",
         }
     }
 
@@ -84,6 +96,7 @@ impl Splitter {
             Splitter::LlamaBpe => words(LLAMA_3),
             Splitter::Qwen2 => words(QWEN_2),
             Splitter::Gpt4o => words(GPT_4O),
+            Splitter::Tekken => words(TEKKEN),
         }
     }
 
@@ -124,8 +137,8 @@ pub(super) fn set_splitter(tokenizer: &mut Tokenizer, content: &Content) -> Resu
     };
     tokenizer.with_pre_tokenizer(Some(splitter.build(prefix_space)));
     tokenizer.with_post_processor(Some(ByteLevel::new(prefix_space, false, true)));
-    // Llama 3 has words that no merges lead to.
-    if splitter == Splitter::LlamaBpe
+    // Llama 3 and Tekken have words that no merges lead to.
+    if matches!(splitter, Splitter::LlamaBpe | Splitter::Tekken)
         && !WITH_MERGES.contains(&name)
         && let ModelWrapper::BPE(mut model) = tokenizer.get_model().clone()
     {
@@ -156,18 +169,20 @@ mod tests {
     }
 
     /// What the tokenizers library makes of the probe with the tokenizer.json of Llama 3.1,
-    /// Qwen 3 and SmolLM2, and with the published expression of GPT-4o's.
+    /// Qwen 3 and SmolLM2, and with the published expressions of GPT-4o's and of Tekken.
     #[test]
     fn text_is_split_as_by_the_models_own_tokenizers() {
-        let llama = "Don|'t| | SHE|'LL| |123|456|7| x|٣٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|14| ";
-        let qwen = "Don|'t| | SHE|'LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|1|4| ";
-        let smollm = "Don|'t| | SHE|'|LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n | naïve|—«|日本語|»| (|a|+|b|)!?|\t|\t|end|...| \r\n |3|.|1|4| ";
-        let gpt_4o = "Don't| | SHE'LL| |123|456|7| x|٣٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|14| ";
+        let llama = "Don|'t| | SHE|'LL| |123|456|7| x|٣٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|14| camelCase| ";
+        let qwen = "Don|'t| | SHE|'LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|1|4| camelCase| ";
+        let smollm = "Don|'t| | SHE|'|LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n | naïve|—«|日本語|»| (|a|+|b|)!?|\t|\t|end|...| \r\n |3|.|1|4| camelCase| ";
+        let gpt_4o = "Don't| | SHE'LL| |123|456|7| x|٣٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|14| camel|Case| ";
+        let tekken = "Don|'t| | SHE|'LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|1|4| camel|Case| ";
         let cases = [
             (Splitter::LlamaBpe, llama),
             (Splitter::Qwen2, qwen),
             (Splitter::Smollm, smollm),
             (Splitter::Gpt4o, gpt_4o),
+            (Splitter::Tekken, tekken),
         ];
         for (splitter, expected) in cases {
             let mut text = PreTokenizedString::from(PROBE);
@@ -182,7 +197,8 @@ mod tests {
     /// Llama 3 looks whole words up before it merges, Phi-4 does not.
     #[test]
     fn merges_are_ignored_where_the_name_says_so() {
-        for (name, ignores) in [("llama-bpe", true), ("dbrx", false), ("gpt-4o", false)] {
+        let names = [("llama-bpe", true), ("dbrx", false), ("gpt-4o", false), ("tekken", true)];
+        for (name, ignores) in names {
             let pre = Metadata::String(name.into());
             let content = Content {
                 magic: candle_core::quantized::gguf_file::VersionedMagic::GgufV3,

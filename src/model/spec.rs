@@ -16,7 +16,7 @@ pub enum Family {
     Qwen2,
     /// `Qwen3ForCausalLM`: Llama with a norm of each head of q and k.
     Qwen3,
-    /// `SmolLM3ForCausalLM`: Llama, of which every fourth layer turns nothing.
+    /// `SmolLM3ForCausalLM`: Llama, of which some layers turn nothing.
     SmolLm3,
     /// `GemmaForCausalLM`: norms of 1 + w, scaled embeddings, GELU.
     Gemma,

@@ -65,7 +65,6 @@ fn unsupported_switches() {
         ("hidden_act", json!("relu"), "hidden_act"),
         ("partial_rotary_factor", json!(0.5), "partial_rotary_factor"),
         ("rope_parameters", json!({"rope_type": "longrope"}), "longrope"),
-        ("pretraining_tp", json!(2), "pretraining_tp"),
         ("quantization_config", json!({"quant_method": "gptq"}), "gptq"),
     ] {
         let place = with(key, value);

@@ -4,21 +4,22 @@ use std::fs;
 use std::path::Path;
 
 use safetensors::SafeTensors;
-use serde_json::Value;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
 
 use crate::tensors::of_folder;
-use crate::training::{Workplace, succeed};
+use crate::training::{Workplace, fail, succeed};
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/models/llama_s0");
 const HEAD: &str = "lm_head.weight";
 const EMBEDDING: &str = "model.embed_tokens.weight";
 
 /// The golden model, untied, with another claim in its config; its head is the tensor `head`.
-fn write_model(folder: &Path, tied: bool, head: &str) {
+fn write_model(folder: &Path, claims: &Value, head: &str) {
     fs::create_dir(folder).unwrap();
     let config = fs::read(format!("{GOLDEN}/config.json")).unwrap();
     let mut config: Value = serde_json::from_slice(&config).unwrap();
-    config["tie_word_embeddings"] = tied.into();
+    config.as_object_mut().unwrap().extend(claims.as_object().unwrap().clone());
     fs::write(folder.join("config.json"), config.to_string()).unwrap();
     let bytes = fs::read(format!("{GOLDEN}/model.safetensors")).unwrap();
     let stored = SafeTensors::deserialize(&bytes).unwrap();
@@ -33,16 +34,60 @@ fn write_model(folder: &Path, tied: bool, head: &str) {
 #[test]
 fn a_head_that_is_stored_is_the_head_unless_it_is_the_embedding() {
     let place = Workplace::new();
-    let packed = |name: &str, tied, head| {
-        write_model(&place.path(name), tied, head);
+    let packed = |name: &str, claims: Value, head| {
+        write_model(&place.path(name), &claims, head);
         let out = format!("{name}-nf4");
         succeed(place.nibble(&["quantize", "--model", name, "--out", &out]));
         let config = place.json(&format!("{out}/config.json"));
         (of_folder(&place.path(&out)), config["tie_word_embeddings"].as_bool())
     };
-    let (expected, tied) = packed("untied", false, HEAD);
+    let (expected, tied) = packed("untied", json!({"tie_word_embeddings": false}), HEAD);
     assert_eq!(tied, Some(false));
-    assert!(packed("claimed", true, HEAD) == (expected, tied));
-    let (same, tied) = packed("same", true, EMBEDDING);
+    let claim = json!({"tie_word_embeddings": true});
+    assert!(packed("claimed", claim.clone(), HEAD) == (expected.clone(), tied));
+    // A family that is tied where its config is silent.
+    let silent = json!({"model_type": "smollm3", "tie_word_embeddings": null});
+    assert!(packed("silent", silent, HEAD) == (expected, tied));
+    let (same, tied) = packed("same", claim, EMBEDDING);
     assert_eq!((same.contains_key(HEAD), tied), (false, Some(true)));
+    // Who reads the config alone looks beside it.
+    let bytes = |model: &str| {
+        let memory = ["memory", "--json", "--max-length", "64", "--model", model];
+        let output = succeed(place.nibble(&memory));
+        let plan: Value = serde_json::from_slice(&output.stdout).unwrap();
+        plan["weight_bytes"].as_u64().unwrap()
+    };
+    assert_eq!(bytes("claimed/config.json"), bytes("untied/config.json"));
+    assert!(bytes("same/config.json") < bytes("untied/config.json"));
+    // What was packed while the embedding was taken for the head is not that model.
+    let merge = ["merge", "--model", "same-nf4", "--original", "claimed", "--out", "merged"];
+    let adapter = format!("{GOLDEN}/adapter_init");
+    let (code, error) = fail(place.nibble(&[&merge[..], &["--adapter", &adapter]].concat()));
+    assert!(code == 1 && error.contains("has a head of its own"), "{error}");
+}
+
+/// GPT-2's embedding has names of its own.
+#[test]
+fn a_head_of_a_gpt2_is_found_by_either_name() {
+    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/models/gpt2_s0");
+    let bytes = fs::read(format!("{golden}/model.safetensors")).unwrap();
+    let stored = SafeTensors::deserialize(&bytes).unwrap();
+    for prefix in ["transformer.", ""] {
+        let place = Workplace::new();
+        fs::create_dir(place.path("base")).unwrap();
+        fs::copy(format!("{golden}/config.json"), place.path("base/config.json")).unwrap();
+        let shape = stored.tensor("transformer.wte.weight").unwrap().shape().to_vec();
+        let head = vec![1u8; shape.iter().product::<usize>() * 4];
+        let head = TensorView::new(Dtype::F32, shape, &head).unwrap();
+        let tensors = stored
+            .tensors()
+            .into_iter()
+            .map(|(name, tensor)| (name.replacen("transformer.", prefix, 1), tensor));
+        let tensors = tensors.filter(|(name, _)| name != HEAD).chain([(HEAD.to_string(), head)]);
+        let file = place.path("base/model.safetensors");
+        safetensors::serialize_to_file(tensors, None, &file).unwrap();
+        succeed(place.nibble(&["quantize", "--model", "base", "--out", "packed"]));
+        assert_eq!(place.json("packed/config.json")["tie_word_embeddings"], false, "{prefix:?}");
+        assert!(of_folder(&place.path("packed")).contains_key(HEAD));
+    }
 }

@@ -9,7 +9,7 @@ use serde_json::{Map, Value, json};
 use super::metadata::{LOCAL_THETA, LONG_ROPE_FACTORS, ROPE_FACTORS};
 use super::{Architecture, Gguf};
 use crate::error::Result;
-use crate::model::families::{INTERVAL, MOST_LAYERS};
+use crate::model::families::{MOST_LAYERS, ROTATION_INTERVAL};
 use crate::model::rotary::{llama3_scaling_of, long_rope_attention_factor};
 
 impl Gguf {
@@ -65,12 +65,17 @@ impl Gguf {
             "rope_scaling": self.rope_scaling(theta, head_dim)?,
             "tie_word_embeddings": self.is_tied(),
         });
-        if self.architecture == Architecture::Llama {
-            config["attention_bias"] = self.has("blk.0.attn_q.bias").into();
+        if matches!(self.architecture, Architecture::Llama | Architecture::SmolLm3) {
             config["mlp_bias"] = self.has("blk.0.ffn_up.bias").into();
         }
+        if matches!(
+            self.architecture,
+            Architecture::Llama | Architecture::SmolLm3 | Architecture::Qwen3
+        ) {
+            config["attention_bias"] = self.has("blk.0.attn_q.bias").into();
+        }
         if self.architecture == Architecture::SmolLm3 {
-            config["no_rope_layer_interval"] = INTERVAL.into();
+            config["no_rope_layer_interval"] = ROTATION_INTERVAL.into();
         }
         if self.architecture == Architecture::Phi3 {
             self.add_phi3(&mut config, head_dim)?;

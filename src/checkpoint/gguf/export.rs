@@ -1,7 +1,7 @@
 //! A checkpoint as a GGUF file, a few rows at a time.
 //!
 //! Matrices have the type that their file's gives them, vectors are f32; q and k of
-//! Llamas and SmolLM3 get the order of rows that its rotary embedding wants.
+//! Llamas and SmolLM3 get the order of rows that llama.cpp's rotary embedding wants.
 
 use std::path::Path;
 
@@ -210,8 +210,8 @@ fn put_blocks(bytes: &mut [u8], values: &[f32], dtype: GgmlDType) -> bool {
         }
         _ => QTensor::quantize(&values, dtype),
     });
-    let Ok(packed) = packed else { return false };
-    let Ok(blocks) = packed.data() else { return false };
+    let blocks = packed.and_then(|packed| packed.data().map(|blocks| blocks.into_owned()));
+    let blocks = blocks.expect("whole blocks of f32 are packed on the CPU");
     bytes.copy_from_slice(&blocks);
     let scale = |block: &[u8], at: usize| f16::from_le_bytes([block[at], block[at + 1]]);
     let finite = |block: &[u8]| scales(dtype).iter().all(|at| scale(block, *at).is_finite());

@@ -5,6 +5,7 @@ use candle_core::quantized::GgmlDType;
 use clap::ValueEnum;
 
 use super::Architecture;
+use super::names::layer_of;
 use crate::model::spec::{LinearRole, ModelSpec, TensorRole, TensorSpec};
 
 /// How a file's matrices are stored; norms, biases and learned positions are f32 in any.
@@ -70,7 +71,10 @@ impl FileType {
         let fits = |dtype: GgmlDType| columns.is_multiple_of(dtype.block_size());
         let wanted = match tensor.role {
             TensorRole::Norm | TensorRole::Bias | TensorRole::Positions => GgmlDType::F32,
-            TensorRole::Linear(role) => self.of_linear(role, layer(tensor), spec),
+            TensorRole::Linear(role) => {
+                let layer = layer_of(&tensor.name).expect("a linear's name says its layer");
+                self.of_linear(role, layer, spec)
+            }
             TensorRole::Embedding if !spec.tie_word_embeddings => self.dtype(),
             TensorRole::Embedding | TensorRole::Head => match self.dtype() {
                 dtype if self.is_quantized() && !fits(dtype) => GgmlDType::Q8_0,
@@ -101,22 +105,19 @@ impl FileType {
     }
 }
 
-/// The layer of a linear's tensor: the number in its name.
-fn layer(tensor: &TensorSpec) -> usize {
-    let number = tensor.name.split('.').find_map(|part| part.parse().ok());
-    number.expect("a linear's name says its layer")
-}
-
 /// The first and the last eighth of the layers, and every third between.
 fn gets_more(layer: usize, layers: usize) -> bool {
     let eighth = layers / 8;
     layer < eighth || layer >= 7 * layers / 8 || (layer - eighth) % 3 == 2
 }
 
-/// What llama.cpp takes for a 70B, where 8 heads share a small v.
+/// What llama.cpp takes for a 70B, most of which have a small v.
 fn is_70b(spec: &ModelSpec) -> bool {
-    let family = matches!(Architecture::of(spec.family), Architecture::Llama | Architecture::Qwen2);
-    family && spec.num_layers == 80 && spec.num_kv_heads < spec.num_heads
+    let like_one = match Architecture::of(spec.family) {
+        Architecture::Llama => spec.num_kv_heads < spec.num_heads,
+        architecture => architecture == Architecture::Qwen2,
+    };
+    like_one && spec.num_layers == 80
 }
 
 #[cfg(test)]
@@ -124,27 +125,10 @@ mod tests {
     use std::collections::BTreeMap;
     use std::path::Path;
 
-    use serde_json::{Value, json};
+    use serde_json::Value;
 
     use super::*;
     use crate::model::families::spec_from_config;
-
-    /// A Llama of as many layers as the largest.
-    fn deep() -> Value {
-        json!({
-            "model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "vocab_size": 512,
-            "num_hidden_layers": 80, "num_attention_heads": 4, "num_key_value_heads": 2,
-            "max_position_embeddings": 128, "rms_norm_eps": 1e-5, "tie_word_embeddings": false
-        })
-    }
-
-    fn smollm2() -> Value {
-        json!({
-            "model_type": "llama", "hidden_size": 576, "intermediate_size": 1536, "vocab_size": 49152,
-            "num_hidden_layers": 30, "num_attention_heads": 9, "num_key_value_heads": 3,
-            "max_position_embeddings": 8192, "rms_norm_eps": 1e-5, "tie_word_embeddings": true
-        })
-    }
 
     /// Part of the model to the types of its layers, in order, as `mixtures.json` has them.
     fn mixture(spec: &ModelSpec, file_type: FileType) -> BTreeMap<String, String> {
@@ -169,19 +153,11 @@ mod tests {
     /// Golden: `gen_gguf_mixtures.py`, by llama.cpp itself.
     #[test]
     fn every_tensor_has_the_type_that_llama_cpp_gives_it() {
-        let data = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data");
-        let read = |path: &str| -> Value {
-            serde_json::from_slice(&std::fs::read(data.join(path)).unwrap()).unwrap()
-        };
-        let golden = read("gguf/mixtures.json");
-        for (name, kinds) in golden.as_object().unwrap() {
-            let config = match name.as_str() {
-                "deep" => deep(),
-                "smollm2" => smollm2(),
-                name => read(&format!("models/{name}/config.json")),
-            };
-            let spec = spec_from_config(&config).unwrap();
-            for (kind, expected) in kinds.as_object().unwrap() {
+        let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/gguf/mixtures.json");
+        let golden: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+        for (name, case) in golden.as_object().unwrap() {
+            let spec = spec_from_config(&case["config"]).unwrap();
+            for (kind, expected) in case["types"].as_object().unwrap() {
                 let expected: BTreeMap<String, String> =
                     serde_json::from_value(expected.clone()).unwrap();
                 let file_type = FileType::from_str(kind, false).unwrap();

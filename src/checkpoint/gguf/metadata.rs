@@ -8,7 +8,7 @@ use candle_core::quantized::gguf_file::Value as Metadata;
 use super::Architecture;
 use super::names::gguf_name;
 use crate::error::{Error, Result};
-use crate::model::families::INTERVAL;
+use crate::model::families::{ROTATION_INTERVAL, rotates_every};
 use crate::model::spec::{Family, ModelSpec, RopeScaling, Rotary};
 
 /// llama.cpp's tensor with the divisor of every frequency.
@@ -151,8 +151,10 @@ fn rope_scaling(
     let original =
         |tokens: usize| ("rope.scaling.original_context_length", Metadata::U32(tokens as u32));
     Ok(match *scaling {
-        // Llama 3's factors are a tensor, as are those of LongRoPE.
-        RopeScaling::Default | RopeScaling::Llama3 { .. } => Vec::new(),
+        RopeScaling::Default => Vec::new(),
+        // The factors are a tensor, as are those of LongRoPE; other graphs do not look for it.
+        RopeScaling::Llama3 { .. } if architecture == Architecture::Llama => Vec::new(),
+        RopeScaling::Llama3 { .. } => return Err(not_for_all("llama3", Architecture::Llama)),
         RopeScaling::Linear { factor } => vec![kind("linear"), number(FACTOR, factor)],
         RopeScaling::Yarn { factor, original_max_position_embeddings, .. } => {
             let length = original(original_max_position_embeddings);
@@ -164,10 +166,7 @@ fn rope_scaling(
             let factor = number("rope.scaling.attn_factor", attention_factor);
             vec![original(original_max_position_embeddings), factor]
         }
-        RopeScaling::LongRope { .. } => {
-            let what = "config.json: llama.cpp has rope scaling `longrope` for phi3 alone";
-            return Err(Error::input(what).hint("this model cannot be a GGUF file"));
-        }
+        RopeScaling::LongRope { .. } => return Err(not_for_all("longrope", Architecture::Phi3)),
         RopeScaling::Dynamic { .. } => {
             return Err(Error::input("rope scaling `dynamic` has no form in GGUF").hint(
                 "llama.cpp scales by a fixed factor: set `linear` or `yarn` in config.json",
@@ -182,9 +181,8 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
         let what = "config.json: llama.cpp takes the embedding for the head of every Gemma";
         return Err(Error::input(what).hint("this model cannot be a GGUF file"));
     }
-    let turned = (1..).zip(&spec.rotates);
-    let as_usual = |(layer, turns): (usize, &bool)| *turns != layer.is_multiple_of(INTERVAL);
-    if architecture == Architecture::SmolLm3 && !turned.into_iter().all(as_usual) {
+    let usual = rotates_every(ROTATION_INTERVAL, spec.num_layers);
+    if architecture == Architecture::SmolLm3 && spec.rotates != usual {
         return Err(another("no_rope_layers", architecture));
     }
     let Some(pattern) = architecture.window_pattern() else { return Ok(()) };
@@ -205,6 +203,12 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
     ];
     let found = different.into_iter().find(|(_, different)| *different);
     found.map_or(Ok(()), |(key, _)| Err(another(key, architecture)))
+}
+
+fn not_for_all(scaling: &str, architecture: Architecture) -> Error {
+    let name = architecture.name();
+    let what = format_args!("config.json: llama.cpp has rope scaling `{scaling}` for {name} alone");
+    Error::input(what).hint("this model cannot be a GGUF file")
 }
 
 fn another(key: &str, architecture: Architecture) -> Error {

@@ -98,12 +98,17 @@ pub(super) fn gguf_name(architecture: Architecture, name: &str) -> Option<String
         "ffn_down",
     ];
     let (module, suffix) = name.rsplit_once('.')?;
-    let layer = module.split('.').find_map(|part| part.parse::<usize>().ok());
+    let layer = layer_of(module);
     let stored = OUTSIDE.iter().map(|part| part.to_string());
     let inside =
         layer.into_iter().flat_map(|layer| PARTS.map(|part| format!("blk.{layer}.{part}")));
     let mut stored = stored.chain(inside).map(|module| format!("{module}.{suffix}"));
     stored.find(|stored| hugging_face_name(architecture, stored).as_deref() == Some(name))
+}
+
+/// The layer that a tensor's name says.
+pub(super) fn layer_of(name: &str) -> Option<usize> {
+    name.split('.').find_map(|part| part.parse().ok())
 }
 
 #[cfg(test)]

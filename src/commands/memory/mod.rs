@@ -215,12 +215,21 @@ impl Model {
 
 /// The config, if that is all there is: a JSON file, or a folder without weights.
 fn bare_config(path: &Path) -> Result<Option<Value>> {
+    let holds_weights = |folder: &Path| {
+        let files = ["model.safetensors", "model.safetensors.index.json"];
+        files.iter().any(|file| folder.join(file).exists())
+    };
     if path.extension().is_some_and(|extension| extension == "json") {
+        // Weights beside it, be they whole, know better than it which head is tied.
+        let folder =
+            path.parent().filter(|folder| path.ends_with("config.json") && holds_weights(folder));
+        if let Some(Ok(checkpoint)) = folder.map(Checkpoint::open) {
+            return Ok(Some(checkpoint.config().clone()));
+        }
         return read_config(path).map(Some);
     }
-    let weights = ["model.safetensors", "model.safetensors.index.json"];
     let config = path.join("config.json");
-    if path.is_dir() && config.exists() && !weights.iter().any(|file| path.join(file).exists()) {
+    if path.is_dir() && config.exists() && !holds_weights(path) {
         return read_config(&config).map(Some);
     }
     Ok(None)

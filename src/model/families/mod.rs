@@ -21,7 +21,7 @@ use super::spec::{Activation, Family, ModelSpec, Norm, RopeScaling};
 use crate::error::{Error, Result};
 
 pub(crate) use fields::MOST_LAYERS;
-pub(crate) use smollm3::INTERVAL;
+pub(crate) use smollm3::{ROTATION_INTERVAL, rotates_every};
 
 /// The spec of the model that `config` (a parsed `config.json`) describes.
 ///
@@ -72,7 +72,6 @@ fn read_spec(fields: &Fields) -> Result<ModelSpec> {
 
 fn llama(fields: &Fields, family: Family) -> Result<ModelSpec> {
     fields.unless("hidden_act", |v| v == "silu", "only `silu` is implemented")?;
-    fields.unless("pretraining_tp", |v| v == 1, "only 1 is implemented")?;
     decoder(fields, family)
 }
 

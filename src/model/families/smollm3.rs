@@ -1,13 +1,18 @@
 //! SmolLM3: a Llama, of which some layers know no positions but by what they may see. Source:
 //! transformers `models/smollm3/configuration_smollm3.py`.
 
-use super::fields::{Fields, wrong_type};
+use super::fields::{Fields, unsupported, wrong_type};
 use super::llama;
 use crate::error::Result;
 use crate::model::spec::{Family, ModelSpec};
 
-/// Where files and transformers' class say nothing, every so many-th layer turns nothing.
-pub(crate) const INTERVAL: usize = 4;
+/// `no_rope_layer_interval` where a file says nothing.
+pub(crate) const ROTATION_INTERVAL: usize = 4;
+
+/// Which layers turn where every `interval`-th does not.
+pub(crate) fn rotates_every(interval: usize, num_layers: usize) -> Vec<bool> {
+    (1..=num_layers).map(|layer| !layer.is_multiple_of(interval)).collect()
+}
 
 pub(super) fn smollm3(fields: &Fields) -> Result<ModelSpec> {
     let mut config = fields.0.clone();
@@ -17,7 +22,11 @@ pub(super) fn smollm3(fields: &Fields) -> Result<ModelSpec> {
         config["num_key_value_heads"] =
             if given { config["num_attention_heads"].clone() } else { 4.into() };
     }
-    let defaults = [("rope_theta", 2e6.into()), ("tie_word_embeddings", true.into())];
+    let defaults = [
+        ("rope_theta", 2e6.into()),
+        ("tie_word_embeddings", true.into()),
+        ("max_position_embeddings", 32_768.into()),
+    ];
     for (key, default) in defaults {
         if config[key].is_null() {
             config[key] = default;
@@ -36,9 +45,17 @@ pub(super) fn smollm3(fields: &Fields) -> Result<ModelSpec> {
 /// `no_rope_layers`: 1 where a layer turns q and k, in spite of its name.
 fn rotates(fields: &Fields, num_layers: usize) -> Result<Vec<bool>> {
     const KEY: &str = "no_rope_layers";
+    const INTERVAL: &str = "no_rope_layer_interval";
     let Some(value) = fields.present(KEY) else {
-        let interval = fields.size_or("no_rope_layer_interval", INTERVAL)?.max(1);
-        return Ok((1..=num_layers).map(|layer| !layer.is_multiple_of(interval)).collect());
+        let interval = fields.size_or(INTERVAL, ROTATION_INTERVAL)?;
+        if interval == 0 {
+            return Err(unsupported(
+                INTERVAL,
+                interval,
+                "every so many-th layer turns nothing: 1 or more",
+            ));
+        }
+        return Ok(rotates_every(interval, num_layers));
     };
     let listed = value.as_array().filter(|list| list.len() >= num_layers);
     let turns = listed.map(|list| list[..num_layers].iter().map(|turns| turns.as_u64()));
@@ -71,6 +88,7 @@ mod tests {
         assert_eq!(spec.rotates, [true, true, true, false, true]);
         assert_eq!(spec.rotary.as_ref().unwrap().theta, 2e6);
         assert_eq!((spec.num_kv_heads, spec.tie_word_embeddings), (4, true));
+        assert_eq!(spec.max_positions, 32_768);
         assert_eq!([2, 3].map(|layer| spec.rotary_of(layer)), [Some(0), None]);
         let spec = read(json!({"no_rope_layer_interval": 2, "num_key_value_heads": null})).unwrap();
         assert_eq!(spec.rotates, [true, false, true, false, true]);
@@ -90,8 +108,25 @@ mod tests {
         assert_eq!(spec.windows, [None; 5]);
     }
 
+    /// As the hub has it for SmolLM3-3B, but for the sizes.
+    #[test]
+    fn the_published_config_is_read() {
+        let spec = read(json!({
+            "attention_bias": false, "hidden_act": "silu", "max_window_layers": 28,
+            "max_position_embeddings": 65536, "no_rope_layer_interval": 4,
+            "no_rope_layers": [1, 1, 1, 0, 1], "num_key_value_heads": 4, "pretraining_tp": 2,
+            "rope_scaling": null, "rope_theta": 5e6, "sliding_window": null,
+            "use_sliding_window": false,
+        }));
+        let spec = spec.unwrap();
+        assert_eq!((spec.rotates[3], spec.max_positions), (false, 65_536));
+        assert_eq!(spec.rotary.unwrap().theta, 5e6);
+    }
+
     #[test]
     fn a_wrong_list_is_refused() {
+        let error = read(json!({"no_rope_layer_interval": 0})).unwrap_err().to_string();
+        assert!(error.contains("no_rope_layer_interval = 0 is not supported"), "{error}");
         for wrong in
             [json!([1, 1]), json!([1, 1, 1, 2, 1]), json!("all"), json!([1, 1, true, 0, 1])]
         {
