@@ -13,7 +13,7 @@ use golden::{CASES, Case};
 use nibble::checkpoint::Checkpoint;
 use nibble::data::ChatTokenizer;
 use nibble::model::families::spec_from_config;
-use nibble::model::spec::{Family, ModelSpec, TensorRole};
+use nibble::model::spec::{Family, ModelSpec, TensorRole, TensorSpec};
 use serde_json::{Value, json};
 use training::{Workplace, fail, succeed};
 
@@ -125,6 +125,9 @@ fn what_llama_cpp_computes_otherwise_is_refused() {
             Some(("no_rope_layers", json!([1, 0, 1, 1]))),
             another("no_rope_layers", "smollm3"),
         ),
+        ("smollm3_s0", Some(("mlp_bias", true.into())), another("mlp_bias", "smollm3")),
+        ("qwen3_s0", Some(("attention_bias", true.into())), another("attention_bias", "qwen3")),
+        ("gemma_s0", Some(("attention_bias", true.into())), another("attention_bias", "gemma")),
         (
             "qwen3_s0",
             Some(("rope_parameters", llama3)),
@@ -267,39 +270,34 @@ fn rows_of_heads_are_interleaved_where_llama_cpp_expects_it() {
 
 /// Golden models have none.
 #[test]
-fn biases_of_q_k_v_and_o_come_back() {
-    for name in ["llama_s0", "smollm3_s0", "qwen3_s0"] {
-        let case = Case::open(name);
-        let place = place(&case);
-        let mut config = case.json("config.json");
-        config["attention_bias"] = true.into();
-        fs::write(place.path("base/config.json"), config.to_string()).unwrap();
-        let spec = spec_from_config(&config).unwrap();
-        let bytes = place.read("base/model.safetensors");
-        let weights = safetensors::SafeTensors::deserialize(&bytes).unwrap();
-        let biases: Vec<_> =
-            spec.inventory().into_iter().filter(|it| it.role == TensorRole::Bias).collect();
-        let values = |index: usize, rows: usize| -> Vec<f32> {
-            (0..rows).map(|row| (index * 1000 + row) as f32).collect()
-        };
-        let values: Vec<_> =
-            biases.iter().enumerate().map(|(i, it)| values(i, it.shape[0])).collect();
-        let views = biases.iter().zip(&values).map(|(bias, values)| {
-            let bytes = bytemuck::cast_slice(values);
-            let dtype = safetensors::Dtype::F32;
-            let view = safetensors::tensor::TensorView::new(dtype, bias.shape.clone(), bytes);
-            (bias.name.clone(), view.unwrap())
-        });
-        let all: Vec<_> = weights.tensors().into_iter().chain(views).collect();
-        let file = place.path("base/model.safetensors");
-        safetensors::serialize_to_file(all, None, &file).unwrap();
-        export(&place, &["--outtype", "f32"]);
-        let written = Checkpoint::open(&place.path("out.gguf")).unwrap();
-        let read = spec_from_config(written.config()).unwrap();
-        assert!(read.qkv_bias && read.output_bias && biases.len() == 4 * spec.num_layers, "{name}");
-        for (bias, values) in biases.iter().zip(&values) {
-            assert!(written.elements(&bias.name).unwrap().to_f32() == *values, "{}", bias.name);
-        }
+fn biases_come_back() {
+    let case = Case::open("llama_s0");
+    let place = place(&case);
+    let mut config = case.json("config.json");
+    (config["attention_bias"], config["mlp_bias"]) = (true.into(), true.into());
+    fs::write(place.path("base/config.json"), config.to_string()).unwrap();
+    let spec = spec_from_config(&config).unwrap();
+    let bytes = place.read("base/model.safetensors");
+    let weights = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let biases: Vec<_> =
+        spec.inventory().into_iter().filter(|it| it.role == TensorRole::Bias).collect();
+    let numbered = |(index, bias): (usize, &TensorSpec)| -> Vec<f32> {
+        (0..bias.shape[0]).map(|row| (index * 1000 + row) as f32).collect()
+    };
+    let values: Vec<Vec<f32>> = biases.iter().enumerate().map(numbered).collect();
+    let views = biases.iter().zip(&values).map(|(bias, values)| {
+        let (dtype, bytes) = (safetensors::Dtype::F32, bytemuck::cast_slice(values));
+        let view = safetensors::tensor::TensorView::new(dtype, bias.shape.clone(), bytes);
+        (bias.name.clone(), view.unwrap())
+    });
+    let all: Vec<_> = weights.tensors().into_iter().chain(views).collect();
+    let file = place.path("base/model.safetensors");
+    safetensors::serialize_to_file(all, None, &file).unwrap();
+    export(&place, &["--outtype", "f32"]);
+    let written = Checkpoint::open(&place.path("out.gguf")).unwrap();
+    assert_eq!(biases.len(), 7 * spec.num_layers);
+    for (bias, values) in biases.iter().zip(&values) {
+        assert!(written.elements(&bias.name).unwrap().to_f32() == *values, "{}", bias.name);
     }
 }
 

@@ -401,7 +401,7 @@ fn the_settings_of_a_run_have_the_plan_of_their_flags() {
     let (code, error) = fail(place.nibble(&["memory", "--config", "run.toml"]));
     assert!(code == 1 && error.contains("1.0 MiB"), "{code}: {error}");
     // Flags win, also under another name.
-    let config = ["--config", "run.toml", "--budget", "3GiB"];
+    let config = ["--config", "run.toml", "--memory-budget", "3GiB"];
     let flags = [
         "--model=model",
         "--max-length=48",
@@ -412,6 +412,8 @@ fn the_settings_of_a_run_have_the_plan_of_their_flags() {
     ];
     let with_rank = |rank| plan_in(&place, &[&flags[..], &[rank]].concat());
     assert!(plan_in(&place, &config) == with_rank("--lora-r=64"));
+    let budget = ["--config", "run.toml", "--budget", "3GiB"];
+    assert!(plan_in(&place, &budget) == with_rank("--lora-r=64"));
     let smaller = plan_in(&place, &[&config[..], &["--lora-r", "8"]].concat());
     assert!(smaller == with_rank("--lora-r=8") && smaller != with_rank("--lora-r=64"));
 
@@ -420,6 +422,27 @@ fn the_settings_of_a_run_have_the_plan_of_their_flags() {
     assert!(code == 2 && error.contains("wrong.toml:2: unknown key `lerning_rate`"), "{error}");
     let (code, error) = fail(place.nibble(&["memory", "--max-length", "48"]));
     assert!(code == 2 && error.contains("--model"), "{error}");
+}
+
+/// Whose rank and modules count, whatever a preset says.
+#[test]
+fn an_adapter_to_begin_with_has_its_own_plan() {
+    let place = Workplace::new();
+    let flags = ["--model", "model", "--max-length", "48"];
+    let lora = ["--lora-r", "3", "--target-modules", "q_proj,v_proj"];
+    let run = ["train", "--data", "train.jsonl", "--out", "first", "--max-steps", "1"];
+    succeed(place.nibble(&[&run[..], &flags, &lora].concat()));
+    let text = "model = \"model\"\nmax_length = 48\ninit_adapter = \"first\"\n\
+                preset = \"qlora-paper\"\nlora_dropout = 0.0\n";
+    std::fs::write(place.path("run.toml"), text).unwrap();
+    let expected = plan_in(&place, &[&flags[..], &lora].concat());
+    assert!(plan_in(&place, &["--config", "run.toml"]) == expected);
+    assert!(plan_in(&place, &flags) != expected);
+    let measured = ["memory", "--config", "run.toml", "--measure", "1", "--device", "cpu"];
+    succeed(place.nibble(&measured));
+    std::fs::remove_dir_all(place.path("first")).unwrap();
+    let (code, error) = fail(place.nibble(&["memory", "--config", "run.toml"]));
+    assert!(code == 1 && error.contains("first"), "{code}: {error}");
 }
 
 /// What a run writes of itself is such a file.

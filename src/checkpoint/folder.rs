@@ -5,6 +5,7 @@ use std::path::Path;
 
 use bytes::Bytes;
 use nibble_quant::FloatType;
+use rayon::prelude::*;
 use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
@@ -16,6 +17,9 @@ use crate::error::{Error, Result};
 pub const INDEX_FILE: &str = "model.safetensors.index.json";
 /// Name of an unsharded checkpoint.
 pub const SINGLE_FILE: &str = "model.safetensors";
+
+/// Bytes of two tensors that a thread compares at a time.
+const PIECE_BYTES: usize = 1 << 20;
 
 const DAMAGED_INDEX: &str = "the index is damaged: download it again";
 
@@ -79,7 +83,11 @@ impl Folder {
     /// Whether both tensors are there and differ; where types and shapes do not, all bytes are read.
     pub(super) fn differ(&self, one: &str, other: &str) -> bool {
         let Some((a, b)) = self.raw.get(one).zip(self.raw.get(other)) else { return false };
-        let differ = a.dtype != b.dtype || a.shape != b.shape || a.data != b.data;
+        let bytes_differ = || {
+            let pieces = a.data.par_chunks(PIECE_BYTES).zip(b.data.par_chunks(PIECE_BYTES));
+            pieces.any(|(a, b)| a != b)
+        };
+        let differ = a.dtype != b.dtype || a.shape != b.shape || bytes_differ();
         [one, other].into_iter().for_each(|name| self.release(name));
         differ
     }

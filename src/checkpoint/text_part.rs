@@ -55,9 +55,9 @@ pub(super) fn config(config: &Value) -> Value {
     {
         text["model_type"] = (*alone).into();
         text["architectures"] = json!([class]);
-    }
-    if config["model_type"] == "qwen3_vl" {
-        add_defaults(&mut text);
+        if *inner == "qwen3_vl_text" {
+            add_defaults(&mut text);
+        }
     }
     // With them other programs would expect three positions a token.
     for holder in ["rope_scaling", "rope_parameters"] {

@@ -24,7 +24,7 @@ const EXAMPLES: &str = "Examples:
 #[command(after_help = EXAMPLES)]
 pub struct MemoryArgs {
     /// Settings of a run, as `nibble train --config` takes them or OUT/settings.toml has them: those
-    /// that memory depends on; flags on the command line win
+    /// that are flags here; flags on the command line win
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// The base model; a bare config.json will do.

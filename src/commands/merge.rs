@@ -65,9 +65,13 @@ fn check_same_shapes(original: &Checkpoint, spec: &ModelSpec) -> Result<()> {
     let path = original.path().display();
     let tied = |tie_word_embeddings| ModelSpec { tie_word_embeddings, ..theirs.clone() };
     if tied(spec.tie_word_embeddings).inventory() == spec.inventory() {
-        let what =
-            format!("--original {path} has a head of its own, --model has not, or the reverse");
-        return Err(Error::input(what).hint("quantize the original again: `nibble quantize`"));
+        let (with, without) = match theirs.tie_word_embeddings {
+            false => ("--original", "--model"),
+            true => ("--model", "--original"),
+        };
+        let what = format!("{with} has a head of its own, {without} has not; --original is {path}");
+        return Err(Error::input(what)
+            .hint("leave out `--original`: the adapter fits the head that it was trained under"));
     }
     Err(Error::input(format_args!("--original {path} is another model than --model"))
         .hint("give the dense model that --model was quantized from"))

@@ -109,6 +109,12 @@ impl Splitter {
     }
 }
 
+/// Whether llama.cpp puts a beginning-of-sequence token before text that is split by this name, where
+/// a file does not say.
+pub(super) fn adds_bos(name: &str) -> bool {
+    matches!(name, "llama-bpe" | "llama3" | "llama-v3" | "tekken")
+}
+
 fn pieces_of(splitter: Splitter) -> Option<Vec<String>> {
     pieces(&splitter.build(false))
 }
@@ -210,6 +216,7 @@ mod tests {
             set_splitter(&mut tokenizer, &content).unwrap();
             let ModelWrapper::BPE(model) = tokenizer.get_model() else { panic!("{name}") };
             assert_eq!(model.ignore_merges, ignores, "{name}");
+            assert_eq!(adds_bos(name), ignores, "{name}");
             assert_eq!(Splitter::of(&tokenizer).unwrap().name(ignores), name);
         }
     }

@@ -8,7 +8,7 @@ use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
 use crate::tensors::of_folder;
-use crate::training::{Workplace, fail, succeed};
+use crate::training::{Workplace, fail, stderr, succeed};
 
 const GOLDEN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/models/llama_s0");
 const HEAD: &str = "lm_head.weight";
@@ -63,7 +63,15 @@ fn a_head_that_is_stored_is_the_head_unless_it_is_the_embedding() {
     let merge = ["merge", "--model", "same-nf4", "--original", "claimed", "--out", "merged"];
     let adapter = format!("{GOLDEN}/adapter_init");
     let (code, error) = fail(place.nibble(&[&merge[..], &["--adapter", &adapter]].concat()));
-    assert!(code == 1 && error.contains("has a head of its own"), "{error}");
+    assert!(code == 1 && error.contains("--original has a head of its own"), "{error}");
+    let merge = ["merge", "--model", "claimed-nf4", "--original", "same", "--out", "merged"];
+    let (code, error) = fail(place.nibble(&[&merge[..], &["--adapter", &adapter]].concat()));
+    assert!(code == 1 && error.contains("--model has a head of its own"), "{error}");
+    // Without whole weights it is the config that counts, and that is said.
+    fs::write(place.path("same/model.safetensors"), "no weights").unwrap();
+    let memory = ["memory", "--model", "same/config.json", "--max-length", "64"];
+    let text = stderr(&succeed(place.nibble(&memory)));
+    assert!(text.contains("note: the plan is by config.json alone: "), "{text}");
 }
 
 /// GPT-2's embedding has names of its own.

@@ -181,6 +181,17 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
         let what = "config.json: llama.cpp takes the embedding for the head of every Gemma";
         return Err(Error::input(what).hint("this model cannot be a GGUF file"));
     }
+    // Its loaders of the others leave biases over, and refuse the file.
+    let all_biases = matches!(architecture, Architecture::Llama | Architecture::Gpt2);
+    let of_q = all_biases || matches!(spec.family, Family::Qwen2 | Family::Qwen3 | Family::SmolLm3);
+    for (key, missing) in [
+        ("attention_bias", (spec.qkv_bias && !of_q) || (spec.output_bias && !all_biases)),
+        ("mlp_bias", spec.mlp_bias && !all_biases),
+    ] {
+        if missing {
+            return Err(another(key, architecture));
+        }
+    }
     let usual = rotates_every(ROTATION_INTERVAL, spec.num_layers);
     if architecture == Architecture::SmolLm3 && spec.rotates != usual {
         return Err(another("no_rope_layers", architecture));

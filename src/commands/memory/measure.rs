@@ -31,7 +31,7 @@ pub(super) fn measure<K: TrainingKernels>(
         format: args.base.block_format(),
         stream: run.stream,
         settings: &run.settings,
-        lora: args.lora.config()?,
+        lora: run.lora.clone(),
         dtype: match args.lora.adapter_dtype {
             AdapterDtype::Bf16 => FloatType::Bf16,
             AdapterDtype::F32 => FloatType::F32,

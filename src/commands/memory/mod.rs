@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use nibble_quant::FloatType;
 use serde_json::Value;
 
+use crate::adapter::{Adapter, LoraConfig};
 use crate::checkpoint::atomic::write_file;
 use crate::checkpoint::{Checkpoint, PageCache, check_quantization, read_config};
 use crate::cli::device::{Device, DeviceArgs};
@@ -63,7 +64,8 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         model.process = here.unwrap_or(ASSUMED_CONTEXT_BYTES);
         args.device.embedding.on_host().check(&model.spec)?;
     }
-    let settings = settings(args, &model.spec, place)?;
+    let lora = lora(args, &model.spec)?;
+    let settings = settings(args, &lora, &model.spec, place)?;
     let attention = args.device.attn_implementation;
     attention.check(model.spec.head_dim)?;
     let on_a_gpu = |spec: &ModelSpec, settings: &Settings| cuda_layout(spec, settings, attention);
@@ -89,7 +91,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let Choice { settings, stream, on_host, .. } = choice;
     let page_cache = None;
     let mut run =
-        PlannedRun { model, settings, stream, on_host, plan, account, page_cache, verdict };
+        PlannedRun { model, lora, settings, stream, on_host, plan, account, page_cache, verdict };
     if let Some(steps) = args.measure {
         run.account = match gpu {
             Some(gpu) => measure::measure(args, &run, gpu.keeping_on_host(on_host), steps.get())?,
@@ -128,6 +130,7 @@ fn limit(args: &MemoryArgs, room: &Room) -> Limit {
 /// A run that could be made.
 struct PlannedRun {
     model: Model,
+    lora: LoraConfig,
     settings: Settings,
     /// What of embedding and head is in the host's memory beside a GPU.
     on_host: OnHost,
@@ -220,11 +223,13 @@ fn bare_config(path: &Path) -> Result<Option<Value>> {
         files.iter().any(|file| folder.join(file).exists())
     };
     if path.extension().is_some_and(|extension| extension == "json") {
-        // Weights beside it, be they whole, know better than it which head is tied.
+        // Weights beside it know better than it which head is tied.
         let folder =
             path.parent().filter(|folder| path.ends_with("config.json") && holds_weights(folder));
-        if let Some(Ok(checkpoint)) = folder.map(Checkpoint::open) {
-            return Ok(Some(checkpoint.config().clone()));
+        match folder.map(Checkpoint::open) {
+            Some(Ok(checkpoint)) => return Ok(Some(checkpoint.config().clone())),
+            Some(Err(error)) => eprintln!("note: the plan is by config.json alone: {error}"),
+            None => {}
         }
         return read_config(path).map(Some);
     }
@@ -247,8 +252,20 @@ fn tokens_of_pass(args: &MemoryArgs) -> Result<usize> {
     })
 }
 
-fn settings(args: &MemoryArgs, spec: &ModelSpec, place: Place) -> Result<Settings> {
-    let lora = args.lora.config()?;
+/// The adapter's settings: those of `--init-adapter`, with a dropout of the run's own, or the flags'.
+fn lora(args: &MemoryArgs, spec: &ModelSpec) -> Result<LoraConfig> {
+    let Some(folder) = &args.lora.init_adapter else { return args.lora.config() };
+    let config = Adapter::load(folder, spec)?.config;
+    config.check_trainable().map_err(|error| error.at(folder.display()))?;
+    Ok(LoraConfig { lora_dropout: args.lora.lora_dropout, ..config })
+}
+
+fn settings(
+    args: &MemoryArgs,
+    lora: &LoraConfig,
+    spec: &ModelSpec,
+    place: Place,
+) -> Result<Settings> {
     let tokens = tokens_of_pass(args)?;
     Ok(Settings {
         longest_document: args.max_length.get(),

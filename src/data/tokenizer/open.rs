@@ -9,7 +9,7 @@ use tokenizers::Tokenizer;
 
 use super::{ChatTokenizer, SpecialToken};
 use crate::checkpoint::{map_file, read_gguf_header, read_json};
-use crate::data::pre_tokenizers::set_splitter;
+use crate::data::pre_tokenizers::{self, set_splitter};
 use crate::data::sentence_piece::{self, is_sentence_piece};
 use crate::data::template_sources::TemplateSources;
 use crate::error::{Error, Result, candle_text};
@@ -97,7 +97,7 @@ impl ChatTokenizer {
             Some(flag) => matches!(flag, Metadata::Bool(true)),
             None => {
                 text("ggml.model").is_some_and(|model| model == "llama")
-                    || text("ggml.pre").is_some_and(|pre| pre == "llama-bpe" || pre == "llama3")
+                    || text("ggml.pre").is_some_and(|name| pre_tokenizers::adds_bos(name))
             }
         };
         Ok(ChatTokenizer {
