@@ -63,6 +63,10 @@ pub struct DataArgs {
     /// Hugging Face folder or GGUF file whose tokenizer and chat template are used
     #[arg(long, value_name = "PATH")]
     pub model: PathBuf,
+    /// PEFT adapter folder whose tokenizer and chat template are used where it brings any, as by a run
+    /// with `--init-adapter`
+    #[arg(long, value_name = "DIR", visible_alias = "init-adapter")]
+    pub adapter: Option<PathBuf>,
     /// JSONL, JSON, CSV or Parquet: a file, a folder, or a pattern in quotes
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,

@@ -83,7 +83,8 @@ impl Cli {
     }
 
     /// Parses a command line; the settings of `train` are completed from its config file, the
-    /// resumed run and the preset, those of `memory` from such a file. Help and version are printed, and end the process.
+    /// resumed run and the preset, those of `memory` from such a file. Help and version are printed,
+    /// and end the process.
     ///
     /// # Errors
     /// `Usage` for wrong flags or a wrong config file; `Io` when help cannot be printed.

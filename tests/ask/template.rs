@@ -5,7 +5,7 @@ use std::path::Path;
 
 use serde_json::{Value, json};
 
-use crate::scene::{adapter, chat, generate};
+use crate::scene::{adapter, chat, generate, stdout};
 use crate::training::{Workplace, error_of, fail, succeed};
 
 /// A question between w92 and w93, an answer before w94.
@@ -191,6 +191,27 @@ fn an_adapter_speaks_with_the_tokenizer_that_it_brings() {
     let expected = generate(&place, &["--adapter", &other, "--raw", "--prompt", "w92 w6 w93"]);
     let got = generate(&place, &["--adapter", "own", "--prompt", "w5"]);
     assert_eq!(got, swapped(&expected));
+    // `data` shows what a run that starts from it would write.
+    fs::create_dir(place.path("whole")).unwrap();
+    for (from, file) in
+        [("model", "config.json"), ("own", "tokenizer.json"), ("own", "tokenizer_config.json")]
+    {
+        fs::copy(place.path(from).join(file), place.path("whole").join(file)).unwrap();
+    }
+    let turns = json!({"messages": [
+        {"role": "user", "content": "w5"}, {"role": "assistant", "content": "w6 w7"}
+    ]});
+    fs::write(place.path("talk.jsonl"), turns.to_string()).unwrap();
+    let data = |flags: &[&str]| {
+        let base = ["data", "--data", "talk.jsonl", "--show", "1"];
+        stdout(&succeed(place.nibble(&[&base[..], flags].concat())))
+    };
+    let shown = data(&["--model", "model", "--adapter", "own"]);
+    assert_eq!(shown, data(&["--model", "whole"]));
+    assert!(shown.contains("w6"), "{shown}");
+    let missing = ["data", "--model", "model", "--adapter", "nope", "--data", "talk.jsonl"];
+    let (code, error) = fail(place.nibble(&missing));
+    assert!(code == 1 && error.contains("nope"), "{code}: {error}");
     // A run that starts from it keeps all of that, whatever becomes of the first folder.
     succeed(train(&place, "next", &["--init-adapter", "own", "--max-steps", "2"]));
     for folder in ["next", "next/checkpoint-2"] {

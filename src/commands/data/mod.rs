@@ -8,6 +8,7 @@ use std::path::Path;
 use serde_json::json;
 
 use super::reading;
+use crate::adapter::PeftAdapter;
 use crate::checkpoint::{Checkpoint, read_config};
 use crate::cli::data::DataArgs;
 use crate::data::audit::Audit;
@@ -24,10 +25,13 @@ use crate::printed;
 /// would stop.
 pub fn run(args: &DataArgs) -> Result<()> {
     super::set_threads(args.threads)?;
-    let template = args.format.chat_template.as_deref();
-    let tokenizer = ChatTokenizer::open_for(&args.model, template, None)?;
-    let options = args.format.options(args.max_length);
+    let (template, adapter) = (args.format.chat_template.as_deref(), args.adapter.as_deref());
     let spec = spec(args)?;
+    if let Some(adapter) = adapter {
+        PeftAdapter::open(adapter, &spec)?;
+    }
+    let tokenizer = ChatTokenizer::open_for(&args.model, template, adapter)?;
+    let options = args.format.options(args.max_length);
     let encoder = Encoder::new(&tokenizer, spec.vocab_size, options.train_on)?;
     let bar = reading::bar();
     let watch = |bytes, of| reading::show(&bar, bytes, of);

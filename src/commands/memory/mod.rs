@@ -130,6 +130,7 @@ fn limit(args: &MemoryArgs, room: &Room) -> Limit {
 /// A run that could be made.
 struct PlannedRun {
     model: Model,
+    /// The adapter that is planned.
     lora: LoraConfig,
     settings: Settings,
     /// What of embedding and head is in the host's memory beside a GPU.
