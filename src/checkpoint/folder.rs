@@ -23,6 +23,11 @@ const PIECE_BYTES: usize = 1 << 20;
 
 const DAMAGED_INDEX: &str = "the index is damaged: download it again";
 
+/// Whether there are weights in a folder, be they whole or not.
+pub(crate) fn holds_weights(folder: &Path) -> bool {
+    [SINGLE_FILE, INDEX_FILE].iter().any(|file| folder.join(file).exists())
+}
+
 /// A tensor as the header of its file describes it.
 #[derive(Debug, Clone)]
 pub(super) struct RawTensor {

@@ -27,6 +27,7 @@ pub use dense::DenseTensor;
 use dense::{f32_bytes, parallel_f32};
 pub use elements::Elements;
 use folder::Folder;
+pub(crate) use folder::holds_weights;
 use gguf::Gguf;
 pub(crate) use gguf::read_header as read_gguf_header;
 pub use gguf::{Export, FileType, gguf_fields};

@@ -37,22 +37,16 @@ pub const HINT: &str = "hint: ";
 /// Flags that say where settings come from, and are not settings.
 const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];
 
-/// Finds the flag `name` (kebab or snake case).
+/// Finds the flag `name` (kebab or snake case), be it an alias.
 fn find<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
     let name = name.replace('_', "-");
-    command.get_arguments().find(|arg| arg.get_long() == Some(name.as_str()))
+    let aliased = |arg: &Arg| arg.get_visible_aliases().is_some_and(|all| all.contains(&&*name));
+    command.get_arguments().find(|arg| arg.get_long() == Some(&name) || aliased(arg))
 }
 
-/// Those of another command's settings that `command` has, be it under an alias.
+/// Those of another command's settings that `command` has.
 pub fn known_to(command: &Command, entries: Vec<Entry>) -> Vec<Entry> {
-    let aliased = |arg: &&Arg, name: &str| {
-        arg.get_visible_aliases().is_some_and(|aliases| aliases.contains(&name))
-    };
-    let named = |name: &str| {
-        let by_alias = || command.get_arguments().find(|arg| aliased(arg, name));
-        find(command, name).or_else(by_alias)
-    };
-    let known = |entry: Entry| Some(Entry { flag: long(named(&entry.flag)?), ..entry });
+    let known = |entry: Entry| Some(Entry { flag: long(find(command, &entry.flag)?), ..entry });
     entries.into_iter().filter_map(known).collect()
 }
 

@@ -206,6 +206,17 @@ impl Adapter {
     pub fn load(dir: &Path, spec: &ModelSpec) -> Result<Self> {
         PeftAdapter::open(dir, spec)?.into_trainable().map_err(|e| e.at(dir.display()))
     }
+
+    /// The same, to begin a run with: whose dropout is its own.
+    ///
+    /// # Errors
+    /// Those of [`load`](Self::load) and of [`LoraConfig::check_trainable`](super::LoraConfig::check_trainable).
+    pub fn load_to_begin_with(dir: &Path, spec: &ModelSpec, lora_dropout: f64) -> Result<Self> {
+        let mut adapter = Adapter::load(dir, spec)?;
+        adapter.config.check_trainable().map_err(|e| e.at(dir.display()))?;
+        adapter.config.lora_dropout = lora_dropout;
+        Ok(adapter)
+    }
 }
 
 /// `ensure_weight_tying` gives a head that is tied to an adapted embedding the same adapter.

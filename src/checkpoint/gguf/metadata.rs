@@ -181,21 +181,19 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
         let what = "config.json: llama.cpp takes the embedding for the head of every Gemma";
         return Err(Error::input(what).hint("this model cannot be a GGUF file"));
     }
-    // Its loaders of the others leave biases over, and refuse the file.
-    let all_biases = matches!(architecture, Architecture::Llama | Architecture::Gpt2);
-    let of_q = all_biases || matches!(spec.family, Family::Qwen2 | Family::Qwen3 | Family::SmolLm3);
-    for (key, missing) in [
-        ("attention_bias", (spec.qkv_bias && !of_q) || (spec.output_bias && !all_biases)),
-        ("mlp_bias", spec.mlp_bias && !all_biases),
-    ] {
-        if missing {
-            return Err(another(key, architecture));
-        }
-    }
+    // llama.cpp's loaders of the others leave biases over, and refuse the file.
+    let reads_all = matches!(architecture, Architecture::Llama | Architecture::Gpt2);
+    let of_q =
+        matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3 | Architecture::SmolLm3);
     let usual = rotates_every(ROTATION_INTERVAL, spec.num_layers);
-    if architecture == Architecture::SmolLm3 && spec.rotates != usual {
-        return Err(another("no_rope_layers", architecture));
-    }
+    refuse_first(
+        architecture,
+        &[
+            ("attention_bias", !reads_all && (spec.output_bias || (spec.qkv_bias && !of_q))),
+            ("mlp_bias", !reads_all && spec.mlp_bias),
+            ("no_rope_layers", architecture == Architecture::SmolLm3 && spec.rotates != usual),
+        ],
+    )?;
     let Some(pattern) = architecture.window_pattern() else { return Ok(()) };
     let caps = [spec.attention_soft_cap, spec.logit_soft_cap].map(|cap| cap.is_some());
     let share = spec.hidden_size / spec.num_heads;
@@ -212,19 +210,22 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
         ("query_pre_attn_scalar", spec.attention_scale != (1.0 / (scalar as f64).sqrt()) as f32),
         ("rope_local_base_freq", spec.local_rotary.as_ref().is_some_and(|it| *it != local)),
     ];
-    let found = different.into_iter().find(|(_, different)| *different);
-    found.map_or(Ok(()), |(key, _)| Err(another(key, architecture)))
+    refuse_first(architecture, &different)
+}
+
+/// Refuses the first key that llama.cpp has otherwise.
+fn refuse_first(architecture: Architecture, different: &[(&str, bool)]) -> Result<()> {
+    let found = different.iter().find(|(_, different)| *different);
+    found.map_or(Ok(()), |(key, _)| {
+        let name = architecture.name();
+        let what = format_args!("config.json: llama.cpp has another {key} for every {name}");
+        Err(Error::input(what).hint("this model cannot be a GGUF file"))
+    })
 }
 
 fn not_for_all(scaling: &str, architecture: Architecture) -> Error {
     let name = architecture.name();
     let what = format_args!("config.json: llama.cpp has rope scaling `{scaling}` for {name} alone");
-    Error::input(what).hint("this model cannot be a GGUF file")
-}
-
-fn another(key: &str, architecture: Architecture) -> Error {
-    let name = architecture.name();
-    let what = format_args!("config.json: llama.cpp has another {key} for every {name}");
     Error::input(what).hint("this model cannot be a GGUF file")
 }
 

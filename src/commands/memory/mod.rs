@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use crate::adapter::{Adapter, LoraConfig};
 use crate::checkpoint::atomic::write_file;
-use crate::checkpoint::{Checkpoint, PageCache, check_quantization, read_config};
+use crate::checkpoint::{Checkpoint, PageCache, check_quantization, holds_weights, read_config};
 use crate::cli::device::{Device, DeviceArgs};
 use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
@@ -99,13 +99,17 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         };
         run.page_cache = run.model.checkpoint.as_ref().and_then(Checkpoint::page_cache);
     }
+    show(args, &run)
+}
+
+fn show(args: &MemoryArgs, run: &PlannedRun) -> Result<()> {
     if let Some(path) = &args.html {
         write_file(path, memory_page::render(&run.heading(args), &run.account).as_bytes())?;
     }
     if args.json {
-        print::json(args, &run);
+        print::json(args, run);
     } else {
-        print::table(args, &run);
+        print::table(args, run);
     }
     Ok(())
 }
@@ -219,10 +223,6 @@ impl Model {
 
 /// The config, if that is all there is: a JSON file, or a folder without weights.
 fn bare_config(path: &Path) -> Result<Option<Value>> {
-    let holds_weights = |folder: &Path| {
-        let files = ["model.safetensors", "model.safetensors.index.json"];
-        files.iter().any(|file| folder.join(file).exists())
-    };
     if path.extension().is_some_and(|extension| extension == "json") {
         // Weights beside it know better than it which head is tied.
         let folder =
@@ -256,9 +256,7 @@ fn tokens_of_pass(args: &MemoryArgs) -> Result<usize> {
 /// The adapter's settings: those of `--init-adapter`, with a dropout of the run's own, or the flags'.
 fn lora(args: &MemoryArgs, spec: &ModelSpec) -> Result<LoraConfig> {
     let Some(folder) = &args.lora.init_adapter else { return args.lora.config() };
-    let config = Adapter::load(folder, spec)?.config;
-    config.check_trainable().map_err(|error| error.at(folder.display()))?;
-    Ok(LoraConfig { lora_dropout: args.lora.lora_dropout, ..config })
+    Ok(Adapter::load_to_begin_with(folder, spec, args.lora.lora_dropout)?.config)
 }
 
 fn settings(

@@ -194,9 +194,8 @@ impl Base {
         let lora = &args.lora;
         let (mut adapter, origin) = match &lora.init_adapter {
             Some(folder) => {
-                let mut adapter = Adapter::load(folder, &self.spec)?;
-                adapter.config.check_trainable().map_err(|error| error.at(folder.display()))?;
-                adapter.config.lora_dropout = lora.lora_dropout;
+                let dropout = lora.lora_dropout;
+                let adapter = Adapter::load_to_begin_with(folder, &self.spec, dropout)?;
                 (adapter, AdapterOrigin::Loaded)
             }
             None => {

@@ -19,6 +19,20 @@ impl<'a> Fields<'a> {
         self.0.get(key).filter(|value| !value.is_null())
     }
 
+    /// The config with values for what is absent.
+    pub fn with_defaults<V: Into<Value>>(
+        &self,
+        defaults: impl IntoIterator<Item = (&'static str, V)>,
+    ) -> Value {
+        let mut config = self.0.clone();
+        for (key, value) in defaults {
+            if self.present(key).is_none() {
+                config[key] = value.into();
+            }
+        }
+        config
+    }
+
     pub fn required(&self, key: &str) -> Result<&'a Value> {
         self.present(key)
             .ok_or_else(|| Error::input(format_args!("config.json: field `{key}` is missing")))

@@ -25,12 +25,7 @@ pub(super) fn gemma(fields: &Fields, family: Family) -> Result<ModelSpec> {
             ("max_position_embeddings", 131_072),
         ],
     };
-    let mut config = fields.0.clone();
-    for (key, value) in [("head_dim", 256)].iter().chain(defaults) {
-        if fields.present(key).is_none() {
-            config[key] = (*value).into();
-        }
-    }
+    let config = fields.with_defaults([("head_dim", 256)].iter().chain(defaults).copied());
     let fields = &Fields(&config);
     for key in ["hidden_activation", "hidden_act"] {
         let tanh = |v: &Value| v == "gelu_pytorch_tanh";
@@ -55,7 +50,7 @@ pub(super) fn gemma2(fields: &Fields) -> Result<ModelSpec> {
 pub(super) fn gemma3(fields: &Fields) -> Result<ModelSpec> {
     const THETA: f64 = 1e6;
     const LOCAL_THETA: f64 = 1e4;
-    let mut config = fields.0.clone();
+    let mut config = fields.with_defaults([("rope_theta", THETA)]);
     // transformers 5 has one rotary embedding for each kind of layer, transformers 4 keys for both.
     let of_kind = |kind| {
         let all = fields.present("rope_parameters")?;
@@ -63,9 +58,6 @@ pub(super) fn gemma3(fields: &Fields) -> Result<ModelSpec> {
     };
     if let Some(global) = of_kind("full_attention") {
         config["rope_parameters"] = global;
-    }
-    if fields.present("rope_theta").is_none() {
-        config["rope_theta"] = THETA.into();
     }
     let theta = fields.number_or("rope_local_base_freq", LOCAL_THETA)?;
     let local = of_kind("sliding_attention").unwrap_or(json!({}));

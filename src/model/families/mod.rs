@@ -166,10 +166,7 @@ fn qwen2(fields: &Fields) -> Result<ModelSpec> {
 }
 
 fn qwen3(fields: &Fields) -> Result<ModelSpec> {
-    let mut config = fields.0.clone();
-    if fields.present("head_dim").is_none() {
-        config["head_dim"] = 128.into();
-    }
+    let config = fields.with_defaults([("head_dim", 128)]);
     let fields = &Fields(&config);
     let mut spec = llama(fields, Family::Qwen3)?;
     if fields.0.get("num_key_value_heads").is_none() {

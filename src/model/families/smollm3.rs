@@ -1,6 +1,8 @@
 //! SmolLM3: a Llama, of which some layers know no positions but by what they may see. Source:
 //! transformers `models/smollm3/configuration_smollm3.py`.
 
+use serde_json::Value;
+
 use super::fields::{Fields, unsupported, wrong_type};
 use super::llama;
 use crate::error::Result;
@@ -15,25 +17,16 @@ pub(crate) fn rotates_every(interval: usize, num_layers: usize) -> Vec<bool> {
 }
 
 pub(super) fn smollm3(fields: &Fields) -> Result<ModelSpec> {
-    let mut config = fields.0.clone();
-    if config["num_key_value_heads"].is_null() {
-        // The class' default is 4; an explicit null is one for each query head.
-        let given = fields.0.get("num_key_value_heads").is_some();
-        config["num_key_value_heads"] =
-            if given { config["num_attention_heads"].clone() } else { 4.into() };
-    }
-    let defaults = [
-        ("rope_theta", 2e6.into()),
+    let config = fields.with_defaults([
+        ("rope_theta", Value::from(2e6)),
         ("tie_word_embeddings", true.into()),
         ("max_position_embeddings", 32_768.into()),
-    ];
-    for (key, default) in defaults {
-        if config[key].is_null() {
-            config[key] = default;
-        }
-    }
+    ]);
     let fields = &Fields(&config);
     let mut spec = llama(fields, Family::SmolLm3)?;
+    if fields.0.get("num_key_value_heads").is_none() {
+        spec.num_kv_heads = 4;
+    }
     spec.rotates = rotates(fields, spec.num_layers)?;
     if fields.flag_or("use_sliding_window", false)? && fields.present("sliding_window").is_some() {
         let window = fields.size("sliding_window")?;
@@ -68,7 +61,7 @@ fn rotates(fields: &Fields, num_layers: usize) -> Result<Vec<bool>> {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::{Value, json};
+    use serde_json::json;
 
     use super::*;
     use crate::model::families::spec_from_config;

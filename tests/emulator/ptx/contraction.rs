@@ -37,9 +37,7 @@ impl Products {
         if !sum && instruction.parts != ["sub", "f32"] {
             return None;
         }
-        let value = |operand: &str| {
-            instruction.raw(operand).map(|register| format!("ptx::as<float>({register})"))
-        };
+        let value = |operand: &str| instruction.value(operand, "f32");
         let [first, second] = [1, 2].map(|i| instruction.operands[i]);
         let (product, other, first_is_product) = match (self.0.get(first), self.0.get(second)) {
             (Some(product), _) => (product, second, true),

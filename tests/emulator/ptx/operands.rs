@@ -89,7 +89,12 @@ impl<'a> Instruction<'a> {
 
     /// Operand `index`, read as `kind`.
     pub fn read_as(&self, index: usize, kind: &str) -> Option<String> {
-        let raw = self.raw(self.operands.get(index)?)?;
+        self.value(self.operands.get(index)?, kind)
+    }
+
+    /// An operand, of this or another instruction, read as `kind`.
+    pub fn value(&self, operand: &str, kind: &str) -> Option<String> {
+        let raw = self.raw(operand)?;
         Some(match kind {
             "pred" => raw,
             "b16" | "b32" | "b64" => format!("ptx::as<ptx::{}>({raw})", kind.replace('b', "u")),
