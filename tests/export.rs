@@ -116,6 +116,8 @@ fn what_llama_cpp_computes_otherwise_is_refused() {
         "rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
         "high_freq_factor": 4.0, "original_max_position_embeddings": 32
     });
+    let mut yarn = Case::open("ministral3_s0").json("config.json")["rope_parameters"].take();
+    yarn["truncate"] = false.into();
     let another = |key: &str, name: &str| format!("llama.cpp has another {key} for every {name}");
     let cases = [
         ("gemma2_s0", None, another("query_pre_attn_scalar", "gemma2")),
@@ -128,6 +130,11 @@ fn what_llama_cpp_computes_otherwise_is_refused() {
         ("smollm3_s0", Some(("mlp_bias", true.into())), another("mlp_bias", "smollm3")),
         ("qwen3_s0", Some(("attention_bias", true.into())), another("attention_bias", "qwen3")),
         ("gemma_s0", Some(("attention_bias", true.into())), another("attention_bias", "gemma")),
+        (
+            "ministral3_s0",
+            Some(("rope_parameters", yarn)),
+            "llama.cpp truncates the bounds of every yarn".into(),
+        ),
         (
             "qwen3_s0",
             Some(("rope_parameters", llama3)),
@@ -248,7 +255,9 @@ fn interleaved(rows: &[Vec<f32>], head_dim: usize) -> Vec<Vec<f32>> {
 
 #[test]
 fn rows_of_heads_are_interleaved_where_llama_cpp_expects_it() {
-    for (name, turned) in [("llama_s0", true), ("smollm3_s0", true), ("qwen3_s0", false)] {
+    let families =
+        [("llama_s0", true), ("ministral3_s0", true), ("smollm3_s0", true), ("qwen3_s0", false)];
+    for (name, turned) in families {
         let case = Case::open(name);
         let place = place(&case);
         let (content, mut file) = export(&place, &["--outtype", "f32"]);

@@ -19,6 +19,7 @@ CASES = [
     "mistral_s0",
     "qwen2_s0",
     "qwen3_s0",
+    "ministral3_s0",
     "smollm3_s0",
     "gemma_s0",
     "gemma2_s0",

@@ -85,6 +85,23 @@ CASES = {
             **RT(10000.0),
         ),
         "mistral_s0": c("mistral", 10, LLA, extra=dict(sliding_window=8), **RT(10000.0)),
+        "ministral3_s0": c(
+            "ministral3",
+            15,
+            LLA,
+            extra=dict(head_dim=16),
+            rope_parameters=dict(
+                rope_type="yarn",
+                rope_theta=10000.0,
+                factor=4.0,
+                original_max_position_embeddings=8,
+                beta_fast=4.0,
+                beta_slow=1.0,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                llama_4_scaling_beta=0.4,
+            ),
+        ),
         "qwen2_s0": c("qwen2", 20, LLA, tie_word_embeddings=True, **RT(1000000.0)),
         "qwen3_s0": c("qwen3", 25, LLA, extra=dict(head_dim=24), **RT(1000000.0)),
         "smollm3_s0": c(

@@ -24,6 +24,7 @@ pub fn llama(num_layers: usize) -> ModelSpec {
         rotary: Some(Rotary { theta: 10_000.0, scaling: RopeScaling::Default }),
         rotary_dim: 16,
         local_rotary: None,
+        query_scaling: None,
         rotates: vec![true; num_layers],
         learned_positions: None,
         qkv_bias: false,

@@ -1,5 +1,5 @@
 //! The language model inside a model for text and images: the larger Gemma 3, Mistral Small 3.1 and
-//! later, Qwen3-VL.
+//! later, Ministral 3, Qwen3-VL.
 //!
 //! Seen through here such a checkpoint is the text model alone: `text_config` is the config, tensors have
 //! the names of the text model's class in transformers, and the vision tower is not there. Text alone
@@ -17,9 +17,10 @@ const PREFIXES: [(&str, &str); 3] = [
 ];
 
 /// `model_type` of the whole and of its text, and that of the text model alone, with its class.
-const MODELS: [[&str; 4]; 3] = [
+const MODELS: [[&str; 4]; 4] = [
     ["gemma3", "gemma3_text", "gemma3_text", "Gemma3ForCausalLM"],
     ["mistral3", "mistral", "mistral", "MistralForCausalLM"],
+    ["mistral3", "ministral3", "ministral3", "Ministral3ForCausalLM"],
     ["qwen3_vl", "qwen3_vl_text", "qwen3", "Qwen3ForCausalLM"],
 ];
 
@@ -32,11 +33,11 @@ const TIED: &str = "tie_word_embeddings";
 
 /// Whether `config` is that of a model for text and images.
 pub(super) fn is_more(config: &Value) -> bool {
-    config["text_config"].is_object() && kind(config).is_some()
+    config["text_config"].is_object() && kinds(config).next().is_some()
 }
 
-fn kind(config: &Value) -> Option<&'static [&'static str; 4]> {
-    MODELS.iter().find(|[whole, ..]| config["model_type"] == *whole)
+fn kinds(config: &Value) -> impl Iterator<Item = &'static [&'static str; 4]> {
+    MODELS.iter().filter(|[whole, ..]| config["model_type"] == *whole)
 }
 
 /// The text model's part of such a config. A text model of another kind than the whole's is left as it is.
@@ -50,9 +51,9 @@ pub(super) fn config(config: &Value) -> Value {
     if !config[TIED].is_null() {
         text[TIED] = config[TIED].clone();
     }
-    if let Some([_, inner, alone, class]) = kind(config)
-        && (text["model_type"].is_null() || text["model_type"] == *inner)
-    {
+    let inner = text["model_type"].clone();
+    let kind = kinds(config).find(|[_, known, ..]| inner.is_null() || inner == *known);
+    if let Some([_, inner, alone, class]) = kind {
         text["model_type"] = (*alone).into();
         text["architectures"] = json!([class]);
         if *inner == "qwen3_vl_text" {
@@ -137,9 +138,15 @@ mod tests {
             "rope_theta": 500_000.0, "max_position_embeddings": 128_000,
         });
         assert_eq!(text, expected);
-        let unknown =
-            json!({"model_type": "mistral3", "text_config": {"model_type": "ministral3"}});
-        assert_eq!(config(&unknown)["model_type"], "ministral3");
+        for (inner, class) in [
+            (json!(null), json!("MistralForCausalLM")),
+            (json!("mistral"), json!("MistralForCausalLM")),
+            (json!("ministral3"), json!("Ministral3ForCausalLM")),
+            (json!("mistral4"), json!(null)),
+        ] {
+            let whole = json!({"model_type": "mistral3", "text_config": {"model_type": inner}});
+            assert_eq!(config(&whole)["architectures"][0], class);
+        }
         assert!(!is_more(&json!({"model_type": "llama", "text_config": {}})));
     }
 }

@@ -172,12 +172,12 @@ pub trait Storage: Clone + Sync {
     /// Rounds `elements` f32 weights to their bf16 copies.
     fn round(&self, from: &Self::Buffer, to: &mut Self::HalfBuffer, elements: usize);
 
-    /// Lets `fill` write the first `elements` of two tables, cos and sin.
-    fn write_tables(
+    /// Lets `fill` write the first `elements` of each table.
+    fn write_tables<const N: usize>(
         &self,
-        tables: (&mut Self::Buffer, &mut Self::Buffer),
+        tables: [&mut Self::Buffer; N],
         elements: usize,
-        fill: impl FnOnce(&mut [f32], &mut [f32]),
+        fill: impl FnOnce([&mut [f32]; N]),
     );
 
     /// A sum that begins at zero.

@@ -19,7 +19,7 @@ use crate::model::spec::{Activation, ModelSpec};
 pub use memory::{PlannedMemory, Residency, Storage, StreamedWeights};
 pub use shapes::{
     AttentionShape, Columns, DropoutMask, HeadNorms, LogitShape, LoraShape, LoraTerm,
-    NormParameters, PostNorms, TokenLayout, UniformNoise,
+    NormParameters, PostNorms, RotaryTables, TokenLayout, UniformNoise,
 };
 
 /// A backend: the memory it plans in and the operations on it.
@@ -208,12 +208,11 @@ pub trait Kernels: Storage {
         rows: usize,
     );
 
-    /// Rotates q and k in place; `backward` turns the other way. Tables
-    /// `[T, rotary_dim / 2]`.
+    /// Rotates q and k in place; `backward` turns the other way. The scale of q is its own transpose.
     fn rotary(
         &self,
         shape: &AttentionShape,
-        tables: (&Self::Buffer, &Self::Buffer),
+        tables: RotaryTables<Self::Buffer>,
         qkv: &mut Self::Buffer,
         rows: usize,
         backward: bool,

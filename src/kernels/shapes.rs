@@ -60,6 +60,17 @@ impl TokenLayout {
     }
 }
 
+/// What turns q and k: a row for each token.
+#[derive(Debug)]
+pub struct RotaryTables<'a, B> {
+    /// `[T, rotary_dim / 2]`.
+    pub cos: &'a B,
+    /// `[T, rotary_dim / 2]`.
+    pub sin: &'a B,
+    /// `[T]`: q is multiplied by it besides.
+    pub query_scale: Option<&'a B>,
+}
+
 /// Shape of attention; rows of the fused `qkv` buffer are `[q | k | v]`.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct AttentionShape {

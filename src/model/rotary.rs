@@ -10,7 +10,7 @@ use std::f64::consts::PI;
 use rayon::prelude::*;
 use serde_json::Value;
 
-use super::spec::{RopeScaling, Rotary};
+use super::spec::{QueryScaling, RopeScaling, Rotary};
 use crate::error::{Error, Result};
 use crate::kernels::TokenLayout;
 
@@ -19,18 +19,41 @@ const ROWS_OF_A_TASK: usize = 64;
 
 /// Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4).
 pub(super) fn rotary_from_config(config: &Value) -> Result<Rotary> {
-    let empty = Value::Object(Default::default());
-    let present = |key: &str| config.get(key).filter(|v| !v.is_null());
-    let parameters = present("rope_parameters").or(present("rope_scaling")).unwrap_or(&empty);
-    let theta = [parameters.get("rope_theta"), present("rope_theta")]
+    let parameters = parameters_of(config);
+    let theta = [&parameters["rope_theta"], &config["rope_theta"]]
         .into_iter()
-        .flatten()
         .find_map(Value::as_f64)
         .unwrap_or(10_000.0);
     if !(theta.is_finite() && theta > 0.0) {
         return Err(Error::input(format_args!("config.json: rope_theta is {theta}")));
     }
     Ok(Rotary { theta, scaling: scaling_from(parameters, config)? })
+}
+
+/// What the config says of rotary embedding besides its base, as transformers 5 or 4 spells it; null if
+/// nothing.
+fn parameters_of(config: &Value) -> &Value {
+    match &config["rope_parameters"] {
+        Value::Null => &config["rope_scaling"],
+        parameters => parameters,
+    }
+}
+
+/// The scale of q by its position, if the config has one.
+///
+/// # Errors
+/// `Input` for a slope that is no number or without a trained length.
+pub(super) fn query_scaling(config: &Value) -> Result<Option<QueryScaling>> {
+    const ORIGINAL: &str = "original_max_position_embeddings";
+    let parameters = parameters_of(config);
+    let Some(beta) = optional_number(parameters, "llama_4_scaling_beta")? else { return Ok(None) };
+    let original = optional_number(parameters, ORIGINAL)?.filter(|length| *length >= 1.0);
+    let original = original.ok_or_else(|| {
+        let what = "config.json: llama_4_scaling_beta needs an";
+        Error::input(format_args!("{what} `{ORIGINAL}` above 0"))
+    })?;
+    let original_max_position_embeddings = original as usize;
+    Ok(Some(QueryScaling { beta, original_max_position_embeddings }))
 }
 
 /// The share of each head that turns, as transformers 5 or 4 spells it.
@@ -97,8 +120,13 @@ fn scaling_from(parameters: &Value, config: &Value) -> Result<RopeScaling> {
                 original_max_position_embeddings: original()?,
                 beta_fast: optional("beta_fast").filter(|v| *v != 0.0).unwrap_or(32.0),
                 beta_slow: optional("beta_slow").filter(|v| *v != 0.0).unwrap_or(1.0),
-                attention_factor: attention_factor(parameters)?
-                    .unwrap_or_else(|| yarn_attention_factor(&optional, factor)),
+                attention_factor: attention_factor(parameters)?.unwrap_or_else(|| {
+                    let given = |key: &str| optional(key).filter(|v| *v != 0.0);
+                    match (given("mscale"), given("mscale_all_dim")) {
+                        (Some(m), Some(all)) => yarn_mscale(factor, m) / yarn_mscale(factor, all),
+                        _ => yarn_attention_factor(factor, 0.0),
+                    }
+                }),
                 truncate: parameters.get("truncate").and_then(Value::as_bool).unwrap_or(true),
             }
         }
@@ -153,13 +181,13 @@ pub fn long_rope_attention_factor(stretch: f64, original: f64) -> f64 {
     if stretch <= 1.0 { 1.0 } else { (1.0 + stretch.ln() / original.ln()).sqrt() }
 }
 
-fn yarn_attention_factor(optional: &dyn Fn(&str) -> Option<f64>, factor: f64) -> f64 {
-    let mscale = |m: f64| if factor <= 1.0 { 1.0 } else { 0.1 * m * factor.ln() + 1.0 };
-    let given = |key: &str| optional(key).filter(|v| *v != 0.0);
-    match (given("mscale"), given("mscale_all_dim")) {
-        (Some(m), Some(all)) => mscale(m) / mscale(all),
-        _ => mscale(1.0),
-    }
+/// `mscale(1) / mscale(all)` for a context stretched `factor` times.
+pub fn yarn_attention_factor(factor: f64, mscale_all_dim: f64) -> f64 {
+    yarn_mscale(factor, 1.0) / yarn_mscale(factor, mscale_all_dim)
+}
+
+fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
+    if factor <= 1.0 { 1.0 } else { 0.1 * mscale * factor.ln() + 1.0 }
 }
 
 /// `rope_scaling` of the Llama 3 model whose frequencies are divided by `factors`

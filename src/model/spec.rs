@@ -12,6 +12,8 @@ pub enum Family {
     Llama,
     /// `MistralForCausalLM`: Llama with a sliding window.
     Mistral,
+    /// `Ministral3ForCausalLM`: Llama, whose q grows with its position.
+    Ministral3,
     /// `Qwen2ForCausalLM`: Llama with biases on q, k and v.
     Qwen2,
     /// `Qwen3ForCausalLM`: Llama with a norm of each head of q and k.
@@ -36,6 +38,7 @@ impl Family {
         match self {
             Family::Llama => "llama",
             Family::Mistral => "mistral",
+            Family::Ministral3 => "ministral3",
             Family::Qwen2 => "qwen2",
             Family::Qwen3 => "qwen3",
             Family::SmolLm3 => "smollm3",
@@ -133,6 +136,25 @@ pub enum RopeScaling {
     },
 }
 
+/// Llama 4's temperature of attention, in Ministral 3: q of the token at position p is multiplied by
+/// `1 + beta · ln(1 + ⌊p / original⌋)` after it is rotated. Source: transformers
+/// `modeling_ministral3.py`, `get_llama_4_attn_scale`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct QueryScaling {
+    /// `llama_4_scaling_beta`.
+    pub beta: f64,
+    /// Trained length in tokens: up to it, the factor is 1.
+    pub original_max_position_embeddings: usize,
+}
+
+impl QueryScaling {
+    /// The factor at `position`.
+    pub fn factor(&self, position: u32) -> f32 {
+        let lengths = position as usize / self.original_max_position_embeddings;
+        1.0 + self.beta as f32 * (1.0 + lengths as f32).ln()
+    }
+}
+
 /// Dimensions and switches of one causal language model. Legend in [`super`].
 #[derive(Debug, Clone, PartialEq)]
 pub struct ModelSpec {
@@ -174,6 +196,8 @@ pub struct ModelSpec {
     pub rotary_dim: usize,
     /// Another one for the layers with a window.
     pub local_rotary: Option<Rotary>,
+    /// What q grows by with its position.
+    pub query_scaling: Option<QueryScaling>,
     /// Whether each layer turns q and k at all, if there is a rotary embedding.
     pub rotates: Vec<bool>,
     /// Rows of a learned position table, GPT-2's `wpe`.

@@ -221,7 +221,13 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
     for name in rotary_tables(spec).flatten() {
         plan.push(Component::RotaryTables, name, t * spec.rotary_dim / 2);
     }
+    if spec.query_scaling.is_some() {
+        plan.push(Component::RotaryTables, QUERY_SCALE, t);
+    }
 }
+
+/// Region of what q is multiplied by.
+pub const QUERY_SCALE: &str = "rotary.query_scale";
 
 /// Regions of each rotary embedding: cos and sin.
 pub fn rotary_tables(spec: &ModelSpec) -> impl Iterator<Item = [String; 2]> {

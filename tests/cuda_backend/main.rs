@@ -132,13 +132,14 @@ fn a_ragged_batch_equals_its_documents() {
 
 /// Largest error in norm of a LoRA gradient in bf16 by transformers and PEFT themselves, against f32:
 /// `scripts/golden/bf16_error.py`. These models are small and steep; ours may not be worse.
-const TORCH_ERRORS: [(&str, f64); 12] = [
+const TORCH_ERRORS: [(&str, f64); 13] = [
     ("llama_s0", 0.0366),
     ("llama_s1_qv", 0.0307),
     ("llama_tied_s2", 0.0627),
     ("mistral_s0", 0.0325),
     ("qwen2_s0", 0.0552),
     ("qwen3_s0", 0.0325),
+    ("ministral3_s0", 0.0416),
     ("smollm3_s0", 0.0546),
     ("gemma_s0", 0.0270),
     ("gemma2_s0", 0.0237),

@@ -92,7 +92,8 @@ fn rotary_turns_and_turns_back() {
             let mut qkv = with_stride(&x, width, stride);
             for backward in [0, 1] {
                 launch!(device, "rotary", [rows as u32, 1, 1], 64; &mut qkv[..], stride as i32,
-                    &cos[..], &sin[..], heads as i32, head_dim as i32, turned as i32, backward);
+                    &cos[..], &sin[..], NULL, 0, heads as i32, head_dim as i32, turned as i32,
+                    backward);
                 if backward == 0 {
                     let mut expected = wide(&x);
                     for (i, head) in expected.chunks_exact_mut(head_dim).enumerate() {
@@ -107,6 +108,43 @@ fn rotary_turns_and_turns_back() {
                 }
             }
             assert_close(&band(&qkv, width, stride), &wide(&x), 0.03, BF16_ROUNDING);
+        }
+    });
+}
+
+/// Two heads of q and one of k: q has the factor of its row, in both directions.
+#[test]
+fn rotary_scales_queries_by_row() {
+    in_every_order(|device| {
+        for (rows, head_dim, stride) in [(3, 32, 104), (2, 14, 43)] {
+            let (heads, half) = (3, head_dim / 2);
+            let x = normal_bf16(rows * heads * head_dim, "x");
+            let angles = normal(rows * half, "angles");
+            let cos: Vec<f32> = angles.iter().map(|a| a.cos()).collect();
+            let sin: Vec<f32> = angles.iter().map(|a| a.sin()).collect();
+            let scale = &[1.25f32, 0.5, 3.0][..rows];
+            let turned = |scale: Option<&[f32]>, backward: i32| {
+                let mut qkv = with_stride(&x, heads * head_dim, stride);
+                let grid = [rows as u32, 1, 1];
+                match scale {
+                    Some(scale) => launch!(device, "rotary", grid, 64; &mut qkv[..], stride as i32,
+                        &cos[..], &sin[..], scale, 2, heads as i32, head_dim as i32,
+                        head_dim as i32, backward),
+                    None => launch!(device, "rotary", grid, 64; &mut qkv[..], stride as i32,
+                        &cos[..], &sin[..], NULL, 2, heads as i32, head_dim as i32,
+                        head_dim as i32, backward),
+                }
+                band(&qkv, heads * head_dim, stride)
+            };
+            for backward in [0, 1] {
+                let plain = turned(None, backward);
+                let expected = plain.chunks_exact(head_dim).enumerate().flat_map(|(i, head)| {
+                    let scale = if i % heads < 2 { scale[i / heads] } else { 1.0 };
+                    head.iter().map(move |x| x * f64::from(scale))
+                });
+                let expected: Vec<f64> = expected.collect();
+                assert_close(&turned(Some(scale), backward), &expected, 1e-5, 2.0 * BF16_ROUNDING);
+            }
         }
     });
 }

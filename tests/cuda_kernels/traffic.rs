@@ -103,7 +103,7 @@ fn heads_are_written_in_whole_sectors() {
         launch!(device, "head_norms_backward", grid, 128; &x[..], STRIDE as i32, &weight[..],
             &weight[..], 1e-5f32, &mut y[..], STRIDE as i32, sizes[0], sizes[1], sizes[2]);
         launch!(device, "rotary", grid, 128; &mut y[..], STRIDE as i32, &cos[..], &sin[..],
-            heads + kv_heads, head_dim as i32, head_dim as i32, 0);
+            NULL, heads, heads + kv_heads, head_dim as i32, head_dim as i32, 0);
     });
 }
 

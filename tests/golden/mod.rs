@@ -16,13 +16,14 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 
 /// Every family that Nibble trains.
-pub const CASES: [&str; 12] = [
+pub const CASES: [&str; 13] = [
     "llama_s0",
     "llama_s1_qv",
     "llama_tied_s2",
     "mistral_s0",
     "qwen2_s0",
     "qwen3_s0",
+    "ministral3_s0",
     "smollm3_s0",
     "gemma_s0",
     "gemma2_s0",

@@ -73,6 +73,11 @@ fn mistral_with_sliding_windows() {
 }
 
 #[test]
+fn ministral3_with_queries_that_grow() {
+    (100..108).for_each(|seed| assert_gradients("ministral3", "yarn", seed));
+}
+
+#[test]
 fn qwen2_with_biases_and_windows_in_some_layers() {
     (20..28).for_each(|seed| assert_gradients("qwen2", "yarn", seed));
 }

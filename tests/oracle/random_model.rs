@@ -101,6 +101,11 @@ pub fn config(family: &str, scaling: &str, draws: &Draws) -> Value {
             config["use_sliding_window"] = draws.flag("slides").into();
             config["sliding_window"] = 5.into();
         }
+        "ministral3" => {
+            config["rope_parameters"]["llama_4_scaling_beta"] =
+                draws.pick("beta", &[0.1, 0.7]).into();
+            config["sliding_window"] = draws.pick("window", &[None, Some(4)]).into();
+        }
         "mistral" => {
             config["sliding_window"] = draws.pick("window", &[2, 4, 9]).into();
         }

@@ -178,7 +178,7 @@ impl<'a> Twin<'a> {
         if let Some([q_norm, k_norm]) = self.spec.head_norm_modules(layer) {
             (q, k) = (self.norm(&q_norm, &q)?, self.norm(&k_norm, &k)?);
         }
-        let (q, k) = (self.rotate(layer, &q)?, shared(self.rotate(layer, &k)?)?);
+        let (q, k) = (self.scale(self.rotate(layer, &q)?)?, shared(self.rotate(layer, &k)?)?);
         let v = shared(heads(v, self.spec.num_kv_heads)?)?;
         let scores = q.matmul(&k.transpose(1, 2)?.contiguous()?)?;
         let scores = (scores * f64::from(self.spec.attention_scale))?;
@@ -188,6 +188,19 @@ impl<'a> Twin<'a> {
         let weights = scores.broadcast_sub(&scores.max_keepdim(D::Minus1)?.detach())?.exp()?;
         let weights = weights.broadcast_div(&weights.sum_keepdim(D::Minus1)?)?;
         weights.matmul(&v)?.transpose(0, 1)?.contiguous()?.reshape((length, self.spec.q_width()))
+    }
+
+    /// Llama 4's temperature, positions from 0.
+    fn scale(&self, q: Tensor) -> Result<Tensor> {
+        let Some(scaling) = self.spec.query_scaling else { return Ok(q) };
+        let length = q.dim(1)?;
+        let factor = |position: usize| {
+            let lengths = position as f64 / scaling.original_max_position_embeddings as f64;
+            1.0 + scaling.beta * (1.0 + lengths.floor()).ln()
+        };
+        let factors: Vec<f64> = (0..length).map(factor).collect();
+        let factors = Tensor::from_vec(factors, (1, length, 1), &Device::Cpu)?;
+        q.broadcast_mul(&factors.to_dtype(self.dtype)?)
     }
 
     /// Hugging Face's `rotate_half`, positions from 0.

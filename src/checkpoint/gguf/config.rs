@@ -6,11 +6,14 @@
 use nibble_quant::FloatType;
 use serde_json::{Map, Value, json};
 
-use super::metadata::{LOCAL_THETA, LONG_ROPE_FACTORS, ROPE_FACTORS};
+use super::metadata::{
+    ATTENTION_FACTOR, LOCAL_THETA, LONG_ROPE_FACTORS, QUERY_SCALE, ROPE_FACTORS, YARN_BETAS,
+    YARN_LOG_MULTIPLIER,
+};
 use super::{Architecture, Gguf};
 use crate::error::Result;
 use crate::model::families::{MOST_LAYERS, ROTATION_INTERVAL};
-use crate::model::rotary::{llama3_scaling_of, long_rope_attention_factor};
+use crate::model::rotary::{llama3_scaling_of, long_rope_attention_factor, yarn_attention_factor};
 
 impl Gguf {
     /// The `config.json`.
@@ -36,6 +39,7 @@ impl Gguf {
         let heads = self.size("attention.head_count")?;
         let hidden = self.size("embedding_length")?;
         let (kind, class) = match self.architecture {
+            Architecture::Mistral3 => ("ministral3", "Ministral3ForCausalLM"),
             Architecture::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
             Architecture::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
             Architecture::SmolLm3 => ("smollm3", "SmolLM3ForCausalLM"),
@@ -131,11 +135,7 @@ impl Gguf {
         let [short, long] = LONG_ROPE_FACTORS.map(|name| self.factors(name));
         let mut scaling = json!({"type": "longrope", "short_factor": short?, "long_factor": long?});
         let implied = long_rope_attention_factor(longest as f64 / original as f64, original as f64);
-        let stored = self.float("rope.scaling.attn_factor").unwrap_or(1.0);
-        if !(stored.is_finite() && stored > 0.0) {
-            let what = format_args!("metadata `rope.scaling.attn_factor` is {stored}");
-            return Err(self.wrong(what));
-        }
+        let stored = self.attention_factor()?;
         if (stored / implied - 1.0).abs() > 1e-4 {
             scaling["attention_factor"] = stored.into();
         }
@@ -205,12 +205,7 @@ impl Gguf {
             (None | Some("linear"), Some(factor)) => {
                 Ok(json!({"rope_type": "linear", "factor": factor}))
             }
-            (Some("yarn"), Some(factor)) => Ok(json!({
-                "rope_type": "yarn",
-                "factor": factor,
-                "original_max_position_embeddings":
-                    self.size("rope.scaling.original_context_length")?,
-            })),
+            (Some("yarn"), Some(factor)) => self.yarn(factor),
             (Some(kind), None) => {
                 Err(self.wrong(format_args!("rope scaling `{kind}` without a factor")))
             }
@@ -218,6 +213,37 @@ impl Gguf {
                 Err(self.wrong(format_args!("rope scaling `{kind}` is not supported")))
             }
         }
+    }
+
+    fn yarn(&self, factor: f64) -> Result<Value> {
+        let original = self.size("rope.scaling.original_context_length")?;
+        let mut scaling = json!({
+            "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
+        });
+        for (key, stored) in ["beta_fast", "beta_slow"].into_iter().zip(YARN_BETAS) {
+            if self.field(stored).is_some() {
+                scaling[key] = self.required_float(stored)?.into();
+            }
+        }
+        let mistral = self.architecture == Architecture::Mistral3;
+        let all = self.float(YARN_LOG_MULTIPLIER).filter(|_| mistral).unwrap_or(0.0);
+        let more = self.attention_factor()?;
+        if all != 0.0 || more != 1.0 {
+            scaling["attention_factor"] = (more * yarn_attention_factor(factor, all)).into();
+        }
+        if mistral && self.field(QUERY_SCALE).is_some() {
+            scaling["llama_4_scaling_beta"] = self.required_float(QUERY_SCALE)?.into();
+        }
+        Ok(scaling)
+    }
+
+    /// What cos and sin are multiplied by besides.
+    fn attention_factor(&self) -> Result<f64> {
+        let stored = self.float(ATTENTION_FACTOR).unwrap_or(1.0);
+        if !(stored.is_finite() && stored > 0.0) {
+            return Err(self.wrong(format_args!("metadata `{ATTENTION_FACTOR}` is {stored}")));
+        }
+        Ok(stored)
     }
 
     fn is_tied(&self) -> bool {

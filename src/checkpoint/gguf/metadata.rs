@@ -9,7 +9,8 @@ use super::Architecture;
 use super::names::gguf_name;
 use crate::error::{Error, Result};
 use crate::model::families::{ROTATION_INTERVAL, rotates_every};
-use crate::model::spec::{Family, ModelSpec, RopeScaling, Rotary};
+use crate::model::rotary::yarn_attention_factor;
+use crate::model::spec::{Family, ModelSpec, QueryScaling, RopeScaling, Rotary};
 
 /// llama.cpp's tensor with the divisor of every frequency.
 pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
@@ -20,6 +21,16 @@ pub(super) const LONG_ROPE_FACTORS: [&str; 2] =
 /// Base of the rotary embedding in layers with a window.
 pub(super) const LOCAL_THETA: f64 = 10_000.0;
 
+/// What cos and sin are multiplied by besides.
+pub(super) const ATTENTION_FACTOR: &str = "rope.scaling.attn_factor";
+/// `beta_fast` and `beta_slow` of YaRN.
+pub(super) const YARN_BETAS: [&str; 2] =
+    ["rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"];
+/// `mscale_all_dim`, for a `mscale` of 1.
+pub(super) const YARN_LOG_MULTIPLIER: &str = "rope.scaling.yarn_log_multiplier";
+/// `llama_4_scaling_beta`.
+pub(super) const QUERY_SCALE: &str = "attention.temperature_scale";
+
 /// A key and its value.
 pub type Field = (String, Metadata);
 
@@ -28,6 +39,7 @@ impl Architecture {
     pub fn of(family: Family) -> Self {
         match family {
             Family::Llama | Family::Mistral => Architecture::Llama,
+            Family::Ministral3 => Architecture::Mistral3,
             Family::Qwen2 => Architecture::Qwen2,
             Family::Qwen3 => Architecture::Qwen3,
             Family::SmolLm3 => Architecture::SmolLm3,
@@ -51,7 +63,7 @@ impl Architecture {
 
     /// Whether the rows of each head of q and k are stored interleaved, for llama.cpp's rotary embedding.
     pub fn interleaves_heads(self) -> bool {
-        matches!(self, Architecture::Llama | Architecture::SmolLm3)
+        matches!(self, Architecture::Llama | Architecture::Mistral3 | Architecture::SmolLm3)
     }
 
     /// A layer without a window comes after so many with one.
@@ -76,6 +88,7 @@ impl Architecture {
     pub fn name(self) -> &'static str {
         match self {
             Architecture::Llama => "llama",
+            Architecture::Mistral3 => "mistral3",
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
             Architecture::SmolLm3 => "smollm3",
@@ -138,6 +151,9 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
     for (key, value) in rope_scaling(architecture, &rotary.scaling)? {
         put(key, value);
     }
+    if let Some(QueryScaling { beta, .. }) = spec.query_scaling {
+        put(QUERY_SCALE, Metadata::F32(beta as f32));
+    }
     Ok(fields)
 }
 
@@ -156,14 +172,39 @@ fn rope_scaling(
         RopeScaling::Llama3 { .. } if architecture == Architecture::Llama => Vec::new(),
         RopeScaling::Llama3 { .. } => return Err(not_for_all("llama3", Architecture::Llama)),
         RopeScaling::Linear { factor } => vec![kind("linear"), number(FACTOR, factor)],
-        RopeScaling::Yarn { factor, original_max_position_embeddings, .. } => {
-            let length = original(original_max_position_embeddings);
-            vec![kind("yarn"), number(FACTOR, factor), length]
+        RopeScaling::Yarn { truncate: false, .. } => {
+            let what = "config.json: llama.cpp truncates the bounds of every yarn";
+            return Err(Error::input(what).hint("this model cannot be a GGUF file"));
+        }
+        RopeScaling::Yarn {
+            factor,
+            original_max_position_embeddings,
+            beta_fast,
+            beta_slow,
+            attention_factor,
+            ..
+        } => {
+            let mut written = vec![
+                kind("yarn"),
+                number(FACTOR, factor),
+                original(original_max_position_embeddings),
+                number(YARN_BETAS[0], beta_fast),
+                number(YARN_BETAS[1], beta_slow),
+            ];
+            let mut implied = yarn_attention_factor(factor, 0.0);
+            if architecture == Architecture::Mistral3 && attention_factor == 1.0 {
+                implied = 1.0;
+                written.push(number(YARN_LOG_MULTIPLIER, 1.0));
+            }
+            if (attention_factor / implied - 1.0).abs() > 1e-6 {
+                written.push(number(ATTENTION_FACTOR, attention_factor / implied));
+            }
+            written
         }
         RopeScaling::LongRope { original_max_position_embeddings, attention_factor, .. }
             if architecture == Architecture::Phi3 =>
         {
-            let factor = number("rope.scaling.attn_factor", attention_factor);
+            let factor = number(ATTENTION_FACTOR, attention_factor);
             vec![original(original_max_position_embeddings), factor]
         }
         RopeScaling::LongRope { .. } => return Err(not_for_all("longrope", Architecture::Phi3)),

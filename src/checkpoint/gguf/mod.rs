@@ -1,7 +1,7 @@
 //! GGUF files as Hugging Face checkpoints: names, shapes, row order and `config.json` restored.
 //!
 //! Elements are decoded by candle's block formats when they are asked for. llama.cpp stores q and k
-//! of Llamas and SmolLM3 with the rows of each head interleaved for its rotary embedding;
+//! of Llamas, Ministral 3 and SmolLM3 with the rows of each head interleaved for its rotary embedding;
 //! here they are put back into halves. A file without `output.weight` has a tied head. Source:
 //! llama.cpp `convert_hf_to_gguf.py`.
 
@@ -48,6 +48,7 @@ pub(super) struct Gguf {
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Architecture {
     Llama,
+    Mistral3,
     Qwen2,
     Qwen3,
     SmolLm3,
@@ -208,6 +209,7 @@ fn architecture(content: &Content) -> Result<Architecture> {
     let name = content.metadata.get("general.architecture").and_then(|v| v.to_string().ok());
     match name.map(String::as_str) {
         Some("llama") => Ok(Architecture::Llama),
+        Some("mistral3") => Ok(Architecture::Mistral3),
         Some("qwen2") => Ok(Architecture::Qwen2),
         Some("qwen3") => Ok(Architecture::Qwen3),
         Some("smollm3") => Ok(Architecture::SmolLm3),
@@ -221,7 +223,7 @@ fn architecture(content: &Content) -> Result<Architecture> {
             other.unwrap_or("(none)")
         ))
         .hint(
-            "supported: llama (also Mistral), qwen2, qwen3, smollm3, gemma, gemma2, gemma3, phi3, gpt2",
+            "supported: llama (also Mistral), mistral3, qwen2, qwen3, smollm3, gemma, gemma2, gemma3, phi3, gpt2",
         )),
     }
 }

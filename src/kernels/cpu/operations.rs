@@ -12,7 +12,7 @@ use super::{
 use crate::error::Result;
 use crate::kernels::{
     AttentionShape, Columns, DropoutMask, HeadNorms, Kernels, LogitShape, LoraShape, LoraTerm,
-    NormParameters, TokenLayout, UniformNoise,
+    NormParameters, RotaryTables, TokenLayout, UniformNoise,
 };
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
@@ -218,14 +218,16 @@ impl Kernels for Cpu {
     fn rotary(
         &self,
         shape: &AttentionShape,
-        (cos, sin): (&Buffer<f32>, &Buffer<f32>),
+        tables: RotaryTables<Buffer<f32>>,
         qkv: &mut Buffer<f32>,
         rows: usize,
         backward: bool,
     ) {
         let half = rows * shape.rotary_dim / 2;
         let qkv = &mut qkv[..rows * shape.qkv_width()];
-        rotary::rotate(shape, &cos[..half], &sin[..half], qkv, backward);
+        let (cos, sin) = (&tables.cos[..half], &tables.sin[..half]);
+        let query_scale = tables.query_scale.map(|scale| &scale[..rows]);
+        rotary::rotate(shape, (cos, sin), query_scale, qkv, backward);
     }
 
     fn attention_forward(

@@ -1,7 +1,8 @@
 //! Rotary embedding of the q and k bands of `qkv`, in place.
 //!
 //! `[a, b] ← [a·cos − b·sin, b·cos + a·sin]` for the halves a, b of each head, or of as much of it as
-//! turns; the backward pass is the rotation by the opposite angle.
+//! turns; the backward pass is the rotation by the opposite angle. Where the heads of q have a factor
+//! for their row besides, it multiplies cos and sin: whole heads turn then.
 
 use rayon::prelude::*;
 
@@ -11,17 +12,26 @@ use crate::kernels::AttentionShape;
 /// Rows that one task handles.
 const ROWS: usize = 16;
 
-/// Rotates the rows of `qkv`; tables `[rows, rotary_dim / 2]`.
-pub fn rotate(shape: &AttentionShape, cos: &[f32], sin: &[f32], qkv: &mut [f32], backward: bool) {
+/// Rotates the rows of `qkv`; tables `[rows, rotary_dim / 2]`, `query_scale` `[rows]`.
+pub fn rotate(
+    shape: &AttentionShape,
+    (cos, sin): (&[f32], &[f32]),
+    query_scale: Option<&[f32]>,
+    qkv: &mut [f32],
+    backward: bool,
+) {
     let (width, half) = (shape.qkv_width(), shape.rotary_dim / 2);
     let rotated = shape.q_width() + shape.kv_width();
     let tasks = qkv.par_chunks_mut(ROWS * width).zip(cos.par_chunks(ROWS * half));
-    tasks.zip(sin.par_chunks(ROWS * half)).for_each(|((qkv, cos), sin)| {
+    let tasks = tasks.zip(sin.par_chunks(ROWS * half)).enumerate();
+    tasks.for_each(|(task, ((qkv, cos), sin))| {
         vectorized!({
             let rows = qkv.chunks_exact_mut(width).zip(cos.chunks_exact(half));
-            for ((row, cos), sin) in rows.zip(sin.chunks_exact(half)) {
-                for head in row[..rotated].chunks_exact_mut(shape.head_dim) {
-                    rotate_head(&mut head[..2 * half], cos, sin, backward);
+            for (i, ((row, cos), sin)) in rows.zip(sin.chunks_exact(half)).enumerate() {
+                let query_scale = query_scale.map_or(1.0, |scale| scale[task * ROWS + i]);
+                for (j, head) in row[..rotated].chunks_exact_mut(shape.head_dim).enumerate() {
+                    let scale = if j < shape.num_heads { query_scale } else { 1.0 };
+                    rotate_head(&mut head[..2 * half], (cos, sin), scale, backward);
                 }
             }
         });
@@ -29,11 +39,11 @@ pub fn rotate(shape: &AttentionShape, cos: &[f32], sin: &[f32], qkv: &mut [f32],
 }
 
 #[inline(always)]
-fn rotate_head(head: &mut [f32], cos: &[f32], sin: &[f32], backward: bool) {
-    let sign = if backward { -1.0 } else { 1.0 };
+fn rotate_head(head: &mut [f32], (cos, sin): (&[f32], &[f32]), scale: f32, backward: bool) {
+    let sign = if backward { -scale } else { scale };
     let (first, second) = head.split_at_mut(cos.len());
     for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
-        let sin = sign * sin;
+        let (cos, sin) = (scale * cos, sign * sin);
         (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
     }
 }

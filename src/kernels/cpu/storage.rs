@@ -107,13 +107,13 @@ impl Storage for Cpu {
         });
     }
 
-    fn write_tables(
+    fn write_tables<const N: usize>(
         &self,
-        (first, second): (&mut Buffer<f32>, &mut Buffer<f32>),
+        tables: [&mut Buffer<f32>; N],
         elements: usize,
-        fill: impl FnOnce(&mut [f32], &mut [f32]),
+        fill: impl FnOnce([&mut [f32]; N]),
     ) {
-        fill(&mut first[..elements], &mut second[..elements]);
+        fill(tables.map(|table| &mut table[..elements]));
     }
 
     fn loss_sum(&self, _memory: &mut Arena) -> f64 {

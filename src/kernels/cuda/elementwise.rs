@@ -10,7 +10,7 @@ use super::launch::{as_rows, launch, row_threads, rows as row_grid};
 use super::memory::{Buffer, Rows};
 use super::weight::{DeviceWeight, Form};
 use crate::kernels::{
-    AttentionShape, Columns, DropoutMask, HeadNorms, NormParameters, UniformNoise,
+    AttentionShape, Columns, DropoutMask, HeadNorms, NormParameters, RotaryTables, UniformNoise,
 };
 use crate::model::spec::{Activation, Norm};
 use crate::plan::RegionType;
@@ -90,15 +90,17 @@ pub(super) fn head_norms<D: Driver>(
 pub(super) fn rotary<D: Driver>(
     cuda: &Cuda<D>,
     shape: &AttentionShape,
-    (cos, sin): (&Buffer<D>, &Buffer<D>),
+    tables: RotaryTables<Buffer<D>>,
     qkv: &Buffer<D>,
     rows: usize,
     backward: bool,
 ) {
     let (half, qkv) = (rows * shape.rotary_dim / 2, qkv.rows(rows, shape.qkv_width()));
+    let query_scale = tables.query_scale.map_or(Argument::Pointer(0), |scale| scale.argument(rows));
     launch!(cuda, "rotary", row_grid(rows), row_threads(shape.qkv_width() / 2);
-        qkv.argument(), qkv.stride, cos.argument(half), sin.argument(half),
-        shape.num_heads + shape.num_kv_heads, shape.head_dim, shape.rotary_dim, backward);
+        qkv.argument(), qkv.stride, tables.cos.argument(half), tables.sin.argument(half),
+        query_scale, shape.num_heads, shape.num_heads + shape.num_kv_heads, shape.head_dim,
+        shape.rotary_dim, backward);
 }
 
 pub(super) fn dropout<D: Driver>(

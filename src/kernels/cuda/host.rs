@@ -97,17 +97,19 @@ pub(super) fn set_values<D: Driver>(
     });
 }
 
-/// Lets `fill` write the first `elements` of two tables.
-pub(super) fn write_tables<D: Driver>(
+/// Lets `fill` write the first `elements` of each table.
+pub(super) fn write_tables<D: Driver, const N: usize>(
     cuda: &Cuda<D>,
-    (first, second): (&Buffer<D>, &Buffer<D>),
+    tables: [&mut Buffer<D>; N],
     elements: usize,
-    fill: impl FnOnce(&mut [f32], &mut [f32]),
+    fill: impl FnOnce([&mut [f32]; N]),
 ) {
-    let (mut one, mut two) = (vec![0.0; elements], vec![0.0; elements]);
-    fill(&mut one, &mut two);
+    let mut values = tables.each_ref().map(|_| vec![0.0; elements]);
+    fill(values.each_mut().map(Vec::as_mut_slice));
     cuda.through_staging(|staging| {
-        staging.fill(first, elements, |to| to.copy_from_slice(&one))?;
-        staging.fill(second, elements, |to| to.copy_from_slice(&two))
+        let mut tables = tables.iter().zip(&values);
+        tables.try_for_each(|(to, values)| {
+            staging.fill(to, elements, |to| to.copy_from_slice(values))
+        })
     });
 }

@@ -239,11 +239,12 @@ head_norms_backward(const bfloat16* qkv, int stride, const float* q_weight, cons
 }
 
 // Rotates the first `heads` heads of each row in place (q and k: H + K). cos, sin: f32
-// [rows, rotary_dim / 2]. Rows. Kernels::rotary.
+// [rows, rotary_dim / 2]. query_scale: null, or f32 [rows] for the first `queries` of them. Rows.
+// Kernels::rotary.
 extern "C" __global__ void __launch_bounds__(1024)
-rotary(bfloat16* qkv, int stride, const float* cos, const float* sin, int heads, int head_dim,
-       int rotary_dim, int backward) {
-    rotate(qkv, stride, cos, sin, heads, head_dim, rotary_dim, backward);
+rotary(bfloat16* qkv, int stride, const float* cos, const float* sin, const float* query_scale,
+       int queries, int heads, int head_dim, int rotary_dim, int backward) {
+    rotate(qkv, stride, cos, sin, query_scale, queries, heads, head_dim, rotary_dim, backward);
 }
 
 // y = x ∘ mask · kept, or +=; element (row, column) has index first + row·width + column in the stream.

@@ -13,7 +13,7 @@ use crate::error::Result;
 use crate::kernels::head::loss_at_once;
 use crate::kernels::{
     AttentionShape, Columns, DropoutMask, HeadNorms, Kernels, LogitShape, LoraShape, LoraTerm,
-    NormParameters, TokenLayout, UniformNoise,
+    NormParameters, RotaryTables, TokenLayout, UniformNoise,
 };
 use crate::model::block::Linear;
 use crate::model::parameters::Parameters;
@@ -212,7 +212,7 @@ impl<D: Driver> Kernels for Cuda<D> {
     fn rotary(
         &self,
         shape: &AttentionShape,
-        tables: (&Buffer<D>, &Buffer<D>),
+        tables: RotaryTables<Buffer<D>>,
         qkv: &mut Buffer<D>,
         rows: usize,
         backward: bool,

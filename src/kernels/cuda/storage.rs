@@ -137,13 +137,13 @@ impl<D: Driver> Storage for Cuda<D> {
         elementwise::convert(self, from, to, elements);
     }
 
-    fn write_tables(
+    fn write_tables<const N: usize>(
         &self,
-        (first, second): (&mut Buffer<D>, &mut Buffer<D>),
+        tables: [&mut Buffer<D>; N],
         elements: usize,
-        fill: impl FnOnce(&mut [f32], &mut [f32]),
+        fill: impl FnOnce([&mut [f32]; N]),
     ) {
-        host::write_tables(self, (first, second), elements, fill);
+        host::write_tables(self, tables, elements, fill);
     }
 
     fn loss_sum(&self, memory: &mut Memory<D>) -> LossSum<D> {

@@ -27,8 +27,8 @@ impl<K: Kernels> Block<K> {
         pass.forward_all(&self.projections(), &work.norm, ys, lora_x, scratch);
         match self.rotary {
             Some(index) if self.head_norms.is_none() => {
-                let (cos, sin) = &work.rotary[index];
-                kernels.rotary(&self.attention, (cos, sin), &mut saved.qkv, rows, false);
+                let tables = work.rotary.of(index);
+                kernels.rotary(&self.attention, tables, &mut saved.qkv, rows, false);
             }
             _ => self.norm_heads(pass, saved, work),
         }
@@ -72,8 +72,7 @@ impl<K: Kernels> Block<K> {
         };
         kernels.head_norms(norms, &self.attention, &saved.qkv, normed, rows);
         if let Some(index) = self.rotary {
-            let (cos, sin) = &work.rotary[index];
-            kernels.rotary(&self.attention, (cos, sin), normed, rows, false);
+            kernels.rotary(&self.attention, work.rotary.of(index), normed, rows, false);
         }
     }
 
@@ -111,8 +110,8 @@ impl<K: Kernels> Block<K> {
             &mut work.attention,
         );
         if let Some(index) = self.rotary {
-            let (cos, sin) = &work.rotary[index];
-            kernels.rotary(&self.attention, (cos, sin), &mut grads.qkv, rows, true);
+            let tables = work.rotary.of(index);
+            kernels.rotary(&self.attention, tables, &mut grads.qkv, rows, true);
         }
         if let Some(norms) = &self.head_norms {
             let shape = &self.attention;

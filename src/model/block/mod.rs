@@ -22,7 +22,9 @@ pub use linear::{Linear, LinearAdapter};
 
 use super::parameters::Parameters;
 use super::spec::{Activation, LinearRole};
-use crate::kernels::{AttentionShape, HeadNorms, Kernels, NormParameters, PostNorms, TokenLayout};
+use crate::kernels::{
+    AttentionShape, HeadNorms, Kernels, NormParameters, PostNorms, RotaryTables, TokenLayout,
+};
 
 /// A block's frozen parts.
 pub struct Block<K: Kernels> {
@@ -98,12 +100,28 @@ pub struct Workspace<B> {
     pub normed_qkv: Option<B>,
     /// Score tiles.
     pub attention: B,
-    /// Tables of cos and sin, `[T, rotary_dim / 2]`, of each rotary embedding.
-    pub rotary: Vec<(B, B)>,
+    /// What turns q and k.
+    pub rotary: RotaryBuffers<B>,
     /// Rows that the MLP works on, where it works in tiles.
     pub tile: Option<Tile<B>>,
     /// Gradients of activations; only where there is a backward pass.
     pub gradients: Option<GradientBuffers<B>>,
+}
+
+/// Tables of every rotary embedding.
+pub struct RotaryBuffers<B> {
+    /// cos and sin, `[T, rotary_dim / 2]`, of each.
+    pub tables: Vec<[B; 2]>,
+    /// Factors of q, `[T]`.
+    pub query_scale: Option<B>,
+}
+
+impl<B> RotaryBuffers<B> {
+    /// Those of one of them.
+    pub fn of(&self, index: usize) -> RotaryTables<'_, B> {
+        let [cos, sin] = &self.tables[index];
+        RotaryTables { cos, sin, query_scale: self.query_scale.as_ref() }
+    }
 }
 
 /// Rows of one tile of the MLP, copied in and out.

@@ -2,9 +2,9 @@
 
 use super::offload::Offload;
 use crate::kernels::{Kernels, PlannedMemory};
-use crate::model::block::{GradientBuffers, Saved, SavedMlp, Tile, Workspace};
+use crate::model::block::{GradientBuffers, RotaryBuffers, Saved, SavedMlp, Tile, Workspace};
 use crate::model::spec::ModelSpec;
-use crate::plan::layout::{mlp_prefix, mlp_tiles, rotary_tables};
+use crate::plan::layout::{QUERY_SCALE, mlp_prefix, mlp_tiles, rotary_tables};
 use crate::plan::{Policy, Settings};
 
 /// The arena's regions.
@@ -155,9 +155,10 @@ fn workspace<K: Kernels>(
         dropped: settings.lora_dropout.then(|| arena.take("work.dropped")),
         normed_qkv: spec.qk_norm.then(|| arena.take("work.normed_qkv")),
         attention: arena.take("work.attention"),
-        rotary: rotary_tables(spec)
-            .map(|names| names.map(|name| arena.take(&name)).into())
-            .collect(),
+        rotary: RotaryBuffers {
+            tables: rotary_tables(spec).map(|names| names.map(|name| arena.take(&name))).collect(),
+            query_scale: spec.query_scaling.map(|_| arena.take(QUERY_SCALE)),
+        },
         tile: settings.tiled().then(|| Tile {
             tokens: settings.mlp_tile(),
             middle: arena.take("work.tile_middle"),

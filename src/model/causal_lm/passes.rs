@@ -7,17 +7,24 @@ use super::buffers::{Buffers, HeadBuffers};
 use super::{Mode, Model};
 use crate::error::Result;
 use crate::kernels::{Columns, Kernels, LogitShape, TokenLayout};
-use crate::model::block::{Cache, Dropout, Pass};
+use crate::model::block::{Cache, Dropout, Pass, RotaryBuffers};
 use crate::model::streaming::Direction;
 
 impl<K: Kernels> Model<K> {
-    /// cos and sin for every token; frequencies may depend on the length of its document, or on that of
+    /// cos, sin and the scale of q for every token; frequencies may depend on the length of its document, or on that of
     /// the context where more of it may come.
     pub(super) fn fill_rotary(&mut self, tokens: &TokenLayout, context: Option<usize>) {
         let (dim, elements) = (self.spec.rotary_dim, tokens.tokens() * self.spec.rotary_dim / 2);
-        for (rotary, (cos, sin)) in self.spec.rotaries().zip(&mut self.buffers.work.rotary) {
-            self.kernels.write_tables((cos, sin), elements, |cos, sin| {
+        let RotaryBuffers { tables, query_scale } = &mut self.buffers.work.rotary;
+        for (rotary, tables) in self.spec.rotaries().zip(tables) {
+            self.kernels.write_tables(tables.each_mut(), elements, |[cos, sin]| {
                 rotary.fill_tables(dim, tokens, context, cos, sin);
+            });
+        }
+        if let Some((scaling, table)) = self.spec.query_scaling.zip(query_scale.as_mut()) {
+            self.kernels.write_tables([table], tokens.tokens(), |[scale]| {
+                let rows = scale.iter_mut().zip(&tokens.positions);
+                rows.for_each(|(scale, &position)| *scale = scaling.factor(position));
             });
         }
     }

@@ -33,6 +33,11 @@ impl<'a> Fields<'a> {
         config
     }
 
+    /// The default of a key that is not there at all: null stands for something else.
+    pub fn if_absent<T>(&self, key: &str, default: T) -> Option<T> {
+        self.0.get(key).is_none().then_some(default)
+    }
+
     pub fn required(&self, key: &str) -> Result<&'a Value> {
         self.present(key)
             .ok_or_else(|| Error::input(format_args!("config.json: field `{key}` is missing")))

@@ -6,6 +6,7 @@
 
 mod fields;
 mod gemma;
+mod mistral;
 mod phi3;
 mod smollm3;
 
@@ -13,6 +14,7 @@ use serde_json::Value;
 
 use fields::{Fields, unsupported};
 use gemma::{gemma, gemma2, gemma3};
+use mistral::{ministral3, mistral};
 use phi3::phi3;
 use smollm3::smollm3;
 
@@ -45,12 +47,13 @@ pub fn base_dropout(config: &Value) -> Option<(&'static str, f64)> {
     KEYS.map(probability).into_iter().find(|(_, probability)| *probability > 0.0)
 }
 
-const SUPPORTED: &str = "supported families: llama, mistral, qwen2, qwen3, smollm3, gemma, gemma2, gemma3_text, phi3, gpt2";
+const SUPPORTED: &str = "supported families: llama, mistral, ministral3, qwen2, qwen3, smollm3, gemma, gemma2, gemma3_text, phi3, gpt2";
 
 fn read_spec(fields: &Fields) -> Result<ModelSpec> {
     let spec = match fields.text("model_type")? {
         "llama" => llama(fields, Family::Llama)?,
         "mistral" => mistral(fields)?,
+        "ministral3" => ministral3(fields)?,
         "qwen2" => qwen2(fields)?,
         "qwen3" => qwen3(fields)?,
         "smollm3" => smollm3(fields)?,
@@ -102,6 +105,7 @@ fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
         rotary: Some(rotary_from_config(fields.0)?),
         rotary_dim: rotary_dim(fields, family, head_dim)?,
         local_rotary: None,
+        query_scaling: None,
         rotates: vec![true; num_layers],
         learned_positions: None,
         qkv_bias: attention_bias,
@@ -139,27 +143,9 @@ fn whole_heads(config: &Value) -> Result<()> {
     Ok(())
 }
 
-fn mistral(fields: &Fields) -> Result<ModelSpec> {
-    let mut spec = llama(fields, Family::Mistral)?;
-    if fields.0.get("num_key_value_heads").is_none() {
-        spec.num_kv_heads = 8;
-    }
-    // The class default is 4096; an explicit null (v0.2 and later) switches the window off.
-    let window = match fields.0.get("sliding_window") {
-        None => Some(4096),
-        Some(Value::Null) => None,
-        Some(_) => Some(fields.size("sliding_window")?),
-    };
-    spec.windows = vec![window; spec.num_layers];
-    (spec.qkv_bias, spec.output_bias, spec.mlp_bias) = (false, false, false);
-    Ok(spec)
-}
-
 fn qwen2(fields: &Fields) -> Result<ModelSpec> {
     let mut spec = llama(fields, Family::Qwen2)?;
-    if fields.0.get("num_key_value_heads").is_none() {
-        spec.num_kv_heads = 32;
-    }
+    spec.num_kv_heads = fields.if_absent("num_key_value_heads", 32).unwrap_or(spec.num_kv_heads);
     (spec.qkv_bias, spec.output_bias, spec.mlp_bias) = (true, false, false);
     spec.windows = qwen_windows(fields, spec.num_layers)?;
     Ok(spec)
@@ -169,9 +155,7 @@ fn qwen3(fields: &Fields) -> Result<ModelSpec> {
     let config = fields.with_defaults([("head_dim", 128)]);
     let fields = &Fields(&config);
     let mut spec = llama(fields, Family::Qwen3)?;
-    if fields.0.get("num_key_value_heads").is_none() {
-        spec.num_kv_heads = 32;
-    }
+    spec.num_kv_heads = fields.if_absent("num_key_value_heads", 32).unwrap_or(spec.num_kv_heads);
     (spec.qk_norm, spec.mlp_bias) = (true, false);
     spec.windows = qwen_windows(fields, spec.num_layers)?;
     Ok(spec)
@@ -224,6 +208,7 @@ fn gpt2(fields: &Fields) -> Result<ModelSpec> {
         rotary: None,
         rotary_dim: 0,
         local_rotary: None,
+        query_scaling: None,
         rotates: vec![true; num_layers],
         learned_positions: Some(positions),
         qkv_bias: true,

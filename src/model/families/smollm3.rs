@@ -24,9 +24,7 @@ pub(super) fn smollm3(fields: &Fields) -> Result<ModelSpec> {
     ]);
     let fields = &Fields(&config);
     let mut spec = llama(fields, Family::SmolLm3)?;
-    if fields.0.get("num_key_value_heads").is_none() {
-        spec.num_kv_heads = 4;
-    }
+    spec.num_kv_heads = fields.if_absent("num_key_value_heads", 4).unwrap_or(spec.num_kv_heads);
     spec.rotates = rotates(fields, spec.num_layers)?;
     if fields.flag_or("use_sliding_window", false)? && fields.present("sliding_window").is_some() {
         let window = fields.size("sliding_window")?;
