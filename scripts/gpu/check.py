@@ -54,8 +54,9 @@ class Check:
 
     def environment(self) -> dict[str, str]:
         own = {"CUDA_CACHE_PATH": str(self.folder / "cuda-cache"), "RUST_BACKTRACE": "0"}
-        packages = [str(CARRIED / "site"), os.environ.get("PYTHONPATH", "")]
-        own |= {"PYTHONPATH": os.pathsep.join(filter(None, packages))}
+        if importlib.util.find_spec("bitsandbytes") is None:
+            packages = [str(CARRIED / "site"), os.environ.get("PYTHONPATH", "")]
+            own |= {"PYTHONPATH": os.pathsep.join(filter(None, packages))}
         own |= {"HF_HUB_OFFLINE": "1", "HF_HOME": str(self.folder)}
         if self.setup.device == "cuda":
             own["NIBBLE_TEST_DEVICE"] = "cuda"

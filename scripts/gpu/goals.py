@@ -10,6 +10,8 @@ PLAN_ERROR = 0.03
 DEQUANTIZE_SHARE = 0.85
 EXPOSED_SHARE = 0.06
 ATTENTION_SHARE = 0.50
+# What "8B long" offloads to pinned memory of the host; programs may pin half of what is free there.
+LONG_PINS_GIB = 30
 
 GOALS = {
     "doctor": ("driver, cuBLAS, agreement with the CPU", "usable"),

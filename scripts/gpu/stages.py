@@ -264,12 +264,20 @@ def parse_gib(size: str) -> float:
     return float(size.removesuffix("GiB")) * GIB
 
 
+def free_host_gib() -> float:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 2**20
+
+
 def train_32b(check: Check):
     train_long(check, "32B", "32B", check.setup.length_32b, 3)
     shutil.rmtree(check.model("32B"))
 
 
 def train_8b_long(check: Check):
+    if not check.setup.rehearsal and free_host_gib() / 2 < goals.LONG_PINS_GIB:
+        words = f"{free_host_gib():.0f} GiB of the host's memory are free, half of it may be pinned"
+        raise RuntimeError(f"{words}; {goals.LONG_PINS_GIB} GiB are needed")
     train_long(check, "8B long", "8B", check.setup.length_long, 1)
 
 

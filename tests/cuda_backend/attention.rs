@@ -7,6 +7,7 @@ use nibble::model::spec::ModelSpec;
 use nibble::plan::{Component, MemoryPlan, Policy, Region, RegionType, Settings};
 use nibble::random::Stream;
 
+use crate::device::BLAS_WORKSPACE;
 use crate::golden::Case;
 use crate::{Gpu, error_in_norm, gpu, settings};
 
@@ -46,7 +47,7 @@ fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType, work: usize) -
         region("work", wide, work),
     ];
     if dtype == RegionType::Bf16 {
-        regions.insert(0, region("cuda.workspace", wide, 1024));
+        regions.insert(0, region("cuda.workspace", wide, BLAS_WORKSPACE));
         let uploads = region("cuda.uploads", wide, 1024);
         regions.push(Region { component: Component::Uploads, ..uploads });
         regions.push(region("cuda.dequantized", dtype, 8));

@@ -12,6 +12,9 @@ use nibble::kernels::cuda::library::Gpu;
 
 use crate::emulated::{Copies, Emulated};
 
+/// f32 elements of cuBLAS' workspace, as a plan has it: with too few a product may fail.
+pub const BLAS_WORKSPACE: usize = 8 << 20;
+
 /// What was asked of the driver so far.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Counts {

@@ -12,7 +12,7 @@ use nibble::plan::{Component, MemoryPlan, Policy, Region, RegionType};
 use nibble_quant::{Floats, PackedWeight};
 use serde_json::json;
 
-use crate::device::Device;
+use crate::device::{BLAS_WORKSPACE, Device};
 use crate::shaped::{self, Shape};
 use crate::{Gpu, gpu, nf4};
 
@@ -93,7 +93,7 @@ fn attention(gpu: &Gpu, tokens: usize, calls: usize) -> f64 {
     let layout = TokenLayout::new(&[0, tokens as u32]);
     let (qkv, o) = (tokens * shape.qkv_width(), tokens * shape.q_width());
     let regions = [
-        ("cuda.workspace", F32, 1024),
+        ("cuda.workspace", F32, BLAS_WORKSPACE),
         ("qkv", Bf16, qkv),
         ("o", Bf16, o),
         ("lse", F32, tokens * shape.num_heads),

@@ -251,6 +251,12 @@ impl Gpu {
         self.cuda.check("finish work on the GPU", code)
     }
 
+    /// Waits for all that is queued.
+    fn finish_all(&self) -> Result<()> {
+        let streams = [self.stream, self.copies, self.ahead];
+        streams.into_iter().try_for_each(|stream| self.finish(stream))
+    }
+
     fn launch_on(&self, stream: Handle, launch: Launch) -> Result<()> {
         let Launch { kernel, grid: [x, y, z], threads, shared_bytes, arguments } = launch;
         let function = *self
@@ -366,9 +372,9 @@ impl Driver for Gpu {
     }
 
     fn free(&self, address: Address) {
-        // Waits for what is queued. Nobody is there to hear of an error.
-        if self.enter().is_ok() {
-            // SAFETY: allocated by `allocate`; its owner is gone.
+        // Nobody is there to hear of an error.
+        if self.finish_all().is_ok() {
+            // SAFETY: allocated by `allocate`; its owner is gone, and nothing that is queued uses it.
             unsafe { (self.cuda.free)(address) };
         }
     }
@@ -383,8 +389,7 @@ impl Driver for Gpu {
     }
 
     fn free_staging(&self, staging: *mut u8, _bytes: usize) {
-        let streams = [self.stream, self.copies, self.ahead];
-        if streams.into_iter().try_for_each(|stream| self.finish(stream)).is_ok() {
+        if self.finish_all().is_ok() {
             // SAFETY: allocated by `allocate_staging`, and nothing that is queued reads it any more.
             unsafe { (self.cuda.free_host)(staging.cast()) };
         }

@@ -23,7 +23,8 @@ pub fn staged_bytes(plan: &MemoryPlan) -> usize {
         region.component == Component::Uploads || region.component == Component::RotaryTables
     };
     let regions = plan.regions.iter().filter(staged);
-    regions.map(|region| 4 * region.elements).sum::<usize>() + 4 * UPLOAD_WORDS
+    let bytes = regions.map(|region| 4 * region.elements.next_multiple_of(UPLOAD_WORDS));
+    bytes.sum::<usize>() + 4 * UPLOAD_WORDS
 }
 
 /// Buffers for widened weights; the second one is for what is widened ahead.
