@@ -4,17 +4,14 @@ mod allocator;
 
 use std::io::Write;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
 
 use nibble::cli::Cli;
 use nibble::error::Error;
 use nibble::{commands, printed};
-use signal_hook::consts::SIGPIPE;
 
 fn main() -> ExitCode {
     allocator::return_freed_memory();
-    end_quietly_without_reader();
+    printed::end_with_reader();
     let arguments: Vec<_> = std::env::args_os().collect();
     let command = arguments.get(1).map(|name| name.to_string_lossy().into_owned());
     let cli = Cli::from_arguments(arguments);
@@ -29,13 +26,6 @@ fn main() -> ExitCode {
             ExitCode::from(code)
         }
     }
-}
-
-/// `nibble … | head` ends as other programs do: Rust ignores SIGPIPE, and printing would panic.
-fn end_quietly_without_reader() {
-    let always = Arc::new(AtomicBool::new(true));
-    // Where it is refused, printing fails loudly: no reason to stop here.
-    let _ = signal_hook::flag::register_conditional_default(SIGPIPE, always);
 }
 
 /// Wrong usage always points to the help.

@@ -1,15 +1,21 @@
-//! What commands print on standard output, whose failure is an error like others.
+//! What commands print, whose failure is an error like others on standard output, and none on stderr.
 //!
-//! std's `println!` panics when the disk is full. In this crate its name stands for one that keeps
-//! the failure, prints nothing more, and leaves it to [`flush`] at the end of the program. (A reader
-//! that is gone ends the process before: see `main.rs`.) Unit tests have std's, which they capture.
+//! std's `println!` and `eprintln!` panic when the disk is full. In this crate the first stands for one
+//! that keeps the failure, prints nothing more, and leaves it to [`flush`] at the end of the program,
+//! the second for one that goes on: progress that nobody reads ends no work. Unit tests have std's,
+//! which they capture.
 
 use std::fmt::Arguments;
 use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+
+use signal_hook::consts::SIGPIPE;
 
 use crate::error::{Error, Result};
+
+/// Whether a reader that is gone ends the process.
+static ENDS_WITH_READER: OnceLock<Arc<AtomicBool>> = OnceLock::new();
 
 /// A failure that nobody was told of.
 static FAILURE: Mutex<Option<io::Error>> = Mutex::new(None);
@@ -26,6 +32,39 @@ macro_rules! print {
 macro_rules! println {
     () => { print!("\n") };
     ($($text:tt)*) => { print!("{}\n", format_args!($($text)*)) };
+}
+
+/// std's `eprint!`, but that a failure is ignored: there is nobody to tell.
+#[cfg(not(test))]
+macro_rules! eprint {
+    ($($text:tt)*) => { $crate::printed::write_aside(format_args!($($text)*)) };
+}
+
+/// std's `eprintln!`, but that a failure is ignored: there is nobody to tell.
+#[cfg(not(test))]
+macro_rules! eprintln {
+    () => { eprint!("\n") };
+    ($($text:tt)*) => { eprint!("{}\n", format_args!($($text)*)) };
+}
+
+/// From now on `nibble … | head` ends as other programs do, quietly: Rust ignores SIGPIPE.
+pub fn end_with_reader() {
+    let ends = ENDS_WITH_READER.get_or_init(|| Arc::new(AtomicBool::new(true)));
+    // Where it is refused, printing fails loudly: no reason to stop here.
+    let _ = signal_hook::flag::register_conditional_default(SIGPIPE, Arc::clone(ends));
+}
+
+/// From now on work goes on without a reader: it has something to save, or to remove. Ctrl-C ends the
+/// `tee` behind it, too.
+pub fn outlive_reader() {
+    if let Some(ends) = ENDS_WITH_READER.get() {
+        ends.store(false, Ordering::Relaxed);
+    }
+}
+
+/// Prints `text` on stderr.
+pub fn write_aside(text: Arguments<'_>) {
+    let _ = io::stderr().lock().write_fmt(text);
 }
 
 /// Prints `text`, unless something before it failed.

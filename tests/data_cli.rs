@@ -185,6 +185,62 @@ fn roles_that_may_be_mistyped_are_named() {
     assert_eq!(json["unknown_roles"]["bot"], bot);
 }
 
+/// A template without tools: what would be left out of the text is refused, or told.
+#[test]
+fn what_the_template_leaves_out_is_said() {
+    let call = serde_json::json!({"type": "function", "function": {"name": "f", "arguments": {}}});
+    let record = |answer: &Value, tools: Value| {
+        let messages = [serde_json::json!({"role": "user", "content": "Hi"}), answer.clone()];
+        serde_json::json!({ "messages": messages, "tools": tools }).to_string() + "\n"
+    };
+    let plain = serde_json::json!({"role": "assistant", "content": "Hello!"});
+    let (mut calls, mut only_calls, mut thinks, mut empty) =
+        (plain.clone(), plain.clone(), plain.clone(), plain.clone());
+    calls["tool_calls"] = serde_json::json!([call]);
+    only_calls["tool_calls"] = serde_json::json!([call]);
+    only_calls["content"] = Value::Null;
+    thinks["reasoning_content"] = "They greet.".into();
+    empty["content"] = "".into();
+    let text = record(&calls, Value::Null)
+        + &record(&plain, serde_json::json!([{"name": "f"}]))
+        + &record(&only_calls, Value::Null)
+        + &record(&plain, Value::Null);
+    let (said, error) = refused(&text, &[]);
+    for reason in [
+        "chat.jsonl:1: the chat template leaves messages[1].tool_calls out\n",
+        "chat.jsonl:2: the chat template leaves field `tools` out\n",
+        "chat.jsonl:3: chat template: ",
+    ] {
+        assert!(said.contains(reason), "{said}");
+    }
+    assert!(error.contains("hint: give a `--chat-template` that knows tools"), "{error}");
+    let (_, error) = refused(&record(&only_calls, Value::Null), &[]);
+    assert!(error.contains("the record has tools, of which this template may"), "{error}");
+    let said = report(&(record(&thinks, Value::Null) + &record(&empty, Value::Null)), &[]);
+    for note in [
+        "note  messages whose reasoning the chat template leaves out: 1 (chat.jsonl:1)\n",
+        "note  answers that are empty: only their end is trained: 1 (chat.jsonl:2)\n",
+    ] {
+        assert!(said.contains(note), "{said}");
+    }
+}
+
+#[test]
+fn a_terminal_obeys_nothing_that_is_shown() {
+    let text = serde_json::json!({"text": "a\u{1b}[31mb\u{7}\u{7f}\u{9b}c"}).to_string();
+    let shown = report(&text, &["--show", "1"]);
+    assert!(shown.chars().all(|shown| shown == '\n' || !shown.is_control()), "{shown:?}");
+    assert!(shown.contains('␛') && shown.contains('␇') && shown.contains('␡'), "{shown}");
+}
+
+#[test]
+fn records_of_a_list_on_one_line_are_told_apart() {
+    let output =
+        look("d.json", "[{\"text\": \"a b c\"}, {\"text\": \"d e f\"}, {\"text\": 3}]", &[]);
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("d.json:3: field `text` is a number, expected text\n"), "{said}");
+}
+
 #[test]
 fn lengths_that_the_model_was_not_trained_on_are_noted() {
     let known = "the model was trained on up to 3,000 tokens; ";

@@ -154,6 +154,26 @@ fn what_llama_cpp_computes_otherwise_is_refused() {
     }
 }
 
+#[test]
+fn what_is_read_is_not_replaced() {
+    let place = place(&Case::open("llama_s0"));
+    let before = place.read("base/model.safetensors");
+    let ask = |model: &str, out: &str| {
+        let (code, text) =
+            fail(place.nibble(&["export", "--model", model, "--out", out, "--overwrite"]));
+        let says = format!("{out} would be replaced while it is read");
+        assert!(code == 2 && text.contains(&says), "{code}: {text}");
+    };
+    ask("base", "base/model.safetensors");
+    assert!(place.read("base/model.safetensors") == before);
+    export(&place, &[]);
+    ask("out.gguf", "out.gguf");
+    for _ in 0..2 {
+        let inside = ["export", "--model", "base", "--out", "base/m.gguf", "--overwrite"];
+        succeed(place.nibble(&inside));
+    }
+}
+
 /// The golden configs say `max_position_embeddings` 128.
 #[test]
 fn windows_that_llama_cpp_does_not_heed_are_told() {

@@ -4,6 +4,7 @@ mod golden;
 mod training;
 
 use std::collections::BTreeSet;
+use std::fs;
 use std::process::{Command, Output};
 
 use golden::{CASES, Case};
@@ -281,6 +282,14 @@ fn a_measured_run_fills_the_planned_arena() {
         let page = String::from_utf8(place.read("page.html")).unwrap();
         assert!(page.contains("kept activations") && page.contains("measured"));
     }
+    let planned = |model: &str| {
+        let output = succeed(place.nibble(&["memory", "--model", model, "--threads", "2"]));
+        String::from_utf8(output.stdout).unwrap()
+    };
+    let says = "program and tokenizer are assumed";
+    assert!(!planned("model/config.json").contains(says), "a tokenizer is beside it");
+    fs::copy(place.path("model/config.json"), place.path("config.json")).unwrap();
+    assert!(planned("config.json").contains(says));
     let config = ["memory", "--model", "model/config.json", "--measure"];
     let (code, text) = fail(place.nibble(&config));
     assert_eq!(code, 2);

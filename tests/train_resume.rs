@@ -113,6 +113,26 @@ fn a_run_stopped_by_a_signal_continues_bit_for_bit() {
     }
 }
 
+/// Ctrl-C also ends the `tee` that reads what a run says.
+#[test]
+fn a_run_outlives_its_reader_and_still_saves() {
+    let place = Workplace::new();
+    succeed(place.train("whole", &FLAGS));
+    let (reader, writer) = std::io::pipe().unwrap();
+    let mut command = place.train("deaf", &FLAGS);
+    let mut child = command.stdout(writer.try_clone().unwrap()).stderr(writer).spawn().unwrap();
+    drop((reader, command));
+    assert!(wait_for(&place, "deaf", &mut child, |file| file == "checkpoint-6"));
+    signal(&child, "INT");
+    assert_eq!(child.wait().unwrap().code(), Some(130));
+    succeed(place.nibble(&["train", "--out", "deaf", "--resume"]));
+    assert_same_results(&place, "whole", "deaf");
+    let full = || std::fs::File::options().write(true).open("/dev/full").unwrap();
+    let mut command = place.train("full", &FLAGS);
+    assert!(command.stderr(full()).status().unwrap().success());
+    assert_same_results(&place, "whole", "full");
+}
+
 #[test]
 fn a_run_with_8_bit_moments_continues_bit_for_bit() {
     let place = Workplace::new();

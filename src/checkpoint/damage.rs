@@ -9,8 +9,19 @@ use crate::error::Error;
 /// Bytes of the length in front of the header.
 const LENGTH_BYTES: usize = size_of::<u64>();
 
+/// What a repository that was cloned without Git LFS has in place of a large file, if `bytes` are that.
+pub fn lfs_pointer(bytes: &[u8]) -> Option<Error> {
+    bytes.starts_with(b"version https://git-lfs.github.com/spec/").then(|| {
+        Error::input("a Git LFS pointer, not the file itself")
+            .hint("run `git lfs pull` in the folder, or download the file")
+    })
+}
+
 /// An error for the file `bytes` that safetensors refused with `error`.
 pub fn damaged_safetensors(bytes: &[u8], error: &SafeTensorError) -> Error {
+    if let Some(pointer) = lfs_pointer(bytes) {
+        return pointer;
+    }
     let what = explain(bytes).unwrap_or_else(|| error.to_string());
     Error::input(format_args!("damaged safetensors file: {what}")).hint(
         "the download may have been cut short: compare the size with the source's, or download \

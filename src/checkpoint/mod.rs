@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
-pub(crate) use damage::damaged_safetensors;
+pub(crate) use damage::{damaged_safetensors, lfs_pointer};
 pub use dense::DenseTensor;
 use dense::{f32_bytes, parallel_f32};
 pub use elements::Elements;
@@ -103,7 +103,8 @@ impl Checkpoint {
     /// `Io` when a file cannot be opened; `Input` naming the file when a header is damaged, a shard
     /// is missing, or the index names tensors that no shard has.
     pub fn open(path: &Path) -> Result<Self> {
-        Self::read(path).map_err(|error| error.or_hint(ANOTHER_COPY))
+        let hint = if path.exists() { ANOTHER_COPY } else { "is the path right?" };
+        Self::read(path).map_err(|error| error.or_hint(hint))
     }
 
     fn read(path: &Path) -> Result<Self> {

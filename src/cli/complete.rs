@@ -270,7 +270,8 @@ mod tests {
             ),
             (
                 "[tokenizer]\nseed = 1",
-                "run.toml:1: unknown key `tokenizer`\nhint: see `nibble train --help`",
+                "run.toml:1: unknown key `tokenizer`\nhint: settings stand in no sections: leave \
+                 `[tokenizer]` out",
             ),
             (
                 "seed = 2026-01-01",

@@ -114,7 +114,14 @@ fn is_default(command: &Command, flag: &str, values: &[String]) -> bool {
 }
 
 fn entry(command: &Command, name: &str, value: &DeValue<'_>, place: String) -> Result<Entry> {
-    let arg = known(command, name)?;
+    let arg = known(command, name).map_err(|error| match value {
+        DeValue::Table(_) if find(command, name).is_none() => {
+            let what = &error.message().what;
+            Error::usage(what.lines().next().unwrap_or(what))
+                .hint(format_args!("settings stand in no sections: leave `[{name}]` out"))
+        }
+        _ => error,
+    })?;
     if arg.get_value_parser().type_id() == TypeId::of::<PathBuf>() {
         check_path(name, value)?;
     }

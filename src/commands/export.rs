@@ -14,6 +14,7 @@ use crate::data::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 use crate::model::spec::{Family, ModelSpec};
+use crate::train::interrupt::Interrupt;
 
 /// Runs the command.
 ///
@@ -25,6 +26,9 @@ pub fn run(args: &ExportArgs) -> Result<()> {
         return Err(Error::usage(format_args!("{} is there already", args.out.display()))
             .hint("give another `--out`, or `--overwrite`"));
     }
+    for input in [Some(&args.model), args.adapter.as_ref()].into_iter().flatten() {
+        check_not_part(input, &args.out)?;
+    }
     let checkpoint = Checkpoint::open(&args.model)?;
     super::note_left_out(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
@@ -35,6 +39,19 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     };
     let seconds = started.elapsed().as_secs_f64();
     println!("wrote {} ({}, {seconds:.1} s)", args.out.display(), ByteSize(bytes));
+    Ok(())
+}
+
+/// Refuses to replace a file that is read: the model's own, or one of its folder that is no GGUF file.
+fn check_not_part(input: &Path, output: &Path) -> Result<()> {
+    let (Ok(read), Ok(written)) = (input.canonicalize(), output.canonicalize()) else {
+        return Ok(());
+    };
+    let within = written.starts_with(&read) && output.extension().is_none_or(|it| it != "gguf");
+    if read == written || within {
+        let what = format_args!("{} would be replaced while it is read", output.display());
+        return Err(Error::usage(what).hint("choose another `--out`"));
+    }
     Ok(())
 }
 
@@ -56,7 +73,11 @@ fn model(args: &ExportArgs, checkpoint: &Checkpoint, spec: &ModelSpec) -> Result
         )
         .expect("the template is valid"),
     );
-    let bytes = export.write(&args.out, &metadata, |written| bar.inc(written as u64))?;
+    let interrupt = Interrupt::install()?;
+    let bytes = export.write(&args.out, &metadata, |written| {
+        bar.inc(written as u64);
+        interrupt.check()
+    })?;
     bar.finish_and_clear();
     Ok(bytes)
 }

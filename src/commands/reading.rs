@@ -38,6 +38,12 @@ pub fn notes(report: &LoadReport) -> Vec<String> {
         counted(report.cut_answers.len(), "answer", "cut before the end"),
         plain(report.double_bos.len(), "with two beginning-of-sequence tokens in front"),
         plain(report.duplicates.len(), "repeating an earlier one"),
+        counted(report.empty_answers.len(), "answer", "with nothing in it"),
+        counted(
+            report.reasoning_left_out.len(),
+            "message",
+            "whose reasoning the chat template leaves out",
+        ),
         unknown_roles(report)
             .map(|roles| format!("messages of roles that templates seldom know: {roles}")),
     ];

@@ -51,6 +51,10 @@ pub struct Encoded {
     pub double_bos: bool,
     /// Roles that templates seldom know, one for each message that has one.
     pub unknown_roles: Vec<String>,
+    /// Messages whose reasoning the template leaves out.
+    pub reasoning_left_out: usize,
+    /// Trained answers that are empty.
+    pub empty_answers: usize,
 }
 
 impl<'a> Encoder<'a> {
@@ -170,19 +174,31 @@ impl<'a> Encoder<'a> {
                 .hint("choose one, such as `--chat-template chatml` or `alpaca`"));
         };
         let template = templates.for_variables(&chat.variables);
+        let refused = |error| {
+            match rejection(error) {
+            refused if chat.has_tools() => refused.or_hint(
+                "the record has tools, of which this template may know nothing: see `--chat-template`",
+            ),
+            refused => refused,
+        }
+        };
         if self.train_on == TrainOn::All {
-            let text =
-                template.render(&chat.messages, &chat.variables, false).map_err(rejection)?;
+            let text = template.render(&chat.messages, &chat.variables, false).map_err(refused)?;
             let mut ids = self.tokenizer.encode(&text).map_err(rejection)?;
             let ends = ids.iter().any(|&id| self.ends_turn(id)) || self.close(&mut ids);
-            return Ok(all_trained(ids, !ends));
+            template.check_tools(chat, &text)?;
+            let reasoning_left_out = chat.reasoning_left_out(&text);
+            return Ok(Encoded { reasoning_left_out, ..all_trained(ids, !ends) });
         }
-        let rendered = template.render_with_turns(chat, &self.end_texts).map_err(rejection)?;
+        let rendered = template.render_with_turns(chat, &self.end_texts).map_err(refused)?;
+        template.check_tools(chat, &rendered.text)?;
         let (ids, offsets) =
             self.tokenizer.encode_with_offsets(&rendered.text).map_err(rejection)?;
         let turns = self.trained_turns(chat, &rendered)?;
         let ranges = turns.iter().map(|turn| self.turn(&ids, &offsets, &turn.range)).collect();
-        Ok(self.masked_but(ids, ranges))
+        let reasoning_left_out = chat.reasoning_left_out(&rendered.text);
+        let empty_answers = chat.empty_answers();
+        Ok(Encoded { reasoning_left_out, empty_answers, ..self.masked_but(ids, ranges) })
     }
 
     /// The turns that the options and the record want trained.

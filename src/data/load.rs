@@ -100,11 +100,14 @@ pub fn read(
     let unread = loader.report.rejected.len() == loader.report.records;
     if let Some((old, _)) = loader.idle.first().filter(|_| !unread) {
         let place = path.display();
-        let what = format_args!("--rename-columns: no record of {place} has a field `{old}`");
-        return Err(Error::usage(what)
-            .hint("each is one OLD=NEW, the name in the file first; the flag may be repeated"));
+        return Err(not_renamed(format_args!("no record of {place} has a field `{old}`")));
     }
     Ok(loader.report)
+}
+
+fn not_renamed(found: std::fmt::Arguments<'_>) -> Error {
+    Error::usage(format_args!("--rename-columns: {found}"))
+        .hint("each is one OLD=NEW, the name in the file first; the flag may be repeated")
 }
 
 impl Dataset {
@@ -198,6 +201,10 @@ impl<K: FnMut(Document)> Loader<'_, K> {
             parsed.iter().filter_map(|(line, record)| Some((line, record.as_ref().ok()?)));
         let Some((line, record)) = records.next() else { return Ok(None) };
         let found = Format::detect(record).map_err(|rejection| {
+            if let Some((old, _)) = self.idle.first() {
+                let place = self.report.files.place(*line);
+                return not_renamed(format_args!("{place} has no field `{old}`"));
+            }
             let place = self.report.files.place(*line);
             let error = Error::input(format_args!("{place}: {}", rejection.reason));
             match rejection.hint {
@@ -216,6 +223,13 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         }
         if encoded.double_bos {
             report.double_bos.push(line);
+        }
+        let counted = [
+            (encoded.reasoning_left_out, &mut report.reasoning_left_out),
+            (encoded.empty_answers, &mut report.empty_answers),
+        ];
+        for (count, lines) in counted {
+            lines.extend(std::iter::repeat_n(line, count));
         }
         for role in encoded.unknown_roles {
             let first = RoleUse { messages: 0, first_line: line };

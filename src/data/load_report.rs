@@ -39,6 +39,10 @@ pub struct LoadReport {
     pub cut_answers: Vec<usize>,
     /// Lines that begin with two beginning-of-sequence tokens.
     pub double_bos: Vec<usize>,
+    /// The line of each message whose reasoning the chat template leaves out.
+    pub reasoning_left_out: Vec<usize>,
+    /// The line of each answer that is trained and empty.
+    pub empty_answers: Vec<usize>,
     /// Messages of roles that templates seldom know.
     pub unknown_roles: BTreeMap<String, RoleUse>,
     /// Lines that repeat an earlier record.

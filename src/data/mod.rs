@@ -21,6 +21,7 @@ pub mod files;
 mod gguf_tokens;
 mod jinja;
 mod known_templates;
+mod left_out;
 pub mod load;
 mod load_report;
 pub mod pack;

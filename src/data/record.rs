@@ -90,7 +90,7 @@ fn unknown(names: &[&str]) -> Rejection {
     }
     Rejection::new(what).hint(
         "expected text, prompt and completion, instruction and output, conversations, messages, \
-         or input_ids",
+         or input_ids: other names are told with `--rename-columns OLD=NEW`",
     )
 }
 
@@ -145,6 +145,11 @@ impl Rejection {
     pub(super) fn hint(mut self, hint: impl Into<String>) -> Self {
         self.hint = Some(hint.into());
         self
+    }
+
+    /// A way out where there is none yet.
+    pub(super) fn or_hint(self, hint: impl Into<String>) -> Self {
+        if self.hint.is_some() { self } else { self.hint(hint) }
     }
 }
 

@@ -2,6 +2,7 @@
 //! gets a gradient and moves. A parameter that silently stands still is the classic bug of a
 //! hand-written backward pass; it costs a run, not an error message.
 
+use super::step::Gradient;
 use super::trainee::Trainee;
 use crate::data::Batch;
 use crate::error::{Error, Result};
@@ -13,6 +14,24 @@ const PROBE_TOKENS: usize = 64;
 
 const HINT: &str = "this is a bug, or documents so short that attention has nothing to attend to; \
                     `--self-checks false` trains all the same";
+
+const DIVERGED: &str = "a `--learning-rate` that is too high breaks a model like this: try a lower one, from an \
+                        earlier checkpoint; `--self-checks false` trains all the same";
+
+/// Below this loss answers may be as sure as f32 can say, and nothing is left to learn.
+const SURE: f64 = 1e-3;
+
+/// Checks that a step has a gradient at all.
+///
+/// # Errors
+/// `Numeric` when every gradient is 0, though answers are wrong: nothing reaches the adapter any more.
+pub fn has_gradient(gradient: &Gradient) -> Result<()> {
+    if gradient.norm > 0.0 || gradient.loss < SURE {
+        return Ok(());
+    }
+    let what = format_args!("no matrix has a gradient any more, at a loss of {:.4}", gradient.loss);
+    Err(Error::numeric(what).hint(DIVERGED))
+}
 
 /// The first tokens of `batch`'s first document, all of them trained.
 pub fn probe(batch: &Batch) -> Batch {
@@ -100,7 +119,8 @@ impl FirstSteps {
                 dead.push(tensor);
             }
         }
-        report(&tensors, dead.into_iter(), "have no gradient")?;
+        let hint = if self.stage == Stage::Begin { HINT } else { DIVERGED };
+        report(&tensors, dead.into_iter(), "have no gradient", hint)?;
         self.stage = next;
         self.remember(model)
     }
@@ -120,7 +140,7 @@ impl FirstSteps {
         let after = sums(model)?;
         let still = all.iter().zip(self.before.iter().zip(&after));
         let still = still.filter(|(tensor, (b, a))| tensor.matrix == matrix && b == a);
-        report(&of(model, matrix), still.map(|(tensor, _)| tensor), "stood still")?;
+        report(&of(model, matrix), still.map(|(tensor, _)| tensor), "stood still", HINT)?;
         self.stage = next;
         Ok(())
     }
@@ -156,6 +176,7 @@ fn report<'a>(
     all: &[ParameterTensor],
     bad: impl Iterator<Item = &'a ParameterTensor>,
     what: &str,
+    hint: &str,
 ) -> Result<()> {
     const SHOWN: usize = 3;
     let bad: Vec<&str> = bad.map(|tensor| tensor.name.as_str()).collect();
@@ -166,7 +187,7 @@ fn report<'a>(
     let more = if bad.len() > SHOWN { ", …" } else { "" };
     let (count, total) = (bad.len(), all.len());
     Err(Error::numeric(format_args!("{count} of {total} matrices {what}: {names}{more}"))
-        .hint(HINT))
+        .hint(hint))
 }
 
 #[cfg(test)]
@@ -220,6 +241,15 @@ mod tests {
         toy.dead_b = true;
         let error = step(&mut toy, &mut checks, 1, 1e-3).unwrap_err();
         assert_eq!(error.message().what, "1 of 1 matrices have no gradient: toy.lora_B.weight");
+    }
+
+    #[test]
+    fn a_run_without_any_gradient_left_is_ended() {
+        let gradient = |loss, norm| Gradient { loss, norm, tokens: 1, targets: 1 };
+        assert!(has_gradient(&gradient(10.8, 1e-30)).is_ok());
+        assert!(has_gradient(&gradient(0.0, 0.0)).is_ok(), "nothing is left to learn");
+        let error = has_gradient(&gradient(10.8, 0.0)).unwrap_err();
+        assert_eq!(error.message().what, "no matrix has a gradient any more, at a loss of 10.8000");
     }
 
     #[test]

@@ -9,6 +9,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 use signal_hook::flag;
 
 use crate::error::{Error, Message, Result};
+use crate::printed;
 
 /// Exit codes of a second signal are 128 + its number, as shells have it.
 const SIGNAL_EXIT_BASE: i32 = 128;
@@ -19,10 +20,12 @@ pub struct Interrupt(Arc<AtomicBool>);
 
 impl Interrupt {
     /// Listens from now on; to the end of the terminal unless that is to be ignored, as under `nohup`.
+    /// A reader of the output that is gone ends nothing any more.
     ///
     /// # Errors
     /// `Io` when the system refuses a handler.
     pub fn install() -> Result<Self> {
+        printed::outlive_reader();
         let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
         let signals = [SIGINT, SIGTERM, SIGHUP];
         Self::on(&signals[..if is_ignored(SIGHUP, &status) { 2 } else { 3 }])

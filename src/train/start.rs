@@ -106,7 +106,7 @@ pub fn compare(recipe: &Recipe, was: &Identity, now: &Identity) -> Result<()> {
     }
     let different = |what: &str| {
         Error::input(format_args!("the {what} is not what this run began with"))
-            .hint("give the original file, or start another run in another `--out`")
+            .hint("give the original, or start another run in another `--out`")
     };
     if was.data_sha256 != now.data_sha256 {
         return Err(different("training data"));
@@ -116,8 +116,7 @@ pub fn compare(recipe: &Recipe, was: &Identity, now: &Identity) -> Result<()> {
     }
     if (was.base_loss - now.base_loss).abs() > SAME_MODEL * was.base_loss.abs() {
         let (was, now) = (was.base_loss, now.base_loss);
-        let what =
-            format_args!("the base model (loss {now:.4} on the first tokens, then {was:.4})");
+        let what = format_args!("base model (loss {now:.4} on the first tokens, then {was:.4})");
         return Err(different(&what.to_string()));
     }
     Ok(())

@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use super::adamw::RateGroup;
 use super::checkpoints::{self, Extra};
-use super::checks::FirstSteps;
+use super::checks::{self, FirstSteps};
 use super::clip;
 use super::events::{EndEvent, EndReason, EvalEvent, Event, RunLog, SampleEvent, StepEvent};
 use super::feed::Feed;
@@ -178,6 +178,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         let scale = clip::gradient_scale(gradient.norm, recipe.max_grad_norm);
         if recipe.self_checks {
             self.checks.before_update(self.model).map_err(at)?;
+            checks::has_gradient(&gradient).map_err(at)?;
         }
         step::update(self.model, &recipe.optimizer, &self.groups, (number, rate), scale)
             .map_err(at)?;

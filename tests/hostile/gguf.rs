@@ -201,3 +201,10 @@ fn a_tokenizer_that_is_missing_or_damaged() {
     let bytes = with(|file| file.set("tokenizer.ggml.pre", Field::Text("klingon".into())));
     assert_gguf_refused(&bytes, &["pre-tokenizer `klingon`"]);
 }
+
+#[test]
+fn a_path_that_is_not_there() {
+    let place = Workplace::new();
+    let command = place.nibble(&["quantize", "--model", "no.gguf", "--out", "out"]);
+    assert_refused(&place, command, 1, &["no.gguf", "No such file", "hint: is the path right?"]);
+}

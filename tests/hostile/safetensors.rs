@@ -25,6 +25,17 @@ fn a_truncated_file() {
 }
 
 #[test]
+fn a_git_lfs_pointer() {
+    let pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n";
+    for name in ["model.safetensors", "tokenizer.json"] {
+        let place = Workplace::new();
+        fs::write(place.path(&format!("model/{name}")), pointer).unwrap();
+        let says = [name, "a Git LFS pointer, not the file itself", "git lfs pull"];
+        assert_not_trained(&place, 1, &[], &says);
+    }
+}
+
+#[test]
 fn overlapping_tensors() {
     let place = Workplace::new();
     edit_header(&place.path(FILE), |header| {

@@ -95,6 +95,8 @@ fn eval_data() {
 fn validation_split() {
     let runs = Runs::new();
     let run = runs.train("validation-split=0.25");
+    let said = "validation split: 6 of the documents held out, 18 to train on";
+    assert!(run.said.contains(said), "{}", run.said);
     assert_eq!(training(&run)["documents"], 18);
     assert_eq!(run.numbers("eval", "num_documents"), [6.0]);
 }

@@ -135,6 +135,7 @@ fn features_that_change_the_function_are_refused() {
     for (key, value) in [
         ("target_parameters", json!(["mlp.experts"])),
         ("layer_replication", json!([[0, 2], [1, 2]])),
+        ("use_what_is_not_invented_yet", json!(true)),
         ("use_qalora", json!(true)),
         ("alora_invocation_tokens", json!([1, 2])),
     ] {

@@ -176,10 +176,10 @@ impl PeftAdapter {
         let features = self.beyond_lora();
         if !features.is_empty() {
             return Err(Error::input(format_args!(
-                "the adapter has {}, which can be merged but not trained",
+                "the adapter has {}, which can be merged, not trained or exported by itself",
                 features.join(", ")
             ))
-            .hint("`nibble merge` it into its base and train a new adapter on the result"));
+            .hint("`nibble merge` it into its base, and train or export the result"));
         }
         let PeftSettings { lora: config, base_model, .. } = self.settings;
         let mut targets = Vec::new();

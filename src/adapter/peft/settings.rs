@@ -1,7 +1,7 @@
 //! `adapter_config.json`: PEFT's settings in and out.
 //!
 //! Reading tolerates unknown keys, as PEFT does, and refuses those that change what the adapter
-//! computes in a way that Nibble does not implement. Writing keeps to the keys that every PEFT
+//! computes in a way that Nibble does not implement; of unknown ones, switches (`use_…`) that are on. Writing keeps to the keys that every PEFT
 //! release knows, because older ones refuse new keys.
 
 use std::io::ErrorKind;
@@ -68,6 +68,9 @@ const UNSUPPORTED: [&str; 8] = [
     "use_bdlora",
     "use_qalora",
 ];
+
+/// Switches that are read.
+const SWITCHES: [&str; 2] = ["use_dora", "use_rslora"];
 
 /// Initialisations that subtract from the base model, which the adapter alone cannot tell.
 const BASE_CHANGING: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
@@ -350,7 +353,11 @@ impl<'a> Keys<'a> {
             Some(Value::Object(map)) => !map.is_empty(),
             Some(_) => true,
         };
-        match UNSUPPORTED.iter().find(set) {
+        let unknown = self.0.iter().filter(|(key, value)| {
+            key.starts_with("use_") && **value == true && !SWITCHES.contains(&key.as_str())
+        });
+        let unknown = unknown.map(|(key, _)| key.as_str());
+        match UNSUPPORTED.iter().find(set).copied().or(unknown.min()) {
             None => Ok(()),
             Some(key) => {
                 Err(Error::input(format_args!("`{key}` is set, which is not implemented"))

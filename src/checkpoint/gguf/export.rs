@@ -34,15 +34,17 @@ pub struct Export<'a> {
 }
 
 impl Export<'_> {
-    /// Writes the file; calls `progress(bytes_written)` now and then. Returns its bytes.
+    /// Writes the file; calls `progress(bytes_written)` now and then, whose error ends it. Returns its
+    /// bytes.
     ///
     /// # Errors
-    /// `Input` naming a tensor that is missing or does not fit the type; `Io` when the disk refuses.
+    /// `Input` naming a tensor that is missing or does not fit the type; `Io` when the disk refuses; that
+    /// of `progress`. The file is then as it was.
     pub fn write(
         &self,
         path: &Path,
         metadata: &[Field],
-        mut progress: impl FnMut(usize),
+        mut progress: impl FnMut(usize) -> Result<()>,
     ) -> Result<u64> {
         let (tensors, mut descriptions) = self.tensors()?;
         let factors = rope_factors(self.spec);
@@ -96,7 +98,7 @@ impl Export<'_> {
         writer: &mut GgufWriter,
         tensor: &TensorSpec,
         dtype: GgmlDType,
-        progress: &mut impl FnMut(usize),
+        progress: &mut impl FnMut(usize) -> Result<()>,
     ) -> Result<()> {
         let elements = self.elements(tensor)?;
         let columns = if tensor.shape.len() > 1 { tensor.shape[1] } else { 1 };
@@ -123,7 +125,7 @@ impl Export<'_> {
                     .hint("use `--outtype bf16` or `--outtype f32`")
             })?;
             writer.append(&bytes)?;
-            progress(bytes.len());
+            progress(bytes.len())?;
         }
         Ok(())
     }

@@ -12,6 +12,7 @@ use candle_core::Shape;
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::{Content, TensorInfo, Value, VersionedMagic};
 
+use crate::checkpoint::damage::lfs_pointer;
 use crate::error::{Error, Result};
 
 /// `GGML_MAX_DIMS`.
@@ -137,9 +138,12 @@ impl<'a> Reader<'a> {
     }
 
     fn magic(&mut self) -> Result<()> {
+        if let Some(pointer) = lfs_pointer(self.file) {
+            return Err(pointer);
+        }
         if self.file.get(..4) != Some(b"GGUF") {
             return Err(Error::input("not a GGUF file: the first four bytes are not `GGUF`")
-                .hint("the download may have saved an error page or a Git LFS pointer"));
+                .hint("the download may have saved an error page"));
         }
         self.position = 4;
         let version = self.u32()?;

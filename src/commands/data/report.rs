@@ -118,6 +118,12 @@ fn checks(audit: &Audit, options: &DataOptions, tokenizer: &ChatTokenizer) -> Ve
             &report.duplicates,
         ),
     ]);
+    let found = [
+        ("answers that are empty: only their end is trained", &report.empty_answers),
+        ("messages whose reasoning the chat template leaves out", &report.reasoning_left_out),
+    ];
+    let found = found.into_iter().filter(|(_, lines)| !lines.is_empty());
+    all.extend(found.map(|(what, lines)| note(report, what, lines)));
     all.extend(unknown_roles(report, options));
     all
 }

@@ -39,6 +39,19 @@ pub fn documents(
     Ok(out)
 }
 
+/// Nothing that a terminal would obey.
+fn visible(character: char) -> char {
+    match character {
+        '\n' => '⏎',
+        '\t' => '⇥',
+        // Unicode's pictures of control characters.
+        '\0'..' ' => char::from_u32(0x2400 + u32::from(character)).unwrap_or('␦'),
+        '\x7f' => '␡',
+        other if other.is_control() => '␦',
+        other => other,
+    }
+}
+
 /// Tokens between bars; a new line after each line break, where the mask changes, and where it is
 /// full.
 fn lines(document: &Document, tokenizer: &ChatTokenizer) -> Result<Vec<(bool, String)>> {
@@ -48,7 +61,7 @@ fn lines(document: &Document, tokenizer: &ChatTokenizer) -> Result<Vec<(bool, St
         let text = tokenizer.decode(&[id], false)?;
         // The first token has nothing to be predicted from.
         let trained = label >= 0 && index > 0;
-        let shown = text.replace('\n', "⏎").replace('\t', "⇥").replace('\r', "␍");
+        let shown: String = text.chars().map(visible).collect();
         match lines.last_mut() {
             Some((before, line)) if *before == trained && !full => {
                 line.push('│');

@@ -193,7 +193,7 @@ struct Model {
     /// Program and tokenizer.
     process: u64,
     /// What was planned with stays until the trial is over, as in training.
-    _tokenizer: Option<ChatTokenizer>,
+    tokenizer: Option<ChatTokenizer>,
 }
 
 impl Model {
@@ -205,20 +205,27 @@ impl Model {
             let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| config[*key].as_str());
             let dtype = dtype.and_then(FloatType::from_name).unwrap_or(FloatType::Bf16);
             let weights = WeightBytes::of_config(&spec, dtype, format.as_ref(), place);
-            let process = ASSUMED_PROCESS_BYTES;
-            return Ok(Model { checkpoint: None, spec, weights, process, _tokenizer: None });
+            let folder = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
+            let tokenizer = tokenizer_in(folder)?;
+            let process =
+                tokenizer.as_ref().map_or(ASSUMED_PROCESS_BYTES, |_| resident::now_bytes());
+            return Ok(Model { checkpoint: None, spec, weights, process, tokenizer });
         }
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
         let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), place);
         // Weights alone can be measured, too.
-        let has_tokenizer = path.is_file() || path.join("tokenizer.json").exists();
-        let tokenizer = has_tokenizer.then(|| ChatTokenizer::open(path)).transpose()?;
+        let tokenizer =
+            if path.is_file() { Some(ChatTokenizer::open(path)?) } else { tokenizer_in(path)? };
         checkpoint.release_all();
         let process = resident::now_bytes();
         let checkpoint = Some(checkpoint);
-        Ok(Model { checkpoint, spec, weights, process, _tokenizer: tokenizer })
+        Ok(Model { checkpoint, spec, weights, process, tokenizer })
     }
+}
+
+fn tokenizer_in(folder: &Path) -> Result<Option<ChatTokenizer>> {
+    folder.join("tokenizer.json").exists().then(|| ChatTokenizer::open(folder)).transpose()
 }
 
 /// The config, if that is all there is: a JSON file, or a folder without weights.

@@ -73,11 +73,11 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
 /// What of the plan beside weights and arena is only assumed.
 fn assumed(run: &PlannedRun) -> Option<&'static str> {
     let outside = &run.account.outside;
-    match (outside.place, &run.model.checkpoint) {
+    match (outside.place, &run.model.tokenizer) {
         (Place::Gpu, _) => (outside.process_bytes == ASSUMED_CONTEXT_BYTES)
             .then_some("the CUDA context is assumed: it depends on card and driver"),
         (Place::Host, None) => {
-            Some("program and tokenizer are assumed: there is no tokenizer beside the config")
+            Some("program and tokenizer are assumed: there is no tokenizer beside the model")
         }
         (Place::Host, Some(_)) => None,
     }

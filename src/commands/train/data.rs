@@ -115,6 +115,10 @@ fn sources<'a>(
         (None, Some(share)) if share > 0.0 => {
             (training.documents, evaluation.documents) =
                 hold_out(training.documents, share, args.optimization.seed);
+            let [kept, held_out] = [&training, &evaluation].map(|source| source.documents.len());
+            progress.note(&format!(
+                "validation split: {held_out} of the documents held out, {kept} to train on"
+            ));
         }
         _ => {}
     }

@@ -22,6 +22,7 @@ use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::model::streaming::Streaming;
 use crate::model::weights::Weights;
 use crate::plural::noun;
+use crate::printed;
 use crate::report::{REPORT_FILE, Reports};
 use crate::sample::Speaker;
 use crate::train::backend::TrainingKernels;
@@ -46,6 +47,7 @@ use output::Output;
 /// # Errors
 /// Every wrong setting and input before the first weight is read; later, what the run reports.
 pub fn run(args: &TrainArgs) -> Result<()> {
+    printed::outlive_reader();
     args.recipe()?;
     super::set_threads(args.resources.threads)?;
     super::check_packing(&args.model)?;

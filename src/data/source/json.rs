@@ -20,6 +20,8 @@ pub(super) struct JsonSource<'a> {
     layout: Layout,
     /// Line of the next byte, from 1.
     line: usize,
+    /// Elements of a list so far, while all of them began on its first line.
+    on_first_line: Option<usize>,
     bytes_read: Rc<Cell<u64>>,
 }
 
@@ -39,7 +41,14 @@ impl<'a> JsonSource<'a> {
         let text = Text::open(path)?;
         let bytes_read = text.counter();
         let reader = BufReader::with_capacity(1 << 20, text);
-        let mut source = JsonSource { path, reader, layout: Layout::Lines, line: 1, bytes_read };
+        let mut source = JsonSource {
+            path,
+            reader,
+            layout: Layout::Lines,
+            line: 1,
+            on_first_line: Some(0),
+            bytes_read,
+        };
         let begin = source.peek()?;
         let byte_order_mark = begin.starts_with(b"\xef\xbb\xbf");
         refuse_foreign(begin, path)?;
@@ -97,7 +106,7 @@ impl<'a> JsonSource<'a> {
             self.layout = Layout::Ended;
             return Ok(None);
         }
-        let (line, mut text, mut scan) = (self.line, Bounded::default(), Scan::default());
+        let (line, mut text, mut scan) = (self.place(), Bounded::default(), Scan::default());
         loop {
             let buffer = fill(&mut self.reader, self.path)?;
             if buffer.is_empty() {
@@ -115,6 +124,18 @@ impl<'a> JsonSource<'a> {
             if end.is_some() {
                 return Ok(Some(Raw { line, body: text.finish() }));
             }
+        }
+    }
+
+    /// The line of the element that begins here; which element it is, where all stand on one line.
+    fn place(&mut self) -> usize {
+        self.on_first_line = self.on_first_line.filter(|before| self.line == 1 || *before > 1);
+        match &mut self.on_first_line {
+            Some(before) => {
+                *before += 1;
+                *before
+            }
+            None => self.line,
         }
     }
 
@@ -279,6 +300,9 @@ mod tests {
             [(2, "{\"a\": \"],{\\\"\",\n \"b\": [1, 2]}"), (5, "{}"), (5, "7"), (5, "{\"c\" 1}")];
         assert_eq!(read(bytes).unwrap(), numbered(&expected));
         assert!(read(b"[]").unwrap().is_empty());
+        let lines = |bytes| read(bytes).unwrap().into_iter().map(|(line, _)| line);
+        assert!(lines(b"[{},{}, {}\n,\n7]").eq([1, 2, 3, 4]), "no line tells them apart");
+        assert!(lines(b"[{},\n{},{},\n7]").eq([1, 2, 2, 3]));
     }
 
     #[test]

@@ -26,7 +26,8 @@ const MAX_RECORD_BYTES: usize = 64 << 20;
 /// A record as it stands in the file.
 #[derive(Debug, PartialEq)]
 pub struct Raw {
-    /// Line on which it begins, from 1; in Parquet files, which have none, its row.
+    /// Line on which it begins, from 1; in Parquet files, and lists with several on their first line, which
+    /// record it is.
     pub line: usize,
     /// What it is, or why it is nothing.
     pub body: std::result::Result<Body, Rejection>,

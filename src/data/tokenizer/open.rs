@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::{ChatTokenizer, SpecialToken};
-use crate::checkpoint::{map_file, read_gguf_header, read_json};
+use crate::checkpoint::{lfs_pointer, map_file, read_gguf_header, read_json};
 use crate::data::pre_tokenizers::{self, set_splitter};
 use crate::data::sentence_piece::{self, is_sentence_piece};
 use crate::data::template_sources::TemplateSources;
@@ -25,6 +25,9 @@ impl ChatTokenizer {
             ));
         }
         let mut tokenizer = read_tokenizer(&path).map_err(|reason| {
+            if let Some(pointer) = std::fs::read(&path).ok().and_then(|bytes| lfs_pointer(&bytes)) {
+                return pointer.at(path.display());
+            }
             Error::input(format_args!("{}: {reason}", path.display()))
                 .hint("the file is damaged, or written by a newer `tokenizers` library")
         })?;
