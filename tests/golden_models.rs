@@ -88,10 +88,12 @@ fn check_all_gradients(case: &Case, tag: &str, quantization: Option<BlockFormat>
     }
 }
 
-const POLICIES: [&[Policy]; 5] = [
+const POLICIES: [&[Policy]; 7] = [
     &[Policy::Keep],
     &[Policy::Checkpoint],
     &[Policy::Checkpoint, Policy::Keep],
+    &[Policy::Attention],
+    &[Policy::Attention, Policy::Checkpoint, Policy::Keep],
     &[Policy::Offload],
     &[Policy::Keep, Policy::Offload],
 ];
@@ -153,8 +155,15 @@ fn policies_and_micro_batches_give_the_same_gradients() {
         (loss, model.parameters().gradients().to_vec())
     };
     let (loss, gradients) = run(&[Policy::Keep]);
-    use Policy::{Checkpoint, Keep, Offload};
-    for policies in [[Checkpoint; 2], [Keep, Checkpoint], [Offload; 2], [Offload, Keep]] {
+    use Policy::{Attention, Checkpoint, Keep, Offload};
+    for policies in [
+        [Checkpoint; 2],
+        [Keep, Checkpoint],
+        [Attention; 2],
+        [Offload, Attention],
+        [Offload; 2],
+        [Offload, Keep],
+    ] {
         let other = run(&policies);
         assert_eq!(loss.to_bits(), other.0.to_bits(), "{policies:?}");
         assert!(gradients == other.1, "{policies:?}: gradients are bitwise equal");

@@ -81,6 +81,7 @@ fn every_option_allocates_what_it_plans() {
             assert!(of(change) > bytes, "{name}: {what}");
         }
         of(&|s| s.policies.fill(Policy::Keep));
+        of(&|s| s.policies.fill(Policy::Attention));
         of(&|s| {
             (s.lora_dropout, s.bf16_working, s.optim) = (true, false, Optim::Adamw8bit);
             (s.logit_rows, s.mlp_tile_length, s.cache_tokens) = (10, Some(10), 40);
@@ -96,6 +97,8 @@ fn the_allocated_arena_is_the_planned_one_to_the_byte() {
             &[][..],
             &[Policy::Keep],
             &[Policy::Checkpoint, Policy::Keep],
+            &[Policy::Attention],
+            &[Policy::Attention, Policy::Offload],
             &[Policy::Offload],
             &[Policy::Keep, Policy::Offload],
         ] {
@@ -189,11 +192,14 @@ fn a_budget_decides_which_blocks_keep_and_a_refusal_shows_the_way() {
         number(&with(&[&["--activations", "offload"], &pieces[..]].concat()), "total_bytes")
     };
     let usual = offload(["--mlp-tile-length", "1024", "--logits-chunk-length", "1024"]);
-    let error = refused(usual - 1);
-    assert!(error.contains("hint: `--weights stream` would need"), "{error}");
-    let error = refused(offload(["--mlp-tile-length", "256", "--logits-chunk-length", "64"]));
+    let least = offload(["--mlp-tile-length", "256", "--logits-chunk-length", "64"]);
     let pieces = "hint: `--mlp-tile-length 256`, `--logits-chunk-length 64` would need";
-    assert!(error.contains(pieces), "{error}");
+    for budget in [usual - 1, least] {
+        let error = refused(budget);
+        assert!(error.contains(pieces), "{error}");
+    }
+    let error = refused(least - 1);
+    assert!(error.contains("hint: `--weights stream`"), "{error}");
 }
 
 /// Rows add up to the peak; after the program come the weights' and the arena's parts: each is in

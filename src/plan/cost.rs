@@ -100,7 +100,8 @@ impl<'a> Pace<'a> {
             Place::Host => (0, 2 * 4 * offloaded),
         };
         let block = weights.streamed.filter(|_| stream).map_or(0, |weights| weights.block);
-        let transfer = Transfer::new(layers, block, in_copies, tokens, self.work.of_step(share));
+        let work = self.work.of_step(settings);
+        let transfer = Transfer::new(layers, block, in_copies, tokens, work);
         let products = transfer.flops / rates.flops;
         let compute = products
             + self.widening(settings, share, products)

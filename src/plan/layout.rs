@@ -3,7 +3,7 @@
 //! Formulas per token and layer are PERFORMANCE-sheet arithmetic in f32: with D width, W = q + 2·kv
 //! columns of q, k, v, Q = H·head_dim, F feed-forward width, ΣR the ranks of the layer's adapters,
 //! a kept layer holds `4·(W + H + Q + D + (gated ? 2 : 1)·F + ΣR)` bytes per token, and `4·2·D` more
-//! where it has post-norms.
+//! where it has post-norms. One that keeps the output of attention alone holds `4·(H + Q)`.
 
 use super::ranks::Ranks;
 use super::region::{Component, MemoryPlan, Region, RegionType};
@@ -31,9 +31,18 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
     if settings.training() {
         push_inputs(&mut plan, spec, settings);
         for (layer, policy) in settings.policies.iter().enumerate() {
-            if *policy == Policy::Keep {
-                let ranks = |half: Half| ranks.of(layer, half.roles());
-                push_kept(&mut plan, spec, settings, layer, ranks);
+            match policy {
+                Policy::Keep => {
+                    let ranks = |half: Half| ranks.of(layer, half.roles());
+                    push_kept(&mut plan, spec, settings, layer, ranks);
+                }
+                Policy::Attention => {
+                    let component = Component::KeptActivations;
+                    for (name, width) in attended(spec) {
+                        plan.push(component, format!("layer.{layer}.{name}"), tokens * width);
+                    }
+                }
+                Policy::Checkpoint | Policy::Offload => {}
             }
         }
     } else {
@@ -124,6 +133,17 @@ fn push_shared(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings, ran
     let place = (Component::RecomputeWorkspace, "recompute");
     push_attention(plan, spec, place, settings.tokens, widest(Half::Attention));
     push_mlp(plan, spec, place, settings.mlp_tile(), widest(Half::Mlp));
+    if !settings.shares_attention() {
+        // Each layer has its own.
+        let own = attended(spec).map(|(name, _)| format!("recompute.{name}"));
+        let regions = plan.regions.iter_mut().filter(|region| own.contains(&region.name));
+        regions.for_each(|region| region.elements = 0);
+    }
+}
+
+/// What attention makes, for a token: its statistics and its output.
+fn attended(spec: &ModelSpec) -> [(&'static str, usize); 2] {
+    [("lse", spec.num_heads), ("attention", spec.q_width())]
 }
 
 /// Tiles of the longest pass.
@@ -144,10 +164,11 @@ fn push_attention(
     ranks: usize,
 ) {
     let d = spec.hidden_size;
+    let [statistics, output] = attended(spec);
     let rows = [
         ("qkv", spec.q_width() + 2 * spec.kv_width()),
-        ("lse", spec.num_heads),
-        ("attention", spec.q_width()),
+        statistics,
+        output,
         ("attention_lora_x", ranks),
         ("middle", d),
     ];

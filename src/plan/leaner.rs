@@ -1,8 +1,8 @@
 //! Where the memory of a plan cannot be had after all: the next smaller plan of the same results.
 //!
 //! In this order, each where the one before is used up: passes of half as many tokens, down to the
-//! longest document; half of the blocks that keep their activations recompute; the MLP, the logits and
-//! widened weights take smaller pieces; inputs of blocks wait elsewhere. Losses and gradients are the same
+//! longest document; half of the blocks that keep their activations recompute; attention is made again,
+//! too; the MLP, the logits and widened weights take smaller pieces; inputs of blocks wait elsewhere. Losses and gradients are the same
 //! sums in all of them, up to the order of summation.
 
 use super::settings::{Pieces, Policy, Settings};
@@ -11,6 +11,7 @@ use super::settings::{Pieces, Policy, Settings};
 pub fn leaner(settings: &Settings) -> Option<Settings> {
     shorter(settings)
         .or_else(|| keeping_fewer(settings))
+        .or_else(|| attending_again(settings))
         .or_else(|| Some(settings.in_pieces(Pieces::ALL)).filter(|pieces| differ(settings, pieces)))
         .or_else(|| offloading(settings))
 }
@@ -26,12 +27,22 @@ fn shorter(settings: &Settings) -> Option<Settings> {
 /// The last blocks keep what they have longest: the backward pass meets them first.
 fn keeping_fewer(settings: &Settings) -> Option<Settings> {
     let kept = settings.count(Policy::Keep);
-    let offloads = settings.count(Policy::Offload) > 0;
-    let instead = if offloads { Policy::Offload } else { Policy::Checkpoint };
+    let others = [Policy::Offload, Policy::Attention];
+    let instead = others.into_iter().find(|policy| settings.count(*policy) > 0);
+    let instead = instead.unwrap_or(Policy::Checkpoint);
     let mut policies = settings.policies.clone();
     let first_ones = policies.iter_mut().filter(|policy| **policy == Policy::Keep);
     first_ones.take(kept.div_ceil(2)).for_each(|policy| *policy = instead);
     (kept > 0).then(|| Settings { policies, ..settings.clone() })
+}
+
+fn attending_again(settings: &Settings) -> Option<Settings> {
+    let again = |policy: &Policy| match policy {
+        Policy::Attention => Policy::Checkpoint,
+        policy => *policy,
+    };
+    let policies: Vec<Policy> = settings.policies.iter().map(again).collect();
+    (settings.policies != policies).then(|| Settings { policies, ..settings.clone() })
 }
 
 fn offloading(settings: &Settings) -> Option<Settings> {
@@ -55,11 +66,13 @@ pub fn in_words(from: &Settings, to: &Settings) -> String {
         .then(|| format!("{} tokens in a forward pass instead of {}", to.tokens, from.tokens));
     let recomputing = (kept < from.count(Policy::Keep))
         .then(|| format!("{} of {layers} blocks recomputed", layers - kept));
+    let attending = (to.count(Policy::Attention) < from.count(Policy::Attention))
+        .then(|| "attention recomputed".to_string());
     let smaller = to.tokens == from.tokens && differ(from, to);
     let smaller = smaller.then(|| "smaller pieces of the MLP and the logits".to_string());
     let offloading = (offloaded > from.count(Policy::Offload))
         .then(|| format!("inputs of {offloaded} of {layers} blocks offloaded"));
-    let changes = [shorter, recomputing, smaller, offloading];
+    let changes = [shorter, recomputing, attending, smaller, offloading];
     changes.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
@@ -93,6 +106,17 @@ mod tests {
             ]
         );
         assert_eq!(pieces(&plan), (1024, 64, false));
+    }
+
+    #[test]
+    fn attention_is_kept_longer_than_all_activations() {
+        use Policy::{Attention, Checkpoint, Keep};
+        let plan = settings(64, 64, vec![Attention, Keep]);
+        let fewer = leaner(&plan).unwrap();
+        assert_eq!(fewer.policies, [Attention; 2]);
+        let again = leaner(&fewer).unwrap();
+        assert_eq!(again.policies, [Checkpoint; 2]);
+        assert_eq!(in_words(&fewer, &again), "attention recomputed");
     }
 
     #[test]

@@ -33,6 +33,8 @@ const CHUNKS_TO_SHARE_A_HEAD: usize = 4;
 pub enum Policy {
     /// Kept: no recomputation.
     Keep,
+    /// The block's input and the output of attention are kept; the rest is recomputed, attention is not.
+    Attention,
     /// Only the block's input is kept; the rest is recomputed in the backward pass.
     Checkpoint,
     /// As checkpoint, and the input waits outside of the working memory: two buffers of it are all
@@ -204,6 +206,19 @@ impl Settings {
     /// Whether a layer recomputes what it did not keep.
     pub fn recomputes(&self) -> bool {
         self.count(Policy::Keep) < self.policies.len()
+    }
+
+    /// Which blocks keep what, for people.
+    pub fn kept_in_words(&self) -> String {
+        let [kept, attended] = [Policy::Keep, Policy::Attention].map(|policy| self.count(policy));
+        let words = format!("{kept} of {} blocks keep their activations", self.policies.len());
+        if attended == 0 { words } else { format!("{words}, {attended} the output of attention") }
+    }
+
+    /// Whether a layer makes its attention again, or keeps nothing of it.
+    pub fn shares_attention(&self) -> bool {
+        let has = |policy: Policy| self.count(policy) > 0;
+        !self.training() || has(Policy::Checkpoint) || has(Policy::Offload)
     }
 
     /// What a head of V = `vocab_size` rows works with. On the host it comes in tiles, twice for each

@@ -2,6 +2,7 @@
 
 use serde::Serialize;
 
+use super::settings::{Policy, Settings};
 use crate::model::spec::{ModelSpec, TensorRole};
 
 /// What PCIe 4.0 with 16 lanes moves in one direction, about.
@@ -13,6 +14,8 @@ pub const ASSUMED_FLOPS_PER_SECOND: f64 = 1e14;
 #[derive(Debug, Clone, Copy)]
 pub struct Work {
     forward: f64,
+    /// Attention's part of it.
+    attention: f64,
     backward: f64,
     /// The head's, forward and backward: it is never recomputed.
     head: f64,
@@ -28,14 +31,19 @@ impl Work {
         let attention = spec.num_layers * spec.q_width() * length;
         Work {
             forward: (blocks + attention) as f64,
+            attention: attention as f64,
             backward: blocks as f64 + 2.5 * attention as f64,
             head: 2.0 * (spec.vocab_size * spec.hidden_size) as f64,
         }
     }
 
-    /// Of a step that recomputes `share` of the blocks.
-    pub fn of_step(&self, share: f64) -> f64 {
-        self.forward * (1.0 + share) + self.backward + self.head
+    /// Of a step of a run with `settings`, what is recomputed included.
+    pub fn of_step(&self, settings: &Settings) -> f64 {
+        let layers = settings.policies.len().max(1) as f64;
+        let share = |policy| settings.count(policy) as f64 / layers;
+        let recomputed =
+            self.forward * (1.0 - share(Policy::Keep)) - self.attention * share(Policy::Attention);
+        self.forward + recomputed + self.backward + self.head
     }
 }
 
@@ -82,8 +90,15 @@ mod tests {
         let weights =
             80.0 * (2.0 * 8192.0 * 8192.0 + 2.0 * 8192.0 * 1024.0 + 3.0 * 8192.0 * 28672.0);
         let (attention, head) = (80.0 * 8192.0 * 8192.0, 128_256.0 * 8192.0);
-        let work = Work::of_token(&spec, 8192).of_step(1.0);
+        let of_step = |policy| {
+            let policies = vec![policy; 80];
+            let settings = Settings { policies, threads: 1, ..Settings::evaluating(8192, 1) };
+            Work::of_token(&spec, 8192).of_step(&settings)
+        };
+        let work = of_step(Policy::Checkpoint);
         assert_eq!(work, 3.0 * weights + 4.5 * attention + 2.0 * head);
+        let kept = of_step(Policy::Attention);
+        assert_eq!(kept, 3.0 * weights + 3.5 * attention + 2.0 * head);
         let block = (weights / 80.0 * 4.127 / 8.0) as u64;
         let transfer = Transfer::new(80, block, 0, 8192, work);
         assert_eq!(transfer.bytes, 156 * block);

@@ -209,7 +209,12 @@ fn policies_give_the_same_bits_and_the_working_copy_is_what_is_read() {
     };
     let kept = run(&[Policy::Keep], true);
     assert!(kept.1.iter().all(|x| x.is_finite()));
-    for policies in [&[Policy::Checkpoint][..], &[Policy::Checkpoint, Policy::Keep]] {
+    for policies in [
+        &[Policy::Checkpoint][..],
+        &[Policy::Checkpoint, Policy::Keep],
+        &[Policy::Attention],
+        &[Policy::Attention, Policy::Checkpoint],
+    ] {
         assert!(run(policies, true) == kept, "{policies:?}");
     }
     let tiled = |policies: &[Policy], tile| {

@@ -159,12 +159,16 @@ fn threads() {
 #[test]
 fn activations() {
     let runs = Runs::new();
-    let [keep, checkpoint, offload] = ["keep", "checkpoint", "offload"]
+    let [keep, attention, checkpoint, offload] = ["keep", "attention", "checkpoint", "offload"]
         .map(|policy| runs.train(&format!("activations={policy}")));
     assert!(keep.said.contains("2 of 2 blocks keep"), "{}", keep.said);
     assert!(checkpoint.said.contains("0 of 2 blocks keep"), "{}", checkpoint.said);
     assert!(planned(&checkpoint, "kept activations") == 0 && planned(&keep, "kept") > 0);
     assert_eq!(keep.optimizer("master"), checkpoint.optimizer("master"));
+    let says = "0 of 2 blocks keep their activations, 2 the output of attention";
+    assert!(attention.said.contains(says), "{}", attention.said);
+    assert!((1..planned(&keep, "kept")).contains(&planned(&attention, "kept activations")));
+    assert_eq!(attention.optimizer("master"), checkpoint.optimizer("master"));
     assert!(offload.said.contains("0 of 2 blocks keep"), "{}", offload.said);
     assert!(offload.said.contains("of inputs offloaded"), "{}", offload.said);
     // Two slots and the output of the last block, as many as two blocks have without.
@@ -227,7 +231,7 @@ fn memory_budget() {
     // Too little even for a smaller tile of the MLP.
     let budget = checkpoint + (keep - checkpoint) / 4;
     let error = runs.refused(&format!("{flags} activations=keep memory-budget={budget}B"));
-    assert!(error.contains("hint: `--activations checkpoint` would need "), "{error}");
+    assert!(error.contains("hint: `--activations attention` would need "), "{error}");
 }
 
 fn planned_total(run: &Run) -> u64 {

@@ -133,11 +133,16 @@ fn name(way: &Way, demand: &Demand) -> String {
     let weights = if way.stream { "streamed" } else { "resident" };
     let others = match way.policy {
         Policy::Keep => "activations kept",
+        Policy::Attention => "attention kept",
         Policy::Checkpoint => "recomputed",
         Policy::Offload => "inputs offloaded",
     };
     if (1..demand.spec.num_layers).contains(&way.kept) {
-        let others = if way.policy == Policy::Offload { "offloaded" } else { "recomputed" };
+        let others = match way.policy {
+            Policy::Offload => "offloaded",
+            Policy::Attention => "attention",
+            Policy::Keep | Policy::Checkpoint => "recomputed",
+        };
         return format!("{} kept, rest {others}, {weights}", way.kept);
     }
     format!("{others}, weights {weights}")

@@ -30,8 +30,7 @@ use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::plan::work::{Transfer, Work};
 use crate::plan::{
-    Choice, Demand, Limit, MemoryPlan, OnHost, Place, Policy, Settings, WeightBytes, layout,
-    logit_rows,
+    Choice, Demand, Limit, MemoryPlan, OnHost, Place, Settings, WeightBytes, layout, logit_rows,
 };
 use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
@@ -150,10 +149,6 @@ struct PlannedRun {
 }
 
 impl PlannedRun {
-    fn kept_blocks(&self) -> usize {
-        self.settings.count(Policy::Keep)
-    }
-
     /// What training all weights would take instead.
     fn full_fine_tuning(&self) -> FullFineTuning {
         FullFineTuning::of(&self.model.spec, &self.account, &self.plan)
@@ -165,17 +160,16 @@ impl PlannedRun {
         let streamed = self.model.weights.streamed.filter(|_| self.stream && on_gpu)?;
         let layers = self.model.spec.num_layers;
         let work = Work::of_token(&self.model.spec, self.settings.longest_document);
-        let work = work.of_step((layers - self.kept_blocks()) as f64 / layers as f64);
+        let work = work.of_step(&self.settings);
         let offloaded = self.plan.offloaded_bytes() as u64;
         Some(Transfer::new(layers, streamed.block, offloaded, self.settings.tokens, work))
     }
 
     fn heading(&self, args: &MemoryArgs) -> Heading {
-        let (layers, kept) = (self.model.spec.num_layers, self.kept_blocks());
         let streamed = if self.stream { "streamed from their file" } else { "in memory" };
         let facts = vec![
             format!("{} tokens in a forward pass", thousands(self.settings.tokens as u64)),
-            format!("{kept} of {layers} blocks keep their activations"),
+            self.settings.kept_in_words(),
             format!("weights {streamed}"),
         ];
         let cached = self.page_cache.as_ref().map(print::cached);

@@ -7,20 +7,20 @@ use super::room::ASSUMED_CONTEXT_BYTES;
 use crate::checkpoint::PageCache;
 use crate::cli::memory::MemoryArgs;
 use crate::cli::size::ByteSize;
-use crate::plan::Place;
 use crate::plan::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer};
+use crate::plan::{Place, Policy};
 use crate::report::figures::{change, thousands};
 
 /// For people.
 pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
-    let (layers, kept) = (run.model.spec.num_layers, run.kept_blocks());
+    let layers = run.model.spec.num_layers;
     let trained: usize = run.settings.targets.iter().map(|target| target.parameters()).sum();
     println!(
         "{}: {layers} layers, {} tokens in a forward pass, {trained} trained parameters",
         args.base.model.display(),
         run.settings.tokens
     );
-    println!("{kept} of {layers} blocks keep their activations");
+    println!("{}", run.settings.kept_in_words());
     if run.plan.offloaded_bytes() > 0 {
         let bytes = ByteSize(run.plan.offloaded_bytes() as u64);
         println!("{bytes} of block inputs are offloaded: to pinned memory, or a file on the CPU");
@@ -141,7 +141,8 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
     let mut out = json!({
         "model": args.base.model,
         "tokens": run.settings.tokens,
-        "kept_blocks": run.kept_blocks(),
+        "kept_blocks": run.settings.count(Policy::Keep),
+        "attention_blocks": run.settings.count(Policy::Attention),
         "streamed": run.stream,
         "mlp_tile_tokens": run.settings.mlp_tile(),
         "logit_rows": run.settings.logit_rows,

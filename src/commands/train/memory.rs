@@ -11,9 +11,7 @@ use crate::cli::train::TrainArgs;
 use crate::error::Result;
 use crate::ledger::resident;
 use crate::ledger::rows::Account;
-use crate::plan::{
-    Choice, Demand, Limit, OnHost, Place, Policy, Settings, WeightBytes, logit_rows,
-};
+use crate::plan::{Choice, Demand, Limit, OnHost, Place, Settings, WeightBytes, logit_rows};
 use crate::train::backend::TrainingKernels;
 use crate::train::progress::Progress;
 
@@ -95,7 +93,7 @@ impl Memory {
     }
 
     fn summary(&self) -> String {
-        let (kept, layers) = (self.settings.count(Policy::Keep), self.settings.policies.len());
+        let kept = self.settings.kept_in_words();
         let total = ByteSize(self.account.planned_bytes());
         let tokens = self.settings.tokens;
         let streamed = if self.stream { "; weights are streamed from their file" } else { "" };
@@ -107,8 +105,8 @@ impl Memory {
             bytes => format!("; {} of inputs offloaded", ByteSize(bytes)),
         };
         format!(
-            "plan: {total} for {tokens} tokens in a forward pass; {kept} of {layers} blocks keep \
-             their activations{offloaded}{tiled}{streamed}{on_host}"
+            "plan: {total} for {tokens} tokens in a forward pass; \
+             {kept}{offloaded}{tiled}{streamed}{on_host}"
         )
     }
 }

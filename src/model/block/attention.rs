@@ -11,7 +11,7 @@ impl<K: Kernels> Block<K> {
         self.linears.iter().filter(|linear| matches!(linear.role, Q | Key | V | Qkv)).collect()
     }
 
-    /// `middle = x + attention(norm(x))`.
+    /// `middle = x + attention(norm(x))`; the output of attention is made unless it is `saved`.
     pub(super) fn forward_attention(
         &self,
         pass: &Pass<K>,
@@ -19,6 +19,7 @@ impl<K: Kernels> Block<K> {
         saved: &mut Saved<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         cache: Option<Cache<K::Buffer>>,
+        attend: bool,
     ) {
         let (kernels, rows) = (pass.kernels, pass.rows.len());
         kernels.norm_forward(&self.norm1, x, &mut work.norm, &mut work.norm_stats, rows, false);
@@ -35,6 +36,7 @@ impl<K: Kernels> Block<K> {
         let qkv = work.normed_qkv.as_ref().unwrap_or(&saved.qkv);
         let (o, tiles) = (&mut saved.attention, &mut work.attention);
         match cache {
+            None if !attend => {}
             None => {
                 let (layout, lse) = (pass.layout, &mut saved.lse);
                 kernels.attention_forward(&self.attention, layout, qkv, o, lse, tiles);

@@ -70,6 +70,35 @@ pub struct Saved<B> {
     pub mlp: Vec<SavedMlp<B>>,
 }
 
+/// What attention makes, where a layer keeps that alone.
+pub struct Attended<B> {
+    /// Log-sum-exp of the scores, `[T, H]`.
+    pub lse: B,
+    /// Its output, `[T, H·head_dim]`.
+    pub attention: B,
+}
+
+impl<B> Attended<B> {
+    /// Puts a layer's own into the buffers that layers share, and the other way round.
+    pub fn exchange(own: &mut Option<Self>, shared: &mut Saved<B>) {
+        if let Some(own) = own {
+            std::mem::swap(&mut own.lse, &mut shared.lse);
+            std::mem::swap(&mut own.attention, &mut shared.attention);
+        }
+    }
+}
+
+/// What of a block's activations its backward pass has to make again.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Missing {
+    /// Nothing.
+    Nothing,
+    /// All but the output of attention.
+    AllButAttention,
+    /// All but the input.
+    Everything,
+}
+
 /// Activations of the MLP for one tile of t tokens.
 pub struct SavedMlp<B> {
     /// Before the nonlinearity, `[t, F]`; empty without a gate of its own.
@@ -214,14 +243,14 @@ impl<K: Kernels> Block<K> {
         work: &mut Workspace<K::Buffer>,
         cache: Option<Cache<K::Buffer>>,
     ) {
-        self.forward_attention(pass, x, saved, work, cache);
+        self.forward_attention(pass, x, saved, work, cache, true);
         self.forward_mlp(pass, saved, out, work);
     }
 
     /// Turns the gradient of the block's output in `work.gradients.stream` into that of its input,
     /// and adds to the adapters' `gradients`.
     ///
-    /// `recompute`: `saved` holds nothing of this block yet.
+    /// `missing`: what `saved` does not hold of this block yet.
     /// `input_gradient` false leaves the stream's gradient of the first half out: nothing below
     /// the first block is trained.
     pub fn backward(
@@ -231,10 +260,12 @@ impl<K: Kernels> Block<K> {
         saved: &mut Saved<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         gradients: &mut K::Buffer,
-        (recompute, input_gradient): (bool, bool),
+        (missing, input_gradient): (Missing, bool),
     ) {
+        let recompute = missing != Missing::Nothing;
         if recompute {
-            self.forward_attention(pass, x, saved, work, None);
+            let attend = missing == Missing::Everything;
+            self.forward_attention(pass, x, saved, work, None, attend);
         }
         let Some(mut grads) = work.gradients.take() else { return };
         self.backward_mlp(pass, saved, work, &mut grads, gradients, recompute);

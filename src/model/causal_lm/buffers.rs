@@ -2,7 +2,9 @@
 
 use super::offload::Offload;
 use crate::kernels::{Kernels, PlannedMemory};
-use crate::model::block::{GradientBuffers, RotaryBuffers, Saved, SavedMlp, Tile, Workspace};
+use crate::model::block::{
+    Attended, GradientBuffers, RotaryBuffers, Saved, SavedMlp, Tile, Workspace,
+};
 use crate::model::spec::ModelSpec;
 use crate::plan::layout::{QUERY_SCALE, mlp_prefix, mlp_tiles, rotary_tables};
 use crate::plan::{Policy, Settings};
@@ -17,6 +19,8 @@ pub(super) struct Buffers<K: Kernels> {
     pub(super) offload: Offload<K>,
     /// Of the layers that keep their activations.
     pub(super) kept: Vec<Option<Saved<K::Buffer>>>,
+    /// Of those that keep the output of attention alone.
+    pub(super) attended: Vec<Option<Attended<K::Buffer>>>,
     /// Of all other layers, in turn.
     pub(super) shared: Option<Saved<K::Buffer>>,
     pub(super) work: Workspace<K::Buffer>,
@@ -47,7 +51,11 @@ impl<K: Kernels> Buffers<K> {
         let training = settings.training();
         let offload = Offload::new(store, settings);
         let (inputs, places) = inputs::<K>(spec, settings, &offload, arena);
-        let keeps = |layer: usize| settings.policies.get(layer) == Some(&Policy::Keep);
+        let has = |layer: usize, policy| settings.policies.get(layer) == Some(&policy);
+        let attended = (0..spec.num_layers)
+            .map(|layer| has(layer, Policy::Attention).then(|| attended::<K>(arena, layer)))
+            .collect();
+        let keeps = |layer: usize| has(layer, Policy::Keep);
         let kept = (0..spec.num_layers)
             .map(|layer| keeps(layer).then(|| kept::<K>(spec, settings, arena, layer)))
             .collect();
@@ -58,6 +66,7 @@ impl<K: Kernels> Buffers<K> {
             places,
             offload,
             kept,
+            attended,
             shared: shared.then(|| saved::<K>(spec, arena, "recompute", ["recompute".to_string()])),
             work: workspace::<K>(spec, settings, arena),
             caches: (0..cached).map(|layer| arena.take(&format!("cache.{layer}"))).collect(),
@@ -107,6 +116,11 @@ fn kept<K: Kernels>(
     let prefix = format!("layer.{layer}");
     let tiles = (0..mlp_tiles(settings)).map(|number| mlp_prefix(&prefix, settings, number));
     saved::<K>(spec, arena, &prefix, tiles)
+}
+
+fn attended<K: Kernels>(arena: &mut K::Memory, layer: usize) -> Attended<K::Buffer> {
+    let mut take = |name: &str| arena.take(&format!("layer.{layer}.{name}"));
+    Attended { lse: take("lse"), attention: take("attention") }
 }
 
 /// Regions under `prefix`, those of the MLP under `tiles`.

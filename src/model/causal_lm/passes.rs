@@ -7,7 +7,7 @@ use super::buffers::{Buffers, HeadBuffers};
 use super::{Mode, Model};
 use crate::error::Result;
 use crate::kernels::{Columns, Kernels, LogitShape, TokenLayout};
-use crate::model::block::{Cache, Dropout, Pass, RotaryBuffers};
+use crate::model::block::{Attended, Cache, Dropout, Missing, Pass, RotaryBuffers};
 use crate::model::streaming::Direction;
 
 impl<K: Kernels> Model<K> {
@@ -34,7 +34,7 @@ impl<K: Kernels> Model<K> {
             self.trained_tokens = tokens.tokens();
         }
         let Model { kernels, weights, parameters, buffers, cached_tokens, .. } = self;
-        let Buffers { inputs, places, offload, kept, shared, work, caches, .. } = buffers;
+        let Buffers { inputs, places, offload, kept, attended, shared, work, caches, .. } = buffers;
         let elements = tokens.tokens() * self.spec.hidden_size;
         offload.before_write(kernels, 0);
         let scale = self.spec.embedding_scale;
@@ -56,7 +56,8 @@ impl<K: Kernels> Model<K> {
             adapters: !mode.base_only,
             rows: 0..tokens.tokens(),
         };
-        for (layer, (block, kept)) in weights.blocks.iter().zip(kept).enumerate() {
+        let own = kept.iter_mut().zip(attended);
+        for (layer, (block, (kept, attended))) in weights.blocks.iter().zip(own).enumerate() {
             if let Some(streaming) = &mut weights.streaming {
                 streaming.enter(layer, Direction::Forward);
             }
@@ -70,7 +71,9 @@ impl<K: Kernels> Model<K> {
                 .expect("neighbours have their own");
             let cache = caches.get_mut(layer).filter(|_| mode.cached);
             let cache = cache.map(|keys_values| Cache { keys_values, past: *cached_tokens });
+            Attended::exchange(attended, saved);
             block.forward(&pass, x, out, saved, work, cache);
+            Attended::exchange(attended, saved);
             if let Some(streaming) = &mut weights.streaming {
                 streaming.leave(layer, Direction::Forward);
             }
@@ -145,7 +148,7 @@ impl<K: Kernels> Model<K> {
 
     pub(super) fn backward(&mut self, tokens: &TokenLayout, dropout: Option<Dropout>) {
         let Model { kernels, weights, parameters, buffers, .. } = self;
-        let Buffers { inputs, places, offload, kept, shared, work, .. } = buffers;
+        let Buffers { inputs, places, offload, kept, attended, shared, work, .. } = buffers;
         let elements = tokens.tokens() * self.spec.hidden_size;
         let Some(mut gradients) = parameters.take_gradients() else { return };
         let rows = 0..tokens.tokens();
@@ -156,9 +159,15 @@ impl<K: Kernels> Model<K> {
             }
             offload.before_backward(kernels, inputs, layer, elements);
             let x = &inputs[places[layer]];
-            let flags = (kept[layer].is_none(), layer > 0);
+            let missing = match (&kept[layer], &attended[layer]) {
+                (Some(_), _) => Missing::Nothing,
+                (None, Some(_)) => Missing::AllButAttention,
+                (None, None) => Missing::Everything,
+            };
             let saved = kept[layer].as_mut().or(shared.as_mut()).expect("as in the forward pass");
-            block.backward(&pass, x, saved, work, &mut gradients, flags);
+            Attended::exchange(&mut attended[layer], saved);
+            block.backward(&pass, x, saved, work, &mut gradients, (missing, layer > 0));
+            Attended::exchange(&mut attended[layer], saved);
             if let Some(streaming) = &mut weights.streaming {
                 streaming.leave(layer, Direction::Backward);
             }

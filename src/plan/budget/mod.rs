@@ -25,6 +25,8 @@ pub enum Activations {
     Auto,
     /// All blocks keep everything
     Keep,
+    /// All blocks keep their input and the output of attention, and recompute the rest
+    Attention,
     /// All blocks keep their input and recompute the rest
     Checkpoint,
     /// As `checkpoint`, and the inputs wait in pinned memory beside a GPU, or in a file
@@ -111,10 +113,9 @@ impl Choice {
     /// What it does, for people.
     pub fn in_words(&self) -> String {
         let Candidate { kept, others, stream, on_host, pieces } = self.candidate;
-        let layers = self.settings.policies.len();
-        let offloaded = kept < layers && others == Policy::Offload;
+        let offloaded = kept < self.settings.policies.len() && others == Policy::Offload;
         let parts = [
-            Some(format!("{kept} of {layers} blocks keep their activations")),
+            Some(self.settings.kept_in_words()),
             offloaded.then(|| "inputs of the others offloaded".into()),
             stream.then(|| "weights streamed".into()),
             on_host.in_words().map(Into::into),
@@ -284,9 +285,10 @@ impl Demand<'_> {
                     .hint("make one with `nibble quantize` and give it as `--model`"));
             }
         };
-        use Policy::{Checkpoint, Offload};
+        use Policy::{Attention, Checkpoint, Offload};
         let (kept, others): (Vec<usize>, &[Policy]) = match self.activations {
-            Activations::Auto => ((0..=layers).rev().collect(), &[Checkpoint, Offload]),
+            Activations::Auto => ((0..=layers).rev().collect(), &[Checkpoint, Attention, Offload]),
+            Activations::Attention => (vec![0], &[Attention]),
             Activations::Keep => (vec![layers], &[Checkpoint]),
             Activations::Checkpoint => (vec![0], &[Checkpoint]),
             Activations::Offload => (vec![0], &[Offload]),

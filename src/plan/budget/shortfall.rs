@@ -137,6 +137,7 @@ impl Demand<'_> {
         let asked = match self.activations {
             Activations::Auto => activations,
             Activations::Keep => "keep",
+            Activations::Attention => "attention",
             Activations::Checkpoint => "checkpoint",
             Activations::Offload => "offload",
         };
@@ -178,6 +179,7 @@ impl Demand<'_> {
         let activations = match (kept, others) {
             (kept, _) if kept == self.spec.num_layers => "keep",
             (0, Policy::Offload) => "offload",
+            (0, Policy::Attention) => "attention",
             (0, _) => "checkpoint",
             _ => "auto",
         };

@@ -59,7 +59,8 @@ impl Demand<'_> {
 #[test]
 fn auto_keeps_as_many_layers_as_fit() {
     let spec = golden();
-    let settings = settings(&spec, 1024);
+    // So short that to make attention again costs nothing to speak of.
+    let settings = Settings { longest_document: 2, ..settings(&spec, 1024) };
     let demand = demand(&spec, &settings);
     let of = |kept: usize| Candidate { kept, ..CHECKPOINT };
     let need = |kept: usize| demand.total_bytes(&settings, of(kept));
@@ -87,6 +88,26 @@ fn auto_keeps_as_many_layers_as_fit() {
     assert_eq!(free(least).unwrap().candidate, leanest);
     let error = free(least - 1).unwrap_err().to_string();
     assert!(error.contains(" are free: 1 B too little\nhint: "), "{error}");
+}
+
+#[test]
+fn attention_over_long_documents_is_kept() {
+    let spec = golden();
+    let settings = Settings { longest_document: 1024, ..settings(&spec, 1024) };
+    let demand = demand(&spec, &settings);
+    let need = |candidate| demand.total_bytes(&settings, candidate);
+    let attended = Candidate { others: Policy::Attention, ..CHECKPOINT };
+    assert!(need(CHECKPOINT) < need(attended));
+    let chosen = demand.choose(Limit::Budget(need(attended))).unwrap();
+    assert_eq!(chosen.candidate, attended);
+    assert_eq!(
+        chosen.in_words(),
+        "0 of 6 blocks keep their activations, 6 the output of attention"
+    );
+    let plan = demand.plan(&chosen.settings);
+    let elements = |name: &str| plan.regions.iter().find(|it| it.name == name).unwrap().elements;
+    assert_eq!(elements("layer.5.attention"), 1024 * spec.q_width());
+    assert_eq!(elements("recompute.attention"), 0, "each has its own");
 }
 
 #[test]

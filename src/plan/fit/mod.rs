@@ -108,7 +108,7 @@ pub struct Fit {
     pub bytes: u64,
     /// That plan.
     pub plan: Plan,
-    /// Keeping, recomputing and offloading, resident and streamed; the plan, if it is a mix of them.
+    /// Keeping all or attention, recomputing and offloading, resident and streamed; the plan, if it is a mix of them.
     pub ways: Vec<Way>,
     /// The fastest micro-batch within the budget, where it is clearly faster than the one that was
     /// asked for or that one does not fit.
@@ -196,7 +196,7 @@ impl Search<'_> {
     fn ways(&self) -> Vec<Way> {
         let demand = self.demand;
         let streams = [false, true].into_iter().filter(|s| !s || demand.weights.streamed.is_some());
-        let policies = [Policy::Keep, Policy::Checkpoint, Policy::Offload];
+        let policies = [Policy::Keep, Policy::Attention, Policy::Checkpoint, Policy::Offload];
         let uniform =
             streams.flat_map(|stream| policies.map(|policy| uniform(demand, policy, stream)));
         let mixed = (1..demand.spec.num_layers).contains(&self.plan.kept);
@@ -335,13 +335,15 @@ impl Search<'_> {
         knobs
     }
 
-    /// All blocks keeping, recomputing or offloading, where the plan does not.
+    /// All blocks with one policy, where the plan has another.
     fn other_policies(&self, knob: impl Fn(String, &Settings, Candidate) -> Knob) -> Vec<Knob> {
         let (demand, plan) = (self.demand, self.plan);
+        let all = |policy| plan.kept == 0 && plan.others == policy;
         let names = [
             ("keep", Policy::Keep, plan.kept == demand.spec.num_layers),
-            ("checkpoint", Policy::Checkpoint, plan.kept == 0 && plan.others == Policy::Checkpoint),
-            ("offload", Policy::Offload, plan.kept == 0 && plan.others == Policy::Offload),
+            ("attention", Policy::Attention, all(Policy::Attention)),
+            ("checkpoint", Policy::Checkpoint, all(Policy::Checkpoint)),
+            ("offload", Policy::Offload, all(Policy::Offload)),
         ];
         let others = names.into_iter().filter(|(_, _, planned)| !planned);
         others

@@ -46,7 +46,7 @@ fn the_limits_are_the_last_sizes_that_fit() {
         let plan = demand.choose(Limit::Budget(budget)).unwrap();
         let fit = Fit::new(demand, ASKED, Limit::Budget(budget), &plan);
         assert!(fit.fits && fit.bytes == budget - 1000);
-        assert_eq!(fit.ways.len(), 6);
+        assert_eq!(fit.ways.len(), 8);
         for way in &fit.ways {
             let whole = uniform(demand, way.policy, way.stream);
             let pieces = Candidate { pieces: Pieces::ALL, ..whole };
@@ -142,6 +142,7 @@ fn every_knob_says_what_it_changes() {
         let fit = Fit::new(demand, ASKED, Limit::Budget(bytes), &plan);
         let flags: Vec<&str> = fit.knobs.iter().map(|knob| knob.flags.as_str()).collect();
         let expected = [
+            "--activations attention",
             "--activations checkpoint",
             "--activations offload",
             "--weights stream",
@@ -157,6 +158,7 @@ fn every_knob_says_what_it_changes() {
         assert!(fit.knobs.iter().all(|knob| knob.bytes < bytes), "{:?}", fit.knobs);
         let time = |flags: &str| fit.knobs.iter().find(|k| k.flags == flags).unwrap().time;
         assert!(time("--activations checkpoint") > 1.15);
+        assert!(time("--activations attention") < time("--activations checkpoint"));
         assert!(time("--activations offload") > time("--activations checkpoint"));
         assert_eq!(time("--adapter-dtype f32"), 1.0);
     });
