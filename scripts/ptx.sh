@@ -23,11 +23,11 @@ tools=${XDG_CACHE_HOME:-$HOME/.cache}/nibble-cuda/12.0.76-12.8.93
 nvrtc=$tools/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 ptxas=$tools/nvidia/cuda_nvcc/bin/ptxas
 
-# Registers a thread may take: 255 is the limit of the hardware, where compilers begin to spill;
-# 64 lets blocks of 1024 threads run, 128 two flash blocks of 256.
+# Registers a thread may take: 255 is the limit of the hardware and lets two flash blocks of 128 threads
+# run, 64 blocks of 1024.
 budget() {
     case $1 in
-        flash_*) echo 240 ;;
+        flash_*) echo 255 ;;
         *) echo 64 ;;
     esac
 }

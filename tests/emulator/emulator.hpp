@@ -19,6 +19,7 @@
 #include <functional>
 #include <map>
 #include <memory>
+#include <new>
 #include <random>
 #include <vector>
 
@@ -92,12 +93,19 @@ struct Memory {
     }
 };
 
+/// Shared memory, on the largest alignment that an array of a kernel asks for.
+constexpr std::align_val_t SHARED_ALIGNMENT{128};
+struct FreeShared {
+    void operator()(char* memory) const { operator delete[](memory, SHARED_ALIGNMENT); }
+};
+typedef std::unique_ptr<char[], FreeShared> SharedMemory;
+
 /// The block that this host thread runs.
 struct Block {
     std::vector<Fiber> fibers;
     std::vector<Slot> slots[2];  // of even and of odd meetings
-    std::vector<std::pair<const void*, std::unique_ptr<char[]>>> shared;
-    std::unique_ptr<char[]> dynamic_shared;
+    std::vector<std::pair<const void*, SharedMemory>> shared;
+    SharedMemory dynamic_shared;
     size_t dynamic_shared_bytes = 0;
     size_t shared_bytes = 0;  // in all
     const std::function<void()>* body = nullptr;
@@ -142,7 +150,7 @@ struct Block {
     char* allocate_shared(size_t bytes) {
         // sm_86 and sm_89 have the least: 99 KiB a block.
         if ((shared_bytes += bytes) > 101376) fail("more than 99 KiB of shared memory");
-        char* memory = new char[bytes];  // aligned to 16 bytes
+        char* memory = new (SHARED_ALIGNMENT) char[bytes];
         poison(memory, bytes);
         return memory;
     }

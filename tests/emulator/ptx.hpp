@@ -114,7 +114,7 @@ inline char* shared(Access access, u64 address, size_t bytes, size_t fixed, int 
     static const char key = 0;
     emulator::Block& block = *emulator::block;
     if (address % bytes != 0) fail(line, "a shared address is not aligned to what is accessed");
-    const u64 dynamic = SHARED_BASE + (fixed + 15) / 16 * 16;
+    const u64 dynamic = SHARED_BASE + (fixed + 127) / 128 * 128;
     char* found = nullptr;
     if (address >= SHARED_BASE && address + bytes <= SHARED_BASE + fixed) {
         found = block.shared_array(&key, fixed) + (address - SHARED_BASE);
@@ -231,6 +231,12 @@ inline u32 permute(u32 a, u32 b, u32 selector, int line) {
         result |= u32(bytes >> (8 * nibble) & 255) << (8 * i);
     }
     return result;
+}
+/// bfi: bits `from` .. `from + count` of `b` are the lowest of `a`.
+inline u32 insert(u32 a, u32 b, u32 from, u32 count) {
+    from &= 255, count &= 255;
+    const u32 mask = shl(~shl(~0u, count), from);
+    return (b & ~mask) | (shl(a, from) & mask);
 }
 
 // ---- floats

@@ -25,9 +25,9 @@ constexpr u32 ALL_LANES = 0xffffffffu;
 #ifndef NIBBLE_EMULATED
 // `count` elements of the block's shared memory.
 #define NIBBLE_SHARED(type, name, count) __shared__ __align__(16) type name[count]
-// The shared memory whose size the launch gives.
+// The shared memory whose size the launch gives: addresses of swizzled tiles flip bits of less than 128.
 #define NIBBLE_DYNAMIC_SHARED(type, name)                                 \
-    extern __shared__ __align__(16) unsigned char nibble_dynamic_shared[]; \
+    extern __shared__ __align__(128) unsigned char nibble_dynamic_shared[]; \
     type* name = reinterpret_cast<type*>(nibble_dynamic_shared)
 
 /// Address of shared memory as instructions want it.

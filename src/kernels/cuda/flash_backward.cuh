@@ -79,15 +79,15 @@ struct StatisticsCopy {
 template <int D>
 __device__ __forceinline__ void flash_key_step(
     float (&dk)[FlashKeyPass<D>::COLUMNS / 8][4], float (&dv)[FlashKeyPass<D>::COLUMNS / 8][4],
-    const TileLane<D>& key_lane, const TileLane<D>& lane, u32 stage, const float* statistics,
-    const FlashScores& map, const FlashMask& mask, bool whole, int first_key, int warp_row,
-    int first_column) {
+    const TileLane<D>& key_lane, const TileLane<D>& lane, const RightLane<D>& right_lane, u32 stage,
+    const float* statistics, const FlashScores& map, const FlashMask& mask, bool whole, int first_key,
+    int warp_row, int first_column) {
     typedef FlashKeyPass<D> Shape;
     constexpr int QUERIES = Shape::QUERIES;
     const u32 q_tile = stage, d_o_tile = stage + Shape::TILE;
     float p[QUERIES / 8][4], ds[QUERIES / 8][4];
-    multiply_tiles<QUERIES, D>(p, key_lane, Shape::K_TILE, lane, q_tile);
-    multiply_tiles<QUERIES, D>(ds, key_lane, Shape::V_TILE, lane, d_o_tile);
+    multiply_tiles<QUERIES, D>(p, key_lane, Shape::K_TILE, right_lane, q_tile);
+    multiply_tiles<QUERIES, D>(ds, key_lane, Shape::V_TILE, right_lane, d_o_tile);
 #pragma unroll
     for (int n = 0; n < QUERIES / 8; n++) {
         // The statistics of the two queries whose columns a lane has.
@@ -148,6 +148,7 @@ __device__ __forceinline__ void flash_backward_keys(const FlashInputs& in,
         gradients.d_o_stride, begin);
     StatisticsCopy<QUERIES> statistics(shared, gradients, document.q_begin, in.heads, q_head, begin);
     const TileLane<D> lane(shared), key_lane(shared + warp_row * TILE_ROW<D>);
+    const RightLane<D> right_lane(shared);
 
     // What is loaded next: `to_load` tiles, the first of them at row `load_row` of a head.
     int to_load = group * tiles, load_row = begin;
@@ -184,7 +185,7 @@ __device__ __forceinline__ void flash_backward_keys(const FlashInputs& in,
         __syncthreads();  // the step's queries are there
         const FlashMask mask = {row + document.offset, in.window};
         flash_key_step<D>(
-            dk_sum, dv_sum, key_lane, lane, stage,
+            dk_sum, dv_sum, key_lane, lane, right_lane, stage,
             reinterpret_cast<const float*>(shared_memory + stage + 2 * Shape::TILE), map, mask,
             mask.sees_all(QUERIES, first_key, KEYS), first_key, warp_row, first_column);
         __syncthreads();  // all have read them
@@ -247,6 +248,7 @@ __device__ __forceinline__ void flash_backward_queries(const FlashInputs& in,
     TileCopy<THREADS, KEYS, D> keys(shared, k, in.kv_stride, begin);
     const i64 values = in.v - in.k;  // from keys to values
     const TileLane<D> lane(shared), query_lane(shared + warp_row * TILE_ROW<D>);
+    const RightLane<D> right_lane(shared);
 
     const auto load_keys = [&](int key, u32 stage) {
         if (key < end) {
@@ -290,11 +292,12 @@ __device__ __forceinline__ void flash_backward_queries(const FlashInputs& in,
             const bool whole = mask.sees_all(QUERIES, key, KEYS);
             float p[KEYS / 8][4], ds[KEYS / 8][4];
             if constexpr (RESIDENT) {
-                multiply_fragments<KEYS, D>(p, q_fragments, lane, stage);
-                multiply_fragments<KEYS, D>(ds, d_o_fragments, lane, stage + Shape::TILE);
+                multiply_fragments<KEYS, D>(p, q_fragments, right_lane, stage);
+                multiply_fragments<KEYS, D>(ds, d_o_fragments, right_lane, stage + Shape::TILE);
             } else {
-                multiply_tiles<KEYS, D>(p, query_lane, Shape::Q_TILE, lane, stage);
-                multiply_tiles<KEYS, D>(ds, query_lane, Shape::D_O_TILE, lane, stage + Shape::TILE);
+                multiply_tiles<KEYS, D>(p, query_lane, Shape::Q_TILE, right_lane, stage);
+                multiply_tiles<KEYS, D>(ds, query_lane, Shape::D_O_TILE, right_lane,
+                                        stage + Shape::TILE);
             }
 #pragma unroll
             for (int n = 0; n < KEYS / 8; n++) {

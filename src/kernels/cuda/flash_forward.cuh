@@ -96,6 +96,7 @@ __device__ __forceinline__ void flash_forward(const FlashInputs& in, bfloat16* o
     TileCopy<FLASH_THREADS, KEYS, D> keys(shared, k, in.kv_stride, begin);
     const i64 values = in.v - in.k;  // from keys to values
     const TileLane<D> lane(shared);
+    const RightLane<D> right_lane(shared);
 
     queries.start(Q_TILE, document.queries - first);
     keys.start(K_TILE, document.keys - begin);
@@ -118,9 +119,9 @@ __device__ __forceinline__ void flash_forward(const FlashInputs& in, bfloat16* o
         copy_async_commit();
         float s[KEYS / 8][4];
         if constexpr (RESIDENT) {
-            multiply_fragments<KEYS, D>(s, q_fragments, lane, K_TILE);
+            multiply_fragments<KEYS, D>(s, q_fragments, right_lane, K_TILE);
         } else {
-            multiply_tiles<KEYS, D>(s, lane, Q_TILE + warp_row * TILE_ROW<D>, lane, K_TILE);
+            multiply_tiles<KEYS, D>(s, lane, Q_TILE + warp_row * TILE_ROW<D>, right_lane, K_TILE);
         }
         __syncthreads();  // all have read the keys
         if (key + KEYS < end) keys.start(K_TILE, document.keys - key - KEYS);

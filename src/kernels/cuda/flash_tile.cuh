@@ -164,39 +164,42 @@ struct TileCopy {
     __device__ __forceinline__ void advance() { from = row_of(from, Rows, stride); }
 };
 
-/// A lane's part of 16×16 blocks: eight columns, lane / 16 · 8 .., of row lane % 16. What is swizzled
-/// has one address for each block of 64 columns, all else is a constant away.
-template <int D>
+/// A lane's part of 16×16 blocks: eight columns of a row. The four 8×8 matrices of a block come one below
+/// the other first, as fragments of a left operand and of a transposed right one have them; with `Right`
+/// side by side first, as those of the right operand of A · Bᵀ: an mma reads neighbouring registers.
+/// Pieces of 16 bytes are swizzled by the row of a lane alone, so that a column flips bits of its address.
+template <int D, bool Right = false>
 struct TileLane {
-    static constexpr int PLACES = SWIZZLED<D> ? 4 : 1;
-    SharedAddress at[PLACES];
+    SharedAddress at;
 
+    /// `shared` is a multiple of 128 where tiles are swizzled.
     __device__ __forceinline__ explicit TileLane(SharedAddress shared) {
         const int lane = threadIdx.x % 32;
-#pragma unroll
-        for (int i = 0; i < PLACES; i++) {
-            const int piece = 2 * i + lane / 16;
-            at[i] = shared + lane % 16 * TILE_ROW<D> +
-                    16 * (SWIZZLED<D> ? piece ^ (lane & 7) : piece);
-        }
+        const int row = Right ? lane % 8 + lane / 16 * 8 : lane % 16;
+        const int piece = Right ? lane / 8 % 2 : lane / 16;
+        at = shared + 16 * (SWIZZLED<D> ? piece ^ (lane & 7) : piece) + row * TILE_ROW<D>;
     }
     /// Of the block at (row, column), both multiples of 16, of the tile `tile` bytes from the first.
     __device__ __forceinline__ SharedAddress block(u32 tile, int row, int column) const {
-        const int place = column / 16 % PLACES;
-        return at[place] + tile + (row * TILE_ROW<D> + 2 * (column - 16 * place));
+        const u32 bytes = 2 * column, flipped = SWIZZLED<D> ? bytes % 128 : 0;
+        return (at ^ flipped) + tile + (row * TILE_ROW<D> + bytes - flipped);
     }
 };
+
+/// The lanes of the right operand of A · Bᵀ.
+template <int D>
+using RightLane = TileLane<D, true>;
 
 /// c += a · Bᵀ for 16 columns k.. of both; B is N rows of a tile, a its fragment of A.
 template <int N, int D>
 __device__ __forceinline__ void multiply_transposed(float (&c)[N / 8][4], const u32 (&a)[4],
-                                                    const TileLane<D>& lane, u32 tile, int k) {
+                                                    const RightLane<D>& lane, u32 tile, int k) {
 #pragma unroll
     for (int n = 0; n < N; n += 16) {
         u32 b[4];
         load_matrices(b, lane.block(tile, n, k));
-        mma_16x8x16(c[n / 8], a, b[0], b[2]);
-        mma_16x8x16(c[n / 8 + 1], a, b[1], b[3]);
+        mma_16x8x16(c[n / 8], a, b[0], b[1]);
+        mma_16x8x16(c[n / 8 + 1], a, b[2], b[3]);
     }
 }
 
@@ -214,7 +217,7 @@ __device__ __forceinline__ void clear(float (&c)[N][4]) {
 template <int N, int D>
 __device__ __forceinline__ void multiply_fragments(float (&c)[N / 8][4],
                                                    const u32 (&a)[D / 16][4],
-                                                   const TileLane<D>& lane, u32 right) {
+                                                   const RightLane<D>& lane, u32 right) {
     clear(c);
 #pragma unroll
     for (int i = 0; i < D / 16; i++) multiply_transposed<N, D>(c, a[i], lane, right, 16 * i);
@@ -223,7 +226,7 @@ __device__ __forceinline__ void multiply_fragments(float (&c)[N / 8][4],
 /// The same with 16 rows of another tile.
 template <int N, int D>
 __device__ __forceinline__ void multiply_tiles(float (&c)[N / 8][4], const TileLane<D>& left_lane,
-                                               u32 left, const TileLane<D>& lane, u32 right) {
+                                               u32 left, const RightLane<D>& lane, u32 right) {
     clear(c);
 #pragma unroll
     for (int k = 0; k < D; k += 16) {

@@ -20,7 +20,9 @@ impl Instruction<'_> {
                 self.binary(&format!("({condition} ? $a : $b)"))
             }
             "cvt" => self.cvt(),
-            "and" | "or" | "xor" | "not" | "shl" | "shr" | "prmt" => self.bits(),
+            "and" | "or" | "xor" | "not" | "shl" | "shr" | "prmt" | "bfi" => {
+                self.bits()
+            },
             _ if matches!(self.kind(), "f32" | "f64") => self.float(),
             _ => self.integer(),
         }
@@ -218,6 +220,10 @@ impl Instruction<'_> {
             ("prmt", []) => {
                 let (selector, number) = (self.read_as(3, "u32")?, self.number);
                 self.binary(&format!("ptx::permute($a, $b, {selector}, {number})"))
+            }
+            ("bfi", []) if kind == "b32" => {
+                let (from, count) = (self.read_as(3, "u32")?, self.read_as(4, "u32")?);
+                self.binary(&format!("ptx::insert($a, $b, {from}, {count})"))
             }
             _ => None,
         }

@@ -75,7 +75,7 @@ impl Arrays {
     /// The address of `name`.
     fn address(&self, name: &str) -> Option<String> {
         if self.dynamic.as_deref() == Some(name) {
-            let fixed = self.bytes.next_multiple_of(16);
+            let fixed = self.bytes.next_multiple_of(128);
             return Some(format!("(ptx::SHARED_BASE + {fixed})"));
         }
         self.offsets.get(name).map(|offset| format!("(ptx::SHARED_BASE + {offset})"))
