@@ -71,6 +71,15 @@ inline unsigned __float_as_uint(float x) {
     memcpy(&bits, &x, 4);
     return bits;
 }
+/// Byte i of the result is the byte of {b, a} that nibble i of the selector names.
+inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+    const unsigned long long bytes = (unsigned long long)b << 32 | a;
+    unsigned result = 0;
+    for (int i = 0; i < 4; i++) {
+        result |= unsigned(bytes >> 8 * (selector >> 4 * i & 7) & 255) << 8 * i;
+    }
+    return result;
+}
 inline unsigned atomicOr(unsigned* to, unsigned bits) {
     const unsigned before = *to;
     *to |= bits;

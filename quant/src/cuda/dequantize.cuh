@@ -12,6 +12,8 @@
 
 constexpr int DEQUANTIZE_WARPS = 8;
 constexpr int DEQUANTIZE_RUN = 1024;
+/// Weights that a store instruction of a warp writes.
+constexpr int DEQUANTIZE_STORE = 256;
 /// Scales that share one nested absmax.
 constexpr int NESTED_BLOCK_SHIFT = 8;
 
@@ -43,51 +45,70 @@ struct PackedWeight {
 /// Eight weights from a word of codes.
 __device__ __forceinline__ Piece<8> decode_eight(const float* values, u32 codes, float scale) {
     Piece<8> piece;
+    // Four times a code, the distance of its value in bytes: of high nibbles, and of low ones.
+    const u32 high = codes >> 2 & 0x3c3c3c3cu, low = codes << 2 & 0x3c3c3c3cu;
+    const u8* table = reinterpret_cast<const u8*>(values);
 #pragma unroll
     for (int i = 0; i < 8; i++) {
         // Byte i / 2, high nibble first.
-        const int shift = 8 * (i / 2) + (i % 2 == 0 ? 4 : 0);
-        piece.v[i] = values[codes >> shift & 15] * scale;
+        const u32 at = __byte_perm(i % 2 == 0 ? high : low, 0, 0x4440 + i / 2);
+        piece.v[i] = *reinterpret_cast<const float*>(table + at) * scale;
     }
     return piece;
 }
 
-/// The warp's run from element `begin` on (a multiple of 32), up to `end`. Rows are `columns` wide,
-/// a multiple of 8, and lie `stride` apart in `out`, which row `first_row` begins.
+/// Elements `begin .. end` of a weight, in rows of `columns`, and where they go: rows `stride` apart.
+struct WidenedRows {
+    i64 begin, end;
+    int columns;
+    bfloat16* out;
+    int stride;
+};
+
+/// The warp's run from element `begin` on, a multiple of 32, up to the end of the rows, whose width is a
+/// multiple of 8. If `Whole`, all its elements exist, and rows are no shorter than DEQUANTIZE_STORE.
+template <bool Whole>
 __device__ __forceinline__ void dequantize_run(const PackedWeight& weight, const float* values,
-                                               u32* staged, i64 begin, i64 end, int columns,
-                                               i64 first_row, bfloat16* out, int stride) {
+                                               u32* staged, i64 begin, const WidenedRows& rows) {
     const int lane = threadIdx.x % 32;
+    const i64 left = rows.end - begin;
+    const int length = Whole || left > DEQUANTIZE_RUN ? DEQUANTIZE_RUN : static_cast<int>(left);
     // Scale of the lane-th block that the run touches: blocks hold at least 32 weights.
+    const int skipped = static_cast<int>(begin) & ((1 << weight.block_shift) - 1);
     const i64 block = (begin >> weight.block_shift) + lane;
-    const i64 last = (begin + DEQUANTIZE_RUN < end ? begin + DEQUANTIZE_RUN : end) - 1;
-    const float own_scale = block <= last >> weight.block_shift ? weight.scale(block) : 0.0f;
-    // end is a multiple of 8, so codes end on a word; the last words may not fill 16 bytes.
-    const i64 bytes = (end >> 1) - (begin >> 1);
+    const float own_scale =
+        lane <= (skipped + length - 1) >> weight.block_shift ? weight.scale(block) : 0.0f;
+    // The length is a multiple of 8, so codes end on a word; the last words may not fill 16 bytes.
     const u8* codes = weight.codes + (begin >> 1) + 16 * lane;
-    if (16 * lane + 16 <= bytes) {
+    if (Whole || 32 * lane + 32 <= length) {
         reinterpret_cast<Words4*>(staged)[lane] = *reinterpret_cast<const Words4*>(codes);
     } else {
-        for (int word = 0; 16 * lane + 4 * word + 4 <= bytes && word < 4; word++) {
+        for (int word = 0; 32 * lane + 8 * word + 8 <= length && word < 4; word++) {
             staged[4 * lane + word] = reinterpret_cast<const u32*>(codes)[word];
         }
     }
     __syncwarp();
-    // One long division for 1024 weights, short ones for the rest.
-    const i64 first = begin / columns;
-    const u32 first_column = static_cast<u32>(begin - first * columns);
+    // One long division for 1024 weights; from there on a lane steps over the ends of rows.
+    const i64 row = (begin - rows.begin) / rows.columns;
+    const u32 columns = rows.columns;
+    u32 column = static_cast<u32>(begin - rows.begin - row * rows.columns) + 8 * lane;
+    bfloat16* to = row_of(rows.out, row, rows.stride) + column;
+    const int gap = rows.stride - rows.columns;
 #pragma unroll
-    for (int part = 0; part < 4; part++) {
-        const int within = 8 * (32 * part + lane);
-        const i64 element = begin + within;
-        const int source = static_cast<int>((element >> weight.block_shift) -
-                                            (begin >> weight.block_shift));
-        const float scale = __shfl_sync(ALL_LANES, own_scale, source);
-        if (element < end) {
-            const u32 column = first_column + within, rows = column / static_cast<u32>(columns);
-            store_piece(row_of(out, first + rows - first_row, stride) + (column - rows * columns),
-                        decode_eight(values, staged[32 * part + lane], scale));
+    for (int part = 0; part < DEQUANTIZE_RUN / DEQUANTIZE_STORE; part++) {
+        const int within = DEQUANTIZE_STORE * part + 8 * lane;
+        const float scale =
+            __shfl_sync(ALL_LANES, own_scale, (skipped + within) >> weight.block_shift);
+        if (column >= columns) {
+            const u32 ends = Whole ? 1 : column / columns;
+            column -= ends * columns;
+            to += static_cast<i64>(ends) * gap;
         }
+        if (Whole || within < length) {
+            store_piece(to, decode_eight(values, staged[32 * part + lane], scale));
+        }
+        column += DEQUANTIZE_STORE;
+        to += DEQUANTIZE_STORE;
     }
     __syncwarp();
 }
@@ -103,11 +124,21 @@ __device__ __forceinline__ void dequantize_rows(const PackedWeight& weight, i64 
     const bool vector = rows_aligned(out, stride) && rows_aligned(weight.codes, 0) &&
                         columns % 8 == 0 && begin % 32 == 0;
     if (vector) {
-        const i64 warp = static_cast<i64>(blockIdx.x) * DEQUANTIZE_WARPS + threadIdx.x / 32;
-        const i64 step = static_cast<i64>(gridDim.x) * DEQUANTIZE_WARPS * DEQUANTIZE_RUN;
-        u32* own = staged + threadIdx.x / 32 * (DEQUANTIZE_RUN / 8);
-        for (i64 run = begin + warp * DEQUANTIZE_RUN; run < end; run += step) {
-            dequantize_run(weight, values, own, run, end, columns, first_row, out, stride);
+        constexpr int TURN = DEQUANTIZE_WARPS * DEQUANTIZE_RUN;
+        const WidenedRows widened = {begin, end, columns, out, stride};
+        const i64 warp = threadIdx.x / 32, step = static_cast<i64>(gridDim.x) * TURN;
+        u32* own = staged + warp * (DEQUANTIZE_RUN / 8);
+        i64 turn = begin + static_cast<i64>(blockIdx.x) * TURN;
+        // A loop of its own, whose condition is the block's, not the warp's: shuffles need no check that
+        // all lanes are there.
+        if (columns >= DEQUANTIZE_STORE) {
+            for (; turn + TURN <= end; turn += step) {
+                dequantize_run<true>(weight, values, own, turn + warp * DEQUANTIZE_RUN, widened);
+            }
+        }
+        for (; turn < end; turn += step) {
+            const i64 run = turn + warp * DEQUANTIZE_RUN;
+            if (run < end) dequantize_run<false>(weight, values, own, run, widened);
         }
         return;
     }

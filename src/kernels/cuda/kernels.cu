@@ -37,7 +37,7 @@
 // codebook.rs' dynamic_map(). block_shift = log2(block size), 5..=12.
 // Flat over rows·columns/8192 blocks of exactly 256 threads. Fast when columns % 8 == 0,
 // stride % 8 == 0 and first_row·columns % 32 == 0. Caller: the GEMM operand of a packed weight.
-extern "C" __global__ void __launch_bounds__(256)
+extern "C" __global__ void __launch_bounds__(256, 8)
 dequantize_4bit(const u8* codes, const float* values, const float* absmax, const u8* absmax_codes,
                 const float* nested_absmax, const float* map, float offset, int block_shift,
                 long long first_row, long long rows, int columns, bfloat16* out, int out_stride) {

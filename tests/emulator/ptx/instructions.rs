@@ -20,9 +20,7 @@ impl Instruction<'_> {
                 self.binary(&format!("({condition} ? $a : $b)"))
             }
             "cvt" => self.cvt(),
-            "and" | "or" | "xor" | "not" | "shl" | "shr" | "prmt" | "bfi" => {
-                self.bits()
-            },
+            "and" | "or" | "xor" | "not" | "shl" | "shr" | "prmt" | "bfi" => self.bits(),
             _ if matches!(self.kind(), "f32" | "f64") => self.float(),
             _ => self.integer(),
         }
