@@ -113,6 +113,7 @@ inline float f16_value(unsigned short bits) {
     return sign ? -magnitude : magnitude;
 }
 inline float fast_exp2(float x) { return std::exp2(x); }
+inline float fast_reciprocal(float x) { return 1.0f / x; }
 
 inline float low_half(unsigned word) { return __uint_as_float(word << 16); }
 inline float high_half(unsigned word) { return __uint_as_float(word & 0xffff0000u); }

@@ -21,6 +21,7 @@ struct float16 {
 };
 
 constexpr u32 ALL_LANES = 0xffffffffu;
+constexpr float LOG2_E = 1.44269504f;
 
 #ifndef NIBBLE_EMULATED
 // `count` elements of the block's shared memory.
@@ -61,6 +62,13 @@ __device__ __forceinline__ float to_f32(float16 x) {
 __device__ __forceinline__ float fast_exp2(float x) {
     float result;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
+    return result;
+}
+
+/// 1 / x within 1 ulp; 0 where that is less than 2^-126.
+__device__ __forceinline__ float fast_reciprocal(float x) {
+    float result;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
 }
 

@@ -7,7 +7,6 @@
 #pragma once
 #include "vector.cuh"
 
-constexpr float LOG2_E = 1.44269504f;
 constexpr float LN_2 = 0.69314718f;
 
 /// What all passes read.
