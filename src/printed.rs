@@ -78,10 +78,13 @@ pub fn write(text: Arguments<'_>) {
 /// Lets what was printed arrive.
 ///
 /// # Errors
-/// `Io` when part of it could not be written.
+/// `Io` when part of it could not be written, but for a reader that the work has outlived.
 pub fn flush() -> Result<()> {
     let failure = FAILURE.lock().unwrap_or_else(PoisonError::into_inner).take();
     let written = failure.map_or_else(|| io::stdout().flush(), Err);
+    let outlived = ENDS_WITH_READER.get().is_some_and(|ends| !ends.load(Ordering::Relaxed));
+    let gone = |error: &io::Error| outlived && error.kind() == io::ErrorKind::BrokenPipe;
+    let written = if written.as_ref().is_err_and(gone) { Ok(()) } else { written };
     written.map_err(|e| {
         FAILED.store(true, Ordering::Relaxed);
         Error::io("write to", "standard output".as_ref(), e)

@@ -216,6 +216,11 @@ fn what_the_template_leaves_out_is_said() {
     assert!(error.contains("hint: give a `--chat-template` that knows tools"), "{error}");
     let (_, error) = refused(&record(&only_calls, Value::Null), &[]);
     assert!(error.contains("the record has tools, of which this template may"), "{error}");
+    let two = serde_json::json!({"messages": [
+        {"role": "user", "content": "Hi"}, empty, {"role": "user", "content": "Hi"}, plain,
+    ]});
+    let said = report(&(two.to_string() + "\n"), &["--train-on", "completion"]);
+    assert!(!said.contains("answers that are empty"), "{said}");
     let said = report(&(record(&thinks, Value::Null) + &record(&empty, Value::Null)), &[]);
     for note in [
         "note  messages whose reasoning the chat template leaves out: 1 (chat.jsonl:1)\n",

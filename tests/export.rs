@@ -154,6 +154,47 @@ fn what_llama_cpp_computes_otherwise_is_refused() {
     }
 }
 
+/// Where its class finds nothing of rope, a Ministral 3 takes YaRN: its file must not be silent.
+#[test]
+fn a_ministral_keeps_its_rope_and_its_scale() {
+    let rope = |more: Value| {
+        let mut rope = json!({"rope_theta": 1e4});
+        rope.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        rope
+    };
+    for rope in [
+        rope(json!({"rope_type": "default"})),
+        rope(json!({
+            "rope_type": "default", "llama_4_scaling_beta": 0.2,
+            "original_max_position_embeddings": 9,
+        })),
+        rope(json!({
+            "rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.2,
+            "original_max_position_embeddings": 9,
+        })),
+        rope(json!({
+            "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 9,
+            "mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 4.0,
+        })),
+    ] {
+        let case = Case::open("ministral3_s0");
+        let place = place(&case);
+        let mut config = case.json("config.json");
+        config["rope_parameters"] = rope.clone();
+        fs::write(place.path("base/config.json"), config.to_string()).unwrap();
+        export(&place, &["--outtype", "f32"]);
+        let [expected, got] = ["base", "out.gguf"].map(|path| {
+            let checkpoint = Checkpoint::open(&place.path(path)).unwrap();
+            spec_from_config(checkpoint.config()).unwrap()
+        });
+        assert_eq!(got.query_scaling, expected.query_scaling, "{rope}");
+        let frequencies =
+            |spec: &ModelSpec| spec.rotary.as_ref().unwrap().inverse_frequencies(16, 0);
+        let ((got, by), (expected, other)) = (frequencies(&got), frequencies(&expected));
+        assert!(got == expected && (by - other).abs() < 1e-6, "{rope}: {by} {other}");
+    }
+}
+
 #[test]
 fn what_is_read_is_not_replaced() {
     let place = place(&Case::open("llama_s0"));
@@ -164,6 +205,12 @@ fn what_is_read_is_not_replaced() {
         let says = format!("{out} would be replaced while it is read");
         assert!(code == 2 && text.contains(&says), "{code}: {text}");
     };
+    ask("base", "base/model.safetensors");
+    // As the hub's cache has it.
+    fs::create_dir(place.path("blobs")).unwrap();
+    fs::rename(place.path("base/model.safetensors"), place.path("blobs/weights")).unwrap();
+    let link = place.path("base/model.safetensors");
+    std::os::unix::fs::symlink("../blobs/weights", link).unwrap();
     ask("base", "base/model.safetensors");
     assert!(place.read("base/model.safetensors") == before);
     export(&place, &[]);

@@ -271,7 +271,7 @@ mod tests {
             (
                 "[tokenizer]\nseed = 1",
                 "run.toml:1: unknown key `tokenizer`\nhint: settings stand in no sections: leave \
-                 `[tokenizer]` out",
+                 `tokenizer` out",
             ),
             (
                 "seed = 2026-01-01",

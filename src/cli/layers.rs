@@ -118,7 +118,7 @@ fn entry(command: &Command, name: &str, value: &DeValue<'_>, place: String) -> R
         DeValue::Table(_) if find(command, name).is_none() => {
             let what = &error.message().what;
             Error::usage(what.lines().next().unwrap_or(what))
-                .hint(format_args!("settings stand in no sections: leave `[{name}]` out"))
+                .hint(format_args!("settings stand in no sections: leave `{name}` out"))
         }
         _ => error,
     })?;

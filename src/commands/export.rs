@@ -44,11 +44,17 @@ pub fn run(args: &ExportArgs) -> Result<()> {
 
 /// Refuses to replace a file that is read: the model's own, or one of its folder that is no GGUF file.
 fn check_not_part(input: &Path, output: &Path) -> Result<()> {
-    let (Ok(read), Ok(written)) = (input.canonicalize(), output.canonicalize()) else {
-        return Ok(());
+    let Ok(read) = input.canonicalize() else { return Ok(()) };
+    let is_read = |written: &Path| {
+        let within = written.starts_with(&read) && output.extension().is_none_or(|it| it != "gguf");
+        written == read || within
     };
-    let within = written.starts_with(&read) && output.extension().is_none_or(|it| it != "gguf");
-    if read == written || within {
+    // A link in the folder is replaced, not what it leads to.
+    let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty());
+    let folder = folder.unwrap_or(Path::new(".")).canonicalize().ok();
+    let link = folder.zip(output.file_name()).map(|(folder, name)| folder.join(name));
+    let written = output.canonicalize().ok().into_iter().chain(link);
+    if output.exists() && written.into_iter().any(|written| is_read(&written)) {
         let what = format_args!("{} would be replaced while it is read", output.display());
         return Err(Error::usage(what).hint("choose another `--out`"));
     }

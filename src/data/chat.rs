@@ -70,7 +70,12 @@ fn variables(record: &Value) -> Result<Map<String, Value>, Rejection> {
     let given = |key: &str| record.get(key).filter(|value| !value.is_null());
     let mut variables = match given("chat_template_kwargs") {
         None => Map::new(),
-        Some(Value::Object(fields)) => fields.clone(),
+        Some(Value::Object(fields)) => {
+            let offers = |value: &Value| value.as_array().is_none_or(|tools| !tools.is_empty());
+            let mut fields = fields.clone();
+            fields.retain(|key, value| key != "tools" || (!value.is_null() && offers(value)));
+            fields
+        }
         Some(other) => {
             let got = kind(other);
             let what = format!("field `chat_template_kwargs` is {got}, expected an object");

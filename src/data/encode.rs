@@ -40,6 +40,9 @@ pub struct Encoder<'a> {
     end_texts: Vec<String>,
 }
 
+const TOOLS_UNKNOWN: &str =
+    "the record has tools, of which this template may know nothing: see `--chat-template`";
+
 /// A document and what was noticed about it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Encoded {
@@ -174,13 +177,9 @@ impl<'a> Encoder<'a> {
                 .hint("choose one, such as `--chat-template chatml` or `alpaca`"));
         };
         let template = templates.for_variables(&chat.variables);
-        let refused = |error| {
-            match rejection(error) {
-            refused if chat.has_tools() => refused.or_hint(
-                "the record has tools, of which this template may know nothing: see `--chat-template`",
-            ),
+        let refused = |error| match rejection(error) {
+            refused if chat.has_tools() => refused.or_hint(TOOLS_UNKNOWN),
             refused => refused,
-        }
         };
         if self.train_on == TrainOn::All {
             let text = template.render(&chat.messages, &chat.variables, false).map_err(refused)?;
@@ -197,7 +196,8 @@ impl<'a> Encoder<'a> {
         let turns = self.trained_turns(chat, &rendered)?;
         let ranges = turns.iter().map(|turn| self.turn(&ids, &offsets, &turn.range)).collect();
         let reasoning_left_out = chat.reasoning_left_out(&rendered.text);
-        let empty_answers = chat.empty_answers();
+        let empty = |turn: &&&Turn| turn.message.is_some_and(|index| chat.is_empty_answer(index));
+        let empty_answers = turns.iter().filter(empty).count();
         Ok(Encoded { reasoning_left_out, empty_answers, ..self.masked_but(ids, ranges) })
     }
 

@@ -25,9 +25,9 @@ impl ChatTemplate {
                 return Err(left_out("field `tools`"));
             }
         }
-        for (index, message) in messages.iter().enumerate().filter(|(_, it)| calls(it)) {
+        let unseen = self.calls_without_trace(messages, variables);
+        for index in unseen {
             let mut without = messages.clone();
-            without[index] = message.clone();
             if let Some(fields) = without[index].as_object_mut() {
                 fields.remove("tool_calls");
                 fields.entry("content").or_insert("".into());
@@ -37,6 +37,31 @@ impl ChatTemplate {
             }
         }
         Ok(())
+    }
+
+    /// Messages of whose calls the text may have nothing: names of their own for all calls are not in it.
+    fn calls_without_trace(
+        &self,
+        messages: &[Value],
+        variables: &Map<String, Value>,
+    ) -> Vec<usize> {
+        let mark = |index: usize| format!("tool_of_message_{index}_");
+        let mut marked = messages.to_vec();
+        let calling: Vec<usize> = (0..messages.len()).filter(|&i| calls(&messages[i])).collect();
+        if calling.is_empty() {
+            return calling;
+        }
+        for &index in &calling {
+            for call in marked[index]["tool_calls"].as_array_mut().into_iter().flatten() {
+                let holder =
+                    if call["function"].is_object() { &mut call["function"] } else { call };
+                if let Some(fields) = holder.as_object_mut() {
+                    fields.insert("name".into(), mark(index).into());
+                }
+            }
+        }
+        let text = self.render(&marked, variables, false).unwrap_or_default();
+        calling.into_iter().filter(|&index| !text.contains(&mark(index))).collect()
     }
 }
 
@@ -56,18 +81,12 @@ impl Chat {
         self.messages.iter().filter(reasoning).count()
     }
 
-    /// Trained messages of the assistant in which nothing is said.
-    pub(super) fn empty_answers(&self) -> usize {
-        let is_empty = |(index, message): &(usize, &Value)| {
-            let silent =
-                |key: &str| message[key].as_str().is_none_or(|text| text.trim().is_empty());
-            let said = ["content", "reasoning_content", "thinking", "reasoning"];
-            message["role"] == "assistant"
-                && said.into_iter().all(silent)
-                && !calls(message)
-                && self.is_trained(*index)
-        };
-        self.messages.iter().enumerate().filter(is_empty).count()
+    /// Whether the assistant says nothing in message `index`.
+    pub(super) fn is_empty_answer(&self, index: usize) -> bool {
+        let message = &self.messages[index];
+        let silent = |key: &str| message[key].as_str().is_none_or(|text| text.trim().is_empty());
+        let said = ["content", "reasoning_content", "thinking", "reasoning"];
+        said.into_iter().all(silent) && !calls(message)
     }
 }
 
@@ -76,8 +95,10 @@ fn calls(message: &Value) -> bool {
 }
 
 fn left_out(what: &str) -> Rejection {
-    Rejection::new(format!("the chat template leaves {what} out"))
-        .hint("give a `--chat-template` that knows tools, or take them out of the data")
+    Rejection::new(format!("the chat template leaves {what} out")).hint(
+        "give a `--chat-template` that knows tools, or take them out of the data; a column is left \
+             out by `--rename-columns tools=unused`",
+    )
 }
 
 #[cfg(test)]
@@ -116,6 +137,18 @@ mod tests {
         let knows =
             "{{ tools }}{% for m in messages %}{{ m.content }}{{ m.tool_calls }}{% endfor %}";
         assert_eq!([&called, &offered].map(|chat| reason(knows, chat)), [None, None]);
+        // No name, but a trace all the same.
+        let counts = "{% for m in messages %}{{ m.tool_calls | length }}{% endfor %}";
+        assert_eq!(reason(counts, &called), None);
+        let kwargs = json!({"tools": null, "enable_thinking": false});
+        let mut none = chat(json!({
+            "messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": kwargs,
+        }));
+        assert_eq!((reason(PLAIN, &none), none.has_tools()), (None, false));
+        none = chat(json!({
+            "messages": [{"role": "user", "content": "a"}], "chat_template_kwargs": {"tools": []},
+        }));
+        assert_eq!((reason(PLAIN, &none), none.has_tools()), (None, false));
         assert!(called.has_tools() && offered.has_tools() && !plain.has_tools());
     }
 
@@ -128,6 +161,6 @@ mod tests {
             {"role": "assistant", "content": "", "weight": 0},
         ]}));
         assert_eq!((chat.reasoning_left_out("b"), chat.reasoning_left_out("because b")), (1, 0));
-        assert_eq!(chat.empty_answers(), 1);
+        assert_eq!([1, 2, 3].map(|index| chat.is_empty_answer(index)), [false, true, true]);
     }
 }

@@ -100,14 +100,11 @@ pub fn read(
     let unread = loader.report.rejected.len() == loader.report.records;
     if let Some((old, _)) = loader.idle.first().filter(|_| !unread) {
         let place = path.display();
-        return Err(not_renamed(format_args!("no record of {place} has a field `{old}`")));
+        let what = format_args!("--rename-columns: no record of {place} has a field `{old}`");
+        return Err(Error::usage(what)
+            .hint("each is one OLD=NEW, the name in the file first; the flag may be repeated"));
     }
     Ok(loader.report)
-}
-
-fn not_renamed(found: std::fmt::Arguments<'_>) -> Error {
-    Error::usage(format_args!("--rename-columns: {found}"))
-        .hint("each is one OLD=NEW, the name in the file first; the flag may be repeated")
 }
 
 impl Dataset {
@@ -201,12 +198,11 @@ impl<K: FnMut(Document)> Loader<'_, K> {
             parsed.iter().filter_map(|(line, record)| Some((line, record.as_ref().ok()?)));
         let Some((line, record)) = records.next() else { return Ok(None) };
         let found = Format::detect(record).map_err(|rejection| {
-            if let Some((old, _)) = self.idle.first() {
-                let place = self.report.files.place(*line);
-                return not_renamed(format_args!("{place} has no field `{old}`"));
-            }
             let place = self.report.files.place(*line);
-            let error = Error::input(format_args!("{place}: {}", rejection.reason));
+            let idle = self.idle.first().map_or(String::new(), |(old, _)| {
+                format!("; `--rename-columns` finds no field `{old}`")
+            });
+            let error = Error::input(format_args!("{place}: {}{idle}", rejection.reason));
             match rejection.hint {
                 Some(hint) => error.hint(hint),
                 None => error,

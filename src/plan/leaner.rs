@@ -42,7 +42,9 @@ fn attending_again(settings: &Settings) -> Option<Settings> {
         policy => *policy,
     };
     let policies: Vec<Policy> = settings.policies.iter().map(again).collect();
-    (settings.policies != policies).then(|| Settings { policies, ..settings.clone() })
+    // Of one block alone the shared buffers would be as large.
+    (settings.count(Policy::Attention) > 1 && settings.policies != policies)
+        .then(|| Settings { policies, ..settings.clone() })
 }
 
 fn offloading(settings: &Settings) -> Option<Settings> {

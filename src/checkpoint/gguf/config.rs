@@ -7,8 +7,8 @@ use nibble_quant::FloatType;
 use serde_json::{Map, Value, json};
 
 use super::metadata::{
-    ATTENTION_FACTOR, LOCAL_THETA, LONG_ROPE_FACTORS, QUERY_SCALE, ROPE_FACTORS, YARN_BETAS,
-    YARN_LOG_MULTIPLIER,
+    ATTENTION_FACTOR, LOCAL_THETA, LONG_ROPE_FACTORS, ORIGINAL_LENGTH, QUERY_SCALE, ROPE_FACTORS,
+    YARN_BETAS, YARN_LOG_MULTIPLIER,
 };
 use super::{Architecture, Gguf};
 use crate::error::Result;
@@ -78,6 +78,9 @@ impl Gguf {
         ) {
             config["attention_bias"] = self.has("blk.0.attn_q.bias").into();
         }
+        if self.architecture == Architecture::Mistral3 {
+            self.add_mistral3(&mut config, theta)?;
+        }
         if self.architecture == Architecture::SmolLm3 {
             config["no_rope_layer_interval"] = ROTATION_INTERVAL.into();
         }
@@ -120,6 +123,23 @@ impl Gguf {
         Ok(())
     }
 
+    /// What of a Ministral 3 is not in a Llama: where its class finds nothing of rope, it takes YaRN.
+    fn add_mistral3(&self, config: &mut Value, theta: f64) -> Result<()> {
+        let mut rope = config["rope_scaling"].take();
+        if rope.is_null() {
+            rope = json!({"rope_type": "default"});
+        }
+        rope["rope_theta"] = theta.into();
+        if self.field(QUERY_SCALE).is_some() {
+            rope["llama_4_scaling_beta"] = self.required_float(QUERY_SCALE)?.into();
+            let longest = self.size("context_length")?;
+            rope["original_max_position_embeddings"] =
+                self.size_or(ORIGINAL_LENGTH, longest)?.into();
+        }
+        config["rope_parameters"] = rope;
+        Ok(())
+    }
+
     /// What of a Phi-3 is not in a Llama.
     fn add_phi3(&self, config: &mut Value, head_dim: usize) -> Result<()> {
         let turned = self.size_or("rope.dimension_count", head_dim)?;
@@ -127,7 +147,7 @@ impl Gguf {
         let window = self.size_or("attention.sliding_window", 0)?;
         config["sliding_window"] = if window > 0 { window.into() } else { Value::Null };
         let longest = self.size("context_length")?;
-        let original = self.size_or("rope.scaling.original_context_length", longest)?;
+        let original = self.size_or(ORIGINAL_LENGTH, longest)?;
         config["original_max_position_embeddings"] = original.into();
         if !LONG_ROPE_FACTORS.iter().any(|name| self.has(name)) {
             return Ok(());
@@ -216,7 +236,7 @@ impl Gguf {
     }
 
     fn yarn(&self, factor: f64) -> Result<Value> {
-        let original = self.size("rope.scaling.original_context_length")?;
+        let original = self.size(ORIGINAL_LENGTH)?;
         let mut scaling = json!({
             "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
         });
@@ -230,9 +250,6 @@ impl Gguf {
         let more = self.attention_factor()?;
         if all != 0.0 || more != 1.0 {
             scaling["attention_factor"] = (more * yarn_attention_factor(factor, all)).into();
-        }
-        if mistral && self.field(QUERY_SCALE).is_some() {
-            scaling["llama_4_scaling_beta"] = self.required_float(QUERY_SCALE)?.into();
         }
         Ok(scaling)
     }

@@ -28,6 +28,8 @@ pub(super) const YARN_BETAS: [&str; 2] =
     ["rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"];
 /// `mscale_all_dim`, for a `mscale` of 1.
 pub(super) const YARN_LOG_MULTIPLIER: &str = "rope.scaling.yarn_log_multiplier";
+/// Tokens of the context before it was stretched.
+pub(super) const ORIGINAL_LENGTH: &str = "rope.scaling.original_context_length";
 /// `llama_4_scaling_beta`.
 pub(super) const QUERY_SCALE: &str = "attention.temperature_scale";
 
@@ -151,8 +153,11 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
     for (key, value) in rope_scaling(architecture, &rotary.scaling)? {
         put(key, value);
     }
-    if let Some(QueryScaling { beta, .. }) = spec.query_scaling {
+    if let Some(QueryScaling { beta, original_max_position_embeddings }) = spec.query_scaling {
         put(QUERY_SCALE, Metadata::F32(beta as f32));
+        if !matches!(rotary.scaling, RopeScaling::Yarn { .. }) {
+            put(ORIGINAL_LENGTH, size(original_max_position_embeddings));
+        }
     }
     Ok(fields)
 }
@@ -164,8 +169,7 @@ fn rope_scaling(
     const FACTOR: &str = "rope.scaling.factor";
     let kind = |name: &str| ("rope.scaling.type", Metadata::String(name.into()));
     let number = |key, number: f64| (key, Metadata::F32(number as f32));
-    let original =
-        |tokens: usize| ("rope.scaling.original_context_length", Metadata::U32(tokens as u32));
+    let original = |tokens: usize| (ORIGINAL_LENGTH, Metadata::U32(tokens as u32));
     Ok(match *scaling {
         RopeScaling::Default => Vec::new(),
         // The factors are a tensor, as are those of LongRoPE; other graphs do not look for it.

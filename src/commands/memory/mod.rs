@@ -200,7 +200,8 @@ impl Model {
             let dtype = dtype.and_then(FloatType::from_name).unwrap_or(FloatType::Bf16);
             let weights = WeightBytes::of_config(&spec, dtype, format.as_ref(), place);
             let folder = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
-            let tokenizer = tokenizer_in(folder)?;
+            // A plan needs none: one that cannot be read may be an LFS pointer, as the weights are.
+            let tokenizer = tokenizer_in(folder).ok().flatten();
             let process =
                 tokenizer.as_ref().map_or(ASSUMED_PROCESS_BYTES, |_| resident::now_bytes());
             return Ok(Model { checkpoint: None, spec, weights, process, tokenizer });
