@@ -313,8 +313,9 @@ pub struct ResourceArgs {
     /// Worker threads [default: one for each core]
     #[arg(long, value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
-    /// Activations of a block: `keep` them, or recompute from its input and the output of `attention`,
-    /// from its input (`checkpoint`), or from one that waits elsewhere (`offload`): in pinned host memory beside a GPU, on the CPU in a nameless file in `--out`
+    /// Activations of a block: `keep` them, or recompute from its input and the output of
+    /// `attention`, from its input (`checkpoint`), or from one that waits elsewhere (`offload`): in
+    /// pinned host memory beside a GPU, on the CPU in a nameless file in `--out`
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
     /// Tokens that the MLP works on at a time; lowers memory for long rows [default: by itself

@@ -2,8 +2,8 @@
 //!
 //! In this order, each where the one before is used up: passes of half as many tokens, down to the
 //! longest document; half of the blocks that keep their activations recompute; attention is made again,
-//! too; the MLP, the logits and widened weights take smaller pieces; inputs of blocks wait elsewhere. Losses and gradients are the same
-//! sums in all of them, up to the order of summation.
+//! too; the MLP, the logits and widened weights take smaller pieces; inputs of blocks wait elsewhere.
+//! Losses and gradients are the same sums in all of them, up to the order of summation.
 
 use super::settings::{Pieces, Policy, Settings};
 

@@ -1,8 +1,8 @@
 //! `adapter_config.json`: PEFT's settings in and out.
 //!
 //! Reading tolerates unknown keys, as PEFT does, and refuses those that change what the adapter
-//! computes in a way that Nibble does not implement; of unknown ones, switches (`use_…`) that are on. Writing keeps to the keys that every PEFT
-//! release knows, because older ones refuse new keys.
+//! computes in a way that Nibble does not implement; of unknown ones, switches (`use_…`) that are
+//! on. Writing keeps to the keys that every PEFT release knows, because older ones refuse new keys.
 
 use std::io::ErrorKind;
 use std::path::Path;

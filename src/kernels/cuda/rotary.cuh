@@ -2,8 +2,8 @@
 // the rotary_dim elements at its beginning.
 //
 // The backward pass turns by the opposite angle. Where the heads of q have a factor for their row
-// besides, it multiplies cos and sin: whole heads turn then. Tables in f32, [rows, rotary_dim / 2]; the rotated
-// heads (q, then k) lie at the beginning of each row. Twin of src/kernels/cpu/rotary.rs.
+// besides, it multiplies cos and sin: whole heads turn then. Tables in f32, [rows, rotary_dim / 2]; the
+// rotated heads (q, then k) lie at the beginning of each row. Twin of src/kernels/cpu/rotary.rs.
 #pragma once
 #include "vector.cuh"
 

@@ -11,8 +11,8 @@ use crate::model::block::{Attended, Cache, Dropout, Missing, Pass, RotaryBuffers
 use crate::model::streaming::Direction;
 
 impl<K: Kernels> Model<K> {
-    /// cos, sin and the scale of q for every token; frequencies may depend on the length of its document, or on that of
-    /// the context where more of it may come.
+    /// cos, sin and the scale of q for every token; frequencies may depend on the length of its
+    /// document, or on that of the context where more of it may come.
     pub(super) fn fill_rotary(&mut self, tokens: &TokenLayout, context: Option<usize>) {
         let (dim, elements) = (self.spec.rotary_dim, tokens.tokens() * self.spec.rotary_dim / 2);
         let RotaryBuffers { tables, query_scale } = &mut self.buffers.work.rotary;

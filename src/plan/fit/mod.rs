@@ -108,7 +108,8 @@ pub struct Fit {
     pub bytes: u64,
     /// That plan.
     pub plan: Plan,
-    /// Keeping all or attention, recomputing and offloading, resident and streamed; the plan, if it is a mix of them.
+    /// Keeping all or attention, recomputing and offloading, resident and streamed; the plan, if it
+    /// is a mix of them.
     pub ways: Vec<Way>,
     /// The fastest micro-batch within the budget, where it is clearly faster than the one that was
     /// asked for or that one does not fit.
