@@ -20,7 +20,7 @@ use crate::{Gpu, settings};
 /// they may be made.
 #[test]
 fn offloaded_inputs_give_the_bits_of_checkpointed_ones() {
-    use Policy::{Checkpoint, Keep, Offload};
+    use Policy::{Attention, Checkpoint, Keep, Offload};
     let case = Case::open("llama_s0");
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     let run = |copies: Copies, policies: &[Policy]| {
@@ -48,6 +48,7 @@ fn offloaded_inputs_give_the_bits_of_checkpointed_ones() {
         [Offload; 6],
         [Offload, Checkpoint, Offload, Offload, Keep, Offload],
         [Checkpoint, Offload, Keep, Keep, Keep, Keep],
+        [Offload, Attention, Offload, Attention, Checkpoint, Keep],
         [Keep, Keep, Checkpoint, Offload, Offload, Keep],
     ] {
         for copies in [Copies::AtOnce, Copies::WhenAwaited] {

@@ -15,7 +15,7 @@ use crate::settings;
 /// as they may be made.
 #[test]
 fn streamed_weights_give_the_bits_of_resident_ones() {
-    use Policy::{Checkpoint, Keep, Offload};
+    use Policy::{Attention, Checkpoint, Keep, Offload};
     let case = Case::open("llama_s0");
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     let run = |copies: Copies, policies: &[Policy], stream: bool| {
@@ -35,7 +35,8 @@ fn streamed_weights_give_the_bits_of_resident_ones() {
         Some(((losses, gradients), taken))
     };
     let mixed = [Keep, Checkpoint, Offload, Offload, Checkpoint, Keep, Offload];
-    for policies in [&[Checkpoint; 6][..], &mixed, &[Keep; 1], &[Keep, Checkpoint]] {
+    let attended = [Attention, Attention, Keep];
+    for policies in [&[Checkpoint; 6][..], &mixed, &[Keep; 1], &[Keep, Checkpoint], &attended] {
         let Some((expected, resident)) = run(Copies::AtOnce, policies, false) else { return };
         assert!(expected.1.iter().all(|x| x.is_finite()));
         for copies in [Copies::AtOnce, Copies::WhenAwaited] {
