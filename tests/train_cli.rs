@@ -197,7 +197,7 @@ fn unknown_values_list_the_known_ones() {
     for (flag, value, known) in [
         ("--lr-scheduler-type", "cosin", "cosine_with_min_lr"),
         ("--quantization", "int8", "nf4, fp4, none"),
-        ("--activations", "drop", "auto, keep, checkpoint"),
+        ("--activations", "drop", "auto, keep, attention, checkpoint"),
         ("--preset", "qlora", "qlora-paper"),
         ("--packing", "yes", "true, false"),
         ("--adapter-dtype", "f16", "bf16, f32"),
