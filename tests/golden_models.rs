@@ -88,13 +88,15 @@ fn check_all_gradients(case: &Case, tag: &str, quantization: Option<BlockFormat>
     }
 }
 
-const POLICIES: [&[Policy]; 7] = [
+const POLICIES: [&[Policy]; 9] = [
     &[Policy::Keep],
     &[Policy::Checkpoint],
     &[Policy::Checkpoint, Policy::Keep],
     &[Policy::Attention],
     &[Policy::Attention, Policy::Checkpoint, Policy::Keep],
     &[Policy::Offload],
+    &[Policy::OffloadAttention],
+    &[Policy::Offload, Policy::OffloadAttention],
     &[Policy::Keep, Policy::Offload],
 ];
 

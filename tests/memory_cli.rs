@@ -99,6 +99,8 @@ fn the_allocated_arena_is_the_planned_one_to_the_byte() {
             &[Policy::Checkpoint, Policy::Keep],
             &[Policy::Attention],
             &[Policy::Attention, Policy::Offload],
+            &[Policy::OffloadAttention],
+            &[Policy::Offload, Policy::OffloadAttention],
             &[Policy::Offload],
             &[Policy::Keep, Policy::Offload],
         ] {

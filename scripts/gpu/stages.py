@@ -237,11 +237,11 @@ def judge_peak(check: Check, smallest: int):
     check.report.decide("peak", share <= goals.PEAK_SHARE, words)
 
 
-def train_long(check: Check, goal: str, name: str, length: int, steps: int):
+def train_long(check: Check, goal: str, name: str, length: int, steps: int, *more: str):
     """Whether it trains at all, within the budget."""
     model = check.model(name)
     rows = check.write_rows(f"rows of {name}", steps, length, check.config(name)["vocab_size"])
-    flags = ["--max-steps", steps, "--memory-budget", check.setup.budget, "--self-checks", "false"]
+    flags = ["--max-steps", steps, "--memory-budget", check.setup.budget, "--self-checks", "false", *more]
     run = check.train(goal, model, rows, length, *flags)
     judge_plan(check)
     words = f"{len(run.losses)} steps"
@@ -278,7 +278,8 @@ def train_8b_long(check: Check):
     if not check.setup.rehearsal and free_host_gib() / 2 < goals.LONG_PINS_GIB:
         words = f"{free_host_gib():.0f} GiB of the host's memory are free, half of it may be pinned"
         raise RuntimeError(f"{words}; {goals.LONG_PINS_GIB} GiB are needed")
-    train_long(check, "8B long", "8B", check.setup.length_long, 1)
+    # The leanest way: `auto` would fill the budget to save time.
+    train_long(check, "8B long", "8B", check.setup.length_long, 1, "--activations", "offload")
 
 
 # ---------------------------------------------------------------- curve and program

@@ -94,7 +94,7 @@ impl<'a> Pace<'a> {
         let (rates, spec, weights) = (self.rates, self.demand.spec, &self.demand.weights);
         let (layers, tokens) = (spec.num_layers, settings.tokens);
         let share = 1.0 - settings.count(Policy::Keep) as f64 / layers as f64;
-        let offloaded = (settings.count(Policy::Offload) * tokens * spec.hidden_size) as u64;
+        let offloaded = (settings.offloaded().len() * tokens * spec.hidden_size) as u64;
         let (in_copies, in_files) = match self.demand.place {
             Place::Gpu => (2 * offloaded, 0),
             Place::Host => (0, 2 * 4 * offloaded),

@@ -36,7 +36,7 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
                     let ranks = |half: Half| ranks.of(layer, half.roles());
                     push_kept(&mut plan, spec, settings, layer, ranks);
                 }
-                Policy::Attention => {
+                Policy::Attention | Policy::OffloadAttention => {
                     let component = Component::KeptActivations;
                     for (name, width) in attended(spec) {
                         plan.push(component, format!("layer.{layer}.{name}"), tokens * width);
@@ -97,7 +97,7 @@ fn push_inputs(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
     let (component, elements) = (Component::BlockInputs, settings.tokens * spec.hidden_size);
     for layer in 0..=spec.num_layers {
         let name = format!("layer.{layer}.input");
-        if settings.policies.get(layer) == Some(&Policy::Offload) {
+        if settings.policies.get(layer).is_some_and(|policy| policy.offloads()) {
             let dtype = RegionType::F32;
             plan.offloaded.push(Region { name, component, dtype, elements, pitch: None });
         } else {

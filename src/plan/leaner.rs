@@ -39,11 +39,12 @@ fn keeping_fewer(settings: &Settings) -> Option<Settings> {
 fn attending_again(settings: &Settings) -> Option<Settings> {
     let again = |policy: &Policy| match policy {
         Policy::Attention => Policy::Checkpoint,
+        Policy::OffloadAttention => Policy::Offload,
         policy => *policy,
     };
     let policies: Vec<Policy> = settings.policies.iter().map(again).collect();
     // Of one block alone the shared buffers would be as large.
-    (settings.count(Policy::Attention) > 1 && settings.policies != policies)
+    (settings.attended() > 1 && settings.policies != policies)
         .then(|| Settings { policies, ..settings.clone() })
 }
 
@@ -63,16 +64,15 @@ fn differ(one: &Settings, other: &Settings) -> bool {
 /// What a smaller plan does, for people.
 pub fn in_words(from: &Settings, to: &Settings) -> String {
     let layers = to.policies.len();
-    let [kept, offloaded] = [Policy::Keep, Policy::Offload].map(|policy| to.count(policy));
+    let (kept, offloaded) = (to.count(Policy::Keep), to.offloaded().len());
     let shorter = (to.tokens < from.tokens)
         .then(|| format!("{} tokens in a forward pass instead of {}", to.tokens, from.tokens));
     let recomputing = (kept < from.count(Policy::Keep))
         .then(|| format!("{} of {layers} blocks recomputed", layers - kept));
-    let attending = (to.count(Policy::Attention) < from.count(Policy::Attention))
-        .then(|| "attention recomputed".to_string());
+    let attending = (to.attended() < from.attended()).then(|| "attention recomputed".to_string());
     let smaller = to.tokens == from.tokens && differ(from, to);
     let smaller = smaller.then(|| "smaller pieces of the MLP and the logits".to_string());
-    let offloading = (offloaded > from.count(Policy::Offload))
+    let offloading = (offloaded > from.offloaded().len())
         .then(|| format!("inputs of {offloaded} of {layers} blocks offloaded"));
     let changes = [shorter, recomputing, attending, smaller, offloading];
     changes.into_iter().flatten().collect::<Vec<_>>().join(", ")
@@ -119,6 +119,8 @@ mod tests {
         let again = leaner(&fewer).unwrap();
         assert_eq!(again.policies, [Checkpoint; 2]);
         assert_eq!(in_words(&fewer, &again), "attention recomputed");
+        let offloaded = settings(64, 64, vec![Policy::OffloadAttention; 2]);
+        assert_eq!(leaner(&offloaded).unwrap().policies, [Policy::Offload; 2]);
     }
 
     #[test]

@@ -40,6 +40,20 @@ pub enum Policy {
     /// As checkpoint, and the input waits outside of the working memory: two buffers of it are all
     /// that offloaded layers share there.
     Offload,
+    /// As offload, and the output of attention is kept.
+    OffloadAttention,
+}
+
+impl Policy {
+    /// Whether the input waits outside of the working memory.
+    pub fn offloads(self) -> bool {
+        matches!(self, Policy::Offload | Policy::OffloadAttention)
+    }
+
+    /// Whether the output of attention is kept, and nothing else that the block makes.
+    pub fn keeps_attention(self) -> bool {
+        matches!(self, Policy::Attention | Policy::OffloadAttention)
+    }
 }
 
 /// What is made in smaller pieces than usual, where memory is short.
@@ -210,9 +224,14 @@ impl Settings {
 
     /// Which blocks keep what, for people.
     pub fn kept_in_words(&self) -> String {
-        let [kept, attended] = [Policy::Keep, Policy::Attention].map(|policy| self.count(policy));
+        let (kept, attended) = (self.count(Policy::Keep), self.attended());
         let words = format!("{kept} of {} blocks keep their activations", self.policies.len());
         if attended == 0 { words } else { format!("{words}, {attended} the output of attention") }
+    }
+
+    /// Layers that keep the output of attention alone.
+    pub fn attended(&self) -> usize {
+        self.policies.iter().filter(|policy| policy.keeps_attention()).count()
     }
 
     /// Whether a layer makes its attention again, or keeps nothing of it.
@@ -239,7 +258,7 @@ impl Settings {
 
     /// Layers whose input is offloaded, in order.
     pub fn offloaded(&self) -> Vec<usize> {
-        let offload = |layer: &usize| self.policies[*layer] == Policy::Offload;
+        let offload = |layer: &usize| self.policies[*layer].offloads();
         (0..self.policies.len()).filter(offload).collect()
     }
 

@@ -40,9 +40,9 @@ impl Work {
     /// Of a step of a run with `settings`, what is recomputed included.
     pub fn of_step(&self, settings: &Settings) -> f64 {
         let layers = settings.policies.len().max(1) as f64;
-        let share = |policy| settings.count(policy) as f64 / layers;
-        let recomputed =
-            self.forward * (1.0 - share(Policy::Keep)) - self.attention * share(Policy::Attention);
+        let share = |count: usize| count as f64 / layers;
+        let recomputed = self.forward * (1.0 - share(settings.count(Policy::Keep)))
+            - self.attention * share(settings.attended());
         self.forward + recomputed + self.backward + self.head
     }
 }

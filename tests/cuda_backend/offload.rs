@@ -20,7 +20,7 @@ use crate::{Gpu, settings};
 /// they may be made.
 #[test]
 fn offloaded_inputs_give_the_bits_of_checkpointed_ones() {
-    use Policy::{Attention, Checkpoint, Keep, Offload};
+    use Policy::{Attention, Checkpoint, Keep, Offload, OffloadAttention};
     let case = Case::open("llama_s0");
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     let run = |copies: Copies, policies: &[Policy]| {
@@ -49,6 +49,8 @@ fn offloaded_inputs_give_the_bits_of_checkpointed_ones() {
         [Offload, Checkpoint, Offload, Offload, Keep, Offload],
         [Checkpoint, Offload, Keep, Keep, Keep, Keep],
         [Offload, Attention, Offload, Attention, Checkpoint, Keep],
+        [OffloadAttention; 6],
+        [Offload, Offload, OffloadAttention, OffloadAttention, Keep, OffloadAttention],
         [Keep, Keep, Checkpoint, Offload, Offload, Keep],
     ] {
         for copies in [Copies::AtOnce, Copies::WhenAwaited] {

@@ -135,11 +135,14 @@ fn name(way: &Way, demand: &Demand) -> String {
         Policy::Keep => "activations kept",
         Policy::Attention => "attention kept",
         Policy::Checkpoint => "recomputed",
-        Policy::Offload => "inputs offloaded",
+        Policy::Offload | Policy::OffloadAttention => "inputs offloaded",
     };
+    if way.attended > 0 {
+        return format!("{} attention, offloaded, {weights}", way.attended);
+    }
     if (1..demand.spec.num_layers).contains(&way.kept) {
         let others = match way.policy {
-            Policy::Offload => "offloaded",
+            Policy::Offload | Policy::OffloadAttention => "offloaded",
             Policy::Attention => "attention",
             Policy::Keep | Policy::Checkpoint => "recomputed",
         };

@@ -142,7 +142,7 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         "model": args.base.model,
         "tokens": run.settings.tokens,
         "kept_blocks": run.settings.count(Policy::Keep),
-        "attention_blocks": run.settings.count(Policy::Attention),
+        "attention_blocks": run.settings.attended(),
         "streamed": run.stream,
         "mlp_tile_tokens": run.settings.mlp_tile(),
         "logit_rows": run.settings.logit_rows,

@@ -51,11 +51,12 @@ impl<K: Kernels> Buffers<K> {
         let training = settings.training();
         let offload = Offload::new(store, settings);
         let (inputs, places) = inputs::<K>(spec, settings, &offload, arena);
-        let has = |layer: usize, policy| settings.policies.get(layer) == Some(&policy);
+        let policy = |layer: usize| settings.policies.get(layer).copied();
+        let attends = |layer| policy(layer).is_some_and(Policy::keeps_attention);
         let attended = (0..spec.num_layers)
-            .map(|layer| has(layer, Policy::Attention).then(|| attended::<K>(arena, layer)))
+            .map(|layer| attends(layer).then(|| attended::<K>(arena, layer)))
             .collect();
-        let keeps = |layer: usize| has(layer, Policy::Keep);
+        let keeps = |layer: usize| policy(layer) == Some(Policy::Keep);
         let kept = (0..spec.num_layers)
             .map(|layer| keeps(layer).then(|| kept::<K>(spec, settings, arena, layer)))
             .collect();

@@ -112,11 +112,12 @@ pub struct Choice {
 impl Choice {
     /// What it does, for people.
     pub fn in_words(&self) -> String {
-        let Candidate { kept, others, stream, on_host, pieces } = self.candidate;
-        let offloaded = kept < self.settings.policies.len() && others == Policy::Offload;
+        let Candidate { stream, on_host, pieces, .. } = self.candidate;
+        let offloads = self.settings.policies.iter().any(|policy| policy.offloads());
+        let whose = if self.candidate.attended > 0 { "all" } else { "the others" };
         let parts = [
             Some(self.settings.kept_in_words()),
-            offloaded.then(|| "inputs of the others offloaded".into()),
+            offloads.then(|| format!("inputs of {whose} offloaded")),
             stream.then(|| "weights streamed".into()),
             on_host.in_words().map(Into::into),
             pieces.tiles.then(|| format!("MLP in tiles of {} tokens", self.settings.mlp_tile())),
@@ -134,6 +135,8 @@ pub(super) struct Candidate {
     pub kept: usize,
     /// What all others do.
     pub others: Policy,
+    /// Those of them, the last ones, that keep the output of attention though their input is offloaded.
+    pub attended: usize,
     /// Whether the blocks' weights are streamed.
     pub stream: bool,
     /// What is in the host's memory beside a GPU.
@@ -218,9 +221,9 @@ impl Demand<'_> {
             pace.seconds_per_token(&self.with(self.settings, *candidate), *candidate)
         };
         let fits = |candidate: &Candidate| self.fits(*candidate, bytes);
-        // Ways that differ in the blocks that keep, most first: each block that keeps is faster and
-        // takes memory, but for the last one, with which nothing is recomputed any more.
-        let way = |c: &Candidate| (c.others, c.stream, c.on_host, c.pieces);
+        // Ways that differ in the blocks that keep, all or attention, most first: each block that keeps
+        // is faster and takes memory, but for the last one, with which nothing is recomputed any more.
+        let way = |c: &Candidate| (c.others, c.stream, c.on_host, c.pieces, c.attended > 0);
         let most = candidates.chunk_by(|a, b| way(a) == way(b)).filter_map(|kept| {
             let (all, fewer) = kept.split_first()?;
             let first = || fewer.get(fewer.partition_point(|candidate| !fits(candidate)));
@@ -299,8 +302,20 @@ impl Demand<'_> {
                 for (&stream, &others) in
                     streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))
                 {
-                    let with = |&kept: &usize| Candidate { kept, others, stream, on_host, pieces };
+                    let attended = 0;
+                    let with = |&kept: &usize| Candidate {
+                        kept,
+                        others,
+                        attended,
+                        stream,
+                        on_host,
+                        pieces,
+                    };
                     candidates.extend(kept.iter().map(with));
+                    if self.activations == Activations::Auto && others == Offload {
+                        let with = |attended| Candidate { attended, ..with(&0) };
+                        candidates.extend((1..=layers).rev().map(with));
+                    }
                 }
             }
         }
@@ -315,7 +330,7 @@ impl Demand<'_> {
 
     /// `settings` with the policies and pieces of a candidate.
     pub(super) fn with(&self, settings: &Settings, candidate: Candidate) -> Settings {
-        let policies = policies(self.spec.num_layers, candidate.kept, candidate.others);
+        let policies = policies(self.spec.num_layers, candidate);
         let head_on_host = candidate.on_host == OnHost::All;
         let settings = Settings { policies, head_on_host, ..settings.clone() };
         settings.in_pieces(candidate.pieces)
@@ -352,9 +367,15 @@ impl Demand<'_> {
     }
 }
 
-fn policies(layers: usize, kept: usize, recompute: Policy) -> Vec<Policy> {
-    let policy = |layer| if layer + kept >= layers { Policy::Keep } else { recompute };
-    (0..layers).map(policy).collect()
+/// The last blocks keep what they can: the backward pass meets them first.
+fn policies(layers: usize, candidate: Candidate) -> Vec<Policy> {
+    let Candidate { kept, others, attended, .. } = candidate;
+    let policy = |behind: usize| match others {
+        _ if behind <= kept => Policy::Keep,
+        Policy::Offload if behind <= kept + attended => Policy::OffloadAttention,
+        others => others,
+    };
+    (1..=layers).rev().map(policy).collect()
 }
 
 #[cfg(test)]

@@ -175,8 +175,9 @@ impl Demand<'_> {
 
     /// Values of `--activations`, `--weights` and `--embedding` for a candidate.
     pub(in crate::plan) fn words(&self, candidate: Candidate) -> [&'static str; 3] {
-        let Candidate { kept, others, stream, on_host, .. } = candidate;
+        let Candidate { kept, others, attended, stream, on_host, .. } = candidate;
         let activations = match (kept, others) {
+            _ if attended > 0 => "auto",
             (kept, _) if kept == self.spec.num_layers => "keep",
             (0, Policy::Offload) => "offload",
             (0, Policy::Attention) => "attention",
@@ -228,6 +229,7 @@ impl Demand<'_> {
         let with = |others, stream, on_host| Candidate {
             kept: 0,
             others,
+            attended: 0,
             stream,
             on_host,
             pieces: Pieces::ALL,

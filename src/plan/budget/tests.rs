@@ -7,6 +7,7 @@ use crate::plan::{StreamedBytes, layout};
 const CHECKPOINT: Candidate = Candidate {
     kept: 0,
     others: Policy::Checkpoint,
+    attended: 0,
     stream: false,
     on_host: OnHost::Nothing,
     pieces: Pieces::NONE,
@@ -67,7 +68,7 @@ fn auto_keeps_as_many_layers_as_fit() {
     for kept in [0, 3, 6] {
         let chosen = demand.choose(Limit::Budget(need(kept))).unwrap();
         assert_eq!(chosen.candidate, of(kept));
-        assert_eq!(chosen.settings.policies, policies(6, kept, Policy::Checkpoint));
+        assert_eq!(chosen.settings.policies, policies(6, of(kept)));
         let bytes = demand.plan(&chosen.settings).arena_bytes() as u64;
         assert_eq!(bytes + (1 << 20) + 100, need(kept));
     }
@@ -108,6 +109,39 @@ fn attention_over_long_documents_is_kept() {
     let elements = |name: &str| plan.regions.iter().find(|it| it.name == name).unwrap().elements;
     assert_eq!(elements("layer.5.attention"), 1024 * spec.q_width());
     assert_eq!(elements("recompute.attention"), 0, "each has its own");
+}
+
+/// Where all inputs have to wait elsewhere, what is left holds the output of attention.
+#[test]
+fn attention_is_kept_beside_offloaded_inputs() {
+    let spec = golden();
+    let settings = Settings { longest_document: 1024, ..settings(&spec, 1024) };
+    let on_gpu = |spec: &ModelSpec, settings: &Settings| {
+        cuda_layout(spec, settings, AttnImplementation::Auto)
+    };
+    let demand = Demand { layout: &on_gpu, place: Place::Gpu, ..demand(&spec, &settings) };
+    let need = |candidate| demand.total_bytes(&settings, candidate);
+    let offload = Candidate { others: Policy::Offload, ..CHECKPOINT };
+    let attended = |attended| Candidate { attended, ..offload };
+    let each = need(attended(3)) - need(attended(2));
+    assert_eq!(each, need(attended(2)) - need(attended(1)));
+    assert_eq!(need(attended(6)), need(attended(5)), "none shares any more");
+    let chosen = demand.choose(Limit::Budget(need(attended(2)) + each / 2)).unwrap();
+    let Candidate { others, attended: kept, .. } = chosen.candidate;
+    assert!(others == Policy::Offload && kept >= 2, "{:?}", chosen.candidate);
+    let policies = &chosen.settings.policies;
+    assert!(policies.iter().all(|policy| policy.offloads()), "{policies:?}");
+    assert_eq!(chosen.settings.attended(), kept);
+    let words = format!(
+        "0 of 6 blocks keep their activations, {kept} the output of attention, inputs of all \
+         offloaded"
+    );
+    assert!(chosen.in_words().starts_with(&words), "{}", chosen.in_words());
+    assert_eq!(demand.words(chosen.candidate)[0], "auto");
+    assert_eq!(
+        demand.pinned_for(&settings, chosen.candidate),
+        demand.pinned_for(&settings, offload)
+    );
 }
 
 #[test]

@@ -32,6 +32,8 @@ pub struct Way {
     pub kept: usize,
     /// What all others do with theirs, or all of them.
     pub policy: Policy,
+    /// Blocks of those whose inputs are offloaded that keep the output of attention.
+    pub attended: usize,
     /// Weights are streamed from their file.
     pub stream: bool,
     /// Time of a token over that of the first way, by the rates of `src/plan/cost.rs`.
@@ -69,6 +71,8 @@ pub struct Plan {
     pub kept: usize,
     /// What the others do.
     pub others: Policy,
+    /// Blocks of them that keep the output of attention though their input is offloaded.
+    pub attended: usize,
     /// Weights are streamed from their file.
     pub stream: bool,
     /// Where embedding and head are beside a GPU.
@@ -171,7 +175,7 @@ impl Fit {
 
 impl Search<'_> {
     fn describe(&self, demand: &Demand, choice: &Choice) -> Plan {
-        let Candidate { kept, others, stream, on_host: embedding, .. } = choice.candidate;
+        let Candidate { kept, others, attended, stream, on_host: embedding, .. } = choice.candidate;
         let [activations, weights, place] = demand.words(choice.candidate);
         let mut flags = format!("--activations {activations} --weights {weights}");
         if demand.places_embedding() {
@@ -185,6 +189,7 @@ impl Search<'_> {
             words: choice.in_words(),
             kept,
             others,
+            attended,
             stream,
             embedding,
             mlp_tile_tokens: choice.settings.mlp_tile(),
@@ -200,7 +205,7 @@ impl Search<'_> {
         let policies = [Policy::Keep, Policy::Attention, Policy::Checkpoint, Policy::Offload];
         let uniform =
             streams.flat_map(|stream| policies.map(|policy| uniform(demand, policy, stream)));
-        let mixed = (1..demand.spec.num_layers).contains(&self.plan.kept);
+        let mixed = (1..demand.spec.num_layers).contains(&self.plan.kept) || self.plan.attended > 0;
         let whole = Candidate { on_host: OnHost::Nothing, pieces: Pieces::NONE, ..self.plan };
         let mut ways: Vec<Way> =
             uniform.chain(mixed.then_some(whole)).map(|whole| self.way(whole)).collect();
@@ -238,6 +243,7 @@ impl Search<'_> {
         let pinned = |candidate| demand.pinned_for(&longest, candidate);
         Way {
             kept: whole.kept,
+            attended: whole.attended,
             policy: if whole.kept == demand.spec.num_layers { Policy::Keep } else { whole.others },
             stream: whole.stream,
             time: self.seconds(demand.settings, candidate),
@@ -339,7 +345,7 @@ impl Search<'_> {
     /// All blocks with one policy, where the plan has another.
     fn other_policies(&self, knob: impl Fn(String, &Settings, Candidate) -> Knob) -> Vec<Knob> {
         let (demand, plan) = (self.demand, self.plan);
-        let all = |policy| plan.kept == 0 && plan.others == policy;
+        let all = |policy| plan.kept == 0 && plan.attended == 0 && plan.others == policy;
         let names = [
             ("keep", Policy::Keep, plan.kept == demand.spec.num_layers),
             ("attention", Policy::Attention, all(Policy::Attention)),
@@ -364,7 +370,8 @@ fn uniform(demand: &Demand, policy: Policy, stream: bool) -> Candidate {
         Policy::Keep => (demand.spec.num_layers, Policy::Checkpoint),
         others => (0, others),
     };
-    Candidate { kept, others, stream, on_host: OnHost::Nothing, pieces: Pieces::NONE }
+    let (on_host, pieces) = (OnHost::Nothing, Pieces::NONE);
+    Candidate { kept, others, attended: 0, stream, on_host, pieces }
 }
 
 /// The largest `n` up to `most` that fits; what fits with more fits with less. Sizes are doubled
