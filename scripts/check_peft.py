@@ -68,7 +68,9 @@ def nibble_logits(nibble, base, adapter):
         rows, logits = Path(folder, "rows.jsonl"), Path(folder, "logits.safetensors")
         starts = range(0, ROWS * LENGTH, LENGTH)
         rows.write_text("".join(json.dumps({"input_ids": ids[at : at + LENGTH]}) + "\n" for at in starts))
-        command = [nibble, "eval", "--model", base, "--quantization", "none", "--data", rows, "--save-logits", logits]
+        command = [nibble, "eval", "--model", base, "--data", rows, "--save-logits", logits]
+        if "quantization_config" not in json.loads(Path(base, "config.json").read_text()):
+            command += ["--quantization", "none"]
         subprocess.run(command + (["--adapter", adapter] if adapter != "-" else []), check=True, stdout=subprocess.DEVNULL)
         return load_file(logits)
 
