@@ -67,12 +67,16 @@ def doctor(check: Check):
         raise RuntimeError(obstacle)
 
 
+def host_kib(field: str) -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
+
+
 def machine(check: Check):
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     check.report.note("card, driver, memory", check.run(query).text.strip())
-    memory = Path("/proc/meminfo").read_text().splitlines()[0].split()[1]
     spaces = {str(path): shutil.disk_usage(path).free for path in (check.folder, check.shared)}
-    figures = {"processors": os.cpu_count(), "memory_kib": int(memory), "free_bytes": spaces}
+    figures = {"processors": os.cpu_count(), "memory_kib": host_kib("MemTotal"), "free_bytes": spaces}
     check.report.figures["machine"] = figures
 
 
@@ -264,19 +268,15 @@ def parse_gib(size: str) -> float:
     return float(size.removesuffix("GiB")) * GIB
 
 
-def free_host_gib() -> float:
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")) / 2**20
-
-
 def train_32b(check: Check):
     train_long(check, "32B", "32B", check.setup.length_32b, 3)
     shutil.rmtree(check.model("32B"))
 
 
 def train_8b_long(check: Check):
-    if not check.setup.rehearsal and free_host_gib() / 2 < goals.LONG_PINS_GIB:
-        words = f"{free_host_gib():.0f} GiB of the host's memory are free, half of it may be pinned"
+    free_gib = host_kib("MemAvailable") / 2**20
+    if not check.setup.rehearsal and free_gib / 2 < goals.LONG_PINS_GIB:
+        words = f"{free_gib:.0f} GiB of the host's memory are free, half of it may be pinned"
         raise RuntimeError(f"{words}; {goals.LONG_PINS_GIB} GiB are needed")
     # The leanest way: `auto` would fill the budget to save time.
     train_long(check, "8B long", "8B", check.setup.length_long, 1, "--activations", "offload")

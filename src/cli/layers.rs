@@ -114,14 +114,7 @@ fn is_default(command: &Command, flag: &str, values: &[String]) -> bool {
 }
 
 fn entry(command: &Command, name: &str, value: &DeValue<'_>, place: String) -> Result<Entry> {
-    let arg = known(command, name).map_err(|error| match value {
-        DeValue::Table(_) if find(command, name).is_none() => {
-            let what = &error.message().what;
-            Error::usage(what.lines().next().unwrap_or(what))
-                .hint(format_args!("settings stand in no sections: leave `{name}` out"))
-        }
-        _ => error,
-    })?;
+    let arg = known(command, name, matches!(value, DeValue::Table(_)))?;
     if arg.get_value_parser().type_id() == TypeId::of::<PathBuf>() {
         check_path(name, value)?;
     }
@@ -161,7 +154,8 @@ fn long(arg: &Arg) -> String {
     arg.get_long().unwrap_or_default().to_string()
 }
 
-fn known<'a>(command: &'a Command, name: &str) -> Result<&'a Arg> {
+/// The flag of a setting; `is_section` if it has settings of its own.
+fn known<'a>(command: &'a Command, name: &str, is_section: bool) -> Result<&'a Arg> {
     let settings = || {
         command
             .get_arguments()
@@ -175,6 +169,10 @@ fn known<'a>(command: &'a Command, name: &str) -> Result<&'a Arg> {
             .hint("leave it out of the file")),
         None => {
             let error = Error::usage(format_args!("unknown key `{name}`"));
+            if is_section {
+                let hint = format_args!("settings stand in no sections: leave `{name}` out");
+                return Err(error.hint(hint));
+            }
             if let Some(hint) = synonyms::hint(command, name, "") {
                 return Err(error.hint(hint));
             }

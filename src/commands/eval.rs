@@ -18,7 +18,7 @@ use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::Weights;
 use crate::plan::Settings;
-use crate::plural::noun;
+use crate::plural::counted;
 use crate::report::table::{Align, Table};
 use crate::sample::load_weights;
 
@@ -209,7 +209,6 @@ fn print_result(args: &EvalArgs, base: Option<Figures>, adapted: Option<Figures>
         println!("{out:#}");
         return Ok(());
     }
-    let counted = |count: usize, one: &str| format!("{count} {}", noun(count, one));
     println!("{}, {}\n", counted(documents, "document"), counted(targets, "trained token"));
     let mut table = Table::new([
         ("", Align::Left),

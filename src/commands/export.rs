@@ -7,6 +7,7 @@ use candle_core::quantized::gguf_file::Value as Metadata;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::adapter::Adapter;
+use crate::checkpoint::atomic::parent;
 use crate::checkpoint::{Checkpoint, Export, gguf_fields};
 use crate::cli::export::ExportArgs;
 use crate::cli::size::ByteSize;
@@ -50,8 +51,7 @@ fn check_not_part(input: &Path, output: &Path) -> Result<()> {
         written == read || within
     };
     // A link in the folder is replaced, not what it leads to.
-    let folder = output.parent().filter(|folder| !folder.as_os_str().is_empty());
-    let folder = folder.unwrap_or(Path::new(".")).canonicalize().ok();
+    let folder = parent(output).canonicalize().ok();
     let link = folder.zip(output.file_name()).map(|(folder, name)| folder.join(name));
     let written = output.canonicalize().ok().into_iter().chain(link);
     if output.exists() && written.into_iter().any(|written| is_read(&written)) {

@@ -5,7 +5,7 @@ use serde_json::{Map, Value};
 
 use super::chat::Chat;
 use super::record::Rejection;
-use super::template::ChatTemplate;
+use super::template::{ChatTemplate, REASONING};
 
 impl ChatTemplate {
     /// Refuses a conversation whose tools or calls of tools make no difference to its text.
@@ -74,8 +74,7 @@ impl Chat {
     /// Messages whose reasoning is not in the text.
     pub(super) fn reasoning_left_out(&self, text: &str) -> usize {
         let reasoning = |message: &&Value| {
-            let given = ["reasoning_content", "thinking", "reasoning"];
-            let given = given.iter().find_map(|name| message[*name].as_str()).map(str::trim);
+            let given = REASONING.iter().find_map(|name| message[*name].as_str()).map(str::trim);
             given.is_some_and(|given| !given.is_empty() && !text.contains(given))
         };
         self.messages.iter().filter(reasoning).count()
@@ -85,8 +84,7 @@ impl Chat {
     pub(super) fn is_empty_answer(&self, index: usize) -> bool {
         let message = &self.messages[index];
         let silent = |key: &str| message[key].as_str().is_none_or(|text| text.trim().is_empty());
-        let said = ["content", "reasoning_content", "thinking", "reasoning"];
-        said.into_iter().all(silent) && !calls(message)
+        silent("content") && REASONING.into_iter().all(silent) && !calls(message)
     }
 }
 

@@ -99,14 +99,16 @@ impl ChatTemplate {
     }
 }
 
+/// Names of what the assistant thinks before it answers.
+pub(super) const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
 /// A message as transformers hands it to templates: without keys that are null, and with reasoning
 /// under all of its names.
 fn normalized(message: &Value) -> Value {
     let Some(fields) = message.as_object() else { return message.clone() };
     let mut fields = fields.clone();
     fields.retain(|_, value| !value.is_null());
-    let names = ["reasoning_content", "thinking", "reasoning"];
-    if let Some(reasoning) = names.iter().find_map(|name| fields.get(*name)).cloned() {
+    if let Some(reasoning) = REASONING.iter().find_map(|name| fields.get(*name)).cloned() {
         fields.entry("thinking").or_insert_with(|| reasoning.clone());
         fields.insert("reasoning_content".into(), reasoning);
     }

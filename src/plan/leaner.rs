@@ -42,10 +42,9 @@ fn attending_again(settings: &Settings) -> Option<Settings> {
         Policy::OffloadAttention => Policy::Offload,
         policy => *policy,
     };
-    let policies: Vec<Policy> = settings.policies.iter().map(again).collect();
+    let policies = settings.policies.iter().map(again).collect();
     // Of one block alone the shared buffers would be as large.
-    (settings.attended() > 1 && settings.policies != policies)
-        .then(|| Settings { policies, ..settings.clone() })
+    (settings.attended() > 1).then(|| Settings { policies, ..settings.clone() })
 }
 
 fn offloading(settings: &Settings) -> Option<Settings> {

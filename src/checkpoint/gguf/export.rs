@@ -1,7 +1,7 @@
 //! A checkpoint as a GGUF file, a few rows at a time.
 //!
 //! Matrices have the type that their file's gives them, vectors are f32; q and k of
-//! Llamas and SmolLM3 get the order of rows that llama.cpp's rotary embedding wants.
+//! Llamas, Ministral 3 and SmolLM3 get the order of rows that llama.cpp's rotary embedding wants.
 
 use std::path::Path;
 

@@ -7,7 +7,7 @@ use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value as Metadata;
 use tempfile::NamedTempFile;
 
-use crate::checkpoint::atomic::finish_file;
+use crate::checkpoint::atomic::{finish_file, parent};
 use crate::error::{Error, Result};
 
 /// Data and each tensor begin at multiples of this.
@@ -52,12 +52,11 @@ impl GgufWriter {
         tensors: Vec<Description>,
     ) -> Result<Self> {
         let failed = |e| Error::io("write", path, e);
-        let folder = path.parent().filter(|folder| !folder.as_os_str().is_empty());
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         let file = tempfile::Builder::new()
             .prefix(&format!(".{name}."))
             .suffix(".partial")
-            .tempfile_in(folder.unwrap_or(Path::new(".")))
+            .tempfile_in(parent(path))
             .map_err(failed)?;
         let mut header = b"GGUF".to_vec();
         header.extend(3u32.to_le_bytes());

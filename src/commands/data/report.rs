@@ -122,8 +122,7 @@ fn checks(audit: &Audit, options: &DataOptions, tokenizer: &ChatTokenizer) -> Ve
         ("answers that are empty: only their end is trained", &report.empty_answers),
         ("messages whose reasoning the chat template leaves out", &report.reasoning_left_out),
     ];
-    let found = found.into_iter().filter(|(_, lines)| !lines.is_empty());
-    all.extend(found.map(|(what, lines)| note(report, what, lines)));
+    all.extend(notes(report, found));
     all.extend(unknown_roles(report, options));
     all
 }
@@ -160,8 +159,7 @@ fn ends(report: &LoadReport, tokenizer: &ChatTokenizer) -> Vec<String> {
         ),
         ("answers that lost their end by truncation", &report.cut_answers),
     ];
-    let found = found.into_iter().filter(|(_, lines)| !lines.is_empty());
-    let notes: Vec<String> = found.map(|(what, lines)| note(report, what, lines)).collect();
+    let notes: Vec<String> = notes(report, found).collect();
     if !notes.is_empty() {
         return notes;
     }
@@ -169,6 +167,15 @@ fn ends(report: &LoadReport, tokenizer: &ChatTokenizer) -> Vec<String> {
         tokenizer.eos_ids().iter().filter_map(|&id| tokenizer.token(id)).collect();
     let eos = if eos.is_empty() { "which the tokenizer lacks".into() } else { eos.join(" or ") };
     vec![format!("ok    every answer ends in a trained end-of-sequence token ({eos})")]
+}
+
+/// A [`note`] on each thing that was found at all.
+fn notes<'a>(
+    report: &'a LoadReport,
+    found: [(&'a str, &'a Vec<usize>); 2],
+) -> impl Iterator<Item = String> {
+    let found = found.into_iter().filter(|(_, lines)| !lines.is_empty());
+    found.map(|(what, lines)| note(report, what, lines))
 }
 
 /// How many there are of something, and on which lines.

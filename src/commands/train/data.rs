@@ -9,7 +9,7 @@ use crate::data::pack::{efficiency, one_per_row, pack};
 use crate::data::split::hold_out;
 use crate::data::{Batch, DataFiles, Dataset, Document, LoadReport};
 use crate::error::Result;
-use crate::plural::noun;
+use crate::plural::{counted, noun};
 use crate::train::events::DataSummary;
 use crate::train::feed::Feed;
 use crate::train::progress::Progress;
@@ -156,7 +156,6 @@ impl Prepared {
 /// One line on a file; nothing that was left out goes unsaid.
 fn first_line(path: &Path, report: &LoadReport, notes: &[String]) -> String {
     let share = 100.0 * report.targets as f64 / report.tokens.max(1) as f64;
-    let counted = |count: usize, one: &str| format!("{count} {}", noun(count, one));
     let mut line = format!(
         "{}: {}, {}, {}, {share:.0}% of them trained",
         path.display(),
