@@ -23,14 +23,18 @@ RANK = 16
 LEARNING_RATE = 2e-4
 WARMUP_STEPS = 1
 
-# name: rows, quantization, activations, which base folder
+# name: rows, quantization, activations, which base folder, precision of the products
 SCENARIOS = {
-    "text-keep": ("text", "nf4", "keep", "dense"),
-    "text-checkpoint": ("text", "nf4", "checkpoint", "dense"),
-    "text-f32": ("text", "none", "keep", "dense"),
-    "chat-keep": ("chat", "nf4", "keep", "dense"),
-    "chat-checkpoint": ("chat", "nf4", "checkpoint", "dense"),
-    "text-prequantized": ("text", "nf4", "keep", "quantized"),
+    "text-keep": ("text", "nf4", "keep", "dense", "f32"),
+    "text-checkpoint": ("text", "nf4", "checkpoint", "dense", "f32"),
+    "text-f32": ("text", "none", "keep", "dense", "f32"),
+    "chat-keep": ("chat", "nf4", "keep", "dense", "f32"),
+    "chat-checkpoint": ("chat", "nf4", "checkpoint", "dense", "f32"),
+    "text-prequantized": ("text", "nf4", "keep", "quantized", "f32"),
+    "text-keep-bf16": ("text", "nf4", "keep", "dense", "bf16"),
+    "text-checkpoint-bf16": ("text", "nf4", "checkpoint", "dense", "bf16"),
+    "chat-keep-bf16": ("chat", "nf4", "keep", "dense", "bf16"),
+    "chat-checkpoint-bf16": ("chat", "nf4", "checkpoint", "dense", "bf16"),
 }
 
 
@@ -151,12 +155,13 @@ def peak_gflops(arguments):
 
 
 def nibble_command(arguments, scenario, model, rows, out):
-    _, quantization, activations, _ = SCENARIOS[scenario]
+    _, quantization, activations, _, precision = SCENARIOS[scenario]
     flags = {
         "model": model,
         "data": rows,
         "out": out,
         "quantization": quantization,
+        "bf16": str(precision == "bf16").lower(),
         "activations": activations,
         "lora-r": RANK,
         "lora-alpha": 2 * RANK,
@@ -215,7 +220,7 @@ def run_nibble(arguments, scenario, model, rows, folder):
 
 
 def run_peer(arguments, scenario, model, rows, folder):
-    _, quantization, activations, _ = SCENARIOS[scenario]
+    _, quantization, activations, _, precision = SCENARIOS[scenario]
     out = folder / "peer.json"
     command = [arguments.python, Path(__file__).with_name("peer_bench.py")]
     command += ["--model", model, "--rows", rows, "--out", out, "--quantization", quantization]
@@ -228,6 +233,7 @@ def run_peer(arguments, scenario, model, rows, folder):
         arguments.steps,
     ]
     command += ["--threads", len(arguments.cores), "--r", RANK, "--alpha", 2 * RANK]
+    command += ["--precision", precision]
     command += ["--passive"] if arguments.passive else []
     _, peak_mib, _ = run_pinned(command, arguments.cores)
     result = json.loads(out.read_text())
@@ -255,7 +261,7 @@ def measure(arguments, folder, config):
     runs = []
     for round_index in range(arguments.rounds):
         for scenario in arguments.scenarios:
-            kind, _, policy, base = SCENARIOS[scenario]
+            kind, _, policy, base, _ = SCENARIOS[scenario]
             path, rows = data[kind]
             model = {"dense": arguments.model, "quantized": quantized}[base]
             operations = operations_per_token(config, rows, policy)
@@ -274,7 +280,7 @@ def measure(arguments, folder, config):
                 }
                 runs.append(result)
                 print(
-                    f"{round_index} {scenario:18} {who:7} {rate:7.1f} tokens/s"
+                    f"{round_index} {scenario:20} {who:7} {rate:7.1f} tokens/s"
                     f" {result['share_of_limit']:5.1%} of {peak:.0f} GFLOP/s"
                     f" {result['peak_rss_mib']:6.0f} MiB",
                     file=sys.stderr,

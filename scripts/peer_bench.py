@@ -4,8 +4,8 @@
     python scripts/peer_bench.py --model DIR --rows rows.jsonl --quantization nf4 --steps 8 --out peer.json
 
 Reads rows of `input_ids` and `labels`, takes `--batch` of them for each step in file order and pads
-them to the longest, as Hugging Face's collators do. LoRA on every linear layer but the head, f32
-compute, AdamW. Writes one JSON object: for every step its wall time, tokens without padding and loss.
+them to the longest, as Hugging Face's collators do. LoRA on every linear layer but the head, AdamW;
+f32 compute, or bf16 as `bf16=True` of Hugging Face's Trainer has it: a bf16 base under autocast. Writes one JSON object: for every step its wall time, tokens without padding and loss.
 Needs torch, transformers, peft and bitsandbytes; nothing else of Nibble needs Python packages.
 """
 
@@ -23,6 +23,7 @@ def parse_arguments():
     parser.add_argument("--rows", required=True, help="JSONL of input_ids and labels")
     parser.add_argument("--out", required=True, help="JSON file to write")
     parser.add_argument("--quantization", choices=["nf4", "none"], default="nf4")
+    parser.add_argument("--precision", choices=["f32", "bf16"], default="f32")
     parser.add_argument("--activations", choices=["keep", "checkpoint"], default="keep")
     parser.add_argument("--batch", type=int, default=4, help="rows in a step")
     parser.add_argument("--steps", type=int, default=8)
@@ -58,7 +59,8 @@ IMPORTED = time.monotonic()
 def load_base(arguments):
     """The frozen model: quantized while loading, unless the folder is 4-bit already."""
     config = AutoConfig.from_pretrained(arguments.model)
-    options = {"dtype": torch.float32, "attn_implementation": "sdpa"}
+    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[arguments.precision]
+    options = {"dtype": dtype, "attn_implementation": "sdpa"}
     if arguments.quantization == "nf4":
         options["device_map"] = {"": "cpu"}
         if getattr(config, "quantization_config", None) is None:
@@ -66,7 +68,7 @@ def load_base(arguments):
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.float32,
+                bnb_4bit_compute_dtype=dtype,
             )
     model = AutoModelForCausalLM.from_pretrained(arguments.model, **options)
     model.config.use_cache = False
@@ -118,7 +120,8 @@ def train(model, rows, arguments):
         first = step * arguments.batch % len(rows)
         batch = rows[first : first + arguments.batch]
         begun = time.monotonic()
-        loss = model(**pad(batch, pad_id)).loss
+        with torch.autocast("cpu", torch.bfloat16, enabled=arguments.precision == "bf16"):
+            loss = model(**pad(batch, pad_id)).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(trained, arguments.max_grad_norm)
         optimizer.step()

@@ -124,7 +124,7 @@ fn cublas_is_found_with_the_library_that_it_needs() {
 }
 
 #[test]
-fn attention_that_a_model_or_device_lacks_is_refused() {
+fn what_a_model_or_device_lacks_is_refused() {
     let small = "tests/data/models/llama_s0/config.json";
     let large = "tests/data/configs/llama-3.1-8b.json";
     let memory = |model: &str, flags: &[&str]| {
@@ -145,6 +145,7 @@ fn attention_that_a_model_or_device_lacks_is_refused() {
     let refused = [
         (with(small, "flash"), "have 16 columns", "--attn-implementation exact"),
         (memory(large, &["--attn-implementation", "flash"]), "CUDA backend", "leave it out"),
+        (memory(large, &["--device", "cuda", "--bf16", "false"]), "in bf16", "--device cpu"),
         (
             nibble(&["generate", "--model", "none", "--attn-implementation", "flash"]),
             "CUDA backend",

@@ -5,7 +5,9 @@ use std::sync::Arc;
 use candle_core::{CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, bail};
 
 use crate::PackedWeight;
-use crate::product::{Matrix, MatrixMut, WeightRef, product_forward, product_input_gradient};
+use crate::product::{
+    Matrix, MatrixMut, Precision, WeightRef, product_forward, product_input_gradient,
+};
 
 /// `y = x·Wᵀ` with W frozen in 4-bit blocks; differentiable in x: `dx = dy·W`.
 ///
@@ -82,9 +84,9 @@ impl Product {
         let result = MatrixMut::new(out, (rows, out_columns, out_columns));
         let weight = WeightRef::Packed(&self.linear.weight);
         if self.backward {
-            product_input_gradient(argument, weight, None, 0.0, result);
+            product_input_gradient(argument, weight, None, 0.0, result, Precision::F32);
         } else {
-            product_forward(argument, weight, None, 0.0, result);
+            product_forward(argument, weight, None, 0.0, result, Precision::F32);
         }
     }
 }

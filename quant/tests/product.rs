@@ -2,7 +2,7 @@
 
 use half::bf16;
 use nibble_quant::product::{
-    LowRank, Matrix, MatrixMut, WeightRef, gemm, gemm_serial, product_forward,
+    LowRank, Matrix, MatrixMut, Precision, WeightRef, gemm, gemm_serial, product_forward,
     product_input_gradient,
 };
 use nibble_quant::{BlockFormat, Floats, PackedWeight};
@@ -41,6 +41,11 @@ impl Sample {
         } else {
             Matrix::new(&self.data, (self.rows, self.columns, self.stride))
         }
+    }
+
+    /// What a product in `precision` makes of it.
+    fn seen(&self, precision: Precision) -> Self {
+        Sample { data: seen(self.data.clone(), precision), ..*self }
     }
 
     fn at(&self, row: usize, column: usize) -> f64 {
@@ -87,16 +92,24 @@ fn dense_products_match_f64_in_every_layout() {
             for (alpha, beta) in [(1.0, 0.0), (0.5, 1.0), (-2.0, 0.25)] {
                 let stride = n + 5;
                 let before = values(m * stride, seed + 2);
-                let expected = expected(&a, &b, alpha, beta, &before, stride);
-                let (mut serial, mut parallel) = (before.clone(), before.clone());
-                let (a, b) = (a.view(), b.view());
-                gemm_serial(alpha, a, b, beta, MatrixMut::new(&mut serial, (m, n, stride)));
-                gemm(alpha, a, b, beta, MatrixMut::new(&mut parallel, (m, n, stride)));
-                let what = format!("{m}x{n}x{k} layout {layout} alpha {alpha} beta {beta}");
-                check(&serial, stride, n, &expected, k, &what);
-                assert_eq!(serial, parallel, "{what}: threads do not change the result");
-                for (after, before) in serial.chunks(stride).zip(before.chunks(stride)) {
-                    assert_eq!(after[n..], before[n..], "{what}: columns beside C are untouched");
+                for precision in [Precision::F32, Precision::Bf16] {
+                    let seen = |sample: &Sample| sample.seen(precision);
+                    let expected = expected(&seen(&a), &seen(&b), alpha, beta, &before, stride);
+                    let (mut serial, mut parallel) = (before.clone(), before.clone());
+                    let (a, b) = (a.view(), b.view());
+                    let into = MatrixMut::new(&mut serial, (m, n, stride));
+                    gemm_serial(alpha, a, b, beta, into, precision);
+                    let into = MatrixMut::new(&mut parallel, (m, n, stride));
+                    gemm(alpha, a, b, beta, into, precision);
+                    let what = format!(
+                        "{m}x{n}x{k} layout {layout} alpha {alpha} beta {beta} {precision:?}"
+                    );
+                    check(&serial, stride, n, &expected, k, &what);
+                    assert_eq!(serial, parallel, "{what}: threads do not change the result");
+                    for (after, before) in serial.chunks(stride).zip(before.chunks(stride)) {
+                        let beside = after[n..] == before[n..];
+                        assert!(beside, "{what}: columns beside C are untouched");
+                    }
                 }
             }
         }
@@ -108,8 +121,11 @@ fn nan_in_an_overwritten_result_does_not_spread() {
     let (a, b) = (values(6, 1), values(6, 2));
     let mut c = vec![f32::NAN; 4];
     let (a, b) = (Matrix::new(&a, (2, 3, 3)), Matrix::new(&b, (3, 2, 2)));
-    gemm(1.0, a, b, 0.0, MatrixMut::new(&mut c, (2, 2, 2)));
-    assert!(c.iter().all(|value| value.is_finite()));
+    for precision in [Precision::F32, Precision::Bf16] {
+        c.fill(f32::NAN);
+        gemm(1.0, a, b, 0.0, MatrixMut::new(&mut c, (2, 2, 2)), precision);
+        assert!(c.iter().all(|value| value.is_finite()));
+    }
 }
 
 #[test]
@@ -127,39 +143,60 @@ fn frozen_products_match_the_decoded_weight() {
             (WeightRef::Bf16(&half, shape), &widened),
             (WeightRef::Packed(&packed), &decoded),
         ] {
-            frozen(tokens, weight, dense);
+            frozen(tokens, weight, dense, Precision::F32);
+            frozen(tokens, weight, dense, Precision::Bf16);
         }
     }
 }
 
-fn frozen(tokens: usize, weight: WeightRef, dense: &[f32]) {
+/// What a product in `precision` sees of its operand.
+fn seen(mut values: Vec<f32>, precision: Precision) -> Vec<f32> {
+    if precision == Precision::Bf16 {
+        values.iter_mut().for_each(|value| *value = bf16::from_f32(*value).to_f32());
+    }
+    values
+}
+
+fn frozen(tokens: usize, weight: WeightRef, dense: &[f32], precision: Precision) {
     let [output, input] = weight.shape();
-    let rank = 4;
-    let (x, dy) = (values(tokens * input, 21), values(tokens * output, 22));
-    let (ax, b) = (values(tokens * rank, 23), values(output * rank, 24));
-    let (t, a) = (values(tokens * rank, 25), values(rank * input, 26));
-    let x = Matrix::new(&x, (tokens, input, input));
-    let dy = Matrix::new(&dy, (tokens, output, output));
-    let w = Matrix::new(dense, (output, input, input));
-    let low = |a, b| Some(LowRank { scale: 0.5, a, b });
-    let ax = Matrix::new(&ax, (tokens, rank, rank));
-    let b = Matrix::new(&b, (output, rank, rank)).transposed();
-    let t = Matrix::new(&t, (tokens, rank, rank));
-    let a = Matrix::new(&a, (rank, input, input));
+    let rank = 5;
+    let scale = 0.75;
+    let given = |count, seed| values(count, seed);
+    let (x, dy) = (given(tokens * input, 21), given(tokens * output, 22));
+    let (ax, b) = (given(tokens * rank, 23), given(output * rank, 24));
+    let (t, a) = (given(tokens * rank, 25), given(rank * input, 26));
+    let old = given(tokens * output, 27);
+    let scaled = |values: &[f32]| seen(values.iter().map(|v| scale * v).collect(), precision);
+    let at = |values: &[f32], index: usize| f64::from(values[index]);
 
-    let (mut y, mut expected) = (values(tokens * output, 27), values(tokens * output, 27));
-    product_forward(x, weight, low(ax, b), 1.0, MatrixMut::new(&mut y, (tokens, output, output)));
-    let shape = (tokens, output, output);
-    gemm(1.0, x, w.transposed(), 1.0, MatrixMut::new(&mut expected, shape));
-    gemm(0.5, ax, b, 1.0, MatrixMut::new(&mut expected, shape));
-    let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
-    check(&y, output, output, &expected, input, "y = x·Wᵀ + 0.5·ax·b + y");
+    let mut y = old.clone();
+    let rows = |values, width| Matrix::new(values, (tokens, width, width));
+    let low = |a, b| Some(LowRank { scale, a, b });
+    let b_turned = Matrix::new(&b, (output, rank, rank)).transposed();
+    let into = MatrixMut::new(&mut y, (tokens, output, output));
+    product_forward(rows(&x, input), weight, low(rows(&ax, rank), b_turned), 1.0, into, precision);
+    let mut dx = vec![f32::NAN; tokens * input];
+    let into = MatrixMut::new(&mut dx, (tokens, input, input));
+    let a_rows = Matrix::new(&a, (rank, input, input));
+    let addition = low(rows(&t, rank), a_rows);
+    product_input_gradient(rows(&dy, output), weight, addition, 0.0, into, precision);
 
-    let (mut dx, mut expected) = (vec![0.0; tokens * input], vec![0.0; tokens * input]);
-    let shape = (tokens, input, input);
-    product_input_gradient(dy, weight, low(t, a), 0.0, MatrixMut::new(&mut dx, shape));
-    gemm(1.0, dy, w, 0.0, MatrixMut::new(&mut expected, shape));
-    gemm(0.5, t, a, 1.0, MatrixMut::new(&mut expected, shape));
-    let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
-    check(&dx, input, input, &expected, output, "dx = dy·W + 0.5·t·a");
+    let [x, dy, ax, t, w] = [x, dy, ax, t, dense.to_vec()].map(|values| seen(values, precision));
+    let (b, a) = (scaled(&b), scaled(&a));
+    let (mut expected_y, mut expected_dx) = (Vec::new(), Vec::new());
+    for token in 0..tokens {
+        for o in 0..output {
+            let base = (0..input).map(|i| at(&x, token * input + i) * at(&w, o * input + i));
+            let added = (0..rank).map(|r| at(&ax, token * rank + r) * at(&b, o * rank + r));
+            expected_y.push(base.chain(added).sum::<f64>() + at(&old, token * output + o));
+        }
+        for i in 0..input {
+            let base = (0..output).map(|o| at(&dy, token * output + o) * at(&w, o * input + i));
+            let added = (0..rank).map(|r| at(&t, token * rank + r) * at(&a, r * input + i));
+            expected_dx.push(base.chain(added).sum::<f64>());
+        }
+    }
+    let what = |product| format!("{product}, {precision:?}");
+    check(&y, output, output, &expected_y, input, &what("y = x·Wᵀ + s·ax·b + y"));
+    check(&dx, input, input, &expected_dx, output, &what("dx = dy·W + s·t·a"));
 }

@@ -14,7 +14,7 @@
 //! merged model unties them: it computes what the adapter computes. (PEFT writes into the shared
 //! matrix and so changes both.)
 
-use nibble_quant::product::{Matrix, MatrixMut, gemm};
+use nibble_quant::product::{Matrix, MatrixMut, Precision, gemm};
 use rayon::prelude::*;
 
 use super::peft::{LowRank, PeftAdapter, TokenRows};
@@ -150,7 +150,7 @@ impl LowRank {
         let a = Matrix::new(&self.tensors.a, (r, columns, columns));
         let b = Matrix::new(&self.tensors.b, (rows, r, r));
         let out = MatrixMut::new(weight, (rows, columns, columns));
-        gemm(self.target.scale, b, a, 1.0, out);
+        gemm(self.target.scale, b, a, 1.0, out, Precision::F32);
         if let Some(magnitude) = &self.magnitude {
             match self.is_embedding() {
                 true => scale_columns(weight, magnitude),

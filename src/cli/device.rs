@@ -1,4 +1,4 @@
-//! `--device`.
+//! `--device` and what goes with it.
 
 use std::fmt;
 use std::str::FromStr;
@@ -18,6 +18,11 @@ pub struct DeviceArgs {
     #[arg(long, value_name = "DEVICE", default_value_t = Device::Auto,
           value_parser = listed::<Device>(&["auto", "cpu", "cuda"]), hide_possible_values = true)]
     pub device: Device,
+
+    /// Products with the base model in bf16, their sums in f32: nearly twice as fast on a CPU that has AVX-512
+    /// BF16, the only way on a GPU [default: true on a GPU, false on a CPU]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
+    pub bf16: Option<bool>,
 
     /// Attention on a GPU: `flash`, `exact` (slower, for any head), or what suits the model
     #[arg(long, value_name = "PATH", value_enum, default_value_t = AttnImplementation::Auto)]

@@ -90,8 +90,8 @@ const SYNONYMS: [(&str, &str); 79] = [
     ("warmup", "warmup-steps"),
 ];
 
-const NUMBER_TYPE: &str =
-    "leave it out: it computes in bf16 on a GPU and in f32 on a CPU; there is no fp16";
+const NUMBER_TYPE: &str = "leave it out: it computes in bf16 on a GPU, on a CPU in f32 or with `--bf16` in bf16; there is no \
+     fp16";
 const REPORTS: &str = "leave it out: every run writes TensorBoard's files, metrics.jsonl and \
                        report.html into `--out`; other trackers are not supported";
 const NOT_NEEDED: &str = "leave it out: Nibble does so anyway";
@@ -101,8 +101,7 @@ const NOT_TRAINED: &str = "not supported in training: only LoRA on linears is tr
                            that have more can be used and merged";
 
 /// Their names of what has no flag here, and why.
-const WITHOUT_FLAG: [(&str, &str); 34] = [
-    ("bf16", NUMBER_TYPE),
+const WITHOUT_FLAG: [(&str, &str); 33] = [
     ("bias", NOT_TRAINED),
     ("bnb-4bit-compute-dtype", NUMBER_TYPE),
     ("dataloader-num-workers", "leave it out: data are in memory before the first step"),
@@ -198,7 +197,7 @@ mod tests {
         ] {
             assert_eq!(answer(command, theirs).as_deref(), Some(words), "{command} {theirs}");
         }
-        for theirs in ["--use-dora", "--modules-to-save", "--bf16", "--report-to"] {
+        for theirs in ["--use-dora", "--modules-to-save", "--fp16", "--report-to"] {
             assert!(answer("train", theirs).is_some_and(|words| !words.contains("here it is")));
         }
     }

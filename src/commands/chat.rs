@@ -12,7 +12,6 @@ use super::generate::note_finish;
 use crate::cli::generate::{ChatArgs, NamedAdapter, check_names};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
-use crate::kernels::cpu::Cpu;
 use crate::nearest::nearest;
 use crate::printed;
 use crate::sample::{Sampler, Session, Wish};
@@ -39,7 +38,7 @@ pub fn run(args: &ChatArgs) -> Result<()> {
     super::check_packing(&args.base)?;
     match device::open(&args.generation.device)? {
         Some(gpu) => run_on(args, gpu),
-        None => run_on(args, Cpu),
+        None => run_on(args, device::cpu(&args.generation.device)),
     }
 }
 

@@ -1,9 +1,12 @@
-//! From `--device` and `--attn-implementation` to a backend.
+//! From `--device` and what goes with it to a backend.
+
+use nibble_quant::product::Precision;
 
 use crate::cli::device::{Device, DeviceArgs};
 use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
 use crate::kernels::Storage;
+use crate::kernels::cpu::Cpu;
 use crate::kernels::cuda::devices::{self, LOWEST_CAPABILITY, driver_info};
 use crate::kernels::cuda::driver::Driver;
 use crate::kernels::cuda::library::Gpu;
@@ -31,6 +34,25 @@ pub fn open(args: &DeviceArgs) -> Result<Option<Cuda<Gpu>>> {
         }
         Err(error) => Err(error.at(format_args!("--device {device}"))),
     }
+}
+
+/// The CPU, with products as they are asked for. Where the processor is slower in bf16, that is told.
+pub fn cpu(args: &DeviceArgs) -> Cpu {
+    let precision = match args.bf16 {
+        Some(true) => Precision::Bf16,
+        _ => Precision::F32,
+    };
+    if precision == Precision::Bf16 && !precision.is_fast() {
+        eprintln!(
+            "note: --bf16: this processor has no AVX-512 BF16; it computes the same, slower than in f32"
+        );
+    }
+    Cpu { precision }
+}
+
+/// Whether the CPU computes in f32 although nobody asked for it, and it is made for bf16.
+pub fn would_be_faster_in_bf16(args: &DeviceArgs) -> bool {
+    args.bf16.is_none() && Precision::Bf16.is_fast()
 }
 
 fn open_gpu(args: &DeviceArgs, index: usize) -> Result<Cuda<Gpu>> {
@@ -69,6 +91,10 @@ pub fn resolve(args: &DeviceArgs) -> Result<Device> {
     if device == Device::Cpu && args.attn_implementation == AttnImplementation::Flash {
         return Err(Error::usage("`--attn-implementation flash` is a path of the CUDA backend")
             .hint("leave it out: the CPU has one path, or use `--device cuda`"));
+    }
+    if let (Device::Cuda(_), Some(false)) = (device, args.bf16) {
+        return Err(Error::usage("`--bf16 false`: the CUDA backend computes in bf16")
+            .hint("leave it out, or use `--device cpu`"));
     }
     if device == Device::Cpu && args.embedding != EmbeddingPlace::Auto {
         return Err(Error::usage(

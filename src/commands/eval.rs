@@ -12,7 +12,6 @@ use crate::cli::eval::EvalArgs;
 use crate::data::{Batch, ChatTokenizer, Dataset, Document, Encoder};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
-use crate::kernels::cpu::Cpu;
 use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
@@ -36,7 +35,7 @@ pub fn run(args: &EvalArgs) -> Result<()> {
     super::check_packing(&args.base)?;
     match device::open(&args.device)? {
         Some(gpu) => run_on(args, gpu),
-        None => run_on(args, Cpu),
+        None => run_on(args, device::cpu(&args.device)),
     }
 }
 

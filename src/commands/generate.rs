@@ -6,7 +6,6 @@ use super::device;
 use crate::cli::generate::{GenerateArgs, NamedAdapter, check_names};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
-use crate::kernels::cpu::Cpu;
 use crate::printed;
 use crate::sample::{Finish, Prompt, Sampler, Session, Wish};
 
@@ -20,7 +19,7 @@ pub fn run(args: &GenerateArgs) -> Result<()> {
     super::check_packing(&args.base)?;
     match device::open(&args.generation.device)? {
         Some(gpu) => run_on(args, gpu),
-        None => run_on(args, Cpu),
+        None => run_on(args, device::cpu(&args.generation.device)),
     }
 }
 

@@ -64,7 +64,7 @@ pub fn check<K: TrainingKernels>(kernels: &K) -> Result<()> {
 
 fn check_heads<K: TrainingKernels>(kernels: &K, heads: (&str, usize)) -> Result<()> {
     let mut device = model(kernels.clone(), heads, Policy::Offload)?;
-    let mut host = model(Cpu, heads, Policy::Checkpoint)?; // which offloads to a file
+    let mut host = model(Cpu::default(), heads, Policy::Checkpoint)?; // which offloads to a file
     let batch = batch();
     let differs = |what: &str, error: f64| {
         let (family, width) = heads;
@@ -87,14 +87,14 @@ fn check_heads<K: TrainingKernels>(kernels: &K, heads: (&str, usize)) -> Result<
     // One update from the same gradients.
     host.parameters_mut().set_values(Part::Gradients, &gradients);
     let norm = kernels.gradient_norm(device.parameters_mut())?;
-    let error = (norm / Cpu.gradient_norm(host.parameters_mut())? - 1.0).abs();
+    let error = (norm / Cpu::default().gradient_norm(host.parameters_mut())? - 1.0).abs();
     agree("norms of gradients", error, TOLERANCE.weights)?;
     let groups = step::rate_groups(host.parameters().tensors(), LoraPlus::default());
     let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.01 };
     let (optimizer, groups) = (&optimizer, &groups[..]);
     let update = Update { optimizer, groups, step: 1, learning_rate: 1e-2, gradient_scale: 0.5 };
     kernels.update(device.parameters_mut(), &update)?;
-    Cpu.update(host.parameters_mut(), &update)?;
+    Cpu::default().update(host.parameters_mut(), &update)?;
     let updated = device.parameters().values(Part::Master)?;
     let error = error_in_norm(&updated, &host.parameters().values(Part::Master)?);
     agree("updates", error, TOLERANCE.weights)?;
@@ -200,13 +200,13 @@ mod tests {
 
     #[test]
     fn the_cpu_agrees_with_itself() {
-        check(&Cpu).unwrap();
+        check(&Cpu::default()).unwrap();
     }
 
     #[test]
     fn every_part_of_the_model_is_in_the_comparison() {
         for heads in HEADS {
-            let mut host = model(Cpu, heads, Policy::Keep).unwrap();
+            let mut host = model(Cpu::default(), heads, Policy::Keep).unwrap();
             let batch = batch();
             let loss = host.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
             let loss = loss / batch.num_targets as f64;

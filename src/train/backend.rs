@@ -2,6 +2,8 @@
 
 use std::ops::Range;
 
+use nibble_quant::product::Precision;
+
 use super::adamw::{AdamW, RateGroup};
 use super::buffers::Buffers;
 use super::clip;
@@ -65,7 +67,8 @@ pub trait TrainingKernels: Kernels {
 impl TrainingKernels for Cpu {
     fn device(&self) -> String {
         let threads = rayon::current_num_threads();
-        format!("the CPU, {threads} {}", noun(threads, "thread"))
+        let bf16 = if self.precision == Precision::Bf16 { ", products in bf16" } else { "" };
+        format!("the CPU, {threads} {}{bf16}", noun(threads, "thread"))
     }
 
     fn surroundings(&self) -> Result<Surroundings> {

@@ -101,7 +101,7 @@ fn assert_near(got: &[Vec<f32>; 3], expected: &[Vec<f32>; 3], tolerances: [f64; 
 fn check(gpu: &Gpu, shape: &AttentionShape, attention: AttnImplementation) -> [Vec<f32>; 3] {
     let gpu = gpu.clone().with_attention(attention);
     let device = run(&gpu, shape, RegionType::Bf16, planned_work(shape, attention));
-    let host = run(&Cpu, shape, RegionType::F32, 1 << 22);
+    let host = run(&Cpu::default(), shape, RegionType::F32, 1 << 22);
     assert_near(&device, &host, [5e-3, 1e-4, 1e-2], &format!("{attention:?} {shape:?}"));
     device
 }

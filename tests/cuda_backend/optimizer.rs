@@ -32,7 +32,7 @@ fn updates_in_8_bits_leave_what_the_cpu_leaves() {
         let (optimizer, groups) = (&OPTIMIZER, &groups[..]);
         let update = Update { optimizer, groups, step, learning_rate: 1e-3, gradient_scale: 0.5 };
         gpu.update(device.parameters_mut(), &update).unwrap();
-        Cpu.update(host.parameters_mut(), &update).unwrap();
+        Cpu::default().update(host.parameters_mut(), &update).unwrap();
         for part in Part::LASTING {
             let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             let (got, expected) =

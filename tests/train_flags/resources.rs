@@ -249,6 +249,20 @@ fn device() {
     assert!(error.contains("hint: "), "{error}");
 }
 
+/// Near the run in f32, not equal to it; without a value the flag is `true`.
+#[test]
+fn bf16() {
+    let runs = Runs::new();
+    let [default, off, on] = ["", "bf16=false", "bf16=true"].map(|flag| runs.train(flag));
+    assert_eq!(default.optimizer("master"), off.optimizer("master"));
+    assert_ne!(default.optimizer("master"), on.optimizer("master"));
+    let loss = |run: &Run| run.events("step")[0]["loss"].as_f64().unwrap();
+    let (exact, rounded) = (loss(&off), loss(&on));
+    assert!((rounded / exact - 1.0).abs() < 2e-3, "{rounded} {exact}");
+    assert!(on.said.contains(", products in bf16"), "{}", on.said);
+    assert_eq!(runs.train("bf16").optimizer("master"), on.optimizer("master"));
+}
+
 /// On the CPU there is one path; those of a GPU are in `tests/cuda_backend/attention.rs`.
 #[test]
 fn attn_implementation() {

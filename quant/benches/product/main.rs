@@ -6,7 +6,8 @@
 //!
 //! Everything is measured in turn, round after round, the peak in every round: figures are the
 //! median over the rounds of the share of the peak, so that a shared machine's changes of speed
-//! cancel out. `nf4/f32` compares our product with 4-bit and with f32 weights in the same way.
+//! cancel out. `nf4/f32` compares our product with 4-bit and with f32 weights in the same way. The last
+//! columns are `+lora` in products of bf16: its share of the peak of f32, and how many times as fast it is.
 #![allow(unsafe_code)]
 
 mod peak;
@@ -16,7 +17,7 @@ use std::time::{Duration, Instant};
 
 use half::bf16;
 use nibble_quant::product::{
-    LowRank, Matrix, MatrixMut, WeightRef, gemm, product_forward, product_input_gradient,
+    LowRank, Matrix, MatrixMut, Precision, WeightRef, gemm, product_forward, product_input_gradient,
 };
 use nibble_quant::{BlockFormat, Floats, PackedWeight};
 
@@ -111,8 +112,8 @@ fn frozen(tokens: usize, input: usize, output: usize, backward: bool) {
     let format = BlockFormat::default();
     let packed = PackedWeight::quantize(Floats::F32(&dense), shape, &format).expect("finite");
     let [m, n, k] = if backward { [tokens, input, output] } else { [tokens, output, input] };
-    let mut results = vec![vec![0.0f32; m * n]; 5];
-    let (first, rest) = results.split_first_mut().expect("five");
+    let mut results = vec![vec![0.0f32; m * n]; 6];
+    let (first, rest) = results.split_first_mut().expect("six");
     let (a, b) = (&x[..m * k], &dense);
     let mut works: Vec<Work> = vec![Box::new(|| peer([m, n, k], a, b, !backward, first))];
     let low_rank = LowRank {
@@ -125,15 +126,20 @@ fn frozen(tokens: usize, input: usize, output: usize, backward: bool) {
         },
     };
     let packed = WeightRef::Packed(&packed);
-    let weights = [WeightRef::F32(&dense, shape), WeightRef::Bf16(&half, shape), packed, packed];
-    let additions = [None, None, None, Some(low_rank)];
-    for ((weight, addition), c) in weights.into_iter().zip(additions).zip(rest) {
+    let cases = [
+        (WeightRef::F32(&dense, shape), None, Precision::F32),
+        (WeightRef::Bf16(&half, shape), None, Precision::F32),
+        (packed, None, Precision::F32),
+        (packed, Some(low_rank), Precision::F32),
+        (packed, Some(low_rank), Precision::Bf16),
+    ];
+    for ((weight, addition, precision), c) in cases.into_iter().zip(rest) {
         works.push(Box::new(move || {
             let (a, c) = (Matrix::new(a, (m, k, k)), MatrixMut::new(c, (m, n, n)));
             if backward {
-                product_input_gradient(a, weight, addition, 0.0, c);
+                product_input_gradient(a, weight, addition, 0.0, c, precision);
             } else {
-                product_forward(a, weight, addition, 0.0, c);
+                product_forward(a, weight, addition, 0.0, c, precision);
             }
         }));
     }
@@ -141,7 +147,7 @@ fn frozen(tokens: usize, input: usize, output: usize, backward: bool) {
     let direction = if backward { "dy·W " } else { "x·Wᵀ" };
     let share = |work| 100.0 * race.ratio(work, 0);
     println!(
-        "{direction} {m:>5}×{n:<5} k {k:<5} {:6.0} {:7.1} {:7.1} {:7.1} {:7.1} {:7.1}   {:6.3}",
+        "{direction} {m:>5}×{n:<5} k {k:<5} {:6.0} {:7.1} {:7.1} {:7.1} {:7.1} {:7.1}   {:6.3}  {:7.1} {:6.2}",
         race.median_peak(),
         share(1),
         share(2),
@@ -149,6 +155,8 @@ fn frozen(tokens: usize, input: usize, output: usize, backward: bool) {
         share(4),
         share(5),
         race.ratio(4, 2),
+        share(6),
+        race.ratio(6, 5),
     );
 }
 
@@ -165,10 +173,20 @@ fn dense(name: &str, [m, n, k]: [usize; 3], layout: &str) {
     let layout = layout.as_bytes();
     let (a, b) = (view(&a, m, k, layout[0]), view(&b, k, n, layout[1]));
     let mut c = vec![0.0; m * n];
-    let work: Work = Box::new(|| gemm(1.0, a, b, 1.0, MatrixMut::new(&mut c, (m, n, n))));
-    let race = Race::run(2.0 * (m * n * k) as f64, &mut [work]);
-    let (peak, share) = (race.median_peak(), 100.0 * race.ratio(1, 0));
-    println!("{name:5} {m:>5}×{n:<5} k {k:<5} {peak:6.0} {:15.1}", share);
+    let mut half = c.clone();
+    let shape = (m, n, n);
+    let mut works: [Work; 2] = [
+        Box::new(|| gemm(1.0, a, b, 1.0, MatrixMut::new(&mut c, shape), Precision::F32)),
+        Box::new(|| gemm(1.0, a, b, 1.0, MatrixMut::new(&mut half, shape), Precision::Bf16)),
+    ];
+    let race = Race::run(2.0 * (m * n * k) as f64, &mut works);
+    let (peak, share) = (race.median_peak(), |work| 100.0 * race.ratio(work, 0));
+    let times = race.ratio(2, 1);
+    println!(
+        "{name:6} {m:>5}×{n:<5} k {k:<5} {peak:5.0} {:15.1} {:41.1} {times:6.2}",
+        share(1),
+        share(2)
+    );
 }
 
 fn main() {
@@ -178,7 +196,10 @@ fn main() {
         rayon::ThreadPoolBuilder::new().num_threads(threads).use_current_thread().build_global();
     pool.expect("the pool is not built yet");
     println!("{threads} threads, {tokens} tokens; peak in GFLOP/s, the others in % of it");
-    println!("product {:22}peak    gemm     f32    bf16     nf4   +lora  nf4/f32", "");
+    println!(
+        "product {:22}peak    gemm     f32    bf16     nf4   +lora  nf4/f32     bf16  times",
+        ""
+    );
     for (input, output) in [(576, 576), (576, 192), (576, 1536), (1536, 576)] {
         frozen(tokens, input, output, false);
         frozen(tokens, input, output, true);

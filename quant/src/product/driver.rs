@@ -21,14 +21,15 @@ use rayon::prelude::*;
 
 use super::LowRank;
 use super::micro::{Isa, Segment, Tile};
-use super::pack::Operand;
+use super::pack::{Operand, Panel};
+use super::step::{Precision, round_line, round_lines};
 use super::view::{Matrix, MatrixMut};
 use parts::{parts, share_out};
 pub use shared::PackedOperand;
 
-/// Longest chain of multiply-adds between two visits of C.
+/// Longest chain of steps between two visits of C.
 const K_BLOCK: usize = 640;
-/// k's whose panels are packed together: longer products visit C once more.
+/// Steps whose panels are packed together: longer products visit C once more.
 const K_STRETCH: usize = 2048;
 /// Elements of a packed band of B: 4 MiB stay in the last-level cache.
 const BAND_ELEMENTS: usize = 1 << 20;
@@ -64,6 +65,9 @@ struct Block<'a> {
     scale: f32,
 }
 
+/// Most blocks of a visit: a product's own, and an addition's.
+const MOST_BLOCKS: usize = 2;
+
 /// What is multiplied while a tile of C stays in registers.
 type Visit<'a> = Vec<Block<'a>>;
 
@@ -97,7 +101,7 @@ impl<'a> Product<'a> {
             return;
         }
         let parallel = parallel && rayon::current_num_threads() > 1 && m * n * k > SERIAL_LIMIT;
-        let visits = self.visits();
+        let visits = self.visits(isa);
         let mut beta = self.beta;
         let in_place = self.extra.is_none() && self.reads_in_place(isa, m, n);
         let stream = visits.len() == 1 && beta == 0.0 && m * n >= STREAMED_ELEMENTS;
@@ -105,7 +109,7 @@ impl<'a> Product<'a> {
         let stream = stream && c.row_stride.is_multiple_of(CACHE_LINE);
         let per_stretch = (K_STRETCH / K_BLOCK).max(1);
         for visits in visits.chunks(per_stretch) {
-            let depth = visits.iter().flatten().map(|block| block.k.len()).sum::<usize>().max(1);
+            let depth = visits.iter().flatten().map(|block| block.steps(isa)).sum::<usize>().max(1);
             let (width, alpha) = (isa.columns(), self.alpha);
             let band = Band { isa, visits, width, alpha, beta, stream };
             if in_place {
@@ -127,15 +131,15 @@ impl<'a> Product<'a> {
     }
 
     fn reads_in_place(&self, isa: Isa, m: usize, n: usize) -> bool {
-        let few = m <= IN_PLACE_TILES * isa.rows();
+        let few = m <= IN_PLACE_TILES * isa.rows() && isa.precision() == Precision::F32;
         few && n.is_multiple_of(isa.lanes()) && self.b.rows_in_place().is_some()
     }
 
     /// Blocks of k of equal length, the addition with the last.
-    fn visits(&self) -> Vec<Visit<'a>> {
-        let length = self.a.columns;
-        let count = length.div_ceil(K_BLOCK).max(1);
-        let size = length.div_ceil(count);
+    fn visits(&self, isa: Isa) -> Vec<Visit<'a>> {
+        let (length, per_step) = (self.a.columns, isa.precision().per_step());
+        let count = length.div_ceil(K_BLOCK * per_step).max(1);
+        let size = length.div_ceil(count).next_multiple_of(per_step);
         let block = |index: usize| {
             let k = (index * size).min(length)..((index + 1) * size).min(length);
             vec![Block { a: self.a, b: self.b, k, scale: 1.0 }]
@@ -155,7 +159,7 @@ struct Panels<'a> {
     data: &'a [f32],
     /// Columns that were packed.
     columns: usize,
-    /// Rows of every panel that no product uses; the band has one block then.
+    /// Steps of every panel that no product uses; the band has one block then.
     unused: usize,
 }
 
@@ -195,19 +199,18 @@ impl Band<'_> {
         let mut rest = packed;
         let mut tasks = Vec::new();
         for block in self.blocks() {
-            let (own, later) = rest.split_at_mut(padded * block.k.len());
+            let steps = block.steps(self.isa);
+            let (own, later) = rest.split_at_mut(padded * steps);
             rest = later;
-            let panels = own.chunks_mut((self.width * block.k.len()).max(1));
+            let panels = own.chunks_mut((self.width * steps).max(1));
             tasks.extend(panels.enumerate().map(|(index, panel)| (block, index, panel)));
         }
         let pack = |(block, index, panel): (&Block, usize, &mut [f32])| {
             let begin = columns.start + index * self.width;
             let end = (begin + self.width).min(columns.end);
             let width = (end - begin).next_multiple_of(self.isa.lanes());
-            block.b.pack(block.k.clone(), begin..end, width, panel);
-            if block.scale != 1.0 {
-                panel.iter_mut().for_each(|value| *value *= block.scale);
-            }
+            let (k, scale, precision) = (block.k.clone(), block.scale, self.isa.precision());
+            block.b.pack(&Panel { k, columns: begin..end, width, scale, precision }, panel);
         };
         if parallel {
             tasks.into_par_iter().with_max_len(1).for_each(pack);
@@ -239,23 +242,25 @@ impl Band<'_> {
         let (mut offset, mut beta) = (0, self.beta);
         for visit in self.visits {
             let task = Task { band: self, visit, offset, first_column, beta };
-            let main = &visit[0];
-            let depth = main.k.len();
-            if main.aliases() && panels.len() >= PANELS_FOR_COPY {
-                let stride = depth.next_multiple_of(CACHE_LINE) + CACHE_LINE;
-                with_buffer(rows.len() * stride, |copy| {
-                    for (to, row) in copy.chunks_exact_mut(stride).zip(rows.clone()) {
-                        let begin = row * main.a.row_stride + main.k.start;
-                        to[..depth].copy_from_slice(&main.a.data[begin..begin + depth]);
-                    }
-                    let copy = Rows { data: copy, row_stride: stride, k_stride: 1 };
-                    task.run(packed, copy, rows.clone(), panels.clone(), c);
-                });
-            } else {
-                task.run(packed, main.rows(rows.start), rows.clone(), panels.clone(), c);
-            }
+            let stride = |block: &Block| block.copy_stride(self.isa, panels.len());
+            let elements = visit.iter().filter_map(stride).sum::<usize>() * rows.len();
+            with_buffer(elements, |mut rest| {
+                let mut left = [Rows::default(); MOST_BLOCKS];
+                for (left, block) in left.iter_mut().zip(visit) {
+                    *left = match stride(block) {
+                        None => block.rows(rows.start),
+                        Some(stride) => {
+                            let elements = rows.len() * stride;
+                            let (copy, later) = std::mem::take(&mut rest).split_at_mut(elements);
+                            rest = later;
+                            block.copy_rows(self.isa, rows.clone(), stride, copy)
+                        }
+                    };
+                }
+                task.run(packed, &left, rows.clone(), panels.clone(), c);
+            });
             let padded = c.columns.next_multiple_of(self.isa.lanes());
-            offset += visit.iter().map(|block| padded * block.k.len()).sum::<usize>();
+            offset += visit.iter().map(|block| padded * block.steps(self.isa)).sum::<usize>();
             beta = 1.0;
         }
         if self.stream {
@@ -265,14 +270,58 @@ impl Band<'_> {
 }
 
 /// A's elements from a row and the first k of a block on.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 struct Rows<'a> {
     data: &'a [f32],
     row_stride: usize,
-    k_stride: usize,
+    step_stride: usize,
 }
 
 impl<'a> Block<'a> {
+    /// Steps of k.
+    fn steps(&self, isa: Isa) -> usize {
+        self.k.len().div_ceil(isa.precision().per_step())
+    }
+
+    /// Elements from row to row of a copy of A, where one is to be made: of pairs always, of floats
+    /// where it pays.
+    fn copy_stride(&self, isa: Isa, panels: usize) -> Option<usize> {
+        let copied = match isa.precision() {
+            Precision::F32 => self.aliases() && panels >= PANELS_FOR_COPY,
+            Precision::Bf16 => true,
+        };
+        copied.then(|| self.steps(isa).next_multiple_of(CACHE_LINE) + CACHE_LINE)
+    }
+
+    /// A copy of rows of A, which lie in `copy` from then on; rows of A itself are `stride` apart there.
+    fn copy_rows<'b>(
+        &self,
+        isa: Isa,
+        rows: Range<usize>,
+        stride: usize,
+        copy: &'b mut [f32],
+    ) -> Rows<'b> {
+        let (a, k) = (&self.a, self.k.clone());
+        if a.column_stride != 1 {
+            // Columns are contiguous; two of them become one of pairs.
+            let column = |k: usize| &a.data[k * a.column_stride + rows.start..][..rows.len()];
+            for (first, to) in k.clone().step_by(2).zip(copy.chunks_exact_mut(rows.len())) {
+                let next = (first + 1 < k.end).then(|| column(first + 1));
+                round_lines(column(first), next, to);
+            }
+            return Rows { data: copy, row_stride: 1, step_stride: rows.len() };
+        }
+        let steps = self.steps(isa);
+        for (row, to) in rows.zip(copy.chunks_exact_mut(stride)) {
+            let from = &a.data[row * a.row_stride + k.start..][..k.len()];
+            match isa.precision() {
+                Precision::F32 => to[..steps].copy_from_slice(from),
+                Precision::Bf16 => round_line(from, &mut to[..steps]),
+            }
+        }
+        Rows { data: copy, row_stride: stride, step_stride: 1 }
+    }
+
     /// Whether rows of A evict each other from the caches.
     fn aliases(&self) -> bool {
         self.a.column_stride == 1 && self.a.row_stride.is_multiple_of(ALIASING_STRIDE)
@@ -282,7 +331,7 @@ impl<'a> Block<'a> {
     fn rows(&self, row: usize) -> Rows<'a> {
         let a = &self.a;
         let data = &a.data[row * a.row_stride + self.k.start * a.column_stride..];
-        Rows { data, row_stride: a.row_stride, k_stride: a.column_stride }
+        Rows { data, row_stride: a.row_stride, step_stride: a.column_stride }
     }
 }
 
@@ -298,46 +347,46 @@ struct Task<'a> {
 }
 
 impl Task<'_> {
-    /// `main` is the first block's A from `rows.start` on.
+    /// `left` is A of each block from `rows.start` on.
     fn run(
         &self,
         packed: Option<Panels>,
-        main: Rows,
+        left: &[Rows],
         rows: Range<usize>,
         panels: Range<usize>,
         c: Shared,
     ) {
         let band = self.band;
         let padded = c.columns.next_multiple_of(band.isa.lanes());
-        let mut segments = Vec::with_capacity(2);
+        let mut segments = Vec::with_capacity(MOST_BLOCKS);
         for panel in panels {
             let column = panel * band.width;
             let columns = band.width.min(c.columns - column);
             segments.clear();
             let mut offset = self.offset;
-            for (index, block) in self.visit.iter().enumerate() {
+            for (block, a) in self.visit.iter().zip(left) {
+                let steps = block.steps(band.isa);
                 let (b, b_stride) = match packed {
                     Some(panels) => {
                         let stride = band.width.min(panels.columns - column);
                         let stride = stride.next_multiple_of(band.isa.lanes());
-                        let begin = offset + column * (block.k.len() + panels.unused);
-                        (&panels.data[begin..begin + stride * block.k.len()], stride)
+                        let begin = offset + column * (steps + panels.unused);
+                        (&panels.data[begin..begin + stride * steps], stride)
                     }
                     None => {
                         let (b, stride) = block.b.rows_in_place().expect("checked before");
                         (&b[block.k.start * stride + self.first_column + column..], stride)
                     }
                 };
-                let a = if index == 0 { main } else { block.rows(rows.start) };
                 segments.push(Segment {
-                    k: block.k.len(),
+                    steps,
                     a: a.data.as_ptr(),
                     a_row_stride: a.row_stride,
-                    a_k_stride: a.k_stride,
+                    a_step_stride: a.step_stride,
                     b: b.as_ptr(),
                     b_stride,
                 });
-                offset += padded * block.k.len();
+                offset += padded * steps;
             }
             let (alpha, beta) = (band.alpha, self.beta);
             let stream = band.stream && columns.is_multiple_of(CACHE_LINE);

@@ -1,26 +1,33 @@
-//! The innermost loop: a tile of C in registers, one multiply-add for each element and k.
+//! The innermost loop: a tile of C in registers, one multiply-add for each element and step of k.
 //!
-//! A is read where it lies, one element broadcast for each row; B's rows are contiguous vectors.
+//! A is read where it lies, one step broadcast for each row; B's rows are contiguous vectors.
 //! Every element of C is one chain of fused multiply-adds over a block of k, in order, whatever
-//! tile it falls into: with or without AVX-512 the bits are the same.
+//! tile it falls into: with or without AVX-512 the bits are the same. Not so for pairs of bf16, whose
+//! own instruction rounds and flushes in its own way.
 #![allow(unsafe_code)]
 
+#[cfg(target_arch = "x86_64")]
+use super::step::Pair;
+use super::step::{Dot, Float, Precision, Widened, has_pairs};
 use super::vector::{Eight, Vector};
 
-/// A stretch of k: where a tile's operands begin and how far steps are.
+/// Most columns of a tile on any instruction set.
+pub(super) const MOST_COLUMNS: usize = 64;
+
+/// A stretch of k: where a tile's operands begin and how far steps are; an element is a step.
 #[derive(Clone, Copy)]
 pub(super) struct Segment {
     /// Length of the chains.
-    pub k: usize,
+    pub steps: usize,
     /// First element of the tile's rows of A.
     pub a: *const f32,
     /// Elements between rows of A.
     pub a_row_stride: usize,
-    /// Elements between columns (k) of A.
-    pub a_k_stride: usize,
+    /// Elements between steps of A.
+    pub a_step_stride: usize,
     /// First element of the tile's columns of B; readable for whole vectors.
     pub b: *const f32,
-    /// Elements between rows (k) of B.
+    /// Elements between steps of B.
     pub b_stride: usize,
 }
 
@@ -47,9 +54,9 @@ pub(super) struct Tile {
     pub stream: bool,
 }
 
-/// The instruction set that tiles run on.
+/// The registers that tiles run on.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Isa {
+enum Registers {
     /// Arrays of eight.
     Portable,
     /// AVX2 and FMA.
@@ -58,37 +65,70 @@ pub(super) enum Isa {
     /// AVX-512 F.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// AVX-512 F and BF16.
+    #[cfg(target_arch = "x86_64")]
+    Avx512Bf16,
+}
+
+/// The instruction set that tiles run on, and what they multiply.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Isa {
+    registers: Registers,
+    precision: Precision,
 }
 
 impl Isa {
-    /// The widest that the processor has.
-    pub(super) fn detect() -> Self {
-        *Self::available().last().expect("the portable one always is")
+    /// Arrays of eight.
+    #[cfg(test)]
+    pub(super) fn portable(precision: Precision) -> Self {
+        Isa { registers: Registers::Portable, precision }
     }
 
-    /// All that the processor has.
-    pub(super) fn available() -> &'static [Self] {
+    /// The widest that the processor has.
+    pub(super) fn detect(precision: Precision) -> Self {
+        let registers = *Self::registers(precision).last().expect("the portable one always is");
+        Isa { registers, precision }
+    }
+
+    /// All others that the processor has.
+    #[cfg(test)]
+    pub(super) fn not_portable(precision: Precision) -> impl Iterator<Item = Self> {
+        let registers = Self::registers(precision)[1..].iter();
+        registers.map(move |&registers| Isa { registers, precision })
+    }
+
+    fn registers(precision: Precision) -> &'static [Registers] {
         #[cfg(target_arch = "x86_64")]
         {
+            use Registers::{Avx2, Avx512, Avx512Bf16, Portable};
             let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
             if avx2 && is_x86_feature_detected!("avx512f") {
-                return &[Isa::Portable, Isa::Avx2, Isa::Avx512];
+                return match precision {
+                    Precision::Bf16 if has_pairs() => &[Portable, Avx2, Avx512, Avx512Bf16],
+                    _ => &[Portable, Avx2, Avx512],
+                };
             }
             if avx2 {
-                return &[Isa::Portable, Isa::Avx2];
+                return &[Portable, Avx2];
             }
         }
-        &[Isa::Portable]
+        let _ = (precision, has_pairs());
+        &[Registers::Portable]
+    }
+
+    /// What a step of k is.
+    pub(super) fn precision(self) -> Precision {
+        self.precision
     }
 
     /// Lanes of a register.
     pub(super) fn lanes(self) -> usize {
-        match self {
-            Isa::Portable => 8,
+        match self.registers {
+            Registers::Portable => 8,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => 8,
+            Registers::Avx2 => 8,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => 16,
+            Registers::Avx512 | Registers::Avx512Bf16 => 16,
         }
     }
 
@@ -99,12 +139,12 @@ impl Isa {
 
     /// Most columns of a tile: with 6 rows, as many registers as leave some for A and B.
     pub(super) fn columns(self) -> usize {
-        match self {
-            Isa::Portable => 8,
+        match self.registers {
+            Registers::Portable => 8,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx2 => 16,
+            Registers::Avx2 => 16,
             #[cfg(target_arch = "x86_64")]
-            Isa::Avx512 => 64,
+            Registers::Avx512 | Registers::Avx512Bf16 => MOST_COLUMNS,
         }
     }
 
@@ -122,14 +162,22 @@ impl Isa {
     /// # Safety
     /// The processor has the instructions; the tile's pointers reach all that its fields say.
     pub(super) unsafe fn run(self, tile: &Tile) {
+        use Precision::{Bf16, F32};
         // SAFETY: passed on.
         unsafe {
-            match self {
-                Isa::Portable => portable(tile),
+            match (self.registers, self.precision) {
+                (Registers::Portable, F32) => portable::<Float>(tile),
+                (Registers::Portable, Bf16) => portable::<Widened>(tile),
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx2 => avx2(tile),
+                (Registers::Avx2, F32) => avx2::<Float>(tile),
                 #[cfg(target_arch = "x86_64")]
-                Isa::Avx512 => avx512(tile),
+                (Registers::Avx2, Bf16) => avx2::<Widened>(tile),
+                #[cfg(target_arch = "x86_64")]
+                (Registers::Avx512 | Registers::Avx512Bf16, F32) => avx512::<Float>(tile),
+                #[cfg(target_arch = "x86_64")]
+                (Registers::Avx512, Bf16) => avx512::<Widened>(tile),
+                #[cfg(target_arch = "x86_64")]
+                (Registers::Avx512Bf16, Bf16) => avx512_bf16(tile),
             }
         }
     }
@@ -137,40 +185,46 @@ impl Isa {
 
 /// Picks the instance for the tile's size.
 macro_rules! dispatch {
-    ($vector:ty, $tile:ident, $($vectors:literal),*) => {
+    ($vector:ty, $dot:ty, $tile:ident, $($vectors:literal),*) => {
         match $tile.columns.div_ceil(<$vector>::LANES) {
             $($vectors => match $tile.rows {
                 // SAFETY: passed on.
-                1 => unsafe { compute::<$vector, 1, $vectors>($tile) },
-                2 => unsafe { compute::<$vector, 2, $vectors>($tile) },
-                3 => unsafe { compute::<$vector, 3, $vectors>($tile) },
-                4 => unsafe { compute::<$vector, 4, $vectors>($tile) },
-                5 => unsafe { compute::<$vector, 5, $vectors>($tile) },
-                _ => unsafe { compute::<$vector, 6, $vectors>($tile) },
+                1 => unsafe { compute::<$vector, $dot, 1, $vectors>($tile) },
+                2 => unsafe { compute::<$vector, $dot, 2, $vectors>($tile) },
+                3 => unsafe { compute::<$vector, $dot, 3, $vectors>($tile) },
+                4 => unsafe { compute::<$vector, $dot, 4, $vectors>($tile) },
+                5 => unsafe { compute::<$vector, $dot, 5, $vectors>($tile) },
+                _ => unsafe { compute::<$vector, $dot, 6, $vectors>($tile) },
             },)*
             _ => unreachable!("tiles have at most `Isa::columns` columns"),
         }
     };
 }
 
-unsafe fn portable(tile: &Tile) {
-    dispatch!(Eight, tile, 1);
+unsafe fn portable<D: Dot<Eight>>(tile: &Tile) {
+    dispatch!(Eight, D, tile, 1);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx2,fma")]
-unsafe fn avx2(tile: &Tile) {
-    dispatch!(std::arch::x86_64::__m256, tile, 1, 2);
+unsafe fn avx2<D: Dot<std::arch::x86_64::__m256>>(tile: &Tile) {
+    dispatch!(std::arch::x86_64::__m256, D, tile, 1, 2);
 }
 
 #[cfg(target_arch = "x86_64")]
 #[target_feature(enable = "avx512f")]
-unsafe fn avx512(tile: &Tile) {
-    dispatch!(std::arch::x86_64::__m512, tile, 1, 2, 3, 4);
+unsafe fn avx512<D: Dot<std::arch::x86_64::__m512>>(tile: &Tile) {
+    dispatch!(std::arch::x86_64::__m512, D, tile, 1, 2, 3, 4);
+}
+
+#[cfg(target_arch = "x86_64")]
+#[target_feature(enable = "avx512f,avx512bf16")]
+unsafe fn avx512_bf16(tile: &Tile) {
+    dispatch!(std::arch::x86_64::__m512, Pair, tile, 1, 2, 3, 4);
 }
 
 #[inline(always)]
-unsafe fn compute<V: Vector, const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
+unsafe fn compute<V: Vector, D: Dot<V>, const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
     // SAFETY: the caller's promise covers every pointer below.
     unsafe {
         for i in 0..if tile.stream { 0 } else { ROWS } {
@@ -178,9 +232,9 @@ unsafe fn compute<V: Vector, const ROWS: usize, const VECTORS: usize>(tile: &Til
                 V::prefetch(tile.c.wrapping_add(i * tile.c_stride + vector * V::LANES));
             }
         }
-        let mut sums = chain([[V::splat(0.0); VECTORS]; ROWS], &tile.first);
+        let mut sums = chain::<V, D, ROWS, VECTORS>([[V::splat(0.0); VECTORS]; ROWS], &tile.first);
         if let Some(second) = &tile.second {
-            sums = chain(sums, second);
+            sums = chain::<V, D, ROWS, VECTORS>(sums, second);
         }
         for (i, sums) in sums.iter().enumerate() {
             write_row(tile, sums, tile.c.add(i * tile.c_stride));
@@ -190,22 +244,22 @@ unsafe fn compute<V: Vector, const ROWS: usize, const VECTORS: usize>(tile: &Til
 
 /// Adds a stretch's products to the sums.
 #[inline(always)]
-unsafe fn chain<V: Vector, const ROWS: usize, const VECTORS: usize>(
+unsafe fn chain<V: Vector, D: Dot<V>, const ROWS: usize, const VECTORS: usize>(
     mut sums: [[V; VECTORS]; ROWS],
     segment: &Segment,
 ) -> [[V; VECTORS]; ROWS] {
     // SAFETY: the caller's promise covers every pointer below.
     unsafe {
         let (mut a, mut b) = (segment.a, segment.b);
-        for _ in 0..segment.k {
+        for _ in 0..segment.steps {
             let row: [V; VECTORS] = std::array::from_fn(|v| V::load(b.add(v * V::LANES)));
             for (i, sums) in sums.iter_mut().enumerate() {
                 let factor = V::splat(*a.add(i * segment.a_row_stride));
                 for (sum, row) in sums.iter_mut().zip(row) {
-                    *sum = factor.multiply_add(row, *sum);
+                    *sum = D::dot(factor, row, *sum);
                 }
             }
-            a = a.wrapping_add(segment.a_k_stride);
+            a = a.wrapping_add(segment.a_step_stride);
             b = b.wrapping_add(segment.b_stride);
         }
         sums

@@ -1,4 +1,5 @@
-//! Products of f32 activations with frozen weights and with each other.
+//! Products of f32 activations with frozen weights and with each other, of operands as they are or
+//! rounded to bf16 ([`Precision`]).
 //!
 //! `product_forward`: `y = x·Wᵀ + beta·y`; `product_input_gradient`: `dx = dy·W + beta·dx`. W stays
 //! in its stored form: it is decoded into the panels that a matrix product packs anyway. Both take
@@ -9,6 +10,7 @@
 mod driver;
 mod micro;
 mod pack;
+mod step;
 mod transpose;
 mod vector;
 mod view;
@@ -20,6 +22,7 @@ pub use driver::PackedOperand;
 use driver::Product;
 use micro::Isa;
 use pack::Operand;
+pub use step::Precision;
 pub use view::{Matrix, MatrixMut};
 
 /// A frozen operand `[out, in]`.
@@ -47,16 +50,31 @@ impl WeightRef<'_> {
 ///
 /// # Panics
 /// When the shapes do not agree.
-pub fn gemm(alpha: f32, a: Matrix, b: Matrix, beta: f32, c: MatrixMut) {
-    Product { alpha, a, b: Operand::Dense(b), extra: None, beta }.run(Isa::detect(), c, true);
+pub fn gemm(alpha: f32, a: Matrix, b: Matrix, beta: f32, c: MatrixMut, precision: Precision) {
+    Product { alpha, a, b: Operand::Dense(b), extra: None, beta }.run(
+        Isa::detect(precision),
+        c,
+        true,
+    );
 }
 
 /// `c = alpha·a·b + beta·c` on this thread.
 ///
 /// # Panics
 /// When the shapes do not agree.
-pub fn gemm_serial(alpha: f32, a: Matrix, b: Matrix, beta: f32, c: MatrixMut) {
-    Product { alpha, a, b: Operand::Dense(b), extra: None, beta }.run(Isa::detect(), c, false);
+pub fn gemm_serial(
+    alpha: f32,
+    a: Matrix,
+    b: Matrix,
+    beta: f32,
+    c: MatrixMut,
+    precision: Precision,
+) {
+    Product { alpha, a, b: Operand::Dense(b), extra: None, beta }.run(
+        Isa::detect(precision),
+        c,
+        false,
+    );
 }
 
 /// A low-rank addition to a product: `+ scale · a · b`.
@@ -81,9 +99,10 @@ pub fn product_forward(
     low_rank: Option<LowRank>,
     beta: f32,
     y: MatrixMut,
+    precision: Precision,
 ) {
     let b = Operand::Transposed(weight);
-    Product { alpha: 1.0, a: x, b, extra: low_rank, beta }.run(Isa::detect(), y, true);
+    Product { alpha: 1.0, a: x, b, extra: low_rank, beta }.run(Isa::detect(precision), y, true);
 }
 
 /// `dx = dy·W + low_rank + beta·dx`; dy `[T, out]`, dx `[T, in]`.
@@ -96,7 +115,8 @@ pub fn product_input_gradient(
     low_rank: Option<LowRank>,
     beta: f32,
     dx: MatrixMut,
+    precision: Precision,
 ) {
     let b = Operand::Plain(weight);
-    Product { alpha: 1.0, a: dy, b, extra: low_rank, beta }.run(Isa::detect(), dx, true);
+    Product { alpha: 1.0, a: dy, b, extra: low_rank, beta }.run(Isa::detect(precision), dx, true);
 }

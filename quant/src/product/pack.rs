@@ -1,11 +1,13 @@
 //! Packing: the right operand of a product, laid out as the tiles read it.
 //!
-//! Columns are cut into panels, each `[k][width]` with rows of whole registers (filled up with
+//! Columns are cut into panels, each `[step of k][width]` with rows of whole registers (filled up with
 //! zeros); stored weights are decoded on the way, so 4-bit blocks cost their decoding alone.
 
 use std::ops::Range;
 
 use super::WeightRef;
+use super::micro::MOST_COLUMNS;
+use super::step::{Precision, round_line, round_lines};
 use super::transpose::transpose;
 use super::view::Matrix;
 
@@ -64,42 +66,33 @@ impl<'a> Operand<'a> {
         }
     }
 
-    /// Packs the panel of `columns` of rows `k`; its rows are `width` long.
-    pub(super) fn pack(
-        &self,
-        k: Range<usize>,
-        columns: Range<usize>,
-        width: usize,
-        panel: &mut [f32],
-    ) {
-        let count = columns.len();
-        let (lines, rows) = self.lines();
+    /// Packs a panel.
+    pub(super) fn pack(&self, panel: &Panel, into: &mut [f32]) {
+        let (count, width) = (panel.columns.len(), panel.width);
         if count < width {
-            panel.chunks_exact_mut(width).for_each(|row| row[count..].fill(0.0));
+            into.chunks_exact_mut(width).for_each(|row| row[count..].fill(0.0));
         }
-        if rows {
-            for (k, row) in k.zip(panel.chunks_exact_mut(width)) {
-                lines.read(k, columns.start, &mut row[..count]);
-            }
-            return;
+        match (panel.precision, self.lines()) {
+            (Precision::F32, (lines, true)) => lines.pack_rows(panel, into),
+            (Precision::F32, (lines, false)) => lines.pack_columns(panel, into),
+            (Precision::Bf16, (lines, true)) => lines.pack_rows_in_pairs(panel, into),
+            (Precision::Bf16, (lines, false)) => lines.pack_columns_in_pairs(panel, into),
         }
-        if let Lines::Dense(data, stride) = lines {
-            let from = &data[columns.start * stride + k.start..];
-            return transpose((from, stride), (count, k.len()), (panel, width));
-        }
-        let mut decoded = [0.0f32; LINES * PIECE];
-        for begin in k.clone().step_by(PIECE) {
-            let length = PIECE.min(k.end - begin);
-            let rows = &mut panel[(begin - k.start) * width..];
-            for first in (0..count).step_by(LINES) {
-                let group = LINES.min(count - first);
-                for (line, to) in decoded.chunks_exact_mut(PIECE).take(group).enumerate() {
-                    lines.read(columns.start + first + line, begin, &mut to[..length]);
-                }
-                transpose((&decoded, PIECE), (group, length), (&mut rows[first..], width));
-            }
+        if panel.precision == Precision::F32 && panel.scale != 1.0 {
+            into.iter_mut().for_each(|value| *value *= panel.scale);
         }
     }
+}
+
+/// What is packed: columns of a stretch of k.
+pub(super) struct Panel {
+    pub k: Range<usize>,
+    pub columns: Range<usize>,
+    /// Elements of a packed row, at least the columns.
+    pub width: usize,
+    /// Factor of every element.
+    pub scale: f32,
+    pub precision: Precision,
 }
 
 impl<'a> Lines<'a> {
@@ -107,6 +100,74 @@ impl<'a> Lines<'a> {
         match weight {
             WeightRef::F32(data, shape) => Lines::Dense(data, shape[1]),
             stored => Lines::Stored(stored),
+        }
+    }
+
+    fn pack_rows(&self, panel: &Panel, into: &mut [f32]) {
+        let (first, count) = (panel.columns.start, panel.columns.len());
+        for (k, row) in panel.k.clone().zip(into.chunks_exact_mut(panel.width)) {
+            self.read(k, first, &mut row[..count]);
+        }
+    }
+
+    fn pack_columns(&self, panel: &Panel, into: &mut [f32]) {
+        let (k, count, width) = (panel.k.clone(), panel.columns.len(), panel.width);
+        if let Lines::Dense(data, stride) = self {
+            let from = &data[panel.columns.start * stride + k.start..];
+            return transpose((from, *stride), (count, k.len()), (into, width));
+        }
+        let mut decoded = [0.0f32; LINES * PIECE];
+        for begin in k.clone().step_by(PIECE) {
+            let length = PIECE.min(k.end - begin);
+            let rows = &mut into[(begin - k.start) * width..];
+            for first in (0..count).step_by(LINES) {
+                let group = LINES.min(count - first);
+                for (line, to) in decoded.chunks_exact_mut(PIECE).take(group).enumerate() {
+                    self.read(panel.columns.start + first + line, begin, &mut to[..length]);
+                }
+                transpose((&decoded, PIECE), (group, length), (&mut rows[first..], width));
+            }
+        }
+    }
+
+    fn pack_rows_in_pairs(&self, panel: &Panel, into: &mut [f32]) {
+        let (first, count) = (panel.columns.start, panel.columns.len());
+        let mut pair = [[0.0f32; MOST_COLUMNS]; 2];
+        for (k, row) in panel.k.clone().step_by(2).zip(into.chunks_exact_mut(panel.width)) {
+            for (k, line) in (k..panel.k.end).zip(&mut pair) {
+                self.read_scaled(k, first, panel.scale, &mut line[..count]);
+            }
+            let [low, high] = pair.each_ref().map(|line| &line[..count]);
+            round_lines(low, (k + 1 < panel.k.end).then_some(high), &mut row[..count]);
+        }
+    }
+
+    fn pack_columns_in_pairs(&self, panel: &Panel, into: &mut [f32]) {
+        const STEPS: usize = PIECE / 2;
+        let (k, count, width) = (panel.k.clone(), panel.columns.len(), panel.width);
+        let (mut decoded, mut pairs) = ([0.0f32; PIECE], [0.0f32; LINES * STEPS]);
+        for begin in k.clone().step_by(PIECE) {
+            let length = PIECE.min(k.end - begin);
+            let rows = &mut into[(begin - k.start) / 2 * width..];
+            for first in (0..count).step_by(LINES) {
+                let group = LINES.min(count - first);
+                for (line, to) in pairs.chunks_exact_mut(STEPS).take(group).enumerate() {
+                    let line = panel.columns.start + first + line;
+                    self.read_scaled(line, begin, panel.scale, &mut decoded[..length]);
+                    round_line(&decoded[..length], &mut to[..length.div_ceil(2)]);
+                }
+                let turned = (group, length.div_ceil(2));
+                transpose((&pairs, STEPS), turned, (&mut rows[first..], width));
+            }
+        }
+    }
+
+    /// [`read`](Lines::read), times `scale`.
+    #[inline]
+    fn read_scaled(&self, line: usize, begin: usize, scale: f32, out: &mut [f32]) {
+        self.read(line, begin, out);
+        if scale != 1.0 {
+            out.iter_mut().for_each(|value| *value *= scale);
         }
     }
 

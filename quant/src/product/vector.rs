@@ -1,6 +1,9 @@
 //! Registers of floats: what the tiles are written in.
 #![allow(unsafe_code)]
 
+/// The bits of the upper one of two bf16.
+const UPPER_HALF: u32 = 0xffff_0000;
+
 /// A register of floats.
 ///
 /// # Safety
@@ -19,6 +22,10 @@ pub(super) trait Vector: Copy {
     unsafe fn store_some(self, to: *mut f32, count: usize);
     unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self;
     unsafe fn multiply(self, factor: Self) -> Self;
+    /// Lanes taken as pairs of bf16: those with the lower bits, as floats.
+    unsafe fn lower_half(self) -> Self;
+    /// Those with the upper bits.
+    unsafe fn upper_half(self) -> Self;
     /// Asks for a cache line that will be written soon.
     unsafe fn prefetch(line: *const f32);
 }
@@ -74,6 +81,16 @@ impl Vector for Eight {
     }
 
     #[inline(always)]
+    unsafe fn lower_half(self) -> Self {
+        Eight(self.0.map(|lane| f32::from_bits(lane.to_bits() << 16)))
+    }
+
+    #[inline(always)]
+    unsafe fn upper_half(self) -> Self {
+        Eight(self.0.map(|lane| f32::from_bits(lane.to_bits() & UPPER_HALF)))
+    }
+
+    #[inline(always)]
     unsafe fn prefetch(_: *const f32) {}
 }
 
@@ -81,7 +98,7 @@ impl Vector for Eight {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::Vector;
+    use super::{UPPER_HALF, Vector};
 
     /// Loads and stores of some lanes: eight lanes from the right offset are the mask.
     static AVX2_MASKS: [i32; 16] = [-1, -1, -1, -1, -1, -1, -1, -1, 0, 0, 0, 0, 0, 0, 0, 0];
@@ -128,6 +145,19 @@ mod x86 {
         #[inline(always)]
         unsafe fn multiply(self, factor: Self) -> Self {
             unsafe { _mm512_mul_ps(self, factor) }
+        }
+
+        #[inline(always)]
+        unsafe fn lower_half(self) -> Self {
+            unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_castps_si512(self))) }
+        }
+
+        #[inline(always)]
+        unsafe fn upper_half(self) -> Self {
+            unsafe {
+                let mask = _mm512_set1_epi32(UPPER_HALF.cast_signed());
+                _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(self), mask))
+            }
         }
 
         #[inline(always)]
@@ -184,6 +214,19 @@ mod x86 {
         #[inline(always)]
         unsafe fn multiply(self, factor: Self) -> Self {
             unsafe { _mm256_mul_ps(self, factor) }
+        }
+
+        #[inline(always)]
+        unsafe fn lower_half(self) -> Self {
+            unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_castps_si256(self))) }
+        }
+
+        #[inline(always)]
+        unsafe fn upper_half(self) -> Self {
+            unsafe {
+                let mask = _mm256_set1_epi32(UPPER_HALF.cast_signed());
+                _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(self), mask))
+            }
         }
 
         #[inline(always)]

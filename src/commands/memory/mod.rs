@@ -22,7 +22,6 @@ use crate::commands::device;
 use crate::data::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::kernels::Storage;
-use crate::kernels::cpu::Cpu;
 use crate::kernels::cuda::cuda_layout;
 use crate::ledger::resident;
 use crate::ledger::rows::Account;
@@ -94,7 +93,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     if let Some(steps) = args.measure {
         run.account = match gpu {
             Some(gpu) => measure::measure(args, &run, gpu.keeping_on_host(on_host), steps.get())?,
-            None => measure::measure(args, &run, Cpu, steps.get())?,
+            None => measure::measure(args, &run, device::cpu(&args.device), steps.get())?,
         };
         run.page_cache = run.model.checkpoint.as_ref().and_then(Checkpoint::page_cache);
     }

@@ -55,7 +55,7 @@ impl Room {
                 }
                 None => (None, None),
             },
-            (_, None) => (Some(Cpu.surroundings()?.free_bytes), None),
+            (_, None) => (Some(Cpu::default().surroundings()?.free_bytes), None),
         };
         // Beside a GPU that is not here nothing is known of the host.
         let pinned_bytes = free_bytes.map_or(u64::MAX, |_| resident::pinnable_bytes());

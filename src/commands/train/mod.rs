@@ -14,7 +14,6 @@ use crate::cli::train::TrainArgs;
 use crate::commands::device;
 use crate::data::{ChatTokenizer, TokenizerFiles};
 use crate::error::{Error, Result};
-use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::{Account, Row};
 use crate::model::Model;
 use crate::model::families::{base_dropout, spec_from_config};
@@ -53,7 +52,7 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     super::check_packing(&args.model)?;
     match device::open(&args.device)? {
         Some(gpu) => run_on(args, gpu),
-        None => run_on(args, Cpu),
+        None => run_on(args, device::cpu(&args.device)),
     }
 }
 
@@ -76,7 +75,12 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     output.check_room(checkpoint, &args.output, &progress)?;
     let device = kernels.device();
     if memory.in_process {
-        progress.note(&format!("computing on {device}"));
+        let hint = if device::would_be_faster_in_bf16(&args.device) {
+            "; `--bf16` is faster on this processor"
+        } else {
+            ""
+        };
+        progress.note(&format!("computing on {device}{hint}"));
     }
     let kernels = kernels.keeping_on_host(memory.on_host);
     let parameters = base.parameters(&adapter);

@@ -1,8 +1,9 @@
-//! The low-rank products: `ax = x Aᵀ`, `y += s·ax Bᵀ` and their gradients.
+//! The low-rank products: `ax = x Aᵀ`, `y += s·ax Bᵀ` and their gradients; those that stand alone are
+//! f32 in any case, since rounding what they read would take as long as bf16 saves.
 //!
 //! Source: LoRA, arXiv 2106.09685, section 4.1.
 
-use nibble_quant::product::{LowRank, Matrix, MatrixMut, gemm};
+use nibble_quant::product::{LowRank, Matrix, MatrixMut, Precision, gemm};
 
 use super::arena::Buffer;
 use super::view;
@@ -18,7 +19,7 @@ fn split<'a>(shape: &LoraShape, pair: &'a [f32]) -> (Matrix<'a>, Matrix<'a>) {
 /// `ax = x Aᵀ`.
 pub fn project(shape: &LoraShape, pair: &[f32], x: Matrix, ax: MatrixMut) {
     let (a, _) = split(shape, pair);
-    gemm(1.0, x, a.transposed(), 0.0, ax);
+    gemm(1.0, x, a.transposed(), 0.0, ax, Precision::F32);
 }
 
 /// `s·ax Bᵀ`: what the adapter adds to a linear's output.
@@ -58,14 +59,15 @@ pub fn backward(
     let rows = t.len() / r;
     let (ga, gb) = gradients.split_at_mut(shape.a_elements());
     let BackwardInputs { dy, x, ax } = inputs;
-    gemm(shape.scale, dy, b, 0.0, MatrixMut::new(t, (rows, r, r)));
+    gemm(shape.scale, dy, b, 0.0, MatrixMut::new(t, (rows, r, r)), Precision::F32);
     let t = Matrix::new(t, (rows, r, r));
-    gemm(1.0, t.transposed(), x, 1.0, MatrixMut::new(ga, (r, input, input)));
-    gemm(shape.scale, dy.transposed(), ax, 1.0, MatrixMut::new(gb, (output, r, r)));
+    let (ga, gb) = (MatrixMut::new(ga, (r, input, input)), MatrixMut::new(gb, (output, r, r)));
+    gemm(1.0, t.transposed(), x, 1.0, ga, Precision::F32);
+    gemm(shape.scale, dy.transposed(), ax, 1.0, gb, Precision::F32);
 }
 
 /// `dx = t A`.
 pub fn input_gradient(shape: &LoraShape, pair: &[f32], t: Matrix, dx: MatrixMut) {
     let (a, _) = split(shape, pair);
-    gemm(1.0, t, a, 0.0, dx);
+    gemm(1.0, t, a, 0.0, dx, Precision::F32);
 }

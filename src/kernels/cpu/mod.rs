@@ -1,5 +1,5 @@
 //! The CPU backend: f32 arithmetic, vectorised loops, rayon over rows, products from
-//! [`nibble_quant::product`].
+//! [`nibble_quant::product`], which can be of bf16.
 
 pub mod arena;
 mod attention;
@@ -16,7 +16,7 @@ mod storage;
 mod weight;
 
 use super::Columns;
-use nibble_quant::product::{Matrix, MatrixMut};
+use nibble_quant::product::{Matrix, MatrixMut, Precision};
 pub use scratch::Scratch;
 pub use weight::FrozenMatrix;
 
@@ -27,7 +27,11 @@ const CHUNK: usize = 1 << 13;
 
 /// The CPU backend; threads are rayon's.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct Cpu;
+pub struct Cpu {
+    /// What products with frozen weights, with the adapters' additions to them, and those of attention
+    /// are computed in. `x·Aᵀ`, LoRA gradients and all that is no product are f32.
+    pub precision: Precision,
+}
 
 /// Rows `[rows, band]` of a matrix.
 fn view<'a>(data: &'a [f32], band: Columns, rows: usize) -> Matrix<'a> {

@@ -101,7 +101,14 @@ impl Kernels for Cpu {
         let x = view(x, Columns::all(weight.columns()), rows);
         let low_rank = lora.map(|term| lora::output_term(&term, rows));
         let beta = beta(accumulate);
-        product_forward(x, weight.as_ref(), low_rank, beta, view_mut(y, band, rows));
+        product_forward(
+            x,
+            weight.as_ref(),
+            low_rank,
+            beta,
+            view_mut(y, band, rows),
+            self.precision,
+        );
         if let Some(bias) = bias {
             y[..rows * band.stride].par_chunks_mut(band.stride).for_each(|row| {
                 let band = &mut row[band.offset..band.offset + band.width];
@@ -122,7 +129,8 @@ impl Kernels for Cpu {
         let dx = view_mut(dx, Columns::all(weight.columns()), rows);
         let dy = view(dy, band, rows);
         let low_rank = lora.map(|term| lora::input_term(&term, rows));
-        product_input_gradient(dy, weight.as_ref(), low_rank, beta(accumulate), dx);
+        let beta = beta(accumulate);
+        product_input_gradient(dy, weight.as_ref(), low_rank, beta, dx, self.precision);
     }
 
     fn load_pair(&self, parameters: &Parameters, index: usize, pair: &mut Buffer<f32>) {
@@ -239,7 +247,7 @@ impl Kernels for Cpu {
         lse: &mut Buffer<f32>,
         work: &mut Buffer<f32>,
     ) {
-        attention::forward(shape, layout, qkv, o, lse, work);
+        attention::forward((shape, self.precision), layout, qkv, o, lse, work);
     }
 
     fn attention_cached(
@@ -251,7 +259,8 @@ impl Kernels for Cpu {
         o: &mut Buffer<f32>,
         work: &mut Buffer<f32>,
     ) {
-        attention::cached(shape, &qkv[..rows * shape.qkv_width()], (cache, past), o, work);
+        let qkv = &qkv[..rows * shape.qkv_width()];
+        attention::cached((shape, self.precision), qkv, (cache, past), o, work);
     }
 
     fn attention_backward(
@@ -265,7 +274,7 @@ impl Kernels for Cpu {
         dqkv: &mut Buffer<f32>,
         work: &mut Buffer<f32>,
     ) {
-        attention::backward(shape, layout, qkv, o, lse, d_o, dqkv, work);
+        attention::backward((shape, self.precision), layout, qkv, o, lse, d_o, dqkv, work);
     }
 
     fn mlp_forward(

@@ -132,7 +132,7 @@ impl Model {
         settings: Settings,
         dropout: Option<(f32, u64)>,
     ) -> Result<Self> {
-        Model::on(Cpu, spec, weights, settings, dropout)
+        Model::on(Cpu::default(), spec, weights, settings, dropout)
     }
 
     /// The residual stream `[T, D]` before block `layer` (after the last for `num_layers`), as the

@@ -1,6 +1,6 @@
 //! A right operand that several products on one thread share.
 
-use super::{Band, Block, CACHE_LINE, Isa, Matrix, MatrixMut, Operand, Panels};
+use super::{Band, Block, CACHE_LINE, Isa, Matrix, MatrixMut, Operand, Panels, Precision};
 
 /// The right operand `[K, N]` of several products, packed once: K is one chain.
 #[derive(Debug, Clone, Copy)]
@@ -16,14 +16,15 @@ impl<'a> PackedOperand<'a> {
         rows * columns.next_multiple_of(CACHE_LINE)
     }
 
-    /// Packs `b` into the first [`elements`](Self::elements) of `into`; fastest where they begin at
-    /// a cache line.
+    /// Packs `b` into the first [`elements`](Self::elements) of `into`, for products in `precision`;
+    /// fastest where they begin at a cache line.
     ///
     /// # Panics
     /// When `into` is too short.
-    pub fn pack(b: Matrix, into: &'a mut [f32]) -> Self {
-        let (isa, rows, columns) = (Isa::detect(), b.rows, b.columns);
-        let data = &mut into[..rows * columns.next_multiple_of(isa.lanes())];
+    pub fn pack(b: Matrix, into: &'a mut [f32], precision: Precision) -> Self {
+        let (isa, rows, columns) = (Isa::detect(precision), b.rows, b.columns);
+        let steps = rows.div_ceil(precision.per_step());
+        let data = &mut into[..steps * columns.next_multiple_of(isa.lanes())];
         let a = Matrix { rows: 0, columns: rows, ..b };
         let visits = [vec![Block { a, b: Operand::Dense(b), k: 0..rows, scale: 1.0 }]];
         let (width, alpha, beta, stream) = (isa.columns(), 1.0, 0.0, false);
@@ -49,7 +50,8 @@ impl<'a> PackedOperand<'a> {
         let visits = [vec![Block { a, b, k: 0..used, scale: 1.0 }]];
         let (isa, width, stream) = (self.isa, self.isa.columns(), false);
         let band = Band { isa, visits: &visits, width, alpha, beta, stream };
-        let panels = Panels { unused: self.rows - used, ..self.panels };
+        let steps = |rows: usize| rows.div_ceil(isa.precision().per_step());
+        let panels = Panels { unused: steps(self.rows) - steps(used), ..self.panels };
         band.compute(Some(panels), 0, c, false);
     }
 }

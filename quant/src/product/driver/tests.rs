@@ -2,6 +2,8 @@
 
 use super::*;
 
+const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
+
 /// Values in ±1.
 fn values(count: usize, seed: u32) -> Vec<f32> {
     let mut state = seed;
@@ -29,15 +31,19 @@ fn product(isa: Isa, [m, n, k]: [usize; 3], turned: bool) -> Vec<f32> {
 
 #[test]
 fn every_instruction_set_gives_the_same_product() {
-    for (sizes, turned) in [([1, 1, 1], false), ([13, 77, 700], true), ([60, 130, 1300], false)] {
-        let portable = product(Isa::Portable, sizes, turned);
-        let vector: Vec<_> =
-            Isa::available()[1..].iter().map(|&isa| product(isa, sizes, turned)).collect();
-        for products in vector.windows(2) {
-            assert_eq!(products[0], products[1], "{sizes:?}: fused chains have the same bits");
-        }
-        for (index, (x, y)) in vector.iter().flatten().zip(portable.iter().cycle()).enumerate() {
-            assert!((x - y).abs() < 2e-4, "{sizes:?} [{index}]: {x} {y}");
+    for (sizes, turned) in [([1, 1, 1], false), ([13, 77, 701], true), ([60, 130, 1301], false)] {
+        for precision in PRECISIONS {
+            let portable = product(Isa::portable(precision), sizes, turned);
+            let others = Isa::not_portable(precision).map(|isa| product(isa, sizes, turned));
+            let vector: Vec<_> = others.collect();
+            if precision == Precision::F32 {
+                let same = vector.windows(2).all(|products| products[0] == products[1]);
+                assert!(same, "{sizes:?}: fused chains have the same bits");
+            }
+            for (index, (x, y)) in vector.iter().flatten().zip(portable.iter().cycle()).enumerate()
+            {
+                assert!((x - y).abs() < 2e-4, "{sizes:?} {precision:?} [{index}]: {x} {y}");
+            }
         }
     }
 }
@@ -58,7 +64,7 @@ fn copied_rows_and_streamed_results_have_the_same_bits() {
         let b = Operand::Dense(Matrix::new(&b, (k, n, n)));
         let product = Product { alpha: 1.0, a, b, extra: None, beta: 0.0 };
         let view = MatrixMut::new(&mut c[begin..begin + m * n], (m, n, n));
-        product.run(Isa::detect(), view, true);
+        product.run(Isa::detect(Precision::F32), view, true);
         c[begin..begin + m * n].to_vec()
     };
     // Aligned rows are streamed; rows 1024 floats apart are copied.
@@ -69,42 +75,49 @@ fn copied_rows_and_streamed_results_have_the_same_bits() {
 
 #[test]
 fn a_row_does_not_depend_on_the_other_rows() {
-    let (n, k) = (200, 1000);
+    let (n, k) = (200, 1001);
     let (a, b) = (values(100 * k, 1), values(k * n, 2));
     let b = Matrix::new(&b, (k, n, n));
-    let run = |rows: Range<usize>| {
-        let mut c = vec![0.0; rows.len() * n];
-        let a = Matrix::new(&a[rows.start * k..rows.end * k], (rows.len(), k, k));
-        let product = Product { alpha: 1.0, a, b: Operand::Dense(b), extra: None, beta: 0.0 };
-        product.run(Isa::detect(), MatrixMut::new(&mut c, (rows.len(), n, n)), true);
-        c
-    };
-    let whole = run(0..100);
-    for rows in [0..1, 7..8, 3..30, 50..100] {
-        assert_eq!(run(rows.clone()), whole[rows.start * n..rows.end * n], "rows {rows:?}");
+    for precision in PRECISIONS {
+        let run = |rows: Range<usize>| {
+            let mut c = vec![0.0; rows.len() * n];
+            let a = Matrix::new(&a[rows.start * k..rows.end * k], (rows.len(), k, k));
+            let product = Product { alpha: 1.0, a, b: Operand::Dense(b), extra: None, beta: 0.0 };
+            let into = MatrixMut::new(&mut c, (rows.len(), n, n));
+            product.run(Isa::detect(precision), into, true);
+            c
+        };
+        let whole = run(0..100);
+        for rows in [0..1, 7..8, 3..30, 50..100] {
+            let same = run(rows.clone()) == whole[rows.start * n..rows.end * n];
+            assert!(same, "{precision:?}: rows {rows:?}");
+        }
     }
 }
 
 #[test]
 fn a_packed_operand_gives_the_products_of_its_first_rows_and_columns() {
-    let (rows, columns) = (150, 200);
+    let (rows, columns) = (151, 200);
     let values = values(300 * 300, 7);
-    for turned in [false, true] {
+    for (turned, precision) in
+        [false, true].into_iter().flat_map(|turned| PRECISIONS.map(|precision| (turned, precision)))
+    {
         let b = if turned {
             Matrix::new(&values, (columns, rows, 299)).transposed()
         } else {
             Matrix::new(&values, (rows, columns, 299))
         };
         let mut room = vec![f32::NAN; PackedOperand::elements(rows, columns)];
-        let packed = PackedOperand::pack(b, &mut room);
-        for (m, k, n) in [(97, 150, 200), (13, 64, 130), (1, 1, 1), (30, 149, 199), (5, 0, 7)] {
+        let packed = PackedOperand::pack(b, &mut room, precision);
+        for (m, k, n) in [(97, 151, 200), (13, 64, 130), (1, 1, 1), (30, 149, 199), (5, 0, 7)] {
             let a = Matrix::new(&values[11..], (m, k, 288));
             let (mut got, mut expected) = (vec![3.0; m * 257], vec![3.0; m * 257]);
             packed.gemm(0.5, a, 2.0, MatrixMut::new(&mut got, (m, n, 257)));
             let b = Matrix { rows: k, ..b.columns(0..n) };
             let product = Product { alpha: 0.5, a, b: Operand::Dense(b), extra: None, beta: 2.0 };
-            product.run(Isa::detect(), MatrixMut::new(&mut expected, (m, n, 257)), false);
-            assert!(got == expected, "{m}×{n}, k {k}, turned {turned}");
+            let into = MatrixMut::new(&mut expected, (m, n, 257));
+            product.run(Isa::detect(precision), into, false);
+            assert!(got == expected, "{precision:?}: {m}×{n}, k {k}, turned {turned}");
         }
     }
 }

@@ -7,7 +7,7 @@
 
 use std::ops::Range;
 
-use nibble_quant::product::{Matrix, MatrixMut, PackedOperand, gemm_serial};
+use nibble_quant::product::{Matrix, MatrixMut, PackedOperand, Precision, gemm_serial};
 
 use super::super::simd::{exp, sum2, tanh, vectorized};
 use super::{
@@ -19,7 +19,7 @@ use crate::plan::layout::ATTENTION_SCORE_STRIDE;
 /// Overwrites dqkv; a task owns all columns of one key head (and its query heads) in one document.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
-    shape: &AttentionShape,
+    (shape, precision): (&AttentionShape, Precision),
     layout: &TokenLayout,
     qkv: &[f32],
     o: &[f32],
@@ -34,7 +34,7 @@ pub fn backward(
         .flat_map(|w| (0..shape.num_kv_heads).map(move |kv_head| (w[0], w[1], kv_head)))
         .collect();
     items.sort_by_key(|(begin, end, _)| std::cmp::Reverse(end - begin));
-    let inputs = Inputs { shape, qkv, o, lse, d_o };
+    let inputs = Inputs { shape, precision, qkv, o, lse, d_o };
     let dqkv = Shared::new(dqkv);
     for_each_item(items.len(), work, |item, workspace| {
         let (begin, end, kv_head) = items[item];
@@ -47,6 +47,7 @@ pub fn backward(
 /// What the backward pass reads.
 struct Inputs<'a> {
     shape: &'a AttentionShape,
+    precision: Precision,
     qkv: &'a [f32],
     o: &'a [f32],
     lse: &'a [f32],
@@ -72,7 +73,7 @@ impl Inputs<'_> {
         dqkv: &Shared,
         workspace: &mut [f32],
     ) {
-        let shape = self.shape;
+        let (shape, precision) = (self.shape, self.precision);
         let (d, stride) = (shape.head_dim, shape.qkv_width());
         let mut pieces = Pieces(workspace);
         let (k, v) = KvRow::of_qkv(shape).keys_and_values(shape, kv_head, self.qkv, &keys);
@@ -80,9 +81,9 @@ impl Inputs<'_> {
         let plain = pieces.take(PackedOperand::elements(keys.len(), d));
         let mut block = Block {
             first_key: keys.start,
-            keys_turned: PackedOperand::pack(k.transposed(), pieces.take(turned)),
-            keys: PackedOperand::pack(k, plain),
-            values_turned: PackedOperand::pack(v.transposed(), pieces.take(turned)),
+            keys_turned: PackedOperand::pack(k.transposed(), pieces.take(turned), precision),
+            keys: PackedOperand::pack(k, plain, precision),
+            values_turned: PackedOperand::pack(v.transposed(), pieces.take(turned), precision),
             dk: pieces.take(keys.len() * d),
             dv: pieces.take(keys.len() * d),
         };
@@ -126,8 +127,9 @@ impl Inputs<'_> {
         let (p, dp) = (Matrix::new(p, scores), Matrix::new(dp, scores));
         let (q, d_o) = (Matrix::new(q, rows), Matrix::new(d_o, rows));
         let key_rows = (keys, d, d);
-        gemm_serial(1.0, p.transposed(), d_o, 1.0, MatrixMut::new(block.dv, key_rows));
-        gemm_serial(1.0, dp.transposed(), q, 1.0, MatrixMut::new(block.dk, key_rows));
+        let (dv, dk) = (MatrixMut::new(block.dv, key_rows), MatrixMut::new(block.dk, key_rows));
+        gemm_serial(1.0, p.transposed(), d_o, 1.0, dv, self.precision);
+        gemm_serial(1.0, dp.transposed(), q, 1.0, dk, self.precision);
         block.keys.gemm(shape.scale, dp, 0.0, MatrixMut::new(dq, rows));
         // An earlier block of keys has written there.
         let accumulate = tile.first_key < block.first_key;

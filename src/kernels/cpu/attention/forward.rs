@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use nibble_quant::product::{Matrix, MatrixMut, PackedOperand};
+use nibble_quant::product::{Matrix, MatrixMut, PackedOperand, Precision};
 
 use super::super::simd::{LANES, exp, max, tanh, vectorized};
 use super::{
@@ -13,7 +13,7 @@ use crate::plan::layout::{ATTENTION_SCORE_STRIDE, ATTENTION_TILES};
 
 /// o and the log-sum-exp from the rotated q, k and v.
 pub fn forward(
-    shape: &AttentionShape,
+    (shape, precision): (&AttentionShape, Precision),
     layout: &TokenLayout,
     qkv: &[f32],
     o: &mut [f32],
@@ -26,7 +26,8 @@ pub fn forward(
         .collect();
     // Long ones first: the short ones fill the gaps at the end.
     items.sort_by_key(|(group, _)| std::cmp::Reverse(keys_of(group).len()));
-    let source = Source { q: qkv, first_token: 0, kv: qkv, kv_row: KvRow::of_qkv(shape) };
+    let kv_row = KvRow::of_qkv(shape);
+    let source = Source { q: qkv, first_token: 0, kv: qkv, kv_row, precision };
     let (o, lse) = (Shared::new(o), Shared::new(lse));
     for_each_item(items.len(), work, |item, workspace| {
         let (group, kv_head) = &items[item];
@@ -36,7 +37,7 @@ pub fn forward(
 
 /// Appends the new tokens' k and v to the cache and attends to all of it.
 pub fn cached(
-    shape: &AttentionShape,
+    (shape, precision): (&AttentionShape, Precision),
     qkv: &[f32],
     (cache, past): (&mut [f32], usize),
     o: &mut [f32],
@@ -48,7 +49,7 @@ pub fn cached(
         cached.copy_from_slice(&row[shape.q_width()..]);
     }
     let kv_row = KvRow { key: 0, stride: kv };
-    let source = Source { q: qkv, first_token: past, kv: cache, kv_row };
+    let source = Source { q: qkv, first_token: past, kv: cache, kv_row, precision };
     let items: Vec<(Vec<Tile>, usize)> = groups(0, past + rows, shape.window, past)
         .flat_map(|group| (0..shape.num_kv_heads).map(move |kv_head| (group.clone(), kv_head)))
         .collect();
@@ -83,6 +84,8 @@ struct Source<'a> {
     first_token: usize,
     kv: &'a [f32],
     kv_row: KvRow,
+    /// What its products are computed in.
+    precision: Precision,
 }
 
 /// What a tile knows between blocks of keys; per stacked row the largest score, and the sum of
@@ -126,8 +129,8 @@ fn forward_group(
     let keys = keys_of(group);
     for block in key_blocks(keys.start, keys.end) {
         let (k, v) = source.kv_row.keys_and_values(shape, kv_head, source.kv, &block);
-        let k = PackedOperand::pack(k.transposed(), packed_keys);
-        let v = PackedOperand::pack(v, packed_values);
+        let k = PackedOperand::pack(k.transposed(), packed_keys, source.precision);
+        let v = PackedOperand::pack(v, packed_values, source.precision);
         for tile in &mut running {
             tile.add_block(shape, &block, (&k, &v), scores);
         }

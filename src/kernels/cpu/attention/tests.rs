@@ -1,5 +1,7 @@
 //! Against sums in f64, with documents longer and shorter than tiles and blocks.
 
+use nibble_quant::product::Precision;
+
 use super::*;
 use crate::kernels::TokenLayout;
 use crate::plan::layout::attention_elements;
@@ -17,6 +19,9 @@ fn values(count: usize, seed: u64) -> Vec<f32> {
     stream.fill_uniform(0, -2.0, 2.0, &mut values);
     values
 }
+
+/// Errors of o, lse and dqkv in products of bf16, whose operands are off by up to 2⁻⁹.
+const BF16_ERRORS: [f64; 3] = [2e-2, 2e-2, 5e-2];
 
 fn layout() -> TokenLayout {
     let mut boundaries = vec![0u32];
@@ -108,17 +113,22 @@ fn both_passes_are_the_sums_over_all_keys_that_a_query_sees() {
     for shape in plain.into_iter().chain(capped) {
         let qkv = values(tokens * shape.qkv_width(), 1);
         let d_o = values(tokens * shape.q_width(), 2);
-        let mut o = vec![f32::NAN; d_o.len()];
-        let mut lse = vec![f32::NAN; tokens * shape.num_heads];
-        let mut dqkv = vec![f32::NAN; qkv.len()];
-        let longest = layout.longest();
-        forward(&shape, &layout, &qkv, &mut o, &mut lse, &mut workspace(&shape, longest, false));
-        let work = &mut workspace(&shape, longest, true);
-        backward(&shape, &layout, &qkv, &o, &lse, &d_o, &mut dqkv, work);
         let expected = reference(&shape, &layout, &qkv, &d_o);
-        assert_near("o", &o, &expected.o, 1e-5);
-        assert_near("lse", &lse, &expected.lse, 1e-5);
-        assert_near("dqkv", &dqkv, &expected.dqkv, 1e-4);
+        let longest = layout.longest();
+        for (precision, [of_o, of_lse, of_dqkv]) in
+            [(Precision::F32, [1e-5, 1e-5, 1e-4]), (Precision::Bf16, BF16_ERRORS)]
+        {
+            let mut o = vec![f32::NAN; d_o.len()];
+            let mut lse = vec![f32::NAN; tokens * shape.num_heads];
+            let mut dqkv = vec![f32::NAN; qkv.len()];
+            let work = &mut workspace(&shape, longest, false);
+            forward((&shape, precision), &layout, &qkv, &mut o, &mut lse, work);
+            let work = &mut workspace(&shape, longest, true);
+            backward((&shape, precision), &layout, &qkv, &o, &lse, &d_o, &mut dqkv, work);
+            assert_near("o", &o, &expected.o, of_o);
+            assert_near("lse", &lse, &expected.lse, of_lse);
+            assert_near("dqkv", &dqkv, &expected.dqkv, of_dqkv);
+        }
     }
 }
 
@@ -131,13 +141,15 @@ fn queries_that_follow_a_cache_see_it() {
         let qkv = values(tokens * shape.qkv_width(), 3);
         let mut o = vec![f32::NAN; tokens * shape.q_width()];
         let mut lse = vec![f32::NAN; tokens * shape.num_heads];
-        forward(&shape, &layout, &qkv, &mut o, &mut lse, &mut workspace(&shape, tokens, false));
+        let work = &mut workspace(&shape, tokens, false);
+        let arithmetic = (&shape, Precision::F32);
+        forward(arithmetic, &layout, &qkv, &mut o, &mut lse, work);
         let mut cache = vec![f32::NAN; tokens * 2 * shape.kv_width()];
         let work = &mut workspace(&shape, tokens, false);
         for (past, end) in [(0, 299), (299, 300), (300, 301), (301, 600)] {
             let new = &qkv[past * shape.qkv_width()..end * shape.qkv_width()];
             let mut got = vec![f32::NAN; (end - past) * shape.q_width()];
-            cached(&shape, new, (&mut cache, past), &mut got, work);
+            cached(arithmetic, new, (&mut cache, past), &mut got, work);
             let expected = &o[past * shape.q_width()..end * shape.q_width()];
             let expected: Vec<f64> = expected.iter().map(|&o| f64::from(o)).collect();
             assert_near("o", &got, &expected, 1e-5);
