@@ -2,11 +2,12 @@
 //!
 //! `cargo bench -p nibble-quant --bench blocks -- [THREADS] [ROWS COLUMNS]`: best of several rounds;
 //! the last line is the same figures as JSON. A copy counts the bytes that it reads and writes, and
-//! so does a decode: codes and scales in, f32 out. `scripts/bench_quant.sh` adds bitsandbytes.
+//! so does a decode: codes and scales in, f32 out; a product with one row, codes and scales. `scripts/bench_quant.sh` adds bitsandbytes.
 
 use std::time::Instant;
 
 use half::bf16;
+use nibble_quant::product::{WeightRef, product_row};
 use nibble_quant::{BlockFormat, Floats, PackedWeight, QuantType};
 use rayon::prelude::*;
 
@@ -68,6 +69,7 @@ fn main() {
         let format = BlockFormat { quant_type, ..BlockFormat::default() };
         std::hint::black_box(PackedWeight::quantize(values, shape, &format).expect("finite"));
     };
+    let (x, mut y) = (&widened[..shape[1]], vec![0.0; shape[0]]);
     let serial = rayon::ThreadPoolBuilder::new().num_threads(1).build().expect("a thread");
     let mut works: Vec<Work> = vec![
         ("copy", 2.0 * written, Box::new(|| copy(&widened, first, elements.div_ceil(threads)))),
@@ -82,6 +84,11 @@ fn main() {
                     nested.dequantize_rows_into(row..row + PANEL_ROWS, &mut panel);
                 }
             }),
+        ),
+        (
+            "product with a row",
+            nested.bytes() as f64,
+            Box::new(|| product_row(x, WeightRef::Packed(&nested), None, 0.0, &mut y)),
         ),
         (
             "quantize bf16",

@@ -2,8 +2,13 @@
 //!
 //! The 16-entry table is scaled once per block, then looked up 16 codes at a time (AVX-512's
 //! 16-lane permute), 8 at a time (two AVX2 permutes and a blend), or one by one. Intrinsics, since
-//! pulp has no 16-entry lookup.
+//! pulp has no 16-entry lookup. A sum of products takes what it decodes from registers where it can.
 #![allow(unsafe_code)]
+
+use crate::dot::dot;
+
+/// Weights that are decoded before they are multiplied: they stay in the first-level cache.
+const PIECE: usize = 1024;
 
 /// Codes decoded at a time by the vector paths.
 pub(crate) const RUN: usize = 32;
@@ -54,6 +59,31 @@ impl Decoder {
             #[cfg(target_arch = "x86_64")]
             Decoder::Avx512 => unsafe { x86::avx512(bytes, values, scales, out) },
         }
+    }
+}
+
+impl Decoder {
+    /// `Σ w·x` over the weights w that [`decode`](Decoder::decode) gives.
+    pub(crate) fn dot(self, bytes: &[u8], values: &[f32; 16], scales: &[f32], x: &[f32]) -> f32 {
+        debug_assert_eq!(x.len() % (scales.len() * RUN), 0, "whole runs for each scale");
+        debug_assert_eq!(bytes.len() * 2, x.len(), "two codes to a byte");
+        #[cfg(target_arch = "x86_64")]
+        if self == Decoder::Avx512 {
+            // SAFETY: `detect` saw the features; the function checks its slices.
+            return unsafe { x86::avx512_dot(bytes, values, scales, x) };
+        }
+        let mut decoded = [0.0; PIECE];
+        let block_size = x.len() / scales.len();
+        let blocks = scales.iter().zip(bytes.chunks(block_size / 2)).zip(x.chunks(block_size));
+        let of_block = |((scale, bytes), x): ((&f32, &[u8]), &[f32])| -> f32 {
+            let pieces = bytes.chunks(PIECE / 2).zip(x.chunks(PIECE));
+            let of_piece = pieces.map(|(bytes, x)| {
+                self.decode(bytes, values, std::slice::from_ref(scale), &mut decoded[..x.len()]);
+                dot(&decoded[..x.len()], x)
+            });
+            of_piece.sum()
+        };
+        blocks.map(of_block).sum()
     }
 }
 
@@ -113,6 +143,49 @@ mod x86 {
                 }
             }
         }
+    }
+
+    /// `sums + w·x` of a run.
+    #[inline]
+    #[target_feature(enable = "avx512f,avx512bw,avx2")]
+    fn add_run(
+        sums: [__m512; 2],
+        table: __m512,
+        bytes: &[u8; RUN / 2],
+        x: &[f32; RUN],
+    ) -> [__m512; 2] {
+        let (first, second) = nibbles(bytes);
+        let [first, second] =
+            [first, second].map(|codes| _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), table));
+        // SAFETY: two loads of 16 floats from an array of 32.
+        let (x, y) = unsafe { (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))) };
+        [_mm512_fmadd_ps(first, x, sums[0]), _mm512_fmadd_ps(second, y, sums[1])]
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx2")]
+    pub(super) fn avx512_dot(bytes: &[u8], values: &[f32; 16], scales: &[f32], x: &[f32]) -> f32 {
+        // SAFETY: 16 floats.
+        let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+        // Runs take turns, to hide the latency of additions.
+        let [mut even, mut odd] = [[_mm512_setzero_ps(); 2]; 2];
+        let (byte_runs, _) = bytes.as_chunks::<{ RUN / 2 }>();
+        let (x_runs, _) = x.as_chunks::<RUN>();
+        let runs = x_runs.len() / scales.len();
+        let blocks = byte_runs.chunks_exact(runs).zip(x_runs.chunks_exact(runs));
+        for (scale, (bytes, x)) in scales.iter().zip(blocks) {
+            let table = _mm512_mul_ps(values, _mm512_set1_ps(*scale));
+            let (byte_pairs, last_bytes) = bytes.as_chunks::<2>();
+            let (x_pairs, last_x) = x.as_chunks::<2>();
+            for (bytes, x) in byte_pairs.iter().zip(x_pairs) {
+                even = add_run(even, table, &bytes[0], &x[0]);
+                odd = add_run(odd, table, &bytes[1], &x[1]);
+            }
+            if let ([bytes], [x]) = (last_bytes, last_x) {
+                even = add_run(even, table, bytes, x);
+            }
+        }
+        let [even, odd] = [even, odd].map(|[first, second]| _mm512_add_ps(first, second));
+        _mm512_reduce_add_ps(_mm512_add_ps(even, odd))
     }
 
     #[target_feature(enable = "avx2")]

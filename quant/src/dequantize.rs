@@ -7,12 +7,17 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use crate::decode::RUN;
+use crate::dot::dot;
 use crate::format::NESTED_BLOCK_SIZE;
 use crate::nested::dequantize_absmax;
 use crate::packed::{Absmax, ELEMENTS_PER_TASK, PackedWeight};
 
 /// Nested scales that are decoded at a time, on the stack.
 const SCALES: usize = NESTED_BLOCK_SIZE;
+/// Those of a row that is multiplied.
+const PIECE_SCALES: usize = 64;
+/// Elements of a row that are decoded at a time.
+const PIECE: usize = 1024;
 /// Blocks of a short run.
 const FEW_BLOCKS: usize = 8;
 
@@ -68,6 +73,46 @@ impl PackedWeight {
                 self.decode_within_block(element, now);
             }
             (element, rest) = (element + count, later);
+        }
+    }
+
+    /// `Σ w·x` over row `row`, on this thread, in an order of the processor's.
+    ///
+    /// # Panics
+    /// When there is no such row, or x is not `in` long.
+    pub fn dot_row(&self, row: usize, x: &[f32]) -> f32 {
+        let [rows, columns] = self.shape();
+        assert!(row < rows && x.len() == columns, "row and columns exist");
+        let (block_size, begin) = (self.format().block_size, row * columns);
+        if !columns.is_multiple_of(block_size) {
+            let mut decoded = [0.0; PIECE];
+            let pieces = x.chunks(PIECE).enumerate().map(|(piece, x)| {
+                let decoded = &mut decoded[..x.len()];
+                self.dequantize_range(begin + piece * PIECE, decoded);
+                dot(decoded, x)
+            });
+            return pieces.sum();
+        }
+        let values = self.parts.quant_type.values();
+        let codes = &self.parts.codes[begin / 2..(begin + columns) / 2];
+        let first = begin / block_size;
+        match &self.parts.absmax {
+            Absmax::Plain(absmax) => {
+                let scales = &floats(absmax)[first..first + columns / block_size];
+                self.decoder.dot(codes, values, scales, x)
+            }
+            Absmax::Nested { codes: scale_codes, absmax, offset } => {
+                let mut scales = [0.0; PIECE_SCALES];
+                let length = PIECE_SCALES * block_size;
+                let pieces = codes.chunks(length / 2).zip(x.chunks(length)).enumerate();
+                let of_piece = pieces.map(|(piece, (codes, x))| {
+                    let scales = &mut scales[..x.len() / block_size];
+                    let first = first + piece * PIECE_SCALES;
+                    dequantize_absmax(scale_codes, floats(absmax), *offset, first, scales);
+                    self.decoder.dot(codes, values, scales, x)
+                });
+                of_piece.sum()
+            }
         }
     }
 

@@ -66,6 +66,7 @@ mod block;
 pub mod codebook;
 mod decode;
 mod dequantize;
+mod dot;
 mod float;
 mod format;
 mod frozen;

@@ -3,7 +3,7 @@
 use half::bf16;
 use nibble_quant::product::{
     LowRank, Matrix, MatrixMut, Precision, WeightRef, gemm, gemm_serial, product_forward,
-    product_input_gradient,
+    product_input_gradient, product_row,
 };
 use nibble_quant::{BlockFormat, Floats, PackedWeight};
 
@@ -199,4 +199,37 @@ fn frozen(tokens: usize, weight: WeightRef, dense: &[f32], precision: Precision)
     let what = |product| format!("{product}, {precision:?}");
     check(&y, output, output, &expected_y, input, &what("y = x·Wᵀ + s·ax·b + y"));
     check(&dx, input, input, &expected_dx, output, &what("dx = dy·W + s·t·a"));
+}
+
+#[test]
+fn a_row_by_itself_is_the_same_product() {
+    for (input, output) in [(1, 1), (70, 33), (64, 130), (1024, 5), (2500, 257)] {
+        let dense = values(input * output, 31);
+        let half: Vec<bf16> = dense.iter().map(|&v| bf16::from_f32(v)).collect();
+        let shape = [output, input];
+        let format = BlockFormat::default();
+        let packed = PackedWeight::quantize(Floats::F32(&dense), shape, &format).unwrap();
+        let (x, ax, b) = (values(input, 32), values(3, 33), values(3 * output, 34));
+        let a = Matrix::new(&ax, (1, 3, 3));
+        let b = Matrix::new(&b, (output, 3, 3)).transposed();
+        let addition = Some(LowRank { scale: 0.5, a, b });
+        let weights = [
+            WeightRef::F32(&dense, shape),
+            WeightRef::Bf16(&half, shape),
+            WeightRef::Packed(&packed),
+        ];
+        for weight in weights {
+            for (beta, low_rank) in [(0.0, None), (0.0, addition), (1.0, addition)] {
+                let before = if beta == 0.0 { vec![f32::NAN; output] } else { values(output, 35) };
+                let (mut got, mut expected) = (before.clone(), before);
+                product_row(&x, weight, low_rank, beta, &mut got);
+                let into = MatrixMut::new(&mut expected, (1, output, output));
+                let x = Matrix::new(&x, (1, input, input));
+                product_forward(x, weight, low_rank, beta, into, Precision::F32);
+                let expected: Vec<f64> = expected.into_iter().map(f64::from).collect();
+                let what = format!("{input} to {output}, beta {beta}");
+                check(&got, output, output, &expected, input, &what);
+            }
+        }
+    }
 }

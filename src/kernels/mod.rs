@@ -82,6 +82,20 @@ pub trait Kernels: Storage {
         accumulate: bool,
     );
 
+    /// [`linear_forward`](Kernels::linear_forward) of one row that text is generated from: its sums may
+    /// have another order than those of several rows.
+    fn linear_row(
+        &self,
+        weight: &Self::Weight,
+        bias: Option<&Self::Vector>,
+        lora: Option<LoraTerm<Self::Buffer>>,
+        x: &Self::Buffer,
+        y: (&mut Self::Buffer, Columns),
+        accumulate: bool,
+    ) {
+        self.linear_forward(weight, bias, lora, x, y, 1, accumulate);
+    }
+
     /// `dx = dy[:, band] · W + t · A`, or `+=`; `lora` holds t.
     fn linear_backward(
         &self,

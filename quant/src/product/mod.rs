@@ -10,6 +10,7 @@
 mod driver;
 mod micro;
 mod pack;
+mod row;
 mod step;
 mod transpose;
 mod vector;
@@ -22,6 +23,7 @@ pub use driver::PackedOperand;
 use driver::Product;
 use micro::Isa;
 use pack::Operand;
+pub use row::product_row;
 pub use step::Precision;
 pub use view::{Matrix, MatrixMut};
 

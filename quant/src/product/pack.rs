@@ -5,6 +5,9 @@
 
 use std::ops::Range;
 
+use half::bf16;
+use pulp::{Simd, WithSimd};
+
 use super::WeightRef;
 use super::micro::MOST_COLUMNS;
 use super::step::{Precision, round_line, round_lines};
@@ -189,12 +192,24 @@ impl WeightRef<'_> {
     fn read(&self, begin: usize, out: &mut [f32]) {
         match self {
             WeightRef::F32(data, _) => out.copy_from_slice(&data[begin..begin + out.len()]),
-            WeightRef::Bf16(data, _) => {
-                for (out, from) in out.iter_mut().zip(&data[begin..]) {
-                    *out = f32::from_bits(u32::from(from.to_bits()) << 16);
-                }
-            }
+            WeightRef::Bf16(data, _) => widen(&data[begin..begin + out.len()], out),
             WeightRef::Packed(packed) => packed.dequantize_range(begin, out),
         }
     }
+}
+
+/// Widens bf16 to f32.
+fn widen(from: &[bf16], to: &mut [f32]) {
+    struct Widen<'a>(&'a [bf16], &'a mut [f32]);
+    impl WithSimd for Widen<'_> {
+        type Output = ();
+
+        #[inline(always)]
+        fn with_simd<S: Simd>(self, _: S) {
+            for (to, from) in self.1.iter_mut().zip(self.0) {
+                *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+            }
+        }
+    }
+    pulp::Arch::new().dispatch(Widen(from, to));
 }

@@ -17,7 +17,7 @@ use crate::kernels::{
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
 use crate::random;
-use nibble_quant::product::{product_forward, product_input_gradient};
+use nibble_quant::product::{product_forward, product_input_gradient, product_row};
 
 impl Kernels for Cpu {
     fn check(&self, _spec: &ModelSpec) -> Result<()> {
@@ -114,6 +114,24 @@ impl Kernels for Cpu {
                 let band = &mut row[band.offset..band.offset + band.width];
                 band.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
             });
+        }
+    }
+
+    fn linear_row(
+        &self,
+        weight: &FrozenMatrix,
+        bias: Option<&Vec<f32>>,
+        lora: Option<LoraTerm<Buffer<f32>>>,
+        x: &Buffer<f32>,
+        (y, band): (&mut Buffer<f32>, Columns),
+        accumulate: bool,
+    ) {
+        let low_rank = lora.map(|term| lora::output_term(&term, 1));
+        let y = &mut y[band.offset..band.offset + band.width];
+        let x = &x[..weight.columns()];
+        product_row(x, weight.as_ref(), low_rank, beta(accumulate), y);
+        if let Some(bias) = bias {
+            y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
         }
     }
 

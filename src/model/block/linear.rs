@@ -86,8 +86,12 @@ impl<K: Kernels> Pass<'_, K> {
             self.project(linear, &adapter, x, lora_x, (&mut *pair, dropped));
             LoraTerm { shape, pair: &*pair, inner: (&*lora_x, adapter.columns) }
         });
-        let bias = linear.bias.as_ref();
-        kernels.linear_forward(&linear.weight, bias, lora, x, (y, linear.output), rows, accumulate);
+        let (weight, bias, y) = (&linear.weight, linear.bias.as_ref(), (y, linear.output));
+        if self.generating {
+            kernels.linear_row(weight, bias, lora, x, y, accumulate);
+        } else {
+            kernels.linear_forward(weight, bias, lora, x, y, rows, accumulate);
+        }
     }
 
     fn adapter_scale(&self) -> f32 {

@@ -204,6 +204,8 @@ pub struct Pass<'a, K: Kernels> {
     pub dropout: Option<Dropout>,
     /// Whether the adapters take part; without them this is the base model.
     pub adapters: bool,
+    /// Whether text is generated, from one token.
+    pub generating: bool,
     /// Tokens of the stream that the first rows of the buffers hold: all, or a tile.
     pub rows: Range<usize>,
 }

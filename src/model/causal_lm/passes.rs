@@ -54,6 +54,7 @@ impl<K: Kernels> Model<K> {
             layout: tokens,
             dropout: mode.dropout,
             adapters: !mode.base_only,
+            generating: mode.cached && tokens.tokens() == 1,
             rows: 0..tokens.tokens(),
         };
         let own = kept.iter_mut().zip(attended);
@@ -93,6 +94,15 @@ impl<K: Kernels> Model<K> {
         kernels.gather_rows(&buffers.inputs[output], rows, &mut head.input, d);
         let norm = &weights.final_norm;
         kernels.norm_forward(norm, &head.input, &mut head.norm, &mut head.stats, rows.len(), false);
+    }
+
+    /// Logits of a row that text is generated from, at the front of the head's buffer.
+    pub(super) fn next_logits(&mut self, row: u32) {
+        self.head_inputs(&[row]);
+        let Model { kernels, weights, buffers, spec, .. } = self;
+        let head = &mut buffers.head;
+        let logits = (&mut head.logits, Columns::all(spec.vocab_size));
+        kernels.linear_row(weights.head(), None, None, &head.norm, logits, false);
     }
 
     /// Logits of a chunk of rows into the head's buffer.
@@ -152,7 +162,8 @@ impl<K: Kernels> Model<K> {
         let elements = tokens.tokens() * self.spec.hidden_size;
         let Some(mut gradients) = parameters.take_gradients() else { return };
         let rows = 0..tokens.tokens();
-        let pass = Pass { kernels, parameters, layout: tokens, dropout, adapters: true, rows };
+        let (layout, adapters, generating) = (tokens, true, false);
+        let pass = Pass { kernels, parameters, layout, dropout, adapters, generating, rows };
         for (layer, block) in weights.blocks.iter().enumerate().rev() {
             if let Some(streaming) = &mut weights.streaming {
                 streaming.enter(layer, Direction::Backward);

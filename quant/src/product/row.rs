@@ -1,0 +1,62 @@
+//! One row: `y = W·x`, each weight multiplied where it was decoded.
+//!
+//! Generating text is this for every token, and bound by reading the weights: packing panels for one
+//! row would cost many times the product. Sums are made in an order of their own, not that of tiles; it
+//! does not depend on the number of threads.
+
+use rayon::prelude::*;
+
+use super::{LowRank, WeightRef};
+use crate::dot::dot;
+
+/// Weights of a task.
+const TASK: usize = 1 << 17;
+
+/// `y = x·Wᵀ + low_rank + beta·y` of one row; x `[in]`, y `[out]`, in f32.
+///
+/// # Panics
+/// When the shapes do not agree.
+pub fn product_row(
+    x: &[f32],
+    weight: WeightRef,
+    low_rank: Option<LowRank>,
+    beta: f32,
+    y: &mut [f32],
+) {
+    assert_eq!([y.len(), x.len()], weight.shape(), "shapes of a product agree");
+    if let Some(LowRank { a, b, .. }) = &low_rank {
+        let shape = (a.rows, b.rows, b.columns);
+        assert_eq!(shape, (1, a.columns, y.len()), "shapes of an addition agree");
+    }
+    let rows = (TASK / x.len().max(1)).max(1);
+    y.par_chunks_mut(rows).enumerate().for_each(|(task, y)| {
+        for (row, y) in (task * rows..).zip(y) {
+            let added = low_rank.as_ref().map_or(0.0, |low_rank| low_rank.of_column(row));
+            let value = weight.dot(row, x) + added;
+            *y = if beta == 0.0 { value } else { value + beta * *y };
+        }
+    });
+}
+
+impl WeightRef<'_> {
+    /// Row `row` times x.
+    fn dot(&self, row: usize, x: &[f32]) -> f32 {
+        let elements = row * x.len()..(row + 1) * x.len();
+        match self {
+            WeightRef::F32(data, _) => dot(&data[elements], x),
+            WeightRef::Bf16(data, _) => dot(&data[elements], x),
+            WeightRef::Packed(packed) => packed.dot_row(row, x),
+        }
+    }
+}
+
+impl LowRank<'_> {
+    /// A column of an addition to one row.
+    fn of_column(&self, column: usize) -> f32 {
+        let LowRank { scale, a, b } = self;
+        let product = |k: usize| {
+            a.data[k * a.column_stride] * b.data[k * b.row_stride + column * b.column_stride]
+        };
+        scale * (0..a.columns).map(product).sum::<f32>()
+    }
+}
