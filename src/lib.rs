@@ -4,6 +4,7 @@
 pub mod printed;
 
 pub mod adapter;
+pub mod allocator;
 pub mod checkpoint;
 pub mod cli;
 pub mod commands;

@@ -1,13 +1,11 @@
 //! Parse, run, print the error, exit.
 
-mod allocator;
-
 use std::io::Write;
 use std::process::ExitCode;
 
 use nibble::cli::Cli;
 use nibble::error::Error;
-use nibble::{commands, printed};
+use nibble::{allocator, commands, printed};
 
 fn main() -> ExitCode {
     allocator::return_freed_memory();

@@ -352,7 +352,7 @@ fn what_does_not_fit_is_shown_and_fails() {
     assert_eq!(plan["fit"]["plan"]["words"], words, "{plan}");
     let flags = "--activations keep --weights resident --memory-budget 1GiB";
     assert_eq!(plan["fit"]["plan"]["flags"], flags);
-    let refused = fit(&["--budget", "70MiB"]);
+    let refused = fit(&["--budget", "38MiB"]);
     assert_eq!(refused.status.code(), Some(1));
     let table = String::from_utf8_lossy(&refused.stdout);
     assert!(
@@ -360,7 +360,7 @@ fn what_does_not_fit_is_shown_and_fails() {
         "{table}"
     );
     assert!(stderr(&refused).starts_with("error: plan needs"), "{}", stderr(&refused));
-    let refused = fit(&["--budget", "70MiB", "--json"]);
+    let refused = fit(&["--budget", "38MiB", "--json"]);
     assert_eq!(refused.status.code(), Some(1));
     let plan: Value = serde_json::from_slice(&refused.stdout).unwrap();
     let hint = plan["refusal"]["hint"].as_str().unwrap();

@@ -227,9 +227,13 @@ impl Checkpoint {
         }
     }
 
-    /// Gives the memory behind all tensors back to the system: opening a file reads parts of it.
+    /// Gives the memory behind all tensors back to the system: opening a file reads parts of it, and a
+    /// page that is read brings its neighbours.
     pub fn release_all(&self) {
-        self.pages("").iter().for_each(Pages::release);
+        match &self.files {
+            Files::Folder(folder) => folder.pages("").iter().for_each(Pages::release),
+            Files::Gguf(gguf) => gguf.release_all(),
+        }
     }
 
     /// Starts to read the tensor `name` from the disk, if it is not in the system's cache.

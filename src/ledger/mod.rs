@@ -18,6 +18,7 @@ use std::time::{Duration, Instant};
 use rows::Measured;
 use serde::{Deserialize, Serialize};
 
+use crate::allocator;
 use crate::plan::WeightParts;
 
 /// What a run is doing.
@@ -302,7 +303,7 @@ impl Watch {
             record.thin();
         }
         let peak_bytes = resident::peak_bytes();
-        let free_heap_bytes = resident::free_heap_bytes();
+        let free_heap_bytes = allocator::free_heap_bytes();
         let host = None;
         let before_bytes = None;
         Measured { before_bytes, weights, free_heap_bytes, region_bytes, peak_bytes, host, record }

@@ -26,20 +26,6 @@ pub fn peak_bytes() -> u64 {
     field("VmHWM:")
 }
 
-/// Bytes that the allocator holds free, in pieces between others: none where it does not tell.
-#[allow(unsafe_code)]
-pub fn free_heap_bytes() -> u64 {
-    #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    {
-        // SAFETY: reads the allocator's counters.
-        let counters = unsafe { libc::mallinfo2() };
-        // What is at the end of the heap could be given back.
-        counters.fordblks.saturating_sub(counters.keepcost) as u64
-    }
-    #[cfg(not(all(target_os = "linux", target_env = "gnu")))]
-    0
-}
-
 /// Of `bytes`, those whose pages are in this process' memory, by `/proc/self/pagemap`; none where
 /// the system does not tell.
 pub fn present_bytes(bytes: &[u8]) -> Option<u64> {
@@ -121,18 +107,6 @@ mod tests {
         assert!(before < BYTES as u64 / 2 && after >= BYTES as u64 / 2, "{before} {after}");
         assert_eq!(present_bytes(&buffer[BYTES - 100..]), Some(100));
         assert_eq!(present_bytes(&[]), Some(0));
-    }
-
-    #[test]
-    #[cfg(target_env = "gnu")]
-    fn holes_in_the_heap_show() {
-        // Below what is mapped by itself; every second one stays.
-        let mut pieces: Vec<Option<Vec<u8>>> = (0..4096).map(|_| Some(vec![1; 4096])).collect();
-        let before = free_heap_bytes();
-        pieces.iter_mut().step_by(2).for_each(|piece| *piece = None);
-        let after = free_heap_bytes();
-        assert!(after > before + (6 << 20), "{before} {after}");
-        assert_eq!(pieces.iter().flatten().count(), 2048);
     }
 
     #[test]

@@ -50,6 +50,9 @@ pub trait TensorSource {
 
     /// Its values have been copied.
     fn release(&self, _name: &str) {}
+
+    /// All that is wanted of it was read; what stays where it is comes back when it is used.
+    fn release_all(&self) {}
 }
 
 impl TensorSource for Checkpoint {
@@ -63,6 +66,10 @@ impl TensorSource for Checkpoint {
 
     fn release(&self, name: &str) {
         Checkpoint::release(self, name);
+    }
+
+    fn release_all(&self) {
+        Checkpoint::release_all(self);
     }
 }
 
@@ -93,14 +100,16 @@ impl Weights {
             Some(reader.matrix(&weight(spec.head_module()), [v, d])?)
         };
         let blocks = (0..spec.num_layers).map(|layer| reader.block(layer));
-        Ok(Weights {
+        let weights = Weights {
             embedding: reader.matrix(&weight(spec.embedding_module()), [v, d])?,
             positions,
             blocks: blocks.collect::<Result<_>>()?,
             final_norm: reader.norm(spec.final_norm_module(), d)?,
             head,
             streaming: None,
-        })
+        };
+        source.release_all();
+        Ok(weights)
     }
 }
 

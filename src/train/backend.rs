@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use nibble_quant::product::Precision;
+use nibble_quant::product::{BAND_BYTES, Precision};
 
 use super::adamw::{AdamW, RateGroup};
 use super::buffers::Buffers;
@@ -72,10 +72,12 @@ impl TrainingKernels for Cpu {
     }
 
     fn surroundings(&self) -> Result<Surroundings> {
-        let used_bytes = resident::now_bytes();
+        let now_bytes = resident::now_bytes();
+        // Packed weights come with the first product.
+        let used_bytes = now_bytes + BAND_BYTES as u64;
         Ok(Surroundings {
             used_bytes,
-            free_bytes: resident::available_bytes().saturating_add(used_bytes),
+            free_bytes: resident::available_bytes().saturating_add(now_bytes),
             in_process: true,
         })
     }

@@ -11,6 +11,7 @@ use super::meter::Meter;
 use super::preview::Preview;
 use super::trainee::{Shrunk, Trainee};
 use crate::adapter::Adapter;
+use crate::allocator;
 use crate::data::{Batch, TokenizerFiles};
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
@@ -50,6 +51,7 @@ impl<K: TrainingKernels> LoraModel<K> {
     ) -> Self {
         model.parameters_mut().load(&adapter);
         adapter.tensors = Vec::new();
+        allocator::give_back();
         let model = Some(model);
         LoraModel {
             model,

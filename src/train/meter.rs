@@ -3,6 +3,7 @@
 use std::time::Instant;
 
 use super::backend::TrainingKernels;
+use crate::allocator;
 use crate::error::Result;
 use crate::ledger::rows::{HostMemory, Measured};
 use crate::ledger::{Record, Watch, pinned, resident};
@@ -51,6 +52,7 @@ impl Meter {
     /// # Errors
     /// Those of the backend.
     pub fn loaded<K: TrainingKernels>(&mut self, kernels: &K) -> Result<()> {
+        allocator::give_back();
         match self {
             Meter::Process(watch) => watch.loaded(),
             Meter::Device { .. } => {

@@ -9,6 +9,7 @@ use super::backend::{TrainingKernels, Update};
 use super::meter::Meter;
 use super::{clip, step};
 use crate::adapter::{Adapter, LoraConfig};
+use crate::allocator;
 use crate::checkpoint::Checkpoint;
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
@@ -84,6 +85,7 @@ impl Trial<'_> {
         let mut model = Model::on(kernels.clone(), spec, weights, settings, dropout)?;
         model.parameters_mut().load(&adapter);
         adapter.tensors = Vec::new();
+        allocator::give_back();
         let batch = self.batch();
         for number in 1..=steps as u64 {
             let start = Instant::now();

@@ -33,6 +33,8 @@ const K_BLOCK: usize = 640;
 const K_STRETCH: usize = 2048;
 /// Elements of a packed band of B: 4 MiB stay in the last-level cache.
 const BAND_ELEMENTS: usize = 1 << 20;
+/// Bytes that a thread that asks for products keeps for what it packs.
+pub const BAND_BYTES: usize = BAND_ELEMENTS * size_of::<f32>();
 /// Tiles of rows up to which B is read in place: packing it would cost more than it saves.
 const IN_PLACE_TILES: usize = 4;
 /// Multiply-adds below which other threads are not worth waking.

@@ -19,8 +19,8 @@ mod view;
 use half::bf16;
 
 use crate::PackedWeight;
-pub use driver::PackedOperand;
 use driver::Product;
+pub use driver::{BAND_BYTES, PackedOperand};
 use micro::Isa;
 use pack::Operand;
 pub use row::product_row;

@@ -110,6 +110,10 @@ impl Gguf {
         }
     }
 
+    pub(super) fn release_all(&self) {
+        self.file.release(&self.file.bytes);
+    }
+
     /// The tensor that the file calls `stored`, in Hugging Face's order of rows.
     fn elements_of(&self, stored: &str) -> Result<Elements> {
         let info = &self.content.tensor_infos[stored];

@@ -13,6 +13,7 @@ use nibble_quant::FloatType;
 use serde_json::Value;
 
 use crate::adapter::{Adapter, LoraConfig};
+use crate::allocator;
 use crate::checkpoint::atomic::write_file;
 use crate::checkpoint::{Checkpoint, PageCache, check_quantization, holds_weights, read_config};
 use crate::cli::device::{Device, DeviceArgs};
@@ -22,8 +23,8 @@ use crate::commands::device;
 use crate::data::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::kernels::Storage;
+use crate::kernels::cpu::Cpu;
 use crate::kernels::cuda::cuda_layout;
-use crate::ledger::resident;
 use crate::ledger::rows::Account;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
@@ -33,11 +34,12 @@ use crate::plan::{
 };
 use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
+use crate::train::backend::TrainingKernels;
 use full::FullFineTuning;
 use room::{ASSUMED_CONTEXT_BYTES, Room};
 
 /// Program and tokenizer where only a config is at hand: what a 49k vocabulary takes.
-const ASSUMED_PROCESS_BYTES: u64 = 64 << 20;
+const ASSUMED_PROCESS_BYTES: u64 = 32 << 20;
 
 /// Runs the command.
 ///
@@ -201,8 +203,10 @@ impl Model {
             let folder = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
             // A plan needs none: one that cannot be read may be an LFS pointer, as the weights are.
             let tokenizer = tokenizer_in(folder).ok().flatten();
-            let process =
-                tokenizer.as_ref().map_or(ASSUMED_PROCESS_BYTES, |_| resident::now_bytes());
+            let process = match tokenizer {
+                None => ASSUMED_PROCESS_BYTES,
+                Some(_) => in_use()?,
+            };
             return Ok(Model { checkpoint: None, spec, weights, process, tokenizer });
         }
         let checkpoint = Checkpoint::open(path)?;
@@ -212,10 +216,16 @@ impl Model {
         let tokenizer =
             if path.is_file() { Some(ChatTokenizer::open(path)?) } else { tokenizer_in(path)? };
         checkpoint.release_all();
-        let process = resident::now_bytes();
+        let process = in_use()?;
         let checkpoint = Some(checkpoint);
         Ok(Model { checkpoint, spec, weights, process, tokenizer })
     }
+}
+
+/// Bytes that a run on the CPU takes beside weights and plan.
+fn in_use() -> Result<u64> {
+    allocator::give_back();
+    Ok(Cpu::default().surroundings()?.used_bytes)
 }
 
 fn tokenizer_in(folder: &Path) -> Result<Option<ChatTokenizer>> {

@@ -5,6 +5,7 @@ use std::num::NonZeroUsize;
 use super::Base;
 use super::data::Prepared;
 use crate::adapter::Adapter;
+use crate::allocator;
 use crate::cli::lora::AdapterDtype;
 use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
@@ -31,6 +32,13 @@ pub struct Memory {
     pub in_process: bool,
 }
 
+/// What an adapter's tensors take; zeros that were never touched take nothing.
+fn bytes_in_memory(adapter: &Adapter) -> u64 {
+    let tensors = adapter.tensors.iter().flat_map(|tensors| [&tensors.a, &tensors.b]);
+    let bytes = tensors.map(|values| resident::present_bytes(bytemuck::cast_slice(values)));
+    bytes.map(Option::unwrap_or_default).sum()
+}
+
 /// Chooses the layers' policies within the budget, before a weight is read.
 pub fn plan(
     args: &TrainArgs,
@@ -43,8 +51,13 @@ pub fn plan(
     let format = args.model.block_format();
     // Pages of the weights' files that were looked at are not the program's.
     base.checkpoint.release_all();
+    allocator::give_back();
     let around = kernels.surroundings()?;
-    let place = if around.in_process { Place::Host } else { Place::Gpu };
+    let (place, process_bytes) = match around.in_process {
+        // The adapter's tensors are gone before the first step.
+        true => (Place::Host, around.used_bytes.saturating_sub(bytes_in_memory(adapter))),
+        false => (Place::Gpu, around.used_bytes),
+    };
     let settings = sizes(args, base, adapter, data, place)?;
     let weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref(), place);
     base.checkpoint.release_all();
@@ -56,7 +69,7 @@ pub fn plan(
         mode: args.resources.weights,
         weights,
         embedding: args.device.embedding,
-        process_bytes: around.used_bytes,
+        process_bytes,
         place,
         pinned_bytes: resident::pinnable_bytes(),
     };
