@@ -5,10 +5,18 @@
 //! pulp has no 16-entry lookup. A sum of products takes what it decodes from registers where it can.
 #![allow(unsafe_code)]
 
+use std::borrow::Cow;
+
 use crate::dot::dot;
 
 /// Weights that are decoded before they are multiplied: they stay in the first-level cache.
 const PIECE: usize = 1024;
+
+/// Lanes of the widest register, and codes in each.
+const LANES: usize = 16;
+const SHIFTS: usize = 8;
+/// Codes in a register.
+const TURN: usize = LANES * SHIFTS;
 
 /// Codes decoded at a time by the vector paths.
 pub(crate) const RUN: usize = 32;
@@ -63,15 +71,40 @@ impl Decoder {
 }
 
 impl Decoder {
-    /// `Σ w·x` over the weights w that [`decode`](Decoder::decode) gives.
-    pub(crate) fn dot(self, bytes: &[u8], values: &[f32; 16], scales: &[f32], x: &[f32]) -> f32 {
-        debug_assert_eq!(x.len() % (scales.len() * RUN), 0, "whole runs for each scale");
-        debug_assert_eq!(bytes.len() * 2, x.len(), "two codes to a byte");
+    /// x as [`dot`](Decoder::dot) reads it, for blocks of `block_size`: where a register's codes are
+    /// taken in shifts, x lies in the same order, filled up with zeros.
+    pub(crate) fn arrange(self, x: &[f32], block_size: usize) -> Cow<'_, [f32]> {
+        if !self.shifts(block_size) {
+            return Cow::Borrowed(x);
+        }
+        let mut arranged = vec![0.0; x.len().next_multiple_of(TURN)];
+        for (arranged, x) in arranged.chunks_exact_mut(TURN).zip(x.chunks(TURN)) {
+            for (i, x) in x.iter().enumerate() {
+                arranged[i % SHIFTS * LANES + i / SHIFTS] = *x;
+            }
+        }
+        Cow::Owned(arranged)
+    }
+
+    /// `Σ w·x` of some rows of weights w, as [`decode`](Decoder::decode) gives them; x is
+    /// [arranged](Decoder::arrange). Rows and their scales are as long.
+    pub(crate) fn dot<const ROWS: usize>(
+        self,
+        bytes: [&[u8]; ROWS],
+        values: &[f32; 16],
+        scales: [&[f32]; ROWS],
+        x: &[f32],
+    ) -> [f32; ROWS] {
+        let block_size = 2 * bytes[0].len() / scales[0].len();
         #[cfg(target_arch = "x86_64")]
-        if self == Decoder::Avx512 {
+        if self.shifts(block_size) {
             // SAFETY: `detect` saw the features; the function checks its slices.
             return unsafe { x86::avx512_dot(bytes, values, scales, x) };
         }
+        std::array::from_fn(|row| self.dot_of_decoded(bytes[row], values, scales[row], x))
+    }
+
+    fn dot_of_decoded(self, bytes: &[u8], values: &[f32; 16], scales: &[f32], x: &[f32]) -> f32 {
         let mut decoded = [0.0; PIECE];
         let block_size = x.len() / scales.len();
         let blocks = scales.iter().zip(bytes.chunks(block_size / 2)).zip(x.chunks(block_size));
@@ -84,6 +117,16 @@ impl Decoder {
             of_piece.sum()
         };
         blocks.map(of_block).sum()
+    }
+
+    /// Whether codes are taken in shifts: no half of a register may lie in two blocks.
+    fn shifts(self, block_size: usize) -> bool {
+        #[cfg(target_arch = "x86_64")]
+        if self == Decoder::Avx512 {
+            return block_size.is_multiple_of(TURN / 2) && block_size.is_power_of_two();
+        }
+        let _ = block_size;
+        false
     }
 }
 
@@ -114,7 +157,7 @@ fn scalar(bytes: &[u8], values: &[f32; 16], scales: &[f32], out: &mut [f32]) {
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{RUN, blocks};
+    use super::{LANES, RUN, SHIFTS, TURN, blocks};
 
     #[inline]
     #[target_feature(enable = "avx2")]
@@ -145,47 +188,53 @@ mod x86 {
         }
     }
 
-    /// `sums + w·x` of a run.
-    #[inline]
+    /// A register holds [`TURN`] codes, eight in a lane. The permute looks at the lower four bits of a
+    /// lane alone, so a shift is all that it takes to get to the next code of each. Rows share x, which
+    /// is eight times as long as their codes.
     #[target_feature(enable = "avx512f,avx512bw,avx2")]
-    fn add_run(
-        sums: [__m512; 2],
-        table: __m512,
-        bytes: &[u8; RUN / 2],
-        x: &[f32; RUN],
-    ) -> [__m512; 2] {
-        let (first, second) = nibbles(bytes);
-        let [first, second] =
-            [first, second].map(|codes| _mm512_permutexvar_ps(_mm512_cvtepu8_epi32(codes), table));
-        // SAFETY: two loads of 16 floats from an array of 32.
-        let (x, y) = unsafe { (_mm512_loadu_ps(x.as_ptr()), _mm512_loadu_ps(x.as_ptr().add(16))) };
-        [_mm512_fmadd_ps(first, x, sums[0]), _mm512_fmadd_ps(second, y, sums[1])]
-    }
-
-    #[target_feature(enable = "avx512f,avx512bw,avx2")]
-    pub(super) fn avx512_dot(bytes: &[u8], values: &[f32; 16], scales: &[f32], x: &[f32]) -> f32 {
+    pub(super) fn avx512_dot<const ROWS: usize>(
+        bytes: [&[u8]; ROWS],
+        values: &[f32; 16],
+        scales: [&[f32]; ROWS],
+        x: &[f32],
+    ) -> [f32; ROWS] {
+        let (length, blocks) = (bytes[0].len(), scales[0].len());
+        assert!(bytes.iter().all(|bytes| bytes.len() == length), "rows are as long");
+        assert!(scales.iter().all(|scales| scales.len() == blocks), "their scales, too");
+        // Blocks have a power of two of halves: a division would take as long as a turn.
+        let halves = (2 * length / blocks / (TURN / 2)).trailing_zeros();
         // SAFETY: 16 floats.
-        let values = unsafe { _mm512_loadu_ps(values.as_ptr()) };
-        // Runs take turns, to hide the latency of additions.
-        let [mut even, mut odd] = [[_mm512_setzero_ps(); 2]; 2];
-        let (byte_runs, _) = bytes.as_chunks::<{ RUN / 2 }>();
-        let (x_runs, _) = x.as_chunks::<RUN>();
-        let runs = x_runs.len() / scales.len();
-        let blocks = byte_runs.chunks_exact(runs).zip(x_runs.chunks_exact(runs));
-        for (scale, (bytes, x)) in scales.iter().zip(blocks) {
-            let table = _mm512_mul_ps(values, _mm512_set1_ps(*scale));
-            let (byte_pairs, last_bytes) = bytes.as_chunks::<2>();
-            let (x_pairs, last_x) = x.as_chunks::<2>();
-            for (bytes, x) in byte_pairs.iter().zip(x_pairs) {
-                even = add_run(even, table, &bytes[0], &x[0]);
-                odd = add_run(odd, table, &bytes[1], &x[1]);
-            }
-            if let ([bytes], [x]) = (last_bytes, last_x) {
-                even = add_run(even, table, bytes, x);
+        let table = unsafe { _mm512_loadu_ps(values.as_ptr()) };
+        let mut totals = [_mm512_setzero_ps(); ROWS];
+        for (turn, x) in x.chunks_exact(TURN).enumerate() {
+            let begin = turn * TURN / 2;
+            let left = length.saturating_sub(begin).min(TURN / 2);
+            let there = u64::MAX.checked_shr((TURN / 2 - left) as u32).unwrap_or(0);
+            let blocks_here = [2 * turn, 2 * turn + 1].map(|half| (half >> halves).min(blocks - 1));
+            // SAFETY: 128 floats.
+            let x: [__m512; SHIFTS] =
+                std::array::from_fn(|i| unsafe { _mm512_loadu_ps(x.as_ptr().add(LANES * i)) });
+            for row in 0..ROWS {
+                // SAFETY: what is not there is not read.
+                let codes = unsafe {
+                    _mm512_maskz_loadu_epi8(there, bytes[row].as_ptr().add(begin).cast())
+                };
+                let weight = |codes| _mm512_permutexvar_ps(codes, table);
+                // The upper half of a byte comes first.
+                let even = _mm512_mul_ps(weight(_mm512_srli_epi32::<4>(codes)), x[0]);
+                let odd = _mm512_mul_ps(weight(codes), x[1]);
+                let even = _mm512_fmadd_ps(weight(_mm512_srli_epi32::<12>(codes)), x[2], even);
+                let odd = _mm512_fmadd_ps(weight(_mm512_srli_epi32::<8>(codes)), x[3], odd);
+                let even = _mm512_fmadd_ps(weight(_mm512_srli_epi32::<20>(codes)), x[4], even);
+                let odd = _mm512_fmadd_ps(weight(_mm512_srli_epi32::<16>(codes)), x[5], odd);
+                let even = _mm512_fmadd_ps(weight(_mm512_srli_epi32::<28>(codes)), x[6], even);
+                let odd = _mm512_fmadd_ps(weight(_mm512_srli_epi32::<24>(codes)), x[7], odd);
+                let [first, second] = blocks_here.map(|block| _mm512_set1_ps(scales[row][block]));
+                let scale = _mm512_mask_blend_ps(0xff00, first, second);
+                totals[row] = _mm512_fmadd_ps(_mm512_add_ps(even, odd), scale, totals[row]);
             }
         }
-        let [even, odd] = [even, odd].map(|[first, second]| _mm512_add_ps(first, second));
-        _mm512_reduce_add_ps(_mm512_add_ps(even, odd))
+        totals.map(|total| _mm512_reduce_add_ps(total))
     }
 
     #[target_feature(enable = "avx2")]
@@ -220,6 +269,33 @@ mod x86 {
 mod tests {
     use super::*;
     use crate::codebook::NF4;
+
+    #[test]
+    fn sums_are_those_of_decoded_weights() {
+        let mut decoders = vec![Decoder::Scalar, Decoder::detect()];
+        #[cfg(target_arch = "x86_64")]
+        if is_x86_feature_detected!("avx2") {
+            decoders.push(Decoder::Avx2);
+        }
+        for (blocks, block_size) in [(1, 32), (5, 32), (1, 64), (9, 64), (3, 128), (2, 4096)] {
+            let count = blocks * block_size;
+            let bytes: Vec<u8> = (0..count / 2).map(|i| (i * 89 % 256) as u8).collect();
+            let scales: Vec<f32> = (0..blocks).map(|i| 0.1 + i as f32).collect();
+            let x: Vec<f32> = (0..count).map(|i| (i as f32 * 0.37).sin()).collect();
+            let mut w = vec![f32::NAN; count];
+            Decoder::Scalar.decode(&bytes, &NF4, &scales, &mut w);
+            let products = w.iter().zip(&x).map(|(w, x)| f64::from(*w) * f64::from(*x));
+            let (expected, size) = products.fold((0.0, 0.0), |(s, m), p| (s + p, m + p.abs()));
+            for decoder in &decoders {
+                let arranged = decoder.arrange(&x, block_size);
+                let rows = ([&bytes[..]; 3], [&scales[..]; 3]);
+                for got in decoder.dot(rows.0, &NF4, rows.1, &arranged) {
+                    let error = (f64::from(got) - expected).abs() / size;
+                    assert!(error < 1e-6, "{decoder:?}: {blocks} of {block_size}: {error:e}");
+                }
+            }
+        }
+    }
 
     #[test]
     fn every_byte_decodes_alike_on_every_decoder() {

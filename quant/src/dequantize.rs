@@ -2,6 +2,7 @@
 //!
 //! Not rounded to the weight's type: round the result to get what bitsandbytes returns.
 
+use std::borrow::Cow;
 use std::ops::Range;
 
 use rayon::prelude::*;
@@ -76,44 +77,82 @@ impl PackedWeight {
         }
     }
 
-    /// `Σ w·x` over row `row`, on this thread, in an order of the processor's.
+    /// x `[in]` as [`dot_rows`](Self::dot_rows) reads it.
+    pub(crate) fn arrange<'x>(&self, x: &'x [f32]) -> Cow<'x, [f32]> {
+        let block_size = self.format().block_size;
+        if self.shape()[1].is_multiple_of(block_size) {
+            self.decoder.arrange(x, block_size)
+        } else {
+            Cow::Borrowed(x)
+        }
+    }
+
+    /// `Σ w·x` of rows from `first` on, on this thread, in an order of the processor's; x is arranged.
     ///
     /// # Panics
-    /// When there is no such row, or x is not `in` long.
-    pub fn dot_row(&self, row: usize, x: &[f32]) -> f32 {
-        let [rows, columns] = self.shape();
-        assert!(row < rows && x.len() == columns, "row and columns exist");
-        let (block_size, begin) = (self.format().block_size, row * columns);
-        if !columns.is_multiple_of(block_size) {
-            let mut decoded = [0.0; PIECE];
-            let pieces = x.chunks(PIECE).enumerate().map(|(piece, x)| {
-                let decoded = &mut decoded[..x.len()];
-                self.dequantize_range(begin + piece * PIECE, decoded);
-                dot(decoded, x)
-            });
-            return pieces.sum();
+    /// When there are no such rows.
+    pub(crate) fn dot_rows(&self, first: usize, x: &[f32], out: &mut [f32]) {
+        const TOGETHER: usize = 4;
+        if !self.shape()[1].is_multiple_of(self.format().block_size) {
+            for (row, out) in (first..).zip(out) {
+                *out = self.dot_of_decoded(row, x);
+            }
+            return;
         }
+        let (groups, rest) = out.as_chunks_mut::<TOGETHER>();
+        let last = first + groups.len() * TOGETHER;
+        for (row, out) in (first..).step_by(TOGETHER).zip(groups) {
+            *out = self.dot_of_blocks(row, x);
+        }
+        for (row, out) in (last..).zip(rest) {
+            [*out] = self.dot_of_blocks(row, x);
+        }
+    }
+
+    /// Of a row whose ends are inside blocks.
+    fn dot_of_decoded(&self, row: usize, x: &[f32]) -> f32 {
+        let mut decoded = [0.0; PIECE];
+        let pieces = x.chunks(PIECE).enumerate().map(|(piece, x)| {
+            let decoded = &mut decoded[..x.len()];
+            self.dequantize_range(row * self.shape()[1] + piece * PIECE, decoded);
+            dot(decoded, x)
+        });
+        pieces.sum()
+    }
+
+    /// Of rows of whole blocks.
+    fn dot_of_blocks<const ROWS: usize>(&self, first: usize, x: &[f32]) -> [f32; ROWS] {
+        let (columns, block_size) = (self.shape()[1], self.format().block_size);
         let values = self.parts.quant_type.values();
-        let codes = &self.parts.codes[begin / 2..(begin + columns) / 2];
-        let first = begin / block_size;
-        match &self.parts.absmax {
-            Absmax::Plain(absmax) => {
-                let scales = &floats(absmax)[first..first + columns / block_size];
-                self.decoder.dot(codes, values, scales, x)
-            }
-            Absmax::Nested { codes: scale_codes, absmax, offset } => {
-                let mut scales = [0.0; PIECE_SCALES];
-                let length = PIECE_SCALES * block_size;
-                let pieces = codes.chunks(length / 2).zip(x.chunks(length)).enumerate();
-                let of_piece = pieces.map(|(piece, (codes, x))| {
-                    let scales = &mut scales[..x.len() / block_size];
-                    let first = first + piece * PIECE_SCALES;
-                    dequantize_absmax(scale_codes, floats(absmax), *offset, first, scales);
-                    self.decoder.dot(codes, values, scales, x)
-                });
-                of_piece.sum()
-            }
+        let blocks = columns / block_size;
+        let mut sums = [0.0; ROWS];
+        let mut decoded = [[0.0; PIECE_SCALES]; ROWS];
+        for begin in (0..blocks).step_by(PIECE_SCALES) {
+            let here = begin..(begin + PIECE_SCALES).min(blocks);
+            let block = |row: usize| (first + row) * blocks + here.start;
+            let codes = std::array::from_fn(|row| {
+                let start = block(row) * block_size / 2;
+                &self.parts.codes[start..start + here.len() * block_size / 2]
+            });
+            let scales: [&[f32]; ROWS] = match &self.parts.absmax {
+                Absmax::Plain(absmax) => {
+                    std::array::from_fn(|row| &floats(absmax)[block(row)..][..here.len()])
+                }
+                Absmax::Nested { codes, absmax, offset } => {
+                    for (row, decoded) in decoded.iter_mut().enumerate() {
+                        let decoded = &mut decoded[..here.len()];
+                        dequantize_absmax(codes, floats(absmax), *offset, block(row), decoded);
+                    }
+                    decoded.each_ref().map(|decoded| &decoded[..here.len()])
+                }
+            };
+            // The last piece has what x is filled up with.
+            let end = if here.end == blocks { x.len() } else { here.end * block_size };
+            let x = &x[here.start * block_size..end];
+            let of_piece = self.decoder.dot(codes, values, scales, x);
+            sums.iter_mut().zip(of_piece).for_each(|(sum, piece)| *sum += piece);
         }
+        sums
     }
 
     /// The scale of block `block`.

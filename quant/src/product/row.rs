@@ -4,11 +4,15 @@
 //! row would cost many times the product. Sums are made in an order of their own, not that of tiles; it
 //! does not depend on the number of threads.
 
+use std::borrow::Cow;
+
 use rayon::prelude::*;
 
 use super::{LowRank, WeightRef};
 use crate::dot::dot;
 
+/// Rows that are multiplied together.
+const ROWS: usize = 16;
 /// Weights of a task.
 const TASK: usize = 1 << 17;
 
@@ -28,24 +32,37 @@ pub fn product_row(
         let shape = (a.rows, b.rows, b.columns);
         assert_eq!(shape, (1, a.columns, y.len()), "shapes of an addition agree");
     }
-    let rows = (TASK / x.len().max(1)).max(1);
+    let rows = (TASK / x.len().max(1)).max(1).next_multiple_of(ROWS);
+    let x = match weight {
+        WeightRef::Packed(packed) => packed.arrange(x),
+        _ => Cow::Borrowed(x),
+    };
     y.par_chunks_mut(rows).enumerate().for_each(|(task, y)| {
-        for (row, y) in (task * rows..).zip(y) {
-            let added = low_rank.as_ref().map_or(0.0, |low_rank| low_rank.of_column(row));
-            let value = weight.dot(row, x) + added;
-            *y = if beta == 0.0 { value } else { value + beta * *y };
+        let mut sums = [0.0; ROWS];
+        for (group, y) in y.chunks_mut(ROWS).enumerate() {
+            let (first, sums) = (task * rows + group * ROWS, &mut sums[..y.len()]);
+            weight.dot_rows(first, &x, sums);
+            for (row, (y, sum)) in (first..).zip(y.iter_mut().zip(sums)) {
+                let added = low_rank.as_ref().map_or(0.0, |low_rank| low_rank.of_column(row));
+                let value = *sum + added;
+                *y = if beta == 0.0 { value } else { value + beta * *y };
+            }
         }
     });
 }
 
 impl WeightRef<'_> {
-    /// Row `row` times x.
-    fn dot(&self, row: usize, x: &[f32]) -> f32 {
-        let elements = row * x.len()..(row + 1) * x.len();
+    /// Rows from `first` on times x, which is arranged.
+    fn dot_rows(&self, first: usize, x: &[f32], out: &mut [f32]) {
+        let rows = (first..).map(|row| row * x.len()..(row + 1) * x.len());
         match self {
-            WeightRef::F32(data, _) => dot(&data[elements], x),
-            WeightRef::Bf16(data, _) => dot(&data[elements], x),
-            WeightRef::Packed(packed) => packed.dot_row(row, x),
+            WeightRef::F32(data, _) => {
+                out.iter_mut().zip(rows).for_each(|(out, row)| *out = dot(&data[row], x));
+            }
+            WeightRef::Bf16(data, _) => {
+                out.iter_mut().zip(rows).for_each(|(out, row)| *out = dot(&data[row], x));
+            }
+            WeightRef::Packed(packed) => packed.dot_rows(first, x, out),
         }
     }
 }
