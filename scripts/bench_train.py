@@ -161,6 +161,7 @@ def nibble_command(arguments, scenario, model, rows, out):
         "data": rows,
         "out": out,
         "quantization": quantization,
+        "device": "cpu",
         "bf16": str(precision == "bf16").lower(),
         "activations": activations,
         "lora-r": RANK,

@@ -5,7 +5,8 @@
 
 Reads rows of `input_ids` and `labels`, takes `--batch` of them for each step in file order and pads
 them to the longest, as Hugging Face's collators do. LoRA on every linear layer but the head, AdamW;
-f32 compute, or bf16 as `bf16=True` of Hugging Face's Trainer has it: a bf16 base under autocast. Writes one JSON object: for every step its wall time, tokens without padding and loss.
+f32 compute, or bf16 as `bf16=True` of Hugging Face's Trainer has it: a bf16 base under autocast.
+Writes one JSON object: for every step its wall time, tokens without padding and loss.
 Needs torch, transformers, peft and bitsandbytes; nothing else of Nibble needs Python packages.
 """
 

@@ -128,7 +128,7 @@ fn names_from_scripts_of_other_trainers() {
         ("--use-dora", "not supported in training"),
         ("--modules-to-save", "not supported in training"),
         ("--label_smoothing_factor", "not supported"),
-        ("--bf16", "leave it out: it computes in bf16 on a GPU"),
+        ("--fp16", "leave it out: it computes in bf16 on a GPU"),
         ("--report_to", "leave it out: every run writes TensorBoard's files"),
         ("--learning-rte", "did you mean `--learning-rate`?"),
         ("--colour", "see `nibble train --help`"),

@@ -1,8 +1,9 @@
 //! Speed of quantizing and dequantizing beside a plain copy, measured in turns.
 //!
-//! `cargo bench -p nibble-quant --bench blocks -- [THREADS] [ROWS COLUMNS]`: best of several rounds;
-//! the last line is the same figures as JSON. A copy counts the bytes that it reads and writes, and
-//! so does a decode: codes and scales in, f32 out; a product with one row, codes and scales. `scripts/bench_quant.sh` adds bitsandbytes.
+//! `cargo bench -p nibble-quant --bench blocks -- [THREADS] [ROWS COLUMNS]`: best of several
+//! rounds; the last line is the same figures as JSON. A copy counts the bytes that it reads and
+//! writes, and so does a decode: codes and scales in, f32 out; a product with one row, codes and
+//! scales. `scripts/bench_quant.sh` adds bitsandbytes.
 
 use std::time::Instant;
 

@@ -10,7 +10,7 @@ use std::borrow::Cow;
 use crate::dot::dot;
 
 /// Weights that are decoded before they are multiplied: they stay in the first-level cache.
-const PIECE: usize = 1024;
+pub(crate) const PIECE: usize = 1024;
 
 /// Lanes of the widest register, and codes in each.
 const LANES: usize = 16;
@@ -68,9 +68,7 @@ impl Decoder {
             Decoder::Avx512 => unsafe { x86::avx512(bytes, values, scales, out) },
         }
     }
-}
 
-impl Decoder {
     /// x as [`dot`](Decoder::dot) reads it, for blocks of `block_size`: where a register's codes are
     /// taken in shifts, x lies in the same order, filled up with zeros.
     pub(crate) fn arrange(self, x: &[f32], block_size: usize) -> Cow<'_, [f32]> {

@@ -7,7 +7,7 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::decode::RUN;
+use crate::decode::{PIECE, RUN};
 use crate::dot::dot;
 use crate::format::NESTED_BLOCK_SIZE;
 use crate::nested::dequantize_absmax;
@@ -17,8 +17,6 @@ use crate::packed::{Absmax, ELEMENTS_PER_TASK, PackedWeight};
 const SCALES: usize = NESTED_BLOCK_SIZE;
 /// Those of a row that is multiplied.
 const PIECE_SCALES: usize = 64;
-/// Elements of a row that are decoded at a time.
-const PIECE: usize = 1024;
 /// Blocks of a short run.
 const FEW_BLOCKS: usize = 8;
 

@@ -203,22 +203,22 @@ fn frozen(tokens: usize, weight: WeightRef, dense: &[f32], precision: Precision)
 
 #[test]
 fn a_row_by_itself_is_the_same_product() {
-    for (input, output) in [(1, 1), (70, 33), (64, 130), (1024, 5), (2500, 257)] {
+    for (input, output) in [(1, 1), (70, 33), (64, 130), (2048, 5), (2500, 257), (6144, 19)] {
         let dense = values(input * output, 31);
         let half: Vec<bf16> = dense.iter().map(|&v| bf16::from_f32(v)).collect();
         let shape = [output, input];
-        let format = BlockFormat::default();
-        let packed = PackedWeight::quantize(Floats::F32(&dense), shape, &format).unwrap();
+        let packed = [(64, true), (64, false), (32, true), (128, false), (2048, true)].map(
+            |(block_size, double_quant)| {
+                let format = BlockFormat { block_size, double_quant, ..BlockFormat::default() };
+                PackedWeight::quantize(Floats::F32(&dense), shape, &format).unwrap()
+            },
+        );
         let (x, ax, b) = (values(input, 32), values(3, 33), values(3 * output, 34));
         let a = Matrix::new(&ax, (1, 3, 3));
         let b = Matrix::new(&b, (output, 3, 3)).transposed();
         let addition = Some(LowRank { scale: 0.5, a, b });
-        let weights = [
-            WeightRef::F32(&dense, shape),
-            WeightRef::Bf16(&half, shape),
-            WeightRef::Packed(&packed),
-        ];
-        for weight in weights {
+        let weights = [WeightRef::F32(&dense, shape), WeightRef::Bf16(&half, shape)];
+        for weight in weights.into_iter().chain(packed.iter().map(WeightRef::Packed)) {
             for (beta, low_rank) in [(0.0, None), (0.0, addition), (1.0, addition)] {
                 let before = if beta == 0.0 { vec![f32::NAN; output] } else { values(output, 35) };
                 let (mut got, mut expected) = (before.clone(), before);

@@ -90,8 +90,8 @@ const SYNONYMS: [(&str, &str); 79] = [
     ("warmup", "warmup-steps"),
 ];
 
-const NUMBER_TYPE: &str = "leave it out: it computes in bf16 on a GPU, on a CPU in f32 or with `--bf16` in bf16; there is no \
-     fp16";
+const NUMBER_TYPE: &str = "leave it out: it computes in bf16 on a GPU, on a CPU in f32 or with \
+                           `--bf16` in bf16; there is no fp16";
 const REPORTS: &str = "leave it out: every run writes TensorBoard's files, metrics.jsonl and \
                        report.html into `--out`; other trackers are not supported";
 const NOT_NEEDED: &str = "leave it out: Nibble does so anyway";

@@ -43,9 +43,7 @@ pub fn cpu(args: &DeviceArgs) -> Cpu {
         _ => Precision::F32,
     };
     if precision == Precision::Bf16 && !precision.is_fast() {
-        eprintln!(
-            "note: --bf16: this processor has no AVX-512 BF16; it computes the same, slower than in f32"
-        );
+        eprintln!("note: --bf16: this processor has no AVX-512 BF16: slower than in f32");
     }
     Cpu { precision }
 }
@@ -79,12 +77,13 @@ fn verify(cuda: &Cuda<Gpu>) -> Result<&'static str> {
 }
 
 /// Where a run is planned: with `auto` on the first GPU that Nibble has kernels for, and on the CPU
-/// where there is none.
+/// where there is none, or bf16 is not wanted.
 ///
 /// # Errors
 /// `Usage` for what only a GPU has.
 pub fn resolve(args: &DeviceArgs) -> Result<Device> {
     let device = match args.device {
+        Device::Auto if args.bf16 == Some(false) => Device::Cpu,
         Device::Auto => first_gpu().map_or(Device::Cpu, Device::Cuda),
         device => device,
     };
@@ -110,7 +109,7 @@ pub fn resolve(args: &DeviceArgs) -> Result<Device> {
 pub fn surroundings(index: usize) -> Option<Surroundings> {
     let total = driver_info().ok()?.devices.get(index)?.total_bytes;
     let used_bytes = total.saturating_sub(devices::free_bytes(index).ok()?);
-    Some(Surroundings { used_bytes, free_bytes: total, in_process: false })
+    Some(Surroundings { used_bytes, free_bytes: total, products_bytes: 0, in_process: false })
 }
 
 /// The first GPU that there are kernels for. Where there is no driver, there is nothing to tell; one that

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use nibble_quant::product::{BAND_BYTES, Precision};
+use nibble_quant::product::{Precision, buffer_bytes};
 
 use super::adamw::{AdamW, RateGroup};
 use super::buffers::Buffers;
@@ -36,6 +36,8 @@ pub struct Surroundings {
     pub used_bytes: u64,
     /// Bytes that a run may use, that included.
     pub free_bytes: u64,
+    /// Bytes that products take beside weights and plan, from the first one on.
+    pub products_bytes: u64,
     /// Whether this is the memory of the process, so that its peak can be compared with the plan.
     pub in_process: bool,
 }
@@ -72,13 +74,12 @@ impl TrainingKernels for Cpu {
     }
 
     fn surroundings(&self) -> Result<Surroundings> {
-        let now_bytes = resident::now_bytes();
-        // Packed weights come with the first product.
-        let used_bytes = now_bytes + BAND_BYTES as u64;
+        let used_bytes = resident::now_bytes();
         Ok(Surroundings {
             used_bytes,
-            free_bytes: resident::available_bytes().saturating_add(now_bytes),
+            free_bytes: resident::available_bytes().saturating_add(used_bytes),
             in_process: true,
+            products_bytes: buffer_bytes(rayon::current_num_threads()) as u64,
         })
     }
 

@@ -17,7 +17,12 @@ impl<D: Driver> TrainingKernels for Cuda<D> {
 
     fn surroundings(&self) -> Result<Surroundings> {
         let (free, total) = self.driver().memory()?;
-        Ok(Surroundings { used_bytes: total - free, free_bytes: total, in_process: false })
+        Ok(Surroundings {
+            used_bytes: total - free,
+            free_bytes: total,
+            products_bytes: 0,
+            in_process: false,
+        })
     }
 
     fn gradient_norm(&self, parameters: &mut Parameters<Self>) -> Result<f64> {

@@ -50,6 +50,9 @@ pub const TEXTS: [&str; 8] = [
 /// Settings that only say how long the run is; neutral where the learning rate does not fall.
 const LENGTH: [&str; 2] = ["max_steps", "num_train_epochs"];
 
+/// What a setting is on a CPU where it is not set: on a GPU there is but one value.
+const NOT_SET: [(&str, &str); 1] = [("bf16", "false")];
+
 /// What differs between two runs and changes their numbers, as `name was a, now b`.
 /// `length_is_neutral` if the learning rate does not depend on the length of the run.
 pub fn changes(was: &SettingsEcho, now: &SettingsEcho, length_is_neutral: bool) -> Vec<String> {
@@ -60,9 +63,14 @@ pub fn changes(was: &SettingsEcho, now: &SettingsEcho, length_is_neutral: bool) 
         Some(values) => values.join(","),
         None => "not set".to_string(),
     };
+    let defaults: SettingsEcho = NOT_SET
+        .into_iter()
+        .map(|(name, value)| (name.to_string(), vec![value.to_string()]))
+        .collect();
+    let of = |echo: &SettingsEcho, name: &String| echo.get(name).or(defaults.get(name)).cloned();
     names
         .into_iter()
-        .filter(|name| !neutral(name) && !same(was.get(*name), now.get(*name)))
+        .filter(|name| !neutral(name) && !same(of(was, name).as_ref(), of(now, name).as_ref()))
         .map(|name| format!("{name} was {}, now {}", show(was.get(name)), show(now.get(name))))
         .collect()
 }
@@ -123,6 +131,14 @@ mod tests {
 
     fn echo(pairs: &[(&str, &str)]) -> SettingsEcho {
         pairs.iter().map(|(name, value)| (name.to_string(), vec![value.to_string()])).collect()
+    }
+
+    #[test]
+    fn what_is_set_to_what_it_is_anyway_is_no_change() {
+        let (unset, off, on) = (echo(&[]), echo(&[("bf16", "false")]), echo(&[("bf16", "true")]));
+        assert_eq!(changes(&unset, &off, false), [""; 0]);
+        assert_eq!(changes(&off, &unset, false), [""; 0]);
+        assert_eq!(changes(&unset, &on, false), ["bf16 was not set, now true"]);
     }
 
     #[test]

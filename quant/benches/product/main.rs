@@ -6,8 +6,9 @@
 //!
 //! Everything is measured in turn, round after round, the peak in every round: figures are the
 //! median over the rounds of the share of the peak, so that a shared machine's changes of speed
-//! cancel out. `nf4/f32` compares our product with 4-bit and with f32 weights in the same way. The last
-//! columns are `+lora` in products of bf16: its share of the peak of f32, and how many times as fast it is.
+//! cancel out. `nf4/f32` compares our product with 4-bit and with f32 weights in the same way. The
+//! last columns are `+lora` in products of bf16: its share of the peak of f32, and how many times
+//! as fast it is.
 #![allow(unsafe_code)]
 
 mod peak;
@@ -147,7 +148,8 @@ fn frozen(tokens: usize, input: usize, output: usize, backward: bool) {
     let direction = if backward { "dy·W " } else { "x·Wᵀ" };
     let share = |work| 100.0 * race.ratio(work, 0);
     println!(
-        "{direction} {m:>5}×{n:<5} k {k:<5} {:6.0} {:7.1} {:7.1} {:7.1} {:7.1} {:7.1}   {:6.3}  {:7.1} {:6.2}",
+        "{direction} {m:>5}×{n:<5} k {k:<5} {:6.0} {:7.1} {:7.1} {:7.1} {:7.1} {:7.1}   {:6.3}  {:7.1} \
+         {:6.2}",
         race.median_peak(),
         share(1),
         share(2),

@@ -1,16 +1,14 @@
 //! Blocking and threads: which tiles are computed when, and from what memory.
 //!
-//! ```text
-//! for stretches of k and bands of columns of B that fit the shared cache
-//!     pack the band                                 (tasks: panels)
-//!     for chunks of rows × groups of panels of C     (tasks)
-//!         for blocks of k, panels, tiles of rows     B's panel and A's chunk stay in L2
-//! ```
-//! A low-rank addition is appended to the last block of k: it costs no visit of C. B is read in
-//! place where few rows use it; one that several products share is packed once ([`PackedOperand`]). Tasks share out elements of C, never k: results do not depend on
-//! the number of threads, nor a row's on the other rows.
+//! ```text for stretches of k and bands of columns of B that fit the shared cache pack the band
+//! (tasks: panels) for chunks of rows × groups of panels of C     (tasks) for blocks of k, panels,
+//! tiles of rows     B's panel and A's chunk stay in L2 ``` A low-rank addition is appended to the
+//! last block of k: it costs no visit of C. B is read in place where few rows use it; one that
+//! several products share is packed once ([`PackedOperand`]). Tasks share out elements of C, never
+//! k: results do not depend on the number of threads, nor a row's on the other rows.
 #![allow(unsafe_code)]
 
+mod left;
 mod parts;
 mod shared;
 
@@ -20,11 +18,12 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::LowRank;
-use super::micro::{Isa, Segment, Tile};
+use super::micro::{Isa, Segment, TILE_ROWS, Tile};
 use super::pack::{Operand, Panel};
-use super::step::{Precision, round_line, round_lines};
+use super::step::Precision;
 use super::view::{Matrix, MatrixMut};
-use parts::{parts, share_out};
+use left::{Block, Rows};
+use parts::{TILES_PER_CHUNK, parts, share_out};
 pub use shared::PackedOperand;
 
 /// Longest chain of steps between two visits of C.
@@ -33,19 +32,12 @@ const K_BLOCK: usize = 640;
 const K_STRETCH: usize = 2048;
 /// Elements of a packed band of B: 4 MiB stay in the last-level cache.
 const BAND_ELEMENTS: usize = 1 << 20;
-/// Bytes that a thread that asks for products keeps for what it packs.
-pub const BAND_BYTES: usize = BAND_ELEMENTS * size_of::<f32>();
 /// Tiles of rows up to which B is read in place: packing it would cost more than it saves.
 const IN_PLACE_TILES: usize = 4;
 /// Multiply-adds below which other threads are not worth waking.
 const SERIAL_LIMIT: usize = 1 << 18;
 /// Floats in a cache line: packed rows begin at one.
 const CACHE_LINE: usize = 16;
-/// Rows of A that are this many floats apart (or a multiple) fall into the same few sets of the
-/// caches: panels after the first would not find them there, unless they are copied.
-const ALIASING_STRIDE: usize = 1024;
-/// Panels from which on a copy of A pays.
-const PANELS_FOR_COPY: usize = 4;
 /// Elements of C that no cache holds until they are read again: they are written past it.
 const STREAMED_ELEMENTS: usize = 8 << 20;
 
@@ -58,20 +50,19 @@ pub(super) struct Product<'a> {
     pub beta: f32,
 }
 
-/// Operands of a stretch of k.
-#[derive(Clone)]
-struct Block<'a> {
-    a: Matrix<'a>,
-    b: Operand<'a>,
-    k: Range<usize>,
-    scale: f32,
-}
-
 /// Most blocks of a visit: a product's own, and an addition's.
 const MOST_BLOCKS: usize = 2;
 
 /// What is multiplied while a tile of C stays in registers.
 type Visit<'a> = Vec<Block<'a>>;
+
+/// Bytes that products keep from their first time on: a band of B of the thread that asks for them, and
+/// on each of `threads` the rows of A that it copied.
+pub fn buffer_bytes(threads: usize) -> usize {
+    // Rows are filled up to a cache line, and one line more keeps them out of each other's sets.
+    let row = (K_BLOCK + CACHE_LINE).next_multiple_of(CACHE_LINE) + CACHE_LINE;
+    (BAND_ELEMENTS + threads * TILES_PER_CHUNK * TILE_ROWS * row) * size_of::<f32>()
+}
 
 thread_local! {
     /// Buffers that live as long as their thread.
@@ -268,72 +259,6 @@ impl Band<'_> {
         if self.stream {
             self.isa.fence();
         }
-    }
-}
-
-/// A's elements from a row and the first k of a block on.
-#[derive(Clone, Copy, Default)]
-struct Rows<'a> {
-    data: &'a [f32],
-    row_stride: usize,
-    step_stride: usize,
-}
-
-impl<'a> Block<'a> {
-    /// Steps of k.
-    fn steps(&self, isa: Isa) -> usize {
-        self.k.len().div_ceil(isa.precision().per_step())
-    }
-
-    /// Elements from row to row of a copy of A, where one is to be made: of pairs always, of floats
-    /// where it pays.
-    fn copy_stride(&self, isa: Isa, panels: usize) -> Option<usize> {
-        let copied = match isa.precision() {
-            Precision::F32 => self.aliases() && panels >= PANELS_FOR_COPY,
-            Precision::Bf16 => true,
-        };
-        copied.then(|| self.steps(isa).next_multiple_of(CACHE_LINE) + CACHE_LINE)
-    }
-
-    /// A copy of rows of A, which lie in `copy` from then on; rows of A itself are `stride` apart there.
-    fn copy_rows<'b>(
-        &self,
-        isa: Isa,
-        rows: Range<usize>,
-        stride: usize,
-        copy: &'b mut [f32],
-    ) -> Rows<'b> {
-        let (a, k) = (&self.a, self.k.clone());
-        if a.column_stride != 1 {
-            // Columns are contiguous; two of them become one of pairs.
-            let column = |k: usize| &a.data[k * a.column_stride + rows.start..][..rows.len()];
-            for (first, to) in k.clone().step_by(2).zip(copy.chunks_exact_mut(rows.len())) {
-                let next = (first + 1 < k.end).then(|| column(first + 1));
-                round_lines(column(first), next, to);
-            }
-            return Rows { data: copy, row_stride: 1, step_stride: rows.len() };
-        }
-        let steps = self.steps(isa);
-        for (row, to) in rows.zip(copy.chunks_exact_mut(stride)) {
-            let from = &a.data[row * a.row_stride + k.start..][..k.len()];
-            match isa.precision() {
-                Precision::F32 => to[..steps].copy_from_slice(from),
-                Precision::Bf16 => round_line(from, &mut to[..steps]),
-            }
-        }
-        Rows { data: copy, row_stride: stride, step_stride: 1 }
-    }
-
-    /// Whether rows of A evict each other from the caches.
-    fn aliases(&self) -> bool {
-        self.a.column_stride == 1 && self.a.row_stride.is_multiple_of(ALIASING_STRIDE)
-    }
-
-    /// A from `row` on, in place.
-    fn rows(&self, row: usize) -> Rows<'a> {
-        let a = &self.a;
-        let data = &a.data[row * a.row_stride + self.k.start * a.column_stride..];
-        Rows { data, row_stride: a.row_stride, step_stride: a.column_stride }
     }
 }
 

@@ -6,11 +6,13 @@
 //! own instruction rounds and flushes in its own way.
 #![allow(unsafe_code)]
 
+use super::step::{Dot, Float, Precision, Widened};
 #[cfg(target_arch = "x86_64")]
-use super::step::Pair;
-use super::step::{Dot, Float, Precision, Widened, has_pairs};
+use super::step::{Pair, has_pairs};
 use super::vector::{Eight, Vector};
 
+/// Most rows of a tile.
+pub(super) const TILE_ROWS: usize = 6;
 /// Most columns of a tile on any instruction set.
 pub(super) const MOST_COLUMNS: usize = 64;
 
@@ -112,7 +114,7 @@ impl Isa {
                 return &[Portable, Avx2];
             }
         }
-        let _ = (precision, has_pairs());
+        let _ = precision;
         &[Registers::Portable]
     }
 
@@ -134,7 +136,7 @@ impl Isa {
 
     /// Most rows of a tile.
     pub(super) fn rows(self) -> usize {
-        6
+        TILE_ROWS
     }
 
     /// Most columns of a tile: with 6 rows, as many registers as leave some for A and B.

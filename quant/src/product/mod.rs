@@ -20,7 +20,7 @@ use half::bf16;
 
 use crate::PackedWeight;
 use driver::Product;
-pub use driver::{BAND_BYTES, PackedOperand};
+pub use driver::{PackedOperand, buffer_bytes};
 use micro::Isa;
 use pack::Operand;
 pub use row::product_row;

@@ -13,6 +13,7 @@ use super::micro::MOST_COLUMNS;
 use super::step::{Precision, round_line, round_lines};
 use super::transpose::transpose;
 use super::view::Matrix;
+use crate::dot::Element;
 
 /// Elements of a line that are decoded before they are turned: they stay in the first-level cache.
 const PIECE: usize = 128;
@@ -207,7 +208,7 @@ fn widen(from: &[bf16], to: &mut [f32]) {
         #[inline(always)]
         fn with_simd<S: Simd>(self, _: S) {
             for (to, from) in self.1.iter_mut().zip(self.0) {
-                *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+                *to = from.widen();
             }
         }
     }

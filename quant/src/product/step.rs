@@ -15,7 +15,8 @@ pub enum Precision {
     #[default]
     F32,
     /// Both operands are rounded to bf16, to the nearest. Processors with AVX-512 BF16 do two of these
-    /// products in the time of one of f32; others get the same sums, slower than in f32.
+    /// products in the time of one of f32, and take subnormal operands for 0; on others it is slower than
+    /// f32, and sums differ in their last bits.
     Bf16,
 }
 
@@ -35,14 +36,16 @@ impl Precision {
 }
 
 /// Whether the processor multiplies pairs of bf16.
+#[cfg(target_arch = "x86_64")]
 pub(super) fn has_pairs() -> bool {
-    #[cfg(target_arch = "x86_64")]
-    {
-        is_x86_feature_detected!("avx512f")
-            && is_x86_feature_detected!("avx512bw")
-            && is_x86_feature_detected!("avx512bf16")
-    }
-    #[cfg(not(target_arch = "x86_64"))]
+    is_x86_feature_detected!("avx512f")
+        && is_x86_feature_detected!("avx512bw")
+        && is_x86_feature_detected!("avx512bf16")
+}
+
+/// The same: no other processor's instruction is used.
+#[cfg(not(target_arch = "x86_64"))]
+fn has_pairs() -> bool {
     false
 }
 
@@ -54,9 +57,9 @@ pub(super) trait Dot<V> {
     unsafe fn dot(a: V, b: V, sum: V) -> V;
 }
 
-/// One f32: a fused multiply-add.
+/// One f32: a multiply-add, fused where the processor does that.
 pub(super) struct Float;
-/// A pair, widened: two fused multiply-adds, the upper one first.
+/// A pair, widened: two multiply-adds, the upper one first.
 pub(super) struct Widened;
 /// A pair, by the processor's instruction for it.
 #[cfg(target_arch = "x86_64")]
@@ -93,12 +96,7 @@ fn pair(low: f32, high: f32) -> f32 {
 /// When `to` does not have a step for every two elements.
 pub(super) fn round_line(from: &[f32], to: &mut [f32]) {
     assert_eq!(to.len(), from.len().div_ceil(2), "a step for two elements");
-    let mut done = 0;
-    #[cfg(target_arch = "x86_64")]
-    if has_pairs() {
-        // SAFETY: the processor has the instructions.
-        done = unsafe { x86::round_line(from, to) };
-    }
+    let done = vectors_of_line(from, to);
     for (pairs, to) in from[2 * done..].chunks(2).zip(&mut to[done..]) {
         *to = pair(pairs[0], pairs.get(1).copied().unwrap_or(0.0));
     }
@@ -111,15 +109,32 @@ pub(super) fn round_line(from: &[f32], to: &mut [f32]) {
 pub(super) fn round_lines(low: &[f32], high: Option<&[f32]>, to: &mut [f32]) {
     let lengths = (low.len(), high.map_or(to.len(), <[f32]>::len));
     assert_eq!(lengths, (to.len(), to.len()), "lines are as long");
-    let mut done = 0;
-    #[cfg(target_arch = "x86_64")]
-    if has_pairs() {
-        // SAFETY: the processor has the instructions.
-        done = unsafe { x86::round_lines(low, high, to) };
-    }
+    let done = vectors_of_lines(low, high, to);
     for index in done..to.len() {
         to[index] = pair(low[index], high.map_or(0.0, |high| high[index]));
     }
+}
+
+/// Steps of a line that are made by whole registers; none without the instructions.
+fn vectors_of_line(from: &[f32], to: &mut [f32]) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if has_pairs() {
+        // SAFETY: the processor has the instructions.
+        return unsafe { x86::round_line(from, to) };
+    }
+    let _ = (from, to);
+    0
+}
+
+/// The same of two lines.
+fn vectors_of_lines(low: &[f32], high: Option<&[f32]>, to: &mut [f32]) -> usize {
+    #[cfg(target_arch = "x86_64")]
+    if has_pairs() {
+        // SAFETY: the processor has the instructions.
+        return unsafe { x86::round_lines(low, high, to) };
+    }
+    let _ = (low, high, to);
+    0
 }
 
 #[cfg(target_arch = "x86_64")]

@@ -54,8 +54,11 @@ pub fn plan(
     allocator::give_back();
     let around = kernels.surroundings()?;
     let (place, process_bytes) = match around.in_process {
-        // The adapter's tensors are gone before the first step.
-        true => (Place::Host, around.used_bytes.saturating_sub(bytes_in_memory(adapter))),
+        true => {
+            // The adapter's tensors are gone before the first step.
+            let used_bytes = around.used_bytes.saturating_sub(bytes_in_memory(adapter));
+            (Place::Host, used_bytes + around.products_bytes)
+        }
         false => (Place::Gpu, around.used_bytes),
     };
     let settings = sizes(args, base, adapter, data, place)?;

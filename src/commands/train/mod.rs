@@ -75,7 +75,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     output.check_room(checkpoint, &args.output, &progress)?;
     let device = kernels.device();
     if memory.in_process {
-        let hint = if device::would_be_faster_in_bf16(&args.device) {
+        let hint = if !args.output.resume && device::would_be_faster_in_bf16(&args.device) {
             "; `--bf16` is faster on this processor"
         } else {
             ""

@@ -29,7 +29,8 @@ const CHUNK: usize = 1 << 13;
 #[derive(Debug, Clone, Copy, Default)]
 pub struct Cpu {
     /// What products with frozen weights, with the adapters' additions to them, and those of attention
-    /// are computed in. `x·Aᵀ`, LoRA gradients and all that is no product are f32.
+    /// are computed in. `x·Aᵀ`, LoRA gradients, all that is no product, and tokens that are generated one
+    /// by one are f32.
     pub precision: Precision,
 }
 

@@ -17,7 +17,7 @@ use crate::kernels::{
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
 use crate::random;
-use nibble_quant::product::{product_forward, product_input_gradient, product_row};
+use nibble_quant::product::{Precision, product_forward, product_input_gradient, product_row};
 
 impl Kernels for Cpu {
     fn check(&self, _spec: &ModelSpec) -> Result<()> {
@@ -278,7 +278,9 @@ impl Kernels for Cpu {
         work: &mut Buffer<f32>,
     ) {
         let qkv = &qkv[..rows * shape.qkv_width()];
-        attention::cached((shape, self.precision), qkv, (cache, past), o, work);
+        // As the products of one row are.
+        let precision = if rows == 1 { Precision::F32 } else { self.precision };
+        attention::cached((shape, precision), qkv, (cache, past), o, work);
     }
 
     fn attention_backward(

@@ -87,7 +87,7 @@ impl<K: Kernels> Pass<'_, K> {
             LoraTerm { shape, pair: &*pair, inner: (&*lora_x, adapter.columns) }
         });
         let (weight, bias, y) = (&linear.weight, linear.bias.as_ref(), (y, linear.output));
-        if self.generating {
+        if self.single_row {
             kernels.linear_row(weight, bias, lora, x, y, accumulate);
         } else {
             kernels.linear_forward(weight, bias, lora, x, y, rows, accumulate);

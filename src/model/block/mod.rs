@@ -204,8 +204,8 @@ pub struct Pass<'a, K: Kernels> {
     pub dropout: Option<Dropout>,
     /// Whether the adapters take part; without them this is the base model.
     pub adapters: bool,
-    /// Whether text is generated, from one token.
-    pub generating: bool,
+    /// Whether this is one token behind those in the cache.
+    pub single_row: bool,
     /// Tokens of the stream that the first rows of the buffers hold: all, or a tile.
     pub rows: Range<usize>,
 }

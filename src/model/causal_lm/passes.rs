@@ -54,7 +54,7 @@ impl<K: Kernels> Model<K> {
             layout: tokens,
             dropout: mode.dropout,
             adapters: !mode.base_only,
-            generating: mode.cached && tokens.tokens() == 1,
+            single_row: mode.cached && tokens.tokens() == 1,
             rows: 0..tokens.tokens(),
         };
         let own = kept.iter_mut().zip(attended);
@@ -96,22 +96,22 @@ impl<K: Kernels> Model<K> {
         kernels.norm_forward(norm, &head.input, &mut head.norm, &mut head.stats, rows.len(), false);
     }
 
-    /// Logits of a row that text is generated from, at the front of the head's buffer.
-    pub(super) fn next_logits(&mut self, row: u32) {
-        self.head_inputs(&[row]);
-        let Model { kernels, weights, buffers, spec, .. } = self;
-        let head = &mut buffers.head;
-        let logits = (&mut head.logits, Columns::all(spec.vocab_size));
-        kernels.linear_row(weights.head(), None, None, &head.norm, logits, false);
-    }
-
     /// Logits of a chunk of rows into the head's buffer.
     pub(super) fn head_logits(&mut self, rows: &[u32]) {
         self.head_inputs(rows);
         let Model { kernels, weights, buffers, spec, .. } = self;
-        let head = &mut buffers.head;
-        let logits = (&mut head.logits, Columns::all(spec.vocab_size));
-        kernels.linear_forward(weights.head(), None, None, &head.norm, logits, rows.len(), false);
+        let (head, columns) = (&mut buffers.head, Columns::all(spec.vocab_size));
+        let (weight, y) = (weights.head(), (&mut head.logits, columns));
+        kernels.linear_forward(weight, None, None, &head.norm, y, rows.len(), false);
+    }
+
+    /// Of the one row that text goes on from.
+    pub(super) fn next_logits(&mut self, row: u32) {
+        self.head_inputs(&[row]);
+        let Model { kernels, weights, buffers, spec, .. } = self;
+        let (head, columns) = (&mut buffers.head, Columns::all(spec.vocab_size));
+        let (weight, y) = (weights.head(), (&mut head.logits, columns));
+        kernels.linear_row(weight, None, None, &head.norm, y, false);
     }
 
     /// Of the first `rows` of that buffer.
@@ -162,8 +162,8 @@ impl<K: Kernels> Model<K> {
         let elements = tokens.tokens() * self.spec.hidden_size;
         let Some(mut gradients) = parameters.take_gradients() else { return };
         let rows = 0..tokens.tokens();
-        let (layout, adapters, generating) = (tokens, true, false);
-        let pass = Pass { kernels, parameters, layout, dropout, adapters, generating, rows };
+        let (layout, adapters, single_row) = (tokens, true, false);
+        let pass = Pass { kernels, parameters, layout, dropout, adapters, single_row, rows };
         for (layer, block) in weights.blocks.iter().enumerate().rev() {
             if let Some(streaming) = &mut weights.streaming {
                 streaming.enter(layer, Direction::Backward);

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use rayon::prelude::*;
 
 /// Most tiles of rows in a task: a chunk of A stays in the second-level cache.
-const TILES_PER_CHUNK: usize = 22;
+pub(super) const TILES_PER_CHUNK: usize = 22;
 /// Tasks for each thread, so that a thread that was held up loses little.
 const TASKS_PER_THREAD: usize = 16;
 /// Tiles of the smallest of those chunks.

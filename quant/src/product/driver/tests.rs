@@ -1,5 +1,6 @@
 //! Products of every shape that blocking tells apart, against sums in f64.
 
+use super::left::ALIASING_STRIDE;
 use super::*;
 
 const PRECISIONS: [Precision; 2] = [Precision::F32, Precision::Bf16];
