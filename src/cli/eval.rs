@@ -12,6 +12,7 @@ use super::train::BaseModelArgs;
 
 const EXAMPLES: &str = "Examples:
   nibble eval --model smollm2-nf4 --adapter run --data eval.jsonl
+  nibble eval --model smollm2-nf4 --adapter run --data eval.jsonl --predictions answers.jsonl
   nibble eval --model smollm2-nf4 --data eval.jsonl --json";
 
 /// Loss, perplexity and right answers on a file, of the base and with an adapter
@@ -43,6 +44,14 @@ pub struct EvalArgs {
     /// `input_ids`, for pre-tokenized rows of equal length
     #[arg(long, help_heading = "Output", value_name = "FILE")]
     pub save_logits: Option<PathBuf>,
+    /// Write answers to a new JSONL file: of each document the `prompt`, its last answer as `label`, and
+    /// as `predict` what the model, with its adapter, writes there, always the likeliest token
+    #[arg(long, help_heading = "Output", value_name = "FILE")]
+    pub predictions: Option<PathBuf>,
+    /// Longest of these answers, in tokens
+    #[arg(long, help_heading = "Output", value_name = "TOKENS", default_value = "256",
+          requires = "predictions", value_parser = numbers::at_least_one)]
+    pub max_new_tokens: NonZeroUsize,
     /// Print the figures as JSON
     #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]
     pub json: bool,

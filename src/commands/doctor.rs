@@ -1,5 +1,6 @@
 //! `nibble doctor`: what this machine offers, and how to get what is missing.
 
+use nibble_quant::product::Precision;
 use serde_json::{Value, json};
 
 use crate::cli::doctor::DoctorArgs;
@@ -88,7 +89,11 @@ impl Findings {
     fn json(&self) -> Value {
         json!({
             "version": env!("CARGO_PKG_VERSION"),
-            "cpu": { "threads": self.threads, "available_bytes": self.available_bytes },
+            "cpu": {
+                "threads": self.threads,
+                "available_bytes": self.available_bytes,
+                "fast_bf16": Precision::Bf16.is_fast(),
+            },
             "cuda": {
                 "usable": self.obstacle().is_none(),
                 "obstacle": self.obstacle(),
@@ -101,7 +106,8 @@ impl Findings {
 
     fn print(&self) {
         let memory = ByteSize(self.available_bytes);
-        println!("processor    {} threads, {memory} available", self.threads);
+        let bf16 = if Precision::Bf16.is_fast() { ", AVX-512 BF16 for `--bf16`" } else { "" };
+        println!("processor    {} threads, {memory} available{bf16}", self.threads);
         match &self.driver {
             Ok(driver) => {
                 let (major, minor) = driver.cuda_version;

@@ -135,6 +135,23 @@ impl Speaker {
         Ok(ids)
     }
 
+    /// The text of a prompt, tokens that are no text included.
+    ///
+    /// # Errors
+    /// `Input` when an id is outside the vocabulary.
+    pub fn prompt_text(&self, ids: &[u32]) -> Result<String> {
+        self.tokenizer.decode(ids, false)
+    }
+
+    /// The text of an answer, up to its end-of-sequence token.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn answer_text(&self, ids: &[u32]) -> Result<String> {
+        let end = ids.iter().position(|id| self.eos_ids.contains(id)).unwrap_or(ids.len());
+        self.tokenizer.decode(&ids[..end], true)
+    }
+
     /// Lets `model` continue `prompt` until an end-of-sequence token, a limit, or the wish of
     /// `listener`, who gets the text as it comes.
     ///
@@ -146,9 +163,24 @@ impl Speaker {
         prompt: &Prompt,
         sampler: &mut Sampler,
         limits: Limits,
+        listener: impl FnMut(&str) -> Result<Wish>,
+    ) -> Result<Finish> {
+        self.extend(model, self.ids(prompt)?, sampler, limits, listener)
+    }
+
+    /// The same from the ids of a prompt, of which there is one at least.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn extend<K: Kernels>(
+        &self,
+        model: &mut Model<K>,
+        mut history: Vec<u32>,
+        sampler: &mut Sampler,
+        limits: Limits,
         mut listener: impl FnMut(&str) -> Result<Wish>,
     ) -> Result<Finish> {
-        let (mut history, context) = (self.ids(prompt)?, limits.context_tokens);
+        let context = limits.context_tokens;
         if history.len() >= context {
             let tokens = history.len();
             let what = format_args!("the prompt has {tokens} tokens, the context {context}");

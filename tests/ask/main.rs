@@ -4,6 +4,7 @@
 mod chat;
 mod eval;
 mod generate;
+mod predictions;
 mod scene;
 mod template;
 #[path = "../training/mod.rs"]

@@ -1,5 +1,7 @@
 //! `nibble eval`: loss, perplexity and right answers on a file, base against adapter.
 
+mod predictions;
+
 use std::path::Path;
 
 use safetensors::tensor::{Dtype, TensorView};
@@ -20,6 +22,7 @@ use crate::plan::Settings;
 use crate::plural::counted;
 use crate::report::table::{Align, Table};
 use crate::sample::load_weights;
+use predictions::{Predicted, Predictions};
 
 /// Tokens of a forward pass.
 const TOKENS_PER_PASS: usize = 2048;
@@ -44,24 +47,32 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     super::note_left_out(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     kernels.check(&spec)?;
-    let dataset = read_data(args, &spec)?;
+    let (dataset, tokenizer) = read_data(args, &spec)?;
+    let predictions = args
+        .predictions
+        .as_deref()
+        .map(|path| Predictions::begin(&dataset.documents, &spec, path, args.max_new_tokens.get()));
+    let predictions = predictions.transpose()?;
     super::note_packing(&args.base, checkpoint.kind());
     let format = args.base.block_format();
     let adapter = args.adapter.as_deref();
     let (weights, adapter) = load_weights(&checkpoint, &spec, format.as_ref(), adapter)?;
     let merged = args.adapter.is_some() && adapter.is_none();
     let batches = batches(&dataset.documents);
-    let mut model = equip(kernels, spec, weights, adapter.as_ref(), &batches)?;
+    let settings = settings(adapter.as_ref(), &batches, predictions.as_ref());
+    let mut model = equip(kernels, spec, weights, adapter.as_ref(), settings)?;
     let base = (!merged).then(|| figures(&mut model, &batches, false)).transpose()?;
     let adapted =
         args.adapter.is_some().then(|| figures(&mut model, &batches, true)).transpose()?;
     if let Some(file) = &args.save_logits {
         save_logits(&mut model, &dataset.documents, file)?;
     }
-    print_result(args, base, adapted)
+    let prefill = batches.iter().map(Batch::tokens).max().unwrap_or(1);
+    let predicted = predictions.map(|predictions| predictions.make(&mut model, tokenizer, prefill));
+    print_result(args, base, adapted, predicted.transpose()?)
 }
 
-fn read_data(args: &EvalArgs, spec: &ModelSpec) -> Result<Dataset> {
+fn read_data(args: &EvalArgs, spec: &ModelSpec) -> Result<(Dataset, ChatTokenizer)> {
     let options = args.format.options(args.max_length);
     let (template, adapter) = (args.format.chat_template.as_deref(), args.adapter.as_deref());
     let tokenizer = ChatTokenizer::open_for(&args.base.model, template, adapter)?;
@@ -70,7 +81,8 @@ fn read_data(args: &EvalArgs, spec: &ModelSpec) -> Result<Dataset> {
     for note in reading::notes(&dataset.report) {
         eprintln!("note: {}: {note}", args.data.display());
     }
-    Ok(dataset)
+    drop(encoder);
+    Ok((dataset, tokenizer))
 }
 
 /// Documents together in passes of about [`TOKENS_PER_PASS`].
@@ -88,19 +100,27 @@ fn batches(documents: &[Document]) -> Vec<Batch> {
     batches
 }
 
+fn settings(
+    adapter: Option<&Adapter>,
+    batches: &[Batch],
+    predictions: Option<&Predictions>,
+) -> Settings {
+    let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(0);
+    Settings {
+        targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
+        bf16_working: false,
+        cache_tokens: predictions.map_or(0, Predictions::context_tokens),
+        ..Settings::evaluating(tokens, LOGIT_ROWS.min(tokens))
+    }
+}
+
 fn equip<K: Kernels>(
     kernels: K,
     spec: ModelSpec,
     weights: Weights,
     adapter: Option<&Adapter>,
-    batches: &[Batch],
+    settings: Settings,
 ) -> Result<Model<K>> {
-    let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(0);
-    let settings = Settings {
-        targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
-        bf16_working: false,
-        ..Settings::evaluating(tokens, LOGIT_ROWS.min(tokens))
-    };
     let mut model = Model::on(kernels.clone(), spec, weights.upload(&kernels)?, settings, None)?;
     if let Some(adapter) = adapter {
         model.parameters_mut().load(adapter);
@@ -195,7 +215,12 @@ fn save_logits<K: Kernels>(
     atomic::write_file(file, &bytes)
 }
 
-fn print_result(args: &EvalArgs, base: Option<Figures>, adapted: Option<Figures>) -> Result<()> {
+fn print_result(
+    args: &EvalArgs,
+    base: Option<Figures>,
+    adapted: Option<Figures>,
+    predicted: Option<Predicted>,
+) -> Result<()> {
     let Some(any) = base.as_ref().or(adapted.as_ref()) else { return Ok(()) };
     let (documents, targets) = (any.documents, any.targets);
     if args.json {
@@ -204,6 +229,7 @@ fn print_result(args: &EvalArgs, base: Option<Figures>, adapted: Option<Figures>
             "targets": targets,
             "base": base.as_ref().map(Figures::json),
             "adapter": adapted.as_ref().map(Figures::json),
+            "predictions": predicted.as_ref().map(Predicted::json),
         });
         println!("{out:#}");
         return Ok(());
@@ -227,6 +253,10 @@ fn print_result(args: &EvalArgs, base: Option<Figures>, adapted: Option<Figures>
         ]);
     }
     print!("{table}");
+    if let Some(Predicted { path, documents, right }) = predicted {
+        let (path, answers) = (path.display(), counted(documents, "answer"));
+        println!("\nwrote {path}: {answers}, {right} as in the data");
+    }
     Ok(())
 }
 

@@ -1,0 +1,159 @@
+//! What a model writes in the place of each document's last answer, beside that answer.
+
+use std::fs::File;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+
+use indicatif::{ProgressBar, ProgressStyle};
+use serde_json::json;
+
+use crate::data::{ChatTokenizer, Document};
+use crate::error::{Error, Result};
+use crate::kernels::Kernels;
+use crate::model::Model;
+use crate::model::spec::ModelSpec;
+use crate::sample::{Limits, Sampler, SamplingOptions, Speaker, Wish};
+
+/// A document up to its last answer, and that.
+struct Question<'a> {
+    line: usize,
+    prompt: &'a [u32],
+    label: &'a [u32],
+}
+
+/// The questions of a file, and where the answers go.
+pub(super) struct Predictions<'a> {
+    questions: Vec<Question<'a>>,
+    max_new_tokens: usize,
+    /// Tokens of the longest prompt with the longest answer.
+    context_tokens: usize,
+    path: PathBuf,
+    file: File,
+}
+
+/// What became of them.
+pub(super) struct Predicted {
+    pub path: PathBuf,
+    pub documents: usize,
+    /// Answers whose text is the document's.
+    pub right: usize,
+}
+
+impl<'a> Predictions<'a> {
+    /// Makes the file: what is wrong with it is found before the model is read.
+    ///
+    /// # Errors
+    /// `Usage` when a document is trained from its first token on, or the file is there already; `Io` when
+    /// it cannot be made.
+    pub(super) fn begin(
+        documents: &'a [Document],
+        spec: &ModelSpec,
+        path: &Path,
+        max_new_tokens: usize,
+    ) -> Result<Self> {
+        let questions = documents.iter().map(Question::of).collect::<Result<Vec<_>>>()?;
+        let longest = questions.iter().map(|question| question.prompt.len()).max().unwrap_or(0);
+        let positions = spec.learned_positions.unwrap_or(usize::MAX);
+        let context_tokens = longest.saturating_add(max_new_tokens).min(positions);
+        let file = File::create_new(path).map_err(|e| match e.kind() {
+            std::io::ErrorKind::AlreadyExists => {
+                Error::usage(format_args!("--predictions: {} is there already", path.display()))
+                    .hint("remove it, or choose another name")
+            }
+            _ => Error::io("create", path, e),
+        })?;
+        let path = path.to_path_buf();
+        Ok(Predictions { questions, max_new_tokens, context_tokens, path, file })
+    }
+
+    /// Tokens of the longest prompt with the longest answer.
+    pub(super) fn context_tokens(&self) -> usize {
+        self.context_tokens
+    }
+
+    /// Lets the model answer, always by the likeliest token; a line is written whenever one is done.
+    ///
+    /// # Errors
+    /// Those of the model, `Io` when the file cannot be written.
+    pub(super) fn make<K: Kernels>(
+        mut self,
+        model: &mut Model<K>,
+        tokenizer: ChatTokenizer,
+        prefill_tokens: usize,
+    ) -> Result<Predicted> {
+        let context_tokens = self.context_tokens;
+        let speaker = Speaker::new(tokenizer, &model.spec().eos_token_ids)?;
+        let limits = Limits { max_new_tokens: self.max_new_tokens, context_tokens, prefill_tokens };
+        let bar = bar(self.questions.len());
+        let mut right = 0;
+        for Question { line, prompt, label } in &self.questions {
+            let mut predict = String::new();
+            let mut sampler = Sampler::new(SamplingOptions::greedy())?;
+            speaker.extend(model, prompt.to_vec(), &mut sampler, limits, |piece| {
+                predict.push_str(piece);
+                Ok(Wish::Continue)
+            })?;
+            let label = speaker.answer_text(label)?;
+            right += usize::from(predict == label);
+            let prompt = speaker.prompt_text(prompt)?;
+            let record =
+                json!({"line": line, "prompt": prompt, "predict": predict, "label": label});
+            writeln!(self.file, "{record}").map_err(|e| Error::io("write", &self.path, e))?;
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        Ok(Predicted { path: self.path, documents: self.questions.len(), right })
+    }
+}
+
+impl<'a> Question<'a> {
+    fn of(document: &'a Document) -> Result<Self> {
+        let Document { input_ids, labels, line } = document;
+        let end = labels.iter().rposition(|&label| label >= 0).map_or(0, |last| last + 1);
+        let start = labels[..end].iter().rposition(|&label| label < 0).map_or(0, |last| last + 1);
+        if start == 0 {
+            let what = format_args!("--predictions: record {line} has nothing before its answer");
+            return Err(Error::usage(what).hint(
+                "give prompts with answers, and leave `--train-on all` out: plain text has no prompt",
+            ));
+        }
+        Ok(Question { line: *line, prompt: &input_ids[..start], label: &input_ids[start..end] })
+    }
+}
+
+impl Predicted {
+    pub(super) fn json(&self) -> serde_json::Value {
+        json!({
+            "file": self.path,
+            "documents": self.documents,
+            "exact_match": self.right as f64 / self.documents as f64,
+        })
+    }
+}
+
+/// Answers that are made, on stderr if that is a terminal.
+fn bar(documents: usize) -> ProgressBar {
+    let template = "answering {bar:30} {pos}/{len}  {per_sec}  ETA {eta}";
+    let style = ProgressStyle::with_template(template).expect("the template is valid");
+    ProgressBar::new(documents as u64).with_style(style)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn document(labels: &[i32]) -> Document {
+        Document { input_ids: (0..labels.len() as u32).collect(), labels: labels.to_vec(), line: 7 }
+    }
+
+    #[test]
+    fn a_question_ends_before_the_last_answer() {
+        let asked = document(&[-100, -100, 2, -100, 4, 5, -100]);
+        let question = Question::of(&asked).unwrap();
+        assert_eq!((question.prompt, question.label), (&[0, 1, 2, 3][..], &[4, 5][..]));
+        for labels in [&[0, 1, 2][..], &[0, -100]] {
+            let error = Question::of(&document(labels)).err().unwrap().to_string();
+            assert!(error.contains("record 7 has nothing before its answer"), "{error}");
+        }
+    }
+}
