@@ -12,7 +12,7 @@ use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
 use super::streaming::WeightStream;
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
-use crate::checkpoint::{Checkpoint, DenseTensor, Weight};
+use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, Weight};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
 use crate::kernels::{
@@ -51,8 +51,8 @@ pub trait TensorSource {
     /// Its values have been copied.
     fn release(&self, _name: &str) {}
 
-    /// All that is wanted of it was read; what stays where it is comes back when it is used.
-    fn release_all(&self) {}
+    /// All that is wanted of it was read, and `packed` if it was not packed already.
+    fn is_read(&self, _packed: bool) {}
 }
 
 impl TensorSource for Checkpoint {
@@ -68,8 +68,15 @@ impl TensorSource for Checkpoint {
         Checkpoint::release(self, name);
     }
 
-    fn release_all(&self) {
-        Checkpoint::release_all(self);
+    fn is_read(&self, packed: bool) {
+        let copied = match self.kind() {
+            CheckpointKind::Gguf => true,
+            CheckpointKind::Dense => packed,
+            CheckpointKind::Bnb4bit => false,
+        };
+        if copied {
+            self.release_all();
+        }
     }
 }
 
@@ -108,7 +115,7 @@ impl Weights {
             head,
             streaming: None,
         };
-        source.release_all();
+        source.is_read(quantization.is_some());
         Ok(weights)
     }
 }
