@@ -102,4 +102,10 @@ fn nothing_is_replaced_and_text_has_no_questions() {
     let error = refused(&["--train-on", "all"]);
     assert!(error.contains("record 1 has nothing before its answer\nhint: "), "{error}");
     assert!(!place.path("answers.jsonl").exists());
+    let mut command = place.nibble(&["eval", "--max-new-tokens", "100000000000"]);
+    command.args(FLAGS);
+    let (code, text) = fail(command);
+    assert_eq!(code, 1, "{text}");
+    assert!(error_of(&text).contains("hint: lower `--max-new-tokens`"), "{text}");
+    assert!(!place.path("answers.jsonl").exists());
 }

@@ -51,7 +51,7 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let predictions = args
         .predictions
         .as_deref()
-        .map(|path| Predictions::begin(&dataset.documents, &spec, path, args.max_new_tokens.get()));
+        .map(|path| Predictions::new(&dataset.documents, &spec, path, args.max_new_tokens.get()));
     let predictions = predictions.transpose()?;
     super::note_packing(&args.base, checkpoint.kind());
     let format = args.base.block_format();
@@ -60,7 +60,12 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let merged = args.adapter.is_some() && adapter.is_none();
     let batches = batches(&dataset.documents);
     let settings = settings(adapter.as_ref(), &batches, predictions.as_ref());
-    let mut model = equip(kernels, spec, weights, adapter.as_ref(), settings)?;
+    let equipped = equip(kernels, spec, weights, adapter.as_ref(), settings);
+    let mut model = match (equipped, &predictions) {
+        (Err(error), Some(wanted)) => return Err(wanted.shorter(error)),
+        (equipped, _) => equipped?,
+    };
+    let file = predictions.as_ref().map(Predictions::create).transpose()?;
     let base = (!merged).then(|| figures(&mut model, &batches, false)).transpose()?;
     let adapted =
         args.adapter.is_some().then(|| figures(&mut model, &batches, true)).transpose()?;
@@ -68,7 +73,9 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
         save_logits(&mut model, &dataset.documents, file)?;
     }
     let prefill = batches.iter().map(Batch::tokens).max().unwrap_or(1);
-    let predicted = predictions.map(|predictions| predictions.make(&mut model, tokenizer, prefill));
+    let predicted = predictions
+        .zip(file)
+        .map(|(predictions, file)| predictions.make(file, &mut model, tokenizer, prefill));
     print_result(args, base, adapted, predicted.transpose()?)
 }
 

@@ -28,7 +28,6 @@ pub(super) struct Predictions<'a> {
     /// Tokens of the longest prompt with the longest answer.
     context_tokens: usize,
     path: PathBuf,
-    file: File,
 }
 
 /// What became of them.
@@ -40,12 +39,11 @@ pub(super) struct Predicted {
 }
 
 impl<'a> Predictions<'a> {
-    /// Makes the file: what is wrong with it is found before the model is read.
+    /// What is wrong with the file or the documents is found before the model is read.
     ///
     /// # Errors
-    /// `Usage` when a document is trained from its first token on, or the file is there already; `Io` when
-    /// it cannot be made.
-    pub(super) fn begin(
+    /// `Usage` when a document is trained from its first token on, or the file is there already.
+    pub(super) fn new(
         documents: &'a [Document],
         spec: &ModelSpec,
         path: &Path,
@@ -55,15 +53,30 @@ impl<'a> Predictions<'a> {
         let longest = questions.iter().map(|question| question.prompt.len()).max().unwrap_or(0);
         let positions = spec.learned_positions.unwrap_or(usize::MAX);
         let context_tokens = longest.saturating_add(max_new_tokens).min(positions);
-        let file = File::create_new(path).map_err(|e| match e.kind() {
-            std::io::ErrorKind::AlreadyExists => {
-                Error::usage(format_args!("--predictions: {} is there already", path.display()))
-                    .hint("remove it, or choose another name")
-            }
-            _ => Error::io("create", path, e),
-        })?;
+        if path.exists() {
+            let what = format_args!("--predictions: {} is there already", path.display());
+            return Err(Error::usage(what).hint("remove it, or choose another name"));
+        }
         let path = path.to_path_buf();
-        Ok(Predictions { questions, max_new_tokens, context_tokens, path, file })
+        Ok(Predictions { questions, max_new_tokens, context_tokens, path })
+    }
+
+    /// Makes the file, before anything is computed.
+    ///
+    /// # Errors
+    /// `Io` when it cannot be made.
+    pub(super) fn create(&self) -> Result<File> {
+        File::create_new(&self.path).map_err(|e| Error::io("create", &self.path, e))
+    }
+
+    /// The memory that was refused may be that of the longest answer.
+    pub(super) fn shorter(&self, error: Error) -> Error {
+        let most = self.max_new_tokens;
+        match error {
+            Error::Budget(_) => error
+                .hint(format_args!("lower `--max-new-tokens`, which is {most}, or `--max-length`")),
+            error => error,
+        }
     }
 
     /// Tokens of the longest prompt with the longest answer.
@@ -76,7 +89,8 @@ impl<'a> Predictions<'a> {
     /// # Errors
     /// Those of the model, `Io` when the file cannot be written.
     pub(super) fn make<K: Kernels>(
-        mut self,
+        self,
+        mut file: File,
         model: &mut Model<K>,
         tokenizer: ChatTokenizer,
         prefill_tokens: usize,
@@ -98,7 +112,7 @@ impl<'a> Predictions<'a> {
             let prompt = speaker.prompt_text(prompt)?;
             let record =
                 json!({"line": line, "prompt": prompt, "predict": predict, "label": label});
-            writeln!(self.file, "{record}").map_err(|e| Error::io("write", &self.path, e))?;
+            writeln!(file, "{record}").map_err(|e| Error::io("write", &self.path, e))?;
             bar.inc(1);
         }
         bar.finish_and_clear();
