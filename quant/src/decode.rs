@@ -7,10 +7,7 @@
 
 use std::borrow::Cow;
 
-use crate::dot::dot;
-
-/// Weights that are decoded before they are multiplied: they stay in the first-level cache.
-pub(crate) const PIECE: usize = 1024;
+use crate::dot::dot_in_pieces;
 
 /// Lanes of the widest register, and codes in each.
 const LANES: usize = 16;
@@ -99,22 +96,14 @@ impl Decoder {
             // SAFETY: `detect` saw the features; the function checks its slices.
             return unsafe { x86::avx512_dot(bytes, values, scales, x) };
         }
-        std::array::from_fn(|row| self.dot_of_decoded(bytes[row], values, scales[row], x))
-    }
-
-    fn dot_of_decoded(self, bytes: &[u8], values: &[f32; 16], scales: &[f32], x: &[f32]) -> f32 {
-        let mut decoded = [0.0; PIECE];
-        let block_size = x.len() / scales.len();
-        let blocks = scales.iter().zip(bytes.chunks(block_size / 2)).zip(x.chunks(block_size));
-        let of_block = |((scale, bytes), x): ((&f32, &[u8]), &[f32])| -> f32 {
-            let pieces = bytes.chunks(PIECE / 2).zip(x.chunks(PIECE));
-            let of_piece = pieces.map(|(bytes, x)| {
-                self.decode(bytes, values, std::slice::from_ref(scale), &mut decoded[..x.len()]);
-                dot(&decoded[..x.len()], x)
-            });
-            of_piece.sum()
-        };
-        blocks.map(of_block).sum()
+        // Sizes of blocks are powers of two: a piece is of whole blocks, or lies in one.
+        std::array::from_fn(|row| {
+            dot_in_pieces(x, |begin, out| {
+                let end = begin + out.len();
+                let scales = &scales[row][begin / block_size..end.div_ceil(block_size)];
+                self.decode(&bytes[row][begin / 2..end / 2], values, scales, out);
+            })
+        })
     }
 
     /// Whether codes are taken in shifts: no half of a register may lie in two blocks.

@@ -7,8 +7,8 @@ use std::ops::Range;
 
 use rayon::prelude::*;
 
-use crate::decode::{PIECE, RUN};
-use crate::dot::dot;
+use crate::decode::RUN;
+use crate::dot::dot_in_pieces;
 use crate::format::NESTED_BLOCK_SIZE;
 use crate::nested::dequantize_absmax;
 use crate::packed::{Absmax, ELEMENTS_PER_TASK, PackedWeight};
@@ -93,7 +93,8 @@ impl PackedWeight {
         const TOGETHER: usize = 4;
         if !self.shape()[1].is_multiple_of(self.format().block_size) {
             for (row, out) in (first..).zip(out) {
-                *out = self.dot_of_decoded(row, x);
+                let begin = row * self.shape()[1];
+                *out = dot_in_pieces(x, |piece, out| self.dequantize_range(begin + piece, out));
             }
             return;
         }
@@ -105,17 +106,6 @@ impl PackedWeight {
         for (row, out) in (last..).zip(rest) {
             [*out] = self.dot_of_blocks(row, x);
         }
-    }
-
-    /// Of a row whose ends are inside blocks.
-    fn dot_of_decoded(&self, row: usize, x: &[f32]) -> f32 {
-        let mut decoded = [0.0; PIECE];
-        let pieces = x.chunks(PIECE).enumerate().map(|(piece, x)| {
-            let decoded = &mut decoded[..x.len()];
-            self.dequantize_range(row * self.shape()[1] + piece * PIECE, decoded);
-            dot(decoded, x)
-        });
-        pieces.sum()
     }
 
     /// Of rows of whole blocks.

@@ -7,6 +7,9 @@ use pulp::{Simd, WithSimd};
 /// Partial sums: four of the widest registers, to hide the latency of additions.
 const LANES: usize = 64;
 
+/// Weights that are decoded before they are multiplied: they stay in the first-level cache.
+const PIECE: usize = 1024;
+
 /// A stored number.
 pub(crate) trait Element: Copy {
     fn widen(self) -> f32;
@@ -33,6 +36,17 @@ impl Element for bf16 {
 pub(crate) fn dot<T: Element>(w: &[T], x: &[f32]) -> f32 {
     assert_eq!(w.len(), x.len(), "a factor for each");
     pulp::Arch::new().dispatch(Dot(w, x))
+}
+
+/// `Σ w·x` of weights that `decode` writes out from an element on, a piece at a time.
+pub(crate) fn dot_in_pieces(x: &[f32], decode: impl Fn(usize, &mut [f32])) -> f32 {
+    let mut decoded = [0.0; PIECE];
+    let pieces = x.chunks(PIECE).enumerate().map(|(piece, x)| {
+        let decoded = &mut decoded[..x.len()];
+        decode(piece * PIECE, decoded);
+        dot(decoded, x)
+    });
+    pieces.sum()
 }
 
 struct Dot<'a, T>(&'a [T], &'a [f32]);

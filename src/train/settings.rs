@@ -63,11 +63,10 @@ pub fn changes(was: &SettingsEcho, now: &SettingsEcho, length_is_neutral: bool) 
         Some(values) => values.join(","),
         None => "not set".to_string(),
     };
-    let defaults: SettingsEcho = NOT_SET
-        .into_iter()
-        .map(|(name, value)| (name.to_string(), vec![value.to_string()]))
-        .collect();
-    let of = |echo: &SettingsEcho, name: &String| echo.get(name).or(defaults.get(name)).cloned();
+    let of = |echo: &SettingsEcho, name: &String| {
+        let unset = NOT_SET.iter().find(|(known, _)| known == name);
+        echo.get(name).cloned().or(unset.map(|(_, value)| vec![value.to_string()]))
+    };
     names
         .into_iter()
         .filter(|name| !neutral(name) && !same(of(was, name).as_ref(), of(now, name).as_ref()))

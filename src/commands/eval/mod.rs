@@ -60,11 +60,12 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let merged = args.adapter.is_some() && adapter.is_none();
     let batches = batches(&dataset.documents);
     let settings = settings(adapter.as_ref(), &batches, predictions.as_ref());
+    let prefill_tokens = settings.tokens;
     let equipped = equip(kernels, spec, weights, adapter.as_ref(), settings);
-    let mut model = match (equipped, &predictions) {
-        (Err(error), Some(wanted)) => return Err(wanted.shorter(error)),
-        (equipped, _) => equipped?,
-    };
+    let mut model = equipped.map_err(|error| match &predictions {
+        Some(predictions) => predictions.shorter(error),
+        None => error,
+    })?;
     let file = predictions.as_ref().map(Predictions::create).transpose()?;
     let base = (!merged).then(|| figures(&mut model, &batches, false)).transpose()?;
     let adapted =
@@ -72,10 +73,9 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     if let Some(file) = &args.save_logits {
         save_logits(&mut model, &dataset.documents, file)?;
     }
-    let prefill = batches.iter().map(Batch::tokens).max().unwrap_or(1);
     let predicted = predictions
         .zip(file)
-        .map(|(predictions, file)| predictions.make(file, &mut model, tokenizer, prefill));
+        .map(|(predictions, file)| predictions.make(file, &mut model, tokenizer, prefill_tokens));
     print_result(args, base, adapted, predicted.transpose()?)
 }
 
@@ -88,7 +88,6 @@ fn read_data(args: &EvalArgs, spec: &ModelSpec) -> Result<(Dataset, ChatTokenize
     for note in reading::notes(&dataset.report) {
         eprintln!("note: {}: {note}", args.data.display());
     }
-    drop(encoder);
     Ok((dataset, tokenizer))
 }
 
@@ -116,7 +115,7 @@ fn settings(
     Settings {
         targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
         bf16_working: false,
-        cache_tokens: predictions.map_or(0, Predictions::context_tokens),
+        cache_tokens: predictions.map_or(0, |predictions| predictions.context_tokens),
         ..Settings::evaluating(tokens, LOGIT_ROWS.min(tokens))
     }
 }

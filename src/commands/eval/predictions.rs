@@ -26,7 +26,7 @@ pub(super) struct Predictions<'a> {
     questions: Vec<Question<'a>>,
     max_new_tokens: usize,
     /// Tokens of the longest prompt with the longest answer.
-    context_tokens: usize,
+    pub context_tokens: usize,
     path: PathBuf,
 }
 
@@ -77,11 +77,6 @@ impl<'a> Predictions<'a> {
                 .hint(format_args!("lower `--max-new-tokens`, which is {most}, or `--max-length`")),
             error => error,
         }
-    }
-
-    /// Tokens of the longest prompt with the longest answer.
-    pub(super) fn context_tokens(&self) -> usize {
-        self.context_tokens
     }
 
     /// Lets the model answer, always by the likeliest token; a line is written whenever one is done.

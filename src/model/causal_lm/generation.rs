@@ -40,7 +40,7 @@ impl<K: Kernels> Model<K> {
         self.fill_rotary(&tokens, Some(self.settings.cache_tokens));
         self.forward(ids, &tokens, Mode { cached: true, ..Mode::default() });
         self.cached_tokens += count;
-        self.next_logits(count as u32 - 1);
+        self.head_logits(&[count as u32 - 1], true);
         self.capped_logits(1)
     }
 }

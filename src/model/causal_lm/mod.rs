@@ -278,7 +278,7 @@ impl<K: Kernels> Model<K> {
         self.forward(&batch.input_ids, &tokens, Mode::default());
         let mut out = Vec::with_capacity(rows.len() * self.spec.vocab_size);
         for chunk in rows.chunks(self.settings.head(self.spec.vocab_size).whole_rows) {
-            self.head_logits(chunk);
+            self.head_logits(chunk, false);
             out.extend_from_slice(&self.capped_logits(chunk.len())?);
         }
         Ok(out)

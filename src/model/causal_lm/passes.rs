@@ -96,22 +96,17 @@ impl<K: Kernels> Model<K> {
         kernels.norm_forward(norm, &head.input, &mut head.norm, &mut head.stats, rows.len(), false);
     }
 
-    /// Logits of a chunk of rows into the head's buffer.
-    pub(super) fn head_logits(&mut self, rows: &[u32]) {
+    /// Logits of a chunk of rows into the head's buffer; a `single_row` is one that text goes on from.
+    pub(super) fn head_logits(&mut self, rows: &[u32], single_row: bool) {
         self.head_inputs(rows);
         let Model { kernels, weights, buffers, spec, .. } = self;
         let (head, columns) = (&mut buffers.head, Columns::all(spec.vocab_size));
         let (weight, y) = (weights.head(), (&mut head.logits, columns));
-        kernels.linear_forward(weight, None, None, &head.norm, y, rows.len(), false);
-    }
-
-    /// Of the one row that text goes on from.
-    pub(super) fn next_logits(&mut self, row: u32) {
-        self.head_inputs(&[row]);
-        let Model { kernels, weights, buffers, spec, .. } = self;
-        let (head, columns) = (&mut buffers.head, Columns::all(spec.vocab_size));
-        let (weight, y) = (weights.head(), (&mut head.logits, columns));
-        kernels.linear_row(weight, None, None, &head.norm, y, false);
+        if single_row {
+            kernels.linear_row(weight, None, None, &head.norm, y, false);
+        } else {
+            kernels.linear_forward(weight, None, None, &head.norm, y, rows.len(), false);
+        }
     }
 
     /// Of the first `rows` of that buffer.
