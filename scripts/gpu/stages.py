@@ -117,6 +117,8 @@ def judge_widening(check: Check, found: dict):
     share = widened / fastest
     words = f"{share:.0%}: {widened:,.0f} GB/s, a copy {fastest:,.0f}"
     check.report.decide("dequantize", share >= goals.DEQUANTIZE_SHARE, words)
+    row = found["row_gb_per_s"]
+    check.report.note("a row times 4-bit weights, beside a copy", f"{row / fastest:.0%}: {row:,.0f} GB/s")
 
 
 def judge_exposed(check: Check, found: dict):

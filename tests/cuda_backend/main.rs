@@ -250,18 +250,21 @@ fn dropout_masks_what_the_cpu_masks() {
 #[test]
 fn cached_decoding_gives_the_logits_of_the_full_pass() {
     let Some(gpu) = gpu() else { return };
-    for name in CASES {
+    let formats = [None, Some(nf4(true))];
+    for (name, format) in CASES.iter().flat_map(|name| formats.map(|format| (name, format))) {
         let case = Case::open(name);
         let (batch, shape) = case.tensors("ref.safetensors").batch("input_ids", "labels");
         let (adapter, plan) =
             (Some("adapter_init"), settings(&case, Some("adapter_init"), &[], true));
-        let mut model = model(&gpu, &case, None, adapter, plan, None);
+        let mut model = model(&gpu, &case, format, adapter, plan, None);
         let (vocab, length) = (model.spec().vocab_size, shape[1]);
         let full = model.logits(&batch, &(0..length as u32).collect::<Vec<_>>()).unwrap();
         let mut fed = 0;
         for count in [11, 3].into_iter().chain(std::iter::repeat_n(1, length - 14)) {
+            let widened = gpu.driver().widened();
             let logits = model.decode(&batch.input_ids[fed..fed + count]).unwrap().into_owned();
             fed += count;
+            assert!(count > 1 || gpu.driver().widened() == widened, "{name}: rows are decoded");
             let error = error_in_norm(&logits, &full[(fed - 1) * vocab..fed * vocab]);
             // A row by itself is off by more than all of them together.
             assert!(error < 3e-2, "{name}: logits after {fed} are off by {error:e}");

@@ -50,9 +50,9 @@ fn seconds(gpu: &Gpu, calls: usize, mut call: impl FnMut(usize)) -> f64 {
 /// Matrices that take turns, so that none is in a cache: 120 MB of the 8B shape.
 const MATRICES: usize = 4;
 
-/// Bytes a second that widening 4-bit matrices reads and writes, and those of a copy. The launches are
-/// those that a product makes.
-fn dequantize(gpu: &Gpu, [rows, columns]: [usize; 2], calls: usize) -> [f64; 2] {
+/// Bytes a second that widening 4-bit matrices reads and writes, those of a copy, and those that a row is
+/// multiplied by. The launches that widen are those that a product makes.
+fn matrices(gpu: &Gpu, [rows, columns]: [usize; 2], calls: usize) -> [f64; 3] {
     use RegionType::{Bf16, F32};
     let elements = rows * columns;
     let mut memory = gpu
@@ -71,7 +71,8 @@ fn dequantize(gpu: &Gpu, [rows, columns]: [usize; 2], calls: usize) -> [f64; 2] 
     gpu.zero(&mut from, elements);
     let values: Vec<f32> = (0..elements).map(|i| (i % 251) as f32 - 125.0).collect();
     let packed = PackedWeight::quantize(Floats::F32(&values), [rows, columns], &nf4(true)).unwrap();
-    let moved = (packed.bytes() + 2 * elements) as f64;
+    let read = packed.bytes() as f64;
+    let moved = read + 2.0 * elements as f64;
     let weights = vec![packed; MATRICES].into_iter().map(FrozenMatrix::Packed).collect();
     let weights = gpu.upload_weights(weights).unwrap();
     let launches = gpu.driver().record(|| {
@@ -83,7 +84,11 @@ fn dequantize(gpu: &Gpu, [rows, columns]: [usize; 2], calls: usize) -> [f64; 2] 
     assert_eq!(launches.len(), MATRICES, "a launch for each matrix");
     let widen = seconds(gpu, calls, |call| gpu.driver().replay(&launches[call % MATRICES]));
     let copy = seconds(gpu, calls, |_| gpu.copy((&from, 0), (&mut to, 0), elements));
-    [moved / widen, 4.0 * elements as f64 / copy]
+    let row = seconds(gpu, calls, |call| {
+        let y = (&mut y, Columns::all(rows));
+        gpu.linear_row(&weights[call % MATRICES], None, None, &x, y, false);
+    });
+    [moved / widen, 4.0 * elements as f64 / copy, read / row]
 }
 
 /// Seconds of attention's forward and backward pass over one document.
@@ -124,11 +129,11 @@ fn of_kernels() {
     let Some(gpu) = gpu() else { return };
     let card = Device::is_a_card();
     let (shape, tokens, calls) = if card { ([14_336, 4096], 4096, 20) } else { ([96, 64], 24, 4) };
-    let [widened, copied] = dequantize(&gpu, shape, calls);
+    let [widened, copied, row] = matrices(&gpu, shape, calls);
     let attention = attention(&gpu, tokens, calls / 4);
-    assert!([widened, copied, attention].iter().all(|figure| figure.is_finite() && *figure > 0.0));
+    assert!([widened, copied, row, attention].iter().all(|figure| figure.is_finite() && *figure > 0.0));
     let result = json!({ "dequantize_gb_per_s": widened / 1e9, "copy_gb_per_s": copied / 1e9,
-        "attention_ms": attention * 1e3, "attention_tokens": tokens });
+        "row_gb_per_s": row / 1e9, "attention_ms": attention * 1e3, "attention_tokens": tokens });
     println!("SPEED {result}");
 }
 

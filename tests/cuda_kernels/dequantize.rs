@@ -8,7 +8,7 @@ use crate::emulator::{Argument, Device, NULL, launch};
 use crate::support::*;
 
 /// The arguments that describe a packed weight.
-fn weight_arguments(packed: &PackedWeight) -> [Argument; 8] {
+pub fn weight_arguments(packed: &PackedWeight) -> [Argument; 8] {
     let format = packed.format();
     let (absmax, absmax_codes, nested, map, offset) = match packed.absmax() {
         Absmax::Plain(absmax) => (absmax[..].into(), NULL, NULL, NULL, 0.0),

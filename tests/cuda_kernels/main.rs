@@ -15,5 +15,6 @@ mod flash;
 mod mutants;
 mod norm;
 mod parts;
+mod row;
 mod sums;
 mod traffic;

@@ -3,7 +3,7 @@
 
 use crate::emulator::{Device, NULL, PTX, Traffic, devices, launch};
 use crate::support::*;
-use crate::{dequantize, flash};
+use crate::{dequantize, flash, row};
 
 /// The entry that has a line of the PTX.
 fn kernel_of(line: i32) -> &'static str {
@@ -46,6 +46,11 @@ const STRIDE: usize = WIDTH + 16;
 #[test]
 fn dequantize_writes_whole_sectors() {
     check(&["dequantize_4bit"], [1, 6], dequantize::run_once);
+}
+
+#[test]
+fn a_row_is_multiplied_without_waiting_for_a_bank() {
+    check(&["linear_row_4bit"], [1, 6], row::run_once);
 }
 
 /// A fragment of a tensor core has 16 bytes of a row: its writes are of half sectors.

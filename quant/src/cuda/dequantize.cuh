@@ -42,8 +42,8 @@ struct PackedWeight {
     }
 };
 
-/// Eight weights from a word of codes.
-__device__ __forceinline__ Piece<8> decode_eight(const float* values, u32 codes, float scale) {
+/// What a word of eight codes stands for, before the scale.
+__device__ __forceinline__ Piece<8> decode_eight(const float* values, u32 codes) {
     Piece<8> piece;
     // Four times a code, the distance of its value in bytes: of high nibbles, and of low ones.
     const u32 high = codes >> 2 & 0x3c3c3c3cu, low = codes << 2 & 0x3c3c3c3cu;
@@ -52,7 +52,7 @@ __device__ __forceinline__ Piece<8> decode_eight(const float* values, u32 codes,
     for (int i = 0; i < 8; i++) {
         // Byte i / 2, high nibble first.
         const u32 at = __byte_perm(i % 2 == 0 ? high : low, 0, 0x4440 + i / 2);
-        piece.v[i] = *reinterpret_cast<const float*>(table + at) * scale;
+        piece.v[i] = *reinterpret_cast<const float*>(table + at);
     }
     return piece;
 }
@@ -105,7 +105,10 @@ __device__ __forceinline__ void dequantize_run(const PackedWeight& weight, const
             to += static_cast<i64>(ends) * gap;
         }
         if (Whole || within < length) {
-            store_piece(to, decode_eight(values, staged[32 * part + lane], scale));
+            Piece<8> piece = decode_eight(values, staged[32 * part + lane]);
+#pragma unroll
+            for (int i = 0; i < 8; i++) piece.v[i] *= scale;
+            store_piece(to, piece);
         }
         column += DEQUANTIZE_STORE;
         to += DEQUANTIZE_STORE;

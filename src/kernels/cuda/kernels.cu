@@ -26,6 +26,7 @@
 #include "norm.cuh"
 #include "parts.cuh"
 #include "rotary.cuh"
+#include "row.cuh"
 #include "rows.cuh"
 #include "sum.cuh"
 
@@ -44,6 +45,20 @@ dequantize_4bit(const u8* codes, const float* values, const float* absmax, const
     const PackedWeight weight = {codes, values, absmax, absmax_codes, nested_absmax,
                                  map,   offset, block_shift};
     dequantize_rows(weight, first_row, rows, columns, out, out_stride);
+}
+
+// y[n] = Σ_k W[n, k]·x[k] + bias[n] + scale·Σ_r ax[r]·B[n, r], or +=, W `[rows, columns]` packed as in
+// dequantize_4bit, for one x `[columns]`; bias may be null, rank 0. rows/8 blocks, rounded up, of exactly
+// 256 threads. Fast when columns % 32 == 0. Kernels::linear_row.
+extern "C" __global__ void __launch_bounds__(256)
+linear_row_4bit(const u8* codes, const float* values, const float* absmax, const u8* absmax_codes,
+                const float* nested_absmax, const float* map, float offset, int block_shift,
+                long long rows, int columns, const bfloat16* x, const float* bias,
+                const bfloat16* ax, const bfloat16* b, int rank, float scale, bfloat16* y,
+                int accumulate) {
+    const PackedWeight weight = {codes, values, absmax, absmax_codes, nested_absmax,
+                                 map,   offset, block_shift};
+    multiply_row(weight, rows, columns, x, bias, {ax, b, rank, scale}, y, accumulate);
 }
 
 // to = scale · from, or to += scale · from, in f32, rounded once. Rows.

@@ -25,6 +25,7 @@ mod operations;
 pub mod optimizer;
 mod plan;
 mod products;
+mod row;
 pub mod search;
 mod staging;
 mod storage;

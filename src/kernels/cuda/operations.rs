@@ -8,7 +8,7 @@ use super::loss::{self, LossSum};
 use super::memory::Buffer;
 use super::together::{self};
 use super::weight::DeviceWeight;
-use super::{Cuda, attention, elementwise, frozen, head, low_rank};
+use super::{Cuda, attention, elementwise, frozen, head, low_rank, row};
 use crate::error::Result;
 use crate::kernels::head::loss_at_once;
 use crate::kernels::{
@@ -77,6 +77,18 @@ impl<D: Driver> Kernels for Cuda<D> {
         accumulate: bool,
     ) {
         frozen::forward(self, (weight, bias), lora, x, (y, band), rows, accumulate);
+    }
+
+    fn linear_row(
+        &self,
+        weight: &DeviceWeight<D>,
+        bias: Option<&DeviceVector<D>>,
+        lora: Option<LoraTerm<Buffer<D>>>,
+        x: &Buffer<D>,
+        (y, band): (&mut Buffer<D>, Columns),
+        accumulate: bool,
+    ) {
+        row::forward(self, (weight, bias), lora, x, (y, band), accumulate);
     }
 
     fn linear_backward(

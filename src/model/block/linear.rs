@@ -110,6 +110,7 @@ impl<K: Kernels> Pass<'_, K> {
         let (kernels, parameters, rows) = (self.kernels, self.parameters, self.rows.len());
         let scale = self.adapter_scale();
         let together = self.dropout.is_none()
+            && !self.single_row
             && kernels.linears_forward(parameters, linears, x, ys, lora_x, pair, rows, scale);
         if together {
             return;
