@@ -53,7 +53,9 @@ class Check:
         return Path(tempfile.mkdtemp(prefix="gpu_check-", dir=memory))
 
     def environment(self) -> dict[str, str]:
-        own = {"CUDA_CACHE_PATH": str(self.folder / "cuda-cache"), "RUST_BACKTRACE": "0"}
+        cache = self.folder / "cuda-cache"
+        cache.mkdir(exist_ok=True)
+        own = {"CUDA_CACHE_PATH": str(cache), "RUST_BACKTRACE": "0"}
         if importlib.util.find_spec("bitsandbytes") is None:
             packages = [str(CARRIED / "site"), os.environ.get("PYTHONPATH", "")]
             own |= {"PYTHONPATH": os.pathsep.join(filter(None, packages))}

@@ -408,7 +408,7 @@ STAGES = [
     Stage("kernel tests", 80, kernel_tests, ("kernel tests",), diagnosis=True),
     Stage("backend tests", 80, backend_tests, ("backend tests",), diagnosis=True),
     Stage("8B long", 400, train_8b_long, ("8B long",), reserve_s=25),
-    Stage("sanitizer", 60, sanitizer, ("sanitizer",)),
+    Stage("sanitizer", 150, sanitizer, ("sanitizer",)),
 ]
 # Whoever fails here has little use for the rest.
 TELLING = ("doctor", "8B checkpoint")

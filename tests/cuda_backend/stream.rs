@@ -24,7 +24,8 @@ fn streamed_weights_give_the_bits_of_resident_ones() {
         let mut settings = settings(&case, Some("adapter_init"), &[], true);
         settings.policies = policies.to_vec();
         let mut model = deep_model(&gpu, &case, settings, stream);
-        let taken = free - gpu.driver().memory().unwrap().0 - model.arena_bytes() as u64;
+        let (left, _) = gpu.driver().memory().unwrap();
+        let taken = free.saturating_sub(left + model.arena_bytes() as u64);
         let scale = 1.0 / batch.num_targets as f32;
         let mut losses = Vec::new();
         for step in 0..2 {

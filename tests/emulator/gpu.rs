@@ -1,16 +1,23 @@
 //! The same launches on a GPU, through its driver: buffers are copied there, between guards, and
-//! what a kernel may write is copied back.
+//! what a kernel may write is copied back. The library that has the driver's functions may be their
+//! stand-in, `driver.cpp`, too.
 
-use std::collections::HashMap;
 use std::ffi::{CString, c_char, c_int, c_uint, c_void};
+use std::ops::Range;
+use std::path::Path;
 use std::sync::Mutex;
 
 use super::Argument;
 
-/// Poison before and after every buffer; also the alignment of what lies between.
+/// Poison before and after every buffer, at least; what lies between is aligned to it as it is here.
 const GUARD: usize = 256;
-/// `CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES`.
+/// Bytes of the compiler's words.
+const LOG_BYTES: usize = 4096;
+// cuda.h
+const JIT_ERROR_LOG: c_int = 5;
+const JIT_ERROR_LOG_BYTES: c_int = 6;
 const MAX_DYNAMIC_SHARED: c_int = 8;
+const STREAM_NON_BLOCKING: c_uint = 1;
 
 type Address = u64;
 type Handle = *mut c_void;
@@ -20,6 +27,7 @@ pub struct Gpu {
     driver: libloading::Library,
     context: usize,
     module: usize,
+    stream: usize,
     one_at_a_time: Mutex<()>,
 }
 
@@ -39,19 +47,39 @@ macro_rules! call {
 
 impl Gpu {
     /// Loads the driver and compiles the PTX.
-    pub fn open() -> Self {
+    pub fn open(library: &Path) -> Self {
         // SAFETY: the driver's library.
-        let driver = unsafe { libloading::Library::new("libcuda.so.1") }.expect("a CUDA driver");
+        let driver = unsafe { libloading::Library::new(library) }.expect("a CUDA driver");
         let (mut device, mut context, mut module) = (0, std::ptr::null_mut(), std::ptr::null_mut());
         call!(driver, "cuInit", (c_uint), 0);
         call!(driver, "cuDeviceGet", (*mut c_int, c_int), &mut device, 0);
         call!(driver, "cuDevicePrimaryCtxRetain", (*mut Handle, c_int), &mut context, device);
         call!(driver, "cuCtxSetCurrent", (Handle), context);
         let ptx = CString::new(super::PTX).expect("text");
-        let text = ptx.as_ptr().cast();
-        call!(driver, "cuModuleLoadData", (*mut Handle, *const c_void), &mut module, text);
-        let (context, module) = (context as usize, module as usize);
-        Gpu { driver, context, module, one_at_a_time: Mutex::new(()) }
+        let (text, mut log) = (ptx.as_ptr().cast(), vec![0u8; LOG_BYTES]);
+        let mut options = [JIT_ERROR_LOG, JIT_ERROR_LOG_BYTES];
+        let mut values: [Handle; 2] = [log.as_mut_ptr().cast(), LOG_BYTES as Handle];
+        call!(
+            driver,
+            "cuModuleLoadDataEx",
+            (*mut Handle, *const c_void, c_uint, *mut c_int, *mut Handle),
+            &mut module,
+            text,
+            2,
+            options.as_mut_ptr(),
+            values.as_mut_ptr()
+        );
+        let mut stream = std::ptr::null_mut();
+        call!(
+            driver,
+            "cuStreamCreateWithPriority",
+            (*mut Handle, c_uint, c_int),
+            &mut stream,
+            STREAM_NON_BLOCKING,
+            0
+        );
+        let [context, module, stream] = [context, module, stream].map(|handle| handle as usize);
+        Gpu { driver, context, module, stream, one_at_a_time: Mutex::new(()) }
     }
 
     /// Runs a kernel and waits for it; see [`Device::launch`](super::Device::launch).
@@ -84,7 +112,8 @@ impl Gpu {
             MAX_DYNAMIC_SHARED,
             shared
         );
-        let mut copies: HashMap<*const c_void, Address> = HashMap::new();
+        let copies: Vec<Copy> =
+            ranges(arguments).into_iter().map(|range| self.upload(range)).collect();
         let mut values: Vec<u64> = Vec::new();
         for argument in arguments.iter() {
             values.push(match *argument {
@@ -92,8 +121,12 @@ impl Gpu {
                     assert!(address.is_null(), "a buffer has a length");
                     0
                 }
-                Argument::Buffer { address, bytes, .. } => {
-                    *copies.entry(address).or_insert_with(|| self.upload(address, bytes))
+                Argument::Buffer { address, .. } => {
+                    let address = address as usize;
+                    let here =
+                        |copy: &&Copy| copy.host.start <= address && address <= copy.host.end;
+                    let copy = copies.iter().find(here).expect("every buffer is in a copy");
+                    copy.device + (address - copy.host.start) as Address
                 }
                 Argument::I32(x) => u64::from(x as u32),
                 Argument::I64(x) => x as u64,
@@ -106,7 +139,7 @@ impl Gpu {
         // Little-endian: the first bytes of a word are the value of any smaller type.
         let mut addresses: Vec<*mut c_void> =
             values.iter_mut().map(|value| std::ptr::from_mut(value).cast()).collect();
-        let ([x, y, z], none) = (grid, std::ptr::null_mut());
+        let ([x, y, z], stream) = (grid, self.stream as Handle);
         call!(
             self.driver,
             "cuLaunchKernel",
@@ -131,76 +164,113 @@ impl Gpu {
             1,
             1,
             dynamic_shared_bytes as c_uint,
-            none,
+            stream,
             addresses.as_mut_ptr(),
             std::ptr::null_mut()
         );
-        call!(self.driver, "cuCtxSynchronize", (),);
-        for argument in arguments.iter() {
-            let Argument::Buffer { address, bytes, written } = *argument else { continue };
-            let Some(copy) = copies.remove(&address) else { continue };
-            // The same buffer may be given twice, to be read and to be written.
-            let same = |other: &Argument| {
-                matches!(other,
-                Argument::Buffer { address: a, written: true, .. } if *a == address)
-            };
-            self.download(kernel, copy, address, bytes, written || arguments.iter().any(same));
+        self.wait();
+        for copy in copies {
+            let written = arguments
+                .iter()
+                .filter(|argument| matches!(argument, Argument::Buffer { written: true, .. }));
+            let written = written
+                .filter_map(host_range)
+                .filter(|range| copy.host.start <= range.start && range.end <= copy.host.end);
+            self.download(kernel, copy.clone(), &written.collect::<Vec<_>>());
         }
     }
 
-    /// A copy of a buffer between two guards.
-    fn upload(&self, address: *const c_void, bytes: usize) -> Address {
-        let mut image = vec![0xffu8; bytes + 2 * GUARD];
-        // SAFETY: the argument was made of a slice of that many bytes.
-        let data = unsafe { std::slice::from_raw_parts(address.cast::<u8>(), bytes) };
-        image[GUARD..GUARD + bytes].copy_from_slice(data);
+    fn wait(&self) {
+        call!(self.driver, "cuStreamSynchronize", (Handle), self.stream as Handle);
+    }
+
+    /// A copy of some memory of the host between two guards.
+    fn upload(&self, host: Range<usize>) -> Copy {
+        let lead = lead(&host);
+        let mut image = vec![0xffu8; lead + host.len() + GUARD];
+        // SAFETY: arguments were made of slices that fill the range.
+        let data = unsafe { std::slice::from_raw_parts(host.start as *const u8, host.len()) };
+        image[lead..lead + host.len()].copy_from_slice(data);
         let mut copy: Address = 0;
         call!(self.driver, "cuMemAlloc_v2", (*mut Address, usize), &mut copy, image.len());
         let from = image.as_ptr().cast();
         call!(
             self.driver,
-            "cuMemcpyHtoD_v2",
-            (Address, *const c_void, usize),
+            "cuMemcpyHtoDAsync_v2",
+            (Address, *const c_void, usize, Handle),
             copy,
             from,
-            image.len()
+            image.len(),
+            self.stream as Handle
         );
-        copy + GUARD as Address
+        self.wait();
+        Copy { host, device: copy + lead as Address }
     }
 
-    /// Frees a copy; its guards must be whole, and what was not to be written unchanged.
-    fn download(
-        &self,
-        kernel: &str,
-        copy: Address,
-        address: *const c_void,
-        bytes: usize,
-        written: bool,
-    ) {
-        let start = copy - GUARD as Address;
-        let mut image = vec![0u8; bytes + 2 * GUARD];
+    /// Frees a copy; its guards must be whole, and what is not in one of the ranges that were to be written
+    /// unchanged.
+    fn download(&self, kernel: &str, Copy { host, device }: Copy, written: &[Range<usize>]) {
+        let (lead, bytes) = (lead(&host), host.len());
+        let start = device - lead as Address;
+        let mut image = vec![0u8; lead + bytes + GUARD];
         let to = image.as_mut_ptr().cast();
         call!(
             self.driver,
-            "cuMemcpyDtoH_v2",
-            (*mut c_void, Address, usize),
+            "cuMemcpyDtoHAsync_v2",
+            (*mut c_void, Address, usize, Handle),
             to,
             start,
-            image.len()
+            image.len(),
+            self.stream as Handle
         );
+        self.wait();
         call!(self.driver, "cuMemFree_v2", (Address), start);
-        let whole = image[..GUARD].iter().chain(&image[GUARD + bytes..]).all(|&byte| byte == 0xff);
+        let whole = image[..lead].iter().chain(&image[lead + bytes..]).all(|&byte| byte == 0xff);
         assert!(whole, "{kernel} wrote beside a buffer");
-        let data = &image[GUARD..GUARD + bytes];
-        if written {
+        let data = &image[lead..lead + bytes];
+        for range in written {
+            let (to, own) =
+                (range.start as *mut u8, &data[range.start - host.start..][..range.len()]);
             // SAFETY: the argument was made of an exclusive slice of that many bytes.
-            unsafe {
-                std::ptr::copy_nonoverlapping(data.as_ptr(), address.cast_mut().cast(), bytes);
-            }
-        } else {
-            // SAFETY: as above, shared.
-            let before = unsafe { std::slice::from_raw_parts(address.cast::<u8>(), bytes) };
-            assert!(data == before, "{kernel} wrote to what it reads");
+            unsafe { std::ptr::copy_nonoverlapping(own.as_ptr(), to, own.len()) };
+        }
+        // SAFETY: as in `upload`.
+        let now = unsafe { std::slice::from_raw_parts(host.start as *const u8, bytes) };
+        assert!(data == now, "{kernel} wrote to what it reads");
+    }
+}
+
+/// Memory of the host, and where it is on the device.
+#[derive(Clone)]
+struct Copy {
+    host: Range<usize>,
+    device: Address,
+}
+
+/// Bytes before the copy of what lies there.
+fn lead(host: &Range<usize>) -> usize {
+    GUARD + host.start % GUARD
+}
+
+/// Where a buffer lies.
+fn host_range(argument: &Argument) -> Option<Range<usize>> {
+    match *argument {
+        Argument::Buffer { address, bytes, .. } => Some(address as usize..address as usize + bytes),
+        _ => None,
+    }
+}
+
+/// The memory of all buffers: those that touch or overlap are one, as a kernel may walk from one into the
+/// other.
+fn ranges(arguments: &[Argument]) -> Vec<Range<usize>> {
+    let mut all: Vec<_> = arguments.iter().filter_map(host_range).collect();
+    all.sort_by_key(|range| range.start);
+    let mut merged: Vec<Range<usize>> = Vec::new();
+    for range in all {
+        match merged.last_mut() {
+            Some(last) if range.start <= last.end => last.end = last.end.max(range.end),
+            _ => merged.push(range),
         }
     }
+    merged
 }

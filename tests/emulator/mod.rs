@@ -63,7 +63,7 @@ struct Range {
 pub enum Device {
     /// The CPU.
     Emulated(Emulator),
-    /// A GPU.
+    /// A GPU, or the stand-in for its driver.
     Gpu(gpu::Gpu),
 }
 
@@ -336,18 +336,22 @@ impl Emulator {
     }
 }
 
-/// What tests of this process run on, each in its turn; none, with a printed line, where there is nothing.
+/// What tests of this process run on, each in its turn: the sources, the PTX as on a card whose driver is
+/// the stand-in, and the PTX; none, with a printed line, where there is nothing.
 pub fn devices() -> &'static [Device] {
     static DEVICES: OnceLock<Vec<Device>> = OnceLock::new();
     DEVICES.get_or_init(|| {
         if std::env::var_os("NIBBLE_TEST_DEVICE").is_some_and(|device| device == "cuda") {
-            return vec![Device::Gpu(gpu::Gpu::open())];
+            return vec![Device::Gpu(gpu::Gpu::open("libcuda.so.1".as_ref()))];
         }
-        let mut libraries: Vec<PathBuf> = library().into_iter().collect();
+        let emulated = |path: &PathBuf| Device::Emulated(open(path));
+        let mut devices: Vec<Device> = library().iter().map(emulated).collect();
         if std::env::var_os("NIBBLE_EMULATED").is_none() {
-            libraries.extend(ptx_library(PTX));
+            let library = ptx_library(PTX);
+            devices.extend(library.iter().map(|path| Device::Gpu(gpu::Gpu::open(path))));
+            devices.extend(library.iter().map(emulated));
         }
-        libraries.iter().map(|path| Device::Emulated(open(path))).collect()
+        devices
     })
 }
 
