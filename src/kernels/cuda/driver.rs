@@ -103,6 +103,53 @@ pub struct Gemm {
     pub batches: usize,
 }
 
+impl Gemm {
+    /// The same as products whose stored matrices span at most `most` elements each, but for a right
+    /// operand that is stored transposed: the rows of C apart, sums over k one after the other.
+    pub fn pieces(&self, most: usize) -> impl Iterator<Item = Gemm> + use<> {
+        let Gemm { shape: [m, n, k], a, b, c, .. } = *self;
+        let of_m = [(!a.transposed).then_some(a.stride), Some(c.stride)];
+        let of_k = [a.transposed.then_some(a.stride), (!b.transposed).then_some(b.stride)];
+        let whole = self.batches > 1;
+        let height = if whole { m } else { rows_within(m, of_m, most) };
+        let depth = if whole { k } else { rows_within(k, of_k, most) };
+        let pairs = (0..m)
+            .step_by(height)
+            .flat_map(move |row| (0..k).step_by(depth).map(move |inner| (row, inner)));
+        let whole = *self;
+        pairs.map(move |(row, inner)| {
+            let (a_from, b_from) = (a.element(row, inner), b.element(inner, 0));
+            let size = if c.wide { 4 } else { 2 };
+            Gemm {
+                shape: [height.min(m - row), n, depth.min(k - inner)],
+                a: Operand { address: a.address + 2 * a_from as u64, ..a },
+                b: Operand { address: b.address + 2 * b_from as u64, ..b },
+                beta: if inner == 0 { whole.beta } else { 1.0 },
+                c: Product { address: c.address + (size * row * c.stride) as u64, ..c },
+                ..whole
+            }
+        })
+    }
+}
+
+impl Operand {
+    /// Elements from the first one to that of this row and column.
+    fn element(&self, row: usize, column: usize) -> usize {
+        let (row, column) = if self.transposed { (column, row) } else { (row, column) };
+        row * self.stride + column
+    }
+}
+
+/// Of `all` rows, as many as span at most `most` elements of every matrix that has them.
+fn rows_within(all: usize, strides: [Option<usize>; 2], most: usize) -> usize {
+    const ALIGNED_ROWS: usize = 8;
+    let longest = strides.into_iter().flatten().max().unwrap_or(0);
+    if all * longest <= most {
+        return all.max(1);
+    }
+    (most / longest / ALIGNED_ROWS * ALIGNED_ROWS).max(1)
+}
+
 /// A GPU.
 pub trait Driver: Send + Sync + 'static {
     /// Which GPU it is.
@@ -250,4 +297,74 @@ pub(super) fn pin<D: Driver>(driver: &D, bytes: usize) -> Result<*mut u8> {
 pub(super) fn unpin<D: Driver>(driver: &D, staging: *mut u8, bytes: usize) {
     driver.free_staging(staging, bytes);
     pinned::remove(bytes as u64);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const OPERAND: Operand = Operand { address: 0, stride: 0, transposed: false, batch_stride: 0 };
+
+    /// Every term of every sum of every element, by the addresses that it is made of.
+    fn terms(gemm: &Gemm) -> Vec<[u64; 3]> {
+        let Gemm { shape: [m, n, k], a, b, c, .. } = *gemm;
+        let size = if c.wide { 4 } else { 2 };
+        let term = |i: usize, j: usize, p: usize| {
+            let to = c.address + (size * (i * c.stride + j)) as u64;
+            let from = |operand: Operand, row, column| {
+                operand.address + 2 * operand.element(row, column) as u64
+            };
+            [to, from(a, i, p), from(b, p, j)]
+        };
+        let cells = (0..m).flat_map(|i| (0..n).map(move |j| (i, j)));
+        cells.flat_map(|(i, j)| (0..k).map(move |p| term(i, j, p))).collect()
+    }
+
+    #[test]
+    fn pieces_have_the_terms_of_the_whole() {
+        for [a_transposed, b_transposed] in [[false, true], [false, false], [true, false]] {
+            let (m, n, k) = (37, 3, 41);
+            let a_stride = if a_transposed { m } else { k } + 3;
+            let b_stride = if b_transposed { k } else { n } + 5;
+            let whole = Gemm {
+                shape: [m, n, k],
+                alpha: 0.5,
+                a: Operand {
+                    address: 1 << 20,
+                    stride: a_stride,
+                    transposed: a_transposed,
+                    ..OPERAND
+                },
+                b: Operand {
+                    address: 1 << 30,
+                    stride: b_stride,
+                    transposed: b_transposed,
+                    ..OPERAND
+                },
+                beta: 0.25,
+                c: Product { address: 64, stride: 7, wide: a_transposed, batch_stride: 0 },
+                batches: 1,
+            };
+            assert_eq!(whole.pieces(1 << 31).collect::<Vec<_>>(), [whole]);
+            let most = 400;
+            let pieces: Vec<Gemm> = whole.pieces(most).collect();
+            assert!(pieces.len() > 1);
+            let mut all: Vec<_> = pieces.iter().flat_map(terms).collect();
+            let mut expected = terms(&whole);
+            all.sort();
+            expected.sort();
+            assert_eq!(all, expected);
+            for piece in &pieces {
+                let [m, n, k] = piece.shape;
+                let span = |operand: &Operand, rows: usize, columns: usize| {
+                    operand.element(rows - 1, columns - 1)
+                };
+                let inside = span(&piece.a, m, k) < most && (m - 1) * piece.c.stride + n <= most;
+                assert!(inside && (b_transposed || span(&piece.b, k, n) < most), "{piece:?}");
+                // What an element held counts once, before the first terms are added.
+                let first = pieces.iter().find(|other| other.c.address == piece.c.address);
+                assert_eq!(piece.beta, if first == Some(piece) { 0.25 } else { 1.0 });
+            }
+        }
+    }
 }

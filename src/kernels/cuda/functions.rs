@@ -22,6 +22,8 @@ const ERROR_NO_BINARY_FOR_GPU: c_int = 209;
 const ERROR_INVALID_PTX: c_int = 218;
 const ERROR_JIT_COMPILER_NOT_FOUND: c_int = 221;
 const ERROR_UNSUPPORTED_PTX_VERSION: c_int = 222;
+const ERROR_ILLEGAL_ADDRESS: c_int = 700;
+const ERROR_LAUNCH_FAILED: c_int = 719;
 
 /// What the libraries hand out: contexts, streams, events, modules, functions.
 pub(super) type Handle = *mut c_void;
@@ -131,6 +133,10 @@ impl Cuda {
             ERROR_JIT_COMPILER_NOT_FOUND => Error::gpu(what).hint(
                 "the driver's libnvidia-ptxjitcompiler is missing: in a container, set \
                  NVIDIA_DRIVER_CAPABILITIES=compute,utility",
+            ),
+            ERROR_ILLEGAL_ADDRESS..=ERROR_LAUNCH_FAILED => Error::gpu(what).hint(
+                "a kernel before may have gone wrong: with `CUDA_LAUNCH_BLOCKING=1` it is named; \
+                 please report it",
             ),
             _ => Error::gpu(what),
         })

@@ -303,6 +303,8 @@ impl Gpu {
         // SAFETY: the out-pointer is valid; without a handle the library says so.
         unsafe { (self.cublas.version)(self.blas, &mut version) };
         let what = format_args!("cannot {act}: status {code} of cuBLAS {version}");
+        // A kernel that went wrong before shows in whatever is asked for next.
+        self.synchronize().map_err(|error| error.at(what))?;
         let scarce = || matches!(self.memory(), Ok((free, _)) if free < SCARCE_BYTES);
         Err(match code {
             CUBLAS_ALLOC_FAILED => Error::budget(what),

@@ -14,11 +14,24 @@ const CUDA_R_16BF: c_int = 14;
 const COMPUTE_32F: c_int = 68;
 const GEMM_DEFAULT: c_int = -1;
 
+/// Elements that a matrix spans at most: some of cuBLAS' kernels fail from 2³¹ on.
+const MOST_ELEMENTS: usize = (1 << 31) - 1;
+
 /// Queues the product on the library's stream; returns its status.
 ///
 /// # Errors
 /// `Gpu` for sizes that it does not take.
 pub(super) fn gemm(cublas: &Cublas, blas: Handle, gemm: &Gemm) -> Result<c_int> {
+    for piece in gemm.pieces(MOST_ELEMENTS) {
+        let status = at_once(cublas, blas, &piece)?;
+        if status != 0 {
+            return Ok(status);
+        }
+    }
+    Ok(0)
+}
+
+fn at_once(cublas: &Cublas, blas: Handle, gemm: &Gemm) -> Result<c_int> {
     let Gemm { shape: [m, n, k], alpha, a, b, beta, c, batches } = gemm;
     // Row-major C is column-major Cᵀ = Bᵀ·Aᵀ: operands change places, and a stored matrix is
     // its own transpose there.
