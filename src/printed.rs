@@ -10,8 +10,6 @@ use std::io::{self, Write};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
-use signal_hook::consts::SIGPIPE;
-
 use crate::error::{Error, Result};
 
 /// Whether a reader that is gone ends the process.
@@ -50,8 +48,15 @@ macro_rules! eprintln {
 /// From now on `nibble … | head` ends as other programs do, quietly: Rust ignores SIGPIPE.
 pub fn end_with_reader() {
     let ends = ENDS_WITH_READER.get_or_init(|| Arc::new(AtomicBool::new(true)));
-    // Where it is refused, printing fails loudly: no reason to stop here.
-    let _ = signal_hook::flag::register_conditional_default(SIGPIPE, Arc::clone(ends));
+    // Where it is refused, and on Windows, which has no such signal, printing fails loudly: no reason to
+    // stop here.
+    #[cfg(unix)]
+    {
+        use signal_hook::{consts::SIGPIPE, flag::register_conditional_default};
+        let _ = register_conditional_default(SIGPIPE, Arc::clone(ends));
+    }
+    #[cfg(not(unix))]
+    let _ = ends;
 }
 
 /// From now on work goes on without a reader: it has something to save, or to remove. Ctrl-C ends the
@@ -78,12 +83,14 @@ pub fn write(text: Arguments<'_>) {
 /// Lets what was printed arrive.
 ///
 /// # Errors
-/// `Io` when part of it could not be written, but for a reader that the work has outlived.
+/// `Io` when part of it could not be written, but for a reader that the work has outlived, or that no
+/// signal tells of.
 pub fn flush() -> Result<()> {
     let failure = FAILURE.lock().unwrap_or_else(PoisonError::into_inner).take();
     let written = failure.map_or_else(|| io::stdout().flush(), Err);
     let outlived = ENDS_WITH_READER.get().is_some_and(|ends| !ends.load(Ordering::Relaxed));
-    let gone = |error: &io::Error| outlived && error.kind() == io::ErrorKind::BrokenPipe;
+    let ignored = outlived || !cfg!(unix);
+    let gone = |error: &io::Error| ignored && error.kind() == io::ErrorKind::BrokenPipe;
     let written = if written.as_ref().is_err_and(gone) { Ok(()) } else { written };
     written.map_err(|e| {
         FAILED.store(true, Ordering::Relaxed);

@@ -2,20 +2,16 @@
 
 mod training;
 
-use std::fs::{self, File};
-use std::os::unix::process::ExitStatusExt;
-use std::process::{Command, Stdio};
+use std::fs;
+use std::process::Command;
 
 use training::{Workplace, error_of, fail, stderr, succeed};
 
-/// A device on which every write fails as on a full disk.
-fn full() -> Stdio {
-    File::options().write(true).open("/dev/full").unwrap().into()
-}
-
+/// On a device on which every write fails as on a full disk.
 #[test]
 #[cfg(target_os = "linux")]
 fn output_that_cannot_be_written_is_an_error() {
+    let full = || fs::File::options().write(true).open("/dev/full").unwrap();
     let place = Workplace::new();
     fs::copy(place.path("model/config.json"), place.path("config.json")).unwrap();
     for arguments in [
@@ -45,7 +41,10 @@ fn output_that_cannot_be_written_is_an_error() {
 }
 
 #[test]
+#[cfg(unix)]
 fn a_reader_that_is_gone_is_no_error() {
+    use std::os::unix::process::ExitStatusExt;
+
     let place = Workplace::new();
     for arguments in [&["completions", "bash"][..], &["--help"], &["doctor"]] {
         let (reader, writer) = std::io::pipe().unwrap();

@@ -1,5 +1,7 @@
 //! `nibble doctor` and `--device` with the real binary, on machines with and without a GPU.
 
+#[cfg(target_os = "linux")]
+use std::path::Path;
 use std::process::{Command, Output};
 
 use serde_json::Value;
@@ -95,17 +97,20 @@ fn the_plan_of_a_gpu_needs_none() {
     );
 }
 
-/// Python's packages hold cuBLAS without a path to what lies beside it.
+/// Python's packages hold cuBLAS without a path to what lies beside it. They are found, and so are conda's
+/// folder and one that is named.
 #[cfg(target_os = "linux")]
 #[test]
 fn cublas_is_found_with_the_library_that_it_needs() {
-    let folder = tempfile::tempdir().unwrap();
+    let root = tempfile::tempdir().unwrap();
+    let folder = root.path().join("lib");
+    std::fs::create_dir(&folder).unwrap();
     let compile = |name: &str, source: &str, with: &[&str]| {
-        let file = folder.path().join("source.c");
+        let file = folder.join("source.c");
         std::fs::write(&file, source).unwrap();
         let mut command = Command::new("cc");
         command.args(["-shared", "-fPIC", "-o", name]).arg(format!("-Wl,-soname,{name}"));
-        let status = command.arg(&file).args(with).current_dir(folder.path()).status();
+        let status = command.arg(&file).args(with).current_dir(&folder).status();
         status.is_ok_and(|status| status.success())
     };
     let needed = "libcublasLt.so.12";
@@ -115,12 +120,26 @@ fn cublas_is_found_with_the_library_that_it_needs() {
     }
     let source = "int inner(void); int cublasCreate_v2(void) { return inner(); }";
     assert!(compile("libcublas.so.12", source, &["-Wl,--no-as-needed", needed]));
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
-    command.args(["doctor", "--json"]).env("NIBBLE_CUDA_LIB_DIR", folder.path());
-    let output = command.output().unwrap();
-    let found: Value = serde_json::from_slice(&output.stdout).unwrap();
-    let library = found["cuda"]["cublas"].to_string();
-    assert!(library.contains(folder.path().to_str().unwrap()), "{found}");
+    let check = |variable: &str, value: &Path, expected: &Path| {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
+        let output = command.args(["doctor", "--json"]).env(variable, value).output().unwrap();
+        let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let library = found["cuda"]["cublas"].to_string();
+        assert!(library.contains(expected.to_str().unwrap()), "{variable}: {found}");
+    };
+    check("NIBBLE_CUDA_LIB_DIR", &folder, &folder);
+    check("CONDA_PREFIX", root.path(), &folder);
+    let mut python = Command::new("python3");
+    python.args(["-c", "import site; print(site.getusersitepackages())"]);
+    let user = root.path().join("user");
+    let Ok(output) = python.env("PYTHONUSERBASE", &user).output() else {
+        eprintln!("skipped: no Python to find packages with");
+        return;
+    };
+    let packages = Path::new(text(&output.stdout).trim()).join("nvidia/cublas");
+    std::fs::create_dir_all(&packages).unwrap();
+    std::fs::rename(&folder, packages.join("lib")).unwrap();
+    check("PYTHONUSERBASE", &user, &packages.join("lib"));
 }
 
 #[test]

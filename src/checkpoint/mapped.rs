@@ -6,7 +6,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use bytes::Bytes;
-use memmap2::{Advice, Mmap, UncheckedAdvice};
+use memmap2::Mmap;
 
 use crate::error::{Error, Result};
 
@@ -122,17 +122,57 @@ pub struct Pages {
 impl Pages {
     /// Starts to read them from the disk, if they are not in the system's cache.
     pub fn read_ahead(&self) {
-        // A hint: without it reading is slower, nothing else.
-        let _ = self.map.advise_range(Advice::WillNeed, self.offset, self.length);
+        pages::read_ahead(&self.map, self.offset, self.length);
     }
 
     /// Gives them back to the system: they no longer count as this process' memory, and are mapped
     /// again when they are read again.
     pub fn release(&self) {
-        let (advice, offset) = (UncheckedAdvice::DontNeed, self.offset);
-        // SAFETY: the mapping is read-only and backed by the file, so dropped pages come back with
-        // the same contents. Failure costs memory, nothing else.
-        let _ = unsafe { self.map.unchecked_advise_range(advice, offset, self.length) };
+        pages::release(&self.map, self.offset, self.length);
+    }
+}
+
+/// Hints to the system: without the first reading is slower, without the second memory is fuller, nothing
+/// else.
+#[cfg(unix)]
+mod pages {
+    use memmap2::{Advice, Mmap, UncheckedAdvice};
+
+    pub fn read_ahead(map: &Mmap, offset: usize, length: usize) {
+        let _ = map.advise_range(Advice::WillNeed, offset, length);
+    }
+
+    pub fn release(map: &Mmap, offset: usize, length: usize) {
+        // SAFETY: the mapping is read-only and backed by the file, so dropped pages come back with the
+        // same contents.
+        let _ = unsafe { map.unchecked_advise_range(UncheckedAdvice::DontNeed, offset, length) };
+    }
+}
+
+/// The same.
+#[cfg(windows)]
+mod pages {
+    use memmap2::Mmap;
+    use windows_sys::Win32::System::Memory::{
+        PrefetchVirtualMemory, VirtualUnlock, WIN32_MEMORY_RANGE_ENTRY,
+    };
+    use windows_sys::Win32::System::Threading::GetCurrentProcess;
+
+    pub fn read_ahead(map: &Mmap, offset: usize, length: usize) {
+        let part = &map[offset..offset + length];
+        let range = WIN32_MEMORY_RANGE_ENTRY {
+            VirtualAddress: part.as_ptr().cast_mut().cast(),
+            NumberOfBytes: part.len(),
+        };
+        // SAFETY: one range, of a mapping that lives; nothing is written.
+        unsafe { PrefetchVirtualMemory(GetCurrentProcess(), 1, &range, 0) };
+    }
+
+    /// Pages that were never locked leave the working set where they are to be unlocked.
+    pub fn release(map: &Mmap, offset: usize, length: usize) {
+        let part = &map[offset..offset + length];
+        // SAFETY: of a mapping that lives, whose pages come back with the same contents.
+        unsafe { VirtualUnlock(part.as_ptr().cast(), part.len()) };
     }
 }
 

@@ -5,7 +5,9 @@ use std::ffi::c_int;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
-use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
+#[cfg(unix)]
+use signal_hook::consts::SIGHUP;
+use signal_hook::consts::{SIGINT, SIGTERM};
 use signal_hook::flag;
 
 use crate::error::{Error, Message, Result};
@@ -26,9 +28,8 @@ impl Interrupt {
     /// `Io` when the system refuses a handler.
     pub fn install() -> Result<Self> {
         printed::outlive_reader();
-        let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
-        let signals = [SIGINT, SIGTERM, SIGHUP];
-        Self::on(&signals[..if is_ignored(SIGHUP, &status) { 2 } else { 3 }])
+        let signals: Vec<c_int> = [SIGINT, SIGTERM].into_iter().chain(hangup()).collect();
+        Self::on(&signals)
     }
 
     /// Listens to Ctrl-C only.
@@ -78,14 +79,28 @@ impl Interrupt {
     }
 }
 
+/// The end of the terminal, unless it is to be ignored.
+#[cfg(unix)]
+fn hangup() -> Option<c_int> {
+    let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();
+    (!is_ignored(SIGHUP, &status)).then_some(SIGHUP)
+}
+
+/// Windows has no such signal.
+#[cfg(not(unix))]
+fn hangup() -> Option<c_int> {
+    None
+}
+
 /// Whether `status`, `/proc/self/status`, says that this process ignores `signal`.
+#[cfg(unix)]
 fn is_ignored(signal: c_int, status: &str) -> bool {
     let mask = status.lines().find_map(|line| line.strip_prefix("SigIgn:"));
     let mask = mask.and_then(|mask| u64::from_str_radix(mask.trim(), 16).ok());
     mask.is_some_and(|mask| mask >> (signal - 1) & 1 == 1)
 }
 
-#[cfg(test)]
+#[cfg(all(test, unix))]
 mod tests {
     use super::*;
 

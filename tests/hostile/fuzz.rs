@@ -23,8 +23,6 @@ use crate::index::shard;
 use crate::training::{Workplace, stderr, succeed};
 
 const SECONDS: u64 = 12;
-/// Far above what the readers of the small files below need.
-const MEMORY_LIMIT: u64 = 16 << 30;
 /// Values that lengths, offsets and counts break at.
 const EXTREMES: [u64; 10] =
     [0, 1, 7, 255, 1 << 16, 1 << 31, (1 << 32) - 1, 1 << 40, 1 << 62, u64::MAX];
@@ -209,10 +207,12 @@ fn replace_value(file: &mut Vec<u8>, at: usize, value: &str) {
     file.splice(begin..begin + length, value.bytes());
 }
 
+/// To what is far above what the readers of the small files below need.
 fn limit_memory() {
     #[cfg(target_os = "linux")]
     {
         #![allow(unsafe_code)]
+        const MEMORY_LIMIT: u64 = 16 << 30;
         let limit = libc::rlimit { rlim_cur: MEMORY_LIMIT, rlim_max: MEMORY_LIMIT };
         // SAFETY: sets a limit of this process; the pointer is to a live value.
         assert_eq!(unsafe { libc::setrlimit(libc::RLIMIT_AS, &limit) }, 0);

@@ -1,8 +1,6 @@
 //! Where a run reads, writes and computes, and what it may use.
 
-use std::process::Command;
-
-use crate::runs::{Run, Runs, arguments};
+use crate::runs::{Run, Runs};
 use crate::training::succeed;
 
 /// Loss of the base model on the first tokens: what model it is.
@@ -129,20 +127,19 @@ fn resume() {
     assert_eq!(resumed.optimizer("master"), whole.optimizer("master"));
 }
 
-/// Threads of a running process.
-fn threads_of(process: u32) -> Option<usize> {
-    Some(std::fs::read_dir(format!("/proc/{process}/task")).ok()?.count())
-}
-
 #[test]
 #[cfg(target_os = "linux")]
 fn threads() {
+    let threads_of = |process: u32| {
+        let tasks = std::fs::read_dir(format!("/proc/{process}/task")).ok()?;
+        Some(tasks.count())
+    };
     let runs = Runs::new();
     let most = |threads: usize| {
         let flags = format!("threads={threads} max-steps=100000 save-steps=100000");
         let out = runs.next_out();
-        let mut command: Command = runs.place.nibble(&["train", "--out", &out]);
-        let mut child = command.args(arguments(&flags)).spawn().unwrap();
+        let mut command = runs.place.nibble(&["train", "--out", &out]);
+        let mut child = command.args(crate::runs::arguments(&flags)).spawn().unwrap();
         let metrics = runs.place.path(&out).join("metrics.jsonl");
         while !metrics.exists() {
             assert!(child.try_wait().unwrap().is_none());

@@ -99,7 +99,7 @@ impl PageAccount {
     /// in parts. All of them where the system does not tell.
     fn region_bytes(&self) -> Vec<u64> {
         const PAGE: usize = 4096;
-        let pages = self.pages();
+        let pages = in_memory(&self.map).unwrap_or_default();
         let mut offset = 0;
         let bytes = self.lengths.iter().map(|&length| {
             let (begin, end) = (offset, offset + length);
@@ -113,21 +113,23 @@ impl PageAccount {
         });
         bytes.collect()
     }
+}
 
-    /// 0 for every page that is not in memory; empty where the system does not tell.
-    fn pages(&self) -> Vec<u8> {
-        #[cfg(target_os = "linux")]
-        {
-            let mut pages = vec![0u8; self.map.len().div_ceil(4096)];
-            let (start, length) = (self.map.as_ptr().cast_mut().cast(), self.map.len());
-            // SAFETY: the mapping begins at a page and lives as long as `self`; there is a byte in
-            // `pages` for each of its pages; nothing of the mapping is read or written.
-            if unsafe { libc::mincore(start, length, pages.as_mut_ptr()) } == 0 {
-                return pages.into_iter().map(|page| page & 1).collect();
-            }
-        }
-        Vec::new()
-    }
+/// A number for each page of a mapping, 0 for those that are not in memory.
+#[cfg(target_os = "linux")]
+fn in_memory(map: &[u8]) -> Option<Vec<u8>> {
+    let mut pages = vec![0u8; map.len().div_ceil(4096)];
+    let start = map.as_ptr().cast_mut().cast();
+    // SAFETY: a mapping begins at a page; there is a byte in `pages` for each of its pages; nothing of
+    // it is read or written.
+    let code = unsafe { libc::mincore(start, map.len(), pages.as_mut_ptr()) };
+    (code == 0).then(|| pages.into_iter().map(|page| page & 1).collect())
+}
+
+/// The system does not tell.
+#[cfg(not(target_os = "linux"))]
+fn in_memory(_map: &[u8]) -> Option<Vec<u8>> {
+    None
 }
 
 /// A region of the arena, exclusively owned: behaves like `Box<[T]>`.

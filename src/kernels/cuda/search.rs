@@ -1,5 +1,6 @@
 //! Where CUDA's libraries are: `NIBBLE_CUDA_LIB_DIR`, the loader's own path, `CUDA_HOME` and its
-//! like, conda's folder, `/usr/local/cuda`, and the folders of Python's `nvidia` packages.
+//! like, conda's folder, `/usr/local/cuda`, and the folders of Python's `nvidia` packages; on Windows of
+//! PyTorch, too.
 #![allow(unsafe_code)]
 
 use std::ffi::OsStr;
@@ -124,20 +125,56 @@ fn load(path: &OsStr) -> Option<&'static Library> {
     Some(Box::leak(Box::new(library)))
 }
 
+/// Where libraries lie on this system.
+struct Places {
+    /// Folders in CUDA's own and in conda's.
+    cuda: &'static [&'static str],
+    conda: &'static [&'static str],
+    /// Folders of Python's packages, as patterns, and in Python's own.
+    packages: &'static [&'static str],
+    prefix: &'static str,
+    python: &'static str,
+}
+
+/// CUDA 13 has a folder for each kind of processor on Windows; PyTorch's packages bring libraries there.
+const PLACES: Places = if cfg!(windows) {
+    Places {
+        cuda: &["bin/x64", "bin"],
+        conda: &["Library/bin/x64", "Library/bin"],
+        packages: &["nvidia/*/bin/x86_64", "nvidia/*/bin", "torch/lib"],
+        prefix: "Library/bin",
+        python: "python",
+    }
+} else {
+    Places {
+        cuda: &["lib64"],
+        conda: &["lib"],
+        packages: &["nvidia/*/lib"],
+        prefix: "lib",
+        python: "python3",
+    }
+};
+
 /// CUDA's folders, conda's, and those of Python's packages, where there is a Python.
 fn further_folders() -> Vec<Option<PathBuf>> {
-    const SCRIPT: &str = "import glob, site, sys\n\
+    const SCRIPT: &str = "import glob, os, site, sys\n\
+        *patterns, own = sys.argv[1:]\n\
         for root in site.getsitepackages() + [site.getusersitepackages()]:\n    \
-        [print(folder) for folder in sorted(glob.glob(root + '/nvidia/*/lib'), reverse=True)]\n\
-        print(sys.prefix + '/lib')";
-    let named = [("CUDA_HOME", "lib64"), ("CUDA_PATH", "lib64"), ("CONDA_PREFIX", "lib")];
-    let named = named.into_iter().filter_map(|(variable, folder)| {
-        Some(Some(PathBuf::from(std::env::var_os(variable)?).join(folder)))
+        for pattern in patterns:\n        \
+        [print(folder) for folder in sorted(glob.glob(os.path.join(root, pattern)), reverse=True)]\n\
+        print(os.path.join(sys.prefix, own))";
+    let Places { cuda, conda, packages, prefix, python } = PLACES;
+    let named = [("CUDA_HOME", cuda), ("CUDA_PATH", cuda), ("CONDA_PREFIX", conda)];
+    let named = named.into_iter().filter_map(|(variable, folders)| {
+        let root = PathBuf::from(std::env::var_os(variable)?);
+        Some(folders.iter().map(move |folder| Some(root.join(folder))))
     });
-    let mut folders: Vec<_> = named.collect();
-    folders.push(Some(PathBuf::from("/usr/local/cuda/lib64")));
-    let python = Command::new("python3").args(["-c", SCRIPT]).output();
-    let text = python.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
+    let mut folders: Vec<_> = named.flatten().collect();
+    if cfg!(unix) {
+        folders.push(Some(PathBuf::from("/usr/local/cuda/lib64")));
+    }
+    let output = Command::new(python).args(["-c", SCRIPT]).args(packages).arg(prefix).output();
+    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
     folders.extend(text.unwrap_or_default().lines().map(|line| Some(PathBuf::from(line))));
     folders
 }
