@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # What a change must pass before it lands, and exactly what CI runs: format, lints, documentation
-# (a broken link is an error), all tests, the CUDA kernels under AddressSanitizer and their PTX, the
-# memory of a 1B-shaped model against its plan, and a rehearsal of the check on a GPU.
+# (a broken link is an error), all tests, the CUDA kernels under AddressSanitizer and their PTX, other
+# platforms, the memory of a 1B-shaped model against its plan, and a rehearsal of the check on a GPU.
 # Every step uses the release profile and what the tests built, so that the dependencies are built once.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -24,6 +24,7 @@ fi
 step scripts/test.sh
 step scripts/asan.sh
 step scripts/ptx.sh --check
+step scripts/platforms.sh
 NIBBLE=${CARGO_TARGET_DIR:-target}/release/nibble step scripts/bench_memory.sh --preset 1b --check
 step scripts/gpu_check.sh --pack
 step scripts/gpu_check.sh --rehearse

@@ -3,6 +3,7 @@
 mod training;
 
 use std::fs;
+#[cfg(unix)]
 use std::process::Command;
 
 use training::{Workplace, error_of, fail, stderr, succeed};
@@ -141,6 +142,7 @@ fn names_from_scripts_of_other_trainers() {
     assert!(error.starts_with(message), "{error}");
 }
 
+#[cfg(unix)]
 #[test]
 fn flags_with_fixed_values_complete_them_and_numbers_complete_nothing() {
     let place = Workplace::new();

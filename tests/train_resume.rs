@@ -1,4 +1,5 @@
 //! Stopped and killed runs of the real binary end with the bytes of an uninterrupted one.
+#![cfg(unix)]
 
 mod training;
 

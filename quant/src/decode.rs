@@ -257,13 +257,19 @@ mod tests {
     use super::*;
     use crate::codebook::NF4;
 
-    #[test]
-    fn sums_are_those_of_decoded_weights() {
-        let mut decoders = vec![Decoder::Scalar, Decoder::detect()];
+    /// Those that this processor has.
+    fn decoders() -> Vec<Decoder> {
+        let all = [Decoder::Scalar, Decoder::detect()];
         #[cfg(target_arch = "x86_64")]
         if is_x86_feature_detected!("avx2") {
-            decoders.push(Decoder::Avx2);
+            return all.into_iter().chain([Decoder::Avx2]).collect();
         }
+        all.to_vec()
+    }
+
+    #[test]
+    fn sums_are_those_of_decoded_weights() {
+        let decoders = decoders();
         for (blocks, block_size) in [(1, 32), (5, 32), (1, 64), (9, 64), (3, 128), (2, 4096)] {
             let count = blocks * block_size;
             let bytes: Vec<u8> = (0..count / 2).map(|i| (i * 89 % 256) as u8).collect();
@@ -287,11 +293,7 @@ mod tests {
     #[test]
     fn every_byte_decodes_alike_on_every_decoder() {
         let bytes: Vec<u8> = (0..=255).collect();
-        let mut decoders = vec![Decoder::Scalar, Decoder::detect()];
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") {
-            decoders.push(Decoder::Avx2);
-        }
+        let decoders = decoders();
         for scales in [vec![0.37], vec![0.37, -2.5], (1..=16).map(|s| s as f32 * 0.1).collect()] {
             let mut expected = vec![0.0; 512];
             for (i, pair) in expected.chunks_exact_mut(2).enumerate() {

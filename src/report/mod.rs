@@ -178,6 +178,7 @@ mod tests {
         assert!(!page.contains("<b>Hi") && !page.contains("http:"), "self-contained and escaped");
         assert_eq!(page_of_metrics(&metrics).unwrap(), page, "the log alone gives the page");
 
+        drop(reports);
         let history = vec![step(1, 3.5)];
         let resumed = StartEvent { resumed_from_step: Some(1), history, ..start };
         let mut reports = Reports::new(folder.path());

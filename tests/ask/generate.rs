@@ -214,6 +214,7 @@ fn adapters_without_a_name_of_their_own_are_refused() {
     }
 }
 
+#[cfg(unix)]
 #[test]
 fn a_context_that_memory_cannot_hold_is_named() {
     let place = Workplace::new();

@@ -33,7 +33,7 @@ fn data() {
     fs::create_dir(runs.place.path("parts")).unwrap();
     write_lengths(&runs, "parts/b.jsonl", &[12, 999]);
     write_lengths(&runs, "parts/a.jsonl", &[9]);
-    let error = runs.refused("data=parts max-length=64");
+    let error = runs.refused("data=parts max-length=64").replace('\\', "/");
     assert!(error.contains("parts/b.jsonl:2: document is longer than 64 tokens"), "{error}");
     write_lengths(&runs, "parts/b.jsonl", &[12]);
     let together = runs.train("data=parts/*.jsonl");

@@ -25,12 +25,16 @@ pub struct Output {
     /// Whether this run made the folder.
     is_new: bool,
     /// Unlocked when dropped.
-    _lock: File,
+    lock: Option<File>,
 }
 
 /// A run that found a mistake before it began leaves nothing behind.
 impl Drop for Output {
     fn drop(&mut self) {
+        if cfg!(windows) {
+            // A file that is open keeps its folder there.
+            self.lock = None;
+        }
         if is_empty(&self.folder) {
             // What cannot be removed does no harm: `is_empty` passes over it.
             let _ = fs::remove_file(self.folder.join(LOCK_FILE));
@@ -66,7 +70,8 @@ impl Output {
         let is_new = !out.exists();
         fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
         let lock = lock(out)?;
-        let mut output = Output { folder: out.to_path_buf(), found: None, is_new, _lock: lock };
+        let mut output =
+            Output { folder: out.to_path_buf(), found: None, is_new, lock: Some(lock) };
         checkpoints::clear_leftovers(out);
         if args.resume {
             output.found = find(out, progress)?;
