@@ -72,7 +72,7 @@ fn several_files_are_one_data_set() {
         let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
         command.args(["data", "--model", "model", "--data", data]).args(arguments);
         let output = command.current_dir(folder.path()).output().unwrap();
-        let text = |bytes| String::from_utf8(bytes).unwrap().replace('\\', "/");
+        let text = |bytes| String::from_utf8(bytes).unwrap().replace(r"\\", "/").replace('\\', "/");
         [output.stdout, output.stderr].map(text)
     };
     for data in ["parts", "parts/*.jsonl"] {

@@ -276,11 +276,13 @@ fn a_measured_run_fills_the_planned_arena() {
         assert_rows_as_planned(&plan);
         let rows = plan["measured"]["rows"].as_array().unwrap();
         assert_eq!(rows.iter().any(|row| row["name"] == "4-bit codes"), weights == "resident");
-        let cache = &plan["measured"]["page_cache"];
-        let (file, cached) = (number(cache, "file_bytes"), number(cache, "cached_bytes"));
-        let size = std::fs::metadata(place.path(&format!("{model}/model.safetensors")));
-        let size = size.unwrap().len();
-        assert!(file == size && 0 < cached && cached <= file, "{model}: {cache} of {size}");
+        if cfg!(target_os = "linux") {
+            let cache = &plan["measured"]["page_cache"];
+            let (file, cached) = (number(cache, "file_bytes"), number(cache, "cached_bytes"));
+            let size = std::fs::metadata(place.path(&format!("{model}/model.safetensors")));
+            let size = size.unwrap().len();
+            assert!(file == size && 0 < cached && cached <= file, "{model}: {cache} of {size}");
+        }
         let seen = plan["measured"]["timeline"].as_array().unwrap();
         // However short: each is looked at where it ends.
         for row in plan["phases"].as_array().unwrap() {

@@ -4,14 +4,14 @@ mod training;
 
 use std::fs;
 
-use serde_json::json;
+use serde_json::{Value, json};
 use training::{Workplace, error_of, fail, stderr, succeed};
 
 /// Losses and gradient norms that a run logged.
 fn losses(place: &Workplace, checkpoint: &str) -> Vec<(f64, f64)> {
     let state = place.json(&format!("{checkpoint}/state.json"));
     let events = state["history"].as_array().unwrap().iter();
-    let number = |event: &serde_json::Value, name: &str| event[name].as_f64().unwrap();
+    let number = |event: &Value, name: &str| event[name].as_f64().unwrap();
     let steps = events.filter(|event| event["event"] == "step");
     steps.map(|event| (number(event, "loss"), number(event, "grad_norm"))).collect()
 }
@@ -302,6 +302,39 @@ fn a_constant_rate_can_be_trained_on_for_longer() {
     succeed(place.nibble(&["train", "--out", "short", "--resume", "--max-steps", "9"]));
     let adapter = |out: &str| place.read(&format!("{out}/adapter_model.safetensors"));
     assert!(adapter("long") == adapter("short"));
+}
+
+/// As transformers does: from there on with the rates of the longer run.
+#[test]
+fn a_finished_run_can_be_made_longer() {
+    let place = Workplace::new();
+    let flags = ["--lr-scheduler-type", "linear", "--warmup-ratio", "0.25", "--max-steps"];
+    let train = |out: &str, steps: &str| {
+        succeed(place.train(out, &[&flags[..], &[steps]].concat()));
+    };
+    train("whole", "8");
+    train("run", "4");
+    let rates = |out: &str| -> Vec<f64> {
+        let log = String::from_utf8(place.read(&format!("{out}/metrics.jsonl"))).unwrap();
+        let events = log.lines().map(|line| serde_json::from_str::<Value>(line).unwrap());
+        let steps = events.filter(|event| event["event"] == "step");
+        steps.map(|event| event["learning_rate"].as_f64().unwrap()).collect()
+    };
+    let short = rates("run");
+    let again = ["train", "--out", "run", "--resume"];
+    let nothing = stderr(&succeed(place.nibble(&again)));
+    assert!(nothing.contains("to train on, give more `--num-train-epochs`"), "{nothing}");
+    let longer = [&again[..], &["--max-steps", "8"]].concat();
+    let said = stderr(&succeed(place.nibble(&longer)));
+    let note = "8 steps instead of 4: the learning rate goes on at 1.33e-4, as in a run of that length, \
+                not at 0.00e0";
+    assert!(said.contains(note), "{said}");
+    assert_eq!(rates("run"), [&short[..], &rates("whole")[4..]].concat());
+    // Shorter than it is: nothing is left.
+    let (code, text) = fail(place.nibble(&[&longer[..], &["--seed", "1"]].concat()));
+    assert!(code == 2 && text.contains("seed was 42, now 1"), "{code}: {text}");
+    let done = succeed(place.nibble(&[&again[..], &["--max-steps", "6"]].concat()));
+    assert!(String::from_utf8(done.stdout).unwrap().contains("finished at step 8"));
 }
 
 #[test]

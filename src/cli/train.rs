@@ -301,7 +301,8 @@ pub struct OutputArgs {
     /// Checkpoints that are kept; the best one is kept besides
     #[arg(long, value_name = "CHECKPOINTS", default_value = "2", value_parser = numbers::at_least_one)]
     pub save_total_limit: NonZeroUsize,
-    /// Continue the run in `--out` from its newest intact checkpoint, with its settings
+    /// Continue the run in `--out` from its newest intact checkpoint, with its settings; with more
+    /// `--num-train-epochs` or `--max-steps` also one that is finished
     #[arg(long)]
     pub resume: bool,
 }

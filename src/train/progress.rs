@@ -5,7 +5,7 @@ use std::io::IsTerminal;
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::events::{EvalEvent, OutOfMemoryEvent, SampleEvent, SaveEvent, StepEvent};
-use super::start::Start;
+use super::start::{OtherLength, Start};
 use crate::cli::size::ByteSize;
 use crate::report::figures::clock;
 
@@ -43,6 +43,18 @@ impl Progress {
         self.max_steps = start.state.max_steps;
         if start.rounding_differs {
             self.note("another machine or another plan rounds differently: the run continues, but not bit for bit");
+        }
+        if let Some(OtherLength { max_steps: [was, now], rates: [rate_was, rate] }) =
+            start.other_length
+        {
+            let mut text = format!("{now} steps instead of {was}");
+            if rate != rate_was {
+                text += &format!(
+                    ": the learning rate goes on at {rate:.2e}, as in a run of that length, not at \
+                     {rate_was:.2e}"
+                );
+            }
+            self.note(&text);
         }
         if let Output::Live(bar) = &self.output {
             bar.set_length(self.max_steps);

@@ -8,10 +8,10 @@ pub type SettingsEcho = BTreeMap<String, Vec<String>>;
 /// All settings of a run, in its output folder; a file for `--config`.
 pub const SETTINGS_FILE: &str = "settings.toml";
 
-/// Settings that decide where, how fast and how closely watched a run is, but not its numbers. The
-/// contents of model and data, as a chat template writes them, are compared by themselves, so their
-/// paths may change.
-const NEUTRAL: [&str; 21] = [
+/// Settings that decide where, how fast, how closely watched and how long a run is, but not the numbers of
+/// the steps that it has made. The contents of model and data, as a chat template writes them, are compared
+/// by themselves, so their paths may change.
+const NEUTRAL: [&str; 23] = [
     "activations",
     "chat_template",
     "data",
@@ -21,8 +21,10 @@ const NEUTRAL: [&str; 21] = [
     "eval_steps",
     "load_best_model_at_end",
     "logging_steps",
+    "max_steps",
     "memory_budget",
     "model",
+    "num_train_epochs",
     "out",
     "rename_columns",
     "sample_max_new_tokens",
@@ -47,18 +49,13 @@ pub const TEXTS: [&str; 8] = [
     "sample_prompt",
 ];
 
-/// Settings that only say how long the run is; neutral where the learning rate does not fall.
-const LENGTH: [&str; 2] = ["max_steps", "num_train_epochs"];
-
 /// What a setting is on a CPU where it is not set: on a GPU there is but one value.
 const NOT_SET: [(&str, &str); 1] = [("bf16", "false")];
 
 /// What differs between two runs and changes their numbers, as `name was a, now b`.
-/// `length_is_neutral` if the learning rate does not depend on the length of the run.
-pub fn changes(was: &SettingsEcho, now: &SettingsEcho, length_is_neutral: bool) -> Vec<String> {
+pub fn changes(was: &SettingsEcho, now: &SettingsEcho) -> Vec<String> {
     let names: std::collections::BTreeSet<&String> = was.keys().chain(now.keys()).collect();
-    let neutral =
-        |name: &str| NEUTRAL.contains(&name) || (length_is_neutral && LENGTH.contains(&name));
+    let neutral = |name: &str| NEUTRAL.contains(&name);
     let show = |values: Option<&Vec<String>>| match values {
         Some(values) => values.join(","),
         None => "not set".to_string(),
@@ -135,9 +132,9 @@ mod tests {
     #[test]
     fn what_is_set_to_what_it_is_anyway_is_no_change() {
         let (unset, off, on) = (echo(&[]), echo(&[("bf16", "false")]), echo(&[("bf16", "true")]));
-        assert_eq!(changes(&unset, &off, false), [""; 0]);
-        assert_eq!(changes(&off, &unset, false), [""; 0]);
-        assert_eq!(changes(&unset, &on, false), ["bf16 was not set, now true"]);
+        assert_eq!(changes(&unset, &off), [""; 0]);
+        assert_eq!(changes(&off, &unset), [""; 0]);
+        assert_eq!(changes(&unset, &on), ["bf16 was not set, now true"]);
     }
 
     #[test]
@@ -145,10 +142,7 @@ mod tests {
         let was =
             echo(&[("learning_rate", "2e-4"), ("seed", "42"), ("threads", "2"), ("out", "a")]);
         let now = echo(&[("learning_rate", "0.0002"), ("seed", "1"), ("out", "b"), ("x", "1")]);
-        assert_eq!(changes(&was, &now, false), ["seed was 42, now 1", "x was not set, now 1"]);
-        let (short, long) = (echo(&[("max_steps", "5")]), echo(&[("max_steps", "9")]));
-        assert_eq!(changes(&short, &long, false), ["max_steps was 5, now 9"]);
-        assert!(changes(&short, &long, true).is_empty());
+        assert_eq!(changes(&was, &now), ["seed was 42, now 1", "x was not set, now 1"]);
     }
 
     #[test]

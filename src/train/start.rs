@@ -8,7 +8,6 @@ use super::events::{Event, StartEvent};
 use super::feed::Feed;
 use super::optimizer_file;
 use super::recipe::Recipe;
-use super::schedule::SchedulerType;
 use super::settings;
 use super::state::{Identity, TrainState};
 use super::trainee::Trainee;
@@ -25,6 +24,18 @@ pub struct Start {
     pub checks: FirstSteps,
     /// Whether another machine computes it now, with other rounding.
     pub rounding_differs: bool,
+    /// Whether it ends elsewhere than it was to.
+    pub other_length: Option<OtherLength>,
+}
+
+/// How a resumed run goes on that is to be longer or shorter than before: from its next step on with the
+/// learning rates of a run of that length, as transformers does.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct OtherLength {
+    /// Steps of the run, before and now.
+    pub max_steps: [u64; 2],
+    /// Learning rate of its next step, before and now.
+    pub rates: [f64; 2],
 }
 
 /// Whether the adapter was just made: its B is zero.
@@ -57,17 +68,19 @@ pub fn begin<M: Trainee>(
     let Some(found) = found else {
         let checks = if fresh { FirstSteps::default() } else { FirstSteps::done() };
         let state = TrainState::new(identity, max_steps);
-        return Ok(Start { state, checks, rounding_differs: false });
+        return Ok(Start { state, checks, rounding_differs: false, other_length: None });
     };
     let saved = found.event();
     let Found { folder, mut state } = found;
-    compare(recipe, &state.identity, &identity)?;
+    compare(&state.identity, &identity)?;
     state.history.push(Event::Save(saved));
     let was = std::mem::replace(&mut state.identity, identity);
     let rounding_differs = was.base_loss.to_bits() != state.identity.base_loss.to_bits();
-    state.max_steps = max_steps;
+    let max_steps = [std::mem::replace(&mut state.max_steps, max_steps), max_steps];
+    let rates = max_steps.map(|max_steps| recipe.schedule(max_steps).rate(state.step));
+    let other_length = (max_steps[0] != max_steps[1]).then_some(OtherLength { max_steps, rates });
     optimizer_file::read(model, &folder)?;
-    Ok(Start { state, checks: FirstSteps::done(), rounding_differs })
+    Ok(Start { state, checks: FirstSteps::done(), rounding_differs, other_length })
 }
 
 /// The first event of the run's logs.
@@ -95,8 +108,8 @@ pub fn start_event(state: &TrainState, recipe: &Recipe, feed: &Feed, model: &Pat
 ///
 /// # Errors
 /// `Usage` or `Input` naming what differs.
-pub fn compare(recipe: &Recipe, was: &Identity, now: &Identity) -> Result<()> {
-    let changes = settings::changes(&was.settings, &now.settings, rate_is_constant(recipe));
+pub fn compare(was: &Identity, now: &Identity) -> Result<()> {
+    let changes = settings::changes(&was.settings, &now.settings);
     if !changes.is_empty() {
         return Err(Error::usage(format_args!(
             "`--resume` with other settings would not continue the same run: {}",
@@ -120,15 +133,4 @@ pub fn compare(recipe: &Recipe, was: &Identity, now: &Identity) -> Result<()> {
         return Err(different(&what.to_string()));
     }
     Ok(())
-}
-
-/// Whether a longer run has the same learning rates up to here.
-fn rate_is_constant(recipe: &Recipe) -> bool {
-    match recipe.scheduler_type {
-        SchedulerType::Constant => true,
-        SchedulerType::ConstantWithWarmup => {
-            matches!(recipe.warmup, super::schedule::Warmup::Steps(_))
-        }
-        _ => false,
-    }
 }

@@ -121,7 +121,7 @@ fn evaluation_data_with_all_labels_masked() {
 fn a_data_file_that_is_not_there() {
     let place = Workplace::new();
     fs::remove_file(place.path("train.jsonl")).unwrap();
-    assert_not_trained(&place, 1, &[], &["train.jsonl", "No such file"]);
+    assert_not_trained(&place, 1, &[], &["train.jsonl", "(os error 2)"]);
 }
 
 #[test]

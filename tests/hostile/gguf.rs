@@ -206,5 +206,5 @@ fn a_tokenizer_that_is_missing_or_damaged() {
 fn a_path_that_is_not_there() {
     let place = Workplace::new();
     let command = place.nibble(&["quantize", "--model", "no.gguf", "--out", "out"]);
-    assert_refused(&place, command, 1, &["no.gguf", "No such file", "hint: is the path right?"]);
+    assert_refused(&place, command, 1, &["no.gguf", "(os error 2)", "hint: is the path right?"]);
 }

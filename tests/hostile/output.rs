@@ -42,6 +42,7 @@ fn an_output_path_that_is_a_file() {
     assert_refused(&place, command, 2, &["eval.jsonl"]);
 }
 
+#[cfg(unix)]
 #[test]
 fn a_disk_that_is_full_while_quantizing() {
     let place = Workplace::new();

@@ -14,6 +14,7 @@ pub fn assert_refused(place: &Workplace, command: Command, code: i32, says: &[&s
     let before = contents(&place.path(""));
     let (got, text) = fail(command);
     assert_eq!(got, code, "{text}");
+    let text = text.replace('\\', "/");
     for part in ["error: ", "hint: "].iter().chain(says) {
         assert!(text.contains(part), "no `{part}` in:\n{text}");
     }

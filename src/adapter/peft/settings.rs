@@ -79,7 +79,7 @@ const BASE_CHANGING: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"]
 fn not_an_adapter(dir: &Path, path: &Path, error: std::io::Error) -> Error {
     let shown = dir.display();
     let what = match error.kind() {
-        ErrorKind::NotADirectory => format!("{shown} is a file, not an adapter's folder"),
+        _ if dir.is_file() => format!("{shown} is a file, not an adapter's folder"),
         ErrorKind::NotFound if !dir.exists() => format!("{shown} does not exist"),
         ErrorKind::NotFound if dir.join("config.json").exists() => {
             format!("{shown} is a model, not an adapter")

@@ -67,7 +67,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let identity = identity(args, &data);
     let max_steps = recipe.max_steps(data.feed.num_batches());
     if let Some(step) = output.finished(max_steps) {
-        return nothing_left(args, &recipe, &output, &identity, step);
+        return nothing_left(args, &output, &identity, step);
     }
     warn(&base, &recipe, max_steps, &progress);
     let memory = memory::plan(args, &base, &adapter, &data, &kernels, &progress)?;
@@ -137,16 +137,18 @@ fn warn(base: &Base, recipe: &Recipe, max_steps: u64, progress: &Progress) {
 /// A finished run has nothing to resume; its files stay as they are.
 fn nothing_left(
     args: &TrainArgs,
-    recipe: &Recipe,
     output: &Output,
     identity: &Identity,
-    step: u64,
+    (step, reason): (u64, EndReason),
 ) -> Result<()> {
     if let Some(found) = &output.found {
-        start::compare(recipe, &found.state.identity, identity)?;
+        start::compare(&found.state.identity, identity)?;
     }
     let out = args.output.out.display();
     println!("{out}: finished at step {step}; nothing is left to resume");
+    if reason == EndReason::Finished {
+        eprintln!("to train on, give more `--num-train-epochs` or `--max-steps`;");
+    }
     eprintln!("to train its adapter further, give `--init-adapter {out}` and another `--out`");
     Ok(())
 }

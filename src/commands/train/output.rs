@@ -79,8 +79,8 @@ impl Output {
         Ok(output)
     }
 
-    /// The last step of a run of `max_steps` that came to its end, if this is one.
-    pub fn finished(&self, max_steps: u64) -> Option<u64> {
+    /// The last step of a run of `max_steps` that came to its end, if this is one, and why it did.
+    pub fn finished(&self, max_steps: u64) -> Option<(u64, EndReason)> {
         let step = self.found.as_ref()?.state.step;
         let end = metrics::last_end(&self.folder.join(METRICS_FILE))?;
         let is_over = match end.reason {
@@ -88,7 +88,8 @@ impl Output {
             EndReason::EarlyStopping => true,
             EndReason::Interrupted => false,
         };
-        (is_over && end.step == step && self.folder.join(TENSORS_FILE).exists()).then_some(step)
+        let is_over = is_over && end.step == step && self.folder.join(TENSORS_FILE).exists();
+        is_over.then_some((step, end.reason))
     }
 
     /// Whether the disk has room for checkpoints of `bytes`.
