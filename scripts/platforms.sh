@@ -25,15 +25,19 @@ fetch_zig() {
     local partial=$tools.$$
     mkdir -p "$partial"
     python3 -m pip install --quiet --no-deps --no-compile --disable-pip-version-check \
-        --root-user-action=ignore --target "$partial" "$zig_package" || return
+        --root-user-action=ignore --target "$partial" "$zig_package" || {
+        rm -rf "$partial"
+        return 1
+    }
     rm -rf "$tools"
     mv "$partial" "$tools"
 }
 
 # A C compiler in the manner that the build scripts of dependencies call one: without their names of the
-# target, which zig does not know.
-write_compiler() { # FILE ZIG_TARGET
-    cat >"$1" <<END
+# target, which zig does not know. It stays where it is, as what it compiled is compiled again elsewhere.
+write_tools() { # FOLDER ZIG_TARGET
+    mkdir -p "$1"
+    cat >"$1/cc" <<END
 #!/usr/bin/env bash
 arguments=()
 while [ \$# -gt 0 ]; do
@@ -46,7 +50,11 @@ while [ \$# -gt 0 ]; do
 done
 PYTHONPATH='$tools' exec python3 -m ziglang cc -target $2 "\${arguments[@]}"
 END
-    chmod +x "$1"
+    cat >"$1/ar" <<END
+#!/bin/sh
+PYTHONPATH='$tools' exec python3 -m ziglang ar "\$@"
+END
+    chmod +x "$1/cc" "$1/ar"
 }
 
 zig_target() { # TARGET
@@ -59,14 +67,11 @@ zig_target() { # TARGET
 
 command -v rustup >/dev/null || skip "rustup is not installed"
 fetch_zig || skip "zig cannot be fetched from the package registry"
-work=$(mktemp -d)
-trap 'rm -rf "$work"' EXIT
-printf '#!/bin/sh\nPYTHONPATH=%s exec python3 -m ziglang ar "$@"\n' "'$tools'" >"$work/ar"
-chmod +x "$work/ar"
 for target in "${targets[@]}"; do
     rustup --quiet target add "$target" || skip "rustup has no $target to give"
-    write_compiler "$work/cc" "$(zig_target "$target")"
+    cargo fetch --quiet --locked --target "$target" || skip "crates for $target cannot be fetched"
+    write_tools "$tools/$target" "$(zig_target "$target")"
     name=${target//-/_}
-    env "CC_$name=$work/cc" "AR_$name=$work/ar" \
+    env "CC_$name=$tools/$target/cc" "AR_$name=$tools/$target/ar" \
         cargo clippy --release --workspace --all-targets --locked --target "$target" -- -D warnings
 done

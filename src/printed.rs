@@ -48,8 +48,8 @@ macro_rules! eprintln {
 /// From now on `nibble … | head` ends as other programs do, quietly: Rust ignores SIGPIPE.
 pub fn end_with_reader() {
     let ends = ENDS_WITH_READER.get_or_init(|| Arc::new(AtomicBool::new(true)));
-    // Where it is refused, and on Windows, which has no such signal, printing fails loudly: no reason to
-    // stop here.
+    // Where it is refused, printing fails loudly: no reason to stop here. Windows has no such signal: work
+    // goes on to its end, and is quiet.
     #[cfg(unix)]
     {
         use signal_hook::{consts::SIGPIPE, flag::register_conditional_default};

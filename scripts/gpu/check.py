@@ -53,6 +53,7 @@ class Check:
         return Path(tempfile.mkdtemp(prefix="gpu_check-", dir=memory))
 
     def environment(self) -> dict[str, str]:
+        # Whether the driver makes it is not documented, and without it each program compiles the kernels anew.
         cache = self.folder / "cuda-cache"
         cache.mkdir(exist_ok=True)
         own = {"CUDA_CACHE_PATH": str(cache), "RUST_BACKTRACE": "0"}

@@ -4,8 +4,10 @@
 //! makes it visible. What an interrupted run left under the temporary name is removed by the next.
 
 use std::fs::{self, File};
-use std::io::Write;
+use std::io::{ErrorKind, Write};
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
 
 use crate::error::{Error, Result};
 
@@ -49,7 +51,8 @@ impl AtomicDir {
         &self.temporary
     }
 
-    /// Flushes all files and renames the folder into place.
+    /// Flushes all files and renames the folder into place. What it replaces is removed, or stays beside it,
+    /// hidden and told of, where the system refuses.
     ///
     /// # Errors
     /// `Io`; the destination is then as it was.
@@ -66,11 +69,16 @@ impl AtomicDir {
             let _ = fs::remove_dir_all(&old);
             rename(&self.destination, &old)?;
         }
-        rename(&self.temporary, &self.destination)?;
+        if let Err(error) = rename(&self.temporary, &self.destination) {
+            if replaces {
+                rename(&old, &self.destination)?;
+            }
+            return Err(error);
+        }
         self.committed = true;
         sync_folder(&parent(&self.destination))?;
-        if replaces {
-            fs::remove_dir_all(&old).map_err(|e| Error::io("remove", &old, e))?;
+        if replaces && let Err(error) = fs::remove_dir_all(&old) {
+            eprintln!("warning: {} was replaced and cannot be removed: {error}", old.display());
         }
         Ok(())
     }
@@ -167,8 +175,23 @@ fn replaced_name(destination: &Path) -> PathBuf {
     parent(destination).join(format!(".{name}.replaced"))
 }
 
-fn rename(from: &Path, to: &Path) -> Result<()> {
-    fs::rename(from, to).map_err(|e| Error::io("rename to", to, e))
+/// Renames a file or a folder. Windows refuses while somebody has a file in it open, such as a scanner of
+/// what was just written: there it is tried again for a while.
+///
+/// # Errors
+/// `Io`.
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    const TRIES: usize = if cfg!(windows) { 50 } else { 1 };
+    const PAUSE: Duration = Duration::from_millis(100);
+    let mut tries = (1..=TRIES).map(|number| (number, fs::rename(from, to)));
+    let renamed = tries.find_map(|(number, renamed)| match renamed {
+        Err(error) if error.kind() == ErrorKind::PermissionDenied && number < TRIES => {
+            sleep(PAUSE);
+            None
+        }
+        done => Some(done),
+    });
+    renamed.expect("there is a last try").map_err(|e| Error::io("rename to", to, e))
 }
 
 /// The folder that a path is in.
@@ -187,7 +210,7 @@ fn sync(path: &Path) -> Result<()> {
         .map_err(|e| Error::io("flush", path, e))
 }
 
-/// The names in a folder; Windows has no such thing.
+/// The names in a folder; on Windows that is left to the system.
 fn sync_folder(path: &Path) -> Result<()> {
     if cfg!(windows) { Ok(()) } else { sync(path) }
 }

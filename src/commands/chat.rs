@@ -23,7 +23,7 @@ const HELP: &str = "\
 /base              answer without an adapter
 /reset             forget the conversation
 /system TEXT       new system message; forgets the conversation
-/exit              end; so does Ctrl-D
+/exit              end; so does Ctrl-D, on Windows Ctrl-Z and Enter
 Ctrl-C ends an answer";
 
 const COMMANDS: [&str; 7] = ["/adapter", "/base", "/reset", "/system", "/exit", "/quit", "/help"];

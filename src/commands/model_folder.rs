@@ -18,7 +18,9 @@ const GENERATION_FILE: &str = "generation_config.json";
 pub fn copy_side_files(model: &Path, tokenizer: &TokenizerFiles, folder: &Path) -> Result<()> {
     let (from, to) = (model.join(GENERATION_FILE), folder.join(GENERATION_FILE));
     if from.exists() {
-        fs::copy(&from, &to).map_err(|e| Error::io("copy to", &to, e))?;
+        // Not `fs::copy`: that the original may not be written is not copied.
+        let text = fs::read(&from).map_err(|e| Error::io("read", &from, e))?;
+        fs::write(&to, text).map_err(|e| Error::io("write", &to, e))?;
     }
     tokenizer.save(folder)
 }

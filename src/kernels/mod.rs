@@ -244,7 +244,8 @@ pub trait Kernels: Storage {
     );
 
     /// Attention of `rows` new tokens that follow `past` cached ones: appends their k and v to
-    /// `cache` `[capacity, 2·kv]` and writes `o [rows, H·head_dim]`.
+    /// `cache` `[capacity, 2·kv]` and writes `o [rows, H·head_dim]`; `lse [rows, H]` is to work in.
+    #[allow(clippy::too_many_arguments)]
     fn attention_cached(
         &self,
         shape: &AttentionShape,
@@ -252,6 +253,7 @@ pub trait Kernels: Storage {
         cache: (&mut Self::Buffer, usize),
         rows: usize,
         o: &mut Self::Buffer,
+        lse: &mut Self::Buffer,
         work: &mut Self::Buffer,
     );
 

@@ -182,7 +182,7 @@ pub fn thin_out(out: &Path, limit: usize, best: Option<u64>) -> Result<()> {
 /// Renames before removing: a checkpoint that is cut off half-way must not look like one.
 fn remove(out: &Path, step: u64) -> Result<()> {
     let (from, to) = (out.join(name(step)), out.join(format!(".{}.removed", name(step))));
-    fs::rename(&from, &to).map_err(|e| Error::io("remove", &from, e))?;
+    atomic::rename(&from, &to)?;
     fs::remove_dir_all(&to).map_err(|e| Error::io("remove", &to, e))
 }
 

@@ -1,5 +1,5 @@
 //! Ctrl-C, SIGTERM and a terminal that is closed: the first asks the run to save and stop, the second
-//! ends it at once.
+//! ends it at once. On Windows a terminal that is closed ends it, too: the newest checkpoint is what is left.
 
 use std::ffi::c_int;
 use std::sync::Arc;

@@ -359,7 +359,10 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         };
         let parts = &self.parts;
         let best = self.state.best.map(|best| best.step);
-        checkpoints::thin_out(parts.out, parts.recipe.saving.total_limit, best)?;
+        let limit = parts.recipe.saving.total_limit;
+        if let Err(error) = checkpoints::thin_out(parts.out, limit, best) {
+            parts.progress.note(&format!("warning: an old checkpoint stays: {error}"));
+        }
         self.saved_step = Some(step);
         parts.progress.save(&event);
         self.record(Event::Save(event))

@@ -44,6 +44,7 @@ fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType, work: usize) -
         region("lse", wide, tokens * shape.num_heads),
         region("d_o", dtype, o),
         region("dqkv", dtype, qkv),
+        region("cache", dtype, tokens * 2 * shape.kv_width()),
         region("work", wide, work),
     ];
     if dtype == RegionType::Bf16 {
@@ -53,6 +54,14 @@ fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType, work: usize) -
         regions.push(region("cuda.dequantized", dtype, 8));
     }
     MemoryPlan { regions, offloaded: Vec::new() }
+}
+
+/// What bf16 holds of normal numbers: both backends see the same.
+fn normal(name: &str, elements: usize, deviation: f32) -> Vec<f32> {
+    let mut values = vec![0.0; elements];
+    Stream::new(5, name).fill_normal(0, deviation, &mut values);
+    values.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
+    values
 }
 
 /// o, log-sum-exp, dqkv.
@@ -68,12 +77,8 @@ fn run<K: Kernels>(
     let names = ["qkv", "o", "lse", "d_o", "dqkv", "work"];
     let [mut qkv, mut o, mut lse, mut d_o, mut dqkv, mut work] =
         names.map(|name| memory.take(name));
-    let fill = |name: &str, elements, deviation, buffer: &mut K::Buffer| {
-        let mut values = vec![0.0; elements];
-        Stream::new(5, name).fill_normal(0, deviation, &mut values);
-        // Both backends see what bf16 holds.
-        values.iter_mut().for_each(|x| *x = half::bf16::from_f32(*x).to_f32());
-        kernels.set_values(&values, buffer, 0);
+    let fill = |name, elements, deviation, buffer: &mut K::Buffer| {
+        kernels.set_values(&normal(name, elements, deviation), buffer, 0);
     };
     fill("qkv", tokens * shape.qkv_width(), 1.5, &mut qkv);
     fill("d_o", tokens * shape.q_width(), 1.0, &mut d_o);
@@ -127,6 +132,44 @@ fn flash_kernels_agree_with_the_exact_path() {
         assert!(auto == flash && flash != exact, "auto is flash where it can be");
         assert_near(&flash, &exact, [5e-3, 1e-4, 1e-2], &format!("flash and exact {shape:?}"));
         assert!(planned_work(&shape, Exact) > planned_work(&shape, Flash));
+    }
+}
+
+/// o of one document whose tokens come in pieces, behind those that are cached.
+fn run_in_pieces<K: Kernels>(
+    kernels: &K,
+    shape: &AttentionShape,
+    dtype: RegionType,
+    pieces: &[usize],
+) -> Vec<f32> {
+    let tokens = pieces.iter().sum();
+    let mut memory = kernels.allocate(&plan(shape, tokens, dtype, 1 << 22)).unwrap();
+    let [mut qkv, mut o, mut lse, mut cache, mut work] =
+        ["qkv", "o", "lse", "cache", "work"].map(|name| memory.take(name));
+    let values = normal("qkv", tokens * shape.qkv_width(), 1.5);
+    let (mut past, mut all) = (0, Vec::new());
+    for &rows in pieces {
+        let own = &values[past * shape.qkv_width()..][..rows * shape.qkv_width()];
+        kernels.set_values(own, &mut qkv, 0);
+        let cached = (&mut cache, past);
+        kernels.attention_cached(shape, &qkv, cached, rows, &mut o, &mut lse, &mut work);
+        all.extend_from_slice(&kernels.values(&o, 0..rows * shape.q_width()).unwrap());
+        past += rows;
+    }
+    all
+}
+
+/// By the flash kernels where a piece is long and they have the width, by the other one elsewhere.
+#[test]
+fn pieces_of_a_prompt_attend_to_what_is_cached() {
+    let Some(gpu) = gpu() else { return };
+    let pieces = [70, 1, 1, 9, 3, 64];
+    for (head_dim, window) in [(64, None), (128, Some(29)), (256, None), (40, Some(29))] {
+        let shape = shape(head_dim, window);
+        let device = run_in_pieces(&gpu, &shape, RegionType::Bf16, &pieces);
+        let host = run_in_pieces(&Cpu::default(), &shape, RegionType::F32, &pieces);
+        let error = error_in_norm(&device, &host);
+        assert!(error < 5e-3, "{head_dim} {window:?}: off by {error:e}");
     }
 }
 

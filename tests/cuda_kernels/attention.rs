@@ -123,6 +123,8 @@ fn decoding_attends_to_the_cache() {
             (3, 50, 6, 2, 96, 0, 10.0),
             (2, 131, 4, 4, 40, 33, 0.0),
             (1, 5, 2, 1, 256, 4, 0.0),
+            (1, 700, 2, 1, 128, 0, 0.0),
+            (2, 30, 2, 1, 36, 0, 0.0),
         ] {
             let (q_width, kv_width) = (heads * head_dim, kv_heads * head_dim);
             let capacity = past + rows + 4;
@@ -130,7 +132,7 @@ fn decoding_attends_to_the_cache() {
             let cache = normal_bf16(capacity * 2 * kv_width, "cache");
             let mut o = vec![POISON; rows * q_width];
             let scale = 1.0 / (head_dim as f32).sqrt();
-            launch!(device, "attention_decode", [rows as u32, heads as u32, 1], 128; &q[..],
+            launch!(device, "attention_decode", [rows as u32, heads as u32, 1], 256; &q[..],
                 q_width as i32, &cache[..], &cache[kv_width..], 2 * kv_width as i32, &mut o[..],
                 q_width as i32, heads as i32, kv_heads as i32, head_dim as i32, past as i32, window,
                 scale, cap);

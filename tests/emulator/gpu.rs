@@ -112,7 +112,7 @@ impl Gpu {
             MAX_DYNAMIC_SHARED,
             shared
         );
-        let copies: Vec<Copy> =
+        let copies: Vec<Copied> =
             ranges(arguments).into_iter().map(|range| self.upload(range)).collect();
         let mut values: Vec<u64> = Vec::new();
         for argument in arguments.iter() {
@@ -124,7 +124,7 @@ impl Gpu {
                 Argument::Buffer { address, .. } => {
                     let address = address as usize;
                     let here =
-                        |copy: &&Copy| copy.host.start <= address && address <= copy.host.end;
+                        |copy: &&Copied| copy.host.start <= address && address <= copy.host.end;
                     let copy = copies.iter().find(here).expect("every buffer is in a copy");
                     copy.device + (address - copy.host.start) as Address
                 }
@@ -176,7 +176,8 @@ impl Gpu {
             let written = written
                 .filter_map(host_range)
                 .filter(|range| copy.host.start <= range.start && range.end <= copy.host.end);
-            self.download(kernel, copy.clone(), &written.collect::<Vec<_>>());
+            let written: Vec<_> = written.collect();
+            self.download(kernel, copy, &written);
         }
     }
 
@@ -185,7 +186,7 @@ impl Gpu {
     }
 
     /// A copy of some memory of the host between two guards.
-    fn upload(&self, host: Range<usize>) -> Copy {
+    fn upload(&self, host: Range<usize>) -> Copied {
         let lead = lead(&host);
         let mut image = vec![0xffu8; lead + host.len() + GUARD];
         // SAFETY: arguments were made of slices that fill the range.
@@ -204,12 +205,12 @@ impl Gpu {
             self.stream as Handle
         );
         self.wait();
-        Copy { host, device: copy + lead as Address }
+        Copied { host, device: copy + lead as Address }
     }
 
     /// Frees a copy; its guards must be whole, and what is not in one of the ranges that were to be written
     /// unchanged.
-    fn download(&self, kernel: &str, Copy { host, device }: Copy, written: &[Range<usize>]) {
+    fn download(&self, kernel: &str, Copied { host, device }: Copied, written: &[Range<usize>]) {
         let (lead, bytes) = (lead(&host), host.len());
         let start = device - lead as Address;
         let mut image = vec![0u8; lead + bytes + GUARD];
@@ -241,8 +242,7 @@ impl Gpu {
 }
 
 /// Memory of the host, and where it is on the device.
-#[derive(Clone)]
-struct Copy {
+struct Copied {
     host: Range<usize>,
     device: Address,
 }

@@ -31,13 +31,11 @@ pub struct Output {
 /// A run that found a mistake before it began leaves nothing behind.
 impl Drop for Output {
     fn drop(&mut self) {
-        if cfg!(windows) {
-            // A file that is open keeps its folder there.
-            self.lock = None;
-        }
         if is_empty(&self.folder) {
             // What cannot be removed does no harm: `is_empty` passes over it.
             let _ = fs::remove_file(self.folder.join(LOCK_FILE));
+            // On Windows a file that is removed may stay in its folder while it is open.
+            self.lock = None;
             if self.is_new {
                 let _ = fs::remove_dir(&self.folder);
             }
@@ -141,7 +139,9 @@ fn free_disk_bytes(folder: &Path) -> Option<u64> {
 
     use windows_sys::Win32::Storage::FileSystem::GetDiskFreeSpaceExW;
 
-    let name: Vec<u16> = folder.as_os_str().encode_wide().chain([0]).collect();
+    // Names of shares need the last separator.
+    let end = [u16::from(b'\\'), 0];
+    let name: Vec<u16> = folder.as_os_str().encode_wide().chain(end).collect();
     let mut free = 0;
     // SAFETY: the name ends with a zero; what is not asked for may be null.
     let known = unsafe { GetDiskFreeSpaceExW(name.as_ptr(), &mut free, null_mut(), null_mut()) };

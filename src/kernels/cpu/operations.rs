@@ -275,6 +275,7 @@ impl Kernels for Cpu {
         (cache, past): (&mut Buffer<f32>, usize),
         rows: usize,
         o: &mut Buffer<f32>,
+        _lse: &mut Buffer<f32>,
         work: &mut Buffer<f32>,
     ) {
         let qkv = &qkv[..rows * shape.qkv_width()];

@@ -110,9 +110,8 @@ impl Gemm {
         let Gemm { shape: [m, n, k], a, b, c, .. } = *self;
         let of_m = [(!a.transposed).then_some(a.stride), Some(c.stride)];
         let of_k = [a.transposed.then_some(a.stride), (!b.transposed).then_some(b.stride)];
-        let whole = self.batches > 1;
-        let height = if whole { m } else { rows_within(m, of_m, most) };
-        let depth = if whole { k } else { rows_within(k, of_k, most) };
+        let most = if self.batches > 1 { usize::MAX } else { most };
+        let (height, depth) = (rows_within(m, of_m, most), rows_within(k, of_k, most));
         let pairs = (0..m)
             .step_by(height)
             .flat_map(move |row| (0..k).step_by(depth).map(move |inner| (row, inner)));
@@ -142,6 +141,7 @@ impl Operand {
 
 /// Of `all` rows, as many as span at most `most` elements of every matrix that has them.
 fn rows_within(all: usize, strides: [Option<usize>; 2], most: usize) -> usize {
+    /// Then pieces begin on 16 bytes, as tensor cores like them.
     const ALIGNED_ROWS: usize = 8;
     let longest = strides.into_iter().flatten().max().unwrap_or(0);
     if all * longest <= most {

@@ -23,6 +23,8 @@ const ERROR_INVALID_PTX: c_int = 218;
 const ERROR_JIT_COMPILER_NOT_FOUND: c_int = 221;
 const ERROR_UNSUPPORTED_PTX_VERSION: c_int = 222;
 const ERROR_ILLEGAL_ADDRESS: c_int = 700;
+const ERROR_LAUNCH_TIMEOUT: c_int = 702;
+const ERROR_HARDWARE_STACK: c_int = 714;
 const ERROR_LAUNCH_FAILED: c_int = 719;
 
 /// What the libraries hand out: contexts, streams, events, modules, functions.
@@ -134,7 +136,11 @@ impl Cuda {
                 "the driver's libnvidia-ptxjitcompiler is missing: in a container, set \
                  NVIDIA_DRIVER_CAPABILITIES=compute,utility",
             ),
-            ERROR_ILLEGAL_ADDRESS..=ERROR_LAUNCH_FAILED => Error::gpu(what).hint(
+            ERROR_LAUNCH_TIMEOUT => Error::gpu(what).hint(
+                "the system ends kernels that hold up the screen for seconds: use a GPU that shows \
+                 none, or raise the driver's limit (TdrDelay on Windows)",
+            ),
+            ERROR_ILLEGAL_ADDRESS | ERROR_HARDWARE_STACK..=ERROR_LAUNCH_FAILED => Error::gpu(what).hint(
                 "a kernel before may have gone wrong: with `CUDA_LAUNCH_BLOCKING=1` it is named; \
                  please report it",
             ),

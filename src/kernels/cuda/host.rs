@@ -12,7 +12,6 @@ use super::memory::{Allocation, Buffer};
 use super::staging::Documents;
 use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
-use crate::kernels::TokenLayout;
 use crate::plan::RegionType;
 
 /// A frozen f32 vector.
@@ -40,8 +39,8 @@ impl<D: Driver> Cuda<D> {
     }
 
     /// Boundaries and tiles of documents on the device.
-    pub(super) fn stage_documents(&self, layout: &TokenLayout) -> Option<Documents> {
-        self.through_staging(|staging| staging.documents(&layout.boundaries))
+    pub(super) fn stage_documents(&self, boundaries: &[usize], past: usize) -> Option<Documents> {
+        self.through_staging(|staging| staging.documents(boundaries, past))
     }
 }
 

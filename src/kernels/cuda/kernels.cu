@@ -455,9 +455,9 @@ attention_delta(const bfloat16* d_o, int d_o_stride, const bfloat16* o, int o_st
 // Attention of new tokens to the cache: row r of q (and o) is token past + r, which sees cached rows
 // ..= past + r (within window). q row: heads·head_dim from its first element on. keys, values:
 // row 0 of the cache, head kv at column kv·head_dim, cache_stride apart. head_dim ≤ 256.
-// Grid (rows, heads), exactly 128 threads. Kernels::attention_cached, after the cache was appended
+// Grid (rows, heads), exactly 256 threads. Kernels::attention_cached, after the cache was appended
 // to with scale_rows_bf16.
-extern "C" __global__ void __launch_bounds__(128)
+extern "C" __global__ void __launch_bounds__(256, 4)
 attention_decode(const bfloat16* q, int q_stride, const bfloat16* keys, const bfloat16* values,
                  int cache_stride, bfloat16* o, int o_stride, int heads, int kv_heads,
                  int head_dim, int past, int window, float scale, float soft_cap) {

@@ -251,9 +251,10 @@ impl<D: Driver> Kernels for Cuda<D> {
         (cache, past): (&mut Buffer<D>, usize),
         rows: usize,
         o: &mut Buffer<D>,
+        lse: &mut Buffer<D>,
         _work: &mut Buffer<D>,
     ) {
-        attention::cached(self, shape, qkv, (cache, past), o, rows);
+        attention::cached(self, shape, qkv, (cache, past), (o, lse), rows);
     }
 
     fn attention_backward(

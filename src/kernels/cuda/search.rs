@@ -121,8 +121,25 @@ fn beside(path: &Path, part: &str, instead: &str) -> Option<PathBuf> {
 
 fn load(path: &OsStr) -> Option<&'static Library> {
     // SAFETY: NVIDIA's libraries may be opened at any time; their initialisers touch nothing of ours.
-    let library = unsafe { Library::new(path) }.ok()?;
+    let library = unsafe { open_library(path) }.ok()?;
     Some(Box::leak(Box::new(library)))
+}
+
+#[cfg(not(windows))]
+unsafe fn open_library(path: &OsStr) -> std::result::Result<Library, libloading::Error> {
+    // SAFETY: the caller's.
+    unsafe { Library::new(path) }
+}
+
+/// The driver is the system's: not what a file of its name in the folder at work says. Others are where
+/// `PATH` has them, too.
+#[cfg(windows)]
+unsafe fn open_library(path: &OsStr) -> std::result::Result<Library, libloading::Error> {
+    use libloading::os::windows::{LOAD_LIBRARY_SEARCH_SYSTEM32, Library as Windows};
+    let is_system = DRIVER.names.iter().any(|(name, _)| path == *name);
+    let flags = if is_system { LOAD_LIBRARY_SEARCH_SYSTEM32 } else { 0 };
+    // SAFETY: the caller's.
+    unsafe { Windows::load_with_flags(path, flags) }.map(Library::from)
 }
 
 /// Where libraries lie on this system.
@@ -133,7 +150,8 @@ struct Places {
     /// Folders of Python's packages, as patterns, and in Python's own.
     packages: &'static [&'static str],
     prefix: &'static str,
-    python: &'static str,
+    /// Names of Python.
+    pythons: &'static [&'static str],
 }
 
 /// CUDA 13 has a folder for each kind of processor on Windows; PyTorch's packages bring libraries there.
@@ -143,7 +161,7 @@ const PLACES: Places = if cfg!(windows) {
         conda: &["Library/bin/x64", "Library/bin"],
         packages: &["nvidia/*/bin/x86_64", "nvidia/*/bin", "torch/lib"],
         prefix: "Library/bin",
-        python: "python",
+        pythons: &["python", "py"],
     }
 } else {
     Places {
@@ -151,7 +169,7 @@ const PLACES: Places = if cfg!(windows) {
         conda: &["lib"],
         packages: &["nvidia/*/lib"],
         prefix: "lib",
-        python: "python3",
+        pythons: &["python3"],
     }
 };
 
@@ -163,7 +181,7 @@ fn further_folders() -> Vec<Option<PathBuf>> {
         for pattern in patterns:\n        \
         [print(folder) for folder in sorted(glob.glob(os.path.join(root, pattern)), reverse=True)]\n\
         print(os.path.join(sys.prefix, own))";
-    let Places { cuda, conda, packages, prefix, python } = PLACES;
+    let Places { cuda, conda, packages, prefix, pythons } = PLACES;
     let named = [("CUDA_HOME", cuda), ("CUDA_PATH", cuda), ("CONDA_PREFIX", conda)];
     let named = named.into_iter().filter_map(|(variable, folders)| {
         let root = PathBuf::from(std::env::var_os(variable)?);
@@ -173,8 +191,13 @@ fn further_folders() -> Vec<Option<PathBuf>> {
     if cfg!(unix) {
         folders.push(Some(PathBuf::from("/usr/local/cuda/lib64")));
     }
-    let output = Command::new(python).args(["-c", SCRIPT]).args(packages).arg(prefix).output();
-    let text = output.map(|output| String::from_utf8_lossy(&output.stdout).into_owned());
-    folders.extend(text.unwrap_or_default().lines().map(|line| Some(PathBuf::from(line))));
+    let ask = |python: &&str| {
+        let mut command = Command::new(python);
+        command.args(["-X", "utf8", "-c", SCRIPT]).args(packages).arg(prefix);
+        command.output().ok().filter(|output| output.status.success())
+    };
+    let output = pythons.iter().find_map(ask).map(|output| output.stdout).unwrap_or_default();
+    let text = String::from_utf8_lossy(&output);
+    folders.extend(text.lines().map(|line| Some(PathBuf::from(line))));
     folders
 }

@@ -15,6 +15,8 @@ use std::sync::Arc;
 pub struct Documents {
     /// Where they begin and end.
     pub boundaries: Address,
+    /// The same of their keys: with those that were cached before.
+    pub key_boundaries: Address,
     /// Document and tile of each block of the flash kernels.
     pub tiles: Address,
     /// How many tiles.
@@ -29,7 +31,7 @@ pub struct Staging<D: Driver> {
     region: Buffer<D>,
     host_used: usize,
     words_used: usize,
-    documents: Option<(Vec<usize>, Documents)>,
+    documents: Option<(Vec<usize>, usize, Documents)>,
 }
 
 // SAFETY: the pointer is to memory of the driver, which any thread may use; `&mut self` is
@@ -58,22 +60,31 @@ impl<D: Driver> Staging<D> {
         (self.host_used, self.words_used, self.documents) = (0, 0, None);
     }
 
-    /// Boundaries and tiles of documents, copied once for all layers of a pass.
-    pub fn documents(&mut self, boundaries: &[usize]) -> Result<Documents> {
+    /// Boundaries and tiles of documents, copied once for all layers of a pass; of one document `past`
+    /// keys may have been cached before.
+    pub fn documents(&mut self, boundaries: &[usize], past: usize) -> Result<Documents> {
+        assert!(past == 0 || boundaries.len() == 2, "a cache is one document's");
         match &self.documents {
-            Some((known, documents)) if known == boundaries => return Ok(*documents),
+            Some((known, before, documents)) if known == boundaries && *before == past => {
+                return Ok(*documents);
+            }
             _ => {}
         }
         let tiles = heaviest_first(boundaries);
         // One upload: a second one might wait, and then overwrite the first.
         let mut words: Vec<u32> = boundaries.iter().map(|&token| token as u32).collect();
+        let keys = if past > 0 { words.len() } else { 0 };
+        if past > 0 {
+            words.extend([0, (past + boundaries[1]) as u32]);
+        }
         words.resize(words.len().next_multiple_of(2), 0);
         let first = words.len();
         words.extend(tiles.as_flattened());
         let address = self.upload(&words)?;
         let (tiles, count) = (address + 4 * first as u64, tiles.len());
-        let documents = Documents { boundaries: address, tiles, count };
-        self.documents = Some((boundaries.to_vec(), documents));
+        let key_boundaries = address + 4 * keys as u64;
+        let documents = Documents { boundaries: address, key_boundaries, tiles, count };
+        self.documents = Some((boundaries.to_vec(), past, documents));
         Ok(documents)
     }
 

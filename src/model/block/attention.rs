@@ -42,8 +42,8 @@ impl<K: Kernels> Block<K> {
                 kernels.attention_forward(&self.attention, layout, qkv, o, lse, tiles);
             }
             Some(Cache { keys_values, past }) => {
-                let cache = (keys_values, past);
-                kernels.attention_cached(&self.attention, qkv, cache, rows, o, tiles);
+                let (cache, lse) = ((keys_values, past), &mut saved.lse);
+                kernels.attention_cached(&self.attention, qkv, cache, rows, o, lse, tiles);
             }
         }
         kernels.copy((x, 0), (&mut saved.middle, 0), rows * self.hidden_size);

@@ -109,6 +109,7 @@ impl<K: Kernels> Pass<'_, K> {
     ) {
         let (kernels, parameters, rows) = (self.kernels, self.parameters, self.rows.len());
         let scale = self.adapter_scale();
+        // `linear_row` has the adapter's part in it.
         let together = self.dropout.is_none()
             && !self.single_row
             && kernels.linears_forward(parameters, linears, x, ys, lora_x, pair, rows, scale);

@@ -4,6 +4,7 @@
 use std::path::Path;
 
 use super::Trainer;
+use crate::checkpoint::atomic::rename;
 use crate::error::{Error, Message, Result};
 use crate::ledger::resident;
 use crate::train::checkpoints;
@@ -72,8 +73,7 @@ pub(super) fn publish<M: Trainee>(model: &M, out: &Path) -> Result<()> {
     for entry in entries {
         let entry = entry.map_err(|e| Error::io("list", &temporary, e))?;
         let destination = out.join(entry.file_name());
-        std::fs::rename(entry.path(), &destination)
-            .map_err(|e| Error::io("write", &destination, e))?;
+        rename(&entry.path(), &destination)?;
     }
     std::fs::remove_dir(&temporary).map_err(|e| Error::io("remove", &temporary, e))
 }

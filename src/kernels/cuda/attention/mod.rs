@@ -10,7 +10,7 @@ use clap::ValueEnum;
 use super::Cuda;
 use super::driver::{Argument, Driver};
 use super::launch::{launch, row_threads, rows as row_grid};
-use super::memory::Buffer;
+use super::memory::{Buffer, Rows};
 use crate::error::{Error, Result};
 use crate::kernels::{AttentionShape, TokenLayout};
 use crate::model::spec::ModelSpec;
@@ -161,7 +161,8 @@ pub(super) fn forward<D: Driver>(
     if let Some(flash) = cuda.attention.flash(shape.head_dim) {
         let outputs = [o.argument(), o.stride.into(), Argument::Pointer(lse)];
         let heads = shape.num_heads;
-        return launch_flash(cuda, flash.forward, heads, shape, layout, qkv, &outputs);
+        let sources = Sources::of_tokens(shape, layout, qkv);
+        return launch_flash(cuda, flash.forward, heads, shape, &sources, &outputs);
     }
     let exact = Exact::new(cuda, shape, layout, qkv, work, false);
     for document in layout.boundaries.windows(2) {
@@ -201,13 +202,14 @@ pub(super) fn backward<D: Driver>(
             Argument::Pointer(lse),
             Argument::Pointer(delta),
         ];
+        let sources = Sources::of_tokens(shape, layout, qkv);
         let column = |column: usize| to.column(column).argument();
         let mut keys = gradients.to_vec();
         keys.extend([column(width), column(width + shape.kv_width()), to.stride.into()]);
-        launch_flash(cuda, flash.keys, shape.num_kv_heads, shape, layout, qkv, &keys);
+        launch_flash(cuda, flash.keys, shape.num_kv_heads, shape, &sources, &keys);
         let mut queries = gradients.to_vec();
         queries.extend([column(0), to.stride.into()]);
-        launch_flash(cuda, flash.queries, shape.num_heads, shape, layout, qkv, &queries);
+        launch_flash(cuda, flash.queries, shape.num_heads, shape, &sources, &queries);
     }
     let Some(exact) = exact else { return };
     for document in layout.boundaries.windows(2) {
@@ -217,16 +219,19 @@ pub(super) fn backward<D: Driver>(
     }
 }
 
+/// From so many new tokens on a tile of the flash kernels is worth it.
+const FLASH_ROWS: usize = 8;
+
 /// Appends k and v to the cache and attends to all of it.
 pub(super) fn cached<D: Driver>(
     cuda: &Cuda<D>,
     shape: &AttentionShape,
     qkv: &Buffer<D>,
     (cache, past): (&Buffer<D>, usize),
-    o: &Buffer<D>,
+    (o, lse): (&Buffer<D>, &Buffer<D>),
     rows: usize,
 ) {
-    const THREADS: u32 = 128;
+    const THREADS: u32 = 256;
     let (stride, kv) = (shape.qkv_width(), 2 * shape.kv_width());
     let (source, o) = (qkv.at(0..rows * stride), o.rows(rows, shape.q_width()));
     let end = cache.at(past * kv..(past + rows) * kv);
@@ -234,6 +239,19 @@ pub(super) fn cached<D: Driver>(
         Argument::Pointer(source + 2 * shape.q_width() as u64), stride, Argument::Pointer(end), kv,
         kv, 1f32, false);
     let keys = cache.at(0..(past + rows) * kv);
+    let flash = cuda.attention.flash(shape.head_dim).filter(|_| rows >= FLASH_ROWS);
+    if let Some(flash) = flash {
+        let sources = Sources {
+            boundaries: &[0, rows],
+            past,
+            q: Rows { address: source, stride },
+            k: Rows { address: keys, stride: kv },
+            v: Rows { address: keys, stride: kv }.column(shape.kv_width()),
+        };
+        let lse = Argument::Pointer(lse.at(0..rows * shape.num_heads));
+        let outputs = [o.argument(), o.stride.into(), lse];
+        return launch_flash(cuda, flash.forward, shape.num_heads, shape, &sources, &outputs);
+    }
     launch!(cuda, "attention_decode", [rows as u32, shape.num_heads as u32, 1], THREADS;
         Argument::Pointer(source), stride, Argument::Pointer(keys),
         Argument::Pointer(keys + 2 * shape.kv_width() as u64), kv,
@@ -241,37 +259,63 @@ pub(super) fn cached<D: Driver>(
         window(shape, past + rows), shape.scale, soft_cap(shape));
 }
 
+/// What the flash kernels read: documents of tokens, or one whose first keys were cached before.
+struct Sources<'a> {
+    boundaries: &'a [usize],
+    /// Keys before the first query.
+    past: usize,
+    q: Rows,
+    k: Rows,
+    v: Rows,
+}
+
+impl<'a> Sources<'a> {
+    fn of_tokens<D: Driver>(
+        shape: &AttentionShape,
+        layout: &'a TokenLayout,
+        qkv: &Buffer<D>,
+    ) -> Self {
+        let q = qkv.rows(layout.tokens(), shape.qkv_width());
+        let (k, v) = (q.column(shape.q_width()), q.column(shape.q_width() + shape.kv_width()));
+        Sources { boundaries: &layout.boundaries, past: 0, q, k, v }
+    }
+
+    /// Keys of the longest document.
+    fn longest(&self) -> usize {
+        let lengths = self.boundaries.windows(2).map(|bounds| bounds[1] - bounds[0]);
+        self.past + lengths.max().unwrap_or(0)
+    }
+}
+
 fn launch_flash<D: Driver>(
     cuda: &Cuda<D>,
     (kernel, shared_bytes, threads): (&'static str, u32, u32),
     heads: usize,
     shape: &AttentionShape,
-    layout: &TokenLayout,
-    qkv: &Buffer<D>,
+    sources: &Sources,
     rest: &[Argument],
 ) {
-    let Some(documents) = cuda.stage_documents(layout) else { return };
-    let stride = shape.qkv_width();
-    let source = qkv.at(0..layout.tokens() * stride);
-    let column = |column: usize| Argument::Pointer(source + 2 * column as u64);
+    let &Sources { boundaries, past, q, k, v } = sources;
+    let Some(documents) = cuda.stage_documents(boundaries, past) else { return };
+    let longest = sources.longest();
     const TILES: usize = 7;
     let mut arguments = vec![
-        column(0),
-        stride.into(),
-        column(shape.q_width()),
-        column(shape.q_width() + shape.kv_width()),
-        stride.into(),
+        q.argument(),
+        q.stride.into(),
+        k.argument(),
+        v.argument(),
+        k.stride.into(),
         Argument::Pointer(documents.boundaries),
-        Argument::Pointer(documents.boundaries),
+        Argument::Pointer(documents.key_boundaries),
         Argument::Pointer(documents.tiles),
         shape.num_heads.into(),
         shape.num_kv_heads.into(),
-        window(shape, layout.longest()).into(),
+        window(shape, longest).into(),
         shape.scale.into(),
         soft_cap(shape).into(),
     ];
     arguments.extend_from_slice(rest);
-    let at_once = tiles_of_launch(shape, layout.longest(), cuda.launch_flops);
+    let at_once = tiles_of_launch(shape, longest, cuda.launch_flops);
     for first in (0..documents.count).step_by(at_once) {
         let tiles = at_once.min(documents.count - first);
         let blocks = u32::try_from(tiles * heads).expect("fewer blocks than addresses");
