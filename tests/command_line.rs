@@ -6,7 +6,9 @@ use std::fs;
 #[cfg(unix)]
 use std::process::Command;
 
-use training::{Workplace, error_of, fail, stderr, succeed};
+#[cfg(unix)]
+use training::stderr;
+use training::{Workplace, error_of, fail, succeed};
 
 /// On a device on which every write fails as on a full disk.
 #[test]
