@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::emulator::{Device, Emulator, ORDERS, PTX, devices, launch, ptx_library};
-use crate::{dequantize, flash};
+use crate::{dequantize, flash, row};
 
 /// The kernels with `from` replaced by `to` in `file`.
 fn mutant(name: &str, file: &str, from: &str, to: &str) -> Device {
@@ -144,6 +144,8 @@ fn broken_ptx_is_wrong() {
     let (flash, is_right): (_, fn(&Device) -> bool) = (flash, flash::is_right);
     let (dequantize, is_widened): (&[&str], fn(&Device) -> bool) =
         (&["dequantize_4bit"], dequantize::is_right);
+    let (row, is_multiplied): (&[&str], fn(&Device) -> bool) =
+        (&["linear_row_4bit"], row::is_right);
     let breaks = [
         (flash, "bar.sync", "bar.sync", is_right, true),
         (flash, "bar.sync", "// bar.sync", is_right, false),
@@ -151,6 +153,8 @@ fn broken_ptx_is_wrong() {
         (flash, "x4.trans.shared", "x4.shared", is_right, false),
         (dequantize, "bar.warp.sync", "bar.warp.sync", is_widened, true),
         (dequantize, "bar.warp.sync", "// bar.warp.sync", is_widened, false),
+        (row, "bar.sync", "bar.sync", is_multiplied, true),
+        (row, "bar.sync", "// bar.sync", is_multiplied, false),
     ];
     for (kernels, from, to, is_right, expected) in breaks {
         let mutant = ptx_mutant(kernels, from, to);

@@ -59,6 +59,12 @@ fn check(device: &Device, shape: [usize; 2], format: &BlockFormat, added: Added,
     }
 }
 
+/// Whether a matrix in the default format is multiplied; panics if it is not.
+pub fn is_right(device: &Device) -> bool {
+    check(device, [11, 1184], &BlockFormat::default(), Added::default(), 0);
+    true
+}
+
 /// A matrix of whole runs, and an adapter.
 pub fn run_once(device: &Device) {
     let added = Added { rank: 16, ..Added::default() };
