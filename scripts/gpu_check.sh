@@ -14,6 +14,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 carried=gpu_check
+binaries=(nibble cuda_backend cuda_kernels)
 
 pack() {
     mkdir -p "$carried"
@@ -27,8 +28,9 @@ for line in sys.stdin:
         print(message["target"]["name"], message["executable"])' |
         while read -r name binary; do cp "$binary" "$carried/$name"; done
     cp "${CARGO_TARGET_DIR:-target}/release/nibble" "$carried/nibble"
-    # Names of functions are two thirds of it; a carried folder has its limits.
-    strip "$carried"/{nibble,cuda_backend,cuda_kernels}
+    # Names of functions are two thirds of it, and a half of the rest repeats itself.
+    strip "${binaries[@]/#/$carried/}"
+    gzip --force "${binaries[@]/#/$carried/}"
     # Tests find their data under the folder that they were compiled in.
     pwd >"$carried/root"
     echo "packed: $(du -sh "$carried" | cut -f1) in $carried/"
@@ -75,12 +77,20 @@ case ${1:-} in
 *) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
 esac
 
-for file in nibble cuda_backend cuda_kernels root; do
-    [ -e "$carried/$file" ] || {
-        echo "GPU CHECK DID NOT RUN: $carried/$file is missing; make it with scripts/gpu_check.sh --pack"
-        exit 3
-    }
+require() { # FILE HOW
+    [ -e "$carried/$1" ] && return
+    echo "GPU CHECK DID NOT RUN: $carried/$1 is missing; make it with scripts/gpu_check.sh $2"
+    exit 3
+}
+
+for binary in "${binaries[@]}"; do
+    require "$binary.gz" --pack
+    [ "$carried/$binary" -nt "$carried/$binary.gz" ] && continue
+    gunzip --stdout "$carried/$binary.gz" >"$carried/$binary"
+    chmod +x "$carried/$binary"
 done
+require root --pack
+[ "$mode" != check ] || python3 -c 'import bitsandbytes' 2>/dev/null || require site/bitsandbytes --pack-peer
 root=$(cat "$carried/root")
 if [ ! -e "$root" ]; then
     mkdir -p "$(dirname "$root")"

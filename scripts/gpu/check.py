@@ -35,8 +35,8 @@ class Check:
     def __init__(self, setup: Setup, out: Path, stem: str | None, log: Path):
         self.setup, self.begun = setup, time.monotonic()
         self.folder = Path(tempfile.mkdtemp(prefix="gpu_check-"))
-        (self.folder / "runs").mkdir()
         self.shared = self.roomy_folder()
+        (self.shared / "runs").mkdir()
         self.report = Report(out, stem, GOALS)
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
@@ -109,11 +109,13 @@ class Check:
         """A run of `nibble train` under the budget, which is part of the account."""
         ended = self.run(self.train_arguments(name, model, rows, length, *flags, **options))
         self.runs[name] = Run.read(self.out(name), ended)
+        for checkpoint in self.out(name).glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
         return self.runs[name]
 
     def out(self, name: str) -> Path:
         """The output folder of a run."""
-        return self.folder / "runs" / name
+        return self.shared / "runs" / name
 
     def train_arguments(
         self, name: str, model: Path, rows: Path, length: int, *flags, device: str | None = None

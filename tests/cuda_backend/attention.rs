@@ -56,6 +56,11 @@ fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType, work: usize) -
     MemoryPlan { regions, offloaded: Vec::new() }
 }
 
+/// f32 elements for the CPU's threads, as much for each as heads of 256 columns need here.
+fn host_work() -> usize {
+    rayon::current_num_threads() << 18
+}
+
 /// What bf16 holds of normal numbers: both backends see the same.
 fn normal(name: &str, elements: usize, deviation: f32) -> Vec<f32> {
     let mut values = vec![0.0; elements];
@@ -106,7 +111,7 @@ fn assert_near(got: &[Vec<f32>; 3], expected: &[Vec<f32>; 3], tolerances: [f64; 
 fn check(gpu: &Gpu, shape: &AttentionShape, attention: AttnImplementation) -> [Vec<f32>; 3] {
     let gpu = gpu.clone().with_attention(attention);
     let device = run(&gpu, shape, RegionType::Bf16, planned_work(shape, attention));
-    let host = run(&Cpu::default(), shape, RegionType::F32, 1 << 22);
+    let host = run(&Cpu::default(), shape, RegionType::F32, host_work());
     assert_near(&device, &host, [5e-3, 1e-4, 1e-2], &format!("{attention:?} {shape:?}"));
     device
 }
@@ -143,7 +148,7 @@ fn run_in_pieces<K: Kernels>(
     pieces: &[usize],
 ) -> Vec<f32> {
     let tokens = pieces.iter().sum();
-    let mut memory = kernels.allocate(&plan(shape, tokens, dtype, 1 << 22)).unwrap();
+    let mut memory = kernels.allocate(&plan(shape, tokens, dtype, host_work())).unwrap();
     let [mut qkv, mut o, mut lse, mut cache, mut work] =
         ["qkv", "o", "lse", "cache", "work"].map(|name| memory.take(name));
     let values = normal("qkv", tokens * shape.qkv_width(), 1.5);

@@ -58,7 +58,8 @@ fn bytes(name: &str, count: usize) -> Vec<u8> {
     words.flat_map(u32::to_le_bytes).take(count).collect()
 }
 
-/// A tensor of a model: 4-bit blocks for its linears, norms around 1, the rest of deviation 0.02.
+/// A tensor of a model: 4-bit blocks for its linears, norms around 1, embeddings of deviation 1, as large as what
+/// blocks add to them, and a head of deviation 0.02.
 struct RandomTensors<'a>(&'a ModelSpec);
 
 impl RandomTensors<'_> {
@@ -103,8 +104,11 @@ impl TensorSource for RandomTensors<'_> {
         if is_linear {
             return Ok(Weight::Packed(self.packed(name, [shape[0], shape[1]])));
         }
-        let (mean, deviation) =
-            if tensor.role == TensorRole::Norm { (1.0, 0.1) } else { (0.0, 0.02) };
+        let (mean, deviation) = match tensor.role {
+            TensorRole::Norm => (1.0, 0.1),
+            TensorRole::Embedding => (0.0, 1.0),
+            _ => (0.0, 0.02),
+        };
         let mut values = vec![0f32; shape.iter().product()];
         Stream::new(SEED, name).fill_normal(0, deviation, &mut values);
         values.iter_mut().for_each(|value| *value += mean);
