@@ -30,6 +30,8 @@ pub trait Kernels: Storage {
     /// Whether sums have another order, and so other bits, in products of another shape. Then the
     /// base model alone is computed in the shapes of the adapted one, its adapters scaled by 0.
     const BITS_DEPEND_ON_SHAPE: bool = false;
+    /// Whether products take adapters in bf16: from a copy in bf16 as it is, else each time rounded.
+    const TAKES_BF16: bool = false;
 
     /// Whether it can compute this model as it was told to.
     ///

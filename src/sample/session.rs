@@ -181,7 +181,7 @@ fn equip<K: Kernels>(
 ) -> Result<Model<K>> {
     let settings = Settings {
         targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
-        bf16_working: false,
+        bf16_working: K::TAKES_BF16,
         cache_tokens: context_tokens,
         ..Settings::evaluating(PREFILL_TOKENS.min(context_tokens), 1)
     };

@@ -50,7 +50,7 @@ fn dequantize_writes_whole_sectors() {
 
 #[test]
 fn a_row_is_multiplied_without_waiting_for_a_bank() {
-    check(&["linear_row_4bit"], [1, 6], row::run_once);
+    check(&["linear_row_4bit", "linear_row_bf16"], [1, 6], row::run_once);
 }
 
 /// A fragment of a tensor core has 16 bytes of a row: its writes are of half sectors.

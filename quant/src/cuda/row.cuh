@@ -1,4 +1,4 @@
-// One row times a 4-bit matrix: y = x·Wᵀ, weights multiplied where they are decoded.
+// One row times a matrix: y = x·Wᵀ, 4-bit weights multiplied where they are decoded.
 //
 //   y[n] = Σ_block absmax · Σ value[code]·x + bias[n] + s·Σ_r ax[r]·B[n, r]
 //
@@ -70,28 +70,63 @@ struct RowAdapter {
     }
 };
 
-/// y = x·Wᵀ + bias + the adapter's part, or y += that; W `[rows, columns]`, `bias` may be null.
-__device__ __forceinline__ void multiply_row(const PackedWeight& weight, i64 rows, int columns,
-                                             const bfloat16* x, const float* bias,
-                                             const RowAdapter& adapter, bfloat16* y,
-                                             int accumulate) {
-    NIBBLE_SHARED(float, values, 16);
-    if (threadIdx.x < 16) values[threadIdx.x] = weight.values[threadIdx.x];
-    __syncthreads();
-    const i64 row = static_cast<i64>(blockIdx.x) * ROW_WARPS + threadIdx.x / 32;
-    if (row >= rows) return;
-    float sum = 0.0f;
-    if (columns % 32 == 0 && rows_aligned(x, 0) && rows_aligned(weight.codes, 0)) {
-        sum = row_share(weight, values, row, columns, x);
-    } else {
-        for (int c = threadIdx.x % 32; c < columns; c += 32) {
-            sum += weight.at(row * columns + c) * to_f32(x[c]);
-        }
-    }
-    sum = warp_sum(sum + adapter.share(row));
-    if (threadIdx.x % 32 == 0) {
+/// What is added to x·Wᵀ, and where it goes; `bias` may be null.
+struct RowOutput {
+    const float* bias;
+    RowAdapter adapter;
+    bfloat16* y;
+    int accumulate;
+
+    /// y[row] from the lanes' shares of x·Wᵀ.
+    __device__ __forceinline__ void write(i64 row, float share) const {
+        float sum = warp_sum(share + adapter.share(row));
+        if (threadIdx.x % 32 != 0) return;
         if (bias) sum += bias[row];
         if (accumulate) sum += to_f32(y[row]);
         y[row] = to_bf16(sum);
     }
+};
+
+/// Row of the matrix that this warp multiplies.
+__device__ __forceinline__ i64 row_of_warp() {
+    return static_cast<i64>(blockIdx.x) * ROW_WARPS + threadIdx.x / 32;
+}
+
+/// y = x·Wᵀ and what is added, or y += that; W `[rows, columns]` in 4-bit blocks.
+__device__ __forceinline__ void multiply_row(const PackedWeight& weight, i64 rows, int columns,
+                                             const bfloat16* x, const RowOutput& output) {
+    NIBBLE_SHARED(float, values, 16);
+    if (threadIdx.x < 16) values[threadIdx.x] = weight.values[threadIdx.x];
+    __syncthreads();
+    const i64 row = row_of_warp();
+    if (row >= rows) return;
+    float share = 0.0f;
+    if (columns % 32 == 0 && rows_aligned(x, 0) && rows_aligned(weight.codes, 0)) {
+        share = row_share(weight, values, row, columns, x);
+    } else {
+        for (int c = threadIdx.x % 32; c < columns; c += 32) {
+            share += weight.at(row * columns + c) * to_f32(x[c]);
+        }
+    }
+    output.write(row, share);
+}
+
+/// The same, W in bf16.
+__device__ __forceinline__ void multiply_row(const bfloat16* weight, i64 rows, int columns,
+                                             const bfloat16* x, const RowOutput& output) {
+    const i64 row = row_of_warp();
+    if (row >= rows) return;
+    const bfloat16* own = row_of(weight, row, columns);
+    float share = 0.0f;
+    if (columns % 8 == 0 && rows_aligned(weight, columns) && rows_aligned(x, 0)) {
+#pragma unroll 4
+        for (int c = 8 * (threadIdx.x % 32); c < columns; c += 256) {
+            const Piece<8> w = load_piece<8>(own + c), piece = load_piece<8>(x + c);
+#pragma unroll
+            for (int i = 0; i < 8; i++) share += w.v[i] * piece.v[i];
+        }
+    } else {
+        for (int c = threadIdx.x % 32; c < columns; c += 32) share += to_f32(own[c]) * to_f32(x[c]);
+    }
+    output.write(row, share);
 }

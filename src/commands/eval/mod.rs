@@ -59,7 +59,7 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let (weights, adapter) = load_weights(&checkpoint, &spec, format.as_ref(), adapter)?;
     let merged = args.adapter.is_some() && adapter.is_none();
     let batches = batches(&dataset.documents);
-    let settings = settings(adapter.as_ref(), &batches, predictions.as_ref());
+    let settings = settings::<K>(adapter.as_ref(), &batches, predictions.as_ref());
     let prefill_tokens = settings.tokens;
     let equipped = equip(kernels, spec, weights, adapter.as_ref(), settings);
     let mut model = equipped.map_err(|error| match &predictions {
@@ -106,7 +106,7 @@ fn batches(documents: &[Document]) -> Vec<Batch> {
     batches
 }
 
-fn settings(
+fn settings<K: Kernels>(
     adapter: Option<&Adapter>,
     batches: &[Batch],
     predictions: Option<&Predictions>,
@@ -114,7 +114,7 @@ fn settings(
     let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(0);
     Settings {
         targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
-        bf16_working: false,
+        bf16_working: K::TAKES_BF16,
         cache_tokens: predictions.map_or(0, |predictions| predictions.context_tokens),
         ..Settings::evaluating(tokens, LOGIT_ROWS.min(tokens))
     }

@@ -58,7 +58,15 @@ linear_row_4bit(const u8* codes, const float* values, const float* absmax, const
                 int accumulate) {
     const PackedWeight weight = {codes, values, absmax, absmax_codes, nested_absmax,
                                  map,   offset, block_shift};
-    multiply_row(weight, rows, columns, x, bias, {ax, b, rank, scale}, y, accumulate);
+    multiply_row(weight, rows, columns, x, {bias, {ax, b, rank, scale}, y, accumulate});
+}
+
+// The same, W in bf16. Fast when columns % 8 == 0 and all lies on 16 bytes.
+extern "C" __global__ void __launch_bounds__(256)
+linear_row_bf16(const bfloat16* weight, long long rows, int columns, const bfloat16* x,
+                const float* bias, const bfloat16* ax, const bfloat16* b, int rank, float scale,
+                bfloat16* y, int accumulate) {
+    multiply_row(weight, rows, columns, x, {bias, {ax, b, rank, scale}, y, accumulate});
 }
 
 // to = scale · from, or to += scale · from, in f32, rounded once. Rows.

@@ -22,6 +22,7 @@ use crate::model::spec::{Activation, ModelSpec};
 impl<D: Driver> Kernels for Cuda<D> {
     /// cuBLAS chooses a kernel for each shape.
     const BITS_DEPEND_ON_SHAPE: bool = true;
+    const TAKES_BF16: bool = true;
 
     fn check(&self, spec: &ModelSpec) -> Result<()> {
         self.attention.check(spec.head_dim)?;
@@ -154,6 +155,9 @@ impl<D: Driver> Kernels for Cuda<D> {
         (ax, band): (&mut Buffer<D>, Columns),
         rows: usize,
     ) {
+        if rows == 1 {
+            return row::project(self, shape, pair, x, (ax, band));
+        }
         low_rank::project(self, shape, pair, x, (ax, band), rows);
     }
 

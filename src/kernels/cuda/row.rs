@@ -1,16 +1,18 @@
-//! One row times a frozen weight: what each linear of a block does for a token of generated text.
+//! One row times a matrix: what each linear of a block, its adapter and the head do for a token of
+//! generated text.
 
 use super::Cuda;
 use super::driver::{Address, Argument, Driver};
 use super::frozen::{self, b_of};
 use super::host::DeviceVector;
-use super::memory::Buffer;
+use super::memory::{Buffer, Rows};
 use super::weight::{DeviceWeight, Form};
-use crate::kernels::{Columns, LoraTerm};
+use crate::kernels::{Columns, LoraShape, LoraTerm};
 
-/// Rows of a weight that a block multiplies, a warp each.
+/// Rows of a matrix that a block multiplies, a warp each.
 const BLOCK_ROWS: usize = 8;
 const THREADS: u32 = 256;
+const NULL: Address = 0;
 
 /// `y[:, band] = x · Wᵀ + bias + scale · ax · Bᵀ`, or `+=`, of one row. A 4-bit weight is multiplied
 /// where it is decoded: half a byte a weight is read, where widening it first moves four and a half.
@@ -22,20 +24,58 @@ pub(super) fn forward<D: Driver>(
     (y, band): (&Buffer<D>, Columns),
     accumulate: bool,
 ) {
-    let Form::Packed(packed) = weight.form else {
-        return frozen::forward(cuda, (weight, bias), lora, x, (y, band), 1, accumulate);
+    let (kernel, matrix) = match weight.form {
+        Form::Packed(packed) => ("linear_row_4bit", packed.arguments().to_vec()),
+        Form::Dense(address) if !weight.on_host => {
+            ("linear_row_bf16", vec![Argument::Pointer(address)])
+        }
+        Form::Dense(_) => {
+            return frozen::forward(cuda, (weight, bias), lora, x, (y, band), 1, accumulate);
+        }
     };
-    const NULL: Address = 0;
-    let [outer, inner] = weight.shape;
+    let added = Added {
+        bias: bias.map_or(Argument::Pointer(NULL), DeviceVector::argument),
+        lora,
+        accumulate,
+    };
+    multiply(cuda, (kernel, matrix), weight.shape, x, y.band(band, 1), added);
+}
+
+/// `ax[:, band] = x · Aᵀ` of one row.
+pub(super) fn project<D: Driver>(
+    cuda: &Cuda<D>,
+    shape: &LoraShape,
+    pair: &Buffer<D>,
+    x: &Buffer<D>,
+    (ax, band): (&Buffer<D>, Columns),
+) {
+    let a = Argument::Pointer(pair.at(0..shape.a_elements()));
+    let added = Added { bias: Argument::Pointer(NULL), lora: None, accumulate: false };
+    let size = [shape.rank, shape.in_features];
+    multiply(cuda, ("linear_row_bf16", vec![a]), size, x, ax.band(band, 1), added);
+}
+
+/// What is added to a product.
+struct Added<'a, D: Driver> {
+    bias: Argument,
+    lora: Option<LoraTerm<'a, Buffer<D>>>,
+    accumulate: bool,
+}
+
+fn multiply<D: Driver>(
+    cuda: &Cuda<D>,
+    (kernel, mut arguments): (&'static str, Vec<Argument>),
+    [outer, inner]: [usize; 2],
+    x: &Buffer<D>,
+    y: Rows,
+    Added { bias, lora, accumulate }: Added<D>,
+) {
     let (ax, b, rank, scale) = match &lora {
         Some(LoraTerm { shape, pair, inner: (ax, columns) }) => {
             (ax.band(*columns, 1).address, b_of(pair, shape).address, shape.rank, shape.scale)
         }
         None => (NULL, NULL, 0, 0.0),
     };
-    let bias = bias.map_or(Argument::Pointer(NULL), DeviceVector::argument);
-    let grid = [outer.div_ceil(BLOCK_ROWS) as u32, 1, 1];
-    let mut arguments = packed.arguments().to_vec();
     arguments.extend([
         Argument::I64(outer as i64),
         inner.into(),
@@ -45,8 +85,9 @@ pub(super) fn forward<D: Driver>(
         Argument::Pointer(b),
         rank.into(),
         scale.into(),
-        y.band(band, 1).argument(),
+        y.argument(),
         accumulate.into(),
     ]);
-    cuda.launch("linear_row_4bit", grid, THREADS, &mut arguments);
+    let grid = [outer.div_ceil(BLOCK_ROWS) as u32, 1, 1];
+    cuda.launch(kernel, grid, THREADS, &mut arguments);
 }
