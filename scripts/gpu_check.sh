@@ -85,12 +85,13 @@ require() { # FILE HOW
 
 for binary in "${binaries[@]}"; do
     require "$binary.gz" --pack
-    [ "$carried/$binary" -nt "$carried/$binary.gz" ] && continue
-    gunzip --stdout "$carried/$binary.gz" >"$carried/$binary"
-    chmod +x "$carried/$binary"
+    gunzip --stdout "$carried/$binary.gz" >"$carried/$binary.partial"
+    chmod +x "$carried/$binary.partial"
+    mv "$carried/$binary.partial" "$carried/$binary"
 done
 require root --pack
-[ "$mode" != check ] || python3 -c 'import bitsandbytes' 2>/dev/null || require site/bitsandbytes --pack-peer
+is_installed='import importlib.util, sys; sys.exit(importlib.util.find_spec("bitsandbytes") is None)'
+[ "$mode" != check ] || python3 -c "$is_installed" || require site/bitsandbytes --pack-peer
 root=$(cat "$carried/root")
 if [ ! -e "$root" ]; then
     mkdir -p "$(dirname "$root")"

@@ -139,7 +139,7 @@ def gradients(check: Check):
     ended = check.run([CARRIED / "cuda_backend", "--exact", "--nocapture", test])
     found = ended.result("GRADIENTS")
     check.report.figures["gradients"] = found
-    if found["largest"] is None:
+    if None in (found["largest"], found["mean"]):
         return check.report.decide("gradients", False, f"{found['worst']} is not finite")
     words = f"{found['largest']:.2%} in {found['worst']}, mean {found['mean']:.2%}, {found['tokens']} tokens"
     check.report.decide("gradients", found["largest"] <= goals.GRADIENT_ERROR, words)
@@ -368,6 +368,8 @@ def run_tests(check: Check, key: str, binary: str, arguments: list):
         found = Tests.of(alone)
         verdict = "passes" if alone.status == 0 else found.panic or alone.tail(PROBLEM_LINES)
         check.report.note(f"{suspect} by itself", verdict)
+        if alone.status == 124:
+            check.report.decide(key, False, f"{suspect} does not come to its end")
 
 
 def kernel_tests(check: Check):

@@ -4,7 +4,7 @@
 //! makes it visible. What an interrupted run left under the temporary name is removed by the next.
 
 use std::fs::{self, File};
-use std::io::{ErrorKind, Write};
+use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
 use std::time::Duration;
@@ -63,15 +63,18 @@ impl AtomicDir {
             sync(&path)?;
         }
         sync_folder(&self.temporary)?;
-        let old = replaced_name(&self.destination);
+        let mut old = replaced_name(&self.destination);
         let replaces = self.destination.exists();
         if replaces {
-            let _ = fs::remove_dir_all(&old);
+            // What an earlier commit could not remove stays where it is.
+            while fs::remove_dir_all(&old).is_err() && old.exists() {
+                old.as_mut_os_string().push("~");
+            }
             rename(&self.destination, &old)?;
         }
         if let Err(error) = rename(&self.temporary, &self.destination) {
             if replaces {
-                rename(&old, &self.destination)?;
+                let _ = rename(&old, &self.destination);
             }
             return Err(error);
         }
@@ -183,9 +186,13 @@ fn replaced_name(destination: &Path) -> PathBuf {
 pub fn rename(from: &Path, to: &Path) -> Result<()> {
     const TRIES: usize = if cfg!(windows) { 50 } else { 1 };
     const PAUSE: Duration = Duration::from_millis(100);
+    /// winerror.h: ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION.
+    const IN_USE: [i32; 3] = [5, 32, 33];
+    let in_use =
+        |error: &io::Error| error.raw_os_error().is_some_and(|code| IN_USE.contains(&code));
     let mut tries = (1..=TRIES).map(|number| (number, fs::rename(from, to)));
     let renamed = tries.find_map(|(number, renamed)| match renamed {
-        Err(error) if error.kind() == ErrorKind::PermissionDenied && number < TRIES => {
+        Err(error) if number < TRIES && in_use(&error) => {
             sleep(PAUSE);
             None
         }
@@ -238,6 +245,21 @@ mod tests {
         replacing.commit().unwrap();
         assert!(!out.join("a").exists() && out.join("b").exists());
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+    }
+
+    /// As when somebody's file in it is open on Windows.
+    #[test]
+    fn what_an_earlier_commit_could_not_remove_is_in_no_ones_way() {
+        let root = tempfile::tempdir().unwrap();
+        let out = root.path().join("out");
+        fs::write(replaced_name(&out), "a file is no folder that can be removed").unwrap();
+        for text in ["first", "second"] {
+            let dir = AtomicDir::create(&out, true).unwrap();
+            fs::write(dir.path().join("a"), text).unwrap();
+            dir.commit().unwrap();
+            assert_eq!(fs::read_to_string(out.join("a")).unwrap(), text);
+        }
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
     }
 
     #[test]

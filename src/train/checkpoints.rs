@@ -171,12 +171,9 @@ pub fn saved_settings(out: &Path) -> Result<Option<SettingsEcho>> {
 /// # Errors
 /// `Io`.
 pub fn thin_out(out: &Path, limit: usize, best: Option<u64>) -> Result<()> {
-    for step in steps(out).into_iter().skip(limit.max(1)) {
-        if Some(step) != best {
-            remove(out, step)?;
-        }
-    }
-    Ok(())
+    let old = steps(out).into_iter().skip(limit.max(1)).filter(|step| Some(*step) != best);
+    // One that stays keeps no other.
+    old.map(|step| remove(out, step)).fold(Ok(()), Result::and)
 }
 
 /// Renames before removing: a checkpoint that is cut off half-way must not look like one.

@@ -208,4 +208,8 @@ fn the_exact_path_takes_every_width_and_window() {
         assert!(auto == check(&gpu, &shape, AttnImplementation::Exact));
         assert!(AttnImplementation::Flash.check(head_dim).is_err());
     }
+    // Text could not be generated.
+    assert!(
+        AttnImplementation::Auto.check(256).is_ok() && AttnImplementation::Auto.check(264).is_err()
+    );
 }

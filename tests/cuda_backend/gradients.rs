@@ -46,7 +46,7 @@ fn of_blocks_of_an_8b_model_match_the_cpu() {
         error_in_norm(&got[range.clone()], &expected[range.clone()])
     };
     let mut errors: Vec<_> = tensors.map(|t| (error(&t.range), t.name.clone())).collect();
-    errors.sort_by(|a, b| b.0.total_cmp(&a.0)); // NaN first
+    errors.sort_by(|a, b| b.0.abs().total_cmp(&a.0.abs())); // NaN first
     let mean = errors.iter().map(|(error, _)| error).sum::<f64>() / errors.len() as f64;
     let (largest, worst) = &errors[0];
     let result = json!({ "largest": largest, "worst": worst, "mean": mean, "loss": loss_error,

@@ -45,8 +45,14 @@ impl AttnImplementation {
     /// Whether it has kernels for heads of this width.
     ///
     /// # Errors
-    /// `Usage` for the flash kernels and a width that they lack.
+    /// `Usage` for the flash kernels and a width that they lack, and for one that none has.
     pub fn check(self, head_dim: usize) -> Result<()> {
+        let widest = FLASH_WIDTHS[FLASH_WIDTHS.len() - 1];
+        if head_dim > widest {
+            let what =
+                format_args!("heads of {head_dim} columns, the CUDA backend has up to {widest}");
+            return Err(Error::usage(what).hint("use `--device cpu`"));
+        }
         if self != AttnImplementation::Flash || FLASH_WIDTHS.contains(&head_dim) {
             return Ok(());
         }
