@@ -184,21 +184,19 @@ fn replaced_name(destination: &Path) -> PathBuf {
 /// # Errors
 /// `Io`.
 pub fn rename(from: &Path, to: &Path) -> Result<()> {
-    const TRIES: usize = if cfg!(windows) { 50 } else { 1 };
     const PAUSE: Duration = Duration::from_millis(100);
     /// winerror.h: ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION.
     const IN_USE: [i32; 3] = [5, 32, 33];
     let in_use =
         |error: &io::Error| error.raw_os_error().is_some_and(|code| IN_USE.contains(&code));
-    let mut tries = (1..=TRIES).map(|number| (number, fs::rename(from, to)));
-    let renamed = tries.find_map(|(number, renamed)| match renamed {
-        Err(error) if number < TRIES && in_use(&error) => {
-            sleep(PAUSE);
-            None
+    let mut tries_left = if cfg!(windows) { 50 } else { 0 };
+    loop {
+        match fs::rename(from, to) {
+            Err(error) if tries_left > 0 && in_use(&error) => sleep(PAUSE),
+            renamed => return renamed.map_err(|e| Error::io("rename to", to, e)),
         }
-        done => Some(done),
-    });
-    renamed.expect("there is a last try").map_err(|e| Error::io("rename to", to, e))
+        tries_left -= 1;
+    }
 }
 
 /// The folder that a path is in.

@@ -58,8 +58,8 @@ fn bytes(name: &str, count: usize) -> Vec<u8> {
     words.flat_map(u32::to_le_bytes).take(count).collect()
 }
 
-/// A tensor of a model: 4-bit blocks for its linears, norms around 1, embeddings of deviation 1, as large as what
-/// blocks add to them, and a head of deviation 0.02.
+/// A tensor of a model: 4-bit blocks for its linears, norms around 1, embeddings of deviation 1, as large as
+/// what blocks add to them, and a head of deviation 0.02.
 struct RandomTensors<'a>(&'a ModelSpec);
 
 impl RandomTensors<'_> {

@@ -57,6 +57,25 @@ __device__ __forceinline__ Piece<8> decode_eight(const float* values, u32 codes)
     return piece;
 }
 
+/// Scales of the blocks that a warp's run of at most 1024 weights touches, the lane-th one in each lane: blocks
+/// hold at least 32 weights, and a run begins on a multiple of 32.
+struct RunScales {
+    int skipped, block_shift;
+    float own;
+
+    __device__ __forceinline__ RunScales(const PackedWeight& weight, i64 begin, int length)
+        : block_shift(weight.block_shift) {
+        const int lane = threadIdx.x % 32;
+        skipped = static_cast<int>(begin) & ((1 << block_shift) - 1);
+        const i64 block = (begin >> block_shift) + lane;
+        own = lane <= (skipped + length - 1) >> block_shift ? weight.scale(block) : 0.0f;
+    }
+    /// Of the weight so many behind the first one; all lanes ask.
+    __device__ __forceinline__ float of(int within) const {
+        return __shfl_sync(ALL_LANES, own, (skipped + within) >> block_shift);
+    }
+};
+
 /// Elements `begin .. end` of a weight, in rows of `columns`, and where they go: rows `stride` apart.
 struct WidenedRows {
     i64 begin, end;
@@ -73,11 +92,7 @@ __device__ __forceinline__ void dequantize_run(const PackedWeight& weight, const
     const int lane = threadIdx.x % 32;
     const i64 left = rows.end - begin;
     const int length = Whole || left > DEQUANTIZE_RUN ? DEQUANTIZE_RUN : static_cast<int>(left);
-    // Scale of the lane-th block that the run touches: blocks hold at least 32 weights.
-    const int skipped = static_cast<int>(begin) & ((1 << weight.block_shift) - 1);
-    const i64 block = (begin >> weight.block_shift) + lane;
-    const float own_scale =
-        lane <= (skipped + length - 1) >> weight.block_shift ? weight.scale(block) : 0.0f;
+    const RunScales scales(weight, begin, length);
     // The length is a multiple of 8, so codes end on a word; the last words may not fill 16 bytes.
     const u8* codes = weight.codes + (begin >> 1) + 16 * lane;
     if (Whole || 32 * lane + 32 <= length) {
@@ -97,8 +112,7 @@ __device__ __forceinline__ void dequantize_run(const PackedWeight& weight, const
 #pragma unroll
     for (int part = 0; part < DEQUANTIZE_RUN / DEQUANTIZE_STORE; part++) {
         const int within = DEQUANTIZE_STORE * part + 8 * lane;
-        const float scale =
-            __shfl_sync(ALL_LANES, own_scale, (skipped + within) >> weight.block_shift);
+        const float scale = scales.of(within);
         if (column >= columns) {
             const u32 ends = Whole ? 1 : column / columns;
             column -= ends * columns;

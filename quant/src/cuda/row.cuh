@@ -30,16 +30,11 @@ __device__ __forceinline__ float row_share(const PackedWeight& weight, const flo
             const u8* from = weight.codes + ((begin + within) >> 1);
             codes[part] = within < length ? *reinterpret_cast<const u32*>(from) : 0;
         }
-        // Scale of the lane-th block that the run touches: blocks hold at least 32 weights.
-        const int skipped = static_cast<int>(begin) & ((1 << weight.block_shift) - 1);
-        const i64 block = (begin >> weight.block_shift) + lane;
-        const float own_scale =
-            lane <= (skipped + length - 1) >> weight.block_shift ? weight.scale(block) : 0.0f;
+        const RunScales scales(weight, begin, length);
 #pragma unroll
         for (int part = 0; part < ROW_RUN / ROW_LOAD; part++) {
             const int within = ROW_LOAD * part + 8 * lane;
-            const float scale =
-                __shfl_sync(ALL_LANES, own_scale, (skipped + within) >> weight.block_shift);
+            const float scale = scales.of(within);
             if (within < length) {
                 const Piece<8> w = decode_eight(values, codes[part]);
                 const Piece<8> piece = load_piece<8>(x + first + within);

@@ -24,12 +24,10 @@ pub(super) fn forward<D: Driver>(
     (y, band): (&Buffer<D>, Columns),
     accumulate: bool,
 ) {
-    let (kernel, matrix) = match weight.form {
-        Form::Packed(packed) => ("linear_row_4bit", packed.arguments().to_vec()),
-        Form::Dense(address) if !weight.on_host => {
-            ("linear_row_bf16", vec![Argument::Pointer(address)])
-        }
-        Form::Dense(_) => {
+    let (kernel, matrix) = match (&weight.form, weight.operand()) {
+        (Form::Packed(packed), _) => ("linear_row_4bit", packed.arguments().to_vec()),
+        (Form::Dense(_), Some(rows)) => ("linear_row_bf16", vec![rows.argument()]),
+        (Form::Dense(_), None) => {
             return frozen::forward(cuda, (weight, bias), lora, x, (y, band), 1, accumulate);
         }
     };

@@ -73,8 +73,9 @@ impl<D: Driver> Staging<D> {
         let tiles = heaviest_first(boundaries);
         // One upload: a second one might wait, and then overwrite the first.
         let mut words: Vec<u32> = boundaries.iter().map(|&token| token as u32).collect();
-        let keys = if past > 0 { words.len() } else { 0 };
+        let mut keys = 0;
         if past > 0 {
+            keys = words.len();
             words.extend([0, (past + boundaries[1]) as u32]);
         }
         words.resize(words.len().next_multiple_of(2), 0);

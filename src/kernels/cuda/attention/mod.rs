@@ -26,6 +26,8 @@ const PART_ELEMENTS: usize = 64;
 
 /// Head widths that the flash kernels have.
 const FLASH_WIDTHS: [usize; 4] = [64, 96, 128, 256];
+/// Columns of a head that `attention_decode` holds.
+const WIDEST: usize = 256;
 
 /// How attention is computed on a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -47,10 +49,9 @@ impl AttnImplementation {
     /// # Errors
     /// `Usage` for the flash kernels and a width that they lack, and for one that none has.
     pub fn check(self, head_dim: usize) -> Result<()> {
-        let widest = FLASH_WIDTHS[FLASH_WIDTHS.len() - 1];
-        if head_dim > widest {
+        if head_dim > WIDEST {
             let what =
-                format_args!("heads of {head_dim} columns, the CUDA backend has up to {widest}");
+                format_args!("heads of {head_dim} columns, the CUDA backend has up to {WIDEST}");
             return Err(Error::usage(what).hint("use `--device cpu`"));
         }
         if self != AttnImplementation::Flash || FLASH_WIDTHS.contains(&head_dim) {
@@ -238,30 +239,22 @@ pub(super) fn cached<D: Driver>(
     rows: usize,
 ) {
     const THREADS: u32 = 256;
-    let (stride, kv) = (shape.qkv_width(), 2 * shape.kv_width());
-    let (source, o) = (qkv.at(0..rows * stride), o.rows(rows, shape.q_width()));
-    let end = cache.at(past * kv..(past + rows) * kv);
+    let kv = 2 * shape.kv_width();
+    let (q, o) = (qkv.rows(rows, shape.qkv_width()), o.rows(rows, shape.q_width()));
+    let (new, end) = (q.column(shape.q_width()), cache.at(past * kv..(past + rows) * kv));
     launch!(cuda, "scale_rows_bf16", row_grid(rows), row_threads(kv);
-        Argument::Pointer(source + 2 * shape.q_width() as u64), stride, Argument::Pointer(end), kv,
-        kv, 1f32, false);
-    let keys = cache.at(0..(past + rows) * kv);
+        new.argument(), new.stride, Argument::Pointer(end), kv, kv, 1f32, false);
+    let k = Rows { address: cache.at(0..(past + rows) * kv), stride: kv };
+    let v = k.column(shape.kv_width());
     let flash = cuda.attention.flash(shape.head_dim).filter(|_| rows >= FLASH_ROWS);
     if let Some(flash) = flash {
-        let sources = Sources {
-            boundaries: &[0, rows],
-            past,
-            q: Rows { address: source, stride },
-            k: Rows { address: keys, stride: kv },
-            v: Rows { address: keys, stride: kv }.column(shape.kv_width()),
-        };
+        let sources = Sources { boundaries: &[0, rows], past, q, k, v };
         let lse = Argument::Pointer(lse.at(0..rows * shape.num_heads));
         let outputs = [o.argument(), o.stride.into(), lse];
         return launch_flash(cuda, flash.forward, shape.num_heads, shape, &sources, &outputs);
     }
     launch!(cuda, "attention_decode", [rows as u32, shape.num_heads as u32, 1], THREADS;
-        Argument::Pointer(source), stride, Argument::Pointer(keys),
-        Argument::Pointer(keys + 2 * shape.kv_width() as u64), kv,
-        o.argument(), o.stride, shape.num_heads, shape.num_kv_heads, shape.head_dim, past,
+        q.argument(), q.stride, k.argument(), v.argument(), k.stride, o.argument(), o.stride, shape.num_heads, shape.num_kv_heads, shape.head_dim, past,
         window(shape, past + rows), shape.scale, soft_cap(shape));
 }
 
