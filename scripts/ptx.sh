@@ -24,10 +24,10 @@ nvrtc=$tools/nvidia/cuda_nvrtc/lib/libnvrtc.so.12
 ptxas=$tools/nvidia/cuda_nvcc/bin/ptxas
 
 # Registers a thread may take: 255 is the limit of the hardware and lets two flash blocks of 128 threads
-# run, 64 blocks of 1024.
+# run, or one of 256 of an MLP's adapters, 64 blocks of 1024.
 budget() {
     case $1 in
-        flash_*) echo 255 ;;
+        flash_* | mlp_adapters_backward_*) echo 255 ;;
         *) echo 64 ;;
     esac
 }

@@ -13,7 +13,7 @@ mod shapes;
 use std::ops::Range;
 
 use crate::error::Result;
-use crate::model::block::Linear;
+use crate::model::block::{GatedMlp, Linear};
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
 pub use memory::{PlannedMemory, Residency, Storage, StreamedWeights};
@@ -141,6 +141,25 @@ pub trait Kernels: Storage {
         _t: &mut Self::Buffer,
         _gradients: &mut Self::Buffer,
         _pair: &mut Self::Buffer,
+        _rows: usize,
+    ) -> bool {
+        false
+    }
+
+    /// The backward pass of a gated MLP whose linears all have adapters: adds to the gradients of those,
+    /// and overwrites `dx`, that of x, which gate and up read, from `dy`, that of what down made. `d_gate`
+    /// and `d_up` are left with the gradients of gate and up, `t` is to work in. `false`, and nothing
+    /// done, where the backend has nothing better than one operation after another.
+    #[allow(clippy::too_many_arguments)]
+    fn adapted_mlp_backward(
+        &self,
+        _parameters: &Parameters<Self>,
+        _mlp: &GatedMlp<Self>,
+        (_dy, _x): (&Self::Buffer, &Self::Buffer),
+        [_d_gate, _d_up]: [&mut Self::Buffer; 2],
+        _dx: &mut Self::Buffer,
+        _t: &mut Self::Buffer,
+        _gradients: &mut Self::Buffer,
         _rows: usize,
     ) -> bool {
         false

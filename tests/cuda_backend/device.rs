@@ -59,8 +59,24 @@ const MOST_RANKS: usize = 64;
 
 /// Whether a launch reads or writes nothing but an adapter, or what it adds to rows.
 fn is_of_adapters(launch: &Launch) -> bool {
-    let kernels = ["scale_columns", "diagonal", "stack_rows", "add_stacked"];
+    let kernels = [
+        "scale_columns",
+        "diagonal",
+        "stack_rows",
+        "add_stacked",
+        "mlp_adapters_inner",
+        "mlp_adapters_gradients",
+    ];
     kernels.iter().any(|kernel| launch.kernel.starts_with(kernel))
+}
+
+/// What an MLP without adapters launches in place of `mlp_adapters_backward`: the first arguments are the
+/// same, and so is the width.
+fn without_adapters(Launch { arguments, .. }: &Launch) -> (u32, Vec<Argument>) {
+    const ROWS: usize = 21;
+    let Argument::I32(rows) = arguments[ROWS] else { panic!("rows are an int") };
+    let arguments = arguments[..11].iter().chain([&arguments[ROWS + 1]]);
+    (rows as u32, arguments.copied().collect())
 }
 
 impl Device {
@@ -264,6 +280,18 @@ impl Driver for Device {
         }
         if self.is_bare() && (widens || is_of_adapters(&launch)) {
             return Ok(());
+        }
+        if self.is_bare() && launch.kernel.starts_with("mlp_adapters_backward") {
+            let (rows, mut arguments) = without_adapters(&launch);
+            let (kernel, grid, threads) = ("mlp_backward", [rows, 1, 1], 256);
+            let arguments = &mut arguments[..];
+            return self.driver.launch(Launch {
+                kernel,
+                grid,
+                threads,
+                shared_bytes: 0,
+                arguments,
+            });
         }
         match self.launches_left.load(Relaxed) {
             usize::MAX => self.driver.launch(launch),

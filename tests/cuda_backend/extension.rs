@@ -15,8 +15,11 @@ const KEEP: [Policy; 1] = [Policy::Keep];
 /// An adapter on all linears with every rank that a layout could mistake: even, odd, above the
 /// room of its neighbours. B is not zero.
 fn adapter(case: &Case, r: usize) -> Adapter {
-    let rank_pattern =
-        vec![("0.mlp.(down_proj|c_proj)".into(), 11), ("1.+(k_proj|qkv_proj|c_fc)".into(), 3)];
+    with_ranks(case, r, &[("0.mlp.(down_proj|c_proj)", 11), ("1.+(k_proj|qkv_proj|c_fc)", 3)])
+}
+
+fn with_ranks(case: &Case, r: usize, pattern: &[(&str, usize)]) -> Adapter {
+    let rank_pattern = pattern.iter().map(|&(name, rank)| (name.into(), rank)).collect();
     let config = LoraConfig { r, rank_pattern, ..LoraConfig::default() };
     let mut adapter = Adapter::init(config, &case.spec(), 5).unwrap();
     for (index, tensors) in adapter.tensors.iter_mut().enumerate() {
@@ -78,9 +81,9 @@ fn one_product_for_base_and_adapter_is_as_exact_as_two() {
 #[test]
 fn what_is_kept_does_not_change_a_bit_of_them() {
     let Some(gpu) = gpu() else { return };
-    for name in ["qwen2_s0", "gpt2_s0"] {
+    for (name, r) in [("qwen2_s0", 6), ("gpt2_s0", 6), ("qwen2_s0", 16), ("gemma2_s0", 8)] {
         let case = Case::open(name);
-        let adapter = adapter(&case, 6);
+        let adapter = adapter(&case, r);
         let run =
             |policies: &[Policy]| step(&gpu, &case, &adapter, plan(&case, &adapter, policies));
         let kept = run(&[Policy::Keep]);
@@ -196,6 +199,43 @@ fn linears_that_read_the_same_rows_read_them_once() {
     let width = case.spec().hidden_size;
     let reads = all.iter().filter(|shape| shape[1..] == [width, tokens]).count();
     assert_eq!(reads, 3 * case.spec().num_layers);
+}
+
+/// Where one kernel has the adapters' share of the MLP's backward pass, no product reads its width again;
+/// and its gradients are as exact, in any mix of ranks, and where the MLP comes in tiles.
+#[test]
+fn the_widest_gradients_are_read_once() {
+    let Some(gpu) = gpu() else { return };
+    for (name, r) in [("llama_s0", 16), ("gemma_s0", 32), ("gemma2_s0", 8), ("qwen3_s0", 24)] {
+        let case = Case::open(name);
+        let adapter = with_ranks(&case, r, &[("1.+up_proj", 8)]);
+        let (spec, rows) = (case.spec(), case.tensors("ref.safetensors"));
+        let (width, rows) = (spec.intermediate_size, rows.batch("input_ids", "labels").0.tokens());
+        let together = plan(&case, &adapter, &KEEP);
+        let in_f32 = Settings { bf16_working: false, ..together.clone() };
+        let of_the_width = |settings: &Settings| {
+            let all = products(&gpu, &case, &adapter, settings.clone());
+            all.iter()
+                .filter(|[m, n, k]| {
+                    let gradient_of_a = *n == width && *k == rows;
+                    let gradient_of_b = *m == width && *k == rows;
+                    let inner = *m == rows && *k == width && *n <= r;
+                    gradient_of_a || gradient_of_b || inner
+                })
+                .count()
+        };
+        // x·Aᵀ of the down projection alone; with kernels that make one result each, gA of that, gB of gate
+        // and up, and their t, too.
+        assert_eq!(of_the_width(&together), spec.num_layers, "{name}");
+        assert_eq!(of_the_width(&in_f32), 6 * spec.num_layers, "{name}");
+        let (_, expected) = reference(&case, &adapter, together.clone());
+        let error = |plan| error_in_norm(&step(&gpu, &case, &adapter, plan).1, &expected);
+        let (one, several) = (error(together.clone()), error(in_f32));
+        assert!(one != several, "{name}: the same operations");
+        assert!(one < 1.1 * several, "{name}: off by {one:e}, one by one by {several:e}");
+        let tiled = error(Settings { mlp_tile_length: Some(11), ..together });
+        assert!(tiled < 1.1 * several, "{name}: in tiles off by {tiled:e}");
+    }
 }
 
 /// Linears that are one product.

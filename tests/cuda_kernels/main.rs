@@ -12,6 +12,7 @@ mod cross_entropy;
 mod dequantize;
 mod elementwise;
 mod flash;
+mod mlp_adapters;
 mod mutants;
 mod norm;
 mod parts;

@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use crate::emulator::{Device, Emulator, ORDERS, PTX, devices, launch, ptx_library};
-use crate::{dequantize, flash, row};
+use crate::{dequantize, flash, mlp_adapters, row};
 
 /// The kernels with `from` replaced by `to` in `file`.
 fn mutant(name: &str, file: &str, from: &str, to: &str) -> Device {
@@ -43,7 +43,7 @@ struct Mutant {
     is_right: fn(&Device) -> bool,
 }
 
-const MUTANTS: [Mutant; 8] = [
+const MUTANTS: [Mutant; 11] = [
     Mutant {
         name: "barrier of a sum",
         file: "reduce.cuh",
@@ -100,6 +100,27 @@ const MUTANTS: [Mutant; 8] = [
         to: "first + keys - 1 <= position + rows;",
         is_right: flash::is_right,
     },
+    Mutant {
+        name: "barrier before the sums of warps",
+        file: "mlp_adapters.cuh",
+        from: "__syncthreads();  // all have written theirs",
+        to: "",
+        is_right: mlp_adapters::is_right,
+    },
+    Mutant {
+        name: "barrier before the next rows",
+        file: "mlp_adapters.cuh",
+        from: "__syncthreads();  // all have read the stage",
+        to: "",
+        is_right: mlp_adapters::is_right,
+    },
+    Mutant {
+        name: "wait for rows",
+        file: "mlp_adapters.cuh",
+        from: "copy_async_wait<Shape::STAGES - 1>();",
+        to: "",
+        is_right: mlp_adapters::is_right,
+    },
 ];
 
 /// Σ of 4,000 ones over four warps.
@@ -146,6 +167,16 @@ fn broken_ptx_is_wrong() {
         (&["dequantize_4bit"], dequantize::is_right);
     let (row, is_multiplied): (&[&str], fn(&Device) -> bool) =
         (&["linear_row_4bit"], row::is_right);
+    let (mlp, is_shared): (&[&str], fn(&Device) -> bool) = (
+        &[
+            "mlp_forward",
+            "mlp_backward",
+            "mlp_adapters_backward_16",
+            "mlp_adapters_inner",
+            "mlp_adapters_gradients",
+        ],
+        mlp_adapters::is_right,
+    );
     let breaks = [
         (flash, "bar.sync", "bar.sync", is_right, true),
         (flash, "bar.sync", "// bar.sync", is_right, false),
@@ -155,6 +186,9 @@ fn broken_ptx_is_wrong() {
         (dequantize, "bar.warp.sync", "// bar.warp.sync", is_widened, false),
         (row, "bar.sync", "bar.sync", is_multiplied, true),
         (row, "bar.sync", "// bar.sync", is_multiplied, false),
+        (mlp, "bar.sync", "bar.sync", is_shared, true),
+        (mlp, "bar.sync", "// bar.sync", is_shared, false),
+        (mlp, "bar.warp.sync", "// bar.warp.sync", is_shared, false),
     ];
     for (kernels, from, to, is_right, expected) in breaks {
         let mutant = ptx_mutant(kernels, from, to);

@@ -3,7 +3,7 @@
 
 use crate::emulator::{Device, NULL, PTX, Traffic, devices, launch};
 use crate::support::*;
-use crate::{dequantize, flash, row};
+use crate::{dequantize, flash, mlp_adapters, row};
 
 /// The entry that has a line of the PTX.
 fn kernel_of(line: i32) -> &'static str {
@@ -62,6 +62,16 @@ fn flash_attention_waits_for_no_bank() {
         check(&kernels.each_ref().map(String::as_str), [2, 2], |device| {
             flash::run_once(device, head_dim);
         });
+    }
+}
+
+#[test]
+fn adapters_of_an_mlp_wait_for_no_bank() {
+    for most in [16, 32] {
+        let backward = format!("mlp_adapters_backward_{most}");
+        // The gradients' eight f32 of a thread are two halves of a sector.
+        let kernels = [&backward, "mlp_adapters_inner", "mlp_adapters_gradients"];
+        check(&kernels, [2, 2], |device| mlp_adapters::run_once(device, most));
     }
 }
 

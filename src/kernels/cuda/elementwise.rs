@@ -140,7 +140,7 @@ fn common_rows<D: Driver>(buffers: &[&Buffer<D>], elements: usize) -> (usize, us
     planned.unwrap_or_else(|| as_rows(elements))
 }
 
-fn activation_code(activation: Activation) -> i32 {
+pub(super) fn activation_code(activation: Activation) -> i32 {
     match activation {
         Activation::Silu => 0,
         Activation::Gelu => 1,

@@ -22,6 +22,7 @@
 #include "flash_forward.cuh"
 #include "head_norm.cuh"
 #include "mlp.cuh"
+#include "mlp_adapters.cuh"
 #include "noise.cuh"
 #include "norm.cuh"
 #include "parts.cuh"
@@ -307,6 +308,59 @@ mlp_backward(int activation, const bfloat16* gate, int gate_stride, const bfloat
     with_activation(activation, MlpBackwardRow{gate, gate_stride, up, up_stride, d_out,
                                                d_out_stride, d_gate, d_gate_stride, d_up,
                                                d_up_stride, width});
+}
+
+// The same of a gated MLP, with what adapters of up to 16 or 32 columns on gate, up and down take of it:
+//   inner      [strips, rows, 2·R]        dg · B_gate beside du · B_up, a part for each strip of columns
+//   gradients  [chunks, 3, R, width]      ax_gateᵀ · dg, ax_upᵀ · du, t_downᵀ · h, for each chunk of rows
+// in f32, unscaled, for mlp_adapters_inner and mlp_adapters_gradients. B [width, rank]. All pointers but
+// those of f32 and B lie on 16 bytes, with strides of 8; width and ranks are multiples of 8. d_gate may
+// be d_out. Grid (strips, chunks): strips of 8192 / R columns, chunks of chunk_rows, a multiple of 16.
+// Blocks of exactly 256 threads. Dynamic shared memory: 101376 bytes for 16, 82944 for 32.
+#define NIBBLE_MLP_ADAPTERS(R)                                                                    \
+    (int activation, const bfloat16* gate, int gate_stride, const bfloat16* up, int up_stride,    \
+     const bfloat16* d_out, int d_out_stride, bfloat16* d_gate, int d_gate_stride,                \
+     bfloat16* d_up, int d_up_stride, const bfloat16* b_gate, int rank_gate,                      \
+     const bfloat16* b_up, int rank_up, const bfloat16* ax_gate, const bfloat16* ax_up,           \
+     int ax_stride, const bfloat16* t_down, int t_stride, int rank_down, int rows, int width,     \
+     int chunk_rows, float* inner, float* gradients) {                                            \
+        const MlpMatrices at = {gate,   gate_stride,   up,   up_stride,   d_out, d_out_stride,    \
+                                d_gate, d_gate_stride, d_up, d_up_stride, rows,  width,           \
+                                activation};                                                      \
+        const MlpAdapters adapters = {b_gate,   b_up,      ax_gate, ax_up,    ax_stride, t_down,  \
+                                      t_stride, rank_gate, rank_up, rank_down};                   \
+        mlp_adapters_backward<R>(at, adapters, chunk_rows, inner, gradients);                     \
+    }
+extern "C" __global__ void __launch_bounds__(256) mlp_adapters_backward_16 NIBBLE_MLP_ADAPTERS(16)
+extern "C" __global__ void __launch_bounds__(256) mlp_adapters_backward_32 NIBBLE_MLP_ADAPTERS(32)
+
+// t of gate and up from `inner`: scale · the sum of its strips, behind the rows of dg and of du, and both
+// beside each other, on 4 bytes. `columns` is R. Flat over rows·columns.
+extern "C" __global__ void __launch_bounds__(256)
+mlp_adapters_inner(const float* inner, int strips, int rows, int columns, int rank_gate, int rank_up,
+                   float scale_gate, float scale_up, bfloat16* t_gate, int t_gate_stride,
+                   bfloat16* t_up, int t_up_stride, bfloat16* both, int both_stride) {
+    mlp_add_strips(inner, strips, rows, columns, {rank_gate, rank_up}, {scale_gate, scale_up}, t_gate,
+                   t_gate_stride, t_up, t_up_stride, both, both_stride);
+}
+
+// Adds scale · the sum of the chunks of `gradients` to those of B of gate and up [width, rank], and of A
+// of down [rank, width]. Grid (ceil(width / 256), 3·R/8) of exactly 256 threads.
+extern "C" __global__ void __launch_bounds__(256)
+mlp_adapters_gradients(const float* gradients, int chunks, int ranks, int width, int rank_gate,
+                       int rank_up, int rank_down, float scale_gate, float scale_up, float* gb_gate,
+                       float* gb_up, float* ga_down) {
+    const int each = ranks / 8, which = blockIdx.y / each, first = 8 * (blockIdx.y % each);
+    const int column = 256 * blockIdx.x + threadIdx.x;
+    if (column >= width) return;
+    const MlpGradients sums = {gradients, chunks, ranks, width};
+    if (which == 0 && first < rank_gate) {
+        sums.add_b(gb_gate, rank_gate, scale_gate, which, first, column);
+    } else if (which == 1 && first < rank_up) {
+        sums.add_b(gb_up, rank_up, scale_up, which, first, column);
+    } else if (which == 2 && first < rank_down) {
+        sums.add_a(ga_down, first, column);
+    }
 }
 
 // ---------------------------------------------------------------- loss

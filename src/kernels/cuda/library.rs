@@ -9,13 +9,13 @@ use std::sync::mpsc;
 use std::time::Duration;
 
 use super::ahead::AHEAD_SLOTS;
-use super::attention;
 use super::devices::{LOWEST_CAPABILITY, device_info, driver_version};
 use super::driver::{Address, Driver, Gemm, Launch};
 use super::functions::{Cublas, Cuda, Handle, open_driver};
 use super::products;
 use super::search::{self, CUBLAS};
 use super::stream::COPY_SLOTS;
+use super::{adapted_mlp, attention};
 use crate::error::{Error, Result};
 
 /// The kernels, compiled for compute capability 8.0: every later card runs them.
@@ -167,7 +167,8 @@ impl Gpu {
             let _ = done.send(());
             result
         })?;
-        let shared: HashMap<_, _> = attention::shared_bytes().collect();
+        let shared: HashMap<_, _> =
+            attention::shared_bytes().chain(adapted_mlp::shared_bytes()).collect();
         for kernel in kernels() {
             let name = CString::new(kernel).expect("names have no zero bytes");
             let mut function = ptr::null_mut();

@@ -1,7 +1,7 @@
 //! Products of the adapters alone: `x·Aᵀ`, t, and the gradients of A and B.
 
 use super::Cuda;
-use super::driver::{Driver, Product};
+use super::driver::{Address, Driver, Product};
 use super::frozen::{gradient_tail, operand, product, transposed};
 use super::memory::{Buffer, Rows};
 use crate::kernels::{Columns, LoraShape};
@@ -42,24 +42,48 @@ pub(super) fn backward<D: Driver>(
     (gradients, offset): (&Buffer<D>, usize),
     rows: usize,
 ) {
-    let (rank, inner, outer) = (shape.rank, shape.in_features, shape.out_features);
-    let [_, b] = matrices(pair, shape);
+    let (rank, inner) = (shape.rank, shape.in_features);
     let t = gradient_tail((dy, band), rows, rank).unwrap_or_else(|| t.rows(rows, rank));
     let dy = dy.band(band, rows);
-    let operands = (operand(dy), operand(b));
-    cuda.gemm([rows, rank, outer], (shape.scale, 0.0), operands, product(t));
-    let wide = |range, stride| Product {
-        address: gradients.at(range),
-        stride,
-        wide: true,
-        batch_stride: 0,
-    };
+    inner_gradient(cuda, shape, pair, dy, t, rows);
     let middle = offset + shape.a_elements();
     let operands = (transposed(t), operand(x.rows(rows, inner)));
-    cuda.gemm([rank, inner, rows], (1.0, 1.0), operands, wide(offset..middle, inner));
-    let gb = wide(middle..offset + shape.elements(), rank);
-    let operands = (transposed(dy), operand(ax.band(ax_band, rows)));
-    cuda.gemm([outer, rank, rows], (shape.scale, 1.0), operands, gb);
+    let ga = in_f32(gradients.at(offset..middle), inner);
+    cuda.gemm([rank, inner, rows], (1.0, 1.0), operands, ga);
+    let gb = gradients.at(middle..offset + shape.elements());
+    gradient_of_b(cuda, shape, (dy, ax.band(ax_band, rows)), gb, rows);
+}
+
+/// `t = scale · dy · B`.
+pub(super) fn inner_gradient<D: Driver>(
+    cuda: &Cuda<D>,
+    shape: &LoraShape,
+    pair: &Buffer<D>,
+    dy: Rows,
+    t: Rows,
+    rows: usize,
+) {
+    let [_, b] = matrices(pair, shape);
+    let operands = (operand(dy), operand(b));
+    cuda.gemm([rows, shape.rank, shape.out_features], (shape.scale, 0.0), operands, product(t));
+}
+
+/// `gB += scale · dyᵀ ax`.
+pub(super) fn gradient_of_b<D: Driver>(
+    cuda: &Cuda<D>,
+    shape: &LoraShape,
+    (dy, ax): (Rows, Rows),
+    gb: Address,
+    rows: usize,
+) {
+    let operands = (transposed(dy), operand(ax));
+    let to = in_f32(gb, shape.rank);
+    cuda.gemm([shape.out_features, shape.rank, rows], (shape.scale, 1.0), operands, to);
+}
+
+/// Where a product in f32 goes.
+pub(super) fn in_f32(address: Address, stride: usize) -> Product {
+    Product { address, stride, wide: true, batch_stride: 0 }
 }
 
 /// `dx = t · A`.

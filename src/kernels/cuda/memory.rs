@@ -199,6 +199,15 @@ impl<D: Driver> Memory<D> {
         Ok(())
     }
 
+    /// The memory of regions that follow each other, in f32, for use while their owners do not use them;
+    /// `None` where there are none.
+    pub(super) fn as_f32(&self, regions: &[Region]) -> Option<Buffer<D>> {
+        let address = self.free.get(&regions.first()?.name)?.address;
+        let elements = regions.iter().map(|region| region.bytes()).sum::<usize>() / 4;
+        let (dtype, memory) = (RegionType::F32, self.allocation.clone());
+        Some(Buffer { address, elements, dtype, pitch: None, memory })
+    }
+
     pub(super) fn region(&mut self, name: &str) -> Buffer<D> {
         self.free.remove(name).expect("region is planned, and taken once")
     }

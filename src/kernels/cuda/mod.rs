@@ -6,6 +6,7 @@
 //! not wait and do not fail: the first error is kept and reported by whatever waits next (a loss, a
 //! download).
 
+mod adapted_mlp;
 mod ahead;
 mod attention;
 pub mod devices;
@@ -41,7 +42,7 @@ pub use weight::matrix_bytes;
 
 use ahead::Ahead;
 use driver::{Argument, Driver, Gemm, Operand, Product};
-use memory::{Allocation, PARTIALS};
+use memory::{Allocation, Buffer, PARTIALS};
 use staging::Staging;
 use together::Stack;
 use weight::{DeviceWeight, Tables};
@@ -78,6 +79,7 @@ struct State<D: Driver> {
     staging: Option<Staging<D>>,
     ahead: Option<Ahead<D>>,
     stack: Option<Stack<D>>,
+    mlp_sums: Option<Buffer<D>>,
     failure: Option<Error>,
 }
 
@@ -93,7 +95,13 @@ impl<D: Driver> Cuda<D> {
         let driver = Arc::new(driver);
         let tables = Tables::new(&driver)?;
         let scalars = Allocation::new(&driver, SCALARS_BYTES)?;
-        let state = Mutex::new(State { staging: None, ahead: None, stack: None, failure: None });
+        let state = Mutex::new(State {
+            staging: None,
+            ahead: None,
+            stack: None,
+            mlp_sums: None,
+            failure: None,
+        });
         let shared = Arc::new(Shared { driver, tables, scalars, state });
         Ok(Cuda {
             shared,
@@ -116,7 +124,8 @@ impl<D: Driver> Cuda<D> {
     /// Gives back what is left of the last plan, whose model is gone.
     pub fn forget_plan(&self) {
         let mut state = self.state();
-        (state.staging, state.ahead, state.stack) = (None, None, None);
+        (state.staging, state.ahead) = (None, None);
+        (state.stack, state.mlp_sums) = (None, None);
     }
 
     /// The GPU.
@@ -131,6 +140,12 @@ impl<D: Driver> Cuda<D> {
     /// Room for linears that read the same rows, if there is any.
     fn stack(&self) -> Option<Stack<D>> {
         self.state().stack.clone()
+    }
+
+    /// Where an MLP with adapters sums in its backward pass, in f32: buffers of the head, which are idle
+    /// then.
+    fn mlp_sums(&self) -> Option<Buffer<D>> {
+        self.state().mlp_sums.clone()
     }
 
     /// Keeps the first error for whoever waits next.

@@ -8,14 +8,14 @@ use super::loss::{self, LossSum};
 use super::memory::Buffer;
 use super::together::{self};
 use super::weight::DeviceWeight;
-use super::{Cuda, attention, elementwise, frozen, head, low_rank, row};
+use super::{Cuda, adapted_mlp, attention, elementwise, frozen, head, low_rank, row};
 use crate::error::Result;
 use crate::kernels::head::loss_at_once;
 use crate::kernels::{
     AttentionShape, Columns, DropoutMask, HeadNorms, Kernels, LogitShape, LoraShape, LoraTerm,
     NormParameters, RotaryTables, TokenLayout, UniformNoise,
 };
-use crate::model::block::Linear;
+use crate::model::block::{GatedMlp, Linear};
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
 
@@ -132,6 +132,21 @@ impl<D: Driver> Kernels for Cuda<D> {
     ) -> bool {
         let dx = dx.as_deref();
         together::backward(self, parameters, linears, dys, inputs, dx, t, gradients, pair, rows)
+    }
+
+    fn adapted_mlp_backward(
+        &self,
+        parameters: &Parameters<Self>,
+        mlp: &GatedMlp<Self>,
+        (dy, x): (&Buffer<D>, &Buffer<D>),
+        [d_gate, d_up]: [&mut Buffer<D>; 2],
+        dx: &mut Buffer<D>,
+        t: &mut Buffer<D>,
+        gradients: &mut Buffer<D>,
+        rows: usize,
+    ) -> bool {
+        let (inputs, to) = ((dy, x), [&*d_gate, &*d_up]);
+        adapted_mlp::backward(self, parameters, mlp, inputs, to, dx, t, gradients, rows)
     }
 
     fn load_pair(&self, parameters: &Parameters<Self>, index: usize, pair: &mut Buffer<D>) {

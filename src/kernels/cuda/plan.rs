@@ -1,9 +1,12 @@
 //! The memory plan on a GPU: the CPU's regions with activations in bf16, and what the kernels need
 //! beside them.
 
+use std::ops::Range;
+
 use crate::model::spec::{LinearRole, ModelSpec};
 use crate::plan::{Component, MemoryPlan, Pitch, Ranks, Region, RegionType, Settings, layout};
 
+use super::adapted_mlp;
 use super::attention::{AttnImplementation, WorkLayout};
 use super::frozen::{STRIDE_ELEMENTS, extended_elements, tail_columns};
 use super::loss::TILE_STATISTICS;
@@ -33,6 +36,16 @@ pub(super) const DEQUANTIZED: [&str; 2] = ["cuda.dequantized", "cuda.dequantized
 /// Room for the matrices of linears that read the same rows, and for their gradients.
 pub(super) const STACKED_A: &str = "cuda.stacked_a";
 pub(super) const STACKED_GRADIENT: &str = "cuda.stacked_gradient";
+
+/// What the sums of an MLP with adapters take that is not among the buffers of the head.
+pub(super) const MLP_SUMS: &str = "cuda.mlp_sums";
+
+/// Regions that follow each other and are idle while blocks go backward: those of the head.
+pub(super) fn idle_in_blocks(regions: &[Region]) -> Range<usize> {
+    let idle = |region: &Region| region.name.starts_with("head.") || region.name == MLP_SUMS;
+    let start = regions.iter().position(idle).unwrap_or(0);
+    start..start + regions[start..].iter().take_while(|region| idle(region)).count()
+}
 
 /// Linears that read the same rows; the first ones write bands of one matrix, too.
 const TOGETHER: [&[LinearRole]; 2] =
@@ -72,6 +85,14 @@ pub fn cuda_layout(
         }
     }
     plan.offloaded.iter_mut().for_each(|region| region.dtype = RegionType::Bf16);
+    let sums = mlp_sum_elements(spec, settings, &ranks).unwrap_or(0);
+    let idle = idle_in_blocks(&plan.regions);
+    let room = plan.regions[idle.clone()].iter().map(|region| region.bytes()).sum::<usize>() / 4;
+    if sums > room {
+        let (component, name) = (Component::LogitsChunk, MLP_SUMS.to_string());
+        let (dtype, elements) = (RegionType::F32, sums - room);
+        plan.regions.insert(idle.end, Region { name, component, dtype, elements, pitch: None });
+    }
     let mut push = |component, name: &str, dtype, elements| {
         plan.regions.push(Region {
             name: name.to_string(),
@@ -124,6 +145,19 @@ fn stacked_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> Opt
     };
     let groups = TOGETHER.iter().filter(several).filter(|_| extends(settings));
     groups.map(|roles| ranks.most(roles)).max().map(|ranks| ranks * spec.hidden_size)
+}
+
+/// f32 elements that the sums of the MLP's adapters take; `None` where no layer has them summed together.
+fn mlp_sum_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> Option<usize> {
+    use LinearRole::{Down, Gate, Up};
+    let gated = spec.gated_mlp && !spec.fused_gate_up;
+    if !(gated && settings.training() && extends(settings) && settings.bf16_working) {
+        return None;
+    }
+    let (rows, width) = (settings.mlp_tile().min(settings.tokens), spec.intermediate_size);
+    let of = |layer| [Gate, Up, Down].map(|role| ranks.of(layer, &[role]));
+    let layers = (0..spec.num_layers).map(of);
+    layers.filter_map(|ranks| adapted_mlp::sum_elements(ranks, rows, width)).max()
 }
 
 /// Elements of the largest matrix in bf16, with its adapter where that lies beside it; of q, k and v

@@ -10,7 +10,9 @@ use super::host::{self, DeviceVector};
 use super::loss::{self, LossSum};
 use super::memory::{Allocation, Buffer, Memory};
 use super::offload::Pinned;
-use super::plan::{DEQUANTIZED, STACKED_A, STACKED_GRADIENT, cuda_layout, staged_bytes};
+use super::plan::{
+    DEQUANTIZED, MLP_SUMS, STACKED_A, STACKED_GRADIENT, cuda_layout, idle_in_blocks, staged_bytes,
+};
 use super::staging::Staging;
 use super::together::Stack;
 use super::weight::{self, DeviceWeight};
@@ -46,10 +48,13 @@ impl<D: Driver> Storage for Cuda<D> {
         let staging = Staging::new(driver, memory.region("cuda.uploads"), staged_bytes(plan))?;
         let mut state = self.state();
         state.staging = Some(staging);
+        state.mlp_sums = memory.as_f32(&plan.regions[idle_in_blocks(&plan.regions)]);
         let planned = |name: &str| plan.regions.iter().any(|region| region.name == name);
         let mut take = |name: &str| planned(name).then(|| memory.region(name));
         state.ahead = Some(Ahead::new(DEQUANTIZED.into_iter().filter_map(&mut take).collect()));
         state.stack = take(STACKED_A).map(|a| Stack { a, gradient: take(STACKED_GRADIENT) });
+        // Its memory is a part of what the sums have.
+        take(MLP_SUMS);
         drop(state);
         memory.zero_optimizer(driver)?;
         Ok(memory)

@@ -22,10 +22,11 @@
 
 use super::Cuda;
 use super::ahead::STACKED;
-use super::driver::{Argument, Driver, Product};
-use super::frozen::{self, LoraInput, b_of, copy_columns, operand, product, tail_columns};
+use super::driver::{Argument, Driver};
+use super::frozen::{self, LoraInput, copy_columns, operand, product, tail_columns};
 use super::frozen::{extended_elements, gradient_tail, transposed};
 use super::launch::{FLAT_THREADS, columns as columns_grid, row_threads, rows as row_grid};
+use super::low_rank::{gradient_of_b, in_f32, inner_gradient};
 use super::memory::{Buffer, Rows};
 use super::weight::DeviceWeight;
 use crate::kernels::{Columns, Kernels, LoraTerm};
@@ -111,6 +112,44 @@ impl Adapters {
         let to = [self.inner.into(), to.argument(), to.stride.into()];
         let mut arguments: Vec<Argument> = arguments.chain(to).collect();
         cuda.launch(kernel, row_grid(self.ranks), row_threads(self.inner), &mut arguments);
+    }
+}
+
+/// Adapters of linears that read the same rows, and room for the gradients of their A.
+pub(super) struct Stacked<D: Driver> {
+    adapters: Adapters,
+    gradient: Buffer<D>,
+}
+
+impl<D: Driver> Stacked<D> {
+    /// `None` where the plan has no room for it.
+    pub fn new(cuda: &Cuda<D>, linears: &[&Linear<Cuda<D>>]) -> Option<Self> {
+        let stack = cuda.stack().filter(|_| linears.len() > 1);
+        let gradient = stack?.gradient?;
+        Some(Stacked { adapters: Adapters::of(linears), gradient })
+    }
+
+    /// `gA += tᵀ·x` of each, their t side by side.
+    pub fn add_gradient_of_a(
+        &self,
+        cuda: &Cuda<D>,
+        parameters: &Parameters<Cuda<D>>,
+        (ts, x): (Rows, &Buffer<D>),
+        gradients: &Buffer<D>,
+        rows: usize,
+    ) {
+        let (inner, ranks) = (self.adapters.inner, self.adapters.ranks);
+        if ranks == 0 {
+            return;
+        }
+        let operands = (transposed(ts), operand(x.rows(rows, inner)));
+        let to = in_f32(self.gradient.at(0..ranks * inner), inner);
+        cuda.gemm([ranks, inner, rows], (1.0, 0.0), operands, to);
+        let from = self.gradient.argument(ranks * inner);
+        let to = self.adapters.a_arguments(parameters, gradients);
+        let mut arguments: Vec<Argument> =
+            [from].into_iter().chain(to).chain([inner.into()]).collect();
+        cuda.launch("add_stacked_f32", row_grid(ranks), row_threads(inner), &mut arguments);
     }
 }
 
@@ -251,10 +290,8 @@ pub(super) fn backward<D: Driver>(
     pair: &mut Buffer<D>,
     rows: usize,
 ) -> bool {
-    let stack = cuda.stack().filter(|_| linears.len() > 1);
-    let Some(Stack { gradient: Some(stacked), .. }) = stack else { return false };
-    let adapters = Adapters::of(linears);
-    let (inner, ranks) = (adapters.inner, adapters.ranks);
+    let Some(stacked) = Stacked::new(cuda, linears) else { return false };
+    let (adapters, ranks) = (&stacked.adapters, stacked.adapters.ranks);
     // Side by side: behind the rows of the one gradient, or by themselves.
     let behind = if let [dy] = dys { adapters.behind(dy, rows) } else { None };
     let ts = behind.unwrap_or_else(|| t.rows(rows, ranks));
@@ -271,35 +308,20 @@ pub(super) fn backward<D: Driver>(
         // Where the product for dx reads it, if that is not where it is already.
         let there = gradient_tail((dy, band), rows, shape.rank).filter(|_| behind.is_none());
         let made = there.unwrap_or(own);
-        let factors = (shape.scale, 0.0);
-        let operands = (operand(from), operand(b_of(pair, &shape)));
-        cuda.gemm([rows, shape.rank, shape.out_features], factors, operands, product(made));
+        inner_gradient(cuda, &shape, pair, from, made, rows);
         if there.is_some() {
             copy_columns(cuda, made, own, (rows, shape.rank), 1.0);
         }
         let start = parameters.pair_range(index).start;
-        let range = start + shape.a_elements()..start + shape.elements();
-        let to = wide_product(gradients, range, shape.rank);
-        let operands = (transposed(from), operand(ax.band(columns, rows)));
-        cuda.gemm([shape.out_features, shape.rank, rows], (shape.scale, 1.0), operands, to);
+        let gb = gradients.at(start + shape.a_elements()..start + shape.elements());
+        gradient_of_b(cuda, &shape, (from, ax.band(columns, rows)), gb, rows);
         inputs.push(Some(made));
         column += shape.rank;
     }
-    if ranks > 0 {
-        let operands = (transposed(ts), operand(x.rows(rows, inner)));
-        let to = wide_product(&stacked, 0..ranks * inner, inner);
-        cuda.gemm([ranks, inner, rows], (1.0, 0.0), operands, to);
-    }
-    if ranks > 0 {
-        let from = stacked.argument(ranks * inner);
-        let to = adapters.a_arguments(parameters, gradients);
-        let mut arguments: Vec<Argument> =
-            [from].into_iter().chain(to).chain([inner.into()]).collect();
-        cuda.launch("add_stacked_f32", row_grid(ranks), row_threads(inner), &mut arguments);
-    }
+    stacked.add_gradient_of_a(cuda, parameters, (ts, x), gradients, rows);
     let Some(dx) = dx else { return true };
     if let [dy] = dys
-        && backward_in_one(cuda, parameters, linears, &adapters, dy, dx, rows).is_some()
+        && backward_in_one(cuda, parameters, linears, adapters, dy, dx, rows).is_some()
     {
         return true;
     }
@@ -333,13 +355,4 @@ fn backward_in_one<D: Driver>(
     let to = product(dx.rows(rows, inner));
     cuda.gemm([rows, inner, outer + ranks], (1.0, 0.0), operands, to);
     Some(())
-}
-
-/// Where a product in f32 goes.
-fn wide_product<D: Driver>(
-    to: &Buffer<D>,
-    range: std::ops::Range<usize>,
-    stride: usize,
-) -> Product {
-    Product { address: to.at(range), stride, wide: true, batch_stride: 0 }
 }

@@ -8,7 +8,7 @@ use std::mem::swap;
 use std::ops::Range;
 
 use super::linear::GradientTarget;
-use super::{Block, GradientBuffers, Pass, Saved, SavedMlp, Tile, Workspace};
+use super::{Block, GatedMlp, GradientBuffers, Pass, Saved, SavedMlp, Tile, Workspace};
 use crate::kernels::Kernels;
 use crate::model::spec::LinearRole;
 
@@ -162,10 +162,7 @@ impl<K: Kernels> Block<K> {
     ) {
         if recompute {
             self.forward_gate_up(pass, middle, saved, work);
-        }
-        self.hidden(pass, saved, work);
-        let down = self.expect(LinearRole::Down);
-        if recompute {
+            self.hidden(pass, saved, work);
             self.recompute_down(pass, saved, work);
         }
         if let Some(norms) = &self.post_norms {
@@ -174,7 +171,57 @@ impl<K: Kernels> Block<K> {
         if !recompute || self.post_norms.is_some() {
             self.normalize_middle(pass, middle, work);
         }
+        if !self.backward_adapted(pass, saved, work, grads, parameters) {
+            if !recompute {
+                self.hidden(pass, saved, work);
+            }
+            self.backward_linears(pass, saved, work, grads, parameters);
+        }
         let (kernels, rows) = (pass.kernels, pass.rows.len());
+        let (stats, stream) = (&work.norm_stats, &mut grads.stream);
+        kernels.norm_backward(&self.norm2, &grads.norm, middle, stats, stream, rows);
+    }
+
+    /// The gradients of the adapters and of the norm's output, all in one operation; `false`, and nothing
+    /// done, where the backend has none for this MLP.
+    fn backward_adapted(
+        &self,
+        pass: &Pass<K>,
+        saved: &SavedMlp<K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+        grads: &mut GradientBuffers<K::Buffer>,
+        parameters: &mut K::Buffer,
+    ) -> bool {
+        let Some(gate) = self.linear(LinearRole::Gate).filter(|_| pass.dropout.is_none()) else {
+            return false;
+        };
+        let (up, down) = (self.expect(LinearRole::Up), self.expect(LinearRole::Down));
+        let mlp = GatedMlp { activation: self.activation, gate, up, down, saved };
+        let GradientBuffers { mlp: d_gate, stream, norm: dx, projected, lora: t, .. } = grads;
+        let inputs = (projected.as_ref().unwrap_or(stream), &work.norm);
+        let (to, rows) = ([d_gate, &mut work.mlp], pass.rows.len());
+        pass.kernels.adapted_mlp_backward(
+            pass.parameters,
+            &mlp,
+            inputs,
+            to,
+            dx,
+            t,
+            parameters,
+            rows,
+        )
+    }
+
+    /// The same in one operation after another, from h in the workspace.
+    fn backward_linears(
+        &self,
+        pass: &Pass<K>,
+        saved: &mut SavedMlp<K::Buffer>,
+        work: &mut Workspace<K::Buffer>,
+        grads: &mut GradientBuffers<K::Buffer>,
+        parameters: &mut K::Buffer,
+    ) {
+        let down = self.expect(LinearRole::Down);
         let to = &mut GradientTarget { parameters, work: &mut grads.lora };
         let scratch = (&mut work.lora_pair, &mut work.dropped);
         let (dx, dy) = (Some((&mut grads.mlp, false)), grads.projected.as_ref());
@@ -195,8 +242,6 @@ impl<K: Kernels> Block<K> {
                 pass.backward(up, dy, inputs, dx, to, scratch);
             }
         }
-        let (stats, stream) = (&work.norm_stats, &mut grads.stream);
-        kernels.norm_backward(&self.norm2, &grads.norm, middle, stats, stream, rows);
     }
 
     /// From the gradient of h in `d_out` to those of gate and up: there and in the workspace, or, where

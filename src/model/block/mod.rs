@@ -112,6 +112,20 @@ pub struct SavedMlp<B> {
     pub projected: Option<B>,
 }
 
+/// A gated MLP, and what its forward pass kept.
+pub struct GatedMlp<'a, K: Kernels> {
+    /// Of the gate.
+    pub activation: Activation,
+    /// `[F, D]`.
+    pub gate: &'a Linear<K>,
+    /// `[F, D]`.
+    pub up: &'a Linear<K>,
+    /// `[D, F]`.
+    pub down: &'a Linear<K>,
+    /// gate, up and `x·Aᵀ`.
+    pub saved: &'a SavedMlp<K::Buffer>,
+}
+
 /// Buffers that no layer owns.
 pub struct Workspace<B> {
     /// Output of the norm at work, `[T, D]`.

@@ -144,6 +144,11 @@ impl Instruction<'_> {
                     (format!("ptx::as<ptx::u32>({low})"), format!("ptx::as<ptx::u32>({high})"));
                 self.put(&format!("ptx::u64({high}) << 32 | {low}"))
             }
+            ([_], [low, high], "b32") => {
+                let (low, high) =
+                    (format!("ptx::as<ptx::u16>({low})"), format!("ptx::as<ptx::u16>({high})"));
+                self.put(&format!("ptx::u32({high}) << 16 | {low}"))
+            }
             _ => None,
         }
     }
