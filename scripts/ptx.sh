@@ -27,7 +27,7 @@ ptxas=$tools/nvidia/cuda_nvcc/bin/ptxas
 # run, or one of 256 of an MLP's adapters, 64 blocks of 1024.
 budget() {
     case $1 in
-        flash_* | mlp_adapters_backward_*) echo 255 ;;
+        flash_* | mlp_adapters_*_16 | mlp_adapters_*_32) echo 255 ;;
         *) echo 64 ;;
     esac
 }

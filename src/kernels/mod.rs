@@ -146,6 +146,23 @@ pub trait Kernels: Storage {
         false
     }
 
+    /// [`mlp_forward`](Kernels::mlp_forward) of a gated MLP, to `h` if it is wanted, and
+    /// [`lora_project`](Kernels::lora_project) of the down projection's adapter, into its columns of `ax`.
+    /// `false`, and nothing done, where the backend has nothing better than one after the other.
+    #[allow(clippy::too_many_arguments)]
+    fn adapted_mlp_forward(
+        &self,
+        _parameters: &Parameters<Self>,
+        _down: &Linear<Self>,
+        _activation: Activation,
+        (_gate, _up): (&Self::Buffer, &Self::Buffer),
+        _h: Option<&mut Self::Buffer>,
+        _ax: &mut Self::Buffer,
+        _rows: usize,
+    ) -> bool {
+        false
+    }
+
     /// The backward pass of a gated MLP whose linears all have adapters: adds to the gradients of those,
     /// and overwrites `dx`, that of x, which gate and up read, from `dy`, that of what down made. `d_gate`
     /// and `d_up` are left with the gradients of gate and up, `t` is to work in. `false`, and nothing

@@ -64,19 +64,27 @@ fn is_of_adapters(launch: &Launch) -> bool {
         "diagonal",
         "stack_rows",
         "add_stacked",
+        "mlp_adapters_project",
         "mlp_adapters_inner",
         "mlp_adapters_gradients",
     ];
     kernels.iter().any(|kernel| launch.kernel.starts_with(kernel))
 }
 
-/// What an MLP without adapters launches in place of `mlp_adapters_backward`: the first arguments are the
-/// same, and so is the width.
-fn without_adapters(Launch { arguments, .. }: &Launch) -> (u32, Vec<Argument>) {
-    const ROWS: usize = 21;
-    let Argument::I32(rows) = arguments[ROWS] else { panic!("rows are an int") };
-    let arguments = arguments[..11].iter().chain([&arguments[ROWS + 1]]);
-    (rows as u32, arguments.copied().collect())
+/// What an MLP without adapters launches in place of a launch that has their share in it: kernel, rows and
+/// arguments, of which the first ones are the same, and so is the width, behind the rows. No rows where
+/// there is no h to make.
+fn without_adapters(launch: &Launch) -> Option<(&'static str, u32, Vec<Argument>)> {
+    let arguments = &launch.arguments;
+    let (kernel, same, rows) = match launch.kernel {
+        "mlp_adapters_forward_16" | "mlp_adapters_forward_32" => ("mlp_forward", 7, 9),
+        "mlp_adapters_backward_16" | "mlp_adapters_backward_32" => ("mlp_backward", 11, 21),
+        _ => return None,
+    };
+    let all = arguments[..same].iter().chain([&arguments[rows + 1]]).copied().collect();
+    let Argument::I32(rows) = arguments[rows] else { panic!("rows are an int") };
+    let is_wanted = !matches!(arguments[5], Argument::Pointer(0));
+    Some((kernel, if is_wanted { rows as u32 } else { 0 }, all))
 }
 
 impl Device {
@@ -281,10 +289,13 @@ impl Driver for Device {
         if self.is_bare() && (widens || is_of_adapters(&launch)) {
             return Ok(());
         }
-        if self.is_bare() && launch.kernel.starts_with("mlp_adapters_backward") {
-            let (rows, mut arguments) = without_adapters(&launch);
-            let (kernel, grid, threads) = ("mlp_backward", [rows, 1, 1], 256);
-            let arguments = &mut arguments[..];
+        if self.is_bare()
+            && let Some((kernel, rows, mut arguments)) = without_adapters(&launch)
+        {
+            if rows == 0 {
+                return Ok(());
+            }
+            let (grid, threads, arguments) = ([rows, 1, 1], 256, &mut arguments[..]);
             return self.driver.launch(Launch {
                 kernel,
                 grid,

@@ -1,9 +1,9 @@
-//! The backward pass of the MLP's nonlinearity with the adapters' share in it, beside the kernels that
-//! make one of its results each, and f64.
+//! The passes of the MLP's nonlinearity with the adapters' share in them, beside the kernels that make one
+//! of their results each, and f64.
 
 use half::bf16;
 
-use crate::emulator::{Argument, Device, ORDERS, devices, launch};
+use crate::emulator::{Argument, Device, NULL, ORDERS, devices, launch};
 use crate::support::*;
 
 /// Rows, width, ranks of gate, up and down, rows of a chunk, and what lies behind the rows.
@@ -181,6 +181,57 @@ fn check(device: &Device, shape: &Shape, kind: i32) {
     close(&less_one(&gradients[2]), expected, 1.0, 1e-5);
 }
 
+/// h and `x·Aᵀ` of the down projection, which has the third rank; without h where that is not wanted.
+fn run_forward(device: &Device, shape: &Shape, kind: i32, wanted: bool) -> [Vec<bf16>; 2] {
+    let Shape { rows, width, ranks: [.., rank], chunk, behind } = *shape;
+    let Inputs { gate, up, .. } = Inputs::new(shape);
+    let a = normal_bf16(rank * width, "a");
+    let most = if rank <= 16 { 16 } else { 32 };
+    let (strips, chunks) = (width.div_ceil(512), rows.div_ceil(chunk));
+    let mut h = vec![POISON; rows * (width + behind)];
+    let mut inner = vec![f32::NAN; strips * rows * most];
+    let out = if wanted { Argument::from(&mut h[..]) } else { NULL };
+    let (kernel, grid) =
+        (format!("mlp_adapters_forward_{most}"), [strips as u32, chunks as u32, 1]);
+    let [rank_of, stride] = [rank, width].map(|x| x as i32);
+    launch!(device, &kernel, grid, 256, 98_304; kind, &gate[..], stride, &up[..], stride, out,
+        (width + behind) as i32, &a[..], rank_of, rows as i32, stride, chunk as i32,
+        &mut inner[..]);
+    let mut ax = vec![POISON; rows * (rank + 8)];
+    launch!(device, "mlp_adapters_project", [2, 1, 1], 64; &inner[..], strips as i32, rows as i32,
+        most as i32, rank_of, &mut ax[..], rank_of + 8);
+    [h, ax]
+}
+
+fn check_forward(device: &Device, shape: &Shape, kind: i32) {
+    let Shape { rows, width, ranks: [.., rank], behind, .. } = *shape;
+    let inputs = Inputs::new(shape);
+    let [h, ax] = run_forward(device, shape, kind, true);
+    let (grid, n) = ([rows as u32, 1, 1], width as i32);
+    let mut expected = vec![POISON; rows * width];
+    launch!(device, "mlp_forward", grid, 32; kind, &inputs.gate[..], n, &inputs.up[..], n,
+        &mut expected[..], n, n);
+    let h = band(&h, width, width + behind);
+    assert_close(&h, &wide(&expected), 1e-6, BF16_ROUNDING);
+    let a = wide(&normal_bf16(rank * width, "a"));
+    let (projected, most) =
+        product([rows, rank, width], |i, k| h[i * width + k], |k, j| a[j * width + k]);
+    let got = band(&ax, rank, rank + 8);
+    assert_close(&got, &projected, 2e-6 * most + 1e-6, BF16_ROUNDING);
+    let [none, alone] = run_forward(device, shape, kind, false);
+    assert!(none.iter().all(|x| x.is_nan()));
+    assert_eq!(band(&alone, rank, rank + 8), got);
+}
+
+#[test]
+fn the_forward_pass_has_the_projection_of_what_it_makes() {
+    in_every_order(|device| {
+        for (number, shape) in SHAPES.iter().enumerate() {
+            check_forward(device, shape, number as i32 % 3);
+        }
+    });
+}
+
 #[test]
 fn the_share_of_the_adapters_is_that_of_products_of_their_own() {
     in_every_order(|device| {
@@ -199,8 +250,9 @@ fn every_run_gives_the_same_bits() {
             let bits = |&order| {
                 device.order(order);
                 let Outputs { d_gate, d_up, both, gradients } = run(device, shape, 0, &inputs);
-                let halves =
-                    [d_gate, d_up, both].map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
+                let [h, ax] = run_forward(device, shape, 0, true);
+                let halves = [d_gate, d_up, both, h, ax]
+                    .map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>());
                 (halves, gradients.map(|x| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>()))
             };
             let mut all = ORDERS.iter().map(bits);
@@ -216,8 +268,15 @@ pub fn is_right(device: &Device) -> bool {
     true
 }
 
+/// The same of the forward pass.
+pub fn is_forward_right(device: &Device) -> bool {
+    check_forward(device, &SHAPES[2], 0);
+    true
+}
+
 /// For counts of what it does to memory.
 pub fn run_once(device: &Device, most: usize) {
     let shape = Shape { rows: 64, width: 512, ranks: [most; 3], chunk: 64, behind: most };
     run(device, &shape, 0, &Inputs::new(&shape));
+    run_forward(device, &shape, 0, true);
 }

@@ -43,7 +43,7 @@ struct Mutant {
     is_right: fn(&Device) -> bool,
 }
 
-const MUTANTS: [Mutant; 11] = [
+const MUTANTS: [Mutant; 13] = [
     Mutant {
         name: "barrier of a sum",
         file: "reduce.cuh",
@@ -102,21 +102,35 @@ const MUTANTS: [Mutant; 11] = [
     },
     Mutant {
         name: "barrier before the sums of warps",
-        file: "mlp_adapters.cuh",
+        file: "mlp_adapters_backward.cuh",
         from: "__syncthreads();  // all have written theirs",
         to: "",
         is_right: mlp_adapters::is_right,
     },
     Mutant {
         name: "barrier before the next rows",
-        file: "mlp_adapters.cuh",
+        file: "mlp_adapters_backward.cuh",
         from: "__syncthreads();  // all have read the stage",
         to: "",
         is_right: mlp_adapters::is_right,
     },
     Mutant {
+        name: "barrier before the sums of h",
+        file: "mlp_adapters_forward.cuh",
+        from: "__syncthreads();  // all have written theirs",
+        to: "",
+        is_right: mlp_adapters::is_forward_right,
+    },
+    Mutant {
+        name: "barrier before the next rows of h",
+        file: "mlp_adapters_forward.cuh",
+        from: "__syncthreads();  // all have read the stage",
+        to: "",
+        is_right: mlp_adapters::is_forward_right,
+    },
+    Mutant {
         name: "wait for rows",
-        file: "mlp_adapters.cuh",
+        file: "mlp_adapters_backward.cuh",
         from: "copy_async_wait<Shape::STAGES - 1>();",
         to: "",
         is_right: mlp_adapters::is_right,

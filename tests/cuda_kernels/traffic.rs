@@ -68,9 +68,11 @@ fn flash_attention_waits_for_no_bank() {
 #[test]
 fn adapters_of_an_mlp_wait_for_no_bank() {
     for most in [16, 32] {
-        let backward = format!("mlp_adapters_backward_{most}");
+        let [forward, backward] =
+            ["forward", "backward"].map(|pass| format!("mlp_adapters_{pass}_{most}"));
         // The gradients' eight f32 of a thread are two halves of a sector.
-        let kernels = [&backward, "mlp_adapters_inner", "mlp_adapters_gradients"];
+        let sums = ["mlp_adapters_project", "mlp_adapters_inner", "mlp_adapters_gradients"];
+        let kernels = [&[&*forward, &*backward], &sums[..]].concat();
         check(&kernels, [2, 2], |device| mlp_adapters::run_once(device, most));
     }
 }

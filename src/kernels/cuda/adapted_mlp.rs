@@ -1,10 +1,14 @@
-//! The backward pass of a gated MLP with adapters on gate, up and down, in one pass over its widest
-//! matrices.
+//! A gated MLP with adapters, its passes each in one pass over its widest matrices.
 //!
 //! With F the width of the MLP, what lies between the products with frozen weights reads and writes,
 //! in elements of a token:
 //!
-//! | | one by one | `mlp_adapters_backward` |
+//! | forward | one by one | `mlp_adapters_forward` |
+//! |---|---|---|
+//! | h = a(g) ∘ u | 3·F | 3·F; 2·F where a block's activations are made again |
+//! | h·Aᵀ of down | F | |
+//!
+//! | backward | one by one | `mlp_adapters_backward` |
 //! |---|---|---|
 //! | h = a(g) ∘ u | 3·F | |
 //! | dg, du from dh | 5·F | 5·F |
@@ -12,9 +16,9 @@
 //! | t of gate and up: dg·B, du·B | 2·F | |
 //! | gB of gate and up: dgᵀ·ax, duᵀ·ax | 2·F | |
 //!
-//! 13·F against 5·F, h is nowhere, and sums over columns and rows go through memory in f32, for rank
-//! 16 a tenth of what is saved. What the adapters multiply is in shared memory while it is there; the
-//! products themselves are few enough to hide behind the reading.
+//! Sums over the columns and rows of a block go through memory in f32, for rank 16 a tenth of what is
+//! saved. What the adapters multiply is in shared memory when it is made; the products themselves are few
+//! enough to hide behind the reading.
 
 use super::Cuda;
 use super::driver::{Address, Argument, Driver};
@@ -26,10 +30,16 @@ use super::memory::{Buffer, Rows};
 use super::together::Stacked;
 use crate::model::block::{GatedMlp, Linear, LinearAdapter};
 use crate::model::parameters::Parameters;
+use crate::model::spec::Activation;
 
 /// The kernel for adapters of up to so many columns, and its dynamic shared memory: kernels.cu.
-const KERNELS: [(usize, &str, u32); 2] =
+const BACKWARD: [(usize, &str, u32); 2] =
     [(16, "mlp_adapters_backward_16", 101_376), (32, "mlp_adapters_backward_32", 82_944)];
+/// The same forward, all with as much shared memory and as many columns of a block.
+const FORWARD: [(usize, &str); 2] =
+    [(16, "mlp_adapters_forward_16"), (32, "mlp_adapters_forward_32")];
+const FORWARD_SHARED_BYTES: u32 = 98_304;
+const FORWARD_STRIP: usize = 512;
 /// Columns of a block times those of the adapters.
 const STRIP: usize = 8192;
 /// Blocks of a pass at most, one or two for each multiprocessor; a strip has several where it can. Each
@@ -45,7 +55,8 @@ const PIECE: usize = 8;
 
 /// The kernels that work in shared memory, and its bytes.
 pub(super) fn shared_bytes() -> impl Iterator<Item = (&'static str, u32)> {
-    KERNELS.into_iter().map(|(_, kernel, bytes)| (kernel, bytes))
+    let forward = FORWARD.into_iter().map(|(_, kernel)| (kernel, FORWARD_SHARED_BYTES));
+    BACKWARD.into_iter().map(|(_, kernel, bytes)| (kernel, bytes)).chain(forward)
 }
 
 /// How a pass over `rows` is cut.
@@ -67,28 +78,99 @@ impl Cut {
     fn new(ranks: [usize; 3], rows: usize, width: usize) -> Option<Self> {
         let fits = |&rank: &usize| rank > 0 && rank.is_multiple_of(PIECE);
         let most = *ranks.iter().max()?;
-        let (ranks, kernel, shared_bytes) = KERNELS
+        let (ranks, kernel, shared_bytes) = BACKWARD
             .into_iter()
             .find(|(columns, ..)| most <= *columns)
             .filter(|_| ranks.iter().all(fits) && width.is_multiple_of(PIECE))?;
         let strips = width.div_ceil(STRIP / ranks);
-        let chunks = (BLOCKS / strips).max(1);
-        let chunk_rows = rows.div_ceil(chunks).next_multiple_of(TILE_ROWS).max(CHUNK_ROWS);
+        let chunk_rows = chunk_rows(rows, strips);
         let chunks = rows.div_ceil(chunk_rows);
         let inner = strips * rows * 2 * ranks;
         let gradients = chunks * MATRICES * ranks * width;
         Some(Cut { ranks, kernel, shared_bytes, strips, chunks, chunk_rows, inner, gradients })
     }
+
+    /// f32 elements that the sums of a pass over so many rows or fewer take: fewer may be more chunks.
+    fn elements(&self, rows: usize) -> usize {
+        let chunks = most_chunks(self.strips).min(rows.div_ceil(CHUNK_ROWS));
+        self.inner + self.gradients / self.chunks.max(1) * chunks
+    }
 }
 
-/// f32 elements that the sums of a pass over `rows` take; `None` where there is no kernel for them.
+/// Chunks of the rows of a strip, at most.
+fn most_chunks(strips: usize) -> usize {
+    (BLOCKS / strips).max(1)
+}
+
+/// Rows of a chunk of a pass whose columns are so many strips.
+fn chunk_rows(rows: usize, strips: usize) -> usize {
+    rows.div_ceil(most_chunks(strips)).next_multiple_of(TILE_ROWS).max(CHUNK_ROWS)
+}
+
+/// f32 elements that the sums of passes over up to `rows` take; `None` where there is no kernel for them.
 pub(super) fn sum_elements(ranks: [usize; 3], rows: usize, width: usize) -> Option<usize> {
-    Cut::new(ranks, rows, width).map(|cut| cut.inner + cut.gradients)
+    Cut::new(ranks, rows, width).map(|cut| cut.elements(rows))
 }
 
 /// What the kernel reads 16 bytes at a time lies on 16 bytes.
 fn aligned(rows: &Rows) -> bool {
     rows.address.is_multiple_of(16) && rows.stride.is_multiple_of(PIECE)
+}
+
+/// `h = act(gate) ∘ up`, where it is wanted, and `h·Aᵀ` of the adapter of `down` into its columns of ax.
+/// `None`, and nothing done, where there is no room for the sums, no adapter, or no kernel for its rank.
+pub(super) fn forward<D: Driver>(
+    cuda: &Cuda<D>,
+    parameters: &Parameters<Cuda<D>>,
+    down: &Linear<Cuda<D>>,
+    (activation, gate, up): (Activation, &Buffer<D>, &Buffer<D>),
+    h: Option<&Buffer<D>>,
+    ax: &Buffer<D>,
+    rows: usize,
+) -> Option<()> {
+    let (working, sums) = (parameters.working()?, cuda.mlp_sums()?);
+    let LinearAdapter { index, shape, columns } = down.adapter?;
+    let (rank, width) = (shape.rank, shape.in_features);
+    let (ranks, kernel) = FORWARD.into_iter().find(|(ranks, _)| rank <= *ranks)?;
+    let strips = width.div_ceil(FORWARD_STRIP);
+    let inner = strips * rows * ranks;
+    let [g, u] = [gate, up].map(|buffer| buffer.rows(rows, width));
+    let h = h.map(|buffer| buffer.rows(rows, width));
+    let a = working.part(parameters.pair_range(index)).at(0..shape.a_elements());
+    let whole_pieces = rank.is_multiple_of(PIECE) && width.is_multiple_of(PIECE);
+    // The kernel reads two elements of A at a time.
+    if !whole_pieces
+        || !a.is_multiple_of(4)
+        || inner > sums.elements
+        || ![g, u].iter().chain(&h).all(aligned)
+    {
+        return None;
+    }
+    let chunk_rows = chunk_rows(rows, strips);
+    let chunks = rows.div_ceil(chunk_rows);
+    let inner = sums.argument(inner);
+    let h = h.unwrap_or(Rows { address: 0, stride: 0 });
+    let mut arguments = [
+        activation_code(activation).into(),
+        g.argument(),
+        g.stride.into(),
+        u.argument(),
+        u.stride.into(),
+        h.argument(),
+        h.stride.into(),
+        Argument::Pointer(a),
+        rank.into(),
+        rows.into(),
+        width.into(),
+        chunk_rows.into(),
+        inner,
+    ];
+    let grid = [strips as u32, chunks as u32, 1];
+    cuda.launch_shared(kernel, grid, FLAT_THREADS, FORWARD_SHARED_BYTES, &mut arguments);
+    let ax = ax.band(columns, rows);
+    launch!(cuda, "mlp_adapters_project", flat(rows * ranks / 2), FLAT_THREADS;
+        inner, strips, rows, ranks, rank, ax.argument(), ax.stride);
+    Some(())
 }
 
 /// A linear's adapter and its matrices.
@@ -138,27 +220,10 @@ impl<'a, D: Driver> Part<'a, D> {
 }
 
 /// Gradients of all three adapters and `dx`, that of what gate and up read, from `dy`, that of what
-/// down made; dg and du are left in `d_gate` and `d_up`. `false`, and nothing done, where the plan has
+/// down made; dg and du are left in `d_gate` and `d_up`. `None`, and nothing done, where the plan has
 /// no room for it, an adapter is missing, or there is no kernel for their ranks.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn backward<D: Driver>(
-    cuda: &Cuda<D>,
-    parameters: &Parameters<Cuda<D>>,
-    mlp: &GatedMlp<Cuda<D>>,
-    (dy, x): (&Buffer<D>, &Buffer<D>),
-    [d_gate, d_up]: [&Buffer<D>; 2],
-    dx: &Buffer<D>,
-    t: &Buffer<D>,
-    gradients: &Buffer<D>,
-    rows: usize,
-) -> bool {
-    let tried =
-        try_backward(cuda, parameters, mlp, (dy, x), [d_gate, d_up], dx, t, gradients, rows);
-    tried.is_some()
-}
-
-#[allow(clippy::too_many_arguments)]
-fn try_backward<D: Driver>(
     cuda: &Cuda<D>,
     parameters: &Parameters<Cuda<D>>,
     mlp: &GatedMlp<Cuda<D>>,
@@ -243,4 +308,34 @@ fn try_backward<D: Driver>(
     gate.input_gradient(cuda, (dg, t_gate), dx, rows, false);
     up.input_gradient(cuda, (du, t_up), dx, rows, true);
     Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_planned_is_enough_for_fewer_rows() {
+        for (ranks, width) in [([16; 3], 14_336), ([32, 8, 16], 1536), ([8; 3], 160)] {
+            for planned in [1, 64, 100, 600, 4096, 5000] {
+                let room = sum_elements(ranks, planned, width).unwrap();
+                for rows in 1..=planned {
+                    let cut = Cut::new(ranks, rows, width).unwrap();
+                    assert!(cut.inner + cut.gradients <= room, "{rows} of {planned}");
+                    assert!((cut.chunks - 1) * cut.chunk_rows < rows, "no chunk is empty");
+                    assert!(cut.chunks * cut.chunk_rows >= rows);
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn there_are_kernels_for_ranks_of_whole_pieces() {
+        let ranks_of = |ranks| Cut::new(ranks, 10, 64).map(|cut| cut.ranks);
+        assert_eq!(ranks_of([8, 16, 8]), Some(16));
+        assert_eq!(ranks_of([8, 24, 32]), Some(32));
+        for ranks in [[12, 16, 16], [16, 0, 16], [16, 16, 64]] {
+            assert_eq!(ranks_of(ranks), None);
+        }
+    }
 }

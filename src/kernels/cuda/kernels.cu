@@ -22,7 +22,8 @@
 #include "flash_forward.cuh"
 #include "head_norm.cuh"
 #include "mlp.cuh"
-#include "mlp_adapters.cuh"
+#include "mlp_adapters_backward.cuh"
+#include "mlp_adapters_forward.cuh"
 #include "noise.cuh"
 #include "norm.cuh"
 #include "parts.cuh"
@@ -310,7 +311,32 @@ mlp_backward(int activation, const bfloat16* gate, int gate_stride, const bfloat
                                                d_up_stride, width});
 }
 
-// The same of a gated MLP, with what adapters of up to 16 or 32 columns on gate, up and down take of it:
+// mlp_forward of a gated MLP, and what an adapter of up to 16 or 32 columns on the down projection reads of
+// it: inner [strips, rows, R], h · Aᵀ for each strip of 512 columns, in f32, for mlp_adapters_project. out
+// may be null. A [rank, width]. Alignment, grid and threads as mlp_adapters_backward's. Dynamic shared
+// memory: 98304 bytes.
+#define NIBBLE_MLP_ADAPTERS_FORWARD(R)                                                            \
+    (int activation, const bfloat16* gate, int gate_stride, const bfloat16* up, int up_stride,    \
+     bfloat16* out, int out_stride, const bfloat16* a, int rank, int rows, int width,             \
+     int chunk_rows, float* inner) {                                                              \
+        const MlpInputs at = {gate,       gate_stride, up,    up_stride, out,                     \
+                              out_stride, rows,        width, activation};                        \
+        mlp_adapters_forward<R>(at, a, rank, chunk_rows, inner);                                  \
+    }
+extern "C" __global__ void __launch_bounds__(256)
+mlp_adapters_forward_16 NIBBLE_MLP_ADAPTERS_FORWARD(16)
+extern "C" __global__ void __launch_bounds__(256)
+mlp_adapters_forward_32 NIBBLE_MLP_ADAPTERS_FORWARD(32)
+
+// ax [rows, rank] in bf16 from `inner`, the sum of its strips. ax on 4 bytes, its stride even. `columns`
+// is R. Flat over rows·columns/2.
+extern "C" __global__ void __launch_bounds__(256)
+mlp_adapters_project(const float* inner, int strips, int rows, int columns, int rank, bfloat16* ax,
+                     int ax_stride) {
+    mlp_write_projection(inner, strips, rows, columns, rank, ax, ax_stride);
+}
+
+// mlp_backward of a gated MLP, with what adapters of up to 16 or 32 columns on gate, up and down take of it:
 //   inner      [strips, rows, 2·R]        dg · B_gate beside du · B_up, a part for each strip of columns
 //   gradients  [chunks, 3, R, width]      ax_gateᵀ · dg, ax_upᵀ · du, t_downᵀ · h, for each chunk of rows
 // in f32, unscaled, for mlp_adapters_inner and mlp_adapters_gradients. B [width, rank]. All pointers but
@@ -324,9 +350,9 @@ mlp_backward(int activation, const bfloat16* gate, int gate_stride, const bfloat
      const bfloat16* b_up, int rank_up, const bfloat16* ax_gate, const bfloat16* ax_up,           \
      int ax_stride, const bfloat16* t_down, int t_stride, int rank_down, int rows, int width,     \
      int chunk_rows, float* inner, float* gradients) {                                            \
-        const MlpMatrices at = {gate,   gate_stride,   up,   up_stride,   d_out, d_out_stride,    \
-                                d_gate, d_gate_stride, d_up, d_up_stride, rows,  width,           \
-                                activation};                                                      \
+        const MlpGradientInputs at = {gate,   gate_stride,   up,   up_stride,   d_out,            \
+                                      d_out_stride, d_gate, d_gate_stride, d_up, d_up_stride,     \
+                                      rows,   width,         activation};                         \
         const MlpAdapters adapters = {b_gate,   b_up,      ax_gate, ax_up,    ax_stride, t_down,  \
                                       t_stride, rank_gate, rank_up, rank_down};                   \
         mlp_adapters_backward<R>(at, adapters, chunk_rows, inner, gradients);                     \
@@ -340,8 +366,8 @@ extern "C" __global__ void __launch_bounds__(256)
 mlp_adapters_inner(const float* inner, int strips, int rows, int columns, int rank_gate, int rank_up,
                    float scale_gate, float scale_up, bfloat16* t_gate, int t_gate_stride,
                    bfloat16* t_up, int t_up_stride, bfloat16* both, int both_stride) {
-    mlp_add_strips(inner, strips, rows, columns, {rank_gate, rank_up}, {scale_gate, scale_up}, t_gate,
-                   t_gate_stride, t_up, t_up_stride, both, both_stride);
+    mlp_write_t(inner, strips, rows, columns, {rank_gate, rank_up}, {scale_gate, scale_up}, t_gate,
+                t_gate_stride, t_up, t_up_stride, both, both_stride);
 }
 
 // Adds scale · the sum of the chunks of `gradients` to those of B of gate and up [width, rank], and of A

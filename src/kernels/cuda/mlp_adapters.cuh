@@ -1,172 +1,57 @@
-// The backward pass of the gated MLP's nonlinearity with the adapters' share of it, in one pass over
-// the widest matrices of a block.
+// What the gated MLP's passes share that take adapters' products from the tiles which they have at hand.
 //
-//   h = a(g) ∘ u,  dg = dh ∘ u ∘ a'(g),  du = dh ∘ a(g)       [rows, width], in registers, then shared
-//   inner:      dg · B_gate,  du · B_up                       [rows, R]: sums over columns
-//   gradients:  ax_gateᵀ · dg,  ax_upᵀ · du,  t_downᵀ · h     [R, width]: sums over rows
-//
-// One by one these read dg and du three times, h twice and write it. A block has a strip of columns and
-// a chunk of rows, 16 rows at a time; a warp has its own columns of the strip, whose sums over rows stay
-// in its registers. Sums of strips and of chunks are left to two small kernels: no atomics, one order.
+// A block has a strip of columns and a chunk of rows, 16 rows at a time; a warp has its own columns of
+// the strip. What is a sum over columns, a warp's products of 16×8 are added up in shared memory, and the
+// sums of strips by a small kernel: no atomics, one order.
 #pragma once
 #include "flash_tile.cuh"
 #include "mlp.cuh"
 
-/// Matrices of a stage: g, u and dh, which become dg, du and h.
-constexpr int MLP_MATRICES = 3;
+/// Rows that a block works on at a time.
+constexpr int MLP_ROWS = 16;
 
-/// Shapes for adapters of up to R columns, 16 or 32.
-template <int R>
-struct MlpShape {
-    static constexpr int WARPS = 8, THREADS = 32 * WARPS, ROWS = 16;
-    static constexpr int COLUMNS = 1024 / R;  // of a warp: its sums over rows take 96 registers
-    static constexpr int STRIP = WARPS * COLUMNS;
-    static constexpr int STAGES = R == 16 ? 2 : 3;
-    static constexpr u32 TILE = 2 * ROWS * COLUMNS, WARP_STAGE = MLP_MATRICES * TILE;
-    static constexpr u32 INNER_TILE = 2 * ROWS * R, INNER = WARPS * WARP_STAGE;
-    static constexpr u32 STAGE = INNER + MLP_MATRICES * INNER_TILE;
-    static constexpr int AT_ONCE = 4;  // products of 16×8 that the warps add up at once
-};
-
-/// 16 rows of `Columns` columns in shared memory, 16-byte pieces swizzled so that those of eight
-/// consecutive rows lie in different banks.
+/// So many rows of `Columns` columns in shared memory, 16-byte pieces swizzled so that those of eight
+/// consecutive rows lie in different banks. A lane of a warp that has it to itself has a piece of every
+/// DOWN-th row.
 template <int Columns>
 struct Patch {
-    static constexpr int PIECES = Columns / 8;
+    static constexpr int PIECES = Columns / 8, DOWN = 32 / PIECES;
     static_assert(PIECES <= 8, "rows have at most 128 bytes");
+
+    __device__ static __forceinline__ int row(int lane) { return lane / PIECES; }
+    __device__ static __forceinline__ int column(int lane) { return lane % PIECES * 8; }
 
     __device__ static __forceinline__ u32 offset(int row, int piece) {
         const int swizzle = row / (8 / PIECES) % PIECES;
         return row * (16 * PIECES) + 16 * (piece ^ swizzle);
     }
-};
-
-/// What the kernel reads and writes, as the entry has it.
-struct MlpMatrices {
-    const bfloat16* gate;
-    int gate_stride;
-    const bfloat16* up;
-    int up_stride;
-    const bfloat16* d_out;
-    int d_out_stride;
-    bfloat16* d_gate;
-    int d_gate_stride;
-    bfloat16* d_up;
-    int d_up_stride;
-    int rows, width, activation;
-};
-
-/// The adapters' matrices: B `[width, rank]`, and what the sums over rows multiply, `[rows, rank]`.
-struct MlpAdapters {
-    const bfloat16* b_gate;
-    const bfloat16* b_up;
-    const bfloat16* ax_gate;
-    const bfloat16* ax_up;
-    int ax_stride;
-    const bfloat16* t_down;
-    int t_stride;
-    int rank_gate, rank_up, rank_down;
-};
-
-/// A lane's pieces of a warp's part of a stage: g, u and dh become dg, du and h there, and the first
-/// two go where they belong.
-template <int R>
-struct MlpTile {
-    unsigned char* stage;
-    const MlpMatrices& at;
-    int row, column, end;
-
-    template <int Activation>
-    __device__ __forceinline__ void run() const {
-        typedef MlpShape<R> Shape;
-        typedef Patch<Shape::COLUMNS> Tile;
-        const int lane = threadIdx.x % 32, piece = lane % Tile::PIECES;
-        const int c = column + 8 * piece;
+    /// Of a lane's piece of a row.
+    __device__ static __forceinline__ u32 place(int row, int lane) {
+        return offset(row, lane % PIECES);
+    }
+    /// Starts copying a warp's columns of rows of a matrix from `first` on, zeros after `end` and beside
+    /// the matrix.
+    __device__ static __forceinline__ void start(SharedAddress to, const bfloat16* matrix, int stride,
+                                                 int first, int end, int first_column, int width) {
+        const int lane = threadIdx.x % 32, c = first_column + column(lane);
 #pragma unroll
-        for (int first = 0; first < Shape::ROWS; first += 32 / Tile::PIECES) {
-            const int inside = first + lane / Tile::PIECES;
-            unsigned char* place = stage + Tile::offset(inside, piece);
-            const Piece<8> g = load_piece<8>(reinterpret_cast<const bfloat16*>(place));
-            const Piece<8> u = load_piece<8>(reinterpret_cast<const bfloat16*>(place + Shape::TILE));
-            const Piece<8> d =
-                load_piece<8>(reinterpret_cast<const bfloat16*>(place + 2 * Shape::TILE));
-            Words4 d_gate, d_up, h;
-#pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const ValueAndSlope x = activate<Activation>(g.v[2 * i]);
-                const ValueAndSlope y = activate<Activation>(g.v[2 * i + 1]);
-                const float d0 = d.v[2 * i], d1 = d.v[2 * i + 1];
-                const float u0 = u.v[2 * i], u1 = u.v[2 * i + 1];
-                d_gate.word[i] = pack_bf16(d0 * (u0 * x.slope), d1 * (u1 * y.slope));
-                d_up.word[i] = pack_bf16(d0 * x.value, d1 * y.value);
-                h.word[i] = pack_bf16(u0 * x.value, u1 * y.value);
-            }
-            *reinterpret_cast<Words4*>(place) = d_gate;
-            *reinterpret_cast<Words4*>(place + Shape::TILE) = d_up;
-            *reinterpret_cast<Words4*>(place + 2 * Shape::TILE) = h;
-            if (row + inside < end && c < at.width) {
-                store_words(row_of(at.d_gate, row + inside, at.d_gate_stride) + c, d_gate.word[0],
-                            d_gate.word[1], d_gate.word[2], d_gate.word[3]);
-                store_words(row_of(at.d_up, row + inside, at.d_up_stride) + c, d_up.word[0],
-                            d_up.word[1], d_up.word[2], d_up.word[3]);
-            }
+        for (int down = 0; down < MLP_ROWS; down += DOWN) {
+            const int inside = down + row(lane);
+            copy_async_16(to + place(inside, lane), row_of(matrix, first + inside, stride) + c,
+                          first + inside < end && c < width);
         }
     }
 };
 
-/// Starts copying 16 rows from `row` on to a stage, zeros after `end` and beside the matrices.
-template <int R>
-__device__ __forceinline__ void mlp_start(SharedAddress stage, const MlpMatrices& at,
-                                          const MlpAdapters& adapters, int row, int column, int end) {
-    typedef MlpShape<R> Shape;
-    typedef Patch<Shape::COLUMNS> Tile;
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, piece = lane % Tile::PIECES;
-    const int c = column + 8 * piece;
-#pragma unroll
-    for (int first = 0; first < Shape::ROWS; first += 32 / Tile::PIECES) {
-        const int inside = first + lane / Tile::PIECES;
-        const bool present = row + inside < end && c < at.width;
-        const SharedAddress place = stage + warp * Shape::WARP_STAGE + Tile::offset(inside, piece);
-        copy_async_16(place, row_of(at.gate, row + inside, at.gate_stride) + c, present);
-        copy_async_16(place + Shape::TILE, row_of(at.up, row + inside, at.up_stride) + c, present);
-        copy_async_16(place + 2 * Shape::TILE,
-                      row_of(at.d_out, row + inside, at.d_out_stride) + c, present);
-    }
-    typedef Patch<R> Inner;
-    constexpr int EACH = Shape::ROWS * Inner::PIECES;
-    const int which = threadIdx.x / EACH;
-    if (which < MLP_MATRICES) {
-        const int inside = threadIdx.x % EACH / Inner::PIECES;
-        const int number = threadIdx.x % Inner::PIECES;
-        const int rank = which == 0 ? adapters.rank_gate
-                         : which == 1 ? adapters.rank_up
-                                      : adapters.rank_down;
-        const bfloat16* from = which == 0 ? adapters.ax_gate
-                               : which == 1 ? adapters.ax_up
-                                            : adapters.t_down;
-        const int stride = which == 2 ? adapters.t_stride : adapters.ax_stride;
-        copy_async_16(stage + Shape::INNER + which * Shape::INNER_TILE + Inner::offset(inside, number),
-                      row_of(from, row + inside, stride) + 8 * number,
-                      row + inside < end && 8 * number < rank);
-    }
-}
-
-/// Two elements of B `[width, rank]` below each other, as a right operand has them; zeros beside it.
-__device__ __forceinline__ u32 mlp_fragment(const bfloat16* b, int width, int rank, int row,
-                                            int column) {
-    if (row >= width || column >= rank) return 0;  // widths are even
-    const bfloat16* at = row_of(b, row, rank) + column;
-    return static_cast<u32>(at[0].bits) | static_cast<u32>(at[rank].bits) << 16;
-}
-
-/// Adds up what the warps made of a tile's rows and writes it: Shape::AT_ONCE products of 16×8, which
-/// lie at the begin of each warp's part of the stage, a thread's two columns of each.
-template <int R>
-__device__ __forceinline__ void mlp_add_warps(const unsigned char* stage, float* inner, int first,
-                                              int row, int end) {
-    typedef MlpShape<R> Shape;
+/// Adds up what the warps made of a tile's rows and writes it to `inner` [rows, width] of the strip, from
+/// column `first` on: Shape::AT_ONCE products of 16×8, which lie at the begin of each warp's part of the
+/// stage. A thread has two columns.
+template <class Shape>
+__device__ __forceinline__ void mlp_add_warps(const unsigned char* stage, float* inner, int width,
+                                              int first, int row, int end) {
     const int product = threadIdx.x / 64, lane = threadIdx.x % 64 / 2, half = threadIdx.x % 2;
     const int r = row + lane / 4 + 8 * half;
+    if (product >= Shape::AT_ONCE || r >= end) return;
     const float* parts = reinterpret_cast<const float*>(stage) + 128 * product + 4 * lane + 2 * half;
     Pair sum = load_pair(parts);
 #pragma unroll
@@ -175,194 +60,31 @@ __device__ __forceinline__ void mlp_add_warps(const unsigned char* stage, float*
         sum.x += part.x;
         sum.y += part.y;
     }
-    if (r >= end) return;
-    float* to = row_of(inner, r, 2 * R) + 8 * (first + product) + lane % 4 * 2;
+    float* to = row_of(inner, r, width) + first + 8 * product + lane % 4 * 2;
     *reinterpret_cast<Pair*>(to) = sum;
 }
 
-/// A block's strip and chunk; `inner` [strips, rows, 2·R] and `gradients` [chunks, 3, R, width] in f32.
-template <int R>
-__device__ __forceinline__ void mlp_adapters_backward(const MlpMatrices& at,
-                                                      const MlpAdapters& adapters, int chunk_rows,
-                                                      float* inner, float* gradients) {
-    typedef MlpShape<R> Shape;
-    typedef Patch<Shape::COLUMNS> Tile;
-    typedef Patch<R> Inner;
-    constexpr int ACROSS = Shape::COLUMNS / 16, RANKS = R / 8;
-    NIBBLE_DYNAMIC_SHARED(unsigned char, shared_memory);
-    const SharedAddress shared = shared_address(shared_memory);
-    const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
-    const int column = blockIdx.x * Shape::STRIP + warp * Shape::COLUMNS;
-    const int begin = blockIdx.y * chunk_rows;
-    const int end = begin + chunk_rows < at.rows ? begin + chunk_rows : at.rows;
-    const int tiles = (end - begin + Shape::ROWS - 1) / Shape::ROWS;
+/// Writes products of 16×8 to where mlp_add_warps reads them.
+template <int N>
+__device__ __forceinline__ void mlp_show_products(unsigned char* own, const float (&products)[N][4],
+                                                  int first, int count) {
 #pragma unroll
-    for (int stage = 0; stage < Shape::STAGES; stage++) {
-        mlp_start<R>(shared + stage * Shape::STAGE, at, adapters, begin + stage * Shape::ROWS, column,
-                     end);
-        copy_async_commit();
-    }
-    u32 b[2][ACROSS][RANKS][2];
+    for (int n = 0; n < N; n++) {
+        if (n < first || n >= first + count) continue;
+        Words4 words;
 #pragma unroll
-    for (int k = 0; k < ACROSS; k++) {
-#pragma unroll
-        for (int n = 0; n < RANKS; n++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int row = column + 16 * k + 8 * half + lane % 4 * 2, c = 8 * n + lane / 4;
-                b[0][k][n][half] =
-                    mlp_fragment(adapters.b_gate, at.width, adapters.rank_gate, row, c);
-                b[1][k][n][half] = mlp_fragment(adapters.b_up, at.width, adapters.rank_up, row, c);
-            }
-        }
-    }
-    float sums[MLP_MATRICES][R / 16][2 * ACROSS][4];
-#pragma unroll
-    for (int which = 0; which < MLP_MATRICES; which++) {
-#pragma unroll
-        for (int m = 0; m < R / 16; m++) clear(sums[which][m]);
-    }
-    inner += static_cast<i64>(blockIdx.x) * at.rows * (2 * R);
-    int place = 0;
-    for (int tile = 0; tile < tiles; tile++) {
-        const int row = begin + tile * Shape::ROWS;
-        const u32 stage = place * Shape::STAGE, own = stage + warp * Shape::WARP_STAGE;
-        copy_async_wait<Shape::STAGES - 1>();
-        __syncthreads();  // all have the rows of the adapters
-        with_activation(at.activation, MlpTile<R>{shared_memory + own, at, row, column, end});
-        __syncwarp();
-        float t[2 * RANKS][4];
-        clear(t);
-#pragma unroll
-        for (int which = 0; which < MLP_MATRICES; which++) {
-            u32 left[R / 16][4];
-#pragma unroll
-            for (int m = 0; m < R / 16; m++) {
-                load_matrices_transposed(
-                    left[m], shared + stage + Shape::INNER + which * Shape::INNER_TILE +
-                                 Inner::offset(lane % 8 + lane / 16 * 8, 2 * m + lane / 8 % 2));
-            }
-#pragma unroll
-            for (int k = 0; k < ACROSS; k++) {
-                const SharedAddress block = shared + own + which * Shape::TILE +
-                                            Tile::offset(lane % 16, 2 * k + lane / 16);
-                u32 right[4];
-                load_matrices_transposed(right, block);
-#pragma unroll
-                for (int m = 0; m < R / 16; m++) {
-                    mma_16x8x16(sums[which][m][2 * k], left[m], right[0], right[1]);
-                    mma_16x8x16(sums[which][m][2 * k + 1], left[m], right[2], right[3]);
-                }
-                if (which == 2) continue;
-                u32 rows[4];
-                load_matrices(rows, block);
-#pragma unroll
-                for (int n = 0; n < RANKS; n++) {
-                    const u32(&of)[2] = b[which < 2 ? which : 0][k][n];
-                    mma_16x8x16(t[(which < 2 ? which : 0) * RANKS + n], rows, of[0], of[1]);
-                }
-            }
-        }
-        __syncwarp();  // all lanes have read the stage
-#pragma unroll
-        for (int first = 0; first < 2 * RANKS; first += Shape::AT_ONCE) {
-            if (first > 0) __syncthreads();  // all have read the last products
-#pragma unroll
-            for (int n = 0; n < Shape::AT_ONCE; n++) {
-                Words4 words;
-#pragma unroll
-                for (int e = 0; e < 4; e++) words.word[e] = __float_as_uint(t[first + n][e]);
-                reinterpret_cast<Words4*>(shared_memory + own)[32 * n + lane] = words;
-            }
-            __syncthreads();  // all have written theirs
-            mlp_add_warps<R>(shared_memory + stage, inner, first, row, end);
-        }
-        __syncthreads();  // all have read the stage
-        mlp_start<R>(shared + stage, at, adapters, row + Shape::STAGES * Shape::ROWS, column, end);
-        copy_async_commit();
-        place = place + 1 < Shape::STAGES ? place + 1 : 0;
-    }
-#pragma unroll
-    for (int which = 0; which < MLP_MATRICES; which++) {
-#pragma unroll
-        for (int m = 0; m < R / 16; m++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const i64 matrix = static_cast<i64>(blockIdx.y) * MLP_MATRICES + which;
-                float* line = gradients + (matrix * R + 16 * m + fragment_row(2 * half)) * at.width;
-#pragma unroll
-                for (int n = 0; n < 2 * ACROSS; n++) {
-                    const int c = column + 8 * n + fragment_column(0);
-                    if (c >= at.width) continue;
-                    const float(&sum)[4] = sums[which][m][n];
-                    *reinterpret_cast<Pair*>(line + c) = Pair{sum[2 * half], sum[2 * half + 1]};
-                }
-            }
-        }
+        for (int e = 0; e < 4; e++) words.word[e] = __float_as_uint(products[n][e]);
+        reinterpret_cast<Words4*>(own)[32 * (n - first) + threadIdx.x % 32] = words;
     }
 }
 
-/// t of gate and up, in bf16: the sums of strips, each times its scale, behind the rows of dg and du,
-/// and side by side. A thread has two columns of a row.
-__device__ __forceinline__ void mlp_add_strips(const float* inner, int strips, int rows, int columns,
-                                               const int (&ranks)[2], const float (&scales)[2],
-                                               bfloat16* gate, int gate_stride, bfloat16* up,
-                                               int up_stride, bfloat16* both, int both_stride) {
-    const i64 all = static_cast<i64>(rows) * columns, strip = 2 * all;
-    const i64 step = static_cast<i64>(gridDim.x) * blockDim.x;
-    for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < all; i += step) {
-        const i64 row = i / columns;
-        const int pair = static_cast<int>(i % columns), which = 2 * pair >= columns;
-        const int column = 2 * pair - which * columns;
-        if (column >= (which ? ranks[1] : ranks[0])) continue;
-        Pair sum = {0.0f, 0.0f};
-        for (int s = 0; s < strips; s++) {
-            const Pair part = load_pair(inner + s * strip + 2 * i);
-            sum.x += part.x;
-            sum.y += part.y;
-        }
-        const float scale = which ? scales[1] : scales[0];
-        const u32 word = pack_bf16(scale * sum.x, scale * sum.y);
-        bfloat16* behind = which ? row_of(up, row, up_stride) : row_of(gate, row, gate_stride);
-        bfloat16* beside = row_of(both, row, both_stride) + which * ranks[0];
-        *reinterpret_cast<u32*>(behind + column) = word;
-        *reinterpret_cast<u32*>(beside + column) = word;
+/// The sum over strips of two columns of `inner`, whose strips have `elements`.
+__device__ __forceinline__ Pair mlp_add_strips(const float* inner, int strips, i64 elements, i64 at) {
+    Pair sum = {0.0f, 0.0f};
+    for (int s = 0; s < strips; s++) {
+        const Pair part = load_pair(inner + s * elements + at);
+        sum.x += part.x;
+        sum.y += part.y;
     }
+    return sum;
 }
-
-/// Adds the sums of chunks to the gradients of eight rows of A of the down projection `[rank, width]`,
-/// or, times their scale, of eight columns of a B `[width, rank]`. A thread has a column of the sums.
-struct MlpGradients {
-    const float* sums;
-    int chunks, ranks, width;
-
-    __device__ __forceinline__ Piece<8> of(int which, int first, int column) const {
-        Piece<8> piece = {};
-        for (int chunk = 0; chunk < chunks; chunk++) {
-            const i64 matrix = static_cast<i64>(chunk) * MLP_MATRICES + which;
-            const float* from = sums + (matrix * ranks + first) * width + column;
-#pragma unroll
-            for (int i = 0; i < 8; i++) piece.v[i] += row_of(from, i, width)[0];
-        }
-        return piece;
-    }
-    __device__ __forceinline__ void add_b(float* b, int rank, float scale, int which, int first,
-                                          int column) const {
-        Piece<8> piece = of(which, first, column);
-        float* to = row_of(b, column, rank) + first;
-        if (rows_aligned(b, rank)) {
-            const Piece<8> before = load_piece<8>(to);
-#pragma unroll
-            for (int i = 0; i < 8; i++) piece.v[i] = before.v[i] + scale * piece.v[i];
-            store_piece(to, piece);
-        } else {
-#pragma unroll
-            for (int i = 0; i < 8; i++) to[i] += scale * piece.v[i];
-        }
-    }
-    __device__ __forceinline__ void add_a(float* a, int first, int column) const {
-        const Piece<8> piece = of(2, first, column);
-#pragma unroll
-        for (int i = 0; i < 8; i++) row_of(a, first + i, width)[column] += piece.v[i];
-    }
-};

@@ -134,6 +134,20 @@ impl<D: Driver> Kernels for Cuda<D> {
         together::backward(self, parameters, linears, dys, inputs, dx, t, gradients, pair, rows)
     }
 
+    fn adapted_mlp_forward(
+        &self,
+        parameters: &Parameters<Self>,
+        down: &Linear<Self>,
+        activation: Activation,
+        (gate, up): (&Buffer<D>, &Buffer<D>),
+        h: Option<&mut Buffer<D>>,
+        ax: &mut Buffer<D>,
+        rows: usize,
+    ) -> bool {
+        let inputs = (activation, gate, up);
+        adapted_mlp::forward(self, parameters, down, inputs, h.as_deref(), ax, rows).is_some()
+    }
+
     fn adapted_mlp_backward(
         &self,
         parameters: &Parameters<Self>,
@@ -146,7 +160,7 @@ impl<D: Driver> Kernels for Cuda<D> {
         rows: usize,
     ) -> bool {
         let (inputs, to) = ((dy, x), [&*d_gate, &*d_up]);
-        adapted_mlp::backward(self, parameters, mlp, inputs, to, dx, t, gradients, rows)
+        adapted_mlp::backward(self, parameters, mlp, inputs, to, dx, t, gradients, rows).is_some()
     }
 
     fn load_pair(&self, parameters: &Parameters<Self>, index: usize, pair: &mut Buffer<D>) {

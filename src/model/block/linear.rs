@@ -78,13 +78,50 @@ impl<K: Kernels> Pass<'_, K> {
         work: (&mut K::Buffer, &mut Option<K::Buffer>),
         accumulate: bool,
     ) {
-        let (kernels, rows) = (self.kernels, self.rows.len());
         let (pair, dropped) = work;
-        let adapter = linear.adapter.filter(|_| self.adapters || K::BITS_DEPEND_ON_SHAPE);
-        let shape = adapter.map(|adapter| adapter.shape.scaled(self.adapter_scale()));
-        let lora = adapter.zip(shape.as_ref()).map(|(adapter, shape)| {
+        if let Some(adapter) = self.adapter_of(linear) {
             self.project(linear, &adapter, x, lora_x, (&mut *pair, dropped));
-            LoraTerm { shape, pair: &*pair, inner: (&*lora_x, adapter.columns) }
+        }
+        self.multiply(linear, x, y, lora_x, pair, accumulate);
+    }
+
+    /// The same where `x·Aᵀ` is in `lora_x` already.
+    pub(super) fn forward_projected(
+        &self,
+        linear: &Linear<K>,
+        x: &K::Buffer,
+        y: &mut K::Buffer,
+        lora_x: &K::Buffer,
+        pair: &mut K::Buffer,
+        accumulate: bool,
+    ) {
+        if let Some(adapter) = self.adapter_of(linear) {
+            self.kernels.load_pair(self.parameters, adapter.index, pair);
+        }
+        self.multiply(linear, x, y, lora_x, pair, accumulate);
+    }
+
+    /// The adapter that takes part in a forward pass.
+    fn adapter_of(&self, linear: &Linear<K>) -> Option<LinearAdapter> {
+        linear.adapter.filter(|_| self.adapters || K::BITS_DEPEND_ON_SHAPE)
+    }
+
+    /// With A and B in `pair` and `x·Aᵀ` in `lora_x`.
+    fn multiply(
+        &self,
+        linear: &Linear<K>,
+        x: &K::Buffer,
+        y: &mut K::Buffer,
+        lora_x: &K::Buffer,
+        pair: &K::Buffer,
+        accumulate: bool,
+    ) {
+        let (kernels, rows, adapter) = (self.kernels, self.rows.len(), self.adapter_of(linear));
+        let shape = adapter.map(|adapter| adapter.shape.scaled(self.adapter_scale()));
+        let lora = adapter.zip(shape.as_ref()).map(|(adapter, shape)| LoraTerm {
+            shape,
+            pair,
+            inner: (lora_x, adapter.columns),
         });
         let (weight, bias, y) = (&linear.weight, linear.bias.as_ref(), (y, linear.output));
         if self.single_row {

@@ -84,7 +84,6 @@ impl<K: Kernels> Block<K> {
         out: &mut K::Buffer,
         work: &mut Workspace<K::Buffer>,
     ) {
-        self.hidden(pass, saved, work);
         let Some(norms) = &self.post_norms else {
             return self.project_down(pass, saved, Some(out), work);
         };
@@ -94,7 +93,7 @@ impl<K: Kernels> Block<K> {
         pass.kernels.norm_forward(&norms.mlp, projected, out, stats, rows, true);
     }
 
-    /// `out += h·Wdᵀ`, or that product to where it is saved.
+    /// h into the workspace, and `out += h·Wdᵀ`, or that product to where it is saved.
     fn project_down(
         &self,
         pass: &Pass<K>,
@@ -102,11 +101,35 @@ impl<K: Kernels> Block<K> {
         out: Option<&mut K::Buffer>,
         work: &mut Workspace<K::Buffer>,
     ) {
+        let is_projected = self.project_hidden(pass, saved, Some(&mut work.mlp));
+        if !is_projected {
+            self.hidden(pass, saved, work);
+        }
         let SavedMlp { lora_x, projected, .. } = saved;
         let (down, accumulate) = (self.expect(LinearRole::Down), out.is_some());
         let to = out.or(projected.as_mut()).expect("planned where there are post-norms");
-        let scratch = (&mut work.lora_pair, &mut work.dropped);
-        pass.forward(down, &work.mlp, to, lora_x, scratch, accumulate);
+        let (h, pair) = (&work.mlp, &mut work.lora_pair);
+        if is_projected {
+            return pass.forward_projected(down, h, to, lora_x, pair, accumulate);
+        }
+        pass.forward(down, h, to, lora_x, (pair, &mut work.dropped), accumulate);
+    }
+
+    /// h, to `h` if it is wanted, and what the down projection's adapter reads of it, `h·Aᵀ`, in one
+    /// operation; `false`, and nothing done, where the backend has none for this MLP.
+    fn project_hidden(
+        &self,
+        pass: &Pass<K>,
+        saved: &mut SavedMlp<K::Buffer>,
+        h: Option<&mut K::Buffer>,
+    ) -> bool {
+        let gated = self.linear(LinearRole::Gate).is_some();
+        if !gated || pass.dropout.is_some() || pass.single_row {
+            return false;
+        }
+        let (down, SavedMlp { gate, up, lora_x, .. }) = (self.expect(LinearRole::Down), saved);
+        let (kernels, inputs, rows) = (pass.kernels, (&*gate, &*up), pass.rows.len());
+        kernels.adapted_mlp_forward(pass.parameters, down, self.activation, inputs, h, lora_x, rows)
     }
 
     /// `h = act(gate) ∘ up` into the workspace.
@@ -160,10 +183,10 @@ impl<K: Kernels> Block<K> {
         (grads, parameters): (&mut GradientBuffers<K::Buffer>, &mut K::Buffer),
         recompute: bool,
     ) {
+        let mut has_hidden = false;
         if recompute {
             self.forward_gate_up(pass, middle, saved, work);
-            self.hidden(pass, saved, work);
-            self.recompute_down(pass, saved, work);
+            has_hidden = self.recompute_down(pass, saved, work);
         }
         if let Some(norms) = &self.post_norms {
             self.post_norm_backward(pass, &norms.mlp, &saved.projected, work, grads);
@@ -172,7 +195,7 @@ impl<K: Kernels> Block<K> {
             self.normalize_middle(pass, middle, work);
         }
         if !self.backward_adapted(pass, saved, work, grads, parameters) {
-            if !recompute {
+            if !has_hidden {
                 self.hidden(pass, saved, work);
             }
             self.backward_linears(pass, saved, work, grads, parameters);
@@ -262,20 +285,26 @@ impl<K: Kernels> Block<K> {
         kernels.mlp_backward(self.activation, gate, &saved.up, d_out, &mut work.mlp, elements);
     }
 
-    /// What the backward pass reads of the down projection: its product only where that has a norm.
+    /// What the backward pass reads of the down projection: its product only where that has a norm. Whether
+    /// h is left in the workspace.
     fn recompute_down(
         &self,
         pass: &Pass<K>,
         saved: &mut SavedMlp<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
-    ) {
+    ) -> bool {
         if self.post_norms.is_some() {
-            return self.project_down(pass, saved, None, work);
+            self.project_down(pass, saved, None, work);
+            return true;
         }
         let down = self.expect(LinearRole::Down);
-        if let Some(adapter) = &down.adapter {
-            let scratch = (&mut work.lora_pair, &mut work.dropped);
-            pass.project(down, adapter, &work.mlp, &mut saved.lora_x, scratch);
+        let Some(adapter) = &down.adapter else { return false };
+        if self.project_hidden(pass, saved, None) {
+            return false;
         }
+        self.hidden(pass, saved, work);
+        let scratch = (&mut work.lora_pair, &mut work.dropped);
+        pass.project(down, adapter, &work.mlp, &mut saved.lora_x, scratch);
+        true
     }
 }
