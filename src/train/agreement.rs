@@ -22,19 +22,27 @@ use crate::model::weights::{TensorSource, Weights};
 use crate::plan::{Policy, Settings};
 use crate::random::Stream;
 
-/// Widths of heads, each of which has kernels of its own, and one that has none; without and with
-/// norms of heads, caps, norms of what is added to the stream, fused linears and heads that turn in
-/// part.
-const HEADS: [(&str, usize); 8] = [
-    ("llama", 64),
-    ("llama", 96),
-    ("qwen3", 128),
-    ("gemma", 256),
-    ("gemma2", 256),
-    ("gemma3_text", 64),
-    ("phi3", 128),
-    ("qwen3", 32),
+/// Widths of heads, each of which has kernels of its own, and one that has none; ranks, for which an MLP
+/// has, and one that has none; without and with norms of heads, caps, norms of what is added to the
+/// stream, fused linears and heads that turn in part.
+const MODELS: [Tiny; 8] = [
+    Tiny { family: "llama", head_dim: 64, rank: 16 },
+    Tiny { family: "llama", head_dim: 96, rank: 32 },
+    Tiny { family: "qwen3", head_dim: 128, rank: 12 },
+    Tiny { family: "gemma", head_dim: 256, rank: 24 },
+    Tiny { family: "gemma2", head_dim: 256, rank: 8 },
+    Tiny { family: "gemma3_text", head_dim: 64, rank: 8 },
+    Tiny { family: "phi3", head_dim: 128, rank: 8 },
+    Tiny { family: "qwen3", head_dim: 32, rank: 8 },
 ];
+
+/// What is special in a tiny model.
+#[derive(Clone, Copy)]
+struct Tiny {
+    family: &'static str,
+    head_dim: usize,
+    rank: usize,
+}
 /// Two documents.
 const BOUNDARIES: [u32; 3] = [0, 41, 70];
 /// Odd, so that rows of logits have room behind them.
@@ -54,21 +62,21 @@ struct Tolerance {
 
 const TOLERANCE: Tolerance = Tolerance { loss: 5e-3, gradients: 6e-2, logits: 6e-2, weights: 1e-5 };
 
-/// Compares loss, gradients, an update and decoded logits, for every width of heads.
+/// Compares loss, gradients, an update and decoded logits, of every tiny model.
 ///
 /// # Errors
 /// `Gpu` with what differs and by how much; those of the backend.
 pub fn check<K: TrainingKernels>(kernels: &K) -> Result<()> {
-    HEADS.into_iter().try_for_each(|heads| check_heads(kernels, heads))
+    MODELS.into_iter().try_for_each(|tiny| check_model(kernels, tiny))
 }
 
-fn check_heads<K: TrainingKernels>(kernels: &K, heads: (&str, usize)) -> Result<()> {
-    let mut device = model(kernels.clone(), heads, Policy::Offload)?;
-    let mut host = model(Cpu::default(), heads, Policy::Checkpoint)?; // which offloads to a file
+fn check_model<K: TrainingKernels>(kernels: &K, tiny: Tiny) -> Result<()> {
+    let mut device = model(kernels.clone(), tiny, Policy::Offload)?;
+    let mut host = model(Cpu::default(), tiny, Policy::Checkpoint)?; // which offloads to a file
     let batch = batch();
     let differs = |what: &str, error: f64| {
-        let (family, width) = heads;
-        let model = format_args!("a {family} with heads of {width}");
+        let Tiny { family, head_dim, rank } = tiny;
+        let model = format_args!("a {family} with heads of {head_dim} and adapters of rank {rank}");
         let what = format!("{what} of {model} differ from the CPU's by {error:.1e}");
         Error::gpu(what).hint("use `--device cpu`, and try a newer driver")
     };
@@ -139,11 +147,11 @@ fn batch() -> Batch {
 }
 
 /// 4-bit weights, grouped heads, one block kept, adapters on all linears.
-fn model<K: TrainingKernels>(kernels: K, heads: (&str, usize), second: Policy) -> Result<Model<K>> {
-    let spec = spec(heads)?;
+fn model<K: TrainingKernels>(kernels: K, tiny: Tiny, second: Policy) -> Result<Model<K>> {
+    let spec = spec(tiny)?;
     let format = BlockFormat::default();
     let weights = Weights::load(&RandomTensors(&spec), &spec, Some(&format), None)?;
-    let config = LoraConfig { r: 8, ..LoraConfig::default() };
+    let config = LoraConfig { r: tiny.rank, ..LoraConfig::default() };
     let mut adapter = Adapter::init(config, &spec, SEED)?;
     for (index, tensors) in adapter.tensors.iter_mut().enumerate() {
         Stream::new(SEED, "b").at(index as u64).fill_normal(0, 0.02, &mut tensors.b);
@@ -163,7 +171,7 @@ fn model<K: TrainingKernels>(kernels: K, heads: (&str, usize), second: Policy) -
     Ok(model)
 }
 
-fn spec((family, head_dim): (&str, usize)) -> Result<ModelSpec> {
+fn spec(Tiny { family, head_dim, .. }: Tiny) -> Result<ModelSpec> {
     let activation = if family.starts_with("gemma") { "gelu_pytorch_tanh" } else { "silu" };
     spec_from_config(&json!({
         "model_type": family, "hidden_act": activation, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
@@ -208,8 +216,8 @@ mod tests {
 
     #[test]
     fn every_part_of_the_model_is_in_the_comparison() {
-        for heads in HEADS {
-            let mut host = model(Cpu::default(), heads, Policy::Keep).unwrap();
+        for tiny in MODELS {
+            let mut host = model(Cpu::default(), tiny, Policy::Keep).unwrap();
             let batch = batch();
             let loss = host.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
             let loss = loss / batch.num_targets as f64;
