@@ -163,6 +163,17 @@ pub trait Kernels: Storage {
         false
     }
 
+    /// Whether [`adapted_mlp_backward`](Kernels::adapted_mlp_backward) takes this MLP, so that its backward
+    /// pass reads no h.
+    fn adapts_mlp_backward(
+        &self,
+        _parameters: &Parameters<Self>,
+        _mlp: &GatedMlp<Self>,
+        _rows: usize,
+    ) -> bool {
+        false
+    }
+
     /// The backward pass of a gated MLP whose linears all have adapters: adds to the gradients of those,
     /// and overwrites `dx`, that of x, which gate and up read, from `dy`, that of what down made. `d_gate`
     /// and `d_up` are left with the gradients of gate and up, `t` is to work in. `false`, and nothing

@@ -261,24 +261,40 @@ fn activations_of_halves_of_a_row() {
     });
 }
 
-/// Where e^-x is 0, infinite, or too large for its reciprocal.
+/// Where e^-z is 0, infinite, or too large for its reciprocal; z is x, of GELU's approximation by tanh a
+/// cubic of it.
 #[test]
-fn silu_of_large_inputs() {
+fn activations_of_large_inputs() {
     in_every_order(|device| {
-        let x: Vec<bf16> = [0.0, 6.0, 20.0, 80.0, 87.0, 87.5, 88.0, 89.0, 100.0, 1e4, 3e38]
-            .iter()
-            .flat_map(|x| [bf16::from_f32(*x), bf16::from_f32(-x)])
-            .collect();
-        let (n, d_out) = (x.len() as i32, vec![bf16::ONE; x.len()]);
-        let (mut out, mut d) = (vec![POISON; x.len()], vec![POISON; x.len()]);
-        launch!(device, "mlp_forward", [1, 1, 1], 32; 0, NULL, 0, &x[..], n, &mut out[..], n, n);
-        launch!(device, "mlp_backward", [1, 1, 1], 32; 0, NULL, 0, &x[..], n, &d_out[..], n, NULL, 0,
-            &mut d[..], n, n);
         let s = |x: f64| 1.0 / (1.0 + (-x).exp());
-        let values: Vec<f64> = wide(&x).iter().map(|&x| x * s(x)).collect();
-        let slopes: Vec<f64> = wide(&x).iter().map(|&x| s(x) + x * s(x) * s(-x)).collect();
-        assert_close(&wide(&out), &values, 1e-35, BF16_ROUNDING);
-        assert_close(&wide(&d), &slopes, 1e-35, BF16_ROUNDING);
+        let silu = |x: f64| (x, 1.0);
+        let gelu = |x: f64| {
+            let (scale, cubic) = (2.0 * (2.0 / std::f64::consts::PI).sqrt(), 0.044715);
+            (scale * (x + cubic * x * x * x), scale * (1.0 + 3.0 * cubic * x * x))
+        };
+        let inner: [(i32, f32, &dyn Fn(f64) -> (f64, f64)); 2] =
+            [(0, 3e38, &silu), (2, 1e6, &gelu)];
+        for (kind, largest, z) in inner {
+            let x: Vec<bf16> =
+                [0.0, 3.0, 6.0, 20.0, 80.0, 87.0, 87.5, 88.0, 89.0, 100.0, 1e4, largest]
+                    .iter()
+                    .flat_map(|x| [bf16::from_f32(*x), bf16::from_f32(-x)])
+                    .collect();
+            let (n, d_out) = (x.len() as i32, vec![bf16::ONE; x.len()]);
+            let (mut out, mut d) = (vec![POISON; x.len()], vec![POISON; x.len()]);
+            launch!(device, "mlp_forward", [1, 1, 1], 32; kind, NULL, 0, &x[..], n, &mut out[..], n,
+                n);
+            launch!(device, "mlp_backward", [1, 1, 1], 32; kind, NULL, 0, &x[..], n, &d_out[..], n,
+                NULL, 0, &mut d[..], n, n);
+            let values: Vec<f64> = wide(&x).iter().map(|&x| x * s(z(x).0)).collect();
+            let slope = |&x: &f64| {
+                let (z, dz) = z(x);
+                s(z) + x * s(z) * s(-z) * dz
+            };
+            let slopes: Vec<f64> = wide(&x).iter().map(slope).collect();
+            assert_close(&wide(&out), &values, 1e-35, BF16_ROUNDING);
+            assert_close(&wide(&d), &slopes, 1e-35, BF16_ROUNDING);
+        }
     });
 }
 

@@ -17,7 +17,7 @@
 //! | gB of gate and up: dgᵀ·ax, duᵀ·ax | 2·F | |
 //!
 //! Sums over the columns and rows of a block go through memory in f32, for rank 16 a tenth of what is
-//! saved. What the adapters multiply is in shared memory when it is made; the products themselves are few
+//! saved, for 32 a sixth. What the adapters multiply is in shared memory when it is made; the products themselves are few
 //! enough to hide behind the reading.
 
 use super::Cuda;
@@ -138,9 +138,11 @@ pub(super) fn forward<D: Driver>(
     let h = h.map(|buffer| buffer.rows(rows, width));
     let a = working.part(parameters.pair_range(index)).at(0..shape.a_elements());
     let whole_pieces = rank.is_multiple_of(PIECE) && width.is_multiple_of(PIECE);
-    // The kernel reads two elements of A at a time.
+    // Two elements of A are read, and of ax written, at a time.
+    let ax = ax.band(columns, rows);
+    let whole_pairs = [a, ax.address, 2 * ax.stride as u64].iter().all(|x| x.is_multiple_of(4));
     if !whole_pieces
-        || !a.is_multiple_of(4)
+        || !whole_pairs
         || inner > sums.elements
         || ![g, u].iter().chain(&h).all(aligned)
     {
@@ -167,7 +169,6 @@ pub(super) fn forward<D: Driver>(
     ];
     let grid = [strips as u32, chunks as u32, 1];
     cuda.launch_shared(kernel, grid, FLAT_THREADS, FORWARD_SHARED_BYTES, &mut arguments);
-    let ax = ax.band(columns, rows);
     launch!(cuda, "mlp_adapters_project", flat(rows * ranks / 2), FLAT_THREADS;
         inner, strips, rows, ranks, rank, ax.argument(), ax.stride);
     Some(())
@@ -217,6 +218,21 @@ impl<'a, D: Driver> Part<'a, D> {
         let lora = Some(LoraInput { shape: &self.adapter.shape, pair: &self.pair, t });
         frozen::input_gradient(cuda, &self.linear.weight, lora, dy, dx, rows, accumulate);
     }
+}
+
+/// Whether [`backward`] takes an MLP with such adapters in a pass over `rows`.
+pub(super) fn goes_backward<D: Driver>(
+    cuda: &Cuda<D>,
+    parameters: &Parameters<Cuda<D>>,
+    mlp: &GatedMlp<Cuda<D>>,
+    rows: usize,
+) -> bool {
+    let rank = |linear: &Linear<Cuda<D>>| linear.adapter.map_or(0, |adapter| adapter.shape.rank);
+    let ranks = [mlp.gate, mlp.up, mlp.down].map(rank);
+    let cut = Cut::new(ranks, rows, mlp.gate.output.width);
+    let room = cuda.mlp_sums().map_or(0, |sums| sums.elements);
+    let fits = cut.is_some_and(|cut| cut.inner + cut.gradients <= room);
+    fits && parameters.working().is_some() && Stacked::new(cuda, &[mlp.gate, mlp.up]).is_some()
 }
 
 /// Gradients of all three adapters and `dx`, that of what gate and up read, from `dy`, that of what

@@ -313,8 +313,8 @@ mlp_backward(int activation, const bfloat16* gate, int gate_stride, const bfloat
 
 // mlp_forward of a gated MLP, and what an adapter of up to 16 or 32 columns on the down projection reads of
 // it: inner [strips, rows, R], h · Aᵀ for each strip of 512 columns, in f32, for mlp_adapters_project. out
-// may be null. A [rank, width]. Alignment, grid and threads as mlp_adapters_backward's. Dynamic shared
-// memory: 98304 bytes.
+// may be null. A [rank, width], on 4 bytes. All else lies as for mlp_adapters_backward, and chunks and
+// threads are its. Dynamic shared memory: 98304 bytes.
 #define NIBBLE_MLP_ADAPTERS_FORWARD(R)                                                            \
     (int activation, const bfloat16* gate, int gate_stride, const bfloat16* up, int up_stride,    \
      bfloat16* out, int out_stride, const bfloat16* a, int rank, int rows, int width,             \
@@ -343,7 +343,7 @@ mlp_adapters_project(const float* inner, int strips, int rows, int columns, int 
 // those of f32 and B lie on 16 bytes, with strides of 8; width and ranks are multiples of 8. d_gate may
 // be d_out. Grid (strips, chunks): strips of 8192 / R columns, chunks of chunk_rows, a multiple of 16.
 // Blocks of exactly 256 threads. Dynamic shared memory: 101376 bytes for 16, 82944 for 32.
-#define NIBBLE_MLP_ADAPTERS(R)                                                                    \
+#define NIBBLE_MLP_ADAPTERS_BACKWARD(R)                                                           \
     (int activation, const bfloat16* gate, int gate_stride, const bfloat16* up, int up_stride,    \
      const bfloat16* d_out, int d_out_stride, bfloat16* d_gate, int d_gate_stride,                \
      bfloat16* d_up, int d_up_stride, const bfloat16* b_gate, int rank_gate,                      \
@@ -357,8 +357,10 @@ mlp_adapters_project(const float* inner, int strips, int rows, int columns, int 
                                       t_stride, rank_gate, rank_up, rank_down};                   \
         mlp_adapters_backward<R>(at, adapters, chunk_rows, inner, gradients);                     \
     }
-extern "C" __global__ void __launch_bounds__(256) mlp_adapters_backward_16 NIBBLE_MLP_ADAPTERS(16)
-extern "C" __global__ void __launch_bounds__(256) mlp_adapters_backward_32 NIBBLE_MLP_ADAPTERS(32)
+extern "C" __global__ void __launch_bounds__(256)
+mlp_adapters_backward_16 NIBBLE_MLP_ADAPTERS_BACKWARD(16)
+extern "C" __global__ void __launch_bounds__(256)
+mlp_adapters_backward_32 NIBBLE_MLP_ADAPTERS_BACKWARD(32)
 
 // t of gate and up from `inner`: scale · the sum of its strips, behind the rows of dg and of du, and both
 // beside each other, on 4 bytes. `columns` is R. Flat over rows·columns.

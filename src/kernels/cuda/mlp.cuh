@@ -28,10 +28,12 @@ __device__ __forceinline__ ValueAndSlope activate(float x) {
         const float density = expf(-0.5f * x * x) * 0.3989423f;
         return {x * cdf, cdf + x * density};
     } else {
-        const float scale = 0.7978846f, cubic = 0.044715f;  // sqrt(2/π) and its correction
-        const float t = tanhf(scale * (x + cubic * x * x * x));
-        const float inner = scale * (1.0f + 3.0f * cubic * x * x);
-        return {0.5f * x * (1.0f + t), 0.5f * (1.0f + t) + 0.5f * x * (1.0f - t * t) * inner};
+        // (1 + tanh z) / 2 is the logistic function of 2·z, as close as that of SiLU.
+        const float scale = 1.5957691f, cubic = 0.044715f;  // 2·sqrt(2/π) and its correction
+        const float z = scale * (x + cubic * x * x * x);
+        const float e = fast_exp2(-LOG2_E * z), s = fast_reciprocal(1.0f + e);
+        const float rest = z > 0.0f ? e * s : 1.0f - s;
+        return {x * s, s * (1.0f + x * rest * scale * (1.0f + 3.0f * cubic * x * x))};
     }
 }
 

@@ -141,6 +141,7 @@ __device__ __forceinline__ void mlp_adapters_backward(const MlpGradientInputs& a
                                                       const MlpAdapters& adapters, int chunk_rows,
                                                       float* inner, float* gradients) {
     typedef MlpBackwardShape<R> Shape;
+    static_assert(Shape::STAGES * Shape::STAGE == (R == 16 ? 101376 : 82944), "what a launch gives");
     typedef Patch<Shape::COLUMNS> Tile;
     typedef Patch<R> Inner;
     constexpr int ACROSS = Shape::COLUMNS / 16, RANKS = R / 8;
@@ -190,6 +191,7 @@ __device__ __forceinline__ void mlp_adapters_backward(const MlpGradientInputs& a
         clear(t);
 #pragma unroll
         for (int which = 0; which < MLP_MATRICES; which++) {
+            const int outer = which < 2 ? which : 0;  // of gate or up: h has no sums over columns
             u32 left[R / 16][4];
 #pragma unroll
             for (int m = 0; m < R / 16; m++) {
@@ -213,8 +215,8 @@ __device__ __forceinline__ void mlp_adapters_backward(const MlpGradientInputs& a
                 load_matrices(rows, block);
 #pragma unroll
                 for (int n = 0; n < RANKS; n++) {
-                    const u32(&of)[2] = b[which < 2 ? which : 0][k][n];
-                    mma_16x8x16(t[(which < 2 ? which : 0) * RANKS + n], rows, of[0], of[1]);
+                    const u32(&of)[2] = b[outer][k][n];
+                    mma_16x8x16(t[outer * RANKS + n], rows, of[0], of[1]);
                 }
             }
         }

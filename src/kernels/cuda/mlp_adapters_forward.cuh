@@ -63,6 +63,7 @@ template <int R>
 __device__ __forceinline__ void mlp_adapters_forward(const MlpInputs& at, const bfloat16* a, int rank,
                                                      int chunk_rows, float* inner) {
     typedef MlpForwardShape<R> Shape;
+    static_assert(Shape::STAGES * Shape::STAGE == 98304, "what a launch gives");
     typedef Patch<Shape::COLUMNS> Tile;
     constexpr int ACROSS = Shape::COLUMNS / 16, RANKS = R / 8;
     NIBBLE_DYNAMIC_SHARED(unsigned char, shared_memory);

@@ -142,8 +142,7 @@ impl<D: Driver> Cuda<D> {
         self.state().stack.clone()
     }
 
-    /// Where an MLP with adapters sums in its backward pass, in f32: buffers of the head, which are idle
-    /// then.
+    /// Where an MLP with adapters sums, in f32: buffers of the head, which are idle while blocks work.
     fn mlp_sums(&self) -> Option<Buffer<D>> {
         self.state().mlp_sums.clone()
     }

@@ -148,6 +148,15 @@ impl<D: Driver> Kernels for Cuda<D> {
         adapted_mlp::forward(self, parameters, down, inputs, h.as_deref(), ax, rows).is_some()
     }
 
+    fn adapts_mlp_backward(
+        &self,
+        parameters: &Parameters<Self>,
+        mlp: &GatedMlp<Self>,
+        rows: usize,
+    ) -> bool {
+        adapted_mlp::goes_backward(self, parameters, mlp, rows)
+    }
+
     fn adapted_mlp_backward(
         &self,
         parameters: &Parameters<Self>,

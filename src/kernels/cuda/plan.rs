@@ -40,7 +40,7 @@ pub(super) const STACKED_GRADIENT: &str = "cuda.stacked_gradient";
 /// What the sums of an MLP with adapters take that is not among the buffers of the head.
 pub(super) const MLP_SUMS: &str = "cuda.mlp_sums";
 
-/// Regions that follow each other and are idle while blocks go backward: those of the head.
+/// Regions that follow each other and are idle while blocks work: those of the head.
 pub(super) fn idle_in_blocks(regions: &[Region]) -> Range<usize> {
     let idle = |region: &Region| region.name.starts_with("head.") || region.name == MLP_SUMS;
     let start = regions.iter().position(idle).unwrap_or(0);

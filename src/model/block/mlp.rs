@@ -215,11 +215,7 @@ impl<K: Kernels> Block<K> {
         grads: &mut GradientBuffers<K::Buffer>,
         parameters: &mut K::Buffer,
     ) -> bool {
-        let Some(gate) = self.linear(LinearRole::Gate).filter(|_| pass.dropout.is_none()) else {
-            return false;
-        };
-        let (up, down) = (self.expect(LinearRole::Up), self.expect(LinearRole::Down));
-        let mlp = GatedMlp { activation: self.activation, gate, up, down, saved };
+        let Some(mlp) = self.gated(pass, saved) else { return false };
         let GradientBuffers { mlp: d_gate, stream, norm: dx, projected, lora: t, .. } = grads;
         let inputs = (projected.as_ref().unwrap_or(stream), &work.norm);
         let (to, rows) = ([d_gate, &mut work.mlp], pass.rows.len());
@@ -233,6 +229,17 @@ impl<K: Kernels> Block<K> {
             parameters,
             rows,
         )
+    }
+
+    /// A gated MLP without dropout, for operations on all of it.
+    fn gated<'a>(
+        &'a self,
+        pass: &Pass<K>,
+        saved: &'a SavedMlp<K::Buffer>,
+    ) -> Option<GatedMlp<'a, K>> {
+        let gate = self.linear(LinearRole::Gate).filter(|_| pass.dropout.is_none())?;
+        let (up, down) = (self.expect(LinearRole::Up), self.expect(LinearRole::Down));
+        Some(GatedMlp { activation: self.activation, gate, up, down, saved })
     }
 
     /// The same in one operation after another, from h in the workspace.
@@ -299,8 +306,11 @@ impl<K: Kernels> Block<K> {
         }
         let down = self.expect(LinearRole::Down);
         let Some(adapter) = &down.adapter else { return false };
-        if self.project_hidden(pass, saved, None) {
-            return false;
+        let (kernels, parameters, rows) = (pass.kernels, pass.parameters, pass.rows.len());
+        let adapts = |mlp: GatedMlp<K>| kernels.adapts_mlp_backward(parameters, &mlp, rows);
+        let is_read = !self.gated(pass, saved).is_some_and(adapts);
+        if self.project_hidden(pass, saved, is_read.then_some(&mut work.mlp)) {
+            return is_read;
         }
         self.hidden(pass, saved, work);
         let scratch = (&mut work.lora_pair, &mut work.dropped);
