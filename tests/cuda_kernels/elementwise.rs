@@ -261,6 +261,9 @@ fn activations_of_halves_of_a_row() {
     });
 }
 
+/// z of x, and its slope.
+type Inner<'a> = &'a dyn Fn(f64) -> (f64, f64);
+
 /// Where e^-z is 0, infinite, or too large for its reciprocal; z is x, of GELU's approximation by tanh a
 /// cubic of it.
 #[test]
@@ -272,8 +275,7 @@ fn activations_of_large_inputs() {
             let (scale, cubic) = (2.0 * (2.0 / std::f64::consts::PI).sqrt(), 0.044715);
             (scale * (x + cubic * x * x * x), scale * (1.0 + 3.0 * cubic * x * x))
         };
-        let inner: [(i32, f32, &dyn Fn(f64) -> (f64, f64)); 2] =
-            [(0, 3e38, &silu), (2, 1e6, &gelu)];
+        let inner: [(i32, f32, Inner); 2] = [(0, 3e38, &silu), (2, 1e6, &gelu)];
         for (kind, largest, z) in inner {
             let x: Vec<bf16> =
                 [0.0, 3.0, 6.0, 20.0, 80.0, 87.0, 87.5, 88.0, 89.0, 100.0, 1e4, largest]
