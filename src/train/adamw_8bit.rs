@@ -5,7 +5,7 @@
 //! nearest to `moment / absmax` with the block's new absmax. The maps are bitsandbytes' dynamic
 //! maps, signed for the first moment and unsigned for the second. Fresh moments are zero bytes: an
 //! absmax of 0 makes every code 0.
-//! Source: Dettmers et al., arXiv 2110.02861; twin of `src/kernels/cuda/adamw_8bit.cuh`.
+//! Source: Dettmers et al., arXiv 2110.02861; twin of `src/kernels/cuda/device/adamw_8bit.cuh`.
 
 use half::bf16;
 use nibble_quant::codebook::{dynamic_map, unsigned_dynamic_map};

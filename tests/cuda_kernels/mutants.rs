@@ -13,7 +13,7 @@ fn mutant(name: &str, file: &str, from: &str, to: &str) -> Device {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let copy =
         Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("mutant-{}", name.replace(' ', "-")));
-    for folder in ["src/kernels/cuda", "quant/src/cuda"] {
+    for folder in ["src/kernels/cuda/device", "quant/src/cuda"] {
         fs::create_dir_all(copy.join(folder)).unwrap();
         let entries = fs::read_dir(root.join(folder)).unwrap();
         for path in entries.map(|entry| entry.unwrap().path()).filter(|path| path.is_file()) {
@@ -218,7 +218,7 @@ fn broken_kernels_are_wrong() {
     };
     for Mutant { name, file, from, to, is_right } in &MUTANTS {
         assert!(is_right_in_every_order(intact, *is_right), "{name}: the intact kernel is right");
-        let broken = mutant(name, &format!("src/kernels/cuda/{file}"), from, to);
+        let broken = mutant(name, &format!("src/kernels/cuda/device/{file}"), from, to);
         assert!(!is_right_in_every_order(&broken, *is_right), "{name}: nothing was noticed");
     }
 }

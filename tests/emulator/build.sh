@@ -8,7 +8,7 @@ output=$1
 shift
 here=$(cd "$(dirname "$0")" && pwd)
 root=${NIBBLE_SOURCES:-$(cd "$here/../.." && pwd)}
-kernels=$root/src/kernels/cuda
+kernels=$root/src/kernels/cuda/device
 work=$(mktemp -d "$output.XXXXXX") # beside the output: renaming is atomic
 trap 'rm -rf "$work"' EXIT
 

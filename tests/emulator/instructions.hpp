@@ -1,5 +1,5 @@
 // The CPU twins of what kernels use of CUDA: built-in variables, intrinsics, and the one-instruction
-// helpers of src/kernels/cuda/device.cuh.
+// helpers of src/kernels/cuda/device/device.cuh.
 #pragma once
 #include "emulator.hpp"
 

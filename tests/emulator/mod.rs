@@ -21,7 +21,7 @@ use std::sync::OnceLock;
 use half::{bf16, f16};
 
 /// The committed kernels.
-pub const PTX: &str = include_str!("../../src/kernels/cuda/kernels.ptx");
+pub const PTX: &str = include_str!("../../src/kernels/cuda/device/kernels.ptx");
 
 type Launch = unsafe extern "C" fn(
     *const c_char,
@@ -385,7 +385,7 @@ fn build(kernels: &str, set: impl FnOnce(&mut Command) -> &mut Command) -> Optio
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut state = DefaultHasher::new();
     kernels.hash(&mut state);
-    for folder in ["src/kernels/cuda", "quant/src/cuda", "tests/emulator"] {
+    for folder in ["src/kernels/cuda/device", "quant/src/cuda", "tests/emulator"] {
         let mut files: Vec<PathBuf> =
             fs::read_dir(root.join(folder)).unwrap().map(|entry| entry.unwrap().path()).collect();
         files.sort();

@@ -19,7 +19,7 @@ use super::{adapted_mlp, attention};
 use crate::error::{Error, Result};
 
 /// The kernels, compiled for compute capability 8.0: every later card runs them.
-const PTX: &str = include_str!("kernels.ptx");
+const PTX: &str = include_str!("device/kernels.ptx");
 
 // cuda.h
 const FUNCTION_ATTRIBUTE_DYNAMIC_SHARED_BYTES: c_int = 8;

@@ -2,7 +2,7 @@
 //! adapters and optimizer.
 //!
 //! [`Cuda`] turns every operation of [`Kernels`](crate::kernels::Kernels) into launches of the
-//! kernels in `kernels.cu` and cuBLAS products, queued on one stream of a [`Driver`]. Operations do
+//! kernels in `device/` and cuBLAS products, queued on one stream of a [`Driver`]. Operations do
 //! not wait and do not fail: the first error is kept and reported by whatever waits next (a loss, a
 //! download).
 

@@ -3,7 +3,7 @@
 // Of a block of scores q·k, [heads, rows, keys] in f32: s = cap(scale · q·k), cap(s) = c·tanh(s/c)
 // if c > 0; query t sees keys max(0, t + 1 − window) ..= t of its document. Forward:
 // lse = log Σ e^s, p = e^{s − lse}. Backward, δ = Σ do ∘ o: ds = p·(dp − δ), and what is written is
-// the gradient of q·k: scale · cap'(s) · ds. Twin of src/kernels/cpu/attention.rs.
+// the gradient of q·k: scale · cap'(s) · ds. Twin of src/kernels/cpu/attention/.
 #pragma once
 #include "reduce.cuh"
 #include "vector.cuh"
