@@ -252,78 +252,129 @@ pub(super) fn backward<D: Driver>(
 ) -> Option<()> {
     let (working, sums) = (parameters.working()?, cuda.mlp_sums()?);
     let part = |linear| Part::new(parameters, working, gradients, linear);
-    let [gate, up, down] = [part(mlp.gate)?, part(mlp.up)?, part(mlp.down)?];
-    let (ranks, width) = ([gate.rank(), up.rank(), down.rank()], mlp.gate.output.width);
-    let cut = Cut::new(ranks, rows, width)?;
-    if cut.inner + cut.gradients > sums.elements {
-        return None;
-    }
-    let ax = &mlp.saved.lora_x;
-    let [ax_gate, ax_up, ax_down] = [&gate, &up, &down].map(|p| ax.band(p.adapter.columns, rows));
-    let dy_rows = dy.band(down.linear.output, rows);
-    let t_down = gradient_tail((dy, down.linear.output), rows, down.rank())?;
-    let [g, u] = [&mlp.saved.gate, &mlp.saved.up].map(|buffer| buffer.rows(rows, width));
-    let [dg, du] = [d_gate, d_up].map(|buffer| buffer.rows(rows, width));
-    let [t_gate, t_up] = [d_gate.tail(rows, gate.rank())?, d_up.tail(rows, up.rank())?];
-    if ![g, u, dg, du, ax_gate, ax_up, t_down].iter().all(aligned) {
-        return None;
-    }
+    let parts = [part(mlp.gate)?, part(mlp.up)?, part(mlp.down)?];
+    let work = Backward::new(mlp, &parts, &sums, dy, [d_gate, d_up], rows)?;
     let stack = Stacked::new(cuda, &[mlp.gate, mlp.up])?;
+    let [gate, up, down] = &parts;
+    let ([t_gate, t_up, t_down], [.., ax_down]) = (work.t, work.ax);
 
-    let shape = &down.adapter.shape;
-    low_rank::inner_gradient(cuda, shape, &down.pair, dy_rows, t_down, rows);
-    low_rank::gradient_of_b(cuda, shape, (dy_rows, ax_down), down.gradients[1], rows);
-    down.input_gradient(cuda, (dy_rows, t_down), d_gate, rows, false);
+    let (shape, dy) = (&down.adapter.shape, dy.band(mlp.down.output, rows));
+    low_rank::inner_gradient(cuda, shape, &down.pair, dy, t_down, rows);
+    low_rank::gradient_of_b(cuda, shape, (dy, ax_down), down.gradients[1], rows);
+    down.input_gradient(cuda, (dy, t_down), d_gate, rows, false);
 
-    let inner = sums.argument(cut.inner);
-    let over_rows = Argument::Pointer(sums.at(cut.inner..cut.inner + cut.gradients));
-    let mut arguments = [
-        activation_code(mlp.activation).into(),
-        g.argument(),
-        g.stride.into(),
-        u.argument(),
-        u.stride.into(),
-        dg.argument(),
-        dg.stride.into(),
-        dg.argument(),
-        dg.stride.into(),
-        du.argument(),
-        du.stride.into(),
-        gate.b(),
-        gate.rank().into(),
-        up.b(),
-        up.rank().into(),
-        ax_gate.argument(),
-        ax_up.argument(),
-        ax_gate.stride.into(),
-        t_down.argument(),
-        t_down.stride.into(),
-        down.rank().into(),
-        rows.into(),
-        width.into(),
-        cut.chunk_rows.into(),
-        inner,
-        over_rows,
-    ];
-    let grid = [cut.strips as u32, cut.chunks as u32, 1];
-    cuda.launch_shared(cut.kernel, grid, FLAT_THREADS, cut.shared_bytes, &mut arguments);
-    let (scale_gate, scale_up) = (gate.adapter.shape.scale, up.adapter.shape.scale);
+    work.share(cuda, mlp.activation, &parts);
     let both = t.rows(rows, gate.rank() + up.rank());
-    launch!(cuda, "mlp_adapters_inner", flat(rows * cut.ranks), FLAT_THREADS;
-        inner, cut.strips, rows, cut.ranks, gate.rank(), up.rank(), scale_gate, scale_up,
-        t_gate.argument(), t_gate.stride, t_up.argument(), t_up.stride, both.argument(),
-        both.stride);
-    let grid =
-        [width.div_ceil(FLAT_THREADS as usize) as u32, (MATRICES * cut.ranks / PIECE) as u32, 1];
-    let [gb_gate, gb_up, ga_down] = [gate.gradients[1], up.gradients[1], down.gradients[0]];
-    launch!(cuda, "mlp_adapters_gradients", grid, FLAT_THREADS;
-        over_rows, cut.chunks, cut.ranks, width, gate.rank(), up.rank(), down.rank(), scale_gate,
-        scale_up, Argument::Pointer(gb_gate), Argument::Pointer(gb_up), Argument::Pointer(ga_down));
+    work.add_up(cuda, &parts, both);
 
     stack.add_gradient_of_a(cuda, parameters, (both, x), gradients, rows);
-    gate.input_gradient(cuda, (dg, t_gate), dx, rows, false);
-    up.input_gradient(cuda, (du, t_up), dx, rows, true);
+    gate.input_gradient(cuda, (work.dg, t_gate), dx, rows, false);
+    up.input_gradient(cuda, (work.du, t_up), dx, rows, true);
     Some(())
+}
+
+/// Where the matrices of a backward pass lie: of gate, up and down.
+struct Backward {
+    cut: Cut,
+    rows: usize,
+    width: usize,
+    g: Rows,
+    u: Rows,
+    /// Before, in dg: dh.
+    dg: Rows,
+    du: Rows,
+    ax: [Rows; 3],
+    /// Behind the rows of what they are made of.
+    t: [Rows; 3],
+    /// Sums over columns, and over rows.
+    inner: Argument,
+    gradients: Argument,
+}
+
+impl Backward {
+    /// `None` where something has no room, or lies where the kernel cannot read it.
+    fn new<D: Driver>(
+        mlp: &GatedMlp<Cuda<D>>,
+        parts: &[Part<D>; 3],
+        sums: &Buffer<D>,
+        dy: &Buffer<D>,
+        [d_gate, d_up]: [&Buffer<D>; 2],
+        rows: usize,
+    ) -> Option<Self> {
+        let (ranks, width) = (parts.each_ref().map(Part::rank), mlp.gate.output.width);
+        let cut = Cut::new(ranks, rows, width)?;
+        let elements = cut.inner + cut.gradients;
+        if elements > sums.elements {
+            return None;
+        }
+        let matrices = [&mlp.saved.gate, &mlp.saved.up, d_gate, d_up];
+        let [g, u, dg, du] = matrices.map(|buffer| buffer.rows(rows, width));
+        let ax = parts.each_ref().map(|part| mlp.saved.lora_x.band(part.adapter.columns, rows));
+        let t = [
+            d_gate.tail(rows, ranks[0])?,
+            d_up.tail(rows, ranks[1])?,
+            gradient_tail((dy, mlp.down.output), rows, ranks[2])?,
+        ];
+        let read = [g, u, dg, du, ax[0], ax[1], t[2]];
+        let inner = sums.argument(cut.inner);
+        let gradients = Argument::Pointer(sums.at(cut.inner..elements));
+        let work = Backward { cut, rows, width, g, u, dg, du, ax, t, inner, gradients };
+        read.iter().all(aligned).then_some(work)
+    }
+
+    /// dg and du from dh, and the sums of all blocks.
+    fn share<D: Driver>(&self, cuda: &Cuda<D>, activation: Activation, parts: &[Part<D>; 3]) {
+        let ([gate, up, down], [ax_gate, ax_up, _]) = (parts, self.ax);
+        let Backward { cut, g, u, dg, du, t: [.., t_down], .. } = self;
+        let mut arguments = [
+            activation_code(activation).into(),
+            g.argument(),
+            g.stride.into(),
+            u.argument(),
+            u.stride.into(),
+            dg.argument(),
+            dg.stride.into(),
+            dg.argument(),
+            dg.stride.into(),
+            du.argument(),
+            du.stride.into(),
+            gate.b(),
+            gate.rank().into(),
+            up.b(),
+            up.rank().into(),
+            ax_gate.argument(),
+            ax_up.argument(),
+            ax_gate.stride.into(),
+            t_down.argument(),
+            t_down.stride.into(),
+            down.rank().into(),
+            self.rows.into(),
+            self.width.into(),
+            cut.chunk_rows.into(),
+            self.inner,
+            self.gradients,
+        ];
+        let grid = [cut.strips as u32, cut.chunks as u32, 1];
+        cuda.launch_shared(cut.kernel, grid, FLAT_THREADS, cut.shared_bytes, &mut arguments);
+    }
+
+    /// t of gate and up, behind dg and du and in `both` side by side, and what the sums over rows add to
+    /// the gradients of two B and an A.
+    fn add_up<D: Driver>(&self, cuda: &Cuda<D>, [gate, up, down]: &[Part<D>; 3], both: Rows) {
+        let Backward { cut, rows, width, t: [t_gate, t_up, _], inner, gradients, .. } = self;
+        let (scale_gate, scale_up) = (gate.adapter.shape.scale, up.adapter.shape.scale);
+        launch!(cuda, "mlp_adapters_inner", flat(rows * cut.ranks), FLAT_THREADS;
+            *inner, cut.strips, *rows, cut.ranks, gate.rank(), up.rank(), scale_gate, scale_up,
+            t_gate.argument(), t_gate.stride, t_up.argument(), t_up.stride, both.argument(),
+            both.stride);
+        let columns = width.div_ceil(FLAT_THREADS as usize);
+        let grid = [columns as u32, (MATRICES * cut.ranks / PIECE) as u32, 1];
+        let [gb_gate, gb_up, ga_down] =
+            [gate.gradients[1], up.gradients[1], down.gradients[0]].map(Argument::Pointer);
+        launch!(cuda, "mlp_adapters_gradients", grid, FLAT_THREADS;
+            *gradients, cut.chunks, cut.ranks, *width, gate.rank(), up.rank(), down.rank(),
+            scale_gate, scale_up, gb_gate, gb_up, ga_down);
+    }
 }
 
 #[cfg(test)]
