@@ -14,6 +14,8 @@ from .libtest import Tests
 from .nibble import GIB, Run, step_flops
 
 PROBLEM_LINES = 30
+# Kernels of a step that the table names; the figures have all.
+PROFILE_PARTS = 12
 # For a test that is run again by itself.
 ALONE_S = 15.0
 
@@ -102,13 +104,22 @@ def rate(check: Check, name: str) -> float | None:
 def speed(check: Check):
     arguments = ["--test-threads", "1", "--nocapture", "speed::"]
     ended = check.run([CARRIED / "cuda_backend", *arguments])
-    found = {marker: ended.results(marker) for marker in ("SPEED", "EXPOSED")}
+    found = {marker: ended.results(marker) for marker in ("SPEED", "EXPOSED", "PROFILE")}
     check.report.figures["kernels"] = found
+    if found["PROFILE"]:
+        note_profile(check, found["PROFILE"][0])
     for judge, marker in [(judge_exposed, "EXPOSED"), (judge_widening, "SPEED"), (judge_attention, "SPEED")]:
         if found[marker]:
             judge(check, found[marker][0])
     if not all(found.values()):
         raise RuntimeError(ended.tail(PROBLEM_LINES))
+
+
+def note_profile(check: Check, found: dict):
+    parts = found["parts"]
+    together = sum(ms for _, _, ms in parts)
+    words = ", ".join(f"{name} {ms / together:.1%}" for name, _, ms in parts[:PROFILE_PARTS])
+    check.report.note("a step's work, one after the other", f"{together:.1f} ms: {words}")
 
 
 def judge_widening(check: Check, found: dict):

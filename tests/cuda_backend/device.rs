@@ -23,14 +23,36 @@ pub struct Counts {
     pub waits: usize,
 }
 
-/// A launch, to be made again.
+/// Work that was queued, to be queued again.
 #[derive(Clone)]
-pub struct Recorded {
-    kernel: &'static str,
-    grid: [u32; 3],
-    threads: u32,
-    shared_bytes: u32,
-    arguments: Vec<Argument>,
+pub enum Recorded {
+    Launch {
+        kernel: &'static str,
+        grid: [u32; 3],
+        threads: u32,
+        shared_bytes: u32,
+        arguments: Vec<Argument>,
+    },
+    Product(Gemm),
+}
+
+impl Recorded {
+    fn launch(launch: &Launch) -> Self {
+        let Launch { kernel, grid, threads, shared_bytes, ref arguments } = *launch;
+        let arguments = arguments.to_vec();
+        Recorded::Launch { kernel, grid, threads, shared_bytes, arguments }
+    }
+
+    /// The kernel, or which kind of product.
+    pub fn name(&self) -> &'static str {
+        match self {
+            Recorded::Launch { kernel, .. } => kernel,
+            Recorded::Product(gemm) if gemm.shape.iter().any(|&size| size < MOST_RANKS) => {
+                "products of adapters"
+            }
+            Recorded::Product(_) => "products",
+        }
+    }
 }
 
 /// A driver that is watched.
@@ -48,7 +70,7 @@ pub struct Device {
     copied_ahead: AtomicUsize,
     /// `[m, n, k]` of the products that are queued.
     products: Mutex<Vec<[usize; 3]>>,
-    /// Launches that widened a weight, while they are recorded.
+    /// What is queued, while it is recorded.
     recorded: Mutex<Option<Vec<Recorded>>>,
     /// Whether the base model alone is computed, of weights that are wide already.
     bare: AtomicBool,
@@ -145,18 +167,29 @@ impl Device {
         }
     }
 
-    /// The launches that widen weights in what `call` does.
+    /// The launches and products that `call` queues.
     pub fn record(&self, call: impl FnOnce()) -> Vec<Recorded> {
         *self.recorded.lock().unwrap() = Some(Vec::new());
         call();
         self.recorded.lock().unwrap().take().unwrap()
     }
 
-    /// Makes a recorded launch again.
+    /// Queues it again.
     pub fn replay(&self, recorded: &Recorded) {
-        let Recorded { kernel, grid, threads, shared_bytes, mut arguments } = recorded.clone();
-        let arguments = &mut arguments[..];
-        self.driver.launch(Launch { kernel, grid, threads, shared_bytes, arguments }).unwrap();
+        match recorded.clone() {
+            Recorded::Launch { kernel, grid, threads, shared_bytes, mut arguments } => {
+                let arguments = &mut arguments[..];
+                self.driver.launch(Launch { kernel, grid, threads, shared_bytes, arguments })
+            }
+            Recorded::Product(gemm) => self.driver.gemm(&gemm),
+        }
+        .unwrap();
+    }
+
+    fn note(&self, work: impl FnOnce() -> Recorded) {
+        if let Some(recorded) = self.recorded.lock().unwrap().as_mut() {
+            recorded.push(work());
+        }
     }
 
     /// From now on, or no longer, leaves out what widens weights and what is of adapters alone; products
@@ -280,12 +313,8 @@ impl Driver for Device {
         let widens = launch.kernel == "dequantize_4bit";
         if widens {
             self.widened[0].fetch_add(1, Relaxed);
-            if let Some(recorded) = self.recorded.lock().unwrap().as_mut() {
-                let Launch { kernel, grid, threads, shared_bytes, ref arguments } = launch;
-                let arguments = arguments.to_vec();
-                recorded.push(Recorded { kernel, grid, threads, shared_bytes, arguments });
-            }
         }
+        self.note(|| Recorded::launch(&launch));
         if self.is_bare() && (widens || is_of_adapters(&launch)) {
             return Ok(());
         }
@@ -320,6 +349,7 @@ impl Driver for Device {
     fn launch_ahead(&self, launch: Launch, slot: usize) -> Result<()> {
         assert_eq!(launch.kernel, "dequantize_4bit");
         self.widened[1].fetch_add(1, Relaxed);
+        self.note(|| Recorded::launch(&launch));
         if self.is_bare() {
             return Ok(());
         }
@@ -337,6 +367,7 @@ impl Driver for Device {
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
         self.products.lock().unwrap().push(gemm.shape);
+        self.note(|| Recorded::Product(*gemm));
         if self.is_bare() {
             let [m, n, k] = gemm.shape;
             if m.min(n).min(k) <= MOST_RANKS {

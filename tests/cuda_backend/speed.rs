@@ -75,12 +75,13 @@ fn matrices(gpu: &Gpu, [rows, columns]: [usize; 2], calls: usize) -> [f64; 3] {
     let moved = read + 2.0 * elements as f64;
     let weights = vec![packed; MATRICES].into_iter().map(FrozenMatrix::Packed).collect();
     let weights = gpu.upload_weights(weights).unwrap();
-    let launches = gpu.driver().record(|| {
+    let mut launches = gpu.driver().record(|| {
         for weight in &weights {
             let y = (&mut y, Columns::all(rows));
             gpu.linear_forward(weight, None, None, &x, y, 1, false);
         }
     });
+    launches.retain(|work| work.name() == "dequantize_4bit");
     assert_eq!(launches.len(), MATRICES, "a launch for each matrix");
     let widen = seconds(gpu, calls, |call| gpu.driver().replay(&launches[call % MATRICES]));
     let copy = seconds(gpu, calls, |_| gpu.copy((&from, 0), (&mut to, 0), elements));
@@ -173,5 +174,34 @@ fn of_a_step_without_widening_and_adapters() {
     let result = json!({ "step_ms": all * 1e3, "bare_ms": bare * 1e3, "exposed": 1.0 - bare / all,
         "tokens": tokens });
     println!("EXPOSED {result}");
+    gpu.driver().set_bare(false);
+    let mut step = || _ = model.forward_backward(&batch, scale, 0).unwrap();
+    let profile = profile(&gpu, if Device::is_a_card() { 20 } else { 1 }, &mut step);
+    println!("PROFILE {}", json!({ "step_ms": all * 1e3, "parts": profile }));
     assert!(bare < all, "{result}");
+}
+
+/// A part of a step: the kernel, how often it is launched, and milliseconds in all.
+type Part = (&'static str, usize, f64);
+
+/// Where the time of a step goes, by kernel, the largest part first: each launch and product of it is made
+/// again by itself, `calls` times. What runs beside each other in the step does not here.
+fn profile(gpu: &Gpu, calls: usize, step: &mut dyn FnMut()) -> Vec<Part> {
+    let mut parts: Vec<Part> = Vec::new();
+    for work in gpu.driver().record(step) {
+        gpu.driver().replay(&work);
+        gpu.driver().synchronize().unwrap();
+        let start = Instant::now();
+        (0..calls).for_each(|_| gpu.driver().replay(&work));
+        gpu.driver().synchronize().unwrap();
+        let time = start.elapsed().as_secs_f64() / calls as f64 * 1e3;
+        let name = work.name();
+        match parts.iter_mut().find(|part| part.0 == name) {
+            Some((_, launches, all)) => (*launches, *all) = (*launches + 1, *all + time),
+            None => parts.push((name, 1, time)),
+        }
+    }
+    assert!(parts.iter().any(|part| part.0 == "products"));
+    parts.sort_by(|a, b| b.2.total_cmp(&a.2));
+    parts
 }
