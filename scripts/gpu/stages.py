@@ -119,7 +119,7 @@ def note_profile(check: Check, found: dict):
     parts = found["parts"]
     together = sum(ms for _, _, ms in parts)
     words = ", ".join(f"{name} {ms / together:.1%}" for name, _, ms in parts[:PROFILE_PARTS])
-    check.report.note("a step's work, one after the other", f"{together:.1f} ms: {words}")
+    check.report.note("kernels and products of a step, each by itself", f"{together:.1f} ms: {words}")
 
 
 def judge_widening(check: Check, found: dict):

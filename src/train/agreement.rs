@@ -1,4 +1,4 @@
-//! Whether a backend computes what the CPU does: a tiny model of random weights on both.
+//! Whether a backend computes what the CPU does: tiny models of random weights on both.
 //!
 //! A GPU is a driver, a compiler in it, a library and a card, none of which was there when this
 //! program was built. What they make of the kernels is compared with the CPU before each run on one.

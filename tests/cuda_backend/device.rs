@@ -47,9 +47,7 @@ impl Recorded {
     pub fn name(&self) -> &'static str {
         match self {
             Recorded::Launch { kernel, .. } => kernel,
-            Recorded::Product(gemm) if gemm.shape.iter().any(|&size| size < MOST_RANKS) => {
-                "products of adapters"
-            }
+            Recorded::Product(gemm) if is_of_ranks(gemm) => "products of adapters",
             Recorded::Product(_) => "products",
         }
     }
@@ -76,8 +74,13 @@ pub struct Device {
     bare: AtomicBool,
 }
 
-/// Ranks of an adapter, also of three side by side, are below this, all widths of a model above.
+/// Ranks of an adapter, also of three side by side, are no more than this, all widths of a model more.
 const MOST_RANKS: usize = 64;
+
+/// Whether a product is of an adapter alone.
+fn is_of_ranks(gemm: &Gemm) -> bool {
+    gemm.shape.iter().any(|&size| size <= MOST_RANKS)
+}
 
 /// Whether a launch reads or writes nothing but an adapter, or what it adds to rows.
 fn is_of_adapters(launch: &Launch) -> bool {
@@ -370,7 +373,7 @@ impl Driver for Device {
         self.note(|| Recorded::Product(*gemm));
         if self.is_bare() {
             let [m, n, k] = gemm.shape;
-            if m.min(n).min(k) <= MOST_RANKS {
+            if is_of_ranks(gemm) {
                 return Ok(());
             }
             // Widths are multiples; what is more is an adapter's.

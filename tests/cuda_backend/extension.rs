@@ -7,10 +7,13 @@ use nibble::model::parameters::Part;
 use nibble::model::weights::Weights;
 use nibble::plan::{Policy, Settings};
 
+use super::emulator::PTX;
 use super::golden::{CASES, Case};
 use super::{Gpu, error_in_norm, gpu, model, nf4, settings};
 
 const KEEP: [Policy; 1] = [Policy::Keep];
+/// Rows of a tile of the MLP that divides no batch.
+const TILE: usize = 11;
 
 /// An adapter on all linears with every rank that a layout could mistake: even, odd, above the
 /// room of its neighbours. B is not zero.
@@ -78,19 +81,35 @@ fn one_product_for_base_and_adapter_is_as_exact_as_two() {
     }
 }
 
+/// Ranks that MLPs have kernels for beside those that they have none for: forward alone where one adapter's
+/// rank is 4, nowhere where it is 5 and `x·Aᵀ` of the down projection begins at an odd column.
 #[test]
 fn what_is_kept_does_not_change_a_bit_of_them() {
     let Some(gpu) = gpu() else { return };
-    for (name, r) in [("qwen2_s0", 6), ("gpt2_s0", 6), ("qwen2_s0", 16), ("gemma2_s0", 8)] {
+    for (name, r, odd) in [
+        ("qwen2_s0", 6, 5),
+        ("gpt2_s0", 6, 5),
+        ("phi3_s0", 16, 4),
+        ("qwen2_s0", 16, 5),
+        ("qwen2_s0", 16, 4),
+        ("gemma2_s0", 8, 4),
+    ] {
         let case = Case::open(name);
-        // Of a gated MLP beside one whose ranks a kernel takes, one of a rank that none does.
-        let odd = if name == "gpt2_s0" { "1.mlp.c_fc" } else { "1.mlp.gate_proj" };
-        let adapter = with_ranks(&case, r, &[(odd, 5), ("0.+(k_proj|c_attn)", 3)]);
-        let run =
-            |policies: &[Policy]| step(&gpu, &case, &adapter, plan(&case, &adapter, policies));
-        let kept = run(&[Policy::Keep]);
-        for policy in [Policy::Checkpoint, Policy::Offload] {
-            assert!(run(&[policy]) == kept, "{name}: {policy:?}");
+        let other = match name {
+            "gpt2_s0" => "1.mlp.c_fc",
+            "phi3_s0" => "1.mlp.gate_up_proj",
+            _ => "1.mlp.gate_proj",
+        };
+        let adapter = with_ranks(&case, r, &[(other, odd), ("0.+(k_proj|c_attn|qkv_proj)", 3)]);
+        for tile in [None, Some(TILE)] {
+            let run = |policies: &[Policy]| {
+                let plan = plan(&case, &adapter, policies);
+                step(&gpu, &case, &adapter, Settings { mlp_tile_length: tile, ..plan })
+            };
+            let kept = run(&[Policy::Keep]);
+            for policy in [Policy::Checkpoint, Policy::Attention, Policy::Offload] {
+                assert!(run(&[policy]) == kept, "{name}, tiles of {tile:?}: {policy:?}");
+            }
         }
     }
 }
@@ -102,7 +121,7 @@ fn a_fresh_adapter_does_not_change_a_bit() {
     let Some(gpu) = gpu() else { return };
     for (name, quantize) in CASES.into_iter().zip([true, false].into_iter().cycle()) {
         let case = Case::open(name);
-        let trained = adapter(&case, 7);
+        let trained = adapter(&case, if quantize { 7 } else { 16 });
         let mut fresh = trained.clone();
         fresh.tensors.iter_mut().for_each(|tensors| tensors.b.fill(0.0));
         let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
@@ -212,31 +231,49 @@ fn the_widest_gradients_are_read_once() {
         let case = Case::open(name);
         let adapter = with_ranks(&case, r, &[("1.+up_proj", 8)]);
         let (spec, rows) = (case.spec(), case.tensors("ref.safetensors"));
-        let (width, rows) = (spec.intermediate_size, rows.batch("input_ids", "labels").0.tokens());
+        let (width, tokens) =
+            (spec.intermediate_size, rows.batch("input_ids", "labels").0.tokens());
         let together = plan(&case, &adapter, &KEEP);
         let in_f32 = Settings { bf16_working: false, ..together.clone() };
+        let tiled = Settings { mlp_tile_length: Some(TILE), ..together.clone() };
         let of_the_width = |settings: &Settings| {
             let all = products(&gpu, &case, &adapter, settings.clone());
-            all.iter()
-                .filter(|[m, n, k]| {
-                    let gradient_of_a = *n == width && *k == rows;
-                    let gradient_of_b = *m == width && *k == rows;
-                    let inner = *m == rows && *k == width && *n <= r;
-                    gradient_of_a || gradient_of_b || inner
-                })
-                .count()
+            let tile = settings.mlp_tile_length.unwrap_or(tokens);
+            let is_a_tile = |rows: usize| rows == tile || rows == tokens % tile;
+            let is_read_again = |[m, n, k]: &&[usize; 3]| {
+                let gradient_of_a = *n == width && is_a_tile(*k);
+                let gradient_of_b = *m == width && is_a_tile(*k);
+                let inner = is_a_tile(*m) && *k == width && *n <= r;
+                gradient_of_a || gradient_of_b || inner
+            };
+            all.iter().filter(is_read_again).count()
         };
         // With kernels that make one result each: x·Aᵀ and gA of the down projection, t and gB of gate and up.
         assert_eq!(of_the_width(&together), 0, "{name}");
+        assert_eq!(of_the_width(&tiled), 0, "{name}");
         assert_eq!(of_the_width(&in_f32), 6 * spec.num_layers, "{name}");
         let (_, expected) = reference(&case, &adapter, together.clone());
         let error = |plan| error_in_norm(&step(&gpu, &case, &adapter, plan).1, &expected);
         let (one, several) = (error(together.clone()), error(in_f32));
         assert!(one != several, "{name}: the same operations");
         assert!(one < 1.1 * several, "{name}: off by {one:e}, one by one by {several:e}");
-        let tiled = error(Settings { mlp_tile_length: Some(11), ..together });
+        let tiled = error(tiled);
         assert!(tiled < 1.1 * several, "{name}: in tiles off by {tiled:e}");
     }
+}
+
+#[test]
+fn the_check_of_a_card_launches_every_kernel_of_an_mlp_with_adapters() {
+    let Some(gpu) = gpu() else { return };
+    let recorded = gpu.driver().record(|| nibble::train::agreement::check(&gpu).unwrap());
+    let kernels = PTX.lines().filter_map(|line| line.strip_prefix(".visible .entry "));
+    let kernels = kernels.map(|name| name.trim_end_matches('('));
+    let mut found = 0;
+    for kernel in kernels.filter(|name| name.starts_with("mlp_adapters")) {
+        assert!(recorded.iter().any(|work| work.name() == kernel), "{kernel}");
+        found += 1;
+    }
+    assert_eq!(found, 7);
 }
 
 /// Linears that are one product.

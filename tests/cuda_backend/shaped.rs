@@ -35,7 +35,7 @@ impl Shape {
 
     /// The same width of heads in little.
     pub fn small(layers: usize) -> Self {
-        let (hidden_size, intermediate_size, heads, kv_heads) = (256, 384, 2, 1);
+        let (hidden_size, intermediate_size, heads, kv_heads) = (256, 640, 2, 1);
         Shape { hidden_size, intermediate_size, layers, heads, kv_heads, vocab_size: 256 }
     }
 

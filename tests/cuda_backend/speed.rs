@@ -185,7 +185,8 @@ fn of_a_step_without_widening_and_adapters() {
 type Part = (&'static str, usize, f64);
 
 /// Where the time of a step goes, by kernel, the largest part first: each launch and product of it is made
-/// again by itself, `calls` times. What runs beside each other in the step does not here.
+/// again by itself, `calls` times. What runs beside other work in the step does not here, a small operand
+/// may be in a cache, small kernels take as long as a launch, and copies are not among it.
 fn profile(gpu: &Gpu, calls: usize, step: &mut dyn FnMut()) -> Vec<Part> {
     let mut parts: Vec<Part> = Vec::new();
     for work in gpu.driver().record(step) {

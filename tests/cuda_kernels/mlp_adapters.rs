@@ -218,8 +218,7 @@ fn check_forward(device: &Device, shape: &Shape, kind: i32) {
         product([rows, rank, width], |i, k| h[i * width + k], |k, j| a[j * width + k]);
     let got = band(&ax, rank, rank + 8);
     assert_close(&got, &projected, 2e-6 * most + 1e-6, BF16_ROUNDING);
-    let [none, alone] = run_forward(device, shape, kind, false);
-    assert!(none.iter().all(|x| x.is_nan()));
+    let [_, alone] = run_forward(device, shape, kind, false);
     assert_eq!(band(&alone, rank, rank + 8), got);
 }
 
@@ -265,6 +264,12 @@ fn every_run_gives_the_same_bits() {
 /// For tests of the tests; what is wrong is a panic.
 pub fn is_right(device: &Device) -> bool {
     check(device, &SHAPES[2], 0);
+    true
+}
+
+/// The same with adapters of more than 16 columns.
+pub fn is_wide_right(device: &Device) -> bool {
+    check(device, &SHAPES[4], 0);
     true
 }
 

@@ -43,7 +43,7 @@ struct Mutant {
     is_right: fn(&Device) -> bool,
 }
 
-const MUTANTS: [Mutant; 13] = [
+const MUTANTS: [Mutant; 15] = [
     Mutant {
         name: "barrier of a sum",
         file: "reduce.cuh",
@@ -113,6 +113,20 @@ const MUTANTS: [Mutant; 13] = [
         from: "__syncthreads();  // all have read the stage",
         to: "",
         is_right: mlp_adapters::is_right,
+    },
+    Mutant {
+        name: "barrier between the sums of warps",
+        file: "mlp_adapters_backward.cuh",
+        from: "if (first > 0) __syncthreads();  // all have read the last products",
+        to: "",
+        is_right: mlp_adapters::is_wide_right,
+    },
+    Mutant {
+        name: "wait for rows of gate and up",
+        file: "mlp_adapters_forward.cuh",
+        from: "copy_async_wait<Shape::STAGES - 1>();",
+        to: "",
+        is_right: mlp_adapters::is_forward_right,
     },
     Mutant {
         name: "barrier before the sums of h",

@@ -12,7 +12,7 @@ fn kernel_of(line: i32) -> &'static str {
     name.trim_end_matches('(')
 }
 
-/// Checks all accesses of `run` against the fewest banks and sectors that would do, times what writes and
+/// Checks all accesses of some kernels of `run` against the fewest banks and sectors that would do, times what writes and
 /// reads of global memory may take. Twice for reads: the halves of 32 bytes of f32 are read one after the
 /// other, the second one from the first cache.
 #[track_caller]
@@ -33,6 +33,9 @@ fn check(kernels: &[&str], [writes, reads]: [u64; 2], run: impl FnOnce(&Device))
         };
         let what = if shared { "banks" } else { "sectors" };
         let kernel = kernel_of(line);
+        if !kernels.contains(&kernel) {
+            continue;
+        }
         assert!(cost <= allowed, "{kernel}, kernels.ptx:{line}: {cost} {what}, {fewest} would do");
     }
 }
@@ -70,10 +73,10 @@ fn adapters_of_an_mlp_wait_for_no_bank() {
     for most in [16, 32] {
         let [forward, backward] =
             ["forward", "backward"].map(|pass| format!("mlp_adapters_{pass}_{most}"));
-        // The gradients' eight f32 of a thread are two halves of a sector.
+        check(&[&forward, &backward], [1, 2], |device| mlp_adapters::run_once(device, most));
+        // Rows of an adapter begin anywhere, and eight f32 of a thread are two halves of a sector.
         let sums = ["mlp_adapters_project", "mlp_adapters_inner", "mlp_adapters_gradients"];
-        let kernels = [&[&*forward, &*backward], &sums[..]].concat();
-        check(&kernels, [2, 2], |device| mlp_adapters::run_once(device, most));
+        check(&sums, [2, 2], |device| mlp_adapters::run_once(device, most));
     }
 }
 

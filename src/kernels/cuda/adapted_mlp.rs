@@ -90,6 +90,10 @@ impl Cut {
         Some(Cut { ranks, kernel, shared_bytes, strips, chunks, chunk_rows, inner, gradients })
     }
 
+    fn fits<D: Driver>(&self, sums: &Buffer<D>) -> bool {
+        self.inner + self.gradients <= sums.elements
+    }
+
     /// f32 elements that the sums of a pass over so many rows or fewer take: fewer may be more chunks.
     fn elements(&self, rows: usize) -> usize {
         let chunks = most_chunks(self.strips).min(rows.div_ceil(CHUNK_ROWS));
@@ -175,7 +179,7 @@ pub(super) fn forward<D: Driver>(
 }
 
 /// A linear's adapter and its matrices.
-struct Part<'a, D: Driver> {
+struct Adapted<'a, D: Driver> {
     linear: &'a Linear<Cuda<D>>,
     adapter: LinearAdapter,
     /// A, then B.
@@ -184,7 +188,7 @@ struct Part<'a, D: Driver> {
     gradients: [Address; 2],
 }
 
-impl<'a, D: Driver> Part<'a, D> {
+impl<'a, D: Driver> Adapted<'a, D> {
     fn new(
         parameters: &Parameters<Cuda<D>>,
         working: &Buffer<D>,
@@ -195,7 +199,7 @@ impl<'a, D: Driver> Part<'a, D> {
         let range = parameters.pair_range(adapter.index);
         let middle = range.start + adapter.shape.a_elements();
         let addresses = [range.start..middle, middle..range.end].map(|matrix| gradients.at(matrix));
-        Some(Part { linear, adapter, pair: working.part(range), gradients: addresses })
+        Some(Adapted { linear, adapter, pair: working.part(range), gradients: addresses })
     }
 
     fn rank(&self) -> usize {
@@ -229,10 +233,11 @@ pub(super) fn goes_backward<D: Driver>(
 ) -> bool {
     let rank = |linear: &Linear<Cuda<D>>| linear.adapter.map_or(0, |adapter| adapter.shape.rank);
     let ranks = [mlp.gate, mlp.up, mlp.down].map(rank);
-    let cut = Cut::new(ranks, rows, mlp.gate.output.width);
-    let room = cuda.mlp_sums().map_or(0, |sums| sums.elements);
-    let fits = cut.is_some_and(|cut| cut.inner + cut.gradients <= room);
-    fits && parameters.working().is_some() && Stacked::new(cuda, &[mlp.gate, mlp.up]).is_some()
+    let cut = cuda.mlp_sums().and_then(|sums| {
+        Cut::new(ranks, rows, mlp.gate.output.width).filter(|cut| cut.fits(&sums))
+    });
+    let stacks = Stacked::new(cuda, &[mlp.gate, mlp.up]).is_some();
+    cut.is_some() && stacks && parameters.working().is_some()
 }
 
 /// Gradients of all three adapters and `dx`, that of what gate and up read, from `dy`, that of what
@@ -251,7 +256,7 @@ pub(super) fn backward<D: Driver>(
     rows: usize,
 ) -> Option<()> {
     let (working, sums) = (parameters.working()?, cuda.mlp_sums()?);
-    let part = |linear| Part::new(parameters, working, gradients, linear);
+    let part = |linear| Adapted::new(parameters, working, gradients, linear);
     let parts = [part(mlp.gate)?, part(mlp.up)?, part(mlp.down)?];
     let work = Backward::new(mlp, &parts, &sums, dy, [d_gate, d_up], rows)?;
     let stack = Stacked::new(cuda, &[mlp.gate, mlp.up])?;
@@ -295,18 +300,14 @@ impl Backward {
     /// `None` where something has no room, or lies where the kernel cannot read it.
     fn new<D: Driver>(
         mlp: &GatedMlp<Cuda<D>>,
-        parts: &[Part<D>; 3],
+        parts: &[Adapted<D>; 3],
         sums: &Buffer<D>,
         dy: &Buffer<D>,
         [d_gate, d_up]: [&Buffer<D>; 2],
         rows: usize,
     ) -> Option<Self> {
-        let (ranks, width) = (parts.each_ref().map(Part::rank), mlp.gate.output.width);
-        let cut = Cut::new(ranks, rows, width)?;
-        let elements = cut.inner + cut.gradients;
-        if elements > sums.elements {
-            return None;
-        }
+        let (ranks, width) = (parts.each_ref().map(Adapted::rank), mlp.gate.output.width);
+        let cut = Cut::new(ranks, rows, width).filter(|cut| cut.fits(sums))?;
         let matrices = [&mlp.saved.gate, &mlp.saved.up, d_gate, d_up];
         let [g, u, dg, du] = matrices.map(|buffer| buffer.rows(rows, width));
         let ax = parts.each_ref().map(|part| mlp.saved.lora_x.band(part.adapter.columns, rows));
@@ -317,13 +318,13 @@ impl Backward {
         ];
         let read = [g, u, dg, du, ax[0], ax[1], t[2]];
         let inner = sums.argument(cut.inner);
-        let gradients = Argument::Pointer(sums.at(cut.inner..elements));
+        let gradients = Argument::Pointer(sums.at(cut.inner..cut.inner + cut.gradients));
         let work = Backward { cut, rows, width, g, u, dg, du, ax, t, inner, gradients };
         read.iter().all(aligned).then_some(work)
     }
 
     /// dg and du from dh, and the sums of all blocks.
-    fn share<D: Driver>(&self, cuda: &Cuda<D>, activation: Activation, parts: &[Part<D>; 3]) {
+    fn share<D: Driver>(&self, cuda: &Cuda<D>, activation: Activation, parts: &[Adapted<D>; 3]) {
         let ([gate, up, down], [ax_gate, ax_up, _]) = (parts, self.ax);
         let Backward { cut, g, u, dg, du, t: [.., t_down], .. } = self;
         let mut arguments = [
@@ -360,7 +361,7 @@ impl Backward {
 
     /// t of gate and up, behind dg and du and in `both` side by side, and what the sums over rows add to
     /// the gradients of two B and an A.
-    fn add_up<D: Driver>(&self, cuda: &Cuda<D>, [gate, up, down]: &[Part<D>; 3], both: Rows) {
+    fn add_up<D: Driver>(&self, cuda: &Cuda<D>, [gate, up, down]: &[Adapted<D>; 3], both: Rows) {
         let Backward { cut, rows, width, t: [t_gate, t_up, _], inner, gradients, .. } = self;
         let (scale_gate, scale_up) = (gate.adapter.shape.scale, up.adapter.shape.scale);
         launch!(cuda, "mlp_adapters_inner", flat(rows * cut.ranks), FLAT_THREADS;

@@ -199,11 +199,16 @@ impl<D: Driver> Memory<D> {
         Ok(())
     }
 
-    /// The memory of regions that follow each other, in f32, for use while their owners do not use them;
-    /// `None` where there are none.
+    /// The memory of regions that follow each other and are not taken yet, in f32, for use while their owners
+    /// do not use them; `None` where there are none.
     pub(super) fn as_f32(&self, regions: &[Region]) -> Option<Buffer<D>> {
-        let address = self.free.get(&regions.first()?.name)?.address;
-        let elements = regions.iter().map(|region| region.bytes()).sum::<usize>() / 4;
+        let address_of = |region: &Region| self.free[&region.name].address;
+        let (address, mut end) = (address_of(regions.first()?), address_of(&regions[0]));
+        for region in regions {
+            assert_eq!(address_of(region), end, "{} follows what is before it", region.name);
+            end += region.bytes() as u64;
+        }
+        let elements = (end - address) as usize / 4;
         let (dtype, memory) = (RegionType::F32, self.allocation.clone());
         Some(Buffer { address, elements, dtype, pitch: None, memory })
     }

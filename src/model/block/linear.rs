@@ -69,6 +69,7 @@ impl<K: Kernels> Pass<'_, K> {
         kernels.lora_project(&adapter.shape, pair, x, (lora_x, adapter.columns), rows);
     }
 
+    /// `y = x·Wᵀ + bias + s·ax·Bᵀ`, or `+=`, with `ax = drop(x)·Aᵀ` in `lora_x`.
     pub(super) fn forward(
         &self,
         linear: &Linear<K>,

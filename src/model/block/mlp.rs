@@ -205,6 +205,17 @@ impl<K: Kernels> Block<K> {
         kernels.norm_backward(&self.norm2, &grads.norm, middle, stats, stream, rows);
     }
 
+    /// A gated MLP without dropout, for operations on all of it.
+    fn gated<'a>(
+        &'a self,
+        pass: &Pass<K>,
+        saved: &'a SavedMlp<K::Buffer>,
+    ) -> Option<GatedMlp<'a, K>> {
+        let gate = self.linear(LinearRole::Gate).filter(|_| pass.dropout.is_none())?;
+        let (up, down) = (self.expect(LinearRole::Up), self.expect(LinearRole::Down));
+        Some(GatedMlp { activation: self.activation, gate, up, down, saved })
+    }
+
     /// The gradients of the adapters and of the norm's output, all in one operation; `false`, and nothing
     /// done, where the backend has none for this MLP.
     fn backward_adapted(
@@ -229,17 +240,6 @@ impl<K: Kernels> Block<K> {
             parameters,
             rows,
         )
-    }
-
-    /// A gated MLP without dropout, for operations on all of it.
-    fn gated<'a>(
-        &'a self,
-        pass: &Pass<K>,
-        saved: &'a SavedMlp<K::Buffer>,
-    ) -> Option<GatedMlp<'a, K>> {
-        let gate = self.linear(LinearRole::Gate).filter(|_| pass.dropout.is_none())?;
-        let (up, down) = (self.expect(LinearRole::Up), self.expect(LinearRole::Down));
-        Some(GatedMlp { activation: self.activation, gate, up, down, saved })
     }
 
     /// The same in one operation after another, from h in the workspace.

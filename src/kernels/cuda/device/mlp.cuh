@@ -28,12 +28,13 @@ __device__ __forceinline__ ValueAndSlope activate(float x) {
         const float density = expf(-0.5f * x * x) * 0.3989423f;
         return {x * cdf, cdf + x * density};
     } else {
-        // (1 + tanh z) / 2 is the logistic function of 2·z, as close as that of SiLU.
+        // (1 + tanh y) / 2 is the logistic function of z = 2·y, as close as that of SiLU.
         const float scale = 1.5957691f, cubic = 0.044715f;  // 2·sqrt(2/π) and its correction
         const float z = scale * (x + cubic * x * x * x);
         const float e = fast_exp2(-LOG2_E * z), s = fast_reciprocal(1.0f + e);
         const float rest = z > 0.0f ? e * s : 1.0f - s;
-        return {x * s, s * (1.0f + x * rest * scale * (1.0f + 3.0f * cubic * x * x))};
+        // Where s is 0, its product with x comes first: that with the slope of z would be infinite.
+        return {x * s, s + x * (s * rest) * (scale * (1.0f + 3.0f * cubic * x * x))};
     }
 }
 
