@@ -1,63 +1,25 @@
-//! A gated MLP with adapters, its passes each in one pass over its widest matrices.
-//!
-//! With F the width of the MLP, what lies between the products with frozen weights reads and writes,
-//! in elements of a token:
-//!
-//! | forward | one by one | `mlp_adapters_forward` |
-//! |---|---|---|
-//! | h = a(g) ∘ u | 3·F | 3·F; 2·F where a block's activations are made again |
-//! | h·Aᵀ of down | F | |
-//!
-//! | backward | one by one | `mlp_adapters_backward` |
-//! |---|---|---|
-//! | h = a(g) ∘ u | 3·F | |
-//! | dg, du from dh | 5·F | 5·F |
-//! | gA of down: tᵀ·h | F | |
-//! | t of gate and up: dg·B, du·B | 2·F | |
-//! | gB of gate and up: dgᵀ·ax, duᵀ·ax | 2·F | |
-//!
-//! Sums over the columns and rows of a block go through memory in f32, for rank 16 a tenth of what is
-//! saved, for 32 a sixth. What the adapters multiply is in shared memory when it is made; the products themselves are few
-//! enough to hide behind the reading.
+//! From the gradient of h to those of gate, up and all adapters.
 
-use super::Cuda;
-use super::driver::{Address, Argument, Driver};
-use super::elementwise::activation_code;
-use super::frozen::{self, LoraInput, b_of, gradient_tail};
-use super::launch::{FLAT_THREADS, flat, launch};
-use super::low_rank;
-use super::memory::{Buffer, Rows};
-use super::together::Stacked;
+use super::{CHUNK_ROWS, PIECE, aligned, chunk_rows, most_chunks};
+use crate::kernels::cuda::Cuda;
+use crate::kernels::cuda::driver::{Address, Argument, Driver};
+use crate::kernels::cuda::elementwise::activation_code;
+use crate::kernels::cuda::frozen::{self, LoraInput, b_of, gradient_tail};
+use crate::kernels::cuda::launch::{FLAT_THREADS, flat, launch};
+use crate::kernels::cuda::low_rank;
+use crate::kernels::cuda::memory::{Buffer, Rows};
+use crate::kernels::cuda::together::Stacked;
 use crate::model::block::{GatedMlp, Linear, LinearAdapter};
 use crate::model::parameters::Parameters;
 use crate::model::spec::Activation;
 
 /// The kernel for adapters of up to so many columns, and its dynamic shared memory: kernels.cu.
-const BACKWARD: [(usize, &str, u32); 2] =
+pub(super) const KERNELS: [(usize, &str, u32); 2] =
     [(16, "mlp_adapters_backward_16", 101_376), (32, "mlp_adapters_backward_32", 82_944)];
-/// The same forward, all with as much shared memory and as many columns of a block.
-const FORWARD: [(usize, &str); 2] =
-    [(16, "mlp_adapters_forward_16"), (32, "mlp_adapters_forward_32")];
-const FORWARD_SHARED_BYTES: u32 = 98_304;
-const FORWARD_STRIP: usize = 512;
 /// Columns of a block times those of the adapters.
 const STRIP: usize = 8192;
-/// Blocks of a pass at most, one or two for each multiprocessor; a strip has several where it can. Each
-/// leaves sums over its rows, so these have `TILE_ROWS` at least four times.
-const BLOCKS: usize = 256;
-const CHUNK_ROWS: usize = 4 * TILE_ROWS;
-/// Rows that a block works on at a time.
-const TILE_ROWS: usize = 16;
 /// Matrices with sums over rows: of dg, du and h.
 const MATRICES: usize = 3;
-/// What pieces of 16 bytes are made of.
-const PIECE: usize = 8;
-
-/// The kernels that work in shared memory, and its bytes.
-pub(super) fn shared_bytes() -> impl Iterator<Item = (&'static str, u32)> {
-    let forward = FORWARD.into_iter().map(|(_, kernel)| (kernel, FORWARD_SHARED_BYTES));
-    BACKWARD.into_iter().map(|(_, kernel, bytes)| (kernel, bytes)).chain(forward)
-}
 
 /// How a pass over `rows` is cut.
 struct Cut {
@@ -78,7 +40,7 @@ impl Cut {
     fn new(ranks: [usize; 3], rows: usize, width: usize) -> Option<Self> {
         let fits = |&rank: &usize| rank > 0 && rank.is_multiple_of(PIECE);
         let most = *ranks.iter().max()?;
-        let (ranks, kernel, shared_bytes) = BACKWARD
+        let (ranks, kernel, shared_bytes) = KERNELS
             .into_iter()
             .find(|(columns, ..)| most <= *columns)
             .filter(|_| ranks.iter().all(fits) && width.is_multiple_of(PIECE))?;
@@ -101,81 +63,13 @@ impl Cut {
     }
 }
 
-/// Chunks of the rows of a strip, at most.
-fn most_chunks(strips: usize) -> usize {
-    (BLOCKS / strips).max(1)
-}
-
-/// Rows of a chunk of a pass whose columns are so many strips.
-fn chunk_rows(rows: usize, strips: usize) -> usize {
-    rows.div_ceil(most_chunks(strips)).next_multiple_of(TILE_ROWS).max(CHUNK_ROWS)
-}
-
 /// f32 elements that the sums of passes over up to `rows` take; `None` where there is no kernel for them.
-pub(super) fn sum_elements(ranks: [usize; 3], rows: usize, width: usize) -> Option<usize> {
-    Cut::new(ranks, rows, width).map(|cut| cut.elements(rows))
-}
-
-/// What the kernel reads 16 bytes at a time lies on 16 bytes.
-fn aligned(rows: &Rows) -> bool {
-    rows.address.is_multiple_of(16) && rows.stride.is_multiple_of(PIECE)
-}
-
-/// `h = act(gate) ∘ up`, where it is wanted, and `h·Aᵀ` of the adapter of `down` into its columns of ax.
-/// `None`, and nothing done, where there is no room for the sums, no adapter, or no kernel for its rank.
-pub(super) fn forward<D: Driver>(
-    cuda: &Cuda<D>,
-    parameters: &Parameters<Cuda<D>>,
-    down: &Linear<Cuda<D>>,
-    (activation, gate, up): (Activation, &Buffer<D>, &Buffer<D>),
-    h: Option<&Buffer<D>>,
-    ax: &Buffer<D>,
+pub(in crate::kernels::cuda) fn sum_elements(
+    ranks: [usize; 3],
     rows: usize,
-) -> Option<()> {
-    let (working, sums) = (parameters.working()?, cuda.mlp_sums()?);
-    let LinearAdapter { index, shape, columns } = down.adapter?;
-    let (rank, width) = (shape.rank, shape.in_features);
-    let (ranks, kernel) = FORWARD.into_iter().find(|(ranks, _)| rank <= *ranks)?;
-    let strips = width.div_ceil(FORWARD_STRIP);
-    let inner = strips * rows * ranks;
-    let [g, u] = [gate, up].map(|buffer| buffer.rows(rows, width));
-    let h = h.map(|buffer| buffer.rows(rows, width));
-    let a = working.part(parameters.pair_range(index)).at(0..shape.a_elements());
-    let whole_pieces = rank.is_multiple_of(PIECE) && width.is_multiple_of(PIECE);
-    // Two elements of A are read, and of ax written, at a time.
-    let ax = ax.band(columns, rows);
-    let whole_pairs = [a, ax.address, 2 * ax.stride as u64].iter().all(|x| x.is_multiple_of(4));
-    if !whole_pieces
-        || !whole_pairs
-        || inner > sums.elements
-        || ![g, u].iter().chain(&h).all(aligned)
-    {
-        return None;
-    }
-    let chunk_rows = chunk_rows(rows, strips);
-    let chunks = rows.div_ceil(chunk_rows);
-    let inner = sums.argument(inner);
-    let h = h.unwrap_or(Rows { address: 0, stride: 0 });
-    let mut arguments = [
-        activation_code(activation).into(),
-        g.argument(),
-        g.stride.into(),
-        u.argument(),
-        u.stride.into(),
-        h.argument(),
-        h.stride.into(),
-        Argument::Pointer(a),
-        rank.into(),
-        rows.into(),
-        width.into(),
-        chunk_rows.into(),
-        inner,
-    ];
-    let grid = [strips as u32, chunks as u32, 1];
-    cuda.launch_shared(kernel, grid, FLAT_THREADS, FORWARD_SHARED_BYTES, &mut arguments);
-    launch!(cuda, "mlp_adapters_project", flat(rows * ranks / 2), FLAT_THREADS;
-        inner, strips, rows, ranks, rank, ax.argument(), ax.stride);
-    Some(())
+    width: usize,
+) -> Option<usize> {
+    Cut::new(ranks, rows, width).map(|cut| cut.elements(rows))
 }
 
 /// A linear's adapter and its matrices.
@@ -225,7 +119,7 @@ impl<'a, D: Driver> Adapted<'a, D> {
 }
 
 /// Whether [`backward`] takes an MLP with such adapters in a pass over `rows`.
-pub(super) fn goes_backward<D: Driver>(
+pub(in crate::kernels::cuda) fn goes_backward<D: Driver>(
     cuda: &Cuda<D>,
     parameters: &Parameters<Cuda<D>>,
     mlp: &GatedMlp<Cuda<D>>,
@@ -244,7 +138,7 @@ pub(super) fn goes_backward<D: Driver>(
 /// down made; dg and du are left in `d_gate` and `d_up`. `None`, and nothing done, where the plan has
 /// no room for it, an adapter is missing, or there is no kernel for their ranks.
 #[allow(clippy::too_many_arguments)]
-pub(super) fn backward<D: Driver>(
+pub(in crate::kernels::cuda) fn backward<D: Driver>(
     cuda: &Cuda<D>,
     parameters: &Parameters<Cuda<D>>,
     mlp: &GatedMlp<Cuda<D>>,
