@@ -336,6 +336,11 @@ impl<K: Kernels> Parameters<K> {
         self.tensors[2 * index].range.start..self.tensors[2 * index + 1].range.end
     }
 
+    /// The same of A and of B.
+    pub fn matrix_ranges(&self, index: usize) -> [Range<usize>; 2] {
+        [2 * index, 2 * index + 1].map(|tensor| self.tensors[tensor].range.clone())
+    }
+
     /// Offset of target `index`'s pair in the flat buffers.
     pub(super) fn pair_offset(&self, index: usize) -> usize {
         self.tensors[2 * index].range.start

@@ -43,6 +43,7 @@ struct Tiny {
     head_dim: usize,
     rank: usize,
 }
+
 /// Two documents.
 const BOUNDARIES: [u32; 3] = [0, 41, 70];
 /// Odd, so that rows of logits have room behind them.

@@ -67,6 +67,11 @@ pub(super) fn product(Rows { address, stride }: Rows) -> Product {
     Product { address, stride, wide: false, batch_stride: 0 }
 }
 
+/// Where a product in f32 goes.
+pub(super) fn product_in_f32(rows: Rows) -> Product {
+    Product { wide: true, ..product(rows) }
+}
+
 /// Rows of a weight in bf16.
 struct Panel {
     first: usize,
@@ -216,9 +221,14 @@ pub(super) fn input_gradient<D: Driver>(
         cuda.gemm([rows, inner, panel.count], factors, operands, to);
     });
     if let Some(LoraInput { shape, pair, t }) = lora {
-        let a = Rows { address: pair.at(0..shape.a_elements()), stride: inner };
-        cuda.gemm([rows, inner, shape.rank], (1.0, 1.0), (operand(t), operand(a)), to);
+        let operands = (operand(t), operand(a_of(pair, shape)));
+        cuda.gemm([rows, inner, shape.rank], (1.0, 1.0), operands, to);
     }
+}
+
+/// A `[R, in]` of a pair.
+pub(super) fn a_of<D: Driver>(pair: &Buffer<D>, shape: &LoraShape) -> Rows {
+    Rows { address: pair.at(0..shape.a_elements()), stride: shape.in_features }
 }
 
 /// B `[out, R]` of a pair.

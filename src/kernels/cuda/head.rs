@@ -16,9 +16,9 @@ use std::ops::Range;
 
 use super::Cuda;
 use super::ahead::Wanted;
-use super::driver::{Argument, Driver, Product};
+use super::driver::{Argument, Driver};
 use super::elementwise::convert;
-use super::frozen::{STRIDE_ELEMENTS, operand, panel_rows, product, transposed};
+use super::frozen::{STRIDE_ELEMENTS, operand, panel_rows, product, product_in_f32, transposed};
 use super::launch::{FLAT_THREADS, flat, launch, rows as row_grid};
 use super::loss::{LossSum, TILE_STATISTICS, logit_threads};
 use super::memory::{Buffer, Rows};
@@ -179,9 +179,8 @@ impl<'a, D: Driver> Chunk<'a, D> {
             z.argument(), z.stride, tile.count, self.targets, tile.first, vocab_size, scale,
             self.soft_cap, self.statistics());
         let to = sum.rows(self.rows, width);
-        let to = Product { address: to.address, stride: to.stride, wide: true, batch_stride: 0 };
         let operands = (operand(z), operand(tile.rows));
-        cuda.gemm([self.rows, width, tile.count], (1.0, beta), operands, to);
+        cuda.gemm([self.rows, width, tile.count], (1.0, beta), operands, product_in_f32(to));
     }
 }
 

@@ -1,17 +1,10 @@
 //! Products of the adapters alone: `x·Aᵀ`, t, and the gradients of A and B.
 
 use super::Cuda;
-use super::driver::{Address, Driver, Product};
-use super::frozen::{gradient_tail, operand, product, transposed};
+use super::driver::{Address, Driver};
+use super::frozen::{a_of, b_of, gradient_tail, operand, product, product_in_f32, transposed};
 use super::memory::{Buffer, Rows};
 use crate::kernels::{Columns, LoraShape};
-
-/// A `[R, in]` and B `[out, R]` of a pair.
-fn matrices<D: Driver>(pair: &Buffer<D>, shape: &LoraShape) -> [Rows; 2] {
-    let a = Rows { address: pair.at(0..shape.a_elements()), stride: shape.in_features };
-    let b = pair.at(shape.a_elements()..shape.elements());
-    [a, Rows { address: b, stride: shape.rank }]
-}
 
 /// `ax[:, band] = x · Aᵀ`.
 pub(super) fn project<D: Driver>(
@@ -22,8 +15,8 @@ pub(super) fn project<D: Driver>(
     (ax, band): (&Buffer<D>, Columns),
     rows: usize,
 ) {
-    let ([a, _], inner) = (matrices(pair, shape), shape.in_features);
-    let operands = (operand(x.rows(rows, inner)), transposed(a));
+    let inner = shape.in_features;
+    let operands = (operand(x.rows(rows, inner)), transposed(a_of(pair, shape)));
     let to = product(ax.band(band, rows));
     cuda.gemm([rows, shape.rank, inner], (1.0, 0.0), operands, to);
 }
@@ -48,7 +41,7 @@ pub(super) fn backward<D: Driver>(
     inner_gradient(cuda, shape, pair, dy, t, rows);
     let middle = offset + shape.a_elements();
     let operands = (transposed(t), operand(x.rows(rows, inner)));
-    let ga = in_f32(gradients.at(offset..middle), inner);
+    let ga = product_in_f32(Rows { address: gradients.at(offset..middle), stride: inner });
     cuda.gemm([rank, inner, rows], (1.0, 1.0), operands, ga);
     let gb = gradients.at(middle..offset + shape.elements());
     gradient_of_b(cuda, shape, (dy, ax.band(ax_band, rows)), gb, rows);
@@ -63,8 +56,7 @@ pub(super) fn inner_gradient<D: Driver>(
     t: Rows,
     rows: usize,
 ) {
-    let [_, b] = matrices(pair, shape);
-    let operands = (operand(dy), operand(b));
+    let operands = (operand(dy), operand(b_of(pair, shape)));
     cuda.gemm([rows, shape.rank, shape.out_features], (shape.scale, 0.0), operands, product(t));
 }
 
@@ -77,13 +69,8 @@ pub(super) fn gradient_of_b<D: Driver>(
     rows: usize,
 ) {
     let operands = (transposed(dy), operand(ax));
-    let to = in_f32(gb, shape.rank);
+    let to = product_in_f32(Rows { address: gb, stride: shape.rank });
     cuda.gemm([shape.out_features, shape.rank, rows], (shape.scale, 1.0), operands, to);
-}
-
-/// Where a product in f32 goes.
-pub(super) fn in_f32(address: Address, stride: usize) -> Product {
-    Product { address, stride, wide: true, batch_stride: 0 }
 }
 
 /// `dx = t · A`.
@@ -95,7 +82,7 @@ pub(super) fn input_gradient<D: Driver>(
     dx: &Buffer<D>,
     rows: usize,
 ) {
-    let ([a, _], inner) = (matrices(pair, shape), shape.in_features);
-    let operands = (operand(t.rows(rows, shape.rank)), operand(a));
+    let inner = shape.in_features;
+    let operands = (operand(t.rows(rows, shape.rank)), operand(a_of(pair, shape)));
     cuda.gemm([rows, inner, shape.rank], (1.0, 0.0), operands, product(dx.rows(rows, inner)));
 }

@@ -154,7 +154,7 @@ fn mlp_sum_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> Opt
     if !(gated && settings.training() && extends(settings) && settings.bf16_working) {
         return None;
     }
-    let (rows, width) = (settings.mlp_tile().min(settings.tokens), spec.intermediate_size);
+    let (rows, width) = (settings.mlp_tile(), spec.intermediate_size);
     let of = |layer| [Gate, Up, Down].map(|role| ranks.of(layer, &[role]));
     let layers = (0..spec.num_layers).map(of);
     layers.filter_map(|ranks| adapted_mlp::sum_elements(ranks, rows, width)).max()

@@ -3,7 +3,7 @@
 
 use super::Cuda;
 use super::driver::{Address, Argument, Driver};
-use super::frozen::{self, b_of};
+use super::frozen::{self, a_of, b_of};
 use super::host::DeviceVector;
 use super::memory::{Buffer, Rows};
 use super::weight::{DeviceWeight, Form};
@@ -47,7 +47,7 @@ pub(super) fn project<D: Driver>(
     x: &Buffer<D>,
     (ax, band): (&Buffer<D>, Columns),
 ) {
-    let a = Argument::Pointer(pair.at(0..shape.a_elements()));
+    let a = a_of(pair, shape).argument();
     let added = Added { bias: Argument::Pointer(NULL), lora: None, accumulate: false };
     let size = [shape.rank, shape.in_features];
     multiply(cuda, ("linear_row_bf16", vec![a]), size, x, ax.band(band, 1), added);

@@ -23,10 +23,12 @@
 use super::Cuda;
 use super::ahead::STACKED;
 use super::driver::{Argument, Driver};
-use super::frozen::{self, LoraInput, copy_columns, operand, product, tail_columns};
+use super::frozen::{
+    self, LoraInput, copy_columns, operand, product, product_in_f32, tail_columns,
+};
 use super::frozen::{extended_elements, gradient_tail, transposed};
 use super::launch::{FLAT_THREADS, columns as columns_grid, row_threads, rows as row_grid};
-use super::low_rank::{gradient_of_b, in_f32, inner_gradient};
+use super::low_rank::{gradient_of_b, inner_gradient};
 use super::memory::{Buffer, Rows};
 use super::weight::DeviceWeight;
 use crate::kernels::{Columns, Kernels, LoraTerm};
@@ -95,8 +97,8 @@ impl Adapters {
         let mut starts = [Argument::Pointer(0); STACKED];
         let mut rows = [Argument::from(0usize); STACKED];
         for (number, LinearAdapter { index, shape, .. }) in self.all.iter().enumerate() {
-            let start = parameters.pair_range(*index).start;
-            starts[number] = Argument::Pointer(buffer.at(start..start + shape.a_elements()));
+            let [a, _] = parameters.matrix_ranges(*index);
+            starts[number] = Argument::Pointer(buffer.at(a));
             rows[number] = shape.rank.into();
         }
         starts.into_iter().chain(rows.into_iter().take(STACKED - 1))
@@ -143,7 +145,7 @@ impl<D: Driver> Stacked<D> {
             return;
         }
         let operands = (transposed(ts), operand(x.rows(rows, inner)));
-        let to = in_f32(self.gradient.at(0..ranks * inner), inner);
+        let to = product_in_f32(self.gradient.rows(ranks, inner));
         cuda.gemm([ranks, inner, rows], (1.0, 0.0), operands, to);
         let from = self.gradient.argument(ranks * inner);
         let to = self.adapters.a_arguments(parameters, gradients);
@@ -173,8 +175,7 @@ fn write_diagonal<D: Driver>(
         rows[number] = linear.output.width.into();
         outer += linear.output.width;
         let Some(LinearAdapter { index, shape, .. }) = &linear.adapter else { continue };
-        let pair = parameters.pair_range(*index);
-        let b = pair.start + shape.a_elements()..pair.start + shape.elements();
+        let [_, b] = parameters.matrix_ranges(*index);
         starts[number] = Argument::Pointer(from.at(b));
         ranks[number] = shape.rank.into();
         scales[number] = (shape.scale * factor).into();
@@ -312,8 +313,7 @@ pub(super) fn backward<D: Driver>(
         if there.is_some() {
             copy_columns(cuda, made, own, (rows, shape.rank), 1.0);
         }
-        let start = parameters.pair_range(index).start;
-        let gb = gradients.at(start + shape.a_elements()..start + shape.elements());
+        let [_, gb] = parameters.matrix_ranges(index).map(|matrix| gradients.at(matrix));
         gradient_of_b(cuda, &shape, (from, ax.band(columns, rows)), gb, rows);
         inputs.push(Some(made));
         column += shape.rank;

@@ -8,7 +8,7 @@ use std::mem::swap;
 use std::ops::Range;
 
 use super::linear::GradientTarget;
-use super::{Block, GatedMlp, GradientBuffers, Pass, Saved, SavedMlp, Tile, Workspace};
+use super::{Block, GatedMlp, GradientBuffers, Linear, Pass, Saved, SavedMlp, Tile, Workspace};
 use crate::kernels::Kernels;
 use crate::model::spec::LinearRole;
 
@@ -123,8 +123,7 @@ impl<K: Kernels> Block<K> {
         saved: &mut SavedMlp<K::Buffer>,
         h: Option<&mut K::Buffer>,
     ) -> bool {
-        let gated = self.linear(LinearRole::Gate).is_some();
-        if !gated || pass.dropout.is_some() || pass.single_row {
+        if self.gate(pass).is_none() || pass.single_row {
             return false;
         }
         let (down, SavedMlp { gate, up, lora_x, .. }) = (self.expect(LinearRole::Down), saved);
@@ -205,13 +204,18 @@ impl<K: Kernels> Block<K> {
         kernels.norm_backward(&self.norm2, &grads.norm, middle, stats, stream, rows);
     }
 
+    /// The gate, where no dropout forbids operations on all of the MLP.
+    fn gate(&self, pass: &Pass<K>) -> Option<&Linear<K>> {
+        self.linear(LinearRole::Gate).filter(|_| pass.dropout.is_none())
+    }
+
     /// A gated MLP without dropout, for operations on all of it.
     fn gated<'a>(
         &'a self,
         pass: &Pass<K>,
         saved: &'a SavedMlp<K::Buffer>,
     ) -> Option<GatedMlp<'a, K>> {
-        let gate = self.linear(LinearRole::Gate).filter(|_| pass.dropout.is_none())?;
+        let gate = self.gate(pass)?;
         let (up, down) = (self.expect(LinearRole::Up), self.expect(LinearRole::Down));
         Some(GatedMlp { activation: self.activation, gate, up, down, saved })
     }

@@ -90,10 +90,9 @@ impl<'a, D: Driver> Adapted<'a, D> {
         linear: &'a Linear<Cuda<D>>,
     ) -> Option<Self> {
         let adapter = linear.adapter?;
-        let range = parameters.pair_range(adapter.index);
-        let middle = range.start + adapter.shape.a_elements();
-        let addresses = [range.start..middle, middle..range.end].map(|matrix| gradients.at(matrix));
-        Some(Adapted { linear, adapter, pair: working.part(range), gradients: addresses })
+        let pair = working.part(parameters.pair_range(adapter.index));
+        let gradients = parameters.matrix_ranges(adapter.index).map(|matrix| gradients.at(matrix));
+        Some(Adapted { linear, adapter, pair, gradients })
     }
 
     fn rank(&self) -> usize {

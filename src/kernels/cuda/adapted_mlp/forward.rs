@@ -36,7 +36,7 @@ pub(in crate::kernels::cuda) fn forward<D: Driver>(
     let inner = strips * rows * ranks;
     let [g, u] = [gate, up].map(|buffer| buffer.rows(rows, width));
     let h = h.map(|buffer| buffer.rows(rows, width));
-    let a = working.part(parameters.pair_range(index)).at(0..shape.a_elements());
+    let [a, _] = parameters.matrix_ranges(index).map(|matrix| working.at(matrix));
     let whole_pieces = rank.is_multiple_of(PIECE) && width.is_multiple_of(PIECE);
     // Two elements of A are read, and of ax written, at a time.
     let ax = ax.band(columns, rows);
