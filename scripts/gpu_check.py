@@ -1,4 +1,4 @@
-"""The check of scripts/gpu_check.sh, which is what to call: `gpu_check.py check | rehearse`."""
+"""The check of scripts/gpu_check.sh, which is what to call: `gpu_check.py check [STAGES] | rehearse`."""
 
 import os
 import signal
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from gpu.check import CARRIED, ROOT, Check, NoCard, end_with_table
 from gpu.rehearsal import Rehearsal
-from gpu.report import EXIT_STATUS
+from gpu.report import EXIT_STATUS, Report
 from gpu.setup import CARD
-from gpu.stages import STAGES, TELLING, Stage
+from gpu.stages import TELLING, Stage, chosen, decided_by
 
-DID_NOT_RUN = 3
+USAGE, DID_NOT_RUN = 2, 3
 LEAST_SECONDS = 5.0
 
 
 def run_stage(check: Check, stage: Stage) -> bool:
     """Whatever happens in a stage becomes a row; false if something did."""
-    left = check.left() - stage.reserve_s
+    left = check.left()
     if left < LEAST_SECONDS:
         lose(check, stage, "no time was left")
         return False
@@ -75,16 +75,22 @@ def check_card(check: Check, stages: list[Stage]) -> int:
         check.close()
 
 
-def main(mode: str) -> int:
+def main(mode: str, only: str = "") -> int:
     if mode == "rehearse":
         with Rehearsal() as rehearsal:
-            status = check_card(rehearsal.check, rehearsal.stages())
+            status = check_card(rehearsal.check, rehearsal.stages)
             return rehearsal.judge(status)
+    try:
+        stages = chosen([name.strip() for name in only.split(",") if name.strip()])
+    except ValueError as error:
+        print(f"GPU CHECK DID NOT RUN: {error}")
+        return USAGE
     out = os.environ.get("OUT")
     folder, stem = (Path(out), "gpu_check") if out else (ROOT / "docs/benchmarks", None)
     log = (Path(out) if out else CARRIED) / "gpu_check.log"
-    return check_card(Check(CARD, folder, stem, log), STAGES)
+    report = Report(folder, stem, decided_by(stages), partial=bool(only))
+    return check_card(Check(CARD, stages, report, log), stages)
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(*sys.argv[1:]))

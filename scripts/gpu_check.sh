@@ -6,11 +6,12 @@
 #   scripts/gpu_check.sh --pack        where there is Rust: builds and collects into gpu_check/
 #   scripts/gpu_check.sh --pack-peer   adds bitsandbytes for a machine that lacks it
 #   scripts/gpu_check.sh               on the GPU machine, in a copy of this folder with gpu_check/
+#   scripts/gpu_check.sh --only STAGE,...  these stages alone, with what they need, after a mend
 #   scripts/gpu_check.sh --rehearse    the check itself where there is no card: no GPU result
 #
 # After every stage it writes $OUT/gpu_check.{json,md}, without OUT docs/benchmarks/gpu-CARD.{json,md}; it
 # prints the table last, between two lines that sum it up. Status: 0 all goals are met, 1 one is missed,
-# 4 one is not measured, 3 there is no card. Ends within 570 s.
+# 4 one is not measured, 3 there is no card. Ends within 475 s.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 carried=gpu_check
@@ -68,12 +69,17 @@ emulate() {
     export LD_LIBRARY_PATH=$folder NIBBLE_CUDA_LIB_DIR=$folder
 }
 
-case $# in 0 | 1) ;; *) set -- --help ;; esac
+only=
+case $#:${1:-} in
+2:--only) only=${2:?} ;;
+0: | 1:--pack | 1:--pack-peer | 1:--rehearse) ;;
+*) set -- --help ;;
+esac
 case ${1:-} in
 --pack) pack && exit ;;
 --pack-peer) pack_peer && exit ;;
 --rehearse) mode=rehearse ;;
-"") mode=check ;;
+"" | --only) mode=check ;;
 *) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
 esac
 
@@ -98,4 +104,4 @@ if [ ! -e "$root" ]; then
     ln -s "$PWD" "$root"
 fi
 [ "$mode" = check ] || emulate
-exec timeout -k 5 570 python3 scripts/gpu_check.py "$mode"
+exec timeout -k 5 475 python3 scripts/gpu_check.py "$mode" ${only:+"$only"}

@@ -13,7 +13,6 @@ import time
 from pathlib import Path
 
 from .child import Child, Children, Ended
-from .goals import GOALS
 from .nibble import Run
 from .report import Report
 from .setup import Setup
@@ -32,12 +31,12 @@ class NoCard(Exception):
 class Check:
     """One call of the script."""
 
-    def __init__(self, setup: Setup, out: Path, stem: str | None, log: Path):
-        self.setup, self.begun = setup, time.monotonic()
+    def __init__(self, setup: Setup, stages: list, report: Report, log: Path):
+        self.setup, self.begun, self.report = setup, time.monotonic(), report
+        self.models = {name for stage in stages for name in stage.models}
         self.folder = Path(tempfile.mkdtemp(prefix="gpu_check-"))
         self.shared = self.roomy_folder()
         (self.shared / "runs").mkdir()
-        self.report = Report(out, stem, GOALS)
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)
         self.children = Children(ROOT, log, self.environment())

@@ -9,9 +9,10 @@ import time
 from pathlib import Path
 
 from .check import Check
-from .report import MET, NOT_MEASURED
+from .goals import GOALS
+from .report import MET, NOT_MEASURED, Report
 from .setup import REHEARSAL
-from .stages import STAGES, Stage
+from .stages import STAGES, Stage, chosen, decided_by
 
 # Stages that show something without a card, too.
 MEANINGFUL = ("doctor", "kernel tests", "backend tests", "smoke", "curve", "32B", "8B long")
@@ -25,14 +26,13 @@ class Rehearsal:
 
     def __enter__(self) -> "Rehearsal":
         self.out = Path(tempfile.mkdtemp(prefix="gpu_rehearsal-"))
-        self.check = Check(REHEARSAL, self.out, "gpu_check", self.out / "gpu_check.log")
+        self.stages = STAGES + [Stage("hangs", 1, self.hang), Stage("raises", 5, self.fail)]
+        report = Report(self.out, "gpu_check", decided_by(STAGES))
+        self.check = Check(REHEARSAL, self.stages, report, self.out / "gpu_check.log")
         return self
 
     def __exit__(self, *_):
         shutil.rmtree(self.out, ignore_errors=True)
-
-    def stages(self) -> list[Stage]:
-        return STAGES + [Stage("hangs", 1, self.hang), Stage("raises", 5, self.fail)]
 
     def hang(self, check: Check):
         """What a program printed is there when it is ended, and what it started is gone."""
@@ -76,6 +76,11 @@ class Rehearsal:
             problems.append(f"the stage that raises: {saved['notes'].get('stage raises')}")
         if "\\| it goes on" not in (self.out / "gpu_check.md").read_text():
             problems.append("a cell has a bar")
+        if set(goals) != set(GOALS):
+            problems.append(f"goals that no stage decides: {set(GOALS) - set(goals)}")
+        part = [stage.name for stage in chosen(["smoke"])]
+        if part != ["begin", "doctor", "machine", "curve", "smoke"]:
+            problems.append(f"the stages for `smoke`: {part}")
         # Stand-ins reach no goal.
         if status != 1:
             problems.append(f"status {status}")

@@ -26,8 +26,11 @@ class Row:
 class Report:
     """Rows in the order of the goals. What was never decided is not measured."""
 
-    def __init__(self, folder: Path, stem: str | None, goals: dict[str, tuple[str, str]]):
+    def __init__(
+        self, folder: Path, stem: str | None, goals: dict[str, tuple[str, str]], partial: bool = False
+    ):
         self.folder, self.stem, self.begun = folder, stem, time.monotonic()
+        self.suffix = "-part" if partial else ""
         self.rows = {key: Row(title, goal) for key, (title, goal) in goals.items()}
         self.notes: dict[str, tuple[str, str]] = {}
         self.figures: dict[str, object] = {}
@@ -66,9 +69,10 @@ class Report:
         return "\n\n".join([self.summary(), *self.warnings, self.table()])
 
     def files(self) -> list[Path]:
-        """JSON and Markdown."""
+        """JSON and Markdown; some stages alone do not write over those of the whole check."""
         card = re.sub(r"[^a-z0-9]+", "-", self.card.lower()).strip("-")
-        return [self.folder / f"{self.stem or f'gpu-{card}'}.{suffix}" for suffix in ("json", "md")]
+        stem = (self.stem or f"gpu-{card}") + self.suffix
+        return [self.folder / f"{stem}.{kind}" for kind in ("json", "md")]
 
     def save(self):
         self.folder.mkdir(parents=True, exist_ok=True)

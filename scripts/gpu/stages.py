@@ -10,6 +10,7 @@ from pathlib import Path
 
 from . import goals
 from .check import CARRIED, Check, NoCard, require_driver, write_jsonl
+from .child import Ended
 from .libtest import Tests
 from .nibble import GIB, Run, step_flops
 
@@ -22,13 +23,15 @@ ALONE_S = 15.0
 
 @dataclass
 class Stage:
-    """A part of the check. It may take `need_s` seconds, or what is left but `reserve_s`."""
+    """A part of the check, which may take `need_s` seconds, or what is left."""
 
     name: str
     need_s: float
     action: Callable[[Check], None]
     decides: tuple[str, ...] = ()
-    reserve_s: float = 0.0
+    # Stages whose results it uses, and models that are written meanwhile.
+    after: tuple[str, ...] = ()
+    models: tuple[str, ...] = ()
     # What shows why all else fails; they come first then.
     diagnosis: bool = False
 
@@ -42,12 +45,18 @@ def begin(check: Check):
     setup = check.setup
     imports = "import torch, transformers, peft, bitsandbytes"
     check.start("imports", [sys.executable, "-c", "pass" if setup.rehearsal else imports])
-    check.make_model("curve model", setup.curve_preset, check.folder)
-    check.make_model("8B", setup.preset_8b, check.shared)
-    check.make_model("32B", setup.preset_32b, check.shared)
-    write_curve_rows(check)
-    model = check.model("curve model")
-    check.start("curve on the CPU", curve_arguments(check, model, "curve-cpu", "cpu"))
+    places = {
+        "curve model": (setup.curve_preset, check.folder),
+        "8B": (setup.preset_8b, check.shared),
+        "32B": (setup.preset_32b, check.shared),
+    }
+    for name, place in places.items():
+        if name in check.models:
+            check.make_model(name, *place)
+    if "curve model" in check.models:
+        write_curve_rows(check)
+        model = check.model("curve model")
+        check.start("curve on the CPU", curve_arguments(check, model, "curve-cpu", "cpu"))
 
 
 def doctor(check: Check):
@@ -362,8 +371,7 @@ def smoke(check: Check):
 # ---------------------------------------------------------------- tests
 
 
-def run_tests(check: Check, key: str, binary: str, arguments: list):
-    ended = check.run([CARRIED / binary, "--show-output", *arguments], keep_s=ALONE_S)
+def judge_tests(check: Check, key: str, binary: str, ended: Ended):
     tests = Tests.of(ended)
     check.report.figures[key] = vars(tests)
     if tests.complete or tests.failed or ended.status != 124:
@@ -383,16 +391,24 @@ def run_tests(check: Check, key: str, binary: str, arguments: list):
             check.report.decide(key, False, f"{suspect} does not come to its end")
 
 
+def begin_kernel_tests(check: Check):
+    """Their references take the processors' time more than the card's: they run beside stages that measure
+    neither time nor memory. References are computed in threads, kernels run one at a time."""
+    arguments = ["--test-threads", max(1, (os.cpu_count() or 2) // 2)]
+    arguments += ["norm"] if check.setup.rehearsal else []
+    check.start("kernel tests", [CARRIED / "cuda_kernels", "--show-output", *arguments])
+
+
 def kernel_tests(check: Check):
-    """Their references are computed in threads, their kernels one at a time."""
-    threads = ["--test-threads", max(1, (os.cpu_count() or 2) // 2)]
-    run_tests(check, "kernel tests", "cuda_kernels", threads + (["norm"] if check.setup.rehearsal else []))
+    ended = check.background["kernel tests"].wait(check.stage_left() - ALONE_S)
+    judge_tests(check, "kernel tests", "cuda_kernels", ended)
 
 
 def backend_tests(check: Check):
-    arguments = ["--test-threads", "1", "--skip", "speed::", "--skip", "gradients::"]
+    arguments = ["--show-output", "--test-threads", "1", "--skip", "speed::", "--skip", "gradients::"]
     arguments += ["logits_and_loss"] if check.setup.rehearsal else []
-    run_tests(check, "backend tests", "cuda_backend", arguments)
+    ended = check.run([CARRIED / "cuda_backend", *arguments], keep_s=ALONE_S)
+    judge_tests(check, "backend tests", "cuda_backend", ended)
 
 
 def sanitizer(check: Check):
@@ -410,24 +426,60 @@ def sanitizer(check: Check):
     check.report.decide("sanitizer", True, "memcheck, racecheck: no error")
 
 
+CURVE, B8, B32 = ("curve model",), ("8B",), ("32B",)
 STAGES = [
     Stage("begin", 60, begin),
     Stage("doctor", 120, doctor, ("doctor",)),
     Stage("machine", 15, machine),
     Stage("rates", 100, rates),
-    Stage("speed", 60, speed, ("dequantize", "exposed", "attention")),
-    Stage("8B checkpoint", 70, checkpoint_8b, ("utilisation",)),
-    Stage("8B auto", 60, auto_8b),
-    Stage("peer", 120, peer, ("speed checkpoint", "speed auto", "peak")),
+    Stage("speed", 60, speed, ("dequantize", "exposed", "attention"), after=("rates",)),
+    Stage("8B checkpoint", 70, checkpoint_8b, ("utilisation", "plan"), after=("rates",), models=B8),
+    Stage("8B auto", 60, auto_8b, ("plan",), models=B8),
+    Stage(
+        "peer",
+        120,
+        peer,
+        ("speed checkpoint", "speed auto", "peak"),
+        after=("8B checkpoint", "8B auto"),
+        models=B8,
+    ),
+    Stage("begin kernel tests", 15, begin_kernel_tests, diagnosis=True),
     Stage("gradients", 60, gradients, ("gradients",), diagnosis=True),
-    Stage("curve", 60, curve, ("curve",)),
-    Stage("smoke", 45, smoke, ("smoke",)),
-    Stage("32B", 100, train_32b, ("32B",)),
-    Stage("kernel tests", 80, kernel_tests, ("kernel tests",), diagnosis=True),
+    Stage("curve", 60, curve, ("curve",), models=CURVE),
+    Stage("smoke", 45, smoke, ("smoke",), after=("curve",), models=CURVE),
+    Stage(
+        "kernel tests", 80, kernel_tests, ("kernel tests",), after=("begin kernel tests",), diagnosis=True
+    ),
     Stage("backend tests", 80, backend_tests, ("backend tests",), diagnosis=True),
-    Stage("8B long", 400, train_8b_long, ("8B long",)),
+    Stage("32B", 100, train_32b, ("32B", "plan"), models=B32),
+    Stage("8B long", 400, train_8b_long, ("8B long", "plan"), models=B8),
     Stage("sanitizer", 150, sanitizer, ("sanitizer",)),
-    Stage("8B of half length", 40, half_8b),
+    Stage("8B of half length", 40, half_8b, after=("peer",), models=B8),
 ]
+# They come before all others.
+ALWAYS = ("begin", "doctor", "machine")
 # Whoever fails here has little use for the rest.
 TELLING = ("doctor", "8B checkpoint")
+
+
+def chosen(names: list[str]) -> list[Stage]:
+    """The stages of these names, and those that they come after; all without names."""
+    by_name = {stage.name: stage for stage in STAGES}
+    if not names:
+        return STAGES
+    unknown = [name for name in names if name not in by_name]
+    if unknown:
+        known = ", ".join(f"`{name}`" for name in by_name)
+        raise ValueError(f"no stage `{unknown[0]}`; there are {known}")
+    wanted, left = set(ALWAYS), list(names)
+    while left:
+        name = left.pop()
+        wanted.add(name)
+        left.extend(by_name[name].after)
+    return [stage for stage in STAGES if stage.name in wanted]
+
+
+def decided_by(stages: list[Stage]) -> dict[str, tuple[str, str]]:
+    """The goals of these stages, in the order of the table."""
+    keys = {key for stage in stages for key in stage.decides}
+    return {key: words for key, words in goals.GOALS.items() if key in keys}
