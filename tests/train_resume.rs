@@ -3,10 +3,13 @@
 
 mod training;
 
+use std::fs;
 use std::process::{Child, Command};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
+use nibble::train::checkpoints::SUMS_FILE;
+use nibble::train::digest;
 use training::{Workplace, error_of, fail, stderr, succeed};
 
 /// 30 steps over ragged windows, several epochs, evaluation, dropout and a bf16 working copy.
@@ -236,4 +239,39 @@ fn a_damaged_checkpoint_is_reported_and_the_one_before_it_used() {
         format!("warning: skipping {newest}: optimizer.safetensors is damaged: SHA-256 differs");
     assert!(stderr(&output).contains(&warning), "{}", stderr(&output));
     assert_same_results(&place, "whole", "damaged");
+}
+
+/// Another content of a checkpoint's file, and its sum.
+fn rewrite(place: &Workplace, file: &str, content: &serde_json::Value) {
+    let path = place.path(file);
+    let was = digest::file(&path).unwrap();
+    fs::write(&path, content.to_string()).unwrap();
+    let sums = path.with_file_name(SUMS_FILE);
+    let text = fs::read_to_string(&sums).unwrap();
+    fs::write(&sums, text.replace(&was, &digest::file(&path).unwrap())).unwrap();
+}
+
+/// In which order a plan adds up depends on the memory that is free, so a run remembers it.
+#[test]
+fn a_run_goes_on_in_the_order_in_which_it_began() {
+    let place = Workplace::new();
+    let run = |more: &[&str]| {
+        let mut command = place.nibble(&["train", "--model", "model", "--data", "train.jsonl"]);
+        command.args(["--out", "run", "--max-length", "512", "--save-steps", "2"]).args(more);
+        stderr(&succeed(command))
+    };
+    let at = |step: u32| format!("run/checkpoint-{step}/state.json");
+    let rows = |state: &serde_json::Value| state["identity"]["sum_order"]["logit_rows"].clone();
+    run(&["--max-steps", "2"]);
+    let mut state = place.json(&at(2));
+    let whole = rows(&state).as_u64().unwrap();
+    for (in_pieces, is_possible) in [(whole / 4, true), (whole / 4 + 1, false)] {
+        state["identity"]["sum_order"]["logit_rows"] = in_pieces.into();
+        rewrite(&place, &at(2), &state);
+        let text = run(&["--max-steps", "4", "--resume"]);
+        assert_eq!(text.contains("but not bit for bit"), !is_possible, "{text}");
+        let now = if is_possible { in_pieces } else { whole };
+        assert_eq!(rows(&place.json(&at(4))), now);
+        fs::remove_dir_all(place.path("run/checkpoint-4")).unwrap();
+    }
 }

@@ -27,5 +27,5 @@ pub use moments::{MomentLayout, MomentPlace, Optim};
 pub use outside::{Outside, WeightParts};
 pub use ranks::Ranks;
 pub use region::{Component, MemoryPlan, Pitch, REGION_ALIGNMENT_BYTES, Region, RegionType};
-pub use settings::{Policy, Settings, logit_rows};
+pub use settings::{Policy, Settings, SumOrder, logit_rows};
 pub use weights::{Place, StreamedBytes, WeightBytes};

@@ -86,6 +86,14 @@ impl Pieces {
     }
 }
 
+/// What of a plan decides the order of sums, and with it their last bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+pub struct SumOrder {
+    mlp_tile: usize,
+    logit_rows: usize,
+    head_on_host: bool,
+}
+
 /// Buffers for the inputs of layers that are offloaded: one at work, one that is copied.
 pub const OFFLOAD_SLOTS: usize = 2;
 
@@ -267,6 +275,12 @@ impl Settings {
     pub fn mlp_tile(&self) -> usize {
         let length = self.mlp_tile_length.unwrap_or(AUTOMATIC_TILE_TOKENS);
         length.max(1).min(self.tokens)
+    }
+
+    /// In which order it adds up; policies, streaming and buffers make no difference.
+    pub fn sum_order(&self) -> SumOrder {
+        let (mlp_tile, head_on_host) = (self.mlp_tile(), self.head_on_host);
+        SumOrder { mlp_tile, logit_rows: self.logit_rows, head_on_host }
     }
 
     /// Whether the MLP works on a part of the tokens at a time.

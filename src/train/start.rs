@@ -22,7 +22,7 @@ pub struct Start {
     pub state: TrainState,
     /// What its first steps are checked for.
     pub checks: FirstSteps,
-    /// Whether another machine computes it now, with other rounding.
+    /// Whether another machine computes it now, or in another order, with other rounding.
     pub rounding_differs: bool,
     /// Whether it ends elsewhere than it was to.
     pub other_length: Option<OtherLength>,
@@ -75,7 +75,9 @@ pub fn begin<M: Trainee>(
     compare(&state.identity, &identity)?;
     state.history.push(Event::Save(saved));
     let was = std::mem::replace(&mut state.identity, identity);
-    let rounding_differs = was.base_loss.to_bits() != state.identity.base_loss.to_bits();
+    let now = &state.identity;
+    let added_otherwise = was.sum_order.is_some_and(|order| Some(order) != now.sum_order);
+    let rounding_differs = added_otherwise || was.base_loss.to_bits() != now.base_loss.to_bits();
     let max_steps = [std::mem::replace(&mut state.max_steps, max_steps), max_steps];
     let rates = max_steps.map(|max_steps| recipe.schedule(max_steps).rate(state.step));
     let other_length = (max_steps[0] != max_steps[1]).then_some(OtherLength { max_steps, rates });

@@ -13,6 +13,7 @@ use super::events::Event;
 use super::settings::SettingsEcho;
 use crate::checkpoint::atomic;
 use crate::error::{Error, Result};
+use crate::plan::SumOrder;
 
 /// Counters and history.
 pub const STATE_FILE: &str = "state.json";
@@ -30,6 +31,9 @@ pub struct Identity {
     pub eval_data_sha256: Option<String>,
     /// Mean loss of the base model on the first tokens: the model's fingerprint.
     pub base_loss: f64,
+    /// How its plan adds up; a session that has to do otherwise goes on with other last bits.
+    #[serde(default)]
+    pub sum_order: Option<SumOrder>,
 }
 
 /// The lowest evaluation loss.

@@ -85,6 +85,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         process_bytes: model.process,
         place,
         pinned_bytes: room.pinned_bytes,
+        sum_order: None,
     };
     if args.fit {
         return fit::run(args, &demand, &room);

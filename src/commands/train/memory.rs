@@ -12,7 +12,9 @@ use crate::cli::train::TrainArgs;
 use crate::error::Result;
 use crate::ledger::resident;
 use crate::ledger::rows::Account;
-use crate::plan::{Choice, Demand, Limit, OnHost, Place, Settings, WeightBytes, logit_rows};
+use crate::plan::{
+    Choice, Demand, Limit, OnHost, Place, Settings, SumOrder, WeightBytes, logit_rows,
+};
 use crate::train::backend::TrainingKernels;
 use crate::train::progress::Progress;
 
@@ -39,13 +41,15 @@ fn bytes_in_memory(adapter: &Adapter) -> u64 {
     bytes.map(Option::unwrap_or_default).sum()
 }
 
-/// Chooses the layers' policies within the budget, before a weight is read.
+/// Chooses the layers' policies within the budget, before a weight is read; `before` is the order of sums
+/// of a run that goes on.
 pub fn plan(
     args: &TrainArgs,
     base: &Base,
     adapter: &Adapter,
     data: &Prepared,
     kernels: &impl TrainingKernels,
+    before: Option<SumOrder>,
     progress: &Progress,
 ) -> Result<Memory> {
     let format = args.model.block_format();
@@ -75,6 +79,7 @@ pub fn plan(
         process_bytes,
         place,
         pinned_bytes: resident::pinnable_bytes(),
+        sum_order: before,
     };
     let limit = match args.resources.memory_budget {
         Some(budget) => Limit::Budget(budget.0),

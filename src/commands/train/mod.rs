@@ -64,13 +64,15 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     kernels.check(&base.spec)?;
     let (adapter, origin) = base.adapter(args)?;
     let mut data = data::prepare(args, &base, &progress)?;
-    let identity = identity(args, &data);
+    let mut identity = identity(args, &data);
     let max_steps = recipe.max_steps(data.feed.num_batches());
     if let Some(step) = output.finished(max_steps) {
         return nothing_left(args, &output, &identity, step);
     }
     warn(&base, &recipe, max_steps, &progress);
-    let memory = memory::plan(args, &base, &adapter, &data, &kernels, &progress)?;
+    let before = output.found.as_ref().and_then(|found| found.state.identity.sum_order);
+    let memory = memory::plan(args, &base, &adapter, &data, &kernels, before, &progress)?;
+    identity.sum_order = Some(memory.settings.sum_order());
     let checkpoint = memory.checkpoint_bytes(&adapter, args) + base.brought.bytes();
     output.check_room(checkpoint, &args.output, &progress)?;
     let device = kernels.device();
@@ -256,6 +258,7 @@ fn identity(args: &TrainArgs, data: &Prepared) -> Identity {
         data_sha256: data.feed.fingerprint(),
         eval_data_sha256: data.evaluation_sha256.clone(),
         base_loss: f64::NAN,
+        sum_order: None,
     }
 }
 

@@ -12,7 +12,7 @@ use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::outside::{Outside, WeightParts};
 use crate::plan::region::MemoryPlan;
-use crate::plan::settings::{Pieces, Policy, Settings};
+use crate::plan::settings::{Pieces, Policy, Settings, SumOrder};
 use crate::plan::weights::{Place, WeightBytes};
 
 /// Share of the free memory that is planned with where no budget is given.
@@ -94,6 +94,8 @@ pub struct Demand<'a> {
     pub place: Place,
     /// What may be pinned of the host's memory beside a GPU: offloaded inputs, streamed blocks, tables.
     pub pinned_bytes: u64,
+    /// That of a run which goes on: it is kept if it fits.
+    pub sum_order: Option<SumOrder>,
 }
 
 /// What a run does to stay within its memory.
@@ -147,14 +149,17 @@ pub(super) struct Candidate {
 
 impl Demand<'_> {
     /// The fastest way within `limit` of those that are allowed, by the
-    /// arithmetic of `src/plan/cost.rs`; where only the leanest one fits into what is free, that.
+    /// arithmetic of `src/plan/cost.rs`; where only the leanest one fits into what is free, that. A run
+    /// that goes on keeps its order of sums, which what is free then would not give again, if it can.
     ///
     /// # Errors
     /// `Budget` when nothing fits, with the nearest settings that do; `Usage` when the weights
     /// cannot be streamed and must be.
     pub fn choose(&self, limit: Limit) -> Result<Choice> {
         let candidates = self.candidates()?;
-        if let Some(choice) = self.fitting(&candidates, limit.usable_bytes()) {
+        let usable = limit.usable_bytes();
+        let as_before = self.in_order(&candidates).and_then(|same| self.fitting(&same, usable));
+        if let Some(choice) = as_before.or_else(|| self.fitting(&candidates, usable)) {
             return Ok(choice);
         }
         let leanest = self.leanest_of(&candidates);
@@ -162,6 +167,13 @@ impl Demand<'_> {
             true => Ok(self.choice(leanest)),
             false => Err(self.shortfall(limit, leanest)),
         }
+    }
+
+    /// Those that add up as the run did before; `None` for one that begins.
+    fn in_order(&self, candidates: &[Candidate]) -> Option<Vec<Candidate>> {
+        let order = self.sum_order?;
+        let same = |c: &&Candidate| self.with(self.settings, **c).sum_order() == order;
+        Some(candidates.iter().filter(same).copied().collect())
     }
 
     /// The way that takes the least of those that are allowed.

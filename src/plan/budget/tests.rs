@@ -47,6 +47,7 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
         process_bytes: 100,
         place: Place::Host,
         pinned_bytes: u64::MAX,
+        sum_order: None,
     }
 }
 
@@ -225,6 +226,33 @@ fn a_plan_over_budget_says_what_would_fit() {
         "{text}"
     );
     assert!(text.contains("and `--lora-r 1`"), "{text}");
+}
+
+/// Which pieces are taken depends on what is free, and the last bits of a run on them.
+#[test]
+fn a_run_that_goes_on_adds_up_as_before_if_it_can() {
+    let spec = golden();
+    let settings = settings(&spec, 2048);
+    let begun = demand(&spec, &settings);
+    let need = |pieces| begun.total_bytes(&settings, Candidate { pieces, ..CHECKPOINT });
+    let tiles = Pieces { tiles: true, ..Pieces::NONE };
+    let tight = begun.allowing(Activations::Checkpoint, WeightsMode::Auto);
+    let small = tight.choose(Limit::Budget(need(tiles))).unwrap();
+    assert_ne!(small.candidate.pieces, Pieces::NONE);
+    let order = small.settings.sum_order();
+    let goes_on = Demand { sum_order: Some(order), ..begun.clone() };
+    for limit in [Limit::Budget(need(tiles)), Limit::Free(u64::MAX)] {
+        let choice = goes_on.choose(limit).unwrap();
+        assert_eq!(choice.settings.sum_order(), order, "{:?}", choice.candidate);
+    }
+    // All else is free: policies change no sum.
+    assert_eq!(goes_on.choose(Limit::Free(u64::MAX)).unwrap().candidate.kept, 6);
+    assert_ne!(begun.choose(Limit::Free(u64::MAX)).unwrap().settings.sum_order(), order);
+    // What does not fit any more, or never could be, is given up.
+    let whole = begun.choose(Limit::Free(u64::MAX)).unwrap().settings.sum_order();
+    let larger = Demand { sum_order: Some(whole), ..tight };
+    let choice = larger.choose(Limit::Budget(need(tiles))).unwrap();
+    assert_eq!(choice.settings.sum_order(), order);
 }
 
 /// Bytes of the frozen weights where the run computes.

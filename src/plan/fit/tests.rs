@@ -33,6 +33,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         process_bytes: 1 << 20,
         place: Place::Host,
         pinned_bytes: u64::MAX,
+        sum_order: None,
     })
 }
 

@@ -21,6 +21,7 @@ use super::trainer::{Parts, Trainer};
 use crate::adapter::LoraPlus;
 use crate::data::Batch;
 use crate::error::{Error, Result};
+use crate::plan::Settings;
 
 /// 13 batches in windows of 3, so that each epoch ends with a short one; evaluation every 2 steps.
 fn recipe() -> Recipe {
@@ -342,4 +343,30 @@ fn a_machine_that_rounds_differently_may_continue_but_is_told() {
     };
     assert!(!start(1.0).rounding_differs);
     assert!(start(1.0 + 1e-6).rounding_differs);
+}
+
+#[test]
+fn a_session_that_adds_up_in_another_order_is_told() {
+    let differs = |was: Option<usize>, now: usize| {
+        let order = |rows: usize| Some(Settings::evaluating(64, rows).sum_order());
+        let out = tempfile::tempdir().unwrap();
+        session(out.path(), &recipe(), 40, false);
+        let (mut toy, mut feed) = (Toy::new(), feed());
+        let identity = Identity {
+            settings: settings(&[("seed", "1")]),
+            data_sha256: feed.fingerprint(),
+            sum_order: order(now),
+            ..Identity::default()
+        };
+        let mut found = checkpoints::newest(out.path(), &mut |_| ()).unwrap();
+        found.state.identity.sum_order = was.and_then(order);
+        let origin = AdapterOrigin::Fresh;
+        let start = begin(&mut toy, &recipe(), &mut feed, identity, origin, Some(found)).unwrap();
+        assert_eq!(start.state.identity.sum_order, order(now));
+        start.rounding_differs
+    };
+    assert!(differs(Some(64), 32));
+    assert!(!differs(Some(32), 32));
+    // Written by a version that did not keep it.
+    assert!(!differs(None, 32));
 }
