@@ -5,10 +5,12 @@ use std::process::ExitCode;
 
 use nibble::cli::Cli;
 use nibble::error::Error;
+use nibble::kernels::cuda::devices;
 use nibble::{allocator, commands, printed};
 
 fn main() -> ExitCode {
     allocator::return_freed_memory();
+    devices::load_kernels_when_used();
     printed::end_with_reader();
     let arguments: Vec<_> = std::env::args_os().collect();
     let command = arguments.get(1).map(|name| name.to_string_lossy().into_owned());

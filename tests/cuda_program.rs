@@ -101,6 +101,21 @@ fn a_card_is_taken_if_it_computes_what_the_cpu_does() {
     assert!(said.contains("free, DOES NOT compute as the CPU does"), "{said}");
 }
 
+/// Drivers of CUDA 12.0 and 12.1 load all kernels of a library at once, unless they are asked not to.
+#[test]
+fn kernels_are_loaded_when_they_are_used() {
+    let place = Workplace::new();
+    let usable = |loading: Option<&str>| {
+        let mut command = on_gpu(place.nibble(&["doctor", "--json"]))?;
+        command.env("NIBBLE_EMULATED_EAGER", "1").env_remove("CUDA_MODULE_LOADING");
+        command.envs(loading.map(|loading| ("CUDA_MODULE_LOADING", loading)));
+        Some(stdout_json(command)["cuda"]["usable"].clone())
+    };
+    let Some(by_default) = usable(None) else { return };
+    assert_eq!(by_default, true);
+    assert_eq!(usable(Some("EAGER")).unwrap(), false, "a user's wish goes first");
+}
+
 /// As where a package has brought a newer cuBLAS than the system's driver runs.
 #[test]
 fn a_library_that_needs_a_newer_driver_is_told_of() {

@@ -5,7 +5,8 @@
 // takes of it (nothing), NIBBLE_EMULATED_MOST_DOWNLOAD the most bytes that are copied to memory that is not
 // pinned; with NIBBLE_EMULATED_FAULT products are a tenth too large. NIBBLE_EMULATED_SHORTAGE, such as
 // launch:700 or product:30, is the call that finds no memory; how many there were is written to the file
-// NIBBLE_EMULATED_CALLS. What only a bug does ends the process.
+// NIBBLE_EMULATED_CALLS. With NIBBLE_EMULATED_EAGER it has to be asked to load kernels when they are used. What
+// only a bug does ends the process.
 #include <algorithm>
 #include <cstdarg>
 #include <cstdint>
@@ -274,7 +275,9 @@ extern "C" {
 // ---------------------------------------------------------------- libcuda
 
 int cuInit(unsigned flags) {
-    initialised = flags == 0;
+    const char* loading = getenv("CUDA_MODULE_LOADING");
+    const bool lazy = loading && !strcmp(loading, "LAZY");
+    initialised = flags == 0 && (lazy || !getenv("NIBBLE_EMULATED_EAGER"));
     return initialised ? SUCCESS : INVALID_VALUE;
 }
 int cuDriverGetVersion(int* version) { return *version = 12080, SUCCESS; }
