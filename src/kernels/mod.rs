@@ -206,6 +206,18 @@ pub trait Kernels: Storage {
         rows: usize,
     );
 
+    /// The same of one row that text is generated from: its sums may have another order than those of
+    /// several rows.
+    fn lora_project_row(
+        &self,
+        shape: &LoraShape,
+        pair: &Self::Buffer,
+        x: &Self::Buffer,
+        ax: (&mut Self::Buffer, Columns),
+    ) {
+        self.lora_project(shape, pair, x, ax, 1);
+    }
+
     /// With `t = scale · dy[:, band] · B`: `gA += tᵀ x`, `gB += scale · dyᵀ ax`; t is left for
     /// [`linear_backward`](Kernels::linear_backward). `gradients[offset..]` holds gA, gB.
     #[allow(clippy::too_many_arguments)]

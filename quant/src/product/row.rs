@@ -13,6 +13,8 @@ use crate::dot::dot;
 
 /// Rows that are multiplied together.
 const ROWS: usize = 16;
+/// Partial sums of a short product.
+const LANES: usize = 8;
 /// Weights of a task.
 const TASK: usize = 1 << 17;
 
@@ -71,9 +73,24 @@ impl LowRank<'_> {
     /// A column of an addition to one row.
     fn of_column(&self, column: usize) -> f32 {
         let LowRank { scale, a, b } = self;
+        let rank = a.columns;
+        if a.column_stride == 1 && b.row_stride == 1 {
+            return scale * short_dot(&a.data[..rank], &b.data[column * b.column_stride..][..rank]);
+        }
         let product = |k: usize| {
             a.data[k * a.column_stride] * b.data[k * b.row_stride + column * b.column_stride]
         };
-        scale * (0..a.columns).map(product).sum::<f32>()
+        scale * (0..rank).map(product).sum::<f32>()
     }
+}
+
+/// `Σ a·b` of a few numbers, which the calls of [`dot`] would take longer than.
+fn short_dot(a: &[f32], b: &[f32]) -> f32 {
+    let mut sums = [0.0f32; LANES];
+    let ((a, a_rest), (b, b_rest)) = (a.as_chunks::<LANES>(), b.as_chunks::<LANES>());
+    for (a, b) in a.iter().zip(b) {
+        sums.iter_mut().zip(a.iter().zip(b)).for_each(|(sum, (a, b))| *sum += a * b);
+    }
+    let rest: f32 = a_rest.iter().zip(b_rest).map(|(a, b)| a * b).sum();
+    sums.iter().sum::<f32>() + rest
 }

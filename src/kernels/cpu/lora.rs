@@ -3,7 +3,7 @@
 //!
 //! Source: LoRA, arXiv 2106.09685, section 4.1.
 
-use nibble_quant::product::{LowRank, Matrix, MatrixMut, Precision, gemm};
+use nibble_quant::product::{LowRank, Matrix, MatrixMut, Precision, WeightRef, gemm, product_row};
 
 use super::arena::Buffer;
 use super::view;
@@ -20,6 +20,12 @@ fn split<'a>(shape: &LoraShape, pair: &'a [f32]) -> (Matrix<'a>, Matrix<'a>) {
 pub fn project(shape: &LoraShape, pair: &[f32], x: Matrix, ax: MatrixMut) {
     let (a, _) = split(shape, pair);
     gemm(1.0, x, a.transposed(), 0.0, ax, Precision::F32);
+}
+
+/// `ax = x Aᵀ` of one row, A as it lies.
+pub fn project_row(shape: &LoraShape, pair: &[f32], x: &[f32], ax: &mut [f32]) {
+    let a = WeightRef::F32(&pair[..shape.a_elements()], [shape.rank, shape.in_features]);
+    product_row(x, a, None, 0.0, ax);
 }
 
 /// `s·ax Bᵀ`: what the adapter adds to a linear's output.

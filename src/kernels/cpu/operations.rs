@@ -167,6 +167,17 @@ impl Kernels for Cpu {
         lora::project(shape, pair, x, view_mut(ax, band, rows));
     }
 
+    fn lora_project_row(
+        &self,
+        shape: &LoraShape,
+        pair: &Buffer<f32>,
+        x: &Buffer<f32>,
+        (ax, band): (&mut Buffer<f32>, Columns),
+    ) {
+        let ax = &mut ax[band.offset..band.offset + band.width];
+        lora::project_row(shape, pair, &x[..shape.in_features], ax);
+    }
+
     fn lora_backward(
         &self,
         shape: &LoraShape,

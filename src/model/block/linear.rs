@@ -66,7 +66,12 @@ impl<K: Kernels> Pass<'_, K> {
             }
             _ => x,
         };
-        kernels.lora_project(&adapter.shape, pair, x, (lora_x, adapter.columns), rows);
+        let to = (lora_x, adapter.columns);
+        if self.single_row {
+            kernels.lora_project_row(&adapter.shape, pair, x, to);
+        } else {
+            kernels.lora_project(&adapter.shape, pair, x, to, rows);
+        }
     }
 
     /// `y = x·Wᵀ + bias + s·ax·Bᵀ`, or `+=`, with `ax = drop(x)·Aᵀ` in `lora_x`.
