@@ -4,7 +4,7 @@
 # the CPU's, tests on the card.
 #
 #   scripts/gpu_check.sh --pack        where there is Rust: builds and collects into gpu_check/
-#   scripts/gpu_check.sh --pack-peer   adds bitsandbytes for a machine that lacks it
+#   scripts/gpu_check.sh --pack-peer   adds bitsandbytes for a machine that lacks it, for CUDA 13's PyTorch
 #   scripts/gpu_check.sh               on the GPU machine, in a copy of this folder with gpu_check/
 #   scripts/gpu_check.sh --only STAGE,...  these stages alone, with what they need, after a mend
 #   scripts/gpu_check.sh --rehearse    the check itself where there is no card: no GPU result
@@ -103,5 +103,11 @@ if [ ! -e "$root" ]; then
     mkdir -p "$(dirname "$root")"
     ln -s "$PWD" "$root"
 fi
-[ "$mode" = check ] || emulate
-exec timeout -k 5 475 python3 scripts/gpu_check.py "$mode" ${only:+"$only"}
+if [ "$mode" = rehearse ]; then
+    emulate
+    # What is carried are the packed ones.
+    trap 'rm -f "${binaries[@]/#/$carried/}"' EXIT
+    timeout -k 5 475 python3 scripts/gpu_check.py rehearse
+    exit
+fi
+exec timeout -k 5 475 python3 scripts/gpu_check.py check ${only:+"$only"}

@@ -79,8 +79,8 @@ class Check:
         return self.children.run(arguments, self.stage_left() - keep_s)
 
     def python(self, name: str, *arguments) -> Ended:
-        """One of the scripts of this folder, whose other files no package shall take for modules."""
-        return self.run([sys.executable, "-P", SCRIPTS / "gpu" / name, *arguments])
+        """One of the scripts of this folder."""
+        return self.run([sys.executable, SCRIPTS / "gpu" / name, *arguments])
 
     def start(self, name: str, arguments: list):
         """A program beside the stages, until it is awaited."""

@@ -55,7 +55,7 @@ class Child:
                 stderr=subprocess.STDOUT,
                 cwd=children.root,
                 env=children.environment,
-                process_group=0,
+                start_new_session=True,
             )
         except OSError as error:
             self.close(CANNOT_START, str(error))

@@ -14,6 +14,9 @@ import statistics
 import sys
 import time
 
+# Of this folder's files no package shall take one for a module of its own.
+sys.path.pop(0)
+
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
@@ -22,6 +25,8 @@ from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 from transformers import AutoModelForCausalLM
 
 RECOMPUTE = {"use_reentrant": False}
+# As `from_pretrained` calls it, from 4.56 on and before.
+DTYPE = "dtype" if tuple(map(int, transformers.__version__.split(".")[:2])) >= (4, 56) else "torch_dtype"
 
 
 def stock(model):
@@ -35,7 +40,7 @@ def lean(model):
 
 
 def load(folder: str, prepare):
-    options = {"dtype": torch.bfloat16, "attn_implementation": "sdpa", "device_map": {"": 0}}
+    options = {DTYPE: torch.bfloat16, "attn_implementation": "sdpa", "device_map": {"": 0}}
     model = AutoModelForCausalLM.from_pretrained(folder, **options)
     model.config.use_cache = False
     settings = LoraConfig(

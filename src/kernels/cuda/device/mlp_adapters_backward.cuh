@@ -233,6 +233,7 @@ __device__ __forceinline__ void mlp_adapters_backward(const MlpGradientInputs& a
         copy_async_commit();
         place = place + 1 < Shape::STAGES ? place + 1 : 0;
     }
+    copy_async_wait<0>();  // none outlives the block
 #pragma unroll
     for (int which = 0; which < MLP_MATRICES; which++) {
 #pragma unroll

@@ -125,6 +125,7 @@ __device__ __forceinline__ void mlp_adapters_forward(const MlpInputs& at, const 
         start(stage, row + Shape::STAGES * MLP_ROWS);
         place = place + 1 < Shape::STAGES ? place + 1 : 0;
     }
+    copy_async_wait<0>();  // none outlives the block
 }
 
 /// `x·Aᵀ` in bf16 from the sums of strips. A thread has two columns of a row.
