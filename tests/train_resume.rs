@@ -275,3 +275,24 @@ fn a_run_goes_on_in_the_order_in_which_it_began() {
         fs::remove_dir_all(place.path("run/checkpoint-4")).unwrap();
     }
 }
+
+/// The evaluation loss of a rate as high rises at once.
+#[test]
+fn a_run_that_stopped_early_goes_on_with_more_patience() {
+    let place = Workplace::new();
+    let run = |more: &[&str]| {
+        let flags = ["--eval-data", "eval.jsonl", "--eval-steps", "1", "--learning-rate", "3"];
+        let flags = [&flags[..], &["--max-steps", "12", "--max-grad-norm", "0"]].concat();
+        succeed(place.train("run", &[&flags, more].concat()))
+    };
+    let text = |output: &std::process::Output| String::from_utf8(output.stdout.clone()).unwrap();
+    let first = text(&run(&["--early-stopping-patience", "1"]));
+    assert!(first.contains("stopped early"), "{first}");
+    let again = text(&run(&["--early-stopping-patience", "1", "--resume"]));
+    assert!(
+        again.contains("stopped early at step") && again.contains("nothing is left"),
+        "{again}"
+    );
+    let second = text(&run(&["--early-stopping-patience", "100", "--resume"]));
+    assert!(second.contains("run: 12 steps"), "{second}");
+}

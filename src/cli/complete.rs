@@ -9,7 +9,7 @@ use clap::{ArgMatches, Command, ValueEnum};
 use super::layers::{self, Entry, Layers};
 use super::train::Preset;
 use crate::error::{Error, Result};
-use crate::train::settings::{SETTINGS_FILE, SettingsEcho};
+use crate::train::settings::{self, SETTINGS_FILE, SettingsEcho};
 
 /// Settings of the run that `--out` holds, for `--resume`.
 pub type SavedSettings = dyn Fn(&Path) -> Result<Option<SettingsEcho>>;
@@ -80,16 +80,19 @@ fn preset_of(file: &[Entry]) -> Option<Preset> {
     Preset::from_str(entry.values.first()?, false).ok()
 }
 
-/// Settings of the run in `out`: its newest checkpoint's, else those that it began with.
+/// Settings of the run in `out`: its newest checkpoint's and the last session's, else those that it began
+/// with.
 fn resumed(command: &Command, out: &Path, saved: &SavedSettings) -> Result<Vec<Entry>> {
-    let begun = out.join(SETTINGS_FILE);
-    let settings = match saved(out)? {
-        Some(settings) => settings,
-        None if begun.exists() => {
-            let entries = layers::read_toml(command, &begun)?.into_iter();
-            entries.map(|entry| (entry.flag.replace('-', "_"), entry.values)).collect()
-        }
-        None => return Ok(Vec::new()),
+    let file = out.join(SETTINGS_FILE);
+    let read = || -> Result<SettingsEcho> {
+        let entries = layers::read_toml(command, &file)?.into_iter();
+        Ok(entries.map(|entry| (entry.flag.replace('-', "_"), entry.values)).collect())
+    };
+    let last = file.exists().then(read).transpose()?;
+    let settings = match (saved(out)?, last) {
+        (Some(saved), Some(last)) => settings::renewed(saved, &last),
+        (Some(settings), None) | (None, Some(settings)) => settings,
+        (None, None) => return Ok(Vec::new()),
     };
     Ok(layers::saved_entries(command, &settings))
 }
@@ -318,6 +321,26 @@ mod tests {
         expected.insert("max_steps".into(), vec!["9".into()]);
         assert_eq!(second.settings, expected);
         assert_eq!(second.recipe()?.warmup, Warmup::Steps(5));
+        Ok(())
+    }
+
+    /// A session that made a run longer and came to no checkpoint is not forgotten.
+    #[test]
+    fn what_the_last_session_was_asked_for_counts() -> Result<()> {
+        let folder = tempfile::tempdir().unwrap();
+        let out = folder.path().to_str().unwrap();
+        let first = parse(&["--max-steps", "4", "--seed", "3", "--eval-data", "e"]);
+        let saved = first?.settings;
+        let mut last = saved.clone();
+        last.insert("max_steps".into(), vec!["9".into()]);
+        last.insert("seed".into(), vec!["4".into()]);
+        last.remove("eval_data");
+        let text = crate::train::settings::to_toml(&last);
+        std::fs::write(folder.path().join(SETTINGS_FILE), text).unwrap();
+        let args =
+            parse_saved(&["train", "--out", out, "--resume"], &move |_| Ok(Some(saved.clone())))?;
+        assert_eq!(args.optimization.max_steps, Some(9));
+        assert_eq!((args.optimization.seed, args.data.eval_data), (3, None));
         Ok(())
     }
 

@@ -89,6 +89,7 @@ impl Pieces {
 /// What of a plan decides the order of sums, and with it their last bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct SumOrder {
+    tokens: usize,
     mlp_tile: usize,
     logit_rows: usize,
     head_on_host: bool,
@@ -279,8 +280,14 @@ impl Settings {
 
     /// In which order it adds up; policies, streaming and buffers make no difference.
     pub fn sum_order(&self) -> SumOrder {
-        let (mlp_tile, head_on_host) = (self.mlp_tile(), self.head_on_host);
-        SumOrder { mlp_tile, logit_rows: self.logit_rows, head_on_host }
+        let Settings { tokens, logit_rows, head_on_host, .. } = *self;
+        SumOrder { tokens, mlp_tile: self.mlp_tile(), logit_rows, head_on_host }
+    }
+
+    /// The same with passes as short as those of a run that goes on, whose memory ran short.
+    pub fn as_short_as(self, order: SumOrder) -> Self {
+        let possible = self.longest_document..self.tokens;
+        if possible.contains(&order.tokens) { self.shorter(order.tokens) } else { self }
     }
 
     /// Whether the MLP works on a part of the tokens at a time.

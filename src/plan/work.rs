@@ -55,8 +55,9 @@ pub struct Transfer {
     pub bytes: u64,
     /// Floating-point operations.
     pub flops: f64,
-    /// Tokens of a step from which on it is bound by computation.
-    pub tokens_to_hide_copies: u64,
+    /// Tokens of a step from which on it is bound by computation; `None` where a token's inputs take longer
+    /// to copy than it takes to compute.
+    pub tokens_to_hide_copies: Option<u64>,
 }
 
 impl Transfer {
@@ -64,11 +65,10 @@ impl Transfer {
     pub fn new(layers: usize, block: u64, offloaded: u64, tokens: usize, work: f64) -> Self {
         let weights = 2 * (layers as u64).saturating_sub(2) * block;
         let flops = 2.0 * work * tokens as f64;
-        let tokens_to_hide_copies = {
-            let seconds_per_token = 2.0 * work / ASSUMED_FLOPS_PER_SECOND
-                - offloaded as f64 / tokens as f64 / ASSUMED_BYTES_PER_SECOND;
-            (weights as f64 / ASSUMED_BYTES_PER_SECOND / seconds_per_token.max(1e-30)).ceil() as u64
-        };
+        let seconds_per_token = 2.0 * work / ASSUMED_FLOPS_PER_SECOND
+            - offloaded as f64 / tokens as f64 / ASSUMED_BYTES_PER_SECOND;
+        let to_hide = weights as f64 / ASSUMED_BYTES_PER_SECOND / seconds_per_token;
+        let tokens_to_hide_copies = (seconds_per_token > 0.0).then_some(to_hide.ceil() as u64);
         Transfer { bytes: weights + offloaded, flops, tokens_to_hide_copies }
     }
 
@@ -104,9 +104,11 @@ mod tests {
         assert_eq!(transfer.bytes, 156 * block);
         let (copies, computation) = transfer.seconds();
         assert!((2.7..2.9).contains(&copies) && (36.0..38.0).contains(&computation));
-        assert!((500..700).contains(&transfer.tokens_to_hide_copies), "{transfer:?}");
+        assert!((500..700).contains(&transfer.tokens_to_hide_copies.unwrap()), "{transfer:?}");
         // Half the tokens for twice the copies of a token.
         let fewer = Transfer::new(80, block, 10 << 30, 8192, work);
         assert!(fewer.tokens_to_hide_copies > transfer.tokens_to_hide_copies);
+        let inputs = Transfer::new(80, block, 4 << 40, 8192, work);
+        assert_eq!(inputs.tokens_to_hide_copies, None, "{inputs:?}");
     }
 }

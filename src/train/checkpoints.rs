@@ -165,13 +165,16 @@ pub fn saved_settings(out: &Path) -> Result<Option<SettingsEcho>> {
     Ok(newest(out, &mut |_| ()).map(|found| found.state.identity.settings))
 }
 
-/// Removes all but the newest `limit` checkpoints and the one of `best`. The newest is never
-/// removed; neither is anything that is not a checkpoint.
+/// Removes all but the newest `limit` checkpoints up to that of step `newest`, which stays, and the one
+/// of `best`. Later ones were damaged, or the run would not have gone back behind them: they go, too.
+/// What is not a checkpoint stays.
 ///
 /// # Errors
 /// `Io`.
-pub fn thin_out(out: &Path, limit: usize, best: Option<u64>) -> Result<()> {
-    let old = steps(out).into_iter().skip(limit.max(1)).filter(|step| Some(*step) != best);
+pub fn thin_out(out: &Path, newest: u64, limit: usize, best: Option<u64>) -> Result<()> {
+    let (damaged, own): (Vec<u64>, Vec<u64>) = steps(out).into_iter().partition(|s| *s > newest);
+    let old = own.into_iter().skip(limit.max(1)).filter(|step| Some(*step) != best);
+    let old = old.chain(damaged);
     // One that stays keeps no other.
     old.map(|step| remove(out, step)).fold(Ok(()), Result::and)
 }

@@ -18,8 +18,7 @@ use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::Account;
 use crate::model::Model;
 use crate::model::parameters::{ParameterTensor, Part};
-use crate::plan::MomentLayout;
-use crate::plan::{self, Settings};
+use crate::plan::{self, MomentLayout, Settings, SumOrder};
 
 /// A model in training and what its adapter's files say.
 pub struct LoraModel<K: TrainingKernels = Cpu> {
@@ -210,6 +209,10 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
             account.replan(model.plan());
         }
         Ok(self.shrunk_since(&before))
+    }
+
+    fn sum_order(&self) -> Option<SumOrder> {
+        Some(self.model().settings().sum_order())
     }
 
     fn shrunk_at_start(&mut self) -> Option<Shrunk> {

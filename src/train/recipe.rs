@@ -2,6 +2,7 @@
 
 use super::adamw::AdamW;
 use super::schedule::{Schedule, SchedulerType, Warmup};
+use super::state::TrainState;
 use crate::adapter::LoraPlus;
 
 /// When a run is over.
@@ -86,6 +87,12 @@ impl Recipe {
                 (epochs * self.steps_per_epoch(num_batches) as f64).ceil() as u64
             }
         }
+    }
+
+    /// Whether the evaluation loss has not fallen for too long.
+    pub fn is_out_of_patience(&self, state: &TrainState) -> bool {
+        let patience = self.evaluation.patience;
+        patience.is_some_and(|patience| state.evaluations_without_improvement >= patience)
     }
 
     /// The learning rate of every step of a run of `max_steps`.

@@ -37,6 +37,14 @@ const NEUTRAL: [&str; 23] = [
     "weights",
 ];
 
+/// The settings of a checkpoint, and those that change no number as `last` has them: a session that came
+/// to no checkpoint may have changed them.
+pub fn renewed(saved: SettingsEcho, last: &SettingsEcho) -> SettingsEcho {
+    let neutral = |name: &String| NEUTRAL.contains(&name.as_str());
+    let own = saved.into_iter().filter(|(name, _)| !neutral(name));
+    own.chain(last.clone().into_iter().filter(|(name, _)| neutral(name))).collect()
+}
+
 /// Settings that are text, whatever their value looks like: paths and prompts.
 pub const TEXTS: [&str; 8] = [
     "chat_template",
@@ -143,6 +151,14 @@ mod tests {
             echo(&[("learning_rate", "2e-4"), ("seed", "42"), ("threads", "2"), ("out", "a")]);
         let now = echo(&[("learning_rate", "0.0002"), ("seed", "1"), ("out", "b"), ("x", "1")]);
         assert_eq!(changes(&was, &now), ["seed was 42, now 1", "x was not set, now 1"]);
+    }
+
+    #[test]
+    fn what_changes_no_number_is_that_of_the_last_session() {
+        let saved = echo(&[("seed", "1"), ("max_steps", "4"), ("eval_steps", "2")]);
+        let last = echo(&[("seed", "2"), ("max_steps", "8"), ("save_steps", "3")]);
+        let expected = echo(&[("seed", "1"), ("max_steps", "8"), ("save_steps", "3")]);
+        assert_eq!(renewed(saved, &last), expected);
     }
 
     #[test]

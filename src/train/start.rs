@@ -48,7 +48,8 @@ pub enum AdapterOrigin {
 }
 
 /// Checks the base model and, for a resumed run, takes weights, moments and counters from `found`.
-/// `identity` lacks the base loss; this fills it in.
+/// `identity` lacks the base loss and the order of sums; this fills them in. Where memory runs short, the
+/// model makes room.
 ///
 /// # Errors
 /// `Numeric` when a fresh adapter changes the loss; `Usage` naming every setting that differs from
@@ -63,7 +64,16 @@ pub fn begin<M: Trainee>(
 ) -> Result<Start> {
     let fresh = origin == AdapterOrigin::Fresh;
     let probe = checks::probe(&feed.batch(0, 0));
-    identity.base_loss = checks::base_loss(model, &probe, fresh && recipe.self_checks)?;
+    identity.base_loss = loop {
+        match checks::base_loss(model, &probe, fresh && recipe.self_checks) {
+            Err(Error::Budget(message)) if model.shrink()?.is_none() => {
+                return Err(Error::Budget(message));
+            }
+            Err(Error::Budget(_)) => {}
+            loss => break loss?,
+        }
+    };
+    identity.sum_order = model.sum_order();
     let max_steps = recipe.max_steps(feed.num_batches());
     let Some(found) = found else {
         let checks = if fresh { FirstSteps::default() } else { FirstSteps::done() };

@@ -17,7 +17,7 @@ use super::trainee::{Shrunk, Trainee};
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
 use crate::model::parameters::{Matrix, ParameterTensor, Part};
-use crate::plan::{MomentLayout, Optim};
+use crate::plan::{MomentLayout, Optim, Settings, SumOrder};
 use crate::random::Stream;
 
 const D: usize = 6;
@@ -41,6 +41,8 @@ pub struct Toy {
     pub room: (usize, usize),
     /// How often there is no memory to write the adapter.
     pub failing_writes: Cell<usize>,
+    /// How often there is none for the base model's loss.
+    pub failing_bases: usize,
     /// Share of the adapter in `evaluate_base`: 0 unless a test breaks it.
     pub base_error: f32,
 }
@@ -78,6 +80,7 @@ impl Toy {
             dead_b: false,
             room: (usize::MAX, usize::MAX),
             failing_writes: Cell::new(0),
+            failing_bases: 0,
             base_error: 0.0,
         };
         toy.refresh();
@@ -170,6 +173,10 @@ impl Trainee for Toy {
     }
 
     fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
+        if let Some(left) = self.failing_bases.checked_sub(1) {
+            self.failing_bases = left;
+            return Err(Error::budget("no memory for the base model"));
+        }
         Ok(self.sum(batch, 0.0, None) + f64::from(self.base_error))
     }
 
@@ -237,6 +244,10 @@ impl Trainee for Toy {
         self.room.0 = to_tokens;
         let change = format!("{to_tokens} tokens");
         Ok((to_tokens > 0).then_some(Shrunk { from_tokens, to_tokens, change }))
+    }
+
+    fn sum_order(&self) -> Option<SumOrder> {
+        Some(Settings::evaluating(self.room.0, 64).sum_order())
     }
 
     fn sample(&mut self, prompt: &str) -> Result<String> {

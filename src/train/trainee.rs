@@ -10,7 +10,7 @@ use crate::data::Batch;
 use crate::error::Result;
 use crate::ledger::rows::Account;
 use crate::model::parameters::{ParameterTensor, Part};
-use crate::plan::MomentLayout;
+use crate::plan::{MomentLayout, SumOrder};
 
 /// What is smaller since memory ran short.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -117,6 +117,11 @@ pub trait Trainee {
     /// `Budget` when not even the smaller buffers can be had, or those of the backend.
     fn shrink(&mut self) -> Result<Option<Shrunk>> {
         Ok(None)
+    }
+
+    /// In which order it adds up now, where that can change.
+    fn sum_order(&self) -> Option<SumOrder> {
+        None
     }
 
     /// What it had to do without before the first step; told once.

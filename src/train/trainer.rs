@@ -56,7 +56,10 @@ pub struct Trainer<'a, M> {
     groups: Vec<RateGroup>,
     checks: FirstSteps,
     state: TrainState,
+    /// That of the last checkpoint.
     saved_step: Option<u64>,
+    /// Whether something is known of that step since.
+    unsaved: bool,
     session: Session,
 }
 
@@ -74,8 +77,8 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         let schedule = parts.recipe.schedule(state.max_steps);
         let groups = step::rate_groups(model.tensors(), parts.recipe.loraplus);
         let saved_step = (state.step > 0).then_some(state.step);
-        let session = Session::default();
-        Trainer { model, parts, schedule, groups, checks, state, saved_step, session }
+        let (unsaved, session) = (false, Session::default());
+        Trainer { model, parts, schedule, groups, checks, state, saved_step, unsaved, session }
     }
 
     /// Trains to the end, and leaves the adapter in the output folder.
@@ -98,12 +101,14 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         }
         self.save_unless_done()?;
         let end = self.end_event(reason);
-        self.parts.log.record(&Event::End(end.clone()))?;
         if reason == EndReason::Interrupted {
+            self.parts.log.record(&Event::End(end))?;
             return Err(self.interrupted());
         }
         self.load_best()?;
         self.with_room(|model, parts| ending::publish(model, parts.out))?;
+        // Before, the run is not at its end.
+        self.parts.log.record(&Event::End(end.clone()))?;
         Ok(end)
     }
 
@@ -129,7 +134,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             if (self.parts.stop)() || !self.after_step()? {
                 return Ok(EndReason::Interrupted);
             }
-            if self.out_of_patience() {
+            if self.parts.recipe.is_out_of_patience(&self.state) {
                 return Ok(EndReason::EarlyStopping);
             }
             if self.state.step >= self.state.max_steps {
@@ -253,7 +258,9 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         if step == 0 || due(recipe.sample_steps) {
             self.sample_unless_done()?;
         }
-        if step > 0 && (improved || due(Some(recipe.saving.steps))) {
+        // The last one waits for the last evaluation.
+        let due = improved || due(Some(recipe.saving.steps)) && step < self.state.max_steps;
+        if step > 0 && due {
             self.save_unless_done()?;
         }
         Ok(true)
@@ -293,6 +300,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             is_best,
         };
         self.parts.progress.eval(&event);
+        self.unsaved = true;
         self.record(Event::Eval(event))?;
         Ok(Some(is_best))
     }
@@ -310,11 +318,6 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         is_best
     }
 
-    fn out_of_patience(&self) -> bool {
-        let patience = self.parts.recipe.evaluation.patience;
-        patience.is_some_and(|patience| self.state.evaluations_without_improvement >= patience)
-    }
-
     fn sample_unless_done(&mut self) -> Result<()> {
         if self.state.sampled_step.replace(self.state.step) == Some(self.state.step) {
             return Ok(());
@@ -326,6 +329,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             let (step, epoch) = (self.state.step, self.epoch());
             let event = SampleEvent { step, epoch, prompt: prompt.clone(), completion };
             self.parts.progress.sample(&event);
+            self.unsaved = true;
             self.record(Event::Sample(event))?;
         }
         Ok(())
@@ -346,10 +350,14 @@ impl<'a, M: Trainee> Trainer<'a, M> {
 
     fn save_unless_done(&mut self) -> Result<()> {
         let step = self.state.step;
-        if step == 0 || self.saved_step == Some(step) {
+        let again = self.saved_step == Some(step);
+        if step == 0 || again && !self.unsaved {
             return Ok(());
         }
         ledger::enter(Phase::Save);
+        if let Some(order) = self.model.sum_order() {
+            self.state.identity.sum_order = Some(order);
+        }
         let event = loop {
             let parts = &self.parts;
             match checkpoints::save(self.model, &self.state, parts.out, parts.extra) {
@@ -360,10 +368,13 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         let parts = &self.parts;
         let best = self.state.best.map(|best| best.step);
         let limit = parts.recipe.saving.total_limit;
-        if let Err(error) = checkpoints::thin_out(parts.out, limit, best) {
+        if let Err(error) = checkpoints::thin_out(parts.out, step, limit, best) {
             parts.progress.note(&format!("warning: an old checkpoint stays: {error}"));
         }
-        self.saved_step = Some(step);
+        (self.saved_step, self.unsaved) = (Some(step), false);
+        if again {
+            return Ok(());
+        }
         parts.progress.save(&event);
         self.record(Event::Save(event))
     }

@@ -93,15 +93,18 @@ pub(super) fn cached(cache: &PageCache) -> String {
 fn copies(transfer: &Transfer) {
     let (copying, computing) = transfer.seconds();
     let bound = if copying > computing { "copies" } else { "computation" };
+    let hidden = match transfer.tokens_to_hide_copies {
+        Some(tokens) => format!("copies hide behind {} tokens or more", thousands(tokens)),
+        None => "longer steps hide no more of the copies".to_string(),
+    };
     println!(
         "\na step copies {} to the GPU: {copying:.1} s at {:.0} GB/s (PCIe 4.0 x16), beside {:.1} \
          PFLOP: {computing:.1} s at\n{:.0} TFLOP/s (an RTX 4090, in practice). It is bound by \
-         {bound}; copies hide behind {} tokens or more",
+         {bound}; {hidden}",
         ByteSize(transfer.bytes),
         ASSUMED_BYTES_PER_SECOND / 1e9,
         transfer.flops / 1e15,
         ASSUMED_FLOPS_PER_SECOND / 1e12,
-        thousands(transfer.tokens_to_hide_copies),
     );
 }
 

@@ -66,6 +66,10 @@ pub fn plan(
         false => (Place::Gpu, around.used_bytes),
     };
     let settings = sizes(args, base, adapter, data, place)?;
+    let settings = match before {
+        Some(order) => settings.as_short_as(order),
+        None => settings,
+    };
     let weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref(), place);
     base.checkpoint.release_all();
     let demand = Demand {

@@ -64,15 +64,14 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     kernels.check(&base.spec)?;
     let (adapter, origin) = base.adapter(args)?;
     let mut data = data::prepare(args, &base, &progress)?;
-    let mut identity = identity(args, &data);
+    let identity = identity(args, &data);
     let max_steps = recipe.max_steps(data.feed.num_batches());
-    if let Some(step) = output.finished(max_steps) {
+    if let Some(step) = output.finished(&recipe, max_steps) {
         return nothing_left(args, &output, &identity, step);
     }
     warn(&base, &recipe, max_steps, &progress);
     let before = output.found.as_ref().and_then(|found| found.state.identity.sum_order);
     let memory = memory::plan(args, &base, &adapter, &data, &kernels, before, &progress)?;
-    identity.sum_order = Some(memory.settings.sum_order());
     let checkpoint = memory.checkpoint_bytes(&adapter, args) + base.brought.bytes();
     output.check_room(checkpoint, &args.output, &progress)?;
     let device = kernels.device();
@@ -147,10 +146,12 @@ fn nothing_left(
         start::compare(&found.state.identity, identity)?;
     }
     let out = args.output.out.display();
-    println!("{out}: finished at step {step}; nothing is left to resume");
-    if reason == EndReason::Finished {
-        eprintln!("to train on, give more `--num-train-epochs` or `--max-steps`;");
-    }
+    let (how, more) = match reason {
+        EndReason::EarlyStopping => ("stopped early", "`--early-stopping-patience`"),
+        _ => ("finished", "`--num-train-epochs` or `--max-steps`"),
+    };
+    println!("{out}: {how} at step {step}; nothing is left to resume");
+    eprintln!("to train on, give more {more};");
     eprintln!("to train its adapter further, give `--init-adapter {out}` and another `--out`");
     Ok(())
 }

@@ -12,6 +12,7 @@ use crate::report::{METRICS_FILE, metrics};
 use crate::train::checkpoints::{self, Found};
 use crate::train::events::EndReason;
 use crate::train::progress::Progress;
+use crate::train::recipe::Recipe;
 use crate::train::settings::{SETTINGS_FILE, SettingsEcho, to_toml};
 
 /// Held while a run writes into the folder; also marks it as a run's.
@@ -77,13 +78,15 @@ impl Output {
         Ok(output)
     }
 
-    /// The last step of a run of `max_steps` that came to its end, if this is one, and why it did.
-    pub fn finished(&self, max_steps: u64) -> Option<(u64, EndReason)> {
-        let step = self.found.as_ref()?.state.step;
+    /// The last step of a run of `max_steps` that came to its end, if this is one, and why it did. One that
+    /// stopped early may go on with more patience.
+    pub fn finished(&self, recipe: &Recipe, max_steps: u64) -> Option<(u64, EndReason)> {
+        let state = &self.found.as_ref()?.state;
+        let step = state.step;
         let end = metrics::last_end(&self.folder.join(METRICS_FILE))?;
         let is_over = match end.reason {
             EndReason::Finished => step >= max_steps,
-            EndReason::EarlyStopping => true,
+            EndReason::EarlyStopping => step >= max_steps || recipe.is_out_of_patience(state),
             EndReason::Interrupted => false,
         };
         let is_over = is_over && end.step == step && self.folder.join(TENSORS_FILE).exists();

@@ -157,16 +157,22 @@ impl Demand<'_> {
     /// cannot be streamed and must be.
     pub fn choose(&self, limit: Limit) -> Result<Choice> {
         let candidates = self.candidates()?;
+        let chosen = self.choose_of(&candidates, limit);
+        chosen.ok_or_else(|| self.shortfall(limit, self.leanest_of(&candidates)))
+    }
+
+    fn choose_of(&self, candidates: &[Candidate], limit: Limit) -> Option<Choice> {
         let usable = limit.usable_bytes();
-        let as_before = self.in_order(&candidates).and_then(|same| self.fitting(&same, usable));
-        if let Some(choice) = as_before.or_else(|| self.fitting(&candidates, usable)) {
-            return Ok(choice);
-        }
-        let leanest = self.leanest_of(&candidates);
-        match self.fits(leanest, limit.most_bytes()) {
-            true => Ok(self.choice(leanest)),
-            false => Err(self.shortfall(limit, leanest)),
-        }
+        let as_before = self.in_order(candidates).and_then(|same| self.fitting(&same, usable));
+        as_before.or_else(|| self.fitting(candidates, usable)).or_else(|| {
+            let leanest = self.leanest_of(candidates);
+            self.fits(leanest, limit.most_bytes()).then(|| self.choice(leanest))
+        })
+    }
+
+    /// What [`choose`](Demand::choose) would, if anything.
+    fn chosen(&self, limit: Limit) -> Option<Choice> {
+        self.choose_of(&self.candidates().ok()?, limit)
     }
 
     /// Those that add up as the run did before; `None` for one that begins.
@@ -184,16 +190,18 @@ impl Demand<'_> {
         Ok(self.choice(self.leanest_of(&self.candidates()?)))
     }
 
-    /// What the host has no room for is no way out, unless nothing else was allowed.
+    /// What the host has no room for is no way out: of plans like that, the one that lacks the least.
     fn leanest_of(&self, candidates: &[Candidate]) -> Candidate {
-        let mut leanest: Option<((bool, u64), Candidate)> = None;
+        let mut leanest: Option<((u64, u64), Candidate)> = None;
         // Those that keep the least come first; of two that take as much the earlier one is taken.
         for &candidate in candidates.iter().rev() {
-            if leanest.is_some_and(|((_, least), _)| self.kept_bytes(candidate) > least) {
+            let pinned = self.pinned_for(self.settings, candidate);
+            let lacking = pinned.saturating_sub(self.pinned_bytes);
+            let least = (lacking, self.kept_bytes(candidate));
+            if leanest.is_some_and(|(leanest, _)| least > leanest) {
                 continue;
             }
-            let unpinned = self.pinned_for(self.settings, candidate) > self.pinned_bytes;
-            let bytes = (unpinned, self.total_bytes(self.settings, candidate));
+            let bytes = (lacking, self.total_bytes(self.settings, candidate));
             if leanest.is_none_or(|(least, _)| bytes <= least) {
                 leanest = Some((bytes, candidate));
             }
@@ -216,10 +224,14 @@ impl Demand<'_> {
     }
 
     /// Whether a way takes at most `bytes`, and what it pins of the host's memory can be had.
-    fn fits(&self, candidate: Candidate, bytes: u64) -> bool {
-        self.pinned_for(self.settings, candidate) <= self.pinned_bytes
+    pub(super) fn fits(&self, candidate: Candidate, bytes: u64) -> bool {
+        self.can_be_pinned(&candidate)
             && self.kept_bytes(candidate) <= bytes
             && self.total_bytes(self.settings, candidate) <= bytes
+    }
+
+    fn can_be_pinned(&self, candidate: &Candidate) -> bool {
+        self.pinned_for(self.settings, *candidate) <= self.pinned_bytes
     }
 
     fn fitting(&self, candidates: &[Candidate], bytes: u64) -> Option<Choice> {
@@ -233,6 +245,9 @@ impl Demand<'_> {
             pace.seconds_per_token(&self.with(self.settings, *candidate), *candidate)
         };
         let fits = |candidate: &Candidate| self.fits(*candidate, bytes);
+        // Blocks that do not keep may pin more.
+        let candidates: Vec<Candidate> =
+            candidates.iter().filter(|candidate| self.can_be_pinned(candidate)).copied().collect();
         // Ways that differ in the blocks that keep, all or attention, most first: each block that keeps
         // is faster and takes memory, but for the last one, with which nothing is recomputed any more.
         let way = |c: &Candidate| (c.others, c.stream, c.on_host, c.pieces, c.attended > 0);

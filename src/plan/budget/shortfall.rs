@@ -32,7 +32,7 @@ impl Demand<'_> {
     /// `leanest` is the least that was allowed.
     pub(super) fn shortfall(&self, limit: Limit, leanest: Candidate) -> Error {
         let (error, most) = (self.too_little(limit, leanest), limit.most_bytes());
-        if let Some((flags, bytes)) = self.nearest(most) {
+        if let Some((flags, bytes)) = self.nearest(limit) {
             return error.hint(format_args!("{flags} would need {}", ByteSize(bytes)));
         }
         let (settings, kept_optim) = (self.settings.clone(), |wish: &Wish| *wish != Wish::Optim);
@@ -61,10 +61,10 @@ impl Demand<'_> {
         Error::budget(format_args!("plan needs {need}, {there_is}: {lack} too little"))
     }
 
-    /// Flags of the plan within `bytes` that changes the fewest of what is asked for, and its bytes; of
+    /// Flags of the plan within `limit` that changes the fewest of what is asked for, and its bytes; of
     /// several the fastest, but first the one that only moves an embedding. What changes no result
     /// comes before what does.
-    fn nearest(&self, bytes: u64) -> Option<(String, u64)> {
+    fn nearest(&self, limit: Limit) -> Option<(String, u64)> {
         let mut changes: Vec<Vec<Wish>> = (1..1u32 << WISHES.len())
             .map(|set| {
                 let chosen = |(bit, wish): (usize, Wish)| (set >> bit & 1 == 1).then_some(wish);
@@ -79,7 +79,7 @@ impl Demand<'_> {
         changes.chunk_by(|a, b| size(a) == size(b)).find_map(|changes| {
             let fitting = changes.iter().filter_map(|wishes| {
                 self.granting(wishes, self.settings.clone(), |demand| {
-                    let choice = demand.within(bytes)?;
+                    let choice = demand.chosen(limit)?;
                     let pace = Pace::new(demand, demand.settings);
                     let seconds = pace.seconds_per_token(&choice.settings, choice.candidate);
                     let need = demand.total_bytes(demand.settings, choice.candidate);
@@ -204,14 +204,17 @@ impl Demand<'_> {
                 ByteSize(need)
             ));
         }
-        let shortest = format!("{LENGTH_STEP} tokens in a forward pass (`--max-length`)");
+        let shortest = match self.settings.tokens > LENGTH_STEP {
+            true => format!("{LENGTH_STEP} tokens in a forward pass (`--max-length`) and "),
+            false => String::new(),
+        };
         match self.highest_rank_fit(bytes, least) {
             Ok((rank, need)) => {
-                with(format!("{shortest} and `--lora-r {rank}` would need {}", ByteSize(need)))
+                with(format!("{shortest}`--lora-r {rank}` would need {}", ByteSize(need)))
             }
             Err(need) => {
                 let alone = ByteSize(self.outside_of(least).total());
-                let rest = with(format!("{shortest} and `--lora-r 1`"));
+                let rest = with(format!("{shortest}`--lora-r 1`"));
                 format!(
                     "the least that this model can be trained in is {}, {rest}; the frozen weights \
                      and data alone take {alone}",

@@ -211,7 +211,11 @@ fn a_plan_over_budget_says_what_would_fit() {
     let fits = auto.total_bytes(&low, least);
     for (budget, rank) in [(fits, "`--lora-r 4`"), (fits - 1, "`--lora-r 2`")] {
         let text = says(&auto, budget);
-        assert!(text.contains(rank), "{text}");
+        assert!(text.contains(&format!("64 tokens in a forward pass (`--max-length`) and {rank}")));
+        // A pass that is as short is not to be lengthened.
+        let short = Settings { tokens: 64, ..settings.shorter(64) };
+        let text = says(&Demand { settings: &short, ..auto.clone() }, budget);
+        assert!(text.contains(rank) && !text.contains("tokens in a forward pass"), "{text}");
     }
     let text = says(&auto, 1000);
     assert!(text.contains("alone take"), "{text}");
@@ -253,6 +257,60 @@ fn a_run_that_goes_on_adds_up_as_before_if_it_can() {
     let larger = Demand { sum_order: Some(whole), ..tight };
     let choice = larger.choose(Limit::Budget(need(tiles))).unwrap();
     assert_eq!(choice.settings.sum_order(), order);
+}
+
+/// Of what is free a tenth is left alone, by the plan of a hint as by any.
+#[test]
+fn a_hint_names_what_its_flags_would_take() {
+    let spec = golden();
+    let settings = settings(&spec, 1024);
+    let auto = demand(&spec, &settings);
+    let keep = auto.allowing(Activations::Keep, WeightsMode::Auto);
+    let whole = auto.total_bytes(&settings, Candidate { kept: 6, ..CHECKPOINT });
+    for part in [30, 60, 90] {
+        let limit = Limit::Free(whole * part / 100);
+        let Ok(granted) = auto.choose(limit) else { continue };
+        let need = crate::cli::size::ByteSize(auto.total_bytes(&settings, granted.candidate));
+        let text = keep.choose(limit).unwrap_err().to_string();
+        assert!(text.contains("hint: `--activations "), "{text}");
+        assert!(text.contains(&format!(" would need {need}")), "{need}: {text}");
+    }
+}
+
+/// Blocks that keep nothing pin more than those that keep, and take less of the GPU.
+#[test]
+fn what_can_be_pinned_is_tried_whole() {
+    let spec = golden();
+    let settings = settings(&spec, 1024);
+    let on_gpu = |spec: &ModelSpec, settings: &Settings| {
+        cuda_layout(spec, settings, AttnImplementation::Auto)
+    };
+    let input = (2 * settings.tokens * spec.hidden_size) as u64;
+    let plenty = Demand { layout: &on_gpu, place: Place::Gpu, ..demand(&spec, &settings) };
+    let pace = Pace::new(&plenty, &settings);
+    let all = plenty.candidates().unwrap();
+    let seconds =
+        |demand: &Demand, c: &Candidate| pace.seconds_per_token(&demand.with(&settings, *c), *c);
+    for inputs in [0, 2, 4] {
+        let demand = Demand { pinned_bytes: inputs * input, ..plenty.clone() };
+        let most = demand.total_bytes(&settings, Candidate { kept: 6, ..CHECKPOINT });
+        for budget in (1..=20).map(|part| most * part / 20) {
+            let fitting = all.iter().filter(|candidate| demand.fits(**candidate, budget));
+            let best = fitting.map(|c| seconds(&demand, c)).min_by(f64::total_cmp);
+            let chosen = demand.choose(Limit::Budget(budget));
+            let chosen = chosen.ok().map(|choice| seconds(&demand, &choice.candidate));
+            assert_eq!(chosen, best, "{inputs} inputs, {budget} bytes");
+        }
+    }
+    // Of ways that cannot be pinned the one that lacks the least is named.
+    let offload = plenty.allowing(Activations::Offload, WeightsMode::Auto);
+    let none = Demand { pinned_bytes: 0, ..offload };
+    let text = none.choose(Limit::Free(u64::MAX)).unwrap_err().to_string();
+    let need = crate::cli::size::ByteSize(6 * input);
+    assert!(
+        text.contains(&format!("needs {need} of pinned memory there, 0 B can be had")),
+        "{text}"
+    );
 }
 
 /// Bytes of the frozen weights where the run computes.

@@ -166,7 +166,7 @@ impl Fit {
         let budget = limit.usable_bytes();
         let search = Search { demand, asked, limit, budget, plan: plan.candidate };
         let plan = search.describe(demand, plan);
-        let (bytes, fits) = (plan.bytes, plan.bytes <= limit.most_bytes());
+        let (bytes, fits) = (plan.bytes, demand.fits(search.plan, limit.most_bytes()));
         let (ways, knobs) = (search.ways(), search.knobs());
         let fastest = search.fastest(fits);
         Fit { budget_bytes: budget, fits, bytes, plan, ways, fastest, knobs }

@@ -224,6 +224,72 @@ fn a_checkpoint_with_a_missing_file_is_not_used() {
     assert!(checkpoints::newest(out.path(), &mut |_| ()).is_none());
 }
 
+/// A run that goes back behind damaged checkpoints keeps those that it makes there.
+#[test]
+fn damaged_checkpoints_displace_none_that_is_made_behind_them() {
+    let out = tempfile::tempdir().unwrap();
+    let mut recipe = recipe();
+    recipe.evaluation.steps = None;
+    recipe.saving = SaveRecipe { steps: 3, total_limit: 3 };
+    session(out.path(), &recipe, NEVER, false);
+    assert_eq!(checkpoints::steps(out.path()), [15, 12, 9]);
+    for step in [15, 12] {
+        fs::remove_file(out.path().join(checkpoints::name(step)).join("state.json")).unwrap();
+    }
+    recipe.saving = SaveRecipe { steps: 1, total_limit: 2 };
+    let second = session(out.path(), &recipe, 8, true);
+    assert!(matches!(second.result, Err(Error::Interrupted(_))));
+    let steps = checkpoints::steps(out.path());
+    assert!(steps[0] > 9 && steps[0] < 15 && steps[1] == steps[0] - 1, "{steps:?}");
+    for step in steps {
+        checkpoints::verify(&out.path().join(checkpoints::name(step))).unwrap();
+    }
+}
+
+/// Otherwise a run that is made longer has forgotten which weights were the best.
+#[test]
+fn the_last_checkpoint_knows_all_that_was_found_out() {
+    let mut patient = recipe();
+    patient.evaluation.steps = None;
+    let mut impatient = recipe();
+    impatient.learning_rate = 1.0;
+    impatient.scheduler_type = SchedulerType::Constant;
+    impatient.evaluation.patience = Some(2);
+    for recipe in [patient, impatient] {
+        // Those after 15 steps, those after 3, and those after what an evaluation asks for.
+        for steps in [1, 5, 15, 4, 100] {
+            let out = tempfile::tempdir().unwrap();
+            let saving = SaveRecipe { steps, total_limit: 1 };
+            let recipe = Recipe { sample_steps: None, saving, ..recipe.clone() };
+            let run = session(out.path(), &recipe, NEVER, false);
+            let state = checkpoints::newest(out.path(), &mut |_| ()).unwrap().state;
+            let Some(Event::End(end)) = run.events.last() else { panic!() };
+            assert_eq!((state.step, state.sampled_step), (end.step, Some(end.step)), "{steps}");
+            assert_eq!(state.evaluated_step, Some(end.step), "{steps}");
+            assert_eq!(state.best.map(|best| (best.eval_loss, best.step)), end.best);
+            assert_eq!(numbers(&state.history), numbers(&run.events), "{steps}");
+            let saved = saves(&run.events);
+            assert!(saved.is_sorted_by(|a, b| a < b), "each is told of once: {saved:?}");
+        }
+    }
+}
+
+/// A run whose adapter could not be put into its folder is not over.
+#[test]
+fn the_end_comes_after_the_adapter() {
+    let out = tempfile::tempdir().unwrap();
+    let obstacle = out.path().join(".adapter.partial");
+    fs::write(&obstacle, "").unwrap();
+    let first = session(out.path(), &recipe(), NEVER, false);
+    assert!(matches!(first.result, Err(Error::Io { .. })));
+    assert!(!first.events.iter().any(|event| matches!(event, Event::End(_))));
+    fs::remove_file(obstacle).unwrap();
+    let second = session(out.path(), &recipe(), NEVER, true);
+    assert_eq!(second.result.unwrap(), EndReason::Finished);
+    assert_eq!(second.toy.master, first.toy.master);
+    assert!(out.path().join("adapter_model.safetensors").exists());
+}
+
 #[test]
 fn the_newest_and_the_best_survive_thinning_out() {
     let out = tempfile::tempdir().unwrap();
@@ -348,21 +414,21 @@ fn a_machine_that_rounds_differently_may_continue_but_is_told() {
 #[test]
 fn a_session_that_adds_up_in_another_order_is_told() {
     let differs = |was: Option<usize>, now: usize| {
-        let order = |rows: usize| Some(Settings::evaluating(64, rows).sum_order());
         let out = tempfile::tempdir().unwrap();
         session(out.path(), &recipe(), 40, false);
         let (mut toy, mut feed) = (Toy::new(), feed());
+        toy.room.0 = now;
         let identity = Identity {
             settings: settings(&[("seed", "1")]),
             data_sha256: feed.fingerprint(),
-            sum_order: order(now),
             ..Identity::default()
         };
         let mut found = checkpoints::newest(out.path(), &mut |_| ()).unwrap();
-        found.state.identity.sum_order = was.and_then(order);
+        let order = |tokens| Settings::evaluating(tokens, 64).sum_order();
+        found.state.identity.sum_order = was.map(order);
         let origin = AdapterOrigin::Fresh;
         let start = begin(&mut toy, &recipe(), &mut feed, identity, origin, Some(found)).unwrap();
-        assert_eq!(start.state.identity.sum_order, order(now));
+        assert_eq!(start.state.identity.sum_order, Some(order(now)));
         start.rounding_differs
     };
     assert!(differs(Some(64), 32));

@@ -7,7 +7,10 @@ use crate::error::Error;
 use crate::train::checkpoints;
 use crate::train::events::{EndReason, Event};
 use crate::train::feed::Feed;
+use crate::train::start::{AdapterOrigin, begin};
+use crate::train::state::Identity;
 use crate::train::toy::Toy;
+use crate::train::trainee::Trainee;
 
 #[test]
 fn memory_that_runs_short_shrinks_passes_and_leaves_the_numbers() {
@@ -44,6 +47,28 @@ fn memory_that_runs_short_shrinks_passes_and_leaves_the_numbers() {
             assert_eq!(a.num_input_tokens_seen, b.num_input_tokens_seen);
         }
     }
+    // A session that goes on takes passes as short, or its sums would have other last bits.
+    let state = checkpoints::newest(short_out.path(), &mut |_| ()).unwrap().state;
+    assert_eq!(short.toy.room.0, 16);
+    assert_eq!(state.identity.sum_order, short.toy.sum_order());
+    assert_ne!(state.identity.sum_order, plenty.toy.sum_order());
+}
+
+/// The loss of the base model is the first pass of all.
+#[test]
+fn memory_may_run_short_before_the_first_step() {
+    let start = |failures: usize| {
+        let (mut toy, mut feed, recipe) = (Toy::new(), feed(), recipe());
+        toy.failing_bases = failures;
+        let (identity, origin) = (Identity::default(), AdapterOrigin::Fresh);
+        let start = begin(&mut toy, &recipe, &mut feed, identity, origin, None)?;
+        assert_eq!(start.state.identity.sum_order, toy.sum_order());
+        Ok::<_, Error>((start.state.identity.base_loss, toy.room.0))
+    };
+    let (plenty, short) = (start(0).unwrap(), start(2).unwrap());
+    assert_eq!((short.0, short.1), (plenty.0, 16));
+    let error = start(usize::MAX).unwrap_err();
+    assert!(matches!(error, Error::Budget(_)), "{error}");
 }
 
 #[test]
