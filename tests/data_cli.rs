@@ -231,6 +231,45 @@ fn what_the_template_leaves_out_is_said() {
     }
 }
 
+/// A template of other roles renders no answer: what it has of the prompt is not to be trained instead.
+#[test]
+fn answers_that_the_template_leaves_out_are_refused() {
+    let messages = serde_json::json!([
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "What is it?"},
+        {"role": "assistant", "content": "It is a nibble."},
+    ]);
+    let text = serde_json::json!({ "messages": messages }).to_string() + "\n";
+    let turn = |role: &str| {
+        format!(
+            "{{% if m.role == '{role}' %}}<|im_start|>{role}\n{{{{ m.content }}}}<|im_end|>\n{{% endif %}}"
+        )
+    };
+    let folder = tempfile::tempdir().unwrap();
+    let template = |roles: &[&str]| {
+        let turns: String = roles.iter().map(|role| turn(role)).collect();
+        let prompt = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}";
+        let path = folder.path().join(format!("{}.jinja", roles.join("-")));
+        std::fs::write(&path, format!("{{% for m in messages %}}{turns}{{% endfor %}}{prompt}"))
+            .unwrap();
+        path.to_str().unwrap().to_string()
+    };
+    let other = template(&["system", "user", "model"]);
+    for train_on in ["assistant", "all"] {
+        let (said, error) = refused(&text, &["--chat-template", &other, "--train-on", train_on]);
+        let reason = "chat.jsonl:1: the chat template leaves messages[2].content out\n";
+        assert!(said.contains(reason), "{said}");
+        assert!(error.contains("hint: does it know the role `assistant`?"), "{error}");
+    }
+    let deaf = template(&["user", "assistant"]);
+    let said = report(&text, &["--chat-template", &deaf]);
+    let note = "note  messages whose text the chat template leaves out: 1 (chat.jsonl:1)\n";
+    assert!(said.contains(note), "{said}");
+    let whole = template(&["system", "user", "assistant"]);
+    let said = report(&text, &["--chat-template", &whole]);
+    assert!(!said.contains("leaves out"), "{said}");
+}
+
 #[test]
 fn a_terminal_obeys_nothing_that_is_shown() {
     let text = serde_json::json!({"text": "a\u{1b}[31mb\u{7}\u{7f}\u{9b}c"}).to_string();

@@ -229,6 +229,28 @@ fn keys_of_the_wrong_type_are_named() {
     assert_eq!(Format::detect(&columns).unwrap(), Format::Messages, "an empty column is no key");
 }
 
+/// `tokenizer(…, padding="max_length")` writes such rows.
+#[test]
+fn padding_of_ready_tokens_goes() {
+    let tokenizer = tokenizer(json!({}));
+    let padded = json!({
+        "input_ids": [0, 0, 4, 5, 6, 0], "labels": [-100, -100, -100, 5, 6, -100],
+        "attention_mask": [0, 0, 1, 1, 1, 0],
+    });
+    let document = encode(&tokenizer, &padded).unwrap();
+    assert_eq!((document.input_ids, document.labels), (vec![4, 5, 6], vec![-100, 5, 6]));
+    for (mask, reason) in [
+        (json!([1, 1]), "2 attention_masks for 3 input_ids"),
+        (json!([1, 2, 0]), "`attention_mask` holds something else than 0 and 1"),
+        (json!([1, "1", 0]), "`attention_mask` holds something else than 0 and 1"),
+    ] {
+        let record = json!({"input_ids": [4, 5, 6], "attention_mask": mask});
+        assert_eq!(encode(&tokenizer, &record).unwrap_err(), reason);
+    }
+    let plain = json!({"input_ids": [4, 5, 6], "attention_mask": null});
+    assert_eq!(encode(&tokenizer, &plain).unwrap().input_ids, [4, 5, 6]);
+}
+
 #[test]
 fn turns_that_cannot_be_read_are_named() {
     let tokenizer = tokenizer(json!({}));

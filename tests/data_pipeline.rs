@@ -25,6 +25,7 @@ fn options() -> DataOptions {
         train_on: TrainOn::Assistant,
         truncation: Truncation::Error,
         max_length: 512,
+        positions: None,
         rename_columns: Vec::new(),
     }
 }

@@ -59,6 +59,7 @@ fn options(truncation: Truncation, max_length: usize) -> DataOptions {
         train_on: TrainOn::Assistant,
         truncation,
         max_length,
+        positions: None,
         rename_columns: Vec::new(),
     }
 }

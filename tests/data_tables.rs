@@ -26,6 +26,7 @@ fn try_load(path: &Path) -> nibble::Result<Dataset> {
         train_on: TrainOn::Assistant,
         truncation: Truncation::Error,
         max_length: 512,
+        positions: None,
         rename_columns: Vec::new(),
     };
     load(path, &encoder, &options)
@@ -85,6 +86,23 @@ fn csv_rows_are_records() {
     assert_eq!(places, [2, 3], "the lines that rows begin on");
     assert_eq!(table.report.rejected[0].line, 5);
     assert_eq!(table.report.rejected[0].rejection.reason, "row has 2 cells, the header 3");
+}
+
+/// As spreadsheets write them.
+#[test]
+fn rows_stand_on_the_same_lines_whatever_ends_them() {
+    let rows = "prompt,completion\na,b\n\n\"c\nd\",e\nf,g,h\ni,j";
+    let places = |text: &str| {
+        let (_folder, path) = write("data.csv", text);
+        let found = try_load(&path).unwrap();
+        let lines: Vec<usize> = found.documents.iter().map(|document| document.line).collect();
+        (lines, found.report.rejected[0].line)
+    };
+    for last in ["", "\n"] {
+        let text = rows.to_string() + last;
+        assert_eq!(places(&text), (vec![2, 4, 7], 6));
+        assert_eq!(places(&text.replace('\n', "\r\n")), (vec![2, 4, 7], 6));
+    }
 }
 
 fn gzip(bytes: &[u8]) -> Vec<u8> {

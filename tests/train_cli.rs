@@ -3,6 +3,7 @@
 mod training;
 
 use std::fs;
+use std::path::Path;
 
 use serde_json::{Value, json};
 use training::{Workplace, error_of, fail, stderr, succeed};
@@ -408,4 +409,41 @@ fn a_folder_has_one_run_at_a_time() {
     first.wait().unwrap();
     assert_eq!(code, 2);
     assert!(error_of(&text).contains("another process is training into out"), "{text}");
+}
+
+/// A model of learned positions has no others: longer documents are found before a weight is read, in
+/// evaluation data, too.
+#[test]
+fn documents_are_no_longer_than_the_positions_that_there_are() {
+    let place = Workplace::new();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/models/gpt2_s0");
+    for file in ["config.json", "model.safetensors"] {
+        fs::copy(golden.join(file), place.path("model").join(file)).unwrap();
+    }
+    let ids: Vec<u32> = (0..200).map(|i| 3 + i % 90).collect();
+    fs::write(place.path("long.jsonl"), json!({ "input_ids": ids }).to_string()).unwrap();
+    let long = ["--max-length", "256", "--eval-data", "long.jsonl"];
+    let train = |more: &[&str]| {
+        let mut command = place.nibble(&["train", "--model", "model", "--data", "train.jsonl"]);
+        command.args(["--out", "run", "--max-steps", "1"]).args(long).args(more);
+        command
+    };
+    let error = "long.jsonl:1: document is longer than 64 tokens (1 of 1 is, the longest has 200)";
+    let hint = "hint: the model has 64 positions: choose `--truncation drop`";
+    let (_, text) = fail(train(&[]));
+    assert!(text.contains(error) && text.contains(hint), "{text}");
+    assert!(!text.contains("step 1"), "{text}");
+    let report = place.nibble(&["data", "--model", "model", "--data", "long.jsonl"]);
+    let output = { report }.args(["--max-length", "256"]).output().unwrap();
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    assert!(said.contains("records longer than 64 tokens") && !output.status.success(), "{said}");
+    succeed(train(&["--truncation", "split"]));
+    let mut fit = place.nibble(&["memory", "--model", "model", "--device", "cpu", "--json"]);
+    fit.args(["--max-length", "256", "--fit", "--budget", "1GiB"]);
+    let fit: Value = serde_json::from_slice(&succeed(fit).stdout).unwrap();
+    assert_eq!(fit["fit"]["ways"][0]["longest_document"], 64, "{fit}");
+    let mut ask = place.nibble(&["generate", "--model", "model", "--raw", "--prompt"]);
+    ask.arg("w5 ".repeat(80)).args(["--context-length", "500"]);
+    let (_, text) = fail(ask);
+    assert!(text.contains("hint: shorten the prompt: the model has no more positions"), "{text}");
 }

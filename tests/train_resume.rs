@@ -296,3 +296,31 @@ fn a_run_that_stopped_early_goes_on_with_more_patience() {
     let second = text(&run(&["--early-stopping-patience", "100", "--resume"]));
     assert!(second.contains("run: 12 steps"), "{second}");
 }
+
+/// Whoever deletes checkpoints to save space does not want the adapter to be trained anew.
+#[test]
+fn a_finished_run_without_checkpoints_is_not_begun_again() {
+    let place = Workplace::new();
+    succeed(place.train("run", &["--max-steps", "2"]));
+    let adapter = place.read("run/adapter_model.safetensors");
+    let log = place.read("run/metrics.jsonl");
+    fs::remove_dir_all(place.path("run/checkpoint-2")).unwrap();
+    let (code, text) = fail(place.train("run", &["--max-steps", "4", "--resume"]));
+    assert_eq!(code, 1);
+    assert!(
+        text.contains("run has a finished adapter, and no checkpoint to resume from"),
+        "{text}"
+    );
+    assert!(text.contains("hint: train it further with `--init-adapter run`"), "{text}");
+    assert_eq!(place.read("run/adapter_model.safetensors"), adapter);
+    assert_eq!(place.read("run/metrics.jsonl"), log);
+}
+
+#[test]
+fn epochs_that_are_asked_for_go_before_the_steps_of_the_run() {
+    let place = Workplace::new();
+    succeed(place.train("run", &["--max-steps", "1"]));
+    let out =
+        succeed(place.nibble(&["train", "--out", "run", "--resume", "--num-train-epochs", "2"]));
+    assert!(!String::from_utf8_lossy(&out.stdout).contains("nothing is left"));
+}

@@ -4,6 +4,7 @@
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
 
+use clap::parser::ValueSource;
 use clap::{ArgMatches, Command, ValueEnum};
 
 use super::layers::{self, Entry, Layers};
@@ -33,7 +34,15 @@ pub fn complete(
         };
         let out = matches.get_one::<PathBuf>("out").cloned().or_else(in_file);
         if let Some(out) = out {
-            let entries = resumed(command, &out, saved)?;
+            let mut entries = resumed(command, &out, saved)?;
+            // A run that is asked for epochs is not to end at its steps of before.
+            let asks = |name: &str| {
+                matches.value_source(&name.replace('-', "_")) == Some(ValueSource::CommandLine)
+                    || file.iter().any(|entry| entry.flag == name)
+            };
+            if asks("num-train-epochs") {
+                entries.retain(|entry| entry.flag != "max-steps");
+            }
             let has_model =
                 matches.contains_id("model") || file.iter().any(|entry| entry.flag == "model");
             if entries.is_empty() && !has_model {
@@ -341,6 +350,10 @@ mod tests {
             parse_saved(&["train", "--out", out, "--resume"], &move |_| Ok(Some(saved.clone())))?;
         assert_eq!(args.optimization.max_steps, Some(9));
         assert_eq!((args.optimization.seed, args.data.eval_data), (3, None));
+        let again = ["train", "--out", out, "--resume", "--num-train-epochs", "2"];
+        let args = parse_saved(&again, &|_| Ok(None))?;
+        assert_eq!(args.optimization.max_steps, None);
+        assert_eq!(args.optimization.num_train_epochs, 2.0);
         Ok(())
     }
 

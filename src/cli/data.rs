@@ -30,13 +30,14 @@ pub struct DataFormatArgs {
 }
 
 impl DataFormatArgs {
-    /// With a longest document of `max_length` tokens.
-    pub fn options(&self, max_length: usize) -> DataOptions {
+    /// With a longest document of `max_length` tokens, or of as many as a model has learned positions for.
+    pub fn options(&self, max_length: usize, positions: Option<usize>) -> DataOptions {
         DataOptions {
             format: self.format,
             train_on: self.train_on,
             truncation: self.truncation,
-            max_length,
+            max_length: max_length.min(positions.unwrap_or(usize::MAX)),
+            positions,
             rename_columns: self.rename_columns.clone(),
         }
     }

@@ -334,6 +334,19 @@ pub fn saved_entries(command: &Command, saved: &SettingsEcho) -> Vec<Entry> {
     entries.collect()
 }
 
+/// Whether a flag has its default, and one that excludes it is given: an adapter to begin with has a rank
+/// of its own.
+fn is_displaced(command: &Command, matches: &ArgMatches, arg: &Arg) -> bool {
+    let source = |arg: &Arg| matches.value_source(arg.get_id().as_str());
+    let given = |other: &Arg| source(other) == Some(ValueSource::CommandLine);
+    let mut others = command.get_arguments().filter(|other| given(other));
+    let excluded = |other: &Arg| match (arg.get_long(), other.get_long()) {
+        (Some(one), Some(other)) => exclude(command, one, other),
+        _ => false,
+    };
+    source(arg) == Some(ValueSource::DefaultValue) && others.any(excluded)
+}
+
 /// All settings in `matches`, defaults included.
 pub fn echo(command: &Command, matches: &ArgMatches) -> SettingsEcho {
     let values = |arg: &Arg| -> Option<Vec<String>> {
@@ -343,6 +356,7 @@ pub fn echo(command: &Command, matches: &ArgMatches) -> SettingsEcho {
     let settings = command.get_arguments().filter(|arg| {
         arg.get_long().is_some_and(|long| !NOT_SETTINGS.contains(&long))
             && !matches!(arg.get_action(), ArgAction::Help | ArgAction::HelpLong)
+            && !is_displaced(command, matches, arg)
     });
     settings.filter_map(|arg| Some((long(arg).replace('-', "_"), values(arg)?))).collect()
 }

@@ -40,6 +40,11 @@ pub fn notes(report: &LoadReport) -> Vec<String> {
         plain(report.duplicates.len(), "repeating an earlier one"),
         counted(report.empty_answers.len(), "answer", "with nothing in it"),
         counted(
+            report.content_left_out.len(),
+            "message",
+            "whose text the chat template leaves out",
+        ),
+        counted(
             report.reasoning_left_out.len(),
             "message",
             "whose reasoning the chat template leaves out",

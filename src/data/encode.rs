@@ -54,7 +54,9 @@ pub struct Encoded {
     pub double_bos: bool,
     /// Roles that templates seldom know, one for each message that has one.
     pub unknown_roles: Vec<String>,
-    /// Messages whose reasoning the template leaves out.
+    /// Messages to the assistant whose text the template leaves out.
+    pub content_left_out: usize,
+    /// Messages whose reasoning it does.
     pub reasoning_left_out: usize,
     /// Trained answers that are empty.
     pub empty_answers: usize,
@@ -186,19 +188,32 @@ impl<'a> Encoder<'a> {
             let mut ids = self.tokenizer.encode(&text).map_err(rejection)?;
             let ends = ids.iter().any(|&id| self.ends_turn(id)) || self.close(&mut ids);
             template.check_tools(chat, &text)?;
-            let reasoning_left_out = chat.reasoning_left_out(&text);
-            return Ok(Encoded { reasoning_left_out, ..all_trained(ids, !ends) });
+            chat.check_answers(&text)?;
+            return Ok(Encoded {
+                content_left_out: chat.content_left_out(&text),
+                reasoning_left_out: chat.reasoning_left_out(&text),
+                ..all_trained(ids, !ends)
+            });
         }
-        let rendered = template.render_with_turns(chat, &self.end_texts).map_err(refused)?;
+        let rendered = template.render_with_turns(chat, &self.end_texts).map_err(|error| {
+            let text = template.render(&chat.messages, &chat.variables, false);
+            let left_out = text.ok().and_then(|text| chat.check_answers(&text).err());
+            left_out.unwrap_or_else(|| refused(error))
+        })?;
         template.check_tools(chat, &rendered.text)?;
+        chat.check_answers(&rendered.text)?;
         let (ids, offsets) =
             self.tokenizer.encode_with_offsets(&rendered.text).map_err(rejection)?;
         let turns = self.trained_turns(chat, &rendered)?;
         let ranges = turns.iter().map(|turn| self.turn(&ids, &offsets, &turn.range)).collect();
-        let reasoning_left_out = chat.reasoning_left_out(&rendered.text);
         let empty = |turn: &&&Turn| turn.message.is_some_and(|index| chat.is_empty_answer(index));
         let empty_answers = turns.iter().filter(empty).count();
-        Ok(Encoded { reasoning_left_out, empty_answers, ..self.masked_but(ids, ranges) })
+        Ok(Encoded {
+            content_left_out: chat.content_left_out(&rendered.text),
+            reasoning_left_out: chat.reasoning_left_out(&rendered.text),
+            empty_answers,
+            ..self.masked_but(ids, ranges)
+        })
     }
 
     /// The turns that the options and the record want trained.
@@ -264,6 +279,8 @@ impl<'a> Encoder<'a> {
         if let Some(labels) = labels {
             encoded.document.labels = labels.iter().map(|&label| label.max(MASKED)).collect();
         }
+        let last = encoded.document.labels.iter().rfind(|&&label| label != MASKED);
+        encoded.untrained_eos = last.is_some_and(|&label| !self.ends_turn(label as u32));
         encoded
     }
 }

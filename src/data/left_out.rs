@@ -5,6 +5,7 @@ use serde_json::{Map, Value};
 
 use super::chat::Chat;
 use super::record::Rejection;
+use super::spans::END_OF_REASONING;
 use super::template::{ChatTemplate, REASONING};
 
 impl ChatTemplate {
@@ -71,6 +72,33 @@ impl Chat {
         self.variables.contains_key("tools") || self.messages.iter().any(calls)
     }
 
+    /// Refuses a conversation in whose text an answer does not stand.
+    ///
+    /// # Errors
+    /// Which one.
+    pub(super) fn check_answers(&self, text: &str) -> Result<(), Rejection> {
+        let mut answers = (0..).zip(&self.messages).filter(|(_, message)| is_answer(message));
+        match answers.find(|(_, message)| is_missing(message, text)) {
+            Some((index, _)) => {
+                let what = format!("the chat template leaves messages[{index}].content out");
+                Err(Rejection::new(what).hint(
+                    "does it know the role `assistant`? Choose another `--chat-template`, such as \
+                     `chatml`",
+                ))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Messages to the assistant that are not in the text; what tools say may be written otherwise.
+    pub(super) fn content_left_out(&self, text: &str) -> usize {
+        let is_heard = |message: &&Value| {
+            ["system", "developer", "user"].into_iter().any(|role| message["role"] == role)
+        };
+        let heard = self.messages.iter().filter(is_heard);
+        heard.filter(|message| is_missing(message, text)).count()
+    }
+
     /// Messages whose reasoning is not in the text.
     pub(super) fn reasoning_left_out(&self, text: &str) -> usize {
         let reasoning = |message: &&Value| {
@@ -86,6 +114,23 @@ impl Chat {
         let silent = |key: &str| message[key].as_str().is_none_or(|text| text.trim().is_empty());
         silent("content") && REASONING.into_iter().all(silent) && !calls(message)
     }
+}
+
+fn is_answer(message: &Value) -> bool {
+    message["role"] == "assistant"
+}
+
+/// Whether `text` lacks what a message says.
+fn is_missing(message: &Value, text: &str) -> bool {
+    longest_line(message).is_some_and(|line| !text.contains(line))
+}
+
+/// A line to know what a message says by, if it says something: templates write white space, and
+/// reasoning before the answer, in their own way.
+pub(super) fn longest_line(message: &Value) -> Option<&str> {
+    let content = message["content"].as_str()?;
+    let (_, answer) = content.rsplit_once(END_OF_REASONING).unwrap_or(("", content));
+    answer.lines().map(str::trim).filter(|line| !line.is_empty()).max_by_key(|line| line.len())
 }
 
 fn calls(message: &Value) -> bool {
@@ -148,6 +193,22 @@ mod tests {
         }));
         assert_eq!((reason(PLAIN, &none), none.has_tools()), (None, false));
         assert!(called.has_tools() && offered.has_tools() && !plain.has_tools());
+    }
+
+    #[test]
+    fn what_is_said_has_to_be_in_the_text() {
+        let said = chat(json!({"messages": [
+            {"role": "system", "content": "rules"},
+            {"role": "user", "content": " first\n  the second line \n"},
+            {"role": "assistant", "content": "<think>\na long thought\n</think>\n\nyes\nno"},
+            {"role": "tool", "content": "\"quoted\""},
+        ]}));
+        let text = "rules first the second line yes";
+        assert!(said.check_answers(text).is_ok());
+        assert_eq!(said.content_left_out(text), 0);
+        let refused = said.check_answers("rules a long thought").unwrap_err().reason;
+        assert_eq!(refused, "the chat template leaves messages[2].content out");
+        assert_eq!(said.content_left_out("yes"), 2);
     }
 
     #[test]

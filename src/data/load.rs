@@ -31,6 +31,8 @@ pub struct DataOptions {
     pub truncation: Truncation,
     /// Longest document in tokens.
     pub max_length: usize,
+    /// Of a model that has no more than so many.
+    pub positions: Option<usize>,
     /// Fields that have another name in the records: theirs, and that of the format.
     pub rename_columns: Vec<(String, String)>,
 }
@@ -221,6 +223,7 @@ impl<K: FnMut(Document)> Loader<'_, K> {
             report.double_bos.push(line);
         }
         let counted = [
+            (encoded.content_left_out, &mut report.content_left_out),
             (encoded.reasoning_left_out, &mut report.reasoning_left_out),
             (encoded.empty_answers, &mut report.empty_answers),
         ];

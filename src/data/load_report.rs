@@ -39,7 +39,9 @@ pub struct LoadReport {
     pub cut_answers: Vec<usize>,
     /// Lines that begin with two beginning-of-sequence tokens.
     pub double_bos: Vec<usize>,
-    /// The line of each message whose reasoning the chat template leaves out.
+    /// The line of each message to the assistant whose text the chat template leaves out.
+    pub content_left_out: Vec<usize>,
+    /// The line of each message whose reasoning it leaves out.
     pub reasoning_left_out: Vec<usize>,
     /// The line of each answer that is trained and empty.
     pub empty_answers: Vec<usize>,
@@ -103,10 +105,16 @@ impl LoadReport {
                 "{place}: document is longer than {most} tokens ({count} of {all} {verb}, \
                  the longest has {longest})"
             ))
-            .hint(format_args!(
-                "raise `--max-length` to {longest}, or choose `--truncation drop`, `right`, `left` \
-                 or `split`"
-            )));
+            .hint(match options.positions {
+                Some(positions) if positions < longest as usize => format!(
+                    "the model has {positions} positions: choose `--truncation drop`, `right`, \
+                     `left` or `split`"
+                ),
+                _ => format!(
+                    "raise `--max-length` to {longest}, or choose `--truncation drop`, `right`, \
+                     `left` or `split`"
+                ),
+            }));
         }
         if self.documents == 0 {
             let error = Error::input(format_args!("{place}: no record has a token to train on"));

@@ -231,32 +231,47 @@ fn alpaca_text(instruction: &str, input: Option<&str>) -> String {
     }
 }
 
+/// Padding goes: tokens that `attention_mask` has a 0 for.
 fn tokens(record: &Value) -> Result<Record, Rejection> {
-    let input_ids = list(record, "input_ids")?
-        .iter()
-        .map(|id| id.as_u64().and_then(|id| u32::try_from(id).ok()))
-        .collect::<Option<Vec<u32>>>()
-        .ok_or_else(|| Rejection::new("`input_ids` holds something else than token ids"))?;
-    let labels = match record.get("labels").filter(|labels| !labels.is_null()) {
-        None => None,
-        Some(_) => {
-            let labels = list(record, "labels")?
-                .iter()
-                .map(|label| label.as_i64().and_then(|label| i32::try_from(label).ok()))
-                .collect::<Option<Vec<i32>>>()
-                .ok_or_else(|| Rejection::new("`labels` holds something else than labels"))?;
-            if labels.len() != input_ids.len() {
-                let count = labels.len();
-                return Err(Rejection::new(format!(
-                    "{count} {} for {} input_ids",
-                    noun(count, "label"),
-                    input_ids.len()
-                )));
-            }
-            Some(labels)
+    list(record, "input_ids")?;
+    let ids = numbers(record, "input_ids", "token ids")?.unwrap_or_default();
+    let beside = |key: &str, what: &str| {
+        let found = numbers::<i32>(record, key, what)?;
+        let count = found.as_ref().map_or(ids.len(), Vec::len);
+        if count != ids.len() {
+            let (count, key) = (count, noun(count, key.trim_end_matches('s')));
+            return Err(Rejection::new(format!("{count} {key} for {} input_ids", ids.len()))
+                .hint("each id has its own"));
         }
+        Ok(found)
     };
-    Ok(Record::Tokens { input_ids, labels })
+    let labels = beside("labels", "labels")?;
+    let Some(mask) = beside("attention_mask", "0 and 1")? else {
+        return Ok(Record::Tokens { input_ids: ids, labels });
+    };
+    if mask.iter().any(|&heard| heard != 0 && heard != 1) {
+        return Err(Rejection::new("`attention_mask` holds something else than 0 and 1"));
+    }
+    fn heard<T>(values: Vec<T>, mask: &[i32]) -> Vec<T> {
+        values.into_iter().zip(mask).filter(|(_, heard)| **heard == 1).map(|(it, _)| it).collect()
+    }
+    let labels = labels.map(|labels| heard(labels, &mask));
+    Ok(Record::Tokens { input_ids: heard(ids, &mask), labels })
+}
+
+/// A list of whole numbers, if it is there.
+fn numbers<T: TryFrom<i64>>(
+    record: &Value,
+    key: &str,
+    what: &str,
+) -> Result<Option<Vec<T>>, Rejection> {
+    if record.get(key).is_none_or(Value::is_null) {
+        return Ok(None);
+    }
+    let number = |value: &Value| value.as_i64().and_then(|number| T::try_from(number).ok());
+    let numbers = list(record, key)?.iter().map(number).collect::<Option<_>>();
+    let other = || Rejection::new(format!("`{key}` holds something else than {what}"));
+    numbers.ok_or_else(other).map(Some)
 }
 
 fn text(record: &Value, key: &str) -> Result<String, Rejection> {

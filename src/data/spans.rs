@@ -8,7 +8,8 @@
 //!    for templates that rewrite the past: they move the system prompt, drop old reasoning, or end
 //!    the whole text with a token. Taken only if the text without the marks is the true one.
 //! 4. From each generation prompt in the text to the next end of a turn, if there are as many as
-//!    turns and none comes from a message: for turns that are calls of tools, with no text to mark.
+//!    turns, none comes from a message, and each turn has the text of its message: for turns that are
+//!    calls of tools, with no text to mark.
 
 use std::ops::Range;
 
@@ -16,6 +17,7 @@ use serde_json::{Map, Value};
 
 use super::chat::Chat;
 use super::jinja::{GENERATION_BEGIN, GENERATION_END};
+use super::left_out::longest_line;
 use super::template::ChatTemplate;
 use crate::error::{Error, Result};
 
@@ -23,7 +25,7 @@ use crate::error::{Error, Result};
 const TEXT_BEGIN: char = '\u{f8f2}';
 const TEXT_END: char = '\u{f8f3}';
 /// After this, templates for reasoning models see the answer.
-const END_OF_REASONING: &str = "</think>";
+pub(super) const END_OF_REASONING: &str = "</think>";
 
 /// A rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -88,7 +90,7 @@ impl Conversation<'_> {
             Err(turn) => turn,
         };
         let marked = self.by_marks(&text, assistant.len());
-        let found = marked.or_else(|| self.by_headers(&text, assistant.len()));
+        let found = marked.or_else(|| self.by_headers(&text, assistant));
         let ranges = found.ok_or_else(|| unstable(unstable_turn))?;
         Ok((text, ranges))
     }
@@ -158,7 +160,8 @@ impl Conversation<'_> {
     }
 
     /// The fourth way, if it works.
-    fn by_headers(&self, text: &str, turns: usize) -> Option<Vec<Range<usize>>> {
+    fn by_headers(&self, text: &str, assistant: &[usize]) -> Option<Vec<Range<usize>>> {
+        let turns = assistant.len();
         // Some templates prompt with more than they render, such as the beginning of a thought.
         let prompt = self.generation_prompt(text)?;
         let mut lengths =
@@ -173,7 +176,13 @@ impl Conversation<'_> {
             let end = |end: &String| Some(text[begin..].find(end.as_str())? + end.len());
             Some(begin..begin + self.ends.iter().filter_map(end).min()?)
         };
-        text.match_indices(header).map(range).collect()
+        let ranges: Vec<Range<usize>> =
+            text.match_indices(header).map(range).collect::<Option<_>>()?;
+        let says = |(index, range): (&usize, &Range<usize>)| {
+            let line = longest_line(&self.messages[*index]);
+            line.is_none_or(|line| text[range.clone()].contains(line))
+        };
+        assistant.iter().zip(&ranges).all(says).then_some(ranges)
     }
 
     /// What the template adds behind `text`, or else behind the first question, for the model to

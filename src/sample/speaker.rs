@@ -184,7 +184,12 @@ impl Speaker {
         if history.len() >= context {
             let tokens = history.len();
             let what = format_args!("the prompt has {tokens} tokens, the context {context}");
-            return Err(Error::usage(what).hint("raise `--context-length` or shorten the prompt"));
+            return Err(Error::usage(what).hint(match model.spec().learned_positions {
+                Some(most) if context >= most => {
+                    "shorten the prompt: the model has no more positions"
+                }
+                _ => "raise `--context-length` or shorten the prompt",
+            }));
         }
         model.clear_cache();
         let (last, before) = history.split_last().expect("a prompt has a token");

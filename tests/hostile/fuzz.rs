@@ -65,6 +65,7 @@ fn read_data(place: &Workplace, spec: &ModelSpec) {
         train_on: TrainOn::Assistant,
         truncation: Truncation::Right,
         max_length: 16,
+        positions: None,
         rename_columns: Vec::new(),
     };
     if let Ok(data) = load(&place.path("rows.jsonl"), &encoder, &options) {

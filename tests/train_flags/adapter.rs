@@ -53,6 +53,10 @@ fn target_modules() {
         let run = runs.train(&format!("target-modules={modules}"));
         assert_eq!(run.modules(), expected, "{modules}");
     }
+    // PEFT would find blocks and norms in it, which it does not adapt.
+    let run = runs.train(r"target-modules=.*layers\.1\.(self_attn.*|.*norm)");
+    let names = ["q", "k", "v", "o"].map(|part| format!("model.layers.1.self_attn.{part}_proj"));
+    assert_eq!(run.adapter_config()["target_modules"], serde_json::json!(names));
 }
 
 #[test]
@@ -156,6 +160,10 @@ fn init_adapter() {
     let flags = "adapter-dtype=f32 eval-data=eval.jsonl learning-rate=1e-9";
     let second = runs.train(&format!("{flags} init-adapter={}", first.out));
     assert_eq!(second.adapter_config()["r"], 4);
+    // What the adapter decides is no setting of the run.
+    let settings = &second.start()["settings"];
+    assert!(settings["lora_r"].is_null() && settings["target_modules"].is_null(), "{settings}");
+    assert_eq!(settings["learning_rate"], 1e-9);
     let eval = |run: &crate::runs::Run| run.numbers("eval", "eval_loss")[0];
     let fresh = eval(&runs.train(flags));
     assert!((eval(&first) - eval(&second)).abs() < 1e-5, "{} {}", eval(&first), eval(&second));

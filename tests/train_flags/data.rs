@@ -95,6 +95,10 @@ fn eval_data() {
 fn validation_split() {
     let runs = Runs::new();
     let run = runs.train("validation-split=0.25");
+    write_lengths(&runs, "one.jsonl", &[90]);
+    let one = "data=one.jsonl max-length=16 truncation=split validation-split=0.2";
+    let error = runs.refused(one);
+    assert!(error.contains("`--validation-split 0.2`: there is one record to split"), "{error}");
     let said = "validation split: 6 of the documents held out, 18 to train on";
     assert!(run.said.contains(said), "{}", run.said);
     assert_eq!(training(&run)["documents"], 18);

@@ -139,10 +139,10 @@ impl PeftSettings {
     }
 }
 
-/// The JSON of a plain LoRA adapter; `target_modules` written out as `names`.
+/// The JSON of a plain LoRA adapter; `target_modules` written out as `names`, unless it is a list.
 pub fn to_json(lora: &LoraConfig, base_model: Option<&str>, names: &[String]) -> Value {
     let target = match &lora.target_modules {
-        TargetModules::AllLinear => json!(names),
+        TargetModules::AllLinear | TargetModules::Names(ModuleNames::Pattern(_)) => json!(names),
         TargetModules::Names(chosen) => module_names(chosen),
     };
     let list = |values: &[String]| (!values.is_empty()).then(|| json!(values));

@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use nibble_quant::FloatType;
 use safetensors::Dtype;
 
+use super::super::config::TargetModules;
 use super::super::lora::Adapter;
 use super::card::model_card;
 use super::settings::{CONFIG_FILE, to_json};
@@ -48,7 +49,7 @@ impl Adapter {
     /// Those of `values`, and `Io` naming the file when the disk refuses.
     pub fn save_from(&self, dir: &Path, dtype: FloatType, values: Values<'_>) -> Result<()> {
         fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
-        let settings = to_json(&self.config, self.base_model.as_deref(), &self.suffixes());
+        let settings = to_json(&self.config, self.base_model.as_deref(), &self.module_names());
         let settings = format!("{settings:#}\n");
         write_file(&dir.join(CONFIG_FILE), settings.as_bytes())?;
         write_file(&dir.join(CARD_FILE), model_card(self).as_bytes())?;
@@ -75,9 +76,13 @@ impl Adapter {
         })
     }
 
-    /// The distinct last parts of the targets' names, such as `q_proj`: how `all-linear` is written
-    /// out, since no reader but PEFT's knows the word.
-    fn suffixes(&self) -> Vec<String> {
+    /// What `all-linear` and an expression are written out as. No reader but PEFT's knows the word: the
+    /// distinct last parts of the targets' names, such as `q_proj`. An expression may match what is no
+    /// linear, such as a whole block, which PEFT refuses: their names.
+    fn module_names(&self) -> Vec<String> {
+        if self.config.target_modules != TargetModules::AllLinear {
+            return self.targets.iter().map(|target| target.module.clone()).collect();
+        }
         let mut suffixes: Vec<String> = Vec::new();
         for target in &self.targets {
             let suffix = target.module.rsplit('.').next().unwrap_or(&target.module);

@@ -120,6 +120,7 @@ fn checks(audit: &Audit, options: &DataOptions, tokenizer: &ChatTokenizer) -> Ve
     ]);
     let found = [
         ("answers that are empty: only their end is trained", &report.empty_answers),
+        ("messages whose text the chat template leaves out", &report.content_left_out),
         ("messages whose reasoning the chat template leaves out", &report.reasoning_left_out),
     ];
     all.extend(notes(report, found));
@@ -172,7 +173,7 @@ fn ends(report: &LoadReport, tokenizer: &ChatTokenizer) -> Vec<String> {
 /// A [`note`] on each thing that was found at all.
 fn notes<'a>(
     report: &'a LoadReport,
-    found: [(&'a str, &'a Vec<usize>); 2],
+    found: impl IntoIterator<Item = (&'a str, &'a Vec<usize>)>,
 ) -> impl Iterator<Item = String> {
     let found = found.into_iter().filter(|(_, lines)| !lines.is_empty());
     found.map(|(what, lines)| note(report, what, lines))

@@ -3,6 +3,7 @@
 use serde_json::json;
 
 use super::room::{Room, place_in_words};
+use super::row_length;
 use crate::cli::memory::MemoryArgs;
 use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
@@ -19,7 +20,7 @@ pub(super) fn run(args: &MemoryArgs, demand: &Demand, room: &Room) -> Result<()>
     let asked = Asked {
         batch: args.per_device_train_batch_size.get(),
         accumulation: args.gradient_accumulation_steps.get(),
-        length: args.max_length.get(),
+        length: row_length(args, demand.spec),
         logits_chunk: args.logits_chunk_length,
     };
     let chosen = demand.choose(limit);

@@ -2,7 +2,7 @@
 
 use nibble_quant::FloatType;
 
-use super::PlannedRun;
+use super::{PlannedRun, row_length};
 use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
 use crate::cli::size::ByteSize;
@@ -37,7 +37,7 @@ pub(super) fn measure<K: TrainingKernels>(
             AdapterDtype::F32 => FloatType::F32,
         },
         rows: args.per_device_train_batch_size.get(),
-        length: args.max_length.get(),
+        length: row_length(args, &run.model.spec),
     };
     let progress = Progress::stderr();
     let measured = trial.run(kernels, steps, |step| {

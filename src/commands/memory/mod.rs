@@ -259,10 +259,15 @@ fn bare_config(path: &Path) -> Result<Option<Value>> {
     Ok(None)
 }
 
+/// Tokens of a row: no more than the model has learned positions for, as in training.
+fn row_length(args: &MemoryArgs, spec: &ModelSpec) -> usize {
+    args.max_length.get().min(spec.learned_positions.unwrap_or(usize::MAX))
+}
+
 /// Tokens of a forward pass: fewer than no machine could ever hold.
-fn tokens_of_pass(args: &MemoryArgs) -> Result<usize> {
+fn tokens_of_pass(args: &MemoryArgs, spec: &ModelSpec) -> Result<usize> {
     const MOST: usize = 1 << 28;
-    let (rows, length) = (args.per_device_train_batch_size.get(), args.max_length.get());
+    let (rows, length) = (args.per_device_train_batch_size.get(), row_length(args, spec));
     rows.checked_mul(length).filter(|&tokens| tokens <= MOST).ok_or_else(|| {
         Error::usage(format_args!(
             "{rows} rows of {length} tokens in a forward pass are more than {MOST} tokens"
@@ -283,9 +288,9 @@ fn settings(
     spec: &ModelSpec,
     place: Place,
 ) -> Result<Settings> {
-    let tokens = tokens_of_pass(args)?;
+    let tokens = tokens_of_pass(args, spec)?;
     Ok(Settings {
-        longest_document: args.max_length.get(),
+        longest_document: row_length(args, spec),
         targets: lora.resolve(spec)?,
         lora_dropout: lora.lora_dropout > 0.0,
         bf16_working: args.lora.adapter_dtype == AdapterDtype::Bf16,

@@ -7,8 +7,8 @@ use crate::commands::reading;
 use crate::data::encode::Encoder;
 use crate::data::pack::{efficiency, one_per_row, pack};
 use crate::data::split::hold_out;
-use crate::data::{Batch, DataFiles, Dataset, Document, LoadReport};
-use crate::error::Result;
+use crate::data::{Batch, DataFiles, DataOptions, Dataset, Document, LoadReport};
+use crate::error::{Error, Result};
 use crate::plural::{counted, noun};
 use crate::train::events::DataSummary;
 use crate::train::feed::Feed;
@@ -35,7 +35,8 @@ pub struct Prepared {
 /// Reads and packs the data of `args`, and says what became of them.
 pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Result<Prepared> {
     let [training, evaluation] = sources(args, base, progress)?;
-    let (max_length, seed) = (args.data.max_length, args.optimization.seed);
+    let seed = args.optimization.seed;
+    let max_length = options(args, base).max_length;
     if let Some(most) = base.spec.trained_length().filter(|&most| most < max_length) {
         let documents = training.documents.iter().chain(&evaluation.documents);
         progress.note(&reading::beyond_training(most, longer_than(most, documents)));
@@ -83,6 +84,10 @@ fn lengths(documents: &[Document]) -> Vec<usize> {
     documents.iter().map(|document| document.input_ids.len()).collect()
 }
 
+fn options(args: &TrainArgs, base: &super::Base) -> DataOptions {
+    args.data.format.options(args.data.max_length, base.spec.learned_positions)
+}
+
 /// Documents of files, or a part of them.
 struct Source<'a> {
     path: &'a Path,
@@ -98,7 +103,7 @@ fn sources<'a>(
     base: &super::Base,
     progress: &Progress,
 ) -> Result<[Source<'a>; 2]> {
-    let options = args.data.format.options(args.data.max_length);
+    let options = options(args, base);
     let encoder = Encoder::new(&base.tokenizer, base.spec.vocab_size, options.train_on)?;
     let read = |path: &'a Path| -> Result<Source<'a>> {
         let dataset = reading::load(path, &encoder, &options)?;
@@ -116,6 +121,14 @@ fn sources<'a>(
             (training.documents, evaluation.documents) =
                 hold_out(training.documents, share, args.optimization.seed);
             let [kept, held_out] = [&training, &evaluation].map(|source| source.documents.len());
+            if held_out == 0 {
+                let what =
+                    format_args!("`--validation-split {share}`: there is one record to split");
+                return Err(Error::usage(what).hint(
+                    "the documents of a record stay together: give several records, or other data \
+                     as `--eval-data`",
+                ));
+            }
             progress.note(&format!(
                 "validation split: {held_out} of the documents held out, {kept} to train on"
             ));

@@ -178,6 +178,14 @@ fn find(out: &Path, progress: &Progress) -> Result<Option<Found>> {
         Some(found) => {
             progress.note(&format!("resuming from {}", found.folder.display()));
         }
+        None if checkpoints::steps(out).is_empty() && out.join(TENSORS_FILE).exists() => {
+            let out = out.display();
+            let what =
+                format_args!("{out} has a finished adapter, and no checkpoint to resume from");
+            return Err(Error::input(what).hint(format_args!(
+                "train it further with `--init-adapter {out}` and another `--out`"
+            )));
+        }
         None if checkpoints::steps(out).is_empty() => {
             progress.note("warning: no checkpoint to resume from; starting at step 0");
         }

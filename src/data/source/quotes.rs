@@ -24,6 +24,8 @@ pub(super) struct QuoteReader<R> {
     endless: Option<usize>,
     /// Line on which this row begins.
     row_line: usize,
+    /// Whether the first row ends in a carriage return.
+    returns: Option<bool>,
 }
 
 /// What comes before the next byte.
@@ -53,7 +55,14 @@ impl<R> QuoteReader<R> {
             row_bytes: 0,
             endless: None,
             row_line: line,
+            returns: None,
         }
+    }
+
+    /// Whether rows end in a carriage return, with a line feed behind it that the parser counts with the
+    /// next row.
+    pub fn rows_end_in_returns(&self) -> bool {
+        self.returns == Some(true)
     }
 
     /// The line of a row that is too long to be one; nothing is read behind it.
@@ -83,6 +92,9 @@ impl<R> QuoteReader<R> {
             }
             _ => Place::Plain,
         };
+        if self.place == Place::Begin && matches!(byte, b'\r' | b'\n') {
+            self.returns.get_or_insert(byte == b'\r');
+        }
         self.line += usize::from(byte == b'\n');
         self.row_bytes += 1;
         if byte == b'\n' && self.place == Place::Begin {

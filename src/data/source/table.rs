@@ -57,7 +57,8 @@ impl<'a> CsvSource<'a> {
         // The position is that before blank lines; count back from the row's end to skip them.
         let before = self.row.position().map_or(0, csv::Position::line);
         let breaks = self.row.as_slice().iter().filter(|&&byte| byte == b'\n').count() as u64;
-        let line = before.max(self.reader.position().line().saturating_sub(breaks + 1)) as usize;
+        let own = breaks + u64::from(!self.reader.get_ref().rows_end_in_returns());
+        let line = before.max(self.reader.position().line().saturating_sub(own)) as usize;
         Ok(Some(Raw { line, body: self.fields().map(Body::Fields) }))
     }
 

@@ -237,8 +237,9 @@ impl Search<'_> {
             all.iter().find(fits).copied()
         };
         let candidate = fitting(batch, length).unwrap_or(all[0]);
-        let longest_document = LENGTH_STEP
-            * largest(MOST_TOKENS / LENGTH_STEP, |n| fitting(1, n * LENGTH_STEP).is_some());
+        let most = demand.spec.learned_positions.unwrap_or(MOST_TOKENS);
+        let longest_document =
+            LENGTH_STEP * largest(most / LENGTH_STEP, |n| fitting(1, n * LENGTH_STEP).is_some());
         let longest = self.asked.sized(demand, 1, longest_document);
         let pinned = |candidate| demand.pinned_for(&longest, candidate);
         Way {
