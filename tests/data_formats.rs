@@ -91,6 +91,14 @@ fn messages_with_weight_zero_are_not_trained() {
     messages[3]["weight"] = 1.into();
     let record = json!({"messages": messages});
     assert_eq!(trained(&tokenizer(json!({})), record).unwrap(), "d<|im_end|>");
+    messages[1]["weight"] = 0.0.into();
+    let record = json!({"messages": messages});
+    assert_eq!(trained(&tokenizer(json!({})), record).unwrap(), "d<|im_end|>");
+    for weight in [json!(0.5), json!(-1), json!("0"), json!(false)] {
+        messages[1]["weight"] = weight.clone();
+        let refused = encode(&tokenizer(json!({})), &json!({"messages": messages})).unwrap_err();
+        assert_eq!(refused, format!("messages[1].weight is {weight}, expected 0 or 1"));
+    }
 }
 
 #[test]

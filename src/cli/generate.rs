@@ -102,6 +102,19 @@ pub struct GenerationArgs {
 }
 
 impl GenerationArgs {
+    /// Flags of random draws where none are made.
+    pub fn idle_flags(&self) -> Option<String> {
+        let set = [
+            ("--top-k", self.top_k != 50),
+            ("--top-p", self.top_p != 1.0),
+            ("--min-p", self.min_p != 0.0),
+            ("--seed", self.seed != 42),
+        ];
+        let names: Vec<String> =
+            set.iter().filter(|(_, set)| *set).map(|(name, _)| format!("`{name}`")).collect();
+        (self.temperature == 0.0 && !names.is_empty()).then(|| names.join(", "))
+    }
+
     /// The sampler's part.
     pub fn sampling(&self) -> SamplingOptions {
         SamplingOptions {

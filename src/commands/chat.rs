@@ -52,6 +52,7 @@ fn run_on<K: Kernels>(args: &ChatArgs, kernels: K) -> Result<()> {
     let session = Session::open(kernels, model, format.as_ref(), first, template, context)?;
     super::note_packing(&args.base, session.kind());
     super::note_long_rope(session.spec()?, context);
+    super::note_idle_flags(&args.generation);
     let interrupt = Interrupt::on_ctrl_c()?;
     let current = (!adapters.is_empty()).then_some(0);
     let system = args.system.clone();

@@ -33,6 +33,7 @@ fn run_on<K: Kernels>(args: &GenerateArgs, kernels: K) -> Result<()> {
     let mut session = Session::open(kernels, model, format.as_ref(), first, template, context)?;
     super::note_packing(&args.base, session.kind());
     super::note_long_rope(session.spec()?, context);
+    super::note_idle_flags(&args.generation);
     if args.adapter.len() < 2 {
         return answer(args, &mut session, &prompt);
     }

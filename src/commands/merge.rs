@@ -172,6 +172,11 @@ fn report(
         return Ok(());
     }
     print_cost(cost);
+    if cost.rounding_rms() > cost.change_rms() {
+        eprintln!(
+            "note: rounding loses more than the adapter changes: `--dtype float32` keeps all of it"
+        );
+    }
     println!(
         "\nwrote {} ({}, {tensors} tensors, {changed} of them changed, onto the {onto} weights, \
          {seconds:.1} s)",

@@ -19,6 +19,7 @@ use std::num::NonZeroUsize;
 
 use crate::checkpoint::{Checkpoint, CheckpointKind};
 use crate::cli::Command;
+use crate::cli::generate::GenerationArgs;
 use crate::cli::train::BaseModelArgs;
 use crate::error::{Error, Result};
 use crate::model::spec::{ModelSpec, RopeScaling};
@@ -52,6 +53,15 @@ fn note_packing(base: &BaseModelArgs, kind: CheckpointKind) {
         let (model, quant_type) = (base.model.display(), format.quant_type.as_str());
         eprintln!(
             "{model}: linears are packed as {quant_type}; `--quantization none` takes them as they are"
+        );
+    }
+}
+
+/// Says that flags of random draws do nothing where none are made.
+fn note_idle_flags(generation: &GenerationArgs) {
+    if let Some(flags) = generation.idle_flags() {
+        eprintln!(
+            "note: {flags} without effect: `--temperature` is 0, which always takes the likeliest token"
         );
     }
 }

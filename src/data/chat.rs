@@ -51,7 +51,7 @@ impl Chat {
     /// Whether the assistant's message `index` is trained: not in the prompt, nor with OpenAI's
     /// `"weight": 0`.
     pub fn is_trained(&self, index: usize) -> bool {
-        index >= self.prompt_messages && self.messages[index]["weight"] != 0
+        index >= self.prompt_messages && self.messages[index]["weight"].as_f64() != Some(0.0)
     }
 
     /// Roles that templates seldom know, one for each message that has one.
@@ -135,6 +135,10 @@ fn openai(fields: &Map<String, Value>) -> Result<Value, Rejection> {
     let given = |key: &str| fields.get(key).filter(|value| !value.is_null());
     if given("role").and_then(Value::as_str).is_none() {
         return Err(Rejection::new(".role is missing or no text"));
+    }
+    if given("weight").is_some_and(|weight| !matches!(weight.as_f64(), Some(0.0 | 1.0))) {
+        let what = format!(".weight is {}, expected 0 or 1", fields["weight"]);
+        return Err(Rejection::new(what).hint("0 leaves an answer untrained"));
     }
     let mut fields = fields.clone();
     match fields.get("content").filter(|content| !content.is_null()) {

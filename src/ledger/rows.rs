@@ -165,10 +165,11 @@ impl Account {
         let peak = self.peak_bytes.filter(|&peak| peak > budget)?;
         let above = |row: &&Row| row.measured_bytes.unwrap_or(0).saturating_sub(row.planned_bytes);
         let row = self.rows.iter().max_by_key(above)?;
-        let [peak, budget, planned, measured] =
-            [peak, budget, row.planned_bytes, row.measured_bytes.unwrap_or(0)].map(ByteSize);
+        let (more, measured) = (peak - budget, row.measured_bytes.unwrap_or(0));
+        let [peak, more, budget, planned, measured] =
+            [peak, more, budget, row.planned_bytes, measured].map(ByteSize);
         Some(format!(
-            "the run took {peak}, more than the {budget} that are allowed; most of what was not \
+            "the run took {peak}, {more} more than the {budget} that are allowed; most of what was not \
              planned is in `{}`: {measured} instead of {planned}",
             row.name
         ))

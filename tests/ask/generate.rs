@@ -5,7 +5,7 @@ use std::io::Read;
 use std::process::Stdio;
 
 use crate::scene::{adapter, add_model, add_template, generate, ids, logits, stdout};
-use crate::training::{Workplace, error_of, fail, succeed};
+use crate::training::{Workplace, error_of, fail, stderr, succeed};
 
 /// Each word is the likeliest one after a forward pass over all words before it: what the
 /// key/value cache remembers is what the whole model computes, in every family, past the end of a
@@ -85,6 +85,13 @@ fn each_way_of_sampling_does_what_its_name_says() {
     ] {
         assert_eq!(ask(&only_the_likeliest), greedy, "{only_the_likeliest:?}");
     }
+    let mut command = place.nibble(&["generate", "--model", "model", "--raw", "--prompt", "w7"]);
+    command.args(["--top-p", "0.9", "--seed", "1"]);
+    let said = stderr(&succeed(command));
+    assert!(
+        said.contains("note: `--top-p`, `--seed` without effect: `--temperature` is 0"),
+        "{said}"
+    );
     let mut words = ids(&ask(&["--repetition-penalty", "100"]));
     words.extend([7, 31, 12]);
     let count = words.len();

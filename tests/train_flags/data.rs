@@ -89,6 +89,9 @@ fn eval_data() {
     };
     let expected: f64 = text.lines().map(targets).sum();
     assert_eq!(run.numbers("eval", "num_target_tokens"), [expected]);
+    let warning = "warning: the evaluation data are the training data";
+    assert!(!run.said.contains(warning));
+    assert!(runs.train("eval-data=train.jsonl max-steps=1").said.contains(warning));
 }
 
 #[test]

@@ -72,6 +72,9 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
         prepared.summaries.push(evaluation.summary("evaluation", &evaluation_rows));
         let feed = Feed::new(evaluation.documents, evaluation_rows, rows_per_batch, None)?;
         prepared.evaluate(feed.of_files(evaluation.files));
+        if prepared.evaluation_sha256 == Some(prepared.feed.fingerprint()) {
+            progress.note("warning: the evaluation data are the training data");
+        }
     }
     Ok(prepared)
 }
