@@ -159,6 +159,10 @@ fn init_adapter() {
     let first = runs.train("lora-r=4 adapter-dtype=f32 eval-data=eval.jsonl max-steps=6");
     let flags = "adapter-dtype=f32 eval-data=eval.jsonl learning-rate=1e-9";
     let second = runs.train(&format!("{flags} init-adapter={}", first.out));
+    let note = "the adapter was made with `--lora-dropout 0`, this run has 0.5";
+    assert!(!second.said.contains("the adapter was made with"), "{}", second.said);
+    let dropped = runs.train(&format!("{flags} init-adapter={} lora-dropout=0.5", first.out));
+    assert!(dropped.said.contains(note), "{}", dropped.said);
     assert_eq!(second.adapter_config()["r"], 4);
     // What the adapter decides is no setting of the run.
     let settings = &second.start()["settings"];

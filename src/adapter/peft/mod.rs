@@ -207,15 +207,19 @@ impl Adapter {
         PeftAdapter::open(dir, spec)?.into_trainable().map_err(|e| e.at(dir.display()))
     }
 
-    /// The same, to begin a run with: whose dropout is its own.
+    /// The same, to begin a run with, whose dropout is its own; and the dropout that it was made with.
     ///
     /// # Errors
     /// Those of [`load`](Self::load) and of [`LoraConfig::check_trainable`](super::LoraConfig::check_trainable).
-    pub fn load_to_begin_with(dir: &Path, spec: &ModelSpec, lora_dropout: f64) -> Result<Self> {
+    pub fn load_to_begin_with(
+        dir: &Path,
+        spec: &ModelSpec,
+        lora_dropout: f64,
+    ) -> Result<(Self, f64)> {
         let mut adapter = Adapter::load(dir, spec)?;
         adapter.config.check_trainable().map_err(|e| e.at(dir.display()))?;
-        adapter.config.lora_dropout = lora_dropout;
-        Ok(adapter)
+        let was = std::mem::replace(&mut adapter.config.lora_dropout, lora_dropout);
+        Ok((adapter, was))
     }
 }
 

@@ -279,7 +279,7 @@ fn tokens_of_pass(args: &MemoryArgs, spec: &ModelSpec) -> Result<usize> {
 /// The adapter's settings: those of `--init-adapter`, with a dropout of the run's own, or the flags'.
 fn lora(args: &MemoryArgs, spec: &ModelSpec) -> Result<LoraConfig> {
     let Some(folder) = &args.lora.init_adapter else { return args.lora.config() };
-    Ok(Adapter::load_to_begin_with(folder, spec, args.lora.lora_dropout)?.config)
+    Ok(Adapter::load_to_begin_with(folder, spec, args.lora.lora_dropout)?.0.config)
 }
 
 fn settings(

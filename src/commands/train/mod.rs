@@ -62,7 +62,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let mut output = Output::claim(&args.output, &progress)?;
     let base = Base::open(args)?;
     kernels.check(&base.spec)?;
-    let (adapter, origin) = base.adapter(args)?;
+    let (adapter, origin) = base.adapter(args, &progress)?;
     let mut data = data::prepare(args, &base, &progress)?;
     let identity = identity(args, &data);
     let max_steps = recipe.max_steps(data.feed.num_batches());
@@ -201,12 +201,17 @@ impl Base {
         ParameterCounts { trained, total: trained + frozen }
     }
 
-    fn adapter(&self, args: &TrainArgs) -> Result<(Adapter, AdapterOrigin)> {
+    fn adapter(&self, args: &TrainArgs, progress: &Progress) -> Result<(Adapter, AdapterOrigin)> {
         let lora = &args.lora;
         let (mut adapter, origin) = match &lora.init_adapter {
             Some(folder) => {
                 let dropout = lora.lora_dropout;
-                let adapter = Adapter::load_to_begin_with(folder, &self.spec, dropout)?;
+                let (adapter, was) = Adapter::load_to_begin_with(folder, &self.spec, dropout)?;
+                if was != dropout {
+                    progress.note(&format!(
+                        "the adapter was made with `--lora-dropout {was}`, this run has {dropout}"
+                    ));
+                }
                 (adapter, AdapterOrigin::Loaded)
             }
             None => {
