@@ -147,7 +147,11 @@ fn the_exit_code_says_whether_training_would_stop() {
     assert!(json.as_object().unwrap()["would_stop"].is_null());
     let (text, error) = refused(LINES, &[]);
     assert!(text.contains("\n\ntraining would stop: chat.jsonl:3: not valid JSON"), "{text}");
-    assert_eq!(error, "error: chat.jsonl cannot be trained on as it is\n");
+    assert_eq!(
+        error,
+        "error: chat.jsonl cannot be trained on as it is\nhint: mend the records that are named \
+         above, or take them out\n"
+    );
     let (text, error) = refused(good, &["--max-length", "32", "--json"]);
     let json: Value = serde_json::from_str(&text).unwrap();
     let why = json["would_stop"].as_str().unwrap();

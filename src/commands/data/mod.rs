@@ -51,10 +51,8 @@ pub fn run(args: &DataArgs) -> Result<()> {
 /// The report has said why; what to do about it stands here.
 fn refused(path: &Path, why: &Error) -> Error {
     let error = Error::input(format_args!("{} cannot be trained on as it is", path.display()));
-    match &why.message().hint {
-        Some(hint) => error.hint(hint),
-        None => error,
-    }
+    let general = "mend the records that are named above, or take them out".to_string();
+    error.hint(why.message().hint.as_ref().unwrap_or(&general))
 }
 
 /// The model; a folder with a tokenizer but no weights will do.
