@@ -249,14 +249,19 @@ fn padding_of_ready_tokens_goes() {
     assert_eq!((document.input_ids, document.labels), (vec![4, 5, 6], vec![-100, 5, 6]));
     for (mask, reason) in [
         (json!([1, 1]), "2 attention_masks for 3 input_ids"),
-        (json!([1, 2, 0]), "`attention_mask` holds something else than 0 and 1"),
-        (json!([1, "1", 0]), "`attention_mask` holds something else than 0 and 1"),
+        (json!([1, "1", 0]), "`attention_mask` holds something else than numbers"),
     ] {
         let record = json!({"input_ids": [4, 5, 6], "attention_mask": mask});
         assert_eq!(encode(&tokenizer, &record).unwrap_err(), reason);
     }
-    let plain = json!({"input_ids": [4, 5, 6], "attention_mask": null});
-    assert_eq!(encode(&tokenizer, &plain).unwrap().input_ids, [4, 5, 6]);
+    for (mask, ids) in [
+        (Value::Null, vec![4, 5, 6]),
+        (json!([true, true, false]), vec![4, 5]),
+        (json!([1, 2, 0]), vec![4, 5]),
+    ] {
+        let record = json!({"input_ids": [4, 5, 6], "attention_mask": mask});
+        assert_eq!(encode(&tokenizer, &record).unwrap().input_ids, ids);
+    }
 }
 
 #[test]

@@ -36,11 +36,7 @@ pub fn complete(
         if let Some(out) = out {
             let mut entries = resumed(command, &out, saved)?;
             // A run that is asked for epochs is not to end at its steps of before.
-            let asks = |name: &str| {
-                matches.value_source(&name.replace('-', "_")) == Some(ValueSource::CommandLine)
-                    || file.iter().any(|entry| entry.flag == name)
-            };
-            if asks("num-train-epochs") {
+            if matches.value_source("num_train_epochs") == Some(ValueSource::CommandLine) {
                 entries.retain(|entry| entry.flag != "max-steps");
             }
             let has_model =
@@ -97,11 +93,20 @@ fn resumed(command: &Command, out: &Path, saved: &SavedSettings) -> Result<Vec<E
         let entries = layers::read_toml(command, &file)?.into_iter();
         Ok(entries.map(|entry| (entry.flag.replace('-', "_"), entry.values)).collect())
     };
-    let last = file.exists().then(read).transpose()?;
+    let last = file.exists().then(read).transpose();
     let settings = match (saved(out)?, last) {
-        (Some(saved), Some(last)) => settings::renewed(saved, &last),
-        (Some(settings), None) | (None, Some(settings)) => settings,
-        (None, None) => return Ok(Vec::new()),
+        (Some(saved), Ok(Some(last))) if last.contains_key("model") => {
+            settings::renewed(saved, &last)
+        }
+        (Some(saved), last) => {
+            if let Err(error) = last {
+                eprintln!("warning: {error}; the settings are the checkpoint's");
+            }
+            saved
+        }
+        (None, Ok(Some(last))) => last,
+        (None, Ok(None)) => return Ok(Vec::new()),
+        (None, Err(error)) => return Err(error),
     };
     Ok(layers::saved_entries(command, &settings))
 }
@@ -346,10 +351,31 @@ mod tests {
         last.remove("eval_data");
         let text = crate::train::settings::to_toml(&last);
         std::fs::write(folder.path().join(SETTINGS_FILE), text).unwrap();
-        let args =
-            parse_saved(&["train", "--out", out, "--resume"], &move |_| Ok(Some(saved.clone())))?;
+        let from = saved.clone();
+        let again = ["train", "--out", out, "--resume"];
+        let args = parse_saved(&again, &move |_| Ok(Some(from.clone())))?;
         assert_eq!(args.optimization.max_steps, Some(9));
         assert_eq!((args.optimization.seed, args.data.eval_data), (3, None));
+        // What cannot be read is no reason not to go on.
+        let file = folder.path().join(SETTINGS_FILE);
+        let last = std::fs::read(&file).unwrap();
+        for text in ["unknown = 3", ""] {
+            std::fs::write(&file, text).unwrap();
+            let from = saved.clone();
+            let args = parse_saved(&again, &move |_| Ok(Some(from.clone())))?;
+            assert_eq!(
+                (args.optimization.max_steps, &*args.model.model),
+                (Some(4), Path::new("m"))
+            );
+        }
+        std::fs::write(&file, last).unwrap();
+        // A file of settings has the epochs of every run; the command line means this one.
+        let config = folder.path().join("run.toml");
+        std::fs::write(&config, "num_train_epochs = 1").unwrap();
+        let config = config.to_str().unwrap();
+        let args =
+            parse_saved(&["train", "--out", out, "--resume", "--config", config], &|_| Ok(None))?;
+        assert_eq!(args.optimization.max_steps, Some(9));
         let again = ["train", "--out", out, "--resume", "--num-train-epochs", "2"];
         let args = parse_saved(&again, &|_| Ok(None))?;
         assert_eq!(args.optimization.max_steps, None);

@@ -188,20 +188,20 @@ impl<'a> Encoder<'a> {
             let mut ids = self.tokenizer.encode(&text).map_err(rejection)?;
             let ends = ids.iter().any(|&id| self.ends_turn(id)) || self.close(&mut ids);
             template.check_tools(chat, &text)?;
-            chat.check_answers(&text)?;
+            template.check_answers(chat, &text)?;
             return Ok(Encoded {
-                content_left_out: chat.content_left_out(&text),
+                content_left_out: template.content_left_out(chat, &text),
                 reasoning_left_out: chat.reasoning_left_out(&text),
                 ..all_trained(ids, !ends)
             });
         }
         let rendered = template.render_with_turns(chat, &self.end_texts).map_err(|error| {
             let text = template.render(&chat.messages, &chat.variables, false);
-            let left_out = text.ok().and_then(|text| chat.check_answers(&text).err());
+            let left_out = text.ok().and_then(|text| template.check_answers(chat, &text).err());
             left_out.unwrap_or_else(|| refused(error))
         })?;
         template.check_tools(chat, &rendered.text)?;
-        chat.check_answers(&rendered.text)?;
+        template.check_answers(chat, &rendered.text)?;
         let (ids, offsets) =
             self.tokenizer.encode_with_offsets(&rendered.text).map_err(rejection)?;
         let turns = self.trained_turns(chat, &rendered)?;
@@ -209,7 +209,7 @@ impl<'a> Encoder<'a> {
         let empty = |turn: &&&Turn| turn.message.is_some_and(|index| chat.is_empty_answer(index));
         let empty_answers = turns.iter().filter(empty).count();
         Ok(Encoded {
-            content_left_out: chat.content_left_out(&rendered.text),
+            content_left_out: template.content_left_out(chat, &rendered.text),
             reasoning_left_out: chat.reasoning_left_out(&rendered.text),
             empty_answers,
             ..self.masked_but(ids, ranges)
@@ -279,7 +279,7 @@ impl<'a> Encoder<'a> {
         if let Some(labels) = labels {
             encoded.document.labels = labels.iter().map(|&label| label.max(MASKED)).collect();
         }
-        let last = encoded.document.labels.iter().rfind(|&&label| label != MASKED);
+        let last = encoded.document.labels.iter().rfind(|&&label| label >= 0);
         encoded.untrained_eos = last.is_some_and(|&label| !self.ends_turn(label as u32));
         encoded
     }

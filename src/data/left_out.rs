@@ -40,6 +40,57 @@ impl ChatTemplate {
         Ok(())
     }
 
+    /// Refuses a conversation whose text would be the same if one of the answers were empty.
+    ///
+    /// # Errors
+    /// Which one.
+    pub(super) fn check_answers(&self, chat: &Chat, text: &str) -> Result<(), Rejection> {
+        // Calls of tools may stand for what is said beside them.
+        let is_answer = |message: &Value| message["role"] == "assistant" && !calls(message);
+        let mut answers = (0..chat.messages.len()).filter(|&i| is_answer(&chat.messages[i]));
+        match answers.find(|&index| self.leaves_out(chat, index, text)) {
+            Some(index) => {
+                let what = format!("the chat template leaves messages[{index}].content out");
+                Err(Rejection::new(what).hint(
+                    "does it know the role `assistant`? Choose another `--chat-template`, such as \
+                     `chatml`",
+                ))
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Other messages that make no difference to the text by what they say.
+    pub(super) fn content_left_out(&self, chat: &Chat, text: &str) -> usize {
+        let is_heard = |message: &Value| {
+            let heard = ["system", "developer", "user"].into_iter();
+            heard
+                .chain(["assistant"].into_iter().filter(|_| calls(message)))
+                .any(|role| message["role"] == role)
+        };
+        let heard = (0..chat.messages.len()).filter(|&index| is_heard(&chat.messages[index]));
+        heard.filter(|&index| self.leaves_out(chat, index, text)).count()
+    }
+
+    /// Most templates write what is said as it stands, which is quickly seen.
+    fn leaves_out(&self, chat: &Chat, index: usize, text: &str) -> bool {
+        let Chat { messages, variables, .. } = chat;
+        let is_found = longest_line(&messages[index]).is_none_or(|line| text.contains(line));
+        !is_found && self.without_content(messages, variables, index).as_deref() == Some(text)
+    }
+
+    /// The text of a conversation in which message `index` says nothing; `None` where that is refused.
+    pub(super) fn without_content(
+        &self,
+        messages: &[Value],
+        variables: &Map<String, Value>,
+        index: usize,
+    ) -> Option<String> {
+        let mut messages = messages.to_vec();
+        messages[index]["content"] = "".into();
+        self.render(&messages, variables, false).ok()
+    }
+
     /// Messages of whose calls the text may have nothing: names of their own for all calls are not in it.
     fn calls_without_trace(
         &self,
@@ -72,33 +123,6 @@ impl Chat {
         self.variables.contains_key("tools") || self.messages.iter().any(calls)
     }
 
-    /// Refuses a conversation in whose text an answer does not stand.
-    ///
-    /// # Errors
-    /// Which one.
-    pub(super) fn check_answers(&self, text: &str) -> Result<(), Rejection> {
-        let mut answers = (0..).zip(&self.messages).filter(|(_, message)| is_answer(message));
-        match answers.find(|(_, message)| is_missing(message, text)) {
-            Some((index, _)) => {
-                let what = format!("the chat template leaves messages[{index}].content out");
-                Err(Rejection::new(what).hint(
-                    "does it know the role `assistant`? Choose another `--chat-template`, such as \
-                     `chatml`",
-                ))
-            }
-            None => Ok(()),
-        }
-    }
-
-    /// Messages to the assistant that are not in the text; what tools say may be written otherwise.
-    pub(super) fn content_left_out(&self, text: &str) -> usize {
-        let is_heard = |message: &&Value| {
-            ["system", "developer", "user"].into_iter().any(|role| message["role"] == role)
-        };
-        let heard = self.messages.iter().filter(is_heard);
-        heard.filter(|message| is_missing(message, text)).count()
-    }
-
     /// Messages whose reasoning is not in the text.
     pub(super) fn reasoning_left_out(&self, text: &str) -> usize {
         let reasoning = |message: &&Value| {
@@ -116,15 +140,6 @@ impl Chat {
     }
 }
 
-fn is_answer(message: &Value) -> bool {
-    message["role"] == "assistant"
-}
-
-/// Whether `text` lacks what a message says.
-fn is_missing(message: &Value, text: &str) -> bool {
-    longest_line(message).is_some_and(|line| !text.contains(line))
-}
-
 /// A line to know what a message says by, if it says something: templates write white space, and
 /// reasoning before the answer, in their own way.
 pub(super) fn longest_line(message: &Value) -> Option<&str> {
@@ -133,7 +148,8 @@ pub(super) fn longest_line(message: &Value) -> Option<&str> {
     answer.lines().map(str::trim).filter(|line| !line.is_empty()).max_by_key(|line| line.len())
 }
 
-fn calls(message: &Value) -> bool {
+/// Whether a message calls tools.
+pub(super) fn calls(message: &Value) -> bool {
     message["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty())
 }
 
@@ -196,19 +212,35 @@ mod tests {
     }
 
     #[test]
-    fn what_is_said_has_to_be_in_the_text() {
+    fn what_is_said_has_to_make_a_difference() {
+        let call = json!({"type": "function", "function": {"name": "f", "arguments": {}}});
         let said = chat(json!({"messages": [
             {"role": "system", "content": "rules"},
             {"role": "user", "content": " first\n  the second line \n"},
-            {"role": "assistant", "content": "<think>\na long thought\n</think>\n\nyes\nno"},
+            {"role": "assistant", "content": "<think>\na long thought\n</think>\n\nyes\n\"no\""},
+            {"role": "assistant", "content": "I look.", "tool_calls": [call]},
             {"role": "tool", "content": "\"quoted\""},
         ]}));
-        let text = "rules first the second line yes";
-        assert!(said.check_answers(text).is_ok());
-        assert_eq!(said.content_left_out(text), 0);
-        let refused = said.check_answers("rules a long thought").unwrap_err().reason;
-        assert_eq!(refused, "the chat template leaves messages[2].content out");
-        assert_eq!(said.content_left_out("yes"), 2);
+        let found = |template: &str| {
+            let template = ChatTemplate::at(0, template, Map::new()).unwrap();
+            let text = template.render(&said.messages, &said.variables, false).unwrap();
+            let refused = template.check_answers(&said, &text).err().map(|it| it.reason);
+            (refused, template.content_left_out(&said, &text))
+        };
+        let each = |body: &str| format!("{{% for m in messages %}}{body}{{% endfor %}}");
+        assert_eq!(found(&each("[{{ m.role }}] {{ m.content }}")), (None, 0));
+        // As a call alone, in JSON, in capitals, without the thought, and without white space.
+        let calls = "{% if m.tool_calls %}{{ m.tool_calls }}{% else %}{{ m.content }}{% endif %}";
+        assert_eq!(found(&each(calls)), (None, 1));
+        for written in ["tojson", "upper", "length", "replace('\\n', '')"] {
+            assert_eq!(found(&each(&format!("{{{{ m.content | {written} }}}}"))), (None, 0));
+        }
+        assert_eq!(found(&each("{{ m.content.split('</think>')[-1] | trim }}")), (None, 0));
+        let deaf = "{% if m.role != 'assistant' %}{{ m.content }}{% endif %}";
+        let out = Some("the chat template leaves messages[2].content out".to_string());
+        assert_eq!(found(&each(deaf)), (out, 1));
+        let user = "{% if m.role in ['user', 'assistant'] %}{{ m.content }}{% endif %}";
+        assert_eq!(found(&each(user)), (None, 1));
     }
 
     #[test]

@@ -231,12 +231,12 @@ fn alpaca_text(instruction: &str, input: Option<&str>) -> String {
     }
 }
 
-/// Padding goes: tokens that `attention_mask` has a 0 for.
+/// Padding goes: tokens that `attention_mask` has a 0 or `false` for.
 fn tokens(record: &Value) -> Result<Record, Rejection> {
     list(record, "input_ids")?;
-    let ids = numbers(record, "input_ids", "token ids")?.unwrap_or_default();
-    let beside = |key: &str, what: &str| {
-        let found = numbers::<i32>(record, key, what)?;
+    let ids = numbers(record, "input_ids", "token ids", Value::as_i64)?.unwrap_or_default();
+    let beside = |key: &str, what: &str, number: fn(&Value) -> Option<i64>| {
+        let found = numbers::<i32>(record, key, what, number)?;
         let count = found.as_ref().map_or(ids.len(), Vec::len);
         if count != ids.len() {
             let (count, key) = (count, noun(count, key.trim_end_matches('s')));
@@ -245,15 +245,13 @@ fn tokens(record: &Value) -> Result<Record, Rejection> {
         }
         Ok(found)
     };
-    let labels = beside("labels", "labels")?;
-    let Some(mask) = beside("attention_mask", "0 and 1")? else {
+    let labels = beside("labels", "labels", Value::as_i64)?;
+    let zero_or_not = |value: &Value| value.as_i64().or_else(|| value.as_bool().map(i64::from));
+    let Some(mask) = beside("attention_mask", "numbers", zero_or_not)? else {
         return Ok(Record::Tokens { input_ids: ids, labels });
     };
-    if mask.iter().any(|&heard| heard != 0 && heard != 1) {
-        return Err(Rejection::new("`attention_mask` holds something else than 0 and 1"));
-    }
     fn heard<T>(values: Vec<T>, mask: &[i32]) -> Vec<T> {
-        values.into_iter().zip(mask).filter(|(_, heard)| **heard == 1).map(|(it, _)| it).collect()
+        values.into_iter().zip(mask).filter(|(_, heard)| **heard != 0).map(|(it, _)| it).collect()
     }
     let labels = labels.map(|labels| heard(labels, &mask));
     Ok(Record::Tokens { input_ids: heard(ids, &mask), labels })
@@ -264,11 +262,12 @@ fn numbers<T: TryFrom<i64>>(
     record: &Value,
     key: &str,
     what: &str,
+    number: fn(&Value) -> Option<i64>,
 ) -> Result<Option<Vec<T>>, Rejection> {
     if record.get(key).is_none_or(Value::is_null) {
         return Ok(None);
     }
-    let number = |value: &Value| value.as_i64().and_then(|number| T::try_from(number).ok());
+    let number = |value: &Value| number(value).and_then(|number| T::try_from(number).ok());
     let numbers = list(record, key)?.iter().map(number).collect::<Option<_>>();
     let other = || Rejection::new(format!("`{key}` holds something else than {what}"));
     numbers.ok_or_else(other).map(Some)

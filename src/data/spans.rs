@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 
 use super::chat::Chat;
 use super::jinja::{GENERATION_BEGIN, GENERATION_END};
-use super::left_out::longest_line;
+use super::left_out::{calls, longest_line};
 use super::template::ChatTemplate;
 use crate::error::{Error, Result};
 
@@ -178,9 +178,13 @@ impl Conversation<'_> {
         };
         let ranges: Vec<Range<usize>> =
             text.match_indices(header).map(range).collect::<Option<_>>()?;
-        let says = |(index, range): (&usize, &Range<usize>)| {
-            let line = longest_line(&self.messages[*index]);
-            line.is_none_or(|line| text[range.clone()].contains(line))
+        let says = |(&index, range): (&usize, &Range<usize>)| {
+            let message = &self.messages[index];
+            let line = longest_line(message).filter(|_| !calls(message));
+            line.is_none_or(|line| text[range.clone()].contains(line)) || {
+                let without = self.template.without_content(self.messages, self.variables, index);
+                without.is_some_and(|without| range.contains(&common_prefix(text, &without)))
+            }
         };
         assistant.iter().zip(&ranges).all(says).then_some(ranges)
     }

@@ -166,15 +166,14 @@ pub fn saved_settings(out: &Path) -> Result<Option<SettingsEcho>> {
 }
 
 /// Removes all but the newest `limit` checkpoints up to that of step `newest`, which stays, and the one
-/// of `best`. Later ones were damaged, or the run would not have gone back behind them: they go, too.
-/// What is not a checkpoint stays.
+/// of `best`. Later ones are not touched: the run went back behind them, since they could not be read.
+/// Neither is what is no checkpoint.
 ///
 /// # Errors
 /// `Io`.
 pub fn thin_out(out: &Path, newest: u64, limit: usize, best: Option<u64>) -> Result<()> {
-    let (damaged, own): (Vec<u64>, Vec<u64>) = steps(out).into_iter().partition(|s| *s > newest);
-    let old = own.into_iter().skip(limit.max(1)).filter(|step| Some(*step) != best);
-    let old = old.chain(damaged);
+    let own = steps(out).into_iter().filter(|step| *step <= newest);
+    let old = own.skip(limit.max(1)).filter(|step| Some(*step) != best);
     // One that stays keeps no other.
     old.map(|step| remove(out, step)).fold(Ok(()), Result::and)
 }
@@ -186,8 +185,10 @@ fn remove(out: &Path, step: u64) -> Result<()> {
     fs::remove_dir_all(&to).map_err(|e| Error::io("remove", &to, e))
 }
 
-/// Removes what an interrupted session left behind under temporary names.
+/// Removes what an interrupted session left behind under temporary names, but for a checkpoint that was
+/// about to be written again.
 pub fn clear_leftovers(out: &Path) {
+    put_back(out);
     let entries = fs::read_dir(out).into_iter().flatten().flatten();
     for entry in entries {
         let file_name = entry.file_name();
@@ -195,6 +196,22 @@ pub fn clear_leftovers(out: &Path) {
         if name.strip_prefix('.').is_some_and(|name| name.starts_with(PREFIX)) {
             // Only in the way of disk space: the next save replaces it in any case.
             let _ = fs::remove_dir_all(entry.path());
+        }
+    }
+}
+
+/// Checkpoints that were moved away for newer ones of the same step, which never came.
+fn put_back(out: &Path) {
+    for entry in fs::read_dir(out).into_iter().flatten().flatten() {
+        let file_name = entry.file_name();
+        let name = file_name.to_string_lossy();
+        let hidden = name.strip_prefix('.').and_then(|name| name.strip_suffix(".replaced"));
+        if let Some(name) = hidden.filter(|name| name.starts_with(PREFIX)) {
+            let to = out.join(name);
+            if !to.exists() {
+                // One that cannot be moved is removed below, as the disk is in a bad state.
+                let _ = fs::rename(entry.path(), to);
+            }
         }
     }
 }

@@ -83,7 +83,10 @@ pub fn begin<M: Trainee>(
     let saved = found.event();
     let Found { folder, mut state } = found;
     compare(&state.identity, &identity)?;
-    state.history.push(Event::Save(saved));
+    let is_save = |event: &Event| matches!(event, Event::Save(save) if save.step == saved.step);
+    if !state.history.iter().any(is_save) {
+        state.history.push(Event::Save(saved));
+    }
     let was = std::mem::replace(&mut state.identity, identity);
     let now = &state.identity;
     let added_otherwise = was.sum_order.is_some_and(|order| Some(order) != now.sum_order);

@@ -7,7 +7,7 @@
 use std::fs;
 use std::path::Path;
 
-use serde::{Deserialize, Serialize};
+use serde::{Deserialize, Deserializer, Serialize};
 
 use super::events::Event;
 use super::settings::SettingsEcho;
@@ -32,8 +32,15 @@ pub struct Identity {
     /// Mean loss of the base model on the first tokens: the model's fingerprint.
     pub base_loss: f64,
     /// How its plan adds up; a session that has to do otherwise goes on with other last bits.
-    #[serde(default)]
+    #[serde(default, deserialize_with = "if_it_is_known")]
     pub sum_order: Option<SumOrder>,
+}
+
+/// What another version wrote is no reason not to go on.
+fn if_it_is_known<'de, D: Deserializer<'de>>(
+    deserializer: D,
+) -> std::result::Result<Option<SumOrder>, D::Error> {
+    Ok(serde_json::from_value(serde_json::Value::deserialize(deserializer)?).ok())
 }
 
 /// The lowest evaluation loss.

@@ -258,9 +258,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         if step == 0 || due(recipe.sample_steps) {
             self.sample_unless_done()?;
         }
-        // The last one waits for the last evaluation.
-        let due = improved || due(Some(recipe.saving.steps)) && step < self.state.max_steps;
-        if step > 0 && due {
+        if step > 0 && (improved || due(Some(recipe.saving.steps))) {
             self.save_unless_done()?;
         }
         Ok(true)

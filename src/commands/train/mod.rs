@@ -66,8 +66,8 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let mut data = data::prepare(args, &base, &progress)?;
     let identity = identity(args, &data);
     let max_steps = recipe.max_steps(data.feed.num_batches());
-    if let Some(step) = output.finished(&recipe, max_steps) {
-        return nothing_left(args, &output, &identity, step);
+    if let Some((step, reason)) = output.finished(&recipe, max_steps) {
+        return nothing_left(args, &output, &identity, (step, reason, max_steps));
     }
     warn(&base, &recipe, max_steps, &progress);
     let before = output.found.as_ref().and_then(|found| found.state.identity.sum_order);
@@ -140,15 +140,22 @@ fn nothing_left(
     args: &TrainArgs,
     output: &Output,
     identity: &Identity,
-    (step, reason): (u64, EndReason),
+    (step, reason, max_steps): (u64, EndReason, u64),
 ) -> Result<()> {
     if let Some(found) = &output.found {
         start::compare(&found.state.identity, identity)?;
     }
     let out = args.output.out.display();
+    let length = "`--num-train-epochs` or `--max-steps`";
     let (how, more) = match reason {
-        EndReason::EarlyStopping => ("stopped early", "`--early-stopping-patience`"),
-        _ => ("finished", "`--num-train-epochs` or `--max-steps`"),
+        EndReason::EarlyStopping if step < max_steps => {
+            ("stopped early", "`--early-stopping-patience`")
+        }
+        EndReason::EarlyStopping => (
+            "stopped early",
+            "`--early-stopping-patience`, and `--num-train-epochs` or `--max-steps`",
+        ),
+        _ => ("finished", length),
     };
     println!("{out}: {how} at step {step}; nothing is left to resume");
     eprintln!("to train on, give more {more};");

@@ -238,8 +238,12 @@ impl Search<'_> {
         };
         let candidate = fitting(batch, length).unwrap_or(all[0]);
         let most = demand.spec.learned_positions.unwrap_or(MOST_TOKENS);
-        let longest_document =
-            LENGTH_STEP * largest(most / LENGTH_STEP, |n| fitting(1, n * LENGTH_STEP).is_some());
+        let longest_document = match demand.spec.learned_positions {
+            Some(most) if fitting(1, most).is_some() => most,
+            _ => {
+                LENGTH_STEP * largest(most / LENGTH_STEP, |n| fitting(1, n * LENGTH_STEP).is_some())
+            }
+        };
         let longest = self.asked.sized(demand, 1, longest_document);
         let pinned = |candidate| demand.pinned_for(&longest, candidate);
         Way {

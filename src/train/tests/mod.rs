@@ -239,11 +239,15 @@ fn damaged_checkpoints_displace_none_that_is_made_behind_them() {
     recipe.saving = SaveRecipe { steps: 1, total_limit: 2 };
     let second = session(out.path(), &recipe, 8, true);
     assert!(matches!(second.result, Err(Error::Interrupted(_))));
+    let found = checkpoints::newest(out.path(), &mut |_| ()).unwrap().state.step;
+    assert!(found > 9 && found < 15, "{found}");
     let steps = checkpoints::steps(out.path());
-    assert!(steps[0] > 9 && steps[0] < 15 && steps[1] == steps[0] - 1, "{steps:?}");
-    for step in steps {
+    let own: Vec<u64> = steps.iter().copied().filter(|step| *step <= found).take(2).collect();
+    assert_eq!(own, [found, found - 1]);
+    for step in own {
         checkpoints::verify(&out.path().join(checkpoints::name(step))).unwrap();
     }
+    assert!(steps.contains(&15), "what cannot be read stays: {steps:?}");
 }
 
 /// Otherwise a run that is made longer has forgotten which weights were the best.
@@ -270,6 +274,10 @@ fn the_last_checkpoint_knows_all_that_was_found_out() {
             assert_eq!(numbers(&state.history), numbers(&run.events), "{steps}");
             let saved = saves(&run.events);
             assert!(saved.is_sorted_by(|a, b| a < b), "each is told of once: {saved:?}");
+            let longer = Recipe { length: Length::Steps(end.step + 1), ..recipe };
+            let longer = session(out.path(), &longer, NEVER, true);
+            let saved = saves(&longer.events);
+            assert!(saved.is_sorted_by(|a, b| a < b), "not by a session later: {saved:?}");
         }
     }
 }
@@ -288,6 +296,25 @@ fn the_end_comes_after_the_adapter() {
     assert_eq!(second.result.unwrap(), EndReason::Finished);
     assert_eq!(second.toy.master, first.toy.master);
     assert!(out.path().join("adapter_model.safetensors").exists());
+}
+
+/// The same step may be saved again: a session may end between the renames of that.
+#[test]
+fn a_checkpoint_that_was_moved_away_comes_back() {
+    let out = tempfile::tempdir().unwrap();
+    session(out.path(), &recipe(), 40, false);
+    let before = checkpoints::steps(out.path());
+    let (name, other) = (checkpoints::name(before[0]), checkpoints::name(before[1]));
+    let at = |name: &str| out.path().join(name);
+    fs::rename(at(&name), at(&format!(".{name}.replaced"))).unwrap();
+    fs::create_dir(at(&format!(".{name}.partial"))).unwrap();
+    fs::create_dir(at(&format!(".{other}.replaced"))).unwrap();
+    checkpoints::clear_leftovers(out.path());
+    assert_eq!(checkpoints::steps(out.path()), before);
+    checkpoints::verify(&at(&name)).unwrap();
+    checkpoints::verify(&at(&other)).unwrap();
+    let names = fs::read_dir(out.path()).unwrap().flatten().map(|entry| entry.file_name());
+    assert!(!names.into_iter().any(|name| name.to_string_lossy().starts_with(".checkpoint")));
 }
 
 #[test]
