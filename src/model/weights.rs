@@ -48,6 +48,11 @@ pub trait TensorSource {
     /// `Input` when there is none, or it is damaged.
     fn weight(&self, name: &str) -> Result<Weight>;
 
+    /// Whether linears are in 4-bit blocks already: whoever packed them left the others dense on purpose.
+    fn is_packed(&self) -> bool {
+        false
+    }
+
     /// Its values have been copied.
     fn release(&self, _name: &str) {}
 
@@ -62,6 +67,10 @@ impl TensorSource for Checkpoint {
 
     fn weight(&self, name: &str) -> Result<Weight> {
         Checkpoint::weight(self, name)
+    }
+
+    fn is_packed(&self) -> bool {
+        self.kind() == CheckpointKind::Bnb4bit
     }
 
     fn release(&self, name: &str) {
@@ -81,7 +90,8 @@ impl TensorSource for Checkpoint {
 }
 
 impl Weights {
-    /// Reads and, with `quantization`, quantizes the weights of `spec`. With `merge`, the tensors
+    /// Reads and, with `quantization`, quantizes the weights of `spec`, unless they are packed already: in
+    /// such a folder dense linears stay dense. With `merge`, the tensors
     /// that an adapter changes are dense: its change on top of what training saw.
     ///
     /// # Errors
@@ -92,6 +102,7 @@ impl Weights {
         quantization: Option<&BlockFormat>,
         merge: Option<&Merge>,
     ) -> Result<Self> {
+        let quantization = quantization.filter(|_| !source.is_packed());
         let reader = Reader { source, spec, quantization, merge };
         spec.check_no_further_layer(|name| source.contains(name))?;
         let (v, d) = (spec.vocab_size, spec.hidden_size);

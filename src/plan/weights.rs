@@ -84,13 +84,14 @@ impl StreamedBytes {
 }
 
 impl WeightBytes {
-    /// Of a checkpoint that is opened; `format` packs dense linears.
+    /// Of a checkpoint that is opened; `format` packs dense linears, unless others are packed already.
     pub fn of_checkpoint(
         checkpoint: &Checkpoint,
         spec: &ModelSpec,
         format: Option<&BlockFormat>,
         place: Place,
     ) -> Self {
+        let format = format.filter(|_| checkpoint.kind() != CheckpointKind::Bnb4bit);
         let bytes = |tensor: &TensorSpec| stored_bytes(checkpoint, tensor, format, place);
         let as_stored = match checkpoint.kind() {
             CheckpointKind::Bnb4bit => true,

@@ -3,8 +3,13 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 
+use nibble::checkpoint::Checkpoint;
+use nibble::kernels::cpu::FrozenMatrix;
+use nibble::model::families::spec_from_config;
+use nibble::model::weights::Weights;
+use nibble::plan::{Place, WeightBytes};
 use nibble_quant::{BlockFormat, Floats, PackedWeight, QuantType};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::tensors::{Tensor, of_file, of_folder, shards};
 use crate::training::{Workplace, fail, succeed};
@@ -110,6 +115,32 @@ fn skipped_linears_stay_dense_and_the_config_says_so() {
     let said = config["quantization_config"]["llm_int8_skip_modules"].as_array().unwrap();
     let said: BTreeSet<&str> = said.iter().map(|name| name.as_str().unwrap()).collect();
     assert_eq!(said, modules.iter().map(String::as_str).collect());
+
+    // And are used as they are, by whatever reads them.
+    let checkpoint = Checkpoint::open(&place.path("out")).unwrap();
+    let spec = spec_from_config(checkpoint.config()).unwrap();
+    let format = Some(BlockFormat::default());
+    let weights = Weights::load(&checkpoint, &spec, format.as_ref(), None).unwrap();
+    let mut dense = 0;
+    for linear in weights.blocks.iter().flat_map(|block| &block.linears) {
+        let is_packed = matches!(linear.weight, FrozenMatrix::Packed(_));
+        assert_eq!(is_packed, !skipped(&linear.module), "{}", linear.module);
+        dense += if is_packed { 0 } else { linear.weight.bytes() as u64 };
+    }
+    let planned = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), Place::Host);
+    assert_eq!(planned.resident.dense_linears, dense);
+    let measure = |more: &[&str]| {
+        let mut command = place.nibble(&["memory", "--model", "out", "--json", "--device", "cpu"]);
+        command.args(["--max-length", "32", "--measure", "1"]).args(more);
+        let found: Value = serde_json::from_slice(&succeed(command).stdout).unwrap();
+        let rows = found["measured"]["rows"].as_array().unwrap().clone();
+        rows.into_iter().filter(|row| row["name"] != "program, tokenizer, data").collect::<Vec<_>>()
+    };
+    let name = "linears that are not packed";
+    let rows = measure(&[]);
+    let row = rows.iter().find(|row| row["name"] == name).unwrap();
+    assert_eq!((&row["planned_bytes"], &row["measured_bytes"]), (&json!(dense), &json!(dense)));
+    assert!(measure(&["--weights", "stream"]).iter().all(|row| row["name"] != name));
 }
 
 #[test]
