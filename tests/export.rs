@@ -218,6 +218,14 @@ fn what_is_read_is_not_replaced() {
     assert!(place.read("base/model.safetensors") == before);
     export(&place, &[]);
     ask("out.gguf", "out.gguf");
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("/dev/null", place.path("null")).unwrap();
+        let device = ["export", "--model", "base", "--out", "null", "--overwrite"];
+        let (_, text) = fail(place.nibble(&device));
+        assert!(text.contains("null is no file that could be replaced"), "{text}");
+        fs::remove_file(place.path("null")).unwrap();
+    }
     for _ in 0..2 {
         let inside = ["export", "--model", "base", "--out", "base/m.gguf", "--overwrite"];
         succeed(place.nibble(&inside));

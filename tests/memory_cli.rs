@@ -257,6 +257,23 @@ fn a_chosen_mix_fills_the_planned_arena() {
     assert!(any(|mix| mix.0 == 0), "{seen:?}");
 }
 
+/// A page is written over a page, not over what somebody has.
+#[test]
+fn a_page_takes_no_other_file_s_place() {
+    let place = Workplace::new();
+    let before = place.read("model/config.json");
+    let mut command = place.nibble(&["memory", "--model", "model", "--device", "cpu"]);
+    command.args(["--html", "model/config.json"]);
+    let (code, text) = fail(command);
+    assert!(code == 2 && text.contains("is there already, and no page of Nibble"), "{text}");
+    assert_eq!(place.read("model/config.json"), before);
+    for _ in 0..2 {
+        let mut command = place.nibble(&["memory", "--model", "model", "--device", "cpu"]);
+        command.args(["--html", "page.html"]);
+        succeed(command);
+    }
+}
+
 #[test]
 fn a_measured_run_fills_the_planned_arena() {
     let place = Workplace::new();

@@ -34,7 +34,7 @@ impl AtomicDir {
         };
         let temporary = parent(destination).join(format!(".{name}.partial"));
         let replaced = replaced_name(destination);
-        if replaced.exists() && !destination.exists() {
+        if replaced.is_dir() && !destination.exists() {
             // An earlier run ended between the two renames of its commit.
             rename(&replaced, destination)?;
             check_destination(destination, overwrite)?;
@@ -99,8 +99,12 @@ impl Drop for AtomicDir {
 /// Refuses a destination with files in it: they could be somebody's work.
 ///
 /// # Errors
-/// `Usage` when it is not empty and may not be overwritten.
+/// `Usage` when it is not empty and may not be overwritten, or no folder.
 pub fn check_destination(destination: &Path, overwrite: bool) -> Result<()> {
+    if destination.exists() && !destination.is_dir() {
+        let what = format_args!("{} is a file, expected a folder", destination.display());
+        return Err(Error::usage(what).hint("choose another `--out`"));
+    }
     let occupied = match fs::read_dir(destination) {
         Ok(mut entries) => entries.next().is_some(),
         Err(_) => destination.exists(),
@@ -108,6 +112,24 @@ pub fn check_destination(destination: &Path, overwrite: bool) -> Result<()> {
     if occupied && !overwrite {
         return Err(Error::usage(format_args!("{} is not empty", destination.display()))
             .hint("choose another `--out`, or replace it with `--overwrite`"));
+    }
+    Ok(())
+}
+
+/// Refuses to put a file in the place of what is none, such as a device or a pipe.
+///
+/// # Errors
+/// `Usage` when `output` is there and no file, or is to be left alone and there.
+pub fn check_new_file(output: &Path, overwrite: bool) -> Result<()> {
+    let Ok(there) = output.metadata() else { return Ok(()) };
+    let shown = output.display();
+    if !there.is_file() {
+        return Err(Error::usage(format_args!("{shown} is no file that could be replaced"))
+            .hint("choose another `--out`"));
+    }
+    if !overwrite {
+        return Err(Error::usage(format_args!("{shown} is there already"))
+            .hint("give another `--out`, or `--overwrite`"));
     }
     Ok(())
 }

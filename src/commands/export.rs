@@ -7,7 +7,7 @@ use candle_core::quantized::gguf_file::Value as Metadata;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::adapter::Adapter;
-use crate::checkpoint::atomic::parent;
+use crate::checkpoint::atomic::{check_new_file, parent};
 use crate::checkpoint::{Checkpoint, Export, gguf_fields};
 use crate::cli::export::ExportArgs;
 use crate::cli::size::ByteSize;
@@ -23,10 +23,7 @@ use crate::train::interrupt::Interrupt;
 /// Every wrong input before the first byte is written; `Io` when the disk refuses.
 pub fn run(args: &ExportArgs) -> Result<()> {
     super::set_threads(args.threads)?;
-    if args.out.exists() && !args.overwrite {
-        return Err(Error::usage(format_args!("{} is there already", args.out.display()))
-            .hint("give another `--out`, or `--overwrite`"));
-    }
+    check_new_file(&args.out, args.overwrite)?;
     for input in [Some(&args.model), args.adapter.as_ref()].into_iter().flatten() {
         check_not_part(input, &args.out)?;
     }

@@ -6,6 +6,7 @@ mod measure;
 mod print;
 mod room;
 
+use std::io::Read;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
@@ -121,6 +122,9 @@ fn show(args: &MemoryArgs, run: &PlannedRun) -> Result<()> {
 }
 
 fn check(args: &MemoryArgs) -> Result<()> {
+    if let Some(page) = &args.html {
+        check_page(page)?;
+    }
     let other = [("--measure", args.measure.is_some()), ("--html", args.html.is_some())];
     match other.into_iter().find(|(_, given)| args.fit && *given) {
         None => Ok(()),
@@ -129,6 +133,18 @@ fn check(args: &MemoryArgs) -> Result<()> {
         ))
         .hint(format_args!("leave out `--fit`, and give `{flag}` the flags that it printed"))),
     }
+}
+
+/// Pages are written over, other files are somebody's.
+fn check_page(path: &Path) -> Result<()> {
+    let Ok(mut file) = std::fs::File::open(path) else { return Ok(()) };
+    let mut head = [0; memory_page::HEAD.len()];
+    let is_page = file.read_exact(&mut head).is_ok() && head == *memory_page::HEAD.as_bytes();
+    if is_page || path.is_dir() {
+        return Ok(());
+    }
+    let what = format_args!("--html {} is there already, and no page of Nibble", path.display());
+    Err(Error::usage(what).hint("choose another name"))
 }
 
 /// A plan alone may be for another machine, a trial is made on this one.
