@@ -33,10 +33,7 @@ impl AtomicDir {
             return Err(Error::usage(what));
         };
         let temporary = parent(destination).join(format!(".{name}.partial"));
-        let replaced = replaced_name(destination);
-        if replaced.is_dir() && !destination.exists() {
-            // An earlier run ended between the two renames of its commit.
-            rename(&replaced, destination)?;
+        if put_back(destination)? {
             check_destination(destination, overwrite)?;
         }
         if temporary.exists() {
@@ -94,6 +91,20 @@ impl Drop for AtomicDir {
             let _ = fs::remove_dir_all(&self.temporary);
         }
     }
+}
+
+/// Moves the folder back that was moved away for a new `destination`, where an earlier run ended between
+/// the two renames of its commit; whether it did.
+///
+/// # Errors
+/// `Io`.
+pub fn put_back(destination: &Path) -> Result<bool> {
+    let replaced = replaced_name(destination);
+    let is_missing = replaced.is_dir() && !destination.exists();
+    if is_missing {
+        rename(&replaced, destination)?;
+    }
+    Ok(is_missing)
 }
 
 /// Refuses a destination with files in it: they could be somebody's work.

@@ -48,6 +48,14 @@ pub enum CheckpointKind {
     Gguf,
 }
 
+impl CheckpointKind {
+    /// How dense linears are packed while they are loaded, if `format` is asked for: not at all where others
+    /// are packed already, since whoever packed those left these dense on purpose.
+    pub fn packing<F>(self, format: Option<F>) -> Option<F> {
+        format.filter(|_| self != CheckpointKind::Bnb4bit)
+    }
+}
+
 /// How a tensor is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum StoredType {

@@ -7,6 +7,7 @@ use clap::{ArgAction, Args, ValueHint};
 
 use super::numbers;
 use crate::data::{DataOptions, Format, TrainOn, Truncation};
+use crate::model::spec::ModelSpec;
 
 /// How records become trained tokens.
 #[derive(Debug, Clone, Args)]
@@ -30,14 +31,14 @@ pub struct DataFormatArgs {
 }
 
 impl DataFormatArgs {
-    /// With a longest document of `max_length` tokens, or of as many as a model has learned positions for.
-    pub fn options(&self, max_length: usize, positions: Option<usize>) -> DataOptions {
+    /// With a longest document of `max_length` tokens, or of as many as the model has learned positions for.
+    pub fn options(&self, max_length: usize, spec: &ModelSpec) -> DataOptions {
         DataOptions {
             format: self.format,
             train_on: self.train_on,
             truncation: self.truncation,
-            max_length: max_length.min(positions.unwrap_or(usize::MAX)),
-            positions,
+            max_length: spec.possible_length(max_length),
+            positions: spec.learned_positions,
             rename_columns: self.rename_columns.clone(),
         }
     }

@@ -65,6 +65,12 @@ pub fn check_names(adapters: &[NamedAdapter]) -> crate::error::Result<()> {
     Ok(())
 }
 
+// Defaults of random draws.
+const TOP_K: usize = 50;
+const TOP_P: f32 = 1.0;
+const MIN_P: f32 = 0.0;
+const SEED: u64 = 42;
+
 /// How answers are made; names as in transformers' `GenerationConfig`.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Generation")]
@@ -79,19 +85,19 @@ pub struct GenerationArgs {
     #[arg(long, value_name = "NUMBER", default_value_t = 0.0, value_parser = numbers::any)]
     pub temperature: f32,
     /// Draw from the k likeliest tokens; 0 is all
-    #[arg(long, value_name = "K", default_value_t = 50, value_parser = numbers::whole::<usize>)]
+    #[arg(long, value_name = "K", default_value_t = TOP_K, value_parser = numbers::whole::<usize>)]
     pub top_k: usize,
     /// Draw from the likeliest tokens that together reach this probability
-    #[arg(long, value_name = "P", default_value_t = 1.0, value_parser = numbers::any)]
+    #[arg(long, value_name = "P", default_value_t = TOP_P, value_parser = numbers::any)]
     pub top_p: f32,
     /// Draw from tokens at least this likely, relative to the likeliest
-    #[arg(long, value_name = "P", default_value_t = 0.0, value_parser = numbers::any)]
+    #[arg(long, value_name = "P", default_value_t = MIN_P, value_parser = numbers::any)]
     pub min_p: f32,
     /// Make tokens that occurred less likely; 1 is off
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = numbers::any)]
     pub repetition_penalty: f32,
     /// Seed of the draws
-    #[arg(long, value_name = "NUMBER", default_value_t = 42, value_parser = numbers::whole::<u64>)]
+    #[arg(long, value_name = "NUMBER", default_value_t = SEED, value_parser = numbers::whole::<u64>)]
     pub seed: u64,
     /// Where it computes.
     #[command(flatten)]
@@ -105,10 +111,10 @@ impl GenerationArgs {
     /// Flags of random draws where none are made.
     pub fn idle_flags(&self) -> Option<String> {
         let set = [
-            ("--top-k", self.top_k != 50),
-            ("--top-p", self.top_p != 1.0),
-            ("--min-p", self.min_p != 0.0),
-            ("--seed", self.seed != 42),
+            ("--top-k", self.top_k != TOP_K),
+            ("--top-p", self.top_p != TOP_P),
+            ("--min-p", self.min_p != MIN_P),
+            ("--seed", self.seed != SEED),
         ];
         let names: Vec<String> =
             set.iter().filter(|(_, set)| *set).map(|(name, _)| format!("`{name}`")).collect();

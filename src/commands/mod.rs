@@ -48,8 +48,7 @@ pub fn run(command: &Command) -> Result<()> {
 /// Says that dense weights are packed while they are loaded: what is asked of a merged model should
 /// not be answered by a coarser one unawares.
 fn note_packing(base: &BaseModelArgs, kind: CheckpointKind) {
-    let format = base.block_format().filter(|_| kind != CheckpointKind::Bnb4bit);
-    if let Some(format) = format {
+    if let Some(format) = kind.packing(base.block_format()) {
         let (model, quant_type) = (base.model.display(), format.quant_type.as_str());
         eprintln!(
             "{model}: linears are packed as {quant_type}; `--quantization none` takes them as they are"

@@ -62,11 +62,10 @@ impl ChatTemplate {
 
     /// Other messages that make no difference to the text by what they say.
     pub(super) fn content_left_out(&self, chat: &Chat, text: &str) -> usize {
-        let is_heard = |message: &Value| {
-            let heard = ["system", "developer", "user"].into_iter();
-            heard
-                .chain(["assistant"].into_iter().filter(|_| calls(message)))
-                .any(|role| message["role"] == role)
+        let is_heard = |message: &Value| match message["role"].as_str() {
+            Some("system" | "developer" | "user") => true,
+            Some("assistant") => calls(message),
+            _ => false,
         };
         let heard = (0..chat.messages.len()).filter(|&index| is_heard(&chat.messages[index]));
         heard.filter(|&index| self.leaves_out(chat, index, text)).count()

@@ -101,20 +101,17 @@ impl LoadReport {
             let (place, most) = (at(self.too_long[0]), options.max_length);
             let (count, all) = (self.too_long.len(), self.lengths.len());
             let verb = if count == 1 { "is" } else { "are" };
+            let way = match options.positions {
+                Some(positions) if positions < longest as usize => {
+                    format!("the model has {positions} positions: choose")
+                }
+                _ => format!("raise `--max-length` to {longest}, or choose"),
+            };
             return Err(Error::input(format_args!(
                 "{place}: document is longer than {most} tokens ({count} of {all} {verb}, \
                  the longest has {longest})"
             ))
-            .hint(match options.positions {
-                Some(positions) if positions < longest as usize => format!(
-                    "the model has {positions} positions: choose `--truncation drop`, `right`, \
-                     `left` or `split`"
-                ),
-                _ => format!(
-                    "raise `--max-length` to {longest}, or choose `--truncation drop`, `right`, \
-                     `left` or `split`"
-                ),
-            }));
+            .hint(format_args!("{way} `--truncation drop`, `right`, `left` or `split`")));
         }
         if self.documents == 0 {
             let error = Error::input(format_args!("{place}: no record has a token to train on"));

@@ -304,6 +304,11 @@ impl ModelSpec {
         self.num_heads * self.head_dim
     }
 
+    /// So many tokens, or no more than there are learned positions.
+    pub fn possible_length(&self, tokens: usize) -> usize {
+        tokens.min(self.learned_positions.unwrap_or(usize::MAX))
+    }
+
     /// The longest trained sequence in tokens, of a model that computes longer ones all the same:
     /// rotary positions go on, learned ones do not.
     pub fn trained_length(&self) -> Option<usize> {

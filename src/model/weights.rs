@@ -48,9 +48,9 @@ pub trait TensorSource {
     /// `Input` when there is none, or it is damaged.
     fn weight(&self, name: &str) -> Result<Weight>;
 
-    /// Whether linears are in 4-bit blocks already: whoever packed them left the others dense on purpose.
-    fn is_packed(&self) -> bool {
-        false
+    /// How dense linears are packed, if `format` is asked for: see [`CheckpointKind::packing`].
+    fn packing<'f>(&self, format: Option<&'f BlockFormat>) -> Option<&'f BlockFormat> {
+        format
     }
 
     /// Its values have been copied.
@@ -69,8 +69,8 @@ impl TensorSource for Checkpoint {
         Checkpoint::weight(self, name)
     }
 
-    fn is_packed(&self) -> bool {
-        self.kind() == CheckpointKind::Bnb4bit
+    fn packing<'f>(&self, format: Option<&'f BlockFormat>) -> Option<&'f BlockFormat> {
+        self.kind().packing(format)
     }
 
     fn release(&self, name: &str) {
@@ -91,8 +91,8 @@ impl TensorSource for Checkpoint {
 
 impl Weights {
     /// Reads and, with `quantization`, quantizes the weights of `spec`, unless they are packed already: in
-    /// such a folder dense linears stay dense. With `merge`, the tensors
-    /// that an adapter changes are dense: its change on top of what training saw.
+    /// such a folder dense linears stay dense. With `merge`, the tensors that an adapter changes are dense:
+    /// its change on top of what training saw.
     ///
     /// # Errors
     /// `Input` naming the tensor when one is missing, has another shape, or is not finite.
@@ -102,7 +102,7 @@ impl Weights {
         quantization: Option<&BlockFormat>,
         merge: Option<&Merge>,
     ) -> Result<Self> {
-        let quantization = quantization.filter(|_| !source.is_packed());
+        let quantization = source.packing(quantization);
         let reader = Reader { source, spec, quantization, merge };
         spec.check_no_further_layer(|name| source.contains(name))?;
         let (v, d) = (spec.vocab_size, spec.hidden_size);

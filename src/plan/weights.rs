@@ -91,7 +91,7 @@ impl WeightBytes {
         format: Option<&BlockFormat>,
         place: Place,
     ) -> Self {
-        let format = format.filter(|_| checkpoint.kind() != CheckpointKind::Bnb4bit);
+        let format = checkpoint.kind().packing(format);
         let bytes = |tensor: &TensorSpec| stored_bytes(checkpoint, tensor, format, place);
         let as_stored = match checkpoint.kind() {
             CheckpointKind::Bnb4bit => true,

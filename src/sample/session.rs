@@ -57,7 +57,7 @@ impl<K: Kernels> Session<K> {
         let given = adapter.is_some();
         let (weights, adapter) = load_weights(&checkpoint, &spec, quantization, adapter)?;
         let merged = given && adapter.is_none();
-        let context_tokens = context_tokens.min(spec.learned_positions.unwrap_or(usize::MAX));
+        let context_tokens = spec.possible_length(context_tokens);
         let speaker = Speaker::new(tokenizer, &spec.eos_token_ids)?;
         let weights = weights.upload(&kernels)?;
         let model = Some(equip(&kernels, spec, weights, adapter.as_ref(), context_tokens)?);

@@ -188,30 +188,16 @@ fn remove(out: &Path, step: u64) -> Result<()> {
 /// Removes what an interrupted session left behind under temporary names, but for a checkpoint that was
 /// about to be written again.
 pub fn clear_leftovers(out: &Path) {
-    put_back(out);
     let entries = fs::read_dir(out).into_iter().flatten().flatten();
     for entry in entries {
         let file_name = entry.file_name();
         let name = file_name.to_string_lossy();
-        if name.strip_prefix('.').is_some_and(|name| name.starts_with(PREFIX)) {
+        if let Some(hidden) = name.strip_prefix('.').filter(|name| name.starts_with(PREFIX)) {
+            let checkpoint = hidden.split('.').next().unwrap_or(hidden);
+            // One that cannot be moved is removed like the rest: the disk is in a bad state.
+            let _ = atomic::put_back(&out.join(checkpoint));
             // Only in the way of disk space: the next save replaces it in any case.
             let _ = fs::remove_dir_all(entry.path());
-        }
-    }
-}
-
-/// Checkpoints that were moved away for newer ones of the same step, which never came.
-fn put_back(out: &Path) {
-    for entry in fs::read_dir(out).into_iter().flatten().flatten() {
-        let file_name = entry.file_name();
-        let name = file_name.to_string_lossy();
-        let hidden = name.strip_prefix('.').and_then(|name| name.strip_suffix(".replaced"));
-        if let Some(name) = hidden.filter(|name| name.starts_with(PREFIX)) {
-            let to = out.join(name);
-            if !to.exists() {
-                // One that cannot be moved is removed below, as the disk is in a bad state.
-                let _ = fs::rename(entry.path(), to);
-            }
         }
     }
 }

@@ -31,7 +31,7 @@ pub fn run(args: &DataArgs) -> Result<()> {
         PeftAdapter::open(adapter, &spec)?;
     }
     let tokenizer = ChatTokenizer::open_for(&args.model, template, adapter)?;
-    let options = args.format.options(args.max_length, spec.learned_positions);
+    let options = args.format.options(args.max_length, &spec);
     let encoder = Encoder::new(&tokenizer, spec.vocab_size, options.train_on)?;
     let bar = reading::bar();
     let watch = |bytes, of| reading::show(&bar, bytes, of);

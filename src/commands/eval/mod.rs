@@ -80,7 +80,7 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
 }
 
 fn read_data(args: &EvalArgs, spec: &ModelSpec) -> Result<(Dataset, ChatTokenizer)> {
-    let options = args.format.options(args.max_length, spec.learned_positions);
+    let options = args.format.options(args.max_length, spec);
     let (template, adapter) = (args.format.chat_template.as_deref(), args.adapter.as_deref());
     let tokenizer = ChatTokenizer::open_for(&args.base.model, template, adapter)?;
     let encoder = Encoder::new(&tokenizer, spec.vocab_size, options.train_on)?;

@@ -277,7 +277,7 @@ fn bare_config(path: &Path) -> Result<Option<Value>> {
 
 /// Tokens of a row: no more than the model has learned positions for, as in training.
 fn row_length(args: &MemoryArgs, spec: &ModelSpec) -> usize {
-    args.max_length.get().min(spec.learned_positions.unwrap_or(usize::MAX))
+    spec.possible_length(args.max_length.get())
 }
 
 /// Tokens of a forward pass: fewer than no machine could ever hold.

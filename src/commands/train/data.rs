@@ -18,9 +18,11 @@ use crate::train::progress::Progress;
 pub struct Prepared {
     /// Training data.
     pub feed: Feed,
+    /// Their fingerprint.
+    pub training_sha256: String,
     /// Evaluation batches; may be empty.
     pub evaluation: Vec<Batch>,
-    /// Fingerprint of the evaluation data.
+    /// That of the evaluation data.
     pub evaluation_sha256: Option<String>,
     /// Tokens of the largest batch, evaluation included.
     pub largest_batch_tokens: usize,
@@ -62,6 +64,7 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
         largest_batch_tokens: feed.largest_batch_tokens(),
         most_batch_targets: feed.most_batch_targets(),
         longest_document_tokens: feed.longest_document_tokens(),
+        training_sha256: feed.fingerprint(),
         feed,
         evaluation: Vec::new(),
         evaluation_sha256: None,
@@ -72,7 +75,7 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
         prepared.summaries.push(evaluation.summary("evaluation", &evaluation_rows));
         let feed = Feed::new(evaluation.documents, evaluation_rows, rows_per_batch, None)?;
         prepared.evaluate(feed.of_files(evaluation.files));
-        if prepared.evaluation_sha256 == Some(prepared.feed.fingerprint()) {
+        if prepared.evaluation_sha256.as_ref() == Some(&prepared.training_sha256) {
             progress.note("warning: the evaluation data are the training data");
         }
     }
@@ -88,7 +91,7 @@ fn lengths(documents: &[Document]) -> Vec<usize> {
 }
 
 fn options(args: &TrainArgs, base: &super::Base) -> DataOptions {
-    args.data.format.options(args.data.max_length, base.spec.learned_positions)
+    args.data.format.options(args.data.max_length, &base.spec)
 }
 
 /// Documents of files, or a part of them.

@@ -146,19 +146,15 @@ fn nothing_left(
         start::compare(&found.state.identity, identity)?;
     }
     let out = args.output.out.display();
-    let length = "`--num-train-epochs` or `--max-steps`";
-    let (how, more) = match reason {
-        EndReason::EarlyStopping if step < max_steps => {
-            ("stopped early", "`--early-stopping-patience`")
-        }
-        EndReason::EarlyStopping => (
-            "stopped early",
-            "`--early-stopping-patience`, and `--num-train-epochs` or `--max-steps`",
-        ),
-        _ => ("finished", length),
-    };
+    let early = reason == EndReason::EarlyStopping;
+    let how = if early { "stopped early" } else { "finished" };
+    let more = [
+        early.then_some("`--early-stopping-patience`"),
+        (!early || step >= max_steps).then_some("`--num-train-epochs` or `--max-steps`"),
+    ];
+    let more: Vec<&str> = more.into_iter().flatten().collect();
     println!("{out}: {how} at step {step}; nothing is left to resume");
-    eprintln!("to train on, give more {more};");
+    eprintln!("to train on, give more {};", more.join(", and "));
     eprintln!("to train its adapter further, give `--init-adapter {out}` and another `--out`");
     Ok(())
 }
@@ -268,7 +264,7 @@ impl Base {
 fn identity(args: &TrainArgs, data: &Prepared) -> Identity {
     Identity {
         settings: args.settings.clone(),
-        data_sha256: data.feed.fingerprint(),
+        data_sha256: data.training_sha256.clone(),
         eval_data_sha256: data.evaluation_sha256.clone(),
         base_loss: f64::NAN,
         sum_order: None,
