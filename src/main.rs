@@ -3,6 +3,7 @@
 use std::io::Write;
 use std::process::ExitCode;
 
+use nibble::checkpoint::atomic;
 use nibble::cli::Cli;
 use nibble::error::Error;
 use nibble::kernels::cuda::devices;
@@ -12,6 +13,7 @@ fn main() -> ExitCode {
     allocator::return_freed_memory();
     devices::load_kernels_when_used();
     printed::end_with_reader();
+    atomic::outlive_size_limits();
     let arguments: Vec<_> = std::env::args_os().collect();
     let command = arguments.get(1).map(|name| name.to_string_lossy().into_owned());
     let cli = Cli::from_arguments(arguments);

@@ -38,6 +38,20 @@ fn offloaded_inputs_wait_in_a_file_beside_the_run() {
     }
 }
 
+/// Found before a step, not when the trial saves.
+#[test]
+#[cfg(unix)]
+fn a_folder_for_temporary_files_that_is_not_there_is_told_first() {
+    let place = Workplace::new();
+    let mut command = place.nibble(&["memory", "--model", "model", "--measure", "1"]);
+    command.args(["--device", "cpu", "--max-length", "32"]).env("TMPDIR", "nowhere");
+    let (code, text) = fail(command);
+    assert_eq!(code, 1);
+    assert!(!text.contains("step 1"), "{text}");
+    assert!(text.contains("error: cannot create a folder in nowhere"), "{text}");
+    assert!(text.contains("hint: set `TMPDIR` to a folder that can be written"), "{text}");
+}
+
 /// A run has its tokenizer all the time, and so has a trial of it: given back before, it would be a free
 /// part of the heap.
 #[test]

@@ -11,6 +11,17 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 
+/// From now on a file that grows beyond the limit of the process (`ulimit -f`) is an error of the write, as
+/// on a full disk, and no signal that ends the program without a word.
+pub fn outlive_size_limits() {
+    #[cfg(unix)]
+    {
+        let noticed = std::sync::Arc::default();
+        // Where it is refused, such a write ends the program: no reason to stop here.
+        let _ = signal_hook::flag::register(libc::SIGXFSZ, noticed);
+    }
+}
+
 /// A folder under construction; dropped without [`commit`](AtomicDir::commit), it is removed.
 #[derive(Debug)]
 pub struct AtomicDir {

@@ -79,11 +79,8 @@ fn answer<K: Kernels>(args: &GenerateArgs, session: &mut Session<K>, prompt: &st
     Ok(())
 }
 
-/// Tells someone who watches that the answer was cut.
+/// Tells that the answer was cut.
 pub(super) fn note_finish(finish: Finish, max_new_tokens: usize) {
-    if !std::io::stderr().is_terminal() {
-        return;
-    }
     match finish {
         Finish::EndOfSequence => {}
         Finish::Length => {

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use nibble_quant::{BlockFormat, FloatType, QuantType};
+use nibble_quant::FloatType;
 use serde_json::json;
 
 use super::model_folder;
@@ -14,7 +14,6 @@ use crate::checkpoint::writer::ShardWriter;
 use crate::checkpoint::{Checkpoint, CheckpointKind, read_json};
 use crate::cli::merge::MergeArgs;
 use crate::cli::size::ByteSize;
-use crate::cli::train::{BaseModelArgs, Quantization};
 use crate::data::{ChatTokenizer, TemplateSources, TokenizerFiles};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
@@ -30,6 +29,7 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     let inputs = [Some(&args.base.model), Some(&args.adapter), args.original.as_ref()];
     let inputs: Vec<&Path> = inputs.into_iter().flatten().map(PathBuf::as_path).collect();
     model_folder::check(&args.out, args.overwrite, &inputs)?;
+    super::check_packing(&args.base)?;
     let model = Checkpoint::open(&args.base.model)?;
     super::note_left_out(&model);
     let original = args.original.as_deref().map(Checkpoint::open).transpose()?;
@@ -41,7 +41,7 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     let base = MergeBase::new(
         &model,
         original.as_ref(),
-        training_format(&args.base),
+        args.base.block_format(),
         args.onto.map(MergeOnto::from),
     )?;
     let adapter = PeftAdapter::open(&args.adapter, &spec)?;
@@ -75,17 +75,6 @@ fn check_same_shapes(original: &Checkpoint, spec: &ModelSpec) -> Result<()> {
     }
     Err(Error::input(format_args!("--original {path} is another model than --model"))
         .hint("give the dense model that --model was quantized from"))
-}
-
-/// How training packed the linears of a dense model.
-fn training_format(base: &BaseModelArgs) -> Option<BlockFormat> {
-    let quant_type = match base.quantization {
-        Quantization::Nf4 => QuantType::Nf4,
-        Quantization::Fp4 => QuantType::Fp4,
-        Quantization::None => return None,
-    };
-    let (block_size, double_quant) = (base.block_size, base.double_quant);
-    Some(BlockFormat { quant_type, block_size, double_quant })
 }
 
 /// config.json, and the tokenizer: the adapter's if it brings one, otherwise the base's, with the

@@ -69,6 +69,10 @@ impl Trial<'_> {
         steps: usize,
         mut on_step: impl FnMut(TrialStep),
     ) -> Result<Measured> {
+        let folder = tempfile::tempdir().map_err(|e| {
+            let error = Error::io("create a folder in", &std::env::temp_dir(), e);
+            error.hint("set `TMPDIR` to a folder that can be written")
+        })?;
         let mut meter = Meter::begin(&kernels)?;
         let weights = Weights::load(self.checkpoint, self.spec, self.format.as_ref(), None)?;
         let weights = match self.stream {
@@ -98,8 +102,6 @@ impl Trial<'_> {
         model.evaluate(&batch)?;
         meter.look(&kernels)?;
         ledger::enter(Phase::Save);
-        let folder = tempfile::tempdir();
-        let folder = folder.map_err(|e| Error::io("create", &std::env::temp_dir(), e))?;
         model.parameters().save(&adapter, folder.path(), self.dtype)?;
         meter.measured(&model)
     }

@@ -73,6 +73,21 @@ fn rows_of_different_lengths_have_no_logits_tensor() {
     assert!(!place.path("logits.safetensors").exists());
 }
 
+#[test]
+fn a_file_that_is_there_is_not_written_over() {
+    let place = Workplace::new();
+    write_rows(&place, "rows.jsonl", &[vec![5, 6, 7]]);
+    fs::write(place.path("precious"), "mine").unwrap();
+    let eval = ["eval", "--model", "model", "--data", "rows.jsonl", "--save-logits", "precious"];
+    let (code, text) = fail(place.nibble(&eval));
+    assert_eq!(code, 2);
+    assert!(
+        error_of(&text).starts_with("error: --save-logits: precious is there already"),
+        "{text}"
+    );
+    assert_eq!(place.read("precious"), b"mine");
+}
+
 /// As `train` says it.
 #[test]
 fn what_is_cut_or_repeated_is_told() {

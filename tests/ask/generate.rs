@@ -65,6 +65,15 @@ fn an_end_of_sequence_ends_the_answer() {
     assert_eq!(cut, words[..first].join(" "), "of {answer}");
 }
 
+/// Whoever reads stderr, a person or a file.
+#[test]
+fn an_answer_that_is_cut_is_told() {
+    let place = Workplace::new();
+    let flags = ["--raw", "--prompt", "w7 w31", "--max-new-tokens", "2"];
+    let output = succeed(place.nibble(&[&["generate", "--model", "model"][..], &flags].concat()));
+    assert!(stderr(&output).contains("[cut: --max-new-tokens 2 or"), "{}", stderr(&output));
+}
+
 #[test]
 fn each_way_of_sampling_does_what_its_name_says() {
     let place = Workplace::new();

@@ -119,6 +119,8 @@ pub fn write_rows(place: &Workplace, name: &str, rows: &[Vec<u64>]) {
 /// All logits of `rows`.
 pub fn logits(place: &Workplace, model: &str, rows: &[Vec<u64>], flags: &[&str]) -> Logits {
     write_rows(place, "rows.jsonl", rows);
+    // What the comparison before left, which is not replaced.
+    let _ = fs::remove_file(place.path("logits.safetensors"));
     let base = ["eval", "--quantization", "none", "--data", "rows.jsonl", "--model", model];
     let mut command = place.nibble(&base);
     command.args(["--save-logits", "logits.safetensors"]).args(flags);

@@ -34,6 +34,19 @@ fn an_original_of_another_model() {
 }
 
 #[test]
+fn a_packing_that_a_4_bit_model_has_not() {
+    let merge = Merge::new("llama_s0.plain").quantized();
+    for more in [["--quantization", "none"], ["--quantization", "fp4"], ["--block-size", "128"]] {
+        let errors = merge.fail(2, &more);
+        assert!(
+            errors.contains("is 4-bit already: --quantization nf4 --block-size 64"),
+            "{errors}"
+        );
+        assert!(errors.contains("hint: leave these flags out"), "{errors}");
+    }
+}
+
+#[test]
 fn dequantized_weights_that_training_did_not_use() {
     let more = ["--quantization", "none", "--onto", "dequantized"];
     let errors = Merge::new("llama_s0.plain").fail(2, &more);

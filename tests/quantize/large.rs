@@ -2,10 +2,11 @@
 #![cfg(target_os = "linux")]
 
 use std::fs::{self, OpenOptions};
+use std::process::Command;
 use std::time::Duration;
 
 use crate::gguf_file::{Field, GgufFile};
-use crate::training::{self, Workplace, fail, succeed};
+use crate::training::{self, Workplace, error_of, fail, succeed};
 
 /// 512 MiB in f32, 256 MiB as written.
 const ROWS: u64 = 1 << 21;
@@ -98,4 +99,19 @@ fn a_stopped_run_leaves_nothing_and_the_next_one_clears_up_after_a_killed_one() 
     assert_eq!(written(&place), ["out"]);
     let (code, _) = fail(place.nibble(&arguments));
     assert_eq!((code, written(&place)), (2, vec!["out".to_string()]), "it is not done twice");
+}
+
+/// `ulimit -f`, which ends a program by a signal unless it asked for an error.
+#[test]
+fn a_file_that_may_not_grow_is_an_error_that_leaves_nothing() {
+    let place = Workplace::new();
+    large_vocabulary(&place);
+    let binary = env!("CARGO_BIN_EXE_nibble");
+    let script = format!("ulimit -f 2048; exec {binary} quantize --model model.gguf --out out");
+    let mut command = Command::new("sh");
+    command.current_dir(place.path("")).args(["-c", &script]);
+    let (code, text) = fail(command);
+    assert_eq!(code, 1, "{text}");
+    assert!(error_of(&text).contains("model.safetensors: File too large"), "{text}");
+    assert!(written(&place).is_empty(), "{:?}", written(&place));
 }

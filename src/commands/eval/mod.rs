@@ -1,15 +1,15 @@
 //! `nibble eval`: loss, perplexity and right answers on a file, base against adapter.
 
+mod logits;
 mod predictions;
 
 use std::path::Path;
 
-use safetensors::tensor::{Dtype, TensorView};
 use serde_json::json;
 
 use super::{device, reading};
 use crate::adapter::Adapter;
-use crate::checkpoint::{Checkpoint, atomic};
+use crate::checkpoint::Checkpoint;
 use crate::cli::eval::EvalArgs;
 use crate::data::{Batch, ChatTokenizer, Dataset, Document, Encoder};
 use crate::error::{Error, Result};
@@ -22,6 +22,7 @@ use crate::plan::Settings;
 use crate::plural::counted;
 use crate::report::table::{Align, Table};
 use crate::sample::load_weights;
+use logits::SavedLogits;
 use predictions::{Predicted, Predictions};
 
 /// Tokens of a forward pass.
@@ -53,6 +54,8 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
         .as_deref()
         .map(|path| Predictions::new(&dataset.documents, &spec, path, args.max_new_tokens.get()));
     let predictions = predictions.transpose()?;
+    let logits = args.save_logits.as_deref();
+    let logits = logits.map(|path| SavedLogits::new(&dataset.documents, path)).transpose()?;
     super::note_packing(&args.base, checkpoint.kind());
     let format = args.base.block_format();
     let adapter = args.adapter.as_deref();
@@ -70,8 +73,8 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let base = (!merged).then(|| figures(&mut model, &batches, false)).transpose()?;
     let adapted =
         args.adapter.is_some().then(|| figures(&mut model, &batches, true)).transpose()?;
-    if let Some(file) = &args.save_logits {
-        save_logits(&mut model, &dataset.documents, file)?;
+    if let Some(logits) = logits {
+        logits.write(&mut model)?;
     }
     let predicted = predictions
         .zip(file)
@@ -190,35 +193,13 @@ fn documents_right(batch: &Batch, likeliest: &[bool]) -> usize {
     right
 }
 
-fn save_logits<K: Kernels>(
-    model: &mut Model<K>,
-    documents: &[Document],
-    file: &Path,
-) -> Result<()> {
-    let length = documents[0].input_ids.len();
-    if let Some(other) = documents.iter().find(|document| document.input_ids.len() != length) {
-        return Err(Error::usage(format_args!(
-            "--save-logits needs rows of equal length: line {} has {} tokens, the first {length}",
-            other.line,
-            other.input_ids.len()
-        )));
+/// Refuses a file that is there: it may be somebody's work.
+fn check_is_new(flag: &str, path: &Path) -> Result<()> {
+    if path.exists() {
+        let what = format_args!("{flag}: {} is there already", path.display());
+        return Err(Error::usage(what).hint("remove it, or choose another name"));
     }
-    let rows: Vec<u32> = (0..length as u32).collect();
-    let mut logits = Vec::new();
-    for document in documents {
-        logits.extend(model.logits(&Batch::from_documents([document]), &rows)?);
-    }
-    let ids: Vec<i64> =
-        documents.iter().flat_map(|document| &document.input_ids).map(|&id| id.into()).collect();
-    let shape = vec![documents.len(), length];
-    let logits_shape = [&shape[..], &[model.spec().vocab_size]].concat();
-    let tensors = || {
-        let ids = TensorView::new(Dtype::I64, shape, bytemuck::cast_slice(&ids))?;
-        let logits = TensorView::new(Dtype::F32, logits_shape, bytemuck::cast_slice(&logits))?;
-        safetensors::serialize([("input_ids", ids), ("logits", logits)], None)
-    };
-    let bytes = tensors().map_err(|e| Error::usage(format_args!("--save-logits: {e}")))?;
-    atomic::write_file(file, &bytes)
+    Ok(())
 }
 
 fn print_result(

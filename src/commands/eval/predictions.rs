@@ -53,10 +53,7 @@ impl<'a> Predictions<'a> {
         let longest = questions.iter().map(|question| question.prompt.len()).max().unwrap_or(0);
         let positions = spec.learned_positions.unwrap_or(usize::MAX);
         let context_tokens = longest.saturating_add(max_new_tokens).min(positions);
-        if path.exists() {
-            let what = format_args!("--predictions: {} is there already", path.display());
-            return Err(Error::usage(what).hint("remove it, or choose another name"));
-        }
+        super::check_is_new("--predictions", path)?;
         let path = path.to_path_buf();
         Ok(Predictions { questions, max_new_tokens, context_tokens, path })
     }

@@ -1,0 +1,64 @@
+//! Logits of every row of every document, for comparisons with other programs.
+
+use std::path::{Path, PathBuf};
+
+use safetensors::tensor::{Dtype, TensorView};
+
+use crate::checkpoint::atomic;
+use crate::data::{Batch, Document};
+use crate::error::{Error, Result};
+use crate::kernels::Kernels;
+use crate::model::Model;
+
+/// Documents of one length, and where their logits go.
+pub(super) struct SavedLogits<'a> {
+    documents: &'a [Document],
+    /// Tokens of each document.
+    length: usize,
+    path: PathBuf,
+}
+
+impl<'a> SavedLogits<'a> {
+    /// What is wrong with the file or the documents is found before the model is read.
+    ///
+    /// # Errors
+    /// `Usage` when documents differ in length, or the file is there already.
+    pub(super) fn new(documents: &'a [Document], path: &Path) -> Result<Self> {
+        let length = documents[0].input_ids.len();
+        if let Some(other) = documents.iter().find(|document| document.input_ids.len() != length) {
+            let what = format_args!(
+                "--save-logits needs rows of equal length: line {} has {} tokens, the first {length}",
+                other.line,
+                other.input_ids.len()
+            );
+            return Err(Error::usage(what)
+                .hint("give records of one length, or cut them with `--max-length`"));
+        }
+        super::check_is_new("--save-logits", path)?;
+        Ok(SavedLogits { documents, length, path: path.to_path_buf() })
+    }
+
+    /// Writes a safetensors file: `input_ids` (I64, `[documents, length]`) and `logits` (F32,
+    /// `[documents, length, vocabulary]`).
+    ///
+    /// # Errors
+    /// Those of the forward pass, and `Io`.
+    pub(super) fn write<K: Kernels>(&self, model: &mut Model<K>) -> Result<()> {
+        let rows: Vec<u32> = (0..self.length as u32).collect();
+        let mut logits = Vec::new();
+        for document in self.documents {
+            logits.extend(model.logits(&Batch::from_documents([document]), &rows)?);
+        }
+        let ids = self.documents.iter().flat_map(|document| &document.input_ids);
+        let ids: Vec<i64> = ids.map(|&id| id.into()).collect();
+        let shape = vec![self.documents.len(), self.length];
+        let logits_shape = [&shape[..], &[model.spec().vocab_size]].concat();
+        let tensors = || {
+            let ids = TensorView::new(Dtype::I64, shape, bytemuck::cast_slice(&ids))?;
+            let logits = TensorView::new(Dtype::F32, logits_shape, bytemuck::cast_slice(&logits))?;
+            safetensors::serialize([("input_ids", ids), ("logits", logits)], None)
+        };
+        let bytes = tensors().map_err(|e| Error::usage(format_args!("--save-logits: {e}")))?;
+        atomic::write_file(&self.path, &bytes)
+    }
+}
