@@ -54,10 +54,7 @@ impl Folder {
             let single = path.join(SINGLE_FILE);
             if !single.exists() {
                 let what = format!("{} has no {SINGLE_FILE} and no {INDEX_FILE}", path.display());
-                return Err(Error::input(what).hint(
-                    "Nibble reads safetensors; convert `pytorch_model.bin` with transformers' \
-                     `save_pretrained`",
-                ));
+                return Err(Error::input(what).hint(way_to_weights(path)));
             }
             vec![read_file(&single, &mut raw)?]
         };
@@ -132,6 +129,22 @@ impl Folder {
         if let Some(tensor) = self.raw.get(name) {
             self.files.iter().for_each(|file| file.release(&tensor.data));
         }
+    }
+}
+
+/// What to do about a folder without weights under one of their names, by what else is there.
+fn way_to_weights(folder: &Path) -> &'static str {
+    let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    let names: Vec<_> = entries.map(|entry| entry.file_name()).collect();
+    let has = |suffix: &str| names.iter().any(|name| name.to_string_lossy().ends_with(suffix));
+    if has(".safetensors") {
+        "the shards of a model are listed in model.safetensors.index.json: download that file, too"
+    } else if has(".gguf") {
+        "give the GGUF file itself"
+    } else if has(".bin") || has(".pth") {
+        "Nibble reads safetensors; convert `pytorch_model.bin` with transformers' `save_pretrained`"
+    } else {
+        "download the weights, too: `*.safetensors` beside config.json"
     }
 }
 
@@ -246,6 +259,7 @@ fn float_type(name: &str, dtype: Dtype) -> Result<FloatType> {
         Dtype::BF16 => Ok(FloatType::Bf16),
         other => Err(Error::input(format_args!(
             "tensor {name} has type {other:?}, expected F32, F16, BF16 or bitsandbytes 4-bit"
-        ))),
+        ))
+        .hint("the weights were quantized by another tool: get the model's BF16 or F16 weights")),
     }
 }

@@ -52,6 +52,22 @@ fn edit_index(place: &Workplace, edit: impl FnOnce(&mut Value)) {
     edit_json(&place.path(INDEX), edit);
 }
 
+/// The hint is about what is there in their place.
+#[test]
+fn weights_under_no_name_of_theirs() {
+    let place = sharded();
+    fs::remove_file(place.path(INDEX)).unwrap();
+    let says =
+        ["model has no model.safetensors and no", "hint: the shards of a model are listed in"];
+    assert_not_quantized(&place, &says);
+    for shard in SHARDS {
+        fs::remove_file(place.path("model").join(shard)).unwrap();
+    }
+    assert_not_quantized(&place, &["hint: download the weights, too"]);
+    fs::write(place.path("model/pytorch_model.bin"), "PK").unwrap();
+    assert_not_quantized(&place, &["hint: Nibble reads safetensors; convert `pytorch_model.bin`"]);
+}
+
 #[test]
 fn the_undamaged_shards_are_read() {
     let place = sharded();

@@ -36,6 +36,20 @@ fn a_git_lfs_pointer() {
 }
 
 #[test]
+fn a_type_of_another_tool() {
+    let place = Workplace::new();
+    edit_header(&place.path(FILE), |header| header[Q]["dtype"] = json!("F8_E4M3"));
+    edit_header(&place.path(FILE), |header| {
+        let begin = header[Q]["data_offsets"][0].as_u64().unwrap();
+        let end = header[Q]["data_offsets"][1].as_u64().unwrap();
+        let rows = header[Q]["shape"][0].as_u64().unwrap();
+        header[Q]["shape"] = json!([rows, (end - begin) / rows]);
+    });
+    let says = [Q, "has type F8_E4M3", "hint: the weights were quantized by another tool"];
+    assert_not_trained(&place, 1, &[], &says);
+}
+
+#[test]
 fn overlapping_tensors() {
     let place = Workplace::new();
     edit_header(&place.path(FILE), |header| {
