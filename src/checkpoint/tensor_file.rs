@@ -4,7 +4,6 @@
 //! header filled up with spaces to 8 bytes, and `"format": "pt"` in its metadata.
 
 use std::collections::HashMap;
-use std::fs::File;
 use std::io::{BufWriter, Write};
 use std::ops::Range;
 use std::path::Path;
@@ -12,7 +11,7 @@ use std::path::Path;
 use safetensors::Dtype;
 use safetensors::tensor::{Metadata, TensorInfo};
 
-use super::atomic;
+use super::atomic::{self, AtomicFile};
 use crate::error::{Error, Result};
 
 /// The most that is in memory of a tensor while it is written or read.
@@ -52,7 +51,7 @@ impl<S> NewTensor<S> {
 /// Takes the bytes of a tensor, in order.
 pub struct Sink<'a> {
     path: &'a Path,
-    file: BufWriter<&'a mut File>,
+    file: BufWriter<&'a mut AtomicFile>,
     missing_bytes: usize,
 }
 

@@ -14,7 +14,7 @@ use super::optimizer_file::{self, OPTIMIZER_FILE};
 use super::settings::SettingsEcho;
 use super::state::{self, TrainState};
 use super::trainee::Trainee;
-use crate::checkpoint::atomic::{self, AtomicDir};
+use crate::checkpoint::atomic::{self, AtomicDir, LOCK_FILE};
 use crate::error::{Error, Result};
 
 /// Checksums of all other files of a checkpoint.
@@ -97,7 +97,8 @@ fn seal(folder: &Path) -> Result<u64> {
 
 fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(folder).map_err(|e| Error::io("list", folder, e))?;
-    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
+    let paths = entries.flatten().map(|entry| entry.path());
+    let mut paths: Vec<PathBuf> = paths.filter(|path| !path.ends_with(LOCK_FILE)).collect();
     paths.sort();
     Ok(paths)
 }

@@ -5,9 +5,8 @@ use std::path::{Path, PathBuf};
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value as Metadata;
-use tempfile::NamedTempFile;
 
-use crate::checkpoint::atomic::{finish_file, parent};
+use crate::checkpoint::atomic::AtomicFile;
 use crate::error::{Error, Result};
 
 /// Data and each tensor begin at multiples of this.
@@ -34,7 +33,7 @@ impl Description {
 
 /// A file that takes its name when it is whole.
 pub struct GgufWriter {
-    file: BufWriter<NamedTempFile>,
+    file: BufWriter<AtomicFile>,
     path: PathBuf,
     tensors: Vec<Description>,
     /// Bytes of the data so far.
@@ -52,12 +51,7 @@ impl GgufWriter {
         tensors: Vec<Description>,
     ) -> Result<Self> {
         let failed = |e| Error::io("write", path, e);
-        let name = path.file_name().unwrap_or_default().to_string_lossy();
-        let file = tempfile::Builder::new()
-            .prefix(&format!(".{name}."))
-            .suffix(".partial")
-            .tempfile_in(parent(path))
-            .map_err(failed)?;
+        let file = AtomicFile::create(path)?;
         let mut header = b"GGUF".to_vec();
         header.extend(3u32.to_le_bytes());
         header.extend((tensors.len() as u64).to_le_bytes());
@@ -111,11 +105,8 @@ impl GgufWriter {
         let expected: usize = self.tensors.iter().map(padded).sum();
         assert_eq!(self.written, expected, "every tensor was written");
         let path = &self.path;
-        let failed = |e| Error::io("write", path, e);
-        let file = self.file.into_inner().map_err(|e| failed(e.into_error()))?;
-        file.persist(path).map_err(|e| failed(e.error))?;
-        finish_file(path)?;
-        Ok(std::fs::metadata(path).map_err(failed)?.len())
+        let file = self.file.into_inner();
+        file.map_err(|e| Error::io("write", path, e.into_error()))?.commit()
     }
 }
 

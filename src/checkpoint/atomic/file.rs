@@ -1,0 +1,143 @@
+//! Single files.
+
+use std::fs::{self, File};
+use std::io::{self, ErrorKind, Write};
+use std::path::{Path, PathBuf};
+
+use super::{lock, parent, partial_name, rename, sync_folder};
+use crate::error::{Error, Result};
+
+/// A file under construction; dropped without [`commit`](AtomicFile::commit), it is removed.
+#[derive(Debug)]
+pub struct AtomicFile {
+    destination: PathBuf,
+    temporary: PathBuf,
+    /// None once it is closed.
+    file: Option<File>,
+}
+
+impl AtomicFile {
+    /// Starts writing `destination`.
+    ///
+    /// # Errors
+    /// `Usage` where another process writes it, `Io` when the temporary file cannot be made.
+    pub fn create(destination: &Path) -> Result<Self> {
+        let temporary = partial_name(destination);
+        let refused = |error| Error::io("write", destination, error);
+        let make = || File::create_new(&temporary);
+        let file = match make() {
+            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
+                // Never emptied: whoever had it open may give it its name just now.
+                let there = File::options().write(true).open(&temporary).map_err(refused)?;
+                lock(&there, destination)?;
+                drop(there);
+                fs::remove_file(&temporary).map_err(refused)?;
+                make()
+            }
+            made => made,
+        };
+        let file = file.map_err(refused)?;
+        lock(&file, destination)?;
+        Ok(AtomicFile { destination: destination.to_path_buf(), temporary, file: Some(file) })
+    }
+
+    /// Flushes it and renames it into place. Returns its bytes.
+    ///
+    /// # Errors
+    /// `Io`; the destination is then as it was.
+    pub fn commit(mut self) -> Result<u64> {
+        let written = || {
+            let file = self.open()?;
+            file.sync_all()?;
+            Ok(file.metadata()?.len())
+        };
+        let bytes = written().map_err(|e: io::Error| Error::io("write", &self.destination, e))?;
+        // Locked until it has its name; Windows renames none that is.
+        let _locked = self.file.take().filter(|_| !cfg!(windows));
+        if let Err(error) = rename(&self.temporary, &self.destination) {
+            let _ = fs::remove_file(&self.temporary);
+            return Err(error);
+        }
+        sync_folder(&parent(&self.destination))?;
+        Ok(bytes)
+    }
+
+    fn open(&self) -> io::Result<&File> {
+        self.file.as_ref().ok_or_else(|| ErrorKind::NotFound.into())
+    }
+}
+
+impl Write for AtomicFile {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        self.open()?.write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl Drop for AtomicFile {
+    fn drop(&mut self) {
+        if self.file.take().is_some() {
+            // Nothing to report to: the error that led here is on its way.
+            let _ = fs::remove_file(&self.temporary);
+        }
+    }
+}
+/// Writes a file under a temporary name, flushes it and renames it into place.
+///
+/// # Errors
+/// `Io`; an existing file is then as it was, and the temporary one is gone.
+pub fn write_file(path: &Path, contents: &[u8]) -> Result<()> {
+    write_with(path, |file| file.write_all(contents).map_err(|e| Error::io("write", path, e)))
+}
+
+/// [`write_file`] with contents that `write` makes.
+///
+/// # Errors
+/// Those of `write`, and `Io`; an existing file is then as it was, and the temporary one is gone.
+pub fn write_with(path: &Path, write: impl FnOnce(&mut AtomicFile) -> Result<()>) -> Result<()> {
+    let mut file = AtomicFile::create(path)?;
+    write(&mut file)?;
+    file.commit().map(drop)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_file_appears_whole_or_not_at_all() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("a");
+        write_file(&path, b"before").unwrap();
+        let failed = write_with(&path, |file| {
+            file.write_all(b"half").unwrap();
+            Err(Error::input("no more"))
+        });
+        assert!(failed.is_err());
+        assert_eq!(fs::read(&path).unwrap(), b"before");
+        let mut file = AtomicFile::create(&path).unwrap();
+        file.write_all(b"after").unwrap();
+        assert_eq!(file.commit().unwrap(), 5);
+        assert_eq!(fs::read(&path).unwrap(), b"after");
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn what_a_killed_run_left_is_written_over_and_what_one_at_work_writes_is_not() {
+        let root = tempfile::tempdir().unwrap();
+        let path = root.path().join("a");
+        fs::write(root.path().join(".a.partial"), "what a killed run left").unwrap();
+        let mut file = AtomicFile::create(&path).unwrap();
+        file.write_all(b"first").unwrap();
+        let refused = write_file(&path, b"second").unwrap_err().to_string();
+        assert!(refused.contains("another process is writing"), "{refused}");
+        file.commit().unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"first");
+        write_file(&path, b"third").unwrap();
+        assert_eq!(fs::read(&path).unwrap(), b"third");
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+    }
+}

@@ -1,0 +1,169 @@
+//! Files and folders that appear whole or not at all.
+//!
+//! Both are filled under a temporary sibling name, flushed to disk, and made visible by one rename. What an
+//! interrupted run left under the temporary name is removed by the next; a run that is still at work holds
+//! a lock, and the next one is refused.
+
+mod dir;
+mod file;
+
+use std::fs::{self, File, TryLockError};
+use std::io;
+use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
+
+use crate::error::{Error, Result};
+
+pub use dir::{AtomicDir, LOCK_FILE, put_back};
+pub use file::{AtomicFile, write_file, write_with};
+
+/// From now on a file that grows beyond the limit of the process (`ulimit -f`) is an error of the write, as
+/// on a full disk, and no signal that ends the program without a word.
+pub fn outlive_size_limits() {
+    #[cfg(unix)]
+    {
+        let noticed = std::sync::Arc::default();
+        // Where it is refused, such a write ends the program: no reason to stop here.
+        let _ = signal_hook::flag::register(libc::SIGXFSZ, noticed);
+    }
+}
+
+/// Refuses a destination with files in it: they could be somebody's work.
+///
+/// # Errors
+/// `Usage` when it is not empty and may not be overwritten, or no folder.
+pub fn check_destination(destination: &Path, overwrite: bool) -> Result<()> {
+    if destination.exists() && !destination.is_dir() {
+        let what = format_args!("{} is a file, expected a folder", destination.display());
+        return Err(Error::usage(what).hint("choose another `--out`"));
+    }
+    if is_mount_point(destination) {
+        let shown = destination.display();
+        let what =
+            format_args!("{shown} is a mount point, which no new folder can take the place of");
+        return Err(
+            Error::usage(what).hint(format_args!("choose a folder in it: `--out {shown}/new`"))
+        );
+    }
+    let occupied = match fs::read_dir(destination) {
+        Ok(mut entries) => entries.next().is_some(),
+        Err(_) => destination.exists(),
+    };
+    if occupied && !overwrite {
+        return Err(Error::usage(format_args!("{} is not empty", destination.display()))
+            .hint("choose another `--out`, or replace it with `--overwrite`"));
+    }
+    Ok(())
+}
+
+/// Whether a folder is on another disk than the one that it is in.
+fn is_mount_point(folder: &Path) -> bool {
+    #[cfg(unix)]
+    {
+        use std::os::unix::fs::MetadataExt;
+        let disk = |path: &Path| path.metadata().map(|metadata| metadata.dev()).ok();
+        let around = folder.canonicalize().map(|folder| parent(&folder));
+        around.is_ok_and(|around| disk(folder).is_some() && disk(folder) != disk(&around))
+    }
+    #[cfg(not(unix))]
+    {
+        let _ = folder;
+        false
+    }
+}
+
+/// Refuses to put a file in the place of what is none, such as a device or a pipe.
+///
+/// # Errors
+/// `Usage` when `output` is there and no file, or is to be left alone and there.
+pub fn check_new_file(output: &Path, overwrite: bool) -> Result<()> {
+    let Ok(there) = output.metadata() else { return Ok(()) };
+    let shown = output.display();
+    if !there.is_file() {
+        return Err(Error::usage(format_args!("{shown} is no file that could be replaced"))
+            .hint("choose another `--out`"));
+    }
+    if !overwrite {
+        return Err(Error::usage(format_args!("{shown} is there already"))
+            .hint("give another `--out`, or `--overwrite`"));
+    }
+    Ok(())
+}
+
+/// Refuses to write where what is read would be replaced.
+///
+/// # Errors
+/// `Usage` when `input` is `output` or lies in it.
+pub fn check_not_within(input: &Path, output: &Path) -> Result<()> {
+    match (input.canonicalize(), output.canonicalize()) {
+        (Ok(input), Ok(output)) if input.starts_with(&output) => {
+            let what = format_args!("{} would be replaced while it is read", input.display());
+            Err(Error::usage(what).hint("choose another `--out`"))
+        }
+        _ => Ok(()),
+    }
+}
+
+/// Renames a file or a folder. Windows refuses while somebody has a file in it open, such as a scanner of
+/// what was just written: there it is tried again for a while.
+///
+/// # Errors
+/// `Io`.
+pub fn rename(from: &Path, to: &Path) -> Result<()> {
+    const PAUSE: Duration = Duration::from_millis(100);
+    /// winerror.h: ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION.
+    const IN_USE: [i32; 3] = [5, 32, 33];
+    let in_use =
+        |error: &io::Error| error.raw_os_error().is_some_and(|code| IN_USE.contains(&code));
+    let mut tries_left = if cfg!(windows) { 50 } else { 0 };
+    loop {
+        match fs::rename(from, to) {
+            Err(error) if tries_left > 0 && in_use(&error) => sleep(PAUSE),
+            renamed => return renamed.map_err(|e| Error::io("rename to", to, e)),
+        }
+        tries_left -= 1;
+    }
+}
+
+/// The folder that a path is in.
+pub fn parent(path: &Path) -> PathBuf {
+    match path.parent() {
+        Some(parent) if !parent.as_os_str().is_empty() => parent.to_path_buf(),
+        _ => PathBuf::from("."),
+    }
+}
+
+fn sync(path: &Path) -> Result<()> {
+    // Windows flushes what may be written alone.
+    let file = File::options().read(true).write(cfg!(windows)).open(path);
+    file.map_err(|e| Error::io("open", path, e))?
+        .sync_all()
+        .map_err(|e| Error::io("flush", path, e))
+}
+
+/// The names in a folder; on Windows that is left to the system.
+fn sync_folder(path: &Path) -> Result<()> {
+    if cfg!(windows) { Ok(()) } else { sync(path) }
+}
+
+/// Where `destination` is filled.
+fn partial_name(destination: &Path) -> PathBuf {
+    let name = destination.file_name().unwrap_or_default().to_string_lossy();
+    parent(destination).join(format!(".{name}.partial"))
+}
+
+/// Locks `file` while `destination` is being written. Where the system has no locks, two processes that
+/// write the same are not told apart.
+///
+/// # Errors
+/// `Usage` where another process has it.
+fn lock(file: &File, destination: &Path) -> Result<()> {
+    match file.try_lock() {
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
+        Err(TryLockError::WouldBlock) => {
+            let what = format_args!("another process is writing {}", destination.display());
+            Err(Error::usage(what).hint("wait for it, or choose another place"))
+        }
+    }
+}
