@@ -94,6 +94,15 @@ fn messages_with_weight_zero_are_not_trained() {
     messages[1]["weight"] = 0.0.into();
     let record = json!({"messages": messages});
     assert_eq!(trained(&tokenizer(json!({})), record).unwrap(), "d<|im_end|>");
+    let turn = |from: &str, value: &str, weight: u32| json!({"from": from, "value": value, "weight": weight});
+    let turns = json!([
+        turn("human", "a", 1),
+        turn("gpt", "b", 0),
+        turn("human", "c", 1),
+        turn("gpt", "d", 1)
+    ]);
+    let record = json!({"conversations": turns});
+    assert_eq!(trained(&tokenizer(json!({})), record).unwrap(), "d<|im_end|>");
     for weight in [json!(0.5), json!(-1), json!("0"), json!(false)] {
         messages[1]["weight"] = weight.clone();
         let refused = encode(&tokenizer(json!({})), &json!({"messages": messages})).unwrap_err();
@@ -138,9 +147,51 @@ fn calls_of_tools_are_trained_however_they_are_written() {
         json!({"messages": [ask, call(arguments.to_string().into())], "tools": tools.to_string()}),
         json!({"conversations": [{"from": "human", "value": "?"}, {"from": "function_call", "value":
             json!({"name": "weather", "arguments": arguments}).to_string()}], "tools": tools.to_string()}),
+        // OpenAI's first names for both.
+        json!({"messages": [ask, {"role": "assistant", "content": null, "tool_calls": null,
+            "function_call": {"name": "weather", "arguments": arguments.to_string()}}],
+            "functions": [{"name": "weather"}]}),
     ] {
         assert_eq!(trained(&tokenizer, record.clone()).unwrap(), answer, "{record}");
         assert!(text(&tokenizer, record).contains("\n{\"type\": \"function\", \"function\": {"));
+    }
+}
+
+/// Dropped without a word, the model would learn answers to something that it never saw.
+#[test]
+fn a_field_of_another_type_is_refused() {
+    let tokenizer = tokenizer(json!({}));
+    let with = |record: Value, key: &str, value: Value| {
+        let mut record = record;
+        record[key] = value;
+        encode(&tokenizer, &record)
+    };
+    let alpaca = json!({"instruction": "a", "output": "b"});
+    let openai = json!({"messages": exchange("a", "b")});
+    let sharegpt = json!({"conversations": exchange("a", "b")});
+    let pair = json!({"prompt": "a", "completion": "b"});
+    for (record, key, value, reason) in [
+        (&alpaca, "input", json!(5), "field `input` is a number, expected text"),
+        (&alpaca, "input", json!(["x"]), "field `input` is a list, expected text"),
+        (&alpaca, "system", json!(["s"]), "field `system` is a list, expected text"),
+        (&alpaca, "history", json!("q"), "field `history` is text, expected a list"),
+        (&alpaca, "history", json!({"q": "x"}), "field `history` is an object, expected a list"),
+        (&alpaca, "tools", json!([{"name": "f"}]), "the chat template leaves field `tools` out"),
+        (&openai, "system", json!(1), "field `system` is a number, expected text"),
+        (&sharegpt, "system", json!(["s"]), "field `system` is a list, expected text"),
+        (&openai, "functions", json!(1), "field `functions` is a number, expected a list"),
+        (&pair, "system", json!("s"), "field `system` has no place beside a `prompt` that is text"),
+        (&pair, "tools", json!([1]), "field `tools` has no place beside a `prompt` that is text"),
+    ] {
+        assert_eq!(with(record.clone(), key, value).unwrap_err(), reason);
+    }
+    for key in ["input", "system", "history", "tools", "functions"] {
+        for record in [&alpaca, &openai, &sharegpt, &pair] {
+            for nothing in [Value::Null, json!("")] {
+                let plain = encode(&tokenizer, record).unwrap();
+                assert_eq!(with(record.clone(), key, nothing).unwrap(), plain, "{key}");
+            }
+        }
     }
 }
 
@@ -262,6 +313,40 @@ fn padding_of_ready_tokens_goes() {
         let record = json!({"input_ids": [4, 5, 6], "attention_mask": mask});
         assert_eq!(encode(&tokenizer, &record).unwrap().input_ids, ids);
     }
+}
+
+/// TRL's and Megatron's columns.
+#[test]
+fn masks_beside_ready_tokens_mask() {
+    let tokenizer = tokenizer(json!({}));
+    let with = |fields: Value| {
+        let mut record = json!({"input_ids": [4, 5, 6, 7]});
+        record.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        encode(&tokenizer, &record)
+    };
+    for mask in ["completion_mask", "assistant_masks", "loss_mask"] {
+        let labels = with(json!({mask: [0, 1, 0, 1]})).unwrap().labels;
+        assert_eq!(labels, [-100, 5, -100, 7]);
+        let labels = with(json!({mask: [0, 1, 0, 1], "labels": [4, -100, 6, 7]})).unwrap().labels;
+        assert_eq!(labels, [-100, -100, -100, 7]);
+        let short = with(json!({mask: [0, 1]})).unwrap_err();
+        assert_eq!(
+            short,
+            format!("2 {mask} for 4 input_ids")
+                .replace("2 loss_mask ", "2 loss_masks ")
+                .replace("2 completion_mask ", "2 completion_masks ")
+        );
+    }
+    let padded = json!({"completion_mask": [1, 0, 1, 1], "attention_mask": [0, 1, 1, 1]});
+    assert_eq!(with(padded).unwrap().labels, [-100, 6, 7]);
+    let counted =
+        json!({"position_ids": [1, 0, 1, 2], "attention_mask": [0, 1, 1, 1], "seq_lengths": [4]});
+    assert_eq!(with(counted).unwrap().input_ids, [5, 6, 7]);
+    for packed in [json!({"position_ids": [0, 1, 0, 1]}), json!({"seq_lengths": [2, 2]})] {
+        assert_eq!(with(packed).unwrap_err(), "several documents are packed into one record");
+    }
+    let outside = with(json!({"labels": [4, 5, 6, 49152]})).unwrap_err();
+    assert_eq!(outside, "label 49152 is outside the vocabulary of 49152");
 }
 
 #[test]

@@ -6,7 +6,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::record::{Rejection, kind, list};
+use super::record::{Rejection, kind, list, optional_text};
 
 /// What chat templates call those who speak; another name may be a slip of the pen.
 const ROLES: [&str; 7] =
@@ -31,8 +31,7 @@ impl Chat {
     pub fn new(record: &Value, key: &str) -> Result<Self, Rejection> {
         let turns = list(record, key)?;
         let mut messages = Vec::with_capacity(turns.len() + 1);
-        if let Some(system) = record.get("system").and_then(Value::as_str).filter(|s| !s.is_empty())
-        {
+        if let Some(system) = optional_text(record, "system")? {
             messages.push(json!({"role": "system", "content": system}));
         }
         for (turn, message) in turns.iter().enumerate() {
@@ -66,7 +65,12 @@ impl Chat {
     }
 }
 
-fn variables(record: &Value) -> Result<Map<String, Value>, Rejection> {
+/// What a template sees beside the messages: tools, which OpenAI once called functions, and the record's
+/// own variables.
+///
+/// # Errors
+/// Which field is not of its type.
+pub(super) fn variables(record: &Value) -> Result<Map<String, Value>, Rejection> {
     let given = |key: &str| record.get(key).filter(|value| !value.is_null());
     let mut variables = match given("chat_template_kwargs") {
         None => Map::new(),
@@ -82,25 +86,36 @@ fn variables(record: &Value) -> Result<Map<String, Value>, Rejection> {
             return Err(Rejection::new(what));
         }
     };
-    let tools = match given("tools") {
-        None => return Ok(variables),
-        Some(Value::String(text)) if text.trim().is_empty() => return Ok(variables),
-        // Data sets whose columns have one type keep tools as JSON text.
-        Some(Value::String(text)) => serde_json::from_str(text)
-            .map_err(|e| Rejection::new(format!("field `tools` is text, but no JSON: {e}")))?,
-        Some(tools) => tools.clone(),
-    };
-    match tools.as_array() {
-        Some(list) if list.is_empty() => {}
-        Some(_) => {
-            variables.insert("tools".into(), tools);
-        }
-        None => {
-            let what = format!("field `tools` is {}, expected a list", kind(&tools));
-            return Err(Rejection::new(what));
-        }
+    let functions = tool_list(record, "functions")?.into_iter().map(as_tool).collect();
+    let tools = Some(tool_list(record, "tools")?).filter(|tools| !tools.is_empty());
+    let tools: Vec<Value> = tools.unwrap_or(functions);
+    if !tools.is_empty() {
+        variables.insert("tools".into(), tools.into());
     }
     Ok(variables)
+}
+
+/// A list, or JSON text of one: data sets whose columns have one type keep tools so.
+fn tool_list(record: &Value, key: &str) -> Result<Vec<Value>, Rejection> {
+    let tools = match record.get(key) {
+        None | Some(Value::Null) => return Ok(Vec::new()),
+        Some(Value::String(text)) if text.trim().is_empty() => return Ok(Vec::new()),
+        Some(Value::String(text)) => serde_json::from_str(text)
+            .map_err(|e| Rejection::new(format!("field `{key}` is text, but no JSON: {e}")))?,
+        Some(tools) => tools.clone(),
+    };
+    match tools {
+        Value::Array(tools) => Ok(tools),
+        other => {
+            let what = format!("field `{key}` is {}, expected a list", kind(&other));
+            Err(Rejection::new(what))
+        }
+    }
+}
+
+/// A function, or a call of one, as OpenAI writes it today.
+fn as_tool(function: Value) -> Value {
+    json!({"type": "function", "function": function})
 }
 
 /// A message of either shape.
@@ -108,14 +123,28 @@ fn read(message: &Value) -> Result<Value, Rejection> {
     let Some(fields) = message.as_object() else {
         return Err(Rejection::new(format!(" is {}, expected an object", kind(message))));
     };
+    let weight = fields.get("weight").filter(|weight| !weight.is_null());
+    if let Some(weight) = weight.filter(|weight| !matches!(weight.as_f64(), Some(0.0 | 1.0))) {
+        let what = format!(".weight is {weight}, expected 0 or 1");
+        return Err(Rejection::new(what).hint("0 leaves an answer untrained"));
+    }
+    let mut read = shaped(fields)?;
+    if let Some(weight) = weight {
+        read["weight"] = weight.clone();
+    }
+    Ok(read)
+}
+
+fn shaped(fields: &Map<String, Value>) -> Result<Value, Rejection> {
+    let field = |key: &str| fields.get(key).unwrap_or(&Value::Null);
     if fields.contains_key("role") || !fields.contains_key("from") {
         return openai(fields);
     }
-    let content = match &message["value"] {
+    let content = match field("value") {
         Value::String(text) => text,
         other => return Err(Rejection::new(format!(".value is {}, expected text", kind(other)))),
     };
-    let role = match message["from"].as_str() {
+    let role = match field("from").as_str() {
         Some("human" | "user") => "user",
         Some("gpt" | "assistant" | "model" | "chatgpt" | "bing" | "bard") => "assistant",
         Some("system") => "system",
@@ -136,11 +165,16 @@ fn openai(fields: &Map<String, Value>) -> Result<Value, Rejection> {
     if given("role").and_then(Value::as_str).is_none() {
         return Err(Rejection::new(".role is missing or no text"));
     }
-    if given("weight").is_some_and(|weight| !matches!(weight.as_f64(), Some(0.0 | 1.0))) {
-        let what = format!(".weight is {}, expected 0 or 1", fields["weight"]);
-        return Err(Rejection::new(what).hint("0 leaves an answer untrained"));
-    }
     let mut fields = fields.clone();
+    // What calls were before there could be several.
+    if let Some(call) = fields.remove("function_call").filter(|call| !call.is_null()) {
+        if !call["name"].is_string() {
+            return Err(Rejection::new(format!(".function_call has no name: {call}")));
+        }
+        if given("tool_calls").is_none() {
+            fields.insert("tool_calls".into(), json!([as_tool(call)]));
+        }
+    }
     match fields.get("content").filter(|content| !content.is_null()) {
         None if fields.get("tool_calls").is_some_and(|calls| !calls.is_null()) => {}
         None => return Err(Rejection::new(" has no content and no tool_calls")),
@@ -183,7 +217,6 @@ fn function_call(text: &str) -> Result<Value, Rejection> {
     if let Some(call) = calls.iter().find(|call| !call["name"].is_string()) {
         return Err(Rejection::new(format!(".value is a function_call without a name: {call}")));
     }
-    let calls: Vec<Value> =
-        calls.into_iter().map(|call| json!({"type": "function", "function": call})).collect();
+    let calls: Vec<Value> = calls.into_iter().map(as_tool).collect();
     openai(json!({"role": "assistant", "tool_calls": calls}).as_object().expect("just made"))
 }

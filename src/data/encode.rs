@@ -110,6 +110,12 @@ impl<'a> Encoder<'a> {
             let what = format!("token id {id} is outside the vocabulary of {}", self.vocab_size);
             return Err(Rejection::new(what).hint("the ids were made with another tokenizer"));
         }
+        if let Some(label) =
+            document.labels.iter().find(|&&label| label >= 0 && label as usize >= self.vocab_size)
+        {
+            let what = format!("label {label} is outside the vocabulary of {}", self.vocab_size);
+            return Err(Rejection::new(what).hint("labels are token ids, or −100 where masked"));
+        }
         encoded.double_bos = self.tokenizer.bos().is_some_and(|bos| {
             document.input_ids.len() > 1 && document.input_ids[..2] == [bos.id, bos.id]
         });

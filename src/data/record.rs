@@ -8,8 +8,8 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::chat::Chat;
-use crate::plural::noun;
+use super::chat::{Chat, variables};
+use super::token_record;
 
 /// The shape of a file's records.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
@@ -167,7 +167,7 @@ pub fn parse(record: &Value, format: Format) -> Result<Record, Rejection> {
         Format::Alpaca => alpaca(record),
         Format::Sharegpt => Chat::new(record, "conversations").map(Record::Chat),
         Format::Messages => Chat::new(record, "messages").map(Record::Chat),
-        Format::Tokens => tokens(record),
+        Format::Tokens => token_record::read(record),
     }
 }
 
@@ -180,6 +180,21 @@ fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
         let messages = prompt.messages.into_iter().chain(completion.messages).collect();
         return Ok(Record::Chat(Chat { messages, prompt_messages, ..prompt }));
     }
+    for key in ["system", "tools"] {
+        let empty = |value: &Value| match value {
+            Value::Null => true,
+            Value::String(text) => text.is_empty(),
+            Value::Array(items) => items.is_empty(),
+            _ => false,
+        };
+        if record.get(key).is_some_and(|value| !empty(value)) {
+            let what = format!("field `{key}` has no place beside a `prompt` that is text");
+            return Err(Rejection::new(what).hint(format!(
+                "give `prompt` and `completion` as lists of messages, or leave the field out by \
+                 `--rename-columns {key}=unused`"
+            )));
+        }
+    }
     Ok(Record::Completion {
         prompt: text(record, "prompt")?,
         completion: text(record, "completion")?,
@@ -189,8 +204,7 @@ fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
 /// Source of the text: the Alpaca release. LLaMA-Factory's `system` and `history` are read too.
 fn alpaca(record: &Value) -> Result<Record, Rejection> {
     let (instruction, output) = (text(record, "instruction")?, text(record, "output")?);
-    let optional = |key: &str| record.get(key).and_then(Value::as_str).filter(|s| !s.is_empty());
-    let (input, system) = (optional("input"), optional("system"));
+    let (input, system) = (optional_text(record, "input")?, optional_text(record, "system")?);
     let mut messages = Vec::new();
     let mut say = |role: &str, content: &str| {
         messages.push(json!({"role": role, "content": content}));
@@ -198,7 +212,11 @@ fn alpaca(record: &Value) -> Result<Record, Rejection> {
     if let Some(system) = system {
         say("system", system);
     }
-    let history = record.get("history").and_then(Value::as_array).map_or(&[][..], Vec::as_slice);
+    let history = match record.get("history") {
+        None | Some(Value::Null) => &[][..],
+        Some(Value::String(text)) if text.is_empty() => &[],
+        Some(_) => list(record, "history")?,
+    };
     for turn in history {
         let (Some(question), Some(answer)) = (turn[0].as_str(), turn[1].as_str()) else {
             return Err(Rejection::new("field `history` is no list of questions and answers"));
@@ -211,9 +229,10 @@ fn alpaca(record: &Value) -> Result<Record, Rejection> {
         None => say("user", &instruction),
     }
     say("assistant", &output);
-    let plain = system.is_none() && history.is_empty();
+    let variables = variables(record)?;
+    let plain = system.is_none() && history.is_empty() && variables.is_empty();
     let text = plain.then(|| (alpaca_text(&instruction, input), output));
-    let chat = Chat { messages, ..Chat::default() };
+    let chat = Chat { messages, variables, prompt_messages: 0 };
     Ok(Record::Instruction { chat, text })
 }
 
@@ -231,48 +250,6 @@ fn alpaca_text(instruction: &str, input: Option<&str>) -> String {
     }
 }
 
-/// Padding goes: tokens that `attention_mask` has a 0 or `false` for.
-fn tokens(record: &Value) -> Result<Record, Rejection> {
-    list(record, "input_ids")?;
-    let ids = numbers(record, "input_ids", "token ids", Value::as_i64)?.unwrap_or_default();
-    let beside = |key: &str, what: &str, number: fn(&Value) -> Option<i64>| {
-        let found = numbers::<i32>(record, key, what, number)?;
-        let count = found.as_ref().map_or(ids.len(), Vec::len);
-        if count != ids.len() {
-            let (count, key) = (count, noun(count, key.trim_end_matches('s')));
-            return Err(Rejection::new(format!("{count} {key} for {} input_ids", ids.len()))
-                .hint("each id has its own"));
-        }
-        Ok(found)
-    };
-    let labels = beside("labels", "labels", Value::as_i64)?;
-    let zero_or_not = |value: &Value| value.as_i64().or_else(|| value.as_bool().map(i64::from));
-    let Some(mask) = beside("attention_mask", "numbers", zero_or_not)? else {
-        return Ok(Record::Tokens { input_ids: ids, labels });
-    };
-    fn heard<T>(values: Vec<T>, mask: &[i32]) -> Vec<T> {
-        values.into_iter().zip(mask).filter(|(_, heard)| **heard != 0).map(|(it, _)| it).collect()
-    }
-    let labels = labels.map(|labels| heard(labels, &mask));
-    Ok(Record::Tokens { input_ids: heard(ids, &mask), labels })
-}
-
-/// A list of whole numbers, if it is there.
-fn numbers<T: TryFrom<i64>>(
-    record: &Value,
-    key: &str,
-    what: &str,
-    number: fn(&Value) -> Option<i64>,
-) -> Result<Option<Vec<T>>, Rejection> {
-    if record.get(key).is_none_or(Value::is_null) {
-        return Ok(None);
-    }
-    let number = |value: &Value| number(value).and_then(|number| T::try_from(number).ok());
-    let numbers = list(record, key)?.iter().map(number).collect::<Option<_>>();
-    let other = || Rejection::new(format!("`{key}` holds something else than {what}"));
-    numbers.ok_or_else(other).map(Some)
-}
-
 fn text(record: &Value, key: &str) -> Result<String, Rejection> {
     match record.get(key) {
         Some(Value::String(text)) => Ok(text.clone()),
@@ -280,6 +257,20 @@ fn text(record: &Value, key: &str) -> Result<String, Rejection> {
             Err(Rejection::new(format!("field `{key}` is {}, expected text", kind(other))))
         }
         None => Err(missing(record, key)),
+    }
+}
+
+/// A text that may be missing, null or empty.
+pub(super) fn optional_text<'a>(
+    record: &'a Value,
+    key: &str,
+) -> Result<Option<&'a str>, Rejection> {
+    match record.get(key) {
+        None | Some(Value::Null) => Ok(None),
+        Some(Value::String(text)) => Ok(Some(text.as_str()).filter(|text| !text.is_empty())),
+        Some(other) => {
+            Err(Rejection::new(format!("field `{key}` is {}, expected text", kind(other))))
+        }
     }
 }
 

@@ -44,6 +44,13 @@ impl<'a> CsvSource<'a> {
         let columns = columns.map(|name| name.trim_start_matches('\u{feff}').to_string()).collect();
         let source = CsvSource { path, reader, columns, row: ByteRecord::new(), bytes_read };
         source.check_quotes()?;
+        let mut names = std::collections::HashSet::new();
+        if let Some(name) =
+            source.columns.iter().find(|name| !name.is_empty() && !names.insert(name.as_str()))
+        {
+            let what = format_args!("{}: two columns are named `{name}`", path.display());
+            return Err(Error::input(what).hint("give each column a name of its own"));
+        }
         Ok(source)
     }
 
@@ -198,6 +205,15 @@ mod tests {
         }
         assert_eq!(source.bytes_read(), text.len() as u64);
         rows
+    }
+
+    #[test]
+    fn columns_have_names_of_their_own() {
+        let file = tempfile::NamedTempFile::new().unwrap();
+        std::fs::write(file.path(), "text,,,text\na,,,b\n").unwrap();
+        let error = CsvSource::open(file.path(), b',').err().unwrap().to_string();
+        assert!(error.contains("two columns are named `text`"), "{error}");
+        assert_eq!(csv(b"text,,\na,,\n")[0].1.as_ref().unwrap()["text"], "a");
     }
 
     #[test]
