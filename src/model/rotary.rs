@@ -18,8 +18,12 @@ use crate::kernels::TokenLayout;
 const ROWS_OF_A_TASK: usize = 64;
 
 /// Reads `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (transformers 4).
+///
+/// # Errors
+/// `Input` naming what is missing, no number, not supported, or said twice.
 pub(super) fn rotary_from_config(config: &Value) -> Result<Rotary> {
     let parameters = parameters_of(config);
+    check_one_base(config)?;
     let theta = [&parameters["rope_theta"], &config["rope_theta"]]
         .into_iter()
         .find_map(Value::as_f64)
@@ -30,13 +34,37 @@ pub(super) fn rotary_from_config(config: &Value) -> Result<Rotary> {
     Ok(Rotary { theta, scaling: scaling_from(parameters, config)? })
 }
 
-/// What the config says of rotary embedding besides its base, as transformers 5 or 4 spells it; null if
-/// nothing.
-fn parameters_of(config: &Value) -> &Value {
-    match &config["rope_parameters"] {
-        Value::Null => &config["rope_scaling"],
-        parameters => parameters,
+/// What the config says of rotary embedding besides its base, as transformers 4 or 5 spells it; null if
+/// nothing. Where both do, transformers takes `rope_scaling`.
+pub(super) fn parameters_of(config: &Value) -> &Value {
+    match &config["rope_scaling"] {
+        Value::Null => &config["rope_parameters"],
+        Value::Object(fields) if fields.is_empty() => &config["rope_parameters"],
+        scaling => scaling,
     }
+}
+
+/// Refuses a `rope_scaling` that was added to a config of transformers 5 and would hide the base that its
+/// `rope_parameters` have: transformers then takes its default.
+fn check_one_base(config: &Value) -> Result<()> {
+    const BASE: &str = "rope_theta";
+    let parameters = parameters_of(config);
+    let hidden = &config["rope_parameters"][BASE];
+    if !hidden.is_number() || parameters[BASE].is_number() || config[BASE].is_number() {
+        return Ok(());
+    }
+    let what = format_args!("config.json: `rope_scaling` hides the {BASE} of `rope_parameters`");
+    Err(Error::input(what).hint(format_args!(
+        "put all of it into `rope_parameters`, or add `\"{BASE}\": {hidden}` to `rope_scaling`"
+    )))
+}
+
+/// The trained length: the config's own comes before that of the parameters, as in transformers, and that
+/// before the longest one.
+fn original_length(parameters: &Value, config: &Value) -> Result<Option<f64>> {
+    const KEY: &str = "original_max_position_embeddings";
+    let own = optional_number(config, KEY)?.or(optional_number(parameters, KEY)?);
+    Ok(own.or(optional_number(config, "max_position_embeddings")?))
 }
 
 /// The scale of q by its position, if the config has one.
@@ -47,8 +75,8 @@ pub(super) fn query_scaling(config: &Value) -> Result<Option<QueryScaling>> {
     const ORIGINAL: &str = "original_max_position_embeddings";
     let parameters = parameters_of(config);
     let Some(beta) = optional_number(parameters, "llama_4_scaling_beta")? else { return Ok(None) };
-    let original = optional_number(parameters, ORIGINAL)?.filter(|length| *length >= 1.0);
-    let original = original.ok_or_else(|| {
+    let given = optional_number(config, ORIGINAL)?.or(optional_number(parameters, ORIGINAL)?);
+    let original = given.filter(|length| *length >= 1.0).ok_or_else(|| {
         let what = "config.json: llama_4_scaling_beta needs an";
         Error::input(format_args!("{what} `{ORIGINAL}` above 0"))
     })?;
@@ -62,7 +90,7 @@ pub(super) fn query_scaling(config: &Value) -> Result<Option<QueryScaling>> {
 /// `Input` when it is no number.
 pub(super) fn partial_rotary_factor(config: &Value) -> Result<f64> {
     const KEY: &str = "partial_rotary_factor";
-    let holders = [&config["rope_parameters"], &config["rope_scaling"], config];
+    let holders = [parameters_of(config), config];
     let given = holders.into_iter().find_map(|holder| optional_number(holder, KEY).transpose());
     Ok(given.transpose()?.unwrap_or(1.0))
 }
@@ -101,7 +129,7 @@ fn scaling_from(parameters: &Value, config: &Value) -> Result<RopeScaling> {
         })
     };
     let max_positions = config.get("max_position_embeddings").and_then(Value::as_f64);
-    let original = || match optional("original_max_position_embeddings").or(max_positions) {
+    let original = || match original_length(parameters, config)? {
         Some(length) if length >= 1.0 => Ok(length as usize),
         _ => number("original_max_position_embeddings").map(|length| length as usize),
     };
@@ -147,12 +175,10 @@ fn scaling_from(parameters: &Value, config: &Value) -> Result<RopeScaling> {
 }
 
 fn long_rope(parameters: &Value, config: &Value) -> Result<RopeScaling> {
-    // The config's own comes before that of the scaling, as in transformers.
     const ORIGINAL: &str = "original_max_position_embeddings";
     const LONGEST: f64 = (1u64 << 30) as f64;
     let longest = optional_number(config, "max_position_embeddings")?;
-    let own = optional_number(config, ORIGINAL)?;
-    let original = own.or(optional_number(parameters, ORIGINAL)?).or(longest);
+    let original = original_length(parameters, config)?;
     let original = original.filter(|length| (2.0..LONGEST).contains(length)).ok_or_else(|| {
         Error::input(format_args!("config.json: longrope needs an `{ORIGINAL}` above 1"))
     })?;
@@ -221,23 +247,34 @@ pub fn llama3_scaling_of(factors: &[f32], theta: f64, head_dim: usize) -> Option
     })
 }
 
+/// How far a document reaches beyond the tokens of a pass; zeros where it does not.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Reach {
+    /// Tokens of the prompt that these are a piece of.
+    pub prompt_tokens: usize,
+    /// Tokens that there can be in all.
+    pub context_tokens: usize,
+}
+
 impl Rotary {
-    /// cos and sin `[T, dim / 2]` for the tokens of `layout`; `dim` elements of each head turn. Where
-    /// more tokens of a document may come, `context` is how many there can be in all.
+    /// cos and sin `[T, dim / 2]` for the tokens of `layout`; `dim` elements of each head turn.
     ///
-    /// LongRoPE has one set of frequencies for all keys of a document: where its length is not known
-    /// yet, that of the context decides, as in llama.cpp and vLLM.
+    /// Frequencies that depend on a document's length go by that of its tokens here, or by what `reach`
+    /// says of more. LongRoPE has one set for all keys of a document: where its length is not known
+    /// yet, that of the context decides, as in llama.cpp and vLLM. Dynamic scaling turns all of a prompt
+    /// by the prompt's length, and each token behind it by its own, as in transformers.
     pub fn fill_tables(
         &self,
         dim: usize,
         layout: &TokenLayout,
-        context: Option<usize>,
+        reach: Reach,
         cos: &mut [f32],
         sin: &mut [f32],
     ) {
         let half = dim / 2;
         let least = match self.scaling {
-            RopeScaling::LongRope { .. } => context.unwrap_or(0),
+            RopeScaling::LongRope { .. } => reach.context_tokens,
+            RopeScaling::Dynamic { .. } => reach.prompt_tokens,
             _ => 0,
         };
         for document in layout.boundaries.windows(2) {

@@ -194,7 +194,7 @@ impl Speaker {
         model.clear_cache();
         let (last, before) = history.split_last().expect("a prompt has a token");
         for piece in before.chunks(limits.prefill_tokens.max(1)) {
-            model.decode(piece)?;
+            model.decode_piece(piece, history.len())?;
         }
         let mut next = *last;
         let mut stream = TextStream::new(&self.tokenizer);

@@ -18,6 +18,9 @@ use serde_json::{Value, json};
 const CASES: [&str; 8] =
     ["linear", "dynamic", "yarn", "yarn_settings", "yarn_attention", "longrope", "llama3", "phi3"];
 
+const LAYERS: usize = 2;
+const VOCAB: usize = 96;
+
 struct Case {
     folder: PathBuf,
     reference: Vec<u8>,
@@ -56,15 +59,26 @@ impl Case {
     }
 
     fn model(&self) -> Model {
+        self.model_with(Settings {
+            longest_document: 96,
+            policies: vec![Policy::Keep; LAYERS],
+            bf16_working: false,
+            ..Settings::evaluating(256, 32)
+        })
+    }
+
+    fn generating(&self, context_tokens: usize) -> Model {
+        self.model_with(Settings {
+            cache_tokens: context_tokens,
+            bf16_working: false,
+            ..Settings::evaluating(32, 1)
+        })
+    }
+
+    fn model_with(&self, settings: Settings) -> Model {
         let checkpoint = Checkpoint::open(&self.folder).unwrap();
         let spec = spec_from_config(checkpoint.config()).unwrap();
         let weights = Weights::load(&checkpoint, &spec, None, None).unwrap();
-        let settings = Settings {
-            longest_document: 96,
-            policies: vec![Policy::Keep; spec.num_layers],
-            bf16_working: false,
-            ..Settings::evaluating(256, 32)
-        };
         Model::new(spec, weights, settings, None).unwrap()
     }
 }
@@ -105,6 +119,65 @@ fn a_short_document_beside_long_ones() {
         let logits = case.model().logits(&batch, &rows).unwrap();
         assert_close(name, &logits, &case.floats("short_logits"), case.tolerance);
     }
+}
+
+/// A prompt that is fed in pieces turns by its whole length, as transformers' prefill does.
+#[test]
+fn a_prompt_in_pieces_is_the_whole_document() {
+    for name in CASES {
+        let case = Case::open(name);
+        let document = case.rows("input_ids", "labels").remove(0);
+        let length = document.input_ids.len();
+        let expected = &case.floats("logits")[..length * VOCAB];
+        let mut model = case.generating(length);
+        let mut fed = 0;
+        for piece in document.input_ids.chunks(29) {
+            let logits = model.decode_piece(piece, length).unwrap().to_vec();
+            fed += piece.len();
+            let expected = &expected[(fed - 1) * VOCAB..fed * VOCAB];
+            assert_close(&format!("{name} after {fed}"), &logits, expected, case.tolerance);
+        }
+    }
+}
+
+/// transformers reads `rope_scaling` before `rope_parameters`, and a config's own trained length before
+/// that of either.
+#[test]
+fn what_comes_first_where_a_config_says_it_twice() {
+    let base = json!({
+        "model_type": "llama", "hidden_size": 64, "intermediate_size": 64, "vocab_size": 99,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64,
+    });
+    let read = |extra: Value| {
+        let mut config = base.clone();
+        config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+        spec_from_config(&config).map(|spec| spec.rotary.unwrap())
+    };
+    let yarn = |original: Option<usize>, theta: Option<f64>| {
+        let mut rope = json!({"rope_type": "yarn", "factor": 4.0});
+        if let Some(original) = original {
+            rope["original_max_position_embeddings"] = original.into();
+        }
+        if let Some(theta) = theta {
+            rope["rope_theta"] = theta.into();
+        }
+        rope
+    };
+    let newer = json!({"rope_type": "default", "rope_theta": 5e5});
+    let both = |scaling: Value| read(json!({"rope_parameters": newer, "rope_scaling": scaling}));
+    let alone = |scaling: Value| read(json!({"rope_scaling": scaling})).unwrap();
+    let with_base = yarn(Some(32), Some(5e5));
+    assert_eq!(both(with_base.clone()).unwrap(), alone(with_base));
+    assert_eq!(both(json!({})).unwrap(), read(json!({"rope_parameters": newer})).unwrap());
+    let error = both(yarn(Some(32), None)).unwrap_err().to_string();
+    assert!(error.contains("`rope_scaling` hides the rope_theta of `rope_parameters`"), "{error}");
+    assert!(error.contains("add `\"rope_theta\": 500000.0` to `rope_scaling`"), "{error}");
+    let own = |rope: Value| {
+        read(json!({"rope_parameters": rope, "original_max_position_embeddings": 16})).unwrap()
+    };
+    assert_eq!(own(yarn(Some(32), None)), alone(yarn(Some(16), None)));
+    assert_eq!(own(yarn(None, None)), alone(yarn(Some(16), None)));
+    assert_eq!(alone(yarn(None, None)), alone(yarn(Some(64), None)));
 }
 
 #[test]

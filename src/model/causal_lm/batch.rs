@@ -4,6 +4,7 @@ use super::Model;
 use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::kernels::{Kernels, TokenLayout};
+use crate::model::rotary::Reach;
 
 /// Tokens whose next token is trained, and those targets.
 pub(super) struct Targets {
@@ -60,7 +61,7 @@ impl<K: Kernels> Model<K> {
                 "label {id} is outside the vocabulary of {vocab}"
             )));
         }
-        self.fill_rotary(&tokens, None);
+        self.fill_rotary(&tokens, Reach::default());
         Ok((tokens, targets))
     }
 }

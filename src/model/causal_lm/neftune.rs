@@ -19,18 +19,18 @@ pub(super) struct EmbeddingNoise {
 }
 
 impl EmbeddingNoise {
-    /// Adds it to x `[T, D]`, whose embeddings have been multiplied by `scale`.
+    /// Adds it to x `[T, D]`, whose embeddings have been multiplied by the model's factor, if it has
+    /// one: as transformers, whose embeddings come with it.
     pub fn add<K: Kernels>(
         &self,
         kernels: &K,
         tokens: &TokenLayout,
         (x, width): (&mut K::Buffer, usize),
-        scale: f32,
     ) {
         for document in tokens.boundaries.windows(2).filter(|ends| ends[0] < ends[1]) {
             let rows = document[0]..document[1];
             let noise = UniformNoise {
-                amplitude: scale * self.alpha / ((rows.len() * width) as f32).sqrt(),
+                amplitude: self.alpha / ((rows.len() * width) as f32).sqrt(),
                 seed: self.seed,
                 stream: "neftune",
                 step: self.step,

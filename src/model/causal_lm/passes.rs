@@ -8,17 +8,18 @@ use super::{Mode, Model};
 use crate::error::Result;
 use crate::kernels::{Columns, Kernels, LogitShape, TokenLayout};
 use crate::model::block::{Attended, Cache, Dropout, Missing, Pass, RotaryBuffers};
+use crate::model::rotary::Reach;
 use crate::model::streaming::Direction;
 
 impl<K: Kernels> Model<K> {
     /// cos, sin and the scale of q for every token; frequencies may depend on the length of its
-    /// document, or on that of the context where more of it may come.
-    pub(super) fn fill_rotary(&mut self, tokens: &TokenLayout, context: Option<usize>) {
+    /// document, and on how much more of it may come.
+    pub(super) fn fill_rotary(&mut self, tokens: &TokenLayout, reach: Reach) {
         let (dim, elements) = (self.spec.rotary_dim, tokens.tokens() * self.spec.rotary_dim / 2);
         let RotaryBuffers { tables, query_scale } = &mut self.buffers.work.rotary;
         for (rotary, tables) in self.spec.rotaries().zip(tables) {
             self.kernels.write_tables(tables.each_mut(), elements, |[cos, sin]| {
-                rotary.fill_tables(dim, tokens, context, cos, sin);
+                rotary.fill_tables(dim, tokens, reach, cos, sin);
             });
         }
         if let Some((scaling, table)) = self.spec.query_scaling.zip(query_scale.as_mut()) {
@@ -46,7 +47,7 @@ impl<K: Kernels> Model<K> {
             kernels.embed(&tokens.positions, positions, 1.0, &mut inputs[places[0]], true);
         }
         if let Some(noise) = mode.noise {
-            noise.add(kernels, tokens, (&mut inputs[places[0]], self.spec.hidden_size), scale);
+            noise.add(kernels, tokens, (&mut inputs[places[0]], self.spec.hidden_size));
         }
         let pass = Pass {
             kernels,

@@ -73,6 +73,16 @@ impl<'a> Fields<'a> {
         if self.present(key).is_some() { self.size(key) } else { Ok(default) }
     }
 
+    /// A window of attention. Only an absent key takes the default: null stands for none.
+    pub fn window_or(&self, default: Option<usize>) -> Result<Option<usize>> {
+        const KEY: &str = "sliding_window";
+        match self.0.get(KEY) {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(_) => self.size(KEY).map(Some),
+        }
+    }
+
     pub fn number_or(&self, key: &str, default: f64) -> Result<f64> {
         match self.present(key) {
             Some(value) => value.as_f64().ok_or_else(|| wrong_type(key, "a number", value)),

@@ -56,18 +56,30 @@ pub(super) fn gemma3(fields: &Fields) -> Result<ModelSpec> {
         let all = fields.present("rope_parameters")?;
         all.get(kind).filter(|parameters| parameters.is_object()).cloned()
     };
-    if let Some(global) = of_kind("full_attention") {
+    if let Some(mut global) = of_kind("full_attention") {
+        // What was added to the file of a newer transformers goes before what that wrote.
+        let added = fields.present("rope_scaling").and_then(Value::as_object);
+        if let Some((global, added)) = global.as_object_mut().zip(added) {
+            global.extend(added.clone());
+        }
         config["rope_parameters"] = global;
+        config["rope_scaling"] = Value::Null;
     }
     let theta = fields.number_or("rope_local_base_freq", LOCAL_THETA)?;
     let local = of_kind("sliding_attention").unwrap_or(json!({}));
-    let local = json!({"rope_theta": theta, "rope_parameters": local});
+    let longest = config.get("max_position_embeddings").cloned().unwrap_or(131_072.into());
+    let local = json!({
+        "rope_theta": theta, "rope_parameters": local, "max_position_embeddings": longest,
+    });
     let mut spec = gemma(&Fields(&config), Family::Gemma3)?;
     whole_heads(&local)?;
     spec.local_rotary = Some(rotary_from_config(&local)?);
     spec.qk_norm = true;
     let pattern = fields.size_or("sliding_window_pattern", 6)?;
     spec.windows = gemma_windows(fields, spec.num_layers, pattern)?;
+    // transformers reads it and applies none.
+    const CAP: &str = "attn_logit_softcapping";
+    fields.unless(CAP, Value::is_null, "scores of a Gemma 3 have no cap")?;
     later_gemma(fields, &mut spec, [None, None])?;
     Ok(spec)
 }
@@ -144,7 +156,21 @@ mod tests {
         let thetas: Vec<f64> = third.rotaries().map(|rotary| rotary.theta).collect();
         assert_eq!((thetas, third.logit_soft_cap), (vec![1e6, 1e4], None));
 
+        // transformers 5 has what a user added beside what it wrote.
+        let both = json!({
+            "full_attention": {"rope_type": "default", "rope_theta": 5e5},
+            "sliding_attention": {"rope_type": "dynamic", "factor": 2.0},
+        });
+        let scaling = json!({"rope_type": "linear", "factor": 8.0});
+        let more = json!({"rope_parameters": both, "rope_scaling": scaling, "max_position_embeddings": 64});
+        let stretched = config("gemma3_text", more).unwrap();
+        let global = stretched.rotary.unwrap();
+        assert_eq!((global.theta, global.scaling), (5e5, RopeScaling::Linear { factor: 8.0 }));
+        let dynamic = RopeScaling::Dynamic { factor: 2.0, original_max_position_embeddings: 64 };
+        assert_eq!(stretched.local_rotary.unwrap().scaling, dynamic);
+
         for (family, extra, says) in [
+            ("gemma3_text", json!({"attn_logit_softcapping": 50.0}), "scores of a Gemma 3"),
             ("gemma", json!({"hidden_act": "gelu"}), "hidden_act"),
             ("gemma2", json!({"attn_logit_softcapping": 1e39}), "attn_logit_softcapping"),
             ("gemma2", json!({"query_pre_attn_scalar": null}), "query_pre_attn_scalar"),

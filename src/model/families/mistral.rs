@@ -1,5 +1,6 @@
 //! Mistral: a Llama without biases, with a window or with a scale of q. Sources: transformers
-//! `models/mistral/configuration_mistral.py`, `models/ministral3/configuration_ministral3.py`.
+//! `models/mistral/configuration_mistral.py`, `models/ministral/configuration_ministral.py`,
+//! `models/ministral3/configuration_ministral3.py`.
 
 use serde_json::{Value, json};
 
@@ -10,13 +11,14 @@ use crate::model::rotary::query_scaling;
 use crate::model::spec::{Family, ModelSpec};
 
 pub(super) fn mistral(fields: &Fields) -> Result<ModelSpec> {
+    let config = fields.with_defaults([("max_position_embeddings", 131_072)]);
+    let fields = &Fields(&config);
     let mut spec = without_biases(fields, Family::Mistral)?;
-    // An explicit null (v0.2 and later) switches the window off.
-    let window = match fields.if_absent("sliding_window", 4096) {
-        None => window(fields)?,
-        default => default,
+    // With `layer_types` it is a Ministral for transformers: `models/ministral`.
+    spec.windows = match fields.window_or(Some(4096))? {
+        Some(window) => fields.windows(spec.num_layers, window, |_| true)?,
+        None => vec![None; spec.num_layers],
     };
-    spec.windows = vec![window; spec.num_layers];
     Ok(spec)
 }
 
@@ -33,7 +35,7 @@ pub(super) fn ministral3(fields: &Fields) -> Result<ModelSpec> {
     let fields = &Fields(&config);
     let mut spec = without_biases(fields, Family::Ministral3)?;
     spec.query_scaling = query_scaling(fields.0)?;
-    spec.windows = vec![window(fields)?; spec.num_layers];
+    spec.windows = vec![fields.window_or(None)?; spec.num_layers];
     Ok(spec)
 }
 
@@ -43,11 +45,6 @@ fn default_rope() -> Value {
         "original_max_position_embeddings": 16_384, "beta_fast": 32.0, "beta_slow": 1.0,
         "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1,
     })
-}
-
-fn window(fields: &Fields) -> Result<Option<usize>> {
-    const KEY: &str = "sliding_window";
-    fields.present(KEY).map(|_| fields.size(KEY)).transpose()
 }
 
 fn without_biases(fields: &Fields, family: Family) -> Result<ModelSpec> {
@@ -95,6 +92,22 @@ mod tests {
         let scaling = spec.query_scaling.unwrap();
         let factors = [0, 16_383, 16_384, 40_000].map(|position| scaling.factor(position));
         assert_eq!(factors, [1.0, 1.0, 1.0 + 0.1 * 2f32.ln(), 1.0 + 0.1 * 3f32.ln()]);
+    }
+
+    /// Ministral-8B-2410 calls itself a Mistral.
+    #[test]
+    fn windows_are_where_the_layer_types_have_them() {
+        let types = json!(["sliding_attention", "full_attention"]);
+        for name in ["mistral", "ministral"] {
+            let windows = |extra: Value| {
+                let mut config = json!({"model_type": name, "sliding_window": 7});
+                config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+                read(config).unwrap().windows
+            };
+            assert_eq!(windows(json!({})), [Some(7), Some(7)]);
+            assert_eq!(windows(json!({"layer_types": types})), [Some(7), None]);
+            assert_eq!(windows(json!({"layer_types": types, "sliding_window": null})), [None; 2]);
+        }
     }
 
     #[test]

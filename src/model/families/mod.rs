@@ -47,12 +47,12 @@ pub fn base_dropout(config: &Value) -> Option<(&'static str, f64)> {
     KEYS.map(probability).into_iter().find(|(_, probability)| *probability > 0.0)
 }
 
-const SUPPORTED: &str = "supported families: llama, mistral, ministral3, qwen2, qwen3, smollm3, gemma, gemma2, gemma3_text, phi3, gpt2";
+const SUPPORTED: &str = "supported families: llama, mistral, ministral, ministral3, qwen2, qwen3, smollm3, gemma, gemma2, gemma3_text, phi3, gpt2";
 
 fn read_spec(fields: &Fields) -> Result<ModelSpec> {
     let spec = match fields.text("model_type")? {
         "llama" => llama(fields, Family::Llama)?,
-        "mistral" => mistral(fields)?,
+        "mistral" | "ministral" => mistral(fields)?,
         "ministral3" => ministral3(fields)?,
         "qwen2" => qwen2(fields)?,
         "qwen3" => qwen3(fields)?,
@@ -144,6 +144,8 @@ fn whole_heads(config: &Value) -> Result<()> {
 }
 
 fn qwen2(fields: &Fields) -> Result<ModelSpec> {
+    let config = fields.with_defaults([("max_position_embeddings", 32_768)]);
+    let fields = &Fields(&config);
     let mut spec = llama(fields, Family::Qwen2)?;
     spec.num_kv_heads = fields.if_absent("num_key_value_heads", 32).unwrap_or(spec.num_kv_heads);
     (spec.qkv_bias, spec.output_bias, spec.mlp_bias) = (true, false, false);
@@ -152,7 +154,7 @@ fn qwen2(fields: &Fields) -> Result<ModelSpec> {
 }
 
 fn qwen3(fields: &Fields) -> Result<ModelSpec> {
-    let config = fields.with_defaults([("head_dim", 128)]);
+    let config = fields.with_defaults([("head_dim", 128), ("max_position_embeddings", 32_768)]);
     let fields = &Fields(&config);
     let mut spec = llama(fields, Family::Qwen3)?;
     spec.num_kv_heads = fields.if_absent("num_key_value_heads", 32).unwrap_or(spec.num_kv_heads);
@@ -166,7 +168,9 @@ fn qwen_windows(fields: &Fields, num_layers: usize) -> Result<Vec<Option<usize>>
     if !fields.flag_or("use_sliding_window", false)? {
         return Ok(vec![None; num_layers]);
     }
-    let window = fields.size_or("sliding_window", 4096)?;
+    let Some(window) = fields.window_or(Some(4096))? else {
+        return Ok(vec![None; num_layers]);
+    };
     let first = fields.size_or("max_window_layers", 28)?;
     fields.windows(num_layers, window, |layer| layer >= first)
 }
@@ -307,6 +311,39 @@ mod tests {
         let spec = spec.unwrap();
         assert_eq!((spec.head_dim, spec.rotary_dim, spec.q_width()), (128, 128, 2048));
         assert_eq!(spec.attention_scale, 1.0 / 128_f32.sqrt());
+    }
+
+    /// What the classes of transformers have.
+    #[test]
+    fn a_config_that_is_silent_has_its_class_s_positions_and_windows() {
+        let read = |family: &str, extra: Value| {
+            let mut config = json!({
+                "model_type": family, "hidden_size": 64, "intermediate_size": 64, "vocab_size": 99,
+                "num_hidden_layers": 1, "num_attention_heads": 8, "num_key_value_heads": 8,
+            });
+            config.as_object_mut().unwrap().extend(extra.as_object().unwrap().clone());
+            spec_from_config(&config).unwrap()
+        };
+        for (family, positions) in
+            [("llama", 2048), ("qwen2", 32_768), ("qwen3", 32_768), ("mistral", 131_072)]
+        {
+            let dynamic = json!({"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}});
+            let spec = read(family, dynamic);
+            assert_eq!(spec.max_positions, positions);
+            let RopeScaling::Dynamic { original_max_position_embeddings, .. } =
+                spec.rotary.unwrap().scaling
+            else {
+                panic!("{family}");
+            };
+            assert_eq!(original_max_position_embeddings, positions);
+        }
+        for family in ["qwen2", "qwen3"] {
+            let slides = json!({"use_sliding_window": true, "max_window_layers": 0});
+            assert_eq!(read(family, slides.clone()).windows, [Some(4096)]);
+            let mut null = slides;
+            null["sliding_window"] = Value::Null;
+            assert_eq!(read(family, null).windows, [None]);
+        }
     }
 
     #[test]

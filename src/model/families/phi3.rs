@@ -29,8 +29,7 @@ pub(super) fn phi3(fields: &Fields) -> Result<ModelSpec> {
         }
     }
     let mut spec = decoder(&Fields(&config), Family::Phi3)?;
-    let window = fields.present("sliding_window").map(|_| fields.size("sliding_window"));
-    spec.windows = vec![window.transpose()?; spec.num_layers];
+    spec.windows = vec![fields.window_or(None)?; spec.num_layers];
     (spec.fused_qkv, spec.fused_gate_up) = (true, true);
     (spec.qkv_bias, spec.output_bias, spec.mlp_bias) = (false, false, false);
     Ok(spec)
