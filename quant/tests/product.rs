@@ -233,3 +233,27 @@ fn a_row_by_itself_is_the_same_product() {
         }
     }
 }
+
+/// Products read weights and rows without looking again how many there are.
+#[test]
+fn what_is_shorter_than_its_shape_is_refused() {
+    let refused = |work: &dyn Fn()| {
+        let silent = std::panic::AssertUnwindSafe(work);
+        std::panic::catch_unwind(silent).is_err()
+    };
+    let (x, weights) = (values(600, 1), values(16, 2));
+    let halves: Vec<bf16> = weights.iter().map(|&value| bf16::from_f32(value)).collect();
+    for weight in [WeightRef::F32(&weights, [600, 16]), WeightRef::Bf16(&halves, [600, 16])] {
+        assert!(refused(&|| {
+            let mut y = vec![0.0; 16];
+            let into = MatrixMut::new(&mut y, (1, 16, 16));
+            let rows = Matrix::new(&x, (1, 600, 600));
+            product_input_gradient(rows, weight, None, 0.0, into, Precision::F32);
+        }));
+        assert!(refused(&|| product_row(&x[..16], weight, None, 0.0, &mut vec![0.0; 600])));
+    }
+    // (rows − 1) · stride is 2⁶⁴: nothing, if it wraps.
+    let (rows, stride) = ((1 << 32) + 1, 1 << 32);
+    assert!(refused(&|| drop(Matrix::new(&x, (rows, 1, stride)))));
+    assert!(refused(&|| drop(MatrixMut::new(&mut values(600, 1), (rows, 1, stride)))));
+}

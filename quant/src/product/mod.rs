@@ -39,12 +39,22 @@ pub enum WeightRef<'a> {
 }
 
 impl WeightRef<'_> {
-    /// `[out, in]`.
+    /// `[out, in]`, as large as the weights: products read them without looking again.
+    ///
+    /// # Panics
+    /// When they are fewer or more.
     pub fn shape(&self) -> [usize; 2] {
-        match self {
-            WeightRef::F32(_, shape) | WeightRef::Bf16(_, shape) => *shape,
-            WeightRef::Packed(packed) => packed.shape(),
-        }
+        let (length, shape) = match self {
+            WeightRef::F32(weights, shape) => (weights.len(), *shape),
+            WeightRef::Bf16(weights, shape) => (weights.len(), *shape),
+            WeightRef::Packed(packed) => return packed.shape(),
+        };
+        assert_eq!(
+            shape[0].checked_mul(shape[1]),
+            Some(length),
+            "a weight is as large as {shape:?}"
+        );
+        shape
     }
 }
 

@@ -23,8 +23,14 @@ pub struct MatrixMut<'a> {
 
 fn check(length: usize, (rows, columns, row_stride): (usize, usize, usize)) {
     assert!(columns <= row_stride || rows <= 1, "rows of {columns} overlap at stride {row_stride}");
-    let needed = if rows == 0 { 0 } else { (rows - 1) * row_stride + columns };
-    assert!(needed <= length, "matrix of {rows} rows needs {needed} elements, has {length}");
+    let needed = match rows {
+        0 => Some(0),
+        _ => (rows - 1).checked_mul(row_stride).and_then(|last| last.checked_add(columns)),
+    };
+    assert!(
+        needed.is_some_and(|needed| needed <= length),
+        "matrix of {rows} rows of {columns} at stride {row_stride} has {length} elements"
+    );
 }
 
 impl<'a> Matrix<'a> {
