@@ -2,10 +2,13 @@
 //!
 //! With `δ_i = do_i·o_i`: `dv_j = Σ_i p_ij do_i`, `ds_ij = scale·p_ij (do_i·v_j − δ_i)`,
 //! `dq_i = Σ_j ds_ij k_j`, `dk_j = Σ_i ds_ij q_i`. Scores that are capped, `c·tanh(s/c)`, take
-//! `1 − tanh²(s/c)` into ds. A block of keys stays while the queries that see
-//! it pass by: dk and dv are summed up beside it, dq where it lies.
+//! `1 − tanh²(s/c)` into ds. A block of keys is a task: it stays while the queries that see
+//! it pass by. dk and dv are summed up beside it, dq where it lies, tile by tile behind the task with
+//! the keys before: so all threads have work in a single long document, and every sum has one order.
 
 use std::ops::Range;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::thread;
 
 use nibble_quant::product::{Matrix, MatrixMut, PackedOperand, Precision, gemm_serial};
 
@@ -16,7 +19,7 @@ use super::{
 use crate::kernels::{AttentionShape, TokenLayout};
 use crate::plan::layout::ATTENTION_SCORE_STRIDE;
 
-/// Overwrites dqkv; a task owns all columns of one key head (and its query heads) in one document.
+/// Overwrites dqkv. A task owns dk and dv of one block of keys of one key head in one document.
 #[allow(clippy::too_many_arguments)]
 pub fn backward(
     (shape, precision): (&AttentionShape, Precision),
@@ -28,20 +31,71 @@ pub fn backward(
     dqkv: &mut [f32],
     work: &mut [f32],
 ) {
-    let mut items: Vec<(usize, usize, usize)> = layout
-        .boundaries
-        .windows(2)
-        .flat_map(|w| (0..shape.num_kv_heads).map(move |kv_head| (w[0], w[1], kv_head)))
-        .collect();
-    items.sort_by_key(|(begin, end, _)| std::cmp::Reverse(end - begin));
+    let mut documents: Vec<&[usize]> = layout.boundaries.windows(2).collect();
+    documents.sort_by_key(|document| std::cmp::Reverse(document[1] - document[0]));
+    let blocks = documents.into_iter().flat_map(|document| {
+        let (begin, end) = (document[0], document[1]);
+        key_blocks(begin, end).map(move |keys| ((begin, end), keys))
+    });
+    let blocks: Vec<((usize, usize), Range<usize>)> = blocks.collect();
+    let heads = shape.num_kv_heads;
+    let progress = Progress::new(blocks.len() * heads);
     let inputs = Inputs { shape, precision, qkv, o, lse, d_o };
     let dqkv = Shared::new(dqkv);
-    for_each_item(items.len(), work, |item, workspace| {
-        let (begin, end, kv_head) = items[item];
-        for keys in key_blocks(begin, end) {
-            inputs.backward_block((begin, end), keys, kv_head, &dqkv, workspace);
-        }
+    // Tasks are begun in this order, so the first that is not done waits for none.
+    for_each_item(blocks.len() * heads, work, |item, workspace| {
+        let (document, keys) = blocks[item / heads].clone();
+        let _guard = Guard(&progress);
+        let turn = Turn { progress: &progress, own: item, before: item.wrapping_sub(heads) };
+        inputs.backward_block(document, keys, item % heads, (&dqkv, turn), workspace);
     });
+}
+
+/// How far each task has come: the first query that it has not added its part to.
+struct Progress {
+    next_query: Vec<AtomicUsize>,
+    /// Whether a task has panicked; those that wait for it must not wait for ever.
+    failed: AtomicBool,
+}
+
+impl Progress {
+    fn new(tasks: usize) -> Self {
+        let next_query = (0..tasks).map(|_| AtomicUsize::new(0)).collect();
+        Progress { next_query, failed: AtomicBool::new(false) }
+    }
+}
+
+/// Tells of a panic.
+struct Guard<'a>(&'a Progress);
+
+impl Drop for Guard<'_> {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            self.0.failed.store(true, Ordering::Relaxed);
+        }
+    }
+}
+
+/// A task's place behind the one with the keys before, of the same head and document.
+#[derive(Clone, Copy)]
+struct Turn<'a> {
+    progress: &'a Progress,
+    own: usize,
+    before: usize,
+}
+
+impl Turn<'_> {
+    /// Returns when the task before is done with all queries below `end`.
+    fn wait_for(self, end: usize) {
+        while self.progress.next_query[self.before].load(Ordering::Acquire) < end {
+            assert!(!self.progress.failed.load(Ordering::Relaxed), "another task has failed");
+            thread::yield_now();
+        }
+    }
+
+    fn is_done_with(self, end: usize) {
+        self.progress.next_query[self.own].store(end, Ordering::Release);
+    }
 }
 
 /// What the backward pass reads.
@@ -70,7 +124,7 @@ impl Inputs<'_> {
         (begin, end): (usize, usize),
         keys: Range<usize>,
         kv_head: usize,
-        dqkv: &Shared,
+        (dqkv, turn): (&Shared, Turn),
         workspace: &mut [f32],
     ) {
         let (shape, precision) = (self.shape, self.precision);
@@ -91,13 +145,14 @@ impl Inputs<'_> {
         block.dv.fill(0.0);
         for tile in tiles(begin, end, shape.window, begin) {
             if tile.end() > keys.start && tile.first_key < keys.end {
-                self.backward_tile(tile, kv_head, &mut block, dqkv, Pieces(&mut *pieces.0));
+                let into = (dqkv, turn);
+                self.backward_tile(tile, kv_head, &mut block, into, Pieces(&mut *pieces.0));
             }
         }
         let k_column = shape.q_width() + kv_head * d;
         for (gradient, column) in [(block.dk, k_column), (block.dv, k_column + shape.kv_width())] {
             for (token, row) in keys.clone().zip(gradient.chunks_exact(d)) {
-                // SAFETY: this task is the only one with these tokens and this key head.
+                // SAFETY: this task is the only one with these keys and this key head.
                 unsafe { dqkv.slice(token * stride + column, d) }.copy_from_slice(row);
             }
         }
@@ -109,7 +164,7 @@ impl Inputs<'_> {
         tile: Tile,
         kv_head: usize,
         block: &mut Block,
-        dqkv: &Shared,
+        (dqkv, turn): (&Shared, Turn),
         mut pieces: Pieces,
     ) {
         let (shape, d) = (self.shape, self.shape.head_dim);
@@ -131,9 +186,13 @@ impl Inputs<'_> {
         gemm_serial(1.0, p.transposed(), d_o, 1.0, dv, self.precision);
         gemm_serial(1.0, dp.transposed(), q, 1.0, dk, self.precision);
         block.keys.gemm(shape.scale, dp, 0.0, MatrixMut::new(dq, rows));
-        // An earlier block of keys has written there.
+        // An earlier block of keys writes there.
         let accumulate = tile.first_key < block.first_key;
+        if accumulate {
+            turn.wait_for(tile.end());
+        }
         scatter_heads(shape, tile, kv_head, dq, (dqkv, shape.qkv_width()), accumulate);
+        turn.is_done_with(tile.end());
     }
 
     /// `p` from scores, `dp` becomes `p ∘ (dp − δ)`; zero where a query does not see a key.

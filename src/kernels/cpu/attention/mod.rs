@@ -162,7 +162,8 @@ fn scatter_heads(
     for (row, from) in from.chunks_exact(d).enumerate() {
         let head = kv_head * group + row / tile.rows;
         let start = (tile.first + row % tile.rows) * stride + head * d;
-        // SAFETY: this task is the only one with these tokens and heads.
+        // SAFETY: no other task is at these tokens and heads: it is the only one with them, or comes
+        // behind those that are done, which a released and acquired count tells.
         let to = unsafe { to.slice(start, d) };
         if accumulate {
             to.iter_mut().zip(from).for_each(|(to, from)| *to += from);

@@ -134,6 +134,37 @@ fn both_passes_are_the_sums_over_all_keys_that_a_query_sees() {
     }
 }
 
+/// Blocks of keys of one document and one key head are added up in one order, by however many threads.
+#[test]
+fn the_gradient_is_the_same_on_any_number_of_threads() {
+    for window in [None, Some(100), Some(700)] {
+        let shape = AttentionShape { window, ..AttentionShape::new(2, 1, 16) };
+        let layout = TokenLayout::new(&[0, 2000, 2003]);
+        let tokens = layout.tokens();
+        let (qkv, d_o) =
+            (values(tokens * shape.qkv_width(), 1), values(tokens * shape.q_width(), 2));
+        let gradient = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            pool.install(|| {
+                let mut o = vec![f32::NAN; d_o.len()];
+                let mut lse = vec![f32::NAN; tokens * shape.num_heads];
+                let mut dqkv = vec![f32::NAN; qkv.len()];
+                let (call, work) = ((&shape, Precision::F32), &mut workspace(&shape, 2000, true));
+                forward(call, &layout, &qkv, &mut o, &mut lse, work);
+                backward(call, &layout, &qkv, &o, &lse, &d_o, &mut dqkv, work);
+                dqkv
+            })
+        };
+        let alone = gradient(1);
+        assert!(alone.iter().all(|x| x.is_finite()));
+        for threads in [2, 3, 8] {
+            for _ in 0..3 {
+                assert!(gradient(threads) == alone, "{threads} threads, window {window:?}");
+            }
+        }
+    }
+}
+
 #[test]
 fn queries_that_follow_a_cache_see_it() {
     for window in [None, Some(270)] {
