@@ -181,6 +181,12 @@ fn a_field_of_another_type_is_refused() {
         (&sharegpt, "system", json!(["s"]), "field `system` is a list, expected text"),
         (&openai, "functions", json!(1), "field `functions` is a number, expected a list"),
         (&pair, "system", json!("s"), "field `system` has no place beside a `prompt` that is text"),
+        (
+            &pair,
+            "label",
+            json!(false),
+            "field `label` is true or false: whether the completion is a good one",
+        ),
         (&pair, "tools", json!([1]), "field `tools` has no place beside a `prompt` that is text"),
     ] {
         assert_eq!(with(record.clone(), key, value).unwrap_err(), reason);

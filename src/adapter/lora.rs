@@ -1,5 +1,7 @@
 //! A trainable LoRA adapter: the adapted linears and their two matrices each.
 
+use nibble_quant::BlockFormat;
+
 use super::config::{InitLoraWeights, LoraConfig};
 use crate::error::Result;
 use crate::model::spec::{LinearRole, ModelSpec};
@@ -57,6 +59,8 @@ pub struct Adapter {
     pub config: LoraConfig,
     /// PEFT's `base_model_name_or_path`.
     pub base_model: Option<String>,
+    /// How training packed a dense base model; its model card says so to whoever loads that again.
+    pub base_packing: Option<BlockFormat>,
     /// The adapted linears, block by block in forward order.
     pub targets: Vec<LoraTarget>,
     /// Their tensors, in the same order.
@@ -74,7 +78,7 @@ impl Adapter {
         let config = LoraConfig { fan_in_fan_out: spec.conv1d, ..config };
         let tensors =
             targets.iter().map(|target| initial(target, config.init_lora_weights, seed)).collect();
-        Ok(Adapter { config, base_model: None, targets, tensors })
+        Ok(Adapter { config, base_model: None, base_packing: None, targets, tensors })
     }
 
     /// Trained numbers of all targets.

@@ -33,11 +33,12 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
     let repack = Repack {
         checkpoint: &checkpoint,
         spec: &spec,
-        format: format(args)?,
+        format: format(args),
         skip: args.skip.iter().map(|pattern| skip_pattern(pattern)).collect::<Result<_>>()?,
         dtype: dense_type(args, &checkpoint),
         reblock: args.force,
     };
+    check_format(&repack)?;
     let steps = repack.steps()?;
     check_skipped(&repack, &args.skip)?;
     let interrupt = Interrupt::install()?;
@@ -63,30 +64,38 @@ fn warn(repack: &Repack, steps: &[Step]) {
             if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
         eprintln!("note: the model has no use for tensor {first}{more}: left out");
     }
-    let copied = steps.iter().filter_map(Step::format).find(|format| *format != repack.format);
-    if let Some(format) = copied.filter(|_| repack.copies_through()) {
+    let is_dense = |step: &Step| step.skipped_linear().is_some();
+    let stored = repack.checkpoint.packed_format().filter(|_| repack.copies_through());
+    let asked = |format: &BlockFormat| *format == repack.format && !steps.iter().any(is_dense);
+    if let Some(format) = stored.filter(|format| !asked(format)) {
         let (kind, nested) = (format.quant_type.as_str(), format.double_quant);
         eprintln!(
             "note: linears stay as they are stored ({kind}, block size {}, double quantization \
-             {nested}); `--force` packs them anew",
+             {nested}); `--force` packs all of them",
             format.block_size
         );
     }
 }
 
-fn format(args: &QuantizeArgs) -> Result<BlockFormat> {
-    if !(args.block_size.is_power_of_two() && (32..=4096).contains(&args.block_size)) {
-        return Err(Error::usage(format_args!(
-            "--block-size {} is not a power of two from 32 to 4096",
-            args.block_size
-        ))
-        .hint("bitsandbytes' default is 64"));
+fn format(args: &QuantizeArgs) -> BlockFormat {
+    let (block_size, double_quant) = (args.block_size, args.double_quant);
+    BlockFormat { quant_type: args.quant_type.into(), block_size, double_quant }
+}
+
+/// Refuses a format that is asked for where linears are packed in another already, and stay so.
+fn check_format(repack: &Repack) -> Result<()> {
+    let Some(stored) = repack.checkpoint.packed_format().filter(|_| repack.copies_through()) else {
+        return Ok(());
+    };
+    if [stored, BlockFormat::default()].contains(&repack.format) {
+        return Ok(());
     }
-    Ok(BlockFormat {
-        quant_type: args.quant_type.into(),
-        block_size: args.block_size,
-        double_quant: args.double_quant,
-    })
+    let (kind, size, nested) = (stored.quant_type.as_str(), stored.block_size, stored.double_quant);
+    let path = repack.checkpoint.path().display();
+    Err(Error::usage(format_args!(
+        "{path} is 4-bit already: --quant-type {kind} --block-size {size} --double-quant {nested}"
+    ))
+    .hint("`--force` packs it anew; the dense model would lose less"))
 }
 
 fn skip_pattern(pattern: &str) -> Result<Regex> {

@@ -173,6 +173,13 @@ pub fn parse(record: &Value, format: Format) -> Result<Record, Rejection> {
 
 /// Text on both sides, or lists of messages on both (TRL's conversational form).
 fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
+    if record["label"].is_boolean() {
+        let what = "field `label` is true or false: whether the completion is a good one";
+        return Err(Rejection::new(what).hint(
+            "for supervised training keep the good ones, without `label` (or call it otherwise by \
+             `--rename-columns label=good`)",
+        ));
+    }
     if record["prompt"].is_array() || record["completion"].is_array() {
         let prompt = Chat::new(record, "prompt")?;
         let completion = Chat::new(record, "completion")?;

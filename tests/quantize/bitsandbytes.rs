@@ -7,7 +7,7 @@ use std::fs;
 use nibble_quant::{BlockFormat, Floats, PackedWeight, QuantType};
 
 use crate::tensors::{golden, of_file, of_folder};
-use crate::training::{Workplace, stderr, succeed};
+use crate::training::{Workplace, fail, stderr, succeed};
 
 /// Each with another type, storage or family.
 const CASES: [&str; 4] =
@@ -89,8 +89,12 @@ fn logits_are_those_of_the_dequantized_model() {
 fn packed_linears_are_copied_byte_for_byte() {
     for case in CASES {
         let place = with_folder(case);
-        let said = quantize(&place, "out", &["--quant-type", "fp4"]);
-        assert!(said.contains("linears stay as they are stored") && said.contains("--force"));
+        let stored = if case.contains("fp4") { "nf4" } else { "fp4" };
+        let flags = ["quantize", "--model", "packed", "--out", "out", "--quant-type", stored];
+        let (code, text) = fail(place.nibble(&flags));
+        assert!(code == 2 && text.contains("packed is 4-bit already: --quant-type"), "{text}");
+        assert!(text.contains("hint: `--force` packs it anew"), "{text}");
+        quantize(&place, "out", &[]);
         let (source, got) = (of_folder(&place.path("packed")), of_folder(&place.path("out")));
         for (name, tensor) in &source {
             if name.contains("quant_state") {
@@ -103,6 +107,26 @@ fn packed_linears_are_copied_byte_for_byte() {
         }
         assert_eq!(got.len(), source.len(), "{case}");
     }
+}
+
+/// Dense ones among them, too: somebody left them so.
+#[test]
+fn linears_of_a_4_bit_folder_stay_as_they_are_stored() {
+    let place = Workplace::new();
+    let quantize = |model: &str, out: &str, flags: &[&str]| {
+        let arguments = [&["quantize", "--model", model, "--out", out][..], flags].concat();
+        stderr(&succeed(place.nibble(&arguments)))
+    };
+    quantize("model", "mixed", &["--skip", "layers.0"]);
+    let said = quantize("mixed", "same", &[]);
+    assert!(said.contains("note: linears stay as they are stored (nf4, block size 64"), "{said}");
+    let (mixed, same) = (of_folder(&place.path("mixed")), of_folder(&place.path("same")));
+    assert!(mixed.keys().eq(same.keys()));
+    assert!(mixed.iter().all(|(name, tensor)| tensor.data == same[name].data));
+    quantize("mixed", "whole", &["--force"]);
+    let is_state = |name: &&String| name.contains("quant_state");
+    let packed = |folder: &str| of_folder(&place.path(folder)).keys().filter(is_state).count();
+    assert!(packed("whole") > packed("mixed"));
 }
 
 #[test]

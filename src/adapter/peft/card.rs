@@ -1,5 +1,7 @@
 //! The adapter's `README.md`: the metadata that the Hub reads, and how to use the adapter.
 
+use nibble_quant::BlockFormat;
+
 use super::super::lora::Adapter;
 
 /// A model card with the front matter that PEFT writes and a short text.
@@ -25,13 +27,8 @@ fn text(adapter: &Adapter, base: &str) -> String {
         "# LoRA adapter\n\n\
          Trained with Nibble {version}: rank {r}, alpha {alpha}, scale {scale}, dropout {dropout}, \
          {parameters} parameters in {modules} modules.\n\n\
-         ```python\n\
-         from peft import PeftModel\n\
-         from transformers import AutoModelForCausalLM\n\n\
-         model = AutoModelForCausalLM.from_pretrained({base})\n\
-         model = PeftModel.from_pretrained(model, \"path/to/this/folder\")\n\
-         ```\n",
-        base = from_pretrained(base),
+         {loading}",
+        loading = loading(base, adapter.base_packing.as_ref()),
         version = env!("CARGO_PKG_VERSION"),
         r = config.r,
         alpha = config.lora_alpha,
@@ -39,6 +36,39 @@ fn text(adapter: &Adapter, base: &str) -> String {
         parameters = adapter.parameters(),
         modules = adapter.targets.len(),
     )
+}
+
+/// How the base that the adapter was trained on is loaded, and the adapter on it.
+fn loading(base: &str, packing: Option<&BlockFormat>) -> String {
+    let python = |imports: &str, before: &str, base: &str| {
+        format!(
+            "```python\n{imports}\n\n{before}model = AutoModelForCausalLM.from_pretrained({base})\n\
+             model = PeftModel.from_pretrained(model, \"path/to/this/folder\")\n```\n"
+        )
+    };
+    let plain = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM";
+    let Some(format) = packing else { return python(plain, "", &from_pretrained(base)) };
+    let BlockFormat { quant_type, block_size, double_quant } = format;
+    let kind = quant_type.as_str();
+    if base.ends_with(".gguf") || *block_size != BlockFormat::default().block_size {
+        return format!(
+            "It was trained on the base in 4 bits, which\n\n\
+             ```\nnibble quantize --model {base} --out base-4bit --quant-type {kind} \
+             --block-size {block_size} --double-quant {double_quant}\n```\n\n\
+             writes for transformers:\n\n{}",
+            python(plain, "", "\"base-4bit\"")
+        );
+    }
+    let imports = "import torch\nfrom peft import PeftModel\n\
+                   from transformers import AutoModelForCausalLM, BitsAndBytesConfig";
+    let double_quant = if *double_quant { "True" } else { "False" };
+    let before = format!(
+        "packing = BitsAndBytesConfig(\n    load_in_4bit=True,\n    \
+         bnb_4bit_quant_type=\"{kind}\",\n    bnb_4bit_use_double_quant={double_quant},\n    \
+         bnb_4bit_compute_dtype=torch.bfloat16,\n)\n"
+    );
+    let base = format!("{}, quantization_config=packing", from_pretrained(base));
+    format!("It was trained on the base in 4 bits:\n\n{}", python(imports, &before, &base))
 }
 
 /// What transformers takes for `base`: a GGUF file by its folder and its name.
@@ -73,6 +103,31 @@ mod tests {
         assert_eq!(from_pretrained("owner/model"), r#""owner/model""#);
         assert_eq!(from_pretrained("runs/a.gguf"), r#""runs", gguf_file="a.gguf""#);
         assert_eq!(from_pretrained("a.gguf"), r#"".", gguf_file="a.gguf""#);
+    }
+
+    #[test]
+    fn the_base_is_loaded_as_training_packed_it() {
+        let nf4 = BlockFormat::default();
+        assert!(!loading("owner/model", None).contains("BitsAndBytesConfig"));
+        let text = loading("owner/model", Some(&nf4));
+        for line in [
+            "It was trained on the base in 4 bits:",
+            "    bnb_4bit_quant_type=\"nf4\",",
+            "    bnb_4bit_use_double_quant=True,",
+            "model = AutoModelForCausalLM.from_pretrained(\"owner/model\", quantization_config=packing)",
+        ] {
+            assert!(text.lines().any(|it| it == line), "{line}: {text}");
+        }
+        // What transformers cannot pack by itself.
+        for (base, block_size) in [("a.gguf", 64), ("owner/model", 128)] {
+            let text = loading(base, Some(&BlockFormat { block_size, ..nf4 }));
+            let command = format!(
+                "nibble quantize --model {base} --out base-4bit --quant-type nf4 \
+                                   --block-size {block_size} --double-quant true\n"
+            );
+            assert!(text.contains(&command), "{text}");
+            assert!(text.contains("from_pretrained(\"base-4bit\")"), "{text}");
+        }
     }
 
     #[test]

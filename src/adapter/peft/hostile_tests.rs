@@ -149,7 +149,7 @@ fn features_that_change_the_function_are_refused() {
 
 #[test]
 fn an_initialisation_that_changed_the_base() {
-    for kind in ["pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga"] {
+    for kind in ["pissa", "pissa_niter_16", "olora", "OLoRA", "corda", "loftq", "lora_ga"] {
         let error = Folder::new().set("init_lora_weights", json!(kind)).error();
         assert_says(&error, &[kind, "path_initial_model_for_weight_conversion"]);
     }

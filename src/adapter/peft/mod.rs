@@ -188,7 +188,7 @@ impl PeftAdapter {
             targets.push(trained_target(part.target)?);
             tensors.push(part.tensors);
         }
-        Ok(Adapter { config, base_model, targets, tensors })
+        Ok(Adapter { config, base_model, base_packing: None, targets, tensors })
     }
 }
 

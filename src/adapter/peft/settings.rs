@@ -75,6 +75,12 @@ const SWITCHES: [&str; 2] = ["use_dora", "use_rslora"];
 /// Initialisations that subtract from the base model, which the adapter alone cannot tell.
 const BASE_CHANGING: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
 
+/// By the spellings that PEFT takes, in whatever case.
+fn changes_base(kind: &str) -> bool {
+    let kind = kind.to_lowercase();
+    BASE_CHANGING.iter().any(|name| kind.starts_with(name))
+}
+
 /// Why `adapter_config.json` cannot be read: what `dir` is instead.
 fn not_an_adapter(dir: &Path, path: &Path, error: std::io::Error) -> Error {
     let shown = dir.display();
@@ -297,7 +303,7 @@ impl<'a> Keys<'a> {
     fn init(&self) -> Result<InitLoraWeights> {
         match self.get("init_lora_weights") {
             Some(Value::String(kind)) if kind == "gaussian" => Ok(InitLoraWeights::Gaussian),
-            Some(Value::String(kind)) if BASE_CHANGING.iter().any(|b| kind.starts_with(b)) => {
+            Some(Value::String(kind)) if changes_base(kind) => {
                 Err(Error::input(format_args!(
                     "`init_lora_weights` is \"{kind}\": the adapter belongs to a changed base model"
                 ))

@@ -30,7 +30,7 @@ pub struct Repack<'a> {
     pub skip: Vec<Regex>,
     /// Type of dense tensors; as stored if absent.
     pub dtype: Option<FloatType>,
-    /// Whether linears that are 4-bit already are packed anew.
+    /// Whether linears are packed anew where some are 4-bit already.
     pub reblock: bool,
 }
 
@@ -98,7 +98,9 @@ impl Repack<'_> {
             StoredType::Dense(dtype) => (dtype, self.format),
             StoredType::Packed => self.packed_already(info)?,
         };
-        let packed = (linear && !skipped).then_some(format);
+        // Whoever packed the others left those dense on purpose that are.
+        let stays = skipped || (self.copies_through() && !from_packed);
+        let packed = (linear && !stays).then_some(format);
         // Packed linears are `[out, in]`; dense ones are the transpose in families with `Conv1D`.
         let oriented = |packed: bool| match tensor.transposed && !packed {
             true => tensor.shape.iter().rev().copied().collect(),
@@ -155,7 +157,7 @@ impl Repack<'_> {
         steps.iter().map(announce).collect()
     }
 
-    /// Whether the source is 4-bit and would be copied through.
+    /// Whether the source is 4-bit, so that its linears stay as they are stored.
     pub fn copies_through(&self) -> bool {
         self.checkpoint.kind() == CheckpointKind::Bnb4bit && !self.reblock
     }

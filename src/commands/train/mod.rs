@@ -223,6 +223,7 @@ impl Base {
             }
         };
         adapter.base_model = Some(args.model.model.display().to_string());
+        adapter.base_packing = self.checkpoint.kind().packing(args.model.block_format());
         Ok((adapter, origin))
     }
 
