@@ -2,6 +2,7 @@
 //! turns, and what waits elsewhere.
 
 use std::borrow::Cow;
+use std::collections::HashMap;
 use std::ops::Range;
 use std::path::Path;
 
@@ -9,14 +10,14 @@ use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::model::spec::ModelSpec;
 use crate::model::streaming::{Streaming, WeightStream};
-use crate::plan::{MemoryPlan, OnHost, Settings, WeightParts};
+use crate::plan::{MemoryPlan, OnHost, Region, Settings, WeightParts};
 
 /// The memory of a plan, handed out region by region.
 pub trait PlannedMemory<K: Storage> {
-    /// Hands out the region `name`.
+    /// Hands out the region `name`, or its next piece.
     ///
     /// # Panics
-    /// When the plan has no such region, or it was taken before: the plan and its user disagree,
+    /// When the plan has no such region, or all of it was taken: the plan and its user disagree,
     /// which is a bug, never bad input.
     fn take(&mut self, name: &str) -> K::Buffer;
 
@@ -36,6 +37,43 @@ pub trait PlannedMemory<K: Storage> {
     fn residency(&self, plan: &MemoryPlan) -> Residency {
         let bytes: Vec<u64> = plan.regions.iter().map(|region| region.bytes() as u64).collect();
         Box::new(move || bytes.clone())
+    }
+}
+
+/// What is left of a plan's regions, and where it begins in their memory.
+pub struct Untaken {
+    regions: HashMap<String, (usize, Region)>,
+}
+
+impl Untaken {
+    /// All of them, one behind the other.
+    pub fn new(regions: &[Region]) -> Self {
+        let mut end = 0;
+        let place = |region: &Region| {
+            let start = end;
+            end += region.bytes();
+            (region.name.clone(), (start, region.clone()))
+        };
+        Untaken { regions: regions.iter().map(place).collect() }
+    }
+
+    /// The next piece of region `name`: its first byte, and what it is.
+    ///
+    /// # Panics
+    /// As [`PlannedMemory::take`].
+    pub fn take(&mut self, name: &str) -> (usize, Region) {
+        let left = self.regions.get_mut(name).filter(|(_, left)| left.count > 0);
+        let (start, left) = left.expect("region is planned, and taken once");
+        let piece = (*start, Region { count: 1, ..left.clone() });
+        *start += left.piece_bytes();
+        left.count -= 1;
+        piece
+    }
+
+    /// What is left, in no order.
+    pub fn left(&self) -> impl Iterator<Item = (usize, &Region)> {
+        let regions = self.regions.values().filter(|(_, region)| region.count > 0);
+        regions.map(|(start, region)| (*start, region))
     }
 }
 

@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::model::block::{GatedMlp, Linear};
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, ModelSpec};
-pub use memory::{PlannedMemory, Residency, Storage, StreamedWeights};
+pub use memory::{PlannedMemory, Residency, Storage, StreamedWeights, Untaken};
 pub use shapes::{
     AttentionShape, Columns, DropoutMask, HeadNorms, LogitShape, LoraShape, LoraTerm,
     NormParameters, PostNorms, RotaryTables, TokenLayout, UniformNoise,

@@ -203,13 +203,8 @@ mod tests {
     use crate::plan::RegionType;
 
     fn plan() -> MemoryPlan {
-        let region = |name: &str, component, elements| Region {
-            name: name.into(),
-            component,
-            dtype: RegionType::F32,
-            elements,
-            pitch: None,
-        };
+        let region =
+            |name, component, elements| Region::new(component, name, RegionType::F32, elements);
         MemoryPlan {
             regions: vec![
                 region("layer.0.input", Component::BlockInputs, 1600),

@@ -67,8 +67,8 @@ fn push_adapter(plan: &mut MemoryPlan, settings: &Settings) {
     let size = |t: &LoraTarget| t.r * (t.in_features + t.out_features);
     let parameters: usize = settings.targets.iter().map(size).sum();
     if settings.bf16_working {
-        let dtype = RegionType::Bf16;
-        plan.push_typed(Component::AdapterWorking, "adapter.working", parameters, dtype);
+        let (component, dtype) = (Component::AdapterWorking, RegionType::Bf16);
+        plan.regions.push(Region::new(component, "adapter.working", dtype, parameters));
     }
     plan.push(Component::AdapterMaster, "adapter.master", parameters);
     if settings.training() {
@@ -98,8 +98,7 @@ fn push_inputs(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
     for layer in 0..=spec.num_layers {
         let name = format!("layer.{layer}.input");
         if settings.policies.get(layer).is_some_and(|policy| policy.offloads()) {
-            let dtype = RegionType::F32;
-            plan.offloaded.push(Region { name, component, dtype, elements, pitch: None });
+            plan.offloaded.push(Region::new(component, name, RegionType::F32, elements));
         } else {
             plan.push(component, name, elements);
         }
@@ -109,7 +108,7 @@ fn push_inputs(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
     }
 }
 
-/// A layer that keeps its activations: buffers for every tile of its MLP.
+/// A layer that keeps its activations: buffers with a piece for every tile of its MLP.
 fn push_kept(
     plan: &mut MemoryPlan,
     spec: &ModelSpec,
@@ -117,22 +116,20 @@ fn push_kept(
     layer: usize,
     ranks: impl Fn(Half) -> usize,
 ) {
-    let (component, tile) = (Component::KeptActivations, settings.mlp_tile());
-    let prefix = format!("layer.{layer}");
+    let (component, prefix) = (Component::KeptActivations, format!("layer.{layer}"));
     push_attention(plan, spec, (component, &prefix), settings.tokens, ranks(Half::Attention));
-    for number in 0..mlp_tiles(settings) {
-        let tokens = tile.min(settings.tokens - number * tile);
-        let prefix = mlp_prefix(&prefix, settings, number);
-        push_mlp(plan, spec, (component, &prefix), tokens, ranks(Half::Mlp));
+    for tiles in kept_tiles(settings, layer) {
+        push_mlp(plan, spec, component, &tiles, ranks(Half::Mlp));
     }
 }
 
 /// All other layers, in turn: one tile's MLP.
 fn push_shared(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings, ranks: &Ranks) {
     let widest = |half: Half| ranks.most(half.roles());
-    let place = (Component::RecomputeWorkspace, "recompute");
-    push_attention(plan, spec, place, settings.tokens, widest(Half::Attention));
-    push_mlp(plan, spec, place, settings.mlp_tile(), widest(Half::Mlp));
+    let (component, prefix) = (Component::RecomputeWorkspace, "recompute".to_string());
+    push_attention(plan, spec, (component, &prefix), settings.tokens, widest(Half::Attention));
+    let tile = Tiles { prefix, count: 1, tokens: settings.mlp_tile() };
+    push_mlp(plan, spec, component, &tile, widest(Half::Mlp));
     if !settings.shares_attention() {
         // Each layer has its own.
         let own = attended(spec).map(|(name, _)| format!("recompute.{name}"));
@@ -146,14 +143,25 @@ fn attended(spec: &ModelSpec) -> [(&'static str, usize); 2] {
     [("lse", spec.num_heads), ("attention", spec.q_width())]
 }
 
-/// Tiles of the longest pass.
-pub fn mlp_tiles(settings: &Settings) -> usize {
-    settings.tokens.div_ceil(settings.mlp_tile().max(1)).max(1)
+/// Tiles of an MLP that are equally long.
+pub struct Tiles {
+    /// Of their regions' names.
+    pub prefix: String,
+    /// How many: the pieces of each region.
+    pub count: usize,
+    /// Tokens of each.
+    pub tokens: usize,
 }
 
-/// Prefix of the regions of a kept layer's tile.
-pub fn mlp_prefix(prefix: &str, settings: &Settings, number: usize) -> String {
-    if settings.tiled() { format!("{prefix}.tile.{number}") } else { prefix.to_string() }
+/// Tiles of the longest pass of a layer that keeps its activations, in order; the last one may be
+/// shorter than all others.
+pub fn kept_tiles(settings: &Settings, layer: usize) -> impl Iterator<Item = Tiles> {
+    let (tokens, step) = (settings.mlp_tile(), settings.mlp_tile().max(1));
+    let (whole, rest) = ((settings.tokens / step).max(1), settings.tokens % step);
+    let prefix = format!("layer.{layer}");
+    let last = Tiles { prefix: format!("{prefix}.last_tile"), count: 1, tokens: rest };
+    let whole = Tiles { prefix, count: whole, tokens };
+    std::iter::once(whole).chain((rest > 0).then_some(last))
 }
 
 fn push_attention(
@@ -183,18 +191,23 @@ fn push_attention(
 fn push_mlp(
     plan: &mut MemoryPlan,
     spec: &ModelSpec,
-    (component, prefix): (Component, &str),
-    tokens: usize,
+    component: Component,
+    tiles: &Tiles,
     ranks: usize,
 ) {
+    let Tiles { prefix, count, tokens } = tiles;
+    let mut push = |name: &str, width: usize| {
+        let (name, dtype) = (format!("{prefix}.{name}"), RegionType::F32);
+        let region = Region::new(component, name, dtype, tokens * width);
+        plan.regions.push(Region { count: *count, ..region });
+    };
     let gate = spec.gated_mlp && !spec.fused_gate_up;
     let gate = if gate { spec.intermediate_size } else { 0 };
-    let rows = [("gate", gate), ("up", spec.up_width()), ("mlp_lora_x", ranks)];
-    for (name, width) in rows {
-        plan.push(component, format!("{prefix}.{name}"), tokens * width);
-    }
+    push("gate", gate);
+    push("up", spec.up_width());
+    push("mlp_lora_x", ranks);
     if spec.post_norms {
-        plan.push(component, format!("{prefix}.mlp_projected"), tokens * spec.hidden_size);
+        push("mlp_projected", spec.hidden_size);
     }
 }
 

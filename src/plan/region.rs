@@ -72,7 +72,7 @@ pub enum RegionType {
     Bf16,
 }
 
-/// One named buffer.
+/// One named buffer, or several that are alike.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct Region {
     /// Unique name, such as `layer.3.qkv`.
@@ -81,11 +81,18 @@ pub struct Region {
     pub component: Component,
     /// Element type.
     pub dtype: RegionType,
-    /// Number of elements.
+    /// Number of elements, of each piece.
     pub elements: usize,
+    /// Pieces that follow each other, each a buffer: the tiles of an MLP that is kept.
+    #[serde(skip_serializing_if = "is_one")]
+    pub count: usize,
     /// How its rows lie where they do not follow each other; only on a GPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pitch: Option<Pitch>,
+}
+
+fn is_one(count: &usize) -> bool {
+    *count == 1
 }
 
 /// Rows with room behind them.
@@ -97,13 +104,28 @@ pub struct Pitch {
     pub stride: usize,
 }
 
-/// Regions start at multiples of this many bytes: what a driver aligns its own allocations to, and so
+/// Regions, and their pieces, start at multiples of this many bytes: what a driver aligns its own allocations to, and so
 /// what no library chooses another kernel for.
 pub const REGION_ALIGNMENT_BYTES: usize = 256;
 
 impl Region {
+    /// One piece, whose rows follow each other.
+    pub fn new(
+        component: Component,
+        name: impl Into<String>,
+        dtype: RegionType,
+        elements: usize,
+    ) -> Self {
+        Region { name: name.into(), component, dtype, elements, count: 1, pitch: None }
+    }
+
     /// Bytes in the arena, padding included.
     pub fn bytes(&self) -> usize {
+        self.count * self.piece_bytes()
+    }
+
+    /// Bytes from one piece to the next.
+    pub fn piece_bytes(&self) -> usize {
         let size = if self.dtype == RegionType::F32 { 4 } else { 2 };
         (self.elements * size).next_multiple_of(REGION_ALIGNMENT_BYTES)
     }
@@ -141,16 +163,6 @@ impl MemoryPlan {
     }
 
     pub(super) fn push(&mut self, component: Component, name: impl Into<String>, elements: usize) {
-        self.push_typed(component, name, elements, RegionType::F32);
-    }
-
-    pub(super) fn push_typed(
-        &mut self,
-        component: Component,
-        name: impl Into<String>,
-        elements: usize,
-        dtype: RegionType,
-    ) {
-        self.regions.push(Region { name: name.into(), component, dtype, elements, pitch: None });
+        self.regions.push(Region::new(component, name, RegionType::F32, elements));
     }
 }

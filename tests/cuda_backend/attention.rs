@@ -30,12 +30,8 @@ fn planned_work(shape: &AttentionShape, attention: AttnImplementation) -> usize 
 
 /// Regions for one layer's attention, activations in `dtype`, `work` f32 elements to work in.
 fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType, work: usize) -> MemoryPlan {
-    let region = |name: &str, dtype, elements| Region {
-        name: name.to_string(),
-        component: Component::AttentionWorkspace,
-        dtype,
-        elements,
-        pitch: None,
+    let region = |name: &str, dtype, elements| {
+        Region::new(Component::AttentionWorkspace, name, dtype, elements)
     };
     let (wide, qkv, o) = (RegionType::F32, tokens * shape.qkv_width(), tokens * shape.q_width());
     let mut regions = vec![

@@ -22,7 +22,7 @@ fn plan(regions: &[(&str, RegionType, usize)]) -> MemoryPlan {
             "cuda.uploads" => Component::Uploads,
             _ => Component::BlockWorkspace,
         };
-        Region { name: name.to_string(), component, dtype, elements, pitch: None }
+        Region::new(component, name, dtype, elements)
     };
     MemoryPlan { regions: regions.iter().map(region).collect(), offloaded: Vec::new() }
 }

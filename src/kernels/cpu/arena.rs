@@ -1,10 +1,9 @@
 //! One anonymous mapping for all planned buffers, handed out region by region.
 //!
-//! The mapping is exactly as long as [`MemoryPlan::arena_bytes`] says; each region can be taken
-//! once, so no two [`Buffer`]s overlap.
+//! The mapping is exactly as long as [`MemoryPlan::arena_bytes`] says; each piece of a region can be
+//! taken once, so no two [`Buffer`]s overlap.
 #![allow(unsafe_code)]
 
-use std::collections::HashMap;
 use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
@@ -14,14 +13,14 @@ use memmap2::{MmapMut, MmapOptions};
 
 use super::Cpu;
 use crate::error::{Error, Result};
-use crate::kernels::{PlannedMemory, Residency};
+use crate::kernels::{PlannedMemory, Residency, Untaken};
 use crate::plan::{MemoryPlan, Region, RegionType};
 
 /// The memory of a plan.
 pub struct Arena {
     map: Arc<MmapMut>,
     base: *mut u8,
-    free: HashMap<String, (usize, Region)>,
+    free: Untaken,
 }
 
 impl Arena {
@@ -35,13 +34,8 @@ impl Arena {
             Error::budget(format_args!("cannot reserve {bytes} bytes of memory: {e}"))
                 .hint("lower `--max-length` or `--per-device-train-batch-size`")
         })?;
-        let (mut free, mut offset) = (HashMap::new(), 0);
-        for region in &plan.regions {
-            free.insert(region.name.clone(), (offset, region.clone()));
-            offset += region.bytes();
-        }
         let base = map.as_mut_ptr();
-        Ok(Arena { map: Arc::new(map), base, free })
+        Ok(Arena { map: Arc::new(map), base, free: Untaken::new(&plan.regions) })
     }
 
     /// Tells how much of the arena is in memory, as long as it lives.
@@ -50,16 +44,16 @@ impl Arena {
         PageAccount { map: self.map.clone(), lengths }
     }
 
-    /// Hands out the region `name`.
+    /// Hands out the region `name`, or its next piece.
     ///
     /// # Panics
-    /// When the plan has no such region, it has another element type, or it was taken before: the
+    /// When the plan has no such region, it has another element type, or all of it was taken: the
     /// plan and its user disagree, which is a bug, never bad input.
     pub fn take<T: Pod>(&mut self, name: &str) -> Buffer<T> {
-        let (offset, region) = self.free.remove(name).expect("region is planned, and taken once");
+        let (offset, region) = self.free.take(name);
         let size = if region.dtype == RegionType::F32 { 4 } else { 2 };
         assert_eq!(size, size_of::<T>(), "{name} has another element type");
-        // SAFETY: offset + bytes lies inside the mapping by construction of the plan.
+        // SAFETY: offset + piece_bytes lies inside the mapping by construction of the plan.
         let start = unsafe { self.base.add(offset) }.cast::<T>();
         Buffer { start, elements: region.elements, _map: self.map.clone() }
     }
@@ -79,7 +73,7 @@ impl PlannedMemory<Cpu> for Arena {
     }
 
     fn untaken(&self) -> Vec<&str> {
-        self.free.keys().map(String::as_str).collect()
+        self.free.left().map(|(_, region)| region.name.as_str()).collect()
     }
 
     fn residency(&self, plan: &MemoryPlan) -> Residency {
@@ -166,8 +160,7 @@ mod tests {
     use crate::plan::Component;
 
     fn region(name: &str, dtype: RegionType, elements: usize) -> Region {
-        let component = Component::BlockInputs;
-        Region { name: name.into(), component, dtype, elements, pitch: None }
+        Region::new(Component::BlockInputs, name, dtype, elements)
     }
 
     #[test]

@@ -1,13 +1,12 @@
 //! Device memory with bounds: allocations that free themselves, regions of a plan, and views.
 
-use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
 use super::Cuda;
 use super::driver::{Address, Argument, Driver};
 use crate::error::Result;
-use crate::kernels::{Columns, PlannedMemory};
+use crate::kernels::{Columns, PlannedMemory, Untaken};
 use crate::plan::{Pitch, Region, RegionType};
 
 /// Blocks of the first stage of a sum: a constant, so that sums are the same in every run.
@@ -170,51 +169,37 @@ impl<D: Driver> Buffer<D> {
 /// The regions of a plan in one allocation.
 pub struct Memory<D: Driver> {
     allocation: Arc<Allocation<D>>,
-    free: HashMap<String, Buffer<D>>,
+    free: Untaken,
 }
 
 impl<D: Driver> Memory<D> {
     pub(super) fn new(allocation: Arc<Allocation<D>>, regions: &[Region]) -> Self {
-        let (mut free, mut offset) = (HashMap::new(), 0);
-        for region in regions {
-            let buffer = Buffer {
-                address: allocation.address() + offset,
-                elements: region.elements,
-                dtype: region.dtype,
-                pitch: region.pitch,
-                memory: allocation.clone(),
-            };
-            free.insert(region.name.clone(), buffer);
-            offset += region.bytes() as u64;
-        }
-        Memory { allocation, free }
+        Memory { allocation, free: Untaken::new(regions) }
     }
 
     /// The optimizer's buffers begin at zero; all others hold whatever was there.
     pub(super) fn zero_optimizer(&self, driver: &Arc<D>) -> Result<()> {
-        let optimizer = self.free.iter().filter(|(name, _)| name.starts_with("adapter."));
-        for (_, buffer) in optimizer {
-            driver.zero(buffer.address, buffer.elements * buffer.size())?;
+        let optimizer = self.free.left().filter(|(_, region)| region.name.starts_with("adapter."));
+        for (start, region) in optimizer {
+            driver.zero(self.allocation.address() + start as u64, region.bytes())?;
         }
         Ok(())
     }
 
-    /// The memory of regions that follow each other and are not taken yet, in f32, for use while their owners
-    /// do not use them; `None` where there are none.
-    pub(super) fn as_f32(&self, regions: &[Region]) -> Option<Buffer<D>> {
-        let address_of = |region: &Region| self.free[&region.name].address;
-        let (address, mut end) = (address_of(regions.first()?), address_of(&regions[0]));
-        for region in regions {
-            assert_eq!(address_of(region), end, "{} follows what is before it", region.name);
-            end += region.bytes() as u64;
-        }
-        let elements = (end - address) as usize / 4;
+    /// The memory of `regions`, some of a plan's that follow each other, in f32, for use while their
+    /// owners do not use them; `None` where there are none.
+    pub(super) fn as_f32(&self, regions: &[Region], range: Range<usize>) -> Option<Buffer<D>> {
+        let bytes = |regions: &[Region]| -> usize { regions.iter().map(Region::bytes).sum() };
+        let address = self.allocation.address() + bytes(&regions[..range.start]) as u64;
+        let elements = bytes(&regions[range]) / 4;
         let (dtype, memory) = (RegionType::F32, self.allocation.clone());
-        Some(Buffer { address, elements, dtype, pitch: None, memory })
+        (elements > 0).then_some(Buffer { address, elements, dtype, pitch: None, memory })
     }
 
     pub(super) fn region(&mut self, name: &str) -> Buffer<D> {
-        self.free.remove(name).expect("region is planned, and taken once")
+        let (start, Region { elements, dtype, pitch, .. }) = self.free.take(name);
+        let (address, memory) = (self.allocation.address() + start as u64, self.allocation.clone());
+        Buffer { address, elements, dtype, pitch, memory }
     }
 }
 
@@ -234,6 +219,6 @@ impl<D: Driver> PlannedMemory<Cuda<D>> for Memory<D> {
     }
 
     fn untaken(&self) -> Vec<&str> {
-        self.free.keys().map(String::as_str).collect()
+        self.free.left().map(|(_, region)| region.name.as_str()).collect()
     }
 }

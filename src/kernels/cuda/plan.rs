@@ -89,18 +89,11 @@ pub fn cuda_layout(
     let idle = idle_in_blocks(&plan.regions);
     let room = plan.regions[idle.clone()].iter().map(|region| region.bytes()).sum::<usize>() / 4;
     if sums > room {
-        let (component, name) = (Component::LogitsChunk, MLP_SUMS.to_string());
-        let (dtype, elements) = (RegionType::F32, sums - room);
-        plan.regions.insert(idle.end, Region { name, component, dtype, elements, pitch: None });
+        let sums = Region::new(Component::LogitsChunk, MLP_SUMS, RegionType::F32, sums - room);
+        plan.regions.insert(idle.end, sums);
     }
     let mut push = |component, name: &str, dtype, elements| {
-        plan.regions.push(Region {
-            name: name.to_string(),
-            component,
-            dtype,
-            elements,
-            pitch: None,
-        });
+        plan.regions.push(Region::new(component, name, dtype, elements));
     };
     let wide = RegionType::F32;
     let elements = widened_elements(spec, settings, &ranks, stacked.is_some());
@@ -120,13 +113,8 @@ pub fn cuda_layout(
     let chunks = settings.tokens.div_ceil(rows);
     let words = UPLOADS_PER_TOKEN * (settings.tokens + UPLOAD_WORDS * (chunks + 2));
     push(Component::Uploads, "cuda.uploads", wide, words);
-    let workspace = Region {
-        name: "cuda.workspace".into(),
-        component: Component::LibraryWorkspace,
-        dtype: wide,
-        elements: WORKSPACE_BYTES / 4,
-        pitch: None,
-    };
+    let component = Component::LibraryWorkspace;
+    let workspace = Region::new(component, "cuda.workspace", wide, WORKSPACE_BYTES / 4);
     // Where the arena begins: on 256 bytes, as cuBLAS demands of it.
     plan.regions.insert(0, workspace);
     plan

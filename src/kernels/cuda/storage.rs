@@ -48,7 +48,7 @@ impl<D: Driver> Storage for Cuda<D> {
         let staging = Staging::new(driver, memory.region("cuda.uploads"), staged_bytes(plan))?;
         let mut state = self.state();
         state.staging = Some(staging);
-        state.mlp_sums = memory.as_f32(&plan.regions[idle_in_blocks(&plan.regions)]);
+        state.mlp_sums = memory.as_f32(&plan.regions, idle_in_blocks(&plan.regions));
         let planned = |name: &str| plan.regions.iter().any(|region| region.name == name);
         let mut take = |name: &str| planned(name).then(|| memory.region(name));
         state.ahead = Some(Ahead::new(DEQUANTIZED.into_iter().filter_map(&mut take).collect()));

@@ -6,7 +6,7 @@ use crate::model::block::{
     Attended, GradientBuffers, RotaryBuffers, Saved, SavedMlp, Tile, Workspace,
 };
 use crate::model::spec::ModelSpec;
-use crate::plan::layout::{QUERY_SCALE, mlp_prefix, mlp_tiles, rotary_tables};
+use crate::plan::layout::{QUERY_SCALE, kept_tiles, rotary_tables};
 use crate::plan::{Policy, Settings};
 
 /// The arena's regions.
@@ -114,9 +114,9 @@ fn kept<K: Kernels>(
     arena: &mut K::Memory,
     layer: usize,
 ) -> Saved<K::Buffer> {
-    let prefix = format!("layer.{layer}");
-    let tiles = (0..mlp_tiles(settings)).map(|number| mlp_prefix(&prefix, settings, number));
-    saved::<K>(spec, arena, &prefix, tiles)
+    let tiles = kept_tiles(settings, layer);
+    let prefixes = tiles.flat_map(|tiles| std::iter::repeat_n(tiles.prefix, tiles.count));
+    saved::<K>(spec, arena, &format!("layer.{layer}"), prefixes)
 }
 
 fn attended<K: Kernels>(arena: &mut K::Memory, layer: usize) -> Attended<K::Buffer> {
@@ -124,7 +124,7 @@ fn attended<K: Kernels>(arena: &mut K::Memory, layer: usize) -> Attended<K::Buff
     Attended { lse: take("lse"), attention: take("attention") }
 }
 
-/// Regions under `prefix`, those of the MLP under `tiles`.
+/// Regions under `prefix`; of the MLP one piece for each tile, under its own.
 fn saved<K: Kernels>(
     spec: &ModelSpec,
     arena: &mut K::Memory,

@@ -192,30 +192,18 @@ impl Demand<'_> {
 
     /// What the host has no room for is no way out: of plans like that, the one that lacks the least.
     fn leanest_of(&self, candidates: &[Candidate]) -> Candidate {
-        let mut leanest: Option<((u64, u64), Candidate)> = None;
-        // Those that keep the least come first; of two that take as much the earlier one is taken.
-        for &candidate in candidates.iter().rev() {
-            let pinned = self.pinned_for(self.settings, candidate);
-            let lacking = pinned.saturating_sub(self.pinned_bytes);
-            let least = (lacking, self.kept_bytes(candidate));
-            if leanest.is_some_and(|(leanest, _)| least > leanest) {
-                continue;
-            }
-            let bytes = (lacking, self.total_bytes(self.settings, candidate));
-            if leanest.is_none_or(|(least, _)| bytes <= least) {
-                leanest = Some((bytes, candidate));
-            }
-        }
-        leanest.expect("one mode and one policy are allowed").1
-    }
-
-    /// What blocks that keep their activations keep at least: 2 bytes of each. A plan far beyond what
-    /// fits has a part for each tile of each block, and is not made.
-    fn kept_bytes(&self, candidate: Candidate) -> u64 {
-        let spec = self.spec;
-        let width = 2 * spec.q_width() + 2 * spec.kv_width() + spec.hidden_size;
-        let elements = self.settings.tokens as u64 * (width + spec.intermediate_size) as u64;
-        2 * elements.saturating_mul(candidate.kept as u64)
+        let lacking = |candidate: &Candidate| {
+            self.pinned_for(self.settings, *candidate).saturating_sub(self.pinned_bytes)
+        };
+        let least = candidates.iter().map(lacking).min();
+        let possible: Vec<Candidate> = candidates
+            .iter()
+            .filter(|candidate| Some(lacking(candidate)) == least)
+            .copied()
+            .collect();
+        let ends = ways(&possible).flat_map(|kept| [kept.first(), kept.last()]).flatten().copied();
+        let bytes = |candidate: &Candidate| self.total_bytes(self.settings, *candidate);
+        ends.min_by_key(bytes).expect("one mode and one policy are allowed")
     }
 
     /// The fastest way that is allowed and takes at most `bytes`.
@@ -225,9 +213,7 @@ impl Demand<'_> {
 
     /// Whether a way takes at most `bytes`, and what it pins of the host's memory can be had.
     pub(super) fn fits(&self, candidate: Candidate, bytes: u64) -> bool {
-        self.can_be_pinned(&candidate)
-            && self.kept_bytes(candidate) <= bytes
-            && self.total_bytes(self.settings, candidate) <= bytes
+        self.can_be_pinned(&candidate) && self.total_bytes(self.settings, candidate) <= bytes
     }
 
     fn can_be_pinned(&self, candidate: &Candidate) -> bool {
@@ -248,10 +234,7 @@ impl Demand<'_> {
         // Blocks that do not keep may pin more.
         let candidates: Vec<Candidate> =
             candidates.iter().filter(|candidate| self.can_be_pinned(candidate)).copied().collect();
-        // Ways that differ in the blocks that keep, all or attention, most first: each block that keeps
-        // is faster and takes memory, but for the last one, with which nothing is recomputed any more.
-        let way = |c: &Candidate| (c.others, c.stream, c.on_host, c.pieces, c.attended > 0);
-        let most = candidates.chunk_by(|a, b| way(a) == way(b)).filter_map(|kept| {
+        let most = ways(&candidates).filter_map(|kept| {
             let (all, fewer) = kept.split_first()?;
             let first = || fewer.get(fewer.partition_point(|candidate| !fits(candidate)));
             if fits(all) { Some(all) } else { first() }
@@ -392,6 +375,13 @@ impl Demand<'_> {
         let weights = self.weight_parts(settings, candidate).total();
         plan.arena_bytes() as u64 + weights + self.process_bytes
     }
+}
+
+/// Those together that differ in the blocks that keep, all or attention, most first: each block that
+/// keeps is faster and takes memory, but for the last one, with which nothing is recomputed any more.
+fn ways(candidates: &[Candidate]) -> impl Iterator<Item = &[Candidate]> {
+    let way = |c: &Candidate| (c.others, c.stream, c.on_host, c.pieces, c.attended > 0);
+    candidates.chunk_by(move |a, b| way(a) == way(b))
 }
 
 /// The last blocks keep what they can: the backward pass meets them first.
