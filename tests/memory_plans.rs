@@ -366,6 +366,36 @@ fn streamed_70b_fits_24_gib_and_is_bound_by_computation() {
     assert!((bits - 4.127).abs() < 0.001, "two blocks of {bits} bits a weight");
 }
 
+/// However long a pass, a kept MLP is a few regions, whose pieces are the tiles.
+#[test]
+fn a_long_plan_has_as_few_regions_as_a_short_one() {
+    let Shape { layers, f, .. } = LLAMA_8B;
+    for device in ["cpu", "cuda"] {
+        let regions = |tokens: usize| -> Vec<Value> {
+            let flags = format!("--activations keep --json --max-length {tokens}");
+            let plan: Value =
+                serde_json::from_str(&says_of(device, "llama-3.1-8b", &flags)).unwrap();
+            let regions = plan["regions"].as_array().unwrap().clone();
+            let bytes = |region: &Value| {
+                let size = if region["dtype"] == "f32" { 4 } else { 2 };
+                let piece = (region["elements"].as_u64().unwrap() * size).next_multiple_of(256);
+                piece * region["count"].as_u64().unwrap_or(1)
+            };
+            assert_eq!(Some(regions.iter().map(bytes).sum()), plan["arena_bytes"].as_u64());
+            regions
+        };
+        let (short, long) = (regions(8192), regions(10_000_000));
+        // The last tile is shorter: gate, up and x·Aᵀ once more.
+        assert_eq!(long.len(), short.len() + 3 * layers, "{device}");
+        let find = |name: &str| long.iter().find(|region| region["name"] == name).unwrap();
+        let (whole, last) = (find("layer.31.gate"), find("layer.31.last_tile.gate"));
+        assert_eq!((&whole["count"], &last["count"]), (&Value::from(2441), &Value::Null));
+        let elements = |region: &Value| region["elements"].as_u64().unwrap() as usize;
+        assert_eq!(elements(whole), 4096 * f);
+        assert_eq!(2441 * elements(whole) + elements(last), 10_000_000 * f);
+    }
+}
+
 /// The flags that `--fit` prints lead to the plan that it printed them for: with the micro-batch, the
 /// mix, the places of weights and embedding, and the pieces.
 #[test]

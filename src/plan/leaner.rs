@@ -12,7 +12,9 @@ pub fn leaner(settings: &Settings) -> Option<Settings> {
     shorter(settings)
         .or_else(|| keeping_fewer(settings))
         .or_else(|| attending_again(settings))
-        .or_else(|| Some(settings.in_pieces(Pieces::ALL)).filter(|pieces| differ(settings, pieces)))
+        .or_else(|| {
+            Some(settings.clone().in_pieces(Pieces::ALL)).filter(|pieces| differ(settings, pieces))
+        })
         .or_else(|| offloading(settings))
 }
 

@@ -209,14 +209,14 @@ impl Settings {
     }
 
     /// The same with some things in smaller pieces than usual.
-    pub fn in_pieces(&self, pieces: Pieces) -> Self {
+    pub fn in_pieces(self, pieces: Pieces) -> Self {
         let tile = self.mlp_tile_length.unwrap_or(SMALL_TILE_TOKENS);
         let rows = (self.logit_rows / 4).max(LEAST_LOGIT_ROWS).min(self.logit_rows);
         Settings {
             mlp_tile_length: if pieces.tiles { Some(tile) } else { self.mlp_tile_length },
             logit_rows: if pieces.logits { rows } else { self.logit_rows },
             widen_ahead: self.widen_ahead && !pieces.one_buffer,
-            ..self.clone()
+            ..self
         }
     }
 

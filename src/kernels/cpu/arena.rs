@@ -184,6 +184,25 @@ mod tests {
         assert!(arena.untaken().is_empty());
     }
 
+    #[test]
+    fn pieces_follow_each_other_and_are_taken_in_turn() {
+        let of_three = Region { count: 3, ..region("a", RegionType::F32, 65) };
+        let regions = vec![of_three, region("b", RegionType::F32, 1)];
+        let plan = MemoryPlan { regions, offloaded: Vec::new() };
+        let mut arena = Arena::new(&plan).unwrap();
+        assert_eq!((arena.bytes(), plan.arena_bytes()), (3 * 512 + 256, 3 * 512 + 256));
+        let mut pieces: Vec<Buffer<f32>> = (0..3).map(|_| arena.take("a")).collect();
+        assert_eq!(arena.untaken(), ["b"]);
+        let starts: Vec<usize> = pieces.iter().map(|piece| piece.start as usize).collect();
+        assert!(starts.windows(2).all(|pair| pair[1] - pair[0] == 512), "{starts:?}");
+        pieces.iter_mut().for_each(|piece| piece.fill(1.0));
+        assert!(pieces.iter().all(|piece| piece.len() == 65) && arena.take::<f32>("b")[0] == 0.0);
+        let again = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            arena.take::<f32>("a");
+        }));
+        assert!(again.is_err(), "all three were taken");
+    }
+
     #[cfg(target_os = "linux")]
     #[test]
     fn untouched_pages_are_not_in_memory() {

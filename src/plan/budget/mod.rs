@@ -237,7 +237,9 @@ impl Demand<'_> {
         let most = ways(&candidates).filter_map(|kept| {
             let (all, fewer) = kept.split_first()?;
             let first = || fewer.get(fewer.partition_point(|candidate| !fits(candidate)));
-            if fits(all) { Some(all) } else { first() }
+            // Most ways do not fit at all where memory is short.
+            let any = || fewer.last().is_some_and(fits);
+            if fits(all) { Some(all) } else { any().then(first).flatten() }
         });
         most.copied().min_by(|a, b| seconds(a).total_cmp(&seconds(b)))
     }

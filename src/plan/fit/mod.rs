@@ -380,7 +380,7 @@ fn uniform(demand: &Demand, policy: Policy, stream: bool) -> Candidate {
 }
 
 /// The largest `n` up to `most` that fits; what fits with more fits with less. Sizes are doubled
-/// first: plans far beyond what fits have many parts.
+/// first: most answers are far below the most that is tried.
 pub(super) fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
     let (mut good, mut bad) = (0, 1);
     while bad <= most && fits(bad) {
