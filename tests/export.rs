@@ -110,6 +110,19 @@ fn every_family_reads_back_as_it_was() {
     }
 }
 
+/// A tokenizer that names no end of answers has the model's.
+#[test]
+fn the_end_of_answers_is_in_the_file_whoever_names_it() {
+    let place = place(&Case::open("llama_s0"));
+    let eos = |content: &Content| content.metadata["tokenizer.ggml.eos_token_id"].to_u32().unwrap();
+    let named = eos(&export(&place, &[]).0);
+    fs::remove_file(place.path("base/tokenizer_config.json")).unwrap();
+    let mut config = place.json("base/config.json");
+    config["eos_token_id"] = json!([7, 9]);
+    fs::write(place.path("base/config.json"), config.to_string()).unwrap();
+    assert_eq!((eos(&export(&place, &[]).0), named), (7, 101));
+}
+
 #[test]
 fn what_llama_cpp_computes_otherwise_is_refused() {
     let llama3 = json!({

@@ -374,6 +374,10 @@ fn a_packed_base_is_not_packed_otherwise() {
         assert!(code == 2 && error_of(&text).contains(says), "{text}");
     }
     succeed(train("out", &["--quantization", "nf4", "--block-size", "64"]));
+    for flags in [["--block-size", "128"], ["--double-quant", "false"]] {
+        let (code, text) = fail(train("out", &[&["--quantization", "none"][..], &flags].concat()));
+        assert!(code == 2 && error_of(&text).contains("have no effect with"), "{text}");
+    }
 }
 
 #[test]

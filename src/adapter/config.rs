@@ -1,5 +1,6 @@
 //! The settings of a LoRA adapter, under PEFT's names.
 
+use std::collections::HashSet;
 use std::str::FromStr;
 
 use crate::error::{Error, Result};
@@ -112,6 +113,9 @@ impl LoraConfig {
                 )));
             }
         }
+        let names = self.rank_pattern.iter().map(|(key, _)| key);
+        check_named_once("rank_pattern", names)?;
+        check_named_once("alpha_pattern", self.alpha_pattern.iter().map(|(key, _)| key))?;
         for (name, alpha) in self.alphas() {
             if !alpha.is_finite() {
                 return Err(Error::usage(format_args!(
@@ -226,6 +230,18 @@ impl FromStr for InitLoraWeights {
     }
 }
 
+/// Of two values for one name, one would be ignored.
+fn check_named_once<'a>(setting: &str, mut names: impl Iterator<Item = &'a String>) -> Result<()> {
+    let mut seen = HashSet::new();
+    match names.find(|name| !seen.insert(*name)) {
+        Some(name) => {
+            let what = format_args!("{setting} has `{name}` twice");
+            Err(Error::usage(what).hint("give one value for each name"))
+        }
+        None => Ok(()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -262,6 +278,13 @@ mod tests {
             (LoraConfig { r: 0, ..base() }, "`r`"),
             (LoraConfig { r: usize::MAX, ..base() }, "expected 1 to 65536"),
             (LoraConfig { rank_pattern: vec![("q_proj".into(), 0)], ..base() }, "`q_proj`"),
+            (
+                LoraConfig {
+                    rank_pattern: vec![("q_proj".into(), 4), ("q_proj".into(), 8)],
+                    ..base()
+                },
+                "rank_pattern has `q_proj` twice",
+            ),
             (LoraConfig { lora_alpha: f64::NAN, ..base() }, "`lora_alpha`"),
             (LoraConfig { lora_dropout: 1.0, ..base() }, "lora_dropout"),
             (LoraConfig { lora_dropout: -0.1, ..base() }, "lora_dropout"),

@@ -23,6 +23,10 @@ use crate::train::settings::SettingsEcho;
 
 /// Floor of the learning rate as a share of the peak, by default.
 const MIN_LR_RATE: f64 = 0.1;
+/// `--warmup-ratio` by default.
+const WARMUP_RATIO: f64 = 0.03;
+/// `--sample-max-new-tokens` by default.
+const SAMPLE_TOKENS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 /// Forward passes in an optimizer step, by default.
 pub const GRADIENT_ACCUMULATION_STEPS: &str = "4";
 
@@ -202,7 +206,7 @@ pub struct OptimizationArgs {
           value_parser = numbers::whole::<u64>)]
     pub warmup_steps: Option<u64>,
     /// The same as a share of all steps, rounded up
-    #[arg(long, value_name = "SHARE", default_value_t = 0.03,
+    #[arg(long, value_name = "SHARE", default_value_t = WARMUP_RATIO,
           value_parser = numbers::share)]
     pub warmup_ratio: f64,
     /// Floor of `cosine_with_min_lr` as a share of the peak
@@ -276,7 +280,7 @@ pub struct EvaluationArgs {
     #[arg(long, value_name = "STEPS", value_parser = numbers::steps)]
     pub sample_steps: Option<u64>,
     /// Longest sample answer, in tokens
-    #[arg(long, value_name = "TOKENS", default_value = "64", value_parser = numbers::at_least_one)]
+    #[arg(long, value_name = "TOKENS", default_value_t = SAMPLE_TOKENS, value_parser = numbers::at_least_one)]
     pub sample_max_new_tokens: NonZeroUsize,
     /// Stop when a trained matrix gets no gradient or does not move
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true,
@@ -405,6 +409,13 @@ impl TrainArgs {
             return Err(Error::usage("`--warmup-steps` has no effect: `constant` has no warm-up")
                 .hint("use `--lr-scheduler-type constant_with_warmup`"));
         }
+        if o.warmup_ratio > 0.0
+            && o.warmup_ratio != WARMUP_RATIO
+            && o.lr_scheduler_type == SchedulerType::Constant
+        {
+            return Err(Error::usage("`--warmup-ratio` has no effect: `constant` has no warm-up")
+                .hint("use `--lr-scheduler-type constant_with_warmup`"));
+        }
         let has_floor = o.lr_scheduler_type == SchedulerType::CosineWithMinLr;
         if o.min_lr_rate != MIN_LR_RATE && !has_floor {
             return Err(Error::usage("`--min-lr-rate` has no effect on this schedule")
@@ -412,6 +423,10 @@ impl TrainArgs {
         }
         if e.sample_steps.is_some() && e.sample_prompt.is_empty() {
             return Err(Error::usage("`--sample-steps` needs a prompt")
+                .hint("add `--sample-prompt TEXT`, once for each prompt"));
+        }
+        if e.sample_max_new_tokens != SAMPLE_TOKENS && e.sample_prompt.is_empty() {
+            return Err(Error::usage("`--sample-max-new-tokens` needs a prompt")
                 .hint("add `--sample-prompt TEXT`, once for each prompt"));
         }
         Ok(())

@@ -91,8 +91,14 @@ impl<K: Kernels> Chat<K> {
         // While nothing is being written, Ctrl-C ends the program.
         self.interrupt.request();
         prompt();
-        for line in std::io::stdin().lock().lines() {
+        for line in std::io::stdin().lock().split(b'\n') {
             let line = line.map_err(|e| Error::io("read", "standard input".as_ref(), e))?;
+            // A slip of the keyboard or of an encoding is one bad line, not the end of a conversation.
+            let Ok(line) = std::str::from_utf8(&line) else {
+                eprintln!("error: this line is not UTF-8, and was not read");
+                prompt();
+                continue;
+            };
             match line.trim() {
                 "" => {}
                 "/exit" | "/quit" => return Ok(()),
@@ -128,7 +134,7 @@ impl<K: Kernels> Chat<K> {
             }
             ("/base", _) => self.equip(None),
             ("/adapter", "") => Ok(self.list()),
-            ("/adapter", name) => self.find(name).and_then(|index| self.equip(Some(index))),
+            ("/adapter", name) => self.take(name),
             (other, _) => Err(unknown(other)),
         };
         tell(result.map(|text| eprintln!("{text}")))
@@ -174,6 +180,16 @@ impl<K: Kernels> Chat<K> {
         let what = format_args!("an adapter is called `{name}` already: {folder}");
         let hint = format_args!("give this one a name: `/adapter NAME={}`", new.folder.display());
         Err(Error::usage(what).hint(hint))
+    }
+
+    /// Speaks with the adapter of that name or folder, which stays known only if it could be loaded.
+    fn take(&mut self, name: &str) -> Result<String> {
+        let known = self.adapters.len();
+        let equipped = self.find(name).and_then(|index| self.equip(Some(index)));
+        if equipped.is_err() {
+            self.adapters.truncate(known);
+        }
+        equipped
     }
 
     fn equip(&mut self, index: Option<usize>) -> Result<String> {

@@ -97,6 +97,10 @@ fn metadata(args: &ExportArgs, spec: &ModelSpec) -> Result<Vec<(String, Metadata
         fields.push(("general.quantization_version".into(), Metadata::U32(2)));
     }
     fields.extend(tokenizer.gguf_fields(spec.vocab_size)?);
+    // What ends an answer may be known to the model's config alone.
+    let end = spec.eos_token_ids.first().filter(|_| tokenizer.eos().is_none());
+    let end = end.map(|&id| ("tokenizer.ggml.eos_token_id".into(), Metadata::U32(id)));
+    fields.extend(end);
     Ok(fields)
 }
 

@@ -17,10 +17,12 @@ pub mod train;
 
 use std::num::NonZeroUsize;
 
+use nibble_quant::BlockFormat;
+
 use crate::checkpoint::{Checkpoint, CheckpointKind};
 use crate::cli::Command;
 use crate::cli::generate::GenerationArgs;
-use crate::cli::train::BaseModelArgs;
+use crate::cli::train::{BaseModelArgs, Quantization};
 use crate::error::{Error, Result};
 use crate::model::spec::{ModelSpec, RopeScaling};
 use crate::plural::noun;
@@ -91,6 +93,12 @@ fn note_left_out(checkpoint: &Checkpoint) {
 fn check_packing(base: &BaseModelArgs) -> Result<()> {
     if !base.asks_for_packing() {
         return Ok(());
+    }
+    let BlockFormat { block_size, double_quant, .. } = BlockFormat::default();
+    let of_blocks = base.block_size != block_size || base.double_quant != double_quant;
+    if base.quantization == Quantization::None && of_blocks {
+        let what = "`--block-size` and `--double-quant` have no effect with `--quantization none`";
+        return Err(Error::usage(what).hint("leave them out, or choose `--quantization nf4`"));
     }
     // What is wrong with the model is told by who opens it to work with it.
     let Ok(checkpoint) = Checkpoint::open(&base.model) else { return Ok(()) };

@@ -104,8 +104,8 @@ pub struct Pitch {
     pub stride: usize,
 }
 
-/// Regions, and their pieces, start at multiples of this many bytes: what a driver aligns its own allocations to, and so
-/// what no library chooses another kernel for.
+/// Regions, and their pieces, start at multiples of this many bytes: what a driver aligns its own
+/// allocations to, and so what no library chooses another kernel for.
 pub const REGION_ALIGNMENT_BYTES: usize = 256;
 
 impl Region {

@@ -106,8 +106,16 @@ fn a_mistake_does_not_end_the_conversation() {
     let plain = format!("one={}", adapter("llama_s0.plain"));
     let foreign = format!("/adapter {}", adapter("qwen2_s0.bias_all"));
     let long = "w5 ".repeat(70);
-    let lines =
-        ["/adaptr one", "/adapter onne", &foreign, "/adapter model", &long, "w5 w6", "/adapter"];
+    let lines = [
+        "/adaptr one",
+        "/adapter onne",
+        &foreign,
+        "/adapter model",
+        &long,
+        "w5 ? w6",
+        "w5 w6",
+        "/adapter",
+    ];
     let (answers, said) = chat(&place, &["--adapter", &plain, "--context-length", "64"], &lines);
     let prompt = "w92 w5 w6 w93";
     assert_eq!(answers, [raw(&place, prompt, Some(&adapter("llama_s0.plain")))]);
@@ -115,11 +123,14 @@ fn a_mistake_does_not_end_the_conversation() {
         "error: unknown command `/adaptr`\nhint: did you mean `/adapter`?",
         "error: no adapter or folder is called `onne`\nhint: did you mean `one`?",
         "the context 64\nhint: raise `--context-length`",
+        "error: this line is not UTF-8, and was not read",
         "* one  ",
     ] {
         assert!(said.contains(message), "{message} in {said}");
     }
-    assert_eq!(said.matches("error: ").count(), 5, "{said}");
+    assert_eq!(said.matches("error: ").count(), 6, "{said}");
+    let list = said.rsplit("(base model)").next().unwrap();
+    assert!(!list.contains("bias_all"), "what could not be loaded is not known: {list}");
 }
 
 #[test]

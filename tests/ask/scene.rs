@@ -96,7 +96,11 @@ pub fn chat(place: &Workplace, flags: &[&str], lines: &[&str]) -> (Vec<String>, 
     let mut command = place.nibble(&base);
     let mut child = command.args(flags).stdin(std::process::Stdio::piped()).spawn().unwrap();
     let mut stdin = child.stdin.take().unwrap();
-    stdin.write_all((lines.join("\n") + "\n").as_bytes()).unwrap();
+    // `?` stands for a byte that is not UTF-8.
+    let bytes = lines.join("\n").into_bytes().into_iter();
+    let mut bytes: Vec<u8> = bytes.map(|byte| if byte == b'?' { 0xff } else { byte }).collect();
+    bytes.push(b'\n');
+    stdin.write_all(&bytes).unwrap();
     drop(stdin);
     let output = child.wait_with_output().unwrap();
     assert!(output.status.success(), "{}", stderr(&output));

@@ -104,6 +104,8 @@ fn sample_max_new_tokens() {
         let answer = run.events("sample")[0]["completion"].as_str().unwrap().to_string();
         assert_eq!(answer.split_whitespace().count(), words, "{answer}");
     }
+    let error = runs.refused("sample-max-new-tokens=3");
+    assert!(error.contains("`--sample-max-new-tokens` needs a prompt"), "{error}");
 }
 
 /// At this rate A cannot move: each update is less than half a unit in its last place.

@@ -130,6 +130,8 @@ fn lr_scheduler_type() {
     assert_rates(&rates(&runs, "lr-scheduler-type=constant"), &[1.0; 8]);
     let error = runs.refused("lr-scheduler-type=constant warmup-steps=2");
     assert!(error.contains("`--warmup-steps` has no effect"), "{error}");
+    let error = runs.refused("lr-scheduler-type=constant warmup-ratio=0.5");
+    assert!(error.contains("`--warmup-ratio` has no effect"), "{error}");
 }
 
 #[test]
