@@ -171,13 +171,11 @@ impl LoraConfig {
 pub struct LoraPlus {
     /// Learning rate of B over that of A; 1 is plain LoRA.
     pub lr_ratio: f64,
-    /// Learning rate of adapters on embeddings, whatever the others have.
-    pub lr_embedding: f64,
 }
 
 impl Default for LoraPlus {
     fn default() -> Self {
-        LoraPlus { lr_ratio: 1.0, lr_embedding: 1e-6 }
+        LoraPlus { lr_ratio: 1.0 }
     }
 }
 

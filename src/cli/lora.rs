@@ -81,10 +81,6 @@ pub struct LoraArgs {
     #[arg(long, value_name = "RATIO", default_value_t = 1.0,
           value_parser = numbers::positive)]
     pub loraplus_lr_ratio: f64,
-    /// Learning rate of adapters on embeddings (LoRA+); none are trained so far
-    #[arg(long, value_name = "RATE", default_value = "1e-6",
-          value_parser = numbers::positive)]
-    pub loraplus_lr_embedding: f64,
     /// Start from this PEFT adapter, with its rank, alpha and modules
     #[arg(long, value_name = "DIR", conflicts_with_all = INIT_ADAPTER_DECIDES)]
     pub init_adapter: Option<PathBuf>,
@@ -118,9 +114,9 @@ impl LoraArgs {
         Ok(config)
     }
 
-    /// LoRA+'s learning rates.
+    /// LoRA+'s ratio of learning rates.
     pub fn loraplus(&self) -> LoraPlus {
-        LoraPlus { lr_ratio: self.loraplus_lr_ratio, lr_embedding: self.loraplus_lr_embedding }
+        LoraPlus { lr_ratio: self.loraplus_lr_ratio }
     }
 }
 

@@ -101,7 +101,7 @@ const NOT_TRAINED: &str = "not supported in training: only LoRA on linears is tr
                            that have more can be used and merged";
 
 /// Their names of what has no flag here, and why.
-const WITHOUT_FLAG: [(&str, &str); 33] = [
+const WITHOUT_FLAG: [(&str, &str); 34] = [
     ("bias", NOT_TRAINED),
     ("bnb-4bit-compute-dtype", NUMBER_TYPE),
     ("dataloader-num-workers", "leave it out: data are in memory before the first step"),
@@ -121,6 +121,7 @@ const WITHOUT_FLAG: [(&str, &str); 33] = [
     ("load-in-8bit", "not supported: `--quantization` is nf4, fp4 or none"),
     ("logging-dir", REPORTS),
     ("lora-bias", NOT_TRAINED),
+    ("loraplus-lr-embedding", "leave it out: adapters on embeddings are not trained"),
     ("modules-to-save", NOT_TRAINED),
     ("num-processes", ONE_DEVICE),
     (

@@ -216,8 +216,6 @@ pub struct ModelSpec {
     pub output_bias: bool,
     /// Bias on the MLP's linears.
     pub mlp_bias: bool,
-    /// q, k, v are one matrix.
-    pub fused_qkv: bool,
     /// Linears are stored `[in, out]` (GPT-2's `Conv1D`) in dense checkpoints.
     pub conv1d: bool,
     /// Sliding window in tokens for each layer; `None` is full causal attention.

@@ -21,9 +21,6 @@ use crate::error::{Error, Result};
 pub const SUMS_FILE: &str = "SHA256SUMS";
 const PREFIX: &str = "checkpoint-";
 
-/// Writes more files into a checkpoint before it is sealed.
-pub type Extra<'a> = &'a dyn Fn(&Path) -> Result<()>;
-
 /// `checkpoint-N`.
 pub fn name(step: u64) -> String {
     format!("{PREFIX}{step}")
@@ -42,12 +39,7 @@ pub fn steps(out: &Path) -> Vec<u64> {
 ///
 /// # Errors
 /// `Io`, with the newest intact checkpoint in the hint.
-pub fn save<M: Trainee>(
-    model: &mut M,
-    state: &TrainState,
-    out: &Path,
-    extra: Extra<'_>,
-) -> Result<SaveEvent> {
+pub fn save<M: Trainee>(model: &mut M, state: &TrainState, out: &Path) -> Result<SaveEvent> {
     let start = Instant::now();
     let checkpoint = name(state.step);
     let write = || -> Result<u64> {
@@ -55,7 +47,6 @@ pub fn save<M: Trainee>(
         model.write_adapter(folder.path())?;
         optimizer_file::write(model, folder.path())?;
         state.write(folder.path())?;
-        extra(folder.path())?;
         let bytes = seal(folder.path())?;
         folder.commit()?;
         Ok(bytes)
@@ -159,11 +150,8 @@ pub fn newest(out: &Path, report: &mut dyn FnMut(&str)) -> Option<Found> {
 }
 
 /// Settings of the run in `out`: those of its newest intact checkpoint.
-///
-/// # Errors
-/// None so far: a folder without a checkpoint has no settings.
-pub fn saved_settings(out: &Path) -> Result<Option<SettingsEcho>> {
-    Ok(newest(out, &mut |_| ()).map(|found| found.state.identity.settings))
+pub fn saved_settings(out: &Path) -> Option<SettingsEcho> {
+    newest(out, &mut |_| ()).map(|found| found.state.identity.settings)
 }
 
 /// Removes all but the newest `limit` checkpoints up to that of step `newest`, which stays, and the one

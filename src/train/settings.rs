@@ -11,7 +11,7 @@ pub const SETTINGS_FILE: &str = "settings.toml";
 /// Settings that decide where, how fast, how closely watched and how long a run is, but not the numbers of
 /// the steps that it has made. The contents of model and data, as a chat template writes them, are compared
 /// by themselves, so their paths may change.
-const NEUTRAL: [&str; 23] = [
+const NEUTRAL: [&str; 24] = [
     "activations",
     "chat_template",
     "data",
@@ -21,6 +21,8 @@ const NEUTRAL: [&str; 23] = [
     "eval_steps",
     "load_best_model_at_end",
     "logging_steps",
+    // Of a run that an earlier version began: a flag without effect.
+    "loraplus_lr_embedding",
     "max_steps",
     "memory_budget",
     "model",

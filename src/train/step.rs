@@ -222,7 +222,7 @@ mod tests {
     #[test]
     fn loraplus_scales_b_alone() {
         let toy = Toy::new();
-        let groups = rate_groups(toy.tensors(), LoraPlus { lr_ratio: 16.0, lr_embedding: 1e-6 });
+        let groups = rate_groups(toy.tensors(), LoraPlus { lr_ratio: 16.0 });
         assert_eq!(groups.iter().map(|g| g.multiplier).collect::<Vec<_>>(), [1.0, 16.0]);
         assert_eq!(groups[1].range, toy.tensors()[1].range);
     }

@@ -41,6 +41,8 @@ pub struct Toy {
     pub room: (usize, usize),
     /// How often there is no memory to write the adapter.
     pub failing_writes: Cell<usize>,
+    /// Whether there is no room on the disk for it.
+    pub full_disk: bool,
     /// How often there is none for the base model's loss.
     pub failing_bases: usize,
     /// Share of the adapter in `evaluate_base`: 0 unless a test breaks it.
@@ -80,6 +82,7 @@ impl Toy {
             dead_b: false,
             room: (usize::MAX, usize::MAX),
             failing_writes: Cell::new(0),
+            full_disk: false,
             failing_bases: 0,
             base_error: 0.0,
         };
@@ -234,6 +237,10 @@ impl Trainee for Toy {
             return Err(Error::budget("no memory to write"));
         }
         let path = folder.join("adapter_model.safetensors");
+        if self.full_disk {
+            let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
+            return Err(Error::io("write", &path, full));
+        }
         let bytes: &[u8] = bytemuck::cast_slice(&self.master);
         std::fs::write(&path, bytes).map_err(|e| Error::io("write", &path, e))
     }

@@ -11,7 +11,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::adamw::RateGroup;
-use super::checkpoints::{self, Extra};
+use super::checkpoints;
 use super::checks::{self, FirstSteps};
 use super::clip;
 use super::events::{EndEvent, EndReason, EvalEvent, Event, RunLog, SampleEvent, StepEvent};
@@ -44,8 +44,6 @@ pub struct Parts<'a> {
     pub progress: &'a Progress,
     /// Whether the user asked to stop.
     pub stop: &'a dyn Fn() -> bool,
-    /// Further files for each checkpoint.
-    pub extra: Extra<'a>,
 }
 
 /// A run at work.
@@ -358,7 +356,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         }
         let event = loop {
             let parts = &self.parts;
-            match checkpoints::save(self.model, &self.state, parts.out, parts.extra) {
+            match checkpoints::save(self.model, &self.state, parts.out) {
                 Err(Error::Budget(message)) => self.make_room(message)?,
                 done => break done?,
             }

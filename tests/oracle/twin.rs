@@ -106,7 +106,7 @@ impl<'a> Twin<'a> {
         let [first, second] = self.spec.layer_norm_modules(layer);
         let normed = self.norm(&first, x)?;
         let (q, kv) = (self.spec.q_width(), self.spec.kv_width());
-        let (q, k, v) = if self.spec.fused_qkv {
+        let (q, k, v) = if linears.iter().any(|linear| linear.role == LinearRole::Qkv) {
             let all = linear(LinearRole::Qkv, &normed)?;
             (all.narrow(1, 0, q)?, all.narrow(1, q, kv)?, all.narrow(1, q + kv, kv)?)
         } else {

@@ -109,7 +109,6 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
         log: &mut log,
         progress: &progress,
         stop: &|| interrupt.requested(),
-        extra: &|_| Ok(()),
     };
     let trainer = Trainer::new(&mut model, parts, start.state, start.checks);
     let end = begun.and_then(|()| trainer.run());

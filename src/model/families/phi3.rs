@@ -30,7 +30,7 @@ pub(super) fn phi3(fields: &Fields) -> Result<ModelSpec> {
     }
     let mut spec = decoder(&Fields(&config), Family::Phi3)?;
     spec.windows = vec![fields.window_or(None)?; spec.num_layers];
-    (spec.fused_qkv, spec.fused_gate_up) = (true, true);
+    spec.fused_gate_up = true;
     (spec.qkv_bias, spec.output_bias, spec.mlp_bias) = (false, false, false);
     Ok(spec)
 }

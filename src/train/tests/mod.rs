@@ -35,7 +35,7 @@ fn recipe() -> Recipe {
         length: Length::Epochs(3.0),
         max_grad_norm: 0.5,
         optimizer: AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.01 },
-        loraplus: LoraPlus { lr_ratio: 4.0, lr_embedding: 1e-6 },
+        loraplus: LoraPlus { lr_ratio: 4.0 },
         logging_steps: 2,
         evaluation: EvalRecipe {
             steps: Some(2),
@@ -112,7 +112,6 @@ fn session_on(
             asked.set(asked.get() + 1);
             asked.get() > questions
         },
-        extra: &|_| Ok(()),
     };
     let result = Trainer::new(&mut toy, parts, start.state, start.checks).run();
     let result = result.map(|end| end.reason);
@@ -379,11 +378,9 @@ fn a_refused_write_leaves_the_last_checkpoint() {
     let before = checkpoints::newest(out.path(), &mut |_| ()).unwrap().state;
     let mut state = before.clone();
     state.step += 1;
-    let full = |folder: &Path| {
-        let full = std::io::Error::from(std::io::ErrorKind::StorageFull);
-        Err(Error::io("write", folder, full))
-    };
-    let error = checkpoints::save(&mut Toy::new(), &state, out.path(), &full).unwrap_err();
+    let mut toy = Toy::new();
+    toy.full_disk = true;
+    let error = checkpoints::save(&mut toy, &state, out.path()).unwrap_err();
     let survivor = checkpoints::name(before.step);
     assert!(error.to_string().contains(&format!("{survivor} is intact")), "{error}");
     assert_eq!(checkpoints::newest(out.path(), &mut |_| ()).unwrap().state, before);
