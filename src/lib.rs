@@ -14,6 +14,7 @@ pub mod kernels;
 pub mod ledger;
 pub mod model;
 pub mod nearest;
+pub mod pages;
 pub mod plan;
 pub mod plural;
 pub mod random;

@@ -9,6 +9,7 @@ use bytes::Bytes;
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
+use crate::pages::{in_memory as pages_in_memory, page_bytes};
 
 /// Maps a file read-only; the bytes stay valid as long as any slice of them lives.
 ///
@@ -86,29 +87,15 @@ pub struct PageCache {
     pub cached_bytes: u64,
 }
 
-/// Bytes of the pages that `mincore` finds in memory.
-#[cfg(target_os = "linux")]
+/// Bytes of the pages that are in memory, asked for in pieces: there is a number for each page.
 fn cached_bytes(map: &Mmap) -> Option<u64> {
     const PIECE_PAGES: usize = 1 << 16;
-    // SAFETY: asks for a number.
-    let page = usize::try_from(unsafe { libc::sysconf(libc::_SC_PAGESIZE) }).ok()?;
-    let (mut pages, mut seen) = (0, vec![0u8; PIECE_PAGES]);
-    for piece in map.chunks(PIECE_PAGES * page) {
-        let start = piece.as_ptr().cast_mut().cast();
-        // SAFETY: a mapping and its pieces begin at pages; there is a byte for each page of a piece.
-        let code = unsafe { libc::mincore(start, piece.len(), seen.as_mut_ptr().cast()) };
-        if code != 0 {
-            return None;
-        }
-        let here = &seen[..piece.len().div_ceil(page)];
-        pages += here.iter().filter(|&&state| state & 1 == 1).count();
-    }
-    Some((pages * page).min(map.len()) as u64)
-}
-
-#[cfg(not(target_os = "linux"))]
-fn cached_bytes(_map: &Mmap) -> Option<u64> {
-    None
+    let page_bytes = page_bytes();
+    let pieces = map.chunks(PIECE_PAGES * page_bytes).map(pages_in_memory);
+    let pages: usize = pieces
+        .map(|pages| Some(pages?.into_iter().filter(|&seen| seen).count()))
+        .sum::<Option<usize>>()?;
+    Some((pages * page_bytes).min(map.len()) as u64)
 }
 
 /// A part of a mapped file, of which the system can be told when it is needed.

@@ -14,6 +14,7 @@ use memmap2::{MmapMut, MmapOptions};
 use super::Cpu;
 use crate::error::{Error, Result};
 use crate::kernels::{PlannedMemory, Residency, Untaken};
+use crate::pages;
 use crate::plan::{MemoryPlan, Region, RegionType};
 
 /// The memory of a plan.
@@ -92,38 +93,21 @@ impl PageAccount {
     /// Bytes of each region that are in memory now; a page that two regions share counts to both
     /// in parts. All of them where the system does not tell.
     fn region_bytes(&self) -> Vec<u64> {
-        const PAGE: usize = 4096;
-        let pages = in_memory(&self.map).unwrap_or_default();
+        let page_bytes = pages::page_bytes();
+        let seen = pages::in_memory(&self.map).unwrap_or_default();
         let mut offset = 0;
         let bytes = self.lengths.iter().map(|&length| {
             let (begin, end) = (offset, offset + length);
             offset = end;
             let inside = |page: usize| {
-                let (first, last) = (page * PAGE, (page + 1) * PAGE);
+                let (first, last) = (page * page_bytes, (page + 1) * page_bytes);
                 (last.min(end) - first.max(begin)) as u64
             };
-            let touched = begin / PAGE..end.div_ceil(PAGE);
-            touched.filter(|&page| pages.get(page) != Some(&0)).map(inside).sum()
+            let touched = begin / page_bytes..end.div_ceil(page_bytes);
+            touched.filter(|&page| seen.get(page) != Some(&false)).map(inside).sum()
         });
         bytes.collect()
     }
-}
-
-/// A number for each page of a mapping, 0 for those that are not in memory.
-#[cfg(target_os = "linux")]
-fn in_memory(map: &[u8]) -> Option<Vec<u8>> {
-    let mut pages = vec![0u8; map.len().div_ceil(4096)];
-    let start = map.as_ptr().cast_mut().cast();
-    // SAFETY: a mapping begins at a page; there is a byte in `pages` for each of its pages; nothing of
-    // it is read or written.
-    let code = unsafe { libc::mincore(start, map.len(), pages.as_mut_ptr()) };
-    (code == 0).then(|| pages.into_iter().map(|page| page & 1).collect())
-}
-
-/// The system does not tell.
-#[cfg(not(target_os = "linux"))]
-fn in_memory(_map: &[u8]) -> Option<Vec<u8>> {
-    None
 }
 
 /// A region of the arena, exclusively owned: behaves like `Box<[T]>`.

@@ -4,6 +4,8 @@
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
 
+use crate::pages::page_bytes;
+
 /// Bytes in memory now.
 pub fn now_bytes() -> u64 {
     field("VmRSS:")
@@ -11,10 +13,10 @@ pub fn now_bytes() -> u64 {
 
 /// Bytes in memory now, all and of mapped files: the second and third field of `/proc/self/statm`.
 pub fn now_and_files() -> (u64, u64) {
-    const PAGE_BYTES: u64 = 4096;
+    let page_bytes = page_bytes() as u64;
     let text = fs::read_to_string("/proc/self/statm").unwrap_or_default();
     let mut fields = text.split_whitespace().skip(1).map(|field| field.parse::<u64>());
-    let mut next = || fields.next().and_then(Result::ok).unwrap_or(0) * PAGE_BYTES;
+    let mut next = || fields.next().and_then(Result::ok).unwrap_or(0) * page_bytes;
     (next(), next())
 }
 
@@ -26,10 +28,10 @@ pub fn peak_bytes() -> u64 {
 /// Of `bytes`, those whose pages are in this process' memory, by `/proc/self/pagemap`; none where
 /// the system does not tell.
 pub fn present_bytes(bytes: &[u8]) -> Option<u64> {
-    const PAGE_BYTES: usize = 4096;
     const PRESENT: u64 = 1 << 63;
+    let page_bytes = page_bytes();
     let (begin, end) = (bytes.as_ptr() as usize, bytes.as_ptr() as usize + bytes.len());
-    let (first, last) = (begin / PAGE_BYTES, end.div_ceil(PAGE_BYTES));
+    let (first, last) = (begin / page_bytes, end.div_ceil(page_bytes));
     let mut file = fs::File::open("/proc/self/pagemap").ok()?;
     file.seek(SeekFrom::Start(first as u64 * 8)).ok()?;
     let mut entries = vec![0; (last - first) * 8];
@@ -38,8 +40,8 @@ pub fn present_bytes(bytes: &[u8]) -> Option<u64> {
         u64::from_le_bytes((*entry).try_into().expect("eight bytes")) & PRESENT != 0
     });
     let inside = |(index, _): (usize, &[u8])| {
-        let page = (first + index) * PAGE_BYTES;
-        ((page + PAGE_BYTES).min(end) - page.max(begin)) as u64
+        let page = (first + index) * page_bytes;
+        ((page + page_bytes).min(end) - page.max(begin)) as u64
     };
     Some(present.map(inside).sum())
 }
