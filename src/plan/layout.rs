@@ -1,6 +1,6 @@
 //! Names and sizes of the arena's regions.
 //!
-//! Formulas per token and layer are PERFORMANCE-sheet arithmetic in f32: with D width, W = q + 2·kv
+//! Formulas per token and layer, in f32 (docs/memory.md has the rest): with D width, W = q + 2·kv
 //! columns of q, k, v, Q = H·head_dim, F feed-forward width, ΣR the ranks of the layer's adapters,
 //! a kept layer holds `4·(W + H + Q + D + (gated ? 2 : 1)·F + ΣR)` bytes per token, and `4·2·D` more
 //! where it has post-norms. One that keeps the output of attention alone holds `4·(H + Q)`.

@@ -60,7 +60,7 @@ pub struct StartEvent {
     pub steps_per_epoch: u64,
     /// Passes over the training data.
     pub num_train_epochs: f64,
-    /// Batches per forward pass.
+    /// Rows of a forward pass.
     pub train_batch_size: usize,
     /// Forward passes per optimizer step.
     pub gradient_accumulation_steps: usize,

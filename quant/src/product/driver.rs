@@ -1,11 +1,16 @@
 //! Blocking and threads: which tiles are computed when, and from what memory.
 //!
-//! ```text for stretches of k and bands of columns of B that fit the shared cache pack the band
-//! (tasks: panels) for chunks of rows × groups of panels of C     (tasks) for blocks of k, panels,
-//! tiles of rows     B's panel and A's chunk stay in L2 ``` A low-rank addition is appended to the
-//! last block of k: it costs no visit of C. B is read in place where few rows use it; one that
-//! several products share is packed once ([`PackedOperand`]). Tasks share out elements of C, never
-//! k: results do not depend on the number of threads, nor a row's on the other rows.
+//! ```text
+//! for stretches of k and bands of columns of B that fit the shared cache
+//!     pack the band                                     (tasks: panels)
+//!     for chunks of rows × groups of panels of C        (tasks)
+//!         for blocks of k, panels, tiles of rows        B's panel and A's chunk stay in L2
+//! ```
+//!
+//! A low-rank addition is appended to the last block of k: it costs no visit of C. B is read in
+//! place where few rows use it; one that several products share is packed once ([`PackedOperand`]).
+//! Tasks share out elements of C, never k: results do not depend on the number of threads, nor a
+//! row's on the other rows.
 #![allow(unsafe_code)]
 
 mod left;

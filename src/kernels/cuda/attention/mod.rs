@@ -1,6 +1,6 @@
 //! Causal attention inside documents: our flash kernels where they have the head's width, else, or
 //! where it is asked for, the [exact](exact) path, which is also their oracle.
-//! Formulas: src/kernels/cpu/attention.rs.
+//! Formulas: src/kernels/cpu/attention/mod.rs.
 
 mod exact;
 mod tiles;
