@@ -121,7 +121,8 @@ pub trait Storage: Clone + Sync {
     /// `Budget` or `Io` when there is none.
     fn offload_store(&self, plan: &MemoryPlan, folder: Option<&Path>) -> Result<Self::Offload>;
 
-    /// Begins to copy the first elements of a slot to the offloaded region `index`.
+    /// Begins to copy the first `elements` of the slot's buffer to the offloaded region `index`; `from`
+    /// is the buffer and the slot's number.
     fn offload(
         &self,
         store: &mut Self::Offload,
@@ -130,7 +131,8 @@ pub trait Storage: Clone + Sync {
         elements: usize,
     );
 
-    /// Begins to copy them back.
+    /// Begins to copy the offloaded region `index` into the slot's buffer; `to` is the buffer and the
+    /// slot's number.
     fn fetch(
         &self,
         store: &mut Self::Offload,
@@ -139,7 +141,8 @@ pub trait Storage: Clone + Sync {
         elements: usize,
     );
 
-    /// What follows finds the last copy of `slot` made: before the slot is read or overwritten.
+    /// Orders everything that is queued after this call behind the last copy to or from `slot`. Call it
+    /// before that slot's buffer is read or overwritten.
     fn settle(&self, store: &mut Self::Offload, slot: usize);
 
     /// Tells of copies that failed, where nobody else does.

@@ -30,7 +30,8 @@ pub trait Kernels: Storage {
     /// Whether sums have another order, and so other bits, in products of another shape. Then the
     /// base model alone is computed in the shapes of the adapted one, its adapters scaled by 0.
     const BITS_DEPEND_ON_SHAPE: bool = false;
-    /// Whether products take adapters in bf16: from a copy in bf16 as it is, else each time rounded.
+    /// Whether products read A and B in bf16. Working copies in bf16 (`--adapter-dtype bf16`) are read as
+    /// they are; without them the f32 master is rounded before each product.
     const TAKES_BF16: bool = false;
 
     /// Whether it can compute this model as it was told to.
@@ -385,8 +386,9 @@ pub trait Kernels: Storage {
     );
 
     /// Adds the sum over rows of `−log softmax(x · Wᵀ)[target]` to `loss`, W `[V, in]` the head; with
-    /// `scale`, x `[rows, in]` becomes `scale ·` its gradient. What was planned holds logits in
-    /// `logits`, and in `sum` the gradient of a head that comes in tiles.
+    /// `scale`, x `[rows, in]` becomes `scale ·` its gradient. `logits` and `sum` are buffers to
+    /// work in, as the plan has them: for the logits of these rows, or of a tile of the head, and for the
+    /// gradient of x where the head comes in tiles.
     #[allow(clippy::too_many_arguments)]
     fn head_loss(
         &self,

@@ -54,8 +54,8 @@ pub enum Limit {
 }
 
 impl Limit {
-    /// What is planned within, if anything can be: of what is free a tenth is left for what else
-    /// happens on a machine.
+    /// Bytes to plan for, if any plan takes so few: a budget as it was given, or nine tenths of what is
+    /// free, as other programs of the machine may want some.
     pub fn usable_bytes(self) -> u64 {
         match self {
             Limit::Budget(bytes) => bytes,
@@ -63,7 +63,7 @@ impl Limit {
         }
     }
 
-    /// Above it a plan is refused.
+    /// Bytes above which a plan is refused.
     pub fn most_bytes(self) -> u64 {
         match self {
             Limit::Budget(bytes) | Limit::Free(bytes) => bytes,
@@ -234,6 +234,8 @@ impl Demand<'_> {
         // Blocks that do not keep may pin more.
         let candidates: Vec<Candidate> =
             candidates.iter().filter(|candidate| self.can_be_pinned(candidate)).copied().collect();
+        // Of each group the first one that fits is found by bisection. That in which all keep is tried
+        // apart: it needs no buffers to recompute in, and may take less than the next.
         let most = ways(&candidates).filter_map(|kept| {
             let (all, fewer) = kept.split_first()?;
             let first = || fewer.get(fewer.partition_point(|candidate| !fits(candidate)));
@@ -379,8 +381,8 @@ impl Demand<'_> {
     }
 }
 
-/// Those together that differ in the blocks that keep, all or attention, most first: each block that
-/// keeps is faster and takes memory, but for the last one, with which nothing is recomputed any more.
+/// Groups of candidates that differ only in how many blocks keep their activations, or the output of
+/// attention, most first: each block that keeps is faster and takes more memory.
 fn ways(candidates: &[Candidate]) -> impl Iterator<Item = &[Candidate]> {
     let way = |c: &Candidate| (c.others, c.stream, c.on_host, c.pieces, c.attended > 0);
     candidates.chunk_by(move |a, b| way(a) == way(b))
