@@ -71,6 +71,7 @@ mod float;
 mod format;
 mod frozen;
 mod nested;
+mod owned_bytes;
 mod packed;
 pub mod product;
 
@@ -78,4 +79,5 @@ pub use float::{FloatType, Floats};
 pub use format::{BlockFormat, NESTED_BLOCK_SIZE, QuantType};
 pub use frozen::FrozenLinear;
 pub use nested::{dequantize_absmax, quantize_absmax};
+pub use owned_bytes::owned_bytes;
 pub use packed::{Absmax, PackedParts, PackedWeight};

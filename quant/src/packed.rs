@@ -11,6 +11,7 @@ use crate::decode::Decoder;
 use crate::float::{FloatType, Floats};
 use crate::format::{BlockFormat, NESTED_BLOCK_SIZE, QuantType};
 use crate::nested;
+use crate::owned_bytes::owned_bytes;
 
 /// Elements that one parallel task handles: a whole number of blocks of any size.
 pub(crate) const ELEMENTS_PER_TASK: usize = 65_536;
@@ -126,9 +127,9 @@ impl PackedWeight {
         let absmax = if format.double_quant {
             let offset = nested::mean(&absmax);
             let (codes, nested) = nested::quantize_absmax(&absmax, offset);
-            Absmax::Nested { codes: codes.into(), absmax: float_bytes(nested), offset }
+            Absmax::Nested { codes: codes.into(), absmax: owned_bytes(nested), offset }
         } else {
-            Absmax::Plain(float_bytes(absmax))
+            Absmax::Plain(owned_bytes(absmax))
         };
         let (quant_type, codes) = (format.quant_type, codes.into());
         Self::from_parts(PackedParts { shape, dtype, quant_type, block_size, codes, absmax })
@@ -203,21 +204,9 @@ impl PackedWeight {
     }
 }
 
-fn float_bytes(values: Vec<f32>) -> Bytes {
-    Bytes::from_owner(FloatOwner(values))
-}
-
-struct FloatOwner(Vec<f32>);
-
-impl AsRef<[u8]> for FloatOwner {
-    fn as_ref(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
-    }
-}
-
 fn align(bytes: &mut Bytes) {
     if bytemuck::try_cast_slice::<u8, f32>(bytes).is_err() {
-        *bytes = float_bytes(bytemuck::allocation::pod_collect_to_vec(bytes));
+        *bytes = owned_bytes::<f32>(bytemuck::allocation::pod_collect_to_vec(bytes));
     }
 }
 

@@ -115,7 +115,7 @@ fn distance(a: &[f32], b: &[f32]) -> f64 {
 
 #[cfg(test)]
 mod tests {
-    use nibble_quant::FloatType;
+    use nibble_quant::{FloatType, owned_bytes};
 
     use super::*;
 
@@ -124,7 +124,7 @@ mod tests {
         let dense = |values: &[f32]| DenseTensor {
             dtype: FloatType::F32,
             shape: vec![values.len()],
-            data: bytemuck::allocation::pod_collect_to_vec::<f32, u8>(values).into(),
+            data: owned_bytes(values.to_vec()),
         };
         let mut cost = MergeCost::default();
         cost.add(&[3.0, 4.0], &[3.0, 5.0], &dense(&[3.5, 5.0]), Some(&[1.0, 4.0]));

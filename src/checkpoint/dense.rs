@@ -1,4 +1,4 @@
-//! Dense tensors, and f32 values as bytes.
+//! Dense tensors.
 
 use std::borrow::Cow;
 use std::ops::Range;
@@ -113,15 +113,4 @@ pub(super) fn parallel_f32(elements: usize, read: impl Fn(usize, &mut [f32]) + S
     let chunks = out.par_chunks_mut(CHUNK).enumerate();
     chunks.for_each(|(index, chunk)| read(index * CHUNK, chunk));
     out
-}
-
-/// The little-endian bytes of `values`, without a copy.
-pub(super) fn f32_bytes(values: Vec<f32>) -> Bytes {
-    struct Owner(Vec<f32>);
-    impl AsRef<[u8]> for Owner {
-        fn as_ref(&self) -> &[u8] {
-            bytemuck::cast_slice(&self.0)
-        }
-    }
-    Bytes::from_owner(Owner(values))
 }

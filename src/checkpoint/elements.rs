@@ -134,7 +134,7 @@ mod tests {
         let dense = DenseTensor {
             dtype: FloatType::F32,
             shape: vec![7, 11],
-            data: bytemuck::allocation::pod_collect_to_vec(&values).into(),
+            data: nibble_quant::owned_bytes(values.clone()),
         };
         let transposed = Elements::from(dense).transposed();
         assert_eq!(transposed.shape(), [11, 7]);

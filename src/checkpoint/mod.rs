@@ -24,7 +24,7 @@ use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 pub(crate) use damage::{damaged_safetensors, lfs_pointer};
 pub use dense::DenseTensor;
-use dense::{f32_bytes, parallel_f32};
+use dense::parallel_f32;
 pub use elements::Elements;
 use folder::Folder;
 pub(crate) use folder::holds_weights;

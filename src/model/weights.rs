@@ -5,7 +5,7 @@
 
 use std::fmt::Display;
 
-use nibble_quant::{BlockFormat, FloatType};
+use nibble_quant::{BlockFormat, FloatType, owned_bytes};
 
 use super::block::{Block, Linear, LinearAdapter};
 use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
@@ -195,8 +195,7 @@ impl Reader<'_> {
     fn merged(&self, name: &str, base: FrozenMatrix) -> Result<FrozenMatrix> {
         let Some(merge) = self.merge.filter(|merge| merge.changes(name)) else { return Ok(base) };
         let values = merge.merged_weight(name, base.to_f32())?;
-        let data = bytemuck::allocation::pod_collect_to_vec::<f32, u8>(&values);
-        Ok(FrozenMatrix::from_f32(data.into(), base.shape()))
+        Ok(FrozenMatrix::from_f32(owned_bytes(values), base.shape()))
     }
 
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<FrozenMatrix> {
@@ -382,10 +381,7 @@ fn dense_matrix(name: &str, dense: DenseTensor, shape: [usize; 2]) -> Result<Fro
         FloatType::F32 => FrozenMatrix::from_f32(dense.data, shape),
         FloatType::Bf16 => FrozenMatrix::from_bf16(dense.data, shape),
         // Products read f32 and bf16; f16 widens without loss.
-        FloatType::F16 => {
-            let bytes = bytemuck::allocation::pod_collect_to_vec(&dense.to_f32());
-            FrozenMatrix::from_f32(bytes.into(), shape)
-        }
+        FloatType::F16 => FrozenMatrix::from_f32(owned_bytes(dense.to_f32()), shape),
     })
 }
 

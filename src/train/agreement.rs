@@ -3,7 +3,7 @@
 //! A GPU is a driver, a compiler in it, a library and a card, none of which was there when this
 //! program was built. What they make of the kernels is compared with the CPU before each run on one.
 
-use nibble_quant::{BlockFormat, FloatType};
+use nibble_quant::{BlockFormat, FloatType, owned_bytes};
 use serde_json::json;
 
 use super::adamw::AdamW;
@@ -201,7 +201,7 @@ impl TensorSource for RandomTensors<'_> {
         let mut values = vec![0f32; tensor.shape.iter().product()];
         Stream::new(SEED, name).fill_normal(0, 0.08, &mut values);
         values.iter_mut().for_each(|value| *value += mean);
-        let data = bytemuck::allocation::pod_collect_to_vec::<f32, u8>(&values).into();
+        let data = owned_bytes(values);
         Ok(Weight::Dense(DenseTensor { dtype: FloatType::F32, shape: tensor.shape, data }))
     }
 }

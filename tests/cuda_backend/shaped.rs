@@ -73,7 +73,7 @@ impl RandomTensors<'_> {
         let nested = vec![0.3 * offset; blocks.div_ceil(256)];
         let absmax = Absmax::Nested {
             codes: bytes(&format!("{name}.absmax"), blocks).into(),
-            absmax: bytemuck::allocation::pod_collect_to_vec::<f32, u8>(&nested).into(),
+            absmax: nibble_quant::owned_bytes(nested),
             offset,
         };
         let codes = bytes(name, shape[0] * shape[1] / 2).into();
@@ -112,7 +112,7 @@ impl TensorSource for RandomTensors<'_> {
         let mut values = vec![0f32; shape.iter().product()];
         Stream::new(SEED, name).fill_normal(0, deviation, &mut values);
         values.iter_mut().for_each(|value| *value += mean);
-        let data = bytemuck::allocation::pod_collect_to_vec::<f32, u8>(&values).into();
+        let data = nibble_quant::owned_bytes(values);
         Ok(Weight::Dense(DenseTensor { dtype: FloatType::F32, shape, data }))
     }
 }

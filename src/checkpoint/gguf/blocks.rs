@@ -84,7 +84,7 @@ mod tests {
         }
         let blocks = Blocks {
             dtype: GgmlDType::F32,
-            data: bytemuck::allocation::pod_collect_to_vec(&stored).into(),
+            data: nibble_quant::owned_bytes(stored),
             columns,
             head_rows: Some(d),
             excess: 0.0,

@@ -15,8 +15,8 @@ use super::blocks::stored_row;
 use super::file_type::FileType;
 use super::metadata::{Field, rope_factors};
 use super::write::{Description, GgufWriter};
+use crate::checkpoint::Checkpoint;
 use crate::checkpoint::elements::Elements;
-use crate::checkpoint::{Checkpoint, f32_bytes};
 use crate::error::{Error, Result};
 use crate::model::spec::{LinearRole, ModelSpec, TensorRole, TensorSpec};
 
@@ -59,7 +59,7 @@ impl Export<'_> {
             self.checkpoint.release(&tensor.name);
         }
         for (_, factors) in factors {
-            writer.append(&f32_bytes(factors))?;
+            writer.append(bytemuck::cast_slice(&factors))?;
             writer.end_tensor()?;
         }
         writer.finish()

@@ -18,11 +18,11 @@ use std::collections::BTreeMap;
 use std::path::Path;
 
 use candle_core::quantized::gguf_file::{Content, Value as Metadata};
-use nibble_quant::FloatType;
+use nibble_quant::{FloatType, owned_bytes};
 
 use super::elements::Elements;
 use super::mapped::MappedFile;
-use super::{DenseTensor, StoredType, TensorInfo, f32_bytes};
+use super::{DenseTensor, StoredType, TensorInfo};
 use crate::error::{Error, Result};
 pub(super) use blocks::Blocks;
 pub use export::Export;
@@ -89,7 +89,7 @@ impl Gguf {
     /// The tensor in f32.
     pub(super) fn dense(&self, name: &str) -> Result<DenseTensor> {
         let elements = self.elements(name)?;
-        let data = f32_bytes(elements.to_f32());
+        let data = owned_bytes(elements.to_f32());
         // The values are copies; a page that is wanted once more is in the system's cache.
         self.release(name);
         Ok(DenseTensor { dtype: FloatType::F32, shape: elements.shape().to_vec(), data })

@@ -3,7 +3,7 @@
 use bytes::Bytes;
 use half::bf16;
 use nibble_quant::product::WeightRef;
-use nibble_quant::{Absmax, PackedWeight};
+use nibble_quant::{Absmax, PackedWeight, owned_bytes};
 
 use crate::ledger::resident;
 use crate::plan::WeightParts;
@@ -115,19 +115,10 @@ impl FrozenMatrix {
     }
 }
 
-fn aligned<T: bytemuck::Pod + Send + Sync>(data: Bytes) -> Bytes {
+fn aligned<T: bytemuck::Pod + Send>(data: Bytes) -> Bytes {
     if bytemuck::try_cast_slice::<u8, T>(&data).is_ok() {
         return data;
     }
     let copy: Vec<T> = bytemuck::allocation::pod_collect_to_vec(&data);
-    // The vector's own alignment is T's; `AlignedBytes` keeps it alive.
-    Bytes::from_owner(Aligned(copy))
-}
-
-struct Aligned<T>(Vec<T>);
-
-impl<T: bytemuck::Pod> AsRef<[u8]> for Aligned<T> {
-    fn as_ref(&self) -> &[u8] {
-        bytemuck::cast_slice(&self.0)
-    }
+    owned_bytes(copy)
 }
