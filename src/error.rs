@@ -10,6 +10,9 @@ use std::path::Path;
 /// Result with the crate's error.
 pub type Result<T> = std::result::Result<T, Error>;
 
+/// What a line begins with that tells the way out.
+pub(crate) const HINT: &str = "hint: ";
+
 /// What went wrong, by whose fault.
 #[derive(Debug)]
 pub enum Error {
@@ -136,7 +139,7 @@ impl fmt::Display for Error {
             _ => None,
         };
         match message.hint.as_deref().or(of_system) {
-            Some(hint) => write!(f, "\nhint: {hint}"),
+            Some(hint) => write!(f, "\n{HINT}{hint}"),
             None => Ok(()),
         }
     }

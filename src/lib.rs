@@ -5,6 +5,7 @@ pub mod printed;
 
 pub mod adapter;
 pub mod allocator;
+pub mod byte_size;
 pub mod checkpoint;
 pub mod cli;
 pub mod commands;

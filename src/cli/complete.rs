@@ -115,10 +115,10 @@ fn resumed(command: &Command, out: &Path, saved: &SavedSettings) -> Result<Vec<E
 mod tests {
     use clap::{CommandFactory, FromArgMatches, Parser};
 
-    use super::super::size::ByteSize;
     use super::super::train::{Quantization, TrainArgs};
     use super::*;
     use crate::adapter::{ModuleNames, TargetModules};
+    use crate::byte_size::ByteSize;
     use crate::train::adamw::AdamW;
     use crate::train::schedule::{SchedulerType, Warmup};
 

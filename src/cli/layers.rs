@@ -16,7 +16,7 @@ use toml::de::DeValue;
 
 use super::synonyms;
 use crate::data::files::is_data;
-use crate::error::{Error, Result};
+use crate::error::{Error, HINT, Result};
 use crate::nearest::nearest;
 use crate::train::settings::SettingsEcho;
 
@@ -30,9 +30,6 @@ pub struct Entry {
     /// Where it stands, for messages.
     pub place: String,
 }
-
-/// What a value parser may write at the beginning of its second line: the way out.
-pub const HINT: &str = "hint: ";
 
 /// Flags that say where settings come from, and are not settings.
 const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];

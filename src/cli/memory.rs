@@ -9,8 +9,8 @@ use super::device::DeviceArgs;
 use super::listed::listed;
 use super::lora::LoraArgs;
 use super::numbers;
-use super::size::ByteSize;
 use super::train::{BaseModelArgs, GRADIENT_ACCUMULATION_STEPS};
+use crate::byte_size::ByteSize;
 use crate::plan::{Activations, Optim, WeightsMode};
 
 const EXAMPLES: &str = "Examples:

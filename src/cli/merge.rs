@@ -7,9 +7,9 @@ use clap::{Args, ValueEnum};
 
 use super::numbers;
 use super::quantize::DtypeArg;
-use super::size::{self, ByteSize};
 use super::train::BaseModelArgs;
 use crate::adapter::MergeOnto;
+use crate::byte_size::ByteSize;
 
 /// Which weights the adapter goes into.
 const BASES: &str = "\
@@ -46,7 +46,7 @@ pub struct MergeArgs {
     pub dtype: Option<DtypeArg>,
 
     /// Largest size of a shard
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size::above_zero)]
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = numbers::some_bytes)]
     pub max_shard_size: ByteSize,
 
     /// Replace `--out` if it is not empty

@@ -16,7 +16,6 @@ pub mod memory;
 pub mod merge;
 pub mod numbers;
 pub mod quantize;
-pub mod size;
 pub mod synonyms;
 pub mod train;
 

@@ -3,6 +3,8 @@
 use std::num::{NonZeroU64, NonZeroUsize};
 use std::str::FromStr;
 
+use crate::byte_size::ByteSize;
+
 fn number(text: &str, expected: &str, fits: impl Fn(f64) -> bool) -> Result<f64, String> {
     let value = text.trim().parse().ok().filter(|value: &f64| value.is_finite() && fits(*value));
     value.ok_or_else(|| format!("expected {expected}"))
@@ -72,6 +74,13 @@ pub fn length(text: &str) -> Result<usize, String> {
     length.ok_or_else(|| format!("expected a whole number from 2 to {MOST}"))
 }
 
+/// An amount of memory that is more than nothing.
+pub fn some_bytes(text: &str) -> Result<ByteSize, String> {
+    let size: ByteSize = text.parse()?;
+    let something = (size.0 > 0).then_some(size);
+    something.ok_or_else(|| "expected more than nothing, such as 5GB".to_string())
+}
+
 /// Weights that share a scale.
 pub fn block_size(text: &str) -> Result<usize, String> {
     let fits = |size: &usize| size.is_power_of_two() && (32..=4096).contains(size);
@@ -97,6 +106,8 @@ mod tests {
         assert!(at_least_one("1").is_ok() && at_least_one("0").is_err());
         assert_eq!(steps("0"), Err("expected a whole number, 1 or more".to_string()));
         assert!(length("2").is_ok() && length("1").is_err() && length("4294967296").is_err());
+        assert!(some_bytes("0B").is_err() && some_bytes("0.1B").is_err());
+        assert_eq!(some_bytes("1kB"), Ok(ByteSize(1000)));
         assert!(block_size("64").is_ok() && block_size("96").is_err() && block_size("16").is_err());
     }
 }

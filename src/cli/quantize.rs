@@ -7,7 +7,7 @@ use clap::{Args, ValueEnum};
 use nibble_quant::{FloatType, QuantType};
 
 use super::numbers;
-use super::size::{self, ByteSize};
+use crate::byte_size::ByteSize;
 
 const EXAMPLES: &str = "Examples:
   nibble quantize --model SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2-nf4 --check
@@ -47,7 +47,7 @@ pub struct QuantizeArgs {
     pub dtype: Option<DtypeArg>,
 
     /// Largest size of a shard
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = size::above_zero)]
+    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = numbers::some_bytes)]
     pub max_shard_size: ByteSize,
 
     /// Pack linears that are 4-bit already anew in this format

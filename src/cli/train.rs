@@ -13,7 +13,7 @@ use super::device::DeviceArgs;
 use super::listed::listed;
 use super::lora::LoraArgs;
 use super::numbers;
-use super::size::ByteSize;
+use crate::byte_size::ByteSize;
 use crate::error::{Error, Result};
 use crate::plan::{Activations, Optim, WeightsMode};
 use crate::train::adamw::AdamW;

@@ -2,8 +2,8 @@
 
 use nibble_quant::product::Precision;
 
+use crate::byte_size::ByteSize;
 use crate::cli::device::{Device, DeviceArgs};
-use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
 use crate::kernels::Storage;
 use crate::kernels::cpu::Cpu;

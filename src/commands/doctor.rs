@@ -3,8 +3,8 @@
 use nibble_quant::product::Precision;
 use serde_json::{Value, json};
 
+use crate::byte_size::ByteSize;
 use crate::cli::doctor::DoctorArgs;
-use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::devices::{self, DriverInfo, LOWEST_CAPABILITY};

@@ -7,10 +7,10 @@ use candle_core::quantized::gguf_file::Value as Metadata;
 use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::adapter::Adapter;
+use crate::byte_size::ByteSize;
 use crate::checkpoint::atomic::{check_new_file, parent};
 use crate::checkpoint::{Checkpoint, Export, gguf_fields};
 use crate::cli::export::ExportArgs;
-use crate::cli::size::ByteSize;
 use crate::data::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;

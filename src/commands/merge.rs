@@ -9,11 +9,11 @@ use serde_json::json;
 
 use super::model_folder;
 use crate::adapter::{MergeBase, MergeCost, MergeOnto, MergedModel, PeftAdapter};
+use crate::byte_size::ByteSize;
 use crate::checkpoint::atomic::AtomicDir;
 use crate::checkpoint::writer::ShardWriter;
 use crate::checkpoint::{Checkpoint, CheckpointKind, read_json};
 use crate::cli::merge::MergeArgs;
-use crate::cli::size::ByteSize;
 use crate::data::{ChatTokenizer, TemplateSources, TokenizerFiles};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;

@@ -259,7 +259,7 @@ fn table_row(label: &str, summary: &RoleSummary) -> String {
 }
 
 fn human_bytes(bytes: usize) -> String {
-    crate::cli::size::ByteSize(bytes as u64).to_string()
+    crate::byte_size::ByteSize(bytes as u64).to_string()
 }
 
 fn role_label(role: TensorRole) -> String {

@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Phase, Record};
-use crate::cli::size::ByteSize;
+use crate::byte_size::ByteSize;
 use crate::plan::{Component, MemoryPlan, Outside, Place, Region, WeightParts};
 
 /// One part of a run's memory.

@@ -33,6 +33,27 @@ pub enum Family {
 }
 
 impl Family {
+    /// All of them.
+    pub const ALL: [Family; 11] = [
+        Family::Llama,
+        Family::Mistral,
+        Family::Ministral3,
+        Family::Qwen2,
+        Family::Qwen3,
+        Family::SmolLm3,
+        Family::Gemma,
+        Family::Gemma2,
+        Family::Gemma3,
+        Family::Phi3,
+        Family::Gpt2,
+    ];
+
+    /// That of a `model_type`. A `ministral` is what transformers makes of a Mistral with `layer_types`.
+    pub fn of(model_type: &str) -> Option<Self> {
+        let model_type = if model_type == "ministral" { "mistral" } else { model_type };
+        Family::ALL.into_iter().find(|family| family.model_type() == model_type)
+    }
+
     /// The `model_type` of `config.json`.
     pub fn model_type(self) -> &'static str {
         match self {

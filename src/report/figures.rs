@@ -1,6 +1,6 @@
 //! Figures as people read them.
 
-use crate::cli::size::ByteSize;
+use crate::byte_size::ByteSize;
 
 /// Seconds as `1:02:03` or `2:03`.
 pub fn clock(seconds: f64) -> String {

@@ -6,7 +6,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
 use super::events::{EvalEvent, OutOfMemoryEvent, SampleEvent, SaveEvent, StepEvent};
 use super::start::{OtherLength, Start};
-use crate::cli::size::ByteSize;
+use crate::byte_size::ByteSize;
 use crate::report::figures::clock;
 
 /// Where a run shows itself.

@@ -37,6 +37,20 @@ pub(super) const QUERY_SCALE: &str = "attention.temperature_scale";
 pub type Field = (String, Metadata);
 
 impl Architecture {
+    /// All of them.
+    pub const ALL: [Architecture; 10] = [
+        Architecture::Llama,
+        Architecture::Mistral3,
+        Architecture::Qwen2,
+        Architecture::Qwen3,
+        Architecture::SmolLm3,
+        Architecture::Gemma,
+        Architecture::Gemma2,
+        Architecture::Gemma3,
+        Architecture::Phi3,
+        Architecture::Gpt2,
+    ];
+
     /// That llama.cpp has for a family: a Mistral is a Llama there.
     pub fn of(family: Family) -> Self {
         match family {

@@ -211,23 +211,10 @@ impl Gguf {
 
 fn architecture(content: &Content) -> Result<Architecture> {
     let name = content.metadata.get("general.architecture").and_then(|v| v.to_string().ok());
-    match name.map(String::as_str) {
-        Some("llama") => Ok(Architecture::Llama),
-        Some("mistral3") => Ok(Architecture::Mistral3),
-        Some("qwen2") => Ok(Architecture::Qwen2),
-        Some("qwen3") => Ok(Architecture::Qwen3),
-        Some("smollm3") => Ok(Architecture::SmolLm3),
-        Some("gemma") => Ok(Architecture::Gemma),
-        Some("gemma2") => Ok(Architecture::Gemma2),
-        Some("gemma3") => Ok(Architecture::Gemma3),
-        Some("phi3") => Ok(Architecture::Phi3),
-        Some("gpt2") => Ok(Architecture::Gpt2),
-        other => Err(Error::input(format_args!(
-            "GGUF architecture `{}` is not supported",
-            other.unwrap_or("(none)")
-        ))
-        .hint(
-            "supported: llama (also Mistral), mistral3, qwen2, qwen3, smollm3, gemma, gemma2, gemma3, phi3, gpt2",
-        )),
-    }
+    let name = name.map_or("(none)", String::as_str);
+    Architecture::ALL.into_iter().find(|known| known.name() == name).ok_or_else(|| {
+        let what = format_args!("GGUF architecture `{name}` is not supported");
+        let all = Architecture::ALL.map(Architecture::name).join(", ");
+        Error::input(what).hint(format_args!("supported: {all}; a Mistral is a llama there"))
+    })
 }

@@ -4,8 +4,8 @@ use serde_json::json;
 
 use super::room::{Room, place_in_words};
 use super::row_length;
+use crate::byte_size::ByteSize;
 use crate::cli::memory::MemoryArgs;
-use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
 use crate::plan::fit::{Asked, Fit, Way};
 use crate::plan::{Demand, Limit, Place, Policy};

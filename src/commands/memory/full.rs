@@ -3,7 +3,7 @@
 
 use serde::Serialize;
 
-use crate::cli::size::ByteSize;
+use crate::byte_size::ByteSize;
 use crate::ledger::rows::Account;
 use crate::model::spec::ModelSpec;
 use crate::plan::{Component, MemoryPlan};

@@ -3,9 +3,9 @@
 use nibble_quant::FloatType;
 
 use super::{PlannedRun, row_length};
+use crate::byte_size::ByteSize;
 use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
-use crate::cli::size::ByteSize;
 use crate::error::{Error, Result};
 use crate::ledger::rows::Account;
 use crate::train::backend::TrainingKernels;

@@ -4,9 +4,9 @@ use serde_json::{Value, json};
 
 use super::PlannedRun;
 use super::room::ASSUMED_CONTEXT_BYTES;
+use crate::byte_size::ByteSize;
 use crate::checkpoint::PageCache;
 use crate::cli::memory::MemoryArgs;
-use crate::cli::size::ByteSize;
 use crate::plan::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer};
 use crate::plan::{Place, Policy};
 use crate::report::figures::{change, thousands};

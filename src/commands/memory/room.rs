@@ -2,8 +2,8 @@
 
 use serde::Serialize;
 
+use crate::byte_size::ByteSize;
 use crate::cli::device::Device;
-use crate::cli::size::ByteSize;
 use crate::commands::device;
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;

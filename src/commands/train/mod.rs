@@ -7,9 +7,9 @@ mod output;
 use nibble_quant::FloatType;
 
 use crate::adapter::Adapter;
+use crate::byte_size::ByteSize;
 use crate::checkpoint::Checkpoint;
 use crate::cli::lora::AdapterDtype;
-use crate::cli::size::ByteSize;
 use crate::cli::train::TrainArgs;
 use crate::commands::device;
 use crate::data::{ChatTokenizer, TokenizerFiles};

@@ -4,8 +4,8 @@ use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 
 use crate::adapter::TENSORS_FILE;
+use crate::byte_size::ByteSize;
 use crate::checkpoint::atomic;
-use crate::cli::size::ByteSize;
 use crate::cli::train::OutputArgs;
 use crate::error::{Error, Result};
 use crate::report::{METRICS_FILE, metrics};

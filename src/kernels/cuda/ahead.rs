@@ -32,14 +32,14 @@ pub(super) enum Source {
     Pinned(Address),
 }
 
-/// Some rows.
+/// Some rows of a weight, and where they lie.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub(super) struct Part {
+pub(super) struct WeightRows {
     pub source: Source,
     pub rows: usize,
 }
 
-impl Part {
+impl WeightRows {
     fn of<D: Driver>(weight: &DeviceWeight<D>, rows: Range<usize>) -> Self {
         let source = match weight.form {
             Form::Packed(packed) => Source::Packed(packed, rows.start),
@@ -48,7 +48,7 @@ impl Part {
                 Source::Pinned(address + 2 * (rows.start * weight.shape[1]) as u64)
             }
         };
-        Part { source, rows: rows.len() }
+        WeightRows { source, rows: rows.len() }
     }
 }
 
@@ -56,7 +56,7 @@ impl Part {
 /// lie.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Wanted {
-    parts: [Option<Part>; STACKED],
+    parts: [Option<WeightRows>; STACKED],
     /// Of each row.
     pub columns: usize,
     /// From one row to the next.
@@ -74,7 +74,7 @@ impl Wanted {
         for (part, weight) in parts.iter_mut().zip(weights) {
             match weight.form {
                 Form::Packed(_) if (weight.shape[1], weight.place) == (columns, place) => {
-                    *part = Some(Part::of(weight, 0..weight.shape[0]));
+                    *part = Some(WeightRows::of(weight, 0..weight.shape[0]));
                 }
                 _ => return None,
             }
@@ -85,12 +85,12 @@ impl Wanted {
     /// Rows of a weight that is not an operand as it lies, one right behind the other.
     pub fn of_rows<D: Driver>(weight: &DeviceWeight<D>, rows: Range<usize>) -> Self {
         let (columns, place) = (weight.shape[1], weight.place);
-        let parts = [Some(Part::of(weight, rows)), None, None];
+        let parts = [Some(WeightRows::of(weight, rows)), None, None];
         Wanted { parts, columns, stride: columns, place }
     }
 
     /// The parts, each with the number of its first row.
-    pub fn parts(&self) -> impl Iterator<Item = (Part, usize)> {
+    pub fn parts(&self) -> impl Iterator<Item = (WeightRows, usize)> {
         let mut end = 0;
         self.parts.into_iter().flatten().map(move |part| {
             end += part.rows;

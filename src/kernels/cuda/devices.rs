@@ -4,7 +4,7 @@
 use std::ffi::{CStr, c_char, c_int};
 use std::ptr;
 
-use super::functions::{Cuda, open_driver};
+use super::functions::{CudaFunctions, open_driver};
 use crate::error::Result;
 
 /// Lowest compute capability of the PTX.
@@ -64,7 +64,7 @@ pub fn driver_info() -> Result<DriverInfo> {
 }
 
 /// Highest CUDA version that the driver runs.
-pub(super) fn driver_version(cuda: &Cuda) -> Result<(i32, i32)> {
+pub(super) fn driver_version(cuda: &CudaFunctions) -> Result<(i32, i32)> {
     let mut version = 0;
     // SAFETY: the out-pointer is valid.
     cuda.check("read the driver's version", unsafe { (cuda.driver_version)(&mut version) })?;
@@ -72,7 +72,7 @@ pub(super) fn driver_version(cuda: &Cuda) -> Result<(i32, i32)> {
 }
 
 /// What the driver says of device `index`.
-pub(super) fn device_info(cuda: &Cuda, index: i32) -> Result<DeviceInfo> {
+pub(super) fn device_info(cuda: &CudaFunctions, index: i32) -> Result<DeviceInfo> {
     let (mut device, mut total, mut name) = (0, 0usize, [0 as c_char; 256]);
     // SAFETY: the out-pointers are valid, the name has the length that is given.
     unsafe {
@@ -91,7 +91,7 @@ pub(super) fn device_info(cuda: &Cuda, index: i32) -> Result<DeviceInfo> {
 }
 
 /// An attribute of a device.
-fn attribute(cuda: &Cuda, device: c_int, attribute: c_int) -> Result<c_int> {
+fn attribute(cuda: &CudaFunctions, device: c_int, attribute: c_int) -> Result<c_int> {
     let mut value = 0;
     // SAFETY: the out-pointer is valid.
     let code = unsafe { (cuda.device_attribute)(&mut value, attribute, device) };

@@ -30,7 +30,7 @@
 //! are operands where they lie. [`super::together`] has linears that read the same rows.
 
 use super::Cuda;
-use super::ahead::{Ahead, Part, Source, Wanted};
+use super::ahead::{Ahead, Source, Wanted, WeightRows};
 use super::driver::{Address, Argument, Driver, Launch, Operand, Product};
 use super::host::DeviceVector;
 use super::launch::{FLAT_THREADS, columns as columns_grid, launch, row_threads, rows as row_grid};
@@ -297,7 +297,7 @@ impl<D: Driver> Cuda<D> {
     /// Fills a buffer in its turn, or ahead into a slot.
     fn fill(&self, wanted: &Wanted, to: Address, slot: Option<usize>) -> Result<()> {
         let driver = self.driver();
-        wanted.parts().try_for_each(|(Part { source, rows }, first)| {
+        wanted.parts().try_for_each(|(WeightRows { source, rows }, first)| {
             let to = Rows { address: to, stride: wanted.stride }.row(first);
             match source {
                 Source::Packed(packed, first) => {

@@ -54,8 +54,8 @@ macro_rules! functions {
 }
 
 functions! {
-    /// libcuda.
-    Cuda:
+    /// Those of libcuda.
+    CudaFunctions:
     init = "cuInit" (c_uint);
     driver_version = "cuDriverGetVersion" (*mut c_int);
     device_count = "cuDeviceGetCount" (*mut c_int);
@@ -98,7 +98,7 @@ functions! {
 }
 
 functions! {
-    /// libcublas.
+    /// Those of libcublas.
     Cublas:
     create = "cublasCreate_v2" (*mut Handle);
     version = "cublasGetVersion_v2" (Handle, *mut c_int);
@@ -117,7 +117,7 @@ functions! {
     );
 }
 
-impl Cuda {
+impl CudaFunctions {
     /// An error for a code that is not zero, saying what could not be done.
     pub(super) fn check(&self, act: impl Display, code: c_int) -> Result<()> {
         if code == 0 {
@@ -180,13 +180,13 @@ impl Cuda {
 ///
 /// # Errors
 /// `Gpu` when there is none or it refuses.
-pub(super) fn open_driver() -> Result<&'static Cuda> {
-    static DRIVER_AT_WORK: OnceLock<Cuda> = OnceLock::new();
+pub(super) fn open_driver() -> Result<&'static CudaFunctions> {
+    static DRIVER_AT_WORK: OnceLock<CudaFunctions> = OnceLock::new();
     if let Some(cuda) = DRIVER_AT_WORK.get() {
         return Ok(cuda);
     }
     let found = search::open(&DRIVER, 0)?;
-    let cuda = Cuda::load(found.library, &found.name)?;
+    let cuda = CudaFunctions::load(found.library, &found.name)?;
     // SAFETY: cuInit takes 0.
     let code = unsafe { (cuda.init)(0) };
     cuda.check("initialise the CUDA driver", code)?;

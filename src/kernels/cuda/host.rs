@@ -10,7 +10,7 @@ use super::Cuda;
 use super::driver::{Argument, Driver};
 use super::memory::{Allocation, Buffer};
 use super::staging::Documents;
-use crate::cli::size::ByteSize;
+use crate::byte_size::ByteSize;
 use crate::error::{Error, Result};
 use crate::plan::RegionType;
 

@@ -11,7 +11,7 @@ use std::time::Duration;
 use super::ahead::AHEAD_SLOTS;
 use super::devices::{LOWEST_CAPABILITY, device_info, driver_version};
 use super::driver::{Address, Driver, Gemm, Launch};
-use super::functions::{Cublas, Cuda, Handle, open_driver};
+use super::functions::{Cublas, CudaFunctions, Handle, open_driver};
 use super::products;
 use super::search::{self, CUBLAS};
 use super::stream::COPY_SLOTS;
@@ -46,7 +46,7 @@ const MOST_ARGUMENTS: usize = 32;
 
 /// One GPU at work.
 pub struct Gpu {
-    cuda: &'static Cuda,
+    cuda: &'static CudaFunctions,
     cublas: Cublas,
     /// The file that it is.
     cublas_name: String,

@@ -9,7 +9,7 @@ use crate::plan::settings::OFFLOAD_SLOTS;
 use crate::plan::{MemoryPlan, Region};
 
 /// The pinned memory, and where each region begins in it.
-pub struct Pinned<D: Driver> {
+pub struct PinnedInputs<D: Driver> {
     driver: Arc<D>,
     host: Option<*mut u8>,
     bytes: usize,
@@ -19,9 +19,9 @@ pub struct Pinned<D: Driver> {
 // SAFETY: the pointer is to memory of the driver, which any thread may use; only copies that the
 // driver orders touch it.
 #[allow(unsafe_code)]
-unsafe impl<D: Driver> Send for Pinned<D> {}
+unsafe impl<D: Driver> Send for PinnedInputs<D> {}
 
-impl<D: Driver> Pinned<D> {
+impl<D: Driver> PinnedInputs<D> {
     /// No memory where nothing is offloaded.
     pub fn new(driver: &Arc<D>, plan: &MemoryPlan) -> Result<Self> {
         let mut bytes = 0;
@@ -32,7 +32,7 @@ impl<D: Driver> Pinned<D> {
         };
         let offsets: Vec<usize> = plan.offloaded.iter().map(&mut place).collect();
         let host = (bytes > 0).then(|| pin(driver.as_ref(), bytes)).transpose()?;
-        Ok(Pinned { driver: driver.clone(), host, bytes, offsets })
+        Ok(PinnedInputs { driver: driver.clone(), host, bytes, offsets })
     }
 
     /// Region `index`, for `bytes`.
@@ -66,7 +66,7 @@ impl<D: Driver> Pinned<D> {
     }
 }
 
-impl<D: Driver> Drop for Pinned<D> {
+impl<D: Driver> Drop for PinnedInputs<D> {
     fn drop(&mut self) {
         let Some(host) = self.host else { return };
         // Copies that nobody waited for end before their memory goes.

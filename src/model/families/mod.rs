@@ -47,27 +47,25 @@ pub fn base_dropout(config: &Value) -> Option<(&'static str, f64)> {
     KEYS.map(probability).into_iter().find(|(_, probability)| *probability > 0.0)
 }
 
-const SUPPORTED: &str = "supported families: llama, mistral, ministral, ministral3, qwen2, qwen3, smollm3, gemma, gemma2, gemma3_text, phi3, gpt2";
-
 fn read_spec(fields: &Fields) -> Result<ModelSpec> {
-    let spec = match fields.text("model_type")? {
-        "llama" => llama(fields, Family::Llama)?,
-        "mistral" | "ministral" => mistral(fields)?,
-        "ministral3" => ministral3(fields)?,
-        "qwen2" => qwen2(fields)?,
-        "qwen3" => qwen3(fields)?,
-        "smollm3" => smollm3(fields)?,
-        "gemma" => gemma(fields, Family::Gemma)?,
-        "gemma2" => gemma2(fields)?,
-        "gemma3_text" => gemma3(fields)?,
-        "phi3" => phi3(fields)?,
-        "gpt2" => gpt2(fields)?,
-        other => {
-            return Err(Error::input(format_args!(
-                "config.json: model_type `{other}` is not supported"
-            ))
-            .hint(SUPPORTED));
-        }
+    let name = fields.text("model_type")?;
+    let family = Family::of(name).ok_or_else(|| {
+        let what = format_args!("config.json: model_type `{name}` is not supported");
+        let all = Family::ALL.map(Family::model_type).join(", ");
+        Error::input(what).hint(format_args!("supported families: {all}"))
+    })?;
+    let spec = match family {
+        Family::Llama => llama(fields, family)?,
+        Family::Mistral => mistral(fields)?,
+        Family::Ministral3 => ministral3(fields)?,
+        Family::Qwen2 => qwen2(fields)?,
+        Family::Qwen3 => qwen3(fields)?,
+        Family::SmolLm3 => smollm3(fields)?,
+        Family::Gemma => gemma(fields, family)?,
+        Family::Gemma2 => gemma2(fields)?,
+        Family::Gemma3 => gemma3(fields)?,
+        Family::Phi3 => phi3(fields)?,
+        Family::Gpt2 => gpt2(fields)?,
     };
     validate(&spec)?;
     Ok(spec)

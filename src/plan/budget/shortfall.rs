@@ -1,7 +1,7 @@
 //! A limit that nothing fits: the nearest settings that would, by the fewest changes.
 
 use super::{Activations, Candidate, Choice, Demand, Limit, WeightsMode};
-use crate::cli::size::ByteSize;
+use crate::byte_size::ByteSize;
 use crate::error::Error;
 use crate::plan::cost::Pace;
 use crate::plan::embedding::EmbeddingPlace;

@@ -224,7 +224,7 @@ fn a_plan_over_budget_says_what_would_fit() {
     let host = Demand { weights, embedding: EmbeddingPlace::Host, ..auto.clone() };
     assert_eq!(says(&host, 1000), text);
     low.targets.iter_mut().for_each(|target| target.r = 1);
-    let fits = crate::cli::size::ByteSize(auto.total_bytes(&low, least));
+    let fits = crate::byte_size::ByteSize(auto.total_bytes(&low, least));
     assert!(
         text.contains(&format!("the least that this model can be trained in is {fits}, ")),
         "{text}"
@@ -270,7 +270,7 @@ fn a_hint_names_what_its_flags_would_take() {
     for part in [30, 60, 90] {
         let limit = Limit::Free(whole * part / 100);
         let Ok(granted) = auto.choose(limit) else { continue };
-        let need = crate::cli::size::ByteSize(auto.total_bytes(&settings, granted.candidate));
+        let need = crate::byte_size::ByteSize(auto.total_bytes(&settings, granted.candidate));
         let text = keep.choose(limit).unwrap_err().to_string();
         assert!(text.contains("hint: `--activations "), "{text}");
         assert!(text.contains(&format!(" would need {need}")), "{need}: {text}");
@@ -306,7 +306,7 @@ fn what_can_be_pinned_is_tried_whole() {
     let offload = plenty.allowing(Activations::Offload, WeightsMode::Auto);
     let none = Demand { pinned_bytes: 0, ..offload };
     let text = none.choose(Limit::Free(u64::MAX)).unwrap_err().to_string();
-    let need = crate::cli::size::ByteSize(6 * input);
+    let need = crate::byte_size::ByteSize(6 * input);
     assert!(
         text.contains(&format!("needs {need} of pinned memory there, 0 B can be had")),
         "{text}"

@@ -5,7 +5,7 @@ use std::num::NonZeroUsize;
 
 use serde::Serialize;
 
-use crate::cli::size::ByteSize;
+use crate::byte_size::ByteSize;
 use crate::plan::budget::{Candidate, Choice, Demand, Limit, WeightsMode};
 use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};

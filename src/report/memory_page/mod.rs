@@ -6,7 +6,7 @@ mod timeline;
 use minijinja::{AutoEscape, Environment, Value, context};
 use serde::Serialize;
 
-use crate::cli::size::ByteSize;
+use crate::byte_size::ByteSize;
 use crate::ledger::rows::{Account, HostMemory, PhaseRow, Row};
 use crate::report::figures::change;
 use timeline::{Timeline, timeline};

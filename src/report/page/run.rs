@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::chart::{Chart, Frame, Series, chart, smooth};
-use crate::cli::size::ByteSize;
+use crate::byte_size::ByteSize;
 use crate::plural::noun;
 use crate::report::figures::{clock, short_count, thousands};
 use crate::train::events::{

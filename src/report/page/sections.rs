@@ -4,7 +4,7 @@ use serde::Serialize;
 
 use super::chart::Chart;
 use super::run::{Run, perplexity, scientific};
-use crate::cli::size::ByteSize;
+use crate::byte_size::ByteSize;
 use crate::ledger::rows::{Account, Row};
 use crate::report::figures::thousands;
 use crate::report::memory_page::{Figures, figures};

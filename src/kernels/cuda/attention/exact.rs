@@ -4,7 +4,7 @@
 //! `s = q·kᵀ` in f32, softmax, `o = p·v`; backward `dv += pᵀ·do`, `dp = do·vᵀ`,
 //! `ds = p ∘ (dp − δ)`, `dq = ds·k`, `dk += dsᵀ·q`, with dk and dv of the document in f32.
 
-use super::{BLOCK_ROWS, PART_ELEMENTS, soft_cap, window};
+use super::{BLOCK_ROWS, WorkLayout, soft_cap, window};
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::driver::{Address, Argument, Driver, Gemm, Operand, Product};
 use crate::kernels::cuda::launch::{launch, row_threads, rows as row_grid};
@@ -60,9 +60,9 @@ impl<'a, D: Driver> Exact<'a, D> {
         work: &Buffer<D>,
         training: bool,
     ) -> Self {
-        let padded = |elements: usize| elements.next_multiple_of(PART_ELEMENTS);
-        let (group, longest) = (shape.num_heads / shape.num_kv_heads, layout.longest());
-        let scores = padded(group * BLOCK_ROWS.min(longest) * padded(longest));
+        let heads = [shape.num_heads, shape.num_kv_heads, shape.head_dim];
+        let parts = WorkLayout::exact(heads, layout.tokens(), layout.longest(), training);
+        let (scores, half) = (parts.scores, parts.half_scores());
         let mut next = 0;
         let mut take = |elements: usize| {
             let address = work.at(next..next + elements);
@@ -70,7 +70,6 @@ impl<'a, D: Driver> Exact<'a, D> {
             address
         };
         let both = |elements| if training { elements } else { 0 };
-        let half = padded(scores.div_ceil(2));
         Exact {
             cuda,
             shape,
@@ -79,9 +78,9 @@ impl<'a, D: Driver> Exact<'a, D> {
             probabilities: take(half),
             d_products: take(both(half)),
             d_probabilities: take(both(scores)),
-            dk: take(both(padded(longest * shape.head_dim))),
-            dv: take(both(padded(longest * shape.head_dim))),
-            delta: take(both(padded(layout.tokens() * shape.num_heads))),
+            dk: take(parts.keys),
+            dv: take(parts.keys),
+            delta: take(parts.delta),
         }
     }
 

@@ -85,25 +85,46 @@ pub struct WorkLayout {
 impl WorkLayout {
     /// For the largest document of a plan.
     pub fn new(spec: &ModelSpec, settings: &Settings, attention: AttnImplementation) -> Self {
-        let padded = |elements: usize| elements.next_multiple_of(PART_ELEMENTS);
-        let training = settings.training();
-        let exact = attention.flash(spec.head_dim).is_none();
-        let longest = settings.longest_document;
-        let group = spec.num_heads / spec.num_kv_heads;
-        let scores = group * BLOCK_ROWS.min(longest) * padded(longest);
+        let heads = [spec.num_heads, spec.num_kv_heads, spec.head_dim];
+        let (tokens, longest) = (settings.tokens, settings.longest_document);
+        let exact = WorkLayout::exact(heads, tokens, longest, settings.training());
+        match attention.flash(spec.head_dim) {
+            Some(_) => WorkLayout { scores: 0, keys: 0, ..exact },
+            None => exact,
+        }
+    }
+
+    /// That of the exact path, for H and K heads of so many columns.
+    fn exact(
+        [num_heads, num_kv_heads, head_dim]: [usize; 3],
+        tokens: usize,
+        longest: usize,
+        training: bool,
+    ) -> Self {
+        let group = num_heads / num_kv_heads;
+        let in_training = |elements: usize| if training { padded(elements) } else { 0 };
         WorkLayout {
-            scores: if exact { padded(scores) } else { 0 },
-            keys: if exact && training { padded(longest * spec.head_dim) } else { 0 },
-            delta: if training { padded(settings.tokens * spec.num_heads) } else { 0 },
+            scores: padded(group * BLOCK_ROWS.min(longest) * padded(longest)),
+            keys: in_training(longest * head_dim),
+            delta: in_training(tokens * num_heads),
             training,
         }
     }
 
+    /// Scores in bf16.
+    fn half_scores(&self) -> usize {
+        padded(self.scores.div_ceil(2))
+    }
+
     /// f32 elements of everything: products, probabilities (bf16), and their gradients.
     pub fn elements(&self) -> usize {
-        let pair = self.scores + self.scores.div_ceil(2).next_multiple_of(PART_ELEMENTS);
+        let pair = self.scores + self.half_scores();
         self.delta + 2 * self.keys + if self.training { 2 * pair } else { pair }
     }
+}
+
+fn padded(elements: usize) -> usize {
+    elements.next_multiple_of(PART_ELEMENTS)
 }
 
 /// Keys that a query sees, as the kernels take it: 0 is all of those that there are.
