@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use clap::CommandFactory;
 use nibble::cli::Cli;
+use nibble::model::spec::Family;
 
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
@@ -51,6 +52,14 @@ fn links_lead_somewhere() {
             let elsewhere = target.is_empty() || target.contains("://");
             assert!(elsewhere || folder.join(target).exists(), "{}: {target}", document.display());
         }
+    }
+}
+
+#[test]
+fn the_readme_names_every_family() {
+    let readme = fs::read_to_string(Path::new(ROOT).join("README.md")).unwrap();
+    for name in Family::ALL.map(Family::model_type) {
+        assert!(readme.contains(&format!("`{name}`")), "{name}");
     }
 }
 
