@@ -235,6 +235,21 @@ fn what_the_template_leaves_out_is_said() {
     }
 }
 
+/// The model is asked through its template, which it has not seen in training then.
+#[test]
+fn prompts_without_the_template_are_noted() {
+    let plain = r#"{"prompt": "What is 1 plus 1?", "completion": " 2."}"#;
+    let rendered = r#"{"prompt": "<|im_start|>user\n1 plus 1?<|im_end|>\n", "completion": "2."}"#;
+    let says = "note  prompts of plain text, without the chat template: `nibble generate --raw` asks \
+                like that: 1 (chat.jsonl:1)";
+    let text = report(&format!("{plain}\n{rendered}\n"), &[]);
+    assert!(text.contains(says), "{text}");
+    let text = report(rendered, &[]);
+    assert!(!text.contains("without the chat template"), "{text}");
+    let (text, _) = refused("Just some text.\n", &[]);
+    assert!(text.contains("each line is a JSON object: plain text is `{\"text\""), "{text}");
+}
+
 /// A template of other roles renders no answer: what it has of the prompt is not to be trained instead.
 #[test]
 fn answers_that_the_template_leaves_out_are_refused() {

@@ -122,6 +122,7 @@ fn sharegpt_and_openai_are_the_same_conversation() {
         json!({"conversations": [{"from": "system", "value": "S"}, {"from": "user", "value": "a"},
             {"from": "assistant", "value": "b"}]}),
         json!({"conversations": openai["messages"]}),
+        json!({"messages": openai["messages"].to_string()}),
         json!({"system": "S", "instruction": "a", "input": "", "output": "b"}),
     ] {
         assert_eq!(encode(&tokenizer, &record).unwrap(), expected, "{record}");
@@ -285,7 +286,10 @@ fn keys_of_the_wrong_type_are_named() {
         (json!({"instruction": null, "output": "b"}), "field `instruction` is null, expected text"),
         (json!({"conversations": null}), "field `conversations` is null, expected a list"),
         (json!({"messages": null, "id": 3}), "field `messages` is null, expected a list"),
-        (json!({"messages": "a"}), "field `messages` is text, expected a list"),
+        (
+            json!({"messages": "a"}),
+            "field `messages` is text, but no JSON list: expected value at line 1 column 1",
+        ),
         (json!({"input_ids": null}), "field `input_ids` is null, expected a list"),
     ] {
         assert_eq!(encode(&tokenizer, &record).unwrap_err(), reason);

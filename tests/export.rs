@@ -209,6 +209,14 @@ fn a_ministral_keeps_its_rope_and_its_scale() {
 }
 
 #[test]
+fn a_folder_is_no_name_of_a_file() {
+    let place = place(&Case::open("llama_s0"));
+    let (code, text) = fail(place.nibble(&["export", "--model", "base", "--out", "base"]));
+    assert!(code == 2 && text.contains("base is a folder, expected the name of a file"), "{text}");
+    assert!(text.contains("hint: such as `--out base/model.gguf`"), "{text}");
+}
+
+#[test]
 fn what_is_read_is_not_replaced() {
     let place = place(&Case::open("llama_s0"));
     let before = place.read("base/model.safetensors");

@@ -265,7 +265,13 @@ fn a_page_takes_no_other_file_s_place() {
     let mut command = place.nibble(&["memory", "--model", "model", "--device", "cpu"]);
     command.args(["--html", "model/config.json"]);
     let (code, text) = fail(command);
-    assert!(code == 2 && text.contains("is there already, and no page of Nibble"), "{text}");
+    let says = "is there already, and no page of `nibble memory`";
+    assert!(code == 2 && text.contains(says), "{text}");
+    // Another page, such as a run's report.
+    fs::write(place.path("report.html"), "<!doctype html>\n<html lang=\"en\">\n").unwrap();
+    let mut command = place.nibble(&["memory", "--model", "model", "--device", "cpu"]);
+    command.args(["--html", "report.html"]);
+    assert!(fail(command).1.contains(says));
     assert_eq!(place.read("model/config.json"), before);
     for _ in 0..2 {
         let mut command = place.nibble(&["memory", "--model", "model", "--device", "cpu"]);

@@ -298,6 +298,9 @@ fn idle<'a>(setting: &str, name: &str, paths: impl Iterator<Item = &'a str>) -> 
             known.push(candidate);
         }
     }
+    if setting == "target_modules" {
+        known.push("all-linear");
+    }
     let error = Error::usage(format_args!("{setting}: `{name}` matches no module of this model"));
     match nearest(name, known.iter().copied()) {
         close if !close.is_empty() => error.hint(format_args!("did you mean {close}?")),
@@ -348,6 +351,8 @@ mod tests {
         assert!(text.contains("hint: did you mean `v_proj`"), "{text}");
         let text = error_of(targeting("model.layers.7.self_attn.q_proj"), &spec);
         assert!(text.contains("did you mean `model.layers."), "{text}");
+        let text = error_of(targeting("all_linear"), &spec);
+        assert!(text.contains("hint: did you mean `all-linear`"), "{text}");
         let text = error_of(targeting("query_key_value"), &spec);
         assert!(text.contains("hint: modules: embed_tokens, q_proj"), "{text}");
         let text = error_of(targeting(r".*\.query"), &spec);

@@ -285,12 +285,13 @@ fn not_a_model(path: &Path) -> Error {
         (_, false) => format!("{shown} is neither a folder nor a .gguf file"),
         (_, true) => format!("{shown} has no config.json"),
     };
-    match gguf_inside(path) {
-        Some(file) => Error::input(what).hint(format_args!("give the file {}", file.display())),
-        None if is_hub_name(path) => Error::input(what).hint(format_args!(
-            "models are not downloaded; one of the Hugging Face Hub comes with \
-             `hf download {shown} --local-dir DIR`"
-        )),
+    let inside = gguf_inside(path).map(|file| ("file", file));
+    let inside = inside.or_else(|| snapshot_inside(path).map(|folder| ("folder", folder)));
+    match inside {
+        Some((kind, inside)) => {
+            Error::input(what).hint(format_args!("give the {kind} {}", inside.display()))
+        }
+        None if is_hub_name(path) => Error::input(what).hint(download_hint("models", path)),
         None => Error::input(what).hint(
             "give a Hugging Face model folder with config.json and *.safetensors, or a .gguf file",
         ),
@@ -302,8 +303,24 @@ fn gguf_inside(folder: &Path) -> Option<PathBuf> {
     files.filter(|path| path.extension().is_some_and(|extension| extension == "gguf")).min()
 }
 
+/// A model in the Hub's cache, whose folder keeps one for each commit: that of the main branch.
+fn snapshot_inside(folder: &Path) -> Option<PathBuf> {
+    let commit = std::fs::read_to_string(folder.join("refs/main")).ok()?;
+    let snapshot = folder.join("snapshots").join(commit.trim());
+    snapshot.join("config.json").exists().then_some(snapshot)
+}
+
+/// How `owner/name` of the Hub gets here.
+pub(crate) fn download_hint(things: &str, name: &Path) -> String {
+    let name = name.display();
+    format!(
+        "{things} are not downloaded; one of the Hugging Face Hub comes with \
+         `hf download {name} --local-dir DIR`"
+    )
+}
+
 /// `owner/name`, where there is no folder `owner`.
-fn is_hub_name(path: &Path) -> bool {
+pub(crate) fn is_hub_name(path: &Path) -> bool {
     let parts: Vec<_> = path.components().collect();
     let plain = parts.iter().all(|part| matches!(part, Component::Normal(_)));
     plain && parts.len() == 2 && path.parent().is_some_and(|owner| !owner.exists())

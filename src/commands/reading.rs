@@ -49,6 +49,11 @@ pub fn notes(report: &LoadReport) -> Vec<String> {
             "message",
             "whose reasoning the chat template leaves out",
         ),
+        counted(
+            report.bare_prompts.len(),
+            "prompt",
+            "of plain text, without the chat template: `nibble generate --raw` asks like that",
+        ),
         unknown_roles(report)
             .map(|roles| format!("messages of roles that templates seldom know: {roles}")),
     ];

@@ -29,7 +29,17 @@ impl Chat {
     /// # Errors
     /// Which turn is no message.
     pub fn new(record: &Value, key: &str) -> Result<Self, Rejection> {
-        let turns = list(record, key)?;
+        let parsed: Vec<Value>;
+        let turns = match record.get(key) {
+            // A cell of a table.
+            Some(Value::String(text)) => {
+                parsed = serde_json::from_str(text).map_err(|e| {
+                    Rejection::new(format!("field `{key}` is text, but no JSON list: {e}"))
+                })?;
+                &parsed
+            }
+            _ => list(record, key)?,
+        };
         let mut messages = Vec::with_capacity(turns.len() + 1);
         if let Some(system) = optional_text(record, "system")? {
             messages.push(json!({"role": "system", "content": system}));

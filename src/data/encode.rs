@@ -60,6 +60,8 @@ pub struct Encoded {
     pub reasoning_left_out: usize,
     /// Trained answers that are empty.
     pub empty_answers: usize,
+    /// A prompt of plain text, beside a chat template that is not applied to it.
+    pub bare_prompt: bool,
 }
 
 impl<'a> Encoder<'a> {
@@ -176,6 +178,9 @@ impl<'a> Encoder<'a> {
         if self.train_on != TrainOn::All {
             encoded.document.labels[..border].fill(MASKED);
         }
+        // One that was rendered before has ends of turns in it.
+        let is_rendered = prompt_ids.iter().any(|&id| self.ends_turn(id));
+        encoded.bare_prompt = self.template.is_some() && !is_rendered;
         Ok(encoded)
     }
 

@@ -222,6 +222,9 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         if encoded.double_bos {
             report.double_bos.push(line);
         }
+        if encoded.bare_prompt {
+            report.bare_prompts.push(line);
+        }
         let counted = [
             (encoded.content_left_out, &mut report.content_left_out),
             (encoded.reasoning_left_out, &mut report.reasoning_left_out),
@@ -321,6 +324,8 @@ fn parse_json(text: &str) -> std::result::Result<Value, Rejection> {
         let rejection = Rejection::new(format!("not valid JSON at {place}: {message}"));
         if e.is_eof() {
             rejection.hint("each record stands on one line, or the file is one JSON list")
+        } else if (line, column) == (1, 1) {
+            rejection.hint("each line is a JSON object: plain text is `{\"text\": \"…\"}`")
         } else {
             rejection
         }

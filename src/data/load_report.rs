@@ -45,6 +45,8 @@ pub struct LoadReport {
     pub reasoning_left_out: Vec<usize>,
     /// The line of each answer that is trained and empty.
     pub empty_answers: Vec<usize>,
+    /// Lines whose prompt is plain text, beside a chat template that is not applied to it.
+    pub bare_prompts: Vec<usize>,
     /// Messages of roles that templates seldom know.
     pub unknown_roles: BTreeMap<String, RoleUse>,
     /// Lines that repeat an earlier record.

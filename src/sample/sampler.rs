@@ -3,6 +3,8 @@
 //! In transformers' order: repetition penalty, temperature, top-k, top-p, min-p, then one draw.
 //! A draw depends on (seed, number of the token) only.
 
+use std::cmp::Ordering;
+
 use crate::error::{Error, Result};
 use crate::random::Stream;
 
@@ -107,7 +109,7 @@ impl Sampler {
         }
     }
 
-    /// The tokens that may be drawn and their weights, likeliest first.
+    /// The tokens that may be drawn and their weights.
     fn candidates(&self, logits: &[f32]) -> Vec<(u32, f64)> {
         let options = &self.options;
         let scaled = |logit: f32| f64::from(logit) / f64::from(options.temperature);
@@ -117,26 +119,49 @@ impl Sampler {
             .zip(0..)
             .map(|(&logit, token)| (token, (scaled(logit) - scaled(largest)).exp()))
             .collect();
-        let by_weight = |a: &(u32, f64), b: &(u32, f64)| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0));
         if options.top_k > 0 && options.top_k < candidates.len() {
             candidates.select_nth_unstable_by(options.top_k - 1, by_weight);
             candidates.truncate(options.top_k);
         }
-        candidates.sort_unstable_by(by_weight);
-        if options.top_p < 1.0 {
-            let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
-            let mut sum = 0.0;
-            let reached = |(_, weight): &(u32, f64)| {
-                sum += weight;
-                sum >= f64::from(options.top_p) * total
-            };
-            let count = candidates.iter().position(reached).map_or(candidates.len(), |i| i + 1);
-            candidates.truncate(count);
-        }
+        let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
         // Weights are relative to the likeliest token's, which is 1.
         let floor = f64::from(options.min_p);
         candidates.retain(|(_, weight)| *weight >= floor);
+        if options.top_p < 1.0 {
+            keep_nucleus(&mut candidates, f64::from(options.top_p) * total);
+        }
         candidates
+    }
+}
+
+/// Likeliest first.
+fn by_weight(a: &(u32, f64), b: &(u32, f64)) -> Ordering {
+    b.1.total_cmp(&a.1).then(a.0.cmp(&b.0))
+}
+
+/// Leaves the fewest of the likeliest that weigh `enough` together. Those are few as a rule: sorting a whole
+/// vocabulary takes longer than a GPU for a token.
+fn keep_nucleus(candidates: &mut Vec<(u32, f64)>, enough: f64) {
+    const FIRST: usize = 256;
+    let mut count = FIRST.min(candidates.len());
+    loop {
+        if count < candidates.len() {
+            candidates.select_nth_unstable_by(count, by_weight);
+        }
+        let front = &mut candidates[..count];
+        front.sort_unstable_by(by_weight);
+        let mut sum = 0.0;
+        let reached = front.iter().position(|(_, weight)| {
+            sum += weight;
+            sum >= enough
+        });
+        if let Some(last) = reached {
+            return candidates.truncate(last + 1);
+        }
+        if count == candidates.len() {
+            return;
+        }
+        count = (4 * count).min(candidates.len());
     }
 }
 

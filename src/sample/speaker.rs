@@ -95,7 +95,8 @@ impl Speaker {
         let Some(template) = &self.template else {
             return Err(Error::input("the tokenizer has no chat template: this is no chat model")
                 .hint(
-                    "choose one with `--chat-template`; `nibble generate --raw` continues text",
+                    "choose one with `--chat-template`, such as `alpaca` after training on its records; \
+                     `nibble generate --raw` continues text",
                 ));
         };
         let message = |(role, content): &(&str, &str)| json!({"role": role, "content": content});

@@ -174,15 +174,18 @@ fn model<K: TrainingKernels>(kernels: K, tiny: Tiny, second: Policy) -> Result<M
 
 fn spec(Tiny { family, head_dim, .. }: Tiny) -> Result<ModelSpec> {
     let activation = if family.starts_with("gemma") { "gelu_pytorch_tanh" } else { "silu" };
-    spec_from_config(&json!({
+    let mut spec = spec_from_config(&json!({
         "model_type": family, "hidden_act": activation, "rms_norm_eps": 1e-5, "rope_theta": 10_000.0,
         "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": head_dim,
         "vocab_size": VOCABULARY, "max_position_embeddings": 128, "tie_word_embeddings": false,
         "partial_rotary_factor": if family == "phi3" { 0.75 } else { 1.0 },
         "attention_bias": false, "mlp_bias": false, "sliding_window": 16, "sliding_window_pattern": 2,
-        "attn_logit_softcapping": 2.0, "final_logit_softcapping": 4.0,
-    }))
+        "final_logit_softcapping": 4.0,
+    }))?;
+    // As a Gemma 2's, so that no kernel is left out.
+    spec.attention_soft_cap = family.starts_with("gemma").then_some(2.0);
+    Ok(spec)
 }
 
 /// A checkpoint of random tensors: norms around 1, all else around 0.

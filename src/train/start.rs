@@ -133,8 +133,10 @@ pub fn compare(was: &Identity, now: &Identity) -> Result<()> {
         .hint("leave them out to continue, or start another run in another `--out`"));
     }
     let different = |what: &str| {
-        Error::input(format_args!("the {what} is not what this run began with"))
-            .hint("give the original, or start another run in another `--out`")
+        Error::input(format_args!("the {what} is not what this run began with")).hint(
+            "give the original; `--init-adapter` with this run's adapter trains it on others, in \
+                 another `--out`",
+        )
     };
     if was.data_sha256 != now.data_sha256 {
         return Err(different("training data"));

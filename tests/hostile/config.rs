@@ -115,6 +115,10 @@ fn a_path_that_is_something_else() {
     let place = Workplace::new();
     fs::create_dir(place.path("adapter")).unwrap();
     fs::write(place.path("adapter/adapter_config.json"), "{}").unwrap();
+    fs::create_dir_all(place.path("cached/snapshots/0f3a")).unwrap();
+    fs::create_dir(place.path("cached/refs")).unwrap();
+    fs::write(place.path("cached/refs/main"), "0f3a").unwrap();
+    fs::write(place.path("cached/snapshots/0f3a/config.json"), "{}").unwrap();
     fs::create_dir(place.path("download")).unwrap();
     fs::write(place.path("download/tiny.Q4_0.gguf"), "GGUF").unwrap();
     for (model, says) in [
@@ -124,6 +128,7 @@ fn a_path_that_is_something_else() {
             ["download has no config.json", "hint: give the file download/tiny.Q4_0.gguf"],
         ),
         ("owner/name", ["owner/name does not exist", "hint: models are not downloaded"]),
+        ("cached", ["cached has no config.json", "hint: give the folder cached/snapshots/0f3a"]),
         ("model/name", ["model/name does not exist", "hint: give a Hugging Face model folder"]),
     ] {
         let command = place.nibble(&["quantize", "--model", model, "--out", "out"]);

@@ -85,6 +85,7 @@ pub fn config(family: &str, scaling: &str, draws: &Draws) -> Value {
             config["sliding_window"] = draws.pick("window", &[2, 4, 9]).into();
             config["query_pre_attn_scalar"] = draws.pick("scalar", &[4.0, 11.0]).into();
             let [scores, logits] = ["score cap", "logit cap"].map(|name| draws.flag(name));
+            let scores = scores && family == "gemma2";
             config["attn_logit_softcapping"] = scores.then_some(1.5).into();
             config["final_logit_softcapping"] = logits.then_some(2.5).into();
             if family == "gemma3_text" {

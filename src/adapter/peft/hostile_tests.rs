@@ -89,6 +89,8 @@ fn a_missing_folder_is_named() {
     let dir = TempDir::new().unwrap();
     let error = PeftAdapter::open(&dir.path().join("none"), &fixtures::llama(2)).unwrap_err();
     assert_says(&error, &["none does not exist", "hint: an adapter is a folder"]);
+    let error = PeftAdapter::open("owner/name".as_ref(), &fixtures::llama(2)).unwrap_err();
+    assert_says(&error, &["owner/name does not exist", "`hf download owner/name --local-dir DIR`"]);
 }
 
 #[test]

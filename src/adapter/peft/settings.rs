@@ -10,6 +10,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::super::config::{InitLoraWeights, LoraConfig, ModuleNames, TargetModules};
+use crate::checkpoint::{download_hint, is_hub_name};
 use crate::error::{Error, Result};
 
 /// File name of the settings in an adapter's folder.
@@ -98,6 +99,9 @@ fn not_an_adapter(dir: &Path, path: &Path, error: std::io::Error) -> Error {
         let hint = "the run in it has not ended: continue it with `nibble train --resume`, or give \
                     one of its checkpoint-N folders";
         return error.hint(hint);
+    }
+    if !dir.exists() && is_hub_name(dir) {
+        return error.hint(download_hint("adapters", dir));
     }
     error.hint("an adapter is a folder with adapter_config.json and adapter_model.safetensors")
 }

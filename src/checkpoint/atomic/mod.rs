@@ -80,6 +80,10 @@ fn is_mount_point(folder: &Path) -> bool {
 pub fn check_new_file(output: &Path, overwrite: bool) -> Result<()> {
     let Ok(there) = output.metadata() else { return Ok(()) };
     let shown = output.display();
+    if there.is_dir() {
+        return Err(Error::usage(format_args!("{shown} is a folder, expected the name of a file"))
+            .hint(format_args!("such as `--out {}`", output.join("model.gguf").display())));
+    }
     if !there.is_file() {
         return Err(Error::usage(format_args!("{shown} is no file that could be replaced"))
             .hint("choose another `--out`"));

@@ -122,6 +122,10 @@ fn checks(audit: &Audit, options: &DataOptions, tokenizer: &ChatTokenizer) -> Ve
         ("answers that are empty: only their end is trained", &report.empty_answers),
         ("messages whose text the chat template leaves out", &report.content_left_out),
         ("messages whose reasoning the chat template leaves out", &report.reasoning_left_out),
+        (
+            "prompts of plain text, without the chat template: `nibble generate --raw` asks like that",
+            &report.bare_prompts,
+        ),
     ];
     all.extend(notes(report, found));
     all.extend(unknown_roles(report, options));

@@ -9,6 +9,7 @@ use crate::cli::memory::MemoryArgs;
 use crate::error::{Error, Result};
 use crate::plan::fit::{Asked, Fit, Way};
 use crate::plan::{Demand, Limit, Place, Policy};
+use crate::plural::counted;
 use crate::report::figures::{change, thousands};
 
 /// Prints what fits `--budget`, or the memory that is free here.
@@ -74,9 +75,10 @@ fn print(
     println!("{} in {usable}{of}:", args.base.model.display());
     match refusal {
         None => println!(
-            "{} rows of {} tokens fit with {}: {}",
-            asked.batch,
+            "{} of {} tokens {} with {}: {}",
+            counted(asked.batch, "row"),
             thousands(asked.length as u64),
+            if asked.batch == 1 { "fits" } else { "fit" },
             ByteSize(fit.bytes),
             fit.plan.words,
         ),
@@ -119,7 +121,7 @@ fn print_ways(fit: &Fit, asked: Asked, demand: &Demand) {
         println!("{name:<34} {bytes:>12} {time:>5.2}x {longest:>16}{pins} {batch:>16}");
     }
     if on_gpu {
-        println!("(pins: memory of the host that the longest document takes besides)");
+        println!("(pins: pinned memory of the host that the longest document needs besides)");
     }
     let max_positions = demand.spec.max_positions;
     if fit.ways.iter().any(|way| way.longest_document > max_positions) {

@@ -135,7 +135,7 @@ fn check(args: &MemoryArgs) -> Result<()> {
     }
 }
 
-/// Pages are written over, other files are somebody's.
+/// Pages of this command are written over, other files, a run's report among them, are somebody's.
 fn check_page(path: &Path) -> Result<()> {
     let Ok(mut file) = std::fs::File::open(path) else { return Ok(()) };
     let mut head = [0; memory_page::HEAD.len()];
@@ -143,7 +143,8 @@ fn check_page(path: &Path) -> Result<()> {
     if is_page || path.is_dir() {
         return Ok(());
     }
-    let what = format_args!("--html {} is there already, and no page of Nibble", path.display());
+    let what =
+        format_args!("--html {} is there already, and no page of `nibble memory`", path.display());
     Err(Error::usage(what).hint("choose another name"))
 }
 

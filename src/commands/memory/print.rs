@@ -16,9 +16,10 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     let layers = run.model.spec.num_layers;
     let trained: usize = run.settings.targets.iter().map(|target| target.parameters()).sum();
     println!(
-        "{}: {layers} layers, {} tokens in a forward pass, {trained} trained parameters",
+        "{}: {layers} layers, {} tokens in a forward pass, {} trained parameters",
         args.base.model.display(),
-        run.settings.tokens
+        thousands(run.settings.tokens as u64),
+        thousands(trained as u64),
     );
     println!("{}", run.settings.kept_in_words());
     if run.plan.offloaded_bytes() > 0 {
@@ -127,7 +128,8 @@ fn rows(run: &PlannedRun) {
     }
     line("total", account.planned_bytes(), peak);
     let share = 100.0 * (peak as f64 / account.planned_bytes() as f64 - 1.0);
-    println!("\nthe measured peak is {share:+.1} % of the plan away; highest in each phase:");
+    let side = if share < 0.0 { "below" } else { "above" };
+    println!("\nthe measured peak is {:.1} % {side} the plan; highest in each phase:", share.abs());
     for row in &account.phases {
         if let Some(measured) = row.measured_bytes {
             let planned: u64 = row.planned_bytes.iter().sum();
