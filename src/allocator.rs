@@ -13,9 +13,12 @@ static GIVEN_BACK: AtomicU64 = AtomicU64::new(0);
 /// Keeps glibc from raising that size: by itself it does so whenever such a block is freed, and then
 /// keeps freed blocks of up to 32 MiB. A run's memory would be the most of its start-up and its
 /// steps, not what the plan says.
-pub fn return_freed_memory() {
+///
+/// # Safety
+/// No other thread may run yet: glibc sets such numbers without a lock.
+pub unsafe fn return_freed_memory() {
     #[cfg(all(target_os = "linux", target_env = "gnu"))]
-    // SAFETY: sets a number; no other thread runs yet. A refusal costs memory, nothing else.
+    // SAFETY: no other thread runs, as the caller promises. A refusal costs memory, nothing else.
     unsafe {
         libc::mallopt(libc::M_MMAP_THRESHOLD, MAPPED_BYTES);
     }

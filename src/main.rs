@@ -1,4 +1,5 @@
 //! Parse, run, print the error, exit.
+#![allow(unsafe_code)]
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -10,8 +11,11 @@ use nibble::kernels::cuda::devices;
 use nibble::{allocator, commands, printed};
 
 fn main() -> ExitCode {
-    allocator::return_freed_memory();
-    devices::load_kernels_when_used();
+    // SAFETY: no other thread runs yet.
+    unsafe {
+        allocator::return_freed_memory();
+        devices::load_kernels_when_used();
+    }
     printed::end_with_reader();
     atomic::outlive_size_limits();
     let arguments: Vec<_> = std::env::args_os().collect();

@@ -111,7 +111,16 @@ impl Drop for AtomicDir {
 /// # Errors
 /// `Io`.
 pub fn put_back(destination: &Path) -> Result<bool> {
-    let replaced = replaced_name(destination);
+    let mut replaced = replaced_name(destination);
+    // What could not be removed is older than what was moved aside since, under a longer name.
+    loop {
+        let mut later = replaced.clone();
+        later.as_mut_os_string().push("~");
+        if !later.is_dir() {
+            break;
+        }
+        replaced = later;
+    }
     let is_missing = replaced.is_dir() && !destination.exists();
     if is_missing {
         rename(&replaced, destination)?;
@@ -224,6 +233,18 @@ mod tests {
             assert_eq!(fs::read_to_string(out.join("a")).unwrap(), text);
         }
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
+    }
+
+    #[test]
+    fn of_two_that_were_replaced_the_later_one_comes_back() {
+        let root = tempfile::tempdir().unwrap();
+        let out = root.path().join("out");
+        for (folder, text) in [(".out.replaced", "older"), (".out.replaced~", "newer")] {
+            fs::create_dir(root.path().join(folder)).unwrap();
+            fs::write(root.path().join(folder).join("a"), text).unwrap();
+        }
+        assert!(put_back(&out).unwrap());
+        assert_eq!(fs::read_to_string(out.join("a")).unwrap(), "newer");
     }
 
     #[test]

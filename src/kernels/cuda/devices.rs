@@ -15,12 +15,15 @@ const DEVICE_ATTRIBUTE_MULTIPROCESSORS: c_int = 16;
 const DEVICE_ATTRIBUTE_MAJOR: c_int = 75;
 const DEVICE_ATTRIBUTE_MINOR: c_int = 76;
 
-/// Asks the driver to load a kernel when it is looked up, for a program to call before it starts another
-/// thread: drivers before CUDA 12.2, on Windows 12.3, would put all of cuBLAS into the GPU's memory.
-pub fn load_kernels_when_used() {
+/// Asks the driver to load a kernel when it is looked up: drivers before CUDA 12.2, on Windows 12.3, would
+/// put all of cuBLAS into the GPU's memory.
+///
+/// # Safety
+/// No other thread may run yet: it could read the environment meanwhile.
+pub unsafe fn load_kernels_when_used() {
     const LOADING: &str = "CUDA_MODULE_LOADING";
     if std::env::var_os(LOADING).is_none() {
-        // SAFETY: no other thread runs yet.
+        // SAFETY: no other thread runs, as the caller promises.
         unsafe { std::env::set_var(LOADING, "LAZY") };
     }
 }
