@@ -343,7 +343,7 @@ fn what_a_run_does_not_do_is_said() {
     let place = Workplace::new();
     let said = |out: &str, flags: &[&str]| stderr(&succeed(place.train(out, flags)));
     let short = said("short", &["--max-steps", "1"]);
-    assert!(short.contains("warning: all 1 steps are warm-up"), "{short}");
+    assert!(short.contains("warning: all of the run (1 step) is warm-up"), "{short}");
     assert!(short.contains("computing on the CPU, 2 threads"), "{short}");
     let flags = ["--max-steps", "2", "--warmup-steps", "1"];
     let quiet = said("quiet", &flags);

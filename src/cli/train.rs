@@ -259,7 +259,7 @@ pub struct EvaluationArgs {
     /// Steps between log lines
     #[arg(long, value_name = "STEPS", default_value_t = 1, value_parser = numbers::steps)]
     pub logging_steps: u64,
-    /// Steps between evaluations [default: once, at the end]
+    /// Steps between evaluations; each new lowest loss saves a checkpoint [default: once, at the end]
     #[arg(long, value_name = "STEPS", value_parser = numbers::steps)]
     pub eval_steps: Option<u64>,
     /// Evaluations without improvement before the run stops

@@ -88,6 +88,20 @@ fn a_file_that_is_there_is_not_written_over() {
     assert_eq!(place.read("precious"), b"mine");
 }
 
+#[test]
+fn why_there_is_no_base_beside_a_merged_adapter_is_told() {
+    let place = Workplace::new();
+    write_rows(&place, "rows.jsonl", &[vec![5, 6, 7]]);
+    for (name, merged) in [("llama_s0.dora", true), ("llama_s0.plain", false)] {
+        let mut command = place.nibble(&["eval", "--model", "model", "--data", "rows.jsonl"]);
+        command.args(["--json", "--adapter", &adapter(name)]);
+        let output = succeed(command);
+        let figures: Value = serde_json::from_slice(&output.stdout).unwrap();
+        assert_eq!(figures["base"].is_null(), merged, "{figures}");
+        assert_eq!(stderr(&output).contains("the base by itself is not shown"), merged);
+    }
+}
+
 /// As `train` says it.
 #[test]
 fn what_is_cut_or_repeated_is_told() {

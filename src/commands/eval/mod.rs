@@ -69,6 +69,12 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
         Some(predictions) => predictions.shorter(error),
         None => error,
     })?;
+    if merged {
+        eprintln!(
+            "note: this adapter is more than LoRA on linears, and merged into the weights: the base by \
+             itself is not shown"
+        );
+    }
     let file = predictions.as_ref().map(Predictions::create).transpose()?;
     let base = (!merged).then(|| figures(&mut model, &batches, false)).transpose()?;
     let adapted =

@@ -20,7 +20,7 @@ use crate::model::families::{base_dropout, spec_from_config};
 use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::model::streaming::Streaming;
 use crate::model::weights::Weights;
-use crate::plural::noun;
+use crate::plural::{counted, noun};
 use crate::printed;
 use crate::report::{REPORT_FILE, Reports};
 use crate::sample::Speaker;
@@ -128,8 +128,9 @@ fn warn(base: &Base, recipe: &Recipe, max_steps: u64, progress: &Progress) {
     let warmup = recipe.warmup.steps(max_steps);
     if recipe.scheduler_type != SchedulerType::Constant && warmup >= max_steps {
         progress.note(&format!(
-            "warning: all {max_steps} steps are warm-up, the first of them at learning rate 0; \
-             `--warmup-steps 0` begins at the peak"
+            "warning: all of the run ({}) is warm-up, the first step at learning rate 0; \
+             `--warmup-steps 0` begins at the peak",
+            counted(usize::try_from(max_steps).unwrap_or(usize::MAX), "step")
         ));
     }
 }
