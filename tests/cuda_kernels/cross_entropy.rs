@@ -85,7 +85,7 @@ fn tiles_of_a_row_give_its_loss_and_gradient() {
 }
 
 #[test]
-fn losses_and_gradients_of_both_types() {
+fn losses_and_gradients_are_those_of_f64() {
     in_every_order(|device| {
         for ((vocab, stride, threads), cap) in both(SHAPES, CAPS) {
             // Rows of large logits, of one that stands out, and one that does not count.
@@ -96,15 +96,10 @@ fn losses_and_gradients_of_both_types() {
             let scale = 0.25f32;
             for gradient in [0, 1] {
                 let mut narrow = with_stride(&z, vocab, stride);
-                let mut full: Vec<f32> = narrow.iter().map(|z| z.to_f32()).collect();
-                let (mut losses, mut losses_f32) = (vec![f32::NAN; 4], vec![f32::NAN; 4]);
+                let mut losses = [f32::NAN; 4];
                 launch!(device, "cross_entropy_bf16", [4, 1, 1], threads; &mut narrow[..],
                     stride as i32, &targets[..], vocab as i32, scale, gradient, cap,
                     &mut losses[..]);
-                launch!(device, "cross_entropy_f32", [4, 1, 1], threads; &mut full[..],
-                    stride as i32, &targets[..], vocab as i32, scale, gradient, cap,
-                    &mut losses_f32[..]);
-                assert_eq!(losses, losses_f32);
                 assert_eq!(losses[3], 0.0);
                 let narrow = band(&narrow, vocab, stride);
                 for row in 0..3 {
@@ -113,9 +108,6 @@ fn losses_and_gradients_of_both_types() {
                         reference(&logits, targets[row] as usize, f64::from(scale), cap);
                     assert_close(&[f64::from(losses[row])], &[loss], 2e-6, 2e-6);
                     let expected = if gradient == 1 { &d } else { &logits };
-                    let got: Vec<f64> =
-                        full[row * stride..][..vocab].iter().map(|x| f64::from(*x)).collect();
-                    assert_close(&got, expected, 1e-7, 2e-5);
                     assert_close(&narrow[row * vocab..][..vocab], expected, 1e-7, BF16_ROUNDING);
                 }
                 if gradient == 1 {

@@ -80,16 +80,10 @@ inline unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
     }
     return result;
 }
-inline unsigned atomicOr(unsigned* to, unsigned bits) {
-    const unsigned before = *to;
-    *to |= bits;
-    return before;
-}
 
 // ---- device.cuh
 
 struct bfloat16;
-struct float16;
 
 typedef uintptr_t SharedAddress;
 inline SharedAddress shared_address(const void* pointer) {
@@ -103,14 +97,6 @@ inline unsigned short bf16_bits(float x) {
 }
 inline unsigned pack_bf16(float low, float high) {
     return unsigned(bf16_bits(high)) << 16 | bf16_bits(low);
-}
-inline float f16_value(unsigned short bits) {
-    const unsigned sign = unsigned(bits & 0x8000) << 16;
-    const unsigned exponent = bits >> 10 & 31, mantissa = bits & 0x3ff;
-    if (exponent == 31) return __uint_as_float(sign | 0x7f800000u | mantissa << 13);
-    const float magnitude = exponent == 0 ? std::ldexp(float(mantissa), -24)
-                                          : std::ldexp(float(mantissa | 0x400), int(exponent) - 25);
-    return sign ? -magnitude : magnitude;
 }
 inline float fast_exp2(float x) { return std::exp2(x); }
 inline float fast_reciprocal(float x) { return 1.0f / x; }
@@ -211,4 +197,3 @@ inline void store_words(void* to, unsigned a, unsigned b, unsigned c, unsigned d
 }
 
 inline bfloat16 to_bf16(float x);
-inline float to_f32(float16 x);

@@ -168,13 +168,6 @@ inline void wait_for_copies(int pending) {
     });
 }
 
-inline u32 atomic_or(u64 address, u32 bits, int line) {
-    char* at = reachable(address, 4, true, line);
-    const u32 before = load<u32>(at);
-    store(at, before | bits);
-    return before;
-}
-
 // ---- integers
 
 template <class T>
@@ -309,13 +302,6 @@ inline u16 bf16_of(f32 x) {
 }
 /// cvt.rn.bf16x2: the first operand goes to the upper half.
 inline u32 bf16x2_of(f32 upper, f32 lower) { return u32(bf16_of(upper)) << 16 | bf16_of(lower); }
-inline f32 f16_to_f32(u16 bits) {
-    const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    const f32 sign = bits >> 15 ? -1.0f : 1.0f;
-    if (exponent == 31) return fraction ? NAN : sign * INFINITY;
-    if (exponent == 0) return sign * std::ldexp(f32(fraction), -24);
-    return sign * std::ldexp(f32(1024 + fraction), exponent - 25);
-}
 
 // ---- of a warp and a block
 

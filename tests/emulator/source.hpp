@@ -5,7 +5,6 @@
 #include "device.cuh"
 
 inline bfloat16 to_bf16(float x) { return bfloat16{bf16_bits(x)}; }
-inline float to_f32(float16 x) { return f16_value(x.bits); }
 
 #include "kernels.cu"
 

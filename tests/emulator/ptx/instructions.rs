@@ -11,7 +11,7 @@ impl Instruction<'_> {
         match self.parts[0] {
             "ret" => Some("return;".into()),
             "bra" => Some(format!("goto {};", label_name(self.operands[0]))),
-            "ld" | "st" | "atom" | "cp" | "cvta" => self.memory(),
+            "ld" | "st" | "cp" | "cvta" => self.memory(),
             "bar" | "shfl" | "ldmatrix" | "mma" => self.collective(),
             "mov" => self.mov(),
             "setp" => self.setp(),
@@ -41,10 +41,6 @@ impl Instruction<'_> {
             ["st", ..] => self.access(1, 0, |register, byte| {
                 format!("ptx::store(at + {byte}, ptx::as<ptx::{kind}>({register}));")
             }),
-            ["atom", "global", "or", "b32"] => {
-                let (address, bits) = (self.address(1)?, self.read_as(2, "u32")?);
-                self.put(&format!("ptx::atomic_or({address}, {bits}, {number})"))
-            }
             // .cg copies 16 bytes, .ca fewer.
             ["cp", "async", cache @ ("cg" | "ca"), "shared", "global"] => {
                 let (to, from, size) = (self.address(0)?, self.address(1)?, self.operands[2]);
@@ -187,7 +183,6 @@ impl Instruction<'_> {
         match (rounding, *to, *from) {
             (["rn"], "bf16", "f32") => self.put(&format!("ptx::bf16_of({})", value("f32")?)),
             (["rn"], "bf16x2", "f32") => self.binary("ptx::bf16x2_of($a, $b)"),
-            ([], "f32", "f16") => self.put(&format!("ptx::f16_to_f32({})", value("u16")?)),
             (["sat"], "f32", "f32") => self.unary("ptx::saturated"),
             ([], "f64", "f32") | (["rn"], "f32", "f64") => self.unary(&format!("ptx::{to}")),
             (["rn"], "f32" | "f64", from) if is_integer(from) => self.unary(&format!("ptx::{to}")),

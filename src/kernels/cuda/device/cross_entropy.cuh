@@ -52,9 +52,8 @@ struct SoftCap {
     }
 };
 
-template <class T>
 struct SumExponentials {
-    const T* logits;
+    const bfloat16* logits;
     SoftCap cap;
     RunningSum* running;
 
@@ -64,9 +63,8 @@ struct SumExponentials {
     }
 };
 
-template <class T>
 struct LogitGradient {
-    T* logits;
+    bfloat16* logits;
     SoftCap cap;
     u32 target;
     float largest, factor, scale;
@@ -85,10 +83,9 @@ struct LogitGradient {
     }
 };
 
-template <class T>
-__device__ __forceinline__ void cross_entropy_row(T* logits, int stride, const u32* targets,
-                                                  int vocab_size, float scale, bool gradient,
-                                                  SoftCap cap, float* losses) {
+__device__ __forceinline__ void cross_entropy_row(bfloat16* logits, int stride,
+                                                  const u32* targets, int vocab_size, float scale,
+                                                  bool gradient, SoftCap cap, float* losses) {
     const i64 row = blockIdx.x;
     const bool aligned = rows_aligned(logits, stride);
     logits = row_of(logits, row, stride);
@@ -97,7 +94,7 @@ __device__ __forceinline__ void cross_entropy_row(T* logits, int stride, const u
     const float chosen = counts ? cap.value(to_f32(logits[target])) : 0.0f;
     // Smaller than any logit, and finite: a thread without columns must not make a NaN.
     RunningSum running = {-3.0e38f, 0.0f};
-    for_pieces(vocab_size, aligned, SumExponentials<T>{logits, cap, &running});
+    for_pieces(vocab_size, aligned, SumExponentials{logits, cap, &running});
     // Its barriers also part the reading of `chosen` from the writing of gradients.
     const float largest = block_max(running.largest);
     const float total = block_sum(running.sum * expf(running.largest - largest));
@@ -105,7 +102,7 @@ __device__ __forceinline__ void cross_entropy_row(T* logits, int stride, const u
     if (gradient) {
         const float used = counts ? scale : 0.0f;
         for_pieces(vocab_size, aligned,
-                   LogitGradient<T>{logits, cap, target, largest, used / total, used});
+                   LogitGradient{logits, cap, target, largest, used / total, used});
     }
 }
 
@@ -121,7 +118,7 @@ __device__ __forceinline__ void tile_statistics_row(const bfloat16* logits, int 
     const bool aligned = rows_aligned(logits, stride);
     logits = row_of(logits, row, stride);
     RunningSum running = {-3.0e38f, 0.0f};
-    for_pieces(columns, aligned, SumExponentials<bfloat16>{logits, cap, &running});
+    for_pieces(columns, aligned, SumExponentials{logits, cap, &running});
     const float largest = block_max(running.largest);
     const float sum = block_sum(running.sum * expf(running.largest - largest));
     if (threadIdx.x != 0) return;
@@ -150,6 +147,6 @@ __device__ __forceinline__ void tile_gradient_row(bfloat16* logits, int stride, 
     const u32 target = targets[row] - static_cast<u32>(first);
     const TileStatistics all = statistics[row];
     for_pieces(columns, aligned,
-               LogitGradient<bfloat16>{row_of(logits, row, stride), cap, target, all.largest,
-                                       used / all.sum, used});
+               LogitGradient{row_of(logits, row, stride), cap, target, all.largest, used / all.sum,
+                             used});
 }

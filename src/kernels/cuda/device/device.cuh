@@ -15,10 +15,6 @@ typedef long long i64;
 struct bfloat16 {
     u16 bits;
 };
-/// IEEE binary16, only ever read.
-struct float16 {
-    u16 bits;
-};
 
 constexpr u32 ALL_LANES = 0xffffffffu;
 constexpr float LOG2_E = 1.44269504f;
@@ -50,12 +46,6 @@ __device__ __forceinline__ u32 pack_bf16(float low, float high) {
     u32 word;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
     return word;
-}
-
-__device__ __forceinline__ float to_f32(float16 x) {
-    float result;
-    asm("cvt.f32.f16 %0, %1;" : "=f"(result) : "h"(x.bits));
-    return result;
 }
 
 /// 2^x, about 2 ulp; 2^-inf = 0.

@@ -85,13 +85,6 @@ scale_rows_f32_bf16(const float* from, int from_stride, bfloat16* to, int to_str
     scale_row(from, from_stride, blockIdx.x, to, to_stride, blockIdx.x, width, scale, accumulate);
 }
 
-// The same from f16.
-extern "C" __global__ void __launch_bounds__(1024)
-scale_rows_f16_bf16(const float16* from, int from_stride, bfloat16* to, int to_stride, int width,
-                    float scale, int accumulate) {
-    scale_row(from, from_stride, blockIdx.x, to, to_stride, blockIdx.x, width, scale, accumulate);
-}
-
 // The same from bf16 to f32.
 extern "C" __global__ void __launch_bounds__(1024)
 scale_rows_bf16_f32(const bfloat16* from, int from_stride, float* to, int to_stride, int width,
@@ -112,14 +105,6 @@ scale_rows_f32(const float* from, int from_stride, float* to, int to_stride, int
 extern "C" __global__ void __launch_bounds__(1024)
 embed_bf16(const u32* ids, const bfloat16* table, int table_stride, bfloat16* x, int x_stride,
            int width, float scale, int accumulate) {
-    scale_row(table, table_stride, ids[blockIdx.x], x, x_stride, blockIdx.x, width, scale,
-              accumulate);
-}
-
-// The same with an f32 table.
-extern "C" __global__ void __launch_bounds__(1024)
-embed_f32(const u32* ids, const float* table, int table_stride, bfloat16* x, int x_stride,
-          int width, float scale, int accumulate) {
     scale_row(table, table_stride, ids[blockIdx.x], x, x_stride, blockIdx.x, width, scale,
               accumulate);
 }
@@ -150,14 +135,6 @@ extern "C" __global__ void __launch_bounds__(1024)
 scatter_rows(const bfloat16* from, int from_stride, const u32* rows, bfloat16* to, int to_stride,
              int width) {
     scale_row(from, from_stride, blockIdx.x, to, to_stride, rows[blockIdx.x], width, 1.0f, false);
-}
-
-// Zeroes `bytes` bytes, a multiple of 2, from an even address. Flat over bytes / 2.
-extern "C" __global__ void __launch_bounds__(1024) zero(u16* to, long long bytes) {
-    const i64 step = static_cast<i64>(gridDim.x) * blockDim.x;
-    for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < bytes / 2; i += step) {
-        to[i] = 0;
-    }
 }
 
 // y[i, :] += bias. Rows of `width`.
@@ -403,14 +380,6 @@ cross_entropy_bf16(bfloat16* logits, int stride, const u32* targets, int vocab_s
                       losses);
 }
 
-// The same over f32 logits.
-extern "C" __global__ void __launch_bounds__(512)
-cross_entropy_f32(float* logits, int stride, const u32* targets, int vocab_size, float scale,
-                  int gradient, float soft_cap, float* losses) {
-    cross_entropy_row(logits, stride, targets, vocab_size, scale, gradient, SoftCap{soft_cap},
-                      losses);
-}
-
 // statistics[row] = {maximum, Σ e^{z − maximum}, the target's z} of the tiles so far: those of columns
 // `first`.. of the vocabulary added to what was there, or with `fresh` alone. Rows of up to
 // 512 threads. Kernels::head_loss of a head in tiles.
@@ -458,29 +427,6 @@ sum_squares_f32(const float* x, long long elements, double* partial) {
 extern "C" __global__ void __launch_bounds__(1024)
 sum_partials(const double* partial, int count, double* result, int accumulate) {
     sum_stage_two(partial, count, result, accumulate);
-}
-
-// *norm = √(*sum_of_squares); *scale = min(1, max_norm / (norm + 1e-6)), or 1 if max_norm is 0.
-// One block of one thread. Clipping, as src/train/clip.rs.
-extern "C" __global__ void __launch_bounds__(32)
-clip_scale(const double* sum_of_squares, double max_norm, double* norm, float* scale) {
-    if (threadIdx.x > 0) return;
-    *norm = sqrt(*sum_of_squares);
-    const double ratio = max_norm / (*norm + 1e-6);
-    // A NaN norm gives 1, as f64::min does; the check for non-finite norms is the host's.
-    *scale = max_norm == 0.0 || !(ratio < 1.0) ? 1.0f : static_cast<float>(ratio);
-}
-
-// *found = 1 if an element is infinite or NaN; else it stays. Flat.
-extern "C" __global__ void __launch_bounds__(1024)
-find_non_finite_f32(const u32* x, long long elements, u32* found) {
-    find_non_finite(x, elements, 0x7f800000u, found);
-}
-
-// The same of bf16.
-extern "C" __global__ void __launch_bounds__(1024)
-find_non_finite_bf16(const u16* x, long long elements, u32* found) {
-    find_non_finite(x, elements, 0x7f80u, found);
 }
 
 // ---------------------------------------------------------------- attention, exact, in row blocks
@@ -565,7 +511,7 @@ attention_decode(const bfloat16* q, int q_stride, const bfloat16* keys, const bf
 
 // One update of `elements` parameters; see adamw.cuh for the formula and the coefficients, and
 // AdamW::coefficients in src/train/adamw.rs for their values. gradient_scale points to one f32 in
-// device memory (clip_scale's); working may be null. Flat.
+// device memory; working may be null. Flat.
 extern "C" __global__ void __launch_bounds__(1024)
 adamw(float* master, const float* gradients, float* first_moment, float* second_moment,
       bfloat16* working, long long elements, const float* gradient_scale, float keep,

@@ -1,5 +1,4 @@
-// Sums in f64 in two stages with a fixed order, clipping, and the search for values that are not
-// finite. Twin of src/train/clip.rs.
+// Sums in f64 in two stages with a fixed order. Twin of src/train/clip.rs.
 #pragma once
 #include "reduce.cuh"
 
@@ -26,16 +25,4 @@ __device__ __forceinline__ void sum_stage_two(const double* partial, int count, 
     for (int i = threadIdx.x; i < count; i += blockDim.x) sum += partial[i];
     sum = block_sum(sum);
     if (threadIdx.x == 0) *result = accumulate ? *result + sum : sum;
-}
-
-/// Sets `*found` to 1 if the exponent (the bits of `mask`) of an element is all ones.
-template <class Word>
-__device__ __forceinline__ void find_non_finite(const Word* bits, i64 elements, u32 mask,
-                                                u32* found) {
-    bool bad = false;
-    const i64 step = static_cast<i64>(gridDim.x) * blockDim.x;
-    for (i64 i = static_cast<i64>(blockIdx.x) * blockDim.x + threadIdx.x; i < elements; i += step) {
-        bad |= (bits[i] & mask) == mask;
-    }
-    if (bad) atomicOr(found, 1u);
 }

@@ -56,22 +56,6 @@ __device__ __forceinline__ Piece<N> load_piece(const float* from) {
 }
 
 template <int N>
-__device__ __forceinline__ Piece<N> load_piece(const float16* from) {
-    Piece<N> piece;
-    if constexpr (N == 8) {
-        const Words4 words = *reinterpret_cast<const Words4*>(from);
-#pragma unroll
-        for (int i = 0; i < 8; i++) {
-            piece.v[i] = to_f32(float16{static_cast<u16>(words.word[i / 2] >> (16 * (i % 2)))});
-        }
-    } else {
-#pragma unroll
-        for (int i = 0; i < N; i++) piece.v[i] = to_f32(from[i]);
-    }
-    return piece;
-}
-
-template <int N>
 __device__ __forceinline__ void store_piece(bfloat16* to, const Piece<N>& piece) {
     if constexpr (N == 8) {
         u32 words[4];
