@@ -1,5 +1,4 @@
 //! Parse, run, print the error, exit.
-#![allow(unsafe_code)]
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -11,6 +10,7 @@ use nibble::kernels::cuda::devices;
 use nibble::{allocator, commands, printed};
 
 fn main() -> ExitCode {
+    #[allow(unsafe_code)]
     // SAFETY: no other thread runs yet.
     unsafe {
         allocator::return_freed_memory();

@@ -244,7 +244,8 @@ fn prompts_without_the_template_are_noted() {
                 like that: 1 (chat.jsonl:1)";
     let text = report(&format!("{plain}\n{rendered}\n"), &[]);
     assert!(text.contains(says), "{text}");
-    let text = report(rendered, &[]);
+    let marked = r#"{"prompt": "[INST] 1 plus 1? [/INST]", "completion": "2."}"#;
+    let text = report(&format!("{rendered}\n{marked}\n"), &[]);
     assert!(!text.contains("without the chat template"), "{text}");
     let (text, _) = refused("Just some text.\n", &[]);
     assert!(text.contains("each line is a JSON object: plain text is `{\"text\""), "{text}");

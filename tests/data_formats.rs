@@ -194,7 +194,9 @@ fn a_field_of_another_type_is_refused() {
     }
     for key in ["input", "system", "history", "tools", "functions"] {
         for record in [&alpaca, &openai, &sharegpt, &pair] {
-            for nothing in [Value::Null, json!("")] {
+            let nothing = [Value::Null, json!("")];
+            let no_tools = (key == "tools").then(|| json!("[]"));
+            for nothing in nothing.into_iter().chain(no_tools) {
                 let plain = encode(&tokenizer, record).unwrap();
                 assert_eq!(with(record.clone(), key, nothing).unwrap(), plain, "{key}");
             }
@@ -286,10 +288,7 @@ fn keys_of_the_wrong_type_are_named() {
         (json!({"instruction": null, "output": "b"}), "field `instruction` is null, expected text"),
         (json!({"conversations": null}), "field `conversations` is null, expected a list"),
         (json!({"messages": null, "id": 3}), "field `messages` is null, expected a list"),
-        (
-            json!({"messages": "a"}),
-            "field `messages` is text, but no JSON list: expected value at line 1 column 1",
-        ),
+        (json!({"messages": "a"}), "field `messages` is text, expected a list"),
         (json!({"input_ids": null}), "field `input_ids` is null, expected a list"),
     ] {
         assert_eq!(encode(&tokenizer, &record).unwrap_err(), reason);
@@ -335,8 +334,11 @@ fn masks_beside_ready_tokens_mask() {
         encode(&tokenizer, &record)
     };
     for mask in ["completion_mask", "assistant_masks", "loss_mask"] {
-        let labels = with(json!({mask: [0, 1, 0, 1]})).unwrap().labels;
-        assert_eq!(labels, [-100, 5, -100, 7]);
+        for ones in
+            [json!([0, 1, 0, 1]), json!([0.0, 1.0, 0.0, 1.0]), json!([false, true, false, true])]
+        {
+            assert_eq!(with(json!({mask: ones})).unwrap().labels, [-100, 5, -100, 7]);
+        }
         let labels = with(json!({mask: [0, 1, 0, 1], "labels": [4, -100, 6, 7]})).unwrap().labels;
         assert_eq!(labels, [-100, -100, -100, 7]);
         let short = with(json!({mask: [0, 1]})).unwrap_err();

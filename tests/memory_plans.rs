@@ -331,11 +331,11 @@ fn the_fitter_shows_what_streaming_and_offloading_buy() {
     let offload = text.lines().find(|line| line.starts_with("--activations offload ")).unwrap();
     assert!(offload.contains("21.6 GiB"), "{text}");
     let text = fit(&format!("--budget 24GiB {checkpoint}"));
-    assert!(text.contains("fit with 23.5 GiB: 0 of 64 blocks"), "{text}");
+    assert!(text.contains("fits with 23.5 GiB: 0 of 64 blocks"), "{text}");
     assert!(text.contains("keep their activations, the input embedding on the host"), "{text}");
     // Mixed: blocks that keep beside blocks that offload.
     let text = fit("--budget 24GiB --weights resident");
-    let mixed = "fit with 23.4 GiB: 4 of 64 blocks keep their activations, inputs of the others \
+    let mixed = "fits with 23.4 GiB: 4 of 64 blocks keep their activations, inputs of the others \
                  offloaded, the input embedding on the host";
     assert!(text.contains(mixed), "{text}");
     let text = fit("--budget 24GiB");

@@ -303,6 +303,14 @@ mod tests {
         assert!(error.to_string().starts_with("run.toml:2: "), "{error}");
     }
 
+    /// Every run's `settings.toml` had it.
+    #[test]
+    fn a_setting_that_is_gone_is_passed_over_in_files() -> Result<()> {
+        let args = with_file("loraplus_lr_embedding = 1e-6\nlora_r = 4", &[])?;
+        assert_eq!(args.lora.lora_r.get(), 4);
+        Ok(())
+    }
+
     #[test]
     fn a_flag_displaces_the_one_that_excludes_it() -> Result<()> {
         let args = with_file("warmup_ratio = 0.1", &["--warmup-steps", "5"])?;

@@ -34,6 +34,9 @@ pub struct Entry {
 /// Flags that say where settings come from, and are not settings.
 const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];
 
+/// Settings that had no effect, and are in the files of runs from before they went.
+const RETIRED: [&str; 1] = ["loraplus-lr-embedding"];
+
 /// Finds the flag `name` (kebab or snake case), be it an alias.
 fn find<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
     let name = name.replace('_', "-");
@@ -61,6 +64,7 @@ pub fn read_toml(command: &Command, path: &Path) -> Result<Vec<Entry>> {
             .hint("write one `name = value` a line, text in quotes, each name once")
     })?;
     let mut rows: Vec<_> = table.get_ref().iter().collect();
+    rows.retain(|(key, _)| !RETIRED.contains(&&*key.get_ref().replace('_', "-")));
     rows.sort_by_key(|(key, _)| key.span().start);
     let mut entries: Vec<Entry> = Vec::new();
     for (key, value) in rows {

@@ -25,9 +25,9 @@ pub struct QuantizeArgs {
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 
-    /// 4-bit type
-    #[arg(long, value_name = "TYPE", value_enum, default_value_t = QuantTypeArg::Nf4)]
-    pub quant_type: QuantTypeArg,
+    /// 4-bit type [default: nf4]
+    #[arg(long, value_name = "TYPE", value_enum)]
+    pub quant_type: Option<QuantTypeArg>,
 
     /// Weights that share a scale: a power of two from 32 to 4096
     #[arg(long, value_name = "WEIGHTS", default_value_t = 64, value_parser = numbers::block_size)]

@@ -409,9 +409,11 @@ impl TrainArgs {
             return Err(Error::usage("`--warmup-steps` has no effect: `constant` has no warm-up")
                 .hint("use `--lr-scheduler-type constant_with_warmup`"));
         }
+        // A run from before it was refused goes on.
         if o.warmup_ratio > 0.0
             && o.warmup_ratio != WARMUP_RATIO
             && o.lr_scheduler_type == SchedulerType::Constant
+            && !self.output.resume
         {
             return Err(Error::usage("`--warmup-ratio` has no effect: `constant` has no warm-up")
                 .hint("use `--lr-scheduler-type constant_with_warmup`"));
@@ -425,7 +427,8 @@ impl TrainArgs {
             return Err(Error::usage("`--sample-steps` needs a prompt")
                 .hint("add `--sample-prompt TEXT`, once for each prompt"));
         }
-        if e.sample_max_new_tokens != SAMPLE_TOKENS && e.sample_prompt.is_empty() {
+        let no_prompt = e.sample_prompt.is_empty() && !self.output.resume;
+        if e.sample_max_new_tokens != SAMPLE_TOKENS && no_prompt {
             return Err(Error::usage("`--sample-max-new-tokens` needs a prompt")
                 .hint("add `--sample-prompt TEXT`, once for each prompt"));
         }

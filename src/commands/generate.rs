@@ -16,6 +16,7 @@ use crate::sample::{Finish, Prompt, Sampler, Session, Wish};
 pub fn run(args: &GenerateArgs) -> Result<()> {
     check_names(&args.adapter)?;
     super::set_threads(args.generation.threads)?;
+    super::check_blocks(&args.base)?;
     super::check_packing(&args.base)?;
     match device::open(&args.generation.device)? {
         Some(gpu) => run_on(args, gpu),

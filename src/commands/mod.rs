@@ -89,16 +89,21 @@ fn note_left_out(checkpoint: &Checkpoint) {
     }
 }
 
-/// Refuses a packing that is asked for where the base is packed in another already.
-fn check_packing(base: &BaseModelArgs) -> Result<()> {
-    if !base.asks_for_packing() {
-        return Ok(());
-    }
+/// Refuses sizes of blocks for weights that are not packed.
+fn check_blocks(base: &BaseModelArgs) -> Result<()> {
     let BlockFormat { block_size, double_quant, .. } = BlockFormat::default();
     let of_blocks = base.block_size != block_size || base.double_quant != double_quant;
     if base.quantization == Quantization::None && of_blocks {
         let what = "`--block-size` and `--double-quant` have no effect with `--quantization none`";
         return Err(Error::usage(what).hint("leave them out, or choose `--quantization nf4`"));
+    }
+    Ok(())
+}
+
+/// Refuses a packing that is asked for where the base is packed in another already.
+fn check_packing(base: &BaseModelArgs) -> Result<()> {
+    if !base.asks_for_packing() {
+        return Ok(());
     }
     // What is wrong with the model is told by who opens it to work with it.
     let Ok(checkpoint) = Checkpoint::open(&base.model) else { return Ok(()) };

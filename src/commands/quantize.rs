@@ -5,7 +5,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
-use nibble_quant::{BlockFormat, FloatType};
+use nibble_quant::{BlockFormat, FloatType, QuantType};
 use regex::Regex;
 use serde_json::{Value, json};
 
@@ -38,7 +38,7 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
         dtype: dense_type(args, &checkpoint),
         reblock: args.force,
     };
-    check_format(&repack)?;
+    check_format(args, &repack)?;
     let steps = repack.steps()?;
     check_skipped(&repack, &args.skip)?;
     let interrupt = Interrupt::install()?;
@@ -79,15 +79,19 @@ fn warn(repack: &Repack, steps: &[Step]) {
 
 fn format(args: &QuantizeArgs) -> BlockFormat {
     let (block_size, double_quant) = (args.block_size, args.double_quant);
-    BlockFormat { quant_type: args.quant_type.into(), block_size, double_quant }
+    let quant_type = args.quant_type.map_or(BlockFormat::default().quant_type, QuantType::from);
+    BlockFormat { quant_type, block_size, double_quant }
 }
 
 /// Refuses a format that is asked for where linears are packed in another already, and stay so.
-fn check_format(repack: &Repack) -> Result<()> {
+fn check_format(args: &QuantizeArgs, repack: &Repack) -> Result<()> {
     let Some(stored) = repack.checkpoint.packed_format().filter(|_| repack.copies_through()) else {
         return Ok(());
     };
-    if [stored, BlockFormat::default()].contains(&repack.format) {
+    let quant_type = args.quant_type.map_or(stored.quant_type, QuantType::from);
+    let asked = BlockFormat { quant_type, ..repack.format };
+    let unasked = BlockFormat { quant_type: stored.quant_type, ..BlockFormat::default() };
+    if [stored, unasked].contains(&asked) {
         return Ok(());
     }
     let (kind, size, nested) = (stored.quant_type.as_str(), stored.block_size, stored.double_quant);

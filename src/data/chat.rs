@@ -32,7 +32,7 @@ impl Chat {
         let parsed: Vec<Value>;
         let turns = match record.get(key) {
             // A cell of a table.
-            Some(Value::String(text)) => {
+            Some(Value::String(text)) if text.trim_start().starts_with('[') => {
                 parsed = serde_json::from_str(text).map_err(|e| {
                     Rejection::new(format!("field `{key}` is text, but no JSON list: {e}"))
                 })?;
@@ -106,7 +106,7 @@ pub(super) fn variables(record: &Value) -> Result<Map<String, Value>, Rejection>
 }
 
 /// A list, or JSON text of one: data sets whose columns have one type keep tools so.
-fn tool_list(record: &Value, key: &str) -> Result<Vec<Value>, Rejection> {
+pub(super) fn tool_list(record: &Value, key: &str) -> Result<Vec<Value>, Rejection> {
     let tools = match record.get(key) {
         None | Some(Value::Null) => return Ok(Vec::new()),
         Some(Value::String(text)) if text.trim().is_empty() => return Ok(Vec::new()),

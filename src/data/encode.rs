@@ -178,8 +178,9 @@ impl<'a> Encoder<'a> {
         if self.train_on != TrainOn::All {
             encoded.document.labels[..border].fill(MASKED);
         }
-        // One that was rendered before has ends of turns in it.
-        let is_rendered = prompt_ids.iter().any(|&id| self.ends_turn(id));
+        // One that was rendered before has ends of turns in it, or Mistral's and Llama 2's marks.
+        let is_rendered =
+            prompt.contains("[INST]") || prompt_ids.iter().any(|&id| self.ends_turn(id));
         encoded.bare_prompt = self.template.is_some() && !is_rendered;
         Ok(encoded)
     }

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::chat::{Chat, variables};
+use super::chat::{Chat, tool_list, variables};
 use super::token_record;
 
 /// The shape of a file's records.
@@ -187,14 +187,9 @@ fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
         let messages = prompt.messages.into_iter().chain(completion.messages).collect();
         return Ok(Record::Chat(Chat { messages, prompt_messages, ..prompt }));
     }
-    for key in ["system", "tools"] {
-        let empty = |value: &Value| match value {
-            Value::Null => true,
-            Value::String(text) => text.is_empty(),
-            Value::Array(items) => items.is_empty(),
-            _ => false,
-        };
-        if record.get(key).is_some_and(|value| !empty(value)) {
+    let spoken = optional_text(record, "system")?.is_some();
+    for (key, given) in [("system", spoken), ("tools", !tool_list(record, "tools")?.is_empty())] {
+        if given {
             let what = format!("field `{key}` has no place beside a `prompt` that is text");
             return Err(Rejection::new(what).hint(format!(
                 "give `prompt` and `completion` as lists of messages, or leave the field out by \

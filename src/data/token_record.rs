@@ -28,7 +28,10 @@ pub(super) fn read(record: &Value) -> Result<Record, Rejection> {
         }
         Ok(found)
     };
-    let zero_or_not = |value: &Value| value.as_i64().or_else(|| value.as_bool().map(i64::from));
+    let zero_or_not = |value: &Value| match value.as_f64() {
+        Some(number) => Some(i64::from(number != 0.0)),
+        None => value.as_bool().map(i64::from),
+    };
     let mut labels = beside("labels", "labels", Value::as_i64)?;
     for key in LOSS_MASKS {
         let Some(mask) = beside(key, "numbers", zero_or_not)? else { continue };

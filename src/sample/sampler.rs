@@ -119,9 +119,12 @@ impl Sampler {
             .zip(0..)
             .map(|(&logit, token)| (token, (scaled(logit) - scaled(largest)).exp()))
             .collect();
-        if options.top_k > 0 && options.top_k < candidates.len() {
-            candidates.select_nth_unstable_by(options.top_k - 1, by_weight);
-            candidates.truncate(options.top_k);
+        if options.top_k > 0 {
+            if options.top_k < candidates.len() {
+                candidates.select_nth_unstable_by(options.top_k - 1, by_weight);
+                candidates.truncate(options.top_k);
+            }
+            candidates.sort_unstable_by(by_weight);
         }
         let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
         // Weights are relative to the likeliest token's, which is 1.
@@ -212,6 +215,30 @@ mod tests {
         assert!(min_p[1] > 0 && min_p[2] + min_p[3] == 0, "{min_p:?}");
         let cold = counts(SamplingOptions { temperature: 0.5, ..options() }, &logits);
         assert!(cold[0].abs_diff(14_545) < 300, "{cold:?}");
+    }
+
+    /// However many tokens that takes: of flat weights nearly all.
+    #[test]
+    fn a_nucleus_is_what_sorting_all_would_leave() {
+        let stream = Stream::new(5, "weights");
+        for (steepness, share) in [(0.001, 0.9), (0.001, 0.01), (0.1, 0.9), (2.0, 0.5)] {
+            let mut exponents = vec![0f32; 5000];
+            stream.fill_uniform(0, -4.0, 0.0, &mut exponents);
+            let weights = exponents.iter().map(|&x| (f64::from(x) * steepness).exp());
+            let all: Vec<(u32, f64)> = (0..).zip(weights).collect();
+            let enough = share * all.iter().map(|(_, weight)| weight).sum::<f64>();
+            let mut sorted = all.clone();
+            sorted.sort_by(by_weight);
+            let mut sum = 0.0;
+            let fewest = sorted.iter().position(|(_, weight)| {
+                sum += weight;
+                sum >= enough
+            });
+            sorted.truncate(fewest.unwrap() + 1);
+            let mut nucleus = all;
+            keep_nucleus(&mut nucleus, enough);
+            assert_eq!(nucleus, sorted, "{steepness} {share}: {}", sorted.len());
+        }
     }
 
     #[test]

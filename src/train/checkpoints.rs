@@ -14,7 +14,7 @@ use super::optimizer_file::{self, OPTIMIZER_FILE};
 use super::settings::SettingsEcho;
 use super::state::{self, TrainState};
 use super::trainee::Trainee;
-use crate::checkpoint::atomic::{self, AtomicDir, LOCK_FILE};
+use crate::checkpoint::atomic::{self, AtomicDir};
 use crate::error::{Error, Result};
 
 /// Checksums of all other files of a checkpoint.
@@ -88,8 +88,7 @@ fn seal(folder: &Path) -> Result<u64> {
 
 fn files(folder: &Path) -> Result<Vec<PathBuf>> {
     let entries = fs::read_dir(folder).map_err(|e| Error::io("list", folder, e))?;
-    let paths = entries.flatten().map(|entry| entry.path());
-    let mut paths: Vec<PathBuf> = paths.filter(|path| !path.ends_with(LOCK_FILE)).collect();
+    let mut paths: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).collect();
     paths.sort();
     Ok(paths)
 }
@@ -186,7 +185,7 @@ pub fn clear_leftovers(out: &Path) {
             // One that cannot be moved is removed like the rest: the disk is in a bad state.
             let _ = atomic::put_back(&out.join(checkpoint));
             // Only in the way of disk space: the next save replaces it in any case.
-            let _ = fs::remove_dir_all(entry.path());
+            let _ = fs::remove_dir_all(entry.path()).or_else(|_| fs::remove_file(entry.path()));
         }
     }
 }

@@ -89,8 +89,7 @@ fn logits_are_those_of_the_dequantized_model() {
 fn packed_linears_are_copied_byte_for_byte() {
     for case in CASES {
         let place = with_folder(case);
-        let stored = if case.contains("fp4") { "nf4" } else { "fp4" };
-        let flags = ["quantize", "--model", "packed", "--out", "out", "--quant-type", stored];
+        let flags = ["quantize", "--model", "packed", "--out", "out", "--quant-type", "fp4"];
         let (code, text) = fail(place.nibble(&flags));
         assert!(code == 2 && text.contains("packed is 4-bit already: --quant-type"), "{text}");
         assert!(text.contains("hint: `--force` packs it anew"), "{text}");
@@ -123,6 +122,11 @@ fn linears_of_a_4_bit_folder_stay_as_they_are_stored() {
     let (mixed, same) = (of_folder(&place.path("mixed")), of_folder(&place.path("same")));
     assert!(mixed.keys().eq(same.keys()));
     assert!(mixed.iter().all(|(name, tensor)| tensor.data == same[name].data));
+    // What is asked for is not passed over where it is the default.
+    quantize("model", "other", &["--quant-type", "fp4"]);
+    quantize("other", "copied", &[]);
+    let asked = ["quantize", "--model", "other", "--out", "nf4", "--quant-type", "nf4"];
+    assert!(fail(place.nibble(&asked)).1.contains("other is 4-bit already: --quant-type fp4"));
     quantize("mixed", "whole", &["--force"]);
     let is_state = |name: &&String| name.contains("quant_state");
     let packed = |folder: &str| of_folder(&place.path(folder)).keys().filter(is_state).count();

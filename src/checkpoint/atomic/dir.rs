@@ -1,21 +1,20 @@
 //! Folders.
 
-use std::fs::{self, File};
+use std::ffi::OsStr;
+use std::fs;
 use std::path::{Path, PathBuf};
 
-use super::{check_destination, lock, parent, partial_name, rename, sync, sync_folder};
+use super::lock::Lock;
+use super::{check_destination, parent, rename, sibling, sync, sync_folder};
 use crate::error::{Error, Result};
-
-/// Locked while the folder that it is in is being filled, and gone from it once that is committed.
-pub const LOCK_FILE: &str = ".lock";
 
 /// A folder under construction; dropped without [`commit`](AtomicDir::commit), it is removed.
 #[derive(Debug)]
 pub struct AtomicDir {
     destination: PathBuf,
     temporary: PathBuf,
-    lock: Option<File>,
     committed: bool,
+    _lock: Lock,
 }
 
 impl AtomicDir {
@@ -26,29 +25,24 @@ impl AtomicDir {
     /// `Usage` when the destination is not empty or no folder, or another process is filling it; `Io`
     /// when the temporary folder cannot be made.
     pub fn create(destination: &Path, overwrite: bool) -> Result<Self> {
-        check_destination(destination, overwrite)?;
         let destination = &followed(destination)?;
+        check_destination(destination, overwrite)?;
         if destination.file_name().is_none() {
             let what = format_args!("{} is no folder name", destination.display());
             return Err(Error::usage(what));
         }
-        let temporary = partial_name(destination);
-        if temporary.exists() {
-            // A lock that is free, or none, is what an interrupted run left.
-            if let Ok(lock_file) = File::open(temporary.join(LOCK_FILE)) {
-                lock(&lock_file, destination)?;
-            }
-            fs::remove_dir_all(&temporary).map_err(|e| Error::io("remove", &temporary, e))?;
-        }
+        make_folder(&parent(destination))?;
+        let lock = Lock::take(destination)?;
         if put_back(destination)? {
             check_destination(destination, overwrite)?;
         }
-        fs::create_dir_all(&temporary).map_err(|e| Error::io("create", &temporary, e))?;
-        let path = temporary.join(LOCK_FILE);
-        let lock_file = File::create(&path).map_err(|e| Error::io("create", &path, e))?;
-        lock(&lock_file, destination)?;
+        let temporary = sibling(destination, ".partial");
+        if temporary.exists() {
+            fs::remove_dir_all(&temporary).map_err(|e| Error::io("remove", &temporary, e))?;
+        }
+        make_folder(&temporary)?;
         let destination = destination.to_path_buf();
-        Ok(AtomicDir { destination, temporary, lock: Some(lock_file), committed: false })
+        Ok(AtomicDir { destination, temporary, committed: false, _lock: lock })
     }
 
     /// Where to write files until the commit.
@@ -67,18 +61,10 @@ impl AtomicDir {
             let path = entry.map_err(|e| Error::io("list", &self.temporary, e))?.path();
             sync(&path)?;
         }
-        // Locked until it has its name; Windows renames no folder with an open file.
-        self.lock = self.lock.take().filter(|_| !cfg!(windows));
-        let lock_file = self.temporary.join(LOCK_FILE);
-        fs::remove_file(&lock_file).map_err(|e| Error::io("remove", &lock_file, e))?;
         sync_folder(&self.temporary)?;
-        let mut old = replaced_name(&self.destination);
         let replaces = self.destination.exists();
+        let old = if replaces { free_replaced_name(&self.destination) } else { PathBuf::new() };
         if replaces {
-            // What an earlier commit could not remove stays where it is.
-            while fs::remove_dir_all(&old).is_err() && old.exists() {
-                old.as_mut_os_string().push("~");
-            }
             rename(&self.destination, &old)?;
         }
         if let Err(error) = rename(&self.temporary, &self.destination) {
@@ -111,29 +97,23 @@ impl Drop for AtomicDir {
 /// # Errors
 /// `Io`.
 pub fn put_back(destination: &Path) -> Result<bool> {
-    let mut replaced = replaced_name(destination);
-    // What could not be removed is older than what was moved aside since, under a longer name.
-    loop {
-        let mut later = replaced.clone();
-        later.as_mut_os_string().push("~");
-        if !later.is_dir() {
-            break;
-        }
-        replaced = later;
-    }
-    let is_missing = replaced.is_dir() && !destination.exists();
-    if is_missing {
-        rename(&replaced, destination)?;
-    }
-    Ok(is_missing)
+    let replaced = replaced(destination).into_iter().rfind(|path| path.is_dir());
+    let replaced = replaced.filter(|_| !destination.exists());
+    replaced.map_or(Ok(false), |replaced| rename(&replaced, destination).map(|()| true))
 }
 
-/// `destination` itself, or the folder that it is a link to.
+fn make_folder(path: &Path) -> Result<()> {
+    fs::create_dir_all(path).map_err(|e| Error::io("create", path, e))
+}
+
+/// `destination` itself, or the folder that it is a link to, be that just moved away.
 fn followed(destination: &Path) -> Result<PathBuf> {
     // Without a dot at the end.
     let destination: PathBuf = destination.components().collect();
-    if !destination.is_symlink() {
-        return Ok(destination);
+    let Ok(target) = destination.read_link() else { return Ok(destination) };
+    if !destination.exists() {
+        // Of a link to another one that is all that can be done.
+        put_back(&parent(&destination).join(target))?;
     }
     destination.canonicalize().map_err(|_| {
         let what = format_args!("{} is a link to what is not there", destination.display());
@@ -141,10 +121,34 @@ fn followed(destination: &Path) -> Result<PathBuf> {
     })
 }
 
-/// Where a commit puts what it replaces until the new folder is in place.
-fn replaced_name(destination: &Path) -> PathBuf {
-    let name = destination.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-    parent(destination).join(format!(".{name}.replaced"))
+const REPLACED: &str = ".replaced";
+
+/// What commits put away of `destination` until the new folder was in place, and could not remove, the
+/// latest last: a longer name is a later one.
+fn replaced(destination: &Path) -> Vec<PathBuf> {
+    let first = sibling(destination, REPLACED);
+    let first = first.file_name().unwrap_or_default().as_encoded_bytes();
+    let is_one = |name: &OsStr| {
+        let rest = name.as_encoded_bytes().strip_prefix(first);
+        rest.is_some_and(|rest| rest.iter().all(|&byte| byte == b'~'))
+    };
+    let entries = fs::read_dir(parent(destination)).into_iter().flatten().flatten();
+    let mut names: Vec<_> = entries.map(|entry| entry.file_name()).collect();
+    names.retain(|name| is_one(name));
+    names.sort_by_key(|name| name.len());
+    names.into_iter().map(|name| parent(destination).join(name)).collect()
+}
+
+/// A name behind those of what stays in spite of being removed.
+fn free_replaced_name(destination: &Path) -> PathBuf {
+    replaced(destination).iter().for_each(|old| drop(fs::remove_dir_all(old)));
+    match replaced(destination).pop() {
+        None => sibling(destination, REPLACED),
+        Some(mut last) => {
+            last.as_mut_os_string().push("~");
+            last
+        }
+    }
 }
 
 #[cfg(test)]
@@ -186,9 +190,8 @@ mod tests {
         first.commit().unwrap();
         assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
         // One that was killed holds no lock.
-        let left = root.path().join(".out.partial");
-        fs::create_dir(&left).unwrap();
-        fs::write(left.join(LOCK_FILE), "").unwrap();
+        fs::create_dir(root.path().join(".out.partial")).unwrap();
+        fs::write(root.path().join(".out.lock"), "").unwrap();
         drop(AtomicDir::create(&out, true).unwrap());
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
     }
@@ -202,6 +205,11 @@ mod tests {
         let refused = AtomicDir::create(&link, false).unwrap_err().to_string();
         assert!(refused.contains("a link to what is not there"), "{refused}");
         fs::create_dir(&disk).unwrap();
+        // Killed between the two renames of a commit.
+        fs::write(disk.join("a"), "before").unwrap();
+        fs::rename(&disk, root.path().join(".disk.replaced")).unwrap();
+        AtomicDir::create(&link, false).unwrap_err();
+        assert_eq!(fs::read_to_string(link.join("a")).unwrap(), "before");
         for text in ["first", "second"] {
             let dir = AtomicDir::create(&link.join("."), true).unwrap();
             fs::write(dir.path().join("a"), text).unwrap();
@@ -225,7 +233,7 @@ mod tests {
     fn what_an_earlier_commit_could_not_remove_is_in_no_ones_way() {
         let root = tempfile::tempdir().unwrap();
         let out = root.path().join("out");
-        fs::write(replaced_name(&out), "a file is no folder that can be removed").unwrap();
+        fs::write(sibling(&out, REPLACED), "a file is no folder that can be removed").unwrap();
         for text in ["first", "second"] {
             let dir = AtomicDir::create(&out, true).unwrap();
             fs::write(dir.path().join("a"), text).unwrap();
@@ -239,7 +247,8 @@ mod tests {
     fn of_two_that_were_replaced_the_later_one_comes_back() {
         let root = tempfile::tempdir().unwrap();
         let out = root.path().join("out");
-        for (folder, text) in [(".out.replaced", "older"), (".out.replaced~", "newer")] {
+        // With a gap where one could be removed.
+        for (folder, text) in [(".out.replaced", "older"), (".out.replaced~~", "newer")] {
             fs::create_dir(root.path().join(folder)).unwrap();
             fs::write(root.path().join(folder).join("a"), text).unwrap();
         }

@@ -4,7 +4,8 @@ use std::fs::{self, File};
 use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
-use super::{lock, parent, partial_name, rename, sync_folder};
+use super::lock::Lock;
+use super::{parent, rename, sibling, sync_folder};
 use crate::error::{Error, Result};
 
 /// A file under construction; dropped without [`commit`](AtomicFile::commit), it is removed.
@@ -14,6 +15,7 @@ pub struct AtomicFile {
     temporary: PathBuf,
     /// None once it is closed.
     file: Option<File>,
+    _lock: Lock,
 }
 
 impl AtomicFile {
@@ -22,23 +24,11 @@ impl AtomicFile {
     /// # Errors
     /// `Usage` where another process writes it, `Io` when the temporary file cannot be made.
     pub fn create(destination: &Path) -> Result<Self> {
-        let temporary = partial_name(destination);
-        let refused = |error| Error::io("write", destination, error);
-        let make = || File::create_new(&temporary);
-        let file = match make() {
-            Err(error) if error.kind() == ErrorKind::AlreadyExists => {
-                // Never emptied: whoever had it open may give it its name just now.
-                let there = File::options().write(true).open(&temporary).map_err(refused)?;
-                lock(&there, destination)?;
-                drop(there);
-                fs::remove_file(&temporary).map_err(refused)?;
-                make()
-            }
-            made => made,
-        };
-        let file = file.map_err(refused)?;
-        lock(&file, destination)?;
-        Ok(AtomicFile { destination: destination.to_path_buf(), temporary, file: Some(file) })
+        let lock = Lock::take(destination)?;
+        let temporary = sibling(destination, ".partial");
+        let file = File::create(&temporary).map_err(|e| Error::io("write", destination, e))?;
+        let destination = destination.to_path_buf();
+        Ok(AtomicFile { destination, temporary, file: Some(file), _lock: lock })
     }
 
     /// Flushes it and renames it into place. Returns its bytes.
@@ -52,8 +42,8 @@ impl AtomicFile {
             Ok(file.metadata()?.len())
         };
         let bytes = written().map_err(|e: io::Error| Error::io("write", &self.destination, e))?;
-        // Locked until it has its name; Windows renames none that is.
-        let _locked = self.file.take().filter(|_| !cfg!(windows));
+        // Windows renames no file that is open.
+        self.file = None;
         if let Err(error) = rename(&self.temporary, &self.destination) {
             let _ = fs::remove_file(&self.temporary);
             return Err(error);

@@ -1,13 +1,15 @@
 //! Files and folders that appear whole or not at all.
 //!
 //! Both are filled under a temporary sibling name, flushed to disk, and made visible by one rename. What an
-//! interrupted run left under the temporary name is removed by the next; a run that is still at work holds
-//! a lock, and the next one is refused.
+//! interrupted run left under the temporary name is removed by the next; one that is still at work holds a
+//! lock beside it, and the next one is refused.
 
 mod dir;
 mod file;
+mod lock;
 
-use std::fs::{self, File, TryLockError};
+use std::ffi::OsString;
+use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
@@ -15,7 +17,7 @@ use std::time::Duration;
 
 use crate::error::{Error, Result};
 
-pub use dir::{AtomicDir, LOCK_FILE, put_back};
+pub use dir::{AtomicDir, put_back};
 pub use file::{AtomicFile, write_file, write_with};
 
 /// From now on a file that grows beyond the limit of the process (`ulimit -f`) is an error of the write, as
@@ -57,14 +59,25 @@ pub fn check_destination(destination: &Path, overwrite: bool) -> Result<()> {
     Ok(())
 }
 
-/// Whether a folder is on another disk than the one that it is in.
+/// Whether a disk, or another folder, is mounted at `folder`.
 fn is_mount_point(folder: &Path) -> bool {
+    let Ok(folder) = folder.canonicalize() else { return false };
+    #[cfg(target_os = "linux")]
+    if let Ok(mounts) = fs::read_to_string("/proc/self/mountinfo") {
+        // proc(5): the fifth field, with octal codes for what would end it.
+        let escapes = [('\\', "\\134"), (' ', "\\040"), ('\t', "\\011"), ('\n', "\\012")];
+        let written = escapes
+            .iter()
+            .fold(folder.to_string_lossy().into_owned(), |text, (character, code)| {
+                text.replace(*character, code)
+            });
+        return mounts.lines().any(|line| line.split(' ').nth(4) == Some(&*written));
+    }
     #[cfg(unix)]
     {
         use std::os::unix::fs::MetadataExt;
         let disk = |path: &Path| path.metadata().map(|metadata| metadata.dev()).ok();
-        let around = folder.canonicalize().map(|folder| parent(&folder));
-        around.is_ok_and(|around| disk(folder).is_some() && disk(folder) != disk(&around))
+        disk(&folder).is_some() && disk(&folder) != disk(&parent(&folder))
     }
     #[cfg(not(unix))]
     {
@@ -151,23 +164,10 @@ fn sync_folder(path: &Path) -> Result<()> {
     if cfg!(windows) { Ok(()) } else { sync(path) }
 }
 
-/// Where `destination` is filled.
-fn partial_name(destination: &Path) -> PathBuf {
-    let name = destination.file_name().unwrap_or_default().to_string_lossy();
-    parent(destination).join(format!(".{name}.partial"))
-}
-
-/// Locks `file` while `destination` is being written. Where the system has no locks, two processes that
-/// write the same are not told apart.
-///
-/// # Errors
-/// `Usage` where another process has it.
-fn lock(file: &File, destination: &Path) -> Result<()> {
-    match file.try_lock() {
-        Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
-        Err(TryLockError::WouldBlock) => {
-            let what = format_args!("another process is writing {}", destination.display());
-            Err(Error::usage(what).hint("wait for it, or choose another place"))
-        }
-    }
+/// `.NAME` and `suffix`, beside `path`.
+fn sibling(path: &Path, suffix: &str) -> PathBuf {
+    let mut name = OsString::from(".");
+    name.push(path.file_name().unwrap_or_default());
+    name.push(suffix);
+    parent(path).join(name)
 }

@@ -54,6 +54,7 @@ const LATER_BYTES: u64 = 6 << 20;
 /// `--measure` without weights or beside `--fit`, `Gpu` for `--measure` without the GPU.
 pub fn run(args: &MemoryArgs) -> Result<()> {
     check(args)?;
+    super::check_blocks(&args.base)?;
     super::check_packing(&args.base)?;
     super::set_threads(args.threads)?;
     let device = DeviceArgs { device: device::resolve(&args.device)?, ..args.device.clone() };
@@ -137,9 +138,10 @@ fn check(args: &MemoryArgs) -> Result<()> {
 
 /// Pages of this command are written over, other files, a run's report among them, are somebody's.
 fn check_page(path: &Path) -> Result<()> {
-    let Ok(mut file) = std::fs::File::open(path) else { return Ok(()) };
-    let mut head = [0; memory_page::HEAD.len()];
-    let is_page = file.read_exact(&mut head).is_ok() && head == *memory_page::HEAD.as_bytes();
+    let Ok(file) = std::fs::File::open(path) else { return Ok(()) };
+    let mut head = Vec::new();
+    let read = file.take(memory_page::MARK_WITHIN as u64).read_to_end(&mut head).is_ok();
+    let is_page = read && String::from_utf8_lossy(&head).contains(memory_page::MARK);
     if is_page || path.is_dir() {
         return Ok(());
     }

@@ -49,6 +49,10 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     printed::outlive_reader();
     args.recipe()?;
     super::set_threads(args.resources.threads)?;
+    // A run from before it was refused goes on.
+    if !args.output.resume {
+        super::check_blocks(&args.model)?;
+    }
     super::check_packing(&args.model)?;
     match device::open(&args.device)? {
         Some(gpu) => run_on(args, gpu),

@@ -92,6 +92,41 @@ fn auto_keeps_as_many_layers_as_fit() {
     assert!(error.contains(" are free: 1 B too little\nhint: "), "{error}");
 }
 
+/// Most of all ways are never planned: what is chosen is what planning each of them would choose.
+#[test]
+fn the_search_finds_what_trying_all_would() {
+    let spec = golden();
+    for (tokens, longest) in [(1024, 2), (1024, 1024), (5000, 5000)] {
+        let settings = Settings { longest_document: longest, ..settings(&spec, tokens) };
+        for place in [Place::Host, Place::Gpu] {
+            let streamed =
+                Some(StreamedBytes { block: 1 << 17, blocks: 2, ..StreamedBytes::of_vectors(100) });
+            let weights = WeightBytes { streamed, ..demand(&spec, &settings).weights };
+            for pinned_bytes in [u64::MAX, 1 << 20] {
+                let demand = Demand { place, weights, pinned_bytes, ..demand(&spec, &settings) };
+                let candidates = demand.candidates().unwrap();
+                let need = |candidate: &Candidate| demand.total_bytes(&settings, *candidate);
+                let lacking =
+                    |c: &Candidate| demand.pinned_for(&settings, *c).saturating_sub(pinned_bytes);
+                let leanest = demand.leanest_of(&candidates);
+                let least = candidates.iter().map(|c| (lacking(c), need(c))).min().unwrap();
+                assert_eq!((lacking(&leanest), need(&leanest)), least, "{place:?} {tokens}");
+                let pace = Pace::new(&demand, &settings);
+                let seconds =
+                    |c: &Candidate| pace.seconds_per_token(&demand.with(&settings, *c), *c);
+                let mut sizes: Vec<u64> = candidates.iter().map(need).collect();
+                sizes.sort_unstable();
+                for bytes in sizes.iter().step_by(1 + sizes.len() / 20) {
+                    let fitting = candidates.iter().filter(|c| demand.fits(**c, *bytes));
+                    let best = fitting.map(seconds).min_by(f64::total_cmp);
+                    let found = demand.fastest(&candidates, *bytes);
+                    assert_eq!(found.as_ref().map(seconds), best, "{place:?} {tokens} {bytes}");
+                }
+            }
+        }
+    }
+}
+
 #[test]
 fn attention_over_long_documents_is_kept() {
     let spec = golden();

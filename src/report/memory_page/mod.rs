@@ -13,8 +13,10 @@ use timeline::{Timeline, timeline};
 
 /// The template of the figures; the page of a training run includes it.
 pub(super) const FIGURES: &str = include_str!("figures.html");
-/// What every page of `nibble memory` begins with.
-pub const HEAD: &str = "<!doctype html>\n<!-- nibble memory -->\n";
+/// What every page of `nibble memory` has in its first [`MARK_WITHIN`] bytes.
+pub const MARK: &str = "<!-- nibble memory -->";
+/// The same, and a line before it.
+pub const MARK_WITHIN: usize = 64;
 /// Colours of parts in `figures.css`: more than an account has rows.
 const COLOURS: usize = 24;
 /// Of a bar of something that is there, in percent.
