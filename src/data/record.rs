@@ -187,8 +187,9 @@ fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
         let messages = prompt.messages.into_iter().chain(completion.messages).collect();
         return Ok(Record::Chat(Chat { messages, prompt_messages, ..prompt }));
     }
-    let spoken = optional_text(record, "system")?.is_some();
-    for (key, given) in [("system", spoken), ("tools", !tool_list(record, "tools")?.is_empty())] {
+    let spoken = optional_text(record, "system").map_or(true, |text| text.is_some());
+    let offered = tool_list(record, "tools").map_or(true, |tools| !tools.is_empty());
+    for (key, given) in [("system", spoken), ("tools", offered)] {
         if given {
             let what = format!("field `{key}` has no place beside a `prompt` that is text");
             return Err(Rejection::new(what).hint(format!(

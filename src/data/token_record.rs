@@ -29,7 +29,8 @@ pub(super) fn read(record: &Value) -> Result<Record, Rejection> {
         Ok(found)
     };
     let zero_or_not = |value: &Value| match value.as_f64() {
-        Some(number) => Some(i64::from(number != 0.0)),
+        // Megatron's are floats.
+        Some(number) => (number.fract() == 0.0).then(|| i64::from(number != 0.0)),
         None => value.as_bool().map(i64::from),
     };
     let mut labels = beside("labels", "labels", Value::as_i64)?;

@@ -82,7 +82,7 @@ fn a_stopped_run_leaves_nothing_and_the_next_one_clears_up_after_a_killed_one() 
     large_vocabulary(&place);
     let arguments = ["quantize", "--model", "model.gguf", "--out", "out", "--threads", "1"];
     // Not INT, which shells let their background jobs ignore.
-    for (signal, left) in [("KILL", &[".out.lock", ".out.partial"][..]), ("TERM", &[])] {
+    for (signal, left) in [("KILL", &[".out.nibble-lock", ".out.partial"][..]), ("TERM", &[])] {
         // On a busy machine the run may be done before the signal is sent.
         let mut attempts = 0;
         while !killed_at_work(&place, &arguments, signal) {
@@ -93,7 +93,7 @@ fn a_stopped_run_leaves_nothing_and_the_next_one_clears_up_after_a_killed_one() 
         assert_eq!(written(&place), left, "{signal}");
         // What is there tells the next one that the work has begun.
         let _ = fs::remove_dir_all(place.path(".out.partial"));
-        let _ = fs::remove_file(place.path(".out.lock"));
+        let _ = fs::remove_file(place.path(".out.nibble-lock"));
     }
     fs::create_dir(place.path(".out.partial")).unwrap();
     succeed(place.nibble(&arguments));

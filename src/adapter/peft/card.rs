@@ -51,9 +51,10 @@ fn loading(base: &str, packing: Option<&BlockFormat>) -> String {
     let BlockFormat { quant_type, block_size, double_quant } = format;
     let kind = quant_type.as_str();
     if base.ends_with(".gguf") || *block_size != BlockFormat::default().block_size {
+        let quoted = format!("'{}'", base.replace('\'', r"'\''"));
         return format!(
             "It was trained on the base in 4 bits, which\n\n\
-             ```\nnibble quantize --model {base:?} --out base-4bit --quant-type {kind} \
+             ```\nnibble quantize --model {quoted} --out base-4bit --quant-type {kind} \
              --block-size {block_size} --double-quant {double_quant}\n```\n\n\
              writes for transformers:\n\n{}",
             python(plain, "", "\"base-4bit\"")
@@ -122,7 +123,7 @@ mod tests {
         for (base, block_size) in [("a.gguf", 64), ("owner/model", 128)] {
             let text = loading(base, Some(&BlockFormat { block_size, ..nf4 }));
             let command = format!(
-                "nibble quantize --model {base:?} --out base-4bit --quant-type nf4 \
+                "nibble quantize --model '{base}' --out base-4bit --quant-type nf4 \
                                    --block-size {block_size} --double-quant true\n"
             );
             assert!(text.contains(&command), "{text}");

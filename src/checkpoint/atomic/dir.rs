@@ -33,9 +33,9 @@ impl AtomicDir {
         }
         make_folder(&parent(destination))?;
         let lock = Lock::take(destination)?;
-        if put_back(destination)? {
-            check_destination(destination, overwrite)?;
-        }
+        put_back(destination)?;
+        // What is there may have come while another process had the lock.
+        check_destination(destination, overwrite)?;
         let temporary = sibling(destination, ".partial");
         if temporary.exists() {
             fs::remove_dir_all(&temporary).map_err(|e| Error::io("remove", &temporary, e))?;
@@ -97,7 +97,8 @@ impl Drop for AtomicDir {
 /// # Errors
 /// `Io`.
 pub fn put_back(destination: &Path) -> Result<bool> {
-    let replaced = replaced(destination).into_iter().rfind(|path| path.is_dir());
+    let names = [sibling(destination, REPLACED)].into_iter().chain(replaced(destination));
+    let replaced = names.rev().find(|path| path.is_dir());
     let replaced = replaced.filter(|_| !destination.exists());
     replaced.map_or(Ok(false), |replaced| rename(&replaced, destination).map(|()| true))
 }
@@ -111,9 +112,9 @@ fn followed(destination: &Path) -> Result<PathBuf> {
     // Without a dot at the end.
     let destination: PathBuf = destination.components().collect();
     let Ok(target) = destination.read_link() else { return Ok(destination) };
-    if !destination.exists() {
-        // Of a link to another one that is all that can be done.
-        put_back(&parent(&destination).join(target))?;
+    let target = parent(&destination).join(target);
+    if !destination.exists() && replaced(&target).iter().any(|path| path.is_dir()) {
+        return Ok(target);
     }
     destination.canonicalize().map_err(|_| {
         let what = format_args!("{} is a link to what is not there", destination.display());
@@ -142,13 +143,12 @@ fn replaced(destination: &Path) -> Vec<PathBuf> {
 /// A name behind those of what stays in spite of being removed.
 fn free_replaced_name(destination: &Path) -> PathBuf {
     replaced(destination).iter().for_each(|old| drop(fs::remove_dir_all(old)));
-    match replaced(destination).pop() {
-        None => sibling(destination, REPLACED),
-        Some(mut last) => {
-            last.as_mut_os_string().push("~");
-            last
-        }
+    let mut name = replaced(destination).pop().unwrap_or_else(|| sibling(destination, REPLACED));
+    // Folders may not be listed, and names be the same in other letters.
+    while name.symlink_metadata().is_ok() {
+        name.as_mut_os_string().push("~");
     }
+    name
 }
 
 #[cfg(test)]
@@ -191,7 +191,7 @@ mod tests {
         assert_eq!(fs::read_dir(&out).unwrap().count(), 1);
         // One that was killed holds no lock.
         fs::create_dir(root.path().join(".out.partial")).unwrap();
-        fs::write(root.path().join(".out.lock"), "").unwrap();
+        fs::write(root.path().join(".out.nibble-lock"), "").unwrap();
         drop(AtomicDir::create(&out, true).unwrap());
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
     }

@@ -26,7 +26,9 @@ impl AtomicFile {
     pub fn create(destination: &Path) -> Result<Self> {
         let lock = Lock::take(destination)?;
         let temporary = sibling(destination, ".partial");
-        let file = File::create(&temporary).map_err(|e| Error::io("write", destination, e))?;
+        // Not emptied: it may be a link, or have another name.
+        let _ = fs::remove_file(&temporary);
+        let file = File::create_new(&temporary).map_err(|e| Error::io("write", destination, e))?;
         let destination = destination.to_path_buf();
         Ok(AtomicFile { destination, temporary, file: Some(file), _lock: lock })
     }

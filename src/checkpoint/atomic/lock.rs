@@ -1,7 +1,10 @@
 //! One process at a time writes a file or a folder.
 
 use std::fs::{self, File, TryLockError};
+use std::io;
 use std::path::{Path, PathBuf};
+use std::thread::sleep;
+use std::time::Duration;
 
 use super::sibling;
 use crate::error::{Error, Result};
@@ -21,17 +24,31 @@ impl Lock {
     /// # Errors
     /// `Usage` where another process is writing `destination`; `Io` when no file can be made beside it.
     pub fn take(destination: &Path) -> Result<Self> {
-        let path = sibling(destination, ".lock");
-        let mut options = File::options();
-        options.write(true).create(true).truncate(false);
+        // On file systems that give a file another number each time, no name is ever the same file's. On
+        // Windows a scanner may hold what was just written.
+        const TRIES: usize = if cfg!(windows) { 50 } else { 10 };
+        const PAUSE: Duration = Duration::from_millis(100);
+        let path = sibling(destination, ".nibble-lock");
+        let busy = || {
+            let what = format_args!("another process is writing {}", destination.display());
+            Error::usage(what).hint("wait for it, or choose another place")
+        };
+        let mut tries = 0;
         loop {
-            let file = options.open(&path).map_err(|e| Error::io("write", destination, e))?;
+            tries += 1;
+            let file = match open(&path) {
+                Err(error) if is_held(&error) && tries < TRIES => {
+                    sleep(PAUSE);
+                    continue;
+                }
+                Err(error) if is_held(&error) => return Err(busy()),
+                file => file.map_err(|e| Error::io("write", destination, e))?,
+            };
             if let Err(TryLockError::WouldBlock) = file.try_lock() {
-                let what = format_args!("another process is writing {}", destination.display());
-                return Err(Error::usage(what).hint("wait for it, or choose another place"));
+                return Err(busy());
             }
             // Whoever had it before may have removed it between the two.
-            if is_named(&file, &path) {
+            if tries == TRIES || is_named(&file, &path) {
                 return Ok(Lock { path, file: Some(file) });
             }
         }
@@ -40,12 +57,34 @@ impl Lock {
 
 impl Drop for Lock {
     fn drop(&mut self) {
-        // What is left is free: nothing to tell anybody. Windows keeps the name of an open file.
+        let is_ours = self.file.as_ref().and_then(|file| file.metadata().ok());
+        if is_ours.is_none_or(|metadata| metadata.len() > 0) {
+            return;
+        }
         if cfg!(windows) {
             self.file = None;
         }
+        // What is left is free: nothing to tell anybody.
         let _ = fs::remove_file(&self.path);
     }
+}
+
+/// Opens the file, or makes it; on Windows for this process alone, so that nobody else removes it either.
+fn open(path: &Path) -> io::Result<File> {
+    let mut options = File::options();
+    options.write(true).create(true).truncate(false);
+    #[cfg(windows)]
+    {
+        use std::os::windows::fs::OpenOptionsExt;
+        options.share_mode(0);
+    }
+    options.open(path)
+}
+
+/// Whether another process has the file open for itself, or is just removing it. Source: winerror.h,
+/// ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION.
+fn is_held(error: &io::Error) -> bool {
+    cfg!(windows) && error.raw_os_error().is_some_and(|code| [5, 32, 33].contains(&code))
 }
 
 /// Whether `path` is still the name of `file`.

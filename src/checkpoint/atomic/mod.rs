@@ -44,9 +44,9 @@ pub fn check_destination(destination: &Path, overwrite: bool) -> Result<()> {
         let shown = destination.display();
         let what =
             format_args!("{shown} is a mount point, which no new folder can take the place of");
-        return Err(
-            Error::usage(what).hint(format_args!("choose a folder in it: `--out {shown}/new`"))
-        );
+        let inside = destination.join("new");
+        let hint = format!("choose a folder in it: `--out {}`", inside.display());
+        return Err(Error::usage(what).hint(hint));
     }
     let occupied = match fs::read_dir(destination) {
         Ok(mut entries) => entries.next().is_some(),
