@@ -35,7 +35,6 @@ const COMMANDS: [&str; 7] = ["/adapter", "/base", "/reset", "/system", "/exit", 
 pub fn run(args: &ChatArgs) -> Result<()> {
     check_names(&args.adapter)?;
     super::set_threads(args.generation.threads)?;
-    super::check_blocks(&args.base)?;
     super::check_packing(&args.base)?;
     match device::open(&args.generation.device)? {
         Some(gpu) => run_on(args, gpu),

@@ -16,7 +16,6 @@ use crate::sample::{Finish, Prompt, Sampler, Session, Wish};
 pub fn run(args: &GenerateArgs) -> Result<()> {
     check_names(&args.adapter)?;
     super::set_threads(args.generation.threads)?;
-    super::check_blocks(&args.base)?;
     super::check_packing(&args.base)?;
     match device::open(&args.generation.device)? {
         Some(gpu) => run_on(args, gpu),

@@ -29,7 +29,6 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     let inputs = [Some(&args.base.model), Some(&args.adapter), args.original.as_ref()];
     let inputs: Vec<&Path> = inputs.into_iter().flatten().map(PathBuf::as_path).collect();
     model_folder::check(&args.out, args.overwrite, &inputs)?;
-    super::check_blocks(&args.base)?;
     super::check_packing(&args.base)?;
     let model = Checkpoint::open(&args.base.model)?;
     super::note_left_out(&model);

@@ -89,19 +89,19 @@ fn note_left_out(checkpoint: &Checkpoint) {
     }
 }
 
-/// Refuses sizes of blocks for weights that are not packed.
-fn check_blocks(base: &BaseModelArgs) -> Result<()> {
+/// Refuses sizes of blocks for weights that are not packed, and what [`check_packed_as`] does.
+fn check_packing(base: &BaseModelArgs) -> Result<()> {
     let BlockFormat { block_size, double_quant, .. } = BlockFormat::default();
     let of_blocks = base.block_size != block_size || base.double_quant != double_quant;
     if base.quantization == Quantization::None && of_blocks {
         let what = "`--block-size` and `--double-quant` have no effect with `--quantization none`";
         return Err(Error::usage(what).hint("leave them out, or choose `--quantization nf4`"));
     }
-    Ok(())
+    check_packed_as(base)
 }
 
 /// Refuses a packing that is asked for where the base is packed in another already.
-fn check_packing(base: &BaseModelArgs) -> Result<()> {
+fn check_packed_as(base: &BaseModelArgs) -> Result<()> {
     if !base.asks_for_packing() {
         return Ok(());
     }

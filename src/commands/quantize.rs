@@ -65,7 +65,7 @@ fn warn(repack: &Repack, steps: &[Step]) {
         eprintln!("note: the model has no use for tensor {first}{more}: left out");
     }
     let is_dense = |step: &Step| step.skipped_linear().is_some();
-    let stored = repack.checkpoint.packed_format().filter(|_| repack.copies_through());
+    let stored = repack.kept_format();
     let asked = |format: &BlockFormat| *format == repack.format && !steps.iter().any(is_dense);
     if let Some(format) = stored.filter(|format| !asked(format)) {
         let (kind, nested) = (format.quant_type.as_str(), format.double_quant);
@@ -85,9 +85,7 @@ fn format(args: &QuantizeArgs) -> BlockFormat {
 
 /// Refuses a format that is asked for where linears are packed in another already, and stay so.
 fn check_format(args: &QuantizeArgs, repack: &Repack) -> Result<()> {
-    let Some(stored) = repack.checkpoint.packed_format().filter(|_| repack.copies_through()) else {
-        return Ok(());
-    };
+    let Some(stored) = repack.kept_format() else { return Ok(()) };
     let quant_type = args.quant_type.map_or(stored.quant_type, QuantType::from);
     let asked = BlockFormat { quant_type, ..repack.format };
     let unasked = BlockFormat { quant_type: stored.quant_type, ..BlockFormat::default() };

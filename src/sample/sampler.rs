@@ -126,12 +126,15 @@ impl Sampler {
             }
             candidates.sort_unstable_by(by_weight);
         }
-        let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
+        let enough = (options.top_p < 1.0).then(|| {
+            let total: f64 = candidates.iter().map(|(_, weight)| weight).sum();
+            f64::from(options.top_p) * total
+        });
         // Weights are relative to the likeliest token's, which is 1.
         let floor = f64::from(options.min_p);
         candidates.retain(|(_, weight)| *weight >= floor);
-        if options.top_p < 1.0 {
-            keep_nucleus(&mut candidates, f64::from(options.top_p) * total);
+        if let Some(enough) = enough {
+            keep_nucleus(&mut candidates, enough);
         }
         candidates
     }

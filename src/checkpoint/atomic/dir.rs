@@ -63,19 +63,21 @@ impl AtomicDir {
         }
         sync_folder(&self.temporary)?;
         let replaces = self.destination.exists();
-        let old = if replaces { free_replaced_name(&self.destination) } else { PathBuf::new() };
-        if replaces {
-            rename(&self.destination, &old)?;
+        let old = replaces.then(|| free_replaced_name(&self.destination));
+        if let Some(old) = &old {
+            rename(&self.destination, old)?;
         }
         if let Err(error) = rename(&self.temporary, &self.destination) {
-            if replaces {
-                let _ = rename(&old, &self.destination);
+            if let Some(old) = &old {
+                let _ = rename(old, &self.destination);
             }
             return Err(error);
         }
         self.committed = true;
         sync_folder(&parent(&self.destination))?;
-        if replaces && let Err(error) = fs::remove_dir_all(&old) {
+        if let Some(old) = &old
+            && let Err(error) = fs::remove_dir_all(old)
+        {
             eprintln!("warning: {} was replaced and cannot be removed: {error}", old.display());
         }
         Ok(())

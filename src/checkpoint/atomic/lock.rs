@@ -4,9 +4,8 @@ use std::fs::{self, File, TryLockError};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::thread::sleep;
-use std::time::Duration;
 
-use super::sibling;
+use super::{PAUSE_IN_USE, TRIES_IN_USE, in_use, sibling};
 use crate::error::{Error, Result};
 
 /// A locked file beside what is being written; the file goes with the lock. One that a killed process
@@ -24,10 +23,6 @@ impl Lock {
     /// # Errors
     /// `Usage` where another process is writing `destination`; `Io` when no file can be made beside it.
     pub fn take(destination: &Path) -> Result<Self> {
-        // On file systems that give a file another number each time, no name is ever the same file's. On
-        // Windows a scanner may hold what was just written.
-        const TRIES: usize = if cfg!(windows) { 50 } else { 10 };
-        const PAUSE: Duration = Duration::from_millis(100);
         let path = sibling(destination, ".nibble-lock");
         let busy = || {
             let what = format_args!("another process is writing {}", destination.display());
@@ -37,18 +32,19 @@ impl Lock {
         loop {
             tries += 1;
             let file = match open(&path) {
-                Err(error) if is_held(&error) && tries < TRIES => {
-                    sleep(PAUSE);
+                Err(error) if in_use(&error) && tries < TRIES_IN_USE => {
+                    sleep(PAUSE_IN_USE);
                     continue;
                 }
-                Err(error) if is_held(&error) => return Err(busy()),
+                Err(error) if in_use(&error) => return Err(busy()),
                 file => file.map_err(|e| Error::io("write", destination, e))?,
             };
             if let Err(TryLockError::WouldBlock) = file.try_lock() {
                 return Err(busy());
             }
-            // Whoever had it before may have removed it between the two.
-            if tries == TRIES || is_named(&file, &path) {
+            // Whoever had it before may have removed it between the two. On file systems that give a file
+            // another number each time, no name is ever the same file's.
+            if tries >= TRIES_IN_USE || is_named(&file, &path) {
                 return Ok(Lock { path, file: Some(file) });
             }
         }
@@ -79,12 +75,6 @@ fn open(path: &Path) -> io::Result<File> {
         options.share_mode(0);
     }
     options.open(path)
-}
-
-/// Whether another process has the file open for itself, or is just removing it. Source: winerror.h,
-/// ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION.
-fn is_held(error: &io::Error) -> bool {
-    cfg!(windows) && error.raw_os_error().is_some_and(|code| [5, 32, 33].contains(&code))
 }
 
 /// Whether `path` is still the name of `file`.

@@ -122,21 +122,26 @@ pub fn check_not_within(input: &Path, output: &Path) -> Result<()> {
     }
 }
 
+/// How often, and how long between, what somebody else has open is tried again.
+const TRIES_IN_USE: usize = 50;
+const PAUSE_IN_USE: Duration = Duration::from_millis(100);
+
+/// Whether Windows refused because somebody else has the file open. Source: winerror.h,
+/// ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION.
+fn in_use(error: &io::Error) -> bool {
+    cfg!(windows) && error.raw_os_error().is_some_and(|code| [5, 32, 33].contains(&code))
+}
+
 /// Renames a file or a folder. Windows refuses while somebody has a file in it open, such as a scanner of
 /// what was just written: there it is tried again for a while.
 ///
 /// # Errors
 /// `Io`.
 pub fn rename(from: &Path, to: &Path) -> Result<()> {
-    const PAUSE: Duration = Duration::from_millis(100);
-    /// winerror.h: ERROR_ACCESS_DENIED, ERROR_SHARING_VIOLATION, ERROR_LOCK_VIOLATION.
-    const IN_USE: [i32; 3] = [5, 32, 33];
-    let in_use =
-        |error: &io::Error| error.raw_os_error().is_some_and(|code| IN_USE.contains(&code));
-    let mut tries_left = if cfg!(windows) { 50 } else { 0 };
+    let mut tries_left = TRIES_IN_USE;
     loop {
         match fs::rename(from, to) {
-            Err(error) if tries_left > 0 && in_use(&error) => sleep(PAUSE),
+            Err(error) if tries_left > 0 && in_use(&error) => sleep(PAUSE_IN_USE),
             renamed => return renamed.map_err(|e| Error::io("rename to", to, e)),
         }
         tries_left -= 1;

@@ -157,6 +157,11 @@ impl Repack<'_> {
         steps.iter().map(announce).collect()
     }
 
+    /// How linears are packed that stay as they are stored; none where all are packed anew.
+    pub fn kept_format(&self) -> Option<BlockFormat> {
+        self.checkpoint.packed_format().filter(|_| self.copies_through())
+    }
+
     /// Whether the source is 4-bit, so that its linears stay as they are stored.
     pub fn copies_through(&self) -> bool {
         self.checkpoint.kind() == CheckpointKind::Bnb4bit && !self.reblock

@@ -36,7 +36,6 @@ const LOGIT_ROWS: usize = 256;
 /// Whatever is wrong with flags, files or data.
 pub fn run(args: &EvalArgs) -> Result<()> {
     super::set_threads(args.threads)?;
-    super::check_blocks(&args.base)?;
     super::check_packing(&args.base)?;
     match device::open(&args.device)? {
         Some(gpu) => run_on(args, gpu),

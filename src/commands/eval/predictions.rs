@@ -51,8 +51,7 @@ impl<'a> Predictions<'a> {
     ) -> Result<Self> {
         let questions = documents.iter().map(Question::of).collect::<Result<Vec<_>>>()?;
         let longest = questions.iter().map(|question| question.prompt.len()).max().unwrap_or(0);
-        let positions = spec.learned_positions.unwrap_or(usize::MAX);
-        let context_tokens = longest.saturating_add(max_new_tokens).min(positions);
+        let context_tokens = spec.possible_length(longest.saturating_add(max_new_tokens));
         super::check_is_new("--predictions", path)?;
         let path = path.to_path_buf();
         Ok(Predictions { questions, max_new_tokens, context_tokens, path })

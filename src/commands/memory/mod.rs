@@ -54,7 +54,6 @@ const LATER_BYTES: u64 = 6 << 20;
 /// `--measure` without weights or beside `--fit`, `Gpu` for `--measure` without the GPU.
 pub fn run(args: &MemoryArgs) -> Result<()> {
     check(args)?;
-    super::check_blocks(&args.base)?;
     super::check_packing(&args.base)?;
     super::set_threads(args.threads)?;
     let device = DeviceArgs { device: device::resolve(&args.device)?, ..args.device.clone() };

@@ -49,11 +49,11 @@ pub fn run(args: &TrainArgs) -> Result<()> {
     printed::outlive_reader();
     args.recipe()?;
     super::set_threads(args.resources.threads)?;
-    // A run from before it was refused goes on.
-    if !args.output.resume {
-        super::check_blocks(&args.model)?;
+    match args.output.resume {
+        // A run from before sizes of blocks were refused goes on.
+        true => super::check_packed_as(&args.model)?,
+        false => super::check_packing(&args.model)?,
     }
-    super::check_packing(&args.model)?;
     match device::open(&args.device)? {
         Some(gpu) => run_on(args, gpu),
         None => run_on(args, device::cpu(&args.device)),
