@@ -88,15 +88,17 @@ fn check_all_gradients(case: &Case, tag: &str, quantization: Option<BlockFormat>
     }
 }
 
-const POLICIES: [&[Policy]; 9] = [
+const POLICIES: [&[Policy]; 11] = [
     &[Policy::Keep],
     &[Policy::Checkpoint],
     &[Policy::Checkpoint, Policy::Keep],
     &[Policy::Attention],
     &[Policy::Attention, Policy::Checkpoint, Policy::Keep],
     &[Policy::Offload],
+    &[Policy::OffloadInput],
+    &[Policy::Offload, Policy::OffloadInput],
     &[Policy::OffloadAttention],
-    &[Policy::Offload, Policy::OffloadAttention],
+    &[Policy::OffloadAttention, Policy::Offload],
     &[Policy::Keep, Policy::Offload],
 ];
 

@@ -99,8 +99,10 @@ fn the_allocated_arena_is_the_planned_one_to_the_byte() {
             &[Policy::Checkpoint, Policy::Keep],
             &[Policy::Attention],
             &[Policy::Attention, Policy::Offload],
+            &[Policy::OffloadInput],
+            &[Policy::Offload, Policy::OffloadInput],
             &[Policy::OffloadAttention],
-            &[Policy::Offload, Policy::OffloadAttention],
+            &[Policy::OffloadAttention, Policy::Offload],
             &[Policy::Offload],
             &[Policy::Keep, Policy::Offload],
         ] {

@@ -157,6 +157,11 @@ impl Shape {
         (first, 2 * (2 * self.f + 3 * RANK + projected))
     }
 
+    /// Those of them that attention makes.
+    fn attended(&self) -> usize {
+        2 * (self.q + RANK) + 4 * self.heads
+    }
+
     /// Bytes of a run on `tokens`.
     fn total(&self, tokens: usize, policy: &str) -> usize {
         let (Shape { d, q, kv, .. }, tile) = (*self, tokens.min(TILE));
@@ -167,7 +172,9 @@ impl Shape {
         let (inputs, activations) = match policy {
             "keep" => (self.layers + 1, self.layers * tokens * (first + second)),
             "checkpoint" => (self.layers + 1, tokens * first + tile * second),
-            _ => (3, tokens * first + tile * second),
+            "offload" => (3, tokens * first + tile * second),
+            // Two slots in the place of one buffer that layers share.
+            _ => (3, tokens * (first + self.attended()) + tile * second),
         };
         // Stream, norm, q k v, with room for t of the stream's (of what goes through a norm before it
         // is added, where there is one) and of q, k and v, and t of three side by side; cos and sin;
@@ -232,6 +239,7 @@ fn a_plan_is_the_arithmetic_of_its_formulas() {
             (4096, "offload"),
             (32_768, "checkpoint"),
             (32_768, "offload"),
+            (32_768, "offload-attention"),
         ] {
             let plan = shape.planned(tokens, policy);
             let (got, expected) =
@@ -241,8 +249,12 @@ fn a_plan_is_the_arithmetic_of_its_formulas() {
             let name = shape.config;
             assert!((0..16 << 20).contains(&rest), "{name} {tokens} {policy}: {got}, {expected}");
             let outside = plan["offloaded_bytes"].as_u64().unwrap();
-            let inputs = (shape.layers * tokens * 2 * shape.d) as u64;
-            assert_eq!(outside, if policy == "offload" { inputs } else { 0 });
+            let waiting = match policy {
+                "offload" => 2 * shape.d,
+                "offload-attention" => 2 * shape.d + shape.attended(),
+                _ => 0,
+            };
+            assert_eq!(outside, (shape.layers * tokens * waiting) as u64);
         }
     }
 }
@@ -335,11 +347,11 @@ fn the_fitter_shows_what_streaming_and_offloading_buy() {
     assert!(text.contains("keep their activations, the input embedding on the host"), "{text}");
     // Mixed: blocks that keep beside blocks that offload.
     let text = fit("--budget 24GiB --weights resident");
-    let mixed = "fits with 23.4 GiB: 4 of 64 blocks keep their activations, inputs of the others \
-                 offloaded, the input embedding on the host";
+    let mixed = "fits with 23.5 GiB: 4 of 64 blocks keep their activations, inputs and attention of \
+                 the others offloaded, the input embedding on the host";
     assert!(text.contains(mixed), "{text}");
     let text = fit("--budget 24GiB");
-    assert!(text.contains("29 of 64 blocks keep their activations, inputs of the"), "{text}");
+    assert!(text.contains("29 of 64 blocks keep their activations, inputs and"), "{text}");
     assert!(text.contains("offloaded, weights streamed, the input embedding"), "{text}");
 }
 
@@ -429,29 +441,35 @@ fn the_printed_flags_lead_to_the_printed_plan() {
 #[test]
 fn a_chosen_mix_has_a_row_of_its_own() {
     for (device, config, flags, others) in [
-        ("cpu", "llama-3.1-8b", "--threads 64 --weights resident --budget 24GiB", "recomputed"),
-        ("cuda", "qwen2.5-32b", "--weights resident --budget 24GiB", "offloaded"),
-        ("cuda", "qwen2.5-32b", "--weights stream --budget 24GiB", "offloaded"),
+        (
+            "cpu",
+            "llama-3.1-8b",
+            "--threads 64 --weights resident --budget 24GiB",
+            "rest recomputed",
+        ),
+        ("cuda", "qwen2.5-32b", "--weights resident --budget 24GiB", "attention offloaded"),
+        ("cuda", "qwen2.5-32b", "--weights stream --budget 24GiB", "attention offloaded"),
         ("cuda", "llama-3.1-8b", "--weights auto --budget 24GiB", "none"),
     ] {
         let flags = format!("--max-length 4096 --fit {flags}");
         let fit = says_of(device, config, &format!("{flags} --json"));
         let fit: Value = serde_json::from_str(&fit).unwrap();
         let (plan, text) = (&fit["fit"]["plan"], says_of(device, config, &flags));
-        let rows: Vec<&str> = text.lines().filter(|line| line.contains(" kept, rest ")).collect();
+        let rows: Vec<&str> = text.lines().filter(|line| line.contains(" kept, ")).collect();
         if others == "none" {
             assert!(rows.is_empty(), "{text}");
             continue;
         }
         let weights = if plan["stream"] == true { "streamed" } else { "resident" };
-        let name = format!("{} kept, rest {others}, {weights} ", plan["kept"]);
+        let name = format!("{} kept, {others}, {weights} ", plan["kept"]);
         let size = format!(" {:.1} GiB ", plan["bytes"].as_f64().unwrap() / GIB);
         assert!(rows.len() == 1 && rows[0].starts_with(&name), "{name}: {text}");
         assert!(rows[0].contains(&size), "{size}: {text}");
     }
 }
 
-/// What `--fit` says of the host beside the limits of offloading: 2·D bytes a token and block.
+/// What `--fit` says of the host beside the limits of offloading: 2·D bytes a token and block, and of what
+/// attention makes 2·(Q + R) + 4·H.
 #[test]
 fn limits_of_offloading_tell_what_they_pin() {
     let fit = says("llama-3.1-8b", "--fit --json --budget 80GiB --activations offload");
@@ -459,7 +477,13 @@ fn limits_of_offloading_tell_what_they_pin() {
     for way in fit["fit"]["ways"].as_array().unwrap() {
         let (tokens, pinned) =
             (way["longest_document"].as_u64().unwrap(), way["pinned_bytes"].as_u64().unwrap());
-        let inputs = if way["policy"] == "offload" { 2 * 4096 * 32 * tokens } else { 0 };
+        let attended = LLAMA_8B.attended() as u64;
+        let of_token = match way["policy"].as_str().unwrap() {
+            "offload" => 2 * 4096,
+            "offload-attention" => 2 * 4096 + attended,
+            _ => 0,
+        };
+        let inputs = of_token * 32 * tokens;
         let tables = 2 * 2 * 4096 * 128_256;
         let blocks = if way["stream"] == true { 2 * (112 << 20) } else { 0 };
         let rest = pinned - inputs;

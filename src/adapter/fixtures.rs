@@ -1,6 +1,6 @@
 //! Small specs for this module's tests, by their `config.json` in `tests/data`.
 
-use crate::model::spec::{Activation, Family, ModelSpec, Norm, RopeScaling, Rotary};
+use crate::model::spec::{Activation, Family, MlpKind, ModelSpec, Norm, RopeScaling, Rotary};
 
 /// A Llama of `num_layers` blocks: D 64, F 160, 4 heads of 16, 2 key heads, V 128, untied.
 pub fn llama(num_layers: usize) -> ModelSpec {
@@ -19,8 +19,7 @@ pub fn llama(num_layers: usize) -> ModelSpec {
         post_norms: false,
         embedding_scale: 1.0,
         activation: Activation::Silu,
-        gated_mlp: true,
-        fused_gate_up: false,
+        mlp: MlpKind::Gated,
         rotary: Some(Rotary { theta: 10_000.0, scaling: RopeScaling::Default }),
         rotary_dim: 16,
         local_rotary: None,
@@ -52,7 +51,7 @@ pub fn gpt2() -> ModelSpec {
         norm: Norm::Layer,
         norm_eps: 1e-5,
         activation: Activation::GeluTanh,
-        gated_mlp: false,
+        mlp: MlpKind::Plain,
         rotary: None,
         rotary_dim: 0,
         learned_positions: Some(64),

@@ -46,8 +46,9 @@ pub struct MemoryArgs {
     #[arg(long, help_heading = "Batch", value_name = "TOKENS", default_value = "2048", value_parser = numbers::at_least_one)]
     pub max_length: NonZeroUsize,
     /// Activations of a block: `keep` them, or recompute from its input and the output of
-    /// `attention`, from its input (`checkpoint`), or from one that waits elsewhere (`offload`): in
-    /// pinned host memory beside a GPU, on the CPU in a nameless file
+    /// `attention`, or from its input (`checkpoint`). With `offload-attention` both of these, with
+    /// `offload` the input waits elsewhere: in pinned host memory beside a GPU, on the CPU in a nameless
+    /// file
     #[arg(long, help_heading = "Memory and threads", value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
     /// Tokens that the MLP works on at a time; lowers memory for long rows [default: by itself

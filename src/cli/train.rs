@@ -319,8 +319,9 @@ pub struct ResourceArgs {
     #[arg(long, value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
     /// Activations of a block: `keep` them, or recompute from its input and the output of
-    /// `attention`, from its input (`checkpoint`), or from one that waits elsewhere (`offload`): in
-    /// pinned host memory beside a GPU, on the CPU in a nameless file in `--out`
+    /// `attention`, or from its input (`checkpoint`). With `offload-attention` both of these, with
+    /// `offload` the input waits elsewhere: in pinned host memory beside a GPU, on the CPU in a nameless
+    /// file in `--out`
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
     /// Tokens that the MLP works on at a time; lowers memory for long rows [default: by itself

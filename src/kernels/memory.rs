@@ -99,7 +99,7 @@ pub trait Storage: Clone + Sync {
     type Memory: PlannedMemory<Self>;
     /// A running sum of losses in f64.
     type LossSum: Send;
-    /// Where inputs of offloaded layers wait between forward and backward.
+    /// Where what layers offload waits between forward and backward.
     type Offload: Send;
     /// A frozen matrix `[out, in]`, dense or in 4-bit blocks.
     type Weight: Send + Sync;
@@ -121,8 +121,8 @@ pub trait Storage: Clone + Sync {
     /// `Budget` or `Io` when there is none.
     fn offload_store(&self, plan: &MemoryPlan, folder: Option<&Path>) -> Result<Self::Offload>;
 
-    /// Begins to copy the first `elements` of the slot's buffer to the offloaded region `index`; `from`
-    /// is the buffer and the slot's number.
+    /// Begins to copy the first `elements` of the slot's buffer, whole rows of a matrix, to the offloaded
+    /// region `index`; `from` is the buffer and the slot's number.
     fn offload(
         &self,
         store: &mut Self::Offload,

@@ -207,10 +207,8 @@ pub struct ModelSpec {
     pub embedding_scale: f32,
     /// Nonlinearity of the MLP.
     pub activation: Activation,
-    /// `down(act(gate(x)) · up(x))` if true, `down(act(up(x)))` if false.
-    pub gated_mlp: bool,
-    /// gate and up are one matrix, one below the other; it has the role of up.
-    pub fused_gate_up: bool,
+    /// Linears of the MLP.
+    pub mlp: MlpKind,
     /// Rotary embedding of q and k.
     pub rotary: Option<Rotary>,
     /// The first elements of each head, which it turns; the others stay as they are.
@@ -249,6 +247,17 @@ pub struct ModelSpec {
     pub bos_token_id: Option<u32>,
     /// `eos_token_id`, one or several.
     pub eos_token_ids: Vec<u32>,
+}
+
+/// How the MLP comes by what its down projection reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MlpKind {
+    /// `down(act(up(x)))`.
+    Plain,
+    /// `down(act(gate(x)) · up(x))`.
+    Gated,
+    /// The same; gate and up are one matrix, one below the other, which has the role of up.
+    FusedGated,
 }
 
 /// What a linear does in its block.
@@ -352,7 +361,8 @@ impl ModelSpec {
 
     /// Columns of what the linear of role up makes: F, or those of gate and up.
     pub fn up_width(&self) -> usize {
-        if self.fused_gate_up { 2 * self.intermediate_size } else { self.intermediate_size }
+        let pieces = if self.mlp == MlpKind::FusedGated { 2 } else { 1 };
+        pieces * self.intermediate_size
     }
 
     /// Width of k and of v: `K · head_dim`.

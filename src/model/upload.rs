@@ -86,7 +86,7 @@ impl Block<Cpu> {
             activation: self.activation,
             hidden_size: self.hidden_size,
             intermediate_size: self.intermediate_size,
-            fused_gate_up: self.fused_gate_up,
+            mlp: self.mlp,
         })
     }
 }

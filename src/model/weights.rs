@@ -267,7 +267,7 @@ impl Reader<'_> {
             activation: spec.activation,
             hidden_size: spec.hidden_size,
             intermediate_size: spec.intermediate_size,
-            fused_gate_up: spec.fused_gate_up,
+            mlp: spec.mlp,
         })
     }
 

@@ -9,7 +9,7 @@ use super::ranks::Ranks;
 use super::region::{Component, MemoryPlan, Region, RegionType};
 use super::settings::{Half, HeadSizes, OFFLOAD_SLOTS, Policy, Settings};
 use crate::adapter::LoraTarget;
-use crate::model::spec::ModelSpec;
+use crate::model::spec::{MlpKind, ModelSpec};
 
 /// Rows of query tokens that one attention tile holds (per head).
 pub const ATTENTION_TILE_ROWS: usize = 32;
@@ -36,13 +36,13 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
                     let ranks = |half: Half| ranks.of(layer, half.roles());
                     push_kept(&mut plan, spec, settings, layer, ranks);
                 }
-                Policy::Attention | Policy::OffloadAttention => {
+                Policy::Attention | Policy::OffloadInput => {
                     let component = Component::KeptActivations;
-                    for (name, width) in attended(spec) {
+                    for (name, width) in attended_rows(spec) {
                         plan.push(component, format!("layer.{layer}.{name}"), tokens * width);
                     }
                 }
-                Policy::Checkpoint | Policy::Offload => {}
+                Policy::Checkpoint | Policy::Offload | Policy::OffloadAttention => {}
             }
         }
     } else {
@@ -92,20 +92,48 @@ fn push_moments(plan: &mut MemoryPlan, settings: &Settings) {
     }
 }
 
-/// Inputs of the blocks and the output of the last one.
+/// Inputs of the blocks and the output of the last one, and the output of attention where it waits.
 fn push_inputs(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
     let (component, elements) = (Component::BlockInputs, settings.tokens * spec.hidden_size);
+    let policy = |layer: usize| settings.policies.get(layer).copied();
     for layer in 0..=spec.num_layers {
-        let name = format!("layer.{layer}.input");
-        if settings.policies.get(layer).is_some_and(|policy| policy.offloads()) {
-            plan.offloaded.push(Region::new(component, name, RegionType::F32, elements));
-        } else {
-            plan.push(component, name, elements);
+        if !policy(layer).is_some_and(Policy::offloads) {
+            plan.push(component, format!("layer.{layer}.input"), elements);
         }
     }
+    let layers = settings.policies.iter().enumerate();
+    let waits = layers.map(|(layer, policy)| waiting(spec, settings, layer, *policy));
+    let (inputs, attended): (Vec<_>, Vec<_>) = waits.unzip();
+    plan.offloaded.extend(inputs.into_iter().flatten());
+    plan.offloaded.extend(attended.into_iter().flatten().flatten());
     for slot in 0..OFFLOAD_SLOTS.min(settings.offloaded().len()) {
         plan.push(component, format!("offload.slot.{slot}"), elements);
     }
+    for slot in 0..OFFLOAD_SLOTS.min(settings.offloaded_attention().len()) {
+        for (name, width) in attended_rows(spec) {
+            let (component, name) =
+                (Component::KeptActivations, format!("offload.slot.{slot}.{name}"));
+            plan.push(component, name, settings.tokens * width);
+        }
+    }
+}
+
+/// Regions of a layer that wait outside of the arena: its input, and what attention makes.
+pub fn waiting(
+    spec: &ModelSpec,
+    settings: &Settings,
+    layer: usize,
+    policy: Policy,
+) -> (Option<Region>, Option<[Region; 2]>) {
+    let region = |component, name: &str, width: usize| {
+        // Those of all layers have room for the same adapters: they share the slots.
+        let name = format!("offloaded.{layer}.{name}");
+        Region::new(component, name, RegionType::F32, settings.tokens * width)
+    };
+    let input = || region(Component::BlockInputs, "input", spec.hidden_size);
+    let made = |(name, width)| region(Component::KeptActivations, name, width);
+    let attended = || attended_rows(spec).map(made);
+    (policy.offloads().then(input), (policy == Policy::OffloadAttention).then(attended))
 }
 
 /// A layer that keeps its activations: buffers with a piece for every tile of its MLP.
@@ -132,14 +160,14 @@ fn push_shared(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings, ran
     push_mlp(plan, spec, component, &tile, widest(Half::Mlp));
     if !settings.shares_attention() {
         // Each layer has its own.
-        let own = attended(spec).map(|(name, _)| format!("recompute.{name}"));
+        let own = attended_rows(spec).map(|(name, _)| format!("recompute.{name}"));
         let regions = plan.regions.iter_mut().filter(|region| own.contains(&region.name));
         regions.for_each(|region| region.elements = 0);
     }
 }
 
 /// What attention makes, for a token: its statistics and its output.
-fn attended(spec: &ModelSpec) -> [(&'static str, usize); 2] {
+fn attended_rows(spec: &ModelSpec) -> [(&'static str, usize); 2] {
     [("lse", spec.num_heads), ("attention", spec.q_width())]
 }
 
@@ -172,7 +200,7 @@ fn push_attention(
     ranks: usize,
 ) {
     let d = spec.hidden_size;
-    let [statistics, output] = attended(spec);
+    let [statistics, output] = attended_rows(spec);
     let rows = [
         ("qkv", spec.q_width() + 2 * spec.kv_width()),
         statistics,
@@ -201,8 +229,7 @@ fn push_mlp(
         let region = Region::new(component, name, dtype, tokens * width);
         plan.regions.push(Region { count: *count, ..region });
     };
-    let gate = spec.gated_mlp && !spec.fused_gate_up;
-    let gate = if gate { spec.intermediate_size } else { 0 };
+    let gate = if spec.mlp == MlpKind::Gated { spec.intermediate_size } else { 0 };
     push("gate", gate);
     push("up", spec.up_width());
     push("mlp_lora_x", ranks);

@@ -2,7 +2,8 @@
 //!
 //! In this order, each where the one before is used up: passes of half as many tokens, down to the
 //! longest document; half of the blocks that keep their activations recompute; attention is made again,
-//! too; the MLP, the logits and widened weights take smaller pieces; inputs of blocks wait elsewhere.
+//! too; the MLP, the logits and widened weights take smaller pieces; inputs of blocks wait elsewhere,
+//! alone.
 //! Losses and gradients are the same sums in all of them, up to the order of summation.
 
 use super::settings::{Pieces, Policy, Settings};
@@ -29,7 +30,7 @@ fn shorter(settings: &Settings) -> Option<Settings> {
 /// The last blocks keep what they have longest: the backward pass meets them first.
 fn keeping_fewer(settings: &Settings) -> Option<Settings> {
     let kept = settings.count(Policy::Keep);
-    let others = [Policy::Offload, Policy::Attention];
+    let others = [Policy::OffloadAttention, Policy::Offload, Policy::Attention];
     let instead = others.into_iter().find(|policy| settings.count(*policy) > 0);
     let instead = instead.unwrap_or(Policy::Checkpoint);
     let mut policies = settings.policies.clone();
@@ -41,12 +42,12 @@ fn keeping_fewer(settings: &Settings) -> Option<Settings> {
 fn attending_again(settings: &Settings) -> Option<Settings> {
     let again = |policy: &Policy| match policy {
         Policy::Attention => Policy::Checkpoint,
-        Policy::OffloadAttention => Policy::Offload,
+        Policy::OffloadInput => Policy::Offload,
         policy => *policy,
     };
     let policies = settings.policies.iter().map(again).collect();
     // Of one block alone the shared buffers would be as large.
-    (settings.attended() > 1).then(|| Settings { policies, ..settings.clone() })
+    (settings.attended_in_memory() > 1).then(|| Settings { policies, ..settings.clone() })
 }
 
 fn offloading(settings: &Settings) -> Option<Settings> {
@@ -120,8 +121,17 @@ mod tests {
         let again = leaner(&fewer).unwrap();
         assert_eq!(again.policies, [Checkpoint; 2]);
         assert_eq!(in_words(&fewer, &again), "attention recomputed");
-        let offloaded = settings(64, 64, vec![Policy::OffloadAttention; 2]);
-        assert_eq!(leaner(&offloaded).unwrap().policies, [Policy::Offload; 2]);
+        let kept = settings(64, 64, vec![Policy::OffloadInput; 2]);
+        assert_eq!(leaner(&kept).unwrap().policies, [Policy::Offload; 2]);
+        // What waits takes no memory but two buffers, which go last.
+        let waits = settings(64, 64, vec![Policy::OffloadAttention, Policy::Keep]);
+        let fewer = leaner(&waits).unwrap();
+        assert_eq!(fewer.policies, [Policy::OffloadAttention; 2]);
+        let small = leaner(&leaner(&fewer).unwrap()).unwrap();
+        assert_eq!(small.policies, [Policy::OffloadAttention; 2]);
+        let last = leaner(&small).unwrap();
+        assert_eq!(last.policies, [Policy::Offload; 2]);
+        assert_eq!(in_words(&small, &last), "attention recomputed");
     }
 
     #[test]

@@ -21,7 +21,7 @@ pub mod work;
 
 pub use budget::{Activations, Choice, Demand, Limit, WeightsMode};
 pub use embedding::{EmbeddingPlace, OnHost};
-pub use layout::layout;
+pub use layout::{layout, waiting};
 pub use leaner::{in_words, leaner};
 pub use moments::{MomentLayout, MomentPlace, Optim};
 pub use outside::{Outside, WeightParts};

@@ -136,7 +136,8 @@ impl Region {
 pub struct MemoryPlan {
     /// All regions.
     pub regions: Vec<Region>,
-    /// Outside of the arena: inputs of offloaded layers, in pinned memory beside a GPU or in a file.
+    /// Outside of the arena: inputs of layers and what attention made, in pinned memory beside a GPU or
+    /// in a file.
     pub offloaded: Vec<Region>,
 }
 

@@ -29,7 +29,7 @@ const CHUNKS_TO_SHARE_A_HEAD: usize = 4;
 
 /// What happens to a layer's activations between forward and backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "kebab-case")]
 pub enum Policy {
     /// Kept: no recomputation.
     Keep,
@@ -40,19 +40,21 @@ pub enum Policy {
     /// As checkpoint, and the input waits outside of the working memory: two buffers of it are all
     /// that offloaded layers share there.
     Offload,
-    /// As offload, and the output of attention is kept.
+    /// As attention, and the input waits as with offload.
+    OffloadInput,
+    /// As attention, and both wait as with offload.
     OffloadAttention,
 }
 
 impl Policy {
     /// Whether the input waits outside of the working memory.
     pub fn offloads(self) -> bool {
-        matches!(self, Policy::Offload | Policy::OffloadAttention)
+        matches!(self, Policy::Offload | Policy::OffloadInput | Policy::OffloadAttention)
     }
 
-    /// Whether the output of attention is kept, and nothing else that the block makes.
-    pub fn keeps_attention(self) -> bool {
-        matches!(self, Policy::Attention | Policy::OffloadAttention)
+    /// Whether the output of attention is kept or waits, and nothing else that the block makes.
+    pub fn spares_attention(self) -> bool {
+        matches!(self, Policy::Attention | Policy::OffloadInput | Policy::OffloadAttention)
     }
 }
 
@@ -95,7 +97,8 @@ pub struct SumOrder {
     head_on_host: bool,
 }
 
-/// Buffers for the inputs of layers that are offloaded: one at work, one that is copied.
+/// Buffers for the inputs of layers that are offloaded, and for the output of their attention: one at
+/// work, one that is copied.
 pub const OFFLOAD_SLOTS: usize = 2;
 
 /// Rows of logits that exist at a time: about 128 MiB (in f32, on a GPU in bf16), at least 64 rows; no
@@ -233,14 +236,20 @@ impl Settings {
 
     /// Which blocks keep what, for people.
     pub fn kept_in_words(&self) -> String {
-        let (kept, attended) = (self.count(Policy::Keep), self.attended());
+        let kept = self.count(Policy::Keep);
+        let attended = self.attended_in_memory();
         let words = format!("{kept} of {} blocks keep their activations", self.policies.len());
         if attended == 0 { words } else { format!("{words}, {attended} the output of attention") }
     }
 
-    /// Layers that keep the output of attention alone.
+    /// Layers that keep the output of attention in memory, and nothing else that they make.
+    pub fn attended_in_memory(&self) -> usize {
+        self.count(Policy::Attention) + self.count(Policy::OffloadInput)
+    }
+
+    /// Layers that make no attention again, but all the rest.
     pub fn attended(&self) -> usize {
-        self.policies.iter().filter(|policy| policy.keeps_attention()).count()
+        self.policies.iter().filter(|policy| policy.spares_attention()).count()
     }
 
     /// Whether a layer makes its attention again, or keeps nothing of it.
@@ -269,6 +278,21 @@ impl Settings {
     pub fn offloaded(&self) -> Vec<usize> {
         let offload = |layer: &usize| self.policies[*layer].offloads();
         (0..self.policies.len()).filter(offload).collect()
+    }
+
+    /// Layers the output of whose attention is offloaded, in order.
+    pub fn offloaded_attention(&self) -> Vec<usize> {
+        let offload = |layer: &usize| self.policies[*layer] == Policy::OffloadAttention;
+        (0..self.policies.len()).filter(offload).collect()
+    }
+
+    /// What is offloaded, for people; `None` where nothing is.
+    pub fn offloaded_in_words(&self) -> Option<&'static str> {
+        match (self.offloaded().len(), self.offloaded_attention().len()) {
+            (0, _) => None,
+            (_, 0) => Some("inputs"),
+            _ => Some("inputs and attention"),
+        }
     }
 
     /// Tokens of a tile of the MLP; all of them where one tile holds them. The last one may be shorter.

@@ -51,7 +51,7 @@ impl Work {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Transfer {
     /// Bytes to the GPU: all blocks forward and all but the last two backward, less the two that the
-    /// step before has left there; and offloaded inputs.
+    /// step before has left there; and what is offloaded.
     pub bytes: u64,
     /// Floating-point operations.
     pub flops: f64,

@@ -1,4 +1,4 @@
-//! Block inputs that leave the device and come back.
+//! Block inputs, and what attention made, that leave the device and come back.
 
 use nibble::adapter::Adapter;
 use nibble::checkpoint::Checkpoint;
@@ -19,8 +19,8 @@ use crate::{Gpu, settings};
 /// Blocks that are offloaded among others, and next to each other; copies as early and as late as
 /// they may be made.
 #[test]
-fn offloaded_inputs_give_the_bits_of_checkpointed_ones() {
-    use Policy::{Attention, Checkpoint, Keep, Offload, OffloadAttention};
+fn what_is_offloaded_gives_the_bits_of_what_is_recomputed() {
+    use Policy::{Attention, Checkpoint, Keep, Offload, OffloadAttention, OffloadInput};
     let case = Case::open("llama_s0");
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     let run = |copies: Copies, policies: &[Policy]| {
@@ -49,8 +49,12 @@ fn offloaded_inputs_give_the_bits_of_checkpointed_ones() {
         [Offload, Checkpoint, Offload, Offload, Keep, Offload],
         [Checkpoint, Offload, Keep, Keep, Keep, Keep],
         [Offload, Attention, Offload, Attention, Checkpoint, Keep],
+        [OffloadInput; 6],
+        [Offload, Offload, OffloadInput, OffloadInput, Keep, OffloadInput],
         [OffloadAttention; 6],
-        [Offload, Offload, OffloadAttention, OffloadAttention, Keep, OffloadAttention],
+        [OffloadAttention, Offload, OffloadAttention, Keep, OffloadAttention, OffloadAttention],
+        [OffloadInput, OffloadAttention, Attention, OffloadAttention, Checkpoint, Offload],
+        [Checkpoint, Keep, OffloadAttention, Keep, Keep, Keep],
         [Keep, Keep, Checkpoint, Offload, Offload, Keep],
     ] {
         for copies in [Copies::AtOnce, Copies::WhenAwaited] {
@@ -60,8 +64,10 @@ fn offloaded_inputs_give_the_bits_of_checkpointed_ones() {
     if Device::skips_on_a_card("copies that are never made") {
         return;
     }
-    let without = run(Copies::Never, &[Offload; 6]).unwrap();
-    assert!(without.1 != expected.1, "the copies matter");
+    for policy in [Offload, OffloadAttention] {
+        let without = run(Copies::Never, &[policy; 6]).unwrap();
+        assert!(without.1 != expected.1, "the copies matter");
+    }
 }
 
 /// Where numbers stop being finite, whether the inputs of blocks are in memory or not.

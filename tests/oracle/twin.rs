@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use nibble::adapter::Adapter;
 use nibble::data::Document;
-use nibble::model::spec::{Activation, LinearRole, LinearSpec, ModelSpec, Norm};
+use nibble::model::spec::{Activation, LinearRole, LinearSpec, MlpKind, ModelSpec, Norm};
 
 /// Frozen tensors, trained ones and the spec.
 pub struct Twin<'a> {
@@ -122,14 +122,17 @@ impl<'a> Twin<'a> {
         };
         let x = (x + post_norm(post_attention, linear(LinearRole::O, &mixed)?)?)?;
         let normed = self.norm(&second, &x)?;
-        let inner = if self.spec.fused_gate_up {
-            let (both, f) = (linear(LinearRole::Up, &normed)?, self.spec.intermediate_size);
-            (activate(self.spec.activation, &both.narrow(1, 0, f)?)? * both.narrow(1, f, f)?)?
-        } else if self.spec.gated_mlp {
-            let gate = activate(self.spec.activation, &linear(LinearRole::Gate, &normed)?)?;
-            (gate * linear(LinearRole::Up, &normed)?)?
-        } else {
-            activate(self.spec.activation, &linear(LinearRole::Up, &normed)?)?
+        let up = linear(LinearRole::Up, &normed)?;
+        let inner = match self.spec.mlp {
+            MlpKind::FusedGated => {
+                let f = self.spec.intermediate_size;
+                (activate(self.spec.activation, &up.narrow(1, 0, f)?)? * up.narrow(1, f, f)?)?
+            }
+            MlpKind::Gated => {
+                let gate = linear(LinearRole::Gate, &normed)?;
+                (activate(self.spec.activation, &gate)? * up)?
+            }
+            MlpKind::Plain => activate(self.spec.activation, &up)?,
         };
         x + post_norm(post_mlp, linear(LinearRole::Down, &inner)?)?
     }

@@ -156,8 +156,9 @@ fn threads() {
 #[test]
 fn activations() {
     let runs = Runs::new();
-    let [keep, attention, checkpoint, offload] = ["keep", "attention", "checkpoint", "offload"]
-        .map(|policy| runs.train(&format!("activations={policy}")));
+    let policies = ["keep", "attention", "checkpoint", "offload", "offload-attention"];
+    let [keep, attention, checkpoint, offload, both] =
+        policies.map(|policy| runs.train(&format!("activations={policy}")));
     assert!(keep.said.contains("2 of 2 blocks keep"), "{}", keep.said);
     assert!(checkpoint.said.contains("0 of 2 blocks keep"), "{}", checkpoint.said);
     assert!(planned(&checkpoint, "kept activations") == 0 && planned(&keep, "kept") > 0);
@@ -171,6 +172,11 @@ fn activations() {
     // Two slots and the output of the last block, as many as two blocks have without.
     assert_eq!(planned(&offload, "block inputs"), planned(&checkpoint, "block inputs"));
     assert_eq!(offload.optimizer("master"), checkpoint.optimizer("master"));
+    assert!(both.said.contains("of inputs and attention offloaded"), "{}", both.said);
+    assert_eq!(planned(&both, "block inputs"), planned(&checkpoint, "block inputs"));
+    // As many slots as two blocks have buffers of their own.
+    assert_eq!(planned(&both, "kept activations"), planned(&attention, "kept activations"));
+    assert_eq!(both.optimizer("master"), checkpoint.optimizer("master"));
 }
 
 #[test]

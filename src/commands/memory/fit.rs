@@ -95,10 +95,10 @@ fn print(
             fastest.time,
         );
     }
-    println!("\n{:<34} {:>12} {:>12} {:>6}", "one change of this plan", "total", "changes", "time");
+    println!("\n{:<38} {:>12} {:>12} {:>6}", "one change of this plan", "total", "changes", "time");
     for knob in &fit.knobs {
         let (total, change) = (ByteSize(knob.bytes), change(fit.bytes, knob.bytes));
-        println!("{:<34} {total:>12} {change:>12} {:>5.2}x", knob.flags, knob.time);
+        println!("{:<38} {total:>12} {change:>12} {:>5.2}x", knob.flags, knob.time);
     }
 }
 
@@ -107,7 +107,7 @@ fn print_ways(fit: &Fit, asked: Asked, demand: &Demand) {
     let on_gpu = demand.place == Place::Gpu;
     let host = if on_gpu { format!(" {:>12}", "pins") } else { String::new() };
     println!(
-        "\n{:<34} {:>12} {:>6} {:>16}{host} {rows:>16}",
+        "\n{:<38} {:>12} {:>6} {:>16}{host} {rows:>16}",
         "", "as asked", "time", "longest document"
     );
     for way in &fit.ways {
@@ -118,7 +118,7 @@ fn print_ways(fit: &Fit, asked: Asked, demand: &Demand) {
             (true, bytes) => format!(" {:>12}", ByteSize(bytes)),
         };
         let (name, time) = (name(way, demand), way.time);
-        println!("{name:<34} {bytes:>12} {time:>5.2}x {longest:>16}{pins} {batch:>16}");
+        println!("{name:<38} {bytes:>12} {time:>5.2}x {longest:>16}{pins} {batch:>16}");
     }
     if on_gpu {
         println!("(pins: pinned memory of the host that the longest document needs besides)");
@@ -138,18 +138,20 @@ fn name(way: &Way, demand: &Demand) -> String {
         Policy::Keep => "activations kept",
         Policy::Attention => "attention kept",
         Policy::Checkpoint => "recomputed",
-        Policy::Offload | Policy::OffloadAttention => "inputs offloaded",
+        Policy::Offload | Policy::OffloadInput => "inputs offloaded",
+        Policy::OffloadAttention => "attention offloaded",
     };
     if way.attended > 0 {
         return format!("{} attention, offloaded, {weights}", way.attended);
     }
     if (1..demand.spec.num_layers).contains(&way.kept) {
         let others = match way.policy {
-            Policy::Offload | Policy::OffloadAttention => "offloaded",
-            Policy::Attention => "attention",
-            Policy::Keep | Policy::Checkpoint => "recomputed",
+            Policy::Offload | Policy::OffloadInput => "rest offloaded",
+            Policy::OffloadAttention => "attention offloaded",
+            Policy::Attention => "rest attention",
+            Policy::Keep | Policy::Checkpoint => "rest recomputed",
         };
-        return format!("{} kept, rest {others}, {weights}", way.kept);
+        return format!("{} kept, {others}, {weights}", way.kept);
     }
     format!("{others}, weights {weights}")
 }

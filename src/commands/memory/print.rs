@@ -22,9 +22,9 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
         thousands(trained as u64),
     );
     println!("{}", run.settings.kept_in_words());
-    if run.plan.offloaded_bytes() > 0 {
+    if let Some(what) = run.settings.offloaded_in_words() {
         let bytes = ByteSize(run.plan.offloaded_bytes() as u64);
-        println!("{bytes} of block inputs are offloaded: to pinned memory, or a file on the CPU");
+        println!("{bytes} of {what} are offloaded: to pinned memory, or a file on the CPU");
     }
     if run.settings.tiled() {
         println!("the MLP works on tiles of {} tokens", run.settings.mlp_tile());

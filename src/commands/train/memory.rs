@@ -28,7 +28,7 @@ pub struct Memory {
     pub on_host: OnHost,
     /// Every part of it.
     pub account: Account,
-    /// Bytes of block inputs in pinned memory or in a file.
+    /// Bytes that wait in pinned memory or in a file between forward and backward.
     pub offloaded_bytes: u64,
     /// Whether the process' own memory is planned, not a GPU's.
     pub in_process: bool,
@@ -125,10 +125,10 @@ impl Memory {
         let on_host = self.on_host.in_words().map_or(String::new(), |what| format!("; {what}"));
         let tiled = self.settings.tiled().then(|| self.settings.mlp_tile());
         let tiled = tiled.map_or(String::new(), |t| format!("; MLP in tiles of {t} tokens"));
-        let offloaded = match self.offloaded_bytes {
-            0 => String::new(),
-            bytes => format!("; {} of inputs offloaded", ByteSize(bytes)),
-        };
+        let bytes = ByteSize(self.offloaded_bytes);
+        let offloaded = self.settings.offloaded_in_words();
+        let offloaded =
+            offloaded.map_or(String::new(), |what| format!("; {bytes} of {what} offloaded"));
         format!(
             "plan: {total} for {tokens} tokens in a forward pass; \
              {kept}{offloaded}{tiled}{streamed}{on_host}"

@@ -1,4 +1,4 @@
-//! Inputs of offloaded layers in a file: written in the forward pass, read in the backward pass.
+//! What layers offload, in a file: written in the forward pass, read in the backward pass.
 //!
 //! The file has no name and is gone with the run. What is written goes through the system's page
 //! cache, which is not the program's memory and is given up when memory is short.
@@ -69,7 +69,7 @@ impl Scratch {
     ) {
         let file = self.file.as_ref().expect("regions are planned");
         if let Err(e) = access(file, self.offsets[index]) {
-            let failure = Error::io(act, Path::new("the file of offloaded inputs"), e);
+            let failure = Error::io(act, Path::new("the file of offloaded activations"), e);
             self.failure.get_or_insert(failure);
         }
     }

@@ -37,7 +37,7 @@ mod weight;
 use std::sync::{Arc, Mutex, MutexGuard};
 
 pub use attention::AttnImplementation;
-pub use plan::{cuda_layout, staged_bytes};
+pub use plan::{cuda_layout, staged_bytes, waiting_bytes};
 pub use weight::matrix_bytes;
 
 use ahead::Ahead;

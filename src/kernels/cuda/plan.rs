@@ -3,8 +3,10 @@
 
 use std::ops::Range;
 
-use crate::model::spec::{LinearRole, ModelSpec};
-use crate::plan::{Component, MemoryPlan, Pitch, Ranks, Region, RegionType, Settings, layout};
+use crate::model::spec::{LinearRole, MlpKind, ModelSpec};
+use crate::plan::{
+    Component, MemoryPlan, Pitch, Policy, Ranks, Region, RegionType, Settings, layout, waiting,
+};
 
 use super::adapted_mlp;
 use super::attention::{AttnImplementation, WorkLayout};
@@ -60,10 +62,9 @@ pub fn cuda_layout(
     let mut plan = layout(spec, settings);
     let ranks = Ranks::new(&settings.targets, spec.num_layers);
     let stacked = stacked_elements(spec, settings, &ranks);
+    let room = extends(settings).then_some(&ranks);
+    plan.regions.iter_mut().chain(&mut plan.offloaded).for_each(|it| narrow(spec, room, it));
     for region in &mut plan.regions {
-        if !is_wide(&region.name) {
-            region.dtype = RegionType::Bf16;
-        }
         match region.name.as_str() {
             "work.attention" => {
                 region.elements = WorkLayout::new(spec, settings, attention).elements();
@@ -77,14 +78,10 @@ pub fn cuda_layout(
             }
             _ => {}
         }
-        if extends(settings) {
-            leave_room(spec, &ranks, region);
-        }
         if region.name == "head.logits" {
             align_rows(spec.vocab_size, region);
         }
     }
-    plan.offloaded.iter_mut().for_each(|region| region.dtype = RegionType::Bf16);
     let sums = mlp_sum_elements(spec, settings, &ranks).unwrap_or(0);
     let idle = idle_in_blocks(&plan.regions);
     let room = plan.regions[idle.clone()].iter().map(|region| region.bytes()).sum::<usize>() / 4;
@@ -120,6 +117,30 @@ pub fn cuda_layout(
     plan
 }
 
+/// Bytes that a layer of `policy` has in pinned memory between forward and backward.
+pub fn waiting_bytes(spec: &ModelSpec, settings: &Settings, policy: Policy) -> usize {
+    let ranks = Ranks::new(&settings.targets, spec.num_layers);
+    let room = extends(settings).then_some(&ranks);
+    let (input, attended) = waiting(spec, settings, 0, policy);
+    let regions = input.into_iter().chain(attended.into_iter().flatten());
+    let narrowed = regions.map(|mut region| {
+        narrow(spec, room, &mut region);
+        region.bytes()
+    });
+    narrowed.sum()
+}
+
+/// A region of the CPU's as it is on a GPU: in bf16 but for sums, and with room behind its rows for
+/// adapters of those `ranks`.
+fn narrow(spec: &ModelSpec, ranks: Option<&Ranks>, region: &mut Region) {
+    if !is_wide(&region.name) {
+        region.dtype = RegionType::Bf16;
+    }
+    if let Some(ranks) = ranks {
+        leave_room(spec, ranks, region);
+    }
+}
+
 /// Whether products have the adapters' share in them: dropout is for A alone.
 fn extends(settings: &Settings) -> bool {
     !settings.lora_dropout && !settings.targets.is_empty()
@@ -138,7 +159,7 @@ fn stacked_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> Opt
 /// f32 elements that the sums of the MLP's adapters take; `None` where no layer has them summed together.
 fn mlp_sum_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> Option<usize> {
     use LinearRole::{Down, Gate, Up};
-    let gated = spec.gated_mlp && !spec.fused_gate_up;
+    let gated = spec.mlp == MlpKind::Gated;
     if !(gated && settings.training() && extends(settings) && settings.bf16_working) {
         return None;
     }
@@ -196,14 +217,15 @@ fn operand_rows(spec: &ModelSpec, name: &str) -> Option<(usize, &'static [Produc
     const PROJECTIONS: Product = &[Q, K, V, Qkv];
     let (d, f) = (spec.hidden_size, spec.intermediate_size);
     let qkv = spec.q_width() + 2 * spec.kv_width();
+    let fused = spec.mlp == MlpKind::FusedGated;
     match name {
         "work.norm" => Some((d, &[PROJECTIONS, &[Gate], &[Up]])),
-        "work.mlp" if spec.fused_gate_up => Some((f, &[&[Down]])),
+        "work.mlp" if fused => Some((f, &[&[Down]])),
         "work.mlp" => Some((f, &[&[Down], &[Up]])),
-        "work.mlp_gradient" if spec.fused_gate_up => None,
-        "work.mlp_gradient" if spec.gated_mlp => Some((f, &[&[Gate]])),
+        "work.mlp_gradient" if fused => None,
+        "work.mlp_gradient" if spec.mlp == MlpKind::Gated => Some((f, &[&[Gate]])),
         "work.mlp_gradient" => Some((f, &[&[Up]])),
-        _ if spec.fused_gate_up && name.ends_with(".up") => Some((spec.up_width(), &[&[Up]])),
+        _ if fused && name.ends_with(".up") => Some((spec.up_width(), &[&[Up]])),
         "work.qkv_gradient" => Some((qkv, &[PROJECTIONS])),
         "work.projected_gradient" => Some((d, &[&[O], &[Down]])),
         "work.gradient" | "work.tile_gradient" if !spec.post_norms => Some((d, &[&[O], &[Down]])),

@@ -9,7 +9,7 @@ use super::driver::Driver;
 use super::host::{self, DeviceVector};
 use super::loss::{self, LossSum};
 use super::memory::{Allocation, Buffer, Memory};
-use super::offload::PinnedInputs;
+use super::offload::Pinned;
 use super::plan::{
     DEQUANTIZED, MLP_SUMS, STACKED_A, STACKED_GRADIENT, cuda_layout, idle_in_blocks, staged_bytes,
 };
@@ -31,7 +31,7 @@ impl<D: Driver> Storage for Cuda<D> {
     type LossSum = LossSum<D>;
     type Weight = DeviceWeight<D>;
     type Vector = DeviceVector<D>;
-    type Offload = PinnedInputs<D>;
+    type Offload = Pinned<D>;
 
     fn plan(&self, spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
         cuda_layout(spec, settings, self.attention)
@@ -60,13 +60,13 @@ impl<D: Driver> Storage for Cuda<D> {
         Ok(memory)
     }
 
-    fn offload_store(&self, plan: &MemoryPlan, _folder: Option<&Path>) -> Result<PinnedInputs<D>> {
-        PinnedInputs::new(&self.shared.driver, plan)
+    fn offload_store(&self, plan: &MemoryPlan, _folder: Option<&Path>) -> Result<Pinned<D>> {
+        Pinned::new(&self.shared.driver, plan)
     }
 
     fn offload(
         &self,
-        store: &mut PinnedInputs<D>,
+        store: &mut Pinned<D>,
         from: (&Buffer<D>, usize),
         index: usize,
         elements: usize,
@@ -76,7 +76,7 @@ impl<D: Driver> Storage for Cuda<D> {
 
     fn fetch(
         &self,
-        store: &mut PinnedInputs<D>,
+        store: &mut Pinned<D>,
         index: usize,
         (to, slot): (&mut Buffer<D>, usize),
         elements: usize,
@@ -84,11 +84,11 @@ impl<D: Driver> Storage for Cuda<D> {
         self.note(store.fetch(index, (to, slot), elements));
     }
 
-    fn settle(&self, _store: &mut PinnedInputs<D>, slot: usize) {
+    fn settle(&self, _store: &mut Pinned<D>, slot: usize) {
         self.note(self.driver().await_copy(slot));
     }
 
-    fn offload_failure(&self, _store: &mut PinnedInputs<D>) -> Result<()> {
+    fn offload_failure(&self, _store: &mut Pinned<D>) -> Result<()> {
         // Kept with all other failures.
         Ok(())
     }

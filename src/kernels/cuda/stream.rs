@@ -12,18 +12,18 @@ use rayon::prelude::*;
 
 use super::driver::{Driver, pin, unpin};
 use super::memory::Allocation;
+use super::offload::OFFLOAD_COPIES;
 use super::weight::{self, Part};
 use super::{Cuda, DeviceWeight};
 use crate::error::Result;
 use crate::kernels::StreamedWeights;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::model::streaming::{Direction, Streaming, WeightStream, next};
-use crate::plan::settings::OFFLOAD_SLOTS;
 
 /// Places for blocks.
 const STREAM_SLOTS: usize = 2;
-/// Slots of copies on the second stream: first those of offloaded inputs.
-pub(super) const COPY_SLOTS: usize = OFFLOAD_SLOTS + STREAM_SLOTS;
+/// Slots of copies on the second stream: first those of what is offloaded.
+pub(super) const COPY_SLOTS: usize = OFFLOAD_COPIES + STREAM_SLOTS;
 
 /// A block as the file has it: parts, and where each begins in its place.
 type BlockParts = Vec<(usize, Part)>;
@@ -98,7 +98,7 @@ impl<D: Driver> Stream<D> {
     /// Queues the copy of block `layer`, unless it is there or on its way.
     fn fetch(&mut self, layer: usize) -> Result<()> {
         let (index, driver) = (layer % STREAM_SLOTS, &self.cuda.shared.driver);
-        let (place, slot) = (&mut self.places[index], OFFLOAD_SLOTS + index);
+        let (place, slot) = (&mut self.places[index], OFFLOAD_COPIES + index);
         if place.block == Some(layer) {
             return Ok(());
         }
@@ -114,7 +114,7 @@ impl<D: Driver> Stream<D> {
 
     fn bring(&mut self, layer: usize, direction: Direction) -> Result<()> {
         self.fetch(layer)?;
-        self.cuda.shared.driver.await_copy(OFFLOAD_SLOTS + layer % STREAM_SLOTS)?;
+        self.cuda.shared.driver.await_copy(OFFLOAD_COPIES + layer % STREAM_SLOTS)?;
         let blocks = self.blocks.len();
         let Some(behind) = next(layer, blocks, direction) else { return Ok(()) };
         self.fetch(behind)?;
@@ -169,7 +169,7 @@ impl<D: Driver> Drop for Stream<D> {
         let driver = &self.cuda.shared.driver;
         for (index, place) in self.places.iter().enumerate() {
             // A copy that cannot be waited for keeps its memory.
-            if driver.finish_copy(OFFLOAD_SLOTS + index).is_ok() {
+            if driver.finish_copy(OFFLOAD_COPIES + index).is_ok() {
                 unpin(driver.as_ref(), place.pinned, self.bytes.max(1));
             }
         }

@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::linear::GradientTarget;
 use super::{Block, GatedMlp, GradientBuffers, Linear, Pass, Saved, SavedMlp, Tile, Workspace};
 use crate::kernels::Kernels;
-use crate::model::spec::LinearRole;
+use crate::model::spec::{LinearRole, MlpKind};
 
 /// Tiles of the rows of a pass, with their numbers.
 fn tiles<B>(rows: usize, tile: &Tile<B>) -> impl Iterator<Item = (usize, Range<usize>)> + use<B> {
@@ -135,7 +135,7 @@ impl<K: Kernels> Block<K> {
     fn hidden(&self, pass: &Pass<K>, saved: &SavedMlp<K::Buffer>, work: &mut Workspace<K::Buffer>) {
         let (kernels, h, rows) = (pass.kernels, &mut work.mlp, pass.rows.len());
         let width = self.intermediate_size;
-        if self.fused_gate_up {
+        if self.mlp == MlpKind::FusedGated {
             return kernels.fused_mlp_forward(self.activation, &saved.up, h, rows, width);
         }
         let gate = self.linear(LinearRole::Gate).map(|_| &saved.gate);
@@ -271,7 +271,8 @@ impl<K: Kernels> Block<K> {
                 pass.backward_all(&[gate, up], dys, inputs, dx, to, scratch);
             }
             None => {
-                let dy = if self.fused_gate_up { &saved.up } else { &grads.mlp };
+                let fused = self.mlp == MlpKind::FusedGated;
+                let dy = if fused { &saved.up } else { &grads.mlp };
                 let dx = Some((&mut grads.norm, false));
                 pass.backward(up, dy, inputs, dx, to, scratch);
             }
@@ -288,7 +289,7 @@ impl<K: Kernels> Block<K> {
         d_out: &mut K::Buffer,
     ) {
         let (kernels, rows, width) = (pass.kernels, pass.rows.len(), self.intermediate_size);
-        if self.fused_gate_up {
+        if self.mlp == MlpKind::FusedGated {
             return kernels.fused_mlp_backward(self.activation, &mut saved.up, d_out, rows, width);
         }
         let gate = self.linear(LinearRole::Gate).map(|_| &saved.gate);

@@ -21,7 +21,7 @@ use std::ops::Range;
 pub use linear::{Linear, LinearAdapter};
 
 use super::parameters::Parameters;
-use super::spec::{Activation, LinearRole};
+use super::spec::{Activation, LinearRole, MlpKind};
 use crate::kernels::{
     AttentionShape, HeadNorms, Kernels, NormParameters, PostNorms, RotaryTables, TokenLayout,
 };
@@ -48,8 +48,8 @@ pub struct Block<K: Kernels> {
     pub hidden_size: usize,
     /// F.
     pub intermediate_size: usize,
-    /// The linear of role up makes gate and up.
-    pub fused_gate_up: bool,
+    /// Linears of the MLP.
+    pub mlp: MlpKind,
 }
 
 /// Activations that the backward pass reads.
@@ -70,7 +70,7 @@ pub struct Saved<B> {
     pub mlp: Vec<SavedMlp<B>>,
 }
 
-/// What attention makes, where a layer keeps that alone.
+/// What attention makes, where a layer keeps that alone or lets it wait elsewhere.
 pub struct Attended<B> {
     /// Log-sum-exp of the scores, `[T, H]`.
     pub lse: B,
@@ -80,7 +80,7 @@ pub struct Attended<B> {
 
 impl<B> Attended<B> {
     /// Puts a layer's own into the buffers that layers share, and the other way round.
-    pub fn exchange(own: &mut Option<Self>, shared: &mut Saved<B>) {
+    pub fn exchange(own: Option<&mut Self>, shared: &mut Saved<B>) {
         if let Some(own) = own {
             std::mem::swap(&mut own.lse, &mut shared.lse);
             std::mem::swap(&mut own.attention, &mut shared.attention);

@@ -15,12 +15,14 @@ pub(super) struct Buffers<K: Kernels> {
     pub(super) inputs: Vec<K::Buffer>,
     /// Which of them each block reads, and the last one writes.
     pub(super) places: Vec<usize>,
-    /// Inputs that wait elsewhere.
+    /// What waits elsewhere.
     pub(super) offload: Offload<K>,
     /// Of the layers that keep their activations.
     pub(super) kept: Vec<Option<Saved<K::Buffer>>>,
-    /// Of those that keep the output of attention alone.
-    pub(super) attended: Vec<Option<Attended<K::Buffer>>>,
+    /// What attention made, of layers that keep that alone or let it wait.
+    pub(super) attended: Vec<Attended<K::Buffer>>,
+    /// Which of these is a layer's, if any.
+    pub(super) attended_places: Vec<Option<usize>>,
     /// Of all other layers, in turn.
     pub(super) shared: Option<Saved<K::Buffer>>,
     pub(super) work: Workspace<K::Buffer>,
@@ -49,14 +51,11 @@ impl<K: Kernels> Buffers<K> {
         arena: &mut K::Memory,
     ) -> Self {
         let training = settings.training();
-        let offload = Offload::new(store, settings);
+        let widths = [spec.hidden_size, spec.num_heads, spec.q_width()];
+        let offload = Offload::new(store, settings, widths);
         let (inputs, places) = inputs::<K>(spec, settings, &offload, arena);
-        let policy = |layer: usize| settings.policies.get(layer).copied();
-        let attends = |layer| policy(layer).is_some_and(Policy::keeps_attention);
-        let attended = (0..spec.num_layers)
-            .map(|layer| attends(layer).then(|| attended::<K>(arena, layer)))
-            .collect();
-        let keeps = |layer: usize| policy(layer) == Some(Policy::Keep);
+        let (attended, attended_places) = attended::<K>(spec, settings, &offload, arena);
+        let keeps = |layer: usize| settings.policies.get(layer) == Some(&Policy::Keep);
         let kept = (0..spec.num_layers)
             .map(|layer| keeps(layer).then(|| kept::<K>(spec, settings, arena, layer)))
             .collect();
@@ -68,6 +67,7 @@ impl<K: Kernels> Buffers<K> {
             offload,
             kept,
             attended,
+            attended_places,
             shared: shared.then(|| saved::<K>(spec, arena, "recompute", ["recompute".to_string()])),
             work: workspace::<K>(spec, settings, arena),
             caches: (0..cached).map(|layer| arena.take(&format!("cache.{layer}"))).collect(),
@@ -94,8 +94,9 @@ fn inputs<K: Kernels>(
         let inputs = vec![arena.take("layer.even.input"), arena.take("layer.odd.input")];
         return (inputs, (0..=spec.num_layers).map(|layer| layer % 2).collect());
     }
+    let [slots, _] = offload.slots();
     let mut inputs: Vec<_> =
-        (0..offload.slots()).map(|slot| arena.take(&format!("offload.slot.{slot}"))).collect();
+        (0..slots).map(|slot| arena.take(&format!("offload.slot.{slot}"))).collect();
     let mut place = |layer: usize| match offload.slot(layer) {
         Some(slot) => slot,
         None => {
@@ -119,9 +120,29 @@ fn kept<K: Kernels>(
     saved::<K>(spec, arena, &format!("layer.{layer}"), prefixes)
 }
 
-fn attended<K: Kernels>(arena: &mut K::Memory, layer: usize) -> Attended<K::Buffer> {
-    let mut take = |name: &str| arena.take(&format!("layer.{layer}.{name}"));
-    Attended { lse: take("lse"), attention: take("attention") }
+/// Buffers of what attention makes where a layer makes nothing else to stay, and which is a layer's.
+fn attended<K: Kernels>(
+    spec: &ModelSpec,
+    settings: &Settings,
+    offload: &Offload<K>,
+    arena: &mut K::Memory,
+) -> (Vec<Attended<K::Buffer>>, Vec<Option<usize>>) {
+    let mut take = |prefix: String| Attended {
+        lse: arena.take(&format!("{prefix}.lse")),
+        attention: arena.take(&format!("{prefix}.attention")),
+    };
+    let [_, slots] = offload.slots();
+    let mut attended: Vec<_> =
+        (0..slots).map(|slot| take(format!("offload.slot.{slot}"))).collect();
+    let mut place = |layer: usize| match settings.policies.get(layer)? {
+        Policy::OffloadAttention => offload.slot_of_attention(layer),
+        policy => policy.spares_attention().then(|| {
+            attended.push(take(format!("layer.{layer}")));
+            attended.len() - 1
+        }),
+    };
+    let places = (0..spec.num_layers).map(&mut place).collect();
+    (attended, places)
 }
 
 /// Regions under `prefix`; of the MLP one piece for each tile, under its own.

@@ -290,10 +290,10 @@ impl<K: Kernels> Model<K> {
     /// # Errors
     /// Those of the backend.
     pub fn first_bad_block_input(&mut self) -> Result<Option<usize>> {
-        let elements = self.trained_tokens * self.spec.hidden_size;
+        let (tokens, elements) = (self.trained_tokens, self.trained_tokens * self.spec.hidden_size);
         let Buffers { inputs, places, offload, .. } = &mut self.buffers;
         for (layer, &place) in places.iter().enumerate() {
-            offload.bring_back(&self.kernels, inputs, layer, elements)?;
+            offload.bring_back(&self.kernels, inputs, layer, tokens)?;
             let values = self.kernels.values(&inputs[place], 0..elements)?;
             if values.iter().any(|x| !x.is_finite()) {
                 return Ok(Some(layer));

@@ -1,45 +1,82 @@
-//! Which block inputs wait outside of the working memory, and when they are copied.
+//! What waits outside of the working memory, and when it is copied: inputs of blocks, and what their
+//! attention made.
 //!
-//! Offloaded layers share two slots in turn. Forward: a layer's input is copied out while the layer
-//! computes, and the next layer but one waits for that before it overwrites the slot. Backward: while
-//! a layer computes, the input of the one before it is copied into the slot that the one behind it
-//! has left. The last two are still where they were.
+//! Layers that offload share two slots of each kind in turn. Forward: a layer's input is copied out while
+//! the layer computes, what its attention made when it is done, and the next layer but one waits for
+//! that before it overwrites the slot. Backward: while a layer computes, what the one before it needs is
+//! copied into the slots that the one behind it has left. The last two are still where they were.
 
 use crate::error::Result;
 use crate::kernels::Kernels;
+use crate::model::block::Attended;
 use crate::plan::Settings;
 use crate::plan::settings::OFFLOAD_SLOTS;
 
-/// The store, and the offloaded layers.
-pub(super) struct Offload<K: Kernels> {
-    pub(super) store: K::Offload,
+/// Layers that share the slots of one kind.
+struct Turns {
     layers: Vec<usize>,
+    /// Number of the first slot's copies.
+    first_copy: usize,
 }
 
-impl<K: Kernels> Offload<K> {
-    pub(super) fn new(store: K::Offload, settings: &Settings) -> Self {
-        Offload { store, layers: settings.offloaded() }
-    }
-
-    /// Slots that are planned: they are the first of the model's inputs.
-    pub(super) fn slots(&self) -> usize {
+impl Turns {
+    /// Slots that are planned: they are the first of the model's buffers of their kind.
+    fn slots(&self) -> usize {
         OFFLOAD_SLOTS.min(self.layers.len())
     }
 
-    /// Number of `layer` among the offloaded ones.
+    /// Number of `layer` among them.
     fn index(&self, layer: usize) -> Option<usize> {
         self.layers.binary_search(&layer).ok()
     }
 
+    /// The copies of the slot of number `index`.
+    fn copies(&self, index: usize) -> usize {
+        self.first_copy + index % OFFLOAD_SLOTS
+    }
+
+    /// Which of them is to be brought back while number `index` goes backward.
+    fn next(&self, index: usize) -> Option<usize> {
+        if index + 1 < self.layers.len() { index.checked_sub(1) } else { None }
+    }
+}
+
+/// The store, and the layers that use it.
+pub(super) struct Offload<K: Kernels> {
+    pub(super) store: K::Offload,
+    inputs: Turns,
+    attended: Turns,
+    /// Columns of an input, of the statistics of attention and of its output.
+    widths: [usize; 3],
+}
+
+impl<K: Kernels> Offload<K> {
+    pub(super) fn new(store: K::Offload, settings: &Settings, widths: [usize; 3]) -> Self {
+        let inputs = Turns { layers: settings.offloaded(), first_copy: 0 };
+        let layers = settings.offloaded_attention();
+        let attended = Turns { layers, first_copy: OFFLOAD_SLOTS };
+        Offload { store, inputs, attended, widths }
+    }
+
+    /// Slots of inputs, and of what attention makes.
+    pub(super) fn slots(&self) -> [usize; 2] {
+        [self.inputs.slots(), self.attended.slots()]
+    }
+
     /// Where the input of `layer` is when it is at work.
     pub(super) fn slot(&self, layer: usize) -> Option<usize> {
-        self.index(layer).map(|index| index % OFFLOAD_SLOTS)
+        self.inputs.index(layer).map(|index| index % OFFLOAD_SLOTS)
+    }
+
+    /// Where what its attention makes is then.
+    pub(super) fn slot_of_attention(&self, layer: usize) -> Option<usize> {
+        self.attended.index(layer).map(|index| index % OFFLOAD_SLOTS)
     }
 
     /// Before the input of `layer` is written.
     pub(super) fn before_write(&mut self, kernels: &K, layer: usize) {
-        if let Some(slot) = self.slot(layer) {
-            kernels.settle(&mut self.store, slot);
+        if let Some(index) = self.inputs.index(layer) {
+            kernels.settle(&mut self.store, self.inputs.copies(index));
         }
     }
 
@@ -49,12 +86,41 @@ impl<K: Kernels> Offload<K> {
         kernels: &K,
         inputs: &[K::Buffer],
         layer: usize,
-        elements: usize,
+        tokens: usize,
     ) {
-        if let Some(index) = self.index(layer) {
-            let slot = index % OFFLOAD_SLOTS;
-            kernels.offload(&mut self.store, (&inputs[slot], slot), index, elements);
+        if let Some(index) = self.inputs.index(layer) {
+            let from = (&inputs[index % OFFLOAD_SLOTS], self.inputs.copies(index));
+            kernels.offload(&mut self.store, from, index, tokens * self.widths[0]);
         }
+    }
+
+    /// Before the attention of `layer` writes.
+    pub(super) fn before_attention(&mut self, kernels: &K, layer: usize) {
+        if let Some(index) = self.attended.index(layer) {
+            kernels.settle(&mut self.store, self.attended.copies(index));
+        }
+    }
+
+    /// When it has written.
+    pub(super) fn attended(
+        &mut self,
+        kernels: &K,
+        attended: &[Attended<K::Buffer>],
+        layer: usize,
+        tokens: usize,
+    ) {
+        let Some(index) = self.attended.index(layer) else { return };
+        let Attended { lse, attention } = &attended[index % OFFLOAD_SLOTS];
+        let (copies, regions) = (self.attended.copies(index), self.regions(index));
+        let [_, statistics, output] = self.widths.map(|width| tokens * width);
+        kernels.offload(&mut self.store, (lse, copies), regions[0], statistics);
+        kernels.offload(&mut self.store, (attention, copies), regions[1], output);
+    }
+
+    /// Offloaded regions of number `index` of those whose attention waits: they are behind all inputs.
+    fn regions(&self, index: usize) -> [usize; 2] {
+        let first = self.inputs.layers.len() + 2 * index;
+        [first, first + 1]
     }
 
     /// After a pass: the input of `layer` is in its slot again, and that of another no longer.
@@ -63,29 +129,54 @@ impl<K: Kernels> Offload<K> {
         kernels: &K,
         inputs: &mut [K::Buffer],
         layer: usize,
-        elements: usize,
+        tokens: usize,
     ) -> Result<()> {
-        let Some(index) = self.index(layer) else { return Ok(()) };
-        let slot = index % OFFLOAD_SLOTS;
-        kernels.settle(&mut self.store, slot);
-        kernels.fetch(&mut self.store, index, (&mut inputs[slot], slot), elements);
-        kernels.settle(&mut self.store, slot);
+        let Some(index) = self.inputs.index(layer) else { return Ok(()) };
+        let copies = self.inputs.copies(index);
+        kernels.settle(&mut self.store, copies);
+        self.fetch_input(kernels, inputs, index, tokens);
+        kernels.settle(&mut self.store, copies);
         kernels.offload_failure(&mut self.store)
     }
 
-    /// Before `layer` goes backward: its input is there, and the one before it on its way.
+    /// Before `layer` goes backward: what it reads is there, and that of the one before it on its way.
     pub(super) fn before_backward(
         &mut self,
         kernels: &K,
-        inputs: &mut [K::Buffer],
+        (inputs, attended): (&mut [K::Buffer], &mut [Attended<K::Buffer>]),
         layer: usize,
-        elements: usize,
+        tokens: usize,
     ) {
-        let Some(index) = self.index(layer) else { return };
-        kernels.settle(&mut self.store, index % OFFLOAD_SLOTS);
-        if index > 0 && index + 1 < self.layers.len() {
-            let slot = (index - 1) % OFFLOAD_SLOTS;
-            kernels.fetch(&mut self.store, index - 1, (&mut inputs[slot], slot), elements);
+        if let Some(index) = self.inputs.index(layer) {
+            kernels.settle(&mut self.store, self.inputs.copies(index));
+            if let Some(next) = self.inputs.next(index) {
+                self.fetch_input(kernels, inputs, next, tokens);
+            }
         }
+        if let Some(index) = self.attended.index(layer) {
+            kernels.settle(&mut self.store, self.attended.copies(index));
+            if let Some(next) = self.attended.next(index) {
+                self.fetch_attended(kernels, attended, next, tokens);
+            }
+        }
+    }
+
+    fn fetch_input(&mut self, kernels: &K, inputs: &mut [K::Buffer], index: usize, tokens: usize) {
+        let to = (&mut inputs[index % OFFLOAD_SLOTS], self.inputs.copies(index));
+        kernels.fetch(&mut self.store, index, to, tokens * self.widths[0]);
+    }
+
+    fn fetch_attended(
+        &mut self,
+        kernels: &K,
+        attended: &mut [Attended<K::Buffer>],
+        index: usize,
+        tokens: usize,
+    ) {
+        let Attended { lse, attention } = &mut attended[index % OFFLOAD_SLOTS];
+        let (copies, regions) = (self.attended.copies(index), self.regions(index));
+        let [_, statistics, output] = self.widths.map(|width| tokens * width);
+        kernels.fetch(&mut self.store, regions[0], (lse, copies), statistics);
+        kernels.fetch(&mut self.store, regions[1], (attention, copies), output);
     }
 }

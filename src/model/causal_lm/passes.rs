@@ -35,8 +35,8 @@ impl<K: Kernels> Model<K> {
             self.trained_tokens = tokens.tokens();
         }
         let Model { kernels, weights, parameters, buffers, cached_tokens, .. } = self;
-        let Buffers { inputs, places, offload, kept, attended, shared, work, caches, .. } = buffers;
-        let elements = tokens.tokens() * self.spec.hidden_size;
+        let Buffers { inputs, places, offload, attended, attended_places, .. } = buffers;
+        let Buffers { kept, shared, work, caches, .. } = buffers;
         offload.before_write(kernels, 0);
         let scale = self.spec.embedding_scale;
         kernels.embed(ids, &weights.embedding, scale, &mut inputs[places[0]], false);
@@ -58,24 +58,28 @@ impl<K: Kernels> Model<K> {
             single_row: mode.cached && tokens.tokens() == 1,
             rows: 0..tokens.tokens(),
         };
-        let own = kept.iter_mut().zip(attended);
-        for (layer, (block, (kept, attended))) in weights.blocks.iter().zip(own).enumerate() {
+        for (layer, (block, kept)) in weights.blocks.iter().zip(kept).enumerate() {
             if let Some(streaming) = &mut weights.streaming {
                 streaming.enter(layer, Direction::Forward);
             }
             let saved = kept.as_mut().or(shared.as_mut()).expect("kept or shared by the plan");
             if mode.training {
-                offload.written(kernels, inputs, layer, elements);
+                offload.written(kernels, inputs, layer, tokens.tokens());
             }
             offload.before_write(kernels, layer + 1);
+            offload.before_attention(kernels, layer);
             let [x, out] = inputs
                 .get_disjoint_mut([places[layer], places[layer + 1]])
                 .expect("neighbours have their own");
             let cache = caches.get_mut(layer).filter(|_| mode.cached);
             let cache = cache.map(|keys_values| Cache { keys_values, past: *cached_tokens });
-            Attended::exchange(attended, saved);
+            let own = attended_places[layer];
+            Attended::exchange(own.map(|place| &mut attended[place]), saved);
             block.forward(&pass, x, out, saved, work, cache);
-            Attended::exchange(attended, saved);
+            Attended::exchange(own.map(|place| &mut attended[place]), saved);
+            if mode.training {
+                offload.attended(kernels, attended, layer, tokens.tokens());
+            }
             if let Some(streaming) = &mut weights.streaming {
                 streaming.leave(layer, Direction::Forward);
             }
@@ -154,8 +158,8 @@ impl<K: Kernels> Model<K> {
 
     pub(super) fn backward(&mut self, tokens: &TokenLayout, dropout: Option<Dropout>) {
         let Model { kernels, weights, parameters, buffers, .. } = self;
-        let Buffers { inputs, places, offload, kept, attended, shared, work, .. } = buffers;
-        let elements = tokens.tokens() * self.spec.hidden_size;
+        let Buffers { inputs, places, offload, attended, attended_places, .. } = buffers;
+        let Buffers { kept, shared, work, .. } = buffers;
         let Some(mut gradients) = parameters.take_gradients() else { return };
         let rows = 0..tokens.tokens();
         let (layout, adapters, single_row) = (tokens, true, false);
@@ -164,17 +168,17 @@ impl<K: Kernels> Model<K> {
             if let Some(streaming) = &mut weights.streaming {
                 streaming.enter(layer, Direction::Backward);
             }
-            offload.before_backward(kernels, inputs, layer, elements);
-            let x = &inputs[places[layer]];
-            let missing = match (&kept[layer], &attended[layer]) {
+            offload.before_backward(kernels, (inputs, attended), layer, tokens.tokens());
+            let (x, own) = (&inputs[places[layer]], attended_places[layer]);
+            let missing = match (&kept[layer], own) {
                 (Some(_), _) => Missing::Nothing,
                 (None, Some(_)) => Missing::AllButAttention,
                 (None, None) => Missing::Everything,
             };
             let saved = kept[layer].as_mut().or(shared.as_mut()).expect("as in the forward pass");
-            Attended::exchange(&mut attended[layer], saved);
+            Attended::exchange(own.map(|place| &mut attended[place]), saved);
             block.backward(&pass, x, saved, work, &mut gradients, (missing, layer > 0));
-            Attended::exchange(&mut attended[layer], saved);
+            Attended::exchange(own.map(|place| &mut attended[place]), saved);
             if let Some(streaming) = &mut weights.streaming {
                 streaming.leave(layer, Direction::Backward);
             }

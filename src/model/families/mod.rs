@@ -19,7 +19,7 @@ use phi3::phi3;
 use smollm3::smollm3;
 
 use super::rotary::{partial_rotary_factor, rotary_from_config};
-use super::spec::{Activation, Family, ModelSpec, Norm, RopeScaling};
+use super::spec::{Activation, Family, MlpKind, ModelSpec, Norm, RopeScaling};
 use crate::error::{Error, Result};
 
 pub(crate) use fields::MOST_LAYERS;
@@ -98,8 +98,7 @@ fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
         post_norms: false,
         embedding_scale: 1.0,
         activation: Activation::Silu,
-        gated_mlp: true,
-        fused_gate_up: false,
+        mlp: MlpKind::Gated,
         rotary: Some(rotary_from_config(fields.0)?),
         rotary_dim: rotary_dim(fields, family, head_dim)?,
         local_rotary: None,
@@ -204,8 +203,7 @@ fn gpt2(fields: &Fields) -> Result<ModelSpec> {
         post_norms: false,
         embedding_scale: 1.0,
         activation,
-        gated_mlp: false,
-        fused_gate_up: false,
+        mlp: MlpKind::Plain,
         rotary: None,
         rotary_dim: 0,
         local_rotary: None,

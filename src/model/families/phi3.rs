@@ -4,7 +4,7 @@
 use super::decoder;
 use super::fields::Fields;
 use crate::error::Result;
-use crate::model::spec::{Family, ModelSpec};
+use crate::model::spec::{Family, MlpKind, ModelSpec};
 
 pub(super) fn phi3(fields: &Fields) -> Result<ModelSpec> {
     fields.unless("hidden_act", |v| v == "silu", "only `silu` is implemented")?;
@@ -30,7 +30,7 @@ pub(super) fn phi3(fields: &Fields) -> Result<ModelSpec> {
     }
     let mut spec = decoder(&Fields(&config), Family::Phi3)?;
     spec.windows = vec![fields.window_or(None)?; spec.num_layers];
-    spec.fused_gate_up = true;
+    spec.mlp = MlpKind::FusedGated;
     (spec.qkv_bias, spec.output_bias, spec.mlp_bias) = (false, false, false);
     Ok(spec)
 }

@@ -6,7 +6,7 @@ mod shortfall;
 use clap::ValueEnum;
 
 use crate::error::{Error, Result};
-use crate::kernels::cuda::staged_bytes;
+use crate::kernels::cuda::{staged_bytes, waiting_bytes};
 use crate::model::spec::ModelSpec;
 use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
@@ -31,6 +31,8 @@ pub enum Activations {
     Checkpoint,
     /// As `checkpoint`, and the inputs wait in pinned memory beside a GPU, or in a file
     Offload,
+    /// As `attention`, and both wait there
+    OffloadAttention,
 }
 
 /// Where the frozen weights of the blocks are between their uses.
@@ -115,11 +117,11 @@ impl Choice {
     /// What it does, for people.
     pub fn in_words(&self) -> String {
         let Candidate { stream, on_host, pieces, .. } = self.candidate;
-        let offloads = self.settings.policies.iter().any(|policy| policy.offloads());
         let whose = if self.candidate.attended > 0 { "all" } else { "the others" };
+        let offloads = self.settings.offloaded_in_words();
         let parts = [
             Some(self.settings.kept_in_words()),
-            offloads.then(|| format!("inputs of {whose} offloaded")),
+            offloads.map(|what| format!("{what} of {whose} offloaded")),
             stream.then(|| "weights streamed".into()),
             on_host.in_words().map(Into::into),
             pieces.tiles.then(|| format!("MLP in tiles of {} tokens", self.settings.mlp_tile())),
@@ -246,23 +248,17 @@ impl Demand<'_> {
         most.copied().min_by(|a, b| seconds(a).total_cmp(&seconds(b)))
     }
 
-    /// Bytes of the host's memory beside a GPU that hold a run's offloaded inputs, its embedding and head,
-    /// and streamed blocks on their way.
+    /// Bytes of the host's memory beside a GPU that hold what a run offloads, its embedding and head, and
+    /// streamed blocks on their way.
     pub(super) fn pinned_for(&self, settings: &Settings, candidate: Candidate) -> u64 {
         if self.place == Place::Host {
             return 0;
         }
-        let inputs = match candidate.others {
-            Policy::Offload => {
-                2 * (self.spec.num_layers - candidate.kept)
-                    * settings.tokens
-                    * self.spec.hidden_size
-            }
-            _ => 0,
-        };
+        let layers = self.spec.num_layers - candidate.kept;
+        let offloaded = layers * waiting_bytes(self.spec, settings, candidate.others);
         let streamed = self.weights.streamed.filter(|_| candidate.stream);
         let blocks = streamed.map_or(0, |streamed| streamed.blocks * streamed.block);
-        inputs as u64 + blocks + self.weights.on_host(candidate.on_host)
+        offloaded as u64 + blocks + self.weights.on_host(candidate.on_host)
     }
 
     /// All that a way pins of the host's memory beside a GPU, with what is staged for uploads.
@@ -302,13 +298,15 @@ impl Demand<'_> {
                     .hint("make one with `nibble quantize` and give it as `--model`"));
             }
         };
-        use Policy::{Attention, Checkpoint, Offload};
+        use Policy::{Attention, Checkpoint, Offload, OffloadAttention};
+        const OTHERS: &[Policy] = &[Checkpoint, Attention, OffloadAttention, Offload];
         let (kept, others): (Vec<usize>, &[Policy]) = match self.activations {
-            Activations::Auto => ((0..=layers).rev().collect(), &[Checkpoint, Attention, Offload]),
+            Activations::Auto => ((0..=layers).rev().collect(), OTHERS),
             Activations::Attention => (vec![0], &[Attention]),
             Activations::Keep => (vec![layers], &[Checkpoint]),
             Activations::Checkpoint => (vec![0], &[Checkpoint]),
             Activations::Offload => (vec![0], &[Offload]),
+            Activations::OffloadAttention => (vec![0], &[OffloadAttention]),
         };
         let mut candidates = Vec::new();
         for pieces in Pieces::ways(self.place == Place::Gpu) {
@@ -393,7 +391,7 @@ fn policies(layers: usize, candidate: Candidate) -> Vec<Policy> {
     let Candidate { kept, others, attended, .. } = candidate;
     let policy = |behind: usize| match others {
         _ if behind <= kept => Policy::Keep,
-        Policy::Offload if behind <= kept + attended => Policy::OffloadAttention,
+        Policy::Offload if behind <= kept + attended => Policy::OffloadInput,
         others => others,
     };
     (1..=layers).rev().map(policy).collect()

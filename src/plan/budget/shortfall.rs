@@ -140,6 +140,7 @@ impl Demand<'_> {
             Activations::Attention => "attention",
             Activations::Checkpoint => "checkpoint",
             Activations::Offload => "offload",
+            Activations::OffloadAttention => "offload-attention",
         };
         if activations != asked {
             flags.push(format!("`--activations {activations}`"));
@@ -180,6 +181,7 @@ impl Demand<'_> {
             _ if attended > 0 => "auto",
             (kept, _) if kept == self.spec.num_layers => "keep",
             (0, Policy::Offload) => "offload",
+            (0, Policy::OffloadAttention) => "offload-attention",
             (0, Policy::Attention) => "attention",
             (0, _) => "checkpoint",
             _ => "auto",

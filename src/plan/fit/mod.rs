@@ -202,7 +202,7 @@ impl Search<'_> {
     fn ways(&self) -> Vec<Way> {
         let demand = self.demand;
         let streams = [false, true].into_iter().filter(|s| !s || demand.weights.streamed.is_some());
-        let policies = [Policy::Keep, Policy::Attention, Policy::Checkpoint, Policy::Offload];
+        let policies = UNIFORM.map(|(_, policy)| policy);
         let uniform =
             streams.flat_map(|stream| policies.map(|policy| uniform(demand, policy, stream)));
         let mixed = (1..demand.spec.num_layers).contains(&self.plan.kept) || self.plan.attended > 0;
@@ -350,16 +350,13 @@ impl Search<'_> {
     /// All blocks with one policy, where the plan has another.
     fn other_policies(&self, knob: impl Fn(String, &Settings, Candidate) -> Knob) -> Vec<Knob> {
         let (demand, plan) = (self.demand, self.plan);
-        let all = |policy| plan.kept == 0 && plan.attended == 0 && plan.others == policy;
-        let names = [
-            ("keep", Policy::Keep, plan.kept == demand.spec.num_layers),
-            ("attention", Policy::Attention, all(Policy::Attention)),
-            ("checkpoint", Policy::Checkpoint, all(Policy::Checkpoint)),
-            ("offload", Policy::Offload, all(Policy::Offload)),
-        ];
-        let others = names.into_iter().filter(|(_, _, planned)| !planned);
+        let planned = |policy| match policy {
+            Policy::Keep => plan.kept == demand.spec.num_layers,
+            policy => plan.kept == 0 && plan.attended == 0 && plan.others == policy,
+        };
+        let others = UNIFORM.into_iter().filter(|(_, policy)| !planned(*policy));
         others
-            .map(|(name, policy, _)| {
+            .map(|(name, policy)| {
                 let candidate = uniform(demand, policy, plan.stream);
                 let Candidate { on_host, pieces, .. } = plan;
                 let candidate = Candidate { on_host, pieces, ..candidate };
@@ -368,6 +365,15 @@ impl Search<'_> {
             .collect()
     }
 }
+
+/// Policies that all blocks may have, and what `--activations` calls them, the fastest first.
+const UNIFORM: [(&str, Policy); 5] = [
+    ("keep", Policy::Keep),
+    ("attention", Policy::Attention),
+    ("offload-attention", Policy::OffloadAttention),
+    ("checkpoint", Policy::Checkpoint),
+    ("offload", Policy::Offload),
+];
 
 /// The same policy for all blocks.
 fn uniform(demand: &Demand, policy: Policy, stream: bool) -> Candidate {

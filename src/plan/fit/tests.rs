@@ -47,7 +47,7 @@ fn the_limits_are_the_last_sizes_that_fit() {
         let plan = demand.choose(Limit::Budget(budget)).unwrap();
         let fit = Fit::new(demand, ASKED, Limit::Budget(budget), &plan);
         assert!(fit.fits && fit.bytes == budget - 1000);
-        assert_eq!(fit.ways.len(), 8);
+        assert_eq!(fit.ways.len(), 10);
         for way in &fit.ways {
             let whole = uniform(demand, way.policy, way.stream);
             let pieces = Candidate { pieces: Pieces::ALL, ..whole };
@@ -144,6 +144,7 @@ fn every_knob_says_what_it_changes() {
         let flags: Vec<&str> = fit.knobs.iter().map(|knob| knob.flags.as_str()).collect();
         let expected = [
             "--activations attention",
+            "--activations offload-attention",
             "--activations checkpoint",
             "--activations offload",
             "--weights stream",
@@ -161,6 +162,7 @@ fn every_knob_says_what_it_changes() {
         assert!(time("--activations checkpoint") > 1.15);
         assert!(time("--activations attention") < time("--activations checkpoint"));
         assert!(time("--activations offload") > time("--activations checkpoint"));
+        assert!(time("--activations offload-attention") > time("--activations attention"));
         assert_eq!(time("--adapter-dtype f32"), 1.0);
     });
 }
