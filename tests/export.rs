@@ -10,7 +10,8 @@ use std::path::Path;
 use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, Value as Metadata};
 use golden::{CASES, Case};
-use nibble::checkpoint::Checkpoint;
+use nibble::checkpoint::atomic::AtomicFile;
+use nibble::checkpoint::{Checkpoint, Export, FileType};
 use nibble::data::ChatTokenizer;
 use nibble::model::families::spec_from_config;
 use nibble::model::spec::{Family, ModelSpec, TensorRole, TensorSpec};
@@ -603,4 +604,26 @@ fn special_tokens_of_a_phi3_take_the_spaces_behind_them() {
     let mut file = File::open(place.path("other.gguf")).unwrap();
     let content = Content::read(&mut file).unwrap();
     assert_eq!(content.metadata["general.name"].to_string().unwrap(), "Phi my-3");
+}
+
+/// Somebody writes a file of that name while the model is written.
+#[test]
+fn a_file_that_comes_while_a_model_is_written_is_left_alone() {
+    let place = place(&Case::open("llama_s0"));
+    let checkpoint = Checkpoint::open(&place.path("base")).unwrap();
+    let spec = spec_from_config(checkpoint.config()).unwrap();
+    let export = Export { checkpoint: &checkpoint, spec: &spec, file_type: FileType::F16 };
+    let write = |overwrite| {
+        let path = place.path("out.gguf");
+        let file = AtomicFile::create(&path, overwrite).unwrap();
+        export.write(file, &[], |_| {
+            fs::write(&path, "mine").unwrap();
+            Ok(())
+        })
+    };
+    let error = write(false).unwrap_err().to_string();
+    assert!(error.contains("out-2.gguf"), "{error}");
+    assert_eq!(place.read("out.gguf"), b"mine");
+    write(true).unwrap();
+    assert_eq!(place.read("out.gguf"), place.read("out-2.gguf"));
 }

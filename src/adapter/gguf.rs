@@ -1,23 +1,22 @@
 //! A LoRA adapter as a GGUF file, which llama.cpp adds to a model as it runs. Source: llama.cpp
 //! `convert_lora_to_gguf.py`, `src/llama-adapter.cpp`.
 
-use std::path::Path;
-
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value as Metadata;
 
 use super::{Adapter, LoraTarget, LoraTensors};
+use crate::checkpoint::atomic::AtomicFile;
 use crate::checkpoint::gguf::{Architecture, Description, GgufWriter, encoded, source_row};
 use crate::error::{Error, Result};
 use crate::model::spec::{LinearRole, ModelSpec};
 
 impl Adapter {
-    /// Writes `….lora_a` `[R, in]` and `….lora_b` `[out, R]` of every target. llama.cpp multiplies
+    /// Writes `….lora_a` `[R, in]` and `….lora_b` `[out, R]` of every target into `file`. llama.cpp multiplies
     /// by alpha / R with one alpha: what a target's scale differs by is in its B. Returns the bytes.
     ///
     /// # Errors
     /// `Input` for a value that does not fit `dtype`; `Io` when the disk refuses.
-    pub fn write_gguf(&self, path: &Path, spec: &ModelSpec, dtype: GgmlDType) -> Result<u64> {
+    pub fn write_gguf(&self, file: AtomicFile, spec: &ModelSpec, dtype: GgmlDType) -> Result<u64> {
         let architecture = Architecture::of(spec.family);
         let alpha = self.config.lora_alpha as f32;
         let text = |text: &str| Metadata::String(text.to_string());
@@ -40,7 +39,7 @@ impl Adapter {
         let descriptions: Vec<[Description; 2]> =
             self.targets.iter().map(describe).collect::<Result<_>>()?;
         let mut writer =
-            GgufWriter::create(path, &metadata, descriptions.into_iter().flatten().collect())?;
+            GgufWriter::create(file, &metadata, descriptions.into_iter().flatten().collect())?;
         for (target, LoraTensors { a, b }) in self.targets.iter().zip(&self.tensors) {
             let factor = target.scale * target.r as f32 / alpha;
             let turned = architecture.interleaves_heads()

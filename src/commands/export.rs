@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 
 use crate::adapter::Adapter;
 use crate::byte_size::ByteSize;
-use crate::checkpoint::atomic::{check_new_file, parent};
+use crate::checkpoint::atomic::{AtomicFile, check_new_file, parent};
 use crate::checkpoint::{Checkpoint, Export, gguf_fields};
 use crate::cli::export::ExportArgs;
 use crate::data::ChatTokenizer;
@@ -63,7 +63,9 @@ fn adapter(args: &ExportArgs, spec: &ModelSpec, folder: &Path) -> Result<u64> {
         return Err(Error::usage("an adapter's rows are too short for blocks of codes")
             .hint("use `--outtype f16` or `--outtype f32`"));
     }
-    Adapter::load(folder, spec)?.write_gguf(&args.out, spec, args.outtype.dtype())
+    let adapter = Adapter::load(folder, spec)?;
+    let file = AtomicFile::create(&args.out, args.overwrite)?;
+    adapter.write_gguf(file, spec, args.outtype.dtype())
 }
 
 fn model(args: &ExportArgs, checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<u64> {
@@ -77,7 +79,8 @@ fn model(args: &ExportArgs, checkpoint: &Checkpoint, spec: &ModelSpec) -> Result
         .expect("the template is valid"),
     );
     let interrupt = Interrupt::install()?;
-    let bytes = export.write(&args.out, &metadata, |written| {
+    let file = AtomicFile::create(&args.out, args.overwrite)?;
+    let bytes = export.write(file, &metadata, |written| {
         bar.inc(written as u64);
         interrupt.check()
     })?;

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::lock::Lock;
-use super::{check_destination, parent, rename, sibling, sync, sync_folder};
+use super::{check_destination, keep_beside, parent, rename, sibling, sync, sync_folder};
 use crate::error::{Error, Result};
 
 /// A folder under construction; dropped without [`commit`](AtomicDir::commit), it is removed.
@@ -13,6 +13,7 @@ use crate::error::{Error, Result};
 pub struct AtomicDir {
     destination: PathBuf,
     temporary: PathBuf,
+    overwrite: bool,
     committed: bool,
     _lock: Lock,
 }
@@ -42,7 +43,7 @@ impl AtomicDir {
         }
         make_folder(&temporary)?;
         let destination = destination.to_path_buf();
-        Ok(AtomicDir { destination, temporary, committed: false, _lock: lock })
+        Ok(AtomicDir { destination, temporary, overwrite, committed: false, _lock: lock })
     }
 
     /// Where to write files until the commit.
@@ -54,7 +55,8 @@ impl AtomicDir {
     /// hidden and told of, where the system refuses.
     ///
     /// # Errors
-    /// `Io`; the destination is then as it was.
+    /// `Io`; `Input` where files came there meanwhile and are not to be overwritten: what was written has
+    /// then the name that the hint tells. The destination is as it was.
     pub fn commit(mut self) -> Result<()> {
         let entries = fs::read_dir(&self.temporary);
         for entry in entries.map_err(|e| Error::io("list", &self.temporary, e))? {
@@ -62,6 +64,9 @@ impl AtomicDir {
             sync(&path)?;
         }
         sync_folder(&self.temporary)?;
+        if !self.overwrite && check_destination(&self.destination, false).is_err() {
+            return keep_beside(&self.temporary, &self.destination);
+        }
         let replaces = self.destination.exists();
         let old = replaces.then(|| free_replaced_name(&self.destination));
         if let Some(old) = &old {
@@ -177,6 +182,21 @@ mod tests {
         replacing.commit().unwrap();
         assert!(!out.join("a").exists() && out.join("b").exists());
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 1);
+    }
+
+    #[test]
+    fn a_folder_that_was_filled_meanwhile_stays_and_what_was_written_does_too() {
+        let root = tempfile::tempdir().unwrap();
+        let out = root.path().join("out");
+        let dir = AtomicDir::create(&out, false).unwrap();
+        fs::write(dir.path().join("a"), "new").unwrap();
+        fs::create_dir(&out).unwrap();
+        fs::write(out.join("a"), "mine").unwrap();
+        let error = dir.commit().unwrap_err().to_string();
+        assert!(error.contains("out is there") && error.contains("out-2"), "{error}");
+        let read = |folder: &str| fs::read_to_string(root.path().join(folder).join("a")).unwrap();
+        assert_eq!([read("out"), read("out-2")], ["mine", "new"]);
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
     }
 
     #[test]

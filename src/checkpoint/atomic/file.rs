@@ -5,7 +5,7 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use super::lock::Lock;
-use super::{parent, rename, sibling, sync_folder};
+use super::{keep_beside, parent, rename, sibling, sync_folder};
 use crate::error::{Error, Result};
 
 /// A file under construction; dropped without [`commit`](AtomicFile::commit), it is removed.
@@ -13,30 +13,37 @@ use crate::error::{Error, Result};
 pub struct AtomicFile {
     destination: PathBuf,
     temporary: PathBuf,
+    overwrite: bool,
     /// None once it is closed.
     file: Option<File>,
     _lock: Lock,
 }
 
 impl AtomicFile {
-    /// Starts writing `destination`.
+    /// Starts writing `destination`, which the commit replaces only with `overwrite`.
     ///
     /// # Errors
     /// `Usage` where another process writes it, `Io` when the temporary file cannot be made.
-    pub fn create(destination: &Path) -> Result<Self> {
+    pub fn create(destination: &Path, overwrite: bool) -> Result<Self> {
         let lock = Lock::take(destination)?;
         let temporary = sibling(destination, ".partial");
         // Not emptied: it may be a link, or have another name.
         let _ = fs::remove_file(&temporary);
         let file = File::create_new(&temporary).map_err(|e| Error::io("write", destination, e))?;
         let destination = destination.to_path_buf();
-        Ok(AtomicFile { destination, temporary, file: Some(file), _lock: lock })
+        Ok(AtomicFile { destination, temporary, overwrite, file: Some(file), _lock: lock })
+    }
+
+    /// Where it will be.
+    pub fn destination(&self) -> &Path {
+        &self.destination
     }
 
     /// Flushes it and renames it into place. Returns its bytes.
     ///
     /// # Errors
-    /// `Io`; the destination is then as it was.
+    /// `Io`; `Input` where another file came there meanwhile and is not to be overwritten: what was written
+    /// has then the name that the hint tells. The destination is as it was.
     pub fn commit(mut self) -> Result<u64> {
         let written = || {
             let file = self.open()?;
@@ -46,7 +53,11 @@ impl AtomicFile {
         let bytes = written().map_err(|e: io::Error| Error::io("write", &self.destination, e))?;
         // Windows renames no file that is open.
         self.file = None;
-        if let Err(error) = rename(&self.temporary, &self.destination) {
+        let placed = match self.overwrite {
+            true => rename(&self.temporary, &self.destination),
+            false => place_new(&self.temporary, &self.destination),
+        };
+        if let Err(error) = placed {
             let _ = fs::remove_file(&self.temporary);
             return Err(error);
         }
@@ -77,6 +88,22 @@ impl Drop for AtomicFile {
         }
     }
 }
+
+/// Gives a finished file its name where that is free, and another one where it is not.
+fn place_new(temporary: &Path, destination: &Path) -> Result<()> {
+    // Unlike a rename, a second name never takes the place of a file.
+    if fs::hard_link(temporary, destination).is_ok() {
+        // One that stays is removed by the next to write here.
+        let _ = fs::remove_file(temporary);
+        return Ok(());
+    }
+    // Not all file systems have second names; and a link to nothing is replaced.
+    if destination.exists() {
+        return keep_beside(temporary, destination);
+    }
+    rename(temporary, destination)
+}
+
 /// Writes a file under a temporary name, flushes it and renames it into place.
 ///
 /// # Errors
@@ -90,7 +117,7 @@ pub fn write_file(path: &Path, contents: &[u8]) -> Result<()> {
 /// # Errors
 /// Those of `write`, and `Io`; an existing file is then as it was, and the temporary one is gone.
 pub fn write_with(path: &Path, write: impl FnOnce(&mut AtomicFile) -> Result<()>) -> Result<()> {
-    let mut file = AtomicFile::create(path)?;
+    let mut file = AtomicFile::create(path, true)?;
     write(&mut file)?;
     file.commit().map(drop)
 }
@@ -110,7 +137,7 @@ mod tests {
         });
         assert!(failed.is_err());
         assert_eq!(fs::read(&path).unwrap(), b"before");
-        let mut file = AtomicFile::create(&path).unwrap();
+        let mut file = AtomicFile::create(&path, true).unwrap();
         file.write_all(b"after").unwrap();
         assert_eq!(file.commit().unwrap(), 5);
         assert_eq!(fs::read(&path).unwrap(), b"after");
@@ -118,11 +145,32 @@ mod tests {
     }
 
     #[test]
+    fn a_file_that_came_meanwhile_stays_and_what_was_written_does_too() {
+        let root = tempfile::tempdir().unwrap();
+        let [path, kept] = ["a.gguf", "a-3.gguf"].map(|name| root.path().join(name));
+        fs::write(root.path().join("a-2.gguf"), "another's").unwrap();
+        let begin = || {
+            let mut file = AtomicFile::create(&path, false).unwrap();
+            file.write_all(b"new").unwrap();
+            file
+        };
+        let late = begin();
+        fs::write(&path, "mine").unwrap();
+        let error = late.commit().unwrap_err().to_string();
+        assert!(error.contains("a.gguf is there") && error.contains("a-3.gguf"), "{error}");
+        assert_eq!([&path, &kept].map(|path| fs::read(path).unwrap()), [&b"mine"[..], b"new"]);
+        fs::remove_file(&path).unwrap();
+        assert_eq!(begin().commit().unwrap(), 3);
+        assert_eq!(fs::read(&path).unwrap(), b"new");
+        assert_eq!(fs::read_dir(root.path()).unwrap().count(), 3);
+    }
+
+    #[test]
     fn what_a_killed_run_left_is_written_over_and_what_one_at_work_writes_is_not() {
         let root = tempfile::tempdir().unwrap();
         let path = root.path().join("a");
         fs::write(root.path().join(".a.partial"), "what a killed run left").unwrap();
-        let mut file = AtomicFile::create(&path).unwrap();
+        let mut file = AtomicFile::create(&path, true).unwrap();
         file.write_all(b"first").unwrap();
         let refused = write_file(&path, b"second").unwrap_err().to_string();
         assert!(refused.contains("another process is writing"), "{refused}");

@@ -148,6 +148,35 @@ pub fn rename(from: &Path, to: &Path) -> Result<()> {
     }
 }
 
+/// Gives what was to be `destination`, where something else is now, a free name beside it.
+///
+/// # Errors
+/// `Input` with that name in the hint; `Io` when it cannot be given.
+fn keep_beside(temporary: &Path, destination: &Path) -> Result<()> {
+    let kept = free_name(destination);
+    rename(temporary, &kept)?;
+    let what = format_args!("{} is there: it came while it was written", destination.display());
+    Err(Error::input(what).hint(format_args!("what was written is {}", kept.display())))
+}
+
+/// `NAME-2.EXTENSION`, or with the next number that is free.
+fn free_name(path: &Path) -> PathBuf {
+    let mut number = 2;
+    loop {
+        let mut name = path.file_stem().unwrap_or_default().to_os_string();
+        name.push(format!("-{number}"));
+        if let Some(extension) = path.extension() {
+            name.push(".");
+            name.push(extension);
+        }
+        let free = path.with_file_name(name);
+        if free.symlink_metadata().is_err() {
+            return free;
+        }
+        number += 1;
+    }
+}
+
 /// The folder that a path is in.
 pub fn parent(path: &Path) -> PathBuf {
     match path.parent() {

@@ -3,8 +3,6 @@
 //! Matrices have the type that their file's gives them, vectors are f32; q and k of
 //! Llamas, Ministral 3 and SmolLM3 get the order of rows that llama.cpp's rotary embedding wants.
 
-use std::path::Path;
-
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
 use half::{bf16, f16};
@@ -16,6 +14,7 @@ use super::file_type::FileType;
 use super::metadata::{Field, rope_factors};
 use super::write::{Description, GgufWriter};
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::atomic::AtomicFile;
 use crate::checkpoint::elements::Elements;
 use crate::error::{Error, Result};
 use crate::model::spec::{LinearRole, ModelSpec, TensorRole, TensorSpec};
@@ -42,7 +41,7 @@ impl Export<'_> {
     /// of `progress`. The file is then as it was.
     pub fn write(
         &self,
-        path: &Path,
+        file: AtomicFile,
         metadata: &[Field],
         mut progress: impl FnMut(usize) -> Result<()>,
     ) -> Result<u64> {
@@ -52,7 +51,7 @@ impl Export<'_> {
             let (name, shape) = (name.to_string(), vec![factors.len()]);
             descriptions.push(Description { name, shape, dtype: GgmlDType::F32 });
         }
-        let mut writer = GgufWriter::create(path, metadata, descriptions.clone())?;
+        let mut writer = GgufWriter::create(file, metadata, descriptions.clone())?;
         for (tensor, description) in tensors.iter().zip(&descriptions) {
             self.write_tensor(&mut writer, tensor, description.dtype, &mut progress)?;
             writer.end_tensor()?;

@@ -1,7 +1,7 @@
 //! A GGUF file, version 3, written tensor by tensor. Source: ggml `docs/gguf.md`.
 
 use std::io::{BufWriter, Write};
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use candle_core::quantized::GgmlDType;
 use candle_core::quantized::gguf_file::Value as Metadata;
@@ -41,17 +41,16 @@ pub struct GgufWriter {
 }
 
 impl GgufWriter {
-    /// Writes the header; the tensors' data follow in their order.
+    /// Writes the header into `file`; the tensors' data follow in their order.
     ///
     /// # Errors
     /// `Io` when the disk refuses.
     pub fn create(
-        path: &Path,
+        file: AtomicFile,
         metadata: &[(String, Metadata)],
         tensors: Vec<Description>,
     ) -> Result<Self> {
-        let failed = |e| Error::io("write", path, e);
-        let file = AtomicFile::create(path)?;
+        let path = file.destination().to_path_buf();
         let mut header = b"GGUF".to_vec();
         header.extend(3u32.to_le_bytes());
         header.extend((tensors.len() as u64).to_le_bytes());
@@ -74,8 +73,8 @@ impl GgufWriter {
         }
         header.resize(header.len().next_multiple_of(ALIGNMENT_BYTES), 0);
         let mut file = BufWriter::with_capacity(1 << 20, file);
-        file.write_all(&header).map_err(failed)?;
-        Ok(GgufWriter { file, path: path.to_path_buf(), tensors, written: 0 })
+        file.write_all(&header).map_err(|e| Error::io("write", &path, e))?;
+        Ok(GgufWriter { file, path, tensors, written: 0 })
     }
 
     /// Appends data of the tensor at work.
@@ -99,7 +98,8 @@ impl GgufWriter {
     /// Gives the file its name. Returns its bytes.
     ///
     /// # Errors
-    /// `Io` when the disk refuses; what had the name before is as it was then.
+    /// `Io` when the disk refuses, and those of [`AtomicFile::commit`]; what had the name before is as it was
+    /// then.
     pub fn finish(self) -> Result<u64> {
         let padded = |t: &Description| t.bytes().next_multiple_of(ALIGNMENT_BYTES);
         let expected: usize = self.tensors.iter().map(padded).sum();
