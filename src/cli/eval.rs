@@ -45,7 +45,8 @@ pub struct EvalArgs {
     #[arg(long, help_heading = "Output", value_name = "FILE")]
     pub save_logits: Option<PathBuf>,
     /// Write answers to a new JSONL file: of each document the `prompt`, its last answer as `label`, and
-    /// as `predict` what the model, with its adapter, writes there, always the likeliest token
+    /// as `predict` what the model, with its adapter, writes there, always the likeliest token; those that
+    /// are made are in `.FILE.partial` beside it until all are
     #[arg(long, help_heading = "Output", value_name = "FILE")]
     pub predictions: Option<PathBuf>,
     /// Longest of these answers, in tokens

@@ -1,6 +1,8 @@
 //! `eval --predictions`: answers to a whole file.
 
 use std::fs;
+use std::process::Child;
+use std::time::Duration;
 
 use serde_json::{Value, json};
 
@@ -108,4 +110,59 @@ fn nothing_is_replaced_and_text_has_no_questions() {
     assert_eq!(code, 1, "{text}");
     assert!(error_of(&text).contains("hint: lower `--max-new-tokens`"), "{text}");
     assert!(!place.path("answers.jsonl").exists());
+}
+
+/// Starts `eval` with `flags`, and waits until `partial` has as many bytes.
+fn at_work(place: &Workplace, flags: &[&str], partial: &str, least_bytes: u64) -> Child {
+    let mut command = place.nibble(&["eval", "--model", "model", "--quantization", "none"]);
+    let mut eval = command.args(flags).spawn().unwrap();
+    let path = place.path(partial);
+    while fs::metadata(&path).map_or(true, |file| file.len() < least_bytes) {
+        assert!(eval.try_wait().unwrap().is_none(), "it ended before {partial} was seen");
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    eval
+}
+
+#[test]
+fn answers_have_their_name_when_all_are_made() {
+    let place = Workplace::new();
+    add_template(&place);
+    write_chats(&place, &[&["w7 w31", "w5 w6"][..]; 64]);
+    let flags = ["--data", "chats.jsonl", "--predictions", "answers.jsonl"];
+    let mut eval = at_work(&place, &flags, ".answers.jsonl.partial", 1);
+    eval.kill().unwrap();
+    eval.wait().unwrap();
+    assert!(!place.path("answers.jsonl").exists());
+    let partial = String::from_utf8(place.read(".answers.jsonl.partial")).unwrap();
+    let first: Value = serde_json::from_str(partial.lines().next().unwrap()).unwrap();
+    assert_eq!(first["prompt"], "w92 w7 w31 w93");
+    // What it left is in nobody's way.
+    assert_eq!(predict(&place, &[]).1.len(), 64);
+    assert!(!place.path(".answers.jsonl.partial").exists());
+}
+
+#[test]
+fn files_that_come_meanwhile_are_left_alone() {
+    let place = Workplace::new();
+    add_template(&place);
+    write_chats(&place, &[&["w7 w31", "w5 w6"][..]; 64]);
+    let row = json!({"input_ids": vec![3; 24]}).to_string();
+    fs::write(place.path("rows.jsonl"), vec![row; 512].join("\n")).unwrap();
+    for (flags, least_bytes) in [
+        (["--data", "chats.jsonl", "--predictions", "a.jsonl"], 1),
+        (["--data", "rows.jsonl", "--save-logits", "a.safetensors"], 0),
+    ] {
+        let name = flags[3];
+        let eval = at_work(&place, &flags, &format!(".{name}.partial"), least_bytes);
+        fs::write(place.path(name), "mine").unwrap();
+        let output = eval.wait_with_output().unwrap();
+        let text = String::from_utf8_lossy(&output.stderr);
+        let kept = name.replace("a.", "a-2.");
+        assert!(!output.status.success() && text.contains(&format!("is {kept}")), "{text}");
+        assert_eq!(place.read(name), b"mine");
+        let figures = String::from_utf8_lossy(&output.stdout);
+        assert!(figures.contains("perplexity"), "{figures}");
+        assert!(place.read(&kept).len() > 4096);
+    }
 }

@@ -1,21 +1,21 @@
 //! Logits of every row of every document, for comparisons with other programs.
 
-use std::path::{Path, PathBuf};
+use std::io::Write;
+use std::path::Path;
 
 use safetensors::tensor::{Dtype, TensorView};
 
-use crate::checkpoint::atomic;
+use crate::checkpoint::atomic::AtomicFile;
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::model::Model;
 
-/// Documents of one length, and where their logits go.
+/// Documents of one length.
 pub(super) struct SavedLogits<'a> {
     documents: &'a [Document],
     /// Tokens of each document.
     length: usize,
-    path: PathBuf,
 }
 
 impl<'a> SavedLogits<'a> {
@@ -35,15 +35,19 @@ impl<'a> SavedLogits<'a> {
                 .hint("give records of one length, or cut them with `--max-length`"));
         }
         super::check_is_new("--save-logits", path)?;
-        Ok(SavedLogits { documents, length, path: path.to_path_buf() })
+        Ok(SavedLogits { documents, length })
     }
 
     /// Writes a safetensors file: `input_ids` (I64, `[documents, length]`) and `logits` (F32,
     /// `[documents, length, vocabulary]`).
     ///
     /// # Errors
-    /// Those of the forward pass, and `Io`.
-    pub(super) fn write<K: Kernels>(&self, model: &mut Model<K>) -> Result<()> {
+    /// Those of the forward pass and of [`AtomicFile::commit`], and `Io`.
+    pub(super) fn write<K: Kernels>(
+        &self,
+        model: &mut Model<K>,
+        mut file: AtomicFile,
+    ) -> Result<()> {
         let rows: Vec<u32> = (0..self.length as u32).collect();
         let mut logits = Vec::new();
         for document in self.documents {
@@ -59,6 +63,8 @@ impl<'a> SavedLogits<'a> {
             safetensors::serialize([("input_ids", ids), ("logits", logits)], None)
         };
         let bytes = tensors().map_err(|e| Error::usage(format_args!("--save-logits: {e}")))?;
-        atomic::write_file(&self.path, &bytes)
+        let written = file.write_all(&bytes);
+        written.map_err(|e| Error::io("write", file.destination(), e))?;
+        file.commit().map(drop)
     }
 }

@@ -10,6 +10,7 @@ use serde_json::json;
 use super::{device, reading};
 use crate::adapter::Adapter;
 use crate::checkpoint::Checkpoint;
+use crate::checkpoint::atomic::AtomicFile;
 use crate::cli::eval::EvalArgs;
 use crate::data::{Batch, ChatTokenizer, Dataset, Document, Encoder};
 use crate::error::{Error, Result};
@@ -70,22 +71,34 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
         None => error,
     })?;
     if merged {
-        eprintln!(
-            "note: this adapter is more than LoRA on linears, and merged into the weights: the base by \
-             itself is not shown"
-        );
+        note_merged();
     }
-    let file = predictions.as_ref().map(Predictions::create).transpose()?;
+    // Made before anything is computed.
+    let new = |path: &Option<_>| path.as_deref().map(new_file).transpose();
+    let (logits_file, answers_file) = (new(&args.save_logits)?, new(&args.predictions)?);
     let base = (!merged).then(|| figures(&mut model, &batches, false)).transpose()?;
     let adapted =
         args.adapter.is_some().then(|| figures(&mut model, &batches, true)).transpose()?;
-    if let Some(logits) = logits {
-        logits.write(&mut model)?;
+    let saved = logits.zip(logits_file).map(|(logits, file)| logits.write(&mut model, file));
+    let predict = |()| {
+        let asked = predictions.zip(answers_file);
+        let make = |(predictions, file): (Predictions, _)| {
+            predictions.make(file, &mut model, tokenizer, prefill_tokens)
+        };
+        asked.map(make).transpose()
+    };
+    match saved.unwrap_or(Ok(())).and_then(predict) {
+        Ok(predicted) => print_result(args, base, adapted, predicted),
+        // The figures are there, whatever became of the files.
+        Err(error) => print_result(args, base, adapted, None).and(Err(error)),
     }
-    let predicted = predictions
-        .zip(file)
-        .map(|(predictions, file)| predictions.make(file, &mut model, tokenizer, prefill_tokens));
-    print_result(args, base, adapted, predicted.transpose()?)
+}
+
+fn note_merged() {
+    eprintln!(
+        "note: this adapter is more than LoRA on linears, and merged into the weights: the base by \
+         itself is not shown"
+    );
 }
 
 fn read_data(args: &EvalArgs, spec: &ModelSpec) -> Result<(Dataset, ChatTokenizer)> {
@@ -197,6 +210,10 @@ fn documents_right(batch: &Batch, likeliest: &[bool]) -> usize {
         rest = others;
     }
     right
+}
+
+fn new_file(path: &Path) -> Result<AtomicFile> {
+    AtomicFile::create(path, false)
 }
 
 /// Refuses a file that is there: it may be somebody's work.

@@ -1,12 +1,12 @@
 //! What a model writes in the place of each document's last answer, beside that answer.
 
-use std::fs::File;
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
 use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
+use crate::checkpoint::atomic::AtomicFile;
 use crate::data::{ChatTokenizer, Document};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
@@ -21,13 +21,12 @@ struct Question<'a> {
     label: &'a [u32],
 }
 
-/// The questions of a file, and where the answers go.
+/// The questions of a file.
 pub(super) struct Predictions<'a> {
     questions: Vec<Question<'a>>,
     max_new_tokens: usize,
     /// Tokens of the longest prompt with the longest answer.
     pub context_tokens: usize,
-    path: PathBuf,
 }
 
 /// What became of them.
@@ -53,16 +52,7 @@ impl<'a> Predictions<'a> {
         let longest = questions.iter().map(|question| question.prompt.len()).max().unwrap_or(0);
         let context_tokens = spec.possible_length(longest.saturating_add(max_new_tokens));
         super::check_is_new("--predictions", path)?;
-        let path = path.to_path_buf();
-        Ok(Predictions { questions, max_new_tokens, context_tokens, path })
-    }
-
-    /// Makes the file, before anything is computed.
-    ///
-    /// # Errors
-    /// `Io` when it cannot be made.
-    pub(super) fn create(&self) -> Result<File> {
-        File::create_new(&self.path).map_err(|e| Error::io("create", &self.path, e))
+        Ok(Predictions { questions, max_new_tokens, context_tokens })
     }
 
     /// The memory that was refused may be that of the longest answer.
@@ -75,13 +65,14 @@ impl<'a> Predictions<'a> {
         }
     }
 
-    /// Lets the model answer, always by the likeliest token; a line is written whenever one is done.
+    /// Lets the model answer, always by the likeliest token; a line is written whenever one is done, and the
+    /// file has its name when all are.
     ///
     /// # Errors
-    /// Those of the model, `Io` when the file cannot be written.
+    /// Those of the model and of [`AtomicFile::commit`], `Io` when the file cannot be written.
     pub(super) fn make<K: Kernels>(
         self,
-        mut file: File,
+        mut file: AtomicFile,
         model: &mut Model<K>,
         tokenizer: ChatTokenizer,
         prefill_tokens: usize,
@@ -103,11 +94,14 @@ impl<'a> Predictions<'a> {
             let prompt = speaker.prompt_text(prompt)?;
             let record =
                 json!({"line": line, "prompt": prompt, "predict": predict, "label": label});
-            writeln!(file, "{record}").map_err(|e| Error::io("write", &self.path, e))?;
+            let written = file.write_all(format!("{record}\n").as_bytes());
+            written.map_err(|e| Error::io("write", file.destination(), e))?;
             bar.inc(1);
         }
         bar.finish_and_clear();
-        Ok(Predicted { path: self.path, documents: self.questions.len(), right })
+        let path = file.destination().to_path_buf();
+        file.commit()?;
+        Ok(Predicted { path, documents: self.questions.len(), right })
     }
 }
 
