@@ -14,7 +14,7 @@ use crate::checkpoint::atomic::write_file;
 use crate::error::{Error, Result};
 use crate::train::events::Event;
 
-/// What every name of an event file contains.
+/// What every name of an event file begins with.
 const NAME: &str = "events.out.tfevents";
 
 /// An open event file.
@@ -25,7 +25,7 @@ pub struct EventFile {
 
 impl EventFile {
     /// Starts a file in `folder` with the events of `history`, and removes those of earlier
-    /// sessions, which it replaces.
+    /// sessions, which it replaces, whole or not.
     ///
     /// # Errors
     /// `Io` when the disk refuses.
@@ -60,11 +60,22 @@ fn remove_others(folder: &Path, keep: &Path) -> Result<()> {
     for entry in entries {
         let path = entry.map_err(|e| Error::io("list", folder, e))?.path();
         let name = path.file_name().and_then(|name| name.to_str()).unwrap_or_default();
-        if path != keep && name.starts_with(NAME) && name.ends_with(".nibble") {
+        if path != keep && is_ours(name) {
             std::fs::remove_file(&path).map_err(|e| Error::io("remove", &path, e))?;
         }
     }
     Ok(())
+}
+
+/// Whether it is the file of a session, or what one left that was killed before it had its name: TensorBoard
+/// reads hidden files, too.
+fn is_ours(name: &str) -> bool {
+    let hidden = name.strip_prefix('.');
+    let half = hidden.and_then(|name| {
+        name.strip_suffix(".partial").or_else(|| name.strip_suffix(".nibble-lock"))
+    });
+    let name = half.unwrap_or(name);
+    name.starts_with(NAME) && name.ends_with(".nibble")
 }
 
 /// Seconds of training before each event; only step events know them.
@@ -206,10 +217,16 @@ mod tests {
     fn a_resumed_run_replaces_its_files_and_no_others() {
         let folder = tempfile::tempdir().unwrap();
         let earlier = folder.path().join("events.out.tfevents.1.nibble");
+        // What one leaves that is killed before its file has a name.
+        let halves =
+            [".events.out.tfevents.2.nibble.partial", ".events.out.tfevents.2.nibble.nibble-lock"];
+        let halves = halves.map(|name| folder.path().join(name));
         let foreign = folder.path().join("events.out.tfevents.1.elsewhere");
         std::fs::write(&earlier, "").unwrap();
+        halves.iter().for_each(|half| std::fs::write(half, "").unwrap());
         std::fs::write(&foreign, "").unwrap();
         let file = EventFile::begin(folder.path(), &[]).unwrap();
         assert!(file.path.exists() && foreign.exists() && !earlier.exists());
+        assert!(halves.iter().all(|half| !half.exists()));
     }
 }
