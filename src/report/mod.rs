@@ -88,7 +88,7 @@ impl OpenRun {
     fn summarize(&mut self, folder: &Path) -> Result<()> {
         let state = trainer_state::render(&self.start, &self.events);
         write_file(&folder.join(TRAINER_STATE_FILE), state.as_bytes())?;
-        let page = page::render(&self.start, &self.events);
+        let page = page::render(&self.start, &self.events, folder);
         write_file(&folder.join(REPORT_FILE), page.as_bytes())?;
         self.summarized = Instant::now();
         Ok(())
@@ -105,11 +105,11 @@ impl RunLog for Reports {
     }
 }
 
-/// The page of the run that `metrics` (the text of a `metrics.jsonl`) tells of.
+/// The page of the run in `folder` that `metrics` (the text of a `metrics.jsonl`) tells of.
 ///
 /// # Errors
 /// `Input` naming the line that is no event.
-pub fn page_of_metrics(metrics: &str) -> Result<String> {
+pub fn page_of_metrics(metrics: &str, folder: &Path) -> Result<String> {
     let (mut start, mut events) = (StartEvent::default(), Vec::new());
     for (number, line) in (1..).zip(metrics.lines()) {
         let event = serde_json::from_str(line);
@@ -118,13 +118,13 @@ pub fn page_of_metrics(metrics: &str) -> Result<String> {
             event => events.push(event),
         }
     }
-    Ok(page::render(&start, &events))
+    Ok(page::render(&start, &events, folder))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::train::events::{EndEvent, EvalEvent, SampleEvent, StepEvent};
+    use crate::train::events::{EndEvent, EvalEvent, SampleEvent, SaveEvent, StepEvent};
 
     pub(super) fn step(step: u64, loss: f64) -> Event {
         Event::Step(StepEvent {
@@ -176,7 +176,7 @@ mod tests {
         let page = read(REPORT_FILE);
         assert!(page.contains("&lt;b&gt;Hi&lt;&#x2f;b&gt;") && page.contains("a &amp; b"));
         assert!(!page.contains("<b>Hi") && !page.contains("http:"), "self-contained and escaped");
-        assert_eq!(page_of_metrics(&metrics).unwrap(), page, "the log alone gives the page");
+        assert_eq!(page_of_metrics(&metrics, folder.path()).unwrap(), page, "drawn again");
 
         drop(reports);
         let history = vec![step(1, 3.5)];
@@ -184,5 +184,30 @@ mod tests {
         let mut reports = Reports::new(folder.path());
         reports.record(&Event::Start(resumed)).unwrap();
         assert_eq!(read(METRICS_FILE).lines().count(), 2, "what followed the checkpoint is gone");
+    }
+
+    #[test]
+    fn the_page_has_the_checkpoints_that_are_there() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut reports = Reports::new(folder.path());
+        reports.record(&Event::Start(StartEvent::default())).unwrap();
+        for step in [1, 2, 3] {
+            let checkpoint = format!("checkpoint-{step}");
+            std::fs::create_dir(folder.path().join(&checkpoint)).unwrap();
+            let eval = EvalEvent { step, eval_loss: 3.25, ..EvalEvent::default() };
+            reports.record(&Event::Eval(eval)).unwrap();
+            if step == 3 {
+                std::fs::remove_dir(folder.path().join("checkpoint-1")).unwrap();
+            }
+            let save = SaveEvent { step, checkpoint, bytes: 1 << 20, ..SaveEvent::default() };
+            reports.record(&Event::Save(save)).unwrap();
+        }
+        let page = std::fs::read_to_string(folder.path().join(REPORT_FILE)).unwrap();
+        let shown = [1, 2, 3].map(|step| page.contains(&format!("checkpoint-{step}<")));
+        assert_eq!(shown, [false, true, true]);
+        assert_eq!(
+            (page.matches("3.2500").count() >= 3, page.matches("1.0 MiB").count()),
+            (true, 2)
+        );
     }
 }

@@ -131,7 +131,12 @@ fn save_total_limit() {
     let run =
         |limit: &str| runs.train(&format!("max-steps=8 save-steps=1 save-total-limit={limit}"));
     assert_eq!(run("1").checkpoints(), [8]);
-    assert_eq!(run("3").checkpoints(), [6, 7, 8]);
+    let three = run("3");
+    assert_eq!(three.checkpoints(), [6, 7, 8]);
+    let page = String::from_utf8(runs.place.read(&format!("{}/report.html", three.out))).unwrap();
+    let shown: Vec<u64> =
+        (1..=8).filter(|step| page.contains(&format!("checkpoint-{step}<"))).collect();
+    assert_eq!(shown, [6, 7, 8]);
     let run = runs.train(&format!("{WILD} eval-steps=1 save-steps=1 save-total-limit=2"));
     let best = run.end()["best"][1].as_u64().unwrap();
     assert_eq!(run.checkpoints(), [best, 11, 12], "the best besides");

@@ -8,15 +8,17 @@ mod chart;
 mod run;
 mod sections;
 
+use std::path::Path;
+
 use minijinja::{AutoEscape, Environment, Value, context};
 
 use super::memory_page;
 use crate::train::events::{Event, StartEvent};
 use run::Run;
 
-/// The page after `events`.
-pub fn render(start: &StartEvent, events: &[Event]) -> String {
-    let run = Run::of(start, events);
+/// The page after `events` of the run in `folder`.
+pub fn render(start: &StartEvent, events: &[Event], folder: &Path) -> String {
+    let run = Run::of(start, events, folder);
     let mut environment = Environment::new();
     environment.set_auto_escape_callback(|_| AutoEscape::Html);
     environment.set_trim_blocks(true);
@@ -46,8 +48,12 @@ pub fn render(start: &StartEvent, events: &[Event]) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{Event, Path, StartEvent};
     use crate::train::events::{EvalEvent, SampleEvent, StepEvent};
+
+    fn render(start: &StartEvent, events: &[Event]) -> String {
+        super::render(start, events, Path::new("run"))
+    }
 
     fn step(step: u64) -> Event {
         Event::Step(StepEvent {

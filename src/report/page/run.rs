@@ -1,5 +1,7 @@
 //! The events of a run by their kind, and the curves made from them.
 
+use std::path::Path;
+
 use serde::Serialize;
 
 use super::chart::{Chart, Frame, Series, chart, smooth};
@@ -48,8 +50,8 @@ pub struct Tile {
 }
 
 impl<'a> Run<'a> {
-    /// Sorts `events`.
-    pub fn of(start: &'a StartEvent, events: &'a [Event]) -> Self {
+    /// Sorts `events`; of the checkpoints it has those that are in `folder` still.
+    pub fn of(start: &'a StartEvent, events: &'a [Event], folder: &Path) -> Self {
         let mut run = Run {
             start,
             steps: Vec::new(),
@@ -65,7 +67,8 @@ impl<'a> Run<'a> {
                 Event::Step(step) => run.steps.push(step),
                 Event::Eval(eval) => run.evals.push(eval),
                 Event::Sample(sample) => run.samples.push(sample),
-                Event::Save(save) => run.saves.push(save),
+                Event::Save(save) if folder.join(&save.checkpoint).exists() => run.saves.push(save),
+                Event::Save(_) => {}
                 Event::OutOfMemory(event) => run.out_of_memory.push(event),
                 Event::End(end) => run.end = Some(end),
             }
@@ -258,7 +261,7 @@ impl<'a> Run<'a> {
 
 /// The last part of a path.
 fn file_name(path: &str) -> &str {
-    let name = std::path::Path::new(path).file_name().and_then(|name| name.to_str());
+    let name = Path::new(path).file_name().and_then(|name| name.to_str());
     name.unwrap_or(path)
 }
 
@@ -313,7 +316,7 @@ mod tests {
         };
         let events: Vec<Event> =
             (1..=30).map(|step| Event::Step(StepEvent { step, ..StepEvent::default() })).collect();
-        let marks = Run::of(&start, &events).marks();
+        let marks = Run::of(&start, &events, Path::new("run")).marks();
         let expected = [(10.0, "epoch 1"), (20.0, "epoch 2"), (12.0, "resumed")];
         assert_eq!(marks, expected.map(|(step, text)| (step, text.to_string())));
     }
