@@ -115,7 +115,9 @@ fn resumed(command: &Command, out: &Path, saved: &SavedSettings) -> Result<Vec<E
 mod tests {
     use clap::{CommandFactory, FromArgMatches, Parser};
 
-    use super::super::train::{Quantization, TrainArgs};
+    use nibble_quant::BlockFormat;
+
+    use super::super::train::TrainArgs;
     use super::*;
     use crate::adapter::{ModuleNames, TargetModules};
     use crate::byte_size::ByteSize;
@@ -174,7 +176,7 @@ mod tests {
         assert_eq!((beta1, beta2, epsilon, weight_decay), (0.9, 0.999, 1e-8, 0.0));
         assert_eq!((args.data.max_length, args.data.packing), (2048, true));
         assert_eq!(args.optimization.seed, 42);
-        assert_eq!(args.model.quantization, Quantization::Nf4);
+        assert_eq!(args.model.block_format(), Some(BlockFormat::default()));
         Ok(())
     }
 
@@ -388,6 +390,35 @@ mod tests {
         let args = parse_saved(&again, &|_| None)?;
         assert_eq!(args.optimization.max_steps, None);
         assert_eq!(args.optimization.num_train_epochs, 2.0);
+        Ok(())
+    }
+
+    /// Every run's file says how a dense base would be packed, also where the base is packed otherwise.
+    #[test]
+    fn a_file_with_the_usual_packing_asks_for_none() -> Result<()> {
+        let usual = "quantization = 'nf4'\nblock_size = 64\ndouble_quant = true";
+        let asked = |args: &TrainArgs| {
+            let model = &args.model;
+            [model.quantization.is_some(), model.block_size.is_some(), model.double_quant.is_some()]
+        };
+        let said = parse(&["--double-quant", "--block-size", "64"])?;
+        assert_eq!(asked(&said), [false, true, true]);
+        let read = with_file(usual, &["--block-size", "64"])?;
+        assert_eq!(asked(&read), [false, true, false]);
+        assert_eq!(
+            (&said.settings["quantization"], &said.settings),
+            (&vec!["nf4".into()], &read.settings)
+        );
+        let other = with_file(&usual.replace("64", "32"), &[])?;
+        assert_eq!(other.model.block_size, Some(32));
+        // It wins over what it stands above nevertheless.
+        let folder = tempfile::tempdir().unwrap();
+        let config = folder.path().join("run.toml");
+        std::fs::write(&config, usual).unwrap();
+        let config = config.to_str().unwrap();
+        let again = ["train", "--out", "o", "--resume", "--config", config];
+        let again = parse_saved(&again, &move |_| Some(other.settings.clone()))?;
+        assert_eq!(again.model.block_format(), Some(BlockFormat::default()));
         Ok(())
     }
 

@@ -37,6 +37,12 @@ const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];
 /// Settings that had no effect, and are in the files of runs from before they went.
 const RETIRED: [&str; 1] = ["loraplus-lr-embedding"];
 
+/// How a dense base is packed unless it is asked for otherwise: no defaults of the flags, since a base that is
+/// packed already may not be packed so. A run's own file has them, asked for or not, so that nobody asks for
+/// them in a file.
+const PACKING: [(&str, &str); 3] =
+    [("quantization", "nf4"), ("block-size", "64"), ("double-quant", "true")];
+
 /// Finds the flag `name` (kebab or snake case), be it an alias.
 fn find<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
     let name = name.replace('_', "-");
@@ -109,7 +115,14 @@ fn exclude(command: &Command, one: &str, other: &str) -> bool {
     both.is_some_and(|(one, other)| excludes(one, other) || excludes(other, one))
 }
 
+fn is_usual_packing(flag: &str, values: &[String]) -> bool {
+    PACKING.iter().any(|(name, usual)| *name == flag && values == [*usual])
+}
+
 fn is_default(command: &Command, flag: &str, values: &[String]) -> bool {
+    if is_usual_packing(flag, values) {
+        return true;
+    }
     let defaults = find(command, flag).map(Arg::get_default_values).unwrap_or_default();
     values.iter().map(OsString::from).eq(defaults.iter().map(OsString::from))
 }
@@ -299,7 +312,8 @@ impl<'a> Layers<'a> {
     /// Adds a layer below all others: those of its settings that are still free.
     pub fn add(&mut self, entries: &[Entry]) {
         let free: Vec<&Entry> = entries.iter().filter(|entry| !self.decided(entry)).collect();
-        self.arguments.extend(free.iter().flat_map(|entry| arguments(entry)));
+        let asked = free.iter().filter(|entry| !is_usual_packing(&entry.flag, &entry.values));
+        self.arguments.extend(asked.flat_map(|entry| arguments(entry)));
         self.set.extend(free.iter().map(|entry| entry.flag.clone()));
     }
 
@@ -359,5 +373,10 @@ pub fn echo(command: &Command, matches: &ArgMatches) -> SettingsEcho {
             && !matches!(arg.get_action(), ArgAction::Help | ArgAction::HelpLong)
             && !is_displaced(command, matches, arg)
     });
+    let packing = |arg: &Arg| {
+        let usual = PACKING.iter().find(|(name, _)| arg.get_long() == Some(name));
+        usual.map(|(_, value)| vec![value.to_string()])
+    };
+    let values = |arg: &Arg| values(arg).or_else(|| packing(arg));
     settings.filter_map(|arg| Some((long(arg).replace('-', "_"), values(arg)?))).collect()
 }

@@ -29,14 +29,14 @@ pub struct QuantizeArgs {
     #[arg(long, value_name = "TYPE", value_enum)]
     pub quant_type: Option<QuantTypeArg>,
 
-    /// Weights that share a scale: a power of two from 32 to 4096
-    #[arg(long, value_name = "WEIGHTS", default_value_t = 64, value_parser = numbers::block_size)]
-    pub block_size: usize,
+    /// Weights that share a scale: a power of two from 32 to 4096 [default: 64]
+    #[arg(long, value_name = "WEIGHTS", value_parser = numbers::block_size)]
+    pub block_size: Option<usize>,
 
-    /// Whether the scales are quantized, too: to 8 bits
-    #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set, default_value_t = true,
-          num_args = 0..=1, default_missing_value = "true")]
-    pub double_quant: bool,
+    /// Whether the scales are quantized, too: to 8 bits [default: true]
+    #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set, num_args = 0..=1,
+          default_missing_value = "true")]
+    pub double_quant: Option<bool>,
 
     /// Keep tensors dense whose name matches this regular expression; may be repeated
     #[arg(long, value_name = "REGEX")]

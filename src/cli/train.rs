@@ -106,32 +106,34 @@ pub struct BaseModelArgs {
     /// Hugging Face folder (dense or 4-bit) or GGUF file
     #[arg(long, value_name = "PATH")]
     pub model: PathBuf,
-    /// 4-bit type for a dense base; a base that is 4-bit already is used as stored
-    #[arg(long, value_name = "TYPE", value_enum, default_value_t = Quantization::Nf4)]
-    pub quantization: Quantization,
-    /// Weights per scale when quantizing
-    #[arg(long, value_name = "WEIGHTS", default_value_t = 64, value_parser = numbers::block_size)]
-    pub block_size: usize,
-    /// Whether the scales are quantized, too
-    #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true,
-          num_args = 0..=1, default_missing_value = "true")]
-    pub double_quant: bool,
+    /// 4-bit type for a dense base; one that is 4-bit already is used as stored [default: nf4]
+    #[arg(long, value_name = "TYPE", value_enum)]
+    pub quantization: Option<Quantization>,
+    /// Weights per scale when quantizing [default: 64]
+    #[arg(long, value_name = "WEIGHTS", value_parser = numbers::block_size)]
+    pub block_size: Option<usize>,
+    /// Whether the scales are quantized, too [default: true]
+    #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1,
+          default_missing_value = "true")]
+    pub double_quant: Option<bool>,
 }
 
 impl BaseModelArgs {
-    /// Whether a flag says how a dense base is packed.
-    pub fn asks_for_packing(&self) -> bool {
-        self.block_format() != Some(BlockFormat::default())
-    }
-
     /// How a dense base is packed; none leaves it as it is.
     pub fn block_format(&self) -> Option<BlockFormat> {
+        self.block_format_or(BlockFormat::default())
+    }
+
+    /// `unasked`, but for what the flags say otherwise; none leaves weights as they are.
+    pub fn block_format_or(&self, unasked: BlockFormat) -> Option<BlockFormat> {
         let quant_type = match self.quantization {
-            Quantization::Nf4 => QuantType::Nf4,
-            Quantization::Fp4 => QuantType::Fp4,
-            Quantization::None => return None,
+            Some(Quantization::Nf4) => QuantType::Nf4,
+            Some(Quantization::Fp4) => QuantType::Fp4,
+            Some(Quantization::None) => return None,
+            None => unasked.quant_type,
         };
-        let (block_size, double_quant) = (self.block_size, self.double_quant);
+        let block_size = self.block_size.unwrap_or(unasked.block_size);
+        let double_quant = self.double_quant.unwrap_or(unasked.double_quant);
         Some(BlockFormat { quant_type, block_size, double_quant })
     }
 }

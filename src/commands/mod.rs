@@ -17,8 +17,6 @@ pub mod train;
 
 use std::num::NonZeroUsize;
 
-use nibble_quant::BlockFormat;
-
 use crate::checkpoint::{Checkpoint, CheckpointKind};
 use crate::cli::Command;
 use crate::cli::generate::GenerationArgs;
@@ -91,9 +89,8 @@ fn note_left_out(checkpoint: &Checkpoint) {
 
 /// Refuses sizes of blocks for weights that are not packed, and what [`check_packed_as`] does.
 fn check_packing(base: &BaseModelArgs) -> Result<()> {
-    let BlockFormat { block_size, double_quant, .. } = BlockFormat::default();
-    let of_blocks = base.block_size != block_size || base.double_quant != double_quant;
-    if base.quantization == Quantization::None && of_blocks {
+    let of_blocks = base.block_size.is_some() || base.double_quant.is_some();
+    if base.quantization == Some(Quantization::None) && of_blocks {
         let what = "`--block-size` and `--double-quant` have no effect with `--quantization none`";
         return Err(Error::usage(what).hint("leave them out, or choose `--quantization nf4`"));
     }
@@ -102,13 +99,14 @@ fn check_packing(base: &BaseModelArgs) -> Result<()> {
 
 /// Refuses a packing that is asked for where the base is packed in another already.
 fn check_packed_as(base: &BaseModelArgs) -> Result<()> {
-    if !base.asks_for_packing() {
+    let asks = base.quantization.is_some() || base.block_size.is_some();
+    if !asks && base.double_quant.is_none() {
         return Ok(());
     }
     // What is wrong with the model is told by who opens it to work with it.
     let Ok(checkpoint) = Checkpoint::open(&base.model) else { return Ok(()) };
     let Some(stored) = checkpoint.packed_format() else { return Ok(()) };
-    if base.block_format() == Some(stored) {
+    if base.block_format_or(stored) == Some(stored) {
         return Ok(());
     }
     let (model, kind) = (base.model.display(), stored.quant_type.as_str());

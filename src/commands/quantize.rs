@@ -33,7 +33,7 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
     let repack = Repack {
         checkpoint: &checkpoint,
         spec: &spec,
-        format: format(args),
+        format: format(args, BlockFormat::default()),
         skip: args.skip.iter().map(|pattern| skip_pattern(pattern)).collect::<Result<_>>()?,
         dtype: dense_type(args, &checkpoint),
         reblock: args.force,
@@ -77,19 +77,19 @@ fn warn(repack: &Repack, steps: &[Step]) {
     }
 }
 
-fn format(args: &QuantizeArgs) -> BlockFormat {
-    let (block_size, double_quant) = (args.block_size, args.double_quant);
-    let quant_type = args.quant_type.map_or(BlockFormat::default().quant_type, QuantType::from);
-    BlockFormat { quant_type, block_size, double_quant }
+/// `unasked`, but for what the flags say otherwise.
+fn format(args: &QuantizeArgs, unasked: BlockFormat) -> BlockFormat {
+    BlockFormat {
+        quant_type: args.quant_type.map_or(unasked.quant_type, QuantType::from),
+        block_size: args.block_size.unwrap_or(unasked.block_size),
+        double_quant: args.double_quant.unwrap_or(unasked.double_quant),
+    }
 }
 
 /// Refuses a format that is asked for where linears are packed in another already, and stay so.
 fn check_format(args: &QuantizeArgs, repack: &Repack) -> Result<()> {
     let Some(stored) = repack.kept_format() else { return Ok(()) };
-    let quant_type = args.quant_type.map_or(stored.quant_type, QuantType::from);
-    let asked = BlockFormat { quant_type, ..repack.format };
-    let unasked = BlockFormat { quant_type: stored.quant_type, ..BlockFormat::default() };
-    if [stored, unasked].contains(&asked) {
+    if format(args, stored) == stored {
         return Ok(());
     }
     let (kind, size, nested) = (stored.quant_type.as_str(), stored.block_size, stored.double_quant);

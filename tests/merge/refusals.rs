@@ -44,6 +44,13 @@ fn a_packing_that_a_4_bit_model_has_not() {
         );
         assert!(errors.contains("hint: leave these flags out"), "{errors}");
     }
+    // What is asked for is not passed over where it is the default of a dense model.
+    let merge =
+        Merge::new("llama_s0.plain").packed(&["--block-size", "128", "--double-quant", "false"]);
+    for more in [["--double-quant", "true"], ["--block-size", "64"]] {
+        let errors = merge.fail(2, &more);
+        assert!(errors.contains("--block-size 128 --double-quant false"), "{errors}");
+    }
 }
 
 #[test]

@@ -86,9 +86,15 @@ impl Merge {
     }
 
     /// Quantizes the base into a folder and takes that as the model.
-    pub fn quantized(mut self) -> Self {
+    pub fn quantized(self) -> Self {
+        self.packed(&[])
+    }
+
+    /// The same with flags that say how.
+    pub fn packed(mut self, how: &[&str]) -> Self {
         let folder = self.path("base-4bit");
-        run(&["quantize", "--model", text(&self.model), "--out", text(&folder)]);
+        let base = ["quantize", "--model", text(&self.model), "--out", text(&folder)];
+        run(&[&base[..], how].concat());
         self.model = folder;
         self
     }

@@ -127,6 +127,13 @@ fn linears_of_a_4_bit_folder_stay_as_they_are_stored() {
     quantize("other", "copied", &[]);
     let asked = ["quantize", "--model", "other", "--out", "nf4", "--quant-type", "nf4"];
     assert!(fail(place.nibble(&asked)).1.contains("other is 4-bit already: --quant-type fp4"));
+    quantize("model", "third", &["--block-size", "128", "--double-quant", "false"]);
+    for asked in [["--block-size", "64"], ["--double-quant", "true"]] {
+        let base = ["quantize", "--model", "third", "--out", "again"];
+        let (code, text) = fail(place.nibble(&[&base[..], &asked].concat()));
+        assert!(code == 2 && text.contains("--block-size 128 --double-quant false"), "{text}");
+    }
+    quantize("third", "again", &["--block-size", "128"]);
     quantize("mixed", "whole", &["--force"]);
     let is_state = |name: &&String| name.contains("quant_state");
     let packed = |folder: &str| of_folder(&place.path(folder)).keys().filter(is_state).count();

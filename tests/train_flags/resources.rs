@@ -1,7 +1,7 @@
 //! Where a run reads, writes and computes, and what it may use.
 
 use crate::runs::{Run, Runs};
-use crate::training::succeed;
+use crate::training::{fail, succeed};
 
 /// Loss of the base model on the first tokens: what model it is.
 fn base_loss(run: &Run) -> f64 {
@@ -80,6 +80,33 @@ fn quantization() {
 #[test]
 fn block_size() {
     assert_packed_as("block-size=256", &["--block-size", "256"]);
+}
+
+/// Also one that a dense base has by itself; but for files, where every run's settings have it.
+#[test]
+fn a_packing_that_the_base_has_not_is_refused() {
+    let runs = Runs::new();
+    let packed = ["quantize", "--model", "model", "--out", "packed", "--quant-type", "fp4"];
+    let format = ["--block-size", "128", "--double-quant", "false"];
+    succeed(runs.place.nibble(&[&packed[..], &format].concat()));
+    for asked in ["quantization=nf4", "block-size=64", "double-quant=true", "double-quant"] {
+        let error = runs.refused(&format!("model=packed {asked}"));
+        let is =
+            "packed is 4-bit already: --quantization fp4 --block-size 128 --double-quant false";
+        assert!(error.contains(is) && error.contains("hint: leave these flags out"), "{error}");
+        let memory = ["memory", "--model", "packed", &format!("--{asked}")];
+        let (code, error) = fail(runs.place.nibble(&memory));
+        assert!(code == 2 && error.contains(is), "{error}");
+    }
+    runs.train("model=packed quantization=fp4 block-size=128");
+    let usual = "quantization = 'nf4'\nblock_size = 64\ndouble_quant = true\n";
+    std::fs::write(runs.place.path("run.toml"), usual).unwrap();
+    let run = runs.train("model=packed config=run.toml max-steps=2");
+    assert_eq!(run.start()["settings"]["block_size"], 64);
+    succeed(runs.place.nibble(&["train", "--out", &run.out, "--resume", "--max-steps", "3"]));
+    let settings = format!("{}/settings.toml", run.out);
+    assert!(String::from_utf8(runs.place.read(&settings)).unwrap().contains("double_quant = true"));
+    succeed(runs.place.nibble(&["memory", "--config", &settings]));
 }
 
 #[test]
