@@ -109,6 +109,25 @@ fn a_packing_that_the_base_has_not_is_refused() {
     succeed(runs.place.nibble(&["memory", "--config", &settings]));
 }
 
+/// But for files: `train --resume` takes those of runs from before that.
+#[test]
+fn blocks_of_what_is_not_packed_are_refused_but_for_old_runs() {
+    let runs = Runs::new();
+    let both = "quantization=none block-size=32";
+    let says = "have no effect with `--quantization none`";
+    assert!(runs.refused(both).contains(says));
+    assert!(runs.refused("quantization=none block-size=64").contains(says));
+    let memory = ["memory", "--model", "model", "--quantization", "none", "--block-size", "32"];
+    assert!(fail(runs.place.nibble(&memory)).1.contains(says));
+    let run = runs.train("quantization=none max-steps=2");
+    let settings = format!("{}/settings.toml", run.out);
+    let text = String::from_utf8(runs.place.read(&settings)).unwrap();
+    let old = text.replace("block_size = 64", "block_size = 32");
+    assert_ne!(old, text);
+    std::fs::write(runs.place.path(&settings), old).unwrap();
+    succeed(runs.place.nibble(&["memory", "--config", &settings]));
+}
+
 #[test]
 fn double_quant() {
     assert_packed_as("double-quant=false", &["--double-quant", "false"]);

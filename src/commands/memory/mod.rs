@@ -54,7 +54,11 @@ const LATER_BYTES: u64 = 6 << 20;
 /// `--measure` without weights or beside `--fit`, `Gpu` for `--measure` without the GPU.
 pub fn run(args: &MemoryArgs) -> Result<()> {
     check(args)?;
-    super::check_packing(&args.base)?;
+    // As `train --resume`, which takes an old run's file.
+    match args.config {
+        Some(_) => super::check_packed_as(&args.base)?,
+        None => super::check_packing(&args.base)?,
+    }
     super::set_threads(args.threads)?;
     let device = DeviceArgs { device: device::resolve(&args.device)?, ..args.device.clone() };
     let args = &MemoryArgs { device, ..args.clone() };
