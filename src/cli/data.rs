@@ -50,7 +50,9 @@ fn rename(text: &str) -> std::result::Result<(String, String), String> {
         Some((old, new)) if !old.is_empty() && !new.is_empty() && !new.contains(',') => {
             Ok((old.into(), new.into()))
         }
-        _ => Err("expected one `OLD=NEW`, such as `question=prompt`".into()),
+        _ => Err("expected one `OLD=NEW`, such as `question=prompt`\nhint: the flag is given once for each \
+                  field: `--rename-columns a=b --rename-columns c=d`"
+            .into()),
     }
 }
 

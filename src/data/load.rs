@@ -100,11 +100,13 @@ pub fn read(
         ));
     }
     let unread = loader.report.rejected.len() == loader.report.records;
-    if let Some((old, _)) = loader.idle.first().filter(|_| !unread) {
+    if let Some(idle @ (old, _)) = loader.idle.first().filter(|_| !unread) {
         let place = path.display();
         let what = format_args!("--rename-columns: no record of {place} has a field `{old}`");
-        return Err(Error::usage(what)
-            .hint("each is one OLD=NEW, the name in the file first; the flag may be repeated"));
+        let several = several_in_one(idle);
+        return Err(Error::usage(what).hint(several.as_deref().unwrap_or(
+            "each is one OLD=NEW, the name in the file first; the flag may be repeated",
+        )));
     }
     Ok(loader.report)
 }
@@ -205,7 +207,8 @@ impl<K: FnMut(Document)> Loader<'_, K> {
                 format!("; `--rename-columns` finds no field `{old}`")
             });
             let error = Error::input(format_args!("{place}: {}{idle}", rejection.reason));
-            match rejection.hint {
+            let several = self.idle.first().and_then(|idle| several_in_one(idle));
+            match several.or(rejection.hint) {
                 Some(hint) => error.hint(hint),
                 None => error,
             }
@@ -283,6 +286,15 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         self.report.targets += document.num_targets();
         (self.keep)(document);
     }
+}
+
+/// The way out where several pairs were given as one, which begins with a name like `a=b,c`.
+fn several_in_one((old, new): &(String, String)) -> Option<String> {
+    let pairs = format!("{old}={new}");
+    let pairs: Vec<&str> = pairs.split(',').map(str::trim).collect();
+    let several = pairs.len() > 1 && pairs.iter().all(|pair| pair.contains('='));
+    let flags: Vec<String> = pairs.iter().map(|pair| format!("--rename-columns {pair}")).collect();
+    several.then(|| format!("the flag is given once for each field: `{}`", flags.join(" ")))
 }
 
 /// Gives fields other names, all at once: two may change places.

@@ -55,10 +55,17 @@ fn rename_columns() {
     assert_eq!(training(&runs.train(swapped))["tokens"], 5);
     let error = runs.refused(&format!("{swapped} rename-columns=title=x"));
     assert!(error.contains("no record of named.jsonl has a field `title`"), "{error}");
-    let wrong = [("body", "expected one `OLD=NEW`"), ("body=text,text=other", "may be repeated")];
-    for (value, says) in wrong {
-        let error = runs.refused(&format!("data=named.jsonl rename-columns={value}"));
-        assert!(error.contains(says), "{error}");
+    // Several in one, whether the records can be told without them or not.
+    fs::write(runs.place.path("strange.jsonl"), json!({"a": "w3", "b": "w4"}).to_string()).unwrap();
+    let once = "hint: the flag is given once for each field: `--rename-columns ";
+    for (file, value, says, pair) in [
+        ("named", "body", "expected one `OLD=NEW`", "a=b"),
+        ("named", "body=text,text", "expected one `OLD=NEW`", "a=b"),
+        ("named", "body=text,text=other", "has a field `body=text,text`", "body=text"),
+        ("strange", "a=prompt,b=completion", "no field `a=prompt,b`", "a=prompt"),
+    ] {
+        let error = runs.refused(&format!("data={file}.jsonl rename-columns={value}"));
+        assert!(error.contains(says) && error.contains(&format!("{once}{pair} ")), "{error}");
     }
     // Evaluation data may have the right names already, and records have nothing where others have it.
     let rows = [json!({"body": "w3 w4", "text": null}), json!({"body": null, "text": "w5"})];
