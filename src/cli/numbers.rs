@@ -5,14 +5,27 @@ use std::str::FromStr;
 
 use crate::byte_size::ByteSize;
 
+const TOO_SMALL: &str = "too small: it would count as 0";
+
 fn number(text: &str, expected: &str, fits: impl Fn(f64) -> bool) -> Result<f64, String> {
-    let value = text.trim().parse().ok().filter(|value: &f64| value.is_finite() && fits(*value));
-    value.ok_or_else(|| format!("expected {expected}"))
+    let value = text.trim().parse().ok().filter(|value: &f64| value.is_finite());
+    if value == Some(0.0) && !is_zero(text) {
+        return Err(TOO_SMALL.to_string());
+    }
+    value.filter(|value| fits(*value)).ok_or_else(|| format!("expected {expected}"))
 }
 
-/// Any number.
+/// Whether a number is 0 as it is written, and not by rounding.
+fn is_zero(text: &str) -> bool {
+    let digits = text.split(['e', 'E']).next().unwrap_or_default();
+    !digits.contains(|digit| ('1'..='9').contains(&digit))
+}
+
+/// Any number, in f32.
 pub fn any(text: &str) -> Result<f32, String> {
-    number(text, "a number", |_| true).map(|value| value as f32)
+    let value = number(text, "a number", |value| (value as f32).is_finite())?;
+    let rounded = value as f32;
+    if rounded == 0.0 && value != 0.0 { Err(TOO_SMALL.to_string()) } else { Ok(rounded) }
 }
 
 /// A number above 0.
@@ -96,6 +109,13 @@ mod tests {
     fn ranges_have_the_right_ends() {
         assert_eq!(positive("2e-4"), Ok(2e-4));
         assert_eq!(any("-1e-4"), Ok(-1e-4));
+        for text in ["1e-400", " -0.003e-350", "1E-50"] {
+            assert_eq!(any(text), Err(TOO_SMALL.to_string()), "{text}");
+        }
+        assert_eq!((any("0e9"), any("-0.00"), any("1e39").is_err()), (Ok(0.0), Ok(0.0), true));
+        for parser in [positive, not_negative, share, below_one] {
+            assert_eq!(parser("1e-400"), Err(TOO_SMALL.to_string()));
+        }
         assert!(any("hot").is_err() && any("inf").is_err() && any("nan").is_err());
         assert!(positive("0").is_err() && positive("inf").is_err() && positive("nan").is_err());
         assert!(not_negative("0").is_ok() && not_negative("-1e-9").is_err());
