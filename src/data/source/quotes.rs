@@ -1,5 +1,6 @@
 //! Whether the quotes of a CSV file are closed. The parser does not tell: to it, all that follows a
-//! quote, up to the next one or to the end of the file, is one cell.
+//! quote, up to the next one or to the end of the file, is one cell. Nor does it count lines that end in a
+//! carriage return alone: it gets line feeds in their place.
 
 use std::io::{self, Read};
 
@@ -26,6 +27,10 @@ pub(super) struct QuoteReader<R> {
     row_line: usize,
     /// Whether the first row ends in a carriage return.
     returns: Option<bool>,
+    /// Whether no line feed is behind it: no row has one then.
+    lone_returns: bool,
+    /// Whether what was read last is a carriage return that waits for what comes behind it.
+    holds_return: bool,
 }
 
 /// What comes before the next byte.
@@ -56,6 +61,8 @@ impl<R> QuoteReader<R> {
             endless: None,
             row_line: line,
             returns: None,
+            lone_returns: false,
+            holds_return: false,
         }
     }
 
@@ -111,22 +118,46 @@ impl<R> QuoteReader<R> {
     }
 }
 
+impl<R: Read> QuoteReader<R> {
+    /// Fills the buffer, first with what was held back.
+    fn fill(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+        match buffer.split_first_mut() {
+            Some((first, rest)) if std::mem::take(&mut self.holds_return) => {
+                *first = b'\r';
+                Ok(1 + self.inner.read(rest)?)
+            }
+            _ => self.inner.read(buffer),
+        }
+    }
+}
+
 impl<R: Read> Read for QuoteReader<R> {
     fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
         if self.endless.is_some() {
             return Ok(0);
         }
-        let length = self.inner.read(buffer)?;
+        let length = self.fill(buffer)?;
         if length == 0 && !buffer.is_empty() {
             self.end();
         }
-        let read = &buffer[..length];
-        let text = match self.has_begun {
-            false => read.strip_prefix(BYTE_ORDER_MARK).unwrap_or(read),
-            true => read,
-        };
+        let text = &mut buffer[..length];
+        let has_mark = !self.has_begun && text.starts_with(BYTE_ORDER_MARK);
         self.has_begun = true;
-        text.iter().for_each(|&byte| self.take(byte));
+        for index in if has_mark { BYTE_ORDER_MARK.len() } else { 0 }..length {
+            if text[index] == b'\r' && self.place != Place::Quoted {
+                if self.returns.is_none() {
+                    if index > 0 && index + 1 == length {
+                        self.holds_return = true;
+                        return Ok(index);
+                    }
+                    self.lone_returns = text.get(index + 1).is_some_and(|&next| next != b'\n');
+                }
+                if self.lone_returns {
+                    text[index] = b'\n';
+                }
+            }
+            self.take(text[index]);
+        }
         Ok(length)
     }
 }
@@ -147,6 +178,32 @@ mod tests {
         assert_eq!(unclosed("\u{feff}\"a,b\nc,d\n"), Some(1));
         assert_eq!(unclosed("a,\"b \"\"c\"\"\nd"), Some(1));
         assert_eq!(unclosed("a,b\nc,\"d\ne,\"f\"\ng,h\n"), Some(2), "closed by another's quote");
+    }
+
+    #[test]
+    fn lone_returns_become_line_feeds_but_for_those_in_quotes() {
+        let read = |text: &str, at_once: usize| {
+            let mut reader = QuoteReader::new(text.as_bytes(), b',');
+            let (mut all, mut buffer) = (Vec::new(), vec![0; at_once]);
+            while let length @ 1.. = reader.read(&mut buffer).unwrap() {
+                all.extend(&buffer[..length]);
+            }
+            String::from_utf8(all).unwrap()
+        };
+        for at_once in [2, 3, 4, 5, 100] {
+            assert_eq!(read("a,b\rc,\"d\r\"\re\r", at_once), "a,b\nc,\"d\r\"\ne\n", "{at_once}");
+            for same in ["a,b\r\nc\rd\r\n", "a,b\nc\rd\r\n", "a\r", ""] {
+                assert_eq!(read(same, at_once), same, "{at_once}");
+            }
+        }
+    }
+
+    #[test]
+    fn a_large_file_of_lone_returns_is_no_endless_row() {
+        let rows = "a,b\r".repeat(MAX_RECORD_BYTES / 4 + 9);
+        let mut reader = QuoteReader::new(rows.as_bytes(), b',');
+        io::copy(&mut reader, &mut io::sink()).unwrap();
+        assert_eq!(reader.endless(), None);
     }
 
     #[test]
