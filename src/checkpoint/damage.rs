@@ -1,13 +1,16 @@
 //! What is wrong with a damaged safetensors file, in words: safetensors' own errors leave out which
 //! tensor, what it expected and what it got.
 
-use safetensors::SafeTensorError;
+use safetensors::{Dtype, SafeTensorError};
 use serde_json::{Map, Value};
 
 use crate::error::Error;
 
 /// Bytes of the length in front of the header.
 const LENGTH_BYTES: usize = size_of::<u64>();
+
+/// What the names of all kinds of FP8 begin with.
+const FP8: &str = "F8_";
 
 /// What a repository that was cloned without Git LFS has in place of a large file, if `bytes` are that.
 pub fn lfs_pointer(bytes: &[u8]) -> Option<Error> {
@@ -22,11 +25,36 @@ pub fn damaged_safetensors(bytes: &[u8], error: &SafeTensorError) -> Error {
     if let Some(pointer) = lfs_pointer(bytes) {
         return pointer;
     }
+    if let Some(unread) = unknown_fp8(bytes) {
+        return unread;
+    }
     let what = explain(bytes).unwrap_or_else(|| error.to_string());
     Error::input(format_args!("damaged safetensors file: {what}")).hint(
         "the download may have been cut short: compare the size with the source's, or download \
          it again",
     )
+}
+
+/// An error for a tensor of a type that is not read.
+pub fn unread_type(name: &str, dtype: &str) -> Error {
+    let what = "expected F32, F16, BF16 or bitsandbytes 4-bit";
+    let hint = match dtype.starts_with(FP8) {
+        true => "FP8 is not supported: get the model's BF16 or F16 weights",
+        false => "the weights were quantized by another tool: get the model's BF16 or F16 weights",
+    };
+    Error::input(format_args!("tensor {name} has type {dtype}, {what}")).hint(hint)
+}
+
+/// A tensor of a kind of FP8 that safetensors does not know.
+fn unknown_fp8(bytes: &[u8]) -> Option<Error> {
+    let (length, rest) = bytes.split_first_chunk::<LENGTH_BYTES>()?;
+    let header = rest.get(..usize::try_from(u64::from_le_bytes(*length)).ok()?)?;
+    let header: Map<String, Value> = serde_json::from_slice(header).ok()?;
+    let is_known = |dtype: &Value| serde_json::from_value::<Dtype>(dtype.clone()).is_ok();
+    header.iter().find_map(|(name, tensor)| {
+        let dtype = tensor["dtype"].as_str().filter(|dtype| dtype.starts_with(FP8))?;
+        (!is_known(&tensor["dtype"])).then(|| unread_type(name, dtype))
+    })
 }
 
 /// The first lie of the header.
@@ -75,7 +103,7 @@ fn extent(tensor: &Value) -> Result<[usize; 2], String> {
     let numbers = |key: &str| -> Result<Vec<usize>, String> {
         serde_json::from_value(tensor[key].clone()).map_err(|e| format!("`{key}`: {e}"))
     };
-    let dtype: safetensors::Dtype =
+    let dtype: Dtype =
         serde_json::from_value(tensor["dtype"].clone()).map_err(|e| format!("`dtype`: {e}"))?;
     let (shape, offsets) = (numbers("shape")?, numbers("data_offsets")?);
     let [begin, end] = offsets[..] else {
@@ -138,5 +166,14 @@ mod tests {
             let text = damaged_safetensors(&bytes, &error).to_string();
             assert!(text.contains(says), "{text}");
         }
+    }
+
+    #[test]
+    fn a_kind_of_fp8_that_nobody_knows_is_no_damage() {
+        let bytes = file(r#"{"a":{"dtype":"F8_E4M3FN","shape":[4],"data_offsets":[0,4]}}"#, 4);
+        let error = safetensors::SafeTensors::deserialize(&bytes).unwrap_err();
+        let text = damaged_safetensors(&bytes, &error).to_string();
+        assert!(text.starts_with("tensor a has type F8_E4M3FN, expected F32, F16, BF16"), "{text}");
+        assert!(text.contains("hint: FP8 is not supported"), "{text}");
     }
 }

@@ -10,7 +10,9 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
 use super::mapped::{MappedFile, PageCache, Pages};
-use super::{DenseTensor, StoredType, TensorInfo, Weight, bnb, damaged_safetensors, read_json};
+use super::{
+    DenseTensor, StoredType, TensorInfo, Weight, bnb, damaged_safetensors, read_json, unread_type,
+};
 use crate::error::{Error, Result};
 
 /// Name of the index of a sharded checkpoint.
@@ -257,9 +259,6 @@ fn float_type(name: &str, dtype: Dtype) -> Result<FloatType> {
         Dtype::F32 => Ok(FloatType::F32),
         Dtype::F16 => Ok(FloatType::F16),
         Dtype::BF16 => Ok(FloatType::Bf16),
-        other => Err(Error::input(format_args!(
-            "tensor {name} has type {other:?}, expected F32, F16, BF16 or bitsandbytes 4-bit"
-        ))
-        .hint("the weights were quantized by another tool: get the model's BF16 or F16 weights")),
+        other => Err(unread_type(name, &format!("{other:?}"))),
     }
 }

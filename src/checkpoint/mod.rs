@@ -22,7 +22,7 @@ use serde_json::Value;
 
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
-pub(crate) use damage::{damaged_safetensors, lfs_pointer};
+pub(crate) use damage::{damaged_safetensors, lfs_pointer, unread_type};
 pub use dense::DenseTensor;
 use dense::parallel_f32;
 pub use elements::Elements;
