@@ -74,7 +74,7 @@ def table(arguments, runs, quantize_seconds):
         f"--steps {arguments.steps}` on {time.strftime('%Y-%m-%d')}, commit {commit.stdout.strip()}, "
         f"{arguments.threads} threads, {platform.machine()}.",
         f"Random weights in NF4 with double quantization; quantizing them took {quantize_seconds:.0f} s. "
-        f"LoRA of rank 16 on all linears, one row of {arguments.max_length} tokens, activations: "
+        f"LoRA of rank 16 on all linear layers, one sequence of {arguments.max_length} tokens, activations: "
         f"{arguments.activations}.",
         "",
         "| part | " + " | ".join(f"{r['weights']}: planned | measured" for r in runs) + " |",

@@ -96,7 +96,7 @@ def main():
                 others += 1
         packed = sum(".quant_state." in name for name in stored)
         assert linears and packed == len(linears), f"{packed} packed weights, {len(linears)} 4-bit linears"
-    print(f"transformers {transformers.__version__} loaded {packed} packed linears ({elements:,} weights) and "
+    print(f"transformers {transformers.__version__} loaded {packed} packed linear layers ({elements:,} weights) and "
           f"{others} other tensors: all equal to Nibble's, bit for bit")
 
 

@@ -99,7 +99,7 @@ def main():
     difference = (logits[:, positions] - expected).abs()
     agreement = (logits[:, positions].argmax(-1) == expected.argmax(-1)).float().mean()
     error = difference.max() / expected.abs().max()
-    print(f"{ids.shape[0]} rows of {length} tokens: largest difference {difference.max():.1e} of logits up to "
+    print(f"{ids.shape[0]} sequences of {length} tokens: largest difference {difference.max():.1e} of logits up to "
           f"{expected.abs().max():.1f} ({error:.1e} of it), same most likely token {agreement:.2%}")
     sys.exit(error.item() > arguments.tolerance)
 

@@ -210,7 +210,7 @@ fn a_step_that_finds_no_memory_is_made_again_in_parts() {
         assert!(half_a_step > 10, "{kind}: {first} of {all}");
         let shortage = format!("{kind}:{}", first + half_a_step);
         let said = run(kind, "3", ("NIBBLE_EMULATED_SHORTAGE", &shortage)).unwrap();
-        assert!(said.contains("step 1: ") && said.contains("going on with"), "{kind}: {said}");
+        assert!(said.contains("step 1: ") && said.contains("continuing with"), "{kind}: {said}");
         let short = losses(&place, &format!("{kind}/checkpoint-3"));
         assert_eq!(short[0], plenty[0], "{kind}");
         for (short, plenty) in short.iter().zip(&plenty) {

@@ -126,7 +126,7 @@ fn the_audit_counts_everything_and_names_bad_lines() {
         "documents   2\n",
         "tokens      70, 6 of them trained: 8.6 % (loss on all answers)\n",
         "length      shortest 35, median 35, 95 % up to 35, longest 35 tokens\n",
-        "packed      rows of 2048 tokens: 1, 3.4 % full\n",
+        "packed      1 sequence of 2048 tokens, 3.4 % full\n",
         "35 to 35         2  ████████████████████████████████████████\n",
         "ok    no record is longer than 2048 tokens\n",
         "note  records without a token to train on, left out: 1 (chat.jsonl:2)\n",
@@ -149,8 +149,8 @@ fn the_exit_code_says_whether_training_would_stop() {
     assert!(text.contains("\n\ntraining would stop: chat.jsonl:3: not valid JSON"), "{text}");
     assert_eq!(
         error,
-        "error: chat.jsonl cannot be trained on as it is\nhint: mend the records that are named \
-         above, or take them out\n"
+        "error: chat.jsonl cannot be trained on as it is\nhint: fix the records named above, \
+         or remove them\n"
     );
     let (text, error) = refused(good, &["--max-length", "32", "--json"]);
     let json: Value = serde_json::from_str(&text).unwrap();
@@ -178,7 +178,7 @@ fn roles_that_may_be_mistyped_are_named() {
     let text = good.clone()
         + &record(["user", "Assistant", "assistant"])
         + &record(["bot", "assistant", "Assistant"]);
-    let roles = "messages of roles that templates seldom know: 2 of `Assistant` (from line 2), \
+    let roles = "messages with roles that few templates know: 2 of `Assistant` (from line 2), \
                  1 of `bot` (from line 3)";
     let said = report(&text, &[]);
     assert!(said.contains(&format!("note  {roles}; only `assistant` is trained\n")), "{said}");
@@ -225,11 +225,11 @@ fn what_the_template_leaves_out_is_said() {
         {"role": "user", "content": "Hi"}, empty, {"role": "user", "content": "Hi"}, plain,
     ]});
     let said = report(&(two.to_string() + "\n"), &["--train-on", "completion"]);
-    assert!(!said.contains("answers that are empty"), "{said}");
+    assert!(!said.contains("empty answers"), "{said}");
     let said = report(&(record(&thinks, Value::Null) + &record(&empty, Value::Null)), &[]);
     for note in [
         "note  messages whose reasoning the chat template leaves out: 1 (chat.jsonl:1)\n",
-        "note  answers that are empty: only their end is trained: 1 (chat.jsonl:2)\n",
+        "note  empty answers: only their end is trained: 1 (chat.jsonl:2)\n",
     ] {
         assert!(said.contains(note), "{said}");
     }
@@ -240,8 +240,8 @@ fn what_the_template_leaves_out_is_said() {
 fn prompts_without_the_template_are_noted() {
     let plain = r#"{"prompt": "What is 1 plus 1?", "completion": " 2."}"#;
     let rendered = r#"{"prompt": "<|im_start|>user\n1 plus 1?<|im_end|>\n", "completion": "2."}"#;
-    let says = "note  prompts of plain text, without the chat template: `nibble generate --raw` asks \
-                like that: 1 (chat.jsonl:1)";
+    let says = "note  prompts of plain text, without the chat template, as with `nibble generate --raw`: \
+                1 (chat.jsonl:1)";
     let text = report(&format!("{plain}\n{rendered}\n"), &[]);
     assert!(text.contains(says), "{text}");
     let marked = r#"{"prompt": "[INST] 1 plus 1? [/INST]", "completion": "2."}"#;
@@ -344,7 +344,7 @@ fn what_truncation_would_do_is_said() {
 fn answers_that_lose_their_end_are_counted_after_truncation() {
     let fine = "ok    every answer ends in a trained end-of-sequence token (<|im_end|>)\n";
     let text = run(&["--max-length", "33", "--truncation", "right"]);
-    let cut = "note  answers that lost their end by truncation: 2 (chat.jsonl:1, 4)\n";
+    let cut = "note  answers that lost their end to truncation: 2 (chat.jsonl:1, 4)\n";
     assert!(text.contains(cut) && !text.contains(fine), "{text}");
     // Without the line break behind the end, or without the beginning, the ends are there.
     for flags in [["34", "right"], ["33", "left"]] {

@@ -64,7 +64,7 @@ fn a_trial_has_the_tokenizer_in_memory() {
         command.args(flags);
         let report: Value = serde_json::from_slice(&succeed(command).stdout).unwrap();
         let rows = report["measured"]["rows"].as_array().unwrap().clone();
-        ["program, tokenizer, data", "free heap, in pieces"].map(|name| {
+        ["program, tokenizer, data", "heap fragmentation"].map(|name| {
             let row = rows.iter().find(|row| row["name"] == name).unwrap();
             row["measured_bytes"].as_u64().unwrap()
         })

@@ -81,9 +81,9 @@ fn a_refused_mapping_shrinks_the_run() {
         stderr(&succeed(shell))
     };
     let free = run("free", "unlimited");
-    assert!(!free.contains("going on with"), "{free}");
+    assert!(!free.contains("continuing with"), "{free}");
     let limited = run("limited", "300000");
-    assert!(limited.contains("step 0: ") && limited.contains("going on with"), "{limited}");
+    assert!(limited.contains("step 0: ") && limited.contains("continuing with"), "{limited}");
 
     let text = String::from_utf8(place.read("limited/metrics.jsonl")).unwrap();
     let events: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();

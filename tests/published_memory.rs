@@ -165,7 +165,7 @@ fn single_figures() {
         ),
         format!("| | LoRA of 0.2 % of its weights | 26 MB | {lora} MB: r 13 on q, k, v and o |"),
         format!(
-            "| | gradients of the adapters' inputs, a row of FLAN v2 | 567 MB, checkpointing 18 MB | {gradients} MB: 512 tokens, one block at a time |"
+            "| | gradients of the adapters' inputs, a sequence of FLAN v2 | 567 MB, checkpointing 18 MB | {gradients} MB: 512 tokens, one block at a time |"
         ),
         format!(
             "| torchtune's tutorial | Llama-2-7B, r 8, 2,048 tokens | < 10 GB | {tutorial:.1} GiB |"

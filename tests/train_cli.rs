@@ -40,7 +40,7 @@ fn one_is_no_plural() {
     let output = succeed(place.train("out", &["--max-steps", "1"]));
     let said = stderr(&output);
     assert!(said.contains("train.jsonl: 1 record, 1 document, "), "{said}");
-    assert!(said.contains("packed into 1 row of 32 tokens"), "{said}");
+    assert!(said.contains("packed into 1 sequence of 32 tokens"), "{said}");
     let result = String::from_utf8_lossy(&output.stdout);
     assert!(result.starts_with("out: 1 step, mean loss "), "{result}");
 }
@@ -56,7 +56,7 @@ fn mistyped_roles_are_said_before_the_training() {
     let record = json!({ "messages": messages }).to_string();
     fs::write(place.path("train.jsonl"), record).unwrap();
     let said = stderr(&succeed(place.train("out", &["--max-steps", "1"])));
-    let note = "; messages of roles that templates seldom know: 1 of `Assistant` (from line 1)\n";
+    let note = "; messages with roles that few templates know: 1 of `Assistant` (from line 1)\n";
     assert!(said.contains(note), "{said}");
 }
 
@@ -343,7 +343,7 @@ fn what_a_run_does_not_do_is_said() {
     let place = Workplace::new();
     let said = |out: &str, flags: &[&str]| stderr(&succeed(place.train(out, flags)));
     let short = said("short", &["--max-steps", "1"]);
-    assert!(short.contains("warning: all of the run (1 step) is warm-up"), "{short}");
+    assert!(short.contains("warning: all of the run (1 step) is warmup"), "{short}");
     assert!(short.contains("computing on the CPU, 2 threads"), "{short}");
     let flags = ["--max-steps", "2", "--warmup-steps", "1"];
     let quiet = said("quiet", &flags);

@@ -15,7 +15,7 @@ pub enum MergeOnto {
     /// The dense original, as PEFT's users do: full precision for all that is not adapted, at the
     /// price of weights that the adapter has not seen.
     Original,
-    /// The 4-bit weights, widened: exactly the model that was trained.
+    /// The dequantized 4-bit weights: exactly the model that was trained.
     Dequantized,
 }
 

@@ -289,8 +289,8 @@ mod tests {
             ),
             (
                 "[tokenizer]\nseed = 1",
-                "run.toml:1: unknown key `tokenizer`\nhint: settings stand in no sections: leave \
-                 `tokenizer` out",
+                "run.toml:1: unknown key `tokenizer`\nhint: settings have no sections: remove \
+                 `tokenizer`",
             ),
             (
                 "seed = 2026-01-01",

@@ -8,7 +8,7 @@ const EXAMPLES: &str = "Examples:
   nibble completions zsh > ~/.zfunc/_nibble
   nibble completions fish > ~/.config/fish/completions/nibble.fish";
 
-/// Print a script that completes Nibble's commands and flags in a shell
+/// Print a shell completion script
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct CompletionsArgs {

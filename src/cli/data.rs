@@ -13,19 +13,19 @@ use crate::model::spec::ModelSpec;
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Data")]
 pub struct DataFormatArgs {
-    /// Shape of the records [default: found from the first one]
+    /// Format of the records [default: detected from the first one]
     #[arg(long, value_enum)]
     pub format: Option<Format>,
-    /// A field that is called otherwise in the file, such as `question=prompt`; may be repeated
+    /// Rename a field of the file, such as `question=prompt`; may be repeated
     #[arg(long, value_name = "OLD=NEW", value_parser = rename)]
     pub rename_columns: Vec<(String, String)>,
     /// Chat template: alpaca, chatml, gemma, llama-3, zephyr, or a Jinja file [default: the model's]
     #[arg(long, value_name = "NAME|FILE", value_hint = ValueHint::FilePath)]
     pub chat_template: Option<String>,
-    /// Which tokens count in the loss
+    /// Tokens that count in the loss
     #[arg(long, value_enum, value_name = "PART", default_value_t = TrainOn::Assistant)]
     pub train_on: TrainOn,
-    /// What happens to documents longer than `--max-length`
+    /// What to do with documents longer than `--max-length`
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Truncation::Error)]
     pub truncation: Truncation,
 }
@@ -60,33 +60,33 @@ const EXAMPLES: &str = "Examples:
   nibble data --model smollm2-nf4 --data train.jsonl
   nibble data --model smollm2-nf4 --data train.jsonl --max-length 512 --show 3";
 
-/// Look at a data set with a model's tokenizer, without training
+/// Check a dataset with a model's tokenizer and chat template, without training
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct DataArgs {
     /// Hugging Face folder or GGUF file whose tokenizer and chat template are used
     #[arg(long, value_name = "PATH")]
     pub model: PathBuf,
-    /// PEFT adapter folder whose tokenizer and chat template are used where it brings any, as by a run
-    /// with `--init-adapter`
+    /// PEFT adapter folder whose tokenizer and chat template, if it has any, replace the model's, as in
+    /// a run with `--init-adapter`
     #[arg(long, value_name = "DIR", visible_alias = "init-adapter")]
     pub adapter: Option<PathBuf>,
     /// JSONL, JSON, CSV or Parquet: a file, a folder, or a pattern in quotes
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
-    /// Longest document, in tokens
+    /// Maximum length of a document, in tokens
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
     pub max_length: usize,
     /// How records are read.
     #[command(flatten)]
     pub format: DataFormatArgs,
-    /// Print the first N documents token by token, with what is trained marked
+    /// Print the first N documents token by token, with trained tokens marked
     #[arg(long, help_heading = "Output", value_name = "N", default_value_t = 0, value_parser = numbers::whole::<usize>)]
     pub show: usize,
     /// Print everything as JSON
     #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]
     pub json: bool,
-    /// Worker threads [default: one for each core]
+    /// Worker threads [default: one per core]
     #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
 }

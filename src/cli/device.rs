@@ -13,22 +13,21 @@ use crate::plan::EmbeddingPlace;
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Device")]
 pub struct DeviceArgs {
-    /// Where to compute: `cpu`, `cuda` or `cuda:N`; `auto` is a GPU if there is one that computes
-    /// what the CPU does, which is tried
+    /// `cpu`, `cuda` or `cuda:N`; `auto` takes a GPU if a test at the start gives the CPU's results
     #[arg(long, value_name = "DEVICE", default_value_t = Device::Auto,
           value_parser = listed::<Device>(&["auto", "cpu", "cuda"]), hide_possible_values = true)]
     pub device: Device,
 
-    /// Products in bf16, their sums in f32: 1.7 times as fast on a CPU with AVX-512 BF16, the only way on
-    /// a GPU [default: true on a GPU, false on a CPU]
+    /// Matrix products in bf16, accumulated in f32: 1.7 times as fast on a CPU with AVX-512 BF16, the
+    /// only way on a GPU [default: true on a GPU, false on a CPU]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true")]
     pub bf16: Option<bool>,
 
-    /// Attention on a GPU: `flash`, `exact` (slower, for any head), or what suits the model
-    #[arg(long, value_name = "PATH", value_enum, default_value_t = AttnImplementation::Auto)]
+    /// Attention kernels on a GPU
+    #[arg(long, value_name = "IMPLEMENTATION", value_enum, default_value_t = AttnImplementation::Auto)]
     pub attn_implementation: AttnImplementation,
 
-    /// Where embedding and head are beside a GPU; `auto` is `gpu` where there is no plan to be made
+    /// Where a run on a GPU keeps the embedding and the LM head; without training, `auto` is `gpu`
     #[arg(long, value_name = "PLACE", value_enum, default_value_t = EmbeddingPlace::Auto)]
     pub embedding: EmbeddingPlace,
 }

@@ -2,8 +2,8 @@
 
 use clap::{ArgAction, Args};
 
-/// What this machine offers: processor, memory, GPUs and their libraries, with the fix for what is
-/// missing
+/// Check what this machine offers: processor, memory, GPUs and their libraries, with the fix for what
+/// is missing
 #[derive(Debug, Args)]
 pub struct DoctorArgs {
     /// Print the findings as JSON

@@ -15,10 +15,10 @@ const EXAMPLES: &str = "Examples:
   nibble eval --model smollm2-nf4 --adapter run --data eval.jsonl --predictions answers.jsonl
   nibble eval --model smollm2-nf4 --data eval.jsonl --json";
 
-/// Loss, perplexity and right answers on a file, of the base and with an adapter
+/// Measure loss, perplexity, token accuracy and exact match, without and with an adapter
 ///
-/// Tokens right: the trained token is the likeliest one. Word for word: all trained tokens of a
-/// document are, so that greedy decoding writes exactly that answer.
+/// Token accuracy: how many of the trained tokens are the most likely ones. Exact match: documents of
+/// which all are, so that greedy decoding gives exactly that answer.
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct EvalArgs {
@@ -31,7 +31,7 @@ pub struct EvalArgs {
     /// JSONL, JSON, CSV or Parquet: a file, a folder, or a pattern in quotes
     #[arg(long, help_heading = "Data", value_name = "FILE")]
     pub data: PathBuf,
-    /// Longest document, in tokens
+    /// Maximum length of a document, in tokens
     #[arg(long, help_heading = "Data", value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
     pub max_length: usize,
     /// How records are read.
@@ -40,23 +40,23 @@ pub struct EvalArgs {
     /// Where it computes.
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// Write all logits to a safetensors file: f32 `logits` [rows, length, vocabulary] and
-    /// `input_ids`, for pre-tokenized rows of equal length
+    /// Write all logits to a safetensors file: f32 `logits` [sequences, length, vocabulary] and
+    /// `input_ids`, for pre-tokenized sequences of equal length
     #[arg(long, help_heading = "Output", value_name = "FILE")]
     pub save_logits: Option<PathBuf>,
-    /// Write answers to a new JSONL file: of each document the `prompt`, its last answer as `label`, and
-    /// as `predict` what the model, with its adapter, writes there, always the likeliest token; those that
-    /// are made are in `.FILE.partial` beside it until all are
+    /// Write the answers of greedy decoding to a new JSONL file: for each document its `prompt`, its last
+    /// answer as `label`, and that of the model, with the adapter if there is one, as `predict`; until it is
+    /// complete it is `.FILE.partial`
     #[arg(long, help_heading = "Output", value_name = "FILE")]
     pub predictions: Option<PathBuf>,
-    /// Longest of these answers, in tokens
+    /// Maximum length of these answers, in tokens
     #[arg(long, help_heading = "Output", value_name = "TOKENS", default_value = "256",
           requires = "predictions", value_parser = numbers::at_least_one)]
     pub max_new_tokens: NonZeroUsize,
     /// Print the figures as JSON
     #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]
     pub json: bool,
-    /// Worker threads [default: one for each core]
+    /// Worker threads [default: one per core]
     #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
 }

@@ -24,7 +24,7 @@ pub struct ExportArgs {
     #[arg(long, value_name = "PATH")]
     pub model: PathBuf,
 
-    /// PEFT adapter folder: write it alone, for llama.cpp's `--lora`, and not the model
+    /// PEFT adapter folder: write only the adapter, for llama.cpp's `--lora`
     #[arg(long, value_name = "DIR")]
     pub adapter: Option<PathBuf>,
 
@@ -32,18 +32,18 @@ pub struct ExportArgs {
     #[arg(long, value_name = "FILE")]
     pub out: PathBuf,
 
-    /// Type of the matrices, as llama.cpp's converter and llama-quantize name it
+    /// Data type of the matrices, as llama.cpp names it
     ///
-    /// Norms and biases are f32. The blocks of 256 need rows of a multiple of that: others get blocks
-    /// of 32.
+    /// Norms and biases are f32. Blocks of 256 need rows that are a multiple of it; others get blocks of
+    /// 32.
     #[arg(long, value_name = "TYPE", value_enum, ignore_case = true, default_value_t = FileType::F16)]
     pub outtype: FileType,
 
-    /// Replace `--out` if it is there
+    /// Replace `--out` if it exists
     #[arg(long)]
     pub overwrite: bool,
 
-    /// Worker threads [default: one for each core]
+    /// Worker threads [default: one per core]
     #[arg(long, value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
 }

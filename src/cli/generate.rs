@@ -75,34 +75,34 @@ const SEED: u64 = 42;
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Generation")]
 pub struct GenerationArgs {
-    /// Longest answer, in tokens
+    /// Maximum length of an answer, in tokens
     #[arg(long, value_name = "TOKENS", default_value = "256", value_parser = numbers::at_least_one)]
     pub max_new_tokens: NonZeroUsize,
-    /// Room for prompt and answer together, in tokens
+    /// Context length: prompt and answer together, in tokens
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
     pub context_length: usize,
-    /// Divides the logits: higher is more random, 0 always takes the likeliest token
+    /// Sampling temperature; 0 is greedy decoding
     #[arg(long, value_name = "NUMBER", default_value_t = 0.0, value_parser = numbers::any)]
     pub temperature: f32,
-    /// Draw from the k likeliest tokens; 0 is all
+    /// Sample from the k most likely tokens; 0 is all
     #[arg(long, value_name = "K", default_value_t = TOP_K, value_parser = numbers::whole::<usize>)]
     pub top_k: usize,
-    /// Draw from the likeliest tokens that together reach this probability
+    /// Nucleus sampling: sample from the most likely tokens that together reach this probability
     #[arg(long, value_name = "P", default_value_t = TOP_P, value_parser = numbers::any)]
     pub top_p: f32,
-    /// Draw from tokens at least this likely, relative to the likeliest
+    /// Minimum probability of a sampled token, relative to the most likely one
     #[arg(long, value_name = "P", default_value_t = MIN_P, value_parser = numbers::any)]
     pub min_p: f32,
-    /// Make tokens that occurred less likely; 1 is off
+    /// Penalty on tokens that already occurred; 1 is none
     #[arg(long, value_name = "FACTOR", default_value_t = 1.0, value_parser = numbers::any)]
     pub repetition_penalty: f32,
-    /// Seed of the draws
+    /// Sampling seed
     #[arg(long, value_name = "NUMBER", default_value_t = SEED, value_parser = numbers::whole::<u64>)]
     pub seed: u64,
     /// Where it computes.
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// Worker threads [default: one for each core]
+    /// Worker threads [default: one per core]
     #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
 }
@@ -151,10 +151,10 @@ pub struct GenerateArgs {
     /// The base model.
     #[command(flatten)]
     pub base: BaseModelArgs,
-    /// PEFT adapter folder; may be repeated: each one answers, under its name
+    /// PEFT adapter folder; may be repeated, each adapter answers under its name
     #[arg(long, help_heading = "Prompt", value_name = "[NAME=]DIR", value_hint = ValueHint::AnyPath)]
     pub adapter: Vec<NamedAdapter>,
-    /// What to answer; read from standard input if absent
+    /// Prompt to answer; read from stdin if absent
     #[arg(long, help_heading = "Prompt", value_name = "TEXT", allow_hyphen_values = true)]
     pub prompt: Option<String>,
     /// System message before the prompt
@@ -178,14 +178,14 @@ pub struct GenerateArgs {
     pub generation: GenerationArgs,
 }
 
-/// Talk to a model; adapters can be swapped while talking, `/help` says how
+/// Chat with a model and switch adapters in the conversation; `/help` lists the commands
 #[derive(Debug, Args)]
 #[command(after_help = CHAT_EXAMPLES)]
 pub struct ChatArgs {
     /// The base model.
     #[command(flatten)]
     pub base: BaseModelArgs,
-    /// PEFT adapter folder, with a name to call it by; may be repeated, the first one starts
+    /// PEFT adapter folder, with a name to call it by; may be repeated, the first one is used first
     #[arg(long, help_heading = "Conversation", value_name = "[NAME=]DIR",
           value_hint = ValueHint::AnyPath)]
     pub adapter: Vec<NamedAdapter>,

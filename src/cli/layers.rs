@@ -184,7 +184,7 @@ fn known<'a>(command: &'a Command, name: &str, is_section: bool) -> Result<&'a A
         None => {
             let error = Error::usage(format_args!("unknown key `{name}`"));
             if is_section {
-                let hint = format_args!("settings stand in no sections: leave `{name}` out");
+                let hint = format_args!("settings have no sections: remove `{name}`");
                 return Err(error.hint(hint));
             }
             if let Some(hint) = synonyms::hint(command, name, "") {

@@ -10,10 +10,10 @@ use super::numbers;
 use crate::adapter::{InitLoraWeights, LoraConfig, LoraPlus, ModuleNames, TargetModules};
 use crate::error::Result;
 
-/// Number type of the trained weights.
+/// Data type of the trained weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum AdapterDtype {
-    /// bf16 weights in the products, f32 master and moments in the optimizer.
+    /// bf16 in matrix products, with f32 master weights and optimizer moments.
     Bf16,
     /// f32 throughout, as PEFT does.
     F32,
@@ -37,29 +37,29 @@ const INIT_ADAPTER_DECIDES: [&str; 10] = [
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Adapter")]
 pub struct LoraArgs {
-    /// Rank of the adapter matrices
+    /// LoRA rank
     #[arg(long, value_name = "R", default_value = "16", value_parser = numbers::at_least_one)]
     pub lora_r: NonZeroUsize,
-    /// Numerator of the adapter's scale: alpha / r
+    /// LoRA alpha: the adapter is scaled by alpha / r
     #[arg(long, value_name = "ALPHA", default_value_t = 32.0,
           value_parser = numbers::positive)]
     pub lora_alpha: f64,
-    /// Share of the adapter's inputs that is dropped in training
-    #[arg(long, value_name = "SHARE", default_value_t = 0.0,
+    /// Dropout probability of the adapter's inputs
+    #[arg(long, value_name = "PROBABILITY", default_value_t = 0.0,
           value_parser = numbers::below_one)]
     pub lora_dropout: f64,
     /// Modules to adapt: `all-linear`, names separated by commas, or a regular expression
     #[arg(long, value_name = "MODULES", default_value = "all-linear",
           value_parser = listed::<TargetModules>(&["all-linear"]), hide_possible_values = true)]
     pub target_modules: TargetModules,
-    /// Modules to leave alone: names separated by commas, or a regular expression
+    /// Modules to exclude: names separated by commas, or a regular expression
     #[arg(long, value_name = "MODULES")]
     pub exclude_modules: Option<ModuleNames>,
-    /// Blocks to adapt, by number, separated by commas
-    #[arg(long, value_name = "NUMBERS", value_delimiter = ',',
+    /// Indices of the layers to adapt, separated by commas
+    #[arg(long, value_name = "INDICES", value_delimiter = ',',
           value_parser = numbers::whole::<usize>)]
     pub layers_to_transform: Vec<usize>,
-    /// Name of the block list in module paths, for `--layers-to-transform`
+    /// Name of the layer list in module paths, for `--layers-to-transform`
     #[arg(long, value_name = "NAME", value_delimiter = ',')]
     pub layers_pattern: Vec<String>,
     /// Rank of the modules whose path ends in PATTERN; may be repeated
@@ -68,23 +68,23 @@ pub struct LoraArgs {
     /// Alpha of the modules whose path ends in PATTERN; may be repeated
     #[arg(long, value_name = "PATTERN=ALPHA", value_parser = pattern_alpha)]
     pub alpha_pattern: Vec<(String, f64)>,
-    /// Scale by alpha / sqrt(r)
+    /// Rank-stabilized LoRA: scale by alpha / sqrt(r)
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = false,
           num_args = 0..=1, default_missing_value = "true")]
     pub use_rslora: bool,
-    /// How A starts: `true` (Kaiming uniform) or `gaussian`
+    /// Initialization of A: `true` (Kaiming uniform) or `gaussian`
     #[arg(long, value_name = "INIT", default_value = "true",
           value_parser = listed::<InitLoraWeights>(&["true", "gaussian"]),
           hide_possible_values = true)]
     pub init_lora_weights: InitLoraWeights,
-    /// Learning rate of B over that of A (LoRA+)
+    /// LoRA+: ratio of B's learning rate to A's
     #[arg(long, value_name = "RATIO", default_value_t = 1.0,
           value_parser = numbers::positive)]
     pub loraplus_lr_ratio: f64,
     /// Start from this PEFT adapter, with its rank, alpha and modules
     #[arg(long, value_name = "DIR", conflicts_with_all = INIT_ADAPTER_DECIDES)]
     pub init_adapter: Option<PathBuf>,
-    /// Number type of the trained weights
+    /// Data type of the trained weights
     #[arg(long, value_name = "DTYPE", value_enum, default_value_t = AdapterDtype::Bf16)]
     pub adapter_dtype: AdapterDtype,
 }

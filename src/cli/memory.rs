@@ -19,12 +19,12 @@ const EXAMPLES: &str = "Examples:
   nibble memory --model smollm2-nf4 --max-length 512 --measure --html memory.html
   nibble memory --config run.toml --fit";
 
-/// Where every byte of a training run would go, before it starts
+/// Show where every byte of a training run will go, before it starts
 #[derive(Debug, Clone, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct MemoryArgs {
-    /// Settings of a run, as `nibble train --config` takes them or OUT/settings.toml has them: those
-    /// that are flags here; flags on the command line win
+    /// Read the settings that are flags here from this TOML file, a file for `nibble train --config` or
+    /// OUT/settings.toml of a run; flags on the command line win
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// The base model; a bare config.json will do.
@@ -36,33 +36,32 @@ pub struct MemoryArgs {
     /// Where it computes.
     #[command(flatten)]
     pub device: DeviceArgs,
-    /// Rows of `--max-length` tokens in a forward pass
-    #[arg(long, help_heading = "Batch", value_name = "ROWS", default_value = "1", value_parser = numbers::at_least_one)]
+    /// Sequences of `--max-length` tokens per forward pass
+    #[arg(long, help_heading = "Batch", value_name = "SEQUENCES", default_value = "1", value_parser = numbers::at_least_one)]
     pub per_device_train_batch_size: NonZeroUsize,
-    /// Forward passes in an optimizer step; `--fit` keeps the rows of a step where it tries others
+    /// Forward passes per optimizer step; what `--fit` tries leaves the sequences per step as they are
     #[arg(long, help_heading = "Batch", value_name = "PASSES", default_value = GRADIENT_ACCUMULATION_STEPS, value_parser = numbers::at_least_one)]
     pub gradient_accumulation_steps: NonZeroUsize,
-    /// Longest row, in tokens
+    /// Maximum sequence length, in tokens
     #[arg(long, help_heading = "Batch", value_name = "TOKENS", default_value = "2048", value_parser = numbers::at_least_one)]
     pub max_length: NonZeroUsize,
-    /// Activations of a block: `keep` them, or recompute from its input and the output of
-    /// `attention`, or from its input (`checkpoint`). With `offload-attention` both of these, with
-    /// `offload` the input waits elsewhere: in pinned host memory beside a GPU, on the CPU in a nameless
-    /// file
+    /// Gradient checkpointing: `keep` all activations of a block, or recompute them from its input and
+    /// the output of `attention`, or from its input (`checkpoint`). With `offload-attention` both of
+    /// these, with `offload` the input is offloaded: to pinned host memory beside a GPU, to an unlinked
+    /// file on the CPU
     #[arg(long, help_heading = "Memory and threads", value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
-    /// Tokens that the MLP works on at a time; lowers memory for long rows [default: by itself
-    /// above 4096]
+    /// Tokens that the MLP processes at a time: fewer save memory in long sequences [default: 4096]
     #[arg(long, help_heading = "Memory and threads", value_name = "TOKENS", value_parser = numbers::at_least_one)]
     pub mlp_tile_length: Option<NonZeroUsize>,
-    /// Tokens whose logits exist at a time, at most; under a head on the host, parts of the logits of
-    /// four times as many [default: 128 MiB of them]
+    /// Tokens whose logits are in memory at a time; with the LM head on the host, four times as many,
+    /// each with part of its logits [default: 128 MiB of logits]
     #[arg(long, help_heading = "Memory and threads", value_name = "TOKENS", value_parser = numbers::at_least_one)]
     pub logits_chunk_length: Option<NonZeroUsize>,
-    /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from their 4-bit file
+    /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from the 4-bit file
     #[arg(long, help_heading = "Memory and threads", value_name = "MODE", value_enum, default_value_t = WeightsMode::Auto)]
     pub weights: WeightsMode,
-    /// Optimizer: `adamw_torch`, or `adamw_8bit` with moments in 8 bits: 2 bytes a parameter, not 8
+    /// Optimizer: `adamw_torch`, or `adamw_8bit` with 8-bit moments: 2 bytes a parameter, not 8
     #[arg(
         long,
         help_heading = "Memory and threads",
@@ -72,7 +71,7 @@ pub struct MemoryArgs {
         hide_possible_values = true
     )]
     pub optim: Optim,
-    /// Memory that the run may use, such as `24GiB`; with `auto`, as many blocks keep as fit
+    /// Memory that the run may use, such as `24GiB`; `auto` settings are chosen to fit it
     #[arg(
         long,
         help_heading = "Memory and threads",
@@ -80,17 +79,17 @@ pub struct MemoryArgs {
         visible_alias = "memory-budget"
     )]
     pub budget: Option<ByteSize>,
-    /// Worker threads [default: one for each core]
+    /// Worker threads [default: one per core]
     #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
-    /// Show what would fit `--budget` (or the free memory): lengths, batches, what each setting buys
+    /// Show what fits `--budget` or the free memory: lengths, batch sizes, what each setting saves
     #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]
     pub fit: bool,
-    /// Make that many real training steps on random tokens, and show what was measured beside the plan
+    /// Run this many real training steps on random tokens, and show the measured memory beside the plan
     #[arg(long, help_heading = "Output", value_name = "STEPS", num_args = 0..=1,
           default_missing_value = "2", value_parser = numbers::at_least_one)]
     pub measure: Option<NonZeroUsize>,
-    /// Write a page with pictures of the plan, and of what was measured
+    /// Write an HTML page with charts of the plan, and of what was measured
     #[arg(long, help_heading = "Output", value_name = "FILE")]
     pub html: Option<PathBuf>,
     /// Print the plan as JSON, with every region of the arena

@@ -13,15 +13,15 @@ use crate::byte_size::ByteSize;
 
 /// Which weights the adapter goes into.
 const BASES: &str = "\
-Give --model, --quantization and so on as in training. A dense model is merged as it is, which is \
-what PEFT's users do; `--onto dequantized` merges into the 4-bit weights that the adapter has seen. \
-A 4-bit model is widened and merged, unless --original gives the weights it was made from.
+Give --model, --quantization and so on as in training. A dense model is merged as it is, as is \
+usual with PEFT; `--onto dequantized` merges into the 4-bit weights that the adapter was trained on. \
+A 4-bit model is dequantized and merged, unless --original gives the weights it was made from.
 
 Examples:
   nibble merge --model smollm2-nf4 --adapter run --out merged
   nibble merge --model smollm2-nf4 --original SmolLM2-135M-Instruct --adapter run --out merged";
 
-/// Put an adapter into its base model's weights: a dense Hugging Face folder
+/// Merge an adapter into its base model and write a dense Hugging Face folder
 #[derive(Debug, Args)]
 #[command(after_long_help = BASES)]
 pub struct MergeArgs {
@@ -33,7 +33,7 @@ pub struct MergeArgs {
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
 
-    /// Weights to merge into [default: the original where it is there]
+    /// Weights to merge into [default: the original, if there is one]
     #[arg(long, value_name = "WEIGHTS", value_enum)]
     pub onto: Option<OntoArg>,
 
@@ -41,11 +41,11 @@ pub struct MergeArgs {
     #[arg(long, value_name = "PATH")]
     pub original: Option<PathBuf>,
 
-    /// Type of the tensors [default: that of the base, bfloat16 from GGUF]
+    /// Data type of the tensors [default: that of the base, bfloat16 from GGUF]
     #[arg(long, value_name = "TYPE", value_enum)]
     pub dtype: Option<DtypeArg>,
 
-    /// Largest size of a shard
+    /// Maximum size of a shard
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = numbers::some_bytes)]
     pub max_shard_size: ByteSize,
 
@@ -57,7 +57,7 @@ pub struct MergeArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Worker threads [default: one for each core]
+    /// Worker threads [default: one per core]
     #[arg(long, value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
 
@@ -71,7 +71,7 @@ pub struct MergeArgs {
 pub enum OntoArg {
     /// The dense original: full precision, but not what the adapter was trained on
     Original,
-    /// The 4-bit weights, widened: exactly the model that was trained
+    /// The dequantized 4-bit weights: exactly the model that was trained
     Dequantized,
 }
 

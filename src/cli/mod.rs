@@ -39,27 +39,27 @@ pub struct Cli {
 /// The commands, in the order in which one needs them.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Pack a base model's linears in 4-bit blocks that transformers and bitsandbytes load
+    /// Quantize a base model to 4 bits, in the format that transformers and bitsandbytes load
     Quantize(quantize::QuantizeArgs),
-    /// Look at a data set with a model's tokenizer, without training
+    /// Check a dataset with a model's tokenizer and chat template, without training
     Data(data::DataArgs),
-    /// Where every byte of a training run would go, before it starts
+    /// Show where every byte of a training run will go, before it starts
     Memory(Box<memory::MemoryArgs>),
     /// Train a LoRA adapter on a frozen base model
     Train(Box<train::TrainArgs>),
-    /// Loss, perplexity and right answers on a file, of the base and with an adapter
+    /// Measure loss, perplexity, token accuracy and exact match, without and with an adapter
     Eval(eval::EvalArgs),
     /// Answer a prompt
     Generate(generate::GenerateArgs),
-    /// Talk to a model; adapters can be swapped while talking, `/help` says how
+    /// Chat with a model and switch adapters in the conversation; `/help` lists the commands
     Chat(generate::ChatArgs),
-    /// Put an adapter into its base model's weights: a dense Hugging Face folder
+    /// Merge an adapter into its base model and write a dense Hugging Face folder
     Merge(merge::MergeArgs),
     /// Write a model, or an adapter, as a GGUF file for llama.cpp
     Export(export::ExportArgs),
-    /// What this machine offers, and how to get what is missing
+    /// Check what this machine offers, and how to get what is missing
     Doctor(doctor::DoctorArgs),
-    /// Print a script that completes Nibble's commands and flags in a shell
+    /// Print a shell completion script
     Completions(completions::CompletionsArgs),
 }
 

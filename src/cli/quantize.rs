@@ -13,7 +13,7 @@ const EXAMPLES: &str = "Examples:
   nibble quantize --model SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2-nf4 --check
   nibble quantize --model Llama-3.2-1B --out llama-fp4 --quant-type fp4 --block-size 32";
 
-/// Pack a base model's linears in 4-bit blocks that transformers and bitsandbytes load
+/// Quantize a base model to 4 bits, in the format that transformers and bitsandbytes load
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct QuantizeArgs {
@@ -29,28 +29,29 @@ pub struct QuantizeArgs {
     #[arg(long, value_name = "TYPE", value_enum)]
     pub quant_type: Option<QuantTypeArg>,
 
-    /// Weights that share a scale: a power of two from 32 to 4096 [default: 64]
+    /// Weights per scale: a power of two from 32 to 4096 [default: 64]
     #[arg(long, value_name = "WEIGHTS", value_parser = numbers::block_size)]
     pub block_size: Option<usize>,
 
-    /// Whether the scales are quantized, too: to 8 bits [default: true]
+    /// Also quantize the scales, to 8 bits [default: true]
     #[arg(long, value_name = "BOOL", action = clap::ArgAction::Set, num_args = 0..=1,
           default_missing_value = "true")]
     pub double_quant: Option<bool>,
 
-    /// Keep tensors dense whose name matches this regular expression; may be repeated
+
+    /// Do not quantize tensors whose name matches this regular expression; may be repeated
     #[arg(long, value_name = "REGEX")]
     pub skip: Vec<String>,
 
-    /// Type of the dense tensors [default: as stored, bfloat16 from GGUF]
+    /// Data type of the tensors that stay dense [default: as stored, bfloat16 from GGUF]
     #[arg(long, value_name = "TYPE", value_enum)]
     pub dtype: Option<DtypeArg>,
 
-    /// Largest size of a shard
+    /// Maximum size of a shard
     #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = numbers::some_bytes)]
     pub max_shard_size: ByteSize,
 
-    /// Pack linears that are 4-bit already anew in this format
+    /// Requantize linear layers that are already 4-bit
     #[arg(long)]
     pub force: bool,
 
@@ -66,7 +67,7 @@ pub struct QuantizeArgs {
     #[arg(long)]
     pub json: bool,
 
-    /// Worker threads [default: one for each core]
+    /// Worker threads [default: one per core]
     #[arg(long, value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
 }
@@ -74,9 +75,9 @@ pub struct QuantizeArgs {
 /// `--quant-type`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum QuantTypeArg {
-    /// Quantiles of a normal distribution
+    /// 4-bit NormalFloat
     Nf4,
-    /// A 4-bit float
+    /// 4-bit float
     Fp4,
 }
 

@@ -90,21 +90,21 @@ const SYNONYMS: [(&str, &str); 79] = [
     ("warmup", "warmup-steps"),
 ];
 
-const NUMBER_TYPE: &str = "leave it out: it computes in bf16 on a GPU, on a CPU in f32 or with \
-                           `--bf16` in bf16; there is no fp16";
-const REPORTS: &str = "leave it out: every run writes TensorBoard's files, metrics.jsonl and \
+const NUMBER_TYPE: &str = "leave it out: computes in bf16 on a GPU, in f32 on a CPU, or in bf16 \
+                           with `--bf16`; there is no fp16";
+const REPORTS: &str = "leave it out: every run writes TensorBoard events, metrics.jsonl and \
                        report.html into `--out`; other trackers are not supported";
-const NOT_NEEDED: &str = "leave it out: Nibble does so anyway";
-const ONE_DEVICE: &str = "not supported: it trains on one device";
-const NO_UPLOAD: &str = "not supported: what `--out` holds can be uploaded as it is";
-const NOT_TRAINED: &str = "not supported in training: only LoRA on linears is trained; adapters \
-                           that have more can be used and merged";
+const NOT_NEEDED: &str = "leave it out: Nibble always does this";
+const ONE_DEVICE: &str = "not supported: Nibble trains on one device";
+const NO_UPLOAD: &str = "not supported: upload the folder of `--out` as it is";
+const NOT_TRAINED: &str = "not supported in training: only LoRA on linear layers is trained; \
+                           adapters with more can be used and merged";
 
 /// Their names of what has no flag here, and why.
 const WITHOUT_FLAG: [(&str, &str); 34] = [
     ("bias", NOT_TRAINED),
     ("bnb-4bit-compute-dtype", NUMBER_TYPE),
-    ("dataloader-num-workers", "leave it out: data are in memory before the first step"),
+    ("dataloader-num-workers", "leave it out: all data is in memory before the first step"),
     (
         "dataset-text-field",
         "plain text is read from the field `text`: `--rename-columns FIELD=text`",
@@ -115,7 +115,7 @@ const WITHOUT_FLAG: [(&str, &str); 34] = [
     ("do-train", NOT_NEEDED),
     ("fp16", NUMBER_TYPE),
     ("fsdp", ONE_DEVICE),
-    ("group-by-length", "not supported: `--packing` fills rows with documents of any length"),
+    ("group-by-length", "not supported: `--packing` fills sequences with documents of any length"),
     ("hub-model-id", NO_UPLOAD),
     ("label-smoothing-factor", "not supported"),
     ("load-in-8bit", "not supported: `--quantization` is nf4, fp4 or none"),
@@ -126,9 +126,9 @@ const WITHOUT_FLAG: [(&str, &str); 34] = [
     ("num-processes", ONE_DEVICE),
     (
         "overwrite-output-dir",
-        "leave it out: a run begins in a new `--out`, or goes on by `--resume`",
+        "leave it out: a run starts in a new `--out`, or continues with `--resume`",
     ),
-    ("per-device-eval-batch-size", "leave it out: it is that of `--per-device-train-batch-size`"),
+    ("per-device-eval-batch-size", "leave it out: it is `--per-device-train-batch-size`"),
     ("push-to-hub", NO_UPLOAD),
     ("remove-unused-columns", NOT_NEEDED),
     ("report-to", REPORTS),
@@ -136,7 +136,7 @@ const WITHOUT_FLAG: [(&str, &str); 34] = [
     ("task-type", NOT_NEEDED),
     ("tf32", NUMBER_TYPE),
     ("torch-dtype", NUMBER_TYPE),
-    ("trust-remote-code", "leave it out: a model's code is never run"),
+    ("trust-remote-code", "leave it out: code of a model is never run"),
     ("use-dora", NOT_TRAINED),
     ("use-lora", NOT_NEEDED),
     ("use-peft", NOT_NEEDED),

@@ -34,7 +34,7 @@ pub const GRADIENT_ACCUMULATION_STEPS: &str = "4";
 #[derive(Debug, Clone, Args)]
 #[command(after_long_help = AFTER_HELP)]
 pub struct TrainArgs {
-    /// Settings from this TOML file, under the flags' names; flags on the command line win
+    /// Read settings from this TOML file, under the flags' names; flags on the command line win
     #[arg(long, value_name = "FILE")]
     pub config: Option<PathBuf>,
     /// Named set of defaults
@@ -106,13 +106,13 @@ pub struct BaseModelArgs {
     /// Hugging Face folder (dense or 4-bit) or GGUF file
     #[arg(long, value_name = "PATH")]
     pub model: PathBuf,
-    /// 4-bit type for a dense base; one that is 4-bit already is used as stored [default: nf4]
+    /// 4-bit type to quantize a dense base to; a base that is already 4-bit is used as stored [default: nf4]
     #[arg(long, value_name = "TYPE", value_enum)]
     pub quantization: Option<Quantization>,
-    /// Weights per scale when quantizing [default: 64]
+    /// Weights per scale, when quantizing [default: 64]
     #[arg(long, value_name = "WEIGHTS", value_parser = numbers::block_size)]
     pub block_size: Option<usize>,
-    /// Whether the scales are quantized, too [default: true]
+    /// Also quantize the scales, to 8 bits [default: true]
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, num_args = 0..=1,
           default_missing_value = "true")]
     pub double_quant: Option<bool>,
@@ -141,11 +141,11 @@ impl BaseModelArgs {
 /// `--quantization`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Quantization {
-    /// 4-bit normal float
+    /// 4-bit NormalFloat
     Nf4,
     /// 4-bit float
     Fp4,
-    /// Weights as they are
+    /// No quantization
     None,
 }
 
@@ -153,27 +153,27 @@ pub enum Quantization {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Data")]
 pub struct TrainDataArgs {
-    /// Training data, JSONL, JSON, CSV or Parquet: a file, a folder, or a pattern in quotes
+    /// Training data in JSONL, JSON, CSV or Parquet: a file, a folder, or a pattern in quotes
     #[arg(long, value_name = "FILE")]
     pub data: PathBuf,
-    /// Evaluation data, as for `--data`
+    /// Evaluation data, in the same formats
     #[arg(long, value_name = "FILE")]
     pub eval_data: Option<PathBuf>,
-    /// Share of the training data that is held out for evaluation, such as 0.05
-    #[arg(long, value_name = "SHARE", conflicts_with = "eval_data",
+    /// Fraction of the training data to hold out for evaluation, such as 0.05
+    #[arg(long, value_name = "FRACTION", conflicts_with = "eval_data",
           value_parser = numbers::below_one)]
     pub validation_split: Option<f64>,
-    /// Longest document, in tokens
+    /// Maximum sequence length, in tokens; no document may be longer
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
     pub max_length: usize,
     /// How records are read.
     #[command(flatten)]
     pub format: DataFormatArgs,
-    /// Put several short documents into one row; they do not see each other
+    /// Pack short documents into one sequence; attention stays within each document
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true,
           num_args = 0..=1, default_missing_value = "true")]
     pub packing: bool,
-    /// New order in every epoch
+    /// Shuffle the data in every epoch
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true,
           num_args = 0..=1, default_missing_value = "true")]
     pub shuffle: bool,
@@ -190,66 +190,66 @@ impl TrainDataArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Optimization")]
 pub struct OptimizationArgs {
-    /// Rows of `--max-length` tokens in a forward pass (unpacked: documents)
-    #[arg(long, value_name = "ROWS", default_value = "1", value_parser = numbers::at_least_one)]
+    /// Sequences of `--max-length` tokens per forward pass (without packing: documents)
+    #[arg(long, value_name = "SEQUENCES", default_value = "1", value_parser = numbers::at_least_one)]
     pub per_device_train_batch_size: NonZeroUsize,
-    /// Forward passes in an optimizer step
+    /// Forward passes per optimizer step
     #[arg(long, value_name = "PASSES", default_value = GRADIENT_ACCUMULATION_STEPS, value_parser = numbers::at_least_one)]
     pub gradient_accumulation_steps: NonZeroUsize,
     /// Peak learning rate
     #[arg(long, value_name = "RATE", default_value = "2e-4",
           value_parser = numbers::positive)]
     pub learning_rate: f64,
-    /// Course of the learning rate
+    /// Learning rate schedule
     #[arg(long, value_name = "TYPE", value_enum, default_value_t = SchedulerType::Cosine)]
     pub lr_scheduler_type: SchedulerType,
-    /// Steps in which the learning rate rises from 0 [default: by `--warmup-ratio`]
+    /// Steps of linear warmup from 0 [default: by `--warmup-ratio`]
     #[arg(long, value_name = "STEPS", conflicts_with = "warmup_ratio",
           value_parser = numbers::whole::<u64>)]
     pub warmup_steps: Option<u64>,
-    /// The same as a share of all steps, rounded up
-    #[arg(long, value_name = "SHARE", default_value_t = WARMUP_RATIO,
+    /// Warmup as a fraction of all steps, rounded up
+    #[arg(long, value_name = "FRACTION", default_value_t = WARMUP_RATIO,
           value_parser = numbers::share)]
     pub warmup_ratio: f64,
-    /// Floor of `cosine_with_min_lr` as a share of the peak
-    #[arg(long, value_name = "SHARE", default_value_t = MIN_LR_RATE,
+    /// Final learning rate of `cosine_with_min_lr`, as a fraction of the peak
+    #[arg(long, value_name = "FRACTION", default_value_t = MIN_LR_RATE,
           value_parser = numbers::share)]
     pub min_lr_rate: f64,
-    /// Optimizer steps of the run; overrides `--num-train-epochs` [default: by epochs]
+    /// Total number of optimizer steps; overrides `--num-train-epochs` [default: by epochs]
     #[arg(long, value_name = "STEPS", value_parser = numbers::steps)]
     pub max_steps: Option<u64>,
-    /// Passes over the training data
+    /// Number of training epochs
     #[arg(long, value_name = "EPOCHS", default_value_t = 1.0,
           value_parser = numbers::positive)]
     pub num_train_epochs: f64,
-    /// Longest gradient (L2 norm over all trained weights); 0 does not clip
+    /// Maximum gradient norm, for clipping (L2 over all trained weights); 0 disables it
     #[arg(long, value_name = "NORM", default_value_t = 0.3,
           value_parser = numbers::not_negative)]
     pub max_grad_norm: f64,
-    /// Decoupled weight decay
+    /// Weight decay, decoupled as in AdamW
     #[arg(long, value_name = "DECAY", default_value_t = 0.0,
           value_parser = numbers::not_negative)]
     pub weight_decay: f64,
-    /// Optimizer: `adamw_torch`, or `adamw_8bit` with moments in 8 bits: 2 bytes a parameter, not 8
+    /// Optimizer: `adamw_torch`, or `adamw_8bit` with 8-bit moments: 2 bytes a parameter, not 8
     #[arg(long, value_name = "NAME", default_value = "adamw_torch",
           value_parser = listed::<Optim>(&Optim::NAMES), hide_possible_values = true)]
     pub optim: Optim,
-    /// Decay of AdamW's first moment
+    /// AdamW's beta1, the decay rate of the first moment
     #[arg(long, value_name = "BETA", default_value_t = 0.9,
           value_parser = numbers::below_one)]
     pub adam_beta1: f64,
-    /// Decay of AdamW's second moment
+    /// AdamW's beta2, the decay rate of the second moment
     #[arg(long, value_name = "BETA", default_value_t = 0.999,
           value_parser = numbers::below_one)]
     pub adam_beta2: f64,
-    /// AdamW's guard against division by zero
+    /// AdamW's epsilon, for numerical stability
     #[arg(long, value_name = "EPSILON", default_value = "1e-8",
           value_parser = numbers::positive)]
     pub adam_epsilon: f64,
-    /// Noise on the embeddings while training (NEFTune), 5 to 15 in its paper [default: none]
+    /// NEFTune noise on the embeddings in training; 5 to 15 in the paper [default: none]
     #[arg(long, value_name = "ALPHA", value_parser = numbers::positive_f32)]
     pub neftune_noise_alpha: Option<f32>,
-    /// Seed of initial weights, order, dropout and noise
+    /// Seed of the initial adapter, the order of the data, dropout and noise
     #[arg(long, value_name = "NUMBER", default_value_t = 42, value_parser = numbers::whole::<u64>)]
     pub seed: u64,
 }
@@ -264,31 +264,31 @@ pub struct EvaluationArgs {
     /// Steps between evaluations; each new lowest loss saves a checkpoint [default: once, at the end]
     #[arg(long, value_name = "STEPS", value_parser = numbers::steps)]
     pub eval_steps: Option<u64>,
-    /// Evaluations without improvement before the run stops
+    /// Stop after this many evaluations without an improvement
     #[arg(long, value_name = "EVALUATIONS", value_parser = numbers::steps)]
     pub early_stopping_patience: Option<u64>,
-    /// Improvement of the evaluation loss that counts
+    /// Smallest decrease of the evaluation loss that counts as an improvement
     #[arg(long, value_name = "LOSS", default_value_t = 0.0,
           value_parser = numbers::not_negative)]
     pub early_stopping_threshold: f64,
-    /// End with the weights of the lowest evaluation loss
+    /// End with the weights that had the lowest evaluation loss
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = false,
           num_args = 0..=1, default_missing_value = "true")]
     pub load_best_model_at_end: bool,
-    /// Answer this prompt before the first step and after the last one; may be repeated
+    /// Prompt to answer before the first step and after the last one; may be repeated
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     pub sample_prompt: Vec<String>,
     /// Steps between further answers to `--sample-prompt` [default: none]
     #[arg(long, value_name = "STEPS", value_parser = numbers::steps)]
     pub sample_steps: Option<u64>,
-    /// Longest sample answer, in tokens
+    /// Maximum length of a sample answer, in tokens
     #[arg(long, value_name = "TOKENS", default_value_t = SAMPLE_TOKENS, value_parser = numbers::at_least_one)]
     pub sample_max_new_tokens: NonZeroUsize,
-    /// Stop when a trained matrix gets no gradient or does not move
+    /// Stop if a trained matrix gets no gradient or does not change
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true,
           num_args = 0..=1, default_missing_value = "true")]
     pub self_checks: bool,
-    /// Begin with the largest batch, so that memory runs out at once or never
+    /// Begin with the largest batch, so that memory runs out at once or not at all
     #[arg(long, value_name = "BOOL", action = ArgAction::Set, default_value_t = true,
           num_args = 0..=1, default_missing_value = "true")]
     pub longest_first_step: bool,
@@ -304,11 +304,11 @@ pub struct OutputArgs {
     /// Steps between checkpoints
     #[arg(long, value_name = "STEPS", default_value_t = 100, value_parser = numbers::steps)]
     pub save_steps: u64,
-    /// Checkpoints that are kept; the best one is kept besides
+    /// Checkpoints to keep, besides the best one
     #[arg(long, value_name = "CHECKPOINTS", default_value = "2", value_parser = numbers::at_least_one)]
     pub save_total_limit: NonZeroUsize,
-    /// Continue the run in `--out` from its newest intact checkpoint, with its settings; with more
-    /// `--num-train-epochs` or `--max-steps` also one that is finished
+    /// Continue the run in `--out` from its newest intact checkpoint, with its settings; a finished run
+    /// is extended by more `--num-train-epochs` or `--max-steps`
     #[arg(long)]
     pub resume: bool,
 }
@@ -317,27 +317,26 @@ pub struct OutputArgs {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Memory and threads")]
 pub struct ResourceArgs {
-    /// Worker threads [default: one for each core]
+    /// Worker threads [default: one per core]
     #[arg(long, value_name = "THREADS", value_parser = numbers::threads)]
     pub threads: Option<NonZeroUsize>,
-    /// Activations of a block: `keep` them, or recompute from its input and the output of
-    /// `attention`, or from its input (`checkpoint`). With `offload-attention` both of these, with
-    /// `offload` the input waits elsewhere: in pinned host memory beside a GPU, on the CPU in a nameless
-    /// file in `--out`
+    /// Gradient checkpointing: `keep` all activations of a block, or recompute them from its input and
+    /// the output of `attention`, or from its input (`checkpoint`). With `offload-attention` both of
+    /// these, with `offload` the input is offloaded: to pinned host memory beside a GPU, to an unlinked
+    /// file in `--out` on the CPU
     #[arg(long, value_name = "POLICY", value_enum, default_value_t = Activations::Auto)]
     pub activations: Activations,
-    /// Tokens that the MLP works on at a time; lowers memory for long rows [default: by itself
-    /// above 4096]
+    /// Tokens that the MLP processes at a time: fewer save memory in long sequences [default: 4096]
     #[arg(long, value_name = "TOKENS", value_parser = numbers::at_least_one)]
     pub mlp_tile_length: Option<NonZeroUsize>,
-    /// Tokens whose logits exist at a time, at most; under a head on the host, parts of the logits of
-    /// four times as many [default: 128 MiB of them]
+    /// Tokens whose logits are in memory at a time; with the LM head on the host, four times as many,
+    /// each with part of its logits [default: 128 MiB of logits]
     #[arg(long, value_name = "TOKENS", value_parser = numbers::at_least_one)]
     pub logits_chunk_length: Option<NonZeroUsize>,
-    /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from their 4-bit file
+    /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from the 4-bit file
     #[arg(long, value_name = "MODE", value_enum, default_value_t = WeightsMode::Auto)]
     pub weights: WeightsMode,
-    /// Memory that the run may use, such as `8GiB` [default: what is free]
+    /// Memory that the run may use, such as `8GiB` [default: the free memory]
     #[arg(long, value_name = "SIZE")]
     pub memory_budget: Option<ByteSize>,
 }
@@ -409,7 +408,7 @@ impl TrainArgs {
         if o.warmup_steps.is_some_and(|steps| steps > 0)
             && o.lr_scheduler_type == SchedulerType::Constant
         {
-            return Err(Error::usage("`--warmup-steps` has no effect: `constant` has no warm-up")
+            return Err(Error::usage("`--warmup-steps` has no effect: `constant` has no warmup")
                 .hint("use `--lr-scheduler-type constant_with_warmup`"));
         }
         // A run from before it was refused goes on.
@@ -418,7 +417,7 @@ impl TrainArgs {
             && o.lr_scheduler_type == SchedulerType::Constant
             && !self.output.resume
         {
-            return Err(Error::usage("`--warmup-ratio` has no effect: `constant` has no warm-up")
+            return Err(Error::usage("`--warmup-ratio` has no effect: `constant` has no warmup")
                 .hint("use `--lr-scheduler-type constant_with_warmup`"));
         }
         let has_floor = o.lr_scheduler_type == SchedulerType::CosineWithMinLr;

@@ -43,7 +43,7 @@ pub fn cpu(args: &DeviceArgs) -> Cpu {
         _ => Precision::F32,
     };
     if precision == Precision::Bf16 && !precision.is_fast() {
-        eprintln!("note: --bf16: this processor has no AVX-512 BF16: slower than in f32");
+        eprintln!("note: `--bf16` is slower than f32 on this processor, which has no AVX-512 BF16");
     }
     Cpu { precision }
 }

@@ -173,7 +173,7 @@ fn report(
         ByteSize(bytes as u64),
     );
     eprintln!(
-        "here, use it with `--quantization none`: rounding to 4 bits costs more than adapters change"
+        "use it here with `--quantization none`: quantizing to 4 bits loses more than adapters change"
     );
     Ok(())
 }
@@ -189,13 +189,13 @@ fn print_cost(cost: &MergeCost) {
             100.0 * rms / weights.max(f64::MIN_POSITIVE)
         );
     };
-    let linears = format!("{} adapted linears", cost.linears);
-    println!("{linears:<28} {:>10} {:>12}", "RMS", "of weights");
+    let layers = format!("{} adapted linear layers", cost.linears);
+    println!("{layers:<28} {:>10} {:>12}", "RMS", "of weights");
     println!("{:<28} {weights:>10.3e}", "weights");
-    row("the adapter's change", cost.change_rms());
-    row("lost in rounding", cost.rounding_rms());
+    row("adapter update", cost.change_rms());
+    row("rounding error", cost.rounding_rms());
     match cost.base_rms() {
-        Some(rms) => row("4-bit against original", rms),
-        None => println!("{:<28} {:>10}", "4-bit against original", "unknown"),
+        Some(rms) => row("quantization error", rms),
+        None => println!("{:<28} {:>10}", "quantization error", "unknown"),
     }
 }

@@ -51,7 +51,7 @@ fn note_packing(base: &BaseModelArgs, kind: CheckpointKind) {
     if let Some(format) = kind.packing(base.block_format()) {
         let (model, quant_type) = (base.model.display(), format.quant_type.as_str());
         eprintln!(
-            "{model}: linears are packed as {quant_type}; `--quantization none` takes them as they are"
+            "{model}: linear layers are quantized to {quant_type}; `--quantization none` leaves them as they are"
         );
     }
 }
@@ -59,9 +59,7 @@ fn note_packing(base: &BaseModelArgs, kind: CheckpointKind) {
 /// Says that flags of random draws do nothing where none are made.
 fn note_idle_flags(generation: &GenerationArgs) {
     if let Some(flags) = generation.idle_flags() {
-        eprintln!(
-            "note: {flags} without effect: `--temperature` is 0, which always takes the likeliest token"
-        );
+        eprintln!("note: {flags} without effect: `--temperature` is 0, which is greedy decoding");
     }
 }
 

@@ -70,8 +70,8 @@ fn warn(repack: &Repack, steps: &[Step]) {
     if let Some(format) = stored.filter(|format| !asked(format)) {
         let (kind, nested) = (format.quant_type.as_str(), format.double_quant);
         eprintln!(
-            "note: linears stay as they are stored ({kind}, block size {}, double quantization \
-             {nested}); `--force` packs all of them",
+            "note: linear layers stay as stored ({kind}, block size {}, double quantization {nested}); \
+             `--force` requantizes them",
             format.block_size
         );
     }
@@ -97,7 +97,7 @@ fn check_format(args: &QuantizeArgs, repack: &Repack) -> Result<()> {
     Err(Error::usage(format_args!(
         "{path} is 4-bit already: --quant-type {kind} --block-size {size} --double-quant {nested}"
     ))
-    .hint("`--force` packs it anew; the dense model would lose less"))
+    .hint("`--force` requantizes it; quantizing the dense model loses less"))
 }
 
 fn skip_pattern(pattern: &str) -> Result<Regex> {
@@ -234,7 +234,7 @@ fn print_summary(
     let read: usize = summaries.values().map(|summary| summary.bytes_before).sum();
     let rate = read as f64 / seconds.max(1e-9) / 1e9;
     let checked = if args.check { ", checked against the source" } else { "" };
-    let copied = if repack.copies_through() { " (4-bit linears copied as stored)" } else { "" };
+    let copied = if repack.copies_through() { " (4-bit layers copied as stored)" } else { "" };
     println!(
         "\nwrote {} ({} in {seconds:.1} s, {rate:.2} GB/s read{checked}){copied}",
         args.out.display(),

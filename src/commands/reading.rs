@@ -34,7 +34,10 @@ pub fn notes(report: &LoadReport) -> Vec<String> {
         plain(report.without_targets.len(), "without a token to train on, left out"),
         plain(report.too_long.len(), "longer than `--max-length`"),
         counted(report.tokens_removed, "token", "removed by truncation"),
-        plain(report.untrained_eos.len(), "with an answer whose end-of-sequence is not trained"),
+        plain(
+            report.untrained_eos.len(),
+            "with an answer whose end-of-sequence token is not trained",
+        ),
         counted(report.cut_answers.len(), "answer", "cut before the end"),
         plain(report.double_bos.len(), "with two beginning-of-sequence tokens in front"),
         plain(report.duplicates.len(), "repeating an earlier one"),
@@ -52,10 +55,10 @@ pub fn notes(report: &LoadReport) -> Vec<String> {
         counted(
             report.bare_prompts.len(),
             "prompt",
-            "of plain text, without the chat template: `nibble generate --raw` asks like that",
+            "of plain text, without the chat template, as with `nibble generate --raw`",
         ),
         unknown_roles(report)
-            .map(|roles| format!("messages of roles that templates seldom know: {roles}")),
+            .map(|roles| format!("messages with roles that few templates know: {roles}")),
     ];
     notes.into_iter().flatten().collect()
 }

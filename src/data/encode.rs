@@ -21,11 +21,11 @@ use crate::error::{Error, Result};
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, ValueEnum, Serialize, Deserialize)]
 #[serde(rename_all = "lowercase")]
 pub enum TrainOn {
-    /// All assistant turns; completions; all of plain text
+    /// All assistant turns, completions, all of plain text
     Assistant,
-    /// The last assistant turn; completions; all of plain text
+    /// The last assistant turn, completions, all of plain text
     Completion,
-    /// Everything
+    /// All tokens
     All,
 }
 

@@ -13,13 +13,13 @@ use super::batch::Document;
 pub enum Truncation {
     /// Stop and say how many there are
     Error,
-    /// Leave the document out
+    /// Drop the document
     Drop,
     /// Keep the beginning
     Right,
     /// Keep the end
     Left,
-    /// Cut it into several documents
+    /// Split it into several documents
     Split,
 }
 

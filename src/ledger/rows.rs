@@ -62,7 +62,7 @@ const PROCESS: &str = "program, tokenizer, data";
 /// The same on a GPU.
 const CONTEXT: &str = "CUDA context";
 /// Row of what the process' allocator has free, in pieces, and did not give back to the system.
-const FREE_HEAP: &str = "free heap, in pieces";
+const FREE_HEAP: &str = "heap fragmentation";
 /// Row of what a GPU's memory loses between allocations.
 const ROUNDING: &str = "rounding of allocations";
 

@@ -97,8 +97,7 @@ impl Progress {
     pub fn out_of_memory(&self, event: &OutOfMemoryEvent) {
         let OutOfMemoryEvent { step, reason, change, .. } = event;
         self.note(&format!(
-            "step {step}: {reason}; going on with {change}: steps stay as large, and their sums the \
-             same"
+            "step {step}: {reason}; continuing with {change}, at the same batch size a step"
         ));
     }
 

@@ -12,15 +12,15 @@ use serde::{Deserialize, Serialize};
 #[value(rename_all = "snake_case")]
 #[serde(rename_all = "snake_case")]
 pub enum SchedulerType {
-    /// Stays; has no warm-up.
+    /// Constant, without warmup.
     Constant,
-    /// Stays.
+    /// Constant after the warmup.
     ConstantWithWarmup,
-    /// Falls to zero in a straight line.
+    /// Linear decay to zero.
     Linear,
-    /// Falls to zero along half a cosine.
+    /// Cosine decay to zero.
     Cosine,
-    /// Falls to `min_lr_rate` of the peak along half a cosine.
+    /// Cosine decay to `min_lr_rate` of the peak.
     CosineWithMinLr,
 }
 
@@ -35,7 +35,7 @@ pub enum Warmup {
 }
 
 impl Warmup {
-    /// Steps of warm-up in a run of `max_steps`.
+    /// Steps of warmup in a run of `max_steps`.
     pub fn steps(self, max_steps: u64) -> u64 {
         match self {
             Warmup::Steps(steps) => steps,

@@ -98,7 +98,7 @@ fn why_there_is_no_base_beside_a_merged_adapter_is_told() {
         let output = succeed(command);
         let figures: Value = serde_json::from_slice(&output.stdout).unwrap();
         assert_eq!(figures["base"].is_null(), merged, "{figures}");
-        assert_eq!(stderr(&output).contains("the base by itself is not shown"), merged);
+        assert_eq!(stderr(&output).contains("figures of the base alone are not shown"), merged);
     }
 }
 
@@ -197,8 +197,7 @@ fn packing_a_dense_model_does_not_go_unsaid() {
         {
             let arguments = [command, &["--model", model], flags].concat();
             let said = stderr(&succeed(place.nibble(&arguments)));
-            let note =
-                "model: linears are packed as nf4; `--quantization none` takes them as they are";
+            let note = "model: linear layers are quantized to nf4; `--quantization none` leaves them as they are";
             assert_eq!(said.contains(note), says, "{arguments:?}: {said}");
         }
     }

@@ -63,7 +63,7 @@ fn answers_are_those_of_generate() {
         assert_eq!(texts(&lines, "prompt"), prompts);
         assert_eq!(texts(&lines, "label"), ["w5 w6 w94", "w6 w94"]);
         assert_eq!(lines[1]["line"], 2);
-        assert!(said.ends_with("wrote answers.jsonl: 2 answers, 0 as in the data"), "{said}");
+        assert!(said.ends_with("wrote answers.jsonl: 2 answers, exact match 0 of 2"), "{said}");
     }
 }
 
@@ -79,7 +79,7 @@ fn answers_that_are_those_of_the_data_are_counted() {
     let (said, lines) = predict(&place, &[]);
     assert_eq!(texts(&lines, "predict"), [&answer; 3]);
     assert_eq!(texts(&lines, "label"), ["w5", &answer, "w6"]);
-    assert!(said.ends_with("wrote answers.jsonl: 3 answers, 1 as in the data"), "{said}");
+    assert!(said.ends_with("wrote answers.jsonl: 3 answers, exact match 1 of 3"), "{said}");
     let (json, _) = predict(&place, &["--json"]);
     let json: Value = serde_json::from_str(&json).unwrap();
     assert_eq!(json["predictions"]["exact_match"], 1.0 / 3.0);

@@ -92,7 +92,7 @@ fn packed_linears_are_copied_byte_for_byte() {
         let flags = ["quantize", "--model", "packed", "--out", "out", "--quant-type", "fp4"];
         let (code, text) = fail(place.nibble(&flags));
         assert!(code == 2 && text.contains("packed is 4-bit already: --quant-type"), "{text}");
-        assert!(text.contains("hint: `--force` packs it anew"), "{text}");
+        assert!(text.contains("hint: `--force` requantizes it"), "{text}");
         quantize(&place, "out", &[]);
         let (source, got) = (of_folder(&place.path("packed")), of_folder(&place.path("out")));
         for (name, tensor) in &source {
@@ -118,7 +118,7 @@ fn linears_of_a_4_bit_folder_stay_as_they_are_stored() {
     };
     quantize("model", "mixed", &["--skip", "layers.0"]);
     let said = quantize("mixed", "same", &[]);
-    assert!(said.contains("note: linears stay as they are stored (nf4, block size 64"), "{said}");
+    assert!(said.contains("note: linear layers stay as stored (nf4, block size 64"), "{said}");
     let (mixed, same) = (of_folder(&place.path("mixed")), of_folder(&place.path("same")));
     assert!(mixed.keys().eq(same.keys()));
     assert!(mixed.iter().all(|(name, tensor)| tensor.data == same[name].data));

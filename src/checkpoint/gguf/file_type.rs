@@ -17,16 +17,16 @@ pub enum FileType {
     F16,
     /// bfloat16
     Bf16,
-    /// Blocks of 32 codes of 8 bits: 8.5 bits a weight
+    /// 8.5 bits per weight, in blocks of 32
     #[value(name = "q8_0")]
     Q8_0,
-    /// Blocks of 256 codes of 6 bits: 6.56 bits a weight
+    /// 6.56 bits per weight, in blocks of 256
     #[value(name = "q6_k")]
     Q6K,
-    /// 5.5 bits a weight, and 6.56 where it counts most: half of v and down, the head
+    /// 5.5 bits per weight, 6.56 in the head and in half of the v and down projections
     #[value(name = "q5_k_m")]
     Q5KM,
-    /// 4.5 bits a weight, and 6.56 where it counts most: half of v and down, the head
+    /// 4.5 bits per weight, 6.56 in the head and in half of the v and down projections
     #[value(name = "q4_k_m")]
     Q4KM,
 }

@@ -51,7 +51,7 @@ pub fn run(args: &DataArgs) -> Result<()> {
 /// The report has said why; what to do about it stands here.
 fn refused(path: &Path, why: &Error) -> Error {
     let error = Error::input(format_args!("{} cannot be trained on as it is", path.display()));
-    let general = "mend the records that are named above, or take them out".to_string();
+    let general = "fix the records named above, or remove them".to_string();
     error.hint(why.message().hint.as_ref().unwrap_or(&general))
 }
 

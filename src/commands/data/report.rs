@@ -63,8 +63,9 @@ fn figures(audit: &Audit, options: &DataOptions) -> Vec<String> {
             length.shortest, length.median, length.percentile_95, length.longest
         ),
         format!(
-            "packed      rows of {1} tokens: {0}, {2:.1} % full",
+            "packed      {} {} of {} tokens, {:.1} % full",
             number(audit.packed_rows),
+            noun(audit.packed_rows, "sequence"),
             options.max_length,
             100.0 * audit.packing_efficiency
         ),
@@ -119,11 +120,11 @@ fn checks(audit: &Audit, options: &DataOptions, tokenizer: &ChatTokenizer) -> Ve
         ),
     ]);
     let found = [
-        ("answers that are empty: only their end is trained", &report.empty_answers),
+        ("empty answers: only their end is trained", &report.empty_answers),
         ("messages whose text the chat template leaves out", &report.content_left_out),
         ("messages whose reasoning the chat template leaves out", &report.reasoning_left_out),
         (
-            "prompts of plain text, without the chat template: `nibble generate --raw` asks like that",
+            "prompts of plain text, without the chat template, as with `nibble generate --raw`",
             &report.bare_prompts,
         ),
     ];
@@ -139,7 +140,7 @@ fn unknown_roles(report: &LoadReport, options: &DataOptions) -> Option<String> {
         TrainOn::Assistant | TrainOn::Completion => "; only `assistant` is trained",
         TrainOn::All => "",
     };
-    Some(format!("note  messages of roles that templates seldom know: {roles}{only}"))
+    Some(format!("note  messages with roles that few templates know: {roles}{only}"))
 }
 
 /// Whether documents go beyond what the model knows, where `--max-length` lets them.
@@ -162,7 +163,7 @@ fn ends(report: &LoadReport, tokenizer: &ChatTokenizer) -> Vec<String> {
             "records with an answer whose end-of-sequence token is not trained",
             &report.untrained_eos,
         ),
-        ("answers that lost their end by truncation", &report.cut_answers),
+        ("answers that lost their end to truncation", &report.cut_answers),
     ];
     let notes: Vec<String> = notes(report, found).collect();
     if !notes.is_empty() {

@@ -27,7 +27,7 @@ impl<'a> SavedLogits<'a> {
         let length = documents[0].input_ids.len();
         if let Some(other) = documents.iter().find(|document| document.input_ids.len() != length) {
             let what = format_args!(
-                "--save-logits needs rows of equal length: line {} has {} tokens, the first {length}",
+                "--save-logits needs sequences of equal length: line {} has {} tokens, the first {length}",
                 other.line,
                 other.input_ids.len()
             );

@@ -1,4 +1,4 @@
-//! `nibble eval`: loss, perplexity and right answers on a file, base against adapter.
+//! `nibble eval`: loss, perplexity, token accuracy and exact match on a file, base against adapter.
 
 mod logits;
 mod predictions;
@@ -96,8 +96,8 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
 
 fn note_merged() {
     eprintln!(
-        "note: this adapter is more than LoRA on linears, and merged into the weights: the base by \
-         itself is not shown"
+        "note: this adapter is more than LoRA on linear layers: it is merged into the weights, and \
+         figures of the base alone are not shown"
     );
 }
 
@@ -249,8 +249,8 @@ fn print_result(
         ("", Align::Left),
         ("loss", Align::Right),
         ("perplexity", Align::Right),
-        ("tokens right", Align::Right),
-        ("word for word", Align::Right),
+        ("token accuracy", Align::Right),
+        ("exact match", Align::Right),
     ]);
     for (name, figures) in [("base", &base), ("adapter", &adapted)] {
         let Some(figures) = figures else { continue };
@@ -265,7 +265,7 @@ fn print_result(
     print!("{table}");
     if let Some(Predicted { path, documents, right }) = predicted {
         let (path, answers) = (path.display(), counted(documents, "answer"));
-        println!("\nwrote {path}: {answers}, {right} as in the data");
+        println!("\nwrote {path}: {answers}, exact match {right} of {documents}");
     }
     Ok(())
 }

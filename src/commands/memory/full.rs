@@ -59,9 +59,9 @@ impl FullFineTuning {
         let [full, lora, state] =
             [self.bytes, self.lora_bytes, self.lora_state_bytes].map(ByteSize);
         format!(
-            "weights and what is trained: {lora}, {state} of it LoRA's; full fine-tuning would take \
-             {full}\n({} B a parameter, assumed: weight, gradient and two moments in 16 bits; {} \
-             parameters)",
+            "weights, gradients and optimizer state: {lora}, {state} of it for LoRA; full fine-tuning \
+             would take {full}\n(assuming {} B a parameter: weight, gradient and two moments in 16 \
+             bits; {} parameters)",
             self.bytes_a_parameter,
             thousands(self.parameters),
         )

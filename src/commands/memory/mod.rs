@@ -292,7 +292,7 @@ fn tokens_of_pass(args: &MemoryArgs, spec: &ModelSpec) -> Result<usize> {
     let (rows, length) = (args.per_device_train_batch_size.get(), row_length(args, spec));
     rows.checked_mul(length).filter(|&tokens| tokens <= MOST).ok_or_else(|| {
         Error::usage(format_args!(
-            "{rows} rows of {length} tokens in a forward pass are more than {MOST} tokens"
+            "{rows} sequences of {length} tokens in a forward pass are more than {MOST} tokens"
         ))
         .hint("lower `--max-length` or `--per-device-train-batch-size`")
     })

@@ -45,12 +45,12 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
         let [resident, mapped] = [host.resident_bytes, host.mapped_bytes].map(ByteSize);
         println!("\n{:<26} {:>12} {:>12}", "on the host", "planned", "measured");
         println!("{:<26} {:>12} {resident:>12}", "the program", "");
-        println!("{:<26} {:>12} {mapped:>12}", "of it pages of files", "");
+        println!("{:<26} {:>12} {mapped:>12}", "of it file-backed", "");
         let [planned, pinned] = [pinned, host.pinned_bytes].map(ByteSize);
         println!("{:<26} {planned:>12} {pinned:>12}", "pinned memory");
     }
     if let Some(cache) = &run.page_cache {
-        println!("\n{}: not the program's, and given back when it is needed", cached(cache));
+        println!("\n{}: not the program's memory, and freed when needed", cached(cache));
     }
     if let Some(transfer) = run.transfer(args) {
         copies(&transfer);
@@ -67,7 +67,7 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
         println!("\n{assumed}");
     }
     if let Some(path) = &args.html {
-        println!("\npictures: {}", path.display());
+        println!("\ncharts: {}", path.display());
     }
 }
 

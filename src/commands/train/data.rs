@@ -9,7 +9,7 @@ use crate::data::pack::{efficiency, one_per_row, pack};
 use crate::data::split::hold_out;
 use crate::data::{Batch, DataFiles, DataOptions, Dataset, Document, LoadReport};
 use crate::error::{Error, Result};
-use crate::plural::{counted, noun};
+use crate::plural::counted;
 use crate::train::events::DataSummary;
 use crate::train::feed::Feed;
 use crate::train::progress::Progress;
@@ -50,10 +50,8 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
     let training_rows = rows(&training.documents);
     if args.data.packing {
         let share = 100.0 * efficiency(&lengths(&training.documents), &training_rows, max_length);
-        let count = training_rows.len();
-        let rows = noun(count, "row");
-        progress
-            .note(&format!("packed into {count} {rows} of {max_length} tokens, {share:.1}% full"));
+        let what = counted(training_rows.len(), "sequence");
+        progress.note(&format!("packed into {what} of {max_length} tokens, {share:.1}% full"));
     }
     let summaries = vec![training.summary("training", &training_rows)];
     let seed = args.data.shuffle.then_some(seed);

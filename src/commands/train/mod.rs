@@ -132,7 +132,7 @@ fn warn(base: &Base, recipe: &Recipe, max_steps: u64, progress: &Progress) {
     let warmup = recipe.warmup.steps(max_steps);
     if recipe.scheduler_type != SchedulerType::Constant && warmup >= max_steps {
         progress.note(&format!(
-            "warning: all of the run ({}) is warm-up, the first step at learning rate 0; \
+            "warning: all of the run ({}) is warmup, the first step at learning rate 0; \
              `--warmup-steps 0` begins at the peak",
             counted(usize::try_from(max_steps).unwrap_or(usize::MAX), "step")
         ));

@@ -115,7 +115,7 @@ pub(super) fn figures(account: &Account) -> Figures {
 fn host_rows(account: &Account, host: &HostMemory) -> Vec<(&'static str, String, String)> {
     vec![
         ("the program", String::new(), size(host.resident_bytes)),
-        ("of it pages of files", String::new(), size(host.mapped_bytes)),
+        ("of it file-backed", String::new(), size(host.mapped_bytes)),
         ("pinned memory", size(account.outside.pinned_bytes), size(host.pinned_bytes)),
     ]
 }
@@ -242,7 +242,7 @@ mod tests {
         let bars = "<title>a&lt;b: planned 3,145,728 bytes, measured 4,194,304</title>";
         assert!(page.contains(bars) && page.contains("class=\"seen\" y=\"11\" width=\"100.00\""));
         let hover =
-            "<title>2.00 s, loss: 5.0 MiB, 1.0 MiB of it mapped files; planned by then 3.0 MiB";
+            "<title>2.00 s, loss: 5.0 MiB, 1.0 MiB of it file-backed; planned by then 3.0 MiB";
         assert!(page.contains(hover) && !page.contains("<script"), "{page}");
     }
 

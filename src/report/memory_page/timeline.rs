@@ -123,7 +123,7 @@ fn columns(account: &Account, last: f64) -> Vec<(String, String, String)> {
         let planned: u64 = used.iter().sum();
         let files = match moment.file_bytes {
             0 => String::new(),
-            bytes => format!(", {} of it mapped files", size(bytes)),
+            bytes => format!(", {} of it file-backed", size(bytes)),
         };
         let text = format!(
             "{:.2} s, {}: {}{files}; planned by then {}",

@@ -73,8 +73,7 @@ pub struct Log {
 
 fn short_of_memory(event: &OutOfMemoryEvent) -> String {
     format!(
-        "After step {}, memory ran short ({}). Since then: {}. Steps are as large as before, and their \
-         sums the same.",
+        "After step {}, memory ran out ({}). Since then: {}. The batch size of a step is unchanged.",
         thousands(event.step),
         event.reason,
         event.change,
