@@ -223,7 +223,7 @@ fn a_step_that_finds_no_memory_is_made_again_in_parts() {
         let tokens = |key: &str| told[0][key].as_u64().unwrap();
         assert!(tokens("to_tokens") < tokens("from_tokens"), "{kind}: {told:?}");
         let page = String::from_utf8(place.read(&format!("{kind}/report.html"))).unwrap();
-        assert!(page.contains("After step 1, memory ran short"), "{kind}");
+        assert!(page.contains("After step 1, memory ran out"), "{kind}");
     }
 }
 

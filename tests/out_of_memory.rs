@@ -90,7 +90,7 @@ fn a_refused_mapping_shrinks_the_run() {
     let event = events.iter().find(|event| event["event"] == "out_of_memory").unwrap();
     let tokens = |name: &str| event[name].as_u64().unwrap();
     assert!(tokens("to_tokens") <= tokens("from_tokens") / 2 && tokens("to_tokens") >= 25);
-    assert!(String::from_utf8(place.read("limited/report.html")).unwrap().contains("ran short"));
+    assert!(String::from_utf8(place.read("limited/report.html")).unwrap().contains("ran out"));
     let end = events.iter().find(|event| event["event"] == "end").unwrap();
     let rows = end["memory"]["rows"].as_array().unwrap();
     // The first rows are not the arena's, the last one is what the heap has free.

@@ -58,13 +58,13 @@ pub struct Account {
 }
 
 /// Row of what is neither weights nor arena of the process.
-const PROCESS: &str = "program, tokenizer, data";
+pub(crate) const PROCESS: &str = "program, tokenizer, data";
 /// The same on a GPU.
-const CONTEXT: &str = "CUDA context";
+pub(crate) const CONTEXT: &str = "CUDA context";
 /// Row of what the process' allocator has free, in pieces, and did not give back to the system.
-const FREE_HEAP: &str = "heap fragmentation";
+pub(crate) const FREE_HEAP: &str = "heap fragmentation";
 /// Row of what a GPU's memory loses between allocations.
-const ROUNDING: &str = "rounding of allocations";
+pub(crate) const ROUNDING: &str = "rounding of allocations";
 
 /// What was measured of a run.
 pub struct Measured {

@@ -1,6 +1,7 @@
 //! Pictures of an [`Account`]: a page of its own for `nibble memory --html`, and a section of
 //! `report.html`. Both are the template `figures.html` over the same numbers; hovering shows bytes.
 
+mod colours;
 mod timeline;
 
 use minijinja::{AutoEscape, Environment, Value, context};
@@ -9,6 +10,7 @@ use serde::Serialize;
 use crate::byte_size::ByteSize;
 use crate::ledger::rows::{Account, HostMemory, PhaseRow, Row};
 use crate::report::figures::change;
+use colours::colour;
 use timeline::{Timeline, timeline};
 
 /// The template of the figures; the page of a training run includes it.
@@ -17,8 +19,6 @@ pub(super) const FIGURES: &str = include_str!("figures.html");
 pub const MARK: &str = "<!-- nibble memory -->";
 /// The same, and a line before it.
 pub const MARK_WITHIN: usize = 64;
-/// Colours of parts in `figures.css`: more than an account has rows.
-const COLOURS: usize = 24;
 /// Of a bar of something that is there, in percent.
 const NARROWEST_BAR: f64 = 0.3;
 
@@ -99,10 +99,9 @@ pub(super) fn figures(account: &Account) -> Figures {
     let measured_most = account.rows.iter().filter_map(|row| row.measured_bytes).max();
     let most = account.rows.iter().map(|row| row.planned_bytes).max();
     let largest = most.max(measured_most).unwrap_or(0).max(1);
-    let part = |(index, row)| part(index, row, largest);
     let difference = peak.map(|peak| signed_share(planned, peak));
     Figures {
-        parts: account.rows.iter().enumerate().map(part).collect(),
+        parts: account.rows.iter().map(|row| part(row, largest)).collect(),
         planned: size(planned),
         measured: peak.map(size),
         difference,
@@ -133,7 +132,7 @@ fn signed_share(planned: u64, measured: u64) -> String {
     format!("{share:+.1} %").replace('-', "\u{2212}")
 }
 
-fn part(index: usize, row: &Row, largest: u64) -> Part {
+fn part(row: &Row, largest: u64) -> Part {
     let share = |bytes: u64| {
         let least = if bytes > 0 { NARROWEST_BAR / 100.0 * largest as f64 } else { 0.0 };
         percent((bytes as f64).max(least), largest as f64)
@@ -141,7 +140,7 @@ fn part(index: usize, row: &Row, largest: u64) -> Part {
     let difference = row.measured_bytes.map(|measured| change(row.planned_bytes, measured));
     Part {
         name: row.name.clone(),
-        colour: index.min(COLOURS - 1),
+        colour: colour(&row.name),
         planned: size(row.planned_bytes),
         planned_share: share(row.planned_bytes),
         measured: row.measured_bytes.map(size),
@@ -181,10 +180,10 @@ fn phases(account: &Account) -> Vec<Bar> {
 }
 
 fn segments(account: &Account, row: &PhaseRow, width: f64) -> Vec<Segment> {
-    let parts = row.planned_bytes.iter().zip(&account.rows).enumerate();
-    let used = parts.filter(|(_, (bytes, _))| **bytes > 0);
-    used.map(|(index, (&bytes, part))| Segment {
-        colour: index.min(COLOURS - 1),
+    let parts = row.planned_bytes.iter().zip(&account.rows);
+    let used = parts.filter(|(bytes, _)| **bytes > 0);
+    used.map(|(&bytes, part)| Segment {
+        colour: colour(&part.name),
         width: percent(bytes as f64, width),
         title: format!("{} in {}: {}", part.name, row.phase.label(), size(bytes)),
     })
@@ -240,34 +239,32 @@ mod tests {
         }
         // A pair of bars for each part, and values where the mouse is, without a script.
         let bars = "<title>a&lt;b: planned 3,145,728 bytes, measured 4,194,304</title>";
-        assert!(page.contains(bars) && page.contains("class=\"seen\" y=\"11\" width=\"100.00\""));
+        assert!(page.contains(bars) && page.contains("class=\"seen\" y=\"14\" width=\"100.00\""));
         let hover =
             "<title>2.00 s, loss: 5.0 MiB, 1.0 MiB of it file-backed; planned by then 3.0 MiB";
         assert!(page.contains(hover) && !page.contains("<script"), "{page}");
     }
 
-    /// As many parts as a run on the CPU and one on a GPU can have.
     #[test]
-    fn every_part_has_a_colour_of_its_own() {
-        let style = include_str!("figures.css");
-        let colours: Vec<&str> = (0..COLOURS)
-            .map(|index| {
-                let rule = format!(".c{index} {{ --p: ");
-                let start = style.find(&rule).expect("each has a rule") + rule.len();
-                &style[start..start + 7]
-            })
-            .collect();
-        let distinct: std::collections::BTreeSet<&&str> = colours.iter().collect();
-        assert_eq!(distinct.len(), COLOURS);
+    fn a_part_has_one_colour_wherever_it_is() {
         let mut account = account();
-        let row = account.rows[0].clone();
-        account.rows =
-            (0..20).map(|index| Row { name: format!("part {index}"), ..row.clone() }).collect();
-        account.phases[0].planned_bytes = vec![1 << 20; 20];
+        account.rows[0].name = "kept activations".into();
         let page = render(&heading(), &account);
-        for index in 0..20 {
-            let (swatch, layer) = (format!("swatch c{index}\""), format!("layer c{index}\""));
-            assert!(page.contains(&swatch) && page.contains(&layer), "{index}");
+        for place in
+            ["<i class=\"swatch c8\"", "<rect class=\"c8\"", "<div class=\"c8\"", "layer c8\""]
+        {
+            assert!(page.contains(place), "{place}");
+        }
+    }
+
+    /// Every mark of the charts is explained beside them.
+    #[test]
+    fn the_charts_say_what_they_show() {
+        let page = render(&heading(), &account());
+        for text in
+            ["end of each phase of the first step", "in any step", "the whole plan", "plan 4.0 MiB"]
+        {
+            assert!(page.contains(text), "{text}");
         }
     }
 

@@ -3,9 +3,11 @@
 
 use serde::Serialize;
 
-use super::{COLOURS, percent, size};
+use super::colours::colour;
+use super::{percent, size};
 use crate::ledger::rows::Account;
 use crate::ledger::{Moment, Phase};
+use crate::report::figures::clock;
 
 /// Resident memory over time, in a box of 100 by 100.
 #[derive(Debug, Serialize)]
@@ -18,8 +20,8 @@ pub(super) struct Timeline {
     layers: Vec<(usize, String)>,
     /// What hovering shows: begin, width, text.
     columns: Vec<(String, String, String)>,
-    /// Height of the plan from above.
-    planned_at: Option<String>,
+    /// The plan: place from above, size.
+    planned: Option<(String, String)>,
     /// Rows of the scale: place from above, size.
     scale: Vec<(String, String)>,
     /// The first step and what comes behind it: begin, width, name.
@@ -50,10 +52,10 @@ pub(super) fn timeline(account: &Account) -> Option<Timeline> {
         file: mapped.then(|| line(&|moment| moment.file_bytes)),
         layers: layers(account, last, top),
         columns: columns(account, last),
-        planned_at: (planned > 0).then(|| down(planned)),
-        scale: scale.map(|bytes| (down(bytes), size(bytes))).collect(),
+        planned: (planned > 0).then(|| (down(planned), size(planned))),
+        scale: scale.map(|bytes| (down(bytes), size(bytes).replace(".0 ", " "))).collect(),
         bands: bands(moments, last),
-        seconds: format!("{last:.1} s"),
+        seconds: if last < 120.0 { format!("{last:.1} s") } else { clock(last) },
     })
 }
 
@@ -89,7 +91,7 @@ fn layers(account: &Account, last: f64, top: f64) -> Vec<(usize, String)> {
     }
     let mut below = vec![0; steps.len()];
     let mut layers = Vec::new();
-    for part in 0..account.rows.len() {
+    for (part, row) in account.rows.iter().enumerate() {
         let above: Vec<u64> =
             below.iter().zip(&steps).map(|(sum, step)| sum + step.1[part]).collect();
         if above != below {
@@ -105,7 +107,7 @@ fn layers(account: &Account, last: f64, top: f64) -> Vec<(usize, String)> {
             };
             let back = edge(&below).into_iter().rev();
             let points: Vec<String> = edge(&above).into_iter().chain(back).collect();
-            layers.push((part.min(COLOURS - 1), format!("M{}Z", points.join("L"))));
+            layers.push((colour(&row.name), format!("M{}Z", points.join("L"))));
         }
         below = above;
     }
@@ -137,9 +139,10 @@ fn columns(account: &Account, last: f64) -> Vec<(String, String, String)> {
     in_use(account).into_iter().enumerate().map(column).collect()
 }
 
-/// Stretches of one phase, those too narrow to see left out.
+/// Stretches of one phase, those too narrow to see left out; none where that is most of them.
 fn bands(moments: &[Moment], last: f64) -> Vec<(String, String, &'static str, String)> {
     const NARROWEST: f64 = 0.004;
+    const LEAST: f64 = 0.6;
     let mut bands: Vec<(f64, f64, Phase)> = Vec::new();
     for pair in moments.windows(2) {
         // A phase is looked at where it ends.
@@ -149,10 +152,15 @@ fn bands(moments: &[Moment], last: f64) -> Vec<(String, String, &'static str, St
             _ => bands.push((begin, end, phase)),
         }
     }
-    let wide = bands.into_iter().filter(|(begin, end, _)| end - begin >= NARROWEST * last);
-    wide.map(|(begin, end, phase)| {
-        let title = format!("{}: {begin:.2} to {end:.2} s", phase.label());
-        (percent(begin, last), percent(end - begin, last), phase.label(), title)
-    })
-    .collect()
+    bands.retain(|(begin, end, _)| end - begin >= NARROWEST * last);
+    if bands.iter().map(|(begin, end, _)| end - begin).sum::<f64>() < LEAST * last {
+        return Vec::new();
+    }
+    bands
+        .into_iter()
+        .map(|(begin, end, phase)| {
+            let title = format!("{}: {begin:.2} to {end:.2} s", phase.label());
+            (percent(begin, last), percent(end - begin, last), phase.label(), title)
+        })
+        .collect()
 }
