@@ -21,6 +21,8 @@ pub struct Frame<'a> {
     pub last_step: f64,
     /// Whether the values begin at 0.
     pub from_zero: bool,
+    /// Whether the script offers a logarithmic scale, too.
+    pub logarithmic: bool,
     /// What is 1 on the axis: round values are multiples of it.
     pub unit: f64,
     /// Writes a value.
@@ -38,6 +40,8 @@ pub struct Chart {
     description: String,
     last_step: f64,
     rows: Vec<Label>,
+    /// Rows of the logarithmic scale; empty without one.
+    log_rows: Vec<Label>,
     columns: Vec<Label>,
     marks: Vec<Label>,
     reference: Option<Label>,
@@ -60,6 +64,8 @@ struct Line {
     last: String,
     /// Step, place from above, text: what the script shows under the pointer.
     points: Vec<(f64, f64, String)>,
+    /// Places of the points on the logarithmic scale; empty without one.
+    log: Vec<Option<f64>>,
 }
 
 /// A screen shows no more points than this.
@@ -82,6 +88,7 @@ pub fn chart(series: Vec<Series>, frame: &Frame) -> Option<Chart> {
         ticks(low / unit, high / unit, ROWS).into_iter().map(|row| row * unit).collect();
     let (low, high) = (low.min(rows[0]), high.max(rows[rows.len() - 1]));
     let down = |value: f64| 100.0 * (high - value) / (high - low);
+    let log = logarithmic(values(), frame);
     let last_step = frame.last_step.max(1.0);
     let across = |step: f64| 100.0 * step / last_step;
     let label = |at: f64, text: String| Label { at: percent(at), text };
@@ -90,6 +97,7 @@ pub fn chart(series: Vec<Series>, frame: &Frame) -> Option<Chart> {
         description: describe(&series, frame),
         last_step,
         rows: rows.iter().map(|&row| label(down(row), trimmed(&(frame.format)(row)))).collect(),
+        log_rows: log.iter().flat_map(Logarithmic::labels).collect(),
         columns: ticks(0.0, last_step, COLUMNS)
             .into_iter()
             .filter(|&step| step <= last_step && step.fract() == 0.0)
@@ -97,7 +105,10 @@ pub fn chart(series: Vec<Series>, frame: &Frame) -> Option<Chart> {
             .collect(),
         marks: frame.marks.iter().map(|(step, text)| label(across(*step), text.clone())).collect(),
         reference: frame.reference.map(|(text, value)| label(down(value), text.to_string())),
-        lines: series.iter().map(|line| place(line, &across, &down, frame.format)).collect(),
+        lines: series
+            .iter()
+            .map(|line| place(line, &across, &down, log.as_ref(), frame.format))
+            .collect(),
     })
 }
 
@@ -110,6 +121,7 @@ fn place(
     series: &Series,
     across: &dyn Fn(f64) -> f64,
     down: &dyn Fn(f64) -> f64,
+    log: Option<&Logarithmic>,
     format: &dyn Fn(f64) -> String,
 ) -> Line {
     let shown = thin(&series.points);
@@ -130,7 +142,69 @@ fn place(
         dots,
         last: series.points.last().map_or(String::new(), |point| format(point.1)),
         points: points.collect(),
+        log: log.iter().flat_map(|log| shown.iter().map(|point| log.down(point.1))).collect(),
     }
+}
+
+/// A logarithmic scale: its rows, the lowest first.
+struct Logarithmic {
+    rows: Vec<f64>,
+}
+
+/// None where it is not wanted, or nothing is above 0.
+fn logarithmic(values: impl Iterator<Item = f64>, frame: &Frame) -> Option<Logarithmic> {
+    let (low, high) = range(values.filter(|&value| value > 0.0));
+    let wanted = frame.logarithmic && low.is_finite();
+    wanted.then(|| Logarithmic { rows: log_ticks(low, high) })
+}
+
+impl Logarithmic {
+    /// Place from above in percent; none of what is not above 0.
+    fn down(&self, value: f64) -> Option<f64> {
+        let (low, high) = (self.rows.first()?.ln(), self.rows.last()?.ln());
+        (value > 0.0).then(|| hundredths(100.0 * (high - value.ln()) / (high - low)))
+    }
+
+    fn labels(&self) -> Vec<Label> {
+        let label = |&row: &f64| {
+            let text = if row < 1e-3 { format!("{row:e}") } else { row.to_string() };
+            Some(Label { at: percent(self.down(row)?), text })
+        };
+        self.rows.iter().filter_map(label).collect()
+    }
+}
+
+/// Round values around the range, no more than a few: 1, 2 and 5 times powers of ten, or 1 and 3, or
+/// powers alone; in a range that is small beside its values those of a linear scale.
+fn log_ticks(low: f64, high: f64) -> Vec<f64> {
+    const MOST: usize = 7;
+    let linear = ticks(low, high, ROWS);
+    if high < 5.0 * low && linear[0] > 0.0 {
+        return linear;
+    }
+    let digits: [&[i32]; 3] = [&[1, 2, 5], &[1, 3], &[1]];
+    let around = |digits: &[i32]| {
+        let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
+        let all = (first..=last).flat_map(|power| digits.iter().map(move |&d| (d, power)));
+        // By division where the power is negative: 3 / 1000 is 0.003, 3 · 0.001 may not be.
+        let value = |(digit, power): (i32, i32)| match power {
+            0.. => f64::from(digit) * 10f64.powi(power),
+            _ => f64::from(digit) / 10f64.powi(-power),
+        };
+        let all: Vec<f64> = all.map(value).collect();
+        let begin = all.iter().rposition(|&tick| tick <= low).unwrap_or(0);
+        let end = all.iter().position(|&tick| tick >= high).unwrap_or(all.len() - 1);
+        all[begin..=end].to_vec()
+    };
+    let fitting = digits.iter().map(|digits| around(digits)).find(|rows| rows.len() <= MOST);
+    fitting.unwrap_or_else(|| {
+        let rows = around(&[1]);
+        let every = rows.len().div_ceil(MOST);
+        let last = (rows.len() - 1) % every;
+        // The highest stays; the lowest stands for what is below it.
+        let kept = rows[last..].iter().copied().step_by(every);
+        if last == 0 { kept.collect() } else { [rows[0]].into_iter().chain(kept).collect() }
+    })
 }
 
 /// For those who cannot see the chart.
@@ -164,21 +238,27 @@ fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     kept
 }
 
-/// Exponential moving average without the pull towards 0 at the beginning:
-/// `m ← βm + (1−β)x`, divided by `1−βᵗ`. None of its own where points are few.
+/// Mean of each point and its neighbours, with weights `βᵈ` at a distance of d points on either side, so
+/// that the line does not lag behind. None of its own where points are few.
 pub fn smooth(points: &[(f64, f64)]) -> Option<Vec<(f64, f64)>> {
     const FEW: usize = 40;
     if points.len() < FEW {
         return None;
     }
-    let beta = 1.0 - 1.0 / (points.len() as f64 / FEW as f64 + 4.0);
-    let (mut mean, mut weight) = (0.0, 0.0);
-    let average = |&(step, value): &(f64, f64)| {
-        mean = beta * mean + (1.0 - beta) * value;
-        weight = beta * weight + (1.0 - beta);
-        (step, mean / weight)
+    let beta = 1.0 - 1.0 / (points.len() as f64 / (2.0 * FEW as f64) + 2.0);
+    let weighted = |sums: &mut (f64, f64), value: f64| {
+        *sums = (beta * sums.0 + value, beta * sums.1 + 1.0);
+        *sums
     };
-    Some(points.iter().map(average).collect())
+    let values = || points.iter().map(|point| point.1);
+    let (mut before, mut after) = ((0.0, 0.0), (0.0, 0.0));
+    let left: Vec<_> = values().map(|value| weighted(&mut before, value)).collect();
+    let mut right: Vec<_> = values().rev().map(|value| weighted(&mut after, value)).collect();
+    right.reverse();
+    let both = points.iter().zip(left.iter().zip(&right));
+    // Either side has the point itself.
+    let mean = both.map(|(&(step, value), (l, r))| (step, (l.0 + r.0 - value) / (l.1 + r.1 - 1.0)));
+    Some(mean.collect())
 }
 
 /// Smallest and largest, never equal.
@@ -227,6 +307,7 @@ mod tests {
             title: "Loss",
             last_step,
             from_zero: false,
+            logarithmic: false,
             unit: 1.0,
             format: &|value| format!("{value:.2}"),
             reference: None,
@@ -265,6 +346,34 @@ mod tests {
     }
 
     #[test]
+    fn a_logarithmic_scale_has_few_round_rows_around_all_values() {
+        assert_eq!(log_ticks(0.0048, 2.7), [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]);
+        assert_eq!(log_ticks(0.3, 2.7), [0.2, 0.5, 1.0, 2.0, 5.0]);
+        assert_eq!(log_ticks(2.1, 2.9), [2.0, 2.2, 2.4, 2.6, 2.8, 3.0]);
+        assert_eq!(log_ticks(2e-4, 5.0), [1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0]);
+        for (low, high) in [(1e-9, 3.0), (1e-12, 1e3), (1e-300, 1e300), (1.0, 1.001)] {
+            let rows = log_ticks(low, high);
+            assert!((2..=9).contains(&rows.len()) && rows.is_sorted(), "{rows:?}");
+            assert!(rows[0] <= low * 1.0001 && rows[rows.len() - 1] >= high, "{rows:?}");
+        }
+    }
+
+    #[test]
+    fn points_have_a_place_on_the_logarithmic_scale() {
+        let points = vec![(1.0, 10.0), (2.0, 0.1), (3.0, 0.0), (4.0, 1.0)];
+        let log = Frame { logarithmic: true, ..frame(4.0) };
+        let both = chart(vec![line(points.clone())], &log).unwrap();
+        assert_eq!(both.lines[0].log, [Some(0.0), Some(100.0), None, Some(50.0)]);
+        let rows: Vec<&str> = both.log_rows.iter().map(|row| row.text.as_str()).collect();
+        assert_eq!(rows, ["0.1", "0.2", "0.5", "1", "2", "5", "10"]);
+        let linear = chart(vec![line(points)], &frame(4.0)).unwrap();
+        assert!(linear.log_rows.is_empty() && linear.lines[0].log.is_empty());
+        assert_eq!(both.lines[0].path, linear.lines[0].path, "the page begins with the other one");
+        let none = chart(vec![line(vec![(1.0, 0.0)])], &log).unwrap();
+        assert!(none.log_rows.is_empty());
+    }
+
+    #[test]
     fn nothing_to_draw_is_no_chart() {
         assert!(chart(Vec::new(), &frame(4.0)).is_none());
         assert!(chart(vec![line(vec![(1.0, f64::INFINITY)])], &frame(4.0)).is_none());
@@ -284,14 +393,20 @@ mod tests {
     }
 
     #[test]
-    fn the_average_starts_at_the_first_value_and_follows() {
+    fn the_average_is_of_both_sides_and_does_not_lag() {
         assert!(smooth(&[(1.0, 2.0); 39]).is_none());
-        let points: Vec<(f64, f64)> = (0..40).map(|i| (f64::from(i), 3.0)).collect();
+        let points: Vec<(f64, f64)> = (0..41).map(|i| (f64::from(i), 3.0)).collect();
         let flat = smooth(&points).unwrap();
         assert!(flat.iter().all(|(_, value)| (value - 3.0).abs() < 1e-12));
-        // β = 0.8 for 40 points: the second average is (0.8·0.2·1 + 0.2·2) / (1 − 0.64).
-        let ramp: Vec<(f64, f64)> = (0..40).map(|i| (f64::from(i), f64::from(i + 1))).collect();
-        let second = smooth(&ramp).unwrap()[1].1;
-        assert!((second - 0.56 / 0.36).abs() < 1e-12, "{second}");
+        let ramp: Vec<(f64, f64)> = (0..41).map(|i| (f64::from(i), f64::from(i))).collect();
+        let smoothed = smooth(&ramp).unwrap();
+        assert!((smoothed[20].1 - 20.0).abs() < 1e-9, "{:?}", smoothed[20]);
+        // β = 1 − 1 / 2.5125 for 41 points: a spike leaves β of itself to each neighbour.
+        let spike: Vec<(f64, f64)> =
+            (0..41).map(|i| (f64::from(i), f64::from(u8::from(i == 20)))).collect();
+        let spread = smooth(&spike).unwrap();
+        let beta = 1.0 - 1.0 / 2.5125;
+        assert!((spread[21].1 / spread[20].1 - beta).abs() < 1e-4, "{:?}", spread[21]);
+        assert!((spread[19].1 - spread[21].1).abs() < 1e-12);
     }
 }

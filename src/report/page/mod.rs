@@ -103,7 +103,7 @@ mod tests {
     fn every_section_stands_when_there_is_something_to_show() {
         let mut events: Vec<Event> = (1..=60).map(step).collect();
         let page = render(&StartEvent::default(), &events);
-        assert!(page.contains("Gradient norm") && page.contains("</i>smoothed"));
+        assert!(page.contains("Gradient norm") && page.contains("</i>training, smoothed"));
         for title in ["Answers", "Evaluations and checkpoints", "evaluation"] {
             assert!(!page.contains(title), "{title}");
         }
@@ -115,6 +115,29 @@ mod tests {
         let page = render(&StartEvent::default(), &events);
         for text in ["Answers", "Evaluations and checkpoints", "Ahoy", "1.649", "0.5000"] {
             assert!(page.contains(text), "{text}");
+        }
+    }
+
+    #[test]
+    fn the_loss_alone_has_a_logarithmic_scale_and_begins_without() {
+        let events: Vec<Event> = (1..=60).map(step).collect();
+        let page = render(&StartEvent::default(), &events);
+        assert_eq!(page.matches("class=\"scale\"").count(), 1);
+        assert!(page.contains("aria-pressed=\"true\">linear<"));
+        assert!(page.contains("aria-pressed=\"false\">log<"));
+        assert!(page.matches("class=\"row log\"").count() > 1);
+        // Losses of 2.999 to 2.94, on both scales; the other charts have one.
+        assert!(page.contains("\"points\": [[[1.0, ") || page.contains("\"points\":[[[1.0,"));
+        assert!(page.contains("\"log\": [[]]") || page.contains("\"log\":[[]]"));
+    }
+
+    /// On a narrow screen a table scrolls in its own box, not the page.
+    #[test]
+    fn every_table_is_in_a_box_that_scrolls() {
+        for template in [include_str!("page.html"), memory_page::FIGURES] {
+            let boxes: Vec<&str> = template.split("<table").collect();
+            let (_, before) = boxes.split_last().unwrap();
+            assert!(before.iter().all(|text| text.trim_end().ends_with("<div class=\"scroll\">")));
         }
     }
 

@@ -1,5 +1,6 @@
 // Values under the pointer, at the same step in every chart. A point is [step, place from above in
-// percent, text]; arrow keys move the cursor of a chart that has the focus.
+// percent, text]; arrow keys move the cursor of a chart that has the focus. A chart with a logarithmic
+// scale has the places on it, too, from which its lines are drawn when it is chosen.
 (() => {
   const add = (parent, name) => {
     const element = parent.appendChild(document.createElement("div"));
@@ -10,10 +11,13 @@
 
   const charts = [...document.querySelectorAll(".chart")].map((figure) => {
     const area = figure.querySelector(".area");
-    const points = JSON.parse(figure.querySelector("script").textContent);
+    const { points, log } = JSON.parse(figure.querySelector("script").textContent);
+    const groups = figure.querySelectorAll("svg g");
     const items = [...figure.querySelectorAll(".legend li")];
     const lines = items.map((item, index) => ({
       points: points[index],
+      log: log[index],
+      paths: [...groups[index].querySelectorAll("path")],
       value: item.querySelector("b"),
       last: item.querySelector("b").textContent,
       dot: add(area, "point " + item.className),
@@ -46,12 +50,13 @@
       chart.cursor.style.left = place(chart, step);
       chart.label.textContent = "step " + step.toLocaleString("en");
       for (const line of chart.lines) {
-        const point = line.points[before(line.points, step)];
-        line.dot.hidden = !point;
+        const index = before(line.points, step), point = line.points[index];
+        const at = point && (chart.log ? line.log[index] : point[1]);
+        line.dot.hidden = !point || at === null;
         line.value.textContent = point ? point[2] : "–";
         if (!point) continue;
         line.dot.style.left = place(chart, point[0]);
-        line.dot.style.top = point[1] + "%";
+        line.dot.style.top = at + "%";
       }
     }
   };
@@ -66,7 +71,36 @@
     }
   };
 
+  // The paths of a line on the logarithmic scale: the line itself, and dots if it has any.
+  const logarithmic = (chart, line) => {
+    const places = line.points
+      .map((point, index) => [(100 * point[0]) / chart.lastStep, line.log[index]])
+      .filter(([, down]) => down !== null)
+      .map(([across, down]) => across.toFixed(2) + " " + down);
+    return ["M" + places.join("L"), places.map((place) => "M" + place + "h0").join("")];
+  };
+
+  const setScale = (chart, log) => {
+    chart.log = log;
+    chart.figure.classList.toggle("on-log", log);
+    for (const line of chart.lines) {
+      line.linear ??= line.paths.map((path) => path.getAttribute("d"));
+      const drawn = log ? logarithmic(chart, line) : line.linear;
+      line.paths.forEach((path, index) => path.setAttribute("d", drawn[index]));
+    }
+    clear();
+  };
+
   for (const chart of charts) {
+    const scale = chart.figure.querySelector(".scale");
+    if (scale) {
+      const buttons = [...scale.querySelectorAll("button")];
+      scale.hidden = false;
+      buttons.forEach((button, chosen) => button.addEventListener("click", () => {
+        buttons.forEach((each, index) => each.setAttribute("aria-pressed", index === chosen));
+        setScale(chart, chosen === 1);
+      }));
+    }
     const plot = chart.figure.querySelector(".plot"), points = chart.lines[0].points;
     let index = points.length - 1;
     const select = (next) => {

@@ -121,7 +121,7 @@ impl<'a> Run<'a> {
         }
         let rows = self.start.train_batch_size * self.start.gradient_accumulation_steps;
         if rows > 0 {
-            facts.push(format!("{rows} {} in a step", noun(rows, "row")));
+            facts.push(format!("{rows} {} per step", noun(rows, "sequence")));
         }
         if let Some(step) = self.start.resumed_from_step {
             facts.push(format!("resumed at step {}", thousands(step)));
@@ -209,20 +209,29 @@ impl<'a> Run<'a> {
         let class = if smoothed.is_some() { "a faint" } else { "a" };
         let mut series = vec![Series { class, name: "training", points: training }];
         if let Some(points) = smoothed {
-            series.push(Series { class: "a", name: "smoothed", points });
+            series.push(Series { class: "a", name: "training, smoothed", points });
         }
         if !self.evals.is_empty() {
             let points = self.evals.iter().map(|eval| (eval.step as f64, eval.eval_loss));
             series.push(Series { class: "b", name: "evaluation", points: points.collect() });
         }
         let marks = self.marks();
-        let frame = self.frame("Loss", &|value| short_number(value, 3));
-        chart(series, &Frame { marks: &marks, ..frame })
+        let frame = self.frame("Loss", &|value| short_number(value, 4));
+        chart(series, &Frame { marks: &marks, logarithmic: true, ..frame })
     }
 
     fn frame<'f>(&self, title: &'static str, format: &'f dyn Fn(f64) -> String) -> Frame<'f> {
         let last_step = self.last_step() as f64;
-        Frame { title, last_step, from_zero: false, unit: 1.0, format, reference: None, marks: &[] }
+        Frame {
+            title,
+            last_step,
+            from_zero: false,
+            logarithmic: false,
+            unit: 1.0,
+            format,
+            reference: None,
+            marks: &[],
+        }
     }
 
     /// The curves beside that of the loss.
@@ -246,15 +255,15 @@ impl<'a> Run<'a> {
     pub(super) fn memory_chart(&self) -> Option<Chart> {
         let points = self.line(|step| step.memory_bytes() as f64);
         let (title, name) = match self.on_gpu() {
-            true => ("Memory of the GPU", "in use"),
-            false => ("Memory of the process", "resident"),
+            true => ("Memory of the GPU, by step", "in use"),
+            false => ("Memory of the process, by step", "resident"),
         };
         let format = |value: f64| ByteSize(value.max(0.0) as u64).to_string();
         let reference = self.planned_bytes().map(|bytes| ("planned", bytes as f64));
         let largest = self.planned_bytes().max(self.peak_bytes()).unwrap_or(0);
         let unit = if largest < 1 << 30 { 1u64 << 20 } else { 1 << 30 } as f64;
         let frame = self.frame(title, &format);
-        let series = vec![Series { class: "a", name, points }];
+        let series = vec![Series { class: "m", name, points }];
         chart(series, &Frame { from_zero: true, unit, reference, ..frame })
     }
 }
