@@ -4,7 +4,7 @@
 #     scripts/page_png.sh memory.html memory.png [WIDTH HEIGHT] [dark]
 set -euo pipefail
 
-page=$(realpath "$1") picture=$(realpath -m "$2") width=${3:-1100} height=${4:-1500}
+page=$(realpath "$1") picture=$(realpath -m "$2") width=${3:-1100} height=${4:-1540}
 scheme=${5:-light}
 browser=$(command -v chromium || command -v chromium-browser || command -v google-chrome) || {
     echo "error: there is no chromium" >&2
