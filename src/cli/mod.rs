@@ -39,7 +39,7 @@ pub struct Cli {
 /// The commands, in the order in which one needs them.
 #[derive(Debug, Subcommand)]
 pub enum Command {
-    /// Quantize a base model to 4 bits, in the format that transformers and bitsandbytes load
+    /// Quantize a base model to 4 bits, as transformers and bitsandbytes load it
     Quantize(quantize::QuantizeArgs),
     /// Check a dataset with a model's tokenizer and chat template, without training
     Data(data::DataArgs),

@@ -13,7 +13,7 @@ const EXAMPLES: &str = "Examples:
   nibble quantize --model SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2-nf4 --check
   nibble quantize --model Llama-3.2-1B --out llama-fp4 --quant-type fp4 --block-size 32";
 
-/// Quantize a base model to 4 bits, in the format that transformers and bitsandbytes load
+/// Quantize a base model to 4 bits, as transformers and bitsandbytes load it
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct QuantizeArgs {

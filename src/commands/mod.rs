@@ -70,8 +70,8 @@ fn note_long_rope(spec: &ModelSpec, context_tokens: usize) {
         && context_tokens > *most
     {
         eprintln!(
-            "note: the context is longer than {most} tokens, so that all of it has LongRoPE's factors \
-             for long texts; `--context-length {most}` has those that shorter ones are trained with"
+            "note: a context of more than {most} tokens takes LongRoPE's long factors, for short texts, \
+             too; `--context-length {most}` takes the short ones, as in training on such texts"
         );
     }
 }

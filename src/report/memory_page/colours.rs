@@ -74,7 +74,7 @@ mod tests {
         for ends in [[PROCESS, FREE_HEAP], [CONTEXT, ROUNDING]] {
             let names: Vec<&str> = parts.clone().chain(ends).collect();
             let known = |name: &&str| PARTS.iter().any(|names| names.contains(name));
-            assert!(names.iter().all(|name| known(name)), "{names:?}");
+            assert!(names.iter().all(known), "{names:?}");
             let colours: BTreeSet<usize> = names.iter().map(|name| colour(name)).collect();
             assert_eq!(colours.len(), names.len());
         }
