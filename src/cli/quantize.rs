@@ -38,7 +38,6 @@ pub struct QuantizeArgs {
           default_missing_value = "true")]
     pub double_quant: Option<bool>,
 
-
     /// Do not quantize tensors whose name matches this regular expression; may be repeated
     #[arg(long, value_name = "REGEX")]
     pub skip: Vec<String>,

@@ -134,7 +134,7 @@ mod tests {
     /// On a narrow screen a table scrolls in its own box, not the page.
     #[test]
     fn every_table_is_in_a_box_that_scrolls() {
-        for template in [include_str!("page.html"), memory_page::FIGURES] {
+        for template in [include_str!("page.html"), super::memory_page::FIGURES] {
             let boxes: Vec<&str> = template.split("<table").collect();
             let (_, before) = boxes.split_last().unwrap();
             assert!(before.iter().all(|text| text.trim_end().ends_with("<div class=\"scroll\">")));
