@@ -491,5 +491,5 @@ fn limits_of_offloading_tell_what_they_pin() {
         assert!(rest <= tables + blocks && (blocks == 0 || rest > blocks / 2), "{way}");
     }
     let text = says("llama-3.1-8b", "--fit --budget 80GiB --activations offload");
-    assert!(text.contains(" pins ") && text.contains("memory of the host that"), "{text}");
+    assert!(text.contains(" pins ") && text.contains("pinned host memory that"), "{text}");
 }

@@ -10,16 +10,15 @@ use crate::model::spec::ModelSpec;
 /// Where a GPU's embedding and head may be.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum EmbeddingPlace {
-    /// On the GPU, or on the host where that makes a faster plan fit
+    /// On the GPU, or on the host if that makes a faster plan fit
     #[default]
     Auto,
-    /// In its memory
+    /// In GPU memory
     Gpu,
-    /// The input embedding in pinned memory of the host, of which kernels read the rows of a pass: 2·D
-    /// bytes a token
+    /// The input embedding in pinned host memory, read a row (2·D bytes) per token
     HostInput,
-    /// Embedding and head in pinned memory of the host: the head comes a tile of the vocabulary at a
-    /// time, twice for 2,048 trained tokens
+    /// Embedding and head in pinned host memory: the head is copied in tiles of the vocabulary, twice per
+    /// 2,048 trained tokens
     Host,
 }
 

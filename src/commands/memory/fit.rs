@@ -76,7 +76,7 @@ fn print(
     match refusal {
         None => println!(
             "{} of {} tokens {} with {}: {}",
-            counted(asked.batch, "row"),
+            counted(asked.batch, "sequence"),
             thousands(asked.length as u64),
             if asked.batch == 1 { "fits" } else { "fit" },
             ByteSize(fit.bytes),
@@ -103,11 +103,11 @@ fn print(
 }
 
 fn print_ways(fit: &Fit, asked: Asked, demand: &Demand) {
-    let rows = format!("rows of {}", thousands(asked.length as u64));
+    let sequences = format!("sequences of {}", thousands(asked.length as u64));
     let on_gpu = demand.place == Place::Gpu;
-    let host = if on_gpu { format!(" {:>12}", "pins") } else { String::new() };
+    let host = if on_gpu { format!(" {:>10}", "pins") } else { String::new() };
     println!(
-        "\n{:<38} {:>12} {:>6} {:>16}{host} {rows:>16}",
+        "\n{:<38} {:>10} {:>6} {:>16}{host} {sequences:>19}",
         "", "as asked", "time", "longest document"
     );
     for way in &fit.ways {
@@ -115,13 +115,13 @@ fn print_ways(fit: &Fit, asked: Asked, demand: &Demand) {
         let (bytes, batch) = (ByteSize(way.bytes), thousands(way.largest_batch as u64));
         let pins = match (on_gpu, way.pinned_bytes) {
             (false, _) => String::new(),
-            (true, bytes) => format!(" {:>12}", ByteSize(bytes)),
+            (true, bytes) => format!(" {:>10}", ByteSize(bytes)),
         };
         let (name, time) = (name(way, demand), way.time);
-        println!("{name:<38} {bytes:>12} {time:>5.2}x {longest:>16}{pins} {batch:>16}");
+        println!("{name:<38} {bytes:>10} {time:>5.2}x {longest:>16}{pins} {batch:>19}");
     }
     if on_gpu {
-        println!("(pins: pinned memory of the host that the longest document needs besides)");
+        println!("(pins: pinned host memory that the longest document also needs)");
     }
     let max_positions = demand.spec.max_positions;
     if fit.ways.iter().any(|way| way.longest_document > max_positions) {

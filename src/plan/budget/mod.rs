@@ -21,28 +21,28 @@ const USABLE_SHARE: f64 = 0.9;
 /// What happens to activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Activations {
-    /// The fastest mix that fits: as many blocks as can keep theirs
+    /// The fastest mix that fits: as many blocks as possible keep theirs
     Auto,
-    /// All blocks keep everything
+    /// Every block keeps all of them
     Keep,
-    /// All blocks keep their input and the output of attention, and recompute the rest
+    /// Every block keeps its input and the output of attention, and recomputes the rest
     Attention,
-    /// All blocks keep their input and recompute the rest
+    /// Every block keeps its input and recomputes the rest
     Checkpoint,
-    /// As `checkpoint`, and the inputs wait in pinned memory beside a GPU, or in a file
+    /// As `checkpoint`, with the inputs offloaded: to pinned host memory beside a GPU, to a file on the CPU
     Offload,
-    /// As `attention`, and both wait there
+    /// As `attention`, with both offloaded
     OffloadAttention,
 }
 
 /// Where the frozen weights of the blocks are between their uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum WeightsMode {
-    /// In memory, or streamed where that lets more blocks keep their activations
+    /// In memory, or streamed if that lets more blocks keep their activations
     Auto,
-    /// In memory from the first use on
+    /// In memory from their first use
     Resident,
-    /// In their file: two blocks at a time are in memory, the next one is read ahead
+    /// In their file: two blocks at a time are in memory, the next one is prefetched
     Stream,
 }
 
@@ -126,7 +126,7 @@ impl Choice {
             on_host.in_words().map(Into::into),
             pieces.tiles.then(|| format!("MLP in tiles of {} tokens", self.settings.mlp_tile())),
             pieces.logits.then(|| "a quarter of the logits at a time".into()),
-            pieces.one_buffer.then(|| "one buffer for widened weights".into()),
+            pieces.one_buffer.then(|| "one buffer for dequantized weights".into()),
         ];
         parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
     }

@@ -32,13 +32,13 @@ const WIDEST: usize = 256;
 /// How attention is computed on a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum AttnImplementation {
-    /// By the flash kernels where they have the head's width, else exactly.
+    /// Flash if there are kernels for the model's head size, else exact.
     #[default]
     Auto,
-    /// By the flash kernels: scores are made and used tile by tile.
+    /// Flash attention: scores are computed and used tile by tile.
     #[value(alias = "flash_attention_2")]
     Flash,
-    /// By products of whole rows of scores: slower, for any head.
+    /// Whole rows of scores: slower, for any head size.
     #[value(alias = "eager")]
     Exact,
 }
