@@ -3,16 +3,17 @@
 //! Every tensor of the inventory must be there with the shape that the config implies; a dense
 //! linear is quantized on the way when the run asks for it, a packed one is used as stored.
 
+use std::collections::HashMap;
 use std::fmt::Display;
 
 use nibble_quant::{BlockFormat, FloatType, owned_bytes};
 
 use super::block::{Block, Linear, LinearAdapter};
-use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
+use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm, TensorSpec};
 use super::streaming::WeightStream;
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
-use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, Weight};
+use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, StoredType, TensorInfo, Weight};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
 use crate::kernels::{
@@ -131,6 +132,37 @@ impl Weights {
     }
 }
 
+/// Whether `checkpoint` has the tensors of `spec`, of types and shapes that are read: what
+/// [`Weights::load`] would find later, and as it says it. The headers of the files tell; values are not read.
+///
+/// # Errors
+/// `Input` naming the tensor that is missing, of another shape or of a type that is not read.
+pub fn check_stored(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
+    spec.check_no_further_layer(|name| checkpoint.contains(name))?;
+    let stored: HashMap<&str, &TensorInfo> =
+        checkpoint.tensors().iter().map(|info| (info.name.as_str(), info)).collect();
+    for TensorSpec { name, mut shape, transposed, .. } in spec.inventory() {
+        let name = stored_name(&name, |name| checkpoint.contains(name));
+        let Some(info) = stored.get(name) else {
+            checkpoint.weight(name)?;
+            continue;
+        };
+        if transposed && info.stored != StoredType::Packed {
+            shape.reverse();
+        }
+        check_shape(name, &info.shape, &shape)?;
+    }
+    Ok(())
+}
+
+/// GPT-2 files may lack the `transformer.` prefix of `name`.
+fn stored_name<'n>(name: &'n str, contains: impl Fn(&str) -> bool) -> &'n str {
+    match name.strip_prefix("transformer.") {
+        Some(short) if !contains(name) && contains(short) => short,
+        _ => name,
+    }
+}
+
 impl<K: Kernels> Weights<K> {
     /// The matrix that makes logits.
     pub fn head(&self) -> &K::Weight {
@@ -176,14 +208,8 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    /// The tensor `name`; GPT-2 files may lack the `transformer.` prefix.
     fn tensor(&self, name: &str) -> Result<Weight> {
-        match name.strip_prefix("transformer.") {
-            Some(short) if !self.source.contains(name) && self.source.contains(short) => {
-                self.source.weight(short)
-            }
-            _ => self.source.weight(name),
-        }
+        self.source.weight(stored_name(name, |name| self.source.contains(name)))
     }
 
     /// The name under which the base of `name` is stored: an untied head starts as the embedding.

@@ -63,7 +63,7 @@ impl WeightParts {
         [
             ("4-bit codes", self.codes),
             ("scales of 4-bit blocks", self.scales),
-            ("linears that are not packed", self.dense_linears),
+            ("linear layers, not quantized", self.dense_linears),
             ("embeddings and head", self.tables),
             ("norms and biases", self.vectors),
             ("streamed weights", self.streamed),

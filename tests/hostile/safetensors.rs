@@ -2,9 +2,11 @@
 
 use std::fs;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use crate::scene::{assert_not_quantized, assert_not_trained, edit_header, safetensors_parts};
+use crate::scene::{
+    assert_not_quantized, assert_not_trained, assert_refused, edit_header, safetensors_parts,
+};
 use crate::training::Workplace;
 
 const FILE: &str = "model/model.safetensors";
@@ -125,6 +127,36 @@ fn a_type_that_is_no_float() {
     edit_header(&place.path(FILE), |header| header[Q]["dtype"] = json!("I32"));
     assert_not_quantized(&place, &["q_proj", "I32", "F32, F16, BF16"]);
     assert_not_trained(&place, 1, &[], &["q_proj", "I32", "F32, F16, BF16"]);
+}
+
+/// Before data, which may take minutes to read; a plan is not made of what could not be loaded either.
+#[test]
+fn weights_are_looked_at_first() {
+    type Edit<'a> = (&'a str, &'a dyn Fn(&mut Value));
+    let edits: [Edit; 3] = [
+        ("has type I32", &|header| header[Q]["dtype"] = json!("I32")),
+        ("config.json implies", &|header| {
+            let [rows, columns] = [0, 1].map(|axis| header[Q]["shape"][axis].as_u64().unwrap());
+            header[Q]["shape"] = json!([2 * rows, columns / 2]);
+        }),
+        ("is not in the checkpoint", &|header| {
+            let tensor = header.as_object_mut().unwrap().remove(Q).unwrap();
+            header["another"] = tensor;
+        }),
+    ];
+    for (says, edit) in edits {
+        let place = Workplace::new();
+        edit_header(&place.path(FILE), edit);
+        fs::write(place.path("train.jsonl"), "no record\n").unwrap();
+        let data = ["--model", "model", "--data", "train.jsonl"];
+        for command in [
+            place.nibble(&["memory", "--model", "model"]),
+            place.nibble(&[&["eval"], &data[..]].concat()),
+            place.train("out", &[]),
+        ] {
+            assert_refused(&place, command, 1, &[Q, says, "hint: "]);
+        }
+    }
 }
 
 #[test]

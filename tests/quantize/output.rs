@@ -136,7 +136,7 @@ fn skipped_linears_stay_dense_and_the_config_says_so() {
         let rows = found["measured"]["rows"].as_array().unwrap().clone();
         rows.into_iter().filter(|row| row["name"] != "program, tokenizer, data").collect::<Vec<_>>()
     };
-    let name = "linears that are not packed";
+    let name = "linear layers, not quantized";
     let rows = measure(&[]);
     let row = rows.iter().find(|row| row["name"] == name).unwrap();
     assert_eq!((&row["planned_bytes"], &row["measured_bytes"]), (&json!(dense), &json!(dense)));

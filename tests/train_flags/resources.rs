@@ -73,7 +73,7 @@ fn quantization() {
     let linears = [4096, 2048, 2048, 4096, 10240, 10240, 10240];
     let dense: u64 = linears.iter().map(|n| n * 4).sum();
     let packed: u64 = linears.iter().map(|n| n / 2 + n / 64 + 4 + 4).sum();
-    assert_eq!(planned(&none, "linears that are not packed"), 2 * dense);
+    assert_eq!(planned(&none, "linear layers, not quantized"), 2 * dense);
     assert_eq!(planned(&nf4, "4-bit codes") + planned(&nf4, "scales of 4-bit"), 2 * packed);
 }
 

@@ -18,7 +18,7 @@ use crate::kernels::Kernels;
 use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
-use crate::model::weights::Weights;
+use crate::model::weights::{Weights, check_stored};
 use crate::plan::Settings;
 use crate::plural::counted;
 use crate::report::table::{Align, Table};
@@ -48,6 +48,7 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.base.model)?;
     super::note_left_out(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
+    check_stored(&checkpoint, &spec)?;
     kernels.check(&spec)?;
     let (dataset, tokenizer) = read_data(args, &spec)?;
     let predictions = args

@@ -29,6 +29,7 @@ use crate::kernels::cuda::cuda_layout;
 use crate::ledger::rows::Account;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
+use crate::model::weights::check_stored;
 use crate::plan::work::{Transfer, Work};
 use crate::plan::{
     Choice, Demand, Limit, MemoryPlan, OnHost, Place, Settings, WeightBytes, layout, logit_rows,
@@ -239,6 +240,7 @@ impl Model {
         }
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
+        check_stored(&checkpoint, &spec)?;
         let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), place);
         // Weights alone can be measured, too.
         let tokenizer =

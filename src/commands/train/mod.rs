@@ -19,7 +19,7 @@ use crate::model::Model;
 use crate::model::families::{base_dropout, spec_from_config};
 use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::model::streaming::Streaming;
-use crate::model::weights::Weights;
+use crate::model::weights::{Weights, check_stored};
 use crate::plural::{counted, noun};
 use crate::printed;
 use crate::report::{REPORT_FILE, Reports};
@@ -185,6 +185,7 @@ impl Base {
         })?;
         crate::commands::note_left_out(&checkpoint);
         let spec = spec_from_config(checkpoint.config())?;
+        check_stored(&checkpoint, &spec)?;
         let template = args.data.format.chat_template.as_deref();
         let adapter = args.lora.init_adapter.as_deref();
         let tokenizer = ChatTokenizer::open_for(model, template, adapter);

@@ -6,7 +6,7 @@ const PARTS: [&[&str]; 24] = [
     &["program, tokenizer, data", "CUDA context"],
     &["4-bit codes"],
     &["scales of 4-bit blocks"],
-    &["linears that are not packed"],
+    &["linear layers, not quantized"],
     &["embeddings and head"],
     &["norms and biases"],
     &["streamed weights"],
