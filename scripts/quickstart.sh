@@ -51,7 +51,7 @@ say "2/5  Fetch SmolLM2-135M-Instruct (98 MB)"
 model=$(scripts/fetch_model.sh "$folder")
 echo "$model"
 
-say "3/5  Pack its linears in 4 bits"
+say "3/5  Quantize its linear layers to 4 bits"
 if [ -e "$base/config.json" ]; then
     echo "$base is there already"
 else

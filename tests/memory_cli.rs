@@ -280,6 +280,13 @@ fn a_page_takes_no_other_file_s_place() {
         command.args(["--html", "page.html"]);
         succeed(command);
     }
+    let mut command = place.nibble(&["memory", "--model", "model", "--device", "cpu"]);
+    succeed({
+        command.args(["--html", "page.html", "--activations", "offload-attention"]);
+        command
+    });
+    let page = String::from_utf8(place.read("page.html")).unwrap();
+    assert!(page.contains(" of inputs and attention offloaded"), "what waits elsewhere is said");
 }
 
 #[test]

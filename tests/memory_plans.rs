@@ -447,8 +447,8 @@ fn a_chosen_mix_has_a_row_of_its_own() {
             "--threads 64 --weights resident --budget 24GiB",
             "rest recomputed",
         ),
-        ("cuda", "qwen2.5-32b", "--weights resident --budget 24GiB", "attention offloaded"),
-        ("cuda", "qwen2.5-32b", "--weights stream --budget 24GiB", "attention offloaded"),
+        ("cuda", "qwen2.5-32b", "--weights resident --budget 24GiB", "rest both offloaded"),
+        ("cuda", "qwen2.5-32b", "--weights stream --budget 24GiB", "rest both offloaded"),
         ("cuda", "llama-3.1-8b", "--weights auto --budget 24GiB", "none"),
     ] {
         let flags = format!("--max-length 4096 --fit {flags}");

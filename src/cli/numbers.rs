@@ -6,13 +6,20 @@ use std::str::FromStr;
 use crate::byte_size::ByteSize;
 
 const TOO_SMALL: &str = "too small: it would count as 0";
+const TOO_LARGE: &str = "too large: more than 3.4e38";
 
+/// Computation is in f32: what is no normal number there would count as 0, or as infinite.
 fn number(text: &str, expected: &str, fits: impl Fn(f64) -> bool) -> Result<f64, String> {
     let value = text.trim().parse().ok().filter(|value: &f64| value.is_finite());
-    if value == Some(0.0) && !is_zero(text) {
-        return Err(TOO_SMALL.to_string());
+    if let Some(value) = value.filter(|value| fits(*value)) {
+        let rounded = value as f32;
+        if is_zero(text) || rounded.is_normal() {
+            return Ok(value);
+        }
+        return Err(if rounded.is_finite() { TOO_SMALL } else { TOO_LARGE }.to_string());
     }
-    value.filter(|value| fits(*value)).ok_or_else(|| format!("expected {expected}"))
+    let too_small = value == Some(0.0) && !is_zero(text);
+    Err(if too_small { TOO_SMALL.to_string() } else { format!("expected {expected}") })
 }
 
 /// Whether a number is 0 as it is written, and not by rounding.
@@ -23,9 +30,7 @@ fn is_zero(text: &str) -> bool {
 
 /// Any number, in f32.
 pub fn any(text: &str) -> Result<f32, String> {
-    let value = number(text, "a number", |value| (value as f32).is_finite())?;
-    let rounded = value as f32;
-    if rounded == 0.0 && value != 0.0 { Err(TOO_SMALL.to_string()) } else { Ok(rounded) }
+    number(text, "a number", |_| true).map(|value| value as f32)
 }
 
 /// A number above 0.
@@ -35,8 +40,7 @@ pub fn positive(text: &str) -> Result<f64, String> {
 
 /// A number above 0, in f32.
 pub fn positive_f32(text: &str) -> Result<f32, String> {
-    let fits = |value: f64| value > 0.0 && (value as f32).is_normal();
-    number(text, "a number above 0", fits).map(|value| value as f32)
+    positive(text).map(|value| value as f32)
 }
 
 /// 0 or more.
@@ -115,7 +119,11 @@ mod tests {
         assert_eq!((any("0e9"), any("-0.00"), any("1e39").is_err()), (Ok(0.0), Ok(0.0), true));
         for parser in [positive, not_negative, share, below_one] {
             assert_eq!(parser("1e-400"), Err(TOO_SMALL.to_string()));
+            // In f32, that is.
+            assert_eq!(parser("1e-46"), Err(TOO_SMALL.to_string()));
         }
+        assert_eq!(positive("1e39"), Err(TOO_LARGE.to_string()));
+        assert_eq!((positive("1e-37"), positive("3e38")), (Ok(1e-37), Ok(3e38)));
         assert!(any("hot").is_err() && any("inf").is_err() && any("nan").is_err());
         assert!(positive("0").is_err() && positive("inf").is_err() && positive("nan").is_err());
         assert!(not_negative("0").is_ok() && not_negative("-1e-9").is_err());

@@ -156,7 +156,7 @@ pub fn check_stored(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
 }
 
 /// GPT-2 files may lack the `transformer.` prefix of `name`.
-fn stored_name<'n>(name: &'n str, contains: impl Fn(&str) -> bool) -> &'n str {
+fn stored_name(name: &str, contains: impl Fn(&str) -> bool) -> &str {
     match name.strip_prefix("transformer.") {
         Some(short) if !contains(name) && contains(short) => short,
         _ => name,

@@ -30,9 +30,12 @@ fn shorter(settings: &Settings) -> Option<Settings> {
 /// The last blocks keep what they have longest: the backward pass meets them first.
 fn keeping_fewer(settings: &Settings) -> Option<Settings> {
     let kept = settings.count(Policy::Keep);
-    let others = [Policy::OffloadAttention, Policy::Offload, Policy::Attention];
-    let instead = others.into_iter().find(|policy| settings.count(*policy) > 0);
-    let instead = instead.unwrap_or(Policy::Checkpoint);
+    // What waits takes of the host's memory, too: no more of it than has to.
+    let instead = match settings.offloaded().is_empty() {
+        false => Policy::Offload,
+        true if settings.count(Policy::Attention) > 0 => Policy::Attention,
+        true => Policy::Checkpoint,
+    };
     let mut policies = settings.policies.clone();
     let first_ones = policies.iter_mut().filter(|policy| **policy == Policy::Keep);
     first_ones.take(kept.div_ceil(2)).for_each(|policy| *policy = instead);
@@ -123,12 +126,12 @@ mod tests {
         assert_eq!(in_words(&fewer, &again), "attention recomputed");
         let kept = settings(64, 64, vec![Policy::OffloadInput; 2]);
         assert_eq!(leaner(&kept).unwrap().policies, [Policy::Offload; 2]);
-        // What waits takes no memory but two buffers, which go last.
+        // What waits takes no memory but its slots, which go last.
         let waits = settings(64, 64, vec![Policy::OffloadAttention, Policy::Keep]);
         let fewer = leaner(&waits).unwrap();
-        assert_eq!(fewer.policies, [Policy::OffloadAttention; 2]);
+        assert_eq!(fewer.policies, [Policy::OffloadAttention, Policy::Offload]);
         let small = leaner(&leaner(&fewer).unwrap()).unwrap();
-        assert_eq!(small.policies, [Policy::OffloadAttention; 2]);
+        assert_eq!(small.policies, fewer.policies);
         let last = leaner(&small).unwrap();
         assert_eq!(last.policies, [Policy::Offload; 2]);
         assert_eq!(in_words(&small, &last), "attention recomputed");

@@ -55,7 +55,7 @@ pub struct Transfer {
     pub bytes: u64,
     /// Floating-point operations.
     pub flops: f64,
-    /// Tokens of a step from which on it is bound by computation; `None` where a token's inputs take longer
+    /// Tokens of a step from which on it is bound by computation; `None` where what is offloaded of a token takes longer
     /// to copy than it takes to compute.
     pub tokens_to_hide_copies: Option<u64>,
 }

@@ -63,7 +63,10 @@ fn answers_are_those_of_generate() {
         assert_eq!(texts(&lines, "prompt"), prompts);
         assert_eq!(texts(&lines, "label"), ["w5 w6 w94", "w6 w94"]);
         assert_eq!(lines[1]["line"], 2);
-        assert!(said.ends_with("wrote answers.jsonl: 2 answers, exact match 0 of 2"), "{said}");
+        assert!(
+            said.ends_with("wrote answers.jsonl: 2 answers, 0 of them equal to the label"),
+            "{said}"
+        );
     }
 }
 
@@ -79,7 +82,10 @@ fn answers_that_are_those_of_the_data_are_counted() {
     let (said, lines) = predict(&place, &[]);
     assert_eq!(texts(&lines, "predict"), [&answer; 3]);
     assert_eq!(texts(&lines, "label"), ["w5", &answer, "w6"]);
-    assert!(said.ends_with("wrote answers.jsonl: 3 answers, exact match 1 of 3"), "{said}");
+    assert!(
+        said.ends_with("wrote answers.jsonl: 3 answers, 1 of them equal to the label"),
+        "{said}"
+    );
     let (json, _) = predict(&place, &["--json"]);
     let json: Value = serde_json::from_str(&json).unwrap();
     assert_eq!(json["predictions"]["exact_match"], 1.0 / 3.0);
@@ -101,6 +107,14 @@ fn nothing_is_replaced_and_text_has_no_questions() {
     assert!(refused(&[]).contains("answers.jsonl is there already\nhint: remove it"));
     assert_eq!(place.read("answers.jsonl"), b"mine");
     fs::remove_file(place.path("answers.jsonl")).unwrap();
+    #[cfg(unix)]
+    {
+        // Of a disk that is not there now.
+        std::os::unix::fs::symlink("nowhere/answers", place.path("answers.jsonl")).unwrap();
+        assert!(refused(&[]).contains("answers.jsonl is there already\nhint: remove it"));
+        fs::remove_file(place.path("answers.jsonl")).unwrap();
+    }
+    assert!(refused(&["--save-logits", "answers.jsonl"]).contains("name one file\nhint: "));
     let error = refused(&["--train-on", "all"]);
     assert!(error.contains("record 1 has nothing before its answer\nhint: "), "{error}");
     assert!(!place.path("answers.jsonl").exists());

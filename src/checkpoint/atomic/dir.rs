@@ -187,15 +187,15 @@ mod tests {
     #[test]
     fn a_folder_that_was_filled_meanwhile_stays_and_what_was_written_does_too() {
         let root = tempfile::tempdir().unwrap();
-        let out = root.path().join("out");
+        let out = root.path().join("Llama-3.1-8B");
         let dir = AtomicDir::create(&out, false).unwrap();
         fs::write(dir.path().join("a"), "new").unwrap();
         fs::create_dir(&out).unwrap();
         fs::write(out.join("a"), "mine").unwrap();
         let error = dir.commit().unwrap_err().to_string();
-        assert!(error.contains("out is there") && error.contains("out-2"), "{error}");
+        assert!(error.contains("3.1-8B is there") && error.contains("3.1-8B-2"), "{error}");
         let read = |folder: &str| fs::read_to_string(root.path().join(folder).join("a")).unwrap();
-        assert_eq!([read("out"), read("out-2")], ["mine", "new"]);
+        assert_eq!([read("Llama-3.1-8B"), read("Llama-3.1-8B-2")], ["mine", "new"]);
         assert_eq!(fs::read_dir(root.path()).unwrap().count(), 2);
     }
 

@@ -97,8 +97,8 @@ fn place_new(temporary: &Path, destination: &Path) -> Result<()> {
         let _ = fs::remove_file(temporary);
         return Ok(());
     }
-    // Not all file systems have second names; and a link to nothing is replaced.
-    if destination.exists() {
+    // Not all file systems have second names.
+    if destination.symlink_metadata().is_ok() {
         return keep_beside(temporary, destination);
     }
     rename(temporary, destination)

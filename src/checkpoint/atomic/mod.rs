@@ -91,8 +91,14 @@ fn is_mount_point(folder: &Path) -> bool {
 /// # Errors
 /// `Usage` when `output` is there and no file, or is to be left alone and there.
 pub fn check_new_file(output: &Path, overwrite: bool) -> Result<()> {
-    let Ok(there) = output.metadata() else { return Ok(()) };
     let shown = output.display();
+    let Ok(there) = output.metadata() else {
+        return match output.symlink_metadata() {
+            Ok(_) if !overwrite => Err(Error::usage(format_args!("{shown} is a link to nothing"))
+                .hint("give another `--out`, or `--overwrite`")),
+            _ => Ok(()),
+        };
+    };
     if there.is_dir() {
         return Err(Error::usage(format_args!("{shown} is a folder, expected the name of a file"))
             .hint(format_args!("such as `--out {}`", output.join("model.gguf").display())));
@@ -153,19 +159,22 @@ pub fn rename(from: &Path, to: &Path) -> Result<()> {
 /// # Errors
 /// `Input` with that name in the hint; `Io` when it cannot be given.
 fn keep_beside(temporary: &Path, destination: &Path) -> Result<()> {
-    let kept = free_name(destination);
+    let kept = free_name(destination, temporary.is_dir());
     rename(temporary, &kept)?;
     let what = format_args!("{} is there: it came while it was written", destination.display());
     Err(Error::input(what).hint(format_args!("what was written is {}", kept.display())))
 }
 
-/// `NAME-2.EXTENSION`, or with the next number that is free.
-fn free_name(path: &Path) -> PathBuf {
+/// `NAME-2` of a folder, `NAME-2.EXTENSION` of a file, or with the next number that is free.
+fn free_name(path: &Path, folder: bool) -> PathBuf {
+    // The dots of a folder's name are of versions and sizes.
+    let stem = if folder { path.file_name() } else { path.file_stem() };
+    let extension = path.extension().filter(|_| !folder);
     let mut number = 2;
     loop {
-        let mut name = path.file_stem().unwrap_or_default().to_os_string();
+        let mut name = stem.unwrap_or_default().to_os_string();
         name.push(format!("-{number}"));
-        if let Some(extension) = path.extension() {
+        if let Some(extension) = extension {
             name.push(".");
             name.push(extension);
         }

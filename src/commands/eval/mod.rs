@@ -38,6 +38,10 @@ const LOGIT_ROWS: usize = 256;
 pub fn run(args: &EvalArgs) -> Result<()> {
     super::set_threads(args.threads)?;
     super::check_packing(&args.base)?;
+    if args.predictions.is_some() && args.predictions == args.save_logits {
+        let what = "`--predictions` and `--save-logits` name one file";
+        return Err(Error::usage(what).hint("give each a name of its own"));
+    }
     match device::open(&args.device)? {
         Some(gpu) => run_on(args, gpu),
         None => run_on(args, device::cpu(&args.device)),
@@ -219,7 +223,8 @@ fn new_file(path: &Path) -> Result<AtomicFile> {
 
 /// Refuses a file that is there: it may be somebody's work.
 fn check_is_new(flag: &str, path: &Path) -> Result<()> {
-    if path.exists() {
+    // A link that leads nowhere is somebody's, too.
+    if path.symlink_metadata().is_ok() {
         let what = format_args!("{flag}: {} is there already", path.display());
         return Err(Error::usage(what).hint("remove it, or choose another name"));
     }
@@ -266,7 +271,7 @@ fn print_result(
     print!("{table}");
     if let Some(Predicted { path, documents, right }) = predicted {
         let (path, answers) = (path.display(), counted(documents, "answer"));
-        println!("\nwrote {path}: {answers}, exact match {right} of {documents}");
+        println!("\nwrote {path}: {answers}, {right} of them equal to the label");
     }
     Ok(())
 }

@@ -147,7 +147,7 @@ fn name(way: &Way, demand: &Demand) -> String {
     if (1..demand.spec.num_layers).contains(&way.kept) {
         let others = match way.policy {
             Policy::Offload | Policy::OffloadInput => "rest offloaded",
-            Policy::OffloadAttention => "attention offloaded",
+            Policy::OffloadAttention => "rest both offloaded",
             Policy::Attention => "rest attention",
             Policy::Keep | Policy::Checkpoint => "rest recomputed",
         };

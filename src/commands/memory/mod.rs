@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use crate::adapter::{Adapter, LoraConfig};
 use crate::allocator;
+use crate::byte_size::ByteSize;
 use crate::checkpoint::atomic::write_file;
 use crate::checkpoint::{Checkpoint, PageCache, check_quantization, holds_weights, read_config};
 use crate::cli::device::{Device, DeviceArgs};
@@ -34,6 +35,7 @@ use crate::plan::work::{Transfer, Work};
 use crate::plan::{
     Choice, Demand, Limit, MemoryPlan, OnHost, Place, Settings, WeightBytes, layout, logit_rows,
 };
+use crate::plural::counted;
 use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
 use crate::train::backend::TrainingKernels;
@@ -55,11 +57,7 @@ const LATER_BYTES: u64 = 6 << 20;
 /// `--measure` without weights or beside `--fit`, `Gpu` for `--measure` without the GPU.
 pub fn run(args: &MemoryArgs) -> Result<()> {
     check(args)?;
-    // As `train --resume`, which takes an old run's file.
-    match args.config {
-        Some(_) => super::check_packed_as(&args.base)?,
-        None => super::check_packing(&args.base)?,
-    }
+    super::check_packing(&args.base)?;
     super::set_threads(args.threads)?;
     let device = DeviceArgs { device: device::resolve(&args.device)?, ..args.device.clone() };
     let args = &MemoryArgs { device, ..args.clone() };
@@ -202,8 +200,11 @@ impl PlannedRun {
             self.settings.kept_in_words(),
             format!("weights {streamed}"),
         ];
+        let bytes = ByteSize(self.plan.offloaded_bytes() as u64);
+        let offloaded = self.settings.offloaded_in_words();
+        let offloaded = offloaded.map(|what| format!("{bytes} of {what} offloaded"));
         let cached = self.page_cache.as_ref().map(print::cached);
-        let facts = facts.into_iter().chain(cached).collect();
+        let facts = facts.into_iter().chain(offloaded).chain(cached).collect();
         Heading { model: args.base.model.display().to_string(), facts }
     }
 }
@@ -294,7 +295,8 @@ fn tokens_of_pass(args: &MemoryArgs, spec: &ModelSpec) -> Result<usize> {
     let (rows, length) = (args.per_device_train_batch_size.get(), row_length(args, spec));
     rows.checked_mul(length).filter(|&tokens| tokens <= MOST).ok_or_else(|| {
         Error::usage(format_args!(
-            "{rows} sequences of {length} tokens in a forward pass are more than {MOST} tokens"
+            "{} of {length} tokens in a forward pass: more than {MOST} tokens",
+            counted(rows, "sequence")
         ))
         .hint("lower `--max-length` or `--per-device-train-batch-size`")
     })

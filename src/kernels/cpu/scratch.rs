@@ -17,10 +17,11 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// In `folder`; no file where nothing is offloaded.
+    /// In `folder`; no file where nothing is offloaded. Its room on the disk is taken at once, where the
+    /// system can: a step is no time to run out of it.
     ///
     /// # Errors
-    /// `Io` when the file cannot be made.
+    /// `Io` when the file cannot be made, or as large.
     pub fn new(plan: &MemoryPlan, folder: Option<&Path>) -> Result<Self> {
         let mut end = 0;
         let mut place = |region: &Region| {
@@ -32,10 +33,14 @@ impl Scratch {
         let folder = folder.map_or_else(std::env::temp_dir, Path::to_path_buf);
         let make = || {
             let file = tempfile::tempfile_in(&folder)?;
-            file.set_len(end).map(|()| file)
+            file.set_len(end)?;
+            take_room(&file, end).map(|()| file)
         };
         let file = (!offsets.is_empty()).then(make).transpose();
-        let file = file.map_err(|e| Error::io("offload to a file in", &folder, e))?;
+        let file = file.map_err(|e| {
+            let error = Error::io("offload to a file in", &folder, e);
+            error.or_hint("`--activations checkpoint` needs no file")
+        })?;
         Ok(Scratch { file, offsets, failure: None })
     }
 
@@ -75,6 +80,29 @@ impl Scratch {
     }
 }
 
+/// Takes the disk's room for `bytes`, where it has as much; only Linux does without writing them.
+#[cfg(target_os = "linux")]
+fn take_room(file: &File, bytes: u64) -> std::io::Result<()> {
+    use rustix::fs::{FallocateFlags, fallocate, fstatvfs};
+    use rustix::io::Errno;
+    // Not tried without: a disk is filled to the brim before that fails.
+    if let Ok(disk) = fstatvfs(file)
+        && disk.f_bavail.saturating_mul(disk.f_frsize) < bytes
+    {
+        return Err(Errno::NOSPC.into());
+    }
+    match fallocate(file, FallocateFlags::empty(), 0, bytes) {
+        Err(Errno::NOSPC) => Err(Errno::NOSPC.into()),
+        // Not all file systems can.
+        _ => Ok(()),
+    }
+}
+
+#[cfg(not(target_os = "linux"))]
+fn take_room(_file: &File, _bytes: u64) -> std::io::Result<()> {
+    Ok(())
+}
+
 #[cfg(unix)]
 fn write_at(file: &File, bytes: &[u8], offset: u64) -> std::io::Result<()> {
     std::os::unix::fs::FileExt::write_all_at(file, bytes, offset)
@@ -97,4 +125,29 @@ fn read_at(mut file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()
     use std::io::{Read, Seek, SeekFrom};
     file.seek(SeekFrom::Start(offset))?;
     file.read_exact(bytes)
+}
+
+#[cfg(all(test, target_os = "linux"))]
+mod tests {
+    use super::*;
+    use crate::plan::{Component, RegionType};
+
+    #[test]
+    fn a_disk_without_the_room_is_found_before_a_step() {
+        let folder = tempfile::tempdir().unwrap();
+        let plan = |elements| {
+            let component = Component::BlockInputs;
+            let region = Region::new(component, "input", RegionType::F32, elements);
+            MemoryPlan { regions: Vec::new(), offloaded: vec![region] }
+        };
+        let mut scratch = Scratch::new(&plan(100), Some(folder.path())).unwrap();
+        scratch.write(0, &[1.5; 100]);
+        let mut values = [0.0; 100];
+        scratch.read(0, &mut values);
+        scratch.check().unwrap();
+        assert_eq!(values, [1.5; 100]);
+        // 16 TiB, or what a file system cannot even name.
+        let error = Scratch::new(&plan(1 << 42), Some(folder.path())).err().unwrap().to_string();
+        assert!(error.contains("hint: `--activations checkpoint` needs no file"), "{error}");
+    }
 }

@@ -439,7 +439,7 @@ impl Driver for Gpu {
             // SAFETY: `from` lies in an allocation and `to` in pinned memory, as their owners check,
             // and stay until the copy was awaited.
             let code = unsafe { (self.cuda.download)(to.cast(), from, bytes, stream) };
-            self.cuda.check("copy an input of a block", code)
+            self.cuda.check("offload activations", code)
         })
     }
 

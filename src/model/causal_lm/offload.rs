@@ -102,7 +102,7 @@ impl<K: Kernels> Offload<K> {
     }
 
     /// When it has written.
-    pub(super) fn attended(
+    pub(super) fn attention_written(
         &mut self,
         kernels: &K,
         attended: &[Attended<K::Buffer>],

@@ -78,7 +78,7 @@ impl<K: Kernels> Model<K> {
             block.forward(&pass, x, out, saved, work, cache);
             Attended::exchange(own.map(|place| &mut attended[place]), saved);
             if mode.training {
-                offload.attended(kernels, attended, layer, tokens.tokens());
+                offload.attention_written(kernels, attended, layer, tokens.tokens());
             }
             if let Some(streaming) = &mut weights.streaming {
                 streaming.leave(layer, Direction::Forward);

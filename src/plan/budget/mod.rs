@@ -94,7 +94,7 @@ pub struct Demand<'a> {
     pub process_bytes: u64,
     /// Where the run computes.
     pub place: Place,
-    /// What may be pinned of the host's memory beside a GPU: offloaded inputs, streamed blocks, tables.
+    /// What may be pinned of the host's memory beside a GPU: what is offloaded, streamed blocks, tables.
     pub pinned_bytes: u64,
     /// That of a run which goes on: it is kept if it fits.
     pub sum_order: Option<SumOrder>,
@@ -117,7 +117,7 @@ impl Choice {
     /// What it does, for people.
     pub fn in_words(&self) -> String {
         let Candidate { stream, on_host, pieces, .. } = self.candidate;
-        let whose = if self.candidate.attended > 0 { "all" } else { "the others" };
+        let whose = if self.candidate.kept == 0 { "all" } else { "the others" };
         let offloads = self.settings.offloaded_in_words();
         let parts = [
             Some(self.settings.kept_in_words()),

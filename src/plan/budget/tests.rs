@@ -147,6 +147,22 @@ fn attention_over_long_documents_is_kept() {
     assert_eq!(elements("recompute.attention"), 0, "each has its own");
 }
 
+#[test]
+fn what_is_offloaded_is_said() {
+    let spec = golden();
+    let settings = settings(&spec, 1024);
+    let offload =
+        demand(&spec, &settings).allowing(Activations::OffloadAttention, WeightsMode::Auto);
+    let chosen = offload.choose(Limit::Free(u64::MAX)).unwrap();
+    assert_eq!(chosen.settings.policies, [Policy::OffloadAttention; 6]);
+    let words = "0 of 6 blocks keep their activations, inputs and attention of all offloaded";
+    assert_eq!(chosen.in_words(), words);
+    let mixed = Candidate { kept: 2, others: Policy::OffloadAttention, ..CHECKPOINT };
+    let words =
+        "2 of 6 blocks keep their activations, inputs and attention of the others offloaded";
+    assert_eq!(offload.choice(mixed).in_words(), words);
+}
+
 /// Where all inputs have to wait elsewhere, what is left holds the output of attention.
 #[test]
 fn attention_is_kept_beside_offloaded_inputs() {

@@ -366,7 +366,7 @@ impl Search<'_> {
     }
 }
 
-/// Policies that all blocks may have, and what `--activations` calls them, the fastest first.
+/// Policies that all blocks may have, and what `--activations` calls them.
 const UNIFORM: [(&str, Policy); 5] = [
     ("keep", Policy::Keep),
     ("attention", Policy::Attention),

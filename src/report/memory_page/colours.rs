@@ -6,7 +6,7 @@ const PARTS: [&[&str]; 24] = [
     &["program, tokenizer, data", "CUDA context"],
     &["4-bit codes"],
     &["scales of 4-bit blocks"],
-    &["linear layers, not quantized"],
+    &["linear layers, not quantized", "linears that are not packed"],
     &["embeddings and head"],
     &["norms and biases"],
     &["streamed weights"],
