@@ -130,7 +130,7 @@ fn names_from_scripts_of_other_trainers() {
         ("--use-dora", "not supported in training"),
         ("--modules-to-save", "not supported in training"),
         ("--label_smoothing_factor", "not supported"),
-        ("--fp16", "leave it out: computes in bf16 on a GPU"),
+        ("--fp16", "leave it out: Nibble computes in bf16 on a GPU"),
         ("--report_to", "leave it out: every run writes TensorBoard events"),
         ("--learning-rte", "did you mean `--learning-rate`?"),
         ("--colour", "see `nibble train --help`"),

@@ -90,7 +90,7 @@ const SYNONYMS: [(&str, &str); 79] = [
     ("warmup", "warmup-steps"),
 ];
 
-const NUMBER_TYPE: &str = "leave it out: computes in bf16 on a GPU, in f32 on a CPU, or in bf16 \
+const NUMBER_TYPE: &str = "leave it out: Nibble computes in bf16 on a GPU, in f32 on a CPU, or in bf16 \
                            with `--bf16`; there is no fp16";
 const REPORTS: &str = "leave it out: every run writes TensorBoard events, metrics.jsonl and \
                        report.html into `--out`; other trackers are not supported";

@@ -35,6 +35,35 @@ pub enum Activations {
     OffloadAttention,
 }
 
+impl Activations {
+    /// Those by which all blocks do the same, and what they do.
+    pub(super) const UNIFORM: [(Activations, Policy); 5] = [
+        (Activations::Keep, Policy::Keep),
+        (Activations::Attention, Policy::Attention),
+        (Activations::OffloadAttention, Policy::OffloadAttention),
+        (Activations::Checkpoint, Policy::Checkpoint),
+        (Activations::Offload, Policy::Offload),
+    ];
+
+    /// Its value on the command line.
+    pub(super) fn flag(self) -> &'static str {
+        match self {
+            Activations::Auto => "auto",
+            Activations::Keep => "keep",
+            Activations::Attention => "attention",
+            Activations::Checkpoint => "checkpoint",
+            Activations::Offload => "offload",
+            Activations::OffloadAttention => "offload-attention",
+        }
+    }
+
+    /// That of all blocks with one policy; `Auto` where no other value leads to it.
+    pub(super) fn of_all(policy: Policy) -> Self {
+        let found = Activations::UNIFORM.into_iter().find(|(_, of_all)| *of_all == policy);
+        found.map_or(Activations::Auto, |(activations, _)| activations)
+    }
+}
+
 /// Where the frozen weights of the blocks are between their uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum WeightsMode {

@@ -136,11 +136,7 @@ impl Demand<'_> {
         let [activations, weights, embedding] = self.words(choice.candidate);
         let asked = match self.activations {
             Activations::Auto => activations,
-            Activations::Keep => "keep",
-            Activations::Attention => "attention",
-            Activations::Checkpoint => "checkpoint",
-            Activations::Offload => "offload",
-            Activations::OffloadAttention => "offload-attention",
+            asked => asked.flag(),
         };
         if activations != asked {
             flags.push(format!("`--activations {activations}`"));
@@ -177,17 +173,14 @@ impl Demand<'_> {
     /// Values of `--activations`, `--weights` and `--embedding` for a candidate.
     pub(in crate::plan) fn words(&self, candidate: Candidate) -> [&'static str; 3] {
         let Candidate { kept, others, attended, stream, on_host, .. } = candidate;
-        let activations = match (kept, others) {
-            _ if attended > 0 => "auto",
-            (kept, _) if kept == self.spec.num_layers => "keep",
-            (0, Policy::Offload) => "offload",
-            (0, Policy::OffloadAttention) => "offload-attention",
-            (0, Policy::Attention) => "attention",
-            (0, _) => "checkpoint",
-            _ => "auto",
+        let activations = match kept {
+            _ if attended > 0 => Activations::Auto,
+            kept if kept == self.spec.num_layers => Activations::Keep,
+            0 => Activations::of_all(others),
+            _ => Activations::Auto,
         };
         let weights = if stream { "stream" } else { "resident" };
-        [activations, weights, on_host.flag()]
+        [activations.flag(), weights, on_host.flag()]
     }
 
     /// With everything allowed: the longest forward pass within `bytes`, then the highest rank, then

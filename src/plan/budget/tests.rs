@@ -148,6 +148,14 @@ fn attention_over_long_documents_is_kept() {
 }
 
 #[test]
+fn values_of_the_command_line_have_their_names() {
+    for value in Activations::value_variants() {
+        assert_eq!(value.to_possible_value().unwrap().get_name(), value.flag());
+    }
+    assert_eq!(Activations::of_all(Policy::OffloadInput), Activations::Auto);
+}
+
+#[test]
 fn what_is_offloaded_is_said() {
     let spec = golden();
     let settings = settings(&spec, 1024);

@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use serde::Serialize;
 
 use crate::byte_size::ByteSize;
-use crate::plan::budget::{Candidate, Choice, Demand, Limit, WeightsMode};
+use crate::plan::budget::{Activations, Candidate, Choice, Demand, Limit, WeightsMode};
 use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::moments::Optim;
@@ -202,7 +202,7 @@ impl Search<'_> {
     fn ways(&self) -> Vec<Way> {
         let demand = self.demand;
         let streams = [false, true].into_iter().filter(|s| !s || demand.weights.streamed.is_some());
-        let policies = UNIFORM.map(|(_, policy)| policy);
+        let policies = Activations::UNIFORM.map(|(_, policy)| policy);
         let uniform =
             streams.flat_map(|stream| policies.map(|policy| uniform(demand, policy, stream)));
         let mixed = (1..demand.spec.num_layers).contains(&self.plan.kept) || self.plan.attended > 0;
@@ -354,26 +354,17 @@ impl Search<'_> {
             Policy::Keep => plan.kept == demand.spec.num_layers,
             policy => plan.kept == 0 && plan.attended == 0 && plan.others == policy,
         };
-        let others = UNIFORM.into_iter().filter(|(_, policy)| !planned(*policy));
+        let others = Activations::UNIFORM.into_iter().filter(|(_, policy)| !planned(*policy));
         others
-            .map(|(name, policy)| {
+            .map(|(activations, policy)| {
                 let candidate = uniform(demand, policy, plan.stream);
                 let Candidate { on_host, pieces, .. } = plan;
                 let candidate = Candidate { on_host, pieces, ..candidate };
-                knob(format!("--activations {name}"), demand.settings, candidate)
+                knob(format!("--activations {}", activations.flag()), demand.settings, candidate)
             })
             .collect()
     }
 }
-
-/// Policies that all blocks may have, and what `--activations` calls them.
-const UNIFORM: [(&str, Policy); 5] = [
-    ("keep", Policy::Keep),
-    ("attention", Policy::Attention),
-    ("offload-attention", Policy::OffloadAttention),
-    ("checkpoint", Policy::Checkpoint),
-    ("offload", Policy::Offload),
-];
 
 /// The same policy for all blocks.
 fn uniform(demand: &Demand, policy: Policy, stream: bool) -> Candidate {

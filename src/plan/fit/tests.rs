@@ -3,7 +3,7 @@ use crate::adapter::LoraConfig;
 use crate::kernels::cuda::{AttnImplementation, cuda_layout};
 use crate::model::families::spec_from_config;
 use crate::plan::EmbeddingPlace;
-use crate::plan::budget::{Activations, Limit};
+use crate::plan::budget::Limit;
 use crate::plan::{Place, StreamedBytes, WeightBytes, WeightParts};
 
 fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
