@@ -147,7 +147,9 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let mut reports = Reports::new(folder.path());
         let plan = vec![("kept activations".to_string(), 1 << 30)];
-        let start = StartEvent { max_steps: 2, memory_plan: plan, ..StartEvent::default() };
+        let words = "2.0 GiB; 1 of 2 blocks".to_string();
+        let start =
+            StartEvent { max_steps: 2, memory_plan: plan, plan: words, ..StartEvent::default() };
         reports.record(&Event::Start(start.clone())).unwrap();
         reports.record(&step(1, 3.5)).unwrap();
         let eval = EvalEvent { step: 1, eval_loss: 3.25, is_best: true, ..EvalEvent::default() };
@@ -176,6 +178,7 @@ mod tests {
         let page = read(REPORT_FILE);
         assert!(page.contains("&lt;b&gt;Hi&lt;&#x2f;b&gt;") && page.contains("a &amp; b"));
         assert!(!page.contains("<b>Hi") && !page.contains("http:"), "self-contained and escaped");
+        assert!(page.contains("Plan: 2.0 GiB; 1 of 2 blocks<"), "how memory is used is said");
         assert_eq!(page_of_metrics(&metrics, folder.path()).unwrap(), page, "drawn again");
 
         drop(reports);

@@ -77,6 +77,9 @@ pub struct StartEvent {
     pub data: Vec<DataSummary>,
     /// Memory by named part, in bytes, as planned; empty when not planned.
     pub memory_plan: Vec<(String, u64)>,
+    /// What the plan does, in words; empty when not planned.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub plan: String,
     /// Loss of the base model on the first batch, before any step: mean per trained token.
     pub base_loss: Option<f64>,
     /// The checkpoint's step when the run resumes. Logs drop what they hold after it.

@@ -220,6 +220,8 @@ fn activations() {
     assert_eq!(planned(&offload, "block inputs"), planned(&checkpoint, "block inputs"));
     assert_eq!(offload.optimizer("master"), checkpoint.optimizer("master"));
     assert!(both.said.contains("of inputs and attention offloaded"), "{}", both.said);
+    let page = String::from_utf8(runs.place.read(&format!("{}/report.html", both.out))).unwrap();
+    assert!(page.contains("of inputs and attention offloaded"), "the report says it, too");
     assert_eq!(planned(&both, "block inputs"), planned(&checkpoint, "block inputs"));
     // As many slots as two blocks have buffers of their own.
     assert_eq!(planned(&both, "kept activations"), planned(&attention, "kept activations"));

@@ -101,7 +101,7 @@ pub fn plan(
         offloaded_bytes: plan.offloaded_bytes() as u64,
         in_process: around.in_process,
     };
-    progress.note(&memory.summary());
+    progress.note(&format!("plan: {}", memory.in_words()));
     Ok(memory)
 }
 
@@ -117,7 +117,8 @@ impl Memory {
         ((stored + 4) * adapter.parameters() + 8 * (moments.float_elements + packed)) as u64
     }
 
-    fn summary(&self) -> String {
+    /// What it takes, and how, for people.
+    pub fn in_words(&self) -> String {
         let kept = self.settings.kept_in_words();
         let total = ByteSize(self.account.planned_bytes());
         let tokens = self.settings.tokens;
@@ -130,7 +131,7 @@ impl Memory {
         let offloaded =
             offloaded.map_or(String::new(), |what| format!("; {bytes} of {what} offloaded"));
         format!(
-            "plan: {total} for {tokens} tokens in a forward pass; \
+            "{total} for {tokens} tokens in a forward pass; \
              {kept}{offloaded}{tiled}{streamed}{on_host}"
         )
     }

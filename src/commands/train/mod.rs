@@ -92,6 +92,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let predicted = (memory.account.planned_bytes(), memory.in_process);
     let row = |row: &Row| (row.name.clone(), row.planned_bytes);
     let memory_plan = memory.account.rows.iter().map(row).collect();
+    let plan = memory.in_words();
     let interrupt = Interrupt::install()?;
     let mut model = base.load(args, kernels, memory, adapter)?;
     let found = output.found.take();
@@ -101,7 +102,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let mut log = Reports::new(&args.output.out);
     let event = start::start_event(&start.state, &recipe, &data.feed, &args.model.model);
     let files = data.summaries;
-    let event = StartEvent { memory_plan, data: files, parameters, device, ..event };
+    let event = StartEvent { memory_plan, plan, data: files, parameters, device, ..event };
     let event = Event::Start(event);
     let begun = log.record(&event);
     let parts = Parts {

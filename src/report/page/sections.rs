@@ -31,6 +31,8 @@ struct Answer {
 /// The plan beside what was measured.
 #[derive(Serialize)]
 pub struct Memory {
+    /// What the plan does.
+    plan: String,
     figures: Figures,
     /// The process from step to step.
     chart: Option<Chart>,
@@ -107,7 +109,8 @@ impl Run<'_> {
         };
         let account = self.end.and_then(|end| end.memory.clone()).unwrap_or_else(planned);
         let short = self.out_of_memory.iter().map(|event| short_of_memory(event)).collect();
-        Some(Memory { figures: figures(&account), chart: self.memory_chart(), short })
+        let (plan, figures) = (self.start.plan.clone(), figures(&account));
+        Some(Memory { plan, figures, chart: self.memory_chart(), short })
     }
 
     /// The data files.
