@@ -10,6 +10,7 @@ pub mod checkpoint;
 pub mod cli;
 pub mod commands;
 pub mod data;
+pub mod disk;
 pub mod error;
 pub mod kernels;
 pub mod ledger;

@@ -174,12 +174,19 @@ impl Checkpoint {
         }
     }
 
-    /// All tensors; a packed weight is one entry.
+    /// All tensors in the order of their names; a packed weight is one entry.
     pub fn tensors(&self) -> &[TensorInfo] {
         match &self.files {
             Files::Folder(folder) => folder.tensors(),
             Files::Gguf(gguf) => gguf.tensors(),
         }
+    }
+
+    /// What is known of tensor `name`; none of one that is not there, or of a type that is not read.
+    pub fn info(&self, name: &str) -> Option<&TensorInfo> {
+        let tensors = self.tensors();
+        let found = tensors.binary_search_by(|info| info.name.as_str().cmp(name));
+        found.ok().map(|index| &tensors[index])
     }
 
     /// Whether there is a tensor `name`.
@@ -266,10 +273,16 @@ fn has_own_head(config: &Value, folder: &Folder) -> bool {
     let Ok(spec) = spec_from_config(config) else { return false };
     let [head, embedding] =
         [spec.head_module(), spec.embedding_module()].map(|module| format!("{module}.weight"));
-    // GPT-2's files may lack the prefix.
-    let short = embedding.strip_prefix("transformer.").unwrap_or(&embedding);
-    let stored = if folder.contains(&embedding) { &embedding } else { short };
+    let stored = stored_name(&embedding, |name| folder.contains(name));
     spec.tie_word_embeddings && folder.differ(&head, stored)
+}
+
+/// Under which name a tensor is stored: GPT-2's files may lack the prefix `transformer.`.
+pub fn stored_name(name: &str, contains: impl Fn(&str) -> bool) -> &str {
+    match name.strip_prefix("transformer.") {
+        Some(short) if !contains(name) && contains(short) => short,
+        _ => name,
+    }
 }
 
 fn not_a_model(path: &Path) -> Error {

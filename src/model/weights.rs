@@ -3,7 +3,6 @@
 //! Every tensor of the inventory must be there with the shape that the config implies; a dense
 //! linear is quantized on the way when the run asks for it, a packed one is used as stored.
 
-use std::collections::HashMap;
 use std::fmt::Display;
 
 use nibble_quant::{BlockFormat, FloatType, owned_bytes};
@@ -13,7 +12,7 @@ use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm, TensorSpec};
 use super::streaming::WeightStream;
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
-use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, StoredType, TensorInfo, Weight};
+use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, StoredType, Weight, stored_name};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
 use crate::kernels::{
@@ -139,11 +138,9 @@ impl Weights {
 /// `Input` naming the tensor that is missing, of another shape or of a type that is not read.
 pub fn check_stored(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
     spec.check_no_further_layer(|name| checkpoint.contains(name))?;
-    let stored: HashMap<&str, &TensorInfo> =
-        checkpoint.tensors().iter().map(|info| (info.name.as_str(), info)).collect();
     for TensorSpec { name, mut shape, transposed, .. } in spec.inventory() {
         let name = stored_name(&name, |name| checkpoint.contains(name));
-        let Some(info) = stored.get(name) else {
+        let Some(info) = checkpoint.info(name) else {
             checkpoint.weight(name)?;
             continue;
         };
@@ -153,14 +150,6 @@ pub fn check_stored(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
         check_shape(name, &info.shape, &shape)?;
     }
     Ok(())
-}
-
-/// GPT-2 files may lack the `transformer.` prefix of `name`.
-fn stored_name(name: &str, contains: impl Fn(&str) -> bool) -> &str {
-    match name.strip_prefix("transformer.") {
-        Some(short) if !contains(name) && contains(short) => short,
-        _ => name,
-    }
 }
 
 impl<K: Kernels> Weights<K> {

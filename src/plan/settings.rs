@@ -276,14 +276,16 @@ impl Settings {
 
     /// Layers whose input is offloaded, in order.
     pub fn offloaded(&self) -> Vec<usize> {
-        let offload = |layer: &usize| self.policies[*layer].offloads();
-        (0..self.policies.len()).filter(offload).collect()
+        self.layers(Policy::offloads)
     }
 
     /// Layers the output of whose attention is offloaded, in order.
     pub fn offloaded_attention(&self) -> Vec<usize> {
-        let offload = |layer: &usize| self.policies[*layer] == Policy::OffloadAttention;
-        (0..self.policies.len()).filter(offload).collect()
+        self.layers(|policy| policy == Policy::OffloadAttention)
+    }
+
+    fn layers(&self, of: impl Fn(Policy) -> bool) -> Vec<usize> {
+        (0..self.policies.len()).filter(|&layer| of(self.policies[layer])).collect()
     }
 
     /// What is offloaded, for people; `None` where nothing is.

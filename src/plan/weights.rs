@@ -3,7 +3,7 @@
 use nibble_quant::{BlockFormat, FloatType};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{Checkpoint, CheckpointKind, StoredType, Weight};
+use crate::checkpoint::{Checkpoint, CheckpointKind, StoredType, Weight, stored_name};
 use crate::kernels::cuda::matrix_bytes;
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 use crate::plan::{OnHost, WeightParts};
@@ -194,10 +194,9 @@ fn stored_bytes(
     format: Option<&BlockFormat>,
     place: Place,
 ) -> WeightParts {
-    let short = tensor.name.strip_prefix("transformer.");
-    let named = |name: &str| name == tensor.name || short == Some(name);
     let elements: usize = tensor.shape.iter().product();
-    match checkpoint.tensors().iter().find(|info| named(&info.name)) {
+    let name = stored_name(&tensor.name, |name| checkpoint.contains(name));
+    match checkpoint.info(name) {
         None => WeightParts::default(),
         Some(info) => match info.stored {
             StoredType::Packed => match (place, checkpoint.weight(&info.name)) {

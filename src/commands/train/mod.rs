@@ -103,8 +103,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let event = start::start_event(&start.state, &recipe, &data.feed, &args.model.model);
     let files = data.summaries;
     let event = StartEvent { memory_plan, plan, data: files, parameters, device, ..event };
-    let event = Event::Start(event);
-    let begun = log.record(&event);
+    let begun = log.record(&Event::Start(event));
     let parts = Parts {
         recipe: &recipe,
         feed: &mut data.feed,

@@ -7,6 +7,7 @@ use crate::adapter::TENSORS_FILE;
 use crate::byte_size::ByteSize;
 use crate::checkpoint::atomic;
 use crate::cli::train::OutputArgs;
+use crate::disk;
 use crate::error::{Error, Result};
 use crate::report::{METRICS_FILE, metrics};
 use crate::train::checkpoints::{self, Found};
@@ -98,7 +99,7 @@ impl Output {
     /// # Errors
     /// `Input` when not even one fits.
     pub fn check_room(&self, bytes: u64, args: &OutputArgs, progress: &Progress) -> Result<()> {
-        let Some(free) = free_disk_bytes(&self.folder) else { return Ok(()) };
+        let Some(free) = disk::free_bytes(&self.folder) else { return Ok(()) };
         // A new one is whole before the oldest goes; the best one may be kept besides.
         let most = bytes.saturating_mul(args.save_total_limit.get() as u64 + 2);
         let (free, size, out) = (ByteSize(free), ByteSize(bytes), self.folder.display());
@@ -124,31 +125,6 @@ impl Output {
         let text = to_toml(settings);
         atomic::write_file(&self.folder.join(SETTINGS_FILE), text.as_bytes())
     }
-}
-
-/// Bytes that are free where `folder` is, for this user; none where the system does not tell.
-#[cfg(unix)]
-fn free_disk_bytes(folder: &Path) -> Option<u64> {
-    let disk = rustix::fs::statvfs(folder).ok()?;
-    Some(disk.f_bavail.saturating_mul(disk.f_frsize))
-}
-
-/// The same.
-#[cfg(windows)]
-#[allow(unsafe_code)]
-fn free_disk_bytes(folder: &Path) -> Option<u64> {
-    use std::os::windows::ffi::OsStrExt;
-    use std::ptr::null_mut;
-
-    use windows_sys::Win32::Storage::FileSystem::GetDiskFreeSpaceExW;
-
-    // Names of shares need the last separator.
-    let end = [u16::from(b'\\'), 0];
-    let name: Vec<u16> = folder.as_os_str().encode_wide().chain(end).collect();
-    let mut free = 0;
-    // SAFETY: the name ends with a zero; what is not asked for may be null.
-    let known = unsafe { GetDiskFreeSpaceExW(name.as_ptr(), &mut free, null_mut(), null_mut()) };
-    (known != 0).then_some(free)
 }
 
 /// Whether there is nothing in `folder` but perhaps a lock.

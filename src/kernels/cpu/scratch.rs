@@ -6,6 +6,7 @@
 use std::fs::File;
 use std::path::Path;
 
+use crate::disk;
 use crate::error::{Error, Result};
 use crate::plan::{MemoryPlan, Region};
 
@@ -33,6 +34,10 @@ impl Scratch {
         let folder = folder.map_or_else(std::env::temp_dir, Path::to_path_buf);
         let make = || {
             let file = tempfile::tempfile_in(&folder)?;
+            // Not tried without: a disk is filled to the brim before that fails.
+            if disk::free_bytes(&folder).is_some_and(|free| free < end) {
+                return Err(std::io::ErrorKind::StorageFull.into());
+            }
             file.set_len(end)?;
             take_room(&file, end).map(|()| file)
         };
@@ -80,17 +85,11 @@ impl Scratch {
     }
 }
 
-/// Takes the disk's room for `bytes`, where it has as much; only Linux does without writing them.
+/// Takes the disk's room for `bytes`; only Linux does without writing them.
 #[cfg(target_os = "linux")]
 fn take_room(file: &File, bytes: u64) -> std::io::Result<()> {
-    use rustix::fs::{FallocateFlags, fallocate, fstatvfs};
+    use rustix::fs::{FallocateFlags, fallocate};
     use rustix::io::Errno;
-    // Not tried without: a disk is filled to the brim before that fails.
-    if let Ok(disk) = fstatvfs(file)
-        && disk.f_bavail.saturating_mul(disk.f_frsize) < bytes
-    {
-        return Err(Errno::NOSPC.into());
-    }
     match fallocate(file, FallocateFlags::empty(), 0, bytes) {
         Err(Errno::NOSPC) => Err(Errno::NOSPC.into()),
         // Not all file systems can.
@@ -127,7 +126,7 @@ fn read_at(mut file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()
     file.read_exact(bytes)
 }
 
-#[cfg(all(test, target_os = "linux"))]
+#[cfg(test)]
 mod tests {
     use super::*;
     use crate::plan::{Component, RegionType};

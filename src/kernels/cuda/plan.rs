@@ -119,6 +119,9 @@ pub fn cuda_layout(
 
 /// Bytes that a layer of `policy` has in pinned memory between forward and backward.
 pub fn waiting_bytes(spec: &ModelSpec, settings: &Settings, policy: Policy) -> usize {
+    if !policy.offloads() {
+        return 0;
+    }
     let ranks = Ranks::new(&settings.targets, spec.num_layers);
     let room = extends(settings).then_some(&ranks);
     let (input, attended) = waiting(spec, settings, 0, policy);

@@ -30,13 +30,26 @@ impl Turns {
         self.layers.binary_search(&layer).ok()
     }
 
+    /// The slot of `layer`.
+    fn slot(&self, layer: usize) -> Option<usize> {
+        self.index(layer).map(|index| index % OFFLOAD_SLOTS)
+    }
+
     /// The copies of the slot of number `index`.
     fn copies(&self, index: usize) -> usize {
         self.first_copy + index % OFFLOAD_SLOTS
     }
 
-    /// Which of them is to be brought back while number `index` goes backward.
-    fn next(&self, index: usize) -> Option<usize> {
+    /// Orders what follows behind the last copy of `layer`'s slot.
+    fn settle<K: Kernels>(&self, kernels: &K, store: &mut K::Offload, layer: usize) {
+        if let Some(index) = self.index(layer) {
+            kernels.settle(store, self.copies(index));
+        }
+    }
+
+    /// The number of that which is to be brought back while `layer` goes backward.
+    fn next(&self, layer: usize) -> Option<usize> {
+        let index = self.index(layer)?;
         if index + 1 < self.layers.len() { index.checked_sub(1) } else { None }
     }
 }
@@ -65,19 +78,17 @@ impl<K: Kernels> Offload<K> {
 
     /// Where the input of `layer` is when it is at work.
     pub(super) fn slot(&self, layer: usize) -> Option<usize> {
-        self.inputs.index(layer).map(|index| index % OFFLOAD_SLOTS)
+        self.inputs.slot(layer)
     }
 
     /// Where what its attention makes is then.
     pub(super) fn slot_of_attention(&self, layer: usize) -> Option<usize> {
-        self.attended.index(layer).map(|index| index % OFFLOAD_SLOTS)
+        self.attended.slot(layer)
     }
 
     /// Before the input of `layer` is written.
     pub(super) fn before_write(&mut self, kernels: &K, layer: usize) {
-        if let Some(index) = self.inputs.index(layer) {
-            kernels.settle(&mut self.store, self.inputs.copies(index));
-        }
+        self.inputs.settle(kernels, &mut self.store, layer);
     }
 
     /// When it is written.
@@ -96,9 +107,7 @@ impl<K: Kernels> Offload<K> {
 
     /// Before the attention of `layer` writes.
     pub(super) fn before_attention(&mut self, kernels: &K, layer: usize) {
-        if let Some(index) = self.attended.index(layer) {
-            kernels.settle(&mut self.store, self.attended.copies(index));
-        }
+        self.attended.settle(kernels, &mut self.store, layer);
     }
 
     /// When it has written.
@@ -132,10 +141,9 @@ impl<K: Kernels> Offload<K> {
         tokens: usize,
     ) -> Result<()> {
         let Some(index) = self.inputs.index(layer) else { return Ok(()) };
-        let copies = self.inputs.copies(index);
-        kernels.settle(&mut self.store, copies);
+        self.inputs.settle(kernels, &mut self.store, layer);
         self.fetch_input(kernels, inputs, index, tokens);
-        kernels.settle(&mut self.store, copies);
+        self.inputs.settle(kernels, &mut self.store, layer);
         kernels.offload_failure(&mut self.store)
     }
 
@@ -147,17 +155,13 @@ impl<K: Kernels> Offload<K> {
         layer: usize,
         tokens: usize,
     ) {
-        if let Some(index) = self.inputs.index(layer) {
-            kernels.settle(&mut self.store, self.inputs.copies(index));
-            if let Some(next) = self.inputs.next(index) {
-                self.fetch_input(kernels, inputs, next, tokens);
-            }
+        self.inputs.settle(kernels, &mut self.store, layer);
+        if let Some(next) = self.inputs.next(layer) {
+            self.fetch_input(kernels, inputs, next, tokens);
         }
-        if let Some(index) = self.attended.index(layer) {
-            kernels.settle(&mut self.store, self.attended.copies(index));
-            if let Some(next) = self.attended.next(index) {
-                self.fetch_attended(kernels, attended, next, tokens);
-            }
+        self.attended.settle(kernels, &mut self.store, layer);
+        if let Some(next) = self.attended.next(layer) {
+            self.fetch_attended(kernels, attended, next, tokens);
         }
     }
 
