@@ -364,7 +364,7 @@ fn a_packed_base_is_not_packed_otherwise() {
     succeed(place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
     let train = |out: &str, flags: &[&str]| {
         let mut command = place.nibble(&["train", "--model", "packed", "--data", "train.jsonl"]);
-        command.args(["--out", out, "--max-length", "32", "--max-steps", "2"]).args(flags);
+        command.args(["--out", out, "--max-length", "32"]).args(flags);
         command
     };
     for flags in [&["--quantization", "fp4"][..], &["--block-size", "32"]] {
@@ -373,7 +373,11 @@ fn a_packed_base_is_not_packed_otherwise() {
             "packed is 4-bit already: --quantization nf4 --block-size 64 --double-quant true";
         assert!(code == 2 && error_of(&text).contains(says), "{text}");
     }
-    succeed(train("out", &["--quantization", "nf4", "--block-size", "64"]));
+    succeed(train("out", &["--quantization", "nf4", "--block-size", "64", "--max-steps", "2"]));
+    let settings = String::from_utf8(place.read("out/settings.toml")).unwrap();
+    let of_packing = |line: &&str| line.starts_with("quantization") || line.contains("block_size");
+    assert_eq!(settings.lines().find(of_packing), None, "the base is as it is: {settings}");
+    succeed(train("out", &["--resume", "--max-steps", "3"]));
     for flags in [["--block-size", "128"], ["--double-quant", "false"]] {
         let (code, text) = fail(train("out", &[&["--quantization", "none"][..], &flags].concat()));
         assert!(code == 2 && error_of(&text).contains("have no effect with"), "{text}");

@@ -38,8 +38,8 @@ const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];
 const RETIRED: [&str; 1] = ["loraplus-lr-embedding"];
 
 /// How a dense base is packed unless it is asked for otherwise: no defaults of the flags, since a base that is
-/// packed already may not be packed so. A run's own file has them, asked for or not, so that nobody asks for
-/// them in a file.
+/// packed already may not be packed so. A run on a dense base has them in its file, asked for or not, so that
+/// nobody asks for them in a file.
 const PACKING: [(&str, &str); 3] =
     [("quantization", "nf4"), ("block-size", "64"), ("double-quant", "true")];
 

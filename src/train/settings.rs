@@ -59,10 +59,20 @@ pub const TEXTS: [&str; 8] = [
     "sample_prompt",
 ];
 
+/// How a dense base is packed. One that is 4-bit already is used as stored: a run on it has no such settings.
+const PACKING: [&str; 3] = ["quantization", "block_size", "double_quant"];
+
+/// The settings of a run on a base that is 4-bit already.
+pub fn without_packing(settings: &SettingsEcho) -> SettingsEcho {
+    let own = settings.iter().filter(|(name, _)| !PACKING.contains(&name.as_str()));
+    own.map(|(name, values)| (name.clone(), values.clone())).collect()
+}
+
 /// What a setting is on a CPU where it is not set: on a GPU there is but one value.
 const NOT_SET: [(&str, &str); 1] = [("bf16", "false")];
 
-/// What differs between two runs and changes their numbers, as `name was a, now b`.
+/// What differs between two runs and changes their numbers, as `name was a, now b`. How the base is packed is
+/// compared where both of them packed it; otherwise its loss tells.
 pub fn changes(was: &SettingsEcho, now: &SettingsEcho) -> Vec<String> {
     let names: std::collections::BTreeSet<&String> = was.keys().chain(now.keys()).collect();
     let neutral = |name: &str| NEUTRAL.contains(&name);
@@ -74,9 +84,13 @@ pub fn changes(was: &SettingsEcho, now: &SettingsEcho) -> Vec<String> {
         let unset = NOT_SET.iter().find(|(known, _)| known == name);
         echo.get(name).cloned().or(unset.map(|(_, value)| vec![value.to_string()]))
     };
+    let stored = |name: &String| {
+        PACKING.contains(&name.as_str()) && !(was.contains_key(name) && now.contains_key(name))
+    };
     names
         .into_iter()
-        .filter(|name| !neutral(name) && !same(of(was, name).as_ref(), of(now, name).as_ref()))
+        .filter(|name| !neutral(name) && !stored(name))
+        .filter(|name| !same(of(was, name).as_ref(), of(now, name).as_ref()))
         .map(|name| format!("{name} was {}, now {}", show(was.get(name)), show(now.get(name))))
         .collect()
 }
@@ -145,6 +159,16 @@ mod tests {
         assert_eq!(changes(&unset, &off), [""; 0]);
         assert_eq!(changes(&off, &unset), [""; 0]);
         assert_eq!(changes(&unset, &on), ["bf16 was not set, now true"]);
+    }
+
+    #[test]
+    fn packing_is_compared_where_both_runs_packed() {
+        let (nf4, fp4) = (echo(&[("quantization", "nf4")]), echo(&[("quantization", "fp4")]));
+        assert_eq!(changes(&nf4, &fp4), ["quantization was nf4, now fp4"]);
+        let stored = without_packing(&fp4);
+        assert_eq!(stored, echo(&[]));
+        assert_eq!(changes(&nf4, &stored), [""; 0]);
+        assert_eq!(changes(&stored, &fp4), [""; 0]);
     }
 
     #[test]

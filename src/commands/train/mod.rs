@@ -34,6 +34,7 @@ use crate::train::preview::Preview;
 use crate::train::progress::Progress;
 use crate::train::recipe::Recipe;
 use crate::train::schedule::SchedulerType;
+use crate::train::settings::{SettingsEcho, without_packing};
 use crate::train::start::{self, AdapterOrigin};
 use crate::train::state::Identity;
 use crate::train::trainer::{Parts, Trainer};
@@ -68,7 +69,8 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     kernels.check(&base.spec)?;
     let (adapter, origin) = base.adapter(args, &progress)?;
     let mut data = data::prepare(args, &base, &progress)?;
-    let identity = identity(args, &data);
+    let settings = base.settings(args);
+    let identity = identity(settings.clone(), &data);
     let max_steps = recipe.max_steps(data.feed.num_batches());
     if let Some((step, reason)) = output.finished(&recipe, max_steps) {
         return nothing_left(args, &output, &identity, (step, reason, max_steps));
@@ -97,7 +99,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let mut model = base.load(args, kernels, memory, adapter)?;
     let found = output.found.take();
     let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, found)?;
-    output.write_settings(&args.settings)?;
+    output.write_settings(&settings)?;
     progress.begin(&start);
     let mut log = Reports::new(&args.output.out);
     let event = start::start_event(&start.state, &recipe, &data.feed, &args.model.model);
@@ -201,6 +203,14 @@ impl Base {
         Ok(Base { checkpoint, spec, tokenizer, brought, preview })
     }
 
+    /// What the run was asked for, as far as this base leaves a choice.
+    fn settings(&self, args: &TrainArgs) -> SettingsEcho {
+        match self.checkpoint.packed_format() {
+            Some(_) => without_packing(&args.settings),
+            None => args.settings.clone(),
+        }
+    }
+
     /// Numbers that are trained, and those of base and adapter together.
     fn parameters(&self, adapter: &Adapter) -> ParameterCounts {
         let elements = |tensor: TensorSpec| tensor.shape.iter().product::<usize>() as u64;
@@ -267,9 +277,9 @@ impl Base {
     }
 }
 
-fn identity(args: &TrainArgs, data: &Prepared) -> Identity {
+fn identity(settings: SettingsEcho, data: &Prepared) -> Identity {
     Identity {
-        settings: args.settings.clone(),
+        settings,
         data_sha256: data.training_sha256.clone(),
         eval_data_sha256: data.evaluation_sha256.clone(),
         base_loss: f64::NAN,
