@@ -101,7 +101,7 @@ is_installed='import importlib.util, sys; sys.exit(importlib.util.find_spec("bit
 root=$(cat "$carried/root")
 if [ ! -e "$root" ]; then
     mkdir -p "$(dirname "$root")"
-    ln -s "$PWD" "$root"
+    ln -sfn "$PWD" "$root"
 fi
 if [ "$mode" = rehearse ]; then
     emulate

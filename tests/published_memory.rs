@@ -34,7 +34,7 @@ fn longest(config: &str, budget_gib: u32) -> [u64; 2] {
     let fit = memory(config, 512, &flags);
     let ways = fit["fit"]["ways"].as_array().unwrap();
     ["checkpoint", "offload"].map(|policy| {
-        let way = ways.iter().find(|way| way["policy"] == policy && way["stream"] == false);
+        let way = ways.iter().find(|way| way["others"] == policy && way["stream"] == false);
         way.unwrap()["longest_document"].as_u64().unwrap()
     })
 }

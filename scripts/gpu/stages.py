@@ -19,6 +19,10 @@ PROBLEM_LINES = 30
 PROFILE_PARTS = 12
 # For a test that is run again by itself.
 ALONE_S = 15.0
+# What a step of 120,000 tokens takes, at least.
+LONG_STEP_S = 130.0
+# What compute-sanitizer says where it cannot look at a card.
+SANITIZER_REFUSES = ("Device not supported", "Internal Sanitizer Error")
 
 
 @dataclass
@@ -87,7 +91,8 @@ def machine(check: Check):
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     check.report.note("card, driver, memory", check.run(query).text.strip())
     spaces = {str(path): shutil.disk_usage(path).free for path in (check.folder, check.shared)}
-    figures = {"processors": os.cpu_count(), "memory_kib": host_kib("MemTotal"), "free_bytes": spaces}
+    memory = {field: host_kib(field) for field in ("MemTotal", "MemAvailable")}
+    figures = {"processors": os.cpu_count(), "memory_kib": memory, "free_bytes": spaces}
     check.report.figures["machine"] = figures
 
 
@@ -298,8 +303,14 @@ def train_32b(check: Check):
 
 
 def train_8b_long(check: Check):
-    free_gib = host_kib("MemAvailable") / 2**20
-    if not check.setup.rehearsal and free_gib / 2 < goals.LONG_PINS_GIB:
+    def lacks_gib() -> float:
+        return 2 * goals.LONG_PINS_GIB - host_kib("MemAvailable") / 2**20
+
+    if not check.setup.rehearsal and lacks_gib() > 0:
+        # A virtual machine may be given its memory as it is used, and tell of less until then.
+        check.run([sys.executable, SCRIPTS / "gpu" / "touch_memory.py", 2 * goals.LONG_PINS_GIB], LONG_STEP_S)
+    if not check.setup.rehearsal and lacks_gib() > 0:
+        free_gib = host_kib("MemAvailable") / 2**20
         words = f"{free_gib:.0f} GiB of the host's memory are free, half of it may be pinned"
         raise RuntimeError(f"{words}; {goals.LONG_PINS_GIB} GiB are needed")
     # The leanest way: `auto` would fill the budget to save time.
@@ -419,7 +430,8 @@ def sanitizer(check: Check):
     for kind in ("memcheck", "racecheck"):
         test = [CARRIED / "cuda_kernels", "--exact", "--test-threads", "1", "flash::a_window_of_one_key"]
         ended = check.run([tool, "--tool", kind, "--error-exitcode", "9", *test])
-        if ended.status == 124 or "SUMMARY" not in ended.text:
+        refused = any(words in ended.text for words in SANITIZER_REFUSES)
+        if ended.status == 124 or refused or "SUMMARY" not in ended.text:
             raise RuntimeError(f"{kind} did not come to its end: {ended.tail(PROBLEM_LINES)}")
         if ended.status != 0 or "1 passed" not in ended.text:
             return check.report.decide("sanitizer", False, f"{kind}: {ended.tail(PROBLEM_LINES)}")
@@ -451,9 +463,9 @@ STAGES = [
         "kernel tests", 80, kernel_tests, ("kernel tests",), after=("begin kernel tests",), diagnosis=True
     ),
     Stage("backend tests", 80, backend_tests, ("backend tests",), diagnosis=True),
+    Stage("sanitizer", 60, sanitizer, ("sanitizer",)),
     Stage("32B", 100, train_32b, ("32B", "plan"), models=B32),
     Stage("8B long", 400, train_8b_long, ("8B long", "plan"), models=B8),
-    Stage("sanitizer", 150, sanitizer, ("sanitizer",)),
     Stage("8B of half length", 40, half_8b, after=("peer",), models=B8),
 ]
 # They come before all others.

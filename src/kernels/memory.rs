@@ -10,28 +10,28 @@ use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::model::spec::ModelSpec;
 use crate::model::streaming::{Streaming, WeightStream};
-use crate::plan::{MemoryPlan, OnHost, Region, Settings, WeightParts};
+use crate::plan::{MemoryPlan, OnHost, Region, RegionId, Settings, WeightParts};
 
 /// The memory of a plan, handed out region by region.
 pub trait PlannedMemory<K: Storage> {
-    /// Hands out the region `name`, or its next piece.
+    /// Hands out the region `id`, or its next piece.
     ///
     /// # Panics
     /// When the plan has no such region, or all of it was taken: the plan and its user disagree,
     /// which is a bug, never bad input.
-    fn take(&mut self, name: &str) -> K::Buffer;
+    fn take(&mut self, id: RegionId) -> K::Buffer;
 
-    /// Hands out the bf16 region `name`.
+    /// Hands out the bf16 region `id`.
     ///
     /// # Panics
     /// As [`take`](PlannedMemory::take).
-    fn take_half(&mut self, name: &str) -> K::HalfBuffer;
+    fn take_half(&mut self, id: RegionId) -> K::HalfBuffer;
 
     /// Bytes that were allocated.
     fn bytes(&self) -> usize;
 
-    /// Names of the regions that nobody has taken.
-    fn untaken(&self) -> Vec<&str>;
+    /// The regions that nobody has taken.
+    fn untaken(&self) -> Vec<RegionId>;
 
     /// Tells how much of each region is in memory: all of it, unless the backend knows better.
     fn residency(&self, plan: &MemoryPlan) -> Residency {
@@ -42,7 +42,7 @@ pub trait PlannedMemory<K: Storage> {
 
 /// What is left of a plan's regions, and where it begins in their memory.
 pub struct Untaken {
-    regions: HashMap<String, (usize, Region)>,
+    regions: HashMap<RegionId, (usize, Region)>,
 }
 
 impl Untaken {
@@ -52,19 +52,19 @@ impl Untaken {
         let place = |region: &Region| {
             let start = end;
             end += region.bytes();
-            (region.name.clone(), (start, region.clone()))
+            (region.id, (start, *region))
         };
         Untaken { regions: regions.iter().map(place).collect() }
     }
 
-    /// The next piece of region `name`: its first byte, and what it is.
+    /// The next piece of region `id`: its first byte, and what it is.
     ///
     /// # Panics
     /// As [`PlannedMemory::take`].
-    pub fn take(&mut self, name: &str) -> (usize, Region) {
-        let left = self.regions.get_mut(name).filter(|(_, left)| left.count > 0);
+    pub fn take(&mut self, id: RegionId) -> (usize, Region) {
+        let left = self.regions.get_mut(&id).filter(|(_, left)| left.count > 0);
         let (start, left) = left.expect("region is planned, and taken once");
-        let piece = (*start, Region { count: 1, ..left.clone() });
+        let piece = (*start, Region { count: 1, ..*left });
         *start += left.piece_bytes();
         left.count -= 1;
         piece

@@ -4,7 +4,10 @@ use serde::{Deserialize, Serialize};
 
 use super::{Phase, Record};
 use crate::byte_size::ByteSize;
-use crate::plan::{Component, MemoryPlan, Outside, Place, Region, WeightParts};
+use crate::plan::{
+    AdapterRegion, Component, CudaRegion, MemoryPlan, Outside, Place, Region, RegionId,
+    WeightParts, WorkRegion,
+};
 
 /// One part of a run's memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,7 +110,7 @@ impl Account {
                 // A GPU gives all at once, the system a page when it is touched.
                 let by_then = |region: &&Region| {
                     let there = place == Place::Gpu || first_use(region) <= phase;
-                    region.component == *part && there
+                    region.id.component() == *part && there
                 };
                 plan.regions.iter().filter(by_then).map(|region| region.bytes() as u64).sum()
             };
@@ -144,7 +147,7 @@ impl Account {
                     .regions
                     .iter()
                     .zip(&measured.region_bytes)
-                    .filter(|(region, _)| region.component.label() == name)
+                    .filter(|(region, _)| region.id.component().label() == name)
                     .map(|(_, bytes)| bytes)
                     .sum(),
             };
@@ -183,34 +186,44 @@ impl Account {
 
 /// When a step first touches a region: the system gives a page only then. The arena's memory stays.
 fn first_use(region: &Region) -> Phase {
-    match region.component {
-        Component::AdapterWorking | Component::AdapterMaster => Phase::Load,
+    use WorkRegion::*;
+    match region.id {
+        RegionId::Adapter(AdapterRegion::Working | AdapterRegion::Master) => Phase::Load,
         // Zeroed before the first micro-batch.
-        Component::AdapterGradients => Phase::Forward,
-        Component::OptimizerMoments | Component::PackedMoments => Phase::Optimizer,
-        Component::LogitsChunk => Phase::Loss,
-        Component::KvCache => Phase::Eval,
-        Component::BlockWorkspace if region.name.ends_with("_gradient") => Phase::Backward,
+        RegionId::Adapter(AdapterRegion::Gradients) => Phase::Forward,
+        RegionId::Adapter(_) => Phase::Optimizer,
+        RegionId::Head(_) | RegionId::Cuda(CudaRegion::Loss | CudaRegion::MlpSums) => Phase::Loss,
+        RegionId::Cache(_) => Phase::Eval,
         // Zeroed before the loss, which fills it.
-        Component::BlockWorkspace if region.name == "work.gradient" => Phase::Loss,
-        _ => Phase::Forward,
+        RegionId::Work(Gradient) => Phase::Loss,
+        RegionId::Work(MlpGradient | NormGradient | ProjectedGradient | QkvGradient) => {
+            Phase::Backward
+        }
+        RegionId::Work(LoraGradient | TileGradient) => Phase::Backward,
+        RegionId::Cuda(CudaRegion::StackedGradient) => Phase::Backward,
+        RegionId::Work(
+            Norm | NormStats | NormedQkv | Mlp | LoraPair | Dropped | TileMiddle | Attention,
+        )
+        | RegionId::Block(..)
+        | RegionId::Rotary(..)
+        | RegionId::QueryScale
+        | RegionId::Cuda(_) => Phase::Forward,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::RegionType;
+    use crate::plan::{BlockRegion, HeadRegion, Owner, RegionType};
 
     fn plan() -> MemoryPlan {
-        let region =
-            |name, component, elements| Region::new(component, name, RegionType::F32, elements);
+        let region = |id, elements| Region::new(id, RegionType::F32, elements);
         MemoryPlan {
             regions: vec![
-                region("layer.0.input", Component::BlockInputs, 1600),
-                region("head.logits", Component::LogitsChunk, 832),
-                region("adapter.first_moment", Component::OptimizerMoments, 64),
-                region("adapter.second_moment", Component::OptimizerMoments, 64),
+                region(RegionId::Block(Owner::Layer(0), BlockRegion::Input), 1600),
+                region(RegionId::Head(HeadRegion::Logits), 832),
+                region(RegionId::Adapter(AdapterRegion::FirstMoment), 64),
+                region(RegionId::Adapter(AdapterRegion::SecondMoment), 64),
             ],
             offloaded: Vec::new(),
         }

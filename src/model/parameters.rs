@@ -16,7 +16,7 @@ use crate::error::Result;
 use crate::kernels::cpu::Cpu;
 use crate::kernels::cpu::arena::Buffer;
 use crate::kernels::{Kernels, PlannedMemory};
-use crate::plan::{MemoryPlan, MomentLayout, Optim, RegionType};
+use crate::plan::{AdapterRegion, MemoryPlan, MomentLayout, Optim, RegionId};
 
 /// Which of a pair a tensor is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -123,28 +123,26 @@ impl<K: Kernels> Parameters<K> {
         plan: &MemoryPlan,
         memory: &mut K::Memory,
     ) -> Self {
-        let has = |name: &str| plan.regions.iter().any(|region| region.name == name);
-        let working = plan
-            .regions
-            .iter()
-            .any(|r| r.name == "adapter.working" && r.dtype == RegionType::Bf16)
-            .then(|| memory.take_half("adapter.working"));
+        use AdapterRegion::*;
+        let has = |region| plan.region(RegionId::Adapter(region)).is_some();
+        let working = has(Working).then(|| memory.take_half(RegionId::Adapter(Working)));
+        let mut take = |region| memory.take(RegionId::Adapter(region));
         let tensors = tensors_of(&targets);
-        let packed = has("adapter.first_codes");
+        let packed = has(FirstCodes);
         let optim = if packed { Optim::Adamw8bit } else { Optim::AdamwTorch };
-        let training = has("adapter.gradients").then(|| TrainingState {
-            gradients: Some(memory.take("adapter.gradients")),
-            first_moment: memory.take("adapter.first_moment"),
-            second_moment: memory.take("adapter.second_moment"),
+        let training = has(Gradients).then(|| TrainingState {
+            gradients: Some(take(Gradients)),
+            first_moment: take(FirstMoment),
+            second_moment: take(SecondMoment),
             packed: packed.then(|| PackedMoments {
-                first_codes: memory.take("adapter.first_codes"),
-                first_absmax: memory.take("adapter.first_absmax"),
-                second_codes: memory.take("adapter.second_codes"),
-                second_absmax: memory.take("adapter.second_absmax"),
+                first_codes: take(FirstCodes),
+                first_absmax: take(FirstAbsmax),
+                second_codes: take(SecondCodes),
+                second_absmax: take(SecondAbsmax),
             }),
             places: MomentLayout::new(optim, tensors.iter().map(|tensor| tensor.range.len())),
         });
-        let master = memory.take("adapter.master");
+        let master = take(Master);
         Parameters { kernels, targets, tensors, working, master, training }
     }
 

@@ -14,9 +14,10 @@
 //!
 //! The rates are assumptions; what is chosen depends on their ratios alone.
 
-use super::budget::{Candidate, Demand};
+use super::budget::{Choice, Demand};
 use super::embedding::OnHost;
 use super::settings::{Policy, Settings};
+use super::strategy::Strategy;
 use super::weights::Place;
 use super::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer, Work};
 use crate::model::spec::LinearRole;
@@ -72,8 +73,8 @@ pub(super) struct Pace<'a> {
 }
 
 impl<'a> Pace<'a> {
-    /// With documents as long as `settings` has them.
-    pub fn new(demand: &'a Demand, settings: &Settings) -> Self {
+    /// With documents as long as those of `demand`.
+    pub fn new(demand: &'a Demand) -> Self {
         use LinearRole::{Down, Gate, Up};
         let linears = demand.spec.linears(0);
         let elements = |mlp: bool| -> f64 {
@@ -82,15 +83,15 @@ impl<'a> Pace<'a> {
         };
         Pace {
             demand,
-            rates: Rates::of(demand.place, settings.threads),
-            work: Work::of_token(demand.spec, settings.longest_document),
+            rates: Rates::of(demand.place, demand.settings.threads),
+            work: Work::of_token(demand.spec, demand.settings.longest_document),
             elements: [elements(false), elements(true)],
         }
     }
 
-    /// Seconds for a token of a step whose policies are chosen.
-    pub fn seconds_per_token(&self, settings: &Settings, candidate: Candidate) -> f64 {
-        let Candidate { stream, on_host, .. } = candidate;
+    /// Seconds for a token of a step.
+    pub fn seconds_per_token(&self, choice: &Choice) -> f64 {
+        let Choice { strategy: Strategy { stream, on_host, .. }, settings } = choice;
         let (rates, spec, weights) = (self.rates, self.demand.spec, &self.demand.weights);
         let (layers, tokens) = (spec.num_layers, settings.tokens);
         let share = 1.0 - settings.count(Policy::Keep) as f64 / layers as f64;
@@ -99,7 +100,7 @@ impl<'a> Pace<'a> {
             Place::Gpu => (offloaded, 0),
             Place::Host => (0, 2 * offloaded),
         };
-        let block = weights.streamed.filter(|_| stream).map_or(0, |weights| weights.block);
+        let block = weights.streamed.filter(|_| *stream).map_or(0, |weights| weights.block);
         let work = self.work.of_step(settings);
         let transfer = Transfer::new(layers, block, in_copies, tokens, work);
         let products = transfer.flops / rates.flops;
@@ -108,9 +109,9 @@ impl<'a> Pace<'a> {
             + self.reading_the_head(settings) / rates.memory;
         let copies = transfer.bytes as f64 / rates.copies;
         let files = in_files as f64 / ASSUMED_BYTES_OF_A_DRIVE;
-        let rows = if on_host == OnHost::Nothing { 0 } else { 2 * tokens * spec.hidden_size };
+        let rows = if *on_host == OnHost::Nothing { 0 } else { 2 * tokens * spec.hidden_size };
         let rows = rows as f64 / rates.copies;
-        let tiles = if on_host == OnHost::All { self.tiles_of_the_head(settings) } else { 0.0 };
+        let tiles = if *on_host == OnHost::All { self.tiles_of_the_head(settings) } else { 0.0 };
         (compute.max(copies) + EXPOSED_SHARE * copies + files + rows + tiles) / tokens as f64
     }
 

@@ -6,7 +6,10 @@
 //! where it has post-norms. One that keeps the output of attention alone holds `4·(H + Q)`.
 
 use super::ranks::Ranks;
-use super::region::{Component, MemoryPlan, Region, RegionType};
+use super::region::{MemoryPlan, Region, RegionType};
+use super::region_id::{
+    AdapterRegion, BlockRegion, HeadRegion, Owner, RegionId, Rotary, RotaryRegion, WorkRegion,
+};
 use super::settings::{Half, HeadSizes, OFFLOAD_SLOTS, Policy, Settings};
 use crate::adapter::LoraTarget;
 use crate::model::spec::{MlpKind, ModelSpec};
@@ -37,17 +40,17 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
                     push_kept(&mut plan, spec, settings, layer, ranks);
                 }
                 Policy::Attention | Policy::OffloadInput => {
-                    let component = Component::KeptActivations;
-                    for (name, width) in attended_rows(spec) {
-                        plan.push(component, format!("layer.{layer}.{name}"), tokens * width);
+                    for (region, width) in attended_rows(spec) {
+                        plan.push(RegionId::Block(Owner::Layer(layer), region), tokens * width);
                     }
                 }
                 Policy::Checkpoint | Policy::Offload | Policy::OffloadAttention => {}
             }
         }
     } else {
-        plan.push(Component::BlockInputs, "layer.even.input", tokens * d);
-        plan.push(Component::BlockInputs, "layer.odd.input", tokens * d);
+        for owner in [Owner::Even, Owner::Odd] {
+            plan.push(RegionId::Block(owner, BlockRegion::Input), tokens * d);
+        }
     }
     if !settings.training() || settings.recomputes() {
         push_shared(&mut plan, spec, settings, &ranks);
@@ -55,7 +58,7 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
     if settings.cache_tokens > 0 {
         for layer in 0..spec.num_layers {
             let elements = settings.cache_tokens * 2 * spec.kv_width();
-            plan.push(Component::KvCache, format!("cache.{layer}"), elements);
+            plan.push(RegionId::Cache(layer), elements);
         }
     }
     push_workspace(&mut plan, spec, settings);
@@ -67,38 +70,38 @@ fn push_adapter(plan: &mut MemoryPlan, settings: &Settings) {
     let size = |t: &LoraTarget| t.r * (t.in_features + t.out_features);
     let parameters: usize = settings.targets.iter().map(size).sum();
     if settings.bf16_working {
-        let (component, dtype) = (Component::AdapterWorking, RegionType::Bf16);
-        plan.regions.push(Region::new(component, "adapter.working", dtype, parameters));
+        let id = RegionId::Adapter(AdapterRegion::Working);
+        plan.regions.push(Region::new(id, RegionType::Bf16, parameters));
     }
-    plan.push(Component::AdapterMaster, "adapter.master", parameters);
+    plan.push(RegionId::Adapter(AdapterRegion::Master), parameters);
     if settings.training() {
-        plan.push(Component::AdapterGradients, "adapter.gradients", parameters);
+        plan.push(RegionId::Adapter(AdapterRegion::Gradients), parameters);
         push_moments(plan, settings);
     }
 }
 
 /// Codes are bytes in f32 words, a whole number of blocks.
 fn push_moments(plan: &mut MemoryPlan, settings: &Settings) {
+    use AdapterRegion::*;
     let moments = settings.moments();
-    let floats = moments.float_elements;
-    plan.push(Component::OptimizerMoments, "adapter.first_moment", floats);
-    plan.push(Component::OptimizerMoments, "adapter.second_moment", floats);
+    let mut push = |region, elements| plan.push(RegionId::Adapter(region), elements);
+    push(FirstMoment, moments.float_elements);
+    push(SecondMoment, moments.float_elements);
     if moments.blocks > 0 {
-        for moment in ["first", "second"] {
-            let component = Component::PackedMoments;
-            plan.push(component, format!("adapter.{moment}_codes"), moments.code_words());
-            plan.push(component, format!("adapter.{moment}_absmax"), moments.blocks);
+        for (codes, absmax) in [(FirstCodes, FirstAbsmax), (SecondCodes, SecondAbsmax)] {
+            push(codes, moments.code_words());
+            push(absmax, moments.blocks);
         }
     }
 }
 
 /// Inputs of the blocks and the output of the last one, and the output of attention where it waits.
 fn push_inputs(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
-    let (component, elements) = (Component::BlockInputs, settings.tokens * spec.hidden_size);
+    let elements = settings.tokens * spec.hidden_size;
     let policy = |layer: usize| settings.policies.get(layer).copied();
     for layer in 0..=spec.num_layers {
         if !policy(layer).is_some_and(Policy::offloads) {
-            plan.push(component, format!("layer.{layer}.input"), elements);
+            plan.push(RegionId::Block(Owner::Layer(layer), BlockRegion::Input), elements);
         }
     }
     let layers = settings.policies.iter().enumerate();
@@ -107,13 +110,11 @@ fn push_inputs(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
     plan.offloaded.extend(inputs.into_iter().flatten());
     plan.offloaded.extend(attended.into_iter().flatten().flatten());
     for slot in 0..OFFLOAD_SLOTS.min(settings.offloaded().len()) {
-        plan.push(component, format!("offload.slot.{slot}"), elements);
+        plan.push(RegionId::Block(Owner::Slot(slot), BlockRegion::Input), elements);
     }
     for slot in 0..OFFLOAD_SLOTS.min(settings.offloaded_attention().len()) {
-        for (name, width) in attended_rows(spec) {
-            let (component, name) =
-                (Component::KeptActivations, format!("offload.slot.{slot}.{name}"));
-            plan.push(component, name, settings.tokens * width);
+        for (region, width) in attended_rows(spec) {
+            plan.push(RegionId::Block(Owner::Slot(slot), region), settings.tokens * width);
         }
     }
 }
@@ -125,14 +126,13 @@ pub fn waiting(
     layer: usize,
     policy: Policy,
 ) -> (Option<Region>, Option<[Region; 2]>) {
-    let region = |component, name: &str, width: usize| {
+    let region = |(region, width)| {
         // Those of all layers have room for the same adapters: they share the slots.
-        let name = format!("offloaded.{layer}.{name}");
-        Region::new(component, name, RegionType::F32, settings.tokens * width)
+        let id = RegionId::Block(Owner::Offloaded(layer), region);
+        Region::new(id, RegionType::F32, settings.tokens * width)
     };
-    let input = || region(Component::BlockInputs, "input", spec.hidden_size);
-    let made = |(name, width)| region(Component::KeptActivations, name, width);
-    let attended = || attended_rows(spec).map(made);
+    let input = || region((BlockRegion::Input, spec.hidden_size));
+    let attended = || attended_rows(spec).map(region);
     (policy.offloads().then(input), (policy == Policy::OffloadAttention).then(attended))
 }
 
@@ -144,37 +144,36 @@ fn push_kept(
     layer: usize,
     ranks: impl Fn(Half) -> usize,
 ) {
-    let (component, prefix) = (Component::KeptActivations, format!("layer.{layer}"));
-    push_attention(plan, spec, (component, &prefix), settings.tokens, ranks(Half::Attention));
+    push_attention(plan, spec, Owner::Layer(layer), settings.tokens, ranks(Half::Attention));
     for tiles in kept_tiles(settings, layer) {
-        push_mlp(plan, spec, component, &tiles, ranks(Half::Mlp));
+        push_mlp(plan, spec, &tiles, ranks(Half::Mlp));
     }
 }
 
 /// All other layers, in turn: one tile's MLP.
 fn push_shared(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings, ranks: &Ranks) {
     let widest = |half: Half| ranks.most(half.roles());
-    let (component, prefix) = (Component::RecomputeWorkspace, "recompute".to_string());
-    push_attention(plan, spec, (component, &prefix), settings.tokens, widest(Half::Attention));
-    let tile = Tiles { prefix, count: 1, tokens: settings.mlp_tile() };
-    push_mlp(plan, spec, component, &tile, widest(Half::Mlp));
+    let owner = Owner::Recompute;
+    push_attention(plan, spec, owner, settings.tokens, widest(Half::Attention));
+    let tile = Tiles { owner, count: 1, tokens: settings.mlp_tile() };
+    push_mlp(plan, spec, &tile, widest(Half::Mlp));
     if !settings.shares_attention() {
         // Each layer has its own.
-        let own = attended_rows(spec).map(|(name, _)| format!("recompute.{name}"));
-        let regions = plan.regions.iter_mut().filter(|region| own.contains(&region.name));
+        let own = attended_rows(spec).map(|(region, _)| RegionId::Block(owner, region));
+        let regions = plan.regions.iter_mut().filter(|region| own.contains(&region.id));
         regions.for_each(|region| region.elements = 0);
     }
 }
 
 /// What attention makes, for a token: its statistics and its output.
-fn attended_rows(spec: &ModelSpec) -> [(&'static str, usize); 2] {
-    [("lse", spec.num_heads), ("attention", spec.q_width())]
+fn attended_rows(spec: &ModelSpec) -> [(BlockRegion, usize); 2] {
+    [(BlockRegion::Lse, spec.num_heads), (BlockRegion::Attention, spec.q_width())]
 }
 
 /// Tiles of an MLP that are equally long.
 pub struct Tiles {
-    /// Of their regions' names.
-    pub prefix: String,
+    /// Whose regions they have.
+    pub owner: Owner,
     /// How many: the pieces of each region.
     pub count: usize,
     /// Tokens of each.
@@ -186,55 +185,46 @@ pub struct Tiles {
 pub fn kept_tiles(settings: &Settings, layer: usize) -> impl Iterator<Item = Tiles> {
     let (tokens, step) = (settings.mlp_tile(), settings.mlp_tile().max(1));
     let (whole, rest) = ((settings.tokens / step).max(1), settings.tokens % step);
-    let prefix = format!("layer.{layer}");
-    let last = Tiles { prefix: format!("{prefix}.last_tile"), count: 1, tokens: rest };
-    let whole = Tiles { prefix, count: whole, tokens };
+    let last = Tiles { owner: Owner::LastTile(layer), count: 1, tokens: rest };
+    let whole = Tiles { owner: Owner::Layer(layer), count: whole, tokens };
     std::iter::once(whole).chain((rest > 0).then_some(last))
 }
 
 fn push_attention(
     plan: &mut MemoryPlan,
     spec: &ModelSpec,
-    (component, prefix): (Component, &str),
+    owner: Owner,
     tokens: usize,
     ranks: usize,
 ) {
     let d = spec.hidden_size;
     let [statistics, output] = attended_rows(spec);
     let rows = [
-        ("qkv", spec.q_width() + 2 * spec.kv_width()),
+        (BlockRegion::Qkv, spec.q_width() + 2 * spec.kv_width()),
         statistics,
         output,
-        ("attention_lora_x", ranks),
-        ("middle", d),
+        (BlockRegion::AttentionLoraX, ranks),
+        (BlockRegion::Middle, d),
     ];
-    for (name, width) in rows {
-        plan.push(component, format!("{prefix}.{name}"), tokens * width);
-    }
-    if spec.post_norms {
-        plan.push(component, format!("{prefix}.attention_projected"), tokens * d);
+    let projected = spec.post_norms.then_some((BlockRegion::AttentionProjected, d));
+    for (region, width) in rows.into_iter().chain(projected) {
+        plan.push(RegionId::Block(owner, region), tokens * width);
     }
 }
 
-fn push_mlp(
-    plan: &mut MemoryPlan,
-    spec: &ModelSpec,
-    component: Component,
-    tiles: &Tiles,
-    ranks: usize,
-) {
-    let Tiles { prefix, count, tokens } = tiles;
-    let mut push = |name: &str, width: usize| {
-        let (name, dtype) = (format!("{prefix}.{name}"), RegionType::F32);
-        let region = Region::new(component, name, dtype, tokens * width);
-        plan.regions.push(Region { count: *count, ..region });
+fn push_mlp(plan: &mut MemoryPlan, spec: &ModelSpec, tiles: &Tiles, ranks: usize) {
+    let Tiles { owner, count, tokens } = *tiles;
+    let mut push = |region: BlockRegion, width: usize| {
+        let id = RegionId::Block(owner, region);
+        let region = Region::new(id, RegionType::F32, tokens * width);
+        plan.regions.push(Region { count, ..region });
     };
     let gate = if spec.mlp == MlpKind::Gated { spec.intermediate_size } else { 0 };
-    push("gate", gate);
-    push("up", spec.up_width());
-    push("mlp_lora_x", ranks);
+    push(BlockRegion::Gate, gate);
+    push(BlockRegion::Up, spec.up_width());
+    push(BlockRegion::MlpLoraX, ranks);
     if spec.post_norms {
-        push("mlp_projected", spec.hidden_size);
+        push(BlockRegion::MlpProjected, spec.hidden_size);
     }
 }
 
@@ -244,18 +234,19 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
     let rank = settings.targets.iter().map(|target| target.r).max().unwrap_or(0);
     let widths = |target: &LoraTarget| target.in_features + target.out_features;
     let pair = settings.targets.iter().map(|target| target.r * widths(target)).max().unwrap_or(0);
-    let (component, tile) = (Component::BlockWorkspace, settings.mlp_tile());
-    plan.push(component, "work.norm", t * d);
-    plan.push(component, "work.norm_stats", t * 2);
+    let tile = settings.mlp_tile();
+    let mut push = |region, elements| plan.push(RegionId::Work(region), elements);
+    push(WorkRegion::Norm, t * d);
+    push(WorkRegion::NormStats, t * 2);
     if spec.qk_norm {
-        plan.push(component, "work.normed_qkv", t * qkv);
+        push(WorkRegion::NormedQkv, t * qkv);
     }
-    plan.push(component, "work.mlp", tile * f);
-    plan.push(component, "work.lora_pair", pair);
+    push(WorkRegion::Mlp, tile * f);
+    push(WorkRegion::LoraPair, pair);
     if settings.tiled() {
-        plan.push(component, "work.tile_middle", tile * d);
+        push(WorkRegion::TileMiddle, tile * d);
         if settings.training() {
-            plan.push(component, "work.tile_gradient", tile * d);
+            push(WorkRegion::TileGradient, tile * d);
         }
     }
     if settings.lora_dropout {
@@ -264,36 +255,33 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
             Half::Mlp => tile * target.in_features,
         };
         let most = settings.targets.iter().map(input).max().unwrap_or(0);
-        plan.push(component, "work.dropped", most);
+        push(WorkRegion::Dropped, most);
     }
     if settings.training() {
-        plan.push(component, "work.mlp_gradient", tile * f);
-        plan.push(component, "work.gradient", t * d);
-        plan.push(component, "work.norm_gradient", t * d.max(spec.q_width()));
+        push(WorkRegion::MlpGradient, tile * f);
+        push(WorkRegion::Gradient, t * d);
+        push(WorkRegion::NormGradient, t * d.max(spec.q_width()));
         if spec.post_norms {
-            plan.push(component, "work.projected_gradient", t * d);
+            push(WorkRegion::ProjectedGradient, t * d);
         }
-        plan.push(component, "work.qkv_gradient", t * qkv);
-        plan.push(component, "work.lora_gradient", t * rank);
+        push(WorkRegion::QkvGradient, t * qkv);
+        push(WorkRegion::LoraGradient, t * rank);
     }
     let per_thread = attention_elements_per_thread(spec, settings);
-    let component = Component::AttentionWorkspace;
-    plan.push(component, "work.attention", settings.threads * per_thread);
-    for name in rotary_tables(spec).flatten() {
-        plan.push(Component::RotaryTables, name, t * spec.rotary_dim / 2);
+    plan.push(RegionId::Work(WorkRegion::Attention), settings.threads * per_thread);
+    for id in rotary_tables(spec).flatten() {
+        plan.push(id, t * spec.rotary_dim / 2);
     }
     if spec.query_scaling.is_some() {
-        plan.push(Component::RotaryTables, QUERY_SCALE, t);
+        plan.push(RegionId::QueryScale, t);
     }
 }
 
-/// Region of what q is multiplied by.
-pub const QUERY_SCALE: &str = "rotary.query_scale";
-
 /// Regions of each rotary embedding: cos and sin.
-pub fn rotary_tables(spec: &ModelSpec) -> impl Iterator<Item = [String; 2]> {
-    let prefixes = spec.rotaries().zip(["rotary", "rotary.local"]);
-    prefixes.map(|(_, prefix)| ["cos", "sin"].map(|name| format!("{prefix}.{name}")))
+pub fn rotary_tables(spec: &ModelSpec) -> impl Iterator<Item = [RegionId; 2]> {
+    let rotaries = spec.rotaries().zip([Rotary::Global, Rotary::Local]);
+    let tables = [RotaryRegion::Cos, RotaryRegion::Sin];
+    rotaries.map(move |(_, which)| tables.map(|table| RegionId::Rotary(which, table)))
 }
 
 /// [`attention_elements`] of a model's run.
@@ -318,15 +306,15 @@ pub fn attention_elements((heads, d): (usize, usize), longest: usize, training: 
 
 fn push_head(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
     let (HeadSizes { rows, logits, .. }, d) = (settings.head(spec.vocab_size), spec.hidden_size);
-    let component = Component::LogitsChunk;
-    plan.push(component, "head.logits", logits);
-    plan.push(component, "head.input", rows * d);
-    plan.push(component, "head.norm", rows * d);
-    plan.push(component, "head.norm_stats", rows * 2);
+    let mut push = |region, elements| plan.push(RegionId::Head(region), elements);
+    push(HeadRegion::Logits, logits);
+    push(HeadRegion::Input, rows * d);
+    push(HeadRegion::Norm, rows * d);
+    push(HeadRegion::NormStats, rows * 2);
     if settings.training() {
-        plan.push(component, "head.gradient", rows * d);
+        push(HeadRegion::Gradient, rows * d);
         if settings.head_on_host {
-            plan.push(component, "head.sum", rows * d);
+            push(HeadRegion::Sum, rows * d);
         }
     }
 }

@@ -15,7 +15,9 @@ pub mod moments;
 pub mod outside;
 mod ranks;
 pub mod region;
+mod region_id;
 pub mod settings;
+mod strategy;
 pub mod weights;
 pub mod work;
 
@@ -27,5 +29,10 @@ pub use moments::{MomentLayout, MomentPlace, Optim};
 pub use outside::{Outside, WeightParts};
 pub use ranks::Ranks;
 pub use region::{Component, MemoryPlan, Pitch, REGION_ALIGNMENT_BYTES, Region, RegionType};
+pub use region_id::{
+    AdapterRegion, BlockRegion, CudaRegion, HeadRegion, Owner, RegionId, Rotary, RotaryRegion,
+    WorkRegion,
+};
 pub use settings::{Policy, Settings, SumOrder, logit_rows};
+pub use strategy::Strategy;
 pub use weights::{Place, StreamedBytes, WeightBytes};

@@ -1,4 +1,8 @@
-//! Named buffers of the arena, and the parts of a run that they count to.
+//! Buffers of the arena, and the parts of a run that they count to.
+
+use serde::ser::{Serialize, SerializeStruct, Serializer};
+
+use super::region_id::RegionId;
 
 /// What a region is for: the rows of the memory report.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
@@ -72,27 +76,37 @@ pub enum RegionType {
     Bf16,
 }
 
-/// One named buffer, or several that are alike.
-#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+/// One buffer, or several that are alike.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Region {
-    /// Unique name, such as `layer.3.qkv`.
-    pub name: String,
-    /// Report row that it counts to.
-    pub component: Component,
+    /// Which one; no other has the same.
+    pub id: RegionId,
     /// Element type.
     pub dtype: RegionType,
     /// Number of elements, of each piece.
     pub elements: usize,
     /// Pieces that follow each other, each a buffer: the tiles of an MLP that is kept.
-    #[serde(skip_serializing_if = "is_one")]
     pub count: usize,
     /// How its rows lie where they do not follow each other; only on a GPU.
-    #[serde(skip_serializing_if = "Option::is_none")]
     pub pitch: Option<Pitch>,
 }
 
-fn is_one(count: &usize) -> bool {
-    *count == 1
+/// With its name, and the report row that it counts to.
+impl Serialize for Region {
+    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
+        let mut out = serializer.serialize_struct("Region", 6)?;
+        out.serialize_field("name", &self.id.to_string())?;
+        out.serialize_field("component", &self.id.component())?;
+        out.serialize_field("dtype", &self.dtype)?;
+        out.serialize_field("elements", &self.elements)?;
+        if self.count != 1 {
+            out.serialize_field("count", &self.count)?;
+        }
+        if let Some(pitch) = &self.pitch {
+            out.serialize_field("pitch", pitch)?;
+        }
+        out.end()
+    }
 }
 
 /// Rows with room behind them.
@@ -110,13 +124,8 @@ pub const REGION_ALIGNMENT_BYTES: usize = 256;
 
 impl Region {
     /// One piece, whose rows follow each other.
-    pub fn new(
-        component: Component,
-        name: impl Into<String>,
-        dtype: RegionType,
-        elements: usize,
-    ) -> Self {
-        Region { name: name.into(), component, dtype, elements, count: 1, pitch: None }
+    pub fn new(id: RegionId, dtype: RegionType, elements: usize) -> Self {
+        Region { id, dtype, elements, count: 1, pitch: None }
     }
 
     /// Bytes in the arena, padding included.
@@ -156,14 +165,19 @@ impl MemoryPlan {
     pub fn by_component(&self) -> Vec<(Component, usize)> {
         let mut sums = std::collections::BTreeMap::new();
         for region in &self.regions {
-            *sums.entry(region.component).or_insert(0) += region.bytes();
+            *sums.entry(region.id.component()).or_insert(0) += region.bytes();
         }
         let mut rows: Vec<_> = sums.into_iter().filter(|&(_, bytes)| bytes > 0).collect();
         rows.sort_by_key(|&(component, bytes)| (std::cmp::Reverse(bytes), component));
         rows
     }
 
-    pub(super) fn push(&mut self, component: Component, name: impl Into<String>, elements: usize) {
-        self.regions.push(Region::new(component, name, RegionType::F32, elements));
+    /// The region `id`, if it is planned.
+    pub fn region(&self, id: RegionId) -> Option<&Region> {
+        self.regions.iter().find(|region| region.id == id)
+    }
+
+    pub(super) fn push(&mut self, id: RegionId, elements: usize) {
+        self.regions.push(Region::new(id, RegionType::F32, elements));
     }
 }

@@ -4,11 +4,12 @@ use nibble::kernels::cpu::Cpu;
 use nibble::kernels::cuda::{AttnImplementation, cuda_layout};
 use nibble::kernels::{AttentionShape, Kernels, PlannedMemory, TokenLayout};
 use nibble::model::spec::ModelSpec;
-use nibble::plan::{Component, MemoryPlan, Policy, Region, RegionType, Settings};
+use nibble::plan::{MemoryPlan, Policy, RegionType, Settings};
 use nibble::random::Stream;
 
 use crate::device::BLAS_WORKSPACE;
 use crate::golden::Case;
+use crate::regions::{self, *};
 use crate::{Gpu, error_in_norm, gpu, settings};
 
 const BOUNDARIES: [u32; 4] = [0, 37, 38, 171];
@@ -25,31 +26,27 @@ fn planned_work(shape: &AttentionShape, attention: AttnImplementation) -> usize 
         ..settings(&case, None, &[Policy::Keep], true)
     };
     let plan = cuda_layout(&spec, &settings, attention);
-    plan.regions.iter().find(|region| region.name == "work.attention").unwrap().elements
+    plan.region(WORK).unwrap().elements
 }
 
 /// Regions for one layer's attention, activations in `dtype`, `work` f32 elements to work in.
 fn plan(shape: &AttentionShape, tokens: usize, dtype: RegionType, work: usize) -> MemoryPlan {
-    let region = |name: &str, dtype, elements| {
-        Region::new(Component::AttentionWorkspace, name, dtype, elements)
-    };
     let (wide, qkv, o) = (RegionType::F32, tokens * shape.qkv_width(), tokens * shape.q_width());
-    let mut regions = vec![
-        region("qkv", dtype, qkv),
-        region("o", dtype, o),
-        region("lse", wide, tokens * shape.num_heads),
-        region("d_o", dtype, o),
-        region("dqkv", dtype, qkv),
-        region("cache", dtype, tokens * 2 * shape.kv_width()),
-        region("work", wide, work),
+    let of_a_gpu =
+        [(WORKSPACE, wide, BLAS_WORKSPACE), (UPLOADS, wide, 1024), (DEQUANTIZED, dtype, 8)];
+    let of_both = [
+        (QKV, dtype, qkv),
+        (O, dtype, o),
+        (LSE, wide, tokens * shape.num_heads),
+        (D_O, dtype, o),
+        (DQKV, dtype, qkv),
+        (CACHE, dtype, tokens * 2 * shape.kv_width()),
+        (WORK, wide, work),
     ];
-    if dtype == RegionType::Bf16 {
-        regions.insert(0, region("cuda.workspace", wide, BLAS_WORKSPACE));
-        let uploads = region("cuda.uploads", wide, 1024);
-        regions.push(Region { component: Component::Uploads, ..uploads });
-        regions.push(region("cuda.dequantized", dtype, 8));
+    match dtype {
+        RegionType::Bf16 => regions::plan(&[&of_a_gpu[..], &of_both].concat()),
+        RegionType::F32 => regions::plan(&of_both),
     }
-    MemoryPlan { regions, offloaded: Vec::new() }
 }
 
 /// f32 elements for the CPU's threads, as much for each as heads of 256 columns need here.
@@ -75,9 +72,8 @@ fn run<K: Kernels>(
     let layout = TokenLayout::new(&BOUNDARIES);
     let tokens = layout.tokens();
     let mut memory = kernels.allocate(&plan(shape, tokens, dtype, work)).unwrap();
-    let names = ["qkv", "o", "lse", "d_o", "dqkv", "work"];
     let [mut qkv, mut o, mut lse, mut d_o, mut dqkv, mut work] =
-        names.map(|name| memory.take(name));
+        [QKV, O, LSE, D_O, DQKV, WORK].map(|id| memory.take(id));
     let fill = |name, elements, deviation, buffer: &mut K::Buffer| {
         kernels.set_values(&normal(name, elements, deviation), buffer, 0);
     };
@@ -146,7 +142,7 @@ fn run_in_pieces<K: Kernels>(
     let tokens = pieces.iter().sum();
     let mut memory = kernels.allocate(&plan(shape, tokens, dtype, host_work())).unwrap();
     let [mut qkv, mut o, mut lse, mut cache, mut work] =
-        ["qkv", "o", "lse", "cache", "work"].map(|name| memory.take(name));
+        [QKV, O, LSE, CACHE, WORK].map(|id| memory.take(id));
     let values = normal("qkv", tokens * shape.qkv_width(), 1.5);
     let (mut past, mut all) = (0, Vec::new());
     for &rows in pieces {

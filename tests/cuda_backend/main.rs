@@ -20,6 +20,7 @@ mod gradients;
 mod meter;
 mod offload;
 mod optimizer;
+mod regions;
 mod shaped;
 mod shortage;
 mod speed;

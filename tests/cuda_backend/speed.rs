@@ -8,24 +8,14 @@ use nibble::kernels::cpu::FrozenMatrix;
 use nibble::kernels::cuda::driver::Driver;
 use nibble::kernels::{AttentionShape, Columns, Kernels, PlannedMemory, Storage, TokenLayout};
 use nibble::model::Model;
-use nibble::plan::{Component, MemoryPlan, Policy, Region, RegionType};
+use nibble::plan::{Policy, RegionType};
 use nibble_quant::{Floats, PackedWeight};
 use serde_json::json;
 
 use crate::device::{BLAS_WORKSPACE, Device};
+use crate::regions::*;
 use crate::shaped::{self, Shape};
 use crate::{Gpu, gpu, nf4};
-
-fn plan(regions: &[(&str, RegionType, usize)]) -> MemoryPlan {
-    let region = |&(name, dtype, elements): &(&str, RegionType, usize)| {
-        let component = match name {
-            "cuda.uploads" => Component::Uploads,
-            _ => Component::BlockWorkspace,
-        };
-        Region::new(component, name, dtype, elements)
-    };
-    MemoryPlan { regions: regions.iter().map(region).collect(), offloaded: Vec::new() }
-}
 
 /// The middle one.
 fn median(mut values: Vec<f64>) -> f64 {
@@ -57,16 +47,16 @@ fn matrices(gpu: &Gpu, [rows, columns]: [usize; 2], calls: usize) -> [f64; 3] {
     let elements = rows * columns;
     let mut memory = gpu
         .allocate(&plan(&[
-            ("cuda.workspace", F32, 8 << 20),
-            ("x", Bf16, columns),
-            ("y", Bf16, rows),
-            ("from", Bf16, elements),
-            ("to", Bf16, elements),
-            ("cuda.dequantized", Bf16, elements),
-            ("cuda.uploads", F32, 1024),
+            (WORKSPACE, F32, 8 << 20),
+            (X, Bf16, columns),
+            (Y, Bf16, rows),
+            (FROM, Bf16, elements),
+            (TO, Bf16, elements),
+            (DEQUANTIZED, Bf16, elements),
+            (UPLOADS, F32, 1024),
         ]))
         .unwrap();
-    let [mut x, mut y, mut from, mut to] = ["x", "y", "from", "to"].map(|name| memory.take(name));
+    let [mut x, mut y, mut from, mut to] = [X, Y, FROM, TO].map(|id| memory.take(id));
     gpu.set_values(&vec![0.5; columns], &mut x, 0);
     gpu.zero(&mut from, elements);
     let values: Vec<f32> = (0..elements).map(|i| (i % 251) as f32 - 125.0).collect();
@@ -99,20 +89,19 @@ fn attention(gpu: &Gpu, tokens: usize, calls: usize) -> f64 {
     let layout = TokenLayout::new(&[0, tokens as u32]);
     let (qkv, o) = (tokens * shape.qkv_width(), tokens * shape.q_width());
     let regions = [
-        ("cuda.workspace", F32, BLAS_WORKSPACE),
-        ("qkv", Bf16, qkv),
-        ("o", Bf16, o),
-        ("lse", F32, tokens * shape.num_heads),
-        ("d_o", Bf16, o),
-        ("dqkv", Bf16, qkv),
-        ("work", F32, (tokens * shape.num_heads).next_multiple_of(64)),
-        ("cuda.dequantized", Bf16, 8),
-        ("cuda.uploads", F32, 1024),
+        (WORKSPACE, F32, BLAS_WORKSPACE),
+        (QKV, Bf16, qkv),
+        (O, Bf16, o),
+        (LSE, F32, tokens * shape.num_heads),
+        (D_O, Bf16, o),
+        (DQKV, Bf16, qkv),
+        (WORK, F32, (tokens * shape.num_heads).next_multiple_of(64)),
+        (DEQUANTIZED, Bf16, 8),
+        (UPLOADS, F32, 1024),
     ];
     let mut memory = gpu.allocate(&plan(&regions)).unwrap();
-    let names = ["qkv", "o", "lse", "d_o", "dqkv", "work"];
     let [mut qkv, mut o, mut lse, mut d_o, mut dqkv, mut work] =
-        names.map(|name| memory.take(name));
+        [QKV, O, LSE, D_O, DQKV, WORK].map(|id| memory.take(id));
     let wave = |count: usize| (0..count).map(|i| (i % 17) as f32 * 0.1 - 0.8).collect::<Vec<_>>();
     gpu.set_values(&wave(tokens * shape.qkv_width()), &mut qkv, 0);
     gpu.set_values(&wave(tokens * shape.q_width()), &mut d_o, 0);

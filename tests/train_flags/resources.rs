@@ -259,7 +259,7 @@ fn weights() {
     succeed(runs.place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
     let [resident, stream] =
         ["resident", "stream"].map(|mode| runs.train(&format!("model=packed weights={mode}")));
-    assert!(stream.said.contains("weights are streamed from their file"), "{}", stream.said);
+    assert!(stream.said.contains("weights streamed from their file"), "{}", stream.said);
     assert!(!resident.said.contains("streamed"), "{}", resident.said);
     assert_eq!(resident.optimizer("master"), stream.optimizer("master"));
 }

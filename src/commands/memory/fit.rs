@@ -7,8 +7,8 @@ use super::row_length;
 use crate::byte_size::ByteSize;
 use crate::cli::memory::MemoryArgs;
 use crate::error::{Error, Result};
-use crate::plan::fit::{Asked, Fit, Way};
-use crate::plan::{Demand, Limit, Place, Policy};
+use crate::plan::fit::{Asked, Fit};
+use crate::plan::{Demand, Limit, Place, Policy, Strategy};
 use crate::plural::counted;
 use crate::report::figures::{change, thousands};
 
@@ -117,7 +117,7 @@ fn print_ways(fit: &Fit, asked: Asked, demand: &Demand) {
             (false, _) => String::new(),
             (true, bytes) => format!(" {:>10}", ByteSize(bytes)),
         };
-        let (name, time) = (name(way, demand), way.time);
+        let (name, time) = (name(&way.strategy, demand), way.time);
         println!("{name:<38} {bytes:>10} {time:>5.2}x {longest:>16}{pins} {batch:>19}");
     }
     if on_gpu {
@@ -132,26 +132,27 @@ fn print_ways(fit: &Fit, asked: Asked, demand: &Demand) {
     }
 }
 
-fn name(way: &Way, demand: &Demand) -> String {
-    let weights = if way.stream { "streamed" } else { "resident" };
-    let others = match way.policy {
+fn name(strategy: &Strategy, demand: &Demand) -> String {
+    let Strategy { kept, others, attended, stream, .. } = *strategy;
+    let weights = if stream { "streamed" } else { "resident" };
+    if attended > 0 {
+        return format!("{attended} attention, offloaded, {weights}");
+    }
+    if (1..demand.spec.num_layers).contains(&kept) {
+        let others = match others {
+            Policy::Offload | Policy::OffloadInput => "rest offloaded",
+            Policy::OffloadAttention => "rest both offloaded",
+            Policy::Attention => "rest attention",
+            Policy::Keep | Policy::Checkpoint => "rest recomputed",
+        };
+        return format!("{kept} kept, {others}, {weights}");
+    }
+    let all = match others {
         Policy::Keep => "activations kept",
         Policy::Attention => "attention kept",
         Policy::Checkpoint => "recomputed",
         Policy::Offload | Policy::OffloadInput => "inputs offloaded",
         Policy::OffloadAttention => "attention offloaded",
     };
-    if way.attended > 0 {
-        return format!("{} attention, offloaded, {weights}", way.attended);
-    }
-    if (1..demand.spec.num_layers).contains(&way.kept) {
-        let others = match way.policy {
-            Policy::Offload | Policy::OffloadInput => "rest offloaded",
-            Policy::OffloadAttention => "rest both offloaded",
-            Policy::Attention => "rest attention",
-            Policy::Keep | Policy::Checkpoint => "rest recomputed",
-        };
-        return format!("{} kept, {others}, {weights}", way.kept);
-    }
-    format!("{others}, weights {weights}")
+    format!("{all}, weights {weights}")
 }

@@ -29,7 +29,7 @@ pub(super) fn measure<K: TrainingKernels>(
         checkpoint,
         spec: &run.model.spec,
         format: args.base.block_format(),
-        stream: run.stream,
+        stream: run.strategy.stream,
         settings: &run.settings,
         lora: run.lora.clone(),
         dtype: match args.lora.adapter_dtype {

@@ -15,7 +15,6 @@ use serde_json::Value;
 
 use crate::adapter::{Adapter, LoraConfig};
 use crate::allocator;
-use crate::byte_size::ByteSize;
 use crate::checkpoint::atomic::write_file;
 use crate::checkpoint::{Checkpoint, PageCache, check_quantization, holds_weights, read_config};
 use crate::cli::device::{Device, DeviceArgs};
@@ -33,7 +32,7 @@ use crate::model::spec::ModelSpec;
 use crate::model::weights::check_stored;
 use crate::plan::work::{Transfer, Work};
 use crate::plan::{
-    Choice, Demand, Limit, MemoryPlan, OnHost, Place, Settings, WeightBytes, layout, logit_rows,
+    Choice, Demand, Limit, MemoryPlan, Place, Settings, Strategy, WeightBytes, layout, logit_rows,
 };
 use crate::plural::counted;
 use crate::report::figures::thousands;
@@ -98,13 +97,19 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let plan = demand.plan(&choice.settings);
     let account = Account::planned(demand.outside(&choice), &plan);
     let verdict = room.verdict(&demand, account.planned_bytes());
-    let Choice { settings, stream, on_host, .. } = choice;
+    let facts = demand.facts(&choice);
+    let Choice { strategy, settings } = choice;
     let page_cache = None;
     let mut run =
-        PlannedRun { model, lora, settings, stream, on_host, plan, account, page_cache, verdict };
+        PlannedRun { model, lora, strategy, settings, facts, plan, account, page_cache, verdict };
     if let Some(steps) = args.measure {
         run.account = match gpu {
-            Some(gpu) => measure::measure(args, &run, gpu.keeping_on_host(on_host), steps.get())?,
+            Some(gpu) => measure::measure(
+                args,
+                &run,
+                gpu.keeping_on_host(run.strategy.on_host),
+                steps.get(),
+            )?,
             None => measure::measure(args, &run, device::cpu(&args.device), steps.get())?,
         };
         run.page_cache = run.model.checkpoint.as_ref().and_then(Checkpoint::page_cache);
@@ -163,11 +168,10 @@ struct PlannedRun {
     model: Model,
     /// The adapter that is planned.
     lora: LoraConfig,
+    strategy: Strategy,
     settings: Settings,
-    /// What of embedding and head is in the host's memory beside a GPU.
-    on_host: OnHost,
-    /// Whether the blocks' weights are streamed from their file.
-    stream: bool,
+    /// What it does to stay within its memory, for people.
+    facts: Vec<String>,
     plan: MemoryPlan,
     account: Account,
     /// What the system keeps of the model's files after a run, where one was made.
@@ -185,7 +189,7 @@ impl PlannedRun {
     /// Copies against computation, where weights are streamed to a GPU.
     fn transfer(&self, args: &MemoryArgs) -> Option<Transfer> {
         let on_gpu = matches!(args.device.device, Device::Cuda(_));
-        let streamed = self.model.weights.streamed.filter(|_| self.stream && on_gpu)?;
+        let streamed = self.model.weights.streamed.filter(|_| self.strategy.stream && on_gpu)?;
         let layers = self.model.spec.num_layers;
         let work = Work::of_token(&self.model.spec, self.settings.longest_document);
         let work = work.of_step(&self.settings);
@@ -194,17 +198,10 @@ impl PlannedRun {
     }
 
     fn heading(&self, args: &MemoryArgs) -> Heading {
-        let streamed = if self.stream { "streamed from their file" } else { "in memory" };
-        let facts = vec![
-            format!("{} tokens in a forward pass", thousands(self.settings.tokens as u64)),
-            self.settings.kept_in_words(),
-            format!("weights {streamed}"),
-        ];
-        let bytes = ByteSize(self.plan.offloaded_bytes() as u64);
-        let offloaded = self.settings.offloaded_in_words();
-        let offloaded = offloaded.map(|what| format!("{bytes} of {what} offloaded"));
+        let tokens = thousands(self.settings.tokens as u64);
+        let tokens = format!("{tokens} tokens in a forward pass");
         let cached = self.page_cache.as_ref().map(print::cached);
-        let facts = facts.into_iter().chain(offloaded).chain(cached).collect();
+        let facts = std::iter::once(tokens).chain(self.facts.clone()).chain(cached).collect();
         Heading { model: args.base.model.display().to_string(), facts }
     }
 }

@@ -21,20 +21,7 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
         thousands(run.settings.tokens as u64),
         thousands(trained as u64),
     );
-    println!("{}", run.settings.kept_in_words());
-    if let Some(what) = run.settings.offloaded_in_words() {
-        let bytes = ByteSize(run.plan.offloaded_bytes() as u64);
-        println!("{bytes} of {what} are offloaded: to pinned memory, or a file on the CPU");
-    }
-    if run.settings.tiled() {
-        println!("the MLP works on tiles of {} tokens", run.settings.mlp_tile());
-    }
-    if run.stream {
-        println!("the blocks' weights are streamed from their file, two blocks are in memory");
-    }
-    if let Some(what) = run.on_host.in_words() {
-        println!("{what}, in pinned memory");
-    }
+    run.facts.iter().for_each(|fact| println!("{fact}"));
     let pinned = run.account.outside.pinned_bytes;
     if pinned > 0 {
         println!("the host holds {} of pinned memory besides", ByteSize(pinned));
@@ -149,7 +136,7 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         "kept_blocks": run.settings.count(Policy::Keep),
         "attention_blocks": run.settings.attended_in_memory(),
         "offloaded_attention_blocks": run.settings.offloaded_attention().len(),
-        "streamed": run.stream,
+        "streamed": run.strategy.stream,
         "mlp_tile_tokens": run.settings.mlp_tile(),
         "logit_rows": run.settings.logit_rows,
         "total_bytes": account.planned_bytes(),

@@ -73,7 +73,11 @@ impl Room {
             Ok(choice) => {
                 let bytes = demand.outside(&choice).total()
                     + demand.plan(&choice.settings).arena_bytes() as u64;
-                format!("`train` would take {}: {}", ByteSize(bytes), choice.in_words())
+                format!(
+                    "`train` would take {}: {}",
+                    ByteSize(bytes),
+                    demand.facts(&choice).join(", ")
+                )
             }
             Err(refusal) => refusal.message().hint.clone().unwrap_or_default(),
         };

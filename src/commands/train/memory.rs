@@ -13,23 +13,21 @@ use crate::error::Result;
 use crate::ledger::resident;
 use crate::ledger::rows::Account;
 use crate::plan::{
-    Choice, Demand, Limit, OnHost, Place, Settings, SumOrder, WeightBytes, logit_rows,
+    Choice, Demand, Limit, Place, Settings, Strategy, SumOrder, WeightBytes, logit_rows,
 };
 use crate::train::backend::TrainingKernels;
 use crate::train::progress::Progress;
 
 /// The memory of a run, as planned.
 pub struct Memory {
+    /// How it runs.
+    pub strategy: Strategy,
     /// What the model allocates.
     pub settings: Settings,
-    /// Whether the blocks' weights are streamed from their file.
-    pub stream: bool,
-    /// What is in the host's memory beside a GPU.
-    pub on_host: OnHost,
     /// Every part of it.
     pub account: Account,
-    /// Bytes that wait in pinned memory or in a file between forward and backward.
-    pub offloaded_bytes: u64,
+    /// What it takes, and how, for people.
+    pub words: String,
     /// Whether the process' own memory is planned, not a GPU's.
     pub in_process: bool,
 }
@@ -92,17 +90,12 @@ pub fn plan(
     let choice = demand.choose(limit)?;
     let plan = demand.plan(&choice.settings);
     let account = Account::planned(demand.outside(&choice), &plan);
-    let Choice { settings, stream, on_host, .. } = choice;
-    let memory = Memory {
-        settings,
-        stream,
-        on_host,
-        account,
-        offloaded_bytes: plan.offloaded_bytes() as u64,
-        in_process: around.in_process,
-    };
-    progress.note(&format!("plan: {}", memory.in_words()));
-    Ok(memory)
+    let (total, tokens) = (ByteSize(account.planned_bytes()), choice.settings.tokens);
+    let facts = demand.facts(&choice).join(", ");
+    let words = format!("{total} for {tokens} tokens in a forward pass; {facts}");
+    progress.note(&format!("plan: {words}"));
+    let Choice { strategy, settings } = choice;
+    Ok(Memory { strategy, settings, account, words, in_process: around.in_process })
 }
 
 impl Memory {
@@ -115,25 +108,6 @@ impl Memory {
         let moments = self.settings.moments();
         let packed = moments.code_words() + moments.blocks;
         ((stored + 4) * adapter.parameters() + 8 * (moments.float_elements + packed)) as u64
-    }
-
-    /// What it takes, and how, for people.
-    pub fn in_words(&self) -> String {
-        let kept = self.settings.kept_in_words();
-        let total = ByteSize(self.account.planned_bytes());
-        let tokens = self.settings.tokens;
-        let streamed = if self.stream { "; weights are streamed from their file" } else { "" };
-        let on_host = self.on_host.in_words().map_or(String::new(), |what| format!("; {what}"));
-        let tiled = self.settings.tiled().then(|| self.settings.mlp_tile());
-        let tiled = tiled.map_or(String::new(), |t| format!("; MLP in tiles of {t} tokens"));
-        let bytes = ByteSize(self.offloaded_bytes);
-        let offloaded = self.settings.offloaded_in_words();
-        let offloaded =
-            offloaded.map_or(String::new(), |what| format!("; {bytes} of {what} offloaded"));
-        format!(
-            "{total} for {tokens} tokens in a forward pass; \
-             {kept}{offloaded}{tiled}{streamed}{on_host}"
-        )
     }
 }
 

@@ -89,12 +89,12 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
         };
         progress.note(&format!("computing on {device}{hint}"));
     }
-    let kernels = kernels.keeping_on_host(memory.on_host);
+    let kernels = kernels.keeping_on_host(memory.strategy.on_host);
     let parameters = base.parameters(&adapter);
     let predicted = (memory.account.planned_bytes(), memory.in_process);
     let row = |row: &Row| (row.name.clone(), row.planned_bytes);
     let memory_plan = memory.account.rows.iter().map(row).collect();
-    let plan = memory.in_words();
+    let plan = memory.words.clone();
     let interrupt = Interrupt::install()?;
     let mut model = base.load(args, kernels, memory, adapter)?;
     let found = output.found.take();
@@ -250,10 +250,10 @@ impl Base {
         adapter: Adapter,
     ) -> Result<LoraModel<K>> {
         let mut meter = Meter::begin(&kernels)?;
-        let Memory { settings, stream, account, .. } = memory;
+        let Memory { strategy, settings, account, .. } = memory;
         let format = args.model.block_format();
         let weights = Weights::load(&self.checkpoint, &self.spec, format.as_ref(), None)?;
-        let weights = if stream {
+        let weights = if strategy.stream {
             weights.upload_streamed(&kernels, Streaming::new(&self.checkpoint, &self.spec))?
         } else {
             weights.upload(&kernels)?

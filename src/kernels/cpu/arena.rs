@@ -15,7 +15,7 @@ use super::Cpu;
 use crate::error::{Error, Result};
 use crate::kernels::{PlannedMemory, Residency, Untaken};
 use crate::pages;
-use crate::plan::{MemoryPlan, Region, RegionType};
+use crate::plan::{MemoryPlan, Region, RegionId, RegionType};
 
 /// The memory of a plan.
 pub struct Arena {
@@ -45,15 +45,15 @@ impl Arena {
         PageAccount { map: self.map.clone(), lengths }
     }
 
-    /// Hands out the region `name`, or its next piece.
+    /// Hands out the region `id`, or its next piece.
     ///
     /// # Panics
     /// When the plan has no such region, it has another element type, or all of it was taken: the
     /// plan and its user disagree, which is a bug, never bad input.
-    pub fn take<T: Pod>(&mut self, name: &str) -> Buffer<T> {
-        let (offset, region) = self.free.take(name);
+    pub fn take<T: Pod>(&mut self, id: RegionId) -> Buffer<T> {
+        let (offset, region) = self.free.take(id);
         let size = if region.dtype == RegionType::F32 { 4 } else { 2 };
-        assert_eq!(size, size_of::<T>(), "{name} has another element type");
+        assert_eq!(size, size_of::<T>(), "{id} has another element type");
         // SAFETY: offset + piece_bytes lies inside the mapping by construction of the plan.
         let start = unsafe { self.base.add(offset) }.cast::<T>();
         Buffer { start, elements: region.elements, _map: self.map.clone() }
@@ -61,20 +61,20 @@ impl Arena {
 }
 
 impl PlannedMemory<Cpu> for Arena {
-    fn take(&mut self, name: &str) -> Buffer<f32> {
-        Arena::take(self, name)
+    fn take(&mut self, id: RegionId) -> Buffer<f32> {
+        Arena::take(self, id)
     }
 
-    fn take_half(&mut self, name: &str) -> Buffer<bf16> {
-        Arena::take(self, name)
+    fn take_half(&mut self, id: RegionId) -> Buffer<bf16> {
+        Arena::take(self, id)
     }
 
     fn bytes(&self) -> usize {
         self.map.len()
     }
 
-    fn untaken(&self) -> Vec<&str> {
-        self.free.left().map(|(_, region)| region.name.as_str()).collect()
+    fn untaken(&self) -> Vec<RegionId> {
+        self.free.left().map(|(_, region)| region.id).collect()
     }
 
     fn residency(&self, plan: &MemoryPlan) -> Residency {
@@ -141,26 +141,25 @@ impl<T: Pod> DerefMut for Buffer<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::Component;
 
-    fn region(name: &str, dtype: RegionType, elements: usize) -> Region {
-        Region::new(Component::BlockInputs, name, dtype, elements)
-    }
+    const A: RegionId = RegionId::Cache(0);
+    const B: RegionId = RegionId::Cache(1);
+    const C: RegionId = RegionId::Cache(2);
 
     #[test]
     fn regions_are_disjoint_zeroed_and_as_long_as_planned() {
         let plan = MemoryPlan {
             regions: vec![
-                region("a", RegionType::F32, 5),
-                region("b", RegionType::Bf16, 33),
-                region("c", RegionType::F32, 16),
+                Region::new(A, RegionType::F32, 5),
+                Region::new(B, RegionType::Bf16, 33),
+                Region::new(C, RegionType::F32, 16),
             ],
             offloaded: Vec::new(),
         };
         let mut arena = Arena::new(&plan).unwrap();
         assert_eq!(arena.bytes(), 3 * 256);
         let (mut a, mut b, c) =
-            (arena.take::<f32>("a"), arena.take::<half::bf16>("b"), arena.take::<f32>("c"));
+            (arena.take::<f32>(A), arena.take::<half::bf16>(B), arena.take::<f32>(C));
         a.fill(1.0);
         b.fill(half::bf16::NEG_INFINITY);
         assert!(c.iter().all(|&x| x == 0.0) && a.iter().all(|&x| x == 1.0));
@@ -170,19 +169,19 @@ mod tests {
 
     #[test]
     fn pieces_follow_each_other_and_are_taken_in_turn() {
-        let of_three = Region { count: 3, ..region("a", RegionType::F32, 65) };
-        let regions = vec![of_three, region("b", RegionType::F32, 1)];
+        let of_three = Region { count: 3, ..Region::new(A, RegionType::F32, 65) };
+        let regions = vec![of_three, Region::new(B, RegionType::F32, 1)];
         let plan = MemoryPlan { regions, offloaded: Vec::new() };
         let mut arena = Arena::new(&plan).unwrap();
         assert_eq!((arena.bytes(), plan.arena_bytes()), (3 * 512 + 256, 3 * 512 + 256));
-        let mut pieces: Vec<Buffer<f32>> = (0..3).map(|_| arena.take("a")).collect();
-        assert_eq!(arena.untaken(), ["b"]);
+        let mut pieces: Vec<Buffer<f32>> = (0..3).map(|_| arena.take(A)).collect();
+        assert_eq!(arena.untaken(), [B]);
         let starts: Vec<usize> = pieces.iter().map(|piece| piece.start as usize).collect();
         assert!(starts.windows(2).all(|pair| pair[1] - pair[0] == 512), "{starts:?}");
         pieces.iter_mut().for_each(|piece| piece.fill(1.0));
-        assert!(pieces.iter().all(|piece| piece.len() == 65) && arena.take::<f32>("b")[0] == 0.0);
+        assert!(pieces.iter().all(|piece| piece.len() == 65) && arena.take::<f32>(B)[0] == 0.0);
         let again = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
-            arena.take::<f32>("a");
+            arena.take::<f32>(A);
         }));
         assert!(again.is_err(), "all three were taken");
     }
@@ -192,15 +191,15 @@ mod tests {
     fn untouched_pages_are_not_in_memory() {
         let plan = MemoryPlan {
             regions: vec![
-                region("a", RegionType::F32, 1 << 20),
-                region("b", RegionType::F32, 1 << 20),
+                Region::new(A, RegionType::F32, 1 << 20),
+                Region::new(B, RegionType::F32, 1 << 20),
             ],
             offloaded: Vec::new(),
         };
         let mut arena = Arena::new(&plan).unwrap();
         let residency = arena.account(&plan);
         assert_eq!(residency.region_bytes(), [0, 0]);
-        let (a, mut b) = (arena.take::<f32>("a"), arena.take::<f32>("b"));
+        let (a, mut b) = (arena.take::<f32>(A), arena.take::<f32>(B));
         b[..1 << 19].fill(1.0);
         assert_eq!(residency.region_bytes(), [0, 2 << 20]);
         drop(a);

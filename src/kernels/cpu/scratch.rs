@@ -129,14 +129,13 @@ fn read_at(mut file: &File, bytes: &mut [u8], offset: u64) -> std::io::Result<()
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::plan::{Component, RegionType};
+    use crate::plan::{RegionId, RegionType};
 
     #[test]
     fn a_disk_without_the_room_is_found_before_a_step() {
         let folder = tempfile::tempdir().unwrap();
         let plan = |elements| {
-            let component = Component::BlockInputs;
-            let region = Region::new(component, "input", RegionType::F32, elements);
+            let region = Region::new(RegionId::Cache(0), RegionType::F32, elements);
             MemoryPlan { regions: Vec::new(), offloaded: vec![region] }
         };
         let mut scratch = Scratch::new(&plan(100), Some(folder.path())).unwrap();

@@ -160,7 +160,7 @@ impl CudaFunctions {
         ))
         .hint(
             "pin less: `--activations checkpoint`, `--embedding gpu`, `--weights resident`; WSL and \
-             containers may allow little (`ulimit -l`)",
+             containers may allow little",
         ))
     }
 

@@ -7,7 +7,7 @@ use super::Cuda;
 use super::driver::{Address, Argument, Driver};
 use crate::error::Result;
 use crate::kernels::{Columns, PlannedMemory, Untaken};
-use crate::plan::{Pitch, Region, RegionType};
+use crate::plan::{Pitch, Region, RegionId, RegionType};
 
 /// Blocks of the first stage of a sum: a constant, so that sums are the same in every run.
 pub const PARTIALS: usize = 256;
@@ -179,7 +179,8 @@ impl<D: Driver> Memory<D> {
 
     /// The optimizer's buffers begin at zero; all others hold whatever was there.
     pub(super) fn zero_optimizer(&self, driver: &Arc<D>) -> Result<()> {
-        let optimizer = self.free.left().filter(|(_, region)| region.name.starts_with("adapter."));
+        let optimizer =
+            self.free.left().filter(|(_, region)| matches!(region.id, RegionId::Adapter(_)));
         for (start, region) in optimizer {
             driver.zero(self.allocation.address() + start as u64, region.bytes())?;
         }
@@ -196,21 +197,21 @@ impl<D: Driver> Memory<D> {
         (elements > 0).then_some(Buffer { address, elements, dtype, pitch: None, memory })
     }
 
-    pub(super) fn region(&mut self, name: &str) -> Buffer<D> {
-        let (start, Region { elements, dtype, pitch, .. }) = self.free.take(name);
+    pub(super) fn region(&mut self, id: RegionId) -> Buffer<D> {
+        let (start, Region { elements, dtype, pitch, .. }) = self.free.take(id);
         let (address, memory) = (self.allocation.address() + start as u64, self.allocation.clone());
         Buffer { address, elements, dtype, pitch, memory }
     }
 }
 
 impl<D: Driver> PlannedMemory<Cuda<D>> for Memory<D> {
-    fn take(&mut self, name: &str) -> Buffer<D> {
-        self.region(name)
+    fn take(&mut self, id: RegionId) -> Buffer<D> {
+        self.region(id)
     }
 
-    fn take_half(&mut self, name: &str) -> Buffer<D> {
-        let buffer = self.region(name);
-        assert_eq!(buffer.dtype, RegionType::Bf16, "{name} has another element type");
+    fn take_half(&mut self, id: RegionId) -> Buffer<D> {
+        let buffer = self.region(id);
+        assert_eq!(buffer.dtype, RegionType::Bf16, "{id} has another element type");
         buffer
     }
 
@@ -218,7 +219,7 @@ impl<D: Driver> PlannedMemory<Cuda<D>> for Memory<D> {
         self.allocation.bytes()
     }
 
-    fn untaken(&self) -> Vec<&str> {
-        self.free.left().map(|(_, region)| region.name.as_str()).collect()
+    fn untaken(&self) -> Vec<RegionId> {
+        self.free.left().map(|(_, region)| region.id).collect()
     }
 }

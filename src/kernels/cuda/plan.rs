@@ -5,7 +5,8 @@ use std::ops::Range;
 
 use crate::model::spec::{LinearRole, MlpKind, ModelSpec};
 use crate::plan::{
-    Component, MemoryPlan, Pitch, Policy, Ranks, Region, RegionType, Settings, layout, waiting,
+    AdapterRegion, BlockRegion, Component, CudaRegion, HeadRegion, MemoryPlan, Owner, Pitch,
+    Policy, Ranks, Region, RegionId, RegionType, Settings, WorkRegion, layout, waiting,
 };
 
 use super::adapted_mlp;
@@ -25,7 +26,7 @@ pub(super) const UPLOAD_WORDS: usize = 4;
 /// Pinned host memory through which a plan's uploads and tables go.
 pub fn staged_bytes(plan: &MemoryPlan) -> usize {
     let staged = |region: &&Region| {
-        region.component == Component::Uploads || region.component == Component::RotaryTables
+        matches!(region.id.component(), Component::Uploads | Component::RotaryTables)
     };
     let regions = plan.regions.iter().filter(staged);
     let bytes = regions.map(|region| 4 * region.elements.next_multiple_of(UPLOAD_WORDS));
@@ -33,18 +34,14 @@ pub fn staged_bytes(plan: &MemoryPlan) -> usize {
 }
 
 /// Buffers for widened weights; the second one is for what is widened ahead.
-pub(super) const DEQUANTIZED: [&str; 2] = ["cuda.dequantized", "cuda.dequantized.ahead"];
-
-/// Room for the matrices of linears that read the same rows, and for their gradients.
-pub(super) const STACKED_A: &str = "cuda.stacked_a";
-pub(super) const STACKED_GRADIENT: &str = "cuda.stacked_gradient";
-
-/// What the sums of an MLP with adapters take that is not among the buffers of the head.
-pub(super) const MLP_SUMS: &str = "cuda.mlp_sums";
+pub(super) const DEQUANTIZED: [CudaRegion; 2] =
+    [CudaRegion::Dequantized, CudaRegion::DequantizedAhead];
 
 /// Regions that follow each other and are idle while blocks work: those of the head.
 pub(super) fn idle_in_blocks(regions: &[Region]) -> Range<usize> {
-    let idle = |region: &Region| region.name.starts_with("head.") || region.name == MLP_SUMS;
+    let idle = |region: &Region| {
+        matches!(region.id, RegionId::Head(_) | RegionId::Cuda(CudaRegion::MlpSums))
+    };
     let start = regions.iter().position(idle).unwrap_or(0);
     start..start + regions[start..].iter().take_while(|region| idle(region)).count()
 }
@@ -65,53 +62,52 @@ pub fn cuda_layout(
     let room = extends(settings).then_some(&ranks);
     plan.regions.iter_mut().chain(&mut plan.offloaded).for_each(|it| narrow(spec, room, it));
     for region in &mut plan.regions {
-        match region.name.as_str() {
-            "work.attention" => {
+        match region.id {
+            RegionId::Work(WorkRegion::Attention) => {
                 region.elements = WorkLayout::new(spec, settings, attention).elements();
             }
             // The bf16 copies are operands as they are.
-            "work.lora_pair" if settings.bf16_working => region.elements = 0,
-            "work.lora_gradient" if extends(settings) => {
+            RegionId::Work(WorkRegion::LoraPair) if settings.bf16_working => region.elements = 0,
+            RegionId::Work(WorkRegion::LoraGradient) if extends(settings) => {
                 let ranks = TOGETHER.map(|roles| ranks.most(roles));
                 let side_by_side = settings.tokens * ranks.into_iter().max().unwrap_or(0);
                 region.elements = region.elements.max(side_by_side);
             }
+            RegionId::Head(HeadRegion::Logits) => align_rows(spec.vocab_size, region),
             _ => {}
-        }
-        if region.name == "head.logits" {
-            align_rows(spec.vocab_size, region);
         }
     }
     let sums = mlp_sum_elements(spec, settings, &ranks).unwrap_or(0);
     let idle = idle_in_blocks(&plan.regions);
     let room = plan.regions[idle.clone()].iter().map(|region| region.bytes()).sum::<usize>() / 4;
     if sums > room {
-        let sums = Region::new(Component::LogitsChunk, MLP_SUMS, RegionType::F32, sums - room);
+        let id = RegionId::Cuda(CudaRegion::MlpSums);
+        let sums = Region::new(id, RegionType::F32, sums - room);
         plan.regions.insert(idle.end, sums);
     }
-    let mut push = |component, name: &str, dtype, elements| {
-        plan.regions.push(Region::new(component, name, dtype, elements));
+    let mut push = |region, dtype, elements| {
+        plan.regions.push(Region::new(RegionId::Cuda(region), dtype, elements));
     };
     let wide = RegionType::F32;
     let elements = widened_elements(spec, settings, &ranks, stacked.is_some());
-    for name in &DEQUANTIZED[..if settings.widen_ahead { 2 } else { 1 }] {
-        push(Component::DequantizedWeight, name, RegionType::Bf16, elements);
+    for region in &DEQUANTIZED[..if settings.widen_ahead { 2 } else { 1 }] {
+        push(*region, RegionType::Bf16, elements);
     }
     if let Some(elements) = stacked {
-        push(Component::BlockWorkspace, STACKED_A, RegionType::Bf16, elements);
+        push(CudaRegion::StackedA, RegionType::Bf16, elements);
         if settings.training() {
-            push(Component::BlockWorkspace, STACKED_GRADIENT, wide, elements);
+            push(CudaRegion::StackedGradient, wide, elements);
         }
     }
     // Two words for each f64; a loss for each row, and what its tiles add up to.
     let rows = settings.head(spec.vocab_size).rows;
     let loss = 2 * (PARTIALS + 1) + (1 + TILE_STATISTICS) * rows;
-    push(Component::LogitsChunk, "cuda.loss", wide, loss);
+    push(CudaRegion::Loss, wide, loss);
     let chunks = settings.tokens.div_ceil(rows);
     let words = UPLOADS_PER_TOKEN * (settings.tokens + UPLOAD_WORDS * (chunks + 2));
-    push(Component::Uploads, "cuda.uploads", wide, words);
-    let component = Component::LibraryWorkspace;
-    let workspace = Region::new(component, "cuda.workspace", wide, WORKSPACE_BYTES / 4);
+    push(CudaRegion::Uploads, wide, words);
+    let id = RegionId::Cuda(CudaRegion::Workspace);
+    let workspace = Region::new(id, wide, WORKSPACE_BYTES / 4);
     // Where the arena begins: on 256 bytes, as cuBLAS demands of it.
     plan.regions.insert(0, workspace);
     plan
@@ -136,7 +132,7 @@ pub fn waiting_bytes(spec: &ModelSpec, settings: &Settings, policy: Policy) -> u
 /// A region of the CPU's as it is on a GPU: in bf16 but for sums, and with room behind its rows for
 /// adapters of those `ranks`.
 fn narrow(spec: &ModelSpec, ranks: Option<&Ranks>, region: &mut Region) {
-    if !is_wide(&region.name) {
+    if !is_wide(region.id) {
         region.dtype = RegionType::Bf16;
     }
     if let Some(ranks) = ranks {
@@ -189,12 +185,10 @@ fn widened_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks, togeth
 
 /// Gives an operand of products with adapters room behind its rows.
 fn leave_room(spec: &ModelSpec, ranks: &Ranks, region: &mut Region) {
-    let Some((width, products)) = operand_rows(spec, &region.name) else { return };
-    let layer = region.name.strip_prefix("layer.").and_then(|rest| rest.split('.').next());
-    let layer: Option<usize> = layer.and_then(|number| number.parse().ok());
-    let of = |roles: &&[LinearRole]| match layer {
-        Some(layer) => ranks.of(layer, roles),
-        None => ranks.most(roles),
+    let Some((width, products)) = operand_rows(spec, region.id) else { return };
+    let of = |roles: &&[LinearRole]| match region.id {
+        RegionId::Block(Owner::Layer(layer) | Owner::LastTile(layer), _) => ranks.of(layer, roles),
+        _ => ranks.most(roles),
     };
     let rank = products.iter().map(of).max().unwrap_or(0);
     if rank > 0 {
@@ -215,35 +209,45 @@ fn align_rows(width: usize, region: &mut Region) {
 
 /// Width of the rows of a region that such products read, and the linears of each product: their
 /// inputs forward, the gradients of their outputs backward.
-fn operand_rows(spec: &ModelSpec, name: &str) -> Option<(usize, &'static [Product])> {
+fn operand_rows(spec: &ModelSpec, id: RegionId) -> Option<(usize, &'static [Product])> {
     use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
     const PROJECTIONS: Product = &[Q, K, V, Qkv];
     let (d, f) = (spec.hidden_size, spec.intermediate_size);
     let qkv = spec.q_width() + 2 * spec.kv_width();
     let fused = spec.mlp == MlpKind::FusedGated;
-    match name {
-        "work.norm" => Some((d, &[PROJECTIONS, &[Gate], &[Up]])),
-        "work.mlp" if fused => Some((f, &[&[Down]])),
-        "work.mlp" => Some((f, &[&[Down], &[Up]])),
-        "work.mlp_gradient" if fused => None,
-        "work.mlp_gradient" if spec.mlp == MlpKind::Gated => Some((f, &[&[Gate]])),
-        "work.mlp_gradient" => Some((f, &[&[Up]])),
-        _ if fused && name.ends_with(".up") => Some((spec.up_width(), &[&[Up]])),
-        "work.qkv_gradient" => Some((qkv, &[PROJECTIONS])),
-        "work.projected_gradient" => Some((d, &[&[O], &[Down]])),
-        "work.gradient" | "work.tile_gradient" if !spec.post_norms => Some((d, &[&[O], &[Down]])),
-        "work.attention" => None,
-        _ => name.ends_with(".attention").then_some((spec.q_width(), &[&[O]])),
-    }
+    let products: (usize, &[Product]) = match id {
+        RegionId::Block(_, BlockRegion::Attention) => (spec.q_width(), &[&[O]]),
+        RegionId::Block(_, BlockRegion::Up) if fused => (spec.up_width(), &[&[Up]]),
+        RegionId::Work(WorkRegion::Norm) => (d, &[PROJECTIONS, &[Gate], &[Up]]),
+        RegionId::Work(WorkRegion::Mlp) if fused => (f, &[&[Down]]),
+        RegionId::Work(WorkRegion::Mlp) => (f, &[&[Down], &[Up]]),
+        RegionId::Work(WorkRegion::MlpGradient) => match spec.mlp {
+            MlpKind::FusedGated => return None,
+            MlpKind::Gated => (f, &[&[Gate]]),
+            MlpKind::Plain => (f, &[&[Up]]),
+        },
+        RegionId::Work(WorkRegion::QkvGradient) => (qkv, &[PROJECTIONS]),
+        RegionId::Work(WorkRegion::ProjectedGradient) => (d, &[&[O], &[Down]]),
+        RegionId::Work(WorkRegion::Gradient | WorkRegion::TileGradient) if !spec.post_norms => {
+            (d, &[&[O], &[Down]])
+        }
+        _ => return None,
+    };
+    Some(products)
 }
 
 /// Linears that one product computes.
 type Product = &'static [LinearRole];
 
 /// Statistics, tables, sums and the optimizer's state stay f32.
-fn is_wide(name: &str) -> bool {
-    let optimizer = name.starts_with("adapter.") && name != "adapter.working";
-    let statistics = name.ends_with("stats") || name.ends_with(".lse");
-    let work = ["work.attention", "head.sum"].contains(&name);
-    optimizer || statistics || work || name.starts_with("rotary.")
+fn is_wide(id: RegionId) -> bool {
+    match id {
+        RegionId::Adapter(region) => region != AdapterRegion::Working,
+        RegionId::Block(_, region) => region == BlockRegion::Lse,
+        RegionId::Work(region) => matches!(region, WorkRegion::NormStats | WorkRegion::Attention),
+        RegionId::Head(region) => matches!(region, HeadRegion::NormStats | HeadRegion::Sum),
+        RegionId::Rotary(..) | RegionId::QueryScale => true,
+        RegionId::Cache(_) => false,
+        RegionId::Cuda(_) => unreachable!("they come after those of the CPU"),
+    }
 }

@@ -165,7 +165,7 @@ const PLACES: Places = if cfg!(windows) {
     }
 } else {
     Places {
-        cuda: &["lib64"],
+        cuda: &["lib64", "lib", "targets/x86_64-linux/lib"],
         conda: &["lib"],
         packages: &["nvidia/*/lib"],
         prefix: "lib",

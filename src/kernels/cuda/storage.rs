@@ -10,9 +10,7 @@ use super::host::{self, DeviceVector};
 use super::loss::{self, LossSum};
 use super::memory::{Allocation, Buffer, Memory};
 use super::offload::Pinned;
-use super::plan::{
-    DEQUANTIZED, MLP_SUMS, STACKED_A, STACKED_GRADIENT, cuda_layout, idle_in_blocks, staged_bytes,
-};
+use super::plan::{DEQUANTIZED, cuda_layout, idle_in_blocks, staged_bytes};
 use super::staging::Staging;
 use super::together::Stack;
 use super::weight::{self, DeviceWeight};
@@ -22,7 +20,7 @@ use crate::kernels::cpu::FrozenMatrix;
 use crate::kernels::{Storage, StreamedWeights};
 use crate::model::spec::ModelSpec;
 use crate::model::streaming::Streaming;
-use crate::plan::{MemoryPlan, OnHost, Settings, WeightParts};
+use crate::plan::{CudaRegion, MemoryPlan, OnHost, RegionId, Settings, WeightParts};
 
 impl<D: Driver> Storage for Cuda<D> {
     type Buffer = Buffer<D>;
@@ -43,18 +41,25 @@ impl<D: Driver> Storage for Cuda<D> {
         let driver = &self.shared.driver;
         let allocation = Allocation::new(driver, plan.arena_bytes())?;
         let mut memory = Memory::new(allocation, &plan.regions);
-        let workspace = memory.region("cuda.workspace");
+        let workspace = memory.region(RegionId::Cuda(CudaRegion::Workspace));
         driver.set_workspace(workspace.address, workspace.elements * workspace.size())?;
-        let staging = Staging::new(driver, memory.region("cuda.uploads"), staged_bytes(plan))?;
+        let staging = Staging::new(
+            driver,
+            memory.region(RegionId::Cuda(CudaRegion::Uploads)),
+            staged_bytes(plan),
+        )?;
         let mut state = self.state();
         state.staging = Some(staging);
         state.mlp_sums = memory.as_f32(&plan.regions, idle_in_blocks(&plan.regions));
-        let planned = |name: &str| plan.regions.iter().any(|region| region.name == name);
-        let mut take = |name: &str| planned(name).then(|| memory.region(name));
+        let mut take = |region| {
+            let id = RegionId::Cuda(region);
+            plan.region(id).map(|_| memory.region(id))
+        };
         state.ahead = Some(Ahead::new(DEQUANTIZED.into_iter().filter_map(&mut take).collect()));
-        state.stack = take(STACKED_A).map(|a| Stack { a, gradient: take(STACKED_GRADIENT) });
+        let stacked = take(CudaRegion::StackedA);
+        state.stack = stacked.map(|a| Stack { a, gradient: take(CudaRegion::StackedGradient) });
         // Its memory is a part of what the sums have.
-        take(MLP_SUMS);
+        take(CudaRegion::MlpSums);
         drop(state);
         memory.zero_optimizer(driver)?;
         Ok(memory)
@@ -152,7 +157,7 @@ impl<D: Driver> Storage for Cuda<D> {
     }
 
     fn loss_sum(&self, memory: &mut Memory<D>) -> LossSum<D> {
-        LossSum(memory.region("cuda.loss"))
+        LossSum(memory.region(RegionId::Cuda(CudaRegion::Loss)))
     }
 
     fn clear_loss(&self, sum: &mut LossSum<D>) {

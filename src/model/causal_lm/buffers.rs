@@ -6,8 +6,8 @@ use crate::model::block::{
     Attended, GradientBuffers, RotaryBuffers, Saved, SavedMlp, Tile, Workspace,
 };
 use crate::model::spec::ModelSpec;
-use crate::plan::layout::{QUERY_SCALE, kept_tiles, rotary_tables};
-use crate::plan::{Policy, Settings};
+use crate::plan::layout::{kept_tiles, rotary_tables};
+use crate::plan::{BlockRegion, HeadRegion, Owner, Policy, RegionId, Settings, WorkRegion};
 
 /// The arena's regions.
 pub(super) struct Buffers<K: Kernels> {
@@ -61,6 +61,7 @@ impl<K: Kernels> Buffers<K> {
             .collect();
         let cached = if settings.cache_tokens > 0 { spec.num_layers } else { 0 };
         let shared = !training || settings.recomputes();
+        let caches = (0..cached).map(|layer| arena.take(RegionId::Cache(layer))).collect();
         Buffers {
             inputs,
             places,
@@ -68,18 +69,24 @@ impl<K: Kernels> Buffers<K> {
             kept,
             attended,
             attended_places,
-            shared: shared.then(|| saved::<K>(spec, arena, "recompute", ["recompute".to_string()])),
+            shared: shared.then(|| saved::<K>(spec, arena, Owner::Recompute, [Owner::Recompute])),
             work: workspace::<K>(spec, settings, arena),
-            caches: (0..cached).map(|layer| arena.take(&format!("cache.{layer}"))).collect(),
-            head: HeadBuffers {
-                logits: arena.take("head.logits"),
-                input: arena.take("head.input"),
-                norm: arena.take("head.norm"),
-                stats: arena.take("head.norm_stats"),
-                sum: (training && settings.head_on_host).then(|| arena.take("head.sum")),
-                gradient: training.then(|| arena.take("head.gradient")),
-            },
+            caches,
+            head: head_buffers::<K>(settings, arena),
         }
+    }
+}
+
+fn head_buffers<K: Kernels>(settings: &Settings, arena: &mut K::Memory) -> HeadBuffers<K::Buffer> {
+    let training = settings.training();
+    let mut take = |region| arena.take(RegionId::Head(region));
+    HeadBuffers {
+        logits: take(HeadRegion::Logits),
+        input: take(HeadRegion::Input),
+        norm: take(HeadRegion::Norm),
+        stats: take(HeadRegion::NormStats),
+        sum: (training && settings.head_on_host).then(|| take(HeadRegion::Sum)),
+        gradient: training.then(|| take(HeadRegion::Gradient)),
     }
 }
 
@@ -90,17 +97,17 @@ fn inputs<K: Kernels>(
     offload: &Offload<K>,
     arena: &mut K::Memory,
 ) -> (Vec<K::Buffer>, Vec<usize>) {
+    let mut take = |owner| arena.take(RegionId::Block(owner, BlockRegion::Input));
     if !settings.training() {
-        let inputs = vec![arena.take("layer.even.input"), arena.take("layer.odd.input")];
+        let inputs = vec![take(Owner::Even), take(Owner::Odd)];
         return (inputs, (0..=spec.num_layers).map(|layer| layer % 2).collect());
     }
     let [slots, _] = offload.slots();
-    let mut inputs: Vec<_> =
-        (0..slots).map(|slot| arena.take(&format!("offload.slot.{slot}"))).collect();
+    let mut inputs: Vec<_> = (0..slots).map(|slot| take(Owner::Slot(slot))).collect();
     let mut place = |layer: usize| match offload.slot(layer) {
         Some(slot) => slot,
         None => {
-            inputs.push(arena.take(&format!("layer.{layer}.input")));
+            inputs.push(take(Owner::Layer(layer)));
             inputs.len() - 1
         }
     };
@@ -116,8 +123,8 @@ fn kept<K: Kernels>(
     layer: usize,
 ) -> Saved<K::Buffer> {
     let tiles = kept_tiles(settings, layer);
-    let prefixes = tiles.flat_map(|tiles| std::iter::repeat_n(tiles.prefix, tiles.count));
-    saved::<K>(spec, arena, &format!("layer.{layer}"), prefixes)
+    let owners = tiles.flat_map(|tiles| std::iter::repeat_n(tiles.owner, tiles.count));
+    saved::<K>(spec, arena, Owner::Layer(layer), owners)
 }
 
 /// Buffers of what attention makes where a layer makes nothing else to stay, and which is a layer's.
@@ -127,17 +134,16 @@ fn attended<K: Kernels>(
     offload: &Offload<K>,
     arena: &mut K::Memory,
 ) -> (Vec<Attended<K::Buffer>>, Vec<Option<usize>>) {
-    let mut take = |prefix: String| Attended {
-        lse: arena.take(&format!("{prefix}.lse")),
-        attention: arena.take(&format!("{prefix}.attention")),
+    let mut take = |owner| Attended {
+        lse: arena.take(RegionId::Block(owner, BlockRegion::Lse)),
+        attention: arena.take(RegionId::Block(owner, BlockRegion::Attention)),
     };
     let [_, slots] = offload.slots();
-    let mut attended: Vec<_> =
-        (0..slots).map(|slot| take(format!("offload.slot.{slot}"))).collect();
+    let mut attended: Vec<_> = (0..slots).map(|slot| take(Owner::Slot(slot))).collect();
     let mut place = |layer: usize| match settings.policies.get(layer)? {
         Policy::OffloadAttention => offload.slot_of_attention(layer),
         policy => policy.spares_attention().then(|| {
-            attended.push(take(format!("layer.{layer}")));
+            attended.push(take(Owner::Layer(layer)));
             attended.len() - 1
         }),
     };
@@ -145,36 +151,36 @@ fn attended<K: Kernels>(
     (attended, places)
 }
 
-/// Regions under `prefix`; of the MLP one piece for each tile, under its own.
+/// Regions of `owner`; of the MLP one piece for each tile, of its own.
 fn saved<K: Kernels>(
     spec: &ModelSpec,
     arena: &mut K::Memory,
-    prefix: &str,
-    tiles: impl IntoIterator<Item = String>,
+    owner: Owner,
+    tiles: impl IntoIterator<Item = Owner>,
 ) -> Saved<K::Buffer> {
-    let mut take = |name: &str| arena.take(&format!("{prefix}.{name}"));
+    let mut take = |region| arena.take(RegionId::Block(owner, region));
     Saved {
-        qkv: take("qkv"),
-        lse: take("lse"),
-        attention: take("attention"),
-        lora_x: take("attention_lora_x"),
-        projected: spec.post_norms.then(|| take("attention_projected")),
-        middle: take("middle"),
-        mlp: tiles.into_iter().map(|prefix| saved_mlp::<K>(spec, arena, &prefix)).collect(),
+        qkv: take(BlockRegion::Qkv),
+        lse: take(BlockRegion::Lse),
+        attention: take(BlockRegion::Attention),
+        lora_x: take(BlockRegion::AttentionLoraX),
+        projected: spec.post_norms.then(|| take(BlockRegion::AttentionProjected)),
+        middle: take(BlockRegion::Middle),
+        mlp: tiles.into_iter().map(|owner| saved_mlp::<K>(spec, arena, owner)).collect(),
     }
 }
 
 fn saved_mlp<K: Kernels>(
     spec: &ModelSpec,
     arena: &mut K::Memory,
-    prefix: &str,
+    owner: Owner,
 ) -> SavedMlp<K::Buffer> {
-    let mut take = |name: &str| arena.take(&format!("{prefix}.{name}"));
+    let mut take = |region| arena.take(RegionId::Block(owner, region));
     SavedMlp {
-        gate: take("gate"),
-        up: take("up"),
-        lora_x: take("mlp_lora_x"),
-        projected: spec.post_norms.then(|| take("mlp_projected")),
+        gate: take(BlockRegion::Gate),
+        up: take(BlockRegion::Up),
+        lora_x: take(BlockRegion::MlpLoraX),
+        projected: spec.post_norms.then(|| take(BlockRegion::MlpProjected)),
     }
 }
 
@@ -183,30 +189,32 @@ fn workspace<K: Kernels>(
     settings: &Settings,
     arena: &mut K::Memory,
 ) -> Workspace<K::Buffer> {
+    let rotary = RotaryBuffers {
+        tables: rotary_tables(spec).map(|ids| ids.map(|id| arena.take(id))).collect(),
+        query_scale: spec.query_scaling.map(|_| arena.take(RegionId::QueryScale)),
+    };
+    let mut take = |region| arena.take(RegionId::Work(region));
     Workspace {
-        norm: arena.take("work.norm"),
-        norm_stats: arena.take("work.norm_stats"),
-        mlp: arena.take("work.mlp"),
-        lora_pair: arena.take("work.lora_pair"),
-        dropped: settings.lora_dropout.then(|| arena.take("work.dropped")),
-        normed_qkv: spec.qk_norm.then(|| arena.take("work.normed_qkv")),
-        attention: arena.take("work.attention"),
-        rotary: RotaryBuffers {
-            tables: rotary_tables(spec).map(|names| names.map(|name| arena.take(&name))).collect(),
-            query_scale: spec.query_scaling.map(|_| arena.take(QUERY_SCALE)),
-        },
+        norm: take(WorkRegion::Norm),
+        norm_stats: take(WorkRegion::NormStats),
+        mlp: take(WorkRegion::Mlp),
+        lora_pair: take(WorkRegion::LoraPair),
+        dropped: settings.lora_dropout.then(|| take(WorkRegion::Dropped)),
+        normed_qkv: spec.qk_norm.then(|| take(WorkRegion::NormedQkv)),
+        attention: take(WorkRegion::Attention),
+        rotary,
         tile: settings.tiled().then(|| Tile {
             tokens: settings.mlp_tile(),
-            middle: arena.take("work.tile_middle"),
-            gradient: settings.training().then(|| arena.take("work.tile_gradient")),
+            middle: take(WorkRegion::TileMiddle),
+            gradient: settings.training().then(|| take(WorkRegion::TileGradient)),
         }),
         gradients: settings.training().then(|| GradientBuffers {
-            mlp: arena.take("work.mlp_gradient"),
-            stream: arena.take("work.gradient"),
-            norm: arena.take("work.norm_gradient"),
-            projected: spec.post_norms.then(|| arena.take("work.projected_gradient")),
-            qkv: arena.take("work.qkv_gradient"),
-            lora: arena.take("work.lora_gradient"),
+            mlp: take(WorkRegion::MlpGradient),
+            stream: take(WorkRegion::Gradient),
+            norm: take(WorkRegion::NormGradient),
+            projected: spec.post_norms.then(|| take(WorkRegion::ProjectedGradient)),
+            qkv: take(WorkRegion::QkvGradient),
+            lora: take(WorkRegion::LoraGradient),
         }),
     }
 }

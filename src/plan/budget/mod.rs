@@ -5,6 +5,7 @@ mod shortfall;
 
 use clap::ValueEnum;
 
+use crate::byte_size::ByteSize;
 use crate::error::{Error, Result};
 use crate::kernels::cuda::{staged_bytes, waiting_bytes};
 use crate::model::spec::ModelSpec;
@@ -13,6 +14,7 @@ use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::outside::{Outside, WeightParts};
 use crate::plan::region::MemoryPlan;
 use crate::plan::settings::{Pieces, Policy, Settings, SumOrder};
+use crate::plan::strategy::Strategy;
 use crate::plan::weights::{Place, WeightBytes};
 
 /// Share of the free memory that is planned with where no budget is given.
@@ -132,50 +134,10 @@ pub struct Demand<'a> {
 /// What a run does to stay within its memory.
 #[derive(Debug, Clone)]
 pub struct Choice {
-    /// With the policies of all layers, and the sizes of pieces.
+    /// How it runs.
+    pub strategy: Strategy,
+    /// Its sizes, with the policies of all layers and the sizes of pieces.
     pub settings: Settings,
-    /// Whether the blocks' weights are streamed from their file.
-    pub stream: bool,
-    /// What is in the host's memory beside a GPU.
-    pub on_host: OnHost,
-    /// Where all of it comes from.
-    pub(super) candidate: Candidate,
-}
-
-impl Choice {
-    /// What it does, for people.
-    pub fn in_words(&self) -> String {
-        let Candidate { stream, on_host, pieces, .. } = self.candidate;
-        let whose = if self.candidate.kept == 0 { "all" } else { "the others" };
-        let offloads = self.settings.offloaded_in_words();
-        let parts = [
-            Some(self.settings.kept_in_words()),
-            offloads.map(|what| format!("{what} of {whose} offloaded")),
-            stream.then(|| "weights streamed".into()),
-            on_host.in_words().map(Into::into),
-            pieces.tiles.then(|| format!("MLP in tiles of {} tokens", self.settings.mlp_tile())),
-            pieces.logits.then(|| "a quarter of the logits at a time".into()),
-            pieces.one_buffer.then(|| "one buffer for dequantized weights".into()),
-        ];
-        parts.into_iter().flatten().collect::<Vec<_>>().join(", ")
-    }
-}
-
-/// A way to run.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) struct Candidate {
-    /// Blocks that keep their activations: the last ones, which the backward pass meets first.
-    pub kept: usize,
-    /// What all others do.
-    pub others: Policy,
-    /// Those of them, the last ones, that keep the output of attention though their input is offloaded.
-    pub attended: usize,
-    /// Whether the blocks' weights are streamed.
-    pub stream: bool,
-    /// What is in the host's memory beside a GPU.
-    pub on_host: OnHost,
-    /// What is made in smaller pieces than usual.
-    pub pieces: Pieces,
 }
 
 impl Demand<'_> {
@@ -192,7 +154,7 @@ impl Demand<'_> {
         chosen.ok_or_else(|| self.shortfall(limit, self.leanest_of(&candidates)))
     }
 
-    fn choose_of(&self, candidates: &[Candidate], limit: Limit) -> Option<Choice> {
+    fn choose_of(&self, candidates: &[Strategy], limit: Limit) -> Option<Choice> {
         let usable = limit.usable_bytes();
         let as_before = self.in_order(candidates).and_then(|same| self.fitting(&same, usable));
         as_before.or_else(|| self.fitting(candidates, usable)).or_else(|| {
@@ -207,9 +169,9 @@ impl Demand<'_> {
     }
 
     /// Those that add up as the run did before; `None` for one that begins.
-    fn in_order(&self, candidates: &[Candidate]) -> Option<Vec<Candidate>> {
+    fn in_order(&self, candidates: &[Strategy]) -> Option<Vec<Strategy>> {
         let order = self.sum_order?;
-        let same = |c: &&Candidate| self.with(self.settings, **c).sum_order() == order;
+        let same = |c: &&Strategy| self.settings_of(**c).sum_order() == order;
         Some(candidates.iter().filter(same).copied().collect())
     }
 
@@ -222,18 +184,17 @@ impl Demand<'_> {
     }
 
     /// What the host has no room for is no way out: of plans like that, the one that lacks the least.
-    fn leanest_of(&self, candidates: &[Candidate]) -> Candidate {
-        let lacking = |candidate: &Candidate| {
-            self.pinned_for(self.settings, *candidate).saturating_sub(self.pinned_bytes)
-        };
+    fn leanest_of(&self, candidates: &[Strategy]) -> Strategy {
+        let lacking =
+            |candidate: &Strategy| self.pinned_for(*candidate).saturating_sub(self.pinned_bytes);
         let least = candidates.iter().map(lacking).min();
-        let possible: Vec<Candidate> = candidates
+        let possible: Vec<Strategy> = candidates
             .iter()
             .filter(|candidate| Some(lacking(candidate)) == least)
             .copied()
             .collect();
         let ends = ways(&possible).flat_map(|kept| [kept.first(), kept.last()]).flatten().copied();
-        let bytes = |candidate: &Candidate| self.total_bytes(self.settings, *candidate);
+        let bytes = |candidate: &Strategy| self.total_bytes(*candidate);
         ends.min_by_key(bytes).expect("one mode and one policy are allowed")
     }
 
@@ -243,27 +204,25 @@ impl Demand<'_> {
     }
 
     /// Whether a way takes at most `bytes`, and what it pins of the host's memory can be had.
-    pub(super) fn fits(&self, candidate: Candidate, bytes: u64) -> bool {
-        self.can_be_pinned(&candidate) && self.total_bytes(self.settings, candidate) <= bytes
+    pub(super) fn fits(&self, candidate: Strategy, bytes: u64) -> bool {
+        self.can_be_pinned(&candidate) && self.total_bytes(candidate) <= bytes
     }
 
-    fn can_be_pinned(&self, candidate: &Candidate) -> bool {
-        self.pinned_for(self.settings, *candidate) <= self.pinned_bytes
+    fn can_be_pinned(&self, candidate: &Strategy) -> bool {
+        self.pinned_for(*candidate) <= self.pinned_bytes
     }
 
-    fn fitting(&self, candidates: &[Candidate], bytes: u64) -> Option<Choice> {
+    fn fitting(&self, candidates: &[Strategy], bytes: u64) -> Option<Choice> {
         self.fastest(candidates, bytes).map(|candidate| self.choice(candidate))
     }
 
     /// The fastest of `candidates` that takes at most `bytes`; of equally fast ones the first.
-    fn fastest(&self, candidates: &[Candidate], bytes: u64) -> Option<Candidate> {
-        let pace = Pace::new(self, self.settings);
-        let seconds = |candidate: &Candidate| {
-            pace.seconds_per_token(&self.with(self.settings, *candidate), *candidate)
-        };
-        let fits = |candidate: &Candidate| self.fits(*candidate, bytes);
+    fn fastest(&self, candidates: &[Strategy], bytes: u64) -> Option<Strategy> {
+        let pace = Pace::new(self);
+        let seconds = |candidate: &Strategy| pace.seconds_per_token(&self.choice(*candidate));
+        let fits = |candidate: &Strategy| self.fits(*candidate, bytes);
         // Blocks that do not keep may pin more.
-        let candidates: Vec<Candidate> =
+        let candidates: Vec<Strategy> =
             candidates.iter().filter(|candidate| self.can_be_pinned(candidate)).copied().collect();
         // Of each group the first one that fits is found by bisection. That in which all keep is tried
         // apart: it needs no buffers to recompute in, and may take less than the next.
@@ -279,24 +238,24 @@ impl Demand<'_> {
 
     /// Bytes of the host's memory beside a GPU that hold what a run offloads, its embedding and head, and
     /// streamed blocks on their way.
-    pub(super) fn pinned_for(&self, settings: &Settings, candidate: Candidate) -> u64 {
+    pub(super) fn pinned_for(&self, strategy: Strategy) -> u64 {
         if self.place == Place::Host {
             return 0;
         }
-        let layers = self.spec.num_layers - candidate.kept;
-        let offloaded = layers * waiting_bytes(self.spec, settings, candidate.others);
-        let streamed = self.weights.streamed.filter(|_| candidate.stream);
+        let layers = self.spec.num_layers - strategy.kept;
+        let offloaded = layers * waiting_bytes(self.spec, self.settings, strategy.others);
+        let streamed = self.weights.streamed.filter(|_| strategy.stream);
         let blocks = streamed.map_or(0, |streamed| streamed.blocks * streamed.block);
-        offloaded as u64 + blocks + self.weights.on_host(candidate.on_host)
+        offloaded as u64 + blocks + self.weights.on_host(strategy.on_host)
     }
 
-    /// All that a way pins of the host's memory beside a GPU, with what is staged for uploads.
-    pub(super) fn pinned(&self, candidate: Candidate) -> u64 {
+    /// All that a choice pins of the host's memory beside a GPU, with what is staged for uploads.
+    pub(super) fn pinned(&self, choice: &Choice) -> u64 {
         match self.place {
             Place::Host => 0,
             Place::Gpu => {
-                let plan = self.plan(&self.with(self.settings, candidate));
-                self.pinned_for(self.settings, candidate) + staged_bytes(&plan) as u64
+                let staged = staged_bytes(&self.plan(&choice.settings)) as u64;
+                self.pinned_for(choice.strategy) + staged
             }
         }
     }
@@ -314,7 +273,7 @@ impl Demand<'_> {
     }
 
     /// All ways that are allowed; of two that take as long, the simpler one comes first.
-    fn candidates(&self) -> Result<Vec<Candidate>> {
+    fn candidates(&self) -> Result<Vec<Strategy>> {
         let layers = self.spec.num_layers;
         let streams: &[bool] = match (self.mode, self.weights.streamed) {
             (WeightsMode::Resident, _) | (WeightsMode::Auto, None) => &[false],
@@ -327,12 +286,12 @@ impl Demand<'_> {
                     .hint("make one with `nibble quantize` and give it as `--model`"));
             }
         };
-        use Policy::{Attention, Checkpoint, Offload, OffloadAttention};
+        use Policy::{Attention, Checkpoint, Keep, Offload, OffloadAttention};
         const OTHERS: &[Policy] = &[Checkpoint, Attention, OffloadAttention, Offload];
         let (kept, others): (Vec<usize>, &[Policy]) = match self.activations {
             Activations::Auto => ((0..=layers).rev().collect(), OTHERS),
             Activations::Attention => (vec![0], &[Attention]),
-            Activations::Keep => (vec![layers], &[Checkpoint]),
+            Activations::Keep => (vec![layers], &[Keep]),
             Activations::Checkpoint => (vec![0], &[Checkpoint]),
             Activations::Offload => (vec![0], &[Offload]),
             Activations::OffloadAttention => (vec![0], &[OffloadAttention]),
@@ -344,7 +303,7 @@ impl Demand<'_> {
                     streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))
                 {
                     let attended = 0;
-                    let with = |&kept: &usize| Candidate {
+                    let with = |&kept: &usize| Strategy {
                         kept,
                         others,
                         attended,
@@ -354,7 +313,7 @@ impl Demand<'_> {
                     };
                     candidates.extend(kept.iter().map(with));
                     if self.activations == Activations::Auto && others == Offload {
-                        let with = |attended| Candidate { attended, ..with(&0) };
+                        let with = |attended| Strategy { attended, ..with(&0) };
                         candidates.extend((1..=layers).rev().map(with));
                     }
                 }
@@ -363,36 +322,31 @@ impl Demand<'_> {
         Ok(candidates)
     }
 
-    fn choice(&self, candidate: Candidate) -> Choice {
-        let settings = self.with(self.settings, candidate);
-        let Candidate { stream, on_host, .. } = candidate;
-        Choice { settings, stream, on_host, candidate }
+    pub(super) fn choice(&self, strategy: Strategy) -> Choice {
+        Choice { strategy, settings: self.settings_of(strategy) }
     }
 
-    /// `settings` with the policies and pieces of a candidate.
-    pub(super) fn with(&self, settings: &Settings, candidate: Candidate) -> Settings {
-        let policies = policies(self.spec.num_layers, candidate);
-        let head_on_host = candidate.on_host == OnHost::All;
-        let settings = Settings { policies, head_on_host, ..settings.clone() };
-        settings.in_pieces(candidate.pieces)
+    fn settings_of(&self, strategy: Strategy) -> Settings {
+        strategy.applied_to(self.settings, self.spec.num_layers)
     }
 
-    /// The frozen weights of a run with `settings`, where the run computes.
-    fn weight_parts(&self, settings: &Settings, candidate: Candidate) -> WeightParts {
-        let weights = self.weights.without(candidate.on_host);
-        let streamed = weights.streamed.filter(|_| candidate.stream);
-        streamed.map_or(weights.resident, |streamed| streamed.of_pass(settings.tokens))
+    /// The same demand at other sizes.
+    pub(super) fn at<'b>(&'b self, settings: &'b Settings) -> Demand<'b> {
+        Demand { settings, ..self.clone() }
+    }
+
+    /// The frozen weights, where the run computes.
+    fn weight_parts(&self, strategy: Strategy) -> WeightParts {
+        let weights = self.weights.without(strategy.on_host);
+        let streamed = weights.streamed.filter(|_| strategy.stream);
+        streamed.map_or(weights.resident, |streamed| streamed.of_pass(self.settings.tokens))
     }
 
     /// What a run has beside its arena.
     pub fn outside(&self, choice: &Choice) -> Outside {
-        self.outside_of(choice.candidate)
-    }
-
-    fn outside_of(&self, candidate: Candidate) -> Outside {
-        let weights = self.weight_parts(self.settings, candidate);
+        let weights = self.weight_parts(choice.strategy);
         let Demand { place, process_bytes, .. } = *self;
-        Outside { place, process_bytes, weights, pinned_bytes: self.pinned(candidate) }
+        Outside { place, process_bytes, weights, pinned_bytes: self.pinned(choice) }
     }
 
     /// The buffers of a choice.
@@ -401,29 +355,35 @@ impl Demand<'_> {
     }
 
     /// Bytes of everything.
-    pub(super) fn total_bytes(&self, settings: &Settings, candidate: Candidate) -> u64 {
-        let plan = self.plan(&self.with(settings, candidate));
-        let weights = self.weight_parts(settings, candidate).total();
-        plan.arena_bytes() as u64 + weights + self.process_bytes
+    pub(super) fn total_bytes(&self, strategy: Strategy) -> u64 {
+        let plan = self.plan(&self.settings_of(strategy));
+        plan.arena_bytes() as u64 + self.weight_parts(strategy).total() + self.process_bytes
+    }
+
+    /// What a choice does to stay within its memory, for people: the first says what blocks keep.
+    pub fn facts(&self, choice: &Choice) -> Vec<String> {
+        let Choice { strategy: Strategy { stream, on_host, pieces, .. }, settings } = choice;
+        let bytes = ByteSize(self.plan(settings).offloaded_bytes() as u64);
+        let to = if self.place == Place::Gpu { "pinned memory" } else { "a file" };
+        let offloaded = settings.offloaded_in_words();
+        let facts = [
+            Some(settings.kept_in_words()),
+            offloaded.map(|what| format!("{bytes} of {what} offloaded to {to}")),
+            stream.then(|| "weights streamed from their file".into()),
+            on_host.in_words().map(Into::into),
+            settings.tiled().then(|| format!("MLP in tiles of {} tokens", settings.mlp_tile())),
+            pieces.logits.then(|| "a quarter of the logits at a time".into()),
+            pieces.one_buffer.then(|| "one buffer for dequantized weights".into()),
+        ];
+        facts.into_iter().flatten().collect()
     }
 }
 
 /// Groups of candidates that differ only in how many blocks keep their activations, or the output of
 /// attention, most first: each block that keeps is faster and takes more memory.
-fn ways(candidates: &[Candidate]) -> impl Iterator<Item = &[Candidate]> {
-    let way = |c: &Candidate| (c.others, c.stream, c.on_host, c.pieces, c.attended > 0);
+fn ways(candidates: &[Strategy]) -> impl Iterator<Item = &[Strategy]> {
+    let way = |c: &Strategy| (c.others, c.stream, c.on_host, c.pieces, c.attended > 0);
     candidates.chunk_by(move |a, b| way(a) == way(b))
-}
-
-/// The last blocks keep what they can: the backward pass meets them first.
-fn policies(layers: usize, candidate: Candidate) -> Vec<Policy> {
-    let Candidate { kept, others, attended, .. } = candidate;
-    let policy = |behind: usize| match others {
-        _ if behind <= kept => Policy::Keep,
-        Policy::Offload if behind <= kept + attended => Policy::OffloadInput,
-        others => others,
-    };
-    (1..=layers).rev().map(policy).collect()
 }
 
 #[cfg(test)]

@@ -1,6 +1,6 @@
 //! A limit that nothing fits: the nearest settings that would, by the fewest changes.
 
-use super::{Activations, Candidate, Choice, Demand, Limit, WeightsMode};
+use super::{Activations, Choice, Demand, Limit, Strategy, WeightsMode};
 use crate::byte_size::ByteSize;
 use crate::error::Error;
 use crate::plan::cost::Pace;
@@ -30,7 +30,7 @@ const WISHES: [Wish; 5] =
 
 impl Demand<'_> {
     /// `leanest` is the least that was allowed.
-    pub(super) fn shortfall(&self, limit: Limit, leanest: Candidate) -> Error {
+    pub(super) fn shortfall(&self, limit: Limit, leanest: Strategy) -> Error {
         let (error, most) = (self.too_little(limit, leanest), limit.most_bytes());
         if let Some((flags, bytes)) = self.nearest(limit) {
             return error.hint(format_args!("{flags} would need {}", ByteSize(bytes)));
@@ -40,9 +40,9 @@ impl Demand<'_> {
         self.granting(&wishes, settings, |demand| error.hint(demand.shorter_hint(self, most)))
     }
 
-    fn too_little(&self, limit: Limit, leanest: Candidate) -> Error {
-        let need = self.total_bytes(self.settings, leanest);
-        let pinned = self.pinned_for(self.settings, leanest);
+    fn too_little(&self, limit: Limit, leanest: Strategy) -> Error {
+        let need = self.total_bytes(leanest);
+        let pinned = self.pinned_for(leanest);
         let most = limit.most_bytes();
         if need <= most {
             return Error::budget(format_args!(
@@ -80,9 +80,8 @@ impl Demand<'_> {
             let fitting = changes.iter().filter_map(|wishes| {
                 self.granting(wishes, self.settings.clone(), |demand| {
                     let choice = demand.chosen(limit)?;
-                    let pace = Pace::new(demand, demand.settings);
-                    let seconds = pace.seconds_per_token(&choice.settings, choice.candidate);
-                    let need = demand.total_bytes(demand.settings, choice.candidate);
+                    let seconds = Pace::new(demand).seconds_per_token(&choice);
+                    let need = demand.total_bytes(choice.strategy);
                     Some((seconds, self.changed_flags(demand.settings, &choice), need))
                 })
             });
@@ -133,7 +132,7 @@ impl Demand<'_> {
     /// What to type for `choice` of a demand with `settings`, where it is not what this one asks for.
     fn changed_flags(&self, settings: &Settings, choice: &Choice) -> Vec<String> {
         let mut flags = Vec::new();
-        let [activations, weights, embedding] = self.words(choice.candidate);
+        let [activations, weights, embedding] = choice.strategy.flags(self.spec.num_layers);
         let asked = match self.activations {
             Activations::Auto => activations,
             asked => asked.flag(),
@@ -170,19 +169,6 @@ impl Demand<'_> {
         flags
     }
 
-    /// Values of `--activations`, `--weights` and `--embedding` for a candidate.
-    pub(in crate::plan) fn words(&self, candidate: Candidate) -> [&'static str; 3] {
-        let Candidate { kept, others, attended, stream, on_host, .. } = candidate;
-        let activations = match kept {
-            _ if attended > 0 => Activations::Auto,
-            kept if kept == self.spec.num_layers => Activations::Keep,
-            0 => Activations::of_all(others),
-            _ => Activations::Auto,
-        };
-        let weights = if stream { "stream" } else { "resident" };
-        [activations.flag(), weights, on_host.flag()]
-    }
-
     /// With everything allowed: the longest forward pass within `bytes`, then the highest rank, then
     /// what the least plan of all needs. `asked` is what was not.
     fn shorter_hint(&self, asked: &Demand, bytes: u64) -> String {
@@ -208,7 +194,7 @@ impl Demand<'_> {
                 with(format!("{shortest}`--lora-r {rank}` would need {}", ByteSize(need)))
             }
             Err(need) => {
-                let alone = ByteSize(self.outside_of(least).total());
+                let alone = ByteSize(self.outside(&self.choice(least)).total());
                 let rest = with(format!("{shortest}`--lora-r 1`"));
                 format!(
                     "the least that this model can be trained in is {}, {rest}; the frozen weights \
@@ -220,17 +206,14 @@ impl Demand<'_> {
     }
 
     /// What takes the least of this memory, and no more of the host's than there is.
-    fn least(&self) -> Candidate {
+    fn least(&self) -> Strategy {
         let stream = self.weights.streamed.is_some();
         let places = self.embedding_places();
         let streams = [stream, false];
-        let with = |others, stream, on_host| Candidate {
-            kept: 0,
-            others,
-            attended: 0,
-            stream,
+        let with = |others, stream, on_host| Strategy {
             on_host,
             pieces: Pieces::ALL,
+            ..Strategy::uniform(self.spec.num_layers, others, stream)
         };
         let others = [Policy::Offload, Policy::Checkpoint];
         let ways = streams.into_iter().flat_map(|stream| {
@@ -239,27 +222,28 @@ impl Demand<'_> {
             };
             others.into_iter().flat_map(at)
         });
-        let pinned = |way: &Candidate| self.pinned_for(self.settings, *way) <= self.pinned_bytes;
+        let pinned = |way: &Strategy| self.pinned_for(*way) <= self.pinned_bytes;
         let plainest = with(Policy::Checkpoint, false, places[0]);
         ways.into_iter().find(pinned).unwrap_or(plainest)
     }
 
     /// The largest forward pass that fits, and what it needs.
-    fn longest_fit(&self, budget: u64, candidate: Candidate) -> Option<(usize, u64)> {
-        let need = |steps| self.total_bytes(&self.settings.shorter(steps * LENGTH_STEP), candidate);
+    fn longest_fit(&self, budget: u64, strategy: Strategy) -> Option<(usize, u64)> {
+        let need =
+            |steps| self.at(&self.settings.shorter(steps * LENGTH_STEP)).total_bytes(strategy);
         let steps = largest(self.settings.tokens / LENGTH_STEP, |steps| need(steps) <= budget);
         (steps > 0).then(|| (steps * LENGTH_STEP, need(steps)))
     }
 
     /// The highest rank that fits with the shortest forward pass, and what it needs; what the lowest
     /// one needs where none does.
-    fn highest_rank_fit(&self, budget: u64, candidate: Candidate) -> Result<(usize, u64), u64> {
+    fn highest_rank_fit(&self, budget: u64, strategy: Strategy) -> Result<(usize, u64), u64> {
         let mut settings = self.settings.shorter(LENGTH_STEP);
         let mut rank = settings.targets.iter().map(|target| target.r).max().unwrap_or(0) / 2;
-        let mut least = self.total_bytes(&settings, candidate);
+        let mut least = self.at(&settings).total_bytes(strategy);
         while rank > 0 {
             settings.targets.iter_mut().for_each(|target| target.r = target.r.min(rank));
-            least = self.total_bytes(&settings, candidate);
+            least = self.at(&settings).total_bytes(strategy);
             if least <= budget {
                 return Ok((rank, least));
             }

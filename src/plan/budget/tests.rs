@@ -2,9 +2,9 @@ use super::*;
 use crate::adapter::LoraConfig;
 use crate::kernels::cuda::{AttnImplementation, cuda_layout};
 use crate::model::families::spec_from_config;
-use crate::plan::{StreamedBytes, layout};
+use crate::plan::{BlockRegion, Owner, RegionId, StreamedBytes, layout};
 
-const CHECKPOINT: Candidate = Candidate {
+const CHECKPOINT: Strategy = Strategy {
     kept: 0,
     others: Policy::Checkpoint,
     attended: 0,
@@ -64,30 +64,30 @@ fn auto_keeps_as_many_layers_as_fit() {
     // So short that to make attention again costs nothing to speak of.
     let settings = Settings { longest_document: 2, ..settings(&spec, 1024) };
     let demand = demand(&spec, &settings);
-    let of = |kept: usize| Candidate { kept, ..CHECKPOINT };
-    let need = |kept: usize| demand.total_bytes(&settings, of(kept));
+    let of = |kept: usize| Strategy { kept, ..CHECKPOINT };
+    let need = |kept: usize| demand.total_bytes(of(kept));
     for kept in [0, 3, 6] {
         let chosen = demand.choose(Limit::Budget(need(kept))).unwrap();
-        assert_eq!(chosen.candidate, of(kept));
-        assert_eq!(chosen.settings.policies, policies(6, of(kept)));
+        assert_eq!(chosen.strategy, of(kept));
+        assert_eq!(chosen.settings.policies, of(kept).policies(6));
         let bytes = demand.plan(&chosen.settings).arena_bytes() as u64;
         assert_eq!(bytes + (1 << 20) + 100, need(kept));
     }
     // One byte less: offloading the others' inputs pays for no more than they take.
-    let chosen = demand.choose(Limit::Budget(need(3) - 1)).unwrap().candidate;
-    assert!(demand.total_bytes(&settings, chosen) < need(3));
+    let chosen = demand.choose(Limit::Budget(need(3) - 1)).unwrap().strategy;
+    assert!(demand.total_bytes(chosen) < need(3));
     assert!(
         chosen.kept == 2 || chosen.others == Policy::Offload || chosen.pieces != Pieces::NONE,
         "{chosen:?}"
     );
     // A tenth of what is free is left alone, but for the leanest plan.
     let free = |bytes| demand.choose(Limit::Free(bytes));
-    assert_eq!(free(need(3) * 10 / 9 + 10).unwrap().candidate, of(3));
-    assert_ne!(free(need(3)).unwrap().candidate, of(3));
-    let leanest = demand.leanest().unwrap().candidate;
+    assert_eq!(free(need(3) * 10 / 9 + 10).unwrap().strategy, of(3));
+    assert_ne!(free(need(3)).unwrap().strategy, of(3));
+    let leanest = demand.leanest().unwrap().strategy;
     assert_eq!((leanest.kept, leanest.others), (0, Policy::Offload));
-    let least = demand.total_bytes(&settings, leanest);
-    assert_eq!(free(least).unwrap().candidate, leanest);
+    let least = demand.total_bytes(leanest);
+    assert_eq!(free(least).unwrap().strategy, leanest);
     let error = free(least - 1).unwrap_err().to_string();
     assert!(error.contains(" are free: 1 B too little\nhint: "), "{error}");
 }
@@ -105,15 +105,13 @@ fn the_search_finds_what_trying_all_would() {
             for pinned_bytes in [u64::MAX, 1 << 20] {
                 let demand = Demand { place, weights, pinned_bytes, ..demand(&spec, &settings) };
                 let candidates = demand.candidates().unwrap();
-                let need = |candidate: &Candidate| demand.total_bytes(&settings, *candidate);
-                let lacking =
-                    |c: &Candidate| demand.pinned_for(&settings, *c).saturating_sub(pinned_bytes);
+                let need = |candidate: &Strategy| demand.total_bytes(*candidate);
+                let lacking = |c: &Strategy| demand.pinned_for(*c).saturating_sub(pinned_bytes);
                 let leanest = demand.leanest_of(&candidates);
                 let least = candidates.iter().map(|c| (lacking(c), need(c))).min().unwrap();
                 assert_eq!((lacking(&leanest), need(&leanest)), least, "{place:?} {tokens}");
-                let pace = Pace::new(&demand, &settings);
-                let seconds =
-                    |c: &Candidate| pace.seconds_per_token(&demand.with(&settings, *c), *c);
+                let pace = Pace::new(&demand);
+                let seconds = |c: &Strategy| pace.seconds_per_token(&demand.choice(*c));
                 let mut sizes: Vec<u64> = candidates.iter().map(need).collect();
                 sizes.sort_unstable();
                 for bytes in sizes.iter().step_by(1 + sizes.len() / 20) {
@@ -132,19 +130,20 @@ fn attention_over_long_documents_is_kept() {
     let spec = golden();
     let settings = Settings { longest_document: 1024, ..settings(&spec, 1024) };
     let demand = demand(&spec, &settings);
-    let need = |candidate| demand.total_bytes(&settings, candidate);
-    let attended = Candidate { others: Policy::Attention, ..CHECKPOINT };
+    let need = |candidate| demand.total_bytes(candidate);
+    let attended = Strategy { others: Policy::Attention, ..CHECKPOINT };
     assert!(need(CHECKPOINT) < need(attended));
     let chosen = demand.choose(Limit::Budget(need(attended))).unwrap();
-    assert_eq!(chosen.candidate, attended);
+    assert_eq!(chosen.strategy, attended);
     assert_eq!(
-        chosen.in_words(),
+        demand.facts(&chosen).join(", "),
         "0 of 6 blocks keep their activations, 6 the output of attention"
     );
     let plan = demand.plan(&chosen.settings);
-    let elements = |name: &str| plan.regions.iter().find(|it| it.name == name).unwrap().elements;
-    assert_eq!(elements("layer.5.attention"), 1024 * spec.q_width());
-    assert_eq!(elements("recompute.attention"), 0, "each has its own");
+    let elements =
+        |owner| plan.region(RegionId::Block(owner, BlockRegion::Attention)).unwrap().elements;
+    assert_eq!(elements(Owner::Layer(5)), 1024 * spec.q_width());
+    assert_eq!(elements(Owner::Recompute), 0, "each has its own");
 }
 
 #[test]
@@ -163,12 +162,16 @@ fn what_is_offloaded_is_said() {
         demand(&spec, &settings).allowing(Activations::OffloadAttention, WeightsMode::Auto);
     let chosen = offload.choose(Limit::Free(u64::MAX)).unwrap();
     assert_eq!(chosen.settings.policies, [Policy::OffloadAttention; 6]);
-    let words = "0 of 6 blocks keep their activations, inputs and attention of all offloaded";
-    assert_eq!(chosen.in_words(), words);
-    let mixed = Candidate { kept: 2, others: Policy::OffloadAttention, ..CHECKPOINT };
-    let words =
-        "2 of 6 blocks keep their activations, inputs and attention of the others offloaded";
-    assert_eq!(offload.choice(mixed).in_words(), words);
+    let said = |choice: &Choice| {
+        let bytes = ByteSize(offload.plan(&choice.settings).offloaded_bytes() as u64);
+        assert_ne!(bytes, ByteSize(0));
+        (offload.facts(choice), format!("{bytes} of inputs and attention offloaded to a file"))
+    };
+    let (facts, waits) = said(&chosen);
+    assert_eq!(facts, ["0 of 6 blocks keep their activations", &waits]);
+    let mixed = Strategy { kept: 2, others: Policy::OffloadAttention, ..CHECKPOINT };
+    let (facts, waits) = said(&offload.choice(mixed));
+    assert_eq!(facts, ["2 of 6 blocks keep their activations", &waits]);
 }
 
 /// Where all inputs have to wait elsewhere, what is left holds the output of attention.
@@ -180,28 +183,26 @@ fn attention_is_kept_beside_offloaded_inputs() {
         cuda_layout(spec, settings, AttnImplementation::Auto)
     };
     let demand = Demand { layout: &on_gpu, place: Place::Gpu, ..demand(&spec, &settings) };
-    let need = |candidate| demand.total_bytes(&settings, candidate);
-    let offload = Candidate { others: Policy::Offload, ..CHECKPOINT };
-    let attended = |attended| Candidate { attended, ..offload };
+    let need = |candidate| demand.total_bytes(candidate);
+    let offload = Strategy { others: Policy::Offload, ..CHECKPOINT };
+    let attended = |attended| Strategy { attended, ..offload };
     let each = need(attended(3)) - need(attended(2));
     assert_eq!(each, need(attended(2)) - need(attended(1)));
     assert_eq!(need(attended(6)), need(attended(5)), "none shares any more");
     let chosen = demand.choose(Limit::Budget(need(attended(2)) + each / 2)).unwrap();
-    let Candidate { others, attended: kept, .. } = chosen.candidate;
-    assert!(others == Policy::Offload && kept >= 2, "{:?}", chosen.candidate);
+    let Strategy { others, attended: kept, .. } = chosen.strategy;
+    assert!(others == Policy::Offload && kept >= 2, "{:?}", chosen.strategy);
     let policies = &chosen.settings.policies;
     assert!(policies.iter().all(|policy| policy.offloads()), "{policies:?}");
     assert_eq!(chosen.settings.attended(), kept);
-    let words = format!(
-        "0 of 6 blocks keep their activations, {kept} the output of attention, inputs of all \
-         offloaded"
-    );
-    assert!(chosen.in_words().starts_with(&words), "{}", chosen.in_words());
-    assert_eq!(demand.words(chosen.candidate)[0], "auto");
+    let facts = demand.facts(&chosen);
     assert_eq!(
-        demand.pinned_for(&settings, chosen.candidate),
-        demand.pinned_for(&settings, offload)
+        facts[0],
+        format!("0 of 6 blocks keep their activations, {kept} the output of attention")
     );
+    assert!(facts[1].ends_with(" of inputs offloaded to pinned memory"), "{facts:?}");
+    assert_eq!(chosen.strategy.flags(6)[0], "auto");
+    assert_eq!(demand.pinned_for(chosen.strategy), demand.pinned_for(offload));
 }
 
 #[test]
@@ -211,13 +212,13 @@ fn weights_are_streamed_where_that_saves_recomputation() {
     let streamed = Some(StreamedBytes::of_vectors(1 << 20));
     let weights = WeightBytes { resident: codes(50 << 20), streamed, embedding: 0, head: 0 };
     let auto = Demand { weights, ..demand(&spec, &settings) };
-    let keep = Candidate { kept: 6, ..CHECKPOINT };
-    let most = auto.total_bytes(&settings, keep);
-    let choose = |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap().candidate;
+    let keep = Strategy { kept: 6, ..CHECKPOINT };
+    let most = auto.total_bytes(keep);
+    let choose = |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap().strategy;
     assert_eq!(choose(&auto, most), keep);
-    assert_eq!(choose(&auto, most - 1), Candidate { stream: true, ..keep });
+    assert_eq!(choose(&auto, most - 1), Strategy { stream: true, ..keep });
     let stream = auto.allowing(Activations::Auto, WeightsMode::Stream);
-    assert_eq!(choose(&stream, most), Candidate { stream: true, ..keep });
+    assert_eq!(choose(&stream, most), Strategy { stream: true, ..keep });
     let resident = auto.allowing(Activations::Auto, WeightsMode::Resident);
     let error = resident.choose(Limit::Budget(weights.resident.total())).unwrap_err().to_string();
     assert!(error.contains("hint: `--weights stream` would need"), "{error}");
@@ -232,17 +233,17 @@ fn pieces_shrink_where_that_is_enough() {
     let spec = golden();
     let settings = settings(&spec, 4096);
     let keep = demand(&spec, &settings).allowing(Activations::Keep, WeightsMode::Auto);
-    let whole = Candidate { kept: 6, ..CHECKPOINT };
-    let bytes = keep.total_bytes(&settings, whole);
-    assert_eq!(keep.choose(Limit::Budget(bytes)).unwrap().candidate, whole);
+    let whole = Strategy::uniform(6, Policy::Keep, false);
+    let bytes = keep.total_bytes(whole);
+    assert_eq!(keep.choose(Limit::Budget(bytes)).unwrap().strategy, whole);
     let chosen = keep.choose(Limit::Budget(bytes - 1)).unwrap();
     let tiles = Pieces { tiles: true, ..Pieces::NONE };
-    assert_eq!(chosen.candidate, Candidate { pieces: tiles, ..whole });
+    assert_eq!(chosen.strategy, Strategy { pieces: tiles, ..whole });
     assert_eq!((chosen.settings.mlp_tile(), chosen.settings.logit_rows), (1024, 64));
-    assert!(keep.total_bytes(&settings, chosen.candidate) < bytes);
+    assert!(keep.total_bytes(chosen.strategy) < bytes);
     // The user's tile stays.
     let own = Settings { mlp_tile_length: Some(2048), logit_rows: 400, ..settings.clone() };
-    let chosen = keep.with(&own, Candidate { pieces: Pieces::ALL, ..whole });
+    let chosen = keep.at(&own).choice(Strategy { pieces: Pieces::ALL, ..whole }).settings;
     assert_eq!((chosen.mlp_tile(), chosen.logit_rows), (2048, 100));
 }
 
@@ -253,21 +254,21 @@ fn a_plan_over_budget_says_what_would_fit() {
     let auto = demand(&spec, &settings);
     let keep = auto.allowing(Activations::Keep, WeightsMode::Auto);
     let pieces = Pieces { one_buffer: false, ..Pieces::ALL };
-    let least = Candidate { others: Policy::Offload, pieces, ..CHECKPOINT };
+    let least = Strategy { others: Policy::Offload, pieces, ..CHECKPOINT };
     let small = Settings { mlp_tile_length: Some(256), ..settings.clone() };
     let says =
         |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap_err().to_string();
-    let text = says(&keep, auto.total_bytes(&settings, CHECKPOINT));
+    let text = says(&keep, auto.total_bytes(CHECKPOINT));
     assert!(text.contains("`--activations checkpoint` would need"), "{text}");
-    let text = says(&keep, auto.total_bytes(&settings, least));
+    let text = says(&keep, auto.total_bytes(least));
     assert!(text.contains("`--activations offload` would need"), "{text}");
-    let text = says(&auto, auto.total_bytes(&settings, least) - 1);
+    let text = says(&auto, auto.total_bytes(least) - 1);
     assert!(text.contains("hint: `--mlp-tile-length 256` would need"), "{text}");
-    let text = says(&auto, auto.total_bytes(&small, least) - 1);
+    let text = says(&auto, auto.at(&small).total_bytes(least) - 1);
     assert!(text.contains("`--mlp-tile-length 256` with 960 tokens in a forward pass"), "{text}");
     let mut low = small.shorter(64);
     low.targets.iter_mut().for_each(|target| target.r = 4);
-    let fits = auto.total_bytes(&low, least);
+    let fits = auto.at(&low).total_bytes(least);
     for (budget, rank) in [(fits, "`--lora-r 4`"), (fits - 1, "`--lora-r 2`")] {
         let text = says(&auto, budget);
         assert!(text.contains(&format!("64 tokens in a forward pass (`--max-length`) and {rank}")));
@@ -283,7 +284,7 @@ fn a_plan_over_budget_says_what_would_fit() {
     let host = Demand { weights, embedding: EmbeddingPlace::Host, ..auto.clone() };
     assert_eq!(says(&host, 1000), text);
     low.targets.iter_mut().for_each(|target| target.r = 1);
-    let fits = crate::byte_size::ByteSize(auto.total_bytes(&low, least));
+    let fits = crate::byte_size::ByteSize(auto.at(&low).total_bytes(least));
     assert!(
         text.contains(&format!("the least that this model can be trained in is {fits}, ")),
         "{text}"
@@ -297,19 +298,19 @@ fn a_run_that_goes_on_adds_up_as_before_if_it_can() {
     let spec = golden();
     let settings = settings(&spec, 2048);
     let begun = demand(&spec, &settings);
-    let need = |pieces| begun.total_bytes(&settings, Candidate { pieces, ..CHECKPOINT });
+    let need = |pieces| begun.total_bytes(Strategy { pieces, ..CHECKPOINT });
     let tiles = Pieces { tiles: true, ..Pieces::NONE };
     let tight = begun.allowing(Activations::Checkpoint, WeightsMode::Auto);
     let small = tight.choose(Limit::Budget(need(tiles))).unwrap();
-    assert_ne!(small.candidate.pieces, Pieces::NONE);
+    assert_ne!(small.strategy.pieces, Pieces::NONE);
     let order = small.settings.sum_order();
     let goes_on = Demand { sum_order: Some(order), ..begun.clone() };
     for limit in [Limit::Budget(need(tiles)), Limit::Free(u64::MAX)] {
         let choice = goes_on.choose(limit).unwrap();
-        assert_eq!(choice.settings.sum_order(), order, "{:?}", choice.candidate);
+        assert_eq!(choice.settings.sum_order(), order, "{:?}", choice.strategy);
     }
     // All else is free: policies change no sum.
-    assert_eq!(goes_on.choose(Limit::Free(u64::MAX)).unwrap().candidate.kept, 6);
+    assert_eq!(goes_on.choose(Limit::Free(u64::MAX)).unwrap().strategy.kept, 6);
     assert_ne!(begun.choose(Limit::Free(u64::MAX)).unwrap().settings.sum_order(), order);
     // What does not fit any more, or never could be, is given up.
     let whole = begun.choose(Limit::Free(u64::MAX)).unwrap().settings.sum_order();
@@ -325,11 +326,11 @@ fn a_hint_names_what_its_flags_would_take() {
     let settings = settings(&spec, 1024);
     let auto = demand(&spec, &settings);
     let keep = auto.allowing(Activations::Keep, WeightsMode::Auto);
-    let whole = auto.total_bytes(&settings, Candidate { kept: 6, ..CHECKPOINT });
+    let whole = auto.total_bytes(Strategy { kept: 6, ..CHECKPOINT });
     for part in [30, 60, 90] {
         let limit = Limit::Free(whole * part / 100);
         let Ok(granted) = auto.choose(limit) else { continue };
-        let need = crate::byte_size::ByteSize(auto.total_bytes(&settings, granted.candidate));
+        let need = crate::byte_size::ByteSize(auto.total_bytes(granted.strategy));
         let text = keep.choose(limit).unwrap_err().to_string();
         assert!(text.contains("hint: `--activations "), "{text}");
         assert!(text.contains(&format!(" would need {need}")), "{need}: {text}");
@@ -346,18 +347,17 @@ fn what_can_be_pinned_is_tried_whole() {
     };
     let input = (2 * settings.tokens * spec.hidden_size) as u64;
     let plenty = Demand { layout: &on_gpu, place: Place::Gpu, ..demand(&spec, &settings) };
-    let pace = Pace::new(&plenty, &settings);
+    let pace = Pace::new(&plenty);
     let all = plenty.candidates().unwrap();
-    let seconds =
-        |demand: &Demand, c: &Candidate| pace.seconds_per_token(&demand.with(&settings, *c), *c);
+    let seconds = |demand: &Demand, c: &Strategy| pace.seconds_per_token(&demand.choice(*c));
     for inputs in [0, 2, 4] {
         let demand = Demand { pinned_bytes: inputs * input, ..plenty.clone() };
-        let most = demand.total_bytes(&settings, Candidate { kept: 6, ..CHECKPOINT });
+        let most = demand.total_bytes(Strategy { kept: 6, ..CHECKPOINT });
         for budget in (1..=20).map(|part| most * part / 20) {
             let fitting = all.iter().filter(|candidate| demand.fits(**candidate, budget));
             let best = fitting.map(|c| seconds(&demand, c)).min_by(f64::total_cmp);
             let chosen = demand.choose(Limit::Budget(budget));
-            let chosen = chosen.ok().map(|choice| seconds(&demand, &choice.candidate));
+            let chosen = chosen.ok().map(|choice| seconds(&demand, &choice.strategy));
             assert_eq!(chosen, best, "{inputs} inputs, {budget} bytes");
         }
     }
@@ -373,8 +373,8 @@ fn what_can_be_pinned_is_tried_whole() {
 }
 
 /// Bytes of the frozen weights where the run computes.
-fn weights_of(demand: &Demand, candidate: Candidate) -> u64 {
-    demand.outside_of(candidate).weights.total()
+fn weights_of(demand: &Demand, candidate: Strategy) -> u64 {
+    demand.outside(&demand.choice(candidate)).weights.total()
 }
 
 /// With everything allowed on a GPU: what fits one budget fits a larger one, and no slower.
@@ -397,55 +397,55 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
             place: Place::Gpu,
             ..demand(&spec, &settings)
         };
-        let pace = Pace::new(&demand, &settings);
+        let pace = Pace::new(&demand);
         let (mut slowest, mut mixed) = (f64::INFINITY, 0);
         for gib in (4..200).step_by(5) {
             let budget = gib << 30;
             let Ok(choice) = demand.choose(Limit::Budget(budget)) else { continue };
-            assert!(demand.total_bytes(&settings, choice.candidate) <= budget);
-            let seconds = pace.seconds_per_token(&choice.settings, choice.candidate);
+            assert!(demand.total_bytes(choice.strategy) <= budget);
+            let seconds = pace.seconds_per_token(&choice);
             assert!(seconds <= slowest, "{gib} GiB: {seconds:e} after {slowest:e}");
             slowest = seconds;
-            let Candidate { kept, others, .. } = choice.candidate;
+            let Strategy { kept, others, .. } = choice.strategy;
             let offloads = others.offloads();
             mixed += usize::from((1..layers).contains(&kept) && offloads);
         }
         assert!(mixed > 0, "blocks that keep beside blocks that offload");
         // All in memory, nothing recomputed.
         let free = demand.choose(Limit::Free(u64::MAX)).unwrap();
-        assert_eq!(free.candidate, Candidate { kept: layers, ..CHECKPOINT });
-        assert_eq!(slowest, pace.seconds_per_token(&free.settings, free.candidate));
+        assert_eq!(free.strategy, Strategy { kept: layers, ..CHECKPOINT });
+        assert_eq!(slowest, pace.seconds_per_token(&free));
         // Where not all of it fits, the embedding goes first; it costs less than a block.
-        let all = demand.total_bytes(&settings, free.candidate);
+        let all = demand.total_bytes(free.strategy);
         let without = |place| {
             let demand = Demand { embedding: place, ..demand.clone() };
-            demand.choose(Limit::Budget(all - 1)).unwrap().candidate
+            demand.choose(Limit::Budget(all - 1)).unwrap().strategy
         };
-        let keep = Candidate { kept: layers, ..CHECKPOINT };
+        let keep = Strategy { kept: layers, ..CHECKPOINT };
         let chosen = without(EmbeddingPlace::Auto);
-        assert_eq!(chosen, Candidate { on_host: OnHost::Input, ..keep });
+        assert_eq!(chosen, Strategy { on_host: OnHost::Input, ..keep });
         let weights = weights_of(&demand, keep) - weights_of(&demand, chosen);
         assert_eq!(weights, demand.weights.embedding);
         assert_eq!(without(EmbeddingPlace::Gpu).on_host, OnHost::Nothing);
         let host = Demand { embedding: EmbeddingPlace::Host, ..demand.clone() };
         let host = host.choose(Limit::Free(u64::MAX)).unwrap();
-        assert!(host.on_host == OnHost::All && host.settings.head_on_host);
+        assert!(host.strategy.on_host == OnHost::All && host.settings.head_on_host);
         // As much less as embedding and head, but for what a head in tiles works in.
-        let weights = weights_of(&demand, keep) - weights_of(&demand, host.candidate);
+        let weights = weights_of(&demand, keep) - weights_of(&demand, host.strategy);
         assert_eq!(weights, demand.weights.embedding + demand.weights.head);
         let more = demand.plan(&host.settings).arena_bytes() as u64;
-        let less = demand.plan(&demand.with(&settings, keep)).arena_bytes() as u64;
+        let less = demand.plan(&demand.choice(keep).settings).arena_bytes() as u64;
         assert!(more < less + (100 << 20), "{more}, {less}");
         // The host must have room for what is offloaded or streamed.
         let poor = Demand { pinned_bytes: 0, ..demand.clone() };
         match poor.choose(Limit::Budget(24 << 30)) {
-            Ok(Choice { candidate, .. }) => assert_eq!(poor.pinned_for(&settings, candidate), 0),
+            Ok(Choice { strategy, .. }) => assert_eq!(poor.pinned_for(strategy), 0),
             Err(error) => assert!(layers == 80, "{error}"),
         }
-        let streamed = Candidate { stream: true, ..CHECKPOINT };
+        let streamed = Strategy { stream: true, ..CHECKPOINT };
         let block = demand.weights.streamed.unwrap().block;
-        assert_eq!(demand.pinned_for(&settings, streamed), 2 * block);
-        assert!(demand.pinned(streamed) > 2 * block, "uploads are staged, too");
+        assert_eq!(demand.pinned_for(streamed), 2 * block);
+        assert!(demand.pinned(&demand.choice(streamed)) > 2 * block, "uploads are staged, too");
         let poor = poor.allowing(Activations::Offload, WeightsMode::Auto);
         let error = poor.choose(Limit::Budget(200 << 30)).unwrap_err().to_string();
         assert!(error.contains("of pinned memory there, 0 B can be had"), "{error}");
@@ -470,15 +470,15 @@ fn the_nearest_plan_changes_the_least() {
         embedding: EmbeddingPlace::Gpu,
         ..demand(&spec, &settings)
     };
-    let leanest = asked.leanest().unwrap().candidate;
-    let least = asked.total_bytes(&settings, leanest);
+    let leanest = asked.leanest().unwrap().strategy;
+    let least = asked.total_bytes(leanest);
     let says = |bytes| asked.choose(Limit::Budget(bytes)).unwrap_err().to_string();
     let text = says(least - 1);
     assert!(text.contains("hint: `--embedding host-input` would need"), "{text}");
-    let all = Candidate { on_host: OnHost::All, ..leanest };
-    let text = says(asked.total_bytes(&settings, all));
+    let all = Strategy { on_host: OnHost::All, ..leanest };
+    let text = says(asked.total_bytes(all));
     assert!(text.contains("hint: `--embedding host` would need"), "{text}");
-    let text = says(asked.total_bytes(&settings, all) - (64 << 20));
+    let text = says(asked.total_bytes(all) - (64 << 20));
     assert!(text.contains("hint: `--weights stream` would need"), "{text}");
     // One change of several at once comes before the optimizer, which changes the result.
     let text = says(4 << 30);

@@ -6,12 +6,13 @@ use std::num::NonZeroUsize;
 use serde::Serialize;
 
 use crate::byte_size::ByteSize;
-use crate::plan::budget::{Activations, Candidate, Choice, Demand, Limit, WeightsMode};
+use crate::plan::budget::{Activations, Choice, Demand, Limit, WeightsMode};
 use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::moments::Optim;
 use crate::plan::settings::LEAST_LOGIT_ROWS;
 use crate::plan::settings::{Pieces, Policy, Settings, logit_rows};
+use crate::plan::strategy::Strategy;
 
 /// Lengths are multiples of this many tokens.
 const LENGTH_STEP: usize = 64;
@@ -25,18 +26,13 @@ const AS_FAST: f64 = 1.01;
 /// Of a tile of the MLP, at least.
 const LEAST_TILE_TOKENS: usize = 256;
 
-/// A way to run: what happens to activations, and where the weights are.
+/// A way to run, and what fits with it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
-pub struct Way {
-    /// Blocks that keep their activations.
-    pub kept: usize,
-    /// What all others do with theirs, or all of them.
-    pub policy: Policy,
-    /// Blocks of those whose inputs are offloaded that keep the output of attention.
-    pub attended: usize,
-    /// Weights are streamed from their file.
-    pub stream: bool,
-    /// Time of a token over that of the first way, by the rates of `src/plan/cost.rs`.
+pub struct Row {
+    /// How it runs.
+    #[serde(flatten)]
+    pub strategy: Strategy,
+    /// Time of a token over that of the first row, by the rates of `src/plan/cost.rs`.
     pub time: f64,
     /// Bytes at the sizes that were asked for.
     pub bytes: u64,
@@ -61,22 +57,15 @@ pub struct Knob {
 
 /// A plan in numbers, and what to type for it.
 #[derive(Debug, Clone, PartialEq, Serialize)]
-pub struct Plan {
+pub struct PlanSummary {
     /// Flags of `train` and `memory` that lead to it, the limit included: within that `auto` finds the
     /// mix, and the sizes of pieces, again.
     pub flags: String,
     /// What it does, for people.
     pub words: String,
-    /// Blocks that keep their activations.
-    pub kept: usize,
-    /// What the others do.
-    pub others: Policy,
-    /// Blocks of them that keep the output of attention though their input is offloaded.
-    pub attended: usize,
-    /// Weights are streamed from their file.
-    pub stream: bool,
-    /// Where embedding and head are beside a GPU.
-    pub embedding: OnHost,
+    /// How it runs.
+    #[serde(flatten)]
+    pub strategy: Strategy,
     /// Tokens that the MLP works on at a time.
     pub mlp_tile_tokens: usize,
     /// Tokens whose logits exist at a time, of a head on the GPU.
@@ -96,7 +85,7 @@ pub struct Fastest {
     pub accumulation: usize,
     /// How.
     #[serde(flatten)]
-    pub plan: Plan,
+    pub plan: PlanSummary,
     /// Time of a token over that of the plan that was asked for.
     pub time: f64,
 }
@@ -111,10 +100,10 @@ pub struct Fit {
     /// Of the plan: the fastest one that fits, or the leanest one if none does.
     pub bytes: u64,
     /// That plan.
-    pub plan: Plan,
+    pub plan: PlanSummary,
     /// Keeping all or attention, recomputing and offloading, resident and streamed; the plan, if it
     /// is a mix of them.
-    pub ways: Vec<Way>,
+    pub ways: Vec<Row>,
     /// The fastest micro-batch within the budget, where it is clearly faster than the one that was
     /// asked for or that one does not fit.
     pub fastest: Option<Fastest>,
@@ -157,14 +146,14 @@ struct Search<'a> {
     limit: Limit,
     budget: u64,
     /// Of the plan at the asked sizes.
-    plan: Candidate,
+    plan: Strategy,
 }
 
 impl Fit {
     /// Tries `demand` in every way within `limit`; `plan` is what was chosen of it.
     pub fn new(demand: &Demand, asked: Asked, limit: Limit, plan: &Choice) -> Self {
         let budget = limit.usable_bytes();
-        let search = Search { demand, asked, limit, budget, plan: plan.candidate };
+        let search = Search { demand, asked, limit, budget, plan: plan.strategy };
         let plan = search.describe(demand, plan);
         let (bytes, fits) = (plan.bytes, demand.fits(search.plan, limit.most_bytes()));
         let (ways, knobs) = (search.ways(), search.knobs());
@@ -174,9 +163,8 @@ impl Fit {
 }
 
 impl Search<'_> {
-    fn describe(&self, demand: &Demand, choice: &Choice) -> Plan {
-        let Candidate { kept, others, attended, stream, on_host: embedding, .. } = choice.candidate;
-        let [activations, weights, place] = demand.words(choice.candidate);
+    fn describe(&self, demand: &Demand, choice: &Choice) -> PlanSummary {
+        let [activations, weights, place] = choice.strategy.flags(demand.spec.num_layers);
         let mut flags = format!("--activations {activations} --weights {weights}");
         if demand.places_embedding() {
             flags += &format!(" --embedding {place}");
@@ -184,59 +172,52 @@ impl Search<'_> {
         if let Limit::Budget(bytes) = self.limit {
             flags += &format!(" --memory-budget {}", ByteSize(bytes).exact());
         }
-        Plan {
+        PlanSummary {
             flags,
-            words: choice.in_words(),
-            kept,
-            others,
-            attended,
-            stream,
-            embedding,
+            words: demand.facts(choice).join(", "),
+            strategy: choice.strategy,
             mlp_tile_tokens: choice.settings.mlp_tile(),
             logit_rows: choice.settings.logit_rows,
-            bytes: demand.total_bytes(demand.settings, choice.candidate),
-            pinned_bytes: demand.pinned(choice.candidate),
+            bytes: demand.total_bytes(choice.strategy),
+            pinned_bytes: demand.pinned(choice),
         }
     }
 
-    fn ways(&self) -> Vec<Way> {
-        let demand = self.demand;
+    fn ways(&self) -> Vec<Row> {
+        let (demand, layers) = (self.demand, self.demand.spec.num_layers);
         let streams = [false, true].into_iter().filter(|s| !s || demand.weights.streamed.is_some());
         let policies = Activations::UNIFORM.map(|(_, policy)| policy);
-        let uniform =
-            streams.flat_map(|stream| policies.map(|policy| uniform(demand, policy, stream)));
-        let mixed = (1..demand.spec.num_layers).contains(&self.plan.kept) || self.plan.attended > 0;
-        let whole = Candidate { on_host: OnHost::Nothing, pieces: Pieces::NONE, ..self.plan };
-        let mut ways: Vec<Way> =
-            uniform.chain(mixed.then_some(whole)).map(|whole| self.way(whole)).collect();
+        let uniform = streams
+            .flat_map(|stream| policies.map(|policy| Strategy::uniform(layers, policy, stream)));
+        let mixed = (1..layers).contains(&self.plan.kept) || self.plan.attended > 0;
+        let whole = Strategy { on_host: OnHost::Nothing, pieces: Pieces::NONE, ..self.plan };
+        let mut ways: Vec<Row> =
+            uniform.chain(mixed.then_some(whole)).map(|whole| self.row(whole)).collect();
         let first = ways.first().map_or(1.0, |way| way.time);
         ways.iter_mut().for_each(|way| way.time /= first);
         ways
     }
 
     /// In smaller pieces, or with tables on the host, where only these fit.
-    fn way(&self, whole: Candidate) -> Way {
+    fn row(&self, whole: Strategy) -> Row {
         let (demand, Asked { batch, length, .. }) = (self.demand, self.asked);
         let places = demand.embedding_places().iter();
         let mut all_pieces = vec![Pieces::NONE, self.plan.pieces, Pieces::ALL];
         all_pieces.dedup();
-        let all: Vec<Candidate> = all_pieces
+        let all: Vec<Strategy> = all_pieces
             .into_iter()
             .flat_map(|pieces| {
                 let places = places.clone();
-                places.map(move |&on_host| Candidate { pieces, on_host, ..whole })
+                places.map(move |&on_host| Strategy { pieces, on_host, ..whole })
             })
             .collect();
-        // The first candidate that fits.
+        // The first one that fits.
         let fitting = |batch, length| {
             let settings = self.asked.sized(demand, batch, length);
-            let fits = |candidate: &&Candidate| {
-                demand.pinned_for(&settings, **candidate) <= demand.pinned_bytes
-                    && demand.total_bytes(&settings, **candidate) <= self.budget
-            };
-            all.iter().find(fits).copied()
+            let demand = demand.at(&settings);
+            all.iter().find(|strategy| demand.fits(**strategy, self.budget)).copied()
         };
-        let candidate = fitting(batch, length).unwrap_or(all[0]);
+        let strategy = fitting(batch, length).unwrap_or(all[0]);
         let most = demand.spec.learned_positions.unwrap_or(MOST_TOKENS);
         let longest_document = match demand.spec.learned_positions {
             Some(most) if fitting(1, most).is_some() => most,
@@ -245,14 +226,11 @@ impl Search<'_> {
             }
         };
         let longest = self.asked.sized(demand, 1, longest_document);
-        let pinned = |candidate| demand.pinned_for(&longest, candidate);
-        Way {
-            kept: whole.kept,
-            attended: whole.attended,
-            policy: if whole.kept == demand.spec.num_layers { Policy::Keep } else { whole.others },
-            stream: whole.stream,
-            time: self.seconds(demand.settings, candidate),
-            bytes: demand.total_bytes(demand.settings, candidate),
+        let pinned = |strategy| demand.at(&longest).pinned_for(strategy);
+        Row {
+            strategy,
+            time: seconds(demand, strategy),
+            bytes: demand.total_bytes(strategy),
             longest_document,
             pinned_bytes: fitting(1, longest_document.max(1)).map_or(0, pinned),
             largest_batch: largest(MOST_TOKENS / length, |n| fitting(n, length).is_some()),
@@ -261,16 +239,15 @@ impl Search<'_> {
 
     /// Of all numbers of rows that divide those of a step, up to the first that does not fit.
     fn fastest(&self, asked_fits: bool) -> Option<Fastest> {
-        let plan_seconds = self.seconds(self.demand.settings, self.plan);
+        let plan_seconds = seconds(self.demand, self.plan);
         let rows = self.asked.batch * self.asked.accumulation;
         let divisors = (1..=rows).filter(|batch| rows.is_multiple_of(*batch));
         let batches: Vec<Fastest> = divisors
             .map_while(|batch| {
                 let settings = self.asked.sized(self.demand, batch, self.asked.length);
-                let demand = Demand { settings: &settings, ..self.demand.clone() };
+                let demand = self.demand.at(&settings);
                 let choice = demand.within(self.budget)?;
-                let pace = Pace::new(&demand, &settings);
-                let seconds = pace.seconds_per_token(&choice.settings, choice.candidate);
+                let seconds = Pace::new(&demand).seconds_per_token(&choice);
                 let (time, accumulation) = (seconds / plan_seconds, rows / batch);
                 let mut plan = self.describe(&demand, &choice);
                 plan.flags = format!(
@@ -287,30 +264,25 @@ impl Search<'_> {
         (!asked(&best) && (!asked_fits || best.time < CLEARLY_FASTER)).then_some(best)
     }
 
-    fn seconds(&self, settings: &Settings, candidate: Candidate) -> f64 {
-        let chosen = self.demand.with(settings, candidate);
-        Pace::new(self.demand, settings).seconds_per_token(&chosen, candidate)
-    }
-
     fn knobs(&self) -> Vec<Knob> {
         let (demand, plan) = (self.demand, self.plan);
-        let plan_seconds = self.seconds(demand.settings, plan);
-        let knob = |flags: String, settings: &Settings, candidate: Candidate| Knob {
-            flags,
-            bytes: demand.total_bytes(settings, candidate),
-            time: self.seconds(settings, candidate) / plan_seconds,
+        let plan_seconds = seconds(demand, plan);
+        let knob = |flags: String, settings: &Settings, strategy: Strategy| {
+            let demand = demand.at(settings);
+            let time = seconds(&demand, strategy) / plan_seconds;
+            Knob { flags, bytes: demand.total_bytes(strategy), time }
         };
         let same = demand.settings;
         let mut knobs: Vec<Knob> = self.other_policies(knob);
         if demand.weights.streamed.is_some() && demand.mode != WeightsMode::Resident {
             let mode = if plan.stream { "resident" } else { "stream" };
-            let candidate = Candidate { stream: !plan.stream, ..plan };
-            knobs.push(knob(format!("--weights {mode}"), same, candidate));
+            let strategy = Strategy { stream: !plan.stream, ..plan };
+            knobs.push(knob(format!("--weights {mode}"), same, strategy));
         }
         let anywhere = Demand { embedding: EmbeddingPlace::Auto, ..demand.clone() };
         for &on_host in anywhere.embedding_places().iter().filter(|place| **place != plan.on_host) {
             let flags = format!("--embedding {}", on_host.flag());
-            knobs.push(knob(flags, same, Candidate { on_host, ..plan }));
+            knobs.push(knob(flags, same, Strategy { on_host, ..plan }));
         }
         let mut with = |flags: String, settings: Settings| knobs.push(knob(flags, &settings, plan));
         let Asked { batch, length, .. } = self.asked;
@@ -348,7 +320,7 @@ impl Search<'_> {
     }
 
     /// All blocks with one policy, where the plan has another.
-    fn other_policies(&self, knob: impl Fn(String, &Settings, Candidate) -> Knob) -> Vec<Knob> {
+    fn other_policies(&self, knob: impl Fn(String, &Settings, Strategy) -> Knob) -> Vec<Knob> {
         let (demand, plan) = (self.demand, self.plan);
         let planned = |policy| match policy {
             Policy::Keep => plan.kept == demand.spec.num_layers,
@@ -357,23 +329,19 @@ impl Search<'_> {
         let others = Activations::UNIFORM.into_iter().filter(|(_, policy)| !planned(*policy));
         others
             .map(|(activations, policy)| {
-                let candidate = uniform(demand, policy, plan.stream);
-                let Candidate { on_host, pieces, .. } = plan;
-                let candidate = Candidate { on_host, pieces, ..candidate };
-                knob(format!("--activations {}", activations.flag()), demand.settings, candidate)
+                let Strategy { on_host, pieces, stream, .. } = plan;
+                let layers = demand.spec.num_layers;
+                let strategy =
+                    Strategy { on_host, pieces, ..Strategy::uniform(layers, policy, stream) };
+                knob(format!("--activations {}", activations.flag()), demand.settings, strategy)
             })
             .collect()
     }
 }
 
-/// The same policy for all blocks.
-fn uniform(demand: &Demand, policy: Policy, stream: bool) -> Candidate {
-    let (kept, others) = match policy {
-        Policy::Keep => (demand.spec.num_layers, Policy::Checkpoint),
-        others => (0, others),
-    };
-    let (on_host, pieces) = (OnHost::Nothing, Pieces::NONE);
-    Candidate { kept, others, attended: 0, stream, on_host, pieces }
+/// Of a token, about.
+fn seconds(demand: &Demand, strategy: Strategy) -> f64 {
+    Pace::new(demand).seconds_per_token(&demand.choice(strategy))
 }
 
 /// The largest `n` up to `most` that fits; what fits with more fits with less. Sizes are doubled

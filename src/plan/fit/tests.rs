@@ -42,27 +42,32 @@ const ASKED: Asked = Asked { batch: 2, accumulation: 2, length: 512, logits_chun
 #[test]
 fn the_limits_are_the_last_sizes_that_fit() {
     with_demand(|demand| {
-        let keep = uniform(demand, Policy::Keep, false);
-        let budget = demand.total_bytes(demand.settings, keep) + 1000;
+        let keep = Strategy::uniform(6, Policy::Keep, false);
+        let budget = demand.total_bytes(keep) + 1000;
         let plan = demand.choose(Limit::Budget(budget)).unwrap();
         let fit = Fit::new(demand, ASKED, Limit::Budget(budget), &plan);
         assert!(fit.fits && fit.bytes == budget - 1000);
         assert_eq!(fit.ways.len(), 10);
         for way in &fit.ways {
-            let whole = uniform(demand, way.policy, way.stream);
-            let pieces = Candidate { pieces: Pieces::ALL, ..whole };
+            let whole = Strategy::uniform(6, way.strategy.others, way.strategy.stream);
+            let pieces = Strategy { pieces: Pieces::ALL, ..whole };
             let bytes = |batch, length| {
                 let settings = ASKED.sized(demand, batch, length);
-                demand.total_bytes(&settings, whole).min(demand.total_bytes(&settings, pieces))
+                demand
+                    .at(&settings)
+                    .total_bytes(whole)
+                    .min(demand.at(&settings).total_bytes(pieces))
             };
             assert!(bytes(1, way.longest_document) <= budget);
             assert!(bytes(1, way.longest_document + LENGTH_STEP) > budget);
             assert!(bytes(way.largest_batch, 512) <= budget);
             assert!(bytes(way.largest_batch + 1, 512) > budget);
-            assert_eq!(way.bytes, demand.total_bytes(demand.settings, whole));
+            assert_eq!(way.bytes, demand.total_bytes(whole));
         }
         let [first, recomputed, offloaded] = [0, 1, 2].map(|way| &fit.ways[way]);
-        assert!(first.policy == Policy::Keep && !first.stream && first.time == 1.0);
+        assert!(
+            first.strategy.others == Policy::Keep && !first.strategy.stream && first.time == 1.0
+        );
         assert!(recomputed.time > 1.15 && recomputed.time < 1.5, "{recomputed:?}");
         assert!(offloaded.time > recomputed.time, "to a drive");
         assert!(offloaded.bytes < recomputed.bytes && recomputed.bytes < first.bytes);
@@ -99,8 +104,7 @@ fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
             let (_, settings) = asked(batch, 1);
             let demand = Demand { settings: &settings, ..demand.clone() };
             let choice = demand.within(bytes)?;
-            let pace = Pace::new(&demand, &settings);
-            Some(pace.seconds_per_token(&choice.settings, choice.candidate))
+            Some(Pace::new(&demand).seconds_per_token(&choice))
         };
         let limit = Limit::Budget(24 << 30);
         let fastest = |batch, accumulation| {
@@ -111,7 +115,7 @@ fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
         };
         let found = fastest(1, 48).unwrap();
         assert!(found.plan.bytes <= 24 << 30 && found.time < 0.95, "{found:?}");
-        assert!(found.batch > 4 && found.plan.kept > 24, "{found:?}");
+        assert!(found.batch > 4 && found.plan.strategy.kept > 24, "{found:?}");
         assert_eq!(found.batch * found.accumulation, 48);
         let seconds = best(found.batch, 24 << 30).unwrap();
         assert!((seconds / best(1, 24 << 30).unwrap() / found.time - 1.0).abs() < 1e-9);
@@ -139,7 +143,7 @@ fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
 fn every_knob_says_what_it_changes() {
     with_demand(|demand| {
         let plan = demand.choose(Limit::Free(u64::MAX)).unwrap();
-        let bytes = demand.total_bytes(demand.settings, plan.candidate);
+        let bytes = demand.total_bytes(plan.strategy);
         let fit = Fit::new(demand, ASKED, Limit::Budget(bytes), &plan);
         let flags: Vec<&str> = fit.knobs.iter().map(|knob| knob.flags.as_str()).collect();
         let expected = [

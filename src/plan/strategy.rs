@@ -1,0 +1,69 @@
+//! One way to run: what blocks keep, where weights are, and what is made in smaller pieces.
+
+use serde::Serialize;
+
+use super::budget::Activations;
+use super::embedding::OnHost;
+use super::settings::{Pieces, Policy, Settings};
+
+/// A way to run.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+pub struct Strategy {
+    /// Blocks that keep their activations: the last ones, which the backward pass meets first.
+    pub kept: usize,
+    /// What all others do with theirs.
+    pub others: Policy,
+    /// Those of them, the last ones, that keep the output of attention though their input is offloaded.
+    pub attended: usize,
+    /// Whether the blocks' weights are streamed from their file.
+    pub stream: bool,
+    /// What is in the host's memory beside a GPU.
+    #[serde(rename = "embedding")]
+    pub on_host: OnHost,
+    /// What is made in smaller pieces than usual.
+    #[serde(skip)]
+    pub pieces: Pieces,
+}
+
+impl Strategy {
+    /// The same for all of `layers` blocks, with everything else as usual.
+    pub(super) fn uniform(layers: usize, policy: Policy, stream: bool) -> Self {
+        Strategy {
+            kept: if policy == Policy::Keep { layers } else { 0 },
+            others: policy,
+            attended: 0,
+            stream,
+            on_host: OnHost::Nothing,
+            pieces: Pieces::NONE,
+        }
+    }
+
+    /// Of every block. The last ones keep what they can: the backward pass meets them first.
+    pub(super) fn policies(self, layers: usize) -> Vec<Policy> {
+        let policy = |behind: usize| match self.others {
+            _ if behind <= self.kept => Policy::Keep,
+            Policy::Offload if behind <= self.kept + self.attended => Policy::OffloadInput,
+            others => others,
+        };
+        (1..=layers).rev().map(policy).collect()
+    }
+
+    /// `settings` with its policies and pieces, of a model with so many `layers`.
+    pub(super) fn applied_to(self, settings: &Settings, layers: usize) -> Settings {
+        let (policies, head_on_host) = (self.policies(layers), self.on_host == OnHost::All);
+        let settings = Settings { policies, head_on_host, ..settings.clone() };
+        settings.in_pieces(self.pieces)
+    }
+
+    /// The values of `--activations`, `--weights` and `--embedding` that lead to it.
+    pub(super) fn flags(self, layers: usize) -> [&'static str; 3] {
+        let activations = match self.kept {
+            _ if self.attended > 0 => Activations::Auto,
+            kept if kept == layers => Activations::Keep,
+            0 => Activations::of_all(self.others),
+            _ => Activations::Auto,
+        };
+        let weights = if self.stream { "stream" } else { "resident" };
+        [activations.flag(), weights, self.on_host.flag()]
+    }
+}
