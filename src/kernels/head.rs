@@ -1,14 +1,64 @@
-//! Losses and scores under a head whose logits are there all at once.
+//! Losses and scores: of logits that are there, and of a head that makes them.
 
 use rayon::prelude::*;
 
-use super::{Columns, Kernels, LogitShape};
+use super::{Columns, LinearKernels, LogitShape};
 use crate::error::Result;
 
-/// [`Kernels::head_loss`] of its three operations: logits, their gradient in place, and that of x,
+/// The head and its loss.
+pub trait HeadKernels: LinearKernels {
+    /// Adds the sum over rows of `−log softmax(logits)[target]` to `loss`; `logits [rows, V]`, as they
+    /// are before they are capped, become `scale ·` their gradient if there is one to compute.
+    fn cross_entropy(
+        &self,
+        logits: &mut Self::Buffer,
+        targets: &[u32],
+        shape: LogitShape,
+        scale: Option<f32>,
+        loss: &mut Self::LossSum,
+    );
+
+    /// Adds the sum over rows of `−log softmax(x · Wᵀ)[target]` to `loss`, W `[V, in]` the head; with
+    /// `scale`, x `[rows, in]` becomes `scale ·` its gradient. `logits` and `sum` are buffers to
+    /// work in, as the plan has them: for the logits of these rows, or of a tile of the head, and for the
+    /// gradient of x where the head comes in tiles.
+    #[allow(clippy::too_many_arguments)]
+    fn head_loss(
+        &self,
+        head: &Self::Weight,
+        x: &mut Self::Buffer,
+        logits: &mut Self::Buffer,
+        _sum: Option<&mut Self::Buffer>,
+        targets: &[u32],
+        shape: LogitShape,
+        scale: Option<f32>,
+        loss: &mut Self::LossSum,
+    ) {
+        loss_at_once(self, head, x, logits, targets, shape, scale, loss);
+    }
+
+    /// Adds the same losses, and tells of each row whether no logit is larger than its target's.
+    ///
+    /// # Errors
+    /// What went wrong in the operations before.
+    #[allow(clippy::too_many_arguments)]
+    fn head_score(
+        &self,
+        head: &Self::Weight,
+        x: &Self::Buffer,
+        logits: &mut Self::Buffer,
+        targets: &[u32],
+        shape: LogitShape,
+        loss: &mut Self::LossSum,
+    ) -> Result<Vec<bool>> {
+        score_at_once(self, head, x, logits, targets, shape, loss)
+    }
+}
+
+/// [`HeadKernels::head_loss`] of its three operations: logits, their gradient in place, and that of x,
 /// which nobody reads any more.
 #[allow(clippy::too_many_arguments)]
-pub(super) fn loss_at_once<K: Kernels>(
+pub(super) fn loss_at_once<K: HeadKernels>(
     kernels: &K,
     head: &K::Weight,
     x: &mut K::Buffer,
@@ -26,8 +76,8 @@ pub(super) fn loss_at_once<K: Kernels>(
     }
 }
 
-/// [`Kernels::head_score`] of logits that the program sees.
-pub(super) fn score_at_once<K: Kernels>(
+/// [`HeadKernels::head_score`] of logits that the program sees.
+pub(super) fn score_at_once<K: HeadKernels>(
     kernels: &K,
     head: &K::Weight,
     x: &K::Buffer,

@@ -15,7 +15,7 @@ use crate::adapter::{Adapter, LoraTarget};
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
 use crate::kernels::cpu::arena::Buffer;
-use crate::kernels::{Kernels, PlannedMemory};
+use crate::kernels::{Kernels, PlannedMemory, Storage};
 use crate::plan::{AdapterRegion, MemoryPlan, MomentLayout, Optim, RegionId};
 
 /// Which of a pair a tensor is.
@@ -76,7 +76,7 @@ impl Part {
 }
 
 /// All trainable tensors, their gradients and the optimizer's moments, where a backend keeps them.
-pub struct Parameters<K: Kernels = Cpu> {
+pub struct Parameters<K: Storage = Cpu> {
     kernels: K,
     targets: Vec<LoraTarget>,
     tensors: Vec<ParameterTensor>,

@@ -52,7 +52,7 @@ impl<K: Kernels> Session<K> {
     ) -> Result<Self> {
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
-        kernels.check(&spec)?;
+        kernels.check_model(&spec)?;
         let tokenizer = ChatTokenizer::open_for(path, chat_template, adapter)?;
         let given = adapter.is_some();
         let (weights, adapter) = load_weights(&checkpoint, &spec, quantization, adapter)?;

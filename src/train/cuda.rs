@@ -64,7 +64,7 @@ impl<D: Driver> TrainingKernels for Cuda<D> {
         }
         // A launch that was refused is this update's failure, not one of the next pass, which could be
         // made again.
-        self.check()
+        self.take_failure()
     }
 }
 

@@ -18,7 +18,7 @@ use crate::{Gpu, error_in_norm, gpu, model, nf4, settings, shaped};
 /// A model that keeps something on the host, and the bytes that its weights took of the GPU.
 fn keeping(gpu: Gpu, what: OnHost, case: &Case, format: Option<BlockFormat>) -> (Model<Gpu>, u64) {
     let gpu = gpu.keeping_on_host(what);
-    gpu.check(&case.spec()).unwrap();
+    gpu.check_model(&case.spec()).unwrap();
     let adapter = Some("adapter_init");
     let settings = settings(case, adapter, &[Policy::Keep], true);
     let before = gpu.driver().counts().allocated_bytes;
@@ -221,7 +221,7 @@ fn another_number_of_trained_tokens_is_no_other_order() {
 fn an_embedding_that_is_the_head_moves_with_it() {
     let Some(gpu) = gpu() else { return };
     let tied = Case::open("llama_tied_s2").spec();
-    let check = |what| gpu.clone().keeping_on_host(what).check(&tied);
+    let check = |what| gpu.clone().keeping_on_host(what).check_model(&tied);
     assert!(check(OnHost::Nothing).is_ok() && check(OnHost::All).is_ok());
     let error = check(OnHost::Input).unwrap_err().to_string();
     assert!(error.contains("is its head, too") && error.contains("--embedding host"), "{error}");

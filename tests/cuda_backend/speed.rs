@@ -6,7 +6,10 @@ use std::time::Instant;
 
 use nibble::kernels::cpu::FrozenMatrix;
 use nibble::kernels::cuda::driver::Driver;
-use nibble::kernels::{AttentionShape, Columns, Kernels, PlannedMemory, Storage, TokenLayout};
+use nibble::kernels::{
+    AttentionKernels, AttentionShape, Columns, LinearKernels, PlannedMemory, RowKernels, Storage,
+    TokenLayout,
+};
 use nibble::model::Model;
 use nibble::plan::{Policy, RegionType};
 use nibble_quant::{Floats, PackedWeight};

@@ -53,7 +53,7 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     super::note_left_out(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     check_stored(&checkpoint, &spec)?;
-    kernels.check(&spec)?;
+    kernels.check_model(&spec)?;
     let (dataset, tokenizer) = read_data(args, &spec)?;
     let predictions = args
         .predictions

@@ -66,7 +66,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let mut progress = Progress::stderr();
     let mut output = Output::claim(&args.output, &progress)?;
     let base = Base::open(args)?;
-    kernels.check(&base.spec)?;
+    kernels.check_model(&base.spec)?;
     let (adapter, origin) = base.adapter(args, &progress)?;
     let mut data = data::prepare(args, &base, &progress)?;
     let settings = base.settings(args);

@@ -5,11 +5,27 @@
 
 use rayon::prelude::*;
 
+use super::Cpu;
+use super::arena::Buffer;
 use super::simd::{LANES, exp, max, tanh, vectorized};
-use crate::kernels::LogitShape;
+use crate::kernels::{HeadKernels, LogitShape};
+
+impl HeadKernels for Cpu {
+    fn cross_entropy(
+        &self,
+        logits: &mut Buffer<f32>,
+        targets: &[u32],
+        shape: LogitShape,
+        scale: Option<f32>,
+        loss: &mut f64,
+    ) {
+        let logits = &mut logits[..targets.len() * shape.vocab_size];
+        *loss += forward_backward(logits, targets, shape, scale);
+    }
+}
 
 /// Sum of the rows' losses (f64, in row order); with `scale`, logits become gradients.
-pub fn forward_backward(
+fn forward_backward(
     logits: &mut [f32],
     targets: &[u32],
     LogitShape { vocab_size, soft_cap }: LogitShape,

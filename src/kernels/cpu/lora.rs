@@ -6,8 +6,71 @@
 use nibble_quant::product::{LowRank, Matrix, MatrixMut, Precision, WeightRef, gemm, product_row};
 
 use super::arena::Buffer;
-use super::view;
-use crate::kernels::{LoraShape, LoraTerm};
+use super::{Cpu, view, view_mut};
+use crate::kernels::{Columns, LoraKernels, LoraShape, LoraTerm};
+use crate::model::parameters::Parameters;
+
+impl LoraKernels for Cpu {
+    fn load_pair(&self, parameters: &Parameters, index: usize, pair: &mut Buffer<f32>) {
+        parameters.widen_pair(index, pair);
+    }
+
+    fn lora_project(
+        &self,
+        shape: &LoraShape,
+        pair: &Buffer<f32>,
+        x: &Buffer<f32>,
+        (ax, band): (&mut Buffer<f32>, Columns),
+        rows: usize,
+    ) {
+        let x = view(x, Columns::all(shape.in_features), rows);
+        project(shape, pair, x, view_mut(ax, band, rows));
+    }
+
+    fn lora_project_row(
+        &self,
+        shape: &LoraShape,
+        pair: &Buffer<f32>,
+        x: &Buffer<f32>,
+        (ax, band): (&mut Buffer<f32>, Columns),
+    ) {
+        let ax = &mut ax[band.offset..band.offset + band.width];
+        project_row(shape, pair, &x[..shape.in_features], ax);
+    }
+
+    fn lora_backward(
+        &self,
+        shape: &LoraShape,
+        pair: &Buffer<f32>,
+        (dy, band): (&Buffer<f32>, Columns),
+        x: &Buffer<f32>,
+        (ax, ax_band): (&Buffer<f32>, Columns),
+        t: &mut Buffer<f32>,
+        (gradients, offset): (&mut Buffer<f32>, usize),
+        rows: usize,
+    ) {
+        let inputs = BackwardInputs {
+            dy: view(dy, band, rows),
+            x: view(x, Columns::all(shape.in_features), rows),
+            ax: view(ax, ax_band, rows),
+        };
+        let gradients = &mut gradients[offset..offset + shape.elements()];
+        backward(shape, pair, inputs, &mut t[..rows * shape.rank], gradients);
+    }
+
+    fn lora_input_gradient(
+        &self,
+        shape: &LoraShape,
+        pair: &Buffer<f32>,
+        t: &Buffer<f32>,
+        dx: &mut Buffer<f32>,
+        rows: usize,
+    ) {
+        let t = view(t, Columns::all(shape.rank), rows);
+        let dx = view_mut(dx, Columns::all(shape.in_features), rows);
+        input_gradient(shape, pair, t, dx);
+    }
+}
 
 /// A `[R, in]` and B `[out, R]` of a pair.
 fn split<'a>(shape: &LoraShape, pair: &'a [f32]) -> (Matrix<'a>, Matrix<'a>) {
@@ -17,13 +80,13 @@ fn split<'a>(shape: &LoraShape, pair: &'a [f32]) -> (Matrix<'a>, Matrix<'a>) {
 }
 
 /// `ax = x Aᵀ`.
-pub fn project(shape: &LoraShape, pair: &[f32], x: Matrix, ax: MatrixMut) {
+fn project(shape: &LoraShape, pair: &[f32], x: Matrix, ax: MatrixMut) {
     let (a, _) = split(shape, pair);
     gemm(1.0, x, a.transposed(), 0.0, ax, Precision::F32);
 }
 
 /// `ax = x Aᵀ` of one row, A as it lies.
-pub fn project_row(shape: &LoraShape, pair: &[f32], x: &[f32], ax: &mut [f32]) {
+fn project_row(shape: &LoraShape, pair: &[f32], x: &[f32], ax: &mut [f32]) {
     let a = WeightRef::F32(&pair[..shape.a_elements()], [shape.rank, shape.in_features]);
     product_row(x, a, None, 0.0, ax);
 }
@@ -43,17 +106,17 @@ pub fn input_term<'a>(term: &LoraTerm<'a, Buffer<f32>>, rows: usize) -> LowRank<
 }
 
 /// What the gradients are computed from.
-pub struct BackwardInputs<'a> {
+struct BackwardInputs<'a> {
     /// `[T, out]`.
-    pub dy: Matrix<'a>,
+    dy: Matrix<'a>,
     /// `[T, in]`, after dropout.
-    pub x: Matrix<'a>,
+    x: Matrix<'a>,
     /// `[T, R]`.
-    pub ax: Matrix<'a>,
+    ax: Matrix<'a>,
 }
 
 /// `t = s·dy B`, `gA += tᵀ x`, `gB += s·dyᵀ ax`.
-pub fn backward(
+fn backward(
     shape: &LoraShape,
     pair: &[f32],
     inputs: BackwardInputs,
@@ -73,7 +136,7 @@ pub fn backward(
 }
 
 /// `dx = t A`.
-pub fn input_gradient(shape: &LoraShape, pair: &[f32], t: Matrix, dx: MatrixMut) {
+fn input_gradient(shape: &LoraShape, pair: &[f32], t: Matrix, dx: MatrixMut) {
     let (a, _) = split(shape, pair);
     gemm(1.0, t, a, 0.0, dx, Precision::F32);
 }

@@ -5,7 +5,10 @@
 
 use rayon::prelude::*;
 
+use super::Cpu;
+use super::arena::Buffer;
 use super::simd::{exp, sigmoid, tanh, vectorized};
+use crate::kernels::MlpKernels;
 use crate::model::spec::Activation;
 
 /// Elements that one task handles: in and outputs stay in L2.
@@ -16,8 +19,60 @@ const GELU_SCALE: f32 = 0.797_884_6;
 /// Its cubic coefficient.
 const GELU_CUBIC: f32 = 0.044_715;
 
+impl MlpKernels for Cpu {
+    fn mlp_forward(
+        &self,
+        activation: Activation,
+        gate: Option<&Buffer<f32>>,
+        up: &Buffer<f32>,
+        out: &mut Buffer<f32>,
+        elements: usize,
+    ) {
+        let gate = gate.map(|gate| &gate[..elements]);
+        forward(activation, gate, &up[..elements], &mut out[..elements]);
+    }
+
+    fn mlp_backward(
+        &self,
+        activation: Activation,
+        gate: Option<&Buffer<f32>>,
+        up: &Buffer<f32>,
+        d_out: &mut Buffer<f32>,
+        d_up: &mut Buffer<f32>,
+        elements: usize,
+    ) {
+        let gate = gate.map(|gate| &gate[..elements]);
+        let (d_out, d_up) = (&mut d_out[..elements], &mut d_up[..elements]);
+        backward(activation, gate, &up[..elements], d_out, d_up);
+    }
+
+    fn fused_mlp_forward(
+        &self,
+        activation: Activation,
+        gate_up: &Buffer<f32>,
+        out: &mut Buffer<f32>,
+        rows: usize,
+        width: usize,
+    ) {
+        let (gate_up, out) = (&gate_up[..2 * rows * width], &mut out[..rows * width]);
+        fused_forward(activation, gate_up, out, width);
+    }
+
+    fn fused_mlp_backward(
+        &self,
+        activation: Activation,
+        gate_up: &mut Buffer<f32>,
+        d_out: &Buffer<f32>,
+        rows: usize,
+        width: usize,
+    ) {
+        let (gate_up, d_out) = (&mut gate_up[..2 * rows * width], &d_out[..rows * width]);
+        fused_backward(activation, gate_up, d_out, width);
+    }
+}
+
 /// `out = act(gate) ∘ up`, or `act(up)`.
-pub fn forward(activation: Activation, gate: Option<&[f32]>, up: &[f32], out: &mut [f32]) {
+fn forward(activation: Activation, gate: Option<&[f32]>, up: &[f32], out: &mut [f32]) {
     match activation {
         Activation::Silu => forward_with(
             gate,
@@ -44,7 +99,7 @@ pub fn forward(activation: Activation, gate: Option<&[f32]>, up: &[f32], out: &m
 }
 
 /// `d_out` becomes dgate (dup without a gate), `d_up` becomes dup.
-pub fn backward(
+fn backward(
     activation: Activation,
     gate: Option<&[f32]>,
     up: &[f32],
@@ -59,7 +114,7 @@ pub fn backward(
 }
 
 /// `out = act(gate) ∘ up` of rows `[gate | up]` of `2·width`.
-pub fn fused_forward(activation: Activation, gate_up: &[f32], out: &mut [f32], width: usize) {
+fn fused_forward(activation: Activation, gate_up: &[f32], out: &mut [f32], width: usize) {
     let rows = out.par_chunks_exact_mut(width).zip(gate_up.par_chunks_exact(2 * width));
     rows.for_each(|(out, row)| {
         let (gate, up) = row.split_at(width);
@@ -68,7 +123,7 @@ pub fn fused_forward(activation: Activation, gate_up: &[f32], out: &mut [f32], w
 }
 
 /// Rows `[gate | up]` become `[dgate | dup]`.
-pub fn fused_backward(activation: Activation, gate_up: &mut [f32], d_out: &[f32], width: usize) {
+fn fused_backward(activation: Activation, gate_up: &mut [f32], d_out: &[f32], width: usize) {
     match activation {
         Activation::Silu => fused_backward_with(gate_up, d_out, width, value_and_slope_silu),
         Activation::Gelu => fused_backward_with(gate_up, d_out, width, value_and_slope_gelu),

@@ -5,17 +5,20 @@ pub mod arena;
 mod attention;
 mod cross_entropy;
 mod head_norms;
+mod linears;
 mod lora;
 mod mlp;
 mod norm;
-mod operations;
 mod rotary;
+mod rows;
 mod scratch;
 mod simd;
 mod storage;
 mod weight;
 
-use super::Columns;
+use super::{Columns, Kernels};
+use crate::error::Result;
+use crate::model::spec::ModelSpec;
 use nibble_quant::product::{Matrix, MatrixMut, Precision};
 pub use scratch::Scratch;
 pub use weight::FrozenMatrix;
@@ -32,6 +35,12 @@ pub struct Cpu {
     /// are computed in. `x·Aᵀ`, LoRA gradients, all that is no product, and tokens that are generated one
     /// by one are f32.
     pub precision: Precision,
+}
+
+impl Kernels for Cpu {
+    fn check_model(&self, _spec: &ModelSpec) -> Result<()> {
+        Ok(())
+    }
 }
 
 /// Rows `[rows, band]` of a matrix.

@@ -90,28 +90,6 @@ pub(super) fn gradient_tail<D: Driver>(
     if ends { dy.tail(rows, rank) } else { None }
 }
 
-/// `y[:, band] = x · Wᵀ + bias + scale · ax · Bᵀ`, or `+=`.
-pub(super) fn forward<D: Driver>(
-    cuda: &Cuda<D>,
-    (weight, bias): (&DeviceWeight<D>, Option<&DeviceVector<D>>),
-    lora: Option<LoraTerm<Buffer<D>>>,
-    x: &Buffer<D>,
-    (y, band): (&Buffer<D>, Columns),
-    rows: usize,
-    accumulate: bool,
-) {
-    let to = y.band(band, rows);
-    let extended = lora.as_ref().is_some_and(|term| {
-        forward_extended(cuda, weight, term, x, to, rows, beta(accumulate)).is_some()
-    });
-    if !extended {
-        forward_separate(cuda, weight, lora.as_ref(), x, to, rows, beta(accumulate));
-    }
-    if let Some(bias) = bias {
-        add_bias(cuda, bias, to, band.width, rows);
-    }
-}
-
 /// `y += bias` for each row.
 pub(super) fn add_bias<D: Driver>(
     cuda: &Cuda<D>,
@@ -124,8 +102,9 @@ pub(super) fn add_bias<D: Driver>(
         to.argument(), to.stride, bias.argument(), width);
 }
 
-/// In one product; `None`, and nothing done, where there is no room.
-fn forward_extended<D: Driver>(
+/// `y = x · Wᵀ + scale · ax · Bᵀ`, or `+=`, in one product; `None`, and nothing done, where there is
+/// no room.
+pub(super) fn forward_extended<D: Driver>(
     cuda: &Cuda<D>,
     weight: &DeviceWeight<D>,
     LoraTerm { shape, pair, inner: (ax, columns) }: &LoraTerm<Buffer<D>>,
@@ -145,7 +124,8 @@ fn forward_extended<D: Driver>(
     Some(())
 }
 
-fn forward_separate<D: Driver>(
+/// The same in a product for each part, and each panel of a weight.
+pub(super) fn forward_separate<D: Driver>(
     cuda: &Cuda<D>,
     weight: &DeviceWeight<D>,
     lora: Option<&LoraTerm<Buffer<D>>>,
@@ -174,24 +154,8 @@ pub(super) struct LoraInput<'a, D: Driver> {
     pub t: Rows,
 }
 
-/// `dx = dy[:, band] · W + t · A`, or `+=`.
-pub(super) fn backward<D: Driver>(
-    cuda: &Cuda<D>,
-    weight: &DeviceWeight<D>,
-    lora: Option<LoraTerm<Buffer<D>>>,
-    (dy, band): (&Buffer<D>, Columns),
-    dx: &Buffer<D>,
-    rows: usize,
-    accumulate: bool,
-) {
-    let lora = lora.map(|LoraTerm { shape, pair, inner: (t, columns) }| {
-        let tail = gradient_tail((dy, band), rows, shape.rank);
-        LoraInput { shape, pair, t: tail.unwrap_or_else(|| t.band(columns, rows)) }
-    });
-    input_gradient(cuda, weight, lora, dy.band(band, rows), dx, rows, accumulate);
-}
-
-/// The same; the adapter has its part in the product if t is right behind `from`, the rows of dy.
+/// `dx = from · W + t · A`, or `+=`; the adapter has its part in the product if t is right behind `from`,
+/// the rows of dy.
 pub(super) fn input_gradient<D: Driver>(
     cuda: &Cuda<D>,
     weight: &DeviceWeight<D>,
@@ -248,7 +212,7 @@ pub(super) fn copy_columns<D: Driver>(
         from.argument(), from.stride, to.argument(), to.stride, rows, width, scale);
 }
 
-fn beta(accumulate: bool) -> f32 {
+pub(super) fn beta(accumulate: bool) -> f32 {
     if accumulate { 1.0 } else { 0.0 }
 }
 

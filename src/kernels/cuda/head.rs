@@ -1,5 +1,5 @@
-//! Losses a tile of the vocabulary at a time: under a head that is in the host's memory, and where it
-//! is asked which tokens are likeliest.
+//! The loss of logits that are there, and losses a tile of the vocabulary at a time: under a head that is
+//! in the host's memory, and where it is asked which tokens are likeliest.
 //!
 //! ```text
 //! forward   for each tile W_t:  z = x·W_tᵀ;  m, Σ e^{z − m} and the target's z of each row go on
@@ -17,13 +17,74 @@ use std::ops::Range;
 use super::Cuda;
 use super::ahead::Wanted;
 use super::driver::{Argument, Driver};
-use super::elementwise::convert;
 use super::frozen::{STRIDE_ELEMENTS, operand, panel_rows, product, product_in_f32, transposed};
 use super::launch::{FLAT_THREADS, flat, launch, rows as row_grid};
 use super::loss::{LossSum, TILE_STATISTICS, logit_threads};
 use super::memory::{Buffer, Rows};
+use super::rows::convert;
 use super::weight::DeviceWeight;
 use crate::error::Result;
+use crate::kernels::head::loss_at_once;
+use crate::kernels::{HeadKernels, LogitShape};
+
+impl<D: Driver> HeadKernels for Cuda<D> {
+    fn cross_entropy(
+        &self,
+        logits: &mut Buffer<D>,
+        targets: &[u32],
+        LogitShape { vocab_size, soft_cap }: LogitShape,
+        scale: Option<f32>,
+        loss: &mut LossSum<D>,
+    ) {
+        let rows = targets.len();
+        let Some(targets) = self.stage(targets) else { return };
+        let losses = Argument::Pointer(loss.losses(rows));
+        let logits = logits.rows(rows, vocab_size);
+        launch!(self, "cross_entropy_bf16", row_grid(rows), logit_threads(vocab_size);
+            logits.argument(), logits.stride, targets, vocab_size,
+            scale.unwrap_or(0.0), scale.is_some(), soft_cap.unwrap_or(0.0), losses);
+        loss.add_losses(self, rows);
+    }
+
+    fn head_loss(
+        &self,
+        head: &DeviceWeight<D>,
+        x: &mut Buffer<D>,
+        logits: &mut Buffer<D>,
+        sum: Option<&mut Buffer<D>>,
+        targets: &[u32],
+        shape: LogitShape,
+        scale: Option<f32>,
+        loss: &mut LossSum<D>,
+    ) {
+        if !head.on_host {
+            return loss_at_once(self, head, x, logits, targets, shape, scale, loss);
+        }
+        let (gradient, soft_cap) = (scale.zip(sum.as_deref()), shape.soft_cap);
+        loss_in_tiles(self, head, x, logits, (targets, soft_cap), gradient, loss);
+    }
+
+    fn head_score(
+        &self,
+        head: &DeviceWeight<D>,
+        x: &Buffer<D>,
+        logits: &mut Buffer<D>,
+        targets: &[u32],
+        shape: LogitShape,
+        loss: &mut LossSum<D>,
+    ) -> Result<Vec<bool>> {
+        let rows = targets.len();
+        let mut statistics = vec![0f32; TILE_STATISTICS * rows];
+        if let Some(chunk) = Chunk::new(self, head, x, logits, (targets, shape.soft_cap), loss) {
+            chunk.add_losses();
+        }
+        let bytes = bytemuck::cast_slice_mut(&mut statistics);
+        self.download(loss.tile_statistics(rows), bytes)?;
+        // A maximum knows no NaN, a sum does.
+        let likeliest = |row: &[f32]| row[1].is_finite() && row[0] <= row[2];
+        Ok(statistics.chunks_exact(TILE_STATISTICS).map(likeliest).collect())
+    }
+}
 
 /// What a chunk of rows works with.
 struct Chunk<'a, D: Driver> {
@@ -49,7 +110,7 @@ struct Tile {
 }
 
 /// Adds the losses; with `gradient`, a factor on it and where to sum it, x becomes that of x.
-pub(super) fn loss_in_tiles<D: Driver>(
+fn loss_in_tiles<D: Driver>(
     cuda: &Cuda<D>,
     head: &DeviceWeight<D>,
     x: &Buffer<D>,
@@ -68,30 +129,6 @@ pub(super) fn loss_in_tiles<D: Driver>(
         chunk.add_gradient(&tile, scale, sum, 1.0);
     }
     convert(cuda, sum, x, chunk.rows * head.shape[1]);
-}
-
-/// Adds the losses, and tells of each row whether no logit is larger than its target's.
-///
-/// # Errors
-/// What went wrong before.
-pub(super) fn score<D: Driver>(
-    cuda: &Cuda<D>,
-    head: &DeviceWeight<D>,
-    x: &Buffer<D>,
-    logits: &Buffer<D>,
-    targets: (&[u32], Option<f32>),
-    loss: &LossSum<D>,
-) -> Result<Vec<bool>> {
-    let rows = targets.0.len();
-    let mut statistics = vec![0f32; TILE_STATISTICS * rows];
-    if let Some(chunk) = Chunk::new(cuda, head, x, logits, targets, loss) {
-        chunk.add_losses();
-    }
-    let bytes = bytemuck::cast_slice_mut(&mut statistics);
-    cuda.download(loss.tile_statistics(rows), bytes)?;
-    // A maximum knows no NaN, a sum does.
-    let likeliest = |row: &[f32]| row[1].is_finite() && row[0] <= row[2];
-    Ok(statistics.chunks_exact(TILE_STATISTICS).map(likeliest).collect())
 }
 
 impl<'a, D: Driver> Chunk<'a, D> {

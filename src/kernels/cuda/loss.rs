@@ -1,11 +1,10 @@
-//! The loss: cross-entropy of a chunk of logits, and the sum of all chunks.
+//! The sum of the losses of all chunks.
 
 use super::Cuda;
 use super::driver::{Address, Argument, Driver};
-use super::launch::{FLAT_THREADS, launch, partial_sums, rows as row_grid, threads_for};
+use super::launch::{FLAT_THREADS, launch, partial_sums, threads_for};
 use super::memory::{Buffer, PARTIALS};
 use crate::error::Result;
-use crate::kernels::LogitShape;
 
 /// What is kept of a row whose logits come in tiles: their maximum, Σ e^{z − maximum}, the target's.
 pub(super) const TILE_STATISTICS: usize = 3;
@@ -57,22 +56,4 @@ pub(super) fn read<D: Driver>(cuda: &Cuda<D>, sum: &LossSum<D>) -> Result<f64> {
     let mut bytes = [0; 8];
     cuda.download(sum.sum(), &mut bytes)?;
     Ok(f64::from_le_bytes(bytes))
-}
-
-pub(super) fn cross_entropy<D: Driver>(
-    cuda: &Cuda<D>,
-    logits: &Buffer<D>,
-    targets: &[u32],
-    LogitShape { vocab_size, soft_cap }: LogitShape,
-    scale: Option<f32>,
-    loss: &LossSum<D>,
-) {
-    let rows = targets.len();
-    let Some(targets) = cuda.stage(targets) else { return };
-    let losses = Argument::Pointer(loss.losses(rows));
-    let logits = logits.rows(rows, vocab_size);
-    launch!(cuda, "cross_entropy_bf16", row_grid(rows), logit_threads(vocab_size);
-        logits.argument(), logits.stride, targets, vocab_size,
-        scale.unwrap_or(0.0), scale.is_some(), soft_cap.unwrap_or(0.0), losses);
-    loss.add_losses(cuda, rows);
 }

@@ -1,7 +1,7 @@
 //! The CUDA backend: bf16 activations and products, f32 statistics, losses, gradients of the
 //! adapters and optimizer.
 //!
-//! [`Cuda`] turns every operation of [`Kernels`](crate::kernels::Kernels) into launches of the
+//! [`Cuda`] turns every operation of [`Kernels`] into launches of the
 //! kernels in `device/` and cuBLAS products, queued on one stream of a [`Driver`]. Operations do
 //! not wait and do not fail: the first error is kept and reported by whatever waits next (a loss, a
 //! download).
@@ -11,22 +11,23 @@ mod ahead;
 mod attention;
 pub mod devices;
 pub mod driver;
-mod elementwise;
 mod frozen;
 mod functions;
 mod head;
 mod host;
 mod launch;
 pub mod library;
+mod linears;
 mod loss;
 mod low_rank;
 pub mod memory;
+mod mlp;
 mod offload;
-mod operations;
 pub mod optimizer;
 mod plan;
 mod products;
 mod row;
+mod rows;
 pub mod search;
 mod staging;
 mod storage;
@@ -48,6 +49,8 @@ use together::Stack;
 use weight::{DeviceWeight, Tables};
 
 use crate::error::{Error, Result};
+use crate::kernels::Kernels;
+use crate::model::spec::ModelSpec;
 use crate::plan::OnHost;
 
 /// A GPU as a backend. Clones share it; one model at a time works on it.
@@ -57,6 +60,17 @@ pub struct Cuda<D: Driver> {
     /// What a launch of flash attention computes at most.
     launch_flops: u64,
     on_host: OnHost,
+}
+
+impl<D: Driver> Kernels for Cuda<D> {
+    /// cuBLAS chooses a kernel for each shape.
+    const BITS_DEPEND_ON_SHAPE: bool = true;
+    const TAKES_BF16: bool = true;
+
+    fn check_model(&self, spec: &ModelSpec) -> Result<()> {
+        self.attention.check(spec.head_dim)?;
+        self.on_host.check(spec)
+    }
 }
 
 impl<D: Driver> Clone for Cuda<D> {
@@ -154,8 +168,8 @@ impl<D: Driver> Cuda<D> {
         }
     }
 
-    /// The kept error, if there is one.
-    pub(crate) fn check(&self) -> Result<()> {
+    /// The kept error, if there is one; it is told once.
+    pub(crate) fn take_failure(&self) -> Result<()> {
         self.state().failure.take().map_or(Ok(()), Err)
     }
 
@@ -168,7 +182,7 @@ impl<D: Driver> Cuda<D> {
 
     /// Copies bytes from the device after everything that was queued; staging is free again.
     fn download(&self, from: driver::Address, to: &mut [u8]) -> Result<()> {
-        self.check()?;
+        self.take_failure()?;
         self.shared.driver.download(from, to)?;
         if let Some(staging) = &mut self.state().staging {
             staging.reuse();

@@ -3,11 +3,11 @@
 
 use super::Cuda;
 use super::driver::{Address, Argument, Driver};
-use super::frozen::{self, a_of, b_of};
+use super::frozen::{a_of, b_of};
 use super::host::DeviceVector;
 use super::memory::{Buffer, Rows};
 use super::weight::{DeviceWeight, Form};
-use crate::kernels::{Columns, LoraShape, LoraTerm};
+use crate::kernels::{Columns, LinearKernels, LoraShape, LoraTerm};
 
 /// Rows of a matrix that a block multiplies, a warp each.
 const BLOCK_ROWS: usize = 8;
@@ -21,14 +21,14 @@ pub(super) fn forward<D: Driver>(
     (weight, bias): (&DeviceWeight<D>, Option<&DeviceVector<D>>),
     lora: Option<LoraTerm<Buffer<D>>>,
     x: &Buffer<D>,
-    (y, band): (&Buffer<D>, Columns),
+    (y, band): (&mut Buffer<D>, Columns),
     accumulate: bool,
 ) {
     let (kernel, matrix) = match (&weight.form, weight.operand()) {
         (Form::Packed(packed), _) => ("linear_row_4bit", packed.arguments().to_vec()),
         (Form::Dense(_), Some(rows)) => ("linear_row_bf16", vec![rows.argument()]),
         (Form::Dense(_), None) => {
-            return frozen::forward(cuda, (weight, bias), lora, x, (y, band), 1, accumulate);
+            return cuda.linear_forward(weight, bias, lora, x, (y, band), 1, accumulate);
         }
     };
     let added = Added {

@@ -14,7 +14,7 @@ use super::plan::{DEQUANTIZED, cuda_layout, idle_in_blocks, staged_bytes};
 use super::staging::Staging;
 use super::together::Stack;
 use super::weight::{self, DeviceWeight};
-use super::{Cuda, elementwise, stream};
+use super::{Cuda, rows, stream};
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::kernels::{Storage, StreamedWeights};
@@ -144,7 +144,7 @@ impl<D: Driver> Storage for Cuda<D> {
     }
 
     fn round(&self, from: &Buffer<D>, to: &mut Buffer<D>, elements: usize) {
-        elementwise::convert(self, from, to, elements);
+        rows::convert(self, from, to, elements);
     }
 
     fn write_tables<const N: usize>(

@@ -31,7 +31,7 @@ use super::launch::{FLAT_THREADS, columns as columns_grid, row_threads, rows as 
 use super::low_rank::{gradient_of_b, inner_gradient};
 use super::memory::{Buffer, Rows};
 use super::weight::DeviceWeight;
-use crate::kernels::{Columns, Kernels, LoraTerm};
+use crate::kernels::{Columns, LinearKernels, LoraKernels, LoraTerm};
 use crate::model::block::{Linear, LinearAdapter};
 use crate::model::parameters::Parameters;
 
@@ -207,7 +207,7 @@ pub(super) fn forward<D: Driver>(
     parameters: &Parameters<Cuda<D>>,
     linears: &[&Linear<Cuda<D>>],
     x: &Buffer<D>,
-    ys: &[&mut Buffer<D>],
+    ys: &mut [&mut Buffer<D>],
     ax: &Buffer<D>,
     pair: &mut Buffer<D>,
     rows: usize,
@@ -228,15 +228,15 @@ pub(super) fn forward<D: Driver>(
     {
         return true;
     }
+    let last = ys.len() - 1;
     for (position, linear) in linears.iter().enumerate() {
         let shape = linear.adapter.map(|adapter| adapter.shape.scaled(scale));
         let lora = linear.adapter.as_ref().zip(shape.as_ref()).map(|(adapter, shape)| {
             cuda.load_pair(parameters, adapter.index, pair);
             LoraTerm { shape, pair: &*pair, inner: (ax, adapter.columns) }
         });
-        let weight = (&linear.weight, linear.bias.as_ref());
-        let y = &*ys[position.min(ys.len() - 1)];
-        frozen::forward(cuda, weight, lora, x, (y, linear.output), rows, false);
+        let y = (&mut *ys[position.min(last)], linear.output);
+        cuda.linear_forward(&linear.weight, linear.bias.as_ref(), lora, x, y, rows, false);
     }
     true
 }

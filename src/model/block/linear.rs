@@ -1,11 +1,11 @@
 //! A linear of a block: the frozen product, its adapter, and the gradients of A and B.
 
 use super::Pass;
-use crate::kernels::{Columns, DropoutMask, Kernels, LoraShape, LoraTerm};
+use crate::kernels::{Columns, DropoutMask, Kernels, LoraShape, LoraTerm, Storage};
 use crate::model::spec::LinearRole;
 
 /// A linear's frozen weight and its adapter.
-pub struct Linear<K: Kernels> {
+pub struct Linear<K: Storage> {
     /// Its place in the block.
     pub role: LinearRole,
     /// Hugging Face module path: the stream of its dropout mask.

@@ -23,7 +23,8 @@ pub use linear::{Linear, LinearAdapter};
 use super::parameters::Parameters;
 use super::spec::{Activation, LinearRole, MlpKind};
 use crate::kernels::{
-    AttentionShape, HeadNorms, Kernels, NormParameters, PostNorms, RotaryTables, TokenLayout,
+    AttentionShape, HeadNorms, Kernels, NormParameters, PostNorms, RotaryTables, Storage,
+    TokenLayout,
 };
 
 /// A block's frozen parts.
@@ -113,7 +114,7 @@ pub struct SavedMlp<B> {
 }
 
 /// A gated MLP, and what its forward pass kept.
-pub struct GatedMlp<'a, K: Kernels> {
+pub struct GatedMlp<'a, K: Storage> {
     /// Of the gate.
     pub activation: Activation,
     /// `[F, D]`.

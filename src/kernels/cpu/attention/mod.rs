@@ -16,14 +16,99 @@ mod forward;
 use std::ops::Range;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use nibble_quant::product::Matrix;
+use nibble_quant::product::{Matrix, Precision};
 use rayon::prelude::*;
 
+use super::arena::Buffer;
 use super::simd::vectorized;
-use crate::kernels::AttentionShape;
+use super::{Cpu, head_norms, rotary};
+use crate::kernels::{AttentionKernels, AttentionShape, HeadNorms, RotaryTables, TokenLayout};
 use crate::plan::layout::{ATTENTION_KEY_BLOCK, ATTENTION_TILE_ROWS};
-pub use backward::backward;
-pub use forward::{cached, forward};
+use backward::backward;
+use forward::{cached, forward};
+
+impl AttentionKernels for Cpu {
+    fn head_norms(
+        &self,
+        norms: &HeadNorms<Vec<f32>>,
+        shape: &AttentionShape,
+        qkv: &Buffer<f32>,
+        to: &mut Buffer<f32>,
+        rows: usize,
+    ) {
+        let n = rows * shape.qkv_width();
+        head_norms::forward(norms, shape, &qkv[..n], &mut to[..n]);
+    }
+
+    fn head_norms_backward(
+        &self,
+        norms: &HeadNorms<Vec<f32>>,
+        shape: &AttentionShape,
+        qkv: &Buffer<f32>,
+        dqkv: &mut Buffer<f32>,
+        rows: usize,
+    ) {
+        let n = rows * shape.qkv_width();
+        head_norms::backward(norms, shape, &qkv[..n], &mut dqkv[..n]);
+    }
+
+    fn rotary(
+        &self,
+        shape: &AttentionShape,
+        tables: RotaryTables<Buffer<f32>>,
+        qkv: &mut Buffer<f32>,
+        rows: usize,
+        backward: bool,
+    ) {
+        let half = rows * shape.rotary_dim / 2;
+        let qkv = &mut qkv[..rows * shape.qkv_width()];
+        let (cos, sin) = (&tables.cos[..half], &tables.sin[..half]);
+        let query_scale = tables.query_scale.map(|scale| &scale[..rows]);
+        rotary::rotate(shape, (cos, sin), query_scale, qkv, backward);
+    }
+
+    fn attention_forward(
+        &self,
+        shape: &AttentionShape,
+        layout: &TokenLayout,
+        qkv: &Buffer<f32>,
+        o: &mut Buffer<f32>,
+        lse: &mut Buffer<f32>,
+        work: &mut Buffer<f32>,
+    ) {
+        forward((shape, self.precision), layout, qkv, o, lse, work);
+    }
+
+    fn attention_cached(
+        &self,
+        shape: &AttentionShape,
+        qkv: &Buffer<f32>,
+        (cache, past): (&mut Buffer<f32>, usize),
+        rows: usize,
+        o: &mut Buffer<f32>,
+        _lse: &mut Buffer<f32>,
+        work: &mut Buffer<f32>,
+    ) {
+        let qkv = &qkv[..rows * shape.qkv_width()];
+        // As the products of one row are.
+        let precision = if rows == 1 { Precision::F32 } else { self.precision };
+        cached((shape, precision), qkv, (cache, past), o, work);
+    }
+
+    fn attention_backward(
+        &self,
+        shape: &AttentionShape,
+        layout: &TokenLayout,
+        qkv: &Buffer<f32>,
+        o: &Buffer<f32>,
+        lse: &Buffer<f32>,
+        d_o: &Buffer<f32>,
+        dqkv: &mut Buffer<f32>,
+        work: &mut Buffer<f32>,
+    ) {
+        backward((shape, self.precision), layout, qkv, o, lse, d_o, dqkv, work);
+    }
+}
 
 /// A tensor that tasks write disjoint rectangles of.
 struct Shared<'a> {

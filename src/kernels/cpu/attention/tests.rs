@@ -1,9 +1,6 @@
 //! Against sums in f64, with documents longer and shorter than tiles and blocks.
 
-use nibble_quant::product::Precision;
-
 use super::*;
-use crate::kernels::TokenLayout;
 use crate::plan::layout::attention_elements;
 
 const LENGTHS: [usize; 4] = [1, 37, 300, 530];

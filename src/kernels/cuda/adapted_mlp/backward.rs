@@ -3,11 +3,11 @@
 use super::{CHUNK_ROWS, PIECE, aligned, chunk_rows, most_chunks};
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::driver::{Address, Argument, Driver};
-use crate::kernels::cuda::elementwise::activation_code;
 use crate::kernels::cuda::frozen::{self, LoraInput, b_of, gradient_tail};
 use crate::kernels::cuda::launch::{FLAT_THREADS, flat, launch};
 use crate::kernels::cuda::low_rank;
 use crate::kernels::cuda::memory::{Buffer, Rows};
+use crate::kernels::cuda::mlp::activation_code;
 use crate::kernels::cuda::together::Stacked;
 use crate::model::block::{GatedMlp, Linear, LinearAdapter};
 use crate::model::parameters::Parameters;

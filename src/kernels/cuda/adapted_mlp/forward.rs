@@ -3,9 +3,9 @@
 use super::{PIECE, aligned, chunk_rows};
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::driver::{Argument, Driver};
-use crate::kernels::cuda::elementwise::activation_code;
 use crate::kernels::cuda::launch::{FLAT_THREADS, flat, launch};
 use crate::kernels::cuda::memory::{Buffer, Rows};
+use crate::kernels::cuda::mlp::activation_code;
 use crate::model::block::{Linear, LinearAdapter};
 use crate::model::parameters::Parameters;
 use crate::model::spec::Activation;

@@ -4,13 +4,15 @@
 //! `s = q·kᵀ` in f32, softmax, `o = p·v`; backward `dv += pᵀ·do`, `dp = do·vᵀ`,
 //! `ds = p ∘ (dp − δ)`, `dq = ds·k`, `dk += dsᵀ·q`, with dk and dv of the document in f32.
 
-use super::{BLOCK_ROWS, WorkLayout, soft_cap, window};
+use super::{WorkLayout, soft_cap, window};
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::driver::{Address, Argument, Driver, Gemm, Operand, Product};
 use crate::kernels::cuda::launch::{launch, row_threads, rows as row_grid};
 use crate::kernels::cuda::memory::{Buffer, Rows};
 use crate::kernels::{AttentionShape, TokenLayout};
 
+/// Query rows of a block of scores.
+pub(super) const BLOCK_ROWS: usize = 256;
 /// A block of query rows of one document, for the query heads of one key head.
 #[derive(Clone, Copy)]
 pub(super) struct Block {

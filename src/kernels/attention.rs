@@ -1,0 +1,76 @@
+//! Attention, and what happens to q and k before it.
+
+use super::{AttentionShape, HeadNorms, RotaryTables, Storage, TokenLayout};
+
+/// Attention inside documents; rows of `qkv` are `[q | k | v]`, as [`AttentionShape`] says.
+pub trait AttentionKernels: Storage {
+    /// `to = [norm(q) | norm(k) | v]` of the rows of `qkv`, each head of q and k by itself.
+    fn head_norms(
+        &self,
+        norms: &HeadNorms<Self::Vector>,
+        shape: &AttentionShape,
+        qkv: &Self::Buffer,
+        to: &mut Self::Buffer,
+        rows: usize,
+    );
+
+    /// Overwrites the gradients of norm(q) and norm(k) in `dqkv` with those of q and k in `qkv`; no
+    /// gradient for the frozen weights.
+    fn head_norms_backward(
+        &self,
+        norms: &HeadNorms<Self::Vector>,
+        shape: &AttentionShape,
+        qkv: &Self::Buffer,
+        dqkv: &mut Self::Buffer,
+        rows: usize,
+    );
+
+    /// Rotates q and k in place; `backward` turns the other way. The scale of q is its own transpose.
+    fn rotary(
+        &self,
+        shape: &AttentionShape,
+        tables: RotaryTables<Self::Buffer>,
+        qkv: &mut Self::Buffer,
+        rows: usize,
+        backward: bool,
+    );
+
+    /// Causal attention inside each document: `o [T, H·head_dim]` and the log-sum-exp `[T, H]`.
+    fn attention_forward(
+        &self,
+        shape: &AttentionShape,
+        layout: &TokenLayout,
+        qkv: &Self::Buffer,
+        o: &mut Self::Buffer,
+        lse: &mut Self::Buffer,
+        work: &mut Self::Buffer,
+    );
+
+    /// Attention of `rows` new tokens that follow `past` cached ones: appends their k and v to
+    /// `cache` `[capacity, 2·kv]` and writes `o [rows, H·head_dim]`; `lse [rows, H]` is to work in.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_cached(
+        &self,
+        shape: &AttentionShape,
+        qkv: &Self::Buffer,
+        cache: (&mut Self::Buffer, usize),
+        rows: usize,
+        o: &mut Self::Buffer,
+        lse: &mut Self::Buffer,
+        work: &mut Self::Buffer,
+    );
+
+    /// Overwrites `dqkv`; probabilities are recomputed from q, k and the log-sum-exp.
+    #[allow(clippy::too_many_arguments)]
+    fn attention_backward(
+        &self,
+        shape: &AttentionShape,
+        layout: &TokenLayout,
+        qkv: &Self::Buffer,
+        o: &Self::Buffer,
+        lse: &Self::Buffer,
+        d_o: &Self::Buffer,
+        dqkv: &mut Self::Buffer,
+        work: &mut Self::Buffer,
+    );
+}
