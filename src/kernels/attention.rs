@@ -2,6 +2,18 @@
 
 use super::{AttentionShape, HeadNorms, RotaryTables, Storage, TokenLayout};
 
+/// What the gradients of q, k and v are computed from.
+pub struct AttentionInputs<'a, B> {
+    /// As the forward pass read it.
+    pub qkv: &'a B,
+    /// `[T, H·head_dim]`.
+    pub o: &'a B,
+    /// `[T, H]`.
+    pub lse: &'a B,
+    /// The gradient of o, `[T, H·head_dim]`.
+    pub d_o: &'a B,
+}
+
 /// Attention inside documents; rows of `qkv` are `[q | k | v]`, as [`AttentionShape`] says.
 pub trait AttentionKernels: Storage {
     /// `to = [norm(q) | norm(k) | v]` of the rows of `qkv`, each head of q and k by itself.
@@ -61,15 +73,11 @@ pub trait AttentionKernels: Storage {
     );
 
     /// Overwrites `dqkv`; probabilities are recomputed from q, k and the log-sum-exp.
-    #[allow(clippy::too_many_arguments)]
     fn attention_backward(
         &self,
         shape: &AttentionShape,
         layout: &TokenLayout,
-        qkv: &Self::Buffer,
-        o: &Self::Buffer,
-        lse: &Self::Buffer,
-        d_o: &Self::Buffer,
+        inputs: AttentionInputs<Self::Buffer>,
         dqkv: &mut Self::Buffer,
         work: &mut Self::Buffer,
     );

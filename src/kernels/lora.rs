@@ -3,6 +3,16 @@
 use super::{Columns, LoraShape, Storage};
 use crate::model::parameters::Parameters;
 
+/// What the gradients of A and B are computed from.
+pub struct LoraInputs<'a, B> {
+    /// The linear's columns of dy, `[rows, out]`.
+    pub dy: (&'a B, Columns),
+    /// x after dropout, `[rows, in]`.
+    pub x: &'a B,
+    /// The adapter's columns of ax, `[rows, R]`.
+    pub ax: (&'a B, Columns),
+}
+
 /// Low-rank products of one linear's adapter; `pair` is what [`load_pair`](LoraKernels::load_pair) left.
 pub trait LoraKernels: Storage {
     /// Makes `pair` hold target `index`'s A, then B, as the products below read them: it is filled, or,
@@ -34,14 +44,11 @@ pub trait LoraKernels: Storage {
 
     /// With `t = scale · dy[:, band] · B`: `gA += tᵀ x`, `gB += scale · dyᵀ ax`; t is left for
     /// [`linear_backward`](super::LinearKernels::linear_backward). `gradients[offset..]` holds gA, gB.
-    #[allow(clippy::too_many_arguments)]
     fn lora_backward(
         &self,
         shape: &LoraShape,
         pair: &Self::Buffer,
-        dy: (&Self::Buffer, Columns),
-        x: &Self::Buffer,
-        ax: (&Self::Buffer, Columns),
+        inputs: LoraInputs<Self::Buffer>,
         t: &mut Self::Buffer,
         gradients: (&mut Self::Buffer, usize),
         rows: usize,

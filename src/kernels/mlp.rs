@@ -1,8 +1,7 @@
 //! What an MLP does between its linears, and a gated MLP with all of its adapters.
 
 use super::Storage;
-use crate::model::block::{GatedMlp, Linear};
-use crate::model::parameters::Parameters;
+use crate::model::block::{GatedMlp, GatedMlpGradients, SavedMlp};
 use crate::model::spec::Activation;
 
 /// The nonlinearity of the MLP, by itself and with the adapters around it.
@@ -50,48 +49,35 @@ pub trait MlpKernels: Storage {
 
     /// [`mlp_forward`](MlpKernels::mlp_forward) of a gated MLP, to `h` if it is wanted, and
     /// [`lora_project`](super::LoraKernels::lora_project) of the down projection's adapter, into its columns
-    /// of `ax`.
-    /// `false`, and nothing done, where the backend has nothing better than one after the other.
-    #[allow(clippy::too_many_arguments)]
+    /// of `saved.lora_x`. `false`, and nothing done, where the backend has nothing better than one after the
+    /// other.
     fn adapted_mlp_forward(
         &self,
-        _parameters: &Parameters<Self>,
-        _down: &Linear<Self>,
-        _activation: Activation,
-        (_gate, _up): (&Self::Buffer, &Self::Buffer),
+        _mlp: &GatedMlp<Self>,
+        _saved: &mut SavedMlp<Self::Buffer>,
         _h: Option<&mut Self::Buffer>,
-        _ax: &mut Self::Buffer,
-        _rows: usize,
     ) -> bool {
         false
     }
 
     /// Whether [`adapted_mlp_backward`](MlpKernels::adapted_mlp_backward) takes this MLP, so that its
     /// backward pass reads no h.
-    fn adapts_mlp_backward(
-        &self,
-        _parameters: &Parameters<Self>,
-        _mlp: &GatedMlp<Self>,
-        _rows: usize,
-    ) -> bool {
+    fn adapts_mlp_backward(&self, _mlp: &GatedMlp<Self>) -> bool {
         false
     }
 
-    /// The backward pass of a gated MLP whose linears all have adapters: adds to the gradients of those,
-    /// and overwrites `dx`, that of x, which gate and up read, from `dy`, that of what down made. `d_gate`
-    /// and `d_up` are left with the gradients of gate and up, `t` is to work in. `false`, and nothing
-    /// done, where the backend has nothing better than one operation after another.
-    #[allow(clippy::too_many_arguments)]
+    /// The backward pass of a gated MLP whose linears all have adapters, from dy, the gradient of what down
+    /// made: adds to the gradients of the adapters, and overwrites those of the activations. x is what gate
+    /// and up read, `t` is to work in. `false`, and nothing done, where the backend has nothing better than
+    /// one operation after another.
     fn adapted_mlp_backward(
         &self,
-        _parameters: &Parameters<Self>,
         _mlp: &GatedMlp<Self>,
+        _saved: &SavedMlp<Self::Buffer>,
         (_dy, _x): (&Self::Buffer, &Self::Buffer),
-        [_d_gate, _d_up]: [&mut Self::Buffer; 2],
-        _dx: &mut Self::Buffer,
+        _to: GatedMlpGradients<Self::Buffer>,
+        _lora_gradients: &mut Self::Buffer,
         _t: &mut Self::Buffer,
-        _gradients: &mut Self::Buffer,
-        _rows: usize,
     ) -> bool {
         false
     }

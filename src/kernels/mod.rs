@@ -18,10 +18,10 @@ mod shapes;
 
 use crate::error::Result;
 use crate::model::spec::ModelSpec;
-pub use attention::AttentionKernels;
-pub use head::HeadKernels;
-pub use linears::LinearKernels;
-pub use lora::LoraKernels;
+pub use attention::{AttentionInputs, AttentionKernels};
+pub use head::{HeadChunk, HeadKernels};
+pub use linears::{LinearKernels, LinearTerms};
+pub use lora::{LoraInputs, LoraKernels};
 pub use memory::{PlannedMemory, Residency, Storage, StreamedWeights, Untaken};
 pub use mlp::MlpKernels;
 pub use rows::RowKernels;

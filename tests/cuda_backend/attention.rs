@@ -2,7 +2,7 @@
 
 use nibble::kernels::cpu::Cpu;
 use nibble::kernels::cuda::{AttnImplementation, cuda_layout};
-use nibble::kernels::{AttentionShape, Kernels, PlannedMemory, TokenLayout};
+use nibble::kernels::{AttentionInputs, AttentionShape, Kernels, PlannedMemory, TokenLayout};
 use nibble::model::spec::ModelSpec;
 use nibble::plan::{MemoryPlan, Policy, RegionType, Settings};
 use nibble::random::Stream;
@@ -80,7 +80,8 @@ fn run<K: Kernels>(
     fill("qkv", tokens * shape.qkv_width(), 1.5, &mut qkv);
     fill("d_o", tokens * shape.q_width(), 1.0, &mut d_o);
     kernels.attention_forward(shape, &layout, &qkv, &mut o, &mut lse, &mut work);
-    kernels.attention_backward(shape, &layout, &qkv, &o, &lse, &d_o, &mut dqkv, &mut work);
+    let inputs = AttentionInputs { qkv: &qkv, o: &o, lse: &lse, d_o: &d_o };
+    kernels.attention_backward(shape, &layout, inputs, &mut dqkv, &mut work);
     let values = |buffer, elements| kernels.values(buffer, 0..elements).unwrap().into_owned();
     [
         values(&o, tokens * shape.q_width()),

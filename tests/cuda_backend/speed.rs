@@ -7,8 +7,8 @@ use std::time::Instant;
 use nibble::kernels::cpu::FrozenMatrix;
 use nibble::kernels::cuda::driver::Driver;
 use nibble::kernels::{
-    AttentionKernels, AttentionShape, Columns, LinearKernels, PlannedMemory, RowKernels, Storage,
-    TokenLayout,
+    AttentionInputs, AttentionKernels, AttentionShape, Columns, LinearKernels, LinearTerms,
+    PlannedMemory, RowKernels, Storage, TokenLayout,
 };
 use nibble::model::Model;
 use nibble::plan::{Policy, RegionType};
@@ -71,7 +71,7 @@ fn matrices(gpu: &Gpu, [rows, columns]: [usize; 2], calls: usize) -> [f64; 3] {
     let mut launches = gpu.driver().record(|| {
         for weight in &weights {
             let y = (&mut y, Columns::all(rows));
-            gpu.linear_forward(weight, None, None, &x, y, 1, false);
+            gpu.linear_forward(LinearTerms::of(weight), &x, y, 1, false);
         }
     });
     launches.retain(|work| work.name() == "dequantize_4bit");
@@ -80,7 +80,7 @@ fn matrices(gpu: &Gpu, [rows, columns]: [usize; 2], calls: usize) -> [f64; 3] {
     let copy = seconds(gpu, calls, |_| gpu.copy((&from, 0), (&mut to, 0), elements));
     let row = seconds(gpu, calls, |call| {
         let y = (&mut y, Columns::all(rows));
-        gpu.linear_row(&weights[call % MATRICES], None, None, &x, y, false);
+        gpu.linear_row(LinearTerms::of(&weights[call % MATRICES]), &x, y, false);
     });
     [moved / widen, 4.0 * elements as f64 / copy, read / row]
 }
@@ -110,7 +110,8 @@ fn attention(gpu: &Gpu, tokens: usize, calls: usize) -> f64 {
     gpu.set_values(&wave(tokens * shape.q_width()), &mut d_o, 0);
     let time = seconds(gpu, calls, |_| {
         gpu.attention_forward(&shape, &layout, &qkv, &mut o, &mut lse, &mut work);
-        gpu.attention_backward(&shape, &layout, &qkv, &o, &lse, &d_o, &mut dqkv, &mut work);
+        let inputs = AttentionInputs { qkv: &qkv, o: &o, lse: &lse, d_o: &d_o };
+        gpu.attention_backward(&shape, &layout, inputs, &mut dqkv, &mut work);
     });
     let gradients = gpu.values(&dqkv, 0..shape.qkv_width()).unwrap();
     assert!(gradients.iter().all(|x| x.is_finite()) && gradients.iter().any(|x| *x != 0.0));

@@ -4,15 +4,13 @@ use rayon::prelude::*;
 
 use super::arena::Buffer;
 use super::{Cpu, FrozenMatrix, beta, lora, view, view_mut};
-use crate::kernels::{Columns, LinearKernels, LoraTerm};
+use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraTerm};
 use nibble_quant::product::{product_forward, product_input_gradient, product_row};
 
 impl LinearKernels for Cpu {
     fn linear_forward(
         &self,
-        weight: &FrozenMatrix,
-        bias: Option<&Vec<f32>>,
-        lora: Option<LoraTerm<Buffer<f32>>>,
+        LinearTerms { weight, bias, lora }: LinearTerms<Self>,
         x: &Buffer<f32>,
         (y, band): (&mut Buffer<f32>, Columns),
         rows: usize,
@@ -39,9 +37,7 @@ impl LinearKernels for Cpu {
 
     fn linear_row(
         &self,
-        weight: &FrozenMatrix,
-        bias: Option<&Vec<f32>>,
-        lora: Option<LoraTerm<Buffer<f32>>>,
+        LinearTerms { weight, bias, lora }: LinearTerms<Self>,
         x: &Buffer<f32>,
         (y, band): (&mut Buffer<f32>, Columns),
         accumulate: bool,

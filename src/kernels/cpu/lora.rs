@@ -7,7 +7,7 @@ use nibble_quant::product::{LowRank, Matrix, MatrixMut, Precision, WeightRef, ge
 
 use super::arena::Buffer;
 use super::{Cpu, view, view_mut};
-use crate::kernels::{Columns, LoraKernels, LoraShape, LoraTerm};
+use crate::kernels::{Columns, LoraInputs, LoraKernels, LoraShape, LoraTerm};
 use crate::model::parameters::Parameters;
 
 impl LoraKernels for Cpu {
@@ -42,9 +42,7 @@ impl LoraKernels for Cpu {
         &self,
         shape: &LoraShape,
         pair: &Buffer<f32>,
-        (dy, band): (&Buffer<f32>, Columns),
-        x: &Buffer<f32>,
-        (ax, ax_band): (&Buffer<f32>, Columns),
+        LoraInputs { dy: (dy, band), x, ax: (ax, ax_band) }: LoraInputs<Buffer<f32>>,
         t: &mut Buffer<f32>,
         (gradients, offset): (&mut Buffer<f32>, usize),
         rows: usize,

@@ -25,7 +25,7 @@ use super::rows::convert;
 use super::weight::DeviceWeight;
 use crate::error::Result;
 use crate::kernels::head::loss_at_once;
-use crate::kernels::{HeadKernels, LogitShape};
+use crate::kernels::{HeadChunk, HeadKernels, LogitShape};
 
 impl<D: Driver> HeadKernels for Cuda<D> {
     fn cross_entropy(
@@ -48,34 +48,27 @@ impl<D: Driver> HeadKernels for Cuda<D> {
 
     fn head_loss(
         &self,
-        head: &DeviceWeight<D>,
+        chunk: HeadChunk<Self>,
         x: &mut Buffer<D>,
-        logits: &mut Buffer<D>,
         sum: Option<&mut Buffer<D>>,
-        targets: &[u32],
-        shape: LogitShape,
         scale: Option<f32>,
         loss: &mut LossSum<D>,
     ) {
-        if !head.on_host {
-            return loss_at_once(self, head, x, logits, targets, shape, scale, loss);
+        if !chunk.head.on_host {
+            return loss_at_once(self, chunk, x, scale, loss);
         }
-        let (gradient, soft_cap) = (scale.zip(sum.as_deref()), shape.soft_cap);
-        loss_in_tiles(self, head, x, logits, (targets, soft_cap), gradient, loss);
+        loss_in_tiles(self, chunk, x, scale.zip(sum.as_deref()), loss);
     }
 
     fn head_score(
         &self,
-        head: &DeviceWeight<D>,
+        chunk: HeadChunk<Self>,
         x: &Buffer<D>,
-        logits: &mut Buffer<D>,
-        targets: &[u32],
-        shape: LogitShape,
         loss: &mut LossSum<D>,
     ) -> Result<Vec<bool>> {
-        let rows = targets.len();
+        let rows = chunk.targets.len();
         let mut statistics = vec![0f32; TILE_STATISTICS * rows];
-        if let Some(chunk) = Chunk::new(self, head, x, logits, (targets, shape.soft_cap), loss) {
+        if let Some(chunk) = TiledChunk::new(self, chunk, x, loss) {
             chunk.add_losses();
         }
         let bytes = bytemuck::cast_slice_mut(&mut statistics);
@@ -86,8 +79,8 @@ impl<D: Driver> HeadKernels for Cuda<D> {
     }
 }
 
-/// What a chunk of rows works with.
-struct Chunk<'a, D: Driver> {
+/// What a chunk of rows works with, tile after tile of the head.
+struct TiledChunk<'a, D: Driver> {
     cuda: &'a Cuda<D>,
     head: &'a DeviceWeight<D>,
     rows: usize,
@@ -112,14 +105,12 @@ struct Tile {
 /// Adds the losses; with `gradient`, a factor on it and where to sum it, x becomes that of x.
 fn loss_in_tiles<D: Driver>(
     cuda: &Cuda<D>,
-    head: &DeviceWeight<D>,
+    chunk: HeadChunk<Cuda<D>>,
     x: &Buffer<D>,
-    logits: &Buffer<D>,
-    targets: (&[u32], Option<f32>),
     gradient: Option<(f32, &Buffer<D>)>,
     loss: &LossSum<D>,
 ) {
-    let Some(chunk) = Chunk::new(cuda, head, x, logits, targets, loss) else { return };
+    let Some(chunk) = TiledChunk::new(cuda, chunk, x, loss) else { return };
     let Some(last) = chunk.add_losses() else { return };
     let Some((scale, sum)) = gradient else { return };
     chunk.add_gradient(&last, scale, sum, 0.0);
@@ -128,24 +119,22 @@ fn loss_in_tiles<D: Driver>(
         chunk.logits(&tile);
         chunk.add_gradient(&tile, scale, sum, 1.0);
     }
-    convert(cuda, sum, x, chunk.rows * head.shape[1]);
+    convert(cuda, sum, x, chunk.rows * chunk.head.shape[1]);
 }
 
-impl<'a, D: Driver> Chunk<'a, D> {
+impl<'a, D: Driver> TiledChunk<'a, D> {
     /// `None` where the targets cannot be copied.
     fn new(
         cuda: &'a Cuda<D>,
-        head: &'a DeviceWeight<D>,
+        HeadChunk { head, logits, targets, shape }: HeadChunk<'a, Cuda<D>>,
         x: &Buffer<D>,
-        logits: &'a Buffer<D>,
-        (targets, soft_cap): (&[u32], Option<f32>),
         loss: &'a LossSum<D>,
     ) -> Option<Self> {
         let (rows, width) = (targets.len(), head.shape[1]);
         let room = logits.elements / (x.elements / width);
         let (x, targets) = (x.rows(rows, width), cuda.stage(targets)?);
-        let soft_cap = soft_cap.unwrap_or(0.0);
-        Some(Chunk { cuda, head, rows, x, room, logits, targets, soft_cap, loss })
+        let soft_cap = shape.soft_cap.unwrap_or(0.0);
+        Some(TiledChunk { cuda, head, rows, x, room, logits, targets, soft_cap, loss })
     }
 
     /// Rows of the head, as many at a time as their buffer and their logits have room.

@@ -3,20 +3,16 @@
 
 use super::driver::Driver;
 use super::frozen::{self, LoraInput, beta};
-use super::host::DeviceVector;
 use super::memory::Buffer;
 use super::weight::DeviceWeight;
 use super::{Cuda, row, together};
-use crate::kernels::{Columns, LinearKernels, LoraTerm};
-use crate::model::block::Linear;
-use crate::model::parameters::Parameters;
+use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraTerm};
+use crate::model::block::{AdapterWork, LinearGroup};
 
 impl<D: Driver> LinearKernels for Cuda<D> {
     fn linear_forward(
         &self,
-        weight: &DeviceWeight<D>,
-        bias: Option<&DeviceVector<D>>,
-        lora: Option<LoraTerm<Buffer<D>>>,
+        LinearTerms { weight, bias, lora }: LinearTerms<Self>,
         x: &Buffer<D>,
         (y, band): (&mut Buffer<D>, Columns),
         rows: usize,
@@ -36,14 +32,12 @@ impl<D: Driver> LinearKernels for Cuda<D> {
 
     fn linear_row(
         &self,
-        weight: &DeviceWeight<D>,
-        bias: Option<&DeviceVector<D>>,
-        lora: Option<LoraTerm<Buffer<D>>>,
+        terms: LinearTerms<Self>,
         x: &Buffer<D>,
-        (y, band): (&mut Buffer<D>, Columns),
+        y: (&mut Buffer<D>, Columns),
         accumulate: bool,
     ) {
-        row::forward(self, (weight, bias), lora, x, (y, band), accumulate);
+        row::forward(self, terms, x, y, accumulate);
     }
 
     fn linear_backward(
@@ -64,31 +58,24 @@ impl<D: Driver> LinearKernels for Cuda<D> {
 
     fn linears_forward(
         &self,
-        parameters: &Parameters<Self>,
-        linears: &[&Linear<Self>],
+        group: &LinearGroup<Self>,
         x: &Buffer<D>,
         ys: &mut [&mut Buffer<D>],
         ax: &mut Buffer<D>,
-        pair: &mut Buffer<D>,
-        rows: usize,
-        scale: f32,
+        work: &mut AdapterWork<Buffer<D>>,
     ) -> bool {
-        together::forward(self, parameters, linears, x, ys, ax, pair, rows, scale)
+        together::forward(self, group, x, ys, ax, &mut work.pair)
     }
 
     fn linears_backward(
         &self,
-        parameters: &Parameters<Self>,
-        linears: &[&Linear<Self>],
+        group: &LinearGroup<Self>,
         dys: &[&Buffer<D>],
         inputs: (&Buffer<D>, &Buffer<D>),
         dx: Option<&mut Buffer<D>>,
-        t: &mut Buffer<D>,
-        gradients: &mut Buffer<D>,
-        pair: &mut Buffer<D>,
-        rows: usize,
+        lora_gradients: &mut Buffer<D>,
+        work: &mut AdapterWork<Buffer<D>>,
     ) -> bool {
-        let dx = dx.as_deref();
-        together::backward(self, parameters, linears, dys, inputs, dx, t, gradients, pair, rows)
+        together::backward(self, group, dys, inputs, dx.as_deref(), lora_gradients, work)
     }
 }

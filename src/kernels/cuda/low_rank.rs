@@ -5,7 +5,7 @@ use super::frozen::{a_of, b_of, gradient_tail, operand, product, product_in_f32,
 use super::memory::{Buffer, Rows};
 use super::rows::convert;
 use super::{Cuda, row};
-use crate::kernels::{Columns, LoraKernels, LoraShape};
+use crate::kernels::{Columns, LoraInputs, LoraKernels, LoraShape};
 use crate::model::parameters::Parameters;
 
 impl<D: Driver> LoraKernels for Cuda<D> {
@@ -43,9 +43,7 @@ impl<D: Driver> LoraKernels for Cuda<D> {
         &self,
         shape: &LoraShape,
         pair: &Buffer<D>,
-        (dy, band): (&Buffer<D>, Columns),
-        x: &Buffer<D>,
-        (ax, ax_band): (&Buffer<D>, Columns),
+        LoraInputs { dy: (dy, band), x, ax: (ax, ax_band) }: LoraInputs<Buffer<D>>,
         t: &mut Buffer<D>,
         (gradients, offset): (&mut Buffer<D>, usize),
         rows: usize,

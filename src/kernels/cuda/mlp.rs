@@ -5,8 +5,7 @@ use super::launch::{as_rows, launch, row_threads, rows as row_grid};
 use super::memory::{Buffer, Rows};
 use super::{Cuda, adapted_mlp};
 use crate::kernels::{Columns, MlpKernels};
-use crate::model::block::{GatedMlp, Linear};
-use crate::model::parameters::Parameters;
+use crate::model::block::{GatedMlp, GatedMlpGradients, SavedMlp};
 use crate::model::spec::Activation;
 
 impl<D: Driver> MlpKernels for Cuda<D> {
@@ -79,43 +78,31 @@ impl<D: Driver> MlpKernels for Cuda<D> {
 
     fn adapted_mlp_forward(
         &self,
-        parameters: &Parameters<Self>,
-        down: &Linear<Self>,
-        activation: Activation,
-        (gate, up): (&Buffer<D>, &Buffer<D>),
+        mlp: &GatedMlp<Self>,
+        saved: &mut SavedMlp<Buffer<D>>,
         h: Option<&mut Buffer<D>>,
-        ax: &mut Buffer<D>,
-        rows: usize,
     ) -> bool {
-        let inputs = (activation, gate, up);
-        adapted_mlp::forward(self, parameters, down, inputs, h.as_deref(), ax, rows).is_some()
+        adapted_mlp::forward(self, mlp, saved, h.as_deref()).is_some()
     }
 
-    fn adapts_mlp_backward(
-        &self,
-        parameters: &Parameters<Self>,
-        mlp: &GatedMlp<Self>,
-        rows: usize,
-    ) -> bool {
-        adapted_mlp::goes_backward(self, parameters, mlp, rows)
+    fn adapts_mlp_backward(&self, mlp: &GatedMlp<Self>) -> bool {
+        adapted_mlp::goes_backward(self, mlp)
     }
 
     fn adapted_mlp_backward(
         &self,
-        parameters: &Parameters<Self>,
         mlp: &GatedMlp<Self>,
-        (dy, x): (&Buffer<D>, &Buffer<D>),
-        [d_gate, d_up]: [&mut Buffer<D>; 2],
-        dx: &mut Buffer<D>,
+        saved: &SavedMlp<Buffer<D>>,
+        inputs: (&Buffer<D>, &Buffer<D>),
+        to: GatedMlpGradients<Buffer<D>>,
+        lora_gradients: &mut Buffer<D>,
         t: &mut Buffer<D>,
-        gradients: &mut Buffer<D>,
-        rows: usize,
     ) -> bool {
-        let (inputs, to) = ((dy, x), [&*d_gate, &*d_up]);
-        adapted_mlp::backward(self, parameters, mlp, inputs, to, dx, t, gradients, rows).is_some()
+        adapted_mlp::backward(self, mlp, saved, inputs, &to, lora_gradients, t).is_some()
     }
 }
 
+/// What the kernels call it.
 pub(super) fn activation_code(activation: Activation) -> i32 {
     match activation {
         Activation::Silu => 0,

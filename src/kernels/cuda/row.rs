@@ -6,8 +6,8 @@ use super::driver::{Address, Argument, Driver};
 use super::frozen::{a_of, b_of};
 use super::host::DeviceVector;
 use super::memory::{Buffer, Rows};
-use super::weight::{DeviceWeight, Form};
-use crate::kernels::{Columns, LinearKernels, LoraShape, LoraTerm};
+use super::weight::Form;
+use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraShape, LoraTerm};
 
 /// Rows of a matrix that a block multiplies, a warp each.
 const BLOCK_ROWS: usize = 8;
@@ -18,25 +18,25 @@ const NULL: Address = 0;
 /// where it is decoded: half a byte a weight is read, where widening it first moves four and a half.
 pub(super) fn forward<D: Driver>(
     cuda: &Cuda<D>,
-    (weight, bias): (&DeviceWeight<D>, Option<&DeviceVector<D>>),
-    lora: Option<LoraTerm<Buffer<D>>>,
+    terms: LinearTerms<Cuda<D>>,
     x: &Buffer<D>,
     (y, band): (&mut Buffer<D>, Columns),
     accumulate: bool,
 ) {
+    let (weight, shape) = (terms.weight, terms.weight.shape);
     let (kernel, matrix) = match (&weight.form, weight.operand()) {
         (Form::Packed(packed), _) => ("linear_row_4bit", packed.arguments().to_vec()),
         (Form::Dense(_), Some(rows)) => ("linear_row_bf16", vec![rows.argument()]),
         (Form::Dense(_), None) => {
-            return cuda.linear_forward(weight, bias, lora, x, (y, band), 1, accumulate);
+            return cuda.linear_forward(terms, x, (y, band), 1, accumulate);
         }
     };
     let added = Added {
-        bias: bias.map_or(Argument::Pointer(NULL), DeviceVector::argument),
-        lora,
+        bias: terms.bias.map_or(Argument::Pointer(NULL), DeviceVector::argument),
+        lora: terms.lora,
         accumulate,
     };
-    multiply(cuda, (kernel, matrix), weight.shape, x, y.band(band, 1), added);
+    multiply(cuda, (kernel, matrix), shape, x, y.band(band, 1), added);
 }
 
 /// `ax[:, band] = x · Aᵀ` of one row.

@@ -31,8 +31,8 @@ use super::launch::{FLAT_THREADS, columns as columns_grid, row_threads, rows as 
 use super::low_rank::{gradient_of_b, inner_gradient};
 use super::memory::{Buffer, Rows};
 use super::weight::DeviceWeight;
-use crate::kernels::{Columns, LinearKernels, LoraKernels, LoraTerm};
-use crate::model::block::{Linear, LinearAdapter};
+use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraKernels, LoraTerm};
+use crate::model::block::{AdapterWork, Linear, LinearAdapter, LinearGroup};
 use crate::model::parameters::Parameters;
 
 /// Room for the matrices of the linears at work; see the module.
@@ -155,13 +155,11 @@ impl<D: Driver> Stacked<D> {
     }
 }
 
-/// Writes `diag(factor · s · B)` of linears whose outputs are one below the other.
+/// Writes `diag(scale · s · B)` of linears whose outputs are one below the other.
 fn write_diagonal<D: Driver>(
     cuda: &Cuda<D>,
-    parameters: &Parameters<Cuda<D>>,
-    linears: &[&Linear<Cuda<D>>],
+    &LinearGroup { linears, parameters, scale: factor, .. }: &LinearGroup<Cuda<D>>,
     to: Rows,
-    factor: f32,
 ) {
     let (kernel, from) = match parameters.working() {
         Some(working) => ("diagonal_bf16", working),
@@ -201,18 +199,15 @@ fn one_below_the_other<'a, D: Driver>(
 
 /// `y = x·Wᵀ + bias + scale · s · ax · Bᵀ` of each, and ax; `false`, and nothing done, where the plan
 /// has no room for it.
-#[allow(clippy::too_many_arguments)]
 pub(super) fn forward<D: Driver>(
     cuda: &Cuda<D>,
-    parameters: &Parameters<Cuda<D>>,
-    linears: &[&Linear<Cuda<D>>],
+    group: &LinearGroup<Cuda<D>>,
     x: &Buffer<D>,
     ys: &mut [&mut Buffer<D>],
     ax: &Buffer<D>,
     pair: &mut Buffer<D>,
-    rows: usize,
-    scale: f32,
 ) -> bool {
+    let &LinearGroup { linears, parameters, rows, scale } = group;
     let Some(stack) = cuda.stack().filter(|_| linears.len() > 1) else { return false };
     let adapters = Adapters::of(linears);
     if adapters.ranks > 0 {
@@ -224,7 +219,7 @@ pub(super) fn forward<D: Driver>(
         cuda.gemm([rows, adapters.ranks, inner], (1.0, 0.0), operands, to);
     }
     if let [y] = ys
-        && forward_in_one(cuda, parameters, linears, &adapters, x, y, ax, rows, scale).is_some()
+        && forward_in_one(cuda, group, &adapters, x, y, ax).is_some()
     {
         return true;
     }
@@ -236,24 +231,22 @@ pub(super) fn forward<D: Driver>(
             LoraTerm { shape, pair: &*pair, inner: (ax, adapter.columns) }
         });
         let y = (&mut *ys[position.min(last)], linear.output);
-        cuda.linear_forward(&linear.weight, linear.bias.as_ref(), lora, x, y, rows, false);
+        let terms = LinearTerms { weight: &linear.weight, bias: linear.bias.as_ref(), lora };
+        cuda.linear_forward(terms, x, y, rows, false);
     }
     true
 }
 
 /// In one product; `None`, and nothing done, where that cannot be.
-#[allow(clippy::too_many_arguments)]
 fn forward_in_one<D: Driver>(
     cuda: &Cuda<D>,
-    parameters: &Parameters<Cuda<D>>,
-    linears: &[&Linear<Cuda<D>>],
+    group: &LinearGroup<Cuda<D>>,
     adapters: &Adapters,
     x: &Buffer<D>,
     y: &Buffer<D>,
     ax: &Buffer<D>,
-    rows: usize,
-    scale: f32,
 ) -> Option<()> {
+    let &LinearGroup { linears, rows, .. } = group;
     let (weights, outer) = one_below_the_other(linears)?;
     let (inner, ranks) = (adapters.inner, adapters.ranks);
     let tail = adapters.behind(x, rows)?;
@@ -262,7 +255,7 @@ fn forward_in_one<D: Driver>(
     let b = wide.column(inner);
     if ranks > 0 {
         copy_columns(cuda, ax.band(adapters.columns(), rows), tail, (rows, ranks), 1.0);
-        write_diagonal(cuda, parameters, linears, b, scale);
+        write_diagonal(cuda, group, b);
     }
     let operands = (operand(x.rows(rows, inner)), transposed(wide));
     let to = y.rows(rows, outer);
@@ -278,20 +271,18 @@ fn forward_in_one<D: Driver>(
 
 /// `gA += tᵀ x` and `gB += s · dyᵀ ax` of each, with `t = s · dy · B`, and `dx = Σ dy · W + t · A`;
 /// `false`, and nothing done, where the plan has no room for it.
-#[allow(clippy::too_many_arguments)]
 pub(super) fn backward<D: Driver>(
     cuda: &Cuda<D>,
-    parameters: &Parameters<Cuda<D>>,
-    linears: &[&Linear<Cuda<D>>],
+    group: &LinearGroup<Cuda<D>>,
     dys: &[&Buffer<D>],
     (x, ax): (&Buffer<D>, &Buffer<D>),
     dx: Option<&Buffer<D>>,
-    t: &Buffer<D>,
-    gradients: &Buffer<D>,
-    pair: &mut Buffer<D>,
-    rows: usize,
+    lora_gradients: &Buffer<D>,
+    work: &mut AdapterWork<Buffer<D>>,
 ) -> bool {
+    let &LinearGroup { linears, parameters, rows, .. } = group;
     let Some(stacked) = Stacked::new(cuda, linears) else { return false };
+    let (pair, t) = work.of_backward();
     let (adapters, ranks) = (&stacked.adapters, stacked.adapters.ranks);
     // Side by side: behind the rows of the one gradient, or by themselves.
     let behind = if let [dy] = dys { adapters.behind(dy, rows) } else { None };
@@ -313,15 +304,15 @@ pub(super) fn backward<D: Driver>(
         if there.is_some() {
             copy_columns(cuda, made, own, (rows, shape.rank), 1.0);
         }
-        let [_, gb] = parameters.matrix_ranges(index).map(|matrix| gradients.at(matrix));
+        let [_, gb] = parameters.matrix_ranges(index).map(|matrix| lora_gradients.at(matrix));
         gradient_of_b(cuda, &shape, (from, ax.band(columns, rows)), gb, rows);
         inputs.push(Some(made));
         column += shape.rank;
     }
-    stacked.add_gradient_of_a(cuda, parameters, (ts, x), gradients, rows);
+    stacked.add_gradient_of_a(cuda, parameters, (ts, x), lora_gradients, rows);
     let Some(dx) = dx else { return true };
     if let [dy] = dys
-        && backward_in_one(cuda, parameters, linears, adapters, dy, dx, rows).is_some()
+        && backward_in_one(cuda, group, adapters, dy, dx).is_some()
     {
         return true;
     }
@@ -339,12 +330,10 @@ pub(super) fn backward<D: Driver>(
 /// dx in one product; `None`, and nothing done, where that cannot be.
 fn backward_in_one<D: Driver>(
     cuda: &Cuda<D>,
-    parameters: &Parameters<Cuda<D>>,
-    linears: &[&Linear<Cuda<D>>],
+    &LinearGroup { linears, parameters, rows, .. }: &LinearGroup<Cuda<D>>,
     adapters: &Adapters,
     dy: &Buffer<D>,
     dx: &Buffer<D>,
-    rows: usize,
 ) -> Option<()> {
     let (weights, outer) = one_below_the_other(linears)?;
     let (inner, ranks) = (adapters.inner, adapters.ranks);

@@ -1,8 +1,7 @@
 //! The first half of a block: norm, q, k and v, attention, and the projection onto the stream.
 
-use super::linear::GradientTarget;
-use super::{Block, Cache, GradientBuffers, Linear, Pass, Saved, Workspace};
-use crate::kernels::Kernels;
+use super::{Block, Cache, Gradients, Linear, Pass, Saved, Workspace};
+use crate::kernels::{AttentionInputs, Kernels};
 use crate::model::spec::LinearRole;
 
 impl<K: Kernels> Block<K> {
@@ -23,9 +22,8 @@ impl<K: Kernels> Block<K> {
     ) {
         let (kernels, rows) = (pass.kernels, pass.rows.len());
         kernels.norm_forward(&self.norm1, x, &mut work.norm, &mut work.norm_stats, rows, false);
-        let scratch = (&mut work.lora_pair, &mut work.dropped);
         let (ys, lora_x) = (&mut [&mut saved.qkv], &mut saved.lora_x);
-        pass.forward_all(&self.projections(), &work.norm, ys, lora_x, scratch);
+        pass.forward_all(&self.projections(), &work.norm, ys, lora_x, &mut work.adapter);
         match self.rotary {
             Some(index) if self.head_norms.is_none() => {
                 let tables = work.rotary.of(index);
@@ -47,14 +45,13 @@ impl<K: Kernels> Block<K> {
             }
         }
         kernels.copy((x, 0), (&mut saved.middle, 0), rows * self.hidden_size);
-        let scratch = (&mut work.lora_pair, &mut work.dropped);
         let output = self.expect(LinearRole::O);
         let lora_x = &mut saved.lora_x;
         let (to, accumulate) = match &mut saved.projected {
             Some(projected) => (projected, false),
             None => (&mut saved.middle, true),
         };
-        pass.forward(output, &saved.attention, to, lora_x, scratch, accumulate);
+        pass.forward(output, &saved.attention, to, lora_x, &mut work.adapter, accumulate);
         if let Some((norms, projected)) = self.post_norms.as_ref().zip(saved.projected.as_ref()) {
             let (middle, stats) = (&mut saved.middle, &mut work.norm_stats);
             kernels.norm_forward(&norms.attention, projected, middle, stats, rows, true);
@@ -79,38 +76,32 @@ impl<K: Kernels> Block<K> {
     }
 
     /// From the gradient of `middle` in the stream to that of `x`.
-    #[allow(clippy::too_many_arguments)]
     pub(super) fn backward_attention(
         &self,
         pass: &Pass<K>,
         x: &K::Buffer,
         saved: &Saved<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
-        grads: &mut GradientBuffers<K::Buffer>,
-        parameters: &mut K::Buffer,
+        Gradients { activations: grads, lora }: &mut Gradients<K::Buffer>,
         input_gradient: bool,
     ) {
         let (kernels, rows) = (pass.kernels, pass.rows.len());
         if let Some(norms) = &self.post_norms {
             self.post_norm_backward(pass, &norms.attention, &saved.projected, work, grads);
         }
-        let to = &mut GradientTarget { parameters, work: &mut grads.lora };
         let output = self.expect(LinearRole::O);
-        let scratch = (&mut work.lora_pair, &mut work.dropped);
         let inputs = (&saved.attention, &saved.lora_x);
         let d_o = Some((&mut grads.norm, false));
         let dy = grads.projected.as_ref().unwrap_or(&grads.stream);
-        pass.backward(output, dy, inputs, d_o, to, scratch);
-        kernels.attention_backward(
-            &self.attention,
-            pass.layout,
-            work.normed_qkv.as_ref().unwrap_or(&saved.qkv),
-            &saved.attention,
-            &saved.lse,
-            &grads.norm,
-            &mut grads.qkv,
-            &mut work.attention,
-        );
+        pass.backward(output, dy, inputs, d_o, lora, &mut work.adapter);
+        let inputs = AttentionInputs {
+            qkv: work.normed_qkv.as_ref().unwrap_or(&saved.qkv),
+            o: &saved.attention,
+            lse: &saved.lse,
+            d_o: &grads.norm,
+        };
+        let (shape, dqkv, tiles) = (&self.attention, &mut grads.qkv, &mut work.attention);
+        kernels.attention_backward(shape, pass.layout, inputs, dqkv, tiles);
         if let Some(index) = self.rotary {
             let tables = work.rotary.of(index);
             kernels.rotary(&self.attention, tables, &mut grads.qkv, rows, true);
@@ -121,10 +112,9 @@ impl<K: Kernels> Block<K> {
         }
         let (norm, stats) = (&mut work.norm, &mut work.norm_stats);
         kernels.norm_forward(&self.norm1, x, norm, stats, rows, false);
-        let scratch = (&mut work.lora_pair, &mut work.dropped);
-        let inputs = (&*norm, &saved.lora_x);
+        let (inputs, adapter) = ((&*norm, &saved.lora_x), &mut work.adapter);
         let dx = input_gradient.then_some(&mut grads.norm);
-        pass.backward_all(&self.projections(), &[&grads.qkv], inputs, dx, to, scratch);
+        pass.backward_all(&self.projections(), &[&grads.qkv], inputs, dx, lora, adapter);
         if input_gradient {
             kernels.norm_backward(&self.norm1, &grads.norm, x, stats, &mut grads.stream, rows);
         }

@@ -1,7 +1,10 @@
 //! A linear of a block: the frozen product, its adapter, and the gradients of A and B.
 
 use super::Pass;
-use crate::kernels::{Columns, DropoutMask, Kernels, LoraShape, LoraTerm, Storage};
+use crate::kernels::{
+    Columns, DropoutMask, Kernels, LinearTerms, LoraInputs, LoraShape, LoraTerm, Storage,
+};
+use crate::model::parameters::Parameters;
 use crate::model::spec::LinearRole;
 
 /// A linear's frozen weight and its adapter.
@@ -31,10 +34,37 @@ pub struct LinearAdapter {
     pub columns: Columns,
 }
 
-/// Where a linear's gradients go.
-pub(super) struct GradientTarget<'a, B> {
-    pub(super) parameters: &'a mut B,
-    pub(super) work: &'a mut B,
+/// Linears that read the same rows, and the adapters in their pass.
+pub struct LinearGroup<'a, K: Storage> {
+    /// In the order of their outputs, and of their columns of `x·Aᵀ`.
+    pub linears: &'a [&'a Linear<K>],
+    /// The adapters.
+    pub parameters: &'a Parameters<K>,
+    /// Rows of x.
+    pub rows: usize,
+    /// A factor on what the adapters add to the outputs.
+    pub scale: f32,
+}
+
+/// Buffers that adapters work in, one after another.
+pub struct AdapterWork<B> {
+    /// A and B of the adapter at work, widened.
+    pub pair: B,
+    /// Its input after dropout.
+    pub dropped: Option<B>,
+    /// t, `s·dy·B`, `[T, R]`; only where there is a backward pass.
+    pub inner_gradient: Option<B>,
+}
+
+impl<B> AdapterWork<B> {
+    /// The pair, and where t goes.
+    ///
+    /// # Panics
+    /// Where no backward pass is planned.
+    pub fn of_backward(&mut self) -> (&mut B, &mut B) {
+        let inner = self.inner_gradient.as_mut().expect("planned for a backward pass");
+        (&mut self.pair, inner)
+    }
 }
 
 impl<K: Kernels> Pass<'_, K> {
@@ -48,16 +78,17 @@ impl<K: Kernels> Pass<'_, K> {
         })
     }
 
-    /// `ax = drop(x)·Aᵀ`; leaves A and B in `pair`.
+    /// `ax = drop(x)·Aᵀ`; leaves A and B in `work.pair`.
     pub(super) fn project(
         &self,
         linear: &Linear<K>,
         adapter: &LinearAdapter,
         x: &K::Buffer,
         lora_x: &mut K::Buffer,
-        (pair, dropped): (&mut K::Buffer, &mut Option<K::Buffer>),
+        work: &mut AdapterWork<K::Buffer>,
     ) {
         let (kernels, rows) = (self.kernels, self.rows.len());
+        let AdapterWork { pair, dropped, .. } = work;
         kernels.load_pair(self.parameters, adapter.index, pair);
         let x = match (self.mask(linear, &adapter.shape), dropped) {
             (Some(mask), Some(dropped)) => {
@@ -81,14 +112,13 @@ impl<K: Kernels> Pass<'_, K> {
         x: &K::Buffer,
         y: &mut K::Buffer,
         lora_x: &mut K::Buffer,
-        work: (&mut K::Buffer, &mut Option<K::Buffer>),
+        work: &mut AdapterWork<K::Buffer>,
         accumulate: bool,
     ) {
-        let (pair, dropped) = work;
         if let Some(adapter) = self.adapter_of(linear) {
-            self.project(linear, &adapter, x, lora_x, (&mut *pair, dropped));
+            self.project(linear, &adapter, x, lora_x, work);
         }
-        self.multiply(linear, x, y, lora_x, pair, accumulate);
+        self.multiply(linear, x, y, lora_x, &work.pair, accumulate);
     }
 
     /// The same where `x·Aᵀ` is in `lora_x` already.
@@ -129,16 +159,22 @@ impl<K: Kernels> Pass<'_, K> {
             pair,
             inner: (lora_x, adapter.columns),
         });
-        let (weight, bias, y) = (&linear.weight, linear.bias.as_ref(), (y, linear.output));
+        let terms = LinearTerms { weight: &linear.weight, bias: linear.bias.as_ref(), lora };
+        let y = (y, linear.output);
         if self.single_row {
-            kernels.linear_row(weight, bias, lora, x, y, accumulate);
+            kernels.linear_row(terms, x, y, accumulate);
         } else {
-            kernels.linear_forward(weight, bias, lora, x, y, rows, accumulate);
+            kernels.linear_forward(terms, x, y, rows, accumulate);
         }
     }
 
     fn adapter_scale(&self) -> f32 {
         if self.adapters { 1.0 } else { 0.0 }
+    }
+
+    fn group<'b>(&'b self, linears: &'b [&'b Linear<K>]) -> LinearGroup<'b, K> {
+        let (parameters, rows) = (self.parameters, self.rows.len());
+        LinearGroup { linears, parameters, rows, scale: self.adapter_scale() }
     }
 
     /// Of linears that read the same rows; into bands of one buffer, or into a buffer for each.
@@ -148,21 +184,19 @@ impl<K: Kernels> Pass<'_, K> {
         x: &K::Buffer,
         ys: &mut [&mut K::Buffer],
         lora_x: &mut K::Buffer,
-        (pair, dropped): (&mut K::Buffer, &mut Option<K::Buffer>),
+        work: &mut AdapterWork<K::Buffer>,
     ) {
-        let (kernels, parameters, rows) = (self.kernels, self.parameters, self.rows.len());
-        let scale = self.adapter_scale();
         // `linear_row` has the adapter's part in it.
         let together = self.dropout.is_none()
             && !self.single_row
-            && kernels.linears_forward(parameters, linears, x, ys, lora_x, pair, rows, scale);
+            && self.kernels.linears_forward(&self.group(linears), x, ys, lora_x, work);
         if together {
             return;
         }
         let last = ys.len() - 1;
         for (position, linear) in linears.iter().enumerate() {
             let y = &mut *ys[position.min(last)];
-            self.forward(linear, x, y, lora_x, (&mut *pair, &mut *dropped), false);
+            self.forward(linear, x, y, lora_x, work, false);
         }
     }
 
@@ -173,30 +207,19 @@ impl<K: Kernels> Pass<'_, K> {
         dys: &[&K::Buffer],
         inputs: (&K::Buffer, &K::Buffer),
         mut dx: Option<&mut K::Buffer>,
-        to: &mut GradientTarget<K::Buffer>,
-        (pair, dropped): (&mut K::Buffer, &mut Option<K::Buffer>),
+        lora_gradients: &mut K::Buffer,
+        work: &mut AdapterWork<K::Buffer>,
     ) {
-        let (kernels, parameters, rows) = (self.kernels, self.parameters, self.rows.len());
-        let GradientTarget { parameters: gradients, work } = &mut *to;
+        let (kernels, group, sum) = (self.kernels, self.group(linears), dx.as_deref_mut());
         let together = self.dropout.is_none()
-            && kernels.linears_backward(
-                parameters,
-                linears,
-                dys,
-                inputs,
-                dx.as_deref_mut(),
-                work,
-                gradients,
-                pair,
-                rows,
-            );
+            && kernels.linears_backward(&group, dys, inputs, sum, lora_gradients, work);
         if together {
             return;
         }
         for (position, linear) in linears.iter().enumerate() {
             let dy = dys[position.min(dys.len() - 1)];
             let dx = dx.as_deref_mut().map(|dx| (dx, position > 0));
-            self.backward(linear, dy, inputs, dx, to, (&mut *pair, &mut *dropped));
+            self.backward(linear, dy, inputs, dx, lora_gradients, work);
         }
     }
 
@@ -207,8 +230,8 @@ impl<K: Kernels> Pass<'_, K> {
         dy: &K::Buffer,
         (x, lora_x): (&K::Buffer, &K::Buffer),
         dx: Option<(&mut K::Buffer, bool)>,
-        to: &mut GradientTarget<K::Buffer>,
-        (pair, dropped): (&mut K::Buffer, &mut Option<K::Buffer>),
+        lora_gradients: &mut K::Buffer,
+        work: &mut AdapterWork<K::Buffer>,
     ) {
         let (kernels, rows) = (self.kernels, self.rows.len());
         let dy = (dy, linear.output);
@@ -219,21 +242,23 @@ impl<K: Kernels> Pass<'_, K> {
             return;
         };
         let elements = rows * shape.in_features;
+        let AdapterWork { pair, dropped, inner_gradient } = work;
+        let t = inner_gradient.as_mut().expect("planned for a backward pass");
         kernels.load_pair(self.parameters, *index, pair);
         let mask = self.mask(linear, shape);
         if let (Some(mask), Some(dropped)) = (&mask, &mut *dropped) {
             kernels.dropout(mask, x, dropped, elements, false);
         }
         let seen = if mask.is_some() { dropped.as_ref().unwrap_or(x) } else { x };
-        let gradients = (&mut *to.parameters, self.parameters.pair_offset(*index));
-        let ax = (lora_x, *columns);
-        kernels.lora_backward(shape, pair, dy, seen, ax, to.work, gradients, rows);
+        let inputs = LoraInputs { dy, x: seen, ax: (lora_x, *columns) };
+        let gradients = (lora_gradients, self.parameters.pair_offset(*index));
+        kernels.lora_backward(shape, pair, inputs, t, gradients, rows);
         let Some((dx, accumulate)) = dx else { return };
-        let inner = (&*to.work, Columns::all(shape.rank));
+        let inner = (&*t, Columns::all(shape.rank));
         let lora = mask.is_none().then_some(LoraTerm { shape, pair: &*pair, inner });
         kernels.linear_backward(&linear.weight, lora, dy, dx, rows, accumulate);
         if let (Some(mask), Some(dropped)) = (mask, dropped) {
-            kernels.lora_input_gradient(shape, pair, to.work, dropped, rows);
+            kernels.lora_input_gradient(shape, pair, t, dropped, rows);
             kernels.dropout(&mask, dropped, dx, elements, true);
         }
     }

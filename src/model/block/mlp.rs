@@ -7,13 +7,44 @@
 use std::mem::swap;
 use std::ops::Range;
 
-use super::linear::GradientTarget;
-use super::{Block, GatedMlp, GradientBuffers, Linear, Pass, Saved, SavedMlp, Tile, Workspace};
-use crate::kernels::Kernels;
-use crate::model::spec::{LinearRole, MlpKind};
+use super::{
+    Block, GradientBuffers, Gradients, Linear, Pass, Saved, SavedMlp, TileBuffers, Workspace,
+};
+use crate::kernels::{Kernels, Storage};
+use crate::model::parameters::Parameters;
+use crate::model::spec::{Activation, LinearRole, MlpKind};
+
+/// A gated MLP with its adapters, in a pass over some rows.
+pub struct GatedMlp<'a, K: Storage> {
+    /// Of the gate.
+    pub activation: Activation,
+    /// `[F, D]`.
+    pub gate: &'a Linear<K>,
+    /// `[F, D]`.
+    pub up: &'a Linear<K>,
+    /// `[D, F]`.
+    pub down: &'a Linear<K>,
+    /// The adapters.
+    pub parameters: &'a Parameters<K>,
+    /// Rows of the pass.
+    pub rows: usize,
+}
+
+/// Where the gradients of a gated MLP's activations go.
+pub struct GatedMlpGradients<'a, B> {
+    /// Of what gate made, `[t, F]`.
+    pub gate: &'a mut B,
+    /// Of what up made, `[t, F]`.
+    pub up: &'a mut B,
+    /// Of what gate and up read, `[t, D]`.
+    pub input: &'a mut B,
+}
 
 /// Tiles of the rows of a pass, with their numbers.
-fn tiles<B>(rows: usize, tile: &Tile<B>) -> impl Iterator<Item = (usize, Range<usize>)> + use<B> {
+fn tiles<B>(
+    rows: usize,
+    tile: &TileBuffers<B>,
+) -> impl Iterator<Item = (usize, Range<usize>)> + use<B> {
     let length = tile.tokens;
     (0..rows.div_ceil(length)).map(move |n| (n, n * length..rows.min((n + 1) * length)))
 }
@@ -55,13 +86,13 @@ impl<K: Kernels> Block<K> {
     ) {
         let SavedMlp { gate, up, lora_x, .. } = saved;
         self.normalize_middle(pass, middle, work);
-        let (norm, scratch) = (&work.norm, (&mut work.lora_pair, &mut work.dropped));
+        let (norm, adapter) = (&work.norm, &mut work.adapter);
         let linear = self.expect(LinearRole::Up);
         match self.linear(LinearRole::Gate) {
             Some(first) => {
-                pass.forward_all(&[first, linear], norm, &mut [gate, up], lora_x, scratch);
+                pass.forward_all(&[first, linear], norm, &mut [gate, up], lora_x, adapter);
             }
-            None => pass.forward(linear, norm, up, lora_x, scratch, false),
+            None => pass.forward(linear, norm, up, lora_x, adapter, false),
         }
     }
 
@@ -108,11 +139,11 @@ impl<K: Kernels> Block<K> {
         let SavedMlp { lora_x, projected, .. } = saved;
         let (down, accumulate) = (self.expect(LinearRole::Down), out.is_some());
         let to = out.or(projected.as_mut()).expect("planned where there are post-norms");
-        let (h, pair) = (&work.mlp, &mut work.lora_pair);
+        let (h, adapter) = (&work.mlp, &mut work.adapter);
         if is_projected {
-            return pass.forward_projected(down, h, to, lora_x, pair, accumulate);
+            return pass.forward_projected(down, h, to, lora_x, &mut adapter.pair, accumulate);
         }
-        pass.forward(down, h, to, lora_x, (pair, &mut work.dropped), accumulate);
+        pass.forward(down, h, to, lora_x, adapter, accumulate);
     }
 
     /// h, to `h` if it is wanted, and what the down projection's adapter reads of it, `h·Aᵀ`, in one
@@ -123,12 +154,8 @@ impl<K: Kernels> Block<K> {
         saved: &mut SavedMlp<K::Buffer>,
         h: Option<&mut K::Buffer>,
     ) -> bool {
-        if self.gate(pass).is_none() || pass.single_row {
-            return false;
-        }
-        let (down, SavedMlp { gate, up, lora_x, .. }) = (self.expect(LinearRole::Down), saved);
-        let (kernels, inputs, rows) = (pass.kernels, (&*gate, &*up), pass.rows.len());
-        kernels.adapted_mlp_forward(pass.parameters, down, self.activation, inputs, h, lora_x, rows)
+        let mlp = self.gated(pass).filter(|_| !pass.single_row);
+        mlp.is_some_and(|mlp| pass.kernels.adapted_mlp_forward(&mlp, saved, h))
     }
 
     /// `h = act(gate) ∘ up` into the workspace.
@@ -148,26 +175,24 @@ impl<K: Kernels> Block<K> {
         pass: &Pass<K>,
         saved: &mut Saved<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
-        grads: &mut GradientBuffers<K::Buffer>,
-        parameters: &mut K::Buffer,
+        grads: &mut Gradients<K::Buffer>,
         recompute: bool,
     ) {
         let (kernels, d, buffers) = (pass.kernels, self.hidden_size, saved.mlp.len());
         let Some(mut tile) = work.tile.take() else {
             let (mlp, middle) = (&mut saved.mlp[0], &saved.middle);
-            return self.backward_rows(pass, middle, mlp, work, (grads, parameters), recompute);
+            return self.backward_rows(pass, middle, mlp, work, grads, recompute);
         };
         for (number, rows) in tiles(pass.rows.len(), &tile) {
             let (mlp, start) = (&mut saved.mlp[number % buffers], rows.start * d);
             let (elements, pass) = (rows.len() * d, pass.over(rows));
             kernels.copy((&saved.middle, start), (&mut tile.middle, 0), elements);
             let gradient = tile.gradient.as_mut().expect("planned for a backward pass");
-            kernels.copy((&grads.stream, start), (gradient, 0), elements);
-            swap(&mut grads.stream, gradient);
-            let to = (&mut *grads, &mut *parameters);
-            self.backward_rows(&pass, &tile.middle, mlp, work, to, recompute);
-            swap(&mut grads.stream, gradient);
-            kernels.copy((gradient, 0), (&mut grads.stream, start), elements);
+            kernels.copy((&grads.activations.stream, start), (gradient, 0), elements);
+            swap(&mut grads.activations.stream, gradient);
+            self.backward_rows(&pass, &tile.middle, mlp, work, grads, recompute);
+            swap(&mut grads.activations.stream, gradient);
+            kernels.copy((gradient, 0), (&mut grads.activations.stream, start), elements);
         }
         work.tile = Some(tile);
     }
@@ -179,7 +204,7 @@ impl<K: Kernels> Block<K> {
         middle: &K::Buffer,
         saved: &mut SavedMlp<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
-        (grads, parameters): (&mut GradientBuffers<K::Buffer>, &mut K::Buffer),
+        grads: &mut Gradients<K::Buffer>,
         recompute: bool,
     ) {
         let mut has_hidden = false;
@@ -188,36 +213,29 @@ impl<K: Kernels> Block<K> {
             has_hidden = self.recompute_down(pass, saved, work);
         }
         if let Some(norms) = &self.post_norms {
+            let grads = &mut grads.activations;
             self.post_norm_backward(pass, &norms.mlp, &saved.projected, work, grads);
         }
         if !recompute || self.post_norms.is_some() {
             self.normalize_middle(pass, middle, work);
         }
-        if !self.backward_adapted(pass, saved, work, grads, parameters) {
+        if !self.backward_adapted(pass, saved, work, grads) {
             if !has_hidden {
                 self.hidden(pass, saved, work);
             }
-            self.backward_linears(pass, saved, work, grads, parameters);
+            self.backward_linears(pass, saved, work, grads);
         }
         let (kernels, rows) = (pass.kernels, pass.rows.len());
-        let (stats, stream) = (&work.norm_stats, &mut grads.stream);
-        kernels.norm_backward(&self.norm2, &grads.norm, middle, stats, stream, rows);
-    }
-
-    /// The gate, where no dropout forbids operations on all of the MLP.
-    fn gate(&self, pass: &Pass<K>) -> Option<&Linear<K>> {
-        self.linear(LinearRole::Gate).filter(|_| pass.dropout.is_none())
+        let GradientBuffers { norm, stream, .. } = &mut grads.activations;
+        kernels.norm_backward(&self.norm2, norm, middle, &work.norm_stats, stream, rows);
     }
 
     /// A gated MLP without dropout, for operations on all of it.
-    fn gated<'a>(
-        &'a self,
-        pass: &Pass<K>,
-        saved: &'a SavedMlp<K::Buffer>,
-    ) -> Option<GatedMlp<'a, K>> {
-        let gate = self.gate(pass)?;
+    fn gated<'a>(&'a self, pass: &Pass<'a, K>) -> Option<GatedMlp<'a, K>> {
+        let gate = self.linear(LinearRole::Gate).filter(|_| pass.dropout.is_none())?;
         let (up, down) = (self.expect(LinearRole::Up), self.expect(LinearRole::Down));
-        Some(GatedMlp { activation: self.activation, gate, up, down, saved })
+        let (parameters, rows) = (pass.parameters, pass.rows.len());
+        Some(GatedMlp { activation: self.activation, gate, up, down, parameters, rows })
     }
 
     /// The gradients of the adapters and of the norm's output, all in one operation; `false`, and nothing
@@ -227,23 +245,14 @@ impl<K: Kernels> Block<K> {
         pass: &Pass<K>,
         saved: &SavedMlp<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
-        grads: &mut GradientBuffers<K::Buffer>,
-        parameters: &mut K::Buffer,
+        Gradients { activations, lora }: &mut Gradients<K::Buffer>,
     ) -> bool {
-        let Some(mlp) = self.gated(pass, saved) else { return false };
-        let GradientBuffers { mlp: d_gate, stream, norm: dx, projected, lora: t, .. } = grads;
+        let Some(mlp) = self.gated(pass) else { return false };
+        let GradientBuffers { mlp: gate, stream, norm: input, projected, .. } = activations;
         let inputs = (projected.as_ref().unwrap_or(stream), &work.norm);
-        let (to, rows) = ([d_gate, &mut work.mlp], pass.rows.len());
-        pass.kernels.adapted_mlp_backward(
-            pass.parameters,
-            &mlp,
-            inputs,
-            to,
-            dx,
-            t,
-            parameters,
-            rows,
-        )
+        let (_, t) = work.adapter.of_backward();
+        let to = GatedMlpGradients { gate, up: &mut work.mlp, input };
+        pass.kernels.adapted_mlp_backward(&mlp, saved, inputs, to, lora, t)
     }
 
     /// The same in one operation after another, from h in the workspace.
@@ -252,29 +261,25 @@ impl<K: Kernels> Block<K> {
         pass: &Pass<K>,
         saved: &mut SavedMlp<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
-        grads: &mut GradientBuffers<K::Buffer>,
-        parameters: &mut K::Buffer,
+        Gradients { activations: grads, lora }: &mut Gradients<K::Buffer>,
     ) {
         let down = self.expect(LinearRole::Down);
-        let to = &mut GradientTarget { parameters, work: &mut grads.lora };
-        let scratch = (&mut work.lora_pair, &mut work.dropped);
         let (dx, dy) = (Some((&mut grads.mlp, false)), grads.projected.as_ref());
         let (dy, inputs) = (dy.unwrap_or(&grads.stream), (&work.mlp, &saved.lora_x));
-        pass.backward(down, dy, inputs, dx, to, scratch);
+        pass.backward(down, dy, inputs, dx, lora, &mut work.adapter);
         self.hidden_backward(pass, saved, work, &mut grads.mlp);
-        let inputs = (&work.norm, &saved.lora_x);
+        let (inputs, adapter) = ((&work.norm, &saved.lora_x), &mut work.adapter);
         let up = self.expect(LinearRole::Up);
-        let scratch = (&mut work.lora_pair, &mut work.dropped);
         match self.linear(LinearRole::Gate) {
             Some(gate) => {
                 let (dys, dx) = (&[&grads.mlp, &work.mlp], Some(&mut grads.norm));
-                pass.backward_all(&[gate, up], dys, inputs, dx, to, scratch);
+                pass.backward_all(&[gate, up], dys, inputs, dx, lora, adapter);
             }
             None => {
                 let fused = self.mlp == MlpKind::FusedGated;
                 let dy = if fused { &saved.up } else { &grads.mlp };
                 let dx = Some((&mut grads.norm, false));
-                pass.backward(up, dy, inputs, dx, to, scratch);
+                pass.backward(up, dy, inputs, dx, lora, adapter);
             }
         }
     }
@@ -311,15 +316,13 @@ impl<K: Kernels> Block<K> {
         }
         let down = self.expect(LinearRole::Down);
         let Some(adapter) = &down.adapter else { return false };
-        let (kernels, parameters, rows) = (pass.kernels, pass.parameters, pass.rows.len());
-        let adapts = |mlp: GatedMlp<K>| kernels.adapts_mlp_backward(parameters, &mlp, rows);
-        let is_read = !self.gated(pass, saved).is_some_and(adapts);
+        let adapts = |mlp: GatedMlp<K>| pass.kernels.adapts_mlp_backward(&mlp);
+        let is_read = !self.gated(pass).is_some_and(adapts);
         if self.project_hidden(pass, saved, is_read.then_some(&mut work.mlp)) {
             return is_read;
         }
         self.hidden(pass, saved, work);
-        let scratch = (&mut work.lora_pair, &mut work.dropped);
-        pass.project(down, adapter, &work.mlp, &mut saved.lora_x, scratch);
+        pass.project(down, adapter, &work.mlp, &mut saved.lora_x, &mut work.adapter);
         true
     }
 }

@@ -18,13 +18,13 @@ mod mlp;
 
 use std::ops::Range;
 
-pub use linear::{Linear, LinearAdapter};
+pub use linear::{AdapterWork, Linear, LinearAdapter, LinearGroup};
+pub use mlp::{GatedMlp, GatedMlpGradients};
 
 use super::parameters::Parameters;
 use super::spec::{Activation, LinearRole, MlpKind};
 use crate::kernels::{
-    AttentionShape, HeadNorms, Kernels, NormParameters, PostNorms, RotaryTables, Storage,
-    TokenLayout,
+    AttentionShape, HeadNorms, Kernels, NormParameters, PostNorms, RotaryTables, TokenLayout,
 };
 
 /// A block's frozen parts.
@@ -113,20 +113,6 @@ pub struct SavedMlp<B> {
     pub projected: Option<B>,
 }
 
-/// A gated MLP, and what its forward pass kept.
-pub struct GatedMlp<'a, K: Storage> {
-    /// Of the gate.
-    pub activation: Activation,
-    /// `[F, D]`.
-    pub gate: &'a Linear<K>,
-    /// `[F, D]`.
-    pub up: &'a Linear<K>,
-    /// `[D, F]`.
-    pub down: &'a Linear<K>,
-    /// gate, up and `x·Aᵀ`.
-    pub saved: &'a SavedMlp<K::Buffer>,
-}
-
 /// Buffers that no layer owns.
 pub struct Workspace<B> {
     /// Output of the norm at work, `[T, D]`.
@@ -135,10 +121,8 @@ pub struct Workspace<B> {
     pub norm_stats: B,
     /// h, later the gradient of up, `[t, F]`.
     pub mlp: B,
-    /// A and B of the adapter at work, widened.
-    pub lora_pair: B,
-    /// Input of an adapter after dropout.
-    pub dropped: Option<B>,
+    /// What adapters work in.
+    pub adapter: AdapterWork<B>,
     /// q and k behind the norms of their heads, rotated, and v, `[T, q + 2·kv]`; only where heads
     /// have norms.
     pub normed_qkv: Option<B>,
@@ -147,7 +131,7 @@ pub struct Workspace<B> {
     /// What turns q and k.
     pub rotary: RotaryBuffers<B>,
     /// Rows that the MLP works on, where it works in tiles.
-    pub tile: Option<Tile<B>>,
+    pub tile: Option<TileBuffers<B>>,
     /// Gradients of activations; only where there is a backward pass.
     pub gradients: Option<GradientBuffers<B>>,
 }
@@ -169,7 +153,7 @@ impl<B> RotaryBuffers<B> {
 }
 
 /// Rows of one tile of the MLP, copied in and out.
-pub struct Tile<B> {
+pub struct TileBuffers<B> {
     /// Tokens t of a tile.
     pub tokens: usize,
     /// Input of the second half, `[t, D]`.
@@ -190,8 +174,14 @@ pub struct GradientBuffers<B> {
     pub projected: Option<B>,
     /// Of q, k and v.
     pub qkv: B,
-    /// `s·dy·B`, `[T, R]`.
-    pub lora: B,
+}
+
+/// Where a backward pass writes.
+struct Gradients<'a, B> {
+    /// Of the activations of the block at work.
+    activations: GradientBuffers<B>,
+    /// Of all adapters, which are added to.
+    lora: &'a mut B,
 }
 
 /// LoRA dropout of one micro-batch.
@@ -265,7 +255,7 @@ impl<K: Kernels> Block<K> {
     }
 
     /// Turns the gradient of the block's output in `work.gradients.stream` into that of its input,
-    /// and adds to the adapters' `gradients`.
+    /// and adds to the `lora_gradients`.
     ///
     /// `missing`: what `saved` does not hold of this block yet.
     /// `input_gradient` false leaves the stream's gradient of the first half out: nothing below
@@ -276,7 +266,7 @@ impl<K: Kernels> Block<K> {
         x: &K::Buffer,
         saved: &mut Saved<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
-        gradients: &mut K::Buffer,
+        lora_gradients: &mut K::Buffer,
         (missing, input_gradient): (Missing, bool),
     ) {
         let recompute = missing != Missing::Nothing;
@@ -284,13 +274,14 @@ impl<K: Kernels> Block<K> {
             let attend = missing == Missing::Everything;
             self.forward_attention(pass, x, saved, work, None, attend);
         }
-        let Some(mut grads) = work.gradients.take() else { return };
-        self.backward_mlp(pass, saved, work, &mut grads, gradients, recompute);
+        let Some(activations) = work.gradients.take() else { return };
+        let mut grads = Gradients { activations, lora: lora_gradients };
+        self.backward_mlp(pass, saved, work, &mut grads, recompute);
         if !recompute {
             self.norm_heads(pass, saved, work);
         }
-        self.backward_attention(pass, x, saved, work, &mut grads, gradients, input_gradient);
-        work.gradients = Some(grads);
+        self.backward_attention(pass, x, saved, work, &mut grads, input_gradient);
+        work.gradients = Some(grads.activations);
     }
 
     /// The gradient of what went through a post-norm, into `grads.projected`, from that of the stream.

@@ -3,7 +3,7 @@
 use super::offload::Offload;
 use crate::kernels::{Kernels, PlannedMemory};
 use crate::model::block::{
-    Attended, GradientBuffers, RotaryBuffers, Saved, SavedMlp, Tile, Workspace,
+    AdapterWork, Attended, GradientBuffers, RotaryBuffers, Saved, SavedMlp, TileBuffers, Workspace,
 };
 use crate::model::spec::ModelSpec;
 use crate::plan::layout::{kept_tiles, rotary_tables};
@@ -198,12 +198,15 @@ fn workspace<K: Kernels>(
         norm: take(WorkRegion::Norm),
         norm_stats: take(WorkRegion::NormStats),
         mlp: take(WorkRegion::Mlp),
-        lora_pair: take(WorkRegion::LoraPair),
-        dropped: settings.lora_dropout.then(|| take(WorkRegion::Dropped)),
+        adapter: AdapterWork {
+            pair: take(WorkRegion::LoraPair),
+            dropped: settings.lora_dropout.then(|| take(WorkRegion::Dropped)),
+            inner_gradient: settings.training().then(|| take(WorkRegion::LoraGradient)),
+        },
         normed_qkv: spec.qk_norm.then(|| take(WorkRegion::NormedQkv)),
         attention: take(WorkRegion::Attention),
         rotary,
-        tile: settings.tiled().then(|| Tile {
+        tile: settings.tiled().then(|| TileBuffers {
             tokens: settings.mlp_tile(),
             middle: take(WorkRegion::TileMiddle),
             gradient: settings.training().then(|| take(WorkRegion::TileGradient)),
@@ -214,7 +217,6 @@ fn workspace<K: Kernels>(
             norm: take(WorkRegion::NormGradient),
             projected: spec.post_norms.then(|| take(WorkRegion::ProjectedGradient)),
             qkv: take(WorkRegion::QkvGradient),
-            lora: take(WorkRegion::LoraGradient),
         }),
     }
 }

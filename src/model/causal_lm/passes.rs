@@ -6,7 +6,7 @@ use super::batch::Targets;
 use super::buffers::{Buffers, HeadBuffers};
 use super::{Mode, Model};
 use crate::error::Result;
-use crate::kernels::{Columns, Kernels, LogitShape, TokenLayout};
+use crate::kernels::{Columns, HeadChunk, Kernels, LinearTerms, LogitShape, TokenLayout};
 use crate::model::block::{Attended, Cache, Dropout, Missing, Pass, RotaryBuffers};
 use crate::model::rotary::Reach;
 use crate::model::streaming::Direction;
@@ -106,11 +106,11 @@ impl<K: Kernels> Model<K> {
         self.head_inputs(rows);
         let Model { kernels, weights, buffers, spec, .. } = self;
         let (head, columns) = (&mut buffers.head, Columns::all(spec.vocab_size));
-        let (weight, y) = (weights.head(), (&mut head.logits, columns));
+        let (terms, y) = (LinearTerms::of(weights.head()), (&mut head.logits, columns));
         if single_row {
-            kernels.linear_row(weight, None, None, &head.norm, y, false);
+            kernels.linear_row(terms, &head.norm, y, false);
         } else {
-            kernels.linear_forward(weight, None, None, &head.norm, y, rows.len(), false);
+            kernels.linear_forward(terms, &head.norm, y, rows.len(), false);
         }
     }
 
@@ -136,7 +136,8 @@ impl<K: Kernels> Model<K> {
             self.head_inputs(rows);
             let Model { kernels, weights, buffers, loss, .. } = self;
             let HeadBuffers { logits, input, norm: x, stats, sum, gradient } = &mut buffers.head;
-            kernels.head_loss(weights.head(), x, logits, sum.as_mut(), ids, shape, scale, loss);
+            let chunk = HeadChunk { head: weights.head(), logits, targets: ids, shape };
+            kernels.head_loss(chunk, x, sum.as_mut(), scale, loss);
             let gradients = scale.and(gradient.as_mut()).zip(buffers.work.gradients.as_mut());
             let Some((d_input, stream)) = gradients else { continue };
             kernels.zero(d_input, rows.len() * d);

@@ -4,7 +4,7 @@ use super::buffers::HeadBuffers;
 use super::{Mode, Model};
 use crate::data::Batch;
 use crate::error::Result;
-use crate::kernels::Kernels;
+use crate::kernels::{HeadChunk, Kernels};
 
 /// Scores of a batch's trained tokens.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -32,7 +32,8 @@ impl<K: Kernels> Model<K> {
             self.head_inputs(rows);
             let Model { kernels, weights, buffers, loss, .. } = self;
             let HeadBuffers { norm, logits, .. } = &mut buffers.head;
-            likeliest.extend(kernels.head_score(weights.head(), norm, logits, ids, shape, loss)?);
+            let chunk = HeadChunk { head: weights.head(), logits, targets: ids, shape };
+            likeliest.extend(kernels.head_score(chunk, norm, loss)?);
         }
         Ok(Score { loss: self.kernels.read_loss(&self.loss)?, likeliest })
     }

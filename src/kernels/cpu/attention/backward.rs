@@ -20,17 +20,7 @@ use crate::kernels::{AttentionShape, TokenLayout};
 use crate::plan::layout::ATTENTION_SCORE_STRIDE;
 
 /// Overwrites dqkv. A task owns dk and dv of one block of keys of one key head in one document.
-#[allow(clippy::too_many_arguments)]
-pub fn backward(
-    (shape, precision): (&AttentionShape, Precision),
-    layout: &TokenLayout,
-    qkv: &[f32],
-    o: &[f32],
-    lse: &[f32],
-    d_o: &[f32],
-    dqkv: &mut [f32],
-    work: &mut [f32],
-) {
+pub fn backward(inputs: Inputs, layout: &TokenLayout, dqkv: &mut [f32], work: &mut [f32]) {
     let mut documents: Vec<&[usize]> = layout.boundaries.windows(2).collect();
     documents.sort_by_key(|document| std::cmp::Reverse(document[1] - document[0]));
     let blocks = documents.into_iter().flat_map(|document| {
@@ -38,9 +28,8 @@ pub fn backward(
         key_blocks(begin, end).map(move |keys| ((begin, end), keys))
     });
     let blocks: Vec<((usize, usize), Range<usize>)> = blocks.collect();
-    let heads = shape.num_kv_heads;
+    let heads = inputs.shape.num_kv_heads;
     let progress = Progress::new(blocks.len() * heads);
-    let inputs = Inputs { shape, precision, qkv, o, lse, d_o };
     let dqkv = Shared::new(dqkv);
     // Tasks are begun in this order, so the first that is not done waits for none.
     for_each_item(blocks.len() * heads, work, |item, workspace| {
@@ -99,13 +88,13 @@ impl Turn<'_> {
 }
 
 /// What the backward pass reads.
-struct Inputs<'a> {
-    shape: &'a AttentionShape,
-    precision: Precision,
-    qkv: &'a [f32],
-    o: &'a [f32],
-    lse: &'a [f32],
-    d_o: &'a [f32],
+pub struct Inputs<'a> {
+    pub shape: &'a AttentionShape,
+    pub precision: Precision,
+    pub qkv: &'a [f32],
+    pub o: &'a [f32],
+    pub lse: &'a [f32],
+    pub d_o: &'a [f32],
 }
 
 /// A block of keys and values as products take them, and their gradients `[keys, d]`.

@@ -22,9 +22,11 @@ use rayon::prelude::*;
 use super::arena::Buffer;
 use super::simd::vectorized;
 use super::{Cpu, head_norms, rotary};
-use crate::kernels::{AttentionKernels, AttentionShape, HeadNorms, RotaryTables, TokenLayout};
+use crate::kernels::{
+    AttentionInputs, AttentionKernels, AttentionShape, HeadNorms, RotaryTables, TokenLayout,
+};
 use crate::plan::layout::{ATTENTION_KEY_BLOCK, ATTENTION_TILE_ROWS};
-use backward::backward;
+use backward::{Inputs, backward};
 use forward::{cached, forward};
 
 impl AttentionKernels for Cpu {
@@ -99,14 +101,12 @@ impl AttentionKernels for Cpu {
         &self,
         shape: &AttentionShape,
         layout: &TokenLayout,
-        qkv: &Buffer<f32>,
-        o: &Buffer<f32>,
-        lse: &Buffer<f32>,
-        d_o: &Buffer<f32>,
+        AttentionInputs { qkv, o, lse, d_o }: AttentionInputs<Buffer<f32>>,
         dqkv: &mut Buffer<f32>,
         work: &mut Buffer<f32>,
     ) {
-        backward((shape, self.precision), layout, qkv, o, lse, d_o, dqkv, work);
+        let inputs = Inputs { shape, precision: self.precision, qkv, o, lse, d_o };
+        backward(inputs, layout, dqkv, work);
     }
 }
 

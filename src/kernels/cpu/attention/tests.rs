@@ -121,7 +121,9 @@ fn both_passes_are_the_sums_over_all_keys_that_a_query_sees() {
             let work = &mut workspace(&shape, longest, false);
             forward((&shape, precision), &layout, &qkv, &mut o, &mut lse, work);
             let work = &mut workspace(&shape, longest, true);
-            backward((&shape, precision), &layout, &qkv, &o, &lse, &d_o, &mut dqkv, work);
+            let inputs =
+                Inputs { shape: &shape, precision, qkv: &qkv, o: &o, lse: &lse, d_o: &d_o };
+            backward(inputs, &layout, &mut dqkv, work);
             assert_near("o", &o, &expected.o, of_o);
             assert_near("lse", &lse, &expected.lse, of_lse);
             assert_near("dqkv", &dqkv, &expected.dqkv, of_dqkv);
@@ -146,9 +148,11 @@ fn the_gradient_is_the_same_on_any_number_of_threads() {
                 let mut o = vec![f32::NAN; d_o.len()];
                 let mut lse = vec![f32::NAN; tokens * shape.num_heads];
                 let mut dqkv = vec![f32::NAN; qkv.len()];
-                let (call, work) = ((&shape, Precision::F32), &mut workspace(&shape, 2000, true));
-                forward(call, &layout, &qkv, &mut o, &mut lse, work);
-                backward(call, &layout, &qkv, &o, &lse, &d_o, &mut dqkv, work);
+                let (shape, precision) = (&shape, Precision::F32);
+                let work = &mut workspace(shape, 2000, true);
+                forward((shape, precision), &layout, &qkv, &mut o, &mut lse, work);
+                let inputs = Inputs { shape, precision, qkv: &qkv, o: &o, lse: &lse, d_o: &d_o };
+                backward(inputs, &layout, &mut dqkv, work);
                 dqkv
             })
         };

@@ -9,7 +9,7 @@ use crate::kernels::cuda::low_rank;
 use crate::kernels::cuda::memory::{Buffer, Rows};
 use crate::kernels::cuda::mlp::activation_code;
 use crate::kernels::cuda::together::Stacked;
-use crate::model::block::{GatedMlp, Linear, LinearAdapter};
+use crate::model::block::{GatedMlp, GatedMlpGradients, Linear, LinearAdapter, SavedMlp};
 use crate::model::parameters::Parameters;
 use crate::model::spec::Activation;
 
@@ -117,41 +117,37 @@ impl<'a, D: Driver> Adapted<'a, D> {
     }
 }
 
-/// Whether [`backward`] takes an MLP with such adapters in a pass over `rows`.
+/// Whether [`backward`] takes an MLP with such adapters in this pass.
 pub(in crate::kernels::cuda) fn goes_backward<D: Driver>(
     cuda: &Cuda<D>,
-    parameters: &Parameters<Cuda<D>>,
     mlp: &GatedMlp<Cuda<D>>,
-    rows: usize,
 ) -> bool {
     let rank = |linear: &Linear<Cuda<D>>| linear.adapter.map_or(0, |adapter| adapter.shape.rank);
     let ranks = [mlp.gate, mlp.up, mlp.down].map(rank);
     let cut = cuda.mlp_sums().and_then(|sums| {
-        Cut::new(ranks, rows, mlp.gate.output.width).filter(|cut| cut.fits(&sums))
+        Cut::new(ranks, mlp.rows, mlp.gate.output.width).filter(|cut| cut.fits(&sums))
     });
     let stacks = Stacked::new(cuda, &[mlp.gate, mlp.up]).is_some();
-    cut.is_some() && stacks && parameters.working().is_some()
+    cut.is_some() && stacks && mlp.parameters.working().is_some()
 }
 
-/// Gradients of all three adapters and `dx`, that of what gate and up read, from `dy`, that of what
-/// down made; dg and du are left in `d_gate` and `d_up`. `None`, and nothing done, where the plan has
-/// no room for it, an adapter is missing, or there is no kernel for their ranks.
-#[allow(clippy::too_many_arguments)]
+/// Gradients of all three adapters and of the activations, from `dy`, that of what down made. `None`, and
+/// nothing done, where the plan has no room for it, an adapter is missing, or there is no kernel for their
+/// ranks.
 pub(in crate::kernels::cuda) fn backward<D: Driver>(
     cuda: &Cuda<D>,
-    parameters: &Parameters<Cuda<D>>,
     mlp: &GatedMlp<Cuda<D>>,
+    saved: &SavedMlp<Buffer<D>>,
     (dy, x): (&Buffer<D>, &Buffer<D>),
-    [d_gate, d_up]: [&Buffer<D>; 2],
-    dx: &Buffer<D>,
+    to: &GatedMlpGradients<Buffer<D>>,
+    lora_gradients: &Buffer<D>,
     t: &Buffer<D>,
-    gradients: &Buffer<D>,
-    rows: usize,
 ) -> Option<()> {
+    let (parameters, rows) = (mlp.parameters, mlp.rows);
     let (working, sums) = (parameters.working()?, cuda.mlp_sums()?);
-    let part = |linear| Adapted::new(parameters, working, gradients, linear);
+    let part = |linear| Adapted::new(parameters, working, lora_gradients, linear);
     let parts = [part(mlp.gate)?, part(mlp.up)?, part(mlp.down)?];
-    let work = Backward::new(mlp, &parts, &sums, dy, [d_gate, d_up], rows)?;
+    let work = Backward::new(mlp, saved, &parts, &sums, dy, to)?;
     let stack = Stacked::new(cuda, &[mlp.gate, mlp.up])?;
     let [gate, up, down] = &parts;
     let ([t_gate, t_up, t_down], [.., ax_down]) = (work.t, work.ax);
@@ -159,15 +155,15 @@ pub(in crate::kernels::cuda) fn backward<D: Driver>(
     let (shape, dy) = (&down.adapter.shape, dy.band(mlp.down.output, rows));
     low_rank::inner_gradient(cuda, shape, &down.pair, dy, t_down, rows);
     low_rank::gradient_of_b(cuda, shape, (dy, ax_down), down.gradients[1], rows);
-    down.input_gradient(cuda, (dy, t_down), d_gate, rows, false);
+    down.input_gradient(cuda, (dy, t_down), to.gate, rows, false);
 
     work.share(cuda, mlp.activation, &parts);
     let both = t.rows(rows, gate.rank() + up.rank());
     work.add_up(cuda, &parts, both);
 
-    stack.add_gradient_of_a(cuda, parameters, (both, x), gradients, rows);
-    gate.input_gradient(cuda, (work.dg, t_gate), dx, rows, false);
-    up.input_gradient(cuda, (work.du, t_up), dx, rows, true);
+    stack.add_gradient_of_a(cuda, parameters, (both, x), lora_gradients, rows);
+    gate.input_gradient(cuda, (work.dg, t_gate), to.input, rows, false);
+    up.input_gradient(cuda, (work.du, t_up), to.input, rows, true);
     Some(())
 }
 
@@ -193,17 +189,18 @@ impl Backward {
     /// `None` where something has no room, or lies where the kernel cannot read it.
     fn new<D: Driver>(
         mlp: &GatedMlp<Cuda<D>>,
+        saved: &SavedMlp<Buffer<D>>,
         parts: &[Adapted<D>; 3],
         sums: &Buffer<D>,
         dy: &Buffer<D>,
-        [d_gate, d_up]: [&Buffer<D>; 2],
-        rows: usize,
+        to: &GatedMlpGradients<Buffer<D>>,
     ) -> Option<Self> {
+        let (rows, d_gate, d_up) = (mlp.rows, &*to.gate, &*to.up);
         let (ranks, width) = (parts.each_ref().map(Adapted::rank), mlp.gate.output.width);
         let cut = Cut::new(ranks, rows, width).filter(|cut| cut.fits(sums))?;
-        let matrices = [&mlp.saved.gate, &mlp.saved.up, d_gate, d_up];
+        let matrices = [&saved.gate, &saved.up, d_gate, d_up];
         let [g, u, dg, du] = matrices.map(|buffer| buffer.rows(rows, width));
-        let ax = parts.each_ref().map(|part| mlp.saved.lora_x.band(part.adapter.columns, rows));
+        let ax = parts.each_ref().map(|part| saved.lora_x.band(part.adapter.columns, rows));
         let t = [
             d_gate.tail(rows, ranks[0])?,
             d_up.tail(rows, ranks[1])?,

@@ -6,9 +6,7 @@ use crate::kernels::cuda::driver::{Argument, Driver};
 use crate::kernels::cuda::launch::{FLAT_THREADS, flat, launch};
 use crate::kernels::cuda::memory::{Buffer, Rows};
 use crate::kernels::cuda::mlp::activation_code;
-use crate::model::block::{Linear, LinearAdapter};
-use crate::model::parameters::Parameters;
-use crate::model::spec::Activation;
+use crate::model::block::{GatedMlp, LinearAdapter, SavedMlp};
 
 /// The kernel for an adapter of up to so many columns, its dynamic shared memory and the columns of a
 /// block: kernels.cu.
@@ -21,12 +19,9 @@ const STRIP: usize = 512;
 /// `None`, and nothing done, where there is no room for the sums, no adapter, or no kernel for its rank.
 pub(in crate::kernels::cuda) fn forward<D: Driver>(
     cuda: &Cuda<D>,
-    parameters: &Parameters<Cuda<D>>,
-    down: &Linear<Cuda<D>>,
-    (activation, gate, up): (Activation, &Buffer<D>, &Buffer<D>),
+    &GatedMlp { activation, down, parameters, rows, .. }: &GatedMlp<Cuda<D>>,
+    SavedMlp { gate, up, lora_x, .. }: &SavedMlp<Buffer<D>>,
     h: Option<&Buffer<D>>,
-    ax: &Buffer<D>,
-    rows: usize,
 ) -> Option<()> {
     let (working, sums) = (parameters.working()?, cuda.mlp_sums()?);
     let LinearAdapter { index, shape, columns } = down.adapter?;
@@ -39,7 +34,7 @@ pub(in crate::kernels::cuda) fn forward<D: Driver>(
     let [a, _] = parameters.matrix_ranges(index).map(|matrix| working.at(matrix));
     let whole_pieces = rank.is_multiple_of(PIECE) && width.is_multiple_of(PIECE);
     // Two elements of A are read, and of ax written, at a time.
-    let ax = ax.band(columns, rows);
+    let ax = lora_x.band(columns, rows);
     let whole_pairs = [a, ax.address, 2 * ax.stride as u64].iter().all(|x| x.is_multiple_of(4));
     if !whole_pieces
         || !whole_pairs

@@ -13,7 +13,9 @@ use super::driver::{Argument, Driver};
 use super::host::DeviceVector;
 use super::launch::{launch, row_threads, rows as row_grid};
 use super::memory::{Buffer, Rows};
-use crate::kernels::{AttentionKernels, AttentionShape, HeadNorms, RotaryTables, TokenLayout};
+use crate::kernels::{
+    AttentionInputs, AttentionKernels, AttentionShape, HeadNorms, RotaryTables, TokenLayout,
+};
 use exact::{Exact, backward_keys, blocks};
 pub(super) use flash::shared_bytes;
 use flash::{Sources, launch_flash};
@@ -129,10 +131,7 @@ impl<D: Driver> AttentionKernels for Cuda<D> {
         &self,
         shape: &AttentionShape,
         layout: &TokenLayout,
-        qkv: &Buffer<D>,
-        o: &Buffer<D>,
-        lse: &Buffer<D>,
-        d_o: &Buffer<D>,
+        AttentionInputs { qkv, o, lse, d_o }: AttentionInputs<Buffer<D>>,
         dqkv: &mut Buffer<D>,
         work: &mut Buffer<D>,
     ) {
