@@ -126,7 +126,8 @@ impl<T: Pod> Deref for Buffer<T> {
     type Target = [T];
 
     fn deref(&self) -> &[T] {
-        // SAFETY: start is aligned to 64 bytes, in bounds, zero-initialised, and T is Pod.
+        // SAFETY: the mapping begins on a page and pieces on a multiple of 256 bytes in it, so start is
+        // aligned; it is in bounds, as `take` says, zero-initialised, and T is Pod.
         unsafe { std::slice::from_raw_parts(self.start, self.elements) }
     }
 }

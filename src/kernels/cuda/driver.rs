@@ -5,7 +5,6 @@
 //! waits. Addresses are plain numbers; [`super::memory`] keeps them inside their allocations.
 
 use crate::error::Result;
-use crate::ledger::pinned;
 
 /// An address in the device's memory.
 pub type Address = u64;
@@ -281,22 +280,6 @@ pub trait Driver: Send + Sync + 'static {
     /// # Errors
     /// What went wrong in it.
     fn synchronize(&self) -> Result<()>;
-}
-
-/// Staging memory, counted; [`unpin`] gives it back.
-///
-/// # Errors
-/// `Budget` when there is not enough.
-pub(super) fn pin<D: Driver>(driver: &D, bytes: usize) -> Result<*mut u8> {
-    let staging = driver.allocate_staging(bytes)?;
-    pinned::add(bytes as u64);
-    Ok(staging)
-}
-
-/// Gives staging memory back.
-pub(super) fn unpin<D: Driver>(driver: &D, staging: *mut u8, bytes: usize) {
-    driver.free_staging(staging, bytes);
-    pinned::remove(bytes as u64);
 }
 
 #[cfg(test)]

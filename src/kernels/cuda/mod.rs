@@ -24,6 +24,7 @@ pub mod memory;
 mod mlp;
 mod offload;
 pub mod optimizer;
+mod pinned;
 mod plan;
 mod products;
 mod row;
@@ -45,7 +46,7 @@ use ahead::Ahead;
 use driver::{Argument, Driver, Gemm, Operand, Product};
 use memory::{Allocation, Buffer, PARTIALS};
 use staging::Staging;
-use together::Stack;
+use together::StackRoom;
 use weight::{DeviceWeight, Tables};
 
 use crate::error::{Error, Result};
@@ -92,7 +93,7 @@ struct Shared<D: Driver> {
 struct State<D: Driver> {
     staging: Option<Staging<D>>,
     ahead: Option<Ahead<D>>,
-    stack: Option<Stack<D>>,
+    stack: Option<StackRoom<D>>,
     mlp_sums: Option<Buffer<D>>,
     failure: Option<Error>,
 }
@@ -152,7 +153,7 @@ impl<D: Driver> Cuda<D> {
     }
 
     /// Room for linears that read the same rows, if there is any.
-    fn stack(&self) -> Option<Stack<D>> {
+    fn stack_room(&self) -> Option<StackRoom<D>> {
         self.state().stack.clone()
     }
 

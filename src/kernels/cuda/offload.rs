@@ -2,8 +2,9 @@
 
 use std::sync::Arc;
 
-use super::driver::{Driver, pin, unpin};
+use super::driver::Driver;
 use super::memory::Buffer;
+use super::pinned::PinnedMemory;
 use crate::error::Result;
 use crate::plan::settings::OFFLOAD_SLOTS;
 use crate::plan::{MemoryPlan, Region};
@@ -12,19 +13,13 @@ use crate::plan::{MemoryPlan, Region};
 pub(super) const OFFLOAD_COPIES: usize = 2 * OFFLOAD_SLOTS;
 
 /// The pinned memory, and where each region begins in it.
-pub struct Pinned<D: Driver> {
+pub struct OffloadStore<D: Driver> {
     driver: Arc<D>,
-    host: Option<*mut u8>,
-    bytes: usize,
+    host: Option<PinnedMemory<D>>,
     offsets: Vec<usize>,
 }
 
-// SAFETY: the pointer is to memory of the driver, which any thread may use; only copies that the
-// driver orders touch it.
-#[allow(unsafe_code)]
-unsafe impl<D: Driver> Send for Pinned<D> {}
-
-impl<D: Driver> Pinned<D> {
+impl<D: Driver> OffloadStore<D> {
     /// No memory where nothing is offloaded.
     pub fn new(driver: &Arc<D>, plan: &MemoryPlan) -> Result<Self> {
         let mut bytes = 0;
@@ -34,16 +29,16 @@ impl<D: Driver> Pinned<D> {
             start
         };
         let offsets: Vec<usize> = plan.offloaded.iter().map(&mut place).collect();
-        let host = (bytes > 0).then(|| pin(driver.as_ref(), bytes)).transpose()?;
-        Ok(Pinned { driver: driver.clone(), host, bytes, offsets })
+        let host = (bytes > 0).then(|| PinnedMemory::new(driver, bytes)).transpose()?;
+        Ok(OffloadStore { driver: driver.clone(), host, offsets })
     }
 
     /// Region `index`, for `bytes`.
     fn at(&self, index: usize, bytes: usize) -> *mut u8 {
-        let end = self.offsets.get(index + 1).copied().unwrap_or(self.bytes);
+        let host = self.host.as_ref().expect("regions are planned");
+        let end = self.offsets.get(index + 1).copied().unwrap_or(host.bytes());
         assert!(self.offsets[index] + bytes <= end, "what is offloaded is larger than planned");
-        let host = self.host.expect("regions are planned");
-        host.wrapping_add(self.offsets[index])
+        host.start().wrapping_add(self.offsets[index])
     }
 
     /// Queues the copy of a slot to region `index`, behind everything queued so far.
@@ -71,15 +66,14 @@ impl<D: Driver> Pinned<D> {
     }
 }
 
-impl<D: Driver> Drop for Pinned<D> {
+impl<D: Driver> Drop for OffloadStore<D> {
     fn drop(&mut self) {
-        let Some(host) = self.host else { return };
+        let Some(host) = self.host.take() else { return };
         // Copies that nobody waited for end before their memory goes.
         for slot in 0..OFFLOAD_COPIES {
             if self.driver.await_copy(slot).is_err() {
-                return;
+                return host.abandon();
             }
         }
-        unpin(self.driver.as_ref(), host, self.bytes);
     }
 }

@@ -4,8 +4,9 @@
 //! used from the front again once somebody has waited for the stream.
 
 use super::attention::heaviest_first;
-use super::driver::{Address, Driver, pin, unpin};
+use super::driver::{Address, Driver};
 use super::memory::Buffer;
+use super::pinned::PinnedMemory;
 use super::plan::UPLOAD_WORDS;
 use crate::error::Result;
 use std::sync::Arc;
@@ -26,33 +27,19 @@ pub struct Documents {
 /// Pinned host memory, and the region of the plan that words are copied to.
 pub struct Staging<D: Driver> {
     driver: Arc<D>,
-    host: *mut u8,
-    host_bytes: usize,
+    host: PinnedMemory<D>,
     region: Buffer<D>,
     host_used: usize,
     words_used: usize,
     documents: Option<(Vec<usize>, usize, Documents)>,
 }
 
-// SAFETY: the pointer is to memory of the driver, which any thread may use; `&mut self` is
-// exclusive.
-#[allow(unsafe_code)]
-unsafe impl<D: Driver> Send for Staging<D> {}
-
 impl<D: Driver> Staging<D> {
     /// For `region`, and what goes elsewhere, through `host_bytes`.
     pub fn new(driver: &Arc<D>, region: Buffer<D>, host_bytes: usize) -> Result<Self> {
-        let host = pin(driver.as_ref(), host_bytes)?;
+        let host = PinnedMemory::new(driver, host_bytes)?;
         let driver = driver.clone();
-        Ok(Staging {
-            driver,
-            host,
-            host_bytes,
-            region,
-            host_used: 0,
-            words_used: 0,
-            documents: None,
-        })
+        Ok(Staging { driver, host, region, host_used: 0, words_used: 0, documents: None })
     }
 
     /// Everything was copied.
@@ -91,12 +78,15 @@ impl<D: Driver> Staging<D> {
 
     /// Waits if what was staged before leaves no room.
     fn make_room(&mut self, bytes: usize, words: usize) -> Result<()> {
-        let full = self.host_used + bytes > self.host_bytes;
+        let full = self.host_used + bytes > self.host.bytes();
         if full || self.words_used + words > self.region.elements {
             self.driver.synchronize()?;
             self.reuse();
         }
-        assert!(bytes <= self.host_bytes && words <= self.region.elements, "planned for this much");
+        assert!(
+            bytes <= self.host.bytes() && words <= self.region.elements,
+            "planned for this much"
+        );
         Ok(())
     }
 
@@ -135,19 +125,11 @@ impl<D: Driver> Staging<D> {
         if bytes == 0 {
             return Ok(());
         }
-        assert!(self.host_used + bytes <= self.host_bytes, "room was made");
-        // SAFETY: in bounds as asserted; nobody else writes here, and nothing that is being copied
-        // lies here: the front is used again only after a wait.
-        let staged =
-            unsafe { std::slice::from_raw_parts_mut(self.host.add(self.host_used), bytes) };
+        // SAFETY: nothing that is being copied lies here: the front is used again only after a wait.
+        let staged = unsafe { self.host.slice_mut(self.host_used..self.host_used + bytes) };
         write(staged);
+        let from = staged.as_ptr();
         self.host_used += bytes.next_multiple_of(4 * UPLOAD_WORDS);
-        self.driver.upload_staged(staged.as_ptr(), to, bytes)
-    }
-}
-
-impl<D: Driver> Drop for Staging<D> {
-    fn drop(&mut self) {
-        unpin(self.driver.as_ref(), self.host, self.host_bytes);
+        self.driver.upload_staged(from, to, bytes)
     }
 }

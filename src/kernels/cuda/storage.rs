@@ -9,10 +9,10 @@ use super::driver::Driver;
 use super::host::{self, DeviceVector};
 use super::loss::{self, LossSum};
 use super::memory::{Allocation, Buffer, Memory};
-use super::offload::Pinned;
+use super::offload::OffloadStore;
 use super::plan::{DEQUANTIZED, cuda_layout, idle_in_blocks, staged_bytes};
 use super::staging::Staging;
-use super::together::Stack;
+use super::together::StackRoom;
 use super::weight::{self, DeviceWeight};
 use super::{Cuda, rows, stream};
 use crate::error::Result;
@@ -29,7 +29,7 @@ impl<D: Driver> Storage for Cuda<D> {
     type LossSum = LossSum<D>;
     type Weight = DeviceWeight<D>;
     type Vector = DeviceVector<D>;
-    type Offload = Pinned<D>;
+    type Offload = OffloadStore<D>;
 
     fn plan(&self, spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
         cuda_layout(spec, settings, self.attention)
@@ -57,7 +57,8 @@ impl<D: Driver> Storage for Cuda<D> {
         };
         state.ahead = Some(Ahead::new(DEQUANTIZED.into_iter().filter_map(&mut take).collect()));
         let stacked = take(CudaRegion::StackedA);
-        state.stack = stacked.map(|a| Stack { a, gradient: take(CudaRegion::StackedGradient) });
+        let room = |a| StackRoom { a, gradient: take(CudaRegion::StackedGradient) };
+        state.stack = stacked.map(room);
         // Its memory is a part of what the sums have.
         take(CudaRegion::MlpSums);
         drop(state);
@@ -65,13 +66,13 @@ impl<D: Driver> Storage for Cuda<D> {
         Ok(memory)
     }
 
-    fn offload_store(&self, plan: &MemoryPlan, _folder: Option<&Path>) -> Result<Pinned<D>> {
-        Pinned::new(&self.shared.driver, plan)
+    fn offload_store(&self, plan: &MemoryPlan, _folder: Option<&Path>) -> Result<OffloadStore<D>> {
+        OffloadStore::new(&self.shared.driver, plan)
     }
 
     fn offload(
         &self,
-        store: &mut Pinned<D>,
+        store: &mut OffloadStore<D>,
         from: (&Buffer<D>, usize),
         index: usize,
         elements: usize,
@@ -81,7 +82,7 @@ impl<D: Driver> Storage for Cuda<D> {
 
     fn fetch(
         &self,
-        store: &mut Pinned<D>,
+        store: &mut OffloadStore<D>,
         index: usize,
         (to, slot): (&mut Buffer<D>, usize),
         elements: usize,
@@ -89,11 +90,11 @@ impl<D: Driver> Storage for Cuda<D> {
         self.note(store.fetch(index, (to, slot), elements));
     }
 
-    fn settle(&self, _store: &mut Pinned<D>, slot: usize) {
+    fn settle(&self, _store: &mut OffloadStore<D>, slot: usize) {
         self.note(self.driver().await_copy(slot));
     }
 
-    fn offload_failure(&self, _store: &mut Pinned<D>) -> Result<()> {
+    fn offload_failure(&self, _store: &mut OffloadStore<D>) -> Result<()> {
         // Kept with all other failures.
         Ok(())
     }

@@ -10,9 +10,10 @@ use std::sync::Arc;
 
 use rayon::prelude::*;
 
-use super::driver::{Driver, pin, unpin};
+use super::driver::Driver;
 use super::memory::Allocation;
 use super::offload::OFFLOAD_COPIES;
+use super::pinned::PinnedMemory;
 use super::weight::{self, Part};
 use super::{Cuda, DeviceWeight};
 use crate::error::Result;
@@ -30,8 +31,8 @@ type BlockParts = Vec<(usize, Part)>;
 
 /// One of the two places.
 struct Place<D: Driver> {
+    pinned: PinnedMemory<D>,
     memory: Arc<Allocation<D>>,
-    pinned: *mut u8,
     /// Which block's weights are there, or will be when its copy is done.
     block: Option<usize>,
 }
@@ -44,11 +45,6 @@ struct Stream<D: Driver> {
     places: Vec<Place<D>>,
     bytes: usize,
 }
-
-// SAFETY: the pointers are to memory of the driver, which any thread may use; `&mut self` is
-// exclusive, and only copies that the driver orders touch it besides.
-#[allow(unsafe_code)]
-unsafe impl<D: Driver> Send for Stream<D> {}
 
 /// Lays the blocks out.
 ///
@@ -68,8 +64,8 @@ pub(super) fn stream<D: Driver>(
     let mut stream = Stream { cuda: cuda.clone(), pages, blocks: parts, places: Vec::new(), bytes };
     for _ in 0..STREAM_SLOTS.min(blocks.len()) {
         let memory = Allocation::new(driver, bytes)?;
-        let pinned = pin(driver.as_ref(), bytes.max(1))?;
-        stream.places.push(Place { memory, pinned, block: None });
+        let pinned = PinnedMemory::new(driver, bytes.max(1))?;
+        stream.places.push(Place { pinned, memory, block: None });
     }
     let placed = blocks.iter().enumerate().map(|(layer, block)| {
         let memory = &stream.places[layer % STREAM_SLOTS].memory;
@@ -105,9 +101,9 @@ impl<D: Driver> Stream<D> {
         place.block = None;
         self.cuda.forget_ahead();
         driver.finish_copy(slot)?;
-        write_block(&self.blocks[layer], place.pinned, self.bytes);
+        write_block(&self.blocks[layer], &mut place.pinned, self.bytes);
         self.pages.release(layer);
-        driver.copy_in(place.pinned, place.memory.address(), self.bytes, slot)?;
+        driver.copy_in(place.pinned.start(), place.memory.address(), self.bytes, slot)?;
         place.block = Some(layer);
         Ok(())
     }
@@ -125,11 +121,11 @@ impl<D: Driver> Stream<D> {
     }
 }
 
-/// Writes a block to pinned memory of `bytes` on all threads.
+/// Writes a block to the first `bytes` of pinned memory, whose last copy is done, on all threads.
 #[allow(unsafe_code)]
-fn write_block(block: &BlockParts, pinned: *mut u8, bytes: usize) {
-    // SAFETY: the memory has `bytes`, and its last copy is done: nobody else reads or writes it.
-    let mut rest = unsafe { std::slice::from_raw_parts_mut(pinned, bytes) };
+fn write_block<D: Driver>(block: &BlockParts, pinned: &mut PinnedMemory<D>, bytes: usize) {
+    // SAFETY: its last copy is done, and the next one is queued behind this.
+    let mut rest = unsafe { pinned.slice_mut(0..bytes) };
     let mut pieces = Vec::new();
     let mut begin = 0;
     for (start, part) in block {
@@ -167,10 +163,10 @@ impl<D: Driver> WeightStream for Stream<D> {
 impl<D: Driver> Drop for Stream<D> {
     fn drop(&mut self) {
         let driver = &self.cuda.shared.driver;
-        for (index, place) in self.places.iter().enumerate() {
+        for (index, place) in self.places.drain(..).enumerate() {
             // A copy that cannot be waited for keeps its memory.
-            if driver.finish_copy(OFFLOAD_COPIES + index).is_ok() {
-                unpin(driver.as_ref(), place.pinned, self.bytes.max(1));
+            if driver.finish_copy(OFFLOAD_COPIES + index).is_err() {
+                place.pinned.abandon();
             }
         }
     }

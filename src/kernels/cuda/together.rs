@@ -36,16 +36,16 @@ use crate::model::block::{AdapterWork, Linear, LinearAdapter, LinearGroup};
 use crate::model::parameters::Parameters;
 
 /// Room for the matrices of the linears at work; see the module.
-pub(super) struct Stack<D: Driver> {
+pub(super) struct StackRoom<D: Driver> {
     /// A of all, bf16 `[ΣR, K]`.
     pub a: Buffer<D>,
     /// Their gradients, f32 `[ΣR, K]`; only where there is a backward pass.
     pub gradient: Option<Buffer<D>>,
 }
 
-impl<D: Driver> Clone for Stack<D> {
+impl<D: Driver> Clone for StackRoom<D> {
     fn clone(&self) -> Self {
-        Stack { a: self.a.clone(), gradient: self.gradient.clone() }
+        StackRoom { a: self.a.clone(), gradient: self.gradient.clone() }
     }
 }
 
@@ -118,17 +118,17 @@ impl Adapters {
 }
 
 /// Adapters of linears that read the same rows, and room for the gradients of their A.
-pub(super) struct Stacked<D: Driver> {
+pub(super) struct StackedAdapters<D: Driver> {
     adapters: Adapters,
     gradient: Buffer<D>,
 }
 
-impl<D: Driver> Stacked<D> {
+impl<D: Driver> StackedAdapters<D> {
     /// `None` where the plan has no room for it.
     pub fn new(cuda: &Cuda<D>, linears: &[&Linear<Cuda<D>>]) -> Option<Self> {
-        let stack = cuda.stack().filter(|_| linears.len() > 1);
-        let gradient = stack?.gradient?;
-        Some(Stacked { adapters: Adapters::of(linears), gradient })
+        let room = cuda.stack_room().filter(|_| linears.len() > 1);
+        let gradient = room?.gradient?;
+        Some(StackedAdapters { adapters: Adapters::of(linears), gradient })
     }
 
     /// `gA += tᵀ·x` of each, their t side by side.
@@ -208,11 +208,11 @@ pub(super) fn forward<D: Driver>(
     pair: &mut Buffer<D>,
 ) -> bool {
     let &LinearGroup { linears, parameters, rows, scale } = group;
-    let Some(stack) = cuda.stack().filter(|_| linears.len() > 1) else { return false };
+    let Some(room) = cuda.stack_room().filter(|_| linears.len() > 1) else { return false };
     let adapters = Adapters::of(linears);
     if adapters.ranks > 0 {
         let inner = adapters.inner;
-        let a = Rows { address: stack.a.at(0..adapters.ranks * inner), stride: inner };
+        let a = Rows { address: room.a.at(0..adapters.ranks * inner), stride: inner };
         adapters.write_a(cuda, parameters, a);
         let operands = (operand(x.rows(rows, inner)), transposed(a));
         let to = product(ax.band(adapters.columns(), rows));
@@ -281,7 +281,7 @@ pub(super) fn backward<D: Driver>(
     work: &mut AdapterWork<Buffer<D>>,
 ) -> bool {
     let &LinearGroup { linears, parameters, rows, .. } = group;
-    let Some(stacked) = Stacked::new(cuda, linears) else { return false };
+    let Some(stacked) = StackedAdapters::new(cuda, linears) else { return false };
     let (pair, t) = work.of_backward();
     let (adapters, ranks) = (&stacked.adapters, stacked.adapters.ranks);
     // Side by side: behind the rows of the one gradient, or by themselves.

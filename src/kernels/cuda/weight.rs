@@ -10,8 +10,9 @@ use nibble_quant::codebook::{dynamic_map, unsigned_dynamic_map};
 use nibble_quant::{Absmax, BlockFormat, NESTED_BLOCK_SIZE, PackedWeight, QuantType};
 
 use super::Cuda;
-use super::driver::{self, Address, Argument, Driver};
+use super::driver::{Address, Argument, Driver};
 use super::memory::{Allocation, Rows};
+use super::pinned::PinnedMemory;
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::plan::WeightParts;
@@ -290,27 +291,6 @@ fn write<D: Driver>(driver: &Arc<D>, part: &Part, to: Address) -> Result<()> {
     }
 }
 
-/// Pinned memory, given back when its last user is gone.
-struct Pinned<D: Driver> {
-    driver: Arc<D>,
-    start: *mut u8,
-    bytes: usize,
-}
-
-// SAFETY: the pointer is to memory of the driver, which any thread may use; after it was filled it
-// is only read.
-#[allow(unsafe_code)]
-unsafe impl<D: Driver> Send for Pinned<D> {}
-// SAFETY: as above.
-#[allow(unsafe_code)]
-unsafe impl<D: Driver> Sync for Pinned<D> {}
-
-impl<D: Driver> Drop for Pinned<D> {
-    fn drop(&mut self) {
-        driver::unpin(self.driver.as_ref(), self.start, self.bytes);
-    }
-}
-
 /// Writes `weight` to pinned memory of the host, which kernels read where it lies, and copies do.
 fn pin<D: Driver>(
     driver: &Arc<D>,
@@ -319,16 +299,16 @@ fn pin<D: Driver>(
 ) -> Result<DeviceWeight<D>> {
     let parts = parts(weight);
     let bytes = parts.iter().map(padded_bytes).sum::<usize>().max(1);
-    let start = driver::pin(driver.as_ref(), bytes)?;
-    let pinned = Arc::new(Pinned { driver: driver.clone(), start, bytes });
-    // SAFETY: the memory has `bytes`, and nobody else knows it yet.
+    let mut pinned = PinnedMemory::new(driver, bytes)?;
+    // SAFETY: no copy knows it yet.
     #[allow(unsafe_code)]
-    let mut rest = unsafe { std::slice::from_raw_parts_mut(start, bytes) };
+    let mut rest = unsafe { pinned.slice_mut(0..bytes) };
     for part in &parts {
         let (own, later) = rest.split_at_mut(padded_bytes(part));
         part.write(&mut own[..part.bytes()]);
         rest = later;
     }
-    let weight = at(tables, weight, start as Address, &pinned);
+    let start = pinned.start() as Address;
+    let weight = at(tables, weight, start, &Arc::new(pinned));
     Ok(DeviceWeight { bytes: WeightParts::default(), on_host: true, ..weight })
 }

@@ -8,7 +8,7 @@ use crate::kernels::cuda::launch::{FLAT_THREADS, flat, launch};
 use crate::kernels::cuda::low_rank;
 use crate::kernels::cuda::memory::{Buffer, Rows};
 use crate::kernels::cuda::mlp::activation_code;
-use crate::kernels::cuda::together::Stacked;
+use crate::kernels::cuda::together::StackedAdapters;
 use crate::model::block::{GatedMlp, GatedMlpGradients, Linear, LinearAdapter, SavedMlp};
 use crate::model::parameters::Parameters;
 use crate::model::spec::Activation;
@@ -127,7 +127,7 @@ pub(in crate::kernels::cuda) fn goes_backward<D: Driver>(
     let cut = cuda.mlp_sums().and_then(|sums| {
         Cut::new(ranks, mlp.rows, mlp.gate.output.width).filter(|cut| cut.fits(&sums))
     });
-    let stacks = Stacked::new(cuda, &[mlp.gate, mlp.up]).is_some();
+    let stacks = StackedAdapters::new(cuda, &[mlp.gate, mlp.up]).is_some();
     cut.is_some() && stacks && mlp.parameters.working().is_some()
 }
 
@@ -148,7 +148,7 @@ pub(in crate::kernels::cuda) fn backward<D: Driver>(
     let part = |linear| Adapted::new(parameters, working, lora_gradients, linear);
     let parts = [part(mlp.gate)?, part(mlp.up)?, part(mlp.down)?];
     let work = Backward::new(mlp, saved, &parts, &sums, dy, to)?;
-    let stack = Stacked::new(cuda, &[mlp.gate, mlp.up])?;
+    let stack = StackedAdapters::new(cuda, &[mlp.gate, mlp.up])?;
     let [gate, up, down] = &parts;
     let ([t_gate, t_up, t_down], [.., ax_down]) = (work.t, work.ax);
 
