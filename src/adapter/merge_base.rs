@@ -40,10 +40,10 @@ pub struct MergeBase<'a> {
     onto: MergeOnto,
 }
 
-/// A base tensor: as the file has it, or widened, `[out, in]`.
+/// A base tensor: as the file has it, or dequantized, `[out, in]`.
 pub(super) enum BaseWeight {
     AsStored(DenseTensor),
-    Widened(Vec<f32>),
+    Dequantized(Vec<f32>),
 }
 
 impl BaseWeight {
@@ -52,7 +52,7 @@ impl BaseWeight {
         match self {
             BaseWeight::AsStored(dense) if spec.transposed => dense.transposed().to_f32(),
             BaseWeight::AsStored(dense) => dense.to_f32(),
-            BaseWeight::Widened(values) => values,
+            BaseWeight::Dequantized(values) => values,
         }
     }
 }
@@ -143,7 +143,7 @@ impl<'a> MergeBase<'a> {
             FourBit::Quantized(format)
                 if is_linear(spec) && self.onto == MergeOnto::Dequantized =>
             {
-                through_blocks(self.source, spec, &format).map(BaseWeight::Widened)
+                through_blocks(self.source, spec, &format).map(BaseWeight::Dequantized)
             }
             _ => stored(self.source, spec, source),
         }
@@ -154,7 +154,7 @@ impl<'a> MergeBase<'a> {
         let other = match (self.onto, self.original, self.four_bit) {
             (MergeOnto::Original, _, FourBit::Stored(model)) => stored(model, spec, &spec.name)?,
             (MergeOnto::Original, Some(original), FourBit::Quantized(format)) => {
-                BaseWeight::Widened(through_blocks(original, spec, &format)?)
+                BaseWeight::Dequantized(through_blocks(original, spec, &format)?)
             }
             (MergeOnto::Dequantized, Some(original), _) => stored(original, spec, &spec.name)?,
             _ => return Ok(None),
@@ -180,12 +180,12 @@ fn read(checkpoint: &Checkpoint, name: &str) -> Result<Weight> {
     weight.map_err(|e| e.at(checkpoint.path().display()))
 }
 
-/// The tensor `name`, which must have the shape of `spec`; a packed one widened.
+/// The tensor `name`, which must have the shape of `spec`; a packed one dequantized.
 fn stored(checkpoint: &Checkpoint, spec: &TensorSpec, name: &str) -> Result<BaseWeight> {
     let (got, expected, weight) = match read(checkpoint, name)? {
         Weight::Packed(packed) => {
             let got = packed.shape().to_vec();
-            (got, spec.shape.clone(), BaseWeight::Widened(packed.dequantize()))
+            (got, spec.shape.clone(), BaseWeight::Dequantized(packed.dequantize()))
         }
         Weight::Dense(dense) => {
             let mut expected = spec.shape.clone();
@@ -204,14 +204,14 @@ fn stored(checkpoint: &Checkpoint, spec: &TensorSpec, name: &str) -> Result<Base
     )))
 }
 
-/// The dense linear `spec` as training saw it: packed and widened again, `[out, in]`.
+/// The dense linear `spec` as training saw it: packed and dequantized again, `[out, in]`.
 fn through_blocks(
     checkpoint: &Checkpoint,
     spec: &TensorSpec,
     format: &BlockFormat,
 ) -> Result<Vec<f32>> {
     match stored(checkpoint, spec, &spec.name)? {
-        BaseWeight::Widened(values) => Ok(values),
+        BaseWeight::Dequantized(values) => Ok(values),
         BaseWeight::AsStored(dense) if spec.transposed => {
             Ok(quantize(&spec.name, &dense.transposed(), format)?.dequantize())
         }

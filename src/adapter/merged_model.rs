@@ -1,7 +1,7 @@
 //! A whole model with an adapter merged in, as a stream of dense tensors.
 //!
 //! The inventory says which tensors are written; one is in memory at a time. The base is either
-//! the original weights or the 4-bit ones that the adapter was trained on, widened; on the way the
+//! the original weights or the 4-bit ones that the adapter was trained on, dequantized; on the way the
 //! stream measures what the choice and the rounding cost.
 
 use bytes::Bytes;

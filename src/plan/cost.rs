@@ -1,15 +1,15 @@
 //! How long a step takes, about: what plans that fit are compared by.
 //!
 //! ```text
-//! step = max(compute + widen + logits, copies) + files + rows + tiles
-//! compute = 2·(multiply-adds, recomputed ones included) / rate of products
-//! widen   = 2.5 bytes · (weights of the blocks, once a pass, tile and direction) / rate of memory;
-//!           a quarter of it where a GPU widens ahead, beside the products
-//! logits  = bytes of the head, twice a chunk of logits / rate of memory
-//! copies  = bytes to a GPU, or from the files of streamed weights, behind the computation
-//! rows    = the tokens' rows of an embedding on the host, over the bus
-//! tiles   = of a head on the host: a third product with it, and what products do not hide of its copies
-//! files   = what is offloaded on the CPU, written and read
+//! step = max(compute + dequantize + logits, copies) + files + rows + tiles
+//! compute    = 2·(multiply-adds, recomputed ones included) / rate of products
+//! dequantize = 2.5 bytes · (weights of the blocks, once a pass, tile and direction) / rate of memory;
+//!              a quarter of it where a GPU dequantizes ahead, beside the products
+//! logits     = bytes of the head, twice a chunk of logits / rate of memory
+//! copies     = bytes to a GPU, or from the files of streamed weights, behind the computation
+//! rows       = the tokens' rows of an embedding on the host, over the bus
+//! tiles      = of a head on the host: a third product with it, and what products do not hide of its copies
+//! files      = what is offloaded on the CPU, written and read
 //! ```
 //!
 //! The rates are assumptions; what is chosen depends on their ratios alone.
@@ -31,9 +31,9 @@ const ASSUMED_BYTES_OF_A_GPU_S_MEMORY: f64 = 1e12;
 /// What a thread moves between its cache and its registers in a second, about.
 const ASSUMED_BYTES_OF_A_CACHE: f64 = 3e10;
 /// Read as 4 bits and a scale, written as bf16 (on the CPU, as f32 that stays in the cache).
-const BYTES_TO_WIDEN: f64 = 2.5;
-/// What stays of widening beside products, which share the multiprocessors and the memory with it.
-const WIDENED_BESIDE: f64 = 0.25;
+const BYTES_TO_DEQUANTIZE: f64 = 2.5;
+/// What stays of dequantizing beside products, which share the multiprocessors and the memory with it.
+const DEQUANTIZED_BESIDE: f64 = 0.25;
 /// What stays of copies that hide behind the computation.
 const EXPOSED_SHARE: f64 = 0.02;
 
@@ -105,7 +105,7 @@ impl<'a> Pace<'a> {
         let transfer = Transfer::new(layers, block, in_copies, tokens, work);
         let products = transfer.flops / rates.flops;
         let compute = products
-            + self.widening(settings, share, products)
+            + self.dequantizing(settings, share, products)
             + self.reading_the_head(settings) / rates.memory;
         let copies = transfer.bytes as f64 / rates.copies;
         let files = in_files as f64 / ASSUMED_BYTES_OF_A_DRIVE;
@@ -130,7 +130,7 @@ impl<'a> Pace<'a> {
         let head = (self.demand.spec.vocab_size * self.demand.spec.hidden_size) as f64;
         let product = 2.0 * head * settings.tokens as f64 / self.rates.flops;
         let copy = self.chunks(settings) * 2.0 * head / self.rates.copies;
-        let beside = |products: f64| if settings.widen_ahead { products } else { 0.0 };
+        let beside = |products: f64| if settings.dequantize_ahead { products } else { 0.0 };
         let wait = |products: f64| (copy - beside(products)).max(0.0);
         let waits = wait(product) + wait(2.0 * product);
         product + waits + EXPOSED_SHARE * 2.0 * copy
@@ -141,15 +141,15 @@ impl<'a> Pace<'a> {
         settings.tokens.div_ceil(rows.max(1)) as f64
     }
 
-    /// Seconds that widening the blocks' weights adds to a step whose products take `products`.
-    fn widening(&self, settings: &Settings, share: f64, products: f64) -> f64 {
+    /// Seconds that dequantizing the blocks' weights adds to a step whose products take `products`.
+    fn dequantizing(&self, settings: &Settings, share: f64, products: f64) -> f64 {
         let (spec, [attention, mlp]) = (self.demand.spec, self.elements);
         let tiles = settings.tokens.div_ceil(settings.mlp_tile().max(1)) as f64;
         let passes = (2.0 + share) * spec.num_layers as f64;
-        let bytes = BYTES_TO_WIDEN * passes * (attention + tiles * mlp);
+        let bytes = BYTES_TO_DEQUANTIZE * passes * (attention + tiles * mlp);
         let seconds = bytes / self.rates.memory;
-        match (self.demand.place, settings.widen_ahead) {
-            (Place::Gpu, true) => seconds - (1.0 - WIDENED_BESIDE) * seconds.min(products),
+        match (self.demand.place, settings.dequantize_ahead) {
+            (Place::Gpu, true) => seconds - (1.0 - DEQUANTIZED_BESIDE) * seconds.min(products),
             _ => seconds,
         }
     }

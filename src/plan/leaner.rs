@@ -2,7 +2,7 @@
 //!
 //! In this order, each where the one before is used up: passes of half as many tokens, down to the
 //! longest document; half of the blocks that keep their activations recompute; attention is made again,
-//! too; the MLP, the logits and widened weights take smaller pieces; inputs of blocks wait elsewhere,
+//! too; the MLP, the logits and dequantized weights take smaller pieces; inputs of blocks wait elsewhere,
 //! alone.
 //! Losses and gradients are the same sums in all of them, up to the order of summation.
 
@@ -59,7 +59,7 @@ fn offloading(settings: &Settings) -> Option<Settings> {
 }
 
 fn pieces(settings: &Settings) -> (usize, usize, bool) {
-    (settings.mlp_tile(), settings.logit_rows, settings.widen_ahead)
+    (settings.mlp_tile(), settings.logit_rows, settings.dequantize_ahead)
 }
 
 fn differ(one: &Settings, other: &Settings) -> bool {

@@ -8,7 +8,7 @@ use super::weights::Place;
 use crate::adapter::LoraTarget;
 use crate::model::spec::{LinearRole, ModelSpec};
 
-/// The MLP is tiled above this many tokens: enough rows to pay for widening a weight once more.
+/// The MLP is tiled above this many tokens: enough rows to pay for dequantizing a weight once more.
 pub const AUTOMATIC_TILE_TOKENS: usize = 4096;
 
 /// Tokens of a tile of the MLP where memory is short.
@@ -65,7 +65,7 @@ pub struct Pieces {
     pub tiles: bool,
     /// The logits, a quarter of the rows at a time.
     pub logits: bool,
-    /// Widened weights, in one buffer on a GPU.
+    /// Dequantized weights, in one buffer on a GPU.
     pub one_buffer: bool,
 }
 
@@ -149,9 +149,9 @@ pub struct Settings {
     pub mlp_tile_length: Option<usize>,
     /// Folder of the file that the CPU offloads to; the system's for temporary files if absent.
     pub scratch_folder: Option<PathBuf>,
-    /// On a GPU: whether 4-bit weights have a second buffer, in which the next one is widened while a
+    /// On a GPU: whether 4-bit weights have a second buffer, in which the next one is dequantized while a
     /// product runs.
-    pub widen_ahead: bool,
+    pub dequantize_ahead: bool,
     /// On a GPU: whether the head is in the host's memory.
     pub head_on_host: bool,
 }
@@ -184,7 +184,7 @@ impl Settings {
             cache_tokens: 0,
             mlp_tile_length: None,
             scratch_folder: None,
-            widen_ahead: true,
+            dequantize_ahead: true,
             head_on_host: false,
         }
     }
@@ -218,7 +218,7 @@ impl Settings {
         Settings {
             mlp_tile_length: if pieces.tiles { Some(tile) } else { self.mlp_tile_length },
             logit_rows: if pieces.logits { rows } else { self.logit_rows },
-            widen_ahead: self.widen_ahead && !pieces.one_buffer,
+            dequantize_ahead: self.dequantize_ahead && !pieces.one_buffer,
             ..self
         }
     }

@@ -167,7 +167,7 @@ fn the_tiles_of_a_head_are_there_when_they_are_used() {
         let run = |copies| {
             let gpu = Cuda::new(Device::with(copies)?).unwrap();
             let (mut model, _) = random_model(&gpu, OnHost::All, &spec, &batch, |s| {
-                (s.widen_ahead, s.logit_rows) = (ahead, rows);
+                (s.dequantize_ahead, s.logit_rows) = (ahead, rows);
             });
             let first = step(&mut model, &batch);
             assert_eq!(gpu.driver().copied_ahead(), 0);

@@ -76,7 +76,7 @@ fn a_single_document_is_recomputed_where_memory_is_short() {
         model.parameters_mut().zero_gradients();
         let again = model.forward_backward(&batch, scale, 0).unwrap();
         let got = model.parameters().values(Part::Gradients).unwrap();
-        if settings.widen_ahead {
+        if settings.dequantize_ahead {
             assert_eq!((again.to_bits(), &*got), (loss.to_bits(), &*gradients), "{settings:?}");
         }
         assert!((again / loss - 1.0).abs() < 1e-3, "{settings:?}: {again} {loss}");

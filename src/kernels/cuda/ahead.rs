@@ -1,15 +1,15 @@
-//! Weights that are widened ahead: the next one, while the product with this one runs.
+//! Weights that are dequantized ahead: the next one, while the product with this one runs.
 //!
 //! A pass asks for the weights in the order of the pass before it. The order is remembered, and as
-//! soon as one weight is asked for, the one that followed it is widened into the other of two
+//! soon as one weight is asked for, the one that followed it is dequantized into the other of two
 //! buffers on a stream of its own: behind the last product that read that buffer, beside the one
 //! that comes now. A guess that was wrong costs its time and nothing else: what a buffer holds is
 //! compared with what is wanted, and a buffer is waited for before it is read or written again.
 //!
-//! Only the frozen weight is widened ahead; what adapters add to it lies outside of it and is
+//! Only the frozen weight is dequantized ahead; what adapters add to it lies outside of it and is
 //! written when it is used. Streamed weights are guessed within their block, as the next block may
 //! still be on its way, and forgotten when another block takes their place. A head on the host takes
-//! turns in the same buffers, a tile after another: these are copied, not widened.
+//! turns in the same buffers, a tile after another: these are copied, not dequantized.
 
 use std::ops::Range;
 
@@ -17,7 +17,7 @@ use super::driver::{Address, Driver};
 use super::memory::Buffer;
 use super::weight::{DeviceWeight, Form, Packed};
 
-/// Buffers for widened weights.
+/// Buffers for dequantized weights.
 pub(super) const AHEAD_SLOTS: usize = 2;
 
 /// Weights that one product takes at most: q, k and v.

@@ -2,7 +2,7 @@
 //!
 //! # One product for base and adapter
 //!
-//! A 4-bit weight `[N, K]` is widened to a buffer before each product anyway, so an adapter of rank R
+//! A 4-bit weight `[N, K]` is dequantized to a buffer before each product anyway, so an adapter of rank R
 //! can lie in the same matrix, and what it multiplies beside the activations:
 //!
 //! ```text
@@ -30,13 +30,11 @@
 //! are operands where they lie. [`super::together`] has linears that read the same rows.
 
 use super::Cuda;
-use super::ahead::{Ahead, Source, Wanted, WeightRows};
-use super::driver::{Address, Argument, Driver, Launch, Operand, Product};
+use super::driver::{Driver, Operand, Product};
 use super::host::DeviceVector;
 use super::launch::{FLAT_THREADS, columns as columns_grid, launch, row_threads, rows as row_grid};
 use super::memory::{Buffer, Rows};
-use super::weight::{DeviceWeight, Packed};
-use crate::error::Result;
+use super::weight::DeviceWeight;
 use crate::kernels::{Columns, LoraShape, LoraTerm};
 
 /// Strides of extended operands are multiples of this: 16 bytes, as tensor cores like them.
@@ -47,7 +45,7 @@ pub(super) fn tail_columns(ranks: usize) -> usize {
     ranks.next_multiple_of(STRIDE_ELEMENTS)
 }
 
-/// Elements of a widened weight `[N, K]` with an adapter of `rank`, in either direction.
+/// Elements of a dequantized weight `[N, K]` with an adapter of `rank`, in either direction.
 pub(super) fn extended_elements([rows, columns]: [usize; 2], rank: usize) -> usize {
     (rows * (columns + tail_columns(rank))).max((rows + rank) * columns)
 }
@@ -70,13 +68,6 @@ pub(super) fn product(Rows { address, stride }: Rows) -> Product {
 /// Where a product in f32 goes.
 pub(super) fn product_in_f32(rows: Rows) -> Product {
     Product { wide: true, ..product(rows) }
-}
-
-/// Rows of a weight in bf16.
-struct Panel {
-    first: usize,
-    count: usize,
-    rows: Rows,
 }
 
 /// Where `t` lies: behind the rows of the gradient that it is made of, if its band ends them and
@@ -116,7 +107,7 @@ pub(super) fn forward_extended<D: Driver>(
     let ([outer, inner], rank) = (weight.shape, shape.rank);
     let tail = x.tail(rows, rank)?;
     let stride = inner + tail_columns(rank);
-    let wide = cuda.widened(&[weight], stride, extended_elements(weight.shape, rank))?;
+    let wide = cuda.dequantized(&[weight], stride, extended_elements(weight.shape, rank))?;
     copy_columns(cuda, ax.band(*columns, rows), tail, (rows, rank), 1.0);
     copy_columns(cuda, b_of(pair, shape), wide.column(inner), (outer, rank), shape.scale);
     let operands = (operand(x.rows(rows, inner)), transposed(wide));
@@ -170,7 +161,7 @@ pub(super) fn input_gradient<D: Driver>(
     if let Some(LoraInput { shape, pair, .. }) =
         lora.as_ref().filter(|lora| lora.t == from.column(outer))
         && let Some(wide) =
-            cuda.widened(&[weight], inner, extended_elements(weight.shape, shape.rank))
+            cuda.dequantized(&[weight], inner, extended_elements(weight.shape, shape.rank))
     {
         let a = pair.at(0..shape.a_elements());
         let below = wide.row(outer).address;
@@ -214,128 +205,4 @@ pub(super) fn copy_columns<D: Driver>(
 
 pub(super) fn beta(accumulate: bool) -> f32 {
     if accumulate { 1.0 } else { 0.0 }
-}
-
-impl<D: Driver> Cuda<D> {
-    /// 4-bit weights in bf16, one below the other, their rows `stride` apart, in a buffer of at least
-    /// `elements`; `None` where one is dense, and where the buffers are smaller.
-    pub(super) fn widened(
-        &self,
-        weights: &[&DeviceWeight<D>],
-        stride: usize,
-        elements: usize,
-    ) -> Option<Rows> {
-        let wanted = Wanted::new(weights, stride)?;
-        (elements <= self.room_for_widened()).then(|| self.in_a_buffer(wanted))
-    }
-
-    /// Elements of a buffer for widened weights.
-    pub(super) fn room_for_widened(&self) -> usize {
-        self.state().ahead.as_ref().expect("a plan is allocated").elements()
-    }
-
-    /// What is wanted, in a buffer. What follows it in a pass is brought meanwhile, see
-    /// [`super::ahead`].
-    pub(super) fn in_a_buffer(&self, wanted: Wanted) -> Rows {
-        let turn = self.state().ahead.as_mut().expect("a plan is allocated").turn(wanted);
-        self.await_ahead(turn.pending);
-        if !turn.ready {
-            let result = self.fill(&wanted, turn.to, None);
-            self.note_or_forget(result);
-        }
-        if let Some((next, slot, address)) = turn.next {
-            let result = self.fill(&next, address, Some(slot));
-            self.note_or_forget(result);
-        }
-        Rows { address: turn.to, stride: wanted.stride }
-    }
-
-    /// What a buffer holds is not known where it could not be filled.
-    fn note_or_forget(&self, result: Result<()>) {
-        if result.is_err() {
-            self.forget_ahead();
-        }
-        self.note(result);
-    }
-
-    /// Fills a buffer in its turn, or ahead into a slot.
-    fn fill(&self, wanted: &Wanted, to: Address, slot: Option<usize>) -> Result<()> {
-        let driver = self.driver();
-        wanted.parts().try_for_each(|(WeightRows { source, rows }, first)| {
-            let to = Rows { address: to, stride: wanted.stride }.row(first);
-            match source {
-                Source::Packed(packed, first) => {
-                    let rows = (first, rows);
-                    dequantize(packed, rows, wanted.columns, to, |launch| match slot {
-                        None => driver.launch(launch),
-                        Some(slot) => driver.launch_ahead(launch, slot),
-                    })
-                }
-                Source::Pinned(from) => {
-                    let (from, bytes) = (from as *const u8, 2 * rows * wanted.columns);
-                    match slot {
-                        None => driver.upload_staged(from, to.address, bytes),
-                        Some(slot) => driver.copy_ahead(from, to.address, bytes, slot),
-                    }
-                }
-            }
-        })
-    }
-
-    /// What is queued from now on waits for what was brought ahead into these slots.
-    fn await_ahead(&self, slots: impl IntoIterator<Item = usize>) {
-        slots.into_iter().for_each(|slot| self.note(self.driver().await_ahead(slot)));
-    }
-
-    /// Before streamed weights change: what was widened ahead of them is of no use.
-    pub(super) fn forget_ahead(&self) {
-        let slots = self.state().ahead.as_mut().map(Ahead::forget);
-        self.await_ahead(slots.into_iter().flatten());
-    }
-
-    /// Calls `product` with the whole weight in bf16, or with one panel of rows after another where
-    /// the buffers for widened weights are smaller than this one.
-    fn for_panels(&self, weight: &DeviceWeight<D>, mut product: impl FnMut(Panel)) {
-        let [rows, columns] = weight.shape;
-        if let Some(whole) = weight.operand() {
-            return product(Panel { first: 0, count: rows, rows: whole });
-        }
-        let height = panel_rows(self.room_for_widened() / columns, rows);
-        for first in (0..rows).step_by(height) {
-            let count = height.min(rows - first);
-            let wanted = Wanted::of_rows(weight, first..first + count);
-            product(Panel { first, count, rows: self.in_a_buffer(wanted) });
-        }
-    }
-}
-
-/// Rows of a panel, if `most` have room and there are `all`: then columns of what a panel makes begin
-/// on 16 bytes.
-pub(super) fn panel_rows(most: usize, all: usize) -> usize {
-    let aligned = most / STRIDE_ELEMENTS * STRIDE_ELEMENTS;
-    let rows = if most >= all { all } else { aligned };
-    rows.max(1)
-}
-
-/// Widens `count` rows of a 4-bit weight from row `first` on.
-fn dequantize(
-    packed: Packed,
-    (first, count): (usize, usize),
-    columns: usize,
-    to: Rows,
-    launch: impl Fn(Launch) -> Result<()>,
-) -> Result<()> {
-    /// Elements that a block of eight warps takes in one turn.
-    const TURN: usize = 8192;
-    let mut arguments = packed.arguments().to_vec();
-    arguments.extend([
-        Argument::I64(first as i64),
-        Argument::I64(count as i64),
-        Argument::from(columns),
-        to.argument(),
-        Argument::from(to.stride),
-    ]);
-    let (kernel, threads) = ("dequantize_4bit", FLAT_THREADS);
-    let grid = [(count * columns).div_ceil(TURN) as u32, 1, 1];
-    launch(Launch { kernel, grid, threads, shared_bytes: 0, arguments: &mut arguments })
 }

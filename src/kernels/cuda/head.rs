@@ -7,7 +7,7 @@
 //! ```
 //!
 //! A head on the host is read twice for a chunk of rows, 2·V·D bytes each time, beside 3 · 2·V·D
-//! floating-point operations a row. Tiles lie in the buffers of widened weights, which nobody needs
+//! floating-point operations a row. Tiles lie in the buffers of dequantized weights, which nobody needs
 //! meanwhile, and the next one is copied while the products with this one run ([`super::ahead`]);
 //! between both directions the last two stay. dx is summed in f32, and rounded once. A head on the
 //! device is one tile.
@@ -16,8 +16,9 @@ use std::ops::Range;
 
 use super::Cuda;
 use super::ahead::Wanted;
+use super::dequantized::panel_rows;
 use super::driver::{Argument, Driver};
-use super::frozen::{STRIDE_ELEMENTS, operand, panel_rows, product, product_in_f32, transposed};
+use super::frozen::{STRIDE_ELEMENTS, operand, product, product_in_f32, transposed};
 use super::launch::{FLAT_THREADS, flat, launch, rows as row_grid};
 use super::loss::{LossSum, TILE_STATISTICS, logit_threads};
 use super::memory::{Buffer, Rows};
@@ -142,7 +143,7 @@ impl<'a, D: Driver> TiledChunk<'a, D> {
         let [vocab_size, width] = self.head.shape;
         let most = match self.head.operand() {
             Some(_) => self.room,
-            None => self.room.min(self.cuda.room_for_widened() / width),
+            None => self.room.min(self.cuda.room_for_dequantized() / width),
         };
         let height = panel_rows(most, stride(vocab_size)).min(vocab_size);
         (0..vocab_size).step_by(height).map(move |first| first..vocab_size.min(first + height))

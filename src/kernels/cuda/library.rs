@@ -131,7 +131,7 @@ impl Gpu {
             self.enter()?;
             let code = (self.cuda.stream_priorities)(&mut last, &mut first);
             self.cuda.check("read the priorities of streams", code)?;
-            // What is widened ahead gets the multiprocessors that a product leaves, not those that it
+            // What is dequantized ahead gets the multiprocessors that a product leaves, not those that it
             // is waiting for.
             for (stream, priority) in
                 [(&mut self.stream, first), (&mut self.copies, first), (&mut self.ahead, last)]

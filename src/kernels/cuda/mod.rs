@@ -9,6 +9,7 @@
 mod adapted_mlp;
 mod ahead;
 mod attention;
+mod dequantized;
 pub mod devices;
 pub mod driver;
 mod frozen;

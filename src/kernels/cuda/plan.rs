@@ -33,7 +33,7 @@ pub fn staged_bytes(plan: &MemoryPlan) -> usize {
     bytes.sum::<usize>() + 4 * UPLOAD_WORDS
 }
 
-/// Buffers for widened weights; the second one is for what is widened ahead.
+/// Buffers for dequantized weights; the second one is for what is dequantized ahead.
 pub(super) const DEQUANTIZED: [CudaRegion; 2] =
     [CudaRegion::Dequantized, CudaRegion::DequantizedAhead];
 
@@ -89,8 +89,8 @@ pub fn cuda_layout(
         plan.regions.push(Region::new(RegionId::Cuda(region), dtype, elements));
     };
     let wide = RegionType::F32;
-    let elements = widened_elements(spec, settings, &ranks, stacked.is_some());
-    for region in &DEQUANTIZED[..if settings.widen_ahead { 2 } else { 1 }] {
+    let elements = dequantized_elements(spec, settings, &ranks, stacked.is_some());
+    for region in &DEQUANTIZED[..if settings.dequantize_ahead { 2 } else { 1 }] {
         push(*region, RegionType::Bf16, elements);
     }
     if let Some(elements) = stacked {
@@ -170,7 +170,12 @@ fn mlp_sum_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> Opt
 
 /// Elements of the largest matrix in bf16, with its adapter where that lies beside it; of q, k and v
 /// one below the other.
-fn widened_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks, together: bool) -> usize {
+fn dequantized_elements(
+    spec: &ModelSpec,
+    settings: &Settings,
+    ranks: &Ranks,
+    together: bool,
+) -> usize {
     // All layers have the same.
     let linears = spec.linears(0).into_iter();
     let plain = linears.map(|linear| linear.in_features * linear.out_features).max();

@@ -15,7 +15,7 @@ const THREADS: u32 = 256;
 const NULL: Address = 0;
 
 /// `y[:, band] = x · Wᵀ + bias + scale · ax · Bᵀ`, or `+=`, of one row. A 4-bit weight is multiplied
-/// where it is decoded: half a byte a weight is read, where widening it first moves four and a half.
+/// where it is decoded: half a byte a weight is read, where dequantizing it first moves four and a half.
 pub(super) fn forward<D: Driver>(
     cuda: &Cuda<D>,
     terms: LinearTerms<Cuda<D>>,

@@ -1,7 +1,7 @@
 //! Linears that read the same rows: q, k and v, or gate and up.
 //!
 //! Their A are copied one below the other, so that x is read once for `x·Aᵀ` of all of them, and once
-//! for the gradients of A. The outputs of q, k and v are bands of one matrix; their weights are widened
+//! for the gradients of A. The outputs of q, k and v are bands of one matrix; their weights are dequantized
 //! one below the other, and one product makes all three, one more the gradient of x:
 //!
 //! ```text
@@ -17,7 +17,7 @@
 //! | dx of q, k and v | 9·K: written by q, read and written again by its adapter, k, its adapter, v | K |
 //!
 //! The zeros of B cost 2·R columns of a product with K (0.8 % for rank 16 at 4,096), the copies of A
-//! nothing to speak of. Gate and up stay two products: one would need both widened at once, where
+//! nothing to speak of. Gate and up stay two products: one would need both dequantized at once, where
 //! each is the largest weight by itself.
 
 use super::Cuda;
@@ -251,7 +251,7 @@ fn forward_in_one<D: Driver>(
     let (inner, ranks) = (adapters.inner, adapters.ranks);
     let tail = adapters.behind(x, rows)?;
     let stride = inner + tail_columns(ranks);
-    let wide = cuda.widened(&weights, stride, extended_elements([outer, inner], ranks))?;
+    let wide = cuda.dequantized(&weights, stride, extended_elements([outer, inner], ranks))?;
     let b = wide.column(inner);
     if ranks > 0 {
         copy_columns(cuda, ax.band(adapters.columns(), rows), tail, (rows, ranks), 1.0);
@@ -338,7 +338,7 @@ fn backward_in_one<D: Driver>(
     let (weights, outer) = one_below_the_other(linears)?;
     let (inner, ranks) = (adapters.inner, adapters.ranks);
     adapters.behind(dy, rows)?;
-    let wide = cuda.widened(&weights, inner, extended_elements([outer, inner], ranks))?;
+    let wide = cuda.dequantized(&weights, inner, extended_elements([outer, inner], ranks))?;
     adapters.write_a(cuda, parameters, wide.row(outer));
     let operands = (operand(dy.rows(rows, outer)), operand(wide));
     let to = product(dx.rows(rows, inner));

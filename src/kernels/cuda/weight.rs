@@ -1,4 +1,4 @@
-//! Frozen matrices on the device: bf16, or 4-bit blocks that are widened just before a product.
+//! Frozen matrices on the device: bf16, or 4-bit blocks that are dequantized just before a product.
 
 use std::any::Any;
 use std::marker::PhantomData;

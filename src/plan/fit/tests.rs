@@ -75,7 +75,7 @@ fn the_limits_are_the_last_sizes_that_fit() {
     });
 }
 
-/// 8B on a card of 24 GiB, rows of 256 tokens: widening the weights for few tokens does not pay.
+/// 8B on a card of 24 GiB, rows of 256 tokens: dequantizing the weights for few tokens does not pay.
 #[test]
 fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
     let text = include_str!("../../../tests/data/configs/llama-3.1-8b.json");
