@@ -2,7 +2,7 @@
 
 use rayon::prelude::*;
 
-use super::{Columns, LinearKernels, LinearTerms, LogitShape, Storage};
+use super::{Columns, LinearKernels, LinearTerms, LogitShape, Storage, Write};
 use crate::error::Result;
 
 /// Rows that have a target, under a head.
@@ -68,10 +68,10 @@ pub(super) fn loss_at_once<K: HeadKernels>(
     loss: &mut K::LossSum,
 ) {
     let (rows, all) = (targets.len(), Columns::all(shape.vocab_size));
-    kernels.linear_forward(LinearTerms::of(head), x, (logits, all), rows, false);
+    kernels.linear_forward(LinearTerms::of(head), x, (logits, all), rows, Write::Over);
     kernels.cross_entropy(logits, targets, shape, scale, loss);
     if scale.is_some() {
-        kernels.linear_backward(head, None, (logits, all), x, rows, false);
+        kernels.linear_backward(head, None, (logits, all), x, rows, Write::Over);
     }
 }
 
@@ -84,7 +84,7 @@ fn score_at_once<K: HeadKernels>(
 ) -> Result<Vec<bool>> {
     let (rows, vocab_size) = (targets.len(), shape.vocab_size);
     let all = Columns::all(vocab_size);
-    kernels.linear_forward(LinearTerms::of(head), x, (logits, all), rows, false);
+    kernels.linear_forward(LinearTerms::of(head), x, (logits, all), rows, Write::Over);
     let values = kernels.values(logits, 0..rows * vocab_size)?;
     let likeliest = values.par_chunks(vocab_size).zip(targets).map(|(row, &target)| {
         let chosen = row[target as usize];

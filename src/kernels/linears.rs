@@ -1,6 +1,6 @@
 //! Products with frozen weights, and what adapters add in the same product.
 
-use super::{Columns, LoraTerm, Storage};
+use super::{Columns, LoraTerm, Storage, Write};
 use crate::model::block::{AdapterWork, LinearGroup};
 
 /// What the output of a linear is the sum of.
@@ -29,7 +29,7 @@ pub trait LinearKernels: Storage {
         x: &Self::Buffer,
         y: (&mut Self::Buffer, Columns),
         rows: usize,
-        accumulate: bool,
+        write: Write,
     );
 
     /// [`linear_forward`](LinearKernels::linear_forward) of one row that text is generated from: its sums
@@ -39,9 +39,9 @@ pub trait LinearKernels: Storage {
         terms: LinearTerms<Self>,
         x: &Self::Buffer,
         y: (&mut Self::Buffer, Columns),
-        accumulate: bool,
+        write: Write,
     ) {
-        self.linear_forward(terms, x, y, 1, accumulate);
+        self.linear_forward(terms, x, y, 1, write);
     }
 
     /// `dx = dy[:, band] · W + t · A`, or `+=`; `lora` holds t.
@@ -52,7 +52,7 @@ pub trait LinearKernels: Storage {
         dy: (&Self::Buffer, Columns),
         dx: &mut Self::Buffer,
         rows: usize,
-        accumulate: bool,
+        write: Write,
     );
 
     /// [`lora_project`](super::LoraKernels::lora_project) and

@@ -27,7 +27,7 @@ pub use mlp::MlpKernels;
 pub use rows::RowKernels;
 pub use shapes::{
     AttentionShape, Columns, DropoutMask, HeadNorms, LogitShape, LoraShape, LoraTerm,
-    NormParameters, PostNorms, RotaryTables, TokenLayout, UniformNoise,
+    NormParameters, PostNorms, RotaryTables, TokenLayout, UniformNoise, Write,
 };
 
 /// A backend: the memory it plans in and the operations on it.

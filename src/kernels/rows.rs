@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{DropoutMask, NormParameters, Storage, UniformNoise};
+use super::{DropoutMask, NormParameters, Storage, UniformNoise, Write};
 
 /// Operations that take every row, or every element, by itself.
 pub trait RowKernels: Storage {
@@ -13,7 +13,7 @@ pub trait RowKernels: Storage {
         table: &Self::Weight,
         scale: f32,
         x: &mut Self::Buffer,
-        accumulate: bool,
+        write: Write,
     );
 
     /// y = norm(x), or `+=`, rows of D; `stats` keeps `(mean, 1/σ)` of each row for the backward pass.
@@ -24,7 +24,7 @@ pub trait RowKernels: Storage {
         y: &mut Self::Buffer,
         stats: &mut Self::Buffer,
         rows: usize,
-        accumulate: bool,
+        write: Write,
     );
 
     /// `dx += ∂norm/∂x · dy`; no gradient for the frozen weight and bias.
@@ -45,7 +45,7 @@ pub trait RowKernels: Storage {
         x: &Self::Buffer,
         y: &mut Self::Buffer,
         elements: usize,
-        accumulate: bool,
+        write: Write,
     );
 
     /// Adds noise to `rows` of x, which are `width` wide.

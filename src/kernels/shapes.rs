@@ -26,6 +26,32 @@ impl Columns {
     }
 }
 
+/// How an operation leaves its result.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Write {
+    /// In place of what was there.
+    Over,
+    /// Added to it.
+    Add,
+}
+
+impl Write {
+    /// Of one part of a sum: the first takes the place of what was there.
+    pub fn of_part(position: usize) -> Self {
+        if position == 0 { Write::Over } else { Write::Add }
+    }
+
+    /// Whether what was there stays in the result.
+    pub fn adds(self) -> bool {
+        self == Write::Add
+    }
+
+    /// The factor on what was there.
+    pub fn beta(self) -> f32 {
+        if self.adds() { 1.0 } else { 0.0 }
+    }
+}
+
 /// Which documents a micro-batch consists of: the tokens of all of them in one stream.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TokenLayout {

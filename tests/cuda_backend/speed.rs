@@ -8,7 +8,7 @@ use nibble::kernels::cpu::FrozenMatrix;
 use nibble::kernels::cuda::driver::Driver;
 use nibble::kernels::{
     AttentionInputs, AttentionKernels, AttentionShape, Columns, LinearKernels, LinearTerms,
-    PlannedMemory, RowKernels, Storage, TokenLayout,
+    PlannedMemory, RowKernels, Storage, TokenLayout, Write,
 };
 use nibble::model::Model;
 use nibble::plan::{Policy, RegionType};
@@ -71,7 +71,7 @@ fn matrices(gpu: &Gpu, [rows, columns]: [usize; 2], calls: usize) -> [f64; 3] {
     let mut launches = gpu.driver().record(|| {
         for weight in &weights {
             let y = (&mut y, Columns::all(rows));
-            gpu.linear_forward(LinearTerms::of(weight), &x, y, 1, false);
+            gpu.linear_forward(LinearTerms::of(weight), &x, y, 1, Write::Over);
         }
     });
     launches.retain(|work| work.name() == "dequantize_4bit");
@@ -80,7 +80,7 @@ fn matrices(gpu: &Gpu, [rows, columns]: [usize; 2], calls: usize) -> [f64; 3] {
     let copy = seconds(gpu, calls, |_| gpu.copy((&from, 0), (&mut to, 0), elements));
     let row = seconds(gpu, calls, |call| {
         let y = (&mut y, Columns::all(rows));
-        gpu.linear_row(LinearTerms::of(&weights[call % MATRICES]), &x, y, false);
+        gpu.linear_row(LinearTerms::of(&weights[call % MATRICES]), &x, y, Write::Over);
     });
     [moved / widen, 4.0 * elements as f64 / copy, read / row]
 }

@@ -3,8 +3,8 @@
 use rayon::prelude::*;
 
 use super::arena::Buffer;
-use super::{Cpu, FrozenMatrix, beta, lora, view, view_mut};
-use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraTerm};
+use super::{Cpu, FrozenMatrix, lora, view, view_mut};
+use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraTerm, Write};
 use nibble_quant::product::{product_forward, product_input_gradient, product_row};
 
 impl LinearKernels for Cpu {
@@ -14,11 +14,11 @@ impl LinearKernels for Cpu {
         x: &Buffer<f32>,
         (y, band): (&mut Buffer<f32>, Columns),
         rows: usize,
-        accumulate: bool,
+        write: Write,
     ) {
         let x = view(x, Columns::all(weight.columns()), rows);
         let low_rank = lora.map(|term| lora::output_term(&term, rows));
-        let beta = beta(accumulate);
+        let beta = write.beta();
         product_forward(
             x,
             weight.as_ref(),
@@ -40,12 +40,12 @@ impl LinearKernels for Cpu {
         LinearTerms { weight, bias, lora }: LinearTerms<Self>,
         x: &Buffer<f32>,
         (y, band): (&mut Buffer<f32>, Columns),
-        accumulate: bool,
+        write: Write,
     ) {
         let low_rank = lora.map(|term| lora::output_term(&term, 1));
         let y = &mut y[band.offset..band.offset + band.width];
         let x = &x[..weight.columns()];
-        product_row(x, weight.as_ref(), low_rank, beta(accumulate), y);
+        product_row(x, weight.as_ref(), low_rank, write.beta(), y);
         if let Some(bias) = bias {
             y.iter_mut().zip(bias).for_each(|(y, b)| *y += b);
         }
@@ -58,12 +58,12 @@ impl LinearKernels for Cpu {
         (dy, band): (&Buffer<f32>, Columns),
         dx: &mut Buffer<f32>,
         rows: usize,
-        accumulate: bool,
+        write: Write,
     ) {
         let dx = view_mut(dx, Columns::all(weight.columns()), rows);
         let dy = view(dy, band, rows);
         let low_rank = lora.map(|term| lora::input_term(&term, rows));
-        let beta = beta(accumulate);
+        let beta = write.beta();
         product_input_gradient(dy, weight.as_ref(), low_rank, beta, dx, self.precision);
     }
 }

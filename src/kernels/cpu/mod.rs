@@ -52,7 +52,3 @@ fn view<'a>(data: &'a [f32], band: Columns, rows: usize) -> Matrix<'a> {
 fn view_mut<'a>(data: &'a mut [f32], band: Columns, rows: usize) -> MatrixMut<'a> {
     MatrixMut::new(&mut data[band.offset..], (rows, band.width, band.stride))
 }
-
-fn beta(accumulate: bool) -> f32 {
-    if accumulate { 1.0 } else { 0.0 }
-}

@@ -7,7 +7,7 @@
 use rayon::prelude::*;
 
 use super::simd::{sum, sum2, sum3, vectorized};
-use crate::kernels::NormParameters;
+use crate::kernels::{NormParameters, Write};
 use crate::model::spec::Norm;
 
 /// Rows that one task handles.
@@ -19,7 +19,7 @@ pub fn forward(
     x: &[f32],
     y: &mut [f32],
     stats: &mut [f32],
-    accumulate: bool,
+    write: Write,
 ) {
     let d = norm.weight.len();
     x.par_chunks(ROWS * d)
@@ -32,7 +32,7 @@ pub fn forward(
                 for ((x, y), stats) in rows {
                     let (mean, rstd) = statistics(norm, x);
                     (stats[0], stats[1]) = (mean, rstd);
-                    if accumulate {
+                    if write.adds() {
                         apply(norm, x, y, (mean, rstd), |y, value| *y += value);
                     } else {
                         apply(norm, x, y, (mean, rstd), |y, value| *y = value);

@@ -6,7 +6,7 @@ use rayon::prelude::*;
 
 use super::arena::Buffer;
 use super::{CHUNK, Cpu, FrozenMatrix, ROWS, norm};
-use crate::kernels::{DropoutMask, NormParameters, RowKernels, UniformNoise};
+use crate::kernels::{DropoutMask, NormParameters, RowKernels, UniformNoise, Write};
 use crate::random;
 
 impl RowKernels for Cpu {
@@ -16,11 +16,11 @@ impl RowKernels for Cpu {
         table: &FrozenMatrix,
         scale: f32,
         x: &mut Buffer<f32>,
-        accumulate: bool,
+        write: Write,
     ) {
         let d = table.columns();
         x[..ids.len() * d].par_chunks_mut(d).zip(ids).for_each(|(x, &id)| {
-            table.read_row(id as usize, scale, x, accumulate);
+            table.read_row(id as usize, scale, x, write);
         });
     }
 
@@ -31,10 +31,10 @@ impl RowKernels for Cpu {
         y: &mut Buffer<f32>,
         stats: &mut Buffer<f32>,
         rows: usize,
-        accumulate: bool,
+        write: Write,
     ) {
         let (n, stats) = (rows * norm.weight.len(), &mut stats[..2 * rows]);
-        norm::forward(norm, &x[..n], &mut y[..n], stats, accumulate);
+        norm::forward(norm, &x[..n], &mut y[..n], stats, write);
     }
 
     fn norm_backward(
@@ -56,7 +56,7 @@ impl RowKernels for Cpu {
         x: &Buffer<f32>,
         y: &mut Buffer<f32>,
         elements: usize,
-        accumulate: bool,
+        write: Write,
     ) {
         let stream = random::Stream::new(mask.seed, mask.stream).at(mask.step);
         let chunks = y[..elements].par_chunks_mut(CHUNK).zip(x[..elements].par_chunks(CHUNK));
@@ -65,7 +65,7 @@ impl RowKernels for Cpu {
             |factors, (chunk, (y, x))| {
                 stream.fill_dropout(mask.first + (chunk * CHUNK) as u64, mask.probability, factors);
                 for ((y, x), factor) in y.iter_mut().zip(x).zip(&*factors) {
-                    *y = if accumulate { *y + x * factor } else { x * factor };
+                    *y = if write.adds() { *y + x * factor } else { x * factor };
                 }
             },
         );

@@ -5,6 +5,7 @@ use half::bf16;
 use nibble_quant::product::WeightRef;
 use nibble_quant::{Absmax, PackedWeight, owned_bytes};
 
+use crate::kernels::Write;
 use crate::ledger::resident;
 use crate::plan::WeightParts;
 
@@ -92,10 +93,10 @@ impl FrozenMatrix {
     }
 
     /// `scale ·` row `row` into `to`, or added to it.
-    pub fn read_row(&self, row: usize, scale: f32, to: &mut [f32], accumulate: bool) {
+    pub fn read_row(&self, row: usize, scale: f32, to: &mut [f32], write: Write) {
         let band = row * to.len()..(row + 1) * to.len();
         let put = |to: &mut f32, value: f32| {
-            *to = if accumulate { *to + scale * value } else { scale * value };
+            *to = if write.adds() { *to + scale * value } else { scale * value };
         };
         match self {
             FrozenMatrix::F32(data, _) => {

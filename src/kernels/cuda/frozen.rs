@@ -35,7 +35,7 @@ use super::host::DeviceVector;
 use super::launch::{FLAT_THREADS, columns as columns_grid, launch, row_threads, rows as row_grid};
 use super::memory::{Buffer, Rows};
 use super::weight::DeviceWeight;
-use crate::kernels::{Columns, LoraShape, LoraTerm};
+use crate::kernels::{Columns, LoraShape, LoraTerm, Write};
 
 /// Strides of extended operands are multiples of this: 16 bytes, as tensor cores like them.
 pub(super) const STRIDE_ELEMENTS: usize = 8;
@@ -154,7 +154,7 @@ pub(super) fn input_gradient<D: Driver>(
     from: Rows,
     dx: &Buffer<D>,
     rows: usize,
-    accumulate: bool,
+    write: Write,
 ) {
     let [outer, inner] = weight.shape;
     let to = product(dx.rows(rows, inner));
@@ -167,12 +167,13 @@ pub(super) fn input_gradient<D: Driver>(
         let below = wide.row(outer).address;
         cuda.note(cuda.driver().copy(a, below, 2 * shape.a_elements()));
         let operands = (operand(from), operand(wide));
-        let factors = (1.0, beta(accumulate));
+        let factors = (1.0, write.beta());
         return cuda.gemm([rows, inner, outer + shape.rank], factors, operands, to);
     }
     cuda.for_panels(weight, |panel| {
         let operands = (operand(from.column(panel.first)), operand(panel.rows));
-        let factors = (1.0, beta(accumulate || panel.first > 0));
+        let write = if panel.first > 0 { Write::Add } else { write };
+        let factors = (1.0, write.beta());
         cuda.gemm([rows, inner, panel.count], factors, operands, to);
     });
     if let Some(LoraInput { shape, pair, t }) = lora {
@@ -201,8 +202,4 @@ pub(super) fn copy_columns<D: Driver>(
 ) {
     launch!(cuda, "scale_columns_bf16", columns_grid(rows, width), FLAT_THREADS;
         from.argument(), from.stride, to.argument(), to.stride, rows, width, scale);
-}
-
-pub(super) fn beta(accumulate: bool) -> f32 {
-    if accumulate { 1.0 } else { 0.0 }
 }

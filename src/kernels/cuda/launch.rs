@@ -2,6 +2,7 @@
 
 use super::driver::Argument;
 use super::memory::PARTIALS;
+use crate::kernels::Write;
 
 macro_rules! from {
     ($($type:ty => $variant:ident),*) => {$(
@@ -17,6 +18,12 @@ from!(i32 => I32, u32 => U32, i64 => I64, u64 => U64, f32 => F32, f64 => F64);
 impl From<bool> for Argument {
     fn from(flag: bool) -> Self {
         Argument::I32(flag.into())
+    }
+}
+
+impl From<Write> for Argument {
+    fn from(write: Write) -> Self {
+        write.adds().into()
     }
 }
 

@@ -2,11 +2,11 @@
 //! linears [`together`].
 
 use super::driver::Driver;
-use super::frozen::{self, LoraInput, beta};
+use super::frozen::{self, LoraInput};
 use super::memory::Buffer;
 use super::weight::DeviceWeight;
 use super::{Cuda, row, together};
-use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraTerm};
+use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraTerm, Write};
 use crate::model::block::{AdapterWork, LinearGroup};
 
 impl<D: Driver> LinearKernels for Cuda<D> {
@@ -16,14 +16,14 @@ impl<D: Driver> LinearKernels for Cuda<D> {
         x: &Buffer<D>,
         (y, band): (&mut Buffer<D>, Columns),
         rows: usize,
-        accumulate: bool,
+        write: Write,
     ) {
         let to = y.band(band, rows);
         let extended = lora.as_ref().is_some_and(|term| {
-            frozen::forward_extended(self, weight, term, x, to, rows, beta(accumulate)).is_some()
+            frozen::forward_extended(self, weight, term, x, to, rows, write.beta()).is_some()
         });
         if !extended {
-            frozen::forward_separate(self, weight, lora.as_ref(), x, to, rows, beta(accumulate));
+            frozen::forward_separate(self, weight, lora.as_ref(), x, to, rows, write.beta());
         }
         if let Some(bias) = bias {
             frozen::add_bias(self, bias, to, band.width, rows);
@@ -35,9 +35,9 @@ impl<D: Driver> LinearKernels for Cuda<D> {
         terms: LinearTerms<Self>,
         x: &Buffer<D>,
         y: (&mut Buffer<D>, Columns),
-        accumulate: bool,
+        write: Write,
     ) {
-        row::forward(self, terms, x, y, accumulate);
+        row::forward(self, terms, x, y, write);
     }
 
     fn linear_backward(
@@ -47,13 +47,13 @@ impl<D: Driver> LinearKernels for Cuda<D> {
         (dy, band): (&Buffer<D>, Columns),
         dx: &mut Buffer<D>,
         rows: usize,
-        accumulate: bool,
+        write: Write,
     ) {
         let lora = lora.map(|LoraTerm { shape, pair, inner: (t, columns) }| {
             let tail = frozen::gradient_tail((dy, band), rows, shape.rank);
             LoraInput { shape, pair, t: tail.unwrap_or_else(|| t.band(columns, rows)) }
         });
-        frozen::input_gradient(self, weight, lora, dy.band(band, rows), dx, rows, accumulate);
+        frozen::input_gradient(self, weight, lora, dy.band(band, rows), dx, rows, write);
     }
 
     fn linears_forward(

@@ -7,7 +7,7 @@ use super::frozen::{a_of, b_of};
 use super::host::DeviceVector;
 use super::memory::{Buffer, Rows};
 use super::weight::Form;
-use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraShape, LoraTerm};
+use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraShape, LoraTerm, Write};
 
 /// Rows of a matrix that a block multiplies, a warp each.
 const BLOCK_ROWS: usize = 8;
@@ -21,20 +21,20 @@ pub(super) fn forward<D: Driver>(
     terms: LinearTerms<Cuda<D>>,
     x: &Buffer<D>,
     (y, band): (&mut Buffer<D>, Columns),
-    accumulate: bool,
+    write: Write,
 ) {
     let (weight, shape) = (terms.weight, terms.weight.shape);
     let (kernel, matrix) = match (&weight.form, weight.operand()) {
         (Form::Packed(packed), _) => ("linear_row_4bit", packed.arguments().to_vec()),
         (Form::Dense(_), Some(rows)) => ("linear_row_bf16", vec![rows.argument()]),
         (Form::Dense(_), None) => {
-            return cuda.linear_forward(terms, x, (y, band), 1, accumulate);
+            return cuda.linear_forward(terms, x, (y, band), 1, write);
         }
     };
     let added = Added {
         bias: terms.bias.map_or(Argument::Pointer(NULL), DeviceVector::argument),
         lora: terms.lora,
-        accumulate,
+        write,
     };
     multiply(cuda, (kernel, matrix), shape, x, y.band(band, 1), added);
 }
@@ -48,7 +48,7 @@ pub(super) fn project<D: Driver>(
     (ax, band): (&Buffer<D>, Columns),
 ) {
     let a = a_of(pair, shape).argument();
-    let added = Added { bias: Argument::Pointer(NULL), lora: None, accumulate: false };
+    let added = Added { bias: Argument::Pointer(NULL), lora: None, write: Write::Over };
     let size = [shape.rank, shape.in_features];
     multiply(cuda, ("linear_row_bf16", vec![a]), size, x, ax.band(band, 1), added);
 }
@@ -57,7 +57,7 @@ pub(super) fn project<D: Driver>(
 struct Added<'a, D: Driver> {
     bias: Argument,
     lora: Option<LoraTerm<'a, Buffer<D>>>,
-    accumulate: bool,
+    write: Write,
 }
 
 fn multiply<D: Driver>(
@@ -66,7 +66,7 @@ fn multiply<D: Driver>(
     [outer, inner]: [usize; 2],
     x: &Buffer<D>,
     y: Rows,
-    Added { bias, lora, accumulate }: Added<D>,
+    Added { bias, lora, write }: Added<D>,
 ) {
     let (ax, b, rank, scale) = match &lora {
         Some(LoraTerm { shape, pair, inner: (ax, columns) }) => {
@@ -84,7 +84,7 @@ fn multiply<D: Driver>(
         rank.into(),
         scale.into(),
         y.argument(),
-        accumulate.into(),
+        write.into(),
     ]);
     let grid = [outer.div_ceil(BLOCK_ROWS) as u32, 1, 1];
     cuda.launch(kernel, grid, THREADS, &mut arguments);

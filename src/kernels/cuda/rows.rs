@@ -8,7 +8,7 @@ use super::host::DeviceVector;
 use super::launch::{as_rows, launch, row_threads, rows as row_grid};
 use super::memory::Buffer;
 use super::weight::{DeviceWeight, Form};
-use crate::kernels::{DropoutMask, NormParameters, RowKernels, UniformNoise};
+use crate::kernels::{DropoutMask, NormParameters, RowKernels, UniformNoise, Write};
 use crate::model::spec::Norm;
 use crate::plan::RegionType;
 use crate::random;
@@ -20,9 +20,11 @@ impl<D: Driver> RowKernels for Cuda<D> {
         table: &DeviceWeight<D>,
         scale: f32,
         x: &mut Buffer<D>,
-        accumulate: bool,
+        write: Write,
     ) {
-        if !accumulate && let Some(ahead) = &mut self.state().ahead {
+        if !write.adds()
+            && let Some(ahead) = &mut self.state().ahead
+        {
             ahead.begin_pass();
         }
         let width = table.shape[1];
@@ -31,11 +33,11 @@ impl<D: Driver> RowKernels for Cuda<D> {
         let grid = row_grid(ids.len());
         match &table.form {
             Form::Dense(address) => launch!(self, "embed_bf16", grid, row_threads(width);
-                ids_on_device, Argument::Pointer(*address), width, to, width, width, scale, accumulate),
+                ids_on_device, Argument::Pointer(*address), width, to, width, width, scale, write),
             Form::Packed(packed) => {
                 let mut arguments = vec![ids_on_device];
                 arguments.extend(packed.arguments());
-                arguments.extend([to, width.into(), width.into(), scale.into(), accumulate.into()]);
+                arguments.extend([to, width.into(), width.into(), scale.into(), write.into()]);
                 self.launch("embed_4bit", grid, row_threads(width), &mut arguments);
             }
         }
@@ -48,14 +50,14 @@ impl<D: Driver> RowKernels for Cuda<D> {
         y: &mut Buffer<D>,
         stats: &mut Buffer<D>,
         rows: usize,
-        accumulate: bool,
+        write: Write,
     ) {
         let width = norm.weight.elements;
         let (x, y) = (x.rows(rows, width), y.rows(rows, width));
         let bias = norm.bias.as_ref().map_or(Argument::Pointer(0), DeviceVector::argument);
         launch!(self, "norm_forward", row_grid(rows), row_threads(width);
             x.argument(), x.stride, norm.weight.argument(), bias, norm.epsilon, y.argument(), y.stride,
-            stats.argument(2 * rows), width, norm.kind == Norm::Layer, accumulate);
+            stats.argument(2 * rows), width, norm.kind == Norm::Layer, write);
     }
 
     fn norm_backward(
@@ -80,7 +82,7 @@ impl<D: Driver> RowKernels for Cuda<D> {
         x: &Buffer<D>,
         y: &mut Buffer<D>,
         elements: usize,
-        accumulate: bool,
+        write: Write,
     ) {
         let ([key0, key1], step) =
             random::Stream::new(mask.seed, mask.stream).at(mask.step).parts();
@@ -88,7 +90,7 @@ impl<D: Driver> RowKernels for Cuda<D> {
         let (rows, width) = as_rows(elements);
         launch!(self, "dropout", row_grid(rows), row_threads(width);
             x.argument(elements), width, y.argument(elements), width, width, mask.first, key0, key1,
-            step, threshold, kept, accumulate);
+            step, threshold, kept, write);
     }
 
     fn add_noise(&self, noise: &UniformNoise, x: &mut Buffer<D>, rows: Range<usize>, width: usize) {

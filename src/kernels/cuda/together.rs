@@ -31,7 +31,7 @@ use super::launch::{FLAT_THREADS, columns as columns_grid, row_threads, rows as 
 use super::low_rank::{gradient_of_b, inner_gradient};
 use super::memory::{Buffer, Rows};
 use super::weight::DeviceWeight;
-use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraKernels, LoraTerm};
+use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraKernels, LoraTerm, Write};
 use crate::model::block::{AdapterWork, Linear, LinearAdapter, LinearGroup};
 use crate::model::parameters::Parameters;
 
@@ -232,7 +232,7 @@ pub(super) fn forward<D: Driver>(
         });
         let y = (&mut *ys[position.min(last)], linear.output);
         let terms = LinearTerms { weight: &linear.weight, bias: linear.bias.as_ref(), lora };
-        cuda.linear_forward(terms, x, y, rows, false);
+        cuda.linear_forward(terms, x, y, rows, Write::Over);
     }
     true
 }
@@ -322,7 +322,15 @@ pub(super) fn backward<D: Driver>(
             cuda.load_pair(parameters, *index, pair);
             LoraInput { shape, pair: &*pair, t }
         });
-        frozen::input_gradient(cuda, &linear.weight, lora, from, dx, rows, position > 0);
+        frozen::input_gradient(
+            cuda,
+            &linear.weight,
+            lora,
+            from,
+            dx,
+            rows,
+            Write::of_part(position),
+        );
     }
     true
 }

@@ -1,7 +1,7 @@
 //! The first half of a block: norm, q, k and v, attention, and the projection onto the stream.
 
 use super::{Block, Cache, Gradients, Linear, Pass, Saved, Workspace};
-use crate::kernels::{AttentionInputs, Kernels};
+use crate::kernels::{AttentionInputs, Kernels, Write};
 use crate::model::spec::LinearRole;
 
 impl<K: Kernels> Block<K> {
@@ -21,7 +21,14 @@ impl<K: Kernels> Block<K> {
         attend: bool,
     ) {
         let (kernels, rows) = (pass.kernels, pass.rows.len());
-        kernels.norm_forward(&self.norm1, x, &mut work.norm, &mut work.norm_stats, rows, false);
+        kernels.norm_forward(
+            &self.norm1,
+            x,
+            &mut work.norm,
+            &mut work.norm_stats,
+            rows,
+            Write::Over,
+        );
         let (ys, lora_x) = (&mut [&mut saved.qkv], &mut saved.lora_x);
         pass.forward_all(&self.projections(), &work.norm, ys, lora_x, &mut work.adapter);
         match self.rotary {
@@ -47,14 +54,14 @@ impl<K: Kernels> Block<K> {
         kernels.copy((x, 0), (&mut saved.middle, 0), rows * self.hidden_size);
         let output = self.expect(LinearRole::O);
         let lora_x = &mut saved.lora_x;
-        let (to, accumulate) = match &mut saved.projected {
-            Some(projected) => (projected, false),
-            None => (&mut saved.middle, true),
+        let (to, write) = match &mut saved.projected {
+            Some(projected) => (projected, Write::Over),
+            None => (&mut saved.middle, Write::Add),
         };
-        pass.forward(output, &saved.attention, to, lora_x, &mut work.adapter, accumulate);
+        pass.forward(output, &saved.attention, to, lora_x, &mut work.adapter, write);
         if let Some((norms, projected)) = self.post_norms.as_ref().zip(saved.projected.as_ref()) {
             let (middle, stats) = (&mut saved.middle, &mut work.norm_stats);
-            kernels.norm_forward(&norms.attention, projected, middle, stats, rows, true);
+            kernels.norm_forward(&norms.attention, projected, middle, stats, rows, Write::Add);
         }
     }
 
@@ -91,7 +98,7 @@ impl<K: Kernels> Block<K> {
         }
         let output = self.expect(LinearRole::O);
         let inputs = (&saved.attention, &saved.lora_x);
-        let d_o = Some((&mut grads.norm, false));
+        let d_o = Some((&mut grads.norm, Write::Over));
         let dy = grads.projected.as_ref().unwrap_or(&grads.stream);
         pass.backward(output, dy, inputs, d_o, lora, &mut work.adapter);
         let inputs = AttentionInputs {
@@ -111,7 +118,7 @@ impl<K: Kernels> Block<K> {
             kernels.head_norms_backward(norms, shape, &saved.qkv, &mut grads.qkv, rows);
         }
         let (norm, stats) = (&mut work.norm, &mut work.norm_stats);
-        kernels.norm_forward(&self.norm1, x, norm, stats, rows, false);
+        kernels.norm_forward(&self.norm1, x, norm, stats, rows, Write::Over);
         let (inputs, adapter) = ((&*norm, &saved.lora_x), &mut work.adapter);
         let dx = input_gradient.then_some(&mut grads.norm);
         pass.backward_all(&self.projections(), &[&grads.qkv], inputs, dx, lora, adapter);

@@ -2,7 +2,7 @@
 
 use super::Pass;
 use crate::kernels::{
-    Columns, DropoutMask, Kernels, LinearTerms, LoraInputs, LoraShape, LoraTerm, Storage,
+    Columns, DropoutMask, Kernels, LinearTerms, LoraInputs, LoraShape, LoraTerm, Storage, Write,
 };
 use crate::model::parameters::Parameters;
 use crate::model::spec::LinearRole;
@@ -92,7 +92,7 @@ impl<K: Kernels> Pass<'_, K> {
         kernels.load_pair(self.parameters, adapter.index, pair);
         let x = match (self.mask(linear, &adapter.shape), dropped) {
             (Some(mask), Some(dropped)) => {
-                kernels.dropout(&mask, x, dropped, rows * adapter.shape.in_features, false);
+                kernels.dropout(&mask, x, dropped, rows * adapter.shape.in_features, Write::Over);
                 dropped
             }
             _ => x,
@@ -113,12 +113,12 @@ impl<K: Kernels> Pass<'_, K> {
         y: &mut K::Buffer,
         lora_x: &mut K::Buffer,
         work: &mut AdapterWork<K::Buffer>,
-        accumulate: bool,
+        write: Write,
     ) {
         if let Some(adapter) = self.adapter_of(linear) {
             self.project(linear, &adapter, x, lora_x, work);
         }
-        self.multiply(linear, x, y, lora_x, &work.pair, accumulate);
+        self.multiply(linear, x, y, lora_x, &work.pair, write);
     }
 
     /// The same where `x·Aᵀ` is in `lora_x` already.
@@ -129,12 +129,12 @@ impl<K: Kernels> Pass<'_, K> {
         y: &mut K::Buffer,
         lora_x: &K::Buffer,
         pair: &mut K::Buffer,
-        accumulate: bool,
+        write: Write,
     ) {
         if let Some(adapter) = self.adapter_of(linear) {
             self.kernels.load_pair(self.parameters, adapter.index, pair);
         }
-        self.multiply(linear, x, y, lora_x, pair, accumulate);
+        self.multiply(linear, x, y, lora_x, pair, write);
     }
 
     /// The adapter that takes part in a forward pass.
@@ -150,7 +150,7 @@ impl<K: Kernels> Pass<'_, K> {
         y: &mut K::Buffer,
         lora_x: &K::Buffer,
         pair: &K::Buffer,
-        accumulate: bool,
+        write: Write,
     ) {
         let (kernels, rows, adapter) = (self.kernels, self.rows.len(), self.adapter_of(linear));
         let shape = adapter.map(|adapter| adapter.shape.scaled(self.adapter_scale()));
@@ -162,9 +162,9 @@ impl<K: Kernels> Pass<'_, K> {
         let terms = LinearTerms { weight: &linear.weight, bias: linear.bias.as_ref(), lora };
         let y = (y, linear.output);
         if self.single_row {
-            kernels.linear_row(terms, x, y, accumulate);
+            kernels.linear_row(terms, x, y, write);
         } else {
-            kernels.linear_forward(terms, x, y, rows, accumulate);
+            kernels.linear_forward(terms, x, y, rows, write);
         }
     }
 
@@ -196,7 +196,7 @@ impl<K: Kernels> Pass<'_, K> {
         let last = ys.len() - 1;
         for (position, linear) in linears.iter().enumerate() {
             let y = &mut *ys[position.min(last)];
-            self.forward(linear, x, y, lora_x, work, false);
+            self.forward(linear, x, y, lora_x, work, Write::Over);
         }
     }
 
@@ -218,7 +218,7 @@ impl<K: Kernels> Pass<'_, K> {
         }
         for (position, linear) in linears.iter().enumerate() {
             let dy = dys[position.min(dys.len() - 1)];
-            let dx = dx.as_deref_mut().map(|dx| (dx, position > 0));
+            let dx = dx.as_deref_mut().map(|dx| (dx, Write::of_part(position)));
             self.backward(linear, dy, inputs, dx, lora_gradients, work);
         }
     }
@@ -229,15 +229,15 @@ impl<K: Kernels> Pass<'_, K> {
         linear: &Linear<K>,
         dy: &K::Buffer,
         (x, lora_x): (&K::Buffer, &K::Buffer),
-        dx: Option<(&mut K::Buffer, bool)>,
+        dx: Option<(&mut K::Buffer, Write)>,
         lora_gradients: &mut K::Buffer,
         work: &mut AdapterWork<K::Buffer>,
     ) {
         let (kernels, rows) = (self.kernels, self.rows.len());
         let dy = (dy, linear.output);
         let Some(LinearAdapter { index, shape, columns }) = &linear.adapter else {
-            if let Some((dx, accumulate)) = dx {
-                kernels.linear_backward(&linear.weight, None, dy, dx, rows, accumulate);
+            if let Some((dx, write)) = dx {
+                kernels.linear_backward(&linear.weight, None, dy, dx, rows, write);
             }
             return;
         };
@@ -247,19 +247,19 @@ impl<K: Kernels> Pass<'_, K> {
         kernels.load_pair(self.parameters, *index, pair);
         let mask = self.mask(linear, shape);
         if let (Some(mask), Some(dropped)) = (&mask, &mut *dropped) {
-            kernels.dropout(mask, x, dropped, elements, false);
+            kernels.dropout(mask, x, dropped, elements, Write::Over);
         }
         let seen = if mask.is_some() { dropped.as_ref().unwrap_or(x) } else { x };
         let inputs = LoraInputs { dy, x: seen, ax: (lora_x, *columns) };
         let gradients = (lora_gradients, self.parameters.pair_offset(*index));
         kernels.lora_backward(shape, pair, inputs, t, gradients, rows);
-        let Some((dx, accumulate)) = dx else { return };
+        let Some((dx, write)) = dx else { return };
         let inner = (&*t, Columns::all(shape.rank));
         let lora = mask.is_none().then_some(LoraTerm { shape, pair: &*pair, inner });
-        kernels.linear_backward(&linear.weight, lora, dy, dx, rows, accumulate);
+        kernels.linear_backward(&linear.weight, lora, dy, dx, rows, write);
         if let (Some(mask), Some(dropped)) = (mask, dropped) {
             kernels.lora_input_gradient(shape, pair, t, dropped, rows);
-            kernels.dropout(&mask, dropped, dx, elements, true);
+            kernels.dropout(&mask, dropped, dx, elements, Write::Add);
         }
     }
 }

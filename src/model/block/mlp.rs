@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::{
     Block, GradientBuffers, Gradients, Linear, Pass, Saved, SavedMlp, TileBuffers, Workspace,
 };
-use crate::kernels::{Kernels, Storage};
+use crate::kernels::{Kernels, Storage, Write};
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, LinearRole, MlpKind};
 
@@ -92,7 +92,7 @@ impl<K: Kernels> Block<K> {
             Some(first) => {
                 pass.forward_all(&[first, linear], norm, &mut [gate, up], lora_x, adapter);
             }
-            None => pass.forward(linear, norm, up, lora_x, adapter, false),
+            None => pass.forward(linear, norm, up, lora_x, adapter, Write::Over),
         }
     }
 
@@ -104,7 +104,7 @@ impl<K: Kernels> Block<K> {
         work: &mut Workspace<K::Buffer>,
     ) {
         let (norm, stats) = (&mut work.norm, &mut work.norm_stats);
-        pass.kernels.norm_forward(&self.norm2, middle, norm, stats, pass.rows.len(), false);
+        pass.kernels.norm_forward(&self.norm2, middle, norm, stats, pass.rows.len(), Write::Over);
     }
 
     /// `out += down(h)`, or the norm of that.
@@ -121,7 +121,7 @@ impl<K: Kernels> Block<K> {
         self.project_down(pass, saved, None, work);
         let projected = saved.projected.as_ref().expect("planned where there are post-norms");
         let (stats, rows) = (&mut work.norm_stats, pass.rows.len());
-        pass.kernels.norm_forward(&norms.mlp, projected, out, stats, rows, true);
+        pass.kernels.norm_forward(&norms.mlp, projected, out, stats, rows, Write::Add);
     }
 
     /// h into the workspace, and `out += h·Wdᵀ`, or that product to where it is saved.
@@ -137,13 +137,14 @@ impl<K: Kernels> Block<K> {
             self.hidden(pass, saved, work);
         }
         let SavedMlp { lora_x, projected, .. } = saved;
-        let (down, accumulate) = (self.expect(LinearRole::Down), out.is_some());
+        let (down, write) =
+            (self.expect(LinearRole::Down), if out.is_some() { Write::Add } else { Write::Over });
         let to = out.or(projected.as_mut()).expect("planned where there are post-norms");
         let (h, adapter) = (&work.mlp, &mut work.adapter);
         if is_projected {
-            return pass.forward_projected(down, h, to, lora_x, &mut adapter.pair, accumulate);
+            return pass.forward_projected(down, h, to, lora_x, &mut adapter.pair, write);
         }
-        pass.forward(down, h, to, lora_x, adapter, accumulate);
+        pass.forward(down, h, to, lora_x, adapter, write);
     }
 
     /// h, to `h` if it is wanted, and what the down projection's adapter reads of it, `h·Aᵀ`, in one
@@ -264,7 +265,7 @@ impl<K: Kernels> Block<K> {
         Gradients { activations: grads, lora }: &mut Gradients<K::Buffer>,
     ) {
         let down = self.expect(LinearRole::Down);
-        let (dx, dy) = (Some((&mut grads.mlp, false)), grads.projected.as_ref());
+        let (dx, dy) = (Some((&mut grads.mlp, Write::Over)), grads.projected.as_ref());
         let (dy, inputs) = (dy.unwrap_or(&grads.stream), (&work.mlp, &saved.lora_x));
         pass.backward(down, dy, inputs, dx, lora, &mut work.adapter);
         self.hidden_backward(pass, saved, work, &mut grads.mlp);
@@ -278,7 +279,7 @@ impl<K: Kernels> Block<K> {
             None => {
                 let fused = self.mlp == MlpKind::FusedGated;
                 let dy = if fused { &saved.up } else { &grads.mlp };
-                let dx = Some((&mut grads.norm, false));
+                let dx = Some((&mut grads.norm, Write::Over));
                 pass.backward(up, dy, inputs, dx, lora, adapter);
             }
         }

@@ -24,7 +24,7 @@ pub use mlp::{GatedMlp, GatedMlpGradients};
 use super::parameters::Parameters;
 use super::spec::{Activation, LinearRole, MlpKind};
 use crate::kernels::{
-    AttentionShape, HeadNorms, Kernels, NormParameters, PostNorms, RotaryTables, TokenLayout,
+    AttentionShape, HeadNorms, Kernels, NormParameters, PostNorms, RotaryTables, TokenLayout, Write,
 };
 
 /// A block's frozen parts.
@@ -297,7 +297,7 @@ impl<K: Kernels> Block<K> {
         let buffers = projected.as_ref().zip(grads.projected.as_mut());
         let (x, dx) = buffers.expect("planned where there are post-norms");
         let stats = &mut work.norm_stats;
-        kernels.norm_forward(norm, x, &mut work.norm, stats, rows, false);
+        kernels.norm_forward(norm, x, &mut work.norm, stats, rows, Write::Over);
         kernels.zero(dx, rows * self.hidden_size);
         kernels.norm_backward(norm, &grads.stream, x, stats, dx, rows);
     }

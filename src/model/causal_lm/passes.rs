@@ -6,7 +6,7 @@ use super::batch::Targets;
 use super::buffers::{Buffers, HeadBuffers};
 use super::{Mode, Model};
 use crate::error::Result;
-use crate::kernels::{Columns, HeadChunk, Kernels, LinearTerms, LogitShape, TokenLayout};
+use crate::kernels::{Columns, HeadChunk, Kernels, LinearTerms, LogitShape, TokenLayout, Write};
 use crate::model::block::{Attended, Cache, Dropout, Missing, Pass, RotaryBuffers};
 use crate::model::rotary::Reach;
 use crate::model::streaming::Direction;
@@ -39,12 +39,12 @@ impl<K: Kernels> Model<K> {
         let Buffers { kept, shared, work, caches, .. } = buffers;
         offload.before_write(kernels, 0);
         let scale = self.spec.embedding_scale;
-        kernels.embed(ids, &weights.embedding, scale, &mut inputs[places[0]], false);
+        kernels.embed(ids, &weights.embedding, scale, &mut inputs[places[0]], Write::Over);
         if let Some(streaming) = &mut weights.streaming {
             streaming.leave_table();
         }
         if let Some(positions) = &weights.positions {
-            kernels.embed(&tokens.positions, positions, 1.0, &mut inputs[places[0]], true);
+            kernels.embed(&tokens.positions, positions, 1.0, &mut inputs[places[0]], Write::Add);
         }
         if let Some(noise) = mode.noise {
             noise.add(kernels, tokens, (&mut inputs[places[0]], self.spec.hidden_size));
@@ -98,7 +98,14 @@ impl<K: Kernels> Model<K> {
         let head = &mut buffers.head;
         kernels.gather_rows(&buffers.inputs[output], rows, &mut head.input, d);
         let norm = &weights.final_norm;
-        kernels.norm_forward(norm, &head.input, &mut head.norm, &mut head.stats, rows.len(), false);
+        kernels.norm_forward(
+            norm,
+            &head.input,
+            &mut head.norm,
+            &mut head.stats,
+            rows.len(),
+            Write::Over,
+        );
     }
 
     /// Logits of a chunk of rows into the head's buffer; a `single_row` is one that text goes on from.
@@ -108,9 +115,9 @@ impl<K: Kernels> Model<K> {
         let (head, columns) = (&mut buffers.head, Columns::all(spec.vocab_size));
         let (terms, y) = (LinearTerms::of(weights.head()), (&mut head.logits, columns));
         if single_row {
-            kernels.linear_row(terms, &head.norm, y, false);
+            kernels.linear_row(terms, &head.norm, y, Write::Over);
         } else {
-            kernels.linear_forward(terms, &head.norm, y, rows.len(), false);
+            kernels.linear_forward(terms, &head.norm, y, rows.len(), Write::Over);
         }
     }
 

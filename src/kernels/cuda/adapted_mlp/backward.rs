@@ -1,6 +1,7 @@
 //! From the gradient of h to those of gate, up and all adapters.
 
 use super::{CHUNK_ROWS, PIECE, aligned, chunk_rows, most_chunks};
+use crate::kernels::Write;
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::driver::{Address, Argument, Driver};
 use crate::kernels::cuda::frozen::{self, LoraInput, b_of, gradient_tail};
@@ -110,10 +111,10 @@ impl<'a, D: Driver> Adapted<'a, D> {
         (dy, t): (Rows, Rows),
         dx: &Buffer<D>,
         rows: usize,
-        accumulate: bool,
+        write: Write,
     ) {
         let lora = Some(LoraInput { shape: &self.adapter.shape, pair: &self.pair, t });
-        frozen::input_gradient(cuda, &self.linear.weight, lora, dy, dx, rows, accumulate);
+        frozen::input_gradient(cuda, &self.linear.weight, lora, dy, dx, rows, write);
     }
 }
 
@@ -155,15 +156,15 @@ pub(in crate::kernels::cuda) fn backward<D: Driver>(
     let (shape, dy) = (&down.adapter.shape, dy.band(mlp.down.output, rows));
     low_rank::inner_gradient(cuda, shape, &down.pair, dy, t_down, rows);
     low_rank::gradient_of_b(cuda, shape, (dy, ax_down), down.gradients[1], rows);
-    down.input_gradient(cuda, (dy, t_down), to.gate, rows, false);
+    down.input_gradient(cuda, (dy, t_down), to.gate, rows, Write::Over);
 
     work.share(cuda, mlp.activation, &parts);
     let both = t.rows(rows, gate.rank() + up.rank());
     work.add_up(cuda, &parts, both);
 
     stack.add_gradient_of_a(cuda, parameters, (both, x), lora_gradients, rows);
-    gate.input_gradient(cuda, (work.dg, t_gate), to.input, rows, false);
-    up.input_gradient(cuda, (work.du, t_up), to.input, rows, true);
+    gate.input_gradient(cuda, (work.dg, t_gate), to.input, rows, Write::Over);
+    up.input_gradient(cuda, (work.du, t_up), to.input, rows, Write::Add);
     Some(())
 }
 
