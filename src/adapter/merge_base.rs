@@ -122,7 +122,7 @@ impl<'a> MergeBase<'a> {
             _ => None,
         };
         for checkpoint in [Some(self.source), self.original, four_bit].into_iter().flatten() {
-            checkpoint.release(stored_name(checkpoint, name));
+            checkpoint.release(name);
         }
     }
 
@@ -167,17 +167,8 @@ fn is_linear(spec: &TensorSpec) -> bool {
     matches!(spec.role, TensorRole::Linear(_))
 }
 
-/// GPT-2 files may lack the `transformer.` prefix.
-fn stored_name<'n>(checkpoint: &Checkpoint, name: &'n str) -> &'n str {
-    match name.strip_prefix("transformer.") {
-        Some(short) if !checkpoint.contains(name) && checkpoint.contains(short) => short,
-        _ => name,
-    }
-}
-
 fn read(checkpoint: &Checkpoint, name: &str) -> Result<Weight> {
-    let weight = checkpoint.weight(stored_name(checkpoint, name));
-    weight.map_err(|e| e.at(checkpoint.path().display()))
+    checkpoint.weight(name).map_err(|e| e.at(checkpoint.path().display()))
 }
 
 /// The tensor `name`, which must have the shape of `spec`; a packed one dequantized.

@@ -76,6 +76,11 @@ impl Folder {
         before - self.tensors.len()
     }
 
+    /// Names of all tensors, parts of packed ones included.
+    pub(super) fn names(&self) -> impl Iterator<Item = &str> {
+        self.raw.keys().map(String::as_str)
+    }
+
     pub(super) fn tensors(&self) -> &[TensorInfo] {
         &self.tensors
     }

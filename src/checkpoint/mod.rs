@@ -1,6 +1,7 @@
 //! Model files in and out: Hugging Face folders (dense or 4-bit) and GGUF files, memory-mapped.
 //!
-//! [`Checkpoint`] shows them all alike: a `config.json` value and tensors by Hugging Face name.
+//! [`Checkpoint`] shows them all alike: a `config.json` value and tensors by Hugging Face name, which are
+//! those of transformers' class for the model, whatever the files call them.
 
 pub mod atomic;
 pub mod bnb;
@@ -9,6 +10,7 @@ mod dense;
 pub mod elements;
 pub mod folder;
 pub(crate) mod gguf;
+mod gpt2;
 mod mapped;
 pub mod repack;
 pub mod tensor_file;
@@ -130,6 +132,9 @@ impl Checkpoint {
         let (is_more, mut folder) = (text_part::is_more(&whole), Folder::open(path)?);
         let left_out = if is_more { folder.rename(text_part::name) } else { 0 };
         let mut config = as_understood(whole);
+        if gpt2::is_inner(&config, folder.names()) {
+            folder.rename(|stored| Some(gpt2::name(stored)));
+        }
         if has_own_head(&config, &folder) {
             config["tie_word_embeddings"] = false.into();
         }
@@ -273,16 +278,7 @@ fn has_own_head(config: &Value, folder: &Folder) -> bool {
     let Ok(spec) = spec_from_config(config) else { return false };
     let [head, embedding] =
         [spec.head_module(), spec.embedding_module()].map(|module| format!("{module}.weight"));
-    let stored = stored_name(&embedding, |name| folder.contains(name));
-    spec.tie_word_embeddings && folder.differ(&head, stored)
-}
-
-/// Under which name a tensor is stored: GPT-2's files may lack the prefix `transformer.`.
-pub fn stored_name(name: &str, contains: impl Fn(&str) -> bool) -> &str {
-    match name.strip_prefix("transformer.") {
-        Some(short) if !contains(name) && contains(short) => short,
-        _ => name,
-    }
+    spec.tie_word_embeddings && folder.differ(&head, &embedding)
 }
 
 fn not_a_model(path: &Path) -> Error {

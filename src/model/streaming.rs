@@ -58,20 +58,13 @@ impl Streaming {
     /// given back.
     pub fn new(source: &Checkpoint, spec: &ModelSpec) -> Self {
         source.release_all();
-        let pages = |prefix: &str| match source.pages(prefix) {
-            // GPT-2 files may lack the prefix.
-            none if none.is_empty() => {
-                source.pages(prefix.strip_prefix("transformer.").unwrap_or(prefix))
-            }
-            pages => pages,
-        };
-        let block = |layer: usize| pages(&format!("{}.", spec.layer_prefix(layer)));
+        let block = |layer: usize| source.pages(&format!("{}.", spec.layer_prefix(layer)));
         let blocks = (0..spec.num_layers).map(block).collect();
-        let table = pages(&format!("{}.", spec.embedding_module()));
+        let table = source.pages(&format!("{}.", spec.embedding_module()));
         match spec.tie_word_embeddings {
             true => Streaming { blocks, head: table, table: Vec::new() },
             false => {
-                let head = pages(&format!("{}.", spec.head_module()));
+                let head = source.pages(&format!("{}.", spec.head_module()));
                 Streaming { blocks, head, table }
             }
         }

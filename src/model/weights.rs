@@ -12,7 +12,7 @@ use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm, TensorSpec};
 use super::streaming::WeightStream;
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
-use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, StoredType, Weight, stored_name};
+use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, StoredType, Weight};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
 use crate::kernels::{
@@ -139,15 +139,14 @@ impl Weights {
 pub fn check_stored(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
     spec.check_no_further_layer(|name| checkpoint.contains(name))?;
     for TensorSpec { name, mut shape, transposed, .. } in spec.inventory() {
-        let name = stored_name(&name, |name| checkpoint.contains(name));
-        let Some(info) = checkpoint.info(name) else {
-            checkpoint.weight(name)?;
+        let Some(info) = checkpoint.info(&name) else {
+            checkpoint.weight(&name)?;
             continue;
         };
         if transposed && info.stored != StoredType::Packed {
             shape.reverse();
         }
-        check_shape(name, &info.shape, &shape)?;
+        check_shape(&name, &info.shape, &shape)?;
     }
     Ok(())
 }
@@ -197,10 +196,6 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn tensor(&self, name: &str) -> Result<Weight> {
-        self.source.weight(stored_name(name, |name| self.source.contains(name)))
-    }
-
     /// The name under which the base of `name` is stored: an untied head starts as the embedding.
     fn base_name<'n>(&'n self, name: &'n str) -> &'n str {
         self.merge.map_or(name, |merge| merge.source(name))
@@ -214,7 +209,7 @@ impl Reader<'_> {
     }
 
     fn matrix(&self, name: &str, shape: [usize; 2]) -> Result<FrozenMatrix> {
-        let base = match self.tensor(self.base_name(name))? {
+        let base = match self.source.weight(self.base_name(name))? {
             Weight::Dense(dense) => {
                 check_shape(name, &dense.shape, &shape)?;
                 dense_matrix(name, dense, shape)?
@@ -228,7 +223,7 @@ impl Reader<'_> {
     }
 
     fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>> {
-        let base = match self.tensor(name)? {
+        let base = match self.source.weight(name)? {
             Weight::Dense(dense) => {
                 check_shape(name, &dense.shape, &[length])?;
                 if let Some(index) = dense.first_non_finite() {
@@ -315,7 +310,7 @@ impl Reader<'_> {
     }
 
     fn linear_weight(&self, name: &str, shape: [usize; 2]) -> Result<FrozenMatrix> {
-        let dense = match self.tensor(name)? {
+        let dense = match self.source.weight(name)? {
             Weight::Packed(packed) => {
                 check_shape(name, &packed.shape(), &shape)?;
                 return self.merged(name, FrozenMatrix::Packed(packed));

@@ -3,7 +3,7 @@
 use nibble_quant::{BlockFormat, FloatType};
 use serde::{Deserialize, Serialize};
 
-use crate::checkpoint::{Checkpoint, CheckpointKind, StoredType, Weight, stored_name};
+use crate::checkpoint::{Checkpoint, CheckpointKind, StoredType, Weight};
 use crate::kernels::cuda::matrix_bytes;
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 use crate::plan::{OnHost, WeightParts};
@@ -195,8 +195,7 @@ fn stored_bytes(
     place: Place,
 ) -> WeightParts {
     let elements: usize = tensor.shape.iter().product();
-    let name = stored_name(&tensor.name, |name| checkpoint.contains(name));
-    match checkpoint.info(name) {
+    match checkpoint.info(&tensor.name) {
         None => WeightParts::default(),
         Some(info) => match info.stored {
             StoredType::Packed => match (place, checkpoint.weight(&info.name)) {

@@ -4,7 +4,6 @@ use std::fs;
 use std::path::Path;
 
 use safetensors::SafeTensors;
-use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 
 use crate::tensors::of_folder;
@@ -72,30 +71,4 @@ fn a_head_that_is_stored_is_the_head_unless_it_is_the_embedding() {
     let memory = ["memory", "--model", "same/config.json", "--max-length", "64"];
     let text = stderr(&succeed(place.nibble(&memory)));
     assert!(text.contains("note: the plan is by config.json alone: "), "{text}");
-}
-
-/// GPT-2's embedding has names of its own.
-#[test]
-fn a_head_of_a_gpt2_is_found_by_either_name() {
-    let golden = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/models/gpt2_s0");
-    let bytes = fs::read(format!("{golden}/model.safetensors")).unwrap();
-    let stored = SafeTensors::deserialize(&bytes).unwrap();
-    for prefix in ["transformer.", ""] {
-        let place = Workplace::new();
-        fs::create_dir(place.path("base")).unwrap();
-        fs::copy(format!("{golden}/config.json"), place.path("base/config.json")).unwrap();
-        let shape = stored.tensor("transformer.wte.weight").unwrap().shape().to_vec();
-        let head = vec![1u8; shape.iter().product::<usize>() * 4];
-        let head = TensorView::new(Dtype::F32, shape, &head).unwrap();
-        let tensors = stored
-            .tensors()
-            .into_iter()
-            .map(|(name, tensor)| (name.replacen("transformer.", prefix, 1), tensor));
-        let tensors = tensors.filter(|(name, _)| name != HEAD).chain([(HEAD.to_string(), head)]);
-        let file = place.path("base/model.safetensors");
-        safetensors::serialize_to_file(tensors, None, &file).unwrap();
-        succeed(place.nibble(&["quantize", "--model", "base", "--out", "packed"]));
-        assert_eq!(place.json("packed/config.json")["tie_word_embeddings"], false, "{prefix:?}");
-        assert!(of_folder(&place.path("packed")).contains_key(HEAD));
-    }
 }

@@ -4,6 +4,7 @@ mod bitsandbytes;
 #[path = "../gguf_file/mod.rs"]
 mod gguf_file;
 mod gguf_types;
+mod gpt2;
 mod heads;
 mod large;
 mod output;

@@ -129,20 +129,16 @@ impl Export<'_> {
         Ok(())
     }
 
-    /// `[out, in]`; GPT-2's files may lack the `transformer.` prefix.
+    /// `[out, in]`.
     fn elements(&self, tensor: &TensorSpec) -> Result<Elements> {
-        let short = tensor.name.strip_prefix("transformer.");
-        let name = match short {
-            Some(short) if !self.checkpoint.contains(&tensor.name) => short,
-            _ => &tensor.name,
-        };
-        let elements = self.checkpoint.elements(name)?;
+        let elements = self.checkpoint.elements(&tensor.name)?;
         // A packed one lies as products read it.
         let turned = tensor.transposed && elements.packed().is_none();
         let elements = if turned { elements.transposed() } else { elements };
         if elements.shape() != tensor.shape {
             return Err(Error::input(format_args!(
-                "tensor {name} has shape {:?}, expected {:?}",
+                "tensor {} has shape {:?}, expected {:?}",
+                tensor.name,
                 elements.shape(),
                 tensor.shape
             )));

@@ -7,7 +7,7 @@
 mod stream;
 mod summary;
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::HashSet;
 
 use nibble_quant::{BlockFormat, FloatType, Floats, PackedWeight};
 use regex::Regex;
@@ -75,14 +75,11 @@ impl Repack<'_> {
     /// `Input` when the checkpoint lacks a tensor of the inventory, has another shape or more layers.
     pub fn steps(&self) -> Result<Vec<Step>> {
         self.spec.check_no_further_layer(|name| self.checkpoint.contains(name))?;
-        let stored: BTreeMap<&str, &TensorInfo> =
-            self.checkpoint.tensors().iter().map(|info| (info.name.as_str(), info)).collect();
-        self.spec.inventory().iter().map(|tensor| self.step(tensor, &stored)).collect()
+        self.spec.inventory().iter().map(|tensor| self.step(tensor)).collect()
     }
 
-    fn step(&self, tensor: &TensorSpec, stored: &BTreeMap<&str, &TensorInfo>) -> Result<Step> {
-        let short = tensor.name.strip_prefix("transformer.").unwrap_or(&tensor.name);
-        let Some(info) = stored.get(tensor.name.as_str()).or_else(|| stored.get(short)) else {
+    fn step(&self, tensor: &TensorSpec) -> Result<Step> {
+        let Some(info) = self.checkpoint.info(&tensor.name) else {
             // Says so, too, when it is there in a type that nobody can read.
             self.checkpoint.elements(&tensor.name)?;
             return Err(Error::other_weights(format_args!(
