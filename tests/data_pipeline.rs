@@ -46,7 +46,7 @@ impl File {
     fn load(&self, options: &DataOptions) -> nibble::Result<Dataset> {
         let tokenizer = tokenizer();
         let encoder = Encoder::new(&tokenizer, VOCAB, options.train_on)?;
-        load(&self.path(), &encoder, options)
+        load(&self.path(), &encoder, options, |_, _| ())
     }
 }
 
@@ -67,7 +67,7 @@ fn trained(document: &Document) -> (String, String) {
 
 fn one(text: &str) -> Document {
     let dataset = File::new(text).load(&options()).unwrap();
-    dataset.check(Path::new("data.jsonl"), &options()).unwrap();
+    dataset.report.check(Path::new("data.jsonl"), &options()).unwrap();
     assert_eq!(dataset.documents.len(), 1);
     dataset.documents[0].clone()
 }
@@ -111,7 +111,7 @@ fn a_marker_that_takes_spaces_is_not_trained() {
         let said = |role: &str, content: &str| json!({"role": role, "content": content});
         let record = json!({"messages": [said("user", "Hi"), said("assistant", answer)]});
         let file = File::new(record.to_string());
-        let dataset = load(&file.path(), &encoder, &options()).unwrap();
+        let dataset = load(&file.path(), &encoder, &options(), |_, _| ()).unwrap();
         assert_eq!(trained(&dataset.documents[0]).0, expected);
     }
 }
@@ -198,7 +198,8 @@ fn long_documents_are_never_cut_silently() {
         (ids, dataset)
     };
     let (_, dataset) = load(Truncation::Error);
-    let error = dataset.check(Path::new("f"), &with(Truncation::Error)).unwrap_err().to_string();
+    let error =
+        dataset.report.check(Path::new("f"), &with(Truncation::Error)).unwrap_err().to_string();
     assert!(
         error.contains(
             "data.jsonl:1: document is longer than 3 tokens (1 of 1 is, the longest has 7)"
@@ -219,7 +220,7 @@ fn bad_records_are_named_by_file_and_line() {
     let rejected = |text: &[u8], expected: &str| {
         let error = File::new(text)
             .load(&options())
-            .and_then(|dataset| dataset.check(Path::new("data.jsonl"), &options()))
+            .and_then(|dataset| dataset.report.check(Path::new("data.jsonl"), &options()))
             .unwrap_err()
             .to_string();
         assert!(error.contains(expected), "{error}\nexpected: {expected}");

@@ -29,7 +29,7 @@ fn try_load(path: &Path) -> nibble::Result<Dataset> {
         positions: None,
         rename_columns: Vec::new(),
     };
-    load(path, &encoder, &options)
+    load(path, &encoder, &options, |_, _| ())
 }
 
 fn write(name: &str, bytes: impl AsRef<[u8]>) -> (tempfile::TempDir, PathBuf) {

@@ -101,8 +101,14 @@ fn train_on(
     for (k, rate) in numbers(&recipe["lr"]).into_iter().enumerate() {
         let window = [data.train_batch(k)];
         let gradient = step::accumulate(&mut model, &window, k as u64, &|| false).unwrap().unwrap();
-        let scale = clip::gradient_scale(gradient.norm, number("max_grad_norm"));
-        step::update(&mut model, &optimizer, &groups, (k as u64 + 1, rate), scale).unwrap();
+        let update = Update {
+            optimizer: &optimizer,
+            groups: &groups,
+            step: k as u64 + 1,
+            learning_rate: rate,
+            gradient_scale: clip::gradient_scale(gradient.norm, number("max_grad_norm")),
+        };
+        model.update(&update).unwrap();
         losses.push(gradient.loss);
         norms.push(gradient.norm);
     }

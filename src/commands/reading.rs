@@ -4,8 +4,7 @@ use std::path::Path;
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-use crate::data::load::read;
-use crate::data::{DataOptions, Dataset, Encoder, LoadReport, RoleUse};
+use crate::data::{self, DataOptions, Dataset, Encoder, LoadReport, RoleUse};
 use crate::error::Result;
 use crate::plural::noun;
 use crate::report::figures::thousands;
@@ -17,13 +16,11 @@ const MOST_CHARACTERS: usize = 40;
 /// [`crate::data::load()`] behind a [`bar`]; fails on what training should not pass over.
 pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dataset> {
     let bar = bar();
-    let mut documents = Vec::new();
-    let keep = |document| documents.push(document);
-    let report = read(path, encoder, options, keep, |bytes, of| show(&bar, bytes, of))?;
+    let dataset = data::load(path, encoder, options, |bytes, of| show(&bar, bytes, of))?;
     bar.finish_and_clear();
     let general = "`nibble data` lists every bad record";
-    report.check(path, options).map_err(|error| error.or_hint(general))?;
-    Ok(Dataset { documents, report })
+    dataset.report.check(path, options).map_err(|error| error.or_hint(general))?;
+    Ok(dataset)
 }
 
 /// What was left out or looks wrong.

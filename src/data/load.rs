@@ -47,13 +47,18 @@ pub struct Dataset {
 }
 
 /// Reads, tokenizes and truncates the records of `path`: of a file, a folder or a pattern
-/// ([`DataFiles::find`]).
+/// ([`DataFiles::find`]). `watch` as that of [`read`].
 ///
 /// # Errors
 /// As [`read`].
-pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dataset> {
+pub fn load(
+    path: &Path,
+    encoder: &Encoder,
+    options: &DataOptions,
+    watch: impl FnMut(u64, u64),
+) -> Result<Dataset> {
     let mut documents = Vec::new();
-    let report = read(path, encoder, options, |document| documents.push(document), |_, _| ())?;
+    let report = read(path, encoder, options, |document| documents.push(document), watch)?;
     Ok(Dataset { documents, report })
 }
 
@@ -109,16 +114,6 @@ pub fn read(
         )));
     }
     Ok(loader.report)
-}
-
-impl Dataset {
-    /// As [`LoadReport::check`].
-    ///
-    /// # Errors
-    /// As there.
-    pub fn check(&self, path: &Path, options: &DataOptions) -> Result<()> {
-        self.report.check(path, options)
-    }
 }
 
 fn next_batch(source: &mut Source) -> Result<Vec<Raw>> {

@@ -192,11 +192,9 @@ fn report<'a>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::adamw::AdamW;
-    use super::super::step::{accumulate, rate_groups, update};
+    use super::super::step::accumulate;
     use super::super::toy::{Toy, documents};
     use super::*;
-    use crate::adapter::LoraPlus;
 
     fn batch() -> Batch {
         Batch::from_documents(&documents(&[6, 9]))
@@ -204,11 +202,9 @@ mod tests {
 
     /// One step of training with the checks around it.
     fn step(toy: &mut Toy, checks: &mut FirstSteps, number: u64, rate: f64) -> Result<()> {
-        let groups = rate_groups(toy.tensors(), LoraPlus::default());
-        let optimizer = AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 };
         accumulate(toy, &[batch()], 0, &|| false)?;
         checks.before_update(toy)?;
-        update(toy, &optimizer, &groups, (number, rate), 1.0)?;
+        toy.step(number, rate)?;
         checks.after_update(toy, rate)
     }
 

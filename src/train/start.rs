@@ -8,6 +8,7 @@ use super::events::{Event, StartEvent};
 use super::feed::Feed;
 use super::optimizer_file;
 use super::recipe::Recipe;
+use super::room;
 use super::settings;
 use super::state::{Identity, TrainState};
 use super::trainee::Trainee;
@@ -64,15 +65,11 @@ pub fn begin<M: Trainee>(
 ) -> Result<Start> {
     let fresh = origin == AdapterOrigin::Fresh;
     let probe = checks::probe(&feed.batch(0, 0));
-    identity.base_loss = loop {
-        match checks::base_loss(model, &probe, fresh && recipe.self_checks) {
-            Err(Error::Budget(message)) if model.shrink()?.is_none() => {
-                return Err(Error::Budget(message));
-            }
-            Err(Error::Budget(_)) => {}
-            loss => break loss?,
-        }
-    };
+    identity.base_loss = room::with_room(
+        model,
+        |model| checks::base_loss(model, &probe, fresh && recipe.self_checks),
+        |model, message| room::shrink(model, message).map(|_| ()),
+    )?;
     identity.sum_order = model.sum_order();
     let max_steps = recipe.max_steps(feed.num_batches());
     let Some(found) = found else {

@@ -1,7 +1,6 @@
-//! One optimizer step: gradients of a window of batches, clipping, update.
+//! What an optimizer step needs: gradients of a window of batches, and the rate of each tensor.
 
-use super::adamw::{AdamW, RateGroup};
-use super::backend::Update;
+use super::adamw::RateGroup;
 use super::trainee::Trainee;
 use crate::adapter::LoraPlus;
 use crate::data::Batch;
@@ -70,20 +69,6 @@ pub fn accumulate<M: Trainee>(
     Ok(Some(Gradient { loss, norm, tokens, targets: targets as u64 }))
 }
 
-/// Updates the weights with the gradients at hand; `step` counts from 1.
-///
-/// # Errors
-/// Those of the backend. They end the run: the last checkpoint is what is left of it.
-pub fn update<M: Trainee>(
-    model: &mut M,
-    optimizer: &AdamW,
-    groups: &[RateGroup],
-    (step, learning_rate): (u64, f64),
-    gradient_scale: f32,
-) -> Result<()> {
-    model.update(&Update { optimizer, groups, step, learning_rate, gradient_scale })
-}
-
 /// Repeats the window batch by batch until the gradient is bad.
 fn find_bad_gradient<M: Trainee>(model: &mut M, window: &[Batch], first: u64) -> Error {
     for (index, batch) in window.iter().enumerate() {
@@ -143,11 +128,8 @@ mod tests {
     /// A toy whose B is not zero, so that A has a gradient.
     fn moved() -> Toy {
         let mut toy = Toy::new();
-        let groups = rate_groups(toy.tensors(), LoraPlus::default());
-        let batch = Batch::from_documents(&documents(&[5]));
-        gradient(&mut toy, &[batch]);
-        let optimizer = AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 };
-        update(&mut toy, &optimizer, &groups, (1, 0.1), 1.0).unwrap();
+        gradient(&mut toy, &[Batch::from_documents(&documents(&[5]))]);
+        toy.step(1, 0.1).unwrap();
         toy
     }
 

@@ -10,10 +10,13 @@ use std::path::Path;
 
 use half::bf16;
 
+use super::adamw::AdamW;
 use super::backend::Update;
 use super::buffers::Buffers;
 use super::clip;
+use super::step::rate_groups;
 use super::trainee::{Shrunk, Trainee};
+use crate::adapter::LoraPlus;
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
 use crate::model::parameters::{Matrix, ParameterTensor, Part};
@@ -88,6 +91,14 @@ impl Toy {
         };
         toy.refresh();
         toy
+    }
+
+    /// Updates the weights with the gradients at hand; `number` counts from 1.
+    pub fn step(&mut self, number: u64, learning_rate: f64) -> Result<()> {
+        let optimizer = AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.0 };
+        let groups = rate_groups(&self.tensors, LoraPlus::default());
+        let (optimizer, groups, gradient_scale) = (&optimizer, &groups[..], 1.0);
+        self.update(&Update { optimizer, groups, step: number, learning_rate, gradient_scale })
     }
 
     /// Weights, gradients and moments.

@@ -11,6 +11,7 @@ use std::path::Path;
 use std::time::Instant;
 
 use super::adamw::RateGroup;
+use super::backend::Update;
 use super::checkpoints;
 use super::checks::{self, FirstSteps};
 use super::clip;
@@ -104,7 +105,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             return Err(self.interrupted());
         }
         self.load_best()?;
-        self.with_room(|model, parts| ending::publish(model, parts.out))?;
+        self.with_room(|run| ending::publish(run.model, run.parts.out))?;
         // Before, the run is not at its end.
         self.parts.log.record(&Event::End(end.clone()))?;
         Ok(end)
@@ -121,7 +122,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             let scale = 1.0 / batch.num_targets.max(1) as f32;
             let at = |error: Error| error.at("the largest batch, tried before the first step");
             let first = self.micro_batches();
-            let pass = |model: &mut M, _: &Parts| model.forward_backward(&batch, scale, first);
+            let pass = |run: &mut Self| run.model.forward_backward(&batch, scale, first);
             self.with_room(pass).map_err(at)?;
         }
         Ok(())
@@ -172,19 +173,24 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         let number = self.state.step + 1;
         let at = |error: Error| error.at(format_args!("step {number}"));
         let gradient =
-            self.with_room(|model, parts| step::accumulate(model, &window, first, parts.stop));
+            self.with_room(|run| step::accumulate(run.model, &window, first, run.parts.stop));
         let gradient = gradient.map_err(at)?;
         let Some(gradient) = gradient else { return Ok(false) };
         ledger::enter(Phase::Optimizer);
         let recipe = self.parts.recipe;
         let rate = self.schedule.rate(self.state.step);
-        let scale = clip::gradient_scale(gradient.norm, recipe.max_grad_norm);
         if recipe.self_checks {
             self.checks.before_update(self.model).map_err(at)?;
             checks::has_gradient(&gradient).map_err(at)?;
         }
-        step::update(self.model, &recipe.optimizer, &self.groups, (number, rate), scale)
-            .map_err(at)?;
+        let update = Update {
+            optimizer: &recipe.optimizer,
+            groups: &self.groups,
+            step: number,
+            learning_rate: rate,
+            gradient_scale: clip::gradient_scale(gradient.norm, recipe.max_grad_norm),
+        };
+        self.model.update(&update).map_err(at)?;
         if recipe.self_checks {
             self.checks.after_update(self.model, rate).map_err(at)?;
         }
@@ -273,7 +279,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             if (self.parts.stop)() {
                 return Ok(None);
             }
-            loss += self.with_room(|model, _| model.evaluate(batch))?;
+            loss += self.with_room(|run| run.model.evaluate(batch))?;
             targets += batch.num_targets as u64;
             documents += batch.lines.len() as u64;
         }
@@ -321,7 +327,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         ledger::enter(Phase::Eval);
         let prompts = self.parts.prompts;
         for prompt in prompts {
-            let completion = self.with_room(|model, _| model.sample(prompt))?;
+            let completion = self.with_room(|run| run.model.sample(prompt))?;
             let (step, epoch) = (self.state.step, self.epoch());
             let event = SampleEvent { step, epoch, prompt: prompt.clone(), completion };
             self.parts.progress.sample(&event);
@@ -354,13 +360,8 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         if let Some(order) = self.model.sum_order() {
             self.state.identity.sum_order = Some(order);
         }
-        let event = loop {
-            let parts = &self.parts;
-            match checkpoints::save(self.model, &self.state, parts.out) {
-                Err(Error::Budget(message)) => self.make_room(message)?,
-                done => break done?,
-            }
-        };
+        let event =
+            self.with_room(|run| checkpoints::save(run.model, &run.state, run.parts.out))?;
         let parts = &self.parts;
         let best = self.state.best.map(|best| best.step);
         let limit = parts.recipe.saving.total_limit;

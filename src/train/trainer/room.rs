@@ -1,34 +1,21 @@
-//! Memory that runs short: room is made, and what was being done is done again.
+//! Memory that runs short in a run: it goes on with a smaller plan, and says so.
 
-use super::{Parts, Trainer};
-use crate::error::{Error, Message, Result};
+use super::Trainer;
+use crate::error::{Message, Result};
 use crate::train::events::{Event, OutOfMemoryEvent};
+use crate::train::room;
 use crate::train::trainee::{Shrunk, Trainee};
 
 impl<M: Trainee> Trainer<'_, M> {
-    /// Does `work`; where memory runs short, again with a smaller plan, until it is done or no plan
-    /// is smaller. `work` begins anew each time.
-    pub(super) fn with_room<T>(
-        &mut self,
-        mut work: impl FnMut(&mut M, &Parts) -> Result<T>,
-    ) -> Result<T> {
-        loop {
-            match work(self.model, &self.parts) {
-                Err(Error::Budget(message)) => self.make_room(message)?,
-                done => return done,
-            }
-        }
+    /// Does `work`, where memory runs short with a smaller plan: see [`room::with_room`].
+    pub(super) fn with_room<T>(&mut self, work: impl FnMut(&mut Self) -> Result<T>) -> Result<T> {
+        room::with_room(self, work, Self::make_room)
     }
 
-    /// A smaller plan from now on.
-    ///
-    /// # Errors
-    /// `message`, where there is none.
-    pub(super) fn make_room(&mut self, message: Message) -> Result<()> {
-        match self.model.shrink()? {
-            Some(shrunk) => self.tell_of_shortage(message.what, shrunk),
-            None => Err(Error::Budget(message)),
-        }
+    fn make_room(&mut self, message: Message) -> Result<()> {
+        let reason = message.what.clone();
+        let shrunk = room::shrink(self.model, message)?;
+        self.tell_of_shortage(reason, shrunk)
     }
 
     /// Logs that memory ran short.
