@@ -4,6 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use clap::{ArgAction, Args, ValueEnum};
+use nibble_quant::FloatType;
 
 use super::listed::listed;
 use super::numbers;
@@ -17,6 +18,16 @@ pub enum AdapterDtype {
     Bf16,
     /// f32 throughout, as PEFT does.
     F32,
+}
+
+/// As the adapter's file has it.
+impl From<AdapterDtype> for FloatType {
+    fn from(dtype: AdapterDtype) -> Self {
+        match dtype {
+            AdapterDtype::Bf16 => FloatType::Bf16,
+            AdapterDtype::F32 => FloatType::F32,
+        }
+    }
 }
 
 /// Settings that `--init-adapter` brings along.

@@ -6,6 +6,6 @@ mod speaker;
 mod stream;
 
 pub use sampler::{Sampler, SamplingOptions};
-pub use session::{Session, load_weights};
+pub use session::{Session, equip, load_weights};
 pub use speaker::{Finish, Limits, Prompt, Speaker, Wish};
 pub use stream::TextStream;

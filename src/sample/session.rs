@@ -60,7 +60,7 @@ impl<K: Kernels> Session<K> {
         let context_tokens = spec.possible_length(context_tokens);
         let speaker = Speaker::new(tokenizer, &spec.eos_token_ids)?;
         let weights = weights.upload(&kernels)?;
-        let model = Some(equip(&kernels, spec, weights, adapter.as_ref(), context_tokens)?);
+        let model = Some(answering(&kernels, spec, weights, adapter.as_ref(), context_tokens)?);
         let (path, quantization) = (path.to_path_buf(), quantization.copied());
         let kind = checkpoint.kind();
         let chat_template = chat_template.map(str::to_string);
@@ -119,7 +119,8 @@ impl<K: Kernels> Session<K> {
         };
         self.merged = merges;
         let context_tokens = self.context_tokens;
-        self.model = Some(equip(&self.kernels, spec, weights, adapter.as_ref(), context_tokens)?);
+        let model = answering(&self.kernels, spec, weights, adapter.as_ref(), context_tokens)?;
+        self.model = Some(model);
         Ok(())
     }
 
@@ -172,25 +173,37 @@ pub fn load_weights(
     Ok((Weights::load(checkpoint, spec, quantization, Some(&merge))?, None))
 }
 
-fn equip<K: Kernels>(
+/// A model that is not trained, with `adapter`; `settings` lack what depends on those two.
+///
+/// # Errors
+/// `Budget` when the memory is refused, and those of the backend.
+pub fn equip<K: Kernels>(
+    kernels: &K,
+    spec: ModelSpec,
+    weights: Weights<K>,
+    adapter: Option<&Adapter>,
+    settings: Settings,
+) -> Result<Model<K>> {
+    let targets = adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default();
+    let settings = Settings { targets, bf16_working: K::TAKES_BF16, ..settings };
+    let mut model = Model::on(kernels.clone(), spec, weights, settings, None)?;
+    if let Some(adapter) = adapter {
+        model.parameters_mut().load(adapter);
+    }
+    Ok(model)
+}
+
+fn answering<K: Kernels>(
     kernels: &K,
     spec: ModelSpec,
     weights: Weights<K>,
     adapter: Option<&Adapter>,
     context_tokens: usize,
 ) -> Result<Model<K>> {
-    let settings = Settings {
-        targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
-        bf16_working: K::TAKES_BF16,
-        cache_tokens: context_tokens,
-        ..Settings::evaluating(PREFILL_TOKENS.min(context_tokens), 1)
-    };
-    let model = Model::on(kernels.clone(), spec, weights, settings, None);
-    let mut model = model.map_err(|error| shorter(error, context_tokens))?;
-    if let Some(adapter) = adapter {
-        model.parameters_mut().load(adapter);
-    }
-    Ok(model)
+    let settings = Settings::evaluating(PREFILL_TOKENS.min(context_tokens), 1);
+    let settings = Settings { cache_tokens: context_tokens, ..settings };
+    let model = equip(kernels, spec, weights, adapter, settings);
+    model.map_err(|error| shorter(error, context_tokens))
 }
 
 /// The memory that was refused is that of the context: the flag that `generate` and `chat` have.

@@ -4,6 +4,7 @@ pub mod adamw;
 pub mod adamw_8bit;
 pub mod agreement;
 pub mod backend;
+pub mod base;
 pub mod buffers;
 pub mod checkpoints;
 pub mod checks;

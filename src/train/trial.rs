@@ -2,36 +2,26 @@
 
 use std::time::Instant;
 
-use nibble_quant::{BlockFormat, FloatType};
+use nibble_quant::FloatType;
 
 use super::adamw::AdamW;
 use super::backend::{TrainingKernels, Update};
-use super::meter::Meter;
+use super::base::FrozenBase;
 use super::{clip, step};
 use crate::adapter::{Adapter, LoraConfig};
 use crate::allocator;
-use crate::checkpoint::Checkpoint;
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
 use crate::ledger::rows::Measured;
 use crate::ledger::{self, Phase};
 use crate::model::Model;
-use crate::model::spec::ModelSpec;
-use crate::model::streaming::Streaming;
-use crate::model::weights::Weights;
 use crate::plan::Settings;
 use crate::random::Stream;
 
 /// What is tried.
 pub struct Trial<'a> {
     /// The base model.
-    pub checkpoint: &'a Checkpoint,
-    /// What it is.
-    pub spec: &'a ModelSpec,
-    /// How dense linears are packed.
-    pub format: Option<BlockFormat>,
-    /// Whether the blocks' weights are streamed from their file.
-    pub stream: bool,
+    pub base: FrozenBase<'a>,
     /// The plan's.
     pub settings: &'a Settings,
     /// The adapter's.
@@ -73,19 +63,11 @@ impl Trial<'_> {
             let error = Error::io("create a folder in", &std::env::temp_dir(), e);
             error.hint("set `TMPDIR` to a folder that can be written")
         })?;
-        let mut meter = Meter::begin(&kernels)?;
-        let weights = Weights::load(self.checkpoint, self.spec, self.format.as_ref(), None)?;
-        let weights = match self.stream {
-            true => {
-                weights.upload_streamed(&kernels, Streaming::new(self.checkpoint, self.spec))?
-            }
-            false => weights.upload(&kernels)?,
-        };
-        meter.loaded(&kernels)?;
+        let (weights, mut meter) = self.base.load(&kernels)?;
         let dropout = self.lora.lora_dropout as f32;
         let dropout = (dropout > 0.0).then_some((dropout, 0));
-        let mut adapter = Adapter::init(self.lora.clone(), self.spec, 0)?;
-        let (spec, settings) = (self.spec.clone(), self.settings.clone());
+        let mut adapter = Adapter::init(self.lora.clone(), self.base.spec, 0)?;
+        let (spec, settings) = (self.base.spec.clone(), self.settings.clone());
         let mut model = Model::on(kernels.clone(), spec, weights, settings, dropout)?;
         model.parameters_mut().load(&adapter);
         adapter.tensors = Vec::new();
@@ -109,7 +91,7 @@ impl Trial<'_> {
     /// Rows of the longest length, every token trained.
     fn batch(&self) -> Batch {
         let (stream, length) = (Stream::new(0, "measure"), self.length);
-        let id = |index: usize| stream.below(index as u64, self.spec.vocab_size as u64) as u32;
+        let id = |index: usize| stream.below(index as u64, self.base.spec.vocab_size as u64) as u32;
         let document = |row: usize| {
             let input_ids: Vec<u32> = (row * length..(row + 1) * length).map(id).collect();
             let labels = input_ids.iter().map(|&id| id as i32).collect();

@@ -11,6 +11,7 @@ use nibble::model::families::spec_from_config;
 use nibble::model::weights::Weights;
 use nibble::plan::{Outside, Place, Policy, Settings, WeightBytes};
 use nibble::train::backend::TrainingKernels;
+use nibble::train::base::FrozenBase;
 use nibble::train::meter::Meter;
 use nibble::train::trial::Trial;
 use nibble_quant::FloatType;
@@ -83,10 +84,7 @@ fn a_trial_takes_what_was_planned() {
             ..settings(&Case::open("llama_s0"), None, &[policy], true)
         };
         let trial = Trial {
-            checkpoint: &checkpoint,
-            spec: &spec,
-            format: None,
-            stream,
+            base: FrozenBase { checkpoint: &checkpoint, spec: &spec, format: None, stream },
             settings: &settings,
             lora,
             dtype: FloatType::Bf16,

@@ -8,7 +8,6 @@ use std::path::Path;
 use serde_json::json;
 
 use super::{device, reading};
-use crate::adapter::Adapter;
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::atomic::AtomicFile;
 use crate::cli::eval::EvalArgs;
@@ -18,11 +17,11 @@ use crate::kernels::Kernels;
 use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
-use crate::model::weights::{Weights, check_stored};
+use crate::model::weights::check_stored;
 use crate::plan::Settings;
 use crate::plural::counted;
 use crate::report::table::{Align, Table};
-use crate::sample::load_weights;
+use crate::sample::{equip, load_weights};
 use logits::SavedLogits;
 use predictions::{Predicted, Predictions};
 
@@ -68,9 +67,11 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let (weights, adapter) = load_weights(&checkpoint, &spec, format.as_ref(), adapter)?;
     let merged = args.adapter.is_some() && adapter.is_none();
     let batches = batches(&dataset.documents);
-    let settings = settings::<K>(adapter.as_ref(), &batches, predictions.as_ref());
+    let settings = settings(&batches, predictions.as_ref());
     let prefill_tokens = settings.tokens;
-    let equipped = equip(kernels, spec, weights, adapter.as_ref(), settings);
+    let weights = weights.upload(&kernels);
+    let equipped =
+        weights.and_then(|weights| equip(&kernels, spec, weights, adapter.as_ref(), settings));
     let mut model = equipped.map_err(|error| match &predictions {
         Some(predictions) => predictions.shorter(error),
         None => error,
@@ -133,32 +134,12 @@ fn batches(documents: &[Document]) -> Vec<Batch> {
     batches
 }
 
-fn settings<K: Kernels>(
-    adapter: Option<&Adapter>,
-    batches: &[Batch],
-    predictions: Option<&Predictions>,
-) -> Settings {
+fn settings(batches: &[Batch], predictions: Option<&Predictions>) -> Settings {
     let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(0);
     Settings {
-        targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
-        bf16_working: K::TAKES_BF16,
         cache_tokens: predictions.map_or(0, |predictions| predictions.context_tokens),
         ..Settings::evaluating(tokens, LOGIT_ROWS.min(tokens))
     }
-}
-
-fn equip<K: Kernels>(
-    kernels: K,
-    spec: ModelSpec,
-    weights: Weights,
-    adapter: Option<&Adapter>,
-    settings: Settings,
-) -> Result<Model<K>> {
-    let mut model = Model::on(kernels.clone(), spec, weights.upload(&kernels)?, settings, None)?;
-    if let Some(adapter) = adapter {
-        model.parameters_mut().load(adapter);
-    }
-    Ok(model)
 }
 
 /// What a model makes of the file.

@@ -1,14 +1,12 @@
 //! `nibble memory --measure`: the plan beside a trial of it.
 
-use nibble_quant::FloatType;
-
 use super::{PlannedRun, row_length};
 use crate::byte_size::ByteSize;
-use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
 use crate::error::{Error, Result};
 use crate::ledger::rows::Account;
 use crate::train::backend::TrainingKernels;
+use crate::train::base::FrozenBase;
 use crate::train::progress::Progress;
 use crate::train::trial::Trial;
 
@@ -26,16 +24,15 @@ pub(super) fn measure<K: TrainingKernels>(
         .hint("give the model folder or .gguf file as `--model`"));
     };
     let trial = Trial {
-        checkpoint,
-        spec: &run.model.spec,
-        format: args.base.block_format(),
-        stream: run.strategy.stream,
+        base: FrozenBase {
+            checkpoint,
+            spec: &run.model.spec,
+            format: args.base.block_format(),
+            stream: run.strategy.stream,
+        },
         settings: &run.settings,
         lora: run.lora.clone(),
-        dtype: match args.lora.adapter_dtype {
-            AdapterDtype::Bf16 => FloatType::Bf16,
-            AdapterDtype::F32 => FloatType::F32,
-        },
+        dtype: args.lora.adapter_dtype.into(),
         rows: args.per_device_train_batch_size.get(),
         length: row_length(args, &run.model.spec),
     };

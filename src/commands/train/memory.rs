@@ -2,6 +2,8 @@
 
 use std::num::NonZeroUsize;
 
+use nibble_quant::FloatType;
+
 use super::Base;
 use super::data::Prepared;
 use crate::adapter::Adapter;
@@ -101,10 +103,7 @@ pub fn plan(
 impl Memory {
     /// Of a checkpoint, about: the adapter as it is stored, the master copy and the moments.
     pub fn checkpoint_bytes(&self, adapter: &Adapter, args: &TrainArgs) -> u64 {
-        let stored = match args.lora.adapter_dtype {
-            AdapterDtype::Bf16 => 2,
-            AdapterDtype::F32 => 4,
-        };
+        let stored = FloatType::from(args.lora.adapter_dtype).size();
         let moments = self.settings.moments();
         let packed = moments.code_words() + moments.blocks;
         ((stored + 4) * adapter.parameters() + 8 * (moments.float_elements + packed)) as u64

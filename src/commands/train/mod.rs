@@ -4,12 +4,9 @@ mod data;
 mod memory;
 mod output;
 
-use nibble_quant::FloatType;
-
 use crate::adapter::Adapter;
 use crate::byte_size::ByteSize;
 use crate::checkpoint::Checkpoint;
-use crate::cli::lora::AdapterDtype;
 use crate::cli::train::TrainArgs;
 use crate::commands::device;
 use crate::data::{ChatTokenizer, TokenizerFiles};
@@ -18,18 +15,17 @@ use crate::ledger::rows::{Account, Row};
 use crate::model::Model;
 use crate::model::families::{base_dropout, spec_from_config};
 use crate::model::spec::{ModelSpec, TensorSpec};
-use crate::model::streaming::Streaming;
-use crate::model::weights::{Weights, check_stored};
+use crate::model::weights::check_stored;
 use crate::plural::{counted, noun};
 use crate::printed;
 use crate::report::{REPORT_FILE, Reports};
 use crate::sample::Speaker;
 use crate::train::backend::TrainingKernels;
+use crate::train::base::FrozenBase;
 use crate::train::checkpoints;
 use crate::train::events::{EndEvent, EndReason, Event, ParameterCounts, RunLog, StartEvent};
 use crate::train::interrupt::Interrupt;
 use crate::train::lora_model::LoraModel;
-use crate::train::meter::Meter;
 use crate::train::preview::Preview;
 use crate::train::progress::Progress;
 use crate::train::recipe::Recipe;
@@ -249,16 +245,10 @@ impl Base {
         memory: Memory,
         adapter: Adapter,
     ) -> Result<LoraModel<K>> {
-        let mut meter = Meter::begin(&kernels)?;
         let Memory { strategy, settings, account, .. } = memory;
-        let format = args.model.block_format();
-        let weights = Weights::load(&self.checkpoint, &self.spec, format.as_ref(), None)?;
-        let weights = if strategy.stream {
-            weights.upload_streamed(&kernels, Streaming::new(&self.checkpoint, &self.spec))?
-        } else {
-            weights.upload(&kernels)?
-        };
-        meter.loaded(&kernels)?;
+        let (checkpoint, spec, format) = (&self.checkpoint, &self.spec, args.model.block_format());
+        let base = FrozenBase { checkpoint, spec, format, stream: strategy.stream };
+        let (weights, meter) = base.load(&kernels)?;
         let dropout = adapter.config.lora_dropout as f32;
         let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));
         let wanted = settings.clone();
@@ -266,10 +256,7 @@ impl Base {
         let noise = noise.map(|alpha| (alpha, args.optimization.seed));
         let model = Model::within_reach(kernels, self.spec, weights, settings, dropout)?;
         let model = model.with_neftune(noise);
-        let dtype = match args.lora.adapter_dtype {
-            AdapterDtype::Bf16 => FloatType::Bf16,
-            AdapterDtype::F32 => FloatType::F32,
-        };
+        let dtype = args.lora.adapter_dtype.into();
         let model =
             LoraModel::new(model, adapter, dtype, self.preview, wanted).speaking(self.brought);
         let budget = args.resources.memory_budget.map(|budget| budget.0);

@@ -1,0 +1,41 @@
+//! The frozen model under a run.
+
+use nibble_quant::BlockFormat;
+
+use super::backend::TrainingKernels;
+use super::meter::Meter;
+use crate::checkpoint::Checkpoint;
+use crate::error::Result;
+use crate::model::spec::ModelSpec;
+use crate::model::streaming::Streaming;
+use crate::model::weights::Weights;
+
+/// A base model before its weights are read, and how they are to be used.
+#[derive(Debug, Clone, Copy)]
+pub struct FrozenBase<'a> {
+    /// Where its weights are.
+    pub checkpoint: &'a Checkpoint,
+    /// What it is.
+    pub spec: &'a ModelSpec,
+    /// How dense linears are packed.
+    pub format: Option<BlockFormat>,
+    /// Whether the blocks' weights are streamed from their file.
+    pub stream: bool,
+}
+
+impl FrozenBase<'_> {
+    /// The weights where `kernels` work with them, and what measures the run from before they were read.
+    ///
+    /// # Errors
+    /// Those of [`Weights::load`] and of the backend.
+    pub fn load<K: TrainingKernels>(&self, kernels: &K) -> Result<(Weights<K>, Meter)> {
+        let mut meter = Meter::begin(kernels)?;
+        let weights = Weights::load(self.checkpoint, self.spec, self.format.as_ref(), None)?;
+        let weights = match self.stream {
+            true => weights.upload_streamed(kernels, Streaming::new(self.checkpoint, self.spec))?,
+            false => weights.upload(kernels)?,
+        };
+        meter.loaded(kernels)?;
+        Ok((weights, meter))
+    }
+}
