@@ -28,7 +28,7 @@ pub struct PackedMoment<'a> {
 }
 
 /// A tensor's weights and what is known of them.
-pub struct Weights<'a> {
+pub struct TensorSlices<'a> {
     /// f32 weights.
     pub master: &'a mut [f32],
     /// f32 gradients.
@@ -56,7 +56,7 @@ impl Update<'_> {
                     update_tensor(&coefficients, weights, first, second);
                 }
                 Moments::Floats([first_moment, second_moment]) => {
-                    let Weights { master, gradients, working } = weights;
+                    let TensorSlices { master, gradients, working } = weights;
                     let buffers =
                         Buffers { master, gradients, first_moment, second_moment, working };
                     update_run(&coefficients, buffers);
@@ -65,8 +65,12 @@ impl Update<'_> {
         });
     }
 
-    /// Makes the update of one tensor whose moments are in 8 bits; it is all of the first group.
-    pub fn apply_to_packed(&self, weights: Weights<'_>, [first, second]: [PackedMoment<'_>; 2]) {
+    /// Makes the update of one tensor whose moments are in 8 bits; it is all of the first group. For tests.
+    pub fn apply_to_packed(
+        &self,
+        weights: TensorSlices<'_>,
+        [first, second]: [PackedMoment<'_>; 2],
+    ) {
         let rate = self.learning_rate * self.groups[0].multiplier;
         let coefficients = self.optimizer.coefficients(self.step, rate, self.gradient_scale);
         update_tensor(&coefficients, weights, first, second);
@@ -74,7 +78,7 @@ impl Update<'_> {
 }
 
 /// The flat buffers tensor by tensor.
-fn tensors<'a>(view: OptimizerView<'a, Cpu>) -> Vec<(Weights<'a>, Moments<'a>)> {
+fn tensors<'a>(view: OptimizerView<'a, Cpu>) -> Vec<(TensorSlices<'a>, Moments<'a>)> {
     let OptimizerView { master, gradients, first_moment, second_moment, packed, .. } = view;
     let (mut master, mut gradients): (&mut [f32], &mut [f32]) = (master, gradients);
     let mut working: Option<&mut [bf16]> = view.working.map(|working| &mut **working);
@@ -86,7 +90,7 @@ fn tensors<'a>(view: OptimizerView<'a, Cpu>) -> Vec<(Weights<'a>, Moments<'a>)> 
     ];
     let tensors = view.tensors.iter().zip(&view.places.places).map(|(tensor, place)| {
         let elements = tensor.range.len();
-        let weights = Weights {
+        let weights = TensorSlices {
             master: front(&mut master, elements),
             gradients: front(&mut gradients, elements),
             working: working.as_mut().map(|working| front(working, elements)),
@@ -116,7 +120,7 @@ fn front<'a, T>(rest: &mut &'a mut [T], elements: usize) -> &'a mut [T] {
 /// One update, block by block.
 fn update_tensor(
     coefficients: &Coefficients,
-    weights: Weights<'_>,
+    weights: TensorSlices<'_>,
     first: PackedMoment<'_>,
     second: PackedMoment<'_>,
 ) {
@@ -243,7 +247,7 @@ mod tests {
             };
             let State { master, codes: [first, second], absmax: [first_absmax, second_absmax] } =
                 self;
-            let weights = Weights { master, gradients: &mut gradients, working: None };
+            let weights = TensorSlices { master, gradients: &mut gradients, working: None };
             let moments = [
                 PackedMoment { codes: first, absmax: first_absmax },
                 PackedMoment { codes: second, absmax: second_absmax },

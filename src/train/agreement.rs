@@ -73,7 +73,8 @@ pub fn check<K: TrainingKernels>(kernels: &K) -> Result<()> {
 
 fn check_model<K: TrainingKernels>(kernels: &K, tiny: Tiny) -> Result<()> {
     let mut device = model(kernels.clone(), tiny, Policy::Offload)?;
-    let mut host = model(Cpu::default(), tiny, Policy::Checkpoint)?; // which offloads to a file
+    // The CPU recomputes what the device offloads: it would offload to a file.
+    let mut host = model(Cpu::default(), tiny, Policy::Checkpoint)?;
     let batch = batch();
     let differs = |what: &str, error: f64| {
         let Tiny { family, head_dim, rank } = tiny;

@@ -35,7 +35,7 @@ pub struct Recipe {
     pub max_grad_norm: f64,
     /// Optimizer.
     pub optimizer: AdamW,
-    /// Learning rates of B and of embeddings.
+    /// Learning rate of B over that of A.
     pub loraplus: LoraPlus,
     /// Steps between log lines.
     pub logging_steps: u64,

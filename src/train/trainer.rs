@@ -28,7 +28,7 @@ use crate::error::{Error, Result};
 use crate::ledger::{self, Phase, resident};
 
 /// What a run works with, beside the model.
-pub struct Parts<'a> {
+pub struct RunContext<'a> {
     /// Settings.
     pub recipe: &'a Recipe,
     /// Training data.
@@ -50,7 +50,7 @@ pub struct Parts<'a> {
 /// A run at work.
 pub struct Trainer<'a, M> {
     model: &'a mut M,
-    parts: Parts<'a>,
+    context: RunContext<'a>,
     schedule: Schedule,
     groups: Vec<RateGroup>,
     checks: FirstSteps,
@@ -72,12 +72,17 @@ struct Session {
 impl<'a, M: Trainee> Trainer<'a, M> {
     /// Continues from `state`, which is that of a new run or of a checkpoint whose weights
     /// `model` already holds. `checks` follows the first steps of a fresh adapter.
-    pub fn new(model: &'a mut M, parts: Parts<'a>, state: TrainState, checks: FirstSteps) -> Self {
-        let schedule = parts.recipe.schedule(state.max_steps);
-        let groups = step::rate_groups(model.tensors(), parts.recipe.loraplus);
+    pub fn new(
+        model: &'a mut M,
+        context: RunContext<'a>,
+        state: TrainState,
+        checks: FirstSteps,
+    ) -> Self {
+        let schedule = context.recipe.schedule(state.max_steps);
+        let groups = step::rate_groups(model.tensors(), context.recipe.loraplus);
         let saved_step = (state.step > 0).then_some(state.step);
         let (unsaved, session) = (false, Session::default());
-        Trainer { model, parts, schedule, groups, checks, state, saved_step, unsaved, session }
+        Trainer { model, context, schedule, groups, checks, state, saved_step, unsaved, session }
     }
 
     /// Trains to the end, and leaves the adapter in the output folder.
@@ -101,21 +106,21 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         self.save_unless_done()?;
         let end = self.end_event(reason);
         if reason == EndReason::Interrupted {
-            self.parts.log.record(&Event::End(end))?;
+            self.context.log.record(&Event::End(end))?;
             return Err(self.interrupted());
         }
         self.load_best()?;
-        self.with_room(|run| ending::publish(run.model, run.parts.out))?;
+        self.with_room(|run| ending::publish(run.model, run.context.out))?;
         // Before, the run is not at its end.
-        self.parts.log.record(&Event::End(end.clone()))?;
+        self.context.log.record(&Event::End(end.clone()))?;
         Ok(end)
     }
 
     /// What a run ever needs of memory it has needed by its first step: unless that begins with a
     /// batch as large as any, the largest is tried before, and its gradient thrown away.
     fn rehearse(&mut self) -> Result<()> {
-        if self.parts.recipe.longest_first_step && self.state.step < self.state.max_steps {
-            let batch = self.parts.feed.largest_batch();
+        if self.context.recipe.longest_first_step && self.state.step < self.state.max_steps {
+            let batch = self.context.feed.largest_batch();
             if self.window().first().is_some_and(|first| first.tokens() >= batch.tokens()) {
                 return Ok(());
             }
@@ -130,10 +135,10 @@ impl<'a, M: Trainee> Trainer<'a, M> {
 
     fn train(&mut self) -> Result<EndReason> {
         loop {
-            if (self.parts.stop)() || !self.after_step()? {
+            if (self.context.stop)() || !self.after_step()? {
                 return Ok(EndReason::Interrupted);
             }
-            if self.parts.recipe.is_out_of_patience(&self.state) {
+            if self.context.recipe.is_out_of_patience(&self.state) {
                 return Ok(EndReason::EarlyStopping);
             }
             if self.state.step >= self.state.max_steps {
@@ -147,8 +152,8 @@ impl<'a, M: Trainee> Trainer<'a, M> {
 
     /// Batches of the next step.
     fn window(&mut self) -> Vec<Batch> {
-        let feed = &mut *self.parts.feed;
-        let per_step = self.parts.recipe.gradient_accumulation_steps;
+        let feed = &mut *self.context.feed;
+        let per_step = self.context.recipe.gradient_accumulation_steps;
         let first = self.state.epoch_step as usize * per_step;
         let end = feed.num_batches().min(first + per_step);
         (first..end).map(|index| feed.batch(self.state.epoch, index)).collect()
@@ -156,14 +161,14 @@ impl<'a, M: Trainee> Trainer<'a, M> {
 
     /// Forward passes made before the current step.
     fn micro_batches(&self) -> u64 {
-        let per_step = self.parts.recipe.gradient_accumulation_steps as u64;
-        let num_batches = self.parts.feed.num_batches() as u64;
+        let per_step = self.context.recipe.gradient_accumulation_steps as u64;
+        let num_batches = self.context.feed.num_batches() as u64;
         self.state.epoch * num_batches + (self.state.epoch_step * per_step).min(num_batches)
     }
 
     /// Passes over the data, with fraction.
     fn epoch(&self) -> f64 {
-        self.micro_batches() as f64 / self.parts.feed.num_batches() as f64
+        self.micro_batches() as f64 / self.context.feed.num_batches() as f64
     }
 
     /// Makes one step; false if it was given up because the user asked to stop.
@@ -173,11 +178,11 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         let number = self.state.step + 1;
         let at = |error: Error| error.at(format_args!("step {number}"));
         let gradient =
-            self.with_room(|run| step::accumulate(run.model, &window, first, run.parts.stop));
+            self.with_room(|run| step::accumulate(run.model, &window, first, run.context.stop));
         let gradient = gradient.map_err(at)?;
         let Some(gradient) = gradient else { return Ok(false) };
         ledger::enter(Phase::Optimizer);
-        let recipe = self.parts.recipe;
+        let recipe = self.context.recipe;
         let rate = self.schedule.rate(self.state.step);
         if recipe.self_checks {
             self.checks.before_update(self.model).map_err(at)?;
@@ -198,14 +203,14 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         if self.session.steps == 1
             && let Some(warning) = self.model.over_budget()
         {
-            self.parts.progress.note(&format!("warning: {warning}"));
+            self.context.progress.note(&format!("warning: {warning}"));
         }
         self.log_step(&gradient, rate)?;
         Ok(true)
     }
 
     fn count(&mut self, gradient: &Gradient, seconds: f64) {
-        let steps_per_epoch = self.parts.recipe.steps_per_epoch(self.parts.feed.num_batches());
+        let steps_per_epoch = self.context.recipe.steps_per_epoch(self.context.feed.num_batches());
         let state = &mut self.state;
         state.step += 1;
         state.epoch_step += 1;
@@ -226,7 +231,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
 
     fn log_step(&mut self, gradient: &Gradient, learning_rate: f64) -> Result<()> {
         let (step, last) = (self.state.step, self.state.max_steps);
-        if step % self.parts.recipe.logging_steps != 0 && step != last {
+        if step % self.context.recipe.logging_steps != 0 && step != last {
             return Ok(());
         }
         let window = std::mem::take(&mut self.state.window);
@@ -244,13 +249,13 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             gpu_bytes: self.model.gpu_bytes(),
         };
         let seconds_per_step = self.session.seconds / self.session.steps as f64;
-        self.parts.progress.step(&event, seconds_per_step * (last - step) as f64);
+        self.context.progress.step(&event, seconds_per_step * (last - step) as f64);
         self.record(Event::Step(event))
     }
 
     /// What is due after the current step and not done yet; false if the user asked to stop.
     fn after_step(&mut self) -> Result<bool> {
-        let (step, recipe) = (self.state.step, self.parts.recipe);
+        let (step, recipe) = (self.state.step, self.context.recipe);
         let due = |every: Option<u64>| every.is_some_and(|every| step % every == 0);
         let mut improved = false;
         if step > 0 && due(recipe.evaluation.steps) && self.state.evaluated_step != Some(step) {
@@ -274,9 +279,9 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         ledger::enter(Phase::Eval);
         let start = Instant::now();
         let (mut loss, mut targets, mut documents) = (0.0, 0, 0);
-        let evaluation = self.parts.evaluation;
+        let evaluation = self.context.evaluation;
         for batch in evaluation {
-            if (self.parts.stop)() {
+            if (self.context.stop)() {
                 return Ok(None);
             }
             loss += self.with_room(|run| run.model.evaluate(batch))?;
@@ -297,18 +302,18 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             eval_loss,
             eval_runtime: start.elapsed().as_secs_f64(),
             num_documents: documents,
-            num_batches: self.parts.evaluation.len() as u64,
+            num_batches: self.context.evaluation.len() as u64,
             num_target_tokens: targets,
             is_best,
         };
-        self.parts.progress.eval(&event);
+        self.context.progress.eval(&event);
         self.unsaved = true;
         self.record(Event::Eval(event))?;
         Ok(Some(is_best))
     }
 
     fn keep_score(&mut self, eval_loss: f64) -> bool {
-        let (state, threshold) = (&mut self.state, self.parts.recipe.evaluation.threshold);
+        let (state, threshold) = (&mut self.state, self.context.recipe.evaluation.threshold);
         state.evaluated_step = Some(state.step);
         let counts = state.best.is_none_or(|best| eval_loss < best.eval_loss - threshold);
         let failures = state.evaluations_without_improvement + 1;
@@ -325,12 +330,12 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             return Ok(());
         }
         ledger::enter(Phase::Eval);
-        let prompts = self.parts.prompts;
+        let prompts = self.context.prompts;
         for prompt in prompts {
             let completion = self.with_room(|run| run.model.sample(prompt))?;
             let (step, epoch) = (self.state.step, self.epoch());
             let event = SampleEvent { step, epoch, prompt: prompt.clone(), completion };
-            self.parts.progress.sample(&event);
+            self.context.progress.sample(&event);
             self.unsaved = true;
             self.record(Event::Sample(event))?;
         }
@@ -339,7 +344,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
 
     /// Keeps an event in the history and passes it on.
     fn record(&mut self, event: Event) -> Result<()> {
-        self.parts.log.record(&event)?;
+        self.context.log.record(&event)?;
         self.state.history.push(event);
         Ok(())
     }
@@ -347,7 +352,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
     /// The last evaluation; false if the user asked to stop.
     fn evaluate_unless_done(&mut self) -> Result<bool> {
         let done = self.state.evaluated_step == Some(self.state.step);
-        Ok(self.parts.evaluation.is_empty() || done || self.evaluate()?.is_some())
+        Ok(self.context.evaluation.is_empty() || done || self.evaluate()?.is_some())
     }
 
     fn save_unless_done(&mut self) -> Result<()> {
@@ -361,18 +366,18 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             self.state.identity.sum_order = Some(order);
         }
         let event =
-            self.with_room(|run| checkpoints::save(run.model, &run.state, run.parts.out))?;
-        let parts = &self.parts;
+            self.with_room(|run| checkpoints::save(run.model, &run.state, run.context.out))?;
+        let context = &self.context;
         let best = self.state.best.map(|best| best.step);
-        let limit = parts.recipe.saving.total_limit;
-        if let Err(error) = checkpoints::thin_out(parts.out, step, limit, best) {
-            parts.progress.note(&format!("warning: an old checkpoint stays: {error}"));
+        let limit = context.recipe.saving.total_limit;
+        if let Err(error) = checkpoints::thin_out(context.out, step, limit, best) {
+            context.progress.note(&format!("warning: an old checkpoint stays: {error}"));
         }
         (self.saved_step, self.unsaved) = (Some(step), false);
         if again {
             return Ok(());
         }
-        parts.progress.save(&event);
+        context.progress.save(&event);
         self.record(Event::Save(event))
     }
 }

@@ -2,7 +2,7 @@
 
 use half::bf16;
 use nibble::train::adamw::{AdamW, RateGroup};
-use nibble::train::adamw_8bit::{PackedMoment, Weights};
+use nibble::train::adamw_8bit::{PackedMoment, TensorSlices};
 use nibble::train::backend::Update;
 use nibble::train::buffers::Buffers;
 use nibble_quant::codebook::{dynamic_map, unsigned_dynamic_map};
@@ -118,7 +118,7 @@ fn eight_bit_moments_are_the_nearest_codes() {
                 learning_rate: LEARNING_RATE,
                 gradient_scale: 0.5,
             };
-            let weights = Weights {
+            let weights = TensorSlices {
                 master: &mut cpu_master,
                 gradients: &mut gradients,
                 working: (t != 3).then_some(&mut cpu_working),

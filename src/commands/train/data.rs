@@ -93,7 +93,7 @@ fn options(args: &TrainArgs, base: &super::Base) -> DataOptions {
 }
 
 /// Documents of files, or a part of them.
-struct Source<'a> {
+struct DocumentSet<'a> {
     path: &'a Path,
     files: DataFiles,
     documents: Vec<Document>,
@@ -106,19 +106,19 @@ fn sources<'a>(
     args: &'a TrainArgs,
     base: &super::Base,
     progress: &Progress,
-) -> Result<[Source<'a>; 2]> {
+) -> Result<[DocumentSet<'a>; 2]> {
     let options = options(args, base);
     let encoder = Encoder::new(&base.tokenizer, base.spec.vocab_size, options.train_on)?;
-    let read = |path: &'a Path| -> Result<Source<'a>> {
+    let read = |path: &'a Path| -> Result<DocumentSet<'a>> {
         let dataset = reading::load(path, &encoder, &options)?;
         let notes = reading::notes(&dataset.report);
         progress.note(&first_line(path, &dataset.report, &notes));
         let Dataset { documents, report } = dataset;
-        Ok(Source { path, files: report.files, documents, notes })
+        Ok(DocumentSet { path, files: report.files, documents, notes })
     };
     let mut training = read(&args.data.data)?;
     let (path, files) = (training.path, training.files.clone());
-    let mut evaluation = Source { path, files, documents: Vec::new(), notes: Vec::new() };
+    let mut evaluation = DocumentSet { path, files, documents: Vec::new(), notes: Vec::new() };
     match (&args.data.eval_data, args.data.validation_split) {
         (Some(path), _) => evaluation = read(path)?,
         (None, Some(share)) if share > 0.0 => {
@@ -142,7 +142,7 @@ fn sources<'a>(
     Ok([training, evaluation])
 }
 
-impl Source<'_> {
+impl DocumentSet<'_> {
     /// What the logs say of it.
     fn summary(&self, name: &str, rows: &[Vec<usize>]) -> DataSummary {
         let lengths = lengths(&self.documents);

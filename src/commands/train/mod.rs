@@ -33,7 +33,7 @@ use crate::train::schedule::SchedulerType;
 use crate::train::settings::{SettingsEcho, without_packing};
 use crate::train::start::{self, AdapterOrigin};
 use crate::train::state::Identity;
-use crate::train::trainer::{Parts, Trainer};
+use crate::train::trainer::{RunContext, Trainer};
 use data::Prepared;
 use memory::Memory;
 use output::Output;
@@ -102,7 +102,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let files = data.summaries;
     let event = StartEvent { memory_plan, plan, data: files, parameters, device, ..event };
     let begun = log.record(&Event::Start(event));
-    let parts = Parts {
+    let context = RunContext {
         recipe: &recipe,
         feed: &mut data.feed,
         evaluation: &data.evaluation,
@@ -112,7 +112,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
         progress: &progress,
         stop: &|| interrupt.requested(),
     };
-    let trainer = Trainer::new(&mut model, parts, start.state, start.checks);
+    let trainer = Trainer::new(&mut model, context, start.state, start.checks);
     let end = begun.and_then(|()| trainer.run());
     progress.finish();
     let end = end.map_err(|error| checkpoints::with_survivor(error, &args.output.out))?;

@@ -132,7 +132,8 @@ impl<D: Driver> Cuda<D> {
         Cuda { attention, ..self }
     }
 
-    /// The same, with launches of flash attention that compute `flops` at most: the same bits.
+    /// The same, with launches of flash attention that compute `flops` at most: the same bits. For
+    /// tests.
     pub fn with_launches_of(self, flops: u64) -> Self {
         Cuda { launch_flops: flops, ..self }
     }

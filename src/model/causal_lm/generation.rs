@@ -13,7 +13,7 @@ impl<K: Kernels> Model<K> {
         self.cached_tokens = 0;
     }
 
-    /// Tokens that were decoded since the last [`clear_cache`](Model::clear_cache).
+    /// Tokens that were decoded since the last [`clear_cache`](Model::clear_cache). For tests.
     pub fn cached_tokens(&self) -> usize {
         self.cached_tokens
     }

@@ -136,7 +136,7 @@ impl Model {
     }
 
     /// The residual stream `[T, D]` before block `layer` (after the last for `num_layers`), as the
-    /// last training pass left it; of an offloaded layer, that of one that shares its slot.
+    /// last training pass left it; of an offloaded layer, that of one that shares its slot. For tests.
     pub fn block_input(&self, layer: usize) -> &[f32] {
         &self.buffers.inputs[self.buffers.places[layer]]
     }

@@ -17,7 +17,7 @@ use super::settings::SettingsEcho;
 use super::start::{AdapterOrigin, begin};
 use super::state::Identity;
 use super::toy::{Toy, documents};
-use super::trainer::{Parts, Trainer};
+use super::trainer::{RunContext, Trainer};
 use crate::adapter::LoraPlus;
 use crate::data::Batch;
 use crate::error::{Error, Result};
@@ -100,7 +100,7 @@ fn session_on(
     let mut events = start.state.history.clone();
     let evaluation = [Batch::from_documents(&documents(&[12, 9])[1..])];
     let asked = Cell::new(0);
-    let parts = Parts {
+    let context = RunContext {
         recipe,
         feed: &mut feed,
         evaluation: &evaluation,
@@ -113,7 +113,7 @@ fn session_on(
             asked.get() > questions
         },
     };
-    let result = Trainer::new(&mut toy, parts, start.state, start.checks).run();
+    let result = Trainer::new(&mut toy, context, start.state, start.checks).run();
     let result = result.map(|end| end.reason);
     Session { result, toy, events, questions: asked.get() }
 }

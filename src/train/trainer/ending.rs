@@ -33,16 +33,16 @@ impl<M: Trainee> Trainer<'_, M> {
     /// Takes the best weights back, if that is asked for and they are others.
     pub(super) fn load_best(&mut self) -> Result<()> {
         let Some(best) = self.state.best else { return Ok(()) };
-        if !self.parts.recipe.evaluation.load_best_at_end || best.step == self.state.step {
+        if !self.context.recipe.evaluation.load_best_at_end || best.step == self.state.step {
             return Ok(());
         }
-        let folder = self.parts.out.join(checkpoints::name(best.step));
+        let folder = self.context.out.join(checkpoints::name(best.step));
         checkpoints::verify(&folder).map_err(|error| error.at(folder.display()))?;
         optimizer_file::read(self.model, &folder)
     }
 
     pub(super) fn interrupted(&self) -> Error {
-        let (step, out) = (self.state.step, self.parts.out.display());
+        let (step, out) = (self.state.step, self.context.out.display());
         let what = match self.saved_step {
             Some(saved) => {
                 format!("interrupted after step {step}; saved {}", checkpoints::name(saved))

@@ -28,7 +28,7 @@ impl<M: Trainee> Trainer<'_, M> {
             to_tokens: shrunk.to_tokens as u64,
             change: shrunk.change,
         };
-        self.parts.progress.out_of_memory(&event);
+        self.context.progress.out_of_memory(&event);
         self.record(Event::OutOfMemory(event))
     }
 }
