@@ -1,6 +1,7 @@
 //! Small specs for this module's tests, by their `config.json` in `tests/data`.
 
-use crate::model::spec::{Activation, Family, MlpKind, ModelSpec, Norm, RopeScaling, Rotary};
+use crate::model::inventory::Names;
+use crate::model::spec::{Activation, Family, ModelSpec, Norm, Projections, RopeScaling, Rotary};
 
 /// A Llama of `num_layers` blocks: D 64, F 160, 4 heads of 16, 2 key heads, V 128, untied.
 pub fn llama(num_layers: usize) -> ModelSpec {
@@ -19,7 +20,8 @@ pub fn llama(num_layers: usize) -> ModelSpec {
         post_norms: false,
         embedding_scale: 1.0,
         activation: Activation::Silu,
-        mlp: MlpKind::Gated,
+        projections: Projections::Separate,
+        names: &Names::LLAMA,
         rotary: Some(Rotary { theta: 10_000.0, scaling: RopeScaling::Default }),
         rotary_dim: 16,
         local_rotary: None,
@@ -33,7 +35,6 @@ pub fn llama(num_layers: usize) -> ModelSpec {
         logit_soft_cap: None,
         output_bias: false,
         mlp_bias: false,
-        conv1d: false,
         windows: vec![None; num_layers],
         tie_word_embeddings: false,
         max_positions: 128,
@@ -51,14 +52,14 @@ pub fn gpt2() -> ModelSpec {
         norm: Norm::Layer,
         norm_eps: 1e-5,
         activation: Activation::GeluTanh,
-        mlp: MlpKind::Plain,
+        projections: Projections::Conv1d,
+        names: &Names::GPT2,
         rotary: None,
         rotary_dim: 0,
         learned_positions: Some(64),
         qkv_bias: true,
         output_bias: true,
         mlp_bias: true,
-        conv1d: true,
         tie_word_embeddings: true,
         max_positions: 64,
         ..llama(2)

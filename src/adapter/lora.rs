@@ -75,7 +75,7 @@ impl Adapter {
     /// Those of [`LoraConfig::resolve`].
     pub fn init(config: LoraConfig, spec: &ModelSpec, seed: u64) -> Result<Self> {
         let targets = config.resolve(spec)?;
-        let config = LoraConfig { fan_in_fan_out: spec.conv1d, ..config };
+        let config = LoraConfig { fan_in_fan_out: spec.projections.are_transposed(), ..config };
         let tensors =
             targets.iter().map(|target| initial(target, config.init_lora_weights, seed)).collect();
         Ok(Adapter { config, base_model: None, base_packing: None, targets, tensors })

@@ -1,61 +1,71 @@
 //! The tensors that a spec implies: what `quantize` packs, the loader expects, `memory` counts and
 //! `merge` writes.
 
-use super::spec::{Family, ModelSpec, Norm, TensorRole, TensorSpec};
+use super::spec::{ModelSpec, Norm, TensorRole, TensorSpec};
 use crate::error::{Error, Result};
 
-/// Names of the tensors outside the blocks.
-struct Names {
+/// Names of the modules that are not linears, as transformers' class for the model has them.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Names {
+    /// Where the blocks are.
+    pub(super) layers: &'static str,
     embedding: &'static str,
+    /// Of the position table, with `.weight`.
+    positions: Option<&'static str>,
     final_norm: &'static str,
     head: &'static str,
     first_norm: &'static str,
     second_norm: &'static str,
 }
 
-fn names(family: Family) -> Names {
-    match family {
-        Family::Gpt2 => Names {
-            embedding: "transformer.wte",
-            final_norm: "transformer.ln_f",
-            head: "lm_head",
-            first_norm: "ln_1",
-            second_norm: "ln_2",
-        },
-        _ => Names {
-            embedding: "model.embed_tokens",
-            final_norm: "model.norm",
-            head: "lm_head",
-            first_norm: "input_layernorm",
-            second_norm: "post_attention_layernorm",
-        },
-    }
+impl Names {
+    /// Those of `LlamaForCausalLM`, which most have.
+    pub const LLAMA: Names = Names {
+        layers: "model.layers",
+        embedding: "model.embed_tokens",
+        positions: None,
+        final_norm: "model.norm",
+        head: "lm_head",
+        first_norm: "input_layernorm",
+        second_norm: "post_attention_layernorm",
+    };
+
+    /// Those of `GPT2LMHeadModel`.
+    pub const GPT2: Names = Names {
+        layers: "transformer.h",
+        embedding: "transformer.wte",
+        positions: Some("transformer.wpe.weight"),
+        final_norm: "transformer.ln_f",
+        head: "lm_head",
+        first_norm: "ln_1",
+        second_norm: "ln_2",
+    };
 }
 
 impl ModelSpec {
     /// Module path of the token embedding.
     pub fn embedding_module(&self) -> &'static str {
-        names(self.family).embedding
+        self.names.embedding
     }
 
     /// Module path of the output head (also when it is tied).
     pub fn head_module(&self) -> &'static str {
-        names(self.family).head
+        self.names.head
     }
 
     /// Name of the learned position table.
     pub fn positions_name(&self) -> Option<&'static str> {
-        self.learned_positions.map(|_| "transformer.wpe.weight")
+        self.learned_positions.and(self.names.positions)
     }
 
     /// Module path of the norm before the head.
     pub fn final_norm_module(&self) -> &'static str {
-        names(self.family).final_norm
+        self.names.final_norm
     }
 
     /// Module paths of block `layer`'s norms: before attention, before the MLP.
     pub fn layer_norm_modules(&self, layer: usize) -> [String; 2] {
-        let (prefix, names) = (self.layer_prefix(layer), names(self.family));
+        let (prefix, names) = (self.layer_prefix(layer), self.names);
         let second = if self.post_norms { "pre_feedforward_layernorm" } else { names.second_norm };
         [format!("{prefix}.{}", names.first_norm), format!("{prefix}.{second}")]
     }
@@ -90,7 +100,7 @@ impl ModelSpec {
                     name: format!("{}.weight", linear.module),
                     shape: vec![linear.out_features, linear.in_features],
                     role: TensorRole::Linear(linear.role),
-                    transposed: self.conv1d,
+                    transposed: self.projections.are_transposed(),
                 });
                 if linear.bias {
                     let name = format!("{}.bias", linear.module);

@@ -9,6 +9,7 @@ pub mod families;
 pub mod inventory;
 mod packed_moments;
 pub mod parameters;
+mod projections;
 pub mod rotary;
 pub mod spec;
 pub mod streaming;

@@ -3,6 +3,8 @@
 //! A family is one function from `config.json` to a [`ModelSpec`] (see `families`);
 //! everything else (loading, quantizing, planning, training, exporting) reads the spec.
 
+use super::inventory::Names;
+pub use super::projections::{LinearRole, LinearSpec, MlpKind, Projections};
 use crate::kernels::LogitShape;
 
 /// Which Hugging Face `model_type` the names follow.
@@ -207,8 +209,10 @@ pub struct ModelSpec {
     pub embedding_scale: f32,
     /// Nonlinearity of the MLP.
     pub activation: Activation,
-    /// Linears of the MLP.
-    pub mlp: MlpKind,
+    /// Matrices of a block.
+    pub projections: Projections,
+    /// Names of the modules.
+    pub names: &'static Names,
     /// Rotary embedding of q and k.
     pub rotary: Option<Rotary>,
     /// The first elements of each head, which it turns; the others stay as they are.
@@ -235,8 +239,6 @@ pub struct ModelSpec {
     pub output_bias: bool,
     /// Bias on the MLP's linears.
     pub mlp_bias: bool,
-    /// Linears are stored `[in, out]` (GPT-2's `Conv1D`) in dense checkpoints.
-    pub conv1d: bool,
     /// Sliding window in tokens for each layer; `None` is full causal attention.
     pub windows: Vec<Option<usize>>,
     /// The head is the embedding.
@@ -247,53 +249,6 @@ pub struct ModelSpec {
     pub bos_token_id: Option<u32>,
     /// `eos_token_id`, one or several.
     pub eos_token_ids: Vec<u32>,
-}
-
-/// How the MLP comes by what its down projection reads.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum MlpKind {
-    /// `down(act(up(x)))`.
-    Plain,
-    /// `down(act(gate(x)) · up(x))`.
-    Gated,
-    /// The same; gate and up are one matrix, one below the other, which has the role of up.
-    FusedGated,
-}
-
-/// What a linear does in its block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub enum LinearRole {
-    /// Fused q, k, v.
-    Qkv,
-    /// Query.
-    Q,
-    /// Key.
-    K,
-    /// Value.
-    V,
-    /// Attention output.
-    O,
-    /// MLP gate.
-    Gate,
-    /// MLP up (GPT-2: `c_fc`); gate and up where they are one matrix.
-    Up,
-    /// MLP down (GPT-2: `mlp.c_proj`).
-    Down,
-}
-
-/// One linear of one block: `y [T, out] = x [T, in] · Wᵀ (+ bias)`.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct LinearSpec {
-    /// Its place in the block.
-    pub role: LinearRole,
-    /// Hugging Face module path, such as `model.layers.0.self_attn.q_proj`.
-    pub module: String,
-    /// Input width.
-    pub in_features: usize,
-    /// Output width.
-    pub out_features: usize,
-    /// Whether `{module}.bias` exists.
-    pub bias: bool,
 }
 
 /// What a tensor is for; decides whether it is packed, loaded widened, or counted as embedding.
@@ -359,12 +314,6 @@ impl ModelSpec {
         (self.rotary.is_some() && self.rotates[layer]).then_some(usize::from(local))
     }
 
-    /// Columns of what the linear of role up makes: F, or those of gate and up.
-    pub fn up_width(&self) -> usize {
-        let pieces = if self.mlp == MlpKind::FusedGated { 2 } else { 1 };
-        pieces * self.intermediate_size
-    }
-
     /// Width of k and of v: `K · head_dim`.
     pub fn kv_width(&self) -> usize {
         self.num_kv_heads * self.head_dim
@@ -372,49 +321,6 @@ impl ModelSpec {
 
     /// The prefix of block `layer`, such as `model.layers.3`.
     pub fn layer_prefix(&self, layer: usize) -> String {
-        match self.family {
-            Family::Gpt2 => format!("transformer.h.{layer}"),
-            _ => format!("model.layers.{layer}"),
-        }
-    }
-
-    /// The linears of block `layer`, in forward order.
-    pub fn linears(&self, layer: usize) -> Vec<LinearSpec> {
-        let (d, f, q, kv) =
-            (self.hidden_size, self.intermediate_size, self.q_width(), self.kv_width());
-        let (qkv_bias, o_bias, mlp_bias) = (self.qkv_bias, self.output_bias, self.mlp_bias);
-        let rows = match self.family {
-            Family::Gpt2 => vec![
-                (LinearRole::Qkv, "attn.c_attn", d, q + 2 * kv, qkv_bias),
-                (LinearRole::O, "attn.c_proj", q, d, o_bias),
-                (LinearRole::Up, "mlp.c_fc", d, f, mlp_bias),
-                (LinearRole::Down, "mlp.c_proj", f, d, mlp_bias),
-            ],
-            Family::Phi3 => vec![
-                (LinearRole::Qkv, "self_attn.qkv_proj", d, q + 2 * kv, qkv_bias),
-                (LinearRole::O, "self_attn.o_proj", q, d, o_bias),
-                (LinearRole::Up, "mlp.gate_up_proj", d, 2 * f, mlp_bias),
-                (LinearRole::Down, "mlp.down_proj", f, d, mlp_bias),
-            ],
-            _ => vec![
-                (LinearRole::Q, "self_attn.q_proj", d, q, qkv_bias),
-                (LinearRole::K, "self_attn.k_proj", d, kv, qkv_bias),
-                (LinearRole::V, "self_attn.v_proj", d, kv, qkv_bias),
-                (LinearRole::O, "self_attn.o_proj", q, d, o_bias),
-                (LinearRole::Gate, "mlp.gate_proj", d, f, mlp_bias),
-                (LinearRole::Up, "mlp.up_proj", d, f, mlp_bias),
-                (LinearRole::Down, "mlp.down_proj", f, d, mlp_bias),
-            ],
-        };
-        let prefix = self.layer_prefix(layer);
-        rows.into_iter()
-            .map(|(role, name, in_features, out_features, bias)| LinearSpec {
-                role,
-                module: format!("{prefix}.{name}"),
-                in_features,
-                out_features,
-                bias,
-            })
-            .collect()
+        format!("{}.{layer}", self.names.layers)
     }
 }

@@ -277,7 +277,7 @@ impl Reader<'_> {
             activation: spec.activation,
             hidden_size: spec.hidden_size,
             intermediate_size: spec.intermediate_size,
-            mlp: spec.mlp,
+            mlp: spec.projections.mlp(),
         })
     }
 
@@ -317,7 +317,7 @@ impl Reader<'_> {
             }
             Weight::Dense(dense) => dense,
         };
-        let transposed = self.spec.conv1d;
+        let transposed = self.spec.projections.are_transposed();
         check_shape(name, &dense.shape, &if transposed { [shape[1], shape[0]] } else { shape })?;
         let dense = if transposed { dense.transposed() } else { dense };
         let base = match self.quantization {

@@ -219,7 +219,7 @@ fn push_mlp(plan: &mut MemoryPlan, spec: &ModelSpec, tiles: &Tiles, ranks: usize
         let region = Region::new(id, RegionType::F32, tokens * width);
         plan.regions.push(Region { count, ..region });
     };
-    let gate = if spec.mlp == MlpKind::Gated { spec.intermediate_size } else { 0 };
+    let gate = if spec.projections.mlp() == MlpKind::Gated { spec.intermediate_size } else { 0 };
     push(BlockRegion::Gate, gate);
     push(BlockRegion::Up, spec.up_width());
     push(BlockRegion::MlpLoraX, ranks);

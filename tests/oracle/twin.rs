@@ -123,7 +123,7 @@ impl<'a> Twin<'a> {
         let x = (x + post_norm(post_attention, linear(LinearRole::O, &mixed)?)?)?;
         let normed = self.norm(&second, &x)?;
         let up = linear(LinearRole::Up, &normed)?;
-        let inner = match self.spec.mlp {
+        let inner = match self.spec.projections.mlp() {
             MlpKind::FusedGated => {
                 let f = self.spec.intermediate_size;
                 (activate(self.spec.activation, &up.narrow(1, 0, f)?)? * up.narrow(1, f, f)?)?

@@ -103,7 +103,7 @@ impl PeftAdapter {
         let selected = settings.lora.select(spec, &settings.modules_to_save)?;
         let selected = with_tied_head(selected, &settings, spec);
         // PEFT sets it from the model as well; files of GPT-2 adapters may have it wrong.
-        settings.lora.fan_in_fan_out = spec.conv1d;
+        settings.lora.fan_in_fan_out = spec.projections.are_transposed();
         let token_rows = token_rows(&settings, spec)?;
         let contents = Contents::new(&settings, spec, &selected, &token_rows);
         let empty = |target| LowRank {

@@ -158,7 +158,7 @@ fn stacked_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> Opt
 /// f32 elements that the sums of the MLP's adapters take; `None` where no layer has them summed together.
 fn mlp_sum_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> Option<usize> {
     use LinearRole::{Down, Gate, Up};
-    let gated = spec.mlp == MlpKind::Gated;
+    let gated = spec.projections.mlp() == MlpKind::Gated;
     if !(gated && settings.training() && extends(settings) && settings.bf16_working) {
         return None;
     }
@@ -219,14 +219,14 @@ fn operand_rows(spec: &ModelSpec, id: RegionId) -> Option<(usize, &'static [Prod
     const PROJECTIONS: Product = &[Q, K, V, Qkv];
     let (d, f) = (spec.hidden_size, spec.intermediate_size);
     let qkv = spec.q_width() + 2 * spec.kv_width();
-    let fused = spec.mlp == MlpKind::FusedGated;
+    let fused = spec.projections.mlp() == MlpKind::FusedGated;
     let products: (usize, &[Product]) = match id {
         RegionId::Block(_, BlockRegion::Attention) => (spec.q_width(), &[&[O]]),
         RegionId::Block(_, BlockRegion::Up) if fused => (spec.up_width(), &[&[Up]]),
         RegionId::Work(WorkRegion::Norm) => (d, &[PROJECTIONS, &[Gate], &[Up]]),
         RegionId::Work(WorkRegion::Mlp) if fused => (f, &[&[Down]]),
         RegionId::Work(WorkRegion::Mlp) => (f, &[&[Down], &[Up]]),
-        RegionId::Work(WorkRegion::MlpGradient) => match spec.mlp {
+        RegionId::Work(WorkRegion::MlpGradient) => match spec.projections.mlp() {
             MlpKind::FusedGated => return None,
             MlpKind::Gated => (f, &[&[Gate]]),
             MlpKind::Plain => (f, &[&[Up]]),

@@ -18,8 +18,9 @@ use mistral::{ministral3, mistral};
 use phi3::phi3;
 use smollm3::smollm3;
 
+use super::inventory::Names;
 use super::rotary::{partial_rotary_factor, rotary_from_config};
-use super::spec::{Activation, Family, MlpKind, ModelSpec, Norm, RopeScaling};
+use super::spec::{Activation, Family, ModelSpec, Norm, Projections, RopeScaling};
 use crate::error::{Error, Result};
 
 pub(crate) use fields::MOST_LAYERS;
@@ -98,7 +99,8 @@ fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
         post_norms: false,
         embedding_scale: 1.0,
         activation: Activation::Silu,
-        mlp: MlpKind::Gated,
+        projections: Projections::Separate,
+        names: &Names::LLAMA,
         rotary: Some(rotary_from_config(fields.0)?),
         rotary_dim: rotary_dim(fields, family, head_dim)?,
         local_rotary: None,
@@ -112,7 +114,6 @@ fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
         logit_soft_cap: None,
         output_bias: attention_bias,
         mlp_bias: fields.flag_or("mlp_bias", false)?,
-        conv1d: false,
         windows: vec![None; num_layers],
         tie_word_embeddings: fields.flag_or("tie_word_embeddings", false)?,
         max_positions: fields.size_or("max_position_embeddings", 2048)?,
@@ -203,7 +204,8 @@ fn gpt2(fields: &Fields) -> Result<ModelSpec> {
         post_norms: false,
         embedding_scale: 1.0,
         activation,
-        mlp: MlpKind::Plain,
+        projections: Projections::Conv1d,
+        names: &Names::GPT2,
         rotary: None,
         rotary_dim: 0,
         local_rotary: None,
@@ -217,7 +219,6 @@ fn gpt2(fields: &Fields) -> Result<ModelSpec> {
         logit_soft_cap: None,
         output_bias: true,
         mlp_bias: true,
-        conv1d: true,
         windows: vec![None; num_layers],
         tie_word_embeddings: fields.flag_or("tie_word_embeddings", true)?,
         max_positions: positions,
@@ -253,7 +254,7 @@ fn validate(spec: &ModelSpec) -> Result<()> {
         )));
     }
     check_rotary(spec)?;
-    if spec.conv1d && spec.q_width() != spec.hidden_size {
+    if spec.projections == Projections::Conv1d && spec.q_width() != spec.hidden_size {
         return Err(Error::input(format_args!(
             "config.json: n_embd {} is not a multiple of n_head {}",
             spec.hidden_size, spec.num_heads

@@ -4,7 +4,7 @@
 use super::decoder;
 use super::fields::Fields;
 use crate::error::Result;
-use crate::model::spec::{Family, MlpKind, ModelSpec};
+use crate::model::spec::{Family, ModelSpec, Projections};
 
 pub(super) fn phi3(fields: &Fields) -> Result<ModelSpec> {
     fields.unless("hidden_act", |v| v == "silu", "only `silu` is implemented")?;
@@ -30,7 +30,7 @@ pub(super) fn phi3(fields: &Fields) -> Result<ModelSpec> {
     }
     let mut spec = decoder(&Fields(&config), Family::Phi3)?;
     spec.windows = vec![fields.window_or(None)?; spec.num_layers];
-    spec.mlp = MlpKind::FusedGated;
+    spec.projections = Projections::Fused;
     (spec.qkv_bias, spec.output_bias, spec.mlp_bias) = (false, false, false);
     Ok(spec)
 }

@@ -1,0 +1,169 @@
+//! The linears of a block: what they are called, their sizes, and what follows from how a family puts them
+//! into matrices.
+
+use super::spec::ModelSpec;
+
+/// Into which matrices the projections of a block are put: what the linears are called, which of them the
+/// MLP has, and how dense checkpoints store them follow from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Projections {
+    /// One for each of q, k, v, o, gate, up and down: Llama's.
+    Separate,
+    /// q, k and v in one, gate and up in another: Phi-3's.
+    Fused,
+    /// q, k and v in one, no gate; stored `[in, out]`: GPT-2's `Conv1D`.
+    Conv1d,
+}
+
+/// How the MLP comes by what its down projection reads.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum MlpKind {
+    /// `down(act(up(x)))`.
+    Plain,
+    /// `down(act(gate(x)) · up(x))`.
+    Gated,
+    /// The same; gate and up are one matrix, one below the other, which has the role of up.
+    FusedGated,
+}
+
+/// What a linear does in its block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum LinearRole {
+    /// Fused q, k, v.
+    Qkv,
+    /// Query.
+    Q,
+    /// Key.
+    K,
+    /// Value.
+    V,
+    /// Attention output.
+    O,
+    /// MLP gate.
+    Gate,
+    /// MLP up (GPT-2: `c_fc`); gate and up where they are one matrix.
+    Up,
+    /// MLP down (GPT-2: `mlp.c_proj`).
+    Down,
+}
+
+/// One linear of one block: `y [T, out] = x [T, in] · Wᵀ (+ bias)`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct LinearSpec {
+    /// Its place in the block.
+    pub role: LinearRole,
+    /// Hugging Face module path, such as `model.layers.0.self_attn.q_proj`.
+    pub module: String,
+    /// Input width.
+    pub in_features: usize,
+    /// Output width.
+    pub out_features: usize,
+    /// Whether `{module}.bias` exists.
+    pub bias: bool,
+}
+
+/// A linear before its sizes are known: role, name in its block, from which width to which.
+type Projection = (LinearRole, &'static str, Width, Width);
+
+/// A width of a block's linears.
+#[derive(Debug, Clone, Copy)]
+enum Width {
+    /// D, of the stream.
+    Stream,
+    /// Of q, which is that of attention's output.
+    Query,
+    /// Of k, or of v.
+    Key,
+    /// Of q, k and v.
+    Qkv,
+    /// F, of the MLP.
+    Mlp,
+    /// Of gate and up.
+    GateUp,
+}
+
+impl Projections {
+    /// How the MLP comes by what its down projection reads.
+    pub fn mlp(self) -> MlpKind {
+        match self {
+            Projections::Separate => MlpKind::Gated,
+            Projections::Fused => MlpKind::FusedGated,
+            Projections::Conv1d => MlpKind::Plain,
+        }
+    }
+
+    /// Whether dense checkpoints store linears as `[in, out]`.
+    pub fn are_transposed(self) -> bool {
+        self == Projections::Conv1d
+    }
+
+    /// In forward order.
+    fn of_block(self) -> &'static [Projection] {
+        use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
+        match self {
+            Projections::Separate => &[
+                (Q, "self_attn.q_proj", Width::Stream, Width::Query),
+                (K, "self_attn.k_proj", Width::Stream, Width::Key),
+                (V, "self_attn.v_proj", Width::Stream, Width::Key),
+                (O, "self_attn.o_proj", Width::Query, Width::Stream),
+                (Gate, "mlp.gate_proj", Width::Stream, Width::Mlp),
+                (Up, "mlp.up_proj", Width::Stream, Width::Mlp),
+                (Down, "mlp.down_proj", Width::Mlp, Width::Stream),
+            ],
+            Projections::Fused => &[
+                (Qkv, "self_attn.qkv_proj", Width::Stream, Width::Qkv),
+                (O, "self_attn.o_proj", Width::Query, Width::Stream),
+                (Up, "mlp.gate_up_proj", Width::Stream, Width::GateUp),
+                (Down, "mlp.down_proj", Width::Mlp, Width::Stream),
+            ],
+            Projections::Conv1d => &[
+                (Qkv, "attn.c_attn", Width::Stream, Width::Qkv),
+                (O, "attn.c_proj", Width::Query, Width::Stream),
+                (Up, "mlp.c_fc", Width::Stream, Width::Mlp),
+                (Down, "mlp.c_proj", Width::Mlp, Width::Stream),
+            ],
+        }
+    }
+}
+
+impl ModelSpec {
+    /// Columns of what the linear of role up makes: F, or those of gate and up.
+    pub fn up_width(&self) -> usize {
+        self.width(match self.projections.mlp() {
+            MlpKind::FusedGated => Width::GateUp,
+            MlpKind::Plain | MlpKind::Gated => Width::Mlp,
+        })
+    }
+
+    /// The linears of block `layer`, in forward order.
+    pub fn linears(&self, layer: usize) -> Vec<LinearSpec> {
+        let prefix = self.layer_prefix(layer);
+        let linear = |&(role, name, input, output): &Projection| LinearSpec {
+            role,
+            module: format!("{prefix}.{name}"),
+            in_features: self.width(input),
+            out_features: self.width(output),
+            bias: self.has_bias(role),
+        };
+        self.projections.of_block().iter().map(linear).collect()
+    }
+
+    fn has_bias(&self, role: LinearRole) -> bool {
+        match role {
+            LinearRole::Qkv | LinearRole::Q | LinearRole::K | LinearRole::V => self.qkv_bias,
+            LinearRole::O => self.output_bias,
+            LinearRole::Gate | LinearRole::Up | LinearRole::Down => self.mlp_bias,
+        }
+    }
+
+    fn width(&self, width: Width) -> usize {
+        match width {
+            Width::Stream => self.hidden_size,
+            Width::Query => self.q_width(),
+            Width::Key => self.kv_width(),
+            Width::Qkv => self.q_width() + 2 * self.kv_width(),
+            Width::Mlp => self.intermediate_size,
+            Width::GateUp => 2 * self.intermediate_size,
+        }
+    }
+}
