@@ -12,7 +12,7 @@ use crate::kernels::cuda::driver::Driver;
 use crate::kernels::cuda::library::Gpu;
 use crate::kernels::cuda::search;
 use crate::kernels::cuda::{AttnImplementation, Cuda};
-use crate::plan::EmbeddingPlace;
+use crate::plan::{EmbeddingPlace, Place};
 use crate::train::agreement;
 use crate::train::backend::Surroundings;
 
@@ -54,7 +54,10 @@ pub fn would_be_faster_in_bf16(args: &DeviceArgs) -> bool {
 }
 
 fn open_gpu(args: &DeviceArgs, index: usize) -> Result<Cuda<Gpu>> {
-    let cuda = Cuda::new(Gpu::open(index)?)?.with_attention(args.attn_implementation);
+    let gpu = Gpu::open(index)?;
+    let multiprocessors = gpu.multiprocessors();
+    let cuda = Cuda::new(gpu)?.with_attention(args.attn_implementation);
+    let cuda = cuda.with_launches_for(multiprocessors);
     let verdict = verify(&cuda)?;
     cuda.forget_plan();
     let (free, total) = cuda.driver().memory()?;
@@ -109,7 +112,7 @@ pub fn resolve(args: &DeviceArgs) -> Result<Device> {
 pub fn surroundings(index: usize) -> Option<Surroundings> {
     let total = driver_info().ok()?.devices.get(index)?.total_bytes;
     let used_bytes = total.saturating_sub(devices::free_bytes(index).ok()?);
-    Some(Surroundings { used_bytes, free_bytes: total, products_bytes: 0, in_process: false })
+    Some(Surroundings { used_bytes, free_bytes: total, products_bytes: 0, place: Place::Gpu })
 }
 
 /// The first GPU that there are kernels for. Where there is no driver, there is nothing to tell; one that

@@ -92,7 +92,7 @@ impl Account {
     pub fn planned(outside: Outside, plan: &MemoryPlan) -> Self {
         let Outside { place, process_bytes, weights, .. } = outside;
         let (around, lost) = match place {
-            Place::Host => (PROCESS, FREE_HEAP),
+            Place::Cpu => (PROCESS, FREE_HEAP),
             Place::Gpu => (CONTEXT, ROUNDING),
         };
         let weights = weights.rows().into_iter().filter(|(_, bytes)| *bytes > 0);
@@ -236,7 +236,7 @@ mod tests {
     }
 
     fn measured(weights: u64, region_bytes: [u64; 4], peak_bytes: u64) -> Measured {
-        let weights = WeightParts { codes: weights - 100, ..outside(Place::Host).weights };
+        let weights = WeightParts { codes: weights - 100, ..outside(Place::Cpu).weights };
         let (region_bytes, record) = (region_bytes.to_vec(), Record::default());
         let free_heap_bytes = 20;
         let (before_bytes, host) = (None, None);
@@ -249,7 +249,7 @@ mod tests {
 
     #[test]
     fn parts_are_used_from_the_phase_that_touches_them() {
-        let account = Account::planned(outside(Place::Host), &plan());
+        let account = Account::planned(outside(Place::Cpu), &plan());
         let [codes, vectors] = ["4-bit codes", "norms and biases"];
         let moments = Component::OptimizerMoments.label();
         let arena = ["block inputs", "logits chunk", moments];
@@ -270,7 +270,7 @@ mod tests {
 
     #[test]
     fn what_is_above_the_budget_is_told_with_the_part_at_fault() {
-        let account = Account::planned(outside(Place::Host), &plan());
+        let account = Account::planned(outside(Place::Cpu), &plan());
         assert_eq!(account.excess(1), None, "nothing was measured");
         let peak = 1050 + 900 + 10_240;
         let account = account.measured(&plan(), measured(900, [6400, 3328, 256, 256], peak));
@@ -281,7 +281,7 @@ mod tests {
 
     #[test]
     fn measured_rows_add_up_to_the_peak() {
-        let account = Account::planned(outside(Place::Host), &plan());
+        let account = Account::planned(outside(Place::Cpu), &plan());
         let account = account.measured(&plan(), measured(480, [6400, 3000, 256, 256], 12_000));
         let bytes = |account: &Account| -> Vec<u64> {
             account.rows.iter().filter_map(|row| row.measured_bytes).collect()

@@ -54,7 +54,7 @@ impl Rates {
                 memory: ASSUMED_BYTES_OF_A_GPU_S_MEMORY,
                 copies: ASSUMED_BYTES_PER_SECOND,
             },
-            Place::Host => Rates {
+            Place::Cpu => Rates {
                 flops: ASSUMED_FLOPS_OF_A_THREAD * threads,
                 memory: ASSUMED_BYTES_OF_A_CACHE * threads,
                 copies: ASSUMED_BYTES_OF_A_DRIVE,
@@ -98,7 +98,7 @@ impl<'a> Pace<'a> {
         let offloaded = self.offloaded_bytes(settings);
         let (in_copies, in_files) = match self.demand.place {
             Place::Gpu => (offloaded, 0),
-            Place::Host => (0, 2 * offloaded),
+            Place::Cpu => (0, 2 * offloaded),
         };
         let block = weights.streamed.filter(|_| *stream).map_or(0, |weights| weights.block);
         let work = self.work.of_step(settings);

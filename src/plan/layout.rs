@@ -40,9 +40,7 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
                     push_kept(&mut plan, spec, settings, layer, ranks);
                 }
                 Policy::Attention | Policy::OffloadInput => {
-                    for (region, width) in attended_rows(spec) {
-                        plan.push(RegionId::Block(Owner::Layer(layer), region), tokens * width);
-                    }
+                    push_attention_output(&mut plan, spec, Owner::Layer(layer), tokens);
                 }
                 Policy::Checkpoint | Policy::Offload | Policy::OffloadAttention => {}
             }
@@ -113,9 +111,7 @@ fn push_inputs(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
         plan.push(RegionId::Block(Owner::Slot(slot), BlockRegion::Input), elements);
     }
     for slot in 0..OFFLOAD_SLOTS.min(settings.offloaded_attention().len()) {
-        for (region, width) in attended_rows(spec) {
-            plan.push(RegionId::Block(Owner::Slot(slot), region), settings.tokens * width);
-        }
+        push_attention_output(plan, spec, Owner::Slot(slot), settings.tokens);
     }
 }
 
@@ -145,6 +141,7 @@ fn push_kept(
     ranks: impl Fn(Half) -> usize,
 ) {
     push_attention(plan, spec, Owner::Layer(layer), settings.tokens, ranks(Half::Attention));
+    push_attention_output(plan, spec, Owner::Layer(layer), settings.tokens);
     for tiles in kept_tiles(settings, layer) {
         push_mlp(plan, spec, &tiles, ranks(Half::Mlp));
     }
@@ -157,11 +154,14 @@ fn push_shared(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings, ran
     push_attention(plan, spec, owner, settings.tokens, widest(Half::Attention));
     let tile = Tiles { owner, count: 1, tokens: settings.mlp_tile() };
     push_mlp(plan, spec, &tile, widest(Half::Mlp));
-    if !settings.shares_attention() {
-        // Each layer has its own.
-        let own = attended_rows(spec).map(|(region, _)| RegionId::Block(owner, region));
-        let regions = plan.regions.iter_mut().filter(|region| own.contains(&region.id));
-        regions.for_each(|region| region.elements = 0);
+    if settings.shares_attention() {
+        push_attention_output(plan, spec, owner, settings.tokens);
+    }
+}
+
+fn push_attention_output(plan: &mut MemoryPlan, spec: &ModelSpec, owner: Owner, tokens: usize) {
+    for (region, width) in attended_rows(spec) {
+        plan.push(RegionId::Block(owner, region), tokens * width);
     }
 }
 
@@ -198,11 +198,8 @@ fn push_attention(
     ranks: usize,
 ) {
     let d = spec.hidden_size;
-    let [statistics, output] = attended_rows(spec);
     let rows = [
         (BlockRegion::Qkv, spec.q_width() + 2 * spec.kv_width()),
-        statistics,
-        output,
         (BlockRegion::AttentionLoraX, ranks),
         (BlockRegion::Middle, d),
     ];

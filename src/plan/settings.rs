@@ -252,7 +252,8 @@ impl Settings {
         self.policies.iter().filter(|policy| policy.spares_attention()).count()
     }
 
-    /// Whether a layer makes its attention again, or keeps nothing of it.
+    /// Whether layers take turns with one buffer for what attention makes: those that make it again, or
+    /// all where nothing is trained.
     pub fn shares_attention(&self) -> bool {
         let has = |policy: Policy| self.count(policy) > 0;
         !self.training() || has(Policy::Checkpoint) || has(Policy::Offload)

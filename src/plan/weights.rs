@@ -19,7 +19,9 @@ const MAPPED_WITH_A_PAGE_BYTES: u64 = 64 << 10;
 pub enum Place {
     /// In the program's memory, as they are stored.
     #[default]
-    Host,
+    // In the logs of earlier runs.
+    #[serde(alias = "Host")]
+    Cpu,
     /// On a GPU: matrices in bf16 if they are not packed.
     Gpu,
 }
@@ -141,7 +143,7 @@ impl WeightBytes {
 
     fn used_at(self, place: Place) -> Self {
         match place {
-            Place::Host => self,
+            Place::Cpu => self,
             Place::Gpu => {
                 WeightBytes { streamed: self.streamed.map(|streamed| streamed.on_gpu()), ..self }
             }
@@ -220,8 +222,8 @@ fn dense_bytes(
     let dense = match (place, dtype) {
         (Place::Gpu, _) => matrix_bytes(elements, None),
         // Products read bf16 and f32; f16 is widened.
-        (Place::Host, FloatType::Bf16) => elements * FloatType::Bf16.size(),
-        (Place::Host, _) => elements * size_of::<f32>(),
+        (Place::Cpu, FloatType::Bf16) => elements * FloatType::Bf16.size(),
+        (Place::Cpu, _) => elements * size_of::<f32>(),
     } as u64;
     let none = WeightParts::default();
     match (tensor.role, format) {
@@ -231,7 +233,7 @@ fn dense_bytes(
         (TensorRole::Linear(_), Some(format)) => {
             let bytes = match place {
                 Place::Gpu => matrix_bytes(elements, Some(format)),
-                Place::Host => format.packed_bytes(elements),
+                Place::Cpu => format.packed_bytes(elements),
             };
             WeightParts::packed(elements, bytes)
         }
@@ -261,7 +263,7 @@ mod tests {
                 + weights.head.as_ref().map_or(0, |head| head.bytes())
                 + norms;
             let predicted =
-                WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), Place::Host);
+                WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), Place::Cpu);
             assert_eq!(predicted.resident.total(), bytes as u64);
             assert_eq!(predicted.resident.vectors, norms as u64);
             let linears = linears_of(&spec) as u64;
@@ -288,7 +290,7 @@ mod tests {
             config["num_hidden_layers"] = layers.into();
             let spec = spec_from_config(config).unwrap();
             let format = Some(&BlockFormat::default());
-            WeightBytes::of_config(&spec, FloatType::Bf16, format, Place::Host)
+            WeightBytes::of_config(&spec, FloatType::Bf16, format, Place::Cpu)
         };
         let (two, many) = (of(2, &mut config), of(20, &mut config));
         let (few, more) = (two.streamed.unwrap(), many.streamed.unwrap());

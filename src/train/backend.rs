@@ -12,6 +12,7 @@ use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
 use crate::ledger::resident;
 use crate::model::parameters::Parameters;
+use crate::plan::Place;
 use crate::plural::noun;
 
 /// One update of all parameters.
@@ -38,8 +39,8 @@ pub struct Surroundings {
     pub free_bytes: u64,
     /// Bytes that products take beside weights and plan, from the first one on.
     pub products_bytes: u64,
-    /// Whether this is the memory of the process, so that its peak can be compared with the plan.
-    pub in_process: bool,
+    /// Whose memory it is: the process' own, or a GPU's.
+    pub place: Place,
 }
 
 /// A backend that can train.
@@ -78,7 +79,7 @@ impl TrainingKernels for Cpu {
         Ok(Surroundings {
             used_bytes,
             free_bytes: resident::available_bytes().saturating_add(used_bytes),
-            in_process: true,
+            place: Place::Cpu,
             products_bytes: buffer_bytes(rayon::current_num_threads()) as u64,
         })
     }

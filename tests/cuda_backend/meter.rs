@@ -29,7 +29,7 @@ fn the_rows_of_a_gpu_are_measured_by_its_driver() {
     let case = Case::open("mistral_s0");
     let plan = settings(&case, Some("adapter_init"), &[Policy::Keep, Policy::Checkpoint], true);
     let before = gpu.surroundings().unwrap();
-    assert!(before.used_bytes > 0 && !before.in_process, "tables of the backend");
+    assert!(before.used_bytes > 0 && before.place == Place::Gpu, "tables of the backend");
     let mut meter = Meter::begin(&gpu).unwrap();
     let (spec, checkpoint) = (case.spec(), Checkpoint::open(&case.path).unwrap());
     let weights = Weights::load(&checkpoint, &spec, Some(&nf4(true)), None).unwrap();

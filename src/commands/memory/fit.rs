@@ -68,7 +68,7 @@ fn print(
     let of = match limit {
         Limit::Budget(_) => String::new(),
         Limit::Free(bytes) => {
-            let place = place_in_words(demand.place == Place::Gpu);
+            let place = place_in_words(demand.place);
             format!(", of the {} {place}", ByteSize(bytes))
         }
     };

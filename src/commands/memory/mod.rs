@@ -61,7 +61,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let device = DeviceArgs { device: device::resolve(&args.device)?, ..args.device.clone() };
     let args = &MemoryArgs { device, ..args.clone() };
     let on_gpu = matches!(args.device.device, Device::Cuda(_));
-    let place = if on_gpu { Place::Gpu } else { Place::Host };
+    let place = if on_gpu { Place::Gpu } else { Place::Cpu };
     let mut model = Model::open(args, place)?;
     // Plans need no GPU, measuring does.
     let gpu = args.measure.map_or(Ok(None), |_| device::open(&args.device))?;
@@ -187,8 +187,8 @@ impl PlannedRun {
     }
 
     /// Copies against computation, where weights are streamed to a GPU.
-    fn transfer(&self, args: &MemoryArgs) -> Option<Transfer> {
-        let on_gpu = matches!(args.device.device, Device::Cuda(_));
+    fn transfer(&self) -> Option<Transfer> {
+        let on_gpu = self.account.outside.place == Place::Gpu;
         let streamed = self.model.weights.streamed.filter(|_| self.strategy.stream && on_gpu)?;
         let layers = self.model.spec.num_layers;
         let work = Work::of_token(&self.model.spec, self.settings.longest_document);

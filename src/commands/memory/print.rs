@@ -39,7 +39,7 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     if let Some(cache) = &run.page_cache {
         println!("\n{}: not the program's memory, and freed when needed", cached(cache));
     }
-    if let Some(transfer) = run.transfer(args) {
+    if let Some(transfer) = run.transfer() {
         copies(&transfer);
     }
     if let Some(budget) = args.budget {
@@ -64,10 +64,10 @@ fn assumed(run: &PlannedRun) -> Option<&'static str> {
     match (outside.place, &run.model.tokenizer) {
         (Place::Gpu, _) => (outside.process_bytes == ASSUMED_CONTEXT_BYTES)
             .then_some("the CUDA context is assumed: it depends on card and driver"),
-        (Place::Host, None) => {
+        (Place::Cpu, None) => {
             Some("program and tokenizer are assumed: there is no tokenizer beside the model")
         }
-        (Place::Host, Some(_)) => None,
+        (Place::Cpu, Some(_)) => None,
     }
 }
 
@@ -150,7 +150,7 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         "phases": account.phases,
         "regions": run.plan.regions,
     });
-    if let Some(transfer) = run.transfer(args) {
+    if let Some(transfer) = run.transfer() {
         out["transfer"] = json!(transfer);
     }
     if let Some(peak) = account.peak_bytes {

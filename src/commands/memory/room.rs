@@ -10,7 +10,7 @@ use crate::kernels::cpu::Cpu;
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::library::Gpu;
 use crate::ledger::resident;
-use crate::plan::{Demand, Limit};
+use crate::plan::{Demand, Limit, Place};
 use crate::train::backend::TrainingKernels;
 
 /// What a CUDA context takes with its modules and cuBLAS, about; a run measures it.
@@ -32,7 +32,7 @@ pub(super) struct Room {
 pub(super) struct Verdict {
     free_bytes: u64,
     #[serde(skip)]
-    on_gpu: bool,
+    place: Place,
     fits: bool,
     /// What `train` would do instead.
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -64,7 +64,7 @@ impl Room {
 
     /// Whether `planned_bytes` fit here; if not, what of `demand` does.
     pub fn verdict(&self, demand: &Demand, planned_bytes: u64) -> Option<Verdict> {
-        let (free_bytes, on_gpu) = (self.free_bytes?, self.context_bytes.is_some());
+        let free_bytes = self.free_bytes?;
         // A budget's plan has the assumed context of some card.
         let process_bytes = self.context_bytes.unwrap_or(demand.process_bytes);
         let fits = planned_bytes - demand.process_bytes + process_bytes <= free_bytes;
@@ -81,14 +81,15 @@ impl Room {
             }
             Err(refusal) => refusal.message().hint.clone().unwrap_or_default(),
         };
-        Some(Verdict { free_bytes, on_gpu, fits, instead: (!fits).then(instead) })
+        let (place, instead) = (demand.place, (!fits).then(instead));
+        Some(Verdict { free_bytes, place, fits, instead })
     }
 }
 
 impl Verdict {
     /// One line.
     pub fn in_words(&self) -> String {
-        let (free, place) = (ByteSize(self.free_bytes), place_in_words(self.on_gpu));
+        let (free, place) = (ByteSize(self.free_bytes), place_in_words(self.place));
         match &self.instead {
             None => format!("fits the {free} {place}"),
             Some(instead) => format!("does not fit the {free} {place}; {instead}"),
@@ -97,6 +98,9 @@ impl Verdict {
 }
 
 /// Of what the bytes are that a run may use.
-pub(super) fn place_in_words(on_gpu: bool) -> &'static str {
-    if on_gpu { "of this GPU" } else { "that are free here" }
+pub(super) fn place_in_words(place: Place) -> &'static str {
+    match place {
+        Place::Gpu => "of this GPU",
+        Place::Cpu => "that are free here",
+    }
 }

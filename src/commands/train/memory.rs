@@ -30,8 +30,6 @@ pub struct Memory {
     pub account: Account,
     /// What it takes, and how, for people.
     pub words: String,
-    /// Whether the process' own memory is planned, not a GPU's.
-    pub in_process: bool,
 }
 
 /// What an adapter's tensors take; zeros that were never touched take nothing.
@@ -57,13 +55,14 @@ pub fn plan(
     base.checkpoint.release_all();
     allocator::give_back();
     let around = kernels.surroundings()?;
-    let (place, process_bytes) = match around.in_process {
-        true => {
+    let place = around.place;
+    let process_bytes = match place {
+        Place::Cpu => {
             // The adapter's tensors are gone before the first step.
             let used_bytes = around.used_bytes.saturating_sub(bytes_in_memory(adapter));
-            (Place::Host, used_bytes + around.products_bytes)
+            used_bytes + around.products_bytes
         }
-        false => (Place::Gpu, around.used_bytes),
+        Place::Gpu => around.used_bytes,
     };
     let settings = sizes(args, base, adapter, data, place)?;
     let settings = match before {
@@ -97,7 +96,7 @@ pub fn plan(
     let words = format!("{total} for {tokens} tokens in a forward pass; {facts}");
     progress.note(&format!("plan: {words}"));
     let Choice { strategy, settings } = choice;
-    Ok(Memory { strategy, settings, account, words, in_process: around.in_process })
+    Ok(Memory { strategy, settings, account, words })
 }
 
 impl Memory {

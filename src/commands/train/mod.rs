@@ -16,6 +16,7 @@ use crate::model::Model;
 use crate::model::families::{base_dropout, spec_from_config};
 use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::model::weights::check_stored;
+use crate::plan::Place;
 use crate::plural::{counted, noun};
 use crate::printed;
 use crate::report::{REPORT_FILE, Reports};
@@ -77,7 +78,8 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let checkpoint = memory.checkpoint_bytes(&adapter, args) + base.brought.bytes();
     output.check_room(checkpoint, &args.output, &progress)?;
     let device = kernels.device();
-    if memory.in_process {
+    let place = memory.account.outside.place;
+    if place == Place::Cpu {
         let hint = if !args.output.resume && device::would_be_faster_in_bf16(&args.device) {
             "; `--bf16` is faster on this processor"
         } else {
@@ -87,7 +89,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     }
     let kernels = kernels.keeping_on_host(memory.strategy.on_host);
     let parameters = base.parameters(&adapter);
-    let predicted = (memory.account.planned_bytes(), memory.in_process);
+    let predicted = (memory.account.planned_bytes(), place);
     let row = |row: &Row| (row.name.clone(), row.planned_bytes);
     let memory_plan = memory.account.rows.iter().map(row).collect();
     let plan = memory.words.clone();
@@ -275,13 +277,13 @@ fn identity(settings: SettingsEcho, data: &Prepared) -> Identity {
 }
 
 /// The result on stdout.
-fn report(args: &TrainArgs, end: &EndEvent, (predicted_bytes, in_process): (u64, bool)) {
+fn report(args: &TrainArgs, end: &EndEvent, (predicted_bytes, place): (u64, Place)) {
     let (out, step, loss) = (args.output.out.display(), end.step, end.train_loss);
     let speed = end.tokens_per_second;
     let steps = noun(step as usize, "step");
     println!("{out}: {step} {steps}, mean loss {loss:.4}, {speed:.0} tokens/s");
     let (predicted, measured) = (ByteSize(predicted_bytes), ByteSize(end.peak_rss_bytes));
-    if in_process {
+    if place == Place::Cpu {
         println!("memory: planned {predicted}, measured peak {measured}");
     } else {
         let in_use = end.memory.as_ref().and_then(|account| account.peak_bytes);

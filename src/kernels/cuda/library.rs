@@ -52,6 +52,7 @@ pub struct Gpu {
     /// The file that it is.
     cublas_name: String,
     name: String,
+    multiprocessors: u64,
     index: usize,
     device: c_int,
     context: Handle,
@@ -97,6 +98,7 @@ impl Gpu {
             cublas,
             cublas_name: found.name,
             name: info.name,
+            multiprocessors: info.multiprocessors.max(1) as u64,
             index,
             device: index as c_int,
             context: ptr::null_mut(),
@@ -118,6 +120,11 @@ impl Gpu {
     /// The product's name.
     pub fn name(&self) -> &str {
         &self.name
+    }
+
+    /// How many it has.
+    pub fn multiprocessors(&self) -> u64 {
+        self.multiprocessors
     }
 
     fn prepare(&mut self) -> Result<()> {

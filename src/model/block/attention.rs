@@ -1,6 +1,8 @@
 //! The first half of a block: norm, q, k and v, attention, and the projection onto the stream.
 
-use super::{Block, Cache, Gradients, Linear, Pass, Saved, Workspace};
+use super::{
+    Activations, AttentionOutput, Block, Cache, Gradients, Linear, Pass, Saved, Workspace,
+};
 use crate::kernels::{AttentionInputs, Kernels, Write};
 use crate::model::spec::LinearRole;
 
@@ -10,12 +12,12 @@ impl<K: Kernels> Block<K> {
         self.linears.iter().filter(|linear| matches!(linear.role, Q | Key | V | Qkv)).collect()
     }
 
-    /// `middle = x + attention(norm(x))`; the output of attention is made unless it is `saved`.
+    /// `middle = x + attention(norm(x))`; the output of attention is made if `attend`, else it is there.
     pub(super) fn forward_attention(
         &self,
         pass: &Pass<K>,
         x: &K::Buffer,
-        saved: &mut Saved<K::Buffer>,
+        Activations { saved, attention }: &mut Activations<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         cache: Option<Cache<K::Buffer>>,
         attend: bool,
@@ -39,15 +41,15 @@ impl<K: Kernels> Block<K> {
             _ => self.norm_heads(pass, saved, work),
         }
         let qkv = work.normed_qkv.as_ref().unwrap_or(&saved.qkv);
-        let (o, tiles) = (&mut saved.attention, &mut work.attention);
+        let AttentionOutput { lse, output: o } = &mut **attention;
+        let tiles = &mut work.attention;
         match cache {
             None if !attend => {}
             None => {
-                let (layout, lse) = (pass.layout, &mut saved.lse);
-                kernels.attention_forward(&self.attention, layout, qkv, o, lse, tiles);
+                kernels.attention_forward(&self.attention, pass.layout, qkv, o, lse, tiles);
             }
             Some(Cache { keys_values, past }) => {
-                let (cache, lse) = ((keys_values, past), &mut saved.lse);
+                let cache = (keys_values, past);
                 kernels.attention_cached(&self.attention, qkv, cache, rows, o, lse, tiles);
             }
         }
@@ -58,7 +60,7 @@ impl<K: Kernels> Block<K> {
             Some(projected) => (projected, Write::Over),
             None => (&mut saved.middle, Write::Add),
         };
-        pass.forward(output, &saved.attention, to, lora_x, &mut work.adapter, write);
+        pass.forward(output, o, to, lora_x, &mut work.adapter, write);
         if let Some((norms, projected)) = self.post_norms.as_ref().zip(saved.projected.as_ref()) {
             let (middle, stats) = (&mut saved.middle, &mut work.norm_stats);
             kernels.norm_forward(&norms.attention, projected, middle, stats, rows, Write::Add);
@@ -87,7 +89,7 @@ impl<K: Kernels> Block<K> {
         &self,
         pass: &Pass<K>,
         x: &K::Buffer,
-        saved: &Saved<K::Buffer>,
+        Activations { saved, attention }: &Activations<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         Gradients { activations: grads, lora }: &mut Gradients<K::Buffer>,
         input_gradient: bool,
@@ -97,14 +99,14 @@ impl<K: Kernels> Block<K> {
             self.post_norm_backward(pass, &norms.attention, &saved.projected, work, grads);
         }
         let output = self.expect(LinearRole::O);
-        let inputs = (&saved.attention, &saved.lora_x);
+        let inputs = (&attention.output, &saved.lora_x);
         let d_o = Some((&mut grads.norm, Write::Over));
         let dy = grads.projected.as_ref().unwrap_or(&grads.stream);
         pass.backward(output, dy, inputs, d_o, lora, &mut work.adapter);
         let inputs = AttentionInputs {
             qkv: work.normed_qkv.as_ref().unwrap_or(&saved.qkv),
-            o: &saved.attention,
-            lse: &saved.lse,
+            o: &attention.output,
+            lse: &attention.lse,
             d_o: &grads.norm,
         };
         let (shape, dqkv, tiles) = (&self.attention, &mut grads.qkv, &mut work.attention);

@@ -53,14 +53,10 @@ pub struct Block<K: Kernels> {
     pub mlp: MlpKind,
 }
 
-/// Activations that the backward pass reads.
+/// Activations that the backward pass reads, but for what attention makes.
 pub struct Saved<B> {
     /// q, k and v, `[T, q + 2·kv]`: rotated, or as they are before the norms of heads.
     pub qkv: B,
-    /// Log-sum-exp of the scores, `[T, H]`.
-    pub lse: B,
-    /// Output of attention, `[T, H·head_dim]`.
-    pub attention: B,
     /// `x·Aᵀ` of every adapter of this half, side by side, `[T, ΣR]`.
     pub lora_x: B,
     /// `o·Woᵀ`, `[T, D]`, where it goes through a norm.
@@ -71,22 +67,20 @@ pub struct Saved<B> {
     pub mlp: Vec<SavedMlp<B>>,
 }
 
-/// What attention makes, where a layer keeps that alone or lets it wait elsewhere.
-pub struct Attended<B> {
+/// What attention makes, which a layer may keep though it recomputes all the rest.
+pub struct AttentionOutput<B> {
     /// Log-sum-exp of the scores, `[T, H]`.
     pub lse: B,
-    /// Its output, `[T, H·head_dim]`.
-    pub attention: B,
+    /// `[T, H·head_dim]`.
+    pub output: B,
 }
 
-impl<B> Attended<B> {
-    /// Puts a layer's own into the buffers that layers share, and the other way round.
-    pub fn exchange(own: Option<&mut Self>, shared: &mut Saved<B>) {
-        if let Some(own) = own {
-            std::mem::swap(&mut own.lse, &mut shared.lse);
-            std::mem::swap(&mut own.attention, &mut shared.attention);
-        }
-    }
+/// All activations of a block at work.
+pub struct Activations<'a, B> {
+    /// What attention makes.
+    pub attention: &'a mut AttentionOutput<B>,
+    /// All the rest.
+    pub saved: &'a mut Saved<B>,
 }
 
 /// What of a block's activations its backward pass has to make again.
@@ -239,32 +233,32 @@ impl<K: Kernels> Block<K> {
         self.linear(role).expect("every block has an output, an up and a down projection")
     }
 
-    /// `out` from `x`, with what the backward pass reads in `saved`. With a cache, the tokens follow
+    /// `out` from `x`, with what the backward pass reads in `activations`. With a cache, the tokens follow
     /// those in it and are added to it.
     pub fn forward(
         &self,
         pass: &Pass<K>,
         x: &K::Buffer,
         out: &mut K::Buffer,
-        saved: &mut Saved<K::Buffer>,
+        mut activations: Activations<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         cache: Option<Cache<K::Buffer>>,
     ) {
-        self.forward_attention(pass, x, saved, work, cache, true);
-        self.forward_mlp(pass, saved, out, work);
+        self.forward_attention(pass, x, &mut activations, work, cache, true);
+        self.forward_mlp(pass, activations.saved, out, work);
     }
 
     /// Turns the gradient of the block's output in `work.gradients.stream` into that of its input,
     /// and adds to the `lora_gradients`.
     ///
-    /// `missing`: what `saved` does not hold of this block yet.
+    /// `missing`: what `activations` do not hold of this block yet.
     /// `input_gradient` false leaves the stream's gradient of the first half out: nothing below
     /// the first block is trained.
     pub fn backward(
         &self,
         pass: &Pass<K>,
         x: &K::Buffer,
-        saved: &mut Saved<K::Buffer>,
+        mut activations: Activations<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         lora_gradients: &mut K::Buffer,
         (missing, input_gradient): (Missing, bool),
@@ -272,15 +266,15 @@ impl<K: Kernels> Block<K> {
         let recompute = missing != Missing::Nothing;
         if recompute {
             let attend = missing == Missing::Everything;
-            self.forward_attention(pass, x, saved, work, None, attend);
+            self.forward_attention(pass, x, &mut activations, work, None, attend);
         }
-        let Some(activations) = work.gradients.take() else { return };
-        let mut grads = Gradients { activations, lora: lora_gradients };
-        self.backward_mlp(pass, saved, work, &mut grads, recompute);
+        let Some(of_activations) = work.gradients.take() else { return };
+        let mut grads = Gradients { activations: of_activations, lora: lora_gradients };
+        self.backward_mlp(pass, activations.saved, work, &mut grads, recompute);
         if !recompute {
-            self.norm_heads(pass, saved, work);
+            self.norm_heads(pass, activations.saved, work);
         }
-        self.backward_attention(pass, x, saved, work, &mut grads, input_gradient);
+        self.backward_attention(pass, x, &activations, work, &mut grads, input_gradient);
         work.gradients = Some(grads.activations);
     }
 

@@ -3,7 +3,8 @@
 use super::offload::Offload;
 use crate::kernels::{Kernels, PlannedMemory};
 use crate::model::block::{
-    AdapterWork, Attended, GradientBuffers, RotaryBuffers, Saved, SavedMlp, TileBuffers, Workspace,
+    AdapterWork, AttentionOutput, GradientBuffers, RotaryBuffers, Saved, SavedMlp, TileBuffers,
+    Workspace,
 };
 use crate::model::spec::ModelSpec;
 use crate::plan::layout::{kept_tiles, rotary_tables};
@@ -19,10 +20,10 @@ pub(super) struct Buffers<K: Kernels> {
     pub(super) offload: Offload<K>,
     /// Of the layers that keep their activations.
     pub(super) kept: Vec<Option<Saved<K::Buffer>>>,
-    /// What attention made, of layers that keep that alone or let it wait.
-    pub(super) attended: Vec<Attended<K::Buffer>>,
-    /// Which of these is a layer's, if any.
-    pub(super) attended_places: Vec<Option<usize>>,
+    /// What attention made.
+    pub(super) attended: Vec<AttentionOutput<K::Buffer>>,
+    /// Which of these each block has: its own, that of its slot, or that of all others.
+    pub(super) attended_places: Vec<usize>,
     /// Of all other layers, in turn.
     pub(super) shared: Option<Saved<K::Buffer>>,
     pub(super) work: Workspace<K::Buffer>,
@@ -127,25 +128,31 @@ fn kept<K: Kernels>(
     saved::<K>(spec, arena, Owner::Layer(layer), owners)
 }
 
-/// Buffers of what attention makes where a layer makes nothing else to stay, and which is a layer's.
+/// Buffers of what attention makes, and which of them each block has.
 fn attended<K: Kernels>(
     spec: &ModelSpec,
     settings: &Settings,
     offload: &Offload<K>,
     arena: &mut K::Memory,
-) -> (Vec<Attended<K::Buffer>>, Vec<Option<usize>>) {
-    let mut take = |owner| Attended {
+) -> (Vec<AttentionOutput<K::Buffer>>, Vec<usize>) {
+    let mut take = |owner| AttentionOutput {
         lse: arena.take(RegionId::Block(owner, BlockRegion::Lse)),
-        attention: arena.take(RegionId::Block(owner, BlockRegion::Attention)),
+        output: arena.take(RegionId::Block(owner, BlockRegion::Attention)),
     };
     let [_, slots] = offload.slots();
     let mut attended: Vec<_> = (0..slots).map(|slot| take(Owner::Slot(slot))).collect();
-    let mut place = |layer: usize| match settings.policies.get(layer)? {
-        Policy::OffloadAttention => offload.slot_of_attention(layer),
-        policy => policy.spares_attention().then(|| {
+    let shared = settings.shares_attention().then(|| {
+        attended.push(take(Owner::Recompute));
+        slots
+    });
+    let mut place = |layer: usize| {
+        let policy = settings.policies.get(layer);
+        let own = policy.is_some_and(|policy| *policy == Policy::Keep || policy.spares_attention());
+        let elsewhere = offload.slot_of_attention(layer).or(shared.filter(|_| !own));
+        elsewhere.unwrap_or_else(|| {
             attended.push(take(Owner::Layer(layer)));
             attended.len() - 1
-        }),
+        })
     };
     let places = (0..spec.num_layers).map(&mut place).collect();
     (attended, places)
@@ -161,8 +168,6 @@ fn saved<K: Kernels>(
     let mut take = |region| arena.take(RegionId::Block(owner, region));
     Saved {
         qkv: take(BlockRegion::Qkv),
-        lse: take(BlockRegion::Lse),
-        attention: take(BlockRegion::Attention),
         lora_x: take(BlockRegion::AttentionLoraX),
         projected: spec.post_norms.then(|| take(BlockRegion::AttentionProjected)),
         middle: take(BlockRegion::Middle),

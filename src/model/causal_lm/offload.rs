@@ -8,7 +8,7 @@
 
 use crate::error::Result;
 use crate::kernels::Kernels;
-use crate::model::block::Attended;
+use crate::model::block::AttentionOutput;
 use crate::plan::Settings;
 use crate::plan::settings::OFFLOAD_SLOTS;
 
@@ -114,16 +114,16 @@ impl<K: Kernels> Offload<K> {
     pub(super) fn attention_written(
         &mut self,
         kernels: &K,
-        attended: &[Attended<K::Buffer>],
+        attended: &[AttentionOutput<K::Buffer>],
         layer: usize,
         tokens: usize,
     ) {
         let Some(index) = self.attended.index(layer) else { return };
-        let Attended { lse, attention } = &attended[index % OFFLOAD_SLOTS];
+        let AttentionOutput { lse, output: o } = &attended[index % OFFLOAD_SLOTS];
         let (copies, regions) = (self.attended.copies(index), self.regions(index));
         let [_, statistics, output] = self.widths.map(|width| tokens * width);
         kernels.offload(&mut self.store, (lse, copies), regions[0], statistics);
-        kernels.offload(&mut self.store, (attention, copies), regions[1], output);
+        kernels.offload(&mut self.store, (o, copies), regions[1], output);
     }
 
     /// Offloaded regions of number `index` of those whose attention waits: they are behind all inputs.
@@ -151,7 +151,7 @@ impl<K: Kernels> Offload<K> {
     pub(super) fn before_backward(
         &mut self,
         kernels: &K,
-        (inputs, attended): (&mut [K::Buffer], &mut [Attended<K::Buffer>]),
+        (inputs, attended): (&mut [K::Buffer], &mut [AttentionOutput<K::Buffer>]),
         layer: usize,
         tokens: usize,
     ) {
@@ -173,14 +173,14 @@ impl<K: Kernels> Offload<K> {
     fn fetch_attended(
         &mut self,
         kernels: &K,
-        attended: &mut [Attended<K::Buffer>],
+        attended: &mut [AttentionOutput<K::Buffer>],
         index: usize,
         tokens: usize,
     ) {
-        let Attended { lse, attention } = &mut attended[index % OFFLOAD_SLOTS];
+        let AttentionOutput { lse, output: o } = &mut attended[index % OFFLOAD_SLOTS];
         let (copies, regions) = (self.attended.copies(index), self.regions(index));
         let [_, statistics, output] = self.widths.map(|width| tokens * width);
         kernels.fetch(&mut self.store, regions[0], (lse, copies), statistics);
-        kernels.fetch(&mut self.store, regions[1], (attention, copies), output);
+        kernels.fetch(&mut self.store, regions[1], (o, copies), output);
     }
 }

@@ -7,9 +7,10 @@ use super::buffers::{Buffers, HeadBuffers};
 use super::{Mode, Model};
 use crate::error::Result;
 use crate::kernels::{Columns, HeadChunk, Kernels, LinearTerms, LogitShape, TokenLayout, Write};
-use crate::model::block::{Attended, Cache, Dropout, Missing, Pass, RotaryBuffers};
+use crate::model::block::{Activations, Cache, Dropout, Missing, Pass, RotaryBuffers};
 use crate::model::rotary::Reach;
 use crate::model::streaming::Direction;
+use crate::plan::Policy;
 
 impl<K: Kernels> Model<K> {
     /// cos, sin and the scale of q for every token; frequencies may depend on the length of its
@@ -73,10 +74,8 @@ impl<K: Kernels> Model<K> {
                 .expect("neighbours have their own");
             let cache = caches.get_mut(layer).filter(|_| mode.cached);
             let cache = cache.map(|keys_values| Cache { keys_values, past: *cached_tokens });
-            let own = attended_places[layer];
-            Attended::exchange(own.map(|place| &mut attended[place]), saved);
-            block.forward(&pass, x, out, saved, work, cache);
-            Attended::exchange(own.map(|place| &mut attended[place]), saved);
+            let attention = &mut attended[attended_places[layer]];
+            block.forward(&pass, x, out, Activations { attention, saved }, work, cache);
             if mode.training {
                 offload.attention_written(kernels, attended, layer, tokens.tokens());
             }
@@ -165,7 +164,7 @@ impl<K: Kernels> Model<K> {
     }
 
     pub(super) fn backward(&mut self, tokens: &TokenLayout, dropout: Option<Dropout>) {
-        let Model { kernels, weights, parameters, buffers, .. } = self;
+        let Model { kernels, weights, parameters, settings, buffers, .. } = self;
         let Buffers { inputs, places, offload, attended, attended_places, .. } = buffers;
         let Buffers { kept, shared, work, .. } = buffers;
         let Some(mut gradients) = parameters.take_gradients() else { return };
@@ -177,16 +176,15 @@ impl<K: Kernels> Model<K> {
                 streaming.enter(layer, Direction::Backward);
             }
             offload.before_backward(kernels, (inputs, attended), layer, tokens.tokens());
-            let (x, own) = (&inputs[places[layer]], attended_places[layer]);
-            let missing = match (&kept[layer], own) {
-                (Some(_), _) => Missing::Nothing,
-                (None, Some(_)) => Missing::AllButAttention,
-                (None, None) => Missing::Everything,
+            let missing = match settings.policies[layer] {
+                Policy::Keep => Missing::Nothing,
+                policy if policy.spares_attention() => Missing::AllButAttention,
+                _ => Missing::Everything,
             };
             let saved = kept[layer].as_mut().or(shared.as_mut()).expect("as in the forward pass");
-            Attended::exchange(own.map(|place| &mut attended[place]), saved);
-            block.backward(&pass, x, saved, work, &mut gradients, (missing, layer > 0));
-            Attended::exchange(own.map(|place| &mut attended[place]), saved);
+            let attention = &mut attended[attended_places[layer]];
+            let (x, activations) = (&inputs[places[layer]], Activations { attention, saved });
+            block.backward(&pass, x, activations, work, &mut gradients, (missing, layer > 0));
             if let Some(streaming) = &mut weights.streaming {
                 streaming.leave(layer, Direction::Backward);
             }

@@ -239,7 +239,7 @@ impl Demand<'_> {
     /// Bytes of the host's memory beside a GPU that hold what a run offloads, its embedding and head, and
     /// streamed blocks on their way.
     pub(super) fn pinned_for(&self, strategy: Strategy) -> u64 {
-        if self.place == Place::Host {
+        if self.place == Place::Cpu {
             return 0;
         }
         let layers = self.spec.num_layers - strategy.kept;
@@ -252,7 +252,7 @@ impl Demand<'_> {
     /// All that a choice pins of the host's memory beside a GPU, with what is staged for uploads.
     pub(super) fn pinned(&self, choice: &Choice) -> u64 {
         match self.place {
-            Place::Host => 0,
+            Place::Cpu => 0,
             Place::Gpu => {
                 let staged = staged_bytes(&self.plan(&choice.settings)) as u64;
                 self.pinned_for(choice.strategy) + staged
@@ -264,7 +264,7 @@ impl Demand<'_> {
     pub(super) fn embedding_places(&self) -> &'static [OnHost] {
         use OnHost::{All, Input, Nothing};
         match (self.place, self.embedding) {
-            (Place::Host, _) | (_, EmbeddingPlace::Gpu) => &[Nothing],
+            (Place::Cpu, _) | (_, EmbeddingPlace::Gpu) => &[Nothing],
             (_, EmbeddingPlace::HostInput) => &[Input],
             (_, EmbeddingPlace::Host) => &[All],
             (_, EmbeddingPlace::Auto) if self.weights.embedding == 0 => &[Nothing, All],

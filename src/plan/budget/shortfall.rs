@@ -55,7 +55,7 @@ impl Demand<'_> {
         let [need, most, lack] = [need, most, need - most].map(ByteSize);
         let there_is = match (limit, self.place) {
             (Limit::Budget(_), _) => format!("budget is {most}"),
-            (Limit::Free(_), Place::Host) => format!("{most} are free"),
+            (Limit::Free(_), Place::Cpu) => format!("{most} are free"),
             (Limit::Free(_), Place::Gpu) => format!("with what is in use, the GPU has {most}"),
         };
         Error::budget(format_args!("plan needs {need}, {there_is}: {lack} too little"))

@@ -15,7 +15,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         longest_document: 512,
         targets: LoraConfig { r: 64, ..LoraConfig::default() }.resolve(&spec).unwrap(),
         threads: 2,
-        ..Settings::evaluating(1024, logit_rows(&spec, 1024, None, Place::Host))
+        ..Settings::evaluating(1024, logit_rows(&spec, 1024, None, Place::Cpu))
     };
     test(&Demand {
         spec: &spec,
@@ -31,7 +31,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         },
         embedding: EmbeddingPlace::Auto,
         process_bytes: 1 << 20,
-        place: Place::Host,
+        place: Place::Cpu,
         pinned_bytes: u64::MAX,
         sum_order: None,
     })

@@ -20,7 +20,7 @@ use exact::{Exact, backward_keys, blocks};
 pub(super) use flash::shared_bytes;
 use flash::{Sources, launch_flash};
 pub use implementation::AttnImplementation;
-pub(super) use tiles::{LAUNCH_FLOPS, heaviest_first};
+pub(super) use tiles::{LAUNCH_FLOPS, LAUNCH_FLOPS_OF_A_MULTIPROCESSOR, heaviest_first};
 pub use work::WorkLayout;
 
 /// From so many new tokens on a tile of the flash kernels is worth it.

@@ -24,9 +24,12 @@ pub fn heaviest_first(boundaries: &[usize]) -> Vec<[u32; 2]> {
     tiles
 }
 
-/// What a launch of flash attention computes at most, in floating-point operations: part of a second
-/// on any card. The driver of a card that shows a desktop stops what holds it up for seconds.
-pub const LAUNCH_FLOPS: u64 = 20_000_000_000_000;
+/// What a launch of flash attention computes at most, in floating-point operations, for each
+/// multiprocessor: a third of a second or less, of cards that compute 0.9 TFLOP/s with each and more. The
+/// driver of a card that shows a desktop stops what holds it up for seconds.
+pub const LAUNCH_FLOPS_OF_A_MULTIPROCESSOR: u64 = 150_000_000_000;
+/// The same where nobody has said what card it is: that of a large one.
+pub const LAUNCH_FLOPS: u64 = 132 * LAUNCH_FLOPS_OF_A_MULTIPROCESSOR;
 /// Of a query, a key and a column, in the pass that owns keys: four products, more than in the others.
 const PAIR_FLOPS: u64 = 8;
 
