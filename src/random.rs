@@ -25,7 +25,7 @@ const ROUNDS: usize = 10;
 const LANES: usize = 16;
 
 /// The Philox4x32-10 bijection of `counter` under `key`.
-pub fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
+fn philox4x32(counter: [u32; 4], key: [u32; 2]) -> [u32; 4] {
     philox_lanes(counter.map(|word| [word]), key).map(|[word]| word)
 }
 

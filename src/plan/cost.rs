@@ -95,7 +95,7 @@ impl<'a> Pace<'a> {
         let (rates, spec, weights) = (self.rates, self.demand.spec, &self.demand.weights);
         let (layers, tokens) = (spec.num_layers, settings.tokens);
         let share = 1.0 - settings.count(Policy::Keep) as f64 / layers as f64;
-        let offloaded = self.offloaded_bytes(settings);
+        let offloaded = self.demand.plan(settings).offloaded_bytes() as u64;
         let (in_copies, in_files) = match self.demand.place {
             Place::Gpu => (offloaded, 0),
             Place::Cpu => (0, 2 * offloaded),
@@ -113,15 +113,6 @@ impl<'a> Pace<'a> {
         let rows = rows as f64 / rates.copies;
         let tiles = if *on_host == OnHost::All { self.tiles_of_the_head(settings) } else { 0.0 };
         (compute.max(copies) + EXPOSED_SHARE * copies + files + rows + tiles) / tokens as f64
-    }
-
-    /// Bytes of inputs that wait elsewhere, and of what attention made.
-    fn offloaded_bytes(&self, settings: &Settings) -> u64 {
-        let (spec, size) = (self.demand.spec, if self.demand.place == Place::Gpu { 2 } else { 4 });
-        let inputs = settings.offloaded().len() * size * spec.hidden_size;
-        let attended = size * spec.q_width() + 4 * spec.num_heads;
-        let attended = settings.offloaded_attention().len() * attended;
-        (settings.tokens * (inputs + attended)) as u64
     }
 
     /// Seconds that a head on the host adds: logits are made twice, and its tiles come twice for each

@@ -282,7 +282,7 @@ pub fn rotary_tables(spec: &ModelSpec) -> impl Iterator<Item = [RegionId; 2]> {
 }
 
 /// [`attention_elements`] of a model's run.
-pub fn attention_elements_per_thread(spec: &ModelSpec, settings: &Settings) -> usize {
+fn attention_elements_per_thread(spec: &ModelSpec, settings: &Settings) -> usize {
     let longest = settings.longest_document.max(settings.cache_tokens);
     let heads = spec.num_heads / spec.num_kv_heads;
     attention_elements((heads, spec.head_dim), longest, settings.training())

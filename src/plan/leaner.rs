@@ -12,7 +12,7 @@ use super::settings::{Pieces, Policy, Settings};
 pub fn leaner(settings: &Settings) -> Option<Settings> {
     shorter(settings)
         .or_else(|| keeping_fewer(settings))
-        .or_else(|| attending_again(settings))
+        .or_else(|| recomputing_attention(settings))
         .or_else(|| {
             Some(settings.clone().in_pieces(Pieces::ALL)).filter(|pieces| differ(settings, pieces))
         })
@@ -42,7 +42,7 @@ fn keeping_fewer(settings: &Settings) -> Option<Settings> {
     (kept > 0).then(|| Settings { policies, ..settings.clone() })
 }
 
-fn attending_again(settings: &Settings) -> Option<Settings> {
+fn recomputing_attention(settings: &Settings) -> Option<Settings> {
     let again = |policy: &Policy| match policy {
         Policy::Attention => Policy::Checkpoint,
         Policy::OffloadInput => Policy::Offload,
@@ -50,7 +50,7 @@ fn attending_again(settings: &Settings) -> Option<Settings> {
     };
     let policies = settings.policies.iter().map(again).collect();
     // Of one block alone the shared buffers would be as large.
-    (settings.attended_in_memory() > 1).then(|| Settings { policies, ..settings.clone() })
+    (settings.keeping_attention_in_memory() > 1).then(|| Settings { policies, ..settings.clone() })
 }
 
 fn offloading(settings: &Settings) -> Option<Settings> {
@@ -67,14 +67,15 @@ fn differ(one: &Settings, other: &Settings) -> bool {
 }
 
 /// What a smaller plan does, for people.
-pub fn in_words(from: &Settings, to: &Settings) -> String {
+pub fn shrinkage_in_words(from: &Settings, to: &Settings) -> String {
     let layers = to.policies.len();
     let (kept, offloaded) = (to.count(Policy::Keep), to.offloaded().len());
     let shorter = (to.tokens < from.tokens)
         .then(|| format!("{} tokens in a forward pass instead of {}", to.tokens, from.tokens));
     let recomputing = (kept < from.count(Policy::Keep))
         .then(|| format!("{} of {layers} blocks recomputed", layers - kept));
-    let attending = (to.attended() < from.attended()).then(|| "attention recomputed".to_string());
+    let attending = (to.sparing_attention() < from.sparing_attention())
+        .then(|| "attention recomputed".to_string());
     let smaller = to.tokens == from.tokens && differ(from, to);
     let smaller = smaller.then(|| "smaller pieces of the MLP and the logits".to_string());
     let offloading = (offloaded > from.offloaded().len())
@@ -96,7 +97,7 @@ mod tests {
         let mut plan = settings(4096, 2000, vec![Policy::Keep; 5]);
         let mut told = Vec::new();
         while let Some(next) = leaner(&plan) {
-            told.push(in_words(&plan, &next));
+            told.push(shrinkage_in_words(&plan, &next));
             plan = next;
         }
         assert_eq!(
@@ -123,7 +124,7 @@ mod tests {
         assert_eq!(fewer.policies, [Attention; 2]);
         let again = leaner(&fewer).unwrap();
         assert_eq!(again.policies, [Checkpoint; 2]);
-        assert_eq!(in_words(&fewer, &again), "attention recomputed");
+        assert_eq!(shrinkage_in_words(&fewer, &again), "attention recomputed");
         let kept = settings(64, 64, vec![Policy::OffloadInput; 2]);
         assert_eq!(leaner(&kept).unwrap().policies, [Policy::Offload; 2]);
         // What waits takes no memory but its slots, which go last.
@@ -134,7 +135,7 @@ mod tests {
         assert_eq!(small.policies, fewer.policies);
         let last = leaner(&small).unwrap();
         assert_eq!(last.policies, [Policy::Offload; 2]);
-        assert_eq!(in_words(&small, &last), "attention recomputed");
+        assert_eq!(shrinkage_in_words(&small, &last), "attention recomputed");
     }
 
     #[test]

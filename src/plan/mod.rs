@@ -24,7 +24,7 @@ pub mod work;
 pub use budget::{Activations, Choice, Demand, Limit, WeightsMode};
 pub use embedding::{EmbeddingPlace, OnHost};
 pub use layout::{layout, waiting};
-pub use leaner::{in_words, leaner};
+pub use leaner::{leaner, shrinkage_in_words};
 pub use moments::{MomentLayout, MomentPlace, Optim};
 pub use outside::{Outside, WeightParts};
 pub use ranks::Ranks;

@@ -9,7 +9,7 @@ use crate::adapter::LoraTarget;
 use crate::model::spec::{LinearRole, ModelSpec};
 
 /// The MLP is tiled above this many tokens: enough rows to pay for dequantizing a weight once more.
-pub const AUTOMATIC_TILE_TOKENS: usize = 4096;
+const AUTOMATIC_TILE_TOKENS: usize = 4096;
 
 /// Tokens of a tile of the MLP where memory is short.
 const SMALL_TILE_TOKENS: usize = 1024;
@@ -145,7 +145,7 @@ pub struct Settings {
     pub threads: usize,
     /// Tokens of context for generating text; 0 where nothing is generated.
     pub cache_tokens: usize,
-    /// Tokens that the MLP works on at a time, at most; by itself [`AUTOMATIC_TILE_TOKENS`].
+    /// Tokens that the MLP works on at a time, at most; by itself 4,096.
     pub mlp_tile_length: Option<usize>,
     /// Folder of the file that the CPU offloads to; the system's for temporary files if absent.
     pub scratch_folder: Option<PathBuf>,
@@ -237,18 +237,18 @@ impl Settings {
     /// Which blocks keep what, for people.
     pub fn kept_in_words(&self) -> String {
         let kept = self.count(Policy::Keep);
-        let attended = self.attended_in_memory();
+        let attended = self.keeping_attention_in_memory();
         let words = format!("{kept} of {} blocks keep their activations", self.policies.len());
         if attended == 0 { words } else { format!("{words}, {attended} the output of attention") }
     }
 
     /// Layers that keep the output of attention in memory, and nothing else that they make.
-    pub fn attended_in_memory(&self) -> usize {
+    pub fn keeping_attention_in_memory(&self) -> usize {
         self.count(Policy::Attention) + self.count(Policy::OffloadInput)
     }
 
     /// Layers that make no attention again, but all the rest.
-    pub fn attended(&self) -> usize {
+    pub fn sparing_attention(&self) -> usize {
         self.policies.iter().filter(|policy| policy.spares_attention()).count()
     }
 

@@ -42,7 +42,7 @@ impl Work {
         let layers = settings.policies.len().max(1) as f64;
         let share = |count: usize| count as f64 / layers;
         let recomputed = self.forward * (1.0 - share(settings.count(Policy::Keep)))
-            - self.attention * share(settings.attended());
+            - self.attention * share(settings.sparing_attention());
         self.forward + recomputed + self.backward + self.head
     }
 }

@@ -94,7 +94,7 @@ impl<K: TrainingKernels> LoraModel<K> {
     fn shrunk_since(&self, before: &Settings) -> Option<Shrunk> {
         let now = self.model().settings();
         let (from_tokens, to_tokens) = (before.tokens, now.tokens);
-        let change = plan::in_words(before, now);
+        let change = plan::shrinkage_in_words(before, now);
         (!change.is_empty()).then_some(Shrunk { from_tokens, to_tokens, change })
     }
 

@@ -134,7 +134,7 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         "model": args.base.model,
         "tokens": run.settings.tokens,
         "kept_blocks": run.settings.count(Policy::Keep),
-        "attention_blocks": run.settings.attended_in_memory(),
+        "attention_blocks": run.settings.keeping_attention_in_memory(),
         "offloaded_attention_blocks": run.settings.offloaded_attention().len(),
         "streamed": run.strategy.stream,
         "mlp_tile_tokens": run.settings.mlp_tile(),

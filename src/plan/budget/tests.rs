@@ -196,7 +196,7 @@ fn attention_is_kept_beside_offloaded_inputs() {
     assert!(others == Policy::Offload && kept >= 2, "{:?}", chosen.strategy);
     let policies = &chosen.settings.policies;
     assert!(policies.iter().all(|policy| policy.offloads()), "{policies:?}");
-    assert_eq!(chosen.settings.attended(), kept);
+    assert_eq!(chosen.settings.sparing_attention(), kept);
     let facts = demand.facts(&chosen);
     assert_eq!(
         facts[0],
