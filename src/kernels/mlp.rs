@@ -48,9 +48,9 @@ pub trait MlpKernels: Storage {
     );
 
     /// [`mlp_forward`](MlpKernels::mlp_forward) of a gated MLP, to `h` if it is wanted, and
-    /// [`lora_project`](super::LoraKernels::lora_project) of the down projection's adapter, into its columns
-    /// of `saved.lora_x`. `false`, and nothing done, where the backend has nothing better than one after the
-    /// other.
+    /// [`lora_project`](super::LoraKernels::lora_project) of the down projection's adapter, into its
+    /// columns of `saved.lora_x`. `false`, and nothing done, where the backend has nothing better than one
+    /// after the other.
     fn adapted_mlp_forward(
         &self,
         _mlp: &GatedMlp<Self>,

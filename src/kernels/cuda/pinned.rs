@@ -54,7 +54,7 @@ impl<D: Driver> PinnedMemory<D> {
     #[allow(unsafe_code)]
     pub unsafe fn slice_mut(&mut self, range: Range<usize>) -> &mut [u8] {
         assert!(range.start <= range.end && range.end <= self.bytes, "inside of pinned memory");
-        // SAFETY: in bounds as asserted, `&mut self` is exclusive, and the device does not touch these bytes.
+        // SAFETY: in bounds as asserted; `&mut self` is exclusive, and no copy touches these bytes.
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 

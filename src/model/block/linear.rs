@@ -26,7 +26,7 @@ pub struct Linear<K: Storage> {
 /// Which adapter a linear has, and where `x·Aᵀ` is kept.
 #[derive(Debug, Clone, Copy)]
 pub struct LinearAdapter {
-    /// Index of the target in [`Parameters`](crate::model::parameters::Parameters).
+    /// Index of the target in [`Parameters`].
     pub index: usize,
     /// Dimensions and scale.
     pub shape: LoraShape,
@@ -48,7 +48,7 @@ pub struct LinearGroup<'a, K: Storage> {
 
 /// Buffers that adapters work in, one after another.
 pub struct AdapterWork<B> {
-    /// A and B of the adapter at work, widened.
+    /// A and B of the adapter at work, as products read them.
     pub pair: B,
     /// Its input after dropout.
     pub dropped: Option<B>,
