@@ -1,5 +1,6 @@
 //! The whole program with `--device cuda`, where the driver's and cuBLAS' libraries are stand-ins:
 //! `tests/emulator/driver.cpp`, which checks every call and runs what is queued as late as it may.
+//! Apart from `program`, which needs no C++ compiler.
 #![cfg(unix)]
 
 #[path = "emulator/mod.rs"]

@@ -1,5 +1,5 @@
 //! The CUDA backend on the golden models, with its kernels emulated on the CPU; on a card with
-//! `NIBBLE_TEST_DEVICE=cuda`.
+//! `NIBBLE_TEST_DEVICE=cuda`. Apart, since it is carried to a GPU.
 //!
 //! Logits, losses and gradients of `tests/data/models/CASE` (made by `gen_models.py`, f32) within
 //! the tolerances of bf16; what must be exact (policies, plan, allocations, waits) exactly.

@@ -1,0 +1,387 @@
+//! Records of every format to ids and loss masks.
+//!
+//! `tests/data/tokenizer/encoded.json` was made by `scripts/golden/gen_encoded.py` with transformers.
+
+use std::path::Path;
+
+use nibble::data::record::parse;
+use nibble::data::{ChatTokenizer, Document, Encoder, Format, TrainOn};
+use serde_json::{Value, json};
+
+const VOCAB: usize = 49152;
+
+/// SmolLM2's tokenizer with changes to its configuration; null removes a field.
+fn tokenizer(changes: Value) -> ChatTokenizer {
+    let source = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer/smollm2"));
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    std::fs::copy(source.join("tokenizer.json"), path("tokenizer.json")).unwrap();
+    let config = std::fs::read(source.join("tokenizer_config.json")).unwrap();
+    let mut config: Value = serde_json::from_slice(&config).unwrap();
+    for (key, value) in changes.as_object().unwrap() {
+        config[key] = value.clone();
+    }
+    std::fs::write(path("tokenizer_config.json"), config.to_string()).unwrap();
+    ChatTokenizer::open(folder.path()).unwrap()
+}
+
+fn encode(tokenizer: &ChatTokenizer, record: &Value) -> Result<Document, String> {
+    let encoder = Encoder::new(tokenizer, VOCAB, TrainOn::Assistant).unwrap();
+    let format = Format::detect(record).map_err(|e| e.reason)?;
+    let encoded = parse(record, format).and_then(|record| encoder.encode(&record));
+    encoded.map(|encoded| encoded.document).map_err(|e| e.reason)
+}
+
+/// Text of the trained tokens.
+fn trained(tokenizer: &ChatTokenizer, record: Value) -> Result<String, String> {
+    let document = encode(tokenizer, &record)?;
+    let pairs = document.input_ids.iter().zip(&document.labels);
+    let ids: Vec<u32> = pairs.filter(|(_, label)| **label >= 0).map(|(id, _)| *id).collect();
+    Ok(tokenizer.decode(&ids, false).unwrap())
+}
+
+/// All of the record.
+fn text(tokenizer: &ChatTokenizer, record: Value) -> String {
+    tokenizer.decode(&encode(tokenizer, &record).unwrap().input_ids, false).unwrap()
+}
+
+fn exchange(question: &str, answer: &str) -> Vec<Value> {
+    vec![
+        json!({"role": "user", "content": question}),
+        json!({"role": "assistant", "content": answer}),
+    ]
+}
+
+#[test]
+fn ids_and_masks_are_those_of_transformers() {
+    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer/encoded.json");
+    let golden: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let tokenizer = tokenizer(json!({"chat_template": golden["template"]}));
+    let eos = tokenizer.eos().unwrap().id;
+    let records = golden["records"].as_array().unwrap();
+    assert!(records.len() > 20);
+    for golden in records {
+        let document = encode(&tokenizer, &golden["record"]).unwrap();
+        let ids: Vec<u32> = serde_json::from_value(golden["input_ids"].clone()).unwrap();
+        let mut expected: Vec<u8> = serde_json::from_value(golden["trained"].clone()).unwrap();
+        if !golden["record"]["messages"].is_null() {
+            // The template's blocks have the line break after the end of the turn; it is not said.
+            for index in 1..ids.len() {
+                expected[index] *= u8::from(ids[index - 1] != eos || ids[index] == eos);
+            }
+        }
+        let mask: Vec<u8> = document.labels.iter().map(|&label| u8::from(label >= 0)).collect();
+        assert_eq!(document.input_ids, ids, "{}", golden["record"]);
+        assert_eq!(mask, expected, "{}", golden["record"]);
+    }
+}
+
+#[test]
+fn only_the_completion_of_a_conversation_is_trained() {
+    let prompt = [exchange("a", "b"), exchange("c", "")[..1].to_vec()].concat();
+    let record = json!({"prompt": prompt,
+        "completion": [{"role": "assistant", "content": "d"}]});
+    assert_eq!(trained(&tokenizer(json!({})), record).unwrap(), "d<|im_end|>");
+}
+
+#[test]
+fn messages_with_weight_zero_are_not_trained() {
+    let mut messages = [exchange("a", "b"), exchange("c", "d")].concat();
+    messages[1]["weight"] = 0.into();
+    messages[3]["weight"] = 1.into();
+    let record = json!({"messages": messages});
+    assert_eq!(trained(&tokenizer(json!({})), record).unwrap(), "d<|im_end|>");
+    messages[1]["weight"] = 0.0.into();
+    let record = json!({"messages": messages});
+    assert_eq!(trained(&tokenizer(json!({})), record).unwrap(), "d<|im_end|>");
+    let turn = |from: &str, value: &str, weight: u32| json!({"from": from, "value": value, "weight": weight});
+    let turns = json!([
+        turn("human", "a", 1),
+        turn("gpt", "b", 0),
+        turn("human", "c", 1),
+        turn("gpt", "d", 1)
+    ]);
+    let record = json!({"conversations": turns});
+    assert_eq!(trained(&tokenizer(json!({})), record).unwrap(), "d<|im_end|>");
+    for weight in [json!(0.5), json!(-1), json!("0"), json!(false)] {
+        messages[1]["weight"] = weight.clone();
+        let refused = encode(&tokenizer(json!({})), &json!({"messages": messages})).unwrap_err();
+        assert_eq!(refused, format!("messages[1].weight is {weight}, expected 0 or 1"));
+    }
+}
+
+#[test]
+fn sharegpt_and_openai_are_the_same_conversation() {
+    let tokenizer = tokenizer(json!({}));
+    let openai = json!({"messages": [{"role": "system", "content": "S"}, {"role": "user",
+        "content": [{"type": "text", "text": "a"}]}, {"role": "assistant", "content": "b"}]});
+    let expected = encode(&tokenizer, &openai).unwrap();
+    for record in [
+        json!({"system": "S", "conversations": [{"from": "human", "value": "a"}, {"from": "gpt",
+            "value": "b"}]}),
+        json!({"conversations": [{"from": "system", "value": "S"}, {"from": "user", "value": "a"},
+            {"from": "assistant", "value": "b"}]}),
+        json!({"conversations": openai["messages"]}),
+        json!({"messages": openai["messages"].to_string()}),
+        json!({"system": "S", "instruction": "a", "input": "", "output": "b"}),
+    ] {
+        assert_eq!(encode(&tokenizer, &record).unwrap(), expected, "{record}");
+    }
+}
+
+#[test]
+fn calls_of_tools_are_trained_however_they_are_written() {
+    let golden = include_str!("../data/chat/qwen2_5.json");
+    let golden: Value = serde_json::from_str(golden).unwrap();
+    let tokenizer = tokenizer(json!({"chat_template": golden["template"]}));
+    let arguments = json!({"city": "Köln"});
+    let call = |arguments: Value| {
+        json!({"role": "assistant", "content": null, "tool_calls": [
+        {"type": "function", "function": {"name": "weather", "arguments": arguments}}]})
+    };
+    let answer = "<tool_call>\n{\"name\": \"weather\", \"arguments\": {\"city\": \"Köln\"}}\n\
+                  </tool_call><|im_end|>";
+    let tools = json!([{"type": "function", "function": {"name": "weather"}}]);
+    let ask = json!({"role": "user", "content": "?"});
+    for record in [
+        json!({"messages": [ask, call(arguments.clone())], "tools": tools}),
+        json!({"messages": [ask, call(arguments.to_string().into())], "tools": tools.to_string()}),
+        json!({"conversations": [{"from": "human", "value": "?"}, {"from": "function_call", "value":
+            json!({"name": "weather", "arguments": arguments}).to_string()}], "tools": tools.to_string()}),
+        // OpenAI's first names for both.
+        json!({"messages": [ask, {"role": "assistant", "content": null, "tool_calls": null,
+            "function_call": {"name": "weather", "arguments": arguments.to_string()}}],
+            "functions": [{"name": "weather"}]}),
+    ] {
+        assert_eq!(trained(&tokenizer, record.clone()).unwrap(), answer, "{record}");
+        assert!(text(&tokenizer, record).contains("\n{\"type\": \"function\", \"function\": {"));
+    }
+}
+
+/// Dropped without a word, the model would learn answers to something that it never saw.
+#[test]
+fn a_field_of_another_type_is_refused() {
+    let tokenizer = tokenizer(json!({}));
+    let with = |record: Value, key: &str, value: Value| {
+        let mut record = record;
+        record[key] = value;
+        encode(&tokenizer, &record)
+    };
+    let alpaca = json!({"instruction": "a", "output": "b"});
+    let openai = json!({"messages": exchange("a", "b")});
+    let sharegpt = json!({"conversations": exchange("a", "b")});
+    let pair = json!({"prompt": "a", "completion": "b"});
+    for (record, key, value, reason) in [
+        (&alpaca, "input", json!(5), "field `input` is a number, expected text"),
+        (&alpaca, "input", json!(["x"]), "field `input` is a list, expected text"),
+        (&alpaca, "system", json!(["s"]), "field `system` is a list, expected text"),
+        (&alpaca, "history", json!("q"), "field `history` is text, expected a list"),
+        (&alpaca, "history", json!({"q": "x"}), "field `history` is an object, expected a list"),
+        (&alpaca, "tools", json!([{"name": "f"}]), "the chat template leaves field `tools` out"),
+        (&openai, "system", json!(1), "field `system` is a number, expected text"),
+        (&sharegpt, "system", json!(["s"]), "field `system` is a list, expected text"),
+        (&openai, "functions", json!(1), "field `functions` is a number, expected a list"),
+        (&pair, "system", json!("s"), "field `system` has no place beside a `prompt` that is text"),
+        (
+            &pair,
+            "label",
+            json!(false),
+            "field `label` is true or false: whether the completion is a good one",
+        ),
+        (&pair, "tools", json!([1]), "field `tools` has no place beside a `prompt` that is text"),
+    ] {
+        assert_eq!(with(record.clone(), key, value).unwrap_err(), reason);
+    }
+    for key in ["input", "system", "history", "tools", "functions"] {
+        for record in [&alpaca, &openai, &sharegpt, &pair] {
+            let nothing = [Value::Null, json!("")];
+            let no_tools = (key == "tools").then(|| json!("[]"));
+            for nothing in nothing.into_iter().chain(no_tools) {
+                let plain = encode(&tokenizer, record).unwrap();
+                assert_eq!(with(record.clone(), key, nothing).unwrap(), plain, "{key}");
+            }
+        }
+    }
+}
+
+#[test]
+fn templates_see_the_records_own_variables() {
+    let source = "{{ mood }}{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}";
+    let tokenizer = tokenizer(json!({"chat_template": source}));
+    let record = json!({"messages": exchange("a", "b"), "chat_template_kwargs": {"mood": "calm"}});
+    assert_eq!(text(&tokenizer, record), "calm<user>a<assistant>b<|im_end|>");
+}
+
+#[test]
+fn turns_end_in_the_templates_own_token() {
+    // A base model's tokenizer: the end of text is another token than the end of a turn.
+    let tokenizer = tokenizer(json!({"eos_token": "<|endoftext|>"}));
+    assert_eq!(tokenizer.eos_ids(), [0, 2], "generation stops at <|im_end|> too");
+    let messages = [exchange("a", "b"), exchange("c", "d")].concat();
+    let record = json!({"messages": messages});
+    assert_eq!(trained(&tokenizer, record).unwrap(), "b<|im_end|>d<|im_end|>");
+    assert_eq!(trained(&tokenizer, json!({"text": "a"})).unwrap(), "a<|endoftext|>");
+}
+
+#[test]
+fn instructions_are_alpacas_text_without_a_chat_template() {
+    let tokenizer = tokenizer(json!({"chat_template": null}));
+    let record = json!({"instruction": "Add.", "input": "1 and 2", "output": "3"});
+    assert_eq!(trained(&tokenizer, record.clone()).unwrap(), "3<|im_end|>");
+    let text = text(&tokenizer, record);
+    assert!(text.ends_with("### Input:\n1 and 2\n\n### Response:\n3<|im_end|>"), "{text:?}");
+    let chat = json!({"messages": exchange("a", "b")});
+    assert_eq!(encode(&tokenizer, &chat).unwrap_err(), "the tokenizer has no chat template");
+}
+
+#[test]
+fn a_second_bos_is_noticed_and_none_is_added() {
+    let tokenizer = tokenizer(json!({"add_bos_token": true}));
+    let encoder = Encoder::new(&tokenizer, VOCAB, TrainOn::Assistant).unwrap();
+    let encode = |record: Value| {
+        encoder.encode(&parse(&record, Format::detect(&record).unwrap()).unwrap()).unwrap()
+    };
+    let plain = encode(json!({"text": "a"}));
+    assert_eq!((plain.document.input_ids[0], plain.double_bos), (1, false));
+    assert_eq!(encode(json!({"text": "<|im_start|>a"})).document, plain.document);
+    assert!(encode(json!({"text": "<|im_start|><|im_start|>a"})).double_bos);
+    assert!(encode(json!({"input_ids": [1, 1, 5]})).double_bos);
+}
+
+#[test]
+fn what_no_format_fits_is_explained() {
+    for (record, reason, hint) in [
+        (
+            json!({"text": "a", "messages": []}),
+            "fit several formats",
+            "`--format text` or `--format messages`",
+        ),
+        (
+            json!({"prompt": "a", "chosen": "b", "rejected": "c"}),
+            "cannot tell",
+            "these are preferences",
+        ),
+        (
+            json!({"question": "a", "answer": "b"}),
+            "[\"question\", \"answer\"]",
+            "expected text, prompt",
+        ),
+        (json!([1]), "record is a list, expected an object", ""),
+    ] {
+        let rejection = Format::detect(&record).unwrap_err();
+        assert!(rejection.reason.contains(reason), "{rejection:?}");
+        assert!(rejection.hint.unwrap_or_default().contains(hint));
+    }
+}
+
+#[test]
+fn keys_of_the_wrong_type_are_named() {
+    let tokenizer = tokenizer(json!({}));
+    for (record, reason) in [
+        (json!({"text": null}), "field `text` is null, expected text"),
+        (json!({"text": 5}), "field `text` is a number, expected text"),
+        (json!({"prompt": "a", "completion": null}), "field `completion` is null, expected text"),
+        (
+            json!({"prompt": exchange("a", "b"), "completion": null}),
+            "field `completion` is null, expected a list",
+        ),
+        (json!({"instruction": null, "output": "b"}), "field `instruction` is null, expected text"),
+        (json!({"conversations": null}), "field `conversations` is null, expected a list"),
+        (json!({"messages": null, "id": 3}), "field `messages` is null, expected a list"),
+        (json!({"messages": "a"}), "field `messages` is text, expected a list"),
+        (json!({"input_ids": null}), "field `input_ids` is null, expected a list"),
+    ] {
+        assert_eq!(encode(&tokenizer, &record).unwrap_err(), reason);
+    }
+    let columns = json!({"text": null, "messages": exchange("a", "b")});
+    assert_eq!(Format::detect(&columns).unwrap(), Format::Messages, "an empty column is no key");
+}
+
+/// `tokenizer(…, padding="max_length")` writes such rows.
+#[test]
+fn padding_of_ready_tokens_goes() {
+    let tokenizer = tokenizer(json!({}));
+    let padded = json!({
+        "input_ids": [0, 0, 4, 5, 6, 0], "labels": [-100, -100, -100, 5, 6, -100],
+        "attention_mask": [0, 0, 1, 1, 1, 0],
+    });
+    let document = encode(&tokenizer, &padded).unwrap();
+    assert_eq!((document.input_ids, document.labels), (vec![4, 5, 6], vec![-100, 5, 6]));
+    for (mask, reason) in [
+        (json!([1, 1]), "2 attention_masks for 3 input_ids"),
+        (json!([1, "1", 0]), "`attention_mask` holds something else than numbers"),
+    ] {
+        let record = json!({"input_ids": [4, 5, 6], "attention_mask": mask});
+        assert_eq!(encode(&tokenizer, &record).unwrap_err(), reason);
+    }
+    for (mask, ids) in [
+        (Value::Null, vec![4, 5, 6]),
+        (json!([true, true, false]), vec![4, 5]),
+        (json!([1, 2, 0]), vec![4, 5]),
+    ] {
+        let record = json!({"input_ids": [4, 5, 6], "attention_mask": mask});
+        assert_eq!(encode(&tokenizer, &record).unwrap().input_ids, ids);
+    }
+}
+
+/// TRL's and Megatron's columns.
+#[test]
+fn masks_beside_ready_tokens_mask() {
+    let tokenizer = tokenizer(json!({}));
+    let with = |fields: Value| {
+        let mut record = json!({"input_ids": [4, 5, 6, 7]});
+        record.as_object_mut().unwrap().extend(fields.as_object().unwrap().clone());
+        encode(&tokenizer, &record)
+    };
+    for mask in ["completion_mask", "assistant_masks", "loss_mask"] {
+        for ones in
+            [json!([0, 1, 0, 1]), json!([0.0, 1.0, 0.0, 1.0]), json!([false, true, false, true])]
+        {
+            assert_eq!(with(json!({mask: ones})).unwrap().labels, [-100, 5, -100, 7]);
+        }
+        let labels = with(json!({mask: [0, 1, 0, 1], "labels": [4, -100, 6, 7]})).unwrap().labels;
+        assert_eq!(labels, [-100, -100, -100, 7]);
+        let short = with(json!({mask: [0, 1]})).unwrap_err();
+        assert_eq!(
+            short,
+            format!("2 {mask} for 4 input_ids")
+                .replace("2 loss_mask ", "2 loss_masks ")
+                .replace("2 completion_mask ", "2 completion_masks ")
+        );
+    }
+    let padded = json!({"completion_mask": [1, 0, 1, 1], "attention_mask": [0, 1, 1, 1]});
+    assert_eq!(with(padded).unwrap().labels, [-100, 6, 7]);
+    let counted =
+        json!({"position_ids": [1, 0, 1, 2], "attention_mask": [0, 1, 1, 1], "seq_lengths": [4]});
+    assert_eq!(with(counted).unwrap().input_ids, [5, 6, 7]);
+    for packed in [json!({"position_ids": [0, 1, 0, 1]}), json!({"seq_lengths": [2, 2]})] {
+        assert_eq!(with(packed).unwrap_err(), "several documents are packed into one record");
+    }
+    let outside = with(json!({"labels": [4, 5, 6, 49152]})).unwrap_err();
+    assert_eq!(outside, "label 49152 is outside the vocabulary of 49152");
+}
+
+#[test]
+fn turns_that_cannot_be_read_are_named() {
+    let tokenizer = tokenizer(json!({}));
+    for (record, reason) in [
+        (json!({"messages": [1]}), "messages[0] is a number, expected an object"),
+        (json!({"messages": [{"role": "user"}]}), "messages[0] has no content and no tool_calls"),
+        (json!({"messages": [{"role": "user", "content": 1}]}), "messages[0].content is a number"),
+        (
+            json!({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+            "messages[0].content has a part of type `image_url`",
+        ),
+        (json!({"conversations": [{"from": "narrator", "value": ""}]}), ".from is `narrator`"),
+        (json!({"conversations": [{"from": "gpt", "value": null}]}), ".value is null"),
+        (
+            json!({"conversations": [{"from": "function_call", "value": "x"}]}),
+            "conversations[0].value is a function_call, but no JSON",
+        ),
+        (json!({"messages": exchange("a", "b"), "tools": {}}), "`tools` is an object"),
+        (json!({"messages": exchange("a", "b"), "tools": "x"}), "`tools` is text, but no JSON"),
+    ] {
+        let got = encode(&tokenizer, &record).unwrap_err();
+        assert!(got.contains(reason), "{got:?}, expected {reason:?}");
+    }
+}

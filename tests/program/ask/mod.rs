@@ -1,0 +1,9 @@
+//! `nibble eval`, `generate` and `chat` as a user meets them: the real binary on the golden models,
+//! whose tokenizer has one word for each id.
+
+mod chat;
+mod eval;
+mod generate;
+mod predictions;
+mod scene;
+mod template;

@@ -1,0 +1,626 @@
+//! `nibble export`: what llama.cpp gets of a model, its tokenizer and an adapter.
+
+use std::collections::HashMap;
+use std::fs::{self, File};
+use std::path::Path;
+
+use crate::golden::{CASES, Case};
+use crate::training::{Workplace, fail, succeed};
+use candle_core::Device;
+use candle_core::quantized::gguf_file::{Content, Value as Metadata};
+use nibble::checkpoint::atomic::AtomicFile;
+use nibble::checkpoint::{Checkpoint, Export, FileType};
+use nibble::data::ChatTokenizer;
+use nibble::model::families::spec_from_config;
+use nibble::model::spec::{Family, ModelSpec, TensorRole, TensorSpec};
+use serde_json::{Value, json};
+
+/// A tokenizer of 128 byte-level tokens, of which a few are merged.
+fn write_tokenizer(folder: &Path) {
+    let mut vocab: serde_json::Map<String, Value> =
+        ('!'..='~').enumerate().map(|(id, byte)| (byte.to_string(), id.into())).collect();
+    let merges = ["l l", "h e", "he ll", "hell o", "Ġ w"];
+    for token in ["Ġ", "Ċ", "ll", "he", "hell", "hello", "Ġw"] {
+        vocab.insert(token.into(), vocab.len().into());
+    }
+    let special = json!({
+        "id": vocab.len(), "content": "<|end|>", "special": true, "single_word": false,
+        "lstrip": false, "rstrip": false, "normalized": false
+    });
+    let bytes = json!({
+        "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true
+    });
+    let tokenizer = json!({
+        "version": "1.0", "truncation": null, "padding": null, "added_tokens": [special],
+        "normalizer": null, "pre_tokenizer": bytes, "post_processor": null, "decoder": bytes,
+        "model": {"type": "BPE", "vocab": vocab, "merges": merges}
+    });
+    fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    let config = json!({"eos_token": "<|end|>", "chat_template": "{{ messages[0].content }}"});
+    fs::write(folder.join("tokenizer_config.json"), config.to_string()).unwrap();
+}
+
+/// A golden model with that tokenizer, as `base` of a workplace.
+fn place(case: &Case) -> Workplace {
+    let place = Workplace::new();
+    let folder = place.path("base");
+    fs::create_dir(&folder).unwrap();
+    fs::copy(case.path.join("model.safetensors"), folder.join("model.safetensors")).unwrap();
+    let mut config = case.json("config.json");
+    // As llama.cpp takes them for granted.
+    if case.name.starts_with("gemma") {
+        config["query_pre_attn_scalar"] = config["head_dim"].clone();
+    }
+    if case.name.starts_with("gemma3") {
+        config["layer_types"] = vec!["sliding_attention"; 3].into();
+    }
+    fs::write(folder.join("config.json"), config.to_string()).unwrap();
+    write_tokenizer(&folder);
+    place
+}
+
+fn export(place: &Workplace, flags: &[&str]) -> (Content, File) {
+    let base = ["export", "--model", "base", "--out", "out.gguf", "--overwrite"];
+    succeed(place.nibble(&[&base[..], flags].concat()));
+    let mut file = File::open(place.path("out.gguf")).unwrap();
+    (Content::read(&mut file).unwrap(), file)
+}
+
+#[test]
+fn every_family_reads_back_as_it_was() {
+    for name in CASES {
+        let case = Case::open(name);
+        let place = place(&case);
+        export(&place, &["--outtype", "f32"]);
+        let source = Checkpoint::open(&place.path("base")).unwrap();
+        let written = Checkpoint::open(&place.path("out.gguf")).unwrap();
+        let (expected, got) =
+            [&source, &written].map(|c| spec_from_config(c.config()).unwrap()).into();
+        assert_eq!(got.inventory(), expected.inventory(), "{name}");
+        // The file's special tokens are the tokenizer's.
+        let (bos_token_id, eos_token_ids) = (got.bos_token_id, got.eos_token_ids.clone());
+        let mut same = ModelSpec { bos_token_id, eos_token_ids, ..expected.clone() };
+        if same.family == Family::Mistral {
+            // Which is a Llama there.
+            (same.family, same.windows) = (Family::Llama, vec![None; same.num_layers]);
+        }
+        assert_eq!(got, same, "{name}");
+        for tensor in expected.inventory() {
+            let [was, is] = [&source, &written].map(|checkpoint| {
+                let elements = checkpoint.elements(&tensor.name).unwrap();
+                (elements.shape().to_vec(), elements.to_f32())
+            });
+            // The file holds w + 1 in f32.
+            let rounds = expected.norm_plus_one && tensor.role == TensorRole::Norm;
+            let rounding = if rounds { f32::EPSILON / 2.0 } else { 0.0 };
+            let close = |(was, is): (&f32, &f32)| (was - is).abs() <= rounding;
+            let same = was.0 == is.0 && was.1.iter().zip(&is.1).all(close);
+            assert!(same, "{name}: {}", tensor.name);
+        }
+        let text = "hello world\n<|end|>";
+        let [was, is] = ["base", "out.gguf"].map(|path| {
+            let tokenizer = ChatTokenizer::open(&place.path(path)).unwrap();
+            let eos = tokenizer.eos().cloned();
+            (tokenizer.encode(text).unwrap(), eos, tokenizer.chat_template().map(String::from))
+        });
+        assert_eq!(was, is, "{name}");
+        assert!(was.0.len() < text.len() && was.2.is_some());
+    }
+}
+
+/// A tokenizer that names no end of answers has the model's.
+#[test]
+fn the_end_of_answers_is_in_the_file_whoever_names_it() {
+    let place = place(&Case::open("llama_s0"));
+    let eos = |content: &Content| content.metadata["tokenizer.ggml.eos_token_id"].to_u32().unwrap();
+    let named = eos(&export(&place, &[]).0);
+    fs::remove_file(place.path("base/tokenizer_config.json")).unwrap();
+    let mut config = place.json("base/config.json");
+    config["eos_token_id"] = json!([7, 9]);
+    fs::write(place.path("base/config.json"), config.to_string()).unwrap();
+    assert_eq!((eos(&export(&place, &[]).0), named), (7, 101));
+}
+
+#[test]
+fn what_llama_cpp_computes_otherwise_is_refused() {
+    let llama3 = json!({
+        "rope_theta": 1e4, "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 32
+    });
+    let mut yarn = Case::open("ministral3_s0").json("config.json")["rope_parameters"].take();
+    yarn["truncate"] = false.into();
+    let another = |key: &str, name: &str| format!("llama.cpp has another {key} for every {name}");
+    let cases = [
+        ("gemma2_s0", None, another("query_pre_attn_scalar", "gemma2")),
+        ("gemma3_s0", None, another("layer_types", "gemma3")),
+        (
+            "smollm3_s0",
+            Some(("no_rope_layers", json!([1, 0, 1, 1]))),
+            another("no_rope_layers", "smollm3"),
+        ),
+        ("smollm3_s0", Some(("mlp_bias", true.into())), another("mlp_bias", "smollm3")),
+        ("qwen3_s0", Some(("attention_bias", true.into())), another("attention_bias", "qwen3")),
+        ("gemma_s0", Some(("attention_bias", true.into())), another("attention_bias", "gemma")),
+        (
+            "ministral3_s0",
+            Some(("rope_parameters", yarn)),
+            "llama.cpp truncates the bounds of every yarn".into(),
+        ),
+        (
+            "qwen3_s0",
+            Some(("rope_parameters", llama3)),
+            "rope scaling `llama3` for llama alone".into(),
+        ),
+    ];
+    for (name, change, says) in cases {
+        let case = Case::open(name);
+        let place = place(&case);
+        let mut config = case.json("config.json");
+        if let Some((key, value)) = change {
+            config[key] = value;
+        }
+        fs::write(place.path("base/config.json"), config.to_string()).unwrap();
+        let (code, error) = fail(place.nibble(&["export", "--model", "base", "--out", "out.gguf"]));
+        assert!(code == 1 && error.contains(&says), "{name}: {code}: {error}");
+    }
+}
+
+/// Where its class finds nothing of rope, a Ministral 3 takes YaRN: its file must not be silent.
+#[test]
+fn a_ministral_keeps_its_rope_and_its_scale() {
+    let rope = |more: Value| {
+        let mut rope = json!({"rope_theta": 1e4});
+        rope.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        rope
+    };
+    for rope in [
+        rope(json!({"rope_type": "default"})),
+        rope(json!({
+            "rope_type": "default", "llama_4_scaling_beta": 0.2,
+            "original_max_position_embeddings": 9,
+        })),
+        rope(json!({
+            "rope_type": "linear", "factor": 2.0, "llama_4_scaling_beta": 0.2,
+            "original_max_position_embeddings": 9,
+        })),
+        rope(json!({
+            "rope_type": "yarn", "factor": 3.0, "original_max_position_embeddings": 9,
+            "mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 4.0,
+        })),
+    ] {
+        let case = Case::open("ministral3_s0");
+        let place = place(&case);
+        let mut config = case.json("config.json");
+        config["rope_parameters"] = rope.clone();
+        fs::write(place.path("base/config.json"), config.to_string()).unwrap();
+        export(&place, &["--outtype", "f32"]);
+        let [expected, got] = ["base", "out.gguf"].map(|path| {
+            let checkpoint = Checkpoint::open(&place.path(path)).unwrap();
+            spec_from_config(checkpoint.config()).unwrap()
+        });
+        assert_eq!(got.query_scaling, expected.query_scaling, "{rope}");
+        let frequencies =
+            |spec: &ModelSpec| spec.rotary.as_ref().unwrap().inverse_frequencies(16, 0);
+        let ((got, by), (expected, other)) = (frequencies(&got), frequencies(&expected));
+        assert!(got == expected && (by - other).abs() < 1e-6, "{rope}: {by} {other}");
+    }
+}
+
+#[test]
+fn a_folder_is_no_name_of_a_file() {
+    let place = place(&Case::open("llama_s0"));
+    let (code, text) = fail(place.nibble(&["export", "--model", "base", "--out", "base"]));
+    assert!(code == 2 && text.contains("base is a folder, expected the name of a file"), "{text}");
+    assert!(text.contains("hint: such as `--out base/model.gguf`"), "{text}");
+}
+
+#[test]
+fn what_is_read_is_not_replaced() {
+    let place = place(&Case::open("llama_s0"));
+    let before = place.read("base/model.safetensors");
+    let ask = |model: &str, out: &str| {
+        let (code, text) =
+            fail(place.nibble(&["export", "--model", model, "--out", out, "--overwrite"]));
+        let says = format!("{out} would be replaced while it is read");
+        assert!(code == 2 && text.contains(&says), "{code}: {text}");
+    };
+    ask("base", "base/model.safetensors");
+    // As the hub's cache has it.
+    #[cfg(unix)]
+    {
+        fs::create_dir(place.path("blobs")).unwrap();
+        fs::rename(place.path("base/model.safetensors"), place.path("blobs/weights")).unwrap();
+        let link = place.path("base/model.safetensors");
+        std::os::unix::fs::symlink("../blobs/weights", link).unwrap();
+        ask("base", "base/model.safetensors");
+    }
+    assert!(place.read("base/model.safetensors") == before);
+    export(&place, &[]);
+    ask("out.gguf", "out.gguf");
+    #[cfg(unix)]
+    {
+        std::os::unix::fs::symlink("/dev/null", place.path("null")).unwrap();
+        let device = ["export", "--model", "base", "--out", "null", "--overwrite"];
+        let (_, text) = fail(place.nibble(&device));
+        assert!(text.contains("null is no file that could be replaced"), "{text}");
+        fs::remove_file(place.path("null")).unwrap();
+    }
+    for _ in 0..2 {
+        let inside = ["export", "--model", "base", "--out", "base/m.gguf", "--overwrite"];
+        succeed(place.nibble(&inside));
+    }
+}
+
+/// The golden configs say `max_position_embeddings` 128.
+#[test]
+fn windows_that_llama_cpp_does_not_heed_are_told() {
+    for (name, window) in [("mistral_s0", "8"), ("phi3_s0", "10")] {
+        let place = place(&Case::open(name));
+        let output = succeed(place.nibble(&["export", "--model", "base", "--out", "out.gguf"]));
+        let text = String::from_utf8(output.stderr).unwrap();
+        let says = format!("texts longer than {window} tokens will differ");
+        assert!(text.contains(&says), "{text}");
+    }
+}
+
+/// LongRoPE's divisors are tensors, as llama.cpp's converter writes them.
+#[test]
+fn long_rope_is_written_for_llama_cpp() {
+    let place = place(&Case::open("phi3_s0"));
+    let (content, mut file) = export(&place, &[]);
+    let mut factors = |kind: &str| {
+        let name = format!("rope_factors_{kind}.weight");
+        let tensor = content.tensor(&mut file, &name, &Device::Cpu).unwrap();
+        tensor.dequantize(&Device::Cpu).unwrap().to_vec1::<f32>().unwrap()
+    };
+    assert_eq!(factors("short"), [1.0, 1.1, 1.2, 1.4, 1.7, 2.1]);
+    assert_eq!(factors("long"), [1.0, 1.5, 2.5, 4.0, 6.0, 9.0]);
+    let field = |key: &str| &content.metadata[&format!("phi3.{key}")];
+    assert_eq!(field("rope.dimension_count").to_u32().unwrap(), 12);
+    assert_eq!(field("rope.scaling.original_context_length").to_u32().unwrap(), 48);
+    assert_eq!(field("attention.sliding_window").to_u32().unwrap(), 10);
+    let factor = (1.0 + (128.0_f64 / 48.0).ln() / 48.0_f64.ln()).sqrt() as f32;
+    assert_eq!(field("rope.scaling.attn_factor").to_f32().unwrap(), factor);
+}
+
+#[test]
+fn matrices_have_the_type_that_is_asked_for_and_vectors_are_f32() {
+    let case = Case::open("llama_s0");
+    let place = place(&case);
+    let source = Checkpoint::open(&place.path("base")).unwrap();
+    let name = "model.layers.1.mlp.up_proj.weight";
+    let expected = source.elements(name).unwrap().to_f32();
+    let largest = expected.iter().fold(0f32, |most, x| most.max(x.abs()));
+    // Rows of 64 are too short for blocks of 256.
+    let kinds = [
+        ("f16", "F16", 1, 2e-3),
+        ("bf16", "BF16", 32, 1e-2),
+        ("q8_0", "Q8_0", 7, 0.004),
+        ("q6_k", "Q8_0", 18, 0.004),
+        ("q5_k_m", "Q5_1", 17, 0.04),
+        ("Q4_K_M", "Q5_0", 15, 0.07),
+    ];
+    for (flag, kind, file_type, tolerance) in kinds {
+        let (content, _) = export(&place, &["--outtype", flag]);
+        let dtype = |name: &str| format!("{:?}", content.tensor_infos[name].ggml_dtype);
+        assert_eq!(
+            (dtype("blk.1.ffn_up.weight"), dtype("token_embd.weight")),
+            (kind.into(), kind.into())
+        );
+        assert_eq!(dtype("blk.0.attn_norm.weight"), "F32");
+        assert_eq!(content.metadata["general.file_type"].to_u32().unwrap(), file_type);
+        let got = Checkpoint::open(&place.path("out.gguf")).unwrap().elements(name).unwrap();
+        let off =
+            got.to_f32().iter().zip(&expected).map(|(a, b)| (a - b).abs()).fold(0f32, f32::max);
+        assert!(off > 0.0 && off <= tolerance * largest, "{flag}: {off} of {largest}");
+    }
+}
+
+/// GPT-2's down projection has rows of 256.
+#[test]
+fn blocks_of_256_are_written_where_rows_allow() {
+    let place = place(&Case::open("gpt2_s0"));
+    let source = Checkpoint::open(&place.path("base")).unwrap();
+    for (flag, kinds, tolerance) in [
+        ("q4_k_m", ["Q4K", "Q6K"], 0.12),
+        ("q5_k_m", ["Q5K", "Q6K"], 0.06),
+        ("q6_k", ["Q6K"; 2], 0.03),
+    ] {
+        let (content, _) = export(&place, &["--outtype", flag]);
+        let written = Checkpoint::open(&place.path("out.gguf")).unwrap();
+        for (layer, kind) in kinds.into_iter().enumerate() {
+            let dtype = content.tensor_infos[&format!("blk.{layer}.ffn_down.weight")].ggml_dtype;
+            assert_eq!(format!("{dtype:?}"), kind, "{flag}");
+            let name = format!("transformer.h.{layer}.mlp.c_proj.weight");
+            let expected = source.elements(&name).unwrap().to_f32();
+            let got = written.elements(&name).unwrap().to_f32();
+            let square = |values: &mut dyn Iterator<Item = f32>| values.map(|x| x * x).sum::<f32>();
+            let error = square(&mut got.iter().zip(&expected).map(|(a, b)| a - b));
+            let error = (error / square(&mut expected.iter().copied())).sqrt();
+            assert!(error > 0.0 && error < tolerance, "{flag}, layer {layer}: {error}");
+        }
+    }
+}
+
+/// Rows of q and k that llama.cpp has interleaved: row `half · d/2 + j` of a head at `2j + half`.
+fn interleaved(rows: &[Vec<f32>], head_dim: usize) -> Vec<Vec<f32>> {
+    let heads = rows.chunks(head_dim);
+    heads
+        .flat_map(|head| (0..head_dim).map(|at| head[at % 2 * (head_dim / 2) + at / 2].clone()))
+        .collect()
+}
+
+#[test]
+fn rows_of_heads_are_interleaved_where_llama_cpp_expects_it() {
+    let families =
+        [("llama_s0", true), ("ministral3_s0", true), ("smollm3_s0", true), ("qwen3_s0", false)];
+    for (name, turned) in families {
+        let case = Case::open(name);
+        let place = place(&case);
+        let (content, mut file) = export(&place, &["--outtype", "f32"]);
+        let source = Checkpoint::open(&place.path("base")).unwrap();
+        for (stored, module) in [("attn_q", "q_proj"), ("attn_k", "k_proj")] {
+            let weight = format!("model.layers.0.self_attn.{module}.weight");
+            let elements = source.elements(&weight).unwrap();
+            let columns = elements.shape()[1];
+            let rows: Vec<Vec<f32>> =
+                elements.to_f32().chunks(columns).map(<[f32]>::to_vec).collect();
+            let stored = format!("blk.0.{stored}.weight");
+            let got = content.tensor(&mut file, &stored, &Device::Cpu).unwrap();
+            let got = got.dequantize(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+            let expected = if turned { interleaved(&rows, case.spec().head_dim) } else { rows };
+            assert!(got == expected, "{name} {stored}");
+        }
+    }
+}
+
+/// Golden models have none.
+#[test]
+fn biases_come_back() {
+    let case = Case::open("llama_s0");
+    let place = place(&case);
+    let mut config = case.json("config.json");
+    (config["attention_bias"], config["mlp_bias"]) = (true.into(), true.into());
+    fs::write(place.path("base/config.json"), config.to_string()).unwrap();
+    let spec = spec_from_config(&config).unwrap();
+    let bytes = place.read("base/model.safetensors");
+    let weights = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let biases: Vec<_> =
+        spec.inventory().into_iter().filter(|it| it.role == TensorRole::Bias).collect();
+    let numbered = |(index, bias): (usize, &TensorSpec)| -> Vec<f32> {
+        (0..bias.shape[0]).map(|row| (index * 1000 + row) as f32).collect()
+    };
+    let values: Vec<Vec<f32>> = biases.iter().enumerate().map(numbered).collect();
+    let views = biases.iter().zip(&values).map(|(bias, values)| {
+        let (dtype, bytes) = (safetensors::Dtype::F32, bytemuck::cast_slice(values));
+        let view = safetensors::tensor::TensorView::new(dtype, bias.shape.clone(), bytes);
+        (bias.name.clone(), view.unwrap())
+    });
+    let all: Vec<_> = weights.tensors().into_iter().chain(views).collect();
+    let file = place.path("base/model.safetensors");
+    safetensors::serialize_to_file(all, None, &file).unwrap();
+    export(&place, &["--outtype", "f32"]);
+    let written = Checkpoint::open(&place.path("out.gguf")).unwrap();
+    assert_eq!(biases.len(), 7 * spec.num_layers);
+    for (bias, values) in biases.iter().zip(&values) {
+        assert!(written.elements(&bias.name).unwrap().to_f32() == *values, "{}", bias.name);
+    }
+}
+
+#[test]
+fn an_adapter_is_written_for_llama_cpp() {
+    ["llama_s0", "smollm3_s0"].into_iter().for_each(check_adapter);
+}
+
+fn check_adapter(name: &'static str) {
+    let case = Case::open(name);
+    let place = place(&case);
+    let folder = case.path.join("adapter_init");
+    let folder = folder.to_str().unwrap();
+    let (content, mut file) = export(&place, &["--adapter", folder, "--outtype", "f32"]);
+    let text = |key: &str| content.metadata[key].to_string().unwrap().clone();
+    assert_eq!((text("general.type"), text("adapter.type")), ("adapter".into(), "lora".into()));
+    assert_eq!(text("general.architecture"), name.split('_').next().unwrap());
+    let config: Value =
+        serde_json::from_slice(&fs::read(Path::new(folder).join("adapter_config.json")).unwrap())
+            .unwrap();
+    let alpha = config["lora_alpha"].as_f64().unwrap() as f32;
+    assert!(matches!(content.metadata["adapter.lora.alpha"], Metadata::F32(x) if x == alpha));
+    let bytes = fs::read(Path::new(folder).join("adapter_model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let head_dim = case.spec().head_dim;
+    let parts: HashMap<&str, &str> = [
+        ("self_attn.q_proj", "attn_q"),
+        ("self_attn.k_proj", "attn_k"),
+        ("self_attn.v_proj", "attn_v"),
+        ("self_attn.o_proj", "attn_output"),
+        ("mlp.gate_proj", "ffn_gate"),
+        ("mlp.up_proj", "ffn_up"),
+        ("mlp.down_proj", "ffn_down"),
+    ]
+    .into();
+    assert_eq!(content.tensor_infos.len(), tensors.len());
+    for (name, tensor) in tensors.tensors() {
+        let path = name.strip_prefix("base_model.model.model.layers.").unwrap();
+        let (layer, rest) = path.split_once('.').unwrap();
+        let (module, matrix) = rest.split_once(".lora_").unwrap();
+        let stored =
+            format!("blk.{layer}.{}.weight.lora_{}", parts[module], matrix[..1].to_lowercase());
+        let got = content.tensor(&mut file, &stored, &Device::Cpu).unwrap();
+        let got = got.dequantize(&Device::Cpu).unwrap().to_vec2::<f32>().unwrap();
+        let columns = tensor.shape()[1];
+        let values: Vec<f32> = bytemuck::pod_collect_to_vec(tensor.data());
+        let rows: Vec<Vec<f32>> = values.chunks(columns).map(<[f32]>::to_vec).collect();
+        let turned = matrix.starts_with('B') && ["attn_q", "attn_k"].contains(&parts[module]);
+        assert!(got == if turned { interleaved(&rows, head_dim) } else { rows }, "{name}");
+    }
+}
+
+#[test]
+fn what_cannot_be_written_is_refused_before_anything_is() {
+    let case = Case::open("llama_s0");
+    let place = place(&case);
+    let refused = |place: &Workplace, flags: &[&str]| {
+        let (code, error) = fail(place.nibble(&[&["export", "--out", "new.gguf"], flags].concat()));
+        assert!(!place.path("new.gguf").exists() && error.contains("hint: "), "{error}");
+        (code, error)
+    };
+    let adapter = case.path.join("adapter_init");
+    for outtype in ["q8_0", "q4_k_m"] {
+        let adapter = adapter.to_str().unwrap();
+        let flags = ["--model", "base", "--adapter", adapter, "--outtype", outtype];
+        assert_eq!(refused(&place, &flags).0, 2);
+    }
+    // The word-level tokenizer of the workplace's own model.
+    let (_, error) = refused(&place, &["--model", "model"]);
+    assert!(error.contains("no name for this tokenizer"), "{error}");
+    fs::write(place.path("there.gguf"), "mine").unwrap();
+    let (code, error) = fail(place.nibble(&["export", "--model", "base", "--out", "there.gguf"]));
+    assert!(code == 2 && error.contains("is there already"), "{error}");
+    assert_eq!(place.read("there.gguf"), b"mine");
+}
+
+/// Tokens of a vocabulary in the manner of SentencePiece.
+fn sentence_pieces() -> Vec<String> {
+    let mut tokens = vec!["<unk>".to_string(), "<s>".into(), "</s>".into()];
+    tokens.extend((0..40).map(|byte| format!("<0x{byte:02X}>")));
+    tokens
+        .extend(["▁", "h", "e", "l", "o", "he", "ll", "hell", "hello", "▁hello"].map(String::from));
+    tokens
+}
+
+/// Their tokenizer, as Llama 2 has it; of `special` tokens the text, and whether they take the spaces
+/// behind them.
+fn sentence_piece(special: &[(&str, bool)]) -> Value {
+    let mut tokens = sentence_pieces();
+    let new = special.iter().map(|(text, _)| text.to_string());
+    let new: Vec<String> = new.filter(|text| !tokens.contains(text)).collect();
+    tokens.extend(new);
+    let vocab: serde_json::Map<String, Value> =
+        tokens.iter().enumerate().map(|(id, token)| (token.clone(), id.into())).collect();
+    let added = special.iter().map(|(text, takes_spaces)| {
+        json!({
+            "id": vocab[*text], "content": text, "special": true, "single_word": false,
+            "lstrip": false, "rstrip": takes_spaces, "normalized": false
+        })
+    });
+    json!({
+        "version": "1.0", "truncation": null, "padding": null,
+        "added_tokens": added.collect::<Vec<Value>>(),
+        "normalizer": {"type": "Sequence", "normalizers": [
+            {"type": "Prepend", "prepend": "▁"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+        ]},
+        "pre_tokenizer": null,
+        "post_processor": null, "decoder": null,
+        "model": {
+            "type": "BPE", "vocab": vocab,
+            "merges": ["h e", "l l", "he ll", "hell o", "▁ hello"], "byte_fallback": true,
+            "fuse_unk": true, "unk_token": "<unk>"
+        }
+    })
+}
+
+/// Makes it the tokenizer of `base`.
+fn give(place: &Workplace, tokenizer: &Value) {
+    fs::write(place.path("base/tokenizer.json"), tokenizer.to_string()).unwrap();
+    let config = json!({"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": true});
+    fs::write(place.path("base/tokenizer_config.json"), config.to_string()).unwrap();
+}
+
+/// Both tokenizers make the same of the texts.
+fn assert_same_tokens(place: &Workplace, texts: &[&str]) {
+    let [folder, file] =
+        ["base", "out.gguf"].map(|path| ChatTokenizer::open(&place.path(path)).unwrap());
+    for text in texts {
+        assert_eq!(file.encode(text).unwrap(), folder.encode(text).unwrap(), "{text:?}");
+    }
+}
+
+/// What SentencePiece calls scores is the order of the merges.
+#[test]
+fn a_tokenizer_with_byte_fallback_becomes_sentence_piece() {
+    let place = place(&Case::open("llama_s0"));
+    let tokens = sentence_pieces();
+    give(&place, &sentence_piece(&[("<unk>", false), ("<s>", false), ("</s>", false)]));
+    let (content, _) = export(&place, &[]);
+    let field = |key: &str| content.metadata[&format!("tokenizer.ggml.{key}")].clone();
+    assert_eq!(field("model").to_string().unwrap(), "llama");
+    assert!(
+        field("add_bos_token").to_bool().unwrap() && field("add_space_prefix").to_bool().unwrap()
+    );
+    let list = |key: &str| field(key).to_vec().unwrap().clone();
+    let scores: Vec<f32> = list("scores").iter().map(|x| x.to_f32().unwrap()).collect();
+    let kinds: Vec<i32> = list("token_type").iter().map(|x| x.to_i32().unwrap()).collect();
+    let at = |token: &str| tokens.iter().position(|other| other == token).unwrap();
+    for (rank, token) in ["he", "ll", "hell", "hello", "▁hello"].into_iter().enumerate() {
+        assert_eq!((scores[at(token)], kinds[at(token)]), (-(rank as f32), 1), "{token}");
+    }
+    assert_eq!([0, 1, 2, 3, 127].map(|id| kinds[id]), [2, 3, 3, 6, 5]);
+    assert_eq!((scores.len(), list("tokens").len()), (128, 128));
+    // Read back from the file, it has the same tokens.
+    assert_same_tokens(&place, &["hello", "hello hello", "  hell ohe", "he\n!<s>lo", "ä</s>", ""]);
+    let file = ChatTokenizer::open(&place.path("out.gguf")).unwrap();
+    let ids = file.encode("hello hello").unwrap();
+    assert_eq!(file.decode(&ids, false).unwrap(), "hello hello");
+    assert!(ids.contains(&(at("▁hello") as u32)) && file.adds_bos());
+}
+
+/// No field says that a token takes the spaces behind it: llama.cpp knows it of a Phi-3, by its name.
+#[test]
+fn special_tokens_of_a_phi3_take_the_spaces_behind_them() {
+    let place = place(&Case::open("phi3_s0"));
+    let tokens = |takes_spaces| {
+        let [plain, role] = [false, takes_spaces];
+        [
+            ("<unk>", plain),
+            ("<s>", plain),
+            ("</s>", role),
+            ("<|endoftext|>", plain),
+            ("<|user|>", role),
+        ]
+    };
+    let name = |place: &Workplace| {
+        let (content, _) = export(place, &[]);
+        content.metadata["general.name"].to_string().unwrap().clone()
+    };
+    give(&place, &sentence_piece(&tokens(true)));
+    assert_eq!(name(&place), "Phi-3 base");
+    let texts = ["<|user|>\n hello<|user|>  hell", "<s> hello</s> hello", "<|endoftext|> hello"];
+    assert_same_tokens(&place, &texts);
+    let length = |text: &str| {
+        ChatTokenizer::open(&place.path("out.gguf")).unwrap().encode(text).unwrap().len()
+    };
+    assert_eq!(length("<|user|>\nhello"), length("<|user|>hello"));
+
+    give(&place, &sentence_piece(&tokens(false)));
+    assert_eq!(name(&place), "base");
+    assert_same_tokens(&place, &texts);
+    fs::rename(place.path("base"), place.path("my-Phi3")).unwrap();
+    succeed(place.nibble(&["export", "--model", "my-Phi3", "--out", "other.gguf"]));
+    let mut file = File::open(place.path("other.gguf")).unwrap();
+    let content = Content::read(&mut file).unwrap();
+    assert_eq!(content.metadata["general.name"].to_string().unwrap(), "Phi my-3");
+}
+
+/// Somebody writes a file of that name while the model is written.
+#[test]
+fn a_file_that_comes_while_a_model_is_written_is_left_alone() {
+    let place = place(&Case::open("llama_s0"));
+    let checkpoint = Checkpoint::open(&place.path("base")).unwrap();
+    let spec = spec_from_config(checkpoint.config()).unwrap();
+    let export = Export { checkpoint: &checkpoint, spec: &spec, file_type: FileType::F16 };
+    let write = |overwrite| {
+        let path = place.path("out.gguf");
+        let file = AtomicFile::create(&path, overwrite).unwrap();
+        export.write(file, &[], |_| {
+            fs::write(&path, "mine").unwrap();
+            Ok(())
+        })
+    };
+    let error = write(false).unwrap_err().to_string();
+    assert!(error.contains("out-2.gguf"), "{error}");
+    assert_eq!(place.read("out.gguf"), b"mine");
+    write(true).unwrap();
+    assert_eq!(place.read("out.gguf"), place.read("out-2.gguf"));
+}

@@ -1,0 +1,242 @@
+//! What is learned from.
+
+use std::fs;
+
+use serde_json::{Value, json};
+
+use super::runs::{Run, Runs};
+
+/// What a run took from its training data.
+fn training(run: &Run) -> Value {
+    run.start()["data"][0].clone()
+}
+
+/// Pre-tokenized rows of these lengths.
+fn write_lengths(runs: &Runs, name: &str, lengths: &[usize]) {
+    let row = |length: &usize| {
+        let ids: Vec<usize> = (0..*length).map(|index| 3 + (7 * index + length) % 120).collect();
+        json!({ "input_ids": ids }).to_string()
+    };
+    let lines: Vec<String> = lengths.iter().map(row).collect();
+    fs::write(runs.place.path(name), lines.join("\n")).unwrap();
+}
+
+#[test]
+fn data() {
+    let runs = Runs::new();
+    write_lengths(&runs, "other.jsonl", &[9, 12]);
+    let run = runs.train("data=other.jsonl");
+    let data = training(&run);
+    assert_eq!((&data["file"], &data["tokens"]), (&json!("other.jsonl"), &json!(21)));
+    assert_eq!(run.numbers("step", "num_input_tokens_seen"), [21.0]);
+    // Several files.
+    fs::create_dir(runs.place.path("parts")).unwrap();
+    write_lengths(&runs, "parts/b.jsonl", &[12, 999]);
+    write_lengths(&runs, "parts/a.jsonl", &[9]);
+    let error = runs.refused("data=parts max-length=64").replace('\\', "/");
+    assert!(error.contains("parts/b.jsonl:2: document is longer than 64 tokens"), "{error}");
+    write_lengths(&runs, "parts/b.jsonl", &[12]);
+    let together = runs.train("data=parts/*.jsonl");
+    assert_eq!(together.numbers("step", "loss"), run.numbers("step", "loss"));
+    assert_eq!(training(&together)["file"], "parts/*.jsonl");
+}
+
+#[test]
+fn rename_columns() {
+    let runs = Runs::new();
+    let rows = ["w3 w4", "w5"].map(|text| json!({"body": text, "text": "w9 w9 w9"}).to_string());
+    fs::write(runs.place.path("named.jsonl"), rows.join("\n")).unwrap();
+    let error = runs.refused("data=named.jsonl rename-columns=body=text");
+    assert!(error.contains("named.jsonl:1: `--rename-columns`: the record has a field"), "{error}");
+    let run = runs.train("data=named.jsonl rename-columns=body=text rename-columns=text=other");
+    // Three words, and an end to each.
+    assert_eq!(training(&run)["tokens"], 5);
+    let swapped = "data=named.jsonl rename-columns=body=text rename-columns=text=body";
+    assert_eq!(training(&runs.train(swapped))["tokens"], 5);
+    let error = runs.refused(&format!("{swapped} rename-columns=title=x"));
+    assert!(error.contains("no record of named.jsonl has a field `title`"), "{error}");
+    // Several in one, whether the records can be told without them or not.
+    fs::write(runs.place.path("strange.jsonl"), json!({"a": "w3", "b": "w4"}).to_string()).unwrap();
+    let once = "hint: the flag is given once for each field: `--rename-columns ";
+    for (file, value, says, pair) in [
+        ("named", "body", "expected one `OLD=NEW`", "a=b"),
+        ("named", "body=text,text", "expected one `OLD=NEW`", "a=b"),
+        ("named", "body=text,text=other", "has a field `body=text,text`", "body=text"),
+        ("strange", "a=prompt,b=completion", "no field `a=prompt,b`", "a=prompt"),
+    ] {
+        let error = runs.refused(&format!("data={file}.jsonl rename-columns={value}"));
+        assert!(error.contains(says) && error.contains(&format!("{once}{pair} ")), "{error}");
+    }
+    // Evaluation data may have the right names already, and records have nothing where others have it.
+    let rows = [json!({"body": "w3 w4", "text": null}), json!({"body": null, "text": "w5"})];
+    let rows = rows.map(|row| row.to_string()).join("\n");
+    fs::write(runs.place.path("either.jsonl"), rows).unwrap();
+    fs::write(runs.place.path("right.jsonl"), json!({"text": "w6 w7"}).to_string()).unwrap();
+    let run = runs.train("data=either.jsonl eval-data=right.jsonl rename-columns=body=text");
+    assert_eq!(training(&run)["tokens"], 5);
+    assert_eq!(run.numbers("eval", "num_documents"), [1.0]);
+    // A table in a file may have any name in it.
+    let rows = ["a, b=c,text", "w3 w4,w9"].join("\n").replacen("a, b=c", "\"a, b=c\"", 1);
+    fs::write(runs.place.path("table.csv"), rows).unwrap();
+    let toml = "[rename_columns]\n\"a, b=c\" = \"text\"\ntext = \"rest\"\n";
+    fs::write(runs.place.path("renames.toml"), toml).unwrap();
+    assert_eq!(training(&runs.train("data=table.csv config=renames.toml"))["tokens"], 3);
+}
+
+#[test]
+fn eval_data() {
+    let runs = Runs::new();
+    let run = runs.train("eval-data=eval.jsonl max-steps=2");
+    assert_eq!(run.numbers("eval", "num_documents"), [4.0]);
+    assert_eq!(run.numbers("eval", "step"), [2.0], "once, at the end");
+    let text = String::from_utf8(runs.place.read("eval.jsonl")).unwrap();
+    let targets = |line: &str| {
+        let row: Value = serde_json::from_str(line).unwrap();
+        row["input_ids"].as_array().unwrap().len() as f64 - 1.0
+    };
+    let expected: f64 = text.lines().map(targets).sum();
+    assert_eq!(run.numbers("eval", "num_target_tokens"), [expected]);
+    let warning = "warning: the evaluation data are the training data";
+    assert!(!run.said.contains(warning));
+    assert!(runs.train("eval-data=train.jsonl max-steps=1").said.contains(warning));
+}
+
+#[test]
+fn validation_split() {
+    let runs = Runs::new();
+    let run = runs.train("validation-split=0.25");
+    write_lengths(&runs, "one.jsonl", &[90]);
+    let one = "data=one.jsonl max-length=16 truncation=split validation-split=0.2";
+    let error = runs.refused(one);
+    assert!(error.contains("`--validation-split 0.2`: there is one record to split"), "{error}");
+    let said = "validation split: 6 of the documents held out, 18 to train on";
+    assert!(run.said.contains(said), "{}", run.said);
+    assert_eq!(training(&run)["documents"], 18);
+    assert_eq!(run.numbers("eval", "num_documents"), [6.0]);
+}
+
+#[test]
+fn max_length() {
+    let runs = Runs::new();
+    write_lengths(&runs, "rows.jsonl", &[20, 20, 20, 20]);
+    for (length, rows) in [(20, 4), (39, 4), (40, 2), (80, 1)] {
+        let run = runs.train(&format!("data=rows.jsonl max-length={length}"));
+        assert_eq!(training(&run)["rows"], rows, "{length}");
+    }
+    let error = runs.refused("data=rows.jsonl max-length=19");
+    assert!(error.contains("rows.jsonl:1") && error.contains("--max-length"), "{error}");
+}
+
+#[test]
+fn format() {
+    let runs = Runs::new();
+    let row = json!({"text": "w3 w4 w5", "input_ids": [7, 8, 9, 10, 11]}).to_string();
+    fs::write(runs.place.path("both.jsonl"), row).unwrap();
+    let error = runs.refused("data=both.jsonl");
+    assert!(error.contains("--format text") && error.contains("--format tokens"), "{error}");
+    let tokens = |format: &str| {
+        let run = runs.train(&format!("data=both.jsonl format={format} self-checks=false"));
+        training(&run)["tokens"].as_u64().unwrap()
+    };
+    // text: three words, and an end
+    assert_eq!((tokens("tokens"), tokens("text")), (5, 4));
+}
+
+#[test]
+fn chat_template() {
+    let runs = Runs::new();
+    let turns =
+        json!([{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": "w5"}]);
+    fs::write(runs.place.path("chat.jsonl"), json!({"messages": turns}).to_string()).unwrap();
+    let error = runs.refused("data=chat.jsonl");
+    assert!(error.contains("--chat-template"), "{error}");
+    let template = |ending: &str| {
+        let source =
+            format!("{{% for m in messages %}}{{{{ m.content }}}} {ending} {{% endfor %}}");
+        fs::write(runs.place.path("turns.jinja"), &source).unwrap();
+        source
+    };
+    // The answer and what the template ends it with.
+    for (ending, targets) in [("w2", 2.0), ("w9 w2", 3.0)] {
+        let source = template(ending);
+        let run = runs.train("data=chat.jsonl chat-template=turns.jinja");
+        assert_eq!(run.numbers("step", "num_target_tokens_seen"), [targets], "{ending}");
+        let kept = runs.place.read(&format!("{}/chat_template.jinja", run.out));
+        assert_eq!(String::from_utf8(kept).unwrap(), source);
+    }
+}
+
+#[test]
+fn train_on() {
+    let runs = Runs::new();
+    let row = json!({"prompt": "w3 w4 w5 w6 ", "completion": "w7 w8 w9"}).to_string();
+    fs::write(runs.place.path("pairs.jsonl"), row).unwrap();
+    // The completion and its end; with the prompt, all but the first token.
+    for (part, targets) in [("assistant", 4.0), ("completion", 4.0), ("all", 7.0)] {
+        let run = runs.train(&format!("data=pairs.jsonl train-on={part}"));
+        assert_eq!(run.numbers("step", "num_target_tokens_seen"), [targets], "{part}");
+    }
+}
+
+#[test]
+fn truncation() {
+    let runs = Runs::new();
+    write_lengths(&runs, "rows.jsonl", &[10, 25, 12]);
+    let error = runs.refused("data=rows.jsonl max-length=16");
+    assert!(error.contains("rows.jsonl:2"), "{error}");
+    for (how, documents, tokens) in
+        [("drop", 2, 22), ("right", 3, 38), ("left", 3, 38), ("split", 4, 47)]
+    {
+        let run = runs.train(&format!("data=rows.jsonl max-length=16 truncation={how}"));
+        let data = training(&run);
+        assert_eq!((&data["documents"], &data["tokens"]), (&json!(documents), &json!(tokens)));
+        assert!(run.said.contains("1 longer than `--max-length`"), "{}", run.said);
+        assert_eq!(run.said.contains("; 1 answer cut before the end"), how == "right");
+    }
+    // Which end is kept shows in the loss of the first batch.
+    let loss = |how: &str| {
+        let flags = "data=rows.jsonl max-length=16 packing=false per-device-train-batch-size=3";
+        runs.train(&format!("{flags} truncation={how}")).numbers("step", "loss")
+    };
+    assert_ne!(loss("left"), loss("right"));
+}
+
+#[test]
+fn packing() {
+    let runs = Runs::new();
+    let [packed, apart] = ["true", "false"].map(|on| runs.train(&format!("packing={on}")));
+    assert_eq!(training(&apart)["rows"], 24);
+    assert!(training(&packed)["rows"].as_u64().unwrap() < 18);
+    // Documents of one row do not see each other: the same tokens in one batch, the same gradient.
+    write_lengths(&runs, "three.jsonl", &[8, 9, 10]);
+    let [packed, apart] = ["true", "false"].map(|on| {
+        let flags = "data=three.jsonl shuffle=false per-device-train-batch-size=3";
+        runs.train(&format!("{flags} packing={on}"))
+    });
+    assert_eq!((&training(&packed)["rows"], &training(&apart)["rows"]), (&json!(1), &json!(3)));
+    let (packed, apart) = (packed.numbers("step", "loss")[0], apart.numbers("step", "loss")[0]);
+    assert!((packed - apart).abs() < 1e-6, "{packed} {apart}");
+}
+
+#[test]
+fn shuffle() {
+    let runs = Runs::new();
+    let lengths = [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16];
+    write_lengths(&runs, "rows.jsonl", &lengths);
+    let order = |on: bool| {
+        let flags = "data=rows.jsonl packing=false !max-steps num-train-epochs=2";
+        let run = runs.train(&format!("{flags} shuffle={on}"));
+        let seen = run.numbers("step", "num_input_tokens_seen");
+        let before = std::iter::once(&0.0).chain(&seen);
+        seen.iter().zip(before).map(|(now, before)| (now - before) as usize).collect::<Vec<_>>()
+    };
+    assert_eq!(order(false), [lengths, lengths].concat());
+    let shuffled = order(true);
+    let (first, second) = shuffled.split_at(lengths.len());
+    assert!(first != lengths && first != second, "{shuffled:?}");
+    for epoch in [first, second] {
+        let mut sorted = epoch.to_vec();
+        sorted.sort();
+        assert_eq!(sorted, lengths, "every row once in an epoch");
+    }
+}
