@@ -17,4 +17,4 @@ tests/emulator/build.sh "$work/libnibble_emulated.so" -fsanitize=address -fno-om
 host=$(rustc -vV | sed -n 's/^host: //p' | tr 'a-z-' 'A-Z_')
 export "CARGO_TARGET_${host}_RUNNER=env LD_PRELOAD=$asan ASAN_OPTIONS=detect_leaks=0"
 NIBBLE_EMULATED=$work/libnibble_emulated.so \
-    cargo test --release --locked --test cuda_kernels -- --skip mutants
+    cargo test --release --workspace --locked --test cuda_kernels -- --skip mutants

@@ -2,7 +2,8 @@
 # What a change must pass before it lands, and exactly what CI runs: format, lints, documentation
 # (a broken link is an error), all tests, the CUDA kernels under AddressSanitizer and their PTX, other
 # platforms, the memory of a 1B-shaped model against its plan, and a rehearsal of the check on a GPU.
-# Every step uses the release profile and what the tests built, so that the dependencies are built once.
+# Every step uses the release profile and what the tests built, so that the dependencies are built once
+# (by `--workspace`: without it, Cargo gives some of them other features).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 

@@ -20,7 +20,7 @@ binaries=(nibble cuda_backend cuda_kernels)
 pack() {
     mkdir -p "$carried"
     # Builds the program, too.
-    cargo test --release --locked --no-run --test cuda_backend --test cuda_kernels \
+    cargo test --release --workspace --locked --no-run --test cuda_backend --test cuda_kernels \
         --message-format=json |
         python3 -c 'import json, sys
 for line in sys.stdin:
