@@ -122,7 +122,7 @@ def speed(check: Check):
     check.report.figures["kernels"] = found
     if found["PROFILE"]:
         note_profile(check, found["PROFILE"][0])
-    for judge, marker in [(judge_exposed, "EXPOSED"), (judge_widening, "SPEED"), (judge_attention, "SPEED")]:
+    for judge, marker in [(judge_exposed, "EXPOSED"), (judge_dequantizing, "SPEED"), (judge_attention, "SPEED")]:
         if found[marker]:
             judge(check, found[marker][0])
     if not all(found.values()):
@@ -136,11 +136,11 @@ def note_profile(check: Check, found: dict):
     check.report.note("kernels and products of a step, each by itself", f"{together:.1f} ms: {words}")
 
 
-def judge_widening(check: Check, found: dict):
-    widened, copied = found["dequantize_gb_per_s"], found["copy_gb_per_s"]
+def judge_dequantizing(check: Check, found: dict):
+    dequantized, copied = found["dequantize_gb_per_s"], found["copy_gb_per_s"]
     fastest = max(copied, rate(check, "copy_gb_per_s") or 0.0)
-    share = widened / fastest
-    words = f"{share:.0%}: {widened:,.0f} GB/s, a copy {fastest:,.0f}"
+    share = dequantized / fastest
+    words = f"{share:.0%}: {dequantized:,.0f} GB/s, a copy {fastest:,.0f}"
     check.report.decide("dequantize", share >= goals.DEQUANTIZE_SHARE, words)
     row = found["row_gb_per_s"]
     check.report.note("a row times 4-bit weights, beside a copy", f"{row / fastest:.0%}: {row:,.0f} GB/s")

@@ -8,7 +8,7 @@
 use super::ranks::Ranks;
 use super::region::{MemoryPlan, Region, RegionType};
 use super::region_id::{
-    AdapterRegion, BlockRegion, HeadRegion, Owner, RegionId, Rotary, RotaryRegion, WorkRegion,
+    AdapterRegion, BlockRegion, HeadRegion, Owner, RegionId, RotaryKind, RotaryRegion, WorkRegion,
 };
 use super::settings::{Half, HeadSizes, OFFLOAD_SLOTS, Policy, Settings};
 use crate::adapter::LoraTarget;
@@ -276,7 +276,7 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
 
 /// Regions of each rotary embedding: cos and sin.
 pub fn rotary_tables(spec: &ModelSpec) -> impl Iterator<Item = [RegionId; 2]> {
-    let rotaries = spec.rotaries().zip([Rotary::Global, Rotary::Local]);
+    let rotaries = spec.rotaries().zip([RotaryKind::Global, RotaryKind::Local]);
     let tables = [RotaryRegion::Cos, RotaryRegion::Sin];
     rotaries.map(move |(_, which)| tables.map(|table| RegionId::Rotary(which, table)))
 }

@@ -30,7 +30,7 @@ pub use outside::{Outside, WeightParts};
 pub use ranks::Ranks;
 pub use region::{Component, MemoryPlan, Pitch, REGION_ALIGNMENT_BYTES, Region, RegionType};
 pub use region_id::{
-    AdapterRegion, BlockRegion, CudaRegion, HeadRegion, Owner, RegionId, Rotary, RotaryRegion,
+    AdapterRegion, BlockRegion, CudaRegion, HeadRegion, Owner, RegionId, RotaryKind, RotaryRegion,
     WorkRegion,
 };
 pub use settings::{Policy, Settings, SumOrder, logit_rows};

@@ -1,11 +1,10 @@
-//! Which buffer a region is: its name, the row of the report that it counts to, and when a step first
-//! touches it.
+//! Which buffer a region is: its name, and the row of the report that it counts to.
 
 use std::fmt;
 
 use super::region::Component;
 
-/// An enum of buffers, each with its name.
+/// An enum whose variants have names.
 macro_rules! named {
     ($(#[$enum_doc:meta])* $enum:ident { $($(#[$doc:meta])* $variant:ident = $name:literal,)* }) => {
         $(#[$enum_doc])*
@@ -32,7 +31,7 @@ pub enum RegionId {
     /// What the head works in.
     Head(HeadRegion),
     /// A table of the rotary embedding, or of the second one of local layers.
-    Rotary(Rotary, RotaryRegion),
+    Rotary(RotaryKind, RotaryRegion),
     /// What q is multiplied by.
     QueryScale,
     /// Keys and values of a block's generated text.
@@ -168,7 +167,7 @@ named! {
 
 named! {
     /// Which of a model's rotary embeddings.
-    Rotary {
+    RotaryKind {
         /// That of all layers, or of those without a window.
         Global = "rotary",
         /// That of layers with a window.

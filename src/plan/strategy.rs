@@ -11,7 +11,7 @@ use super::settings::{Pieces, Policy, Settings};
 pub struct Strategy {
     /// Blocks that keep their activations: the last ones, which the backward pass meets first.
     pub kept: usize,
-    /// What all others do with theirs.
+    /// What all others do with theirs; of a choice *keep*, where there are none.
     pub others: Policy,
     /// Those of them, the last ones, that keep the output of attention though their input is offloaded.
     pub attended: usize,

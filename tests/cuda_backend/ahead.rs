@@ -1,4 +1,4 @@
-//! Weights that are widened on a stream of their own while the product before theirs runs.
+//! Weights that are dequantized on a stream of their own while the product before theirs runs.
 
 use std::path::Path;
 
@@ -62,7 +62,7 @@ fn packed_model(gpu: &Gpu, policies: &[Policy], stream: bool) -> Model<Gpu> {
 }
 
 /// Loss and gradients of a step from nothing. A pass allocates nothing and waits for its loss alone,
-/// whatever is offloaded, streamed or widened ahead.
+/// whatever is offloaded, streamed or dequantized ahead.
 fn step(model: &mut Model<Gpu>, batch: &Batch) -> (u64, Vec<u32>) {
     model.parameters_mut().zero_gradients();
     let counts = |model: &Model<Gpu>| model.parameters().kernels().driver().counts();
@@ -74,10 +74,10 @@ fn step(model: &mut Model<Gpu>, batch: &Batch) -> (u64, Vec<u32>) {
     (loss.to_bits(), gradients.iter().map(|x| x.to_bits()).collect())
 }
 
-/// The first step knows no order and widens nothing ahead; the later ones have its bits, whether
+/// The first step knows no order and dequantizes nothing ahead; the later ones have its bits, whether
 /// the other stream is as early or as late as it may be.
 #[test]
-fn what_is_widened_ahead_has_the_bits_of_what_is_widened_in_turn() {
+fn what_is_dequantized_ahead_has_the_bits_of_what_is_dequantized_in_turn() {
     use Policy::{Checkpoint, Keep, Offload};
     let (batch, _) = Case::open("llama_s0").tensors("ref.safetensors").batch("input_ids", "labels");
     let policies = [Checkpoint, Keep, Offload];
@@ -86,26 +86,26 @@ fn what_is_widened_ahead_has_the_bits_of_what_is_widened_in_turn() {
             let Some(device) = Device::with(copies) else { return };
             let gpu = Cuda::new(device).unwrap();
             let mut model = packed_model(&gpu, &policies, stream);
-            let widened = || gpu.driver().widened();
+            let dequantized = || gpu.driver().dequantized();
             let first = step(&mut model, &batch);
-            let [all, none] = widened();
+            let [all, none] = dequantized();
             assert!(f64::from_bits(first.0).is_finite() && none == 0 && all >= 7 * 3 * 2);
             // Another order between, which ends where it is not expected to.
             model.evaluate(&batch).unwrap();
-            let before = widened();
+            let before = dequantized();
             assert!(step(&mut model, &batch) == first, "{copies:?}, streamed: {stream}");
-            let [in_turn, ahead] = [0, 1].map(|stream| widened()[stream] - before[stream]);
+            let [in_turn, ahead] = [0, 1].map(|stream| dequantized()[stream] - before[stream]);
             assert_eq!(in_turn + ahead, all, "no guess was wrong");
             // The first ones of all, q, k and v, which one product takes; of streamed weights also
             // those that a pass to another block begins with: backward to the one that keeps, down.
             assert_eq!(in_turn, if stream { 4 * 3 + 1 } else { 3 });
         }
     }
-    if Device::skips_on_a_card("weights that are never widened") {
+    if Device::skips_on_a_card("weights that are never dequantized") {
         return;
     }
     let gpu = Cuda::new(Device::with(Copies::Never).unwrap()).unwrap();
     let mut model = packed_model(&gpu, &[Keep; 2], false);
     let first = step(&mut model, &batch);
-    assert!(step(&mut model, &batch) != first, "what is widened ahead matters");
+    assert!(step(&mut model, &batch) != first, "what is dequantized ahead matters");
 }

@@ -63,8 +63,8 @@ pub struct Device {
     most_bytes: AtomicUsize,
     /// Launches until one finds no memory.
     launches_left: AtomicUsize,
-    /// Weights that were widened, on the first stream and on the third.
-    widened: [AtomicUsize; 2],
+    /// Weights that were dequantized, on the first stream and on the third.
+    dequantized: [AtomicUsize; 2],
     copied_ahead: AtomicUsize,
     /// `[m, n, k]` of the products that are queued.
     products: Mutex<Vec<[usize; 3]>>,
@@ -162,7 +162,7 @@ impl Device {
             waits,
             most_bytes,
             launches_left,
-            widened: [zero(), zero()],
+            dequantized: [zero(), zero()],
             copied_ahead: zero(),
             products,
             recorded: Mutex::default(),
@@ -195,7 +195,7 @@ impl Device {
         }
     }
 
-    /// From now on, or no longer, leaves out what widens weights and what is of adapters alone; products
+    /// From now on, or no longer, leaves out what dequantizes weights and what is of adapters alone; products
     /// are without the columns that an adapter has in them. The numbers mean nothing then.
     pub fn set_bare(&self, bare: bool) {
         self.bare.store(bare, Relaxed);
@@ -215,12 +215,12 @@ impl Device {
         self.launches_left.store(launches, Relaxed);
     }
 
-    /// Weights that were widened in their turn, and ahead of it.
-    pub fn widened(&self) -> [usize; 2] {
-        [0, 1].map(|stream| self.widened[stream].load(Relaxed))
+    /// Weights that were dequantized in their turn, and ahead of it.
+    pub fn dequantized(&self) -> [usize; 2] {
+        [0, 1].map(|stream| self.dequantized[stream].load(Relaxed))
     }
 
-    /// Copies to the buffers of widened weights ahead of their turn.
+    /// Copies to the buffers of dequantized weights ahead of their turn.
     pub fn copied_ahead(&self) -> usize {
         self.copied_ahead.load(Relaxed)
     }
@@ -313,12 +313,12 @@ impl Driver for Device {
     }
 
     fn launch(&self, launch: Launch) -> Result<()> {
-        let widens = launch.kernel == "dequantize_4bit";
-        if widens {
-            self.widened[0].fetch_add(1, Relaxed);
+        let dequantizes = launch.kernel == "dequantize_4bit";
+        if dequantizes {
+            self.dequantized[0].fetch_add(1, Relaxed);
         }
         self.note(|| Recorded::launch(&launch));
-        if self.is_bare() && (widens || is_of_adapters(&launch)) {
+        if self.is_bare() && (dequantizes || is_of_adapters(&launch)) {
             return Ok(());
         }
         if self.is_bare()
@@ -351,7 +351,7 @@ impl Driver for Device {
 
     fn launch_ahead(&self, launch: Launch, slot: usize) -> Result<()> {
         assert_eq!(launch.kernel, "dequantize_4bit");
-        self.widened[1].fetch_add(1, Relaxed);
+        self.dequantized[1].fetch_add(1, Relaxed);
         self.note(|| Recorded::launch(&launch));
         if self.is_bare() {
             return Ok(());

@@ -205,13 +205,13 @@ fn another_number_of_trained_tokens_is_no_other_order() {
         random_model(&gpu, OnHost::All, &spec, &batch, |settings| settings.logit_rows = 1);
     step(&mut model, &batch);
     for batch in [&fewer, &batch, &fewer, &batch] {
-        let before = (gpu.driver().copied_ahead(), gpu.driver().widened());
+        let before = (gpu.driver().copied_ahead(), gpu.driver().dequantized());
         step(&mut model, batch);
         let copied = gpu.driver().copied_ahead() - before.0;
         assert_eq!(copied, copies_of(chunks(batch)), "{} chunks", chunks(batch));
         // The first ones of all, q, k and v in one product; and those behind the head, where another
         // chunk may have been expected.
-        let [in_turn, ahead] = [0, 1].map(|of| gpu.driver().widened()[of] - before.1[of]);
+        let [in_turn, ahead] = [0, 1].map(|of| gpu.driver().dequantized()[of] - before.1[of]);
         assert!(in_turn <= 3 + 3 && ahead > 30, "{in_turn} in turn, {ahead} ahead");
         model.evaluate(batch).unwrap();
     }

@@ -262,10 +262,13 @@ fn cached_decoding_gives_the_logits_of_the_full_pass() {
         let full = model.logits(&batch, &(0..length as u32).collect::<Vec<_>>()).unwrap();
         let mut fed = 0;
         for count in [11, 3].into_iter().chain(std::iter::repeat_n(1, length - 14)) {
-            let widened = gpu.driver().widened();
+            let dequantized = gpu.driver().dequantized();
             let logits = model.decode(&batch.input_ids[fed..fed + count]).unwrap().into_owned();
             fed += count;
-            assert!(count > 1 || gpu.driver().widened() == widened, "{name}: rows are decoded");
+            assert!(
+                count > 1 || gpu.driver().dequantized() == dequantized,
+                "{name}: rows are decoded"
+            );
             let error = error_in_norm(&logits, &full[(fed - 1) * vocab..fed * vocab]);
             // A row by itself is off by more than all of them together.
             assert!(error < 3e-2, "{name}: logits after {fed} are off by {error:e}");

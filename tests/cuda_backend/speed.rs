@@ -43,8 +43,8 @@ fn seconds(gpu: &Gpu, calls: usize, mut call: impl FnMut(usize)) -> f64 {
 /// Matrices that take turns, so that none is in a cache: 120 MB of the 8B shape.
 const MATRICES: usize = 4;
 
-/// Bytes a second that widening 4-bit matrices reads and writes, those of a copy, and those that a row is
-/// multiplied by. The launches that widen are those that a product makes.
+/// Bytes a second that dequantizing 4-bit matrices reads and writes, those of a copy, and those that a row is
+/// multiplied by. The launches that dequantize are those that a product makes.
 fn matrices(gpu: &Gpu, [rows, columns]: [usize; 2], calls: usize) -> [f64; 3] {
     use RegionType::{Bf16, F32};
     let elements = rows * columns;
@@ -76,13 +76,13 @@ fn matrices(gpu: &Gpu, [rows, columns]: [usize; 2], calls: usize) -> [f64; 3] {
     });
     launches.retain(|work| work.name() == "dequantize_4bit");
     assert_eq!(launches.len(), MATRICES, "a launch for each matrix");
-    let widen = seconds(gpu, calls, |call| gpu.driver().replay(&launches[call % MATRICES]));
+    let dequantize = seconds(gpu, calls, |call| gpu.driver().replay(&launches[call % MATRICES]));
     let copy = seconds(gpu, calls, |_| gpu.copy((&from, 0), (&mut to, 0), elements));
     let row = seconds(gpu, calls, |call| {
         let y = (&mut y, Columns::all(rows));
         gpu.linear_row(LinearTerms::of(&weights[call % MATRICES]), &x, y, Write::Over);
     });
-    [moved / widen, 4.0 * elements as f64 / copy, read / row]
+    [moved / dequantize, 4.0 * elements as f64 / copy, read / row]
 }
 
 /// Seconds of attention's forward and backward pass over one document.
@@ -124,20 +124,22 @@ fn of_kernels() {
     let card = Device::is_a_card();
     let (shape, launches) = if card { ([14_336, 4096], 200) } else { ([96, 64], 4) };
     let (tokens, calls) = if card { (4096, 5) } else { (70, 1) };
-    let [widened, copied, row] = matrices(&gpu, shape, launches);
+    let [dequantized, copied, row] = matrices(&gpu, shape, launches);
     let attention = attention(&gpu, tokens, calls);
     assert!(
-        [widened, copied, row, attention].iter().all(|figure| figure.is_finite() && *figure > 0.0)
+        [dequantized, copied, row, attention]
+            .iter()
+            .all(|figure| figure.is_finite() && *figure > 0.0)
     );
-    let result = json!({ "dequantize_gb_per_s": widened / 1e9, "copy_gb_per_s": copied / 1e9,
+    let result = json!({ "dequantize_gb_per_s": dequantized / 1e9, "copy_gb_per_s": copied / 1e9,
         "row_gb_per_s": row / 1e9, "attention_ms": attention * 1e3, "attention_tokens": tokens });
     println!("SPEED {result}");
 }
 
-/// What widening and adapters add to the time of the passes of a step: a part of it runs beside other
+/// What dequantizing and adapters add to the time of the passes of a step: a part of it runs beside other
 /// work. The head has the share that it has of all 32 blocks of the 8B model.
 #[test]
-fn of_a_step_without_widening_and_adapters() {
+fn of_a_step_without_dequantizing_and_adapters() {
     let Some(gpu) = gpu() else { return };
     let (shape, tokens, rounds) = match Device::is_a_card() {
         true => (Shape::of_8b(4, 16_384), 4096, 7),
@@ -157,7 +159,7 @@ fn of_a_step_without_widening_and_adapters() {
         model.forward_backward(&batch, scale, 0).unwrap();
         start.elapsed().as_secs_f64()
     };
-    // The first pass learns the order in which weights are widened, and leaves one in the buffers.
+    // The first pass learns the order in which weights are dequantized, and leaves one in the buffers.
     for bare in [false, true] {
         step(bare);
     }

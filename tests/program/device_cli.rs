@@ -98,7 +98,7 @@ fn the_plan_of_a_gpu_needs_none() {
 }
 
 /// Python's packages hold cuBLAS without a path to what lies beside it. They are found, and so are conda's
-/// folder and one that is named.
+/// folder, CUDA's and one that is named.
 #[cfg(target_os = "linux")]
 #[test]
 fn cublas_is_found_with_the_library_that_it_needs() {
@@ -139,6 +139,7 @@ fn cublas_is_found_with_the_library_that_it_needs() {
         return;
     }
     check("CONDA_PREFIX", root.path(), &folder);
+    check("CUDA_HOME", root.path(), &folder);
     let mut python = Command::new("python3");
     python.args(["-c", "import site; print(site.getusersitepackages())"]);
     let user = root.path().join("user");

@@ -1,4 +1,4 @@
-//! The real binary as a child process: its commands, flags, files and messages.
+//! The real binary, mostly as a child process: its commands, flags, files and messages.
 
 #[path = "../gguf_file/mod.rs"]
 mod gguf_file;

@@ -138,8 +138,7 @@ impl<D: Driver> Cuda<D> {
         self.with_launches_of(multiprocessors * attention::LAUNCH_FLOPS_OF_A_MULTIPROCESSOR)
     }
 
-    /// The same, with launches of flash attention that compute `flops` at most: the same bits. For
-    /// tests.
+    /// The same, with launches of flash attention that compute `flops` at most: the same bits.
     pub fn with_launches_of(self, flops: u64) -> Self {
         Cuda { launch_flops: flops, ..self }
     }

@@ -189,7 +189,7 @@ fn further_folders() -> Vec<Option<PathBuf>> {
     });
     let mut folders: Vec<_> = named.flatten().collect();
     if cfg!(unix) {
-        folders.push(Some(PathBuf::from("/usr/local/cuda/lib64")));
+        folders.extend(cuda.iter().map(|folder| Some(Path::new("/usr/local/cuda").join(folder))));
     }
     let ask = |python: &&str| {
         let mut command = Command::new(python);

@@ -1,7 +1,7 @@
 //! The first half of a block: norm, q, k and v, attention, and the projection onto the stream.
 
 use super::{
-    Activations, AttentionOutput, Block, Cache, Gradients, Linear, Pass, Saved, Workspace,
+    AttentionOutput, Block, BlockActivations, Cache, Gradients, Linear, Pass, Saved, Workspace,
 };
 use crate::kernels::{AttentionInputs, Kernels, Write};
 use crate::model::spec::LinearRole;
@@ -17,7 +17,7 @@ impl<K: Kernels> Block<K> {
         &self,
         pass: &Pass<K>,
         x: &K::Buffer,
-        Activations { saved, attention }: &mut Activations<K::Buffer>,
+        BlockActivations { saved, attention }: &mut BlockActivations<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         cache: Option<Cache<K::Buffer>>,
         attend: bool,
@@ -89,7 +89,7 @@ impl<K: Kernels> Block<K> {
         &self,
         pass: &Pass<K>,
         x: &K::Buffer,
-        Activations { saved, attention }: &Activations<K::Buffer>,
+        BlockActivations { saved, attention }: &BlockActivations<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         Gradients { activations: grads, lora }: &mut Gradients<K::Buffer>,
         input_gradient: bool,

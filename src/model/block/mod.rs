@@ -76,7 +76,7 @@ pub struct AttentionOutput<B> {
 }
 
 /// All activations of a block at work.
-pub struct Activations<'a, B> {
+pub struct BlockActivations<'a, B> {
     /// What attention makes.
     pub attention: &'a mut AttentionOutput<B>,
     /// All the rest.
@@ -240,7 +240,7 @@ impl<K: Kernels> Block<K> {
         pass: &Pass<K>,
         x: &K::Buffer,
         out: &mut K::Buffer,
-        mut activations: Activations<K::Buffer>,
+        mut activations: BlockActivations<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         cache: Option<Cache<K::Buffer>>,
     ) {
@@ -258,7 +258,7 @@ impl<K: Kernels> Block<K> {
         &self,
         pass: &Pass<K>,
         x: &K::Buffer,
-        mut activations: Activations<K::Buffer>,
+        mut activations: BlockActivations<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         lora_gradients: &mut K::Buffer,
         (missing, input_gradient): (Missing, bool),

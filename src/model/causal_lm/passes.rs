@@ -7,7 +7,7 @@ use super::buffers::{Buffers, HeadBuffers};
 use super::{Mode, Model};
 use crate::error::Result;
 use crate::kernels::{Columns, HeadChunk, Kernels, LinearTerms, LogitShape, TokenLayout, Write};
-use crate::model::block::{Activations, Cache, Dropout, Missing, Pass, RotaryBuffers};
+use crate::model::block::{BlockActivations, Cache, Dropout, Missing, Pass, RotaryBuffers};
 use crate::model::rotary::Reach;
 use crate::model::streaming::Direction;
 use crate::plan::Policy;
@@ -75,7 +75,7 @@ impl<K: Kernels> Model<K> {
             let cache = caches.get_mut(layer).filter(|_| mode.cached);
             let cache = cache.map(|keys_values| Cache { keys_values, past: *cached_tokens });
             let attention = &mut attended[attended_places[layer]];
-            block.forward(&pass, x, out, Activations { attention, saved }, work, cache);
+            block.forward(&pass, x, out, BlockActivations { attention, saved }, work, cache);
             if mode.training {
                 offload.attention_written(kernels, attended, layer, tokens.tokens());
             }
@@ -183,7 +183,7 @@ impl<K: Kernels> Model<K> {
             };
             let saved = kept[layer].as_mut().or(shared.as_mut()).expect("as in the forward pass");
             let attention = &mut attended[attended_places[layer]];
-            let (x, activations) = (&inputs[places[layer]], Activations { attention, saved });
+            let (x, activations) = (&inputs[places[layer]], BlockActivations { attention, saved });
             block.backward(&pass, x, activations, work, &mut gradients, (missing, layer > 0));
             if let Some(streaming) = &mut weights.streaming {
                 streaming.leave(layer, Direction::Backward);

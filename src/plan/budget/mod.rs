@@ -323,7 +323,12 @@ impl Demand<'_> {
     }
 
     pub(super) fn choice(&self, strategy: Strategy) -> Choice {
-        Choice { strategy, settings: self.settings_of(strategy) }
+        let others = match strategy.kept == self.spec.num_layers {
+            // There are none.
+            true => Policy::Keep,
+            false => strategy.others,
+        };
+        Choice { settings: self.settings_of(strategy), strategy: Strategy { others, ..strategy } }
     }
 
     fn settings_of(&self, strategy: Strategy) -> Settings {

@@ -64,7 +64,10 @@ fn auto_keeps_as_many_layers_as_fit() {
     // So short that to make attention again costs nothing to speak of.
     let settings = Settings { longest_document: 2, ..settings(&spec, 1024) };
     let demand = demand(&spec, &settings);
-    let of = |kept: usize| Strategy { kept, ..CHECKPOINT };
+    let of = |kept: usize| match kept {
+        6 => Strategy::uniform(6, Policy::Keep, false),
+        kept => Strategy { kept, ..CHECKPOINT },
+    };
     let need = |kept: usize| demand.total_bytes(of(kept));
     for kept in [0, 3, 6] {
         let chosen = demand.choose(Limit::Budget(need(kept))).unwrap();
@@ -214,7 +217,7 @@ fn weights_are_streamed_where_that_saves_recomputation() {
     let streamed = Some(StreamedBytes::of_vectors(1 << 20));
     let weights = WeightBytes { resident: codes(50 << 20), streamed, embedding: 0, head: 0 };
     let auto = Demand { weights, ..demand(&spec, &settings) };
-    let keep = Strategy { kept: 6, ..CHECKPOINT };
+    let keep = Strategy::uniform(6, Policy::Keep, false);
     let most = auto.total_bytes(keep);
     let choose = |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap().strategy;
     assert_eq!(choose(&auto, most), keep);
@@ -328,7 +331,7 @@ fn a_hint_names_what_its_flags_would_take() {
     let settings = settings(&spec, 1024);
     let auto = demand(&spec, &settings);
     let keep = auto.allowing(Activations::Keep, WeightsMode::Auto);
-    let whole = auto.total_bytes(Strategy { kept: 6, ..CHECKPOINT });
+    let whole = auto.total_bytes(Strategy::uniform(6, Policy::Keep, false));
     for part in [30, 60, 90] {
         let limit = Limit::Free(whole * part / 100);
         let Ok(granted) = auto.choose(limit) else { continue };
@@ -354,7 +357,7 @@ fn what_can_be_pinned_is_tried_whole() {
     let seconds = |demand: &Demand, c: &Strategy| pace.seconds_per_token(&demand.choice(*c));
     for inputs in [0, 2, 4] {
         let demand = Demand { pinned_bytes: inputs * input, ..plenty.clone() };
-        let most = demand.total_bytes(Strategy { kept: 6, ..CHECKPOINT });
+        let most = demand.total_bytes(Strategy::uniform(6, Policy::Keep, false));
         for budget in (1..=20).map(|part| most * part / 20) {
             let fitting = all.iter().filter(|candidate| demand.fits(**candidate, budget));
             let best = fitting.map(|c| seconds(&demand, c)).min_by(f64::total_cmp);
@@ -415,7 +418,7 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         assert!(mixed > 0, "blocks that keep beside blocks that offload");
         // All in memory, nothing recomputed.
         let free = demand.choose(Limit::Free(u64::MAX)).unwrap();
-        assert_eq!(free.strategy, Strategy { kept: layers, ..CHECKPOINT });
+        assert_eq!(free.strategy, Strategy::uniform(layers, Policy::Keep, false));
         assert_eq!(slowest, pace.seconds_per_token(&free));
         // Where not all of it fits, the embedding goes first; it costs less than a block.
         let all = demand.total_bytes(free.strategy);
@@ -423,7 +426,7 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
             let demand = Demand { embedding: place, ..demand.clone() };
             demand.choose(Limit::Budget(all - 1)).unwrap().strategy
         };
-        let keep = Strategy { kept: layers, ..CHECKPOINT };
+        let keep = Strategy::uniform(layers, Policy::Keep, false);
         let chosen = without(EmbeddingPlace::Auto);
         assert_eq!(chosen, Strategy { on_host: OnHost::Input, ..keep });
         let weights = weights_of(&demand, keep) - weights_of(&demand, chosen);

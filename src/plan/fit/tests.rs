@@ -48,6 +48,7 @@ fn the_limits_are_the_last_sizes_that_fit() {
         let fit = Fit::new(demand, ASKED, Limit::Budget(budget), &plan);
         assert!(fit.fits && fit.bytes == budget - 1000);
         assert_eq!(fit.ways.len(), 10);
+        assert!(fit.ways.iter().any(|way| way.strategy == fit.plan.strategy), "{:?}", fit.plan);
         for way in &fit.ways {
             let whole = Strategy::uniform(6, way.strategy.others, way.strategy.stream);
             let pieces = Strategy { pieces: Pieces::ALL, ..whole };

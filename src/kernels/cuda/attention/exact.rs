@@ -13,6 +13,7 @@ use crate::kernels::{AttentionShape, TokenLayout};
 
 /// Query rows of a block of scores.
 pub(super) const BLOCK_ROWS: usize = 256;
+
 /// A block of query rows of one document, for the query heads of one key head.
 #[derive(Clone, Copy)]
 pub(super) struct Block {

@@ -25,7 +25,7 @@ pub fn heaviest_first(boundaries: &[usize]) -> Vec<[u32; 2]> {
 }
 
 /// What a launch of flash attention computes at most, in floating-point operations, for each
-/// multiprocessor: a third of a second or less, of cards that compute 0.9 TFLOP/s with each and more. The
+/// multiprocessor: a third of a second where each reaches 0.45 TFLOP/s, half of what the slowest cards can. The
 /// driver of a card that shows a desktop stops what holds it up for seconds.
 pub const LAUNCH_FLOPS_OF_A_MULTIPROCESSOR: u64 = 150_000_000_000;
 /// The same where nobody has said what card it is: that of a large one.
