@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from . import goals
-from .check import CARRIED, Check, NoCard, require_driver, write_jsonl
+from .check import CARRIED, SCRIPTS, Check, NoCard, require_driver, write_jsonl
 from .child import Ended
 from .libtest import Tests
 from .nibble import GIB, Run, step_flops
@@ -302,17 +302,23 @@ def train_32b(check: Check):
     shutil.rmtree(check.model("32B"))
 
 
-def train_8b_long(check: Check):
-    def lacks_gib() -> float:
-        return 2 * goals.LONG_PINS_GIB - host_kib("MemAvailable") / 2**20
-
-    if not check.setup.rehearsal and lacks_gib() > 0:
+def require_pinnable_memory(check: Check):
+    needed_gib = 2 * goals.LONG_PINS_GIB
+    if free_gib() < needed_gib:
         # A virtual machine may be given its memory as it is used, and tell of less until then.
-        check.run([sys.executable, SCRIPTS / "gpu" / "touch_memory.py", 2 * goals.LONG_PINS_GIB], LONG_STEP_S)
-    if not check.setup.rehearsal and lacks_gib() > 0:
-        free_gib = host_kib("MemAvailable") / 2**20
-        words = f"{free_gib:.0f} GiB of the host's memory are free, half of it may be pinned"
+        check.run([sys.executable, SCRIPTS / "gpu" / "touch_memory.py", needed_gib], LONG_STEP_S)
+    if (free := free_gib()) < needed_gib:
+        words = f"{free:.0f} GiB of the host's memory are free, half of it may be pinned"
         raise RuntimeError(f"{words}; {goals.LONG_PINS_GIB} GiB are needed")
+
+
+def free_gib() -> float:
+    return host_kib("MemAvailable") / 2**20
+
+
+def train_8b_long(check: Check):
+    if not check.setup.rehearsal:
+        require_pinnable_memory(check)
     # The leanest way: `auto` would fill the budget to save time.
     train_long(check, "8B long", "8B", check.setup.length_long, 1, "--activations", "offload")
 

@@ -18,7 +18,7 @@ use super::synonyms;
 use crate::data::files::is_data;
 use crate::error::{Error, HINT, Result};
 use crate::nearest::nearest;
-use crate::train::settings::SettingsEcho;
+use crate::train::settings::{self, SettingsEcho};
 
 /// One setting of a layer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -36,12 +36,6 @@ const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];
 
 /// Settings that had no effect, and are in the files of runs from before they went.
 const RETIRED: [&str; 1] = ["loraplus-lr-embedding"];
-
-/// How a dense base is packed unless it is asked for otherwise: no defaults of the flags, since a base that is
-/// packed already may not be packed so. A run on a dense base has them in its file, asked for or not, so that
-/// nobody asks for them in a file.
-const PACKING: [(&str, &str); 3] =
-    [("quantization", "nf4"), ("block-size", "64"), ("double-quant", "true")];
 
 /// Finds the flag `name` (kebab or snake case), be it an alias.
 fn find<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
@@ -115,8 +109,15 @@ fn exclude(command: &Command, one: &str, other: &str) -> bool {
     both.is_some_and(|(one, other)| excludes(one, other) || excludes(other, one))
 }
 
+/// How a dense base is packed unless it is asked for otherwise, if `flag` is about that: no default of the flag,
+/// since a base that is packed already may not be packed so. A run on a dense base has it in its file, asked for
+/// or not, so that nobody asks for it in a file.
+fn usual_packing(flag: &str) -> Option<&'static str> {
+    settings::usual_packing(&flag.replace('-', "_"))
+}
+
 fn is_usual_packing(flag: &str, values: &[String]) -> bool {
-    PACKING.iter().any(|(name, usual)| *name == flag && values == [*usual])
+    usual_packing(flag).is_some_and(|usual| values == [usual])
 }
 
 fn is_default(command: &Command, flag: &str, values: &[String]) -> bool {
@@ -373,10 +374,7 @@ pub fn echo(command: &Command, matches: &ArgMatches) -> SettingsEcho {
             && !matches!(arg.get_action(), ArgAction::Help | ArgAction::HelpLong)
             && !is_displaced(command, matches, arg)
     });
-    let packing = |arg: &Arg| {
-        let usual = PACKING.iter().find(|(name, _)| arg.get_long() == Some(name));
-        usual.map(|(_, value)| vec![value.to_string()])
-    };
+    let packing = |arg: &Arg| Some(vec![usual_packing(arg.get_long()?)?.to_string()]);
     let values = |arg: &Arg| values(arg).or_else(|| packing(arg));
     settings.filter_map(|arg| Some((long(arg).replace('-', "_"), values(arg)?))).collect()
 }

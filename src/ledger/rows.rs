@@ -196,11 +196,11 @@ fn first_use(region: &Region) -> Phase {
         RegionId::Cache(_) => Phase::Eval,
         // Zeroed before the loss, which fills it.
         RegionId::Work(Gradient) => Phase::Loss,
-        RegionId::Work(MlpGradient | NormGradient | ProjectedGradient | QkvGradient) => {
-            Phase::Backward
-        }
-        RegionId::Work(LoraGradient | TileGradient) => Phase::Backward,
-        RegionId::Cuda(CudaRegion::StackedGradient) => Phase::Backward,
+        RegionId::Work(
+            MlpGradient | NormGradient | ProjectedGradient | QkvGradient | LoraGradient
+            | TileGradient,
+        )
+        | RegionId::Cuda(CudaRegion::StackedGradient) => Phase::Backward,
         RegionId::Work(
             Norm | NormStats | NormedQkv | Mlp | LoraPair | Dropped | TileMiddle | Attention,
         )

@@ -59,12 +59,19 @@ pub const TEXTS: [&str; 8] = [
     "sample_prompt",
 ];
 
-/// How a dense base is packed. One that is 4-bit already is used as stored: a run on it has no such settings.
-const PACKING: [&str; 3] = ["quantization", "block_size", "double_quant"];
+/// How a dense base is packed, and what that is unless it is asked for otherwise. One that is 4-bit already is
+/// used as stored: a run on it has no such settings.
+const PACKING: [(&str, &str); 3] =
+    [("quantization", "nf4"), ("block_size", "64"), ("double_quant", "true")];
+
+/// How a dense base is packed where nobody asks: the value of the setting `name`, if it is about that.
+pub fn usual_packing(name: &str) -> Option<&'static str> {
+    PACKING.iter().find(|(of_packing, _)| *of_packing == name).map(|(_, usual)| *usual)
+}
 
 /// The settings of a run on a base that is 4-bit already.
 pub fn without_packing(settings: &SettingsEcho) -> SettingsEcho {
-    let own = settings.iter().filter(|(name, _)| !PACKING.contains(&name.as_str()));
+    let own = settings.iter().filter(|(name, _)| usual_packing(name).is_none());
     own.map(|(name, values)| (name.clone(), values.clone())).collect()
 }
 
@@ -85,7 +92,7 @@ pub fn changes(was: &SettingsEcho, now: &SettingsEcho) -> Vec<String> {
         echo.get(name).cloned().or(unset.map(|(_, value)| vec![value.to_string()]))
     };
     let stored = |name: &String| {
-        PACKING.contains(&name.as_str()) && !(was.contains_key(name) && now.contains_key(name))
+        usual_packing(name).is_some() && !(was.contains_key(name) && now.contains_key(name))
     };
     names
         .into_iter()

@@ -12,23 +12,7 @@ use nibble::data::{
 };
 use serde_json::{Map, Value, json};
 
-const VOCAB: usize = 49152;
-
-fn tokenizer() -> ChatTokenizer {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer/smollm2");
-    ChatTokenizer::open(Path::new(path)).unwrap()
-}
-
-fn options() -> DataOptions {
-    DataOptions {
-        format: None,
-        train_on: TrainOn::Assistant,
-        truncation: Truncation::Error,
-        max_length: 512,
-        positions: None,
-        rename_columns: Vec::new(),
-    }
-}
+use crate::smollm2::{VOCAB, options, tokenizer};
 
 struct File(tempfile::TempDir);
 
@@ -45,7 +29,7 @@ impl File {
 
     fn load(&self, options: &DataOptions) -> nibble::Result<Dataset> {
         let tokenizer = tokenizer();
-        let encoder = Encoder::new(&tokenizer, VOCAB, options.train_on)?;
+        let encoder = Encoder::new(tokenizer, VOCAB, options.train_on)?;
         load(&self.path(), &encoder, options, |_, _| ())
     }
 }
@@ -264,6 +248,6 @@ fn repeated_records_and_formats_are_reported() {
 #[test]
 fn a_tokenizer_of_another_model_is_refused() {
     let tokenizer = tokenizer();
-    let error = Encoder::new(&tokenizer, 32000, TrainOn::Assistant).err().unwrap().to_string();
+    let error = Encoder::new(tokenizer, 32000, TrainOn::Assistant).err().unwrap().to_string();
     assert!(error.contains("49152 ids, the model 32000 rows"), "{error}");
 }

@@ -1,21 +1,12 @@
 //! What holds for any data: nothing is lost or reordered unsaid, whatever the threads and options.
 
-use std::path::Path;
-
 use clap::ValueEnum;
 use nibble::data::pack::pack;
-use nibble::data::{
-    Batch, ChatTokenizer, DataFiles, DataOptions, Dataset, Encoder, TrainOn, Truncation, load,
-};
+use nibble::data::{Batch, DataFiles, DataOptions, Dataset, Encoder, TrainOn, Truncation, load};
 use nibble::random::Stream;
 use serde_json::json;
 
-const VOCAB: usize = 49152;
-
-fn tokenizer() -> ChatTokenizer {
-    let path = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer/smollm2");
-    ChatTokenizer::open(Path::new(path)).unwrap()
-}
+use crate::smollm2::{self, VOCAB, tokenizer};
 
 /// Conversations, some long, some without an answer, some twice; bad lines between them.
 fn conversations(count: u64) -> String {
@@ -46,7 +37,7 @@ fn load_all(text: &str, options: &DataOptions) -> Dataset {
     let path = folder.path().join("data.jsonl");
     std::fs::write(&path, text).unwrap();
     let tokenizer = tokenizer();
-    let encoder = Encoder::new(&tokenizer, VOCAB, options.train_on).unwrap();
+    let encoder = Encoder::new(tokenizer, VOCAB, options.train_on).unwrap();
     let mut dataset = load(&path, &encoder, options, |_, _| ()).unwrap();
     // Its name is another each time.
     dataset.report.files = DataFiles::default();
@@ -54,14 +45,7 @@ fn load_all(text: &str, options: &DataOptions) -> Dataset {
 }
 
 fn options(truncation: Truncation, max_length: usize) -> DataOptions {
-    DataOptions {
-        format: None,
-        train_on: TrainOn::Assistant,
-        truncation,
-        max_length,
-        positions: None,
-        rename_columns: Vec::new(),
-    }
+    DataOptions { truncation, max_length, ..smollm2::options() }
 }
 
 #[test]
@@ -166,7 +150,7 @@ fn damaged_files_are_reported() {
     let random = Stream::new(9, "damage");
     let good = conversations(30);
     let tokenizer = tokenizer();
-    let encoder = Encoder::new(&tokenizer, VOCAB, TrainOn::Assistant).unwrap();
+    let encoder = Encoder::new(tokenizer, VOCAB, TrainOn::Assistant).unwrap();
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("data.jsonl");
     for round in 0..300u64 {

@@ -4,31 +4,19 @@
 
 use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::sync::LazyLock;
 
-use nibble::data::{
-    ChatTokenizer, DataOptions, Dataset, Encoder, Format, LoadReport, TrainOn, Truncation, load,
-};
+use nibble::data::{Dataset, Encoder, Format, LoadReport, load};
 use nibble::random::Stream;
+
+use crate::smollm2::{VOCAB, options, tokenizer};
 
 fn tables() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tables"))
 }
 
 fn try_load(path: &Path) -> nibble::Result<Dataset> {
-    static TOKENIZER: LazyLock<ChatTokenizer> = LazyLock::new(|| {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer/smollm2");
-        ChatTokenizer::open(Path::new(folder)).unwrap()
-    });
-    let encoder = Encoder::new(&TOKENIZER, 49152, TrainOn::Assistant)?;
-    let options = DataOptions {
-        format: None,
-        train_on: TrainOn::Assistant,
-        truncation: Truncation::Error,
-        max_length: 512,
-        positions: None,
-        rename_columns: Vec::new(),
-    };
+    let options = options();
+    let encoder = Encoder::new(tokenizer(), VOCAB, options.train_on)?;
     load(path, &encoder, &options, |_, _| ())
 }
 

@@ -13,5 +13,6 @@ mod documents;
 mod golden_models;
 mod golden_training;
 mod oracle;
+mod smollm2;
 mod tokenizer;
 mod train_toml;

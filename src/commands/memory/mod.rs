@@ -104,12 +104,10 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         PlannedRun { model, lora, strategy, settings, facts, plan, account, page_cache, verdict };
     if let Some(steps) = args.measure {
         run.account = match gpu {
-            Some(gpu) => measure::measure(
-                args,
-                &run,
-                gpu.keeping_on_host(run.strategy.on_host),
-                steps.get(),
-            )?,
+            Some(gpu) => {
+                let gpu = gpu.keeping_on_host(run.strategy.on_host);
+                measure::measure(args, &run, gpu, steps.get())?
+            }
             None => measure::measure(args, &run, device::cpu(&args.device), steps.get())?,
         };
         run.page_cache = run.model.checkpoint.as_ref().and_then(Checkpoint::page_cache);

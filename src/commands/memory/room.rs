@@ -71,13 +71,8 @@ impl Room {
         let demand = Demand { process_bytes, ..demand.clone() };
         let instead = || match demand.choose(Limit::Free(free_bytes)) {
             Ok(choice) => {
-                let bytes = demand.outside(&choice).total()
-                    + demand.plan(&choice.settings).arena_bytes() as u64;
-                format!(
-                    "`train` would take {}: {}",
-                    ByteSize(bytes),
-                    demand.facts(&choice).join(", ")
-                )
+                let bytes = ByteSize(demand.total_bytes(choice.strategy));
+                format!("`train` would take {bytes}: {}", demand.facts(&choice).join(", "))
             }
             Err(refusal) => refusal.message().hint.clone().unwrap_or_default(),
         };

@@ -141,18 +141,15 @@ fn attended<K: Kernels>(
     };
     let [_, slots] = offload.slots();
     let mut attended: Vec<_> = (0..slots).map(|slot| take(Owner::Slot(slot))).collect();
-    let shared = settings.shares_attention().then(|| {
-        attended.push(take(Owner::Recompute));
-        slots
-    });
-    let mut place = |layer: usize| {
-        let policy = settings.policies.get(layer);
-        let own = policy.is_some_and(|policy| *policy == Policy::Keep || policy.spares_attention());
-        let elsewhere = offload.slot_of_attention(layer).or(shared.filter(|_| !own));
-        elsewhere.unwrap_or_else(|| {
+    let shared = slots;
+    attended.extend(settings.shares_attention().then(|| take(Owner::Recompute)));
+    let mut place = |layer: usize| match settings.policies.get(layer) {
+        Some(Policy::OffloadAttention) => offload.slot_of_attention(layer).expect("it waits"),
+        Some(Policy::Keep | Policy::Attention | Policy::OffloadInput) => {
             attended.push(take(Owner::Layer(layer)));
             attended.len() - 1
-        })
+        }
+        Some(Policy::Checkpoint | Policy::Offload) | None => shared,
     };
     let places = (0..spec.num_layers).map(&mut place).collect();
     (attended, places)

@@ -233,7 +233,8 @@ impl Demand<'_> {
             let any = || fewer.last().is_some_and(fits);
             if fits(all) { Some(all) } else { any().then(first).flatten() }
         });
-        most.copied().min_by(|a, b| seconds(a).total_cmp(&seconds(b)))
+        let timed = most.map(|candidate| (seconds(candidate), *candidate));
+        timed.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, fastest)| fastest)
     }
 
     /// Bytes of the host's memory beside a GPU that hold what a run offloads, its embedding and head, and
@@ -360,7 +361,7 @@ impl Demand<'_> {
     }
 
     /// Bytes of everything.
-    pub(super) fn total_bytes(&self, strategy: Strategy) -> u64 {
+    pub fn total_bytes(&self, strategy: Strategy) -> u64 {
         let plan = self.plan(&self.settings_of(strategy));
         plan.arena_bytes() as u64 + self.weight_parts(strategy).total() + self.process_bytes
     }

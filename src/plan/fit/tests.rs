@@ -103,14 +103,14 @@ fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
         // What a token takes with the best plan of a micro-batch, by hand.
         let best = |batch: usize, bytes: u64| {
             let (_, settings) = asked(batch, 1);
-            let demand = Demand { settings: &settings, ..demand.clone() };
+            let demand = demand.at(&settings);
             let choice = demand.within(bytes)?;
             Some(Pace::new(&demand).seconds_per_token(&choice))
         };
         let limit = Limit::Budget(24 << 30);
         let fastest = |batch, accumulation| {
             let (asked, settings) = asked(batch, accumulation);
-            let demand = Demand { settings: &settings, ..demand.clone() };
+            let demand = demand.at(&settings);
             let plan = demand.choose(limit).or_else(|_| demand.leanest()).unwrap();
             Fit::new(&demand, asked, limit, &plan).fastest
         };
