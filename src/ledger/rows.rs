@@ -207,7 +207,8 @@ fn first_use(region: &Region) -> Phase {
         | RegionId::Block(..)
         | RegionId::Rotary(..)
         | RegionId::QueryScale
-        | RegionId::Cuda(_) => Phase::Forward,
+        | RegionId::Cuda(_)
+        | RegionId::DequantizedBlocks(_) => Phase::Forward,
     }
 }
 

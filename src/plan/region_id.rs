@@ -3,6 +3,7 @@
 use std::fmt;
 
 use super::region::Component;
+use crate::model::spec::LinearRole;
 
 /// An enum whose variants have names.
 macro_rules! named {
@@ -38,6 +39,9 @@ pub enum RegionId {
     Cache(usize),
     /// On a GPU alone.
     Cuda(CudaRegion),
+    /// There, too: matrices in bf16 of some blocks, a piece for each block; q, k and v are one where a product
+    /// takes all three.
+    DequantizedBlocks(LinearRole),
 }
 
 /// Whose a buffer of a block is.
@@ -221,6 +225,7 @@ impl RegionId {
             RegionId::Rotary(..) | RegionId::QueryScale => Component::RotaryTables,
             RegionId::Cache(_) => Component::KvCache,
             RegionId::Cuda(region) => region.component(),
+            RegionId::DequantizedBlocks(_) => Component::DequantizedWeight,
         }
     }
 }
@@ -277,6 +282,9 @@ impl fmt::Display for RegionId {
             RegionId::QueryScale => f.write_str("rotary.query_scale"),
             RegionId::Cache(layer) => write!(f, "cache.{layer}"),
             RegionId::Cuda(region) => write!(f, "cuda.{}", region.name()),
+            RegionId::DequantizedBlocks(role) => {
+                write!(f, "cuda.dequantized.blocks.{}", format!("{role:?}").to_lowercase())
+            }
         }
     }
 }

@@ -152,6 +152,9 @@ pub struct Settings {
     /// On a GPU: whether 4-bit weights have a second buffer, in which the next one is dequantized while a
     /// product runs.
     pub dequantize_ahead: bool,
+    /// On a GPU: blocks whose 4-bit weights have room in bf16 besides, until others need it. With one, no block
+    /// dequantizes the same weight twice in a row; with as many as there are, each is dequantized once.
+    pub dequantized_blocks: usize,
     /// On a GPU: whether the head is in the host's memory.
     pub head_on_host: bool,
 }
@@ -185,6 +188,7 @@ impl Settings {
             mlp_tile_length: None,
             scratch_folder: None,
             dequantize_ahead: true,
+            dequantized_blocks: 0,
             head_on_host: false,
         }
     }

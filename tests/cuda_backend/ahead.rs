@@ -21,7 +21,12 @@ use crate::{Gpu, settings};
 /// A model of 4-bit blocks, without nested scales, whose offsets would tell weights apart: its
 /// file's two blocks over and over, turned around each time, so that blocks that take the same
 /// place are not the same.
-fn packed_model(gpu: &Gpu, policies: &[Policy], stream: bool) -> Model<Gpu> {
+fn packed_model(
+    gpu: &Gpu,
+    policies: &[Policy],
+    stream: bool,
+    dequantized_blocks: usize,
+) -> Model<Gpu> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/bnb4bit");
     let checkpoint = Checkpoint::open(&root.join("llama_s0.f32.plain")).unwrap();
     let mut spec = spec_from_config(checkpoint.config()).unwrap();
@@ -48,6 +53,7 @@ fn packed_model(gpu: &Gpu, policies: &[Policy], stream: bool) -> Model<Gpu> {
     let settings = Settings {
         targets: lora.resolve(&spec).unwrap(),
         policies: policies.to_vec(),
+        dequantized_blocks,
         ..settings(&Case::open("llama_s0"), None, &[Policy::Keep], true)
     };
     let mut adapter = Adapter::init(lora, &spec, 3).unwrap();
@@ -85,7 +91,7 @@ fn what_is_dequantized_ahead_has_the_bits_of_what_is_dequantized_in_turn() {
         for copies in [Copies::AtOnce, Copies::WhenAwaited] {
             let Some(device) = Device::with(copies) else { return };
             let gpu = Cuda::new(device).unwrap();
-            let mut model = packed_model(&gpu, &policies, stream);
+            let mut model = packed_model(&gpu, &policies, stream, 0);
             let dequantized = || gpu.driver().dequantized();
             let first = step(&mut model, &batch);
             let [all, none] = dequantized();
@@ -105,7 +111,34 @@ fn what_is_dequantized_ahead_has_the_bits_of_what_is_dequantized_in_turn() {
         return;
     }
     let gpu = Cuda::new(Device::with(Copies::Never).unwrap()).unwrap();
-    let mut model = packed_model(&gpu, &[Keep; 2], false);
+    let mut model = packed_model(&gpu, &[Keep; 2], false, 0);
     let first = step(&mut model, &batch);
     assert!(step(&mut model, &batch) != first, "what is dequantized ahead matters");
+}
+
+/// Launches that dequantize the weights of a block: one for each linear.
+const OF_A_BLOCK: usize = 7;
+
+#[test]
+fn what_stays_dequantized_has_the_same_bits_and_is_not_dequantized_again() {
+    use Policy::{Attention, Checkpoint, Keep, Offload};
+    let (batch, _) = Case::open("llama_s0").tensors("ref.safetensors").batch("input_ids", "labels");
+    for policies in [[Keep; 4], [Checkpoint; 4], [Offload, Checkpoint, Attention, Keep]] {
+        for stream in [false, true] {
+            let mut expected = None;
+            for blocks in 0..=4 {
+                let Some(device) = Device::with(Copies::WhenAwaited) else { return };
+                let gpu = Cuda::new(device).unwrap();
+                let mut model = packed_model(&gpu, &policies, stream, blocks);
+                let first = step(&mut model, &batch);
+                step(&mut model, &batch);
+                let before: usize = gpu.driver().dequantized().iter().sum();
+                let third = step(&mut model, &batch);
+                let after: usize = gpu.driver().dequantized().iter().sum();
+                println!("{policies:?} {stream} {blocks}: {} {}", after - before, OF_A_BLOCK);
+                assert!(first == third);
+                assert!(*expected.get_or_insert(first.clone()) == first);
+            }
+        }
+    }
 }

@@ -284,11 +284,6 @@ impl Driver for Device {
     }
 
     fn copy(&self, from: Address, to: Address, bytes: usize) -> Result<()> {
-        // A of an adapter, below a weight.
-        const MOST_COPIED: usize = 2 * MOST_RANKS * 16_384;
-        if self.is_bare() && bytes <= MOST_COPIED {
-            return Ok(());
-        }
         self.driver.copy(from, to, bytes)
     }
 
@@ -349,23 +344,23 @@ impl Driver for Device {
         }
     }
 
-    fn launch_ahead(&self, launch: Launch, slot: usize) -> Result<()> {
+    fn launch_ahead(&self, launch: Launch) -> Result<()> {
         assert_eq!(launch.kernel, "dequantize_4bit");
         self.dequantized[1].fetch_add(1, Relaxed);
         self.note(|| Recorded::launch(&launch));
         if self.is_bare() {
             return Ok(());
         }
-        self.driver.launch_ahead(launch, slot)
+        self.driver.launch_ahead(launch)
     }
 
-    fn copy_ahead(&self, from: *const u8, to: Address, bytes: usize, slot: usize) -> Result<()> {
+    fn copy_ahead(&self, from: *const u8, to: Address, bytes: usize) -> Result<()> {
         self.copied_ahead.fetch_add(1, Relaxed);
-        self.driver.copy_ahead(from, to, bytes, slot)
+        self.driver.copy_ahead(from, to, bytes)
     }
 
-    fn await_ahead(&self, slot: usize) -> Result<()> {
-        self.driver.await_ahead(slot)
+    fn await_ahead(&self) -> Result<()> {
+        self.driver.await_ahead()
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {

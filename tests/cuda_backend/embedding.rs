@@ -103,7 +103,7 @@ fn random_model(
 /// gradients but for roundings, which are fewer; likewise logits, scores and an answer's.
 #[test]
 fn a_head_on_the_host_gives_the_same_numbers() {
-    for (vocab, tied) in [(600, false), (601, true)] {
+    for (vocab, tied) in [(700, false), (701, true)] {
         let Some(gpu) = gpu() else { return };
         let (spec, batch) = of_four_tiles(vocab, tied);
         let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
@@ -212,7 +212,7 @@ fn another_number_of_trained_tokens_is_no_other_order() {
         // The first ones of all, q, k and v in one product; and those behind the head, where another
         // chunk may have been expected.
         let [in_turn, ahead] = [0, 1].map(|of| gpu.driver().dequantized()[of] - before.1[of]);
-        assert!(in_turn <= 3 + 3 && ahead > 30, "{in_turn} in turn, {ahead} ahead");
+        assert!(in_turn <= 3 + 3 && ahead >= 30, "{in_turn} in turn, {ahead} ahead");
         model.evaluate(batch).unwrap();
     }
 }

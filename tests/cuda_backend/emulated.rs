@@ -51,8 +51,7 @@ pub struct Emulated {
     emulator: &'static Emulator,
     copies: Copies,
     queue: Mutex<Vec<Copy>>,
-    /// With slots.
-    ahead: Mutex<Vec<(Ahead, usize)>>,
+    ahead: Mutex<Vec<Ahead>>,
     memory: Mutex<HashMap<Address, Layout>>,
     /// Of the device, without staging.
     allocated_bytes: AtomicU64,
@@ -77,9 +76,9 @@ impl Emulated {
     }
 
     /// Puts it behind all others of the third stream.
-    fn queue_ahead(&self, ahead: Ahead, slot: usize) -> Result<()> {
-        self.ahead.lock().unwrap().push((ahead, slot));
-        if self.copies == Copies::AtOnce { self.await_ahead(slot) } else { Ok(()) }
+    fn queue_ahead(&self, ahead: Ahead) -> Result<()> {
+        self.ahead.lock().unwrap().push(ahead);
+        if self.copies == Copies::AtOnce { self.await_ahead() } else { Ok(()) }
     }
 
     fn reserve(&self, bytes: usize) -> *mut u8 {
@@ -214,21 +213,19 @@ impl Driver for Emulated {
         Ok(())
     }
 
-    fn launch_ahead(&self, launch: Launch, slot: usize) -> Result<()> {
+    fn launch_ahead(&self, launch: Launch) -> Result<()> {
         let Launch { kernel, grid, threads, shared_bytes, arguments } = launch;
         let arguments = arguments.to_vec();
-        self.queue_ahead(Ahead::Kernel { kernel, grid, threads, shared_bytes, arguments }, slot)
+        self.queue_ahead(Ahead::Kernel { kernel, grid, threads, shared_bytes, arguments })
     }
 
-    fn copy_ahead(&self, from: *const u8, to: Address, bytes: usize, slot: usize) -> Result<()> {
-        self.queue_ahead(Ahead::Copy { from: from as Address, to, bytes }, slot)
+    fn copy_ahead(&self, from: *const u8, to: Address, bytes: usize) -> Result<()> {
+        self.queue_ahead(Ahead::Copy { from: from as Address, to, bytes })
     }
 
-    fn await_ahead(&self, slot: usize) -> Result<()> {
-        let mut queue = self.ahead.lock().unwrap();
-        let count = queue.iter().rposition(|(_, its)| *its == slot).map_or(0, |last| last + 1);
-        let due: Vec<_> = queue.drain(..count).filter(|_| self.copies != Copies::Never).collect();
-        for (ahead, _) in due {
+    fn await_ahead(&self) -> Result<()> {
+        let due = std::mem::take(&mut *self.ahead.lock().unwrap());
+        for ahead in due.into_iter().filter(|_| self.copies != Copies::Never) {
             match ahead {
                 Ahead::Kernel { kernel, grid, threads, shared_bytes, mut arguments } => {
                     let arguments = &mut arguments[..];

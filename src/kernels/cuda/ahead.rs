@@ -1,24 +1,30 @@
-//! Weights that are dequantized ahead: the next one, while the product with this one runs.
+//! Weights in bf16: which are there already, and which is dequantized ahead, the next one, while the
+//! product with this one runs.
+//!
+//! A weight that is asked for may still be in one of the buffers: the product before was the last to use
+//! it forward and is the first to use it backward, a block that recomputes asks for most of its weights
+//! twice, tiles of an MLP ask for the same ones again, and passes go through the blocks back and forth.
+//! Otherwise it goes to the one that was not used for longest, of those that are no larger than they must
+//! be. Two take weights of any size; what memory is left for others
+//! ([`dequantized_blocks`](crate::plan::Settings::dequantized_blocks)), a few or those of every block, is
+//! as large as the weights of a block.
 //!
 //! A pass asks for the weights in the order of the pass before it. The order is remembered, and as
-//! soon as one weight is asked for, the one that followed it is dequantized into the other of two
-//! buffers on a stream of its own: behind the last product that read that buffer, beside the one
+//! soon as one weight is asked for, the one that followed it is dequantized into another
+//! buffer on a stream of its own: behind the last product that read that buffer, beside the one
 //! that comes now. A guess that was wrong costs its time and nothing else: what a buffer holds is
 //! compared with what is wanted, and a buffer is waited for before it is read or written again.
 //!
-//! Only the frozen weight is dequantized ahead; what adapters add to it lies outside of it and is
+//! Only the frozen weight is dequantized; what adapters add to it lies outside of it and is
 //! written when it is used. Streamed weights are guessed within their block, as the next block may
 //! still be on its way, and forgotten when another block takes their place. A head on the host takes
-//! turns in the same buffers, a tile after another: these are copied, not dequantized.
+//! turns in the two buffers of any size, a tile after another: these are copied, not dequantized.
 
 use std::ops::Range;
 
 use super::driver::{Address, Driver};
 use super::memory::Buffer;
 use super::weight::{DeviceWeight, Form, Packed};
-
-/// Buffers for dequantized weights.
-pub(super) const AHEAD_SLOTS: usize = 2;
 
 /// Weights that one product takes at most: q, k and v.
 pub(super) const STACKED: usize = 3;
@@ -61,13 +67,19 @@ pub(super) struct Wanted {
     pub columns: usize,
     /// From one row to the next.
     pub stride: usize,
+    /// What it needs of a buffer, with what is written beside it.
+    elements: usize,
     /// Where streamed weights lie; they are in turns.
     place: Option<Address>,
 }
 
 impl Wanted {
     /// `None` unless all are in 4-bit blocks, as wide as each other, and in the same place.
-    pub fn new<D: Driver>(weights: &[&DeviceWeight<D>], stride: usize) -> Option<Self> {
+    pub fn new<D: Driver>(
+        weights: &[&DeviceWeight<D>],
+        stride: usize,
+        elements: usize,
+    ) -> Option<Self> {
         let first = weights.first().filter(|_| weights.len() <= STACKED)?;
         let (columns, place) = (first.shape[1], first.place);
         let mut parts = [None; STACKED];
@@ -79,14 +91,15 @@ impl Wanted {
                 _ => return None,
             }
         }
-        Some(Wanted { parts, columns, stride, place })
+        Some(Wanted { parts, columns, stride, elements, place })
     }
 
     /// Rows of a weight that is not an operand as it lies, one right behind the other.
     pub fn of_rows<D: Driver>(weight: &DeviceWeight<D>, rows: Range<usize>) -> Self {
         let (columns, place) = (weight.shape[1], weight.place);
+        let elements = rows.len() * columns;
         let parts = [Some(WeightRows::of(weight, rows)), None, None];
-        Wanted { parts, columns, stride: columns, place }
+        Wanted { parts, columns, stride: columns, elements, place }
     }
 
     /// The parts, each with the number of its first row.
@@ -98,8 +111,9 @@ impl Wanted {
         })
     }
 
-    fn elements(&self) -> usize {
-        self.parts().map(|(part, _)| part.rows).sum::<usize>() * self.stride
+    /// Whether it is copied from the host.
+    fn is_pinned(&self) -> bool {
+        self.parts().any(|(part, _)| matches!(part.source, Source::Pinned(_)))
     }
 }
 
@@ -107,23 +121,34 @@ impl Wanted {
 pub(super) struct Turn {
     /// Where it lies, or shall.
     pub to: Address,
-    /// Slot to wait for first.
-    pub pending: Option<usize>,
+    /// Whether it is on its way there, or another one is: to be waited for first.
+    pub pending: bool,
     /// Whether it is there then.
     pub ready: bool,
-    /// What to bring ahead: into which slot, where.
-    pub next: Option<(Wanted, usize, Address)>,
+    /// What to bring ahead, and where.
+    pub next: Option<(Wanted, Address)>,
 }
 
-/// The buffers, one or two, and the order of requests.
-pub(super) struct Ahead<D: Driver> {
-    buffers: Vec<Buffer<D>>,
-    /// What each holds, or will.
-    held: [Option<Wanted>; AHEAD_SLOTS],
+/// A buffer that weights take turns in.
+struct Slot<D: Driver> {
+    buffer: Buffer<D>,
+    /// What it holds, or will.
+    held: Option<Wanted>,
     /// Written ahead, and not waited for.
-    pending: [bool; AHEAD_SLOTS],
+    pending: bool,
+    /// The request at which it was last used, or written ahead.
+    used: u64,
+}
+
+/// The buffers, and the order of requests.
+pub(super) struct Ahead<D: Driver> {
+    slots: Vec<Slot<D>>,
+    /// The first ones, one or two, are for anything; all others for weights that are dequantized.
+    general: usize,
     /// Of the last request.
     current: usize,
+    /// Requests so far.
+    requests: u64,
     /// Requests of the last pass that asked for something new.
     known: Vec<Wanted>,
     /// Where the next request is expected there.
@@ -135,13 +160,14 @@ pub(super) struct Ahead<D: Driver> {
 }
 
 impl<D: Driver> Ahead<D> {
-    /// With one buffer nothing is brought ahead.
-    pub fn new(buffers: Vec<Buffer<D>>) -> Self {
+    /// `general` are as large as anything that is asked for; with one buffer in all nothing is brought ahead.
+    pub fn new(general: Vec<Buffer<D>>, blocks: Vec<Buffer<D>>) -> Self {
+        let slot = |buffer| Slot { buffer, held: None, pending: false, used: 0 };
         Ahead {
-            buffers,
-            held: [None; AHEAD_SLOTS],
-            pending: [false; AHEAD_SLOTS],
+            general: general.len(),
+            slots: general.into_iter().chain(blocks).map(slot).collect(),
             current: 0,
+            requests: 0,
             known: Vec::new(),
             expected: 0,
             seen: Vec::new(),
@@ -149,9 +175,9 @@ impl<D: Driver> Ahead<D> {
         }
     }
 
-    /// Elements of a buffer.
+    /// Elements that can be asked for.
     pub fn elements(&self) -> usize {
-        self.buffers[0].elements
+        self.slots[0].buffer.elements
     }
 
     /// A pass begins.
@@ -163,15 +189,34 @@ impl<D: Driver> Ahead<D> {
         (self.expected, self.news) = (0, false);
     }
 
-    /// A buffer for `wanted`, which fits: the one that holds it, or the one that was not the last.
+    /// A buffer for `wanted`, which fits: the one that holds it, or the one to give up for it.
     pub fn turn(&mut self, wanted: Wanted) -> Turn {
-        let holds = self.held.iter().position(|held| *held == Some(wanted));
-        self.current = holds.unwrap_or((self.current + 1) % self.buffers.len());
-        self.held[self.current] = Some(wanted);
-        let pending = std::mem::take(&mut self.pending[self.current]);
+        self.requests += 1;
+        let holds = self.slots.iter().position(|slot| slot.held == Some(wanted));
+        let current = holds.or_else(|| self.oldest(&wanted, None)).expect("it fits");
+        self.current = current;
+        let pending = std::mem::take(&mut self.slots[current].pending);
+        let to = self.give(current, wanted);
         let next = self.follower(wanted).and_then(|next| self.ahead_of(&wanted, next));
-        let to = self.buffers[self.current].at(0..wanted.elements());
-        Turn { to, pending: pending.then_some(self.current), ready: holds.is_some(), next }
+        Turn { to, pending, ready: holds.is_some(), next }
+    }
+
+    /// Where `wanted` lies in a slot from now on.
+    fn give(&mut self, slot: usize, wanted: Wanted) -> Address {
+        let slot = &mut self.slots[slot];
+        (slot.held, slot.used) = (Some(wanted), self.requests);
+        slot.buffer.at(0..wanted.elements)
+    }
+
+    /// The slot that was not used for longest: of the smallest ones that have room for `wanted`, or of larger
+    /// ones where `except` is the only one of these.
+    fn oldest(&self, wanted: &Wanted, except: Option<usize>) -> Option<usize> {
+        let allowed = if wanted.is_pinned() { self.general } else { self.slots.len() };
+        let room = |slot: usize| self.slots[slot].buffer.elements;
+        let fitting = (0..allowed).filter(|slot| room(*slot) >= wanted.elements);
+        let least = fitting.clone().map(room).min();
+        let age = |slot: &usize| (Some(room(*slot)) > least, self.slots[*slot].used);
+        fitting.filter(|slot| Some(*slot) != except).min_by_key(age)
     }
 
     /// What came after it in a pass before. Passes differ in their chunks of rows, so a request that is
@@ -187,23 +232,24 @@ impl<D: Driver> Ahead<D> {
         self.known.get(self.expected).copied()
     }
 
-    /// `next` into the other buffer, unless it is there, does not fit, or may be on its way to where it
+    /// `next` into another slot, unless it is there, does not fit, or may be on its way to where it
     /// would be read.
-    fn ahead_of(&mut self, wanted: &Wanted, next: Wanted) -> Option<(Wanted, usize, Address)> {
+    fn ahead_of(&mut self, wanted: &Wanted, next: Wanted) -> Option<(Wanted, Address)> {
         let there = next.place.is_none() || next.place == wanted.place;
-        let fits = next.elements() <= self.elements() && self.buffers.len() > 1;
-        if !there || !fits || self.held.contains(&Some(next)) {
+        if !there || self.slots.iter().any(|slot| slot.held == Some(next)) {
             return None;
         }
-        let slot = (self.current + 1) % AHEAD_SLOTS;
-        (self.held[slot], self.pending[slot]) = (Some(next), true);
-        Some((next, slot, self.buffers[slot].at(0..next.elements())))
+        let slot = self.oldest(&next, Some(self.current))?;
+        self.slots[slot].pending = true;
+        Some((next, self.give(slot, next)))
     }
 
-    /// What the buffers hold is not to be used: the slots to wait for, before its source changes.
-    pub fn forget(&mut self) -> impl Iterator<Item = usize> + use<D> {
-        self.held = [None; AHEAD_SLOTS];
-        let pending = std::mem::take(&mut self.pending);
-        (0..AHEAD_SLOTS).filter(move |&slot| pending[slot])
+    /// What the buffers hold is not to be used: whether something is on its way to them, to be waited for
+    /// before its source changes.
+    pub fn forget(&mut self) -> bool {
+        self.slots.iter_mut().fold(false, |pending, slot| {
+            slot.held = None;
+            std::mem::take(&mut slot.pending) || pending
+        })
     }
 }

@@ -18,6 +18,13 @@ pub(super) struct Panel {
     pub rows: Rows,
 }
 
+/// On which stream a buffer is filled.
+#[derive(Clone, Copy)]
+enum When {
+    InTurn,
+    Ahead,
+}
+
 impl<D: Driver> Cuda<D> {
     /// 4-bit weights in bf16, one below the other, their rows `stride` apart, in a buffer of at least
     /// `elements`; `None` where one is dense, and where the buffers are smaller.
@@ -27,7 +34,7 @@ impl<D: Driver> Cuda<D> {
         stride: usize,
         elements: usize,
     ) -> Option<Rows> {
-        let wanted = Wanted::new(weights, stride)?;
+        let wanted = Wanted::new(weights, stride, elements)?;
         (elements <= self.room_for_dequantized()).then(|| self.in_a_buffer(wanted))
     }
 
@@ -40,13 +47,15 @@ impl<D: Driver> Cuda<D> {
     /// [`super::ahead`].
     pub(super) fn in_a_buffer(&self, wanted: Wanted) -> Rows {
         let turn = self.state().ahead.as_mut().expect("a plan is allocated").turn(wanted);
-        self.await_ahead(turn.pending);
+        if turn.pending {
+            self.note(self.driver().await_ahead());
+        }
         if !turn.ready {
-            let result = self.fill(&wanted, turn.to, None);
+            let result = self.fill(&wanted, turn.to, When::InTurn);
             self.note_or_forget(result);
         }
-        if let Some((next, slot, address)) = turn.next {
-            let result = self.fill(&next, address, Some(slot));
+        if let Some((next, address)) = turn.next {
+            let result = self.fill(&next, address, When::Ahead);
             self.note_or_forget(result);
         }
         Rows { address: turn.to, stride: wanted.stride }
@@ -60,39 +69,35 @@ impl<D: Driver> Cuda<D> {
         self.note(result);
     }
 
-    /// Fills a buffer in its turn, or ahead into a slot.
-    fn fill(&self, wanted: &Wanted, to: Address, slot: Option<usize>) -> Result<()> {
+    fn fill(&self, wanted: &Wanted, to: Address, when: When) -> Result<()> {
         let driver = self.driver();
         wanted.parts().try_for_each(|(WeightRows { source, rows }, first)| {
             let to = Rows { address: to, stride: wanted.stride }.row(first);
             match source {
                 Source::Packed(packed, first) => {
                     let rows = (first, rows);
-                    dequantize(packed, rows, wanted.columns, to, |launch| match slot {
-                        None => driver.launch(launch),
-                        Some(slot) => driver.launch_ahead(launch, slot),
+                    dequantize(packed, rows, wanted.columns, to, |launch| match when {
+                        When::InTurn => driver.launch(launch),
+                        When::Ahead => driver.launch_ahead(launch),
                     })
                 }
                 Source::Pinned(from) => {
                     let (from, bytes) = (from as *const u8, 2 * rows * wanted.columns);
-                    match slot {
-                        None => driver.upload_staged(from, to.address, bytes),
-                        Some(slot) => driver.copy_ahead(from, to.address, bytes, slot),
+                    match when {
+                        When::InTurn => driver.upload_staged(from, to.address, bytes),
+                        When::Ahead => driver.copy_ahead(from, to.address, bytes),
                     }
                 }
             }
         })
     }
 
-    /// What is queued from now on waits for what was brought ahead into these slots.
-    fn await_ahead(&self, slots: impl IntoIterator<Item = usize>) {
-        slots.into_iter().for_each(|slot| self.note(self.driver().await_ahead(slot)));
-    }
-
-    /// Before streamed weights change: what was dequantized ahead of them is of no use.
+    /// Before streamed weights change: what was dequantized of them is of no use.
     pub(super) fn forget_ahead(&self) {
-        let slots = self.state().ahead.as_mut().map(Ahead::forget);
-        self.await_ahead(slots.into_iter().flatten());
+        let pending = self.state().ahead.as_mut().is_some_and(Ahead::forget);
+        if pending {
+            self.note(self.driver().await_ahead());
+        }
     }
 
     /// Calls `product` with the whole weight in bf16, or with one panel of rows after another where

@@ -243,19 +243,19 @@ pub trait Driver: Send + Sync + 'static {
     ///
     /// # Errors
     /// What the driver reports.
-    fn launch_ahead(&self, launch: Launch, slot: usize) -> Result<()>;
+    fn launch_ahead(&self, launch: Launch) -> Result<()>;
 
     /// The same with a copy out of staging memory, which must stay as it is until it was awaited.
     ///
     /// # Errors
     /// What the driver reports.
-    fn copy_ahead(&self, from: *const u8, to: Address, bytes: usize, slot: usize) -> Result<()>;
+    fn copy_ahead(&self, from: *const u8, to: Address, bytes: usize) -> Result<()>;
 
-    /// What is queued from now on waits for the last kernel or copy of `slot`; the program does not.
+    /// What is queued from now on waits for all that the third stream has; the program does not.
     ///
     /// # Errors
     /// What the driver reports.
-    fn await_ahead(&self, slot: usize) -> Result<()>;
+    fn await_ahead(&self) -> Result<()>;
 
     /// Queues a product.
     ///

@@ -10,6 +10,9 @@
 //! dx = [dy | t]·[W ; A]       N + R rows:    A below W, t = s·dy·B behind the rows of dy
 //! ```
 //!
+//! W lies the same way for both, with room behind its rows and below them: what one product read is there
+//! for the other one ([`super::ahead`]).
+//!
 //! Both are the sums of the two products with one rounding to bf16 instead of two; s·B is rounded
 //! once more unless s is a power of two. In elements moved for a token:
 //!
@@ -45,9 +48,21 @@ pub(super) fn tail_columns(ranks: usize) -> usize {
     ranks.next_multiple_of(STRIDE_ELEMENTS)
 }
 
-/// Elements of a dequantized weight `[N, K]` with an adapter of `rank`, in either direction.
+/// Elements of a dequantized weight `[N, K]` with room for an adapter of `rank` behind its rows, and below
+/// them.
 pub(super) fn extended_elements([rows, columns]: [usize; 2], rank: usize) -> usize {
-    (rows * (columns + tail_columns(rank))).max((rows + rank) * columns)
+    (rows + rank) * (columns + tail_columns(rank))
+}
+
+/// Weights of width K one below the other, N rows in all, with room for the adapters' `rank` columns and
+/// rows; `None` where [`Cuda::dequantized`] has none.
+pub(super) fn extended<D: Driver>(
+    cuda: &Cuda<D>,
+    weights: &[&DeviceWeight<D>],
+    shape: [usize; 2],
+    rank: usize,
+) -> Option<Rows> {
+    cuda.dequantized(weights, shape[1] + tail_columns(rank), extended_elements(shape, rank))
 }
 
 /// A matrix as it lies.
@@ -106,8 +121,7 @@ pub(super) fn forward_extended<D: Driver>(
 ) -> Option<()> {
     let ([outer, inner], rank) = (weight.shape, shape.rank);
     let tail = x.tail(rows, rank)?;
-    let stride = inner + tail_columns(rank);
-    let wide = cuda.dequantized(&[weight], stride, extended_elements(weight.shape, rank))?;
+    let wide = extended(cuda, &[weight], weight.shape, rank)?;
     copy_columns(cuda, ax.band(*columns, rows), tail, (rows, rank), 1.0);
     copy_columns(cuda, b_of(pair, shape), wide.column(inner), (outer, rank), shape.scale);
     let operands = (operand(x.rows(rows, inner)), transposed(wide));
@@ -160,12 +174,9 @@ pub(super) fn input_gradient<D: Driver>(
     let to = product(dx.rows(rows, inner));
     if let Some(LoraInput { shape, pair, .. }) =
         lora.as_ref().filter(|lora| lora.t == from.column(outer))
-        && let Some(wide) =
-            cuda.dequantized(&[weight], inner, extended_elements(weight.shape, shape.rank))
+        && let Some(wide) = extended(cuda, &[weight], weight.shape, shape.rank)
     {
-        let a = pair.at(0..shape.a_elements());
-        let below = wide.row(outer).address;
-        cuda.note(cuda.driver().copy(a, below, 2 * shape.a_elements()));
+        copy_columns(cuda, a_of(pair, shape), wide.row(outer), (shape.rank, inner), 1.0);
         let operands = (operand(from), operand(wide));
         let factors = (1.0, write.beta());
         return cuda.gemm([rows, inner, outer + shape.rank], factors, operands, to);
@@ -192,7 +203,7 @@ pub(super) fn b_of<D: Driver>(pair: &Buffer<D>, shape: &LoraShape) -> Rows {
     Rows { address: pair.at(shape.a_elements()..shape.elements()), stride: shape.rank }
 }
 
-/// `to = scale · from`, a few columns of many rows.
+/// `to = scale · from`, a few columns of many rows, or a few rows.
 pub(super) fn copy_columns<D: Driver>(
     cuda: &Cuda<D>,
     from: Rows,

@@ -10,7 +10,6 @@ use std::ptr;
 use std::sync::mpsc;
 use std::time::Duration;
 
-use super::ahead::AHEAD_SLOTS;
 use super::devices::{LOWEST_CAPABILITY, device_info, driver_version};
 use super::driver::{Driver, Launch};
 use super::functions::{Cublas, CudaFunctions, Handle, open_driver};
@@ -61,9 +60,9 @@ pub struct Gpu {
     copies: Handle,
     queued: Handle,
     copied: [Handle; COPY_SLOTS],
-    /// The third stream, and the last kernel of each slot.
+    /// The third stream, and the last that it has.
     ahead: Handle,
-    prepared: [Handle; AHEAD_SLOTS],
+    prepared: Handle,
     blas: Handle,
     module: Handle,
     functions: HashMap<&'static str, Handle>,
@@ -107,7 +106,7 @@ impl Gpu {
             queued: ptr::null_mut(),
             copied: [ptr::null_mut(); COPY_SLOTS],
             ahead: ptr::null_mut(),
-            prepared: [ptr::null_mut(); AHEAD_SLOTS],
+            prepared: ptr::null_mut(),
             blas: ptr::null_mut(),
             module: ptr::null_mut(),
             functions: HashMap::new(),
@@ -146,8 +145,7 @@ impl Gpu {
                 let code = (self.cuda.stream_create)(stream, STREAM_NON_BLOCKING, priority);
                 self.cuda.check("make a stream", code)?;
             }
-            let done = self.copied.iter_mut().chain(&mut self.prepared);
-            for event in done.chain([&mut self.queued]) {
+            for event in self.copied.iter_mut().chain([&mut self.prepared, &mut self.queued]) {
                 let code = (self.cuda.event_create)(event, EVENT_DISABLE_TIMING);
                 self.cuda.check("make an event", code)?;
             }
@@ -359,7 +357,7 @@ impl Drop for Gpu {
             if !self.module.is_null() {
                 (self.cuda.module_unload)(self.module);
             }
-            let events = self.copied.into_iter().chain(self.prepared).chain([self.queued]);
+            let events = self.copied.into_iter().chain([self.prepared, self.queued]);
             for event in events.filter(|x| !x.is_null()) {
                 (self.cuda.event_destroy)(event);
             }

@@ -33,7 +33,7 @@ pub fn staged_bytes(plan: &MemoryPlan) -> usize {
     bytes.sum::<usize>() + 4 * UPLOAD_WORDS
 }
 
-/// Buffers for dequantized weights; the second one is for what is dequantized ahead.
+/// Buffers for dequantized weights of any size; the second one is for what is dequantized ahead.
 pub(super) const DEQUANTIZED: [CudaRegion; 2] =
     [CudaRegion::Dequantized, CudaRegion::DequantizedAhead];
 
@@ -89,9 +89,10 @@ pub fn cuda_layout(
         plan.regions.push(Region::new(RegionId::Cuda(region), dtype, elements));
     };
     let wide = RegionType::F32;
-    let elements = dequantized_elements(spec, settings, &ranks, stacked.is_some());
+    let matrices = dequantized_matrices(spec, settings, &ranks, stacked.is_some());
+    let largest = matrices.iter().map(|&(_, elements)| elements).max().unwrap_or(0);
     for region in &DEQUANTIZED[..if settings.dequantize_ahead { 2 } else { 1 }] {
-        push(*region, RegionType::Bf16, elements);
+        push(*region, RegionType::Bf16, largest);
     }
     if let Some(elements) = stacked {
         push(CudaRegion::StackedA, RegionType::Bf16, elements);
@@ -106,6 +107,12 @@ pub fn cuda_layout(
     let chunks = settings.tokens.div_ceil(rows);
     let words = UPLOADS_PER_TOKEN * (settings.tokens + UPLOAD_WORDS * (chunks + 2));
     push(CudaRegion::Uploads, wide, words);
+    if settings.dequantized_blocks > 0 {
+        plan.regions.extend(matrices.into_iter().map(|(role, elements)| Region {
+            count: settings.dequantized_blocks,
+            ..Region::new(RegionId::DequantizedBlocks(role), RegionType::Bf16, elements)
+        }));
+    }
     let id = RegionId::Cuda(CudaRegion::Workspace);
     let workspace = Region::new(id, wide, WORKSPACE_BYTES / 4);
     // Where the arena begins: on 256 bytes, as cuBLAS demands of it.
@@ -168,24 +175,29 @@ fn mlp_sum_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> Opt
     layers.filter_map(|ranks| adapted_mlp::sum_elements(ranks, rows, width)).max()
 }
 
-/// Elements of the largest matrix in bf16, with its adapter where that lies beside it; of q, k and v
-/// one below the other.
-fn dequantized_elements(
+/// The matrices in bf16 that products of a block read, and their elements, with the adapter where that lies
+/// beside them; q, k and v are one where products take linears `together`.
+fn dequantized_matrices(
     spec: &ModelSpec,
     settings: &Settings,
     ranks: &Ranks,
     together: bool,
-) -> usize {
+) -> Vec<(LinearRole, usize)> {
+    let most = |roles: &[LinearRole]| if extends(settings) { ranks.most(roles) } else { 0 };
     // All layers have the same.
-    let linears = spec.linears(0).into_iter();
-    let plain = linears.map(|linear| linear.in_features * linear.out_features).max();
-    let targets = settings.targets.iter().filter(|_| extends(settings));
-    let extended = targets.map(|t| extended_elements([t.out_features, t.in_features], t.r)).max();
-    let together = together.then(|| {
+    let (mut linears, stacked) = (spec.linears(0), TOGETHER[0]);
+    let mut matrices = Vec::new();
+    if together && linears.iter().any(|linear| stacked.contains(&linear.role)) {
+        linears.retain(|linear| !stacked.contains(&linear.role));
         let rows = spec.q_width() + 2 * spec.kv_width();
-        extended_elements([rows, spec.hidden_size], ranks.most(TOGETHER[0]))
-    });
-    plain.max(extended).max(together).unwrap_or(0)
+        let elements = extended_elements([rows, spec.hidden_size], most(stacked));
+        matrices.push((LinearRole::Qkv, elements));
+    }
+    matrices.extend(linears.iter().map(|linear| {
+        let shape = [linear.out_features, linear.in_features];
+        (linear.role, extended_elements(shape, most(&[linear.role])))
+    }));
+    matrices
 }
 
 /// Gives an operand of products with adapters room behind its rows.
@@ -253,6 +265,8 @@ fn is_wide(id: RegionId) -> bool {
         RegionId::Head(region) => matches!(region, HeadRegion::NormStats | HeadRegion::Sum),
         RegionId::Rotary(..) | RegionId::QueryScale => true,
         RegionId::Cache(_) => false,
-        RegionId::Cuda(_) => unreachable!("they come after those of the CPU"),
+        RegionId::Cuda(_) | RegionId::DequantizedBlocks(_) => {
+            unreachable!("they come after those of the CPU")
+        }
     }
 }

@@ -55,12 +55,18 @@ impl<D: Driver> Storage for Cuda<D> {
             let id = RegionId::Cuda(region);
             plan.region(id).map(|_| memory.region(id))
         };
-        state.ahead = Some(Ahead::new(DEQUANTIZED.into_iter().filter_map(&mut take).collect()));
+        let general = DEQUANTIZED.into_iter().filter_map(&mut take).collect();
         let stacked = take(CudaRegion::StackedA);
         let room = |a| StackRoom { a, gradient: take(CudaRegion::StackedGradient) };
         state.stack = stacked.map(room);
         // Its memory is a part of what the sums have.
         take(CudaRegion::MlpSums);
+        let blocks = plan.regions.iter().filter_map(|region| match region.id {
+            RegionId::DequantizedBlocks(_) => Some((region.id, region.count)),
+            _ => None,
+        });
+        let blocks = blocks.flat_map(|(id, count)| std::iter::repeat_n(id, count));
+        state.ahead = Some(Ahead::new(general, blocks.map(|id| memory.region(id)).collect()));
         drop(state);
         memory.zero_optimizer(driver)?;
         Ok(memory)

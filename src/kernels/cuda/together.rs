@@ -24,9 +24,9 @@ use super::Cuda;
 use super::ahead::STACKED;
 use super::driver::{Argument, Driver};
 use super::frozen::{
-    self, LoraInput, copy_columns, operand, product, product_in_f32, tail_columns,
+    self, LoraInput, copy_columns, extended, gradient_tail, operand, product, product_in_f32,
+    transposed,
 };
-use super::frozen::{extended_elements, gradient_tail, transposed};
 use super::launch::{FLAT_THREADS, columns as columns_grid, row_threads, rows as row_grid};
 use super::low_rank::{gradient_of_b, inner_gradient};
 use super::memory::{Buffer, Rows};
@@ -250,8 +250,7 @@ fn forward_in_one<D: Driver>(
     let (weights, outer) = one_below_the_other(linears)?;
     let (inner, ranks) = (adapters.inner, adapters.ranks);
     let tail = adapters.behind(x, rows)?;
-    let stride = inner + tail_columns(ranks);
-    let wide = cuda.dequantized(&weights, stride, extended_elements([outer, inner], ranks))?;
+    let wide = extended(cuda, &weights, [outer, inner], ranks)?;
     let b = wide.column(inner);
     if ranks > 0 {
         copy_columns(cuda, ax.band(adapters.columns(), rows), tail, (rows, ranks), 1.0);
@@ -346,7 +345,7 @@ fn backward_in_one<D: Driver>(
     let (weights, outer) = one_below_the_other(linears)?;
     let (inner, ranks) = (adapters.inner, adapters.ranks);
     adapters.behind(dy, rows)?;
-    let wide = cuda.dequantized(&weights, inner, extended_elements([outer, inner], ranks))?;
+    let wide = extended(cuda, &weights, [outer, inner], ranks)?;
     adapters.write_a(cuda, parameters, wide.row(outer));
     let operands = (operand(dy.rows(rows, outer)), operand(wide));
     let to = product(dx.rows(rows, inner));

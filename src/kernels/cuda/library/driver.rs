@@ -124,20 +124,20 @@ impl Driver for Gpu {
         self.launch_on(self.stream, launch)
     }
 
-    fn launch_ahead(&self, launch: Launch, slot: usize) -> Result<()> {
-        self.aside(self.ahead, self.prepared[slot], |stream| self.launch_on(stream, launch))
+    fn launch_ahead(&self, launch: Launch) -> Result<()> {
+        self.aside(self.ahead, self.prepared, |stream| self.launch_on(stream, launch))
     }
 
-    fn copy_ahead(&self, from: *const u8, to: Address, bytes: usize, slot: usize) -> Result<()> {
-        self.aside(self.ahead, self.prepared[slot], |stream| {
+    fn copy_ahead(&self, from: *const u8, to: Address, bytes: usize) -> Result<()> {
+        self.aside(self.ahead, self.prepared, |stream| {
             // SAFETY: as above.
             let code = unsafe { (self.cuda.upload)(to, from.cast(), bytes, stream) };
             self.cuda.check("copy a part of the head", code)
         })
     }
 
-    fn await_ahead(&self, slot: usize) -> Result<()> {
-        self.wait_for(self.prepared[slot])
+    fn await_ahead(&self) -> Result<()> {
+        self.wait_for(self.prepared)
     }
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
