@@ -189,6 +189,9 @@ fn a_step_that_finds_no_memory_is_made_again_in_parts() {
     let flags = [&flags[..], &["--gradient-accumulation-steps", "1"]].concat();
     let run = |out: &str, steps: &str, (name, value): (&str, &str)| {
         let rate = ["--learning-rate", "1e-2", "--lr-scheduler-type", "constant"];
+        // The first thing to go, see below.
+        let room = if out == "room" { "8" } else { "0" };
+        let rate = [&rate[..], &["--dequantized-blocks", room]].concat();
         let flags = [&flags[..], &rate, &["--max-steps", steps]].concat();
         let mut command = train(&place, out, &flags)?;
         command.env(name, value);
@@ -226,6 +229,13 @@ fn a_step_that_finds_no_memory_is_made_again_in_parts() {
         let page = String::from_utf8(place.read(&format!("{kind}/report.html"))).unwrap();
         assert!(page.contains("After step 1, memory ran out"), "{kind}");
     }
+    // Weights that stay dequantized are given up alone, and no bit changes.
+    let (kind, first) = &first[0];
+    let shortage = format!("{kind}:{}", first + 20);
+    let said = run("room", "3", ("NIBBLE_EMULATED_SHORTAGE", &shortage)).unwrap();
+    assert!(said.contains("weights of 2 of 2 blocks stay dequantized"), "{said}");
+    assert!(said.contains("continuing with no weights that stay dequantized, at "), "{said}");
+    assert_eq!(losses(&place, "room/checkpoint-3"), plenty);
 }
 
 /// Weights and moments of a wide adapter, each matrix more than 1 MiB, pass through the host's memory in
@@ -262,6 +272,8 @@ fn no_policy_changes_a_bit() {
     for (out, flags) in [
         ("keep", ["--activations", "keep", "--weights", "resident"]),
         ("checkpoint", ["--activations", "checkpoint", "--weights", "resident"]),
+        ("in turn", ["--activations", "checkpoint", "--dequantized-blocks", "0"]),
+        ("one block", ["--activations", "checkpoint", "--dequantized-blocks", "1"]),
         ("offload", ["--activations", "offload", "--weights", "stream"]),
         ("both", ["--activations", "offload-attention", "--weights", "stream"]),
     ] {
@@ -269,7 +281,13 @@ fn no_policy_changes_a_bit() {
         command.args(["--device", "cuda", "--out", out, "--max-length", "32", "--max-steps", "3"]);
         command.args(["--learning-rate", "1e-2"]).args(flags);
         let Some(command) = on_gpu(command) else { return };
-        succeed(command);
+        let said = stderr(&succeed(command));
+        let stay = |blocks: usize| said.contains(&format!("weights of {blocks} of 2 blocks stay "));
+        match (flags[2], flags[3]) {
+            ("--dequantized-blocks", "0") => assert!(!said.contains(" stay "), "{said}"),
+            ("--dequantized-blocks", _) | (_, "stream") => assert!(stay(1), "{said}"),
+            _ => assert!(stay(2), "{said}"),
+        }
         adapters.push(place.read(&format!("{out}/adapter_model.safetensors")));
     }
     assert!(adapters.iter().all(|adapter| *adapter == adapters[0]));

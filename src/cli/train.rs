@@ -336,6 +336,10 @@ pub struct ResourceArgs {
     /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from the 4-bit file
     #[arg(long, value_name = "MODE", value_enum, default_value_t = WeightsMode::Auto)]
     pub weights: WeightsMode,
+    /// On a GPU: blocks whose 4-bit weights stay in memory in bf16, too, at most: faster, at 2 bytes a
+    /// weight [default: as many as there is memory for]
+    #[arg(long, value_name = "BLOCKS", value_parser = numbers::whole::<usize>)]
+    pub dequantized_blocks: Option<usize>,
     /// Memory that the run may use, such as `8GiB` [default: the free memory]
     #[arg(long, value_name = "SIZE")]
     pub memory_budget: Option<ByteSize>,

@@ -107,6 +107,18 @@ pub fn resolve(args: &DeviceArgs) -> Result<Device> {
     Ok(device)
 }
 
+/// Whether weights may be asked to stay dequantized.
+///
+/// # Errors
+/// `Usage` on the CPU.
+pub fn check_dequantized_blocks(most: Option<usize>, on_gpu: bool) -> Result<()> {
+    if most.is_none() || on_gpu {
+        return Ok(());
+    }
+    let what = "`--dequantized-blocks` is for a GPU: the CPU dequantizes into its cache";
+    Err(Error::usage(what).hint("leave it out, or use `--device cuda`"))
+}
+
 /// The memory of GPU `index`, if there is one: what a run may have is all of it, what is in use has
 /// the context that is made for the question, and other programs' memory.
 pub fn surroundings(index: usize) -> Option<Surroundings> {

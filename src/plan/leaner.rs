@@ -1,7 +1,7 @@
 //! Where the memory of a plan cannot be had after all: the next smaller plan of the same results.
 //!
-//! In this order, each where the one before is used up: passes of half as many tokens, down to the
-//! longest document; half of the blocks that keep their activations recompute; attention is made again,
+//! In this order, each where the one before is used up: no weights stay dequantized; passes of half as many
+//! tokens, down to the longest document; half of the blocks that keep their activations recompute; attention is made again,
 //! too; the MLP, the logits and dequantized weights take smaller pieces; inputs of blocks wait elsewhere,
 //! alone.
 //! Losses and gradients are the same sums in all of them, up to the order of summation.
@@ -10,13 +10,19 @@ use super::settings::{Pieces, Policy, Settings};
 
 /// The next smaller plan; `None` after the smallest one.
 pub fn leaner(settings: &Settings) -> Option<Settings> {
-    shorter(settings)
+    dequantizing_again(settings)
+        .or_else(|| shorter(settings))
         .or_else(|| keeping_fewer(settings))
         .or_else(|| recomputing_attention(settings))
         .or_else(|| {
             Some(settings.clone().in_pieces(Pieces::ALL)).filter(|pieces| differ(settings, pieces))
         })
         .or_else(|| offloading(settings))
+}
+
+fn dequantizing_again(settings: &Settings) -> Option<Settings> {
+    let without = || Settings { dequantized_blocks: 0, ..settings.clone() };
+    (settings.dequantized_blocks > 0).then(without)
 }
 
 /// Documents are not cut.
@@ -70,6 +76,8 @@ fn differ(one: &Settings, other: &Settings) -> bool {
 pub fn shrinkage_in_words(from: &Settings, to: &Settings) -> String {
     let layers = to.policies.len();
     let (kept, offloaded) = (to.count(Policy::Keep), to.offloaded().len());
+    let again = (to.dequantized_blocks < from.dequantized_blocks)
+        .then(|| "no weights that stay dequantized".to_string());
     let shorter = (to.tokens < from.tokens)
         .then(|| format!("{} tokens in a forward pass instead of {}", to.tokens, from.tokens));
     let recomputing = (kept < from.count(Policy::Keep))
@@ -80,7 +88,7 @@ pub fn shrinkage_in_words(from: &Settings, to: &Settings) -> String {
     let smaller = smaller.then(|| "smaller pieces of the MLP and the logits".to_string());
     let offloading = (offloaded > from.offloaded().len())
         .then(|| format!("inputs of {offloaded} of {layers} blocks offloaded"));
-    let changes = [shorter, recomputing, attending, smaller, offloading];
+    let changes = [again, shorter, recomputing, attending, smaller, offloading];
     changes.into_iter().flatten().collect::<Vec<_>>().join(", ")
 }
 
@@ -95,6 +103,7 @@ mod tests {
     #[test]
     fn a_plan_shrinks_step_by_step() {
         let mut plan = settings(4096, 2000, vec![Policy::Keep; 5]);
+        plan.dequantized_blocks = 2;
         let mut told = Vec::new();
         while let Some(next) = leaner(&plan) {
             told.push(shrinkage_in_words(&plan, &next));
@@ -103,6 +112,7 @@ mod tests {
         assert_eq!(
             told,
             [
+                "no weights that stay dequantized",
                 "2048 tokens in a forward pass instead of 4096",
                 "2000 tokens in a forward pass instead of 2048",
                 "3 of 5 blocks recomputed",

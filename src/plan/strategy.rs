@@ -20,6 +20,8 @@ pub struct Strategy {
     /// What is in the host's memory beside a GPU.
     #[serde(rename = "embedding")]
     pub on_host: OnHost,
+    /// On a GPU: blocks whose weights have room in bf16, too.
+    pub dequantized_blocks: usize,
     /// What is made in smaller pieces than usual.
     #[serde(skip)]
     pub pieces: Pieces,
@@ -34,6 +36,7 @@ impl Strategy {
             attended: 0,
             stream,
             on_host: OnHost::Nothing,
+            dequantized_blocks: 0,
             pieces: Pieces::NONE,
         }
     }
@@ -50,8 +53,12 @@ impl Strategy {
 
     /// `settings` with its policies and pieces, of a model with so many `layers`.
     pub(super) fn applied_to(self, settings: &Settings, layers: usize) -> Settings {
-        let (policies, head_on_host) = (self.policies(layers), self.on_host == OnHost::All);
-        let settings = Settings { policies, head_on_host, ..settings.clone() };
+        let settings = Settings {
+            policies: self.policies(layers),
+            head_on_host: self.on_host == OnHost::All,
+            dequantized_blocks: self.dequantized_blocks,
+            ..settings.clone()
+        };
         settings.in_pieces(self.pieces)
     }
 

@@ -61,6 +61,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let device = DeviceArgs { device: device::resolve(&args.device)?, ..args.device.clone() };
     let args = &MemoryArgs { device, ..args.clone() };
     let on_gpu = matches!(args.device.device, Device::Cuda(_));
+    device::check_dequantized_blocks(args.dequantized_blocks, on_gpu)?;
     let place = if on_gpu { Place::Gpu } else { Place::Cpu };
     let mut model = Model::open(args, place)?;
     // Plans need no GPU, measuring does.
@@ -85,6 +86,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         mode: args.weights,
         weights: model.weights,
         embedding: args.device.embedding,
+        dequantized_blocks: args.dequantized_blocks.unwrap_or(usize::MAX),
         process_bytes: model.process,
         place,
         pinned_bytes: room.pinned_bytes,

@@ -52,7 +52,9 @@ pub fn run(args: &TrainArgs) -> Result<()> {
         true => super::check_packed_as(&args.model)?,
         false => super::check_packing(&args.model)?,
     }
-    match device::open(&args.device)? {
+    let gpu = device::open(&args.device)?;
+    device::check_dequantized_blocks(args.resources.dequantized_blocks, gpu.is_some())?;
+    match gpu {
         Some(gpu) => run_on(args, gpu),
         None => run_on(args, device::cpu(&args.device)),
     }

@@ -121,6 +121,8 @@ pub struct Demand<'a> {
     pub weights: WeightBytes,
     /// Where the embedding may be.
     pub embedding: EmbeddingPlace,
+    /// Blocks whose weights may have room in bf16 on a GPU, at most.
+    pub dequantized_blocks: usize,
     /// Bytes of the rest outside the arena: program, tokenizer, data.
     pub process_bytes: u64,
     /// Where the run computes.
@@ -213,7 +215,8 @@ impl Demand<'_> {
     }
 
     fn fitting(&self, candidates: &[Strategy], bytes: u64) -> Option<Choice> {
-        self.fastest(candidates, bytes).map(|candidate| self.choice(candidate))
+        let fastest = self.fastest(candidates, bytes)?;
+        Some(self.choice(self.with_weights(fastest, bytes)))
     }
 
     /// The fastest of `candidates` that takes at most `bytes`; of equally fast ones the first.
@@ -235,6 +238,22 @@ impl Demand<'_> {
         });
         let timed = most.map(|candidate| (seconds(candidate), *candidate));
         timed.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, fastest)| fastest)
+    }
+
+    /// `candidate`, which fits into `bytes`, with room in bf16 for the weights of as many blocks as do: they
+    /// make it faster, and change no result. A byte of activations saves more, so these come first.
+    fn with_weights(&self, candidate: Strategy, bytes: u64) -> Strategy {
+        let most = match (self.place, candidate.stream) {
+            _ if candidate.pieces.one_buffer => 0,
+            // Streamed weights leave.
+            (Place::Gpu, true) => 1,
+            (Place::Gpu, false) if self.weights.resident.codes > 0 => self.spec.num_layers,
+            _ => 0,
+        };
+        let with = |dequantized_blocks| Strategy { dequantized_blocks, ..candidate };
+        let [none, one] = [0, 1].map(|blocks| self.total_bytes(with(blocks)));
+        let fitting = bytes.saturating_sub(none) / (one - none).max(1);
+        with(most.min(self.dequantized_blocks).min(fitting as usize))
     }
 
     /// Bytes of the host's memory beside a GPU that hold what a run offloads, its embedding and head, and
@@ -303,13 +322,14 @@ impl Demand<'_> {
                 for (&stream, &others) in
                     streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))
                 {
-                    let attended = 0;
+                    let (attended, dequantized_blocks) = (0, 0);
                     let with = |&kept: &usize| Strategy {
                         kept,
                         others,
                         attended,
                         stream,
                         on_host,
+                        dequantized_blocks,
                         pieces,
                     };
                     candidates.extend(kept.iter().map(with));
@@ -368,7 +388,8 @@ impl Demand<'_> {
 
     /// What a choice does to stay within its memory, for people: the first says what blocks keep.
     pub fn facts(&self, choice: &Choice) -> Vec<String> {
-        let Choice { strategy: Strategy { stream, on_host, pieces, .. }, settings } = choice;
+        let Strategy { stream, on_host, pieces, dequantized_blocks, .. } = choice.strategy;
+        let settings = &choice.settings;
         let bytes = ByteSize(self.plan(settings).offloaded_bytes() as u64);
         let to = if self.place == Place::Gpu { "pinned memory" } else { "a file" };
         let offloaded = settings.offloaded_in_words();
@@ -377,6 +398,10 @@ impl Demand<'_> {
             offloaded.map(|what| format!("{bytes} of {what} offloaded to {to}")),
             stream.then(|| "weights streamed from their file".into()),
             on_host.in_words().map(Into::into),
+            (dequantized_blocks > 0).then(|| {
+                let layers = self.spec.num_layers;
+                format!("weights of {dequantized_blocks} of {layers} blocks stay dequantized")
+            }),
             settings.tiled().then(|| format!("MLP in tiles of {} tokens", settings.mlp_tile())),
             pieces.logits.then(|| "a quarter of the logits at a time".into()),
             pieces.one_buffer.then(|| "one buffer for dequantized weights".into()),

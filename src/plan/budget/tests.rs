@@ -10,6 +10,7 @@ const CHECKPOINT: Strategy = Strategy {
     attended: 0,
     stream: false,
     on_host: OnHost::Nothing,
+    dequantized_blocks: 0,
     pieces: Pieces::NONE,
 };
 
@@ -18,10 +19,14 @@ fn codes(codes: u64) -> WeightParts {
     WeightParts { codes, ..WeightParts::default() }
 }
 
+fn spec_of(config: &str) -> ModelSpec {
+    spec_from_config(&serde_json::from_str(config).unwrap()).unwrap()
+}
+
 /// Six blocks.
 fn golden() -> ModelSpec {
     let text = include_str!("../../../tests/data/models/llama_s0/config.json");
-    let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
+    let spec = spec_of(text);
     ModelSpec { num_layers: 6, windows: vec![None; 6], ..spec }
 }
 
@@ -44,6 +49,7 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
         mode: WeightsMode::Auto,
         weights: WeightBytes { resident: codes(1 << 20), streamed: None, embedding: 0, head: 0 },
         embedding: EmbeddingPlace::Auto,
+        dequantized_blocks: usize::MAX,
         process_bytes: 100,
         place: Place::Cpu,
         pinned_bytes: u64::MAX,
@@ -351,7 +357,12 @@ fn what_can_be_pinned_is_tried_whole() {
         cuda_layout(spec, settings, AttnImplementation::Auto)
     };
     let input = (2 * settings.tokens * spec.hidden_size) as u64;
-    let plenty = Demand { layout: &on_gpu, place: Place::Gpu, ..demand(&spec, &settings) };
+    let plenty = Demand {
+        layout: &on_gpu,
+        place: Place::Gpu,
+        dequantized_blocks: 0,
+        ..demand(&spec, &settings)
+    };
     let pace = Pace::new(&plenty);
     let all = plenty.candidates().unwrap();
     let seconds = |demand: &Demand, c: &Strategy| pace.seconds_per_token(&demand.choice(*c));
@@ -391,7 +402,7 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         (include_str!("../../../tests/data/configs/llama-3.3-70b.json"), 80),
     ];
     for (text, layers) in configs {
-        let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
+        let spec = spec_of(text);
         let bf16 = nibble_quant::FloatType::Bf16;
         let format = Some(nibble_quant::BlockFormat::default());
         let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
@@ -404,7 +415,7 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         };
         let pace = Pace::new(&demand);
         let (mut slowest, mut mixed) = (f64::INFINITY, 0);
-        for gib in (4..200).step_by(5) {
+        for gib in (4..250).step_by(5) {
             let budget = gib << 30;
             let Ok(choice) = demand.choose(Limit::Budget(budget)) else { continue };
             assert!(demand.total_bytes(choice.strategy) <= budget);
@@ -417,16 +428,19 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         }
         assert!(mixed > 0, "blocks that keep beside blocks that offload");
         // All in memory, nothing recomputed.
+        let keep = Strategy::uniform(layers, Policy::Keep, false);
         let free = demand.choose(Limit::Free(u64::MAX)).unwrap();
-        assert_eq!(free.strategy, Strategy::uniform(layers, Policy::Keep, false));
+        assert_eq!(free.strategy, Strategy { dequantized_blocks: layers, ..keep });
         assert_eq!(slowest, pace.seconds_per_token(&free));
+        let demand = Demand { dequantized_blocks: 0, ..demand.clone() };
+        let free = demand.choose(Limit::Free(u64::MAX)).unwrap();
+        assert_eq!(free.strategy, keep);
         // Where not all of it fits, the embedding goes first; it costs less than a block.
         let all = demand.total_bytes(free.strategy);
         let without = |place| {
             let demand = Demand { embedding: place, ..demand.clone() };
             demand.choose(Limit::Budget(all - 1)).unwrap().strategy
         };
-        let keep = Strategy::uniform(layers, Policy::Keep, false);
         let chosen = without(EmbeddingPlace::Auto);
         assert_eq!(chosen, Strategy { on_host: OnHost::Input, ..keep });
         let weights = weights_of(&demand, keep) - weights_of(&demand, chosen);
@@ -455,6 +469,58 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         let error = poor.choose(Limit::Budget(200 << 30)).unwrap_err().to_string();
         assert!(error.contains("of pinned memory there, 0 B can be had"), "{error}");
         assert!(error.contains("hint: `--activations keep` would need"), "{error}");
+    }
+}
+
+/// What activations leave of a card is for weights in bf16, block by block, and no more than that.
+#[test]
+fn what_memory_is_left_holds_weights() {
+    let spec = spec_of(include_str!("../../../tests/data/configs/llama-3.1-8b.json"));
+    let bf16 = nibble_quant::FloatType::Bf16;
+    let format = Some(nibble_quant::BlockFormat::default());
+    let packed = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
+    let settings = settings(&spec, 4096);
+    let demand = Demand {
+        layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
+        weights: packed,
+        place: Place::Gpu,
+        ..demand(&spec, &settings)
+    };
+    let keep = Strategy::uniform(32, Policy::Keep, false);
+    let with = |blocks| Strategy { dequantized_blocks: blocks, ..keep };
+    let need = |blocks| demand.total_bytes(with(blocks));
+    let pace = Pace::new(&demand);
+    let seconds = |strategy| pace.seconds_per_token(&demand.choice(strategy));
+    // q, k and v, o, gate, up, down, each with a rank of 16 behind its rows and below them.
+    let (d, kv, f, r) = (4096u64, 1024, 14_336, 16);
+    let qkv = (d + 2 * kv + 3 * r) * (d + 3 * r);
+    let block = 2 * (qkv + (d + r) * (d + r) + 3 * (f + r) * (d + r));
+    for blocks in [1, 2, 31, 32] {
+        assert!((need(blocks) - need(0)).abs_diff(blocks as u64 * block) < 32 * 5 * 256);
+        let chosen = demand.choose(Limit::Budget(need(blocks))).unwrap();
+        assert_eq!(chosen.strategy, with(blocks));
+        assert!(seconds(with(blocks)) < seconds(with(blocks - 1)));
+        assert!(
+            demand.facts(&chosen)[1].contains(&format!("weights of {blocks} of 32 blocks stay"))
+        );
+        let fewer = demand.choose(Limit::Budget(need(blocks) - 1)).unwrap();
+        assert_eq!(fewer.strategy, with(blocks - 1));
+    }
+    assert_eq!(demand.choose(Limit::Budget(need(32) << 1)).unwrap().strategy, with(32));
+    let at_most = Demand { dequantized_blocks: 3, ..demand.clone() };
+    assert_eq!(at_most.choose(Limit::Free(u64::MAX)).unwrap().strategy, with(3));
+    // With room for one block none is dequantized for its gradients again.
+    let recomputing = |blocks| Strategy { dequantized_blocks: blocks, ..CHECKPOINT };
+    let saved = |blocks| seconds(recomputing(blocks - 1)) - seconds(recomputing(blocks));
+    assert!(saved(1) > 10.0 * saved(2), "{:e}, {:e}", saved(1), saved(2));
+    // Streamed ones leave, dense ones are what they are, and the CPU has a cache.
+    let streamed = demand.allowing(Activations::Keep, WeightsMode::Stream);
+    let chosen = streamed.choose(Limit::Free(u64::MAX)).unwrap().strategy;
+    assert_eq!((chosen.stream, chosen.dequantized_blocks), (true, 1));
+    let dense = WeightBytes::of_config(&spec, bf16, None, Place::Gpu);
+    for (weights, place) in [(dense, Place::Gpu), (packed, Place::Cpu)] {
+        let demand = Demand { weights, place, ..demand.clone() };
+        assert_eq!(demand.choose(Limit::Free(u64::MAX)).unwrap().strategy.dequantized_blocks, 0);
     }
 }
 

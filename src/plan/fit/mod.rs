@@ -190,7 +190,12 @@ impl Search<'_> {
         let uniform = streams
             .flat_map(|stream| policies.map(|policy| Strategy::uniform(layers, policy, stream)));
         let mixed = (1..layers).contains(&self.plan.kept) || self.plan.attended > 0;
-        let whole = Strategy { on_host: OnHost::Nothing, pieces: Pieces::NONE, ..self.plan };
+        let whole = Strategy {
+            on_host: OnHost::Nothing,
+            dequantized_blocks: 0,
+            pieces: Pieces::NONE,
+            ..self.plan
+        };
         let mut ways: Vec<Row> =
             uniform.chain(mixed.then_some(whole)).map(|whole| self.row(whole)).collect();
         let first = ways.first().map_or(1.0, |way| way.time);
@@ -284,6 +289,10 @@ impl Search<'_> {
             let flags = format!("--embedding {}", on_host.flag());
             knobs.push(knob(flags, same, Strategy { on_host, ..plan }));
         }
+        if plan.dequantized_blocks > 0 {
+            let strategy = Strategy { dequantized_blocks: 0, ..plan };
+            knobs.push(knob("--dequantized-blocks 0".into(), same, strategy));
+        }
         let mut with = |flags: String, settings: Settings| knobs.push(knob(flags, &settings, plan));
         let Asked { batch, length, .. } = self.asked;
         if batch > 1 {
@@ -329,10 +338,9 @@ impl Search<'_> {
         let others = Activations::UNIFORM.into_iter().filter(|(_, policy)| !planned(*policy));
         others
             .map(|(activations, policy)| {
-                let Strategy { on_host, pieces, stream, .. } = plan;
-                let layers = demand.spec.num_layers;
-                let strategy =
-                    Strategy { on_host, pieces, ..Strategy::uniform(layers, policy, stream) };
+                let uniform = Strategy::uniform(demand.spec.num_layers, policy, plan.stream);
+                let Strategy { kept, others, attended, .. } = uniform;
+                let strategy = Strategy { kept, others, attended, ..plan };
                 knob(format!("--activations {}", activations.flag()), demand.settings, strategy)
             })
             .collect()

@@ -338,3 +338,10 @@ fn embedding() {
         assert!(error.contains("`--embedding` is for a GPU"), "{error}");
     }
 }
+
+/// What it does beside a GPU is in `tests/cuda_backend/ahead.rs`, and in `tests/cuda_program.rs`.
+#[test]
+fn dequantized_blocks() {
+    let error = Runs::new().refused("dequantized-blocks=2");
+    assert!(error.contains("`--dequantized-blocks` is for a GPU"), "{error}");
+}
