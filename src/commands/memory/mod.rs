@@ -86,7 +86,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         mode: args.weights,
         weights: model.weights,
         embedding: args.device.embedding,
-        dequantized_blocks: args.dequantized_blocks.unwrap_or(usize::MAX),
+        dequantized_blocks: dequantized_blocks(args),
         process_bytes: model.process,
         place,
         pinned_bytes: room.pinned_bytes,
@@ -161,6 +161,12 @@ fn check_page(path: &Path) -> Result<()> {
 fn limit(args: &MemoryArgs, room: &Room) -> Limit {
     let here = args.measure.and(room.free_bytes).unwrap_or(u64::MAX);
     args.budget.map_or(Limit::Free(here), |budget| Limit::Budget(budget.0))
+}
+
+/// Where there is no limit none by themselves: there would be room for all, whatever the card.
+fn dequantized_blocks(args: &MemoryArgs) -> Option<usize> {
+    let limited = args.fit || args.budget.is_some() || args.measure.is_some();
+    args.dequantized_blocks.or(if limited { None } else { Some(0) })
 }
 
 /// A run that could be made.

@@ -79,7 +79,7 @@ pub fn plan(
         mode: args.resources.weights,
         weights,
         embedding: args.device.embedding,
-        dequantized_blocks: args.resources.dequantized_blocks.unwrap_or(usize::MAX),
+        dequantized_blocks: args.resources.dequantized_blocks,
         process_bytes,
         place,
         pinned_bytes: resident::pinnable_bytes(),

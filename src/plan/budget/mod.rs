@@ -20,6 +20,10 @@ use crate::plan::weights::{Place, WeightBytes};
 /// Share of the free memory that is planned with where no budget is given.
 const USABLE_SHARE: f64 = 0.9;
 
+/// Weights stay dequantized by themselves where a step then takes less than this of its time: for next to
+/// nothing no memory is taken from others.
+const WORTH_MEMORY: f64 = 0.99;
+
 /// What happens to activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum Activations {
@@ -121,8 +125,9 @@ pub struct Demand<'a> {
     pub weights: WeightBytes,
     /// Where the embedding may be.
     pub embedding: EmbeddingPlace,
-    /// Blocks whose weights may have room in bf16 on a GPU, at most.
-    pub dequantized_blocks: usize,
+    /// Blocks whose weights shall have room in bf16 on a GPU, if it is there; otherwise all that have, where
+    /// that is clearly faster.
+    pub dequantized_blocks: Option<usize>,
     /// Bytes of the rest outside the arena: program, tokenizer, data.
     pub process_bytes: u64,
     /// Where the run computes.
@@ -253,7 +258,14 @@ impl Demand<'_> {
         let with = |dequantized_blocks| Strategy { dequantized_blocks, ..candidate };
         let [none, one] = [0, 1].map(|blocks| self.total_bytes(with(blocks)));
         let fitting = bytes.saturating_sub(none) / (one - none).max(1);
-        with(most.min(self.dequantized_blocks).min(fitting as usize))
+        let most = most.min(fitting as usize);
+        if let Some(asked) = self.dequantized_blocks {
+            return with(most.min(asked));
+        }
+        let pace = Pace::new(self);
+        let [before, after] =
+            [0, most].map(|blocks| pace.seconds_per_token(&self.choice(with(blocks))));
+        with(if after < WORTH_MEMORY * before { most } else { 0 })
     }
 
     /// Bytes of the host's memory beside a GPU that hold what a run offloads, its embedding and head, and

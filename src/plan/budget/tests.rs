@@ -49,7 +49,7 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
         mode: WeightsMode::Auto,
         weights: WeightBytes { resident: codes(1 << 20), streamed: None, embedding: 0, head: 0 },
         embedding: EmbeddingPlace::Auto,
-        dequantized_blocks: usize::MAX,
+        dequantized_blocks: None,
         process_bytes: 100,
         place: Place::Cpu,
         pinned_bytes: u64::MAX,
@@ -360,7 +360,7 @@ fn what_can_be_pinned_is_tried_whole() {
     let plenty = Demand {
         layout: &on_gpu,
         place: Place::Gpu,
-        dequantized_blocks: 0,
+        dequantized_blocks: Some(0),
         ..demand(&spec, &settings)
     };
     let pace = Pace::new(&plenty);
@@ -415,7 +415,7 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         };
         let pace = Pace::new(&demand);
         let (mut slowest, mut mixed) = (f64::INFINITY, 0);
-        for gib in (4..250).step_by(5) {
+        for gib in (4..200).step_by(5) {
             let budget = gib << 30;
             let Ok(choice) = demand.choose(Limit::Budget(budget)) else { continue };
             assert!(demand.total_bytes(choice.strategy) <= budget);
@@ -430,11 +430,8 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         // All in memory, nothing recomputed.
         let keep = Strategy::uniform(layers, Policy::Keep, false);
         let free = demand.choose(Limit::Free(u64::MAX)).unwrap();
-        assert_eq!(free.strategy, Strategy { dequantized_blocks: layers, ..keep });
-        assert_eq!(slowest, pace.seconds_per_token(&free));
-        let demand = Demand { dequantized_blocks: 0, ..demand.clone() };
-        let free = demand.choose(Limit::Free(u64::MAX)).unwrap();
         assert_eq!(free.strategy, keep);
+        assert_eq!(slowest, pace.seconds_per_token(&free));
         // Where not all of it fits, the embedding goes first; it costs less than a block.
         let all = demand.total_bytes(free.strategy);
         let without = |place| {
@@ -472,55 +469,65 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
     }
 }
 
-/// What activations leave of a card is for weights in bf16, block by block, and no more than that.
+/// What activations leave of a card is for weights in bf16: of as many blocks as are asked for and fit, or by
+/// itself, where passes are short.
 #[test]
 fn what_memory_is_left_holds_weights() {
     let spec = spec_of(include_str!("../../../tests/data/configs/llama-3.1-8b.json"));
     let bf16 = nibble_quant::FloatType::Bf16;
     let format = Some(nibble_quant::BlockFormat::default());
     let packed = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
-    let settings = settings(&spec, 4096);
-    let demand = Demand {
+    let [short, long] = [256, 4096].map(|tokens| settings(&spec, tokens));
+    let of = |settings| Demand {
         layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
         weights: packed,
         place: Place::Gpu,
-        ..demand(&spec, &settings)
+        ..demand(&spec, settings)
     };
     let keep = Strategy::uniform(32, Policy::Keep, false);
     let with = |blocks| Strategy { dequantized_blocks: blocks, ..keep };
-    let need = |blocks| demand.total_bytes(with(blocks));
-    let pace = Pace::new(&demand);
-    let seconds = |strategy| pace.seconds_per_token(&demand.choice(strategy));
+    let chosen = |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap().strategy;
     // q, k and v, o, gate, up, down, each with a rank of 16 behind its rows and below them.
     let (d, kv, f, r) = (4096u64, 1024, 14_336, 16);
     let qkv = (d + 2 * kv + 3 * r) * (d + 3 * r);
     let block = 2 * (qkv + (d + r) * (d + r) + 3 * (f + r) * (d + r));
-    for blocks in [1, 2, 31, 32] {
-        assert!((need(blocks) - need(0)).abs_diff(blocks as u64 * block) < 32 * 5 * 256);
-        let chosen = demand.choose(Limit::Budget(need(blocks))).unwrap();
-        assert_eq!(chosen.strategy, with(blocks));
-        assert!(seconds(with(blocks)) < seconds(with(blocks - 1)));
-        assert!(
-            demand.facts(&chosen)[1].contains(&format!("weights of {blocks} of 32 blocks stay"))
-        );
-        let fewer = demand.choose(Limit::Budget(need(blocks) - 1)).unwrap();
-        assert_eq!(fewer.strategy, with(blocks - 1));
+    for settings in [&short, &long] {
+        let asked = Demand { dequantized_blocks: Some(31), ..of(settings) };
+        let need = |blocks| asked.total_bytes(with(blocks));
+        for blocks in [1, 2, 31] {
+            let padding = (need(blocks) - need(0)).abs_diff(blocks as u64 * block);
+            assert!(padding < blocks as u64 * 5 * 256);
+            assert_eq!(chosen(&asked, need(blocks)), with(blocks));
+            assert_eq!(chosen(&asked, need(blocks) - 1), with(blocks - 1));
+        }
+        assert_eq!(chosen(&asked, 2 * need(32)), with(31));
+        let facts = asked.facts(&asked.choice(with(2)));
+        assert_eq!(facts[1], "weights of 2 of 32 blocks stay dequantized");
     }
-    assert_eq!(demand.choose(Limit::Budget(need(32) << 1)).unwrap().strategy, with(32));
-    let at_most = Demand { dequantized_blocks: 3, ..demand.clone() };
-    assert_eq!(at_most.choose(Limit::Free(u64::MAX)).unwrap().strategy, with(3));
+    let (short, long) = (of(&short), of(&long));
+    assert_eq!(chosen(&short, short.total_bytes(with(32))), with(32));
+    assert_eq!(chosen(&short, short.total_bytes(with(12))), with(12));
+    assert_eq!(chosen(&short, short.total_bytes(with(1))), with(0), "less than 1 % of a step");
+    assert_eq!(chosen(&long, long.total_bytes(with(32))), with(0));
     // With room for one block none is dequantized for its gradients again.
-    let recomputing = |blocks| Strategy { dequantized_blocks: blocks, ..CHECKPOINT };
-    let saved = |blocks| seconds(recomputing(blocks - 1)) - seconds(recomputing(blocks));
+    let pace = Pace::new(&long);
+    let seconds = |blocks| {
+        let strategy = Strategy { dequantized_blocks: blocks, ..CHECKPOINT };
+        pace.seconds_per_token(&long.choice(strategy))
+    };
+    let saved = |blocks: usize| seconds(blocks - 1) - seconds(blocks);
     assert!(saved(1) > 10.0 * saved(2), "{:e}, {:e}", saved(1), saved(2));
     // Streamed ones leave, dense ones are what they are, and the CPU has a cache.
-    let streamed = demand.allowing(Activations::Keep, WeightsMode::Stream);
-    let chosen = streamed.choose(Limit::Free(u64::MAX)).unwrap().strategy;
-    assert_eq!((chosen.stream, chosen.dequantized_blocks), (true, 1));
     let dense = WeightBytes::of_config(&spec, bf16, None, Place::Gpu);
-    for (weights, place) in [(dense, Place::Gpu), (packed, Place::Cpu)] {
-        let demand = Demand { weights, place, ..demand.clone() };
-        assert_eq!(demand.choose(Limit::Free(u64::MAX)).unwrap().strategy.dequantized_blocks, 0);
+    let asked = Demand { dequantized_blocks: Some(32), ..short };
+    for (mode, weights, place, blocks) in [
+        (WeightsMode::Resident, packed, Place::Gpu, 32),
+        (WeightsMode::Stream, packed, Place::Gpu, 1),
+        (WeightsMode::Resident, dense, Place::Gpu, 0),
+        (WeightsMode::Resident, packed, Place::Cpu, 0),
+    ] {
+        let demand = Demand { mode, weights, place, ..asked.clone() };
+        assert_eq!(chosen(&demand, u64::MAX).dequantized_blocks, blocks);
     }
 }
 

@@ -30,7 +30,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
             head: 0,
         },
         embedding: EmbeddingPlace::Auto,
-        dequantized_blocks: usize::MAX,
+        dequantized_blocks: None,
         process_bytes: 1 << 20,
         place: Place::Cpu,
         pinned_bytes: u64::MAX,
@@ -94,7 +94,7 @@ fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
             weights,
             place: Place::Gpu,
             settings: &settings,
-            dequantized_blocks: 0,
+            dequantized_blocks: Some(0),
             ..demand.clone()
         };
         let asked = |batch, accumulation| {
@@ -141,7 +141,7 @@ fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
         assert!(found.plan.flags.ends_with(" --memory-budget 24GiB"), "{found:?}");
         // Where weights stay dequantized, few tokens cost little.
         let settings = asked(1, 48).1;
-        let demand = Demand { dequantized_blocks: usize::MAX, ..demand.at(&settings) };
+        let demand = Demand { dequantized_blocks: None, ..demand.at(&settings) };
         let choice = demand.within(24 << 30).unwrap();
         assert!(choice.strategy.kept == 32 && choice.strategy.dequantized_blocks > 24);
         let seconds = Pace::new(&demand).seconds_per_token(&choice);
