@@ -315,21 +315,15 @@ pub(super) fn backward<D: Driver>(
     {
         return true;
     }
-    for (position, (linear, t)) in linears.iter().zip(inputs).enumerate() {
+    // The last one first: its weight was the last to be read forward, and may still be there.
+    for (part, (position, t)) in inputs.into_iter().enumerate().rev().enumerate() {
+        let linear = linears[position];
         let from = dys[position.min(dys.len() - 1)].band(linear.output, rows);
         let lora = linear.adapter.as_ref().zip(t).map(|(LinearAdapter { index, shape, .. }, t)| {
             cuda.load_pair(parameters, *index, pair);
             LoraInput { shape, pair: &*pair, t }
         });
-        frozen::input_gradient(
-            cuda,
-            &linear.weight,
-            lora,
-            from,
-            dx,
-            rows,
-            Write::of_part(position),
-        );
+        frozen::input_gradient(cuda, &linear.weight, lora, from, dx, rows, Write::of_part(part));
     }
     true
 }
