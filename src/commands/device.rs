@@ -107,12 +107,12 @@ pub fn resolve(args: &DeviceArgs) -> Result<Device> {
     Ok(device)
 }
 
-/// Whether weights may be asked to stay dequantized.
+/// Whether weights of so many blocks may be asked to stay dequantized.
 ///
 /// # Errors
 /// `Usage` on the CPU.
-pub fn check_dequantized_blocks(most: Option<usize>, on_gpu: bool) -> Result<()> {
-    if most.is_none() || on_gpu {
+pub fn check_dequantized_blocks(asked: Option<usize>, on_gpu: bool) -> Result<()> {
+    if on_gpu || asked.is_none_or(|blocks| blocks == 0) {
         return Ok(());
     }
     let what = "`--dequantized-blocks` is for a GPU: the CPU dequantizes into its cache";

@@ -342,6 +342,8 @@ fn embedding() {
 /// What it does beside a GPU is in `tests/cuda_backend/ahead.rs`, and in `tests/cuda_program.rs`.
 #[test]
 fn dequantized_blocks() {
-    let error = Runs::new().refused("dequantized-blocks=2");
+    let runs = Runs::new();
+    runs.train("dequantized-blocks=0");
+    let error = runs.refused("dequantized-blocks=2");
     assert!(error.contains("`--dequantized-blocks` is for a GPU"), "{error}");
 }
