@@ -25,6 +25,7 @@ fi
 step scripts/test.sh
 step scripts/asan.sh
 step scripts/ptx.sh --check
+step scripts/python.sh
 step scripts/platforms.sh
 NIBBLE=${CARGO_TARGET_DIR:-target}/release/nibble step scripts/bench_memory.sh --preset 1b --check
 step scripts/gpu_check.sh --pack

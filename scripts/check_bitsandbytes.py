@@ -17,7 +17,6 @@ for those its plain implementation in PyTorch is asked.
 
 import argparse
 import subprocess
-import sys
 import tempfile
 import warnings
 from pathlib import Path

@@ -15,11 +15,11 @@ import json, math, os, sys, copy, shutil, warnings
 
 warnings.filterwarnings("ignore")
 import torch, transformers, peft, bitsandbytes as bnb, bitsandbytes.functional as BF
-from transformers import AutoModelForCausalLM, AutoConfig, CONFIG_MAPPING
+from transformers import AutoModelForCausalLM, CONFIG_MAPPING
 from transformers.pytorch_utils import Conv1D
-from peft import LoraConfig, get_peft_model, PeftModel
+from peft import LoraConfig, get_peft_model
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import save_file, load_file
+from safetensors.torch import save_file
 
 transformers.logging.set_verbosity_error()
 torch.set_num_threads(1)

@@ -2,7 +2,7 @@
 """Golden NF4 vectors from bitsandbytes on CPU -> golden/given/nf4/*.safetensors + nf4.json
 usage: gen_nf4.py OUTDIR [--seed 0]"""
 
-import argparse, json, os, math
+import argparse, json, os
 import torch, bitsandbytes as bnb, bitsandbytes.functional as F
 from safetensors.torch import save_file
 

@@ -2,10 +2,9 @@
 """Bit-level restatement of bitsandbytes' NF4 rules in numpy, checked against the golden file; adds cuda_emul vectors.
 usage: nf4_spec.py GOLDEN_DIR [--write]"""
 
-import json, os, sys
+import json, sys
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file as np_save
 
 f32 = np.float32
 d = sys.argv[1]
