@@ -1,9 +1,9 @@
 //! Where the memory of a plan cannot be had after all: the next smaller plan of the same results.
 //!
-//! In this order, each where the one before is used up: no weights stay dequantized; passes of half as many
-//! tokens, down to the longest document; half of the blocks that keep their activations recompute; attention is made again,
-//! too; the MLP, the logits and dequantized weights take smaller pieces; inputs of blocks wait elsewhere,
-//! alone.
+//! In this order, each where the one before is used up: no weights stay dequantized; passes of half as
+//! many tokens, down to the longest document; half of the blocks that keep their activations recompute;
+//! attention is made again, too; the MLP, the logits and dequantized weights take smaller pieces;
+//! inputs of blocks wait elsewhere, alone.
 //! Losses and gradients are the same sums in all of them, up to the order of summation.
 
 use super::settings::{Pieces, Policy, Settings};

@@ -212,7 +212,7 @@ fn another_number_of_trained_tokens_is_no_other_order() {
         // The first ones of all, q, k and v in one product; and those behind the head, where another
         // chunk may have been expected.
         let [in_turn, ahead] = [0, 1].map(|of| gpu.driver().dequantized()[of] - before.1[of]);
-        assert!(in_turn <= 3 + 3 && ahead >= 30, "{in_turn} in turn, {ahead} ahead");
+        assert!(in_turn <= 3 + 3 && ahead > 25, "{in_turn} in turn, {ahead} ahead");
         model.evaluate(batch).unwrap();
     }
 }

@@ -10,8 +10,8 @@ mod emulator;
 #[path = "../golden/mod.rs"]
 mod golden;
 
-mod ahead;
 mod attention;
+mod dequantized;
 mod device;
 mod embedding;
 mod emulated;

@@ -120,6 +120,9 @@ fn print_ways(fit: &Fit, asked: Asked, demand: &Demand) {
         let (name, time) = (name(&way.strategy, demand), way.time);
         println!("{name:<38} {bytes:>10} {time:>5.2}x {longest:>16}{pins} {batch:>19}");
     }
+    if fit.plan.strategy.dequantized_blocks > 0 {
+        println!("(all of them without weights that stay dequantized)");
+    }
     if on_gpu {
         println!("(pins: pinned host memory that the longest document also needs)");
     }

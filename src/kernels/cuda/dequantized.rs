@@ -1,14 +1,14 @@
 //! Where products read 4-bit weights: in bf16, in buffers that weights take in turns.
 //!
-//! What a buffer is filled with, and when, is for [`super::ahead`] to say.
+//! What a buffer is filled with, and when, is for [`super::weight_buffers`] to say.
 
 use super::Cuda;
-use super::ahead::{Ahead, Source, Wanted, WeightRows};
 use super::driver::{Address, Argument, Driver, Launch};
 use super::frozen::STRIDE_ELEMENTS;
 use super::launch::FLAT_THREADS;
 use super::memory::Rows;
 use super::weight::{DeviceWeight, Packed};
+use super::weight_buffers::{Source, Wanted, WeightBuffers, WeightRows};
 use crate::error::Result;
 
 /// Rows of a weight in bf16.
@@ -26,27 +26,22 @@ enum When {
 }
 
 impl<D: Driver> Cuda<D> {
-    /// 4-bit weights in bf16, one below the other, their rows `stride` apart, in a buffer of at least
-    /// `elements`; `None` where one is dense, and where the buffers are smaller.
-    pub(super) fn dequantized(
-        &self,
-        weights: &[&DeviceWeight<D>],
-        stride: usize,
-        elements: usize,
-    ) -> Option<Rows> {
-        let wanted = Wanted::new(weights, stride, elements)?;
-        (elements <= self.room_for_dequantized()).then(|| self.in_a_buffer(wanted))
+    /// 4-bit weights in bf16, one below the other, with room for adapters of `rank` in all; `None` where one is
+    /// dense, and where the buffers are smaller.
+    pub(super) fn dequantized(&self, weights: &[&DeviceWeight<D>], rank: usize) -> Option<Rows> {
+        let wanted = Wanted::new(weights, rank)?;
+        (wanted.elements <= self.room_for_dequantized()).then(|| self.in_a_buffer(wanted))
     }
 
     /// Elements of a buffer for dequantized weights.
     pub(super) fn room_for_dequantized(&self) -> usize {
-        self.state().ahead.as_ref().expect("a plan is allocated").elements()
+        self.state().weights.as_ref().expect("a plan is allocated").elements()
     }
 
     /// What is wanted, in a buffer. What follows it in a pass is brought meanwhile, see
-    /// [`super::ahead`].
+    /// [`super::weight_buffers`].
     pub(super) fn in_a_buffer(&self, wanted: Wanted) -> Rows {
-        let turn = self.state().ahead.as_mut().expect("a plan is allocated").turn(wanted);
+        let turn = self.state().weights.as_mut().expect("a plan is allocated").turn(wanted);
         if turn.pending {
             self.note(self.driver().await_ahead());
         }
@@ -64,7 +59,7 @@ impl<D: Driver> Cuda<D> {
     /// What a buffer holds is not known where it could not be filled.
     fn note_or_forget(&self, result: Result<()>) {
         if result.is_err() {
-            self.forget_ahead();
+            self.forget_dequantized();
         }
         self.note(result);
     }
@@ -93,8 +88,8 @@ impl<D: Driver> Cuda<D> {
     }
 
     /// Before streamed weights change: what was dequantized of them is of no use.
-    pub(super) fn forget_ahead(&self) {
-        let pending = self.state().ahead.as_mut().is_some_and(Ahead::forget);
+    pub(super) fn forget_dequantized(&self) {
+        let pending = self.state().weights.as_mut().is_some_and(WeightBuffers::forget);
         if pending {
             self.note(self.driver().await_ahead());
         }

@@ -11,7 +11,7 @@
 //! ```
 //!
 //! W lies the same way for both, with room behind its rows and below them: what one product read is there
-//! for the other one ([`super::ahead`]).
+//! for the other one ([`super::weight_buffers`]).
 //!
 //! Both are the sums of the two products with one rounding to bf16 instead of two; s·B is rounded
 //! once more unless s is a power of two. In elements moved for a token:
@@ -48,21 +48,28 @@ pub(super) fn tail_columns(ranks: usize) -> usize {
     ranks.next_multiple_of(STRIDE_ELEMENTS)
 }
 
-/// Elements of a dequantized weight `[N, K]` with room for an adapter of `rank` behind its rows, and below
+/// A dequantized weight, or several one below the other, with room for adapters behind its rows and below
 /// them.
-pub(super) fn extended_elements([rows, columns]: [usize; 2], rank: usize) -> usize {
-    (rows + rank) * (columns + tail_columns(rank))
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(super) struct Extended {
+    /// N.
+    pub rows: usize,
+    /// K.
+    pub columns: usize,
+    /// R of all adapters.
+    pub rank: usize,
 }
 
-/// Weights of width K one below the other, N rows in all, with room for the adapters' `rank` columns and
-/// rows; `None` where [`Cuda::dequantized`] has none.
-pub(super) fn extended<D: Driver>(
-    cuda: &Cuda<D>,
-    weights: &[&DeviceWeight<D>],
-    shape: [usize; 2],
-    rank: usize,
-) -> Option<Rows> {
-    cuda.dequantized(weights, shape[1] + tail_columns(rank), extended_elements(shape, rank))
+impl Extended {
+    /// Elements from one row to the next.
+    pub fn stride(self) -> usize {
+        self.columns + tail_columns(self.rank)
+    }
+
+    /// Elements of all.
+    pub fn elements(self) -> usize {
+        (self.rows + self.rank) * self.stride()
+    }
 }
 
 /// A matrix as it lies.
@@ -121,7 +128,7 @@ pub(super) fn forward_extended<D: Driver>(
 ) -> Option<()> {
     let ([outer, inner], rank) = (weight.shape, shape.rank);
     let tail = x.tail(rows, rank)?;
-    let wide = extended(cuda, &[weight], weight.shape, rank)?;
+    let wide = cuda.dequantized(&[weight], rank)?;
     copy_columns(cuda, ax.band(*columns, rows), tail, (rows, rank), 1.0);
     copy_columns(cuda, b_of(pair, shape), wide.column(inner), (outer, rank), shape.scale);
     let operands = (operand(x.rows(rows, inner)), transposed(wide));
@@ -174,7 +181,7 @@ pub(super) fn input_gradient<D: Driver>(
     let to = product(dx.rows(rows, inner));
     if let Some(LoraInput { shape, pair, .. }) =
         lora.as_ref().filter(|lora| lora.t == from.column(outer))
-        && let Some(wide) = extended(cuda, &[weight], weight.shape, shape.rank)
+        && let Some(wide) = cuda.dequantized(&[weight], shape.rank)
     {
         copy_columns(cuda, a_of(pair, shape), wide.row(outer), (shape.rank, inner), 1.0);
         let operands = (operand(from), operand(wide));

@@ -8,14 +8,13 @@
 //!
 //! A head on the host is read twice for a chunk of rows, 2·V·D bytes each time, beside 3 · 2·V·D
 //! floating-point operations a row. Tiles lie in the buffers of dequantized weights, which nobody needs
-//! meanwhile, and the next one is copied while the products with this one run ([`super::ahead`]);
+//! meanwhile, and the next one is copied while the products with this one run ([`super::weight_buffers`]);
 //! between both directions the last two stay. dx is summed in f32, and rounded once. A head on the
 //! device is one tile.
 
 use std::ops::Range;
 
 use super::Cuda;
-use super::ahead::Wanted;
 use super::dequantized::panel_rows;
 use super::driver::{Argument, Driver};
 use super::frozen::{STRIDE_ELEMENTS, operand, product, product_in_f32, transposed};
@@ -24,6 +23,7 @@ use super::loss::{LossSum, TILE_STATISTICS, logit_threads};
 use super::memory::{Buffer, Rows};
 use super::rows::convert;
 use super::weight::DeviceWeight;
+use super::weight_buffers::Wanted;
 use crate::error::Result;
 use crate::kernels::head::loss_at_once;
 use crate::kernels::{HeadChunk, HeadKernels, LogitShape};

@@ -7,7 +7,6 @@
 //! download).
 
 mod adapted_mlp;
-mod ahead;
 mod attention;
 mod dequantized;
 pub mod devices;
@@ -36,6 +35,7 @@ mod storage;
 mod stream;
 mod together;
 mod weight;
+mod weight_buffers;
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
@@ -43,12 +43,12 @@ pub use attention::AttnImplementation;
 pub use plan::{cuda_layout, staged_bytes, waiting_bytes};
 pub use weight::matrix_bytes;
 
-use ahead::Ahead;
 use driver::{Argument, Driver, Gemm, Operand, Product};
 use memory::{Allocation, Buffer, PARTIALS};
 use staging::Staging;
 use together::StackRoom;
 use weight::{DeviceWeight, Tables};
+use weight_buffers::WeightBuffers;
 
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
@@ -93,7 +93,7 @@ struct Shared<D: Driver> {
 /// What the plan at work lends to the operations.
 struct State<D: Driver> {
     staging: Option<Staging<D>>,
-    ahead: Option<Ahead<D>>,
+    weights: Option<WeightBuffers<D>>,
     stack: Option<StackRoom<D>>,
     mlp_sums: Option<Buffer<D>>,
     failure: Option<Error>,
@@ -113,7 +113,7 @@ impl<D: Driver> Cuda<D> {
         let scalars = Allocation::new(&driver, SCALARS_BYTES)?;
         let state = Mutex::new(State {
             staging: None,
-            ahead: None,
+            weights: None,
             stack: None,
             mlp_sums: None,
             failure: None,
@@ -146,7 +146,7 @@ impl<D: Driver> Cuda<D> {
     /// Gives back what is left of the last plan, whose model is gone.
     pub fn forget_plan(&self) {
         let mut state = self.state();
-        (state.staging, state.ahead) = (None, None);
+        (state.staging, state.weights) = (None, None);
         (state.stack, state.mlp_sums) = (None, None);
     }
 

@@ -11,7 +11,7 @@ use crate::plan::{
 
 use super::adapted_mlp;
 use super::attention::{AttnImplementation, WorkLayout};
-use super::frozen::{STRIDE_ELEMENTS, extended_elements, tail_columns};
+use super::frozen::{Extended, STRIDE_ELEMENTS, tail_columns};
 use super::loss::TILE_STATISTICS;
 use super::memory::PARTIALS;
 
@@ -90,7 +90,7 @@ pub fn cuda_layout(
     };
     let wide = RegionType::F32;
     let matrices = dequantized_matrices(spec, settings, &ranks, stacked.is_some());
-    let largest = matrices.iter().map(|&(_, elements)| elements).max().unwrap_or(0);
+    let largest = matrices.iter().map(|(_, shape)| shape.elements()).max().unwrap_or(0);
     for region in &DEQUANTIZED[..if settings.dequantize_ahead { 2 } else { 1 }] {
         push(*region, RegionType::Bf16, largest);
     }
@@ -108,9 +108,10 @@ pub fn cuda_layout(
     let words = UPLOADS_PER_TOKEN * (settings.tokens + UPLOAD_WORDS * (chunks + 2));
     push(CudaRegion::Uploads, wide, words);
     if settings.dequantized_blocks > 0 {
-        plan.regions.extend(matrices.into_iter().map(|(role, elements)| Region {
+        plan.regions.extend(matrices.into_iter().map(|(role, shape)| Region {
             count: settings.dequantized_blocks,
-            ..Region::new(RegionId::DequantizedBlocks(role), RegionType::Bf16, elements)
+            pitch: Some(Pitch { width: shape.columns, stride: shape.stride() }),
+            ..Region::new(RegionId::DequantizedBlocks(role), RegionType::Bf16, shape.elements())
         }));
     }
     let id = RegionId::Cuda(CudaRegion::Workspace);
@@ -175,27 +176,27 @@ fn mlp_sum_elements(spec: &ModelSpec, settings: &Settings, ranks: &Ranks) -> Opt
     layers.filter_map(|ranks| adapted_mlp::sum_elements(ranks, rows, width)).max()
 }
 
-/// The matrices in bf16 that products of a block read, and their elements, with the adapter where that lies
-/// beside them; q, k and v are one where products take linears `together`.
+/// The matrices in bf16 that products of a block read, with room for the adapter where that lies beside them;
+/// q, k and v are one where products take linears `together`.
 fn dequantized_matrices(
     spec: &ModelSpec,
     settings: &Settings,
     ranks: &Ranks,
     together: bool,
-) -> Vec<(LinearRole, usize)> {
-    let most = |roles: &[LinearRole]| if extends(settings) { ranks.most(roles) } else { 0 };
+) -> Vec<(LinearRole, Extended)> {
+    let rank = |roles: &[LinearRole]| if extends(settings) { ranks.most(roles) } else { 0 };
     // All layers have the same.
     let (mut linears, stacked) = (spec.linears(0), TOGETHER[0]);
     let mut matrices = Vec::new();
     if together && linears.iter().any(|linear| stacked.contains(&linear.role)) {
         linears.retain(|linear| !stacked.contains(&linear.role));
         let rows = spec.q_width() + 2 * spec.kv_width();
-        let elements = extended_elements([rows, spec.hidden_size], most(stacked));
-        matrices.push((LinearRole::Qkv, elements));
+        let shape = Extended { rows, columns: spec.hidden_size, rank: rank(stacked) };
+        matrices.push((LinearRole::Qkv, shape));
     }
-    matrices.extend(linears.iter().map(|linear| {
-        let shape = [linear.out_features, linear.in_features];
-        (linear.role, extended_elements(shape, most(&[linear.role])))
+    matrices.extend(linears.into_iter().map(|linear| {
+        let (rows, columns) = (linear.out_features, linear.in_features);
+        (linear.role, Extended { rows, columns, rank: rank(&[linear.role]) })
     }));
     matrices
 }

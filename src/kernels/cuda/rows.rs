@@ -23,9 +23,9 @@ impl<D: Driver> RowKernels for Cuda<D> {
         write: Write,
     ) {
         if !write.adds()
-            && let Some(ahead) = &mut self.state().ahead
+            && let Some(weights) = &mut self.state().weights
         {
-            ahead.begin_pass();
+            weights.begin_pass();
         }
         let width = table.shape[1];
         let to = x.argument(ids.len() * width);

@@ -4,7 +4,6 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::path::Path;
 
-use super::ahead::Ahead;
 use super::driver::Driver;
 use super::host::{self, DeviceVector};
 use super::loss::{self, LossSum};
@@ -14,13 +13,14 @@ use super::plan::{DEQUANTIZED, cuda_layout, idle_in_blocks, staged_bytes};
 use super::staging::Staging;
 use super::together::StackRoom;
 use super::weight::{self, DeviceWeight};
+use super::weight_buffers::WeightBuffers;
 use super::{Cuda, rows, stream};
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::kernels::{Storage, StreamedWeights};
 use crate::model::spec::ModelSpec;
 use crate::model::streaming::Streaming;
-use crate::plan::{CudaRegion, MemoryPlan, OnHost, RegionId, Settings, WeightParts};
+use crate::plan::{CudaRegion, MemoryPlan, OnHost, Region, RegionId, Settings, WeightParts};
 
 impl<D: Driver> Storage for Cuda<D> {
     type Buffer = Buffer<D>;
@@ -55,18 +55,19 @@ impl<D: Driver> Storage for Cuda<D> {
             let id = RegionId::Cuda(region);
             plan.region(id).map(|_| memory.region(id))
         };
-        let general = DEQUANTIZED.into_iter().filter_map(&mut take).collect();
+        let mut buffers: Vec<_> =
+            DEQUANTIZED.into_iter().filter_map(&mut take).map(|buffer| (buffer, None)).collect();
         let stacked = take(CudaRegion::StackedA);
         let room = |a| StackRoom { a, gradient: take(CudaRegion::StackedGradient) };
         state.stack = stacked.map(room);
         // Its memory is a part of what the sums have.
         take(CudaRegion::MlpSums);
-        let blocks = plan.regions.iter().filter_map(|region| match region.id {
-            RegionId::DequantizedBlocks(_) => Some((region.id, region.count)),
-            _ => None,
-        });
-        let blocks = blocks.flat_map(|(id, count)| std::iter::repeat_n(id, count));
-        state.ahead = Some(Ahead::new(general, blocks.map(|id| memory.region(id)).collect()));
+        let blocks = |region: &&Region| matches!(region.id, RegionId::DequantizedBlocks(_));
+        for region in plan.regions.iter().filter(blocks) {
+            let columns = region.pitch.map(|pitch| pitch.width);
+            buffers.extend((0..region.count).map(|_| (memory.region(region.id), columns)));
+        }
+        state.weights = Some(WeightBuffers::new(buffers));
         drop(state);
         memory.zero_optimizer(driver)?;
         Ok(memory)

@@ -99,7 +99,7 @@ impl<D: Driver> Stream<D> {
             return Ok(());
         }
         place.block = None;
-        self.cuda.forget_ahead();
+        self.cuda.forget_dequantized();
         driver.finish_copy(slot)?;
         write_block(&self.blocks[layer], &mut place.pinned, self.bytes);
         self.pages.release(layer);

@@ -21,16 +21,15 @@
 //! each is the largest weight by itself.
 
 use super::Cuda;
-use super::ahead::STACKED;
 use super::driver::{Argument, Driver};
 use super::frozen::{
-    self, LoraInput, copy_columns, extended, gradient_tail, operand, product, product_in_f32,
-    transposed,
+    self, LoraInput, copy_columns, gradient_tail, operand, product, product_in_f32, transposed,
 };
 use super::launch::{FLAT_THREADS, columns as columns_grid, row_threads, rows as row_grid};
 use super::low_rank::{gradient_of_b, inner_gradient};
 use super::memory::{Buffer, Rows};
 use super::weight::DeviceWeight;
+use super::weight_buffers::STACKED;
 use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraKernels, LoraTerm, Write};
 use crate::model::block::{AdapterWork, Linear, LinearAdapter, LinearGroup};
 use crate::model::parameters::Parameters;
@@ -250,7 +249,7 @@ fn forward_in_one<D: Driver>(
     let (weights, outer) = one_below_the_other(linears)?;
     let (inner, ranks) = (adapters.inner, adapters.ranks);
     let tail = adapters.behind(x, rows)?;
-    let wide = extended(cuda, &weights, [outer, inner], ranks)?;
+    let wide = cuda.dequantized(&weights, ranks)?;
     let b = wide.column(inner);
     if ranks > 0 {
         copy_columns(cuda, ax.band(adapters.columns(), rows), tail, (rows, ranks), 1.0);
@@ -315,7 +314,7 @@ pub(super) fn backward<D: Driver>(
     {
         return true;
     }
-    // The last one first: its weight was the last to be read forward, and may still be there.
+    // The last one first: its weight was the last of them to be read forward, and may still be there.
     for (part, (position, t)) in inputs.into_iter().enumerate().rev().enumerate() {
         let linear = linears[position];
         let from = dys[position.min(dys.len() - 1)].band(linear.output, rows);
@@ -339,7 +338,7 @@ fn backward_in_one<D: Driver>(
     let (weights, outer) = one_below_the_other(linears)?;
     let (inner, ranks) = (adapters.inner, adapters.ranks);
     adapters.behind(dy, rows)?;
-    let wide = extended(cuda, &weights, [outer, inner], ranks)?;
+    let wide = cuda.dequantized(&weights, ranks)?;
     adapters.write_a(cuda, parameters, wide.row(outer));
     let operands = (operand(dy.rows(rows, outer)), operand(wide));
     let to = product(dx.rows(rows, inner));

@@ -219,15 +219,30 @@ impl Demand<'_> {
         self.pinned_for(*candidate) <= self.pinned_bytes
     }
 
+    /// The fastest of `candidates` that takes at most `bytes`, or another one that is clearly faster with what it
+    /// leaves of them put to use.
     fn fitting(&self, candidates: &[Strategy], bytes: u64) -> Option<Choice> {
-        let fastest = self.fastest(candidates, bytes)?;
-        Some(self.choice(self.with_weights(fastest, bytes)))
+        let ways = self.most_kept(candidates, bytes);
+        let (seconds, fastest) = self.fastest_of(ways.iter().copied())?;
+        if let Some(asked) = self.dequantized_blocks {
+            return Some(self.choice(self.with_weights(fastest, asked, bytes)));
+        }
+        // Not in smaller pieces for it: these change the order of sums.
+        let ways = ways.into_iter().filter(|way| way.pieces == fastest.pieces);
+        let filled = self.fastest_of(ways.map(|way| self.with_weights(way, usize::MAX, bytes)));
+        let filled = filled.filter(|(filled, _)| *filled < WORTH_MEMORY * seconds);
+        Some(self.choice(filled.map_or(fastest, |(_, filled)| filled)))
     }
 
-    /// The fastest of `candidates` that takes at most `bytes`; of equally fast ones the first.
-    fn fastest(&self, candidates: &[Strategy], bytes: u64) -> Option<Strategy> {
+    /// The fastest of some ways, of equally fast ones the first, and what it takes for a token.
+    fn fastest_of(&self, ways: impl Iterator<Item = Strategy>) -> Option<(f64, Strategy)> {
         let pace = Pace::new(self);
-        let seconds = |candidate: &Strategy| pace.seconds_per_token(&self.choice(*candidate));
+        let timed = ways.map(|way| (pace.seconds_per_token(&self.choice(way)), way));
+        timed.min_by(|a, b| a.0.total_cmp(&b.0))
+    }
+
+    /// Of each way the candidate that keeps most and takes at most `bytes`.
+    fn most_kept(&self, candidates: &[Strategy], bytes: u64) -> Vec<Strategy> {
         let fits = |candidate: &Strategy| self.fits(*candidate, bytes);
         // Blocks that do not keep may pin more.
         let candidates: Vec<Strategy> =
@@ -241,31 +256,29 @@ impl Demand<'_> {
             let any = || fewer.last().is_some_and(fits);
             if fits(all) { Some(all) } else { any().then(first).flatten() }
         });
-        let timed = most.map(|candidate| (seconds(candidate), *candidate));
-        timed.min_by(|a, b| a.0.total_cmp(&b.0)).map(|(_, fastest)| fastest)
+        most.copied().collect()
     }
 
-    /// `candidate`, which fits into `bytes`, with room in bf16 for the weights of as many blocks as do: they
-    /// make it faster, and change no result. A byte of activations saves more, so these come first.
-    fn with_weights(&self, candidate: Strategy, bytes: u64) -> Strategy {
-        let most = match (self.place, candidate.stream) {
-            _ if candidate.pieces.one_buffer => 0,
-            // Streamed weights leave.
+    /// Blocks whose weights it is of use to have room for in bf16: streamed ones leave.
+    pub(super) fn most_dequantized(&self, strategy: Strategy) -> usize {
+        match (self.place, strategy.stream) {
+            _ if strategy.pieces.one_buffer => 0,
             (Place::Gpu, true) => 1,
             (Place::Gpu, false) if self.weights.resident.codes > 0 => self.spec.num_layers,
             _ => 0,
-        };
-        let with = |dequantized_blocks| Strategy { dequantized_blocks, ..candidate };
+        }
+    }
+
+    /// A way that fits into `bytes`, with room in bf16 for the weights of as many blocks as do, up to `most`.
+    fn with_weights(&self, way: Strategy, most: usize, bytes: u64) -> Strategy {
+        let most = most.min(self.most_dequantized(way));
+        if most == 0 {
+            return way;
+        }
+        let with = |dequantized_blocks| Strategy { dequantized_blocks, ..way };
         let [none, one] = [0, 1].map(|blocks| self.total_bytes(with(blocks)));
         let fitting = bytes.saturating_sub(none) / (one - none).max(1);
-        let most = most.min(fitting as usize);
-        if let Some(asked) = self.dequantized_blocks {
-            return with(most.min(asked));
-        }
-        let pace = Pace::new(self);
-        let [before, after] =
-            [0, most].map(|blocks| pace.seconds_per_token(&self.choice(with(blocks))));
-        with(if after < WORTH_MEMORY * before { most } else { 0 })
+        with(most.min(fitting as usize))
     }
 
     /// Bytes of the host's memory beside a GPU that hold what a run offloads, its embedding and head, and

@@ -81,7 +81,8 @@ impl Demand<'_> {
                 self.granting(wishes, self.settings.clone(), |demand| {
                     let choice = demand.chosen(limit)?;
                     let seconds = Pace::new(demand).seconds_per_token(&choice);
-                    let need = demand.total_bytes(choice.strategy);
+                    let need = Strategy { dequantized_blocks: 0, ..choice.strategy };
+                    let need = demand.total_bytes(need);
                     Some((seconds, self.changed_flags(demand.settings, &choice), need))
                 })
             });

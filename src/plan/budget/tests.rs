@@ -126,8 +126,10 @@ fn the_search_finds_what_trying_all_would() {
                 for bytes in sizes.iter().step_by(1 + sizes.len() / 20) {
                     let fitting = candidates.iter().filter(|c| demand.fits(**c, *bytes));
                     let best = fitting.map(seconds).min_by(f64::total_cmp);
-                    let found = demand.fastest(&candidates, *bytes);
-                    assert_eq!(found.as_ref().map(seconds), best, "{place:?} {tokens} {bytes}");
+                    let most = demand.most_kept(&candidates, *bytes);
+                    let found = demand.fastest_of(most.into_iter());
+                    let found = found.map(|(seconds, _)| seconds);
+                    assert_eq!(found, best, "{place:?} {tokens} {bytes}");
                 }
             }
         }
@@ -505,6 +507,7 @@ fn what_memory_is_left_holds_weights() {
         assert_eq!(facts[1], "weights of 2 of 32 blocks stay dequantized");
     }
     let (short, long) = (of(&short), of(&long));
+    let short = Demand { embedding: EmbeddingPlace::Gpu, ..short };
     assert_eq!(chosen(&short, short.total_bytes(with(32))), with(32));
     assert_eq!(chosen(&short, short.total_bytes(with(12))), with(12));
     assert_eq!(chosen(&short, short.total_bytes(with(1))), with(0), "less than 1 % of a step");
@@ -528,6 +531,37 @@ fn what_memory_is_left_holds_weights() {
     ] {
         let demand = Demand { mode, weights, place, ..asked.clone() };
         assert_eq!(chosen(&demand, u64::MAX).dequantized_blocks, blocks);
+    }
+}
+
+/// In short passes weights that stay are worth more than an embedding on the GPU.
+#[test]
+fn more_memory_is_never_slower_in_short_passes() {
+    let spec = spec_of(include_str!("../../../tests/data/configs/llama-3.1-8b.json"));
+    let bf16 = nibble_quant::FloatType::Bf16;
+    let format = Some(nibble_quant::BlockFormat::default());
+    let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
+    for tokens in [64, 256] {
+        let settings = settings(&spec, tokens);
+        let demand = Demand {
+            layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
+            weights,
+            place: Place::Gpu,
+            ..demand(&spec, &settings)
+        };
+        let pace = Pace::new(&demand);
+        let (mut slowest, mut elsewhere) = (f64::INFINITY, 0);
+        for mib in (4000..24_000).step_by(300) {
+            let Ok(choice) = demand.choose(Limit::Budget(mib << 20)) else { continue };
+            let seconds = pace.seconds_per_token(&choice);
+            // Less than 1 % is not worth the memory.
+            let before = slowest / WORTH_MEMORY;
+            assert!(seconds <= before, "{tokens} tokens, {mib} MiB: {seconds:e} {slowest:e}");
+            slowest = seconds;
+            let Strategy { on_host, dequantized_blocks, .. } = choice.strategy;
+            elsewhere += usize::from(on_host == OnHost::Input && dequantized_blocks > 0);
+        }
+        assert!(elsewhere > 0, "{tokens} tokens");
     }
 }
 

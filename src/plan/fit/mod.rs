@@ -102,7 +102,7 @@ pub struct Fit {
     /// That plan.
     pub plan: PlanSummary,
     /// Keeping all or attention, recomputing and offloading, resident and streamed; the plan, if it
-    /// is a mix of them.
+    /// is a mix of them. No weights stay dequantized in any.
     pub ways: Vec<Row>,
     /// The fastest micro-batch within the budget, where it is clearly faster than the one that was
     /// asked for or that one does not fit.
@@ -168,6 +168,9 @@ impl Search<'_> {
         let mut flags = format!("--activations {activations} --weights {weights}");
         if demand.places_embedding() {
             flags += &format!(" --embedding {place}");
+        }
+        if choice.strategy.dequantized_blocks > 0 {
+            flags += &format!(" --dequantized-blocks {}", choice.strategy.dequantized_blocks);
         }
         if let Limit::Budget(bytes) = self.limit {
             flags += &format!(" --memory-budget {}", ByteSize(bytes).exact());
@@ -281,7 +284,9 @@ impl Search<'_> {
         let mut knobs: Vec<Knob> = self.other_policies(knob);
         if demand.weights.streamed.is_some() && demand.mode != WeightsMode::Resident {
             let mode = if plan.stream { "resident" } else { "stream" };
-            let strategy = Strategy { stream: !plan.stream, ..plan };
+            let other = Strategy { stream: !plan.stream, ..plan };
+            let dequantized_blocks = plan.dequantized_blocks.min(demand.most_dequantized(other));
+            let strategy = Strategy { dequantized_blocks, ..other };
             knobs.push(knob(format!("--weights {mode}"), same, strategy));
         }
         let anywhere = Demand { embedding: EmbeddingPlace::Auto, ..demand.clone() };

@@ -339,7 +339,7 @@ fn embedding() {
     }
 }
 
-/// What it does beside a GPU is in `tests/cuda_backend/ahead.rs`, and in `tests/cuda_program.rs`.
+/// What it does beside a GPU is in `tests/cuda_backend/dequantized.rs`, and in `tests/cuda_program.rs`.
 #[test]
 fn dequantized_blocks() {
     let runs = Runs::new();

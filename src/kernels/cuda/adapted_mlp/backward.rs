@@ -163,8 +163,9 @@ pub(in crate::kernels::cuda) fn backward<D: Driver>(
     work.add_up(cuda, &parts, both);
 
     stack.add_gradient_of_a(cuda, parameters, (both, x), lora_gradients, rows);
-    gate.input_gradient(cuda, (work.dg, t_gate), to.input, rows, Write::Over);
-    up.input_gradient(cuda, (work.du, t_up), to.input, rows, Write::Add);
+    // Up's weight was the last but one to be read forward, and may still be there.
+    up.input_gradient(cuda, (work.du, t_up), to.input, rows, Write::Over);
+    gate.input_gradient(cuda, (work.dg, t_gate), to.input, rows, Write::Add);
     Some(())
 }
 

@@ -146,7 +146,7 @@ add_bias(bfloat16* y, int y_stride, const float* bias, int width) {
 // ---------------------------------------------------------------- adapters beside large matrices
 
 // to = scale · from, a few columns of `rows` rows: x·Aᵀ behind the rows of x, s·B behind those of a
-// weight. Flat over rows · ceil(width / 8).
+// weight; or A below them. Flat over rows · ceil(width / 8).
 extern "C" __global__ void __launch_bounds__(1024)
 scale_columns_bf16(const bfloat16* from, int from_stride, bfloat16* to, int to_stride, int rows,
                    int width, float scale) {

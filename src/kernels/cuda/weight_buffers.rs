@@ -4,10 +4,9 @@
 //! A weight that is asked for may still be in one of the buffers: the product before was the last to use
 //! it forward and is the first to use it backward, a block that recomputes asks for most of its weights
 //! twice, tiles of an MLP ask for the same ones again, and passes go through the blocks back and forth.
-//! Otherwise it goes to the one that was not used for longest, of those that are no larger than they must
-//! be. Two take weights of any size; what memory is left for others
-//! ([`dequantized_blocks`](crate::plan::Settings::dequantized_blocks)), a few or those of every block, is
-//! as large as the weights of a block.
+//! Otherwise it goes to the one that was not used for longest of those that are made for it. Two take
+//! weights of any size; there may be others, each for a linear of a block, of some blocks or of all
+//! ([`dequantized_blocks`](crate::plan::Settings::dequantized_blocks)).
 //!
 //! A pass asks for the weights in the order of the pass before it. The order is remembered, and as
 //! soon as one weight is asked for, the one that followed it is dequantized into another
@@ -23,6 +22,7 @@
 use std::ops::Range;
 
 use super::driver::{Address, Driver};
+use super::frozen::Extended;
 use super::memory::Buffer;
 use super::weight::{DeviceWeight, Form, Packed};
 
@@ -68,18 +68,15 @@ pub(super) struct Wanted {
     /// From one row to the next.
     pub stride: usize,
     /// What it needs of a buffer, with what is written beside it.
-    elements: usize,
+    pub elements: usize,
     /// Where streamed weights lie; they are in turns.
     place: Option<Address>,
 }
 
 impl Wanted {
-    /// `None` unless all are in 4-bit blocks, as wide as each other, and in the same place.
-    pub fn new<D: Driver>(
-        weights: &[&DeviceWeight<D>],
-        stride: usize,
-        elements: usize,
-    ) -> Option<Self> {
+    /// With room for adapters of `rank` in all; `None` unless all weights are in 4-bit blocks, as wide as each
+    /// other, and in the same place.
+    pub fn new<D: Driver>(weights: &[&DeviceWeight<D>], rank: usize) -> Option<Self> {
         let first = weights.first().filter(|_| weights.len() <= STACKED)?;
         let (columns, place) = (first.shape[1], first.place);
         let mut parts = [None; STACKED];
@@ -91,6 +88,9 @@ impl Wanted {
                 _ => return None,
             }
         }
+        let rows = weights.iter().map(|weight| weight.shape[0]).sum();
+        let shape = Extended { rows, columns, rank };
+        let (stride, elements) = (shape.stride(), shape.elements());
         Some(Wanted { parts, columns, stride, elements, place })
     }
 
@@ -132,6 +132,8 @@ pub(super) struct Turn {
 /// A buffer that weights take turns in.
 struct Slot<D: Driver> {
     buffer: Buffer<D>,
+    /// Of the rows that it is made for; `None` for any.
+    columns: Option<usize>,
     /// What it holds, or will.
     held: Option<Wanted>,
     /// Written ahead, and not waited for.
@@ -141,10 +143,8 @@ struct Slot<D: Driver> {
 }
 
 /// The buffers, and the order of requests.
-pub(super) struct Ahead<D: Driver> {
+pub(super) struct WeightBuffers<D: Driver> {
     slots: Vec<Slot<D>>,
-    /// The first ones, one or two, are for anything; all others for weights that are dequantized.
-    general: usize,
     /// Of the last request.
     current: usize,
     /// Requests so far.
@@ -159,13 +159,14 @@ pub(super) struct Ahead<D: Driver> {
     news: bool,
 }
 
-impl<D: Driver> Ahead<D> {
-    /// `general` are as large as anything that is asked for; with one buffer in all nothing is brought ahead.
-    pub fn new(general: Vec<Buffer<D>>, blocks: Vec<Buffer<D>>) -> Self {
-        let slot = |buffer| Slot { buffer, held: None, pending: false, used: 0 };
-        Ahead {
-            general: general.len(),
-            slots: general.into_iter().chain(blocks).map(slot).collect(),
+impl<D: Driver> WeightBuffers<D> {
+    /// The first one is as large as anything that is asked for, the others may be for rows of so many columns.
+    /// With one buffer in all nothing is brought ahead.
+    pub fn new(buffers: Vec<(Buffer<D>, Option<usize>)>) -> Self {
+        let slot =
+            |(buffer, columns)| Slot { buffer, columns, held: None, pending: false, used: 0 };
+        WeightBuffers {
+            slots: buffers.into_iter().map(slot).collect(),
             current: 0,
             requests: 0,
             known: Vec::new(),
@@ -205,18 +206,25 @@ impl<D: Driver> Ahead<D> {
     fn give(&mut self, slot: usize, wanted: Wanted) -> Address {
         let slot = &mut self.slots[slot];
         (slot.held, slot.used) = (Some(wanted), self.requests);
-        slot.buffer.at(0..wanted.elements)
+        slot.buffer.as_matrix(1, wanted.elements).address
     }
 
-    /// The slot that was not used for longest: of the smallest ones that have room for `wanted`, or of larger
-    /// ones where `except` is the only one of these.
+    /// The slot that was not used for longest: of the smallest ones with rows of as many columns, or of others
+    /// where there are none, or only `except`.
     fn oldest(&self, wanted: &Wanted, except: Option<usize>) -> Option<usize> {
-        let allowed = if wanted.is_pinned() { self.general } else { self.slots.len() };
-        let room = |slot: usize| self.slots[slot].buffer.elements;
-        let fitting = (0..allowed).filter(|slot| room(*slot) >= wanted.elements);
-        let least = fitting.clone().map(room).min();
-        let age = |slot: &usize| (Some(room(*slot)) > least, self.slots[*slot].used);
-        fitting.filter(|slot| Some(*slot) != except).min_by_key(age)
+        let fits = |slot: &Slot<D>| {
+            let usable = slot.columns.is_none() || !wanted.is_pinned();
+            usable && slot.buffer.elements >= wanted.elements
+        };
+        let fitting = self.slots.iter().enumerate().filter(|(_, slot)| fits(slot));
+        let made_for_it = fitting.clone().filter(|(_, slot)| slot.columns == Some(wanted.columns));
+        let least = made_for_it.map(|(_, slot)| slot.buffer.elements).min();
+        let is_other = |slot: &Slot<D>| {
+            slot.columns != Some(wanted.columns) || Some(slot.buffer.elements) != least
+        };
+        let allowed = fitting.filter(|(index, _)| Some(*index) != except);
+        let oldest = allowed.min_by_key(|(_, slot)| (is_other(slot), slot.used));
+        oldest.map(|(index, _)| index)
     }
 
     /// What came after it in a pass before. Passes differ in their chunks of rows, so a request that is
