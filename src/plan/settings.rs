@@ -294,11 +294,12 @@ impl Settings {
     }
 
     /// What is offloaded, for people; `None` where nothing is.
-    pub fn offloaded_in_words(&self) -> Option<&'static str> {
+    pub fn offloaded_in_words(&self) -> Option<String> {
         match (self.offloaded().len(), self.offloaded_attention().len()) {
             (0, _) => None,
-            (_, 0) => Some("inputs"),
-            _ => Some("inputs and attention"),
+            (_, 0) => Some("inputs".to_string()),
+            (all, some) if some < all => Some(format!("inputs and attention of {some} blocks")),
+            _ => Some("inputs and attention".to_string()),
         }
     }
 

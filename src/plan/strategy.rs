@@ -15,6 +15,9 @@ pub struct Strategy {
     pub others: Policy,
     /// Those of them, the last ones, that keep the output of attention though their input is offloaded.
     pub attended: usize,
+    /// Those of them, the first ones, that only offload their input though the others offload what attention
+    /// makes, too: the host has no room for more.
+    pub remaking_attention: usize,
     /// Whether the blocks' weights are streamed from their file.
     pub stream: bool,
     /// What is in the host's memory beside a GPU.
@@ -34,6 +37,7 @@ impl Strategy {
             kept: if policy == Policy::Keep { layers } else { 0 },
             others: policy,
             attended: 0,
+            remaking_attention: 0,
             stream,
             on_host: OnHost::Nothing,
             dequantized_blocks: 0,
@@ -45,6 +49,9 @@ impl Strategy {
     pub(super) fn policies(self, layers: usize) -> Vec<Policy> {
         let policy = |behind: usize| match self.others {
             _ if behind <= self.kept => Policy::Keep,
+            Policy::OffloadAttention if behind > layers - self.remaking_attention => {
+                Policy::Offload
+            }
             Policy::Offload if behind <= self.kept + self.attended => Policy::OffloadInput,
             others => others,
         };
@@ -65,7 +72,7 @@ impl Strategy {
     /// The values of `--activations`, `--weights` and `--embedding` that lead to it.
     pub(super) fn flags(self, layers: usize) -> [&'static str; 3] {
         let activations = match self.kept {
-            _ if self.attended > 0 => Activations::Auto,
+            _ if self.attended + self.remaking_attention > 0 => Activations::Auto,
             kept if kept == layers => Activations::Keep,
             0 => Activations::of_all(self.others),
             _ => Activations::Auto,

@@ -136,10 +136,14 @@ fn print_ways(fit: &Fit, asked: Asked, demand: &Demand) {
 }
 
 fn name(strategy: &Strategy, demand: &Demand) -> String {
-    let Strategy { kept, others, attended, stream, .. } = *strategy;
+    let Strategy { kept, others, attended, remaking_attention, stream, .. } = *strategy;
     let weights = if stream { "streamed" } else { "resident" };
     if attended > 0 {
         return format!("{attended} attention, offloaded, {weights}");
+    }
+    if kept == 0 && remaking_attention > 0 {
+        let offloaded = demand.spec.num_layers - remaking_attention;
+        return format!("attention of {offloaded} offloaded, {weights}");
     }
     if (1..demand.spec.num_layers).contains(&kept) {
         let others = match others {

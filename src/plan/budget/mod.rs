@@ -287,8 +287,11 @@ impl Demand<'_> {
         if self.place == Place::Cpu {
             return 0;
         }
-        let layers = self.spec.num_layers - strategy.kept;
-        let offloaded = layers * waiting_bytes(self.spec, self.settings, strategy.others);
+        let waiting =
+            |layers: usize, policy| layers * waiting_bytes(self.spec, self.settings, policy);
+        let (others, inputs) = (self.spec.num_layers - strategy.kept, strategy.remaking_attention);
+        let offloaded =
+            waiting(inputs, Policy::Offload) + waiting(others - inputs, strategy.others);
         let streamed = self.weights.streamed.filter(|_| strategy.stream);
         let blocks = streamed.map_or(0, |streamed| streamed.blocks * streamed.block);
         offloaded as u64 + blocks + self.weights.on_host(strategy.on_host)
@@ -347,18 +350,15 @@ impl Demand<'_> {
                 for (&stream, &others) in
                     streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))
                 {
-                    let (attended, dequantized_blocks) = (0, 0);
-                    let with = |&kept: &usize| Strategy {
-                        kept,
-                        others,
-                        attended,
-                        stream,
-                        on_host,
-                        dequantized_blocks,
-                        pieces,
-                    };
-                    candidates.extend(kept.iter().map(with));
-                    if self.activations == Activations::Auto && others == Offload {
+                    let uniform = Strategy::uniform(layers, others, stream);
+                    let with =
+                        |&kept: &usize| Strategy { kept, others, on_host, pieces, ..uniform };
+                    let auto = self.activations == Activations::Auto;
+                    candidates.extend(kept.iter().map(with).filter_map(|way| match others {
+                        OffloadAttention if auto => self.as_far_as_pinned(way),
+                        _ => Some(way),
+                    }));
+                    if auto && others == Offload {
                         let with = |attended| Strategy { attended, ..with(&0) };
                         candidates.extend((1..=layers).rev().map(with));
                     }
@@ -366,6 +366,20 @@ impl Demand<'_> {
             }
         }
         Ok(candidates)
+    }
+
+    /// The same, with attention offloaded of as many blocks as the host has room for; `None` where that is
+    /// none of those that do not keep theirs.
+    fn as_far_as_pinned(&self, way: Strategy) -> Option<Strategy> {
+        let others = self.spec.num_layers - way.kept;
+        if others == 0 {
+            return Some(way);
+        }
+        let with = |remaking_attention| Strategy { remaking_attention, ..way };
+        let [all, fewer] = [0, 1].map(|blocks| self.pinned_for(with(blocks)));
+        let lacking = all.saturating_sub(self.pinned_bytes);
+        let remaking = lacking.div_ceil((all - fewer).max(1)) as usize;
+        (remaking < others).then(|| with(remaking))
     }
 
     pub(super) fn choice(&self, strategy: Strategy) -> Choice {

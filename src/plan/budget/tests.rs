@@ -8,6 +8,7 @@ const CHECKPOINT: Strategy = Strategy {
     kept: 0,
     others: Policy::Checkpoint,
     attended: 0,
+    remaking_attention: 0,
     stream: false,
     on_host: OnHost::Nothing,
     dequantized_blocks: 0,
@@ -216,6 +217,41 @@ fn attention_is_kept_beside_offloaded_inputs() {
     assert!(facts[1].ends_with(" of inputs offloaded to pinned memory"), "{facts:?}");
     assert_eq!(chosen.strategy.flags(6)[0], "auto");
     assert_eq!(demand.pinned_for(chosen.strategy), demand.pinned_for(offload));
+}
+
+/// 8B on a document of 32,768 tokens, and a host with room for all inputs and the attention of 20 blocks.
+#[test]
+fn attention_waits_of_as_many_blocks_as_the_host_has_room_for() {
+    use Policy::{Offload, OffloadAttention};
+    let spec = spec_of(include_str!("../../../tests/data/configs/llama-3.1-8b.json"));
+    let settings = Settings { longest_document: 32_768, ..settings(&spec, 32_768) };
+    let on_gpu = |spec: &ModelSpec, settings: &Settings| {
+        cuda_layout(spec, settings, AttnImplementation::Auto)
+    };
+    let plenty = Demand { layout: &on_gpu, place: Place::Gpu, ..demand(&spec, &settings) };
+    let both = |remaking_attention| Strategy {
+        others: OffloadAttention,
+        remaking_attention,
+        ..CHECKPOINT
+    };
+    let [inputs, most] = [both(32), both(12)].map(|way| plenty.pinned_for(way));
+    assert_eq!(inputs, 32 * waiting_bytes(&spec, &settings, Offload) as u64);
+    let poor = Demand { pinned_bytes: most, ..plenty.clone() };
+    let limit = Limit::Budget(poor.total_bytes(both(12)));
+    let chosen = poor.choose(limit).unwrap();
+    assert_eq!(chosen.strategy, both(12));
+    let policies = [vec![Offload; 12], vec![OffloadAttention; 20]].concat();
+    assert_eq!(chosen.settings.policies, policies);
+    let facts = poor.facts(&chosen);
+    assert!(facts[1].contains(" of inputs and attention of 20 blocks offloaded to"), "{facts:?}");
+    // A byte less: one block fewer. Room for all: all.
+    let with = |pinned_bytes| Demand { pinned_bytes, ..plenty.clone() }.choose(limit).unwrap();
+    let [fewer, all] = [most - 1, plenty.pinned_for(both(0))].map(|bytes| with(bytes).strategy);
+    assert_eq!([fewer, all], [both(13), both(0)]);
+    // What is asked for is done whole, or not.
+    let asked = poor.allowing(Activations::OffloadAttention, WeightsMode::Auto);
+    let error = asked.choose(limit).unwrap_err().to_string();
+    assert!(error.contains("of pinned memory there"), "{error}");
 }
 
 #[test]

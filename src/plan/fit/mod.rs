@@ -192,7 +192,8 @@ impl Search<'_> {
         let policies = Activations::UNIFORM.map(|(_, policy)| policy);
         let uniform = streams
             .flat_map(|stream| policies.map(|policy| Strategy::uniform(layers, policy, stream)));
-        let mixed = (1..layers).contains(&self.plan.kept) || self.plan.attended > 0;
+        let Strategy { kept, attended, remaking_attention, .. } = self.plan;
+        let mixed = (1..layers).contains(&kept) || attended + remaking_attention > 0;
         let whole = Strategy {
             on_host: OnHost::Nothing,
             dequantized_blocks: 0,
@@ -338,14 +339,17 @@ impl Search<'_> {
         let (demand, plan) = (self.demand, self.plan);
         let planned = |policy| match policy {
             Policy::Keep => plan.kept == demand.spec.num_layers,
-            policy => plan.kept == 0 && plan.attended == 0 && plan.others == policy,
+            policy => {
+                let uniform = plan.kept + plan.attended + plan.remaking_attention == 0;
+                uniform && plan.others == policy
+            }
         };
         let others = Activations::UNIFORM.into_iter().filter(|(_, policy)| !planned(*policy));
         others
             .map(|(activations, policy)| {
                 let uniform = Strategy::uniform(demand.spec.num_layers, policy, plan.stream);
-                let Strategy { kept, others, attended, .. } = uniform;
-                let strategy = Strategy { kept, others, attended, ..plan };
+                let Strategy { on_host, dequantized_blocks, pieces, .. } = plan;
+                let strategy = Strategy { on_host, dequantized_blocks, pieces, ..uniform };
                 knob(format!("--activations {}", activations.flag()), demand.settings, strategy)
             })
             .collect()
