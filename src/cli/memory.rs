@@ -61,8 +61,9 @@ pub struct MemoryArgs {
     /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from the 4-bit file
     #[arg(long, help_heading = "Memory and threads", value_name = "MODE", value_enum, default_value_t = WeightsMode::Auto)]
     pub weights: WeightsMode,
-    /// On a GPU: blocks whose 4-bit weights stay dequantized, too, if there is memory: faster with few tokens,
-    /// for 2 bytes a weight [default: all that fit, where that saves 1 % of a step or more]
+    /// On a GPU: blocks whose 4-bit weights stay dequantized, too, or as many of them as fit; of streamed weights
+    /// one at most. Faster with few tokens, for 2 bytes a weight [default: all that fit, where that saves 1 % of a
+    /// step or more]
     #[arg(long, help_heading = "Memory and threads", value_name = "BLOCKS", value_parser = numbers::whole::<usize>)]
     pub dequantized_blocks: Option<usize>,
     /// Optimizer: `adamw_torch`, or `adamw_8bit` with 8-bit moments: 2 bytes a parameter, not 8

@@ -418,6 +418,18 @@ fn the_printed_flags_lead_to_the_printed_plan() {
         ("llama-3.1-8b", "24GiB", "--max-length 256 --gradient-accumulation-steps 24"),
         ("llama-3.1-8b", "16GiB", "--max-length 1024 --gradient-accumulation-steps 6"),
         ("qwen2.5-32b", "24GiB", "--max-length 256 --gradient-accumulation-steps 16"),
+        // Weights that stay dequantized: not, of some blocks, beside a mix.
+        (
+            "qwen3-8b",
+            "14455MiB",
+            "--max-length 128 --gradient-accumulation-steps 1 --dequantized-blocks 0",
+        ),
+        ("llama-3.1-8b", "12GiB", "--max-length 64 --gradient-accumulation-steps 4"),
+        (
+            "gemma-2-9b",
+            "24935MiB",
+            "--max-length 8192 --mlp-tile-length 512 --gradient-accumulation-steps 1",
+        ),
     ] {
         let length = &flags[..flags.find(" --grad").unwrap()];
         let fit = says(config, &format!("{flags} --fit --json --budget {budget}"));

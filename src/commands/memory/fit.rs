@@ -148,6 +148,7 @@ fn name(strategy: &Strategy, demand: &Demand) -> String {
     if (1..demand.spec.num_layers).contains(&kept) {
         let others = match others {
             Policy::Offload | Policy::OffloadInput => "rest offloaded",
+            Policy::OffloadAttention if remaking_attention > 0 => "some both offloaded",
             Policy::OffloadAttention => "rest both offloaded",
             Policy::Attention => "rest attention",
             Policy::Keep | Policy::Checkpoint => "rest recomputed",

@@ -98,7 +98,9 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let choice = demand.choose(limit(args, &room))?;
     let plan = demand.plan(&choice.settings);
     let account = Account::planned(demand.outside(&choice), &plan);
-    let verdict = room.verdict(&demand, account.planned_bytes());
+    // What `train` would do knows its limit.
+    let in_training = Demand { dequantized_blocks: args.dequantized_blocks, ..demand.clone() };
+    let verdict = room.verdict(&in_training, account.planned_bytes());
     let facts = demand.facts(&choice);
     let Choice { strategy, settings } = choice;
     let page_cache = None;

@@ -1,28 +1,24 @@
-//! The fastest way to run within the memory that may be used: which layers keep their activations,
-//! what the others do with theirs, where weights are, and the sizes of pieces.
+//! How a run stays within the memory that may be used: which layers keep their activations, what the
+//! others do with theirs, where weights are, and the sizes of pieces; what each way takes, and the
+//! fastest one that fits ([`search`]).
 
+mod search;
 mod shortfall;
 
 use clap::ValueEnum;
 
 use crate::byte_size::ByteSize;
-use crate::error::{Error, Result};
 use crate::kernels::cuda::{staged_bytes, waiting_bytes};
 use crate::model::spec::ModelSpec;
-use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::outside::{Outside, WeightParts};
 use crate::plan::region::MemoryPlan;
-use crate::plan::settings::{Pieces, Policy, Settings, SumOrder};
+use crate::plan::settings::{Policy, Settings, SumOrder};
 use crate::plan::strategy::Strategy;
 use crate::plan::weights::{Place, WeightBytes};
 
 /// Share of the free memory that is planned with where no budget is given.
 const USABLE_SHARE: f64 = 0.9;
-
-/// Weights stay dequantized by themselves where a step then takes less than this of its time: for next to
-/// nothing no memory is taken from others.
-const WORTH_MEMORY: f64 = 0.99;
 
 /// What happens to activations.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
@@ -125,8 +121,8 @@ pub struct Demand<'a> {
     pub weights: WeightBytes,
     /// Where the embedding may be.
     pub embedding: EmbeddingPlace,
-    /// Blocks whose weights shall have room in bf16 on a GPU, if it is there; otherwise all that have, where
-    /// that is clearly faster.
+    /// Blocks whose weights shall stay dequantized on a GPU, if they fit; `None`: all that do, where that is
+    /// clearly faster.
     pub dequantized_blocks: Option<usize>,
     /// Bytes of the rest outside the arena: program, tokenizer, data.
     pub process_bytes: u64,
@@ -148,68 +144,6 @@ pub struct Choice {
 }
 
 impl Demand<'_> {
-    /// The fastest way within `limit` of those that are allowed, by the
-    /// arithmetic of `src/plan/cost.rs`; where only the leanest one fits into what is free, that. A run
-    /// that goes on keeps its order of sums, which what is free then would not give again, if it can.
-    ///
-    /// # Errors
-    /// `Budget` when nothing fits, with the nearest settings that do; `Usage` when the weights
-    /// cannot be streamed and must be.
-    pub fn choose(&self, limit: Limit) -> Result<Choice> {
-        let candidates = self.candidates()?;
-        let chosen = self.choose_of(&candidates, limit);
-        chosen.ok_or_else(|| self.shortfall(limit, self.leanest_of(&candidates)))
-    }
-
-    fn choose_of(&self, candidates: &[Strategy], limit: Limit) -> Option<Choice> {
-        let usable = limit.usable_bytes();
-        let as_before = self.in_order(candidates).and_then(|same| self.fitting(&same, usable));
-        as_before.or_else(|| self.fitting(candidates, usable)).or_else(|| {
-            let leanest = self.leanest_of(candidates);
-            self.fits(leanest, limit.most_bytes()).then(|| self.choice(leanest))
-        })
-    }
-
-    /// What [`choose`](Demand::choose) would, if anything.
-    fn chosen(&self, limit: Limit) -> Option<Choice> {
-        self.choose_of(&self.candidates().ok()?, limit)
-    }
-
-    /// Those that add up as the run did before; `None` for one that begins.
-    fn in_order(&self, candidates: &[Strategy]) -> Option<Vec<Strategy>> {
-        let order = self.sum_order?;
-        let same = |c: &&Strategy| self.settings_of(**c).sum_order() == order;
-        Some(candidates.iter().filter(same).copied().collect())
-    }
-
-    /// The way that takes the least of those that are allowed.
-    ///
-    /// # Errors
-    /// `Usage` when the weights cannot be streamed and must be.
-    pub fn leanest(&self) -> Result<Choice> {
-        Ok(self.choice(self.leanest_of(&self.candidates()?)))
-    }
-
-    /// What the host has no room for is no way out: of plans like that, the one that lacks the least.
-    fn leanest_of(&self, candidates: &[Strategy]) -> Strategy {
-        let lacking =
-            |candidate: &Strategy| self.pinned_for(*candidate).saturating_sub(self.pinned_bytes);
-        let least = candidates.iter().map(lacking).min();
-        let possible: Vec<Strategy> = candidates
-            .iter()
-            .filter(|candidate| Some(lacking(candidate)) == least)
-            .copied()
-            .collect();
-        let ends = ways(&possible).flat_map(|kept| [kept.first(), kept.last()]).flatten().copied();
-        let bytes = |candidate: &Strategy| self.total_bytes(*candidate);
-        ends.min_by_key(bytes).expect("one mode and one policy are allowed")
-    }
-
-    /// The fastest way that is allowed and takes at most `bytes`.
-    pub(super) fn within(&self, bytes: u64) -> Option<Choice> {
-        self.fitting(&self.candidates().ok()?, bytes)
-    }
-
     /// Whether a way takes at most `bytes`, and what it pins of the host's memory can be had.
     pub(super) fn fits(&self, candidate: Strategy, bytes: u64) -> bool {
         self.can_be_pinned(&candidate) && self.total_bytes(candidate) <= bytes
@@ -217,68 +151,6 @@ impl Demand<'_> {
 
     fn can_be_pinned(&self, candidate: &Strategy) -> bool {
         self.pinned_for(*candidate) <= self.pinned_bytes
-    }
-
-    /// The fastest of `candidates` that takes at most `bytes`, or another one that is clearly faster with what it
-    /// leaves of them put to use.
-    fn fitting(&self, candidates: &[Strategy], bytes: u64) -> Option<Choice> {
-        let ways = self.most_kept(candidates, bytes);
-        let (seconds, fastest) = self.fastest_of(ways.iter().copied())?;
-        if let Some(asked) = self.dequantized_blocks {
-            return Some(self.choice(self.with_weights(fastest, asked, bytes)));
-        }
-        // Not in smaller pieces for it: these change the order of sums.
-        let ways = ways.into_iter().filter(|way| way.pieces == fastest.pieces);
-        let filled = self.fastest_of(ways.map(|way| self.with_weights(way, usize::MAX, bytes)));
-        let filled = filled.filter(|(filled, _)| *filled < WORTH_MEMORY * seconds);
-        Some(self.choice(filled.map_or(fastest, |(_, filled)| filled)))
-    }
-
-    /// The fastest of some ways, of equally fast ones the first, and what it takes for a token.
-    fn fastest_of(&self, ways: impl Iterator<Item = Strategy>) -> Option<(f64, Strategy)> {
-        let pace = Pace::new(self);
-        let timed = ways.map(|way| (pace.seconds_per_token(&self.choice(way)), way));
-        timed.min_by(|a, b| a.0.total_cmp(&b.0))
-    }
-
-    /// Of each way the candidate that keeps most and takes at most `bytes`.
-    fn most_kept(&self, candidates: &[Strategy], bytes: u64) -> Vec<Strategy> {
-        let fits = |candidate: &Strategy| self.fits(*candidate, bytes);
-        // Blocks that do not keep may pin more.
-        let candidates: Vec<Strategy> =
-            candidates.iter().filter(|candidate| self.can_be_pinned(candidate)).copied().collect();
-        // Of each group the first one that fits is found by bisection. That in which all keep is tried
-        // apart: it needs no buffers to recompute in, and may take less than the next.
-        let most = ways(&candidates).filter_map(|kept| {
-            let (all, fewer) = kept.split_first()?;
-            let first = || fewer.get(fewer.partition_point(|candidate| !fits(candidate)));
-            // Most ways do not fit at all where memory is short.
-            let any = || fewer.last().is_some_and(fits);
-            if fits(all) { Some(all) } else { any().then(first).flatten() }
-        });
-        most.copied().collect()
-    }
-
-    /// Blocks whose weights it is of use to have room for in bf16: streamed ones leave.
-    pub(super) fn most_dequantized(&self, strategy: Strategy) -> usize {
-        match (self.place, strategy.stream) {
-            _ if strategy.pieces.one_buffer => 0,
-            (Place::Gpu, true) => 1,
-            (Place::Gpu, false) if self.weights.resident.codes > 0 => self.spec.num_layers,
-            _ => 0,
-        }
-    }
-
-    /// A way that fits into `bytes`, with room in bf16 for the weights of as many blocks as do, up to `most`.
-    fn with_weights(&self, way: Strategy, most: usize, bytes: u64) -> Strategy {
-        let most = most.min(self.most_dequantized(way));
-        if most == 0 {
-            return way;
-        }
-        let with = |dequantized_blocks| Strategy { dequantized_blocks, ..way };
-        let [none, one] = [0, 1].map(|blocks| self.total_bytes(with(blocks)));
-        let fitting = bytes.saturating_sub(none) / (one - none).max(1);
-        with(most.min(fitting as usize))
     }
 
     /// Bytes of the host's memory beside a GPU that hold what a run offloads, its embedding and head, and
@@ -318,68 +190,6 @@ impl Demand<'_> {
             (_, EmbeddingPlace::Auto) if self.weights.embedding == 0 => &[Nothing, All],
             (_, EmbeddingPlace::Auto) => &[Nothing, Input, All],
         }
-    }
-
-    /// All ways that are allowed; of two that take as long, the simpler one comes first.
-    fn candidates(&self) -> Result<Vec<Strategy>> {
-        let layers = self.spec.num_layers;
-        let streams: &[bool] = match (self.mode, self.weights.streamed) {
-            (WeightsMode::Resident, _) | (WeightsMode::Auto, None) => &[false],
-            (WeightsMode::Auto, Some(_)) => &[false, true],
-            (WeightsMode::Stream, Some(_)) => &[true],
-            (WeightsMode::Stream, None) => {
-                let what = "`--weights stream`: the weights are quantized into memory, there is no \
-                            4-bit file to read them from again";
-                return Err(Error::usage(what)
-                    .hint("make one with `nibble quantize` and give it as `--model`"));
-            }
-        };
-        use Policy::{Attention, Checkpoint, Keep, Offload, OffloadAttention};
-        const OTHERS: &[Policy] = &[Checkpoint, Attention, OffloadAttention, Offload];
-        let (kept, others): (Vec<usize>, &[Policy]) = match self.activations {
-            Activations::Auto => ((0..=layers).rev().collect(), OTHERS),
-            Activations::Attention => (vec![0], &[Attention]),
-            Activations::Keep => (vec![layers], &[Keep]),
-            Activations::Checkpoint => (vec![0], &[Checkpoint]),
-            Activations::Offload => (vec![0], &[Offload]),
-            Activations::OffloadAttention => (vec![0], &[OffloadAttention]),
-        };
-        let mut candidates = Vec::new();
-        for pieces in Pieces::ways(self.place == Place::Gpu) {
-            for &on_host in self.embedding_places() {
-                for (&stream, &others) in
-                    streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))
-                {
-                    let uniform = Strategy::uniform(layers, others, stream);
-                    let with =
-                        |&kept: &usize| Strategy { kept, others, on_host, pieces, ..uniform };
-                    let auto = self.activations == Activations::Auto;
-                    candidates.extend(kept.iter().map(with).filter_map(|way| match others {
-                        OffloadAttention if auto => self.as_far_as_pinned(way),
-                        _ => Some(way),
-                    }));
-                    if auto && others == Offload {
-                        let with = |attended| Strategy { attended, ..with(&0) };
-                        candidates.extend((1..=layers).rev().map(with));
-                    }
-                }
-            }
-        }
-        Ok(candidates)
-    }
-
-    /// The same, with attention offloaded of as many blocks as the host has room for; `None` where that is
-    /// none of those that do not keep theirs.
-    fn as_far_as_pinned(&self, way: Strategy) -> Option<Strategy> {
-        let others = self.spec.num_layers - way.kept;
-        if others == 0 {
-            return Some(way);
-        }
-        let with = |remaking_attention| Strategy { remaking_attention, ..way };
-        let [all, fewer] = [0, 1].map(|blocks| self.pinned_for(with(blocks)));
-        let lacking = all.saturating_sub(self.pinned_bytes);
-        let remaking = lacking.div_ceil((all - fewer).max(1)) as usize;
-        (remaking < others).then(|| with(remaking))
     }
 
     pub(super) fn choice(&self, strategy: Strategy) -> Choice {
@@ -447,13 +257,6 @@ impl Demand<'_> {
         ];
         facts.into_iter().flatten().collect()
     }
-}
-
-/// Groups of candidates that differ only in how many blocks keep their activations, or the output of
-/// attention, most first: each block that keeps is faster and takes more memory.
-fn ways(candidates: &[Strategy]) -> impl Iterator<Item = &[Strategy]> {
-    let way = |c: &Strategy| (c.others, c.stream, c.on_host, c.pieces, c.attended > 0);
-    candidates.chunk_by(move |a, b| way(a) == way(b))
 }
 
 #[cfg(test)]

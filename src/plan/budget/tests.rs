@@ -1,7 +1,10 @@
+use super::search::WORTH_MEMORY;
 use super::*;
 use crate::adapter::LoraConfig;
 use crate::kernels::cuda::{AttnImplementation, cuda_layout};
 use crate::model::families::spec_from_config;
+use crate::plan::cost::Pace;
+use crate::plan::settings::Pieces;
 use crate::plan::{BlockRegion, Owner, RegionId, StreamedBytes, layout};
 
 const CHECKPOINT: Strategy = Strategy {
@@ -56,6 +59,21 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
         pinned_bytes: u64::MAX,
         sum_order: None,
     }
+}
+
+/// The same on a GPU.
+fn on_gpu<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
+    Demand {
+        layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
+        place: Place::Gpu,
+        ..demand(spec, settings)
+    }
+}
+
+/// Weights of a model in 4 bits, or in bf16, on a GPU.
+fn weights_on_gpu(spec: &ModelSpec, packed: bool) -> WeightBytes {
+    let format = packed.then(nibble_quant::BlockFormat::default);
+    WeightBytes::of_config(spec, nibble_quant::FloatType::Bf16, format.as_ref(), Place::Gpu)
 }
 
 impl Demand<'_> {
@@ -193,10 +211,7 @@ fn what_is_offloaded_is_said() {
 fn attention_is_kept_beside_offloaded_inputs() {
     let spec = golden();
     let settings = Settings { longest_document: 1024, ..settings(&spec, 1024) };
-    let on_gpu = |spec: &ModelSpec, settings: &Settings| {
-        cuda_layout(spec, settings, AttnImplementation::Auto)
-    };
-    let demand = Demand { layout: &on_gpu, place: Place::Gpu, ..demand(&spec, &settings) };
+    let demand = on_gpu(&spec, &settings);
     let need = |candidate| demand.total_bytes(candidate);
     let offload = Strategy { others: Policy::Offload, ..CHECKPOINT };
     let attended = |attended| Strategy { attended, ..offload };
@@ -225,10 +240,7 @@ fn attention_waits_of_as_many_blocks_as_the_host_has_room_for() {
     use Policy::{Offload, OffloadAttention};
     let spec = spec_of(include_str!("../../../tests/data/configs/llama-3.1-8b.json"));
     let settings = Settings { longest_document: 32_768, ..settings(&spec, 32_768) };
-    let on_gpu = |spec: &ModelSpec, settings: &Settings| {
-        cuda_layout(spec, settings, AttnImplementation::Auto)
-    };
-    let plenty = Demand { layout: &on_gpu, place: Place::Gpu, ..demand(&spec, &settings) };
+    let plenty = on_gpu(&spec, &settings);
     let both = |remaking_attention| Strategy {
         others: OffloadAttention,
         remaking_attention,
@@ -391,16 +403,8 @@ fn a_hint_names_what_its_flags_would_take() {
 fn what_can_be_pinned_is_tried_whole() {
     let spec = golden();
     let settings = settings(&spec, 1024);
-    let on_gpu = |spec: &ModelSpec, settings: &Settings| {
-        cuda_layout(spec, settings, AttnImplementation::Auto)
-    };
     let input = (2 * settings.tokens * spec.hidden_size) as u64;
-    let plenty = Demand {
-        layout: &on_gpu,
-        place: Place::Gpu,
-        dequantized_blocks: Some(0),
-        ..demand(&spec, &settings)
-    };
+    let plenty = Demand { dequantized_blocks: Some(0), ..on_gpu(&spec, &settings) };
     let pace = Pace::new(&plenty);
     let all = plenty.candidates().unwrap();
     let seconds = |demand: &Demand, c: &Strategy| pace.seconds_per_token(&demand.choice(*c));
@@ -441,16 +445,9 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
     ];
     for (text, layers) in configs {
         let spec = spec_of(text);
-        let bf16 = nibble_quant::FloatType::Bf16;
-        let format = Some(nibble_quant::BlockFormat::default());
-        let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
+        let weights = weights_on_gpu(&spec, true);
         let settings = settings(&spec, 4096);
-        let demand = Demand {
-            layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
-            weights,
-            place: Place::Gpu,
-            ..demand(&spec, &settings)
-        };
+        let demand = Demand { weights, ..on_gpu(&spec, &settings) };
         let pace = Pace::new(&demand);
         let (mut slowest, mut mixed) = (f64::INFINITY, 0);
         for gib in (4..200).step_by(5) {
@@ -512,16 +509,9 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
 #[test]
 fn what_memory_is_left_holds_weights() {
     let spec = spec_of(include_str!("../../../tests/data/configs/llama-3.1-8b.json"));
-    let bf16 = nibble_quant::FloatType::Bf16;
-    let format = Some(nibble_quant::BlockFormat::default());
-    let packed = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
+    let [packed, dense] = [true, false].map(|packed| weights_on_gpu(&spec, packed));
     let [short, long] = [256, 4096].map(|tokens| settings(&spec, tokens));
-    let of = |settings| Demand {
-        layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
-        weights: packed,
-        place: Place::Gpu,
-        ..demand(&spec, settings)
-    };
+    let of = |settings| Demand { weights: packed, ..on_gpu(&spec, settings) };
     let keep = Strategy::uniform(32, Policy::Keep, false);
     let with = |blocks| Strategy { dequantized_blocks: blocks, ..keep };
     let chosen = |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap().strategy;
@@ -530,7 +520,8 @@ fn what_memory_is_left_holds_weights() {
     let qkv = (d + 2 * kv + 3 * r) * (d + 3 * r);
     let block = 2 * (qkv + (d + r) * (d + r) + 3 * (f + r) * (d + r));
     for settings in [&short, &long] {
-        let asked = Demand { dequantized_blocks: Some(31), ..of(settings) };
+        let asked =
+            Demand { dequantized_blocks: Some(31), embedding: EmbeddingPlace::Gpu, ..of(settings) };
         let need = |blocks| asked.total_bytes(with(blocks));
         for blocks in [1, 2, 31] {
             let padding = (need(blocks) - need(0)).abs_diff(blocks as u64 * block);
@@ -557,7 +548,6 @@ fn what_memory_is_left_holds_weights() {
     let saved = |blocks: usize| seconds(blocks - 1) - seconds(blocks);
     assert!(saved(1) > 10.0 * saved(2), "{:e}, {:e}", saved(1), saved(2));
     // Streamed ones leave, dense ones are what they are, and the CPU has a cache.
-    let dense = WeightBytes::of_config(&spec, bf16, None, Place::Gpu);
     let asked = Demand { dequantized_blocks: Some(32), ..short };
     for (mode, weights, place, blocks) in [
         (WeightsMode::Resident, packed, Place::Gpu, 32),
@@ -574,17 +564,10 @@ fn what_memory_is_left_holds_weights() {
 #[test]
 fn more_memory_is_never_slower_in_short_passes() {
     let spec = spec_of(include_str!("../../../tests/data/configs/llama-3.1-8b.json"));
-    let bf16 = nibble_quant::FloatType::Bf16;
-    let format = Some(nibble_quant::BlockFormat::default());
-    let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
+    let weights = weights_on_gpu(&spec, true);
     for tokens in [64, 256] {
         let settings = settings(&spec, tokens);
-        let demand = Demand {
-            layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
-            weights,
-            place: Place::Gpu,
-            ..demand(&spec, &settings)
-        };
+        let demand = Demand { weights, ..on_gpu(&spec, &settings) };
         let pace = Pace::new(&demand);
         let (mut slowest, mut elsewhere) = (f64::INFINITY, 0);
         for mib in (4000..24_000).step_by(300) {
@@ -604,19 +587,15 @@ fn more_memory_is_never_slower_in_short_passes() {
 /// 32B with its embedding on the GPU by wish: the embedding is what is moved, nothing else.
 #[test]
 fn the_nearest_plan_changes_the_least() {
-    let text = include_str!("../../../tests/data/configs/qwen2.5-32b.json");
-    let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
-    let (bf16, format) = (nibble_quant::FloatType::Bf16, nibble_quant::BlockFormat::default());
-    let weights = WeightBytes::of_config(&spec, bf16, Some(&format), Place::Gpu);
+    let spec = spec_of(include_str!("../../../tests/data/configs/qwen2.5-32b.json"));
+    let weights = weights_on_gpu(&spec, true);
     let settings = Settings { logit_rows: 220, ..settings(&spec, 4096) };
     let asked = Demand {
-        layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
         weights,
-        place: Place::Gpu,
         activations: Activations::Checkpoint,
         mode: WeightsMode::Resident,
         embedding: EmbeddingPlace::Gpu,
-        ..demand(&spec, &settings)
+        ..on_gpu(&spec, &settings)
     };
     let leanest = asked.leanest().unwrap().strategy;
     let least = asked.total_bytes(leanest);

@@ -169,7 +169,7 @@ impl Search<'_> {
         if demand.places_embedding() {
             flags += &format!(" --embedding {place}");
         }
-        if choice.strategy.dequantized_blocks > 0 {
+        if demand.most_dequantized(choice.strategy) > 0 {
             flags += &format!(" --dequantized-blocks {}", choice.strategy.dequantized_blocks);
         }
         if let Limit::Budget(bytes) = self.limit {

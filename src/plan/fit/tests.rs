@@ -38,6 +38,27 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
     })
 }
 
+/// 8B in 4 bits on a GPU.
+fn with_8b<R>(test: impl FnOnce(&Demand) -> R) -> R {
+    let text = include_str!("../../../tests/data/configs/llama-3.1-8b.json");
+    let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
+    let format = Some(nibble_quant::BlockFormat::default());
+    let bf16 = nibble_quant::FloatType::Bf16;
+    let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
+    with_demand(|demand| {
+        let targets = LoraConfig::default().resolve(&spec).unwrap();
+        let settings = Settings { targets, ..demand.settings.clone() };
+        test(&Demand {
+            spec: &spec,
+            layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
+            weights,
+            place: Place::Gpu,
+            settings: &settings,
+            ..demand.clone()
+        })
+    })
+}
+
 const ASKED: Asked = Asked { batch: 2, accumulation: 2, length: 512, logits_chunk: None };
 
 #[test]
@@ -80,23 +101,8 @@ fn the_limits_are_the_last_sizes_that_fit() {
 /// 8B on a card of 24 GiB, rows of 256 tokens: dequantizing the weights for few tokens does not pay.
 #[test]
 fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
-    let text = include_str!("../../../tests/data/configs/llama-3.1-8b.json");
-    let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
-    let format = Some(nibble_quant::BlockFormat::default());
-    let bf16 = nibble_quant::FloatType::Bf16;
-    let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
-    with_demand(|demand| {
-        let targets = LoraConfig::default().resolve(&spec).unwrap();
-        let settings = Settings { targets, ..demand.settings.clone() };
-        let demand = Demand {
-            spec: &spec,
-            layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
-            weights,
-            place: Place::Gpu,
-            settings: &settings,
-            dequantized_blocks: Some(0),
-            ..demand.clone()
-        };
+    with_8b(|demand| {
+        let demand = Demand { dequantized_blocks: Some(0), ..demand.clone() };
         let asked = |batch, accumulation| {
             let asked = Asked { batch, accumulation, length: 256, logits_chunk: None };
             let settings = asked.sized(&demand, batch, 256);
@@ -146,6 +152,30 @@ fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
         assert!(choice.strategy.kept == 32 && choice.strategy.dequantized_blocks > 24);
         let seconds = Pace::new(&demand).seconds_per_token(&choice);
         assert!(seconds < 0.95 * best(1, 24 << 30).unwrap());
+    });
+}
+
+/// 8B on a card of 24 GiB, rows of 256 tokens: the weights of all blocks stay dequantized.
+#[test]
+fn weights_that_stay_are_a_knob_and_in_no_row() {
+    with_8b(|demand| {
+        let asked = Asked { batch: 1, accumulation: 1, length: 256, logits_chunk: None };
+        let settings = asked.sized(demand, 1, 256);
+        let (demand, limit) = (demand.at(&settings), Limit::Budget(24 << 30));
+        let plan = demand.choose(limit).unwrap();
+        let fit = Fit::new(&demand, asked, limit, &plan);
+        assert_eq!(fit.plan.strategy.dequantized_blocks, 32);
+        assert!(fit.plan.flags.contains(" --dequantized-blocks 32 "), "{}", fit.plan.flags);
+        assert!(fit.ways.iter().all(|way| way.strategy.dequantized_blocks == 0));
+        let knob = |flags: &str| fit.knobs.iter().find(|knob| knob.flags == flags).unwrap();
+        let with = |stream, dequantized_blocks| {
+            demand.total_bytes(Strategy { stream, dequantized_blocks, ..plan.strategy })
+        };
+        let none = knob("--dequantized-blocks 0");
+        assert!(none.bytes == with(false, 0) && none.time > 1.05, "{none:?}");
+        // Streamed weights leave.
+        let stream = knob("--weights stream");
+        assert!(stream.bytes == with(true, 1) && stream.time > 1.05, "{stream:?}");
     });
 }
 

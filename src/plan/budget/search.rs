@@ -1,0 +1,215 @@
+//! The fastest of the ways to run that are allowed and fit.
+
+use super::{Activations, Choice, Demand, Limit, WeightsMode};
+use crate::error::{Error, Result};
+use crate::plan::cost::Pace;
+use crate::plan::settings::{Pieces, Policy};
+use crate::plan::strategy::Strategy;
+use crate::plan::weights::Place;
+
+/// Where nobody asks for it, weights stay dequantized if a step then takes no more than this share of its
+/// time: less is not worth the memory, which other programs may want.
+pub(super) const WORTH_MEMORY: f64 = 0.99;
+
+impl Demand<'_> {
+    /// The fastest way within `limit` of those that are allowed, by the
+    /// arithmetic of `src/plan/cost.rs`; where only the leanest one fits into what is free, that. A run
+    /// that goes on keeps its order of sums, which what is free then would not give again, if it can.
+    ///
+    /// # Errors
+    /// `Budget` when nothing fits, with the nearest settings that do; `Usage` when the weights
+    /// cannot be streamed and must be.
+    pub fn choose(&self, limit: Limit) -> Result<Choice> {
+        let candidates = self.candidates()?;
+        let chosen = self.choose_of(&candidates, limit);
+        chosen.ok_or_else(|| self.shortfall(limit, self.leanest_of(&candidates)))
+    }
+
+    fn choose_of(&self, candidates: &[Strategy], limit: Limit) -> Option<Choice> {
+        let usable = limit.usable_bytes();
+        let as_before = self.in_order(candidates).and_then(|same| self.fitting(&same, usable));
+        as_before.or_else(|| self.fitting(candidates, usable)).or_else(|| {
+            let leanest = self.leanest_of(candidates);
+            self.fits(leanest, limit.most_bytes()).then(|| self.choice(leanest))
+        })
+    }
+
+    /// What [`choose`](Demand::choose) would, if anything.
+    pub(super) fn chosen(&self, limit: Limit) -> Option<Choice> {
+        self.choose_of(&self.candidates().ok()?, limit)
+    }
+
+    /// Those that add up as the run did before; `None` for one that begins.
+    fn in_order(&self, candidates: &[Strategy]) -> Option<Vec<Strategy>> {
+        let order = self.sum_order?;
+        let same = |c: &&Strategy| self.settings_of(**c).sum_order() == order;
+        Some(candidates.iter().filter(same).copied().collect())
+    }
+
+    /// The way that takes the least of those that are allowed.
+    ///
+    /// # Errors
+    /// `Usage` when the weights cannot be streamed and must be.
+    pub fn leanest(&self) -> Result<Choice> {
+        Ok(self.choice(self.leanest_of(&self.candidates()?)))
+    }
+
+    /// What the host has no room for is no way out: of plans like that, the one that lacks the least.
+    pub(super) fn leanest_of(&self, candidates: &[Strategy]) -> Strategy {
+        let lacking =
+            |candidate: &Strategy| self.pinned_for(*candidate).saturating_sub(self.pinned_bytes);
+        let least = candidates.iter().map(lacking).min();
+        let possible: Vec<Strategy> = candidates
+            .iter()
+            .filter(|candidate| Some(lacking(candidate)) == least)
+            .copied()
+            .collect();
+        let ends = ways(&possible).flat_map(|kept| [kept.first(), kept.last()]).flatten().copied();
+        let bytes = |candidate: &Strategy| self.total_bytes(*candidate);
+        ends.min_by_key(bytes).expect("one mode and one policy are allowed")
+    }
+
+    /// The fastest way that is allowed and takes at most `bytes`.
+    pub(in crate::plan) fn within(&self, bytes: u64) -> Option<Choice> {
+        self.fitting(&self.candidates().ok()?, bytes)
+    }
+
+    /// The fastest of `candidates` that takes at most `bytes`, with weights that stay dequantized in what it
+    /// leaves of them; without these where they save next to nothing, unless they were asked for.
+    fn fitting(&self, candidates: &[Strategy], bytes: u64) -> Option<Choice> {
+        let ways = self.most_kept(candidates, bytes);
+        let (seconds, fastest) = self.fastest_of(ways.iter().copied())?;
+        let enough = match self.dequantized_blocks {
+            Some(_) => seconds,
+            None => WORTH_MEMORY * seconds,
+        };
+        // Results do not depend on what is left.
+        let order = |way: Strategy| self.settings_of(way).sum_order();
+        let ways = ways.into_iter().filter(|way| order(*way) == order(fastest));
+        let with_weights = self.fastest_of(ways.map(|way| self.with_weights(way, bytes)));
+        let with_weights = with_weights.filter(|(seconds, _)| *seconds <= enough);
+        Some(self.choice(with_weights.map_or(fastest, |(_, way)| way)))
+    }
+
+    /// The fastest of some ways, of equally fast ones the first, and what it takes for a token.
+    pub(super) fn fastest_of(
+        &self,
+        ways: impl Iterator<Item = Strategy>,
+    ) -> Option<(f64, Strategy)> {
+        let pace = Pace::new(self);
+        let timed = ways.map(|way| (pace.seconds_per_token(&self.choice(way)), way));
+        timed.min_by(|a, b| a.0.total_cmp(&b.0))
+    }
+
+    /// Of each way the candidate that keeps most and takes at most `bytes`.
+    pub(super) fn most_kept(&self, candidates: &[Strategy], bytes: u64) -> Vec<Strategy> {
+        let fits = |candidate: &Strategy| self.fits(*candidate, bytes);
+        // Blocks that do not keep may pin more.
+        let candidates: Vec<Strategy> =
+            candidates.iter().filter(|candidate| self.can_be_pinned(candidate)).copied().collect();
+        // Of each group the first one that fits is found by bisection. That in which all keep is tried
+        // apart: it needs no buffers to recompute in, and may take less than the next.
+        let most = ways(&candidates).filter_map(|kept| {
+            let (all, fewer) = kept.split_first()?;
+            let first = || fewer.get(fewer.partition_point(|candidate| !fits(candidate)));
+            // Most ways do not fit at all where memory is short.
+            let any = || fewer.last().is_some_and(fits);
+            if fits(all) { Some(all) } else { any().then(first).flatten() }
+        });
+        most.copied().collect()
+    }
+
+    /// A way that fits into `bytes`, with room in bf16 for the weights of as many blocks as do, up to those that
+    /// were asked for.
+    fn with_weights(&self, way: Strategy, bytes: u64) -> Strategy {
+        let asked = self.dequantized_blocks.unwrap_or(usize::MAX);
+        let most = asked.min(self.most_dequantized(way));
+        if most == 0 {
+            return way;
+        }
+        let with = |dequantized_blocks| Strategy { dequantized_blocks, ..way };
+        let [none, one] = [0, 1].map(|blocks| self.total_bytes(with(blocks)));
+        let fitting = bytes.saturating_sub(none) / (one - none).max(1);
+        with(most.min(fitting as usize))
+    }
+
+    /// The most blocks whose weights can stay dequantized: one of streamed ones, as others take its place, and
+    /// none where there is one buffer for all, of a base that is not in 4 bits, and on the CPU.
+    pub(in crate::plan) fn most_dequantized(&self, strategy: Strategy) -> usize {
+        match (self.place, strategy.stream) {
+            _ if strategy.pieces.one_buffer => 0,
+            (Place::Gpu, true) => 1,
+            (Place::Gpu, false) if self.weights.resident.codes > 0 => self.spec.num_layers,
+            _ => 0,
+        }
+    }
+
+    /// All ways that are allowed; of two that take as long, the simpler one comes first.
+    pub(super) fn candidates(&self) -> Result<Vec<Strategy>> {
+        let layers = self.spec.num_layers;
+        let streams: &[bool] = match (self.mode, self.weights.streamed) {
+            (WeightsMode::Resident, _) | (WeightsMode::Auto, None) => &[false],
+            (WeightsMode::Auto, Some(_)) => &[false, true],
+            (WeightsMode::Stream, Some(_)) => &[true],
+            (WeightsMode::Stream, None) => {
+                let what = "`--weights stream`: the weights are quantized into memory, there is no \
+                            4-bit file to read them from again";
+                return Err(Error::usage(what)
+                    .hint("make one with `nibble quantize` and give it as `--model`"));
+            }
+        };
+        use Policy::{Attention, Checkpoint, Keep, Offload, OffloadAttention};
+        const OTHERS: &[Policy] = &[Checkpoint, Attention, OffloadAttention, Offload];
+        let (kept, others): (Vec<usize>, &[Policy]) = match self.activations {
+            Activations::Auto => ((0..=layers).rev().collect(), OTHERS),
+            Activations::Attention => (vec![0], &[Attention]),
+            Activations::Keep => (vec![layers], &[Keep]),
+            Activations::Checkpoint => (vec![0], &[Checkpoint]),
+            Activations::Offload => (vec![0], &[Offload]),
+            Activations::OffloadAttention => (vec![0], &[OffloadAttention]),
+        };
+        let mut candidates = Vec::new();
+        for pieces in Pieces::ways(self.place == Place::Gpu) {
+            for &on_host in self.embedding_places() {
+                for (&stream, &others) in
+                    streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))
+                {
+                    let uniform = Strategy::uniform(layers, others, stream);
+                    let with =
+                        |&kept: &usize| Strategy { kept, others, on_host, pieces, ..uniform };
+                    let auto = self.activations == Activations::Auto;
+                    candidates.extend(kept.iter().map(with).filter_map(|way| match others {
+                        OffloadAttention if auto => self.as_far_as_pinned(way),
+                        _ => Some(way),
+                    }));
+                    if auto && others == Offload {
+                        let with = |attended| Strategy { attended, ..with(&0) };
+                        candidates.extend((1..=layers).rev().map(with));
+                    }
+                }
+            }
+        }
+        Ok(candidates)
+    }
+
+    /// The same, with attention offloaded of as many blocks as the host has room for; `None` where that is
+    /// none of those that do not keep theirs.
+    fn as_far_as_pinned(&self, way: Strategy) -> Option<Strategy> {
+        let others = self.spec.num_layers - way.kept;
+        if others == 0 {
+            return Some(way);
+        }
+        let with = |remaking_attention| Strategy { remaking_attention, ..way };
+        let [all, fewer] = [0, 1].map(|blocks| self.pinned_for(with(blocks)));
+        let lacking = all.saturating_sub(self.pinned_bytes);
+        let remaking = lacking.div_ceil((all - fewer).max(1)) as usize;
+        (remaking < others).then(|| with(remaking))
+    }
+}
+
+/// Groups of candidates that differ only in how many blocks keep their activations, or the output of
+/// attention, most first: each block that keeps is faster and takes more memory.
+fn ways(candidates: &[Strategy]) -> impl Iterator<Item = &[Strategy]> {
+    let way = |c: &Strategy| (c.others, c.stream, c.on_host, c.pieces, c.attended > 0);
+    candidates.chunk_by(move |a, b| way(a) == way(b))
+}
