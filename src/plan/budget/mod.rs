@@ -1,6 +1,6 @@
 //! How a run stays within the memory that may be used: which layers keep their activations, what the
 //! others do with theirs, where weights are, and the sizes of pieces; what each way takes, and the
-//! fastest one that fits ([`search`]).
+//! fastest one that fits.
 
 mod search;
 mod shortfall;
