@@ -145,8 +145,6 @@ struct Slot<D: Driver> {
 /// The buffers, and the order of requests.
 pub(super) struct WeightBuffers<D: Driver> {
     slots: Vec<Slot<D>>,
-    /// Of the last request.
-    current: usize,
     /// Requests so far.
     requests: u64,
     /// Requests of the last pass that asked for something new.
@@ -167,7 +165,6 @@ impl<D: Driver> WeightBuffers<D> {
             |(buffer, columns)| Slot { buffer, columns, held: None, pending: false, used: 0 };
         WeightBuffers {
             slots: buffers.into_iter().map(slot).collect(),
-            current: 0,
             requests: 0,
             known: Vec::new(),
             expected: 0,
@@ -195,10 +192,9 @@ impl<D: Driver> WeightBuffers<D> {
         self.requests += 1;
         let holds = self.slots.iter().position(|slot| slot.held == Some(wanted));
         let current = holds.or_else(|| self.oldest(&wanted, None)).expect("it fits");
-        self.current = current;
         let pending = std::mem::take(&mut self.slots[current].pending);
         let to = self.give(current, wanted);
-        let next = self.follower(wanted).and_then(|next| self.ahead_of(&wanted, next));
+        let next = self.follower(wanted).and_then(|next| self.ahead_of(&wanted, current, next));
         Turn { to, pending, ready: holds.is_some(), next }
     }
 
@@ -240,14 +236,19 @@ impl<D: Driver> WeightBuffers<D> {
         self.known.get(self.expected).copied()
     }
 
-    /// `next` into another slot, unless it is there, does not fit, or may be on its way to where it
-    /// would be read.
-    fn ahead_of(&mut self, wanted: &Wanted, next: Wanted) -> Option<(Wanted, Address)> {
+    /// `next` into another slot than `current`, which has `wanted`, unless it is there, does not fit, or may be
+    /// on its way to where it would be read.
+    fn ahead_of(
+        &mut self,
+        wanted: &Wanted,
+        current: usize,
+        next: Wanted,
+    ) -> Option<(Wanted, Address)> {
         let there = next.place.is_none() || next.place == wanted.place;
         if !there || self.slots.iter().any(|slot| slot.held == Some(next)) {
             return None;
         }
-        let slot = self.oldest(&next, Some(self.current))?;
+        let slot = self.oldest(&next, Some(current))?;
         self.slots[slot].pending = true;
         Some((next, self.give(slot, next)))
     }

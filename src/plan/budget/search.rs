@@ -86,7 +86,8 @@ impl Demand<'_> {
         // Results do not depend on what is left.
         let order = |way: Strategy| self.settings_of(way).sum_order();
         let ways = ways.into_iter().filter(|way| order(*way) == order(fastest));
-        let with_weights = self.fastest_of(ways.map(|way| self.with_weights(way, bytes)));
+        let ways = ways.map(|way| self.with_weights(way, bytes));
+        let with_weights = self.fastest_of(ways.filter(|way| way.dequantized_blocks > 0));
         let with_weights = with_weights.filter(|(seconds, _)| *seconds <= enough);
         Some(self.choice(with_weights.map_or(fastest, |(_, way)| way)))
     }
@@ -168,6 +169,7 @@ impl Demand<'_> {
             Activations::Offload => (vec![0], &[Offload]),
             Activations::OffloadAttention => (vec![0], &[OffloadAttention]),
         };
+        let auto = self.activations == Activations::Auto;
         let mut candidates = Vec::new();
         for pieces in Pieces::ways(self.place == Place::Gpu) {
             for &on_host in self.embedding_places() {
@@ -177,7 +179,6 @@ impl Demand<'_> {
                     let uniform = Strategy::uniform(layers, others, stream);
                     let with =
                         |&kept: &usize| Strategy { kept, others, on_host, pieces, ..uniform };
-                    let auto = self.activations == Activations::Auto;
                     candidates.extend(kept.iter().map(with).filter_map(|way| match others {
                         OffloadAttention if auto => self.as_far_as_pinned(way),
                         _ => Some(way),
