@@ -65,6 +65,9 @@ fn a_card_is_taken_if_it_computes_what_the_cpu_does() {
     let found = stdout_json(doctor);
     assert_eq!(found["cuda"]["usable"], true, "{found}");
     assert_eq!(found["cuda"]["driver"]["devices"][0]["name"], "Emulated GPU", "{found}");
+    let plain =
+        String::from_utf8(succeed(on_gpu(place.nibble(&["doctor"])).unwrap()).stdout).unwrap();
+    assert!(plain.contains("training runs on it"), "{plain}");
     let said = stderr(&succeed(on_gpu(place.train("auto", &["--max-steps", "1"])).unwrap()));
     assert!(said.contains("cuda:0: Emulated GPU, "), "{said}");
     assert!(said.contains("computes as the CPU does"), "{said}");

@@ -38,9 +38,7 @@ pub trait LoraKernels: Storage {
         pair: &Self::Buffer,
         x: &Self::Buffer,
         ax: (&mut Self::Buffer, Columns),
-    ) {
-        self.lora_project(shape, pair, x, ax, 1);
-    }
+    );
 
     /// With `t = scale · dy[:, band] · B`: `gA += tᵀ x`, `gB += scale · dyᵀ ax`; t is left for
     /// [`linear_backward`](super::LinearKernels::linear_backward). `gradients[offset..]` holds gA, gB.

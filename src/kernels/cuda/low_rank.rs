@@ -30,13 +30,20 @@ impl<D: Driver> LoraKernels for Cuda<D> {
         (ax, band): (&mut Buffer<D>, Columns),
         rows: usize,
     ) {
-        if rows == 1 {
-            return row::project(self, shape, pair, x, (ax, band));
-        }
         let inner = shape.in_features;
         let operands = (operand(x.rows(rows, inner)), transposed(a_of(pair, shape)));
         let to = product(ax.band(band, rows));
         self.gemm([rows, shape.rank, inner], (1.0, 0.0), operands, to);
+    }
+
+    fn lora_project_row(
+        &self,
+        shape: &LoraShape,
+        pair: &Buffer<D>,
+        x: &Buffer<D>,
+        (ax, band): (&mut Buffer<D>, Columns),
+    ) {
+        row::project(self, shape, pair, x, (ax, band));
     }
 
     fn lora_backward(
