@@ -93,6 +93,11 @@ impl Default for LoraConfig {
 }
 
 impl LoraConfig {
+    /// `lora_dropout`, if there is any.
+    pub fn dropout(&self) -> Option<f32> {
+        (self.lora_dropout > 0.0).then_some(self.lora_dropout as f32)
+    }
+
     /// `s`: what the product `B A x` is multiplied by for a module of this rank and alpha.
     pub fn scale(&self, r: usize, alpha: f64) -> f32 {
         let rank = r as f64;

@@ -2,6 +2,7 @@
 
 use crate::error::Result;
 use crate::model::spec::Norm;
+use crate::random::Stream;
 
 /// A band of columns in a wider row: where it starts, how wide it is, and how far rows are apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -188,30 +189,22 @@ pub struct LoraTerm<'a, B> {
 
 /// Which elements of a linear's input dropout removes: a function of its fields and the index.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct DropoutMask<'a> {
+pub struct DropoutMask {
     /// Chance of being zeroed; the rest is divided by `1 − probability`.
     pub probability: f32,
-    /// Seed of the run.
-    pub seed: u64,
-    /// Name of the linear.
-    pub stream: &'a str,
-    /// Number of the micro-batch since the start of the run.
-    pub step: u64,
+    /// The linear's, in this micro-batch.
+    pub stream: Stream,
     /// Index of the first element: where the input is a part of the linear's whole input.
     pub first: u64,
 }
 
 /// Noise that is uniform in `[−amplitude, amplitude)`: a function of its fields and the index.
 #[derive(Debug, Clone, Copy, PartialEq)]
-pub struct UniformNoise<'a> {
+pub struct UniformNoise {
     /// The most that it adds.
     pub amplitude: f32,
-    /// Seed of the run.
-    pub seed: u64,
-    /// What it is for.
-    pub stream: &'a str,
-    /// Number of the micro-batch since the start of the run.
-    pub step: u64,
+    /// What it is for, in this micro-batch.
+    pub stream: Stream,
     /// Index of the first element.
     pub first: u64,
 }

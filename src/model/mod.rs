@@ -16,4 +16,4 @@ pub mod streaming;
 mod upload;
 pub mod weights;
 
-pub use causal_lm::{Model, score::Score};
+pub use causal_lm::{Model, randomness::Draws, randomness::Randomness, score::Score};

@@ -14,11 +14,11 @@ use crate::checkpoint::{DenseTensor, Weight};
 use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::Cpu;
-use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::parameters::Part;
 use crate::model::spec::{ModelSpec, TensorRole};
 use crate::model::weights::{TensorSource, Weights};
+use crate::model::{Model, Randomness};
 use crate::plan::{Policy, Settings};
 use crate::random::Stream;
 
@@ -166,8 +166,8 @@ fn model<K: TrainingKernels>(kernels: K, tiny: Tiny, second: Policy) -> Result<M
         ..Settings::evaluating(BOUNDARIES[2] as usize, 32)
     };
     let weights = weights.upload(&kernels)?;
-    let model = Model::on(kernels, spec, weights, settings, None)?;
-    let mut model = model.with_neftune(Some((1.0, SEED)));
+    let random = Randomness { seed: SEED, neftune: Some(1.0), ..Randomness::default() };
+    let mut model = Model::on(kernels, spec, weights, settings)?.drawing(random);
     model.parameters_mut().load(&adapter);
     model.parameters_mut().zero_gradients();
     Ok(model)

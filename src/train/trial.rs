@@ -14,7 +14,7 @@ use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
 use crate::ledger::rows::Measured;
 use crate::ledger::{self, Phase};
-use crate::model::Model;
+use crate::model::{Model, Randomness};
 use crate::plan::Settings;
 use crate::random::Stream;
 
@@ -64,11 +64,10 @@ impl Trial<'_> {
             error.hint("set `TMPDIR` to a folder that can be written")
         })?;
         let (weights, mut meter) = self.base.load(&kernels)?;
-        let dropout = self.lora.lora_dropout as f32;
-        let dropout = (dropout > 0.0).then_some((dropout, 0));
+        let random = Randomness { dropout: self.lora.dropout(), ..Randomness::default() };
         let mut adapter = Adapter::init(self.lora.clone(), self.base.spec, 0)?;
         let (spec, settings) = (self.base.spec.clone(), self.settings.clone());
-        let mut model = Model::on(kernels.clone(), spec, weights, settings, dropout)?;
+        let mut model = Model::on(kernels.clone(), spec, weights, settings)?.drawing(random);
         model.parameters_mut().load(&adapter);
         adapter.tensors = Vec::new();
         allocator::give_back();

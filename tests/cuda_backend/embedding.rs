@@ -22,7 +22,7 @@ fn keeping(gpu: Gpu, what: OnHost, case: &Case, format: Option<BlockFormat>) -> 
     let adapter = Some("adapter_init");
     let settings = settings(case, adapter, &[Policy::Keep], true);
     let before = gpu.driver().counts().allocated_bytes;
-    let model = model(&gpu, case, format, adapter, settings, None);
+    let model = model(&gpu, case, format, adapter, settings);
     let bytes = gpu.driver().counts().allocated_bytes - before - model.arena_bytes();
     (model, bytes as u64)
 }
@@ -94,7 +94,7 @@ fn random_model(
     let before = gpu.driver().counts().allocated_bytes;
     let weights = shaped::weights(spec).upload(&gpu).unwrap();
     let bytes = gpu.driver().counts().allocated_bytes - before;
-    let mut model = Model::on(gpu, spec.clone(), weights, settings, None).unwrap();
+    let mut model = Model::on(gpu, spec.clone(), weights, settings).unwrap();
     model.parameters_mut().load(&adapter);
     (model, bytes as u64)
 }

@@ -35,7 +35,7 @@ fn with_ranks(case: &Case, r: usize, pattern: &[(&str, usize)]) -> Adapter {
 /// Loss and gradients of a step.
 fn step(gpu: &Gpu, case: &Case, adapter: &Adapter, plan: Settings) -> (f64, Vec<f32>) {
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
-    let mut model = model(gpu, case, Some(nf4(true)), None, plan, None);
+    let mut model = model(gpu, case, Some(nf4(true)), None, plan);
     model.parameters_mut().load(adapter);
     let loss = model.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
     (loss, model.parameters().values(Part::Gradients).unwrap().into_owned())
@@ -56,7 +56,7 @@ fn reference(case: &Case, adapter: &Adapter, plan: Settings) -> (f64, Vec<f32>) 
     let checkpoint = Checkpoint::open(&case.path).unwrap();
     let weights = Weights::load(&checkpoint, &case.spec(), Some(&nf4(true)), None).unwrap();
     let plan = Settings { bf16_working: false, ..plan };
-    let mut model = Model::new(case.spec(), weights, plan, None).unwrap();
+    let mut model = Model::new(case.spec(), weights, plan).unwrap();
     model.parameters_mut().load(adapter);
     let loss = model.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
     (loss, model.parameters().gradients().to_vec())
@@ -128,7 +128,7 @@ fn a_fresh_adapter_does_not_change_a_bit() {
         let together = plan(&case, &fresh, &KEEP);
         for plan in [together.clone(), separate(together)] {
             let format = quantize.then(|| nf4(true));
-            let mut model = model(&gpu, &case, format, None, plan, None);
+            let mut model = model(&gpu, &case, format, None, plan);
             let losses = |model: &mut Model<Gpu>, adapter: &Adapter| {
                 model.parameters_mut().load(adapter);
                 [model.evaluate_base(&batch), model.evaluate(&batch)].map(|loss| loss.unwrap())

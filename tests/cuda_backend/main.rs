@@ -27,7 +27,7 @@ mod speed;
 mod stream;
 
 use device::Device;
-use golden::{CASES, Case};
+use golden::{CASES, Case, with_dropout};
 use nibble::adapter::{Adapter, LoraPlus};
 use nibble::checkpoint::Checkpoint;
 use nibble::data::Batch;
@@ -67,12 +67,11 @@ fn model(
     quantization: Option<BlockFormat>,
     adapter: Option<&str>,
     settings: Settings,
-    dropout: Option<(f32, u64)>,
 ) -> Model<Gpu> {
     let (spec, checkpoint) = (case.spec(), Checkpoint::open(&case.path).unwrap());
     let weights = Weights::load(&checkpoint, &spec, quantization.as_ref(), None).unwrap();
     let weights = weights.upload(gpu).unwrap();
-    let mut model = Model::on(gpu.clone(), spec, weights, settings, dropout).unwrap();
+    let mut model = Model::on(gpu.clone(), spec, weights, settings).unwrap();
     if let Some(adapter) = adapter {
         let adapter = Adapter::load(&case.path.join(adapter), model.spec()).unwrap();
         model.parameters_mut().load(&adapter);
@@ -104,7 +103,7 @@ fn logits_and_loss_match_transformers() {
         let case = Case::open(name);
         let reference = case.tensors("ref.safetensors");
         let (batch, _) = reference.batch("input_ids", "labels");
-        let mut model = model(&gpu, &case, None, None, settings(&case, None, &[], false), None);
+        let mut model = model(&gpu, &case, None, None, settings(&case, None, &[], false));
         let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
         let error = error_in_norm(&model.logits(&batch, &rows).unwrap(), &reference.f32("logits"));
         assert!(error < 2e-2, "{name}: logits are off by {error:e}");
@@ -122,7 +121,7 @@ fn a_ragged_batch_equals_its_documents() {
         let case = Case::open(name);
         let reference = case.tensors("ref.safetensors");
         let batch = reference.padded_batch();
-        let mut model = model(&gpu, &case, None, None, settings(&case, None, &[], false), None);
+        let mut model = model(&gpu, &case, None, None, settings(&case, None, &[], false));
         let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
         let logits = model.logits(&batch, &rows).unwrap();
         let expected = reference.unpadded_logits(model.spec().vocab_size);
@@ -140,7 +139,7 @@ fn check_gradients(gpu: &Gpu, case: &Case, tag: &str, quantization: Option<Block
     for bf16_working in [false, true] {
         let adapter = Some("adapter_init");
         let settings = settings(case, adapter, &[Policy::Keep], bf16_working);
-        let mut model = model(gpu, case, quantization, adapter, settings, None);
+        let mut model = model(gpu, case, quantization, adapter, settings);
         let loss = model.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
         let expected = f64::from(lora.f32(&format!("{tag}.loss"))[0]);
         let error = (loss / batch.num_targets as f64 / expected - 1.0).abs();
@@ -182,33 +181,35 @@ fn policies_give_the_same_bits_and_the_working_copy_is_what_is_read() {
     let case = Case::open("mistral_s0");
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     let scale = 1.0 / batch.num_targets as f32;
-    let run = |policies: &[Policy], bf16_working| {
+    let run = |policies: &[Policy], bf16_working, dropped: Option<f32>, tile| {
         let adapter = Some("adapter_init");
-        let settings = settings(&case, adapter, policies, bf16_working);
-        let mut model = model(&gpu, &case, Some(nf4(true)), adapter, settings, Some((0.3, 7)));
-        let loss = model.forward_backward(&batch, scale, 3).unwrap();
-        let gradients = model.parameters().values(Part::Gradients).unwrap().into_owned();
-        (loss.to_bits(), gradients)
-    };
-    let kept = run(&[Policy::Keep], true);
-    assert!(kept.1.iter().all(|x| x.is_finite()));
-    for policies in [
-        &[Policy::Checkpoint][..],
-        &[Policy::Checkpoint, Policy::Keep],
-        &[Policy::Attention],
-        &[Policy::Attention, Policy::Checkpoint],
-    ] {
-        assert!(run(policies, true) == kept, "{policies:?}");
-    }
-    let tiled = |policies: &[Policy], tile| {
-        let adapter = Some("adapter_init");
-        let mut settings = settings(&case, adapter, policies, true);
-        (settings.lora_dropout, settings.mlp_tile_length) = (true, Some(tile));
-        let mut model = model(&gpu, &case, Some(nf4(true)), adapter, settings, Some((0.3, 7)));
+        let mut settings = settings(&case, adapter, policies, bf16_working);
+        (settings.lora_dropout, settings.mlp_tile_length) = (dropped.is_some(), tile);
+        let mut model = model(&gpu, &case, Some(nf4(true)), adapter, settings);
+        if let Some(probability) = dropped {
+            model = model.drawing(with_dropout(probability, 7));
+        }
         let loss = model.forward_backward(&batch, scale, 3).unwrap();
         (loss.to_bits(), model.parameters().values(Part::Gradients).unwrap().into_owned())
     };
+    let losses = [None, Some(0.3)].map(|dropped| {
+        let kept = run(&[Policy::Keep], true, dropped, None);
+        assert!(kept.1.iter().all(|x| x.is_finite()));
+        for policies in [
+            &[Policy::Checkpoint][..],
+            &[Policy::Checkpoint, Policy::Keep],
+            &[Policy::Attention],
+            &[Policy::Attention, Policy::Checkpoint],
+        ] {
+            assert!(run(policies, true, dropped, None) == kept, "{policies:?} {dropped:?}");
+        }
+        // The adapter is small: its bf16 copy is the rounded master in either case.
+        assert!(run(&[Policy::Keep], false, dropped, None) == kept, "{dropped:?}");
+        kept.0
+    });
+    assert_ne!(losses[0], losses[1]);
     // In tiles, with dropout's masks of the whole: other sums, as cuBLAS has an order for each shape.
+    let tiled = |policies: &[Policy], tile| run(policies, true, Some(0.3), Some(tile));
     for tile in [9, 16] {
         let whole = tiled(&[Policy::Keep], batch.tokens());
         let (loss, gradients) = tiled(&[Policy::Checkpoint], tile);
@@ -216,8 +217,6 @@ fn policies_give_the_same_bits_and_the_working_copy_is_what_is_read() {
         assert!(error_in_norm(&gradients, &whole.1) < 1e-2);
         assert!(tiled(&[Policy::Keep, Policy::Checkpoint], tile) == (loss, gradients));
     }
-    // The adapter is small: its bf16 copy is the rounded master in either case.
-    assert!(run(&[Policy::Keep], false) == kept);
 }
 
 #[test]
@@ -226,13 +225,13 @@ fn dropout_masks_what_the_cpu_masks() {
     let case = Case::open("llama_s0");
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     let (scale, dropout, adapter) =
-        (1.0 / batch.num_targets as f32, Some((0.4, 11)), Some("adapter_init"));
+        (1.0 / batch.num_targets as f32, with_dropout(0.4, 11), Some("adapter_init"));
     let mut settings = settings(&case, adapter, &[Policy::Keep], false);
     settings.lora_dropout = true;
-    let mut device = model(&gpu, &case, None, adapter, settings.clone(), dropout);
+    let mut device = model(&gpu, &case, None, adapter, settings.clone()).drawing(dropout);
     let checkpoint = Checkpoint::open(&case.path).unwrap();
     let weights = Weights::load(&checkpoint, &case.spec(), None, None).unwrap();
-    let mut host = Model::new(case.spec(), weights, settings, dropout).unwrap();
+    let mut host = Model::new(case.spec(), weights, settings).unwrap().drawing(dropout);
     host.parameters_mut()
         .load(&Adapter::load(&case.path.join("adapter_init"), &case.spec()).unwrap());
     let losses = [
@@ -257,7 +256,7 @@ fn cached_decoding_gives_the_logits_of_the_full_pass() {
         let (batch, shape) = case.tensors("ref.safetensors").batch("input_ids", "labels");
         let (adapter, plan) =
             (Some("adapter_init"), settings(&case, Some("adapter_init"), &[], true));
-        let mut model = model(&gpu, &case, format, adapter, plan, None);
+        let mut model = model(&gpu, &case, format, adapter, plan);
         let (vocab, length) = (model.spec().vocab_size, shape[1]);
         let full = model.logits(&batch, &(0..length as u32).collect::<Vec<_>>()).unwrap();
         let mut fed = 0;
@@ -283,7 +282,7 @@ fn a_score_is_the_loss_and_what_greedy_decoding_would_choose() {
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     let adapter = Some("adapter_init");
     let plan = settings(&case, adapter, &[], false);
-    let mut device = model(&gpu, &case, None, adapter, plan, None);
+    let mut device = model(&gpu, &case, None, adapter, plan);
     let mut host = case.model(None, adapter, &[]);
     let (got, expected) = (device.score(&batch, true).unwrap(), host.score(&batch, true).unwrap());
     assert!((got.loss / expected.loss - 1.0).abs() < 5e-3);
@@ -308,7 +307,7 @@ fn train(gpu: &Gpu, case: &Case, steps: usize) -> Vec<f64> {
     };
     let adapter = Some("adapter_init");
     let plan = settings(case, adapter, &[Policy::Checkpoint, Policy::Keep], true);
-    let mut model = model(gpu, case, None, adapter, plan, None);
+    let mut model = model(gpu, case, None, adapter, plan);
     let groups = step::rate_groups(model.parameters().tensors(), LoraPlus::default());
     let mut losses = Vec::new();
     for (k, learning_rate) in rates.into_iter().take(steps).enumerate() {
@@ -358,7 +357,7 @@ fn the_plan_is_one_allocation_of_its_bytes() {
         let (spec, checkpoint) = (case.spec(), Checkpoint::open(&case.path).unwrap());
         let weights = Weights::load(&checkpoint, &spec, None, None).unwrap().upload(&gpu).unwrap();
         let before = gpu.driver().counts();
-        let model = Model::on(gpu.clone(), spec, weights, plan, None).unwrap();
+        let model = Model::on(gpu.clone(), spec, weights, plan).unwrap();
         let after = gpu.driver().counts();
         let bytes = model.plan().arena_bytes();
         assert_eq!(model.arena_bytes(), bytes, "{name}");

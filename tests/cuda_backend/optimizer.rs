@@ -16,10 +16,10 @@ fn updates_in_8_bits_leave_what_the_cpu_leaves() {
     let adapter = Adapter::init(config, &case.spec(), 5).unwrap();
     let mut plan = settings(&case, None, &[Policy::Keep], true);
     (plan.targets, plan.optim) = (adapter.targets.clone(), Optim::Adamw8bit);
-    let mut device = model(&gpu, &case, None, None, plan.clone(), None);
+    let mut device = model(&gpu, &case, None, None, plan.clone());
     let weights =
         Weights::load(&Checkpoint::open(&case.path).unwrap(), &case.spec(), None, None).unwrap();
-    let mut host = Model::new(case.spec(), weights, plan, None).unwrap();
+    let mut host = Model::new(case.spec(), weights, plan).unwrap();
     device.parameters_mut().load(&adapter);
     host.parameters_mut().load(&adapter);
     let loraplus = LoraPlus { lr_ratio: 4.0 };

@@ -8,7 +8,7 @@ use nibble::train::adamw::AdamW;
 use nibble::train::backend::{TrainingKernels, Update};
 use nibble::train::step::rate_groups;
 
-use super::golden::Case;
+use super::golden::{Case, with_dropout};
 use super::{gpu, model, nf4, settings};
 
 #[test]
@@ -21,8 +21,8 @@ fn a_pass_that_finds_no_memory_is_repeated_in_parts_with_the_same_sums() {
     let mut plan = settings(&case, Some("adapter_init"), &[Policy::Keep], true);
     (plan.tokens, plan.longest_document, plan.lora_dropout) = (batch.tokens(), shape[1], true);
     let fresh = || {
-        let dropout = Some((0.3, 5));
-        model(&gpu, &case, Some(nf4(true)), Some("adapter_init"), plan.clone(), dropout)
+        let model = model(&gpu, &case, Some(nf4(true)), Some("adapter_init"), plan.clone());
+        model.drawing(with_dropout(0.3, 5))
     };
     let whole = || {
         let mut model = fresh();
@@ -65,7 +65,7 @@ fn a_single_document_is_recomputed_where_memory_is_short() {
     let policies = [Policy::Attention, Policy::Keep];
     let mut plan = settings(&case, Some("adapter_init"), &policies, true);
     (plan.tokens, plan.longest_document) = (batch.tokens(), batch.tokens());
-    let mut model = model(&gpu, &case, Some(nf4(true)), Some("adapter_init"), plan, None);
+    let mut model = model(&gpu, &case, Some(nf4(true)), Some("adapter_init"), plan);
     let loss = model.forward_backward(&batch, scale, 0).unwrap();
     let gradients = model.parameters().values(Part::Gradients).unwrap().into_owned();
     let mut smaller = 0;
@@ -95,7 +95,7 @@ fn an_update_that_finds_no_memory_says_so_itself() {
     let (batch, shape) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     let mut plan = settings(&case, Some("adapter_init"), &[Policy::Keep], true);
     (plan.tokens, plan.longest_document) = (batch.tokens(), shape[1]);
-    let mut model = model(&gpu, &case, None, Some("adapter_init"), plan, None);
+    let mut model = model(&gpu, &case, None, Some("adapter_init"), plan);
     model.forward_backward(&batch, 1.0, 0).unwrap();
     let groups = rate_groups(model.parameters().tensors(), LoraPlus::default());
     let optimizer = AdamW { beta1: 0.9, beta2: 0.999, epsilon: 1e-8, weight_decay: 0.0 };
@@ -117,9 +117,9 @@ fn a_plan_that_the_driver_refuses_becomes_a_smaller_one() {
     let case = Case::open("qwen2_s0");
     let mut plan = settings(&case, Some("adapter_init"), &[Policy::Keep], true);
     (plan.tokens, plan.longest_document) = (256, 24);
-    let large = model(&gpu, &case, None, Some("adapter_init"), plan.clone(), None);
+    let large = model(&gpu, &case, None, Some("adapter_init"), plan.clone());
     plan.tokens = 65;
-    let planned = model(&gpu, &case, None, Some("adapter_init"), plan, None).arena_bytes();
+    let planned = model(&gpu, &case, None, Some("adapter_init"), plan).arena_bytes();
     gpu.driver().limit(planned);
     let small = large.with_smaller_plan().unwrap();
     assert_eq!(small.settings().tokens, 64, "256 and 128 do not fit");

@@ -7,10 +7,10 @@ use nibble::adapter::{Adapter, LoraTarget};
 use nibble::checkpoint::Checkpoint;
 use nibble::data::{Batch, Document};
 use nibble::kernels::cpu::Cpu;
-use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::model::spec::ModelSpec;
 use nibble::model::weights::Weights;
+use nibble::model::{Model, Randomness};
 use nibble::plan::{Policy, Settings};
 use nibble_quant::BlockFormat;
 use safetensors::SafeTensors;
@@ -50,6 +50,11 @@ const TORCH_ERRORS: [(&str, f64); 13] = [
     ("phi3_s0", 0.0474),
     ("gpt2_s0", 0.0193),
 ];
+
+/// A run with `lora_dropout`.
+pub fn with_dropout(probability: f32, seed: u64) -> Randomness {
+    Randomness { seed, dropout: Some(probability), ..Randomness::default() }
+}
 
 /// Largest difference, relative to the largest expected value.
 pub fn relative_error(got: &[f32], expected: &[f32]) -> f64 {
@@ -221,7 +226,7 @@ impl Case {
             mlp_tile_length: tile,
             ..Settings::evaluating(64, 10)
         };
-        let mut model = Model::on(cpu, spec, weights, settings, None).unwrap();
+        let mut model = Model::on(cpu, spec, weights, settings).unwrap();
         if let Some(adapter) = adapter {
             let adapter = Adapter::load(&self.path.join(adapter), model.spec()).unwrap();
             model.parameters_mut().load(&adapter);

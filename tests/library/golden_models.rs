@@ -5,8 +5,8 @@
 
 use crate::golden::{CASES, Case, relative_error};
 use nibble::data::Batch;
-use nibble::model::Model;
 use nibble::model::families::spec_from_config;
+use nibble::model::{Model, Randomness};
 use nibble::plan::Policy;
 use nibble_quant::{BlockFormat, QuantType};
 
@@ -271,8 +271,9 @@ fn embeddings_have_noise_while_training() {
         let documents: Vec<Batch> = (0..2).map(|document| split(&batch, document)).collect();
         let (d, tokens) = (case.spec().hidden_size, batch.tokens());
         let alpha = 3.0;
+        let random = Randomness { seed: 7, neftune: Some(alpha), ..Randomness::default() };
         let model = || case.model(None, Some("adapter_init"), &[Policy::Checkpoint]);
-        let mut noisy = model().with_neftune(Some((alpha, 7)));
+        let mut noisy = model().drawing(random);
         let mut quiet = model();
         let evaluated = quiet.evaluate(&batch).unwrap();
         assert_eq!(noisy.evaluate(&batch).unwrap().to_bits(), evaluated.to_bits());

@@ -48,10 +48,9 @@ fn every_option_allocates_what_it_plans() {
         let of = |change: &dyn Fn(&mut Settings)| {
             let mut settings = plain.clone();
             change(&mut settings);
-            let dropout = settings.lora_dropout.then_some((0.1, 7));
             let weights =
                 Weights::load(&Checkpoint::open(&case.path).unwrap(), &spec, None, None).unwrap();
-            let model = Model::new(spec.clone(), weights, settings, dropout).unwrap();
+            let model = Model::new(spec.clone(), weights, settings).unwrap();
             let planned = layout(&spec, model.settings()).arena_bytes();
             assert_eq!(model.arena_bytes(), planned, "{name} {:?}", model.settings());
             assert_eq!(model.region_bytes().len(), model.plan().regions.len());

@@ -1,6 +1,6 @@
 //! Memory that the system refuses: a run goes on with smaller passes and the same sums.
 
-use crate::golden::Case;
+use crate::golden::{Case, with_dropout};
 use nibble::adapter::Adapter;
 use nibble::checkpoint::Checkpoint;
 use nibble::model::Model;
@@ -26,8 +26,9 @@ fn parts_of_a_batch_have_the_sums_of_the_whole() {
         };
         let weights =
             Weights::load(&Checkpoint::open(&case.path).unwrap(), &case.spec(), None, None);
-        let mut model =
-            Model::new(case.spec(), weights.unwrap(), settings, Some((0.3, 5))).unwrap();
+        let mut model = Model::new(case.spec(), weights.unwrap(), settings)
+            .unwrap()
+            .drawing(with_dropout(0.3, 5));
         let adapter = Adapter::load(&case.path.join("adapter_init"), &case.spec()).unwrap();
         model.parameters_mut().load(&adapter);
         let loss = model.forward_backward(&batch, scale, 9).unwrap();

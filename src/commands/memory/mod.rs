@@ -323,7 +323,7 @@ fn settings(
     Ok(Settings {
         longest_document: row_length(args, spec),
         targets: lora.resolve(spec)?,
-        lora_dropout: lora.lora_dropout > 0.0,
+        lora_dropout: lora.dropout().is_some(),
         bf16_working: args.lora.adapter_dtype == AdapterDtype::Bf16,
         optim: args.optim,
         mlp_tile_length: args.mlp_tile_length.map(NonZeroUsize::get),

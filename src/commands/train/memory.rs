@@ -124,7 +124,7 @@ fn sizes(
         longest_document: data.longest_document_tokens,
         trained_tokens: data.most_batch_targets,
         targets: adapter.targets.clone(),
-        lora_dropout: adapter.config.lora_dropout > 0.0,
+        lora_dropout: adapter.config.dropout().is_some(),
         bf16_working: args.lora.adapter_dtype == AdapterDtype::Bf16,
         optim: args.optimization.optim,
         cache_tokens: base.preview.context_tokens(&args.evaluation.sample_prompt)?,

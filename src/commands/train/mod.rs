@@ -12,10 +12,10 @@ use crate::commands::device;
 use crate::data::{ChatTokenizer, TokenizerFiles};
 use crate::error::{Error, Result};
 use crate::ledger::rows::{Account, Row};
-use crate::model::Model;
 use crate::model::families::{base_dropout, spec_from_config};
 use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::model::weights::check_stored;
+use crate::model::{Model, Randomness};
 use crate::plan::Place;
 use crate::plural::{counted, noun};
 use crate::printed;
@@ -253,13 +253,13 @@ impl Base {
         let (checkpoint, spec, format) = (&self.checkpoint, &self.spec, args.model.block_format());
         let base = FrozenBase { checkpoint, spec, format, stream: strategy.stream };
         let (weights, meter) = base.load(&kernels)?;
-        let dropout = adapter.config.lora_dropout as f32;
-        let dropout = (dropout > 0.0).then_some((dropout, args.optimization.seed));
+        let random = Randomness {
+            seed: args.optimization.seed,
+            dropout: adapter.config.dropout(),
+            neftune: args.optimization.neftune_noise_alpha,
+        };
         let wanted = settings.clone();
-        let noise = args.optimization.neftune_noise_alpha;
-        let noise = noise.map(|alpha| (alpha, args.optimization.seed));
-        let model = Model::within_reach(kernels, self.spec, weights, settings, dropout)?;
-        let model = model.with_neftune(noise);
+        let model = Model::within_reach(kernels, self.spec, weights, settings)?.drawing(random);
         let dtype = args.lora.adapter_dtype.into();
         let model =
             LoraModel::new(model, adapter, dtype, self.preview, wanted).speaking(self.brought);

@@ -7,7 +7,6 @@ use rayon::prelude::*;
 use super::arena::Buffer;
 use super::{CHUNK, Cpu, FrozenMatrix, ROWS, norm};
 use crate::kernels::{DropoutMask, NormParameters, RowKernels, UniformNoise, Write};
-use crate::random;
 
 impl RowKernels for Cpu {
     fn embed(
@@ -58,12 +57,15 @@ impl RowKernels for Cpu {
         elements: usize,
         write: Write,
     ) {
-        let stream = random::Stream::new(mask.seed, mask.stream).at(mask.step);
         let chunks = y[..elements].par_chunks_mut(CHUNK).zip(x[..elements].par_chunks(CHUNK));
         chunks.enumerate().for_each_init(
             || vec![0.0; CHUNK],
             |factors, (chunk, (y, x))| {
-                stream.fill_dropout(mask.first + (chunk * CHUNK) as u64, mask.probability, factors);
+                mask.stream.fill_dropout(
+                    mask.first + (chunk * CHUNK) as u64,
+                    mask.probability,
+                    factors,
+                );
                 for ((y, x), factor) in y.iter_mut().zip(x).zip(&*factors) {
                     *y = if write.adds() { *y + x * factor } else { x * factor };
                 }
@@ -78,14 +80,13 @@ impl RowKernels for Cpu {
         rows: Range<usize>,
         width: usize,
     ) {
-        let stream = random::Stream::new(noise.seed, noise.stream).at(noise.step);
         let chunks = x[rows.start * width..rows.end * width].par_chunks_mut(CHUNK).enumerate();
         chunks.for_each_init(
             || vec![0.0; CHUNK],
             |values, (chunk, x)| {
                 let (first, values) =
                     (noise.first + (chunk * CHUNK) as u64, &mut values[..x.len()]);
-                stream.fill_uniform(first, -noise.amplitude, noise.amplitude, values);
+                noise.stream.fill_uniform(first, -noise.amplitude, noise.amplitude, values);
                 x.iter_mut().zip(values).for_each(|(x, value)| *x += *value);
             },
         );

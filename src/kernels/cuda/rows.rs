@@ -84,8 +84,7 @@ impl<D: Driver> RowKernels for Cuda<D> {
         elements: usize,
         write: Write,
     ) {
-        let ([key0, key1], step) =
-            random::Stream::new(mask.seed, mask.stream).at(mask.step).parts();
+        let ([key0, key1], step) = mask.stream.parts();
         let (threshold, kept) = random::dropout_factors(mask.probability);
         let (rows, width) = as_rows(elements);
         launch!(self, "dropout", row_grid(rows), row_threads(width);
@@ -94,8 +93,7 @@ impl<D: Driver> RowKernels for Cuda<D> {
     }
 
     fn add_noise(&self, noise: &UniformNoise, x: &mut Buffer<D>, rows: Range<usize>, width: usize) {
-        let ([key0, key1], step) =
-            random::Stream::new(noise.seed, noise.stream).at(noise.step).parts();
+        let ([key0, key1], step) = noise.stream.parts();
         let count = rows.len();
         let x = x.part(rows.start * width..rows.end * width).rows(count, width);
         launch!(self, "add_noise", row_grid(count), row_threads(width);

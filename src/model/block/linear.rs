@@ -1,6 +1,6 @@
 //! A linear of a block: the frozen product, its adapter, and the gradients of A and B.
 
-use super::Pass;
+use super::{Dropout, Pass};
 use crate::kernels::{
     Columns, DropoutMask, Kernels, LinearTerms, LoraInputs, LoraShape, LoraTerm, Storage, Write,
 };
@@ -68,13 +68,11 @@ impl<B> AdapterWork<B> {
 }
 
 impl<K: Kernels> Pass<'_, K> {
-    fn mask<'m>(&self, linear: &'m Linear<K>, shape: &LoraShape) -> Option<DropoutMask<'m>> {
-        self.dropout.map(|dropout| DropoutMask {
-            probability: dropout.probability,
-            seed: dropout.seed,
-            stream: &linear.module,
-            step: dropout.step,
-            first: (dropout.first_token + self.rows.start) as u64 * shape.in_features as u64,
+    fn mask(&self, linear: &Linear<K>, shape: &LoraShape) -> Option<DropoutMask> {
+        self.dropout.map(|Dropout { probability, draws }| DropoutMask {
+            probability,
+            stream: draws.stream(&linear.module),
+            first: draws.index(self.rows.start, shape.in_features),
         })
     }
 

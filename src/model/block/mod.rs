@@ -21,6 +21,7 @@ use std::ops::Range;
 pub use linear::{AdapterWork, Linear, LinearAdapter, LinearGroup};
 pub use mlp::{GatedMlp, GatedMlpGradients};
 
+use super::causal_lm::randomness::Draws;
 use super::parameters::Parameters;
 use super::spec::{Activation, LinearRole, MlpKind};
 use crate::kernels::{
@@ -183,12 +184,8 @@ struct Gradients<'a, B> {
 pub struct Dropout {
     /// `lora_dropout`.
     pub probability: f32,
-    /// Seed of the run.
-    pub seed: u64,
-    /// Number of the micro-batch since the start of the run.
-    pub step: u64,
-    /// Tokens of the micro-batch before those of this pass.
-    pub first_token: usize,
+    /// What its masks are drawn from.
+    pub draws: Draws,
 }
 
 /// What all layers of one pass share.

@@ -8,16 +8,15 @@
 mod batch;
 mod buffers;
 mod generation;
-mod neftune;
 mod offload;
 mod passes;
+pub mod randomness;
 mod room;
 pub mod score;
 
 use buffers::Buffers;
-use neftune::EmbeddingNoise;
+use randomness::{Draws, Randomness};
 
-use super::block::Dropout;
 use super::parameters::Parameters;
 use super::spec::{ModelSpec, TensorRole, TensorSpec};
 use super::weights::Weights;
@@ -56,15 +55,6 @@ struct Frozen<K: Kernels> {
     random: Randomness,
 }
 
-/// What training passes do at random, each with the seed of the run.
-#[derive(Debug, Clone, Copy, Default)]
-struct Randomness {
-    /// `lora_dropout`.
-    dropout: Option<(f32, u64)>,
-    /// `neftune_noise_alpha`.
-    neftune: Option<(f32, u64)>,
-}
-
 /// The memory of a plan.
 struct Reserved<K: Kernels> {
     plan: MemoryPlan,
@@ -75,10 +65,8 @@ struct Reserved<K: Kernels> {
 /// What kind of forward pass.
 #[derive(Debug, Clone, Copy, Default)]
 struct Mode {
-    /// A backward pass follows.
-    training: bool,
-    dropout: Option<Dropout>,
-    noise: Option<EmbeddingNoise>,
+    /// A backward pass follows; what is drawn in both.
+    training: Option<Draws>,
     base_only: bool,
     cached: bool,
 }
@@ -126,13 +114,8 @@ impl Model {
     ///
     /// # Errors
     /// As there.
-    pub fn new(
-        spec: ModelSpec,
-        weights: Weights,
-        settings: Settings,
-        dropout: Option<(f32, u64)>,
-    ) -> Result<Self> {
-        Model::on(Cpu::default(), spec, weights, settings, dropout)
+    pub fn new(spec: ModelSpec, weights: Weights, settings: Settings) -> Result<Self> {
+        Model::on(Cpu::default(), spec, weights, settings)
     }
 
     /// The residual stream `[T, D]` before block `layer` (after the last for `num_layers`), as the
@@ -144,7 +127,7 @@ impl Model {
 
 impl<K: Kernels> Model<K> {
     /// Allocates the plan for `settings` on a backend and takes `weights`; the adapter's tensors
-    /// are zero until they are loaded. `dropout` is `(lora_dropout, seed)`.
+    /// are zero until they are loaded.
     ///
     /// # Errors
     /// `Budget` when the memory cannot be reserved.
@@ -153,19 +136,22 @@ impl<K: Kernels> Model<K> {
         spec: ModelSpec,
         weights: Weights<K>,
         settings: Settings,
-        dropout: Option<(f32, u64)>,
     ) -> Result<Self> {
         let settings = Settings { head_on_host: kernels.head_is_on_host(), ..settings };
-        let random = Randomness { dropout, ..Randomness::default() };
+        let random = Randomness::default();
         let frozen = Frozen { kernels, spec, weights, random };
         let reserved = frozen.reserve(&settings)?;
         Ok(frozen.with_buffers(settings, reserved))
     }
 
-    /// With noise on the embeddings of training passes: `neftune_noise_alpha`, and the seed.
-    pub fn with_neftune(mut self, noise: Option<(f32, u64)>) -> Self {
-        self.random.neftune = noise;
-        self
+    /// With dropout, or noise on the embeddings, in training passes.
+    ///
+    /// # Panics
+    /// With dropout that the plan has no room for.
+    pub fn drawing(self, random: Randomness) -> Self {
+        let room = self.settings.lora_dropout;
+        assert!(room || random.dropout.is_none(), "the plan has no room for dropout");
+        Model { random, ..self }
     }
 
     /// What the plan was made for.
@@ -231,18 +217,14 @@ impl<K: Kernels> Model<K> {
     /// `Usage` when the batch is larger than planned, `Input` when an id is outside the vocabulary.
     pub fn forward_backward(&mut self, batch: &Batch, scale: f32, step: u64) -> Result<f64> {
         let (tokens, targets) = self.begin(batch)?;
-        let first_token = batch.first_token;
-        let dropout = |(probability, seed)| Dropout { probability, seed, step, first_token };
-        let dropout = self.random.dropout.map(dropout);
-        let noise = |(alpha, seed)| EmbeddingNoise { alpha, seed, step, first_token };
-        let noise = self.random.neftune.map(noise);
+        let draws = Draws { seed: self.random.seed, step, first_token: batch.first_token };
         ledger::enter(Phase::Forward);
-        let mode = Mode { training: true, dropout, noise, ..Mode::default() };
+        let mode = Mode { training: Some(draws), ..Mode::default() };
         self.forward(&batch.input_ids, &tokens, mode);
         ledger::enter(Phase::Loss);
         self.head_loss(&targets, Some(scale));
         ledger::enter(Phase::Backward);
-        self.backward(&tokens, dropout);
+        self.backward(&tokens, draws);
         self.kernels.offload_failure(&mut self.buffers.offload.store)?;
         self.kernels.read_loss(&self.loss)
     }

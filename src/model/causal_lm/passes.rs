@@ -4,10 +4,10 @@ use std::borrow::Cow;
 
 use super::batch::Targets;
 use super::buffers::{Buffers, HeadBuffers};
-use super::{Mode, Model};
+use super::{Draws, Mode, Model};
 use crate::error::Result;
 use crate::kernels::{Columns, HeadChunk, Kernels, LinearTerms, LogitShape, TokenLayout, Write};
-use crate::model::block::{BlockActivations, Cache, Dropout, Missing, Pass, RotaryBuffers};
+use crate::model::block::{BlockActivations, Cache, Missing, Pass, RotaryBuffers};
 use crate::model::rotary::Reach;
 use crate::model::streaming::Direction;
 use crate::plan::Policy;
@@ -32,7 +32,7 @@ impl<K: Kernels> Model<K> {
     }
 
     pub(super) fn forward(&mut self, ids: &[u32], tokens: &TokenLayout, mode: Mode) {
-        if mode.training {
+        if mode.training.is_some() {
             self.trained_tokens = tokens.tokens();
         }
         let Model { kernels, weights, parameters, buffers, cached_tokens, .. } = self;
@@ -47,14 +47,15 @@ impl<K: Kernels> Model<K> {
         if let Some(positions) = &weights.positions {
             kernels.embed(&tokens.positions, positions, 1.0, &mut inputs[places[0]], Write::Add);
         }
-        if let Some(noise) = mode.noise {
-            noise.add(kernels, tokens, (&mut inputs[places[0]], self.spec.hidden_size));
+        if let Some(draws) = mode.training {
+            let x = (&mut inputs[places[0]], self.spec.hidden_size);
+            self.random.add_noise(kernels, draws, tokens, x);
         }
         let pass = Pass {
             kernels,
             parameters,
             layout: tokens,
-            dropout: mode.dropout,
+            dropout: mode.training.and_then(|draws| self.random.dropout(draws)),
             adapters: !mode.base_only,
             single_row: mode.cached && tokens.tokens() == 1,
             rows: 0..tokens.tokens(),
@@ -64,7 +65,7 @@ impl<K: Kernels> Model<K> {
                 streaming.enter(layer, Direction::Forward);
             }
             let saved = kept.as_mut().or(shared.as_mut()).expect("kept or shared by the plan");
-            if mode.training {
+            if mode.training.is_some() {
                 offload.written(kernels, inputs, layer, tokens.tokens());
             }
             offload.before_write(kernels, layer + 1);
@@ -76,7 +77,7 @@ impl<K: Kernels> Model<K> {
             let cache = cache.map(|keys_values| Cache { keys_values, past: *cached_tokens });
             let attention = &mut attended[attended_places[layer]];
             block.forward(&pass, x, out, BlockActivations { attention, saved }, work, cache);
-            if mode.training {
+            if mode.training.is_some() {
                 offload.attention_written(kernels, attended, layer, tokens.tokens());
             }
             if let Some(streaming) = &mut weights.streaming {
@@ -163,7 +164,8 @@ impl<K: Kernels> Model<K> {
         }
     }
 
-    pub(super) fn backward(&mut self, tokens: &TokenLayout, dropout: Option<Dropout>) {
+    pub(super) fn backward(&mut self, tokens: &TokenLayout, draws: Draws) {
+        let dropout = self.random.dropout(draws);
         let Model { kernels, weights, parameters, settings, buffers, .. } = self;
         let Buffers { inputs, places, offload, attended, attended_places, .. } = buffers;
         let Buffers { kept, shared, work, .. } = buffers;

@@ -45,10 +45,9 @@ impl<K: Kernels> Model<K> {
         spec: ModelSpec,
         weights: Weights<K>,
         settings: Settings,
-        dropout: Option<(f32, u64)>,
     ) -> Result<Self> {
         let settings = Settings { head_on_host: kernels.head_is_on_host(), ..settings };
-        let random = Randomness { dropout, ..Randomness::default() };
+        let random = Randomness::default();
         Frozen { kernels, spec, weights, random }.with_room(settings)
     }
 }

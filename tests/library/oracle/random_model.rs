@@ -236,7 +236,7 @@ pub fn model(checkpoint: &Checkpoint, spec: &ModelSpec, adapter: Option<&Adapter
         bf16_working: false,
         ..Settings::evaluating(48, 7)
     };
-    let mut model = Model::new(spec.clone(), weights, settings, None).unwrap();
+    let mut model = Model::new(spec.clone(), weights, settings).unwrap();
     if let Some(adapter) = adapter {
         model.parameters_mut().load(adapter);
     }

@@ -79,7 +79,7 @@ impl Case {
         let checkpoint = Checkpoint::open(&self.folder).unwrap();
         let spec = spec_from_config(checkpoint.config()).unwrap();
         let weights = Weights::load(&checkpoint, &spec, None, None).unwrap();
-        Model::new(spec, weights, settings, None).unwrap()
+        Model::new(spec, weights, settings).unwrap()
     }
 }
 

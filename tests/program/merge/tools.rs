@@ -190,7 +190,7 @@ fn with_weights(spec: ModelSpec, weights: Weights, targets: Vec<LoraTarget>) -> 
         bf16_working: false,
         ..Settings::evaluating(64, 8)
     };
-    Model::new(spec, weights, settings, None).unwrap()
+    Model::new(spec, weights, settings).unwrap()
 }
 /// Copies a folder, so that a test may add files.
 pub fn copy(from: &Path, to: &Path) {
