@@ -13,8 +13,8 @@ use serde_json::Value;
 use super::merge::Merge;
 use super::merge_base::{BaseWeight, MergeBase};
 use super::merge_cost::MergeCost;
-use crate::checkpoint::DenseTensor;
 use crate::checkpoint::writer::{Announced, Contents, ShardWriter};
+use crate::checkpoint::{DenseTensor, set_dtype};
 use crate::error::{Error, Result};
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 
@@ -100,8 +100,7 @@ impl<'a> MergedModel<'a> {
         if let Some(fields) = config.as_object_mut() {
             fields.shift_remove("quantization_config");
             if let Some(tensor) = self.tensors.iter().find(linear) {
-                let key = if fields.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-                fields.insert(key.into(), tensor.dtype.as_str().into());
+                set_dtype(fields, tensor.dtype);
             }
             if self.merge.unties_head() {
                 fields.insert("tie_word_embeddings".into(), false.into());

@@ -20,7 +20,7 @@ pub mod writer;
 use std::path::{Component, Path, PathBuf};
 
 use nibble_quant::{BlockFormat, FloatType, PackedWeight};
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
@@ -368,6 +368,13 @@ fn as_understood(whole: Value) -> Value {
         config["hidden_act"] = "gelu_pytorch_tanh".into();
     }
     config
+}
+
+/// Writes the type of dense weights into a `config.json`, under the name that it has there: `torch_dtype` before
+/// transformers 5.
+pub(crate) fn set_dtype(fields: &mut Map<String, Value>, dtype: FloatType) {
+    let key = if fields.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+    fields.insert(key.into(), dtype.as_str().into());
 }
 
 /// Reads and parses a JSON file.

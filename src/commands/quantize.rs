@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::checkpoint::atomic::AtomicDir;
 use crate::checkpoint::repack::{Repack, RoleSummary, Step};
 use crate::checkpoint::writer::ShardWriter;
-use crate::checkpoint::{Checkpoint, CheckpointKind};
+use crate::checkpoint::{Checkpoint, CheckpointKind, set_dtype};
 use crate::cli::quantize::QuantizeArgs;
 use crate::commands::model_folder;
 use crate::data::{ChatTokenizer, TokenizerFiles};
@@ -143,9 +143,7 @@ fn write_side_files(
             None => drop(fields.shift_remove("quantization_config")),
         }
         if let Some(dtype) = args.dtype {
-            let name = FloatType::from(dtype).as_str();
-            let key = if fields.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-            fields.insert(key.into(), name.into());
+            set_dtype(fields, dtype.into());
         }
     }
     let path = folder.join("config.json");

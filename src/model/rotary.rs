@@ -207,6 +207,23 @@ pub fn long_rope_attention_factor(stretch: f64, original: f64) -> f64 {
     if stretch <= 1.0 { 1.0 } else { (1.0 + stretch.ln() / original.ln()).sqrt() }
 }
 
+/// By how much Llama 3's scaling divides the frequency of a wavelength in tokens; `None` of others.
+pub fn llama3_divisor(scaling: &RopeScaling, wavelength: f64) -> Option<f64> {
+    let &RopeScaling::Llama3 {
+        factor,
+        low_freq_factor: low,
+        high_freq_factor: high,
+        original_max_position_embeddings,
+    } = scaling
+    else {
+        return None;
+    };
+    let turns = original_max_position_embeddings as f64 / wavelength;
+    // Many turns within the trained length: as it is. Few: divided by all of the factor.
+    let kept = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+    Some(factor / ((1.0 - kept) + kept * factor))
+}
+
 /// `mscale(1) / mscale(all)` for a context stretched `factor` times.
 pub fn yarn_attention_factor(factor: f64, mscale_all_dim: f64) -> f64 {
     yarn_mscale(factor, 1.0) / yarn_mscale(factor, mscale_all_dim)
@@ -361,31 +378,13 @@ impl Rotary {
         base.into_iter().enumerate().map(interpolate).collect()
     }
 
-    fn llama3(&self, base: Vec<f32>) -> Vec<f32> {
-        let RopeScaling::Llama3 {
-            factor,
-            low_freq_factor,
-            high_freq_factor,
-            original_max_position_embeddings,
-        } = self.scaling
-        else {
-            return base;
-        };
-        let trained = original_max_position_embeddings as f64;
-        let stretch = |frequency: f32| {
-            let wavelength = 2.0 * PI / f64::from(frequency);
-            if wavelength < trained / high_freq_factor {
-                return frequency;
+    fn llama3(&self, mut base: Vec<f32>) -> Vec<f32> {
+        for frequency in &mut base {
+            let exact = f64::from(*frequency);
+            if let Some(divisor) = llama3_divisor(&self.scaling, 2.0 * PI / exact) {
+                *frequency = (exact / divisor) as f32;
             }
-            if wavelength > trained / low_freq_factor {
-                return frequency / factor as f32;
-            }
-            let smooth =
-                (trained / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
-            let blended =
-                (1.0 - smooth) * f64::from(frequency) / factor + smooth * f64::from(frequency);
-            blended as f32
-        };
-        base.into_iter().map(stretch).collect()
+        }
+        base
     }
 }

@@ -76,6 +76,16 @@ pub enum RegionType {
     Bf16,
 }
 
+impl RegionType {
+    /// Of an element.
+    pub fn bytes(self) -> usize {
+        match self {
+            RegionType::F32 => 4,
+            RegionType::Bf16 => 2,
+        }
+    }
+}
+
 /// One buffer, or several that are alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Region {
@@ -135,8 +145,7 @@ impl Region {
 
     /// Bytes from one piece to the next.
     pub fn piece_bytes(&self) -> usize {
-        let size = if self.dtype == RegionType::F32 { 4 } else { 2 };
-        (self.elements * size).next_multiple_of(REGION_ALIGNMENT_BYTES)
+        (self.elements * self.dtype.bytes()).next_multiple_of(REGION_ALIGNMENT_BYTES)
     }
 }
 

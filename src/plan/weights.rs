@@ -9,7 +9,7 @@ use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 use crate::plan::{OnHost, WeightParts};
 
 /// Blocks that are in memory at a time when weights are streamed: the one at work, and the next.
-const STREAMED_BLOCKS: u64 = 2;
+pub(crate) const STREAMED_BLOCKS: usize = 2;
 
 /// What is mapped with a page that is read from the system's cache: `fault_around_bytes` of Linux.
 const MAPPED_WITH_A_PAGE_BYTES: u64 = 64 << 10;
@@ -178,7 +178,7 @@ impl WeightBytes {
             vectors: resident.vectors,
             kept_tables: resident.tables - table - untied_head,
             block: linears.iter().max().copied().unwrap_or(0),
-            blocks: STREAMED_BLOCKS.min(spec.num_layers as u64),
+            blocks: STREAMED_BLOCKS.min(spec.num_layers) as u64,
             table,
             row: table / spec.vocab_size as u64,
             head: if spec.tie_word_embeddings { table } else { head },

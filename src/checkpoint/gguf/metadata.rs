@@ -9,7 +9,7 @@ use super::Architecture;
 use super::names::gguf_name;
 use crate::error::{Error, Result};
 use crate::model::families::{ROTATION_INTERVAL, rotates_every};
-use crate::model::rotary::yarn_attention_factor;
+use crate::model::rotary::{llama3_divisor, yarn_attention_factor};
 use crate::model::spec::{Family, ModelSpec, QueryScaling, RopeScaling, Rotary};
 
 /// llama.cpp's tensor with the divisor of every frequency.
@@ -301,28 +301,10 @@ pub fn rope_factors(spec: &ModelSpec) -> Vec<(&'static str, Vec<f32>)> {
 /// By how much each frequency of Llama 3's scaling is divided; none for other models.
 fn llama3_factors(spec: &ModelSpec) -> Option<Vec<f32>> {
     let rotary = spec.rotary.as_ref()?;
-    let RopeScaling::Llama3 {
-        factor,
-        low_freq_factor,
-        high_freq_factor,
-        original_max_position_embeddings,
-    } = rotary.scaling
-    else {
-        return None;
-    };
-    let original = original_max_position_embeddings as f64;
     let divisor = |pair: usize| {
         let exponent = 2.0 * pair as f64 / spec.head_dim as f64;
         let wavelength = 2.0 * PI * rotary.theta.powf(exponent);
-        if wavelength < original / high_freq_factor {
-            return 1.0;
-        }
-        if wavelength > original / low_freq_factor {
-            return factor;
-        }
-        let smooth =
-            (original / wavelength - low_freq_factor) / (high_freq_factor - low_freq_factor);
-        1.0 / ((1.0 - smooth) / factor + smooth)
+        llama3_divisor(&rotary.scaling, wavelength).map(|divisor| divisor as f32)
     };
-    Some((0..spec.head_dim / 2).map(|pair| divisor(pair) as f32).collect())
+    (0..spec.head_dim / 2).map(divisor).collect()
 }

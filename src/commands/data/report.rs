@@ -6,6 +6,7 @@ use crate::commands::reading;
 use crate::data::audit::{Audit, Bar};
 use crate::data::{ChatTokenizer, DataOptions, LoadReport, TrainOn, Truncation};
 use crate::plural::noun;
+use crate::report::figures::thousands;
 
 /// Lines and bad records that are listed of each kind; `--json` has all.
 const LISTED: usize = 20;
@@ -230,25 +231,6 @@ fn percent(part: usize, whole: usize) -> f64 {
     100.0 * part as f64 / whole.max(1) as f64
 }
 
-/// `1234567` as `1,234,567`.
-fn number(value: usize) -> String {
-    let digits = value.to_string();
-    let mut out = String::new();
-    for (index, digit) in digits.chars().enumerate() {
-        if index > 0 && (digits.len() - index).is_multiple_of(3) {
-            out.push(',');
-        }
-        out.push(digit);
-    }
-    out
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn thousands_are_set_apart() {
-        assert_eq!([0, 999, 1000, 1_234_567].map(number), ["0", "999", "1,000", "1,234,567"]);
-    }
+fn number(count: usize) -> String {
+    thousands(count as u64)
 }

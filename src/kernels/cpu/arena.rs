@@ -15,7 +15,7 @@ use super::Cpu;
 use crate::error::{Error, Result};
 use crate::kernels::{PlannedMemory, Residency, Untaken};
 use crate::pages;
-use crate::plan::{MemoryPlan, Region, RegionId, RegionType};
+use crate::plan::{MemoryPlan, Region, RegionId};
 
 /// The memory of a plan.
 pub struct Arena {
@@ -52,8 +52,7 @@ impl Arena {
     /// plan and its user disagree, which is a bug, never bad input.
     pub fn take<T: Pod>(&mut self, id: RegionId) -> Buffer<T> {
         let (offset, region) = self.free.take(id);
-        let size = if region.dtype == RegionType::F32 { 4 } else { 2 };
-        assert_eq!(size, size_of::<T>(), "{id} has another element type");
+        assert_eq!(region.dtype.bytes(), size_of::<T>(), "{id} has another element type");
         // SAFETY: offset + piece_bytes lies inside the mapping by construction of the plan.
         let start = unsafe { self.base.add(offset) }.cast::<T>();
         Buffer { start, elements: region.elements, _map: self.map.clone() }

@@ -6,12 +6,10 @@
 
 use rayon::prelude::*;
 
+use super::ROWS;
 use super::norm::{apply, statistics};
 use super::simd::{sum3, vectorized};
 use crate::kernels::{AttentionShape, HeadNorms, NormParameters};
-
-/// Rows that one task handles.
-const ROWS: usize = 16;
 
 /// `to = [norm(q) | norm(k) | v]` of the rows of `qkv`.
 pub fn forward(norms: &HeadNorms<Vec<f32>>, shape: &AttentionShape, qkv: &[f32], to: &mut [f32]) {

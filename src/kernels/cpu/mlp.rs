@@ -5,14 +5,11 @@
 
 use rayon::prelude::*;
 
-use super::Cpu;
 use super::arena::Buffer;
 use super::simd::{exp, sigmoid, tanh, vectorized};
+use super::{CHUNK, Cpu};
 use crate::kernels::MlpKernels;
 use crate::model::spec::Activation;
-
-/// Elements that one task handles: in and outputs stay in L2.
-const CHUNK: usize = 8192;
 
 /// `sqrt(2/π)` of the tanh approximation.
 const GELU_SCALE: f32 = 0.797_884_6;

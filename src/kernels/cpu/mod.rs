@@ -25,7 +25,7 @@ pub use weight::FrozenMatrix;
 
 /// Rows that one task of the row-wise loops handles.
 const ROWS: usize = 16;
-/// Elements that one task of the elementwise loops handles.
+/// Elements that one task of the elementwise loops handles: what it reads and writes stays in L2.
 const CHUNK: usize = 1 << 13;
 
 /// The CPU backend; threads are rayon's.

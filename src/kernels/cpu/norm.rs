@@ -6,12 +6,10 @@
 
 use rayon::prelude::*;
 
+use super::ROWS;
 use super::simd::{sum, sum2, sum3, vectorized};
 use crate::kernels::{NormParameters, Write};
 use crate::model::spec::Norm;
-
-/// Rows that one task handles.
-const ROWS: usize = 16;
 
 /// y (or what is added to it), stats `(μ, ρ)` from x; all rows of `[rows, D]`.
 pub fn forward(

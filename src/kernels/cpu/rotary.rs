@@ -6,11 +6,9 @@
 
 use rayon::prelude::*;
 
+use super::ROWS;
 use super::simd::vectorized;
 use crate::kernels::AttentionShape;
-
-/// Rows that one task handles.
-const ROWS: usize = 16;
 
 /// Rotates the rows of `qkv`; tables `[rows, rotary_dim / 2]`, `query_scale` `[rows]`.
 pub fn rotate(

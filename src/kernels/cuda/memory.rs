@@ -91,7 +91,7 @@ impl<D: Driver> Clone for Buffer<D> {
 impl<D: Driver> Buffer<D> {
     /// Bytes of an element.
     pub fn size(&self) -> usize {
-        if self.dtype == RegionType::F32 { 4 } else { 2 }
+        self.dtype.bytes()
     }
 
     /// Elements `range` as a buffer of their own over the same memory.

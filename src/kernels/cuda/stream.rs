@@ -20,11 +20,10 @@ use crate::error::Result;
 use crate::kernels::StreamedWeights;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::model::streaming::{Direction, Streaming, WeightStream, next};
+use crate::plan::weights::STREAMED_BLOCKS;
 
-/// Places for blocks.
-const STREAM_SLOTS: usize = 2;
 /// Slots of copies on the second stream: first those of what is offloaded.
-pub(super) const COPY_SLOTS: usize = OFFLOAD_COPIES + STREAM_SLOTS;
+pub(super) const COPY_SLOTS: usize = OFFLOAD_COPIES + STREAMED_BLOCKS;
 
 /// A block as the file has it: parts, and where each begins in its place.
 type BlockParts = Vec<(usize, Part)>;
@@ -62,13 +61,13 @@ pub(super) fn stream<D: Driver>(
     let bytes = parts.iter().map(end).max().unwrap_or(0);
     let driver = &cuda.shared.driver;
     let mut stream = Stream { cuda: cuda.clone(), pages, blocks: parts, places: Vec::new(), bytes };
-    for _ in 0..STREAM_SLOTS.min(blocks.len()) {
+    for _ in 0..STREAMED_BLOCKS.min(blocks.len()) {
         let memory = Allocation::new(driver, bytes)?;
         let pinned = PinnedMemory::new(driver, bytes.max(1))?;
         stream.places.push(Place { pinned, memory, block: None });
     }
     let placed = blocks.iter().enumerate().map(|(layer, block)| {
-        let memory = &stream.places[layer % STREAM_SLOTS].memory;
+        let memory = &stream.places[layer % STREAMED_BLOCKS].memory;
         let mut start = memory.address();
         let place = |matrix: &FrozenMatrix| {
             let bytes = weight::parts(matrix).iter().map(weight::padded_bytes).sum::<usize>();
@@ -93,7 +92,7 @@ fn block_parts(block: &[FrozenMatrix]) -> BlockParts {
 impl<D: Driver> Stream<D> {
     /// Queues the copy of block `layer`, unless it is there or on its way.
     fn fetch(&mut self, layer: usize) -> Result<()> {
-        let (index, driver) = (layer % STREAM_SLOTS, &self.cuda.shared.driver);
+        let (index, driver) = (layer % STREAMED_BLOCKS, &self.cuda.shared.driver);
         let (place, slot) = (&mut self.places[index], OFFLOAD_COPIES + index);
         if place.block == Some(layer) {
             return Ok(());
@@ -110,7 +109,7 @@ impl<D: Driver> Stream<D> {
 
     fn bring(&mut self, layer: usize, direction: Direction) -> Result<()> {
         self.fetch(layer)?;
-        self.cuda.shared.driver.await_copy(OFFLOAD_COPIES + layer % STREAM_SLOTS)?;
+        self.cuda.shared.driver.await_copy(OFFLOAD_COPIES + layer % STREAMED_BLOCKS)?;
         let blocks = self.blocks.len();
         let Some(behind) = next(layer, blocks, direction) else { return Ok(()) };
         self.fetch(behind)?;

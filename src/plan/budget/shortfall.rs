@@ -5,13 +5,10 @@ use crate::byte_size::ByteSize;
 use crate::error::Error;
 use crate::plan::cost::Pace;
 use crate::plan::embedding::EmbeddingPlace;
-use crate::plan::fit::{largest, smallest_pieces};
+use crate::plan::fit::{LENGTH_STEP, largest, smallest_pieces};
 use crate::plan::moments::Optim;
 use crate::plan::settings::{Pieces, Policy, Settings};
 use crate::plan::weights::Place;
-
-/// Suggested lengths are multiples of this many tokens.
-const LENGTH_STEP: usize = 64;
 
 /// What a demand fixes and could leave open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -81,8 +78,7 @@ impl Demand<'_> {
                 self.granting(wishes, self.settings.clone(), |demand| {
                     let choice = demand.chosen(limit)?;
                     let seconds = Pace::new(demand).seconds_per_token(&choice);
-                    let need = Strategy { dequantized_blocks: 0, ..choice.strategy };
-                    let need = demand.total_bytes(need);
+                    let need = demand.total_bytes(choice.strategy);
                     Some((seconds, self.changed_flags(demand.settings, &choice), need))
                 })
             });
@@ -127,7 +123,12 @@ impl Demand<'_> {
                 Wish::Optim => settings.optim = Optim::Adamw8bit,
             }
         }
-        with(&Demand { settings: &settings, activations, mode, embedding, ..self.clone() })
+        // A hint has what is needed, not what memory could be filled with.
+        let dequantized_blocks = Some(0);
+        let settings = &settings;
+        let demand =
+            Demand { settings, activations, mode, embedding, dequantized_blocks, ..self.clone() };
+        with(&demand)
     }
 
     /// What to type for `choice` of a demand with `settings`, where it is not what this one asks for.

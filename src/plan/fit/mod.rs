@@ -15,7 +15,7 @@ use crate::plan::settings::{Pieces, Policy, Settings, logit_rows};
 use crate::plan::strategy::Strategy;
 
 /// Lengths are multiples of this many tokens.
-const LENGTH_STEP: usize = 64;
+pub(super) const LENGTH_STEP: usize = 64;
 /// Nothing longer is tried.
 const MOST_TOKENS: usize = 1 << 24;
 /// Another micro-batch is told of where it takes less than this of a token's time: less is within what
