@@ -7,7 +7,8 @@ import time
 import traceback
 from pathlib import Path
 
-from gpu.check import CARRIED, ROOT, Check, NoCard, end_with_table
+from gpu import conditions
+from gpu.check import CARRIED, ROOT, Check, NoCard, end_with_table, packed_commit
 from gpu.rehearsal import Rehearsal
 from gpu.report import EXIT_STATUS, Report
 from gpu.setup import CARD
@@ -23,7 +24,7 @@ def run_stage(check: Check, stage: Stage) -> bool:
     if left < LEAST_SECONDS:
         lose(check, stage, "no time was left")
         return False
-    begun = time.monotonic()
+    begun, mark = time.monotonic(), check.conditions.mark()
     check.stage_end = begun + min(stage.need_s, left)
     try:
         stage.action(check)
@@ -38,7 +39,17 @@ def run_stage(check: Check, stage: Stage) -> bool:
         seconds = check.report.figures.setdefault("seconds", {})
         seconds[stage.name] = round(time.monotonic() - begun, 1)
         print(f"{stage.name}: {seconds[stage.name]} s", flush=True)
+        if stage.timed:
+            note_conditions(check, stage.name, mark)
         check.report.save()
+
+
+def note_conditions(check: Check, stage: str, mark: int):
+    """What the card was like during a stage, as far as it is known."""
+    if found := check.conditions.since(mark):
+        stages = check.report.figures.setdefault("conditions", {})
+        stages[stage] = found
+        check.report.note("clock, power and heat of the card at work", conditions.in_words(stages))
 
 
 def lose(check: Check, stage: Stage, why: str):
@@ -56,13 +67,23 @@ def run_stages(check: Check, stages: list[Stage]):
             left.sort(key=lambda stage: not stage.diagnosis)
 
 
+def run_to_an_end(check: Check, stages: list[Stage]):
+    """Whatever happens, what was found is kept; only without a card there is nothing."""
+    try:
+        run_stages(check, stages)
+    except NoCard:
+        raise
+    except KeyboardInterrupt:
+        check.report.warn("ENDED BEFORE ITS TIME")
+    except Exception:  # of the check itself
+        check.report.warn(f"THE CHECK FAILED: {traceback.format_exc()}")
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def check_card(check: Check, stages: list[Stage]) -> int:
     signal.signal(signal.SIGTERM, end_with_table)
     try:
-        try:
-            run_stages(check, stages)
-        except KeyboardInterrupt:
-            check.report.warnings.append("ENDED BEFORE ITS TIME")
+        run_to_an_end(check, stages)
         check.children.end_all()
         check.report.save()
         print(f"\n{check.report.text()}\n\n{check.report.summary()}", flush=True)
@@ -88,7 +109,7 @@ def main(mode: str, only: str = "") -> int:
     out = os.environ.get("OUT")
     folder, stem = (Path(out), "gpu_check") if out else (ROOT / "docs/benchmarks", None)
     log = (Path(out) if out else CARRIED) / "gpu_check.log"
-    report = Report(folder, stem, decided_by(stages), partial=bool(only))
+    report = Report(folder, stem, decided_by(stages), packed_commit(), partial=bool(only))
     return check_card(Check(CARD, stages, report, log), stages)
 
 

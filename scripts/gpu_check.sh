@@ -3,7 +3,8 @@
 # memory of 8B- and 32B-shaped random models, PEFT + bitsandbytes beside them, losses and gradients beside
 # the CPU's, tests on the card.
 #
-#   scripts/gpu_check.sh --pack        where there is Rust: builds and collects into gpu_check/
+#   scripts/gpu_check.sh --pack        where there is Rust: builds and collects into gpu_check/, with a sum of
+#                                      the sources, which must be those of the folder that is checked
 #   scripts/gpu_check.sh --pack-peer   adds bitsandbytes for a machine that lacks it, for CUDA 13's PyTorch
 #   scripts/gpu_check.sh               on the GPU machine, in a copy of this folder with gpu_check/
 #   scripts/gpu_check.sh --only STAGE,...  these stages alone, with what they need, after a mend
@@ -11,14 +12,33 @@
 #
 # After every stage it writes $OUT/gpu_check.{json,md}, without OUT docs/benchmarks/gpu-CARD.{json,md}; it
 # prints the table last, between two lines that sum it up. Status: 0 all goals are met, 1 one is missed,
-# 4 one is not measured, 3 there is no card. Ends within 475 s.
+# 4 one is not measured, 3 there is no card, or nothing to run. Ends within 475 s.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 carried=gpu_check
 binaries=(nibble cuda_backend cuda_kernels)
 
+# A sum of what the binaries are made of, where there is no git, too.
+sources() {
+    find src quant tests Cargo.toml Cargo.lock -type f -not -name '*.rs.bk' \
+        -not -path '*/target/*' -not -path '*/__pycache__/*' -print0 |
+        LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum | cut -d ' ' -f 1
+}
+
+# With a + where the sources are not those of the commit.
+commit() {
+    local head changed
+    head=$(git rev-parse --short HEAD) || head=unknown
+    changed=$(git status --porcelain -- src quant tests Cargo.toml Cargo.lock) || true
+    echo "$head${changed:++}"
+}
+
 pack() {
+    local packed of
+    packed=$(sources)
+    of=$(commit)
     mkdir -p "$carried"
+    rm -f "$carried/sources"
     # Builds the program, too.
     cargo test --release --workspace --locked --no-run --test cuda_backend --test cuda_kernels \
         --message-format=json |
@@ -34,7 +54,12 @@ for line in sys.stdin:
     gzip --force "${binaries[@]/#/$carried/}"
     # Tests find their data under the folder that they were compiled in.
     pwd >"$carried/root"
-    echo "packed: $(du -sh "$carried" | cut -f1) in $carried/"
+    if [ "$packed" != "$(sources)" ]; then
+        echo "error: sources changed while they were built" >&2
+        return 1
+    fi
+    echo "$packed $of" >"$carried/sources"
+    echo "packed: $of, $(du -sh "$carried" | cut -f1) in $carried/"
 }
 
 # Of the wheel's libraries, one for each version of CUDA, those that are used.
@@ -76,8 +101,14 @@ case $#:${1:-} in
 *) set -- --help ;;
 esac
 case ${1:-} in
---pack) pack && exit ;;
---pack-peer) pack_peer && exit ;;
+--pack)
+    pack
+    exit
+    ;;
+--pack-peer)
+    pack_peer
+    exit
+    ;;
 --rehearse) mode=rehearse ;;
 "" | --only) mode=check ;;
 *) sed -n '2,/^set/{s/^# \{0,1\}//p}' "$0" >&2 && exit 2 ;;
@@ -89,6 +120,13 @@ require() { # FILE HOW
     exit 3
 }
 
+require sources --pack
+read -r packed commit <"$carried/sources"
+if [ "$packed" != "$(sources)" ]; then
+    echo "GPU CHECK DID NOT RUN: $carried/ was packed from other sources than these, at commit $commit;" \
+        "pack it anew with scripts/gpu_check.sh --pack"
+    exit 3
+fi
 for binary in "${binaries[@]}"; do
     require "$binary.gz" --pack
     gunzip --stdout "$carried/$binary.gz" >"$carried/$binary.partial"
@@ -97,7 +135,10 @@ for binary in "${binaries[@]}"; do
 done
 require root --pack
 is_installed='import importlib.util, sys; sys.exit(importlib.util.find_spec("bitsandbytes") is None)'
-[ "$mode" != check ] || python3 -c "$is_installed" || require site/bitsandbytes --pack-peer
+if [ "$mode" = check ] && [ ! -e "$carried/site/bitsandbytes" ] && ! python3 -c "$is_installed"; then
+    echo "warning: there is no bitsandbytes, so that nothing is measured beside the peer;" \
+        "scripts/gpu_check.sh --pack-peer carries it"
+fi
 root=$(cat "$carried/root")
 if [ ! -e "$root" ]; then
     mkdir -p "$(dirname "$root")"

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from .child import Child, Children, Ended
+from .conditions import Conditions
 from .nibble import Run
 from .report import Report
 from .setup import Setup
@@ -33,12 +34,15 @@ class Check:
 
     def __init__(self, setup: Setup, stages: list, report: Report, log: Path):
         self.setup, self.begun, self.report = setup, time.monotonic(), report
+        self.names = {stage.name for stage in stages}
         self.models = {name for stage in stages for name in stage.models}
         self.folder = Path(tempfile.mkdtemp(prefix="gpu_check-"))
         self.shared = self.roomy_folder()
         (self.shared / "runs").mkdir()
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True)
+        self.conditions = Conditions(log.with_suffix(".csv"))
+        for old in (log, self.conditions.file):
+            old.unlink(missing_ok=True)
         self.children = Children(ROOT, log, self.environment())
         self.stage_end = self.begun + setup.deadline_s
         self.background: dict[str, Child] = {}
@@ -67,6 +71,10 @@ class Check:
         if libraries and "NIBBLE_CUDA_LIB_DIR" not in environment:
             environment["NIBBLE_CUDA_LIB_DIR"] = libraries
         return environment
+
+    def rate(self, name: str) -> float | None:
+        """What the card itself does, where the stage `rates` has found it."""
+        return self.report.figures.get("rates", {}).get(name)
 
     def left(self) -> float:
         return self.begun + self.setup.deadline_s - time.monotonic()
@@ -125,10 +133,14 @@ class Check:
         return arguments + ["--lora-r", 16, "--lora-dropout", 0, *flags]
 
     def write_rows(self, name: str, count: int, length: int, vocabulary: int) -> Path:
-        """Rows of random tokens, the same for everybody."""
-        source, path = random.Random(f"{name} {length}"), self.folder / f"{name}.jsonl"
-        rows = ([source.randrange(3, vocabulary) for _ in range(length)] for _ in range(count))
-        write_jsonl(path, rows)
+        """Rows of random tokens, the same for everybody; short ones are the beginnings of long ones."""
+
+        def row(number: int) -> list[int]:
+            source = random.Random(f"{name} {number}")
+            return [source.randrange(3, vocabulary) for _ in range(length)]
+
+        path = self.folder / f"{name}.jsonl"
+        write_jsonl(path, map(row, range(count)))
         return path
 
     def close(self):
@@ -141,6 +153,17 @@ def write_jsonl(path: Path, rows):
     with open(path, "w") as file:
         for ids in rows:
             file.write(json.dumps({"input_ids": ids, "labels": ids}) + "\n")
+
+
+def packed_commit() -> str:
+    """Of the sources of the carried programs, with a + where they were changed."""
+    sources = CARRIED / "sources"
+    return sources.read_text().split()[-1] if sources.exists() else "unknown"
+
+
+def host_kib(field: str) -> int:
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(f"{field}:"))
 
 
 def require_driver():

@@ -1,6 +1,7 @@
 """Runs of `nibble train`, and what their logs say."""
 
 import json
+import math
 import re
 import statistics
 from dataclasses import dataclass, field
@@ -39,7 +40,8 @@ class Run:
         if event["event"] == "start":
             self.planned_bytes = sum(planned for _, planned in event["memory_plan"])
         elif event["event"] == "step":
-            self.losses.append(event["loss"])
+            # One that is not finite is written as none.
+            self.losses.append(math.nan if event["loss"] is None else event["loss"])
             self.rates.append(event["tokens_per_second"])
             self.tokens = event["num_input_tokens_seen"] // event["step"]
             self.peak_bytes = max(self.peak_bytes, event.get("gpu_bytes") or event["rss_bytes"])

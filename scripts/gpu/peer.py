@@ -80,7 +80,7 @@ def measure(training: Training, rows: list[list[int]], warm_up: int) -> dict:
     return {
         "tokens": len(rows[0]),
         "tokens_per_second": statistics.median(rate for rate, _ in steps[warm_up:]),
-        "first_loss": steps[0][1],
+        "losses": [loss for _, loss in steps],
         "allocated_bytes": torch.cuda.max_memory_allocated(),
         "reserved_bytes": torch.cuda.max_memory_reserved(),
         # PyTorch keeps what it once had: what is in use at the end is the most.

@@ -8,7 +8,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from .check import Check
+from .check import Check, packed_commit
 from .goals import GOALS
 from .report import MET, NOT_MEASURED, Report
 from .setup import REHEARSAL
@@ -18,6 +18,8 @@ from .stages import STAGES, Stage, chosen, decided_by
 MEANINGFUL = ("doctor", "kernel tests", "backend tests", "smoke", "curve", "32B", "8B long")
 # What cannot be had.
 MISSING = ("sanitizer",)
+# Of rehearsed.py's samples.
+CLOCKS = {"least_sm_mhz": 1500, "most_celsius": 41, "most_mib": 2000, "most_percent": 100}
 PARTIAL, LEFT_BEHIND = "begun", "left behind"
 
 
@@ -26,8 +28,10 @@ class Rehearsal:
 
     def __enter__(self) -> "Rehearsal":
         self.out = Path(tempfile.mkdtemp(prefix="gpu_rehearsal-"))
-        self.stages = STAGES + [Stage("hangs", 1, self.hang), Stage("raises", 5, self.fail)]
-        report = Report(self.out, "gpu_check", decided_by(STAGES))
+        wrong = {"hangs": (1, self.hang), "raises": (5, self.fail), "no disk": (5, self.lose_disk)}
+        self.stages = STAGES + [Stage(name, *it) for name, it in wrong.items()]
+        self.stages += [Stage("a disk again", 5, self.find_disk)]
+        report = Report(self.out, "gpu_check", decided_by(STAGES), packed_commit())
         self.check = Check(REHEARSAL, self.stages, report, self.out / "gpu_check.log")
         return self
 
@@ -50,6 +54,15 @@ class Rehearsal:
     def fail(self, check: Check):
         saved = json.loads(check.report.files()[0].read_text())
         raise RuntimeError(f"after {saved['notes']['stage hangs']} | it goes on")
+
+    def lose_disk(self, check: Check):
+        """Neither the report nor the log can be written."""
+        self.log = check.children.log_file
+        check.report.folder = check.children.log_file = Path("/dev/full")
+        check.run(["true"])
+
+    def find_disk(self, check: Check):
+        check.report.folder, check.children.log_file = self.out, self.log
 
     def judge(self, status: int) -> int:
         problems = self.problems(status)
@@ -74,6 +87,11 @@ class Rehearsal:
             problems.append(f"the stage that hangs: {hung}")
         if saved["notes"].get("stage raises") != f"after {hung} | it goes on":
             problems.append(f"the stage that raises: {saved['notes'].get('stage raises')}")
+        if not any(words.startswith("NOT SAVED") for words in saved["warnings"]):
+            problems.append(f"the stage without a disk: {saved['warnings']}")
+        clocks = saved["figures"].get("conditions", {}).get("speed")
+        if clocks != CLOCKS:
+            problems.append(f"clocks beside `speed`: {clocks}")
         if "\\| it goes on" not in (self.out / "gpu_check.md").read_text():
             problems.append("a cell has a bar")
         if set(goals) != set(GOALS):

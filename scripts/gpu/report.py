@@ -27,9 +27,15 @@ class Report:
     """Rows in the order of the goals. What was never decided is not measured."""
 
     def __init__(
-        self, folder: Path, stem: str | None, goals: dict[str, tuple[str, str]], partial: bool = False
+        self,
+        folder: Path,
+        stem: str | None,
+        goals: dict[str, tuple[str, str]],
+        commit: str,
+        partial: bool = False,
     ):
         self.folder, self.stem, self.begun = folder, stem, time.monotonic()
+        self.commit = commit
         self.suffix = "-part" if partial else ""
         self.rows = {key: Row(title, goal) for key, (title, goal) in goals.items()}
         self.notes: dict[str, tuple[str, str]] = {}
@@ -48,6 +54,10 @@ class Report:
     def note(self, title: str, value: str):
         self.notes[title] = (title, value)
 
+    def warn(self, words: str):
+        if words not in self.warnings:
+            self.warnings.append(words)
+
     def verdict(self) -> str:
         found = {row.verdict for row in self.rows.values()}
         return next((verdict for verdict in (MISSED, NOT_MEASURED) if verdict in found), MET)
@@ -57,7 +67,8 @@ class Report:
         for row in self.rows.values():
             counts[row.verdict] += 1
         found = ", ".join(f"{count} {verdict}" for verdict, count in counts.items())
-        return f"GPU CHECK: {found} in {time.monotonic() - self.begun:.0f} s on {self.card}"
+        seconds = time.monotonic() - self.begun
+        return f"GPU CHECK: {found} in {seconds:.0f} s on {self.card}, commit {self.commit}"
 
     def table(self) -> str:
         lines = ["| | goal | measured | verdict |", "|---|---|---|---|"]
@@ -75,8 +86,15 @@ class Report:
         return [self.folder / f"{stem}.{kind}" for kind in ("json", "md")]
 
     def save(self):
+        try:
+            self.write()
+        except OSError as error:  # the table is printed all the same
+            self.warn(f"NOT SAVED: {error}")
+
+    def write(self):
         self.folder.mkdir(parents=True, exist_ok=True)
         everything = {"summary": self.summary(), "warnings": self.warnings, "card": self.card}
+        everything |= {"commit": self.commit}
         everything |= {"goals": {key: asdict(row) for key, row in self.rows.items()}}
         everything |= {"notes": dict(self.notes.values()), "figures": self.figures}
         machine_readable, readable = self.files()

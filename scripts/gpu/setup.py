@@ -6,7 +6,8 @@ from dataclasses import dataclass
 @dataclass(frozen=True)
 class Setup:
     """Presets of make_checkpoint.py, tokens of a row, steps, and where runs compute; one of a rehearsal's does
-    on the emulated driver, which takes its time."""
+    on the emulated driver, which takes its time. A model of 32B takes so many bytes, with a margin; a long run
+    needs so many seconds, and one of 32B, at least."""
 
     rehearsal: bool
     deadline_s: float
@@ -22,6 +23,9 @@ class Setup:
     curve_steps: int
     curve_learning_rate: str
     budget: str
+    bytes_32b: int
+    need_long_s: float
+    need_32b_s: float
     device: str
     device_checkpoint: str
 
@@ -42,6 +46,9 @@ CARD = Setup(
     # At three times as much the losses of bf16 and f32 part by chance.
     curve_learning_rate="3e-4",
     budget="23.5GiB",
+    bytes_32b=20 << 30,
+    need_long_s=150,
+    need_32b_s=45,
     device="cuda",
     device_checkpoint="cuda",
 )
@@ -61,6 +68,9 @@ REHEARSAL = Setup(
     curve_steps=30,
     curve_learning_rate="1e-3",
     budget="1GiB",
+    bytes_32b=64 << 20,
+    need_long_s=20,
+    need_32b_s=20,
     device="cpu",
     device_checkpoint="cuda",
 )
