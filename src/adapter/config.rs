@@ -192,9 +192,12 @@ fn is_list(text: &str) -> bool {
 impl FromStr for ModuleNames {
     type Err = Error;
 
-    /// `q_proj,v_proj` is a list; text with other characters than those of names and commas is a
-    /// regular expression.
+    /// `q_proj,v_proj` is a list, as is `["q_proj", "v_proj"]`; text with other characters than those of
+    /// names and commas is a regular expression.
     fn from_str(text: &str) -> Result<Self> {
+        if let Ok(names) = serde_json::from_str::<Vec<String>>(text) {
+            return Ok(ModuleNames::List(names));
+        }
         if !is_list(text) {
             return Ok(ModuleNames::Pattern(text.to_string()));
         }

@@ -12,13 +12,17 @@ use crate::model::spec::{LinearRole, ModelSpec};
 
 impl Adapter {
     /// Writes `….lora_a` `[R, in]` and `….lora_b` `[out, R]` of every target into `file`. llama.cpp multiplies
-    /// by alpha / R with one alpha: what a target's scale differs by is in its B. Returns the bytes.
+    /// by alpha / R with one alpha, which cannot be 0: what a target's scale differs by is in its B. Returns
+    /// the bytes.
     ///
     /// # Errors
     /// `Input` for a value that does not fit `dtype`; `Io` when the disk refuses.
     pub fn write_gguf(&self, file: AtomicFile, spec: &ModelSpec, dtype: GgmlDType) -> Result<u64> {
         let architecture = Architecture::of(spec.family);
-        let alpha = self.config.lora_alpha as f32;
+        let alpha = match self.config.lora_alpha as f32 {
+            0.0 => self.config.r as f32,
+            alpha => alpha,
+        };
         let text = |text: &str| Metadata::String(text.to_string());
         let metadata = [
             ("general.type".to_string(), text("adapter")),
@@ -33,22 +37,24 @@ impl Adapter {
             })?;
             let part =
                 |part: &str, shape| Description { name: format!("{name}.{part}"), shape, dtype };
-            let a = part("lora_a", vec![target.r, target.in_features]);
-            Ok([a, part("lora_b", vec![target.out_features, target.r])])
+            let a = part("lora_a", vec![target.shape.rank, target.shape.in_features]);
+            Ok([a, part("lora_b", vec![target.shape.out_features, target.shape.rank])])
         };
         let descriptions: Vec<[Description; 2]> =
             self.targets.iter().map(describe).collect::<Result<_>>()?;
         let mut writer =
             GgufWriter::create(file, &metadata, descriptions.into_iter().flatten().collect())?;
         for (target, LoraTensors { a, b }) in self.targets.iter().zip(&self.tensors) {
-            let factor = target.scale * target.r as f32 / alpha;
+            let factor = target.shape.scale * target.shape.rank as f32 / alpha;
             let turned = architecture.interleaves_heads()
                 && matches!(target.role, LinearRole::Q | LinearRole::K);
             let rows = |row: usize| {
                 let source = if turned { source_row(row, spec.head_dim) } else { row };
-                b[source * target.r..(source + 1) * target.r].iter().map(|x| x * factor)
+                b[source * target.shape.rank..(source + 1) * target.shape.rank]
+                    .iter()
+                    .map(|x| x * factor)
             };
-            let b: Vec<f32> = (0..target.out_features).flat_map(rows).collect();
+            let b: Vec<f32> = (0..target.shape.out_features).flat_map(rows).collect();
             for values in [a, &b] {
                 let bytes = encoded(values, dtype).ok_or_else(|| {
                     Error::input(format_args!("{}: a value does not fit {dtype:?}", target.module))

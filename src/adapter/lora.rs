@@ -16,14 +16,8 @@ pub struct LoraTarget {
     pub layer: usize,
     /// Its place in the block.
     pub role: LinearRole,
-    /// Columns of A.
-    pub in_features: usize,
-    /// Rows of B.
-    pub out_features: usize,
-    /// R: rows of A, columns of B.
-    pub r: usize,
-    /// `s`: what `B A x` is multiplied by.
-    pub scale: f32,
+    /// Dimensions and scale.
+    pub shape: LoraShape,
 }
 
 impl LoraTarget {
@@ -36,10 +30,40 @@ impl LoraTarget {
     pub fn key_b(&self) -> String {
         format!("base_model.model.{}.lora_B.weight", self.module)
     }
+}
 
-    /// Trained numbers: `R · (in + out)`.
-    pub fn parameters(&self) -> usize {
-        self.r * (self.in_features + self.out_features)
+/// One adapter on one linear: `y += scale · (x Aᵀ) Bᵀ`, A `[R, in]`, B `[out, R]`.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct LoraShape {
+    /// Width of x.
+    pub in_features: usize,
+    /// Width of y.
+    pub out_features: usize,
+    /// R.
+    pub rank: usize,
+    /// alpha / R, or alpha / sqrt(R).
+    pub scale: f32,
+}
+
+impl LoraShape {
+    /// Elements of A, of which B is behind in a pair.
+    pub fn a_elements(&self) -> usize {
+        self.rank * self.in_features
+    }
+
+    /// Elements of B.
+    pub fn b_elements(&self) -> usize {
+        self.rank * self.out_features
+    }
+
+    /// Elements of A and B: trained numbers.
+    pub fn elements(&self) -> usize {
+        self.a_elements() + self.b_elements()
+    }
+
+    /// The same with another factor on its scale.
+    pub fn scaled(self, factor: f32) -> Self {
+        LoraShape { scale: self.scale * factor, ..self }
     }
 }
 
@@ -83,22 +107,22 @@ impl Adapter {
 
     /// Trained numbers of all targets.
     pub fn parameters(&self) -> usize {
-        self.targets.iter().map(LoraTarget::parameters).sum()
+        self.targets.iter().map(|target| target.shape.elements()).sum()
     }
 }
 
 fn initial(target: &LoraTarget, kind: InitLoraWeights, seed: u64) -> LoraTensors {
     let stream = Stream::new(seed, &target.key_a());
-    let mut a = vec![0.0; target.r * target.in_features];
+    let mut a = vec![0.0; target.shape.a_elements()];
     match kind {
         InitLoraWeights::Kaiming => {
             // Kaiming-uniform with a = √5: gain √(2 / 6), bound gain · √(3 / in) = 1 / √in.
-            let bound = 1.0 / (target.in_features as f32).sqrt();
+            let bound = 1.0 / (target.shape.in_features as f32).sqrt();
             stream.fill_uniform(0, -bound, bound, &mut a);
         }
-        InitLoraWeights::Gaussian => stream.fill_normal(0, 1.0 / target.r as f32, &mut a),
+        InitLoraWeights::Gaussian => stream.fill_normal(0, 1.0 / target.shape.rank as f32, &mut a),
     }
-    LoraTensors { a, b: vec![0.0; target.out_features * target.r] }
+    LoraTensors { a, b: vec![0.0; target.shape.b_elements()] }
 }
 
 #[cfg(test)]
@@ -118,12 +142,12 @@ mod tests {
         )?;
         assert_eq!(kaiming.targets.len(), 14);
         for (target, tensors) in kaiming.targets.iter().zip(&kaiming.tensors) {
-            let bound = 1.0 / (target.in_features as f32).sqrt();
+            let bound = 1.0 / (target.shape.in_features as f32).sqrt();
             let largest = tensors.a.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
             assert!(largest <= bound && largest > 0.99 * bound, "{}", target.module);
             // A uniform variable in ±bound has variance bound² / 3; 5 standard errors.
             assert_variance(&tensors.a, f64::from(bound).powi(2) / 3.0, 0.8);
-            assert_eq!(tensors.b, vec![0.0; target.out_features * target.r]);
+            assert_eq!(tensors.b, vec![0.0; target.shape.out_features * target.shape.rank]);
         }
         for tensors in &gaussian.tensors {
             assert_variance(&tensors.a, (1.0 / 64.0_f64).powi(2), 2.0);

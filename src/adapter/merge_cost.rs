@@ -90,6 +90,14 @@ impl MergeCost {
     }
 }
 
+/// `‖a − b‖ / ‖a‖`; 0 where both are zero.
+pub(super) fn relative_distance(a: &[f32], b: &[f32]) -> f64 {
+    let of =
+        |sums: [f64; 2], (a, b): (&[f32], &[f32])| [sums[0] + distance(a, b), sums[1] + square(a)];
+    let [apart, size] = a.chunks(CHUNK).zip(b.chunks(CHUNK)).fold([0.0; 2], of);
+    if apart == 0.0 { 0.0 } else { (apart / size).sqrt() }
+}
+
 /// Elements of one task, and terms of one f32 partial sum: 256 of 16 lanes each.
 const CHUNK: usize = 4096;
 const LANES: usize = 16;

@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::merge::Merge;
 use super::merge_base::{BaseWeight, MergeBase};
-use super::merge_cost::MergeCost;
+use super::merge_cost::{MergeCost, relative_distance};
 use crate::checkpoint::writer::{Announced, Contents, ShardWriter};
 use crate::checkpoint::{DenseTensor, set_dtype};
 use crate::error::{Error, Result};
@@ -140,7 +140,10 @@ impl<'a> MergedModel<'a> {
             && let BaseWeight::AsStored(dense) = &weight
             && dense.dtype == tensor.dtype
         {
-            return Ok(dense.data.clone());
+            return match dense.first_non_finite() {
+                Some(index) => Err(not_finite(name, dense.to_f32_range(index..index + 1)[0])),
+                None => Ok(dense.data.clone()),
+            };
         }
         let base = weight.into_f32(&tensor.spec);
         let adapted = matches!(tensor.spec.role, TensorRole::Linear(_)) && self.merge.changes(name);
@@ -151,10 +154,34 @@ impl<'a> MergedModel<'a> {
         let written = DenseTensor { dtype, shape, data };
         if let Some(before) = before {
             let other = self.base.not_chosen(&tensor.spec)?;
+            if let Some(other) = &other {
+                check_same_weights(name, &before, other)?;
+            }
             cost.add(&before, &merged, &written, other.as_deref());
         }
         Ok(if tensor.spec.transposed { written.transposed().data } else { written.data })
     }
+}
+
+/// What 4 bits, or fewer, leave of a weight is near it; another model's is not.
+fn check_same_weights(name: &str, base: &[f32], other: &[f32]) -> Result<()> {
+    // Root mean squares: 0.09 in NF4, √2 of two weights that have nothing in common.
+    const MOST: f64 = 0.5;
+    let off = relative_distance(base, other);
+    if off <= MOST {
+        return Ok(());
+    }
+    let percent = 100.0 * off;
+    let what = format_args!(
+        "--original is not what --model was quantized from: {name} differs by {percent:.0} %"
+    );
+    Err(Error::input(what)
+        .hint("give the dense model that --model was quantized from, or leave it out"))
+}
+
+fn not_finite(name: &str, value: f32) -> Error {
+    Error::input(format_args!("tensor {name}: a value is {value}"))
+        .hint("the checkpoint holds NaN or Inf: get another copy of the model")
 }
 
 /// `values` in `dtype`, rounded to nearest even, little-endian.
@@ -173,8 +200,10 @@ fn rounded(name: &str, values: &[f32], dtype: FloatType) -> Result<Vec<u8>> {
         FloatType::F16 => f16::MAX.to_f32(),
         FloatType::Bf16 => bf16::MAX.to_f32(),
     };
-    let too_large = |chunk: &[f32]| chunk.iter().copied().find(|x| x.abs() > limit);
+    let fits = |x: &f32| x.abs() <= limit;
+    let too_large = |chunk: &[f32]| chunk.iter().copied().find(|x| !fits(x));
     match values.par_chunks(CHUNK).find_map_first(too_large) {
+        Some(x) if !x.is_finite() => Err(not_finite(name, x)),
         Some(x) => {
             Err(Error::input(format_args!("tensor {name}: {x} does not fit {}", dtype.as_str()))
                 .hint("use `--dtype bfloat16` or `--dtype float32`"))

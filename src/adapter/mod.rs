@@ -26,7 +26,7 @@ pub mod peft;
 mod targets;
 
 pub use config::{InitLoraWeights, LoraConfig, LoraPlus, ModuleNames, TargetModules};
-pub use lora::{Adapter, LoraTarget, LoraTensors};
+pub use lora::{Adapter, LoraShape, LoraTarget, LoraTensors};
 pub use merge::Merge;
 pub use merge_base::{MergeBase, MergeOnto};
 pub use merge_cost::MergeCost;

@@ -5,7 +5,7 @@
 //! by [`LoraConfig::resolve`] with the nearest names (PEFT only minds when nothing at all matches).
 
 use super::config::{LoraConfig, ModuleNames, TargetModules};
-use super::lora::LoraTarget;
+use super::lora::{LoraShape, LoraTarget};
 use super::pattern::Pattern;
 use crate::error::{Error, Result};
 use crate::model::spec::{LinearRole, ModelSpec};
@@ -327,7 +327,8 @@ pub(super) fn trained_target(selected: Selected) -> Result<LoraTarget> {
         .hint("leave it out, or add it to exclude_modules"));
     };
     let (in_features, out_features) = (module.in_features, module.out_features);
-    Ok(LoraTarget { module: module.path, layer, role, in_features, out_features, r, scale })
+    let shape = LoraShape { in_features, out_features, rank: r, scale };
+    Ok(LoraTarget { module: module.path, layer, role, shape })
 }
 
 #[cfg(test)]
@@ -394,8 +395,8 @@ mod tests {
         let found: Vec<(usize, LinearRole)> = targets.iter().map(|t| (t.layer, t.role)).collect();
         use LinearRole::{Down, Q};
         assert_eq!(found, [(0, Q), (0, Down), (1, Q), (1, Down)]);
-        let down = &targets[1];
-        assert_eq!((down.in_features, down.out_features, down.r, down.scale), (160, 64, 16, 2.0));
+        let down = LoraShape { in_features: 160, out_features: 64, rank: 16, scale: 2.0 };
+        assert_eq!(targets[1].shape, down);
         Ok(())
     }
 }

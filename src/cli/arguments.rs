@@ -6,12 +6,13 @@
 //! take the next flag for the value of one whose value was forgotten. Flags for texts have it: a
 //! prompt may begin with anything.)
 
+use std::any::TypeId;
 use std::ffi::OsString;
 
 use clap::{Arg, Command};
 
-/// The command line `argv` of `cli`, with dashes in the names of its flags and negative numbers tied
-/// to theirs. Values of flags for texts, and what stands behind `--`, are left alone.
+/// The command line `argv` of `cli`, with dashes in the names of its flags, negative numbers tied to
+/// theirs, and switches in lower case. Values of flags for texts, and what stands behind `--`, are left alone.
 pub fn for_clap(cli: &Command, argv: Vec<OsString>) -> Vec<OsString> {
     let chosen = argv.get(1).and_then(|name| cli.find_subcommand(name));
     let Some(command) = chosen else { return argv };
@@ -24,6 +25,9 @@ pub fn for_clap(cli: &Command, argv: Vec<OsString>) -> Vec<OsString> {
         match (flag, argument.to_str()) {
             (Some(flag), _) if flag.is_allow_hyphen_values_set() => done.push(argument),
             (Some(_), Some(number)) if is_negative_number(number) => tie(&mut done, number),
+            (Some(flag), Some(value)) if is_switch(flag, value) => {
+                done.push(value.to_lowercase().into());
+            }
             (_, Some("--")) => {
                 done.push(argument);
                 break;
@@ -46,6 +50,12 @@ fn is_negative_number(text: &str) -> bool {
     digits.is_some_and(|digits| digits.starts_with(|c: char| c.is_ascii_digit()))
 }
 
+/// Whether `value` is what a switch is set to, perhaps as Python writes it.
+fn is_switch(flag: &Arg, value: &str) -> bool {
+    let is_bool = flag.get_value_parser().type_id() == TypeId::of::<bool>();
+    is_bool && ["true", "false"].iter().any(|word| value.eq_ignore_ascii_case(word))
+}
+
 fn tie(done: &mut [OsString], value: &str) {
     if let Some(flag) = done.last_mut() {
         flag.push("=");
@@ -63,7 +73,10 @@ fn with_dashes<'a>(command: &'a Command, text: &str) -> (OsString, Option<&'a Ar
     let dashed = name.replace('_', "-");
     let found = dashed.strip_prefix("--").and_then(|name| find(command, name));
     match (found, value) {
-        (Some(_), Some(value)) => (format!("{dashed}={value}").into(), None),
+        (Some(flag), Some(value)) => {
+            let value = if is_switch(flag, value) { &value.to_lowercase() } else { value };
+            (format!("{dashed}={value}").into(), None)
+        }
         (Some(flag), None) => (dashed.into(), flag.get_action().takes_values().then_some(flag)),
         (None, _) => (text.into(), None),
     }
@@ -96,6 +109,12 @@ mod tests {
             ("n train --init_adapter=a_b=c_d", "n train --init-adapter=a_b=c_d"),
             ("n memory --memory_budget 1GiB", "n memory --memory-budget 1GiB"),
             ("n train --lora_rank 4", "n train --lora_rank 4"),
+            // As Python writes them.
+            ("n train --bf16 True --packing=False", "n train --bf16 true --packing=false"),
+            (
+                "n train --out True --sample-prompt False",
+                "n train --out True --sample-prompt False",
+            ),
             ("n train --out --lora_r 4", "n train --out --lora-r 4"),
             ("n data --show 1 -- --max_length", "n data --show 1 -- --max_length"),
             ("n --max_length", "n --max_length"),

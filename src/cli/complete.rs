@@ -96,6 +96,14 @@ fn resumed(command: &Command, out: &Path, saved: &SavedSettings) -> Result<Vec<E
     let last = file.exists().then(read).transpose();
     let settings = match (saved(out), last) {
         (Some(saved), Ok(Some(last))) if last.contains_key("model") => {
+            let unheeded = settings::unheeded(&saved, &last);
+            if !unheeded.is_empty() {
+                let file = file.display();
+                eprintln!(
+                    "warning: {file} was changed; the run goes on with {}",
+                    unheeded.join(", ")
+                );
+            }
             settings::renewed(saved, &last)
         }
         (Some(saved), last) => {

@@ -34,6 +34,10 @@ pub struct Entry {
 /// Flags that say where settings come from, and are not settings.
 const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];
 
+/// One flag for all files.
+const SEVERAL_FILES: &str =
+    "several data files are a folder, or a pattern in quotes: `'parts/*.jsonl'`";
+
 /// Settings that had no effect, and are in the files of runs from before they went.
 const RETIRED: [&str; 1] = ["loraplus-lr-embedding"];
 
@@ -57,6 +61,11 @@ pub fn known_to(command: &Command, entries: Vec<Entry>) -> Vec<Entry> {
 /// is there twice, a value that the flag does not take.
 pub fn read_toml(command: &Command, path: &Path) -> Result<Vec<Entry>> {
     let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+    if path.extension().is_some_and(|it| it == "yaml" || it == "yml") {
+        let what = format_args!("{}: settings are read from TOML, not YAML", path.display());
+        return Err(Error::usage(what)
+            .hint("write `name = value` for `name: value`, text in quotes, into a file `.toml`"));
+    }
     let line = |offset: usize| text[..offset].matches('\n').count() + 1;
     let table = toml::de::DeTable::parse(&text).map_err(|error| {
         let place = error.span().map_or(String::new(), |span| format!(":{}", line(span.start)));
@@ -257,6 +266,9 @@ pub fn readable(command: &Command, error: &clap::Error) -> Error {
     {
         return unknown(command, first, tried);
     }
+    if error.kind() == ErrorKind::ArgumentConflict && first.contains("'--data <") {
+        return Error::usage(first).hint(SEVERAL_FILES);
+    }
     match (&rest[..], tip) {
         ([], Some(tip)) => Error::usage(first).hint(tip),
         ([], None) => Error::usage(first),
@@ -271,14 +283,22 @@ pub fn readable(command: &Command, error: &clap::Error) -> Error {
 /// An unknown argument, with the flag of `command` that was meant, if one can tell.
 fn unknown(command: &Command, what: &str, tried: &str) -> Error {
     let error = Error::usage(what);
+    let has = |flag: &str| find(command, flag).is_some();
     if let Some(hint) = synonyms::hint(command, tried, "--") {
         return error.hint(hint);
     }
+    if !tried.starts_with('-') {
+        if Path::new(tried).extension().is_some_and(|it| it == "toml") && has("config") {
+            return error.hint(format_args!("settings are read by `--config {tried}`"));
+        }
+        if tried.ends_with("_proj") && has("target-modules") {
+            return error.hint("a list is one value with commas: `--target-modules q_proj,v_proj`");
+        }
+    }
     let is_data = |path: &Path| is_data(path) && path.extension().is_some_and(|it| it != "json");
-    if is_data(Path::new(tried)) && find(command, "data").is_some() {
+    if is_data(Path::new(tried)) && has("data") {
         // A pattern that the shell has taken for itself.
-        return error
-            .hint("several data files are a folder, or a pattern in quotes: `'parts/*.jsonl'`");
+        return error.hint(SEVERAL_FILES);
     }
     let flags = command.get_arguments().filter_map(Arg::get_long).map(|long| format!("--{long}"));
     let flags: Vec<String> = flags.collect();

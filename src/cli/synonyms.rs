@@ -5,7 +5,7 @@ use clap::Command;
 
 /// Their name and ours, with hyphens. A name that means several things is there several times: the
 /// first flag that a command has is meant.
-const SYNONYMS: [(&str, &str); 79] = [
+const SYNONYMS: [(&str, &str); 95] = [
     // transformers, TRL and PEFT, where ours is shorter
     ("assistant-only-loss", "train-on"),
     ("bnb-4bit-quant-type", "quantization"),
@@ -14,7 +14,9 @@ const SYNONYMS: [(&str, &str); 79] = [
     ("completion-only-loss", "train-on"),
     ("dataset-name", "data"),
     ("device-map", "device"),
+    ("data-seed", "seed"),
     ("do-sample", "temperature"),
+    ("eval-batch-size", "per-device-train-batch-size"),
     ("eval-strategy", "eval-steps"),
     ("evaluation-strategy", "eval-steps"),
     ("gradient-checkpointing", "activations"),
@@ -31,8 +33,10 @@ const SYNONYMS: [(&str, &str); 79] = [
     ("r", "lora-r"),
     ("resume-from-checkpoint", "resume"),
     ("save-strategy", "save-steps"),
+    ("test-size", "validation-split"),
     ("train-file", "data"),
     ("use-flash-attention-2", "attn-implementation"),
+    ("use-gradient-checkpointing", "activations"),
     ("validation-file", "eval-data"),
     // axolotl, LLaMA-Factory, torchtune, mlx-lm, unsloth, llama.cpp
     ("adapter-name-or-path", "adapter"),
@@ -40,9 +44,11 @@ const SYNONYMS: [(&str, &str); 79] = [
     ("adapter-path", "adapter"),
     ("adapter-path", "init-adapter"),
     ("base-model", "model"),
+    ("c", "context-length"),
     ("ctx-size", "context-length"),
     ("cutoff-len", "max-length"),
     ("datasets", "data"),
+    ("eval-split", "validation-split"),
     ("flash-attention", "attn-implementation"),
     ("flash-attn", "attn-implementation"),
     ("grad-checkpoint", "activations"),
@@ -50,13 +56,19 @@ const SYNONYMS: [(&str, &str); 79] = [
     ("lora-rank", "lora-r"),
     ("lora-target", "target-modules"),
     ("lora-target-modules", "target-modules"),
+    ("m", "model"),
     ("micro-batch-size", "per-device-train-batch-size"),
+    ("n", "max-new-tokens"),
     ("n-predict", "max-new-tokens"),
     ("neftune-alpha", "neftune-noise-alpha"),
     ("noisy-embedding-alpha", "neftune-noise-alpha"),
     ("num-epochs", "num-train-epochs"),
     ("num-output-chunks", "logits-chunk-length"),
+    ("outfile", "out"),
+    ("p", "prompt"),
+    ("predict", "max-new-tokens"),
     ("quantization-method", "outtype"),
+    ("quantize", "outtype"),
     ("quantization-type", "outtype"),
     ("sample-packing", "packing"),
     ("sequence-len", "max-length"),
@@ -69,6 +81,7 @@ const SYNONYMS: [(&str, &str); 79] = [
     // short forms
     ("alpha", "lora-alpha"),
     ("batch-size", "per-device-train-batch-size"),
+    ("budget", "memory-budget"),
     ("dropout", "lora-dropout"),
     ("epochs", "num-train-epochs"),
     ("eval-file", "eval-data"),
@@ -79,6 +92,7 @@ const SYNONYMS: [(&str, &str); 79] = [
     ("lr", "learning-rate"),
     ("lr-scheduler", "lr-scheduler-type"),
     ("max-tokens", "max-new-tokens"),
+    ("memory-budget", "budget"),
     ("num-threads", "threads"),
     ("optimizer", "optim"),
     ("output", "out"),
@@ -87,6 +101,8 @@ const SYNONYMS: [(&str, &str); 79] = [
     ("seq-len", "max-length"),
     ("steps", "max-steps"),
     ("target", "target-modules"),
+    ("temp", "temperature"),
+    ("tokens", "max-new-tokens"),
     ("warmup", "warmup-steps"),
 ];
 
@@ -101,7 +117,7 @@ const NOT_TRAINED: &str = "not supported in training: only LoRA on linear layers
                            adapters with more can be used and merged";
 
 /// Their names of what has no flag here, and why.
-const WITHOUT_FLAG: [(&str, &str); 34] = [
+const WITHOUT_FLAG: [(&str, &str); 37] = [
     ("bias", NOT_TRAINED),
     ("bnb-4bit-compute-dtype", NUMBER_TYPE),
     ("dataloader-num-workers", "leave it out: all data is in memory before the first step"),
@@ -118,6 +134,7 @@ const WITHOUT_FLAG: [(&str, &str); 34] = [
     ("group-by-length", "not supported: `--packing` fills sequences with documents of any length"),
     ("hub-model-id", NO_UPLOAD),
     ("label-smoothing-factor", "not supported"),
+    ("limit", "not supported: give a file with fewer records, such as `head -n 100` makes"),
     ("load-in-8bit", "not supported: `--quantization` is nf4, fp4 or none"),
     ("logging-dir", REPORTS),
     ("lora-bias", NOT_TRAINED),
@@ -133,11 +150,13 @@ const WITHOUT_FLAG: [(&str, &str); 34] = [
     ("remove-unused-columns", NOT_NEEDED),
     ("report-to", REPORTS),
     ("run-name", REPORTS),
+    ("save-only-model", "not supported: a checkpoint is what `--resume` goes on from"),
     ("task-type", NOT_NEEDED),
     ("tf32", NUMBER_TYPE),
     ("torch-dtype", NUMBER_TYPE),
     ("trust-remote-code", "leave it out: code of a model is never run"),
     ("use-dora", NOT_TRAINED),
+    ("use-liger-kernel", NOT_NEEDED),
     ("use-lora", NOT_NEEDED),
     ("use-peft", NOT_NEEDED),
     ("use-qlora", NOT_NEEDED),

@@ -101,7 +101,9 @@ impl<K: Kernels> Chat<K> {
             };
             match line.trim() {
                 "" => {}
-                "/exit" | "/quit" => return Ok(()),
+                text if matches!(text.split_whitespace().next(), Some("/exit" | "/quit")) => {
+                    return Ok(());
+                }
                 command if command.starts_with('/') => self.command(command)?,
                 text => self.answer(text)?,
             }

@@ -1,6 +1,7 @@
 //! `nibble merge`: an adapter into its base model's weights.
 
 use std::path::{Path, PathBuf};
+use std::slice;
 use std::time::Instant;
 
 use indicatif::{ProgressBar, ProgressStyle};
@@ -98,18 +99,27 @@ fn write_side_files(
     let tokenizer =
         TokenizerFiles::of_folder(source)?.with_templates(templates.filter(|_| !from_adapter));
     model_folder::copy_side_files(model.path(), &tokenizer, folder)?;
-    if speaks { write_ends(folder) } else { Ok(()) }
+    match ChatTokenizer::open(folder) {
+        Ok(tokenizer) => write_ends(folder, tokenizer.eos_ids()),
+        // Files that nobody asked anything of are copied as they are.
+        Err(_) if !speaks => Ok(()),
+        Err(error) => Err(error),
+    }
 }
 
-/// What the adapter's chat templates end an answer with, in generation_config.json, which transformers and
-/// vLLM heed.
-fn write_ends(folder: &Path) -> Result<()> {
-    if !folder.join("tokenizer.json").exists() {
-        return Ok(());
-    }
+/// What the chat templates end an answer with, in generation_config.json, which transformers and vLLM heed:
+/// the model was trained to end there, be it the tokenizer's end of sequence or not.
+fn write_ends(folder: &Path, ends: &[u32]) -> Result<()> {
     let path = folder.join("generation_config.json");
     let mut generation = if path.exists() { read_json(&path)? } else { json!({}) };
-    generation["eos_token_id"] = json!(ChatTokenizer::open(folder)?.eos_ids());
+    // Without a file of its own, generation goes by the model's.
+    let config = read_json(&folder.join("config.json"))?;
+    let known = generation.get("eos_token_id").unwrap_or(&config["eos_token_id"]);
+    let known = known.as_array().map_or(slice::from_ref(known), Vec::as_slice);
+    if ends.iter().all(|id| known.iter().any(|known| known == id)) {
+        return Ok(());
+    }
+    generation["eos_token_id"] = json!(ends);
     let text = format!("{generation:#}\n");
     std::fs::write(&path, text).map_err(|e| Error::io("write", &path, e))
 }

@@ -1,12 +1,16 @@
 //! Conversations as chat templates want them, from the shapes that data sets have.
 //!
 //! OpenAI's `role`/`content` and ShareGPT's `from`/`value` are both read, whatever the list is called.
-//! As vLLM does, and as most templates need, content in text parts becomes one text and a tool call's
-//! arguments are an object even where they were saved as JSON text. Images and sounds are refused.
+//! As vLLM does, and as most templates need, content in text parts becomes one text unless the template goes
+//! through the parts itself, and a tool call's arguments are an object even where they were saved as JSON
+//! text. Images and sounds are refused.
+
+use std::borrow::Cow;
 
 use serde_json::{Map, Value, json};
 
 use super::record::{Rejection, kind, list, optional_text};
+use super::template::ChatTemplate;
 
 /// What chat templates call those who speak; another name may be a slip of the pen.
 const ROLES: [&str; 7] =
@@ -29,36 +33,55 @@ impl Chat {
     /// # Errors
     /// Which turn is no message.
     pub fn new(record: &Value, key: &str) -> Result<Self, Rejection> {
-        let parsed: Vec<Value>;
-        let turns = match record.get(key) {
-            // A cell of a table.
-            Some(Value::String(text)) if text.trim_start().starts_with('[') => {
-                parsed = serde_json::from_str(text).map_err(|e| {
-                    Rejection::new(format!("field `{key}` is text, but no JSON list: {e}"))
-                })?;
-                &parsed
-            }
-            _ => list(record, key)?,
-        };
-        let mut messages = Vec::with_capacity(turns.len() + 1);
+        let mut messages = messages(record, key)?;
         if let Some(system) = optional_text(record, "system")? {
-            messages.push(json!({"role": "system", "content": system}));
-        }
-        for (turn, message) in turns.iter().enumerate() {
-            let named = |reason: Rejection| Rejection {
-                reason: format!("{key}[{turn}]{}", reason.reason),
-                ..reason
-            };
-            messages.push(read(message).map_err(named)?);
-        }
-        if messages.is_empty() {
-            return Err(Rejection::new(format!("field `{key}` has no messages")));
+            let own = messages.first().filter(|message| message["role"] == "system");
+            match own.map(|message| message["content"].as_str()) {
+                None => messages.insert(0, json!({"role": "system", "content": system})),
+                Some(own) if own == Some(system) => {}
+                Some(_) => {
+                    let what = format!("field `system` is another than {key}[0], the system's");
+                    return Err(Rejection::new(what)
+                        .hint("leave the field out by `--rename-columns system=unused`"));
+                }
+            }
         }
         Ok(Chat { messages, variables: variables(record)?, prompt_messages: 0 })
     }
 
+    /// Reads the messages in `prompt`, and those in `completion`, which go on from them.
+    ///
+    /// # Errors
+    /// As [`new`](Chat::new).
+    pub fn of_prompt_and_completion(record: &Value) -> Result<Self, Rejection> {
+        let mut chat = Chat::new(record, "prompt")?;
+        chat.prompt_messages = chat.messages.len();
+        chat.messages.extend(messages(record, "completion")?);
+        Ok(chat)
+    }
+
+    /// With one text for the parts of each message, which most templates need: of the assistant's, and of
+    /// all where the template takes no parts.
+    pub(super) fn for_template(&self, template: &ChatTemplate) -> Cow<'_, Self> {
+        let in_parts = |message: &Value| message["content"].is_array();
+        if !self.messages.iter().any(in_parts) {
+            return Cow::Borrowed(self);
+        }
+        let takes_parts = template.takes_parts();
+        let separator = if takes_parts { "" } else { "\n" };
+        let mut chat = self.clone();
+        for message in chat.messages.iter_mut().filter(|message| in_parts(message)) {
+            if !takes_parts || message["role"] == "assistant" {
+                let parts = message["content"].as_array().into_iter().flatten();
+                let texts: Vec<&str> = parts.filter_map(|part| part["text"].as_str()).collect();
+                message["content"] = texts.join(separator).into();
+            }
+        }
+        Cow::Owned(chat)
+    }
+
     /// Whether the assistant's message `index` is trained: not in the prompt, nor with OpenAI's
-    /// `"weight": 0`.
+    /// `"weight": 0` or Axolotl's `"train": false`.
     pub fn is_trained(&self, index: usize) -> bool {
         index >= self.prompt_messages && self.messages[index]["weight"].as_f64() != Some(0.0)
     }
@@ -72,6 +95,44 @@ impl Chat {
     /// Whether all of the assistant's messages are trained.
     pub fn is_all_trained(&self) -> bool {
         (0..self.messages.len()).all(|index| self.is_trained(index))
+    }
+}
+
+/// The messages in the list `key`, which may be JSON text: a cell of a table.
+fn messages(record: &Value, key: &str) -> Result<Vec<Value>, Rejection> {
+    let parsed: Vec<Value>;
+    let turns = match record.get(key) {
+        Some(Value::String(text)) if text.trim_start().starts_with('[') => {
+            parsed = serde_json::from_str(text).map_err(|e| {
+                Rejection::new(format!("field `{key}` is text, but no JSON list: {e}"))
+            })?;
+            &parsed
+        }
+        _ => list(record, key)?,
+    };
+    if turns.is_empty() {
+        return Err(Rejection::new(format!("field `{key}` has no messages")));
+    }
+    let named = |(turn, message)| {
+        let at_turn = |reason: Rejection| Rejection {
+            reason: format!("{key}[{turn}]{}", reason.reason),
+            ..reason
+        };
+        read(message).map_err(at_turn)
+    };
+    turns.iter().enumerate().map(named).collect()
+}
+
+/// Whether a field holds messages: a list, or JSON text of one.
+pub(super) fn has_messages(field: &Value) -> bool {
+    let says = |turn: &Value| turn["role"].is_string() || turn["from"].is_string();
+    let listed = |turns: Vec<Value>| !turns.is_empty() && turns.iter().all(says);
+    match field {
+        Value::Array(_) => true,
+        Value::String(text) if text.trim_start().starts_with('[') => {
+            serde_json::from_str(text).is_ok_and(listed)
+        }
+        _ => false,
     }
 }
 
@@ -138,9 +199,16 @@ fn read(message: &Value) -> Result<Value, Rejection> {
         let what = format!(".weight is {weight}, expected 0 or 1");
         return Err(Rejection::new(what).hint("0 leaves an answer untrained"));
     }
+    let train = match fields.get("train").unwrap_or(&Value::Null) {
+        Value::Null | Value::Bool(true) => true,
+        Value::Bool(false) => false,
+        other => return Err(Rejection::new(format!(".train is {other}, expected true or false"))),
+    };
     let mut read = shaped(fields)?;
-    if let Some(weight) = weight {
-        read["weight"] = weight.clone();
+    match weight {
+        _ if !train => read["weight"] = 0.into(),
+        Some(weight) => read["weight"] = weight.clone(),
+        None => {}
     }
     Ok(read)
 }
@@ -190,8 +258,11 @@ fn openai(fields: &Map<String, Value>) -> Result<Value, Rejection> {
         None => return Err(Rejection::new(" has no content and no tool_calls")),
         Some(Value::String(_)) => {}
         Some(Value::Array(parts)) => {
-            let text = parts.iter().map(part).collect::<Result<Vec<_>, _>>()?.join("\n");
-            fields.insert("content".into(), text.into());
+            let texts = parts.iter().map(part).collect::<Result<Vec<_>, _>>()?;
+            if let [] | [_] = texts[..] {
+                let text = texts.concat();
+                fields.insert("content".into(), text.into());
+            }
         }
         Some(other) => {
             return Err(Rejection::new(format!(".content is {}, expected text", kind(other))));

@@ -191,6 +191,7 @@ impl<'a> Encoder<'a> {
                 .hint("choose one, such as `--chat-template chatml` or `alpaca`"));
         };
         let template = templates.for_variables(&chat.variables);
+        let chat = &*chat.for_template(template);
         let refused = |error| match rejection(error) {
             refused if chat.has_tools() => refused.or_hint(TOOLS_UNKNOWN),
             refused => refused,

@@ -142,9 +142,16 @@ impl Chat {
 /// A line to know what a message says by, if it says something: templates write white space, and
 /// reasoning before the answer, in their own way.
 pub(super) fn longest_line(message: &Value) -> Option<&str> {
-    let content = message["content"].as_str()?;
+    let content = texts(message).last()?;
     let (_, answer) = content.rsplit_once(END_OF_REASONING).unwrap_or(("", content));
     answer.lines().map(str::trim).filter(|line| !line.is_empty()).max_by_key(|line| line.len())
+}
+
+/// What a message says: one text, or parts of it.
+pub(super) fn texts(message: &Value) -> impl Iterator<Item = &str> {
+    let content = &message["content"];
+    let parts = content.as_array().into_iter().flatten().filter_map(|part| part["text"].as_str());
+    content.as_str().into_iter().chain(parts)
 }
 
 /// Whether a message calls tools.

@@ -8,7 +8,7 @@ use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::chat::{Chat, tool_list, variables};
+use super::chat::{Chat, has_messages, tool_list, variables};
 use super::token_record;
 
 /// The shape of a file's records.
@@ -180,12 +180,8 @@ fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
              `--rename-columns label=good`)",
         ));
     }
-    if record["prompt"].is_array() || record["completion"].is_array() {
-        let prompt = Chat::new(record, "prompt")?;
-        let completion = Chat::new(record, "completion")?;
-        let prompt_messages = prompt.messages.len();
-        let messages = prompt.messages.into_iter().chain(completion.messages).collect();
-        return Ok(Record::Chat(Chat { messages, prompt_messages, ..prompt }));
+    if has_messages(&record["prompt"]) || has_messages(&record["completion"]) {
+        return Chat::of_prompt_and_completion(record).map(Record::Chat);
     }
     let spoken = optional_text(record, "system").map_or(true, |text| text.is_some());
     let offered = tool_list(record, "tools").map_or(true, |tools| !tools.is_empty());

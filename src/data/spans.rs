@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 
 use super::chat::Chat;
 use super::jinja::{GENERATION_BEGIN, GENERATION_END};
-use super::left_out::{calls, longest_line};
+use super::left_out::{calls, longest_line, texts};
 use super::template::ChatTemplate;
 use crate::error::{Error, Result};
 
@@ -205,9 +205,7 @@ impl Conversation<'_> {
 
     /// Whether somebody says `text`, so that finding it in the conversation proves nothing.
     fn is_quoted(&self, text: &str) -> bool {
-        let said =
-            |message: &Value| message["content"].as_str().is_some_and(|said| said.contains(text));
-        self.messages.iter().any(said)
+        self.messages.iter().flat_map(texts).any(|said| said.contains(text))
     }
 
     /// Behind the last end-of-turn token in `text`.

@@ -1,7 +1,9 @@
 //! A model's chat template: from a conversation to text, and which of it the assistant said.
 
+use std::sync::OnceLock;
+
 use minijinja::Environment;
-use serde_json::{Map, Value};
+use serde_json::{Map, Value, json};
 
 use super::jinja::{
     GENERATION_BEGIN, GENERATION_END, cause, environment, replace_generation_blocks,
@@ -18,6 +20,7 @@ pub struct ChatTemplate {
     has_generation_blocks: bool,
     special_tokens: Map<String, Value>,
     tool_use: Option<Box<ChatTemplate>>,
+    takes_parts: OnceLock<bool>,
 }
 
 impl ChatTemplate {
@@ -41,7 +44,15 @@ impl ChatTemplate {
         environment
             .add_template_owned("chat", source)
             .map_err(|e| Error::input(format_args!("chat template: {e:#}")))?;
-        Ok(ChatTemplate { environment, has_generation_blocks, special_tokens, tool_use: None })
+        let (tool_use, takes_parts) = (None, OnceLock::new());
+        let template = ChatTemplate {
+            environment,
+            has_generation_blocks,
+            special_tokens,
+            tool_use,
+            takes_parts,
+        };
+        Ok(template)
     }
 
     /// Leaves conversations with tools to another template, if there is one.
@@ -56,6 +67,21 @@ impl ChatTemplate {
             Some(tool_use) if variables.contains_key("tools") => tool_use,
             _ => self,
         }
+    }
+
+    /// Whether the template goes through the parts of a message's content, which others would write as a
+    /// list.
+    pub(super) fn takes_parts(&self) -> bool {
+        *self.takes_parts.get_or_init(|| {
+            let [first, second] = ["Part1", "Part2"];
+            let part = |text: &str| json!({"type": "text", "text": text});
+            let messages = [json!({"role": "user", "content": [part(first), part(second)]})];
+            let rendered = self.render(&messages, &Map::new(), false);
+            rendered.is_ok_and(|text| {
+                let is_list = text.contains("'type'") || text.contains("\"type\"");
+                text.contains(first) && text.contains(second) && !is_list
+            })
+        })
     }
 
     /// The text of a conversation; the template sees `variables` (`tools`, …) too.
@@ -124,8 +150,8 @@ mod tests {
         let compile = |source: &str| ChatTemplate::new(source, Map::new());
         let tools = compile("{{ tools | length }} tools: {{ messages[0].content }}")?;
         let template = compile("{{ messages[0].content }}")?.with_tool_use(Some(tools));
-        let messages = [serde_json::json!({"role": "user", "content": "hello"})];
-        let given = Map::from_iter([("tools".to_string(), serde_json::json!([{"name": "add"}]))]);
+        let messages = [json!({"role": "user", "content": "hello"})];
+        let given = Map::from_iter([("tools".to_string(), json!([{"name": "add"}]))]);
         let render =
             |variables| template.for_variables(variables).render(&messages, variables, false);
         let none = Map::new();

@@ -115,6 +115,10 @@ pub trait Storage: Clone + Sync {
     /// `Budget` when the memory cannot be had.
     fn allocate(&self, plan: &MemoryPlan) -> Result<Self::Memory>;
 
+    /// A pass over all blocks begins: what a backend learned of the order of weights in the last one is of use
+    /// again.
+    fn begin_pass(&self) {}
+
     /// Makes room for the plan's offloaded regions; `folder` is for a backend that offloads to a file.
     ///
     /// # Errors

@@ -16,6 +16,7 @@ mod mlp;
 mod rows;
 mod shapes;
 
+pub use crate::adapter::LoraShape;
 use crate::error::Result;
 use crate::model::spec::ModelSpec;
 pub use attention::{AttentionInputs, AttentionKernels};
@@ -26,8 +27,8 @@ pub use memory::{PlannedMemory, Residency, Storage, StreamedWeights, Untaken};
 pub use mlp::MlpKernels;
 pub use rows::RowKernels;
 pub use shapes::{
-    AttentionShape, Columns, DropoutMask, HeadNorms, LogitShape, LoraShape, LoraTerm,
-    NormParameters, PostNorms, RotaryTables, TokenLayout, UniformNoise, Write,
+    AttentionShape, Columns, DropoutMask, HeadNorms, LogitShape, LoraTerm, NormParameters,
+    PostNorms, RotaryTables, TokenLayout, UniformNoise, Write,
 };
 
 /// A backend: the memory it plans in and the operations on it.

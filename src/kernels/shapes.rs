@@ -1,5 +1,6 @@
 //! What operations are told besides their buffers: shapes, layouts, masks and norms.
 
+use crate::adapter::LoraShape;
 use crate::error::Result;
 use crate::model::spec::Norm;
 use crate::random::Stream;
@@ -144,36 +145,6 @@ impl AttentionShape {
     /// Width of a `qkv` row.
     pub fn qkv_width(&self) -> usize {
         self.q_width() + 2 * self.kv_width()
-    }
-}
-
-/// One adapter on one linear: `y += scale · (x Aᵀ) Bᵀ`, A `[R, in]`, B `[out, R]`.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub struct LoraShape {
-    /// Width of x.
-    pub in_features: usize,
-    /// Width of y.
-    pub out_features: usize,
-    /// R.
-    pub rank: usize,
-    /// alpha / R, or alpha / sqrt(R).
-    pub scale: f32,
-}
-
-impl LoraShape {
-    /// Elements of A; B follows A in a pair.
-    pub fn a_elements(&self) -> usize {
-        self.rank * self.in_features
-    }
-
-    /// Elements of A and B.
-    pub fn elements(&self) -> usize {
-        self.rank * (self.in_features + self.out_features)
-    }
-
-    /// The same with another factor on its scale.
-    pub fn scaled(self, factor: f32) -> Self {
-        LoraShape { scale: self.scale * factor, ..self }
     }
 }
 

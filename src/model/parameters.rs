@@ -11,7 +11,7 @@ use std::path::Path;
 use nibble_quant::FloatType;
 
 pub use super::packed_moments::PackedMoments;
-use crate::adapter::{Adapter, LoraTarget};
+use crate::adapter::{Adapter, LoraShape, LoraTarget};
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
 use crate::kernels::cpu::arena::Buffer;
@@ -373,18 +373,15 @@ impl Parameters {
 fn tensors_of(targets: &[LoraTarget]) -> Vec<ParameterTensor> {
     let (mut tensors, mut offset) = (Vec::with_capacity(2 * targets.len()), 0);
     for target in targets {
+        let LoraShape { in_features, out_features, rank, .. } = target.shape;
         let rows = [
-            ("lora_A", [target.r, target.in_features], Matrix::A),
-            ("lora_B", [target.out_features, target.r], Matrix::B),
+            (target.key_a(), [rank, in_features], Matrix::A),
+            (target.key_b(), [out_features, rank], Matrix::B),
         ];
-        for (suffix, shape, matrix) in rows {
+        for (name, shape, matrix) in rows {
             let elements = shape[0] * shape[1];
-            tensors.push(ParameterTensor {
-                name: format!("base_model.model.{}.{suffix}.weight", target.module),
-                shape,
-                range: offset..offset + elements,
-                matrix,
-            });
+            let range = offset..offset + elements;
+            tensors.push(ParameterTensor { name, shape, range, matrix });
             offset += elements;
         }
     }

@@ -15,9 +15,7 @@ use crate::checkpoint::repack::quantize;
 use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, StoredType, Weight};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
-use crate::kernels::{
-    AttentionShape, Columns, HeadNorms, Kernels, LoraShape, NormParameters, PostNorms,
-};
+use crate::kernels::{AttentionShape, Columns, HeadNorms, Kernels, NormParameters, PostNorms};
 use crate::plan::settings::Half;
 use crate::plan::{Ranks, WeightParts};
 
@@ -342,17 +340,12 @@ fn adapters_of<'a>(
     let of_layer = targets.iter().enumerate().filter(|(_, target)| target.layer == layer);
     of_layer
         .map(|(index, target)| {
-            let shape = LoraShape {
-                in_features: target.in_features,
-                out_features: target.out_features,
-                rank: target.r,
-                scale: target.scale,
-            };
+            let shape = target.shape;
             let half = Half::of(target.role);
             let stride = ranks.of(layer, half.roles());
             let offset = &mut offsets[half as usize];
-            let columns = Columns::band(*offset, target.r, stride);
-            *offset += target.r;
+            let columns = Columns::band(*offset, shape.rank, stride);
+            *offset += shape.rank;
             (target.module.as_str(), LinearAdapter { index, shape, columns })
         })
         .collect()

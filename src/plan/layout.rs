@@ -65,8 +65,7 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
 }
 
 fn push_adapter(plan: &mut MemoryPlan, settings: &Settings) {
-    let size = |t: &LoraTarget| t.r * (t.in_features + t.out_features);
-    let parameters: usize = settings.targets.iter().map(size).sum();
+    let parameters: usize = settings.targets.iter().map(|target| target.shape.elements()).sum();
     if settings.bf16_working {
         let id = RegionId::Adapter(AdapterRegion::Working);
         plan.regions.push(Region::new(id, RegionType::Bf16, parameters));
@@ -228,9 +227,9 @@ fn push_mlp(plan: &mut MemoryPlan, spec: &ModelSpec, tiles: &Tiles, ranks: usize
 fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
     let (t, d, f) = (settings.tokens, spec.hidden_size, spec.intermediate_size);
     let qkv = spec.q_width() + 2 * spec.kv_width();
-    let rank = settings.targets.iter().map(|target| target.r).max().unwrap_or(0);
-    let widths = |target: &LoraTarget| target.in_features + target.out_features;
-    let pair = settings.targets.iter().map(|target| target.r * widths(target)).max().unwrap_or(0);
+    let shapes = || settings.targets.iter().map(|target| target.shape);
+    let rank = shapes().map(|shape| shape.rank).max().unwrap_or(0);
+    let pair = shapes().map(|shape| shape.elements()).max().unwrap_or(0);
     let tile = settings.mlp_tile();
     let mut push = |region, elements| plan.push(RegionId::Work(region), elements);
     push(WorkRegion::Norm, t * d);
@@ -248,8 +247,8 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
     }
     if settings.lora_dropout {
         let input = |target: &LoraTarget| match Half::of(target.role) {
-            Half::Attention => t * target.in_features,
-            Half::Mlp => tile * target.in_features,
+            Half::Attention => t * target.shape.in_features,
+            Half::Mlp => tile * target.shape.in_features,
         };
         let most = settings.targets.iter().map(input).max().unwrap_or(0);
         push(WorkRegion::Dropped, most);

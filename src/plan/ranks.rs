@@ -17,7 +17,7 @@ impl Ranks {
     pub fn new(targets: &[LoraTarget], layers: usize) -> Self {
         let mut ranks = vec![[0; ROLES]; layers];
         for target in targets {
-            ranks[target.layer][target.role as usize] += target.r;
+            ranks[target.layer][target.role as usize] += target.shape.rank;
         }
         Ranks { layers: ranks }
     }

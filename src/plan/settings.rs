@@ -229,7 +229,7 @@ impl Settings {
 
     /// Where the moments of A and B of each target lie.
     pub fn moments(&self) -> MomentLayout {
-        let pair = |t: &LoraTarget| [t.r * t.in_features, t.r * t.out_features];
+        let pair = |target: &LoraTarget| [target.shape.a_elements(), target.shape.b_elements()];
         MomentLayout::new(self.optim, self.targets.iter().flat_map(pair))
     }
 

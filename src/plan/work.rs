@@ -3,6 +3,7 @@
 use serde::Serialize;
 
 use super::settings::{Policy, Settings};
+use super::weights::STREAMED_BLOCKS;
 use crate::model::spec::{ModelSpec, TensorRole};
 
 /// What PCIe 4.0 with 16 lanes moves in one direction, about.
@@ -63,7 +64,7 @@ pub struct Transfer {
 impl Transfer {
     /// Of `tokens` a step; `block` is the bytes of a block.
     pub fn new(layers: usize, block: u64, offloaded: u64, tokens: usize, work: f64) -> Self {
-        let weights = 2 * (layers as u64).saturating_sub(2) * block;
+        let weights = 2 * layers.saturating_sub(STREAMED_BLOCKS) as u64 * block;
         let flops = 2.0 * work * tokens as f64;
         let seconds_per_token = 2.0 * work / ASSUMED_FLOPS_PER_SECOND
             - offloaded as f64 / tokens as f64 / ASSUMED_BYTES_PER_SECOND;

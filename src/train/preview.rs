@@ -1,31 +1,48 @@
 //! Sample answers of a model in training: the likeliest token each time, so that two answers differ
 //! only where the weights do.
 
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::model::Model;
+use crate::model::spec::ModelSpec;
 use crate::sample::{Limits, Sampler, SamplingOptions, Speaker, Wish};
 
 /// Prompts a model in training.
 pub struct Preview {
     speaker: Speaker,
     max_new_tokens: usize,
+    /// So many tokens the model has positions for.
+    longest: usize,
 }
 
 impl Preview {
-    /// For answers of at most `max_new_tokens`.
-    pub fn new(speaker: Speaker, max_new_tokens: usize) -> Self {
-        Preview { speaker, max_new_tokens }
+    /// For answers of a model to be, of at most `max_new_tokens`.
+    pub fn new(speaker: Speaker, max_new_tokens: usize, spec: &ModelSpec) -> Self {
+        Preview { speaker, max_new_tokens, longest: spec.possible_length(usize::MAX) }
     }
 
     /// Tokens of context that the longest of `prompts` and its answer take.
     ///
     /// # Errors
-    /// `Input` when the template or the tokenizer refuses a prompt.
+    /// `Input` when the template or the tokenizer refuses a prompt; `Usage` for one that leaves no position for
+    /// an answer.
     pub fn context_tokens(&self, prompts: &[String]) -> Result<usize> {
         let length = |prompt: &String| Ok(self.speaker.ids(&self.speaker.prompt(prompt)?)?.len());
         let lengths = prompts.iter().map(length).collect::<Result<Vec<_>>>()?;
-        Ok(lengths.into_iter().max().map_or(0, |length| length + self.max_new_tokens))
+        let Some(most) = lengths.into_iter().max() else { return Ok(0) };
+        if most >= self.longest {
+            let what = format_args!(
+                "--sample-prompt: {most} tokens, the model has positions for {}",
+                self.longest
+            );
+            return Err(Error::usage(what).hint("shorten it, so that an answer can follow"));
+        }
+        Ok(self.with_answer(most))
+    }
+
+    /// Of a prompt of so many tokens and its answer.
+    fn with_answer(&self, prompt_tokens: usize) -> usize {
+        prompt_tokens.saturating_add(self.max_new_tokens).min(self.longest)
     }
 
     /// The answer to `prompt`: a user's turn where there is a chat template, else text to continue.
@@ -40,7 +57,7 @@ impl Preview {
         prefill_tokens: usize,
     ) -> Result<String> {
         let prompt = self.speaker.prompt(prompt)?;
-        let context_tokens = self.speaker.ids(&prompt)?.len() + self.max_new_tokens;
+        let context_tokens = self.with_answer(self.speaker.ids(&prompt)?.len());
         let limits = Limits { max_new_tokens: self.max_new_tokens, context_tokens, prefill_tokens };
         let mut sampler = Sampler::new(SamplingOptions::greedy())?;
         let mut answer = String::new();

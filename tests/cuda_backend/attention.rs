@@ -7,7 +7,7 @@ use nibble::model::spec::ModelSpec;
 use nibble::plan::{MemoryPlan, Policy, RegionType, Settings};
 use nibble::random::Stream;
 
-use crate::device::BLAS_WORKSPACE;
+use crate::device::{BLAS_WORKSPACE, Device};
 use crate::golden::Case;
 use crate::regions::{self, *};
 use crate::{Gpu, error_in_norm, gpu, settings};
@@ -15,11 +15,14 @@ use crate::{Gpu, error_in_norm, gpu, settings};
 const BOUNDARIES: [u32; 4] = [0, 37, 38, 171];
 
 /// f32 elements that a plan gives such attention on a GPU.
-fn planned_work(shape: &AttentionShape, attention: AttnImplementation) -> usize {
+fn planned_work(
+    shape: &AttentionShape,
+    attention: AttnImplementation,
+    layout: &TokenLayout,
+) -> usize {
     let case = Case::open("llama_s0");
     let AttentionShape { num_heads, num_kv_heads, head_dim, .. } = *shape;
     let spec = ModelSpec { num_heads, num_kv_heads, head_dim, ..case.spec() };
-    let layout = TokenLayout::new(&BOUNDARIES);
     let settings = Settings {
         tokens: layout.tokens(),
         longest_document: layout.longest(),
@@ -66,10 +69,10 @@ fn normal(name: &str, elements: usize, deviation: f32) -> Vec<f32> {
 fn run<K: Kernels>(
     kernels: &K,
     shape: &AttentionShape,
+    layout: &TokenLayout,
     dtype: RegionType,
     work: usize,
 ) -> [Vec<f32>; 3] {
-    let layout = TokenLayout::new(&BOUNDARIES);
     let tokens = layout.tokens();
     let mut memory = kernels.allocate(&plan(shape, tokens, dtype, work)).unwrap();
     let [mut qkv, mut o, mut lse, mut d_o, mut dqkv, mut work] =
@@ -79,9 +82,9 @@ fn run<K: Kernels>(
     };
     fill("qkv", tokens * shape.qkv_width(), 1.5, &mut qkv);
     fill("d_o", tokens * shape.q_width(), 1.0, &mut d_o);
-    kernels.attention_forward(shape, &layout, &qkv, &mut o, &mut lse, &mut work);
+    kernels.attention_forward(shape, layout, &qkv, &mut o, &mut lse, &mut work);
     let inputs = AttentionInputs { qkv: &qkv, o: &o, lse: &lse, d_o: &d_o };
-    kernels.attention_backward(shape, &layout, inputs, &mut dqkv, &mut work);
+    kernels.attention_backward(shape, layout, inputs, &mut dqkv, &mut work);
     let values = |buffer, elements| kernels.values(buffer, 0..elements).unwrap().into_owned();
     [
         values(&o, tokens * shape.q_width()),
@@ -100,11 +103,22 @@ fn assert_near(got: &[Vec<f32>; 3], expected: &[Vec<f32>; 3], tolerances: [f64; 
     }
 }
 
+/// In the memory that is planned for it.
+fn on_gpu(
+    gpu: &Gpu,
+    shape: &AttentionShape,
+    attention: AttnImplementation,
+    layout: &TokenLayout,
+) -> [Vec<f32>; 3] {
+    let gpu = gpu.clone().with_attention(attention);
+    run(&gpu, shape, layout, RegionType::Bf16, planned_work(shape, attention, layout))
+}
+
 /// On the device, and that against the CPU.
 fn check(gpu: &Gpu, shape: &AttentionShape, attention: AttnImplementation) -> [Vec<f32>; 3] {
-    let gpu = gpu.clone().with_attention(attention);
-    let device = run(&gpu, shape, RegionType::Bf16, planned_work(shape, attention));
-    let host = run(&Cpu::default(), shape, RegionType::F32, host_work());
+    let layout = TokenLayout::new(&BOUNDARIES);
+    let device = on_gpu(gpu, shape, attention, &layout);
+    let host = run(&Cpu::default(), shape, &layout, RegionType::F32, host_work());
     assert_near(&device, &host, [5e-3, 1e-4, 1e-2], &format!("{attention:?} {shape:?}"));
     device
 }
@@ -129,8 +143,23 @@ fn flash_kernels_agree_with_the_exact_path() {
         let [auto, flash, exact] = [Auto, Flash, Exact].map(|path| check(&gpu, &shape, path));
         assert!(auto == flash && flash != exact, "auto is flash where it can be");
         assert_near(&flash, &exact, [5e-3, 1e-4, 1e-2], &format!("flash and exact {shape:?}"));
-        assert!(planned_work(&shape, Exact) > planned_work(&shape, Flash));
+        let work = |path| planned_work(&shape, path, &TokenLayout::new(&BOUNDARIES));
+        assert!(work(Exact) > work(Flash));
     }
+}
+
+/// As many tiles, launches and pieces of products as a step has, where a card can make them.
+#[test]
+fn flash_kernels_agree_with_the_exact_path_at_the_length_of_a_step() {
+    use AttnImplementation::{Exact, Flash};
+    let Some(gpu) = gpu() else { return };
+    let (shape, boundaries) = match Device::is_a_card() {
+        true => (AttentionShape::new(32, 8, 128), [0, 1000, 1001, 5097]),
+        false => (AttentionShape::new(2, 1, 64), [0, 70, 71, 400]),
+    };
+    let layout = TokenLayout::new(&boundaries);
+    let [flash, exact] = [Flash, Exact].map(|path| on_gpu(&gpu, &shape, path, &layout));
+    assert_near(&flash, &exact, [1e-2, 1e-4, 1e-2], "flash and exact");
 }
 
 /// o of one document whose tokens come in pieces, behind those that are cached.

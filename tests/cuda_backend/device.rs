@@ -112,6 +112,15 @@ fn without_adapters(launch: &Launch) -> Option<(&'static str, u32, Vec<Argument>
     Some((kernel, if is_wanted { rows as u32 } else { 0 }, all))
 }
 
+/// Whether tests run one after the other.
+fn is_one_at_a_time() -> bool {
+    let arguments: Vec<String> = std::env::args().collect();
+    let asked = arguments.windows(2).any(|pair| pair == ["--test-threads", "1"]);
+    asked
+        || arguments.iter().any(|argument| argument == "--test-threads=1")
+        || std::env::var("RUST_TEST_THREADS").is_ok_and(|threads| threads == "1")
+}
+
 impl Device {
     /// `None`, aloud, where kernels cannot be compiled for the emulator. A card that is asked for
     /// and missing fails the test.
@@ -122,6 +131,7 @@ impl Device {
     /// The same, an emulator with copies of the second stream made when it says.
     pub fn with(copies: Copies) -> Option<Self> {
         let driver: Arc<dyn Driver> = if Self::is_a_card() {
+            assert!(is_one_at_a_time(), "models share cuBLAS there: `--test-threads 1`");
             static CARD: OnceLock<Arc<Gpu>> = OnceLock::new();
             let open = || Arc::new(Gpu::open(0).expect("NIBBLE_TEST_DEVICE=cuda needs a card"));
             CARD.get_or_init(open).clone()

@@ -176,7 +176,8 @@ fn the_adapter_has_no_product_of_its_own_where_there_is_room() {
         let separate = products(&gpu, &case, &adapter, separate(plan(&case, &adapter, &KEEP)));
         let together = products(&gpu, &case, &adapter, plan(&case, &adapter, &KEEP));
         let one_by_one = |shape: Shape| -> Vec<[usize; 3]> {
-            let of = |t: &LoraTarget| shape(t.in_features, t.out_features, t.r);
+            let of =
+                |t: &LoraTarget| shape(t.shape.in_features, t.shape.out_features, t.shape.rank);
             adapter.targets.iter().map(of).collect()
         };
         // The first block's inputs need no gradient: the embedding is frozen.
@@ -211,7 +212,7 @@ fn linears_that_read_the_same_rows_read_them_once() {
             let here = adapter.targets.iter().filter(|t| t.layer == layer);
             let here: Vec<_> =
                 here.filter(|t| part.iter().any(|p| t.module.ends_with(p))).collect();
-            let (ranks, inner) = (here.iter().map(|t| t.r).sum(), here[0].in_features);
+            let (ranks, inner) = (here.iter().map(|t| t.shape.rank).sum(), here[0].shape.in_features);
             let wanted = vec![[tokens, ranks, inner], [ranks, inner, tokens]];
             assert_eq!(found(&all, wanted), 2, "{part:?} of layer {layer}");
         }
@@ -289,7 +290,8 @@ fn groups(adapter: &Adapter) -> Vec<Group> {
     let mut groups: Vec<Group> = Vec::new();
     for target in &adapter.targets {
         let (layer, reads_norm1) = (target.layer, reads_norm1(&target.module));
-        let (inner, outer, ranks) = (target.in_features, target.out_features, target.r);
+        let (inner, outer, ranks) =
+            (target.shape.in_features, target.shape.out_features, target.shape.rank);
         match groups.last_mut() {
             Some(last) if reads_norm1 && last.reads_norm1 && last.layer == layer => {
                 last.outer += outer;

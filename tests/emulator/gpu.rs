@@ -31,18 +31,24 @@ pub struct Gpu {
     one_at_a_time: Mutex<()>,
 }
 
-/// Calls a function of the driver and panics with its name unless it returns 0.
-macro_rules! call {
-    ($driver:expr, $name:literal, ($($type:ty),*), $($argument:expr),*) => {{
+/// Calls a function of the driver and returns its status.
+macro_rules! status {
+    ($driver:expr, $name:literal, ($($type:ty),*), $($argument:expr),*) => {
         // SAFETY: the signature is that of the driver's documentation.
-        let status = unsafe {
+        unsafe {
             let function = $driver
                 .get::<unsafe extern "C" fn($($type),*) -> c_int>(concat!($name, "\0").as_bytes())
                 .expect($name);
             function($($argument),*)
-        };
-        assert_eq!(status, 0, $name);
-    }};
+        }
+    };
+}
+
+/// The same, and panics with its name unless it returns 0.
+macro_rules! call {
+    ($driver:expr, $name:literal, $types:tt, $($argument:expr),*) => {
+        assert_eq!(status!($driver, $name, $types, $($argument),*), 0, $name)
+    };
 }
 
 impl Gpu {
@@ -59,7 +65,7 @@ impl Gpu {
         let (text, mut log) = (ptx.as_ptr().cast(), vec![0u8; LOG_BYTES]);
         let mut options = [JIT_ERROR_LOG, JIT_ERROR_LOG_BYTES];
         let mut values: [Handle; 2] = [log.as_mut_ptr().cast(), LOG_BYTES as Handle];
-        call!(
+        let status = status!(
             driver,
             "cuModuleLoadDataEx",
             (*mut Handle, *const c_void, c_uint, *mut c_int, *mut Handle),
@@ -69,6 +75,7 @@ impl Gpu {
             options.as_mut_ptr(),
             values.as_mut_ptr()
         );
+        assert_eq!(status, 0, "cuModuleLoadDataEx: {}", String::from_utf8_lossy(&log));
         let mut stream = std::ptr::null_mut();
         call!(
             driver,

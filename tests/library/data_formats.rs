@@ -85,6 +85,84 @@ fn only_the_completion_of_a_conversation_is_trained() {
 }
 
 #[test]
+fn what_the_system_says_is_said_once() {
+    let tokenizer = tokenizer(json!({}));
+    let (user, answer) = (exchange("a", "b")[0].clone(), exchange("a", "b")[1].clone());
+    let system = json!({"role": "system", "content": "Be brief."});
+    let expected = text(&tokenizer, json!({"messages": [system, user, answer]}));
+    assert_eq!(expected.matches("Be brief.").count(), 1);
+    for record in [
+        json!({"system": "Be brief.", "prompt": [user], "completion": [answer]}),
+        json!({"system": "Be brief.", "messages": [system, user, answer]}),
+        json!({"system": "", "prompt": [system, user], "completion": [answer]}),
+        // Cells of a table.
+        json!({
+            "system": "Be brief.", "prompt": json!([user]).to_string(),
+            "completion": json!([answer]).to_string(),
+        }),
+    ] {
+        assert_eq!(text(&tokenizer, record.clone()), expected, "{record}");
+        assert_eq!(trained(&tokenizer, record).unwrap(), "b<|im_end|>");
+    }
+    let other = json!({"system": "Be long.", "messages": [system, user, answer]});
+    let refused = encode(&tokenizer, &other).unwrap_err();
+    assert_eq!(refused, "field `system` is another than messages[0], the system's");
+    // Text that only looks like a list is text.
+    let plain = json!({"prompt": "[1, 2] has", "completion": " two"});
+    assert_eq!(trained(&tokenizer, plain).unwrap(), " two<|im_end|>");
+}
+
+#[test]
+fn parts_are_joined_where_the_template_does_not_go_through_them() {
+    let parts = json!([{"type": "text", "text": " AB"}, {"type": "text", "text": "CD "}]);
+    let mut messages = exchange("", "E");
+    messages[0]["content"] = parts.clone();
+    let record = json!({"messages": messages});
+    let said = text(&tokenizer(json!({})), record.clone());
+    assert!(said.contains("<|im_start|>user\n AB\nCD <|im_end|>"), "{said:?}");
+    // As Gemma 3's.
+    let template = "{%- for m in messages -%}<|im_start|>{{ m.role }}\n\
+                    {%- if m.content is string -%}{{ m.content | trim }}\
+                    {%- else -%}{%- for part in m.content -%}{{ part.text | trim }}{%- endfor -%}{%- endif -%}\
+                    <|im_end|>{%- endfor -%}\
+                    {%- if add_generation_prompt -%}<|im_start|>assistant{%- endif -%}";
+    let tokenizer = tokenizer(json!({"chat_template": template}));
+    let said = text(&tokenizer, record.clone());
+    assert!(said.contains("<|im_start|>userABCD<|im_end|>"), "{said:?}");
+    assert_eq!(trained(&tokenizer, record).unwrap(), "E<|im_end|>");
+    messages[1]["content"] = parts;
+    let answer = trained(&tokenizer, json!({"messages": messages})).unwrap();
+    assert_eq!(answer.replace(' ', ""), "ABCD<|im_end|>");
+}
+
+#[test]
+fn an_end_of_sequence_is_found_wherever_a_model_names_it() {
+    let source = Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer/smollm2"));
+    let folder = tempfile::tempdir().unwrap();
+    let write = |name: &str, value: &Value| {
+        std::fs::write(folder.path().join(name), value.to_string()).unwrap();
+    };
+    std::fs::copy(source.join("tokenizer.json"), folder.path().join("tokenizer.json")).unwrap();
+    let eos = || {
+        let opened = ChatTokenizer::open(folder.path()).unwrap();
+        (opened.eos().map(|eos| eos.text.clone()), opened.eos_ids().to_vec())
+    };
+    // The hub's GPT-2.
+    write("tokenizer_config.json", &json!({"model_max_length": 1024}));
+    assert_eq!(eos(), (None, vec![]));
+    write("config.json", &json!({"eos_token_id": 0}));
+    assert_eq!(eos(), (Some("<|endoftext|>".into()), vec![0]));
+    write("generation_config.json", &json!({"eos_token_id": [2, 0]}));
+    assert_eq!(eos(), (Some("<|im_end|>".into()), vec![2, 0]));
+    write("special_tokens_map.json", &json!({"eos_token": {"content": "<|endoftext|>"}}));
+    assert_eq!(eos(), (Some("<|endoftext|>".into()), vec![0, 2]));
+    write("tokenizer_config.json", &json!({"eos_token": "<|im_start|>"}));
+    assert_eq!(eos(), (Some("<|im_start|>".into()), vec![1, 2, 0]));
+    write("tokenizer_config.json", &json!({"eos_token": null}));
+    assert_eq!(eos(), (None, vec![2, 0]));
+}
+
+#[test]
 fn messages_with_weight_zero_are_not_trained() {
     let mut messages = [exchange("a", "b"), exchange("c", "d")].concat();
     messages[1]["weight"] = 0.into();
@@ -103,6 +181,14 @@ fn messages_with_weight_zero_are_not_trained() {
     ]);
     let record = json!({"conversations": turns});
     assert_eq!(trained(&tokenizer(json!({})), record).unwrap(), "d<|im_end|>");
+    messages[1] = json!({"role": "assistant", "content": "b", "train": false});
+    messages[3] = json!({"role": "assistant", "content": "d", "train": true});
+    let record = json!({"messages": messages});
+    assert_eq!(trained(&tokenizer(json!({})), record).unwrap(), "d<|im_end|>");
+    messages[1]["train"] = "no".into();
+    let refused = encode(&tokenizer(json!({})), &json!({"messages": messages})).unwrap_err();
+    assert_eq!(refused, "messages[1].train is \"no\", expected true or false");
+    messages[1]["train"] = Value::Null;
     for weight in [json!(0.5), json!(-1), json!("0"), json!(false)] {
         messages[1]["weight"] = weight.clone();
         let refused = encode(&tokenizer(json!({})), &json!({"messages": messages})).unwrap_err();

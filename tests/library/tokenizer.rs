@@ -4,7 +4,7 @@
 use std::path::Path;
 
 use nibble::data::ChatTokenizer;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 fn data() -> &'static Path {
     Path::new(concat!(env!("CARGO_MANIFEST_DIR"), "/tests/data/tokenizer"))
@@ -62,4 +62,39 @@ fn a_saved_tokenizer_opens_as_the_same() {
     assert_eq!(again.eos(), tokenizer.eos());
     assert_eq!(again.eos().unwrap().text, "<|im_end|>");
     assert_eq!(again.vocab_size(), 49152);
+}
+
+/// transformers 5 reads the post-processor of `tokenizer.json`, and no `add_bos_token`.
+#[test]
+fn a_saved_tokenizer_puts_its_bos_in_front_by_itself() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = |name: &str| folder.path().join(name);
+    let source = data().join("smollm2");
+    std::fs::copy(source.join("tokenizer.json"), path("tokenizer.json")).unwrap();
+    for (add_bos_token, expected) in [(true, vec![1, 19556]), (false, vec![19556])] {
+        let config = json!({"bos_token": "<|im_start|>", "add_bos_token": add_bos_token});
+        std::fs::write(path("tokenizer_config.json"), config.to_string()).unwrap();
+        let saved = tempfile::tempdir().unwrap();
+        ChatTokenizer::open(folder.path()).unwrap().save(saved.path()).unwrap();
+        let raw = tokenizers::Tokenizer::from_file(saved.path().join("tokenizer.json")).unwrap();
+        let ids = |text| raw.encode(text, true).unwrap().get_ids().to_vec();
+        assert_eq!(ids("Hello"), expected);
+        // Without a key, and where the key says otherwise, as transformers 5 reads it.
+        for key in [json!(null), json!(false)] {
+            let mut config = config.clone();
+            config["add_bos_token"] = key;
+            let file = saved.path().join("tokenizer_config.json");
+            std::fs::write(file, config.to_string()).unwrap();
+            let opened = ChatTokenizer::open(saved.path()).unwrap();
+            assert_eq!(opened.adds_bos(), add_bos_token);
+            assert_eq!(opened.encode("Hello").unwrap(), [19556]);
+        }
+        // A second time nothing is added.
+        let again = tempfile::tempdir().unwrap();
+        ChatTokenizer::open(saved.path()).unwrap().save(again.path()).unwrap();
+        let read = |folder: &tempfile::TempDir| {
+            std::fs::read(folder.path().join("tokenizer.json")).unwrap()
+        };
+        assert!(read(&again) == read(&saved));
+    }
 }

@@ -130,12 +130,24 @@ fn names_from_scripts_of_other_trainers() {
         ("--label_smoothing_factor", "not supported"),
         ("--fp16", "leave it out: Nibble computes in bf16 on a GPU"),
         ("--report_to", "leave it out: every run writes TensorBoard events"),
+        ("--use_liger_kernel", "leave it out: Nibble always does this"),
+        ("--test_size", "here it is `--validation-split`"),
+        ("--budget", "here it is `--memory-budget`"),
+        ("--target_modules q_proj v_proj", "a list is one value with commas: `--target-modules q_"),
+        ("run.toml", "settings are read by `--config run.toml`"),
+        ("--data other.jsonl --data", "several data files are a folder, or a pattern in quotes"),
         ("--learning-rte", "did you mean `--learning-rate`?"),
         ("--colour", "see `nibble train --help`"),
     ] {
         let error = refused(&place, &format!("train {flag} 1"));
         assert!(error.contains(&format!("\nhint: {hint}")), "{flag}: {error}");
     }
+    fs::write(place.path("run.yaml"), "lora_r: 4\n").unwrap();
+    let error = refused(&place, "train --config run.yaml");
+    assert!(
+        error.contains("settings are read from TOML, not YAML\nhint: write `name = "),
+        "{error}"
+    );
     fs::write(place.path("run.toml"), "use_dora = true\n").unwrap();
     let error = refused(&place, "train --config run.toml");
     let message = "error: run.toml:1: unknown key `use_dora`\nhint: not supported in training";

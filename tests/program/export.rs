@@ -5,7 +5,7 @@ use std::fs::{self, File};
 use std::path::Path;
 
 use crate::golden::{CASES, Case};
-use crate::training::{Workplace, fail, succeed};
+use crate::training::{Workplace, change_model, fail, succeed};
 use candle_core::Device;
 use candle_core::quantized::gguf_file::{Content, Value as Metadata};
 use nibble::checkpoint::atomic::AtomicFile;
@@ -412,6 +412,29 @@ fn an_adapter_is_written_for_llama_cpp() {
     ["llama_s0", "smollm3_s0"].into_iter().for_each(check_adapter);
 }
 
+/// One that is switched off by its alpha has a finite scale there, and adds nothing.
+#[test]
+fn an_adapter_with_an_alpha_of_zero_is_no_nan() {
+    let case = Case::open("llama_s0");
+    let place = place(&case);
+    let folder = place.path("adapter");
+    fs::create_dir(&folder).unwrap();
+    for file in ["adapter_config.json", "adapter_model.safetensors"] {
+        fs::copy(case.path.join("adapter_init").join(file), folder.join(file)).unwrap();
+    }
+    let mut config: Value = place.json("adapter/adapter_config.json");
+    (config["lora_alpha"], config["alpha_pattern"]) = (0.into(), json!({}));
+    fs::write(folder.join("adapter_config.json"), config.to_string()).unwrap();
+    let (content, mut file) = export(&place, &["--adapter", "adapter", "--outtype", "f32"]);
+    let alpha = &content.metadata["adapter.lora.alpha"];
+    assert!(matches!(alpha, Metadata::F32(alpha) if *alpha > 0.0), "{alpha:?}");
+    for name in content.tensor_infos.keys().filter(|name| name.ends_with("lora_b")) {
+        let tensor = content.tensor(&mut file, name, &Device::Cpu).unwrap();
+        let values = tensor.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap();
+        assert!(values.to_vec1::<f32>().unwrap().iter().all(|b| *b == 0.0), "{name}");
+    }
+}
+
 fn check_adapter(name: &'static str) {
     let case = Case::open(name);
     let place = place(&case);
@@ -478,6 +501,24 @@ fn what_cannot_be_written_is_refused_before_anything_is() {
     let (code, error) = fail(place.nibble(&["export", "--model", "base", "--out", "there.gguf"]));
     assert!(code == 2 && error.contains("is there already"), "{error}");
     assert_eq!(place.read("there.gguf"), b"mine");
+}
+
+#[test]
+fn a_model_that_holds_nan_is_not_written() {
+    let case = Case::open("llama_s0");
+    let place = place(&case);
+    let tensor = "model.layers.1.mlp.down_proj.weight";
+    change_model(&place.path("base"), |name, values| {
+        values[7] = if name == tensor { f32::INFINITY } else { values[7] };
+    });
+    for outtype in ["f32", "bf16", "f16"] {
+        let flags = ["export", "--model", "base", "--out", "new.gguf", "--outtype", outtype];
+        let (code, error) = fail(place.nibble(&flags));
+        let words =
+            format!("tensor {tensor}: a value is inf\nhint: the checkpoint holds NaN or Inf");
+        assert!(code == 1 && error.contains(&words), "{error}");
+        assert!(!place.path("new.gguf").exists());
+    }
 }
 
 /// Tokens of a vocabulary in the manner of SentencePiece.

@@ -186,6 +186,9 @@ fn a_budget_decides_which_blocks_keep_and_a_refusal_shows_the_way() {
         assert_eq!(refused.status.code(), Some(1));
         let error = String::from_utf8_lossy(&refused.stderr).into_owned();
         assert!(error.contains("plan needs"), "{error}");
+        let said: Value = serde_json::from_slice(&refused.stdout).unwrap();
+        assert_eq!(said["fits"], false);
+        assert!(said["refusal"]["hint"].as_str().unwrap().contains(" would need "), "{said}");
         error
     };
     let offload = |pieces: [&str; 4]| {

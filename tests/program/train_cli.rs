@@ -431,7 +431,8 @@ fn documents_are_no_longer_than_the_positions_that_there_are() {
     let long = ["--max-length", "256", "--eval-data", "long.jsonl"];
     let train = |more: &[&str]| {
         let mut command = place.nibble(&["train", "--model", "model", "--data", "train.jsonl"]);
-        command.args(["--out", "run", "--max-steps", "1"]).args(long).args(more);
+        let out = if more.contains(&"--out") { &[][..] } else { &["--out", "run"] };
+        command.args(["--max-steps", "1"]).args(out).args(long).args(more);
         command
     };
     let error = "long.jsonl:1: document is longer than 64 tokens (1 of 1 is, the longest has 200)";
@@ -444,9 +445,18 @@ fn documents_are_no_longer_than_the_positions_that_there_are() {
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(said.contains("records longer than 64 tokens") && !output.status.success(), "{said}");
     succeed(train(&["--truncation", "split"]));
+    // Samples end where the positions do.
+    let sample = ["--truncation", "split", "--sample-max-new-tokens", "100"];
+    succeed(train(&[&sample[..], &["--out", "sampled", "--sample-prompt", "w5 w6"]].concat()));
+    let prompt = "w5 ".repeat(64);
+    let (code, text) = fail(train(&[&sample[..], &["--sample-prompt", &prompt]].concat()));
+    assert!(code == 2 && text.contains("--sample-prompt: 64 tokens, the model has"), "{text}");
     let mut fit = place.nibble(&["memory", "--model", "model", "--device", "cpu", "--json"]);
     fit.args(["--max-length", "256", "--fit", "--budget", "1GiB"]);
-    let fit: Value = serde_json::from_slice(&succeed(fit).stdout).unwrap();
+    let fit = succeed(fit);
+    let note = "note: the model has positions for 64 tokens, `--max-length` is 256\n";
+    assert_eq!(String::from_utf8_lossy(&fit.stderr), note);
+    let fit: Value = serde_json::from_slice(&fit.stdout).unwrap();
     assert_eq!(fit["fit"]["ways"][0]["longest_document"], 64, "{fit}");
     let mut ask = place.nibble(&["generate", "--model", "model", "--raw", "--prompt"]);
     ask.arg("w5 ".repeat(80)).args(["--context-length", "500"]);

@@ -322,3 +322,24 @@ fn epochs_that_are_asked_for_go_before_the_steps_of_the_run() {
         succeed(place.nibble(&["train", "--out", "run", "--resume", "--num-train-epochs", "2"]));
     assert!(!String::from_utf8_lossy(&out.stdout).contains("nothing is left"));
 }
+
+/// A file of settings that somebody edits between sessions: what would be other numbers is said to stay.
+#[test]
+fn settings_that_were_edited_are_not_dropped_silently() {
+    let place = Workplace::new();
+    succeed(place.train("run", &["--max-steps", "2", "--learning-rate", "1e-3"]));
+    let resume = || stderr(&succeed(place.nibble(&["train", "--out", "run", "--resume"])));
+    assert!(!resume().contains("settings.toml"));
+    let file = place.path("run/settings.toml");
+    let text = fs::read_to_string(&file).unwrap();
+    assert!(text.contains("learning_rate = 0.001\n"), "{text}");
+    fs::write(&file, text.replace("learning_rate = 0.001\n", "learning_rate = 0.5\n")).unwrap();
+    let said = resume();
+    let warning = "run/settings.toml was changed; the run goes on with learning_rate = 0.001\n";
+    assert!(said.contains(warning), "{said}");
+    // What changes no number may be edited.
+    let text = fs::read_to_string(&file).unwrap().replace("max_steps = 2\n", "max_steps = 4\n");
+    fs::write(&file, text).unwrap();
+    let said = resume();
+    assert!(said.contains("step 4/4") && !said.contains("was changed"), "{said}");
+}

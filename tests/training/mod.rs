@@ -6,6 +6,8 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};
 
 use nibble::random::Stream;
+use safetensors::tensor::TensorView;
+use safetensors::{Dtype, SafeTensors};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -115,4 +117,24 @@ pub fn stderr(output: &Output) -> String {
 /// The error and hint at the end of what a run said.
 pub fn error_of(stderr: &str) -> &str {
     stderr.find("error: ").map_or(stderr, |start| stderr[start..].trim_end())
+}
+
+/// Rewrites the tensors of a model of f32 in one file.
+pub fn change_model(folder: &Path, change: impl Fn(&str, &mut [f32])) {
+    let path = folder.join("model.safetensors");
+    let bytes = fs::read(&path).unwrap();
+    let tensors = SafeTensors::deserialize(&bytes).unwrap();
+    let changed: Vec<(String, Vec<usize>, Vec<f32>)> = tensors
+        .iter()
+        .map(|(name, view)| {
+            let mut values: Vec<f32> = bytemuck::pod_collect_to_vec(view.data());
+            change(name, &mut values);
+            (name.to_string(), view.shape().to_vec(), values)
+        })
+        .collect();
+    let views = changed.iter().map(|(name, shape, values)| {
+        let data = bytemuck::cast_slice(values);
+        (name, TensorView::new(Dtype::F32, shape.clone(), data).unwrap())
+    });
+    safetensors::serialize_to_file(views, None, &path).unwrap();
 }

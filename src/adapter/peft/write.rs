@@ -58,7 +58,8 @@ impl Adapter {
 
     fn save_tensors(&self, path: &Path, dtype: FloatType, values: Values<'_>) -> Result<()> {
         let shapes = self.targets.iter().flat_map(|target| {
-            let (r, wide_in, wide_out) = (target.r, target.in_features, target.out_features);
+            let (r, wide_in, wide_out) =
+                (target.shape.rank, target.shape.in_features, target.shape.out_features);
             [(target.key_a(), vec![r, wide_in]), (target.key_b(), vec![wide_out, r])]
         });
         let tensor = |(index, (name, shape))| NewTensor {

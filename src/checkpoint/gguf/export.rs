@@ -119,10 +119,8 @@ impl Export<'_> {
             if self.spec.norm_plus_one && tensor.role == TensorRole::Norm {
                 values.iter_mut().for_each(|value| *value += 1.0);
             }
-            let bytes = encoded(&values, dtype).ok_or_else(|| {
-                Error::input(format_args!("tensor {}: a value does not fit {dtype:?}", tensor.name))
-                    .hint("use `--outtype bf16` or `--outtype f32`")
-            })?;
+            let bytes = encoded(&values, dtype)
+                .ok_or_else(|| does_not_fit(&tensor.name, &values, dtype))?;
             writer.append(&bytes)?;
             progress(bytes.len())?;
         }
@@ -168,7 +166,16 @@ pub fn source_row(stored: usize, head_rows: usize) -> usize {
     row
 }
 
-/// Little-endian; none where a value does not fit.
+fn does_not_fit(name: &str, values: &[f32], dtype: GgmlDType) -> Error {
+    match values.iter().find(|x| !x.is_finite()) {
+        Some(value) => Error::input(format_args!("tensor {name}: a value is {value}"))
+            .hint("the checkpoint holds NaN or Inf: get another copy of the model"),
+        None => Error::input(format_args!("tensor {name}: a value does not fit {dtype:?}"))
+            .hint("use `--outtype bf16` or `--outtype f32`"),
+    }
+}
+
+/// Little-endian; none where a value does not fit, or is NaN or infinite.
 pub fn encoded(values: &[f32], dtype: GgmlDType) -> Option<Vec<u8>> {
     const CHUNK: usize = 1 << 14;
     let mut bytes = vec![0; values.len() / dtype.block_size() * dtype.type_size()];
@@ -177,7 +184,7 @@ pub fn encoded(values: &[f32], dtype: GgmlDType) -> Option<Vec<u8>> {
     let fits = chunks.map(|(bytes, values)| match dtype {
         GgmlDType::F32 => {
             bytes.copy_from_slice(bytemuck::cast_slice(values));
-            true
+            values.iter().all(|x| x.is_finite())
         }
         GgmlDType::F16 => put(bytes, values, |x| f16::from_f32(x).to_bits(), f16::MAX.to_f32()),
         GgmlDType::BF16 => put(bytes, values, |x| bf16::from_f32(x).to_bits(), bf16::MAX.to_f32()),

@@ -250,9 +250,12 @@ fn print_result(
         ]);
     }
     print!("{table}");
-    if let Some(Predicted { path, documents, right }) = predicted {
+    if let Some(Predicted { path, documents, right, cut }) = predicted {
         let (path, answers) = (path.display(), counted(documents, "answer"));
         println!("\nwrote {path}: {answers}, {right} of them equal to the label");
+        if cut > 0 {
+            println!("{cut} cut off: at `--max-new-tokens`, or where there are no more positions");
+        }
     }
     Ok(())
 }

@@ -8,11 +8,13 @@ use serde_json::json;
 
 use crate::checkpoint::atomic::AtomicFile;
 use crate::data::{ChatTokenizer, Document};
-use crate::error::{Error, Result};
+use crate::error::{Error, Message, Result};
 use crate::kernels::Kernels;
 use crate::model::Model;
 use crate::model::spec::ModelSpec;
-use crate::sample::{Limits, Sampler, SamplingOptions, Speaker, Wish};
+use crate::plural::counted;
+use crate::sample::{Finish, Limits, Sampler, SamplingOptions, Speaker, Wish};
+use crate::train::interrupt::Interrupt;
 
 /// A document up to its last answer, and that.
 struct Question<'a> {
@@ -35,6 +37,8 @@ pub(super) struct Predicted {
     pub documents: usize,
     /// Answers whose text is the document's.
     pub right: usize,
+    /// Answers that ended at the most tokens that were allowed, not at an end of sequence.
+    pub cut: usize,
 }
 
 impl<'a> Predictions<'a> {
@@ -66,10 +70,10 @@ impl<'a> Predictions<'a> {
     }
 
     /// Lets the model answer, always by the likeliest token; a line is written whenever one is done, and the
-    /// file has its name when all are.
+    /// file has its name when all are, or with those that are when Ctrl-C is pressed.
     ///
     /// # Errors
-    /// Those of the model and of [`AtomicFile::commit`], `Io` when the file cannot be written.
+    /// Those of the model and of [`AtomicFile::commit`], `Io` when the file cannot be written, `Interrupted`.
     pub(super) fn make<K: Kernels>(
         self,
         mut file: AtomicFile,
@@ -81,19 +85,28 @@ impl<'a> Predictions<'a> {
         let speaker = Speaker::new(tokenizer, &model.spec().eos_token_ids)?;
         let limits = Limits { max_new_tokens: self.max_new_tokens, context_tokens, prefill_tokens };
         let bar = bar(self.questions.len());
-        let mut right = 0;
-        for Question { line, prompt, label } in &self.questions {
+        let interrupt = Interrupt::install()?;
+        let (mut right, mut cut) = (0, 0);
+        for (answered, Question { line, prompt, label }) in self.questions.iter().enumerate() {
             let mut predict = String::new();
             let mut sampler = Sampler::new(SamplingOptions::greedy())?;
-            speaker.extend(model, prompt.to_vec(), &mut sampler, limits, |piece| {
+            let finish = speaker.extend(model, prompt.to_vec(), &mut sampler, limits, |piece| {
                 predict.push_str(piece);
-                Ok(Wish::Continue)
+                Ok(if interrupt.requested() { Wish::Stop } else { Wish::Continue })
             })?;
+            if interrupt.requested() {
+                bar.finish_and_clear();
+                return Err(self.interrupted(file, answered));
+            }
+            cut += usize::from(finish == Finish::Length);
+            let finish_reason = if finish == Finish::Length { "length" } else { "stop" };
             let label = speaker.answer_text(label)?;
             right += usize::from(predict == label);
             let prompt = speaker.prompt_text(prompt)?;
-            let record =
-                json!({"line": line, "prompt": prompt, "predict": predict, "label": label});
+            let record = json!({
+                "line": line, "prompt": prompt, "predict": predict, "label": label,
+                "finish_reason": finish_reason,
+            });
             let written = file.write_all(format!("{record}\n").as_bytes());
             written.map_err(|e| Error::io("write", file.destination(), e))?;
             bar.inc(1);
@@ -101,7 +114,24 @@ impl<'a> Predictions<'a> {
         bar.finish_and_clear();
         let path = file.destination().to_path_buf();
         file.commit()?;
-        Ok(Predicted { path, documents: self.questions.len(), right })
+        Ok(Predicted { path, documents: self.questions.len(), right, cut })
+    }
+
+    /// Leaves the first answers, if there are any, under the name that was asked for.
+    fn interrupted(&self, file: AtomicFile, answered: usize) -> Error {
+        let path = file.destination().to_path_buf();
+        let done = match answered {
+            0 => "no document was answered".to_string(),
+            _ => match file.commit() {
+                Ok(_) => format!(
+                    "{answered} of {} are answered in {}",
+                    counted(self.questions.len(), "document"),
+                    path.display()
+                ),
+                Err(error) => return error,
+            },
+        };
+        Error::Interrupted(Message::new(format_args!("interrupted: {done}")))
     }
 }
 
@@ -126,6 +156,7 @@ impl Predicted {
             "file": self.path,
             "documents": self.documents,
             "exact_match": self.right as f64 / self.documents as f64,
+            "cut": self.cut,
         })
     }
 }

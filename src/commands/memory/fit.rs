@@ -1,6 +1,6 @@
 //! `nibble memory --fit`: what fits a budget.
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::room::{Room, place_in_words};
 use super::row_length;
@@ -32,12 +32,10 @@ pub(super) fn run(args: &MemoryArgs, demand: &Demand, room: &Room) -> Result<()>
     };
     let fit = Fit::new(demand, asked, limit, &choice);
     if args.json {
-        let message = refusal.as_ref().map(Error::message);
-        let refused = message.map(|m| json!({"error": m.what, "hint": m.hint}));
         let out = json!({
             "fits": refusal.is_none(),
             "planned_bytes": fit.bytes,
-            "refusal": refused,
+            "refusal": refusal.as_ref().map(self::refusal),
             "fit": fit,
         });
         println!("{out:#}");
@@ -45,6 +43,12 @@ pub(super) fn run(args: &MemoryArgs, demand: &Demand, room: &Room) -> Result<()>
         print(args, demand, (&fit, asked), (limit, refusal.as_ref()));
     }
     refusal.map_or(Ok(()), Err)
+}
+
+/// Why nothing fits, for programs.
+pub(super) fn refusal(error: &Error) -> Value {
+    let message = error.message();
+    json!({"error": message.what, "hint": message.hint})
 }
 
 fn limit(args: &MemoryArgs, room: &Room) -> Result<Limit> {
@@ -98,7 +102,8 @@ fn print(
     println!("\n{:<38} {:>12} {:>12} {:>6}", "one change of this plan", "total", "changes", "time");
     for knob in &fit.knobs {
         let (total, change) = (ByteSize(knob.bytes), change(fit.bytes, knob.bytes));
-        println!("{:<38} {total:>12} {change:>12} {:>5.2}x", knob.flags, knob.time);
+        let over = if knob.bytes > fit.budget_bytes { "  over the budget" } else { "" };
+        println!("{:<38} {total:>12} {change:>12} {:>5.2}x{over}", knob.flags, knob.time);
     }
 }
 

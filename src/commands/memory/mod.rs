@@ -11,7 +11,7 @@ use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
 use nibble_quant::FloatType;
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::adapter::{Adapter, LoraConfig};
 use crate::allocator;
@@ -30,6 +30,7 @@ use crate::ledger::rows::Account;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::check_stored;
+use crate::plan::weights::STREAMED_BLOCKS;
 use crate::plan::work::{Transfer, Work};
 use crate::plan::{
     Choice, Demand, Limit, MemoryPlan, Place, Settings, Strategy, WeightBytes, layout, logit_rows,
@@ -73,6 +74,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         model.process = here.unwrap_or(ASSUMED_CONTEXT_BYTES);
         args.device.embedding.on_host().check(&model.spec)?;
     }
+    note_positions(args, &model.spec);
     let lora = lora(args, &model.spec)?;
     let settings = settings(args, &lora, &model.spec, place)?;
     let attention = args.device.attn_implementation;
@@ -90,12 +92,14 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         process_bytes: model.process,
         place,
         pinned_bytes: room.pinned_bytes,
+        lora_r: args.lora.init_adapter.is_none().then_some(lora.r),
+        logit_rows_given: args.logits_chunk_length.is_some(),
         sum_order: None,
     };
     if args.fit {
         return fit::run(args, &demand, &room);
     }
-    let choice = demand.choose(limit(args, &room))?;
+    let choice = choose(args, &demand, &room)?;
     let plan = demand.plan(&choice.settings);
     let account = Account::planned(demand.outside(&choice), &plan);
     // What `train` would do knows its limit.
@@ -117,6 +121,15 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         run.page_cache = run.model.checkpoint.as_ref().and_then(Checkpoint::page_cache);
     }
     show(args, &run)
+}
+
+/// A plan within the budget; that there is none is said to programs, too.
+fn choose(args: &MemoryArgs, demand: &Demand, room: &Room) -> Result<Choice> {
+    let choice = demand.choose(limit(args, room));
+    if let (true, Err(error @ Error::Budget(_))) = (args.json, &choice) {
+        println!("{:#}", json!({"fits": false, "refusal": fit::refusal(error)}));
+    }
+    choice
 }
 
 fn show(args: &MemoryArgs, run: &PlannedRun) -> Result<()> {
@@ -202,6 +215,10 @@ impl PlannedRun {
         let work = Work::of_token(&self.model.spec, self.settings.longest_document);
         let work = work.of_step(&self.settings);
         let offloaded = self.plan.offloaded_bytes() as u64;
+        // Two blocks stay in their places.
+        if layers <= STREAMED_BLOCKS && offloaded == 0 {
+            return None;
+        }
         Some(Transfer::new(layers, streamed.block, offloaded, self.settings.tokens, work))
     }
 
@@ -287,6 +304,14 @@ fn bare_config(path: &Path) -> Result<Option<Value>> {
         return read_config(&config).map(Some);
     }
     Ok(None)
+}
+
+/// A row that is shorter than was asked for.
+fn note_positions(args: &MemoryArgs, spec: &ModelSpec) {
+    let (asked, length) = (args.max_length.get(), row_length(args, spec));
+    if length < asked {
+        eprintln!("note: the model has positions for {length} tokens, `--max-length` is {asked}");
+    }
 }
 
 /// Tokens of a row: no more than the model has learned positions for, as in training.

@@ -14,7 +14,7 @@ use crate::report::figures::{change, thousands};
 /// For people.
 pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     let layers = run.model.spec.num_layers;
-    let trained: usize = run.settings.targets.iter().map(|target| target.parameters()).sum();
+    let trained: usize = run.settings.targets.iter().map(|target| target.shape.elements()).sum();
     println!(
         "{}: {layers} layers, {} tokens in a forward pass, {} trained parameters",
         args.base.model.display(),

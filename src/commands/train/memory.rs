@@ -83,6 +83,8 @@ pub fn plan(
         process_bytes,
         place,
         pinned_bytes: resident::pinnable_bytes(),
+        lora_r: args.lora.init_adapter.is_none().then_some(adapter.config.r),
+        logit_rows_given: args.resources.logits_chunk_length.is_some(),
         sum_order: before,
     };
     let limit = match args.resources.memory_budget {

@@ -198,7 +198,7 @@ impl Base {
             other => other,
         })?;
         let speaker = Speaker::new(tokenizer.clone(), &spec.eos_token_ids)?;
-        let preview = Preview::new(speaker, args.evaluation.sample_max_new_tokens.get());
+        let preview = Preview::new(speaker, args.evaluation.sample_max_new_tokens.get(), &spec);
         let brought = tokenizer.beyond_the_model(model)?;
         Ok(Base { checkpoint, spec, tokenizer, brought, preview })
     }

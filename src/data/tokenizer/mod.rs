@@ -5,11 +5,14 @@
 
 mod open;
 
+use std::borrow::Cow;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
+use tokenizers::processors::PostProcessorWrapper;
+use tokenizers::processors::sequence::Sequence;
 
 use super::ends::TurnEnds;
 use super::known_templates::{known_template, unknown_template};
@@ -180,7 +183,7 @@ impl ChatTokenizer {
         });
         let path = folder.join("tokenizer.json");
         let tokenizer = self
-            .tokenizer
+            .with_bos_in_front()?
             .to_string(true)
             .map_err(|e| Error::input(format_args!("{}: {e}", path.display())))?;
         for (name, contents) in [
@@ -193,6 +196,34 @@ impl ChatTokenizer {
             std::fs::write(&path, contents).map_err(|e| Error::io("write", &path, e))?;
         }
         Ok(())
+    }
+
+    /// With a post-processor that puts the BOS in front, if the tokenizer wants one: transformers 5 reads
+    /// that, not `add_bos_token`, where there is a `tokenizer.json`. No text is encoded with it here.
+    fn with_bos_in_front(&self) -> Result<Cow<'_, Tokenizer>> {
+        let wanted = self.bos.as_ref().filter(|_| self.add_bos_token);
+        let Some(bos) = wanted.filter(|bos| !puts_in_front(&self.tokenizer, bos)) else {
+            return Ok(Cow::Borrowed(&self.tokenizer));
+        };
+        let SpecialToken { text, id } = bos;
+        let piece = |sequence: &str, type_id: usize| {
+            let bos = json!({"SpecialToken": {"id": text, "type_id": type_id}});
+            [bos, json!({"Sequence": {"id": sequence, "type_id": type_id}})]
+        };
+        let pair = [piece("A", 0), piece("B", 1)].concat();
+        let template = json!({
+            "type": "TemplateProcessing",
+            "single": piece("A", 0),
+            "pair": pair,
+            "special_tokens": {text: {"id": text, "ids": [id], "tokens": [text]}},
+        });
+        let template: PostProcessorWrapper = serde_json::from_value(template)
+            .map_err(|e| Error::input(format_args!("the tokenizer's BOS `{text}`: {e}")))?;
+        let before = self.tokenizer.get_post_processor().cloned();
+        let mut tokenizer = self.tokenizer.clone();
+        let all = before.into_iter().chain([template]).collect();
+        tokenizer.with_post_processor(Some(Sequence::new(all)));
+        Ok(Cow::Owned(tokenizer))
     }
 
     /// Ids of the vocabulary, added tokens included; may be smaller than the model's.
@@ -319,6 +350,12 @@ impl ChatTokenizer {
     pub fn id(&self, text: &str) -> Option<u32> {
         self.tokenizer.token_to_id(text)
     }
+}
+
+/// Whether the tokenizer's post-processor begins a text with `bos`.
+fn puts_in_front(tokenizer: &Tokenizer, bos: &SpecialToken) -> bool {
+    let processed = tokenizer.encode_fast("a", true);
+    processed.is_ok_and(|encoding| encoding.get_ids().first() == Some(&bos.id))
 }
 
 /// Where the tokenizer is that an adapter of `model` was trained with.

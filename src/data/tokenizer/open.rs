@@ -7,7 +7,7 @@ use candle_core::quantized::tokenizer::TokenizerFromGguf;
 use serde_json::Value;
 use tokenizers::Tokenizer;
 
-use super::{ChatTokenizer, SpecialToken};
+use super::{ChatTokenizer, SpecialToken, puts_in_front};
 use crate::checkpoint::{lfs_pointer, map_file, read_gguf_header, read_json};
 use crate::data::pre_tokenizers::{self, set_splitter};
 use crate::data::sentence_piece::{self, is_sentence_piece};
@@ -39,25 +39,33 @@ impl ChatTokenizer {
         let config = optional_json(&folder.join("tokenizer_config.json"))?;
         let generation = optional_json(&model.join("generation_config.json"))?;
         let model = optional_json(&model.join("config.json"))?;
+        let map = optional_json(&folder.join("special_tokens_map.json"))?;
+        // What a file says is null is none.
+        let named = |key: &str| [&config, &map].into_iter().find_map(|file| file.get(key));
         let special = |key: &str| {
-            let text = special_text(&config[key])?;
+            let text = special_text(named(key)?)?;
             let id = tokenizer.token_to_id(&text)?;
             Some(SpecialToken { text, id })
         };
-        let (bos, eos) = (special("bos_token"), special("eos_token"));
+        let of_model =
+            [&generation, &model].into_iter().flat_map(|file| ids(&file["eos_token_id"]));
+        let of_model: Vec<u32> = of_model.collect();
+        // GPT-2's files leave it to transformers' class of the tokenizer.
+        let by_id = |id: u32| Some(SpecialToken { text: tokenizer.id_to_token(id)?, id });
+        let unnamed = of_model.first().filter(|_| named("eos_token").is_none());
+        let eos = special("eos_token").or_else(|| by_id(*unnamed?));
         let mut eos_ids: Vec<u32> = eos.iter().map(|token| token.id).collect();
-        for id in ids(&generation["eos_token_id"]).into_iter().chain(ids(&model["eos_token_id"])) {
+        for id in of_model {
             if !eos_ids.contains(&id) {
                 eos_ids.push(id);
             }
         }
+        let bos = special("bos_token");
         let templates = TemplateSources::of_folder(folder, &config)?;
         let (pad, unknown) = (special("pad_token"), special("unk_token"));
-        // Llama 3 has no such setting: its post-processor puts the BOS there.
-        let processed = tokenizer.encode_fast("a", true).ok();
-        let processed = processed.and_then(|encoding| encoding.get_ids().first().copied());
-        let adds = processed.is_some() && processed == bos.as_ref().map(|token| token.id);
-        let add_bos_token = config["add_bos_token"].as_bool().unwrap_or(adds);
+        // As transformers 5, which does not read the setting: it stands in folders of older ones.
+        let adds = bos.as_ref().is_some_and(|bos| puts_in_front(&tokenizer, bos));
+        let add_bos_token = adds || config["add_bos_token"] == true;
         let (own, home) = ((None, 0), PathBuf::new());
         Ok(ChatTokenizer {
             tokenizer,

@@ -141,6 +141,7 @@ impl<T: Pod> DerefMut for Buffer<T> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::plan::RegionType;
 
     const A: RegionId = RegionId::Cache(0);
     const B: RegionId = RegionId::Cache(1);

@@ -8,7 +8,7 @@ use super::frozen::STRIDE_ELEMENTS;
 use super::launch::FLAT_THREADS;
 use super::memory::Rows;
 use super::weight::{DeviceWeight, Packed};
-use super::weight_buffers::{Source, Wanted, WeightBuffers, WeightRows};
+use super::weight_buffers::{Source, Wanted, WeightRows};
 use crate::error::Result;
 
 /// Rows of a weight in bf16.
@@ -35,13 +35,13 @@ impl<D: Driver> Cuda<D> {
 
     /// Elements of a buffer for dequantized weights.
     pub(super) fn room_for_dequantized(&self) -> usize {
-        self.state().weights.as_ref().expect("a plan is allocated").elements()
+        self.state().lent().weights.elements()
     }
 
     /// What is wanted, in a buffer. What follows it in a pass is brought meanwhile, see
     /// [`super::weight_buffers`].
     pub(super) fn in_a_buffer(&self, wanted: Wanted) -> Rows {
-        let turn = self.state().weights.as_mut().expect("a plan is allocated").turn(wanted);
+        let turn = self.state().lent().weights.turn(wanted);
         if turn.pending {
             self.note(self.driver().await_ahead());
         }
@@ -89,7 +89,7 @@ impl<D: Driver> Cuda<D> {
 
     /// Before streamed weights change: what was dequantized of them is of no use.
     pub(super) fn forget_dequantized(&self) {
-        let pending = self.state().weights.as_mut().is_some_and(WeightBuffers::forget);
+        let pending = self.state().lent.as_mut().is_some_and(|lent| lent.weights.forget());
         if pending {
             self.note(self.driver().await_ahead());
         }

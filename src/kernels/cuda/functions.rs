@@ -18,6 +18,8 @@ use crate::error::{Error, Result};
 
 // cuda.h
 const ERROR_OUT_OF_MEMORY: c_int = 2;
+const ERROR_DEVICE_UNAVAILABLE: c_int = 46;
+const ERROR_NO_DEVICE: c_int = 100;
 const ERROR_NO_BINARY_FOR_GPU: c_int = 209;
 const ERROR_INVALID_PTX: c_int = 218;
 const ERROR_JIT_COMPILER_NOT_FOUND: c_int = 221;
@@ -26,6 +28,10 @@ const ERROR_ILLEGAL_ADDRESS: c_int = 700;
 const ERROR_LAUNCH_TIMEOUT: c_int = 702;
 const ERROR_HARDWARE_STACK: c_int = 714;
 const ERROR_LAUNCH_FAILED: c_int = 719;
+const ERROR_SYSTEM_NOT_READY: c_int = 802;
+const ERROR_DRIVER_MISMATCH: c_int = 803;
+const ERROR_COMPAT_NOT_SUPPORTED: c_int = 804;
+const ERROR_UNKNOWN: c_int = 999;
 
 /// What the libraries hand out: contexts, streams, events, modules, functions.
 pub(super) type Handle = *mut c_void;
@@ -139,6 +145,29 @@ impl CudaFunctions {
             ERROR_LAUNCH_TIMEOUT => Error::gpu(what).hint(
                 "the system ends kernels that hold up the screen for seconds: use a GPU that shows \
                  none, or raise the driver's limit (TdrDelay on Windows)",
+            ),
+            ERROR_DEVICE_UNAVAILABLE => Error::gpu(what).hint(
+                "another process has the GPU to itself (`nvidia-smi -q -d COMPUTE` shows the mode): \
+                 end it, or choose another by `--device cuda:N`",
+            ),
+            ERROR_NO_DEVICE => Error::gpu(what).hint(
+                "is one hidden by CUDA_VISIBLE_DEVICES, or the container started without GPU access?",
+            ),
+            ERROR_SYSTEM_NOT_READY => Error::gpu(what).hint(
+                "GPUs that are joined by NVSwitch need a service: start `nvidia-fabricmanager` of the \
+                 driver's version",
+            ),
+            ERROR_DRIVER_MISMATCH => Error::gpu(what).hint(
+                "the driver's library and its kernel module are of two versions, as after an update: \
+                 restart the machine",
+            ),
+            ERROR_COMPAT_NOT_SUPPORTED => Error::gpu(what).hint(
+                "a `cuda-compat` library that this card does not take is found before the driver's \
+                 own: take its folder out of LD_LIBRARY_PATH",
+            ),
+            ERROR_UNKNOWN => Error::gpu(what).hint(
+                "after the machine has slept, `sudo rmmod nvidia_uvm && sudo modprobe nvidia_uvm` or \
+                 a restart helps",
             ),
             ERROR_ILLEGAL_ADDRESS | ERROR_HARDWARE_STACK..=ERROR_LAUNCH_FAILED => Error::gpu(what).hint(
                 "a kernel before may have gone wrong: with `CUDA_LAUNCH_BLOCKING=1` it is named; \

@@ -50,6 +50,8 @@ pub(super) fn values<D: Driver>(
     buffer: &Buffer<D>,
     range: Range<usize>,
 ) -> Result<Cow<'static, [f32]>> {
+    // What went wrong before is not to be found by whoever reads next.
+    cuda.take_failure()?;
     let (from, stored) = buffer.whole_rows(range.start, range.len());
     Ok(Cow::Owned(if buffer.dtype == RegionType::F32 {
         assert_eq!(stored, range.len(), "rows of f32 have no room behind them");

@@ -90,13 +90,25 @@ struct Shared<D: Driver> {
     state: Mutex<State<D>>,
 }
 
-/// What the plan at work lends to the operations.
+/// What changes while operations are queued.
 struct State<D: Driver> {
-    staging: Option<Staging<D>>,
-    weights: Option<WeightBuffers<D>>,
+    lent: Option<Lent<D>>,
+    /// The first error since somebody asked.
+    failure: Option<Error>,
+}
+
+/// What the plan at work lends to the operations.
+struct Lent<D: Driver> {
+    staging: Staging<D>,
+    weights: WeightBuffers<D>,
     stack: Option<StackRoom<D>>,
     mlp_sums: Option<Buffer<D>>,
-    failure: Option<Error>,
+}
+
+impl<D: Driver> State<D> {
+    fn lent(&mut self) -> &mut Lent<D> {
+        self.lent.as_mut().expect("a plan is allocated")
+    }
 }
 
 /// Bytes of the scalars: partial sums, their sum, the norm, the scale.
@@ -111,13 +123,7 @@ impl<D: Driver> Cuda<D> {
         let driver = Arc::new(driver);
         let tables = Tables::new(&driver)?;
         let scalars = Allocation::new(&driver, SCALARS_BYTES)?;
-        let state = Mutex::new(State {
-            staging: None,
-            weights: None,
-            stack: None,
-            mlp_sums: None,
-            failure: None,
-        });
+        let state = Mutex::new(State { lent: None, failure: None });
         let shared = Arc::new(Shared { driver, tables, scalars, state });
         Ok(Cuda {
             shared,
@@ -145,9 +151,7 @@ impl<D: Driver> Cuda<D> {
 
     /// Gives back what is left of the last plan, whose model is gone.
     pub fn forget_plan(&self) {
-        let mut state = self.state();
-        (state.staging, state.weights) = (None, None);
-        (state.stack, state.mlp_sums) = (None, None);
+        self.state().lent = None;
     }
 
     /// The GPU.
@@ -161,12 +165,12 @@ impl<D: Driver> Cuda<D> {
 
     /// Room for linears that read the same rows, if there is any.
     fn stack_room(&self) -> Option<StackRoom<D>> {
-        self.state().stack.clone()
+        self.state().lent().stack.clone()
     }
 
     /// Where an MLP with adapters sums, in f32: buffers of the head, which are idle while blocks work.
     fn mlp_sums(&self) -> Option<Buffer<D>> {
-        self.state().mlp_sums.clone()
+        self.state().lent().mlp_sums.clone()
     }
 
     /// Keeps the first error for whoever waits next.
@@ -184,7 +188,7 @@ impl<D: Driver> Cuda<D> {
     /// What goes to the device through staging; the first error is kept, as [`note`](Cuda::note) does.
     fn through_staging<R>(&self, upload: impl FnOnce(&mut Staging<D>) -> Result<R>) -> Option<R> {
         let mut state = self.state();
-        let result = upload(state.staging.as_mut().expect("a plan is allocated"));
+        let result = upload(&mut state.lent().staging);
         result.map_err(|error| _ = state.failure.get_or_insert(error)).ok()
     }
 
@@ -192,8 +196,8 @@ impl<D: Driver> Cuda<D> {
     fn download(&self, from: driver::Address, to: &mut [u8]) -> Result<()> {
         self.take_failure()?;
         self.shared.driver.download(from, to)?;
-        if let Some(staging) = &mut self.state().staging {
-            staging.reuse();
+        if let Some(lent) = &mut self.state().lent {
+            lent.staging.reuse();
         }
         Ok(())
     }

@@ -5,8 +5,8 @@ use std::ops::Range;
 
 use crate::model::spec::{LinearRole, MlpKind, ModelSpec};
 use crate::plan::{
-    AdapterRegion, BlockRegion, Component, CudaRegion, HeadRegion, MemoryPlan, Owner, Pitch,
-    Policy, Ranks, Region, RegionId, RegionType, Settings, WorkRegion, layout, waiting,
+    AdapterRegion, BlockRegion, Component, CudaRegion, HeadRegion, MemoryPlan, Pitch, Policy,
+    Ranks, Region, RegionId, RegionType, Settings, WorkRegion, layout, waiting,
 };
 
 use super::adapted_mlp;
@@ -201,14 +201,11 @@ fn dequantized_matrices(
     matrices
 }
 
-/// Gives an operand of products with adapters room behind its rows.
+/// Gives an operand of products with adapters room behind its rows: as much in every layer, or a product of
+/// what a layer kept would have other strides, and perhaps other bits, than of what is recomputed.
 fn leave_room(spec: &ModelSpec, ranks: &Ranks, region: &mut Region) {
     let Some((width, products)) = operand_rows(spec, region.id) else { return };
-    let of = |roles: &&[LinearRole]| match region.id {
-        RegionId::Block(Owner::Layer(layer) | Owner::LastTile(layer), _) => ranks.of(layer, roles),
-        _ => ranks.most(roles),
-    };
-    let rank = products.iter().map(of).max().unwrap_or(0);
+    let rank = products.iter().map(|roles| ranks.most(roles)).max().unwrap_or(0);
     if rank > 0 {
         let stride = width + tail_columns(rank);
         region.elements = region.elements / width * stride;

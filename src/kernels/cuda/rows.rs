@@ -22,11 +22,6 @@ impl<D: Driver> RowKernels for Cuda<D> {
         x: &mut Buffer<D>,
         write: Write,
     ) {
-        if !write.adds()
-            && let Some(weights) = &mut self.state().weights
-        {
-            weights.begin_pass();
-        }
         let width = table.shape[1];
         let to = x.argument(ids.len() * width);
         let Some(ids_on_device) = self.stage(ids) else { return };

@@ -70,48 +70,62 @@ pub struct Found {
 pub fn open(wanted: &Wanted, version: i32) -> Result<Found> {
     let fits = |(name, least): &(&'static str, i32)| (*least <= version).then_some(*name);
     let names: Vec<&str> = wanted.names.iter().filter_map(fits).collect();
-    if let Some(found) = find(wanted, &names) {
-        return Ok(found);
-    }
+    let refused = match find(wanted, &names) {
+        Ok(found) => return Ok(found),
+        Err(refused) => refused,
+    };
     let newer: Vec<&str> = wanted.names.iter().map(|(name, _)| *name).collect();
-    if let Some(found) = find(wanted, &newer) {
+    if let Ok(found) = find(wanted, &newer) {
         let what = format!("{} needs a newer driver: this one runs CUDA {version}", found.name);
         return Err(
             Error::gpu(what).hint("update NVIDIA's driver, or `pip install nvidia-cublas-cu12`")
         );
     }
     let names = names.join(" or ");
-    Err(Error::gpu(format_args!("no {}: {names} was not found", wanted.title)).hint(wanted.fix))
+    let why = refused.unwrap_or_else(|| format!("{names} was not found"));
+    Err(Error::gpu(format_args!("no {}: {why}", wanted.title)).hint(wanted.fix))
 }
 
-fn find(wanted: &Wanted, names: &[&str]) -> Option<Found> {
+/// The first that opens; else why a file that is there does not.
+fn find(wanted: &Wanted, names: &[&str]) -> std::result::Result<Found, Option<String>> {
     let mut folders: Vec<Option<PathBuf>> = Vec::new();
     if wanted.bundled {
         folders.extend(std::env::var_os("NIBBLE_CUDA_LIB_DIR").map(|dir| Some(dir.into())));
     }
     folders.push(None);
-    first(wanted, names, &folders).or_else(|| {
-        let further = wanted.bundled.then(further_folders)?;
-        first(wanted, names, &further)
+    first(wanted, names, &folders).or_else(|refused| {
+        let further = if wanted.bundled { further_folders() } else { Vec::new() };
+        first(wanted, names, &further).map_err(|further| refused.or(further))
     })
 }
 
-fn first(wanted: &Wanted, names: &[&str], folders: &[Option<PathBuf>]) -> Option<Found> {
+fn first(
+    wanted: &Wanted,
+    names: &[&str],
+    folders: &[Option<PathBuf>],
+) -> std::result::Result<Found, Option<String>> {
     let paths = folders.iter().flat_map(|folder| {
         names.iter().map(move |name| match folder {
             Some(folder) => folder.join(name),
             None => PathBuf::from(name),
         })
     });
-    paths.into_iter().find_map(|path| {
+    let mut refused = None;
+    for path in paths {
         if let Some((part, instead)) = wanted.beside.filter(|_| path.is_file()) {
             // Once it is open, whoever needs a library of its name has it, and not one of another
             // version that the loader finds first.
-            beside(&path, part, instead).and_then(|needed| load(needed.as_os_str()));
+            beside(&path, part, instead).map(|needed| load(needed.as_os_str()));
         }
-        let library = load(path.as_os_str())?;
-        Some(Found { library, name: path.display().to_string() })
-    })
+        match load(path.as_os_str()) {
+            Ok(library) => return Ok(Found { library, name: path.display().to_string() }),
+            Err(error) if path.is_file() => {
+                refused.get_or_insert(format!("{} cannot be opened: {error}", path.display()));
+            }
+            Err(_) => {}
+        }
+    }
+    Err(refused)
 }
 
 /// The file that has `instead` for `part` in its name.
@@ -119,10 +133,10 @@ fn beside(path: &Path, part: &str, instead: &str) -> Option<PathBuf> {
     Some(path.with_file_name(path.file_name()?.to_str()?.replace(part, instead)))
 }
 
-fn load(path: &OsStr) -> Option<&'static Library> {
+fn load(path: &OsStr) -> std::result::Result<&'static Library, libloading::Error> {
     // SAFETY: NVIDIA's libraries may be opened at any time; their initialisers touch nothing of ours.
-    let library = unsafe { open_library(path) }.ok()?;
-    Some(Box::leak(Box::new(library)))
+    let library = unsafe { open_library(path) }?;
+    Ok(Box::leak(Box::new(library)))
 }
 
 #[cfg(not(windows))]

@@ -14,7 +14,7 @@ use super::staging::Staging;
 use super::together::StackRoom;
 use super::weight::{self, DeviceWeight};
 use super::weight_buffers::WeightBuffers;
-use super::{Cuda, rows, stream};
+use super::{Cuda, Lent, rows, stream};
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::kernels::{Storage, StreamedWeights};
@@ -48,9 +48,7 @@ impl<D: Driver> Storage for Cuda<D> {
             memory.region(RegionId::Cuda(CudaRegion::Uploads)),
             staged_bytes(plan),
         )?;
-        let mut state = self.state();
-        state.staging = Some(staging);
-        state.mlp_sums = memory.as_f32(&plan.regions, idle_in_blocks(&plan.regions));
+        let mlp_sums = memory.as_f32(&plan.regions, idle_in_blocks(&plan.regions));
         let mut take = |region| {
             let id = RegionId::Cuda(region);
             plan.region(id).map(|_| memory.region(id))
@@ -59,7 +57,7 @@ impl<D: Driver> Storage for Cuda<D> {
             DEQUANTIZED.into_iter().filter_map(&mut take).map(|buffer| (buffer, None)).collect();
         let stacked = take(CudaRegion::StackedA);
         let room = |a| StackRoom { a, gradient: take(CudaRegion::StackedGradient) };
-        state.stack = stacked.map(room);
+        let stack = stacked.map(room);
         // Its memory is a part of what the sums have.
         take(CudaRegion::MlpSums);
         let blocks = |region: &&Region| matches!(region.id, RegionId::DequantizedBlocks(_));
@@ -67,10 +65,14 @@ impl<D: Driver> Storage for Cuda<D> {
             let columns = region.pitch.map(|pitch| pitch.width);
             buffers.extend((0..region.count).map(|_| (memory.region(region.id), columns)));
         }
-        state.weights = Some(WeightBuffers::new(buffers));
-        drop(state);
+        let weights = WeightBuffers::new(buffers);
+        self.state().lent = Some(Lent { staging, weights, stack, mlp_sums });
         memory.zero_optimizer(driver)?;
         Ok(memory)
+    }
+
+    fn begin_pass(&self) {
+        self.state().lent().weights.begin_pass();
     }
 
     fn offload_store(&self, plan: &MemoryPlan, _folder: Option<&Path>) -> Result<OffloadStore<D>> {

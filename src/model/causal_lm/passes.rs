@@ -36,6 +36,7 @@ impl<K: Kernels> Model<K> {
             self.trained_tokens = tokens.tokens();
         }
         let Model { kernels, weights, parameters, buffers, cached_tokens, .. } = self;
+        kernels.begin_pass();
         let Buffers { inputs, places, offload, attended, attended_places, .. } = buffers;
         let Buffers { kept, shared, work, caches, .. } = buffers;
         offload.before_write(kernels, 0);

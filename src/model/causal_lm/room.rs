@@ -22,6 +22,8 @@ impl<K: Kernels> Model<K> {
         for (part, values) in Part::LASTING.into_iter().zip(&lasting) {
             model.parameters.set_values(part, values);
         }
+        // What did not arrive is known when something is read: now, or an adapter of zeros would go on.
+        model.parameters.words_of(Part::Master, 0..1)?;
         Ok(model)
     }
 

@@ -1,6 +1,7 @@
 //! Gemma 1, 2 and 3. Sources: transformers `models/gemma{,2,3}/modeling_gemma*.py`,
 //! `configuration_gemma*.py`.
 
+use half::{bf16, f16};
 use serde_json::{Value, json};
 
 use super::fields::{Fields, wrong_type};
@@ -35,9 +36,19 @@ pub(super) fn gemma(fields: &Fields, family: Family) -> Result<ModelSpec> {
     let mut spec = decoder(fields, family)?;
     spec.activation = Activation::GeluTanh;
     spec.norm_plus_one = true;
-    spec.embedding_scale = (spec.hidden_size as f32).sqrt();
+    spec.embedding_scale = rounded((spec.hidden_size as f32).sqrt(), fields);
     spec.tie_word_embeddings = fields.flag_or("tie_word_embeddings", true)?;
     Ok(spec)
+}
+
+/// As transformers: in the type of the embedding, in which these models were trained (50.5 for √2560 in bf16).
+fn rounded(scale: f32, fields: &Fields) -> f32 {
+    let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| fields.present(key)?.as_str());
+    match dtype {
+        Some("bfloat16") => bf16::from_f32(scale).to_f32(),
+        Some("float16") => f16::from_f32(scale).to_f32(),
+        _ => scale,
+    }
 }
 
 pub(super) fn gemma2(fields: &Fields) -> Result<ModelSpec> {
@@ -127,6 +138,12 @@ mod tests {
             spec_from_config(&config)
         };
         let first = config("gemma", json!({"hidden_activation": null})).unwrap();
+        let scale = |dtype: &str| {
+            let extra = json!({"hidden_size": 2560, "torch_dtype": dtype});
+            config("gemma3_text", extra).unwrap().embedding_scale
+        };
+        let scales = ["float32", "float16", "bfloat16"].map(scale);
+        assert_eq!(scales, [2560f32.sqrt(), 50.59375, 50.5]);
         assert_eq!((first.activation, first.head_dim), (Activation::GeluTanh, 256));
         assert_eq!((first.embedding_scale, first.vocab_size), (8.0, 256_000));
         assert!(first.tie_word_embeddings && first.norm_plus_one && !first.post_norms);

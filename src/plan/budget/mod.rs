@@ -13,7 +13,7 @@ use crate::model::spec::ModelSpec;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::outside::{Outside, WeightParts};
 use crate::plan::region::MemoryPlan;
-use crate::plan::settings::{Policy, Settings, SumOrder};
+use crate::plan::settings::{Pieces, Policy, Settings, SumOrder};
 use crate::plan::strategy::Strategy;
 use crate::plan::weights::{Place, WeightBytes};
 
@@ -130,6 +130,10 @@ pub struct Demand<'a> {
     pub place: Place,
     /// What may be pinned of the host's memory beside a GPU: what is offloaded, streamed blocks, tables.
     pub pinned_bytes: u64,
+    /// What `--lora-r` asks for; `None` where that is an adapter's to say.
+    pub lora_r: Option<usize>,
+    /// Whether the rows of logits are what the user asked for: then no plan takes fewer.
+    pub logit_rows_given: bool,
     /// That of a run which goes on: it is kept if it fits.
     pub sum_order: Option<SumOrder>,
 }
@@ -178,6 +182,12 @@ impl Demand<'_> {
                 self.pinned_for(choice.strategy) + staged
             }
         }
+    }
+
+    /// What may be made in smaller pieces, the fewest first.
+    pub(in crate::plan) fn pieces(&self) -> impl Iterator<Item = Pieces> {
+        let given = self.logit_rows_given;
+        Pieces::ways(self.place == Place::Gpu).filter(move |pieces| !(given && pieces.logits))
     }
 
     /// What may be in the host's memory beside a GPU.

@@ -3,7 +3,7 @@
 use super::{Activations, Choice, Demand, Limit, WeightsMode};
 use crate::error::{Error, Result};
 use crate::plan::cost::Pace;
-use crate::plan::settings::{Pieces, Policy};
+use crate::plan::settings::Policy;
 use crate::plan::strategy::Strategy;
 use crate::plan::weights::Place;
 
@@ -18,7 +18,7 @@ impl Demand<'_> {
     ///
     /// # Errors
     /// `Budget` when nothing fits, with the nearest settings that do; `Usage` when the weights
-    /// cannot be streamed and must be.
+    /// cannot be streamed and must be, or cannot stay dequantized and shall.
     pub fn choose(&self, limit: Limit) -> Result<Choice> {
         let candidates = self.candidates()?;
         let chosen = self.choose_of(&candidates, limit);
@@ -93,7 +93,7 @@ impl Demand<'_> {
     }
 
     /// The fastest of some ways, of equally fast ones the first, and what it takes for a token.
-    pub(super) fn fastest_of(
+    pub(in crate::plan) fn fastest_of(
         &self,
         ways: impl Iterator<Item = Strategy>,
     ) -> Option<(f64, Strategy)> {
@@ -138,10 +138,10 @@ impl Demand<'_> {
     /// none where there is one buffer for all, of a base that is not in 4 bits, and on the CPU.
     pub(in crate::plan) fn most_dequantized(&self, strategy: Strategy) -> usize {
         match (self.place, strategy.stream) {
-            _ if strategy.pieces.one_buffer => 0,
+            _ if strategy.pieces.one_buffer || self.weights.resident.codes == 0 => 0,
             (Place::Gpu, true) => 1,
-            (Place::Gpu, false) if self.weights.resident.codes > 0 => self.spec.num_layers,
-            _ => 0,
+            (Place::Gpu, false) => self.spec.num_layers,
+            (Place::Cpu, _) => 0,
         }
     }
 
@@ -159,6 +159,12 @@ impl Demand<'_> {
                     .hint("make one with `nibble quantize` and give it as `--model`"));
             }
         };
+        if self.dequantized_blocks.is_some_and(|blocks| blocks > 0)
+            && self.weights.resident.codes == 0
+        {
+            let what = "`--dequantized-blocks`: the weights of this base are not in 4 bits";
+            return Err(Error::usage(what).hint("leave it out, or quantize the base"));
+        }
         use Policy::{Attention, Checkpoint, Keep, Offload, OffloadAttention};
         const OTHERS: &[Policy] = &[Checkpoint, Attention, OffloadAttention, Offload];
         let (kept, others): (Vec<usize>, &[Policy]) = match self.activations {
@@ -171,7 +177,7 @@ impl Demand<'_> {
         };
         let auto = self.activations == Activations::Auto;
         let mut candidates = Vec::new();
-        for pieces in Pieces::ways(self.place == Place::Gpu) {
+        for pieces in self.pieces() {
             for &on_host in self.embedding_places() {
                 for (&stream, &others) in
                     streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))

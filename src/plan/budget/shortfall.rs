@@ -79,7 +79,8 @@ impl Demand<'_> {
                     let choice = demand.chosen(limit)?;
                     let seconds = Pace::new(demand).seconds_per_token(&choice);
                     let need = demand.total_bytes(choice.strategy);
-                    Some((seconds, self.changed_flags(demand.settings, &choice), need))
+                    let flags = self.changed_flags(demand.settings, &choice, self.settings.tokens);
+                    Some((seconds, flags, need))
                 })
             });
             let fastest = fitting.min_by(|a, b| a.0.total_cmp(&b.0));
@@ -113,26 +114,36 @@ impl Demand<'_> {
         mut settings: Settings,
         with: impl FnOnce(&Demand) -> R,
     ) -> R {
-        let Demand { mut activations, mut mode, mut embedding, .. } = *self;
+        let Demand { mut activations, mut mode, mut embedding, mut logit_rows_given, .. } = *self;
         for wish in wishes {
             match wish {
                 Wish::Activations => activations = Activations::Auto,
                 Wish::Weights => mode = WeightsMode::Auto,
                 Wish::Embedding => embedding = EmbeddingPlace::Auto,
-                Wish::Pieces => smallest_pieces(&mut settings),
+                Wish::Pieces => {
+                    smallest_pieces(&mut settings);
+                    logit_rows_given = false;
+                }
                 Wish::Optim => settings.optim = Optim::Adamw8bit,
             }
         }
         // A hint has what is needed, not what memory could be filled with.
         let dequantized_blocks = Some(0);
         let settings = &settings;
-        let demand =
-            Demand { settings, activations, mode, embedding, dequantized_blocks, ..self.clone() };
-        with(&demand)
+        with(&Demand {
+            settings,
+            activations,
+            mode,
+            embedding,
+            dequantized_blocks,
+            logit_rows_given,
+            ..self.clone()
+        })
     }
 
-    /// What to type for `choice` of a demand with `settings`, where it is not what this one asks for.
-    fn changed_flags(&self, settings: &Settings, choice: &Choice) -> Vec<String> {
+    /// What to type for `choice` of a demand with `settings` in passes of at most `tokens`, where it is not
+    /// what this one asks for.
+    fn changed_flags(&self, settings: &Settings, choice: &Choice, tokens: usize) -> Vec<String> {
         let mut flags = Vec::new();
         let [activations, weights, embedding] = choice.strategy.flags(self.spec.num_layers);
         let asked = match self.activations {
@@ -157,13 +168,12 @@ impl Demand<'_> {
         if embedding != asked && self.places_embedding() {
             flags.push(format!("`--embedding {embedding}`"));
         }
-        if let Some(tile) = settings.mlp_tile_length
-            && settings.mlp_tile_length != self.settings.mlp_tile_length
-        {
-            flags.push(format!("`--mlp-tile-length {tile}`"));
+        let [new, asked] = [settings, self.settings].map(|settings| settings.shorter(tokens));
+        if new.mlp_tile() != asked.mlp_tile() {
+            flags.push(format!("`--mlp-tile-length {}`", new.mlp_tile()));
         }
-        if settings.logit_rows != self.settings.logit_rows {
-            flags.push(format!("`--logits-chunk-length {}`", settings.logit_rows));
+        if new.logit_rows != asked.logit_rows {
+            flags.push(format!("`--logits-chunk-length {}`", new.logit_rows));
         }
         if settings.optim != self.settings.optim {
             flags.push("`--optim adamw_8bit`".to_string());
@@ -175,33 +185,38 @@ impl Demand<'_> {
     /// what the least plan of all needs. `asked` is what was not.
     fn shorter_hint(&self, asked: &Demand, bytes: u64) -> String {
         let least = self.least();
-        let flags = asked.changed_flags(self.settings, &self.choice(least));
-        let with = |rest: String| match flags.is_empty() {
+        let choice = self.choice(least);
+        let flags = |tokens| asked.changed_flags(self.settings, &choice, tokens);
+        let with = |flags: Vec<String>, rest: String| match flags.is_empty() {
             true => rest,
             false => format!("{} with {rest}", flags.join(", ")),
         };
         if let Some((tokens, need)) = self.longest_fit(bytes, least) {
-            return with(format!(
+            let shorter = format!(
                 "{tokens} tokens in a forward pass would need {}: lower `--max-length` or \
                  `--per-device-train-batch-size`",
                 ByteSize(need)
-            ));
+            );
+            return with(flags(tokens), shorter);
         }
-        let shortest = match self.settings.tokens > LENGTH_STEP {
-            true => format!("{LENGTH_STEP} tokens in a forward pass (`--max-length`) and "),
-            false => String::new(),
-        };
+        let mut changes = flags(LENGTH_STEP);
+        if self.settings.tokens > LENGTH_STEP {
+            changes.push(format!("{LENGTH_STEP} tokens in a forward pass (`--max-length`)"));
+        }
         match self.highest_rank_fit(bytes, least) {
             Ok((rank, need)) => {
-                with(format!("{shortest}`--lora-r {rank}` would need {}", ByteSize(need)))
+                changes.push(format!("`--lora-r {rank}`"));
+                format!("{} would need {}", changes.join(", "), ByteSize(need))
             }
             Err(need) => {
-                let alone = ByteSize(self.outside(&self.choice(least)).total());
-                let rest = with(format!("{shortest}`--lora-r 1`"));
+                changes.extend(self.lora_r.map(|_| "`--lora-r 1`".to_string()));
+                let with = if changes.is_empty() { "" } else { ", with " };
                 format!(
-                    "the least that this model can be trained in is {}, {rest}; the frozen weights \
-                     and data alone take {alone}",
-                    ByteSize(need)
+                    "the least that this model can be trained in is {}{with}{}; the frozen weights \
+                     and data alone take {}",
+                    ByteSize(need),
+                    changes.join(", "),
+                    ByteSize(self.outside(&choice).total())
                 )
             }
         }
@@ -214,7 +229,7 @@ impl Demand<'_> {
         let streams = [stream, false];
         let with = |others, stream, on_host| Strategy {
             on_host,
-            pieces: Pieces::ALL,
+            pieces: self.pieces().last().unwrap_or(Pieces::NONE),
             ..Strategy::uniform(self.spec.num_layers, others, stream)
         };
         let others = [Policy::Offload, Policy::Checkpoint];
@@ -229,6 +244,18 @@ impl Demand<'_> {
         ways.into_iter().find(pinned).unwrap_or(plainest)
     }
 
+    /// The same with another `--lora-r`, which leaves ranks of `--rank-pattern` as they are; `settings` may
+    /// have a lower one already.
+    pub(in crate::plan) fn with_rank(&self, settings: &Settings, rank: usize) -> Settings {
+        let mut settings = settings.clone();
+        for (target, asked) in settings.targets.iter_mut().zip(&self.settings.targets) {
+            if Some(asked.shape.rank) == self.lora_r {
+                target.shape.rank = rank;
+            }
+        }
+        settings
+    }
+
     /// The largest forward pass that fits, and what it needs.
     fn longest_fit(&self, budget: u64, strategy: Strategy) -> Option<(usize, u64)> {
         let need =
@@ -237,14 +264,14 @@ impl Demand<'_> {
         (steps > 0).then(|| (steps * LENGTH_STEP, need(steps)))
     }
 
-    /// The highest rank that fits with the shortest forward pass, and what it needs; what the lowest
-    /// one needs where none does.
+    /// The highest `--lora-r` that fits with the shortest forward pass, and what it needs; what the lowest
+    /// one needs where none does, or the ranks are an adapter's.
     fn highest_rank_fit(&self, budget: u64, strategy: Strategy) -> Result<(usize, u64), u64> {
         let mut settings = self.settings.shorter(LENGTH_STEP);
-        let mut rank = settings.targets.iter().map(|target| target.r).max().unwrap_or(0) / 2;
+        let mut rank = self.lora_r.unwrap_or(0) / 2;
         let mut least = self.at(&settings).total_bytes(strategy);
         while rank > 0 {
-            settings.targets.iter_mut().for_each(|target| target.r = target.r.min(rank));
+            settings = self.with_rank(&settings, rank);
             least = self.at(&settings).total_bytes(strategy);
             if least <= budget {
                 return Ok((rank, least));

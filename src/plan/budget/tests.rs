@@ -57,6 +57,8 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
         process_bytes: 100,
         place: Place::Cpu,
         pinned_bytes: u64::MAX,
+        lora_r: Some(16),
+        logit_rows_given: false,
         sum_order: None,
     }
 }
@@ -328,11 +330,11 @@ fn a_plan_over_budget_says_what_would_fit() {
     let text = says(&auto, auto.at(&small).total_bytes(least) - 1);
     assert!(text.contains("`--mlp-tile-length 256` with 960 tokens in a forward pass"), "{text}");
     let mut low = small.shorter(64);
-    low.targets.iter_mut().for_each(|target| target.r = 4);
+    low.targets.iter_mut().for_each(|target| target.shape.rank = 4);
     let fits = auto.at(&low).total_bytes(least);
     for (budget, rank) in [(fits, "`--lora-r 4`"), (fits - 1, "`--lora-r 2`")] {
         let text = says(&auto, budget);
-        assert!(text.contains(&format!("64 tokens in a forward pass (`--max-length`) and {rank}")));
+        assert!(text.contains(&format!("64 tokens in a forward pass (`--max-length`), {rank}")));
         // A pass that is as short is not to be lengthened.
         let short = Settings { tokens: 64, ..settings.shorter(64) };
         let text = says(&Demand { settings: &short, ..auto.clone() }, budget);
@@ -344,13 +346,13 @@ fn a_plan_over_budget_says_what_would_fit() {
     let weights = WeightBytes { embedding: 1 << 19, ..auto.weights };
     let host = Demand { weights, embedding: EmbeddingPlace::Host, ..auto.clone() };
     assert_eq!(says(&host, 1000), text);
-    low.targets.iter_mut().for_each(|target| target.r = 1);
+    low.targets.iter_mut().for_each(|target| target.shape.rank = 1);
     let fits = crate::byte_size::ByteSize(auto.at(&low).total_bytes(least));
     assert!(
-        text.contains(&format!("the least that this model can be trained in is {fits}, ")),
+        text.contains(&format!("the least that this model can be trained in is {fits}, with ")),
         "{text}"
     );
-    assert!(text.contains("and `--lora-r 1`"), "{text}");
+    assert!(text.contains(", `--lora-r 1`;"), "{text}");
 }
 
 /// Which pieces are taken depends on what is free, and the last bits of a run on them.

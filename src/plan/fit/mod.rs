@@ -6,7 +6,7 @@ use std::num::NonZeroUsize;
 use serde::Serialize;
 
 use crate::byte_size::ByteSize;
-use crate::plan::budget::{Activations, Choice, Demand, Limit, WeightsMode};
+use crate::plan::budget::{Activations, Choice, Demand, Limit};
 use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::moments::Optim;
@@ -207,42 +207,42 @@ impl Search<'_> {
         ways
     }
 
-    /// In smaller pieces, or with tables on the host, where only these fit.
+    /// In the pieces, and with the tables on the host, that are fastest where not all fits as it is.
     fn row(&self, whole: Strategy) -> Row {
         let (demand, Asked { batch, length, .. }) = (self.demand, self.asked);
-        let places = demand.embedding_places().iter();
-        let mut all_pieces = vec![Pieces::NONE, self.plan.pieces, Pieces::ALL];
-        all_pieces.dedup();
-        let all: Vec<Strategy> = all_pieces
-            .into_iter()
+        let places = demand.embedding_places();
+        let all: Vec<Strategy> = demand
+            .pieces()
             .flat_map(|pieces| {
-                let places = places.clone();
-                places.map(move |&on_host| Strategy { pieces, on_host, ..whole })
+                places.iter().map(move |&on_host| Strategy { pieces, on_host, ..whole })
             })
             .collect();
-        // The first one that fits.
-        let fitting = |batch, length| {
+        let fastest = |batch, length| {
             let settings = self.asked.sized(demand, batch, length);
             let demand = demand.at(&settings);
-            all.iter().find(|strategy| demand.fits(**strategy, self.budget)).copied()
+            let fitting = all.iter().filter(|strategy| demand.fits(**strategy, self.budget));
+            let (_, strategy) = demand.fastest_of(fitting.copied())?;
+            Some((strategy, demand.pinned(&demand.choice(strategy))))
         };
-        let strategy = fitting(batch, length).unwrap_or(all[0]);
+        let strategy = fastest(batch, length).map_or(all[0], |(strategy, _)| strategy);
+        // What takes the least comes last, and most sizes that are tried fit in it or in none.
+        let fits = |batch, length| {
+            let settings = self.asked.sized(demand, batch, length);
+            let demand = demand.at(&settings);
+            all.iter().rev().any(|strategy| demand.fits(*strategy, self.budget))
+        };
         let most = demand.spec.learned_positions.unwrap_or(MOST_TOKENS);
         let longest_document = match demand.spec.learned_positions {
-            Some(most) if fitting(1, most).is_some() => most,
-            _ => {
-                LENGTH_STEP * largest(most / LENGTH_STEP, |n| fitting(1, n * LENGTH_STEP).is_some())
-            }
+            Some(most) if fits(1, most) => most,
+            _ => LENGTH_STEP * largest(most / LENGTH_STEP, |n| fits(1, n * LENGTH_STEP)),
         };
-        let longest = self.asked.sized(demand, 1, longest_document);
-        let pinned = |strategy| demand.at(&longest).pinned_for(strategy);
         Row {
             strategy,
             time: seconds(demand, strategy),
             bytes: demand.total_bytes(strategy),
             longest_document,
-            pinned_bytes: fitting(1, longest_document.max(1)).map_or(0, pinned),
-            largest_batch: largest(MOST_TOKENS / length, |n| fitting(n, length).is_some()),
+            pinned_bytes: fastest(1, longest_document.max(1)).map_or(0, |(_, pinned)| pinned),
+            largest_batch: largest(MOST_TOKENS / length, |n| fits(n, length)),
         }
     }
 
@@ -283,7 +283,7 @@ impl Search<'_> {
         };
         let same = demand.settings;
         let mut knobs: Vec<Knob> = self.other_policies(knob);
-        if demand.weights.streamed.is_some() && demand.mode != WeightsMode::Resident {
+        if demand.weights.streamed.is_some() {
             let mode = if plan.stream { "resident" } else { "stream" };
             let other = Strategy { stream: !plan.stream, ..plan };
             let dequantized_blocks = plan.dequantized_blocks.min(demand.most_dequantized(other));
@@ -326,10 +326,8 @@ impl Search<'_> {
         if same.bf16_working {
             with("--adapter-dtype f32".into(), Settings { bf16_working: false, ..same.clone() });
         }
-        if same.targets.iter().all(|target| target.r >= 2) && !same.targets.is_empty() {
-            let mut settings = same.clone();
-            settings.targets.iter_mut().for_each(|target| target.r /= 2);
-            with("--lora-r, halved".into(), settings);
+        if let Some(rank) = demand.lora_r.map(|rank| rank / 2).filter(|rank| *rank > 0) {
+            with(format!("--lora-r {rank}"), demand.with_rank(same, rank));
         }
         knobs
     }

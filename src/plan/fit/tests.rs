@@ -3,6 +3,7 @@ use crate::adapter::LoraConfig;
 use crate::kernels::cuda::{AttnImplementation, cuda_layout};
 use crate::model::families::spec_from_config;
 use crate::plan::EmbeddingPlace;
+use crate::plan::WeightsMode;
 use crate::plan::budget::Limit;
 use crate::plan::{Place, StreamedBytes, WeightBytes, WeightParts};
 
@@ -34,6 +35,8 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         process_bytes: 1 << 20,
         place: Place::Cpu,
         pinned_bytes: u64::MAX,
+        lora_r: Some(64),
+        logit_rows_given: false,
         sum_order: None,
     })
 }
@@ -198,7 +201,7 @@ fn every_knob_says_what_it_changes() {
             "--logits-chunk-length 256",
             "--optim adamw_8bit",
             "--adapter-dtype f32",
-            "--lora-r, halved",
+            "--lora-r 32",
         ];
         assert_eq!(flags, expected);
         assert!(fit.knobs.iter().all(|knob| knob.bytes < bytes), "{:?}", fit.knobs);

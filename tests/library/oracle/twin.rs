@@ -38,9 +38,15 @@ impl<'a> Twin<'a> {
         }
         let mut adapters = HashMap::new();
         for (target, values) in adapter.targets.iter().zip(&adapter.tensors) {
-            let a = Var::from_tensor(&tensor(&values.a, &[target.r, target.in_features])?)?;
-            let b = Var::from_tensor(&tensor(&values.b, &[target.out_features, target.r])?)?;
-            adapters.insert(target.module.clone(), (a, b, f64::from(target.scale)));
+            let a = Var::from_tensor(&tensor(
+                &values.a,
+                &[target.shape.rank, target.shape.in_features],
+            )?)?;
+            let b = Var::from_tensor(&tensor(
+                &values.b,
+                &[target.shape.out_features, target.shape.rank],
+            )?)?;
+            adapters.insert(target.module.clone(), (a, b, f64::from(target.shape.scale)));
         }
         Ok(Twin { spec, dtype, frozen, adapters })
     }

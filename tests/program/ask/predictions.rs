@@ -1,7 +1,7 @@
 //! `eval --predictions`: answers to a whole file.
 
 use std::fs;
-use std::process::Child;
+use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -86,9 +86,16 @@ fn answers_that_are_those_of_the_data_are_counted() {
         said.ends_with("wrote answers.jsonl: 3 answers, 1 of them equal to the label"),
         "{said}"
     );
-    let (json, _) = predict(&place, &["--json"]);
+    let (json, lines) = predict(&place, &["--json"]);
     let json: Value = serde_json::from_str(&json).unwrap();
     assert_eq!(json["predictions"]["exact_match"], 1.0 / 3.0);
+    assert!(json["predictions"]["cut"] == 0 && texts(&lines, "finish_reason") == ["stop"; 3]);
+    let mut command = place.nibble(&["eval", "--max-new-tokens", "1"]);
+    command.args(FLAGS);
+    let said = stdout(&succeed(command));
+    assert!(said.contains("\n3 cut off: at `--max-new-tokens`"), "{said}");
+    let lines = String::from_utf8(place.read("answers.jsonl")).unwrap();
+    assert_eq!(lines.matches("\"finish_reason\":\"length\"").count(), 3, "{lines}");
 }
 
 #[test]
@@ -154,6 +161,32 @@ fn answers_have_their_name_when_all_are_made() {
     // What it left is in nobody's way.
     assert_eq!(predict(&place, &[]).1.len(), 64);
     assert!(!place.path(".answers.jsonl.partial").exists());
+}
+
+#[cfg(unix)]
+#[test]
+fn answers_that_are_made_outlive_ctrl_c() {
+    let place = Workplace::new();
+    add_template(&place);
+    write_chats(&place, &[&["w7 w31", "w5 w6"][..]; 512]);
+    let flags = ["--data", "chats.jsonl", "--predictions", "answers.jsonl"];
+    let mut command = place.nibble(&["eval", "--model", "model", "--quantization", "none"]);
+    command.args(flags).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let eval = command.spawn().unwrap();
+    let path = place.path(".answers.jsonl.partial");
+    while fs::metadata(&path).map_or(true, |file| file.len() == 0) {
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    let pid = eval.id().to_string();
+    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    let output = eval.wait_with_output().unwrap();
+    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(130), "{said}");
+    let lines = String::from_utf8(place.read("answers.jsonl")).unwrap().lines().count();
+    let words = format!("interrupted: {lines} of 512 documents are answered in answers.jsonl");
+    assert!((1..512).contains(&lines) && said.contains(&words), "{lines}: {said}");
+    // The figures were there before.
+    assert!(String::from_utf8_lossy(&output.stdout).contains("exact match"));
 }
 
 #[test]

@@ -89,6 +89,23 @@ fn a_known_template_writes_the_turns() {
     assert!(text.contains("ok    every answer ends in a trained end-of-sequence token"), "{text}");
 }
 
+/// The model's own template ends answers with another token than its tokenizer names: merged, it says so.
+#[test]
+fn a_merged_model_ends_where_it_was_trained_to() {
+    let place = place();
+    fs::rename(place.path("turns.jinja"), place.path("model/chat_template.jinja")).unwrap();
+    succeed(train(&place, "out", &["--max-steps", "2"]));
+    let merge = ["merge", "--model", "model", "--adapter", "out", "--out", "merged"];
+    succeed(place.nibble(&[&merge[..], &["--quantization", "none"]].concat()));
+    let generation: Value = place.json("merged/generation_config.json");
+    assert_eq!(generation["eos_token_id"], json!([2, 94]));
+    // What is named already stays as it is written.
+    fs::write(place.path("model/generation_config.json"), "{\"eos_token_id\": [94, 2]}").unwrap();
+    let again = ["merge", "--model", "model", "--adapter", "out", "--out", "again"];
+    succeed(place.nibble(&[&again[..], &["--quantization", "none"]].concat()));
+    assert_eq!(place.read("again/generation_config.json"), b"{\"eos_token_id\": [94, 2]}");
+}
+
 #[test]
 fn an_adapter_keeps_the_template_that_it_was_trained_with() {
     let place = place();

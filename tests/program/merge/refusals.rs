@@ -3,6 +3,7 @@
 use std::fs;
 
 use super::tools::{Merge, copy, data, fail, model_of, run, text};
+use crate::training::change_model;
 
 #[test]
 fn original_weights_that_are_not_there() {
@@ -31,6 +32,38 @@ fn an_original_of_another_model() {
     let other = data("models/llama_tied_s2");
     let errors = merge.fail(1, &["--original", text(&other)]);
     assert!(errors.contains("llama_tied_s2 is another model"), "{errors}");
+}
+
+/// Of the same shapes: it shows in the first weight.
+#[test]
+fn an_original_with_other_weights() {
+    let merge = Merge::new("llama_s0.plain").quantized();
+    let other = merge.path("other");
+    copy(&model_of("llama_s0.plain"), &other);
+    change_model(&other, |_, values| values.iter_mut().for_each(|x| *x = -*x));
+    for onto in [&[][..], &["--onto", "dequantized"]] {
+        let errors = merge.fail(1, &[&["--original", text(&other)], onto].concat());
+        assert!(errors.contains("--original is not what --model was quantized from"), "{errors}");
+        assert!(errors.contains("differs by 200 %\nhint: "), "{errors}");
+    }
+}
+
+#[test]
+fn a_model_that_holds_nan() {
+    for tensor in ["model.embed_tokens.weight", "model.layers.1.mlp.down_proj.weight"] {
+        let mut merge = Merge::new("llama_s0.layers_to_transform");
+        let model = merge.path("model");
+        copy(&merge.model, &model);
+        change_model(&model, |name, values| {
+            values[7] = if name == tensor { f32::NAN } else { values[7] };
+        });
+        merge.model = model;
+        for dtype in ["float32", "bfloat16"] {
+            let errors = merge.fail(1, &["--quantization", "none", "--dtype", dtype]);
+            let words = format!("tensor {tensor}: a value is NaN\nhint: the checkpoint holds NaN");
+            assert!(errors.contains(&words), "{errors}");
+        }
+    }
 }
 
 #[test]
