@@ -176,14 +176,10 @@ fn stored(checkpoint: &Checkpoint, spec: &TensorSpec, name: &str) -> Result<Base
     let (got, expected, weight) = match read(checkpoint, name)? {
         Weight::Packed(packed) => {
             let got = packed.shape().to_vec();
-            (got, spec.shape.clone(), BaseWeight::Dequantized(packed.dequantize()))
+            (got, spec.shape_in_file(true), BaseWeight::Dequantized(packed.dequantize()))
         }
         Weight::Dense(dense) => {
-            let mut expected = spec.shape.clone();
-            if spec.transposed {
-                expected.reverse();
-            }
-            (dense.shape.clone(), expected, BaseWeight::AsStored(dense))
+            (dense.shape.clone(), spec.shape_in_file(false), BaseWeight::AsStored(dense))
         }
     };
     if got == expected {

@@ -32,15 +32,6 @@ struct MergedTensor {
 }
 
 impl MergedTensor {
-    /// Shape in the file: GPT-2's linears are stored `[in, out]`.
-    fn stored_shape(&self) -> Vec<usize> {
-        let mut shape = self.spec.shape.clone();
-        if self.spec.transposed {
-            shape.reverse();
-        }
-        shape
-    }
-
     fn elements(&self) -> usize {
         self.spec.shape.iter().product()
     }
@@ -60,12 +51,7 @@ impl<'a> MergedModel<'a> {
     ) -> Result<Self> {
         let mut specs = spec.inventory();
         if merge.unties_head() {
-            specs.push(TensorSpec {
-                name: format!("{}.weight", spec.head_module()),
-                shape: vec![spec.vocab_size, spec.hidden_size],
-                role: TensorRole::Head,
-                transposed: false,
-            });
+            specs.push(spec.head_tensor());
         }
         let tensors = specs
             .into_iter()
@@ -122,7 +108,7 @@ impl<'a> MergedModel<'a> {
         let mut cost = MergeCost::default();
         for tensor in &self.tensors {
             let data = self.tensor(tensor, &mut cost)?;
-            let shape = tensor.stored_shape();
+            let shape = tensor.spec.shape_in_file(false);
             let contents = Contents::Dense(tensor.dtype, &shape, &data);
             writer.write(&tensor.spec.name, contents)?;
             self.base.release(self.merge.source(&tensor.spec.name));

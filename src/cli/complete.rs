@@ -96,13 +96,11 @@ fn resumed(command: &Command, out: &Path, saved: &SavedSettings) -> Result<Vec<E
     let last = file.exists().then(read).transpose();
     let settings = match (saved(out), last) {
         (Some(saved), Ok(Some(last))) if last.contains_key("model") => {
-            let unheeded = settings::unheeded(&saved, &last);
-            if !unheeded.is_empty() {
-                let file = file.display();
-                eprintln!(
-                    "warning: {file} was changed; the run goes on with {}",
-                    unheeded.join(", ")
-                );
+            // No session writes what another one would not take.
+            let edits = settings::changes(&saved, &last);
+            if !edits.is_empty() {
+                let (file, edits) = (file.display(), edits.join(", "));
+                eprintln!("warning: {file} was edited, and the run goes on without that: {edits}");
             }
             settings::renewed(saved, &last)
         }

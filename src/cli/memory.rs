@@ -54,8 +54,8 @@ pub struct MemoryArgs {
     /// Tokens that the MLP processes at a time: fewer save memory in long sequences [default: 4096, or 1024 where memory is short]
     #[arg(long, help_heading = "Memory and threads", value_name = "TOKENS", value_parser = numbers::at_least_one)]
     pub mlp_tile_length: Option<NonZeroUsize>,
-    /// Tokens whose logits are in memory at a time; with the LM head on the host, four times as many,
-    /// each with part of its logits [default: 128 MiB of logits, or a quarter of it]
+    /// Tokens whose logits are in memory at a time, no more than 128 MiB of logits; with the LM head on the
+    /// host, four times as many, each with part of its logits [default: 128 MiB, or a quarter of it]
     #[arg(long, help_heading = "Memory and threads", value_name = "TOKENS", value_parser = numbers::at_least_one)]
     pub logits_chunk_length: Option<NonZeroUsize>,
     /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from the 4-bit file

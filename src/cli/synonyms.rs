@@ -5,7 +5,7 @@ use clap::Command;
 
 /// Their name and ours, with hyphens. A name that means several things is there several times: the
 /// first flag that a command has is meant.
-const SYNONYMS: [(&str, &str); 95] = [
+const SYNONYMS: [(&str, &str); 94] = [
     // transformers, TRL and PEFT, where ours is shorter
     ("assistant-only-loss", "train-on"),
     ("bnb-4bit-quant-type", "quantization"),
@@ -92,7 +92,6 @@ const SYNONYMS: [(&str, &str); 95] = [
     ("lr", "learning-rate"),
     ("lr-scheduler", "lr-scheduler-type"),
     ("max-tokens", "max-new-tokens"),
-    ("memory-budget", "budget"),
     ("num-threads", "threads"),
     ("optimizer", "optim"),
     ("output", "out"),

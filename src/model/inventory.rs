@@ -117,10 +117,19 @@ impl ModelSpec {
         }
         self.push_norm(&mut out, self.final_norm_module(), d);
         if !self.tie_word_embeddings {
-            let name = format!("{}.weight", self.head_module());
-            out.push(plain(name, vec![self.vocab_size, d], TensorRole::Head));
+            out.push(self.head_tensor());
         }
         out
+    }
+
+    /// The head, which the inventory has where it is not the embedding.
+    pub fn head_tensor(&self) -> TensorSpec {
+        TensorSpec {
+            name: format!("{}.weight", self.head_module()),
+            shape: vec![self.vocab_size, self.hidden_size],
+            role: TensorRole::Head,
+            transposed: false,
+        }
     }
 
     /// Weights of more layers than there are here belong to another model.

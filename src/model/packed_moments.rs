@@ -20,7 +20,8 @@ impl<B> PackedMoments<B> {
             Part::FirstCodes => &self.first_codes,
             Part::FirstAbsmax => &self.first_absmax,
             Part::SecondCodes => &self.second_codes,
-            _ => &self.second_absmax,
+            Part::SecondAbsmax => &self.second_absmax,
+            other => panic!("{other:?} is no moments in 8 bits"),
         }
     }
 
@@ -29,7 +30,8 @@ impl<B> PackedMoments<B> {
             Part::FirstCodes => &mut self.first_codes,
             Part::FirstAbsmax => &mut self.first_absmax,
             Part::SecondCodes => &mut self.second_codes,
-            _ => &mut self.second_absmax,
+            Part::SecondAbsmax => &mut self.second_absmax,
+            other => panic!("{other:?} is no moments in 8 bits"),
         }
     }
 }

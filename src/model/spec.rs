@@ -281,6 +281,16 @@ pub struct TensorSpec {
     pub transposed: bool,
 }
 
+impl TensorSpec {
+    /// Its shape in a file: packed weights are `[out, in]`, dense ones of `Conv1D` the transpose.
+    pub fn shape_in_file(&self, packed: bool) -> Vec<usize> {
+        match self.transposed && !packed {
+            true => self.shape.iter().rev().copied().collect(),
+            false => self.shape.clone(),
+        }
+    }
+}
+
 impl ModelSpec {
     /// Width of q: `H · head_dim`.
     pub fn q_width(&self) -> usize {

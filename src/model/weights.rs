@@ -8,7 +8,7 @@ use std::fmt::Display;
 use nibble_quant::{BlockFormat, FloatType, owned_bytes};
 
 use super::block::{Block, Linear, LinearAdapter};
-use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm, TensorSpec};
+use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
 use super::streaming::WeightStream;
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
@@ -136,15 +136,14 @@ impl Weights {
 /// `Input` naming the tensor that is missing, of another shape or of a type that is not read.
 pub fn check_stored(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
     spec.check_no_further_layer(|name| checkpoint.contains(name))?;
-    for TensorSpec { name, mut shape, transposed, .. } in spec.inventory() {
-        let Some(info) = checkpoint.info(&name) else {
-            checkpoint.weight(&name)?;
+    for tensor in spec.inventory() {
+        let name = &tensor.name;
+        let Some(info) = checkpoint.info(name) else {
+            checkpoint.weight(name)?;
             continue;
         };
-        if transposed && info.stored != StoredType::Packed {
-            shape.reverse();
-        }
-        check_shape(&name, &info.shape, &shape)?;
+        let packed = info.stored == StoredType::Packed;
+        check_shape(name, &info.shape, &tensor.shape_in_file(packed))?;
     }
     Ok(())
 }

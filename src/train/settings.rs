@@ -48,17 +48,6 @@ pub fn renewed(saved: SettingsEcho, last: &SettingsEcho) -> SettingsEcho {
     own.chain(last.clone().into_iter().filter(|(name, _)| neutral(name))).collect()
 }
 
-/// What stays of a checkpoint's settings though `last` has something else there, which no session can have
-/// written: somebody edited the file. As `name = value`.
-pub fn unheeded(saved: &SettingsEcho, last: &SettingsEcho) -> Vec<String> {
-    let differs = |(name, values): &(&String, &Vec<String>)| {
-        let asked = last.get(*name);
-        !NEUTRAL.contains(&name.as_str()) && asked.is_some_and(|asked| asked != *values)
-    };
-    let stays = |(name, values): (&String, &Vec<String>)| format!("{name} = {}", values.join(","));
-    saved.iter().filter(differs).map(stays).collect()
-}
-
 /// Settings that are text, whatever their value looks like: paths and prompts.
 pub const TEXTS: [&str; 8] = [
     "chat_template",

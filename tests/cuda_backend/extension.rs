@@ -212,7 +212,8 @@ fn linears_that_read_the_same_rows_read_them_once() {
             let here = adapter.targets.iter().filter(|t| t.layer == layer);
             let here: Vec<_> =
                 here.filter(|t| part.iter().any(|p| t.module.ends_with(p))).collect();
-            let (ranks, inner) = (here.iter().map(|t| t.shape.rank).sum(), here[0].shape.in_features);
+            let (ranks, inner) =
+                (here.iter().map(|t| t.shape.rank).sum(), here[0].shape.in_features);
             let wanted = vec![[tokens, ranks, inner], [ranks, inner, tokens]];
             assert_eq!(found(&all, wanted), 2, "{part:?} of layer {layer}");
         }

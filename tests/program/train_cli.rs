@@ -449,7 +449,8 @@ fn documents_are_no_longer_than_the_positions_that_there_are() {
     let sample = ["--truncation", "split", "--sample-max-new-tokens", "100"];
     succeed(train(&[&sample[..], &["--out", "sampled", "--sample-prompt", "w5 w6"]].concat()));
     let prompt = "w5 ".repeat(64);
-    let (code, text) = fail(train(&[&sample[..], &["--sample-prompt", &prompt]].concat()));
+    let (code, text) =
+        fail(train(&[&sample[..], &["--out", "new", "--sample-prompt", &prompt]].concat()));
     assert!(code == 2 && text.contains("--sample-prompt: 64 tokens, the model has"), "{text}");
     let mut fit = place.nibble(&["memory", "--model", "model", "--device", "cpu", "--json"]);
     fit.args(["--max-length", "256", "--fit", "--budget", "1GiB"]);

@@ -335,11 +335,12 @@ fn settings_that_were_edited_are_not_dropped_silently() {
     assert!(text.contains("learning_rate = 0.001\n"), "{text}");
     fs::write(&file, text.replace("learning_rate = 0.001\n", "learning_rate = 0.5\n")).unwrap();
     let said = resume();
-    let warning = "run/settings.toml was changed; the run goes on with learning_rate = 0.001\n";
+    let warning = "warning: run/settings.toml was edited, and the run goes on without that: \
+                   learning_rate was 1e-3, now 0.5\n";
     assert!(said.contains(warning), "{said}");
     // What changes no number may be edited.
-    let text = fs::read_to_string(&file).unwrap().replace("max_steps = 2\n", "max_steps = 4\n");
-    fs::write(&file, text).unwrap();
+    assert!(text.contains("max_steps = 2\n"), "{text}");
+    fs::write(&file, text.replace("max_steps = 2\n", "max_steps = 4\n")).unwrap();
     let said = resume();
-    assert!(said.contains("step 4/4") && !said.contains("was changed"), "{said}");
+    assert!(said.contains("step 4/4") && !said.contains("was edited"), "{said}");
 }

@@ -143,10 +143,7 @@ impl Contents {
         } else {
             tensor.name.clone()
         };
-        let mut shape = tensor.shape.clone();
-        if tensor.transposed {
-            shape.reverse();
-        }
+        let shape = tensor.shape_in_file(false);
         self.add(&key, Part::Base(tensor), shape, bias || in_full);
     }
 }
@@ -169,12 +166,7 @@ fn contains(name: &str, path: &str) -> bool {
 fn base_tensors(spec: &ModelSpec) -> Vec<TensorSpec> {
     let mut tensors = spec.inventory();
     if spec.tie_word_embeddings {
-        tensors.push(TensorSpec {
-            name: format!("{}.weight", spec.head_module()),
-            shape: vec![spec.vocab_size, spec.hidden_size],
-            role: TensorRole::Head,
-            transposed: false,
-        });
+        tensors.push(spec.head_tensor());
     }
     tensors
 }

@@ -98,12 +98,7 @@ impl Repack<'_> {
         // Whoever packed the others left those dense on purpose that are.
         let stays = skipped || (self.copies_through() && !from_packed);
         let packed = (linear && !stays).then_some(format);
-        // Packed linears are `[out, in]`; dense ones are the transpose in families with `Conv1D`.
-        let oriented = |packed: bool| match tensor.transposed && !packed {
-            true => tensor.shape.iter().rev().copied().collect(),
-            false => tensor.shape.clone(),
-        };
-        let expected: Vec<usize> = oriented(from_packed);
+        let expected = tensor.shape_in_file(from_packed);
         if info.shape != expected {
             return Err(Error::other_weights(format_args!(
                 "tensor {} has shape {:?}, config.json implies {expected:?}",
@@ -112,7 +107,7 @@ impl Repack<'_> {
         }
         let copied = from_packed && packed.is_some() && !self.reblock;
         let dtype = if copied { stored_type } else { self.dtype.unwrap_or(stored_type) };
-        let shape = oriented(packed.is_some());
+        let shape = tensor.shape_in_file(packed.is_some());
         let elements: usize = shape.iter().product();
         let bytes_after =
             packed.map_or(elements * dtype.size(), |format| format.packed_bytes(elements));

@@ -549,16 +549,22 @@ fn what_memory_is_left_holds_weights() {
     };
     let saved = |blocks: usize| seconds(blocks - 1) - seconds(blocks);
     assert!(saved(1) > 10.0 * saved(2), "{:e}, {:e}", saved(1), saved(2));
-    // Streamed ones leave, dense ones are what they are, and the CPU has a cache.
+    // Streamed ones leave, dense ones have nothing to keep, and the CPU has a cache.
     let asked = Demand { dequantized_blocks: Some(32), ..short };
-    for (mode, weights, place, blocks) in [
-        (WeightsMode::Resident, packed, Place::Gpu, 32),
-        (WeightsMode::Stream, packed, Place::Gpu, 1),
-        (WeightsMode::Resident, dense, Place::Gpu, 0),
-        (WeightsMode::Resident, packed, Place::Cpu, 0),
+    for (mode, place, blocks) in [
+        (WeightsMode::Resident, Place::Gpu, 32),
+        (WeightsMode::Stream, Place::Gpu, 1),
+        (WeightsMode::Resident, Place::Cpu, 0),
     ] {
-        let demand = Demand { mode, weights, place, ..asked.clone() };
+        let demand = Demand { mode, place, ..asked.clone() };
         assert_eq!(chosen(&demand, u64::MAX).dequantized_blocks, blocks);
+    }
+    for mode in [WeightsMode::Resident, WeightsMode::Stream] {
+        let demand = Demand { mode, weights: dense, ..asked.clone() };
+        let error = demand.choose(Limit::Budget(u64::MAX)).unwrap_err().to_string();
+        assert!(error.contains("the weights of this base are not in 4 bits\nhint: "), "{error}");
+        let none = Demand { dequantized_blocks: None, ..demand };
+        assert_eq!(chosen(&none, u64::MAX).dequantized_blocks, 0);
     }
 }
 
@@ -615,4 +621,51 @@ fn the_nearest_plan_changes_the_least() {
         assert!(text.contains(flag), "{text}");
     }
     assert!(!text.contains("adamw_8bit"), "{text}");
+}
+
+/// What is typed does what is said: ranks of patterns stay, those of an adapter are its own.
+#[test]
+fn a_hint_of_a_rank_is_what_the_flag_does() {
+    let spec = golden();
+    let mut settings = settings(&spec, 64);
+    settings.targets.iter_mut().for_each(|target| target.shape.rank = 16);
+    settings.targets[0].shape.rank = 64;
+    let auto = demand(&spec, &settings);
+    let with = |rank| {
+        let settings = auto.with_rank(&settings, rank);
+        let ranks: Vec<usize> = settings.targets.iter().map(|target| target.shape.rank).collect();
+        assert!(ranks[0] == 64 && ranks[1..].iter().all(|r| *r == rank), "{ranks:?}");
+        auto.at(&settings).total_bytes(auto.at(&settings).leanest().unwrap().strategy)
+    };
+    let says =
+        |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap_err().to_string();
+    let text = says(&auto, with(4));
+    let need = crate::byte_size::ByteSize(with(4));
+    assert!(text.ends_with(&format!("hint: `--lora-r 4` would need {need}")), "{text}");
+    let text = says(&auto, 1000);
+    let need = crate::byte_size::ByteSize(with(1));
+    assert!(text.contains(&format!("trained in is {need}, with `--lora-r 1`; ")), "{text}");
+    let fixed = Demand { lora_r: None, ..auto.clone() };
+    let text = says(&fixed, 1000);
+    let need = crate::byte_size::ByteSize(with(16));
+    assert!(
+        !text.contains("--lora-r") && text.contains(&format!("trained in is {need}; ")),
+        "{text}"
+    );
+}
+
+/// Rows of logits that were asked for are not lowered; that they would have to be is said.
+#[test]
+fn sizes_that_were_asked_for_are_kept() {
+    let spec = golden();
+    let settings = Settings { logit_rows: 1024, ..settings(&spec, 1024) };
+    let auto = demand(&spec, &settings);
+    let asked = Demand { logit_rows_given: true, ..auto.clone() };
+    let least = asked.total_bytes(asked.leanest().unwrap().strategy);
+    assert!(auto.total_bytes(auto.leanest().unwrap().strategy) < least);
+    for bytes in [least, 2 * least, u64::MAX] {
+        assert_eq!(asked.choose(Limit::Budget(bytes)).unwrap().settings.logit_rows, 1024);
+    }
+    let text = asked.choose(Limit::Budget(least - 1)).unwrap_err().to_string();
+    assert!(text.contains("hint: ") && text.contains("`--logits-chunk-length 64`"), "{text}");
 }

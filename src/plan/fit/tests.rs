@@ -213,3 +213,30 @@ fn every_knob_says_what_it_changes() {
         assert_eq!(time("--adapter-dtype f32"), 1.0);
     });
 }
+
+/// The row of the plan's way is the plan, whatever pieces and places that needs.
+#[test]
+fn the_row_of_a_plan_is_the_plan() {
+    with_8b(|demand| {
+        let settings = ASKED.sized(demand, 2, 512);
+        let demand = demand.at(&settings);
+        for mib in (3_000..9_000).step_by(457) {
+            let limit = Limit::Budget(mib << 20);
+            for embedding in [EmbeddingPlace::Auto, EmbeddingPlace::Gpu] {
+                let demand = Demand { embedding, dequantized_blocks: Some(0), ..demand.clone() };
+                let Ok(plan) = demand.choose(limit) else { continue };
+                let fit = Fit::new(&demand, ASKED, limit, &plan);
+                let row = fit.ways.iter().find(|way| {
+                    let Strategy { kept, others, attended, remaking_attention, stream, .. } =
+                        plan.strategy;
+                    let own = way.strategy;
+                    (own.kept, own.attended, own.remaking_attention, own.stream)
+                        == (kept, attended, remaking_attention, stream)
+                        && (own.others == others || kept == 32)
+                });
+                let row = row.unwrap_or_else(|| panic!("{:?}", plan.strategy));
+                assert_eq!((row.bytes, row.strategy), (fit.bytes, plan.strategy), "{mib}");
+            }
+        }
+    });
+}
