@@ -29,8 +29,6 @@ pub struct Batch {
     pub labels: Vec<i32>,
     /// `0, …, T`: where documents begin and end; positions restart at each.
     pub cu_seqlens: Vec<u32>,
-    /// Tokens that are predicted from a token before them in the same document.
-    pub num_targets: usize,
     /// Tokens of the micro-batch before these, where they are a part of one: dropout goes on there.
     pub first_token: usize,
     /// Source lines of the documents.
@@ -47,7 +45,6 @@ impl Batch {
             batch.input_ids.extend_from_slice(&document.input_ids);
             batch.labels.extend_from_slice(&document.labels);
             batch.cu_seqlens.push(batch.input_ids.len() as u32);
-            batch.num_targets += document.num_targets();
             batch.lines.push(document.line);
         }
         batch
@@ -80,15 +77,10 @@ impl Batch {
     fn part(&self, documents: Range<usize>) -> Batch {
         let ends = &self.cu_seqlens[documents.start..=documents.end];
         let (first, end) = (ends[0] as usize, ends[documents.len()] as usize);
-        let trained = |pair: &[u32]| {
-            let labels = &self.labels[pair[0] as usize..pair[1] as usize];
-            labels.iter().skip(1).filter(|&&label| label >= 0).count()
-        };
         Batch {
             input_ids: self.input_ids[first..end].to_vec(),
             labels: self.labels[first..end].to_vec(),
             cu_seqlens: ends.iter().map(|&end| end - first as u32).collect(),
-            num_targets: ends.windows(2).map(trained).sum(),
             first_token: self.first_token + first,
             lines: self.lines.get(documents).unwrap_or_default().to_vec(),
             files: self.files.clone(),
@@ -99,12 +91,27 @@ impl Batch {
     pub fn tokens(&self) -> usize {
         self.input_ids.len()
     }
+
+    /// Tokens of each document.
+    pub fn documents(&self) -> impl Iterator<Item = Range<usize>> {
+        self.cu_seqlens.windows(2).map(|ends| ends[0] as usize..ends[1] as usize)
+    }
+
+    /// Tokens that are trained, each predicted from the one before it in the same document.
+    pub fn num_targets(&self) -> usize {
+        self.documents().map(|document| targets(&self.labels[document]).count()).sum()
+    }
+}
+
+/// Places of a document's tokens that are trained: not the first, which nothing is before.
+pub fn targets(labels: &[i32]) -> impl Iterator<Item = usize> {
+    (1..labels.len()).filter(|&token| labels[token] >= 0)
 }
 
 impl Document {
     /// Trained tokens after the shift: the first token has nothing to be predicted from.
     pub fn num_targets(&self) -> usize {
-        self.labels.iter().skip(1).filter(|&&label| label >= 0).count()
+        targets(&self.labels).count()
     }
 }
 

@@ -39,7 +39,7 @@ pub mod tokenizer;
 mod tokenizer_files;
 mod truncate;
 
-pub use batch::{Batch, Document};
+pub use batch::{Batch, Document, targets};
 pub use encode::{Encoder, TrainOn};
 pub use files::DataFiles;
 pub use load::{DataOptions, Dataset, load};

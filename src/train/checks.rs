@@ -41,7 +41,6 @@ pub fn probe(batch: &Batch) -> Batch {
         labels: input_ids.iter().map(|&id| id as i32).collect(),
         first_token: 0,
         cu_seqlens: vec![0, end as u32],
-        num_targets: end.saturating_sub(1),
         lines: batch.lines.iter().take(1).copied().collect(),
         files: batch.files.clone(),
         input_ids,
@@ -69,7 +68,7 @@ pub fn base_loss<M: Trainee>(model: &mut M, probe: &Batch, fresh: bool) -> Resul
             .hint(HINT));
         }
     }
-    Ok(base / probe.num_targets.max(1) as f64)
+    Ok(base / probe.num_targets().max(1) as f64)
 }
 
 /// Follows the first steps of a fresh adapter.

@@ -232,7 +232,7 @@ mod tests {
             for epoch in 0..5 {
                 for index in 0..feed.num_batches() {
                     assert!(feed.batch(epoch, index).tokens() <= largest.tokens());
-                    most = most.max(feed.batch(epoch, index).num_targets);
+                    most = most.max(feed.batch(epoch, index).num_targets());
                 }
             }
             assert!(most <= feed.most_batch_targets());

@@ -43,7 +43,7 @@ pub fn accumulate<M: Trainee>(
     first_micro_batch: u64,
     stop: &dyn Fn() -> bool,
 ) -> Result<Option<Gradient>> {
-    let targets: usize = window.iter().map(|batch| batch.num_targets).sum();
+    let targets: usize = window.iter().map(|batch| batch.num_targets()).sum();
     if targets == 0 {
         return Err(Error::input(format_args!("no trained token in {}", place(window, None))));
     }
@@ -73,7 +73,7 @@ pub fn accumulate<M: Trainee>(
 fn find_bad_gradient<M: Trainee>(model: &mut M, window: &[Batch], first: u64) -> Error {
     for (index, batch) in window.iter().enumerate() {
         model.zero_gradients();
-        let scale = 1.0 / batch.num_targets.max(1) as f32;
+        let scale = 1.0 / batch.num_targets().max(1) as f32;
         let gradients = model.forward_backward(batch, scale, first + index as u64);
         match gradients.and_then(|_| model.gradient_norm()) {
             Err(error) => return error,
@@ -146,7 +146,7 @@ mod tests {
                 let value = half::bf16::from_f32(other.master[index]).to_f32();
                 other.buffers().working.unwrap()[index] = half::bf16::from_f32(value + delta);
                 let got = other.buffers().working.unwrap()[index].to_f32() - value;
-                (other.evaluate(&batch).unwrap() / batch.num_targets as f64, f64::from(got))
+                (other.evaluate(&batch).unwrap() / batch.num_targets() as f64, f64::from(got))
             };
             let ((up, plus), (down, minus)) = (loss(1.0 / 64.0), loss(-1.0 / 64.0));
             let slope = (up - down) / (plus - minus);

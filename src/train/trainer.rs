@@ -124,7 +124,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             if self.window().first().is_some_and(|first| first.tokens() >= batch.tokens()) {
                 return Ok(());
             }
-            let scale = 1.0 / batch.num_targets.max(1) as f32;
+            let scale = 1.0 / batch.num_targets().max(1) as f32;
             let at = |error: Error| error.at("the largest batch, tried before the first step");
             let first = self.micro_batches();
             let pass = |run: &mut Self| run.model.forward_backward(&batch, scale, first);
@@ -285,7 +285,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
                 return Ok(None);
             }
             loss += self.with_room(|run| run.model.evaluate(batch))?;
-            targets += batch.num_targets as u64;
+            targets += batch.num_targets() as u64;
             documents += batch.lines.len() as u64;
         }
         let eval_loss = loss / targets.max(1) as f64;

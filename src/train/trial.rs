@@ -110,7 +110,7 @@ fn train_step<K: TrainingKernels>(
     const LEARNING_RATE: f64 = 1e-4;
     ledger::enter(Phase::Forward);
     model.parameters_mut().zero_gradients();
-    let targets = batch.num_targets.max(1);
+    let targets = batch.num_targets().max(1);
     let loss = model.forward_backward(batch, 1.0 / targets as f32, number)?;
     ledger::enter(Phase::Optimizer);
     let groups = step::rate_groups(model.parameters().tensors(), Default::default());

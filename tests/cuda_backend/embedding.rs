@@ -30,7 +30,7 @@ fn keeping(gpu: Gpu, what: OnHost, case: &Case, format: Option<BlockFormat>) -> 
 /// Loss and gradients of a step from nothing.
 fn step(model: &mut Model<Gpu>, batch: &Batch) -> (f64, Vec<f32>) {
     model.parameters_mut().zero_gradients();
-    let loss = model.forward_backward(batch, 1.0 / batch.num_targets as f32, 0).unwrap();
+    let loss = model.forward_backward(batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
     (loss, model.parameters().values(Part::Gradients).unwrap().into_owned())
 }
 
@@ -177,7 +177,7 @@ fn the_tiles_of_a_head_are_there_when_they_are_used() {
         };
         let Some((first, second, copied)) = run(Copies::AtOnce) else { return };
         assert!(first == second && first.1.iter().any(|x| *x != 0.0));
-        let chunks = batch.num_targets.div_ceil(4 * rows);
+        let chunks = batch.num_targets().div_ceil(4 * rows);
         assert_eq!(copied, if ahead { copies_of(chunks) } else { 0 }, "{chunks} chunks");
         if Device::skips_on_a_card("copies at other times") {
             return;
@@ -195,10 +195,7 @@ fn another_number_of_trained_tokens_is_no_other_order() {
     let (spec, batch) = of_four_tiles(600, false);
     let mut fewer = batch.clone();
     fewer.labels[batch.tokens() / 2..].fill(-100);
-    let trained = (1..batch.tokens())
-        .filter(|&token| fewer.labels[token] >= 0 && !batch.cu_seqlens.contains(&(token as u32)));
-    fewer.num_targets = trained.count();
-    let chunks = |batch: &Batch| batch.num_targets.div_ceil(4);
+    let chunks = |batch: &Batch| batch.num_targets().div_ceil(4);
     assert!(chunks(&fewer) > 1 && chunks(&fewer) + 2 < chunks(&batch));
     let Some(gpu) = gpu() else { return };
     let (mut model, _) =

@@ -37,7 +37,7 @@ fn step(gpu: &Gpu, case: &Case, adapter: &Adapter, plan: Settings) -> (f64, Vec<
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     let mut model = model(gpu, case, Some(nf4(true)), None, plan);
     model.parameters_mut().load(adapter);
-    let loss = model.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
+    let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
     (loss, model.parameters().values(Part::Gradients).unwrap().into_owned())
 }
 
@@ -58,7 +58,7 @@ fn reference(case: &Case, adapter: &Adapter, plan: Settings) -> (f64, Vec<f32>) 
     let plan = Settings { bf16_working: false, ..plan };
     let mut model = Model::new(case.spec(), weights, plan).unwrap();
     model.parameters_mut().load(adapter);
-    let loss = model.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
+    let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
     (loss, model.parameters().gradients().to_vec())
 }
 

@@ -22,7 +22,7 @@ fn of_blocks_of_an_8b_model_match_the_cpu() {
     let ends = &[41, 70];
     let spec = shape.spec();
     let (adapter, batch) = (shaped::adapter(&spec), shaped::batch(&spec, ends));
-    let scale = 1.0 / batch.num_targets as f32;
+    let scale = 1.0 / batch.num_targets() as f32;
     let plan = shaped::settings(&spec, &adapter, &batch, Policy::Checkpoint);
 
     let weights = shaped::weights(&spec).upload(&gpu).unwrap();

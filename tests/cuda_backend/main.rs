@@ -107,7 +107,7 @@ fn logits_and_loss_match_transformers() {
         let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
         let error = error_in_norm(&model.logits(&batch, &rows).unwrap(), &reference.f32("logits"));
         assert!(error < 2e-2, "{name}: logits are off by {error:e}");
-        let loss = model.evaluate(&batch).unwrap() / batch.num_targets as f64;
+        let loss = model.evaluate(&batch).unwrap() / batch.num_targets() as f64;
         let expected = f64::from(reference.f32("loss")[0]);
         let error = (loss / expected - 1.0).abs();
         assert!(error < 5e-3, "{name}: loss {loss}, expected {expected}");
@@ -140,9 +140,9 @@ fn check_gradients(gpu: &Gpu, case: &Case, tag: &str, quantization: Option<Block
         let adapter = Some("adapter_init");
         let settings = settings(case, adapter, &[Policy::Keep], bf16_working);
         let mut model = model(gpu, case, quantization, adapter, settings);
-        let loss = model.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
+        let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
         let expected = f64::from(lora.f32(&format!("{tag}.loss"))[0]);
-        let error = (loss / batch.num_targets as f64 / expected - 1.0).abs();
+        let error = (loss / batch.num_targets() as f64 / expected - 1.0).abs();
         assert!(error < 5e-3, "{} {tag}: loss is off by {error:e}", case.name);
         let gradients = model.parameters().values(Part::Gradients).unwrap();
         assert!(!model.parameters().tensors().is_empty());
@@ -180,7 +180,7 @@ fn policies_give_the_same_bits_and_the_working_copy_is_what_is_read() {
     let Some(gpu) = gpu() else { return };
     let case = Case::open("mistral_s0");
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
-    let scale = 1.0 / batch.num_targets as f32;
+    let scale = 1.0 / batch.num_targets() as f32;
     let run = |policies: &[Policy], bf16_working, dropped: Option<f32>, tile| {
         let adapter = Some("adapter_init");
         let mut settings = settings(&case, adapter, policies, bf16_working);
@@ -225,7 +225,7 @@ fn dropout_masks_what_the_cpu_masks() {
     let case = Case::open("llama_s0");
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     let (scale, dropout, adapter) =
-        (1.0 / batch.num_targets as f32, with_dropout(0.4, 11), Some("adapter_init"));
+        (1.0 / batch.num_targets() as f32, with_dropout(0.4, 11), Some("adapter_init"));
     let mut settings = settings(&case, adapter, &[Policy::Keep], false);
     settings.lora_dropout = true;
     let mut device = model(&gpu, &case, None, adapter, settings.clone()).drawing(dropout);
@@ -314,8 +314,8 @@ fn train(gpu: &Gpu, case: &Case, steps: usize) -> Vec<f64> {
         let before = gpu.driver().counts();
         let batch: Batch = data.train_batch(k);
         model.parameters_mut().zero_gradients();
-        let scale = 1.0 / batch.num_targets as f32;
-        losses.push(model.forward_backward(&batch, scale, 0).unwrap() / batch.num_targets as f64);
+        let scale = 1.0 / batch.num_targets() as f32;
+        losses.push(model.forward_backward(&batch, scale, 0).unwrap() / batch.num_targets() as f64);
         let norm = gpu.gradient_norm(model.parameters_mut()).unwrap();
         let gradient_scale = clip::gradient_scale(norm, number("max_grad_norm"));
         let (groups, optimizer) = (&groups, &optimizer);

@@ -31,7 +31,7 @@ fn what_is_offloaded_gives_the_bits_of_what_is_recomputed() {
         settings.policies = policies.to_vec();
         settings.lora_dropout = lora_dropout;
         let mut model = deep_model(&gpu, &case, settings, false);
-        let scale = 1.0 / batch.num_targets as f32;
+        let scale = 1.0 / batch.num_targets() as f32;
         let mut losses = Vec::new();
         for step in 0..2 {
             // An evaluation between leaves slots with copies that nobody read.

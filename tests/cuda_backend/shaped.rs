@@ -150,7 +150,6 @@ pub fn batch(spec: &ModelSpec, ends: &[u32]) -> Batch {
     Batch {
         labels: input_ids.iter().map(|&id| id as i32).collect(),
         cu_seqlens: [&[0], ends].concat(),
-        num_targets: input_ids.len() - ends.len(),
         input_ids,
         ..Batch::default()
     }

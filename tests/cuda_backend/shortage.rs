@@ -17,7 +17,7 @@ fn a_pass_that_finds_no_memory_is_repeated_in_parts_with_the_same_sums() {
     let case = Case::open("llama_s0");
     let (batch, shape) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     assert!(batch.cu_seqlens.len() > 2, "documents can be parted");
-    let scale = 1.0 / batch.num_targets as f32;
+    let scale = 1.0 / batch.num_targets() as f32;
     let mut plan = settings(&case, Some("adapter_init"), &[Policy::Keep], true);
     (plan.tokens, plan.longest_document, plan.lora_dropout) = (batch.tokens(), shape[1], true);
     let fresh = || {
@@ -61,7 +61,7 @@ fn a_single_document_is_recomputed_where_memory_is_short() {
     let Some(gpu) = gpu() else { return };
     let case = Case::open("llama_s0");
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
-    let scale = 1.0 / batch.num_targets as f32;
+    let scale = 1.0 / batch.num_targets() as f32;
     let policies = [Policy::Attention, Policy::Keep];
     let mut plan = settings(&case, Some("adapter_init"), &policies, true);
     (plan.tokens, plan.longest_document) = (batch.tokens(), batch.tokens());

@@ -157,7 +157,7 @@ fn of_a_step_without_dequantizing_and_adapters() {
         model.parameters_mut().zero_gradients();
         model
     };
-    let scale = 1.0 / batch.num_targets as f32;
+    let scale = 1.0 / batch.num_targets() as f32;
     let timed = |model: &mut Model<Gpu>, bare| {
         gpu.driver().set_bare(bare);
         let start = Instant::now();

@@ -26,7 +26,7 @@ fn streamed_weights_give_the_bits_of_resident_ones() {
         let mut model = deep_model(&gpu, &case, settings, stream);
         let (left, _) = gpu.driver().memory().unwrap();
         let taken = free.saturating_sub(left + model.arena_bytes() as u64);
-        let scale = 1.0 / batch.num_targets as f32;
+        let scale = 1.0 / batch.num_targets() as f32;
         let mut losses = Vec::new();
         for step in 0..2 {
             losses.push(model.forward_backward(&batch, scale, step).unwrap().to_bits());

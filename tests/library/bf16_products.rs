@@ -35,9 +35,9 @@ fn gradients_are_nearer_to_f32_than_those_of_torch_in_bf16() {
     for case in CASES.map(Case::open) {
         let (batch, golden) = (batch(&case), case.tensors("lora.safetensors"));
         let mut model = model(&case, &[Policy::Keep], None);
-        let loss = model.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
+        let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
         let expected = f64::from(golden.f32("lora.loss")[0]);
-        let error = (loss / batch.num_targets as f64 / expected - 1.0).abs();
+        let error = (loss / batch.num_targets() as f64 / expected - 1.0).abs();
         assert!(error < 2e-3, "{}: loss is off by {error:e}", case.name);
         let (parameters, torch) = (model.parameters(), case.bf16_error_of_torch());
         let of = |tensor: &ParameterTensor| {
@@ -59,7 +59,7 @@ fn policies_and_tiles_give_the_same_bits() {
         let batch = batch(&case);
         let run = |policies: &[Policy], tile| {
             let mut model = model(&case, policies, tile);
-            let loss = model.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
+            let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
             (loss, model.parameters().gradients().to_vec())
         };
         let (loss, gradients) = run(&[Policy::Keep], None);

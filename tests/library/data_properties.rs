@@ -138,7 +138,7 @@ fn packing_and_batching_lose_no_token() {
                 seen[index] += 1;
             }
             let targets = row.iter().map(|&index| documents[index].num_targets());
-            assert_eq!(batch.num_targets, targets.sum::<usize>());
+            assert_eq!(batch.num_targets(), targets.sum::<usize>());
         }
         assert!(seen.iter().all(|&count| count == 1));
     }

@@ -42,14 +42,14 @@ fn logits_loss_and_hidden_states_match_transformers() {
         let logits = model.logits(&batch, &rows).unwrap();
         let error = largest_difference(&logits, &reference.f32("logits"));
         assert_within(&case, "logits", error, 10.0 * noise);
-        let loss = model.evaluate(&batch).unwrap() / batch.num_targets as f64;
+        let loss = model.evaluate(&batch).unwrap() / batch.num_targets() as f64;
         assert_within(
             &case,
             "loss",
             (loss - f64::from(reference.f32("loss")[0])).abs(),
             10.0 * noise,
         );
-        assert_eq!(batch.num_targets as u64, case.info["n_label_tokens"].as_u64().unwrap());
+        assert_eq!(batch.num_targets() as u64, case.info["n_label_tokens"].as_u64().unwrap());
         for layer in 0..model.spec().num_layers {
             let got = &model.block_input(layer)[..shape[0] * shape[1] * model.spec().hidden_size];
             let expected = reference.f32(&format!("hidden.{layer}"));
@@ -71,7 +71,7 @@ fn a_padded_batch_equals_its_documents() {
         let expected = reference.unpadded_logits(model.spec().vocab_size);
         let noise = case.noise("logits_max_abs_f32_vs_f64");
         assert_within(&case, "logits", largest_difference(&logits, &expected), 10.0 * noise);
-        let loss = model.evaluate(&batch).unwrap() / batch.num_targets as f64;
+        let loss = model.evaluate(&batch).unwrap() / batch.num_targets() as f64;
         let error = (loss - f64::from(reference.f32("pad.loss")[0])).abs();
         assert_within(&case, "loss", error, 10.0 * noise);
     }
@@ -112,9 +112,9 @@ fn check_gradients(
     let (batch, _) = reference.batch("input_ids", "labels");
     let mut model = case.tiled_model(quantization, Some("adapter_init"), policy, tile);
     let noise = case.noise("grad_max_rel_f32_vs_f64").max(1e-6);
-    let loss = model.forward_backward(&batch, 1.0 / batch.num_targets as f32, 0).unwrap();
+    let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
     let error =
-        (loss / batch.num_targets as f64 - f64::from(lora.f32(&format!("{tag}.loss"))[0])).abs();
+        (loss / batch.num_targets() as f64 - f64::from(lora.f32(&format!("{tag}.loss"))[0])).abs();
     // Nested scales follow the CUDA rule, bitsandbytes' CPU backend made the golden ones.
     let exact = tag != "nf4dq";
     assert_within(case, "loss", error, if exact { 1e-5 } else { 1e-3 });
@@ -150,7 +150,7 @@ fn policies_and_micro_batches_give_the_same_gradients() {
     let case = Case::open("llama_s0");
     let reference = case.tensors("ref.safetensors");
     let (batch, _) = reference.batch("input_ids", "labels");
-    let scale = 1.0 / batch.num_targets as f32;
+    let scale = 1.0 / batch.num_targets() as f32;
     let run = |policies: &[Policy]| {
         let mut model = case.model(Some(BlockFormat::default()), Some("adapter_init"), policies);
         let loss = model.forward_backward(&batch, scale, 0).unwrap();
@@ -189,7 +189,7 @@ fn a_tiled_mlp_gives_the_same_loss_and_gradients() {
         let run = |policies: &[Policy], tile| {
             let format = Some(BlockFormat::default());
             let mut model = case.tiled_model(format, Some("adapter_init"), policies, tile);
-            let scale = 1.0 / batch.num_targets as f32;
+            let scale = 1.0 / batch.num_targets() as f32;
             let loss = model.forward_backward(&batch, scale, 0).unwrap();
             (loss, model.parameters().gradients().to_vec(), model.plan().arena_bytes())
         };

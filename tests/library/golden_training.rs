@@ -201,7 +201,7 @@ fn eight_batches_of_one_equal_one_batch_of_eight() {
     let case = Case::open("llama_s0");
     let documents = eight_documents(&case);
     let each: Vec<Batch> = documents.iter().map(|d| Batch::from_documents([d])).collect();
-    let targets: Vec<usize> = each.iter().map(|batch| batch.num_targets).collect();
+    let targets: Vec<usize> = each.iter().map(|batch| batch.num_targets()).collect();
     assert!(targets.len() == 8 && targets.iter().any(|&count| count != targets[0]), "{targets:?}");
     let gradients = |window: &[Batch]| {
         let mut model = Bare(case.model(None, Some("adapter_init"), &[Policy::Keep]));

@@ -15,7 +15,7 @@ fn parts_of_a_batch_have_the_sums_of_the_whole() {
     for name in ["llama_s0", "gpt2_s0", "qwen2_s0"] {
         let case = Case::open(name);
         let (batch, shape) = case.tensors("ref.safetensors").batch("input_ids", "labels");
-        let scale = 1.0 / batch.num_targets as f32;
+        let scale = 1.0 / batch.num_targets() as f32;
         let settings = Settings {
             longest_document: shape[1],
             policies: vec![Policy::Keep; case.spec().num_layers],

@@ -11,7 +11,7 @@ use super::{device, reading};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::atomic::AtomicFile;
 use crate::cli::eval::EvalArgs;
-use crate::data::{Batch, ChatTokenizer, Dataset, Document, Encoder};
+use crate::data::{Batch, ChatTokenizer, Dataset, Document, Encoder, targets};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::model::Model;
@@ -178,7 +178,7 @@ fn figures<K: Kernels>(model: &mut Model<K>, batches: &[Batch], adapters: bool) 
     for batch in batches {
         let score = model.score(batch, adapters)?;
         figures.documents += batch.lines.len();
-        figures.targets += batch.num_targets;
+        figures.targets += batch.num_targets();
         figures.loss += score.loss;
         figures.tokens_right += score.likeliest.iter().filter(|&&right| right).count();
         figures.documents_right += documents_right(batch, &score.likeliest);
@@ -188,9 +188,8 @@ fn figures<K: Kernels>(model: &mut Model<K>, batches: &[Batch], adapters: bool) 
 
 fn documents_right(batch: &Batch, likeliest: &[bool]) -> usize {
     let (mut rest, mut right) = (likeliest, 0);
-    for document in batch.cu_seqlens.windows(2) {
-        let labels = &batch.labels[document[0] as usize..document[1] as usize];
-        let targets = labels.iter().skip(1).filter(|&&label| label >= 0).count();
+    for document in batch.documents() {
+        let targets = targets(&batch.labels[document]).count();
         let (own, others) = rest.split_at(targets);
         right += usize::from(own.iter().all(|&right| right));
         rest = others;
@@ -274,7 +273,7 @@ mod tests {
         // The first label of a document has nothing to be foretold from.
         let documents = [document(&[5, -100, 1, 1]), document(&[1, 1]), document(&[-100, 1, 1])];
         let batch = Batch::from_documents(&documents);
-        assert_eq!(batch.num_targets, 5);
+        assert_eq!(batch.num_targets(), 5);
         assert_eq!(documents_right(&batch, &[true, false, true, true, true]), 2);
         assert_eq!(documents_right(&batch, &[true, true, false, true, false]), 1);
     }

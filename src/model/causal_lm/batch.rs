@@ -1,7 +1,7 @@
 //! What a batch asks for, checked against the plan and the vocabulary.
 
 use super::Model;
-use crate::data::Batch;
+use crate::data::{Batch, targets};
 use crate::error::{Error, Result};
 use crate::kernels::{Kernels, TokenLayout};
 use crate::model::rotary::Reach;
@@ -15,13 +15,11 @@ pub(super) struct Targets {
 impl Targets {
     pub(super) fn of(batch: &Batch) -> Self {
         let (mut rows, mut ids) = (Vec::new(), Vec::new());
-        for document in batch.cu_seqlens.windows(2) {
-            for token in document[0]..document[1].saturating_sub(1) {
-                // Label −100 (any negative) is masked.
-                if let Ok(target) = u32::try_from(batch.labels[token as usize + 1]) {
-                    rows.push(token);
-                    ids.push(target);
-                }
+        for document in batch.documents() {
+            let labels = &batch.labels[document.clone()];
+            for token in targets(labels) {
+                rows.push((document.start + token - 1) as u32);
+                ids.push(labels[token] as u32);
             }
         }
         Targets { rows, ids }
