@@ -16,7 +16,7 @@ pub struct DataFormatArgs {
     /// Format of the records [default: detected from the first one]
     #[arg(long, value_enum)]
     pub format: Option<Format>,
-    /// Rename a field of the file, such as `question=prompt`; may be repeated
+    /// Rename a field of the file, such as `question=instruction`; may be repeated
     #[arg(long, value_name = "OLD=NEW", value_parser = rename)]
     pub rename_columns: Vec<(String, String)>,
     /// Chat template: alpaca, chatml, gemma, llama-3, zephyr, or a Jinja file [default: the model's]
@@ -50,7 +50,7 @@ fn rename(text: &str) -> std::result::Result<(String, String), String> {
         Some((old, new)) if !old.is_empty() && !new.is_empty() && !new.contains(',') => {
             Ok((old.into(), new.into()))
         }
-        _ => Err("expected one `OLD=NEW`, such as `question=prompt`\nhint: the flag is given once for each \
+        _ => Err("expected one `OLD=NEW`, such as `question=instruction`\nhint: the flag is given once for each \
                   field: `--rename-columns a=b --rename-columns c=d`"
             .into()),
     }

@@ -46,8 +46,8 @@ pub struct EvalArgs {
     pub save_logits: Option<PathBuf>,
     /// Write the answers of greedy decoding to a new JSONL file: for each document its `prompt`, its last
     /// answer as `label`, that of the model, with the adapter if there is one, as `predict`, and as
-    /// `finish_reason` whether it came to an end (`stop`) or was cut off (`length`); until it is complete it is
-    /// `.FILE.partial`
+    /// `finish_reason` whether it came to an end (`stop`) or was cut off (`length`), with its `line`. Until it
+    /// is complete, or Ctrl-C ends it, it is `.FILE.partial`
     #[arg(long, help_heading = "Output", value_name = "FILE")]
     pub predictions: Option<PathBuf>,
     /// Maximum length of these answers, in tokens

@@ -58,7 +58,8 @@ pub struct MemoryArgs {
     /// host, four times as many, each with part of its logits [default: 128 MiB, or a quarter of it]
     #[arg(long, help_heading = "Memory and threads", value_name = "TOKENS", value_parser = numbers::at_least_one)]
     pub logits_chunk_length: Option<NonZeroUsize>,
-    /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from the 4-bit file
+    /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from the file: of a
+    /// 4-bit folder, or a dense one with `--quantization none`
     #[arg(long, help_heading = "Memory and threads", value_name = "MODE", value_enum, default_value_t = WeightsMode::Auto)]
     pub weights: WeightsMode,
     /// On a GPU: blocks whose 4-bit weights stay dequantized, too, or as many of them as fit; of streamed weights
@@ -90,7 +91,8 @@ pub struct MemoryArgs {
     /// Show what fits `--budget` or the free memory: lengths, batch sizes, what each setting saves
     #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]
     pub fit: bool,
-    /// Run this many real training steps on random tokens, and show the measured memory beside the plan
+    /// Run this many real training steps on random tokens [2 without a number], and show the measured memory beside
+    /// the plan
     #[arg(long, help_heading = "Output", value_name = "STEPS", num_args = 0..=1,
           default_missing_value = "2", value_parser = numbers::at_least_one)]
     pub measure: Option<NonZeroUsize>,

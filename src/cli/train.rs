@@ -333,7 +333,8 @@ pub struct ResourceArgs {
     /// host, four times as many, each with part of its logits [default: 128 MiB, or a quarter of it]
     #[arg(long, value_name = "TOKENS", value_parser = numbers::at_least_one)]
     pub logits_chunk_length: Option<NonZeroUsize>,
-    /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from the 4-bit file
+    /// Frozen weights of the blocks: all `resident` in memory, or `stream`ed from the file: of a
+    /// 4-bit folder, or a dense one with `--quantization none`
     #[arg(long, value_name = "MODE", value_enum, default_value_t = WeightsMode::Auto)]
     pub weights: WeightsMode,
     /// On a GPU: blocks whose 4-bit weights stay dequantized, too, or as many of them as fit; of streamed weights

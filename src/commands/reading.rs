@@ -11,6 +11,7 @@ use crate::report::figures::thousands;
 
 /// What is shown of roles that may be anything.
 const MOST_ROLES: usize = 8;
+const MOST_FIELDS: usize = 12;
 const MOST_CHARACTERS: usize = 40;
 
 /// [`crate::data::load()`] behind a [`bar`]; fails on what training should not pass over.
@@ -52,12 +53,23 @@ pub fn notes(report: &LoadReport) -> Vec<String> {
         counted(
             report.bare_prompts.len(),
             "prompt",
-            "of plain text, without the chat template, as with `nibble generate --raw`",
+            "of plain text, without the chat template that `instruction` and `output` go through",
         ),
+        unused_fields(report).map(|fields| format!("with fields that are not used: {fields}")),
         unknown_roles(report)
             .map(|roles| format!("messages with roles that few templates know: {roles}")),
     ];
     notes.into_iter().flatten().collect()
+}
+
+/// What the format has no use for; the first few.
+pub fn unused_fields(report: &LoadReport) -> Option<String> {
+    let names = &report.unused_fields;
+    let name = |name: &String| name.escape_debug().take(MOST_CHARACTERS).collect::<String>();
+    let shown: Vec<String> = names.iter().take(MOST_FIELDS).map(name).collect();
+    let more = names.len() - shown.len();
+    let more = if more > 0 { format!(" and {more} more") } else { String::new() };
+    (!shown.is_empty()).then(|| shown.join(", ") + &more)
 }
 
 /// Which roles templates seldom know, and where: ``3 of `Assistant` (from line 7)``; the first few.

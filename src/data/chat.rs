@@ -1,6 +1,7 @@
 //! Conversations as chat templates want them, from the shapes that data sets have.
 //!
-//! OpenAI's `role`/`content` and ShareGPT's `from`/`value` are both read, whatever the list is called.
+//! OpenAI's `role`/`content` and ShareGPT's `from`/`value` are both read, whatever the list is called, and so
+//! are texts in turns (LIMA) and pairs of `input` and `output` (Capybara).
 //! As vLLM does, and as most templates need, content in text parts becomes one text unless the template goes
 //! through the parts itself, and a tool call's arguments are an object even where they were saved as JSON
 //! text. Images and sounds are refused.
@@ -15,6 +16,22 @@ use super::template::ChatTemplate;
 /// What chat templates call those who speak; another name may be a slip of the pen.
 const ROLES: [&str; 7] =
     ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
+
+/// What else they are called, and the role.
+const USUAL_ROLES: [(&str, &str); 12] = [
+    ("human", "user"),
+    ("user", "user"),
+    ("gpt", "assistant"),
+    ("assistant", "assistant"),
+    ("model", "assistant"),
+    ("chatgpt", "assistant"),
+    ("bing", "assistant"),
+    ("bard", "assistant"),
+    ("system", "system"),
+    ("tool", "tool"),
+    ("observation", "tool"),
+    ("function_response", "tool"),
+];
 
 /// Turns for the chat template.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -56,7 +73,11 @@ impl Chat {
     pub fn of_prompt_and_completion(record: &Value) -> Result<Self, Rejection> {
         let mut chat = Chat::new(record, "prompt")?;
         chat.prompt_messages = chat.messages.len();
-        chat.messages.extend(messages(record, "completion")?);
+        let completion = &record["completion"];
+        match completion.as_str().filter(|_| !has_messages(completion)) {
+            Some(text) => chat.messages.push(json!({"role": "assistant", "content": text})),
+            None => chat.messages.extend(messages(record, "completion")?),
+        }
         Ok(chat)
     }
 
@@ -108,19 +129,36 @@ fn messages(record: &Value, key: &str) -> Result<Vec<Value>, Rejection> {
             })?;
             &parsed
         }
+        // A row of a table with nothing in it.
+        Some(Value::Null) => return Ok(Vec::new()),
         _ => list(record, key)?,
     };
-    if turns.is_empty() {
-        return Err(Rejection::new(format!("field `{key}` has no messages")));
-    }
-    let named = |(turn, message)| {
+    let mut messages = Vec::with_capacity(turns.len());
+    for (turn, message) in turns.iter().enumerate() {
         let at_turn = |reason: Rejection| Rejection {
             reason: format!("{key}[{turn}]{}", reason.reason),
             ..reason
         };
-        read(message).map_err(at_turn)
-    };
-    turns.iter().enumerate().map(named).collect()
+        match message {
+            // LIMA's: user and assistant in turns.
+            Value::String(text) => {
+                let role = if turn % 2 == 0 { "user" } else { "assistant" };
+                messages.push(json!({"role": role, "content": text}));
+            }
+            // Capybara's: a question and its answer.
+            Value::Object(pair) if !pair.contains_key("role") && !pair.contains_key("from") => {
+                match (pair.get("input"), pair.get("output")) {
+                    (Some(Value::String(asked)), Some(Value::String(answer))) => messages.extend([
+                        json!({"role": "user", "content": asked}),
+                        json!({"role": "assistant", "content": answer}),
+                    ]),
+                    _ => messages.push(read(message).map_err(at_turn)?),
+                }
+            }
+            message => messages.push(read(message).map_err(at_turn)?),
+        }
+    }
+    Ok(messages)
 }
 
 /// Whether a field holds messages: a list, or JSON text of one.
@@ -170,7 +208,7 @@ pub(super) fn variables(record: &Value) -> Result<Map<String, Value>, Rejection>
 pub(super) fn tool_list(record: &Value, key: &str) -> Result<Vec<Value>, Rejection> {
     let tools = match record.get(key) {
         None | Some(Value::Null) => return Ok(Vec::new()),
-        Some(Value::String(text)) if text.trim().is_empty() => return Ok(Vec::new()),
+        Some(Value::String(text)) if matches!(text.trim(), "" | "null") => return Ok(Vec::new()),
         Some(Value::String(text)) => serde_json::from_str(text)
             .map_err(|e| Rejection::new(format!("field `{key}` is text, but no JSON: {e}")))?,
         Some(tools) => tools.clone(),
@@ -222,13 +260,12 @@ fn shaped(fields: &Map<String, Value>) -> Result<Value, Rejection> {
         Value::String(text) => text,
         other => return Err(Rejection::new(format!(".value is {}, expected text", kind(other)))),
     };
-    let role = match field("from").as_str() {
-        Some("human" | "user") => "user",
-        Some("gpt" | "assistant" | "model" | "chatgpt" | "bing" | "bard") => "assistant",
-        Some("system") => "system",
-        Some("tool" | "observation" | "function_response") => "tool",
-        Some("function_call") => return function_call(content),
-        other => {
+    let from = field("from").as_str();
+    let role = match from.and_then(|name| USUAL_ROLES.iter().find(|(theirs, _)| *theirs == name)) {
+        Some((_, role)) => role,
+        None if from == Some("function_call") => return function_call(content),
+        None => {
+            let other = from;
             return Err(Rejection::new(format!(
                 ".from is `{}`, expected human, gpt, system, function_call or observation",
                 other.unwrap_or("no text")
@@ -244,6 +281,16 @@ fn openai(fields: &Map<String, Value>) -> Result<Value, Rejection> {
         return Err(Rejection::new(".role is missing or no text"));
     }
     let mut fields = fields.clone();
+    // Halfway to ShareGPT.
+    let usual = |name: &str| USUAL_ROLES.iter().find(|(theirs, _)| *theirs == name);
+    if let Some((_, role)) = fields["role"].as_str().and_then(usual) {
+        fields.insert("role".into(), (*role).into());
+    }
+    if !fields.contains_key("content")
+        && let Some(said) = fields.shift_remove("value")
+    {
+        fields.insert("content".into(), said);
+    }
     // What calls were before there could be several.
     if let Some(call) = fields.remove("function_call").filter(|call| !call.is_null()) {
         if !call["name"].is_string() {

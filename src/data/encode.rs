@@ -105,9 +105,6 @@ impl<'a> Encoder<'a> {
             Record::Tokens { input_ids, labels } => self.tokens(input_ids, labels.as_deref()),
         };
         let document = &encoded.document;
-        if document.input_ids.is_empty() {
-            return Err(Rejection::new("record is empty"));
-        }
         if let Some(id) = document.input_ids.iter().find(|&&id| id as usize >= self.vocab_size) {
             let what = format!("token id {id} is outside the vocabulary of {}", self.vocab_size);
             return Err(Rejection::new(what).hint("the ids were made with another tokenizer"));
@@ -154,7 +151,7 @@ impl<'a> Encoder<'a> {
 
     fn text(&self, text: &str) -> std::result::Result<Encoded, Rejection> {
         if text.is_empty() {
-            return Err(Rejection::new("field `text` is empty"));
+            return Ok(Encoded::default());
         }
         let mut ids = self.ids(text)?;
         let closed = self.close(&mut ids);
@@ -167,7 +164,7 @@ impl<'a> Encoder<'a> {
         completion: &str,
     ) -> std::result::Result<Encoded, Rejection> {
         if completion.is_empty() {
-            return Err(Rejection::new("the completion is empty"));
+            return Ok(Encoded::default());
         }
         let prompt_ids = self.ids(prompt)?;
         let mut ids = self.ids(&format!("{prompt}{completion}"))?;
@@ -190,6 +187,9 @@ impl<'a> Encoder<'a> {
             return Err(Rejection::new("the tokenizer has no chat template")
                 .hint("choose one, such as `--chat-template chatml` or `alpaca`"));
         };
+        if chat.messages.is_empty() {
+            return Ok(Encoded::default());
+        }
         let template = templates.for_variables(&chat.variables);
         let chat = &*chat.for_template(template);
         let refused = |error| match rejection(error) {

@@ -13,6 +13,9 @@ use crate::plural::noun;
 const ENDINGS: [&str; 6] = ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"];
 /// Endings behind those of text.
 const PACKED_ENDINGS: [&str; 3] = ["gz", "zst", "zstd"];
+/// What `datasets` and the hub write beside data.
+const ABOUT_DATA: [&str; 4] =
+    ["dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json"];
 /// Words in the names of files that are kept apart from training data.
 const HELD_OUT: [(&str, &[&str]); 2] = [
     ("validation", &["val", "valid", "validation", "dev", "eval", "evaluation"]),
@@ -42,6 +45,14 @@ impl DataFiles {
         let paths = match given.to_str().filter(|text| is_pattern(text) && !given.exists()) {
             Some(pattern) => fitting(pattern)?,
             None if given.is_dir() => in_folder(given)?,
+            None if is_name_on_the_hub(given) => {
+                let given = given.display();
+                let what = format_args!("there is no file {given}");
+                return Err(Error::input(what).hint(format_args!(
+                    "if it is a data set of the Hugging Face hub, get it first: \
+                     `hf download --repo-type dataset {given} --local-dir DIR`"
+                )));
+            }
             None => vec![given.to_path_buf()],
         };
         let file = |path| DataFile { path, lines_before: 0 };
@@ -100,6 +111,17 @@ impl DataFiles {
     }
 }
 
+/// `owner/name`, which is no file here.
+fn is_name_on_the_hub(given: &Path) -> bool {
+    let parts = given.to_str().unwrap_or_default().split('/');
+    given.is_relative()
+        && given.symlink_metadata().is_err()
+        && given.extension().is_none()
+        && !given.starts_with(".")
+        && !given.starts_with("..")
+        && parts.count() == 2
+}
+
 fn is_pattern(text: &str) -> bool {
     text.contains(['*', '?', '['])
 }
@@ -138,10 +160,8 @@ fn in_folder(folder: &Path) -> Result<Vec<PathBuf>> {
     files.sort();
     let place = folder.display();
     if files.is_empty() {
-        let what = format_args!("{place} holds no data file");
-        return Err(Error::input(what).hint(
-            "files end in .jsonl, .json, .csv, .tsv or .parquet; folders within it are not searched",
-        ));
+        let error = Error::input(format_args!("{place} holds no data file"));
+        return Err(error.hint(way_out(folder)));
     }
     let part = |file: &PathBuf| held_out(name(file));
     if let Some(other) = files.iter().find(|file| part(file) != part(&files[0])) {
@@ -156,6 +176,32 @@ fn in_folder(folder: &Path) -> Result<Vec<PathBuf>> {
     }
     Ok(files)
 }
+
+/// Where the data of a folder without any may be.
+fn way_out(folder: &Path) -> String {
+    const ENDINGS_TOLD: &str =
+        "files end in .jsonl, .json, .csv, .tsv or .parquet; folders within it are not searched";
+    let options = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::new() };
+    let pattern = folder.join("**/*");
+    let within = pattern.to_str().and_then(|pattern| glob_with(pattern, options).ok());
+    let within: Vec<PathBuf> = within.into_iter().flatten().flatten().collect();
+    let data = |path: &&PathBuf| is_data(path) && held_out(name(path)).is_none() && path.is_file();
+    if let Some(path) = within.iter().find(data) {
+        let (folder, ending) = (path.parent().unwrap_or(folder).display(), ending(path));
+        let start = if name(path).starts_with("train") { "train" } else { "" };
+        return format!(
+            "give the files below it by a pattern, such as `'{folder}/{start}*.{ending}'`"
+        );
+    }
+    match within.iter().any(|path| ending(path) == "arrow") {
+        true => ARROW.to_string(),
+        false => ENDINGS_TOLD.to_string(),
+    }
+}
+
+/// What `save_to_disk` writes.
+pub(super) const ARROW: &str =
+    "Arrow files are not read: write them again by `dataset.to_parquet(\"data.parquet\")`";
 
 /// What a file of this name is kept for, if not for training.
 fn held_out(name: &str) -> Option<&'static str> {
@@ -176,7 +222,7 @@ pub fn is_data(path: &Path) -> bool {
     let (ending, last) = (unpacked_ending(path), ending(path));
     let packed = ending != last;
     let known = ENDINGS.contains(&ending.as_str()) && !(packed && ending == "parquet");
-    known && !name(path).starts_with('.')
+    known && !name(path).starts_with('.') && !ABOUT_DATA.contains(&name(path))
 }
 
 fn ending(path: &Path) -> String {
@@ -247,7 +293,33 @@ mod tests {
         let held_out = folder(&["eval-1.jsonl", "validation-2.jsonl"]);
         assert_eq!(names(DataFiles::find(held_out.path())).len(), 2);
         let empty = DataFiles::find(folder(&["notes.txt"]).path()).unwrap_err().to_string();
-        assert!(empty.contains("holds no data file"), "{empty}");
+        assert!(empty.contains("holds no data file\nhint: files end in .jsonl"), "{empty}");
+    }
+
+    /// As the hub and `datasets` leave them.
+    #[test]
+    fn a_folder_without_data_says_where_they_are() {
+        let about = ["dataset_infos.json", "state.json", "dataset_dict.json", "README.md"];
+        let hub = folder(&about);
+        let place = |name: &str| hub.path().join(name);
+        for name in ["data/test-0.parquet", "data/train-0.parquet", "data/train-1.parquet"] {
+            fs::create_dir_all(place("data")).unwrap();
+            fs::write(place(name), "").unwrap();
+        }
+        let says = |path: &Path| DataFiles::find(path).unwrap_err().to_string();
+        let pattern = place("data").join("train*.parquet").display().to_string();
+        let text = says(hub.path());
+        assert!(
+            text.contains("holds no data file") && text.contains(&format!("`'{pattern}'`")),
+            "{text}"
+        );
+        assert_eq!(names(DataFiles::find(Path::new(&pattern))).len(), 2);
+        let saved = folder(&["dataset_info.json", "state.json", "data-00000-of-00001.arrow"]);
+        let text = says(saved.path());
+        assert!(text.contains("hint: Arrow files are not read"), "{text}");
+        let text = says(Path::new("nobody/no-such-data"));
+        assert!(text.contains("`hf download --repo-type dataset nobody/no-such-data "), "{text}");
+        assert_eq!(names(DataFiles::find(Path::new("nobody/none.jsonl"))), ["none.jsonl"]);
     }
 
     #[cfg(unix)]

@@ -23,7 +23,7 @@ const BATCH_BYTES: usize = 16 << 20;
 /// How to read data.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct DataOptions {
-    /// Shape of the records; found from the first one if absent.
+    /// Shape of the records; found from the first one of each file if absent.
     pub format: Option<Format>,
     /// Which tokens are trained.
     pub train_on: TrainOn,
@@ -83,10 +83,12 @@ pub fn read(
     let report =
         LoadReport { files: files.clone(), format: options.format, ..LoadReport::default() };
     let idle = options.rename_columns.iter().collect();
-    let mut loader = Loader { encoder, options, seen: HashSet::new(), idle, report, keep };
+    let (seen, format) = (HashSet::new(), options.format);
+    let mut loader = Loader { encoder, options, seen, idle, format, report, keep };
     let (mut lines, mut bytes, all_bytes) = (0, 0, files.bytes());
     for (index, path) in files.paths().enumerate() {
         loader.report.files.begin(index, lines);
+        loader.format = options.format;
         let mut source = Source::open(path)?;
         let before = lines;
         loop {
@@ -134,6 +136,8 @@ struct Loader<'a, K> {
     seen: HashSet<u64>,
     /// Fields to be renamed that no record has had, under either name.
     idle: Vec<&'a (String, String)>,
+    /// Of the records of the file at work, once it is known.
+    format: Option<Format>,
     report: LoadReport,
     keep: K,
 }
@@ -150,10 +154,12 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         let parse_raw = |raw: Raw| (raw.line, raw.body.and_then(read));
         let mut parsed: Vec<Parsed> = batch.into_par_iter().map(parse_raw).collect();
         self.rename(&mut parsed);
-        if self.report.format.is_none() {
-            self.report.format = self.detect(&parsed)?;
+        if self.format.is_none() {
+            self.format = self.detect(&parsed)?;
+            self.report.add_format(self.format);
         }
-        let (encoder, format) = (self.encoder, self.report.format);
+        self.note_unused(&parsed);
+        let (encoder, format) = (self.encoder, self.format);
         let encode = |record: Value| match format {
             Some(format) => {
                 let encoded = encoder.encode(&parse(&record, format)?)?;
@@ -189,6 +195,19 @@ impl<K: FnMut(Document)> Loader<'_, K> {
                 *record = Err(rejection);
             }
         });
+    }
+
+    /// Fields that the format has no use for, but for those that were renamed on purpose.
+    fn note_unused(&mut self, parsed: &[Parsed]) {
+        let Some(format) = self.format else { return };
+        let renames = &self.options.rename_columns;
+        let records = parsed.iter().filter_map(|(_, record)| record.as_ref().ok()?.as_object());
+        for (name, value) in records.flatten() {
+            let known = format.is_read(name) || self.report.unused_fields.contains(name);
+            if !known && !is_nothing(value) && renames.iter().all(|(_, new)| new != name) {
+                self.report.unused_fields.push(name.clone());
+            }
+        }
     }
 
     /// The format of the first record that is JSON; none if there is no such record.
@@ -320,23 +339,67 @@ fn is_nothing(value: &Value) -> bool {
 }
 
 fn parse_json(text: &str) -> std::result::Result<Value, Rejection> {
-    serde_json::from_str(text).map_err(|e| {
-        let (line, column) = (e.line(), e.column());
-        let message = e.to_string();
-        let message = message.split(" at line ").next().unwrap_or_default();
-        let place = match line {
-            0 | 1 => format!("column {column}"),
-            _ => format!("its line {line}, column {column}"),
-        };
-        let rejection = Rejection::new(format!("not valid JSON at {place}: {message}"));
-        if e.is_eof() {
-            rejection.hint("each record stands on one line, or the file is one JSON list")
-        } else if (line, column) == (1, 1) {
-            rejection.hint("each line is a JSON object: plain text is `{\"text\": \"…\"}`")
+    let read = serde_json::from_str(text).or_else(|error| match without_nan(text) {
+        Some(finite) => serde_json::from_str(&finite),
+        None => Err(error),
+    });
+    read.map_err(|error| not_json(&error))
+}
+
+fn not_json(error: &serde_json::Error) -> Rejection {
+    let (line, column) = (error.line(), error.column());
+    let message = error.to_string();
+    let message = message.split(" at line ").next().unwrap_or_default();
+    let place = match line {
+        0 | 1 => format!("column {column}"),
+        _ => format!("its line {line}, column {column}"),
+    };
+    let rejection = Rejection::new(format!("not valid JSON at {place}: {message}"));
+    if error.is_eof() {
+        rejection.hint("each record stands on one line, or the file is one JSON list")
+    } else if (line, column) == (1, 1) {
+        rejection.hint("each line is a JSON object: plain text is `{\"text\": \"…\"}`")
+    } else {
+        rejection
+    }
+}
+
+/// Python's JSON with null for NaN and Infinity, which JSON has not; `None` where there are none.
+fn without_nan(text: &str) -> Option<String> {
+    let (mut out, mut rest, mut found) = (String::with_capacity(text.len()), text, false);
+    while let Some(at) = rest.find(['"', 'N', 'I']) {
+        let (before, from) = rest.split_at(at);
+        out += before;
+        let length = if from.starts_with('"') {
+            string_length(from)?
+        } else if let Some(name) =
+            ["NaN", "Infinity"].into_iter().find(|name| from.starts_with(name))
+        {
+            found = true;
+            if out.ends_with('-') {
+                out.pop();
+            }
+            out += "null";
+            rest = &from[name.len()..];
+            continue;
         } else {
-            rejection
-        }
-    })
+            return None;
+        };
+        out += &from[..length];
+        rest = &from[length..];
+    }
+    found.then(|| out + rest)
+}
+
+/// Bytes of the JSON string that `text` begins with, quotes included.
+fn string_length(text: &str) -> Option<usize> {
+    let mut escaped = false;
+    let end = text.bytes().skip(1).position(|byte| {
+        let ends = byte == b'"' && !escaped;
+        escaped = byte == b'\\' && !escaped;
+        ends
+    });
+    end.map(|end| end + 2)
 }
 
 fn fingerprint(document: &Document) -> u64 {

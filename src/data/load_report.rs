@@ -20,6 +20,8 @@ pub struct LoadReport {
     pub files: DataFiles,
     /// Shape of the records.
     pub format: Option<Format>,
+    /// That of files that have another one.
+    pub other_formats: Vec<Format>,
     /// How many there are, blank lines left out.
     pub records: usize,
     /// Records that could not be used.
@@ -49,6 +51,8 @@ pub struct LoadReport {
     pub bare_prompts: Vec<usize>,
     /// Messages of roles that templates seldom know.
     pub unknown_roles: BTreeMap<String, RoleUse>,
+    /// Fields that the format has no use for, in the order in which they came.
+    pub unused_fields: Vec<String>,
     /// Lines that repeat an earlier record.
     pub duplicates: Vec<usize>,
     /// Documents that are left to train on.
@@ -79,6 +83,24 @@ pub struct Rejected {
 }
 
 impl LoadReport {
+    /// What a file's records are.
+    pub(super) fn add_format(&mut self, format: Option<Format>) {
+        match (format, self.format) {
+            (_, None) => self.format = format,
+            (Some(new), Some(first)) if new != first && !self.other_formats.contains(&new) => {
+                self.other_formats.push(new);
+            }
+            _ => {}
+        }
+    }
+
+    /// All formats, for people.
+    pub fn formats(&self) -> String {
+        let names = self.format.iter().chain(&self.other_formats).map(|format| format.name());
+        let names: Vec<String> = names.collect();
+        if names.is_empty() { "unknown".to_string() } else { names.join(", ") }
+    }
+
     /// Fails on the first thing that a training run should not pass over.
     ///
     /// # Errors

@@ -42,6 +42,20 @@ impl Format {
         }
     }
 
+    /// The fields that records of this format are read from.
+    pub(super) fn is_read(self, field: &str) -> bool {
+        const OF_CHATS: [&str; 4] = ["system", "tools", "functions", "chat_template_kwargs"];
+        self.keys().contains(&field)
+            || match self {
+                Format::Text => false,
+                Format::Alpaca => {
+                    field == "input" || field == "history" || OF_CHATS.contains(&field)
+                }
+                Format::Prompt | Format::Sharegpt | Format::Messages => OF_CHATS.contains(&field),
+                Format::Tokens => token_record::FIELDS.contains(&field),
+            }
+    }
+
     /// The format whose keys `record` has. Those that are null count where no format has all others:
     /// [`parse`] then says which they are.
     ///
@@ -80,13 +94,103 @@ impl Format {
     }
 }
 
+/// What others call an instruction, and what should follow it.
+const INSTRUCTIONS: [&str; 9] = [
+    "instruction",
+    "question",
+    "query",
+    "problem",
+    "prompt",
+    "user",
+    "inputs",
+    "dialogue",
+    "input",
+];
+const OUTPUTS: [&str; 10] = [
+    "output",
+    "response",
+    "answer",
+    "completion",
+    "solution",
+    "target",
+    "targets",
+    "assistant",
+    "answers",
+    "summary",
+];
+/// What they call fields beside these, and lists of messages.
+const BESIDE: [(&str, &str); 4] = [
+    ("context", "input"),
+    ("system_prompt", "system"),
+    ("conversation", "messages"),
+    ("dialog", "messages"),
+];
+
+/// Flags that give the fields of a record the names of a format: those of Alpaca, which goes through the
+/// chat template, where one field is an instruction and one an output by its name.
+fn renames(names: &[&str]) -> Option<String> {
+    let plain = |name: &str| name.trim().to_lowercase();
+    let called = |known: &[&str]| -> Vec<&str> {
+        names.iter().copied().filter(|name| known.contains(&plain(name).as_str())).collect()
+    };
+    let mut pairs: Vec<(&str, &str)> = Vec::new();
+    // Of several the first by rank, if the others can be fields beside it.
+    let instructions = called(&INSTRUCTIONS);
+    let asked = match instructions[..] {
+        [one] => Some(one),
+        [one, other] | [other, one] if plain(other) == "input" && plain(one) != "input" => {
+            Some(one)
+        }
+        _ => None,
+    };
+    if let (Some(asked), [answer]) = (asked, &called(&OUTPUTS)[..]) {
+        pairs.extend([(asked, "instruction"), (*answer, "output")]);
+    }
+    let beside = BESIDE
+        .iter()
+        .flat_map(|(theirs, ours)| called(&[*theirs]).into_iter().map(move |name| (name, *ours)));
+    let lists = |ours: &str| ours == "messages";
+    let beside: Vec<(&str, &str)> = beside
+        .filter(|(_, ours)| lists(ours) == pairs.is_empty() && !names.contains(ours))
+        .collect();
+    pairs.extend(beside);
+    let renamed = |(theirs, ours): &(&str, &str)| match theirs == ours {
+        true => None,
+        false if theirs.contains(' ') => Some(format!("--rename-columns '{theirs}={ours}'")),
+        false => Some(format!("--rename-columns {theirs}={ours}")),
+    };
+    let flags: Vec<String> = pairs.iter().filter_map(renamed).collect();
+    (!flags.is_empty()).then(|| flags.join(" "))
+}
+
+/// The fields of a record, the first few.
+fn listed(names: &[&str]) -> String {
+    const SHOWN: usize = 20;
+    let more = names.len().saturating_sub(SHOWN);
+    let shown = &names[..names.len() - more];
+    if more > 0 { format!("{shown:?} and {more} more") } else { format!("{shown:?}") }
+}
+
 fn unknown(names: &[&str]) -> Rejection {
-    let what = format!("cannot tell the format of a record with the fields {names:?}");
+    let what = format!("cannot tell the format of a record with the fields {}", listed(names));
+    if names.iter().any(|name| name.contains('\0')) {
+        return Rejection::new("the file is UTF-16 text").hint("save it as UTF-8");
+    }
+    if let [one] = names
+        && one.contains(';')
+    {
+        return Rejection::new(what)
+            .hint("columns are set apart by `;` here: save the file with commas");
+    }
     if names.contains(&"chosen") && names.contains(&"rejected") {
         return Rejection::new(what).hint(
-            "these are preferences; for supervised training keep the `chosen` side as `messages` \
-             or `prompt` and `completion`",
+            "these are preferences; for supervised training keep the `chosen` side: \
+             `--rename-columns chosen=messages` where it is a list of messages, or \
+             `--rename-columns chosen=completion`",
         );
+    }
+    if let Some(flags) = renames(names) {
+        return Rejection::new(what).hint(format!("if they are what they are called: `{flags}`"));
     }
     Rejection::new(what).hint(
         "expected text, prompt and completion, instruction and output, conversations, messages, \
@@ -162,7 +266,7 @@ pub fn parse(record: &Value, format: Format) -> Result<Record, Rejection> {
         return Err(no_object(record));
     }
     match format {
-        Format::Text => Ok(Record::Text(text(record, "text")?)),
+        Format::Text => Ok(Record::Text(trained_text(record, "text")?)),
         Format::Prompt => prompt_completion(record),
         Format::Alpaca => alpaca(record),
         Format::Sharegpt => Chat::new(record, "conversations").map(Record::Chat),
@@ -196,13 +300,13 @@ fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
     }
     Ok(Record::Completion {
         prompt: text(record, "prompt")?,
-        completion: text(record, "completion")?,
+        completion: trained_text(record, "completion")?,
     })
 }
 
 /// Source of the text: the Alpaca release. LLaMA-Factory's `system` and `history` are read too.
 fn alpaca(record: &Value) -> Result<Record, Rejection> {
-    let (instruction, output) = (text(record, "instruction")?, text(record, "output")?);
+    let (instruction, output) = (text(record, "instruction")?, trained_text(record, "output")?);
     let (input, system) = (optional_text(record, "input")?, optional_text(record, "system")?);
     let mut messages = Vec::new();
     let mut say = |role: &str, content: &str| {
@@ -249,6 +353,11 @@ fn alpaca_text(instruction: &str, input: Option<&str>) -> String {
     }
 }
 
+/// What is trained; null, as rows of a table have it, is an empty text.
+fn trained_text(record: &Value, key: &str) -> Result<String, Rejection> {
+    if record.get(key).is_some_and(Value::is_null) { Ok(String::new()) } else { text(record, key) }
+}
+
 fn text(record: &Value, key: &str) -> Result<String, Rejection> {
     match record.get(key) {
         Some(Value::String(text)) => Ok(text.clone()),
@@ -290,6 +399,7 @@ fn missing(record: &Value, key: &str) -> Rejection {
             "this record has format `{0}`: pass `--format {0}` if the whole file has",
             format.name()
         )),
+        Err(Rejection { hint: Some(hint), .. }) => rejection.hint(hint),
         Err(_) => rejection,
     }
 }

@@ -18,7 +18,7 @@ pub enum EmbeddingPlace {
     /// The input embedding in pinned host memory, read a row (2·D bytes) per token
     HostInput,
     /// Embedding and head in pinned host memory: the head is copied in tiles of the vocabulary, twice per
-    /// 2,048 trained tokens
+    /// 2,048 trained tokens or fewer
     Host,
 }
 

@@ -334,6 +334,76 @@ fn a_second_bos_is_noticed_and_none_is_added() {
     assert!(encode(json!({"input_ids": [1, 1, 5]})).double_bos);
 }
 
+/// As data sets are published that are neither OpenAI's nor ShareGPT's.
+#[test]
+fn conversations_of_other_shapes() {
+    let tokenizer = tokenizer(json!({}));
+    let messages = [exchange("a", "b"), exchange("c", "d")].concat();
+    let expected = text(&tokenizer, json!({"messages": messages}));
+    for (format, record) in [
+        (Format::Sharegpt, json!({"conversations": ["a", "b", "c", "d"]})),
+        (
+            Format::Messages,
+            json!({"messages": [{"input": "a", "output": "b"}, {"input": "c", "output": "d"}]}),
+        ),
+        (
+            Format::Messages,
+            json!({"messages": [
+                {"role": "human", "content": "a"}, {"role": "gpt", "content": "b"},
+                {"role": "user", "value": "c"}, {"role": "model", "value": "d"},
+            ]}),
+        ),
+        (
+            Format::Prompt,
+            json!({"prompt": [
+            {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+            {"role": "user", "content": "c"},
+        ], "completion": "d"}),
+        ),
+        (Format::Sharegpt, json!({"conversations": ["a", "b", "c", "d"], "tools": "null"})),
+    ] {
+        assert_eq!(Format::detect(&record).unwrap(), format);
+        assert_eq!(text(&tokenizer, record.clone()), expected, "{record}");
+        let says = if format == Format::Prompt { "d<|im_end|>" } else { "b<|im_end|>d<|im_end|>" };
+        assert_eq!(trained(&tokenizer, record.clone()).unwrap(), says, "{record}");
+    }
+}
+
+/// What would do is typed out, for data sets as they are published.
+#[test]
+fn names_of_other_data_sets_have_their_flags() {
+    for (fields, flags) in [
+        ("question answer", "question=instruction answer=output"),
+        ("instruction context response category", "response=output context=input"),
+        (
+            "id system_prompt question response",
+            "question=instruction response=output system_prompt=system",
+        ),
+        ("type query original_question response", "query=instruction response=output"),
+        ("instruction input response", "response=output"),
+        ("input output", "input=instruction"),
+        ("problem solution", "problem=instruction solution=output"),
+        ("prompt response", "prompt=instruction response=output"),
+        ("Instruction Output", "Instruction=instruction Output=output"),
+        ("source conversation", "conversation=messages"),
+    ] {
+        let record: Value = fields.split(' ').map(|name| (name, Value::from("a"))).collect();
+        let hint = Format::detect(&record).unwrap_err().hint.unwrap();
+        let expected: Vec<String> =
+            flags.split(' ').map(|pair| format!("--rename-columns {pair}")).collect();
+        assert!(hint.ends_with(&format!("`{}`", expected.join(" "))), "{fields}: {hint}");
+    }
+    // Nobody can tell these.
+    for fields in ["question answer response", "title body", "answers"] {
+        let record: Value = fields.split(' ').map(|name| (name, Value::from("a"))).collect();
+        let hint = Format::detect(&record).unwrap_err().hint.unwrap();
+        assert!(hint.contains("`--rename-columns OLD=NEW`"), "{fields}: {hint}");
+    }
+    let says = |record: Value| Format::detect(&record).unwrap_err();
+    assert!(says(json!({"a;b": "1;2"})).hint.unwrap().contains("`;`"));
+    assert_eq!(says(json!({"t\0e\0": "1"})).reason, "the file is UTF-16 text");
+}
+
 #[test]
 fn what_no_format_fits_is_explained() {
     for (record, reason, hint) in [
@@ -347,11 +417,7 @@ fn what_no_format_fits_is_explained() {
             "cannot tell",
             "these are preferences",
         ),
-        (
-            json!({"question": "a", "answer": "b"}),
-            "[\"question\", \"answer\"]",
-            "expected text, prompt",
-        ),
+        (json!({"title": "a", "body": "b"}), "[\"title\", \"body\"]", "expected text, prompt"),
         (json!([1]), "record is a list, expected an object", ""),
     ] {
         let rejection = Format::detect(&record).unwrap_err();
@@ -364,16 +430,11 @@ fn what_no_format_fits_is_explained() {
 fn keys_of_the_wrong_type_are_named() {
     let tokenizer = tokenizer(json!({}));
     for (record, reason) in [
-        (json!({"text": null}), "field `text` is null, expected text"),
         (json!({"text": 5}), "field `text` is a number, expected text"),
-        (json!({"prompt": "a", "completion": null}), "field `completion` is null, expected text"),
-        (
-            json!({"prompt": exchange("a", "b"), "completion": null}),
-            "field `completion` is null, expected a list",
-        ),
+        (json!({"prompt": null, "completion": "b"}), "field `prompt` is null, expected text"),
+        (json!({"prompt": "a", "completion": 5}), "field `completion` is a number, expected text"),
         (json!({"instruction": null, "output": "b"}), "field `instruction` is null, expected text"),
-        (json!({"conversations": null}), "field `conversations` is null, expected a list"),
-        (json!({"messages": null, "id": 3}), "field `messages` is null, expected a list"),
+        (json!({"messages": {}, "id": 3}), "field `messages` is an object, expected a list"),
         (json!({"messages": "a"}), "field `messages` is text, expected a list"),
         (json!({"input_ids": null}), "field `input_ids` is null, expected a list"),
     ] {

@@ -224,7 +224,7 @@ fn bad_records_are_named_by_file_and_line() {
     rejected(b"\n\n", "has no records");
     rejected(b"[1, 2", "the JSON list is not closed");
     rejected(b"{\"foo\": 1}", "cannot tell the format of a record with the fields [\"foo\"]");
-    rejected(b"{\"messages\": []}", "field `messages` has no messages");
+    rejected(b"{\"messages\": []}", "no record has a token to train on");
     rejected(b"{\"messages\": [{\"content\": \"a\"}]}", "messages[0].role is missing");
     rejected(b"{\"input_ids\": [1, 49152]}", "token id 49152 is outside the vocabulary of 49152");
     rejected(b"{\"input_ids\": [1, 2], \"labels\": [1]}", "1 label for 2 input_ids");
@@ -236,6 +236,49 @@ fn bad_records_are_named_by_file_and_line() {
     rejected(other, "pass `--format prompt` if the whole file has");
 }
 
+/// Rows of real data sets with nothing in them, or nothing after the prompt.
+#[test]
+fn empty_records_are_left_out() {
+    for text in [
+        r#"{"text": "a b"} {"text": ""} {"text": null}"#,
+        r#"{"prompt": "a", "completion": "b"} {"prompt": "a", "completion": ""}
+           {"prompt": "a", "completion": null}"#,
+        r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+           {"messages": []} {"messages": null}"#,
+        r#"{"input_ids": [1, 2]} {"input_ids": []} {"input_ids": [3]}"#,
+    ] {
+        let lines = text.replace("} {", "}\n{");
+        let report = File::new(lines.as_bytes()).load(&options()).unwrap().report;
+        assert_eq!((report.records, report.documents), (3, 1), "{text}");
+        assert_eq!((report.without_targets, report.rejected.len()), (vec![2, 3], 0), "{text}");
+    }
+}
+
+/// Python writes them, and JSON has no such numbers.
+#[test]
+fn numbers_that_are_none_are_null() {
+    let text =
+        br#"{"text": "NaN \"Infinity\" -1", "score": NaN, "low": -Infinity, "high": Infinity}
+                   {"text": "b", "score": Nothing}"#;
+    let report = File::new(text).load(&options()).unwrap().report;
+    assert_eq!((report.documents, report.rejected.len()), (1, 1));
+    assert!(report.rejected[0].rejection.reason.starts_with("not valid JSON at column "));
+    assert!(report.unused_fields.is_empty(), "null is nothing: {:?}", report.unused_fields);
+}
+
+#[test]
+fn fields_without_a_use_are_told() {
+    let text = br#"{"instruction": "a", "output": "b", "context": "c", "id": 7, "input": ""}
+                   {"instruction": "a", "output": "d", "context": "", "note": null, "source": "web"}"#;
+    let unused = |rename_columns: &[(&str, &str)]| {
+        let pairs = rename_columns.iter().map(|(old, new)| (old.to_string(), new.to_string()));
+        let options = DataOptions { rename_columns: pairs.collect(), ..options() };
+        File::new(text).load(&options).unwrap().report.unused_fields
+    };
+    assert_eq!(unused(&[]), ["context", "id", "source"]);
+    assert_eq!(unused(&[("context", "input"), ("id", "unused")]), ["source"]);
+}
+
 #[test]
 fn repeated_records_and_formats_are_reported() {
     let text = "{\"text\": \"a b c\"}\n{\"text\": \"d e f\"}\n{\"text\": \"a b c\"}\n";
@@ -243,6 +286,24 @@ fn repeated_records_and_formats_are_reported() {
     assert_eq!(dataset.report.duplicates, [3]);
     assert_eq!((dataset.report.records, dataset.report.format), (3, Some(Format::Text)));
     assert_eq!(dataset.documents.iter().map(|d| d.line).collect::<Vec<_>>(), [1, 2, 3]);
+}
+
+/// A mixture: each file is what its own first record is.
+#[test]
+fn files_may_have_formats_of_their_own() {
+    let text = File::new("{\"text\": \"a\"}\n");
+    let folder = text.path().parent().unwrap().to_path_buf();
+    let pairs = "{\"prompt\": \"b\", \"completion\": \"c\"}\n{\"text\": \"d\"}\n";
+    std::fs::write(folder.join("more.jsonl"), pairs).unwrap();
+    let encoder = Encoder::new(tokenizer(), VOCAB, TrainOn::Assistant).unwrap();
+    let report = load(&folder, &encoder, &options(), |_, _| ()).unwrap().report;
+    assert_eq!((report.documents, report.formats()), (2, "text, prompt".to_string()));
+    // Within a file it is a mistake.
+    let [bad] = &report.rejected[..] else { panic!("{:?}", report.rejected) };
+    assert!(bad.rejection.reason.contains("no field `prompt`"), "{bad:?}");
+    let options = DataOptions { format: Some(Format::Text), ..options() };
+    let report = load(&folder, &encoder, &options, |_, _| ()).unwrap().report;
+    assert_eq!((report.documents, report.rejected.len()), (2, 1));
 }
 
 #[test]

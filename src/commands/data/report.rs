@@ -36,7 +36,7 @@ pub fn render(
 
 fn title(path: &Path, audit: &Audit) -> String {
     let report = &audit.report;
-    let format = report.format.map_or("unknown".to_string(), |format| format.name());
+    let format = report.formats();
     let (count, records) = (number(report.records), noun(report.records, "record"));
     let files = report.files.paths().count();
     let files = if files > 1 { format!(" in {files} files") } else { String::new() };
@@ -125,12 +125,14 @@ fn checks(audit: &Audit, options: &DataOptions, tokenizer: &ChatTokenizer) -> Ve
         ("messages whose text the chat template leaves out", &report.content_left_out),
         ("messages whose reasoning the chat template leaves out", &report.reasoning_left_out),
         (
-            "prompts of plain text, without the chat template, as with `nibble generate --raw`",
+            "prompts of plain text, without the chat template that `instruction` and `output` go through",
             &report.bare_prompts,
         ),
     ];
     all.extend(notes(report, found));
     all.extend(unknown_roles(report, options));
+    let unused = reading::unused_fields(report);
+    all.extend(unused.map(|fields| format!("note  fields that are not used: {fields}")));
     all
 }
 

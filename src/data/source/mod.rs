@@ -14,7 +14,7 @@ use std::path::Path;
 
 use serde_json::Value;
 
-use super::files::unpacked_ending;
+use super::files::{ARROW, unpacked_ending};
 use super::record::Rejection;
 use crate::error::{Error, Result};
 use json::JsonSource;
@@ -58,6 +58,10 @@ impl<'a> Source<'a> {
     /// `Io` when it cannot be read, `Input` when it is something else than data.
     pub fn open(path: &'a Path) -> Result<Self> {
         let kind = match unpacked_ending(path).as_str() {
+            "arrow" => {
+                let what = format_args!("{} is an Arrow file", path.display());
+                return Err(Error::input(what).hint(ARROW));
+            }
             "csv" => Kind::Csv(Box::new(CsvSource::open(path, b',')?)),
             "tsv" => Kind::Csv(Box::new(CsvSource::open(path, b'\t')?)),
             _ if is_parquet(path)? => Kind::Parquet(ParquetSource::open(path)?),

@@ -15,7 +15,8 @@ use parquet::errors::ParquetError;
 use parquet::file::reader::FileReader;
 use parquet::file::serialized_reader::SerializedFileReader;
 use parquet::record::reader::RowIter;
-use serde_json::{Map, Value};
+use parquet::record::{Field, Row};
+use serde_json::{Map, Value, json};
 
 use super::super::record::Rejection;
 use super::packed::{Text, refused};
@@ -137,7 +138,7 @@ impl<'a> ParquetSource<'a> {
 
     pub fn next(&mut self) -> Result<Option<Raw>> {
         let rows = &mut self.rows;
-        let next = || rows.next().map(|row| Ok(row?.to_json_value())).transpose();
+        let next = || rows.next().map(|row| Ok(object(&row?))).transpose();
         let Some(fields) = guarded(self.path, next)? else { return Ok(None) };
         self.row += 1;
         Ok(Some(Raw { line: self.row, body: Ok(Body::Fields(fields)) }))
@@ -146,6 +147,24 @@ impl<'a> ParquetSource<'a> {
     /// In proportion to the rows.
     pub fn bytes_read(&self) -> u64 {
         self.bytes * self.row as u64 / self.count.max(1)
+    }
+}
+
+fn object(row: &Row) -> Value {
+    row.get_column_iter().map(|(name, field)| (name.clone(), json(field))).collect()
+}
+
+/// Bytes that nobody says are text are text if they can be, as some writers leave the note out; else they are
+/// no value that a record has a use for.
+fn json(field: &Field) -> Value {
+    match field {
+        Field::Bytes(bytes) => match std::str::from_utf8(bytes.data()) {
+            Ok(text) => text.into(),
+            Err(_) => json!({"bytes": bytes.data().len()}),
+        },
+        Field::Group(row) => object(row),
+        Field::ListInternal(list) => list.elements().iter().map(json).collect(),
+        other => other.to_json_value(),
     }
 }
 
@@ -184,8 +203,6 @@ thread_local! {
 
 #[cfg(test)]
 mod tests {
-    use serde_json::json;
-
     use super::*;
 
     fn csv(text: &[u8]) -> Vec<(usize, std::result::Result<Value, String>)> {
