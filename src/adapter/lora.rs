@@ -85,6 +85,8 @@ pub struct Adapter {
     pub base_model: Option<String>,
     /// How training packed a dense base model; its model card says so to whoever loads that again.
     pub base_packing: Option<BlockFormat>,
+    /// Whether the base is the text model in a model for text and images, whose modules have other paths.
+    pub base_is_part: bool,
     /// The adapted linears, block by block in forward order.
     pub targets: Vec<LoraTarget>,
     /// Their tensors, in the same order.
@@ -102,7 +104,14 @@ impl Adapter {
         let config = LoraConfig { fan_in_fan_out: spec.projections.are_transposed(), ..config };
         let tensors =
             targets.iter().map(|target| initial(target, config.init_lora_weights, seed)).collect();
-        Ok(Adapter { config, base_model: None, base_packing: None, targets, tensors })
+        Ok(Adapter {
+            config,
+            base_model: None,
+            base_packing: None,
+            base_is_part: false,
+            targets,
+            tensors,
+        })
     }
 
     /// Trained numbers of all targets.

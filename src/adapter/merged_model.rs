@@ -14,7 +14,7 @@ use super::merge::Merge;
 use super::merge_base::{BaseWeight, MergeBase};
 use super::merge_cost::{MergeCost, relative_distance};
 use crate::checkpoint::writer::{Announced, Contents, ShardWriter};
-use crate::checkpoint::{DenseTensor, set_dtype};
+use crate::checkpoint::{DenseTensor, drop_code, set_dtype};
 use crate::error::{Error, Result};
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 
@@ -85,6 +85,7 @@ impl<'a> MergedModel<'a> {
         let linear = |tensor: &&MergedTensor| matches!(tensor.spec.role, TensorRole::Linear(_));
         if let Some(fields) = config.as_object_mut() {
             fields.shift_remove("quantization_config");
+            drop_code(fields);
             if let Some(tensor) = self.tensors.iter().find(linear) {
                 set_dtype(fields, tensor.dtype);
             }

@@ -370,6 +370,12 @@ fn as_understood(whole: Value) -> Value {
     config
 }
 
+/// Takes out what names a model's own Python files, which are not copied: transformers has a class for every
+/// family that is read.
+pub(crate) fn drop_code(fields: &mut Map<String, Value>) {
+    fields.shift_remove("auto_map");
+}
+
 /// Writes the type of dense weights into a `config.json`, under the name that it has there: `torch_dtype` before
 /// transformers 5.
 pub(crate) fn set_dtype(fields: &mut Map<String, Value>, dtype: FloatType) {

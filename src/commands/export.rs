@@ -32,7 +32,15 @@ pub fn run(args: &ExportArgs) -> Result<()> {
     let spec = spec_from_config(checkpoint.config())?;
     let started = Instant::now();
     let bytes = match &args.adapter {
-        Some(folder) => adapter(args, &spec, folder)?,
+        Some(folder) => {
+            if checkpoint.left_out() > 0 {
+                eprintln!(
+                    "note: this adapter is for the GGUF file that `nibble export` makes of the model; \
+                     llama.cpp's converter calls its architecture otherwise"
+                );
+            }
+            adapter(args, &spec, folder)?
+        }
         None => model(args, &checkpoint, &spec)?,
     };
     let seconds = started.elapsed().as_secs_f64();
@@ -92,8 +100,9 @@ fn model(args: &ExportArgs, checkpoint: &Checkpoint, spec: &ModelSpec) -> Result
 fn metadata(args: &ExportArgs, spec: &ModelSpec) -> Result<Vec<(String, Metadata)>> {
     let tokenizer = ChatTokenizer::open(&args.model)?;
     let mut fields = gguf_fields(spec)?;
-    let name = args.model.file_stem().map(|name| name.to_string_lossy().into_owned());
-    let name = tokenizer.gguf_name(&name.unwrap_or_default());
+    let name = args.model.file_name().map(|name| name.to_string_lossy().into_owned());
+    let name = name.unwrap_or_default();
+    let name = tokenizer.gguf_name(name.strip_suffix(".gguf").unwrap_or(&name));
     fields.push(("general.name".into(), Metadata::String(name)));
     fields.push(("general.file_type".into(), Metadata::U32(args.outtype.id())));
     if args.outtype.is_quantized() {

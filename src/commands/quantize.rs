@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use crate::checkpoint::atomic::AtomicDir;
 use crate::checkpoint::repack::{Repack, RoleSummary, Step};
 use crate::checkpoint::writer::ShardWriter;
-use crate::checkpoint::{Checkpoint, CheckpointKind, set_dtype};
+use crate::checkpoint::{Checkpoint, CheckpointKind, drop_code, set_dtype};
 use crate::cli::quantize::QuantizeArgs;
 use crate::commands::model_folder;
 use crate::data::{ChatTokenizer, TokenizerFiles};
@@ -142,6 +142,7 @@ fn write_side_files(
             }
             None => drop(fields.shift_remove("quantization_config")),
         }
+        drop_code(fields);
         if let Some(dtype) = args.dtype {
             set_dtype(fields, dtype.into());
         }

@@ -71,10 +71,11 @@ impl<'a> Encoder<'a> {
     /// `Input` when the tokenizer has more ids than the model has rows, or the chat template does
     /// not compile.
     pub fn new(tokenizer: &'a ChatTokenizer, vocab_size: usize, train_on: TrainOn) -> Result<Self> {
-        if tokenizer.vocab_size() > vocab_size {
+        // Gemma 3 1B has a token for images that its embedding has no row for.
+        if tokenizer.own_vocab_size() > vocab_size {
             return Err(Error::input(format_args!(
                 "the tokenizer has {} ids, the model {vocab_size} rows of embeddings",
-                tokenizer.vocab_size()
+                tokenizer.own_vocab_size()
             ))
             .hint("the tokenizer belongs to another model"));
         }

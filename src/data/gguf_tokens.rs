@@ -49,8 +49,8 @@ impl ChatTokenizer {
         }
         put("ggml.add_bos_token", Metadata::Bool(self.adds_bos()));
         put("ggml.add_eos_token", Metadata::Bool(false));
-        if let Some(template) = self.chat_template() {
-            put("chat_template", Metadata::String(template.to_string()));
+        for (key, value) in self.gguf_templates() {
+            put(&key, value);
         }
         Ok(fields)
     }
@@ -99,7 +99,9 @@ impl ChatTokenizer {
         let mut fields = common("llama", "default", &tokens);
         fields.push(("tokenizer.ggml.scores".into(), Metadata::Array(scores)));
         let pieces = format!("{}{}", json["normalizer"], json["pre_tokenizer"]);
-        let prefix = pieces.contains("Prepend") || pieces.contains("\"prepend_scheme\":\"first\"");
+        // transformers 5 writes `always`.
+        let schemes = ["Prepend", r#""prepend_scheme":"first""#, r#""prepend_scheme":"always""#];
+        let prefix = schemes.iter().any(|scheme| pieces.contains(scheme));
         fields.push(("tokenizer.ggml.add_space_prefix".into(), Metadata::Bool(prefix)));
         Ok(fields)
     }
@@ -138,8 +140,14 @@ fn tokens(json: &Value, vocab_size: usize) -> Result<Vec<(String, i32)>> {
     };
     for (text, id) in json["model"]["vocab"].as_object().into_iter().flatten() {
         let is_byte = fallback && text.len() == 6 && text.starts_with("<0x") && text.ends_with('>');
-        let kind = if is_byte { BYTE } else { NORMAL };
-        put(text, id.as_u64().unwrap_or(u64::MAX) as usize, kind)?;
+        let id = id.as_u64().unwrap_or(u64::MAX) as usize;
+        let kind = match is_byte {
+            true => BYTE,
+            // As they are written below: of a tokenizer that was in such a file before.
+            false if *text == format!("[PAD{id}]") => UNUSED,
+            false => NORMAL,
+        };
+        put(text, id, kind)?;
     }
     for token in json["added_tokens"].as_array().into_iter().flatten() {
         let text = token["content"].as_str().unwrap_or_default();
@@ -148,13 +156,17 @@ fn tokens(json: &Value, vocab_size: usize) -> Result<Vec<(String, i32)>> {
             true => CONTROL,
             false => USER_DEFINED,
         };
-        // SentencePiece's own spelling of a space, as its tokens have it.
+        // llama.cpp looks for users' own in the text as it is, and writes them so.
         let text = if fallback && kind == USER_DEFINED {
-            text.replace(' ', META_SPACE)
+            text.replace(META_SPACE, " ")
         } else {
             text.to_string()
         };
-        put(&text, token["id"].as_u64().unwrap_or(u64::MAX) as usize, kind)?;
+        let id = token["id"].as_u64().unwrap_or(u64::MAX) as usize;
+        // Beyond the rows there are tokens for images, of models that have none.
+        if id < vocab_size {
+            put(&text, id, kind)?;
+        }
     }
     Ok(tokens)
 }

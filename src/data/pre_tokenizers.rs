@@ -9,8 +9,8 @@ use tokenizers::pre_tokenizers::digits::Digits;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::{
-    OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _, SplitDelimiterBehavior,
-    Tokenizer,
+    AddedToken, OffsetReferential, OffsetType, PreTokenizedString, PreTokenizer as _,
+    SplitDelimiterBehavior, Tokenizer,
 };
 
 use crate::error::{Error, Result};
@@ -137,6 +137,14 @@ pub(super) fn set_splitter(tokenizer: &mut Tokenizer, content: &Content) -> Resu
     let prefix_space = matches!(field("add_space_prefix"), Some(Metadata::Bool(true)));
     let name = field("pre").and_then(|value| value.to_string().ok());
     let name = name.map_or("default", String::as_str);
+    let architecture = content.metadata.get("general.architecture");
+    let is_gpt2 = architecture.is_none_or(|it| it.to_string().is_ok_and(|name| name == "gpt2"));
+    if name == "default" && !is_gpt2 {
+        let what = "the file does not say how its tokenizer splits text (tokenizer.ggml.pre)";
+        return Err(Error::input(what).hint(
+            "it is older than that: get a newer one, or the Hugging Face folder of the model",
+        ));
+    }
     let Some(splitter) = Splitter::from_name(name) else {
         return Err(Error::input(format_args!("pre-tokenizer `{name}` is not supported"))
             .hint("use the Hugging Face folder of this model, which has a tokenizer.json"));
@@ -152,6 +160,40 @@ pub(super) fn set_splitter(tokenizer: &mut Tokenizer, content: &Content) -> Resu
         tokenizer.with_model(model);
     }
     Ok(())
+}
+
+/// With the added tokens as the file has them. candle calls users' own special, such as `<think>`, which
+/// decoding then leaves out, and padding rows, too.
+///
+/// # Errors
+/// `Input`, without the file's name, for tokens that cannot be added.
+pub(super) fn with_added_tokens(from: &Tokenizer, content: &Content) -> Result<Tokenizer> {
+    const UNKNOWN_OR_CONTROL: [i64; 2] = [2, 3];
+    const USER_DEFINED: i64 = 4;
+    let field = |key: &str| content.metadata.get(&format!("tokenizer.ggml.{key}"));
+    let kinds = field("token_type").and_then(|kinds| kinds.to_vec().ok());
+    let Some(kinds) = kinds else { return Ok(from.clone()) };
+    let kinds: Vec<i64> = kinds.iter().map(|kind| kind.to_i32().map_or(0, i64::from)).collect();
+    let named = content.metadata.iter().filter(|(key, _)| key.ends_with("_token_id"));
+    let named: Vec<u32> = named.filter_map(|(_, id)| id.to_u32().ok()).collect();
+    let (mut special, mut own) = (Vec::new(), Vec::new());
+    for (id, kind) in (0u32..).zip(&kinds) {
+        let Some(text) = from.id_to_token(id) else { continue };
+        if UNKNOWN_OR_CONTROL.contains(kind) || named.contains(&id) {
+            special.push(AddedToken::from(text, true).normalized(false));
+        } else if *kind == USER_DEFINED {
+            own.push(AddedToken::from(text, false).normalized(false));
+        }
+    }
+    let wrong = |e: tokenizers::Error| Error::input(format_args!("tokenizer metadata: {e}"));
+    let mut tokenizer = Tokenizer::new(from.get_model().clone());
+    tokenizer.with_normalizer(from.get_normalizer().cloned()).map_err(wrong)?;
+    tokenizer.with_pre_tokenizer(from.get_pre_tokenizer().cloned());
+    tokenizer.with_post_processor(from.get_post_processor().cloned());
+    tokenizer.with_decoder(from.get_decoder().cloned());
+    tokenizer.add_special_tokens(special).map_err(wrong)?;
+    tokenizer.add_tokens(own).map_err(wrong)?;
+    Ok(tokenizer)
 }
 
 #[cfg(test)]

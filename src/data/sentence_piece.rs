@@ -48,10 +48,14 @@ pub(super) fn is_sentence_piece(content: &Content) -> bool {
 /// `Input`, without the file's name, for metadata that are missing or do not fit each other.
 pub(super) fn from_gguf(content: &Content) -> Result<Tokenizer> {
     let field = |key: &str| content.metadata.get(&format!("tokenizer.ggml.{key}"));
-    let tokens = texts(field("tokens"))?;
+    let mut tokens = texts(field("tokens"))?;
     let scores = numbers(field("scores"), "scores", tokens.len())?;
     let kinds = numbers(field("token_type"), "token_type", tokens.len())?;
     let kind = |id: usize| kinds[id] as i64;
+    // Users' own are looked for in text as it is; some files have spaces in them as pieces have.
+    for (_, token) in tokens.iter_mut().enumerate().filter(|(id, _)| kind(*id) == USER_DEFINED) {
+        *token = token.replace(META_SPACE, " ");
+    }
     let vocab: Vocab =
         tokens.iter().enumerate().map(|(id, token)| (token.clone(), id as u32)).collect();
     let merges = merges(&tokens, &scores, &vocab);
@@ -80,10 +84,9 @@ pub(super) fn from_gguf(content: &Content) -> Result<Tokenizer> {
     let takes_spaces = |token: &String| is_phi3 && !PHI3_TOKENS[..3].contains(&token.as_str());
     let of = |wanted: &[i64], special: bool| -> Vec<AddedToken> {
         let ids = (0..tokens.len()).filter(|&id| wanted.contains(&kind(id)));
-        let added = |token: &String| AddedToken::from(token.clone(), special).normalized(!special);
+        let added = |token: &String| AddedToken::from(token.clone(), special).normalized(false);
         ids.map(|id| added(&tokens[id]).rstrip(takes_spaces(&tokens[id]))).collect()
     };
-    // Users' own are looked for in text as it is stored, with its spaces written out.
     tokenizer.add_special_tokens(of(&[UNKNOWN, CONTROL], true)).map_err(wrong)?;
     tokenizer.add_tokens(of(&[USER_DEFINED], false)).map_err(wrong)?;
     Ok(tokenizer)

@@ -6,6 +6,7 @@
 
 use std::path::Path;
 
+use candle_core::quantized::gguf_file::Value as Metadata;
 use serde_json::{Value, json};
 
 use crate::checkpoint::atomic::write_file;
@@ -100,6 +101,18 @@ impl TemplateSources {
     pub fn of_gguf(field: impl Fn(&str) -> Option<String>) -> Option<Self> {
         let chat = field("chat_template")?;
         Some(TemplateSources { chat, tool_use: field(&format!("chat_template.{TOOL_USE}")) })
+    }
+
+    /// The fields of a GGUF file.
+    pub fn gguf_fields(&self) -> Vec<(String, Metadata)> {
+        let text = |text: &String| Metadata::String(text.clone());
+        let mut fields = vec![("chat_template".to_string(), text(&self.chat))];
+        if let Some(tool_use) = &self.tool_use {
+            fields.push((format!("chat_template.{TOOL_USE}"), text(tool_use)));
+            let names = vec![Metadata::String(TOOL_USE.to_string())];
+            fields.push(("chat_templates".to_string(), Metadata::Array(names)));
+        }
+        fields
     }
 
     /// The value of `chat_template` in `tokenizer_config.json`.

@@ -238,13 +238,16 @@ fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
 pub fn llama3_scaling_of(factors: &[f32], theta: f64, head_dim: usize) -> Option<Value> {
     let plain = Rotary { theta, scaling: RopeScaling::Default };
     let (base, _) = plain.inverse_frequencies(head_dim, 0);
-    // Llama 3.1 stretches 8 times, Llama 3.2 32 times; the bounds are those of both.
-    [8.0, 32.0].into_iter().find_map(|factor| {
+    // The longest wavelength is stretched by all of it: 8 times in Llama 3.1, 32 times in Llama 3.2. The bounds are
+    // those of both, the trained length is 8,192 tokens in both.
+    let factor = f64::from(*factors.last()?);
+    let lengths = std::iter::once(8192).chain((4..24).map(|bits| 1 << bits));
+    lengths.into_iter().find_map(|original_max_position_embeddings| {
         let scaling = RopeScaling::Llama3 {
             factor,
             low_freq_factor: 1.0,
             high_freq_factor: 4.0,
-            original_max_position_embeddings: 8192,
+            original_max_position_embeddings,
         };
         let (stretched, _) = Rotary { theta, scaling }.inverse_frequencies(head_dim, 0);
         let close = |((base, stretched), factor): ((&f32, &f32), &f32)| {
@@ -258,7 +261,7 @@ pub fn llama3_scaling_of(factors: &[f32], theta: f64, head_dim: usize) -> Option
                 "factor": factor,
                 "low_freq_factor": 1.0,
                 "high_freq_factor": 4.0,
-                "original_max_position_embeddings": 8192,
+                "original_max_position_embeddings": original_max_position_embeddings,
             })
         })
     })

@@ -7,7 +7,7 @@ use std::path::Path;
 use crate::golden::{CASES, Case};
 use crate::training::{Workplace, change_model, fail, succeed};
 use candle_core::Device;
-use candle_core::quantized::gguf_file::{Content, Value as Metadata};
+use candle_core::quantized::gguf_file::{self, Content, Value as Metadata};
 use nibble::checkpoint::atomic::AtomicFile;
 use nibble::checkpoint::{Checkpoint, Export, FileType};
 use nibble::data::ChatTokenizer;
@@ -605,6 +605,178 @@ fn a_tokenizer_with_byte_fallback_becomes_sentence_piece() {
     let ids = file.encode("hello hello").unwrap();
     assert_eq!(file.decode(&ids, false).unwrap(), "hello hello");
     assert!(ids.contains(&(at("▁hello") as u32)) && file.adds_bos());
+}
+
+/// Any factor and length of Llama 3's rope scaling, not only those of published models.
+#[test]
+fn rope_factors_are_read_back() {
+    let place = place(&Case::open("llama_s0"));
+    let mut config: Value = place.json("base/config.json");
+    // Wavelengths of few dimensions are far apart: long ones that are stretched, and short ones.
+    (config["rope_parameters"], config["rope_theta"]) = (Value::Null, 10_000.0.into());
+    config["rope_scaling"] = json!({
+        "rope_type": "llama3", "factor": 16.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256
+    });
+    fs::write(place.path("base/config.json"), config.to_string()).unwrap();
+    export(&place, &["--outtype", "f32"]);
+    let read = Checkpoint::open(&place.path("out.gguf")).unwrap();
+    assert_eq!(read.config()["rope_scaling"], config["rope_scaling"]);
+}
+
+/// Mistral Small 3's files have Ministral 3's architecture, and no scale of attention by position.
+#[test]
+fn a_mistral3_without_a_scale_is_a_mistral() {
+    let case = Case::open("ministral3_s0");
+    let place = place(&case);
+    let (content, mut file) = export(&place, &["--outtype", "f32"]);
+    let scaled = Checkpoint::open(&place.path("out.gguf")).unwrap();
+    assert_eq!(scaled.config()["model_type"], "ministral3");
+    let scale = "mistral3.attention.temperature_scale";
+    assert!(content.metadata.contains_key(scale));
+    let metadata: Vec<(&str, &Metadata)> =
+        content.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
+    let metadata: Vec<_> = metadata.into_iter().filter(|(key, _)| *key != scale).collect();
+    let names: Vec<&String> = content.tensor_infos.keys().collect();
+    let tensors: Vec<_> = names
+        .iter()
+        .map(|name| (name.as_str(), content.tensor(&mut file, name, &Device::Cpu).unwrap()))
+        .collect();
+    let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
+    let path = place.path("small.gguf");
+    gguf_file::write(&mut File::create(&path).unwrap(), &metadata, &tensors).unwrap();
+    let small = Checkpoint::open(&path).unwrap();
+    assert_eq!(small.config()["architectures"], json!(["MistralForCausalLM"]));
+    assert_eq!(small.config()["model_type"], "mistral");
+    spec_from_config(small.config()).unwrap();
+}
+
+/// llama.cpp looks for users' own tokens in text as it is, and writes them so.
+#[test]
+fn tokens_of_users_have_spaces_as_text_has_them() {
+    let place = place(&Case::open("llama_s0"));
+    let own =
+        [("<unk>", false), ("<s>", false), ("</s>", false), ("<|im_start|>", false), ("▁▁", false)];
+    let mut tokenizer = sentence_piece(&own);
+    for token in tokenizer["added_tokens"].as_array_mut().unwrap() {
+        let text = token["content"].as_str().unwrap();
+        token["special"] = (!["<|im_start|>", "▁▁"].contains(&text)).into();
+    }
+    give(&place, &tokenizer);
+    let (content, _) = export(&place, &[]);
+    let list = |content: &Content, key: &str| {
+        content.metadata[&format!("tokenizer.ggml.{key}")].to_vec().unwrap().clone()
+    };
+    let tokens: Vec<String> =
+        list(&content, "tokens").iter().map(|text| text.to_string().unwrap().clone()).collect();
+    let at = |text: &str| tokens.iter().position(|token| token == text).unwrap();
+    let kinds: Vec<i32> =
+        list(&content, "token_type").iter().map(|x| x.to_i32().unwrap()).collect();
+    assert_eq!([kinds[at("  ")], kinds[at("<|im_start|>")], kinds[at("<s>")]], [4, 4, 3]);
+    let file = ChatTokenizer::open(&place.path("out.gguf")).unwrap();
+    // As one token, whatever stands before it.
+    let ids = file.encode("hello\n<|im_start|>hello  <|im_start|>").unwrap();
+    let marker = at("<|im_start|>") as u32;
+    assert_eq!(ids.iter().filter(|id| **id == marker).count(), 2, "{ids:?}");
+    assert!(ids.contains(&(at("  ") as u32)));
+    assert_eq!(file.decode(&ids, false).unwrap(), "hello\n<|im_start|> hello  <|im_start|>");
+    // From this file to the next.
+    succeed(place.nibble(&[
+        "export",
+        "--model",
+        "out.gguf",
+        "--out",
+        "again.gguf",
+        "--outtype",
+        "f32",
+    ]));
+    let mut again = File::open(place.path("again.gguf")).unwrap();
+    let again = Content::read(&mut again).unwrap();
+    for key in ["tokens", "token_type"] {
+        let text = |content: &Content| format!("{:?}", list(content, key));
+        assert_eq!(text(&again), text(&content), "{key}");
+    }
+}
+
+/// transformers 5 writes a Metaspace in the place of a normalizer.
+#[test]
+fn a_prefix_is_known_in_every_spelling() {
+    for (scheme, prefix) in [("always", true), ("first", true), ("never", false)] {
+        let place = place(&Case::open("llama_s0"));
+        let mut tokenizer = sentence_piece(&[("<unk>", false), ("<s>", false), ("</s>", false)]);
+        tokenizer["normalizer"] = Value::Null;
+        tokenizer["pre_tokenizer"] = json!({
+            "type": "Metaspace", "replacement": "▁", "prepend_scheme": scheme, "split": false
+        });
+        give(&place, &tokenizer);
+        let (content, _) = export(&place, &[]);
+        let field = content.metadata["tokenizer.ggml.add_space_prefix"].to_bool().unwrap();
+        assert_eq!(field, prefix, "{scheme}");
+    }
+}
+
+/// Gemma 3 1B has a token for images that there is no row for.
+#[test]
+fn an_added_token_without_a_row_is_left_out() {
+    let place = place(&Case::open("llama_s0"));
+    let mut tokenizer = sentence_piece(&[("<unk>", false), ("<s>", false), ("</s>", false)]);
+    let image = json!({
+        "id": 128, "content": "<image>", "special": true, "single_word": false, "lstrip": false,
+        "rstrip": false, "normalized": false
+    });
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(image);
+    // The library counts on from the vocabulary.
+    let vocabulary = tokenizer["model"]["vocab"].as_object_mut().unwrap();
+    (vocabulary.len()..128).for_each(|id| drop(vocabulary.insert(format!("more{id}"), id.into())));
+    give(&place, &tokenizer);
+    let (content, _) = export(&place, &[]);
+    let tokens = content.metadata["tokenizer.ggml.tokens"].to_vec().unwrap();
+    assert_eq!((tokens.len(), tokens[127].to_string().unwrap().as_str()), (128, "more127"));
+    let text = json!({"text": "hello"}).to_string();
+    fs::write(place.path("text.jsonl"), text).unwrap();
+    succeed(place.nibble(&["data", "--model", "base", "--data", "text.jsonl"]));
+}
+
+/// `<think>` is no special token: what decodes for people leaves it in.
+#[test]
+fn tokens_of_a_file_are_as_special_as_it_says() {
+    let place = place(&Case::open("llama_s0"));
+    let mut tokenizer: Value = place.json("base/tokenizer.json");
+    let first = tokenizer["model"]["vocab"].as_object().unwrap().len() + 1;
+    let own = |id: usize, text: &str, special: bool| {
+        json!({
+            "id": id, "content": text, "special": special, "single_word": false, "lstrip": false,
+            "rstrip": false, "normalized": false
+        })
+    };
+    let added = tokenizer["added_tokens"].as_array_mut().unwrap();
+    added.extend([own(first, "<think>", false), own(first + 1, "<|tool|>", true)]);
+    fs::write(place.path("base/tokenizer.json"), tokenizer.to_string()).unwrap();
+    let templates = json!([
+        {"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}
+    ]);
+    let mut config: Value = place.json("base/tokenizer_config.json");
+    config["chat_template"] = templates.clone();
+    fs::write(place.path("base/tokenizer_config.json"), config.to_string()).unwrap();
+    let (content, _) = export(&place, &[]);
+    let text =
+        |key: &str| content.metadata[&format!("tokenizer.{key}")].to_string().unwrap().clone();
+    assert_eq!((text("chat_template"), text("chat_template.tool_use")), ("d".into(), "t".into()));
+    assert_eq!(content.metadata["tokenizer.chat_templates"].to_vec().unwrap().len(), 1);
+    let file = ChatTokenizer::open(&place.path("out.gguf")).unwrap();
+    let ids = file.encode("<think><|tool|>").unwrap();
+    assert_eq!(ids, [first as u32, first as u32 + 1]);
+    assert_eq!(file.decode(&ids, true).unwrap(), "<think>");
+    let saved = tempfile::tempdir().unwrap();
+    file.save(saved.path()).unwrap();
+    let saved: Value =
+        serde_json::from_slice(&fs::read(saved.path().join("tokenizer.json")).unwrap()).unwrap();
+    let special = |text: &str| {
+        let added = saved["added_tokens"].as_array().unwrap();
+        added.iter().find(|token| token["content"] == text).map(|token| token["special"] == true)
+    };
+    assert_eq!((special("<think>"), special("<|tool|>")), (Some(false), Some(true)));
+    assert_eq!(special("[PAD120]"), None, "rows without a token are none");
 }
 
 /// No field says that a token takes the spaces behind it: llama.cpp knows it of a Phi-3, by its name.

@@ -28,7 +28,7 @@ fn text(adapter: &Adapter, base: &str) -> String {
          Trained with Nibble {version}: rank {r}, alpha {alpha}, scale {scale}, dropout {dropout}, \
          {parameters} parameters in {modules} modules.\n\n\
          {loading}",
-        loading = loading(base, adapter.base_packing.as_ref()),
+        loading = loading(base, adapter.base_packing.as_ref(), adapter.base_is_part),
         version = env!("CARGO_PKG_VERSION"),
         r = config.r,
         alpha = config.lora_alpha,
@@ -39,7 +39,7 @@ fn text(adapter: &Adapter, base: &str) -> String {
 }
 
 /// How the base that the adapter was trained on is loaded, and the adapter on it.
-fn loading(base: &str, packing: Option<&BlockFormat>) -> String {
+fn loading(base: &str, packing: Option<&BlockFormat>, is_part: bool) -> String {
     let python = |imports: &str, before: &str, base: &str| {
         format!(
             "```python\n{imports}\n\n{before}model = AutoModelForCausalLM.from_pretrained({base})\n\
@@ -47,11 +47,21 @@ fn loading(base: &str, packing: Option<&BlockFormat>) -> String {
         )
     };
     let plain = "from peft import PeftModel\nfrom transformers import AutoModelForCausalLM";
-    let Some(format) = packing else { return python(plain, "", &from_pretrained(base)) };
+    let quoted = format!("'{}'", base.replace('\'', r"'\''"));
+    let Some(format) = packing else {
+        if is_part {
+            return format!(
+                "It was trained on the text model of its base, which\n\n\
+                 ```\nnibble quantize --model {quoted} --out base-text --skip .\n```\n\n\
+                 writes for transformers:\n\n{}",
+                python(plain, "", "\"base-text\"")
+            );
+        }
+        return python(plain, "", &from_pretrained(base));
+    };
     let BlockFormat { quant_type, block_size, double_quant } = format;
     let kind = quant_type.as_str();
-    if base.ends_with(".gguf") || *block_size != BlockFormat::default().block_size {
-        let quoted = format!("'{}'", base.replace('\'', r"'\''"));
+    if is_part || base.ends_with(".gguf") || *block_size != BlockFormat::default().block_size {
         return format!(
             "It was trained on the base in 4 bits, which\n\n\
              ```\nnibble quantize --model {quoted} --out base-4bit --quant-type {kind} \
@@ -109,8 +119,8 @@ mod tests {
     #[test]
     fn the_base_is_loaded_as_training_packed_it() {
         let nf4 = BlockFormat::default();
-        assert!(!loading("owner/model", None).contains("BitsAndBytesConfig"));
-        let text = loading("owner/model", Some(&nf4));
+        assert!(!loading("owner/model", None, false).contains("BitsAndBytesConfig"));
+        let text = loading("owner/model", Some(&nf4), false);
         for line in [
             "It was trained on the base in 4 bits:",
             "    bnb_4bit_quant_type=\"nf4\",",
@@ -121,13 +131,26 @@ mod tests {
         }
         // What transformers cannot pack by itself.
         for (base, block_size) in [("a.gguf", 64), ("owner/model", 128)] {
-            let text = loading(base, Some(&BlockFormat { block_size, ..nf4 }));
+            let text = loading(base, Some(&BlockFormat { block_size, ..nf4 }), false);
             let command = format!(
                 "nibble quantize --model '{base}' --out base-4bit --quant-type nf4 \
                                    --block-size {block_size} --double-quant true\n"
             );
             assert!(text.contains(&command), "{text}");
             assert!(text.contains("from_pretrained(\"base-4bit\")"), "{text}");
+        }
+    }
+
+    /// transformers' class for text and images has other paths for the same modules.
+    #[test]
+    fn the_text_model_of_a_larger_one_is_written_first() {
+        let nf4 = BlockFormat::default();
+        for (packing, command) in [
+            (None, "nibble quantize --model 'a/gemma-3' --out base-text --skip .\n"),
+            (Some(&nf4), "nibble quantize --model 'a/gemma-3' --out base-4bit --quant-type nf4"),
+        ] {
+            let text = loading("a/gemma-3", packing, true);
+            assert!(text.contains(command) && !text.contains("from_pretrained(\"a/"), "{text}");
         }
     }
 

@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 use std::fmt;
 
-use super::super::targets::{ModuleKind, Selected, ends_in};
+use super::super::targets::{ModuleKind, Selected};
 use super::TokenRows;
 use super::settings::{PeftSettings, TrainedBias};
 use crate::checkpoint::DenseTensor;
@@ -148,11 +148,12 @@ impl Contents {
     }
 }
 
-/// Whether the module `name` (a trailing part of a path) is at `path` or contains it.
+/// Whether a module whose path ends in `name`, be it within a part of it, as PEFT compares, is at `path` or
+/// contains it. Source: PEFT `utils/other.py`, `_set_trainable`.
 fn contains(name: &str, path: &str) -> bool {
     let mut whole = path;
     loop {
-        if ends_in(whole, name) {
+        if whole.ends_with(name) {
             return true;
         }
         match whole.rsplit_once('.') {

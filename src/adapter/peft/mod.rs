@@ -188,7 +188,8 @@ impl PeftAdapter {
             targets.push(trained_target(part.target)?);
             tensors.push(part.tensors);
         }
-        Ok(Adapter { config, base_model, base_packing: None, targets, tensors })
+        let (base_packing, base_is_part) = (None, false);
+        Ok(Adapter { config, base_model, base_packing, base_is_part, targets, tensors })
     }
 }
 

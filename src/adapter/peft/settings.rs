@@ -156,7 +156,7 @@ pub fn to_json(lora: &LoraConfig, base_model: Option<&str>, names: &[String]) ->
         TargetModules::Names(chosen) => module_names(chosen),
     };
     let list = |values: &[String]| (!values.is_empty()).then(|| json!(values));
-    json!({
+    let mut config = json!({
         "alpha_pattern": pattern(&lora.alpha_pattern, |alpha| number(*alpha)),
         "base_model_name_or_path": base_model,
         "bias": "none",
@@ -180,7 +180,12 @@ pub fn to_json(lora: &LoraConfig, base_model: Option<&str>, names: &[String]) ->
         "task_type": "CAUSAL_LM",
         "use_dora": false,
         "use_rslora": lora.use_rslora,
-    })
+    });
+    // PEFT before 0.14 does not know it.
+    if let (None, Some(fields)) = (&lora.exclude_modules, config.as_object_mut()) {
+        fields.shift_remove("exclude_modules");
+    }
+    config
 }
 
 fn module_names(names: &ModuleNames) -> Value {

@@ -39,7 +39,11 @@ impl Gguf {
         let heads = self.size("attention.head_count")?;
         let hidden = self.size("embedding_length")?;
         let (kind, class) = match self.architecture {
-            Architecture::Mistral3 => ("ministral3", "Ministral3ForCausalLM"),
+            Architecture::Mistral3 if self.has_query_scale() => {
+                ("ministral3", "Ministral3ForCausalLM")
+            }
+            // Mistral Small 3 and 3.1, whose text is a Mistral's.
+            Architecture::Mistral3 => ("mistral", "MistralForCausalLM"),
             Architecture::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
             Architecture::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
             Architecture::SmolLm3 => ("smollm3", "SmolLM3ForCausalLM"),
@@ -78,7 +82,7 @@ impl Gguf {
         ) {
             config["attention_bias"] = self.has("blk.0.attn_q.bias").into();
         }
-        if self.architecture == Architecture::Mistral3 {
+        if self.architecture == Architecture::Mistral3 && self.has_query_scale() {
             self.add_mistral3(&mut config, theta)?;
         }
         if self.architecture == Architecture::SmolLm3 {
@@ -123,6 +127,10 @@ impl Gguf {
         Ok(())
     }
 
+    fn has_query_scale(&self) -> bool {
+        self.field(QUERY_SCALE).is_some()
+    }
+
     /// What of a Ministral 3 is not in a Llama: where its class finds nothing of rope, it takes YaRN.
     fn add_mistral3(&self, config: &mut Value, theta: f64) -> Result<()> {
         let mut rope = config["rope_scaling"].take();
@@ -130,12 +138,9 @@ impl Gguf {
             rope = json!({"rope_type": "default"});
         }
         rope["rope_theta"] = theta.into();
-        if self.field(QUERY_SCALE).is_some() {
-            rope["llama_4_scaling_beta"] = self.required_float(QUERY_SCALE)?.into();
-            let longest = self.size("context_length")?;
-            rope["original_max_position_embeddings"] =
-                self.size_or(ORIGINAL_LENGTH, longest)?.into();
-        }
+        rope["llama_4_scaling_beta"] = self.required_float(QUERY_SCALE)?.into();
+        let longest = self.size("context_length")?;
+        rope["original_max_position_embeddings"] = self.size_or(ORIGINAL_LENGTH, longest)?.into();
         config["rope_parameters"] = rope;
         Ok(())
     }

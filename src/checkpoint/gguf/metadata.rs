@@ -245,11 +245,14 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
     let of_q =
         matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3 | Architecture::SmolLm3);
     let usual = rotates_every(ROTATION_INTERVAL, spec.num_layers);
+    let square = matches!(architecture, Architecture::Qwen2 | Architecture::Phi3);
     refuse_first(
         architecture,
         &[
             ("attention_bias", !reads_all && (spec.output_bias || (spec.qkv_bias && !of_q))),
             ("mlp_bias", !reads_all && spec.mlp_bias),
+            // q and o are as wide as the model there.
+            ("head_dim", square && spec.q_width() != spec.hidden_size),
             ("no_rope_layers", architecture == Architecture::SmolLm3 && spec.rotates != usual),
         ],
     )?;

@@ -238,6 +238,7 @@ impl Base {
             }
         };
         adapter.base_model = Some(args.model.model.display().to_string());
+        adapter.base_is_part = self.checkpoint.left_out() > 0;
         adapter.base_packing = self.checkpoint.kind().packing(args.model.block_format());
         Ok((adapter, origin))
     }

@@ -9,6 +9,7 @@ use std::borrow::Cow;
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
+use candle_core::quantized::gguf_file::Value as Metadata;
 use serde_json::{Map, Value, json};
 use tokenizers::Tokenizer;
 use tokenizers::processors::PostProcessorWrapper;
@@ -231,6 +232,11 @@ impl ChatTokenizer {
         self.tokenizer.get_vocab_size(true)
     }
 
+    /// The same without tokens that were added.
+    pub fn own_vocab_size(&self) -> usize {
+        self.tokenizer.get_vocab_size(false)
+    }
+
     /// Beginning of sequence.
     pub fn bos(&self) -> Option<&SpecialToken> {
         self.bos.as_ref()
@@ -254,6 +260,11 @@ impl ChatTokenizer {
     /// Whether plain text gets a BOS in front (`add_bos_token`).
     pub fn adds_bos(&self) -> bool {
         self.add_bos_token
+    }
+
+    /// The chat templates as a GGUF file has them.
+    pub(super) fn gguf_templates(&self) -> Vec<(String, Metadata)> {
+        self.templates.as_ref().map(TemplateSources::gguf_fields).unwrap_or_default()
     }
 
     /// The chat template's Jinja source.

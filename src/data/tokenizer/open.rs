@@ -9,7 +9,7 @@ use tokenizers::Tokenizer;
 
 use super::{ChatTokenizer, SpecialToken, puts_in_front};
 use crate::checkpoint::{lfs_pointer, map_file, read_gguf_header, read_json};
-use crate::data::pre_tokenizers::{self, set_splitter};
+use crate::data::pre_tokenizers::{self, set_splitter, with_added_tokens};
 use crate::data::sentence_piece::{self, is_sentence_piece};
 use crate::data::template_sources::TemplateSources;
 use crate::error::{Error, Result, candle_text};
@@ -93,8 +93,9 @@ impl ChatTokenizer {
             sentence_piece::from_gguf(&content).map_err(|e| e.at(path.display()))?
         } else {
             let mut tokenizer = Tokenizer::from_gguf(&content).map_err(damaged)?;
-            set_splitter(&mut tokenizer, &content).map_err(|e| e.at(path.display()))?;
-            tokenizer
+            let placed = |e: Error| e.at(path.display());
+            set_splitter(&mut tokenizer, &content).map_err(placed)?;
+            with_added_tokens(&tokenizer, &content).map_err(placed)?
         };
         let field = |key: &str| content.metadata.get(&format!("tokenizer.{key}"));
         let special = |key: &str| {
