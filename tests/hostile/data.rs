@@ -77,8 +77,11 @@ fn a_field_of_the_wrong_type() {
 
 #[test]
 fn records_of_no_known_format() {
+    let place = with_data("{\"title\": \"w1\", \"body\": \"w2\"}\n");
+    assert_not_trained(&place, 1, &[], &["train.jsonl:1", "title", "prompt and completion"]);
     let place = with_data("{\"question\": \"w1\", \"answer\": \"w2\"}\n");
-    assert_not_trained(&place, 1, &[], &["train.jsonl:1", "question", "prompt and completion"]);
+    let flags = "--rename-columns question=instruction --rename-columns answer=output";
+    assert_not_trained(&place, 1, &[], &["train.jsonl:1", flags]);
 }
 
 #[test]
