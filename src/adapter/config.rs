@@ -195,14 +195,14 @@ impl FromStr for ModuleNames {
     /// `q_proj,v_proj` is a list, as is `["q_proj", "v_proj"]`; text with other characters than those of
     /// names and commas is a regular expression.
     fn from_str(text: &str) -> Result<Self> {
-        if let Ok(names) = serde_json::from_str::<Vec<String>>(text) {
-            return Ok(ModuleNames::List(names));
-        }
-        if !is_list(text) {
-            return Ok(ModuleNames::Pattern(text.to_string()));
-        }
-        let names: Vec<String> =
-            text.split(',').map(str::trim).filter(|n| !n.is_empty()).map(String::from).collect();
+        let names: Vec<String> = match serde_json::from_str(text) {
+            Ok(names) => names,
+            Err(_) if !is_list(text) => return Ok(ModuleNames::Pattern(text.to_string())),
+            Err(_) => {
+                let names = text.split(',').map(str::trim).filter(|name| !name.is_empty());
+                names.map(String::from).collect()
+            }
+        };
         if names.is_empty() {
             return Err(Error::usage("expected module names, got nothing"));
         }
@@ -264,7 +264,9 @@ mod tests {
         assert_eq!(pattern, ModuleNames::Pattern(r".*\.(q|v)_proj".into()));
         assert_eq!("ALL-linear".parse::<TargetModules>()?, TargetModules::AllLinear);
         assert_eq!("c_attn".parse::<TargetModules>()?, TargetModules::Names(list(&["c_attn"])));
-        assert!(" ,".parse::<ModuleNames>().is_err());
+        let json: ModuleNames = r#"["q_proj", "v_proj"]"#.parse()?;
+        assert_eq!(json, list(&["q_proj", "v_proj"]));
+        assert!([" ,", "[]"].iter().all(|none| none.parse::<ModuleNames>().is_err()));
         Ok(())
     }
 

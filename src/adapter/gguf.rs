@@ -6,7 +6,9 @@ use candle_core::quantized::gguf_file::Value as Metadata;
 
 use super::{Adapter, LoraTarget, LoraTensors};
 use crate::checkpoint::atomic::AtomicFile;
-use crate::checkpoint::gguf::{Architecture, Description, GgufWriter, encoded, source_row};
+use crate::checkpoint::gguf::{
+    Architecture, Description, GgufWriter, does_not_fit, encoded, source_row,
+};
 use crate::error::{Error, Result};
 use crate::model::spec::{LinearRole, ModelSpec};
 
@@ -56,10 +58,8 @@ impl Adapter {
             };
             let b: Vec<f32> = (0..target.shape.out_features).flat_map(rows).collect();
             for values in [a, &b] {
-                let bytes = encoded(values, dtype).ok_or_else(|| {
-                    Error::input(format_args!("{}: a value does not fit {dtype:?}", target.module))
-                        .hint("use `--outtype f32`")
-                })?;
+                let bytes = encoded(values, dtype)
+                    .ok_or_else(|| does_not_fit("adapter", &target.module, values, dtype))?;
                 writer.append(&bytes)?;
                 writer.end_tensor()?;
             }

@@ -149,6 +149,11 @@ impl<'a> MergeBase<'a> {
         }
     }
 
+    /// Whether the 4-bit weights were not made here from the original: they may be of another model.
+    pub(super) fn has_two_models(&self) -> bool {
+        self.original.is_some() && matches!(self.four_bit, FourBit::Stored(_))
+    }
+
     /// The linear `spec` of the base that was not chosen, where there is one.
     pub(super) fn not_chosen(&self, spec: &TensorSpec) -> Result<Option<Vec<f32>>> {
         let other = match (self.onto, self.original, self.four_bit) {

@@ -13,7 +13,7 @@ use crate::model::spec::ModelSpec;
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Data")]
 pub struct DataFormatArgs {
-    /// Format of the records [default: detected from the first one]
+    /// Format of the records [default: detected from the first one of each file]
     #[arg(long, value_enum)]
     pub format: Option<Format>,
     /// Rename a field of the file, such as `question=instruction`; may be repeated

@@ -69,7 +69,8 @@ const AFTER_HELP: &str = "From a published model to a fine-tuned one:
   nibble chat     --model smollm2-nf4 --adapter run
 
 Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong usage,
-130 interrupted: `train` has saved its last whole step, others have written nothing.";
+130 interrupted: `train` has saved its last whole step, `eval --predictions` the answers
+so far, and others have written nothing.";
 
 /// The subcommands whose settings may come from files.
 const TRAIN: &str = "train";

@@ -119,7 +119,11 @@ fn write_ends(folder: &Path, ends: &[u32]) -> Result<()> {
     if ends.iter().all(|id| known.iter().any(|known| known == id)) {
         return Ok(());
     }
-    generation["eos_token_id"] = json!(ends);
+    let Some(fields) = generation.as_object_mut() else {
+        let what = format_args!("{}: expected an object", path.display());
+        return Err(Error::input(what).hint("take generation_config.json out of the base's folder"));
+    };
+    fields.insert("eos_token_id".into(), json!(ends));
     let text = format!("{generation:#}\n");
     std::fs::write(&path, text).map_err(|e| Error::io("write", &path, e))
 }

@@ -50,8 +50,8 @@ impl Chat {
     /// # Errors
     /// Which turn is no message.
     pub fn new(record: &Value, key: &str) -> Result<Self, Rejection> {
-        let mut messages = messages(record, key)?;
-        if let Some(system) = optional_text(record, "system")? {
+        let mut messages = messages(record, key, 0)?;
+        if let Some(system) = optional_text(record, "system")?.filter(|_| !messages.is_empty()) {
             let own = messages.first().filter(|message| message["role"] == "system");
             match own.map(|message| message["content"].as_str()) {
                 None => messages.insert(0, json!({"role": "system", "content": system})),
@@ -75,14 +75,15 @@ impl Chat {
         chat.prompt_messages = chat.messages.len();
         let completion = &record["completion"];
         match completion.as_str().filter(|_| !has_messages(completion)) {
+            Some("") => {}
             Some(text) => chat.messages.push(json!({"role": "assistant", "content": text})),
-            None => chat.messages.extend(messages(record, "completion")?),
+            None => chat.messages.extend(messages(record, "completion", chat.messages.len())?),
         }
         Ok(chat)
     }
 
-    /// With one text for the parts of each message, which most templates need: of the assistant's, and of
-    /// all where the template takes no parts.
+    /// With one text for the parts of each message, which most templates need: of all but the user's, of which
+    /// alone it is known that the template goes through them, and of these, too, where it does not.
     pub(super) fn for_template(&self, template: &ChatTemplate) -> Cow<'_, Self> {
         let in_parts = |message: &Value| message["content"].is_array();
         if !self.messages.iter().any(in_parts) {
@@ -92,7 +93,7 @@ impl Chat {
         let separator = if takes_parts { "" } else { "\n" };
         let mut chat = self.clone();
         for message in chat.messages.iter_mut().filter(|message| in_parts(message)) {
-            if !takes_parts || message["role"] == "assistant" {
+            if !takes_parts || message["role"] != "user" {
                 let parts = message["content"].as_array().into_iter().flatten();
                 let texts: Vec<&str> = parts.filter_map(|part| part["text"].as_str()).collect();
                 message["content"] = texts.join(separator).into();
@@ -119,8 +120,8 @@ impl Chat {
     }
 }
 
-/// The messages in the list `key`, which may be JSON text: a cell of a table.
-fn messages(record: &Value, key: &str) -> Result<Vec<Value>, Rejection> {
+/// The messages in the list `key`, which may be JSON text: a cell of a table; so many stand before them.
+fn messages(record: &Value, key: &str, before: usize) -> Result<Vec<Value>, Rejection> {
     let parsed: Vec<Value>;
     let turns = match record.get(key) {
         Some(Value::String(text)) if text.trim_start().starts_with('[') => {
@@ -142,7 +143,7 @@ fn messages(record: &Value, key: &str) -> Result<Vec<Value>, Rejection> {
         match message {
             // LIMA's: user and assistant in turns.
             Value::String(text) => {
-                let role = if turn % 2 == 0 { "user" } else { "assistant" };
+                let role = if (before + turn).is_multiple_of(2) { "user" } else { "assistant" };
                 messages.push(json!({"role": role, "content": text}));
             }
             // Capybara's: a question and its answer.
@@ -265,10 +266,9 @@ fn shaped(fields: &Map<String, Value>) -> Result<Value, Rejection> {
         Some((_, role)) => role,
         None if from == Some("function_call") => return function_call(content),
         None => {
-            let other = from;
             return Err(Rejection::new(format!(
                 ".from is `{}`, expected human, gpt, system, function_call or observation",
-                other.unwrap_or("no text")
+                from.unwrap_or("no text")
             )));
         }
     };

@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use glob::{MatchOptions, glob_with};
+use glob::{MatchOptions, Pattern, glob_with};
 use serde::Serialize;
 
+use crate::checkpoint::is_hub_name;
 use crate::error::{Error, Result};
 use crate::plural::noun;
 
@@ -45,7 +46,7 @@ impl DataFiles {
         let paths = match given.to_str().filter(|text| is_pattern(text) && !given.exists()) {
             Some(pattern) => fitting(pattern)?,
             None if given.is_dir() => in_folder(given)?,
-            None if is_name_on_the_hub(given) => {
+            None if is_hub_name(given) && !is_data(given) => {
                 let given = given.display();
                 let what = format_args!("there is no file {given}");
                 return Err(Error::input(what).hint(format_args!(
@@ -111,17 +112,6 @@ impl DataFiles {
     }
 }
 
-/// `owner/name`, which is no file here.
-fn is_name_on_the_hub(given: &Path) -> bool {
-    let parts = given.to_str().unwrap_or_default().split('/');
-    given.is_relative()
-        && given.symlink_metadata().is_err()
-        && given.extension().is_none()
-        && !given.starts_with(".")
-        && !given.starts_with("..")
-        && parts.count() == 2
-}
-
 fn is_pattern(text: &str) -> bool {
     text.contains(['*', '?', '['])
 }
@@ -182,9 +172,12 @@ fn way_out(folder: &Path) -> String {
     const ENDINGS_TOLD: &str =
         "files end in .jsonl, .json, .csv, .tsv or .parquet; folders within it are not searched";
     let options = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::new() };
-    let pattern = folder.join("**/*");
-    let within = pattern.to_str().and_then(|pattern| glob_with(pattern, options).ok());
-    let within: Vec<PathBuf> = within.into_iter().flatten().flatten().collect();
+    // Whatever folder that is, looking ends soon.
+    const MOST_LOOKED_AT: usize = 10_000;
+    let folder_text = folder.to_str().map(Pattern::escape);
+    let within = folder_text.and_then(|text| glob_with(&format!("{text}/**/*"), options).ok());
+    let within = within.into_iter().flatten().take(MOST_LOOKED_AT);
+    let within: Vec<PathBuf> = within.flatten().collect();
     let data = |path: &&PathBuf| is_data(path) && held_out(name(path)).is_none() && path.is_file();
     if let Some(path) = within.iter().find(data) {
         let (folder, ending) = (path.parent().unwrap_or(folder).display(), ending(path));

@@ -41,10 +41,12 @@ impl ChatTokenizer {
         let special = [("bos", self.bos()), ("eos", self.eos()), ("padding", self.pad())];
         for (name, token) in special {
             if let Some(token) = token {
+                check_row(token.id, vocab_size)?;
                 put(&format!("ggml.{name}_token_id"), Metadata::U32(token.id));
             }
         }
         if let Some(token) = &self.unknown {
+            check_row(token.id, vocab_size)?;
             put("ggml.unknown_token_id", Metadata::U32(token.id));
         }
         put("ggml.add_bos_token", Metadata::Bool(self.adds_bos()));
@@ -123,6 +125,16 @@ fn common(model: &str, pre: &str, tokens: &[(String, i32)]) -> Vec<(String, Meta
     ]
 }
 
+/// A token with a meaning needs a row.
+fn check_row(id: u32, vocab_size: usize) -> Result<()> {
+    if (id as usize) < vocab_size { Ok(()) } else { Err(without_row(id as usize, vocab_size)) }
+}
+
+fn without_row(id: usize, vocab_size: usize) -> Error {
+    Error::input(format_args!("tokenizer: token {id} is outside the model's {vocab_size} rows"))
+        .hint("the tokenizer belongs to another model, or its embedding was not resized")
+}
+
 /// Text and kind of the token of every row.
 fn tokens(json: &Value, vocab_size: usize) -> Result<Vec<(String, i32)>> {
     let mut tokens: Vec<(String, i32)> =
@@ -134,9 +146,7 @@ fn tokens(json: &Value, vocab_size: usize) -> Result<Vec<(String, i32)>> {
             *token = (text.to_string(), kind);
             Ok(())
         }
-        None => Err(Error::input(format_args!(
-            "tokenizer: token {id} is outside the model's {vocab_size} rows"
-        ))),
+        None => Err(without_row(id, vocab_size)),
     };
     for (text, id) in json["model"]["vocab"].as_object().into_iter().flatten() {
         let is_byte = fallback && text.len() == 6 && text.starts_with("<0x") && text.ends_with('>');

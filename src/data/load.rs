@@ -83,8 +83,8 @@ pub fn read(
     let report =
         LoadReport { files: files.clone(), format: options.format, ..LoadReport::default() };
     let idle = options.rename_columns.iter().collect();
-    let (seen, format) = (HashSet::new(), options.format);
-    let mut loader = Loader { encoder, options, seen, idle, format, report, keep };
+    let (seen, unused, format) = (HashSet::new(), HashSet::new(), options.format);
+    let mut loader = Loader { encoder, options, seen, idle, format, unused, report, keep };
     let (mut lines, mut bytes, all_bytes) = (0, 0, files.bytes());
     for (index, path) in files.paths().enumerate() {
         loader.report.files.begin(index, lines);
@@ -138,6 +138,8 @@ struct Loader<'a, K> {
     idle: Vec<&'a (String, String)>,
     /// Of the records of the file at work, once it is known.
     format: Option<Format>,
+    /// Fields that are in the report.
+    unused: HashSet<String>,
     report: LoadReport,
     keep: K,
 }
@@ -203,8 +205,9 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         let renames = &self.options.rename_columns;
         let records = parsed.iter().filter_map(|(_, record)| record.as_ref().ok()?.as_object());
         for (name, value) in records.flatten() {
-            let known = format.is_read(name) || self.report.unused_fields.contains(name);
+            let known = self.unused.contains(name) || format.is_read(name);
             if !known && !is_nothing(value) && renames.iter().all(|(_, new)| new != name) {
+                self.unused.insert(name.clone());
                 self.report.unused_fields.push(name.clone());
             }
         }
@@ -233,7 +236,7 @@ impl<K: FnMut(Document)> Loader<'_, K> {
     fn accept(&mut self, line: usize, fingerprint: u64, encoded: Encoded) {
         let document = Document { line, ..encoded.document };
         let report = &mut self.report;
-        if !self.seen.insert(fingerprint) {
+        if !document.input_ids.is_empty() && !self.seen.insert(fingerprint) {
             report.duplicates.push(line);
         }
         if encoded.double_bos {
@@ -339,9 +342,9 @@ fn is_nothing(value: &Value) -> bool {
 }
 
 fn parse_json(text: &str) -> std::result::Result<Value, Rejection> {
-    let read = serde_json::from_str(text).or_else(|error| match without_nan(text) {
-        Some(finite) => serde_json::from_str(&finite),
-        None => Err(error),
+    let read = serde_json::from_str(text).or_else(|error| {
+        let finite = without_nan(text).and_then(|finite| serde_json::from_str(&finite).ok());
+        finite.ok_or(error)
     });
     read.map_err(|error| not_json(&error))
 }

@@ -174,12 +174,12 @@ pub(super) fn with_added_tokens(from: &Tokenizer, content: &Content) -> Result<T
     let kinds = field("token_type").and_then(|kinds| kinds.to_vec().ok());
     let Some(kinds) = kinds else { return Ok(from.clone()) };
     let kinds: Vec<i64> = kinds.iter().map(|kind| kind.to_i32().map_or(0, i64::from)).collect();
-    let named = content.metadata.iter().filter(|(key, _)| key.ends_with("_token_id"));
-    let named: Vec<u32> = named.filter_map(|(_, id)| id.to_u32().ok()).collect();
+    let ends = ["bos_token_id", "eos_token_id"].into_iter().filter_map(field);
+    let ends: Vec<u32> = ends.filter_map(|id| id.to_u32().ok()).collect();
     let (mut special, mut own) = (Vec::new(), Vec::new());
     for (id, kind) in (0u32..).zip(&kinds) {
         let Some(text) = from.id_to_token(id) else { continue };
-        if UNKNOWN_OR_CONTROL.contains(kind) || named.contains(&id) {
+        if UNKNOWN_OR_CONTROL.contains(kind) || ends.contains(&id) {
             special.push(AddedToken::from(text, true).normalized(false));
         } else if *kind == USER_DEFINED {
             own.push(AddedToken::from(text, false).normalized(false));

@@ -134,7 +134,7 @@ fn renames(names: &[&str]) -> Option<String> {
         names.iter().copied().filter(|name| known.contains(&plain(name).as_str())).collect()
     };
     let mut pairs: Vec<(&str, &str)> = Vec::new();
-    // Of several the first by rank, if the others can be fields beside it.
+    // Beside another one `input` is what it says.
     let instructions = called(&INSTRUCTIONS);
     let asked = match instructions[..] {
         [one] => Some(one),
@@ -284,7 +284,8 @@ fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
              `--rename-columns label=good`)",
         ));
     }
-    if has_messages(&record["prompt"]) || has_messages(&record["completion"]) {
+    // Of text a completion may look like a list of messages, and be none.
+    if has_messages(&record["prompt"]) || record["completion"].is_array() {
         return Chat::of_prompt_and_completion(record).map(Record::Chat);
     }
     let spoken = optional_text(record, "system").map_or(true, |text| text.is_some());

@@ -234,7 +234,7 @@ fn yarn_mscale(factor: f64, mscale: f64) -> f64 {
 }
 
 /// `rope_scaling` of the Llama 3 model whose frequencies are divided by `factors`
-/// `[head_dim / 2]`, as GGUF files store them; none if no published variant fits.
+/// `[head_dim / 2]`, as GGUF files store them; none if no trained length of a power of two fits.
 pub fn llama3_scaling_of(factors: &[f32], theta: f64, head_dim: usize) -> Option<Value> {
     let plain = Rotary { theta, scaling: RopeScaling::Default };
     let (base, _) = plain.inverse_frequencies(head_dim, 0);

@@ -245,12 +245,16 @@ fn empty_records_are_left_out() {
            {"prompt": "a", "completion": null}"#,
         r#"{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
            {"messages": []} {"messages": null}"#,
+        r#"{"system": "s", "messages": [{"role": "user", "content": "a"},
+                                        {"role": "assistant", "content": "b"}]}
+           {"system": "s", "messages": []} {"system": "s", "messages": null}"#,
         r#"{"input_ids": [1, 2]} {"input_ids": []} {"input_ids": [3]}"#,
     ] {
-        let lines = text.replace("} {", "}\n{");
+        let lines = text.replace("},\n", "}, ").replace("} {", "}\n{");
         let report = File::new(lines.as_bytes()).load(&options()).unwrap().report;
         assert_eq!((report.records, report.documents), (3, 1), "{text}");
         assert_eq!((report.without_targets, report.rejected.len()), (vec![2, 3], 0), "{text}");
+        assert!(report.duplicates.is_empty(), "{text}");
     }
 }
 

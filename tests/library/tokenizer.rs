@@ -61,7 +61,7 @@ fn a_saved_tokenizer_opens_as_the_same() {
     assert_eq!(again.chat_template(), tokenizer.chat_template());
     assert_eq!(again.eos(), tokenizer.eos());
     assert_eq!(again.eos().unwrap().text, "<|im_end|>");
-    assert_eq!(again.vocab_size(), 49152);
+    assert_eq!(again.own_vocab_size(), 49152);
 }
 
 /// transformers 5 reads the post-processor of `tokenizer.json`, and no `add_bos_token`.

@@ -120,7 +120,7 @@ impl Export<'_> {
                 values.iter_mut().for_each(|value| *value += 1.0);
             }
             let bytes = encoded(&values, dtype)
-                .ok_or_else(|| does_not_fit(&tensor.name, &values, dtype))?;
+                .ok_or_else(|| does_not_fit("checkpoint", &tensor.name, &values, dtype))?;
             writer.append(&bytes)?;
             progress(bytes.len())?;
         }
@@ -166,10 +166,11 @@ pub fn source_row(stored: usize, head_rows: usize) -> usize {
     row
 }
 
-fn does_not_fit(name: &str, values: &[f32], dtype: GgmlDType) -> Error {
+/// Why [`encoded`] gave none; `source` is what holds the tensor.
+pub fn does_not_fit(source: &str, name: &str, values: &[f32], dtype: GgmlDType) -> Error {
     match values.iter().find(|x| !x.is_finite()) {
         Some(value) => Error::input(format_args!("tensor {name}: a value is {value}"))
-            .hint("the checkpoint holds NaN or Inf: get another copy of the model"),
+            .hint(format_args!("the {source} holds NaN or Inf: get another copy of it")),
         None => Error::input(format_args!("tensor {name}: a value does not fit {dtype:?}"))
             .hint("use `--outtype bf16` or `--outtype f32`"),
     }

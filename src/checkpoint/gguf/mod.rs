@@ -26,7 +26,7 @@ use super::{DenseTensor, StoredType, TensorInfo};
 use crate::error::{Error, Result};
 pub(super) use blocks::Blocks;
 pub use export::Export;
-pub(crate) use export::{encoded, source_row};
+pub(crate) use export::{does_not_fit, encoded, source_row};
 pub use file_type::FileType;
 pub(crate) use header::read_header;
 pub use metadata::fields as gguf_fields;

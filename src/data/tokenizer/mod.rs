@@ -227,12 +227,7 @@ impl ChatTokenizer {
         Ok(Cow::Owned(tokenizer))
     }
 
-    /// Ids of the vocabulary, added tokens included; may be smaller than the model's.
-    pub fn vocab_size(&self) -> usize {
-        self.tokenizer.get_vocab_size(true)
-    }
-
-    /// The same without tokens that were added.
+    /// Ids of the vocabulary without added tokens; may be fewer than the model has rows.
     pub fn own_vocab_size(&self) -> usize {
         self.tokenizer.get_vocab_size(false)
     }

@@ -49,7 +49,7 @@ impl Demand<'_> {
     /// The way that takes the least of those that are allowed.
     ///
     /// # Errors
-    /// `Usage` when the weights cannot be streamed and must be.
+    /// `Usage` as [`choose`](Demand::choose).
     pub fn leanest(&self) -> Result<Choice> {
         Ok(self.choice(self.leanest_of(&self.candidates()?)))
     }

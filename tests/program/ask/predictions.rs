@@ -1,7 +1,7 @@
 //! `eval --predictions`: answers to a whole file.
 
 use std::fs;
-use std::process::{Child, Command, Stdio};
+use std::process::{Child, Stdio};
 use std::time::Duration;
 
 use serde_json::{Value, json};
@@ -133,7 +133,8 @@ fn nothing_is_replaced_and_text_has_no_questions() {
 /// Starts `eval` with `flags`, and waits until `partial` has as many bytes.
 fn at_work(place: &Workplace, flags: &[&str], partial: &str, least_bytes: u64) -> Child {
     let mut command = place.nibble(&["eval", "--model", "model", "--quantization", "none"]);
-    let mut eval = command.args(flags).spawn().unwrap();
+    command.args(flags).stdout(Stdio::piped()).stderr(Stdio::piped());
+    let mut eval = command.spawn().unwrap();
     let path = place.path(partial);
     while fs::metadata(&path).map_or(true, |file| file.len() < least_bytes) {
         assert!(eval.try_wait().unwrap().is_none(), "it ended before {partial} was seen");
@@ -167,15 +168,10 @@ fn answers_that_are_made_outlive_ctrl_c() {
     add_template(&place);
     write_chats(&place, &[&["w7 w31", "w5 w6"][..]; 512]);
     let flags = ["--data", "chats.jsonl", "--predictions", "answers.jsonl"];
-    let mut command = place.nibble(&["eval", "--model", "model", "--quantization", "none"]);
-    command.args(flags).stdout(Stdio::piped()).stderr(Stdio::piped());
-    let eval = command.spawn().unwrap();
-    let path = place.path(".answers.jsonl.partial");
-    while fs::metadata(&path).map_or(true, |file| file.len() == 0) {
-        std::thread::sleep(Duration::from_millis(1));
-    }
+    let eval = at_work(&place, &flags, ".answers.jsonl.partial", 1);
     let pid = eval.id().to_string();
-    assert!(Command::new("kill").args(["-INT", &pid]).status().unwrap().success());
+    let mut kill = std::process::Command::new("kill");
+    assert!(kill.args(["-INT", &pid]).status().unwrap().success());
     let output = eval.wait_with_output().unwrap();
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     assert_eq!(output.status.code(), Some(130), "{said}");
