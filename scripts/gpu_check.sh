@@ -12,7 +12,7 @@
 #
 # After every stage it writes $OUT/gpu_check.{json,md}, without OUT docs/benchmarks/gpu-CARD.{json,md}; it
 # prints the table last, between two lines that sum it up. Status: 0 all goals are met, 1 one is missed,
-# 4 one is not measured, 3 there is no card, or nothing to run. Ends within 475 s.
+# 2 wrong usage, 4 one is not measured, 3 there is no card, or nothing to run. Ends within 475 s.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 carried=gpu_check

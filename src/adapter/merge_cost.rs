@@ -21,14 +21,14 @@ pub struct MergeCost {
 
 impl MergeCost {
     /// Adds one linear: its base, the merged f32 values, what is written, and the base that was
-    /// not chosen.
+    /// not chosen. Returns how far that one is from `base`: `‖base − other‖ / ‖base‖`, 0 without one.
     pub(super) fn add(
         &mut self,
         base: &[f32],
         merged: &[f32],
         written: &DenseTensor,
         other_base: Option<&[f32]>,
-    ) {
+    ) -> f64 {
         self.linears += 1;
         self.elements += base.len();
         // Sums of chunks in the order of the chunks: the figures do not depend on threads.
@@ -42,7 +42,10 @@ impl MergeCost {
                 [square(base), distance(base, merged), distance(merged, &rounded), other]
             })
             .collect();
+        let [mut size, mut apart] = [0.0; 2];
         for [weight, change, rounding, other] in sums {
+            size += weight;
+            apart += other;
             self.weight += weight;
             self.change += change;
             self.rounding += rounding;
@@ -50,6 +53,7 @@ impl MergeCost {
                 *self.base.get_or_insert(0.0) += other;
             }
         }
+        if apart == 0.0 { 0.0 } else { (apart / size).sqrt() }
     }
 
     /// Root mean square of the base weights.
@@ -88,14 +92,6 @@ impl MergeCost {
     fn rms(&self, squares: f64) -> f64 {
         if self.elements == 0 { 0.0 } else { (squares / self.elements as f64).sqrt() }
     }
-}
-
-/// `‖a − b‖ / ‖a‖`; 0 where both are zero.
-pub(super) fn relative_distance(a: &[f32], b: &[f32]) -> f64 {
-    let of =
-        |sums: [f64; 2], (a, b): (&[f32], &[f32])| [sums[0] + distance(a, b), sums[1] + square(a)];
-    let [apart, size] = a.chunks(CHUNK).zip(b.chunks(CHUNK)).fold([0.0; 2], of);
-    if apart == 0.0 { 0.0 } else { (apart / size).sqrt() }
 }
 
 /// Elements of one task, and terms of one f32 partial sum: 256 of 16 lanes each.

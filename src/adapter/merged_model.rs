@@ -12,7 +12,7 @@ use serde_json::Value;
 
 use super::merge::Merge;
 use super::merge_base::{BaseWeight, MergeBase};
-use super::merge_cost::{MergeCost, relative_distance};
+use super::merge_cost::MergeCost;
 use crate::checkpoint::writer::{Announced, Contents, ShardWriter};
 use crate::checkpoint::{DenseTensor, drop_code, set_dtype};
 use crate::error::{Error, Result};
@@ -141,22 +141,20 @@ impl<'a> MergedModel<'a> {
         let written = DenseTensor { dtype, shape, data };
         if let Some(before) = before {
             let other = self.base.not_chosen(&tensor.spec)?;
-            if let Some(other) = &other
-                && self.base.has_two_models()
-            {
-                check_same_weights(name, &before, other)?;
+            let off = cost.add(&before, &merged, &written, other.as_deref());
+            if self.base.has_two_models() {
+                check_same_weights(name, off)?;
             }
-            cost.add(&before, &merged, &written, other.as_deref());
         }
         Ok(if tensor.spec.transposed { written.transposed().data } else { written.data })
     }
 }
 
-/// What 4 bits leave of a weight is near it; another model's is not.
-fn check_same_weights(name: &str, base: &[f32], other: &[f32]) -> Result<()> {
+/// What 4 bits leave of a weight is near it; another model's is not: `off` is what lies between them, as a
+/// part of the weight.
+fn check_same_weights(name: &str, off: f64) -> Result<()> {
     // Root mean squares: 0.09 in NF4, √2 of two weights that have nothing in common.
     const MOST: f64 = 1.0;
-    let off = relative_distance(base, other);
     if off <= MOST {
         return Ok(());
     }

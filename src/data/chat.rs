@@ -10,6 +10,7 @@ use std::borrow::Cow;
 
 use serde_json::{Map, Value, json};
 
+use super::left_out::texts;
 use super::record::{Rejection, kind, list, optional_text};
 use super::template::ChatTemplate;
 
@@ -32,6 +33,10 @@ const USUAL_ROLES: [(&str, &str); 12] = [
     ("observation", "tool"),
     ("function_response", "tool"),
 ];
+
+fn usual_role(name: &str) -> Option<&'static str> {
+    USUAL_ROLES.iter().find(|(theirs, _)| *theirs == name).map(|(_, role)| *role)
+}
 
 /// Turns for the chat template.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -94,8 +99,7 @@ impl Chat {
         let mut chat = self.clone();
         for message in chat.messages.iter_mut().filter(|message| in_parts(message)) {
             if !takes_parts || message["role"] != "user" {
-                let parts = message["content"].as_array().into_iter().flatten();
-                let texts: Vec<&str> = parts.filter_map(|part| part["text"].as_str()).collect();
+                let texts: Vec<&str> = texts(message).collect();
                 message["content"] = texts.join(separator).into();
             }
         }
@@ -262,8 +266,8 @@ fn shaped(fields: &Map<String, Value>) -> Result<Value, Rejection> {
         other => return Err(Rejection::new(format!(".value is {}, expected text", kind(other)))),
     };
     let from = field("from").as_str();
-    let role = match from.and_then(|name| USUAL_ROLES.iter().find(|(theirs, _)| *theirs == name)) {
-        Some((_, role)) => role,
+    let role = match from.and_then(usual_role) {
+        Some(role) => role,
         None if from == Some("function_call") => return function_call(content),
         None => {
             return Err(Rejection::new(format!(
@@ -282,9 +286,8 @@ fn openai(fields: &Map<String, Value>) -> Result<Value, Rejection> {
     }
     let mut fields = fields.clone();
     // Halfway to ShareGPT.
-    let usual = |name: &str| USUAL_ROLES.iter().find(|(theirs, _)| *theirs == name);
-    if let Some((_, role)) = fields["role"].as_str().and_then(usual) {
-        fields.insert("role".into(), (*role).into());
+    if let Some(role) = fields["role"].as_str().and_then(usual_role) {
+        fields.insert("role".into(), role.into());
     }
     if !fields.contains_key("content")
         && let Some(said) = fields.shift_remove("value")

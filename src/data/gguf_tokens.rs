@@ -9,15 +9,8 @@ use serde_json::Value;
 use super::ChatTokenizer;
 use super::pre_tokenizers::Splitter;
 use super::sentence_piece::{META_SPACE, PHI3_TOKENS, named_phi3};
+use super::token_kinds::{BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED};
 use crate::error::{Error, Result};
-
-// `enum llama_token_type`.
-const NORMAL: i32 = 1;
-const UNKNOWN: i32 = 2;
-const CONTROL: i32 = 3;
-const USER_DEFINED: i32 = 4;
-const UNUSED: i32 = 5;
-const BYTE: i32 = 6;
 
 impl ChatTokenizer {
     /// The fields `tokenizer.…`, with a token for each of the model's `vocab_size` rows.

@@ -34,6 +34,7 @@ pub mod split;
 mod strftime;
 pub mod template;
 mod template_sources;
+mod token_kinds;
 mod token_record;
 pub mod tokenizer;
 mod tokenizer_files;

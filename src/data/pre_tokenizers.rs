@@ -13,6 +13,7 @@ use tokenizers::{
     SplitDelimiterBehavior, Tokenizer,
 };
 
+use super::token_kinds::{CONTROL, UNKNOWN, USER_DEFINED};
 use crate::error::{Error, Result};
 
 const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
@@ -168,18 +169,16 @@ pub(super) fn set_splitter(tokenizer: &mut Tokenizer, content: &Content) -> Resu
 /// # Errors
 /// `Input`, without the file's name, for tokens that cannot be added.
 pub(super) fn with_added_tokens(from: &Tokenizer, content: &Content) -> Result<Tokenizer> {
-    const UNKNOWN_OR_CONTROL: [i64; 2] = [2, 3];
-    const USER_DEFINED: i64 = 4;
     let field = |key: &str| content.metadata.get(&format!("tokenizer.ggml.{key}"));
     let kinds = field("token_type").and_then(|kinds| kinds.to_vec().ok());
     let Some(kinds) = kinds else { return Ok(from.clone()) };
-    let kinds: Vec<i64> = kinds.iter().map(|kind| kind.to_i32().map_or(0, i64::from)).collect();
+    let kinds: Vec<i32> = kinds.iter().map(|kind| kind.to_i32().unwrap_or(0)).collect();
     let ends = ["bos_token_id", "eos_token_id"].into_iter().filter_map(field);
     let ends: Vec<u32> = ends.filter_map(|id| id.to_u32().ok()).collect();
     let (mut special, mut own) = (Vec::new(), Vec::new());
     for (id, kind) in (0u32..).zip(&kinds) {
         let Some(text) = from.id_to_token(id) else { continue };
-        if UNKNOWN_OR_CONTROL.contains(kind) || ends.contains(&id) {
+        if [UNKNOWN, CONTROL].contains(kind) || ends.contains(&id) {
             special.push(AddedToken::from(text, true).normalized(false));
         } else if *kind == USER_DEFINED {
             own.push(AddedToken::from(text, false).normalized(false));

@@ -52,7 +52,7 @@ impl Format {
                     field == "input" || field == "history" || OF_CHATS.contains(&field)
                 }
                 Format::Prompt | Format::Sharegpt | Format::Messages => OF_CHATS.contains(&field),
-                Format::Tokens => token_record::FIELDS.contains(&field),
+                Format::Tokens => token_record::is_read(field),
             }
     }
 

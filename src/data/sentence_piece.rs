@@ -17,6 +17,7 @@ use tokenizers::models::bpe::{BPE, Vocab};
 use tokenizers::normalizers::{NormalizerWrapper, Prepend, Replace, Sequence as Normalizers};
 use tokenizers::{AddedToken, Tokenizer};
 
+use super::token_kinds::{CONTROL, UNKNOWN, USER_DEFINED};
 use crate::error::{Error, Result};
 
 /// What stands for a space.
@@ -30,11 +31,6 @@ pub(super) fn named_phi3(name: &str) -> bool {
     let name = name.to_ascii_lowercase();
     name.contains("phi-3") || name.contains("phi3")
 }
-
-// `enum llama_token_type`.
-const UNKNOWN: i64 = 2;
-const CONTROL: i64 = 3;
-const USER_DEFINED: i64 = 4;
 
 /// Whether the file's tokenizer is one.
 pub(super) fn is_sentence_piece(content: &Content) -> bool {
@@ -51,7 +47,7 @@ pub(super) fn from_gguf(content: &Content) -> Result<Tokenizer> {
     let mut tokens = texts(field("tokens"))?;
     let scores = numbers(field("scores"), "scores", tokens.len())?;
     let kinds = numbers(field("token_type"), "token_type", tokens.len())?;
-    let kind = |id: usize| kinds[id] as i64;
+    let kind = |id: usize| kinds[id] as i32;
     // Users' own are looked for in text as it is; some files have spaces in them as pieces have.
     for (_, token) in tokens.iter_mut().enumerate().filter(|(id, _)| kind(*id) == USER_DEFINED) {
         *token = token.replace(META_SPACE, " ");
@@ -82,7 +78,7 @@ pub(super) fn from_gguf(content: &Content) -> Result<Tokenizer> {
     let name = content.metadata.get("general.name").and_then(|name| name.to_string().ok());
     let is_phi3 = name.is_some_and(|name| named_phi3(name));
     let takes_spaces = |token: &String| is_phi3 && !PHI3_TOKENS[..3].contains(&token.as_str());
-    let of = |wanted: &[i64], special: bool| -> Vec<AddedToken> {
+    let of = |wanted: &[i32], special: bool| -> Vec<AddedToken> {
         let ids = (0..tokens.len()).filter(|&id| wanted.contains(&kind(id)));
         let added = |token: &String| AddedToken::from(token.clone(), special).normalized(false);
         ids.map(|id| added(&tokens[id]).rstrip(takes_spaces(&tokens[id]))).collect()

@@ -9,16 +9,11 @@ use crate::plural::noun;
 /// Lists of zeros and ones beside the ids, a one for each that is trained: TRL's and Megatron's names.
 const LOSS_MASKS: [&str; 3] = ["completion_mask", "assistant_masks", "loss_mask"];
 
-/// What is read beside the ids.
-pub(super) const FIELDS: [&str; 7] = [
-    "labels",
-    "completion_mask",
-    "assistant_masks",
-    "loss_mask",
-    "attention_mask",
-    "position_ids",
-    "seq_lengths",
-];
+/// Whether a field is read beside the ids.
+pub(super) fn is_read(field: &str) -> bool {
+    let others = ["labels", "attention_mask", "position_ids", "seq_lengths"];
+    others.contains(&field) || LOSS_MASKS.contains(&field)
+}
 
 /// A record of `input_ids`. Labels are those that are given, or the ids; a 0 in one of [`LOSS_MASKS`] masks
 /// one. Padding goes: tokens that `attention_mask` has a 0 or `false` for.

@@ -153,8 +153,7 @@ impl Toy {
     }
 
     fn pairs(batch: &Batch) -> Vec<(u32, u32)> {
-        let documents = batch.cu_seqlens.windows(2);
-        let tokens = documents.flat_map(|ends| ends[0] as usize..ends[1] as usize - 1);
+        let tokens = batch.documents().flat_map(|document| document.start..document.end - 1);
         let pair = |i: usize| Some((batch.input_ids[i], u32::try_from(batch.labels[i + 1]).ok()?));
         tokens.filter_map(pair).collect()
     }

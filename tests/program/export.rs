@@ -15,6 +15,13 @@ use nibble::model::families::spec_from_config;
 use nibble::model::spec::{Family, ModelSpec, TensorRole, TensorSpec};
 use serde_json::{Value, json};
 
+fn added_token(id: usize, text: &str, special: bool) -> Value {
+    json!({
+        "id": id, "content": text, "special": special, "single_word": false, "lstrip": false,
+        "rstrip": false, "normalized": false
+    })
+}
+
 /// A tokenizer of 128 byte-level tokens, of which a few are merged.
 fn write_tokenizer(folder: &Path) {
     let mut vocab: serde_json::Map<String, Value> =
@@ -23,10 +30,7 @@ fn write_tokenizer(folder: &Path) {
     for token in ["Ġ", "Ċ", "ll", "he", "hell", "hello", "Ġw"] {
         vocab.insert(token.into(), vocab.len().into());
     }
-    let special = json!({
-        "id": vocab.len(), "content": "<|end|>", "special": true, "single_word": false,
-        "lstrip": false, "rstrip": false, "normalized": false
-    });
+    let special = added_token(vocab.len(), "<|end|>", true);
     let bytes = json!({
         "type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true
     });
@@ -634,12 +638,11 @@ fn a_mistral3_without_a_scale_is_a_mistral() {
     assert_eq!(scaled.config()["model_type"], "ministral3");
     let scale = "mistral3.attention.temperature_scale";
     assert!(content.metadata.contains_key(scale));
-    let metadata: Vec<(&str, &Metadata)> =
-        content.metadata.iter().map(|(key, value)| (key.as_str(), value)).collect();
-    let metadata: Vec<_> = metadata.into_iter().filter(|(key, _)| *key != scale).collect();
-    let names: Vec<&String> = content.tensor_infos.keys().collect();
-    let tensors: Vec<_> = names
-        .iter()
+    let metadata = content.metadata.iter().map(|(key, value)| (key.as_str(), value));
+    let metadata: Vec<(&str, &Metadata)> = metadata.filter(|(key, _)| *key != scale).collect();
+    let tensors: Vec<_> = content
+        .tensor_infos
+        .keys()
         .map(|name| (name.as_str(), content.tensor(&mut file, name, &Device::Cpu).unwrap()))
         .collect();
     let tensors: Vec<_> = tensors.iter().map(|(name, tensor)| (*name, tensor)).collect();
@@ -720,11 +723,7 @@ fn a_prefix_is_known_in_every_spelling() {
 fn an_added_token_without_a_row_is_left_out() {
     let place = place(&Case::open("llama_s0"));
     let mut tokenizer = sentence_piece(&[("<unk>", false), ("<s>", false), ("</s>", false)]);
-    let image = json!({
-        "id": 128, "content": "<image>", "special": true, "single_word": false, "lstrip": false,
-        "rstrip": false, "normalized": false
-    });
-    tokenizer["added_tokens"].as_array_mut().unwrap().push(image);
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(added_token(128, "<image>", true));
     // The library counts on from the vocabulary.
     let vocabulary = tokenizer["model"]["vocab"].as_object_mut().unwrap();
     (vocabulary.len()..128).for_each(|id| drop(vocabulary.insert(format!("more{id}"), id.into())));
@@ -743,20 +742,12 @@ fn tokens_of_a_file_are_as_special_as_it_says() {
     let place = place(&Case::open("llama_s0"));
     let mut tokenizer: Value = place.json("base/tokenizer.json");
     let first = tokenizer["model"]["vocab"].as_object().unwrap().len() + 1;
-    let own = |id: usize, text: &str, special: bool| {
-        json!({
-            "id": id, "content": text, "special": special, "single_word": false, "lstrip": false,
-            "rstrip": false, "normalized": false
-        })
-    };
     let added = tokenizer["added_tokens"].as_array_mut().unwrap();
-    added.extend([own(first, "<think>", false), own(first + 1, "<|tool|>", true)]);
+    added.extend([added_token(first, "<think>", false), added_token(first + 1, "<|tool|>", true)]);
     fs::write(place.path("base/tokenizer.json"), tokenizer.to_string()).unwrap();
-    let templates = json!([
-        {"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}
-    ]);
     let mut config: Value = place.json("base/tokenizer_config.json");
-    config["chat_template"] = templates.clone();
+    config["chat_template"] =
+        json!([{"name": "default", "template": "d"}, {"name": "tool_use", "template": "t"}]);
     fs::write(place.path("base/tokenizer_config.json"), config.to_string()).unwrap();
     let (content, _) = export(&place, &[]);
     let text =

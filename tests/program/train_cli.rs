@@ -456,7 +456,7 @@ fn documents_are_no_longer_than_the_positions_that_there_are() {
     fit.args(["--max-length", "256", "--fit", "--budget", "1GiB"]);
     let fit = succeed(fit);
     let note = "note: the model has positions for 64 tokens, `--max-length` is 256\n";
-    assert_eq!(String::from_utf8_lossy(&fit.stderr), note);
+    assert_eq!(stderr(&fit), note);
     let fit: Value = serde_json::from_slice(&fit.stdout).unwrap();
     assert_eq!(fit["fit"]["ways"][0]["longest_document"], 64, "{fit}");
     let mut ask = place.nibble(&["generate", "--model", "model", "--raw", "--prompt"]);

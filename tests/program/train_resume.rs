@@ -6,7 +6,7 @@ use std::process::{Child, Command};
 use std::thread::sleep;
 use std::time::{Duration, Instant};
 
-use crate::training::{Workplace, error_of, fail, stderr, succeed};
+use crate::training::{Workplace, error_of, fail, signal, stderr, succeed};
 use nibble::train::checkpoints::SUMS_FILE;
 use nibble::train::digest;
 
@@ -59,11 +59,6 @@ fn assert_same_results(place: &Workplace, a: &str, b: &str) {
     };
     assert_eq!(losses(a), losses(b));
     assert_eq!(losses(a).len(), 30 + 6);
-}
-
-fn signal(child: &Child, name: &str) {
-    let status = Command::new("kill").args(["-s", name, &child.id().to_string()]).status().unwrap();
-    assert!(status.success());
 }
 
 /// As under `nohup`, and then by what it starts, too.

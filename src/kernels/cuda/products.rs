@@ -2,6 +2,7 @@
 #![allow(unsafe_code)]
 
 use std::ffi::c_int;
+use std::fmt::{self, Display, Formatter};
 use std::ptr;
 
 use super::driver::{Gemm, Operand};
@@ -82,15 +83,17 @@ fn at_once(cublas: &Cublas, blas: Handle, gemm: &Gemm) -> Result<c_int> {
 }
 
 /// What cuBLAS is asked for, for whoever has to find out why it refuses.
-pub(super) fn in_words(gemm: &Gemm) -> String {
-    let Gemm { shape, alpha, a, b, beta, c, batches } = gemm;
-    let operand = |it: &Operand| {
-        let turned = if it.transposed { "ᵀ" } else { "" };
-        format!("bf16{turned} {} apart at {} of 16", it.stride, it.address % 16)
-    };
-    let (a, b, result) = (operand(a), operand(b), if c.wide { "f32" } else { "bf16" });
-    let c = format!("{result} {} apart at {} of 16", c.stride, c.address % 16);
-    format!("{shape:?} x {batches}: A {a}, B {b}, C {c}, α {alpha}, β {beta}")
+impl Display for Gemm {
+    fn fmt(&self, f: &mut Formatter) -> fmt::Result {
+        let Gemm { shape, alpha, a, b, beta, c, batches } = self;
+        let operand = |it: &Operand| {
+            let turned = if it.transposed { "ᵀ" } else { "" };
+            format!("bf16{turned} {} apart at {} of 16", it.stride, it.address % 16)
+        };
+        let (a, b, result) = (operand(a), operand(b), if c.wide { "f32" } else { "bf16" });
+        let c = format!("{result} {} apart at {} of 16", c.stride, c.address % 16);
+        write!(f, "{shape:?} x {batches}: A {a}, B {b}, C {c}, α {alpha}, β {beta}")
+    }
 }
 
 fn int(x: usize) -> Result<c_int> {

@@ -21,7 +21,7 @@ use std::ops::Range;
 pub use linear::{AdapterWork, Linear, LinearAdapter, LinearGroup};
 pub use mlp::{GatedMlp, GatedMlpGradients};
 
-use super::causal_lm::randomness::Draws;
+use super::Draws;
 use super::parameters::Parameters;
 use super::spec::{Activation, LinearRole, MlpKind};
 use crate::kernels::{

@@ -2,6 +2,7 @@
 //! `configuration_gemma*.py`.
 
 use half::{bf16, f16};
+use nibble_quant::FloatType;
 use serde_json::{Value, json};
 
 use super::fields::{Fields, wrong_type};
@@ -44,9 +45,9 @@ pub(super) fn gemma(fields: &Fields, family: Family) -> Result<ModelSpec> {
 /// As transformers: in the type of the embedding, in which these models were trained (50.5 for √2560 in bf16).
 fn rounded(scale: f32, fields: &Fields) -> f32 {
     let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| fields.present(key)?.as_str());
-    match dtype {
-        Some("bfloat16") => bf16::from_f32(scale).to_f32(),
-        Some("float16") => f16::from_f32(scale).to_f32(),
+    match dtype.and_then(FloatType::from_name) {
+        Some(FloatType::Bf16) => bf16::from_f32(scale).to_f32(),
+        Some(FloatType::F16) => f16::from_f32(scale).to_f32(),
         _ => scale,
     }
 }

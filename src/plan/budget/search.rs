@@ -85,7 +85,8 @@ impl Demand<'_> {
         };
         // Results do not depend on what is left.
         let order = |way: Strategy| self.settings_of(way).sum_order();
-        let ways = ways.into_iter().filter(|way| order(*way) == order(fastest));
+        let order_of_fastest = order(fastest);
+        let ways = ways.into_iter().filter(|way| order(*way) == order_of_fastest);
         let ways = ways.map(|way| self.with_weights(way, bytes));
         let with_weights = self.fastest_of(ways.filter(|way| way.dequantized_blocks > 0));
         let with_weights = with_weights.filter(|(seconds, _)| *seconds <= enough);

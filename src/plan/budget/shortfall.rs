@@ -239,9 +239,8 @@ impl Demand<'_> {
             };
             others.into_iter().flat_map(at)
         });
-        let pinned = |way: &Strategy| self.pinned_for(*way) <= self.pinned_bytes;
         let plainest = with(Policy::Checkpoint, false, places[0]);
-        ways.into_iter().find(pinned).unwrap_or(plainest)
+        ways.into_iter().find(|way| self.can_be_pinned(way)).unwrap_or(plainest)
     }
 
     /// The same with another `--lora-r`, which leaves ranks of `--rank-pattern` as they are; `settings` may

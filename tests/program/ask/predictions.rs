@@ -7,7 +7,7 @@ use std::time::Duration;
 use serde_json::{Value, json};
 
 use super::scene::{adapter, add_template, generate, stdout};
-use crate::training::{Workplace, error_of, fail, succeed};
+use crate::training::{Workplace, error_of, fail, stderr, succeed};
 
 const FLAGS: [&str; 8] = [
     "--model",
@@ -169,17 +169,15 @@ fn answers_that_are_made_outlive_ctrl_c() {
     write_chats(&place, &[&["w7 w31", "w5 w6"][..]; 512]);
     let flags = ["--data", "chats.jsonl", "--predictions", "answers.jsonl"];
     let eval = at_work(&place, &flags, ".answers.jsonl.partial", 1);
-    let pid = eval.id().to_string();
-    let mut kill = std::process::Command::new("kill");
-    assert!(kill.args(["-INT", &pid]).status().unwrap().success());
+    crate::training::signal(&eval, "INT");
     let output = eval.wait_with_output().unwrap();
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
+    let said = stderr(&output);
     assert_eq!(output.status.code(), Some(130), "{said}");
     let lines = String::from_utf8(place.read("answers.jsonl")).unwrap().lines().count();
     let words = format!("interrupted: {lines} of 512 documents are answered in answers.jsonl");
     assert!((1..512).contains(&lines) && said.contains(&words), "{lines}: {said}");
     // The figures were there before.
-    assert!(String::from_utf8_lossy(&output.stdout).contains("exact match"));
+    assert!(stdout(&output).contains("exact match"));
 }
 
 #[test]
@@ -197,7 +195,7 @@ fn files_that_come_meanwhile_are_left_alone() {
         let eval = at_work(&place, &flags, &format!(".{name}.partial"), least_bytes);
         fs::write(place.path(name), "mine").unwrap();
         let output = eval.wait_with_output().unwrap();
-        let text = String::from_utf8_lossy(&output.stderr);
+        let text = stderr(&output);
         let kept = name.replace("a.", "a-2.");
         assert!(!output.status.success() && text.contains(&format!("is {kept}")), "{text}");
         assert_eq!(place.read(name), b"mine");

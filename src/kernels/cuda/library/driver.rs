@@ -143,7 +143,7 @@ impl Driver for Gpu {
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
         self.enter()?;
         let code = products::gemm(&self.cublas, self.blas, gemm)?;
-        self.check_blas(format_args!("multiply {}", products::in_words(gemm)), code)
+        self.check_blas(format_args!("multiply {gemm}"), code)
     }
 
     fn set_workspace(&self, address: Address, bytes: usize) -> Result<()> {
