@@ -165,6 +165,22 @@ impl PackedWeight {
         Ok(PackedWeight { parts, decoder: Decoder::detect() })
     }
 
+    /// Checks that all scales are finite, which those of a damaged file need not be.
+    ///
+    /// # Errors
+    /// Names the first one that is not.
+    pub fn check_scales(&self) -> Result<()> {
+        let (name, scales) = match &self.parts.absmax {
+            Absmax::Plain(absmax) => ("absmax", absmax),
+            Absmax::Nested { absmax, .. } => ("nested_absmax", absmax),
+        };
+        let scales: &[f32] = bytemuck::cast_slice(scales);
+        match scales.par_iter().position_first(|scale| !scale.is_finite()) {
+            Some(index) => bail!("{name}[{index}] is {}", scales[index]),
+            None => Ok(()),
+        }
+    }
+
     /// `[out, in]`.
     pub fn shape(&self) -> [usize; 2] {
         self.parts.shape

@@ -241,6 +241,14 @@ fn stored_parts(nested: bool) -> PackedParts {
     }
 }
 
+/// The scales in f32, one of them another.
+fn with_scale(absmax: &Absmax, index: usize, scale: f32) -> Bytes {
+    let (Absmax::Plain(scales) | Absmax::Nested { absmax: scales, .. }) = absmax;
+    let mut scales = scales.to_vec();
+    scales[4 * index..][..4].copy_from_slice(&scale.to_le_bytes());
+    scales.into()
+}
+
 #[test]
 fn stored_parts_of_wrong_length_are_refused() {
     type Damage = fn(&mut PackedParts);
@@ -281,6 +289,22 @@ fn stored_parts_of_wrong_length_are_refused() {
     let mut parts = stored_parts(true);
     cut(&mut parts.codes);
     assert!(PackedWeight::from_parts(parts).is_err());
+}
+
+#[test]
+fn scales_that_are_not_finite_are_found() {
+    for (nested, index, scale, message) in [
+        (false, 7, f32::NAN, "absmax[7] is NaN"),
+        (true, 1, f32::INFINITY, "nested_absmax[1] is inf"),
+    ] {
+        let mut parts = stored_parts(nested);
+        PackedWeight::from_parts(parts.clone()).unwrap().check_scales().unwrap();
+        let damaged = with_scale(&parts.absmax, index, scale);
+        let (Absmax::Plain(scales) | Absmax::Nested { absmax: scales, .. }) = &mut parts.absmax;
+        *scales = damaged;
+        let error = PackedWeight::from_parts(parts).unwrap().check_scales().unwrap_err();
+        assert!(error.to_string().contains(message), "{error}");
+    }
 }
 
 /// Slices of a mapped file start anywhere.

@@ -41,7 +41,7 @@ pub enum InitLoraWeights {
 }
 
 /// Settings of a LoRA adapter. Field names and defaults of the regular expressions, ranks and
-/// scales are those of PEFT's `LoraConfig`; the default is the paper's r 16, alpha 32, no dropout,
+/// scales are those of PEFT's `LoraConfig`; the default is r 16, alpha 32, no dropout,
 /// on all linears.
 #[derive(Debug, Clone, PartialEq)]
 pub struct LoraConfig {

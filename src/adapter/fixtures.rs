@@ -1,6 +1,6 @@
 //! Small specs for this module's tests, by their `config.json` in `tests/data`.
 
-use crate::model::inventory::Names;
+use crate::model::names::Names;
 use crate::model::spec::{Activation, Family, ModelSpec, Norm, Projections, RopeScaling, Rotary};
 
 /// A Llama of `num_layers` blocks: D 64, F 160, 4 heads of 16, 2 key heads, V 128, untied.

@@ -46,7 +46,7 @@ pub struct LoraShape {
 }
 
 impl LoraShape {
-    /// Elements of A, of which B is behind in a pair.
+    /// Elements of A; those of B follow them.
     pub fn a_elements(&self) -> usize {
         self.rank * self.in_features
     }

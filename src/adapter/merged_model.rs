@@ -14,7 +14,7 @@ use super::merge::Merge;
 use super::merge_base::{BaseWeight, MergeBase};
 use super::merge_cost::MergeCost;
 use crate::checkpoint::writer::{Announced, Contents, ShardWriter};
-use crate::checkpoint::{DenseTensor, drop_code, set_dtype};
+use crate::checkpoint::{DenseTensor, NOT_FINITE, drop_code, set_dtype};
 use crate::error::{Error, Result};
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 
@@ -167,8 +167,7 @@ fn check_same_weights(name: &str, off: f64) -> Result<()> {
 }
 
 fn not_finite(name: &str, value: f32) -> Error {
-    Error::input(format_args!("tensor {name}: a value is {value}"))
-        .hint("the checkpoint holds NaN or Inf: get another copy of the model")
+    Error::input(format_args!("tensor {name}: a value is {value}")).hint(NOT_FINITE)
 }
 
 /// `values` in `dtype`, rounded to nearest even, little-endian.

@@ -10,7 +10,8 @@ use nibble_quant::{Absmax, FloatType, PackedParts, PackedWeight, QuantType};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
-use super::folder::RawTensor;
+use super::ANOTHER_COPY;
+use super::raw::RawTensor;
 use crate::error::{Error, Result, candle_text};
 
 const STATE_PREFIX: &str = "quant_state.bitsandbytes__";
@@ -102,7 +103,9 @@ pub(super) fn packed_weight<'a>(
         codes: part("")?.data.clone(),
         absmax,
     })
-    .map_err(|e| Error::input(format_args!("tensor {name}: {}", candle_text(&e))))
+    .map_err(|e| {
+        Error::input(format_args!("tensor {name}: {}", candle_text(&e))).hint(ANOTHER_COPY)
+    })
 }
 
 /// The code values are constants of the format; other values mean another format.

@@ -3,7 +3,7 @@
 
 use nibble_quant::{FloatType, PackedWeight};
 
-use super::gguf::Blocks;
+use super::gguf::blocks::Blocks;
 use super::{DenseTensor, parallel_f32};
 
 /// Elements that are widened or decoded as they are read; many threads may read at once.

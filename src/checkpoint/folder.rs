@@ -10,6 +10,7 @@ use safetensors::{Dtype, SafeTensors};
 use serde_json::Value;
 
 use super::mapped::{MappedFile, PageCache, Pages};
+use super::raw::RawTensor;
 use super::{
     DenseTensor, StoredType, TensorInfo, Weight, bnb, damaged_safetensors, read_json, unread_type,
 };
@@ -28,14 +29,6 @@ const DAMAGED_INDEX: &str = "the index is damaged: download it again";
 /// Whether there are weights in a folder, be they whole or not.
 pub(crate) fn holds_weights(folder: &Path) -> bool {
     [SINGLE_FILE, INDEX_FILE].iter().any(|file| folder.join(file).exists())
-}
-
-/// A tensor as the header of its file describes it.
-#[derive(Debug, Clone)]
-pub(super) struct RawTensor {
-    pub(super) dtype: Dtype,
-    pub(super) shape: Vec<usize>,
-    pub(super) data: Bytes,
 }
 
 /// All tensors of a folder.

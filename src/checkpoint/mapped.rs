@@ -1,7 +1,7 @@
 //! The memory-mapped file opener.
 #![allow(unsafe_code)]
 
-use std::fs::File;
+use std::fs::{File, Metadata};
 use std::path::Path;
 use std::sync::Arc;
 
@@ -9,7 +9,7 @@ use bytes::Bytes;
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
-use crate::pages::{in_memory as pages_in_memory, page_bytes};
+use crate::pages::{self, page_bytes};
 
 /// Maps a file read-only; the bytes stay valid as long as any slice of them lives.
 ///
@@ -26,6 +26,8 @@ pub(crate) struct MappedFile {
     pub(crate) bytes: Bytes,
     /// None for an empty file.
     map: Option<Arc<Mmap>>,
+    /// Whether the system tells which of its pages are in memory.
+    is_told_of: bool,
 }
 
 struct Owner(Arc<Mmap>);
@@ -40,16 +42,18 @@ impl MappedFile {
     /// See [`map_file`].
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
-        let length = file.metadata().map_err(|e| Error::io("read the size of", path, e))?.len();
-        if length == 0 {
-            return Ok(MappedFile { bytes: Bytes::new(), map: None });
+        let metadata = file.metadata().map_err(|e| Error::io("read the size of", path, e))?;
+        let is_told_of = is_told_of(path, &metadata);
+        if metadata.len() == 0 {
+            return Ok(MappedFile { bytes: Bytes::new(), map: None, is_told_of });
         }
         // SAFETY: the mapping is read-only. A file that another process truncates while it is
         // mapped faults the process; model files are not edited in place, and a reader that copied
         // them would need their size in memory.
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
         let map = Arc::new(map);
-        Ok(MappedFile { bytes: Bytes::from_owner(Owner(map.clone())), map: Some(map) })
+        let bytes = Bytes::from_owner(Owner(map.clone()));
+        Ok(MappedFile { bytes, map: Some(map), is_told_of })
     }
 
     /// The pages of `part`, if it lies in this file.
@@ -64,7 +68,7 @@ impl MappedFile {
     /// What the system has of it in its cache, on request of any process; none where it cannot tell.
     pub(super) fn page_cache(&self) -> Option<PageCache> {
         let Some(map) = &self.map else { return Some(PageCache::default()) };
-        let cached_bytes = cached_bytes(map)?;
+        let cached_bytes = self.is_told_of.then(|| cached_bytes(map))??;
         Some(PageCache { file_bytes: map.len() as u64, cached_bytes })
     }
 
@@ -75,6 +79,19 @@ impl MappedFile {
             pages.release();
         }
     }
+}
+
+/// Of a file that one neither owns nor may write Linux says that all of it is in memory.
+#[cfg(unix)]
+fn is_told_of(path: &Path, metadata: &Metadata) -> bool {
+    use rustix::fs::{Access, access};
+    let owner = std::os::unix::fs::MetadataExt::uid(metadata);
+    owner == rustix::process::geteuid().as_raw() || access(path, Access::WRITE_OK).is_ok()
+}
+
+#[cfg(not(unix))]
+fn is_told_of(_path: &Path, _metadata: &Metadata) -> bool {
+    false
 }
 
 /// How much of some files is in the system's page cache: memory that is nobody's, which the system
@@ -91,7 +108,8 @@ pub struct PageCache {
 fn cached_bytes(map: &Mmap) -> Option<u64> {
     const PIECE_PAGES: usize = 1 << 16;
     let page_bytes = page_bytes();
-    let pieces = map.chunks(PIECE_PAGES * page_bytes).map(pages_in_memory);
+    let in_memory = |piece: &[u8]| pages::in_memory(piece.as_ptr(), piece.len());
+    let pieces = map.chunks(PIECE_PAGES * page_bytes).map(in_memory);
     let pages: usize = pieces
         .map(|pages| Some(pages?.into_iter().filter(|&seen| seen).count()))
         .sum::<Option<usize>>()?;
@@ -109,20 +127,20 @@ pub struct Pages {
 impl Pages {
     /// Starts to read them from the disk, if they are not in the system's cache.
     pub fn read_ahead(&self) {
-        pages::read_ahead(&self.map, self.offset, self.length);
+        hints::read_ahead(&self.map, self.offset, self.length);
     }
 
     /// Gives them back to the system: they no longer count as this process' memory, and are mapped
     /// again when they are read again.
     pub fn release(&self) {
-        pages::release(&self.map, self.offset, self.length);
+        hints::release(&self.map, self.offset, self.length);
     }
 }
 
 /// Hints to the system: without the first reading is slower, without the second memory is fuller, nothing
 /// else.
 #[cfg(unix)]
-mod pages {
+mod hints {
     use memmap2::{Advice, Mmap, UncheckedAdvice};
 
     pub fn read_ahead(map: &Mmap, offset: usize, length: usize) {
@@ -138,7 +156,7 @@ mod pages {
 
 /// The same.
 #[cfg(windows)]
-mod pages {
+mod hints {
     use memmap2::Mmap;
     use windows_sys::Win32::System::Memory::{
         PrefetchVirtualMemory, VirtualUnlock, WIN32_MEMORY_RANGE_ENTRY,

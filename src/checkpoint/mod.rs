@@ -12,6 +12,7 @@ pub mod folder;
 pub(crate) mod gguf;
 mod gpt2;
 mod mapped;
+mod raw;
 pub mod repack;
 pub mod tensor_file;
 mod text_part;
@@ -38,6 +39,10 @@ pub use mapped::{PageCache, Pages};
 
 /// The way out of a checkpoint that contradicts itself.
 const ANOTHER_COPY: &str = "the checkpoint is damaged or incomplete: get another copy of the model";
+
+/// The way out of a weight that is NaN or infinite.
+pub(crate) const NOT_FINITE: &str =
+    "the checkpoint holds NaN or Inf: get another copy of the model";
 
 /// What kind of files a checkpoint consists of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -374,6 +379,12 @@ fn as_understood(whole: Value) -> Value {
 /// family that is read.
 pub(crate) fn drop_code(fields: &mut Map<String, Value>) {
     fields.shift_remove("auto_map");
+}
+
+/// The type of dense weights by a `config.json`: `torch_dtype` before transformers 5.
+pub(crate) fn dtype_of(config: &Value) -> Option<FloatType> {
+    let named = ["dtype", "torch_dtype"].iter().find_map(|key| config[*key].as_str());
+    named.and_then(FloatType::from_name)
 }
 
 /// Writes the type of dense weights into a `config.json`, under the name that it has there: `torch_dtype` before

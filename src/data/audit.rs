@@ -6,8 +6,9 @@ use serde::Serialize;
 
 use super::Document;
 use super::encode::Encoder;
-use super::load::{DataOptions, read};
+use super::load::read;
 use super::load_report::LoadReport;
+use super::options::DataOptions;
 use super::pack::{efficiency, pack};
 use crate::error::Result;
 

@@ -10,8 +10,9 @@ use std::borrow::Cow;
 
 use serde_json::{Map, Value, json};
 
-use super::left_out::texts;
-use super::record::{Rejection, kind, list, optional_text};
+use super::fields::{list, optional_text};
+use super::message::texts;
+use super::rejection::{Rejection, kind};
 use super::template::ChatTemplate;
 
 /// What chat templates call those who speak; another name may be a slip of the pen.

@@ -4,8 +4,8 @@
 use serde_json::{Map, Value};
 
 use super::chat::Chat;
-use super::record::Rejection;
-use super::spans::END_OF_REASONING;
+use super::message::{calls, longest_line};
+use super::rejection::Rejection;
 use super::template::{ChatTemplate, REASONING};
 
 impl ChatTemplate {
@@ -137,26 +137,6 @@ impl Chat {
         let silent = |key: &str| message[key].as_str().is_none_or(|text| text.trim().is_empty());
         silent("content") && REASONING.into_iter().all(silent) && !calls(message)
     }
-}
-
-/// A line to know what a message says by, if it says something: templates write white space, and
-/// reasoning before the answer, in their own way.
-pub(super) fn longest_line(message: &Value) -> Option<&str> {
-    let content = texts(message).last()?;
-    let (_, answer) = content.rsplit_once(END_OF_REASONING).unwrap_or(("", content));
-    answer.lines().map(str::trim).filter(|line| !line.is_empty()).max_by_key(|line| line.len())
-}
-
-/// What a message says: one text, or parts of it.
-pub(super) fn texts(message: &Value) -> impl Iterator<Item = &str> {
-    let content = &message["content"];
-    let parts = content.as_array().into_iter().flatten().filter_map(|part| part["text"].as_str());
-    content.as_str().into_iter().chain(parts)
-}
-
-/// Whether a message calls tools.
-pub(super) fn calls(message: &Value) -> bool {
-    message["tool_calls"].as_array().is_some_and(|calls| !calls.is_empty())
 }
 
 fn left_out(what: &str) -> Rejection {

@@ -8,10 +8,13 @@ use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 use super::batch::Document;
-use super::encode::{Encoded, Encoder, TrainOn};
+use super::encode::{Encoded, Encoder};
 use super::files::DataFiles;
+use super::format::Format;
 use super::load_report::{LoadReport, Rejected, RoleUse};
-use super::record::{Format, Rejection, parse};
+use super::options::DataOptions;
+use super::record::parse;
+use super::rejection::Rejection;
 use super::source::{Body, Raw, Source};
 use super::truncate::Truncation;
 use crate::error::{Error, Result};
@@ -19,23 +22,6 @@ use crate::error::{Error, Result};
 /// Records, and bytes of text, that are tokenized at a time.
 const BATCH_RECORDS: usize = 2048;
 const BATCH_BYTES: usize = 16 << 20;
-
-/// How to read data.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct DataOptions {
-    /// Shape of the records; found from the first one of each file if absent.
-    pub format: Option<Format>,
-    /// Which tokens are trained.
-    pub train_on: TrainOn,
-    /// What happens to long documents.
-    pub truncation: Truncation,
-    /// Longest document in tokens.
-    pub max_length: usize,
-    /// Of a model that has no more than so many.
-    pub positions: Option<usize>,
-    /// Fields that have another name in the records: theirs, and that of the format.
-    pub rename_columns: Vec<(String, String)>,
-}
 
 /// The documents of a file and what became of its records.
 #[derive(Debug, Clone, Default)]

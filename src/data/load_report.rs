@@ -6,8 +6,9 @@ use std::path::Path;
 use serde::Serialize;
 
 use super::files::DataFiles;
-use super::load::DataOptions;
-use super::record::{Format, Rejection};
+use super::format::Format;
+use super::options::DataOptions;
+use super::rejection::Rejection;
 use super::truncate::Truncation;
 use crate::error::{Error, Result};
 use crate::plural::noun;

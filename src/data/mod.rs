@@ -3,7 +3,7 @@
 //! ```text
 //! files      one, those of a folder, or those that a pattern fits
 //! source     a file's records: JSONL, JSON, CSV, Parquet, packed or not
-//! record     what kind of example each is; chat: messages of all shapes
+//! format     what kind of example they are;  record: one of them;  chat: messages of all shapes
 //! template   conversation → text, in the Jinja of jinja; spans: who said what, up to its ends
 //! encode     text → ids and labels, by the tokenizer
 //! truncate   what happens to the long ones
@@ -17,16 +17,21 @@ pub mod batch;
 pub mod chat;
 pub mod encode;
 mod ends;
+mod fields;
 pub mod files;
+mod format;
 mod gguf_tokens;
 mod jinja;
 mod known_templates;
 mod left_out;
 pub mod load;
 mod load_report;
+mod message;
+mod options;
 pub mod pack;
 mod pre_tokenizers;
 pub mod record;
+mod rejection;
 mod sentence_piece;
 mod source;
 mod spans;
@@ -43,9 +48,11 @@ mod truncate;
 pub use batch::{Batch, Document, targets};
 pub use encode::{Encoder, TrainOn};
 pub use files::DataFiles;
-pub use load::{DataOptions, Dataset, load};
+pub use format::Format;
+pub use load::{Dataset, load};
 pub use load_report::{LoadReport, Rejected, RoleUse};
-pub use record::Format;
+pub use options::DataOptions;
+pub use rejection::Rejection;
 pub use spans::{Rendered, Turn};
 pub use template_sources::TemplateSources;
 pub use tokenizer::ChatTokenizer;

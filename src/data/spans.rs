@@ -17,15 +17,13 @@ use serde_json::{Map, Value};
 
 use super::chat::Chat;
 use super::jinja::{GENERATION_BEGIN, GENERATION_END};
-use super::left_out::{calls, longest_line, texts};
+use super::message::{END_OF_REASONING, calls, longest_line, texts};
 use super::template::ChatTemplate;
 use crate::error::{Error, Result};
 
 /// Private-use characters around the assistant's text in the third way.
 const TEXT_BEGIN: char = '\u{f8f2}';
 const TEXT_END: char = '\u{f8f3}';
-/// After this, templates for reasoning models see the answer.
-pub(super) const END_OF_REASONING: &str = "</think>";
 
 /// A rendered conversation.
 #[derive(Debug, Clone, PartialEq, Eq)]

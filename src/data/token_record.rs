@@ -3,17 +3,13 @@
 use serde_json::Value;
 
 use super::batch::MASKED;
-use super::record::{Record, Rejection, list};
+use super::fields::list;
+use super::format::LOSS_MASKS;
+use super::rejection::Rejection;
 use crate::plural::noun;
 
-/// Lists of zeros and ones beside the ids, a one for each that is trained: TRL's and Megatron's names.
-const LOSS_MASKS: [&str; 3] = ["completion_mask", "assistant_masks", "loss_mask"];
-
-/// Whether a field is read beside the ids.
-pub(super) fn is_read(field: &str) -> bool {
-    let others = ["labels", "attention_mask", "position_ids", "seq_lengths"];
-    others.contains(&field) || LOSS_MASKS.contains(&field)
-}
+/// Ids, and their labels where not all are trained.
+type Tokens = (Vec<u32>, Option<Vec<i32>>);
 
 /// A record of `input_ids`. Labels are those that are given, or the ids; a 0 in one of [`LOSS_MASKS`] masks
 /// one. Padding goes: tokens that `attention_mask` has a 0 or `false` for.
@@ -21,7 +17,7 @@ pub(super) fn is_read(field: &str) -> bool {
 /// # Errors
 /// Which list is none of numbers, or of another length than the ids; that the record is of several
 /// documents.
-pub(super) fn read(record: &Value) -> Result<Record, Rejection> {
+pub(super) fn read(record: &Value) -> Result<Tokens, Rejection> {
     list(record, "input_ids")?;
     let ids = numbers(record, "input_ids", "token ids", Value::as_i64)?.unwrap_or_default();
     let beside = |key: &str, what: &str, number: fn(&Value) -> Option<i64>| {
@@ -60,7 +56,7 @@ pub(super) fn read(record: &Value) -> Result<Record, Rejection> {
             .hint("give each as a record of its own: `--packing` fills rows with them"));
     }
     let labels = labels.map(|labels| heard(labels, &mask));
-    Ok(Record::Tokens { input_ids: heard(ids, &mask), labels })
+    Ok((heard(ids, &mask), labels))
 }
 
 /// A list of whole numbers, if it is there.

@@ -48,10 +48,10 @@ pub struct Untaken {
 impl Untaken {
     /// All of them, one behind the other.
     pub fn new(regions: &[Region]) -> Self {
-        let mut end = 0;
+        let mut end = 0usize;
         let place = |region: &Region| {
             let start = end;
-            end += region.bytes();
+            end = end.saturating_add(region.bytes());
             (region.id, (start, *region))
         };
         Untaken { regions: regions.iter().map(place).collect() }

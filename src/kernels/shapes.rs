@@ -2,7 +2,7 @@
 
 use crate::adapter::LoraShape;
 use crate::error::Result;
-use crate::model::spec::Norm;
+use crate::model::spec::{ModelSpec, Norm};
 use crate::random::Stream;
 
 /// A band of columns in a wider row: where it starts, how wide it is, and how far rows are apart.
@@ -65,12 +65,19 @@ pub struct TokenLayout {
 
 impl TokenLayout {
     /// Positions restart at every boundary.
+    ///
+    /// # Panics
+    /// When a document ends before it begins.
     pub fn new(cu_seqlens: &[u32]) -> Self {
         Self::continuing(cu_seqlens, 0)
     }
 
     /// One document (or several) whose first positions are `past`.
+    ///
+    /// # Panics
+    /// When a document ends before it begins.
     pub fn continuing(cu_seqlens: &[u32], past: u32) -> Self {
+        assert!(cu_seqlens.is_sorted(), "documents follow each other");
         let boundaries: Vec<usize> = cu_seqlens.iter().map(|&b| b as usize).collect();
         let positions =
             boundaries.windows(2).flat_map(|w| past..past + (w[1] - w[0]) as u32).collect();
@@ -226,6 +233,13 @@ pub struct LogitShape {
     pub vocab_size: usize,
     /// c: logits become `c·tanh(logit / c)`.
     pub soft_cap: Option<f32>,
+}
+
+impl LogitShape {
+    /// Those of a model's head.
+    pub fn of(spec: &ModelSpec) -> Self {
+        LogitShape { vocab_size: spec.vocab_size, soft_cap: spec.logit_soft_cap }
+    }
 }
 
 /// A norm's parameters.

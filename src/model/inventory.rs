@@ -4,44 +4,6 @@
 use super::spec::{ModelSpec, Norm, TensorRole, TensorSpec};
 use crate::error::{Error, Result};
 
-/// Names of the modules that are not linears, as transformers' class for the model has them.
-#[derive(Debug, PartialEq, Eq)]
-pub struct Names {
-    /// Where the blocks are.
-    pub(super) layers: &'static str,
-    embedding: &'static str,
-    /// Of the position table, with `.weight`.
-    positions: Option<&'static str>,
-    final_norm: &'static str,
-    head: &'static str,
-    first_norm: &'static str,
-    second_norm: &'static str,
-}
-
-impl Names {
-    /// Those of `LlamaForCausalLM`, which most have.
-    pub const LLAMA: Names = Names {
-        layers: "model.layers",
-        embedding: "model.embed_tokens",
-        positions: None,
-        final_norm: "model.norm",
-        head: "lm_head",
-        first_norm: "input_layernorm",
-        second_norm: "post_attention_layernorm",
-    };
-
-    /// Those of `GPT2LMHeadModel`.
-    pub const GPT2: Names = Names {
-        layers: "transformer.h",
-        embedding: "transformer.wte",
-        positions: Some("transformer.wpe.weight"),
-        final_norm: "transformer.ln_f",
-        head: "lm_head",
-        first_norm: "ln_1",
-        second_norm: "ln_2",
-    };
-}
-
 impl ModelSpec {
     /// Module path of the token embedding.
     pub fn embedding_module(&self) -> &'static str {

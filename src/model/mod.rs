@@ -7,6 +7,7 @@ pub mod block;
 mod causal_lm;
 pub mod families;
 pub mod inventory;
+pub mod names;
 mod packed_moments;
 pub mod parameters;
 mod projections;

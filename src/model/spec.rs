@@ -3,9 +3,8 @@
 //! A family is one function from `config.json` to a [`ModelSpec`] (see `families`);
 //! everything else (loading, quantizing, planning, training, exporting) reads the spec.
 
-use super::inventory::Names;
+use super::names::Names;
 pub use super::projections::{LinearRole, LinearSpec, MlpKind, Projections};
-use crate::kernels::LogitShape;
 
 /// Which Hugging Face `model_type` the names follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -306,11 +305,6 @@ impl ModelSpec {
     /// rotary positions go on, learned ones do not.
     pub fn trained_length(&self) -> Option<usize> {
         self.rotary.is_some().then_some(self.max_positions)
-    }
-
-    /// Logits of its head.
-    pub fn logit_shape(&self) -> LogitShape {
-        LogitShape { vocab_size: self.vocab_size, soft_cap: self.logit_soft_cap }
     }
 
     /// All rotary embeddings, that of layers without a window first.

@@ -12,8 +12,8 @@ use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
 use super::streaming::WeightStream;
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
-use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, StoredType, Weight};
-use crate::error::{Error, Result};
+use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, NOT_FINITE, StoredType, Weight};
+use crate::error::{Error, Result, candle_text};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
 use crate::kernels::{AttentionShape, Columns, HeadNorms, Kernels, NormParameters, PostNorms};
 use crate::plan::settings::Half;
@@ -213,6 +213,10 @@ impl Reader<'_> {
             }
             Weight::Packed(packed) => {
                 check_shape(name, &packed.shape(), &shape)?;
+                packed.check_scales().map_err(|e| {
+                    Error::input(format_args!("tensor {name}: {}", candle_text(&e)))
+                        .hint(NOT_FINITE)
+                })?;
                 FrozenMatrix::Packed(packed)
             }
         };
@@ -389,6 +393,5 @@ fn dense_matrix(name: &str, dense: DenseTensor, shape: [usize; 2]) -> Result<Fro
 
 fn not_finite(name: &str, place: impl Display, dense: &DenseTensor, index: usize) -> Error {
     let value = dense.to_f32_range(index..index + 1)[0];
-    Error::input(format_args!("tensor {name}: element {place} is {value}"))
-        .hint("the checkpoint holds NaN or Inf: get another copy of the model")
+    Error::input(format_args!("tensor {name}: element {place} is {value}")).hint(NOT_FINITE)
 }

@@ -5,7 +5,9 @@
 //!
 //! [`ModelSpec`]: crate::model::spec::ModelSpec
 
+mod activations;
 pub mod budget;
+mod component;
 mod cost;
 mod embedding;
 pub mod fit;
@@ -21,14 +23,16 @@ mod strategy;
 pub mod weights;
 pub mod work;
 
-pub use budget::{Activations, Choice, Demand, Limit, WeightsMode};
+pub use activations::Activations;
+pub use budget::{Choice, Demand, Limit, WeightsMode};
+pub use component::Component;
 pub use embedding::{EmbeddingPlace, OnHost};
 pub use layout::{layout, waiting};
 pub use leaner::{leaner, shrinkage_in_words};
 pub use moments::{MomentLayout, MomentPlace, Optim};
 pub use outside::{Outside, WeightParts};
 pub use ranks::Ranks;
-pub use region::{Component, MemoryPlan, Pitch, REGION_ALIGNMENT_BYTES, Region, RegionType};
+pub use region::{MemoryPlan, Pitch, REGION_ALIGNMENT_BYTES, Region, RegionType};
 pub use region_id::{
     AdapterRegion, BlockRegion, CudaRegion, HeadRegion, Owner, RegionId, RotaryKind, RotaryRegion,
     WorkRegion,

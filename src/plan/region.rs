@@ -1,70 +1,9 @@
-//! Buffers of the arena, and the parts of a run that they count to.
+//! Buffers of the arena.
 
 use serde::ser::{Serialize, SerializeStruct, Serializer};
 
+use super::component::Component;
 use super::region_id::RegionId;
-
-/// What a region is for: the rows of the memory report.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, serde::Serialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Component {
-    /// bf16 LoRA matrices that the forward pass reads.
-    AdapterWorking,
-    /// f32 LoRA matrices that the optimizer updates.
-    AdapterMaster,
-    /// f32 gradients of the LoRA matrices.
-    AdapterGradients,
-    /// AdamW's first and second moments in f32.
-    OptimizerMoments,
-    /// The same in 8 bits, with their scales.
-    PackedMoments,
-    /// Inputs of all blocks.
-    BlockInputs,
-    /// Activations of the layers whose policy is keep.
-    KeptActivations,
-    /// Activations of the one layer that is being recomputed.
-    RecomputeWorkspace,
-    /// Gradients and temporaries of one block.
-    BlockWorkspace,
-    /// Score tiles of attention, for each thread.
-    AttentionWorkspace,
-    /// Logits of one chunk, their rows of hidden states and gradients.
-    LogitsChunk,
-    /// Tables of cos and sin.
-    RotaryTables,
-    /// Keys and values of generated text.
-    KvCache,
-    /// On a GPU, two frozen matrices in bf16: the one at work and the next.
-    DequantizedWeight,
-    /// On a GPU, cuBLAS' workspace.
-    LibraryWorkspace,
-    /// On a GPU, token ids and rows.
-    Uploads,
-}
-
-impl Component {
-    /// Label in tables.
-    pub fn label(self) -> &'static str {
-        match self {
-            Component::AdapterWorking => "LoRA weights (bf16)",
-            Component::AdapterMaster => "LoRA master (f32)",
-            Component::AdapterGradients => "LoRA gradients (f32)",
-            Component::OptimizerMoments => "AdamW moments (f32)",
-            Component::PackedMoments => "AdamW moments (8-bit)",
-            Component::BlockInputs => "block inputs",
-            Component::KeptActivations => "kept activations",
-            Component::RecomputeWorkspace => "recompute workspace",
-            Component::BlockWorkspace => "block workspace",
-            Component::AttentionWorkspace => "attention workspace",
-            Component::LogitsChunk => "logits chunk",
-            Component::RotaryTables => "rotary tables",
-            Component::KvCache => "key/value cache",
-            Component::DequantizedWeight => "dequantized matrices",
-            Component::LibraryWorkspace => "cuBLAS workspace",
-            Component::Uploads => "token ids and rows",
-        }
-    }
-}
 
 /// Element type of a region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
@@ -140,12 +79,13 @@ impl Region {
 
     /// Bytes in the arena, padding included.
     pub fn bytes(&self) -> usize {
-        self.count * self.piece_bytes()
+        self.count.saturating_mul(self.piece_bytes())
     }
 
     /// Bytes from one piece to the next.
     pub fn piece_bytes(&self) -> usize {
-        (self.elements * self.dtype.bytes()).next_multiple_of(REGION_ALIGNMENT_BYTES)
+        let bytes = self.elements.saturating_mul(self.dtype.bytes());
+        bytes.checked_next_multiple_of(REGION_ALIGNMENT_BYTES).unwrap_or(usize::MAX)
     }
 }
 
@@ -160,21 +100,22 @@ pub struct MemoryPlan {
 }
 
 impl MemoryPlan {
-    /// Bytes of the arena.
+    /// Bytes of the arena; of more than can be counted, `usize::MAX`, which no system has.
     pub fn arena_bytes(&self) -> usize {
-        self.regions.iter().map(Region::bytes).sum()
+        self.regions.iter().map(Region::bytes).fold(0, usize::saturating_add)
     }
 
     /// Bytes outside of it.
     pub fn offloaded_bytes(&self) -> usize {
-        self.offloaded.iter().map(Region::bytes).sum()
+        self.offloaded.iter().map(Region::bytes).fold(0, usize::saturating_add)
     }
 
     /// Bytes for each component, largest first.
     pub fn by_component(&self) -> Vec<(Component, usize)> {
         let mut sums = std::collections::BTreeMap::new();
         for region in &self.regions {
-            *sums.entry(region.id.component()).or_insert(0) += region.bytes();
+            let sum = sums.entry(region.id.component()).or_insert(0usize);
+            *sum = sum.saturating_add(region.bytes());
         }
         let mut rows: Vec<_> = sums.into_iter().filter(|&(_, bytes)| bytes > 0).collect();
         rows.sort_by_key(|&(component, bytes)| (std::cmp::Reverse(bytes), component));

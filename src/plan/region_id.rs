@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::region::Component;
+use super::component::Component;
 use crate::model::spec::LinearRole;
 
 /// An enum whose variants have names.

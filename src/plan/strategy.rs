@@ -2,7 +2,7 @@
 
 use serde::Serialize;
 
-use super::budget::Activations;
+use super::activations::Activations;
 use super::embedding::OnHost;
 use super::settings::{Pieces, Policy, Settings};
 

@@ -48,6 +48,9 @@ pub trait TrainingKernels: Kernels {
     /// What computes, in words.
     fn device(&self) -> String;
 
+    /// Whether products are of bf16.
+    fn is_bf16(&self) -> bool;
+
     /// The memory that the plan has to fit.
     ///
     /// # Errors
@@ -70,8 +73,12 @@ pub trait TrainingKernels: Kernels {
 impl TrainingKernels for Cpu {
     fn device(&self) -> String {
         let threads = rayon::current_num_threads();
-        let bf16 = if self.precision == Precision::Bf16 { ", products in bf16" } else { "" };
+        let bf16 = if self.is_bf16() { ", products in bf16" } else { "" };
         format!("the CPU, {threads} {}{bf16}", noun(threads, "thread"))
+    }
+
+    fn is_bf16(&self) -> bool {
+        self.precision == Precision::Bf16
     }
 
     fn surroundings(&self) -> Result<Surroundings> {

@@ -4,9 +4,9 @@
 //! of them in the format of `sha256sum`, so that a damaged checkpoint is known as such: a run
 //! resumes from the newest intact one.
 
-use std::fs;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
+use std::{fs, io};
 
 use super::digest;
 use super::events::SaveEvent;
@@ -68,9 +68,18 @@ pub fn with_survivor(error: Error, out: &Path) -> Error {
     match steps(out).into_iter().find(|&step| verify(&out.join(name(step))).is_ok()) {
         Some(step) => {
             let survivor = name(step);
-            error.hint(format_args!("{survivor} is intact: make room and continue with `--resume`"))
+            let mend = if lacks_room(&error) { "make room" } else { "mend that" };
+            error.hint(format_args!("{survivor} is intact: {mend} and continue with `--resume`"))
         }
         None => error.hint("no checkpoint was written before"),
+    }
+}
+
+fn lacks_room(error: &Error) -> bool {
+    use io::ErrorKind::{FileTooLarge, QuotaExceeded, StorageFull};
+    match error {
+        Error::Io(_, why) => matches!(why.kind(), StorageFull | QuotaExceeded | FileTooLarge),
+        _ => true,
     }
 }
 

@@ -84,11 +84,11 @@ pub struct FirstSteps {
 enum Stage {
     #[default]
     Begin,
-    /// B has a gradient; the learning rate was 0 so far.
+    /// B has a gradient, and has not moved yet.
     HasGradient,
     /// B has moved.
     BMoved,
-    /// A has a gradient; the learning rate was 0 since.
+    /// A has a gradient, and has not moved yet.
     AHasGradient,
     Done,
 }
@@ -107,8 +107,8 @@ impl FirstSteps {
         let (matrix, next) = match self.stage {
             Stage::Begin => (Matrix::B, Stage::HasGradient),
             Stage::BMoved => (Matrix::A, Stage::AHasGradient),
-            Stage::HasGradient | Stage::AHasGradient => return self.remember(model),
-            Stage::Done => return Ok(()),
+            // What they were is known from the step that had the first gradient.
+            Stage::HasGradient | Stage::AHasGradient | Stage::Done => return Ok(()),
         };
         let tensors = of(model, matrix);
         let mut dead = Vec::new();
@@ -124,11 +124,16 @@ impl FirstSteps {
         self.remember(model)
     }
 
-    /// Call after the update of the same step.
+    /// Call after the update of the same step. In a warmup the rate may be too low for f32 to tell.
     ///
     /// # Errors
     /// `Numeric` naming the tensors that stood still.
-    pub fn after_update<M: Trainee>(&mut self, model: &mut M, learning_rate: f64) -> Result<()> {
+    pub fn after_update<M: Trainee>(
+        &mut self,
+        model: &mut M,
+        learning_rate: f64,
+        warming_up: bool,
+    ) -> Result<()> {
         let (matrix, next) = match self.stage {
             _ if learning_rate == 0.0 => return Ok(()),
             Stage::HasGradient => (Matrix::B, Stage::BMoved),
@@ -139,8 +144,11 @@ impl FirstSteps {
         let after = sums(model)?;
         let still = all.iter().zip(self.before.iter().zip(&after));
         let still = still.filter(|(tensor, (b, a))| tensor.matrix == matrix && b == a);
-        report(&of(model, matrix), still.map(|(tensor, _)| tensor), "stood still", HINT)?;
-        self.stage = next;
+        let still: Vec<&ParameterTensor> = still.map(|(tensor, _)| tensor).collect();
+        if !(warming_up && !still.is_empty()) {
+            report(&of(model, matrix), still.into_iter(), "stood still", HINT)?;
+            self.stage = next;
+        }
         Ok(())
     }
 
@@ -154,8 +162,7 @@ fn of<M: Trainee>(model: &M, matrix: Matrix) -> Vec<ParameterTensor> {
     model.tensors().iter().filter(|tensor| tensor.matrix == matrix).cloned().collect()
 }
 
-/// A number for each tensor of the master that changes when any element does (Fletcher-like, over the
-/// bits).
+/// A hash of each tensor of the master (Fletcher-like, over the bits): another one when any element changes.
 fn sums<M: Trainee>(model: &M) -> Result<Vec<u64>> {
     let sum = |tensor: &ParameterTensor| {
         let (mut first, mut second) = (0u64, 0u64);
@@ -204,7 +211,7 @@ mod tests {
         accumulate(toy, &[batch()], 0, &|| false)?;
         checks.before_update(toy)?;
         toy.step(number, rate)?;
-        checks.after_update(toy, rate)
+        checks.after_update(toy, rate, false)
     }
 
     #[test]
@@ -252,7 +259,8 @@ mod tests {
         let (mut toy, mut checks) = (Toy::new(), FirstSteps::default());
         accumulate(&mut toy, &[batch()], 0, &|| false).unwrap();
         checks.before_update(&mut toy).unwrap();
-        let error = checks.after_update(&mut toy, 1e-3).unwrap_err();
+        checks.after_update(&mut toy, 1e-3, true).unwrap();
+        let error = checks.after_update(&mut toy, 1e-3, false).unwrap_err();
         assert_eq!(error.message().what, "1 of 1 matrices stood still: toy.lora_B.weight");
     }
 

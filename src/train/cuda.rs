@@ -15,6 +15,10 @@ impl<D: Driver> TrainingKernels for Cuda<D> {
         self.driver().in_words()
     }
 
+    fn is_bf16(&self) -> bool {
+        true
+    }
+
     fn surroundings(&self) -> Result<Surroundings> {
         let (free, total) = self.driver().memory()?;
         Ok(Surroundings {

@@ -80,7 +80,7 @@ pub struct StartEvent {
     /// What the plan does, in words; empty when not planned.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub plan: String,
-    /// Loss of the base model on the first batch, before any step: mean per trained token.
+    /// Mean loss of the base model on the first tokens of the data, before any step.
     pub base_loss: Option<f64>,
     /// The checkpoint's step when the run resumes. Logs drop what they hold after it.
     pub resumed_from_step: Option<u64>,

@@ -48,7 +48,9 @@ impl Progress {
             start.other_length
         {
             let mut text = format!("{now} steps instead of {was}");
-            if rate != rate_was {
+            if start.state.step >= now {
+                text += ": none is left";
+            } else if rate != rate_was {
                 text += &format!(
                     ": the learning rate goes on at {rate:.2e}, as in a run of that length, not at \
                      {rate_was:.2e}"

@@ -70,9 +70,13 @@ pub fn usual_packing(name: &str) -> Option<&'static str> {
     PACKING.iter().find(|(of_packing, _)| *of_packing == name).map(|(_, usual)| *usual)
 }
 
+fn is_packing(name: &str) -> bool {
+    usual_packing(name).is_some()
+}
+
 /// The settings of a run on a base that is 4-bit already.
 pub fn without_packing(settings: &SettingsEcho) -> SettingsEcho {
-    let own = settings.iter().filter(|(name, _)| usual_packing(name).is_none());
+    let own = settings.iter().filter(|(name, _)| !is_packing(name));
     own.map(|(name, values)| (name.clone(), values.clone())).collect()
 }
 
@@ -92,9 +96,8 @@ pub fn changes(was: &SettingsEcho, now: &SettingsEcho) -> Vec<String> {
         let unset = NOT_SET.iter().find(|(known, _)| known == name);
         echo.get(name).cloned().or(unset.map(|(_, value)| vec![value.to_string()]))
     };
-    let stored = |name: &String| {
-        usual_packing(name).is_some() && !(was.contains_key(name) && now.contains_key(name))
-    };
+    let stored =
+        |name: &String| is_packing(name) && !(was.contains_key(name) && now.contains_key(name));
     names
         .into_iter()
         .filter(|name| !neutral(name) && !stored(name))

@@ -31,6 +31,9 @@ pub struct Identity {
     pub eval_data_sha256: Option<String>,
     /// Mean loss of the base model on the first tokens: the model's fingerprint.
     pub base_loss: f64,
+    /// Whether that was computed in bf16, as on every GPU.
+    #[serde(default)]
+    pub bf16: bool,
     /// How its plan adds up; a session that has to do otherwise goes on with other last bits.
     #[serde(default, deserialize_with = "if_it_is_known")]
     pub sum_order: Option<SumOrder>,
@@ -94,7 +97,7 @@ pub struct TrainState {
     pub sampled_step: Option<u64>,
     /// Lowest evaluation loss.
     pub best: Option<Best>,
-    /// Evaluations since then.
+    /// Evaluations since one was lower than the best by the threshold.
     pub evaluations_without_improvement: u64,
     /// What the run is.
     pub identity: Identity,

@@ -57,7 +57,7 @@ pub struct Trainer<'a, M> {
     state: TrainState,
     /// That of the last checkpoint.
     saved_step: Option<u64>,
-    /// Whether something is known of that step since.
+    /// Whether there was an evaluation or a sample since.
     unsaved: bool,
     session: Session,
 }
@@ -96,13 +96,10 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             self.tell_of_shortage(reason, shrunk)?;
         }
         self.rehearse()?;
-        let mut reason = self.train().map_err(|error| self.with_survivor(error))?;
-        if reason != EndReason::Interrupted && !self.evaluate_unless_done()? {
-            reason = EndReason::Interrupted;
-        }
-        if reason != EndReason::Interrupted {
-            self.sample_unless_done()?;
-        }
+        let reason = match self.train() {
+            Ok(reason) => reason,
+            Err(error) => return Err(self.rescued(error)),
+        };
         self.save_unless_done()?;
         let end = self.end_event(reason);
         if reason == EndReason::Interrupted {
@@ -133,16 +130,18 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         Ok(())
     }
 
+    /// All steps, and what is due after each of them.
     fn train(&mut self) -> Result<EndReason> {
         loop {
             if (self.context.stop)() || !self.after_step()? {
                 return Ok(EndReason::Interrupted);
             }
-            if self.context.recipe.is_out_of_patience(&self.state) {
-                return Ok(EndReason::EarlyStopping);
-            }
             if self.state.step >= self.state.max_steps {
                 return Ok(EndReason::Finished);
+            }
+            if self.context.recipe.is_out_of_patience(&self.state) {
+                self.sample_unless_done()?;
+                return Ok(EndReason::EarlyStopping);
             }
             if !self.step()? {
                 return Ok(EndReason::Interrupted);
@@ -197,7 +196,8 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         };
         self.model.update(&update).map_err(at)?;
         if recipe.self_checks {
-            self.checks.after_update(self.model, rate).map_err(at)?;
+            let warming_up = self.state.step < self.schedule.warmup_steps;
+            self.checks.after_update(self.model, rate, warming_up).map_err(at)?;
         }
         self.count(&gradient, start.elapsed().as_secs_f64());
         if self.session.steps == 1
@@ -253,12 +253,15 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         self.record(Event::Step(event))
     }
 
-    /// What is due after the current step and not done yet; false if the user asked to stop.
+    /// What is due after the current step and not done yet, after the last one all of it; false if the user
+    /// asked to stop.
     fn after_step(&mut self) -> Result<bool> {
         let (step, recipe) = (self.state.step, self.context.recipe);
-        let due = |every: Option<u64>| every.is_some_and(|every| step % every == 0);
+        let is_last = step >= self.state.max_steps;
+        let due = |every: Option<u64>| is_last || every.is_some_and(|every| step % every == 0);
         let mut improved = false;
-        if step > 0 && due(recipe.evaluation.steps) && self.state.evaluated_step != Some(step) {
+        let evaluates = step > 0 && !self.context.evaluation.is_empty();
+        if evaluates && due(recipe.evaluation.steps) && self.state.evaluated_step != Some(step) {
             match self.evaluate()? {
                 Some(is_best) => improved = is_best,
                 None => return Ok(false),
@@ -291,9 +294,8 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         let eval_loss = loss / targets.max(1) as f64;
         if !eval_loss.is_finite() {
             let step = self.state.step;
-            return Err(Error::numeric(format_args!(
-                "step {step}: evaluation loss is {eval_loss}"
-            )));
+            let what = format_args!("step {step}: evaluation loss is {eval_loss}");
+            return Err(Error::numeric(what).hint("try a lower `--learning-rate`"));
         }
         let is_best = self.keep_score(eval_loss);
         let event = EvalEvent {
@@ -344,15 +346,8 @@ impl<'a, M: Trainee> Trainer<'a, M> {
 
     /// Keeps an event in the history and passes it on.
     fn record(&mut self, event: Event) -> Result<()> {
-        self.context.log.record(&event)?;
-        self.state.history.push(event);
-        Ok(())
-    }
-
-    /// The last evaluation; false if the user asked to stop.
-    fn evaluate_unless_done(&mut self) -> Result<bool> {
-        let done = self.state.evaluated_step == Some(self.state.step);
-        Ok(self.context.evaluation.is_empty() || done || self.evaluate()?.is_some())
+        self.state.history.push(event.clone());
+        self.context.log.record(&event)
     }
 
     fn save_unless_done(&mut self) -> Result<()> {

@@ -309,6 +309,55 @@ fn a_finished_run_without_checkpoints_is_not_begun_again() {
     assert_eq!(place.read("run/metrics.jsonl"), log);
 }
 
+/// The folder of the adapter that a run began with may change or go; its checkpoints have all of it.
+#[test]
+fn a_run_goes_on_with_the_adapter_that_it_began_with() {
+    let place = Workplace::new();
+    succeed(place.train("first", &["--max-steps", "2", "--lora-r", "4", "--lora-alpha", "8"]));
+    succeed(place.train("other", &["--max-steps", "2", "--lora-r", "4", "--lora-alpha", "64"]));
+    let flags = |steps: &'static str| {
+        let flags = ["--init-adapter", "first", "--lr-scheduler-type", "constant"];
+        [&flags[..], &["--max-steps", steps]].concat()
+    };
+    succeed(place.train("whole", &flags("6")));
+    succeed(place.train("run", &flags("3")));
+    fs::remove_dir_all(place.path("first")).unwrap();
+    fs::rename(place.path("other"), place.path("first")).unwrap();
+    let resume = ["train", "--resume", "--max-steps", "6", "--out"];
+    succeed(place.nibble(&[&resume[..], &["run"]].concat()));
+    for file in ["adapter_model.safetensors", "adapter_config.json"] {
+        let files = ["whole", "run"].map(|out| place.read(&format!("{out}/{file}")));
+        assert!(files[0] == files[1], "{file}");
+    }
+    fs::remove_dir_all(place.path("first")).unwrap();
+    let resume = ["train", "--resume", "--max-steps", "7", "--out", "run"];
+    succeed(place.nibble(&resume));
+}
+
+/// `cp run/* copy` leaves hidden files behind.
+#[test]
+fn a_copy_of_a_run_goes_on() {
+    let place = Workplace::new();
+    succeed(place.train("run", &["--max-steps", "2"]));
+    let copy = Command::new("sh")
+        .current_dir(place.path(""))
+        .args(["-c", "mkdir copy && cp -r run/* copy"])
+        .status();
+    assert!(copy.unwrap().success());
+    succeed(place.nibble(&["train", "--out", "copy", "--resume", "--max-steps", "3"]));
+    assert!(place.list("copy").contains(&"checkpoint-3".to_string()));
+}
+
+#[test]
+fn a_run_that_is_behind_its_new_end_is_said_to_have_no_step_left() {
+    let place = Workplace::new();
+    succeed(place.train("run", &["--max-steps", "3"]));
+    fs::remove_file(place.path("run/adapter_model.safetensors")).unwrap();
+    let resume = ["train", "--out", "run", "--resume", "--max-steps", "2"];
+    let said = stderr(&succeed(place.nibble(&resume)));
+    assert!(said.contains("2 steps instead of 3: none is left\n"), "{said}");
+}
+
 #[test]
 fn epochs_that_are_asked_for_go_before_the_steps_of_the_run() {
     let place = Workplace::new();

@@ -15,7 +15,7 @@
 
 mod left;
 mod parts;
-mod shared;
+mod packed_operand;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -27,9 +27,9 @@ use super::micro::{Isa, Segment, TILE_ROWS, Tile};
 use super::pack::{Operand, Panel};
 use super::step::Precision;
 use super::view::{Matrix, MatrixMut};
-use left::{Block, Rows};
+use left::{Block, Rows, from};
 use parts::{TILES_PER_CHUNK, parts, share_out};
-pub use shared::PackedOperand;
+pub use packed_operand::PackedOperand;
 
 /// Longest chain of steps between two visits of C.
 const K_BLOCK: usize = 640;
@@ -62,10 +62,11 @@ const MOST_BLOCKS: usize = 2;
 type Visit<'a> = Vec<Block<'a>>;
 
 /// Bytes that products keep from their first time on: a band of B of the thread that asks for them, and
-/// on each of `threads` the rows of A that it copied.
+/// on each of `threads` the rows of A that it copied, with those of an addition of a usual rank.
 pub fn buffer_bytes(threads: usize) -> usize {
-    // Rows are filled up to a cache line, and one line more keeps them out of each other's sets.
-    let row = (K_BLOCK + CACHE_LINE).next_multiple_of(CACHE_LINE) + CACHE_LINE;
+    // In bf16 both are copied, in pairs. One cache line more keeps rows out of each other's sets.
+    const USUAL_RANK: usize = 64;
+    let row = K_BLOCK + CACHE_LINE + USUAL_RANK / 2 + CACHE_LINE;
     (BAND_ELEMENTS + threads * TILES_PER_CHUNK * TILE_ROWS * row) * size_of::<f32>()
 }
 
@@ -113,7 +114,7 @@ impl<'a> Product<'a> {
             if in_place {
                 band.compute(None, 0, c.all(), parallel);
             } else {
-                let step = (BAND_ELEMENTS / depth).max(1).next_multiple_of(band.width);
+                let step = (BAND_ELEMENTS / depth / band.width).max(1) * band.width;
                 for begin in (0..n).step_by(step) {
                     let columns = begin..(begin + step).min(n);
                     let elements = columns.len().next_multiple_of(isa.lanes()) * depth;
@@ -307,7 +308,7 @@ impl Task<'_> {
                     }
                     None => {
                         let (b, stride) = block.b.rows_in_place().expect("checked before");
-                        (&b[block.k.start * stride + self.first_column + column..], stride)
+                        (from(b, block.k.start * stride + self.first_column + column), stride)
                     }
                 };
                 segments.push(Segment {

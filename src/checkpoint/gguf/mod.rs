@@ -5,7 +5,7 @@
 //! here they are put back into halves. A file without `output.weight` has a tied head. Source:
 //! llama.cpp `convert_hf_to_gguf.py`.
 
-mod blocks;
+pub(super) mod blocks;
 mod config;
 mod export;
 mod file_type;
@@ -24,7 +24,7 @@ use super::elements::Elements;
 use super::mapped::MappedFile;
 use super::{DenseTensor, StoredType, TensorInfo};
 use crate::error::{Error, Result};
-pub(super) use blocks::Blocks;
+use blocks::Blocks;
 pub use export::Export;
 pub(crate) use export::{does_not_fit, encoded, source_row};
 pub use file_type::FileType;

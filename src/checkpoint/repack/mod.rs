@@ -13,7 +13,7 @@ use nibble_quant::{BlockFormat, FloatType, Floats, PackedWeight};
 use regex::Regex;
 
 use super::writer::{Announced, TABLE_BYTES};
-use super::{Checkpoint, CheckpointKind, DenseTensor, StoredType, TensorInfo};
+use super::{Checkpoint, CheckpointKind, DenseTensor, NOT_FINITE, StoredType, TensorInfo};
 use crate::error::{Error, Result, candle_text};
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 pub use summary::{RoleSummary, WorstBlock};
@@ -175,6 +175,5 @@ pub fn quantize(name: &str, dense: &DenseTensor, format: &BlockFormat) -> Result
 }
 
 fn unusable(name: &str, error: &candle_core::Error) -> Error {
-    Error::input(format_args!("tensor {name}: {}", candle_text(error)))
-        .hint("the checkpoint holds NaN or Inf: get another copy of the model")
+    Error::input(format_args!("tensor {name}: {}", candle_text(error))).hint(NOT_FINITE)
 }

@@ -9,7 +9,7 @@ use rayon::prelude::*;
 use super::summary::{RoleSummary, Sums};
 use super::{Repack, Step, quantize, unusable};
 use crate::checkpoint::writer::{Contents, ShardWriter};
-use crate::checkpoint::{Checkpoint, DenseTensor, Elements, Weight};
+use crate::checkpoint::{Checkpoint, DenseTensor, Elements, NOT_FINITE, Weight};
 use crate::error::{Error, Result};
 use crate::model::spec::TensorRole;
 
@@ -301,6 +301,5 @@ fn not_finite(step: &Step, index: usize, value: f32) -> Error {
         2 => format!("element [{}, {}]", index / columns, index % columns),
         _ => format!("element {index}"),
     };
-    Error::input(format_args!("tensor {name}: {place} is {value}"))
-        .hint("the checkpoint holds NaN or Inf: get another copy of the model")
+    Error::input(format_args!("tensor {name}: {place} is {value}")).hint(NOT_FINITE)
 }

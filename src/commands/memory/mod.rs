@@ -16,7 +16,9 @@ use serde_json::{Value, json};
 use crate::adapter::{Adapter, LoraConfig};
 use crate::allocator;
 use crate::checkpoint::atomic::write_file;
-use crate::checkpoint::{Checkpoint, PageCache, check_quantization, holds_weights, read_config};
+use crate::checkpoint::{
+    Checkpoint, PageCache, check_quantization, dtype_of, holds_weights, read_config,
+};
 use crate::cli::device::{Device, DeviceArgs};
 use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
@@ -249,8 +251,7 @@ impl Model {
         if let Some(config) = bare_config(path)? {
             check_quantization(&config).map_err(|error| error.at(path.display()))?;
             let spec = spec_from_config(&config).map_err(|error| error.at(path.display()))?;
-            let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| config[*key].as_str());
-            let dtype = dtype.and_then(FloatType::from_name).unwrap_or(FloatType::Bf16);
+            let dtype = dtype_of(&config).unwrap_or(FloatType::Bf16);
             let weights = WeightBytes::of_config(&spec, dtype, format.as_ref(), place);
             let folder = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
             // A plan needs none: one that cannot be read may be an LFS pointer, as the weights are.

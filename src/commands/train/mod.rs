@@ -4,6 +4,8 @@ mod data;
 mod memory;
 mod output;
 
+use std::path::{Path, PathBuf};
+
 use crate::adapter::Adapter;
 use crate::byte_size::ByteSize;
 use crate::checkpoint::Checkpoint;
@@ -23,7 +25,7 @@ use crate::report::{REPORT_FILE, Reports};
 use crate::sample::Speaker;
 use crate::train::backend::TrainingKernels;
 use crate::train::base::FrozenBase;
-use crate::train::checkpoints;
+use crate::train::checkpoints::{self, Found};
 use crate::train::events::{EndEvent, EndReason, Event, ParameterCounts, RunLog, StartEvent};
 use crate::train::interrupt::Interrupt;
 use crate::train::lora_model::LoraModel;
@@ -37,7 +39,7 @@ use crate::train::state::Identity;
 use crate::train::trainer::{RunContext, Trainer};
 use data::Prepared;
 use memory::Memory;
-use output::Output;
+use output::{Finished, Output};
 
 /// Runs the command.
 ///
@@ -64,15 +66,16 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let recipe = args.recipe()?;
     let mut progress = Progress::stderr();
     let mut output = Output::claim(&args.output, &progress)?;
-    let base = Base::open(args)?;
+    let begins_with = begins_with(args, output.found.as_ref());
+    let base = Base::open(args, begins_with.as_deref())?;
     kernels.check_model(&base.spec)?;
-    let (adapter, origin) = base.adapter(args, &progress)?;
+    let (adapter, origin) = base.adapter(args, begins_with.as_deref(), &progress)?;
     let mut data = data::prepare(args, &base, &progress)?;
     let settings = base.settings(args);
-    let identity = identity(settings.clone(), &data);
+    let identity = identity(settings.clone(), &data, kernels.is_bf16());
     let max_steps = recipe.max_steps(data.feed.num_batches());
-    if let Some((step, reason)) = output.finished(&recipe, max_steps) {
-        return nothing_left(args, &output, &identity, (step, reason, max_steps));
+    if let Some(finished) = output.finished(&recipe, max_steps) {
+        return nothing_left(args, &output, &identity, finished);
     }
     warn(&base, &recipe, max_steps, &progress);
     let before = output.found.as_ref().and_then(|found| found.state.identity.sum_order);
@@ -146,23 +149,29 @@ fn nothing_left(
     args: &TrainArgs,
     output: &Output,
     identity: &Identity,
-    (step, reason, max_steps): (u64, EndReason, u64),
+    Finished { step, all_steps, out_of_patience }: Finished,
 ) -> Result<()> {
     if let Some(found) = &output.found {
         start::compare(&found.state.identity, identity)?;
     }
     let out = args.output.out.display();
-    let early = reason == EndReason::EarlyStopping;
-    let how = if early { "stopped early" } else { "finished" };
+    let how = if all_steps { "finished" } else { "stopped early" };
     let more = [
-        early.then_some("`--early-stopping-patience`"),
-        (!early || step >= max_steps).then_some("`--num-train-epochs` or `--max-steps`"),
+        out_of_patience.then_some("`--early-stopping-patience`"),
+        all_steps.then_some("`--num-train-epochs` or `--max-steps`"),
     ];
     let more: Vec<&str> = more.into_iter().flatten().collect();
     println!("{out}: {how} at step {step}; nothing is left to resume");
     eprintln!("to train on, give more {};", more.join(", and "));
     eprintln!("to train its adapter further, give `--init-adapter {out}` and another `--out`");
     Ok(())
+}
+
+/// The adapter that a run was given to begin with; once it has a checkpoint that one, which is there and as it
+/// was.
+fn begins_with(args: &TrainArgs, found: Option<&Found>) -> Option<PathBuf> {
+    let given = args.lora.init_adapter.as_ref()?;
+    Some(found.map_or(given, |found| &found.folder).clone())
 }
 
 /// The frozen model before its weights are read.
@@ -176,7 +185,7 @@ struct Base {
 }
 
 impl Base {
-    fn open(args: &TrainArgs) -> Result<Self> {
+    fn open(args: &TrainArgs, begins_with: Option<&Path>) -> Result<Self> {
         let model = &args.model.model;
         let elsewhere = args.output.resume && model.is_relative() && !model.exists();
         let checkpoint = Checkpoint::open(model).map_err(|error| match elsewhere {
@@ -189,8 +198,7 @@ impl Base {
         let spec = spec_from_config(checkpoint.config())?;
         check_stored(&checkpoint, &spec)?;
         let template = args.data.format.chat_template.as_deref();
-        let adapter = args.lora.init_adapter.as_deref();
-        let tokenizer = ChatTokenizer::open_for(model, template, adapter);
+        let tokenizer = ChatTokenizer::open_for(model, template, begins_with);
         let tokenizer = tokenizer.map_err(|error| match error {
             Error::Usage(_) if args.output.resume => error.hint(
                 "each checkpoint of the run has it: `--chat-template CHECKPOINT/chat_template.jinja`",
@@ -219,9 +227,14 @@ impl Base {
         ParameterCounts { trained, total: trained + frozen }
     }
 
-    fn adapter(&self, args: &TrainArgs, progress: &Progress) -> Result<(Adapter, AdapterOrigin)> {
+    fn adapter(
+        &self,
+        args: &TrainArgs,
+        begins_with: Option<&Path>,
+        progress: &Progress,
+    ) -> Result<(Adapter, AdapterOrigin)> {
         let lora = &args.lora;
-        let (mut adapter, origin) = match &lora.init_adapter {
+        let (mut adapter, origin) = match begins_with {
             Some(folder) => {
                 let dropout = lora.lora_dropout;
                 let (adapter, was) = Adapter::load_to_begin_with(folder, &self.spec, dropout)?;
@@ -269,12 +282,13 @@ impl Base {
     }
 }
 
-fn identity(settings: SettingsEcho, data: &Prepared) -> Identity {
+fn identity(settings: SettingsEcho, data: &Prepared, bf16: bool) -> Identity {
     Identity {
         settings,
         data_sha256: data.training_sha256.clone(),
         eval_data_sha256: data.evaluation_sha256.clone(),
         base_loss: f64::NAN,
+        bf16,
         sum_order: None,
     }
 }

@@ -30,6 +30,16 @@ pub struct Output {
     lock: Option<File>,
 }
 
+/// A run that came to its end, for at least one of the two reasons.
+pub struct Finished {
+    /// Its last step.
+    pub step: u64,
+    /// It was to make no more.
+    pub all_steps: bool,
+    /// The evaluation loss had not fallen for too long.
+    pub out_of_patience: bool,
+}
+
 /// A run that found a mistake before it began leaves nothing behind.
 impl Drop for Output {
     fn drop(&mut self) {
@@ -57,7 +67,9 @@ impl Output {
             let what = format_args!("--out {} is a file, expected a folder", out.display());
             return Err(Error::usage(what).hint("choose another `--out`"));
         }
-        let ours = out.join(LOCK_FILE).exists();
+        // Copies often lack the hidden file.
+        let has_run = || out.join(SETTINGS_FILE).exists() && !checkpoints::steps(out).is_empty();
+        let ours = out.join(LOCK_FILE).exists() || has_run();
         let continues = args.resume && ours;
         if !is_empty(out) && !continues {
             let error = Error::usage(format_args!("{} is not empty", out.display()));
@@ -79,19 +91,20 @@ impl Output {
         Ok(output)
     }
 
-    /// The last step of a run of `max_steps` that came to its end, if this is one, and why it did. One that
-    /// stopped early may go on with more patience.
-    pub fn finished(&self, recipe: &Recipe, max_steps: u64) -> Option<(u64, EndReason)> {
+    /// How a run of `max_steps` came to its end, if this is one that did.
+    pub fn finished(&self, recipe: &Recipe, max_steps: u64) -> Option<Finished> {
         let state = &self.found.as_ref()?.state;
-        let step = state.step;
         let end = metrics::last_end(&self.folder.join(METRICS_FILE))?;
-        let is_over = match end.reason {
-            EndReason::Finished => step >= max_steps,
-            EndReason::EarlyStopping => step >= max_steps || recipe.is_out_of_patience(state),
-            EndReason::Interrupted => false,
+        let came_to_an_end = end.reason != EndReason::Interrupted
+            && end.step == state.step
+            && self.folder.join(TENSORS_FILE).exists();
+        let finished = Finished {
+            step: state.step,
+            all_steps: state.step >= max_steps,
+            out_of_patience: recipe.is_out_of_patience(state),
         };
-        let is_over = is_over && end.step == step && self.folder.join(TENSORS_FILE).exists();
-        is_over.then_some((step, end.reason))
+        let is_over = finished.all_steps || finished.out_of_patience;
+        (came_to_an_end && is_over).then_some(finished)
     }
 
     /// Whether the disk has room for checkpoints of `bytes`.

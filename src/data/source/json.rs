@@ -8,7 +8,7 @@ use std::io::{BufRead, BufReader, ErrorKind};
 use std::path::Path;
 use std::rc::Rc;
 
-use super::super::record::Rejection;
+use super::super::rejection::Rejection;
 use super::packed::{Text, is_packed, refused};
 use super::{Body, MAX_RECORD_BYTES, Raw};
 use crate::error::{Error, Result};

@@ -15,7 +15,7 @@ use std::path::Path;
 use serde_json::Value;
 
 use super::files::{ARROW, unpacked_ending};
-use super::record::Rejection;
+use super::rejection::Rejection;
 use crate::error::{Error, Result};
 use json::JsonSource;
 use table::{CsvSource, ParquetSource};

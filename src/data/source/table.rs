@@ -18,7 +18,7 @@ use parquet::record::reader::RowIter;
 use parquet::record::{Field, Row};
 use serde_json::{Map, Value, json};
 
-use super::super::record::Rejection;
+use super::super::rejection::Rejection;
 use super::packed::{Text, refused};
 use super::quotes::QuoteReader;
 use super::{Body, MAX_RECORD_BYTES, Raw};

@@ -16,7 +16,7 @@ use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::processors::sequence::Sequence;
 
 use super::ends::TurnEnds;
-use super::known_templates::{known_template, unknown_template};
+use super::known_templates::{KnownTemplate, unknown_template};
 use super::template::ChatTemplate;
 use super::template_sources::TemplateSources;
 use super::tokenizer_files::TokenizerFiles;
@@ -122,14 +122,32 @@ impl ChatTokenizer {
     /// A template that is known by name, or that of a file.
     fn named(&self, name: &str) -> Result<TemplateSources> {
         let path = Path::new(name);
-        let chat = match known_template(name, self)? {
-            Some(source) => source,
+        let chat = match KnownTemplate::find(name) {
+            Some(known) => {
+                self.check_tokens(name, known)?;
+                known.source(self.adds_bos())
+            }
             None if path.is_file() => {
                 std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?
             }
             None => return Err(unknown_template(name)),
         };
         Ok(TemplateSources { chat, tool_use: None })
+    }
+
+    /// Refuses a template whose tokens are none of this tokenizer's: spelled out in others, nothing would end
+    /// an answer.
+    fn check_tokens(&self, name: &str, known: &KnownTemplate) -> Result<()> {
+        let lacking = known.tokens.iter().find(|token| self.id(token).is_none());
+        if let Some(token) = lacking {
+            let what = format_args!("chat template `{name}`: the tokenizer has no token {token}");
+            return Err(Error::input(what).hint("`alpaca` and `zephyr` need none of their own"));
+        }
+        if known.tokens.is_empty() && self.eos().is_none() {
+            let what = format_args!("chat template `{name}`: the tokenizer has no eos_token");
+            return Err(Error::input(what).hint("name one in tokenizer_config.json"));
+        }
+        Ok(())
     }
 
     /// What the folder of an adapter of `model` needs for being read as it was trained: the files,

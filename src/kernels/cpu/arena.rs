@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use bytemuck::Pod;
 use half::bf16;
-use memmap2::{MmapMut, MmapOptions};
+use memmap2::{MmapOptions, MmapRaw};
 
 use super::Cpu;
 use crate::error::{Error, Result};
@@ -19,8 +19,7 @@ use crate::plan::{MemoryPlan, Region, RegionId};
 
 /// The memory of a plan.
 pub struct Arena {
-    map: Arc<MmapMut>,
-    base: *mut u8,
+    map: Arc<MmapRaw>,
     free: Untaken,
 }
 
@@ -31,12 +30,11 @@ impl Arena {
     /// `Budget` when the system refuses the mapping.
     pub fn new(plan: &MemoryPlan) -> Result<Self> {
         let bytes = plan.arena_bytes();
-        let mut map = MmapOptions::new().len(bytes.max(1)).map_anon().map_err(|e| {
+        let map = MmapOptions::new().len(bytes.max(1)).map_anon().map_err(|e| {
             Error::budget(format_args!("cannot reserve {bytes} bytes of memory: {e}"))
                 .hint("lower `--max-length` or `--per-device-train-batch-size`")
         })?;
-        let base = map.as_mut_ptr();
-        Ok(Arena { map: Arc::new(map), base, free: Untaken::new(&plan.regions) })
+        Ok(Arena { map: Arc::new(map.into()), free: Untaken::new(&plan.regions) })
     }
 
     /// Tells how much of the arena is in memory, as long as it lives.
@@ -53,8 +51,11 @@ impl Arena {
     pub fn take<T: Pod>(&mut self, id: RegionId) -> Buffer<T> {
         let (offset, region) = self.free.take(id);
         assert_eq!(region.dtype.bytes(), size_of::<T>(), "{id} has another element type");
-        // SAFETY: offset + piece_bytes lies inside the mapping by construction of the plan.
-        let start = unsafe { self.base.add(offset) }.cast::<T>();
+        let bytes = region.elements.checked_mul(size_of::<T>());
+        let end = bytes.and_then(|bytes| offset.checked_add(bytes));
+        assert!(end.is_some_and(|end| end <= self.map.len()), "{id} is inside the arena");
+        // SAFETY: inside the mapping, as asserted.
+        let start = unsafe { self.map.as_mut_ptr().add(offset) }.cast::<T>();
         Buffer { start, elements: region.elements, _map: self.map.clone() }
     }
 }
@@ -84,7 +85,7 @@ impl PlannedMemory<Cpu> for Arena {
 
 /// The system's account of an arena.
 struct PageAccount {
-    map: Arc<MmapMut>,
+    map: Arc<MmapRaw>,
     lengths: Vec<usize>,
 }
 
@@ -93,7 +94,7 @@ impl PageAccount {
     /// in parts. All of them where the system does not tell.
     fn region_bytes(&self) -> Vec<u64> {
         let page_bytes = pages::page_bytes();
-        let seen = pages::in_memory(&self.map).unwrap_or_default();
+        let seen = pages::in_memory(self.map.as_ptr(), self.map.len()).unwrap_or_default();
         let mut offset = 0;
         let bytes = self.lengths.iter().map(|&length| {
             let (begin, end) = (offset, offset + length);
@@ -113,7 +114,7 @@ impl PageAccount {
 pub struct Buffer<T> {
     start: *mut T,
     elements: usize,
-    _map: Arc<MmapMut>,
+    _map: Arc<MmapRaw>,
 }
 
 // SAFETY: a buffer is the only owner of its elements, and the mapping outlives it.
@@ -185,6 +186,21 @@ mod tests {
             arena.take::<f32>(A);
         }));
         assert!(again.is_err(), "all three were taken");
+    }
+
+    #[test]
+    fn more_than_can_be_counted_is_refused() {
+        let plan = |elements: usize, count: usize| MemoryPlan {
+            regions: vec![
+                Region::new(B, RegionType::F32, 64),
+                Region { count, ..Region::new(A, RegionType::F32, elements) },
+            ],
+            offloaded: Vec::new(),
+        };
+        for plan in [plan(1 << 62, 1), plan(usize::MAX, 1), plan(1 << 40, 1 << 30)] {
+            assert_eq!(plan.arena_bytes(), usize::MAX);
+            assert!(matches!(Arena::new(&plan), Err(Error::Budget(_))));
+        }
     }
 
     #[cfg(target_os = "linux")]

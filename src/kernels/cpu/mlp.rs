@@ -150,7 +150,7 @@ fn value_and_slope_gelu(x: f32) -> (f32, f32) {
     (x * cdf, cdf + x * density)
 }
 
-/// Error function, absolute error below 1.5e-7: Abramowitz and Stegun 7.1.26.
+/// Error function: Abramowitz and Stegun 7.1.26, in f32 with an absolute error below 7e-7.
 #[inline(always)]
 fn erf(x: f32) -> f32 {
     let t = 1.0 / (1.0 + 0.327_591_1 * x.abs());

@@ -124,7 +124,7 @@ impl<K: Kernels> Model<K> {
 
     /// Of the first `rows` of that buffer.
     pub(super) fn capped_logits(&self, rows: usize) -> Result<Cow<'_, [f32]>> {
-        let LogitShape { vocab_size, soft_cap } = self.spec.logit_shape();
+        let LogitShape { vocab_size, soft_cap } = LogitShape::of(&self.spec);
         let mut logits = self.kernels.values(&self.buffers.head.logits, 0..rows * vocab_size)?;
         if let Some(cap) = soft_cap {
             logits.to_mut().iter_mut().for_each(|logit| *logit = cap * (*logit / cap).tanh());
@@ -134,7 +134,7 @@ impl<K: Kernels> Model<K> {
 
     /// Leaves the sum of losses in `self.loss`.
     pub(super) fn head_loss(&mut self, targets: &Targets, scale: Option<f32>) {
-        let (d, shape) = (self.spec.hidden_size, self.spec.logit_shape());
+        let (d, shape) = (self.spec.hidden_size, LogitShape::of(&self.spec));
         if scale.is_some() {
             self.zero_stream_gradient();
         }

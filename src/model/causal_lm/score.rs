@@ -4,7 +4,7 @@ use super::buffers::HeadBuffers;
 use super::{Mode, Model};
 use crate::data::Batch;
 use crate::error::Result;
-use crate::kernels::{HeadChunk, Kernels};
+use crate::kernels::{HeadChunk, Kernels, LogitShape};
 
 /// Scores of a batch's trained tokens.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -24,7 +24,7 @@ impl<K: Kernels> Model<K> {
     pub fn score(&mut self, batch: &Batch, adapters: bool) -> Result<Score> {
         let (tokens, targets) = self.begin(batch)?;
         self.forward(&batch.input_ids, &tokens, Mode { base_only: !adapters, ..Mode::default() });
-        let shape = self.spec.logit_shape();
+        let shape = LogitShape::of(&self.spec);
         let chunk = self.settings.head(shape.vocab_size).rows;
         let mut likeliest = Vec::with_capacity(targets.ids.len());
         self.kernels.clear_loss(&mut self.loss);

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 
 use super::fields::{Fields, wrong_type};
 use super::{decoder, whole_heads};
+use crate::checkpoint::dtype_of;
 use crate::error::Result;
 use crate::model::rotary::rotary_from_config;
 use crate::model::spec::{Activation, Family, ModelSpec};
@@ -44,8 +45,7 @@ pub(super) fn gemma(fields: &Fields, family: Family) -> Result<ModelSpec> {
 
 /// As transformers: in the type of the embedding, in which these models were trained (50.5 for √2560 in bf16).
 fn rounded(scale: f32, fields: &Fields) -> f32 {
-    let dtype = ["dtype", "torch_dtype"].iter().find_map(|key| fields.present(key)?.as_str());
-    match dtype.and_then(FloatType::from_name) {
+    match dtype_of(fields.0) {
         Some(FloatType::Bf16) => bf16::from_f32(scale).to_f32(),
         Some(FloatType::F16) => f16::from_f32(scale).to_f32(),
         _ => scale,

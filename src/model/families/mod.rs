@@ -18,7 +18,7 @@ use mistral::{ministral3, mistral};
 use phi3::phi3;
 use smollm3::smollm3;
 
-use super::inventory::Names;
+use super::names::Names;
 use super::rotary::{partial_rotary_factor, rotary_from_config};
 use super::spec::{Activation, Family, ModelSpec, Norm, Projections, RopeScaling};
 use crate::error::{Error, Result};
@@ -237,11 +237,13 @@ fn validate(spec: &ModelSpec) -> Result<()> {
         ("num_attention_heads (n_head)", spec.num_heads),
         ("num_key_value_heads", spec.num_kv_heads),
         ("head_dim", spec.head_dim),
+        ("num_attention_heads · head_dim", spec.num_heads.saturating_mul(spec.head_dim)),
     ];
     // Larger values are lies: no model comes near, and products of them must not overflow.
     const LIMIT: usize = 1 << 24;
     if let Some((name, value)) = sizes.iter().find(|(_, v)| *v == 0 || *v > LIMIT) {
-        return Err(Error::input(format_args!("config.json: {name} is {value}")));
+        let what = format_args!("config.json: {name} is {value}, expected 1 to {LIMIT}");
+        return Err(Error::input(what).hint("the file is damaged: get it again"));
     }
     if spec.windows.contains(&Some(0)) {
         let what = "config.json: sliding_window is 0: no token would see itself";

@@ -10,6 +10,7 @@ use clap::ValueEnum;
 use crate::byte_size::ByteSize;
 use crate::kernels::cuda::{staged_bytes, waiting_bytes};
 use crate::model::spec::ModelSpec;
+use crate::plan::activations::Activations;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::outside::{Outside, WeightParts};
 use crate::plan::region::MemoryPlan;
@@ -19,52 +20,6 @@ use crate::plan::weights::{Place, WeightBytes};
 
 /// Share of the free memory that is planned with where no budget is given.
 const USABLE_SHARE: f64 = 0.9;
-
-/// What happens to activations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Activations {
-    /// The fastest mix that fits: as many blocks as possible keep theirs
-    Auto,
-    /// Every block keeps all of them
-    Keep,
-    /// Every block keeps its input and the output of attention, and recomputes the rest
-    Attention,
-    /// Every block keeps its input and recomputes the rest
-    Checkpoint,
-    /// As `checkpoint`, with the inputs offloaded: to pinned host memory beside a GPU, to a file on the CPU
-    Offload,
-    /// As `attention`, with both offloaded
-    OffloadAttention,
-}
-
-impl Activations {
-    /// Those by which all blocks do the same, and what they do.
-    pub(super) const UNIFORM: [(Activations, Policy); 5] = [
-        (Activations::Keep, Policy::Keep),
-        (Activations::Attention, Policy::Attention),
-        (Activations::OffloadAttention, Policy::OffloadAttention),
-        (Activations::Checkpoint, Policy::Checkpoint),
-        (Activations::Offload, Policy::Offload),
-    ];
-
-    /// Its value on the command line.
-    pub(super) fn flag(self) -> &'static str {
-        match self {
-            Activations::Auto => "auto",
-            Activations::Keep => "keep",
-            Activations::Attention => "attention",
-            Activations::Checkpoint => "checkpoint",
-            Activations::Offload => "offload",
-            Activations::OffloadAttention => "offload-attention",
-        }
-    }
-
-    /// That of all blocks with one policy; `Auto` where no other value leads to it.
-    pub(super) fn of_all(policy: Policy) -> Self {
-        let found = Activations::UNIFORM.into_iter().find(|(_, of_all)| *of_all == policy);
-        found.map_or(Activations::Auto, |(activations, _)| activations)
-    }
-}
 
 /// Where the frozen weights of the blocks are between their uses.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]

@@ -6,7 +6,8 @@ use std::num::NonZeroUsize;
 use serde::Serialize;
 
 use crate::byte_size::ByteSize;
-use crate::plan::budget::{Activations, Choice, Demand, Limit};
+use crate::plan::activations::Activations;
+use crate::plan::budget::{Choice, Demand, Limit};
 use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::moments::Optim;

@@ -4,11 +4,12 @@ mod shortage;
 
 use std::cell::Cell;
 use std::fs;
+use std::io::ErrorKind;
 use std::path::Path;
 
 use super::adamw::AdamW;
 use super::checkpoints::{self, Found};
-use super::events::{EndReason, EvalEvent, Event, StepEvent};
+use super::events::{EndReason, EvalEvent, Event, RunLog, StepEvent};
 use super::feed::Feed;
 use super::progress::Progress;
 use super::recipe::{EvalRecipe, Length, Recipe, SaveRecipe};
@@ -20,7 +21,7 @@ use super::toy::{Toy, documents};
 use super::trainer::{RunContext, Trainer};
 use crate::adapter::LoraPlus;
 use crate::data::Batch;
-use crate::error::{Error, Result};
+use crate::error::{Error, Message, Result};
 use crate::plan::Settings;
 
 /// 13 batches in windows of 3, so that each epoch ends with a short one; evaluation every 2 steps.
@@ -273,6 +274,12 @@ fn the_last_checkpoint_knows_all_that_was_found_out() {
             assert_eq!(numbers(&state.history), numbers(&run.events), "{steps}");
             let saved = saves(&run.events);
             assert!(saved.is_sorted_by(|a, b| a < b), "each is told of once: {saved:?}");
+            let last = run.events.iter().rev().find_map(|event| match event {
+                Event::Save(save) => Some(save),
+                _ => None,
+            });
+            let is_best = state.best.is_some_and(|best| best.step == end.step);
+            assert_eq!(last.map(|save| (save.step, save.is_best)), Some((end.step, is_best)));
             let longer = Recipe { length: Length::Steps(end.step + 1), ..recipe };
             let longer = session(out.path(), &longer, NEVER, true);
             let saved = saves(&longer.events);
@@ -295,6 +302,48 @@ fn the_end_comes_after_the_adapter() {
     assert_eq!(second.result.unwrap(), EndReason::Finished);
     assert_eq!(second.toy.master, first.toy.master);
     assert!(out.path().join("adapter_model.safetensors").exists());
+}
+
+/// A log that cannot be written is no reason to lose steps.
+#[test]
+fn a_log_that_cannot_be_written_costs_no_step() {
+    let out = tempfile::tempdir().unwrap();
+    let mut recipe = recipe();
+    (recipe.evaluation.steps, recipe.sample_steps) = (None, None);
+    recipe.saving = SaveRecipe { steps: 100, total_limit: 2 };
+    let (mut toy, mut feed) = (Toy::new(), feed());
+    let identity = Identity { data_sha256: feed.fingerprint(), ..Identity::default() };
+    let fresh = AdapterOrigin::Fresh;
+    let start = begin(&mut toy, &recipe, &mut feed, identity, fresh, None).unwrap();
+    let context = RunContext {
+        recipe: &recipe,
+        feed: &mut feed,
+        evaluation: &[],
+        prompts: &[],
+        out: out.path(),
+        log: &mut RefusingLog { from_step: 8 },
+        progress: &Progress::silent(),
+        stop: &|| false,
+    };
+    let error = Trainer::new(&mut toy, context, start.state, start.checks).run().unwrap_err();
+    assert!(error.to_string().contains("cannot write the log"), "{error}");
+    let state = checkpoints::newest(out.path(), &mut |_| ()).unwrap().state;
+    let step = |event: &Event| matches!(event, Event::Step(_)).then(|| event.step());
+    let logged: Vec<u64> = state.history.iter().filter_map(step).collect();
+    assert_eq!((state.step, logged), (8, vec![2, 4, 6, 8]));
+}
+
+struct RefusingLog {
+    from_step: u64,
+}
+
+impl RunLog for RefusingLog {
+    fn record(&mut self, event: &Event) -> Result<()> {
+        if event.step() < self.from_step {
+            return Ok(());
+        }
+        Err(Error::Io(Message::new("cannot write the log"), ErrorKind::PermissionDenied.into()))
+    }
 }
 
 /// The same step may be saved again: a session may end between the renames of that.
@@ -354,6 +403,43 @@ fn the_run_stops_when_patience_is_out_and_ends_with_the_best_weights() {
 }
 
 #[test]
+fn best_weights_that_were_damaged_since_leave_the_last_ones() {
+    let out = tempfile::tempdir().unwrap();
+    let mut recipe = recipe();
+    recipe.learning_rate = 1.0;
+    recipe.scheduler_type = SchedulerType::Constant;
+    recipe.evaluation.load_best_at_end = true;
+    recipe.evaluation.patience = Some(2);
+    session(out.path(), &recipe, NEVER, false);
+    let state = checkpoints::newest(out.path(), &mut |_| ()).unwrap().state;
+    let [best, last] = [state.best.unwrap().step, state.step].map(checkpoints::name);
+    assert_ne!(best, last);
+    let at = |name: &str| out.path().join(name);
+    fs::remove_file(at(&best).join("adapter_model.safetensors")).unwrap();
+    fs::remove_file(at("adapter_model.safetensors")).unwrap();
+    let again = session(out.path(), &recipe, NEVER, true);
+    assert_eq!(again.result.unwrap(), EndReason::EarlyStopping);
+    let last = fs::read(at(&last).join("adapter_model.safetensors")).unwrap();
+    assert_eq!(fs::read(at("adapter_model.safetensors")).unwrap(), last);
+}
+
+#[test]
+fn a_run_that_made_all_its_steps_did_not_stop_early() {
+    let out = tempfile::tempdir().unwrap();
+    let mut recipe = recipe();
+    recipe.learning_rate = 1.0;
+    recipe.scheduler_type = SchedulerType::Constant;
+    recipe.evaluation.patience = Some(2);
+    let stopped = session(out.path(), &recipe, NEVER, false);
+    let Some(Event::End(end)) = stopped.events.last() else { panic!() };
+    assert_eq!(end.reason, EndReason::EarlyStopping);
+    let out = tempfile::tempdir().unwrap();
+    recipe.length = Length::Steps(end.step);
+    let run = session(out.path(), &recipe, NEVER, false);
+    assert_eq!(run.result.unwrap(), EndReason::Finished);
+}
+
+#[test]
 fn numbers_that_go_wrong_stop_the_run_and_name_the_way_back() {
     let out = tempfile::tempdir().unwrap();
     session(out.path(), &recipe(), 40, false);
@@ -366,9 +452,14 @@ fn numbers_that_go_wrong_stop_the_run_and_name_the_way_back() {
     let text = error.to_string();
     assert!(text.starts_with("step ") && text.contains("toy.lora_B.weight"), "{text}");
     assert!(text.contains("(lines 3)"), "{text}");
-    assert!(text.ends_with("is the last good checkpoint"), "{text}");
     let found = checkpoints::newest(out.path(), &mut |_| ()).unwrap();
     assert!(found.state.step >= newest);
+    let way = format!(
+        "hint: try a lower `--learning-rate`, or look at these records with `nibble data --show`; \
+         `--init-adapter {}` goes on from the last checkpoint with other settings, in another `--out`",
+        found.folder.display()
+    );
+    assert!(text.ends_with(&way), "{text}");
 }
 
 #[test]
@@ -411,15 +502,20 @@ fn resuming_another_run_is_refused_by_name() {
     assert!(error.to_string().contains("training data"), "{error}");
     let error = resume_with(|_, now| now.eval_data_sha256 = Some("other".into()));
     assert!(error.to_string().contains("evaluation data"), "{error}");
-    let error = resume_with(|found, _| found.state.identity.base_loss *= 1.1);
-    assert!(error.to_string().contains("base model"), "{error}");
+    for (factor, bf16) in [(1.001, false), (1.01, true)] {
+        let error = resume_with(|found, now| {
+            found.state.identity.base_loss *= factor;
+            now.bf16 = bf16;
+        });
+        assert!(error.to_string().contains("base model"), "{error}");
+    }
 }
 
 #[test]
 fn a_machine_that_rounds_differently_may_continue_but_is_told() {
     let out = tempfile::tempdir().unwrap();
     session(out.path(), &recipe(), 40, false);
-    let start = |factor: f64| {
+    let start = |factor: f64, bf16: bool| {
         let (mut toy, mut feed) = (Toy::new(), feed());
         let identity = Identity {
             settings: settings(&[("seed", "1")]),
@@ -428,11 +524,13 @@ fn a_machine_that_rounds_differently_may_continue_but_is_told() {
         };
         let mut found = checkpoints::newest(out.path(), &mut |_| ()).unwrap();
         found.state.identity.base_loss *= factor;
+        found.state.identity.bf16 = bf16;
         let origin = AdapterOrigin::Fresh;
         begin(&mut toy, &recipe(), &mut feed, identity, origin, Some(found)).unwrap()
     };
-    assert!(!start(1.0).rounding_differs);
-    assert!(start(1.0 + 1e-6).rounding_differs);
+    assert!(!start(1.0, false).rounding_differs);
+    assert!(start(1.0 + 1e-6, false).rounding_differs);
+    assert!(start(1.001, true).rounding_differs, "from a GPU to the CPU");
 }
 
 #[test]

@@ -30,14 +30,21 @@ impl<M: Trainee> Trainer<'_, M> {
         }
     }
 
-    /// Takes the best weights back, if that is asked for and they are others.
+    /// Takes the best weights back, if that is asked for and they are others; where they were damaged since, the
+    /// last ones are the run's.
     pub(super) fn load_best(&mut self) -> Result<()> {
         let Some(best) = self.state.best else { return Ok(()) };
         if !self.context.recipe.evaluation.load_best_at_end || best.step == self.state.step {
             return Ok(());
         }
         let folder = self.context.out.join(checkpoints::name(best.step));
-        checkpoints::verify(&folder).map_err(|error| error.at(folder.display()))?;
+        if let Err(error) = checkpoints::verify(&folder) {
+            let (what, folder) = (&error.message().what, folder.display());
+            self.context.progress.note(&format!(
+                "warning: {folder} had the best weights, but {what}; the adapter is that of the last step"
+            ));
+            return Ok(());
+        }
         optimizer_file::read(self.model, &folder)
     }
 
@@ -53,14 +60,26 @@ impl<M: Trainee> Trainer<'_, M> {
         Error::Interrupted(Message::new(what)).hint(hint)
     }
 
-    /// Says which checkpoint a run that went wrong can go back to.
-    pub(super) fn with_survivor(&self, error: Error) -> Error {
-        let (Error::Numeric(message), Some(saved)) = (&error, self.saved_step) else {
-            return error;
-        };
-        let survivor = format!("{} is the last good checkpoint", checkpoints::name(saved));
-        let hint = message.hint.as_ref().map_or(String::new(), |hint| format!("{hint}; "));
-        error.hint(format_args!("{hint}{survivor}"))
+    /// What is left of a run that cannot go on. Where a file is the reason its steps are saved; after numbers that
+    /// went wrong it says which checkpoint came before: the same settings would go wrong again.
+    pub(super) fn rescued(&mut self, error: Error) -> Error {
+        match (&error, self.saved_step) {
+            (Error::Io(..), _) => {
+                // Where this fails, too, the error says which checkpoint is left.
+                let _ = self.save_unless_done();
+                error
+            }
+            (Error::Numeric(message), Some(saved)) => {
+                let hint = message.hint.as_ref().map_or(String::new(), |hint| format!("{hint}; "));
+                let checkpoint = self.context.out.join(checkpoints::name(saved));
+                error.hint(format_args!(
+                    "{hint}`--init-adapter {}` goes on from the last checkpoint with other settings, in \
+                     another `--out`",
+                    checkpoint.display()
+                ))
+            }
+            _ => error,
+        }
     }
 }
 

@@ -20,6 +20,11 @@ pub(super) struct Block<'a> {
     pub scale: f32,
 }
 
+/// Elements from `begin` on; none where a product without terms begins behind the last.
+pub(super) fn from(data: &[f32], begin: usize) -> &[f32] {
+    &data[begin.min(data.len())..]
+}
+
 /// A's elements from a row and the first k of a block on.
 #[derive(Clone, Copy, Default)]
 pub(super) struct Rows<'a> {
@@ -64,10 +69,10 @@ impl<'a> Block<'a> {
         }
         let steps = self.steps(isa);
         for (row, to) in rows.zip(copy.chunks_exact_mut(stride)) {
-            let from = &a.data[row * a.row_stride + k.start..][..k.len()];
+            let line = &from(a.data, row * a.row_stride + k.start)[..k.len()];
             match isa.precision() {
-                Precision::F32 => to[..steps].copy_from_slice(from),
-                Precision::Bf16 => round_line(from, &mut to[..steps]),
+                Precision::F32 => to[..steps].copy_from_slice(line),
+                Precision::Bf16 => round_line(line, &mut to[..steps]),
             }
         }
         Rows { data: copy, row_stride: stride, step_stride: 1 }
@@ -81,7 +86,7 @@ impl<'a> Block<'a> {
     /// A from `row` on, in place.
     pub(super) fn rows(&self, row: usize) -> Rows<'a> {
         let a = &self.a;
-        let data = &a.data[row * a.row_stride + self.k.start * a.column_stride..];
+        let data = from(a.data, row * a.row_stride + self.k.start * a.column_stride);
         Rows { data, row_stride: a.row_stride, step_stride: a.column_stride }
     }
 }

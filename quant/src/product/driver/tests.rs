@@ -122,3 +122,22 @@ fn a_packed_operand_gives_the_products_of_its_first_rows_and_columns() {
         }
     }
 }
+
+#[test]
+fn a_product_without_terms_leaves_beta_c() {
+    for (m, n) in [(4, 128), (200, 100), (4, 100)] {
+        for (turned, precision) in
+            [false, true].into_iter().flat_map(|turned| PRECISIONS.map(|it| (turned, it)))
+        {
+            let a = match turned {
+                true => Matrix::new(&[], (0, m, m)).transposed(),
+                false => Matrix::new(&[], (m, 0, 0)),
+            };
+            let b = Matrix::new(&[], (0, n, n));
+            let mut c = vec![3.0; m * n];
+            let product = Product { alpha: 1.0, a, b: Operand::Dense(b), extra: None, beta: 2.0 };
+            product.run(Isa::detect(precision), MatrixMut::new(&mut c, (m, n, n)), true);
+            assert!(c.iter().all(|&c| c == 6.0), "{precision:?} {m} {n} {turned}");
+        }
+    }
+}

@@ -21,6 +21,8 @@ use crate::plan::layout::ATTENTION_SCORE_STRIDE;
 
 /// Overwrites dqkv. A task owns dk and dv of one block of keys of one key head in one document.
 pub fn backward(inputs: Inputs, layout: &TokenLayout, dqkv: &mut [f32], work: &mut [f32]) {
+    // Tasks own the tokens of their document.
+    assert!(layout.boundaries.is_sorted(), "documents follow each other");
     let mut documents: Vec<&[usize]> = layout.boundaries.windows(2).collect();
     documents.sort_by_key(|document| std::cmp::Reverse(document[1] - document[0]));
     let blocks = documents.into_iter().flat_map(|document| {

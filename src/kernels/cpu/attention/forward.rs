@@ -20,6 +20,8 @@ pub fn forward(
     lse: &mut [f32],
     work: &mut [f32],
 ) {
+    // Tasks own the tokens of their document.
+    assert!(layout.boundaries.is_sorted(), "documents follow each other");
     let tiles = layout.boundaries.windows(2).flat_map(|w| groups(w[0], w[1], shape.window, w[0]));
     let mut items: Vec<(Vec<Tile>, usize)> = tiles
         .flat_map(|group| (0..shape.num_kv_heads).map(move |kv_head| (group.clone(), kv_head)))

@@ -128,7 +128,8 @@ impl<'a> Shared<'a> {
     /// `width` elements from `offset` on.
     ///
     /// # Safety
-    /// No two live slices may overlap.
+    /// No two live slices may overlap, and what threads do with the same place one after the other must be
+    /// ordered.
     #[allow(clippy::mut_from_ref)]
     unsafe fn slice(&self, offset: usize, width: usize) -> &mut [f32] {
         assert!(offset + width <= self.elements, "slice of a shared tensor is in bounds");

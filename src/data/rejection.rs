@@ -1,0 +1,41 @@
+//! Why a record cannot be used.
+
+use serde::Serialize;
+use serde_json::Value;
+
+/// A reason why a record cannot be used, and what to do about it.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+pub struct Rejection {
+    /// What is wrong.
+    pub reason: String,
+    /// The way out.
+    pub hint: Option<String>,
+}
+
+impl Rejection {
+    pub(super) fn new(reason: impl Into<String>) -> Self {
+        Rejection { reason: reason.into(), hint: None }
+    }
+
+    pub(super) fn hint(mut self, hint: impl Into<String>) -> Self {
+        self.hint = Some(hint.into());
+        self
+    }
+
+    /// A way out where there is none yet.
+    pub(super) fn or_hint(self, hint: impl Into<String>) -> Self {
+        if self.hint.is_some() { self } else { self.hint(hint) }
+    }
+}
+
+/// What a value is, for people.
+pub(super) fn kind(value: &Value) -> &'static str {
+    match value {
+        Value::Null => "null",
+        Value::Bool(_) => "true or false",
+        Value::Number(_) => "a number",
+        Value::String(_) => "text",
+        Value::Array(_) => "a list",
+        Value::Object(_) => "an object",
+    }
+}

@@ -1,0 +1,39 @@
+//! What modules are called.
+
+/// Names of the modules that are not linears, as transformers' class for the model has them.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Names {
+    /// Where the blocks are.
+    pub(super) layers: &'static str,
+    pub(super) embedding: &'static str,
+    /// Of the position table, with `.weight`.
+    pub(super) positions: Option<&'static str>,
+    pub(super) final_norm: &'static str,
+    pub(super) head: &'static str,
+    pub(super) first_norm: &'static str,
+    pub(super) second_norm: &'static str,
+}
+
+impl Names {
+    /// Those of `LlamaForCausalLM`, which most have.
+    pub const LLAMA: Names = Names {
+        layers: "model.layers",
+        embedding: "model.embed_tokens",
+        positions: None,
+        final_norm: "model.norm",
+        head: "lm_head",
+        first_norm: "input_layernorm",
+        second_norm: "post_attention_layernorm",
+    };
+
+    /// Those of `GPT2LMHeadModel`.
+    pub const GPT2: Names = Names {
+        layers: "transformer.h",
+        embedding: "transformer.wte",
+        positions: Some("transformer.wpe.weight"),
+        final_norm: "transformer.ln_f",
+        head: "lm_head",
+        first_norm: "ln_1",
+        second_norm: "ln_2",
+    };
+}

@@ -1,0 +1,51 @@
+//! `--activations`: what the blocks do with theirs.
+
+use clap::ValueEnum;
+
+use super::settings::Policy;
+
+/// What happens to activations.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Activations {
+    /// The fastest mix that fits: as many blocks as possible keep theirs
+    Auto,
+    /// Every block keeps all of them
+    Keep,
+    /// Every block keeps its input and the output of attention, and recomputes the rest
+    Attention,
+    /// Every block keeps its input and recomputes the rest
+    Checkpoint,
+    /// As `checkpoint`, with the inputs offloaded: to pinned host memory beside a GPU, to a file on the CPU
+    Offload,
+    /// As `attention`, with both offloaded
+    OffloadAttention,
+}
+
+impl Activations {
+    /// Those by which all blocks do the same, and what they do.
+    pub(super) const UNIFORM: [(Activations, Policy); 5] = [
+        (Activations::Keep, Policy::Keep),
+        (Activations::Attention, Policy::Attention),
+        (Activations::OffloadAttention, Policy::OffloadAttention),
+        (Activations::Checkpoint, Policy::Checkpoint),
+        (Activations::Offload, Policy::Offload),
+    ];
+
+    /// Its value on the command line.
+    pub(super) fn flag(self) -> &'static str {
+        match self {
+            Activations::Auto => "auto",
+            Activations::Keep => "keep",
+            Activations::Attention => "attention",
+            Activations::Checkpoint => "checkpoint",
+            Activations::Offload => "offload",
+            Activations::OffloadAttention => "offload-attention",
+        }
+    }
+
+    /// That of all blocks with one policy; `Auto` where no other value leads to it.
+    pub(super) fn of_all(policy: Policy) -> Self {
+        let found = Activations::UNIFORM.into_iter().find(|(_, of_all)| *of_all == policy);
+        found.map_or(Activations::Auto, |(activations, _)| activations)
+    }
+}
