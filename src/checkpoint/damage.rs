@@ -35,12 +35,17 @@ pub fn damaged_safetensors(bytes: &[u8], error: &SafeTensorError) -> Error {
     )
 }
 
+/// The way out of weights in a form that only the tool reads that made it.
+pub const OTHER_TOOL: &str =
+    "the weights were quantized by another tool: get the model's BF16 or F16 weights";
+
 /// An error for a tensor of a type that is not read.
 pub fn unread_type(name: &str, dtype: &str) -> Error {
     let what = "expected F32, F16, BF16 or bitsandbytes 4-bit";
-    let hint = match dtype.starts_with(FP8) {
-        true => "FP8 is not supported: get the model's BF16 or F16 weights",
-        false => "the weights were quantized by another tool: get the model's BF16 or F16 weights",
+    let hint = match dtype {
+        "F64" => "save the model in F32 or BF16, with transformers' `save_pretrained`",
+        _ if dtype.starts_with(FP8) => "FP8 is not supported: get the model's BF16 or F16 weights",
+        _ => OTHER_TOOL,
     };
     Error::input(format_args!("tensor {name} has type {dtype}, {what}")).hint(hint)
 }

@@ -12,7 +12,8 @@ use serde_json::Value;
 use super::mapped::{MappedFile, PageCache, Pages};
 use super::raw::RawTensor;
 use super::{
-    DenseTensor, StoredType, TensorInfo, Weight, bnb, damaged_safetensors, read_json, unread_type,
+    DenseTensor, OTHER_TOOL, StoredType, TensorInfo, Weight, bnb, damaged_safetensors, read_json,
+    unread_type,
 };
 use crate::error::{Error, Result};
 
@@ -42,31 +43,40 @@ pub(super) struct Folder {
 impl Folder {
     pub(super) fn open(path: &Path) -> Result<Self> {
         let mut raw = HashMap::new();
-        let index = path.join(INDEX_FILE);
-        let files = if index.exists() {
+        let (single, index) = (path.join(SINGLE_FILE), path.join(INDEX_FILE));
+        // In this order, as transformers: saving a small model over a large one leaves the index behind.
+        let files = if single.exists() {
+            vec![read_file(&single, &mut raw)?]
+        } else if index.exists() {
             open_shards(path, &index, &mut raw)?
         } else {
-            let single = path.join(SINGLE_FILE);
-            if !single.exists() {
-                let what = format!("{} has no {SINGLE_FILE} and no {INDEX_FILE}", path.display());
-                return Err(Error::input(what).hint(way_to_weights(path)));
-            }
-            vec![read_file(&single, &mut raw)?]
+            let what = format!("{} has no {SINGLE_FILE} and no {INDEX_FILE}", path.display());
+            return Err(Error::input(what).hint(way_to_weights(path)));
         };
         let tensors = describe(&raw)?;
         Ok(Folder { files, raw, tensors })
     }
 
     /// Gives each tensor another name, and leaves out those that get none; returns how many.
-    pub(super) fn rename(&mut self, name: impl Fn(&str) -> Option<String>) -> usize {
-        let raw = std::mem::take(&mut self.raw).into_iter();
-        self.raw = raw.filter_map(|(stored, tensor)| Some((name(&stored)?, tensor))).collect();
+    ///
+    /// # Errors
+    /// `Input` when two would have the same name.
+    pub(super) fn rename(&mut self, name: impl Fn(&str) -> Option<String>) -> Result<usize> {
+        let mut renamed = HashMap::with_capacity(self.raw.len());
+        for (stored, tensor) in std::mem::take(&mut self.raw) {
+            let Some(name) = name(&stored) else { continue };
+            if renamed.insert(name.clone(), tensor).is_some() {
+                let what = format_args!("there are two tensors {name}, one under a longer name");
+                return Err(Error::input(what));
+            }
+        }
+        self.raw = renamed;
         let before = self.tensors.len();
         let tensors = std::mem::take(&mut self.tensors).into_iter();
         let renamed = |tensor: TensorInfo| Some(TensorInfo { name: name(&tensor.name)?, ..tensor });
         self.tensors = tensors.filter_map(renamed).collect();
         self.tensors.sort_by(|a, b| a.name.cmp(&b.name));
-        before - self.tensors.len()
+        Ok(before - self.tensors.len())
     }
 
     /// Names of all tensors, parts of packed ones included.
@@ -96,9 +106,11 @@ impl Folder {
 
     pub(super) fn weight(&self, name: &str) -> Result<Weight> {
         let Some(tensor) = self.raw.get(name) else {
-            return Err(Error::other_weights(format_args!(
-                "tensor {name} is not in the checkpoint"
-            )));
+            let what = format_args!("tensor {name} is not in the checkpoint");
+            return Err(match self.is_packed_by_others(name) {
+                true => Error::input(what).hint(OTHER_TOOL),
+                false => Error::other_weights(what),
+            });
         };
         if let Some(state) = bnb::quant_state_key(name, |key| self.raw.contains_key(key)) {
             return bnb::packed_weight(name, &state, |key| self.raw.get(key)).map(Weight::Packed);
@@ -106,6 +118,12 @@ impl Folder {
         let dtype = float_type(name, tensor.dtype)?;
         let (shape, data) = (tensor.shape.clone(), tensor.data.clone());
         Ok(Weight::Dense(DenseTensor { dtype, shape, data }))
+    }
+
+    /// Whether there are parts that other tools make of the weight `name`: GPTQ's and AWQ's, compressed-tensors'.
+    fn is_packed_by_others(&self, name: &str) -> bool {
+        let module = name.strip_suffix("weight").unwrap_or(name);
+        ["qweight", "weight_packed"].iter().any(|part| self.contains(&format!("{module}{part}")))
     }
 
     /// The mapped bytes of all tensors (and parts of packed ones) whose name begins with `prefix`.
@@ -136,8 +154,10 @@ impl Folder {
 fn way_to_weights(folder: &Path) -> &'static str {
     let entries = std::fs::read_dir(folder).into_iter().flatten().flatten();
     let names: Vec<_> = entries.map(|entry| entry.file_name()).collect();
-    let has = |suffix: &str| names.iter().any(|name| name.to_string_lossy().ends_with(suffix));
-    if has(".safetensors") {
+    let has = |part: &str| names.iter().any(|name| name.to_string_lossy().contains(part));
+    if has(".safetensors") && !has("-of-") {
+        "its tensors may have other names than transformers': download `model.safetensors`"
+    } else if has(".safetensors") {
         "the shards of a model are listed in model.safetensors.index.json: download that file, too"
     } else if has(".gguf") {
         "give the GGUF file itself"
@@ -161,7 +181,8 @@ fn open_shards(
     };
     let mut shards: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for (tensor, file) in map {
-        let Some(file) = file.as_str().filter(|f| !f.contains(['/', '\\'])) else {
+        let file_name = file.as_str().map(|file| file.strip_prefix("./").unwrap_or(file));
+        let Some(file) = file_name.filter(|f| !f.contains(['/', '\\'])) else {
             return Err(Error::input(format_args!(
                 "{}: tensor {tensor} names the file {file}",
                 index.display()

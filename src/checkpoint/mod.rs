@@ -10,7 +10,7 @@ mod dense;
 pub mod elements;
 pub mod folder;
 pub(crate) mod gguf;
-mod gpt2;
+mod inner_model;
 mod mapped;
 mod raw;
 pub mod repack;
@@ -25,7 +25,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
-pub(crate) use damage::{damaged_safetensors, lfs_pointer, unread_type};
+pub(crate) use damage::{OTHER_TOOL, damaged_safetensors, lfs_pointer, unread_type};
 pub use dense::DenseTensor;
 use dense::parallel_f32;
 pub use elements::Elements;
@@ -34,6 +34,7 @@ pub(crate) use folder::holds_weights;
 use gguf::Gguf;
 pub(crate) use gguf::read_header as read_gguf_header;
 pub use gguf::{Export, FileType, gguf_fields};
+use inner_model::InnerModel;
 pub(crate) use mapped::{MappedFile, map_file};
 pub use mapped::{PageCache, Pages};
 
@@ -135,10 +136,11 @@ impl Checkpoint {
         let whole = read_json(&path.join("config.json"))?;
         check_quantization(&whole)?;
         let (is_more, mut folder) = (text_part::is_more(&whole), Folder::open(path)?);
-        let left_out = if is_more { folder.rename(text_part::name) } else { 0 };
+        let at = |error: Error| error.at(path.display());
+        let left_out = if is_more { folder.rename(text_part::name).map_err(at)? } else { 0 };
         let mut config = as_understood(whole);
-        if gpt2::is_inner(&config, folder.names()) {
-            folder.rename(|stored| Some(gpt2::name(stored)));
+        if let Some(inner) = InnerModel::of(&config, folder.names()) {
+            folder.rename(|stored| Some(inner.name(stored))).map_err(at)?;
         }
         if has_own_head(&config, &folder) {
             config["tie_word_embeddings"] = false.into();
@@ -399,8 +401,10 @@ pub(crate) fn set_dtype(fields: &mut Map<String, Value>, dtype: FloatType) {
 /// # Errors
 /// `Io` when it cannot be read, `Input` with line and column when it is not JSON.
 pub fn read_json(path: &Path) -> Result<Value> {
+    const BYTE_ORDER_MARK: &[u8] = b"\xef\xbb\xbf";
     let text = std::fs::read(path).map_err(|e| Error::io("read", path, e))?;
-    serde_json::from_slice(&text).map_err(|e| {
+    let text = text.strip_prefix(BYTE_ORDER_MARK).unwrap_or(&text);
+    serde_json::from_slice(text).map_err(|e| {
         Error::input(format_args!("{}: not valid JSON: {e}", path.display()))
             .hint("the file is damaged or cut off: get it again")
     })

@@ -275,7 +275,7 @@ fn float_name(dtype: FloatType) -> &'static str {
 }
 
 /// Separators of Python's `json.dumps`: `", "` and `": "`.
-pub struct PythonJson;
+struct PythonJson;
 
 impl serde_json::ser::Formatter for PythonJson {
     fn begin_object_key<W>(&mut self, writer: &mut W, first: bool) -> std::io::Result<()>

@@ -26,7 +26,7 @@ pub fn complete(
 ) -> Result<Vec<OsString>> {
     let mut below = Layers::new(command, matches);
     let file = config_file(command, matches)?;
-    below.add(&file);
+    below.add(&file)?;
     if matches.get_flag("resume") {
         let in_file = || {
             let entry = file.iter().find(|entry| entry.flag == "out")?;
@@ -45,12 +45,12 @@ pub fn complete(
                 let what = format_args!("{} holds no run to resume", out.display());
                 return Err(Error::usage(what).hint("start one with `--model` and `--data`"));
             }
-            below.add(&entries);
+            below.add(&entries)?;
         }
     }
     let preset = matches.get_one::<Preset>("preset").copied();
     if let Some(preset) = preset.or_else(|| preset_of(&file)) {
-        below.add(&layers::preset_entries(preset.settings()));
+        below.add(&layers::preset_entries(preset.settings()))?;
     }
     Ok(below.into_arguments())
 }
@@ -68,8 +68,8 @@ pub fn complete_memory(
     let file = config_file(train, matches)?;
     let preset = preset_of(&file).map(|preset| layers::preset_entries(preset.settings()));
     let mut below = Layers::new(memory, matches);
-    below.add(&layers::known_to(memory, file));
-    below.add(&layers::known_to(memory, preset.unwrap_or_default()));
+    below.add(&layers::known_to(memory, file))?;
+    below.add(&layers::known_to(memory, preset.unwrap_or_default()))?;
     Ok(below.into_arguments())
 }
 

@@ -197,6 +197,10 @@ fn known<'a>(command: &'a Command, name: &str, is_section: bool) -> Result<&'a A
                 let hint = format_args!("settings have no sections: remove `{name}`");
                 return Err(error.hint(hint));
             }
+            let meant = synonyms::ours(command, &wanted.to_lowercase());
+            if let Some(flag) = meant.filter(|flag| NOT_SETTINGS.contains(flag)) {
+                return Err(error.hint(format_args!("on the command line it is `--{flag}`")));
+            }
             if let Some(hint) = synonyms::hint(command, name, "") {
                 return Err(error.hint(hint));
             }
@@ -302,10 +306,22 @@ fn unknown(command: &Command, what: &str, tried: &str) -> Error {
     }
     let flags = command.get_arguments().filter_map(Arg::get_long).map(|long| format!("--{long}"));
     let flags: Vec<String> = flags.collect();
-    match nearest(&tried.replace('_', "-"), flags.iter().map(String::as_str)) {
+    let tried = tried.replace('_', "-");
+    let negated = tried.strip_prefix("--no-").and_then(|name| find(command, name));
+    if let Some(name) = negated.filter(|arg| is_switch(arg)).and_then(Arg::get_long) {
+        return error.hint(format_args!("`--{name} false`"));
+    }
+    match nearest(&tried, flags.iter().map(String::as_str)) {
         close if close.is_empty() => error,
         close => error.hint(format_args!("did you mean {close}?")),
     }
+}
+
+/// Whether a flag is true or false.
+fn is_switch(arg: &Arg) -> bool {
+    let values: Vec<String> =
+        arg.get_possible_values().iter().map(|value| value.get_name().to_string()).collect();
+    values == ["true", "false"]
 }
 
 fn arguments(entry: &Entry) -> impl Iterator<Item = OsString> {
@@ -331,11 +347,21 @@ impl<'a> Layers<'a> {
     }
 
     /// Adds a layer below all others: those of its settings that are still free.
-    pub fn add(&mut self, entries: &[Entry]) {
+    ///
+    /// # Errors
+    /// `Usage` where that would leave out the adapter to begin with: a new one would be trained in its place.
+    pub fn add(&mut self, entries: &[Entry]) -> Result<()> {
+        let begins_with = entries.iter().find(|entry| entry.flag == "init-adapter");
+        let instead = begins_with.and_then(|entry| Some((entry, self.excluding(entry)?)));
+        if let Some((Entry { flag, place, .. }, other)) = instead {
+            let what = format_args!("`--{other}` is for a new adapter, {place} has `{flag}`");
+            return Err(Error::usage(what).hint("leave one of them out"));
+        }
         let free: Vec<&Entry> = entries.iter().filter(|entry| !self.decided(entry)).collect();
         let asked = free.iter().filter(|entry| !is_usual_packing(&entry.flag, &entry.values));
         self.arguments.extend(asked.flat_map(|entry| arguments(entry)));
         self.set.extend(free.iter().map(|entry| entry.flag.clone()));
+        Ok(())
     }
 
     /// Arguments to append to the command line.
@@ -344,8 +370,12 @@ impl<'a> Layers<'a> {
     }
 
     fn decided(&self, entry: &Entry) -> bool {
-        let decides = |set: &String| *set == entry.flag || exclude(self.command, set, &entry.flag);
-        self.set.iter().any(decides)
+        self.set.contains(&entry.flag) || self.excluding(entry).is_some()
+    }
+
+    /// A setting that cannot be given together with `entry`.
+    fn excluding(&self, entry: &Entry) -> Option<&String> {
+        self.set.iter().find(|set| exclude(self.command, set, &entry.flag))
     }
 }
 

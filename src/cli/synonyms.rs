@@ -172,7 +172,7 @@ pub fn hint(command: &Command, theirs: &str, dashes: &str) -> Option<String> {
 }
 
 /// The flag of `command` that other programs call `theirs`.
-fn ours(command: &Command, theirs: &str) -> Option<&'static str> {
+pub fn ours(command: &Command, theirs: &str) -> Option<&'static str> {
     let has = |name: &str| command.get_arguments().any(|arg| arg.get_long() == Some(name));
     let mut meant = SYNONYMS.into_iter().filter(|(name, _)| *name == theirs);
     meant.find(|(_, ours)| has(ours)).map(|(_, ours)| ours)

@@ -23,6 +23,7 @@ use crate::cli::generate::GenerationArgs;
 use crate::cli::train::{BaseModelArgs, Quantization};
 use crate::error::{Error, Result};
 use crate::model::spec::{ModelSpec, RopeScaling};
+use crate::model::weights::without_use;
 use crate::plural::noun;
 
 /// Runs one parsed command.
@@ -83,6 +84,20 @@ fn note_left_out(checkpoint: &Checkpoint) {
         let tensors = noun(count, "tensor");
         eprintln!("{path}: the text model alone; {count} {tensors} for images are left out");
     }
+}
+
+/// Says which stored tensors the model does not compute with: it may not be what `config.json` says.
+fn note_without_use(checkpoint: &Checkpoint, spec: &ModelSpec) {
+    if let Some(names) = first_of(&without_use(checkpoint, spec)) {
+        eprintln!("note: the model has no use for tensor {names}");
+    }
+}
+
+/// The first of some names, and how many more there are.
+fn first_of(names: &[&str]) -> Option<String> {
+    let (first, rest) = names.split_first()?;
+    let more = if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
+    Some(format!("{first}{more}"))
 }
 
 /// Refuses sizes of blocks for weights that are not packed, and what [`check_packed_as`] does.

@@ -31,6 +31,11 @@ pub fn copy_side_files(model: &Path, tokenizer: &TokenizerFiles, folder: &Path) 
 /// # Errors
 /// `Usage` naming what would be lost.
 pub fn check(out: &Path, overwrite: bool, inputs: &[&Path]) -> Result<()> {
+    if out.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("gguf")) {
+        let what = format_args!("{} is to be a folder, not a GGUF file", out.display());
+        return Err(Error::usage(what)
+            .hint("give it another name; `nibble export` makes a GGUF file of a folder"));
+    }
     check_destination(out, overwrite)?;
     inputs.iter().try_for_each(|input| check_not_within(input, out))?;
     let Ok(entries) = fs::read_dir(out) else { return Ok(()) };

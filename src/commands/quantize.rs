@@ -58,11 +58,8 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
 
 /// What a user may not expect of the output.
 fn warn(repack: &Repack, steps: &[Step]) {
-    let left_out = repack.left_out(steps);
-    if let [first, rest @ ..] = &left_out[..] {
-        let more =
-            if rest.is_empty() { String::new() } else { format!(" and {} more", rest.len()) };
-        eprintln!("note: the model has no use for tensor {first}{more}: left out");
+    if let Some(names) = super::first_of(&repack.left_out(steps)) {
+        eprintln!("note: the model has no use for tensor {names}: left out");
     }
     let is_dense = |step: &Step| step.skipped_linear().is_some();
     let stored = repack.kept_format();

@@ -1,19 +1,13 @@
 //! Conversations as chat templates want them, from the shapes that data sets have.
 //!
 //! OpenAI's `role`/`content` and ShareGPT's `from`/`value` are both read, whatever the list is called, and so
-//! are texts in turns (LIMA) and pairs of `input` and `output` (Capybara).
-//! As vLLM does, and as most templates need, content in text parts becomes one text unless the template goes
-//! through the parts itself, and a tool call's arguments are an object even where they were saved as JSON
-//! text. Images and sounds are refused.
-
-use std::borrow::Cow;
+//! are texts in turns (LIMA) and pairs of `input` and `output` (Capybara). Images and sounds are refused.
 
 use serde_json::{Map, Value, json};
 
 use super::fields::{list, optional_text};
-use super::message::texts;
+use super::json_text;
 use super::rejection::{Rejection, kind};
-use super::template::ChatTemplate;
 
 /// What chat templates call those who speak; another name may be a slip of the pen.
 const ROLES: [&str; 7] =
@@ -88,27 +82,8 @@ impl Chat {
         Ok(chat)
     }
 
-    /// With one text for the parts of each message, which most templates need: of all but the user's, of which
-    /// alone it is known that the template goes through them, and of these, too, where it does not.
-    pub(super) fn for_template(&self, template: &ChatTemplate) -> Cow<'_, Self> {
-        let in_parts = |message: &Value| message["content"].is_array();
-        if !self.messages.iter().any(in_parts) {
-            return Cow::Borrowed(self);
-        }
-        let takes_parts = template.takes_parts();
-        let separator = if takes_parts { "" } else { "\n" };
-        let mut chat = self.clone();
-        for message in chat.messages.iter_mut().filter(|message| in_parts(message)) {
-            if !takes_parts || message["role"] != "user" {
-                let texts: Vec<&str> = texts(message).collect();
-                message["content"] = texts.join(separator).into();
-            }
-        }
-        Cow::Owned(chat)
-    }
-
     /// Whether the assistant's message `index` is trained: not in the prompt, nor with OpenAI's
-    /// `"weight": 0` or Axolotl's `"train": false`.
+    /// `"weight": 0`, Axolotl's `"train": false` or ms-swift's `"loss": false`.
     pub fn is_trained(&self, index: usize) -> bool {
         index >= self.prompt_messages && self.messages[index]["weight"].as_f64() != Some(0.0)
     }
@@ -130,7 +105,7 @@ fn messages(record: &Value, key: &str, before: usize) -> Result<Vec<Value>, Reje
     let parsed: Vec<Value>;
     let turns = match record.get(key) {
         Some(Value::String(text)) if text.trim_start().starts_with('[') => {
-            parsed = serde_json::from_str(text).map_err(|e| {
+            parsed = json_text::read(text).map_err(|e| {
                 Rejection::new(format!("field `{key}` is text, but no JSON list: {e}"))
             })?;
             &parsed
@@ -174,7 +149,7 @@ pub(super) fn has_messages(field: &Value) -> bool {
     match field {
         Value::Array(_) => true,
         Value::String(text) if text.trim_start().starts_with('[') => {
-            serde_json::from_str(text).is_ok_and(listed)
+            json_text::read(text).is_ok_and(listed)
         }
         _ => false,
     }
@@ -215,7 +190,7 @@ pub(super) fn tool_list(record: &Value, key: &str) -> Result<Vec<Value>, Rejecti
     let tools = match record.get(key) {
         None | Some(Value::Null) => return Ok(Vec::new()),
         Some(Value::String(text)) if matches!(text.trim(), "" | "null") => return Ok(Vec::new()),
-        Some(Value::String(text)) => serde_json::from_str(text)
+        Some(Value::String(text)) => json_text::read(text)
             .map_err(|e| Rejection::new(format!("field `{key}` is text, but no JSON: {e}")))?,
         Some(tools) => tools.clone(),
     };
@@ -238,23 +213,41 @@ fn read(message: &Value) -> Result<Value, Rejection> {
     let Some(fields) = message.as_object() else {
         return Err(Rejection::new(format!(" is {}, expected an object", kind(message))));
     };
-    let weight = fields.get("weight").filter(|weight| !weight.is_null());
-    if let Some(weight) = weight.filter(|weight| !matches!(weight.as_f64(), Some(0.0 | 1.0))) {
-        let what = format!(".weight is {weight}, expected 0 or 1");
-        return Err(Rejection::new(what).hint("0 leaves an answer untrained"));
-    }
-    let train = match fields.get("train").unwrap_or(&Value::Null) {
-        Value::Null | Value::Bool(true) => true,
-        Value::Bool(false) => false,
-        other => return Err(Rejection::new(format!(".train is {other}, expected true or false"))),
-    };
+    let is_trained = is_trained(fields)?;
     let mut read = shaped(fields)?;
-    match weight {
-        _ if !train => read["weight"] = 0.into(),
-        Some(weight) => read["weight"] = weight.clone(),
-        None => {}
+    if !is_trained {
+        read["weight"] = 0.into();
     }
     Ok(read)
+}
+
+/// What a message says about its own loss: OpenAI's `weight`, Axolotl's `train` and ms-swift's `loss`.
+fn is_trained(fields: &Map<String, Value>) -> Result<bool, Rejection> {
+    let mut said: Option<(&str, bool)> = None;
+    for name in ["weight", "train", "loss"] {
+        let given = fields.get(name).unwrap_or(&Value::Null);
+        let trains = match (name, given, given.as_f64()) {
+            (_, Value::Null, _) => continue,
+            ("weight", _, Some(weight @ (0.0 | 1.0))) => weight == 1.0,
+            ("weight", ..) => {
+                let what = format!(".weight is {given}, expected 0 or 1");
+                return Err(Rejection::new(what).hint("0 leaves an answer untrained"));
+            }
+            (_, &Value::Bool(trains), _) => trains,
+            _ => {
+                let what = format!(".{name} is {given}, expected true or false");
+                return Err(Rejection::new(what).hint("false leaves an answer untrained"));
+            }
+        };
+        match said {
+            Some((other, before)) if before != trains => {
+                let what = format!(" is to be trained by one of `{other}` and `{name}` alone");
+                return Err(Rejection::new(what).hint("keep the one that is right"));
+            }
+            _ => said = Some((name, trains)),
+        }
+    }
+    Ok(said.is_none_or(|(_, trains)| trains))
 }
 
 fn shaped(fields: &Map<String, Value>) -> Result<Value, Rejection> {
@@ -319,15 +312,6 @@ fn openai(fields: &Map<String, Value>) -> Result<Value, Rejection> {
             return Err(Rejection::new(format!(".content is {}, expected text", kind(other))));
         }
     }
-    let calls = fields.get_mut("tool_calls").and_then(Value::as_array_mut);
-    for call in calls.into_iter().flatten() {
-        let Some(arguments) = call.pointer_mut("/function/arguments") else { continue };
-        if let Some(text) = arguments.as_str()
-            && let Ok(object @ Value::Object(_)) = serde_json::from_str(text)
-        {
-            *arguments = object;
-        }
-    }
     Ok(Value::Object(fields))
 }
 
@@ -343,7 +327,7 @@ fn part(part: &Value) -> Result<&str, Rejection> {
 
 /// LLaMA-Factory's way of saying that the assistant calls tools: one call or a list, as JSON text.
 fn function_call(text: &str) -> Result<Value, Rejection> {
-    let calls: Value = serde_json::from_str(text)
+    let calls: Value = json_text::read(text)
         .map_err(|e| Rejection::new(format!(".value is a function_call, but no JSON: {e}")))?;
     let calls = if let Value::Array(calls) = calls { calls } else { vec![calls] };
     if let Some(call) = calls.iter().find(|call| !call["name"].is_string()) {

@@ -14,7 +14,7 @@ use super::ends::TurnEnds;
 use super::record::Record;
 use super::rejection::Rejection;
 use super::spans::{Rendered, Turn};
-use super::template::{ChatTemplate, DATE_OF_DATA};
+use super::template::{ChatTemplate, DATE_OF_DATA, TEMPLATE_FAILS};
 use super::tokenizer::ChatTokenizer;
 use crate::error::{Error, Result};
 
@@ -126,17 +126,6 @@ impl<'a> Encoder<'a> {
         Ok(encoded)
     }
 
-    /// Ids of plain text, with a BOS if the tokenizer wants one and the text has none.
-    fn ids(&self, text: &str) -> std::result::Result<Vec<u32>, Rejection> {
-        let mut ids = self.tokenizer.encode(text).map_err(rejection)?;
-        if let Some(bos) = self.tokenizer.bos().filter(|_| self.tokenizer.adds_bos())
-            && ids.first() != Some(&bos.id)
-        {
-            ids.insert(0, bos.id);
-        }
-        Ok(ids)
-    }
-
     /// Whether a token ends a turn or a document.
     pub(super) fn ends_turn(&self, id: u32) -> bool {
         self.end_ids.contains(&id)
@@ -155,7 +144,7 @@ impl<'a> Encoder<'a> {
         if text.is_empty() {
             return Ok(Encoded::default());
         }
-        let mut ids = self.ids(text)?;
+        let mut ids = self.tokenizer.encode_plain(text).map_err(rejection)?;
         let closed = self.close(&mut ids);
         Ok(all_trained(ids, !closed))
     }
@@ -168,8 +157,9 @@ impl<'a> Encoder<'a> {
         if completion.is_empty() {
             return Ok(Encoded::default());
         }
-        let prompt_ids = self.ids(prompt)?;
-        let mut ids = self.ids(&format!("{prompt}{completion}"))?;
+        let plain = |text: &str| self.tokenizer.encode_plain(text).map_err(rejection);
+        let prompt_ids = plain(prompt)?;
+        let mut ids = plain(&format!("{prompt}{completion}"))?;
         // A token that spans the border belongs to the completion.
         let border = prompt_ids.iter().zip(&ids).take_while(|(a, b)| a == b).count();
         let closed = self.close(&mut ids);
@@ -194,9 +184,10 @@ impl<'a> Encoder<'a> {
         }
         let template = templates.for_variables(&chat.variables);
         let chat = &*chat.for_template(template);
-        let refused = |error| match rejection(error) {
-            refused if chat.has_tools() => refused.or_hint(TOOLS_UNKNOWN),
-            refused => refused,
+        let refused = |error| {
+            let refused = rejection(error);
+            let open = refused.hint.as_deref().is_none_or(|hint| hint == TEMPLATE_FAILS);
+            if chat.has_tools() && open { refused.hint(TOOLS_UNKNOWN) } else { refused }
         };
         if self.train_on == TrainOn::All {
             let text = template.render(&chat.messages, &chat.variables, false).map_err(refused)?;

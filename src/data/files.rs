@@ -87,6 +87,13 @@ impl DataFiles {
         if self.0.len() > 1 { self.place(line) } else { format!("line {line}") }
     }
 
+    /// The file that a line is in, where there are several, and the line in it.
+    pub fn locate(&self, line: usize) -> (Option<&Path>, usize) {
+        let file = self.0.get(self.index_of(line));
+        let several = file.filter(|_| self.0.len() > 1).map(|file| file.path.as_path());
+        (several, line - file.map_or(0, |file| file.lines_before))
+    }
+
     /// `train.jsonl:4, 9, 17`, or `a.jsonl:4, 9; b.jsonl:17`: the first `most` of the lines, each once.
     pub fn places(&self, lines: &[usize], most: usize) -> String {
         let mut once: Vec<usize> = lines.to_vec();
@@ -335,6 +342,8 @@ mod tests {
         assert_eq!(several.places(&[10, 11, 13, 14], 9), "a:10; b:1, 3; c:1");
         assert_eq!(several.places(&[1, 2, 11], 2), "a:1, 2, …");
         assert_eq!(several.line(14), "c:1");
+        assert_eq!(several.locate(13), (Some(Path::new("b")), 3));
+        assert_eq!((one.locate(7), DataFiles::default().locate(3)), ((None, 7), (None, 3)));
         assert_eq!(DataFiles::default().places(&[3, 5], 9), "lines 3, 5");
         // While the second one is read.
         let mut begun = several;

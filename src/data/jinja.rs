@@ -4,13 +4,13 @@
 //! trimming, loop controls, `raise_exception`, `strftime_now`, its own `tojson`, and `{% generation %}`
 //! blocks. Values print as Python prints them (`True`, `None`, `['a']`).
 
-use std::fmt::Write;
+use std::fmt;
 
-use minijinja::value::{Kwargs, Value, ValueKind, ViaDeserialize};
+use minijinja::value::{Value, ValueKind};
 use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior};
-use serde::Serialize;
-use serde_json::ser::{CompactFormatter, Formatter, PrettyFormatter, Serializer};
 
+use super::python_float::repr;
+use super::python_json::to_json;
 use super::strftime::strftime;
 
 /// Private-use characters around the text of a `{% generation %}` block.
@@ -33,6 +33,14 @@ pub(super) fn environment(unix_seconds: u64) -> Environment<'static> {
     environment.add_filter("trim", trim);
     environment.add_filter("length", length);
     environment.add_filter("count", length);
+    environment.add_filter("join", join);
+    environment.add_test("number", |value: &Value| {
+        matches!(value.kind(), ValueKind::Number | ValueKind::Bool)
+    });
+    environment.add_test("sequence", |value: &Value| {
+        use ValueKind::{Map, Seq, String, Undefined};
+        matches!(value.kind(), Seq | Map | String | Undefined)
+    });
     environment.add_test("iterable", |value: &Value| !value.is_none() && value.try_iter().is_ok());
     environment.add_filter("generation", |text: String| {
         format!("{GENERATION_BEGIN}{text}{GENERATION_END}")
@@ -61,9 +69,26 @@ pub(super) fn cause(error: &Error) -> String {
     }
 }
 
-fn raise_exception(message: String) -> Result<String, Error> {
-    Err(Error::new(ErrorKind::InvalidOperation, message))
+/// Whether the template refuses what it was given, by `raise_exception`.
+pub(super) fn is_refusal(error: &Error) -> bool {
+    std::error::Error::source(error).is_some_and(|source| source.is::<Refusal>())
 }
+
+fn raise_exception(message: String) -> Result<String, Error> {
+    Err(Error::new(ErrorKind::InvalidOperation, message).with_source(Refusal))
+}
+
+/// What tells the template's own complaints from Jinja's.
+#[derive(Debug)]
+struct Refusal;
+
+impl fmt::Display for Refusal {
+    fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
+        f.write_str("the template refuses")
+    }
+}
+
+impl std::error::Error for Refusal {}
 
 /// Of anything, printed.
 fn trim(value: &Value, characters: Option<String>) -> String {
@@ -72,6 +97,12 @@ fn trim(value: &Value, characters: Option<String>) -> String {
         Some(characters) => text.trim_matches(|c| characters.contains(c)).to_string(),
         None => text.trim().to_string(),
     }
+}
+
+/// Items as they print.
+fn join(value: &Value, between: Option<String>) -> Result<String, Error> {
+    let items: Vec<String> = value.try_iter()?.map(|item| python_str(&item)).collect();
+    Ok(items.join(between.as_deref().unwrap_or_default()))
 }
 
 /// Zero for what is undefined.
@@ -106,6 +137,9 @@ fn python_repr(value: &Value) -> String {
         ValueKind::None => "None".into(),
         ValueKind::Bool => (if value.is_true() { "True" } else { "False" }).into(),
         ValueKind::String => quoted(value.as_str().unwrap_or_default()),
+        ValueKind::Number if !value.is_integer() => {
+            f64::try_from(value.clone()).map_or_else(|_| value.to_string(), repr)
+        }
         ValueKind::Seq => {
             let items = value.try_iter().into_iter().flatten();
             format!("[{}]", items.map(|item| python_repr(&item)).collect::<Vec<_>>().join(", "))
@@ -140,55 +174,6 @@ fn quoted(text: &str) -> String {
     out
 }
 
-/// `json.dumps(value, ensure_ascii, indent, separators, sort_keys)`.
-fn to_json(
-    value: ViaDeserialize<serde_json::Value>,
-    indent: Option<usize>,
-    options: Kwargs,
-) -> Result<String, Error> {
-    let mut value = value.0;
-    let indent = options.get::<Option<usize>>("indent")?.or(indent);
-    let ascii = options.get::<Option<bool>>("ensure_ascii")?.unwrap_or(false);
-    let separators = options.get::<Option<Vec<String>>>("separators")?;
-    if options.get::<Option<bool>>("sort_keys")?.unwrap_or(false) {
-        value.sort_all_objects();
-    }
-    options.assert_all_used()?;
-    let text = match (indent, separators.as_deref()) {
-        (Some(width), _) => {
-            let spaces = " ".repeat(width);
-            serialized(&value, PrettyFormatter::with_indent(spaces.as_bytes()))?
-        }
-        (None, Some([item, key])) if item == "," && key == ":" => {
-            serialized(&value, CompactFormatter)?
-        }
-        (None, _) => serialized(&value, crate::checkpoint::writer::PythonJson)?,
-    };
-    Ok(if ascii { escape_non_ascii(&text) } else { text })
-}
-
-fn serialized(value: &serde_json::Value, formatter: impl Formatter) -> Result<String, Error> {
-    let mut out = Vec::new();
-    value
-        .serialize(&mut Serializer::with_formatter(&mut out, formatter))
-        .map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))?;
-    String::from_utf8(out).map_err(|e| Error::new(ErrorKind::BadSerialization, e.to_string()))
-}
-
-fn escape_non_ascii(text: &str) -> String {
-    let mut out = String::with_capacity(text.len());
-    for character in text.chars() {
-        if character.is_ascii() {
-            out.push(character);
-            continue;
-        }
-        for unit in character.encode_utf16(&mut [0; 2]) {
-            let _ = write!(out, "\\u{unit:04x}");
-        }
-    }
-    out
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -203,15 +188,11 @@ mod tests {
         for (source, expected) in [
             ("{{ map }}", r#"{'b': [1, 2.5, True, None], 'a': "it's", 'é': 'q"\''}"#),
             ("{{ true }} {{ none }} {{ 1.0 }} {{ map.b[2] }}", "True None 1.0 True"),
-            ("{{ map | tojson }}", r#"{"b": [1, 2.5, true, null], "a": "it's", "é": "q\"'"}"#),
-            ("{{ map.b | tojson(separators=(',', ':')) }}", "[1,2.5,true,null]"),
-            ("{{ map.b | tojson(indent=1) }}", "[\n 1,\n 2.5,\n true,\n null\n]"),
-            (
-                "{{ map | tojson(sort_keys=true, ensure_ascii=true) }}",
-                r#"{"a": "it's", "b": [1, 2.5, true, null], "\u00e9": "q\"'"}"#,
-            ),
-            ("{{ '🤖' | tojson(ensure_ascii=true) }}", r#""\ud83e\udd16""#),
-            ("{{ '<&>\\'' | tojson }}", r#""<&>'""#),
+            ("{{ 2e-5 }} {{ [1e16, -0.0] }} {{ 1e22 | string }}", "2e-05 [1e+16, -0.0] 1e+22"),
+            ("{{ [2e-5, true, none] | join(',') }} {{ [1, 2] | join }}", "2e-05,True,None 12"),
+            ("{{ 'a' is sequence }} {{ {} is sequence }} {{ 1 is sequence }}", "True True False"),
+            ("{{ [] is sequence }} {{ none is sequence }}", "True False"),
+            ("{{ true is number }} {{ true is integer }} {{ 'a' is number }}", "True False False"),
             ("{{ map.none_such }}|{{ 'a b'.split()[0] }}", "|a"),
             ("{{ map.b | trim }}{{ '--a-'  | trim('-') }}", "[1, 2.5, True, None]a"),
             (

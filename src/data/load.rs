@@ -11,6 +11,7 @@ use super::batch::Document;
 use super::encode::{Encoded, Encoder};
 use super::files::DataFiles;
 use super::format::Format;
+use super::json_text;
 use super::load_report::{LoadReport, Rejected, RoleUse};
 use super::options::DataOptions;
 use super::record::parse;
@@ -136,7 +137,7 @@ impl<K: FnMut(Document)> Loader<'_, K> {
     /// Tokenizes a batch in parallel and files the results in order.
     fn take(&mut self, batch: Vec<Raw>) -> Result<()> {
         let read = |body| match body {
-            Body::Json(text) => parse_json(&text),
+            Body::Json(text) => json_text::record(&text),
             Body::Fields(fields) => Ok(fields),
         };
         let parse_raw = |raw: Raw| (raw.line, raw.body.and_then(read));
@@ -325,70 +326,6 @@ fn renamed(
 /// Null, or an empty cell of a table.
 fn is_nothing(value: &Value) -> bool {
     value.is_null() || value == ""
-}
-
-fn parse_json(text: &str) -> std::result::Result<Value, Rejection> {
-    let read = serde_json::from_str(text).or_else(|error| {
-        let finite = without_nan(text).and_then(|finite| serde_json::from_str(&finite).ok());
-        finite.ok_or(error)
-    });
-    read.map_err(|error| not_json(&error))
-}
-
-fn not_json(error: &serde_json::Error) -> Rejection {
-    let (line, column) = (error.line(), error.column());
-    let message = error.to_string();
-    let message = message.split(" at line ").next().unwrap_or_default();
-    let place = match line {
-        0 | 1 => format!("column {column}"),
-        _ => format!("its line {line}, column {column}"),
-    };
-    let rejection = Rejection::new(format!("not valid JSON at {place}: {message}"));
-    if error.is_eof() {
-        rejection.hint("each record stands on one line, or the file is one JSON list")
-    } else if (line, column) == (1, 1) {
-        rejection.hint("each line is a JSON object: plain text is `{\"text\": \"…\"}`")
-    } else {
-        rejection
-    }
-}
-
-/// Python's JSON with null for NaN and Infinity, which JSON has not; `None` where there are none.
-fn without_nan(text: &str) -> Option<String> {
-    let (mut out, mut rest, mut found) = (String::with_capacity(text.len()), text, false);
-    while let Some(at) = rest.find(['"', 'N', 'I']) {
-        let (before, from) = rest.split_at(at);
-        out += before;
-        let length = if from.starts_with('"') {
-            string_length(from)?
-        } else if let Some(name) =
-            ["NaN", "Infinity"].into_iter().find(|name| from.starts_with(name))
-        {
-            found = true;
-            if out.ends_with('-') {
-                out.pop();
-            }
-            out += "null";
-            rest = &from[name.len()..];
-            continue;
-        } else {
-            return None;
-        };
-        out += &from[..length];
-        rest = &from[length..];
-    }
-    found.then(|| out + rest)
-}
-
-/// Bytes of the JSON string that `text` begins with, quotes included.
-fn string_length(text: &str) -> Option<usize> {
-    let mut escaped = false;
-    let end = text.bytes().skip(1).position(|byte| {
-        let ends = byte == b'"' && !escaped;
-        escaped = byte == b'\\' && !escaped;
-        ends
-    });
-    end.map(|end| end + 2)
 }
 
 fn fingerprint(document: &Document) -> u64 {

@@ -3,7 +3,9 @@
 //! ```text
 //! files      one, those of a folder, or those that a pattern fits
 //! source     a file's records: JSONL, JSON, CSV, Parquet, packed or not
-//! format     what kind of example they are;  record: one of them;  chat: messages of all shapes
+//! format     what kind of example they are;  record: one of them;  chat: messages of all shapes;
+//!            renames: how to read others
+//! fitted     a conversation as one template takes it
 //! template   conversation → text, in the Jinja of jinja; spans: who said what, up to its ends
 //! encode     text → ids and labels, by the tokenizer
 //! truncate   what happens to the long ones
@@ -19,9 +21,11 @@ pub mod encode;
 mod ends;
 mod fields;
 pub mod files;
+mod fitted;
 mod format;
 mod gguf_tokens;
 mod jinja;
+mod json_text;
 mod known_templates;
 mod left_out;
 pub mod load;
@@ -30,8 +34,11 @@ mod message;
 mod options;
 pub mod pack;
 mod pre_tokenizers;
+mod python_float;
+mod python_json;
 pub mod record;
 mod rejection;
+mod renames;
 mod sentence_piece;
 mod source;
 mod spans;

@@ -3,6 +3,8 @@
 use serde::Serialize;
 use serde_json::Value;
 
+use super::json_text::long_integer;
+
 /// A reason why a record cannot be used, and what to do about it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct Rejection {
@@ -21,11 +23,6 @@ impl Rejection {
         self.hint = Some(hint.into());
         self
     }
-
-    /// A way out where there is none yet.
-    pub(super) fn or_hint(self, hint: impl Into<String>) -> Self {
-        if self.hint.is_some() { self } else { self.hint(hint) }
-    }
 }
 
 /// What a value is, for people.
@@ -36,6 +33,7 @@ pub(super) fn kind(value: &Value) -> &'static str {
         Value::Number(_) => "a number",
         Value::String(_) => "text",
         Value::Array(_) => "a list",
+        Value::Object(_) if long_integer(value).is_some() => "a number",
         Value::Object(_) => "an object",
     }
 }

@@ -8,8 +8,8 @@
 //!    for templates that rewrite the past: they move the system prompt, drop old reasoning, or end
 //!    the whole text with a token. Taken only if the text without the marks is the true one.
 //! 4. From each generation prompt in the text to the next end of a turn, if there are as many as
-//!    turns, none comes from a message, and each turn has the text of its message: for turns that are
-//!    calls of tools, with no text to mark.
+//!    turns, none comes from a message, and each turn has the text of its message and none of
+//!    another's: for turns that are calls of tools, with no text to mark.
 
 use std::ops::Range;
 
@@ -184,7 +184,25 @@ impl Conversation<'_> {
                 without.is_some_and(|without| range.contains(&common_prefix(text, &without)))
             }
         };
-        assistant.iter().zip(&ranges).all(says).then_some(ranges)
+        let said_by_it = assistant.iter().zip(&ranges).all(says);
+        (said_by_it && !self.holds_others(text, assistant, &ranges)).then_some(ranges)
+    }
+
+    /// Whether what somebody else says stands in one of `ranges`: without it, the text is another
+    /// from there on. Where a template cannot do without it, its words tell.
+    fn holds_others(&self, text: &str, assistant: &[usize], ranges: &[Range<usize>]) -> bool {
+        let is_held = |index: usize| {
+            let mut ranges = ranges.iter();
+            match self.template.without_content(self.messages, self.variables, index) {
+                Some(without) => {
+                    let at = common_prefix(text, &without);
+                    ranges.any(|range| range.contains(&at))
+                }
+                None => longest_line(&self.messages[index])
+                    .is_some_and(|line| ranges.any(|range| text[range.clone()].contains(line))),
+            }
+        };
+        (0..self.messages.len()).filter(|index| !assistant.contains(index)).any(is_held)
     }
 
     /// What the template adds behind `text`, or else behind the first question, for the model to
@@ -227,9 +245,8 @@ fn with_marks(message: &Value) -> Option<Value> {
         return Some(message.clone());
     }
     let content = message["content"].as_str()?;
-    let has_calls = message.get("tool_calls").is_some_and(|calls| !calls.is_null());
     let (body, trimmed) = (content.trim(), content.trim_start());
-    if body.is_empty() || has_calls {
+    if body.is_empty() || calls(message) {
         return None;
     }
     // Templates may trim white space, and drop the reasoning: marks stand inside of the first, and

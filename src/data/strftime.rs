@@ -1,5 +1,7 @@
 //! Python's `strftime`, as far as chat templates go: they put the date into system prompts.
 
+use std::time::{SystemTime, UNIX_EPOCH};
+
 const DAYS: [&str; 7] =
     ["Sunday", "Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday"];
 #[rustfmt::skip]
@@ -7,6 +9,11 @@ const MONTHS: [&str; 12] = [
     "January", "February", "March", "April", "May", "June", "July", "August", "September",
     "October", "November", "December",
 ];
+
+/// The present.
+pub fn unix_seconds_now() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |now| now.as_secs())
+}
 
 /// `format` with its directives filled in for `unix_seconds`, UTC. Unknown directives stay.
 pub fn strftime(format: &str, unix_seconds: u64) -> String {
@@ -39,18 +46,28 @@ pub fn strftime(format: &str, unix_seconds: u64) -> String {
             Some('I') => number(twelve),
             Some('M') => number(minute),
             Some('S') => number(second),
+            Some('j') if plain => of_year(year, month, day).to_string(),
+            Some('j') => format!("{:03}", of_year(year, month, day)),
             Some('p') => (if hour < 12 { "AM" } else { "PM" }).into(),
             Some('B') => month_name.into(),
             Some('b' | 'h') => month_name[..3].into(),
             Some('A') => weekday.into(),
             Some('a') => weekday[..3].into(),
             Some('F') => format!("{year}-{month:02}-{day:02}"),
-            Some('T') => format!("{hour:02}:{minute:02}:{second:02}"),
+            Some('D' | 'x') => format!("{month:02}/{day:02}/{:02}", year % 100),
+            Some('T' | 'X') => format!("{hour:02}:{minute:02}:{second:02}"),
             Some('%') => "%".into(),
             other => "%".chars().chain(plain.then_some('-')).chain(other).collect(),
         };
     }
     out
+}
+
+/// Which day of its year a day is, from 1.
+fn of_year(year: u64, month: usize, day: u64) -> u64 {
+    const BEFORE: [u64; 12] = [0, 31, 59, 90, 120, 151, 181, 212, 243, 273, 304, 334];
+    let is_leap = year.is_multiple_of(4) && !year.is_multiple_of(100) || year.is_multiple_of(400);
+    BEFORE[month - 1] + day + u64::from(is_leap && month > 2)
 }
 
 /// Year, month and day of a day since 1970-01-01: Howard Hinnant's `civil_from_days`.
@@ -81,6 +98,10 @@ mod tests {
         );
         assert_eq!(strftime("100%% %Q %-Q %", at), "100% %Q %-Q %");
         assert_eq!(strftime("%F %a %-I%p", 951_782_400), "2000-02-29 Tue 12AM");
+        assert_eq!(strftime("%j %-j %x %D %X", at), "208 208 07/26/24 07/26/24 09:05:03");
+        assert_eq!(strftime("%j %-j", 951_782_400), "060 60");
+        assert_eq!(strftime("%j", 978_220_800), "366");
+        assert_eq!(strftime("%j", 4_107_542_400), "060");
         assert_eq!(strftime("%F", 4_107_542_399), "2100-02-28");
         assert_eq!(strftime("%F", 4_107_542_400), "2100-03-01");
     }

@@ -6,13 +6,19 @@ use minijinja::Environment;
 use serde_json::{Map, Value, json};
 
 use super::jinja::{
-    GENERATION_BEGIN, GENERATION_END, cause, environment, replace_generation_blocks,
+    GENERATION_BEGIN, GENERATION_END, cause, environment, is_refusal, replace_generation_blocks,
 };
+use super::json_text::Exact;
+use super::strftime::unix_seconds_now;
 use crate::error::{Error, Result};
 
 /// When training data are rendered: Llama 3's own default date. Some templates put the current date
 /// into the system prompt; the same file must give the same tokens on any day.
 pub const DATE_OF_DATA: u64 = 1_721_952_000;
+
+/// The way out where a template refuses nothing, but fails.
+pub(super) const TEMPLATE_FAILS: &str = "the template fails by itself, or for want \
+     of what it expects of a conversation: choose another by `--chat-template`";
 
 /// A compiled chat template.
 pub struct ChatTemplate {
@@ -30,8 +36,7 @@ impl ChatTemplate {
     /// # Errors
     /// `Input` with Jinja's message when it does not compile.
     pub fn new(source: &str, special_tokens: Map<String, Value>) -> Result<Self> {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        Self::at(now.map_or(0, |now| now.as_secs()), source, special_tokens)
+        Self::at(unix_seconds_now(), source, special_tokens)
     }
 
     /// As [`new`](ChatTemplate::new), at a fixed time.
@@ -120,8 +125,11 @@ impl ChatTemplate {
         context.extend(variables.iter().map(|(name, value)| (name.clone(), value.clone())));
         context.insert("messages".into(), messages.into());
         context.insert("add_generation_prompt".into(), add_generation_prompt.into());
-        let render = || self.environment.get_template("chat")?.render(&context);
-        render().map_err(|e| Error::input(format_args!("chat template: {}", cause(&e))))
+        let render = || self.environment.get_template("chat")?.render(Exact(&context));
+        render().map_err(|e| {
+            let error = Error::input(format_args!("chat template: {}", cause(&e)));
+            if is_refusal(&e) { error } else { error.hint(TEMPLATE_FAILS) }
+        })
     }
 }
 

@@ -23,11 +23,13 @@ const ROWS_OF_A_TASK: usize = 64;
 /// `Input` naming what is missing, no number, not supported, or said twice.
 pub(super) fn rotary_from_config(config: &Value) -> Result<Rotary> {
     let parameters = parameters_of(config);
+    if !(parameters.is_null() || parameters.is_object()) {
+        let what = format_args!("config.json: rope_scaling must be an object, got {parameters}");
+        return Err(Error::input(what));
+    }
     check_one_base(config)?;
-    let theta = [&parameters["rope_theta"], &config["rope_theta"]]
-        .into_iter()
-        .find_map(Value::as_f64)
-        .unwrap_or(10_000.0);
+    let own = optional_number(parameters, "rope_theta")?;
+    let theta = own.or(optional_number(config, "rope_theta")?).unwrap_or(10_000.0);
     if !(theta.is_finite() && theta > 0.0) {
         return Err(Error::input(format_args!("config.json: rope_theta is {theta}")));
     }
@@ -107,6 +109,17 @@ fn optional_number(holder: &Value, key: &str) -> Result<Option<f64>> {
     })
 }
 
+/// True or false, if there is anything.
+fn flag(holder: &Value, key: &str) -> Result<Option<bool>> {
+    match &holder[key] {
+        Value::Null => Ok(None),
+        Value::Bool(flag) => Ok(Some(*flag)),
+        other => Err(Error::input(format_args!(
+            "config.json: field `{key}` must be true or false, got {other}"
+        ))),
+    }
+}
+
 /// What cos and sin are multiplied by, if the config says so.
 fn attention_factor(parameters: &Value) -> Result<Option<f64>> {
     const KEY: &str = "attention_factor";
@@ -121,19 +134,26 @@ fn attention_factor(parameters: &Value) -> Result<Option<f64>> {
 }
 
 fn scaling_from(parameters: &Value, config: &Value) -> Result<RopeScaling> {
-    let kind = parameters.get("rope_type").or(parameters.get("type")).and_then(Value::as_str);
-    let optional = |key: &str| parameters.get(key).and_then(Value::as_f64);
+    let kind = match parameters.get("rope_type").or(parameters.get("type")) {
+        None | Some(Value::Null) => "default",
+        Some(Value::String(kind)) => kind,
+        Some(other) => {
+            let what = format_args!("config.json: rope_type must be text, got {other}");
+            return Err(Error::input(what));
+        }
+    };
+    let optional = |key: &str| optional_number(parameters, key);
     let number = |key: &str| {
-        optional(key).filter(|v| v.is_finite() && *v > 0.0).ok_or_else(|| {
+        optional(key)?.filter(|v| v.is_finite() && *v > 0.0).ok_or_else(|| {
             Error::input(format_args!("config.json: rope scaling needs a positive `{key}`"))
         })
     };
-    let max_positions = config.get("max_position_embeddings").and_then(Value::as_f64);
+    let max_positions = optional_number(config, "max_position_embeddings")?;
     let original = || match original_length(parameters, config)? {
         Some(length) if length >= 1.0 => Ok(length as usize),
         _ => number("original_max_position_embeddings").map(|length| length as usize),
     };
-    Ok(match kind.unwrap_or("default") {
+    Ok(match kind {
         "default" => RopeScaling::Default,
         "linear" => RopeScaling::Linear { factor: number("factor")? },
         "dynamic" => RopeScaling::Dynamic {
@@ -143,19 +163,19 @@ fn scaling_from(parameters: &Value, config: &Value) -> Result<RopeScaling> {
         },
         "yarn" => {
             let factor = number("factor")?;
+            // As in Python, 0 counts as absent.
+            let given = |key: &str| Ok::<_, Error>(optional(key)?.filter(|v| *v != 0.0));
+            let implied = match (given("mscale")?, given("mscale_all_dim")?) {
+                (Some(m), Some(all)) => yarn_mscale(factor, m) / yarn_mscale(factor, all),
+                _ => yarn_attention_factor(factor, 0.0),
+            };
             RopeScaling::Yarn {
                 factor,
                 original_max_position_embeddings: original()?,
-                beta_fast: optional("beta_fast").filter(|v| *v != 0.0).unwrap_or(32.0),
-                beta_slow: optional("beta_slow").filter(|v| *v != 0.0).unwrap_or(1.0),
-                attention_factor: attention_factor(parameters)?.unwrap_or_else(|| {
-                    let given = |key: &str| optional(key).filter(|v| *v != 0.0);
-                    match (given("mscale"), given("mscale_all_dim")) {
-                        (Some(m), Some(all)) => yarn_mscale(factor, m) / yarn_mscale(factor, all),
-                        _ => yarn_attention_factor(factor, 0.0),
-                    }
-                }),
-                truncate: parameters.get("truncate").and_then(Value::as_bool).unwrap_or(true),
+                beta_fast: given("beta_fast")?.unwrap_or(32.0),
+                beta_slow: given("beta_slow")?.unwrap_or(1.0),
+                attention_factor: attention_factor(parameters)?.unwrap_or(implied),
+                truncate: flag(parameters, "truncate")?.unwrap_or(true),
             }
         }
         "longrope" => long_rope(parameters, config)?,

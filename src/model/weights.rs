@@ -3,6 +3,7 @@
 //! Every tensor of the inventory must be there with the shape that the config implies; a dense
 //! linear is quantized on the way when the run asks for it, a packed one is used as stored.
 
+use std::collections::HashSet;
 use std::fmt::Display;
 
 use nibble_quant::{BlockFormat, FloatType, owned_bytes};
@@ -146,6 +147,19 @@ pub fn check_stored(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
         check_shape(name, &info.shape, &tensor.shape_in_file(packed))?;
     }
     Ok(())
+}
+
+/// Stored tensors that the model of `spec` does not compute with, such as biases that its config denies; but for
+/// tables that are made anew, and a head that is the embedding.
+pub fn without_use<'c>(checkpoint: &'c Checkpoint, spec: &ModelSpec) -> Vec<&'c str> {
+    const TABLES: [&str; 3] = [".inv_freq", ".attn.bias", ".attn.masked_bias"];
+    let used: HashSet<String> = spec.inventory().into_iter().map(|tensor| tensor.name).collect();
+    let head = spec.head_tensor().name;
+    let is_known = |name: &str| {
+        name == head || used.contains(name) || TABLES.iter().any(|table| name.ends_with(table))
+    };
+    let names = checkpoint.tensors().iter().map(|info| info.name.as_str());
+    names.filter(|name| !is_known(name)).collect()
 }
 
 impl<K: Kernels> Weights<K> {

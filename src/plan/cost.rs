@@ -1,11 +1,11 @@
 //! How long a step takes, about: what plans that fit are compared by.
 //!
 //! ```text
-//! step = max(compute + dequantize + logits, copies) + files + rows + tiles
+//! step = max(compute + dequantize + logits, copies) + 2 % of copies + files + rows + tiles
 //! compute    = 2·(multiply-adds, recomputed ones included) / rate of products
 //! dequantize = 2.5 bytes · (weights of the blocks, once a pass, tile and direction) / rate of memory;
 //!              where a GPU has room for those of N blocks in bf16, those of all others, once a direction;
-//!              a quarter of it where it dequantizes ahead, beside the products
+//!              a quarter of it where it dequantizes ahead, beside the products; nothing of a dense base
 //! logits     = bytes of the head, twice a chunk of logits / rate of memory
 //! copies     = bytes to a GPU, or from the files of streamed weights, behind the computation
 //! rows       = the tokens' rows of an embedding on the host, over the bus
@@ -135,8 +135,11 @@ impl<'a> Pace<'a> {
 
     /// Seconds that dequantizing the blocks' weights adds to a step whose products take `products`.
     fn dequantizing(&self, settings: &Settings, share: f64, products: f64) -> f64 {
-        let (spec, [attention, mlp]) = (self.demand.spec, self.elements);
-        let layers = spec.num_layers as f64;
+        let (demand, [attention, mlp]) = (self.demand, self.elements);
+        if !demand.weights.packs_linears() {
+            return 0.0;
+        }
+        let layers = demand.spec.num_layers as f64;
         let weights = match settings.dequantized_blocks {
             0 => {
                 let tiles = settings.tokens.div_ceil(settings.mlp_tile().max(1)) as f64;
@@ -146,7 +149,7 @@ impl<'a> Pace<'a> {
             blocks => 2.0 * (layers - blocks as f64).max(0.0) * (attention + mlp),
         };
         let seconds = BYTES_TO_DEQUANTIZE * weights / self.rates.memory;
-        match (self.demand.place, settings.dequantize_ahead) {
+        match (demand.place, settings.dequantize_ahead) {
             (Place::Gpu, true) => seconds - (1.0 - DEQUANTIZED_BESIDE) * seconds.min(products),
             _ => seconds,
         }

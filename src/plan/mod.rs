@@ -37,6 +37,6 @@ pub use region_id::{
     AdapterRegion, BlockRegion, CudaRegion, HeadRegion, Owner, RegionId, RotaryKind, RotaryRegion,
     WorkRegion,
 };
-pub use settings::{Policy, Settings, SumOrder, logit_rows};
+pub use settings::{Policy, Settings, SumOrder, host_head_tile, logit_rows};
 pub use strategy::Strategy;
 pub use weights::{Place, StreamedBytes, WeightBytes};

@@ -120,6 +120,13 @@ pub fn logit_rows(
     most.map_or(rows, |most| rows.min(most.get()))
 }
 
+/// Rows of a head on the host that are on the GPU at a time: `min(V/4, 8192)` of V = `vocab_size`, in
+/// eights.
+pub fn host_head_tile(vocab_size: usize) -> usize {
+    let tile = vocab_size.div_ceil(CHUNKS_TO_SHARE_A_HEAD).min(HOST_HEAD_TILE);
+    tile.next_multiple_of(HEAD_TILE_MULTIPLE)
+}
+
 /// What the sizes depend on, beside the model.
 #[derive(Debug, Clone)]
 pub struct Settings {
@@ -157,6 +164,8 @@ pub struct Settings {
     pub dequantized_blocks: usize,
     /// On a GPU: whether the head is in the host's memory.
     pub head_on_host: bool,
+    /// On a GPU: whether matrices of the base are in 4-bit blocks, which products read from buffers in bf16.
+    pub packed_base: bool,
 }
 
 /// What the head works with at a time.
@@ -190,6 +199,7 @@ impl Settings {
             dequantize_ahead: true,
             dequantized_blocks: 0,
             head_on_host: false,
+            packed_base: true,
         }
     }
 
@@ -273,9 +283,7 @@ impl Settings {
             return HeadSizes { rows, logits: rows * vocab_size, whole_rows: rows };
         }
         let rows = (CHUNKS_TO_SHARE_A_HEAD * self.logit_rows).min(HOST_HEAD_ROWS).min(trained);
-        let tile = vocab_size.div_ceil(CHUNKS_TO_SHARE_A_HEAD).min(HOST_HEAD_TILE);
-        let tile = tile.next_multiple_of(HEAD_TILE_MULTIPLE);
-        let logits = (rows * tile).max(vocab_size);
+        let logits = (rows * host_head_tile(vocab_size)).max(vocab_size);
         HeadSizes { rows, logits, whole_rows: logits / vocab_size }
     }
 

@@ -37,6 +37,8 @@ pub struct WeightBytes {
     pub embedding: u64,
     /// Of what makes logits: it may be elsewhere, too.
     pub head: u64,
+    /// Whether any matrix is in 4-bit blocks.
+    pub packed: bool,
 }
 
 /// What streamed weights have in memory: at the blocks, the rows of the pass and two blocks; at the
@@ -117,6 +119,11 @@ impl WeightBytes {
         Self::sum(spec, bytes, true).used_at(place)
     }
 
+    /// Whether linears are in 4-bit blocks, or some of them.
+    pub fn packs_linears(&self) -> bool {
+        self.resident.codes > 0
+    }
+
     /// What of it may be in the host's memory beside a GPU.
     pub fn on_host(&self, what: OnHost) -> u64 {
         match what {
@@ -152,15 +159,18 @@ impl WeightBytes {
 
     fn sum(spec: &ModelSpec, bytes: impl Fn(&TensorSpec) -> WeightParts, as_stored: bool) -> Self {
         let (mut resident, mut table, mut head) = (WeightParts::default(), 0, 0);
+        let mut packed = false;
         let mut linears = vec![0; spec.num_layers];
         let module = |name: &str| format!("{name}.weight");
         let [embedding, head_name] = [spec.embedding_module(), spec.head_module()].map(module);
         let prefixes: Vec<String> =
             (0..spec.num_layers).map(|layer| format!("{}.", spec.layer_prefix(layer))).collect();
         for tensor in spec.inventory() {
+            let parts = bytes(&tensor);
+            packed |= parts.codes > 0;
             let parts = match tensor.role {
-                TensorRole::Linear(_) | TensorRole::Norm | TensorRole::Bias => bytes(&tensor),
-                _ => WeightParts { tables: bytes(&tensor).total(), ..WeightParts::default() },
+                TensorRole::Linear(_) | TensorRole::Norm | TensorRole::Bias => parts,
+                _ => WeightParts { tables: parts.total(), ..WeightParts::default() },
             };
             resident += parts;
             if tensor.name == embedding {
@@ -186,7 +196,7 @@ impl WeightBytes {
         };
         let (embedding, head) =
             if spec.tie_word_embeddings { (0, table) } else { (table, untied_head) };
-        WeightBytes { resident, streamed: as_stored.then(streamed), embedding, head }
+        WeightBytes { resident, streamed: as_stored.then(streamed), embedding, head, packed }
     }
 }
 

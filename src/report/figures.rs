@@ -36,6 +36,59 @@ pub fn short_count(count: u64) -> String {
     format!("{value:.decimals$}{unit}")
 }
 
+/// Tokens in a second: whole ones, or two digits where they are few: `305`, `2.5`, `0.46`.
+pub fn rate(value: f64) -> String {
+    match value.abs() {
+        size if size >= 9.95 => format!("{value:.0}"),
+        size if size < 0.001 => scientific(value),
+        size => {
+            let decimals = 1 - size.log10().floor() as i32;
+            format!("{value:.*}", usize::try_from(decimals).unwrap_or(1).min(4))
+        }
+    }
+}
+
+/// With `decimals` behind the point; fewer of a large number, and a power of ten where so many would leave one
+/// digit or none.
+pub fn number(value: f64, decimals: usize) -> String {
+    let least = 10f64.powi(1 - i32::try_from(decimals).unwrap_or(i32::MAX));
+    match value.abs() {
+        size if size >= 1e6 => scientific(value),
+        size if size >= 1000.0 => format!("{value:.0}"),
+        size if size >= 10.0 => format!("{value:.0$}", decimals.saturating_sub(1).min(2)),
+        size if 0.0 < size && size < least => scientific(value),
+        _ => format!("{value:.decimals$}"),
+    }
+}
+
+/// `2e-4`, `1.35e-4`.
+pub fn scientific(value: f64) -> String {
+    if value == 0.0 {
+        return "0".to_string();
+    }
+    let text = format!("{value:.2e}");
+    let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
+    let digits = digits.trim_end_matches('0').trim_end_matches('.');
+    format!("{digits}e{exponent}")
+}
+
+/// Seconds of a part of a step: `37.9 s`, `12.3 ms`, `4.0 µs`.
+pub fn duration(seconds: f64) -> String {
+    in_units(seconds, [(1.0, "s"), (1e-3, "ms"), (1e-6, "µs")])
+}
+
+/// Floating-point operations: `3.8 PFLOP`.
+pub fn operations(count: f64) -> String {
+    in_units(count, [(1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")])
+}
+
+/// In the largest unit that leaves at least 1, with one decimal; the last unit where none does.
+fn in_units(value: f64, units: [(f64, &str); 3]) -> String {
+    let large = units.into_iter().find(|(size, _)| value >= *size);
+    let (size, unit) = large.unwrap_or(units[2]);
+    format!("{:.1} {unit}", value / size)
+}
+
 /// `now` over `before` in bytes, with its sign.
 pub fn change(before: u64, now: u64) -> String {
     match now.checked_sub(before) {
@@ -68,6 +121,39 @@ mod tests {
         assert_eq!(short_count(53_812), "53.8k");
         assert_eq!(short_count(4_884_480), "4.88M");
         assert_eq!(short_count(134_515_008), "135M");
+    }
+
+    #[test]
+    fn numbers_are_as_long_as_they_are_useful() {
+        assert_eq!(scientific(2e-4), "2e-4");
+        assert_eq!(scientific(1.349e-5), "1.35e-5");
+        assert_eq!(scientific(0.0), "0");
+        assert_eq!(number(1.23456, 3), "1.235");
+        assert_eq!(number(12.3456, 3), "12.35");
+        assert_eq!(number(4321.9, 3), "4322");
+        assert_eq!(number(4.3219e7, 3), "4.32e7");
+    }
+
+    /// What is small keeps its digits.
+    #[test]
+    fn small_numbers_are_not_zero() {
+        assert_eq!([0.0, 0.079, 0.01].map(|norm| number(norm, 3)), ["0.000", "0.079", "0.010"]);
+        assert_eq!([1.234e-4, 0.0099].map(|norm| number(norm, 3)), ["1.23e-4", "9.9e-3"]);
+        assert_eq!([0.006, 5e-5].map(|loss| number(loss, 4)), ["0.0060", "5e-5"]);
+        let rates = [305.4, 9.96, 9.94, 2.5, 0.46, 0.0123, 1e-5, 0.0].map(rate);
+        assert_eq!(rates, ["305", "10", "9.9", "2.5", "0.46", "0.012", "1e-5", "0"]);
+    }
+
+    #[test]
+    fn units_leave_a_digit() {
+        assert_eq!(
+            [37.94, 1.0, 0.0123, 4e-6, 0.0].map(duration),
+            ["37.9 s", "1.0 s", "12.3 ms", "4.0 µs", "0.0 µs"]
+        );
+        assert_eq!(
+            [3.8e15, 2e12, 7.5e9, 1e7].map(operations),
+            ["3.8 PFLOP", "2.0 TFLOP", "7.5 GFLOP", "0.0 GFLOP"]
+        );
     }
 
     #[test]

@@ -29,6 +29,9 @@ pub const TENSORBOARD_FOLDER: &str = "runs";
 
 /// The files that are written whole are not older than this after a log step.
 const SUMMARY_INTERVAL: Duration = Duration::from_secs(30);
+/// Evaluations and checkpoints are in them at once where writing takes no more than one part in so many of
+/// the time: in a long run it takes a while, and there may be an evaluation every few steps.
+const SUMMARY_SHARE: u32 = 20;
 
 /// Writes all logs of a run into its output folder.
 pub struct Reports {
@@ -43,7 +46,29 @@ struct OpenRun {
     events: Vec<Event>,
     metrics: Metrics,
     tensorboard: EventFile,
-    summarized: Instant,
+    summarized: Summarized,
+}
+
+/// When the files that are written whole were, and how long it took.
+#[derive(Clone, Copy)]
+struct Summarized {
+    at: Instant,
+    took: Duration,
+}
+
+impl Summarized {
+    /// Whether they are to be written again after `event`.
+    fn is_due(self, event: &Event, now: Instant) -> bool {
+        let since = now.saturating_duration_since(self.at);
+        match event {
+            Event::Start(_) | Event::Sample(_) => false,
+            Event::Step(_) => since >= SUMMARY_INTERVAL,
+            Event::Eval(_) | Event::Save(_) => {
+                since >= SUMMARY_INTERVAL.min(SUMMARY_SHARE * self.took)
+            }
+            Event::OutOfMemory(_) | Event::End(_) => true,
+        }
+    }
 }
 
 impl Reports {
@@ -63,7 +88,7 @@ impl Reports {
         let runs = self.folder.join(TENSORBOARD_FOLDER);
         std::fs::create_dir_all(&runs).map_err(|e| Error::io("create", &runs, e))?;
         let tensorboard = EventFile::begin(&runs, &events)?;
-        let summarized = Instant::now();
+        let summarized = Summarized { at: Instant::now(), took: Duration::ZERO };
         let mut run = OpenRun { start, events, metrics, tensorboard, summarized };
         run.summarize(&self.folder)?;
         self.open = Some(run);
@@ -76,21 +101,18 @@ impl OpenRun {
         self.metrics.record(event)?;
         self.tensorboard.record(event)?;
         self.events.push(event.clone());
-        let due = match event {
-            Event::Start(_) | Event::Sample(_) => false,
-            Event::Step(_) => self.summarized.elapsed() >= SUMMARY_INTERVAL,
-            Event::Eval(_) | Event::Save(_) | Event::OutOfMemory(_) | Event::End(_) => true,
-        };
+        let due = self.summarized.is_due(event, Instant::now());
         if due { self.summarize(folder) } else { Ok(()) }
     }
 
     /// The files that are written whole.
     fn summarize(&mut self, folder: &Path) -> Result<()> {
+        let begin = Instant::now();
         let state = trainer_state::render(&self.start, &self.events);
         write_file(&folder.join(TRAINER_STATE_FILE), state.as_bytes())?;
         let page = page::render(&self.start, &self.events, folder);
         write_file(&folder.join(REPORT_FILE), page.as_bytes())?;
-        self.summarized = Instant::now();
+        self.summarized = Summarized { at: Instant::now(), took: begin.elapsed() };
         Ok(())
     }
 }
@@ -189,6 +211,24 @@ mod tests {
         assert_eq!(read(METRICS_FILE).lines().count(), 2, "what followed the checkpoint is gone");
     }
 
+    /// Writing everything at each of thousands of evaluations would take longer than the run.
+    #[test]
+    fn evaluations_are_summarized_no_more_often_than_it_pays() {
+        let at = Instant::now();
+        let eval = Event::Eval(EvalEvent::default());
+        let save = Event::Save(SaveEvent::default());
+        let due = |event: &Event, took: u64, since: u64| {
+            let summarized = Summarized { at, took: Duration::from_millis(took) };
+            summarized.is_due(event, at + Duration::from_millis(since))
+        };
+        for event in [&eval, &save] {
+            assert_eq!([99, 100].map(|since| due(event, 5, since)), [false, true]);
+            assert_eq!([29_999, 30_000].map(|since| due(event, 9000, since)), [false, true]);
+        }
+        assert_eq!([29_999, 30_000].map(|since| due(&step(1, 1.0), 5, since)), [false, true]);
+        assert!(due(&Event::End(EndEvent::default()), 9000, 0));
+    }
+
     #[test]
     fn the_page_has_the_checkpoints_that_are_there() {
         let folder = tempfile::tempdir().unwrap();
@@ -205,6 +245,7 @@ mod tests {
             let save = SaveEvent { step, checkpoint, bytes: 1 << 20, ..SaveEvent::default() };
             reports.record(&Event::Save(save)).unwrap();
         }
+        reports.record(&Event::End(EndEvent::default())).unwrap();
         let page = std::fs::read_to_string(folder.path().join(REPORT_FILE)).unwrap();
         let shown = [1, 2, 3].map(|step| page.contains(&format!("checkpoint-{step}<")));
         assert_eq!(shown, [false, true, true]);

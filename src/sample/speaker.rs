@@ -120,16 +120,10 @@ impl Speaker {
     /// # Errors
     /// `Usage` when it is empty, `Input` when the tokenizer refuses it.
     pub fn ids(&self, prompt: &Prompt) -> Result<Vec<u32>> {
-        let (text, adds_bos) = match prompt {
-            Prompt::Chat(text) => (text, false),
-            Prompt::Text(text) => (text, self.tokenizer.adds_bos()),
+        let ids = match prompt {
+            Prompt::Chat(text) => self.tokenizer.encode(text)?,
+            Prompt::Text(text) => self.tokenizer.encode_plain(text)?,
         };
-        let mut ids = self.tokenizer.encode(text)?;
-        if let Some(bos) = self.tokenizer.bos().filter(|_| adds_bos)
-            && ids.first() != Some(&bos.id)
-        {
-            ids.insert(0, bos.id);
-        }
         if ids.is_empty() {
             return Err(Error::usage("the prompt is empty"));
         }

@@ -145,7 +145,7 @@ impl FirstSteps {
         let still = all.iter().zip(self.before.iter().zip(&after));
         let still = still.filter(|(tensor, (b, a))| tensor.matrix == matrix && b == a);
         let still: Vec<&ParameterTensor> = still.map(|(tensor, _)| tensor).collect();
-        if !(warming_up && !still.is_empty()) {
+        if still.is_empty() || !warming_up {
             report(&of(model, matrix), still.into_iter(), "stood still", HINT)?;
             self.stage = next;
         }

@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::events::{EvalEvent, OutOfMemoryEvent, SampleEvent, SaveEvent, StepEvent};
 use super::start::{OtherLength, Start};
 use crate::byte_size::ByteSize;
-use crate::report::figures::clock;
+use crate::report::figures::{clock, number, rate};
 
 /// Where a run shows itself.
 pub struct Progress {
@@ -80,7 +80,8 @@ impl Progress {
     /// The evaluation data were scored.
     pub fn eval(&self, event: &EvalEvent) {
         let best = if event.is_best { ", the best so far" } else { "" };
-        self.note(&format!("step {}: eval loss {:.4}{best}", event.step, event.eval_loss));
+        let loss = number(event.eval_loss, 4);
+        self.note(&format!("step {}: eval loss {loss}{best}", event.step));
     }
 
     /// A sample answer.
@@ -124,12 +125,12 @@ impl Progress {
 fn step_line(event: &StepEvent, max_steps: u64, eta_seconds: f64) -> String {
     let memory = ByteSize(event.memory_bytes());
     format!(
-        "step {}/{max_steps}  loss {:.4}  lr {:.2e}  grad norm {:.3}  {:.0} tokens/s  {memory}  ETA {}",
+        "step {}/{max_steps}  loss {}  lr {:.2e}  grad norm {}  {} tokens/s  {memory}  ETA {}",
         event.step,
-        event.loss,
+        number(event.loss, 4),
         event.learning_rate,
-        event.grad_norm,
-        event.tokens_per_second,
+        number(event.grad_norm, 3),
+        rate(event.tokens_per_second),
         clock(eta_seconds),
     )
 }
@@ -155,5 +156,9 @@ mod tests {
             "step 12/100  loss 1.2346  lr 1.90e-4  grad norm 0.500  203 tokens/s  1.0 GiB  \
              ETA 1:02:03"
         );
+        let slow = StepEvent { loss: 4.2e-5, grad_norm: 1.3e-4, tokens_per_second: 0.46, ..event };
+        let line = step_line(&slow, 100, 3723.4);
+        let shown = ["loss 4.2e-5 ", "grad norm 1.3e-4 ", " 0.46 tokens/s "];
+        assert!(shown.iter().all(|text| line.contains(text)), "{line}");
     }
 }

@@ -65,6 +65,20 @@ fn unsupported_switches() {
         ("hidden_act", json!("relu"), "hidden_act"),
         ("partial_rotary_factor", json!(0.5), "partial_rotary_factor"),
         ("rope_parameters", json!({"rope_type": "longrope"}), "longrope"),
+        ("rope_parameters", json!({"rope_theta": "500000"}), "`rope_theta` must be a number"),
+        ("rope_scaling", json!("linear"), "rope_scaling must be an object"),
+        ("rope_parameters", json!({"type": ["yarn"]}), "rope_type must be text"),
+        (
+            "rope_parameters",
+            json!({"rope_type": "yarn", "factor": 2.0, "truncate": "no"}),
+            "`truncate` must be true or false",
+        ),
+        (
+            "rope_parameters",
+            json!({"rope_type": "yarn", "factor": 2.0, "beta_fast": "32"}),
+            "`beta_fast` must be a number",
+        ),
+        ("head_dim", (1 << 24).into(), "num_attention_heads · head_dim is"),
         ("quantization_config", json!({"quant_method": "gptq"}), "gptq"),
     ] {
         let place = with(key, value);

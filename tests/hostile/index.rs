@@ -64,8 +64,38 @@ fn weights_under_no_name_of_theirs() {
         fs::remove_file(place.path("model").join(shard)).unwrap();
     }
     assert_not_quantized(&place, &["hint: download the weights, too"]);
+    let other = place.path("model/consolidated.safetensors");
+    fs::write(&other, "").unwrap();
+    assert_not_quantized(&place, &["hint: its tensors may have other names than transformers'"]);
+    fs::remove_file(other).unwrap();
     fs::write(place.path("model/pytorch_model.bin"), "PK").unwrap();
     assert_not_quantized(&place, &["hint: Nibble reads safetensors; convert `pytorch_model.bin`"]);
+}
+
+/// As in transformers: whoever saves a small model over a large one leaves the large one's index behind.
+#[test]
+fn an_index_beside_a_whole_file() {
+    let place = sharded();
+    fs::remove_file(place.path("model").join(SHARDS[0])).unwrap();
+    let whole = Workplace::new().read("model/model.safetensors");
+    fs::write(place.path("model/model.safetensors"), whole).unwrap();
+    crate::training::succeed(place.nibble(&["quantize", "--model", "model", "--out", "out"]));
+}
+
+/// As transformers reads them: paths that begin in the folder, and a mark of the order of bytes.
+#[test]
+fn an_index_of_paths() {
+    let place = sharded();
+    edit_index(&place, |index| {
+        for file in index["weight_map"].as_object_mut().unwrap().values_mut() {
+            *file = format!("./{}", file.as_str().unwrap()).into();
+        }
+    });
+    for file in [INDEX, "model/config.json"] {
+        let text = place.read(file);
+        fs::write(place.path(file), [b"\xef\xbb\xbf".as_slice(), &text].concat()).unwrap();
+    }
+    crate::training::succeed(place.nibble(&["quantize", "--model", "model", "--out", "out"]));
 }
 
 #[test]

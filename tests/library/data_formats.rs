@@ -188,7 +188,27 @@ fn messages_with_weight_zero_are_not_trained() {
     messages[1]["train"] = "no".into();
     let refused = encode(&tokenizer(json!({})), &json!({"messages": messages})).unwrap_err();
     assert_eq!(refused, "messages[1].train is \"no\", expected true or false");
-    messages[1]["train"] = Value::Null;
+    messages[1] = json!({"role": "assistant", "content": "b", "loss": false});
+    messages[3] = json!({"role": "assistant", "content": "d", "loss": true, "weight": 1});
+    let record = json!({"messages": messages});
+    assert_eq!(trained(&tokenizer(json!({})), record).unwrap(), "d<|im_end|>");
+    let turns = json!([
+        {"from": "human", "value": "a"}, {"from": "gpt", "value": "b", "loss": false},
+        {"from": "human", "value": "c"}, {"from": "gpt", "value": "d", "loss": null},
+    ]);
+    let record = json!({"conversations": turns});
+    assert_eq!(trained(&tokenizer(json!({})), record).unwrap(), "d<|im_end|>");
+    for (name, value, reason) in [
+        ("loss", json!(0.5), ".loss is 0.5, expected true or false"),
+        ("weight", json!(1), " is to be trained by one of `weight` and `loss` alone"),
+        ("train", json!(true), " is to be trained by one of `train` and `loss` alone"),
+    ] {
+        let mut messages = messages.clone();
+        messages[1][name] = value;
+        let refused = encode(&tokenizer(json!({})), &json!({"messages": messages})).unwrap_err();
+        assert_eq!(refused, format!("messages[1]{reason}"));
+    }
+    messages[1] = json!({"role": "assistant", "content": "b"});
     for weight in [json!(0.5), json!(-1), json!("0"), json!(false)] {
         messages[1]["weight"] = weight.clone();
         let refused = encode(&tokenizer(json!({})), &json!({"messages": messages})).unwrap_err();
@@ -242,6 +262,40 @@ fn calls_of_tools_are_trained_however_they_are_written() {
         assert_eq!(trained(&tokenizer, record.clone()).unwrap(), answer, "{record}");
         assert!(text(&tokenizer, record).contains("\n{\"type\": \"function\", \"function\": {"));
     }
+}
+
+/// DeepSeek-V3's template puts them together with other text; functionary's does so, too.
+#[test]
+fn arguments_stay_text_where_the_template_needs_text() {
+    let with_arguments = |written: &str| {
+        let turn = format!(
+            "{{% for c in m.tool_calls or [] %}}{{{{ {written} }}}}{{% endfor %}}{{{{ m.content or '' }}}}"
+        );
+        let template = format!(
+            "{{% for m in messages %}}<|im_start|>{{{{ m.role }}}}\n{turn}<|im_end|>\n{{% endfor %}}\
+             {{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
+        );
+        tokenizer(json!({"chat_template": template}))
+    };
+    let arguments = "{\"n\":  18446744073709551616, \"x\": 2e-5}";
+    let call = json!({"type": "function", "function": {"name": "f", "arguments": arguments}});
+    let record = json!({"messages": [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": null, "tool_calls": [call]},
+        {"role": "user", "content": "b"},
+        {"role": "assistant", "content": "c"},
+    ]});
+    for (written, expected) in [
+        ("'f: ' + c.function.arguments", format!("f: {arguments}")),
+        ("c.function.arguments | tojson", "{\"n\": 18446744073709551616, \"x\": 2e-05}".into()),
+        ("c.function.arguments.n", "18446744073709551616".into()),
+    ] {
+        let said = trained(&with_arguments(written), record.clone()).unwrap();
+        assert_eq!(said, format!("{expected}<|im_end|>c<|im_end|>"), "{written}");
+    }
+    // Where neither will do, the template is to blame.
+    let refused = encode(&with_arguments("c.function.arguments.none_such()"), &record).unwrap_err();
+    assert!(refused.starts_with("chat template: "), "{refused}");
 }
 
 /// Dropped without a word, the model would learn answers to something that it never saw.
@@ -385,7 +439,6 @@ fn names_of_other_data_sets_have_their_flags() {
         ("problem solution", "problem=instruction solution=output"),
         ("prompt response", "prompt=instruction response=output"),
         ("Instruction Output", "Instruction=instruction Output=output"),
-        ("source conversation", "conversation=messages"),
     ] {
         let record: Value = fields.split(' ').map(|name| (name, Value::from("a"))).collect();
         let hint = Format::detect(&record).unwrap_err().hint.unwrap();

@@ -172,6 +172,41 @@ fn a_template_that_hides_who_said_what_is_refused() {
     assert!(error.contains("--train-on all"), "{error}");
 }
 
+/// gpt-oss and Command-R+ prompt once for a call, its result and the answer.
+#[test]
+fn what_a_tool_says_is_not_trained_as_the_assistants() {
+    let source = |result: &str| {
+        format!(
+            "{{{{ messages | length }}}}{{% for m in messages %}}{{% if m.role == 'user' %}}<q>{{{{ m.content }}}}<a>\
+             {{% elif m.role == 'tool' %}}{result}{{% elif m.tool_calls %}}<call>{{{{ m.tool_calls[0].name }}}}\
+             {{% else %}}{{{{ m.content }}}}<e>{{% endif %}}{{% endfor %}}\
+             {{% if add_generation_prompt %}}<a>{{% endif %}}"
+        )
+    };
+    let call = |name: &str| json!({"role": "assistant", "tool_calls": [{"name": name}]});
+    let ask = json!({"role": "user", "content": "?"});
+    let result = json!({"role": "tool", "content": "line \"1\"\nline 2"});
+    let answer = json!({"role": "assistant", "content": "42"});
+    let ends = ["<e>".to_string(), "<stop>".to_string()];
+    let chat = chat(json!([ask, call("f"), result, ask, answer]));
+    for (written, held) in [
+        ("{{ m.content }}", true),
+        ("{{ m.content | tojson }}", true),
+        ("<stop>{{ m.content }}", false),
+    ] {
+        let rendered = template(&source(written), "").render_with_turns(&chat, &ends);
+        match rendered {
+            Ok(rendered) => {
+                let said = rendered.turns.iter().map(|turn| &rendered.text[turn.range.clone()]);
+                assert!(!held && said.eq(["<call>f<stop>", "42<e>"]), "{written}: {rendered:?}");
+            }
+            Err(error) => {
+                assert!(held && error.to_string().contains("depends on later turns"), "{error}");
+            }
+        }
+    }
+}
+
 #[test]
 fn long_documents_are_never_cut_silently() {
     let file = File::new(r#"{"input_ids": [1, 2, 3, 4, 5, 6, 7]}"#);
@@ -227,6 +262,12 @@ fn bad_records_are_named_by_file_and_line() {
     rejected(b"{\"messages\": []}", "no record has a token to train on");
     rejected(b"{\"messages\": [{\"content\": \"a\"}]}", "messages[0].role is missing");
     rejected(b"{\"input_ids\": [1, 49152]}", "token id 49152 is outside the vocabulary of 49152");
+    let digits = "1".repeat(40);
+    rejected(
+        format!("{good}{{\"text\": \"a\", \"id\": {digits}}}").as_bytes(),
+        ":2: an integer of 40 digits is longer than 128 bits\nhint: write it as text",
+    );
+    rejected(b"{\"text\": 18446744073709551616}", ":1: field `text` is a number, expected text");
     rejected(b"{\"input_ids\": [1, 2], \"labels\": [1]}", "1 label for 2 input_ids");
     rejected(
         b"{\"input_ids\": [1, 2], \"labels\": [1, -100]}",

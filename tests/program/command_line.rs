@@ -137,6 +137,8 @@ fn names_from_scripts_of_other_trainers() {
         ("run.toml", "settings are read by `--config run.toml`"),
         ("--data other.jsonl --data", "several data files are a folder, or a pattern in quotes"),
         ("--learning-rte", "did you mean `--learning-rate`?"),
+        ("--no-packing", "`--packing false`"),
+        ("--no_shuffle", "`--shuffle false`"),
         ("--colour", "see `nibble train --help`"),
     ] {
         let error = refused(&place, &format!("train {flag} 1"));
@@ -151,6 +153,19 @@ fn names_from_scripts_of_other_trainers() {
     fs::write(place.path("run.toml"), "use_dora = true\n").unwrap();
     let error = refused(&place, "train --config run.toml");
     let message = "error: run.toml:1: unknown key `use_dora`\nhint: not supported in training";
+    assert!(error.starts_with(message), "{error}");
+    fs::write(place.path("run.toml"), "resume_from_checkpoint = true\n").unwrap();
+    let error = refused(&place, "train --config run.toml");
+    assert!(error.contains("\nhint: on the command line it is `--resume`"), "{error}");
+}
+
+/// Otherwise another adapter than the one in the file would be trained.
+#[test]
+fn an_adapter_to_begin_with_is_not_dropped_silently() {
+    let place = Workplace::new();
+    fs::write(place.path("run.toml"), "init_adapter = \"first\"\n").unwrap();
+    let error = refused(&place, "train --config run.toml --lora-r 8");
+    let message = "error: `--lora-r` is for a new adapter, run.toml:1 has `init-adapter`";
     assert!(error.starts_with(message), "{error}");
 }
 

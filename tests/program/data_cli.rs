@@ -295,6 +295,23 @@ fn answers_that_the_template_leaves_out_are_refused() {
     assert!(!said.contains("leaves out"), "{said}");
 }
 
+/// Nothing is wrong with the records; what the template itself refuses is theirs.
+#[test]
+fn a_template_that_fails_is_to_blame_for_it() {
+    let record = LINES.lines().next().unwrap();
+    let folder = tempfile::tempdir().unwrap();
+    for (source, reason, hint) in [
+        ("{{ messages.no_such_thing() }}", "unknown method", "choose another by `--chat-template`"),
+        ("{{ raise_exception('no greetings') }}", "no greetings", "fix the records named above"),
+    ] {
+        let path = folder.path().join("odd.jinja");
+        std::fs::write(&path, source).unwrap();
+        let (said, error) = refused(record, &["--chat-template", path.to_str().unwrap()]);
+        assert!(said.contains(reason), "{said}");
+        assert!(error.contains(hint), "{error}");
+    }
+}
+
 #[test]
 fn a_terminal_obeys_nothing_that_is_shown() {
     let text = serde_json::json!({"text": "a\u{1b}[31mb\u{7}\u{7f}\u{9b}c"}).to_string();

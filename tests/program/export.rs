@@ -133,6 +133,10 @@ fn what_llama_cpp_computes_otherwise_is_refused() {
     });
     let mut yarn = Case::open("ministral3_s0").json("config.json")["rope_parameters"].take();
     yarn["truncate"] = false.into();
+    let turns = json!({
+        "rope_theta": 1e4, "rope_type": "yarn", "factor": 2.0, "beta_fast": 16,
+        "original_max_position_embeddings": 32
+    });
     let another = |key: &str, name: &str| format!("llama.cpp has another {key} for every {name}");
     let cases = [
         ("gemma2_s0", None, another("query_pre_attn_scalar", "gemma2")),
@@ -149,6 +153,11 @@ fn what_llama_cpp_computes_otherwise_is_refused() {
             "ministral3_s0",
             Some(("rope_parameters", yarn)),
             "llama.cpp truncates the bounds of every yarn".into(),
+        ),
+        (
+            "llama_s0",
+            Some(("rope_parameters", turns)),
+            "llama.cpp has beta_fast 32 and beta_slow 1 for every yarn of a llama".into(),
         ),
         (
             "qwen3_s0",
@@ -651,7 +660,8 @@ fn a_mistral3_without_a_scale_is_a_mistral() {
     let small = Checkpoint::open(&path).unwrap();
     assert_eq!(small.config()["architectures"], json!(["MistralForCausalLM"]));
     assert_eq!(small.config()["model_type"], "mistral");
-    spec_from_config(small.config()).unwrap();
+    let spec = spec_from_config(small.config()).unwrap();
+    assert!(spec.windows.iter().all(Option::is_none), "{:?}", spec.windows);
 }
 
 /// llama.cpp looks for users' own tokens in text as it is, and writes them so.

@@ -176,7 +176,7 @@ fn a_budget_decides_which_blocks_keep_and_a_refusal_shows_the_way() {
     let cases = [(most, 2, true), (most - 1, 2, false), (least, 1, false), (small, 0, false)];
     for (budget, kept, whole) in cases {
         let fitting = with(&["--budget", &format!("{budget}B")]);
-        assert!(number(&fitting, "total_bytes") <= budget);
+        assert!(number(&fitting, "total_bytes") <= budget && fitting["fits"] == true);
         assert_eq!(number(&fitting, "kept_blocks"), kept, "{budget} of {most}");
         let pieces = ["mlp_tile_tokens", "logit_rows"].map(|key| number(&fitting, key));
         assert_eq!(pieces == [4096, 4096], whole, "{budget} of {most}: {pieces:?}");
@@ -348,8 +348,10 @@ fn a_plan_tells_whether_it_fits_here_and_a_trial_that_does_not_is_refused() {
     };
     assert!(text(&[]).contains("\nfits the "), "{}", text(&[]));
     assert!(text(&[]).contains(" that are free here\n"));
-    let here = &plan(&[&config[..], &["--json"]].concat())["here"];
+    let said = plan(&[&config[..], &["--json"]].concat());
+    let here = &said["here"];
     assert!(here["fits"] == true && here["free_bytes"].as_u64().unwrap() > 0, "{here}");
+    assert_eq!(said["fits"], true);
     // Hundreds of gigabytes, however little is kept.
     let long = ["--max-length", "200000000"];
     let said = text(&long);
@@ -357,8 +359,10 @@ fn a_plan_tells_whether_it_fits_here_and_a_trial_that_does_not_is_refused() {
         said.contains("\ndoes not fit the ") && said.contains("lower `--max-length`"),
         "{said}"
     );
-    let here = &plan(&[&config[..], &["--json"], &long].concat())["here"];
+    let said = plan(&[&config[..], &["--json"], &long].concat());
+    let here = &said["here"];
     assert!(here["fits"] == false && here["instead"].is_string(), "{here}");
+    assert_eq!(said["fits"], false);
     let place = Workplace::new();
     let trial =
         [&["memory", "--model", "model", "--device", "cpu", "--measure"], &long[..]].concat();
@@ -402,6 +406,28 @@ fn what_does_not_fit_is_shown_and_fails() {
         let output = fit(&["--budget", "1GiB", flag]);
         assert_eq!(output.status.code(), Some(2), "{flag}");
         assert!(stderr(&output).contains("hint: leave out `--fit`"), "{}", stderr(&output));
+    }
+}
+
+/// Whose weights are in 4 bits is assumed of a config: `train` streams none of a dense folder.
+#[test]
+fn streaming_a_config_s_weights_needs_a_4_bit_folder() {
+    let place = Workplace::new();
+    succeed(place.nibble(&["quantize", "--model", "model", "--out", "packed"]));
+    let says = |model: &str, flags: &[&str]| {
+        let base = ["memory", "--model", model, "--max-length", "64", "--device", "cpu"];
+        let output = succeed(place.nibble(&[&base[..], flags].concat()));
+        let text = String::from_utf8(output.stdout).unwrap();
+        text.contains("streaming needs a 4-bit folder: `nibble quantize` makes one")
+    };
+    let stream = ["--weights", "stream"];
+    assert!(says("model/config.json", &stream));
+    assert!(says("model/config.json", &["--weights", "stream", "--fit"]));
+    assert!(!says("model/config.json", &["--weights", "resident"]));
+    let dense = ["--weights", "stream", "--quantization", "none"];
+    assert!(!says("model/config.json", &dense), "as they are stored");
+    for packed in ["packed", "packed/config.json"] {
+        assert!(!says(packed, &stream), "{packed}");
     }
 }
 

@@ -14,8 +14,8 @@
 #![allow(unsafe_code)]
 
 mod left;
-mod parts;
 mod packed_operand;
+mod parts;
 
 use std::cell::RefCell;
 use std::ops::Range;
@@ -28,8 +28,8 @@ use super::pack::{Operand, Panel};
 use super::step::Precision;
 use super::view::{Matrix, MatrixMut};
 use left::{Block, Rows, from};
-use parts::{TILES_PER_CHUNK, parts, share_out};
 pub use packed_operand::PackedOperand;
+use parts::{TILES_PER_CHUNK, parts, share_out};
 
 /// Longest chain of steps between two visits of C.
 const K_BLOCK: usize = 640;

@@ -3,6 +3,7 @@
 //! What the metadata say and Nibble cannot do (experts, heads that turn in part but for a Phi-3,
 //! values narrower than keys) is refused here: the tensors alone would not show it.
 
+use candle_core::quantized::gguf_file::Value as Metadata;
 use nibble_quant::FloatType;
 use serde_json::{Map, Value, json};
 
@@ -82,8 +83,12 @@ impl Gguf {
         ) {
             config["attention_bias"] = self.has("blk.0.attn_q.bias").into();
         }
-        if self.architecture == Architecture::Mistral3 && self.has_query_scale() {
-            self.add_mistral3(&mut config, theta)?;
+        if self.architecture == Architecture::Mistral3 {
+            match self.has_query_scale() {
+                true => self.add_mistral3(&mut config, theta)?,
+                // Without the key a Mistral has one of 4,096 tokens.
+                false => config["sliding_window"] = Value::Null,
+            }
         }
         if self.architecture == Architecture::SmolLm3 {
             config["no_rope_layer_interval"] = ROTATION_INTERVAL.into();
@@ -241,7 +246,7 @@ impl Gguf {
     }
 
     fn yarn(&self, factor: f64) -> Result<Value> {
-        let original = self.size(ORIGINAL_LENGTH)?;
+        let original = self.size_or(ORIGINAL_LENGTH, self.size("context_length")?)?;
         let mut scaling = json!({
             "rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original,
         });
@@ -294,10 +299,21 @@ impl Gguf {
     }
 
     pub(super) fn size(&self, key: &str) -> Result<usize> {
-        let value = self.field(key).and_then(|value| value.to_u64().ok());
-        value
-            .and_then(|value| usize::try_from(value).ok())
-            .ok_or_else(|| self.wrong(format_args!("metadata `{key}` is missing or no number")))
+        let missing = || self.wrong(format_args!("metadata `{key}` is missing or no number"));
+        let value = match self.field(key) {
+            // A value for each layer.
+            Some(Metadata::Array(values)) => {
+                let sizes: Option<Vec<usize>> = values.iter().map(whole_number).collect();
+                let sizes = sizes.ok_or_else(missing)?;
+                if sizes.iter().any(|size| *size != sizes[0]) {
+                    let what = format_args!("metadata `{key}` differs from layer to layer");
+                    return Err(self.wrong(what).hint("models of this kind are not supported"));
+                }
+                sizes.first().copied()
+            }
+            value => value.and_then(whole_number),
+        };
+        value.ok_or_else(missing)
     }
 
     fn size_or(&self, key: &str, default: usize) -> Result<usize> {
@@ -315,4 +331,16 @@ impl Gguf {
         let shortest = |value: f64| (value as f32).to_string().parse().unwrap_or(value);
         self.float(key).map(shortest).ok_or_else(missing)
     }
+}
+
+/// A number that is not negative, of any type of integers.
+fn whole_number(value: &Metadata) -> Option<usize> {
+    let number = match *value {
+        Metadata::I8(number) => i64::from(number),
+        Metadata::I16(number) => i64::from(number),
+        Metadata::I32(number) => i64::from(number),
+        Metadata::I64(number) => number,
+        _ => return value.to_u64().ok().and_then(|number| usize::try_from(number).ok()),
+    };
+    usize::try_from(number).ok()
 }

@@ -194,6 +194,16 @@ fn rope_scaling(
             let what = "config.json: llama.cpp truncates the bounds of every yarn";
             return Err(Error::input(what).hint("this model cannot be a GGUF file"));
         }
+        // Others are in the files, and read for Mistral 3 alone.
+        RopeScaling::Yarn { beta_fast, beta_slow, .. }
+            if architecture != Architecture::Mistral3 && [beta_fast, beta_slow] != [32.0, 1.0] =>
+        {
+            let what = format_args!(
+                "config.json: llama.cpp has beta_fast 32 and beta_slow 1 for every yarn of a {}",
+                architecture.name()
+            );
+            return Err(Error::input(what).hint("this model cannot be a GGUF file"));
+        }
         RopeScaling::Yarn {
             factor,
             original_max_position_embeddings,

@@ -161,9 +161,8 @@ impl Repack<'_> {
         let hand_over = |contents| sender.send(Parcel { step, contents }).is_ok();
         if step.packed.is_some() {
             let packed = self.pack(step, &source)?;
-            if source.packed().is_some() {
-                let stored = source.packed().is_some_and(|from| from.format() == packed.format());
-                return Ok(hand_over(Owned::Packed(packed, stored)).then_some(Change::Nothing));
+            if source.packed().is_some_and(|from| from.format() == packed.format()) {
+                return Ok(hand_over(Owned::Packed(packed, true)).then_some(Change::Nothing));
             }
             let taken = hand_over(Owned::Packed(packed.clone(), false));
             let sums = packing_error(&source, &packed);

@@ -1,5 +1,7 @@
 //! `nibble eval`: loss, perplexity, token accuracy and exact match on a file, base against adapter.
 
+#[cfg(test)]
+mod fixtures;
 mod logits;
 mod predictions;
 
@@ -22,6 +24,7 @@ use crate::plan::Settings;
 use crate::plural::counted;
 use crate::report::table::{Align, Table};
 use crate::sample::{equip, load_weights};
+use crate::train::interrupt::Interrupt;
 use logits::SavedLogits;
 use predictions::{Predicted, Predictions};
 
@@ -52,15 +55,16 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     super::note_left_out(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     check_stored(&checkpoint, &spec)?;
+    super::note_without_use(&checkpoint, &spec);
     kernels.check_model(&spec)?;
     let (dataset, tokenizer) = read_data(args, &spec)?;
     let predictions = args
         .predictions
         .as_deref()
-        .map(|path| Predictions::new(&dataset.documents, &spec, path, args.max_new_tokens.get()));
+        .map(|path| Predictions::new(&dataset, &spec, path, args.max_new_tokens.get()));
     let predictions = predictions.transpose()?;
     let logits = args.save_logits.as_deref();
-    let logits = logits.map(|path| SavedLogits::new(&dataset.documents, path)).transpose()?;
+    let logits = logits.map(|path| SavedLogits::new(&dataset, path)).transpose()?;
     super::note_packing(&args.base, checkpoint.kind());
     let format = args.base.block_format();
     let adapter = args.adapter.as_deref();
@@ -79,17 +83,21 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     if merged {
         note_merged();
     }
+    let writes = args.save_logits.is_some() || args.predictions.is_some();
+    // Otherwise Ctrl-C ends the program, which leaves nothing behind.
+    let interrupt = if writes { Interrupt::install()? } else { Interrupt::default() };
     // Made before anything is computed.
     let new = |path: &Option<_>| path.as_deref().map(new_file).transpose();
     let (logits_file, answers_file) = (new(&args.save_logits)?, new(&args.predictions)?);
-    let base = (!merged).then(|| figures(&mut model, &batches, false)).transpose()?;
-    let adapted =
-        args.adapter.is_some().then(|| figures(&mut model, &batches, true)).transpose()?;
-    let saved = logits.zip(logits_file).map(|(logits, file)| logits.write(&mut model, file));
+    let mut figures = |adapters| figures(&mut model, &batches, adapters, &interrupt);
+    let base = (!merged).then(|| figures(false)).transpose()?;
+    let adapted = args.adapter.is_some().then(|| figures(true)).transpose()?;
+    let write = |(logits, file): (SavedLogits, _)| logits.write(&mut model, file, &interrupt);
+    let saved = logits.zip(logits_file).map(write);
     let predict = |()| {
         let asked = predictions.zip(answers_file);
         let make = |(predictions, file): (Predictions, _)| {
-            predictions.make(file, &mut model, tokenizer, prefill_tokens)
+            predictions.make(file, &mut model, tokenizer, prefill_tokens, &interrupt)
         };
         asked.map(make).transpose()
     };
@@ -173,9 +181,15 @@ impl Figures {
     }
 }
 
-fn figures<K: Kernels>(model: &mut Model<K>, batches: &[Batch], adapters: bool) -> Result<Figures> {
+fn figures<K: Kernels>(
+    model: &mut Model<K>,
+    batches: &[Batch],
+    adapters: bool,
+    interrupt: &Interrupt,
+) -> Result<Figures> {
     let mut figures = Figures::default();
     for batch in batches {
+        interrupt.check()?;
         let score = model.score(batch, adapters)?;
         figures.documents += batch.lines.len();
         figures.targets += batch.num_targets();

@@ -7,7 +7,7 @@ use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
 use crate::checkpoint::atomic::AtomicFile;
-use crate::data::{ChatTokenizer, Document};
+use crate::data::{ChatTokenizer, DataFiles, Dataset, Document};
 use crate::error::{Error, Message, Result};
 use crate::kernels::Kernels;
 use crate::model::Model;
@@ -19,6 +19,8 @@ use crate::train::interrupt::Interrupt;
 /// A document up to its last answer, and that.
 struct Question<'a> {
     line: usize,
+    /// Where there are several, and the line is its own.
+    file: Option<&'a Path>,
     prompt: &'a [u32],
     label: &'a [u32],
 }
@@ -47,12 +49,14 @@ impl<'a> Predictions<'a> {
     /// # Errors
     /// `Usage` when a document is trained from its first token on, or the file is there already.
     pub(super) fn new(
-        documents: &'a [Document],
+        dataset: &'a Dataset,
         spec: &ModelSpec,
         path: &Path,
         max_new_tokens: usize,
     ) -> Result<Self> {
-        let questions = documents.iter().map(Question::of).collect::<Result<Vec<_>>>()?;
+        let files = &dataset.report.files;
+        let questions = dataset.documents.iter().map(|document| Question::of(document, files));
+        let questions = questions.collect::<Result<Vec<_>>>()?;
         let longest = questions.iter().map(|question| question.prompt.len()).max().unwrap_or(0);
         let context_tokens = spec.possible_length(longest.saturating_add(max_new_tokens));
         super::check_is_new("--predictions", path)?;
@@ -80,14 +84,15 @@ impl<'a> Predictions<'a> {
         model: &mut Model<K>,
         tokenizer: ChatTokenizer,
         prefill_tokens: usize,
+        interrupt: &Interrupt,
     ) -> Result<Predicted> {
         let context_tokens = self.context_tokens;
         let speaker = Speaker::new(tokenizer, &model.spec().eos_token_ids)?;
         let limits = Limits { max_new_tokens: self.max_new_tokens, context_tokens, prefill_tokens };
         let bar = bar(self.questions.len());
-        let interrupt = Interrupt::install()?;
         let (mut right, mut cut) = (0, 0);
-        for (answered, Question { line, prompt, label }) in self.questions.iter().enumerate() {
+        for (answered, question) in self.questions.iter().enumerate() {
+            let Question { line, file: source, prompt, label } = question;
             let mut predict = String::new();
             let mut sampler = Sampler::new(SamplingOptions::greedy())?;
             let finish = speaker.extend(model, prompt.to_vec(), &mut sampler, limits, |piece| {
@@ -103,10 +108,13 @@ impl<'a> Predictions<'a> {
             let label = speaker.answer_text(label)?;
             right += usize::from(predict == label);
             let prompt = speaker.prompt_text(prompt)?;
-            let record = json!({
+            let mut record = json!({
                 "line": line, "prompt": prompt, "predict": predict, "label": label,
                 "finish_reason": finish_reason,
             });
+            if let Some(source) = source {
+                record["file"] = source.display().to_string().into();
+            }
             let written = file.write_all(format!("{record}\n").as_bytes());
             written.map_err(|e| Error::io("write", file.destination(), e))?;
             bar.inc(1);
@@ -136,17 +144,22 @@ impl<'a> Predictions<'a> {
 }
 
 impl<'a> Question<'a> {
-    fn of(document: &'a Document) -> Result<Self> {
+    fn of(document: &'a Document, files: &'a DataFiles) -> Result<Self> {
         let Document { input_ids, labels, line } = document;
         let end = labels.iter().rposition(|&label| label >= 0).map_or(0, |last| last + 1);
         let start = labels[..end].iter().rposition(|&label| label < 0).map_or(0, |last| last + 1);
         if start == 0 {
-            let what = format_args!("--predictions: record {line} has nothing before its answer");
+            let place = match files.locate(*line) {
+                (None, line) => format!("record {line}"),
+                (Some(_), _) => files.place(*line),
+            };
+            let what = format_args!("--predictions: {place} has nothing before its answer");
             return Err(Error::usage(what).hint(
                 "give prompts with answers, and leave `--train-on all` out: plain text has no prompt",
             ));
         }
-        Ok(Question { line: *line, prompt: &input_ids[..start], label: &input_ids[start..end] })
+        let (file, line) = files.locate(*line);
+        Ok(Question { line, file, prompt: &input_ids[..start], label: &input_ids[start..end] })
     }
 }
 
@@ -179,11 +192,26 @@ mod tests {
     #[test]
     fn a_question_ends_before_the_last_answer() {
         let asked = document(&[-100, -100, 2, -100, 4, 5, -100]);
-        let question = Question::of(&asked).unwrap();
+        let files = DataFiles::default();
+        let question = Question::of(&asked, &files).unwrap();
         assert_eq!((question.prompt, question.label), (&[0, 1, 2, 3][..], &[4, 5][..]));
         for labels in [&[0, 1, 2][..], &[0, -100]] {
-            let error = Question::of(&document(labels)).err().unwrap().to_string();
+            let error = Question::of(&document(labels), &files).err().unwrap().to_string();
             assert!(error.contains("record 7 has nothing before its answer"), "{error}");
         }
+    }
+    /// Each file has lines of its own.
+    #[test]
+    fn questions_of_several_files_are_found_again() {
+        let line = r#"{"input_ids": [1, 2, 3], "labels": [-100, 2, 3]}"#;
+        let (folder, dataset) = super::super::fixtures::dataset(&[line, &format!("\n{line}\n")]);
+        let files = &dataset.report.files;
+        let question = Question::of(&dataset.documents[1], files).unwrap();
+        let path = folder.path().join("1.jsonl");
+        assert_eq!((question.file, question.line), (Some(path.as_path()), 2));
+        let whole = Document { labels: vec![1, 2, 3], ..dataset.documents[1].clone() };
+        let error = Question::of(&whole, files).err().unwrap().to_string();
+        let place = format!("{}:2 has nothing before its answer", path.display());
+        assert!(error.contains(&place), "{error}");
     }
 }

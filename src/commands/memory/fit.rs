@@ -2,6 +2,7 @@
 
 use serde_json::{Value, json};
 
+use super::print::STREAMS_FOLDER;
 use super::room::{Room, place_in_words};
 use super::row_length;
 use crate::byte_size::ByteSize;
@@ -12,12 +13,18 @@ use crate::plan::{Demand, Limit, Place, Policy, Strategy};
 use crate::plural::counted;
 use crate::report::figures::{change, thousands};
 
-/// Prints what fits `--budget`, or the memory that is free here.
+/// Prints what fits `--budget`, or the memory that is free here. `assumes_packing`: whether 4-bit weights are
+/// planned of which no file is known.
 ///
 /// # Errors
 /// `Budget`, after everything is printed, where what was asked for does not fit.
-pub(super) fn run(args: &MemoryArgs, demand: &Demand, room: &Room) -> Result<()> {
-    let limit = limit(args, room)?;
+pub(super) fn run(
+    args: &MemoryArgs,
+    demand: &Demand,
+    room: &Room,
+    assumes_packing: bool,
+) -> Result<()> {
+    let limit = limit_to_fit(args, room)?;
     let asked = Asked {
         batch: args.per_device_train_batch_size.get(),
         accumulation: args.gradient_accumulation_steps.get(),
@@ -41,6 +48,9 @@ pub(super) fn run(args: &MemoryArgs, demand: &Demand, room: &Room) -> Result<()>
         println!("{out:#}");
     } else {
         print(args, demand, (&fit, asked), (limit, refusal.as_ref()));
+        if assumes_packing && fit.streams() {
+            println!("\n{STREAMS_FOLDER}");
+        }
     }
     refusal.map_or(Ok(()), Err)
 }
@@ -51,7 +61,7 @@ pub(super) fn refusal(error: &Error) -> Value {
     json!({"error": message.what, "hint": message.hint})
 }
 
-fn limit(args: &MemoryArgs, room: &Room) -> Result<Limit> {
+fn limit_to_fit(args: &MemoryArgs, room: &Room) -> Result<Limit> {
     if let Some(budget) = args.budget {
         return Ok(Limit::Budget(budget.0));
     }

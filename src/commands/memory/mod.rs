@@ -99,14 +99,14 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         sum_order: None,
     };
     if args.fit {
-        return fit::run(args, &demand, &room);
+        return fit::run(args, &demand, &room, model.assumes_packing);
     }
     let choice = choose(args, &demand, &room)?;
     let plan = demand.plan(&choice.settings);
     let account = Account::planned(demand.outside(&choice), &plan);
     // What `train` would do knows its limit.
     let in_training = Demand { dequantized_blocks: args.dequantized_blocks, ..demand.clone() };
-    let verdict = room.verdict(&in_training, account.planned_bytes());
+    let verdict = room.verdict(&in_training, &choice, args.budget.is_some());
     let facts = demand.facts(&choice);
     let Choice { strategy, settings } = choice;
     let page_cache = None;
@@ -127,7 +127,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
 
 /// A plan within the budget; that there is none is said to programs, too.
 fn choose(args: &MemoryArgs, demand: &Demand, room: &Room) -> Result<Choice> {
-    let choice = demand.choose(limit(args, room));
+    let choice = demand.choose(limit_of_a_plan(args, room));
     if let (true, Err(error @ Error::Budget(_))) = (args.json, &choice) {
         println!("{:#}", json!({"fits": false, "refusal": fit::refusal(error)}));
     }
@@ -175,7 +175,7 @@ fn check_page(path: &Path) -> Result<()> {
 }
 
 /// A plan alone may be for another machine, a trial is made on this one.
-fn limit(args: &MemoryArgs, room: &Room) -> Limit {
+fn limit_of_a_plan(args: &MemoryArgs, room: &Room) -> Limit {
     let here = args.measure.and(room.free_bytes).unwrap_or(u64::MAX);
     args.budget.map_or(Limit::Free(here), |budget| Limit::Budget(budget.0))
 }
@@ -239,6 +239,8 @@ struct Model {
     checkpoint: Option<Checkpoint>,
     spec: ModelSpec,
     weights: WeightBytes,
+    /// Whether a config alone has its linears planned in 4 bits, of which no file is known.
+    assumes_packing: bool,
     /// Program and tokenizer.
     process: u64,
     /// What was planned with stays until the trial is over, as in training.
@@ -260,7 +262,9 @@ impl Model {
                 None => ASSUMED_PROCESS_BYTES,
                 Some(_) => in_use()?,
             };
-            return Ok(Model { checkpoint: None, spec, weights, process, tokenizer });
+            let assumes_packing = format.is_some() && config["quantization_config"].is_null();
+            let checkpoint = None;
+            return Ok(Model { checkpoint, spec, weights, assumes_packing, process, tokenizer });
         }
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
@@ -272,7 +276,7 @@ impl Model {
         checkpoint.release_all();
         let process = in_use()?;
         let checkpoint = Some(checkpoint);
-        Ok(Model { checkpoint, spec, weights, process, tokenizer })
+        Ok(Model { checkpoint, spec, weights, assumes_packing: false, process, tokenizer })
     }
 }
 

@@ -7,9 +7,14 @@ use super::room::ASSUMED_CONTEXT_BYTES;
 use crate::byte_size::ByteSize;
 use crate::checkpoint::PageCache;
 use crate::cli::memory::MemoryArgs;
+use crate::ledger::rows::Account;
 use crate::plan::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer};
 use crate::plan::{Place, Policy};
-use crate::report::figures::{change, thousands};
+use crate::report::figures::{change, duration, operations, thousands};
+
+/// What `train` asks of weights that a plan streams, where only a config told of them.
+pub(super) const STREAMS_FOLDER: &str =
+    "streaming needs a 4-bit folder: `nibble quantize` makes one";
 
 /// For people.
 pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
@@ -22,6 +27,9 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
         thousands(trained as u64),
     );
     run.facts.iter().for_each(|fact| println!("{fact}"));
+    if run.model.assumes_packing && run.strategy.stream {
+        println!("{STREAMS_FOLDER}");
+    }
     let pinned = run.account.outside.pinned_bytes;
     if pinned > 0 {
         println!("the host holds {} of pinned memory besides", ByteSize(pinned));
@@ -40,11 +48,10 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
         println!("\n{}: not the program's memory, and freed when needed", cached(cache));
     }
     if let Some(transfer) = run.transfer() {
-        copies(&transfer);
+        println!("\n{}", copies(&transfer));
     }
     if let Some(budget) = args.budget {
-        let free = ByteSize(budget.0.saturating_sub(run.account.planned_bytes()));
-        println!("\nfits {budget} with {free} to spare");
+        println!("\n{}", beside(&run.account, budget));
     }
     println!("\n{}", run.full_fine_tuning().in_words());
     if let (Some(verdict), None) = (&run.verdict, args.budget) {
@@ -56,6 +63,28 @@ pub(super) fn table(args: &MemoryArgs, run: &PlannedRun) {
     if let Some(path) = &args.html {
         println!("\ncharts: {}", path.display());
     }
+}
+
+/// The most that is planned, or was measured.
+fn most_bytes(account: &Account) -> u64 {
+    account.planned_bytes().max(account.peak_bytes.unwrap_or(0))
+}
+
+/// The plan, and the run of it where one was made, beside a budget.
+fn beside(account: &Account, budget: ByteSize) -> String {
+    match account.excess(budget.0) {
+        Some(excess) => format!("warning: {excess}"),
+        None => {
+            let spare = ByteSize(budget.0.saturating_sub(most_bytes(account)));
+            format!("fits {budget} with {spare} to spare")
+        }
+    }
+}
+
+/// Whether all fits the budget, or what is free here; `None` where there is neither.
+fn fits(args: &MemoryArgs, run: &PlannedRun) -> Option<bool> {
+    let within = args.budget.map(|budget| most_bytes(&run.account) <= budget.0);
+    within.or_else(|| run.verdict.as_ref().map(|verdict| verdict.fits))
 }
 
 /// What of the plan beside weights and arena is only assumed.
@@ -78,22 +107,23 @@ pub(super) fn cached(cache: &PageCache) -> String {
 }
 
 /// Whether the GPU would wait for weights.
-fn copies(transfer: &Transfer) {
+fn copies(transfer: &Transfer) -> String {
     let (copying, computing) = transfer.seconds();
     let bound = if copying > computing { "copies" } else { "computation" };
     let hidden = match transfer.tokens_to_hide_copies {
         Some(tokens) => format!("copies hide behind {} tokens or more", thousands(tokens)),
         None => "longer steps hide no more of the copies".to_string(),
     };
-    println!(
-        "\na step copies {} to the GPU: {copying:.1} s at {:.0} GB/s (PCIe 4.0 x16), beside {:.1} \
-         PFLOP: {computing:.1} s at\n{:.0} TFLOP/s (an RTX 4090, in practice). It is bound by \
-         {bound}; {hidden}",
+    format!(
+        "a step copies {} to the GPU: {} at {:.0} GB/s (PCIe 4.0 x16), beside {}: {} at\n{:.0} TFLOP/s \
+         (an RTX 4090, in practice). It is bound by {bound}; {hidden}",
         ByteSize(transfer.bytes),
+        duration(copying),
         ASSUMED_BYTES_PER_SECOND / 1e9,
-        transfer.flops / 1e15,
+        operations(transfer.flops),
+        duration(computing),
         ASSUMED_FLOPS_PER_SECOND / 1e12,
-    );
+    )
 }
 
 fn rows(run: &PlannedRun) {
@@ -150,6 +180,9 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         "phases": account.phases,
         "regions": run.plan.regions,
     });
+    if let Some(fits) = fits(args, run) {
+        out["fits"] = json!(fits);
+    }
     if let Some(transfer) = run.transfer() {
         out["transfer"] = json!(transfer);
     }
@@ -163,4 +196,38 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         });
     }
     println!("{out:#}");
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ledger::rows::Row;
+
+    fn account(planned_bytes: u64, peak_bytes: Option<u64>) -> Account {
+        let row = Row { name: "4-bit codes".into(), planned_bytes, measured_bytes: peak_bytes };
+        Account { rows: vec![row], peak_bytes, ..Account::default() }
+    }
+
+    /// What was measured decides, not what was hoped for.
+    #[test]
+    fn a_trial_above_its_budget_does_not_fit() {
+        let budget = ByteSize(10 << 20);
+        let says = |planned: u64, peak| beside(&account(planned << 20, peak), budget);
+        assert_eq!(says(8, None), "fits 10.0 MiB with 2.0 MiB to spare");
+        assert_eq!(says(8, Some(9 << 20)), "fits 10.0 MiB with 1.0 MiB to spare");
+        assert_eq!(says(8, Some(7 << 20)), "fits 10.0 MiB with 2.0 MiB to spare");
+        let over = says(8, Some(11 << 20));
+        let expected = "warning: the run took 11.0 MiB, 1.0 MiB more than the 10.0 MiB";
+        assert!(over.starts_with(expected) && !over.contains("fits"), "{over}");
+    }
+
+    /// A small model's are a few milliseconds, a large one's many seconds.
+    #[test]
+    fn copies_have_the_units_of_their_size() {
+        let of = |bytes, flops| copies(&Transfer { bytes, flops, tokens_to_hide_copies: Some(9) });
+        let small = of(1 << 20, 2e9);
+        assert!(small.contains(": 41.9 µs at 25 GB/s") && small.contains("2.0 GFLOP: 20.0 µs at"));
+        let large = of(64 << 30, 3.79e15);
+        assert!(large.contains(": 2.7 s at 25 GB/s") && large.contains("3.8 PFLOP: 37.9 s at"));
+    }
 }

@@ -10,7 +10,7 @@ use crate::kernels::cpu::Cpu;
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::library::Gpu;
 use crate::ledger::resident;
-use crate::plan::{Demand, Limit, Place};
+use crate::plan::{Choice, Demand, Limit, Place};
 use crate::train::backend::TrainingKernels;
 
 /// What a CUDA context takes with its modules and cuBLAS, about; a run measures it.
@@ -27,13 +27,16 @@ pub(super) struct Room {
     pub pinned_bytes: u64,
 }
 
-/// Whether a plan fits here.
+/// Whether `train` would take a plan here.
 #[derive(Debug, Serialize)]
 pub(super) struct Verdict {
     free_bytes: u64,
     #[serde(skip)]
     place: Place,
-    fits: bool,
+    pub fits: bool,
+    /// What is wrong with it, up to the free memory's name.
+    #[serde(skip)]
+    fault: &'static str,
     /// What `train` would do instead.
     #[serde(skip_serializing_if = "Option::is_none")]
     instead: Option<String>,
@@ -62,23 +65,39 @@ impl Room {
         Ok(Room { free_bytes, context_bytes, pinned_bytes })
     }
 
-    /// Whether `planned_bytes` fit here; if not, what of `demand` does.
-    pub fn verdict(&self, demand: &Demand, planned_bytes: u64) -> Option<Verdict> {
+    /// Whether `planned` is what `train` would take here by itself, or within a budget at all; if not, what
+    /// of `demand` it would take.
+    pub fn verdict(&self, demand: &Demand, planned: &Choice, has_budget: bool) -> Option<Verdict> {
         let free_bytes = self.free_bytes?;
         // A budget's plan has the assumed context of some card.
         let process_bytes = self.context_bytes.unwrap_or(demand.process_bytes);
-        let fits = planned_bytes - demand.process_bytes + process_bytes <= free_bytes;
-        let demand = Demand { process_bytes, ..demand.clone() };
-        let instead = || match demand.choose(Limit::Free(free_bytes)) {
+        let (demand, limit) = (Demand { process_bytes, ..demand.clone() }, Limit::Free(free_bytes));
+        let bytes = demand.total_bytes(planned.strategy);
+        let fits =
+            if has_budget { bytes <= free_bytes } else { is_chosen(&demand, planned, limit) };
+        let instead = || match demand.choose(limit) {
             Ok(choice) => {
                 let bytes = ByteSize(demand.total_bytes(choice.strategy));
                 format!("`train` would take {bytes}: {}", demand.facts(&choice).join(", "))
             }
             Err(refusal) => refusal.message().hint.clone().unwrap_or_default(),
         };
+        let fault = match bytes {
+            bytes if bytes > free_bytes => "does not fit the",
+            bytes if bytes > limit.usable_bytes() => "takes more than nine tenths of the",
+            _ => "pins more of the host's memory than can be had, beside the",
+        };
         let (place, instead) = (demand.place, (!fits).then(instead));
-        Some(Verdict { free_bytes, place, fits, instead })
+        Some(Verdict { free_bytes, place, fits, fault, instead })
     }
+}
+
+/// Whether a run within `limit` goes as `planned`. Weights that stay dequantized in what it leaves are no
+/// other plan.
+fn is_chosen(demand: &Demand, planned: &Choice, limit: Limit) -> bool {
+    let dequantized_blocks = Some(planned.strategy.dequantized_blocks);
+    let chosen = Demand { dequantized_blocks, ..demand.clone() }.choose(limit);
+    chosen.is_ok_and(|chosen| chosen.strategy == planned.strategy)
 }
 
 impl Verdict {
@@ -87,7 +106,7 @@ impl Verdict {
         let (free, place) = (ByteSize(self.free_bytes), place_in_words(self.place));
         match &self.instead {
             None => format!("fits the {free} {place}"),
-            Some(instead) => format!("does not fit the {free} {place}; {instead}"),
+            Some(instead) => format!("{} {free} {place}; {instead}", self.fault),
         }
     }
 }
@@ -97,5 +116,67 @@ pub(super) fn place_in_words(place: Place) -> &'static str {
     match place {
         Place::Gpu => "of this GPU",
         Place::Cpu => "that are free here",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::adapter::LoraConfig;
+    use crate::model::families::spec_from_config;
+    use crate::plan::{
+        Activations, EmbeddingPlace, Settings, WeightBytes, WeightsMode, layout, logit_rows,
+    };
+
+    /// Of what is free `train` leaves a tenth, unless its leanest plan needs it.
+    #[test]
+    fn a_plan_fits_where_train_would_take_it() {
+        let text = include_str!("../../../tests/data/models/llama_s0/config.json");
+        let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
+        let logit_rows = logit_rows(&spec, 4096, None, Place::Cpu);
+        let settings = Settings {
+            targets: LoraConfig::default().resolve(&spec).unwrap(),
+            threads: 2,
+            ..Settings::evaluating(4096, logit_rows)
+        };
+        let bf16 = nibble_quant::FloatType::Bf16;
+        let demand = Demand {
+            spec: &spec,
+            settings: &settings,
+            layout: &layout,
+            activations: Activations::Auto,
+            mode: WeightsMode::Auto,
+            weights: WeightBytes::of_config(&spec, bf16, None, Place::Cpu),
+            embedding: EmbeddingPlace::Auto,
+            dequantized_blocks: None,
+            process_bytes: 1 << 20,
+            place: Place::Cpu,
+            pinned_bytes: u64::MAX,
+            lora_r: Some(16),
+            logit_rows_given: false,
+            sum_order: None,
+        };
+        let all = demand.choose(Limit::Free(u64::MAX)).unwrap();
+        let least = demand.leanest().unwrap();
+        let says = |planned: &Choice, free_bytes: u64, has_budget: bool| {
+            let room =
+                Room { free_bytes: Some(free_bytes), context_bytes: None, pinned_bytes: u64::MAX };
+            let verdict = room.verdict(&demand, planned, has_budget).unwrap();
+            (verdict.fits, verdict.in_words())
+        };
+        let [most, few] = [&all, &least].map(|choice| demand.total_bytes(choice.strategy));
+        let (fits, text) = says(&all, most * 10 / 9 + 10, false);
+        assert!(fits && text.starts_with("fits the "), "{text}");
+        let (fits, text) = says(&all, most, false);
+        let instead = " that are free here; `train` would take ";
+        assert!(!fits && text.starts_with("takes more than nine tenths of the "), "{text}");
+        assert!(text.contains(instead) && !text.contains("fits"), "{text}");
+        let (fits, text) = says(&all, most - 1, false);
+        assert!(!fits && text.starts_with("does not fit the ") && text.contains(instead), "{text}");
+        assert!(says(&least, few, false).0, "there is no leaner one");
+        // A budget is all that a run with one looks at.
+        assert!(says(&all, most, true).0 && !says(&all, most - 1, true).0);
+        let nowhere = Room { free_bytes: None, context_bytes: None, pinned_bytes: 0 };
+        assert!(nowhere.verdict(&demand, &all, false).is_none());
     }
 }

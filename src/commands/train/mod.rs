@@ -21,6 +21,7 @@ use crate::model::{Model, Randomness};
 use crate::plan::Place;
 use crate::plural::{counted, noun};
 use crate::printed;
+use crate::report::figures::rate;
 use crate::report::{REPORT_FILE, Reports};
 use crate::sample::Speaker;
 use crate::train::backend::TrainingKernels;
@@ -73,9 +74,13 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let mut data = data::prepare(args, &base, &progress)?;
     let settings = base.settings(args);
     let identity = identity(settings.clone(), &data, kernels.is_bf16());
+    if let Some(found) = &output.found {
+        start::compare(&found.state.identity, &identity)?;
+    }
     let max_steps = recipe.max_steps(data.feed.num_batches());
     if let Some(finished) = output.finished(&recipe, max_steps) {
-        return nothing_left(args, &output, &identity, finished);
+        nothing_left(args, finished);
+        return Ok(());
     }
     warn(&base, &recipe, max_steps, &progress);
     let before = output.found.as_ref().and_then(|found| found.state.identity.sum_order);
@@ -145,15 +150,7 @@ fn warn(base: &Base, recipe: &Recipe, max_steps: u64, progress: &Progress) {
 }
 
 /// A finished run has nothing to resume; its files stay as they are.
-fn nothing_left(
-    args: &TrainArgs,
-    output: &Output,
-    identity: &Identity,
-    Finished { step, all_steps, out_of_patience }: Finished,
-) -> Result<()> {
-    if let Some(found) = &output.found {
-        start::compare(&found.state.identity, identity)?;
-    }
+fn nothing_left(args: &TrainArgs, Finished { step, all_steps, out_of_patience }: Finished) {
     let out = args.output.out.display();
     let how = if all_steps { "finished" } else { "stopped early" };
     let more = [
@@ -164,7 +161,6 @@ fn nothing_left(
     println!("{out}: {how} at step {step}; nothing is left to resume");
     eprintln!("to train on, give more {};", more.join(", and "));
     eprintln!("to train its adapter further, give `--init-adapter {out}` and another `--out`");
-    Ok(())
 }
 
 /// The adapter that a run was given to begin with; once it has a checkpoint that one, which is there and as it
@@ -197,6 +193,7 @@ impl Base {
         crate::commands::note_left_out(&checkpoint);
         let spec = spec_from_config(checkpoint.config())?;
         check_stored(&checkpoint, &spec)?;
+        crate::commands::note_without_use(&checkpoint, &spec);
         let template = args.data.format.chat_template.as_deref();
         let tokenizer = ChatTokenizer::open_for(model, template, begins_with);
         let tokenizer = tokenizer.map_err(|error| match error {
@@ -298,7 +295,7 @@ fn report(args: &TrainArgs, end: &EndEvent, (predicted_bytes, place): (u64, Plac
     let (out, step, loss) = (args.output.out.display(), end.step, end.train_loss);
     let speed = end.tokens_per_second;
     let steps = noun(step as usize, "step");
-    println!("{out}: {step} {steps}, mean loss {loss:.4}, {speed:.0} tokens/s");
+    println!("{out}: {step} {steps}, mean loss {loss:.4}, {} tokens/s", rate(speed));
     let (predicted, measured) = (ByteSize(predicted_bytes), ByteSize(end.peak_rss_bytes));
     if place == Place::Cpu {
         println!("memory: planned {predicted}, measured peak {measured}");

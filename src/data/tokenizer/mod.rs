@@ -3,10 +3,10 @@
 //! From a Hugging Face folder (`tokenizer.json`, `tokenizer_config.json`, `chat_template.jinja`,
 //! `generation_config.json`) or rebuilt from a GGUF file's metadata by candle.
 
+mod coding;
 mod open;
 
 use std::borrow::Cow;
-use std::ops::Range;
 use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::Value as Metadata;
@@ -17,6 +17,7 @@ use tokenizers::processors::sequence::Sequence;
 
 use super::ends::TurnEnds;
 use super::known_templates::{KnownTemplate, unknown_template};
+use super::strftime::unix_seconds_now;
 use super::template::ChatTemplate;
 use super::template_sources::TemplateSources;
 use super::tokenizer_files::TokenizerFiles;
@@ -305,8 +306,7 @@ impl ChatTokenizer {
     /// # Errors
     /// `Input` when one does not compile.
     pub fn compile_template(&self) -> Result<Option<ChatTemplate>> {
-        let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-        self.compile_template_at(now.map_or(0, |now| now.as_secs()))
+        self.compile_template_at(unix_seconds_now())
     }
 
     /// As [`compile_template`](ChatTokenizer::compile_template), with a clock that stands.
@@ -319,38 +319,6 @@ impl ChatTokenizer {
         let template = compile(&sources.chat)?;
         let tool_use = sources.tool_use.as_deref().map(compile).transpose()?;
         Ok(Some(template.with_tool_use(tool_use)))
-    }
-
-    /// Ids of `text` without any added special token; special tokens *in* the text are recognised.
-    ///
-    /// # Errors
-    /// `Input` when the tokenizer refuses the text.
-    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, false);
-        encoding
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|e| Error::input(format_args!("tokenizer: {e}")))
-    }
-
-    /// Ids of `text` with the byte range that each came from.
-    ///
-    /// # Errors
-    /// `Input` when the tokenizer refuses the text.
-    pub fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
-        let encoding = self.tokenizer.encode(text, false);
-        let encoding = encoding.map_err(|e| Error::input(format_args!("tokenizer: {e}")))?;
-        let offsets = encoding.get_offsets().iter().map(|&(begin, end)| begin..end).collect();
-        Ok((encoding.get_ids().to_vec(), offsets))
-    }
-
-    /// Text of `ids`.
-    ///
-    /// # Errors
-    /// `Input` when an id is outside the vocabulary.
-    pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        self.tokenizer
-            .decode(ids, skip_special_tokens)
-            .map_err(|e| Error::input(format_args!("tokenizer: {e}")))
     }
 
     /// The token `id` as it stands in the vocabulary.

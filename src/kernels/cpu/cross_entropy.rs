@@ -7,7 +7,7 @@ use rayon::prelude::*;
 
 use super::Cpu;
 use super::arena::Buffer;
-use super::simd::{LANES, exp, max, tanh, vectorized};
+use super::simd::{LANES, exp, exp_below, max, tanh, vectorized};
 use crate::kernels::{HeadKernels, LogitShape};
 
 impl HeadKernels for Cpu {
@@ -45,19 +45,7 @@ fn forward_backward(
 #[inline(always)]
 fn one_row(row: &mut [f32], target: usize, scale: Option<f32>) -> f64 {
     let (largest, chosen) = (max(row), row[target]);
-    let mut lanes = [0.0f32; LANES];
-    let (chunks, rest) = row.as_chunks_mut::<LANES>();
-    for chunk in chunks {
-        for lane in 0..LANES {
-            chunk[lane] = exp(chunk[lane] - largest);
-            lanes[lane] += chunk[lane];
-        }
-    }
-    for (lane, value) in rest.iter_mut().enumerate() {
-        *value = exp(*value - largest);
-        lanes[lane] += *value;
-    }
-    let total: f64 = lanes.iter().map(|&lane| f64::from(lane)).sum();
+    let total: f64 = exp_below(row, largest).iter().map(|&lane| f64::from(lane)).sum();
     if let Some(scale) = scale {
         let factor = (f64::from(scale) / total) as f32;
         row.iter_mut().for_each(|value| *value *= factor);

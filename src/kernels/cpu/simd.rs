@@ -58,6 +58,24 @@ pub fn sum(a: &[f32], f: impl Fn(f32) -> f32) -> f32 {
     sum2(a, a, |x, _| f(x))
 }
 
+/// `x ← e^(x − largest)` for all of a row; the partial sums of the results.
+#[inline(always)]
+pub fn exp_below(row: &mut [f32], largest: f32) -> [f32; LANES] {
+    let mut lanes = [0.0f32; LANES];
+    let (chunks, rest) = row.as_chunks_mut::<LANES>();
+    for chunk in chunks {
+        for lane in 0..LANES {
+            chunk[lane] = exp(chunk[lane] - largest);
+            lanes[lane] += chunk[lane];
+        }
+    }
+    for (lane, value) in rest.iter_mut().enumerate() {
+        *value = exp(*value - largest);
+        lanes[lane] += *value;
+    }
+    lanes
+}
+
 /// Largest element, −∞ for none; NaN elements are passed over.
 #[inline(always)]
 pub fn max(a: &[f32]) -> f32 {

@@ -6,7 +6,7 @@ use std::ops::Range;
 use crate::model::spec::{LinearRole, MlpKind, ModelSpec};
 use crate::plan::{
     AdapterRegion, BlockRegion, Component, CudaRegion, HeadRegion, MemoryPlan, Pitch, Policy,
-    Ranks, Region, RegionId, RegionType, Settings, WorkRegion, layout, waiting,
+    Ranks, Region, RegionId, RegionType, Settings, WorkRegion, host_head_tile, layout, waiting,
 };
 
 use super::adapted_mlp;
@@ -33,7 +33,8 @@ pub fn staged_bytes(plan: &MemoryPlan) -> usize {
     bytes.sum::<usize>() + 4 * UPLOAD_WORDS
 }
 
-/// Buffers for dequantized weights of any size; the second one is for what is dequantized ahead.
+/// Buffers for dequantized weights of any size, and for tiles of a head on the host; the second one is for
+/// what is brought ahead.
 pub(super) const DEQUANTIZED: [CudaRegion; 2] =
     [CudaRegion::Dequantized, CudaRegion::DequantizedAhead];
 
@@ -90,9 +91,10 @@ pub fn cuda_layout(
     };
     let wide = RegionType::F32;
     let matrices = dequantized_matrices(spec, settings, &ranks, stacked.is_some());
-    let largest = matrices.iter().map(|(_, shape)| shape.elements()).max().unwrap_or(0);
-    for region in &DEQUANTIZED[..if settings.dequantize_ahead { 2 } else { 1 }] {
-        push(*region, RegionType::Bf16, largest);
+    if let Some(elements) = buffer_elements(spec, settings, &matrices) {
+        for region in &DEQUANTIZED[..if settings.dequantize_ahead { 2 } else { 1 }] {
+            push(*region, RegionType::Bf16, elements);
+        }
     }
     if let Some(elements) = stacked {
         push(CudaRegion::StackedA, RegionType::Bf16, elements);
@@ -199,6 +201,19 @@ fn dequantized_matrices(
         (linear.role, Extended { rows, columns, rank: rank(&[linear.role]) })
     }));
     matrices
+}
+
+/// Elements of a buffer for weights that are no operands where they lie: 4-bit ones, of which the largest has
+/// room, and a head on the host, of which a tile has; `None` where all are.
+fn buffer_elements(
+    spec: &ModelSpec,
+    settings: &Settings,
+    matrices: &[(LinearRole, Extended)],
+) -> Option<usize> {
+    if settings.packed_base {
+        return matrices.iter().map(|(_, shape)| shape.elements()).max();
+    }
+    settings.head_on_host.then(|| host_head_tile(spec.vocab_size) * spec.hidden_size)
 }
 
 /// Gives an operand of products with adapters room behind its rows: as much in every layer, or a product of

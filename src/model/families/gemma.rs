@@ -5,7 +5,7 @@ use half::{bf16, f16};
 use nibble_quant::FloatType;
 use serde_json::{Value, json};
 
-use super::fields::{Fields, wrong_type};
+use super::fields::{Fields, unsupported, wrong_type};
 use super::{decoder, whole_heads};
 use crate::checkpoint::dtype_of;
 use crate::error::Result;
@@ -77,6 +77,7 @@ pub(super) fn gemma3(fields: &Fields) -> Result<ModelSpec> {
         config["rope_parameters"] = global;
         config["rope_scaling"] = Value::Null;
     }
+    check_by_kind(fields)?;
     let theta = fields.number_or("rope_local_base_freq", LOCAL_THETA)?;
     let local = of_kind("sliding_attention").unwrap_or(json!({}));
     let longest = config.get("max_position_embeddings").cloned().unwrap_or(131_072.into());
@@ -94,6 +95,20 @@ pub(super) fn gemma3(fields: &Fields) -> Result<ModelSpec> {
     fields.unless(CAP, Value::is_null, "scores of a Gemma 3 have no cap")?;
     later_gemma(fields, &mut spec, [None, None])?;
     Ok(spec)
+}
+
+/// transformers passes over `rope_parameters` that are not those of a kind of layer.
+fn check_by_kind(fields: &Fields) -> Result<()> {
+    let Some(Value::Object(all)) = fields.present("rope_parameters") else { return Ok(()) };
+    let of_kinds = ["full_attention", "sliding_attention"];
+    match all.keys().find(|key| !of_kinds.contains(&key.as_str())) {
+        Some(key) => Err(unsupported(
+            "rope_parameters",
+            format_args!("{{\"{key}\": …}}"),
+            "a Gemma 3 has those of `full_attention` and of `sliding_attention`",
+        )),
+        None => Ok(()),
+    }
 }
 
 /// What the second and the third Gemma have in common; caps of scores and logits where the config is
@@ -190,6 +205,7 @@ mod tests {
         for (family, extra, says) in [
             ("gemma3_text", json!({"attn_logit_softcapping": 50.0}), "scores of a Gemma 3"),
             ("gemma", json!({"hidden_act": "gelu"}), "hidden_act"),
+            ("gemma3_text", json!({"rope_parameters": {"rope_theta": 5e5}}), "rope_parameters"),
             ("gemma2", json!({"attn_logit_softcapping": 1e39}), "attn_logit_softcapping"),
             ("gemma2", json!({"query_pre_attn_scalar": null}), "query_pre_attn_scalar"),
             ("gemma2", json!({"sliding_window": 0}), "sliding_window"),

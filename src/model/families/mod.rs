@@ -53,7 +53,8 @@ fn read_spec(fields: &Fields) -> Result<ModelSpec> {
     let family = Family::of(name).ok_or_else(|| {
         let what = format_args!("config.json: model_type `{name}` is not supported");
         let all = Family::ALL.map(Family::model_type).join(", ");
-        Error::input(what).hint(format_args!("supported families: {all}"))
+        Error::input(what)
+            .hint(format_args!("supported families: {all}, and the text of {WITH_TEXT}"))
     })?;
     let spec = match family {
         Family::Llama => llama(fields, family)?,
@@ -72,8 +73,17 @@ fn read_spec(fields: &Fields) -> Result<ModelSpec> {
     Ok(spec)
 }
 
+/// Models for text and images whose text is of one of the families.
+const WITH_TEXT: &str = "gemma3, mistral3 and qwen3_vl";
+
+/// `swish` is another name of it in transformers.
+fn check_silu(fields: &Fields) -> Result<()> {
+    let is_silu = |name: &Value| name == "silu" || name == "swish";
+    fields.unless("hidden_act", is_silu, "only `silu` is implemented")
+}
+
 fn llama(fields: &Fields, family: Family) -> Result<ModelSpec> {
-    fields.unless("hidden_act", |v| v == "silu", "only `silu` is implemented")?;
+    check_silu(fields)?;
     decoder(fields, family)
 }
 

@@ -1,13 +1,13 @@
 //! Phi-3, Phi-3.5 and Phi-4. Source: transformers `models/phi3/modeling_phi3.py`,
 //! `configuration_phi3.py`.
 
-use super::decoder;
 use super::fields::Fields;
+use super::{check_silu, decoder};
 use crate::error::Result;
 use crate::model::spec::{Family, ModelSpec, Projections};
 
 pub(super) fn phi3(fields: &Fields) -> Result<ModelSpec> {
-    fields.unless("hidden_act", |v| v == "silu", "only `silu` is implemented")?;
+    check_silu(fields)?;
     let mut config = fields.0.clone();
     for (key, value) in [
         ("max_position_embeddings", 4096),

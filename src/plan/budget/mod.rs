@@ -142,7 +142,9 @@ impl Demand<'_> {
     /// What may be made in smaller pieces, the fewest first.
     pub(in crate::plan) fn pieces(&self) -> impl Iterator<Item = Pieces> {
         let given = self.logit_rows_given;
-        Pieces::ways(self.place == Place::Gpu).filter(move |pieces| !(given && pieces.logits))
+        let tiled_head = self.embedding_places().contains(&OnHost::All);
+        let buffers = self.place == Place::Gpu && (self.weights.packed || tiled_head);
+        Pieces::ways(buffers).filter(move |pieces| !(given && pieces.logits))
     }
 
     /// What may be in the host's memory beside a GPU.
@@ -167,7 +169,8 @@ impl Demand<'_> {
     }
 
     fn settings_of(&self, strategy: Strategy) -> Settings {
-        strategy.applied_to(self.settings, self.spec.num_layers)
+        let packed_base = self.weights.packed;
+        Settings { packed_base, ..strategy.applied_to(self.settings, self.spec.num_layers) }
     }
 
     /// The same demand at other sizes.

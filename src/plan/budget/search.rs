@@ -139,7 +139,7 @@ impl Demand<'_> {
     /// none where there is one buffer for all, of a base that is not in 4 bits, and on the CPU.
     pub(in crate::plan) fn most_dequantized(&self, strategy: Strategy) -> usize {
         match (self.place, strategy.stream) {
-            _ if strategy.pieces.one_buffer || self.weights.resident.codes == 0 => 0,
+            _ if strategy.pieces.one_buffer || !self.weights.packs_linears() => 0,
             (Place::Gpu, true) => 1,
             (Place::Gpu, false) => self.spec.num_layers,
             (Place::Cpu, _) => 0,
@@ -160,8 +160,7 @@ impl Demand<'_> {
                     .hint("make one with `nibble quantize` and give it as `--model`"));
             }
         };
-        if self.dequantized_blocks.is_some_and(|blocks| blocks > 0)
-            && self.weights.resident.codes == 0
+        if self.dequantized_blocks.is_some_and(|blocks| blocks > 0) && !self.weights.packs_linears()
         {
             let what = "`--dequantized-blocks`: the weights of this base are not in 4 bits";
             return Err(Error::usage(what).hint("leave it out, or quantize the base"));

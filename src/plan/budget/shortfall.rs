@@ -211,12 +211,15 @@ impl Demand<'_> {
             Err(need) => {
                 changes.extend(self.lora_r.map(|_| "`--lora-r 1`".to_string()));
                 let with = if changes.is_empty() { "" } else { ", with " };
+                // Of streamed weights a short pass reads fewer rows of the embedding, too.
+                let shortest = self.settings.shorter(LENGTH_STEP);
+                let outside = self.at(&shortest).outside(&choice).total();
                 format!(
                     "the least that this model can be trained in is {}{with}{}; the frozen weights \
                      and data alone take {}",
                     ByteSize(need),
                     changes.join(", "),
-                    ByteSize(self.outside(&choice).total())
+                    ByteSize(outside)
                 )
             }
         }

@@ -1,3 +1,5 @@
+mod dense;
+
 use super::search::WORTH_MEMORY;
 use super::*;
 use crate::adapter::LoraConfig;
@@ -51,7 +53,13 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
         layout: &layout,
         activations: Activations::Auto,
         mode: WeightsMode::Auto,
-        weights: WeightBytes { resident: codes(1 << 20), streamed: None, embedding: 0, head: 0 },
+        weights: WeightBytes {
+            resident: codes(1 << 20),
+            streamed: None,
+            embedding: 0,
+            head: 0,
+            packed: true,
+        },
         embedding: EmbeddingPlace::Auto,
         dequantized_blocks: None,
         process_bytes: 100,
@@ -273,7 +281,8 @@ fn weights_are_streamed_where_that_saves_recomputation() {
     let spec = golden();
     let settings = settings(&spec, 1024);
     let streamed = Some(StreamedBytes::of_vectors(1 << 20));
-    let weights = WeightBytes { resident: codes(50 << 20), streamed, embedding: 0, head: 0 };
+    let weights =
+        WeightBytes { resident: codes(50 << 20), streamed, ..demand(&spec, &settings).weights };
     let auto = Demand { weights, ..demand(&spec, &settings) };
     let keep = Strategy::uniform(6, Policy::Keep, false);
     let most = auto.total_bytes(keep);
@@ -353,6 +362,20 @@ fn a_plan_over_budget_says_what_would_fit() {
         "{text}"
     );
     assert!(text.contains(", `--lora-r 1`;"), "{text}");
+}
+
+/// The whole is of a short pass, and so is the part: rows of a streamed embedding are those of its tokens.
+#[test]
+fn the_weights_of_the_least_plan_are_those_of_its_length() {
+    let spec = golden();
+    let settings = settings(&spec, 1024);
+    let rows = StreamedBytes { table: 1 << 30, row: 64 << 10, ..StreamedBytes::of_vectors(100) };
+    let weights = WeightBytes { streamed: Some(rows), ..demand(&spec, &settings).weights };
+    let demand = Demand { weights, ..demand(&spec, &settings) };
+    let text = demand.choose(Limit::Budget(1000)).unwrap_err().to_string();
+    // 64 rows, and what is there besides.
+    let alone = ByteSize((64 * (64 << 10)) + 100 + demand.process_bytes);
+    assert!(text.ends_with(&format!("the frozen weights and data alone take {alone}")), "{text}");
 }
 
 /// Which pieces are taken depends on what is free, and the last bits of a run on them.

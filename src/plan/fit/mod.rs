@@ -1,6 +1,8 @@
 //! What fits a memory budget: the longest context, the largest micro-batch, and what each setting
 //! would change. All of it is the plan's own arithmetic, tried at other sizes.
 
+mod sizes;
+
 use std::num::NonZeroUsize;
 
 use serde::Serialize;
@@ -11,21 +13,16 @@ use crate::plan::budget::{Choice, Demand, Limit};
 use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::moments::Optim;
-use crate::plan::settings::LEAST_LOGIT_ROWS;
 use crate::plan::settings::{Pieces, Policy, Settings, logit_rows};
 use crate::plan::strategy::Strategy;
+pub(super) use sizes::{LENGTH_STEP, largest, smallest_pieces};
+use sizes::{MOST_TOKENS, longest_document, smaller_chunk, smaller_tile};
 
-/// Lengths are multiples of this many tokens.
-pub(super) const LENGTH_STEP: usize = 64;
-/// Nothing longer is tried.
-const MOST_TOKENS: usize = 1 << 24;
 /// Another micro-batch is told of where it takes less than this of a token's time: less is within what
 /// the arithmetic can know.
 const CLEARLY_FASTER: f64 = 0.97;
 /// Fewer rows are as good where they take no more than this of the least time.
 const AS_FAST: f64 = 1.01;
-/// Of a tile of the MLP, at least.
-const LEAST_TILE_TOKENS: usize = 256;
 
 /// A way to run, and what fits with it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
@@ -37,7 +34,8 @@ pub struct Row {
     pub time: f64,
     /// Bytes at the sizes that were asked for.
     pub bytes: u64,
-    /// Tokens of the longest document that fits alone; 0 when none does.
+    /// Tokens of the longest document that fits alone, in whole steps of 64 unless it is the one that was
+    /// asked for; 0 when none does.
     pub longest_document: usize,
     /// Bytes of the host's memory that this document pins beside a GPU.
     pub pinned_bytes: u64,
@@ -161,6 +159,12 @@ impl Fit {
         let fastest = search.fastest(fits);
         Fit { budget_bytes: budget, fits, bytes, plan, ways, fastest, knobs }
     }
+
+    /// Whether weights are streamed in the plan, or in the one that is advised.
+    pub fn streams(&self) -> bool {
+        let advised = self.fastest.as_ref().map(|fastest| &fastest.plan);
+        [Some(&self.plan), advised].into_iter().flatten().any(|plan| plan.strategy.stream)
+    }
 }
 
 impl Search<'_> {
@@ -232,18 +236,14 @@ impl Search<'_> {
             let demand = demand.at(&settings);
             all.iter().rev().any(|strategy| demand.fits(*strategy, self.budget))
         };
-        let most = demand.spec.learned_positions.unwrap_or(MOST_TOKENS);
-        let longest_document = match demand.spec.learned_positions {
-            Some(most) if fits(1, most) => most,
-            _ => LENGTH_STEP * largest(most / LENGTH_STEP, |n| fits(1, n * LENGTH_STEP)),
-        };
+        let longest_document = longest_document(demand, length, |length| fits(1, length));
         Row {
             strategy,
             time: seconds(demand, strategy),
             bytes: demand.total_bytes(strategy),
             longest_document,
             pinned_bytes: fastest(1, longest_document.max(1)).map_or(0, |(_, pinned)| pinned),
-            largest_batch: largest(MOST_TOKENS / length, |n| fits(n, length)),
+            largest_batch: largest((MOST_TOKENS / length).max(batch), |n| fits(n, length)),
         }
     }
 
@@ -358,41 +358,6 @@ impl Search<'_> {
 /// Of a token, about.
 fn seconds(demand: &Demand, strategy: Strategy) -> f64 {
     Pace::new(demand).seconds_per_token(&demand.choice(strategy))
-}
-
-/// The largest `n` up to `most` that fits; what fits with more fits with less. Sizes are doubled
-/// first: most answers are far below the most that is tried.
-pub(super) fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usize {
-    let (mut good, mut bad) = (0, 1);
-    while bad <= most && fits(bad) {
-        (good, bad) = (bad, 2 * bad);
-    }
-    bad = bad.min(most + 1);
-    while bad - good > 1 {
-        let middle = good + (bad - good) / 2;
-        if fits(middle) { good = middle } else { bad = middle }
-    }
-    good
-}
-
-/// The smallest tiles and chunks that are suggested.
-pub(super) fn smallest_pieces(settings: &mut Settings) {
-    if settings.mlp_tile() > LEAST_TILE_TOKENS {
-        settings.mlp_tile_length = Some(LEAST_TILE_TOKENS);
-    }
-    settings.logit_rows = settings.logit_rows.min(LEAST_LOGIT_ROWS);
-}
-
-/// A quarter of the tile, where it is long enough to be cut.
-fn smaller_tile(settings: &Settings) -> Option<usize> {
-    let quarter = settings.mlp_tile() / 4;
-    (quarter >= LEAST_TILE_TOKENS).then_some(quarter)
-}
-
-/// A quarter of the rows of logits, where there are enough of them, as a round number.
-fn smaller_chunk(settings: &Settings) -> Option<usize> {
-    let quarter = settings.logit_rows / 4 / LEAST_LOGIT_ROWS * LEAST_LOGIT_ROWS;
-    (quarter >= LEAST_LOGIT_ROWS).then_some(quarter)
 }
 
 #[cfg(test)]

@@ -29,6 +29,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
             streamed: Some(StreamedBytes::of_vectors(2 << 20)),
             embedding: 0,
             head: 0,
+            packed: true,
         },
         embedding: EmbeddingPlace::Auto,
         dequantized_blocks: None,
@@ -98,6 +99,25 @@ fn the_limits_are_the_last_sizes_that_fit() {
         assert!(offloaded.time > recomputed.time, "to a drive");
         assert!(offloaded.bytes < recomputed.bytes && recomputed.bytes < first.bytes);
         assert!(recomputed.longest_document > first.longest_document);
+    });
+}
+
+/// In whole steps of 64, and up to some length: what was asked for, and fits, is in neither.
+#[test]
+fn the_longest_document_is_no_shorter_than_one_that_fits() {
+    with_demand(|demand| {
+        for (length, large) in [(100, false), (MOST_TOKENS + 100, true)] {
+            let asked = Asked { batch: 1, accumulation: 1, length, logits_chunk: None };
+            let settings = asked.sized(demand, 1, length);
+            let demand = demand.at(&settings);
+            let keep = Strategy::uniform(6, Policy::Keep, false);
+            let budget = demand.total_bytes(Strategy { pieces: Pieces::ALL, ..keep });
+            let limit = Limit::Budget(budget);
+            let fit = Fit::new(&demand, asked, limit, &demand.choose(limit).unwrap());
+            let kept = fit.ways.iter().find(|way| way.strategy.kept == 6).unwrap();
+            assert_eq!((kept.longest_document, kept.largest_batch), (length, 1));
+            assert_eq!(fit.ways.iter().all(|way| way.longest_document == length), large);
+        }
     });
 }
 

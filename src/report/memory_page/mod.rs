@@ -8,7 +8,7 @@ use minijinja::{AutoEscape, Environment, Value, context};
 use serde::Serialize;
 
 use crate::byte_size::ByteSize;
-use crate::ledger::rows::{Account, HostMemory, PhaseRow, Row};
+use crate::ledger::rows::{Account, PhaseRow, Row};
 use crate::report::figures::change;
 use colours::colour;
 use timeline::{Timeline, timeline};
@@ -75,22 +75,33 @@ struct Segment {
 
 /// The page of `nibble memory --html`.
 pub fn render(heading: &Heading, account: &Account) -> String {
+    fill(
+        include_str!("page.html"),
+        context! {
+            style => style(),
+            version => env!("CARGO_PKG_VERSION"),
+            heading => heading,
+            memory => figures(account),
+        },
+    )
+}
+
+/// A page: a template, which may show figures, with what it needs.
+pub(super) fn fill(page: &str, context: Value) -> String {
     let mut environment = Environment::new();
     environment.set_auto_escape_callback(|_| AutoEscape::Html);
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);
-    for (name, text) in [("figures", FIGURES), ("page", include_str!("page.html"))] {
-        environment.add_template(name, text).expect("the template is valid");
-    }
+    environment.add_template("figures", FIGURES).expect("the template is valid");
+    environment.add_template("page", page).expect("the template is valid");
     let page = environment.get_template("page").expect("added above");
+    page.render(context).expect("the template uses what it is given")
+}
+
+/// The style of every page.
+pub(super) fn style() -> Value {
     let style = concat!(include_str!("../page/page.css"), include_str!("figures.css"));
-    page.render(context! {
-        style => Value::from_safe_string(style.to_string()),
-        version => env!("CARGO_PKG_VERSION"),
-        heading => heading,
-        memory => figures(account),
-    })
-    .expect("the template uses what it is given")
+    Value::from_safe_string(style.to_string())
 }
 
 /// Everything that the template needs.
@@ -107,16 +118,22 @@ pub(super) fn figures(account: &Account) -> Figures {
         difference,
         phases: phases(account),
         timeline: timeline(account),
-        host: account.host.map(|host| host_rows(account, &host)).unwrap_or_default(),
+        host: host_rows(account),
     }
 }
 
-fn host_rows(account: &Account, host: &HostMemory) -> Vec<(&'static str, String, String)> {
-    vec![
-        ("the program", String::new(), size(host.resident_bytes)),
-        ("of it file-backed", String::new(), size(host.mapped_bytes)),
-        ("pinned memory", size(account.outside.pinned_bytes), size(host.pinned_bytes)),
-    ]
+fn host_rows(account: &Account) -> Vec<(&'static str, String, String)> {
+    let (planned, none) = (account.outside.pinned_bytes, String::new());
+    let pinned = |measured| ("pinned memory", size(planned), measured);
+    match account.host {
+        Some(host) => vec![
+            ("the program", none.clone(), size(host.resident_bytes)),
+            ("of it file-backed", none, size(host.mapped_bytes)),
+            pinned(size(host.pinned_bytes)),
+        ],
+        None if planned > 0 => vec![pinned(none)],
+        None => Vec::new(),
+    }
 }
 
 fn size(bytes: u64) -> String {
@@ -193,6 +210,7 @@ fn segments(account: &Account, row: &PhaseRow, width: f64) -> Vec<Segment> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::ledger::rows::HostMemory;
     use crate::ledger::{Moment, Phase, Record};
     use crate::plan::Outside;
 
@@ -292,5 +310,19 @@ mod tests {
         account.phases[0].measured_bytes = None;
         let page = render(&heading(), &account);
         assert!(!page.contains("measured") && page.contains("3.0 MiB"));
+        assert!(!page.contains("pinned memory"));
+        // A plan for a GPU says what it pins of the host's memory.
+        account.outside.pinned_bytes = 7 << 20;
+        let page = render(&heading(), &account);
+        assert!(page.contains("<td>pinned memory</td><td class=\"n\">7.0 MiB</td></tr>"), "{page}");
+        assert!(!page.contains("measured"));
+    }
+
+    /// What the timeline shows is told to those who cannot see it.
+    #[test]
+    fn the_timeline_has_its_figures_in_words() {
+        let page = render(&heading(), &account());
+        let words = "aria-label=\"memory over 2.0 s: measured peak 5.0 MiB, planned 4.0 MiB\"";
+        assert!(page.contains(words), "{page}");
     }
 }

@@ -20,6 +20,8 @@ pub(super) struct Timeline {
     layers: Vec<(usize, String)>,
     /// What hovering shows: begin, width, text.
     columns: Vec<(String, String, String)>,
+    /// The most that was measured.
+    peak: String,
     /// The plan: place from above, size.
     planned: Option<(String, String)>,
     /// Rows of the scale: place from above, size.
@@ -52,6 +54,7 @@ pub(super) fn timeline(account: &Account) -> Option<Timeline> {
         file: mapped.then(|| line(&|moment| moment.file_bytes)),
         layers: layers(account, last, top),
         columns: columns(account, last),
+        peak: size(account.peak_bytes.unwrap_or(0).max(seen)),
         planned: (planned > 0).then(|| (down(planned), size(planned))),
         scale: scale.map(|bytes| (down(bytes), size(bytes).replace(".0 ", " "))).collect(),
         bands: bands(moments, last),
@@ -59,7 +62,7 @@ pub(super) fn timeline(account: &Account) -> Option<Timeline> {
     })
 }
 
-/// Half, one or two times a power of two, no smaller than `bytes` by more than a third.
+/// One or three quarters of a power of two: the smaller one that is no less than `bytes`.
 fn round_up(bytes: u64) -> u64 {
     let power = bytes.max(1).next_power_of_two();
     if power - power / 4 >= bytes { power - power / 4 } else { power }

@@ -3,6 +3,8 @@
 
 use serde::Serialize;
 
+use super::axis::{ROWS, log_ticks, range, ticks, trimmed};
+
 /// A line before it is placed.
 pub struct Series {
     /// CSS class: its colour.
@@ -27,10 +29,24 @@ pub struct Frame<'a> {
     pub unit: f64,
     /// Writes a value.
     pub format: &'a dyn Fn(f64) -> String,
+    /// Writes a value of the axis, of rows so far apart.
+    pub tick: fn(f64, f64) -> String,
     /// A horizontal line at a value that is not of this run.
     pub reference: Option<(&'static str, f64)>,
-    /// Vertical lines: step and name.
-    pub marks: &'a [(f64, String)],
+    /// Vertical lines.
+    pub marks: &'a [Mark],
+}
+
+/// A vertical line with a name.
+pub struct Mark {
+    /// Where it is.
+    pub step: f64,
+    /// What is left out where there is no room: `epoch ` of `epoch 3`.
+    pub kind: &'static str,
+    /// The rest of the name.
+    pub name: String,
+    /// CSS class: the line of its name.
+    pub class: &'static str,
 }
 
 /// A chart with places in percent of its area, from the upper left corner.
@@ -43,7 +59,7 @@ pub struct Chart {
     /// Rows of the logarithmic scale; empty without one.
     log_rows: Vec<Label>,
     columns: Vec<Label>,
-    marks: Vec<Label>,
+    marks: Vec<PlacedMark>,
     reference: Option<Label>,
     lines: Vec<Line>,
 }
@@ -52,6 +68,16 @@ pub struct Chart {
 struct Label {
     at: String,
     text: String,
+}
+
+#[derive(Serialize)]
+struct PlacedMark {
+    at: String,
+    kind: &'static str,
+    name: String,
+    class: &'static str,
+    /// Whether the name stands before the line: behind it there is no room.
+    late: bool,
 }
 
 #[derive(Serialize)]
@@ -72,8 +98,9 @@ struct Line {
 const MOST_POINTS: usize = 600;
 /// Up to this many points are marked.
 const MOST_DOTS: usize = 40;
-const ROWS: f64 = 4.0;
 const COLUMNS: f64 = 5.0;
+/// In percent: behind it there is no room for a name.
+const LAST_TENTH: f64 = 90.0;
 
 /// Places `series` in `frame`; `None` when there is nothing to draw.
 pub fn chart(series: Vec<Series>, frame: &Frame) -> Option<Chart> {
@@ -86,6 +113,7 @@ pub fn chart(series: Vec<Series>, frame: &Frame) -> Option<Chart> {
     let unit = frame.unit;
     let rows: Vec<f64> =
         ticks(low / unit, high / unit, ROWS).into_iter().map(|row| row * unit).collect();
+    let apart = rows[1] - rows[0];
     let (low, high) = (low.min(rows[0]), high.max(rows[rows.len() - 1]));
     let down = |value: f64| 100.0 * (high - value) / (high - low);
     let log = logarithmic(values(), frame);
@@ -96,20 +124,28 @@ pub fn chart(series: Vec<Series>, frame: &Frame) -> Option<Chart> {
         title: frame.title,
         description: describe(&series, frame),
         last_step,
-        rows: rows.iter().map(|&row| label(down(row), trimmed(&(frame.format)(row)))).collect(),
+        rows: rows
+            .iter()
+            .map(|&row| label(down(row), trimmed(&(frame.tick)(row, apart))))
+            .collect(),
         log_rows: log.iter().flat_map(Logarithmic::labels).collect(),
         columns: ticks(0.0, last_step, COLUMNS)
             .into_iter()
             .filter(|&step| step <= last_step && step.fract() == 0.0)
             .map(|step| label(across(step), format!("{step}")))
             .collect(),
-        marks: frame.marks.iter().map(|(step, text)| label(across(*step), text.clone())).collect(),
+        marks: frame.marks.iter().map(|mark| place_mark(mark, across(mark.step))).collect(),
         reference: frame.reference.map(|(text, value)| label(down(value), text.to_string())),
         lines: series
             .iter()
             .map(|line| place(line, &across, &down, log.as_ref(), frame.format))
             .collect(),
     })
+}
+
+fn place_mark(mark: &Mark, across: f64) -> PlacedMark {
+    let Mark { kind, ref name, class, .. } = *mark;
+    PlacedMark { at: percent(across), kind, name: name.clone(), class, late: across > LAST_TENTH }
 }
 
 fn finite(mut series: Series) -> Series {
@@ -174,39 +210,6 @@ impl Logarithmic {
     }
 }
 
-/// Round values around the range, no more than a few: 1, 2 and 5 times powers of ten, or 1 and 3, or
-/// powers alone; in a range that is small beside its values those of a linear scale.
-fn log_ticks(low: f64, high: f64) -> Vec<f64> {
-    const MOST: usize = 7;
-    let linear = ticks(low, high, ROWS);
-    if high < 5.0 * low && linear[0] > 0.0 {
-        return linear;
-    }
-    let digits: [&[i32]; 3] = [&[1, 2, 5], &[1, 3], &[1]];
-    let around = |digits: &[i32]| {
-        let (first, last) = (low.log10().floor() as i32, high.log10().ceil() as i32);
-        let all = (first..=last).flat_map(|power| digits.iter().map(move |&d| (d, power)));
-        // By division where the power is negative: 3 / 1000 is 0.003, 3 · 0.001 may not be.
-        let value = |(digit, power): (i32, i32)| match power {
-            0.. => f64::from(digit) * 10f64.powi(power),
-            _ => f64::from(digit) / 10f64.powi(-power),
-        };
-        let all: Vec<f64> = all.map(value).collect();
-        let begin = all.iter().rposition(|&tick| tick <= low).unwrap_or(0);
-        let end = all.iter().position(|&tick| tick >= high).unwrap_or(all.len() - 1);
-        all[begin..=end].to_vec()
-    };
-    let fitting = digits.iter().map(|digits| around(digits)).find(|rows| rows.len() <= MOST);
-    fitting.unwrap_or_else(|| {
-        let rows = around(&[1]);
-        let every = rows.len().div_ceil(MOST);
-        let last = (rows.len() - 1) % every;
-        // The highest stays; the lowest stands for what is below it.
-        let kept = rows[last..].iter().copied().step_by(every);
-        if last == 0 { kept.collect() } else { [rows[0]].into_iter().chain(kept).collect() }
-    })
-}
-
 /// For those who cannot see the chart.
 fn describe(series: &[Series], frame: &Frame) -> String {
     let ends = |line: &Series| {
@@ -238,70 +241,6 @@ fn thin(points: &[(f64, f64)]) -> Vec<(f64, f64)> {
     kept
 }
 
-/// Mean of each point and its neighbours, with weights `βᵈ` at a distance of d points, as many on either
-/// side, so that the line neither lags behind nor leaves the ends. None of its own where points are few.
-pub fn smooth(points: &[(f64, f64)]) -> Option<Vec<(f64, f64)>> {
-    const FEW: usize = 40;
-    if points.len() < FEW {
-        return None;
-    }
-    let beta = 1.0 - 1.0 / (points.len() as f64 / (2.0 * FEW as f64) + 2.0);
-    // Σ βᵈ·x and Σ βᵈ over all points before, and after; either has the point itself.
-    let sums = |values: &mut dyn Iterator<Item = f64>| -> Vec<(f64, f64)> {
-        let next = |sums: &mut (f64, f64), value: f64| {
-            *sums = (beta * sums.0 + value, beta * sums.1 + 1.0);
-            Some(*sums)
-        };
-        values.scan((0.0, 0.0), next).collect()
-    };
-    let before = sums(&mut points.iter().map(|point| point.1));
-    let mut after = sums(&mut points.iter().rev().map(|point| point.1));
-    after.reverse();
-    let last = points.len() - 1;
-    let mean = |index: usize| {
-        let near = index.min(last - index);
-        let far = beta.powi(near as i32 + 1);
-        let within = |sums: &[(f64, f64)], beyond: Option<usize>| {
-            let (value, weight) = beyond.map_or((0.0, 0.0), |beyond| sums[beyond]);
-            (sums[index].0 - far * value, sums[index].1 - far * weight)
-        };
-        let left = within(&before, index.checked_sub(near + 1));
-        let right = within(&after, Some(index + near + 1).filter(|beyond| *beyond <= last));
-        let (step, value) = points[index];
-        (step, (left.0 + right.0 - value) / (left.1 + right.1 - 1.0))
-    };
-    Some((0..points.len()).map(mean).collect())
-}
-
-/// Smallest and largest, never equal.
-fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
-    let ends = (f64::INFINITY, f64::NEG_INFINITY);
-    let (low, high) = values.fold(ends, |(low, high), v| (low.min(v), high.max(v)));
-    if low == high { (low, high + low.abs().max(1.0) * 1e-3) } else { (low, high) }
-}
-
-/// Round values around the range, about `count` steps of 1, 2 or 5 times a power of ten.
-fn ticks(low: f64, high: f64, count: f64) -> Vec<f64> {
-    let rough = (high - low) / count;
-    let power = 10f64.powf(rough.log10().floor());
-    let step = [1.0, 2.0, 5.0].into_iter().find(|m| m * power >= rough).unwrap_or(10.0) * power;
-    let (first, last) = ((low / step).floor() as i64, (high / step).ceil() as i64);
-    // By division where the step is a fraction: 3 / 10 is 0.3, 3 · 0.1 is not.
-    let value = |tick: i64| {
-        if step < 1.0 { tick as f64 / (1.0 / step).round() } else { tick as f64 * step }
-    };
-    (first..=last).map(value).collect()
-}
-
-/// A number without the zeros behind its point, its unit kept: `2.500` is `2.5`, `1.0 GiB` `1 GiB`.
-fn trimmed(text: &str) -> String {
-    let (number, unit) = text.split_at(text.find(' ').unwrap_or(text.len()));
-    match number.contains('.') && !number.contains('e') {
-        true => format!("{}{unit}", number.trim_end_matches('0').trim_end_matches('.')),
-        false => text.to_string(),
-    }
-}
-
 fn hundredths(value: f64) -> f64 {
     (value * 100.0).round() / 100.0
 }
@@ -312,6 +251,7 @@ fn percent(value: f64) -> String {
 
 #[cfg(test)]
 mod tests {
+    use super::super::axis::tick_number;
     use super::*;
 
     fn frame(last_step: f64) -> Frame<'static> {
@@ -322,6 +262,7 @@ mod tests {
             logarithmic: false,
             unit: 1.0,
             format: &|value| format!("{value:.2}"),
+            tick: tick_number,
             reference: None,
             marks: &[],
         }
@@ -329,20 +270,6 @@ mod tests {
 
     fn line(points: Vec<(f64, f64)>) -> Series {
         Series { class: "a", name: "training", points }
-    }
-
-    #[test]
-    fn ticks_are_round_and_cover_the_range() {
-        assert_eq!(ticks(2.9, 3.8, 4.0), [2.5, 3.0, 3.5, 4.0]);
-        assert_eq!(ticks(0.0, 1.0, 4.0), [0.0, 0.5, 1.0]);
-        assert_eq!(ticks(0.0, 0.3, 4.0), [0.0, 0.1, 0.2, 0.3]);
-        assert_eq!(ticks(0.0, 396.0, 5.0), [0.0, 100.0, 200.0, 300.0, 400.0]);
-    }
-
-    #[test]
-    fn axis_labels_lose_their_zeros() {
-        let texts = ["2.500", "0.000", "100", "1.0 GiB", "2e-10", "1.25e-4"].map(trimmed);
-        assert_eq!(texts, ["2.5", "0", "100", "1 GiB", "2e-10", "1.25e-4"]);
     }
 
     #[test]
@@ -355,19 +282,6 @@ mod tests {
         assert_eq!(chart.description, "Loss. training: 2.00 at step 1, 1.00 at step 4");
         let steps: Vec<&str> = chart.columns.iter().map(|label| label.text.as_str()).collect();
         assert_eq!(steps, ["0", "1", "2", "3", "4"]);
-    }
-
-    #[test]
-    fn a_logarithmic_scale_has_few_round_rows_around_all_values() {
-        assert_eq!(log_ticks(0.0048, 2.7), [0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0]);
-        assert_eq!(log_ticks(0.3, 2.7), [0.2, 0.5, 1.0, 2.0, 5.0]);
-        assert_eq!(log_ticks(2.1, 2.9), [2.0, 2.2, 2.4, 2.6, 2.8, 3.0]);
-        assert_eq!(log_ticks(2e-4, 5.0), [1e-4, 1e-3, 0.01, 0.1, 1.0, 10.0]);
-        for (low, high) in [(1e-9, 3.0), (1e-12, 1e3), (1e-300, 1e300), (1.0, 1.001)] {
-            let rows = log_ticks(low, high);
-            assert!((2..=9).contains(&rows.len()) && rows.is_sorted(), "{rows:?}");
-            assert!(rows[0] <= low * 1.0001 && rows[rows.len() - 1] >= high, "{rows:?}");
-        }
     }
 
     #[test]
@@ -404,21 +318,14 @@ mod tests {
         assert!(kept.windows(2).all(|pair| pair[0].0 < pair[1].0));
     }
 
+    /// A name behind a line in the last tenth would be as wide as it likes outside of the chart.
     #[test]
-    fn the_average_is_of_both_sides_and_does_not_lag() {
-        assert!(smooth(&[(1.0, 2.0); 39]).is_none());
-        let points: Vec<(f64, f64)> = (0..41).map(|i| (f64::from(i), 3.0)).collect();
-        let flat = smooth(&points).unwrap();
-        assert!(flat.iter().all(|(_, value)| (value - 3.0).abs() < 1e-12));
-        let ramp: Vec<(f64, f64)> = (0..41).map(|i| (f64::from(i), f64::from(i))).collect();
-        let smoothed = smooth(&ramp).unwrap();
-        assert!(smoothed.iter().all(|(step, mean)| (mean - step).abs() < 1e-9), "{smoothed:?}");
-        // β = 1 − 1 / 2.5125 for 41 points: a spike leaves β of itself to each neighbour.
-        let spike: Vec<(f64, f64)> =
-            (0..41).map(|i| (f64::from(i), f64::from(u8::from(i == 20)))).collect();
-        let spread = smooth(&spike).unwrap();
-        let beta = 1.0 - 1.0 / 2.5125;
-        assert!((spread[21].1 / spread[20].1 - beta).abs() < 1e-4, "{:?}", spread[21]);
-        assert!((spread[19].1 - spread[21].1).abs() < 1e-12);
+    fn names_of_the_last_marks_stand_before_them() {
+        let mark = |step| Mark { step, kind: "epoch ", name: "3".into(), class: "" };
+        let marks = [mark(5.0), mark(9.5)];
+        let framed = Frame { marks: &marks, ..frame(10.0) };
+        let chart = chart(vec![line(vec![(1.0, 1.0)])], &framed).unwrap();
+        let late: Vec<bool> = chart.marks.iter().map(|mark| mark.late).collect();
+        assert_eq!(late, [false, true]);
     }
 }

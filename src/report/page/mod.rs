@@ -4,13 +4,15 @@
 //! in as they are. This module turns events into what the template shows, all of it as text; without
 //! its script the page lacks only the values under the pointer.
 
+mod axis;
 mod chart;
 mod run;
 mod sections;
+mod smooth;
 
 use std::path::Path;
 
-use minijinja::{AutoEscape, Environment, Value, context};
+use minijinja::{Value, context};
 
 use super::memory_page;
 use crate::train::events::{Event, StartEvent};
@@ -19,31 +21,24 @@ use run::Run;
 /// The page after `events` of the run in `folder`.
 pub fn render(start: &StartEvent, events: &[Event], folder: &Path) -> String {
     let run = Run::of(start, events, folder);
-    let mut environment = Environment::new();
-    environment.set_auto_escape_callback(|_| AutoEscape::Html);
-    environment.set_trim_blocks(true);
-    environment.set_lstrip_blocks(true);
-    for (name, text) in [("figures", memory_page::FIGURES), ("page", include_str!("page.html"))] {
-        environment.add_template(name, text).expect("the template is valid");
-    }
-    let style = concat!(include_str!("page.css"), include_str!("../memory_page/figures.css"));
-    let page = environment.get_template("page").expect("added above");
-    page.render(context! {
-        style => Value::from_safe_string(style.to_string()),
-        script => Value::from_safe_string(include_str!("page.js").to_string()),
-        version => env!("CARGO_PKG_VERSION"),
-        run => run.heading(),
-        tiles => run.tiles(),
-        loss => run.loss_chart(),
-        charts => run.charts(),
-        samples => run.samples(),
-        memory => run.memory(),
-        data => run.data(),
-        milestones => run.milestones(),
-        settings => run.settings(),
-        log => run.log(),
-    })
-    .expect("the template uses what it is given")
+    memory_page::fill(
+        include_str!("page.html"),
+        context! {
+            style => memory_page::style(),
+            script => Value::from_safe_string(include_str!("page.js").to_string()),
+            version => env!("CARGO_PKG_VERSION"),
+            run => run.heading(),
+            tiles => run.tiles(),
+            loss => run.loss_chart(),
+            charts => run.charts(),
+            samples => run.samples(),
+            memory => run.memory(),
+            data => run.data(),
+            milestones => run.milestones(),
+            settings => run.settings(),
+            log => run.log(),
+        },
+    )
 }
 
 #[cfg(test)]
@@ -139,6 +134,58 @@ mod tests {
             let (_, before) = boxes.split_last().unwrap();
             assert!(before.iter().all(|text| text.trim_end().ends_with("<div class=\"scroll\">")));
         }
+    }
+
+    /// What comes with each evaluation is shown as often as lines of the log.
+    #[test]
+    fn a_long_run_has_short_tables() {
+        let mut events = Vec::new();
+        for number in 1..=2000 {
+            let eval_loss = 9.0 - number as f64 / 1000.0;
+            let is_best = number == 1777;
+            let eval = EvalEvent { step: number, eval_loss, is_best, ..EvalEvent::default() };
+            events.extend([step(number), Event::Eval(eval), sample(number, "Hi", "Hello")]);
+        }
+        let page = render(&StartEvent::default(), &events);
+        let rows = page.matches("<tr><td class=\"n\">").count();
+        let answers = page.matches("<div class=\"answer between\">").count();
+        // The last and the best besides.
+        assert_eq!((rows, answers), (200 + 1 + 200 + 2, 200));
+        let said = ["one in 10", "one line in 10"].map(|text| page.matches(text).count());
+        assert_eq!(said, [2, 1]);
+        assert!(page.contains("7.2230"), "the best one");
+    }
+
+    /// WCAG 2.1, 1.4.3: 4.5 to 1 for text of this size.
+    #[test]
+    fn text_has_enough_contrast() {
+        let style = include_str!("page.css");
+        let (light, dark) = style.split_once("prefers-color-scheme: dark").unwrap();
+        let luminance = |theme: &str, name: &str| {
+            let start = theme.find(&format!("--{name}: #")).unwrap() + name.len() + 5;
+            let channel = |at: usize| {
+                let text = &theme[start + at..start + at + 2];
+                let value = f64::from(u8::from_str_radix(text, 16).unwrap()) / 255.0;
+                if value <= 0.03928 { value / 12.92 } else { ((value + 0.055) / 1.055).powf(2.4) }
+            };
+            0.2126 * channel(0) + 0.7152 * channel(2) + 0.0722 * channel(4)
+        };
+        for theme in [light, dark] {
+            let ground = luminance(theme, "ground");
+            for name in ["ink", "dim", "faint", "good", "pause", "run"] {
+                let text = luminance(theme, name);
+                let contrast = (text.max(ground) + 0.05) / (text.min(ground) + 0.05);
+                assert!(contrast >= 4.5, "{name}: {contrast:.2}");
+            }
+        }
+    }
+
+    /// Arrow keys move a cursor that some do not see.
+    #[test]
+    fn values_under_the_cursor_are_said() {
+        let page = render(&StartEvent::default(), &[step(1), step(2)]);
+        let charts = page.matches("<figure class=\"chart").count();
+        assert_eq!(page.matches("<p class=\"unseen\" aria-live=\"polite\"></p>").count(), charts);
     }
 
     #[test]

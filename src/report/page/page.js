@@ -1,5 +1,6 @@
 // Values under the pointer, at the same step in every chart. A point is [step, place from above in
-// percent, text]; arrow keys move the cursor of a chart that has the focus. A chart with a logarithmic
+// percent, text]; arrow keys move the cursor of a chart that has the focus, and the values there are said
+// to those who do not see it. A chart with a logarithmic
 // scale has the places on it, too, from which its lines are drawn when it is chosen.
 (() => {
   const add = (parent, name) => {
@@ -24,7 +25,8 @@
     }));
     const cursor = add(area, "cursor");
     const label = cursor.appendChild(document.createElement("span"));
-    return { figure, area, lines, cursor, label, lastStep: Number(figure.dataset.lastStep) };
+    const said = figure.querySelector(".unseen");
+    return { figure, area, lines, items, cursor, label, said, lastStep: Number(figure.dataset.lastStep) };
   });
 
   // Index of the last point at or before the step; -1 if there is none.
@@ -59,6 +61,11 @@
         line.dot.style.top = at + "%";
       }
     }
+  };
+
+  const say = (chart) => {
+    const values = chart.items.map((item) => item.textContent.trim());
+    chart.said.textContent = chart.label.textContent + ": " + values.join(", ");
   };
 
   const clear = () => {
@@ -120,6 +127,7 @@
       if (move === undefined) return;
       event.preventDefault();
       select(index + move);
+      say(chart);
     });
   }
 })();

@@ -4,10 +4,12 @@ use std::path::Path;
 
 use serde::Serialize;
 
-use super::chart::{Chart, Frame, Series, chart, smooth};
+use super::axis::tick_number;
+use super::chart::{Chart, Frame, Mark, Series, chart};
+use super::smooth::smooth;
 use crate::byte_size::ByteSize;
 use crate::plural::noun;
-use crate::report::figures::{clock, short_count, thousands};
+use crate::report::figures::{clock, number, rate, scientific, short_count, thousands};
 use crate::train::events::{
     EndEvent, EndReason, EvalEvent, Event, OutOfMemoryEvent, ParameterCounts, SampleEvent,
     SaveEvent, StartEvent, StepEvent,
@@ -157,14 +159,14 @@ impl<'a> Run<'a> {
         let mut tiles = Vec::new();
         let mut tile = |label, value, note: String| tiles.push(Tile { label, value, note });
         if let (Some(first), Some(last)) = (self.steps.first(), self.steps.last()) {
-            let note = format!("{:.4} at step {}", first.loss, thousands(first.step));
-            tile("training loss", format!("{:.4}", last.loss), note);
+            let note = format!("{} at step {}", number(first.loss, 4), thousands(first.step));
+            tile("training loss", number(last.loss, 4), note);
         }
         let best = self.evals.iter().min_by(|a, b| a.eval_loss.total_cmp(&b.eval_loss));
         if let Some(best) = best {
             let perplexity = perplexity(best.eval_loss);
             let note = format!("perplexity {perplexity}");
-            tile("best evaluation loss", format!("{:.4}", best.eval_loss), note);
+            tile("best evaluation loss", number(best.eval_loss, 4), note);
         }
         if let Some(last) = self.steps.last() {
             let tokens = last.num_input_tokens_seen;
@@ -172,7 +174,7 @@ impl<'a> Run<'a> {
             tile("tokens seen", short_count(tokens), format!("{share:.0} % of them trained"));
             let speed = self.end.map_or(last.tokens_per_second, |end| end.tokens_per_second);
             let span = if self.end.is_some() { "whole run" } else { "last log line" };
-            tile("tokens per second", format!("{speed:.0}"), span.to_string());
+            tile("tokens per second", rate(speed), span.to_string());
             let epochs = format!("{:.2} epochs", last.epoch);
             tile("training time", clock(last.elapsed_seconds), epochs);
         }
@@ -188,17 +190,27 @@ impl<'a> Run<'a> {
     }
 
     /// Ends of epochs, and where the run was resumed.
-    fn marks(&self) -> Vec<(f64, String)> {
+    fn marks(&self) -> Vec<Mark> {
         let (per_epoch, last) = (self.start.steps_per_epoch, self.last_step());
         let epochs = last.checked_div(per_epoch).unwrap_or(0);
         let mut marks = Vec::new();
         if epochs <= MOST_MARKED_EPOCHS {
             let ends = (1..=epochs).map(|epoch| (epoch, epoch * per_epoch));
             let inside = ends.filter(|(_, step)| *step < last);
-            marks.extend(inside.map(|(epoch, step)| (step as f64, format!("epoch {epoch}"))));
+            marks.extend(inside.map(|(epoch, step)| Mark {
+                step: step as f64,
+                kind: "epoch ",
+                name: epoch.to_string(),
+                class: "epoch",
+            }));
         }
         let resumed = self.start.resumed_from_step.filter(|&step| step < last);
-        marks.extend(resumed.map(|step| (step as f64, "resumed".to_string())));
+        marks.extend(resumed.map(|step| Mark {
+            step: step as f64,
+            kind: "",
+            name: "resumed".to_string(),
+            class: "resumed",
+        }));
         marks
     }
 
@@ -216,7 +228,7 @@ impl<'a> Run<'a> {
             series.push(Series { class: "b", name: "evaluation", points: points.collect() });
         }
         let marks = self.marks();
-        let frame = self.frame("Loss", &|value| short_number(value, 4));
+        let frame = self.frame("Loss", &|value| number(value, 4));
         chart(series, &Frame { marks: &marks, logarithmic: true, ..frame })
     }
 
@@ -229,6 +241,7 @@ impl<'a> Run<'a> {
             logarithmic: false,
             unit: 1.0,
             format,
+            tick: tick_number,
             reference: None,
             marks: &[],
         }
@@ -237,14 +250,18 @@ impl<'a> Run<'a> {
     /// The curves beside that of the loss.
     pub fn charts(&self) -> Vec<Chart> {
         let one = |name, points| vec![Series { class: "a", name, points }];
-        let scientific = |value: f64| scientific(value);
-        let rate = Frame { from_zero: true, ..self.frame("Learning rate", &scientific) };
-        let number = |value: f64| short_number(value, 3);
-        let norm = Frame { from_zero: true, ..self.frame("Gradient norm", &number) };
-        let whole = |value: f64| thousands(value.max(0.0).round() as u64);
-        let speed = Frame { from_zero: true, ..self.frame("Tokens per second", &whole) };
+        let from_zero = |frame| Frame { from_zero: true, ..frame };
+        let learning = self.frame("Learning rate", &scientific);
+        let learning = Frame { tick: |value, _| scientific(value), ..from_zero(learning) };
+        let three_decimals = |value: f64| number(value, 3);
+        let norm = from_zero(self.frame("Gradient norm", &three_decimals));
+        let whole = |value: f64| match value {
+            1000.0.. => thousands(value.round() as u64),
+            _ => rate(value),
+        };
+        let speed = from_zero(self.frame("Tokens per second", &whole));
         let charts = [
-            chart(one("rate", self.line(|step| step.learning_rate)), &rate),
+            chart(one("rate", self.line(|step| step.learning_rate)), &learning),
             chart(one("before clipping", self.line(|step| step.grad_norm)), &norm),
             chart(one("speed", self.line(|step| step.tokens_per_second)), &speed),
         ];
@@ -258,11 +275,13 @@ impl<'a> Run<'a> {
             true => ("Memory of the GPU, by step", "in use"),
             false => ("Memory of the process, by step", "resident"),
         };
-        let format = |value: f64| ByteSize(value.max(0.0) as u64).to_string();
+        fn size(value: f64) -> String {
+            ByteSize(value.max(0.0) as u64).to_string()
+        }
         let reference = self.planned_bytes().map(|bytes| ("planned", bytes as f64));
         let largest = self.planned_bytes().max(self.peak_bytes()).unwrap_or(0);
         let unit = if largest < 1 << 30 { 1u64 << 20 } else { 1 << 30 } as f64;
-        let frame = self.frame(title, &format);
+        let frame = Frame { tick: |value, _| size(value), ..self.frame(title, &size) };
         let series = vec![Series { class: "m", name, points }];
         chart(series, &Frame { from_zero: true, unit, reference, ..frame })
     }
@@ -276,43 +295,29 @@ fn file_name(path: &str) -> &str {
 
 /// `e^loss`, which soon has too many digits to read.
 pub(super) fn perplexity(loss: f64) -> String {
-    short_number(loss.exp(), 3)
-}
-
-/// At most `digits` after the point, fewer for large numbers.
-fn short_number(value: f64, digits: usize) -> String {
-    match value.abs() {
-        size if size >= 1e6 => scientific(value),
-        size if size >= 1000.0 => format!("{value:.0}"),
-        size if size >= 10.0 => format!("{value:.0$}", digits.saturating_sub(1).min(2)),
-        _ => format!("{value:.digits$}"),
-    }
-}
-
-/// `2e-4`, `1.35e-4`.
-pub(super) fn scientific(value: f64) -> String {
-    if value == 0.0 {
-        return "0".to_string();
-    }
-    let text = format!("{value:.2e}");
-    let (digits, exponent) = text.split_once('e').unwrap_or((&text, "0"));
-    let digits = digits.trim_end_matches('0').trim_end_matches('.');
-    format!("{digits}e{exponent}")
+    number(loss.exp(), 3)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    /// A large model on a small machine, near the end of its training.
     #[test]
-    fn numbers_are_as_long_as_they_are_useful() {
-        assert_eq!(scientific(2e-4), "2e-4");
-        assert_eq!(scientific(1.349e-5), "1.35e-5");
-        assert_eq!(scientific(0.0), "0");
-        assert_eq!(short_number(1.23456, 3), "1.235");
-        assert_eq!(short_number(12.3456, 3), "12.35");
-        assert_eq!(short_number(4321.9, 3), "4322");
-        assert_eq!(short_number(4.3219e7, 3), "4.32e7");
+    fn slow_runs_and_small_losses_keep_their_digits() {
+        let step = StepEvent {
+            step: 1,
+            loss: 4.21e-5,
+            grad_norm: 1.2e-4,
+            tokens_per_second: 0.46,
+            ..StepEvent::default()
+        };
+        let (start, events) = (StartEvent::default(), [Event::Step(step)]);
+        let run = Run::of(&start, &events, Path::new("run"));
+        let text = serde_json::to_string(&(run.tiles(), run.loss_chart(), run.charts())).unwrap();
+        for shown in ["4.21e-5", "1.2e-4", "0.46"] {
+            assert!(text.contains(&format!("\"{shown}\"")), "{shown}: {text}");
+        }
         assert_eq!(perplexity(0.5), "1.649");
     }
 
@@ -326,7 +331,8 @@ mod tests {
         let events: Vec<Event> =
             (1..=30).map(|step| Event::Step(StepEvent { step, ..StepEvent::default() })).collect();
         let marks = Run::of(&start, &events, Path::new("run")).marks();
-        let expected = [(10.0, "epoch 1"), (20.0, "epoch 2"), (12.0, "resumed")];
-        assert_eq!(marks, expected.map(|(step, text)| (step, text.to_string())));
+        let shown: Vec<_> =
+            marks.iter().map(|mark| (mark.step, mark.kind, mark.name.as_str())).collect();
+        assert_eq!(shown, [(10.0, "epoch ", "1"), (20.0, "epoch ", "2"), (12.0, "", "resumed")]);
     }
 }

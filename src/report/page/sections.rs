@@ -3,15 +3,15 @@
 use serde::Serialize;
 
 use super::chart::Chart;
-use super::run::{Run, perplexity, scientific};
+use super::run::{Run, perplexity};
 use crate::byte_size::ByteSize;
 use crate::ledger::rows::{Account, Row};
-use crate::report::figures::thousands;
+use crate::report::figures::{number, rate, scientific, thousands};
 use crate::report::memory_page::{Figures, figures};
 use crate::train::events::{EvalEvent, OutOfMemoryEvent, SampleEvent, SaveEvent};
 
-/// Lines of the log that are shown.
-const MOST_LOG_ROWS: usize = 200;
+/// Rows of a table, and answers to a prompt, that are shown; a few more that matter may come with them.
+const MOST_ROWS: usize = 200;
 
 /// One prompt and its answers in the course of the run.
 #[derive(Serialize)]
@@ -19,6 +19,8 @@ pub struct Prompt {
     text: String,
     first: Answer,
     last: Option<Answer>,
+    /// Every how manyth answer of those between is shown.
+    every: usize,
     between: Vec<Answer>,
 }
 
@@ -53,9 +55,16 @@ pub struct DataRow {
     notes: Vec<String>,
 }
 
-/// A step at which something was evaluated or saved.
+/// Steps at which something was evaluated or saved.
 #[derive(Serialize)]
-pub struct Milestone {
+pub struct Milestones {
+    /// Every how manyth step is shown.
+    every: usize,
+    rows: Vec<Milestone>,
+}
+
+#[derive(Serialize)]
+struct Milestone {
     step: String,
     epoch: String,
     eval_loss: String,
@@ -71,6 +80,11 @@ pub struct Log {
     /// Every how manyth line is shown.
     every: usize,
     rows: Vec<[String; 8]>,
+}
+
+/// Every how manyth of `count` is shown where they are many.
+fn every(count: usize) -> usize {
+    count.div_ceil(MOST_ROWS).max(1)
 }
 
 fn short_of_memory(event: &OutOfMemoryEvent) -> String {
@@ -133,19 +147,27 @@ impl Run<'_> {
         row.collect()
     }
 
-    /// Evaluations and checkpoints, a row for each step that has any.
-    pub fn milestones(&self) -> Vec<Milestone> {
+    /// Evaluations and checkpoints, a row for each step that has any; thinned where they are many, but for
+    /// the best, the last, and checkpoints.
+    pub fn milestones(&self) -> Milestones {
         let mut steps: Vec<u64> = self.evals.iter().map(|eval| eval.step).collect();
         steps.extend(self.saves.iter().map(|save| save.step));
         steps.sort_unstable();
         steps.dedup();
         let best = self.evals.iter().rev().find(|eval| eval.is_best).map(|eval| eval.step);
+        let (every, last) = (every(steps.len()), steps.last().copied());
+        let few_saves = self.saves.len() <= MOST_ROWS;
+        let matters = |step: u64| {
+            let saved = || self.saves.iter().any(|save| save.step == step);
+            [best, last].contains(&Some(step)) || (few_saves && saved())
+        };
         let row = |step: u64| {
             let eval = self.evals.iter().find(|eval| eval.step == step);
             let save = self.saves.iter().find(|save| save.step == step);
             milestone(step, eval.copied(), save.copied(), best == Some(step))
         };
-        steps.into_iter().map(row).collect()
+        let shown = steps.iter().enumerate().filter(|(i, step)| i % every == 0 || matters(**step));
+        Milestones { every, rows: shown.map(|(_, step)| row(*step)).collect() }
     }
 
     /// Names and values.
@@ -165,18 +187,18 @@ impl Run<'_> {
 
     /// The log as a table, thinned where it is long.
     pub fn log(&self) -> Log {
-        let every = self.steps.len().div_ceil(MOST_LOG_ROWS).max(1);
+        let every = every(self.steps.len());
         let last = self.steps.len().saturating_sub(1);
         let shown = self.steps.iter().enumerate().filter(|(i, _)| i % every == 0 || *i == last);
         let rows = shown.map(|(_, step)| {
             [
                 thousands(step.step),
                 format!("{:.2}", step.epoch),
-                format!("{:.4}", step.loss),
+                number(step.loss, 4),
                 scientific(step.learning_rate),
-                format!("{:.3}", step.grad_norm),
+                number(step.grad_norm, 3),
                 thousands(step.num_input_tokens_seen),
-                format!("{:.0}", step.tokens_per_second),
+                rate(step.tokens_per_second),
                 ByteSize(step.memory_bytes()).to_string(),
             ]
         });
@@ -194,11 +216,13 @@ fn prompt_of(prompt: &str, answers: &[&SampleEvent]) -> Option<Prompt> {
     };
     let (first, rest) = answers.split_first()?;
     let (last, between) = rest.split_last().map_or((None, rest), |(last, b)| (Some(last), b));
+    let every = every(between.len());
     Some(Prompt {
         text: prompt.to_string(),
         first: answer(first),
         last: last.map(answer),
-        between: between.iter().map(answer).collect(),
+        every,
+        between: between.iter().step_by(every).map(answer).collect(),
     })
 }
 
@@ -212,7 +236,7 @@ fn milestone(
     Milestone {
         step: thousands(step),
         epoch: of_eval(|eval| format!("{:.2}", eval.epoch)),
-        eval_loss: of_eval(|eval| format!("{:.4}", eval.eval_loss)),
+        eval_loss: of_eval(|eval| number(eval.eval_loss, 4)),
         perplexity: of_eval(|eval| perplexity(eval.eval_loss)),
         checkpoint: save.map(|save| save.checkpoint.clone()).unwrap_or_default(),
         size: save.map(|save| ByteSize(save.bytes).to_string()).unwrap_or_default(),

@@ -180,6 +180,24 @@ fn answers_that_are_made_outlive_ctrl_c() {
     assert!(stdout(&output).contains("exact match"));
 }
 
+#[cfg(unix)]
+#[test]
+fn ctrl_c_before_the_first_answer_leaves_nothing() {
+    let place = Workplace::new();
+    add_template(&place);
+    write_chats(&place, &[&["w7 w31", "w5 w6"][..]; 4096]);
+    let flags = ["--data", "chats.jsonl", "--predictions", "answers.jsonl"];
+    let eval = at_work(&place, &flags, ".answers.jsonl.partial", 0);
+    crate::training::signal(&eval, "INT");
+    let output = eval.wait_with_output().unwrap();
+    let said = stderr(&output);
+    assert_eq!(output.status.code(), Some(130), "{said}");
+    assert!(said.contains("interrupted; nothing was written"), "{said}");
+    let left: Vec<String> =
+        place.list("").into_iter().filter(|name| name.contains("answers")).collect();
+    assert!(left.is_empty(), "{left:?}");
+}
+
 #[test]
 fn files_that_come_meanwhile_are_left_alone() {
     let place = Workplace::new();

@@ -5,6 +5,7 @@
 use std::fs;
 
 use nibble_quant::{BlockFormat, Floats, PackedWeight, QuantType};
+use serde_json::Value;
 
 use super::tensors::{golden, of_file, of_folder};
 use crate::training::{Workplace, fail, stderr, succeed};
@@ -152,4 +153,10 @@ fn force_packs_what_was_stored_anew() {
         let weight = PackedWeight::quantize(Floats::F32(&values), shape, &format).unwrap();
         assert!(got[&name].data == weight.codes()[..], "{name}");
     }
+    // Which rounds a second time.
+    let again = ["quantize", "--model", "packed", "--out", "again", "--force", "--json"];
+    let output = succeed(place.nibble(&[&again[..], &["--block-size", "128"]].concat()));
+    let said: Value = serde_json::from_slice(&output.stdout).unwrap();
+    let error = &said["roles"]["q"]["relative_rms_error"];
+    assert!(error.as_f64().unwrap() > 0.01, "{said}");
 }

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use nibble_quant::product::{Matrix, MatrixMut, PackedOperand, Precision};
 
-use super::super::simd::{LANES, exp, max, tanh, vectorized};
+use super::super::simd::{exp, exp_below, max, tanh, vectorized};
 use super::{
     KvRow, Pieces, Shared, Tile, for_each_item, gather_heads, key_blocks, scatter_heads, tiles,
 };
@@ -227,19 +227,7 @@ fn softmax(
     let before = *largest;
     let here = max(row);
     *largest = if here > before { here } else { before };
-    let mut lanes = [0.0f32; LANES];
-    let (chunks, rest) = row.as_chunks_mut::<LANES>();
-    for chunk in chunks {
-        for lane in 0..LANES {
-            chunk[lane] = exp(chunk[lane] - *largest);
-            lanes[lane] += chunk[lane];
-        }
-    }
-    for (lane, value) in rest.iter_mut().enumerate() {
-        *value = exp(*value - *largest);
-        lanes[lane] += *value;
-    }
-    let total: f32 = lanes.iter().sum();
+    let total: f32 = exp_below(row, *largest).iter().sum();
     if before == f32::NEG_INFINITY {
         *sum = total;
         return;

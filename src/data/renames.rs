@@ -1,0 +1,205 @@
+//! Records of no known format: what their fields may be meant as, by names and by what they hold.
+
+use serde_json::Value;
+
+use super::chat::{Chat, has_messages};
+use super::rejection::Rejection;
+
+/// What others call an instruction, and what should follow it.
+const INSTRUCTIONS: [&str; 9] = [
+    "instruction",
+    "question",
+    "query",
+    "problem",
+    "prompt",
+    "user",
+    "inputs",
+    "dialogue",
+    "input",
+];
+const OUTPUTS: [&str; 10] = [
+    "output",
+    "response",
+    "answer",
+    "completion",
+    "solution",
+    "target",
+    "targets",
+    "assistant",
+    "answers",
+    "summary",
+];
+/// What they call fields beside these, and lists of messages.
+const BESIDE: [(&str, &str); 2] = [("context", "input"), ("system_prompt", "system")];
+const LISTS: [&str; 2] = ["conversation", "dialog"];
+
+/// Says that the format of `record` cannot be told, and what may be done about it.
+pub(super) fn unknown(record: &Value) -> Rejection {
+    let names: Vec<&str> =
+        record.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+    let what = format!("cannot tell the format of a record with the fields {}", listed(&names));
+    if names.iter().any(|name| name.contains('\0')) {
+        return Rejection::new("the file is UTF-16 text").hint("save it as UTF-8");
+    }
+    if let [one] = names[..]
+        && one.contains(';')
+    {
+        return Rejection::new(what)
+            .hint("columns are set apart by `;` here: save the file with commas");
+    }
+    let rejection = Rejection::new(what);
+    if names.contains(&"chosen") && names.contains(&"rejected") {
+        let keep = "these are preferences; for supervised training keep the `chosen` side";
+        return rejection.hint(match chosen(record, &names) {
+            Some(pairs) => format!("{keep}: `{}`", flags(&pairs)),
+            None => keep.to_string(),
+        });
+    }
+    match flags(&renames(record, &names)) {
+        none if none.is_empty() => rejection.hint(
+            "expected text, prompt and completion, instruction and output, conversations, messages, \
+             or input_ids: other names are told with `--rename-columns OLD=NEW`",
+        ),
+        flags => rejection.hint(format!("if they are what they are called: `{flags}`")),
+    }
+}
+
+/// The fields of a record, the first few.
+fn listed(names: &[&str]) -> String {
+    const SHOWN: usize = 20;
+    let more = names.len().saturating_sub(SHOWN);
+    let shown = &names[..names.len() - more];
+    if more > 0 { format!("{shown:?} and {more} more") } else { format!("{shown:?}") }
+}
+
+/// What a field is called, and what it would be read as.
+type Rename<'a> = (&'a str, &'static str);
+
+fn flags(renames: &[Rename]) -> String {
+    let flag = |(theirs, ours): &Rename| match theirs.contains(' ') {
+        true => format!("--rename-columns '{theirs}={ours}'"),
+        false => format!("--rename-columns {theirs}={ours}"),
+    };
+    let renamed = renames.iter().filter(|(theirs, ours)| theirs != ours);
+    renamed.map(flag).collect::<Vec<_>>().join(" ")
+}
+
+/// The preferred side of a pair, as what it can be read: a conversation, or an answer to what is asked
+/// beside it.
+fn chosen<'a>(record: &Value, names: &[&'a str]) -> Option<Vec<Rename<'a>>> {
+    let (prompt, chosen) = (&record["prompt"], &record["chosen"]);
+    if has_messages(chosen) {
+        let readable = Chat::new(record, "chosen").is_ok();
+        let goes_on = has_messages(prompt);
+        return readable.then(|| vec![("chosen", if goes_on { "completion" } else { "messages" })]);
+    }
+    chosen.as_str()?;
+    if has_messages(prompt) || prompt.is_string() {
+        return Some(vec![("chosen", "completion")]);
+    }
+    let asked = asked(&texts(record, names));
+    Some(asked.map_or(vec![("chosen", "text")], |asked| {
+        vec![(asked, "instruction"), ("chosen", "output")]
+    }))
+}
+
+/// What gives the fields of a record the names of a format: those of Alpaca, which goes through the chat
+/// template, where one field is an instruction and one an output by its name, else that of a conversation.
+fn renames<'a>(record: &Value, names: &[&'a str]) -> Vec<Rename<'a>> {
+    let texts = texts(record, names);
+    if let (Some(asked), [answer]) = (asked(&texts), &called(&texts, &OUTPUTS)[..]) {
+        let mut pairs = vec![(asked, "instruction"), (*answer, "output")];
+        for (theirs, ours) in BESIDE {
+            let known = called(&texts, &[theirs]).into_iter().filter(|_| !names.contains(&ours));
+            pairs.extend(known.map(|name| (name, ours)));
+        }
+        return pairs;
+    }
+    let is_conversation =
+        |name: &&&str| has_messages(&record[**name]) && Chat::new(record, name).is_ok();
+    let lists = called(names, &LISTS);
+    lists.iter().find(is_conversation).map(|name| (*name, "messages")).into_iter().collect()
+}
+
+/// Those of `names` that are in `known`, but for white space and capitals.
+fn called<'a>(names: &[&'a str], known: &[&str]) -> Vec<&'a str> {
+    let is_known = |name: &&str| known.contains(&name.trim().to_lowercase().as_str());
+    names.iter().copied().filter(is_known).collect()
+}
+
+/// Fields that hold text, or nothing in this record.
+fn texts<'a>(record: &Value, names: &[&'a str]) -> Vec<&'a str> {
+    let is_text = |name: &&str| record[*name].is_string() || record[*name].is_null();
+    names.iter().copied().filter(is_text).collect()
+}
+
+/// The one field that is an instruction; beside another one `input` is what it says.
+fn asked<'a>(texts: &[&'a str]) -> Option<&'a str> {
+    let is_input = |name: &str| name.trim().eq_ignore_ascii_case("input");
+    match called(texts, &INSTRUCTIONS)[..] {
+        [one] => Some(one),
+        [one, other] | [other, one] if is_input(other) && !is_input(one) => Some(one),
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::super::format::Format;
+    use super::super::record::parse;
+    use super::*;
+
+    /// The flags of the hint, without words around them.
+    fn hinted(record: &Value) -> String {
+        let hint = Format::detect(record).unwrap_err().hint.unwrap();
+        let flags = hint.split('`').rfind(|part| part.starts_with("--rename-columns "));
+        let flags = flags.filter(|flags| !flags.contains("OLD")).unwrap_or_default();
+        flags.replace("--rename-columns ", "")
+    }
+
+    #[test]
+    fn hints_are_what_the_record_can_be_read_by() {
+        let said = json!([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]);
+        let question = json!([{"role": "user", "content": "a"}]);
+        let answer = json!([{"role": "assistant", "content": "b"}]);
+        for (record, expected) in [
+            (json!({"chosen": "a", "rejected": "b"}), "chosen=text"),
+            (json!({"prompt": "a", "chosen": "a", "rejected": "b"}), "chosen=completion"),
+            (
+                json!({"question": "a", "chosen": "a", "rejected": "b"}),
+                "question=instruction chosen=output",
+            ),
+            (json!({"prompt": "a", "chosen": said, "rejected": said}), "chosen=messages"),
+            (json!({"chosen": said, "rejected": said}), "chosen=messages"),
+            (json!({"prompt": question, "chosen": answer, "rejected": []}), "chosen=completion"),
+            (json!({"chosen": [1, 2], "rejected": []}), ""),
+            (json!({"chosen": 1, "rejected": 2}), ""),
+            (json!({"Question": "a", "answer": "b"}), "Question=instruction answer=output"),
+            (json!({"context": "c", "question": "a", "answers": {"text": ["b"]}}), ""),
+            (
+                json!({"context": ["c"], "question": "a", "answer": "b"}),
+                "question=instruction answer=output",
+            ),
+            (json!({"conversation": said}), "conversation=messages"),
+            (json!({"dialog": ["a", "b"]}), "dialog=messages"),
+            (json!({"conversation": [{"user": "a", "assistant": "b"}]}), ""),
+            (json!({"conversation": "a"}), ""),
+        ] {
+            let flags = hinted(&record);
+            assert_eq!(flags, expected, "{record}");
+            if flags.is_empty() {
+                continue;
+            }
+            let mut fields = record.as_object().unwrap().clone();
+            for (theirs, ours) in flags.split(' ').map(|flag| flag.split_once('=').unwrap()) {
+                let value = fields.shift_remove(theirs).unwrap();
+                fields.insert(ours.into(), value);
+            }
+            let renamed = Value::Object(fields);
+            let format = Format::detect(&renamed).unwrap_or_else(|e| panic!("{renamed}: {e:?}"));
+            parse(&renamed, format).unwrap_or_else(|e| panic!("{renamed}: {e:?}"));
+        }
+    }
+}
