@@ -120,7 +120,11 @@ impl Checkpoint {
     /// is missing, or the index names tensors that no shard has.
     pub fn open(path: &Path) -> Result<Self> {
         let hint = if path.exists() { ANOTHER_COPY } else { "is the path right?" };
-        Self::read(path).map_err(|error| error.or_hint(hint))
+        Self::read(path).map_err(|error| match error {
+            // The system says what is wrong.
+            Error::Io(..) if path.exists() => error,
+            error => error.or_hint(hint),
+        })
     }
 
     fn read(path: &Path) -> Result<Self> {
@@ -394,6 +398,12 @@ pub(crate) fn dtype_of(config: &Value) -> Option<FloatType> {
 pub(crate) fn set_dtype(fields: &mut Map<String, Value>, dtype: FloatType) {
     let key = if fields.contains_key("dtype") { "dtype" } else { "torch_dtype" };
     fields.insert(key.into(), dtype.as_str().into());
+}
+
+/// Whether there is a file or a link, be it one that leads nowhere: that is no file left out, but one to be told
+/// of when it is opened.
+pub(crate) fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
 }
 
 /// Reads and parses a JSON file.

@@ -13,7 +13,7 @@ use crate::adapter::{MergeBase, MergeCost, MergeOnto, MergedModel, PeftAdapter};
 use crate::byte_size::ByteSize;
 use crate::checkpoint::atomic::AtomicDir;
 use crate::checkpoint::writer::ShardWriter;
-use crate::checkpoint::{Checkpoint, CheckpointKind, read_json};
+use crate::checkpoint::{Checkpoint, CheckpointKind, is_there, read_json};
 use crate::cli::merge::MergeArgs;
 use crate::data::{ChatTokenizer, TemplateSources, TokenizerFiles};
 use crate::error::{Error, Result};
@@ -111,7 +111,7 @@ fn write_side_files(
 /// the model was trained to end there, be it the tokenizer's end of sequence or not.
 fn write_ends(folder: &Path, ends: &[u32]) -> Result<()> {
     let path = folder.join("generation_config.json");
-    let mut generation = if path.exists() { read_json(&path)? } else { json!({}) };
+    let mut generation = if is_there(&path) { read_json(&path)? } else { json!({}) };
     // Without a file of its own, generation goes by the model's.
     let config = read_json(&folder.join("config.json"))?;
     let known = generation.get("eos_token_id").unwrap_or(&config["eos_token_id"]);

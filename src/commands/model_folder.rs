@@ -4,6 +4,7 @@ use std::fs;
 use std::path::Path;
 
 use crate::checkpoint::atomic::{check_destination, check_not_within};
+use crate::checkpoint::is_there;
 use crate::data::{TOKENIZER_FILES, TokenizerFiles};
 use crate::error::{Error, Result};
 
@@ -17,7 +18,7 @@ const GENERATION_FILE: &str = "generation_config.json";
 /// `Io` when the disk refuses.
 pub fn copy_side_files(model: &Path, tokenizer: &TokenizerFiles, folder: &Path) -> Result<()> {
     let (from, to) = (model.join(GENERATION_FILE), folder.join(GENERATION_FILE));
-    if from.exists() {
+    if is_there(&from) {
         // Not `fs::copy`: that the original may not be written is not copied.
         let text = fs::read(&from).map_err(|e| Error::io("read", &from, e))?;
         fs::write(&to, text).map_err(|e| Error::io("write", &to, e))?;

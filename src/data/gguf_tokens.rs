@@ -10,6 +10,7 @@ use super::ChatTokenizer;
 use super::pre_tokenizers::Splitter;
 use super::sentence_piece::{META_SPACE, PHI3_TOKENS, named_phi3};
 use super::token_kinds::{BYTE, CONTROL, NORMAL, UNKNOWN, UNUSED, USER_DEFINED};
+use super::tokenizer::guarded;
 use crate::error::{Error, Result};
 
 impl ChatTokenizer {
@@ -18,8 +19,13 @@ impl ChatTokenizer {
     /// # Errors
     /// `Input` for a tokenizer that llama.cpp has no name for.
     pub fn gguf_fields(&self, vocab_size: usize) -> Result<Vec<(String, Metadata)>> {
-        let text = self.tokenizer.to_string(false);
-        let text = text.map_err(|e| Error::input(format_args!("tokenizer: {e}")))?;
+        // The library fills all ids up to the highest.
+        const MOST_WITHOUT_ROW: usize = 1 << 20;
+        let highest = self.tokenizer.get_vocab(true).into_values().max().unwrap_or(0) as usize;
+        if highest > vocab_size + MOST_WITHOUT_ROW {
+            return Err(without_row(highest, vocab_size));
+        }
+        let text = guarded(|| self.tokenizer.to_string(false))?;
         let json: Value = serde_json::from_str(&text)
             .map_err(|e| Error::input(format_args!("tokenizer: {e}")))?;
         let model = &json["model"];

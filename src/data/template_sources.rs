@@ -10,7 +10,7 @@ use candle_core::quantized::gguf_file::Value as Metadata;
 use serde_json::{Value, json};
 
 use crate::checkpoint::atomic::write_file;
-use crate::checkpoint::read_json;
+use crate::checkpoint::{is_there, read_json};
 use crate::error::{Error, Result};
 
 const DEFAULT: &str = "default";
@@ -35,7 +35,7 @@ impl TemplateSources {
     /// # Errors
     /// `Io` when a file cannot be read.
     pub fn of_folder(folder: &Path, config: &Value) -> Result<Option<Self>> {
-        let read = |path: &Path| match path.exists() {
+        let read = |path: &Path| match is_there(path) {
             true => std::fs::read_to_string(path).map(Some).map_err(|e| Error::io("read", path, e)),
             false => Ok(None),
         };
@@ -52,7 +52,7 @@ impl TemplateSources {
     /// `Io` or `Input` when a file cannot be read.
     pub fn of_adapter(folder: &Path) -> Result<Option<Self>> {
         let config = folder.join(CONFIG_FILE);
-        let config = if config.exists() { read_json(&config)? } else { Value::Null };
+        let config = if is_there(&config) { read_json(&config)? } else { Value::Null };
         Self::of_folder(folder, &config)
     }
 

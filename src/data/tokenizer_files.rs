@@ -5,6 +5,7 @@ use std::io::{Seek, copy};
 use std::path::Path;
 
 use super::template_sources::TemplateSources;
+use crate::checkpoint::is_there;
 use crate::error::{Error, Result};
 
 /// Files that are a tokenizer's, in folders of transformers.
@@ -34,7 +35,10 @@ impl TokenizerFiles {
     /// # Errors
     /// `Io` when one cannot be opened.
     pub fn of_folder(folder: &Path) -> Result<Self> {
-        let names = TOKENIZER_FILES.into_iter().filter(|name| folder.join(name).is_file());
+        let names = TOKENIZER_FILES.into_iter().filter(|name| {
+            let path = folder.join(name);
+            is_there(&path) && !path.is_dir()
+        });
         let open = |name: &'static str| {
             let path = folder.join(name);
             Ok((name, File::open(&path).map_err(|e| Error::io("open", &path, e))?))

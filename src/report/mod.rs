@@ -98,11 +98,17 @@ impl Reports {
 
 impl OpenRun {
     fn record(&mut self, event: &Event, folder: &Path) -> Result<()> {
-        self.metrics.record(event)?;
+        // By its end in the metrics a run is known as finished: all else is written then.
+        let is_end = matches!(event, Event::End(_));
+        if !is_end {
+            self.metrics.record(event)?;
+        }
         self.tensorboard.record(event)?;
         self.events.push(event.clone());
-        let due = self.summarized.is_due(event, Instant::now());
-        if due { self.summarize(folder) } else { Ok(()) }
+        if self.summarized.is_due(event, Instant::now()) {
+            self.summarize(folder)?;
+        }
+        if is_end { self.metrics.record(event) } else { Ok(()) }
     }
 
     /// The files that are written whole.
@@ -209,6 +215,22 @@ mod tests {
         let mut reports = Reports::new(folder.path());
         reports.record(&Event::Start(resumed)).unwrap();
         assert_eq!(read(METRICS_FILE).lines().count(), 2, "what followed the checkpoint is gone");
+    }
+
+    /// A session that is killed while it writes its last files has not come to its end.
+    #[test]
+    fn the_end_is_in_the_metrics_once_all_else_is_written() {
+        let folder = tempfile::tempdir().unwrap();
+        let mut reports = Reports::new(folder.path());
+        reports.record(&Event::Start(StartEvent::default())).unwrap();
+        let report = folder.path().join(REPORT_FILE);
+        std::fs::remove_file(&report).unwrap();
+        std::fs::create_dir(&report).unwrap();
+        std::fs::write(report.join("in the way"), "").unwrap();
+        let end = Event::End(EndEvent::default());
+        assert!(reports.record(&end).is_err());
+        let metrics = folder.path().join(METRICS_FILE);
+        assert_eq!(metrics::last_end(&metrics), None);
     }
 
     /// Writing everything at each of thousands of evaluations would take longer than the run.

@@ -114,6 +114,11 @@ pub fn verify(folder: &Path) -> Result<()> {
         let (sum, name) = line
             .split_once("  ")
             .ok_or_else(|| Error::input(format_args!("{SUMS_FILE} has a bad line `{line}`")))?;
+        let is_plain = Path::new(name).file_name().is_some_and(|file| file == name);
+        // A pipe or a device would never come to an end.
+        if !is_plain || folder.join(name).metadata().is_ok_and(|it| !it.is_file()) {
+            return Err(Error::input(format_args!("{SUMS_FILE} names `{name}`, which is no file")));
+        }
         let got = digest::file(&folder.join(name))
             .map_err(|error| Error::input(error.message().what.clone()))?;
         if got != sum {

@@ -160,6 +160,34 @@ fn a_model_without_a_tokenizer() {
 #[test]
 fn a_damaged_tokenizer() {
     let place = Workplace::new();
-    fs::write(place.path("model/tokenizer.json"), "{\"model\": {\"type\": \"BPE\"").unwrap();
+    let path = place.path("model/tokenizer.json");
+    let sound = fs::read(&path).unwrap();
+    fs::write(&path, "{\"model\": {\"type\": \"BPE\"").unwrap();
     assert_not_trained(&place, 1, &[], &["tokenizer.json"]);
+    // The library panics over these when they are used, not when they are read.
+    let absent = json!({"SpecialToken": {"id": "[NONE]", "type_id": 0}});
+    let single = json!([absent, {"Sequence": {"id": "A", "type_id": 0}}]);
+    let template = json!({
+        "type": "TemplateProcessing", "single": single, "pair": single, "special_tokens": {},
+    });
+    let chunks = json!({"type": "FixedLength", "length": 0});
+    for (key, value) in [("post_processor", template), ("pre_tokenizer", chunks)] {
+        fs::write(&path, &sound).unwrap();
+        edit_json(&path, |tokenizer| tokenizer[key] = value);
+        assert_not_trained(&place, 1, &[], &["tokenizer.json"]);
+    }
+}
+
+/// A link that leads nowhere is no file that was left out: as in a cache of the hub that was cleaned up.
+#[cfg(unix)]
+#[test]
+fn a_tokenizer_that_is_gone() {
+    let place = Workplace::new();
+    let path = place.path("model/tokenizer.json");
+    fs::remove_file(&path).unwrap();
+    std::os::unix::fs::symlink("nowhere", path).unwrap();
+    let quantize = place.nibble(&["quantize", "--model", "model", "--out", "out"]);
+    let (code, text) = crate::training::fail(quantize);
+    assert!(code == 1 && text.contains("cannot open model/tokenizer.json"), "{code}: {text}");
+    assert!(!place.path("out").exists());
 }

@@ -204,7 +204,15 @@ fn sync(path: &Path) -> Result<()> {
 
 /// The names in a folder; on Windows that is left to the system.
 fn sync_folder(path: &Path) -> Result<()> {
-    if cfg!(windows) { Ok(()) } else { sync(path) }
+    use std::io::ErrorKind::{InvalidInput, Unsupported};
+    if cfg!(windows) {
+        return Ok(());
+    }
+    match sync(path) {
+        // Some file systems of networks flush files alone.
+        Err(Error::Io(_, why)) if matches!(why.kind(), InvalidInput | Unsupported) => Ok(()),
+        done => done,
+    }
 }
 
 /// `.NAME` and `suffix`, beside `path`.

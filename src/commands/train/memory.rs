@@ -14,8 +14,9 @@ use crate::cli::train::TrainArgs;
 use crate::error::Result;
 use crate::ledger::resident;
 use crate::ledger::rows::Account;
+use crate::model::spec::ModelSpec;
 use crate::plan::{
-    Choice, Demand, Limit, Place, Settings, Strategy, SumOrder, WeightBytes, logit_rows,
+    Choice, Demand, Limit, Place, Settings, Strategy, SumOrder, WeightBytes, layout, logit_rows,
 };
 use crate::train::backend::TrainingKernels;
 use crate::train::progress::Progress;
@@ -103,6 +104,14 @@ pub fn plan(
 }
 
 impl Memory {
+    /// Of the file in the run's folder that a CPU offloads to.
+    pub fn offload_file_bytes(&self, spec: &ModelSpec) -> u64 {
+        match self.account.outside.place {
+            Place::Cpu => layout(spec, &self.settings).offloaded_bytes() as u64,
+            Place::Gpu => 0,
+        }
+    }
+
     /// Of a checkpoint, about: the adapter as it is stored, the master copy and the moments.
     pub fn checkpoint_bytes(&self, adapter: &Adapter, args: &TrainArgs) -> u64 {
         let stored = FloatType::from(args.lora.adapter_dtype).size();

@@ -86,7 +86,8 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let before = output.found.as_ref().and_then(|found| found.state.identity.sum_order);
     let memory = memory::plan(args, &base, &adapter, &data, &kernels, before, &progress)?;
     let checkpoint = memory.checkpoint_bytes(&adapter, args) + base.brought.bytes();
-    output.check_room(checkpoint, &args.output, &progress)?;
+    let offloaded = memory.offload_file_bytes(&base.spec);
+    output.check_room(checkpoint, offloaded, &args.output, &progress)?;
     let device = kernels.device();
     let place = memory.account.outside.place;
     if place == Place::Cpu {

@@ -107,23 +107,35 @@ impl Output {
         (came_to_an_end && is_over).then_some(finished)
     }
 
-    /// Whether the disk has room for checkpoints of `bytes`.
+    /// Whether the disk has room for checkpoints of `bytes`, beside a file of `offloaded` bytes.
     ///
     /// # Errors
     /// `Input` when not even one fits.
-    pub fn check_room(&self, bytes: u64, args: &OutputArgs, progress: &Progress) -> Result<()> {
+    pub fn check_room(
+        &self,
+        bytes: u64,
+        offloaded: u64,
+        args: &OutputArgs,
+        progress: &Progress,
+    ) -> Result<()> {
         let Some(free) = disk::free_bytes(&self.folder) else { return Ok(()) };
+        let beside = match offloaded {
+            0 => String::new(),
+            bytes => format!(" beside the {} that are offloaded", ByteSize(bytes)),
+        };
+        let free = free.saturating_sub(offloaded);
         // A new one is whole before the oldest goes; the best one may be kept besides.
         let most = bytes.saturating_mul(args.save_total_limit.get() as u64 + 2);
         let (free, size, out) = (ByteSize(free), ByteSize(bytes), self.folder.display());
         if free.0 < bytes {
-            let what =
-                format_args!("{out}: a checkpoint takes about {size}, {free} are free there");
+            let what = format_args!(
+                "{out}: a checkpoint takes about {size}, {free} are free there{beside}"
+            );
             return Err(Error::input(what).hint("make room, or choose an `--out` on another disk"));
         }
         if free.0 < most {
             progress.note(&format!(
-                "warning: {out} has {free} free; up to {} of checkpoints are kept there",
+                "warning: {out} has {free} free{beside}; up to {} of checkpoints are kept there",
                 ByteSize(most)
             ));
         }
@@ -157,7 +169,8 @@ fn lock(out: &Path) -> Result<File> {
             let what = format!("another process is training into {}", out.display());
             Err(Error::usage(what).hint("wait for it, or choose another `--out`"))
         }
-        Err(fs::TryLockError::Error(e)) => Err(Error::io("lock", &path, e)),
+        // A file system without locks cannot tell.
+        Err(fs::TryLockError::Error(_)) => Ok(file),
     }
 }
 

@@ -1,6 +1,7 @@
 //! From text to ids and back.
 
 use std::ops::Range;
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use super::ChatTokenizer;
 use crate::error::{Error, Result};
@@ -11,10 +12,8 @@ impl ChatTokenizer {
     /// # Errors
     /// `Input` when the tokenizer refuses the text.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
-        let encoding = self.tokenizer.encode_fast(text, false);
-        encoding
-            .map(|encoding| encoding.get_ids().to_vec())
-            .map_err(|e| Error::input(format_args!("tokenizer: {e}")))
+        let encoding = guarded(|| self.tokenizer.encode_fast(text, false))?;
+        Ok(encoding.get_ids().to_vec())
     }
 
     /// Ids of text that no template wrote, behind a BOS if the tokenizer wants one and the text has none.
@@ -36,8 +35,7 @@ impl ChatTokenizer {
     /// # Errors
     /// `Input` when the tokenizer refuses the text.
     pub fn encode_with_offsets(&self, text: &str) -> Result<(Vec<u32>, Vec<Range<usize>>)> {
-        let encoding = self.tokenizer.encode(text, false);
-        let encoding = encoding.map_err(|e| Error::input(format_args!("tokenizer: {e}")))?;
+        let encoding = guarded(|| self.tokenizer.encode(text, false))?;
         let offsets = encoding.get_offsets().iter().map(|&(begin, end)| begin..end).collect();
         Ok((encoding.get_ids().to_vec(), offsets))
     }
@@ -47,8 +45,18 @@ impl ChatTokenizer {
     /// # Errors
     /// `Input` when an id is outside the vocabulary.
     pub fn decode(&self, ids: &[u32], skip_special_tokens: bool) -> Result<String> {
-        self.tokenizer
-            .decode(ids, skip_special_tokens)
-            .map_err(|e| Error::input(format_args!("tokenizer: {e}")))
+        guarded(|| self.tokenizer.decode(ids, skip_special_tokens))
+    }
+}
+
+/// What the library gives; where it panics over some damaged tokenizer, an error like others.
+///
+/// # Errors
+/// `Input`.
+pub(in crate::data) fn guarded<T>(work: impl FnOnce() -> tokenizers::Result<T>) -> Result<T> {
+    match catch_unwind(AssertUnwindSafe(work)) {
+        Ok(done) => done.map_err(|e| Error::input(format_args!("tokenizer: {e}"))),
+        Err(_) => Err(Error::input("tokenizer.json: the `tokenizers` library fails over it")
+            .hint("the file is damaged: get it again")),
     }
 }

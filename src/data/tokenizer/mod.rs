@@ -15,6 +15,8 @@ use tokenizers::Tokenizer;
 use tokenizers::processors::PostProcessorWrapper;
 use tokenizers::processors::sequence::Sequence;
 
+pub(super) use coding::guarded;
+
 use super::ends::TurnEnds;
 use super::known_templates::{KnownTemplate, unknown_template};
 use super::strftime::unix_seconds_now;

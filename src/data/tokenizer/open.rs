@@ -8,7 +8,7 @@ use serde_json::Value;
 use tokenizers::Tokenizer;
 
 use super::{ChatTokenizer, SpecialToken, puts_in_front};
-use crate::checkpoint::{lfs_pointer, map_file, read_gguf_header, read_json};
+use crate::checkpoint::{is_there, lfs_pointer, map_file, read_gguf_header, read_json};
 use crate::data::pre_tokenizers::{self, set_splitter, with_added_tokens};
 use crate::data::sentence_piece::{self, is_sentence_piece};
 use crate::data::template_sources::TemplateSources;
@@ -128,7 +128,7 @@ impl ChatTokenizer {
 }
 
 fn optional_json(path: &Path) -> Result<Value> {
-    if path.exists() { read_json(path) } else { Ok(Value::Null) }
+    if is_there(path) { read_json(path) } else { Ok(Value::Null) }
 }
 
 /// `"</s>"` or `{"content": "</s>", …}`.
@@ -144,11 +144,22 @@ fn ids(value: &Value) -> Vec<u32> {
     }
 }
 
+/// Tries all parts of a tokenizer: some panic over what they were made from once they are used.
+fn probe(tokenizer: &Tokenizer) {
+    for text in ["a b", " ", ""] {
+        for special in [false, true] {
+            // What is refused is an error to whoever asks for it.
+            let ids = tokenizer.encode(text, special).map(|encoding| encoding.get_ids().to_vec());
+            let _ = tokenizer.decode(&ids.unwrap_or_default(), special);
+        }
+    }
+}
+
 /// Reads `tokenizer.json`. The library panics over some damaged files: that is an error like others.
 fn read_tokenizer(path: &Path) -> std::result::Result<Tokenizer, String> {
     let hook = std::panic::take_hook();
     std::panic::set_hook(Box::new(|_| {}));
-    let result = std::panic::catch_unwind(|| Tokenizer::from_file(path));
+    let result = std::panic::catch_unwind(|| Tokenizer::from_file(path).inspect(probe));
     std::panic::set_hook(hook);
     match result {
         Ok(tokenizer) => tokenizer.map_err(|e| e.to_string()),

@@ -224,6 +224,23 @@ fn a_checkpoint_with_a_missing_file_is_not_used() {
     assert!(checkpoints::newest(out.path(), &mut |_| ()).is_none());
 }
 
+/// What the sums name may be anything: a device has no end.
+#[cfg(unix)]
+#[test]
+fn a_checkpoint_whose_sums_name_no_file_of_its_own_is_not_used() {
+    let out = tempfile::tempdir().unwrap();
+    session(out.path(), &recipe(), 40, false);
+    let folder = checkpoints::newest(out.path(), &mut |_| ()).unwrap().folder;
+    let sums = folder.join(checkpoints::SUMS_FILE);
+    let sound = fs::read_to_string(&sums).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", folder.join("endless")).unwrap();
+    for name in ["/dev/zero", "../state.json", "endless"] {
+        fs::write(&sums, format!("{sound}00  {name}\n")).unwrap();
+        let error = checkpoints::verify(&folder).unwrap_err().to_string();
+        assert!(error.contains(&format!("names `{name}`, which is no file")), "{error}");
+    }
+}
+
 /// A run that goes back behind damaged checkpoints keeps those that it makes there.
 #[test]
 fn damaged_checkpoints_displace_none_that_is_made_behind_them() {
