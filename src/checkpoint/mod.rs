@@ -25,6 +25,7 @@ use serde_json::{Map, Value};
 
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
+pub(crate) use atomic::is_there;
 pub(crate) use damage::{OTHER_TOOL, damaged_safetensors, lfs_pointer, unread_type};
 pub use dense::DenseTensor;
 use dense::parallel_f32;
@@ -398,12 +399,6 @@ pub(crate) fn dtype_of(config: &Value) -> Option<FloatType> {
 pub(crate) fn set_dtype(fields: &mut Map<String, Value>, dtype: FloatType) {
     let key = if fields.contains_key("dtype") { "dtype" } else { "torch_dtype" };
     fields.insert(key.into(), dtype.as_str().into());
-}
-
-/// Whether there is a file or a link, be it one that leads nowhere: that is no file left out, but one to be told
-/// of when it is opened.
-pub(crate) fn is_there(path: &Path) -> bool {
-    path.symlink_metadata().is_ok()
 }
 
 /// Reads and parses a JSON file.

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use super::lock::Lock;
-use super::{check_destination, keep_beside, parent, rename, sibling, sync, sync_folder};
+use super::{check_destination, is_there, keep_beside, parent, rename, sibling, sync, sync_folder};
 use crate::error::{Error, Result};
 
 /// A folder under construction; dropped without [`commit`](AtomicDir::commit), it is removed.
@@ -152,7 +152,7 @@ fn free_replaced_name(destination: &Path) -> PathBuf {
     replaced(destination).iter().for_each(|old| drop(fs::remove_dir_all(old)));
     let mut name = replaced(destination).pop().unwrap_or_else(|| sibling(destination, REPLACED));
     // Folders may not be listed, and names be the same in other letters.
-    while name.symlink_metadata().is_ok() {
+    while is_there(&name) {
         name.as_mut_os_string().push("~");
     }
     name

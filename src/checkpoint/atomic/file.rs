@@ -5,7 +5,7 @@ use std::io::{self, ErrorKind, Write};
 use std::path::{Path, PathBuf};
 
 use super::lock::Lock;
-use super::{keep_beside, parent, rename, sibling, sync_folder};
+use super::{is_there, keep_beside, parent, rename, sibling, sync_folder};
 use crate::error::{Error, Result};
 
 /// A file under construction; dropped without [`commit`](AtomicFile::commit), it is removed.
@@ -98,7 +98,7 @@ fn place_new(temporary: &Path, destination: &Path) -> Result<()> {
         return Ok(());
     }
     // Not all file systems have second names.
-    if destination.symlink_metadata().is_ok() {
+    if is_there(destination) {
         return keep_beside(temporary, destination);
     }
     rename(temporary, destination)

@@ -179,11 +179,17 @@ fn free_name(path: &Path, folder: bool) -> PathBuf {
             name.push(extension);
         }
         let free = path.with_file_name(name);
-        if free.symlink_metadata().is_err() {
+        if !is_there(&free) {
             return free;
         }
         number += 1;
     }
+}
+
+/// Whether there is a file, a folder or a link, be it one that leads nowhere: that is somebody's, too, and to be
+/// told of when it is opened.
+pub(crate) fn is_there(path: &Path) -> bool {
+    path.symlink_metadata().is_ok()
 }
 
 /// The folder that a path is in.

@@ -10,8 +10,8 @@ use std::path::Path;
 use serde_json::json;
 
 use super::{device, reading};
-use crate::checkpoint::Checkpoint;
 use crate::checkpoint::atomic::AtomicFile;
+use crate::checkpoint::{Checkpoint, is_there};
 use crate::cli::eval::EvalArgs;
 use crate::data::{Batch, ChatTokenizer, Dataset, Document, Encoder, targets};
 use crate::error::{Error, Result};
@@ -217,8 +217,7 @@ fn new_file(path: &Path) -> Result<AtomicFile> {
 
 /// Refuses a file that is there: it may be somebody's work.
 fn check_is_new(flag: &str, path: &Path) -> Result<()> {
-    // A link that leads nowhere is somebody's, too.
-    if path.symlink_metadata().is_ok() {
+    if is_there(path) {
         let what = format_args!("{flag}: {} is there already", path.display());
         return Err(Error::usage(what).hint("remove it, or choose another name"));
     }

@@ -18,8 +18,9 @@ use crate::train::interrupt::Interrupt;
 
 /// A document up to its last answer, and that.
 struct Question<'a> {
+    /// In its file.
     line: usize,
-    /// Where there are several, and the line is its own.
+    /// Where there are several.
     file: Option<&'a Path>,
     prompt: &'a [u32],
     label: &'a [u32],
@@ -148,18 +149,19 @@ impl<'a> Question<'a> {
         let Document { input_ids, labels, line } = document;
         let end = labels.iter().rposition(|&label| label >= 0).map_or(0, |last| last + 1);
         let start = labels[..end].iter().rposition(|&label| label < 0).map_or(0, |last| last + 1);
+        let (file, own_line) = files.locate(*line);
         if start == 0 {
-            let place = match files.locate(*line) {
-                (None, line) => format!("record {line}"),
-                (Some(_), _) => files.place(*line),
+            let place = match file {
+                None => format!("record {line}"),
+                Some(_) => files.place(*line),
             };
             let what = format_args!("--predictions: {place} has nothing before its answer");
             return Err(Error::usage(what).hint(
                 "give prompts with answers, and leave `--train-on all` out: plain text has no prompt",
             ));
         }
-        let (file, line) = files.locate(*line);
-        Ok(Question { line, file, prompt: &input_ids[..start], label: &input_ids[start..end] })
+        let (prompt, label) = (&input_ids[..start], &input_ids[start..end]);
+        Ok(Question { line: own_line, file, prompt, label })
     }
 }
 
@@ -200,6 +202,7 @@ mod tests {
             assert!(error.contains("record 7 has nothing before its answer"), "{error}");
         }
     }
+
     /// Each file has lines of its own.
     #[test]
     fn questions_of_several_files_are_found_again() {

@@ -51,6 +51,15 @@ fn recipe() -> Recipe {
     }
 }
 
+/// One that overshoots, and stops when two evaluations in a row are no better.
+fn impatient() -> Recipe {
+    let mut recipe = recipe();
+    recipe.learning_rate = 1.0;
+    recipe.scheduler_type = SchedulerType::Constant;
+    recipe.evaluation.patience = Some(2);
+    recipe
+}
+
 fn feed() -> Feed {
     let documents = documents(&[4, 6, 9, 3, 5, 8, 7, 4, 6, 5, 9, 3, 4]);
     let rows = (0..documents.len()).map(|index| vec![index]).collect();
@@ -272,11 +281,7 @@ fn damaged_checkpoints_displace_none_that_is_made_behind_them() {
 fn the_last_checkpoint_knows_all_that_was_found_out() {
     let mut patient = recipe();
     patient.evaluation.steps = None;
-    let mut impatient = recipe();
-    impatient.learning_rate = 1.0;
-    impatient.scheduler_type = SchedulerType::Constant;
-    impatient.evaluation.patience = Some(2);
-    for recipe in [patient, impatient] {
+    for recipe in [patient, impatient()] {
         // Those after 15 steps, those after 3, and those after what an evaluation asks for.
         for steps in [1, 5, 15, 4, 100] {
             let out = tempfile::tempdir().unwrap();
@@ -402,10 +407,7 @@ fn the_newest_and_the_best_survive_thinning_out() {
 #[test]
 fn the_run_stops_when_patience_is_out_and_ends_with_the_best_weights() {
     let out = tempfile::tempdir().unwrap();
-    let mut recipe = recipe();
-    recipe.learning_rate = 1.0;
-    recipe.scheduler_type = SchedulerType::Constant;
-    recipe.evaluation.patience = Some(2);
+    let mut recipe = impatient();
     recipe.evaluation.load_best_at_end = true;
     let run = session(out.path(), &recipe, NEVER, false);
     assert_eq!(run.result.unwrap(), EndReason::EarlyStopping);
@@ -422,11 +424,8 @@ fn the_run_stops_when_patience_is_out_and_ends_with_the_best_weights() {
 #[test]
 fn best_weights_that_were_damaged_since_leave_the_last_ones() {
     let out = tempfile::tempdir().unwrap();
-    let mut recipe = recipe();
-    recipe.learning_rate = 1.0;
-    recipe.scheduler_type = SchedulerType::Constant;
+    let mut recipe = impatient();
     recipe.evaluation.load_best_at_end = true;
-    recipe.evaluation.patience = Some(2);
     session(out.path(), &recipe, NEVER, false);
     let state = checkpoints::newest(out.path(), &mut |_| ()).unwrap().state;
     let [best, last] = [state.best.unwrap().step, state.step].map(checkpoints::name);
@@ -443,10 +442,7 @@ fn best_weights_that_were_damaged_since_leave_the_last_ones() {
 #[test]
 fn a_run_that_made_all_its_steps_did_not_stop_early() {
     let out = tempfile::tempdir().unwrap();
-    let mut recipe = recipe();
-    recipe.learning_rate = 1.0;
-    recipe.scheduler_type = SchedulerType::Constant;
-    recipe.evaluation.patience = Some(2);
+    let mut recipe = impatient();
     let stopped = session(out.path(), &recipe, NEVER, false);
     let Some(Event::End(end)) = stopped.events.last() else { panic!() };
     assert_eq!(end.reason, EndReason::EarlyStopping);

@@ -1,6 +1,8 @@
 //! `eval --predictions`: answers to a whole file.
 
 use std::fs;
+#[cfg(unix)]
+use std::process::Output;
 use std::process::{Child, Stdio};
 use std::time::Duration;
 
@@ -161,18 +163,25 @@ fn answers_have_their_name_when_all_are_made() {
     assert!(!place.path(".answers.jsonl.partial").exists());
 }
 
+/// What Ctrl-C leaves of so many answers, pressed once the file of answers has so many bytes.
+#[cfg(unix)]
+fn interrupted(chats: usize, least_bytes: u64) -> (Workplace, Output) {
+    let place = Workplace::new();
+    add_template(&place);
+    write_chats(&place, &vec![&["w7 w31", "w5 w6"][..]; chats]);
+    let flags = ["--data", "chats.jsonl", "--predictions", "answers.jsonl"];
+    let eval = at_work(&place, &flags, ".answers.jsonl.partial", least_bytes);
+    crate::training::signal(&eval, "INT");
+    let output = eval.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(130), "{}", stderr(&output));
+    (place, output)
+}
+
 #[cfg(unix)]
 #[test]
 fn answers_that_are_made_outlive_ctrl_c() {
-    let place = Workplace::new();
-    add_template(&place);
-    write_chats(&place, &[&["w7 w31", "w5 w6"][..]; 512]);
-    let flags = ["--data", "chats.jsonl", "--predictions", "answers.jsonl"];
-    let eval = at_work(&place, &flags, ".answers.jsonl.partial", 1);
-    crate::training::signal(&eval, "INT");
-    let output = eval.wait_with_output().unwrap();
+    let (place, output) = interrupted(512, 1);
     let said = stderr(&output);
-    assert_eq!(output.status.code(), Some(130), "{said}");
     let lines = String::from_utf8(place.read("answers.jsonl")).unwrap().lines().count();
     let words = format!("interrupted: {lines} of 512 documents are answered in answers.jsonl");
     assert!((1..512).contains(&lines) && said.contains(&words), "{lines}: {said}");
@@ -183,15 +192,8 @@ fn answers_that_are_made_outlive_ctrl_c() {
 #[cfg(unix)]
 #[test]
 fn ctrl_c_before_the_first_answer_leaves_nothing() {
-    let place = Workplace::new();
-    add_template(&place);
-    write_chats(&place, &[&["w7 w31", "w5 w6"][..]; 4096]);
-    let flags = ["--data", "chats.jsonl", "--predictions", "answers.jsonl"];
-    let eval = at_work(&place, &flags, ".answers.jsonl.partial", 0);
-    crate::training::signal(&eval, "INT");
-    let output = eval.wait_with_output().unwrap();
+    let (place, output) = interrupted(4096, 0);
     let said = stderr(&output);
-    assert_eq!(output.status.code(), Some(130), "{said}");
     assert!(said.contains("interrupted; nothing was written"), "{said}");
     let left: Vec<String> =
         place.list("").into_iter().filter(|name| name.contains("answers")).collect();
