@@ -77,6 +77,12 @@ impl Error {
         Error::Io(Message::new(format_args!("cannot {act} {}", path.display())), source)
     }
 
+    /// The system has no thread left to give.
+    pub fn no_thread(source: std::io::Error) -> Self {
+        let hint = "another program, or a limit (`ulimit -u`), leaves no room for it";
+        Error::Io(Message::new("cannot start a thread"), source).hint(hint)
+    }
+
     /// Adds the way out; replaces an earlier hint.
     pub fn hint(mut self, hint: impl fmt::Display) -> Self {
         self.message_mut().hint = Some(hint.to_string());

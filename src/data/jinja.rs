@@ -18,6 +18,10 @@ pub(super) const GENERATION_BEGIN: char = '\u{f8f0}';
 /// See [`GENERATION_BEGIN`].
 pub(super) const GENERATION_END: char = '\u{f8f1}';
 
+/// Instructions of a template for one conversation, after a few seconds of which it is stopped; a message
+/// takes some hundred.
+const FUEL: u64 = 100_000_000;
+
 /// An environment in which it is `unix_seconds` o'clock.
 pub(super) fn environment(unix_seconds: u64) -> Environment<'static> {
     let mut environment = Environment::new();
@@ -26,6 +30,7 @@ pub(super) fn environment(unix_seconds: u64) -> Environment<'static> {
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
     environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
     environment.set_formatter(print);
+    environment.set_fuel(Some(FUEL));
     environment.add_function("raise_exception", raise_exception);
     environment.add_function("strftime_now", move |format: String| strftime(&format, unix_seconds));
     environment.add_filter("tojson", to_json);
@@ -203,6 +208,14 @@ mod tests {
         ] {
             assert_eq!(environment.render_str(source, &context).unwrap(), expected, "{source}");
         }
+    }
+
+    #[test]
+    fn a_template_without_an_end_is_stopped() {
+        let endless =
+            "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}";
+        let error = environment(0).render_str(endless, ()).unwrap_err();
+        assert_eq!(error.kind(), ErrorKind::OutOfFuel);
     }
 
     #[test]

@@ -57,9 +57,12 @@ impl Repack<'_> {
         std::thread::scope(|scope| {
             // Nothing waits in it: besides the tensor that is written only one is in memory.
             let (sender, parcels) = sync_channel(0);
-            let writing = scope.spawn(move || {
-                parcels.into_iter().try_for_each(|parcel| self.deliver(parcel, writer))
-            });
+            let write =
+                move || parcels.into_iter().try_for_each(|parcel| self.deliver(parcel, writer));
+            let writing = std::thread::Builder::new()
+                .name("write".into())
+                .spawn_scoped(scope, write)
+                .map_err(Error::no_thread)?;
             let summaries = self.pack_all(steps, &sender, progress);
             drop(sender);
             let written = writing.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic));

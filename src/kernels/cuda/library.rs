@@ -163,12 +163,14 @@ impl Gpu {
         let (done, waiting) = mpsc::channel();
         let what = format!("compiling the kernels for {}; the driver keeps them", self.name);
         std::thread::scope(|scope| {
-            scope.spawn(move || {
+            let tell = move || {
                 let patience = Duration::from_secs(1);
                 if waiting.recv_timeout(patience) == Err(mpsc::RecvTimeoutError::Timeout) {
                     eprintln!("{what}");
                 }
-            });
+            };
+            // Without the thread nobody is told, no more.
+            let _ = std::thread::Builder::new().spawn_scoped(scope, tell);
             let result = self.compile();
             let _ = done.send(());
             result
