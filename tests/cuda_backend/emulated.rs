@@ -241,8 +241,7 @@ impl Driver for Emulated {
 
     fn gemm(&self, gemm: &Gemm) -> Result<()> {
         let [m, n, k] = gemm.shape;
-        // A library has a kernel for each shape, and its kernels sum in different orders.
-        let begin = (31 * m + 17 * n + 7 * k) % k;
+        let begin = first_term(gemm);
         for batch in 0..gemm.batches {
             let a = self.operand(&gemm.a, [m, k], batch);
             let b = self.operand(&gemm.b, [k, n], batch);
@@ -288,6 +287,19 @@ impl Driver for Emulated {
     fn synchronize(&self) -> Result<()> {
         Ok(())
     }
+}
+
+/// Where a sum begins. A library has kernels for shapes, strides and alignments of operands, and each of them
+/// sums in an order of its own.
+fn first_term(gemm: &Gemm) -> usize {
+    let [m, n, k] = gemm.shape;
+    let alignment = |address: Address| 1 << address.trailing_zeros().min(4);
+    let of_operand = |operand: &Operand| {
+        2 * operand.stride + alignment(operand.address) + usize::from(operand.transposed)
+    };
+    let (a, b) = (of_operand(&gemm.a), of_operand(&gemm.b));
+    let c = gemm.c.stride + alignment(gemm.c.address);
+    (31 * m + 17 * n + 7 * k + 13 * a + 11 * b + 5 * c) % k
 }
 
 /// For `scripts/gpu_check.sh --rehearse`, which has its driver from there.

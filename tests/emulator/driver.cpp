@@ -212,6 +212,9 @@ struct Blas {
 };
 std::map<void*, std::unique_ptr<Blas>> handles;
 
+/// Bytes, up to 16.
+long alignment(const void* address) { return std::min(16L, long(address) & -long(address)); }
+
 /// A column-major operand `[rows, columns]`, or stored as its transpose.
 struct Matrix {
     const uint16_t* start;
@@ -221,6 +224,7 @@ struct Matrix {
     long span(long rows, long columns) const {
         return transposed ? (rows - 1) * stride + columns : (columns - 1) * stride + rows;
     }
+    long kind() const { return 2 * stride + alignment(start) + transposed; }
     float at(long row, long column) const {
         return widened(start[transposed ? column + row * stride : row + column * stride]);
     }
@@ -247,8 +251,9 @@ struct Product {
         for (long p = 0; p < k; p++) {
             for (long i = 0; i < m; i++) left[p * m + i] = a.at(i, p);
         }
-        // A library has a kernel for each shape, and each sums in an order of its own.
-        const long begin = (31 * m + 17 * n + 7 * k) % k;
+        // A library has kernels for shapes, strides and alignments, and each sums in an order of its own.
+        const long begin = (31 * m + 17 * n + 7 * k + 13 * a.kind() + 11 * b.kind()
+                            + 5 * (stride + alignment(c))) % k;
         for (long j = 0; j < n; j++) {
             std::fill(sums.begin(), sums.end(), 0.0f);
             for (long step = 0; step < k; step++) {

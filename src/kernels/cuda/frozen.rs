@@ -22,8 +22,9 @@
 //! | dx | R + 2·K: reads t, reads and writes dx again | R: t is made where it is read |
 //! | once a product | N·R, R·K: B, A read | 3·N·R, 3·R·K: copied beside W, and read |
 //!
-//! so it pays from about R tokens on. The 16 columns of a rank-16 adapter cost 0.4 % of the
-//! multiplications at K = 4,096, as they do by themselves. Buffers of activations that such products
+//! so it pays from about R tokens on. The 16 columns of a rank-16 adapter are 0.4 % of the multiplications
+//! at K = 4,096, as they are by themselves; a tensor-core product that goes through K in steps of 64 makes
+//! one step more of them, 1.6 %. Buffers of activations that such products
 //! read are planned with room behind their rows ([`super::plan`]): a copy of x instead would move
 //! 2·K elements a token, more than is saved for the down projection, where K = 3.5·N. `ax` is
 //! copied, 2·R elements a token, because `x` does not outlive the block and `ax` does: the input of
