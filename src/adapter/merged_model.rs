@@ -5,7 +5,6 @@
 //! stream measures what the choice and the rounding cost.
 
 use bytes::Bytes;
-use half::{bf16, f16};
 use nibble_quant::FloatType;
 use rayon::prelude::*;
 use serde_json::Value;
@@ -176,17 +175,8 @@ fn rounded(name: &str, values: &[f32], dtype: FloatType) -> Result<Vec<u8>> {
     let size = dtype.size();
     let mut bytes = vec![0; values.len() * size];
     let chunks = bytes.par_chunks_mut(CHUNK * size).zip(values.par_chunks(CHUNK));
-    chunks.for_each(|(bytes, values)| match dtype {
-        FloatType::F32 => bytes.copy_from_slice(bytemuck::cast_slice(values)),
-        FloatType::F16 => put(bytes, values, |x| f16::from_f32(x).to_bits()),
-        FloatType::Bf16 => put(bytes, values, |x| bf16::from_f32(x).to_bits()),
-    });
-    let limit = match dtype {
-        FloatType::F32 => f32::MAX,
-        FloatType::F16 => f16::MAX.to_f32(),
-        FloatType::Bf16 => bf16::MAX.to_f32(),
-    };
-    let fits = |x: &f32| x.abs() <= limit;
+    chunks.for_each(|(bytes, values)| dtype.round_into(values, bytes));
+    let fits = |x: &f32| x.abs() <= dtype.largest();
     let too_large = |chunk: &[f32]| chunk.iter().copied().find(|x| !fits(x));
     match values.par_chunks(CHUNK).find_map_first(too_large) {
         Some(x) if !x.is_finite() => Err(not_finite(name, x)),
@@ -195,11 +185,5 @@ fn rounded(name: &str, values: &[f32], dtype: FloatType) -> Result<Vec<u8>> {
                 .hint("use `--dtype bfloat16` or `--dtype float32`"))
         }
         None => Ok(bytes),
-    }
-}
-
-fn put(bytes: &mut [u8], values: &[f32], bits: impl Fn(f32) -> u16) {
-    for (bytes, value) in bytes.chunks_exact_mut(2).zip(values) {
-        bytes.copy_from_slice(&bits(*value).to_le_bytes());
     }
 }

@@ -45,24 +45,7 @@ impl DenseTensor {
     /// When they reach beyond the end.
     pub fn read(&self, first: usize, out: &mut [f32]) {
         let size = self.dtype.size();
-        let data = &self.data[first * size..(first + out.len()) * size];
-        match self.dtype {
-            FloatType::F32 => {
-                for (out, bytes) in out.iter_mut().zip(data.as_chunks::<4>().0) {
-                    *out = f32::from_le_bytes(*bytes);
-                }
-            }
-            FloatType::F16 => {
-                for (out, bytes) in out.iter_mut().zip(data.as_chunks::<2>().0) {
-                    *out = half::f16::from_le_bytes(*bytes).to_f32();
-                }
-            }
-            FloatType::Bf16 => {
-                for (out, bytes) in out.iter_mut().zip(data.as_chunks::<2>().0) {
-                    *out = half::bf16::from_le_bytes(*bytes).to_f32();
-                }
-            }
-        }
+        self.dtype.widen_into(&self.data[first * size..(first + out.len()) * size], out);
     }
 
     /// Flat index of the first NaN or infinity, looked for on all threads.

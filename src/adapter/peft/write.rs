@@ -5,7 +5,6 @@ use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
-use half::{bf16, f16};
 use nibble_quant::FloatType;
 use safetensors::Dtype;
 
@@ -71,7 +70,10 @@ impl Adapter {
         let tensors = shapes.enumerate().map(tensor).collect();
         write_tensors(path, tensors, |tensor, sink| {
             for piece in pieces(0..tensor.elements(), PIECE_BYTES / size_of::<f32>()) {
-                sink.append(&rounded(&values(tensor.source, piece)?, dtype))?;
+                let values = values(tensor.source, piece)?;
+                let mut bytes = vec![0; values.len() * dtype.size()];
+                dtype.round_into(&values, &mut bytes);
+                sink.append(&bytes)?;
             }
             Ok(())
         })
@@ -100,15 +102,5 @@ fn stored_type(dtype: FloatType) -> Dtype {
         FloatType::F32 => Dtype::F32,
         FloatType::F16 => Dtype::F16,
         FloatType::Bf16 => Dtype::BF16,
-    }
-}
-
-/// The bytes of values in a file.
-fn rounded(values: &[f32], dtype: FloatType) -> Vec<u8> {
-    let values = values.iter();
-    match dtype {
-        FloatType::F32 => values.flat_map(|x| x.to_le_bytes()).collect(),
-        FloatType::F16 => values.flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
-        FloatType::Bf16 => values.flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
     }
 }

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use nibble_quant::{FloatType, PackedWeight};
+use nibble_quant::PackedWeight;
 use rayon::prelude::*;
 
 use super::summary::{RoleSummary, Sums};
@@ -259,7 +259,9 @@ fn convert(
         let first = range.start + task * TASK;
         let mut original = vec![0.0; bytes.len() / step.dtype.size()];
         source.read(first, &mut original);
-        let restored = round(&original, step.dtype, bytes);
+        step.dtype.round_into(&original, bytes);
+        let mut restored = vec![0.0; original.len()];
+        step.dtype.widen_into(bytes, &mut restored);
         match restored.iter().position(|value| !value.is_finite()) {
             Some(index) => Err(not_finite(step, first + index, original[index])),
             None if step.dtype == source.dtype() => Ok(Sums::default()),
@@ -269,27 +271,6 @@ fn convert(
     let parts: Vec<Result<Sums>> = parts.collect();
     let sums = parts.into_iter().try_fold(Sums::default(), |sums, part| Ok(sums.plus(part?)))?;
     Ok((bytes, sums))
-}
-
-/// Writes `values` as `dtype`; what they have become.
-fn round(values: &[f32], dtype: FloatType, bytes: &mut [u8]) -> Vec<f32> {
-    match dtype {
-        FloatType::F32 => {
-            bytes.copy_from_slice(bytemuck::cast_slice(values));
-            values.to_vec()
-        }
-        FloatType::Bf16 => {
-            let rounded: Vec<half::bf16> =
-                values.iter().map(|&v| half::bf16::from_f32(v)).collect();
-            bytes.copy_from_slice(bytemuck::cast_slice(&rounded));
-            rounded.into_iter().map(f32::from).collect()
-        }
-        FloatType::F16 => {
-            let rounded: Vec<half::f16> = values.iter().map(|&v| half::f16::from_f32(v)).collect();
-            bytes.copy_from_slice(bytemuck::cast_slice(&rounded));
-            rounded.into_iter().map(f32::from).collect()
-        }
-    }
 }
 
 fn not_finite(step: &Step, index: usize, value: f32) -> Error {
