@@ -5,6 +5,7 @@ use nibble_quant::{BlockFormat, FloatType};
 use serde_json::Value;
 
 use crate::checkpoint::repack::quantize;
+use crate::checkpoint::tensor_errors::check_shape;
 use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, Weight};
 use crate::error::{Error, Result};
 use crate::model::spec::{TensorRole, TensorSpec};
@@ -187,13 +188,8 @@ fn stored(checkpoint: &Checkpoint, spec: &TensorSpec, name: &str) -> Result<Base
             (dense.shape.clone(), spec.shape_in_file(false), BaseWeight::AsStored(dense))
         }
     };
-    if got == expected {
-        return Ok(weight);
-    }
-    let place = checkpoint.path().display();
-    Err(Error::other_weights(format_args!(
-        "{place}: tensor {name} has shape {got:?}, config.json implies {expected:?}"
-    )))
+    check_shape(name, &got, &expected).map_err(|e| e.at(checkpoint.path().display()))?;
+    Ok(weight)
 }
 
 /// The dense linear `spec` as training saw it: packed and dequantized again, `[out, in]`.

@@ -14,6 +14,7 @@ mod inner_model;
 mod mapped;
 mod raw;
 pub mod repack;
+pub(crate) mod tensor_errors;
 pub mod tensor_file;
 mod text_part;
 pub mod writer;
@@ -41,10 +42,6 @@ pub use mapped::{PageCache, Pages};
 
 /// The way out of a checkpoint that contradicts itself.
 const ANOTHER_COPY: &str = "the checkpoint is damaged or incomplete: get another copy of the model";
-
-/// The way out of a weight that is NaN or infinite.
-pub(crate) const NOT_FINITE: &str =
-    "the checkpoint holds NaN or Inf: get another copy of the model";
 
 /// What kind of files a checkpoint consists of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -17,6 +17,7 @@ use super::write::{Description, GgufWriter};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::atomic::AtomicFile;
 use crate::checkpoint::elements::Elements;
+use crate::checkpoint::tensor_errors::check_shape;
 use crate::error::{Error, Result};
 use crate::model::spec::{LinearRole, ModelSpec, TensorRole, TensorSpec};
 
@@ -134,14 +135,7 @@ impl Export<'_> {
         // A packed one lies as products read it.
         let turned = tensor.transposed && elements.packed().is_none();
         let elements = if turned { elements.transposed() } else { elements };
-        if elements.shape() != tensor.shape {
-            return Err(Error::input(format_args!(
-                "tensor {} has shape {:?}, expected {:?}",
-                tensor.name,
-                elements.shape(),
-                tensor.shape
-            )));
-        }
+        check_shape(&tensor.name, elements.shape(), &tensor.shape)?;
         Ok(elements)
     }
 
