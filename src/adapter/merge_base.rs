@@ -1,6 +1,8 @@
 //! The two bases that an adapter can be merged into: the original weights, and the 4-bit ones that
 //! it was trained on.
 
+use std::path::Path;
+
 use nibble_quant::{BlockFormat, FloatType};
 use serde_json::Value;
 
@@ -96,7 +98,8 @@ impl<'a> MergeBase<'a> {
             }
             (MergeOnto::Dequantized, _, FourBit::Absent) => Err(Error::usage(
                 "--onto dequantized: --quantization none says that training used no 4-bit weights",
-            )),
+            )
+            .hint("leave out one of the two")),
             (MergeOnto::Original, Some(source), _) => {
                 Ok(MergeBase { source, original, four_bit, onto })
             }
@@ -114,6 +117,11 @@ impl<'a> MergeBase<'a> {
     /// The configuration of the chosen weights.
     pub fn config(&self) -> &Value {
         self.source.config()
+    }
+
+    /// Where the chosen weights are.
+    pub(super) fn path(&self) -> &Path {
+        self.source.path()
     }
 
     /// Gives back the pages of the files that hold the tensor `name`.
@@ -200,9 +208,10 @@ fn through_blocks(
 ) -> Result<Vec<f32>> {
     match stored(checkpoint, spec, &spec.name)? {
         BaseWeight::Dequantized(values) => Ok(values),
-        BaseWeight::AsStored(dense) if spec.transposed => {
-            Ok(quantize(&spec.name, &dense.transposed(), format)?.dequantize())
+        BaseWeight::AsStored(dense) => {
+            let dense = if spec.transposed { dense.transposed() } else { dense };
+            let packed = quantize(&spec.name, &dense, format);
+            Ok(packed.map_err(|e| e.at(checkpoint.path().display()))?.dequantize())
         }
-        BaseWeight::AsStored(dense) => Ok(quantize(&spec.name, &dense, format)?.dequantize()),
     }
 }

@@ -144,20 +144,21 @@ impl<'a> MergedModel<'a> {
     /// The bytes of one tensor in the layout of the file.
     fn tensor(&self, tensor: &MergedTensor, cost: &mut MergeCost) -> Result<Bytes> {
         let name = &tensor.spec.name;
+        let at_base = |error: Error| error.at(self.base.path().display());
         let source = self.merge.source(name);
         let weight = self.base.weight(&tensor.spec, source)?;
         if !self.merge.changes(name)
             && let BaseWeight::AsStored(dense) = &weight
             && dense.dtype == tensor.dtype
         {
-            dense.check_finite(name)?;
+            dense.check_finite(name).map_err(at_base)?;
             return Ok(dense.data.clone());
         }
         let base = weight.into_f32(&tensor.spec);
         let adapted = matches!(tensor.spec.role, TensorRole::Linear(_)) && self.merge.changes(name);
         let before = adapted.then(|| base.clone());
         let merged = self.merge.merged_weight(name, base)?;
-        let written = tensor.rounded(&merged)?;
+        let written = tensor.rounded(&merged).map_err(at_base)?;
         if let Some(before) = before {
             let other = self.base.not_chosen(&tensor.spec)?;
             let off = cost.add(&before, &merged, &written, other.as_deref());

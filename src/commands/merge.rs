@@ -35,7 +35,7 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     super::note_left_out(&model);
     let original = args.original.as_deref().map(Checkpoint::open).transpose()?;
     original.iter().for_each(super::note_left_out);
-    let spec = spec_from_config(model.config())?;
+    let spec = spec_of(&model)?;
     if let Some(original) = &original {
         check_same_shapes(original, &spec)?;
     }
@@ -57,9 +57,14 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     report(args, base.onto(), &merged, &cost, bytes, started.elapsed().as_secs_f64())
 }
 
+/// What a model is; an error says which of two it is about.
+fn spec_of(model: &Checkpoint) -> Result<ModelSpec> {
+    spec_from_config(model.config()).map_err(|e| e.at(model.path().display()))
+}
+
 /// The original of a 4-bit model has the same tensors.
 fn check_same_shapes(original: &Checkpoint, spec: &ModelSpec) -> Result<()> {
-    let theirs = spec_from_config(original.config())?;
+    let theirs = spec_of(original)?;
     if theirs.inventory() == spec.inventory() {
         return Ok(());
     }

@@ -134,5 +134,6 @@ fn check_packed_as(base: &BaseModelArgs) -> Result<()> {
 fn set_threads(threads: Option<NonZeroUsize>) -> Result<()> {
     let builder = rayon::ThreadPoolBuilder::new().num_threads(threads.map_or(0, usize::from));
     let builder = builder.use_current_thread();
-    builder.build_global().map_err(|e| Error::usage(format_args!("--threads: {e}")))
+    let hint = "ask for fewer; a limit (`ulimit -u`) may leave no room for so many";
+    builder.build_global().map_err(|e| Error::usage(format_args!("--threads: {e}")).hint(hint))
 }

@@ -125,7 +125,7 @@ impl Speaker {
             Prompt::Text(text) => self.tokenizer.encode_plain(text)?,
         };
         if ids.is_empty() {
-            return Err(Error::usage("the prompt is empty"));
+            return Err(Error::usage("the prompt is empty").hint("give some text"));
         }
         Ok(ids)
     }
