@@ -64,12 +64,12 @@ struct Shard {
 
 impl ShardWriter {
     /// Plans shards of at most `max_shard_bytes` (a larger tensor gets its own).
-    pub fn new(folder: &Path, announced: Vec<Announced>, max_shard_bytes: usize) -> Self {
+    pub fn new(folder: &Path, announced: Vec<Announced>, max_shard_bytes: u64) -> Self {
         let (mut shard, mut filled) = (0, 0);
         let shards = announced
             .iter()
             .map(|tensor| {
-                if filled > 0 && filled + tensor.bytes > max_shard_bytes {
+                if filled > 0 && (filled + tensor.bytes) as u64 > max_shard_bytes {
                     (shard, filled) = (shard + 1, 0);
                 }
                 filled += tensor.bytes;

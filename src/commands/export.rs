@@ -4,8 +4,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use candle_core::quantized::gguf_file::Value as Metadata;
-use indicatif::{ProgressBar, ProgressStyle};
 
+use super::progress_bar;
 use crate::adapter::Adapter;
 use crate::byte_size::ByteSize;
 use crate::checkpoint::atomic::{AtomicFile, check_new_file, parent};
@@ -80,12 +80,7 @@ fn model(args: &ExportArgs, checkpoint: &Checkpoint, spec: &ModelSpec) -> Result
     let metadata = metadata(args, spec)?;
     note_windows(spec, &metadata);
     let export = Export { checkpoint, spec, file_type: args.outtype };
-    let bar = ProgressBar::new(export.data_bytes()? as u64).with_style(
-        ProgressStyle::with_template(
-            "writing {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}",
-        )
-        .expect("the template is valid"),
-    );
+    let bar = progress_bar::over_bytes("writing", export.data_bytes()? as u64);
     let interrupt = Interrupt::install()?;
     let file = AtomicFile::create(&args.out, args.overwrite)?;
     let bytes = export.write(file, &metadata, |written| {

@@ -4,11 +4,10 @@ use std::path::{Path, PathBuf};
 use std::slice;
 use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use nibble_quant::FloatType;
 use serde_json::json;
 
-use super::model_folder;
+use super::{model_folder, progress_bar};
 use crate::adapter::{MergeBase, MergeCost, MergeOnto, MergedModel, PeftAdapter};
 use crate::byte_size::ByteSize;
 use crate::checkpoint::atomic::AtomicDir;
@@ -141,14 +140,8 @@ fn stream(
 ) -> Result<(MergeCost, usize)> {
     let announced = merged.announce();
     let bytes: usize = announced.iter().map(|tensor| tensor.bytes).sum();
-    let bar = ProgressBar::new(bytes as u64).with_style(
-        ProgressStyle::with_template(
-            "merging {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}",
-        )
-        .expect("the template is valid"),
-    );
-    let shard = usize::try_from(args.max_shard_size.0).unwrap_or(usize::MAX);
-    let mut writer = ShardWriter::new(folder, announced, shard);
+    let bar = progress_bar::over_bytes("merging", bytes as u64);
+    let mut writer = ShardWriter::new(folder, announced, args.max_shard_size.0);
     let cost = merged.write(&mut writer, |written| {
         bar.inc(written as u64);
         interrupt.check()

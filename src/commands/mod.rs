@@ -11,6 +11,7 @@ pub mod generate;
 pub mod memory;
 pub mod merge;
 mod model_folder;
+mod progress_bar;
 pub mod quantize;
 mod reading;
 pub mod train;
