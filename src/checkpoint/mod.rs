@@ -99,8 +99,8 @@ pub struct Checkpoint {
     path: PathBuf,
     config: Value,
     files: Files,
-    /// Tensors that are not the text model's, of a model for text and images.
-    left_out: usize,
+    /// Tensors of images, of a model for text and images, which are not among the text model's.
+    image_tensors: usize,
 }
 
 #[derive(Debug)]
@@ -130,7 +130,7 @@ impl Checkpoint {
             let gguf = Gguf::open(path)?;
             let config = gguf.config()?;
             let files = Files::Gguf(Box::new(gguf));
-            return Ok(Checkpoint { path: path.to_path_buf(), config, files, left_out: 0 });
+            return Ok(Checkpoint { path: path.to_path_buf(), config, files, image_tensors: 0 });
         }
         if !path.join("config.json").exists() {
             return Err(not_a_model(path));
@@ -139,7 +139,7 @@ impl Checkpoint {
         check_quantization(&whole)?;
         let (is_more, mut folder) = (text_part::is_more(&whole), Folder::open(path)?);
         let at = |error: Error| error.at(path.display());
-        let left_out = if is_more { folder.rename(text_part::name).map_err(at)? } else { 0 };
+        let image_tensors = if is_more { folder.rename(text_part::name).map_err(at)? } else { 0 };
         let mut config = as_understood(whole);
         if let Some(inner) = InnerModel::of(&config, folder.names()) {
             folder.rename(|stored| Some(inner.name(stored))).map_err(at)?;
@@ -147,12 +147,13 @@ impl Checkpoint {
         if has_own_head(&config, &folder) {
             config["tie_word_embeddings"] = false.into();
         }
-        Ok(Checkpoint { path: path.to_path_buf(), config, files: Files::Folder(folder), left_out })
+        let files = Files::Folder(folder);
+        Ok(Checkpoint { path: path.to_path_buf(), config, files, image_tensors })
     }
 
-    /// Tensors that stay unread, of a model for text and images: those of images.
-    pub fn left_out(&self) -> usize {
-        self.left_out
+    /// How many tensors of a model for text and images are for images: they stay unread.
+    pub fn image_tensors(&self) -> usize {
+        self.image_tensors
     }
 
     /// `config.json`, as [`read_config`] reads it.
@@ -194,6 +195,11 @@ impl Checkpoint {
             Files::Folder(folder) => folder.tensors(),
             Files::Gguf(gguf) => gguf.tensors(),
         }
+    }
+
+    /// The names of all tensors, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors().iter().map(|info| info.name.as_str())
     }
 
     /// What is known of tensor `name`; none of one that is not there, or of a type that is not read.

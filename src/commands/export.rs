@@ -28,12 +28,12 @@ pub fn run(args: &ExportArgs) -> Result<()> {
         check_not_part(input, &args.out)?;
     }
     let checkpoint = Checkpoint::open(&args.model)?;
-    super::note_left_out(&checkpoint);
+    super::note_image_tensors(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     let started = Instant::now();
     let bytes = match &args.adapter {
         Some(folder) => {
-            if checkpoint.left_out() > 0 {
+            if checkpoint.image_tensors() > 0 {
                 eprintln!(
                     "note: this adapter is for the GGUF file that `nibble export` makes of the model; \
                      llama.cpp's converter calls its architecture otherwise"

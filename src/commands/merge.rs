@@ -31,9 +31,9 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     model_folder::check(&args.out, args.overwrite, &inputs)?;
     super::check_packing(&args.base)?;
     let model = Checkpoint::open(&args.base.model)?;
-    super::note_left_out(&model);
+    super::note_image_tensors(&model);
     let original = args.original.as_deref().map(Checkpoint::open).transpose()?;
-    original.iter().for_each(super::note_left_out);
+    original.iter().for_each(super::note_image_tensors);
     let spec = spec_of(&model)?;
     if let Some(original) = &original {
         check_same_shapes(original, &spec)?;

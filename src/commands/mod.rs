@@ -24,7 +24,7 @@ use crate::cli::generate::GenerationArgs;
 use crate::cli::train::{BaseModelArgs, Quantization};
 use crate::error::{Error, Result};
 use crate::model::spec::{ModelSpec, RopeScaling};
-use crate::model::weights::without_use;
+use crate::model::weights::unexpected_tensors;
 use crate::plural::noun;
 
 /// Runs one parsed command.
@@ -79,17 +79,17 @@ fn note_long_rope(spec: &ModelSpec, context_tokens: usize) {
 }
 
 /// Says that a model for text and images is taken for its text alone.
-fn note_left_out(checkpoint: &Checkpoint) {
-    if checkpoint.left_out() > 0 {
-        let (path, count) = (checkpoint.path().display(), checkpoint.left_out());
+fn note_image_tensors(checkpoint: &Checkpoint) {
+    if checkpoint.image_tensors() > 0 {
+        let (path, count) = (checkpoint.path().display(), checkpoint.image_tensors());
         let tensors = noun(count, "tensor");
         eprintln!("{path}: the text model alone; {count} {tensors} for images are left out");
     }
 }
 
 /// Says which stored tensors the model does not compute with: it may not be what `config.json` says.
-fn note_without_use(checkpoint: &Checkpoint, spec: &ModelSpec) {
-    if let Some(names) = first_of(&without_use(checkpoint, spec)) {
+fn note_unexpected_tensors(checkpoint: &Checkpoint, spec: &ModelSpec) {
+    if let Some(names) = first_of(&unexpected_tensors(checkpoint, spec)) {
         eprintln!("note: the model has no use for tensor {names}");
     }
 }

@@ -3,8 +3,6 @@
 //! Every tensor of the inventory must be there with the shape that the config implies; a dense
 //! linear is quantized on the way when the run asks for it, a packed one is used as stored.
 
-use std::collections::HashSet;
-
 use nibble_quant::{BlockFormat, FloatType, owned_bytes};
 
 use super::block::{Block, Linear, LinearAdapter};
@@ -149,17 +147,14 @@ pub fn check_stored(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
     Ok(())
 }
 
-/// Stored tensors that the model of `spec` does not compute with, such as biases that its config denies; but for
-/// tables that are made anew, and a head that is the embedding.
-pub fn without_use<'c>(checkpoint: &'c Checkpoint, spec: &ModelSpec) -> Vec<&'c str> {
+/// Stored tensors that speak for another model than that of `spec`, such as biases that its config denies. Two
+/// kinds that the inventory lacks do not: tables that are made anew, and a head that is the embedding.
+pub fn unexpected_tensors<'c>(checkpoint: &'c Checkpoint, spec: &ModelSpec) -> Vec<&'c str> {
     const TABLES: [&str; 3] = [".inv_freq", ".attn.bias", ".attn.masked_bias"];
-    let used: HashSet<String> = spec.inventory().into_iter().map(|tensor| tensor.name).collect();
     let head = spec.head_tensor().name;
-    let is_known = |name: &str| {
-        name == head || used.contains(name) || TABLES.iter().any(|table| name.ends_with(table))
-    };
-    let names = checkpoint.tensors().iter().map(|info| info.name.as_str());
-    names.filter(|name| !is_known(name)).collect()
+    let mut names = spec.not_in_inventory(checkpoint.names());
+    names.retain(|name| *name != head && !TABLES.iter().any(|table| name.ends_with(table)));
+    names
 }
 
 impl<K: Kernels> Weights<K> {

@@ -7,8 +7,6 @@
 mod stream;
 mod summary;
 
-use std::collections::HashSet;
-
 use nibble_quant::{BlockFormat, FloatType, Floats, PackedWeight};
 use regex::Regex;
 
@@ -129,11 +127,9 @@ impl Repack<'_> {
         Ok((elements.dtype(), format))
     }
 
-    /// Tensors of the source that the model has no use for.
-    pub fn left_out(&self, steps: &[Step]) -> Vec<&str> {
-        let used: HashSet<&str> = steps.iter().map(|step| step.name.as_str()).collect();
-        let names = self.checkpoint.tensors().iter().map(|info| info.name.as_str());
-        names.filter(|name| !used.contains(name)).collect()
+    /// Tensors of the source that are not in the output: the model has no use for them.
+    pub fn not_written(&self) -> Vec<&str> {
+        self.spec.not_in_inventory(self.checkpoint.names())
     }
 
     /// What a [`ShardWriter`](super::writer::ShardWriter) needs to know beforehand.

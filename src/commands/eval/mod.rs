@@ -52,10 +52,10 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 
 fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.base.model)?;
-    super::note_left_out(&checkpoint);
+    super::note_image_tensors(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     check_stored(&checkpoint, &spec)?;
-    super::note_without_use(&checkpoint, &spec);
+    super::note_unexpected_tensors(&checkpoint, &spec);
     kernels.check_model(&spec)?;
     let (dataset, tokenizer) = read_data(args, &spec)?;
     let predictions = args

@@ -191,10 +191,10 @@ impl Base {
             }
             false => error,
         })?;
-        crate::commands::note_left_out(&checkpoint);
+        crate::commands::note_image_tensors(&checkpoint);
         let spec = spec_from_config(checkpoint.config())?;
         check_stored(&checkpoint, &spec)?;
-        crate::commands::note_without_use(&checkpoint, &spec);
+        crate::commands::note_unexpected_tensors(&checkpoint, &spec);
         let template = args.data.format.chat_template.as_deref();
         let tokenizer = ChatTokenizer::open_for(model, template, begins_with);
         let tokenizer = tokenizer.map_err(|error| match error {
@@ -249,7 +249,7 @@ impl Base {
             }
         };
         adapter.base_model = Some(args.model.model.display().to_string());
-        adapter.base_is_part = self.checkpoint.left_out() > 0;
+        adapter.base_is_part = self.checkpoint.image_tensors() > 0;
         adapter.base_packing = self.checkpoint.kind().packing(args.model.block_format());
         Ok((adapter, origin))
     }
