@@ -33,7 +33,7 @@ impl AtomicDir {
             return Err(Error::usage(what));
         }
         make_folder(&parent(destination))?;
-        let lock = Lock::take(destination)?;
+        let lock = Lock::beside(destination)?;
         put_back(destination)?;
         // What is there may have come while another process had the lock.
         check_destination(destination, overwrite)?;

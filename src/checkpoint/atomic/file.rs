@@ -25,7 +25,7 @@ impl AtomicFile {
     /// # Errors
     /// `Usage` where another process writes it, `Io` when the temporary file cannot be made.
     pub fn create(destination: &Path, overwrite: bool) -> Result<Self> {
-        let lock = Lock::take(destination)?;
+        let lock = Lock::beside(destination)?;
         let temporary = sibling(destination, ".partial");
         // Not emptied: it may be a link, or have another name.
         let _ = fs::remove_file(&temporary);
