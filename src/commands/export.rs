@@ -22,13 +22,13 @@ use crate::train::interrupt::Interrupt;
 /// # Errors
 /// Every wrong input before the first byte is written; `Io` when the disk refuses.
 pub fn run(args: &ExportArgs) -> Result<()> {
-    super::set_threads(args.threads)?;
+    super::threads::set(args.threads)?;
     check_new_file(&args.out, args.overwrite)?;
     for input in [Some(&args.model), args.adapter.as_ref()].into_iter().flatten() {
         check_not_part(input, &args.out)?;
     }
     let checkpoint = Checkpoint::open(&args.model)?;
-    super::note_image_tensors(&checkpoint);
+    super::notes::image_tensors(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     let started = Instant::now();
     let bytes = match &args.adapter {

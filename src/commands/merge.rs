@@ -25,15 +25,15 @@ use crate::train::interrupt::Interrupt;
 /// # Errors
 /// Every wrong input before the first byte is written; `Io` when the disk refuses.
 pub fn run(args: &MergeArgs) -> Result<()> {
-    super::set_threads(args.threads)?;
+    super::threads::set(args.threads)?;
     let inputs = [Some(&args.base.model), Some(&args.adapter), args.original.as_ref()];
     let inputs: Vec<&Path> = inputs.into_iter().flatten().map(PathBuf::as_path).collect();
     model_folder::check(&args.out, args.overwrite, &inputs)?;
-    super::check_packing(&args.base)?;
+    super::packing::check(&args.base)?;
     let model = Checkpoint::open(&args.base.model)?;
-    super::note_image_tensors(&model);
+    super::notes::image_tensors(&model);
     let original = args.original.as_deref().map(Checkpoint::open).transpose()?;
-    original.iter().for_each(super::note_image_tensors);
+    original.iter().for_each(super::notes::image_tensors);
     let spec = spec_of(&model)?;
     if let Some(original) = &original {
         check_same_shapes(original, &spec)?;

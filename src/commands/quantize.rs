@@ -26,9 +26,9 @@ use crate::train::interrupt::Interrupt;
 /// # Errors
 /// Every wrong input before the first byte is written; `Io` when the disk refuses.
 pub fn run(args: &QuantizeArgs) -> Result<()> {
-    super::set_threads(args.threads)?;
+    super::threads::set(args.threads)?;
     let checkpoint = Checkpoint::open(&args.model)?;
-    super::note_image_tensors(&checkpoint);
+    super::notes::image_tensors(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     let repack = Repack {
         checkpoint: &checkpoint,
@@ -58,7 +58,7 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
 
 /// What a user may not expect of the output.
 fn warn(repack: &Repack, steps: &[Step]) {
-    if let Some(names) = super::first_of(&repack.not_written()) {
+    if let Some(names) = super::notes::first_of(&repack.not_written()) {
         eprintln!("note: the model has no use for tensor {names}: left out");
     }
     let is_dense = |step: &Step| step.skipped_linear().is_some();

@@ -38,8 +38,8 @@ const LOGIT_ROWS: usize = 256;
 /// # Errors
 /// Whatever is wrong with flags, files or data.
 pub fn run(args: &EvalArgs) -> Result<()> {
-    super::set_threads(args.threads)?;
-    super::check_packing(&args.base)?;
+    super::threads::set(args.threads)?;
+    super::packing::check(&args.base)?;
     if args.predictions.is_some() && args.predictions == args.save_logits {
         let what = "`--predictions` and `--save-logits` name one file";
         return Err(Error::usage(what).hint("give each a name of its own"));
@@ -52,10 +52,10 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 
 fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.base.model)?;
-    super::note_image_tensors(&checkpoint);
+    super::notes::image_tensors(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     check_stored(&checkpoint, &spec)?;
-    super::note_unexpected_tensors(&checkpoint, &spec);
+    super::notes::unexpected_tensors(&checkpoint, &spec);
     kernels.check_model(&spec)?;
     let (dataset, tokenizer) = read_data(args, &spec)?;
     let predictions = args
@@ -65,7 +65,7 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let predictions = predictions.transpose()?;
     let logits = args.save_logits.as_deref();
     let logits = logits.map(|path| SavedLogits::new(&dataset, path)).transpose()?;
-    super::note_packing(&args.base, checkpoint.kind());
+    super::notes::packing(&args.base, checkpoint.kind());
     let format = args.base.block_format();
     let adapter = args.adapter.as_deref();
     let (weights, adapter) = load_weights(&checkpoint, &spec, format.as_ref(), adapter)?;

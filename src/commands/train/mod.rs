@@ -49,11 +49,11 @@ use output::{Finished, Output};
 pub fn run(args: &TrainArgs) -> Result<()> {
     printed::outlive_reader();
     args.recipe()?;
-    super::set_threads(args.resources.threads)?;
+    super::threads::set(args.resources.threads)?;
     match args.output.resume {
         // A run from before sizes of blocks were refused goes on.
-        true => super::check_packed_as(&args.model)?,
-        false => super::check_packing(&args.model)?,
+        true => super::packing::check_packed_as(&args.model)?,
+        false => super::packing::check(&args.model)?,
     }
     let gpu = device::open(&args.device)?;
     device::check_dequantized_blocks(args.resources.dequantized_blocks, gpu.is_some())?;
@@ -191,10 +191,10 @@ impl Base {
             }
             false => error,
         })?;
-        crate::commands::note_image_tensors(&checkpoint);
+        super::notes::image_tensors(&checkpoint);
         let spec = spec_from_config(checkpoint.config())?;
         check_stored(&checkpoint, &spec)?;
-        crate::commands::note_unexpected_tensors(&checkpoint, &spec);
+        super::notes::unexpected_tensors(&checkpoint, &spec);
         let template = args.data.format.chat_template.as_deref();
         let tokenizer = ChatTokenizer::open_for(model, template, begins_with);
         let tokenizer = tokenizer.map_err(|error| match error {
