@@ -9,7 +9,7 @@ use bytes::Bytes;
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
-use crate::pages::{self, page_bytes};
+use crate::system::pages::{self, page_bytes};
 
 /// Maps a file read-only; the bytes stay valid as long as any slice of them lives.
 ///

@@ -11,7 +11,6 @@ use super::meter::Meter;
 use super::preview::Preview;
 use super::trainee::{Shrunk, Trainee};
 use crate::adapter::Adapter;
-use crate::allocator;
 use crate::data::{Batch, TokenizerFiles};
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
@@ -19,6 +18,7 @@ use crate::ledger::rows::Account;
 use crate::model::Model;
 use crate::model::parameters::{ParameterTensor, Part};
 use crate::plan::{self, MomentLayout, Place, Settings, SumOrder};
+use crate::system::allocator;
 
 /// A model in training and what its adapter's files say.
 pub struct LoraModel<K: TrainingKernels = Cpu> {

@@ -9,7 +9,6 @@ use super::backend::{TrainingKernels, Update};
 use super::base::FrozenBase;
 use super::{clip, step};
 use crate::adapter::{Adapter, LoraConfig};
-use crate::allocator;
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
 use crate::ledger::rows::Measured;
@@ -17,6 +16,7 @@ use crate::ledger::{self, Phase};
 use crate::model::{Model, Randomness};
 use crate::plan::Settings;
 use crate::random::Stream;
+use crate::system::allocator;
 
 /// What is tried.
 pub struct Trial<'a> {
