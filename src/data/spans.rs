@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use super::chat::Chat;
 use super::jinja::{GENERATION_BEGIN, GENERATION_END};
 use super::message::{END_OF_REASONING, calls, longest_line, texts};
-use super::template::ChatTemplate;
+use super::template::{ChatTemplate, converted};
 use crate::error::{Error, Result};
 
 /// Private-use characters around the assistant's text in the third way.
@@ -94,7 +94,8 @@ impl Conversation<'_> {
     }
 
     fn by_blocks(&self) -> Result<(String, Vec<Range<usize>>)> {
-        let marked = self.template.render_marked(self.messages, self.variables, false)?;
+        let marked =
+            self.template.render_marked(&converted(self.messages), self.variables, false)?;
         let (text, mut ranges) = unmarked(&marked, GENERATION_BEGIN, GENERATION_END);
         for range in &mut ranges {
             // Marks that leave the end of the turn out: the model must learn to stop.
@@ -112,13 +113,14 @@ impl Conversation<'_> {
         assistant: &[usize],
     ) -> std::result::Result<Vec<Range<usize>>, usize> {
         let mut ranges = Vec::with_capacity(assistant.len());
+        let messages = converted(self.messages);
         for &turn in assistant {
             // A template may well refuse a part of a conversation that it accepts.
             let render = |messages, prompt| {
-                self.template.render(messages, self.variables, prompt).map_err(|_| turn)
+                self.template.render_converted(messages, self.variables, prompt).map_err(|_| turn)
             };
-            let before = render(&self.messages[..turn], true)?;
-            let after = render(&self.messages[..=turn], false)?;
+            let before = render(&messages[..turn], true)?;
+            let after = render(&messages[..=turn], false)?;
             let common = common_prefix(text, &after);
             if !text.starts_with(&before) || common < before.len() {
                 return Err(turn);
