@@ -88,15 +88,9 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let checkpoint = memory.checkpoint_bytes(&adapter, args) + base.brought.bytes();
     let offloaded = memory.offload_file_bytes(&base.spec);
     output.check_room(checkpoint, offloaded, &args.output, &progress)?;
-    let device = kernels.device();
-    let place = memory.account.outside.place;
+    let (device, place) = (kernels.device(), memory.account.outside.place);
     if place == Place::Cpu {
-        let hint = if !args.output.resume && device::would_be_faster_in_bf16(&args.device) {
-            "; `--bf16` is faster on this processor"
-        } else {
-            ""
-        };
-        progress.note(&format!("computing on {device}{hint}"));
+        note_processor(args, &device, &progress);
     }
     let kernels = kernels.keeping_on_host(memory.strategy.on_host);
     let parameters = base.parameters(&adapter);
@@ -131,6 +125,12 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let end = end.map_err(|error| checkpoints::with_survivor(error, &args.output.out))?;
     report(args, &end, predicted);
     Ok(())
+}
+
+fn note_processor(args: &TrainArgs, processor: &str, progress: &Progress) {
+    let faster = !args.output.resume && device::would_be_faster_in_bf16(&args.device);
+    let hint = if faster { "; `--bf16` is faster on this processor" } else { "" };
+    progress.note(&format!("computing on {processor}{hint}"));
 }
 
 /// What a user may not expect of the run.
