@@ -113,7 +113,7 @@ impl<'a> Floats<'a> {
         self.len() == 0
     }
 
-    /// Their type.
+    /// The type of the elements.
     pub fn dtype(&self) -> FloatType {
         match self {
             Floats::F32(_) => FloatType::F32,

@@ -25,18 +25,18 @@ pub enum MergeOnto {
 /// The weights that training computed with.
 #[derive(Debug, Clone, Copy)]
 enum FourBit<'a> {
-    /// Those of a 4-bit checkpoint.
+    /// The weights of a 4-bit checkpoint.
     Stored(&'a Checkpoint),
     /// The original's linears in this format.
     Quantized(BlockFormat),
-    /// None: training used the original.
+    /// No 4-bit weights: training used the original.
     Absent,
 }
 
 /// A model's weights, original and 4-bit, as far as they are there.
 #[derive(Debug, Clone, Copy)]
 pub struct MergeBase<'a> {
-    /// Where everything but linears through 4-bit blocks comes from.
+    /// The checkpoint that everything but linears through 4-bit blocks comes from.
     source: &'a Checkpoint,
     original: Option<&'a Checkpoint>,
     four_bit: FourBit<'a>,
@@ -119,7 +119,7 @@ impl<'a> MergeBase<'a> {
         self.source.config()
     }
 
-    /// Where the chosen weights are.
+    /// The path of the chosen weights.
     pub(super) fn path(&self) -> &Path {
         self.source.path()
     }

@@ -37,7 +37,7 @@ pub(super) enum ModuleKind {
     Embedding,
 }
 
-/// All modules of `spec` that PEFT could adapt: embeddings, linears in forward order, head.
+/// Every module of `spec` that PEFT could adapt: embeddings, linears in forward order, head.
 pub(super) fn modules(spec: &ModelSpec) -> Vec<Module> {
     let d = spec.hidden_size;
     let module = |path: &str, kind, in_features| Module {

@@ -87,7 +87,7 @@ pub struct TensorInfo {
 /// A tensor's contents.
 #[derive(Debug, Clone)]
 pub enum Weight {
-    /// As stored.
+    /// Dense elements as stored.
     Dense(DenseTensor),
     /// 4-bit blocks.
     Packed(PackedWeight),
@@ -189,7 +189,7 @@ impl Checkpoint {
         }
     }
 
-    /// All tensors in the order of their names; a packed weight is one entry.
+    /// The tensors in the order of their names; a packed weight is one entry.
     pub fn tensors(&self) -> &[TensorInfo] {
         match &self.files {
             Files::Folder(folder) => folder.tensors(),

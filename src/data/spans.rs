@@ -226,13 +226,13 @@ impl Conversation<'_> {
         self.messages.iter().flat_map(texts).any(|said| said.contains(text))
     }
 
-    /// Behind the last end-of-turn token in `text`.
+    /// The byte behind the last end-of-turn token in `text`.
     fn last_end(&self, text: &str) -> Option<usize> {
         let ends = self.ends.iter().filter_map(|end| Some(text.rfind(end.as_str())? + end.len()));
         ends.max()
     }
 
-    /// Behind the end-of-turn token that `text` begins with, white space aside.
+    /// The byte behind the end-of-turn token that `text` begins with, white space aside.
     fn end_at(&self, text: &str) -> Option<usize> {
         let begin = text.trim_start();
         let end = self.ends.iter().find(|end| begin.starts_with(end.as_str()))?;

@@ -40,7 +40,7 @@ impl ChatTemplate {
         Self::at(unix_seconds_now(), source, special_tokens)
     }
 
-    /// As [`new`](ChatTemplate::new), at a fixed time.
+    /// Compiles `source` as [`new`](ChatTemplate::new) does, with a clock that shows a fixed time.
     ///
     /// # Errors
     /// As there.
@@ -103,7 +103,7 @@ impl ChatTemplate {
         self.render_converted(&converted(messages), variables, add_generation_prompt)
     }
 
-    /// As [`render`](ChatTemplate::render), of messages that are [`converted`] already.
+    /// Renders messages that are [`converted`] already, as [`render`](ChatTemplate::render) does.
     pub(super) fn render_converted(
         &self,
         messages: &[minijinja::Value],
@@ -122,7 +122,8 @@ impl ChatTemplate {
         self.has_generation_blocks
     }
 
-    /// As [`render_converted`](ChatTemplate::render_converted), with the marks of generation blocks.
+    /// Renders as [`render_converted`](ChatTemplate::render_converted) does, with the marks of generation
+    /// blocks.
     pub(super) fn render_marked(
         &self,
         messages: &[minijinja::Value],

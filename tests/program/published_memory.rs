@@ -142,7 +142,7 @@ fn qlora_figure() {
     assert_in_docs(&table);
 }
 
-/// As the QLoRA paper counts: see its figure.
+/// Megabytes as the QLoRA paper counts them: see its figure.
 fn mb(bytes: u64) -> u64 {
     (bytes as f64 / (1 << 20) as f64).round() as u64
 }

@@ -46,7 +46,7 @@ impl AtomicDir {
         Ok(AtomicDir { destination, temporary, overwrite, committed: false, _lock: lock })
     }
 
-    /// Where to write files until the commit.
+    /// The folder to write files into until the commit.
     pub fn path(&self) -> &Path {
         &self.temporary
     }

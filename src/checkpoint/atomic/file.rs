@@ -14,7 +14,7 @@ pub struct AtomicFile {
     destination: PathBuf,
     temporary: PathBuf,
     overwrite: bool,
-    /// None once it is closed.
+    /// The open file; none once it is closed.
     file: Option<File>,
     _lock: Lock,
 }
@@ -34,7 +34,7 @@ impl AtomicFile {
         Ok(AtomicFile { destination, temporary, overwrite, file: Some(file), _lock: lock })
     }
 
-    /// Where it will be.
+    /// The path that the file will have.
     pub fn destination(&self) -> &Path {
         &self.destination
     }

@@ -12,7 +12,7 @@ use crate::error::{Error, Result};
 #[derive(Debug)]
 pub(crate) struct Lock {
     path: PathBuf,
-    /// None once it is closed.
+    /// The locked file; none once it is closed.
     file: Option<File>,
     afterwards: Afterwards,
 }
@@ -20,9 +20,9 @@ pub(crate) struct Lock {
 /// What becomes of a locked file when the lock is given back.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Afterwards {
-    /// It goes with the lock.
+    /// The file goes with the lock.
     Removed,
-    /// It stays where it is.
+    /// The file stays where it is.
     Kept,
 }
 

@@ -106,7 +106,7 @@ impl Gguf {
         Ok(config.as_object().cloned().unwrap_or_default())
     }
 
-    /// What of a Gemma is not in a Llama, from the file or from what llama.cpp takes for granted.
+    /// Adds what a Gemma has and a Llama has not, from the file or from what llama.cpp takes for granted.
     fn add_gemma(&self, config: &mut Value, head_dim: usize) -> Result<()> {
         config["hidden_act"] = "gelu_pytorch_tanh".into();
         config["hidden_activation"] = "gelu_pytorch_tanh".into();
@@ -140,7 +140,7 @@ impl Gguf {
         self.field(QUERY_SCALE).is_some()
     }
 
-    /// What of a Ministral 3 is not in a Llama: where its class finds nothing of rope, it takes YaRN.
+    /// Adds what a Ministral 3 has and a Llama has not: where its class finds nothing of rope, it takes YaRN.
     fn add_mistral3(&self, config: &mut Value, theta: f64) -> Result<()> {
         let mut rope = config["rope_scaling"].take();
         if rope.is_null() {
@@ -154,7 +154,7 @@ impl Gguf {
         Ok(())
     }
 
-    /// What of a Phi-3 is not in a Llama.
+    /// Adds what a Phi-3 has and a Llama has not.
     fn add_phi3(&self, config: &mut Value, head_dim: usize) -> Result<()> {
         let turned = self.size_or("rope.dimension_count", head_dim)?;
         config["partial_rotary_factor"] = (turned as f64 / head_dim as f64).into();

@@ -213,7 +213,7 @@ fn put_blocks(bytes: &mut [u8], values: &[f32], dtype: GgmlDType) -> bool {
     blocks.chunks_exact(dtype.type_size()).all(finite)
 }
 
-/// Where in a block its f16 are. Source: ggml `src/ggml-common.h`.
+/// Offsets of the f16 in a block. Source: ggml `src/ggml-common.h`.
 fn scales(dtype: GgmlDType) -> &'static [usize] {
     match dtype {
         GgmlDType::Q5_0 | GgmlDType::Q8_0 => &[0],

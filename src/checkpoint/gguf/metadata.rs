@@ -14,7 +14,7 @@ use crate::model::spec::{Family, ModelSpec, QueryScaling, RopeScaling, Rotary};
 
 /// llama.cpp's tensor with the divisor of every frequency.
 pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
-/// Those of LongRoPE: for short sequences, for long ones.
+/// llama.cpp's tensors with the divisors of LongRoPE: for short sequences, for long ones.
 pub(super) const LONG_ROPE_FACTORS: [&str; 2] =
     ["rope_factors_short.weight", "rope_factors_long.weight"];
 
@@ -37,7 +37,7 @@ pub(super) const QUERY_SCALE: &str = "attention.temperature_scale";
 pub type Field = (String, Metadata);
 
 impl Architecture {
-    /// All of them.
+    /// Every architecture that is read and written.
     pub const ALL: [Architecture; 10] = [
         Architecture::Llama,
         Architecture::Mistral3,
@@ -51,7 +51,7 @@ impl Architecture {
         Architecture::Gpt2,
     ];
 
-    /// That llama.cpp has for a family: a Mistral is a Llama there.
+    /// The architecture that llama.cpp has for a family: a Mistral is a Llama there.
     pub fn of(family: Family) -> Self {
         match family {
             Family::Llama | Family::Mistral => Architecture::Llama,
@@ -67,7 +67,7 @@ impl Architecture {
         }
     }
 
-    /// Its name for the tensor `name`.
+    /// The name that llama.cpp has for the tensor `name`.
     pub fn tensor(self, name: &str) -> Option<String> {
         gguf_name(self, name)
     }
@@ -100,7 +100,7 @@ impl Architecture {
         }
     }
 
-    /// Its name.
+    /// The name in `general.architecture`.
     pub fn name(self) -> &'static str {
         match self {
             Architecture::Llama => "llama",
@@ -322,7 +322,7 @@ pub fn rope_factors(spec: &ModelSpec) -> Vec<(&'static str, Vec<f32>)> {
     llama3_factors(spec).map(|factors| (ROPE_FACTORS, factors)).into_iter().collect()
 }
 
-/// By how much each frequency of Llama 3's scaling is divided; none for other models.
+/// The divisor of each frequency under Llama 3's scaling; none for other models.
 fn llama3_factors(spec: &ModelSpec) -> Option<Vec<f32>> {
     let rotary = spec.rotary.as_ref()?;
     let divisor = |pair: usize| {

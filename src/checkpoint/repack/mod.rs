@@ -19,7 +19,7 @@ pub use summary::{RoleSummary, WorstBlock};
 
 /// What to do with each tensor.
 pub struct Repack<'a> {
-    /// Where tensors come from.
+    /// The source of the tensors.
     pub checkpoint: &'a Checkpoint,
     /// What the model is.
     pub spec: &'a ModelSpec,

@@ -37,7 +37,7 @@ struct Parcel<'a> {
 enum Owned {
     /// Blocks, and whether they lie in the source.
     Packed(PackedWeight, bool),
-    /// As it lies in the source.
+    /// A tensor as it lies in the source.
     Dense(DenseTensor),
     /// Converted elements, one piece after another.
     Pieces(Receiver<Result<Vec<u8>>>),

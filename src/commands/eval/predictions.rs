@@ -18,9 +18,9 @@ use crate::train::interrupt::Interrupt;
 
 /// A document up to its last answer, and that.
 struct Question<'a> {
-    /// In its file.
+    /// The line in its file.
     line: usize,
-    /// Where there are several.
+    /// The file, where there are several.
     file: Option<&'a Path>,
     prompt: &'a [u32],
     label: &'a [u32],

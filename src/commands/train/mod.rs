@@ -176,7 +176,7 @@ struct Base {
     checkpoint: Checkpoint,
     spec: ModelSpec,
     tokenizer: ChatTokenizer,
-    /// What of it the adapter must bring.
+    /// The tokenizer's files that the adapter must bring.
     brought: TokenizerFiles,
     preview: Preview,
 }

@@ -16,25 +16,25 @@ use crate::train::progress::Progress;
 use crate::train::recipe::Recipe;
 use crate::train::settings::{SETTINGS_FILE, SettingsEcho, to_toml};
 
-/// Held while a run writes into the folder; also marks it as a run's.
+/// The file that is locked while a run writes into the folder; it also marks it as a run's.
 const LOCK_FILE: &str = ".nibble.lock";
 
 /// A folder that belongs to this run.
 pub struct Output {
     folder: PathBuf,
-    /// Where to continue.
+    /// The checkpoint to continue from.
     pub found: Option<Found>,
     /// Whether this run made the folder.
     is_new: bool,
-    /// None once the folder is given up.
+    /// The folder's lock; none once the folder is given up.
     lock: Option<Lock>,
 }
 
 /// A run that came to its end, for at least one of the two reasons.
 pub struct Finished {
-    /// Its last step.
+    /// The last step of the run.
     pub step: u64,
-    /// It was to make no more.
+    /// Whether it was to make no more steps.
     pub all_steps: bool,
     /// The evaluation loss had not fallen for too long.
     pub out_of_patience: bool,

@@ -81,7 +81,7 @@ impl Merge {
         self.packed(&[])
     }
 
-    /// The same with flags that say how.
+    /// Quantizes the base into a folder, with flags that say how, and takes that as the model.
     pub fn packed(mut self, how: &[&str]) -> Self {
         let folder = self.path("base-4bit");
         let base = ["quantize", "--model", text(&self.model), "--out", text(&folder)];
