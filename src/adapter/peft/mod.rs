@@ -22,6 +22,7 @@ use std::path::Path;
 use self::contents::{Contents, Part};
 pub use self::settings::{PeftSettings, TokenIndices, TrainedBias};
 pub use self::tensors::TENSORS_FILE;
+pub use self::write::AdapterFiles;
 use super::lora::{Adapter, LoraTensors};
 use super::targets::{ModuleKind, Selected, modules, trained_target};
 use crate::checkpoint::DenseTensor;
