@@ -149,12 +149,8 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
     put("attention.value_length", size(spec.head_dim));
     put("rope.dimension_count", size(spec.rotary_dim));
     put("rope.freq_base", Metadata::F32(rotary.theta as f32));
-    let window = spec.windows.iter().flatten().next();
-    if architecture == Architecture::Phi3 {
-        // 0 is what llama.cpp's converter writes for none; the key must be there.
-        put("attention.sliding_window", size(window.copied().unwrap_or(0)));
-    } else if let Some(window) = window.filter(|_| spec.post_norms) {
-        put("attention.sliding_window", size(*window));
+    if let Some(window) = sliding_window(architecture, spec) {
+        put("attention.sliding_window", size(window));
     }
     for (key, cap) in [
         ("attn_logit_softcapping", spec.attention_soft_cap),
@@ -174,6 +170,16 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
         }
     }
     Ok(fields)
+}
+
+/// The window that a file names; none where llama.cpp does not look for one.
+fn sliding_window(architecture: Architecture, spec: &ModelSpec) -> Option<usize> {
+    let window = spec.windows.iter().flatten().next().copied();
+    match architecture {
+        // 0 is what llama.cpp's converter writes for none; the key must be there.
+        Architecture::Phi3 => Some(window.unwrap_or(0)),
+        _ => window.filter(|_| spec.post_norms),
+    }
 }
 
 /// The keys of a rope scaling and their values.

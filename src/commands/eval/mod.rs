@@ -83,12 +83,7 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     if merged {
         note_merged();
     }
-    let writes = args.save_logits.is_some() || args.predictions.is_some();
-    // Otherwise Ctrl-C ends the program, which leaves nothing behind.
-    let interrupt = if writes { Interrupt::install()? } else { Interrupt::default() };
-    // Made before anything is computed.
-    let new = |path: &Option<_>| path.as_deref().map(new_file).transpose();
-    let (logits_file, answers_file) = (new(&args.save_logits)?, new(&args.predictions)?);
+    let (interrupt, [logits_file, answers_file]) = prepare_files(args)?;
     let mut figures = |adapters| figures(&mut model, &batches, adapters, &interrupt);
     let base = (!merged).then(|| figures(false)).transpose()?;
     let adapted = args.adapter.is_some().then(|| figures(true)).transpose()?;
@@ -106,6 +101,15 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
         // The figures are there, whatever became of the files.
         Err(error) => print_result(args, base, adapted, None).and(Err(error)),
     }
+}
+
+/// The files for logits and answers, made before anything is computed, and what Ctrl-C does meanwhile.
+fn prepare_files(args: &EvalArgs) -> Result<(Interrupt, [Option<AtomicFile>; 2])> {
+    let writes = args.save_logits.is_some() || args.predictions.is_some();
+    // Otherwise Ctrl-C ends the program, which leaves nothing behind.
+    let interrupt = if writes { Interrupt::install()? } else { Interrupt::default() };
+    let new = |path: &Option<_>| path.as_deref().map(new_file).transpose();
+    Ok((interrupt, [new(&args.save_logits)?, new(&args.predictions)?]))
 }
 
 fn note_merged() {
