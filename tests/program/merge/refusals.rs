@@ -60,7 +60,8 @@ fn a_model_that_holds_nan() {
         merge.model = model;
         for dtype in ["float32", "bfloat16"] {
             let errors = merge.refused(1, &["--quantization", "none", "--dtype", dtype]);
-            let words = format!("tensor {tensor}: a value is NaN\nhint: the checkpoint holds NaN");
+            let place = format!("{}: tensor {tensor}: element [0, 7]", text(&merge.model));
+            let words = format!("{place} is NaN\nhint: the checkpoint holds NaN");
             assert!(errors.contains(&words), "{errors}");
         }
     }
