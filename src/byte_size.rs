@@ -44,7 +44,7 @@ impl FromStr for ByteSize {
 }
 
 impl ByteSize {
-    /// As a flag's value that means this many bytes and no other.
+    /// The value of a flag that means this many bytes and no other.
     pub fn exact(self) -> String {
         match self.0 {
             bytes if bytes > 0 && bytes.is_multiple_of(1 << 30) => format!("{}GiB", bytes >> 30),
@@ -66,7 +66,7 @@ fn without_unit(text: &str) -> Option<String> {
     Some(format!("expected a number with a unit\n{HINT}`{number}{meant}`"))
 }
 
-/// In the largest power of 1024 that leaves at least 1, with one decimal.
+/// An amount in the largest power of 1024 that leaves at least 1, with one decimal.
 impl fmt::Display for ByteSize {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let unit = UNITS[..4].iter().rev().zip(["TiB", "GiB", "MiB", "KiB"]);

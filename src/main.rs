@@ -7,7 +7,8 @@ use nibble::checkpoint::atomic;
 use nibble::cli::Cli;
 use nibble::error::Error;
 use nibble::kernels::cuda::devices;
-use nibble::{allocator, commands, printed};
+use nibble::system::allocator;
+use nibble::{commands, printed};
 
 fn main() -> ExitCode {
     #[allow(unsafe_code)]

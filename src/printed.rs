@@ -45,7 +45,7 @@ macro_rules! eprintln {
     ($($text:tt)*) => { eprint!("{}\n", format_args!($($text)*)) };
 }
 
-/// From now on `nibble … | head` ends as other programs do, quietly: Rust ignores SIGPIPE.
+/// Lets `nibble … | head` end as other programs do, quietly: Rust ignores SIGPIPE.
 pub fn end_with_reader() {
     let ends = ENDS_WITH_READER.get_or_init(|| Arc::new(AtomicBool::new(true)));
     // Where it is refused, printing fails loudly: no reason to stop here. Windows has no such signal: work
@@ -59,8 +59,8 @@ pub fn end_with_reader() {
     let _ = ends;
 }
 
-/// From now on work goes on without a reader: it has something to save, or to remove. Ctrl-C ends the
-/// `tee` behind it, too.
+/// Lets work go on without a reader: it has something to save, or to remove. Ctrl-C ends the `tee` behind it,
+/// too.
 pub fn outlive_reader() {
     if let Some(ends) = ENDS_WITH_READER.get() {
         ends.store(false, Ordering::Relaxed);

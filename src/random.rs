@@ -77,7 +77,7 @@ impl Stream {
         Stream { key: [mixed[0], mixed[1]], step: 0 }
     }
 
-    /// The same stream at another step.
+    /// This stream at another step.
     pub fn at(self, step: u64) -> Self {
         Stream { step, ..self }
     }

@@ -45,7 +45,7 @@ pub(crate) fn quantize_blocks(
 struct Blocks<'a> {
     values: Floats<'a>,
     quant_type: QuantType,
-    /// One block, widened.
+    /// The block at work, widened to f32.
     buffer: Vec<f32>,
     codes: &'a mut [u8],
     absmax: &'a mut [f32],

@@ -21,7 +21,7 @@ pub(crate) const RUN: usize = 32;
 /// Which decoder this processor gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Decoder {
-    /// One table lookup for each code.
+    /// Table lookups, one for each code: what every processor can.
     Scalar,
     /// AVX2.
     #[cfg(target_arch = "x86_64")]
@@ -257,7 +257,7 @@ mod tests {
     use super::*;
     use crate::codebook::NF4;
 
-    /// Those that this processor has.
+    /// The decoders whose instructions this processor has.
     fn decoders() -> Vec<Decoder> {
         let all = [Decoder::Scalar, Decoder::detect()];
         #[cfg(target_arch = "x86_64")]

@@ -15,7 +15,7 @@ use crate::packed::{Absmax, ELEMENTS_PER_TASK, PackedWeight};
 
 /// Nested scales that are decoded at a time, on the stack.
 const SCALES: usize = NESTED_BLOCK_SIZE;
-/// Those of a row that is multiplied.
+/// Scales of a piece of a row that is multiplied.
 const PIECE_SCALES: usize = 64;
 /// Blocks of a short run.
 const FEW_BLOCKS: usize = 8;
@@ -108,7 +108,7 @@ impl PackedWeight {
         }
     }
 
-    /// Of rows of whole blocks.
+    /// Dot products of `ROWS` rows of whole blocks with `x`.
     fn dot_of_blocks<const ROWS: usize>(&self, first: usize, x: &[f32]) -> [f32; ROWS] {
         let (columns, block_size) = (self.shape()[1], self.format().block_size);
         let values = self.parts.quant_type.values();

@@ -25,7 +25,7 @@ pub enum ModuleNames {
 pub enum TargetModules {
     /// Every linear of every block; not the output head.
     AllLinear,
-    /// Those with these names.
+    /// The modules with these names.
     Names(ModuleNames),
 }
 
@@ -236,7 +236,7 @@ impl FromStr for InitLoraWeights {
     }
 }
 
-/// Of two values for one name, one would be ignored.
+/// Refuses two values for one name, of which one would be ignored.
 fn check_named_once<'a>(setting: &str, mut names: impl Iterator<Item = &'a String>) -> Result<()> {
     let mut seen = HashSet::new();
     match names.find(|name| !seen.insert(*name)) {

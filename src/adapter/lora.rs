@@ -12,9 +12,9 @@ use crate::random::Stream;
 pub struct LoraTarget {
     /// Hugging Face path of the linear, such as `model.layers.0.self_attn.q_proj`.
     pub module: String,
-    /// Its block.
+    /// The block that it is in.
     pub layer: usize,
-    /// Its place in the block.
+    /// What it is in its block.
     pub role: LinearRole,
     /// Dimensions and scale.
     pub shape: LoraShape,
@@ -61,7 +61,7 @@ impl LoraShape {
         self.a_elements() + self.b_elements()
     }
 
-    /// The same with another factor on its scale.
+    /// This shape with another factor on its scale.
     pub fn scaled(self, factor: f32) -> Self {
         LoraShape { scale: self.scale * factor, ..self }
     }
@@ -89,7 +89,7 @@ pub struct Adapter {
     pub base_is_part: bool,
     /// The adapted linears, block by block in forward order.
     pub targets: Vec<LoraTarget>,
-    /// Their tensors, in the same order.
+    /// A and B of the targets, in the same order.
     pub tensors: Vec<LoraTensors>,
 }
 

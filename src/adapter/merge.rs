@@ -177,7 +177,7 @@ impl LowRank {
     }
 }
 
-/// Each row of `weight` gets the length `magnitude`.
+/// Gives each row of `weight` the length `magnitude`.
 fn scale_rows(weight: &mut [f32], columns: usize, magnitude: &[f32]) {
     weight.par_chunks_mut(columns).zip(magnitude).for_each(|(row, magnitude)| {
         let square: f64 = row.iter().map(|&x| f64::from(x).powi(2)).sum();
@@ -186,7 +186,7 @@ fn scale_rows(weight: &mut [f32], columns: usize, magnitude: &[f32]) {
     });
 }
 
-/// Each column of `weight` gets the length `magnitude`.
+/// Gives each column of `weight` the length `magnitude`.
 fn scale_columns(weight: &mut [f32], magnitude: &[f32]) {
     let columns = magnitude.len();
     let mut squares = vec![0.0_f64; columns];

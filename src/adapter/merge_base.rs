@@ -1,10 +1,13 @@
 //! The two bases that an adapter can be merged into: the original weights, and the 4-bit ones that
 //! it was trained on.
 
+use std::path::Path;
+
 use nibble_quant::{BlockFormat, FloatType};
 use serde_json::Value;
 
 use crate::checkpoint::repack::quantize;
+use crate::checkpoint::tensor_errors::check_shape;
 use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, Weight};
 use crate::error::{Error, Result};
 use crate::model::spec::{TensorRole, TensorSpec};
@@ -22,18 +25,18 @@ pub enum MergeOnto {
 /// The weights that training computed with.
 #[derive(Debug, Clone, Copy)]
 enum FourBit<'a> {
-    /// Those of a 4-bit checkpoint.
+    /// The weights of a 4-bit checkpoint.
     Stored(&'a Checkpoint),
     /// The original's linears in this format.
     Quantized(BlockFormat),
-    /// None: training used the original.
+    /// No 4-bit weights: training used the original.
     Absent,
 }
 
 /// A model's weights, original and 4-bit, as far as they are there.
 #[derive(Debug, Clone, Copy)]
 pub struct MergeBase<'a> {
-    /// Where everything but linears through 4-bit blocks comes from.
+    /// The checkpoint that everything but linears through 4-bit blocks comes from.
     source: &'a Checkpoint,
     original: Option<&'a Checkpoint>,
     four_bit: FourBit<'a>,
@@ -95,7 +98,8 @@ impl<'a> MergeBase<'a> {
             }
             (MergeOnto::Dequantized, _, FourBit::Absent) => Err(Error::usage(
                 "--onto dequantized: --quantization none says that training used no 4-bit weights",
-            )),
+            )
+            .hint("leave out one of the two")),
             (MergeOnto::Original, Some(source), _) => {
                 Ok(MergeBase { source, original, four_bit, onto })
             }
@@ -113,6 +117,11 @@ impl<'a> MergeBase<'a> {
     /// The configuration of the chosen weights.
     pub fn config(&self) -> &Value {
         self.source.config()
+    }
+
+    /// The path of the chosen weights.
+    pub(super) fn path(&self) -> &Path {
+        self.source.path()
     }
 
     /// Gives back the pages of the files that hold the tensor `name`.
@@ -187,13 +196,8 @@ fn stored(checkpoint: &Checkpoint, spec: &TensorSpec, name: &str) -> Result<Base
             (dense.shape.clone(), spec.shape_in_file(false), BaseWeight::AsStored(dense))
         }
     };
-    if got == expected {
-        return Ok(weight);
-    }
-    let place = checkpoint.path().display();
-    Err(Error::other_weights(format_args!(
-        "{place}: tensor {name} has shape {got:?}, config.json implies {expected:?}"
-    )))
+    check_shape(name, &got, &expected).map_err(|e| e.at(checkpoint.path().display()))?;
+    Ok(weight)
 }
 
 /// The dense linear `spec` as training saw it: packed and dequantized again, `[out, in]`.
@@ -204,9 +208,10 @@ fn through_blocks(
 ) -> Result<Vec<f32>> {
     match stored(checkpoint, spec, &spec.name)? {
         BaseWeight::Dequantized(values) => Ok(values),
-        BaseWeight::AsStored(dense) if spec.transposed => {
-            Ok(quantize(&spec.name, &dense.transposed(), format)?.dequantize())
+        BaseWeight::AsStored(dense) => {
+            let dense = if spec.transposed { dense.transposed() } else { dense };
+            let packed = quantize(&spec.name, &dense, format);
+            Ok(packed.map_err(|e| e.at(checkpoint.path().display()))?.dequantize())
         }
-        BaseWeight::AsStored(dense) => Ok(quantize(&spec.name, &dense, format)?.dequantize()),
     }
 }

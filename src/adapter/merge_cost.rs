@@ -11,7 +11,7 @@ use crate::checkpoint::DenseTensor;
 pub struct MergeCost {
     /// Linears that the adapter changes.
     pub linears: usize,
-    /// Their elements.
+    /// Elements of the linears.
     pub elements: usize,
     weight: f64,
     change: f64,
@@ -77,7 +77,7 @@ impl MergeCost {
         self.base.map(|squares| self.rms(squares))
     }
 
-    /// All figures.
+    /// The figures as a JSON object.
     pub fn to_json(&self) -> Value {
         json!({
             "linears": self.linears,

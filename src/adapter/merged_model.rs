@@ -5,7 +5,6 @@
 //! stream measures what the choice and the rounding cost.
 
 use bytes::Bytes;
-use half::{bf16, f16};
 use nibble_quant::FloatType;
 use rayon::prelude::*;
 use serde_json::Value;
@@ -13,8 +12,9 @@ use serde_json::Value;
 use super::merge::Merge;
 use super::merge_base::{BaseWeight, MergeBase};
 use super::merge_cost::MergeCost;
+use crate::checkpoint::tensor_errors::not_finite;
 use crate::checkpoint::writer::{Announced, Contents, ShardWriter};
-use crate::checkpoint::{DenseTensor, NOT_FINITE, drop_code, set_dtype};
+use crate::checkpoint::{DenseTensor, drop_code, set_dtype};
 use crate::error::{Error, Result};
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 
@@ -34,6 +34,29 @@ struct MergedTensor {
 impl MergedTensor {
     fn elements(&self) -> usize {
         self.spec.shape.iter().product()
+    }
+
+    /// The tensor with these values, rounded to its type.
+    fn rounded(&self, values: &[f32]) -> Result<DenseTensor> {
+        const CHUNK: usize = 1 << 14;
+        let (name, shape, dtype) = (&self.spec.name, &self.spec.shape, self.dtype);
+        if let Some(index) =
+            values.par_iter().position_first(|x| x.is_nan() || x.abs() > dtype.largest())
+        {
+            return Err(match values[index] {
+                value if !value.is_finite() => not_finite(name, shape, index, value),
+                value => Error::input(format_args!(
+                    "tensor {name}: {value} does not fit {}",
+                    dtype.as_str()
+                ))
+                .hint("use `--dtype bfloat16` or `--dtype float32`"),
+            });
+        }
+        let size = dtype.size();
+        let mut bytes = vec![0; values.len() * size];
+        let chunks = bytes.par_chunks_mut(CHUNK * size).zip(values.par_chunks(CHUNK));
+        chunks.for_each(|(bytes, values)| dtype.round_into(values, bytes));
+        Ok(DenseTensor { dtype, shape: shape.clone(), data: bytes.into() })
     }
 }
 
@@ -121,24 +144,21 @@ impl<'a> MergedModel<'a> {
     /// The bytes of one tensor in the layout of the file.
     fn tensor(&self, tensor: &MergedTensor, cost: &mut MergeCost) -> Result<Bytes> {
         let name = &tensor.spec.name;
+        let at_base = |error: Error| error.at(self.base.path().display());
         let source = self.merge.source(name);
         let weight = self.base.weight(&tensor.spec, source)?;
         if !self.merge.changes(name)
             && let BaseWeight::AsStored(dense) = &weight
             && dense.dtype == tensor.dtype
         {
-            return match dense.first_non_finite() {
-                Some(index) => Err(not_finite(name, dense.to_f32_range(index..index + 1)[0])),
-                None => Ok(dense.data.clone()),
-            };
+            dense.check_finite(name).map_err(at_base)?;
+            return Ok(dense.data.clone());
         }
         let base = weight.into_f32(&tensor.spec);
         let adapted = matches!(tensor.spec.role, TensorRole::Linear(_)) && self.merge.changes(name);
         let before = adapted.then(|| base.clone());
         let merged = self.merge.merged_weight(name, base)?;
-        let (dtype, shape) = (tensor.dtype, tensor.spec.shape.clone());
-        let data = rounded(name, &merged, dtype)?.into();
-        let written = DenseTensor { dtype, shape, data };
+        let written = tensor.rounded(&merged).map_err(at_base)?;
         if let Some(before) = before {
             let other = self.base.not_chosen(&tensor.spec)?;
             let off = cost.add(&before, &merged, &written, other.as_deref());
@@ -164,42 +184,4 @@ fn check_same_weights(name: &str, off: f64) -> Result<()> {
     );
     Err(Error::input(what)
         .hint("give the dense model that --model was quantized from, or leave it out"))
-}
-
-fn not_finite(name: &str, value: f32) -> Error {
-    Error::input(format_args!("tensor {name}: a value is {value}")).hint(NOT_FINITE)
-}
-
-/// `values` in `dtype`, rounded to nearest even, little-endian.
-fn rounded(name: &str, values: &[f32], dtype: FloatType) -> Result<Vec<u8>> {
-    const CHUNK: usize = 1 << 14;
-    let size = dtype.size();
-    let mut bytes = vec![0; values.len() * size];
-    let chunks = bytes.par_chunks_mut(CHUNK * size).zip(values.par_chunks(CHUNK));
-    chunks.for_each(|(bytes, values)| match dtype {
-        FloatType::F32 => bytes.copy_from_slice(bytemuck::cast_slice(values)),
-        FloatType::F16 => put(bytes, values, |x| f16::from_f32(x).to_bits()),
-        FloatType::Bf16 => put(bytes, values, |x| bf16::from_f32(x).to_bits()),
-    });
-    let limit = match dtype {
-        FloatType::F32 => f32::MAX,
-        FloatType::F16 => f16::MAX.to_f32(),
-        FloatType::Bf16 => bf16::MAX.to_f32(),
-    };
-    let fits = |x: &f32| x.abs() <= limit;
-    let too_large = |chunk: &[f32]| chunk.iter().copied().find(|x| !fits(x));
-    match values.par_chunks(CHUNK).find_map_first(too_large) {
-        Some(x) if !x.is_finite() => Err(not_finite(name, x)),
-        Some(x) => {
-            Err(Error::input(format_args!("tensor {name}: {x} does not fit {}", dtype.as_str()))
-                .hint("use `--dtype bfloat16` or `--dtype float32`"))
-        }
-        None => Ok(bytes),
-    }
-}
-
-fn put(bytes: &mut [u8], values: &[f32], bits: impl Fn(f32) -> u16) {
-    for (bytes, value) in bytes.chunks_exact_mut(2).zip(values) {
-        bytes.copy_from_slice(&bits(*value).to_le_bytes());
-    }
 }

@@ -31,4 +31,4 @@ pub use merge::Merge;
 pub use merge_base::{MergeBase, MergeOnto};
 pub use merge_cost::MergeCost;
 pub use merged_model::MergedModel;
-pub use peft::{PeftAdapter, TENSORS_FILE};
+pub use peft::{AdapterFiles, PeftAdapter, TENSORS_FILE};

@@ -37,7 +37,7 @@ pub(super) enum ModuleKind {
     Embedding,
 }
 
-/// All modules of `spec` that PEFT could adapt: embeddings, linears in forward order, head.
+/// Every module of `spec` that PEFT could adapt: embeddings, linears in forward order, head.
 pub(super) fn modules(spec: &ModelSpec) -> Vec<Module> {
     let d = spec.hidden_size;
     let module = |path: &str, kind, in_features| Module {
@@ -118,10 +118,11 @@ impl LoraConfig {
         }
         for layer in self.layers_to_transform.iter().flatten() {
             if *layer >= spec.num_layers {
-                return Err(Error::usage(format_args!(
-                    "layers_to_transform names block {layer}, the model has blocks 0 to {}",
-                    spec.num_layers.saturating_sub(1)
-                )));
+                let last = spec.num_layers.saturating_sub(1);
+                let what = format_args!(
+                    "layers_to_transform names block {layer}, the model has blocks 0 to {last}"
+                );
+                return Err(Error::usage(what).hint("blocks are counted from 0: leave it out"));
             }
         }
         for list in &self.layers_pattern {

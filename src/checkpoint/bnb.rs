@@ -76,36 +76,42 @@ pub(super) fn packed_weight<'a>(
         )));
     };
     check_map(name, &part(".quant_map")?.data, state.quant_type.values())?;
-    let scales = part(".absmax")?;
-    let absmax = match (state.nested_blocksize, state.nested_offset) {
-        (Some(256), Some(offset)) => {
-            check_map(name, &part(".nested_quant_map")?.data, dynamic_map())?;
-            Absmax::Nested {
-                codes: scales.data.clone(),
-                absmax: part(".nested_absmax")?.data.clone(),
-                offset: offset as f32,
-            }
-        }
-        (None, _) if scales.dtype == Dtype::F32 => Absmax::Plain(scales.data.clone()),
-        (nested, _) => {
-            return Err(Error::input(format_args!(
-                "tensor {name}: absmax of type {:?} with nested block size {nested:?}, expected F32 \
-                 without or U8 with 256",
-                scales.dtype
-            )));
-        }
-    };
     PackedWeight::from_parts(PackedParts {
         shape: [rows, columns],
         dtype: state.dtype,
         quant_type: state.quant_type,
         block_size: state.blocksize,
+        absmax: absmax(name, &state, part)?,
         codes: part("")?.data.clone(),
-        absmax,
     })
     .map_err(|e| {
         Error::input(format_args!("tensor {name}: {}", candle_text(&e))).hint(ANOTHER_COPY)
     })
+}
+
+/// The scales of the weight `name`, plain or nested; `part` has its parts.
+fn absmax<'a>(
+    name: &str,
+    state: &QuantState,
+    part: impl Fn(&str) -> Result<&'a RawTensor>,
+) -> Result<Absmax> {
+    let scales = part(".absmax")?;
+    match (state.nested_blocksize, state.nested_offset) {
+        (Some(256), Some(offset)) => {
+            check_map(name, &part(".nested_quant_map")?.data, dynamic_map())?;
+            Ok(Absmax::Nested {
+                codes: scales.data.clone(),
+                absmax: part(".nested_absmax")?.data.clone(),
+                offset: offset as f32,
+            })
+        }
+        (None, _) if scales.dtype == Dtype::F32 => Ok(Absmax::Plain(scales.data.clone())),
+        (nested, _) => Err(Error::input(format_args!(
+            "tensor {name}: absmax of type {:?} with nested block size {nested:?}, expected F32 \
+             without or U8 with 256",
+            scales.dtype
+        ))),
+    }
 }
 
 /// The code values are constants of the format; other values mean another format.

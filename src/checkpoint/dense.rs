@@ -7,6 +7,9 @@ use bytes::Bytes;
 use nibble_quant::FloatType;
 use rayon::prelude::*;
 
+use super::tensor_errors::not_finite;
+use crate::error::Result;
+
 /// A dense tensor: elements row-major, little-endian, usually a slice of the mapped file.
 #[derive(Debug, Clone)]
 pub struct DenseTensor {
@@ -45,28 +48,11 @@ impl DenseTensor {
     /// When they reach beyond the end.
     pub fn read(&self, first: usize, out: &mut [f32]) {
         let size = self.dtype.size();
-        let data = &self.data[first * size..(first + out.len()) * size];
-        match self.dtype {
-            FloatType::F32 => {
-                for (out, bytes) in out.iter_mut().zip(data.as_chunks::<4>().0) {
-                    *out = f32::from_le_bytes(*bytes);
-                }
-            }
-            FloatType::F16 => {
-                for (out, bytes) in out.iter_mut().zip(data.as_chunks::<2>().0) {
-                    *out = half::f16::from_le_bytes(*bytes).to_f32();
-                }
-            }
-            FloatType::Bf16 => {
-                for (out, bytes) in out.iter_mut().zip(data.as_chunks::<2>().0) {
-                    *out = half::bf16::from_le_bytes(*bytes).to_f32();
-                }
-            }
-        }
+        self.dtype.widen_into(&self.data[first * size..(first + out.len()) * size], out);
     }
 
-    /// Flat index of the first NaN or infinity, looked for on all threads.
-    pub fn first_non_finite(&self) -> Option<usize> {
+    /// Flat index of the first NaN or infinity.
+    fn first_non_finite(&self) -> Option<usize> {
         const CHUNK: usize = 1 << 18;
         let find = |(number, bytes): (usize, &[u8])| {
             let at = match self.dtype {
@@ -77,6 +63,16 @@ impl DenseTensor {
             at.map(|index| number * CHUNK / self.dtype.size() + index)
         };
         self.data.par_chunks(CHUNK).enumerate().find_map_first(find)
+    }
+
+    /// Refuses NaN and infinity, looked for on all threads.
+    ///
+    /// # Errors
+    /// `Input` naming the tensor, called `name`, and the first such element.
+    pub fn check_finite(&self, name: &str) -> Result<()> {
+        let Some(index) = self.first_non_finite() else { return Ok(()) };
+        let value = self.to_f32_range(index..index + 1)[0];
+        Err(not_finite(name, &self.shape, index, value))
     }
 
     /// The transpose of a matrix.

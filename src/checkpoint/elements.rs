@@ -39,7 +39,7 @@ impl Elements {
         self.dtype
     }
 
-    /// Their number.
+    /// The number of elements.
     pub fn len(&self) -> usize {
         self.shape.iter().product()
     }
@@ -49,7 +49,7 @@ impl Elements {
         self.len() == 0
     }
 
-    /// All of them, read on all threads.
+    /// The elements in f32, read on all threads.
     pub fn to_f32(&self) -> Vec<f32> {
         parallel_f32(self.len(), |first, out| self.read(first, out))
     }

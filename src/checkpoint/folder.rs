@@ -32,7 +32,7 @@ pub(crate) fn holds_weights(folder: &Path) -> bool {
     [SINGLE_FILE, INDEX_FILE].iter().any(|file| folder.join(file).exists())
 }
 
-/// All tensors of a folder.
+/// The tensors of a folder.
 #[derive(Debug)]
 pub(super) struct Folder {
     files: Vec<MappedFile>,

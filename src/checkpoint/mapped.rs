@@ -9,7 +9,7 @@ use bytes::Bytes;
 use memmap2::Mmap;
 
 use crate::error::{Error, Result};
-use crate::pages::{self, page_bytes};
+use crate::system::pages::{self, page_bytes};
 
 /// Maps a file read-only; the bytes stay valid as long as any slice of them lives.
 ///
@@ -22,9 +22,9 @@ pub fn map_file(path: &Path) -> Result<Bytes> {
 /// A file mapped read-only.
 #[derive(Debug, Clone)]
 pub(crate) struct MappedFile {
-    /// Its contents; slices keep the mapping alive.
+    /// The contents of the file; slices keep the mapping alive.
     pub(crate) bytes: Bytes,
-    /// None for an empty file.
+    /// The mapping; none of an empty file.
     map: Option<Arc<Mmap>>,
     /// Whether the system tells which of its pages are in memory.
     is_told_of: bool,
@@ -39,7 +39,7 @@ impl AsRef<[u8]> for Owner {
 }
 
 impl MappedFile {
-    /// See [`map_file`].
+    /// Opens and maps a file: see [`map_file`].
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let metadata = file.metadata().map_err(|e| Error::io("read the size of", path, e))?;
@@ -81,7 +81,8 @@ impl MappedFile {
     }
 }
 
-/// Of a file that one neither owns nor may write Linux says that all of it is in memory.
+/// Whether Linux tells which pages of a file are in memory: of one that one neither owns nor may write it
+/// says that all are.
 #[cfg(unix)]
 fn is_told_of(path: &Path, metadata: &Metadata) -> bool {
     use rustix::fs::{Access, access};
@@ -98,9 +99,9 @@ fn is_told_of(_path: &Path, _metadata: &Metadata) -> bool {
 /// takes back when it is needed.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, serde::Serialize)]
 pub struct PageCache {
-    /// Of the files.
+    /// Bytes of the files.
     pub file_bytes: u64,
-    /// Of these, in memory.
+    /// How many of these bytes are in memory.
     pub cached_bytes: u64,
 }
 
@@ -154,7 +155,7 @@ mod hints {
     }
 }
 
-/// The same.
+/// Hints to the system, as far as it takes any.
 #[cfg(windows)]
 mod hints {
     use memmap2::Mmap;

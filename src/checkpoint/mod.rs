@@ -14,6 +14,7 @@ mod inner_model;
 mod mapped;
 mod raw;
 pub mod repack;
+pub(crate) mod tensor_errors;
 pub mod tensor_file;
 mod text_part;
 pub mod writer;
@@ -41,10 +42,6 @@ pub use mapped::{PageCache, Pages};
 
 /// The way out of a checkpoint that contradicts itself.
 const ANOTHER_COPY: &str = "the checkpoint is damaged or incomplete: get another copy of the model";
-
-/// The way out of a weight that is NaN or infinite.
-pub(crate) const NOT_FINITE: &str =
-    "the checkpoint holds NaN or Inf: get another copy of the model";
 
 /// What kind of files a checkpoint consists of.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -90,7 +87,7 @@ pub struct TensorInfo {
 /// A tensor's contents.
 #[derive(Debug, Clone)]
 pub enum Weight {
-    /// As stored.
+    /// Dense elements as stored.
     Dense(DenseTensor),
     /// 4-bit blocks.
     Packed(PackedWeight),
@@ -102,8 +99,8 @@ pub struct Checkpoint {
     path: PathBuf,
     config: Value,
     files: Files,
-    /// Tensors that are not the text model's, of a model for text and images.
-    left_out: usize,
+    /// Tensors of images, of a model for text and images, which are not among the text model's.
+    image_tensors: usize,
 }
 
 #[derive(Debug)]
@@ -133,7 +130,7 @@ impl Checkpoint {
             let gguf = Gguf::open(path)?;
             let config = gguf.config()?;
             let files = Files::Gguf(Box::new(gguf));
-            return Ok(Checkpoint { path: path.to_path_buf(), config, files, left_out: 0 });
+            return Ok(Checkpoint { path: path.to_path_buf(), config, files, image_tensors: 0 });
         }
         if !path.join("config.json").exists() {
             return Err(not_a_model(path));
@@ -142,7 +139,7 @@ impl Checkpoint {
         check_quantization(&whole)?;
         let (is_more, mut folder) = (text_part::is_more(&whole), Folder::open(path)?);
         let at = |error: Error| error.at(path.display());
-        let left_out = if is_more { folder.rename(text_part::name).map_err(at)? } else { 0 };
+        let image_tensors = if is_more { folder.rename(text_part::name).map_err(at)? } else { 0 };
         let mut config = as_understood(whole);
         if let Some(inner) = InnerModel::of(&config, folder.names()) {
             folder.rename(|stored| Some(inner.name(stored))).map_err(at)?;
@@ -150,12 +147,13 @@ impl Checkpoint {
         if has_own_head(&config, &folder) {
             config["tie_word_embeddings"] = false.into();
         }
-        Ok(Checkpoint { path: path.to_path_buf(), config, files: Files::Folder(folder), left_out })
+        let files = Files::Folder(folder);
+        Ok(Checkpoint { path: path.to_path_buf(), config, files, image_tensors })
     }
 
-    /// Tensors that stay unread, of a model for text and images: those of images.
-    pub fn left_out(&self) -> usize {
-        self.left_out
+    /// How many tensors of a model for text and images are for images: they stay unread.
+    pub fn image_tensors(&self) -> usize {
+        self.image_tensors
     }
 
     /// `config.json`, as [`read_config`] reads it.
@@ -191,12 +189,17 @@ impl Checkpoint {
         }
     }
 
-    /// All tensors in the order of their names; a packed weight is one entry.
+    /// The tensors in the order of their names; a packed weight is one entry.
     pub fn tensors(&self) -> &[TensorInfo] {
         match &self.files {
             Files::Folder(folder) => folder.tensors(),
             Files::Gguf(gguf) => gguf.tensors(),
         }
+    }
+
+    /// The names of all tensors, in order.
+    pub fn names(&self) -> impl Iterator<Item = &str> {
+        self.tensors().iter().map(|info| info.name.as_str())
     }
 
     /// What is known of tensor `name`; none of one that is not there, or of a type that is not read.

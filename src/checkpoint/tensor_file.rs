@@ -27,11 +27,11 @@ pub fn pieces(range: Range<usize>, most: usize) -> impl Iterator<Item = Range<us
 
 /// A tensor to write, and where its contents come from.
 pub struct NewTensor<S> {
-    /// Its name.
+    /// The name of the tensor.
     pub name: String,
     /// Type of its elements.
     pub dtype: Dtype,
-    /// Its dimensions.
+    /// The dimensions of the tensor.
     pub shape: Vec<usize>,
     /// What the writer of its contents needs to know.
     pub source: S,

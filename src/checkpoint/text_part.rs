@@ -8,6 +8,8 @@
 
 use serde_json::{Value, json};
 
+use crate::model::spec::Family;
+
 /// Where the text model's tensors lie, in files of the hub and in those that transformers 5 names as its
 /// modules.
 const PREFIXES: [(&str, &str); 3] = [
@@ -16,12 +18,15 @@ const PREFIXES: [(&str, &str); 3] = [
     ("model.language_model.", "model."),
 ];
 
-/// `model_type` of the whole and of its text, and that of the text model alone, with its class.
-const MODELS: [[&str; 4]; 4] = [
-    ["gemma3", "gemma3_text", "gemma3_text", "Gemma3ForCausalLM"],
-    ["mistral3", "mistral", "mistral", "MistralForCausalLM"],
-    ["mistral3", "ministral3", "ministral3", "Ministral3ForCausalLM"],
-    ["qwen3_vl", "qwen3_vl_text", "qwen3", "Qwen3ForCausalLM"],
+/// A model for text and images: `model_type` of the whole and of its text, and the family that the text
+/// belongs to.
+type Model = (&'static str, &'static str, Family);
+
+const MODELS: [Model; 4] = [
+    ("gemma3", "gemma3_text", Family::Gemma3),
+    ("mistral3", "mistral", Family::Mistral),
+    ("mistral3", "ministral3", Family::Ministral3),
+    ("qwen3_vl", "qwen3_vl_text", Family::Qwen3),
 ];
 
 /// What is said of the whole model and holds for its text.
@@ -36,8 +41,8 @@ pub(super) fn is_more(config: &Value) -> bool {
     config["text_config"].is_object() && kinds(config).next().is_some()
 }
 
-fn kinds(config: &Value) -> impl Iterator<Item = &'static [&'static str; 4]> {
-    MODELS.iter().filter(|[whole, ..]| config["model_type"] == *whole)
+fn kinds(config: &Value) -> impl Iterator<Item = Model> {
+    MODELS.into_iter().filter(|(whole, ..)| config["model_type"] == *whole)
 }
 
 /// The text model's part of such a config. A text model of another kind than the whole's is left as it is.
@@ -52,11 +57,11 @@ pub(super) fn config(config: &Value) -> Value {
         text[TIED] = config[TIED].clone();
     }
     let inner = text["model_type"].clone();
-    let kind = kinds(config).find(|[_, known, ..]| inner.is_null() || inner == *known);
-    if let Some([_, inner, alone, class]) = kind {
-        text["model_type"] = (*alone).into();
-        text["architectures"] = json!([class]);
-        if *inner == "qwen3_vl_text" {
+    let kind = kinds(config).find(|(_, known, _)| inner.is_null() || inner == *known);
+    if let Some((_, _, family)) = kind {
+        text["model_type"] = family.model_type().into();
+        text["architectures"] = json!([family.class_name()]);
+        if family == Family::Qwen3 {
             add_defaults(&mut text);
         }
     }

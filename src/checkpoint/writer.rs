@@ -20,7 +20,7 @@ const ALIGNMENT_BYTES: usize = 64;
 /// Room for a tensor's entry in the header beside its name, which appears once more in its parts.
 const ENTRY_BYTES: usize = 160;
 
-/// At most the bytes of a packed weight's constant tables and JSON.
+/// Room for a packed weight's constant tables and JSON, in bytes: at most so many are needed.
 pub const TABLE_BYTES: usize = 4 * 16 + 4 * 256 + 200;
 
 /// A tensor to come.
@@ -43,7 +43,7 @@ pub enum Contents<'a> {
 /// Writes the announced tensors to a folder.
 pub struct ShardWriter {
     folder: PathBuf,
-    /// For each tensor, the shard that it goes to.
+    /// The shard that each tensor goes to.
     shards: Vec<usize>,
     announced: Vec<Announced>,
     next: usize,
@@ -64,12 +64,12 @@ struct Shard {
 
 impl ShardWriter {
     /// Plans shards of at most `max_shard_bytes` (a larger tensor gets its own).
-    pub fn new(folder: &Path, announced: Vec<Announced>, max_shard_bytes: usize) -> Self {
+    pub fn new(folder: &Path, announced: Vec<Announced>, max_shard_bytes: u64) -> Self {
         let (mut shard, mut filled) = (0, 0);
         let shards = announced
             .iter()
             .map(|tensor| {
-                if filled > 0 && filled + tensor.bytes > max_shard_bytes {
+                if filled > 0 && (filled + tensor.bytes) as u64 > max_shard_bytes {
                     (shard, filled) = (shard + 1, 0);
                 }
                 filled += tensor.bytes;

@@ -34,8 +34,8 @@ const COMMANDS: [&str; 7] = ["/adapter", "/base", "/reset", "/system", "/exit", 
 /// Whatever is wrong with flags, model or adapter.
 pub fn run(args: &ChatArgs) -> Result<()> {
     check_names(&args.adapter)?;
-    super::set_threads(args.generation.threads)?;
-    super::check_packing(&args.base)?;
+    super::threads::set(args.generation.threads)?;
+    super::packing::check(&args.base)?;
     match device::open(&args.generation.device)? {
         Some(gpu) => run_on(args, gpu),
         None => run_on(args, device::cpu(&args.generation.device)),
@@ -50,9 +50,9 @@ fn run_on<K: Kernels>(args: &ChatArgs, kernels: K) -> Result<()> {
     let context = args.generation.context_length;
     let (model, template) = (&args.base.model, args.chat_template.as_deref());
     let session = Session::open(kernels, model, format.as_ref(), first, template, context)?;
-    super::note_packing(&args.base, session.kind());
-    super::note_long_rope(session.spec()?, context);
-    super::note_idle_flags(&args.generation);
+    super::notes::packing(&args.base, session.kind());
+    super::notes::long_rope(session.spec()?, context);
+    super::notes::idle_flags(&args.generation);
     let interrupt = Interrupt::on_ctrl_c()?;
     let current = (!adapters.is_empty()).then_some(0);
     let system = args.system.clone();

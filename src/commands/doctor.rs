@@ -18,7 +18,7 @@ struct Findings {
     threads: usize,
     available_bytes: u64,
     driver: Result<DriverInfo>,
-    /// Of each GPU.
+    /// Free bytes of each GPU.
     free_bytes: Vec<Option<u64>>,
     cublas: Result<String>,
     /// Whether the first GPU computes what the CPU does, if it can be asked.

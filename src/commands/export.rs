@@ -4,8 +4,8 @@ use std::path::Path;
 use std::time::Instant;
 
 use candle_core::quantized::gguf_file::Value as Metadata;
-use indicatif::{ProgressBar, ProgressStyle};
 
+use super::progress_bar;
 use crate::adapter::Adapter;
 use crate::byte_size::ByteSize;
 use crate::checkpoint::atomic::{AtomicFile, check_new_file, parent};
@@ -22,18 +22,18 @@ use crate::train::interrupt::Interrupt;
 /// # Errors
 /// Every wrong input before the first byte is written; `Io` when the disk refuses.
 pub fn run(args: &ExportArgs) -> Result<()> {
-    super::set_threads(args.threads)?;
+    super::threads::set(args.threads)?;
     check_new_file(&args.out, args.overwrite)?;
     for input in [Some(&args.model), args.adapter.as_ref()].into_iter().flatten() {
         check_not_part(input, &args.out)?;
     }
     let checkpoint = Checkpoint::open(&args.model)?;
-    super::note_left_out(&checkpoint);
+    super::notes::image_tensors(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     let started = Instant::now();
     let bytes = match &args.adapter {
         Some(folder) => {
-            if checkpoint.left_out() > 0 {
+            if checkpoint.image_tensors() > 0 {
                 eprintln!(
                     "note: this adapter is for the GGUF file that `nibble export` makes of the model; \
                      llama.cpp's converter calls its architecture otherwise"
@@ -80,12 +80,7 @@ fn model(args: &ExportArgs, checkpoint: &Checkpoint, spec: &ModelSpec) -> Result
     let metadata = metadata(args, spec)?;
     note_windows(spec, &metadata);
     let export = Export { checkpoint, spec, file_type: args.outtype };
-    let bar = ProgressBar::new(export.data_bytes()? as u64).with_style(
-        ProgressStyle::with_template(
-            "writing {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}",
-        )
-        .expect("the template is valid"),
-    );
+    let bar = progress_bar::over_bytes("writing", export.data_bytes()? as u64);
     let interrupt = Interrupt::install()?;
     let file = AtomicFile::create(&args.out, args.overwrite)?;
     let bytes = export.write(file, &metadata, |written| {

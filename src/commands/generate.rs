@@ -15,8 +15,8 @@ use crate::sample::{Finish, Prompt, Sampler, Session, Wish};
 /// Whatever is wrong with flags, model, adapter or prompt.
 pub fn run(args: &GenerateArgs) -> Result<()> {
     check_names(&args.adapter)?;
-    super::set_threads(args.generation.threads)?;
-    super::check_packing(&args.base)?;
+    super::threads::set(args.generation.threads)?;
+    super::packing::check(&args.base)?;
     match device::open(&args.generation.device)? {
         Some(gpu) => run_on(args, gpu),
         None => run_on(args, device::cpu(&args.generation.device)),
@@ -31,9 +31,9 @@ fn run_on<K: Kernels>(args: &GenerateArgs, kernels: K) -> Result<()> {
     let first = args.adapter.first().map(|adapter| adapter.folder.as_path());
     let (model, template) = (&args.base.model, args.chat_template.as_deref());
     let mut session = Session::open(kernels, model, format.as_ref(), first, template, context)?;
-    super::note_packing(&args.base, session.kind());
-    super::note_long_rope(session.spec()?, context);
-    super::note_idle_flags(&args.generation);
+    super::notes::packing(&args.base, session.kind());
+    super::notes::long_rope(session.spec()?, context);
+    super::notes::idle_flags(&args.generation);
     if args.adapter.len() < 2 {
         return answer(args, &mut session, &prompt);
     }

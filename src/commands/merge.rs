@@ -4,11 +4,10 @@ use std::path::{Path, PathBuf};
 use std::slice;
 use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use nibble_quant::FloatType;
 use serde_json::json;
 
-use super::model_folder;
+use super::{model_folder, progress_bar};
 use crate::adapter::{MergeBase, MergeCost, MergeOnto, MergedModel, PeftAdapter};
 use crate::byte_size::ByteSize;
 use crate::checkpoint::atomic::AtomicDir;
@@ -26,16 +25,16 @@ use crate::train::interrupt::Interrupt;
 /// # Errors
 /// Every wrong input before the first byte is written; `Io` when the disk refuses.
 pub fn run(args: &MergeArgs) -> Result<()> {
-    super::set_threads(args.threads)?;
+    super::threads::set(args.threads)?;
     let inputs = [Some(&args.base.model), Some(&args.adapter), args.original.as_ref()];
     let inputs: Vec<&Path> = inputs.into_iter().flatten().map(PathBuf::as_path).collect();
     model_folder::check(&args.out, args.overwrite, &inputs)?;
-    super::check_packing(&args.base)?;
+    super::packing::check(&args.base)?;
     let model = Checkpoint::open(&args.base.model)?;
-    super::note_left_out(&model);
+    super::notes::image_tensors(&model);
     let original = args.original.as_deref().map(Checkpoint::open).transpose()?;
-    original.iter().for_each(super::note_left_out);
-    let spec = spec_from_config(model.config())?;
+    original.iter().for_each(super::notes::image_tensors);
+    let spec = spec_of(&model)?;
     if let Some(original) = &original {
         check_same_shapes(original, &spec)?;
     }
@@ -57,9 +56,14 @@ pub fn run(args: &MergeArgs) -> Result<()> {
     report(args, base.onto(), &merged, &cost, bytes, started.elapsed().as_secs_f64())
 }
 
+/// What a model is; an error says which of two it is about.
+fn spec_of(model: &Checkpoint) -> Result<ModelSpec> {
+    spec_from_config(model.config()).map_err(|e| e.at(model.path().display()))
+}
+
 /// The original of a 4-bit model has the same tensors.
 fn check_same_shapes(original: &Checkpoint, spec: &ModelSpec) -> Result<()> {
-    let theirs = spec_from_config(original.config())?;
+    let theirs = spec_of(original)?;
     if theirs.inventory() == spec.inventory() {
         return Ok(());
     }
@@ -136,14 +140,8 @@ fn stream(
 ) -> Result<(MergeCost, usize)> {
     let announced = merged.announce();
     let bytes: usize = announced.iter().map(|tensor| tensor.bytes).sum();
-    let bar = ProgressBar::new(bytes as u64).with_style(
-        ProgressStyle::with_template(
-            "merging {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}",
-        )
-        .expect("the template is valid"),
-    );
-    let shard = usize::try_from(args.max_shard_size.0).unwrap_or(usize::MAX);
-    let mut writer = ShardWriter::new(folder, announced, shard);
+    let bar = progress_bar::over_bytes("merging", bytes as u64);
+    let mut writer = ShardWriter::new(folder, announced, args.max_shard_size.0);
     let cost = merged.write(&mut writer, |written| {
         bar.inc(written as u64);
         interrupt.check()

@@ -4,17 +4,17 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use nibble_quant::{BlockFormat, FloatType, QuantType};
 use regex::Regex;
 use serde_json::{Value, json};
 
+use super::{model_folder, progress_bar};
+use crate::byte_size::ByteSize;
 use crate::checkpoint::atomic::AtomicDir;
 use crate::checkpoint::repack::{Repack, RoleSummary, Step};
 use crate::checkpoint::writer::ShardWriter;
 use crate::checkpoint::{Checkpoint, CheckpointKind, drop_code, set_dtype};
 use crate::cli::quantize::QuantizeArgs;
-use crate::commands::model_folder;
 use crate::data::{ChatTokenizer, TokenizerFiles};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
@@ -26,9 +26,9 @@ use crate::train::interrupt::Interrupt;
 /// # Errors
 /// Every wrong input before the first byte is written; `Io` when the disk refuses.
 pub fn run(args: &QuantizeArgs) -> Result<()> {
-    super::set_threads(args.threads)?;
+    super::threads::set(args.threads)?;
     let checkpoint = Checkpoint::open(&args.model)?;
-    super::note_left_out(&checkpoint);
+    super::notes::image_tensors(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     let repack = Repack {
         checkpoint: &checkpoint,
@@ -58,7 +58,7 @@ pub fn run(args: &QuantizeArgs) -> Result<()> {
 
 /// What a user may not expect of the output.
 fn warn(repack: &Repack, steps: &[Step]) {
-    if let Some(names) = super::first_of(&repack.left_out(steps)) {
+    if let Some(names) = super::notes::first_of(&repack.not_written()) {
         eprintln!("note: the model has no use for tensor {names}: left out");
     }
     let is_dense = |step: &Step| step.skipped_linear().is_some();
@@ -186,14 +186,8 @@ fn stream(
     interrupt: &Interrupt,
 ) -> Result<(BTreeMap<TensorRole, RoleSummary>, usize)> {
     let bytes: usize = steps.iter().map(|step| step.bytes_before).sum();
-    let bar = ProgressBar::new(bytes as u64).with_style(
-        ProgressStyle::with_template(
-            "quantizing {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}",
-        )
-        .expect("the template is valid"),
-    );
-    let shard = usize::try_from(args.max_shard_size.0).unwrap_or(usize::MAX);
-    let mut writer = ShardWriter::new(folder, Repack::announce(steps), shard);
+    let bar = progress_bar::over_bytes("quantizing", bytes as u64);
+    let mut writer = ShardWriter::new(folder, Repack::announce(steps), args.max_shard_size.0);
     let summaries = repack.run(steps, &mut writer, |read| {
         bar.inc(read as u64);
         interrupt.check()
@@ -234,7 +228,7 @@ fn print_summary(
     println!(
         "\nwrote {} ({} in {seconds:.1} s, {rate:.2} GB/s read{checked}){copied}",
         args.out.display(),
-        human_bytes(bytes)
+        ByteSize(bytes as u64)
     );
     Ok(())
 }
@@ -250,14 +244,10 @@ fn table_row(label: &str, summary: &RoleSummary) -> String {
     format!(
         "{label:<12} {:>7} {:>11} {:>11} {:>12.3} {error:>10}  {worst}",
         summary.tensors,
-        human_bytes(summary.bytes_before),
-        human_bytes(summary.bytes_after),
+        ByteSize(summary.bytes_before as u64),
+        ByteSize(summary.bytes_after as u64),
         summary.bits_per_weight(),
     )
-}
-
-fn human_bytes(bytes: usize) -> String {
-    crate::byte_size::ByteSize(bytes as u64).to_string()
 }
 
 fn role_label(role: TensorRole) -> String {

@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
-use indicatif::{ProgressBar, ProgressStyle};
+use indicatif::ProgressBar;
 
+use super::progress_bar;
 use crate::data::{self, DataOptions, Dataset, Encoder, LoadReport, RoleUse};
 use crate::error::Result;
 use crate::plural::noun;
@@ -96,11 +97,9 @@ pub fn beyond_training(trained_length: usize, longer: usize) -> String {
     format!("the model was trained on up to {most} tokens; {found}")
 }
 
-/// A bar over the bytes of data, on stderr if that is a terminal.
+/// A bar over the bytes of data.
 pub fn bar() -> ProgressBar {
-    let template = "reading {bar:30} {bytes}/{total_bytes}  {bytes_per_sec}  ETA {eta}";
-    let style = ProgressStyle::with_template(template).expect("the template is valid");
-    ProgressBar::new(0).with_style(style)
+    progress_bar::over_bytes("reading", 0)
 }
 
 /// Shows that `bytes` have been read of `all`.

@@ -14,7 +14,7 @@ pub const MASKED: i32 = -100;
 pub struct Document {
     /// Token ids.
     pub input_ids: Vec<u32>,
-    /// For each token itself (not shifted): its id if it is trained, else [`MASKED`].
+    /// The label of each token itself (not shifted): its id if it is trained, else [`MASKED`].
     pub labels: Vec<i32>,
     /// Line of the source file, from 1.
     pub line: usize,
@@ -25,7 +25,7 @@ pub struct Document {
 pub struct Batch {
     /// Token ids of all documents.
     pub input_ids: Vec<u32>,
-    /// As in [`Document`].
+    /// The labels of the tokens, as in [`Document`].
     pub labels: Vec<i32>,
     /// `0, …, T`: where documents begin and end; positions restart at each.
     pub cu_seqlens: Vec<u32>,
@@ -50,13 +50,13 @@ impl Batch {
         batch
     }
 
-    /// Where the documents come from: `train.jsonl:7, 9`, or `lines 7, 9`; the first few.
+    /// The places of the documents: `train.jsonl:7, 9`, or `lines 7, 9`; the first few.
     pub fn places(&self) -> String {
         const SHOWN: usize = 8;
         self.files.places(&self.lines, SHOWN)
     }
 
-    /// The same documents in passes of at most `most_tokens`, or of one document that is longer.
+    /// These documents in passes of at most `most_tokens`, or of one document that is longer.
     pub fn split(&self, most_tokens: usize) -> Cow<'_, [Batch]> {
         if self.tokens() <= most_tokens {
             return Cow::Borrowed(std::slice::from_ref(self));

@@ -40,7 +40,7 @@ pub struct Chat {
     pub messages: Vec<Value>,
     /// What else the template sees: `tools`, and the record's `chat_template_kwargs`.
     pub variables: Map<String, Value>,
-    /// So many messages at the beginning are never trained.
+    /// How many messages at the beginning are never trained.
     pub prompt_messages: usize,
 }
 

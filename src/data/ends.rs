@@ -8,17 +8,18 @@ use serde_json::{Map, json};
 
 use super::template::ChatTemplate;
 
-/// Found by rendering two questions and answers; `tokens` are the texts of all added tokens.
+/// Tokens that end an assistant's turn, found by rendering two questions and answers.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub(super) struct TurnEnds {
-    /// After the last answer.
+    /// The token after the last answer.
     pub last: Option<String>,
-    /// After an answer that another question follows.
+    /// The token after an answer that another question follows.
     pub between: Option<String>,
 }
 
 impl TurnEnds {
-    /// None of a template that refuses such a conversation.
+    /// The ends in a template, where `tokens` are the texts of all added tokens; nothing of a template that
+    /// refuses such a conversation.
     pub fn of(template: &ChatTemplate, tokens: &[String]) -> Self {
         let [question, answer, again, last] = ["Question1", "Answer1", "Question2", "Answer2"];
         let message = |role: &str, content: &str| json!({"role": role, "content": content});

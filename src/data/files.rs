@@ -27,10 +27,10 @@ const HELD_OUT: [(&str, &[&str]); 2] = [
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct DataFiles(Vec<DataFile>);
 
-/// One of them.
+/// A file of a data set.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 pub struct DataFile {
-    /// Where it is.
+    /// The path of the file.
     pub path: PathBuf,
     /// Lines of those before it.
     pub lines_before: usize,
@@ -123,7 +123,7 @@ fn is_pattern(text: &str) -> bool {
     text.contains(['*', '?', '['])
 }
 
-/// By name, as `glob` gives them.
+/// Files that fit a pattern, in the order of their names, as `glob` gives them.
 fn fitting(pattern: &str) -> Result<Vec<PathBuf>> {
     let options = MatchOptions { require_literal_leading_dot: true, ..MatchOptions::new() };
     let found = glob_with(pattern, options)
@@ -174,7 +174,7 @@ fn in_folder(folder: &Path) -> Result<Vec<PathBuf>> {
     Ok(files)
 }
 
-/// Where the data of a folder without any may be.
+/// A hint on where the data of a folder without any may be.
 fn way_out(folder: &Path) -> String {
     const ENDINGS_TOLD: &str =
         "files end in .jsonl, .json, .csv, .tsv or .parquet; folders within it are not searched";

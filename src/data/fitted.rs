@@ -22,8 +22,9 @@ impl Chat {
         if !renders(&parsed) && renders(&chat) { chat } else { Cow::Owned(parsed) }
     }
 
-    /// With one text for the parts of each message, which most templates need: of all but the user's, of which
-    /// alone it is known that the template goes through them, and of these, too, where it does not.
+    /// The conversation with one text for the parts of each message, which most templates need: of all but
+    /// the user's, of which alone it is known that the template goes through them, and of these, too, where
+    /// it does not.
     fn with_joined_parts(&self, template: &ChatTemplate) -> Cow<'_, Self> {
         let in_parts = |message: &Value| message["content"].is_array();
         if !self.messages.iter().any(in_parts) {
@@ -41,7 +42,8 @@ impl Chat {
         Cow::Owned(chat)
     }
 
-    /// With the objects that arguments of calls are the JSON text of; none if there is no such text.
+    /// The conversation with the objects that arguments of calls are the JSON text of; none if there is no
+    /// such text.
     fn with_objects_as_arguments(&self) -> Option<Self> {
         if !self.messages.iter().any(calls) {
             return None;

@@ -93,7 +93,7 @@ impl Format {
         }
     }
 
-    /// As `--format` has it.
+    /// The format's name, as `--format` has it.
     pub fn name(self) -> String {
         let value = self.to_possible_value().expect("no format is hidden");
         value.get_name().to_string()

@@ -15,7 +15,7 @@ use super::strftime::strftime;
 
 /// Private-use characters around the text of a `{% generation %}` block.
 pub(super) const GENERATION_BEGIN: char = '\u{f8f0}';
-/// See [`GENERATION_BEGIN`].
+/// The end of what the assistant says: see [`GENERATION_BEGIN`].
 pub(super) const GENERATION_END: char = '\u{f8f1}';
 
 /// Instructions of a template for one conversation, after a few seconds of which it is stopped; a message
@@ -95,7 +95,7 @@ impl fmt::Display for Refusal {
 
 impl std::error::Error for Refusal {}
 
-/// Of anything, printed.
+/// A value as text without white space, or these characters, at its ends.
 fn trim(value: &Value, characters: Option<String>) -> String {
     let text = python_str(value);
     match characters {

@@ -6,7 +6,7 @@
 
 use serde::de::{DeserializeOwned, Error as _};
 use serde::ser::{Serialize, Serializer};
-use serde_json::{Error, Map, Value};
+use serde_json::{Error, Value};
 
 use super::rejection::Rejection;
 
@@ -121,18 +121,10 @@ pub(super) fn long_integer(value: &Value) -> Option<&str> {
     fields.get(LONG_INTEGER)?.as_str()
 }
 
-/// Values by name, in which long integers are numbers.
-pub(super) struct Exact<'a>(pub &'a Map<String, Value>);
-
-struct ExactValue<'a>(&'a Value);
+/// A value in which long integers are numbers.
+pub(super) struct Exact<'a>(pub &'a Value);
 
 impl Serialize for Exact<'_> {
-    fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
-        serializer.collect_map(self.0.iter().map(|(name, value)| (name, ExactValue(value))))
-    }
-}
-
-impl Serialize for ExactValue<'_> {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         if let Some(digits) = long_integer(self.0) {
             return match (digits.parse(), digits.parse()) {
@@ -142,8 +134,10 @@ impl Serialize for ExactValue<'_> {
             };
         }
         match self.0 {
-            Value::Array(items) => serializer.collect_seq(items.iter().map(ExactValue)),
-            Value::Object(fields) => Exact(fields).serialize(serializer),
+            Value::Array(items) => serializer.collect_seq(items.iter().map(Exact)),
+            Value::Object(fields) => {
+                serializer.collect_map(fields.iter().map(|(name, value)| (name, Exact(value))))
+            }
             other => other.serialize(serializer),
         }
     }
@@ -187,7 +181,7 @@ mod tests {
             if !token.contains(['.', 'e']) {
                 let source = "{{ n[0] }} {{ n }} {{ n | tojson }}";
                 let environment = super::super::jinja::environment(0);
-                let text = environment.render_str(source, Exact(read.as_object().unwrap()));
+                let text = environment.render_str(source, Exact(&read));
                 assert_eq!(text.unwrap(), format!("{token} [{token}] [{token}]"));
             }
         }

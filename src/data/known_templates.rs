@@ -18,7 +18,7 @@ impl KnownTemplate {
         KNOWN.iter().find(|known| known.name == name)
     }
 
-    /// Its Jinja source, behind a BOS for tokenizers that want one.
+    /// The template's Jinja source, behind a BOS for tokenizers that want one.
     pub(super) fn source(&self, bos: bool) -> String {
         let bos = if bos { "{{- bos_token -}}\n" } else { "" };
         format!("{NO_TOOLS}{bos}{}", self.body)

@@ -27,7 +27,7 @@ const BATCH_BYTES: usize = 16 << 20;
 /// The documents of a file and what became of its records.
 #[derive(Debug, Clone, Default)]
 pub struct Dataset {
-    /// In file order.
+    /// The documents in file order.
     pub documents: Vec<Document>,
     /// Counts.
     pub report: LoadReport,
@@ -49,8 +49,8 @@ pub fn load(
     Ok(Dataset { documents, report })
 }
 
-/// As [`load`], but hands each document to `keep`, so that a file may be larger than memory; `watch`
-/// hears now and then how many bytes have been read, and how many there are.
+/// Reads a data set as [`load`] does, but hands each document to `keep`, so that a file may be larger than
+/// memory; `watch` hears now and then how many bytes have been read, and how many there are.
 ///
 /// # Errors
 /// `Io` when the file cannot be read, `Input` when it has no record or its shape is unknown. Bad
@@ -123,7 +123,7 @@ struct Loader<'a, K> {
     seen: HashSet<u64>,
     /// Fields to be renamed that no record has had, under either name.
     idle: Vec<&'a (String, String)>,
-    /// Of the records of the file at work, once it is known.
+    /// The format of the records of the file at work, once it is known.
     format: Option<Format>,
     /// Fields that are in the report.
     unused: HashSet<String>,

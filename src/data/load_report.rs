@@ -17,11 +17,11 @@ use crate::plural::noun;
 /// to file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
 pub struct LoadReport {
-    /// Where they are.
+    /// The files of the data set.
     pub files: DataFiles,
     /// Shape of the records.
     pub format: Option<Format>,
-    /// That of files that have another one.
+    /// The formats of files that have another one.
     pub other_formats: Vec<Format>,
     /// How many there are, blank lines left out.
     pub records: usize,
@@ -58,13 +58,13 @@ pub struct LoadReport {
     pub duplicates: Vec<usize>,
     /// Documents that are left to train on.
     pub documents: usize,
-    /// Their tokens.
+    /// Tokens of the documents.
     pub tokens: usize,
-    /// Those of them that are trained.
+    /// Tokens that are trained.
     pub targets: usize,
 }
 
-/// Where a role occurs.
+/// How many messages have a role, and where the first is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 pub struct RoleUse {
     /// Messages that have it.
@@ -95,7 +95,7 @@ impl LoadReport {
         }
     }
 
-    /// All formats, for people.
+    /// The formats, for people.
     pub fn formats(&self) -> String {
         let names = self.format.iter().chain(&self.other_formats).map(|format| format.name());
         let names: Vec<String> = names.collect();

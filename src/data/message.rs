@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-/// After this, templates for reasoning models see the answer.
+/// The end of what a reasoning model thinks: templates see the answer behind it.
 pub(super) const END_OF_REASONING: &str = "</think>";
 
 /// A line to know what a message says by, if it says something: templates write white space, and

@@ -15,7 +15,7 @@ pub struct DataOptions {
     pub truncation: Truncation,
     /// Longest document in tokens.
     pub max_length: usize,
-    /// Of a model that has no more than so many.
+    /// Positions of a model that has no more than so many.
     pub positions: Option<usize>,
     /// Fields that have another name in the records: theirs, and that of the format.
     pub rename_columns: Vec<(String, String)>,

@@ -52,7 +52,7 @@ pub fn pack(lengths: &[usize], max_length: usize, seed: u64) -> Vec<Vec<usize>> 
     rows
 }
 
-/// One row for each of `count` documents.
+/// Rows of one document each, for `count` documents.
 pub fn one_per_row(count: usize) -> Vec<Vec<usize>> {
     (0..count).map(|index| vec![index]).collect()
 }

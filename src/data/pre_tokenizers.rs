@@ -33,11 +33,11 @@ const PROBE: &str =
 pub(super) enum Splitter {
     /// GPT-2's words.
     Gpt2,
-    /// The same, and every digit by itself.
+    /// GPT-2's words, every digit by itself.
     Smollm,
     /// Llama 3's words, digits by three.
     LlamaBpe,
-    /// The same, every digit by itself.
+    /// Llama 3's words, every digit by itself.
     Qwen2,
     /// Words that end with their 's and begin with capitals, digits by three: Phi-4-mini's.
     Gpt4o,
@@ -55,7 +55,7 @@ impl Splitter {
         Splitter::Tekken,
     ];
 
-    /// By one of llama.cpp's names.
+    /// The pre-tokenizer that llama.cpp calls `name`.
     pub fn from_name(name: &str) -> Option<Self> {
         Some(match name {
             "default" | "gpt-2" | "gpt2" => Splitter::Gpt2,
@@ -82,7 +82,7 @@ impl Splitter {
         }
     }
 
-    /// As the tokenizers library has it.
+    /// The pre-tokenizer of the tokenizers library.
     fn build(self, prefix_space: bool) -> PreTokenizerWrapper {
         let words = |regex: &str| {
             let pattern = SplitPattern::Regex(regex.to_string());
@@ -163,8 +163,8 @@ pub(super) fn set_splitter(tokenizer: &mut Tokenizer, content: &Content) -> Resu
     Ok(())
 }
 
-/// With the added tokens as the file has them. candle calls users' own special, such as `<think>`, which
-/// decoding then leaves out, and padding rows, too.
+/// The tokenizer `from` with the added tokens as the file has them. candle calls users' own special, such as
+/// `<think>`, which decoding then leaves out, and padding rows, too.
 ///
 /// # Errors
 /// `Input`, without the file's name, for tokens that cannot be added.

@@ -22,9 +22,9 @@ pub enum Record {
     },
     /// An instruction and its answer: turns for a model that has a chat template, text for others.
     Instruction {
-        /// As turns.
+        /// The instruction and its answer as turns.
         chat: Chat,
-        /// As Alpaca's text, where that has a place for all of it.
+        /// The two as Alpaca's text, where that has a place for all of it.
         text: Option<(String, String)>,
     },
     /// Turns for the chat template.

@@ -121,7 +121,7 @@ fn renames<'a>(record: &Value, names: &[&'a str]) -> Vec<Rename<'a>> {
     lists.iter().find(is_conversation).map(|name| (*name, "messages")).into_iter().collect()
 }
 
-/// Those of `names` that are in `known`, but for white space and capitals.
+/// The members of `names` that are in `known`, but for white space and capitals.
 fn called<'a>(names: &[&'a str], known: &[&str]) -> Vec<&'a str> {
     let is_known = |name: &&str| known.contains(&name.trim().to_lowercase().as_str());
     names.iter().copied().filter(is_known).collect()

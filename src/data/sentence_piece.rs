@@ -113,7 +113,7 @@ fn texts(value: Option<&Metadata>) -> Result<Vec<String>> {
     values.iter().map(|text| text.to_string().cloned().map_err(|_| missing())).collect()
 }
 
-/// One for each token.
+/// Numbers of a list, one for each token.
 fn numbers(value: Option<&Metadata>, key: &str, count: usize) -> Result<Vec<f64>> {
     let number = |value: &Metadata| match value {
         Metadata::F32(x) => Some(f64::from(*x)),

@@ -18,7 +18,7 @@ use serde_json::{Map, Value};
 use super::chat::Chat;
 use super::jinja::{GENERATION_BEGIN, GENERATION_END};
 use super::message::{END_OF_REASONING, calls, longest_line, texts};
-use super::template::ChatTemplate;
+use super::template::{ChatTemplate, converted};
 use crate::error::{Error, Result};
 
 /// Private-use characters around the assistant's text in the third way.
@@ -94,7 +94,8 @@ impl Conversation<'_> {
     }
 
     fn by_blocks(&self) -> Result<(String, Vec<Range<usize>>)> {
-        let marked = self.template.render_marked(self.messages, self.variables, false)?;
+        let marked =
+            self.template.render_marked(&converted(self.messages), self.variables, false)?;
         let (text, mut ranges) = unmarked(&marked, GENERATION_BEGIN, GENERATION_END);
         for range in &mut ranges {
             // Marks that leave the end of the turn out: the model must learn to stop.
@@ -112,13 +113,14 @@ impl Conversation<'_> {
         assistant: &[usize],
     ) -> std::result::Result<Vec<Range<usize>>, usize> {
         let mut ranges = Vec::with_capacity(assistant.len());
+        let messages = converted(self.messages);
         for &turn in assistant {
             // A template may well refuse a part of a conversation that it accepts.
             let render = |messages, prompt| {
-                self.template.render(messages, self.variables, prompt).map_err(|_| turn)
+                self.template.render_converted(messages, self.variables, prompt).map_err(|_| turn)
             };
-            let before = render(&self.messages[..turn], true)?;
-            let after = render(&self.messages[..=turn], false)?;
+            let before = render(&messages[..turn], true)?;
+            let after = render(&messages[..=turn], false)?;
             let common = common_prefix(text, &after);
             if !text.starts_with(&before) || common < before.len() {
                 return Err(turn);
@@ -224,13 +226,13 @@ impl Conversation<'_> {
         self.messages.iter().flat_map(texts).any(|said| said.contains(text))
     }
 
-    /// Behind the last end-of-turn token in `text`.
+    /// The byte behind the last end-of-turn token in `text`.
     fn last_end(&self, text: &str) -> Option<usize> {
         let ends = self.ends.iter().filter_map(|end| Some(text.rfind(end.as_str())? + end.len()));
         ends.max()
     }
 
-    /// Behind the end-of-turn token that `text` begins with, white space aside.
+    /// The byte behind the end-of-turn token that `text` begins with, white space aside.
     fn end_at(&self, text: &str) -> Option<usize> {
         let begin = text.trim_start();
         let end = self.ends.iter().find(|end| begin.starts_with(end.as_str()))?;

@@ -1,5 +1,6 @@
 //! A model's chat template: from a conversation to text, and which of it the assistant said.
 
+use std::collections::BTreeMap;
 use std::sync::OnceLock;
 
 use minijinja::Environment;
@@ -39,7 +40,7 @@ impl ChatTemplate {
         Self::at(unix_seconds_now(), source, special_tokens)
     }
 
-    /// As [`new`](ChatTemplate::new), at a fixed time.
+    /// Compiles `source` as [`new`](ChatTemplate::new) does, with a clock that shows a fixed time.
     ///
     /// # Errors
     /// As there.
@@ -99,6 +100,16 @@ impl ChatTemplate {
         variables: &Map<String, Value>,
         add_generation_prompt: bool,
     ) -> Result<String> {
+        self.render_converted(&converted(messages), variables, add_generation_prompt)
+    }
+
+    /// Renders messages that are [`converted`] already, as [`render`](ChatTemplate::render) does.
+    pub(super) fn render_converted(
+        &self,
+        messages: &[minijinja::Value],
+        variables: &Map<String, Value>,
+        add_generation_prompt: bool,
+    ) -> Result<String> {
         let text = self.render_marked(messages, variables, add_generation_prompt)?;
         if self.has_generation_blocks {
             return Ok(text.replace([GENERATION_BEGIN, GENERATION_END], ""));
@@ -111,21 +122,22 @@ impl ChatTemplate {
         self.has_generation_blocks
     }
 
-    /// As [`render`](ChatTemplate::render), with the marks of generation blocks.
+    /// Renders as [`render_converted`](ChatTemplate::render_converted) does, with the marks of generation
+    /// blocks.
     pub(super) fn render_marked(
         &self,
-        messages: &[Value],
+        messages: &[minijinja::Value],
         variables: &Map<String, Value>,
         add_generation_prompt: bool,
     ) -> Result<String> {
-        let messages: Vec<Value> = messages.iter().map(normalized).collect();
-        let mut context = self.special_tokens.clone();
-        context.insert("tools".into(), Value::Null);
-        context.insert("documents".into(), Value::Null);
-        context.extend(variables.iter().map(|(name, value)| (name.clone(), value.clone())));
-        context.insert("messages".into(), messages.into());
-        context.insert("add_generation_prompt".into(), add_generation_prompt.into());
-        let render = || self.environment.get_template("chat")?.render(Exact(&context));
+        let none = || minijinja::Value::from(());
+        let mut context = BTreeMap::from([("tools", none()), ("documents", none())]);
+        for (name, value) in self.special_tokens.iter().chain(variables) {
+            context.insert(name, minijinja::Value::from_serialize(Exact(value)));
+        }
+        context.insert("messages", messages.to_vec().into());
+        context.insert("add_generation_prompt", add_generation_prompt.into());
+        let render = || self.environment.get_template("chat")?.render(&context);
         render().map_err(|e| {
             let error = Error::input(format_args!("chat template: {}", cause(&e)));
             if is_refusal(&e) { error } else { error.hint(TEMPLATE_FAILS) }
@@ -135,6 +147,12 @@ impl ChatTemplate {
 
 /// Names of what the assistant thinks before it answers.
 pub(super) const REASONING: [&str; 3] = ["reasoning_content", "thinking", "reasoning"];
+
+/// Messages as a template sees them: to be made once where several texts are rendered of them.
+pub(super) fn converted(messages: &[Value]) -> Vec<minijinja::Value> {
+    let convert = |message| minijinja::Value::from_serialize(Exact(&normalized(message)));
+    messages.iter().map(convert).collect()
+}
 
 /// A message as transformers hands it to templates: without keys that are null, and with reasoning
 /// under all of its names.

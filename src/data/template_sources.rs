@@ -22,15 +22,15 @@ const MORE_TEMPLATES: &str = "additional_chat_templates";
 /// The Jinja sources of a tokenizer's chat templates.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TemplateSources {
-    /// For conversations.
+    /// The template for conversations.
     pub chat: String,
-    /// For conversations with tools, where that is another.
+    /// The template for conversations with tools, where that is another.
     pub tool_use: Option<String>,
 }
 
 impl TemplateSources {
-    /// Those of a tokenizer's folder; `config` is its `tokenizer_config.json`. Files come before
-    /// the config.
+    /// The templates of a tokenizer's folder; `config` is its `tokenizer_config.json`. Files come before the
+    /// config.
     ///
     /// # Errors
     /// `Io` when a file cannot be read.
@@ -46,7 +46,7 @@ impl TemplateSources {
         }
     }
 
-    /// Those that an adapter's folder brings.
+    /// The templates that an adapter's folder brings.
     ///
     /// # Errors
     /// `Io` or `Input` when a file cannot be read.
@@ -56,7 +56,7 @@ impl TemplateSources {
         Self::of_folder(folder, &config)
     }
 
-    /// Those that `folder` has spread over more than the files of [`TOKENIZER_FILES`].
+    /// The templates that `folder` has spread over more than the files of [`TOKENIZER_FILES`].
     ///
     /// [`TOKENIZER_FILES`]: super::TOKENIZER_FILES
     ///
@@ -85,7 +85,8 @@ impl TemplateSources {
         Ok(())
     }
 
-    /// One text, or a list of named ones, of which the first stands in for a missing default.
+    /// The templates of a config: one text, or a list of named ones, of which the first stands in for a
+    /// missing default.
     fn of_config(value: &Value) -> Option<Self> {
         let Value::Array(named) = value else {
             let chat = value.as_str()?.to_string();
@@ -97,7 +98,7 @@ impl TemplateSources {
         Some(TemplateSources { chat, tool_use: find(TOOL_USE) })
     }
 
-    /// Those of a GGUF file, whose texts `field` finds under `tokenizer.`
+    /// The templates of a GGUF file, whose texts `field` finds under `tokenizer.`
     pub fn of_gguf(field: impl Fn(&str) -> Option<String>) -> Option<Self> {
         let chat = field("chat_template")?;
         Some(TemplateSources { chat, tool_use: field(&format!("chat_template.{TOOL_USE}")) })

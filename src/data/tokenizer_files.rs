@@ -30,7 +30,7 @@ pub struct TokenizerFiles {
 }
 
 impl TokenizerFiles {
-    /// Those that `folder` has.
+    /// The files of a tokenizer that `folder` has.
     ///
     /// # Errors
     /// `Io` when one cannot be opened.
@@ -47,7 +47,7 @@ impl TokenizerFiles {
         Ok(TokenizerFiles { files, templates: TemplateSources::of_several_files(folder)? })
     }
 
-    /// With these chat templates, if any, in place of those in the files.
+    /// The files with these chat templates, if any, in place of their own.
     pub fn with_templates(self, templates: Option<TemplateSources>) -> Self {
         TokenizerFiles { templates: templates.or(self.templates), ..self }
     }

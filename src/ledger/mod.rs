@@ -18,8 +18,8 @@ use std::time::{Duration, Instant};
 use rows::Measured;
 use serde::{Deserialize, Serialize};
 
-use crate::allocator;
 use crate::plan::WeightParts;
+use crate::system::allocator;
 
 /// What a run is doing.
 #[derive(

@@ -1,6 +1,8 @@
 //! The tensors that a spec implies: what `quantize` packs, the loader expects, `memory` counts and
 //! `merge` writes.
 
+use std::collections::HashSet;
+
 use super::spec::{ModelSpec, Norm, TensorRole, TensorSpec};
 use crate::error::{Error, Result};
 
@@ -92,6 +94,12 @@ impl ModelSpec {
             role: TensorRole::Head,
             transposed: false,
         }
+    }
+
+    /// Those of `names` that are no tensors of the inventory.
+    pub fn not_in_inventory<'n>(&self, names: impl Iterator<Item = &'n str>) -> Vec<&'n str> {
+        let known: HashSet<String> = self.inventory().into_iter().map(|it| it.name).collect();
+        names.filter(|name| !known.contains(*name)).collect()
     }
 
     /// Weights of more layers than there are here belong to another model.

@@ -11,7 +11,7 @@ use std::path::Path;
 use nibble_quant::FloatType;
 
 pub use super::packed_moments::PackedMoments;
-use crate::adapter::{Adapter, LoraShape, LoraTarget};
+use crate::adapter::{Adapter, AdapterFiles, LoraShape, LoraTarget};
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
 use crate::kernels::cpu::arena::Buffer;
@@ -183,12 +183,12 @@ impl<K: Kernels> Parameters<K> {
         self.refresh_working();
     }
 
-    /// Writes the master weights as `adapter`'s files.
+    /// Writes the master weights into an adapter's files.
     ///
     /// # Errors
     /// Those of the backend, and `Io` when the disk refuses.
-    pub fn save(&self, adapter: &Adapter, folder: &Path, dtype: FloatType) -> Result<()> {
-        adapter.save_from(folder, dtype, &|tensor, elements| {
+    pub fn save(&self, files: &AdapterFiles, folder: &Path, dtype: FloatType) -> Result<()> {
+        files.write(folder, dtype, &|tensor, elements| {
             let first = self.tensors[tensor].range.start;
             self.words_of(Part::Master, first + elements.start..first + elements.end)
         })

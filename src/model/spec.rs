@@ -71,6 +71,23 @@ impl Family {
             Family::Gpt2 => "gpt2",
         }
     }
+
+    /// The class of transformers, one of the `architectures` of `config.json`.
+    pub fn class_name(self) -> &'static str {
+        match self {
+            Family::Llama => "LlamaForCausalLM",
+            Family::Mistral => "MistralForCausalLM",
+            Family::Ministral3 => "Ministral3ForCausalLM",
+            Family::Qwen2 => "Qwen2ForCausalLM",
+            Family::Qwen3 => "Qwen3ForCausalLM",
+            Family::SmolLm3 => "SmolLM3ForCausalLM",
+            Family::Gemma => "GemmaForCausalLM",
+            Family::Gemma2 => "Gemma2ForCausalLM",
+            Family::Gemma3 => "Gemma3ForCausalLM",
+            Family::Phi3 => "Phi3ForCausalLM",
+            Family::Gpt2 => "GPT2LMHeadModel",
+        }
+    }
 }
 
 /// Normalisation before attention, before the MLP and before the head.

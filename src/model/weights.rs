@@ -3,9 +3,6 @@
 //! Every tensor of the inventory must be there with the shape that the config implies; a dense
 //! linear is quantized on the way when the run asks for it, a packed one is used as stored.
 
-use std::collections::HashSet;
-use std::fmt::Display;
-
 use nibble_quant::{BlockFormat, FloatType, owned_bytes};
 
 use super::block::{Block, Linear, LinearAdapter};
@@ -13,8 +10,9 @@ use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
 use super::streaming::WeightStream;
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
-use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, NOT_FINITE, StoredType, Weight};
-use crate::error::{Error, Result, candle_text};
+use crate::checkpoint::tensor_errors::{check_shape, unusable};
+use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, StoredType, Weight};
+use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
 use crate::kernels::{AttentionShape, Columns, HeadNorms, Kernels, NormParameters, PostNorms};
 use crate::plan::settings::Half;
@@ -149,17 +147,14 @@ pub fn check_stored(checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<()> {
     Ok(())
 }
 
-/// Stored tensors that the model of `spec` does not compute with, such as biases that its config denies; but for
-/// tables that are made anew, and a head that is the embedding.
-pub fn without_use<'c>(checkpoint: &'c Checkpoint, spec: &ModelSpec) -> Vec<&'c str> {
+/// Stored tensors that speak for another model than that of `spec`, such as biases that its config denies. Two
+/// kinds that the inventory lacks do not: tables that are made anew, and a head that is the embedding.
+pub fn unexpected_tensors<'c>(checkpoint: &'c Checkpoint, spec: &ModelSpec) -> Vec<&'c str> {
     const TABLES: [&str; 3] = [".inv_freq", ".attn.bias", ".attn.masked_bias"];
-    let used: HashSet<String> = spec.inventory().into_iter().map(|tensor| tensor.name).collect();
     let head = spec.head_tensor().name;
-    let is_known = |name: &str| {
-        name == head || used.contains(name) || TABLES.iter().any(|table| name.ends_with(table))
-    };
-    let names = checkpoint.tensors().iter().map(|info| info.name.as_str());
-    names.filter(|name| !is_known(name)).collect()
+    let mut names = spec.not_in_inventory(checkpoint.names());
+    names.retain(|name| *name != head && !TABLES.iter().any(|table| name.ends_with(table)));
+    names
 }
 
 impl<K: Kernels> Weights<K> {
@@ -227,10 +222,7 @@ impl Reader<'_> {
             }
             Weight::Packed(packed) => {
                 check_shape(name, &packed.shape(), &shape)?;
-                packed.check_scales().map_err(|e| {
-                    Error::input(format_args!("tensor {name}: {}", candle_text(&e)))
-                        .hint(NOT_FINITE)
-                })?;
+                packed.check_scales().map_err(|e| unusable(name, &e))?;
                 FrozenMatrix::Packed(packed)
             }
         };
@@ -241,9 +233,7 @@ impl Reader<'_> {
         let base = match self.source.weight(name)? {
             Weight::Dense(dense) => {
                 check_shape(name, &dense.shape, &[length])?;
-                if let Some(index) = dense.first_non_finite() {
-                    return Err(not_finite(name, format_args!("{index}"), &dense, index));
-                }
+                dense.check_finite(name)?;
                 dense.to_f32()
             }
             Weight::Packed(_) => {
@@ -380,32 +370,16 @@ fn output_columns(spec: &ModelSpec, linear: &LinearSpec) -> Columns {
     }
 }
 
-fn check_shape(name: &str, got: &[usize], expected: &[usize]) -> Result<()> {
-    if got == expected {
-        return Ok(());
-    }
-    let what = format!("tensor {name} has shape {got:?}, config.json implies {expected:?}");
-    Err(Error::other_weights(what))
-}
-
 fn dense_matrix(name: &str, dense: DenseTensor, shape: [usize; 2]) -> Result<FrozenMatrix> {
     let (bytes, got) = (shape[0] * shape[1] * dense.dtype.size(), dense.data.len());
     if got != bytes {
         return Err(Error::input(format_args!("tensor {name} has {got} bytes, expected {bytes}")));
     }
-    if let Some(index) = dense.first_non_finite() {
-        let (row, column) = (index / shape[1], index % shape[1]);
-        return Err(not_finite(name, format_args!("[{row}, {column}]"), &dense, index));
-    }
+    dense.check_finite(name)?;
     Ok(match dense.dtype {
         FloatType::F32 => FrozenMatrix::from_f32(dense.data, shape),
         FloatType::Bf16 => FrozenMatrix::from_bf16(dense.data, shape),
         // Products read f32 and bf16; f16 widens without loss.
         FloatType::F16 => FrozenMatrix::from_f32(owned_bytes(dense.to_f32()), shape),
     })
-}
-
-fn not_finite(name: &str, place: impl Display, dense: &DenseTensor, index: usize) -> Error {
-    let value = dense.to_f32_range(index..index + 1)[0];
-    Error::input(format_args!("tensor {name}: element {place} is {value}")).hint(NOT_FINITE)
 }

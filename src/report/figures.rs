@@ -48,8 +48,8 @@ pub fn rate(value: f64) -> String {
     }
 }
 
-/// With `decimals` behind the point; fewer of a large number, and a power of ten where so many would leave one
-/// digit or none.
+/// A number with `decimals` behind the point; fewer of a large number, and a power of ten where so many would
+/// leave one digit or none.
 pub fn number(value: f64, decimals: usize) -> String {
     let least = 10f64.powi(1 - i32::try_from(decimals).unwrap_or(i32::MAX));
     match value.abs() {
@@ -82,7 +82,7 @@ pub fn operations(count: f64) -> String {
     in_units(count, [(1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP")])
 }
 
-/// In the largest unit that leaves at least 1, with one decimal; the last unit where none does.
+/// A value in the largest unit that leaves at least 1, with one decimal; the last unit where none does.
 fn in_units(value: f64, units: [(f64, &str); 3]) -> String {
     let large = units.into_iter().find(|(size, _)| value >= *size);
     let (size, unit) = large.unwrap_or(units[2]);

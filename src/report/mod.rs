@@ -18,7 +18,7 @@ use crate::train::events::{Event, RunLog, StartEvent};
 use metrics::Metrics;
 use tensorboard::EventFile;
 
-/// One JSON object for each event.
+/// The file with one JSON object for each event.
 pub const METRICS_FILE: &str = "metrics.jsonl";
 /// The state that transformers' `Trainer` writes; LLaMA-Factory and others plot from it.
 pub const TRAINER_STATE_FILE: &str = "trainer_state.json";
@@ -42,7 +42,7 @@ pub struct Reports {
 /// A run that has begun.
 struct OpenRun {
     start: StartEvent,
-    /// Without `Start`.
+    /// The events but for `Start`.
     events: Vec<Event>,
     metrics: Metrics,
     tensorboard: EventFile,

@@ -34,7 +34,7 @@ struct TrainerState<'a> {
     trial_params: Option<String>,
 }
 
-/// None.
+/// Callbacks with a state, of which there are none.
 #[derive(Serialize)]
 struct Callbacks {}
 

@@ -149,6 +149,7 @@ impl<K: Kernels> Session<K> {
 
 fn without_model() -> Error {
     Error::budget("the model was given up when it could not take another adapter")
+        .hint("start again with that adapter, and a smaller `--context-length` or more free memory")
 }
 
 /// Weights, and the adapter unless it could only be merged into them.

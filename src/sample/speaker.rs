@@ -56,7 +56,7 @@ pub struct Speaker {
     tokenizer: ChatTokenizer,
     template: Option<ChatTemplate>,
     eos_ids: Vec<u32>,
-    /// Of the model's config.
+    /// The ends of sequence of the model's config.
     model_eos_ids: Vec<u32>,
 }
 
@@ -125,7 +125,7 @@ impl Speaker {
             Prompt::Text(text) => self.tokenizer.encode_plain(text)?,
         };
         if ids.is_empty() {
-            return Err(Error::usage("the prompt is empty"));
+            return Err(Error::usage("the prompt is empty").hint("give some text"));
         }
         Ok(ids)
     }
@@ -163,7 +163,8 @@ impl Speaker {
         self.extend(model, self.ids(prompt)?, sampler, limits, listener)
     }
 
-    /// The same from the ids of a prompt, of which there is one at least.
+    /// Lets `model` continue the ids of a prompt, of which there is one at least, as [`answer`](Self::answer)
+    /// does a prompt.
     ///
     /// # Errors
     /// As there.

@@ -10,8 +10,7 @@ use super::backend::{TrainingKernels, Update};
 use super::meter::Meter;
 use super::preview::Preview;
 use super::trainee::{Shrunk, Trainee};
-use crate::adapter::Adapter;
-use crate::allocator;
+use crate::adapter::{Adapter, AdapterFiles};
 use crate::data::{Batch, TokenizerFiles};
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
@@ -19,13 +18,14 @@ use crate::ledger::rows::Account;
 use crate::model::Model;
 use crate::model::parameters::{ParameterTensor, Part};
 use crate::plan::{self, MomentLayout, Place, Settings, SumOrder};
+use crate::system::allocator;
 
 /// A model in training and what its adapter's files say.
 pub struct LoraModel<K: TrainingKernels = Cpu> {
     /// Away only while it is given smaller buffers.
     model: Option<Model<K>>,
     /// Settings and targets; the tensors are in the model.
-    adapter: Adapter,
+    files: AdapterFiles,
     dtype: FloatType,
     preview: Preview,
     /// What was planned, until it was told that it could not be had.
@@ -43,18 +43,18 @@ impl<K: TrainingKernels> LoraModel<K> {
     /// the plan, for which there may not have been memory.
     pub fn new(
         mut model: Model<K>,
-        mut adapter: Adapter,
+        adapter: Adapter,
         dtype: FloatType,
         preview: Preview,
         wanted: Settings,
     ) -> Self {
         model.parameters_mut().load(&adapter);
-        adapter.tensors = Vec::new();
+        let files = adapter.into_files();
         allocator::give_back();
         let model = Some(model);
         LoraModel {
             model,
-            adapter,
+            files,
             dtype,
             preview,
             wanted,
@@ -189,7 +189,7 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
     }
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {
-        self.model().parameters().save(&self.adapter, folder, self.dtype)?;
+        self.model().parameters().save(&self.files, folder, self.dtype)?;
         self.tokenizer.save(folder)
     }
 

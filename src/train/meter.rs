@@ -3,12 +3,12 @@
 use std::time::Instant;
 
 use super::backend::TrainingKernels;
-use crate::allocator;
 use crate::error::Result;
 use crate::ledger::rows::{HostMemory, Measured};
 use crate::ledger::{Record, Watch, pinned, resident};
 use crate::model::Model;
 use crate::plan::Place;
+use crate::system::allocator;
 
 /// Measures a run from before its weights are read.
 pub enum Meter {

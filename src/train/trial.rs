@@ -9,7 +9,6 @@ use super::backend::{TrainingKernels, Update};
 use super::base::FrozenBase;
 use super::{clip, step};
 use crate::adapter::{Adapter, LoraConfig};
-use crate::allocator;
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
 use crate::ledger::rows::Measured;
@@ -17,6 +16,7 @@ use crate::ledger::{self, Phase};
 use crate::model::{Model, Randomness};
 use crate::plan::Settings;
 use crate::random::Stream;
+use crate::system::allocator;
 
 /// What is tried.
 pub struct Trial<'a> {
@@ -65,11 +65,11 @@ impl Trial<'_> {
         })?;
         let (weights, mut meter) = self.base.load(&kernels)?;
         let random = Randomness { dropout: self.lora.dropout(), ..Randomness::default() };
-        let mut adapter = Adapter::init(self.lora.clone(), self.base.spec, 0)?;
+        let adapter = Adapter::init(self.lora.clone(), self.base.spec, 0)?;
         let (spec, settings) = (self.base.spec.clone(), self.settings.clone());
         let mut model = Model::on(kernels.clone(), spec, weights, settings)?.drawing(random);
         model.parameters_mut().load(&adapter);
-        adapter.tensors = Vec::new();
+        let files = adapter.into_files();
         allocator::give_back();
         let batch = self.batch();
         for number in 1..=steps as u64 {
@@ -83,7 +83,7 @@ impl Trial<'_> {
         model.evaluate(&batch)?;
         meter.look(&kernels)?;
         ledger::enter(Phase::Save);
-        model.parameters().save(&adapter, folder.path(), self.dtype)?;
+        model.parameters().save(&files, folder.path(), self.dtype)?;
         meter.measured(&model)
     }
 

@@ -1,9 +1,11 @@
 //! `nibble data` as a user runs it: counts, bad lines and the visible loss mask.
 
-use std::process::{Command, Output};
+use std::process::Output;
 
 use serde_json::Value;
 use tempfile::TempDir;
+
+use crate::training::nibble;
 
 const LINES: &str = "\
 {\"messages\": [{\"role\": \"user\", \"content\": \"Hi\"}, {\"role\": \"assistant\", \"content\": \"Hello!\"}]}
@@ -35,9 +37,12 @@ fn scene(name: &str, text: &str) -> TempDir {
 /// What `nibble data` makes of a file.
 fn look(name: &str, text: &str, arguments: &[&str]) -> Output {
     let folder = scene(name, text);
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
-    command.args(["data", "--model", "model", "--data", name]).args(arguments);
-    command.current_dir(folder.path()).output().unwrap()
+    data(&folder, name, arguments)
+}
+
+fn data(folder: &TempDir, name: &str, arguments: &[&str]) -> Output {
+    let mut command = nibble(folder.path(), &["data", "--model", "model", "--data", name]);
+    command.args(arguments).output().unwrap()
 }
 
 /// The report on a file that can be trained on.
@@ -68,15 +73,13 @@ fn several_files_are_one_data_set() {
     let folder = scene("parts/b.jsonl", &lines[2..].join("\n"));
     std::fs::write(folder.path().join("parts/a.jsonl"), lines[..2].join("\n")).unwrap();
     std::fs::write(folder.path().join("parts/README.md"), "no data").unwrap();
-    let nibble = |data: &str, arguments: &[&str]| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
-        command.args(["data", "--model", "model", "--data", data]).args(arguments);
-        let output = command.current_dir(folder.path()).output().unwrap();
+    let look = |name: &str, arguments: &[&str]| {
+        let output = data(&folder, name, arguments);
         let text = |bytes| String::from_utf8(bytes).unwrap().replace(r"\\", "/").replace('\\', "/");
         [output.stdout, output.stderr].map(text)
     };
     for data in ["parts", "parts/*.jsonl"] {
-        let [text, error] = nibble(data, &["--show", "2"]);
+        let [text, error] = look(data, &["--show", "2"]);
         assert!(
             text.starts_with(&format!("{data}: 4 records in 2 files, format messages\n")),
             "{text}"
@@ -97,16 +100,16 @@ fn several_files_are_one_data_set() {
     {
         std::fs::write(folder.path().join("odd").join(name), text).unwrap();
     }
-    let [_, error] = nibble("odd", &[]);
+    let [_, error] = look("odd", &[]);
     assert!(error.contains("odd/a.jsonl:1: cannot tell the format"), "{error}");
-    let [text, _] = nibble("parts", &["--json"]);
+    let [text, _] = look("parts", &["--json"]);
     let json: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(json["files"][1], serde_json::json!({"path": "parts/b.jsonl", "lines_before": 2}));
     assert_eq!(json["rejected"][0]["line"], 3);
     // As a shell hands it over where there are no quotes.
-    let [_, error] = nibble("parts/a.jsonl", &["parts/b.jsonl"]);
+    let [_, error] = look("parts/a.jsonl", &["parts/b.jsonl"]);
     assert!(error.contains("hint: several data files are a folder, or a pattern"), "{error}");
-    let [_, error] = nibble("parts/c*", &[]);
+    let [_, error] = look("parts/c*", &[]);
     assert!(error.contains("no file fits parts/c*"), "{error}");
 }
 

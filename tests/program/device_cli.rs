@@ -6,30 +6,22 @@ use std::process::{Command, Output};
 
 use serde_json::Value;
 
-fn nibble(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_nibble"))
-        .args(arguments)
-        .current_dir(env!("CARGO_MANIFEST_DIR"))
-        .output()
-        .unwrap()
-}
+use crate::training::{self, json, stderr, stdout};
 
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
+fn nibble(arguments: &[&str]) -> Output {
+    training::nibble(env!("CARGO_MANIFEST_DIR"), arguments).output().unwrap()
 }
 
 /// What doctor finds.
 fn findings() -> Value {
-    let output = nibble(&["doctor", "--json"]);
-    assert!(output.status.success(), "{}", text(&output.stderr));
-    serde_json::from_slice(&output.stdout).unwrap()
+    json(&nibble(&["doctor", "--json"]))
 }
 
 #[test]
 fn doctor_says_what_is_there_and_how_to_get_the_rest() {
     let found = findings();
     assert!(found["cpu"]["threads"].as_u64().unwrap() > 0);
-    let (cuda, plain) = (&found["cuda"], text(&nibble(&["doctor"]).stdout));
+    let (cuda, plain) = (&found["cuda"], stdout(&nibble(&["doctor"])));
     if cuda["usable"] == true {
         assert!(plain.contains("training runs on it"), "{plain}");
         return;
@@ -52,12 +44,12 @@ fn a_gpu_that_is_not_there_is_refused_with_the_reason() {
     let arguments = ["eval", "--model", model, "--data", "none.jsonl", "--device", "cuda:1"];
     let output = nibble(&arguments);
     assert_eq!(output.status.code(), Some(1));
-    let message = text(&output.stderr);
+    let message = stderr(&output);
     assert!(message.contains("error: --device cuda:1: "), "{message}");
     assert!(message.contains("hint: "), "{message}");
     let output = nibble(&["eval", "--model", model, "--data", "none.jsonl", "--device", "tpu"]);
     assert_eq!(output.status.code(), Some(2));
-    assert!(text(&output.stderr).contains("expected auto, cpu, cuda or cuda:N"));
+    assert!(stderr(&output).contains("expected auto, cpu, cuda or cuda:N"));
 }
 
 #[test]
@@ -65,7 +57,7 @@ fn the_plan_of_a_gpu_needs_none() {
     let plan = |device: &str| -> Value {
         let config = "tests/data/models/llama_s0/config.json";
         let output = nibble(&["memory", "--model", config, "--json", "--device", device]);
-        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert!(output.status.success(), "{}", stderr(&output));
         let mut plan: Value = serde_json::from_slice(&output.stdout).unwrap();
         // What is free changes from one moment to the next.
         plan.as_object_mut().unwrap().remove("here");
@@ -121,12 +113,11 @@ fn cublas_is_found_with_the_library_that_it_needs() {
     let source = "int inner(void); int cublasCreate_v2(void) { return inner(); }";
     assert!(compile("libcublas.so.12", source, &["-Wl,--no-as-needed", needed]));
     let find = |variable: &str, value: &Path| {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
+        let mut command = training::nibble(root.path(), &["doctor", "--json"]);
         for other in ["CUDA_HOME", "CUDA_PATH", "CONDA_PREFIX", "LD_LIBRARY_PATH"] {
             command.env_remove(other);
         }
-        let output = command.args(["doctor", "--json"]).env(variable, value).output().unwrap();
-        let found: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let found = json(&command.env(variable, value).output().unwrap());
         found["cuda"]["cublas"].to_string()
     };
     let check = |variable: &str, value: &Path, expected: &Path| {
@@ -148,7 +139,7 @@ fn cublas_is_found_with_the_library_that_it_needs() {
         eprintln!("skipped: no Python to find packages with");
         return;
     };
-    let packages = Path::new(text(&output.stdout).trim()).join("nvidia/cublas");
+    let packages = Path::new(stdout(&output).trim()).join("nvidia/cublas");
     std::fs::create_dir_all(&packages).unwrap();
     std::fs::rename(&folder, packages.join("lib")).unwrap();
     check("PYTHONUSERBASE", &user, &packages.join("lib"));
@@ -184,13 +175,13 @@ fn what_a_model_or_device_lacks_is_refused() {
         ),
     ];
     for (output, what, hint) in refused {
-        let message = text(&output.stderr);
+        let message = stderr(&output);
         assert_eq!(output.status.code(), Some(2), "{message}");
         assert!(message.contains(what) && message.contains(hint), "{message}");
     }
     for attention in ["auto", "exact"] {
         let output = memory(small, &["--attn-implementation", attention]);
-        assert!(output.status.success(), "{}", text(&output.stderr));
+        assert!(output.status.success(), "{}", stderr(&output));
     }
 }
 
@@ -223,6 +214,6 @@ fn embedding_and_head_can_stay_on_the_host() {
     let tied = "tests/data/models/llama_tied_s2/config.json";
     assert!(memory(tied, &["--embedding", "host"]).status.success());
     let output = memory(tied, &["--embedding", "host-input"]);
-    let message = text(&output.stderr);
+    let message = stderr(&output);
     assert!(output.status.code() == Some(2) && message.contains("is its head, too"), "{message}");
 }

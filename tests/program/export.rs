@@ -543,8 +543,7 @@ fn sentence_pieces() -> Vec<String> {
     tokens
 }
 
-/// Their tokenizer, as Llama 2 has it; of `special` tokens the text, and whether they take the spaces
-/// behind them.
+/// The tokenizer of Llama 2; of `special` tokens the text, and whether they take the spaces behind them.
 fn sentence_piece(special: &[(&str, bool)]) -> Value {
     let mut tokens = sentence_pieces();
     let new = special.iter().map(|(text, _)| text.to_string());
@@ -582,7 +581,7 @@ fn give(place: &Workplace, tokenizer: &Value) {
     fs::write(place.path("base/tokenizer_config.json"), config.to_string()).unwrap();
 }
 
-/// Both tokenizers make the same of the texts.
+/// Asserts that both tokenizers make the same of the texts.
 fn assert_same_tokens(place: &Workplace, texts: &[&str]) {
     let [folder, file] =
         ["base", "out.gguf"].map(|path| ChatTokenizer::open(&place.path(path)).unwrap());

@@ -3,9 +3,10 @@
 //! A table that is no longer true is printed as it should be.
 
 use std::path::Path;
-use std::process::Command;
 
 use serde_json::Value;
+
+use crate::training::{json, nibble};
 
 const GIB: f64 = (1u64 << 30) as f64;
 
@@ -15,13 +16,11 @@ fn root() -> &'static Path {
 
 /// `nibble memory` of a config for a GPU, one row of `length` tokens.
 fn memory(config: &str, length: u32, flags: &str) -> Value {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
-    command.current_dir(root().join("tests/data/configs"));
-    command.args(["memory", "--json", "--device", "cuda", "--model", &format!("{config}.json")]);
+    let config = format!("{config}.json");
+    let arguments = ["memory", "--json", "--device", "cuda", "--model", &config];
+    let mut command = nibble(root().join("tests/data/configs"), &arguments);
     command.args(["--max-length", &length.to_string()]).args(flags.split_whitespace());
-    let output = command.output().unwrap();
-    serde_json::from_slice(&output.stdout)
-        .unwrap_or_else(|_| panic!("{}", String::from_utf8_lossy(&output.stderr)))
+    json(&command.output().unwrap())
 }
 
 fn total_gib(config: &str, length: u32, flags: &str) -> f64 {
@@ -143,7 +142,7 @@ fn qlora_figure() {
     assert_in_docs(&table);
 }
 
-/// As the QLoRA paper counts: see its figure.
+/// Megabytes as the QLoRA paper counts them: see its figure.
 fn mb(bytes: u64) -> u64 {
     (bytes as f64 / (1 << 20) as f64).round() as u64
 }

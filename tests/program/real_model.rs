@@ -10,13 +10,12 @@ use std::sync::OnceLock;
 
 use serde_json::Value;
 
+use crate::training::{self, json, stdout, succeed};
+
 const ROOT: &str = env!("CARGO_MANIFEST_DIR");
 
 fn nibble(arguments: &[&str]) -> Output {
-    let output = Command::new(env!("CARGO_BIN_EXE_nibble")).args(arguments).output().unwrap();
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "nibble {arguments:?}: {errors}");
-    output
+    succeed(training::nibble(ROOT, arguments))
 }
 
 /// Path of the model's GGUF file, fetched once.
@@ -60,14 +59,14 @@ fn the_real_model_has_the_losses_of_transformers_and_bitsandbytes() {
     ] {
         let arguments = ["eval", "--model", model, "--data", &data, "--json"];
         let output = nibble(&[&arguments[..], more].concat());
-        let result: Value = serde_json::from_slice(&output.stdout).unwrap();
+        let result = json(&output);
         let (got, expected) =
             (result["base"]["loss"].as_f64().unwrap(), golden[key]["mean"].as_f64().unwrap());
         assert!((got - expected).abs() < tolerance, "{key} {more:?}: {got}, expected {expected}");
     }
     let prompt = ["--prompt", "What is the capital of France?", "--max-new-tokens", "12"];
     let answer = nibble(&[&["generate", "--model", &packed][..], &prompt].concat());
-    let answer = String::from_utf8(answer.stdout).unwrap();
+    let answer = stdout(&answer);
     assert!(answer.contains("Paris"), "{answer}");
 }
 

@@ -60,10 +60,7 @@ impl Workplace {
     }
 
     pub fn nibble(&self, arguments: &[&str]) -> Command {
-        let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
-        command.current_dir(self.0.path()).args(arguments);
-        command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
-        command
+        nibble(self.0.path(), arguments)
     }
 
     pub fn read(&self, name: &str) -> Vec<u8> {
@@ -96,6 +93,14 @@ fn tokenizer() -> Value {
     })
 }
 
+/// The real binary, run in `folder` with nothing to read.
+pub fn nibble(folder: impl AsRef<Path>, arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_nibble"));
+    command.current_dir(folder).args(arguments);
+    command.stdin(Stdio::null()).stdout(Stdio::piped()).stderr(Stdio::piped());
+    command
+}
+
 /// Runs to the end; panics with its messages if it failed.
 pub fn succeed(mut command: Command) -> Output {
     let output = command.output().unwrap();
@@ -110,8 +115,24 @@ pub fn fail(mut command: Command) -> (i32, String) {
     (output.status.code().unwrap_or(-1), stderr(&output))
 }
 
+/// Runs to the end, which must be this exit code; what it said.
+pub fn refused(expected: i32, command: Command) -> String {
+    let (code, said) = fail(command);
+    assert_eq!(code, expected, "{said}");
+    said
+}
+
 pub fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
+}
+
+pub fn stdout(output: &Output) -> String {
+    String::from_utf8_lossy(&output.stdout).into_owned()
+}
+
+/// The value on standard output; panics with its messages if there is none.
+pub fn json(output: &Output) -> Value {
+    serde_json::from_slice(&output.stdout).unwrap_or_else(|e| panic!("{e}\n{}", stderr(output)))
 }
 
 /// Sends the signal of that name.

@@ -92,7 +92,7 @@ impl Isa {
         Isa { registers, precision }
     }
 
-    /// All others that the processor has.
+    /// Every kernel but the portable one that the processor has.
     #[cfg(test)]
     pub(super) fn not_portable(precision: Precision) -> impl Iterator<Item = Self> {
         let registers = Self::registers(precision)[1..].iter();

@@ -43,7 +43,7 @@ pub(super) fn has_pairs() -> bool {
         && is_x86_feature_detected!("avx512bf16")
 }
 
-/// The same: no other processor's instruction is used.
+/// Whether there are instructions for pairs: those of other architectures are not used.
 #[cfg(not(target_arch = "x86_64"))]
 fn has_pairs() -> bool {
     false
@@ -126,7 +126,7 @@ fn vectors_of_line(from: &[f32], to: &mut [f32]) -> usize {
     0
 }
 
-/// The same of two lines.
+/// Steps of two lines that are made by whole registers; none without the instructions.
 fn vectors_of_lines(low: &[f32], high: Option<&[f32]>, to: &mut [f32]) -> usize {
     #[cfg(target_arch = "x86_64")]
     if has_pairs() {
@@ -157,7 +157,7 @@ mod x86 {
         }
     }
 
-    /// Steps that were made, a multiple of a register's.
+    /// Rounds a line along k; returns the steps that were made, a multiple of a register's.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub(super) fn round_line(from: &[f32], to: &mut [f32]) -> usize {
         let (from, _) = from.as_chunks::<{ 2 * LANES }>();
@@ -174,7 +174,7 @@ mod x86 {
         from.len() * LANES
     }
 
-    /// As above.
+    /// Rounds two lines across k; returns the steps that were made, a multiple of a register's.
     #[target_feature(enable = "avx512f,avx512bw,avx512bf16")]
     pub(super) fn round_lines(low: &[f32], high: Option<&[f32]>, to: &mut [f32]) -> usize {
         let (low, _) = low.as_chunks::<LANES>();

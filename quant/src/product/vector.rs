@@ -24,7 +24,7 @@ pub(super) trait Vector: Copy {
     unsafe fn multiply(self, factor: Self) -> Self;
     /// Lanes taken as pairs of bf16: those with the lower bits, as floats.
     unsafe fn lower_half(self) -> Self;
-    /// Those with the upper bits.
+    /// The lanes' upper 16 bits, as f32.
     unsafe fn upper_half(self) -> Self;
     /// Asks for a cache line that will be written soon.
     unsafe fn prefetch(line: *const f32);

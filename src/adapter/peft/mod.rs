@@ -22,6 +22,7 @@ use std::path::Path;
 use self::contents::{Contents, Part};
 pub use self::settings::{PeftSettings, TokenIndices, TrainedBias};
 pub use self::tensors::TENSORS_FILE;
+pub use self::write::AdapterFiles;
 use super::lora::{Adapter, LoraTensors};
 use super::targets::{ModuleKind, Selected, modules, trained_target};
 use crate::checkpoint::DenseTensor;
@@ -49,7 +50,7 @@ pub(super) struct TokenRows {
     pub path: String,
     /// Which rows.
     pub rows: Vec<usize>,
-    /// Their values `[rows, D]`.
+    /// Values of the rows `[rows, D]`.
     pub values: Vec<f32>,
 }
 
@@ -208,7 +209,8 @@ impl Adapter {
         PeftAdapter::open(dir, spec)?.into_trainable().map_err(|e| e.at(dir.display()))
     }
 
-    /// The same, to begin a run with, whose dropout is its own; and the dropout that it was made with.
+    /// Loads an adapter to begin a run with, which has a dropout of its own; and the dropout that the adapter
+    /// was made with.
     ///
     /// # Errors
     /// Those of [`load`](Self::load) and of [`LoraConfig::check_trainable`](super::LoraConfig::check_trainable).

@@ -19,12 +19,12 @@ pub const CONFIG_FILE: &str = "adapter_config.json";
 /// PEFT's `bias`: which of the base model's biases were trained along.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub enum TrainedBias {
-    /// None.
+    /// No bias.
     #[default]
     None,
-    /// Those of the adapted modules.
+    /// The biases of the adapted modules.
     LoraOnly,
-    /// All of the model.
+    /// Every bias of the model.
     All,
 }
 
@@ -76,7 +76,8 @@ const SWITCHES: [&str; 2] = ["use_dora", "use_rslora"];
 /// Initialisations that subtract from the base model, which the adapter alone cannot tell.
 const BASE_CHANGING: [&str; 5] = ["pissa", "olora", "corda", "loftq", "lora_ga"];
 
-/// By the spellings that PEFT takes, in whatever case.
+/// Whether an initialisation of this kind changes the base; `kind` has the spellings that PEFT takes, in
+/// whatever case.
 fn changes_base(kind: &str) -> bool {
     let kind = kind.to_lowercase();
     BASE_CHANGING.iter().any(|name| kind.starts_with(name))
@@ -195,7 +196,8 @@ fn module_names(names: &ModuleNames) -> Value {
     }
 }
 
-/// In the order of the settings: the first key that fits a module wins.
+/// The entries of a pattern as PEFT writes it, in the order of the settings: the first key that fits a module
+/// wins.
 fn pattern<T>(entries: &[(String, T)], value: impl Fn(&T) -> Value) -> Value {
     Value::Object(entries.iter().map(|(key, v)| (key.clone(), value(v))).collect())
 }

@@ -5,7 +5,6 @@ use std::fs;
 use std::ops::Range;
 use std::path::Path;
 
-use half::{bf16, f16};
 use nibble_quant::FloatType;
 use safetensors::Dtype;
 
@@ -21,60 +20,50 @@ use crate::error::{Error, Result};
 /// File name of the model card.
 const CARD_FILE: &str = "README.md";
 
-/// Elements of a tensor that lies somewhere.
+/// What gives some elements of the tensor of a number.
 pub type Values<'a> = &'a dyn Fn(usize, Range<usize>) -> Result<Cow<'a, [f32]>>;
 
+/// The files of an adapter but for the values of its tensors: what is left of an [`Adapter`] once a model has
+/// taken those over.
+#[derive(Debug, Clone)]
+pub struct AdapterFiles {
+    settings: String,
+    card: String,
+    /// Names and shapes of A and B of every target in turn.
+    tensors: Vec<(String, Vec<usize>)>,
+}
+
 impl Adapter {
-    /// Writes `adapter_config.json`, `adapter_model.safetensors` and `README.md` into `dir`, which
-    /// is created if need be. PEFT stores f32; other types round to nearest even. The tensors are
-    /// converted piece by piece, so that saving needs next to no memory.
-    ///
-    /// Each file appears whole or not at all; for a folder that does, write into a temporary one
-    /// and rename it.
+    /// Gives the tensors up: a model has their values.
+    pub fn into_files(self) -> AdapterFiles {
+        self.files()
+    }
+
+    /// Writes `adapter_config.json`, `adapter_model.safetensors` and `README.md` into `dir`: see
+    /// [`AdapterFiles::write`].
     ///
     /// # Errors
     /// `Io` naming the file when the disk refuses.
     pub fn save(&self, dir: &Path, dtype: FloatType) -> Result<()> {
-        self.save_from(dir, dtype, &|tensor, elements| {
+        self.files().write(dir, dtype, &|tensor, elements| {
             let pair = &self.tensors[tensor / 2];
             let values = if tensor % 2 == 0 { &pair.a } else { &pair.b };
             Ok(Cow::Borrowed(&values[elements]))
         })
     }
 
-    /// [`save`](Self::save) with tensors that lie elsewhere: `values` has elements of a tensor, where A
-    /// and B of every target are counted in turn.
-    ///
-    /// # Errors
-    /// Those of `values`, and `Io` naming the file when the disk refuses.
-    pub fn save_from(&self, dir: &Path, dtype: FloatType, values: Values<'_>) -> Result<()> {
-        fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
+    fn files(&self) -> AdapterFiles {
         let settings = to_json(&self.config, self.base_model.as_deref(), &self.module_names());
-        let settings = format!("{settings:#}\n");
-        write_file(&dir.join(CONFIG_FILE), settings.as_bytes())?;
-        write_file(&dir.join(CARD_FILE), model_card(self).as_bytes())?;
-        self.save_tensors(&dir.join(TENSORS_FILE), dtype, values)
-    }
-
-    fn save_tensors(&self, path: &Path, dtype: FloatType, values: Values<'_>) -> Result<()> {
-        let shapes = self.targets.iter().flat_map(|target| {
+        let tensors = self.targets.iter().flat_map(|target| {
             let (r, wide_in, wide_out) =
                 (target.shape.rank, target.shape.in_features, target.shape.out_features);
             [(target.key_a(), vec![r, wide_in]), (target.key_b(), vec![wide_out, r])]
         });
-        let tensor = |(index, (name, shape))| NewTensor {
-            name,
-            dtype: stored_type(dtype),
-            shape,
-            source: index,
-        };
-        let tensors = shapes.enumerate().map(tensor).collect();
-        write_tensors(path, tensors, |tensor, sink| {
-            for piece in pieces(0..tensor.elements(), PIECE_BYTES / size_of::<f32>()) {
-                sink.append(&rounded(&values(tensor.source, piece)?, dtype))?;
-            }
-            Ok(())
-        })
+        AdapterFiles {
+            settings: format!("{settings:#}\n"),
+            card: model_card(self),
+            tensors: tensors.collect(),
+        }
     }
 
     /// What `all-linear` and an expression are written out as. No reader but PEFT's knows the word: the
@@ -95,20 +84,47 @@ impl Adapter {
     }
 }
 
+impl AdapterFiles {
+    /// Writes the files into `dir`, which is created if need be; `values` has elements of a tensor, where A
+    /// and B of every target are counted in turn. PEFT stores f32; other types round to nearest even. The
+    /// tensors are converted piece by piece, so that saving needs next to no memory.
+    ///
+    /// Each file appears whole or not at all; for a folder that does, write into a temporary one
+    /// and rename it.
+    ///
+    /// # Errors
+    /// Those of `values`, and `Io` naming the file when the disk refuses.
+    pub fn write(&self, dir: &Path, dtype: FloatType, values: Values<'_>) -> Result<()> {
+        fs::create_dir_all(dir).map_err(|e| Error::io("create", dir, e))?;
+        write_file(&dir.join(CONFIG_FILE), self.settings.as_bytes())?;
+        write_file(&dir.join(CARD_FILE), self.card.as_bytes())?;
+        self.write_tensors(&dir.join(TENSORS_FILE), dtype, values)
+    }
+
+    fn write_tensors(&self, path: &Path, dtype: FloatType, values: Values<'_>) -> Result<()> {
+        let tensor = |(index, (name, shape)): (usize, &(String, Vec<usize>))| NewTensor {
+            name: name.clone(),
+            dtype: stored_type(dtype),
+            shape: shape.clone(),
+            source: index,
+        };
+        let tensors = self.tensors.iter().enumerate().map(tensor).collect();
+        write_tensors(path, tensors, |tensor, sink| {
+            for piece in pieces(0..tensor.elements(), PIECE_BYTES / size_of::<f32>()) {
+                let values = values(tensor.source, piece)?;
+                let mut bytes = vec![0; values.len() * dtype.size()];
+                dtype.round_into(&values, &mut bytes);
+                sink.append(&bytes)?;
+            }
+            Ok(())
+        })
+    }
+}
+
 fn stored_type(dtype: FloatType) -> Dtype {
     match dtype {
         FloatType::F32 => Dtype::F32,
         FloatType::F16 => Dtype::F16,
         FloatType::Bf16 => Dtype::BF16,
-    }
-}
-
-/// The bytes of values in a file.
-fn rounded(values: &[f32], dtype: FloatType) -> Vec<u8> {
-    let values = values.iter();
-    match dtype {
-        FloatType::F32 => values.flat_map(|x| x.to_le_bytes()).collect(),
-        FloatType::F16 => values.flat_map(|x| f16::from_f32(*x).to_le_bytes()).collect(),
-        FloatType::Bf16 => values.flat_map(|x| bf16::from_f32(*x).to_le_bytes()).collect(),
     }
 }

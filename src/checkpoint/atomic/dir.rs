@@ -33,7 +33,7 @@ impl AtomicDir {
             return Err(Error::usage(what));
         }
         make_folder(&parent(destination))?;
-        let lock = Lock::take(destination)?;
+        let lock = Lock::beside(destination)?;
         put_back(destination)?;
         // What is there may have come while another process had the lock.
         check_destination(destination, overwrite)?;
@@ -46,7 +46,7 @@ impl AtomicDir {
         Ok(AtomicDir { destination, temporary, overwrite, committed: false, _lock: lock })
     }
 
-    /// Where to write files until the commit.
+    /// The folder to write files into until the commit.
     pub fn path(&self) -> &Path {
         &self.temporary
     }

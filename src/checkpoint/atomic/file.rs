@@ -14,7 +14,7 @@ pub struct AtomicFile {
     destination: PathBuf,
     temporary: PathBuf,
     overwrite: bool,
-    /// None once it is closed.
+    /// The open file; none once it is closed.
     file: Option<File>,
     _lock: Lock,
 }
@@ -25,7 +25,7 @@ impl AtomicFile {
     /// # Errors
     /// `Usage` where another process writes it, `Io` when the temporary file cannot be made.
     pub fn create(destination: &Path, overwrite: bool) -> Result<Self> {
-        let lock = Lock::take(destination)?;
+        let lock = Lock::beside(destination)?;
         let temporary = sibling(destination, ".partial");
         // Not emptied: it may be a link, or have another name.
         let _ = fs::remove_file(&temporary);
@@ -34,7 +34,7 @@ impl AtomicFile {
         Ok(AtomicFile { destination, temporary, overwrite, file: Some(file), _lock: lock })
     }
 
-    /// Where it will be.
+    /// The path that the file will have.
     pub fn destination(&self) -> &Path {
         &self.destination
     }

@@ -8,26 +8,44 @@ use std::thread::sleep;
 use super::{PAUSE_IN_USE, TRIES_IN_USE, in_use, sibling};
 use crate::error::{Error, Result};
 
-/// A locked file beside what is being written; the file goes with the lock. One that a killed process
-/// left is free.
+/// A locked file. One that a killed process left is free.
 #[derive(Debug)]
-pub(super) struct Lock {
+pub(crate) struct Lock {
     path: PathBuf,
-    /// None once it is closed.
+    /// The locked file; none once it is closed.
     file: Option<File>,
+    afterwards: Afterwards,
+}
+
+/// What becomes of a locked file when the lock is given back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Afterwards {
+    /// The file goes with the lock.
+    Removed,
+    /// The file stays where it is.
+    Kept,
 }
 
 impl Lock {
-    /// Where the system has no locks, two processes that write the same are not told apart.
+    /// The lock of whoever writes `destination`: a file beside it.
     ///
     /// # Errors
     /// `Usage` where another process is writing `destination`; `Io` when no file can be made beside it.
-    pub fn take(destination: &Path) -> Result<Self> {
-        let path = sibling(destination, ".nibble-lock");
-        let busy = || {
+    pub(super) fn beside(destination: &Path) -> Result<Self> {
+        let taken = Lock::take(sibling(destination, ".nibble-lock"), Afterwards::Removed);
+        let taken = taken.map_err(|e| Error::io("write", destination, e))?;
+        taken.ok_or_else(|| {
             let what = format_args!("another process is writing {}", destination.display());
             Error::usage(what).hint("wait for it, or choose another place")
-        };
+        })
+    }
+
+    /// Makes and locks the file `path`; none where another process has the lock. Where the system has no
+    /// locks, two processes are not told apart.
+    ///
+    /// # Errors
+    /// The system's, when the file cannot be made.
+    pub fn take(path: PathBuf, afterwards: Afterwards) -> io::Result<Option<Self>> {
         let mut tries = 0;
         loop {
             tries += 1;
@@ -36,25 +54,31 @@ impl Lock {
                     sleep(PAUSE_IN_USE);
                     continue;
                 }
-                Err(error) if in_use(&error) => return Err(busy()),
-                file => file.map_err(|e| Error::io("write", destination, e))?,
+                Err(error) if in_use(&error) => return Ok(None),
+                file => file?,
             };
             if let Err(TryLockError::WouldBlock) = file.try_lock() {
-                return Err(busy());
+                return Ok(None);
             }
             // Whoever had it before may have removed it between the two. On file systems that give a file
             // another number each time, no name is ever the same file's.
             if tries >= TRIES_IN_USE || is_named(&file, &path) {
-                return Ok(Lock { path, file: Some(file) });
+                return Ok(Some(Lock { path, file: Some(file), afterwards }));
             }
         }
+    }
+
+    /// Gives the lock back, and removes its file in any case.
+    pub fn remove(mut self) {
+        self.afterwards = Afterwards::Removed;
     }
 }
 
 impl Drop for Lock {
     fn drop(&mut self) {
         let is_ours = self.file.as_ref().and_then(|file| file.metadata().ok());
-        if is_ours.is_none_or(|metadata| metadata.len() > 0) {
+        let is_ours = is_ours.is_some_and(|metadata| metadata.len() == 0);
+        if self.afterwards == Afterwards::Kept || !is_ours {
             return;
         }
         if cfg!(windows) {

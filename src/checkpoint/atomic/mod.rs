@@ -19,9 +19,10 @@ use crate::error::{Error, Result};
 
 pub use dir::{AtomicDir, put_back};
 pub use file::{AtomicFile, write_file, write_with};
+pub(crate) use lock::{Afterwards, Lock};
 
-/// From now on a file that grows beyond the limit of the process (`ulimit -f`) is an error of the write, as
-/// on a full disk, and no signal that ends the program without a word.
+/// Makes a file that grows beyond the limit of the process (`ulimit -f`) an error of the write, as on a full
+/// disk, in place of a signal that ends the program without a word.
 pub fn outlive_size_limits() {
     #[cfg(unix)]
     {

@@ -17,7 +17,7 @@ pub(crate) struct Blocks {
     pub(super) columns: usize,
     /// Rows of one head that llama.cpp stores interleaved; none if rows are in order.
     pub(super) head_rows: Option<usize>,
-    /// By how much stored values are larger: llama.cpp stores what a Gemma's norms multiply by.
+    /// What stored values are larger by: llama.cpp stores what a Gemma's norms multiply by.
     pub(super) excess: f32,
 }
 

@@ -15,6 +15,7 @@ use super::{Architecture, Gguf};
 use crate::error::Result;
 use crate::model::families::{MOST_LAYERS, ROTATION_INTERVAL};
 use crate::model::rotary::{llama3_scaling_of, long_rope_attention_factor, yarn_attention_factor};
+use crate::model::spec::Family;
 
 impl Gguf {
     /// The `config.json`.
@@ -36,30 +37,33 @@ impl Gguf {
         Ok(Value::Object(config))
     }
 
+    /// The family whose `config.json` the file gets.
+    fn family(&self) -> Family {
+        match self.architecture {
+            Architecture::Llama => Family::Llama,
+            Architecture::Mistral3 if self.has_query_scale() => Family::Ministral3,
+            // Mistral Small 3 and 3.1, whose text is a Mistral's.
+            Architecture::Mistral3 => Family::Mistral,
+            Architecture::Qwen2 => Family::Qwen2,
+            Architecture::Qwen3 => Family::Qwen3,
+            Architecture::SmolLm3 => Family::SmolLm3,
+            Architecture::Gemma => Family::Gemma,
+            Architecture::Gemma2 => Family::Gemma2,
+            Architecture::Gemma3 => Family::Gemma3,
+            Architecture::Phi3 => Family::Phi3,
+            Architecture::Gpt2 => Family::Gpt2,
+        }
+    }
+
     fn llama_config(&self) -> Result<Map<String, Value>> {
         let heads = self.size("attention.head_count")?;
         let hidden = self.size("embedding_length")?;
-        let (kind, class) = match self.architecture {
-            Architecture::Mistral3 if self.has_query_scale() => {
-                ("ministral3", "Ministral3ForCausalLM")
-            }
-            // Mistral Small 3 and 3.1, whose text is a Mistral's.
-            Architecture::Mistral3 => ("mistral", "MistralForCausalLM"),
-            Architecture::Qwen2 => ("qwen2", "Qwen2ForCausalLM"),
-            Architecture::Qwen3 => ("qwen3", "Qwen3ForCausalLM"),
-            Architecture::SmolLm3 => ("smollm3", "SmolLM3ForCausalLM"),
-            Architecture::Gemma => ("gemma", "GemmaForCausalLM"),
-            Architecture::Gemma2 => ("gemma2", "Gemma2ForCausalLM"),
-            Architecture::Gemma3 => ("gemma3_text", "Gemma3ForCausalLM"),
-            Architecture::Phi3 => ("phi3", "Phi3ForCausalLM"),
-            _ => ("llama", "LlamaForCausalLM"),
-        };
         let theta = self.float("rope.freq_base").unwrap_or(10_000.0);
         let head_dim = self.head_dim()?;
         self.check_switches(head_dim)?;
         let mut config = json!({
-            "architectures": [class],
-            "model_type": kind,
+            "architectures": [self.family().class_name()],
+            "model_type": self.family().model_type(),
             "vocab_size": self.vocab_size()?,
             "hidden_size": hidden,
             "intermediate_size": self.size("feed_forward_length")?,
@@ -102,7 +106,7 @@ impl Gguf {
         Ok(config.as_object().cloned().unwrap_or_default())
     }
 
-    /// What of a Gemma is not in a Llama, from the file or from what llama.cpp takes for granted.
+    /// Adds what a Gemma has and a Llama has not, from the file or from what llama.cpp takes for granted.
     fn add_gemma(&self, config: &mut Value, head_dim: usize) -> Result<()> {
         config["hidden_act"] = "gelu_pytorch_tanh".into();
         config["hidden_activation"] = "gelu_pytorch_tanh".into();
@@ -136,7 +140,7 @@ impl Gguf {
         self.field(QUERY_SCALE).is_some()
     }
 
-    /// What of a Ministral 3 is not in a Llama: where its class finds nothing of rope, it takes YaRN.
+    /// Adds what a Ministral 3 has and a Llama has not: where its class finds nothing of rope, it takes YaRN.
     fn add_mistral3(&self, config: &mut Value, theta: f64) -> Result<()> {
         let mut rope = config["rope_scaling"].take();
         if rope.is_null() {
@@ -150,7 +154,7 @@ impl Gguf {
         Ok(())
     }
 
-    /// What of a Phi-3 is not in a Llama.
+    /// Adds what a Phi-3 has and a Llama has not.
     fn add_phi3(&self, config: &mut Value, head_dim: usize) -> Result<()> {
         let turned = self.size_or("rope.dimension_count", head_dim)?;
         config["partial_rotary_factor"] = (turned as f64 / head_dim as f64).into();
@@ -186,8 +190,8 @@ impl Gguf {
 
     fn gpt2_config(&self) -> Result<Map<String, Value>> {
         let config = json!({
-            "architectures": ["GPT2LMHeadModel"],
-            "model_type": "gpt2",
+            "architectures": [self.family().class_name()],
+            "model_type": self.family().model_type(),
             "vocab_size": self.vocab_size()?,
             "n_embd": self.size("embedding_length")?,
             "n_inner": self.size("feed_forward_length")?,

@@ -5,7 +5,8 @@
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
-use half::{bf16, f16};
+use half::f16;
+use nibble_quant::FloatType;
 use rayon::prelude::*;
 
 use super::Architecture;
@@ -16,6 +17,7 @@ use super::write::{Description, GgufWriter};
 use crate::checkpoint::Checkpoint;
 use crate::checkpoint::atomic::AtomicFile;
 use crate::checkpoint::elements::Elements;
+use crate::checkpoint::tensor_errors::check_shape;
 use crate::error::{Error, Result};
 use crate::model::spec::{LinearRole, ModelSpec, TensorRole, TensorSpec};
 
@@ -133,14 +135,7 @@ impl Export<'_> {
         // A packed one lies as products read it.
         let turned = tensor.transposed && elements.packed().is_none();
         let elements = if turned { elements.transposed() } else { elements };
-        if elements.shape() != tensor.shape {
-            return Err(Error::input(format_args!(
-                "tensor {} has shape {:?}, expected {:?}",
-                tensor.name,
-                elements.shape(),
-                tensor.shape
-            )));
-        }
+        check_shape(&tensor.name, elements.shape(), &tensor.shape)?;
         Ok(elements)
     }
 
@@ -183,22 +178,17 @@ pub fn encoded(values: &[f32], dtype: GgmlDType) -> Option<Vec<u8>> {
     let chunk_bytes = CHUNK / dtype.block_size() * dtype.type_size();
     let chunks = bytes.par_chunks_mut(chunk_bytes).zip(values.par_chunks(CHUNK));
     let fits = chunks.map(|(bytes, values)| match dtype {
-        GgmlDType::F32 => {
-            bytes.copy_from_slice(bytemuck::cast_slice(values));
-            values.iter().all(|x| x.is_finite())
-        }
-        GgmlDType::F16 => put(bytes, values, |x| f16::from_f32(x).to_bits(), f16::MAX.to_f32()),
-        GgmlDType::BF16 => put(bytes, values, |x| bf16::from_f32(x).to_bits(), bf16::MAX.to_f32()),
+        GgmlDType::F32 => put_floats(bytes, values, FloatType::F32),
+        GgmlDType::F16 => put_floats(bytes, values, FloatType::F16),
+        GgmlDType::BF16 => put_floats(bytes, values, FloatType::Bf16),
         _ => put_blocks(bytes, values, dtype),
     });
     fits.reduce(|| true, |a, b| a && b).then_some(bytes)
 }
 
-fn put(bytes: &mut [u8], values: &[f32], bits: impl Fn(f32) -> u16, largest: f32) -> bool {
-    for (bytes, value) in bytes.chunks_exact_mut(2).zip(values) {
-        bytes.copy_from_slice(&bits(*value).to_le_bytes());
-    }
-    values.iter().all(|x| x.abs() <= largest)
+fn put_floats(bytes: &mut [u8], values: &[f32], dtype: FloatType) -> bool {
+    dtype.round_into(values, bytes);
+    values.iter().all(|x| x.abs() <= dtype.largest())
 }
 
 /// candle's blocks: codes, and scales of f16, which values may be too large for.
@@ -223,7 +213,7 @@ fn put_blocks(bytes: &mut [u8], values: &[f32], dtype: GgmlDType) -> bool {
     blocks.chunks_exact(dtype.type_size()).all(finite)
 }
 
-/// Where in a block its f16 are. Source: ggml `src/ggml-common.h`.
+/// Offsets of the f16 in a block. Source: ggml `src/ggml-common.h`.
 fn scales(dtype: GgmlDType) -> &'static [usize] {
     match dtype {
         GgmlDType::Q5_0 | GgmlDType::Q8_0 => &[0],

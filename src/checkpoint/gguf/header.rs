@@ -21,7 +21,7 @@ const MAX_DIMENSIONS: u32 = 4;
 const MAX_VALUES: usize = 1 << 23;
 /// Arrays of arrays do not occur in model files; a chain of them must not exhaust the stack.
 const MAX_ARRAY_DEPTH: usize = 4;
-/// Without `general.alignment`.
+/// The alignment of a file that has no `general.alignment`.
 const DEFAULT_ALIGNMENT: u64 = 32;
 
 /// Reads and checks the header of a whole file.

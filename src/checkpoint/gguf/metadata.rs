@@ -14,7 +14,7 @@ use crate::model::spec::{Family, ModelSpec, QueryScaling, RopeScaling, Rotary};
 
 /// llama.cpp's tensor with the divisor of every frequency.
 pub(super) const ROPE_FACTORS: &str = "rope_freqs.weight";
-/// Those of LongRoPE: for short sequences, for long ones.
+/// llama.cpp's tensors with the divisors of LongRoPE: for short sequences, for long ones.
 pub(super) const LONG_ROPE_FACTORS: [&str; 2] =
     ["rope_factors_short.weight", "rope_factors_long.weight"];
 
@@ -37,7 +37,7 @@ pub(super) const QUERY_SCALE: &str = "attention.temperature_scale";
 pub type Field = (String, Metadata);
 
 impl Architecture {
-    /// All of them.
+    /// Every architecture that is read and written.
     pub const ALL: [Architecture; 10] = [
         Architecture::Llama,
         Architecture::Mistral3,
@@ -51,7 +51,7 @@ impl Architecture {
         Architecture::Gpt2,
     ];
 
-    /// That llama.cpp has for a family: a Mistral is a Llama there.
+    /// The architecture that llama.cpp has for a family: a Mistral is a Llama there.
     pub fn of(family: Family) -> Self {
         match family {
             Family::Llama | Family::Mistral => Architecture::Llama,
@@ -67,7 +67,7 @@ impl Architecture {
         }
     }
 
-    /// Its name for the tensor `name`.
+    /// The name that llama.cpp has for the tensor `name`.
     pub fn tensor(self, name: &str) -> Option<String> {
         gguf_name(self, name)
     }
@@ -100,7 +100,7 @@ impl Architecture {
         }
     }
 
-    /// Its name.
+    /// The name in `general.architecture`.
     pub fn name(self) -> &'static str {
         match self {
             Architecture::Llama => "llama",
@@ -149,12 +149,8 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
     put("attention.value_length", size(spec.head_dim));
     put("rope.dimension_count", size(spec.rotary_dim));
     put("rope.freq_base", Metadata::F32(rotary.theta as f32));
-    let window = spec.windows.iter().flatten().next();
-    if architecture == Architecture::Phi3 {
-        // 0 is what llama.cpp's converter writes for none; the key must be there.
-        put("attention.sliding_window", size(window.copied().unwrap_or(0)));
-    } else if let Some(window) = window.filter(|_| spec.post_norms) {
-        put("attention.sliding_window", size(*window));
+    if let Some(window) = sliding_window(architecture, spec) {
+        put("attention.sliding_window", size(window));
     }
     for (key, cap) in [
         ("attn_logit_softcapping", spec.attention_soft_cap),
@@ -176,64 +172,45 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
     Ok(fields)
 }
 
-fn rope_scaling(
-    architecture: Architecture,
-    scaling: &RopeScaling,
-) -> Result<Vec<(&'static str, Metadata)>> {
-    const FACTOR: &str = "rope.scaling.factor";
-    let kind = |name: &str| ("rope.scaling.type", Metadata::String(name.into()));
-    let number = |key, number: f64| (key, Metadata::F32(number as f32));
-    let original = |tokens: usize| (ORIGINAL_LENGTH, Metadata::U32(tokens as u32));
+/// The window that a file names; none where llama.cpp does not look for one.
+fn sliding_window(architecture: Architecture, spec: &ModelSpec) -> Option<usize> {
+    let window = spec.windows.iter().flatten().next().copied();
+    match architecture {
+        // 0 is what llama.cpp's converter writes for none; the key must be there.
+        Architecture::Phi3 => Some(window.unwrap_or(0)),
+        _ => window.filter(|_| spec.post_norms),
+    }
+}
+
+/// The keys of a rope scaling and their values.
+type ScalingFields = Vec<(&'static str, Metadata)>;
+
+fn number(key: &'static str, number: f64) -> (&'static str, Metadata) {
+    (key, Metadata::F32(number as f32))
+}
+
+fn original_length(tokens: usize) -> (&'static str, Metadata) {
+    (ORIGINAL_LENGTH, Metadata::U32(tokens as u32))
+}
+
+fn kind_and_factor(kind: &str, factor: f64) -> ScalingFields {
+    let kind = ("rope.scaling.type", Metadata::String(kind.into()));
+    vec![kind, number("rope.scaling.factor", factor)]
+}
+
+fn rope_scaling(architecture: Architecture, scaling: &RopeScaling) -> Result<ScalingFields> {
     Ok(match *scaling {
         RopeScaling::Default => Vec::new(),
         // The factors are a tensor, as are those of LongRoPE; other graphs do not look for it.
         RopeScaling::Llama3 { .. } if architecture == Architecture::Llama => Vec::new(),
         RopeScaling::Llama3 { .. } => return Err(not_for_all("llama3", Architecture::Llama)),
-        RopeScaling::Linear { factor } => vec![kind("linear"), number(FACTOR, factor)],
-        RopeScaling::Yarn { truncate: false, .. } => {
-            let what = "config.json: llama.cpp truncates the bounds of every yarn";
-            return Err(Error::input(what).hint("this model cannot be a GGUF file"));
-        }
-        // Others are in the files, and read for Mistral 3 alone.
-        RopeScaling::Yarn { beta_fast, beta_slow, .. }
-            if architecture != Architecture::Mistral3 && [beta_fast, beta_slow] != [32.0, 1.0] =>
-        {
-            let what = format_args!(
-                "config.json: llama.cpp has beta_fast 32 and beta_slow 1 for every yarn of a {}",
-                architecture.name()
-            );
-            return Err(Error::input(what).hint("this model cannot be a GGUF file"));
-        }
-        RopeScaling::Yarn {
-            factor,
-            original_max_position_embeddings,
-            beta_fast,
-            beta_slow,
-            attention_factor,
-            ..
-        } => {
-            let mut written = vec![
-                kind("yarn"),
-                number(FACTOR, factor),
-                original(original_max_position_embeddings),
-                number(YARN_BETAS[0], beta_fast),
-                number(YARN_BETAS[1], beta_slow),
-            ];
-            let mut implied = yarn_attention_factor(factor, 0.0);
-            if architecture == Architecture::Mistral3 && attention_factor == 1.0 {
-                implied = 1.0;
-                written.push(number(YARN_LOG_MULTIPLIER, 1.0));
-            }
-            if (attention_factor / implied - 1.0).abs() > 1e-6 {
-                written.push(number(ATTENTION_FACTOR, attention_factor / implied));
-            }
-            written
-        }
+        RopeScaling::Linear { factor } => kind_and_factor("linear", factor),
+        RopeScaling::Yarn { .. } => return yarn(architecture, scaling),
         RopeScaling::LongRope { original_max_position_embeddings, attention_factor, .. }
             if architecture == Architecture::Phi3 =>
         {
             let factor = number(ATTENTION_FACTOR, attention_factor);
-            vec![original(original_max_position_embeddings), factor]
+            vec![original_length(original_max_position_embeddings), factor]
         }
         RopeScaling::LongRope { .. } => return Err(not_for_all("longrope", Architecture::Phi3)),
         RopeScaling::Dynamic { .. } => {
@@ -242,6 +219,46 @@ fn rope_scaling(
             ));
         }
     })
+}
+
+fn yarn(architecture: Architecture, scaling: &RopeScaling) -> Result<ScalingFields> {
+    let &RopeScaling::Yarn {
+        factor,
+        original_max_position_embeddings,
+        beta_fast,
+        beta_slow,
+        attention_factor,
+        truncate,
+    } = scaling
+    else {
+        unreachable!("{scaling:?} is no YaRN");
+    };
+    let of_mistral3 = architecture == Architecture::Mistral3;
+    if !truncate {
+        let what = "config.json: llama.cpp truncates the bounds of every yarn";
+        return Err(Error::input(what).hint("this model cannot be a GGUF file"));
+    }
+    // Others are in the files, and read for Mistral 3 alone.
+    if !of_mistral3 && [beta_fast, beta_slow] != [32.0, 1.0] {
+        let what = format_args!(
+            "config.json: llama.cpp has beta_fast 32 and beta_slow 1 for every yarn of a {}",
+            architecture.name()
+        );
+        return Err(Error::input(what).hint("this model cannot be a GGUF file"));
+    }
+    let mut written = kind_and_factor("yarn", factor);
+    written.push(original_length(original_max_position_embeddings));
+    written.push(number(YARN_BETAS[0], beta_fast));
+    written.push(number(YARN_BETAS[1], beta_slow));
+    let mut implied = yarn_attention_factor(factor, 0.0);
+    if of_mistral3 && attention_factor == 1.0 {
+        implied = 1.0;
+        written.push(number(YARN_LOG_MULTIPLIER, 1.0));
+    }
+    if (attention_factor / implied - 1.0).abs() > 1e-6 {
+        written.push(number(ATTENTION_FACTOR, attention_factor / implied));
+    }
+    Ok(written)
 }
 
 /// Refuses what llama.cpp knows better than its files.
@@ -311,7 +328,7 @@ pub fn rope_factors(spec: &ModelSpec) -> Vec<(&'static str, Vec<f32>)> {
     llama3_factors(spec).map(|factors| (ROPE_FACTORS, factors)).into_iter().collect()
 }
 
-/// By how much each frequency of Llama 3's scaling is divided; none for other models.
+/// The divisor of each frequency under Llama 3's scaling; none for other models.
 fn llama3_factors(spec: &ModelSpec) -> Option<Vec<f32>> {
     let rotary = spec.rotary.as_ref()?;
     let divisor = |pair: usize| {

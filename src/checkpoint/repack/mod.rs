@@ -7,20 +7,19 @@
 mod stream;
 mod summary;
 
-use std::collections::HashSet;
-
 use nibble_quant::{BlockFormat, FloatType, Floats, PackedWeight};
 use regex::Regex;
 
+use super::tensor_errors::{check_shape, unusable};
 use super::writer::{Announced, TABLE_BYTES};
-use super::{Checkpoint, CheckpointKind, DenseTensor, NOT_FINITE, StoredType, TensorInfo};
-use crate::error::{Error, Result, candle_text};
+use super::{Checkpoint, CheckpointKind, DenseTensor, StoredType, TensorInfo};
+use crate::error::{Error, Result};
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 pub use summary::{RoleSummary, WorstBlock};
 
 /// What to do with each tensor.
 pub struct Repack<'a> {
-    /// Where tensors come from.
+    /// The source of the tensors.
     pub checkpoint: &'a Checkpoint,
     /// What the model is.
     pub spec: &'a ModelSpec,
@@ -99,12 +98,7 @@ impl Repack<'_> {
         let stays = skipped || (self.copies_through() && !from_packed);
         let packed = (linear && !stays).then_some(format);
         let expected = tensor.shape_in_file(from_packed);
-        if info.shape != expected {
-            return Err(Error::other_weights(format_args!(
-                "tensor {} has shape {:?}, config.json implies {expected:?}",
-                info.name, info.shape
-            )));
-        }
+        check_shape(&info.name, &info.shape, &expected)?;
         let copied = from_packed && packed.is_some() && !self.reblock;
         let dtype = if copied { stored_type } else { self.dtype.unwrap_or(stored_type) };
         let shape = tensor.shape_in_file(packed.is_some());
@@ -133,11 +127,9 @@ impl Repack<'_> {
         Ok((elements.dtype(), format))
     }
 
-    /// Tensors of the source that the model has no use for.
-    pub fn left_out(&self, steps: &[Step]) -> Vec<&str> {
-        let used: HashSet<&str> = steps.iter().map(|step| step.name.as_str()).collect();
-        let names = self.checkpoint.tensors().iter().map(|info| info.name.as_str());
-        names.filter(|name| !used.contains(name)).collect()
+    /// Tensors of the source that are not in the output: the model has no use for them.
+    pub fn not_written(&self) -> Vec<&str> {
+        self.spec.not_in_inventory(self.checkpoint.names())
     }
 
     /// What a [`ShardWriter`](super::writer::ShardWriter) needs to know beforehand.
@@ -172,8 +164,4 @@ pub fn quantize(name: &str, dense: &DenseTensor, format: &BlockFormat) -> Result
         FloatType::Bf16 => PackedWeight::quantize(Floats::Bf16(&dense.elements()), shape, format),
     };
     packed.map_err(|e| unusable(name, &e))
-}
-
-fn unusable(name: &str, error: &candle_core::Error) -> Error {
-    Error::input(format_args!("tensor {name}: {}", candle_text(error))).hint(NOT_FINITE)
 }

@@ -3,13 +3,14 @@
 use std::collections::BTreeMap;
 use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 
-use nibble_quant::{FloatType, PackedWeight};
+use nibble_quant::PackedWeight;
 use rayon::prelude::*;
 
 use super::summary::{RoleSummary, Sums};
-use super::{Repack, Step, quantize, unusable};
+use super::{Repack, Step, quantize};
+use crate::checkpoint::tensor_errors::{not_finite, unusable};
 use crate::checkpoint::writer::{Contents, ShardWriter};
-use crate::checkpoint::{Checkpoint, DenseTensor, Elements, NOT_FINITE, Weight};
+use crate::checkpoint::{Checkpoint, DenseTensor, Elements, Weight};
 use crate::error::{Error, Result};
 use crate::model::spec::TensorRole;
 
@@ -36,7 +37,7 @@ struct Parcel<'a> {
 enum Owned {
     /// Blocks, and whether they lie in the source.
     Packed(PackedWeight, bool),
-    /// As it lies in the source.
+    /// A tensor as it lies in the source.
     Dense(DenseTensor),
     /// Converted elements, one piece after another.
     Pieces(Receiver<Result<Vec<u8>>>),
@@ -173,9 +174,7 @@ impl Repack<'_> {
             return Ok(taken.then_some(Change::Rounded(sums)));
         }
         if let Some(dense) = source.stored().filter(|dense| dense.dtype == step.dtype) {
-            if let Some(index) = dense.first_non_finite() {
-                return Err(not_finite(step, index, dense.to_f32_range(index..index + 1)[0]));
-            }
+            dense.check_finite(&step.name)?;
             return Ok(hand_over(Owned::Dense(dense.clone())).then_some(Change::Nothing));
         }
         let (pieces, receiver) = sync_channel(0);
@@ -259,9 +258,11 @@ fn convert(
         let first = range.start + task * TASK;
         let mut original = vec![0.0; bytes.len() / step.dtype.size()];
         source.read(first, &mut original);
-        let restored = round(&original, step.dtype, bytes);
+        step.dtype.round_into(&original, bytes);
+        let mut restored = vec![0.0; original.len()];
+        step.dtype.widen_into(bytes, &mut restored);
         match restored.iter().position(|value| !value.is_finite()) {
-            Some(index) => Err(not_finite(step, first + index, original[index])),
+            Some(index) => Err(unfit(step, first + index, original[index])),
             None if step.dtype == source.dtype() => Ok(Sums::default()),
             None => Ok(Sums::of(&original, &restored, DENSE_BLOCK, first / DENSE_BLOCK)),
         }
@@ -271,37 +272,12 @@ fn convert(
     Ok((bytes, sums))
 }
 
-/// Writes `values` as `dtype`; what they have become.
-fn round(values: &[f32], dtype: FloatType, bytes: &mut [u8]) -> Vec<f32> {
-    match dtype {
-        FloatType::F32 => {
-            bytes.copy_from_slice(bytemuck::cast_slice(values));
-            values.to_vec()
-        }
-        FloatType::Bf16 => {
-            let rounded: Vec<half::bf16> =
-                values.iter().map(|&v| half::bf16::from_f32(v)).collect();
-            bytes.copy_from_slice(bytemuck::cast_slice(&rounded));
-            rounded.into_iter().map(f32::from).collect()
-        }
-        FloatType::F16 => {
-            let rounded: Vec<half::f16> = values.iter().map(|&v| half::f16::from_f32(v)).collect();
-            bytes.copy_from_slice(bytemuck::cast_slice(&rounded));
-            rounded.into_iter().map(f32::from).collect()
-        }
+/// An error for an element that is not finite in the type of the step.
+fn unfit(step: &Step, index: usize, value: f32) -> Error {
+    if !value.is_finite() {
+        return not_finite(&step.name, &step.shape, index, value);
     }
-}
-
-fn not_finite(step: &Step, index: usize, value: f32) -> Error {
-    let name = &step.name;
-    if value.is_finite() {
-        let what = format_args!("tensor {name}: {value} does not fit {}", step.dtype.as_str());
-        return Error::input(what).hint("use `--dtype bfloat16`");
-    }
-    let columns = step.shape.last().copied().unwrap_or(1);
-    let place = match step.shape.len() {
-        2 => format!("element [{}, {}]", index / columns, index % columns),
-        _ => format!("element {index}"),
-    };
-    Error::input(format_args!("tensor {name}: {place} is {value}")).hint(NOT_FINITE)
+    let (name, dtype) = (&step.name, step.dtype.as_str());
+    Error::input(format_args!("tensor {name}: {value} does not fit {dtype}"))
+        .hint("use `--dtype bfloat16`")
 }

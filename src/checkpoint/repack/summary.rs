@@ -16,7 +16,7 @@ pub struct RoleSummary {
     pub bytes_before: usize,
     /// Bytes in the output.
     pub bytes_after: usize,
-    /// Of the tensors whose values changed.
+    /// Sums over the tensors whose values changed.
     sums: Sums,
     worst_tensor: String,
 }
@@ -24,7 +24,7 @@ pub struct RoleSummary {
 /// The block that lost most.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 pub struct WorstBlock<'a> {
-    /// Its tensor.
+    /// The tensor that it is in.
     pub tensor: &'a str,
     /// Number of the block in the flattened tensor.
     pub block: usize,
@@ -33,7 +33,7 @@ pub struct WorstBlock<'a> {
 }
 
 impl RoleSummary {
-    /// All figures.
+    /// The figures as a JSON object.
     pub fn to_json(&self) -> serde_json::Value {
         serde_json::json!({
             "tensors": self.tensors,
@@ -56,7 +56,7 @@ impl RoleSummary {
         self.sums.relative_rms()
     }
 
-    /// None if no value changed.
+    /// The block with the largest error; none if no value changed.
     pub fn worst_block(&self) -> Option<WorstBlock<'_>> {
         (self.sums.worst > 0.0).then_some(WorstBlock {
             tensor: &self.worst_tensor,
@@ -84,7 +84,7 @@ pub(super) struct Sums {
 }
 
 impl Sums {
-    /// Those of whole blocks, the first of which is number `first_block`.
+    /// Sums over whole blocks, the first of which is number `first_block`.
     pub(super) fn of(
         original: &[f32],
         restored: &[f32],

@@ -24,7 +24,7 @@ use crate::printed;
 /// `Input` when the file cannot be read as records at all, or, below the whole report, when training
 /// would stop.
 pub fn run(args: &DataArgs) -> Result<()> {
-    super::set_threads(args.threads)?;
+    super::threads::set(args.threads)?;
     let (template, adapter) = (args.format.chat_template.as_deref(), args.adapter.as_deref());
     let spec = spec(args)?;
     if let Some(adapter) = adapter {

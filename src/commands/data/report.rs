@@ -13,7 +13,7 @@ const LISTED: usize = 20;
 /// Columns of the longest bar.
 const BAR_COLUMNS: usize = 40;
 
-/// All of it.
+/// The whole report.
 pub fn render(
     path: &Path,
     audit: &Audit,
@@ -87,7 +87,7 @@ fn histogram(audit: &Audit) -> Vec<String> {
     lines
 }
 
-/// One line for each thing that may be wrong.
+/// Lines on what may be wrong, one for each thing.
 fn checks(audit: &Audit, options: &DataOptions, tokenizer: &ChatTokenizer) -> Vec<String> {
     let report = &audit.report;
     let check = |fine: &str, found: &str, lines: &[usize]| match lines.len() {

@@ -11,7 +11,7 @@ const GREEN: &str = "\x1b[32m";
 const DIM: &str = "\x1b[2m";
 const RESET: &str = "\x1b[0m";
 
-/// Each document under a line that says which it is.
+/// The documents, each under a line that says which it is.
 pub fn documents(
     files: &DataFiles,
     documents: &[Document],

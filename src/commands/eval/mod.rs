@@ -38,8 +38,8 @@ const LOGIT_ROWS: usize = 256;
 /// # Errors
 /// Whatever is wrong with flags, files or data.
 pub fn run(args: &EvalArgs) -> Result<()> {
-    super::set_threads(args.threads)?;
-    super::check_packing(&args.base)?;
+    super::threads::set(args.threads)?;
+    super::packing::check(&args.base)?;
     if args.predictions.is_some() && args.predictions == args.save_logits {
         let what = "`--predictions` and `--save-logits` name one file";
         return Err(Error::usage(what).hint("give each a name of its own"));
@@ -52,10 +52,10 @@ pub fn run(args: &EvalArgs) -> Result<()> {
 
 fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let checkpoint = Checkpoint::open(&args.base.model)?;
-    super::note_left_out(&checkpoint);
+    super::notes::image_tensors(&checkpoint);
     let spec = spec_from_config(checkpoint.config())?;
     check_stored(&checkpoint, &spec)?;
-    super::note_without_use(&checkpoint, &spec);
+    super::notes::unexpected_tensors(&checkpoint, &spec);
     kernels.check_model(&spec)?;
     let (dataset, tokenizer) = read_data(args, &spec)?;
     let predictions = args
@@ -65,7 +65,7 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     let predictions = predictions.transpose()?;
     let logits = args.save_logits.as_deref();
     let logits = logits.map(|path| SavedLogits::new(&dataset, path)).transpose()?;
-    super::note_packing(&args.base, checkpoint.kind());
+    super::notes::packing(&args.base, checkpoint.kind());
     let format = args.base.block_format();
     let adapter = args.adapter.as_deref();
     let (weights, adapter) = load_weights(&checkpoint, &spec, format.as_ref(), adapter)?;
@@ -83,12 +83,7 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     if merged {
         note_merged();
     }
-    let writes = args.save_logits.is_some() || args.predictions.is_some();
-    // Otherwise Ctrl-C ends the program, which leaves nothing behind.
-    let interrupt = if writes { Interrupt::install()? } else { Interrupt::default() };
-    // Made before anything is computed.
-    let new = |path: &Option<_>| path.as_deref().map(new_file).transpose();
-    let (logits_file, answers_file) = (new(&args.save_logits)?, new(&args.predictions)?);
+    let (interrupt, [logits_file, answers_file]) = prepare_files(args)?;
     let mut figures = |adapters| figures(&mut model, &batches, adapters, &interrupt);
     let base = (!merged).then(|| figures(false)).transpose()?;
     let adapted = args.adapter.is_some().then(|| figures(true)).transpose()?;
@@ -106,6 +101,15 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
         // The figures are there, whatever became of the files.
         Err(error) => print_result(args, base, adapted, None).and(Err(error)),
     }
+}
+
+/// The files for logits and answers, made before anything is computed, and what Ctrl-C does meanwhile.
+fn prepare_files(args: &EvalArgs) -> Result<(Interrupt, [Option<AtomicFile>; 2])> {
+    let writes = args.save_logits.is_some() || args.predictions.is_some();
+    // Otherwise Ctrl-C ends the program, which leaves nothing behind.
+    let interrupt = if writes { Interrupt::install()? } else { Interrupt::default() };
+    let new = |path: &Option<_>| path.as_deref().map(new_file).transpose();
+    Ok((interrupt, [new(&args.save_logits)?, new(&args.predictions)?]))
 }
 
 fn note_merged() {

@@ -3,9 +3,9 @@
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
-use indicatif::{ProgressBar, ProgressStyle};
 use serde_json::json;
 
+use super::super::progress_bar;
 use crate::checkpoint::atomic::AtomicFile;
 use crate::data::{ChatTokenizer, DataFiles, Dataset, Document};
 use crate::error::{Error, Message, Result};
@@ -18,9 +18,9 @@ use crate::train::interrupt::Interrupt;
 
 /// A document up to its last answer, and that.
 struct Question<'a> {
-    /// In its file.
+    /// The line in its file.
     line: usize,
-    /// Where there are several.
+    /// The file, where there are several.
     file: Option<&'a Path>,
     prompt: &'a [u32],
     label: &'a [u32],
@@ -90,7 +90,7 @@ impl<'a> Predictions<'a> {
         let context_tokens = self.context_tokens;
         let speaker = Speaker::new(tokenizer, &model.spec().eos_token_ids)?;
         let limits = Limits { max_new_tokens: self.max_new_tokens, context_tokens, prefill_tokens };
-        let bar = bar(self.questions.len());
+        let bar = progress_bar::over_count("answering", self.questions.len());
         let (mut right, mut cut) = (0, 0);
         for (answered, question) in self.questions.iter().enumerate() {
             let Question { line, file: source, prompt, label } = question;
@@ -174,13 +174,6 @@ impl Predicted {
             "cut": self.cut,
         })
     }
-}
-
-/// Answers that are made, on stderr if that is a terminal.
-fn bar(documents: usize) -> ProgressBar {
-    let template = "answering {bar:30} {pos}/{len}  {per_sec}  ETA {eta}";
-    let style = ProgressStyle::with_template(template).expect("the template is valid");
-    ProgressBar::new(documents as u64).with_style(style)
 }
 
 #[cfg(test)]

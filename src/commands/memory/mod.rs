@@ -14,7 +14,6 @@ use nibble_quant::FloatType;
 use serde_json::{Value, json};
 
 use crate::adapter::{Adapter, LoraConfig};
-use crate::allocator;
 use crate::checkpoint::atomic::write_file;
 use crate::checkpoint::{
     Checkpoint, PageCache, check_quantization, dtype_of, holds_weights, read_config,
@@ -40,6 +39,7 @@ use crate::plan::{
 use crate::plural::counted;
 use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
+use crate::system::allocator;
 use crate::train::backend::TrainingKernels;
 use full::FullFineTuning;
 use room::{ASSUMED_CONTEXT_BYTES, Room};
@@ -59,8 +59,8 @@ const LATER_BYTES: u64 = 6 << 20;
 /// `--measure` without weights or beside `--fit`, `Gpu` for `--measure` without the GPU.
 pub fn run(args: &MemoryArgs) -> Result<()> {
     check(args)?;
-    super::check_packing(&args.base)?;
-    super::set_threads(args.threads)?;
+    super::packing::check(&args.base)?;
+    super::threads::set(args.threads)?;
     let device = DeviceArgs { device: device::resolve(&args.device)?, ..args.device.clone() };
     let args = &MemoryArgs { device, ..args.clone() };
     let on_gpu = matches!(args.device.device, Device::Cuda(_));

@@ -18,11 +18,11 @@ use crate::train::progress::Progress;
 pub struct Prepared {
     /// Training data.
     pub feed: Feed,
-    /// Their fingerprint.
+    /// The fingerprint of the training data.
     pub training_sha256: String,
     /// Evaluation batches; may be empty.
     pub evaluation: Vec<Batch>,
-    /// That of the evaluation data.
+    /// The fingerprint of the evaluation data.
     pub evaluation_sha256: Option<String>,
     /// Tokens of the largest batch, evaluation included.
     pub largest_batch_tokens: usize,

@@ -7,7 +7,6 @@ use nibble_quant::FloatType;
 use super::Base;
 use super::data::Prepared;
 use crate::adapter::Adapter;
-use crate::allocator;
 use crate::byte_size::ByteSize;
 use crate::cli::lora::AdapterDtype;
 use crate::cli::train::TrainArgs;
@@ -18,6 +17,7 @@ use crate::model::spec::ModelSpec;
 use crate::plan::{
     Choice, Demand, Limit, Place, Settings, Strategy, SumOrder, WeightBytes, layout, logit_rows,
 };
+use crate::system::allocator;
 use crate::train::backend::TrainingKernels;
 use crate::train::progress::Progress;
 

@@ -49,11 +49,11 @@ use output::{Finished, Output};
 pub fn run(args: &TrainArgs) -> Result<()> {
     printed::outlive_reader();
     args.recipe()?;
-    super::set_threads(args.resources.threads)?;
+    super::threads::set(args.resources.threads)?;
     match args.output.resume {
         // A run from before sizes of blocks were refused goes on.
-        true => super::check_packed_as(&args.model)?,
-        false => super::check_packing(&args.model)?,
+        true => super::packing::check_packed_as(&args.model)?,
+        false => super::packing::check(&args.model)?,
     }
     let gpu = device::open(&args.device)?;
     device::check_dequantized_blocks(args.resources.dequantized_blocks, gpu.is_some())?;
@@ -88,15 +88,9 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let checkpoint = memory.checkpoint_bytes(&adapter, args) + base.brought.bytes();
     let offloaded = memory.offload_file_bytes(&base.spec);
     output.check_room(checkpoint, offloaded, &args.output, &progress)?;
-    let device = kernels.device();
-    let place = memory.account.outside.place;
+    let (device, place) = (kernels.device(), memory.account.outside.place);
     if place == Place::Cpu {
-        let hint = if !args.output.resume && device::would_be_faster_in_bf16(&args.device) {
-            "; `--bf16` is faster on this processor"
-        } else {
-            ""
-        };
-        progress.note(&format!("computing on {device}{hint}"));
+        note_processor(args, &device, &progress);
     }
     let kernels = kernels.keeping_on_host(memory.strategy.on_host);
     let parameters = base.parameters(&adapter);
@@ -131,6 +125,12 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let end = end.map_err(|error| checkpoints::with_survivor(error, &args.output.out))?;
     report(args, &end, predicted);
     Ok(())
+}
+
+fn note_processor(args: &TrainArgs, processor: &str, progress: &Progress) {
+    let faster = !args.output.resume && device::would_be_faster_in_bf16(&args.device);
+    let hint = if faster { "; `--bf16` is faster on this processor" } else { "" };
+    progress.note(&format!("computing on {processor}{hint}"));
 }
 
 /// What a user may not expect of the run.
@@ -176,7 +176,7 @@ struct Base {
     checkpoint: Checkpoint,
     spec: ModelSpec,
     tokenizer: ChatTokenizer,
-    /// What of it the adapter must bring.
+    /// The tokenizer's files that the adapter must bring.
     brought: TokenizerFiles,
     preview: Preview,
 }
@@ -191,10 +191,10 @@ impl Base {
             }
             false => error,
         })?;
-        crate::commands::note_left_out(&checkpoint);
+        super::notes::image_tensors(&checkpoint);
         let spec = spec_from_config(checkpoint.config())?;
         check_stored(&checkpoint, &spec)?;
-        crate::commands::note_without_use(&checkpoint, &spec);
+        super::notes::unexpected_tensors(&checkpoint, &spec);
         let template = args.data.format.chat_template.as_deref();
         let tokenizer = ChatTokenizer::open_for(model, template, begins_with);
         let tokenizer = tokenizer.map_err(|error| match error {
@@ -249,7 +249,7 @@ impl Base {
             }
         };
         adapter.base_model = Some(args.model.model.display().to_string());
-        adapter.base_is_part = self.checkpoint.left_out() > 0;
+        adapter.base_is_part = self.checkpoint.image_tensors() > 0;
         adapter.base_packing = self.checkpoint.kind().packing(args.model.block_format());
         Ok((adapter, origin))
     }

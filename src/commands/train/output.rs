@@ -1,40 +1,40 @@
 //! The output folder: empty, or that of the run to resume.
 
-use std::fs::{self, File};
+use std::fs;
 use std::path::{Path, PathBuf};
 
 use crate::adapter::TENSORS_FILE;
 use crate::byte_size::ByteSize;
-use crate::checkpoint::atomic;
+use crate::checkpoint::atomic::{self, Afterwards, Lock};
 use crate::cli::train::OutputArgs;
-use crate::disk;
 use crate::error::{Error, Result};
 use crate::report::{METRICS_FILE, metrics};
+use crate::system::disk;
 use crate::train::checkpoints::{self, Found};
 use crate::train::events::EndReason;
 use crate::train::progress::Progress;
 use crate::train::recipe::Recipe;
 use crate::train::settings::{SETTINGS_FILE, SettingsEcho, to_toml};
 
-/// Held while a run writes into the folder; also marks it as a run's.
+/// The file that is locked while a run writes into the folder; it also marks it as a run's.
 const LOCK_FILE: &str = ".nibble.lock";
 
 /// A folder that belongs to this run.
 pub struct Output {
     folder: PathBuf,
-    /// Where to continue.
+    /// The checkpoint to continue from.
     pub found: Option<Found>,
     /// Whether this run made the folder.
     is_new: bool,
-    /// Unlocked when dropped.
-    lock: Option<File>,
+    /// The folder's lock; none once the folder is given up.
+    lock: Option<Lock>,
 }
 
 /// A run that came to its end, for at least one of the two reasons.
 pub struct Finished {
-    /// Its last step.
+    /// The last step of the run.
     pub step: u64,
-    /// It was to make no more.
+    /// Whether it was to make no more steps.
     pub all_steps: bool,
     /// The evaluation loss had not fallen for too long.
     pub out_of_patience: bool,
@@ -45,9 +45,7 @@ impl Drop for Output {
     fn drop(&mut self) {
         if is_empty(&self.folder) {
             // What cannot be removed does no harm: `is_empty` passes over it.
-            let _ = fs::remove_file(self.folder.join(LOCK_FILE));
-            // On Windows a file that is removed may stay in its folder while it is open.
-            self.lock = None;
+            self.lock.take().into_iter().for_each(Lock::remove);
             if self.is_new {
                 let _ = fs::remove_dir(&self.folder);
             }
@@ -160,18 +158,13 @@ fn is_empty(folder: &Path) -> bool {
     }
 }
 
-fn lock(out: &Path) -> Result<File> {
+fn lock(out: &Path) -> Result<Lock> {
     let path = out.join(LOCK_FILE);
-    let file = File::create(&path).map_err(|e| Error::io("create", &path, e))?;
-    match file.try_lock() {
-        Ok(()) => Ok(file),
-        Err(fs::TryLockError::WouldBlock) => {
-            let what = format!("another process is training into {}", out.display());
-            Err(Error::usage(what).hint("wait for it, or choose another `--out`"))
-        }
-        // A file system without locks cannot tell.
-        Err(fs::TryLockError::Error(_)) => Ok(file),
-    }
+    let taken = Lock::take(path.clone(), Afterwards::Kept);
+    taken.map_err(|e| Error::io("create", &path, e))?.ok_or_else(|| {
+        let what = format!("another process is training into {}", out.display());
+        Error::usage(what).hint("wait for it, or choose another `--out`")
+    })
 }
 
 fn find(out: &Path, progress: &Progress) -> Result<Option<Found>> {

@@ -224,7 +224,7 @@ impl Bounded {
     }
 }
 
-/// Where an element of a list ends.
+/// A scan for the end of an element of a list.
 #[derive(Default)]
 struct Scan {
     depth: usize,

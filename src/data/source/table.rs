@@ -144,7 +144,7 @@ impl<'a> ParquetSource<'a> {
         Ok(Some(Raw { line: self.row, body: Ok(Body::Fields(fields)) }))
     }
 
-    /// In proportion to the rows.
+    /// Bytes that have been read, in proportion to the rows.
     pub fn bytes_read(&self) -> u64 {
         self.bytes * self.row as u64 / self.count.max(1)
     }

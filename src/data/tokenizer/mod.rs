@@ -33,13 +33,13 @@ pub struct ChatTokenizer {
     eos: Option<SpecialToken>,
     pad: Option<SpecialToken>,
     pub(super) unknown: Option<SpecialToken>,
-    /// All ids that end a generation; the first is `eos`.
+    /// The ids that end a generation; the first is `eos`.
     eos_ids: Vec<u32>,
     add_bos_token: bool,
     templates: Option<TemplateSources>,
-    /// Those of its files, and how many of `eos_ids` are.
+    /// The templates of the tokenizer's files, and how many of `eos_ids` are from there.
     own: (Option<TemplateSources>, usize),
-    /// Where these files are.
+    /// The folder or file that the tokenizer was read from.
     home: PathBuf,
 }
 
@@ -89,7 +89,7 @@ impl ChatTokenizer {
         Ok(tokenizer)
     }
 
-    /// The same for another adapter, without reading the files again that it has read.
+    /// The tokenizer for another adapter, without reading the files again that it has read.
     ///
     /// # Errors
     /// As there.
@@ -220,7 +220,7 @@ impl ChatTokenizer {
         Ok(())
     }
 
-    /// With a post-processor that puts the BOS in front, if the tokenizer wants one: transformers 5 reads
+    /// The tokenizer with a post-processor that puts the BOS in front, if it wants one: transformers 5 reads
     /// that, not `add_bos_token`, where there is a `tokenizer.json`. No text is encoded with it here.
     fn with_bos_in_front(&self) -> Result<Cow<'_, Tokenizer>> {
         let wanted = self.bos.as_ref().filter(|_| self.add_bos_token);
@@ -268,7 +268,7 @@ impl ChatTokenizer {
         self.pad.as_ref()
     }
 
-    /// All ids that end a generation.
+    /// The ids that end a generation.
     pub fn eos_ids(&self) -> &[u32] {
         &self.eos_ids
     }
@@ -311,7 +311,8 @@ impl ChatTokenizer {
         self.compile_template_at(unix_seconds_now())
     }
 
-    /// As [`compile_template`](ChatTokenizer::compile_template), with a clock that stands.
+    /// Compiles the template as [`compile_template`](ChatTokenizer::compile_template) does, with a clock that
+    /// stands.
     ///
     /// # Errors
     /// As there.
@@ -352,7 +353,7 @@ fn puts_in_front(tokenizer: &Tokenizer, bos: &SpecialToken) -> bool {
     processed.is_ok_and(|encoding| encoding.get_ids().first() == Some(&bos.id))
 }
 
-/// Where the tokenizer is that an adapter of `model` was trained with.
+/// The place of the tokenizer that an adapter of `model` was trained with.
 fn home<'a>(model: &'a Path, adapter: Option<&'a Path>) -> &'a Path {
     adapter.filter(|folder| folder.join("tokenizer.json").exists()).unwrap_or(model)
 }

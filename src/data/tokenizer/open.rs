@@ -15,31 +15,13 @@ use crate::data::template_sources::TemplateSources;
 use crate::error::{Error, Result, candle_text};
 
 impl ChatTokenizer {
-    /// Of a Hugging Face folder; `model` is that of the model, whose configs name ends of sequences, too.
+    /// The tokenizer of a Hugging Face folder; `model` is that of the model, whose configs name ends of
+    /// sequences, too.
     pub(super) fn from_folder(folder: &Path, model: &Path) -> Result<Self> {
-        let path = folder.join("tokenizer.json");
-        if !path.exists() {
-            let what = format!("{} has no tokenizer.json", folder.display());
-            return Err(Error::input(what).hint(
-                "save the tokenizer with transformers' `AutoTokenizer.from_pretrained(..).save_pretrained`",
-            ));
-        }
-        let mut tokenizer = read_tokenizer(&path).map_err(|reason| {
-            if let Some(pointer) = std::fs::read(&path).ok().and_then(|bytes| lfs_pointer(&bytes)) {
-                return pointer.at(path.display());
-            }
-            Error::input(format_args!("{}: {reason}", path.display()))
-                .hint("the file is damaged, or written by a newer `tokenizers` library")
-        })?;
-        // Fixed-length padding and truncation are for inference servers; here they corrupt data.
-        tokenizer.with_padding(None);
-        tokenizer
-            .with_truncation(None)
-            .map_err(|e| Error::input(format_args!("{}: {e}", path.display())))?;
+        let tokenizer = open_tokenizer(folder)?;
         let config = optional_json(&folder.join("tokenizer_config.json"))?;
-        let generation = optional_json(&model.join("generation_config.json"))?;
-        let model = optional_json(&model.join("config.json"))?;
         let map = optional_json(&folder.join("special_tokens_map.json"))?;
+        let of_model = model_ends(model)?;
         // What a file says is null is none.
         let named = |key: &str| [&config, &map].into_iter().find_map(|file| file.get(key));
         let special = |key: &str| {
@@ -47,9 +29,6 @@ impl ChatTokenizer {
             let id = tokenizer.token_to_id(&text)?;
             Some(SpecialToken { text, id })
         };
-        let of_model =
-            [&generation, &model].into_iter().flat_map(|file| ids(&file["eos_token_id"]));
-        let of_model: Vec<u32> = of_model.collect();
         // GPT-2's files leave it to transformers' class of the tokenizer.
         let by_id = |id: u32| Some(SpecialToken { text: tokenizer.id_to_token(id)?, id });
         let unnamed = of_model.first().filter(|_| named("eos_token").is_none());
@@ -61,27 +40,23 @@ impl ChatTokenizer {
             }
         }
         let bos = special("bos_token");
-        let templates = TemplateSources::of_folder(folder, &config)?;
-        let (pad, unknown) = (special("pad_token"), special("unk_token"));
         // As transformers 5, which does not read the setting: it stands in folders of older ones.
         let adds = bos.as_ref().is_some_and(|bos| puts_in_front(&tokenizer, bos));
-        let add_bos_token = adds || config["add_bos_token"] == true;
-        let (own, home) = ((None, 0), PathBuf::new());
         Ok(ChatTokenizer {
-            tokenizer,
             bos,
             eos,
-            pad,
-            unknown,
+            pad: special("pad_token"),
+            unknown: special("unk_token"),
             eos_ids,
-            add_bos_token,
-            templates,
-            own,
-            home,
+            add_bos_token: adds || config["add_bos_token"] == true,
+            templates: TemplateSources::of_folder(folder, &config)?,
+            own: (None, 0),
+            home: PathBuf::new(),
+            tokenizer,
         })
     }
 
-    /// Of a `.gguf` file.
+    /// The tokenizer of a `.gguf` file.
     pub(super) fn from_gguf(path: &Path) -> Result<Self> {
         let bytes = map_file(path)?;
         let damaged = |e: candle_core::Error| {
@@ -125,6 +100,39 @@ impl ChatTokenizer {
             tokenizer,
         })
     }
+}
+
+/// The tokenizer of `tokenizer.json` in `folder`.
+fn open_tokenizer(folder: &Path) -> Result<Tokenizer> {
+    let path = folder.join("tokenizer.json");
+    if !path.exists() {
+        let what = format!("{} has no tokenizer.json", folder.display());
+        return Err(Error::input(what).hint(
+            "save the tokenizer with transformers' `AutoTokenizer.from_pretrained(..).save_pretrained`",
+        ));
+    }
+    let mut tokenizer = read_tokenizer(&path).map_err(|reason| {
+        if let Some(pointer) = std::fs::read(&path).ok().and_then(|bytes| lfs_pointer(&bytes)) {
+            return pointer.at(path.display());
+        }
+        Error::input(format_args!("{}: {reason}", path.display()))
+            .hint("the file is damaged, or written by a newer `tokenizers` library")
+    })?;
+    // Fixed-length padding and truncation are for inference servers; here they corrupt data.
+    tokenizer.with_padding(None);
+    tokenizer
+        .with_truncation(None)
+        .map_err(|e| Error::input(format_args!("{}: {e}", path.display())))?;
+    Ok(tokenizer)
+}
+
+/// Ends of sequences that the configs of the model in `folder` name, in transformers' order.
+fn model_ends(folder: &Path) -> Result<Vec<u32>> {
+    let mut ends = Vec::new();
+    for file in ["generation_config.json", "config.json"] {
+        ends.extend(ids(&optional_json(&folder.join(file))?["eos_token_id"]));
+    }
+    Ok(ends)
 }
 
 fn optional_json(path: &Path) -> Result<Value> {

@@ -14,8 +14,8 @@ use memmap2::{MmapOptions, MmapRaw};
 use super::Cpu;
 use crate::error::{Error, Result};
 use crate::kernels::{PlannedMemory, Residency, Untaken};
-use crate::pages;
 use crate::plan::{MemoryPlan, Region, RegionId};
+use crate::system::pages;
 
 /// The memory of a plan.
 pub struct Arena {

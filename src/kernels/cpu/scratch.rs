@@ -6,9 +6,9 @@
 use std::fs::File;
 use std::path::Path;
 
-use crate::disk;
 use crate::error::{Error, Result};
 use crate::plan::{MemoryPlan, Region};
+use crate::system::disk;
 
 /// The file, and where each region begins in it.
 pub struct Scratch {

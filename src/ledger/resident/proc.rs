@@ -4,7 +4,7 @@
 use std::fs;
 use std::io::{Read, Seek, SeekFrom};
 
-use crate::pages::page_bytes;
+use crate::system::pages::page_bytes;
 
 /// Bytes in memory now.
 pub fn now_bytes() -> u64 {

@@ -12,22 +12,30 @@ use crate::error::Result;
 use crate::model::rotary::rotary_from_config;
 use crate::model::spec::{Activation, Family, ModelSpec};
 
-pub(super) fn gemma(fields: &Fields, family: Family) -> Result<ModelSpec> {
-    let defaults: &[_] = match family {
-        Family::Gemma => &[("vocab_size", 256_000), ("max_position_embeddings", 8192)],
-        Family::Gemma2 => &[
-            ("vocab_size", 256_000),
-            ("num_attention_heads", 8),
-            ("num_key_value_heads", 4),
-            ("max_position_embeddings", 8192),
-        ],
-        _ => &[
-            ("vocab_size", 262_208),
-            ("num_attention_heads", 8),
-            ("num_key_value_heads", 4),
-            ("max_position_embeddings", 131_072),
-        ],
-    };
+type Defaults = &'static [(&'static str, i64)];
+
+const GEMMA: Defaults = &[("vocab_size", 256_000), ("max_position_embeddings", 8192)];
+
+const GEMMA2: Defaults = &[
+    ("vocab_size", 256_000),
+    ("num_attention_heads", 8),
+    ("num_key_value_heads", 4),
+    ("max_position_embeddings", 8192),
+];
+
+const GEMMA3: Defaults = &[
+    ("vocab_size", 262_208),
+    ("num_attention_heads", 8),
+    ("num_key_value_heads", 4),
+    ("max_position_embeddings", 131_072),
+];
+
+pub(super) fn gemma(fields: &Fields) -> Result<ModelSpec> {
+    any_gemma(fields, Family::Gemma, GEMMA)
+}
+
+/// What all three have in common; `defaults` holds where the config is silent.
+fn any_gemma(fields: &Fields, family: Family, defaults: Defaults) -> Result<ModelSpec> {
     let config = fields.with_defaults([("head_dim", 256)].iter().chain(defaults).copied());
     let fields = &Fields(&config);
     for key in ["hidden_activation", "hidden_act"] {
@@ -53,7 +61,7 @@ fn rounded(scale: f32, fields: &Fields) -> f32 {
 }
 
 pub(super) fn gemma2(fields: &Fields) -> Result<ModelSpec> {
-    let mut spec = gemma(fields, Family::Gemma2)?;
+    let mut spec = any_gemma(fields, Family::Gemma2, GEMMA2)?;
     spec.windows = gemma_windows(fields, spec.num_layers, 2)?;
     later_gemma(fields, &mut spec, [Some(50.0), Some(30.0)])?;
     Ok(spec)
@@ -84,7 +92,7 @@ pub(super) fn gemma3(fields: &Fields) -> Result<ModelSpec> {
     let local = json!({
         "rope_theta": theta, "rope_parameters": local, "max_position_embeddings": longest,
     });
-    let mut spec = gemma(&Fields(&config), Family::Gemma3)?;
+    let mut spec = any_gemma(&Fields(&config), Family::Gemma3, GEMMA3)?;
     whole_heads(&local)?;
     spec.local_rotary = Some(rotary_from_config(&local)?);
     spec.qk_norm = true;

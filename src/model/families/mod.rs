@@ -63,7 +63,7 @@ fn read_spec(fields: &Fields) -> Result<ModelSpec> {
         Family::Qwen2 => qwen2(fields)?,
         Family::Qwen3 => qwen3(fields)?,
         Family::SmolLm3 => smollm3(fields)?,
-        Family::Gemma => gemma(fields, family)?,
+        Family::Gemma => gemma(fields)?,
         Family::Gemma2 => gemma2(fields)?,
         Family::Gemma3 => gemma3(fields)?,
         Family::Phi3 => phi3(fields)?,

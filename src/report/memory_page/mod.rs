@@ -17,9 +17,9 @@ use timeline::{Timeline, timeline};
 pub(super) const FIGURES: &str = include_str!("figures.html");
 /// What every page of `nibble memory` has in its first [`MARK_WITHIN`] bytes.
 pub const MARK: &str = "<!-- nibble memory -->";
-/// The same, and a line before it.
+/// Bytes at the beginning of such a page that hold the mark and a line before it.
 pub const MARK_WITHIN: usize = 64;
-/// Of a bar of something that is there, in percent.
+/// The narrowest bar of something that is there, in percent.
 const NARROWEST_BAR: f64 = 0.3;
 
 /// What the page is about.

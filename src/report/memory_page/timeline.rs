@@ -31,7 +31,7 @@ pub(super) struct Timeline {
     seconds: String,
 }
 
-/// None where nothing was measured.
+/// The chart of what was measured over time; none where nothing was.
 pub(super) fn timeline(account: &Account) -> Option<Timeline> {
     let moments = &account.record.moments;
     let last = moments.last()?.seconds.max(1e-3);
@@ -62,7 +62,8 @@ pub(super) fn timeline(account: &Account) -> Option<Timeline> {
     })
 }
 
-/// One or three quarters of a power of two: the smaller one that is no less than `bytes`.
+/// The smallest number that is no less than `bytes`, of those that are one or three quarters of a power of
+/// two.
 fn round_up(bytes: u64) -> u64 {
     let power = bytes.max(1).next_power_of_two();
     if power - power / 4 >= bytes { power - power / 4 } else { power }

@@ -39,7 +39,7 @@ pub struct Frame<'a> {
 
 /// A vertical line with a name.
 pub struct Mark {
-    /// Where it is.
+    /// The step of the point.
     pub step: f64,
     /// What is left out where there is no room: `epoch ` of `epoch 3`.
     pub kind: &'static str,
@@ -99,7 +99,7 @@ const MOST_POINTS: usize = 600;
 /// Up to this many points are marked.
 const MOST_DOTS: usize = 40;
 const COLUMNS: f64 = 5.0;
-/// In percent: behind it there is no room for a name.
+/// The share of the width, in percent, behind which there is no room for a name.
 const LAST_TENTH: f64 = 90.0;
 
 /// Places `series` in `frame`; `None` when there is nothing to draw.
@@ -187,7 +187,7 @@ struct Logarithmic {
     rows: Vec<f64>,
 }
 
-/// None where it is not wanted, or nothing is above 0.
+/// The logarithmic axis; none where it is not wanted, or nothing is above 0.
 fn logarithmic(values: impl Iterator<Item = f64>, frame: &Frame) -> Option<Logarithmic> {
     let (low, high) = range(values.filter(|&value| value > 0.0));
     let wanted = frame.logarithmic && low.is_finite();
@@ -210,7 +210,7 @@ impl Logarithmic {
     }
 }
 
-/// For those who cannot see the chart.
+/// The chart in words, for those who cannot see it.
 fn describe(series: &[Series], frame: &Frame) -> String {
     let ends = |line: &Series| {
         let (first, last) = (line.points.first()?, line.points.last()?);

@@ -13,7 +13,7 @@ use crate::train::events::{EvalEvent, OutOfMemoryEvent, SampleEvent, SaveEvent};
 /// Rows of a table, and answers to a prompt, that are shown; a few more that matter may come with them.
 const MOST_ROWS: usize = 200;
 
-/// One prompt and its answers in the course of the run.
+/// A prompt and its answers in the course of the run.
 #[derive(Serialize)]
 pub struct Prompt {
     text: String,
@@ -38,7 +38,7 @@ pub struct Memory {
     figures: Figures,
     /// The process from step to step.
     chart: Option<Chart>,
-    /// Where memory ran short, in words.
+    /// What is said of memory that ran short.
     short: Vec<String>,
 }
 

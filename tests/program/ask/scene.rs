@@ -120,7 +120,7 @@ pub fn write_rows(place: &Workplace, name: &str, rows: &[Vec<u64>]) {
     fs::write(place.path(name), lines.join("\n")).unwrap();
 }
 
-/// All logits of `rows`.
+/// The logits of `rows`.
 pub fn logits(place: &Workplace, model: &str, rows: &[Vec<u64>], flags: &[&str]) -> Logits {
     write_rows(place, "rows.jsonl", rows);
     // What the comparison before left, which is not replaced.

@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Output};
+use std::process::Command;
 
 use nibble::adapter::{Adapter, LoraTarget, PeftAdapter};
 use nibble::checkpoint::{Checkpoint, Weight};
@@ -17,6 +17,8 @@ use nibble_quant::BlockFormat;
 use safetensors::SafeTensors;
 use tempfile::TempDir;
 
+use crate::training::{self, refused, stdout, succeed};
+
 pub fn data(path: &str) -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data").join(path)
 }
@@ -25,24 +27,13 @@ pub fn model_of(case: &str) -> PathBuf {
     data("models").join(case.split('.').next().unwrap())
 }
 
-pub fn nibble(arguments: &[&str]) -> Output {
-    Command::new(env!("CARGO_BIN_EXE_nibble")).args(arguments).output().unwrap()
+pub fn nibble(arguments: &[&str]) -> Command {
+    training::nibble(env!("CARGO_MANIFEST_DIR"), arguments)
 }
 
 /// Runs the command, which must succeed; standard output.
 pub fn run(arguments: &[&str]) -> String {
-    let output = nibble(arguments);
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "nibble {arguments:?}: {errors}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-/// Runs the command, which must fail with this exit code; standard error.
-pub fn fail(code: i32, arguments: &[&str]) -> String {
-    let output = nibble(arguments);
-    let errors = String::from_utf8(output.stderr).unwrap();
-    assert_eq!(output.status.code(), Some(code), "{errors}");
-    errors
+    stdout(&succeed(nibble(arguments)))
 }
 
 pub fn text(path: &Path) -> &str {
@@ -78,9 +69,9 @@ impl Merge {
         (Checkpoint::open(&out).unwrap(), report)
     }
 
-    pub fn fail(&self, code: i32, more: &[&str]) -> String {
+    pub fn refused(&self, code: i32, more: &[&str]) -> String {
         let out = self.path("refused");
-        let errors = fail(code, &self.arguments(&out, more));
+        let errors = refused(code, nibble(&self.arguments(&out, more)));
         assert!(!out.exists(), "something was written");
         errors
     }
@@ -90,7 +81,7 @@ impl Merge {
         self.packed(&[])
     }
 
-    /// The same with flags that say how.
+    /// Quantizes the base into a folder, with flags that say how, and takes that as the model.
     pub fn packed(mut self, how: &[&str]) -> Self {
         let folder = self.path("base-4bit");
         let base = ["quantize", "--model", text(&self.model), "--out", text(&folder)];

@@ -16,7 +16,7 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// Its elements; they must be floats.
+    /// The elements of the tensor; they must be floats.
     pub fn values(&self) -> Vec<f32> {
         let pairs = || self.data.chunks_exact(2).map(|pair| [pair[0], pair[1]]);
         match self.dtype {

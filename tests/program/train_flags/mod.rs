@@ -13,7 +13,7 @@ use clap::{Arg, CommandFactory};
 use nibble::cli::Cli;
 use runs::Runs;
 
-/// Where the tests of the flags are.
+/// The files that the tests of the flags are in.
 const SOURCES: [&str; 5] = [
     include_str!("adapter.rs"),
     include_str!("data.rs"),

@@ -35,7 +35,7 @@ impl Runs {
         self.nibble_into(&self.next_out(), arguments)
     }
 
-    /// The same into a folder of its own.
+    /// Runs the command into a folder of its own.
     pub fn nibble_into(&self, out: &str, arguments: &[&str]) -> Run<'_> {
         let mut command = self.place.nibble(&["train", "--out", out]);
         command.args(arguments);
@@ -69,7 +69,7 @@ pub fn arguments(flags: &str) -> Vec<String> {
 pub struct Run<'a> {
     place: &'a Workplace,
     pub out: String,
-    /// Its standard error.
+    /// What the run said on standard error.
     pub said: String,
 }
 
@@ -82,7 +82,7 @@ impl Run<'_> {
         events.filter(|event| event["event"] == kind).collect()
     }
 
-    /// One number of each event of a kind.
+    /// The number `name` of each event of a kind.
     pub fn numbers(&self, kind: &str, name: &str) -> Vec<f64> {
         self.events(kind).iter().map(|event| event[name].as_f64().unwrap()).collect()
     }
@@ -146,7 +146,7 @@ pub struct Tensor {
     pub values: Vec<f32>,
 }
 
-/// Those tensors whose name holds `part`.
+/// The tensors whose name holds `part`.
 pub fn only(tensors: Tensors, part: &str) -> Tensors {
     tensors.into_iter().filter(|(name, _)| name.contains(part)).collect()
 }

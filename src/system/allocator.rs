@@ -3,7 +3,7 @@
 
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// From this size on a block of memory is a mapping of its own, which ends when it is freed.
+/// Bytes from which on a block of memory is a mapping of its own, which ends when it is freed.
 #[cfg(all(target_os = "linux", target_env = "gnu"))]
 const MAPPED_BYTES: libc::c_int = 128 << 10;
 
