@@ -26,7 +26,8 @@ pub struct Buffers<'a> {
 
 impl<'a> From<OptimizerView<'a, Cpu>> for Buffers<'a> {
     fn from(view: OptimizerView<'a, Cpu>) -> Self {
-        let OptimizerView { master, gradients, first_moment, second_moment, working, .. } = view;
+        let OptimizerView { master, gradients, moments: [first, second], working, .. } = view;
+        let (first_moment, second_moment) = (&mut *first.floats, &mut *second.floats);
         let working = working.map(|working| &mut **working);
         Buffers { master, gradients, first_moment, second_moment, working }
     }

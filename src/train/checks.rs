@@ -7,7 +7,8 @@ use super::trainee::Trainee;
 use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::ledger::{self, Phase};
-use crate::model::parameters::{Matrix, ParameterTensor, Part};
+use crate::model::parameters::{Matrix, ParameterTensor};
+use crate::plan::AdapterRegion;
 
 /// Tokens that the base and the adapted model are compared on.
 const PROBE_TOKENS: usize = 64;
@@ -114,7 +115,7 @@ impl FirstSteps {
         let mut dead = Vec::new();
         for tensor in &tensors {
             let alive = |gradients: &[f32]| gradients.iter().any(|&gradient| gradient != 0.0);
-            if !model.any_piece(Part::Gradients, tensor.range.clone(), alive)? {
+            if !model.any_piece(AdapterRegion::Gradients, tensor.range.clone(), alive)? {
                 dead.push(tensor);
             }
         }
@@ -166,7 +167,7 @@ fn of<M: Trainee>(model: &M, matrix: Matrix) -> Vec<ParameterTensor> {
 fn sums<M: Trainee>(model: &M) -> Result<Vec<u64>> {
     let sum = |tensor: &ParameterTensor| {
         let (mut first, mut second) = (0u64, 0u64);
-        model.any_piece(Part::Master, tensor.range.clone(), |values| {
+        model.any_piece(AdapterRegion::Master, tensor.range.clone(), |values| {
             for value in values {
                 first = first.wrapping_add(u64::from(value.to_bits()));
                 second = second.wrapping_add(first);

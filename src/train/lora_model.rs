@@ -17,8 +17,8 @@ use crate::error::Result;
 use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::Account;
 use crate::model::Model;
-use crate::model::parameters::{ParameterTensor, Part};
-use crate::plan::{self, MomentLayout, Place, Settings, SumOrder};
+use crate::model::parameters::ParameterTensor;
+use crate::plan::{self, AdapterRegion, MomentLayout, Place, Settings, SumOrder};
 
 /// A model in training and what its adapter's files say.
 pub struct LoraModel<K: TrainingKernels = Cpu> {
@@ -151,12 +151,12 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
         parameters.kernels().clone().update(parameters, update)
     }
 
-    fn values(&self, part: Part, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
-        self.model().parameters().words_of(part, words)
+    fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        self.model().parameters().words_of(region, words)
     }
 
-    fn set_values(&mut self, part: Part, first: usize, values: &[f32]) {
-        self.model_mut().parameters_mut().set_words(part, first, values);
+    fn set_values(&mut self, region: AdapterRegion, first: usize, values: &[f32]) {
+        self.model_mut().parameters_mut().set_words(region, first, values);
     }
 
     fn refresh_working(&mut self) {

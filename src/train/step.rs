@@ -5,7 +5,8 @@ use super::trainee::Trainee;
 use crate::adapter::LoraPlus;
 use crate::data::Batch;
 use crate::error::{Error, Result};
-use crate::model::parameters::{Matrix, ParameterTensor, Part};
+use crate::model::parameters::{Matrix, ParameterTensor};
+use crate::plan::AdapterRegion;
 
 /// Gradients of one window, summed up.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -87,14 +88,15 @@ fn find_bad_gradient<M: Trainee>(model: &mut M, window: &[Batch], first: u64) ->
 fn not_finite<M: Trainee>(model: &mut M, what: &str, place: &str) -> Error {
     let tensors = model.tensors().to_vec();
     let activation = model.first_bad_activation();
-    let first = |part| {
+    let first = |region| {
         let bad = |tensor: &&ParameterTensor| {
             let bad = |values: &[f32]| values.iter().any(|value| !value.is_finite());
-            model.any_piece(part, tensor.range.clone(), bad).unwrap_or(false)
+            model.any_piece(region, tensor.range.clone(), bad).unwrap_or(false)
         };
         tensors.iter().find(bad).map(|tensor| tensor.name.as_str())
     };
-    let culprit = match (first(Part::Master), activation, first(Part::Gradients)) {
+    let culprit = match (first(AdapterRegion::Master), activation, first(AdapterRegion::Gradients))
+    {
         (Some(name), ..) => format!("; weight {name} is not finite"),
         (None, Some(activation), _) => format!("; the first bad values are in {activation}"),
         (None, None, Some(name)) => format!("; the first bad gradient is that of {name}"),

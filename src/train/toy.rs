@@ -19,8 +19,8 @@ use super::trainee::{Shrunk, Trainee};
 use crate::adapter::LoraPlus;
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
-use crate::model::parameters::{Matrix, ParameterTensor, Part};
-use crate::plan::{MomentLayout, Optim, Settings, SumOrder};
+use crate::model::parameters::{Matrix, ParameterTensor};
+use crate::plan::{AdapterRegion, MomentLayout, Optim, Settings, SumOrder};
 use crate::random::Stream;
 
 const D: usize = 6;
@@ -214,24 +214,24 @@ impl Trainee for Toy {
         Ok(())
     }
 
-    fn values(&self, part: Part, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
-        let buffer = match part {
-            Part::Master => &self.master[..],
-            Part::Gradients => &self.gradients,
-            Part::FirstMoment => &self.first_moment,
-            Part::SecondMoment => &self.second_moment,
+    fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        let buffer = match region {
+            AdapterRegion::Master => &self.master[..],
+            AdapterRegion::Gradients => &self.gradients,
+            AdapterRegion::FirstMoment => &self.first_moment,
+            AdapterRegion::SecondMoment => &self.second_moment,
             _ => &[][..],
         };
         Ok(Cow::Borrowed(&buffer[words]))
     }
 
-    fn set_values(&mut self, part: Part, first: usize, values: &[f32]) {
+    fn set_values(&mut self, region: AdapterRegion, first: usize, values: &[f32]) {
         let buffers = self.buffers();
-        let buffer: &mut [f32] = match part {
-            Part::Master => buffers.master,
-            Part::Gradients => buffers.gradients,
-            Part::FirstMoment => buffers.first_moment,
-            Part::SecondMoment => buffers.second_moment,
+        let buffer: &mut [f32] = match region {
+            AdapterRegion::Master => buffers.master,
+            AdapterRegion::Gradients => buffers.gradients,
+            AdapterRegion::FirstMoment => buffers.first_moment,
+            AdapterRegion::SecondMoment => buffers.second_moment,
             _ => &mut [],
         };
         buffer[first..first + values.len()].copy_from_slice(values);

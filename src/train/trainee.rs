@@ -9,8 +9,8 @@ use crate::checkpoint::tensor_file::{PIECE_BYTES, pieces};
 use crate::data::Batch;
 use crate::error::Result;
 use crate::ledger::rows::Account;
-use crate::model::parameters::{ParameterTensor, Part};
-use crate::plan::{MomentLayout, SumOrder};
+use crate::model::parameters::ParameterTensor;
+use crate::plan::{AdapterRegion, MomentLayout, SumOrder};
 
 /// What is smaller since memory ran short.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -57,7 +57,7 @@ pub trait Trainee {
     ///
     /// # Errors
     /// `Budget` where the host has no memory for a copy, or those of the backend.
-    fn values(&self, part: Part, words: Range<usize>) -> Result<Cow<'_, [f32]>>;
+    fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>>;
 
     /// Shows words of one of the flat buffers to `found`, piece by piece, until it says yes; whether it
     /// did.
@@ -66,12 +66,12 @@ pub trait Trainee {
     /// Those of [`values`](Trainee::values).
     fn any_piece(
         &self,
-        part: Part,
+        region: AdapterRegion,
         words: Range<usize>,
         mut found: impl FnMut(&[f32]) -> bool,
     ) -> Result<bool> {
         for piece in pieces(words, PIECE_BYTES / size_of::<f32>()) {
-            if found(&self.values(part, piece)?) {
+            if found(&self.values(region, piece)?) {
                 return Ok(true);
             }
         }
@@ -79,7 +79,7 @@ pub trait Trainee {
     }
 
     /// Overwrites words of one of the flat buffers from `first` on.
-    fn set_values(&mut self, part: Part, first: usize, values: &[f32]);
+    fn set_values(&mut self, region: AdapterRegion, first: usize, values: &[f32]);
 
     /// Makes what the forward pass reads of the master, once that was overwritten.
     fn refresh_working(&mut self);

@@ -8,10 +8,9 @@ use nibble::data::Batch;
 use nibble::kernels::cuda::Cuda;
 use nibble::model::Model;
 use nibble::model::families::spec_from_config;
-use nibble::model::parameters::Part;
 use nibble::model::streaming::Streaming;
 use nibble::model::weights::Weights;
-use nibble::plan::{Policy, Settings};
+use nibble::plan::{AdapterRegion, Policy, Settings};
 
 use crate::device::Device;
 use crate::emulated::Copies;
@@ -77,7 +76,7 @@ fn step(model: &mut Model<Gpu>, batch: &Batch) -> (u64, Vec<u32>) {
     let loss = model.forward_backward(batch, 1.0, 0).unwrap();
     let after = counts(model);
     assert_eq!((after.allocations, after.waits), (before.allocations, before.waits + 1));
-    let gradients = model.parameters().values(Part::Gradients).unwrap();
+    let gradients = model.parameters().values(AdapterRegion::Gradients).unwrap();
     (loss.to_bits(), gradients.iter().map(|x| x.to_bits()).collect())
 }
 

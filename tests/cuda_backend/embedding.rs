@@ -5,9 +5,8 @@ use nibble::data::Batch;
 use nibble::kernels::cuda::Cuda;
 use nibble::kernels::{Kernels, Storage};
 use nibble::model::Model;
-use nibble::model::parameters::Part;
 use nibble::model::spec::ModelSpec;
-use nibble::plan::{OnHost, Place, Policy, Settings, WeightBytes, WeightParts};
+use nibble::plan::{AdapterRegion, OnHost, Place, Policy, Settings, WeightBytes, WeightParts};
 use nibble_quant::{BlockFormat, FloatType};
 
 use crate::device::Device;
@@ -31,7 +30,7 @@ fn keeping(gpu: Gpu, what: OnHost, case: &Case, format: Option<BlockFormat>) -> 
 fn step(model: &mut Model<Gpu>, batch: &Batch) -> (f64, Vec<f32>) {
     model.parameters_mut().zero_gradients();
     let loss = model.forward_backward(batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
-    (loss, model.parameters().values(Part::Gradients).unwrap().into_owned())
+    (loss, model.parameters().values(AdapterRegion::Gradients).unwrap().into_owned())
 }
 
 fn batch(case: &Case) -> Batch {

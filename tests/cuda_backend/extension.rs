@@ -3,9 +3,8 @@
 use nibble::adapter::{Adapter, LoraConfig, LoraTarget};
 use nibble::checkpoint::Checkpoint;
 use nibble::model::Model;
-use nibble::model::parameters::Part;
 use nibble::model::weights::Weights;
-use nibble::plan::{Policy, Settings};
+use nibble::plan::{AdapterRegion, Policy, Settings};
 
 use super::emulator::PTX;
 use super::golden::{CASES, Case};
@@ -38,7 +37,7 @@ fn step(gpu: &Gpu, case: &Case, adapter: &Adapter, plan: Settings) -> (f64, Vec<
     let mut model = model(gpu, case, Some(nf4(true)), None, plan);
     model.parameters_mut().load(adapter);
     let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
-    (loss, model.parameters().values(Part::Gradients).unwrap().into_owned())
+    (loss, model.parameters().values(AdapterRegion::Gradients).unwrap().into_owned())
 }
 
 fn plan(case: &Case, adapter: &Adapter, policies: &[Policy]) -> Settings {

@@ -33,9 +33,8 @@ use nibble::checkpoint::Checkpoint;
 use nibble::data::Batch;
 use nibble::kernels::cuda::Cuda;
 use nibble::model::Model;
-use nibble::model::parameters::Part;
 use nibble::model::weights::Weights;
-use nibble::plan::{Optim, Policy, Settings};
+use nibble::plan::{AdapterRegion, Optim, Policy, Settings};
 use nibble::train::adamw::AdamW;
 use nibble::train::backend::{TrainingKernels, Update};
 use nibble::train::clip;
@@ -144,7 +143,7 @@ fn check_gradients(gpu: &Gpu, case: &Case, tag: &str, quantization: Option<Block
         let expected = f64::from(lora.f32(&format!("{tag}.loss"))[0]);
         let error = (loss / batch.num_targets() as f64 / expected - 1.0).abs();
         assert!(error < 5e-3, "{} {tag}: loss is off by {error:e}", case.name);
-        let gradients = model.parameters().values(Part::Gradients).unwrap();
+        let gradients = model.parameters().values(AdapterRegion::Gradients).unwrap();
         assert!(!model.parameters().tensors().is_empty());
         for tensor in model.parameters().tensors() {
             let expected = lora.f32(&format!("{tag}.grad.{}", tensor.name));
@@ -190,7 +189,7 @@ fn policies_give_the_same_bits_and_the_working_copy_is_what_is_read() {
             model = model.drawing(with_dropout(probability, 7));
         }
         let loss = model.forward_backward(&batch, scale, 3).unwrap();
-        (loss.to_bits(), model.parameters().values(Part::Gradients).unwrap().into_owned())
+        (loss.to_bits(), model.parameters().values(AdapterRegion::Gradients).unwrap().into_owned())
     };
     let losses = [None, Some(0.3)].map(|dropped| {
         let kept = run(&[Policy::Keep], true, dropped, None);
@@ -239,7 +238,7 @@ fn dropout_masks_what_the_cpu_masks() {
         host.forward_backward(&batch, scale, 5).unwrap(),
     ];
     assert!((losses[0] / losses[1] - 1.0).abs() < 5e-3, "{losses:?}");
-    let gradients = device.parameters().values(Part::Gradients).unwrap();
+    let gradients = device.parameters().values(AdapterRegion::Gradients).unwrap();
     for tensor in host.parameters().tensors() {
         let expected = &host.parameters().gradients()[tensor.range.clone()];
         let error = error_in_norm(&gradients[tensor.range.clone()], expected);

@@ -2,8 +2,7 @@
 
 use nibble::kernels::cuda::Cuda;
 use nibble::kernels::cuda::driver::Driver;
-use nibble::model::parameters::Part;
-use nibble::plan::Policy;
+use nibble::plan::{AdapterRegion, Policy};
 
 use crate::device::Device;
 use crate::emulated::Copies;
@@ -32,7 +31,7 @@ fn streamed_weights_give_the_bits_of_resident_ones() {
             losses.push(model.forward_backward(&batch, scale, step).unwrap().to_bits());
             losses.push(model.evaluate(&batch).unwrap().to_bits());
         }
-        let gradients = model.parameters().values(Part::Gradients).unwrap().into_owned();
+        let gradients = model.parameters().values(AdapterRegion::Gradients).unwrap().into_owned();
         Some(((losses, gradients), taken))
     };
     let mixed = [Keep, Checkpoint, Offload, Offload, Checkpoint, Keep, Offload];

@@ -13,8 +13,8 @@ use nibble::adapter::LoraPlus;
 use nibble::data::{Batch, Document};
 use nibble::kernels::cpu::Cpu;
 use nibble::model::Model;
-use nibble::model::parameters::{ParameterTensor, Part};
-use nibble::plan::{MomentLayout, Policy};
+use nibble::model::parameters::ParameterTensor;
+use nibble::plan::{AdapterRegion, MomentLayout, Policy};
 use nibble::train::adamw::AdamW;
 use nibble::train::backend::{TrainingKernels, Update};
 use nibble::train::clip;
@@ -52,11 +52,11 @@ impl Trainee for Bare {
     fn update(&mut self, update: &Update) -> Result<()> {
         Cpu::default().update(self.0.parameters_mut(), update)
     }
-    fn values(&self, part: Part, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
-        self.0.parameters().words_of(part, words)
+    fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        self.0.parameters().words_of(region, words)
     }
-    fn set_values(&mut self, part: Part, first: usize, values: &[f32]) {
-        self.0.parameters_mut().set_words(part, first, values);
+    fn set_values(&mut self, region: AdapterRegion, first: usize, values: &[f32]) {
+        self.0.parameters_mut().set_words(region, first, values);
     }
     fn refresh_working(&mut self) {
         self.0.parameters_mut().refresh_working();
@@ -134,7 +134,7 @@ fn twenty_steps_match_peft_and_torch() {
         let adapter = case.tensors("adapter_final/adapter_model.safetensors");
         let tensors = model.tensors().to_vec();
         for tensor in tensors {
-            let got = model.values(Part::Master, tensor.range.clone()).unwrap();
+            let got = model.values(AdapterRegion::Master, tensor.range.clone()).unwrap();
             let error = relative_error(&got, &adapter.f32(&tensor.name));
             assert!(error < 2e-3, "{name}: {} is off by {error:e}", tensor.name);
         }
@@ -206,7 +206,7 @@ fn eight_batches_of_one_equal_one_batch_of_eight() {
     let gradients = |window: &[Batch]| {
         let mut model = Bare(case.model(None, Some("adapter_init"), &[Policy::Keep]));
         let gradient = step::accumulate(&mut model, window, 0, &|| false).unwrap().unwrap();
-        (gradient, model.0.parameters().values(Part::Gradients).unwrap().to_vec())
+        (gradient, model.0.parameters().values(AdapterRegion::Gradients).unwrap().to_vec())
     };
     let (one, together) = gradients(&[Batch::from_documents(&documents)]);
     let (eight, apart) = gradients(&each);

@@ -7,7 +7,7 @@ use super::driver::{Address, Argument, Driver};
 use super::launch::{FLAT_THREADS, flat, launch, partial_sums};
 use super::memory::{Buffer, PARTIALS};
 use crate::error::Result;
-use crate::model::parameters::PackedMoments;
+use crate::model::parameters::MomentBlocks;
 use crate::plan::moments::MOMENT_BLOCK;
 
 /// One update of the parameters `range` with one set of coefficients.
@@ -38,7 +38,7 @@ pub enum RunMoments<'a, D: Driver> {
     /// In 8 bits, from a block's begin.
     Packed {
         /// Both.
-        moments: &'a PackedMoments<Buffer<D>>,
+        moments: [&'a MomentBlocks<Buffer<D>>; 2],
         /// Blocks.
         blocks: Range<usize>,
     },
@@ -88,7 +88,7 @@ impl<D: Driver> Cuda<D> {
                     elements as i64, scale, keep, first_weight, beta2, second_weight, correction,
                     epsilon, step);
             }
-            RunMoments::Packed { moments, blocks } => {
+            RunMoments::Packed { moments: [first, second], blocks } => {
                 let grid = [blocks.len() as u32, 1, 1];
                 let words = blocks.start * MOMENT_BLOCK / 4..blocks.end * MOMENT_BLOCK / 4;
                 let codes = |buffer: &Buffer<D>| Argument::Pointer(buffer.at(words.clone()));
@@ -96,10 +96,10 @@ impl<D: Driver> Cuda<D> {
                 let tables = &self.shared.tables;
                 let maps = [tables.map(), tables.unsigned_map()].map(Argument::Pointer);
                 launch!(self, "adamw_8bit", grid, MOMENT_BLOCK as u32;
-                    part(run.master), part(run.gradients), codes(&moments.first_codes),
-                    absmax(&moments.first_absmax), codes(&moments.second_codes),
-                    absmax(&moments.second_absmax), maps[0], maps[1], working, elements as i64,
-                    scale, keep, first_weight, beta2, second_weight, correction, epsilon, step);
+                    part(run.master), part(run.gradients), codes(&first.codes),
+                    absmax(&first.absmax), codes(&second.codes), absmax(&second.absmax),
+                    maps[0], maps[1], working, elements as i64, scale, keep, first_weight, beta2,
+                    second_weight, correction, epsilon, step);
             }
         }
     }

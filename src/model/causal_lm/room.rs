@@ -3,10 +3,10 @@
 use super::{Frozen, Model, Randomness};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
-use crate::model::parameters::Part;
+use crate::model::parameters::LASTING;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::Weights;
-use crate::plan::{Settings, leaner};
+use crate::plan::{AdapterRegion, Settings, leaner};
 
 impl<K: Kernels> Model<K> {
     /// The same model, adapter and moments with the buffers of the next smaller plan. The old ones
@@ -15,15 +15,15 @@ impl<K: Kernels> Model<K> {
     /// # Errors
     /// `Budget` when there is no memory for the smallest plan either, or those of the backend.
     pub fn with_smaller_plan(self) -> Result<Self> {
-        let read = |part| self.parameters.values(part).map(|values| values.into_owned());
-        let lasting = Part::LASTING.map(read).into_iter().collect::<Result<Vec<_>>>()?;
+        let read = |region| self.parameters.values(region).map(|values| values.into_owned());
+        let lasting = LASTING.map(read).into_iter().collect::<Result<Vec<_>>>()?;
         let settings = leaner(&self.settings).unwrap_or_else(|| self.settings.clone());
         let mut model = self.without_buffers().with_room(settings)?;
-        for (part, values) in Part::LASTING.into_iter().zip(&lasting) {
-            model.parameters.set_values(part, values);
+        for (region, values) in LASTING.into_iter().zip(&lasting) {
+            model.parameters.set_values(region, values);
         }
         // What did not arrive is known when something is read: now, or an adapter of zeros would go on.
-        model.parameters.words_of(Part::Master, 0..1)?;
+        model.parameters.words_of(AdapterRegion::Master, 0..1)?;
         Ok(model)
     }
 
