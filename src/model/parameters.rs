@@ -157,7 +157,7 @@ impl<K: Kernels> Parameters<K> {
     pub fn save(&self, adapter: &Adapter, folder: &Path, dtype: FloatType) -> Result<()> {
         adapter.save_from(folder, dtype, &|tensor, elements| {
             let first = self.tensors[tensor].range.start;
-            self.words_of(AdapterRegion::Master, first + elements.start..first + elements.end)
+            self.values(AdapterRegion::Master, first + elements.start..first + elements.end)
         })
     }
 
@@ -198,7 +198,7 @@ impl<K: Kernels> Parameters<K> {
         }
     }
 
-    /// The words of one buffer, none where it was not planned; a copy where the program does not
+    /// Some words of one flat buffer, none where it was not planned; a copy where the program does not
     /// see it.
     ///
     /// # Errors
@@ -206,45 +206,45 @@ impl<K: Kernels> Parameters<K> {
     ///
     /// # Panics
     /// Without training buffers, unless `region` is the master.
-    pub fn values(&self, region: AdapterRegion) -> Result<Cow<'_, [f32]>> {
-        self.words_of(region, 0..self.words(region))
-    }
-
-    /// [`values`](Parameters::values), some of them.
-    ///
-    /// # Errors
-    /// Those of the backend.
-    ///
-    /// # Panics
-    /// As `values`.
-    pub fn words_of(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
+    pub fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
         match self.buffer(region) {
             Some(buffer) => self.kernels.values(buffer, words),
             None => Ok(Cow::Borrowed(&[])),
         }
     }
 
-    /// Overwrites one buffer; the working copy follows the master.
+    /// All [`values`](Parameters::values) of one flat buffer.
+    ///
+    /// # Errors
+    /// Those of the backend.
     ///
     /// # Panics
-    /// Without training buffers.
-    pub fn set_values(&mut self, region: AdapterRegion, values: &[f32]) {
-        assert_eq!(values.len(), self.words(region), "{region:?} has another length");
-        self.set_words(region, 0, values);
-        if region == AdapterRegion::Master {
-            self.refresh_working();
-        }
+    /// As `values`.
+    pub fn all_values(&self, region: AdapterRegion) -> Result<Cow<'_, [f32]>> {
+        self.values(region, 0..self.words(region))
     }
 
-    /// Overwrites words of one buffer from `first` on. Once all of the master is written, the working
-    /// copy has to be [refreshed](Parameters::refresh_working).
+    /// Overwrites words of one flat buffer from `first` on. Once all of the master is written, the
+    /// working copy has to be [refreshed](Parameters::refresh_working).
     ///
     /// # Panics
     /// Without training buffers.
-    pub fn set_words(&mut self, region: AdapterRegion, first: usize, values: &[f32]) {
+    pub fn set_values(&mut self, region: AdapterRegion, first: usize, values: &[f32]) {
         let kernels = self.kernels.clone();
         if let Some(buffer) = self.buffer_mut(region) {
             kernels.set_values(values, buffer, first);
+        }
+    }
+
+    /// Overwrites all of one flat buffer; the working copy follows the master.
+    ///
+    /// # Panics
+    /// Without training buffers.
+    pub fn replace(&mut self, region: AdapterRegion, values: &[f32]) {
+        assert_eq!(values.len(), self.words(region), "{region:?} has another length");
+        self.set_values(region, 0, values);
+        if region == AdapterRegion::Master {
+            self.refresh_working();
         }
     }
 

@@ -89,12 +89,12 @@ fn check_model<K: TrainingKernels>(kernels: &K, tiny: Tiny) -> Result<()> {
     let [got, expected] =
         [device.forward_backward(&batch, scale, 0)?, host.forward_backward(&batch, scale, 0)?];
     agree("losses", (got / expected - 1.0).abs(), TOLERANCE.loss)?;
-    let gradients = device.parameters().values(AdapterRegion::Gradients)?.into_owned();
-    let error = error_in_norm(&gradients, &host.parameters().values(AdapterRegion::Gradients)?);
+    let gradients = device.parameters().all_values(AdapterRegion::Gradients)?.into_owned();
+    let error = error_in_norm(&gradients, &host.parameters().all_values(AdapterRegion::Gradients)?);
     agree("gradients", error, TOLERANCE.gradients)?;
 
     // One update from the same gradients.
-    host.parameters_mut().set_values(AdapterRegion::Gradients, &gradients);
+    host.parameters_mut().replace(AdapterRegion::Gradients, &gradients);
     let norm = kernels.gradient_norm(device.parameters_mut())?;
     let error = (norm / Cpu::default().gradient_norm(host.parameters_mut())? - 1.0).abs();
     agree("norms of gradients", error, TOLERANCE.weights)?;
@@ -104,8 +104,8 @@ fn check_model<K: TrainingKernels>(kernels: &K, tiny: Tiny) -> Result<()> {
     let update = Update { optimizer, groups, step: 1, learning_rate: 1e-2, gradient_scale: 0.5 };
     kernels.update(device.parameters_mut(), &update)?;
     Cpu::default().update(host.parameters_mut(), &update)?;
-    let updated = device.parameters().values(AdapterRegion::Master)?;
-    let error = error_in_norm(&updated, &host.parameters().values(AdapterRegion::Master)?);
+    let updated = device.parameters().all_values(AdapterRegion::Master)?;
+    let error = error_in_norm(&updated, &host.parameters().all_values(AdapterRegion::Master)?);
     agree("updates", error, TOLERANCE.weights)?;
 
     let mut rest = &batch.input_ids[..];

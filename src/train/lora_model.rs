@@ -152,11 +152,11 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
     }
 
     fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
-        self.model().parameters().words_of(region, words)
+        self.model().parameters().values(region, words)
     }
 
     fn set_values(&mut self, region: AdapterRegion, first: usize, values: &[f32]) {
-        self.model_mut().parameters_mut().set_words(region, first, values);
+        self.model_mut().parameters_mut().set_values(region, first, values);
     }
 
     fn refresh_working(&mut self) {

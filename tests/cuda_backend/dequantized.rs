@@ -76,7 +76,7 @@ fn step(model: &mut Model<Gpu>, batch: &Batch) -> (u64, Vec<u32>) {
     let loss = model.forward_backward(batch, 1.0, 0).unwrap();
     let after = counts(model);
     assert_eq!((after.allocations, after.waits), (before.allocations, before.waits + 1));
-    let gradients = model.parameters().values(AdapterRegion::Gradients).unwrap();
+    let gradients = model.parameters().all_values(AdapterRegion::Gradients).unwrap();
     (loss.to_bits(), gradients.iter().map(|x| x.to_bits()).collect())
 }
 

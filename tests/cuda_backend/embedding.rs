@@ -30,7 +30,7 @@ fn keeping(gpu: Gpu, what: OnHost, case: &Case, format: Option<BlockFormat>) -> 
 fn step(model: &mut Model<Gpu>, batch: &Batch) -> (f64, Vec<f32>) {
     model.parameters_mut().zero_gradients();
     let loss = model.forward_backward(batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
-    (loss, model.parameters().values(AdapterRegion::Gradients).unwrap().into_owned())
+    (loss, model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned())
 }
 
 fn batch(case: &Case) -> Batch {

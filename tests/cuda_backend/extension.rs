@@ -37,7 +37,7 @@ fn step(gpu: &Gpu, case: &Case, adapter: &Adapter, plan: Settings) -> (f64, Vec<
     let mut model = model(gpu, case, Some(nf4(true)), None, plan);
     model.parameters_mut().load(adapter);
     let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
-    (loss, model.parameters().values(AdapterRegion::Gradients).unwrap().into_owned())
+    (loss, model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned())
 }
 
 fn plan(case: &Case, adapter: &Adapter, policies: &[Policy]) -> Settings {

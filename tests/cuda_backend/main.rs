@@ -143,7 +143,7 @@ fn check_gradients(gpu: &Gpu, case: &Case, tag: &str, quantization: Option<Block
         let expected = f64::from(lora.f32(&format!("{tag}.loss"))[0]);
         let error = (loss / batch.num_targets() as f64 / expected - 1.0).abs();
         assert!(error < 5e-3, "{} {tag}: loss is off by {error:e}", case.name);
-        let gradients = model.parameters().values(AdapterRegion::Gradients).unwrap();
+        let gradients = model.parameters().all_values(AdapterRegion::Gradients).unwrap();
         assert!(!model.parameters().tensors().is_empty());
         for tensor in model.parameters().tensors() {
             let expected = lora.f32(&format!("{tag}.grad.{}", tensor.name));
@@ -189,7 +189,10 @@ fn policies_give_the_same_bits_and_the_working_copy_is_what_is_read() {
             model = model.drawing(with_dropout(probability, 7));
         }
         let loss = model.forward_backward(&batch, scale, 3).unwrap();
-        (loss.to_bits(), model.parameters().values(AdapterRegion::Gradients).unwrap().into_owned())
+        (
+            loss.to_bits(),
+            model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned(),
+        )
     };
     let losses = [None, Some(0.3)].map(|dropped| {
         let kept = run(&[Policy::Keep], true, dropped, None);
@@ -238,7 +241,7 @@ fn dropout_masks_what_the_cpu_masks() {
         host.forward_backward(&batch, scale, 5).unwrap(),
     ];
     assert!((losses[0] / losses[1] - 1.0).abs() < 5e-3, "{losses:?}");
-    let gradients = device.parameters().values(AdapterRegion::Gradients).unwrap();
+    let gradients = device.parameters().all_values(AdapterRegion::Gradients).unwrap();
     for tensor in host.parameters().tensors() {
         let expected = &host.parameters().gradients()[tensor.range.clone()];
         let error = error_in_norm(&gradients[tensor.range.clone()], expected);

@@ -38,7 +38,10 @@ fn what_is_offloaded_gives_the_bits_of_what_is_recomputed() {
             losses.push(model.evaluate(&batch).unwrap().to_bits());
         }
         assert_eq!(model.arena_bytes(), model.plan().arena_bytes());
-        Some((losses, model.parameters().values(AdapterRegion::Gradients).unwrap().into_owned()))
+        Some((
+            losses,
+            model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned(),
+        ))
     };
     let run = |copies, policies: &[Policy]| run_of(copies, policies, false);
     let Some(expected) = run(Copies::AtOnce, &[Checkpoint; 6]) else { return };
@@ -87,13 +90,13 @@ fn the_first_bad_input_is_found_among_offloaded_ones() {
     ) -> [Option<usize>; 2] {
         model.forward_backward(batch, 1.0, 0).unwrap();
         let sound = model.first_bad_block_input().unwrap();
-        let mut master = model.parameters().values(AdapterRegion::Master).unwrap().into_owned();
+        let mut master = model.parameters().all_values(AdapterRegion::Master).unwrap().into_owned();
         let block = format!("layers.{of_block}.");
         let tensors = model.parameters().tensors().iter();
         let mut tensors = tensors.filter(|tensor| tensor.name.contains(&block));
         let first = tensors.next().unwrap().range.start;
         master[first] = f32::NAN;
-        model.parameters_mut().set_values(AdapterRegion::Master, &master);
+        model.parameters_mut().replace(AdapterRegion::Master, &master);
         let _ = model.forward_backward(batch, 1.0, 1);
         [sound, model.first_bad_block_input().unwrap()]
     }

@@ -31,7 +31,8 @@ fn streamed_weights_give_the_bits_of_resident_ones() {
             losses.push(model.forward_backward(&batch, scale, step).unwrap().to_bits());
             losses.push(model.evaluate(&batch).unwrap().to_bits());
         }
-        let gradients = model.parameters().values(AdapterRegion::Gradients).unwrap().into_owned();
+        let gradients =
+            model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned();
         Some(((losses, gradients), taken))
     };
     let mixed = [Keep, Checkpoint, Offload, Offload, Checkpoint, Keep, Offload];

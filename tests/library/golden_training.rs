@@ -53,10 +53,10 @@ impl Trainee for Bare {
         Cpu::default().update(self.0.parameters_mut(), update)
     }
     fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
-        self.0.parameters().words_of(region, words)
+        self.0.parameters().values(region, words)
     }
     fn set_values(&mut self, region: AdapterRegion, first: usize, values: &[f32]) {
-        self.0.parameters_mut().set_words(region, first, values);
+        self.0.parameters_mut().set_values(region, first, values);
     }
     fn refresh_working(&mut self) {
         self.0.parameters_mut().refresh_working();
@@ -206,7 +206,7 @@ fn eight_batches_of_one_equal_one_batch_of_eight() {
     let gradients = |window: &[Batch]| {
         let mut model = Bare(case.model(None, Some("adapter_init"), &[Policy::Keep]));
         let gradient = step::accumulate(&mut model, window, 0, &|| false).unwrap().unwrap();
-        (gradient, model.0.parameters().values(AdapterRegion::Gradients).unwrap().to_vec())
+        (gradient, model.0.parameters().all_values(AdapterRegion::Gradients).unwrap().to_vec())
     };
     let (one, together) = gradients(&[Batch::from_documents(&documents)]);
     let (eight, apart) = gradients(&each);

@@ -33,14 +33,14 @@ fn parts_of_a_batch_have_the_sums_of_the_whole() {
         let loss = model.forward_backward(&batch, scale, 9).unwrap();
         let gradients = model.parameters().gradients().to_vec();
         let moments = vec![0.5; gradients.len()];
-        model.parameters_mut().set_values(AdapterRegion::FirstMoment, &moments);
+        model.parameters_mut().replace(AdapterRegion::FirstMoment, &moments);
         let (before, master) =
-            (model.arena_bytes(), model.parameters().values(AdapterRegion::Master));
+            (model.arena_bytes(), model.parameters().all_values(AdapterRegion::Master));
         let master = master.unwrap().into_owned();
         let mut model = model.with_smaller_plan().unwrap();
         assert!(model.arena_bytes() < before);
-        assert_eq!(*model.parameters().values(AdapterRegion::Master).unwrap(), *master);
-        assert_eq!(*model.parameters().values(AdapterRegion::FirstMoment).unwrap(), *moments);
+        assert_eq!(*model.parameters().all_values(AdapterRegion::Master).unwrap(), *master);
+        assert_eq!(*model.parameters().all_values(AdapterRegion::FirstMoment).unwrap(), *moments);
         let parts = batch.split(model.settings().tokens);
         assert!(parts.len() > 1, "{name}");
         let sums = parts.iter().map(|part| model.forward_backward(part, scale, 9).unwrap());

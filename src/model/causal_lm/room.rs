@@ -15,15 +15,15 @@ impl<K: Kernels> Model<K> {
     /// # Errors
     /// `Budget` when there is no memory for the smallest plan either, or those of the backend.
     pub fn with_smaller_plan(self) -> Result<Self> {
-        let read = |region| self.parameters.values(region).map(|values| values.into_owned());
+        let read = |region| self.parameters.all_values(region).map(|values| values.into_owned());
         let lasting = LASTING.map(read).into_iter().collect::<Result<Vec<_>>>()?;
         let settings = leaner(&self.settings).unwrap_or_else(|| self.settings.clone());
         let mut model = self.without_buffers().with_room(settings)?;
         for (region, values) in LASTING.into_iter().zip(&lasting) {
-            model.parameters.set_values(region, values);
+            model.parameters.replace(region, values);
         }
         // What did not arrive is known when something is read: now, or an adapter of zeros would go on.
-        model.parameters.words_of(AdapterRegion::Master, 0..1)?;
+        model.parameters.values(AdapterRegion::Master, 0..1)?;
         Ok(model)
     }
 
