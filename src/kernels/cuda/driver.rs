@@ -5,6 +5,7 @@
 //! waits. Addresses are plain numbers; [`super::memory`] keeps them inside their allocations.
 
 use crate::error::Result;
+use crate::plan::RegionType;
 
 /// An address in the device's memory.
 pub type Address = u64;
@@ -70,15 +71,15 @@ pub struct Operand {
     pub batch_stride: usize,
 }
 
-/// Where a product goes, row-major.
+/// Where a [`Gemm`] writes its result, row-major.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Product {
+pub struct Output {
     /// First element.
     pub address: Address,
     /// Elements from one row to the next.
     pub stride: usize,
-    /// f32 instead of bf16.
-    pub wide: bool,
+    /// Element type.
+    pub dtype: RegionType,
     /// Elements from one matrix of a batch to the next.
     pub batch_stride: usize,
 }
@@ -97,12 +98,17 @@ pub struct Gemm {
     /// Factor on what C held; 0 does not read it.
     pub beta: f32,
     /// Result.
-    pub c: Product,
+    pub c: Output,
     /// Products at once.
     pub batches: usize,
 }
 
 impl Gemm {
+    /// `C = A · B`, once.
+    pub fn new(shape: [usize; 3], a: Operand, b: Operand, c: Output) -> Self {
+        Gemm { shape, alpha: 1.0, a, b, beta: 0.0, c, batches: 1 }
+    }
+
     /// The same as products whose stored matrices span at most `most` elements each, but for a right
     /// operand that is stored transposed: the rows of C apart, sums over k one after the other.
     pub fn pieces(&self, most: usize) -> impl Iterator<Item = Gemm> + use<> {
@@ -117,13 +123,13 @@ impl Gemm {
         let whole = *self;
         pairs.map(move |(row, inner)| {
             let (a_from, b_from) = (a.element(row, inner), b.element(inner, 0));
-            let size = if c.wide { 4 } else { 2 };
+            let size = c.dtype.bytes();
             Gemm {
                 shape: [height.min(m - row), n, depth.min(k - inner)],
                 a: Operand { address: a.address + 2 * a_from as u64, ..a },
                 b: Operand { address: b.address + 2 * b_from as u64, ..b },
                 beta: if inner == 0 { whole.beta } else { 1.0 },
-                c: Product { address: c.address + (size * row * c.stride) as u64, ..c },
+                c: Output { address: c.address + (size * row * c.stride) as u64, ..c },
                 ..whole
             }
         })
@@ -291,7 +297,7 @@ mod tests {
     /// Every term of every sum of every element, by the addresses that it is made of.
     fn terms(gemm: &Gemm) -> Vec<[u64; 3]> {
         let Gemm { shape: [m, n, k], a, b, c, .. } = *gemm;
-        let size = if c.wide { 4 } else { 2 };
+        let size = c.dtype.bytes();
         let term = |i: usize, j: usize, p: usize| {
             let to = c.address + (size * (i * c.stride + j)) as u64;
             let from = |operand: Operand, row, column| {
@@ -325,7 +331,12 @@ mod tests {
                     ..OPERAND
                 },
                 beta: 0.25,
-                c: Product { address: 64, stride: 7, wide: a_transposed, batch_stride: 0 },
+                c: Output {
+                    address: 64,
+                    stride: 7,
+                    dtype: if a_transposed { RegionType::F32 } else { RegionType::Bf16 },
+                    batch_stride: 0,
+                },
                 batches: 1,
             };
             assert_eq!(whole.pieces(1 << 31).collect::<Vec<_>>(), [whole]);

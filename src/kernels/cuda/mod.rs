@@ -43,7 +43,7 @@ pub use attention::AttnImplementation;
 pub use plan::{cuda_layout, staged_bytes, waiting_bytes};
 pub use weight::matrix_bytes;
 
-use driver::{Argument, Driver, Gemm, Operand, Product};
+use driver::{Argument, Driver, Gemm};
 use memory::{Allocation, Buffer, PARTIALS};
 use staging::Staging;
 use together::StackRoom;
@@ -202,18 +202,11 @@ impl<D: Driver> Cuda<D> {
         Ok(())
     }
 
-    /// `C = alpha·A·B + beta·C`.
-    fn gemm(
-        &self,
-        shape: [usize; 3],
-        (alpha, beta): (f32, f32),
-        (a, b): (Operand, Operand),
-        c: Product,
-    ) {
-        if shape.contains(&0) {
-            return;
+    /// Queues a product, unless it is empty.
+    fn gemm(&self, gemm: Gemm) {
+        if !gemm.shape.contains(&0) {
+            self.note(self.driver().gemm(&gemm));
         }
-        self.note(self.driver().gemm(&Gemm { shape, alpha, a, b, beta, c, batches: 1 }));
     }
 
     fn launch(
