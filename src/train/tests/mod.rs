@@ -24,7 +24,7 @@ use crate::data::Batch;
 use crate::error::{Error, Message, Result};
 use crate::plan::Settings;
 
-/// 13 batches in windows of 3, so that each epoch ends with a short one; evaluation every 2 steps.
+/// 13 batches in steps of 3, so that each epoch ends with a short one; evaluation every 2 steps.
 fn recipe() -> Recipe {
     Recipe {
         per_device_train_batch_size: 1,
@@ -167,7 +167,7 @@ fn training_lowers_the_loss() {
     assert_eq!(logged, [2, 4, 6, 8, 10, 12, 14, 15], "15 steps: 3 epochs of ⌈13 / 3⌉");
     assert!(steps[7].loss < 0.95 * steps[0].loss, "{} {}", steps[0].loss, steps[7].loss);
     assert_eq!(steps[7].epoch, 3.0);
-    assert_eq!(steps[4].epoch, 2.0, "a short last window ends the epoch");
+    assert_eq!(steps[4].epoch, 2.0, "a short last step ends the epoch");
     assert!(out.path().join("adapter_model.safetensors").exists());
     assert!(!out.path().join(".adapter.partial").exists());
 }
