@@ -12,6 +12,7 @@ pub mod names;
 pub mod parameters;
 mod projections;
 pub mod rotary;
+pub mod shortage;
 pub mod spec;
 pub mod streaming;
 mod upload;

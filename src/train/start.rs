@@ -8,11 +8,11 @@ use super::events::{Event, StartEvent};
 use super::feed::Feed;
 use super::optimizer_file;
 use super::recipe::Recipe;
-use super::room;
 use super::settings;
 use super::state::{Identity, TrainState};
 use super::trainee::Trainee;
 use crate::error::{Error, Result};
+use crate::model::shortage::until_it_fits;
 
 /// Losses of one model on two machines differ by less than this share in f32; those of two models do not.
 const SAME_MODEL: f64 = 1e-4;
@@ -52,7 +52,7 @@ pub enum AdapterOrigin {
 
 /// Checks the base model and, for a resumed run, takes weights, moments and counters from `found`.
 /// `identity` lacks the base loss and the order of sums; this fills them in. Where memory runs short, the
-/// model makes room.
+/// model shrinks.
 ///
 /// # Errors
 /// `Numeric` when a fresh adapter changes the loss; `Usage` naming every setting that differs from
@@ -67,10 +67,10 @@ pub fn begin<M: Trainee>(
 ) -> Result<Start> {
     let fresh = origin == AdapterOrigin::Fresh;
     let probe = checks::probe(&feed.batch(0, 0));
-    identity.base_loss = room::with_room(
+    identity.base_loss = until_it_fits(
         model,
         |model| checks::base_loss(model, &probe, fresh && recipe.self_checks),
-        |model, message| room::shrink(model, message).map(|_| ()),
+        |model, message| model.shrink_or(message).map(drop),
     )?;
     identity.sum_order = model.sum_order();
     let max_steps = recipe.max_steps(feed.num_batches());

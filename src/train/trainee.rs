@@ -7,7 +7,7 @@ use std::path::Path;
 use super::backend::Update;
 use crate::checkpoint::tensor_file::{PIECE_BYTES, pieces};
 use crate::data::Batch;
-use crate::error::Result;
+use crate::error::{Error, Message, Result};
 use crate::ledger::rows::Account;
 use crate::model::parameters::ParameterTensor;
 use crate::plan::{AdapterRegion, MomentLayout, SumOrder};
@@ -117,6 +117,14 @@ pub trait Trainee {
     /// `Budget` when not even the smaller buffers can be had, or those of the backend.
     fn shrink(&mut self) -> Result<Option<Shrunk>> {
         Ok(None)
+    }
+
+    /// [`shrink`](Trainee::shrink), where that is the only way on.
+    ///
+    /// # Errors
+    /// `message`, which says what ran short, where no plan is smaller; those of `shrink`.
+    fn shrink_or(&mut self, message: Message) -> Result<Shrunk> {
+        self.shrink()?.ok_or(Error::Budget(message))
     }
 
     /// In which order it adds up now, where that can change.

@@ -5,7 +5,7 @@
 //! nothing; an interrupted step is given up and made again.
 
 mod ending;
-mod room;
+mod shortage;
 
 use std::path::Path;
 use std::time::Instant;
@@ -107,7 +107,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             return Err(self.interrupted());
         }
         self.load_best()?;
-        self.with_room(|run| ending::publish(run.model, run.context.out))?;
+        self.until_it_fits(|run| ending::publish(run.model, run.context.out))?;
         // Before, the run is not at its end.
         self.context.log.record(&Event::End(end.clone()))?;
         Ok(end)
@@ -125,7 +125,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             let at = |error: Error| error.at("the largest batch, tried before the first step");
             let first = self.micro_batches();
             let pass = |run: &mut Self| run.model.forward_backward(&batch, scale, first);
-            self.with_room(pass).map_err(at)?;
+            self.until_it_fits(pass).map_err(at)?;
         }
         Ok(())
     }
@@ -176,8 +176,8 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         let (batches, first) = (self.step_batches(), self.micro_batches());
         let number = self.state.step + 1;
         let at = |error: Error| error.at(format_args!("step {number}"));
-        let gradient =
-            self.with_room(|run| step::accumulate(run.model, &batches, first, run.context.stop));
+        let gradient = self
+            .until_it_fits(|run| step::accumulate(run.model, &batches, first, run.context.stop));
         let gradient = gradient.map_err(at)?;
         let Some(gradient) = gradient else { return Ok(false) };
         ledger::enter(Phase::Optimizer);
@@ -287,7 +287,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             if (self.context.stop)() {
                 return Ok(None);
             }
-            loss += self.with_room(|run| run.model.evaluate(batch))?;
+            loss += self.until_it_fits(|run| run.model.evaluate(batch))?;
             targets += batch.num_targets() as u64;
             documents += batch.lines.len() as u64;
         }
@@ -334,7 +334,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         ledger::enter(Phase::Eval);
         let prompts = self.context.prompts;
         for prompt in prompts {
-            let completion = self.with_room(|run| run.model.sample(prompt))?;
+            let completion = self.until_it_fits(|run| run.model.sample(prompt))?;
             let (step, epoch) = (self.state.step, self.epoch());
             let event = SampleEvent { step, epoch, prompt: prompt.clone(), completion };
             self.context.progress.sample(&event);
@@ -361,7 +361,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             self.state.identity.sum_order = Some(order);
         }
         let event =
-            self.with_room(|run| checkpoints::save(run.model, &run.state, run.context.out))?;
+            self.until_it_fits(|run| checkpoints::save(run.model, &run.state, run.context.out))?;
         let context = &self.context;
         let best = self.state.best.map(|best| best.step);
         let limit = context.recipe.saving.total_limit;

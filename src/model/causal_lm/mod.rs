@@ -11,8 +11,8 @@ mod generation;
 mod offload;
 mod passes;
 pub mod randomness;
-mod room;
 pub mod score;
+mod shrink;
 
 use buffers::Buffers;
 use randomness::{Draws, Randomness};

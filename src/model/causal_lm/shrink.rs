@@ -4,6 +4,7 @@ use super::{Frozen, Model, Randomness};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::model::parameters::LASTING;
+use crate::model::shortage::until_it_fits;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::Weights;
 use crate::plan::{AdapterRegion, Settings, leaner};
@@ -18,7 +19,7 @@ impl<K: Kernels> Model<K> {
         let read = |region| self.parameters.all_values(region).map(|values| values.into_owned());
         let lasting = LASTING.map(read).into_iter().collect::<Result<Vec<_>>>()?;
         let settings = leaner(&self.settings).unwrap_or_else(|| self.settings.clone());
-        let mut model = self.without_buffers().with_room(settings)?;
+        let mut model = self.without_buffers().with_buffers_that_fit(settings)?;
         for (region, values) in LASTING.into_iter().zip(&lasting) {
             model.parameters.replace(region, values);
         }
@@ -50,21 +51,18 @@ impl<K: Kernels> Model<K> {
     ) -> Result<Self> {
         let settings = Settings { head_on_host: kernels.head_is_on_host(), ..settings };
         let random = Randomness::default();
-        Frozen { kernels, spec, weights, random }.with_room(settings)
+        Frozen { kernels, spec, weights, random }.with_buffers_that_fit(settings)
     }
 }
 
 impl<K: Kernels> Frozen<K> {
-    /// With buffers for `settings`, or for a smaller plan where these cannot be had.
-    fn with_room(self, mut settings: Settings) -> Result<Model<K>> {
-        loop {
-            match self.reserve(&settings) {
-                Ok(reserved) => return Ok(self.with_buffers(settings, reserved)),
-                Err(Error::Budget(message)) => {
-                    settings = leaner(&settings).ok_or(Error::Budget(message))?;
-                }
-                Err(error) => return Err(error),
-            }
-        }
+    /// The model with buffers for `settings`, or for a smaller plan where these cannot be had.
+    fn with_buffers_that_fit(self, mut settings: Settings) -> Result<Model<K>> {
+        let shrink = |settings: &mut Settings, message| {
+            *settings = leaner(settings).ok_or(Error::Budget(message))?;
+            Ok(())
+        };
+        let reserved = until_it_fits(&mut settings, |settings| self.reserve(settings), shrink)?;
+        Ok(self.with_buffers(settings, reserved))
     }
 }
