@@ -155,9 +155,9 @@ pub trait Storage: Clone + Sync {
     /// `Io`, the first one.
     fn offload_failure(&self, store: &mut Self::Offload) -> Result<()>;
 
-    /// The same, with the embedding, or that and the head, kept in the host's memory, where that is
+    /// The backend with the embedding, or that and the head, kept in the host's memory, where that is
     /// another place.
-    fn keeping_on_host(self, _what: OnHost) -> Self {
+    fn with_on_host(self, _what: OnHost) -> Self {
         self
     }
 

@@ -163,7 +163,7 @@ fn model<K: TrainingKernels>(kernels: K, tiny: Tiny, second: Policy) -> Result<M
     };
     let weights = weights.upload(&kernels)?;
     let random = Randomness { seed: SEED, neftune: Some(1.0), ..Randomness::default() };
-    let mut model = Model::on(kernels, spec, weights, settings)?.drawing(random);
+    let mut model = Model::with_kernels(kernels, spec, weights, settings)?.with_randomness(random);
     model.parameters_mut().load(&adapter);
     model.parameters_mut().zero_gradients();
     Ok(model)

@@ -30,7 +30,7 @@ pub struct LoraModel<K: TrainingKernels = Cpu> {
     preview: Preview,
     /// What was planned, until it was told that it could not be had.
     wanted: Settings,
-    watched: Option<(Meter, Account)>,
+    metered: Option<(Meter, Account)>,
     /// Bytes that the user allows.
     budget: Option<u64>,
     /// What conversations are read and written with, if not with the model's own.
@@ -58,24 +58,24 @@ impl<K: TrainingKernels> LoraModel<K> {
             dtype,
             preview,
             wanted,
-            watched: None,
+            metered: None,
             budget: None,
             tokenizer: TokenizerFiles::default(),
         }
     }
 
-    /// Whoever reads the adapter needs these files.
-    pub fn speaking(self, tokenizer: TokenizerFiles) -> Self {
+    /// Has `tokenizer`'s files written beside the adapter: whoever reads it needs them.
+    pub fn with_tokenizer(self, tokenizer: TokenizerFiles) -> Self {
         LoraModel { tokenizer, ..self }
     }
 
-    /// Accounts for its memory: `meter` began before the weights were read, `account` is the plan
+    /// Has its memory accounted for: `meter` began before the weights were read, `account` is the plan
     /// and `budget` what the user allows.
-    pub fn watched(self, meter: Meter, mut account: Account, budget: Option<u64>) -> Self {
+    pub fn with_meter(self, meter: Meter, mut account: Account, budget: Option<u64>) -> Self {
         if self.shrunk_since(&self.wanted).is_some() {
             account.replan(self.model().plan());
         }
-        LoraModel { watched: Some((meter, account)), budget, ..self }
+        LoraModel { metered: Some((meter, account)), budget, ..self }
     }
 
     /// The model.
@@ -139,7 +139,7 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
     }
 
     fn gradient_norm(&mut self) -> Result<f64> {
-        if let (Some((meter, _)), Some(model)) = (&mut self.watched, &self.model) {
+        if let (Some((meter, _)), Some(model)) = (&mut self.metered, &self.model) {
             meter.look(model.parameters().kernels())?;
         }
         let parameters = self.model_mut().parameters_mut();
@@ -173,7 +173,7 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
     }
 
     fn memory(&self) -> Option<Account> {
-        let (meter, account) = self.watched.as_ref()?;
+        let (meter, account) = self.metered.as_ref()?;
         let measured = meter.measured(self.model()).ok()?;
         Some(account.clone().measured(self.model().plan(), measured))
     }
@@ -205,7 +205,7 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
             return Ok(None);
         };
         let model = self.model.insert(model.with_smaller_plan()?);
-        if let Some((_, account)) = &mut self.watched {
+        if let Some((_, account)) = &mut self.metered {
             account.replan(model.plan());
         }
         Ok(self.shrunk_since(&before))

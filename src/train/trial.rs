@@ -67,7 +67,8 @@ impl Trial<'_> {
         let random = Randomness { dropout: self.lora.dropout(), ..Randomness::default() };
         let mut adapter = Adapter::init(self.lora.clone(), self.base.spec, 0)?;
         let (spec, settings) = (self.base.spec.clone(), self.settings.clone());
-        let mut model = Model::on(kernels.clone(), spec, weights, settings)?.drawing(random);
+        let mut model =
+            Model::with_kernels(kernels.clone(), spec, weights, settings)?.with_randomness(random);
         model.parameters_mut().load(&adapter);
         adapter.tensors = Vec::new();
         allocator::give_back();

@@ -62,7 +62,7 @@ fn packed_model(
         let values = tensors.b.iter_mut().enumerate();
         values.for_each(|(index, b)| *b = (index % 7) as f32 * 0.01 - 0.03);
     }
-    let mut model = Model::on(gpu.clone(), spec, weights, settings).unwrap();
+    let mut model = Model::with_kernels(gpu.clone(), spec, weights, settings).unwrap();
     model.parameters_mut().load(&adapter);
     model
 }

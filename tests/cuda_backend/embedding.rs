@@ -16,7 +16,7 @@ use crate::{Gpu, error_in_norm, gpu, model, nf4, settings, shaped};
 
 /// A model that keeps something on the host, and the bytes that its weights took of the GPU.
 fn keeping(gpu: Gpu, what: OnHost, case: &Case, format: Option<BlockFormat>) -> (Model<Gpu>, u64) {
-    let gpu = gpu.keeping_on_host(what);
+    let gpu = gpu.with_on_host(what);
     gpu.check_model(&case.spec()).unwrap();
     let adapter = Some("adapter_init");
     let settings = settings(case, adapter, &[Policy::Keep], true);
@@ -86,14 +86,14 @@ fn random_model(
     batch: &Batch,
     change: impl Fn(&mut Settings),
 ) -> (Model<Gpu>, u64) {
-    let (gpu, adapter) = (gpu.clone().keeping_on_host(what), shaped::adapter(spec));
+    let (gpu, adapter) = (gpu.clone().with_on_host(what), shaped::adapter(spec));
     let mut settings = shaped::settings(spec, &adapter, batch, Policy::Checkpoint);
     (settings.logit_rows, settings.cache_tokens) = (10, 40);
     change(&mut settings);
     let before = gpu.driver().counts().allocated_bytes;
     let weights = shaped::weights(spec).upload(&gpu).unwrap();
     let bytes = gpu.driver().counts().allocated_bytes - before;
-    let mut model = Model::on(gpu, spec.clone(), weights, settings).unwrap();
+    let mut model = Model::with_kernels(gpu, spec.clone(), weights, settings).unwrap();
     model.parameters_mut().load(&adapter);
     (model, bytes as u64)
 }
@@ -217,7 +217,7 @@ fn another_number_of_trained_tokens_is_no_other_order() {
 fn an_embedding_that_is_the_head_moves_with_it() {
     let Some(gpu) = gpu() else { return };
     let tied = Case::open("llama_tied_s2").spec();
-    let check = |what| gpu.clone().keeping_on_host(what).check_model(&tied);
+    let check = |what| gpu.clone().with_on_host(what).check_model(&tied);
     assert!(check(OnHost::Nothing).is_ok() && check(OnHost::All).is_ok());
     let error = check(OnHost::Input).unwrap_err().to_string();
     assert!(error.contains("is its head, too") && error.contains("--embedding host"), "{error}");

@@ -25,7 +25,7 @@ fn of_blocks_of_an_8b_model_match_the_cpu() {
     let plan = shaped::settings(&spec, &adapter, &batch, Policy::Checkpoint);
 
     let weights = shaped::weights(&spec).upload(&gpu).unwrap();
-    let mut device = Model::on(gpu, spec.clone(), weights, plan.clone()).unwrap();
+    let mut device = Model::with_kernels(gpu, spec.clone(), weights, plan.clone()).unwrap();
     device.parameters_mut().load(&adapter);
     device.parameters_mut().zero_gradients();
     let exact = Settings { bf16_working: false, ..plan };

@@ -70,7 +70,7 @@ fn model(
     let (spec, checkpoint) = (case.spec(), Checkpoint::open(&case.path).unwrap());
     let weights = Weights::load(&checkpoint, &spec, quantization.as_ref(), None).unwrap();
     let weights = weights.upload(gpu).unwrap();
-    let mut model = Model::on(gpu.clone(), spec, weights, settings).unwrap();
+    let mut model = Model::with_kernels(gpu.clone(), spec, weights, settings).unwrap();
     if let Some(adapter) = adapter {
         let adapter = Adapter::load(&case.path.join(adapter), model.spec()).unwrap();
         model.parameters_mut().load(&adapter);
@@ -186,7 +186,7 @@ fn policies_give_the_same_bits_and_the_working_copy_is_what_is_read() {
         (settings.lora_dropout, settings.mlp_tile_length) = (dropped.is_some(), tile);
         let mut model = model(&gpu, &case, Some(nf4(true)), adapter, settings);
         if let Some(probability) = dropped {
-            model = model.drawing(with_dropout(probability, 7));
+            model = model.with_randomness(with_dropout(probability, 7));
         }
         let loss = model.forward_backward(&batch, scale, 3).unwrap();
         (
@@ -230,10 +230,10 @@ fn dropout_masks_what_the_cpu_masks() {
         (1.0 / batch.num_targets() as f32, with_dropout(0.4, 11), Some("adapter_init"));
     let mut settings = settings(&case, adapter, &[Policy::Keep], false);
     settings.lora_dropout = true;
-    let mut device = model(&gpu, &case, None, adapter, settings.clone()).drawing(dropout);
+    let mut device = model(&gpu, &case, None, adapter, settings.clone()).with_randomness(dropout);
     let checkpoint = Checkpoint::open(&case.path).unwrap();
     let weights = Weights::load(&checkpoint, &case.spec(), None, None).unwrap();
-    let mut host = Model::new(case.spec(), weights, settings).unwrap().drawing(dropout);
+    let mut host = Model::new(case.spec(), weights, settings).unwrap().with_randomness(dropout);
     host.parameters_mut()
         .load(&Adapter::load(&case.path.join("adapter_init"), &case.spec()).unwrap());
     let losses = [
@@ -359,7 +359,7 @@ fn the_plan_is_one_allocation_of_its_bytes() {
         let (spec, checkpoint) = (case.spec(), Checkpoint::open(&case.path).unwrap());
         let weights = Weights::load(&checkpoint, &spec, None, None).unwrap().upload(&gpu).unwrap();
         let before = gpu.driver().counts();
-        let model = Model::on(gpu.clone(), spec, weights, plan).unwrap();
+        let model = Model::with_kernels(gpu.clone(), spec, weights, plan).unwrap();
         let after = gpu.driver().counts();
         let bytes = model.plan().arena_bytes();
         assert_eq!(model.arena_bytes(), bytes, "{name}");

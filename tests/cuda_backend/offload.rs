@@ -140,7 +140,7 @@ pub fn deep_model(gpu: &Gpu, case: &Case, mut settings: Settings, stream: bool) 
         true => weights.upload_streamed(gpu, Streaming::new(&checkpoint, &spec)).unwrap(),
         false => weights.upload(gpu).unwrap(),
     };
-    let mut model = Model::on(gpu.clone(), spec, weights, settings).unwrap();
+    let mut model = Model::with_kernels(gpu.clone(), spec, weights, settings).unwrap();
     model.parameters_mut().load(&adapter);
     model
 }

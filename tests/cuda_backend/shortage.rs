@@ -21,7 +21,7 @@ fn a_pass_that_finds_no_memory_is_repeated_in_parts_with_the_same_sums() {
     (plan.tokens, plan.longest_document, plan.lora_dropout) = (batch.tokens(), shape[1], true);
     let fresh = || {
         let model = model(&gpu, &case, Some(nf4(true)), Some("adapter_init"), plan.clone());
-        model.drawing(with_dropout(0.3, 5))
+        model.with_randomness(with_dropout(0.3, 5))
     };
     let whole = || {
         let mut model = fresh();

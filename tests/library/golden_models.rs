@@ -273,7 +273,7 @@ fn embeddings_have_noise_while_training() {
         let alpha = 3.0;
         let random = Randomness { seed: 7, neftune: Some(alpha), ..Randomness::default() };
         let model = || case.model(None, Some("adapter_init"), &[Policy::Checkpoint]);
-        let mut noisy = model().drawing(random);
+        let mut noisy = model().with_randomness(random);
         let mut quiet = model();
         let evaluated = quiet.evaluate(&batch).unwrap();
         assert_eq!(noisy.evaluate(&batch).unwrap().to_bits(), evaluated.to_bits());

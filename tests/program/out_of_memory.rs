@@ -27,7 +27,7 @@ fn parts_of_a_batch_have_the_sums_of_the_whole() {
             Weights::load(&Checkpoint::open(&case.path).unwrap(), &case.spec(), None, None);
         let mut model = Model::new(case.spec(), weights.unwrap(), settings)
             .unwrap()
-            .drawing(with_dropout(0.3, 5));
+            .with_randomness(with_dropout(0.3, 5));
         let adapter = Adapter::load(&case.path.join("adapter_init"), &case.spec()).unwrap();
         model.parameters_mut().load(&adapter);
         let loss = model.forward_backward(&batch, scale, 9).unwrap();

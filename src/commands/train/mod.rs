@@ -98,7 +98,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
         };
         progress.note(&format!("computing on {device}{hint}"));
     }
-    let kernels = kernels.keeping_on_host(memory.strategy.on_host);
+    let kernels = kernels.with_on_host(memory.strategy.on_host);
     let parameters = base.parameters(&adapter);
     let predicted = (memory.account.planned_bytes(), place);
     let row = |row: &Row| (row.name.clone(), row.planned_bytes);
@@ -271,12 +271,13 @@ impl Base {
             neftune: args.optimization.neftune_noise_alpha,
         };
         let wanted = settings.clone();
-        let model = Model::within_reach(kernels, self.spec, weights, settings)?.drawing(random);
-        let dtype = args.lora.adapter_dtype.into();
         let model =
-            LoraModel::new(model, adapter, dtype, self.preview, wanted).speaking(self.brought);
+            Model::shrunk_to_fit(kernels, self.spec, weights, settings)?.with_randomness(random);
+        let dtype = args.lora.adapter_dtype.into();
+        let model = LoraModel::new(model, adapter, dtype, self.preview, wanted)
+            .with_tokenizer(self.brought);
         let budget = args.resources.memory_budget.map(|budget| budget.0);
-        Ok(model.watched(meter, account, budget))
+        Ok(model.with_meter(meter, account, budget))
     }
 }
 

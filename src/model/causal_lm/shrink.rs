@@ -39,11 +39,11 @@ impl<K: Kernels> Model<K> {
         leaner(&self.settings).is_some()
     }
 
-    /// [`on`](Model::on), with a smaller plan if the memory of this one cannot be had.
+    /// [`with_kernels`](Model::with_kernels), with a smaller plan if the memory of this one cannot be had.
     ///
     /// # Errors
     /// `Budget` when there is no memory for the smallest plan either.
-    pub fn within_reach(
+    pub fn shrunk_to_fit(
         kernels: K,
         spec: ModelSpec,
         weights: Weights<K>,
