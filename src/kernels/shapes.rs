@@ -155,6 +155,22 @@ impl AttentionShape {
     }
 }
 
+/// Keys and values of the tokens that were decoded before, for one block.
+pub struct Cache<'a, B> {
+    /// Rotated keys and values `[capacity, 2·kv]`.
+    pub keys_values: &'a mut B,
+    /// Tokens in the cache.
+    pub past: usize,
+}
+
+/// What attention to a [`Cache`] works in; what it leaves there is of no use.
+pub struct CachedScratch<'a, B> {
+    /// `[rows, H]`.
+    pub lse: &'a mut B,
+    /// Score tiles.
+    pub tiles: &'a mut B,
+}
+
 /// What an adapter adds to a linear's product, in the same pass over the result.
 pub struct LoraTerm<'a, B> {
     /// Dimensions and scale.

@@ -1,9 +1,7 @@
 //! The first half of a block: norm, q, k and v, attention, and the projection onto the stream.
 
-use super::{
-    AttentionOutput, Block, BlockActivations, Cache, Gradients, Linear, Pass, Saved, Workspace,
-};
-use crate::kernels::{AttentionInputs, Kernels, Write};
+use super::{AttentionOutput, Block, BlockActivations, Gradients, Linear, Pass, Saved, Workspace};
+use crate::kernels::{AttentionInputs, Cache, CachedScratch, Kernels, Write};
 use crate::model::spec::LinearRole;
 
 impl<K: Kernels> Block<K> {
@@ -48,9 +46,9 @@ impl<K: Kernels> Block<K> {
             None => {
                 kernels.attention_forward(&self.attention, pass.layout, qkv, o, lse, tiles);
             }
-            Some(Cache { keys_values, past }) => {
-                let cache = (keys_values, past);
-                kernels.attention_cached(&self.attention, qkv, cache, rows, o, lse, tiles);
+            Some(cache) => {
+                let scratch = CachedScratch { lse, tiles };
+                kernels.attention_cached(&self.attention, qkv, cache, rows, o, scratch);
             }
         }
         kernels.copy((x, 0), (&mut saved.middle, 0), rows * self.hidden_size);

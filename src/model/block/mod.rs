@@ -25,7 +25,8 @@ use super::Draws;
 use super::parameters::Parameters;
 use super::spec::{Activation, LinearRole, MlpKind};
 use crate::kernels::{
-    AttentionShape, HeadNorms, Kernels, NormParameters, PostNorms, RotaryTables, TokenLayout, Write,
+    AttentionShape, Cache, HeadNorms, Kernels, NormParameters, PostNorms, RotaryTables,
+    TokenLayout, Write,
 };
 
 /// A block's frozen parts.
@@ -211,14 +212,6 @@ impl<'a, K: Kernels> Pass<'a, K> {
     fn over(&self, rows: Range<usize>) -> Pass<'a, K> {
         Pass { rows, ..*self }
     }
-}
-
-/// Keys and values of the tokens that were decoded before, for one block.
-pub struct Cache<'a, B> {
-    /// Rotated keys and values `[capacity, 2·kv]`.
-    pub keys_values: &'a mut B,
-    /// Tokens in it.
-    pub past: usize,
 }
 
 impl<K: Kernels> Block<K> {

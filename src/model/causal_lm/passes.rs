@@ -6,8 +6,10 @@ use super::batch::Targets;
 use super::buffers::{Buffers, HeadBuffers};
 use super::{Draws, Mode, Model};
 use crate::error::Result;
-use crate::kernels::{Columns, HeadChunk, Kernels, LinearTerms, LogitShape, TokenLayout, Write};
-use crate::model::block::{BlockActivations, Cache, Missing, Pass, RotaryBuffers};
+use crate::kernels::{
+    Cache, Columns, HeadChunk, Kernels, LinearTerms, LogitShape, TokenLayout, Write,
+};
+use crate::model::block::{BlockActivations, Missing, Pass, RotaryBuffers};
 use crate::model::rotary::Reach;
 use crate::model::streaming::Direction;
 use crate::plan::Policy;

@@ -14,7 +14,8 @@ use super::host::DeviceVector;
 use super::launch::{launch, row_threads, rows as row_grid};
 use super::memory::{Buffer, Rows};
 use crate::kernels::{
-    AttentionInputs, AttentionKernels, AttentionShape, HeadNorms, RotaryTables, TokenLayout,
+    AttentionInputs, AttentionKernels, AttentionShape, Cache, CachedScratch, HeadNorms,
+    RotaryTables, TokenLayout,
 };
 use exact::{Exact, backward_keys, blocks};
 pub(super) use flash::shared_bytes;
@@ -100,19 +101,18 @@ impl<D: Driver> AttentionKernels for Cuda<D> {
         &self,
         shape: &AttentionShape,
         qkv: &Buffer<D>,
-        (cache, past): (&mut Buffer<D>, usize),
+        Cache { keys_values, past }: Cache<Buffer<D>>,
         rows: usize,
         o: &mut Buffer<D>,
-        lse: &mut Buffer<D>,
-        _work: &mut Buffer<D>,
+        CachedScratch { lse, .. }: CachedScratch<Buffer<D>>,
     ) {
         const THREADS: u32 = 256;
         let kv = 2 * shape.kv_width();
         let (q, o) = (qkv.rows(rows, shape.qkv_width()), o.rows(rows, shape.q_width()));
-        let (new, end) = (q.column(shape.q_width()), cache.at(past * kv..(past + rows) * kv));
+        let (new, end) = (q.column(shape.q_width()), keys_values.at(past * kv..(past + rows) * kv));
         launch!(self, "scale_rows_bf16", row_grid(rows), row_threads(kv);
             new.argument(), new.stride, Argument::Pointer(end), kv, kv, 1f32, false);
-        let k = Rows { address: cache.at(0..(past + rows) * kv), stride: kv };
+        let k = Rows { address: keys_values.at(0..(past + rows) * kv), stride: kv };
         let v = k.column(shape.kv_width());
         let flash = self.attention.flash(shape.head_dim).filter(|_| rows >= FLASH_ROWS);
         if let Some(flash) = flash {
