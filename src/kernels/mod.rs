@@ -21,7 +21,7 @@ use crate::error::Result;
 use crate::model::spec::ModelSpec;
 pub use attention::{AttentionInputs, AttentionKernels};
 pub use head::{HeadChunk, HeadKernels};
-pub use linears::{LinearKernels, LinearTerms};
+pub use linears::{LinearInputs, LinearKernels, LinearTerms};
 pub use lora::{LoraInputs, LoraKernels};
 pub use memory::{PlannedMemory, Residency, Storage, StreamedWeights, Untaken};
 pub use mlp::MlpKernels;

@@ -30,7 +30,9 @@ use super::low_rank::{gradient_of_b, inner_gradient};
 use super::memory::{Buffer, Rows};
 use super::weight::DeviceWeight;
 use super::weight_buffers::STACKED;
-use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraKernels, LoraTerm, Write};
+use crate::kernels::{
+    Columns, LinearInputs, LinearKernels, LinearTerms, LoraKernels, LoraTerm, Write,
+};
 use crate::model::block::{AdapterWork, Linear, LinearAdapter, LinearGroup};
 use crate::model::parameters::Parameters;
 
@@ -273,7 +275,7 @@ pub(super) fn backward<D: Driver>(
     cuda: &Cuda<D>,
     group: &LinearGroup<Cuda<D>>,
     dys: &[&Buffer<D>],
-    (x, ax): (&Buffer<D>, &Buffer<D>),
+    LinearInputs { x, lora_x: ax }: LinearInputs<Buffer<D>>,
     dx: Option<&Buffer<D>>,
     lora_gradients: &Buffer<D>,
     work: &mut AdapterWork<Buffer<D>>,

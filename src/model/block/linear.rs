@@ -2,7 +2,8 @@
 
 use super::{Dropout, Pass};
 use crate::kernels::{
-    Columns, DropoutMask, Kernels, LinearTerms, LoraInputs, LoraShape, LoraTerm, Storage, Write,
+    Columns, DropoutMask, Kernels, LinearInputs, LinearTerms, LoraInputs, LoraShape, LoraTerm,
+    Storage, Write,
 };
 use crate::model::parameters::Parameters;
 use crate::model::spec::LinearRole;
@@ -203,7 +204,7 @@ impl<K: Kernels> Pass<'_, K> {
         &self,
         linears: &[&Linear<K>],
         dys: &[&K::Buffer],
-        inputs: (&K::Buffer, &K::Buffer),
+        inputs: LinearInputs<K::Buffer>,
         mut dx: Option<&mut K::Buffer>,
         lora_gradients: &mut K::Buffer,
         work: &mut AdapterWork<K::Buffer>,
@@ -226,7 +227,7 @@ impl<K: Kernels> Pass<'_, K> {
         &self,
         linear: &Linear<K>,
         dy: &K::Buffer,
-        (x, lora_x): (&K::Buffer, &K::Buffer),
+        LinearInputs { x, lora_x }: LinearInputs<K::Buffer>,
         dx: Option<(&mut K::Buffer, Write)>,
         lora_gradients: &mut K::Buffer,
         work: &mut AdapterWork<K::Buffer>,

@@ -10,7 +10,7 @@ use std::ops::Range;
 use super::{
     Block, GradientBuffers, Gradients, Linear, Pass, Saved, SavedMlp, TileBuffers, Workspace,
 };
-use crate::kernels::{Kernels, Storage, Write};
+use crate::kernels::{Kernels, LinearInputs, Storage, Write};
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, LinearRole, MlpKind};
 
@@ -266,10 +266,12 @@ impl<K: Kernels> Block<K> {
     ) {
         let down = self.expect(LinearRole::Down);
         let (dx, dy) = (Some((&mut grads.mlp, Write::Over)), grads.projected.as_ref());
-        let (dy, inputs) = (dy.unwrap_or(&grads.stream), (&work.mlp, &saved.lora_x));
+        let dy = dy.unwrap_or(&grads.stream);
+        let inputs = LinearInputs { x: &work.mlp, lora_x: &saved.lora_x };
         pass.backward(down, dy, inputs, dx, lora, &mut work.adapter);
         self.hidden_backward(pass, saved, work, &mut grads.mlp);
-        let (inputs, adapter) = ((&work.norm, &saved.lora_x), &mut work.adapter);
+        let inputs = LinearInputs { x: &work.norm, lora_x: &saved.lora_x };
+        let adapter = &mut work.adapter;
         let up = self.expect(LinearRole::Up);
         match self.linear(LinearRole::Gate) {
             Some(gate) => {

@@ -83,6 +83,8 @@ pub struct BlockActivations<'a, B> {
     pub attention: &'a mut AttentionOutput<B>,
     /// All the rest.
     pub saved: &'a mut Saved<B>,
+    /// What a backward pass does not find in them.
+    pub missing: Missing,
 }
 
 /// What of a block's activations its backward pass has to make again.
@@ -234,14 +236,13 @@ impl<K: Kernels> Block<K> {
         work: &mut Workspace<K::Buffer>,
         cache: Option<Cache<K::Buffer>>,
     ) {
-        self.forward_attention(pass, x, &mut activations, work, cache, true);
+        self.forward_attention(pass, x, &mut activations, work, cache);
         self.forward_mlp(pass, activations.saved, out, work);
     }
 
     /// Turns the gradient of the block's output in `work.gradients.stream` into that of its input,
     /// and adds to the `lora_gradients`.
     ///
-    /// `missing`: what `activations` do not hold of this block yet.
     /// `input_gradient` false leaves the stream's gradient of the first half out: nothing below
     /// the first block is trained.
     pub fn backward(
@@ -251,12 +252,11 @@ impl<K: Kernels> Block<K> {
         mut activations: BlockActivations<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         lora_gradients: &mut K::Buffer,
-        (missing, input_gradient): (Missing, bool),
+        input_gradient: bool,
     ) {
-        let recompute = missing != Missing::Nothing;
+        let recompute = activations.missing != Missing::Nothing;
         if recompute {
-            let attend = missing == Missing::Everything;
-            self.forward_attention(pass, x, &mut activations, work, None, attend);
+            self.forward_attention(pass, x, &mut activations, work, None);
         }
         let Some(of_activations) = work.gradients.take() else { return };
         let mut grads = Gradients { activations: of_activations, lora: lora_gradients };

@@ -79,7 +79,9 @@ impl<K: Kernels> Model<K> {
             let cache = caches.get_mut(layer).filter(|_| mode.cached);
             let cache = cache.map(|keys_values| Cache { keys_values, past: *cached_tokens });
             let attention = &mut attended[attended_places[layer]];
-            block.forward(&pass, x, out, BlockActivations { attention, saved }, work, cache);
+            let missing = Missing::Everything;
+            let activations = BlockActivations { attention, saved, missing };
+            block.forward(&pass, x, out, activations, work, cache);
             if mode.training.is_some() {
                 offload.attention_written(kernels, attended, layer, tokens.tokens());
             }
@@ -188,8 +190,9 @@ impl<K: Kernels> Model<K> {
             };
             let saved = kept[layer].as_mut().or(shared.as_mut()).expect("as in the forward pass");
             let attention = &mut attended[attended_places[layer]];
-            let (x, activations) = (&inputs[places[layer]], BlockActivations { attention, saved });
-            block.backward(&pass, x, activations, work, &mut gradients, (missing, layer > 0));
+            let activations = BlockActivations { attention, saved, missing };
+            let x = &inputs[places[layer]];
+            block.backward(&pass, x, activations, work, &mut gradients, layer > 0);
             if let Some(streaming) = &mut weights.streaming {
                 streaming.leave(layer, Direction::Backward);
             }
