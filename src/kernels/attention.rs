@@ -1,6 +1,8 @@
 //! Attention, and what happens to q and k before it.
 
-use super::{AttentionShape, Cache, CachedScratch, HeadNorms, RotaryTables, Storage, TokenLayout};
+use super::{
+    AttentionShape, Cache, CachedScratch, Direction, HeadNorms, RotaryTables, Storage, TokenLayout,
+};
 
 /// What the gradients of q, k and v are computed from.
 pub struct AttentionInputs<'a, B> {
@@ -37,14 +39,14 @@ pub trait AttentionKernels: Storage {
         rows: usize,
     );
 
-    /// Rotates q and k in place; `backward` turns the other way. The scale of q is its own transpose.
+    /// Rotates q and k in place, backward by the opposite angle. The scale of q is its own transpose.
     fn rotary(
         &self,
         shape: &AttentionShape,
         tables: RotaryTables<Self::Buffer>,
         qkv: &mut Self::Buffer,
         rows: usize,
-        backward: bool,
+        direction: Direction,
     );
 
     /// Causal attention inside each document: `o [T, H·head_dim]` and the log-sum-exp `[T, H]`.

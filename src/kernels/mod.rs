@@ -27,8 +27,8 @@ pub use memory::{PlannedMemory, Residency, Storage, StreamedWeights, Untaken};
 pub use mlp::MlpKernels;
 pub use rows::RowKernels;
 pub use shapes::{
-    AttentionShape, Cache, CachedScratch, Columns, DropoutMask, HeadNorms, LogitShape, LoraTerm,
-    NormParameters, PostNorms, RotaryTables, TokenLayout, UniformNoise, Write,
+    AttentionShape, Cache, CachedScratch, Columns, Direction, DropoutMask, HeadNorms, LogitShape,
+    LoraTerm, NormParameters, PostNorms, RotaryTables, TokenLayout, UniformNoise, Write,
 };
 
 /// A backend: the memory it plans in and the operations on it.

@@ -54,6 +54,15 @@ impl Write {
     }
 }
 
+/// Which way a pass goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// From the first block to the last.
+    Forward,
+    /// From the last block to the first, with gradients.
+    Backward,
+}
+
 /// Which documents a micro-batch consists of: the tokens of all of them in one stream.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TokenLayout {

@@ -18,4 +18,5 @@ pub mod streaming;
 mod upload;
 pub mod weights;
 
+pub use block::Variant;
 pub use causal_lm::{Model, randomness::Draws, randomness::Randomness, score::Score};

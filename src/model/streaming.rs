@@ -7,15 +7,7 @@
 
 use super::spec::ModelSpec;
 use crate::checkpoint::{Checkpoint, Pages};
-
-/// Which way the blocks are used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Direction {
-    /// First to last.
-    Forward,
-    /// Last to first.
-    Backward,
-}
+use crate::kernels::Direction;
 
 /// Weights of blocks that take turns in the memory that a backend works with.
 pub trait WeightStream: Send {

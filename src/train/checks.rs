@@ -7,6 +7,7 @@ use super::trainee::Trainee;
 use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::ledger::{self, Phase};
+use crate::model::Variant;
 use crate::model::parameters::{Matrix, ParameterTensor};
 use crate::plan::AdapterRegion;
 
@@ -48,28 +49,43 @@ pub fn probe(batch: &Batch) -> Batch {
     }
 }
 
-/// Mean loss of the base model on `probe`. For a fresh adapter, checks that the adapted model has
-/// the same loss bit for bit: `B = 0` must add nothing.
+/// Mean loss of the base model on `probe`.
+///
+/// # Errors
+/// `Numeric` when it is not finite.
+pub fn base_loss<M: Trainee>(model: &mut M, probe: &Batch) -> Result<f64> {
+    Ok(mean(base_loss_sum(model, probe)?, probe))
+}
+
+/// [`base_loss`] under a fresh adapter, with which the model must have the same loss bit for bit: `B = 0`
+/// adds nothing.
 ///
 /// # Errors
 /// `Numeric` with both losses when they differ or are not finite.
-pub fn base_loss<M: Trainee>(model: &mut M, probe: &Batch, fresh: bool) -> Result<f64> {
+pub fn base_loss_under_fresh_adapter<M: Trainee>(model: &mut M, probe: &Batch) -> Result<f64> {
+    let base = base_loss_sum(model, probe)?;
+    let adapted = model.evaluate(probe, Variant::Adapted)?;
+    if adapted.to_bits() != base.to_bits() {
+        return Err(Error::numeric(format_args!(
+            "a fresh adapter changes the loss: {adapted:?}, without it {base:?}"
+        ))
+        .hint(HINT));
+    }
+    Ok(mean(base, probe))
+}
+
+fn base_loss_sum<M: Trainee>(model: &mut M, probe: &Batch) -> Result<f64> {
     ledger::enter(Phase::Eval);
-    let base = model.evaluate_base(probe)?;
+    let base = model.evaluate(probe, Variant::Base)?;
     if !base.is_finite() {
         let what = format!("loss of the base model is {base} on its first tokens");
         return Err(Error::numeric(what).hint("the base model's weights are damaged"));
     }
-    if fresh {
-        let adapted = model.evaluate(probe)?;
-        if adapted.to_bits() != base.to_bits() {
-            return Err(Error::numeric(format_args!(
-                "a fresh adapter changes the loss: {adapted:?}, without it {base:?}"
-            ))
-            .hint(HINT));
-        }
-    }
-    Ok(base / probe.num_targets().max(1) as f64)
+    Ok(base)
+}
+
+fn mean(loss_sum: f64, batch: &Batch) -> f64 {
+    loss_sum / batch.num_targets().max(1) as f64
 }
 
 /// Follows the first steps of a fresh adapter.
@@ -219,7 +235,7 @@ mod tests {
     fn a_sound_model_passes_with_and_without_warmup() -> Result<()> {
         for rates in [[1e-3, 1e-3, 1e-3, 1e-3], [0.0, 1e-3, 0.0, 1e-3]] {
             let (mut toy, mut checks) = (Toy::new(), FirstSteps::default());
-            let loss = base_loss(&mut toy, &probe(&batch()), true)?;
+            let loss = base_loss_under_fresh_adapter(&mut toy, &probe(&batch()))?;
             assert!(loss > 0.0);
             for (number, rate) in rates.into_iter().enumerate() {
                 step(&mut toy, &mut checks, number as u64 + 1, rate)?;
@@ -233,9 +249,9 @@ mod tests {
     fn a_fresh_adapter_that_is_not_a_no_op_is_refused() {
         let mut toy = Toy::new();
         toy.base_error = 1e-6;
-        let error = base_loss(&mut toy, &probe(&batch()), true).unwrap_err();
+        let error = base_loss_under_fresh_adapter(&mut toy, &probe(&batch())).unwrap_err();
         assert!(error.to_string().starts_with("a fresh adapter changes the loss"), "{error}");
-        assert!(base_loss(&mut toy, &probe(&batch()), false).is_ok(), "a trained one may differ");
+        assert!(base_loss(&mut toy, &probe(&batch())).is_ok(), "a trained one may differ");
     }
 
     #[test]

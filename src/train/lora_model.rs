@@ -16,8 +16,8 @@ use crate::data::{Batch, TokenizerFiles};
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::Account;
-use crate::model::Model;
 use crate::model::parameters::ParameterTensor;
+use crate::model::{Model, Variant};
 use crate::plan::{self, AdapterRegion, MomentLayout, Place, Settings, SumOrder};
 
 /// A model in training and what its adapter's files say.
@@ -118,12 +118,8 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
         self.in_parts(batch, |model, part| model.forward_backward(part, scale, micro_batch))
     }
 
-    fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
-        self.in_parts(batch, Model::evaluate)
-    }
-
-    fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
-        self.in_parts(batch, Model::evaluate_base)
+    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
+        self.in_parts(batch, |model, part| model.evaluate(part, variant))
     }
 
     fn tensors(&self) -> &[ParameterTensor] {

@@ -69,7 +69,10 @@ pub fn begin<M: Trainee>(
     let probe = checks::probe(&feed.batch(0, 0));
     identity.base_loss = until_it_fits(
         model,
-        |model| checks::base_loss(model, &probe, fresh && recipe.self_checks),
+        |model| match fresh && recipe.self_checks {
+            true => checks::base_loss_under_fresh_adapter(model, &probe),
+            false => checks::base_loss(model, &probe),
+        },
         |model, message| model.shrink_or(message).map(drop),
     )?;
     identity.sum_order = model.sum_order();

@@ -118,6 +118,7 @@ fn place(batches: &[Batch], index: Option<usize>) -> String {
 mod tests {
     use super::super::toy::{Toy, documents};
     use super::*;
+    use crate::model::Variant;
 
     fn never() -> bool {
         false
@@ -148,7 +149,10 @@ mod tests {
                 let value = half::bf16::from_f32(other.master[index]).to_f32();
                 other.buffers().working.unwrap()[index] = half::bf16::from_f32(value + delta);
                 let got = other.buffers().working.unwrap()[index].to_f32() - value;
-                (other.evaluate(&batch).unwrap() / batch.num_targets() as f64, f64::from(got))
+                (
+                    other.evaluate(&batch, Variant::Adapted).unwrap() / batch.num_targets() as f64,
+                    f64::from(got),
+                )
             };
             let ((up, plus), (down, minus)) = (loss(1.0 / 64.0), loss(-1.0 / 64.0));
             let slope = (up - down) / (plus - minus);

@@ -9,6 +9,7 @@ use crate::checkpoint::tensor_file::{PIECE_BYTES, pieces};
 use crate::data::Batch;
 use crate::error::{Error, Message, Result};
 use crate::ledger::rows::Account;
+use crate::model::Variant;
 use crate::model::parameters::ParameterTensor;
 use crate::plan::{AdapterRegion, MomentLayout, SumOrder};
 
@@ -30,10 +31,7 @@ pub trait Trainee {
     fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64>;
 
     /// Sum of the losses of the batch's trained tokens, without dropout.
-    fn evaluate(&mut self, batch: &Batch) -> Result<f64>;
-
-    /// The same without the adapter.
-    fn evaluate_base(&mut self, batch: &Batch) -> Result<f64>;
+    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64>;
 
     /// The trained tensors and where they lie in the flat buffers.
     fn tensors(&self) -> &[ParameterTensor];

@@ -7,6 +7,7 @@
 mod ending;
 mod shortage;
 
+use crate::model::Variant;
 use std::path::Path;
 use std::time::Instant;
 
@@ -287,7 +288,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             if (self.context.stop)() {
                 return Ok(None);
             }
-            loss += self.until_it_fits(|run| run.model.evaluate(batch))?;
+            loss += self.until_it_fits(|run| run.model.evaluate(batch, Variant::Adapted))?;
             targets += batch.num_targets() as u64;
             documents += batch.lines.len() as u64;
         }

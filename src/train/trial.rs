@@ -14,7 +14,7 @@ use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
 use crate::ledger::rows::Measured;
 use crate::ledger::{self, Phase};
-use crate::model::{Model, Randomness};
+use crate::model::{Model, Randomness, Variant};
 use crate::plan::Settings;
 use crate::random::Stream;
 
@@ -81,7 +81,7 @@ impl Trial<'_> {
             on_step(TrialStep { number, loss, tokens_per_second, used_bytes });
         }
         ledger::enter(Phase::Eval);
-        model.evaluate(&batch)?;
+        model.evaluate(&batch, Variant::Adapted)?;
         meter.look(&kernels)?;
         ledger::enter(Phase::Save);
         model.parameters().save(&adapter, folder.path(), self.dtype)?;

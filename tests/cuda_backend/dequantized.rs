@@ -6,10 +6,10 @@ use nibble::adapter::{Adapter, LoraConfig};
 use nibble::checkpoint::Checkpoint;
 use nibble::data::Batch;
 use nibble::kernels::cuda::Cuda;
-use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::model::streaming::Streaming;
 use nibble::model::weights::Weights;
+use nibble::model::{Model, Variant};
 use nibble::plan::{AdapterRegion, Policy, Settings};
 
 use crate::device::Device;
@@ -97,7 +97,7 @@ fn what_is_dequantized_ahead_has_the_bits_of_what_is_dequantized_in_turn() {
             let [all, none] = dequantized();
             assert!(f64::from_bits(first.0).is_finite() && none == 0 && all >= 7 * 3 * 2);
             // Another order between, which ends where it is not expected to.
-            model.evaluate(&batch).unwrap();
+            model.evaluate(&batch, Variant::Adapted).unwrap();
             let before = dequantized();
             assert!(step(&mut model, &batch) == first, "{copies:?}, streamed: {stream}");
             let [in_turn, ahead] = [0, 1].map(|stream| dequantized()[stream] - before[stream]);

@@ -4,8 +4,8 @@ use nibble::checkpoint::Checkpoint;
 use nibble::data::Batch;
 use nibble::kernels::cuda::Cuda;
 use nibble::kernels::{Kernels, Storage};
-use nibble::model::Model;
 use nibble::model::spec::ModelSpec;
+use nibble::model::{Model, Variant};
 use nibble::plan::{AdapterRegion, OnHost, Place, Policy, Settings, WeightBytes, WeightParts};
 use nibble_quant::{BlockFormat, FloatType};
 
@@ -108,9 +108,10 @@ fn a_head_on_the_host_gives_the_same_numbers() {
         let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
         let numbers = |model: &mut Model<Gpu>| {
             let (loss, gradients) = step(model, &batch);
-            let evaluated = model.evaluate(&batch).unwrap();
+            let evaluated = model.evaluate(&batch, Variant::Adapted).unwrap();
             assert!((evaluated / loss - 1.0).abs() < 1e-6, "{vocab}: {evaluated}, {loss}");
-            let (score, logits) = (model.score(&batch, true).unwrap(), model.logits(&batch, &rows));
+            let (score, logits) =
+                (model.score(&batch, Variant::Adapted).unwrap(), model.logits(&batch, &rows));
             model.clear_cache();
             let decoded = model.decode(&batch.input_ids[..3]).unwrap().into_owned();
             (loss, gradients, score, logits.unwrap(), decoded)
@@ -209,7 +210,7 @@ fn another_number_of_trained_tokens_is_no_other_order() {
         // chunk may have been expected.
         let [in_turn, ahead] = [0, 1].map(|of| gpu.driver().dequantized()[of] - before.1[of]);
         assert!(in_turn <= 3 + 3 && ahead > 25, "{in_turn} in turn, {ahead} ahead");
-        model.evaluate(batch).unwrap();
+        model.evaluate(batch, Variant::Adapted).unwrap();
     }
 }
 

@@ -2,8 +2,8 @@
 
 use nibble::adapter::{Adapter, LoraConfig, LoraTarget};
 use nibble::checkpoint::Checkpoint;
-use nibble::model::Model;
 use nibble::model::weights::Weights;
+use nibble::model::{Model, Variant};
 use nibble::plan::{AdapterRegion, Policy, Settings};
 
 use super::emulator::PTX;
@@ -130,7 +130,8 @@ fn a_fresh_adapter_does_not_change_a_bit() {
             let mut model = model(&gpu, &case, format, None, plan);
             let losses = |model: &mut Model<Gpu>, adapter: &Adapter| {
                 model.parameters_mut().load(adapter);
-                [model.evaluate_base(&batch), model.evaluate(&batch)].map(|loss| loss.unwrap())
+                [model.evaluate(&batch, Variant::Base), model.evaluate(&batch, Variant::Adapted)]
+                    .map(|loss| loss.unwrap())
             };
             let [base, adapted] = losses(&mut model, &fresh);
             assert_eq!(base.to_bits(), adapted.to_bits(), "{name}: {base}, {adapted}");

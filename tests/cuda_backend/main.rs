@@ -32,8 +32,8 @@ use nibble::adapter::{Adapter, LoraPlus};
 use nibble::checkpoint::Checkpoint;
 use nibble::data::Batch;
 use nibble::kernels::cuda::Cuda;
-use nibble::model::Model;
 use nibble::model::weights::Weights;
+use nibble::model::{Model, Variant};
 use nibble::plan::{AdapterRegion, Optim, Policy, Settings};
 use nibble::train::adamw::AdamW;
 use nibble::train::backend::{TrainingKernels, Update};
@@ -106,7 +106,7 @@ fn logits_and_loss_match_transformers() {
         let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
         let error = error_in_norm(&model.logits(&batch, &rows).unwrap(), &reference.f32("logits"));
         assert!(error < 2e-2, "{name}: logits are off by {error:e}");
-        let loss = model.evaluate(&batch).unwrap() / batch.num_targets() as f64;
+        let loss = model.evaluate(&batch, Variant::Adapted).unwrap() / batch.num_targets() as f64;
         let expected = f64::from(reference.f32("loss")[0]);
         let error = (loss / expected - 1.0).abs();
         assert!(error < 5e-3, "{name}: loss {loss}, expected {expected}");
@@ -286,12 +286,15 @@ fn a_score_is_the_loss_and_what_greedy_decoding_would_choose() {
     let plan = settings(&case, adapter, &[], false);
     let mut device = model(&gpu, &case, None, adapter, plan);
     let mut host = case.model(None, adapter, &[]);
-    let (got, expected) = (device.score(&batch, true).unwrap(), host.score(&batch, true).unwrap());
+    let (got, expected) = (
+        device.score(&batch, Variant::Adapted).unwrap(),
+        host.score(&batch, Variant::Adapted).unwrap(),
+    );
     assert!((got.loss / expected.loss - 1.0).abs() < 5e-3);
     assert_eq!(got.likeliest, expected.likeliest);
-    assert_eq!(got.loss.to_bits(), device.evaluate(&batch).unwrap().to_bits());
-    let base = device.score(&batch, false).unwrap().loss;
-    assert_eq!(base.to_bits(), device.evaluate_base(&batch).unwrap().to_bits());
+    assert_eq!(got.loss.to_bits(), device.evaluate(&batch, Variant::Adapted).unwrap().to_bits());
+    let base = device.score(&batch, Variant::Base).unwrap().loss;
+    assert_eq!(base.to_bits(), device.evaluate(&batch, Variant::Base).unwrap().to_bits());
     assert_ne!(base.to_bits(), got.loss.to_bits());
 }
 

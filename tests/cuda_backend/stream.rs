@@ -2,6 +2,7 @@
 
 use nibble::kernels::cuda::Cuda;
 use nibble::kernels::cuda::driver::Driver;
+use nibble::model::Variant;
 use nibble::plan::{AdapterRegion, Policy};
 
 use crate::device::Device;
@@ -29,7 +30,7 @@ fn streamed_weights_give_the_bits_of_resident_ones() {
         let mut losses = Vec::new();
         for step in 0..2 {
             losses.push(model.forward_backward(&batch, scale, step).unwrap().to_bits());
-            losses.push(model.evaluate(&batch).unwrap().to_bits());
+            losses.push(model.evaluate(&batch, Variant::Adapted).unwrap().to_bits());
         }
         let gradients =
             model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned();

@@ -12,8 +12,8 @@ use nibble::Result;
 use nibble::adapter::LoraPlus;
 use nibble::data::{Batch, Document};
 use nibble::kernels::cpu::Cpu;
-use nibble::model::Model;
 use nibble::model::parameters::ParameterTensor;
+use nibble::model::{Model, Variant};
 use nibble::plan::{AdapterRegion, MomentLayout, Policy};
 use nibble::train::adamw::AdamW;
 use nibble::train::backend::{TrainingKernels, Update};
@@ -31,11 +31,8 @@ impl Trainee for Bare {
     fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64> {
         self.0.forward_backward(batch, scale, micro_batch)
     }
-    fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
-        self.0.evaluate(batch)
-    }
-    fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
-        self.0.evaluate_base(batch)
+    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
+        self.0.evaluate(batch, variant)
     }
     fn tensors(&self) -> &[ParameterTensor] {
         self.0.parameters().tensors()

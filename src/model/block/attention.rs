@@ -3,7 +3,9 @@
 use super::{
     AttentionOutput, Block, BlockActivations, Gradients, Linear, Missing, Pass, Saved, Workspace,
 };
-use crate::kernels::{AttentionInputs, Cache, CachedScratch, Kernels, LinearInputs, Write};
+use crate::kernels::{
+    AttentionInputs, Cache, CachedScratch, Direction, Kernels, LinearInputs, Write,
+};
 use crate::model::spec::LinearRole;
 
 impl<K: Kernels> Block<K> {
@@ -36,7 +38,7 @@ impl<K: Kernels> Block<K> {
         match self.rotary {
             Some(index) if self.head_norms.is_none() => {
                 let tables = work.rotary.of(index);
-                kernels.rotary(&self.attention, tables, &mut saved.qkv, rows, false);
+                kernels.rotary(&self.attention, tables, &mut saved.qkv, rows, Direction::Forward);
             }
             _ => self.norm_heads(pass, saved, work),
         }
@@ -80,7 +82,13 @@ impl<K: Kernels> Block<K> {
         };
         kernels.head_norms(norms, &self.attention, &saved.qkv, normed, rows);
         if let Some(index) = self.rotary {
-            kernels.rotary(&self.attention, work.rotary.of(index), normed, rows, false);
+            kernels.rotary(
+                &self.attention,
+                work.rotary.of(index),
+                normed,
+                rows,
+                Direction::Forward,
+            );
         }
     }
 
@@ -113,7 +121,7 @@ impl<K: Kernels> Block<K> {
         kernels.attention_backward(shape, pass.layout, inputs, dqkv, tiles);
         if let Some(index) = self.rotary {
             let tables = work.rotary.of(index);
-            kernels.rotary(&self.attention, tables, &mut grads.qkv, rows, true);
+            kernels.rotary(&self.attention, tables, &mut grads.qkv, rows, Direction::Backward);
         }
         if let Some(norms) = &self.head_norms {
             let shape = &self.attention;

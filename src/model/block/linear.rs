@@ -1,6 +1,6 @@
 //! A linear of a block: the frozen product, its adapter, and the gradients of A and B.
 
-use super::{Dropout, Pass};
+use super::{Dropout, Pass, Variant};
 use crate::kernels::{
     Columns, DropoutMask, Kernels, LinearInputs, LinearTerms, LoraInputs, LoraShape, LoraTerm,
     Storage, Write,
@@ -138,7 +138,7 @@ impl<K: Kernels> Pass<'_, K> {
 
     /// The adapter that takes part in a forward pass.
     fn adapter_of(&self, linear: &Linear<K>) -> Option<LinearAdapter> {
-        linear.adapter.filter(|_| self.adapters || K::BITS_DEPEND_ON_SHAPE)
+        linear.adapter.filter(|_| self.variant == Variant::Adapted || K::BITS_DEPEND_ON_SHAPE)
     }
 
     /// With A and B in `pair` and `x·Aᵀ` in `lora_x`.
@@ -168,7 +168,10 @@ impl<K: Kernels> Pass<'_, K> {
     }
 
     fn adapter_scale(&self) -> f32 {
-        if self.adapters { 1.0 } else { 0.0 }
+        match self.variant {
+            Variant::Adapted => 1.0,
+            Variant::Base => 0.0,
+        }
     }
 
     fn group<'b>(&'b self, linears: &'b [&'b Linear<K>]) -> LinearGroup<'b, K> {

@@ -191,6 +191,16 @@ pub struct Dropout {
     pub draws: Draws,
 }
 
+/// Which model a pass computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Variant {
+    /// The base model with its adapters.
+    #[default]
+    Adapted,
+    /// The base model alone.
+    Base,
+}
+
 /// What all layers of one pass share.
 pub struct Pass<'a, K: Kernels> {
     /// The backend.
@@ -201,8 +211,8 @@ pub struct Pass<'a, K: Kernels> {
     pub layout: &'a TokenLayout,
     /// Dropout, while training.
     pub dropout: Option<Dropout>,
-    /// Whether the adapters take part; without them this is the base model.
-    pub adapters: bool,
+    /// Whether the adapters take part.
+    pub variant: Variant,
     /// Whether this is one token behind those in the cache.
     pub single_row: bool,
     /// Tokens of the stream that the first rows of the buffers hold: all, or a tile.

@@ -17,6 +17,7 @@ mod shrink;
 use buffers::Buffers;
 use randomness::{Draws, Randomness};
 
+use super::block::Variant;
 use super::parameters::Parameters;
 use super::spec::{ModelSpec, TensorRole, TensorSpec};
 use super::weights::Weights;
@@ -67,7 +68,7 @@ struct Reserved<K: Kernels> {
 struct Mode {
     /// A backward pass follows; what is drawn in both.
     training: Option<Draws>,
-    base_only: bool,
+    variant: Variant,
     cached: bool,
 }
 
@@ -233,20 +234,9 @@ impl<K: Kernels> Model<K> {
     ///
     /// # Errors
     /// As [`forward_backward`](Model::forward_backward).
-    pub fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
+    pub fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
         let (tokens, targets) = self.begin(batch)?;
-        self.forward(&batch.input_ids, &tokens, Mode::default());
-        self.head_loss(&targets, None);
-        self.kernels.read_loss(&self.loss)
-    }
-
-    /// [`evaluate`](Model::evaluate) without the adapters.
-    ///
-    /// # Errors
-    /// As [`forward_backward`](Model::forward_backward).
-    pub fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
-        let (tokens, targets) = self.begin(batch)?;
-        self.forward(&batch.input_ids, &tokens, Mode { base_only: true, ..Mode::default() });
+        self.forward(&batch.input_ids, &tokens, Mode { variant, ..Mode::default() });
         self.head_loss(&targets, None);
         self.kernels.read_loss(&self.loss)
     }

@@ -7,11 +7,10 @@ use super::buffers::{Buffers, HeadBuffers};
 use super::{Draws, Mode, Model};
 use crate::error::Result;
 use crate::kernels::{
-    Cache, Columns, HeadChunk, Kernels, LinearTerms, LogitShape, TokenLayout, Write,
+    Cache, Columns, Direction, HeadChunk, Kernels, LinearTerms, LogitShape, TokenLayout, Write,
 };
-use crate::model::block::{BlockActivations, Missing, Pass, RotaryBuffers};
+use crate::model::block::{BlockActivations, Missing, Pass, RotaryBuffers, Variant};
 use crate::model::rotary::Reach;
-use crate::model::streaming::Direction;
 use crate::plan::Policy;
 
 impl<K: Kernels> Model<K> {
@@ -59,7 +58,7 @@ impl<K: Kernels> Model<K> {
             parameters,
             layout: tokens,
             dropout: mode.training.and_then(|draws| self.random.dropout(draws)),
-            adapters: !mode.base_only,
+            variant: mode.variant,
             single_row: mode.cached && tokens.tokens() == 1,
             rows: 0..tokens.tokens(),
         };
@@ -176,8 +175,8 @@ impl<K: Kernels> Model<K> {
         let Buffers { kept, shared, work, .. } = buffers;
         let Some(mut gradients) = parameters.take_gradients() else { return };
         let rows = 0..tokens.tokens();
-        let (layout, adapters, single_row) = (tokens, true, false);
-        let pass = Pass { kernels, parameters, layout, dropout, adapters, single_row, rows };
+        let (layout, variant, single_row) = (tokens, Variant::Adapted, false);
+        let pass = Pass { kernels, parameters, layout, dropout, variant, single_row, rows };
         for (layer, block) in weights.blocks.iter().enumerate().rev() {
             if let Some(streaming) = &mut weights.streaming {
                 streaming.enter(layer, Direction::Backward);

@@ -23,7 +23,7 @@ use super::arena::Buffer;
 use super::simd::vectorized;
 use super::{Cpu, head_norms, rotary};
 use crate::kernels::{
-    AttentionInputs, AttentionKernels, AttentionShape, Cache, CachedScratch, HeadNorms,
+    AttentionInputs, AttentionKernels, AttentionShape, Cache, CachedScratch, Direction, HeadNorms,
     RotaryTables, TokenLayout,
 };
 use crate::plan::layout::{ATTENTION_KEY_BLOCK, ATTENTION_TILE_ROWS};
@@ -61,13 +61,13 @@ impl AttentionKernels for Cpu {
         tables: RotaryTables<Buffer<f32>>,
         qkv: &mut Buffer<f32>,
         rows: usize,
-        backward: bool,
+        direction: Direction,
     ) {
         let half = rows * shape.rotary_dim / 2;
         let qkv = &mut qkv[..rows * shape.qkv_width()];
         let (cos, sin) = (&tables.cos[..half], &tables.sin[..half]);
         let query_scale = tables.query_scale.map(|scale| &scale[..rows]);
-        rotary::rotate(shape, (cos, sin), query_scale, qkv, backward);
+        rotary::rotate(shape, (cos, sin), query_scale, qkv, direction);
     }
 
     fn attention_forward(

@@ -14,7 +14,7 @@ use super::host::DeviceVector;
 use super::launch::{launch, row_threads, rows as row_grid};
 use super::memory::{Buffer, Rows};
 use crate::kernels::{
-    AttentionInputs, AttentionKernels, AttentionShape, Cache, CachedScratch, HeadNorms,
+    AttentionInputs, AttentionKernels, AttentionShape, Cache, CachedScratch, Direction, HeadNorms,
     RotaryTables, TokenLayout,
 };
 use exact::{Exact, backward_keys, blocks};
@@ -57,7 +57,7 @@ impl<D: Driver> AttentionKernels for Cuda<D> {
         tables: RotaryTables<Buffer<D>>,
         qkv: &mut Buffer<D>,
         rows: usize,
-        backward: bool,
+        direction: Direction,
     ) {
         let (half, qkv) = (rows * shape.rotary_dim / 2, qkv.rows(rows, shape.qkv_width()));
         let query_scale =
@@ -65,7 +65,7 @@ impl<D: Driver> AttentionKernels for Cuda<D> {
         launch!(self, "rotary", row_grid(rows), row_threads(shape.qkv_width() / 2);
             qkv.argument(), qkv.stride, tables.cos.argument(half), tables.sin.argument(half),
             query_scale, shape.num_heads, shape.num_heads + shape.num_kv_heads, shape.head_dim,
-            shape.rotary_dim, backward);
+            shape.rotary_dim, direction == Direction::Backward);
     }
 
     fn attention_forward(
