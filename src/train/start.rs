@@ -100,8 +100,14 @@ pub fn begin<M: Trainee>(
     Ok(Start { state, checks: FirstSteps::done(), rounding_differs, other_length })
 }
 
-/// The first event of the run's logs.
-pub fn start_event(state: &TrainState, recipe: &Recipe, feed: &Feed, model: &Path) -> StartEvent {
+/// The first event of the run's logs; `introduction` says what is not known here.
+pub fn start_event(
+    introduction: StartEvent,
+    state: &TrainState,
+    recipe: &Recipe,
+    feed: &Feed,
+    model: &Path,
+) -> StartEvent {
     let steps_per_epoch = recipe.steps_per_epoch(feed.num_batches());
     StartEvent {
         settings: settings::to_json(&state.identity.settings),
@@ -117,7 +123,7 @@ pub fn start_event(state: &TrainState, recipe: &Recipe, feed: &Feed, model: &Pat
         base_loss: Some(state.identity.base_loss),
         resumed_from_step: (state.step > 0).then_some(state.step),
         history: state.history.clone(),
-        ..StartEvent::default()
+        ..introduction
     }
 }
 
