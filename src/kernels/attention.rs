@@ -6,7 +6,7 @@ use super::{
 
 /// What the gradients of q, k and v are computed from.
 pub struct AttentionInputs<'a, B> {
-    /// As the forward pass read it.
+    /// q, k and v as the forward pass read them.
     pub qkv: &'a B,
     /// `[T, H·head_dim]`.
     pub o: &'a B,

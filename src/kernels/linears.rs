@@ -14,7 +14,7 @@ pub struct LinearTerms<'a, K: Storage> {
 }
 
 impl<'a, K: Storage> LinearTerms<'a, K> {
-    /// Of a matrix alone.
+    /// The product of a matrix alone.
     pub fn of(weight: &'a K::Weight) -> Self {
         LinearTerms { weight, bias: None, lora: None }
     }

@@ -35,7 +35,7 @@ pub struct ParameterTensor {
     pub name: String,
     /// Rows and columns.
     pub shape: [usize; 2],
-    /// Its elements in the flat buffers.
+    /// The tensor's elements in the flat buffers.
     pub range: Range<usize>,
     /// A or B.
     pub matrix: Matrix,
@@ -311,7 +311,7 @@ impl<K: Kernels> Parameters<K> {
         self.tensors[2 * index].range.start..self.tensors[2 * index + 1].range.end
     }
 
-    /// The same of A and of B.
+    /// Elements of target `index`'s A, and of its B, in the flat buffers.
     pub fn matrix_ranges(&self, index: usize) -> [Range<usize>; 2] {
         [2 * index, 2 * index + 1].map(|tensor| self.tensors[tensor].range.clone())
     }

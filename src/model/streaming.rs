@@ -46,7 +46,7 @@ pub struct Streaming {
 }
 
 impl Streaming {
-    /// Of weights that are used as they are stored in `source`; what loading them has read is
+    /// The pages of weights that are used as they are stored in `source`; what loading them has read is
     /// given back.
     pub fn new(source: &Checkpoint, spec: &ModelSpec) -> Self {
         source.release_all();
@@ -73,7 +73,7 @@ impl Streaming {
     }
 }
 
-/// On the CPU blocks are used where they are mapped.
+/// Streaming on the CPU: blocks are used where they are mapped.
 impl WeightStream for Streaming {
     fn enter(&mut self, layer: usize, direction: Direction) {
         if let Some(next) = next(layer, self.blocks.len(), direction) {

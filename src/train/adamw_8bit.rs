@@ -227,7 +227,7 @@ mod tests {
             State { master, codes: [codes.clone(), codes], absmax: [absmax.clone(), absmax] }
         }
 
-        /// That of bitsandbytes after `step`.
+        /// The state of bitsandbytes after `step`.
         fn golden(file: &SafeTensors, step: u64) -> Self {
             let codes = |n| file.tensor(&format!("large.state{n}.{step}")).unwrap().data().to_vec();
             let absmax = |n| floats(file, &format!("large.absmax{n}.{step}"));

@@ -34,7 +34,7 @@ impl<'a> From<OptimizerView<'a, Cpu>> for Buffers<'a> {
 }
 
 impl<'a> Buffers<'a> {
-    /// The same elements cut into pieces of [`CHUNK`], the last one shorter.
+    /// The buffers cut into pieces of [`CHUNK`], the last one shorter.
     pub fn chunks(self) -> Vec<Buffers<'a>> {
         let mut working = self.working.map(|slice| slice.chunks_mut(CHUNK));
         let weights = self.master.chunks_mut(CHUNK).zip(self.gradients.chunks_mut(CHUNK));

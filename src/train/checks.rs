@@ -96,7 +96,7 @@ pub struct FirstSteps {
     before: Vec<u64>,
 }
 
-/// With `B = 0` only B has a gradient; A follows once B has moved.
+/// How far a fresh adapter is: with `B = 0` only B has a gradient; A follows once B has moved.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     #[default]
@@ -111,7 +111,7 @@ enum Stage {
 }
 
 impl FirstSteps {
-    /// Nothing to check: a resumed run, or an adapter that was trained before.
+    /// A check that has nothing left to do: for a resumed run, or an adapter that was trained before.
     pub fn done() -> Self {
         FirstSteps { stage: Stage::Done, before: Vec::new() }
     }

@@ -24,7 +24,7 @@ impl RunLog for Vec<Event> {
     }
 }
 
-/// One thing that happened.
+/// What happened in a run, a line of its log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
@@ -93,9 +93,9 @@ pub struct StartEvent {
 /// Numbers in a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ParameterCounts {
-    /// Those that are trained.
+    /// Parameters that are trained.
     pub trained: u64,
-    /// Of base and adapter together.
+    /// Parameters of base and adapter together.
     pub total: u64,
 }
 
@@ -110,7 +110,7 @@ pub struct DataSummary {
     pub documents: u64,
     /// Tokens of all documents.
     pub tokens: u64,
-    /// Of these, tokens that carry loss.
+    /// Tokens that carry loss.
     pub trained_tokens: u64,
     /// Tokens of the longest document.
     pub longest_document_tokens: u64,
@@ -135,7 +135,7 @@ pub struct StepEvent {
     pub grad_norm: f64,
     /// Tokens that went through the model since the run's first step.
     pub num_input_tokens_seen: u64,
-    /// Of these, tokens that carried loss.
+    /// Tokens that carried loss.
     pub num_target_tokens_seen: u64,
     /// Tokens per second since the last `StepEvent`.
     pub tokens_per_second: f64,

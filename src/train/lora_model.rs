@@ -110,7 +110,7 @@ impl<K: TrainingKernels> LoraModel<K> {
     }
 }
 
-/// Of the model.
+/// What `model` of a [`LoraModel`] holds to.
 const PRESENT: &str = "a run ends when its buffers cannot be had";
 
 impl<K: TrainingKernels> Trainee for LoraModel<K> {

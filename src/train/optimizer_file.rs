@@ -27,7 +27,7 @@ struct Entry {
 }
 
 impl Entry {
-    /// Its bytes in pieces that begin with a word.
+    /// The entry's bytes in pieces that begin with a word.
     fn pieces(&self) -> impl Iterator<Item = Range<usize>> {
         pieces(self.bytes.clone(), PIECE_BYTES)
     }

@@ -16,7 +16,7 @@ use crate::model::shortage::until_it_fits;
 
 /// Losses of one model on two machines differ by less than this share in f32; those of two models do not.
 const SAME_MODEL: f64 = 1e-4;
-/// The same where one of them is computed in bf16: tiny models have up to 7e-4.
+/// [`SAME_MODEL`] where one of the two is computed in bf16: tiny models have up to 7e-4.
 const SAME_MODEL_IN_BF16: f64 = 5e-3;
 
 /// A run about to take its next step.

@@ -125,7 +125,7 @@ pub trait Trainee {
         self.shrink()?.ok_or(Error::Budget(message))
     }
 
-    /// In which order it adds up now, where that can change.
+    /// The order in which the model adds up now, where that can change.
     fn sum_order(&self) -> Option<SumOrder> {
         None
     }

@@ -56,7 +56,7 @@ pub struct Trainer<'a, M> {
     groups: Vec<RateGroup>,
     checks: FirstSteps,
     state: TrainState,
-    /// That of the last checkpoint.
+    /// The step of the last checkpoint.
     saved_step: Option<u64>,
     /// Whether there was an evaluation or a sample since.
     unsaved: bool,
@@ -131,7 +131,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         Ok(())
     }
 
-    /// All steps, and what is due after each of them.
+    /// Makes all steps, and what is due after each of them.
     fn train(&mut self) -> Result<EndReason> {
         loop {
             if (self.context.stop)() || !self.after_step()? {

@@ -18,11 +18,11 @@ use crate::train::progress::Progress;
 pub struct Prepared {
     /// Training data.
     pub feed: Feed,
-    /// Their fingerprint.
+    /// Fingerprint of the training data.
     pub training_sha256: String,
     /// Evaluation batches; may be empty.
     pub evaluation: Vec<Batch>,
-    /// That of the evaluation data.
+    /// Fingerprint of the evaluation data.
     pub evaluation_sha256: Option<String>,
     /// Tokens of the largest batch, evaluation included.
     pub largest_batch_tokens: usize,
@@ -171,7 +171,7 @@ impl Prepared {
     }
 }
 
-/// One line on a file; nothing that was left out goes unsaid.
+/// A line on a file; nothing that was left out goes unsaid.
 fn first_line(path: &Path, report: &LoadReport, notes: &[String]) -> String {
     let share = 100.0 * report.targets as f64 / report.tokens.max(1) as f64;
     let mut line = format!(

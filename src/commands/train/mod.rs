@@ -154,7 +154,7 @@ fn tell_of_device(args: &TrainArgs, device: &str, memory: &Memory, progress: &Pr
     }
 }
 
-/// All of the run, from its first event to its last.
+/// Makes the run, from its first event to its last.
 fn train<'a, M: Trainee>(
     args: &TrainArgs,
     model: &'a mut M,

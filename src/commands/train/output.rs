@@ -34,9 +34,9 @@ pub struct Output {
 
 /// A run that came to its end, for at least one of the two reasons.
 pub struct Finished {
-    /// Its last step.
+    /// The run's last step.
     pub step: u64,
-    /// It was to make no more.
+    /// Whether the run was to make no more steps.
     pub all_steps: bool,
     /// The evaluation loss had not fallen for too long.
     pub out_of_patience: bool,

@@ -43,7 +43,7 @@ impl Argument {
     }
 }
 
-/// One launch.
+/// A launch of a kernel.
 #[derive(Debug)]
 pub struct Launch<'a> {
     /// Name of the entry in kernels.cu.
@@ -54,7 +54,7 @@ pub struct Launch<'a> {
     pub threads: u32,
     /// Dynamic shared memory.
     pub shared_bytes: u32,
-    /// In the order of the declaration.
+    /// The kernel's arguments, in the order of its declaration.
     pub arguments: &'a mut [Argument],
 }
 
@@ -109,7 +109,7 @@ impl Gemm {
         Gemm { shape, alpha: 1.0, a, b, beta: 0.0, c, batches: 1 }
     }
 
-    /// The same as products whose stored matrices span at most `most` elements each, but for a right
+    /// The product as several whose stored matrices span at most `most` elements each, but for a right
     /// operand that is stored transposed: the rows of C apart, sums over k one after the other.
     pub fn pieces(&self, most: usize) -> impl Iterator<Item = Gemm> + use<> {
         let Gemm { shape: [m, n, k], a, b, c, .. } = *self;
@@ -144,9 +144,9 @@ impl Operand {
     }
 }
 
-/// Of `all` rows, as many as span at most `most` elements of every matrix that has them.
+/// As many of `all` rows as span at most `most` elements of every matrix that has them.
 fn rows_within(all: usize, strides: [Option<usize>; 2], most: usize) -> usize {
-    /// Then pieces begin on 16 bytes, as tensor cores like them.
+    /// Rows of which pieces are multiples: they then begin on 16 bytes, as tensor cores like them.
     const ALIGNED_ROWS: usize = 8;
     let longest = strides.into_iter().flatten().max().unwrap_or(0);
     if all * longest <= most {
@@ -213,7 +213,7 @@ pub trait Driver: Send + Sync + 'static {
     /// What the driver reports.
     fn copy_out(&self, from: Address, to: *mut u8, bytes: usize, slot: usize) -> Result<()>;
 
-    /// The same from staging memory.
+    /// Queues a copy from staging memory on the second stream, as [`copy_out`](Driver::copy_out) does.
     ///
     /// # Errors
     /// What the driver reports.
@@ -251,7 +251,8 @@ pub trait Driver: Send + Sync + 'static {
     /// What the driver reports.
     fn launch_ahead(&self, launch: Launch) -> Result<()>;
 
-    /// The same with a copy out of staging memory, which must stay as it is until it was awaited.
+    /// Queues a copy out of staging memory on the third stream, as [`launch_ahead`](Driver::launch_ahead)
+    /// does; that memory must stay as it is until it was awaited.
     ///
     /// # Errors
     /// What the driver reports.

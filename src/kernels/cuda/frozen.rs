@@ -137,7 +137,7 @@ pub(super) fn forward_extended<D: Driver>(
     Some(())
 }
 
-/// The same in a product for each part, and each panel of a weight.
+/// `y = x · Wᵀ + scale · ax · Bᵀ`, or `+=`, in a product for each part, and each panel of a weight.
 pub(super) fn forward_separate<D: Driver>(
     cuda: &Cuda<D>,
     weight: &DeviceWeight<D>,

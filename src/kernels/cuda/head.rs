@@ -90,7 +90,7 @@ struct TiledChunk<'a, D: Driver> {
     room: usize,
     logits: &'a Buffer<D>,
     targets: Argument,
-    /// Of the logits; 0 for none.
+    /// c of `c·tanh(logit / c)`; 0 for none.
     soft_cap: f32,
     loss: &'a LossSum<D>,
 }

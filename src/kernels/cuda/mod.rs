@@ -133,18 +133,18 @@ impl<D: Driver> Cuda<D> {
         })
     }
 
-    /// The same, with attention computed as is said.
+    /// The backend with attention computed as is said.
     pub fn with_attention(self, attention: AttnImplementation) -> Self {
         Cuda { attention, ..self }
     }
 
-    /// The same, with launches of flash attention that last no longer on a card of so many multiprocessors
+    /// The backend with launches of flash attention that last no longer on a card of so many multiprocessors
     /// than on a large one: the same bits.
     pub fn with_launches_for(self, multiprocessors: u64) -> Self {
         self.with_launches_of(multiprocessors * attention::LAUNCH_FLOPS_OF_A_MULTIPROCESSOR)
     }
 
-    /// The same, with launches of flash attention that compute `flops` at most: the same bits.
+    /// The backend with launches of flash attention that compute `flops` at most: the same bits.
     pub fn with_launches_of(self, flops: u64) -> Self {
         Cuda { launch_flops: flops, ..self }
     }

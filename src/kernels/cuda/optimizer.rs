@@ -10,7 +10,7 @@ use crate::error::Result;
 use crate::model::parameters::MomentBlocks;
 use crate::plan::moments::MOMENT_BLOCK;
 
-/// One update of the parameters `range` with one set of coefficients.
+/// An update of the parameters `range` with one set of coefficients.
 pub struct UpdateRun<'a, D: Driver> {
     /// Elements of the buffers.
     pub range: Range<usize>,
@@ -22,7 +22,7 @@ pub struct UpdateRun<'a, D: Driver> {
     pub moments: RunMoments<'a, D>,
     /// bf16 copies of the weights.
     pub working: Option<&'a Buffer<D>>,
-    /// In the order of the kernel's parameters.
+    /// The update's coefficients, in the order of the kernel's parameters.
     pub coefficients: [f32; 7],
 }
 
@@ -30,14 +30,14 @@ pub struct UpdateRun<'a, D: Driver> {
 pub enum RunMoments<'a, D: Driver> {
     /// First and second in f32, from element `first_element` on.
     Floats {
-        /// Both.
+        /// First and second moments.
         moments: [&'a Buffer<D>; 2],
         /// Where the run begins in them.
         first_element: usize,
     },
-    /// In 8 bits, from a block's begin.
+    /// First and second in 8 bits, from a block's begin.
     Packed {
-        /// Both.
+        /// First and second moments.
         moments: [&'a MomentBlocks<Buffer<D>>; 2],
         /// Blocks.
         blocks: Range<usize>,
@@ -70,7 +70,7 @@ impl<D: Driver> Cuda<D> {
         self.through_staging(|staging| staging.word(scale.to_bits(), to));
     }
 
-    /// One update; gradients are multiplied by the scale in the device's memory.
+    /// Makes an update; gradients are multiplied by the scale in the device's memory.
     pub fn adamw(&self, run: UpdateRun<D>) {
         let part = |buffer: &Buffer<D>| Argument::Pointer(buffer.at(run.range.clone()));
         let working = run.working.map_or(Argument::Pointer(0), part);

@@ -57,7 +57,7 @@ pub const CUBLAS: Wanted = Wanted {
 /// A library that was opened. It is never closed: CUDA's libraries have threads and exit handlers of
 /// their own, which would run into the gap.
 pub struct Found {
-    /// It.
+    /// The library.
     pub library: &'static Library,
     /// File, with its folder where that was searched.
     pub name: String,

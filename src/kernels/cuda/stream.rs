@@ -28,7 +28,7 @@ pub(super) const COPY_SLOTS: usize = OFFLOAD_COPIES + STREAMED_BLOCKS;
 /// A block as the file has it: parts, and where each begins in its place.
 type BlockParts = Vec<(usize, Part)>;
 
-/// One of the two places.
+/// A place that blocks take turns in, one of two.
 struct Place<D: Driver> {
     pinned: PinnedMemory<D>,
     memory: Arc<Allocation<D>>,

@@ -40,7 +40,7 @@ use crate::model::parameters::Parameters;
 pub(super) struct StackRoom<D: Driver> {
     /// A of all, bf16 `[ΣR, K]`.
     pub a: Buffer<D>,
-    /// Their gradients, f32 `[ΣR, K]`; only where there is a backward pass.
+    /// Gradients of A of all, f32 `[ΣR, K]`; only where there is a backward pass.
     pub gradient: Option<Buffer<D>>,
 }
 
@@ -238,7 +238,7 @@ pub(super) fn forward<D: Driver>(
     true
 }
 
-/// In one product; `None`, and nothing done, where that cannot be.
+/// [`forward`] in one product; `None`, and nothing done, where that cannot be.
 fn forward_in_one<D: Driver>(
     cuda: &Cuda<D>,
     group: &LinearGroup<Cuda<D>>,

@@ -37,7 +37,7 @@ pub struct DeviceWeight<D: Driver> {
 }
 
 impl<D: Driver> DeviceWeight<D> {
-    /// Its rows, where products can read them as they lie.
+    /// The weight's rows, where products can read them as they lie.
     pub(super) fn operand(&self) -> Option<Rows> {
         match self.form {
             Form::Dense(address) if !self.on_host => Some(Rows { address, stride: self.shape[1] }),
@@ -45,7 +45,7 @@ impl<D: Driver> DeviceWeight<D> {
         }
     }
 
-    /// The same, that others take turns with in the memory at `place`.
+    /// The weight that others take turns with in the memory at `place`.
     pub(super) fn in_turns_at(self, place: Address) -> Self {
         DeviceWeight { place: Some(place), ..self }
     }

@@ -92,7 +92,7 @@ impl<K: Kernels> Block<K> {
         }
     }
 
-    /// From the gradient of `middle` in the stream to that of `x`.
+    /// Turns the gradient of `middle` in the stream into that of `x`.
     pub(super) fn backward_attention(
         &self,
         pass: &Pass<K>,

@@ -10,7 +10,7 @@ use crate::model::spec::LinearRole;
 
 /// A linear's frozen weight and its adapter.
 pub struct Linear<K: Storage> {
-    /// Its place in the block.
+    /// The linear's place in the block.
     pub role: LinearRole,
     /// Hugging Face module path: the stream of its dropout mask.
     pub module: String,
@@ -20,7 +20,7 @@ pub struct Linear<K: Storage> {
     pub bias: Option<K::Vector>,
     /// Where its output lies in the buffer that it writes.
     pub output: Columns,
-    /// Its adapter, if it has one.
+    /// The linear's adapter, if it has one.
     pub adapter: Option<LinearAdapter>,
 }
 
@@ -37,7 +37,7 @@ pub struct LinearAdapter {
 
 /// Linears that read the same rows, and the adapters in their pass.
 pub struct LinearGroup<'a, K: Storage> {
-    /// In the order of their outputs, and of their columns of `x·Aᵀ`.
+    /// The linears, in the order of their outputs, and of their columns of `x·Aᵀ`.
     pub linears: &'a [&'a Linear<K>],
     /// The adapters.
     pub parameters: &'a Parameters<K>,
@@ -51,7 +51,7 @@ pub struct LinearGroup<'a, K: Storage> {
 pub struct AdapterWork<B> {
     /// A and B of the adapter at work, as products read them.
     pub pair: B,
-    /// Its input after dropout.
+    /// The input of the adapter at work after dropout.
     pub dropped: Option<B>,
     /// t, `s·dy·B`, `[T, R]`; only where there is a backward pass.
     pub inner_gradient: Option<B>,
@@ -120,7 +120,7 @@ impl<K: Kernels> Pass<'_, K> {
         self.multiply(linear, x, y, lora_x, &work.pair, write);
     }
 
-    /// The same where `x·Aᵀ` is in `lora_x` already.
+    /// [`forward`](Pass::forward) where `x·Aᵀ` is in `lora_x` already.
     pub(super) fn forward_projected(
         &self,
         linear: &Linear<K>,
@@ -141,7 +141,7 @@ impl<K: Kernels> Pass<'_, K> {
         linear.adapter.filter(|_| self.variant == Variant::Adapted || K::BITS_DEPEND_ON_SHAPE)
     }
 
-    /// With A and B in `pair` and `x·Aᵀ` in `lora_x`.
+    /// The product of a linear and its adapter, with A and B in `pair` and `x·Aᵀ` in `lora_x`.
     fn multiply(
         &self,
         linear: &Linear<K>,
@@ -179,7 +179,8 @@ impl<K: Kernels> Pass<'_, K> {
         LinearGroup { linears, parameters, rows, scale: self.adapter_scale() }
     }
 
-    /// Of linears that read the same rows; into bands of one buffer, or into a buffer for each.
+    /// [`forward`](Pass::forward) of linears that read the same rows, into bands of one buffer, or into a
+    /// buffer for each.
     pub(super) fn forward_all(
         &self,
         linears: &[&Linear<K>],
@@ -202,7 +203,7 @@ impl<K: Kernels> Pass<'_, K> {
         }
     }
 
-    /// Of the same: dx is their sum.
+    /// [`backward`](Pass::backward) of linears that read the same rows: dx is the sum over them.
     pub(super) fn backward_all(
         &self,
         linears: &[&Linear<K>],

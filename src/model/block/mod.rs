@@ -35,13 +35,13 @@ pub struct Block<K: Kernels> {
     pub norm1: NormParameters<K::Vector>,
     /// Before the MLP.
     pub norm2: NormParameters<K::Vector>,
-    /// Of q and k, head by head, before they are rotated.
+    /// Norms of q and k, head by head, before they are rotated.
     pub head_norms: Option<HeadNorms<K::Vector>>,
-    /// Of what both halves add to the stream.
+    /// Norms of what both halves add to the stream.
     pub post_norms: Option<PostNorms<K::Vector>>,
     /// Which of the rotary tables turns q and k.
     pub rotary: Option<usize>,
-    /// In forward order.
+    /// All linears, in forward order.
     pub linears: Vec<Linear<K>>,
     /// Heads and window.
     pub attention: AttentionShape,
@@ -81,7 +81,7 @@ pub struct AttentionOutput<B> {
 pub struct BlockActivations<'a, B> {
     /// What attention makes.
     pub attention: &'a mut AttentionOutput<B>,
-    /// All the rest.
+    /// All activations but what attention makes.
     pub saved: &'a mut Saved<B>,
     /// What a backward pass does not find in them.
     pub missing: Missing,
@@ -90,7 +90,7 @@ pub struct BlockActivations<'a, B> {
 /// What of a block's activations its backward pass has to make again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Missing {
-    /// Nothing.
+    /// Nothing: all activations were kept.
     Nothing,
     /// All but the output of attention.
     AllButAttention,
@@ -115,7 +115,7 @@ pub struct SavedMlp<B> {
 pub struct Workspace<B> {
     /// Output of the norm at work, `[T, D]`.
     pub norm: B,
-    /// Its `(μ, 1/σ)`, `[T, 2]`.
+    /// `(μ, 1/σ)` of the norm at work, `[T, 2]`.
     pub norm_stats: B,
     /// h, later the gradient of up, `[t, F]`.
     pub mlp: B,
@@ -143,7 +143,7 @@ pub struct RotaryBuffers<B> {
 }
 
 impl<B> RotaryBuffers<B> {
-    /// Those of one of them.
+    /// The tables of the rotary embedding `index`.
     pub fn of(&self, index: usize) -> RotaryTables<'_, B> {
         let [cos, sin] = &self.tables[index];
         RotaryTables { cos, sin, query_scale: self.query_scale.as_ref() }
@@ -162,23 +162,23 @@ pub struct TileBuffers<B> {
 
 /// Gradients of one block's activations.
 pub struct GradientBuffers<B> {
-    /// Of h, later of the gate, `[t, F]`.
+    /// The gradient of h, later of the gate, `[t, F]`.
     pub mlp: B,
-    /// Of the residual stream, `[T, D]`.
+    /// The gradient of the residual stream, `[T, D]`.
     pub stream: B,
-    /// Of a norm's output or of attention's output, `[T, max(D, Q)]`.
+    /// The gradient of a norm's output or of attention's output, `[T, max(D, Q)]`.
     pub norm: B,
-    /// Of what goes through a post-norm, `[T, D]`.
+    /// The gradient of what goes through a post-norm, `[T, D]`.
     pub projected: Option<B>,
-    /// Of q, k and v.
+    /// The gradients of q, k and v, `[T, q + 2·kv]`.
     pub qkv: B,
 }
 
 /// Where a backward pass writes.
 struct Gradients<'a, B> {
-    /// Of the activations of the block at work.
+    /// The gradients of the activations of the block at work.
     activations: GradientBuffers<B>,
-    /// Of all adapters, which are added to.
+    /// The gradients of all adapters, which are added to.
     lora: &'a mut B,
 }
 

@@ -125,7 +125,7 @@ impl<K: Kernels> Model<K> {
         }
     }
 
-    /// Of the first `rows` of that buffer.
+    /// The first `rows` of the head's logits, capped as the model caps them.
     pub(super) fn capped_logits(&self, rows: usize) -> Result<Cow<'_, [f32]>> {
         let LogitShape { vocab_size, soft_cap } = LogitShape::of(&self.spec);
         let mut logits = self.kernels.values(&self.buffers.head.logits, 0..rows * vocab_size)?;

@@ -12,7 +12,7 @@ use crate::model::Variant;
 pub struct Score {
     /// Sum of their losses.
     pub loss: f64,
-    /// For each, in the order of the stream, whether no other token is likelier.
+    /// Of each trained token, in the order of the stream, whether no other token is likelier.
     pub likeliest: Vec<bool>,
 }
 

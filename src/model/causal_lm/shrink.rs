@@ -28,7 +28,7 @@ impl<K: Kernels> Model<K> {
         Ok(model)
     }
 
-    /// All buffers are given back when this returns.
+    /// The model without its buffers, which are given back when this returns.
     fn without_buffers(self) -> Frozen<K> {
         let Model { kernels, spec, weights, random, .. } = self;
         Frozen { kernels, spec, weights, random }

@@ -52,7 +52,7 @@ fn recipe() -> Recipe {
     }
 }
 
-/// One that overshoots, and stops when two evaluations in a row are no better.
+/// A recipe that overshoots, and stops when two evaluations in a row are no better.
 fn impatient() -> Recipe {
     let mut recipe = recipe();
     recipe.learning_rate = 1.0;

@@ -123,7 +123,7 @@ fn the_last_checkpoint_knows_all_that_was_found_out() {
     }
 }
 
-/// The same step may be saved again: a session may end between the renames of that.
+/// A step may be saved again, and a session may end between the renames of that.
 #[test]
 fn a_checkpoint_that_was_moved_away_comes_back() {
     let out = tempfile::tempdir().unwrap();

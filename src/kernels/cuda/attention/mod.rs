@@ -24,7 +24,7 @@ pub use implementation::AttnImplementation;
 pub(super) use tiles::{LAUNCH_FLOPS, LAUNCH_FLOPS_OF_A_MULTIPROCESSOR, heaviest_first};
 pub use work::WorkLayout;
 
-/// From so many new tokens on a tile of the flash kernels is worth it.
+/// New tokens from which on a tile of the flash kernels is worth it.
 const FLASH_ROWS: usize = 8;
 
 impl<D: Driver> AttentionKernels for Cuda<D> {
