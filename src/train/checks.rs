@@ -3,7 +3,7 @@
 //! hand-written backward pass; it costs a run, not an error message.
 
 use super::step::Gradient;
-use super::trainee::Trainee;
+use super::trainee::{AdapterBuffers, Trainee};
 use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::ledger::{self, Phase};
@@ -120,7 +120,7 @@ impl FirstSteps {
     ///
     /// # Errors
     /// `Numeric` naming the tensors without a gradient.
-    pub fn before_update<M: Trainee>(&mut self, model: &mut M) -> Result<()> {
+    pub fn before_update<M: AdapterBuffers>(&mut self, model: &mut M) -> Result<()> {
         let (matrix, next) = match self.stage {
             Stage::Begin => (Matrix::B, Stage::HasGradient),
             Stage::BMoved => (Matrix::A, Stage::AHasGradient),
@@ -145,7 +145,7 @@ impl FirstSteps {
     ///
     /// # Errors
     /// `Numeric` naming the tensors that stood still.
-    pub fn after_update<M: Trainee>(
+    pub fn after_update<M: AdapterBuffers>(
         &mut self,
         model: &mut M,
         learning_rate: f64,
@@ -169,18 +169,18 @@ impl FirstSteps {
         Ok(())
     }
 
-    fn remember<M: Trainee>(&mut self, model: &M) -> Result<()> {
+    fn remember<M: AdapterBuffers>(&mut self, model: &M) -> Result<()> {
         self.before = sums(model)?;
         Ok(())
     }
 }
 
-fn of<M: Trainee>(model: &M, matrix: Matrix) -> Vec<ParameterTensor> {
+fn of<M: AdapterBuffers>(model: &M, matrix: Matrix) -> Vec<ParameterTensor> {
     model.tensors().iter().filter(|tensor| tensor.matrix == matrix).cloned().collect()
 }
 
 /// A hash of each tensor of the master (Fletcher-like, over the bits): another one when any element changes.
-fn sums<M: Trainee>(model: &M) -> Result<Vec<u64>> {
+fn sums<M: AdapterBuffers>(model: &M) -> Result<Vec<u64>> {
     let sum = |tensor: &ParameterTensor| {
         let (mut first, mut second) = (0u64, 0u64);
         model.any_piece(AdapterRegion::Master, tensor.range.clone(), |values| {

@@ -9,7 +9,7 @@ use nibble_quant::FloatType;
 use super::backend::{TrainingKernels, Update};
 use super::meter::Meter;
 use super::preview::Preview;
-use super::trainee::{Shrunk, Trainee};
+use super::trainee::{AdapterBuffers, Shrinkable, Shrunk, Trainee};
 use crate::adapter::Adapter;
 use crate::allocator;
 use crate::data::{Batch, TokenizerFiles};
@@ -113,6 +113,52 @@ impl<K: TrainingKernels> LoraModel<K> {
 /// What `model` of a [`LoraModel`] holds to.
 const PRESENT: &str = "a run ends when its buffers cannot be had";
 
+impl<K: TrainingKernels> AdapterBuffers for LoraModel<K> {
+    fn tensors(&self) -> &[ParameterTensor] {
+        self.model().parameters().tensors()
+    }
+
+    fn moments(&self) -> &MomentLayout {
+        self.model().parameters().moments()
+    }
+
+    fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        self.model().parameters().values(region, words)
+    }
+
+    fn set_values(&mut self, region: AdapterRegion, first: usize, values: &[f32]) {
+        self.model_mut().parameters_mut().set_values(region, first, values);
+    }
+
+    fn refresh_working(&mut self) {
+        self.model_mut().parameters_mut().refresh_working();
+    }
+}
+
+impl<K: TrainingKernels> Shrinkable for LoraModel<K> {
+    fn shrink(&mut self) -> Result<Option<Shrunk>> {
+        let before = self.model().settings().clone();
+        let Some(model) = self.model.take_if(|model| model.can_be_smaller()) else {
+            return Ok(None);
+        };
+        let model = self.model.insert(model.with_smaller_plan()?);
+        if let Some((_, account)) = &mut self.metered {
+            account.replan(model.plan());
+        }
+        Ok(self.shrunk_since(&before))
+    }
+
+    fn sum_order(&self) -> Option<SumOrder> {
+        Some(self.model().settings().sum_order())
+    }
+
+    fn shrunk_at_start(&mut self) -> Option<Shrunk> {
+        let now = self.model().settings().clone();
+        let wanted = std::mem::replace(&mut self.wanted, now);
+        self.shrunk_since(&wanted)
+    }
+}
+
 impl<K: TrainingKernels> Trainee for LoraModel<K> {
     fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64> {
         self.in_parts(batch, |model, part| model.forward_backward(part, scale, micro_batch))
@@ -120,14 +166,6 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
 
     fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
         self.in_parts(batch, |model, part| model.evaluate(part, variant))
-    }
-
-    fn tensors(&self) -> &[ParameterTensor] {
-        self.model().parameters().tensors()
-    }
-
-    fn moments(&self) -> &MomentLayout {
-        self.model().parameters().moments()
     }
 
     fn zero_gradients(&mut self) {
@@ -145,18 +183,6 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
     fn update(&mut self, update: &Update) -> Result<()> {
         let parameters = self.model_mut().parameters_mut();
         parameters.kernels().clone().update(parameters, update)
-    }
-
-    fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
-        self.model().parameters().values(region, words)
-    }
-
-    fn set_values(&mut self, region: AdapterRegion, first: usize, values: &[f32]) {
-        self.model_mut().parameters_mut().set_values(region, first, values);
-    }
-
-    fn refresh_working(&mut self) {
-        self.model_mut().parameters_mut().refresh_working();
     }
 
     fn first_bad_activation(&mut self) -> Option<String> {
@@ -193,27 +219,5 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
         let model = self.model.as_mut().expect(PRESENT);
         let prefill_tokens = model.settings().tokens;
         self.preview.answer(model, prompt, prefill_tokens)
-    }
-
-    fn shrink(&mut self) -> Result<Option<Shrunk>> {
-        let before = self.model().settings().clone();
-        let Some(model) = self.model.take_if(|model| model.can_be_smaller()) else {
-            return Ok(None);
-        };
-        let model = self.model.insert(model.with_smaller_plan()?);
-        if let Some((_, account)) = &mut self.metered {
-            account.replan(model.plan());
-        }
-        Ok(self.shrunk_since(&before))
-    }
-
-    fn sum_order(&self) -> Option<SumOrder> {
-        Some(self.model().settings().sum_order())
-    }
-
-    fn shrunk_at_start(&mut self) -> Option<Shrunk> {
-        let now = self.model().settings().clone();
-        let wanted = std::mem::replace(&mut self.wanted, now);
-        self.shrunk_since(&wanted)
     }
 }

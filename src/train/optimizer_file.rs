@@ -5,7 +5,7 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use super::trainee::Trainee;
+use super::trainee::AdapterBuffers;
 use crate::checkpoint::MappedFile;
 use crate::checkpoint::tensor_file::{NewTensor, PIECE_BYTES, pieces, write_tensors};
 use crate::error::{Error, Result};
@@ -86,7 +86,7 @@ fn entries(tensors: &[ParameterTensor], moments: &MomentLayout) -> Vec<Entry> {
 ///
 /// # Errors
 /// `Io`, or those of the backend.
-pub fn write<M: Trainee>(model: &M, folder: &Path) -> Result<()> {
+pub fn write<M: AdapterBuffers>(model: &M, folder: &Path) -> Result<()> {
     let tensor = |entry: Entry| {
         let (name, dtype, shape) = (entry.key.clone(), entry.dtype, entry.shape.clone());
         NewTensor { name, dtype, shape, source: entry }
@@ -106,7 +106,7 @@ pub fn write<M: Trainee>(model: &M, folder: &Path) -> Result<()> {
 ///
 /// # Errors
 /// `Io`, or `Input` when the file is damaged or belongs to another adapter or optimizer.
-pub fn read<M: Trainee>(model: &mut M, folder: &Path) -> Result<()> {
+pub fn read<M: AdapterBuffers>(model: &mut M, folder: &Path) -> Result<()> {
     let path = folder.join(OPTIMIZER_FILE);
     let mapped = MappedFile::open(&path)?;
     let file = SafeTensors::deserialize(&mapped.bytes)

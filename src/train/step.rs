@@ -117,6 +117,7 @@ fn place(batches: &[Batch], index: Option<usize>) -> String {
 #[cfg(test)]
 mod tests {
     use super::super::toy::{Toy, documents};
+    use super::super::trainee::AdapterBuffers;
     use super::*;
     use crate::model::Variant;
 

@@ -16,7 +16,7 @@ use super::backend::Update;
 use super::buffers::Buffers;
 use super::clip;
 use super::step::rate_groups;
-use super::trainee::{Shrunk, Trainee};
+use super::trainee::{AdapterBuffers, Shrinkable, Shrunk, Trainee};
 use crate::adapter::LoraPlus;
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
@@ -45,7 +45,7 @@ pub struct Toy {
     pub room: (usize, usize),
     /// How often there is no memory to write the adapter.
     pub failing_writes: Cell<usize>,
-    /// Whether there is no room on the disk for it.
+    /// Whether there is no room on the disk for the adapter.
     pub full_disk: bool,
     /// How often there is none for the base model's loss.
     pub failing_bases: usize,
@@ -177,41 +177,13 @@ impl Toy {
     }
 }
 
-impl Trainee for Toy {
-    fn forward_backward(&mut self, batch: &Batch, scale: f32, _micro_batch: u64) -> Result<f64> {
-        self.in_parts(batch, |toy, part| toy.sum(part, 1.0, Some(scale)))
-    }
-
-    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
-        if variant == Variant::Adapted {
-            return self.in_parts(batch, |toy, part| toy.sum(part, 1.0, None));
-        }
-        if let Some(left) = self.failing_bases.checked_sub(1) {
-            self.failing_bases = left;
-            return Err(Error::budget("no memory for the base model"));
-        }
-        Ok(self.sum(batch, 0.0, None) + f64::from(self.base_error))
-    }
-
+impl AdapterBuffers for Toy {
     fn tensors(&self) -> &[ParameterTensor] {
         &self.tensors
     }
 
     fn moments(&self) -> &MomentLayout {
         &self.places
-    }
-
-    fn zero_gradients(&mut self) {
-        self.gradients.fill(0.0);
-    }
-
-    fn gradient_norm(&mut self) -> Result<f64> {
-        Ok(clip::global_norm(&self.gradients))
-    }
-
-    fn update(&mut self, update: &Update) -> Result<()> {
-        update.apply(self.buffers());
-        Ok(())
     }
 
     fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
@@ -240,6 +212,50 @@ impl Trainee for Toy {
     fn refresh_working(&mut self) {
         self.refresh();
     }
+}
+
+impl Shrinkable for Toy {
+    fn shrink(&mut self) -> Result<Option<Shrunk>> {
+        let from_tokens = self.room.0;
+        let to_tokens = from_tokens.min(64) / 2;
+        self.room.0 = to_tokens;
+        let change = format!("{to_tokens} tokens");
+        Ok((to_tokens > 0).then_some(Shrunk { from_tokens, to_tokens, change }))
+    }
+
+    fn sum_order(&self) -> Option<SumOrder> {
+        Some(Settings::evaluating(self.room.0, 64).sum_order())
+    }
+}
+
+impl Trainee for Toy {
+    fn forward_backward(&mut self, batch: &Batch, scale: f32, _micro_batch: u64) -> Result<f64> {
+        self.in_parts(batch, |toy, part| toy.sum(part, 1.0, Some(scale)))
+    }
+
+    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
+        if variant == Variant::Adapted {
+            return self.in_parts(batch, |toy, part| toy.sum(part, 1.0, None));
+        }
+        if let Some(left) = self.failing_bases.checked_sub(1) {
+            self.failing_bases = left;
+            return Err(Error::budget("no memory for the base model"));
+        }
+        Ok(self.sum(batch, 0.0, None) + f64::from(self.base_error))
+    }
+
+    fn zero_gradients(&mut self) {
+        self.gradients.fill(0.0);
+    }
+
+    fn gradient_norm(&mut self) -> Result<f64> {
+        Ok(clip::global_norm(&self.gradients))
+    }
+
+    fn update(&mut self, update: &Update) -> Result<()> {
+        update.apply(self.buffers());
+        Ok(())
+    }
 
     fn write_adapter(&self, folder: &Path) -> Result<()> {
         if let Some(left) = self.failing_writes.get().checked_sub(1) {
@@ -253,18 +269,6 @@ impl Trainee for Toy {
         }
         let bytes: &[u8] = bytemuck::cast_slice(&self.master);
         std::fs::write(&path, bytes).map_err(|e| Error::io("write", &path, e))
-    }
-
-    fn shrink(&mut self) -> Result<Option<Shrunk>> {
-        let from_tokens = self.room.0;
-        let to_tokens = from_tokens.min(64) / 2;
-        self.room.0 = to_tokens;
-        let change = format!("{to_tokens} tokens");
-        Ok((to_tokens > 0).then_some(Shrunk { from_tokens, to_tokens, change }))
-    }
-
-    fn sum_order(&self) -> Option<SumOrder> {
-        Some(Settings::evaluating(self.room.0, 64).sum_order())
     }
 
     fn sample(&mut self, prompt: &str) -> Result<String> {

@@ -24,32 +24,13 @@ pub struct Shrunk {
     pub change: String,
 }
 
-/// A model whose adapter can be trained. The loop knows nothing else of it.
-pub trait Trainee {
-    /// Sum of the losses of the batch's trained tokens; adds `scale ·` their gradient to the
-    /// gradients. `micro_batch` counts from the start of the run: dropout depends on it.
-    fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64>;
-
-    /// Sum of the losses of the batch's trained tokens, without dropout.
-    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64>;
-
+/// The flat buffers of an adapter in training: weights, gradients and moments.
+pub trait AdapterBuffers {
     /// The trained tensors and where they lie in the flat buffers.
     fn tensors(&self) -> &[ParameterTensor];
 
     /// Where each tensor's moments are.
     fn moments(&self) -> &MomentLayout;
-
-    /// Zeroes the gradients.
-    fn zero_gradients(&mut self);
-
-    /// `√Σ g²` over all gradients.
-    fn gradient_norm(&mut self) -> Result<f64>;
-
-    /// Updates the weights with the gradients at hand.
-    ///
-    /// # Errors
-    /// Those of the backend: the weights are then neither the old nor the new ones.
-    fn update(&mut self, update: &Update) -> Result<()>;
 
     /// Words of one of the flat buffers; a copy where the program does not see it.
     ///
@@ -61,7 +42,7 @@ pub trait Trainee {
     /// did.
     ///
     /// # Errors
-    /// Those of [`values`](Trainee::values).
+    /// Those of [`values`](AdapterBuffers::values).
     fn any_piece(
         &self,
         region: AdapterRegion,
@@ -81,13 +62,65 @@ pub trait Trainee {
 
     /// Makes what the forward pass reads of the master, once that was overwritten.
     fn refresh_working(&mut self);
+}
+
+/// What can do with less memory.
+pub trait Shrinkable {
+    /// Makes room where memory ran short: from now on a micro-batch is computed in smaller parts, or
+    /// with less kept of it, with the same sums. `None` where no plan is smaller.
+    ///
+    /// # Errors
+    /// `Budget` when not even the smaller buffers can be had, or those of the backend.
+    fn shrink(&mut self) -> Result<Option<Shrunk>> {
+        Ok(None)
+    }
+
+    /// [`shrink`](Shrinkable::shrink), where that is the only way on.
+    ///
+    /// # Errors
+    /// `message`, which says what ran short, where no plan is smaller; those of `shrink`.
+    fn shrink_or(&mut self, message: Message) -> Result<Shrunk> {
+        self.shrink()?.ok_or(Error::Budget(message))
+    }
+
+    /// The order in which the model adds up now, where that can change.
+    fn sum_order(&self) -> Option<SumOrder> {
+        None
+    }
+
+    /// What the model had to do without before the first step; told once.
+    fn shrunk_at_start(&mut self) -> Option<Shrunk> {
+        None
+    }
+}
+
+/// A model whose adapter can be trained. The loop knows nothing else of it.
+pub trait Trainee: AdapterBuffers + Shrinkable {
+    /// Sum of the losses of the batch's trained tokens; adds `scale ·` their gradient to the
+    /// gradients. `micro_batch` counts from the start of the run: dropout depends on it.
+    fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64>;
+
+    /// Sum of the losses of the batch's trained tokens, without dropout.
+    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64>;
+
+    /// Zeroes the gradients.
+    fn zero_gradients(&mut self);
+
+    /// `√Σ g²` over all gradients.
+    fn gradient_norm(&mut self) -> Result<f64>;
+
+    /// Updates the weights with the gradients at hand.
+    ///
+    /// # Errors
+    /// Those of the backend: the weights are then neither the old nor the new ones.
+    fn update(&mut self, update: &Update) -> Result<()>;
 
     /// Where in the forward pass of the last training batch the numbers stopped being finite.
     fn first_bad_activation(&mut self) -> Option<String> {
         None
     }
 
-    /// Where its memory is, as planned and as measured so far.
+    /// Where the model's memory is, as planned and as measured so far.
     fn memory(&self) -> Option<Account> {
         None
     }
@@ -107,33 +140,6 @@ pub trait Trainee {
     /// # Errors
     /// `Io`, or `Budget` where memory runs short.
     fn write_adapter(&self, folder: &Path) -> Result<()>;
-
-    /// Makes room where memory ran short: from now on a micro-batch is computed in smaller parts, or
-    /// with less kept of it, with the same sums. `None` where no plan is smaller.
-    ///
-    /// # Errors
-    /// `Budget` when not even the smaller buffers can be had, or those of the backend.
-    fn shrink(&mut self) -> Result<Option<Shrunk>> {
-        Ok(None)
-    }
-
-    /// [`shrink`](Trainee::shrink), where that is the only way on.
-    ///
-    /// # Errors
-    /// `message`, which says what ran short, where no plan is smaller; those of `shrink`.
-    fn shrink_or(&mut self, message: Message) -> Result<Shrunk> {
-        self.shrink()?.ok_or(Error::Budget(message))
-    }
-
-    /// The order in which the model adds up now, where that can change.
-    fn sum_order(&self) -> Option<SumOrder> {
-        None
-    }
-
-    /// What it had to do without before the first step; told once.
-    fn shrunk_at_start(&mut self) -> Option<Shrunk> {
-        None
-    }
 
     /// The model's answer to a prompt.
     fn sample(&mut self, prompt: &str) -> Result<String>;

@@ -19,7 +19,7 @@ use nibble::train::adamw::AdamW;
 use nibble::train::backend::{TrainingKernels, Update};
 use nibble::train::clip;
 use nibble::train::step;
-use nibble::train::trainee::Trainee;
+use nibble::train::trainee::{AdapterBuffers, Shrinkable, Trainee};
 use nibble_quant::product::Precision;
 use nibble_quant::{BlockFormat, QuantType};
 use serde_json::Value;
@@ -27,27 +27,12 @@ use serde_json::Value;
 /// A model without files.
 struct Bare(Model);
 
-impl Trainee for Bare {
-    fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64> {
-        self.0.forward_backward(batch, scale, micro_batch)
-    }
-    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
-        self.0.evaluate(batch, variant)
-    }
+impl AdapterBuffers for Bare {
     fn tensors(&self) -> &[ParameterTensor] {
         self.0.parameters().tensors()
     }
     fn moments(&self) -> &MomentLayout {
         self.0.parameters().moments()
-    }
-    fn zero_gradients(&mut self) {
-        self.0.parameters_mut().zero_gradients();
-    }
-    fn gradient_norm(&mut self) -> Result<f64> {
-        Cpu::default().gradient_norm(self.0.parameters_mut())
-    }
-    fn update(&mut self, update: &Update) -> Result<()> {
-        Cpu::default().update(self.0.parameters_mut(), update)
     }
     fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
         self.0.parameters().values(region, words)
@@ -57,6 +42,26 @@ impl Trainee for Bare {
     }
     fn refresh_working(&mut self) {
         self.0.parameters_mut().refresh_working();
+    }
+}
+
+impl Shrinkable for Bare {}
+
+impl Trainee for Bare {
+    fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64> {
+        self.0.forward_backward(batch, scale, micro_batch)
+    }
+    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
+        self.0.evaluate(batch, variant)
+    }
+    fn zero_gradients(&mut self) {
+        self.0.parameters_mut().zero_gradients();
+    }
+    fn gradient_norm(&mut self) -> Result<f64> {
+        Cpu::default().gradient_norm(self.0.parameters_mut())
+    }
+    fn update(&mut self, update: &Update) -> Result<()> {
+        Cpu::default().update(self.0.parameters_mut(), update)
     }
     fn write_adapter(&self, _folder: &Path) -> Result<()> {
         Ok(())
