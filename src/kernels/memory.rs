@@ -228,7 +228,7 @@ pub trait Storage: Clone + Sync {
     /// A sum that begins at zero.
     fn loss_sum(&self, memory: &mut Self::Memory) -> Self::LossSum;
 
-    /// Sets it to zero.
+    /// Sets a sum to zero.
     fn clear_loss(&self, sum: &mut Self::LossSum);
 
     /// The value of a sum.

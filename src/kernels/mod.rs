@@ -45,7 +45,7 @@ pub trait Kernels:
     /// they are; without them the f32 master is rounded before each product.
     const TAKES_BF16: bool = false;
 
-    /// Whether it can compute this model as it was told to.
+    /// Checks that the backend can compute this model as it was told to.
     ///
     /// # Errors
     /// `Usage` for a setting that the model does not allow.

@@ -33,7 +33,7 @@ impl Columns {
 pub enum Write {
     /// The result takes the place of what was there.
     Over,
-    /// Added to it.
+    /// The result is added to what was there.
     Add,
 }
 
@@ -206,7 +206,7 @@ pub struct DropoutMask {
 pub struct UniformNoise {
     /// The most that it adds.
     pub amplitude: f32,
-    /// What it is for, in this micro-batch.
+    /// What the noise is for, in this micro-batch.
     pub stream: Stream,
     /// Index of the first element.
     pub first: u64,

@@ -275,7 +275,7 @@ pub struct TensorSpec {
     pub name: String,
     /// Shape as Nibble holds it: linears `[out, in]` for every family.
     pub shape: Vec<usize>,
-    /// What it is for.
+    /// What the tensor is for.
     pub role: TensorRole,
     /// Dense checkpoints store the transpose (`Conv1D`).
     pub transposed: bool,

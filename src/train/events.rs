@@ -51,7 +51,7 @@ pub struct StartEvent {
     pub settings: serde_json::Value,
     /// The base model as the user named it.
     pub model: String,
-    /// Where it is computed.
+    /// What computes, in words.
     #[serde(default)]
     pub device: String,
     /// Optimizer steps of the whole run.
@@ -102,7 +102,7 @@ pub struct ParameterCounts {
 /// What a run takes from a data file.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct DataSummary {
-    /// What it is for: `training` or `evaluation`.
+    /// What the data are for: `training` or `evaluation`.
     pub name: String,
     /// The file as the user named it.
     pub file: String,
@@ -164,7 +164,7 @@ pub struct EvalEvent {
     pub epoch: f64,
     /// Mean loss per trained token.
     pub eval_loss: f64,
-    /// Seconds it took.
+    /// Seconds that the evaluation took.
     pub eval_runtime: f64,
     /// Documents in the evaluation set.
     pub num_documents: u64,
@@ -198,9 +198,9 @@ pub struct SaveEvent {
     pub checkpoint: String,
     /// Bytes written.
     pub bytes: u64,
-    /// Seconds it took.
+    /// Seconds that saving took.
     pub seconds: f64,
-    /// Whether it is the best checkpoint by evaluation loss.
+    /// Whether this is the best checkpoint by evaluation loss.
     pub is_best: bool,
 }
 

@@ -21,13 +21,13 @@ const SAME_MODEL_IN_BF16: f64 = 5e-3;
 
 /// A run about to take its next step.
 pub struct Start {
-    /// Where it stands.
+    /// Where the run stands.
     pub state: TrainState,
-    /// What its first steps are checked for.
+    /// What the run's first steps are checked for.
     pub checks: FirstSteps,
     /// Whether another machine computes it now, or in another order, with other rounding.
     pub rounding_differs: bool,
-    /// Whether it ends elsewhere than it was to.
+    /// How the run ends elsewhere than it was to, if it does.
     pub other_length: Option<OtherLength>,
 }
 

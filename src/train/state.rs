@@ -31,10 +31,10 @@ pub struct Identity {
     pub eval_data_sha256: Option<String>,
     /// Mean loss of the base model on the first tokens: the model's fingerprint.
     pub base_loss: f64,
-    /// Whether that was computed in bf16, as on every GPU.
+    /// Whether the base loss was computed in bf16, as on every GPU.
     #[serde(default)]
     pub bf16: bool,
-    /// How its plan adds up; a session that has to do otherwise goes on with other last bits.
+    /// How the run's plan adds up; a session that has to do otherwise goes on with other last bits.
     #[serde(default, deserialize_with = "if_it_is_known")]
     pub sum_order: Option<SumOrder>,
 }

@@ -144,7 +144,7 @@ fn sources<'a>(
 }
 
 impl DocumentSet<'_> {
-    /// What the logs say of it.
+    /// What the logs say of the documents.
     fn summary(&self, name: &str, rows: &[Vec<usize>]) -> DataSummary {
         let lengths = lengths(&self.documents);
         DataSummary {

@@ -30,7 +30,7 @@ pub enum Argument {
 }
 
 impl Argument {
-    /// Where its value lies, as `cuLaunchKernel` takes it.
+    /// Where the argument's value lies, as `cuLaunchKernel` takes it.
     pub fn as_pointer(&mut self) -> *mut std::ffi::c_void {
         match self {
             Argument::Pointer(x) | Argument::U64(x) => std::ptr::from_mut(x).cast(),

@@ -182,7 +182,7 @@ impl<'a, D: Driver> TiledChunk<'a, D> {
         self.logits.as_matrix(self.rows, stride(tile.count))
     }
 
-    /// Makes them.
+    /// Makes the logits of a tile.
     fn logits(&self, tile: &Tile) -> Rows {
         let z = self.place(tile);
         let shape = [self.rows, tile.count, self.head.shape[1]];

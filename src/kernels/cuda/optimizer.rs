@@ -18,7 +18,7 @@ pub struct UpdateRun<'a, D: Driver> {
     pub master: &'a Buffer<D>,
     /// f32 gradients.
     pub gradients: &'a Buffer<D>,
-    /// Where their moments are.
+    /// The elements' moments.
     pub moments: RunMoments<'a, D>,
     /// bf16 copies of the weights.
     pub working: Option<&'a Buffer<D>>,
@@ -32,7 +32,7 @@ pub enum RunMoments<'a, D: Driver> {
     Floats {
         /// First and second moments.
         moments: [&'a Buffer<D>; 2],
-        /// Where the run begins in them.
+        /// Where the run begins in the moments.
         first_element: usize,
     },
     /// First and second in 8 bits, from a block's begin.

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// A library by the names under which it may be found.
 #[derive(Debug)]
 pub struct Wanted {
-    /// What it is.
+    /// What the library is, for people.
     pub title: &'static str,
     /// File names, best first, with the CUDA version that the driver must run at least.
     names: &'static [(&'static str, i32)],

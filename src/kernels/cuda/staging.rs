@@ -14,7 +14,7 @@ use std::sync::Arc;
 /// The documents of a pass on the device.
 #[derive(Debug, Clone, Copy)]
 pub struct Documents {
-    /// Where they begin and end.
+    /// Where the documents begin and end.
     pub boundaries: Address,
     /// Where the documents' keys begin and end, with those that were cached before.
     pub key_boundaries: Address,

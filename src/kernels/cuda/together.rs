@@ -73,13 +73,13 @@ impl Adapters {
         Adapters { all, ranks, inner: linears[0].weight.shape[1] }
     }
 
-    /// Columns of `x·Aᵀ` of all of them.
+    /// Columns of `x·Aᵀ` of all adapters.
     fn columns(&self) -> Columns {
         let first = self.all.first().map_or(Columns::all(0), |adapter| adapter.columns);
         Columns { width: self.ranks, ..first }
     }
 
-    /// ΣR columns behind the rows of a matrix, where there is room for them.
+    /// Columns of all ranks behind the rows of a matrix, where there is room for them.
     fn behind<D: Driver>(&self, matrix: &Buffer<D>, rows: usize) -> Option<Rows> {
         if self.ranks == 0 {
             Some(Rows { address: 0, stride: 0 })

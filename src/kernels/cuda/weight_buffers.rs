@@ -67,7 +67,7 @@ pub(super) struct Wanted {
     pub columns: usize,
     /// Elements from one row to the next.
     pub stride: usize,
-    /// What it needs of a buffer, with what is written beside it.
+    /// Elements that it needs of a buffer, with what is written beside it.
     pub elements: usize,
     /// Where streamed weights lie; they are in turns.
     place: Option<Address>,

@@ -18,7 +18,7 @@ pub struct Linear<K: Storage> {
     pub weight: K::Weight,
     /// `[out]`.
     pub bias: Option<K::Vector>,
-    /// Where its output lies in the buffer that it writes.
+    /// Where the linear's output lies in the buffer that it writes.
     pub output: Columns,
     /// The linear's adapter, if it has one.
     pub adapter: Option<LinearAdapter>,

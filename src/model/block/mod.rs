@@ -83,7 +83,7 @@ pub struct BlockActivations<'a, B> {
     pub attention: &'a mut AttentionOutput<B>,
     /// All activations but what attention makes.
     pub saved: &'a mut Saved<B>,
-    /// What a backward pass does not find in them.
+    /// What a backward pass does not find in the other two.
     pub missing: Missing,
 }
 
@@ -187,7 +187,7 @@ struct Gradients<'a, B> {
 pub struct Dropout {
     /// `lora_dropout`.
     pub probability: f32,
-    /// What its masks are drawn from.
+    /// What the masks are drawn from.
     pub draws: Draws,
 }
 
