@@ -55,21 +55,21 @@ impl FrozenLinear {
         if !x.dtype().is_float() {
             bail!("frozen linear: x has type {:?}, expected floats", x.dtype());
         }
-        let y = x.to_dtype(DType::F32)?.contiguous()?.apply_op1(Product::forward(self))?;
+        let y = x.to_dtype(DType::F32)?.contiguous()?.apply_op1(FrozenLinearOp::forward(self))?;
         y.to_dtype(x.dtype())
     }
 }
 
-/// One direction of the product.
-struct Product {
+/// The product of a [`FrozenLinear`] in one direction, as candle takes it.
+struct FrozenLinearOp {
     linear: FrozenLinear,
     /// `dy·W` instead of `x·Wᵀ`.
     backward: bool,
 }
 
-impl Product {
+impl FrozenLinearOp {
     fn forward(linear: &FrozenLinear) -> Self {
-        Product { linear: linear.clone(), backward: false }
+        FrozenLinearOp { linear: linear.clone(), backward: false }
     }
 
     /// Columns of the argument and of the result.
@@ -91,7 +91,7 @@ impl Product {
     }
 }
 
-impl CustomOp1 for Product {
+impl CustomOp1 for FrozenLinearOp {
     fn name(&self) -> &'static str {
         if self.backward { "frozen-linear-input-gradient" } else { "frozen-linear" }
     }
@@ -117,7 +117,7 @@ impl CustomOp1 for Product {
     }
 
     fn bwd(&self, _: &Tensor, _: &Tensor, gradient: &Tensor) -> Result<Option<Tensor>> {
-        let transposed = Product { linear: self.linear.clone(), backward: !self.backward };
+        let transposed = FrozenLinearOp { linear: self.linear.clone(), backward: !self.backward };
         gradient.contiguous()?.apply_op1(transposed).map(Some)
     }
 }

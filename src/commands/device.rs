@@ -63,7 +63,7 @@ fn open_gpu(args: &DeviceArgs, index: usize) -> Result<Cuda<Gpu>> {
     let (free, total) = cuda.driver().memory()?;
     let (name, free, total) = (cuda.driver().name(), ByteSize(free), ByteSize(total));
     eprintln!("cuda:{index}: {name}, {free} of {total} free, {verdict}");
-    Ok(cuda.keeping_on_host(args.embedding.on_host()))
+    Ok(cuda.with_on_host(args.embedding.on_host()))
 }
 
 /// What a GPU's results are found to be. With `NIBBLE_UNVERIFIED_GPU=1` wrong ones are no error: for

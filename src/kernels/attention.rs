@@ -1,10 +1,12 @@
 //! Attention, and what happens to q and k before it.
 
-use super::{AttentionShape, HeadNorms, RotaryTables, Storage, TokenLayout};
+use super::{
+    AttentionShape, Cache, CachedScratch, Direction, HeadNorms, RotaryTables, Storage, TokenLayout,
+};
 
 /// What the gradients of q, k and v are computed from.
 pub struct AttentionInputs<'a, B> {
-    /// As the forward pass read it.
+    /// q, k and v as the forward pass read them.
     pub qkv: &'a B,
     /// `[T, H·head_dim]`.
     pub o: &'a B,
@@ -37,14 +39,14 @@ pub trait AttentionKernels: Storage {
         rows: usize,
     );
 
-    /// Rotates q and k in place; `backward` turns the other way. The scale of q is its own transpose.
+    /// Rotates q and k in place, backward by the opposite angle. The scale of q is its own transpose.
     fn rotary(
         &self,
         shape: &AttentionShape,
         tables: RotaryTables<Self::Buffer>,
         qkv: &mut Self::Buffer,
         rows: usize,
-        backward: bool,
+        direction: Direction,
     );
 
     /// Causal attention inside each document: `o [T, H·head_dim]` and the log-sum-exp `[T, H]`.
@@ -58,18 +60,16 @@ pub trait AttentionKernels: Storage {
         work: &mut Self::Buffer,
     );
 
-    /// Attention of `rows` new tokens that follow `past` cached ones: appends their k and v to
-    /// `cache` `[capacity, 2·kv]` and writes `o [rows, H·head_dim]`; `lse [rows, H]` is to work in.
-    #[allow(clippy::too_many_arguments)]
+    /// Attention of `rows` new tokens that follow those in the cache: appends their k and v to it and
+    /// writes `o [rows, H·head_dim]`.
     fn attention_cached(
         &self,
         shape: &AttentionShape,
         qkv: &Self::Buffer,
-        cache: (&mut Self::Buffer, usize),
+        cache: Cache<Self::Buffer>,
         rows: usize,
         o: &mut Self::Buffer,
-        lse: &mut Self::Buffer,
-        work: &mut Self::Buffer,
+        scratch: CachedScratch<Self::Buffer>,
     );
 
     /// Overwrites `dqkv`; probabilities are recomputed from q, k and the log-sum-exp.

@@ -11,7 +11,7 @@ pub struct HeadChunk<'a, K: Storage> {
     pub head: &'a K::Weight,
     /// To work in, as the plan has it: for the logits of these rows, or of a tile of the head.
     pub logits: &'a mut K::Buffer,
-    /// Of each row.
+    /// The target of each row.
     pub targets: &'a [u32],
     /// V, and what logits are capped with.
     pub shape: LogitShape,

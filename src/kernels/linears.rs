@@ -14,11 +14,27 @@ pub struct LinearTerms<'a, K: Storage> {
 }
 
 impl<'a, K: Storage> LinearTerms<'a, K> {
-    /// Of a matrix alone.
+    /// The product of a matrix alone.
     pub fn of(weight: &'a K::Weight) -> Self {
         LinearTerms { weight, bias: None, lora: None }
     }
 }
+
+/// What the gradients of a linear's A and B are computed from, beside that of its output.
+pub struct LinearInputs<'a, B> {
+    /// What the linear read, `[rows, in]`.
+    pub x: &'a B,
+    /// `drop(x)·Aᵀ` of all adapters of its half of the block, side by side.
+    pub lora_x: &'a B,
+}
+
+impl<B> Clone for LinearInputs<'_, B> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<B> Copy for LinearInputs<'_, B> {}
 
 /// Linears: frozen products, an adapter's share in them, and linears that read the same rows.
 pub trait LinearKernels: Storage {
@@ -71,13 +87,13 @@ pub trait LinearKernels: Storage {
     }
 
     /// [`lora_backward`](super::LoraKernels::lora_backward) and
-    /// [`linear_backward`](LinearKernels::linear_backward) of the same linears, of which dx is the sum;
-    /// `inputs` are x and ax.
+    /// [`linear_backward`](LinearKernels::linear_backward) of the same linears, of which dx is the
+    /// sum.
     fn linears_backward(
         &self,
         _group: &LinearGroup<Self>,
         _dys: &[&Self::Buffer],
-        _inputs: (&Self::Buffer, &Self::Buffer),
+        _inputs: LinearInputs<Self::Buffer>,
         _dx: Option<&mut Self::Buffer>,
         _lora_gradients: &mut Self::Buffer,
         _work: &mut AdapterWork<Self::Buffer>,

@@ -30,8 +30,8 @@ pub trait LoraKernels: Storage {
         rows: usize,
     );
 
-    /// The same of one row that text is generated from: its sums may have another order than those of
-    /// several rows.
+    /// [`lora_project`](LoraKernels::lora_project) of one row that text is generated from: its sums may have
+    /// another order than those of several rows.
     fn lora_project_row(
         &self,
         shape: &LoraShape,
@@ -40,7 +40,7 @@ pub trait LoraKernels: Storage {
         ax: (&mut Self::Buffer, Columns),
     );
 
-    /// With `t = scale · dy[:, band] · B`: `gA += tᵀ x`, `gB += scale · dyᵀ ax`; t is left for
+    /// `gA += tᵀ x`, `gB += scale · dyᵀ ax`, with `t = scale · dy[:, band] · B`, which is left for
     /// [`linear_backward`](super::LinearKernels::linear_backward). `gradients[offset..]` holds gA, gB.
     fn lora_backward(
         &self,

@@ -46,7 +46,7 @@ pub struct Untaken {
 }
 
 impl Untaken {
-    /// All of them, one behind the other.
+    /// All `regions`, one behind the other.
     pub fn new(regions: &[Region]) -> Self {
         let mut end = 0usize;
         let place = |region: &Region| {
@@ -79,7 +79,7 @@ impl Untaken {
 
 /// The matrices of all blocks, and what brings them in turn to where they are used.
 pub struct StreamedWeights<W> {
-    /// In the order in which they came.
+    /// The blocks' matrices, in the order in which they came.
     pub blocks: Vec<Vec<W>>,
     /// To be told which block is used.
     pub stream: Box<dyn WeightStream>,
@@ -155,9 +155,9 @@ pub trait Storage: Clone + Sync {
     /// `Io`, the first one.
     fn offload_failure(&self, store: &mut Self::Offload) -> Result<()>;
 
-    /// The same, with the embedding, or that and the head, kept in the host's memory, where that is
+    /// The backend with the embedding, or that and the head, kept in the host's memory, where that is
     /// another place.
-    fn keeping_on_host(self, _what: OnHost) -> Self {
+    fn with_on_host(self, _what: OnHost) -> Self {
         self
     }
 
@@ -228,10 +228,10 @@ pub trait Storage: Clone + Sync {
     /// A sum that begins at zero.
     fn loss_sum(&self, memory: &mut Self::Memory) -> Self::LossSum;
 
-    /// Sets it to zero.
+    /// Sets a sum to zero.
     fn clear_loss(&self, sum: &mut Self::LossSum);
 
-    /// Its value.
+    /// The value of a sum.
     ///
     /// # Errors
     /// What went wrong in the operations before.

@@ -21,14 +21,14 @@ use crate::error::Result;
 use crate::model::spec::ModelSpec;
 pub use attention::{AttentionInputs, AttentionKernels};
 pub use head::{HeadChunk, HeadKernels};
-pub use linears::{LinearKernels, LinearTerms};
+pub use linears::{LinearInputs, LinearKernels, LinearTerms};
 pub use lora::{LoraInputs, LoraKernels};
 pub use memory::{PlannedMemory, Residency, Storage, StreamedWeights, Untaken};
 pub use mlp::MlpKernels;
 pub use rows::RowKernels;
 pub use shapes::{
-    AttentionShape, Columns, DropoutMask, HeadNorms, LogitShape, LoraTerm, NormParameters,
-    PostNorms, RotaryTables, TokenLayout, UniformNoise, Write,
+    AttentionShape, Cache, CachedScratch, Columns, Direction, DropoutMask, HeadNorms, LogitShape,
+    LoraTerm, NormParameters, PostNorms, RotaryTables, TokenLayout, UniformNoise, Write,
 };
 
 /// A backend: the memory it plans in and the operations on it.
@@ -45,7 +45,7 @@ pub trait Kernels:
     /// they are; without them the f32 master is rounded before each product.
     const TAKES_BF16: bool = false;
 
-    /// Whether it can compute this model as it was told to.
+    /// Checks that the backend can compute this model as it was told to.
     ///
     /// # Errors
     /// `Usage` for a setting that the model does not allow.

@@ -31,14 +31,14 @@ impl Columns {
 /// How an operation leaves its result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Write {
-    /// In place of what was there.
+    /// The result takes the place of what was there.
     Over,
-    /// Added to it.
+    /// The result is added to what was there.
     Add,
 }
 
 impl Write {
-    /// Of one part of a sum: the first takes the place of what was there.
+    /// How a part of a sum is left: the first takes the place of what was there.
     pub fn of_part(position: usize) -> Self {
         if position == 0 { Write::Over } else { Write::Add }
     }
@@ -52,6 +52,15 @@ impl Write {
     pub fn beta(self) -> f32 {
         if self.adds() { 1.0 } else { 0.0 }
     }
+}
+
+/// Which way a pass goes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Direction {
+    /// From the first block to the last.
+    Forward,
+    /// From the last block to the first, with gradients.
+    Backward,
 }
 
 /// Which documents a micro-batch consists of: the tokens of all of them in one stream.
@@ -72,7 +81,7 @@ impl TokenLayout {
         Self::continuing(cu_seqlens, 0)
     }
 
-    /// One document (or several) whose first positions are `past`.
+    /// The layout of one document (or several) whose first positions are `past`.
     ///
     /// # Panics
     /// When a document ends before it begins.
@@ -155,6 +164,22 @@ impl AttentionShape {
     }
 }
 
+/// Keys and values of the tokens that were decoded before, for one block.
+pub struct Cache<'a, B> {
+    /// Rotated keys and values `[capacity, 2·kv]`.
+    pub keys_values: &'a mut B,
+    /// Tokens in the cache.
+    pub past: usize,
+}
+
+/// What attention to a [`Cache`] works in; what it leaves there is of no use.
+pub struct CachedScratch<'a, B> {
+    /// `[rows, H]`.
+    pub lse: &'a mut B,
+    /// Score tiles.
+    pub tiles: &'a mut B,
+}
+
 /// What an adapter adds to a linear's product, in the same pass over the result.
 pub struct LoraTerm<'a, B> {
     /// Dimensions and scale.
@@ -181,7 +206,7 @@ pub struct DropoutMask {
 pub struct UniformNoise {
     /// The most that it adds.
     pub amplitude: f32,
-    /// What it is for, in this micro-batch.
+    /// What the noise is for, in this micro-batch.
     pub stream: Stream,
     /// Index of the first element.
     pub first: u64,
@@ -190,14 +215,14 @@ pub struct UniformNoise {
 /// The RMS norms of a block's heads, each `[head_dim]`: one for every head of q, one for those of k.
 #[derive(Debug, Clone)]
 pub struct HeadNorms<V> {
-    /// Of q.
+    /// The norm of the heads of q.
     pub q: NormParameters<V>,
-    /// Of k.
+    /// The norm of the heads of k.
     pub k: NormParameters<V>,
 }
 
 impl<V> HeadNorms<V> {
-    /// The same norms with their vectors elsewhere.
+    /// The norms with their vectors elsewhere.
     ///
     /// # Errors
     /// Those of `upload`.
@@ -209,14 +234,14 @@ impl<V> HeadNorms<V> {
 /// The norms of what a block's halves add to the residual stream, each `[D]`.
 #[derive(Debug, Clone)]
 pub struct PostNorms<V> {
-    /// Of attention's output projection.
+    /// The norm of attention's output projection.
     pub attention: NormParameters<V>,
-    /// Of the MLP's.
+    /// The norm of the MLP's down projection.
     pub mlp: NormParameters<V>,
 }
 
 impl<V> PostNorms<V> {
-    /// The same norms with their vectors elsewhere.
+    /// The norms with their vectors elsewhere.
     ///
     /// # Errors
     /// Those of `upload`.
@@ -236,7 +261,7 @@ pub struct LogitShape {
 }
 
 impl LogitShape {
-    /// Those of a model's head.
+    /// The logits of a model's head.
     pub fn of(spec: &ModelSpec) -> Self {
         LogitShape { vocab_size: spec.vocab_size, soft_cap: spec.logit_soft_cap }
     }
@@ -256,7 +281,7 @@ pub struct NormParameters<V> {
 }
 
 impl<V> NormParameters<V> {
-    /// The same norm with its vectors elsewhere.
+    /// The norm with its vectors elsewhere.
     ///
     /// # Errors
     /// Those of `upload`.

@@ -7,14 +7,16 @@ pub mod block;
 mod causal_lm;
 pub mod families;
 pub mod inventory;
+mod moment;
 pub mod names;
-mod packed_moments;
 pub mod parameters;
 mod projections;
 pub mod rotary;
+pub mod shortage;
 pub mod spec;
 pub mod streaming;
 mod upload;
 pub mod weights;
 
+pub use block::Variant;
 pub use causal_lm::{Model, randomness::Draws, randomness::Randomness, score::Score};

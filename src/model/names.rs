@@ -6,7 +6,7 @@ pub struct Names {
     /// Where the blocks are.
     pub(super) layers: &'static str,
     pub(super) embedding: &'static str,
-    /// Of the position table, with `.weight`.
+    /// Name of the position table, with `.weight`.
     pub(super) positions: Option<&'static str>,
     pub(super) final_norm: &'static str,
     pub(super) head: &'static str,
@@ -15,7 +15,7 @@ pub struct Names {
 }
 
 impl Names {
-    /// Those of `LlamaForCausalLM`, which most have.
+    /// Names of `LlamaForCausalLM`, which most have.
     pub const LLAMA: Names = Names {
         layers: "model.layers",
         embedding: "model.embed_tokens",
@@ -26,7 +26,7 @@ impl Names {
         second_norm: "post_attention_layernorm",
     };
 
-    /// Those of `GPT2LMHeadModel`.
+    /// Names of `GPT2LMHeadModel`.
     pub const GPT2: Names = Names {
         layers: "transformer.h",
         embedding: "transformer.wte",

@@ -10,7 +10,7 @@ use std::path::Path;
 
 use nibble_quant::FloatType;
 
-pub use super::packed_moments::PackedMoments;
+pub use super::moment::{Moment, MomentBlocks};
 use crate::adapter::{Adapter, AdapterFiles, LoraShape, LoraTarget};
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
@@ -35,45 +35,17 @@ pub struct ParameterTensor {
     pub name: String,
     /// Rows and columns.
     pub shape: [usize; 2],
-    /// Its elements in the flat buffers.
+    /// The tensor's elements in the flat buffers.
     pub range: Range<usize>,
     /// A or B.
     pub matrix: Matrix,
 }
 
-/// One of the flat buffers of f32 words.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-pub enum Part {
-    /// Weights.
-    Master,
-    /// Gradients of the last batches.
-    Gradients,
-    /// AdamW's first moments, those in f32.
-    FirstMoment,
-    /// AdamW's second moments, those in f32.
-    SecondMoment,
-    /// Codes of first moments in 8 bits, four in a word.
-    FirstCodes,
-    /// Their scales, one for each block.
-    FirstAbsmax,
-    /// Codes of second moments in 8 bits, four in a word.
-    SecondCodes,
-    /// Their scales, one for each block.
-    SecondAbsmax,
-}
-
-impl Part {
-    /// What outlives a step: weights and moments.
-    pub const LASTING: [Part; 7] = [
-        Part::Master,
-        Part::FirstMoment,
-        Part::SecondMoment,
-        Part::FirstCodes,
-        Part::FirstAbsmax,
-        Part::SecondCodes,
-        Part::SecondAbsmax,
-    ];
-}
+/// The flat buffers that outlive a step: weights and moments.
+pub const LASTING: [AdapterRegion; 7] = {
+    use AdapterRegion::*;
+    [Master, FirstMoment, SecondMoment, FirstCodes, FirstAbsmax, SecondCodes, SecondAbsmax]
+};
 
 /// All trainable tensors, their gradients and the optimizer's moments, where a backend keeps them.
 pub struct Parameters<K: Storage = Cpu> {
@@ -89,9 +61,8 @@ pub struct Parameters<K: Storage = Cpu> {
 struct TrainingState<B> {
     /// Lent to the backward pass while it runs.
     gradients: Option<B>,
-    first_moment: B,
-    second_moment: B,
-    packed: Option<PackedMoments<B>>,
+    /// First and second.
+    moments: [Moment<B>; 2],
     places: MomentLayout,
 }
 
@@ -101,12 +72,8 @@ pub struct OptimizerView<'a, K: Kernels> {
     pub master: &'a mut K::Buffer,
     /// f32 gradients.
     pub gradients: &'a mut K::Buffer,
-    /// First moments in f32.
-    pub first_moment: &'a mut K::Buffer,
-    /// Second moments in f32.
-    pub second_moment: &'a mut K::Buffer,
-    /// Moments in 8 bits, if there are any.
-    pub packed: Option<&'a mut PackedMoments<K::Buffer>>,
+    /// AdamW's first and second moment.
+    pub moments: &'a mut [Moment<K::Buffer>; 2],
     /// Where each tensor's moments are.
     pub places: &'a MomentLayout,
     /// The tensors.
@@ -132,13 +99,13 @@ impl<K: Kernels> Parameters<K> {
         let optim = if packed { Optim::Adamw8bit } else { Optim::AdamwTorch };
         let training = has(Gradients).then(|| TrainingState {
             gradients: Some(take(Gradients)),
-            first_moment: take(FirstMoment),
-            second_moment: take(SecondMoment),
-            packed: packed.then(|| PackedMoments {
-                first_codes: take(FirstCodes),
-                first_absmax: take(FirstAbsmax),
-                second_codes: take(SecondCodes),
-                second_absmax: take(SecondAbsmax),
+            moments: [
+                (FirstMoment, FirstCodes, FirstAbsmax),
+                (SecondMoment, SecondCodes, SecondAbsmax),
+            ]
+            .map(|(floats, codes, absmax)| Moment {
+                floats: take(floats),
+                blocks: packed.then(|| MomentBlocks { codes: take(codes), absmax: take(absmax) }),
             }),
             places: MomentLayout::new(optim, tensors.iter().map(|tensor| tensor.range.len())),
         });
@@ -190,7 +157,7 @@ impl<K: Kernels> Parameters<K> {
     pub fn save(&self, files: &AdapterFiles, folder: &Path, dtype: FloatType) -> Result<()> {
         files.write(folder, dtype, &|tensor, elements| {
             let first = self.tensors[tensor].range.start;
-            self.words_of(Part::Master, first + elements.start..first + elements.end)
+            self.values(AdapterRegion::Master, first + elements.start..first + elements.end)
         })
     }
 
@@ -219,80 +186,92 @@ impl<K: Kernels> Parameters<K> {
         &self.training.as_ref().expect("planned for training").places
     }
 
-    /// f32 words of one buffer.
-    fn words(&self, part: Part) -> usize {
-        match part {
-            Part::Master | Part::Gradients => self.elements(),
-            Part::FirstMoment | Part::SecondMoment => self.moments().float_elements,
-            Part::FirstCodes | Part::SecondCodes => self.moments().code_words(),
-            Part::FirstAbsmax | Part::SecondAbsmax => self.moments().blocks,
+    /// f32 words of one flat buffer.
+    fn words(&self, region: AdapterRegion) -> usize {
+        use AdapterRegion::*;
+        match region {
+            Working => 0,
+            Master | Gradients => self.elements(),
+            FirstMoment | SecondMoment => self.moments().float_elements,
+            FirstCodes | SecondCodes => self.moments().code_words(),
+            FirstAbsmax | SecondAbsmax => self.moments().blocks,
         }
     }
 
-    /// The words of one buffer, none where it was not planned; a copy where the program does not
+    /// Some words of one flat buffer, none where it was not planned; a copy where the program does not
     /// see it.
     ///
     /// # Errors
     /// Those of the backend.
     ///
     /// # Panics
-    /// Without training buffers, unless `part` is the master.
-    pub fn values(&self, part: Part) -> Result<Cow<'_, [f32]>> {
-        self.words_of(part, 0..self.words(part))
+    /// Without training buffers, unless `region` is the master.
+    pub fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        match self.buffer(region) {
+            Some(buffer) => self.kernels.values(buffer, words),
+            None => Ok(Cow::Borrowed(&[])),
+        }
     }
 
-    /// [`values`](Parameters::values), some of them.
+    /// All [`values`](Parameters::values) of one flat buffer.
     ///
     /// # Errors
     /// Those of the backend.
     ///
     /// # Panics
     /// As `values`.
-    pub fn words_of(&self, part: Part, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
-        let buffer = match (part, &self.training) {
-            (Part::Master, _) => Some(&self.master),
-            (_, None) => panic!("{part:?} is planned for training only"),
-            (Part::Gradients, Some(state)) => state.gradients.as_ref(),
-            (Part::FirstMoment, Some(state)) => Some(&state.first_moment),
-            (Part::SecondMoment, Some(state)) => Some(&state.second_moment),
-            (part, Some(state)) => state.packed.as_ref().map(|packed| packed.buffer(part)),
-        };
-        match buffer {
-            Some(buffer) => self.kernels.values(buffer, words),
-            None => Ok(Cow::Borrowed(&[])),
-        }
+    pub fn all_values(&self, region: AdapterRegion) -> Result<Cow<'_, [f32]>> {
+        self.values(region, 0..self.words(region))
     }
 
-    /// Overwrites one buffer; the working copy follows the master.
+    /// Overwrites words of one flat buffer from `first` on. Once all of the master is written, the
+    /// working copy has to be [refreshed](Parameters::refresh_working).
     ///
     /// # Panics
     /// Without training buffers.
-    pub fn set_values(&mut self, part: Part, values: &[f32]) {
-        assert_eq!(values.len(), self.words(part), "{part:?} has another length");
-        self.set_words(part, 0, values);
-        if part == Part::Master {
+    pub fn set_values(&mut self, region: AdapterRegion, first: usize, values: &[f32]) {
+        let kernels = self.kernels.clone();
+        if let Some(buffer) = self.buffer_mut(region) {
+            kernels.set_values(values, buffer, first);
+        }
+    }
+
+    /// Overwrites all of one flat buffer; the working copy follows the master.
+    ///
+    /// # Panics
+    /// Without training buffers.
+    pub fn replace(&mut self, region: AdapterRegion, values: &[f32]) {
+        assert_eq!(values.len(), self.words(region), "{region:?} has another length");
+        self.set_values(region, 0, values);
+        if region == AdapterRegion::Master {
             self.refresh_working();
         }
     }
 
-    /// Overwrites words of one buffer from `first` on. Once all of the master is written, the working
-    /// copy has to be [refreshed](Parameters::refresh_working).
-    ///
-    /// # Panics
-    /// Without training buffers.
-    pub fn set_words(&mut self, part: Part, first: usize, values: &[f32]) {
-        let kernels = self.kernels.clone();
-        let OptimizerView { master, gradients, first_moment, second_moment, packed, .. } =
+    /// The flat buffer of f32 words that is `region`, if it was planned.
+    fn buffer(&self, region: AdapterRegion) -> Option<&K::Buffer> {
+        use AdapterRegion::*;
+        let training = || self.training.as_ref().expect("planned for training");
+        match region {
+            Working => None,
+            Master => Some(&self.master),
+            Gradients => training().gradients.as_ref(),
+            FirstMoment | FirstCodes | FirstAbsmax => training().moments[0].buffer(region),
+            SecondMoment | SecondCodes | SecondAbsmax => training().moments[1].buffer(region),
+        }
+    }
+
+    /// [`buffer`](Parameters::buffer), to be overwritten.
+    fn buffer_mut(&mut self, region: AdapterRegion) -> Option<&mut K::Buffer> {
+        use AdapterRegion::*;
+        let OptimizerView { master, gradients, moments: [first, second], .. } =
             self.optimizer_view();
-        let buffer = match part {
-            Part::Master => Some(master),
-            Part::Gradients => Some(gradients),
-            Part::FirstMoment => Some(first_moment),
-            Part::SecondMoment => Some(second_moment),
-            part => packed.map(|packed| packed.buffer_mut(part)),
-        };
-        if let Some(buffer) = buffer {
-            kernels.set_values(values, buffer, first);
+        match region {
+            Working => None,
+            Master => Some(master),
+            Gradients => Some(gradients),
+            FirstMoment | FirstCodes | FirstAbsmax => first.buffer_mut(region),
+            SecondMoment | SecondCodes | SecondAbsmax => second.buffer_mut(region),
         }
     }
 
@@ -320,9 +299,7 @@ impl<K: Kernels> Parameters<K> {
         OptimizerView {
             master: &mut self.master,
             gradients: state.gradients.as_mut().expect("returned by the backward pass"),
-            first_moment: &mut state.first_moment,
-            second_moment: &mut state.second_moment,
-            packed: state.packed.as_mut(),
+            moments: &mut state.moments,
             places: &state.places,
             tensors: &self.tensors,
             working: self.working.as_mut(),
@@ -334,7 +311,7 @@ impl<K: Kernels> Parameters<K> {
         self.tensors[2 * index].range.start..self.tensors[2 * index + 1].range.end
     }
 
-    /// The same of A and of B.
+    /// Elements of target `index`'s A, and of its B, in the flat buffers.
     pub fn matrix_ranges(&self, index: usize) -> [Range<usize>; 2] {
         [2 * index, 2 * index + 1].map(|tensor| self.tensors[tensor].range.clone())
     }

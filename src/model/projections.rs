@@ -7,7 +7,7 @@ use super::spec::ModelSpec;
 /// MLP has, and how dense checkpoints store them follow from it.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Projections {
-    /// One for each of q, k, v, o, gate, up and down: Llama's.
+    /// A matrix for each of q, k, v, o, gate, up and down: Llama's.
     Separate,
     /// q, k and v in one, gate and up in another: Phi-3's.
     Fused,
@@ -22,7 +22,8 @@ pub enum MlpKind {
     Plain,
     /// `down(act(gate(x)) · up(x))`.
     Gated,
-    /// The same; gate and up are one matrix, one below the other, which has the role of up.
+    /// `down(act(gate(x)) · up(x))` where gate and up are one matrix, one below the other, which has the role
+    /// of up.
     FusedGated,
 }
 
@@ -50,7 +51,7 @@ pub enum LinearRole {
 /// One linear of one block: `y [T, out] = x [T, in] · Wᵀ (+ bias)`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearSpec {
-    /// Its place in the block.
+    /// The linear's place in the block.
     pub role: LinearRole,
     /// Hugging Face module path, such as `model.layers.0.self_attn.q_proj`.
     pub module: String,
@@ -70,15 +71,15 @@ type Projection = (LinearRole, &'static str, Width, Width);
 enum Width {
     /// D, of the stream.
     Stream,
-    /// Of q, which is that of attention's output.
+    /// Width of q, and of attention's output.
     Query,
-    /// Of k, or of v.
+    /// Width of k, or of v.
     Key,
-    /// Of q, k and v.
+    /// Width of q, k and v together.
     Qkv,
     /// F, of the MLP.
     Mlp,
-    /// Of gate and up.
+    /// Width of gate and up together.
     GateUp,
 }
 
@@ -97,7 +98,7 @@ impl Projections {
         self == Projections::Conv1d
     }
 
-    /// In forward order.
+    /// The matrices of a block, in forward order.
     fn of_block(self) -> &'static [Projection] {
         use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
         match self {

@@ -34,7 +34,7 @@ pub enum Family {
 }
 
 impl Family {
-    /// All of them.
+    /// All families.
     pub const ALL: [Family; 11] = [
         Family::Llama,
         Family::Mistral,
@@ -49,7 +49,8 @@ impl Family {
         Family::Gpt2,
     ];
 
-    /// That of a `model_type`. A `ministral` is what transformers makes of a Mistral with `layer_types`.
+    /// The family of a `model_type`. A `ministral` is what transformers makes of a Mistral with
+    /// `layer_types`.
     pub fn of(model_type: &str) -> Option<Self> {
         let model_type = if model_type == "ministral" { "mistral" } else { model_type };
         Family::ALL.into_iter().find(|family| family.model_type() == model_type)
@@ -155,7 +156,7 @@ pub enum RopeScaling {
     LongRope {
         /// Divisors `[rotary_dim / 2]` for sequences of up to the trained length.
         short_factor: Vec<f32>,
-        /// For longer ones.
+        /// Divisors `[rotary_dim / 2]` for longer sequences.
         long_factor: Vec<f32>,
         /// Trained length in tokens.
         original_max_position_embeddings: usize,
@@ -233,7 +234,7 @@ pub struct ModelSpec {
     pub rotary: Option<Rotary>,
     /// The first elements of each head, which it turns; the others stay as they are.
     pub rotary_dim: usize,
-    /// Another one for the layers with a window.
+    /// Rotary embedding of the layers with a window, where they have one of their own.
     pub local_rotary: Option<Rotary>,
     /// What q grows by with its position.
     pub query_scaling: Option<QueryScaling>,
@@ -291,14 +292,14 @@ pub struct TensorSpec {
     pub name: String,
     /// Shape as Nibble holds it: linears `[out, in]` for every family.
     pub shape: Vec<usize>,
-    /// What it is for.
+    /// What the tensor is for.
     pub role: TensorRole,
     /// Dense checkpoints store the transpose (`Conv1D`).
     pub transposed: bool,
 }
 
 impl TensorSpec {
-    /// Its shape in a file: packed weights are `[out, in]`, dense ones of `Conv1D` the transpose.
+    /// The tensor's shape in a file: packed weights are `[out, in]`, dense ones of `Conv1D` the transpose.
     pub fn shape_in_file(&self, packed: bool) -> Vec<usize> {
         match self.transposed && !packed {
             true => self.shape.iter().rev().copied().collect(),
@@ -313,7 +314,7 @@ impl ModelSpec {
         self.num_heads * self.head_dim
     }
 
-    /// So many tokens, or no more than there are learned positions.
+    /// `tokens`, or the number of learned positions if that is less.
     pub fn possible_length(&self, tokens: usize) -> usize {
         tokens.min(self.learned_positions.unwrap_or(usize::MAX))
     }

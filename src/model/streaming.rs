@@ -7,15 +7,7 @@
 
 use super::spec::ModelSpec;
 use crate::checkpoint::{Checkpoint, Pages};
-
-/// Which way the blocks are used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Direction {
-    /// First to last.
-    Forward,
-    /// Last to first.
-    Backward,
-}
+use crate::kernels::Direction;
 
 /// Weights of blocks that take turns in the memory that a backend works with.
 pub trait WeightStream: Send {
@@ -54,7 +46,7 @@ pub struct Streaming {
 }
 
 impl Streaming {
-    /// Of weights that are used as they are stored in `source`; what loading them has read is
+    /// The pages of weights that are used as they are stored in `source`; what loading them has read is
     /// given back.
     pub fn new(source: &Checkpoint, spec: &ModelSpec) -> Self {
         source.release_all();
@@ -81,7 +73,7 @@ impl Streaming {
     }
 }
 
-/// On the CPU blocks are used where they are mapped.
+/// Streaming on the CPU: blocks are used where they are mapped.
 impl WeightStream for Streaming {
     fn enter(&mut self, layer: usize, direction: Direction) {
         if let Some(next) = next(layer, self.blocks.len(), direction) {

@@ -18,8 +18,8 @@ impl Weights {
         self.with_matrices(kernels, kernels.upload_weights(matrices)?)
     }
 
-    /// The same, but of the blocks' matrices two blocks' at a time; `pages` are those of the file
-    /// that they lie in.
+    /// [`upload`](Weights::upload), but of the blocks' matrices two blocks' at a time; `pages` are those of
+    /// the file that they lie in.
     ///
     /// # Errors
     /// `Budget` when it does not fit there.
@@ -38,7 +38,7 @@ impl Weights {
         self.positions.iter().cloned().collect()
     }
 
-    /// The same model with its matrices elsewhere: the tables, then those of the blocks.
+    /// The weights with their matrices elsewhere: the tables, then those of the blocks.
     fn with_matrices<K: Kernels>(
         self,
         kernels: &K,
@@ -62,7 +62,7 @@ impl Weights {
 }
 
 impl Block<Cpu> {
-    /// Its matrices, which are not copied.
+    /// The block's matrices, which are not copied.
     fn matrices(&self) -> impl Iterator<Item = FrozenMatrix> {
         self.linears.iter().map(|linear| linear.weight.clone())
     }

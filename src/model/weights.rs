@@ -50,10 +50,10 @@ pub trait TensorSource {
         format
     }
 
-    /// Its values have been copied.
+    /// Tells that the values of a tensor have been copied.
     fn release(&self, _name: &str) {}
 
-    /// All that is wanted of it was read, and `packed` if it was not packed already.
+    /// Tells that all that is wanted of a tensor was read, and `packed` if it was not packed already.
     fn is_read(&self, _packed: bool) {}
 }
 

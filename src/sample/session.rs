@@ -187,7 +187,7 @@ pub fn equip<K: Kernels>(
 ) -> Result<Model<K>> {
     let targets = adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default();
     let settings = Settings { targets, bf16_working: K::TAKES_BF16, ..settings };
-    let mut model = Model::on(kernels.clone(), spec, weights, settings)?;
+    let mut model = Model::with_kernels(kernels.clone(), spec, weights, settings)?;
     if let Some(adapter) = adapter {
         model.parameters_mut().load(adapter);
     }

@@ -28,7 +28,7 @@ pub struct AdamW {
 /// Elements that share a learning rate.
 #[derive(Debug, Clone, PartialEq)]
 pub struct RateGroup {
-    /// Where they lie in the flat buffers.
+    /// Where the elements lie in the flat buffers.
     pub range: Range<usize>,
     /// Learning rate over that of the schedule.
     pub multiplier: f64,

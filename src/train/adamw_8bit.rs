@@ -15,7 +15,7 @@ use super::adamw::{Coefficients, update_run};
 use super::backend::Update;
 use super::buffers::Buffers;
 use crate::kernels::cpu::Cpu;
-use crate::model::parameters::OptimizerView;
+use crate::model::parameters::{MomentBlocks, OptimizerView};
 use crate::plan::MomentPlace;
 use crate::plan::moments::MOMENT_BLOCK;
 
@@ -79,15 +79,14 @@ impl Update<'_> {
 
 /// The flat buffers tensor by tensor.
 fn tensors<'a>(view: OptimizerView<'a, Cpu>) -> Vec<(TensorSlices<'a>, Moments<'a>)> {
-    let OptimizerView { master, gradients, first_moment, second_moment, packed, .. } = view;
+    let OptimizerView { master, gradients, moments: [first, second], .. } = view;
     let (mut master, mut gradients): (&mut [f32], &mut [f32]) = (master, gradients);
     let mut working: Option<&mut [bf16]> = view.working.map(|working| &mut **working);
-    let mut floats: [&mut [f32]; 2] = [first_moment, second_moment];
-    let packed = packed.expect("8-bit moments are planned");
-    let mut packed = [
-        PackedMoment::of_words(&mut packed.first_codes, &mut packed.first_absmax),
-        PackedMoment::of_words(&mut packed.second_codes, &mut packed.second_absmax),
-    ];
+    let mut floats: [&mut [f32]; 2] = [&mut first.floats, &mut second.floats];
+    let mut packed = [&mut first.blocks, &mut second.blocks].map(|blocks| {
+        let MomentBlocks { codes, absmax } = blocks.as_mut().expect("8-bit moments are planned");
+        PackedMoment::of_words(codes, absmax)
+    });
     let tensors = view.tensors.iter().zip(&view.places.places).map(|(tensor, place)| {
         let elements = tensor.range.len();
         let weights = TensorSlices {
@@ -228,7 +227,7 @@ mod tests {
             State { master, codes: [codes.clone(), codes], absmax: [absmax.clone(), absmax] }
         }
 
-        /// That of bitsandbytes after `step`.
+        /// The state of bitsandbytes after `step`.
         fn golden(file: &SafeTensors, step: u64) -> Self {
             let codes = |n| file.tensor(&format!("large.state{n}.{step}")).unwrap().data().to_vec();
             let absmax = |n| floats(file, &format!("large.absmax{n}.{step}"));

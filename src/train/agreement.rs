@@ -15,11 +15,10 @@ use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::kernels::cpu::Cpu;
 use crate::model::families::spec_from_config;
-use crate::model::parameters::Part;
 use crate::model::spec::{ModelSpec, TensorRole};
 use crate::model::weights::{TensorSource, Weights};
 use crate::model::{Model, Randomness};
-use crate::plan::{Policy, Settings};
+use crate::plan::{AdapterRegion, Policy, Settings};
 use crate::random::Stream;
 
 /// Widths of heads, each of which has kernels of its own, and one that has none; ranks, for which an MLP
@@ -90,12 +89,12 @@ fn check_model<K: TrainingKernels>(kernels: &K, tiny: Tiny) -> Result<()> {
     let [got, expected] =
         [device.forward_backward(&batch, scale, 0)?, host.forward_backward(&batch, scale, 0)?];
     agree("losses", (got / expected - 1.0).abs(), TOLERANCE.loss)?;
-    let gradients = device.parameters().values(Part::Gradients)?.into_owned();
-    let error = error_in_norm(&gradients, &host.parameters().values(Part::Gradients)?);
+    let gradients = device.parameters().all_values(AdapterRegion::Gradients)?.into_owned();
+    let error = error_in_norm(&gradients, &host.parameters().all_values(AdapterRegion::Gradients)?);
     agree("gradients", error, TOLERANCE.gradients)?;
 
     // One update from the same gradients.
-    host.parameters_mut().set_values(Part::Gradients, &gradients);
+    host.parameters_mut().replace(AdapterRegion::Gradients, &gradients);
     let norm = kernels.gradient_norm(device.parameters_mut())?;
     let error = (norm / Cpu::default().gradient_norm(host.parameters_mut())? - 1.0).abs();
     agree("norms of gradients", error, TOLERANCE.weights)?;
@@ -105,8 +104,8 @@ fn check_model<K: TrainingKernels>(kernels: &K, tiny: Tiny) -> Result<()> {
     let update = Update { optimizer, groups, step: 1, learning_rate: 1e-2, gradient_scale: 0.5 };
     kernels.update(device.parameters_mut(), &update)?;
     Cpu::default().update(host.parameters_mut(), &update)?;
-    let updated = device.parameters().values(Part::Master)?;
-    let error = error_in_norm(&updated, &host.parameters().values(Part::Master)?);
+    let updated = device.parameters().all_values(AdapterRegion::Master)?;
+    let error = error_in_norm(&updated, &host.parameters().all_values(AdapterRegion::Master)?);
     agree("updates", error, TOLERANCE.weights)?;
 
     let mut rest = &batch.input_ids[..];
@@ -164,7 +163,7 @@ fn model<K: TrainingKernels>(kernels: K, tiny: Tiny, second: Policy) -> Result<M
     };
     let weights = weights.upload(&kernels)?;
     let random = Randomness { seed: SEED, neftune: Some(1.0), ..Randomness::default() };
-    let mut model = Model::on(kernels, spec, weights, settings)?.drawing(random);
+    let mut model = Model::with_kernels(kernels, spec, weights, settings)?.with_randomness(random);
     model.parameters_mut().load(&adapter);
     model.parameters_mut().zero_gradients();
     Ok(model)

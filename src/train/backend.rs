@@ -97,9 +97,10 @@ impl TrainingKernels for Cpu {
 
     fn update(&self, parameters: &mut Parameters, update: &Update) -> Result<()> {
         let view = parameters.optimizer_view();
-        match view.packed {
-            None => update.apply(view.into()),
-            Some(_) => update.apply_packed(view),
+        if view.places.blocks == 0 {
+            update.apply(view.into());
+        } else {
+            update.apply_packed(view);
         }
         Ok(())
     }

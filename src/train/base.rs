@@ -13,9 +13,9 @@ use crate::model::weights::Weights;
 /// A base model before its weights are read, and how they are to be used.
 #[derive(Debug, Clone, Copy)]
 pub struct FrozenBase<'a> {
-    /// Where its weights are.
+    /// The files of its weights.
     pub checkpoint: &'a Checkpoint,
-    /// What it is.
+    /// What the model is.
     pub spec: &'a ModelSpec,
     /// How dense linears are packed.
     pub format: Option<BlockFormat>,

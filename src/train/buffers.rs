@@ -26,14 +26,15 @@ pub struct Buffers<'a> {
 
 impl<'a> From<OptimizerView<'a, Cpu>> for Buffers<'a> {
     fn from(view: OptimizerView<'a, Cpu>) -> Self {
-        let OptimizerView { master, gradients, first_moment, second_moment, working, .. } = view;
+        let OptimizerView { master, gradients, moments: [first, second], working, .. } = view;
+        let (first_moment, second_moment) = (&mut *first.floats, &mut *second.floats);
         let working = working.map(|working| &mut **working);
         Buffers { master, gradients, first_moment, second_moment, working }
     }
 }
 
 impl<'a> Buffers<'a> {
-    /// The same elements cut into pieces of [`CHUNK`], the last one shorter.
+    /// The buffers cut into pieces of [`CHUNK`], the last one shorter.
     pub fn chunks(self) -> Vec<Buffers<'a>> {
         let mut working = self.working.map(|slice| slice.chunks_mut(CHUNK));
         let weights = self.master.chunks_mut(CHUNK).zip(self.gradients.chunks_mut(CHUNK));

@@ -135,14 +135,14 @@ pub fn verify(folder: &Path) -> Result<()> {
 
 /// The newest intact checkpoint.
 pub struct Found {
-    /// Its folder.
+    /// The checkpoint's folder.
     pub folder: PathBuf,
-    /// Its state.
+    /// Where the run stood then.
     pub state: TrainState,
 }
 
 impl Found {
-    /// That it was saved: its own history cannot know. How long it took is forgotten.
+    /// The event of its saving, which its own history cannot know. How long it took is forgotten.
     pub fn event(&self) -> SaveEvent {
         let sizes = files(&self.folder).unwrap_or_default().into_iter();
         let bytes = sizes.filter_map(|path| Some(fs::metadata(path).ok()?.len())).sum();

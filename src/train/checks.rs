@@ -3,11 +3,13 @@
 //! hand-written backward pass; it costs a run, not an error message.
 
 use super::step::Gradient;
-use super::trainee::Trainee;
+use super::trainee::{AdapterBuffers, Trainee};
 use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::ledger::{self, Phase};
-use crate::model::parameters::{Matrix, ParameterTensor, Part};
+use crate::model::Variant;
+use crate::model::parameters::{Matrix, ParameterTensor};
+use crate::plan::AdapterRegion;
 
 /// Tokens that the base and the adapted model are compared on.
 const PROBE_TOKENS: usize = 64;
@@ -47,28 +49,43 @@ pub fn probe(batch: &Batch) -> Batch {
     }
 }
 
-/// Mean loss of the base model on `probe`. For a fresh adapter, checks that the adapted model has
-/// the same loss bit for bit: `B = 0` must add nothing.
+/// Mean loss of the base model on `probe`.
+///
+/// # Errors
+/// `Numeric` when it is not finite.
+pub fn base_loss<M: Trainee>(model: &mut M, probe: &Batch) -> Result<f64> {
+    Ok(mean(base_loss_sum(model, probe)?, probe))
+}
+
+/// [`base_loss`] under a fresh adapter, with which the model must have the same loss bit for bit: `B = 0`
+/// adds nothing.
 ///
 /// # Errors
 /// `Numeric` with both losses when they differ or are not finite.
-pub fn base_loss<M: Trainee>(model: &mut M, probe: &Batch, fresh: bool) -> Result<f64> {
+pub fn base_loss_under_fresh_adapter<M: Trainee>(model: &mut M, probe: &Batch) -> Result<f64> {
+    let base = base_loss_sum(model, probe)?;
+    let adapted = model.evaluate(probe, Variant::Adapted)?;
+    if adapted.to_bits() != base.to_bits() {
+        return Err(Error::numeric(format_args!(
+            "a fresh adapter changes the loss: {adapted:?}, without it {base:?}"
+        ))
+        .hint(HINT));
+    }
+    Ok(mean(base, probe))
+}
+
+fn base_loss_sum<M: Trainee>(model: &mut M, probe: &Batch) -> Result<f64> {
     ledger::enter(Phase::Eval);
-    let base = model.evaluate_base(probe)?;
+    let base = model.evaluate(probe, Variant::Base)?;
     if !base.is_finite() {
         let what = format!("loss of the base model is {base} on its first tokens");
         return Err(Error::numeric(what).hint("the base model's weights are damaged"));
     }
-    if fresh {
-        let adapted = model.evaluate(probe)?;
-        if adapted.to_bits() != base.to_bits() {
-            return Err(Error::numeric(format_args!(
-                "a fresh adapter changes the loss: {adapted:?}, without it {base:?}"
-            ))
-            .hint(HINT));
-        }
-    }
-    Ok(base / probe.num_targets().max(1) as f64)
+    Ok(base)
+}
+
+fn mean(loss_sum: f64, batch: &Batch) -> f64 {
+    loss_sum / batch.num_targets().max(1) as f64
 }
 
 /// Follows the first steps of a fresh adapter.
@@ -79,7 +96,7 @@ pub struct FirstSteps {
     before: Vec<u64>,
 }
 
-/// With `B = 0` only B has a gradient; A follows once B has moved.
+/// How far a fresh adapter is: with `B = 0` only B has a gradient; A follows once B has moved.
 #[derive(Debug, Default, Clone, Copy, PartialEq, Eq)]
 enum Stage {
     #[default]
@@ -94,7 +111,7 @@ enum Stage {
 }
 
 impl FirstSteps {
-    /// Nothing to check: a resumed run, or an adapter that was trained before.
+    /// A check that has nothing left to do: for a resumed run, or an adapter that was trained before.
     pub fn done() -> Self {
         FirstSteps { stage: Stage::Done, before: Vec::new() }
     }
@@ -103,7 +120,7 @@ impl FirstSteps {
     ///
     /// # Errors
     /// `Numeric` naming the tensors without a gradient.
-    pub fn before_update<M: Trainee>(&mut self, model: &mut M) -> Result<()> {
+    pub fn before_update<M: AdapterBuffers>(&mut self, model: &mut M) -> Result<()> {
         let (matrix, next) = match self.stage {
             Stage::Begin => (Matrix::B, Stage::HasGradient),
             Stage::BMoved => (Matrix::A, Stage::AHasGradient),
@@ -114,7 +131,7 @@ impl FirstSteps {
         let mut dead = Vec::new();
         for tensor in &tensors {
             let alive = |gradients: &[f32]| gradients.iter().any(|&gradient| gradient != 0.0);
-            if !model.any_piece(Part::Gradients, tensor.range.clone(), alive)? {
+            if !model.any_piece(AdapterRegion::Gradients, tensor.range.clone(), alive)? {
                 dead.push(tensor);
             }
         }
@@ -128,7 +145,7 @@ impl FirstSteps {
     ///
     /// # Errors
     /// `Numeric` naming the tensors that stood still.
-    pub fn after_update<M: Trainee>(
+    pub fn after_update<M: AdapterBuffers>(
         &mut self,
         model: &mut M,
         learning_rate: f64,
@@ -152,21 +169,21 @@ impl FirstSteps {
         Ok(())
     }
 
-    fn remember<M: Trainee>(&mut self, model: &M) -> Result<()> {
+    fn remember<M: AdapterBuffers>(&mut self, model: &M) -> Result<()> {
         self.before = sums(model)?;
         Ok(())
     }
 }
 
-fn of<M: Trainee>(model: &M, matrix: Matrix) -> Vec<ParameterTensor> {
+fn of<M: AdapterBuffers>(model: &M, matrix: Matrix) -> Vec<ParameterTensor> {
     model.tensors().iter().filter(|tensor| tensor.matrix == matrix).cloned().collect()
 }
 
 /// A hash of each tensor of the master (Fletcher-like, over the bits): another one when any element changes.
-fn sums<M: Trainee>(model: &M) -> Result<Vec<u64>> {
+fn sums<M: AdapterBuffers>(model: &M) -> Result<Vec<u64>> {
     let sum = |tensor: &ParameterTensor| {
         let (mut first, mut second) = (0u64, 0u64);
-        model.any_piece(Part::Master, tensor.range.clone(), |values| {
+        model.any_piece(AdapterRegion::Master, tensor.range.clone(), |values| {
             for value in values {
                 first = first.wrapping_add(u64::from(value.to_bits()));
                 second = second.wrapping_add(first);
@@ -218,7 +235,7 @@ mod tests {
     fn a_sound_model_passes_with_and_without_warmup() -> Result<()> {
         for rates in [[1e-3, 1e-3, 1e-3, 1e-3], [0.0, 1e-3, 0.0, 1e-3]] {
             let (mut toy, mut checks) = (Toy::new(), FirstSteps::default());
-            let loss = base_loss(&mut toy, &probe(&batch()), true)?;
+            let loss = base_loss_under_fresh_adapter(&mut toy, &probe(&batch()))?;
             assert!(loss > 0.0);
             for (number, rate) in rates.into_iter().enumerate() {
                 step(&mut toy, &mut checks, number as u64 + 1, rate)?;
@@ -232,9 +249,9 @@ mod tests {
     fn a_fresh_adapter_that_is_not_a_no_op_is_refused() {
         let mut toy = Toy::new();
         toy.base_error = 1e-6;
-        let error = base_loss(&mut toy, &probe(&batch()), true).unwrap_err();
+        let error = base_loss_under_fresh_adapter(&mut toy, &probe(&batch())).unwrap_err();
         assert!(error.to_string().starts_with("a fresh adapter changes the loss"), "{error}");
-        assert!(base_loss(&mut toy, &probe(&batch()), false).is_ok(), "a trained one may differ");
+        assert!(base_loss(&mut toy, &probe(&batch())).is_ok(), "a trained one may differ");
     }
 
     #[test]

@@ -40,11 +40,14 @@ impl<D: Driver> TrainingKernels for Cuda<D> {
         for (range, rate, place) in runs(&view, update) {
             let moments = match place {
                 MomentPlace::Floats(floats) => RunMoments::Floats {
-                    moments: [&*view.first_moment, &*view.second_moment],
+                    moments: view.moments.each_ref().map(|moment| &moment.floats),
                     first_element: floats.start,
                 },
                 MomentPlace::Blocks(blocks) => {
-                    let moments = view.packed.as_deref().expect("8-bit moments are planned");
+                    let moments = view
+                        .moments
+                        .each_ref()
+                        .map(|moment| moment.blocks.as_ref().expect("8-bit moments are planned"));
                     RunMoments::Packed { moments, blocks }
                 }
             };

@@ -25,7 +25,7 @@ pub fn file(path: &Path) -> Result<String> {
     }
 }
 
-/// Two lower-case digits for each byte.
+/// The hexadecimal digits of `bytes`, two in lower case for each byte.
 pub fn hex(bytes: &[u8]) -> String {
     bytes.iter().map(|byte| format!("{byte:02x}")).collect()
 }

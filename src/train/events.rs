@@ -24,7 +24,7 @@ impl RunLog for Vec<Event> {
     }
 }
 
-/// One thing that happened.
+/// What happened in a run, a line of its log.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(tag = "event", rename_all = "snake_case")]
 pub enum Event {
@@ -51,7 +51,7 @@ pub struct StartEvent {
     pub settings: serde_json::Value,
     /// The base model as the user named it.
     pub model: String,
-    /// Where it is computed.
+    /// What computes, in words.
     #[serde(default)]
     pub device: String,
     /// Optimizer steps of the whole run.
@@ -93,16 +93,16 @@ pub struct StartEvent {
 /// Numbers in a model.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct ParameterCounts {
-    /// Those that are trained.
+    /// Parameters that are trained.
     pub trained: u64,
-    /// Of base and adapter together.
+    /// Parameters of base and adapter together.
     pub total: u64,
 }
 
 /// What a run takes from a data file.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct DataSummary {
-    /// What it is for: `training` or `evaluation`.
+    /// What the data are for: `training` or `evaluation`.
     pub name: String,
     /// The file as the user named it.
     pub file: String,
@@ -110,7 +110,7 @@ pub struct DataSummary {
     pub documents: u64,
     /// Tokens of all documents.
     pub tokens: u64,
-    /// Of these, tokens that carry loss.
+    /// Tokens that carry loss.
     pub trained_tokens: u64,
     /// Tokens of the longest document.
     pub longest_document_tokens: u64,
@@ -135,7 +135,7 @@ pub struct StepEvent {
     pub grad_norm: f64,
     /// Tokens that went through the model since the run's first step.
     pub num_input_tokens_seen: u64,
-    /// Of these, tokens that carried loss.
+    /// Tokens that carried loss.
     pub num_target_tokens_seen: u64,
     /// Tokens per second since the last `StepEvent`.
     pub tokens_per_second: f64,
@@ -164,7 +164,7 @@ pub struct EvalEvent {
     pub epoch: f64,
     /// Mean loss per trained token.
     pub eval_loss: f64,
-    /// Seconds it took.
+    /// Seconds that the evaluation took.
     pub eval_runtime: f64,
     /// Documents in the evaluation set.
     pub num_documents: u64,
@@ -198,9 +198,9 @@ pub struct SaveEvent {
     pub checkpoint: String,
     /// Bytes written.
     pub bytes: u64,
-    /// Seconds it took.
+    /// Seconds that saving took.
     pub seconds: f64,
-    /// Whether it is the best checkpoint by evaluation loss.
+    /// Whether this is the best checkpoint by evaluation loss.
     pub is_best: bool,
 }
 

@@ -67,7 +67,7 @@ impl Feed {
     }
 
     /// Names the files that the documents come from, for messages.
-    pub fn of_files(mut self, files: DataFiles) -> Self {
+    pub fn with_files(mut self, files: DataFiles) -> Self {
         self.files = files.into();
         self
     }
@@ -202,7 +202,7 @@ mod tests {
         assert_eq!(feed.batch(0, 0).places(), "lines 0, 1, 2");
         assert_eq!(feed.largest_batch_tokens(), 15, "the short last batch: documents 5 and 6");
         assert_eq!(feed.longest_document_tokens(), 8);
-        let mut feed = feed.of_files(DataFiles::find(Path::new("train.jsonl")).unwrap());
+        let mut feed = feed.with_files(DataFiles::find(Path::new("train.jsonl")).unwrap());
         assert_eq!(feed.batch(0, 1).places(), "train.jsonl:3, 4");
     }
 

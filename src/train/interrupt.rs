@@ -73,7 +73,7 @@ impl Interrupt {
         self.0.store(false, Ordering::Relaxed);
     }
 
-    /// As if a signal had come: the next one ends the process.
+    /// Does what a signal does: the next one ends the process.
     pub fn request(&self) {
         self.0.store(true, Ordering::Relaxed);
     }

@@ -9,15 +9,15 @@ use nibble_quant::FloatType;
 use super::backend::{TrainingKernels, Update};
 use super::meter::Meter;
 use super::preview::Preview;
-use super::trainee::{Shrunk, Trainee};
+use super::trainee::{AdapterBuffers, Shrinkable, Shrunk, Trainee};
 use crate::adapter::{Adapter, AdapterFiles};
 use crate::data::{Batch, TokenizerFiles};
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::Account;
-use crate::model::Model;
-use crate::model::parameters::{ParameterTensor, Part};
-use crate::plan::{self, MomentLayout, Place, Settings, SumOrder};
+use crate::model::parameters::ParameterTensor;
+use crate::model::{Model, Variant};
+use crate::plan::{self, AdapterRegion, MomentLayout, Place, Settings, SumOrder};
 use crate::system::allocator;
 
 /// A model in training and what its adapter's files say.
@@ -30,7 +30,7 @@ pub struct LoraModel<K: TrainingKernels = Cpu> {
     preview: Preview,
     /// What was planned, until it was told that it could not be had.
     wanted: Settings,
-    watched: Option<(Meter, Account)>,
+    metered: Option<(Meter, Account)>,
     /// Bytes that the user allows.
     budget: Option<u64>,
     /// What conversations are read and written with, if not with the model's own.
@@ -58,24 +58,24 @@ impl<K: TrainingKernels> LoraModel<K> {
             dtype,
             preview,
             wanted,
-            watched: None,
+            metered: None,
             budget: None,
             tokenizer: TokenizerFiles::default(),
         }
     }
 
-    /// Whoever reads the adapter needs these files.
-    pub fn speaking(self, tokenizer: TokenizerFiles) -> Self {
+    /// Has `tokenizer`'s files written beside the adapter: whoever reads it needs them.
+    pub fn with_tokenizer(self, tokenizer: TokenizerFiles) -> Self {
         LoraModel { tokenizer, ..self }
     }
 
-    /// Accounts for its memory: `meter` began before the weights were read, `account` is the plan
+    /// Has its memory accounted for: `meter` began before the weights were read, `account` is the plan
     /// and `budget` what the user allows.
-    pub fn watched(self, meter: Meter, mut account: Account, budget: Option<u64>) -> Self {
+    pub fn with_meter(self, meter: Meter, mut account: Account, budget: Option<u64>) -> Self {
         if self.shrunk_since(&self.wanted).is_some() {
             account.replan(self.model().plan());
         }
-        LoraModel { watched: Some((meter, account)), budget, ..self }
+        LoraModel { metered: Some((meter, account)), budget, ..self }
     }
 
     /// The model.
@@ -110,22 +110,10 @@ impl<K: TrainingKernels> LoraModel<K> {
     }
 }
 
-/// Of the model.
+/// What `model` of a [`LoraModel`] holds to.
 const PRESENT: &str = "a run ends when its buffers cannot be had";
 
-impl<K: TrainingKernels> Trainee for LoraModel<K> {
-    fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64> {
-        self.in_parts(batch, |model, part| model.forward_backward(part, scale, micro_batch))
-    }
-
-    fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
-        self.in_parts(batch, Model::evaluate)
-    }
-
-    fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
-        self.in_parts(batch, Model::evaluate_base)
-    }
-
+impl<K: TrainingKernels> AdapterBuffers for LoraModel<K> {
     fn tensors(&self) -> &[ParameterTensor] {
         self.model().parameters().tensors()
     }
@@ -134,12 +122,58 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
         self.model().parameters().moments()
     }
 
+    fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        self.model().parameters().values(region, words)
+    }
+
+    fn set_values(&mut self, region: AdapterRegion, first: usize, values: &[f32]) {
+        self.model_mut().parameters_mut().set_values(region, first, values);
+    }
+
+    fn refresh_working(&mut self) {
+        self.model_mut().parameters_mut().refresh_working();
+    }
+}
+
+impl<K: TrainingKernels> Shrinkable for LoraModel<K> {
+    fn shrink(&mut self) -> Result<Option<Shrunk>> {
+        let before = self.model().settings().clone();
+        let Some(model) = self.model.take_if(|model| model.can_be_smaller()) else {
+            return Ok(None);
+        };
+        let model = self.model.insert(model.with_smaller_plan()?);
+        if let Some((_, account)) = &mut self.metered {
+            account.replan(model.plan());
+        }
+        Ok(self.shrunk_since(&before))
+    }
+
+    fn sum_order(&self) -> Option<SumOrder> {
+        Some(self.model().settings().sum_order())
+    }
+
+    fn shrunk_at_start(&mut self) -> Option<Shrunk> {
+        let now = self.model().settings().clone();
+        let wanted = std::mem::replace(&mut self.wanted, now);
+        self.shrunk_since(&wanted)
+    }
+}
+
+impl<K: TrainingKernels> Trainee for LoraModel<K> {
+    fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64> {
+        self.in_parts(batch, |model, part| model.forward_backward(part, scale, micro_batch))
+    }
+
+    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
+        self.in_parts(batch, |model, part| model.evaluate(part, variant))
+    }
+
     fn zero_gradients(&mut self) {
         self.model_mut().parameters_mut().zero_gradients();
     }
 
     fn gradient_norm(&mut self) -> Result<f64> {
-        if let (Some((meter, _)), Some(model)) = (&mut self.watched, &self.model) {
+        if let (Some((meter, _)), Some(model)) = (&mut self.metered, &self.model) {
             meter.look(model.parameters().kernels())?;
         }
         let parameters = self.model_mut().parameters_mut();
@@ -149,18 +183,6 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
     fn update(&mut self, update: &Update) -> Result<()> {
         let parameters = self.model_mut().parameters_mut();
         parameters.kernels().clone().update(parameters, update)
-    }
-
-    fn values(&self, part: Part, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
-        self.model().parameters().words_of(part, words)
-    }
-
-    fn set_values(&mut self, part: Part, first: usize, values: &[f32]) {
-        self.model_mut().parameters_mut().set_words(part, first, values);
-    }
-
-    fn refresh_working(&mut self) {
-        self.model_mut().parameters_mut().refresh_working();
     }
 
     fn first_bad_activation(&mut self) -> Option<String> {
@@ -173,7 +195,7 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
     }
 
     fn memory(&self) -> Option<Account> {
-        let (meter, account) = self.watched.as_ref()?;
+        let (meter, account) = self.metered.as_ref()?;
         let measured = meter.measured(self.model()).ok()?;
         Some(account.clone().measured(self.model().plan(), measured))
     }
@@ -197,27 +219,5 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
         let model = self.model.as_mut().expect(PRESENT);
         let prefill_tokens = model.settings().tokens;
         self.preview.answer(model, prompt, prefill_tokens)
-    }
-
-    fn shrink(&mut self) -> Result<Option<Shrunk>> {
-        let before = self.model().settings().clone();
-        let Some(model) = self.model.take_if(|model| model.can_be_smaller()) else {
-            return Ok(None);
-        };
-        let model = self.model.insert(model.with_smaller_plan()?);
-        if let Some((_, account)) = &mut self.watched {
-            account.replan(model.plan());
-        }
-        Ok(self.shrunk_since(&before))
-    }
-
-    fn sum_order(&self) -> Option<SumOrder> {
-        Some(self.model().settings().sum_order())
-    }
-
-    fn shrunk_at_start(&mut self) -> Option<Shrunk> {
-        let now = self.model().settings().clone();
-        let wanted = std::mem::replace(&mut self.wanted, now);
-        self.shrunk_since(&wanted)
     }
 }

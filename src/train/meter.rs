@@ -23,7 +23,7 @@ pub enum Meter {
         pinned_before: u64,
         /// What was in use whenever somebody looked.
         record: Record,
-        /// When it began.
+        /// When measuring began.
         start: Instant,
     },
 }

@@ -20,7 +20,6 @@ pub mod optimizer_file;
 pub mod preview;
 pub mod progress;
 pub mod recipe;
-mod room;
 pub mod schedule;
 pub mod settings;
 pub mod start;

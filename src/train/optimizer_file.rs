@@ -5,13 +5,13 @@ use std::path::Path;
 
 use safetensors::tensor::{Dtype, SafeTensors, TensorView};
 
-use super::trainee::Trainee;
+use super::trainee::AdapterBuffers;
 use crate::checkpoint::MappedFile;
 use crate::checkpoint::tensor_file::{NewTensor, PIECE_BYTES, pieces, write_tensors};
 use crate::error::{Error, Result};
-use crate::model::parameters::{ParameterTensor, Part};
+use crate::model::parameters::ParameterTensor;
 use crate::plan::moments::MOMENT_BLOCK;
-use crate::plan::{MomentLayout, MomentPlace};
+use crate::plan::{AdapterRegion, MomentLayout, MomentPlace};
 
 /// f32 weights (`master.KEY`) and AdamW's moments (`exp_avg.KEY`, `exp_avg_sq.KEY`). Moments in 8
 /// bits are bytes, with a scale for each 256 in `exp_avg.absmax.KEY` and `exp_avg_sq.absmax.KEY`.
@@ -22,12 +22,12 @@ struct Entry {
     key: String,
     dtype: Dtype,
     shape: Vec<usize>,
-    part: Part,
+    region: AdapterRegion,
     bytes: Range<usize>,
 }
 
 impl Entry {
-    /// Its bytes in pieces that begin with a word.
+    /// The entry's bytes in pieces that begin with a word.
     fn pieces(&self) -> impl Iterator<Item = Range<usize>> {
         pieces(self.bytes.clone(), PIECE_BYTES)
     }
@@ -41,18 +41,29 @@ fn words(bytes: &Range<usize>) -> Range<usize> {
 /// Everything that the file holds, tensor by tensor.
 fn entries(tensors: &[ParameterTensor], moments: &MomentLayout) -> Vec<Entry> {
     let mut entries = Vec::new();
-    let mut add = |prefix: &str, tensor: &ParameterTensor, dtype, shape: &[usize], part, first| {
-        let size = if dtype == Dtype::U8 { 1 } else { size_of::<f32>() };
-        let start = first * size;
-        let bytes = start..start + shape.iter().product::<usize>() * size;
-        let key = format!("{prefix}.{}", tensor.name);
-        entries.push(Entry { key, dtype, shape: shape.to_vec(), part, bytes });
-    };
+    let mut add =
+        |prefix: &str, tensor: &ParameterTensor, dtype, shape: &[usize], region, first| {
+            let size = if dtype == Dtype::U8 { 1 } else { size_of::<f32>() };
+            let start = first * size;
+            let bytes = start..start + shape.iter().product::<usize>() * size;
+            let key = format!("{prefix}.{}", tensor.name);
+            entries.push(Entry { key, dtype, shape: shape.to_vec(), region, bytes });
+        };
     for (tensor, place) in tensors.iter().zip(&moments.places) {
-        add("master", tensor, Dtype::F32, &tensor.shape, Part::Master, tensor.range.start);
+        add("master", tensor, Dtype::F32, &tensor.shape, AdapterRegion::Master, tensor.range.start);
         for (prefix, floats, codes, absmax) in [
-            ("exp_avg", Part::FirstMoment, Part::FirstCodes, Part::FirstAbsmax),
-            ("exp_avg_sq", Part::SecondMoment, Part::SecondCodes, Part::SecondAbsmax),
+            (
+                "exp_avg",
+                AdapterRegion::FirstMoment,
+                AdapterRegion::FirstCodes,
+                AdapterRegion::FirstAbsmax,
+            ),
+            (
+                "exp_avg_sq",
+                AdapterRegion::SecondMoment,
+                AdapterRegion::SecondCodes,
+                AdapterRegion::SecondAbsmax,
+            ),
         ] {
             match place {
                 MomentPlace::Floats(range) => {
@@ -75,7 +86,7 @@ fn entries(tensors: &[ParameterTensor], moments: &MomentLayout) -> Vec<Entry> {
 ///
 /// # Errors
 /// `Io`, or those of the backend.
-pub fn write<M: Trainee>(model: &M, folder: &Path) -> Result<()> {
+pub fn write<M: AdapterBuffers>(model: &M, folder: &Path) -> Result<()> {
     let tensor = |entry: Entry| {
         let (name, dtype, shape) = (entry.key.clone(), entry.dtype, entry.shape.clone());
         NewTensor { name, dtype, shape, source: entry }
@@ -84,7 +95,7 @@ pub fn write<M: Trainee>(model: &M, folder: &Path) -> Result<()> {
     write_tensors(&folder.join(OPTIMIZER_FILE), tensors, |tensor, sink| {
         let entry: &Entry = &tensor.source;
         for bytes in entry.pieces() {
-            let values = model.values(entry.part, words(&bytes))?;
+            let values = model.values(entry.region, words(&bytes))?;
             sink.append(&bytemuck::cast_slice(&values)[..bytes.len()])?;
         }
         Ok(())
@@ -95,7 +106,7 @@ pub fn write<M: Trainee>(model: &M, folder: &Path) -> Result<()> {
 ///
 /// # Errors
 /// `Io`, or `Input` when the file is damaged or belongs to another adapter or optimizer.
-pub fn read<M: Trainee>(model: &mut M, folder: &Path) -> Result<()> {
+pub fn read<M: AdapterBuffers>(model: &mut M, folder: &Path) -> Result<()> {
     let path = folder.join(OPTIMIZER_FILE);
     let mapped = MappedFile::open(&path)?;
     let file = SafeTensors::deserialize(&mapped.bytes)
@@ -112,10 +123,10 @@ pub fn read<M: Trainee>(model: &mut M, folder: &Path) -> Result<()> {
     for (entry, view) in entries.iter().zip(&views) {
         for bytes in entry.pieces() {
             // The last word of codes may have some that are no tensor's.
-            let mut values = model.values(entry.part, words(&bytes))?.into_owned();
+            let mut values = model.values(entry.region, words(&bytes))?.into_owned();
             let from = &view.data()[bytes.start - entry.bytes.start..][..bytes.len()];
             bytemuck::cast_slice_mut(&mut values)[..from.len()].copy_from_slice(from);
-            model.set_values(entry.part, words(&bytes).start, &values);
+            model.set_values(entry.region, words(&bytes).start, &values);
         }
         mapped.release(view.data());
     }

@@ -11,12 +11,12 @@ use crate::sample::{Limits, Sampler, SamplingOptions, Speaker, Wish};
 pub struct Preview {
     speaker: Speaker,
     max_new_tokens: usize,
-    /// So many tokens the model has positions for.
+    /// Tokens that the model has positions for.
     longest: usize,
 }
 
 impl Preview {
-    /// For answers of a model to be, of at most `max_new_tokens`.
+    /// A preview of answers of at most `max_new_tokens` by the model of `spec`.
     pub fn new(speaker: Speaker, max_new_tokens: usize, spec: &ModelSpec) -> Self {
         Preview { speaker, max_new_tokens, longest: spec.possible_length(usize::MAX) }
     }
@@ -40,7 +40,7 @@ impl Preview {
         Ok(self.with_answer(most))
     }
 
-    /// Of a prompt of so many tokens and its answer.
+    /// Tokens of a prompt of `prompt_tokens` and its answer.
     fn with_answer(&self, prompt_tokens: usize) -> usize {
         prompt_tokens.saturating_add(self.max_new_tokens).min(self.longest)
     }

@@ -22,7 +22,7 @@ enum Output {
 }
 
 impl Progress {
-    /// On stderr: live on a terminal, else a line for each log step.
+    /// Progress on stderr: live on a terminal, else a line for each log step.
     pub fn stderr() -> Self {
         if !std::io::stderr().is_terminal() {
             return Progress { max_steps: 0, output: Output::Plain };

@@ -28,9 +28,9 @@ pub enum SchedulerType {
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Warmup {
-    /// This many steps.
+    /// So many steps.
     Steps(u64),
-    /// This share of all steps, rounded up.
+    /// A share of all steps, rounded up.
     Ratio(f64),
 }
 

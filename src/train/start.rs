@@ -8,26 +8,26 @@ use super::events::{Event, StartEvent};
 use super::feed::Feed;
 use super::optimizer_file;
 use super::recipe::Recipe;
-use super::room;
 use super::settings;
 use super::state::{Identity, TrainState};
 use super::trainee::Trainee;
 use crate::error::{Error, Result};
+use crate::model::shortage::until_it_fits;
 
 /// Losses of one model on two machines differ by less than this share in f32; those of two models do not.
 const SAME_MODEL: f64 = 1e-4;
-/// The same where one of them is computed in bf16: tiny models have up to 7e-4.
+/// [`SAME_MODEL`] where one of the two is computed in bf16: tiny models have up to 7e-4.
 const SAME_MODEL_IN_BF16: f64 = 5e-3;
 
 /// A run about to take its next step.
 pub struct Start {
-    /// Where it stands.
+    /// Where the run stands.
     pub state: TrainState,
-    /// What its first steps are checked for.
+    /// What the run's first steps are checked for.
     pub checks: FirstSteps,
     /// Whether another machine computes it now, or in another order, with other rounding.
     pub rounding_differs: bool,
-    /// Whether it ends elsewhere than it was to.
+    /// How the run ends elsewhere than it was to, if it does.
     pub other_length: Option<OtherLength>,
 }
 
@@ -52,7 +52,7 @@ pub enum AdapterOrigin {
 
 /// Checks the base model and, for a resumed run, takes weights, moments and counters from `found`.
 /// `identity` lacks the base loss and the order of sums; this fills them in. Where memory runs short, the
-/// model makes room.
+/// model shrinks.
 ///
 /// # Errors
 /// `Numeric` when a fresh adapter changes the loss; `Usage` naming every setting that differs from
@@ -67,10 +67,13 @@ pub fn begin<M: Trainee>(
 ) -> Result<Start> {
     let fresh = origin == AdapterOrigin::Fresh;
     let probe = checks::probe(&feed.batch(0, 0));
-    identity.base_loss = room::with_room(
+    identity.base_loss = until_it_fits(
         model,
-        |model| checks::base_loss(model, &probe, fresh && recipe.self_checks),
-        |model, message| room::shrink(model, message).map(|_| ()),
+        |model| match fresh && recipe.self_checks {
+            true => checks::base_loss_under_fresh_adapter(model, &probe),
+            false => checks::base_loss(model, &probe),
+        },
+        |model, message| model.shrink_or(message).map(drop),
     )?;
     identity.sum_order = model.sum_order();
     let max_steps = recipe.max_steps(feed.num_batches());
@@ -97,8 +100,14 @@ pub fn begin<M: Trainee>(
     Ok(Start { state, checks: FirstSteps::done(), rounding_differs, other_length })
 }
 
-/// The first event of the run's logs.
-pub fn start_event(state: &TrainState, recipe: &Recipe, feed: &Feed, model: &Path) -> StartEvent {
+/// The first event of the run's logs; `introduction` says what is not known here.
+pub fn start_event(
+    introduction: StartEvent,
+    state: &TrainState,
+    recipe: &Recipe,
+    feed: &Feed,
+    model: &Path,
+) -> StartEvent {
     let steps_per_epoch = recipe.steps_per_epoch(feed.num_batches());
     StartEvent {
         settings: settings::to_json(&state.identity.settings),
@@ -114,7 +123,7 @@ pub fn start_event(state: &TrainState, recipe: &Recipe, feed: &Feed, model: &Pat
         base_loss: Some(state.identity.base_loss),
         resumed_from_step: (state.step > 0).then_some(state.step),
         history: state.history.clone(),
-        ..StartEvent::default()
+        ..introduction
     }
 }
 

@@ -31,10 +31,10 @@ pub struct Identity {
     pub eval_data_sha256: Option<String>,
     /// Mean loss of the base model on the first tokens: the model's fingerprint.
     pub base_loss: f64,
-    /// Whether that was computed in bf16, as on every GPU.
+    /// Whether the base loss was computed in bf16, as on every GPU.
     #[serde(default)]
     pub bf16: bool,
-    /// How its plan adds up; a session that has to do otherwise goes on with other last bits.
+    /// How the run's plan adds up; a session that has to do otherwise goes on with other last bits.
     #[serde(default, deserialize_with = "if_it_is_known")]
     pub sum_order: Option<SumOrder>,
 }
@@ -55,9 +55,9 @@ pub struct Best {
     pub step: u64,
 }
 
-/// Sums since the last log line.
+/// Sums over the steps since the last log line.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct Window {
+pub struct LogSums {
     /// Sum of the steps' losses.
     pub loss_sum: f64,
     /// Steps.
@@ -89,8 +89,9 @@ pub struct TrainState {
     pub elapsed_seconds: f64,
     /// Sum of the losses of all steps.
     pub loss_sum: f64,
-    /// Sums since the last log line.
-    pub window: Window,
+    /// Sums over the steps since the last log line.
+    #[serde(rename = "window")]
+    pub log_sums: LogSums,
     /// The last step after which the evaluation data were scored.
     pub evaluated_step: Option<u64>,
     /// The last step after which sample answers were made.
@@ -103,6 +104,13 @@ pub struct TrainState {
     pub identity: Identity,
     /// All events so far, except `Start`.
     pub history: Vec<Event>,
+}
+
+impl LogSums {
+    /// Speed since the last log line.
+    pub fn tokens_per_second(&self) -> f64 {
+        self.tokens as f64 / self.seconds.max(f64::MIN_POSITIVE)
+    }
 }
 
 impl TrainState {

@@ -1,16 +1,17 @@
-//! What an optimizer step needs: gradients of a window of batches, and the rate of each tensor.
+//! What an optimizer step needs: the gradient of its batches, and the rate of each tensor.
 
 use super::adamw::RateGroup;
 use super::trainee::Trainee;
 use crate::adapter::LoraPlus;
 use crate::data::Batch;
 use crate::error::{Error, Result};
-use crate::model::parameters::{Matrix, ParameterTensor, Part};
+use crate::model::parameters::{Matrix, ParameterTensor};
+use crate::plan::AdapterRegion;
 
-/// Gradients of one window, summed up.
+/// What the gradients of a step's batches sum up to.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Gradient {
-    /// Mean loss per trained token of the window.
+    /// Mean loss per trained token of the batches.
     pub loss: f64,
     /// Global L2 norm, before clipping.
     pub norm: f64,
@@ -32,69 +33,70 @@ pub fn rate_groups(tensors: &[ParameterTensor], loraplus: LoraPlus) -> Vec<RateG
     groups.collect()
 }
 
-/// Fills the gradients with those of `Σ loss / targets` over the window: the same as one large
+/// Fills the gradients with those of `Σ loss / targets` over the batches: the same as one large
 /// batch, however the tokens are spread over its parts. `None` when `stop` says so in between.
 ///
 /// # Errors
 /// `Numeric` when loss or gradient are not finite, naming batch and tensor.
 pub fn accumulate<M: Trainee>(
     model: &mut M,
-    window: &[Batch],
+    batches: &[Batch],
     first_micro_batch: u64,
     stop: &dyn Fn() -> bool,
 ) -> Result<Option<Gradient>> {
-    let targets: usize = window.iter().map(|batch| batch.num_targets()).sum();
+    let targets: usize = batches.iter().map(|batch| batch.num_targets()).sum();
     if targets == 0 {
-        return Err(Error::input(format_args!("no trained token in {}", place(window, None))));
+        return Err(Error::input(format_args!("no trained token in {}", place(batches, None))));
     }
     let scale = 1.0 / targets as f32;
     model.zero_gradients();
     let mut loss = 0.0;
-    for (index, batch) in window.iter().enumerate() {
+    for (index, batch) in batches.iter().enumerate() {
         if stop() {
             return Ok(None);
         }
         let batch_loss = model.forward_backward(batch, scale, first_micro_batch + index as u64)?;
         if !batch_loss.is_finite() {
-            return Err(not_finite(model, "loss", &place(window, Some(index))));
+            return Err(not_finite(model, "loss", &place(batches, Some(index))));
         }
         loss += batch_loss;
     }
     let norm = model.gradient_norm()?;
     if !norm.is_finite() {
-        return Err(find_bad_gradient(model, window, first_micro_batch));
+        return Err(find_bad_gradient(model, batches, first_micro_batch));
     }
-    let tokens = window.iter().map(|batch| batch.tokens() as u64).sum();
+    let tokens = batches.iter().map(|batch| batch.tokens() as u64).sum();
     let loss = loss / targets as f64;
     Ok(Some(Gradient { loss, norm, tokens, targets: targets as u64 }))
 }
 
-/// Repeats the window batch by batch until the gradient is bad.
-fn find_bad_gradient<M: Trainee>(model: &mut M, window: &[Batch], first: u64) -> Error {
-    for (index, batch) in window.iter().enumerate() {
+/// Repeats a step batch by batch until the gradient is bad.
+fn find_bad_gradient<M: Trainee>(model: &mut M, batches: &[Batch], first: u64) -> Error {
+    for (index, batch) in batches.iter().enumerate() {
         model.zero_gradients();
         let scale = 1.0 / batch.num_targets().max(1) as f32;
         let gradients = model.forward_backward(batch, scale, first + index as u64);
         match gradients.and_then(|_| model.gradient_norm()) {
             Err(error) => return error,
             Ok(norm) if norm.is_finite() => {}
-            Ok(_) => return not_finite(model, "gradient", &place(window, Some(index))),
+            Ok(_) => return not_finite(model, "gradient", &place(batches, Some(index))),
         }
     }
-    not_finite(model, "gradient", &place(window, None))
+    not_finite(model, "gradient", &place(batches, None))
 }
 
 fn not_finite<M: Trainee>(model: &mut M, what: &str, place: &str) -> Error {
     let tensors = model.tensors().to_vec();
     let activation = model.first_bad_activation();
-    let first = |part| {
+    let first = |region| {
         let bad = |tensor: &&ParameterTensor| {
             let bad = |values: &[f32]| values.iter().any(|value| !value.is_finite());
-            model.any_piece(part, tensor.range.clone(), bad).unwrap_or(false)
+            model.any_piece(region, tensor.range.clone(), bad).unwrap_or(false)
         };
         tensors.iter().find(bad).map(|tensor| tensor.name.as_str())
     };
-    let culprit = match (first(Part::Master), activation, first(Part::Gradients)) {
+    let culprit = match (first(AdapterRegion::Master), activation, first(AdapterRegion::Gradients))
+    {
         (Some(name), ..) => format!("; weight {name} is not finite"),
         (None, Some(activation), _) => format!("; the first bad values are in {activation}"),
         (None, None, Some(name)) => format!("; the first bad gradient is that of {name}"),
@@ -105,24 +107,26 @@ fn not_finite<M: Trainee>(model: &mut M, what: &str, place: &str) -> Error {
 }
 
 /// `batch 2 of 4 (train.jsonl:7, 9)`.
-fn place(window: &[Batch], index: Option<usize>) -> String {
-    let batches = index.map_or(window, |index| &window[index..=index]);
-    let places: Vec<String> = batches.iter().map(Batch::places).collect();
+fn place(batches: &[Batch], index: Option<usize>) -> String {
+    let named = index.map_or(batches, |index| &batches[index..=index]);
+    let places: Vec<String> = named.iter().map(Batch::places).collect();
     let batch = index.map_or(String::from("the batches"), |index| format!("batch {}", index + 1));
-    format!("{batch} of {} ({})", window.len(), places.join("; "))
+    format!("{batch} of {} ({})", batches.len(), places.join("; "))
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::toy::{Toy, documents};
+    use super::super::trainee::AdapterBuffers;
     use super::*;
+    use crate::model::Variant;
 
     fn never() -> bool {
         false
     }
 
-    fn gradient(model: &mut Toy, window: &[Batch]) -> Gradient {
-        accumulate(model, window, 0, &never).unwrap().unwrap()
+    fn gradient(model: &mut Toy, batches: &[Batch]) -> Gradient {
+        accumulate(model, batches, 0, &never).unwrap().unwrap()
     }
 
     /// A toy whose B is not zero, so that A has a gradient.
@@ -146,7 +150,10 @@ mod tests {
                 let value = half::bf16::from_f32(other.master[index]).to_f32();
                 other.buffers().working.unwrap()[index] = half::bf16::from_f32(value + delta);
                 let got = other.buffers().working.unwrap()[index].to_f32() - value;
-                (other.evaluate(&batch).unwrap() / batch.num_targets() as f64, f64::from(got))
+                (
+                    other.evaluate(&batch, Variant::Adapted).unwrap() / batch.num_targets() as f64,
+                    f64::from(got),
+                )
             };
             let ((up, plus), (down, minus)) = (loss(1.0 / 64.0), loss(-1.0 / 64.0));
             let slope = (up - down) / (plus - minus);
@@ -157,7 +164,7 @@ mod tests {
     }
 
     #[test]
-    fn a_window_in_parts_equals_one_large_batch() {
+    fn batches_in_parts_equal_one_large_batch() {
         let documents = documents(&[9, 3, 6, 2, 11, 5, 4, 8]);
         let (mut whole, mut parts) = (moved(), moved());
         let one = gradient(&mut whole, &[Batch::from_documents(&documents)]);
@@ -175,12 +182,12 @@ mod tests {
     #[test]
     fn a_bad_gradient_names_its_batch_lines_and_tensor() {
         let documents = documents(&[5, 6, 7]);
-        let window: Vec<Batch> = documents.iter().map(|d| Batch::from_documents([d])).collect();
+        let batches: Vec<Batch> = documents.iter().map(|d| Batch::from_documents([d])).collect();
         let mut toy = moved();
         let only_in_second = documents[1].input_ids[0];
         toy.poison = Some(only_in_second);
         assert!(!documents[0].input_ids.contains(&only_in_second));
-        let error = accumulate(&mut toy, &window, 0, &never).unwrap_err();
+        let error = accumulate(&mut toy, &batches, 0, &never).unwrap_err();
         assert!(matches!(error, Error::Numeric(_)));
         assert_eq!(
             error.message().what,
@@ -191,11 +198,11 @@ mod tests {
 
     #[test]
     fn a_bad_weight_is_named_before_its_consequences() {
-        let window = [Batch::from_documents(&documents(&[5]))];
+        let batches = [Batch::from_documents(&documents(&[5]))];
         let mut toy = moved();
         toy.master[3] = f32::NAN;
         toy.buffers().working.unwrap()[3] = half::bf16::NAN;
-        let error = accumulate(&mut toy, &window, 0, &never).unwrap_err();
+        let error = accumulate(&mut toy, &batches, 0, &never).unwrap_err();
         let expected =
             "loss is not finite in batch 1 of 1 (lines 1); weight toy.lora_A.weight is not finite";
         assert_eq!(error.message().what, expected);

@@ -3,6 +3,7 @@
 //! The loss of a target `y` after token `x` is `½ |e(y) − (W + B A) e(x)|²`, with `e` a fixed
 //! random vector for each id. A is `[R, D]`, B `[D, R]`; both have exact gradients.
 
+use crate::model::Variant;
 use std::borrow::Cow;
 use std::cell::Cell;
 use std::ops::Range;
@@ -15,12 +16,12 @@ use super::backend::Update;
 use super::buffers::Buffers;
 use super::clip;
 use super::step::rate_groups;
-use super::trainee::{Shrunk, Trainee};
+use super::trainee::{AdapterBuffers, Shrinkable, Shrunk, Trainee};
 use crate::adapter::LoraPlus;
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
-use crate::model::parameters::{Matrix, ParameterTensor, Part};
-use crate::plan::{MomentLayout, Optim, Settings, SumOrder};
+use crate::model::parameters::{Matrix, ParameterTensor};
+use crate::plan::{AdapterRegion, MomentLayout, Optim, Settings, SumOrder};
 use crate::random::Stream;
 
 const D: usize = 6;
@@ -44,11 +45,11 @@ pub struct Toy {
     pub room: (usize, usize),
     /// How often there is no memory to write the adapter.
     pub failing_writes: Cell<usize>,
-    /// Whether there is no room on the disk for it.
+    /// Whether there is no room on the disk for the adapter.
     pub full_disk: bool,
     /// How often there is none for the base model's loss.
     pub failing_bases: usize,
-    /// Share of the adapter in `evaluate_base`: 0 unless a test breaks it.
+    /// What is added to the base model's loss: 0 unless a test breaks it.
     pub base_error: f32,
 }
 
@@ -176,29 +177,71 @@ impl Toy {
     }
 }
 
-impl Trainee for Toy {
-    fn forward_backward(&mut self, batch: &Batch, scale: f32, _micro_batch: u64) -> Result<f64> {
-        self.in_parts(batch, |toy, part| toy.sum(part, 1.0, Some(scale)))
-    }
-
-    fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
-        self.in_parts(batch, |toy, part| toy.sum(part, 1.0, None))
-    }
-
-    fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
-        if let Some(left) = self.failing_bases.checked_sub(1) {
-            self.failing_bases = left;
-            return Err(Error::budget("no memory for the base model"));
-        }
-        Ok(self.sum(batch, 0.0, None) + f64::from(self.base_error))
-    }
-
+impl AdapterBuffers for Toy {
     fn tensors(&self) -> &[ParameterTensor] {
         &self.tensors
     }
 
     fn moments(&self) -> &MomentLayout {
         &self.places
+    }
+
+    fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        let buffer = match region {
+            AdapterRegion::Master => &self.master[..],
+            AdapterRegion::Gradients => &self.gradients,
+            AdapterRegion::FirstMoment => &self.first_moment,
+            AdapterRegion::SecondMoment => &self.second_moment,
+            _ => &[][..],
+        };
+        Ok(Cow::Borrowed(&buffer[words]))
+    }
+
+    fn set_values(&mut self, region: AdapterRegion, first: usize, values: &[f32]) {
+        let buffers = self.buffers();
+        let buffer: &mut [f32] = match region {
+            AdapterRegion::Master => buffers.master,
+            AdapterRegion::Gradients => buffers.gradients,
+            AdapterRegion::FirstMoment => buffers.first_moment,
+            AdapterRegion::SecondMoment => buffers.second_moment,
+            _ => &mut [],
+        };
+        buffer[first..first + values.len()].copy_from_slice(values);
+    }
+
+    fn refresh_working(&mut self) {
+        self.refresh();
+    }
+}
+
+impl Shrinkable for Toy {
+    fn shrink(&mut self) -> Result<Option<Shrunk>> {
+        let from_tokens = self.room.0;
+        let to_tokens = from_tokens.min(64) / 2;
+        self.room.0 = to_tokens;
+        let change = format!("{to_tokens} tokens");
+        Ok((to_tokens > 0).then_some(Shrunk { from_tokens, to_tokens, change }))
+    }
+
+    fn sum_order(&self) -> Option<SumOrder> {
+        Some(Settings::evaluating(self.room.0, 64).sum_order())
+    }
+}
+
+impl Trainee for Toy {
+    fn forward_backward(&mut self, batch: &Batch, scale: f32, _micro_batch: u64) -> Result<f64> {
+        self.in_parts(batch, |toy, part| toy.sum(part, 1.0, Some(scale)))
+    }
+
+    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
+        if variant == Variant::Adapted {
+            return self.in_parts(batch, |toy, part| toy.sum(part, 1.0, None));
+        }
+        if let Some(left) = self.failing_bases.checked_sub(1) {
+            self.failing_bases = left;
+            return Err(Error::budget("no memory for the base model"));
+        }
+        Ok(self.sum(batch, 0.0, None) + f64::from(self.base_error))
     }
 
     fn zero_gradients(&mut self) {
@@ -214,33 +257,6 @@ impl Trainee for Toy {
         Ok(())
     }
 
-    fn values(&self, part: Part, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
-        let buffer = match part {
-            Part::Master => &self.master[..],
-            Part::Gradients => &self.gradients,
-            Part::FirstMoment => &self.first_moment,
-            Part::SecondMoment => &self.second_moment,
-            _ => &[][..],
-        };
-        Ok(Cow::Borrowed(&buffer[words]))
-    }
-
-    fn set_values(&mut self, part: Part, first: usize, values: &[f32]) {
-        let buffers = self.buffers();
-        let buffer: &mut [f32] = match part {
-            Part::Master => buffers.master,
-            Part::Gradients => buffers.gradients,
-            Part::FirstMoment => buffers.first_moment,
-            Part::SecondMoment => buffers.second_moment,
-            _ => &mut [],
-        };
-        buffer[first..first + values.len()].copy_from_slice(values);
-    }
-
-    fn refresh_working(&mut self) {
-        self.refresh();
-    }
-
     fn write_adapter(&self, folder: &Path) -> Result<()> {
         if let Some(left) = self.failing_writes.get().checked_sub(1) {
             self.failing_writes.set(left);
@@ -253,18 +269,6 @@ impl Trainee for Toy {
         }
         let bytes: &[u8] = bytemuck::cast_slice(&self.master);
         std::fs::write(&path, bytes).map_err(|e| Error::io("write", &path, e))
-    }
-
-    fn shrink(&mut self) -> Result<Option<Shrunk>> {
-        let from_tokens = self.room.0;
-        let to_tokens = from_tokens.min(64) / 2;
-        self.room.0 = to_tokens;
-        let change = format!("{to_tokens} tokens");
-        Ok((to_tokens > 0).then_some(Shrunk { from_tokens, to_tokens, change }))
-    }
-
-    fn sum_order(&self) -> Option<SumOrder> {
-        Some(Settings::evaluating(self.room.0, 64).sum_order())
     }
 
     fn sample(&mut self, prompt: &str) -> Result<String> {

@@ -5,8 +5,9 @@
 //! nothing; an interrupted step is given up and made again.
 
 mod ending;
-mod room;
+mod shortage;
 
+use crate::model::Variant;
 use std::path::Path;
 use std::time::Instant;
 
@@ -20,7 +21,7 @@ use super::feed::Feed;
 use super::progress::Progress;
 use super::recipe::Recipe;
 use super::schedule::Schedule;
-use super::state::{Best, TrainState, Window};
+use super::state::{Best, TrainState};
 use super::step::{self, Gradient};
 use super::trainee::Trainee;
 use crate::data::Batch;
@@ -55,7 +56,7 @@ pub struct Trainer<'a, M> {
     groups: Vec<RateGroup>,
     checks: FirstSteps,
     state: TrainState,
-    /// That of the last checkpoint.
+    /// The step of the last checkpoint.
     saved_step: Option<u64>,
     /// Whether there was an evaluation or a sample since.
     unsaved: bool,
@@ -107,7 +108,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             return Err(self.interrupted());
         }
         self.load_best()?;
-        self.with_room(|run| ending::publish(run.model, run.context.out))?;
+        self.until_it_fits(|run| ending::publish(run.model, run.context.out))?;
         // Before, the run is not at its end.
         self.context.log.record(&Event::End(end.clone()))?;
         Ok(end)
@@ -118,19 +119,19 @@ impl<'a, M: Trainee> Trainer<'a, M> {
     fn rehearse(&mut self) -> Result<()> {
         if self.context.recipe.longest_first_step && self.state.step < self.state.max_steps {
             let batch = self.context.feed.largest_batch();
-            if self.window().first().is_some_and(|first| first.tokens() >= batch.tokens()) {
+            if self.step_batches().first().is_some_and(|first| first.tokens() >= batch.tokens()) {
                 return Ok(());
             }
             let scale = 1.0 / batch.num_targets().max(1) as f32;
             let at = |error: Error| error.at("the largest batch, tried before the first step");
             let first = self.micro_batches();
             let pass = |run: &mut Self| run.model.forward_backward(&batch, scale, first);
-            self.with_room(pass).map_err(at)?;
+            self.until_it_fits(pass).map_err(at)?;
         }
         Ok(())
     }
 
-    /// All steps, and what is due after each of them.
+    /// Makes all steps, and what is due after each of them.
     fn train(&mut self) -> Result<EndReason> {
         loop {
             if (self.context.stop)() || !self.after_step()? {
@@ -149,8 +150,8 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         }
     }
 
-    /// Batches of the next step.
-    fn window(&mut self) -> Vec<Batch> {
+    /// The batches of the next step.
+    fn step_batches(&mut self) -> Vec<Batch> {
         let feed = &mut *self.context.feed;
         let per_step = self.context.recipe.gradient_accumulation_steps;
         let first = self.state.epoch_step as usize * per_step;
@@ -173,11 +174,11 @@ impl<'a, M: Trainee> Trainer<'a, M> {
     /// Makes one step; false if it was given up because the user asked to stop.
     fn step(&mut self) -> Result<bool> {
         let start = Instant::now();
-        let (window, first) = (self.window(), self.micro_batches());
+        let (batches, first) = (self.step_batches(), self.micro_batches());
         let number = self.state.step + 1;
         let at = |error: Error| error.at(format_args!("step {number}"));
-        let gradient =
-            self.with_room(|run| step::accumulate(run.model, &window, first, run.context.stop));
+        let gradient = self
+            .until_it_fits(|run| step::accumulate(run.model, &batches, first, run.context.stop));
         let gradient = gradient.map_err(at)?;
         let Some(gradient) = gradient else { return Ok(false) };
         ledger::enter(Phase::Optimizer);
@@ -221,10 +222,10 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         state.num_target_tokens_seen += gradient.targets;
         state.elapsed_seconds += seconds;
         state.loss_sum += gradient.loss;
-        state.window.loss_sum += gradient.loss;
-        state.window.steps += 1;
-        state.window.tokens += gradient.tokens;
-        state.window.seconds += seconds;
+        state.log_sums.loss_sum += gradient.loss;
+        state.log_sums.steps += 1;
+        state.log_sums.tokens += gradient.tokens;
+        state.log_sums.seconds += seconds;
         self.session.steps += 1;
         self.session.seconds += seconds;
     }
@@ -234,16 +235,16 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         if step % self.context.recipe.logging_steps != 0 && step != last {
             return Ok(());
         }
-        let window = std::mem::take(&mut self.state.window);
+        let sums = std::mem::take(&mut self.state.log_sums);
         let event = StepEvent {
             step,
             epoch: self.epoch(),
-            loss: window.loss_sum / window.steps as f64,
+            loss: sums.loss_sum / sums.steps as f64,
             learning_rate,
             grad_norm: gradient.norm,
             num_input_tokens_seen: self.state.num_input_tokens_seen,
             num_target_tokens_seen: self.state.num_target_tokens_seen,
-            tokens_per_second: window.tokens_per_second(),
+            tokens_per_second: sums.tokens_per_second(),
             elapsed_seconds: self.state.elapsed_seconds,
             rss_bytes: resident::now_bytes(),
             gpu_bytes: self.model.gpu_bytes(),
@@ -287,7 +288,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             if (self.context.stop)() {
                 return Ok(None);
             }
-            loss += self.with_room(|run| run.model.evaluate(batch))?;
+            loss += self.until_it_fits(|run| run.model.evaluate(batch, Variant::Adapted))?;
             targets += batch.num_targets() as u64;
             documents += batch.lines.len() as u64;
         }
@@ -334,7 +335,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         ledger::enter(Phase::Eval);
         let prompts = self.context.prompts;
         for prompt in prompts {
-            let completion = self.with_room(|run| run.model.sample(prompt))?;
+            let completion = self.until_it_fits(|run| run.model.sample(prompt))?;
             let (step, epoch) = (self.state.step, self.epoch());
             let event = SampleEvent { step, epoch, prompt: prompt.clone(), completion };
             self.context.progress.sample(&event);
@@ -361,7 +362,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             self.state.identity.sum_order = Some(order);
         }
         let event =
-            self.with_room(|run| checkpoints::save(run.model, &run.state, run.context.out))?;
+            self.until_it_fits(|run| checkpoints::save(run.model, &run.state, run.context.out))?;
         let context = &self.context;
         let best = self.state.best.map(|best| best.step);
         let limit = context.recipe.saving.total_limit;
@@ -374,11 +375,5 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         }
         context.progress.save(&event);
         self.record(Event::Save(event))
-    }
-}
-
-impl Window {
-    fn tokens_per_second(&self) -> f64 {
-        self.tokens as f64 / self.seconds.max(f64::MIN_POSITIVE)
     }
 }

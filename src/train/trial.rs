@@ -13,7 +13,7 @@ use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
 use crate::ledger::rows::Measured;
 use crate::ledger::{self, Phase};
-use crate::model::{Model, Randomness};
+use crate::model::{Model, Randomness, Variant};
 use crate::plan::Settings;
 use crate::random::Stream;
 use crate::system::allocator;
@@ -67,7 +67,8 @@ impl Trial<'_> {
         let random = Randomness { dropout: self.lora.dropout(), ..Randomness::default() };
         let adapter = Adapter::init(self.lora.clone(), self.base.spec, 0)?;
         let (spec, settings) = (self.base.spec.clone(), self.settings.clone());
-        let mut model = Model::on(kernels.clone(), spec, weights, settings)?.drawing(random);
+        let mut model =
+            Model::with_kernels(kernels.clone(), spec, weights, settings)?.with_randomness(random);
         model.parameters_mut().load(&adapter);
         let files = adapter.into_files();
         allocator::give_back();
@@ -80,7 +81,7 @@ impl Trial<'_> {
             on_step(TrialStep { number, loss, tokens_per_second, used_bytes });
         }
         ledger::enter(Phase::Eval);
-        model.evaluate(&batch)?;
+        model.evaluate(&batch, Variant::Adapted)?;
         meter.look(&kernels)?;
         ledger::enter(Phase::Save);
         model.parameters().save(&files, folder.path(), self.dtype)?;

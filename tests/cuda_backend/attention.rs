@@ -2,7 +2,9 @@
 
 use nibble::kernels::cpu::Cpu;
 use nibble::kernels::cuda::{AttnImplementation, cuda_layout};
-use nibble::kernels::{AttentionInputs, AttentionShape, Kernels, PlannedMemory, TokenLayout};
+use nibble::kernels::{
+    AttentionInputs, AttentionShape, Cache, CachedScratch, Kernels, PlannedMemory, TokenLayout,
+};
 use nibble::model::spec::ModelSpec;
 use nibble::plan::{MemoryPlan, Policy, RegionType, Settings};
 use nibble::random::Stream;
@@ -178,8 +180,9 @@ fn run_in_pieces<K: Kernels>(
     for &rows in pieces {
         let own = &values[past * shape.qkv_width()..][..rows * shape.qkv_width()];
         kernels.set_values(own, &mut qkv, 0);
-        let cached = (&mut cache, past);
-        kernels.attention_cached(shape, &qkv, cached, rows, &mut o, &mut lse, &mut work);
+        let cached = Cache { keys_values: &mut cache, past };
+        let scratch = CachedScratch { lse: &mut lse, tiles: &mut work };
+        kernels.attention_cached(shape, &qkv, cached, rows, &mut o, scratch);
         all.extend_from_slice(&kernels.values(&o, 0..rows * shape.q_width()).unwrap());
         past += rows;
     }

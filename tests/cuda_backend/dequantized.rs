@@ -6,12 +6,11 @@ use nibble::adapter::{Adapter, LoraConfig};
 use nibble::checkpoint::Checkpoint;
 use nibble::data::Batch;
 use nibble::kernels::cuda::Cuda;
-use nibble::model::Model;
 use nibble::model::families::spec_from_config;
-use nibble::model::parameters::Part;
 use nibble::model::streaming::Streaming;
 use nibble::model::weights::Weights;
-use nibble::plan::{Policy, Settings};
+use nibble::model::{Model, Variant};
+use nibble::plan::{AdapterRegion, Policy, Settings};
 
 use crate::device::Device;
 use crate::emulated::Copies;
@@ -63,7 +62,7 @@ fn packed_model(
         let values = tensors.b.iter_mut().enumerate();
         values.for_each(|(index, b)| *b = (index % 7) as f32 * 0.01 - 0.03);
     }
-    let mut model = Model::on(gpu.clone(), spec, weights, settings).unwrap();
+    let mut model = Model::with_kernels(gpu.clone(), spec, weights, settings).unwrap();
     model.parameters_mut().load(&adapter);
     model
 }
@@ -77,7 +76,7 @@ fn step(model: &mut Model<Gpu>, batch: &Batch) -> (u64, Vec<u32>) {
     let loss = model.forward_backward(batch, 1.0, 0).unwrap();
     let after = counts(model);
     assert_eq!((after.allocations, after.waits), (before.allocations, before.waits + 1));
-    let gradients = model.parameters().values(Part::Gradients).unwrap();
+    let gradients = model.parameters().all_values(AdapterRegion::Gradients).unwrap();
     (loss.to_bits(), gradients.iter().map(|x| x.to_bits()).collect())
 }
 
@@ -98,7 +97,7 @@ fn what_is_dequantized_ahead_has_the_bits_of_what_is_dequantized_in_turn() {
             let [all, none] = dequantized();
             assert!(f64::from_bits(first.0).is_finite() && none == 0 && all >= 7 * 3 * 2);
             // Another order between, which ends where it is not expected to.
-            model.evaluate(&batch).unwrap();
+            model.evaluate(&batch, Variant::Adapted).unwrap();
             let before = dequantized();
             assert!(step(&mut model, &batch) == first, "{copies:?}, streamed: {stream}");
             let [in_turn, ahead] = [0, 1].map(|stream| dequantized()[stream] - before[stream]);

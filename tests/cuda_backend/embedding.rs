@@ -4,10 +4,9 @@ use nibble::checkpoint::Checkpoint;
 use nibble::data::Batch;
 use nibble::kernels::cuda::Cuda;
 use nibble::kernels::{Kernels, Storage};
-use nibble::model::Model;
-use nibble::model::parameters::Part;
 use nibble::model::spec::ModelSpec;
-use nibble::plan::{OnHost, Place, Policy, Settings, WeightBytes, WeightParts};
+use nibble::model::{Model, Variant};
+use nibble::plan::{AdapterRegion, OnHost, Place, Policy, Settings, WeightBytes, WeightParts};
 use nibble_quant::{BlockFormat, FloatType};
 
 use crate::device::Device;
@@ -17,7 +16,7 @@ use crate::{Gpu, error_in_norm, gpu, model, nf4, settings, shaped};
 
 /// A model that keeps something on the host, and the bytes that its weights took of the GPU.
 fn keeping(gpu: Gpu, what: OnHost, case: &Case, format: Option<BlockFormat>) -> (Model<Gpu>, u64) {
-    let gpu = gpu.keeping_on_host(what);
+    let gpu = gpu.with_on_host(what);
     gpu.check_model(&case.spec()).unwrap();
     let adapter = Some("adapter_init");
     let settings = settings(case, adapter, &[Policy::Keep], true);
@@ -31,7 +30,7 @@ fn keeping(gpu: Gpu, what: OnHost, case: &Case, format: Option<BlockFormat>) -> 
 fn step(model: &mut Model<Gpu>, batch: &Batch) -> (f64, Vec<f32>) {
     model.parameters_mut().zero_gradients();
     let loss = model.forward_backward(batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
-    (loss, model.parameters().values(Part::Gradients).unwrap().into_owned())
+    (loss, model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned())
 }
 
 fn batch(case: &Case) -> Batch {
@@ -87,14 +86,14 @@ fn random_model(
     batch: &Batch,
     change: impl Fn(&mut Settings),
 ) -> (Model<Gpu>, u64) {
-    let (gpu, adapter) = (gpu.clone().keeping_on_host(what), shaped::adapter(spec));
+    let (gpu, adapter) = (gpu.clone().with_on_host(what), shaped::adapter(spec));
     let mut settings = shaped::settings(spec, &adapter, batch, Policy::Checkpoint);
     (settings.logit_rows, settings.cache_tokens) = (10, 40);
     change(&mut settings);
     let before = gpu.driver().counts().allocated_bytes;
     let weights = shaped::weights(spec).upload(&gpu).unwrap();
     let bytes = gpu.driver().counts().allocated_bytes - before;
-    let mut model = Model::on(gpu, spec.clone(), weights, settings).unwrap();
+    let mut model = Model::with_kernels(gpu, spec.clone(), weights, settings).unwrap();
     model.parameters_mut().load(&adapter);
     (model, bytes as u64)
 }
@@ -109,9 +108,10 @@ fn a_head_on_the_host_gives_the_same_numbers() {
         let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
         let numbers = |model: &mut Model<Gpu>| {
             let (loss, gradients) = step(model, &batch);
-            let evaluated = model.evaluate(&batch).unwrap();
+            let evaluated = model.evaluate(&batch, Variant::Adapted).unwrap();
             assert!((evaluated / loss - 1.0).abs() < 1e-6, "{vocab}: {evaluated}, {loss}");
-            let (score, logits) = (model.score(&batch, true).unwrap(), model.logits(&batch, &rows));
+            let (score, logits) =
+                (model.score(&batch, Variant::Adapted).unwrap(), model.logits(&batch, &rows));
             model.clear_cache();
             let decoded = model.decode(&batch.input_ids[..3]).unwrap().into_owned();
             (loss, gradients, score, logits.unwrap(), decoded)
@@ -210,7 +210,7 @@ fn another_number_of_trained_tokens_is_no_other_order() {
         // chunk may have been expected.
         let [in_turn, ahead] = [0, 1].map(|of| gpu.driver().dequantized()[of] - before.1[of]);
         assert!(in_turn <= 3 + 3 && ahead > 25, "{in_turn} in turn, {ahead} ahead");
-        model.evaluate(batch).unwrap();
+        model.evaluate(batch, Variant::Adapted).unwrap();
     }
 }
 
@@ -218,7 +218,7 @@ fn another_number_of_trained_tokens_is_no_other_order() {
 fn an_embedding_that_is_the_head_moves_with_it() {
     let Some(gpu) = gpu() else { return };
     let tied = Case::open("llama_tied_s2").spec();
-    let check = |what| gpu.clone().keeping_on_host(what).check_model(&tied);
+    let check = |what| gpu.clone().with_on_host(what).check_model(&tied);
     assert!(check(OnHost::Nothing).is_ok() && check(OnHost::All).is_ok());
     let error = check(OnHost::Input).unwrap_err().to_string();
     assert!(error.contains("is its head, too") && error.contains("--embedding host"), "{error}");

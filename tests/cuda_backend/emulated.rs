@@ -12,6 +12,7 @@ use std::sync::atomic::{AtomicU64, Ordering::Relaxed};
 use half::bf16;
 use nibble::Result;
 use nibble::kernels::cuda::driver::{Address, Argument, Driver, Gemm, Launch, Operand};
+use nibble::plan::RegionType;
 
 use crate::device::Device;
 use crate::emulator::{self, Emulator};
@@ -253,7 +254,7 @@ impl Driver for Emulated {
                     sums.iter_mut().zip(b).for_each(|(sum, b)| *sum += factor * b);
                 }
             }
-            let size = if gemm.c.wide { 4 } else { 2 };
+            let size = gemm.c.dtype.bytes();
             let start = gemm.c.address + (size * batch * gemm.c.batch_stride) as u64;
             let bytes = self.bytes(start, size * ((m - 1) * gemm.c.stride + n));
             for (index, sum) in sums.iter().enumerate() {
@@ -262,7 +263,7 @@ impl Driver for Emulated {
                     0.0 => gemm.alpha * sum,
                     beta => gemm.alpha * sum + beta * before,
                 };
-                if gemm.c.wide {
+                if gemm.c.dtype == RegionType::F32 {
                     let c: &mut [f32] = bytemuck::cast_slice_mut(bytes);
                     c[at] = result(c[at]);
                 } else {

@@ -2,10 +2,9 @@
 
 use nibble::adapter::{Adapter, LoraConfig, LoraTarget};
 use nibble::checkpoint::Checkpoint;
-use nibble::model::Model;
-use nibble::model::parameters::Part;
 use nibble::model::weights::Weights;
-use nibble::plan::{Policy, Settings};
+use nibble::model::{Model, Variant};
+use nibble::plan::{AdapterRegion, Policy, Settings};
 
 use super::emulator::PTX;
 use super::golden::{CASES, Case};
@@ -38,7 +37,7 @@ fn step(gpu: &Gpu, case: &Case, adapter: &Adapter, plan: Settings) -> (f64, Vec<
     let mut model = model(gpu, case, Some(nf4(true)), None, plan);
     model.parameters_mut().load(adapter);
     let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
-    (loss, model.parameters().values(Part::Gradients).unwrap().into_owned())
+    (loss, model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned())
 }
 
 fn plan(case: &Case, adapter: &Adapter, policies: &[Policy]) -> Settings {
@@ -131,7 +130,8 @@ fn a_fresh_adapter_does_not_change_a_bit() {
             let mut model = model(&gpu, &case, format, None, plan);
             let losses = |model: &mut Model<Gpu>, adapter: &Adapter| {
                 model.parameters_mut().load(adapter);
-                [model.evaluate_base(&batch), model.evaluate(&batch)].map(|loss| loss.unwrap())
+                [model.evaluate(&batch, Variant::Base), model.evaluate(&batch, Variant::Adapted)]
+                    .map(|loss| loss.unwrap())
             };
             let [base, adapted] = losses(&mut model, &fresh);
             assert_eq!(base.to_bits(), adapted.to_bits(), "{name}: {base}, {adapted}");

@@ -2,8 +2,7 @@
 //! `scripts/gpu_check.sh`; in little on the emulator.
 
 use nibble::model::Model;
-use nibble::model::parameters::Part;
-use nibble::plan::{Policy, Settings};
+use nibble::plan::{AdapterRegion, Policy, Settings};
 use serde_json::json;
 
 use crate::device::Device;
@@ -26,7 +25,7 @@ fn of_blocks_of_an_8b_model_match_the_cpu() {
     let plan = shaped::settings(&spec, &adapter, &batch, Policy::Checkpoint);
 
     let weights = shaped::weights(&spec).upload(&gpu).unwrap();
-    let mut device = Model::on(gpu, spec.clone(), weights, plan.clone()).unwrap();
+    let mut device = Model::with_kernels(gpu, spec.clone(), weights, plan.clone()).unwrap();
     device.parameters_mut().load(&adapter);
     device.parameters_mut().zero_gradients();
     let exact = Settings { bf16_working: false, ..plan };
@@ -39,8 +38,10 @@ fn of_blocks_of_an_8b_model_match_the_cpu() {
     ];
     let loss_error = (losses[0] / losses[1] - 1.0).abs();
 
-    let (got, expected) =
-        (device.parameters().values(Part::Gradients).unwrap(), host.parameters().gradients());
+    let (got, expected) = (
+        device.parameters().all_values(AdapterRegion::Gradients).unwrap(),
+        host.parameters().gradients(),
+    );
     let tensors = host.parameters().tensors().iter();
     let error = |range: &std::ops::Range<usize>| {
         error_in_norm(&got[range.clone()], &expected[range.clone()])

@@ -32,10 +32,9 @@ use nibble::adapter::{Adapter, LoraPlus};
 use nibble::checkpoint::Checkpoint;
 use nibble::data::Batch;
 use nibble::kernels::cuda::Cuda;
-use nibble::model::Model;
-use nibble::model::parameters::Part;
 use nibble::model::weights::Weights;
-use nibble::plan::{Optim, Policy, Settings};
+use nibble::model::{Model, Variant};
+use nibble::plan::{AdapterRegion, Optim, Policy, Settings};
 use nibble::train::adamw::AdamW;
 use nibble::train::backend::{TrainingKernels, Update};
 use nibble::train::clip;
@@ -71,7 +70,7 @@ fn model(
     let (spec, checkpoint) = (case.spec(), Checkpoint::open(&case.path).unwrap());
     let weights = Weights::load(&checkpoint, &spec, quantization.as_ref(), None).unwrap();
     let weights = weights.upload(gpu).unwrap();
-    let mut model = Model::on(gpu.clone(), spec, weights, settings).unwrap();
+    let mut model = Model::with_kernels(gpu.clone(), spec, weights, settings).unwrap();
     if let Some(adapter) = adapter {
         let adapter = Adapter::load(&case.path.join(adapter), model.spec()).unwrap();
         model.parameters_mut().load(&adapter);
@@ -107,7 +106,7 @@ fn logits_and_loss_match_transformers() {
         let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
         let error = error_in_norm(&model.logits(&batch, &rows).unwrap(), &reference.f32("logits"));
         assert!(error < 2e-2, "{name}: logits are off by {error:e}");
-        let loss = model.evaluate(&batch).unwrap() / batch.num_targets() as f64;
+        let loss = model.evaluate(&batch, Variant::Adapted).unwrap() / batch.num_targets() as f64;
         let expected = f64::from(reference.f32("loss")[0]);
         let error = (loss / expected - 1.0).abs();
         assert!(error < 5e-3, "{name}: loss {loss}, expected {expected}");
@@ -144,7 +143,7 @@ fn check_gradients(gpu: &Gpu, case: &Case, tag: &str, quantization: Option<Block
         let expected = f64::from(lora.f32(&format!("{tag}.loss"))[0]);
         let error = (loss / batch.num_targets() as f64 / expected - 1.0).abs();
         assert!(error < 5e-3, "{} {tag}: loss is off by {error:e}", case.name);
-        let gradients = model.parameters().values(Part::Gradients).unwrap();
+        let gradients = model.parameters().all_values(AdapterRegion::Gradients).unwrap();
         assert!(!model.parameters().tensors().is_empty());
         for tensor in model.parameters().tensors() {
             let expected = lora.f32(&format!("{tag}.grad.{}", tensor.name));
@@ -187,10 +186,13 @@ fn policies_give_the_same_bits_and_the_working_copy_is_what_is_read() {
         (settings.lora_dropout, settings.mlp_tile_length) = (dropped.is_some(), tile);
         let mut model = model(&gpu, &case, Some(nf4(true)), adapter, settings);
         if let Some(probability) = dropped {
-            model = model.drawing(with_dropout(probability, 7));
+            model = model.with_randomness(with_dropout(probability, 7));
         }
         let loss = model.forward_backward(&batch, scale, 3).unwrap();
-        (loss.to_bits(), model.parameters().values(Part::Gradients).unwrap().into_owned())
+        (
+            loss.to_bits(),
+            model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned(),
+        )
     };
     let losses = [None, Some(0.3)].map(|dropped| {
         let kept = run(&[Policy::Keep], true, dropped, None);
@@ -228,10 +230,10 @@ fn dropout_masks_what_the_cpu_masks() {
         (1.0 / batch.num_targets() as f32, with_dropout(0.4, 11), Some("adapter_init"));
     let mut settings = settings(&case, adapter, &[Policy::Keep], false);
     settings.lora_dropout = true;
-    let mut device = model(&gpu, &case, None, adapter, settings.clone()).drawing(dropout);
+    let mut device = model(&gpu, &case, None, adapter, settings.clone()).with_randomness(dropout);
     let checkpoint = Checkpoint::open(&case.path).unwrap();
     let weights = Weights::load(&checkpoint, &case.spec(), None, None).unwrap();
-    let mut host = Model::new(case.spec(), weights, settings).unwrap().drawing(dropout);
+    let mut host = Model::new(case.spec(), weights, settings).unwrap().with_randomness(dropout);
     host.parameters_mut()
         .load(&Adapter::load(&case.path.join("adapter_init"), &case.spec()).unwrap());
     let losses = [
@@ -239,7 +241,7 @@ fn dropout_masks_what_the_cpu_masks() {
         host.forward_backward(&batch, scale, 5).unwrap(),
     ];
     assert!((losses[0] / losses[1] - 1.0).abs() < 5e-3, "{losses:?}");
-    let gradients = device.parameters().values(Part::Gradients).unwrap();
+    let gradients = device.parameters().all_values(AdapterRegion::Gradients).unwrap();
     for tensor in host.parameters().tensors() {
         let expected = &host.parameters().gradients()[tensor.range.clone()];
         let error = error_in_norm(&gradients[tensor.range.clone()], expected);
@@ -284,12 +286,15 @@ fn a_score_is_the_loss_and_what_greedy_decoding_would_choose() {
     let plan = settings(&case, adapter, &[], false);
     let mut device = model(&gpu, &case, None, adapter, plan);
     let mut host = case.model(None, adapter, &[]);
-    let (got, expected) = (device.score(&batch, true).unwrap(), host.score(&batch, true).unwrap());
+    let (got, expected) = (
+        device.score(&batch, Variant::Adapted).unwrap(),
+        host.score(&batch, Variant::Adapted).unwrap(),
+    );
     assert!((got.loss / expected.loss - 1.0).abs() < 5e-3);
     assert_eq!(got.likeliest, expected.likeliest);
-    assert_eq!(got.loss.to_bits(), device.evaluate(&batch).unwrap().to_bits());
-    let base = device.score(&batch, false).unwrap().loss;
-    assert_eq!(base.to_bits(), device.evaluate_base(&batch).unwrap().to_bits());
+    assert_eq!(got.loss.to_bits(), device.evaluate(&batch, Variant::Adapted).unwrap().to_bits());
+    let base = device.score(&batch, Variant::Base).unwrap().loss;
+    assert_eq!(base.to_bits(), device.evaluate(&batch, Variant::Base).unwrap().to_bits());
     assert_ne!(base.to_bits(), got.loss.to_bits());
 }
 
@@ -357,7 +362,7 @@ fn the_plan_is_one_allocation_of_its_bytes() {
         let (spec, checkpoint) = (case.spec(), Checkpoint::open(&case.path).unwrap());
         let weights = Weights::load(&checkpoint, &spec, None, None).unwrap().upload(&gpu).unwrap();
         let before = gpu.driver().counts();
-        let model = Model::on(gpu.clone(), spec, weights, plan).unwrap();
+        let model = Model::with_kernels(gpu.clone(), spec, weights, plan).unwrap();
         let after = gpu.driver().counts();
         let bytes = model.plan().arena_bytes();
         assert_eq!(model.arena_bytes(), bytes, "{name}");

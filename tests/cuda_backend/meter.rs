@@ -38,7 +38,7 @@ fn the_rows_of_a_gpu_are_measured_by_its_driver() {
     let weights = weights.upload(&gpu).unwrap();
     let weight_bytes = allocated() - without;
     meter.loaded(&gpu).unwrap();
-    let model = Model::on(gpu.clone(), spec, weights, plan).unwrap();
+    let model = Model::with_kernels(gpu.clone(), spec, weights, plan).unwrap();
     let measured = meter.measured(&model).unwrap();
     assert_eq!(measured.weights.total(), weight_bytes);
     let arena_bytes = model.arena_bytes() as u64;

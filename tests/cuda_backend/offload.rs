@@ -5,11 +5,10 @@ use nibble::checkpoint::Checkpoint;
 use nibble::data::Batch;
 use nibble::kernels::Kernels;
 use nibble::kernels::cuda::Cuda;
-use nibble::model::Model;
-use nibble::model::parameters::Part;
 use nibble::model::streaming::Streaming;
 use nibble::model::weights::Weights;
-use nibble::plan::{Policy, Settings};
+use nibble::model::{Model, Variant};
+use nibble::plan::{AdapterRegion, Policy, Settings};
 
 use crate::device::Device;
 use crate::emulated::Copies;
@@ -36,10 +35,13 @@ fn what_is_offloaded_gives_the_bits_of_what_is_recomputed() {
         for step in 0..2 {
             // An evaluation between leaves slots with copies that nobody read.
             losses.push(model.forward_backward(&batch, scale, step).unwrap().to_bits());
-            losses.push(model.evaluate(&batch).unwrap().to_bits());
+            losses.push(model.evaluate(&batch, Variant::Adapted).unwrap().to_bits());
         }
         assert_eq!(model.arena_bytes(), model.plan().arena_bytes());
-        Some((losses, model.parameters().values(Part::Gradients).unwrap().into_owned()))
+        Some((
+            losses,
+            model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned(),
+        ))
     };
     let run = |copies, policies: &[Policy]| run_of(copies, policies, false);
     let Some(expected) = run(Copies::AtOnce, &[Checkpoint; 6]) else { return };
@@ -88,13 +90,13 @@ fn the_first_bad_input_is_found_among_offloaded_ones() {
     ) -> [Option<usize>; 2] {
         model.forward_backward(batch, 1.0, 0).unwrap();
         let sound = model.first_bad_block_input().unwrap();
-        let mut master = model.parameters().values(Part::Master).unwrap().into_owned();
+        let mut master = model.parameters().all_values(AdapterRegion::Master).unwrap().into_owned();
         let block = format!("layers.{of_block}.");
         let tensors = model.parameters().tensors().iter();
         let mut tensors = tensors.filter(|tensor| tensor.name.contains(&block));
         let first = tensors.next().unwrap().range.start;
         master[first] = f32::NAN;
-        model.parameters_mut().set_values(Part::Master, &master);
+        model.parameters_mut().replace(AdapterRegion::Master, &master);
         let _ = model.forward_backward(batch, 1.0, 1);
         [sound, model.first_bad_block_input().unwrap()]
     }
@@ -138,7 +140,7 @@ pub fn deep_model(gpu: &Gpu, case: &Case, mut settings: Settings, stream: bool) 
         true => weights.upload_streamed(gpu, Streaming::new(&checkpoint, &spec)).unwrap(),
         false => weights.upload(gpu).unwrap(),
     };
-    let mut model = Model::on(gpu.clone(), spec, weights, settings).unwrap();
+    let mut model = Model::with_kernels(gpu.clone(), spec, weights, settings).unwrap();
     model.parameters_mut().load(&adapter);
     model
 }

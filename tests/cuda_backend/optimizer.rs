@@ -2,6 +2,7 @@
 
 use nibble::adapter::LoraConfig;
 use nibble::kernels::cpu::Cpu;
+use nibble::model::parameters::LASTING;
 use nibble::random::Stream;
 
 use super::*;
@@ -27,19 +28,19 @@ fn updates_in_8_bits_leave_what_the_cpu_leaves() {
     let mut gradients = vec![0.0; host.parameters().elements()];
     for step in 1..=4 {
         Stream::new(step, "gradients").fill_normal(0, 1e-2, &mut gradients);
-        device.parameters_mut().set_values(Part::Gradients, &gradients);
-        host.parameters_mut().set_values(Part::Gradients, &gradients);
+        device.parameters_mut().replace(AdapterRegion::Gradients, &gradients);
+        host.parameters_mut().replace(AdapterRegion::Gradients, &gradients);
         let (optimizer, groups) = (&OPTIMIZER, &groups[..]);
         let update = Update { optimizer, groups, step, learning_rate: 1e-3, gradient_scale: 0.5 };
         gpu.update(device.parameters_mut(), &update).unwrap();
         Cpu::default().update(host.parameters_mut(), &update).unwrap();
-        for part in Part::LASTING {
+        for region in LASTING {
             let bits = |values: &[f32]| values.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
             let (got, expected) =
-                (device.parameters().values(part), host.parameters().values(part));
+                (device.parameters().all_values(region), host.parameters().all_values(region));
             let (got, expected) = (bits(&got.unwrap()), bits(&expected.unwrap()));
-            assert!(got.iter().any(|&word| word != 0), "{part:?} is in use");
-            assert!(got == expected, "{part:?} after step {step}");
+            assert!(got.iter().any(|&word| word != 0), "{region:?} is in use");
+            assert!(got == expected, "{region:?} after step {step}");
         }
     }
 }

@@ -2,8 +2,7 @@
 
 use nibble::adapter::LoraPlus;
 use nibble::error::Error;
-use nibble::model::parameters::Part;
-use nibble::plan::Policy;
+use nibble::plan::{AdapterRegion, Policy};
 use nibble::train::adamw::AdamW;
 use nibble::train::backend::{TrainingKernels, Update};
 use nibble::train::step::rate_groups;
@@ -22,34 +21,34 @@ fn a_pass_that_finds_no_memory_is_repeated_in_parts_with_the_same_sums() {
     (plan.tokens, plan.longest_document, plan.lora_dropout) = (batch.tokens(), shape[1], true);
     let fresh = || {
         let model = model(&gpu, &case, Some(nf4(true)), Some("adapter_init"), plan.clone());
-        model.drawing(with_dropout(0.3, 5))
+        model.with_randomness(with_dropout(0.3, 5))
     };
     let whole = || {
         let mut model = fresh();
         let loss = model.forward_backward(&batch, scale, 0).unwrap();
-        (loss, model.parameters().values(Part::Gradients).unwrap().into_owned())
+        (loss, model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned())
     };
     let (loss, gradients) = whole();
     for launches in [0, 7, 60] {
         let mut model = fresh();
         let moments = vec![0.25; gradients.len()];
-        model.parameters_mut().set_values(Part::SecondMoment, &moments);
-        let master = model.parameters().values(Part::Master).unwrap().into_owned();
+        model.parameters_mut().replace(AdapterRegion::SecondMoment, &moments);
+        let master = model.parameters().all_values(AdapterRegion::Master).unwrap().into_owned();
         gpu.driver().fail_after(launches);
         let error = model.forward_backward(&batch, scale, 0).unwrap_err();
         assert!(matches!(error, Error::Budget(_)), "{launches}: {error}");
         let before = model.arena_bytes();
         let mut model = model.with_smaller_plan().unwrap();
         assert!(model.arena_bytes() < before);
-        assert_eq!(*model.parameters().values(Part::Master).unwrap(), *master);
-        assert_eq!(*model.parameters().values(Part::SecondMoment).unwrap(), *moments);
+        assert_eq!(*model.parameters().all_values(AdapterRegion::Master).unwrap(), *master);
+        assert_eq!(*model.parameters().all_values(AdapterRegion::SecondMoment).unwrap(), *moments);
         let parts = batch.split(model.settings().tokens);
         assert!(parts.len() > 1);
         model.parameters_mut().zero_gradients();
         let sum: f64 =
             parts.iter().map(|part| model.forward_backward(part, scale, 0).unwrap()).sum();
         assert!((sum / loss - 1.0).abs() < 1e-3, "{sum} {loss}");
-        let got = model.parameters().values(Part::Gradients).unwrap();
+        let got = model.parameters().all_values(AdapterRegion::Gradients).unwrap();
         let error = super::error_in_norm(&got, &gradients);
         assert!(error < 1e-2, "{launches}: gradients are off by {error:e}");
     }
@@ -67,7 +66,7 @@ fn a_single_document_is_recomputed_where_memory_is_short() {
     (plan.tokens, plan.longest_document) = (batch.tokens(), batch.tokens());
     let mut model = model(&gpu, &case, Some(nf4(true)), Some("adapter_init"), plan);
     let loss = model.forward_backward(&batch, scale, 0).unwrap();
-    let gradients = model.parameters().values(Part::Gradients).unwrap().into_owned();
+    let gradients = model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned();
     let mut smaller = 0;
     while model.can_be_smaller() {
         model = model.with_smaller_plan().unwrap();
@@ -75,7 +74,7 @@ fn a_single_document_is_recomputed_where_memory_is_short() {
         let settings = model.settings().clone();
         model.parameters_mut().zero_gradients();
         let again = model.forward_backward(&batch, scale, 0).unwrap();
-        let got = model.parameters().values(Part::Gradients).unwrap();
+        let got = model.parameters().all_values(AdapterRegion::Gradients).unwrap();
         if settings.dequantize_ahead {
             assert_eq!((again.to_bits(), &*got), (loss.to_bits(), &*gradients), "{settings:?}");
         }

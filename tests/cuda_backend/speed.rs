@@ -152,7 +152,7 @@ fn of_a_step_without_dequantizing_and_adapters() {
     let model = |dequantized_blocks| {
         let plan = Settings { dequantized_blocks, ..plan.clone() };
         let weights = shaped::weights(&spec).upload(&gpu).unwrap();
-        let mut model = Model::on(gpu.clone(), spec.clone(), weights, plan).unwrap();
+        let mut model = Model::with_kernels(gpu.clone(), spec.clone(), weights, plan).unwrap();
         model.parameters_mut().load(&adapter);
         model.parameters_mut().zero_gradients();
         model

@@ -2,8 +2,8 @@
 
 use nibble::kernels::cuda::Cuda;
 use nibble::kernels::cuda::driver::Driver;
-use nibble::model::parameters::Part;
-use nibble::plan::Policy;
+use nibble::model::Variant;
+use nibble::plan::{AdapterRegion, Policy};
 
 use crate::device::Device;
 use crate::emulated::Copies;
@@ -30,9 +30,10 @@ fn streamed_weights_give_the_bits_of_resident_ones() {
         let mut losses = Vec::new();
         for step in 0..2 {
             losses.push(model.forward_backward(&batch, scale, step).unwrap().to_bits());
-            losses.push(model.evaluate(&batch).unwrap().to_bits());
+            losses.push(model.evaluate(&batch, Variant::Adapted).unwrap().to_bits());
         }
-        let gradients = model.parameters().values(Part::Gradients).unwrap().into_owned();
+        let gradients =
+            model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned();
         Some(((losses, gradients), taken))
     };
     let mixed = [Keep, Checkpoint, Offload, Offload, Checkpoint, Keep, Offload];

@@ -226,7 +226,7 @@ impl Case {
             mlp_tile_length: tile,
             ..Settings::evaluating(64, 10)
         };
-        let mut model = Model::on(cpu, spec, weights, settings).unwrap();
+        let mut model = Model::with_kernels(cpu, spec, weights, settings).unwrap();
         if let Some(adapter) = adapter {
             let adapter = Adapter::load(&self.path.join(adapter), model.spec()).unwrap();
             model.parameters_mut().load(&adapter);

@@ -6,7 +6,7 @@
 use crate::golden::{CASES, Case, relative_error};
 use nibble::data::Batch;
 use nibble::model::families::spec_from_config;
-use nibble::model::{Model, Randomness};
+use nibble::model::{Model, Randomness, Variant};
 use nibble::plan::Policy;
 use nibble_quant::{BlockFormat, QuantType};
 
@@ -42,7 +42,7 @@ fn logits_loss_and_hidden_states_match_transformers() {
         let logits = model.logits(&batch, &rows).unwrap();
         let error = largest_difference(&logits, &reference.f32("logits"));
         assert_within(&case, "logits", error, 10.0 * noise);
-        let loss = model.evaluate(&batch).unwrap() / batch.num_targets() as f64;
+        let loss = model.evaluate(&batch, Variant::Adapted).unwrap() / batch.num_targets() as f64;
         assert_within(
             &case,
             "loss",
@@ -71,7 +71,7 @@ fn a_padded_batch_equals_its_documents() {
         let expected = reference.unpadded_logits(model.spec().vocab_size);
         let noise = case.noise("logits_max_abs_f32_vs_f64");
         assert_within(&case, "logits", largest_difference(&logits, &expected), 10.0 * noise);
-        let loss = model.evaluate(&batch).unwrap() / batch.num_targets() as f64;
+        let loss = model.evaluate(&batch, Variant::Adapted).unwrap() / batch.num_targets() as f64;
         let error = (loss - f64::from(reference.f32("pad.loss")[0])).abs();
         assert_within(&case, "loss", error, 10.0 * noise);
     }
@@ -273,10 +273,13 @@ fn embeddings_have_noise_while_training() {
         let alpha = 3.0;
         let random = Randomness { seed: 7, neftune: Some(alpha), ..Randomness::default() };
         let model = || case.model(None, Some("adapter_init"), &[Policy::Checkpoint]);
-        let mut noisy = model().drawing(random);
+        let mut noisy = model().with_randomness(random);
         let mut quiet = model();
-        let evaluated = quiet.evaluate(&batch).unwrap();
-        assert_eq!(noisy.evaluate(&batch).unwrap().to_bits(), evaluated.to_bits());
+        let evaluated = quiet.evaluate(&batch, Variant::Adapted).unwrap();
+        assert_eq!(
+            noisy.evaluate(&batch, Variant::Adapted).unwrap().to_bits(),
+            evaluated.to_bits()
+        );
         quiet.forward_backward(&batch, 1.0, 0).unwrap();
         let loss = noisy.forward_backward(&batch, 1.0, 4).unwrap();
         let noise = |model: &Model| -> Vec<f32> {
@@ -308,10 +311,10 @@ fn embeddings_have_noise_while_training() {
 fn without_its_adapter_a_model_is_its_base() {
     let case = Case::open("llama_s0");
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
-    let base = case.model(None, None, &[]).evaluate(&batch).unwrap();
+    let base = case.model(None, None, &[]).evaluate(&batch, Variant::Adapted).unwrap();
     let mut adapted = case.model(None, Some("adapter_init"), &[]);
-    assert_eq!(adapted.evaluate_base(&batch).unwrap().to_bits(), base.to_bits());
-    assert!((adapted.evaluate(&batch).unwrap() - base).abs() > 0.1);
+    assert_eq!(adapted.evaluate(&batch, Variant::Base).unwrap().to_bits(), base.to_bits());
+    assert!((adapted.evaluate(&batch, Variant::Adapted).unwrap() - base).abs() > 0.1);
 }
 
 #[test]
@@ -338,11 +341,19 @@ fn a_score_is_the_loss_and_what_greedy_decoding_would_choose() {
                 expected.push(batch.labels[token] == best);
             }
         }
-        let score = model.score(&batch, true).unwrap();
+        let score = model.score(&batch, Variant::Adapted).unwrap();
         assert_eq!(score.likeliest, expected, "{name}");
         assert!(expected.contains(&true) && expected.contains(&false), "{name}");
-        assert_eq!(score.loss.to_bits(), model.evaluate(&batch).unwrap().to_bits(), "{name}");
-        let base = model.score(&batch, false).unwrap().loss;
-        assert_eq!(base.to_bits(), model.evaluate_base(&batch).unwrap().to_bits(), "{name}");
+        assert_eq!(
+            score.loss.to_bits(),
+            model.evaluate(&batch, Variant::Adapted).unwrap().to_bits(),
+            "{name}"
+        );
+        let base = model.score(&batch, Variant::Base).unwrap().loss;
+        assert_eq!(
+            base.to_bits(),
+            model.evaluate(&batch, Variant::Base).unwrap().to_bits(),
+            "{name}"
+        );
     }
 }

@@ -12,14 +12,14 @@ use nibble::Result;
 use nibble::adapter::LoraPlus;
 use nibble::data::{Batch, Document};
 use nibble::kernels::cpu::Cpu;
-use nibble::model::Model;
-use nibble::model::parameters::{ParameterTensor, Part};
-use nibble::plan::{MomentLayout, Policy};
+use nibble::model::parameters::ParameterTensor;
+use nibble::model::{Model, Variant};
+use nibble::plan::{AdapterRegion, MomentLayout, Policy};
 use nibble::train::adamw::AdamW;
 use nibble::train::backend::{TrainingKernels, Update};
 use nibble::train::clip;
 use nibble::train::step;
-use nibble::train::trainee::Trainee;
+use nibble::train::trainee::{AdapterBuffers, Shrinkable, Trainee};
 use nibble_quant::product::Precision;
 use nibble_quant::{BlockFormat, QuantType};
 use serde_json::Value;
@@ -27,21 +27,32 @@ use serde_json::Value;
 /// A model without files.
 struct Bare(Model);
 
-impl Trainee for Bare {
-    fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64> {
-        self.0.forward_backward(batch, scale, micro_batch)
-    }
-    fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
-        self.0.evaluate(batch)
-    }
-    fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
-        self.0.evaluate_base(batch)
-    }
+impl AdapterBuffers for Bare {
     fn tensors(&self) -> &[ParameterTensor] {
         self.0.parameters().tensors()
     }
     fn moments(&self) -> &MomentLayout {
         self.0.parameters().moments()
+    }
+    fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
+        self.0.parameters().values(region, words)
+    }
+    fn set_values(&mut self, region: AdapterRegion, first: usize, values: &[f32]) {
+        self.0.parameters_mut().set_values(region, first, values);
+    }
+    fn refresh_working(&mut self) {
+        self.0.parameters_mut().refresh_working();
+    }
+}
+
+impl Shrinkable for Bare {}
+
+impl Trainee for Bare {
+    fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64> {
+        self.0.forward_backward(batch, scale, micro_batch)
+    }
+    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
+        self.0.evaluate(batch, variant)
     }
     fn zero_gradients(&mut self) {
         self.0.parameters_mut().zero_gradients();
@@ -51,15 +62,6 @@ impl Trainee for Bare {
     }
     fn update(&mut self, update: &Update) -> Result<()> {
         Cpu::default().update(self.0.parameters_mut(), update)
-    }
-    fn values(&self, part: Part, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
-        self.0.parameters().words_of(part, words)
-    }
-    fn set_values(&mut self, part: Part, first: usize, values: &[f32]) {
-        self.0.parameters_mut().set_words(part, first, values);
-    }
-    fn refresh_working(&mut self) {
-        self.0.parameters_mut().refresh_working();
     }
     fn write_adapter(&self, _folder: &Path) -> Result<()> {
         Ok(())
@@ -134,7 +136,7 @@ fn twenty_steps_match_peft_and_torch() {
         let adapter = case.tensors("adapter_final/adapter_model.safetensors");
         let tensors = model.tensors().to_vec();
         for tensor in tensors {
-            let got = model.values(Part::Master, tensor.range.clone()).unwrap();
+            let got = model.values(AdapterRegion::Master, tensor.range.clone()).unwrap();
             let error = relative_error(&got, &adapter.f32(&tensor.name));
             assert!(error < 2e-3, "{name}: {} is off by {error:e}", tensor.name);
         }
@@ -206,7 +208,7 @@ fn eight_batches_of_one_equal_one_batch_of_eight() {
     let gradients = |window: &[Batch]| {
         let mut model = Bare(case.model(None, Some("adapter_init"), &[Policy::Keep]));
         let gradient = step::accumulate(&mut model, window, 0, &|| false).unwrap().unwrap();
-        (gradient, model.0.parameters().values(Part::Gradients).unwrap().to_vec())
+        (gradient, model.0.parameters().all_values(AdapterRegion::Gradients).unwrap().to_vec())
     };
     let (one, together) = gradients(&[Batch::from_documents(&documents)]);
     let (eight, apart) = gradients(&each);

@@ -4,9 +4,8 @@ use crate::golden::{Case, with_dropout};
 use nibble::adapter::Adapter;
 use nibble::checkpoint::Checkpoint;
 use nibble::model::Model;
-use nibble::model::parameters::Part;
 use nibble::model::weights::Weights;
-use nibble::plan::{Policy, Settings};
+use nibble::plan::{AdapterRegion, Policy, Settings};
 
 /// Losses and gradients of a batch in one pass, and in parts after the buffers shrank; dropout
 /// masks are those of the whole.
@@ -28,19 +27,20 @@ fn parts_of_a_batch_have_the_sums_of_the_whole() {
             Weights::load(&Checkpoint::open(&case.path).unwrap(), &case.spec(), None, None);
         let mut model = Model::new(case.spec(), weights.unwrap(), settings)
             .unwrap()
-            .drawing(with_dropout(0.3, 5));
+            .with_randomness(with_dropout(0.3, 5));
         let adapter = Adapter::load(&case.path.join("adapter_init"), &case.spec()).unwrap();
         model.parameters_mut().load(&adapter);
         let loss = model.forward_backward(&batch, scale, 9).unwrap();
         let gradients = model.parameters().gradients().to_vec();
         let moments = vec![0.5; gradients.len()];
-        model.parameters_mut().set_values(Part::FirstMoment, &moments);
-        let (before, master) = (model.arena_bytes(), model.parameters().values(Part::Master));
+        model.parameters_mut().replace(AdapterRegion::FirstMoment, &moments);
+        let (before, master) =
+            (model.arena_bytes(), model.parameters().all_values(AdapterRegion::Master));
         let master = master.unwrap().into_owned();
         let mut model = model.with_smaller_plan().unwrap();
         assert!(model.arena_bytes() < before);
-        assert_eq!(*model.parameters().values(Part::Master).unwrap(), *master);
-        assert_eq!(*model.parameters().values(Part::FirstMoment).unwrap(), *moments);
+        assert_eq!(*model.parameters().all_values(AdapterRegion::Master).unwrap(), *master);
+        assert_eq!(*model.parameters().all_values(AdapterRegion::FirstMoment).unwrap(), *moments);
         let parts = batch.split(model.settings().tokens);
         assert!(parts.len() > 1, "{name}");
         let sums = parts.iter().map(|part| model.forward_backward(part, scale, 9).unwrap());

@@ -16,10 +16,10 @@ use crate::cli::eval::EvalArgs;
 use crate::data::{Batch, ChatTokenizer, Dataset, Document, Encoder, targets};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
-use crate::model::Model;
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::check_stored;
+use crate::model::{Model, Variant};
 use crate::plan::Settings;
 use crate::plural::counted;
 use crate::report::table::{Align, Table};
@@ -84,9 +84,9 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
         note_merged();
     }
     let (interrupt, [logits_file, answers_file]) = prepare_files(args)?;
-    let mut figures = |adapters| figures(&mut model, &batches, adapters, &interrupt);
-    let base = (!merged).then(|| figures(false)).transpose()?;
-    let adapted = args.adapter.is_some().then(|| figures(true)).transpose()?;
+    let mut figures = |variant| figures(&mut model, &batches, variant, &interrupt);
+    let base = (!merged).then(|| figures(Variant::Base)).transpose()?;
+    let adapted = args.adapter.is_some().then(|| figures(Variant::Adapted)).transpose()?;
     let write = |(logits, file): (SavedLogits, _)| logits.write(&mut model, file, &interrupt);
     let saved = logits.zip(logits_file).map(write);
     let predict = |()| {
@@ -188,13 +188,13 @@ impl Figures {
 fn figures<K: Kernels>(
     model: &mut Model<K>,
     batches: &[Batch],
-    adapters: bool,
+    variant: Variant,
     interrupt: &Interrupt,
 ) -> Result<Figures> {
     let mut figures = Figures::default();
     for batch in batches {
         interrupt.check()?;
-        let score = model.score(batch, adapters)?;
+        let score = model.score(batch, variant)?;
         figures.documents += batch.lines.len();
         figures.targets += batch.num_targets();
         figures.loss += score.loss;

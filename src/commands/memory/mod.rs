@@ -115,7 +115,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     if let Some(steps) = args.measure {
         run.account = match gpu {
             Some(gpu) => {
-                let gpu = gpu.keeping_on_host(run.strategy.on_host);
+                let gpu = gpu.with_on_host(run.strategy.on_host);
                 measure::measure(args, &run, gpu, steps.get())?
             }
             None => measure::measure(args, &run, device::cpu(&args.device), steps.get())?,

@@ -18,11 +18,11 @@ use crate::train::progress::Progress;
 pub struct Prepared {
     /// Training data.
     pub feed: Feed,
-    /// The fingerprint of the training data.
+    /// Fingerprint of the training data.
     pub training_sha256: String,
     /// Evaluation batches; may be empty.
     pub evaluation: Vec<Batch>,
-    /// The fingerprint of the evaluation data.
+    /// Fingerprint of the evaluation data.
     pub evaluation_sha256: Option<String>,
     /// Tokens of the largest batch, evaluation included.
     pub largest_batch_tokens: usize,
@@ -57,7 +57,8 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
     let seed = args.data.shuffle.then_some(seed);
     let rows_per_batch = args.optimization.per_device_train_batch_size.get();
     let feed = Feed::new(training.documents, training_rows, rows_per_batch, seed)?;
-    let feed = feed.of_files(training.files).with_largest_first(args.evaluation.longest_first_step);
+    let feed =
+        feed.with_files(training.files).with_largest_first(args.evaluation.longest_first_step);
     let mut prepared = Prepared {
         largest_batch_tokens: feed.largest_batch_tokens(),
         most_batch_targets: feed.most_batch_targets(),
@@ -72,7 +73,7 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
         let evaluation_rows = rows(&evaluation.documents);
         prepared.summaries.push(evaluation.summary("evaluation", &evaluation_rows));
         let feed = Feed::new(evaluation.documents, evaluation_rows, rows_per_batch, None)?;
-        prepared.evaluate(feed.of_files(evaluation.files));
+        prepared.evaluate(feed.with_files(evaluation.files));
         if prepared.evaluation_sha256.as_ref() == Some(&prepared.training_sha256) {
             progress.note("warning: the evaluation data are the training data");
         }
@@ -143,7 +144,7 @@ fn sources<'a>(
 }
 
 impl DocumentSet<'_> {
-    /// What the logs say of it.
+    /// What the logs say of the documents.
     fn summary(&self, name: &str, rows: &[Vec<usize>]) -> DataSummary {
         let lengths = lengths(&self.documents);
         DataSummary {
@@ -170,7 +171,7 @@ impl Prepared {
     }
 }
 
-/// One line on a file; nothing that was left out goes unsaid.
+/// A line on a file; nothing that was left out goes unsaid.
 fn first_line(path: &Path, report: &LoadReport, notes: &[String]) -> String {
     let share = 100.0 * report.targets as f64 / report.tokens.max(1) as f64;
     let mut line = format!(

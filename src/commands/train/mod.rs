@@ -27,7 +27,7 @@ use crate::sample::Speaker;
 use crate::train::backend::TrainingKernels;
 use crate::train::base::FrozenBase;
 use crate::train::checkpoints::{self, Found};
-use crate::train::events::{EndEvent, EndReason, Event, ParameterCounts, RunLog, StartEvent};
+use crate::train::events::{EndEvent, EndReason, Event, ParameterCounts, StartEvent};
 use crate::train::interrupt::Interrupt;
 use crate::train::lora_model::LoraModel;
 use crate::train::preview::Preview;
@@ -35,8 +35,9 @@ use crate::train::progress::Progress;
 use crate::train::recipe::Recipe;
 use crate::train::schedule::SchedulerType;
 use crate::train::settings::{SettingsEcho, without_packing};
-use crate::train::start::{self, AdapterOrigin};
+use crate::train::start::{self, AdapterOrigin, Start};
 use crate::train::state::Identity;
+use crate::train::trainee::Trainee;
 use crate::train::trainer::{RunContext, Trainer};
 use data::Prepared;
 use memory::Memory;
@@ -72,11 +73,8 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     kernels.check_model(&base.spec)?;
     let (adapter, origin) = base.adapter(args, begins_with.as_deref(), &progress)?;
     let mut data = data::prepare(args, &base, &progress)?;
-    let settings = base.settings(args);
-    let identity = identity(settings.clone(), &data, kernels.is_bf16());
-    if let Some(found) = &output.found {
-        start::compare(&found.state.identity, &identity)?;
-    }
+    let identity = identity(base.settings(args), &data, kernels.is_bf16());
+    output.check_continues(&identity)?;
     let max_steps = recipe.max_steps(data.feed.num_batches());
     if let Some(finished) = output.finished(&recipe, max_steps) {
         nothing_left(args, finished);
@@ -85,52 +83,89 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     warn(&base, &recipe, max_steps, &progress);
     let before = output.found.as_ref().and_then(|found| found.state.identity.sum_order);
     let memory = memory::plan(args, &base, &adapter, &data, &kernels, before, &progress)?;
-    let checkpoint = memory.checkpoint_bytes(&adapter, args) + base.brought.bytes();
-    let offloaded = memory.offload_file_bytes(&base.spec);
-    output.check_room(checkpoint, offloaded, &args.output, &progress)?;
-    let (device, place) = (kernels.device(), memory.account.outside.place);
-    if place == Place::Cpu {
-        note_processor(args, &device, &progress);
-    }
-    let kernels = kernels.keeping_on_host(memory.strategy.on_host);
-    let parameters = base.parameters(&adapter);
-    let predicted = (memory.account.planned_bytes(), place);
-    let row = |row: &Row| (row.name.clone(), row.planned_bytes);
-    let memory_plan = memory.account.rows.iter().map(row).collect();
-    let plan = memory.words.clone();
+    check_disk(args, &base, &adapter, &memory, &output, &progress)?;
+    let introduction = introduction(&base, &adapter, &data, &memory, kernels.device());
+    tell_of_device(args, &introduction.device, &memory, &progress);
     let interrupt = Interrupt::install()?;
-    let mut model = base.load(args, kernels, memory, adapter)?;
+    let mut model = base.load(args, kernels, &memory, adapter)?;
     let found = output.found.take();
     let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, found)?;
-    output.write_settings(&settings)?;
+    output.write_settings(&start.state.identity.settings)?;
     progress.begin(&start);
-    let mut log = Reports::new(&args.output.out);
-    let event = start::start_event(&start.state, &recipe, &data.feed, &args.model.model);
-    let files = data.summaries;
-    let event = StartEvent { memory_plan, plan, data: files, parameters, device, ..event };
-    let begun = log.record(&Event::Start(event));
     let context = RunContext {
         recipe: &recipe,
         feed: &mut data.feed,
         evaluation: &data.evaluation,
         prompts: &args.evaluation.sample_prompt,
         out: &args.output.out,
-        log: &mut log,
+        log: &mut Reports::new(&args.output.out),
         progress: &progress,
         stop: &|| interrupt.requested(),
     };
-    let trainer = Trainer::new(&mut model, context, start.state, start.checks);
-    let end = begun.and_then(|()| trainer.run());
+    let end = train(args, &mut model, start, introduction, context);
     progress.finish();
     let end = end.map_err(|error| checkpoints::with_survivor(error, &args.output.out))?;
-    report(args, &end, predicted);
+    report(args, &end, &memory.account);
     Ok(())
 }
 
-fn note_processor(args: &TrainArgs, processor: &str, progress: &Progress) {
-    let faster = !args.output.resume && device::would_be_faster_in_bf16(&args.device);
-    let hint = if faster { "; `--bf16` is faster on this processor" } else { "" };
-    progress.note(&format!("computing on {processor}{hint}"));
+/// Checks that the disk has room for what the run writes.
+fn check_disk(
+    args: &TrainArgs,
+    base: &Base,
+    adapter: &Adapter,
+    memory: &Memory,
+    output: &Output,
+    progress: &Progress,
+) -> Result<()> {
+    let checkpoint = memory.checkpoint_bytes(adapter, args) + base.brought.bytes();
+    let offloaded = memory.offload_file_bytes(&base.spec);
+    output.check_room(checkpoint, offloaded, &args.output, progress)
+}
+
+/// What the run's first event says of everything but where the run stands.
+fn introduction(
+    base: &Base,
+    adapter: &Adapter,
+    data: &Prepared,
+    memory: &Memory,
+    device: String,
+) -> StartEvent {
+    let row = |row: &Row| (row.name.clone(), row.planned_bytes);
+    StartEvent {
+        memory_plan: memory.account.rows.iter().map(row).collect(),
+        plan: memory.words.clone(),
+        data: data.summaries.clone(),
+        parameters: base.parameters(adapter),
+        device,
+        ..StartEvent::default()
+    }
+}
+
+/// Says what computes, where that is the CPU, and whether it could be faster.
+fn tell_of_device(args: &TrainArgs, device: &str, memory: &Memory, progress: &Progress) {
+    if memory.account.outside.place == Place::Cpu {
+        let hint = if !args.output.resume && device::would_be_faster_in_bf16(&args.device) {
+            "; `--bf16` is faster on this processor"
+        } else {
+            ""
+        };
+        progress.note(&format!("computing on {device}{hint}"));
+    }
+}
+
+/// Makes the run, from its first event to its last.
+fn train<'a, M: Trainee>(
+    args: &TrainArgs,
+    model: &'a mut M,
+    start: Start,
+    introduction: StartEvent,
+    context: RunContext<'a>,
+) -> Result<EndEvent> {
+    let RunContext { recipe, feed, .. } = &context;
+    let event = start::start_event(introduction, &start.state, recipe, feed, &args.model.model);
+    context.log.record(&Event::Start(event))?;
+    Trainer::new(model, context, start.state, start.checks).run()
 }
 
 /// What a user may not expect of the run.
@@ -258,10 +293,10 @@ impl Base {
         self,
         args: &TrainArgs,
         kernels: K,
-        memory: Memory,
+        Memory { strategy, settings, account, .. }: &Memory,
         adapter: Adapter,
     ) -> Result<LoraModel<K>> {
-        let Memory { strategy, settings, account, .. } = memory;
+        let kernels = kernels.with_on_host(strategy.on_host);
         let (checkpoint, spec, format) = (&self.checkpoint, &self.spec, args.model.block_format());
         let base = FrozenBase { checkpoint, spec, format, stream: strategy.stream };
         let (weights, meter) = base.load(&kernels)?;
@@ -270,13 +305,13 @@ impl Base {
             dropout: adapter.config.dropout(),
             neftune: args.optimization.neftune_noise_alpha,
         };
-        let wanted = settings.clone();
-        let model = Model::within_reach(kernels, self.spec, weights, settings)?.drawing(random);
+        let model = Model::shrunk_to_fit(kernels, self.spec, weights, settings.clone())?
+            .with_randomness(random);
         let dtype = args.lora.adapter_dtype.into();
-        let model =
-            LoraModel::new(model, adapter, dtype, self.preview, wanted).speaking(self.brought);
+        let model = LoraModel::new(model, adapter, dtype, self.preview, settings.clone())
+            .with_tokenizer(self.brought);
         let budget = args.resources.memory_budget.map(|budget| budget.0);
-        Ok(model.watched(meter, account, budget))
+        Ok(model.with_meter(meter, account.clone(), budget))
     }
 }
 
@@ -292,13 +327,13 @@ fn identity(settings: SettingsEcho, data: &Prepared, bf16: bool) -> Identity {
 }
 
 /// The result on stdout.
-fn report(args: &TrainArgs, end: &EndEvent, (predicted_bytes, place): (u64, Place)) {
+fn report(args: &TrainArgs, end: &EndEvent, planned: &Account) {
     let (out, step, loss) = (args.output.out.display(), end.step, end.train_loss);
     let speed = end.tokens_per_second;
     let steps = noun(step as usize, "step");
     println!("{out}: {step} {steps}, mean loss {loss:.4}, {} tokens/s", rate(speed));
-    let (predicted, measured) = (ByteSize(predicted_bytes), ByteSize(end.peak_rss_bytes));
-    if place == Place::Cpu {
+    let (predicted, measured) = (ByteSize(planned.planned_bytes()), ByteSize(end.peak_rss_bytes));
+    if planned.outside.place == Place::Cpu {
         println!("memory: planned {predicted}, measured peak {measured}");
     } else {
         let in_use = end.memory.as_ref().and_then(|account| account.peak_bytes);

@@ -15,6 +15,8 @@ use crate::train::events::EndReason;
 use crate::train::progress::Progress;
 use crate::train::recipe::Recipe;
 use crate::train::settings::{SETTINGS_FILE, SettingsEcho, to_toml};
+use crate::train::start;
+use crate::train::state::Identity;
 
 /// The file that is locked while a run writes into the folder; it also marks it as a run's.
 const LOCK_FILE: &str = ".nibble.lock";
@@ -32,9 +34,9 @@ pub struct Output {
 
 /// A run that came to its end, for at least one of the two reasons.
 pub struct Finished {
-    /// The last step of the run.
+    /// The run's last step.
     pub step: u64,
-    /// Whether it was to make no more steps.
+    /// Whether the run was to make no more steps.
     pub all_steps: bool,
     /// The evaluation loss had not fallen for too long.
     pub out_of_patience: bool,
@@ -87,6 +89,15 @@ impl Output {
             output.found = find(out, progress)?;
         }
         Ok(output)
+    }
+
+    /// Whether the run to be continued, if there is one, is the one that `identity` describes.
+    ///
+    /// # Errors
+    /// Those of [`start::compare`].
+    pub fn check_continues(&self, identity: &Identity) -> Result<()> {
+        let compare = |found: &Found| start::compare(&found.state.identity, identity);
+        self.found.as_ref().map_or(Ok(()), compare)
     }
 
     /// How a run of `max_steps` came to its end, if this is one that did.

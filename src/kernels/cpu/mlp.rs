@@ -13,7 +13,7 @@ use crate::model::spec::Activation;
 
 /// `sqrt(2/π)` of the tanh approximation.
 const GELU_SCALE: f32 = 0.797_884_6;
-/// Its cubic coefficient.
+/// Cubic coefficient of the tanh approximation.
 const GELU_CUBIC: f32 = 0.044_715;
 
 impl MlpKernels for Cpu {

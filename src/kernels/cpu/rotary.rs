@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::ROWS;
 use super::simd::vectorized;
-use crate::kernels::AttentionShape;
+use crate::kernels::{AttentionShape, Direction};
 
 /// Rotates the rows of `qkv`; tables `[rows, rotary_dim / 2]`, `query_scale` `[rows]`.
 pub fn rotate(
@@ -16,7 +16,7 @@ pub fn rotate(
     (cos, sin): (&[f32], &[f32]),
     query_scale: Option<&[f32]>,
     qkv: &mut [f32],
-    backward: bool,
+    direction: Direction,
 ) {
     let (width, half) = (shape.qkv_width(), shape.rotary_dim / 2);
     let rotated = shape.q_width() + shape.kv_width();
@@ -29,7 +29,7 @@ pub fn rotate(
                 let query_scale = query_scale.map_or(1.0, |scale| scale[task * ROWS + i]);
                 for (j, head) in row[..rotated].chunks_exact_mut(shape.head_dim).enumerate() {
                     let scale = if j < shape.num_heads { query_scale } else { 1.0 };
-                    rotate_head(&mut head[..2 * half], (cos, sin), scale, backward);
+                    rotate_head(&mut head[..2 * half], (cos, sin), scale, direction);
                 }
             }
         });
@@ -37,8 +37,11 @@ pub fn rotate(
 }
 
 #[inline(always)]
-fn rotate_head(head: &mut [f32], (cos, sin): (&[f32], &[f32]), scale: f32, backward: bool) {
-    let sign = if backward { -scale } else { scale };
+fn rotate_head(head: &mut [f32], (cos, sin): (&[f32], &[f32]), scale: f32, direction: Direction) {
+    let sign = match direction {
+        Direction::Forward => scale,
+        Direction::Backward => -scale,
+    };
     let (first, second) = head.split_at_mut(cos.len());
     for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
         let (cos, sin) = (scale * cos, sign * sin);

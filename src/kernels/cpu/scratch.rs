@@ -18,7 +18,7 @@ pub struct Scratch {
 }
 
 impl Scratch {
-    /// In `folder`; no file where nothing is offloaded. Its room on the disk is taken at once, where the
+    /// A file in `folder`; none where nothing is offloaded. Its room on the disk is taken at once, where the
     /// system can: a step is no time to run out of it.
     ///
     /// # Errors

@@ -71,7 +71,7 @@ impl FrozenMatrix {
         }
     }
 
-    /// All values, widened.
+    /// All values, widened to f32.
     pub fn to_f32(&self) -> Vec<f32> {
         match self {
             FrozenMatrix::F32(data, _) => bytemuck::cast_slice(data).to_vec(),
@@ -83,7 +83,7 @@ impl FrozenMatrix {
         }
     }
 
-    /// As an operand of a product.
+    /// The matrix as an operand of a product.
     pub fn as_ref(&self) -> WeightRef<'_> {
         match self {
             FrozenMatrix::F32(data, shape) => WeightRef::F32(bytemuck::cast_slice(data), *shape),

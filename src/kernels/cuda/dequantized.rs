@@ -18,7 +18,7 @@ pub(super) struct Panel {
     pub rows: Rows,
 }
 
-/// On which stream a buffer is filled.
+/// When a buffer is filled, and so on which stream.
 #[derive(Clone, Copy)]
 enum When {
     InTurn,

@@ -5,6 +5,7 @@
 //! waits. Addresses are plain numbers; [`super::memory`] keeps them inside their allocations.
 
 use crate::error::Result;
+use crate::plan::RegionType;
 
 /// An address in the device's memory.
 pub type Address = u64;
@@ -29,7 +30,7 @@ pub enum Argument {
 }
 
 impl Argument {
-    /// Where its value lies, as `cuLaunchKernel` takes it.
+    /// Where the argument's value lies, as `cuLaunchKernel` takes it.
     pub fn as_pointer(&mut self) -> *mut std::ffi::c_void {
         match self {
             Argument::Pointer(x) | Argument::U64(x) => std::ptr::from_mut(x).cast(),
@@ -42,7 +43,7 @@ impl Argument {
     }
 }
 
-/// One launch.
+/// A launch of a kernel.
 #[derive(Debug)]
 pub struct Launch<'a> {
     /// Name of the entry in kernels.cu.
@@ -53,7 +54,7 @@ pub struct Launch<'a> {
     pub threads: u32,
     /// Dynamic shared memory.
     pub shared_bytes: u32,
-    /// In the order of the declaration.
+    /// The kernel's arguments, in the order of its declaration.
     pub arguments: &'a mut [Argument],
 }
 
@@ -70,15 +71,15 @@ pub struct Operand {
     pub batch_stride: usize,
 }
 
-/// Where a product goes, row-major.
+/// Where a [`Gemm`] writes its result, row-major.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Product {
+pub struct Output {
     /// First element.
     pub address: Address,
     /// Elements from one row to the next.
     pub stride: usize,
-    /// f32 instead of bf16.
-    pub wide: bool,
+    /// Element type.
+    pub dtype: RegionType,
     /// Elements from one matrix of a batch to the next.
     pub batch_stride: usize,
 }
@@ -97,13 +98,18 @@ pub struct Gemm {
     /// Factor on what C held; 0 does not read it.
     pub beta: f32,
     /// Result.
-    pub c: Product,
+    pub c: Output,
     /// Products at once.
     pub batches: usize,
 }
 
 impl Gemm {
-    /// The same as products whose stored matrices span at most `most` elements each, but for a right
+    /// `C = A · B`, once.
+    pub fn new(shape: [usize; 3], a: Operand, b: Operand, c: Output) -> Self {
+        Gemm { shape, alpha: 1.0, a, b, beta: 0.0, c, batches: 1 }
+    }
+
+    /// The product as several whose stored matrices span at most `most` elements each, but for a right
     /// operand that is stored transposed: the rows of C apart, sums over k one after the other.
     pub fn pieces(&self, most: usize) -> impl Iterator<Item = Gemm> + use<> {
         let Gemm { shape: [m, n, k], a, b, c, .. } = *self;
@@ -117,13 +123,13 @@ impl Gemm {
         let whole = *self;
         pairs.map(move |(row, inner)| {
             let (a_from, b_from) = (a.element(row, inner), b.element(inner, 0));
-            let size = if c.wide { 4 } else { 2 };
+            let size = c.dtype.bytes();
             Gemm {
                 shape: [height.min(m - row), n, depth.min(k - inner)],
                 a: Operand { address: a.address + 2 * a_from as u64, ..a },
                 b: Operand { address: b.address + 2 * b_from as u64, ..b },
                 beta: if inner == 0 { whole.beta } else { 1.0 },
-                c: Product { address: c.address + (size * row * c.stride) as u64, ..c },
+                c: Output { address: c.address + (size * row * c.stride) as u64, ..c },
                 ..whole
             }
         })
@@ -138,9 +144,9 @@ impl Operand {
     }
 }
 
-/// Of `all` rows, as many as span at most `most` elements of every matrix that has them.
+/// As many of `all` rows as span at most `most` elements of every matrix that has them.
 fn rows_within(all: usize, strides: [Option<usize>; 2], most: usize) -> usize {
-    /// Then pieces begin on 16 bytes, as tensor cores like them.
+    /// Rows of which pieces are multiples: they then begin on 16 bytes, as tensor cores like them.
     const ALIGNED_ROWS: usize = 8;
     let longest = strides.into_iter().flatten().max().unwrap_or(0);
     if all * longest <= most {
@@ -207,7 +213,7 @@ pub trait Driver: Send + Sync + 'static {
     /// What the driver reports.
     fn copy_out(&self, from: Address, to: *mut u8, bytes: usize, slot: usize) -> Result<()>;
 
-    /// The same from staging memory.
+    /// Queues a copy from staging memory on the second stream, as [`copy_out`](Driver::copy_out) does.
     ///
     /// # Errors
     /// What the driver reports.
@@ -245,7 +251,8 @@ pub trait Driver: Send + Sync + 'static {
     /// What the driver reports.
     fn launch_ahead(&self, launch: Launch) -> Result<()>;
 
-    /// The same with a copy out of staging memory, which must stay as it is until it was awaited.
+    /// Queues a copy out of staging memory on the third stream, as [`launch_ahead`](Driver::launch_ahead)
+    /// does; that memory must stay as it is until it was awaited.
     ///
     /// # Errors
     /// What the driver reports.
@@ -291,7 +298,7 @@ mod tests {
     /// Every term of every sum of every element, by the addresses that it is made of.
     fn terms(gemm: &Gemm) -> Vec<[u64; 3]> {
         let Gemm { shape: [m, n, k], a, b, c, .. } = *gemm;
-        let size = if c.wide { 4 } else { 2 };
+        let size = c.dtype.bytes();
         let term = |i: usize, j: usize, p: usize| {
             let to = c.address + (size * (i * c.stride + j)) as u64;
             let from = |operand: Operand, row, column| {
@@ -325,7 +332,12 @@ mod tests {
                     ..OPERAND
                 },
                 beta: 0.25,
-                c: Product { address: 64, stride: 7, wide: a_transposed, batch_stride: 0 },
+                c: Output {
+                    address: 64,
+                    stride: 7,
+                    dtype: if a_transposed { RegionType::F32 } else { RegionType::Bf16 },
+                    batch_stride: 0,
+                },
                 batches: 1,
             };
             assert_eq!(whole.pieces(1 << 31).collect::<Vec<_>>(), [whole]);

@@ -34,12 +34,13 @@
 //! are operands where they lie. [`super::together`] has linears that read the same rows.
 
 use super::Cuda;
-use super::driver::{Driver, Operand, Product};
+use super::driver::{Driver, Gemm, Operand, Output};
 use super::host::DeviceVector;
 use super::launch::{FLAT_THREADS, columns as columns_grid, launch, row_threads, rows as row_grid};
 use super::memory::{Buffer, Rows};
 use super::weight::DeviceWeight;
 use crate::kernels::{Columns, LoraShape, LoraTerm, Write};
+use crate::plan::RegionType;
 
 /// Strides of extended operands are multiples of this: 16 bytes, as tensor cores like them.
 pub(super) const STRIDE_ELEMENTS: usize = 8;
@@ -84,13 +85,13 @@ pub(super) fn transposed(rows: Rows) -> Operand {
 }
 
 /// Where a product in bf16 goes.
-pub(super) fn product(Rows { address, stride }: Rows) -> Product {
-    Product { address, stride, wide: false, batch_stride: 0 }
+pub(super) fn output(Rows { address, stride }: Rows) -> Output {
+    Output { address, stride, dtype: RegionType::Bf16, batch_stride: 0 }
 }
 
 /// Where a product in f32 goes.
-pub(super) fn product_in_f32(rows: Rows) -> Product {
-    Product { wide: true, ..product(rows) }
+pub(super) fn output_in_f32(rows: Rows) -> Output {
+    Output { dtype: RegionType::F32, ..output(rows) }
 }
 
 /// Where `t` lies: behind the rows of the gradient that it is made of, if its band ends them and
@@ -132,12 +133,12 @@ pub(super) fn forward_extended<D: Driver>(
     let wide = cuda.dequantized(&[weight], rank)?;
     copy_columns(cuda, ax.band(*columns, rows), tail, (rows, rank), 1.0);
     copy_columns(cuda, b_of(pair, shape), wide.column(inner), (outer, rank), shape.scale);
-    let operands = (operand(x.rows(rows, inner)), transposed(wide));
-    cuda.gemm([rows, outer, inner + rank], (1.0, beta), operands, product(to));
+    let (a, b) = (operand(x.rows(rows, inner)), transposed(wide));
+    cuda.gemm(Gemm { beta, ..Gemm::new([rows, outer, inner + rank], a, b, output(to)) });
     Some(())
 }
 
-/// The same in a product for each part, and each panel of a weight.
+/// `y = x · Wᵀ + scale · ax · Bᵀ`, or `+=`, in a product for each part, and each panel of a weight.
 pub(super) fn forward_separate<D: Driver>(
     cuda: &Cuda<D>,
     weight: &DeviceWeight<D>,
@@ -150,13 +151,17 @@ pub(super) fn forward_separate<D: Driver>(
     let [outer, inner] = weight.shape;
     let from = operand(x.rows(rows, inner));
     cuda.for_panels(weight, |panel| {
-        let operands = (from, transposed(panel.rows));
-        let to = product(to.column(panel.first));
-        cuda.gemm([rows, panel.count, inner], (1.0, beta), operands, to);
+        let (a, b) = (from, transposed(panel.rows));
+        let to = output(to.column(panel.first));
+        cuda.gemm(Gemm { beta, ..Gemm::new([rows, panel.count, inner], a, b, to) });
     });
     if let Some(LoraTerm { shape, pair, inner: (ax, columns) }) = lora {
-        let operands = (operand(ax.band(*columns, rows)), transposed(b_of(pair, shape)));
-        cuda.gemm([rows, outer, shape.rank], (shape.scale, 1.0), operands, product(to));
+        let (a, b) = (operand(ax.band(*columns, rows)), transposed(b_of(pair, shape)));
+        cuda.gemm(Gemm {
+            alpha: shape.scale,
+            beta: 1.0,
+            ..Gemm::new([rows, outer, shape.rank], a, b, output(to))
+        });
     }
 }
 
@@ -179,25 +184,26 @@ pub(super) fn input_gradient<D: Driver>(
     write: Write,
 ) {
     let [outer, inner] = weight.shape;
-    let to = product(dx.rows(rows, inner));
+    let to = output(dx.rows(rows, inner));
     if let Some(LoraInput { shape, pair, .. }) =
         lora.as_ref().filter(|lora| lora.t == from.column(outer))
         && let Some(wide) = cuda.dequantized(&[weight], shape.rank)
     {
         copy_columns(cuda, a_of(pair, shape), wide.row(outer), (shape.rank, inner), 1.0);
-        let operands = (operand(from), operand(wide));
-        let factors = (1.0, write.beta());
-        return cuda.gemm([rows, inner, outer + shape.rank], factors, operands, to);
+        let (a, b) = (operand(from), operand(wide));
+        return cuda.gemm(Gemm {
+            beta: write.beta(),
+            ..Gemm::new([rows, inner, outer + shape.rank], a, b, to)
+        });
     }
     cuda.for_panels(weight, |panel| {
-        let operands = (operand(from.column(panel.first)), operand(panel.rows));
+        let (a, b) = (operand(from.column(panel.first)), operand(panel.rows));
         let write = if panel.first > 0 { Write::Add } else { write };
-        let factors = (1.0, write.beta());
-        cuda.gemm([rows, inner, panel.count], factors, operands, to);
+        cuda.gemm(Gemm { beta: write.beta(), ..Gemm::new([rows, inner, panel.count], a, b, to) });
     });
     if let Some(LoraInput { shape, pair, t }) = lora {
-        let operands = (operand(t), operand(a_of(pair, shape)));
-        cuda.gemm([rows, inner, shape.rank], (1.0, 1.0), operands, to);
+        let (a, b) = (operand(t), operand(a_of(pair, shape)));
+        cuda.gemm(Gemm { beta: 1.0, ..Gemm::new([rows, inner, shape.rank], a, b, to) });
     }
 }
 

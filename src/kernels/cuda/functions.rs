@@ -60,7 +60,7 @@ macro_rules! functions {
 }
 
 functions! {
-    /// Those of libcuda.
+    /// The functions of libcuda.
     CudaFunctions:
     init = "cuInit" (c_uint);
     driver_version = "cuDriverGetVersion" (*mut c_int);
@@ -104,7 +104,7 @@ functions! {
 }
 
 functions! {
-    /// Those of libcublas.
+    /// The functions of libcublas.
     Cublas:
     create = "cublasCreate_v2" (*mut Handle);
     version = "cublasGetVersion_v2" (Handle, *mut c_int);

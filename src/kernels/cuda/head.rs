@@ -16,8 +16,8 @@ use std::ops::Range;
 
 use super::Cuda;
 use super::dequantized::panel_rows;
-use super::driver::{Argument, Driver};
-use super::frozen::{STRIDE_ELEMENTS, operand, product, product_in_f32, transposed};
+use super::driver::{Argument, Driver, Gemm};
+use super::frozen::{STRIDE_ELEMENTS, operand, output, output_in_f32, transposed};
 use super::launch::{FLAT_THREADS, flat, launch, rows as row_grid};
 use super::loss::{LossSum, TILE_STATISTICS, logit_threads};
 use super::memory::{Buffer, Rows};
@@ -90,7 +90,7 @@ struct TiledChunk<'a, D: Driver> {
     room: usize,
     logits: &'a Buffer<D>,
     targets: Argument,
-    /// Of the logits; 0 for none.
+    /// c of `c·tanh(logit / c)`; 0 for none.
     soft_cap: f32,
     loss: &'a LossSum<D>,
 }
@@ -182,12 +182,12 @@ impl<'a, D: Driver> TiledChunk<'a, D> {
         self.logits.as_matrix(self.rows, stride(tile.count))
     }
 
-    /// Makes them.
+    /// Makes the logits of a tile.
     fn logits(&self, tile: &Tile) -> Rows {
         let z = self.place(tile);
         let shape = [self.rows, tile.count, self.head.shape[1]];
-        let operands = (operand(self.x), transposed(tile.rows));
-        self.cuda.gemm(shape, (1.0, 0.0), operands, product(z));
+        let (a, b) = (operand(self.x), transposed(tile.rows));
+        self.cuda.gemm(Gemm::new(shape, a, b, output(z)));
         z
     }
 
@@ -206,8 +206,11 @@ impl<'a, D: Driver> TiledChunk<'a, D> {
             z.argument(), z.stride, tile.count, self.targets, tile.first, vocab_size, scale,
             self.soft_cap, self.statistics());
         let to = sum.rows(self.rows, width);
-        let operands = (operand(z), operand(tile.rows));
-        cuda.gemm([self.rows, width, tile.count], (1.0, beta), operands, product_in_f32(to));
+        let (a, b) = (operand(z), operand(tile.rows));
+        cuda.gemm(Gemm {
+            beta,
+            ..Gemm::new([self.rows, width, tile.count], a, b, output_in_f32(to))
+        });
     }
 }
 

@@ -51,7 +51,7 @@ pub fn row_threads(width: usize) -> u32 {
     threads_for(width, MOST_ROW_THREADS)
 }
 
-/// The same with another limit.
+/// [`row_threads`], `most` of them at most.
 pub fn threads_for(width: usize, most: u32) -> u32 {
     const WARP: usize = 32;
     let threads = width.div_ceil(8).next_multiple_of(WARP).clamp(WARP, most as usize);

@@ -6,7 +6,7 @@ use super::frozen::{self, LoraInput};
 use super::memory::Buffer;
 use super::weight::DeviceWeight;
 use super::{Cuda, row, together};
-use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraTerm, Write};
+use crate::kernels::{Columns, LinearInputs, LinearKernels, LinearTerms, LoraTerm, Write};
 use crate::model::block::{AdapterWork, LinearGroup};
 
 impl<D: Driver> LinearKernels for Cuda<D> {
@@ -71,7 +71,7 @@ impl<D: Driver> LinearKernels for Cuda<D> {
         &self,
         group: &LinearGroup<Self>,
         dys: &[&Buffer<D>],
-        inputs: (&Buffer<D>, &Buffer<D>),
+        inputs: LinearInputs<Buffer<D>>,
         dx: Option<&mut Buffer<D>>,
         lora_gradients: &mut Buffer<D>,
         work: &mut AdapterWork<Buffer<D>>,

@@ -31,7 +31,7 @@ impl<D: Driver> LossSum<D> {
         self.0.at(2 * PARTIALS + 2..2 * PARTIALS + 2 + rows)
     }
 
-    /// Of `rows`, behind their losses.
+    /// Statistics of `rows` over the tiles of the head, behind the rows' losses.
     pub(super) fn tile_statistics(&self, rows: usize) -> Address {
         let start = 2 * PARTIALS + 2 + rows;
         self.0.at(start..start + TILE_STATISTICS * rows)

@@ -1,7 +1,7 @@
 //! Products of the adapters alone: `x·Aᵀ`, t, and the gradients of A and B.
 
-use super::driver::{Address, Driver};
-use super::frozen::{a_of, b_of, gradient_tail, operand, product, product_in_f32, transposed};
+use super::driver::{Address, Driver, Gemm};
+use super::frozen::{a_of, b_of, gradient_tail, operand, output, output_in_f32, transposed};
 use super::memory::{Buffer, Rows};
 use super::rows::convert;
 use super::{Cuda, row};
@@ -31,9 +31,9 @@ impl<D: Driver> LoraKernels for Cuda<D> {
         rows: usize,
     ) {
         let inner = shape.in_features;
-        let operands = (operand(x.rows(rows, inner)), transposed(a_of(pair, shape)));
-        let to = product(ax.band(band, rows));
-        self.gemm([rows, shape.rank, inner], (1.0, 0.0), operands, to);
+        let (a, b) = (operand(x.rows(rows, inner)), transposed(a_of(pair, shape)));
+        let to = output(ax.band(band, rows));
+        self.gemm(Gemm::new([rows, shape.rank, inner], a, b, to));
     }
 
     fn lora_project_row(
@@ -61,9 +61,9 @@ impl<D: Driver> LoraKernels for Cuda<D> {
         let dy = dy.band(band, rows);
         inner_gradient(self, shape, pair, dy, t, rows);
         let middle = offset + shape.a_elements();
-        let operands = (transposed(t), operand(x.rows(rows, inner)));
-        let ga = product_in_f32(Rows { address: gradients.at(offset..middle), stride: inner });
-        self.gemm([rank, inner, rows], (1.0, 1.0), operands, ga);
+        let (a, b) = (transposed(t), operand(x.rows(rows, inner)));
+        let ga = output_in_f32(Rows { address: gradients.at(offset..middle), stride: inner });
+        self.gemm(Gemm { beta: 1.0, ..Gemm::new([rank, inner, rows], a, b, ga) });
         let gb = gradients.at(middle..offset + shape.elements());
         gradient_of_b(self, shape, (dy, ax.band(ax_band, rows)), gb, rows);
     }
@@ -77,8 +77,8 @@ impl<D: Driver> LoraKernels for Cuda<D> {
         rows: usize,
     ) {
         let inner = shape.in_features;
-        let operands = (operand(t.rows(rows, shape.rank)), operand(a_of(pair, shape)));
-        self.gemm([rows, inner, shape.rank], (1.0, 0.0), operands, product(dx.rows(rows, inner)));
+        let (a, b) = (operand(t.rows(rows, shape.rank)), operand(a_of(pair, shape)));
+        self.gemm(Gemm::new([rows, inner, shape.rank], a, b, output(dx.rows(rows, inner))));
     }
 }
 
@@ -91,8 +91,11 @@ pub(super) fn inner_gradient<D: Driver>(
     t: Rows,
     rows: usize,
 ) {
-    let operands = (operand(dy), operand(b_of(pair, shape)));
-    cuda.gemm([rows, shape.rank, shape.out_features], (shape.scale, 0.0), operands, product(t));
+    let (a, b) = (operand(dy), operand(b_of(pair, shape)));
+    cuda.gemm(Gemm {
+        alpha: shape.scale,
+        ..Gemm::new([rows, shape.rank, shape.out_features], a, b, output(t))
+    });
 }
 
 /// `gB += scale · dyᵀ ax`.
@@ -103,7 +106,11 @@ pub(super) fn gradient_of_b<D: Driver>(
     gb: Address,
     rows: usize,
 ) {
-    let operands = (transposed(dy), operand(ax));
-    let to = product_in_f32(Rows { address: gb, stride: shape.rank });
-    cuda.gemm([shape.out_features, shape.rank, rows], (shape.scale, 1.0), operands, to);
+    let (a, b) = (transposed(dy), operand(ax));
+    let to = output_in_f32(Rows { address: gb, stride: shape.rank });
+    cuda.gemm(Gemm {
+        alpha: shape.scale,
+        beta: 1.0,
+        ..Gemm::new([shape.out_features, shape.rank, rows], a, b, to)
+    });
 }

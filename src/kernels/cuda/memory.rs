@@ -20,7 +20,7 @@ pub struct Allocation<D: Driver> {
 }
 
 impl<D: Driver> Allocation<D> {
-    /// Of any content.
+    /// Memory of any content.
     ///
     /// # Errors
     /// `Budget` when there is not enough.

@@ -43,7 +43,7 @@ pub use attention::AttnImplementation;
 pub use plan::{cuda_layout, staged_bytes, waiting_bytes};
 pub use weight::matrix_bytes;
 
-use driver::{Argument, Driver, Gemm, Operand, Product};
+use driver::{Argument, Driver, Gemm};
 use memory::{Allocation, Buffer, PARTIALS};
 use staging::Staging;
 use together::StackRoom;
@@ -133,18 +133,18 @@ impl<D: Driver> Cuda<D> {
         })
     }
 
-    /// The same, with attention computed as is said.
+    /// The backend with attention computed as is said.
     pub fn with_attention(self, attention: AttnImplementation) -> Self {
         Cuda { attention, ..self }
     }
 
-    /// The same, with launches of flash attention that last no longer on a card of so many multiprocessors
+    /// The backend with launches of flash attention that last no longer on a card of so many multiprocessors
     /// than on a large one: the same bits.
     pub fn with_launches_for(self, multiprocessors: u64) -> Self {
         self.with_launches_of(multiprocessors * attention::LAUNCH_FLOPS_OF_A_MULTIPROCESSOR)
     }
 
-    /// The same, with launches of flash attention that compute `flops` at most: the same bits.
+    /// The backend with launches of flash attention that compute `flops` at most: the same bits.
     pub fn with_launches_of(self, flops: u64) -> Self {
         Cuda { launch_flops: flops, ..self }
     }
@@ -202,18 +202,11 @@ impl<D: Driver> Cuda<D> {
         Ok(())
     }
 
-    /// `C = alpha·A·B + beta·C`.
-    fn gemm(
-        &self,
-        shape: [usize; 3],
-        (alpha, beta): (f32, f32),
-        (a, b): (Operand, Operand),
-        c: Product,
-    ) {
-        if shape.contains(&0) {
-            return;
+    /// Queues a product, unless it is empty.
+    fn gemm(&self, gemm: Gemm) {
+        if !gemm.shape.contains(&0) {
+            self.note(self.driver().gemm(&gemm));
         }
-        self.note(self.driver().gemm(&Gemm { shape, alpha, a, b, beta, c, batches: 1 }));
     }
 
     fn launch(

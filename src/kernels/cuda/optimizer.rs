@@ -7,10 +7,10 @@ use super::driver::{Address, Argument, Driver};
 use super::launch::{FLAT_THREADS, flat, launch, partial_sums};
 use super::memory::{Buffer, PARTIALS};
 use crate::error::Result;
-use crate::model::parameters::PackedMoments;
+use crate::model::parameters::MomentBlocks;
 use crate::plan::moments::MOMENT_BLOCK;
 
-/// One update of the parameters `range` with one set of coefficients.
+/// An update of the parameters `range` with one set of coefficients.
 pub struct UpdateRun<'a, D: Driver> {
     /// Elements of the buffers.
     pub range: Range<usize>,
@@ -18,11 +18,11 @@ pub struct UpdateRun<'a, D: Driver> {
     pub master: &'a Buffer<D>,
     /// f32 gradients.
     pub gradients: &'a Buffer<D>,
-    /// Where their moments are.
+    /// The elements' moments.
     pub moments: RunMoments<'a, D>,
     /// bf16 copies of the weights.
     pub working: Option<&'a Buffer<D>>,
-    /// In the order of the kernel's parameters.
+    /// The update's coefficients, in the order of the kernel's parameters.
     pub coefficients: [f32; 7],
 }
 
@@ -30,15 +30,15 @@ pub struct UpdateRun<'a, D: Driver> {
 pub enum RunMoments<'a, D: Driver> {
     /// First and second in f32, from element `first_element` on.
     Floats {
-        /// Both.
+        /// First and second moments.
         moments: [&'a Buffer<D>; 2],
-        /// Where the run begins in them.
+        /// Where the run begins in the moments.
         first_element: usize,
     },
-    /// In 8 bits, from a block's begin.
+    /// First and second in 8 bits, from a block's begin.
     Packed {
-        /// Both.
-        moments: &'a PackedMoments<Buffer<D>>,
+        /// First and second moments.
+        moments: [&'a MomentBlocks<Buffer<D>>; 2],
         /// Blocks.
         blocks: Range<usize>,
     },
@@ -70,7 +70,7 @@ impl<D: Driver> Cuda<D> {
         self.through_staging(|staging| staging.word(scale.to_bits(), to));
     }
 
-    /// One update; gradients are multiplied by the scale in the device's memory.
+    /// Makes an update; gradients are multiplied by the scale in the device's memory.
     pub fn adamw(&self, run: UpdateRun<D>) {
         let part = |buffer: &Buffer<D>| Argument::Pointer(buffer.at(run.range.clone()));
         let working = run.working.map_or(Argument::Pointer(0), part);
@@ -88,7 +88,7 @@ impl<D: Driver> Cuda<D> {
                     elements as i64, scale, keep, first_weight, beta2, second_weight, correction,
                     epsilon, step);
             }
-            RunMoments::Packed { moments, blocks } => {
+            RunMoments::Packed { moments: [first, second], blocks } => {
                 let grid = [blocks.len() as u32, 1, 1];
                 let words = blocks.start * MOMENT_BLOCK / 4..blocks.end * MOMENT_BLOCK / 4;
                 let codes = |buffer: &Buffer<D>| Argument::Pointer(buffer.at(words.clone()));
@@ -96,10 +96,10 @@ impl<D: Driver> Cuda<D> {
                 let tables = &self.shared.tables;
                 let maps = [tables.map(), tables.unsigned_map()].map(Argument::Pointer);
                 launch!(self, "adamw_8bit", grid, MOMENT_BLOCK as u32;
-                    part(run.master), part(run.gradients), codes(&moments.first_codes),
-                    absmax(&moments.first_absmax), codes(&moments.second_codes),
-                    absmax(&moments.second_absmax), maps[0], maps[1], working, elements as i64,
-                    scale, keep, first_weight, beta2, second_weight, correction, epsilon, step);
+                    part(run.master), part(run.gradients), codes(&first.codes),
+                    absmax(&first.absmax), codes(&second.codes), absmax(&second.absmax),
+                    maps[0], maps[1], working, elements as i64, scale, keep, first_weight, beta2,
+                    second_weight, correction, epsilon, step);
             }
         }
     }

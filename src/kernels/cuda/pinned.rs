@@ -34,12 +34,12 @@ impl<D: Driver> PinnedMemory<D> {
         Ok(PinnedMemory { driver: driver.clone(), start, bytes })
     }
 
-    /// Its first byte.
+    /// The memory's first byte.
     pub fn start(&self) -> *mut u8 {
         self.start
     }
 
-    /// Its length.
+    /// The memory's length.
     pub fn bytes(&self) -> usize {
         self.bytes
     }

@@ -239,13 +239,13 @@ fn align_rows(width: usize, region: &mut Region) {
 
 /// Width of the rows of a region that such products read, and the linears of each product: their
 /// inputs forward, the gradients of their outputs backward.
-fn operand_rows(spec: &ModelSpec, id: RegionId) -> Option<(usize, &'static [Product])> {
+fn operand_rows(spec: &ModelSpec, id: RegionId) -> Option<(usize, &'static [Roles])> {
     use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
-    const PROJECTIONS: Product = &[Q, K, V, Qkv];
+    const PROJECTIONS: Roles = &[Q, K, V, Qkv];
     let (d, f) = (spec.hidden_size, spec.intermediate_size);
     let qkv = spec.q_width() + 2 * spec.kv_width();
     let fused = spec.projections.mlp() == MlpKind::FusedGated;
-    let products: (usize, &[Product]) = match id {
+    let products: (usize, &[Roles]) = match id {
         RegionId::Block(_, BlockRegion::Attention) => (spec.q_width(), &[&[O]]),
         RegionId::Block(_, BlockRegion::Up) if fused => (spec.up_width(), &[&[Up]]),
         RegionId::Work(WorkRegion::Norm) => (d, &[PROJECTIONS, &[Gate], &[Up]]),
@@ -266,8 +266,8 @@ fn operand_rows(spec: &ModelSpec, id: RegionId) -> Option<(usize, &'static [Prod
     Some(products)
 }
 
-/// Linears that one product computes.
-type Product = &'static [LinearRole];
+/// Roles of the linears that one product computes.
+type Roles = &'static [LinearRole];
 
 /// Statistics, tables, sums and the optimizer's state stay f32.
 fn is_wide(id: RegionId) -> bool {

@@ -8,6 +8,7 @@ use std::ptr;
 use super::driver::{Gemm, Operand};
 use super::functions::{Cublas, Handle};
 use crate::error::{Error, Result};
+use crate::plan::RegionType;
 
 // library_types.h, cublas_api.h
 const CUDA_R_32F: c_int = 0;
@@ -39,7 +40,10 @@ fn at_once(cublas: &Cublas, blas: Handle, gemm: &Gemm) -> Result<c_int> {
     let (m, n, k) = (int(*m)?, int(*n)?, int(*k)?);
     let (first, second) = (c_int::from(b.transposed), c_int::from(a.transposed));
     let (lda, ldb, ldc) = (int(a.stride)?, int(b.stride)?, int(c.stride)?);
-    let result = if c.wide { CUDA_R_32F } else { CUDA_R_16BF };
+    let result = match c.dtype {
+        RegionType::F32 => CUDA_R_32F,
+        RegionType::Bf16 => CUDA_R_16BF,
+    };
     let (alpha, beta) = (ptr::from_ref(alpha).cast(), ptr::from_ref(beta).cast());
     let (pa, pb, pc) = (a.address as *const _, b.address as *const _, c.address as *mut _);
     let (half, compute, algorithm) = (CUDA_R_16BF, COMPUTE_32F, GEMM_DEFAULT);
@@ -90,7 +94,11 @@ impl Display for Gemm {
             let turned = if it.transposed { "ᵀ" } else { "" };
             format!("bf16{turned} {} apart at {} of 16", it.stride, it.address % 16)
         };
-        let (a, b, result) = (operand(a), operand(b), if c.wide { "f32" } else { "bf16" });
+        let (a, b) = (operand(a), operand(b));
+        let result = match c.dtype {
+            RegionType::F32 => "f32",
+            RegionType::Bf16 => "bf16",
+        };
         let c = format!("{result} {} apart at {} of 16", c.stride, c.address % 16);
         write!(f, "{shape:?} x {batches}: A {a}, B {b}, C {c}, α {alpha}, β {beta}")
     }

@@ -14,7 +14,7 @@ use crate::error::{Error, Result};
 /// A library by the names under which it may be found.
 #[derive(Debug)]
 pub struct Wanted {
-    /// What it is.
+    /// What the library is, for people.
     pub title: &'static str,
     /// File names, best first, with the CUDA version that the driver must run at least.
     names: &'static [(&'static str, i32)],
@@ -57,7 +57,7 @@ pub const CUBLAS: Wanted = Wanted {
 /// A library that was opened. It is never closed: CUDA's libraries have threads and exit handlers of
 /// their own, which would run into the gap.
 pub struct Found {
-    /// It.
+    /// The library.
     pub library: &'static Library,
     /// File, with its folder where that was searched.
     pub name: String,

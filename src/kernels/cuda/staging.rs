@@ -14,9 +14,9 @@ use std::sync::Arc;
 /// The documents of a pass on the device.
 #[derive(Debug, Clone, Copy)]
 pub struct Documents {
-    /// Where they begin and end.
+    /// Where the documents begin and end.
     pub boundaries: Address,
-    /// The same of their keys: with those that were cached before.
+    /// Where the documents' keys begin and end, with those that were cached before.
     pub key_boundaries: Address,
     /// Document and tile of each block of the flash kernels.
     pub tiles: Address,
@@ -35,7 +35,7 @@ pub struct Staging<D: Driver> {
 }
 
 impl<D: Driver> Staging<D> {
-    /// For `region`, and what goes elsewhere, through `host_bytes`.
+    /// Staging for `region`, and for what goes elsewhere, through `host_bytes` of the host.
     pub fn new(driver: &Arc<D>, region: Buffer<D>, host_bytes: usize) -> Result<Self> {
         let host = PinnedMemory::new(driver, host_bytes)?;
         let driver = driver.clone();
@@ -102,7 +102,7 @@ impl<D: Driver> Staging<D> {
         Ok(to)
     }
 
-    /// One word to some place.
+    /// Copies one word to some place.
     pub fn word(&mut self, word: u32, to: Address) -> Result<()> {
         self.make_room(4 * UPLOAD_WORDS, 0)?;
         self.stage(to, 4, |bytes| bytes.copy_from_slice(&word.to_le_bytes()))

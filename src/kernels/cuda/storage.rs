@@ -108,7 +108,7 @@ impl<D: Driver> Storage for Cuda<D> {
         Ok(())
     }
 
-    fn keeping_on_host(self, what: OnHost) -> Self {
+    fn with_on_host(self, what: OnHost) -> Self {
         Cuda { on_host: what, ..self }
     }
 

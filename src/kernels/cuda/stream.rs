@@ -17,9 +17,9 @@ use super::pinned::PinnedMemory;
 use super::weight::{self, Part};
 use super::{Cuda, DeviceWeight};
 use crate::error::Result;
-use crate::kernels::StreamedWeights;
 use crate::kernels::cpu::FrozenMatrix;
-use crate::model::streaming::{Direction, Streaming, WeightStream, next};
+use crate::kernels::{Direction, StreamedWeights};
+use crate::model::streaming::{Streaming, WeightStream, next};
 use crate::plan::weights::STREAMED_BLOCKS;
 
 /// Slots of copies on the second stream: first those of what is offloaded.
@@ -28,7 +28,7 @@ pub(super) const COPY_SLOTS: usize = OFFLOAD_COPIES + STREAMED_BLOCKS;
 /// A block as the file has it: parts, and where each begins in its place.
 type BlockParts = Vec<(usize, Part)>;
 
-/// One of the two places.
+/// A place that blocks take turns in, one of two.
 struct Place<D: Driver> {
     pinned: PinnedMemory<D>,
     memory: Arc<Allocation<D>>,

@@ -21,16 +21,18 @@
 //! each is the largest weight by itself.
 
 use super::Cuda;
-use super::driver::{Argument, Driver};
+use super::driver::{Argument, Driver, Gemm};
 use super::frozen::{
-    self, LoraInput, copy_columns, gradient_tail, operand, product, product_in_f32, transposed,
+    self, LoraInput, copy_columns, gradient_tail, operand, output, output_in_f32, transposed,
 };
 use super::launch::{FLAT_THREADS, columns as columns_grid, row_threads, rows as row_grid};
 use super::low_rank::{gradient_of_b, inner_gradient};
 use super::memory::{Buffer, Rows};
 use super::weight::DeviceWeight;
 use super::weight_buffers::STACKED;
-use crate::kernels::{Columns, LinearKernels, LinearTerms, LoraKernels, LoraTerm, Write};
+use crate::kernels::{
+    Columns, LinearInputs, LinearKernels, LinearTerms, LoraKernels, LoraTerm, Write,
+};
 use crate::model::block::{AdapterWork, Linear, LinearAdapter, LinearGroup};
 use crate::model::parameters::Parameters;
 
@@ -38,7 +40,7 @@ use crate::model::parameters::Parameters;
 pub(super) struct StackRoom<D: Driver> {
     /// A of all, bf16 `[ΣR, K]`.
     pub a: Buffer<D>,
-    /// Their gradients, f32 `[ΣR, K]`; only where there is a backward pass.
+    /// Gradients of A of all, f32 `[ΣR, K]`; only where there is a backward pass.
     pub gradient: Option<Buffer<D>>,
 }
 
@@ -71,13 +73,13 @@ impl Adapters {
         Adapters { all, ranks, inner: linears[0].weight.shape[1] }
     }
 
-    /// Columns of `x·Aᵀ` of all of them.
+    /// Columns of `x·Aᵀ` of all adapters.
     fn columns(&self) -> Columns {
         let first = self.all.first().map_or(Columns::all(0), |adapter| adapter.columns);
         Columns { width: self.ranks, ..first }
     }
 
-    /// ΣR columns behind the rows of a matrix, where there is room for them.
+    /// Columns of all ranks behind the rows of a matrix, where there is room for them.
     fn behind<D: Driver>(&self, matrix: &Buffer<D>, rows: usize) -> Option<Rows> {
         if self.ranks == 0 {
             Some(Rows { address: 0, stride: 0 })
@@ -143,9 +145,9 @@ impl<D: Driver> StackedAdapters<D> {
         if ranks == 0 {
             return;
         }
-        let operands = (transposed(ts), operand(x.rows(rows, inner)));
-        let to = product_in_f32(self.gradient.rows(ranks, inner));
-        cuda.gemm([ranks, inner, rows], (1.0, 0.0), operands, to);
+        let (a, b) = (transposed(ts), operand(x.rows(rows, inner)));
+        let to = output_in_f32(self.gradient.rows(ranks, inner));
+        cuda.gemm(Gemm::new([ranks, inner, rows], a, b, to));
         let from = self.gradient.argument(ranks * inner);
         let to = self.adapters.a_arguments(parameters, gradients);
         let mut arguments: Vec<Argument> =
@@ -213,9 +215,9 @@ pub(super) fn forward<D: Driver>(
         let inner = adapters.inner;
         let a = Rows { address: room.a.at(0..adapters.ranks * inner), stride: inner };
         adapters.write_a(cuda, parameters, a);
-        let operands = (operand(x.rows(rows, inner)), transposed(a));
-        let to = product(ax.band(adapters.columns(), rows));
-        cuda.gemm([rows, adapters.ranks, inner], (1.0, 0.0), operands, to);
+        let (a, b) = (operand(x.rows(rows, inner)), transposed(a));
+        let to = output(ax.band(adapters.columns(), rows));
+        cuda.gemm(Gemm::new([rows, adapters.ranks, inner], a, b, to));
     }
     if let [y] = ys
         && forward_in_one(cuda, group, &adapters, x, y, ax).is_some()
@@ -236,7 +238,7 @@ pub(super) fn forward<D: Driver>(
     true
 }
 
-/// In one product; `None`, and nothing done, where that cannot be.
+/// [`forward`] in one product; `None`, and nothing done, where that cannot be.
 fn forward_in_one<D: Driver>(
     cuda: &Cuda<D>,
     group: &LinearGroup<Cuda<D>>,
@@ -255,9 +257,9 @@ fn forward_in_one<D: Driver>(
         copy_columns(cuda, ax.band(adapters.columns(), rows), tail, (rows, ranks), 1.0);
         write_diagonal(cuda, group, b);
     }
-    let operands = (operand(x.rows(rows, inner)), transposed(wide));
+    let (a, b) = (operand(x.rows(rows, inner)), transposed(wide));
     let to = y.rows(rows, outer);
-    cuda.gemm([rows, outer, inner + ranks], (1.0, 0.0), operands, product(to));
+    cuda.gemm(Gemm::new([rows, outer, inner + ranks], a, b, output(to)));
     for linear in linears {
         if let Some(bias) = &linear.bias {
             let to = y.band(linear.output, rows);
@@ -273,7 +275,7 @@ pub(super) fn backward<D: Driver>(
     cuda: &Cuda<D>,
     group: &LinearGroup<Cuda<D>>,
     dys: &[&Buffer<D>],
-    (x, ax): (&Buffer<D>, &Buffer<D>),
+    LinearInputs { x, lora_x: ax }: LinearInputs<Buffer<D>>,
     dx: Option<&Buffer<D>>,
     lora_gradients: &Buffer<D>,
     work: &mut AdapterWork<Buffer<D>>,
@@ -340,8 +342,8 @@ fn backward_in_one<D: Driver>(
     adapters.behind(dy, rows)?;
     let wide = cuda.dequantized(&weights, ranks)?;
     adapters.write_a(cuda, parameters, wide.row(outer));
-    let operands = (operand(dy.rows(rows, outer)), operand(wide));
-    let to = product(dx.rows(rows, inner));
-    cuda.gemm([rows, inner, outer + ranks], (1.0, 0.0), operands, to);
+    let (a, b) = (operand(dy.rows(rows, outer)), operand(wide));
+    let to = output(dx.rows(rows, inner));
+    cuda.gemm(Gemm::new([rows, inner, outer + ranks], a, b, to));
     Some(())
 }

@@ -25,19 +25,19 @@ pub struct DeviceWeight<D: Driver> {
     /// `[out, in]`.
     pub shape: [usize; 2],
     pub(super) form: Form,
-    /// What it takes, padding included.
+    /// Bytes that the weight takes, padding included.
     pub(super) bytes: WeightParts,
-    /// Where it lies, if others take turns with it there.
+    /// Where the weight lies, if others take turns with it there.
     pub(super) place: Option<Address>,
-    /// Whether that is pinned memory of the host.
+    /// Whether the weight lies in pinned memory of the host.
     pub(super) on_host: bool,
-    /// Keeps it alive.
+    /// Keeps the weight's memory alive.
     _memory: Arc<dyn Any + Send + Sync>,
     _driver: PhantomData<D>,
 }
 
 impl<D: Driver> DeviceWeight<D> {
-    /// Its rows, where products can read them as they lie.
+    /// The weight's rows, where products can read them as they lie.
     pub(super) fn operand(&self) -> Option<Rows> {
         match self.form {
             Form::Dense(address) if !self.on_host => Some(Rows { address, stride: self.shape[1] }),
@@ -45,13 +45,13 @@ impl<D: Driver> DeviceWeight<D> {
         }
     }
 
-    /// The same, that others take turns with in the memory at `place`.
+    /// The weight that others take turns with in the memory at `place`.
     pub(super) fn in_turns_at(self, place: Address) -> Self {
         DeviceWeight { place: Some(place), ..self }
     }
 }
 
-/// How it is stored.
+/// How a weight is stored.
 pub(super) enum Form {
     /// bf16, row-major.
     Dense(Address),
@@ -140,7 +140,7 @@ impl Part {
         }
     }
 
-    /// Writes them.
+    /// Writes the part's bytes.
     pub fn write(&self, to: &mut [u8]) {
         match self {
             Part::Stored(bytes) => to.copy_from_slice(bytes),

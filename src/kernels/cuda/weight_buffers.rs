@@ -63,19 +63,19 @@ impl WeightRows {
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub(super) struct Wanted {
     parts: [Option<WeightRows>; STACKED],
-    /// Of each row.
+    /// Columns of each row.
     pub columns: usize,
-    /// From one row to the next.
+    /// Elements from one row to the next.
     pub stride: usize,
-    /// What it needs of a buffer, with what is written beside it.
+    /// Elements that it needs of a buffer, with what is written beside it.
     pub elements: usize,
     /// Where streamed weights lie; they are in turns.
     place: Option<Address>,
 }
 
 impl Wanted {
-    /// With room for adapters of `rank` in all; `None` unless all weights are in 4-bit blocks, as wide as each
-    /// other, and in the same place.
+    /// `weights` with room for adapters of `rank` in all; `None` unless all weights are in 4-bit blocks, as
+    /// wide as each other, and in the same place.
     pub fn new<D: Driver>(weights: &[&DeviceWeight<D>], rank: usize) -> Option<Self> {
         let first = weights.first().filter(|_| weights.len() <= STACKED)?;
         let (columns, place) = (first.shape[1], first.place);
@@ -132,7 +132,7 @@ pub(super) struct Turn {
 /// A buffer that weights take turns in.
 struct Slot<D: Driver> {
     buffer: Buffer<D>,
-    /// Of the rows that it is made for; `None` for any.
+    /// Columns of the rows that it is made for; `None` for any.
     columns: Option<usize>,
     /// What it holds, or will.
     held: Option<Wanted>,

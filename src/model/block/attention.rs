@@ -1,9 +1,11 @@
 //! The first half of a block: norm, q, k and v, attention, and the projection onto the stream.
 
 use super::{
-    AttentionOutput, Block, BlockActivations, Cache, Gradients, Linear, Pass, Saved, Workspace,
+    AttentionOutput, Block, BlockActivations, Gradients, Linear, Missing, Pass, Saved, Workspace,
 };
-use crate::kernels::{AttentionInputs, Kernels, Write};
+use crate::kernels::{
+    AttentionInputs, Cache, CachedScratch, Direction, Kernels, LinearInputs, Write,
+};
 use crate::model::spec::LinearRole;
 
 impl<K: Kernels> Block<K> {
@@ -12,15 +14,15 @@ impl<K: Kernels> Block<K> {
         self.linears.iter().filter(|linear| matches!(linear.role, Q | Key | V | Qkv)).collect()
     }
 
-    /// `middle = x + attention(norm(x))`; the output of attention is made if `attend`, else it is there.
+    /// `middle = x + attention(norm(x))`; the output of attention is made if everything is missing, else it
+    /// is there.
     pub(super) fn forward_attention(
         &self,
         pass: &Pass<K>,
         x: &K::Buffer,
-        BlockActivations { saved, attention }: &mut BlockActivations<K::Buffer>,
+        BlockActivations { saved, attention, missing }: &mut BlockActivations<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         cache: Option<Cache<K::Buffer>>,
-        attend: bool,
     ) {
         let (kernels, rows) = (pass.kernels, pass.rows.len());
         kernels.norm_forward(
@@ -36,7 +38,7 @@ impl<K: Kernels> Block<K> {
         match self.rotary {
             Some(index) if self.head_norms.is_none() => {
                 let tables = work.rotary.of(index);
-                kernels.rotary(&self.attention, tables, &mut saved.qkv, rows, false);
+                kernels.rotary(&self.attention, tables, &mut saved.qkv, rows, Direction::Forward);
             }
             _ => self.norm_heads(pass, saved, work),
         }
@@ -44,13 +46,13 @@ impl<K: Kernels> Block<K> {
         let AttentionOutput { lse, output: o } = &mut **attention;
         let tiles = &mut work.attention;
         match cache {
-            None if !attend => {}
+            None if *missing != Missing::Everything => {}
             None => {
                 kernels.attention_forward(&self.attention, pass.layout, qkv, o, lse, tiles);
             }
-            Some(Cache { keys_values, past }) => {
-                let cache = (keys_values, past);
-                kernels.attention_cached(&self.attention, qkv, cache, rows, o, lse, tiles);
+            Some(cache) => {
+                let scratch = CachedScratch { lse, tiles };
+                kernels.attention_cached(&self.attention, qkv, cache, rows, o, scratch);
             }
         }
         kernels.copy((x, 0), (&mut saved.middle, 0), rows * self.hidden_size);
@@ -80,16 +82,22 @@ impl<K: Kernels> Block<K> {
         };
         kernels.head_norms(norms, &self.attention, &saved.qkv, normed, rows);
         if let Some(index) = self.rotary {
-            kernels.rotary(&self.attention, work.rotary.of(index), normed, rows, false);
+            kernels.rotary(
+                &self.attention,
+                work.rotary.of(index),
+                normed,
+                rows,
+                Direction::Forward,
+            );
         }
     }
 
-    /// From the gradient of `middle` in the stream to that of `x`.
+    /// Turns the gradient of `middle` in the stream into that of `x`.
     pub(super) fn backward_attention(
         &self,
         pass: &Pass<K>,
         x: &K::Buffer,
-        BlockActivations { saved, attention }: &BlockActivations<K::Buffer>,
+        BlockActivations { saved, attention, .. }: &BlockActivations<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         Gradients { activations: grads, lora }: &mut Gradients<K::Buffer>,
         input_gradient: bool,
@@ -99,7 +107,7 @@ impl<K: Kernels> Block<K> {
             self.post_norm_backward(pass, &norms.attention, &saved.projected, work, grads);
         }
         let output = self.expect(LinearRole::O);
-        let inputs = (&attention.output, &saved.lora_x);
+        let inputs = LinearInputs { x: &attention.output, lora_x: &saved.lora_x };
         let d_o = Some((&mut grads.norm, Write::Over));
         let dy = grads.projected.as_ref().unwrap_or(&grads.stream);
         pass.backward(output, dy, inputs, d_o, lora, &mut work.adapter);
@@ -113,7 +121,7 @@ impl<K: Kernels> Block<K> {
         kernels.attention_backward(shape, pass.layout, inputs, dqkv, tiles);
         if let Some(index) = self.rotary {
             let tables = work.rotary.of(index);
-            kernels.rotary(&self.attention, tables, &mut grads.qkv, rows, true);
+            kernels.rotary(&self.attention, tables, &mut grads.qkv, rows, Direction::Backward);
         }
         if let Some(norms) = &self.head_norms {
             let shape = &self.attention;
@@ -121,8 +129,9 @@ impl<K: Kernels> Block<K> {
         }
         let (norm, stats) = (&mut work.norm, &mut work.norm_stats);
         kernels.norm_forward(&self.norm1, x, norm, stats, rows, Write::Over);
-        let (inputs, adapter) = ((&*norm, &saved.lora_x), &mut work.adapter);
+        let inputs = LinearInputs { x: norm, lora_x: &saved.lora_x };
         let dx = input_gradient.then_some(&mut grads.norm);
+        let adapter = &mut work.adapter;
         pass.backward_all(&self.projections(), &[&grads.qkv], inputs, dx, lora, adapter);
         if input_gradient {
             kernels.norm_backward(&self.norm1, &grads.norm, x, stats, &mut grads.stream, rows);

@@ -1,15 +1,16 @@
 //! A linear of a block: the frozen product, its adapter, and the gradients of A and B.
 
-use super::{Dropout, Pass};
+use super::{Dropout, Pass, Variant};
 use crate::kernels::{
-    Columns, DropoutMask, Kernels, LinearTerms, LoraInputs, LoraShape, LoraTerm, Storage, Write,
+    Columns, DropoutMask, Kernels, LinearInputs, LinearTerms, LoraInputs, LoraShape, LoraTerm,
+    Storage, Write,
 };
 use crate::model::parameters::Parameters;
 use crate::model::spec::LinearRole;
 
 /// A linear's frozen weight and its adapter.
 pub struct Linear<K: Storage> {
-    /// Its place in the block.
+    /// The linear's place in the block.
     pub role: LinearRole,
     /// Hugging Face module path: the stream of its dropout mask.
     pub module: String,
@@ -17,9 +18,9 @@ pub struct Linear<K: Storage> {
     pub weight: K::Weight,
     /// `[out]`.
     pub bias: Option<K::Vector>,
-    /// Where its output lies in the buffer that it writes.
+    /// Where the linear's output lies in the buffer that it writes.
     pub output: Columns,
-    /// Its adapter, if it has one.
+    /// The linear's adapter, if it has one.
     pub adapter: Option<LinearAdapter>,
 }
 
@@ -36,7 +37,7 @@ pub struct LinearAdapter {
 
 /// Linears that read the same rows, and the adapters in their pass.
 pub struct LinearGroup<'a, K: Storage> {
-    /// In the order of their outputs, and of their columns of `x·Aᵀ`.
+    /// The linears, in the order of their outputs, and of their columns of `x·Aᵀ`.
     pub linears: &'a [&'a Linear<K>],
     /// The adapters.
     pub parameters: &'a Parameters<K>,
@@ -50,7 +51,7 @@ pub struct LinearGroup<'a, K: Storage> {
 pub struct AdapterWork<B> {
     /// A and B of the adapter at work, as products read them.
     pub pair: B,
-    /// Its input after dropout.
+    /// The input of the adapter at work after dropout.
     pub dropped: Option<B>,
     /// t, `s·dy·B`, `[T, R]`; only where there is a backward pass.
     pub inner_gradient: Option<B>,
@@ -119,7 +120,7 @@ impl<K: Kernels> Pass<'_, K> {
         self.multiply(linear, x, y, lora_x, &work.pair, write);
     }
 
-    /// The same where `x·Aᵀ` is in `lora_x` already.
+    /// [`forward`](Pass::forward) where `x·Aᵀ` is in `lora_x` already.
     pub(super) fn forward_projected(
         &self,
         linear: &Linear<K>,
@@ -137,10 +138,10 @@ impl<K: Kernels> Pass<'_, K> {
 
     /// The adapter that takes part in a forward pass.
     fn adapter_of(&self, linear: &Linear<K>) -> Option<LinearAdapter> {
-        linear.adapter.filter(|_| self.adapters || K::BITS_DEPEND_ON_SHAPE)
+        linear.adapter.filter(|_| self.variant == Variant::Adapted || K::BITS_DEPEND_ON_SHAPE)
     }
 
-    /// With A and B in `pair` and `x·Aᵀ` in `lora_x`.
+    /// The product of a linear and its adapter, with A and B in `pair` and `x·Aᵀ` in `lora_x`.
     fn multiply(
         &self,
         linear: &Linear<K>,
@@ -167,7 +168,10 @@ impl<K: Kernels> Pass<'_, K> {
     }
 
     fn adapter_scale(&self) -> f32 {
-        if self.adapters { 1.0 } else { 0.0 }
+        match self.variant {
+            Variant::Adapted => 1.0,
+            Variant::Base => 0.0,
+        }
     }
 
     fn group<'b>(&'b self, linears: &'b [&'b Linear<K>]) -> LinearGroup<'b, K> {
@@ -175,7 +179,8 @@ impl<K: Kernels> Pass<'_, K> {
         LinearGroup { linears, parameters, rows, scale: self.adapter_scale() }
     }
 
-    /// Of linears that read the same rows; into bands of one buffer, or into a buffer for each.
+    /// [`forward`](Pass::forward) of linears that read the same rows, into bands of one buffer, or into a
+    /// buffer for each.
     pub(super) fn forward_all(
         &self,
         linears: &[&Linear<K>],
@@ -198,12 +203,12 @@ impl<K: Kernels> Pass<'_, K> {
         }
     }
 
-    /// Of the same: dx is their sum.
+    /// [`backward`](Pass::backward) of linears that read the same rows: dx is the sum over them.
     pub(super) fn backward_all(
         &self,
         linears: &[&Linear<K>],
         dys: &[&K::Buffer],
-        inputs: (&K::Buffer, &K::Buffer),
+        inputs: LinearInputs<K::Buffer>,
         mut dx: Option<&mut K::Buffer>,
         lora_gradients: &mut K::Buffer,
         work: &mut AdapterWork<K::Buffer>,
@@ -226,7 +231,7 @@ impl<K: Kernels> Pass<'_, K> {
         &self,
         linear: &Linear<K>,
         dy: &K::Buffer,
-        (x, lora_x): (&K::Buffer, &K::Buffer),
+        LinearInputs { x, lora_x }: LinearInputs<K::Buffer>,
         dx: Option<(&mut K::Buffer, Write)>,
         lora_gradients: &mut K::Buffer,
         work: &mut AdapterWork<K::Buffer>,

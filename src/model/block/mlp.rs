@@ -10,13 +10,13 @@ use std::ops::Range;
 use super::{
     Block, GradientBuffers, Gradients, Linear, Pass, Saved, SavedMlp, TileBuffers, Workspace,
 };
-use crate::kernels::{Kernels, Storage, Write};
+use crate::kernels::{Kernels, LinearInputs, Storage, Write};
 use crate::model::parameters::Parameters;
 use crate::model::spec::{Activation, LinearRole, MlpKind};
 
 /// A gated MLP with its adapters, in a pass over some rows.
 pub struct GatedMlp<'a, K: Storage> {
-    /// Of the gate.
+    /// Nonlinearity of the gate.
     pub activation: Activation,
     /// `[F, D]`.
     pub gate: &'a Linear<K>,
@@ -32,11 +32,11 @@ pub struct GatedMlp<'a, K: Storage> {
 
 /// Where the gradients of a gated MLP's activations go.
 pub struct GatedMlpGradients<'a, B> {
-    /// Of what gate made, `[t, F]`.
+    /// The gradient of what gate made, `[t, F]`.
     pub gate: &'a mut B,
-    /// Of what up made, `[t, F]`.
+    /// The gradient of what up made, `[t, F]`.
     pub up: &'a mut B,
-    /// Of what gate and up read, `[t, D]`.
+    /// The gradient of what gate and up read, `[t, D]`.
     pub input: &'a mut B,
 }
 
@@ -170,7 +170,7 @@ impl<K: Kernels> Block<K> {
         kernels.mlp_forward(self.activation, gate, &saved.up, h, rows * width);
     }
 
-    /// From the gradient of the block's output in the stream to that of `middle`.
+    /// Turns the gradient of the block's output in the stream into that of `middle`.
     pub(super) fn backward_mlp(
         &self,
         pass: &Pass<K>,
@@ -198,7 +198,7 @@ impl<K: Kernels> Block<K> {
         work.tile = Some(tile);
     }
 
-    /// The same for the rows of a pass, which lie at the front of every buffer.
+    /// [`backward_mlp`](Block::backward_mlp) for the rows of a pass, which lie at the front of every buffer.
     fn backward_rows(
         &self,
         pass: &Pass<K>,
@@ -256,7 +256,7 @@ impl<K: Kernels> Block<K> {
         pass.kernels.adapted_mlp_backward(&mlp, saved, inputs, to, lora, t)
     }
 
-    /// The same in one operation after another, from h in the workspace.
+    /// [`backward_adapted`](Block::backward_adapted) in one operation after another, from h in the workspace.
     fn backward_linears(
         &self,
         pass: &Pass<K>,
@@ -266,10 +266,12 @@ impl<K: Kernels> Block<K> {
     ) {
         let down = self.expect(LinearRole::Down);
         let (dx, dy) = (Some((&mut grads.mlp, Write::Over)), grads.projected.as_ref());
-        let (dy, inputs) = (dy.unwrap_or(&grads.stream), (&work.mlp, &saved.lora_x));
+        let dy = dy.unwrap_or(&grads.stream);
+        let inputs = LinearInputs { x: &work.mlp, lora_x: &saved.lora_x };
         pass.backward(down, dy, inputs, dx, lora, &mut work.adapter);
         self.hidden_backward(pass, saved, work, &mut grads.mlp);
-        let (inputs, adapter) = ((&work.norm, &saved.lora_x), &mut work.adapter);
+        let inputs = LinearInputs { x: &work.norm, lora_x: &saved.lora_x };
+        let adapter = &mut work.adapter;
         let up = self.expect(LinearRole::Up);
         match self.linear(LinearRole::Gate) {
             Some(gate) => {
@@ -285,7 +287,7 @@ impl<K: Kernels> Block<K> {
         }
     }
 
-    /// From the gradient of h in `d_out` to those of gate and up: there and in the workspace, or, where
+    /// Turns the gradient of h in `d_out` into those of gate and up: there and in the workspace, or, where
     /// one linear makes both, in place of what it made.
     fn hidden_backward(
         &self,

@@ -25,7 +25,8 @@ use super::Draws;
 use super::parameters::Parameters;
 use super::spec::{Activation, LinearRole, MlpKind};
 use crate::kernels::{
-    AttentionShape, HeadNorms, Kernels, NormParameters, PostNorms, RotaryTables, TokenLayout, Write,
+    AttentionShape, Cache, HeadNorms, Kernels, NormParameters, PostNorms, RotaryTables,
+    TokenLayout, Write,
 };
 
 /// A block's frozen parts.
@@ -34,13 +35,13 @@ pub struct Block<K: Kernels> {
     pub norm1: NormParameters<K::Vector>,
     /// Before the MLP.
     pub norm2: NormParameters<K::Vector>,
-    /// Of q and k, head by head, before they are rotated.
+    /// Norms of q and k, head by head, before they are rotated.
     pub head_norms: Option<HeadNorms<K::Vector>>,
-    /// Of what both halves add to the stream.
+    /// Norms of what both halves add to the stream.
     pub post_norms: Option<PostNorms<K::Vector>>,
     /// Which of the rotary tables turns q and k.
     pub rotary: Option<usize>,
-    /// In forward order.
+    /// All linears, in forward order.
     pub linears: Vec<Linear<K>>,
     /// Heads and window.
     pub attention: AttentionShape,
@@ -80,14 +81,16 @@ pub struct AttentionOutput<B> {
 pub struct BlockActivations<'a, B> {
     /// What attention makes.
     pub attention: &'a mut AttentionOutput<B>,
-    /// All the rest.
+    /// All activations but what attention makes.
     pub saved: &'a mut Saved<B>,
+    /// What a backward pass does not find in the other two.
+    pub missing: Missing,
 }
 
 /// What of a block's activations its backward pass has to make again.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Missing {
-    /// Nothing.
+    /// Nothing: all activations were kept.
     Nothing,
     /// All but the output of attention.
     AllButAttention,
@@ -112,7 +115,7 @@ pub struct SavedMlp<B> {
 pub struct Workspace<B> {
     /// Output of the norm at work, `[T, D]`.
     pub norm: B,
-    /// Its `(μ, 1/σ)`, `[T, 2]`.
+    /// `(μ, 1/σ)` of the norm at work, `[T, 2]`.
     pub norm_stats: B,
     /// h, later the gradient of up, `[t, F]`.
     pub mlp: B,
@@ -140,7 +143,7 @@ pub struct RotaryBuffers<B> {
 }
 
 impl<B> RotaryBuffers<B> {
-    /// Those of one of them.
+    /// The tables of the rotary embedding `index`.
     pub fn of(&self, index: usize) -> RotaryTables<'_, B> {
         let [cos, sin] = &self.tables[index];
         RotaryTables { cos, sin, query_scale: self.query_scale.as_ref() }
@@ -159,23 +162,23 @@ pub struct TileBuffers<B> {
 
 /// Gradients of one block's activations.
 pub struct GradientBuffers<B> {
-    /// Of h, later of the gate, `[t, F]`.
+    /// The gradient of h, later of the gate, `[t, F]`.
     pub mlp: B,
-    /// Of the residual stream, `[T, D]`.
+    /// The gradient of the residual stream, `[T, D]`.
     pub stream: B,
-    /// Of a norm's output or of attention's output, `[T, max(D, Q)]`.
+    /// The gradient of a norm's output or of attention's output, `[T, max(D, Q)]`.
     pub norm: B,
-    /// Of what goes through a post-norm, `[T, D]`.
+    /// The gradient of what goes through a post-norm, `[T, D]`.
     pub projected: Option<B>,
-    /// Of q, k and v.
+    /// The gradients of q, k and v, `[T, q + 2·kv]`.
     pub qkv: B,
 }
 
 /// Where a backward pass writes.
 struct Gradients<'a, B> {
-    /// Of the activations of the block at work.
+    /// The gradients of the activations of the block at work.
     activations: GradientBuffers<B>,
-    /// Of all adapters, which are added to.
+    /// The gradients of all adapters, which are added to.
     lora: &'a mut B,
 }
 
@@ -184,8 +187,18 @@ struct Gradients<'a, B> {
 pub struct Dropout {
     /// `lora_dropout`.
     pub probability: f32,
-    /// What its masks are drawn from.
+    /// What the masks are drawn from.
     pub draws: Draws,
+}
+
+/// Which model a pass computes.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Variant {
+    /// The base model with its adapters.
+    #[default]
+    Adapted,
+    /// The base model alone.
+    Base,
 }
 
 /// What all layers of one pass share.
@@ -198,8 +211,8 @@ pub struct Pass<'a, K: Kernels> {
     pub layout: &'a TokenLayout,
     /// Dropout, while training.
     pub dropout: Option<Dropout>,
-    /// Whether the adapters take part; without them this is the base model.
-    pub adapters: bool,
+    /// Whether the adapters take part.
+    pub variant: Variant,
     /// Whether this is one token behind those in the cache.
     pub single_row: bool,
     /// Tokens of the stream that the first rows of the buffers hold: all, or a tile.
@@ -211,14 +224,6 @@ impl<'a, K: Kernels> Pass<'a, K> {
     fn over(&self, rows: Range<usize>) -> Pass<'a, K> {
         Pass { rows, ..*self }
     }
-}
-
-/// Keys and values of the tokens that were decoded before, for one block.
-pub struct Cache<'a, B> {
-    /// Rotated keys and values `[capacity, 2·kv]`.
-    pub keys_values: &'a mut B,
-    /// Tokens in it.
-    pub past: usize,
 }
 
 impl<K: Kernels> Block<K> {
@@ -241,14 +246,13 @@ impl<K: Kernels> Block<K> {
         work: &mut Workspace<K::Buffer>,
         cache: Option<Cache<K::Buffer>>,
     ) {
-        self.forward_attention(pass, x, &mut activations, work, cache, true);
+        self.forward_attention(pass, x, &mut activations, work, cache);
         self.forward_mlp(pass, activations.saved, out, work);
     }
 
     /// Turns the gradient of the block's output in `work.gradients.stream` into that of its input,
     /// and adds to the `lora_gradients`.
     ///
-    /// `missing`: what `activations` do not hold of this block yet.
     /// `input_gradient` false leaves the stream's gradient of the first half out: nothing below
     /// the first block is trained.
     pub fn backward(
@@ -258,12 +262,11 @@ impl<K: Kernels> Block<K> {
         mut activations: BlockActivations<K::Buffer>,
         work: &mut Workspace<K::Buffer>,
         lora_gradients: &mut K::Buffer,
-        (missing, input_gradient): (Missing, bool),
+        input_gradient: bool,
     ) {
-        let recompute = missing != Missing::Nothing;
+        let recompute = activations.missing != Missing::Nothing;
         if recompute {
-            let attend = missing == Missing::Everything;
-            self.forward_attention(pass, x, &mut activations, work, None, attend);
+            self.forward_attention(pass, x, &mut activations, work, None);
         }
         let Some(of_activations) = work.gradients.take() else { return };
         let mut grads = Gradients { activations: of_activations, lora: lora_gradients };

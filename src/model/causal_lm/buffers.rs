@@ -18,17 +18,17 @@ pub(super) struct Buffers<K: Kernels> {
     pub(super) places: Vec<usize>,
     /// What waits elsewhere.
     pub(super) offload: Offload<K>,
-    /// Of the layers that keep their activations.
+    /// Activations of the layers that keep them.
     pub(super) kept: Vec<Option<Saved<K::Buffer>>>,
     /// What attention made.
     pub(super) attended: Vec<AttentionOutput<K::Buffer>>,
     /// Which of these each block has: its own, that of its slot, or that of all others.
     pub(super) attended_places: Vec<usize>,
-    /// Of all other layers, in turn.
+    /// Activations of all other layers, in turn.
     pub(super) shared: Option<Saved<K::Buffer>>,
     pub(super) work: Workspace<K::Buffer>,
     pub(super) head: HeadBuffers<K::Buffer>,
-    /// One for each block where text is generated.
+    /// Keys and values of each block, where text is generated.
     pub(super) caches: Vec<K::Buffer>,
 }
 
@@ -38,9 +38,9 @@ pub(super) struct HeadBuffers<B> {
     /// The head's input; in the backward pass its gradient.
     pub(super) norm: B,
     pub(super) stats: B,
-    /// That gradient while it is summed, where the head comes in tiles.
+    /// The gradient of the head's input while it is summed, where the head comes in tiles.
     pub(super) sum: Option<B>,
-    /// Of the input.
+    /// The gradient of the final norm's input.
     pub(super) gradient: Option<B>,
 }
 
@@ -116,7 +116,7 @@ fn inputs<K: Kernels>(
     (inputs, places)
 }
 
-/// Of a layer that keeps its activations, tile after tile.
+/// The activations of a layer that keeps them, tile after tile.
 fn kept<K: Kernels>(
     spec: &ModelSpec,
     settings: &Settings,

@@ -11,12 +11,13 @@ mod generation;
 mod offload;
 mod passes;
 pub mod randomness;
-mod room;
 pub mod score;
+mod shrink;
 
 use buffers::Buffers;
 use randomness::{Draws, Randomness};
 
+use super::block::Variant;
 use super::parameters::Parameters;
 use super::spec::{ModelSpec, TensorRole, TensorSpec};
 use super::weights::Weights;
@@ -67,7 +68,7 @@ struct Reserved<K: Kernels> {
 struct Mode {
     /// A backward pass follows; what is drawn in both.
     training: Option<Draws>,
-    base_only: bool,
+    variant: Variant,
     cached: bool,
 }
 
@@ -110,12 +111,12 @@ impl<K: Kernels> Frozen<K> {
 }
 
 impl Model {
-    /// [`on`](Model::on) the CPU.
+    /// The model on the CPU: see [`with_kernels`](Model::with_kernels).
     ///
     /// # Errors
-    /// As there.
+    /// Those of `with_kernels`.
     pub fn new(spec: ModelSpec, weights: Weights, settings: Settings) -> Result<Self> {
-        Model::on(Cpu::default(), spec, weights, settings)
+        Model::with_kernels(Cpu::default(), spec, weights, settings)
     }
 
     /// The residual stream `[T, D]` before block `layer` (after the last for `num_layers`), as the
@@ -126,12 +127,12 @@ impl Model {
 }
 
 impl<K: Kernels> Model<K> {
-    /// Allocates the plan for `settings` on a backend and takes `weights`; the adapter's tensors
-    /// are zero until they are loaded.
+    /// A model of `weights`, which the backend `kernels` holds, with the buffers of the plan for
+    /// `settings`. The adapter's tensors are zero until they are loaded.
     ///
     /// # Errors
     /// `Budget` when the memory cannot be reserved.
-    pub fn on(
+    pub fn with_kernels(
         kernels: K,
         spec: ModelSpec,
         weights: Weights<K>,
@@ -144,11 +145,11 @@ impl<K: Kernels> Model<K> {
         Ok(frozen.with_buffers(settings, reserved))
     }
 
-    /// With dropout, or noise on the embeddings, in training passes.
+    /// The model with dropout, or noise on the embeddings, in training passes.
     ///
     /// # Panics
     /// With dropout that the plan has no room for.
-    pub fn drawing(self, random: Randomness) -> Self {
+    pub fn with_randomness(self, random: Randomness) -> Self {
         let room = self.settings.lora_dropout;
         assert!(room || random.dropout.is_none(), "the plan has no room for dropout");
         Model { random, ..self }
@@ -233,20 +234,9 @@ impl<K: Kernels> Model<K> {
     ///
     /// # Errors
     /// As [`forward_backward`](Model::forward_backward).
-    pub fn evaluate(&mut self, batch: &Batch) -> Result<f64> {
+    pub fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
         let (tokens, targets) = self.begin(batch)?;
-        self.forward(&batch.input_ids, &tokens, Mode::default());
-        self.head_loss(&targets, None);
-        self.kernels.read_loss(&self.loss)
-    }
-
-    /// [`evaluate`](Model::evaluate) without the adapters.
-    ///
-    /// # Errors
-    /// As [`forward_backward`](Model::forward_backward).
-    pub fn evaluate_base(&mut self, batch: &Batch) -> Result<f64> {
-        let (tokens, targets) = self.begin(batch)?;
-        self.forward(&batch.input_ids, &tokens, Mode { base_only: true, ..Mode::default() });
+        self.forward(&batch.input_ids, &tokens, Mode { variant, ..Mode::default() });
         self.head_loss(&targets, None);
         self.kernels.read_loss(&self.loss)
     }

@@ -86,12 +86,12 @@ impl<K: Kernels> Offload<K> {
         self.attended.slot(layer)
     }
 
-    /// Before the input of `layer` is written.
+    /// Frees the slot of `layer`'s input, before that is written.
     pub(super) fn before_write(&mut self, kernels: &K, layer: usize) {
         self.inputs.settle(kernels, &mut self.store, layer);
     }
 
-    /// When it is written.
+    /// Begins to offload the input of `layer`, once it is written.
     pub(super) fn written(
         &mut self,
         kernels: &K,
@@ -105,12 +105,12 @@ impl<K: Kernels> Offload<K> {
         }
     }
 
-    /// Before the attention of `layer` writes.
+    /// Frees the slot of what the attention of `layer` makes, before it writes.
     pub(super) fn before_attention(&mut self, kernels: &K, layer: usize) {
         self.attended.settle(kernels, &mut self.store, layer);
     }
 
-    /// When it has written.
+    /// Begins to offload what the attention of `layer` has made.
     pub(super) fn attention_written(
         &mut self,
         kernels: &K,

@@ -6,10 +6,11 @@ use super::batch::Targets;
 use super::buffers::{Buffers, HeadBuffers};
 use super::{Draws, Mode, Model};
 use crate::error::Result;
-use crate::kernels::{Columns, HeadChunk, Kernels, LinearTerms, LogitShape, TokenLayout, Write};
-use crate::model::block::{BlockActivations, Cache, Missing, Pass, RotaryBuffers};
+use crate::kernels::{
+    Cache, Columns, Direction, HeadChunk, Kernels, LinearTerms, LogitShape, TokenLayout, Write,
+};
+use crate::model::block::{BlockActivations, Missing, Pass, RotaryBuffers, Variant};
 use crate::model::rotary::Reach;
-use crate::model::streaming::Direction;
 use crate::plan::Policy;
 
 impl<K: Kernels> Model<K> {
@@ -57,7 +58,7 @@ impl<K: Kernels> Model<K> {
             parameters,
             layout: tokens,
             dropout: mode.training.and_then(|draws| self.random.dropout(draws)),
-            adapters: !mode.base_only,
+            variant: mode.variant,
             single_row: mode.cached && tokens.tokens() == 1,
             rows: 0..tokens.tokens(),
         };
@@ -77,7 +78,9 @@ impl<K: Kernels> Model<K> {
             let cache = caches.get_mut(layer).filter(|_| mode.cached);
             let cache = cache.map(|keys_values| Cache { keys_values, past: *cached_tokens });
             let attention = &mut attended[attended_places[layer]];
-            block.forward(&pass, x, out, BlockActivations { attention, saved }, work, cache);
+            let missing = Missing::Everything;
+            let activations = BlockActivations { attention, saved, missing };
+            block.forward(&pass, x, out, activations, work, cache);
             if mode.training.is_some() {
                 offload.attention_written(kernels, attended, layer, tokens.tokens());
             }
@@ -122,7 +125,7 @@ impl<K: Kernels> Model<K> {
         }
     }
 
-    /// Of the first `rows` of that buffer.
+    /// The first `rows` of the head's logits, capped as the model caps them.
     pub(super) fn capped_logits(&self, rows: usize) -> Result<Cow<'_, [f32]>> {
         let LogitShape { vocab_size, soft_cap } = LogitShape::of(&self.spec);
         let mut logits = self.kernels.values(&self.buffers.head.logits, 0..rows * vocab_size)?;
@@ -172,8 +175,8 @@ impl<K: Kernels> Model<K> {
         let Buffers { kept, shared, work, .. } = buffers;
         let Some(mut gradients) = parameters.take_gradients() else { return };
         let rows = 0..tokens.tokens();
-        let (layout, adapters, single_row) = (tokens, true, false);
-        let pass = Pass { kernels, parameters, layout, dropout, adapters, single_row, rows };
+        let (layout, variant, single_row) = (tokens, Variant::Adapted, false);
+        let pass = Pass { kernels, parameters, layout, dropout, variant, single_row, rows };
         for (layer, block) in weights.blocks.iter().enumerate().rev() {
             if let Some(streaming) = &mut weights.streaming {
                 streaming.enter(layer, Direction::Backward);
@@ -186,8 +189,9 @@ impl<K: Kernels> Model<K> {
             };
             let saved = kept[layer].as_mut().or(shared.as_mut()).expect("as in the forward pass");
             let attention = &mut attended[attended_places[layer]];
-            let (x, activations) = (&inputs[places[layer]], BlockActivations { attention, saved });
-            block.backward(&pass, x, activations, work, &mut gradients, (missing, layer > 0));
+            let activations = BlockActivations { attention, saved, missing };
+            let x = &inputs[places[layer]];
+            block.backward(&pass, x, activations, work, &mut gradients, layer > 0);
             if let Some(streaming) = &mut weights.streaming {
                 streaming.leave(layer, Direction::Backward);
             }

@@ -31,7 +31,7 @@ pub struct Draws {
 }
 
 impl Draws {
-    /// Those with a name, one for each element.
+    /// The random numbers `name` of this micro-batch, one for each element.
     pub fn stream(&self, name: &str) -> Stream {
         Stream::new(self.seed, name).at(self.step)
     }

@@ -5,13 +5,14 @@ use super::{Mode, Model};
 use crate::data::Batch;
 use crate::error::Result;
 use crate::kernels::{HeadChunk, Kernels, LogitShape};
+use crate::model::Variant;
 
 /// Scores of a batch's trained tokens.
 #[derive(Debug, Clone, Default, PartialEq)]
 pub struct Score {
     /// Sum of their losses.
     pub loss: f64,
-    /// For each, in the order of the stream, whether no other token is likelier.
+    /// Of each trained token, in the order of the stream, whether no other token is likelier.
     pub likeliest: Vec<bool>,
 }
 
@@ -21,9 +22,9 @@ impl<K: Kernels> Model<K> {
     ///
     /// # Errors
     /// As [`forward_backward`](Model::forward_backward).
-    pub fn score(&mut self, batch: &Batch, adapters: bool) -> Result<Score> {
+    pub fn score(&mut self, batch: &Batch, variant: Variant) -> Result<Score> {
         let (tokens, targets) = self.begin(batch)?;
-        self.forward(&batch.input_ids, &tokens, Mode { base_only: !adapters, ..Mode::default() });
+        self.forward(&batch.input_ids, &tokens, Mode { variant, ..Mode::default() });
         let shape = LogitShape::of(&self.spec);
         let chunk = self.settings.head(shape.vocab_size).rows;
         let mut likeliest = Vec::with_capacity(targets.ids.len());

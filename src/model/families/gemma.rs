@@ -51,7 +51,8 @@ fn any_gemma(fields: &Fields, family: Family, defaults: Defaults) -> Result<Mode
     Ok(spec)
 }
 
-/// As transformers: in the type of the embedding, in which these models were trained (50.5 for √2560 in bf16).
+/// `scale` rounded as by transformers: in the type of the embedding, in which these models were trained (50.5
+/// for √2560 in bf16).
 fn rounded(scale: f32, fields: &Fields) -> f32 {
     match dtype_of(fields.0) {
         Some(FloatType::Bf16) => bf16::from_f32(scale).to_f32(),

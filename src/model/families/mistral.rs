@@ -69,7 +69,7 @@ mod tests {
         spec_from_config(&config)
     }
 
-    /// As the hub has the text of Ministral-3-3B-Base-2512, but for the sizes.
+    /// The config as the hub has the text of Ministral-3-3B-Base-2512, but for the sizes.
     #[test]
     fn the_published_ministral_is_read() {
         let spec = read(json!({

@@ -272,6 +272,8 @@ fn validate(spec: &ModelSpec) -> Result<()> {
             spec.hidden_size, spec.num_heads
         )));
     }
+    let of_layers = [spec.windows.len(), spec.rotates.len()];
+    assert_eq!(of_layers, [spec.num_layers; 2], "a family says something of each layer");
     Ok(())
 }
 

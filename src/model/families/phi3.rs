@@ -66,7 +66,7 @@ mod tests {
         assert_eq!(window.linears(1)[2].out_features, 2 * 96);
     }
 
-    /// As the files of Phi-3-mini-128k and Phi-4-mini have it.
+    /// The config as the files of Phi-3-mini-128k and Phi-4-mini have it.
     #[test]
     fn long_rope_by_every_name() {
         let extra = |kind: &str, key: &str| {

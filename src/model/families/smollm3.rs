@@ -99,7 +99,7 @@ mod tests {
         assert_eq!(spec.windows, [None; 5]);
     }
 
-    /// As the hub has it for SmolLM3-3B, but for the sizes.
+    /// The config as the hub has it for SmolLM3-3B, but for the sizes.
     #[test]
     fn the_published_config_is_read() {
         let spec = read(json!({

@@ -10,7 +10,7 @@ use crate::train::feed::Feed;
 use crate::train::start::{AdapterOrigin, begin};
 use crate::train::state::Identity;
 use crate::train::toy::Toy;
-use crate::train::trainee::Trainee;
+use crate::train::trainee::Shrinkable;
 
 #[test]
 fn memory_that_runs_short_shrinks_passes_and_leaves_the_numbers() {

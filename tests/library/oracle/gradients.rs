@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use candle_core::DType;
 use nibble::data::Batch;
 use nibble::model::families::spec_from_config;
-use nibble::model::parameters::Part;
+use nibble::plan::AdapterRegion;
 
 use super::random_model::{self, Draws};
 use super::twin::Twin;
@@ -50,7 +50,7 @@ fn assert_gradients(family: &str, scaling: &str, seed: u64) {
     let loss = model.forward_backward(&batch, 1.0, 0).unwrap();
     assert!((loss / expected_loss - 1.0).abs() < 1e-5, "{case}\nloss {loss}, {expected_loss}");
 
-    let got = model.parameters().values(Part::Gradients).unwrap();
+    let got = model.parameters().all_values(AdapterRegion::Gradients).unwrap();
     let tensors = model.parameters().tensors().iter().map(|tensor| {
         let values = got[tensor.range.clone()].iter().map(|&g| f64::from(g)).collect();
         (tensor.name.clone(), values)

@@ -86,7 +86,7 @@ struct Source<'a> {
     first_token: usize,
     kv: &'a [f32],
     kv_row: KvRow,
-    /// What its products are computed in.
+    /// What the products are computed in.
     precision: Precision,
 }
 

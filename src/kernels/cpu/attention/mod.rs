@@ -23,7 +23,8 @@ use super::arena::Buffer;
 use super::simd::vectorized;
 use super::{Cpu, head_norms, rotary};
 use crate::kernels::{
-    AttentionInputs, AttentionKernels, AttentionShape, HeadNorms, RotaryTables, TokenLayout,
+    AttentionInputs, AttentionKernels, AttentionShape, Cache, CachedScratch, Direction, HeadNorms,
+    RotaryTables, TokenLayout,
 };
 use crate::plan::layout::{ATTENTION_KEY_BLOCK, ATTENTION_TILE_ROWS};
 use backward::{Inputs, backward};
@@ -60,13 +61,13 @@ impl AttentionKernels for Cpu {
         tables: RotaryTables<Buffer<f32>>,
         qkv: &mut Buffer<f32>,
         rows: usize,
-        backward: bool,
+        direction: Direction,
     ) {
         let half = rows * shape.rotary_dim / 2;
         let qkv = &mut qkv[..rows * shape.qkv_width()];
         let (cos, sin) = (&tables.cos[..half], &tables.sin[..half]);
         let query_scale = tables.query_scale.map(|scale| &scale[..rows]);
-        rotary::rotate(shape, (cos, sin), query_scale, qkv, backward);
+        rotary::rotate(shape, (cos, sin), query_scale, qkv, direction);
     }
 
     fn attention_forward(
@@ -85,16 +86,15 @@ impl AttentionKernels for Cpu {
         &self,
         shape: &AttentionShape,
         qkv: &Buffer<f32>,
-        (cache, past): (&mut Buffer<f32>, usize),
+        cache: Cache<Buffer<f32>>,
         rows: usize,
         o: &mut Buffer<f32>,
-        _lse: &mut Buffer<f32>,
-        work: &mut Buffer<f32>,
+        scratch: CachedScratch<Buffer<f32>>,
     ) {
         let qkv = &qkv[..rows * shape.qkv_width()];
         // As the products of one row are.
         let precision = if rows == 1 { Precision::F32 } else { self.precision };
-        cached((shape, precision), qkv, (cache, past), o, work);
+        cached((shape, precision), qkv, (cache.keys_values, cache.past), o, scratch.tiles);
     }
 
     fn attention_backward(

@@ -37,7 +37,7 @@ struct Cut {
 }
 
 impl Cut {
-    /// For adapters of these ranks on gate, up and down; `None` where there is no kernel for them.
+    /// The cut for adapters of these ranks on gate, up and down; `None` where there is no kernel for them.
     fn new(ranks: [usize; 3], rows: usize, width: usize) -> Option<Self> {
         let fits = |&rank: &usize| rank > 0 && rank.is_multiple_of(PIECE);
         let most = *ranks.iter().max()?;

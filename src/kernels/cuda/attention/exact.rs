@@ -6,10 +6,12 @@
 
 use super::{WorkLayout, soft_cap, window};
 use crate::kernels::cuda::Cuda;
-use crate::kernels::cuda::driver::{Address, Argument, Driver, Gemm, Operand, Product};
+use crate::kernels::cuda::driver::{Address, Argument, Driver, Gemm, Operand, Output};
+use crate::kernels::cuda::frozen::output_in_f32;
 use crate::kernels::cuda::launch::{launch, row_threads, rows as row_grid};
 use crate::kernels::cuda::memory::{Buffer, Rows};
 use crate::kernels::{AttentionShape, TokenLayout};
+use crate::plan::RegionType;
 
 /// Query rows of a block of scores.
 pub(super) const BLOCK_ROWS: usize = 256;
@@ -125,15 +127,14 @@ impl<'a, D: Driver> Exact<'a, D> {
         Operand { address, stride, transposed: false, batch_stride: block.rows * stride }
     }
 
-    fn wide_scores(&self, address: Address, block: Block) -> Product {
+    fn wide_scores(&self, address: Address, block: Block) -> Output {
         let Operand { stride, batch_stride, .. } = self.scores(address, block);
-        Product { address, stride, wide: true, batch_stride }
+        Output { address, stride, dtype: RegionType::F32, batch_stride }
     }
 
-    fn gemm(&self, shape: [usize; 3], a: Operand, b: Operand, c: Product) {
-        let batches = self.group();
-        let gemm = Gemm { shape, alpha: 1.0, a, b, beta: 0.0, c, batches };
-        self.cuda.note(self.cuda.driver().gemm(&gemm));
+    /// A product for each head of the group.
+    fn gemm(&self, shape: [usize; 3], a: Operand, b: Operand, c: Output) {
+        self.cuda.gemm(Gemm { batches: self.group(), ..Gemm::new(shape, a, b, c) });
     }
 
     /// `products = q·kᵀ` of all heads of the group.
@@ -175,13 +176,13 @@ impl<'a, D: Driver> Exact<'a, D> {
     pub fn output(&self, block: Block, o: Rows) {
         let (d, stride) = (self.shape.head_dim, o.stride);
         let Operand { address, batch_stride, .. } = self.queries(o.address, stride, block);
-        let c = Product { address, stride, wide: false, batch_stride };
+        let c = Output { address, stride, dtype: RegionType::Bf16, batch_stride };
         let p = self.scores(self.probabilities, block);
         self.gemm([block.rows, d, block.keys], p, self.v(block), c);
     }
 
     /// Gradients of one block: dq written, dk and dv of the document added to.
-    fn block_backward(&self, block: Block, begin: usize, lse: Address, d_o: Operand, dq: Product) {
+    fn block_backward(&self, block: Block, begin: usize, lse: Address, d_o: Operand, dq: Output) {
         let (d, q) = (self.shape.head_dim, self.queries(self.qkv, self.shape.qkv_width(), block));
         self.multiply_queries(block);
         let v = Operand { transposed: true, ..self.v(block) };
@@ -196,12 +197,13 @@ impl<'a, D: Driver> Exact<'a, D> {
                 let address = operand.address + 2 * (head * operand.batch_stride) as u64;
                 Operand { address, ..operand }
             };
-            let to = |address| Product { address, stride: d, wide: true, batch_stride: 0 };
+            let to = |address| output_in_f32(Rows { address, stride: d });
             let shape = [block.keys, d, block.rows];
+            let add = |a, b, c| self.cuda.gemm(Gemm { beta: 1.0, ..Gemm::new(shape, a, b, c) });
             let p = Operand { transposed: true, ..of(self.scores(self.probabilities, block)) };
-            self.cuda.gemm(shape, (1.0, 1.0), (p, of(d_o)), to(self.dv + 4 * row));
+            add(p, of(d_o), to(self.dv + 4 * row));
             let ds = Operand { transposed: true, ..of(ds) };
-            self.cuda.gemm(shape, (1.0, 1.0), (ds, of(q)), to(self.dk + 4 * row));
+            add(ds, of(q), to(self.dk + 4 * row));
         }
     }
 }
@@ -222,7 +224,7 @@ pub(super) fn backward_keys<D: Driver>(
     for block in blocks(begin, end, shape.window, kv_head) {
         let d_o = exact.queries(d_o, shape.q_width(), block);
         let Operand { address, batch_stride, .. } = exact.queries(to.address, stride, block);
-        let dq = Product { address, stride, wide: false, batch_stride };
+        let dq = Output { address, stride, dtype: RegionType::Bf16, batch_stride };
         exact.block_backward(block, begin, lse, d_o, dq);
     }
     let keys = shape.q_width() + kv_head * d;

@@ -23,7 +23,7 @@ pub enum AttnImplementation {
 }
 
 impl AttnImplementation {
-    /// Whether it has kernels for heads of this width.
+    /// Checks that there are kernels for heads of this width.
     ///
     /// # Errors
     /// `Usage` for the flash kernels and a width that they lack, and for one that none has.

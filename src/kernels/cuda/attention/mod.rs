@@ -14,7 +14,8 @@ use super::host::DeviceVector;
 use super::launch::{launch, row_threads, rows as row_grid};
 use super::memory::{Buffer, Rows};
 use crate::kernels::{
-    AttentionInputs, AttentionKernels, AttentionShape, HeadNorms, RotaryTables, TokenLayout,
+    AttentionInputs, AttentionKernels, AttentionShape, Cache, CachedScratch, Direction, HeadNorms,
+    RotaryTables, TokenLayout,
 };
 use exact::{Exact, backward_keys, blocks};
 pub(super) use flash::shared_bytes;
@@ -23,7 +24,7 @@ pub use implementation::AttnImplementation;
 pub(super) use tiles::{LAUNCH_FLOPS, LAUNCH_FLOPS_OF_A_MULTIPROCESSOR, heaviest_first};
 pub use work::WorkLayout;
 
-/// From so many new tokens on a tile of the flash kernels is worth it.
+/// New tokens from which on a tile of the flash kernels is worth it.
 const FLASH_ROWS: usize = 8;
 
 impl<D: Driver> AttentionKernels for Cuda<D> {
@@ -56,7 +57,7 @@ impl<D: Driver> AttentionKernels for Cuda<D> {
         tables: RotaryTables<Buffer<D>>,
         qkv: &mut Buffer<D>,
         rows: usize,
-        backward: bool,
+        direction: Direction,
     ) {
         let (half, qkv) = (rows * shape.rotary_dim / 2, qkv.rows(rows, shape.qkv_width()));
         let query_scale =
@@ -64,7 +65,7 @@ impl<D: Driver> AttentionKernels for Cuda<D> {
         launch!(self, "rotary", row_grid(rows), row_threads(shape.qkv_width() / 2);
             qkv.argument(), qkv.stride, tables.cos.argument(half), tables.sin.argument(half),
             query_scale, shape.num_heads, shape.num_heads + shape.num_kv_heads, shape.head_dim,
-            shape.rotary_dim, backward);
+            shape.rotary_dim, direction == Direction::Backward);
     }
 
     fn attention_forward(
@@ -100,19 +101,18 @@ impl<D: Driver> AttentionKernels for Cuda<D> {
         &self,
         shape: &AttentionShape,
         qkv: &Buffer<D>,
-        (cache, past): (&mut Buffer<D>, usize),
+        Cache { keys_values, past }: Cache<Buffer<D>>,
         rows: usize,
         o: &mut Buffer<D>,
-        lse: &mut Buffer<D>,
-        _work: &mut Buffer<D>,
+        CachedScratch { lse, .. }: CachedScratch<Buffer<D>>,
     ) {
         const THREADS: u32 = 256;
         let kv = 2 * shape.kv_width();
         let (q, o) = (qkv.rows(rows, shape.qkv_width()), o.rows(rows, shape.q_width()));
-        let (new, end) = (q.column(shape.q_width()), cache.at(past * kv..(past + rows) * kv));
+        let (new, end) = (q.column(shape.q_width()), keys_values.at(past * kv..(past + rows) * kv));
         launch!(self, "scale_rows_bf16", row_grid(rows), row_threads(kv);
             new.argument(), new.stride, Argument::Pointer(end), kv, kv, 1f32, false);
-        let k = Rows { address: cache.at(0..(past + rows) * kv), stride: kv };
+        let k = Rows { address: keys_values.at(0..(past + rows) * kv), stride: kv };
         let v = k.column(shape.kv_width());
         let flash = self.attention.flash(shape.head_dim).filter(|_| rows >= FLASH_ROWS);
         if let Some(flash) = flash {

@@ -28,9 +28,10 @@ pub fn heaviest_first(boundaries: &[usize]) -> Vec<[u32; 2]> {
 /// multiprocessor: a third of a second where each reaches 0.45 TFLOP/s, half of what the slowest cards can. The
 /// driver of a card that shows a desktop stops what holds it up for seconds.
 pub const LAUNCH_FLOPS_OF_A_MULTIPROCESSOR: u64 = 150_000_000_000;
-/// The same where nobody has said what card it is: that of a large one.
+/// [`LAUNCH_FLOPS_OF_A_MULTIPROCESSOR`] of all, where nobody has said what card it is: of a large one.
 pub const LAUNCH_FLOPS: u64 = 132 * LAUNCH_FLOPS_OF_A_MULTIPROCESSOR;
-/// Of a query, a key and a column, in the pass that owns keys: four products, more than in the others.
+/// Operations for a query, a key and a column, in the pass that owns keys: four products, more than in the
+/// others.
 const PAIR_FLOPS: u64 = 8;
 
 /// Tiles of queries, or of keys, with all their heads in a launch of `flops` at most; one at least.

@@ -21,7 +21,7 @@ pub struct WorkLayout {
 }
 
 impl WorkLayout {
-    /// For the largest document of a plan.
+    /// The layout for the largest document of a plan.
     pub fn new(spec: &ModelSpec, settings: &Settings, attention: AttnImplementation) -> Self {
         let heads = [spec.num_heads, spec.num_kv_heads, spec.head_dim];
         let (tokens, longest) = (settings.tokens, settings.longest_document);
@@ -32,7 +32,7 @@ impl WorkLayout {
         }
     }
 
-    /// That of the exact path, for H and K heads of so many columns.
+    /// The layout of the exact path, for H and K heads of so many columns.
     pub(super) fn exact(
         [num_heads, num_kv_heads, head_dim]: [usize; 3],
         tokens: usize,

@@ -3,10 +3,11 @@
 use super::{Frozen, Model, Randomness};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
-use crate::model::parameters::Part;
+use crate::model::parameters::LASTING;
+use crate::model::shortage::until_it_fits;
 use crate::model::spec::ModelSpec;
 use crate::model::weights::Weights;
-use crate::plan::{Settings, leaner};
+use crate::plan::{AdapterRegion, Settings, leaner};
 
 impl<K: Kernels> Model<K> {
     /// The same model, adapter and moments with the buffers of the next smaller plan. The old ones
@@ -15,19 +16,19 @@ impl<K: Kernels> Model<K> {
     /// # Errors
     /// `Budget` when there is no memory for the smallest plan either, or those of the backend.
     pub fn with_smaller_plan(self) -> Result<Self> {
-        let read = |part| self.parameters.values(part).map(|values| values.into_owned());
-        let lasting = Part::LASTING.map(read).into_iter().collect::<Result<Vec<_>>>()?;
+        let read = |region| self.parameters.all_values(region).map(|values| values.into_owned());
+        let lasting = LASTING.map(read).into_iter().collect::<Result<Vec<_>>>()?;
         let settings = leaner(&self.settings).unwrap_or_else(|| self.settings.clone());
-        let mut model = self.without_buffers().with_room(settings)?;
-        for (part, values) in Part::LASTING.into_iter().zip(&lasting) {
-            model.parameters.set_values(part, values);
+        let mut model = self.without_buffers().with_buffers_that_fit(settings)?;
+        for (region, values) in LASTING.into_iter().zip(&lasting) {
+            model.parameters.replace(region, values);
         }
         // What did not arrive is known when something is read: now, or an adapter of zeros would go on.
-        model.parameters.words_of(Part::Master, 0..1)?;
+        model.parameters.values(AdapterRegion::Master, 0..1)?;
         Ok(model)
     }
 
-    /// All buffers are given back when this returns.
+    /// The model without its buffers, which are given back when this returns.
     fn without_buffers(self) -> Frozen<K> {
         let Model { kernels, spec, weights, random, .. } = self;
         Frozen { kernels, spec, weights, random }
@@ -38,11 +39,11 @@ impl<K: Kernels> Model<K> {
         leaner(&self.settings).is_some()
     }
 
-    /// [`on`](Model::on), with a smaller plan if the memory of this one cannot be had.
+    /// [`with_kernels`](Model::with_kernels), with a smaller plan if the memory of this one cannot be had.
     ///
     /// # Errors
     /// `Budget` when there is no memory for the smallest plan either.
-    pub fn within_reach(
+    pub fn shrunk_to_fit(
         kernels: K,
         spec: ModelSpec,
         weights: Weights<K>,
@@ -50,21 +51,18 @@ impl<K: Kernels> Model<K> {
     ) -> Result<Self> {
         let settings = Settings { head_on_host: kernels.head_is_on_host(), ..settings };
         let random = Randomness::default();
-        Frozen { kernels, spec, weights, random }.with_room(settings)
+        Frozen { kernels, spec, weights, random }.with_buffers_that_fit(settings)
     }
 }
 
 impl<K: Kernels> Frozen<K> {
-    /// With buffers for `settings`, or for a smaller plan where these cannot be had.
-    fn with_room(self, mut settings: Settings) -> Result<Model<K>> {
-        loop {
-            match self.reserve(&settings) {
-                Ok(reserved) => return Ok(self.with_buffers(settings, reserved)),
-                Err(Error::Budget(message)) => {
-                    settings = leaner(&settings).ok_or(Error::Budget(message))?;
-                }
-                Err(error) => return Err(error),
-            }
-        }
+    /// The model with buffers for `settings`, or for a smaller plan where these cannot be had.
+    fn with_buffers_that_fit(self, mut settings: Settings) -> Result<Model<K>> {
+        let shrink = |settings: &mut Settings, message| {
+            *settings = leaner(settings).ok_or(Error::Budget(message))?;
+            Ok(())
+        };
+        let reserved = until_it_fits(&mut settings, |settings| self.reserve(settings), shrink)?;
+        Ok(self.with_buffers(settings, reserved))
     }
 }

@@ -2,19 +2,22 @@
 
 use super::Trainer;
 use crate::error::{Message, Result};
+use crate::model::shortage::until_it_fits;
 use crate::train::events::{Event, OutOfMemoryEvent};
-use crate::train::room;
 use crate::train::trainee::{Shrunk, Trainee};
 
 impl<M: Trainee> Trainer<'_, M> {
-    /// Does `work`, where memory runs short with a smaller plan: see [`room::with_room`].
-    pub(super) fn with_room<T>(&mut self, work: impl FnMut(&mut Self) -> Result<T>) -> Result<T> {
-        room::with_room(self, work, Self::make_room)
+    /// Does `work`, where memory runs short with a smaller plan.
+    pub(super) fn until_it_fits<T>(
+        &mut self,
+        work: impl FnMut(&mut Self) -> Result<T>,
+    ) -> Result<T> {
+        until_it_fits(self, work, Self::shrink)
     }
 
-    fn make_room(&mut self, message: Message) -> Result<()> {
+    fn shrink(&mut self, message: Message) -> Result<()> {
         let reason = message.what.clone();
-        let shrunk = room::shrink(self.model, message)?;
+        let shrunk = self.model.shrink_or(message)?;
         self.tell_of_shortage(reason, shrunk)
     }
 
