@@ -39,24 +39,30 @@ impl MergedTensor {
     /// The tensor with these values, rounded to its type.
     fn rounded(&self, values: &[f32]) -> Result<DenseTensor> {
         const CHUNK: usize = 1 << 14;
-        let (name, shape, dtype) = (&self.spec.name, &self.spec.shape, self.dtype);
-        if let Some(index) =
-            values.par_iter().position_first(|x| x.is_nan() || x.abs() > dtype.largest())
-        {
-            return Err(match values[index] {
-                value if !value.is_finite() => not_finite(name, shape, index, value),
-                value => Error::input(format_args!(
-                    "tensor {name}: {value} does not fit {}",
-                    dtype.as_str()
-                ))
-                .hint("use `--dtype bfloat16` or `--dtype float32`"),
-            });
+        let (shape, dtype) = (&self.spec.shape, self.dtype);
+        let is_unfit = |value: &f32| value.is_nan() || value.abs() > dtype.largest();
+        let chunks = values.par_chunks(CHUNK).enumerate();
+        let unfit = chunks.find_map_first(|(number, chunk)| {
+            Some(number * CHUNK + chunk.iter().position(is_unfit)?)
+        });
+        if let Some(index) = unfit {
+            return Err(self.unfit(index, values[index]));
         }
         let size = dtype.size();
         let mut bytes = vec![0; values.len() * size];
         let chunks = bytes.par_chunks_mut(CHUNK * size).zip(values.par_chunks(CHUNK));
         chunks.for_each(|(bytes, values)| dtype.round_into(values, bytes));
         Ok(DenseTensor { dtype, shape: shape.clone(), data: bytes.into() })
+    }
+
+    /// An error for an element that is not finite, or too large for the type.
+    fn unfit(&self, index: usize, value: f32) -> Error {
+        let (name, dtype) = (&self.spec.name, self.dtype.as_str());
+        if !value.is_finite() {
+            return not_finite(name, &self.spec.shape, index, value);
+        }
+        Error::input(format_args!("tensor {name}: {value} does not fit {dtype}"))
+            .hint("use `--dtype bfloat16` or `--dtype float32`")
     }
 }
 
