@@ -34,7 +34,8 @@ pub struct Region {
     pub dtype: RegionType,
     /// Number of elements, of each piece.
     pub elements: usize,
-    /// Pieces that follow each other, each a buffer: the tiles of an MLP that is kept.
+    /// Pieces that follow each other, each a buffer: the tiles of an MLP that is kept, the blocks whose
+    /// weights stay dequantized.
     pub count: usize,
     /// How its rows lie where they do not follow each other; only on a GPU.
     pub pitch: Option<Pitch>,
