@@ -47,6 +47,28 @@ pub enum LinearRole {
     Down,
 }
 
+impl LinearRole {
+    /// All roles, in the order in which they are declared.
+    pub const ALL: [LinearRole; 8] = {
+        use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
+        [Qkv, Q, K, V, O, Gate, Up, Down]
+    };
+
+    /// Its name in tables and in names of regions.
+    pub fn name(self) -> &'static str {
+        match self {
+            LinearRole::Qkv => "qkv",
+            LinearRole::Q => "q",
+            LinearRole::K => "k",
+            LinearRole::V => "v",
+            LinearRole::O => "o",
+            LinearRole::Gate => "gate",
+            LinearRole::Up => "up",
+            LinearRole::Down => "down",
+        }
+    }
+}
+
 /// One linear of one block: `y [T, out] = x [T, in] · Wᵀ (+ bias)`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearSpec {

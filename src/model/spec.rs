@@ -267,6 +267,20 @@ pub enum TensorRole {
     Head,
 }
 
+impl TensorRole {
+    /// Its name in tables; of a linear's weight that of the linear.
+    pub fn name(self) -> &'static str {
+        match self {
+            TensorRole::Embedding => "embedding",
+            TensorRole::Positions => "positions",
+            TensorRole::Linear(role) => role.name(),
+            TensorRole::Bias => "bias",
+            TensorRole::Norm => "norm",
+            TensorRole::Head => "head",
+        }
+    }
+}
+
 /// One tensor of a checkpoint, by its Hugging Face name.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct TensorSpec {

@@ -3,8 +3,8 @@
 use crate::adapter::LoraTarget;
 use crate::model::spec::LinearRole;
 
-/// Roles of linears.
-const ROLES: usize = LinearRole::Down as usize + 1;
+/// Number of roles that linears have.
+const ROLES: usize = LinearRole::ALL.len();
 
 /// The ranks of each layer's adapters, by role.
 #[derive(Debug, Clone)]

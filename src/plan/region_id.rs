@@ -283,7 +283,7 @@ impl fmt::Display for RegionId {
             RegionId::Cache(layer) => write!(f, "cache.{layer}"),
             RegionId::Cuda(region) => write!(f, "cuda.{}", region.name()),
             RegionId::DequantizedBlocks(role) => {
-                write!(f, "cuda.dequantized.blocks.{}", format!("{role:?}").to_lowercase())
+                write!(f, "cuda.dequantized.blocks.{}", role.name())
             }
         }
     }
