@@ -39,7 +39,7 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
                     let ranks = |half: Half| ranks.of(layer, half.roles());
                     push_kept(&mut plan, spec, settings, layer, ranks);
                 }
-                Policy::Attention | Policy::OffloadInput => {
+                Policy::Attention | Policy::AttentionOffloadInput => {
                     push_attention_output(&mut plan, spec, Owner::Layer(layer), tokens);
                 }
                 Policy::Checkpoint | Policy::Offload | Policy::OffloadAttention => {}

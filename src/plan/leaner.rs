@@ -51,7 +51,7 @@ fn keeping_fewer(settings: &Settings) -> Option<Settings> {
 fn recomputing_attention(settings: &Settings) -> Option<Settings> {
     let again = |policy: &Policy| match policy {
         Policy::Attention => Policy::Checkpoint,
-        Policy::OffloadInput => Policy::Offload,
+        Policy::AttentionOffloadInput => Policy::Offload,
         policy => *policy,
     };
     let policies = settings.policies.iter().map(again).collect();
@@ -135,7 +135,7 @@ mod tests {
         let again = leaner(&fewer).unwrap();
         assert_eq!(again.policies, [Checkpoint; 2]);
         assert_eq!(shrinkage_in_words(&fewer, &again), "attention recomputed");
-        let kept = settings(64, 64, vec![Policy::OffloadInput; 2]);
+        let kept = settings(64, 64, vec![Policy::AttentionOffloadInput; 2]);
         assert_eq!(leaner(&kept).unwrap().policies, [Policy::Offload; 2]);
         // What waits takes no memory but its slots, which go last.
         let waits = settings(64, 64, vec![Policy::OffloadAttention, Policy::Keep]);

@@ -41,7 +41,8 @@ pub enum Policy {
     /// that offloaded layers share there.
     Offload,
     /// As attention, and the input waits as with offload.
-    OffloadInput,
+    #[serde(rename = "offload-input")]
+    AttentionOffloadInput,
     /// As attention, and both wait as with offload.
     OffloadAttention,
 }
@@ -49,12 +50,12 @@ pub enum Policy {
 impl Policy {
     /// Whether the input waits outside of the working memory.
     pub fn offloads(self) -> bool {
-        matches!(self, Policy::Offload | Policy::OffloadInput | Policy::OffloadAttention)
+        matches!(self, Policy::Offload | Policy::AttentionOffloadInput | Policy::OffloadAttention)
     }
 
     /// Whether the output of attention is kept or waits, and nothing else that the block makes.
     pub fn spares_attention(self) -> bool {
-        matches!(self, Policy::Attention | Policy::OffloadInput | Policy::OffloadAttention)
+        matches!(self, Policy::Attention | Policy::AttentionOffloadInput | Policy::OffloadAttention)
     }
 }
 
@@ -258,7 +259,7 @@ impl Settings {
 
     /// Layers that keep the output of attention in memory, and nothing else that they make.
     pub fn keeping_attention_in_memory(&self) -> usize {
-        self.count(Policy::Attention) + self.count(Policy::OffloadInput)
+        self.count(Policy::Attention) + self.count(Policy::AttentionOffloadInput)
     }
 
     /// Layers that make no attention again, but all the rest.

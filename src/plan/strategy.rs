@@ -52,7 +52,7 @@ impl Strategy {
             Policy::OffloadAttention if behind > layers - self.remaking_attention => {
                 Policy::Offload
             }
-            Policy::Offload if behind <= self.kept + self.attended => Policy::OffloadInput,
+            Policy::Offload if behind <= self.kept + self.attended => Policy::AttentionOffloadInput,
             others => others,
         };
         (1..=layers).rev().map(policy).collect()

@@ -20,7 +20,7 @@ use crate::{Gpu, settings};
 /// they may be made.
 #[test]
 fn what_is_offloaded_gives_the_bits_of_what_is_recomputed() {
-    use Policy::{Attention, Checkpoint, Keep, Offload, OffloadAttention, OffloadInput};
+    use Policy::{Attention, AttentionOffloadInput, Checkpoint, Keep, Offload, OffloadAttention};
     let case = Case::open("llama_s0");
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     let run_of = |copies: Copies, policies: &[Policy], lora_dropout: bool| {
@@ -49,11 +49,18 @@ fn what_is_offloaded_gives_the_bits_of_what_is_recomputed() {
         [Offload, Checkpoint, Offload, Offload, Keep, Offload],
         [Checkpoint, Offload, Keep, Keep, Keep, Keep],
         [Offload, Attention, Offload, Attention, Checkpoint, Keep],
-        [OffloadInput; 6],
-        [Offload, Offload, OffloadInput, OffloadInput, Keep, OffloadInput],
+        [AttentionOffloadInput; 6],
+        [
+            Offload,
+            Offload,
+            AttentionOffloadInput,
+            AttentionOffloadInput,
+            Keep,
+            AttentionOffloadInput,
+        ],
         [OffloadAttention; 6],
         [OffloadAttention, Offload, OffloadAttention, Keep, OffloadAttention, OffloadAttention],
-        [OffloadInput, OffloadAttention, Attention, OffloadAttention, Checkpoint, Offload],
+        [AttentionOffloadInput, OffloadAttention, Attention, OffloadAttention, Checkpoint, Offload],
         [Checkpoint, Keep, OffloadAttention, Keep, Keep, Keep],
         [Keep, Keep, Checkpoint, Offload, Offload, Keep],
     ] {

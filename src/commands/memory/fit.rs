@@ -162,7 +162,7 @@ fn name(strategy: &Strategy, demand: &Demand) -> String {
     }
     if (1..demand.spec.num_layers).contains(&kept) {
         let others = match others {
-            Policy::Offload | Policy::OffloadInput => "rest offloaded",
+            Policy::Offload | Policy::AttentionOffloadInput => "rest offloaded",
             Policy::OffloadAttention if remaking_attention > 0 => "some both offloaded",
             Policy::OffloadAttention => "rest both offloaded",
             Policy::Attention => "rest attention",
@@ -174,7 +174,7 @@ fn name(strategy: &Strategy, demand: &Demand) -> String {
         Policy::Keep => "activations kept",
         Policy::Attention => "attention kept",
         Policy::Checkpoint => "recomputed",
-        Policy::Offload | Policy::OffloadInput => "inputs offloaded",
+        Policy::Offload | Policy::AttentionOffloadInput => "inputs offloaded",
         Policy::OffloadAttention => "attention offloaded",
     };
     format!("{all}, weights {weights}")

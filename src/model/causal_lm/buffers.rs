@@ -145,7 +145,7 @@ fn attended<K: Kernels>(
     attended.extend(settings.shares_attention().then(|| take(Owner::Recompute)));
     let mut place = |layer: usize| match settings.policies.get(layer) {
         Some(Policy::OffloadAttention) => offload.slot_of_attention(layer).expect("it waits"),
-        Some(Policy::Keep | Policy::Attention | Policy::OffloadInput) => {
+        Some(Policy::Keep | Policy::Attention | Policy::AttentionOffloadInput) => {
             attended.push(take(Owner::Layer(layer)));
             attended.len() - 1
         }

@@ -193,7 +193,7 @@ fn values_of_the_command_line_have_their_names() {
     for value in Activations::value_variants() {
         assert_eq!(value.to_possible_value().unwrap().get_name(), value.flag());
     }
-    assert_eq!(Activations::of_all(Policy::OffloadInput), Activations::Auto);
+    assert_eq!(Activations::of_all(Policy::AttentionOffloadInput), Activations::Auto);
 }
 
 #[test]
