@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     fn settings(tokens: usize, longest_document: usize, policies: Vec<Policy>) -> Settings {
-        Settings { longest_document, policies, threads: 1, ..Settings::evaluating(tokens, 512) }
+        Settings { longest_document, policies, threads: 1, ..Settings::of_pass(tokens, 512) }
     }
 
     #[test]

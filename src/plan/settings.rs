@@ -181,8 +181,9 @@ pub struct HeadSizes {
 }
 
 impl Settings {
-    /// Of a model without adapters that evaluates passes of `tokens`, on all threads.
-    pub fn evaluating(tokens: usize, logit_rows: usize) -> Self {
+    /// Settings of passes over at most `tokens`, one document, on all threads: with no adapter, no backward
+    /// pass and no generated text until `targets`, `policies` and `cache_tokens` are set.
+    pub fn of_pass(tokens: usize, logit_rows: usize) -> Self {
         Settings {
             tokens,
             longest_document: tokens,
@@ -369,8 +370,7 @@ mod tests {
     #[test]
     fn long_passes_are_tiled_by_themselves() {
         let of = |tokens, mlp_tile_length| {
-            let settings =
-                Settings { threads: 1, mlp_tile_length, ..Settings::evaluating(tokens, 1) };
+            let settings = Settings { threads: 1, mlp_tile_length, ..Settings::of_pass(tokens, 1) };
             (settings.mlp_tile(), settings.tiled())
         };
         assert_eq!(of(4096, None), (4096, false));

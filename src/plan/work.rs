@@ -93,7 +93,7 @@ mod tests {
         let (attention, head) = (80.0 * 8192.0 * 8192.0, 128_256.0 * 8192.0);
         let of_step = |policy| {
             let policies = vec![policy; 80];
-            let settings = Settings { policies, threads: 1, ..Settings::evaluating(8192, 1) };
+            let settings = Settings { policies, threads: 1, ..Settings::of_pass(8192, 1) };
             Work::of_token(&spec, 8192).of_step(&settings)
         };
         let work = of_step(Policy::Checkpoint);

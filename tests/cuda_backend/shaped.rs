@@ -137,7 +137,7 @@ pub fn settings(spec: &ModelSpec, adapter: &Adapter, batch: &Batch, policy: Poli
         longest_document: lengths.max().unwrap_or(0) as usize,
         policies: vec![policy; spec.num_layers],
         targets: adapter.targets.clone(),
-        ..Settings::evaluating(batch.tokens(), logit_rows(spec, batch.tokens(), None, Place::Gpu))
+        ..Settings::of_pass(batch.tokens(), logit_rows(spec, batch.tokens(), None, Place::Gpu))
     }
 }
 

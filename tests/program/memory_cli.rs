@@ -51,7 +51,7 @@ fn every_option_allocates_what_it_plans() {
             policies: policies.iter().copied().cycle().take(spec.num_layers).collect(),
             targets: lora.resolve(&spec).unwrap(),
             threads: 2,
-            ..Settings::evaluating(64, 64)
+            ..Settings::of_pass(64, 64)
         };
         let of = |change: &dyn Fn(&mut Settings)| {
             let mut settings = plain.clone();

@@ -359,6 +359,6 @@ fn settings(
         mlp_tile_length: args.mlp_tile_length.map(NonZeroUsize::get),
         // Where temporary files go is often memory, which no account of the process shows.
         scratch_folder: Some(PathBuf::from(".")),
-        ..Settings::evaluating(tokens, logit_rows(spec, tokens, args.logits_chunk_length, place))
+        ..Settings::of_pass(tokens, logit_rows(spec, tokens, args.logits_chunk_length, place))
     })
 }

@@ -137,7 +137,7 @@ mod tests {
         let settings = Settings {
             targets: LoraConfig::default().resolve(&spec).unwrap(),
             threads: 2,
-            ..Settings::evaluating(4096, logit_rows)
+            ..Settings::of_pass(4096, logit_rows)
         };
         let bf16 = nibble_quant::FloatType::Bf16;
         let demand = Demand {

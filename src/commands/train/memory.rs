@@ -141,6 +141,6 @@ fn sizes(
         cache_tokens: base.preview.context_tokens(&args.evaluation.sample_prompt)?,
         mlp_tile_length: args.resources.mlp_tile_length.map(NonZeroUsize::get),
         scratch_folder: Some(args.output.out.clone()),
-        ..Settings::evaluating(data.largest_batch_tokens, logit_rows)
+        ..Settings::of_pass(data.largest_batch_tokens, logit_rows)
     })
 }

@@ -41,7 +41,7 @@ fn settings(spec: &ModelSpec, tokens: usize) -> Settings {
         longest_document: tokens / 2,
         targets: LoraConfig::default().resolve(spec).unwrap(),
         threads: 2,
-        ..Settings::evaluating(tokens, 64)
+        ..Settings::of_pass(tokens, 64)
     }
 }
 

@@ -16,7 +16,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         longest_document: 512,
         targets: LoraConfig { r: 64, ..LoraConfig::default() }.resolve(&spec).unwrap(),
         threads: 2,
-        ..Settings::evaluating(1024, logit_rows(&spec, 1024, None, Place::Cpu))
+        ..Settings::of_pass(1024, logit_rows(&spec, 1024, None, Place::Cpu))
     };
     test(&Demand {
         spec: &spec,
