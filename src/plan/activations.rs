@@ -31,18 +31,6 @@ impl Activations {
         (Activations::Offload, Policy::Offload),
     ];
 
-    /// Its value on the command line.
-    pub(super) fn flag(self) -> &'static str {
-        match self {
-            Activations::Auto => "auto",
-            Activations::Keep => "keep",
-            Activations::Attention => "attention",
-            Activations::Checkpoint => "checkpoint",
-            Activations::Offload => "offload",
-            Activations::OffloadAttention => "offload-attention",
-        }
-    }
-
     /// That of all blocks with one policy; `Auto` where no other value leads to it.
     pub(super) fn of_all(policy: Policy) -> Self {
         let found = Activations::UNIFORM.into_iter().find(|(_, of_all)| *of_all == policy);

@@ -39,11 +39,11 @@ pub enum OnHost {
 
 impl OnHost {
     /// The value of `--embedding` that asks for it.
-    pub fn flag(self) -> &'static str {
+    pub(super) fn asked_by(self) -> EmbeddingPlace {
         match self {
-            OnHost::Nothing => "gpu",
-            OnHost::Input => "host-input",
-            OnHost::All => "host",
+            OnHost::Nothing => EmbeddingPlace::Gpu,
+            OnHost::Input => EmbeddingPlace::HostInput,
+            OnHost::All => EmbeddingPlace::Host,
         }
     }
 

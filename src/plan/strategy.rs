@@ -1,9 +1,11 @@
 //! One way to run: what blocks keep, where weights are, and what is made in smaller pieces.
 
+use clap::ValueEnum;
 use serde::Serialize;
 
 use super::activations::Activations;
-use super::embedding::OnHost;
+use super::budget::WeightsMode;
+use super::embedding::{EmbeddingPlace, OnHost};
 use super::settings::{Pieces, Policy, Settings};
 
 /// A way to run.
@@ -70,14 +72,19 @@ impl Strategy {
     }
 
     /// The values of `--activations`, `--weights` and `--embedding` that lead to it.
-    pub(super) fn flags(self, layers: usize) -> [&'static str; 3] {
+    pub(super) fn flags(self, layers: usize) -> (Activations, WeightsMode, EmbeddingPlace) {
         let activations = match self.kept {
             _ if self.attended + self.remaking_attention > 0 => Activations::Auto,
             kept if kept == layers => Activations::Keep,
             0 => Activations::of_all(self.others),
             _ => Activations::Auto,
         };
-        let weights = if self.stream { "stream" } else { "resident" };
-        [activations.flag(), weights, self.on_host.flag()]
+        (activations, WeightsMode::of(self.stream), self.on_host.asked_by())
     }
+}
+
+/// A value as the command line takes it.
+pub(super) fn typed(value: impl ValueEnum) -> String {
+    let value = value.to_possible_value().expect("no value is skipped");
+    value.get_name().to_string()
 }

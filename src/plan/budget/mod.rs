@@ -32,6 +32,13 @@ pub enum WeightsMode {
     Stream,
 }
 
+impl WeightsMode {
+    /// The mode that leaves no choice.
+    pub(super) fn of(stream: bool) -> Self {
+        if stream { WeightsMode::Stream } else { WeightsMode::Resident }
+    }
+}
+
 /// How much memory there is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {

@@ -8,6 +8,7 @@ use crate::plan::embedding::EmbeddingPlace;
 use crate::plan::fit::{LENGTH_STEP, largest, smallest_pieces};
 use crate::plan::moments::Optim;
 use crate::plan::settings::{Pieces, Policy, Settings};
+use crate::plan::strategy::typed;
 use crate::plan::weights::Place;
 
 /// What a demand fixes and could leave open.
@@ -145,28 +146,15 @@ impl Demand<'_> {
     /// what this one asks for.
     fn changed_flags(&self, settings: &Settings, choice: &Choice, tokens: usize) -> Vec<String> {
         let mut flags = Vec::new();
-        let [activations, weights, embedding] = choice.strategy.flags(self.spec.num_layers);
-        let asked = match self.activations {
-            Activations::Auto => activations,
-            asked => asked.flag(),
-        };
-        if activations != asked {
-            flags.push(format!("`--activations {activations}`"));
+        let (activations, weights, embedding) = choice.strategy.flags(self.spec.num_layers);
+        if ![Activations::Auto, activations].contains(&self.activations) {
+            flags.push(format!("`--activations {}`", typed(activations)));
         }
-        let asked = match self.mode {
-            WeightsMode::Auto => weights,
-            WeightsMode::Resident => "resident",
-            WeightsMode::Stream => "stream",
-        };
-        if weights != asked {
-            flags.push(format!("`--weights {weights}`"));
+        if ![WeightsMode::Auto, weights].contains(&self.mode) {
+            flags.push(format!("`--weights {}`", typed(weights)));
         }
-        let asked = match self.embedding {
-            EmbeddingPlace::Auto => embedding,
-            place => place.on_host().flag(),
-        };
-        if embedding != asked && self.places_embedding() {
-            flags.push(format!("`--embedding {embedding}`"));
+        if ![EmbeddingPlace::Auto, embedding].contains(&self.embedding) && self.places_embedding() {
+            flags.push(format!("`--embedding {}`", typed(embedding)));
         }
         let [new, asked] = [settings, self.settings].map(|settings| settings.shorter(tokens));
         if new.mlp_tile() != asked.mlp_tile() {

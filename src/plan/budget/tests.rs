@@ -7,6 +7,7 @@ use crate::kernels::cuda::{AttnImplementation, cuda_layout};
 use crate::model::families::spec_from_config;
 use crate::plan::cost::Pace;
 use crate::plan::settings::Pieces;
+use crate::plan::strategy::typed;
 use crate::plan::{BlockRegion, Owner, RegionId, StreamedBytes, layout};
 
 const CHECKPOINT: Strategy = Strategy {
@@ -189,9 +190,13 @@ fn attention_over_long_documents_is_kept() {
 }
 
 #[test]
-fn values_of_the_command_line_have_their_names() {
-    for value in Activations::value_variants() {
-        assert_eq!(value.to_possible_value().unwrap().get_name(), value.flag());
+fn values_of_the_command_line_lead_to_what_they_are_named_for() {
+    for (activations, policy) in Activations::UNIFORM {
+        assert_eq!(Activations::of_all(policy), activations);
+    }
+    for on_host in [OnHost::Nothing, OnHost::Input, OnHost::All] {
+        assert_eq!(on_host.asked_by().on_host(), on_host);
+        assert_eq!(serde_json::json!(on_host), typed(on_host.asked_by()));
     }
     assert_eq!(Activations::of_all(Policy::AttentionOffloadInput), Activations::Auto);
 }
@@ -240,7 +245,7 @@ fn attention_is_kept_beside_offloaded_inputs() {
         format!("0 of 6 blocks keep their activations, {kept} the output of attention")
     );
     assert!(facts[1].ends_with(" of inputs offloaded to pinned memory"), "{facts:?}");
-    assert_eq!(chosen.strategy.flags(6)[0], "auto");
+    assert_eq!(chosen.strategy.flags(6).0, Activations::Auto);
     assert_eq!(demand.pinned_for(chosen.strategy), demand.pinned_for(offload));
 }
 

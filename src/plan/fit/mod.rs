@@ -9,12 +9,12 @@ use serde::Serialize;
 
 use crate::byte_size::ByteSize;
 use crate::plan::activations::Activations;
-use crate::plan::budget::{Choice, Demand, Limit};
+use crate::plan::budget::{Choice, Demand, Limit, WeightsMode};
 use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::moments::Optim;
 use crate::plan::settings::{Pieces, Policy, Settings, logit_rows};
-use crate::plan::strategy::Strategy;
+use crate::plan::strategy::{Strategy, typed};
 pub(super) use sizes::{LENGTH_STEP, largest, smallest_pieces};
 use sizes::{MOST_TOKENS, longest_document, smaller_chunk, smaller_tile};
 
@@ -169,10 +169,11 @@ impl Fit {
 
 impl Search<'_> {
     fn describe(&self, demand: &Demand, choice: &Choice) -> PlanSummary {
-        let [activations, weights, place] = choice.strategy.flags(demand.spec.num_layers);
-        let mut flags = format!("--activations {activations} --weights {weights}");
+        let (activations, weights, place) = choice.strategy.flags(demand.spec.num_layers);
+        let mut flags =
+            format!("--activations {} --weights {}", typed(activations), typed(weights));
         if demand.places_embedding() {
-            flags += &format!(" --embedding {place}");
+            flags += &format!(" --embedding {}", typed(place));
         }
         if demand.most_dequantized(choice.strategy) > 0 {
             flags += &format!(" --dequantized-blocks {}", choice.strategy.dequantized_blocks);
@@ -285,7 +286,7 @@ impl Search<'_> {
         let same = demand.settings;
         let mut knobs: Vec<Knob> = self.other_policies(knob);
         if demand.weights.streamed.is_some() {
-            let mode = if plan.stream { "resident" } else { "stream" };
+            let mode = typed(WeightsMode::of(!plan.stream));
             let other = Strategy { stream: !plan.stream, ..plan };
             let dequantized_blocks = plan.dequantized_blocks.min(demand.most_dequantized(other));
             let strategy = Strategy { dequantized_blocks, ..other };
@@ -293,7 +294,7 @@ impl Search<'_> {
         }
         let anywhere = Demand { embedding: EmbeddingPlace::Auto, ..demand.clone() };
         for &on_host in anywhere.embedding_places().iter().filter(|place| **place != plan.on_host) {
-            let flags = format!("--embedding {}", on_host.flag());
+            let flags = format!("--embedding {}", typed(on_host.asked_by()));
             knobs.push(knob(flags, same, Strategy { on_host, ..plan }));
         }
         if plan.dequantized_blocks > 0 {
@@ -349,7 +350,7 @@ impl Search<'_> {
                 let uniform = Strategy::uniform(demand.spec.num_layers, policy, plan.stream);
                 let Strategy { on_host, dequantized_blocks, pieces, .. } = plan;
                 let strategy = Strategy { on_host, dequantized_blocks, pieces, ..uniform };
-                knob(format!("--activations {}", activations.flag()), demand.settings, strategy)
+                knob(format!("--activations {}", typed(activations)), demand.settings, strategy)
             })
             .collect()
     }

@@ -3,7 +3,6 @@ use crate::adapter::LoraConfig;
 use crate::kernels::cuda::{AttnImplementation, cuda_layout};
 use crate::model::families::spec_from_config;
 use crate::plan::EmbeddingPlace;
-use crate::plan::WeightsMode;
 use crate::plan::budget::Limit;
 use crate::plan::{Place, StreamedBytes, WeightBytes, WeightParts};
 
