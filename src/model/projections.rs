@@ -69,6 +69,31 @@ impl LinearRole {
     }
 }
 
+/// The halves of a block, which keep `x·Aᵀ` of their adapters apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Half {
+    /// q, k, v and the output projection.
+    Attention,
+    /// Gate, up and down.
+    Mlp,
+}
+
+impl Half {
+    /// The half to which a linear belongs.
+    pub fn of(role: LinearRole) -> Self {
+        if Half::Mlp.roles().contains(&role) { Half::Mlp } else { Half::Attention }
+    }
+
+    /// The roles of a half's linears.
+    pub fn roles(self) -> &'static [LinearRole] {
+        use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
+        match self {
+            Half::Attention => &[Q, K, V, Qkv, O],
+            Half::Mlp => &[Gate, Up, Down],
+        }
+    }
+}
+
 /// One linear of one block: `y [T, out] = x [T, in] · Wᵀ (+ bias)`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearSpec {

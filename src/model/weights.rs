@@ -9,7 +9,7 @@ use std::fmt::Display;
 use nibble_quant::{BlockFormat, FloatType, owned_bytes};
 
 use super::block::{Block, Linear, LinearAdapter};
-use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
+use super::spec::{Half, LinearRole, LinearSpec, ModelSpec, Norm};
 use super::streaming::WeightStream;
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
@@ -17,7 +17,6 @@ use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, NOT_FINITE, Sto
 use crate::error::{Error, Result, candle_text};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
 use crate::kernels::{AttentionShape, Columns, HeadNorms, Kernels, NormParameters, PostNorms};
-use crate::plan::settings::Half;
 use crate::plan::{Ranks, WeightParts};
 
 /// The frozen parts of a model, where a backend works with them.

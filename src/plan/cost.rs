@@ -21,7 +21,7 @@ use super::settings::{Policy, Settings};
 use super::strategy::Strategy;
 use super::weights::Place;
 use super::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer, Work};
-use crate::model::spec::LinearRole;
+use crate::model::spec::Half;
 
 /// What a thread computes in a second, about.
 const ASSUMED_FLOPS_OF_A_THREAD: f64 = 1e11;
@@ -76,17 +76,16 @@ pub(super) struct Pace<'a> {
 impl<'a> Pace<'a> {
     /// With documents as long as those of `demand`.
     pub fn new(demand: &'a Demand) -> Self {
-        use LinearRole::{Down, Gate, Up};
         let linears = demand.spec.linears(0);
-        let elements = |mlp: bool| -> f64 {
-            let here = linears.iter().filter(|l| matches!(l.role, Gate | Up | Down) == mlp);
-            here.map(|l| (l.in_features * l.out_features) as f64).sum()
+        let elements = |half: Half| -> f64 {
+            let here = linears.iter().filter(|linear| Half::of(linear.role) == half);
+            here.map(|linear| (linear.in_features * linear.out_features) as f64).sum()
         };
         Pace {
             demand,
             rates: Rates::of(demand.place, demand.settings.threads),
             work: Work::of_token(demand.spec, demand.settings.longest_document),
-            elements: [elements(false), elements(true)],
+            elements: [Half::Attention, Half::Mlp].map(elements),
         }
     }
 

@@ -10,9 +10,9 @@ use super::region::{MemoryPlan, Region, RegionType};
 use super::region_id::{
     AdapterRegion, BlockRegion, HeadRegion, Owner, RegionId, RotaryKind, RotaryRegion, WorkRegion,
 };
-use super::settings::{Half, HeadSizes, OFFLOAD_SLOTS, Policy, Settings};
+use super::settings::{HeadSizes, OFFLOAD_SLOTS, Policy, Settings};
 use crate::adapter::LoraTarget;
-use crate::model::spec::{MlpKind, ModelSpec};
+use crate::model::spec::{Half, MlpKind, ModelSpec};
 
 /// Rows of query tokens that one attention tile holds (per head).
 pub const ATTENTION_TILE_ROWS: usize = 32;

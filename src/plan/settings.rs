@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use super::moments::{MomentLayout, Optim};
 use super::weights::Place;
 use crate::adapter::LoraTarget;
-use crate::model::spec::{LinearRole, ModelSpec};
+use crate::model::spec::ModelSpec;
 
 /// The MLP is tiled above this many tokens: enough rows to pay for dequantizing a weight once more.
 const AUTOMATIC_TILE_TOKENS: usize = 4096;
@@ -335,31 +335,6 @@ impl Settings {
     /// Whether the MLP works on a part of the tokens at a time.
     pub fn tiled(&self) -> bool {
         self.mlp_tile() < self.tokens
-    }
-}
-
-/// The halves of a block, which keep `x·Aᵀ` of their adapters apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Half {
-    /// q, k, v and the output projection.
-    Attention,
-    /// Gate, up and down.
-    Mlp,
-}
-
-impl Half {
-    /// Where a linear belongs.
-    pub fn of(role: LinearRole) -> Self {
-        if Half::Mlp.roles().contains(&role) { Half::Mlp } else { Half::Attention }
-    }
-
-    /// Its linears.
-    pub fn roles(self) -> &'static [LinearRole] {
-        use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
-        match self {
-            Half::Attention => &[Q, K, V, Qkv, O],
-            Half::Mlp => &[Gate, Up, Down],
-        }
     }
 }
 
