@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 use super::{Phase, Record};
 use crate::byte_size::ByteSize;
 use crate::plan::{
-    AdapterRegion, Component, CudaRegion, MemoryPlan, Outside, Place, Region, RegionId,
+    AdapterRegion, Component, CudaRegion, MemoryPlan, Outside, Processor, Region, RegionId,
     WeightParts, WorkRegion,
 };
 
@@ -90,10 +90,10 @@ pub struct Measured {
 impl Account {
     /// The prediction.
     pub fn planned(outside: Outside, plan: &MemoryPlan) -> Self {
-        let Outside { place, process_bytes, weights, .. } = outside;
-        let (around, lost) = match place {
-            Place::Cpu => (PROCESS, FREE_HEAP),
-            Place::Gpu => (CONTEXT, ROUNDING),
+        let Outside { processor, process_bytes, weights, .. } = outside;
+        let (around, lost) = match processor {
+            Processor::Cpu => (PROCESS, FREE_HEAP),
+            Processor::Gpu => (CONTEXT, ROUNDING),
         };
         let weights = weights.rows().into_iter().filter(|(_, bytes)| *bytes > 0);
         let before: Vec<_> = [(around, process_bytes)].into_iter().chain(weights).collect();
@@ -109,7 +109,7 @@ impl Account {
             let used = |(part, _): &(Component, usize)| {
                 // A GPU gives all at once, the system a page when it is touched.
                 let by_then = |region: &&Region| {
-                    let there = place == Place::Gpu || first_use(region) <= phase;
+                    let there = processor == Processor::Gpu || first_use(region) <= phase;
                     region.id.component() == *part && there
                 };
                 plan.regions.iter().filter(by_then).map(|region| region.bytes() as u64).sum()
@@ -231,13 +231,13 @@ mod tests {
     }
 
     /// 500 bytes of weights beside 1000 of other things.
-    fn outside(place: Place) -> Outside {
+    fn outside(processor: Processor) -> Outside {
         let weights = WeightParts { codes: 400, vectors: 100, ..WeightParts::default() };
-        Outside { place, process_bytes: 1000, weights, pinned_bytes: 0 }
+        Outside { processor, process_bytes: 1000, weights, pinned_bytes: 0 }
     }
 
     fn measured(weights: u64, region_bytes: [u64; 4], peak_bytes: u64) -> Measured {
-        let weights = WeightParts { codes: weights - 100, ..outside(Place::Cpu).weights };
+        let weights = WeightParts { codes: weights - 100, ..outside(Processor::Cpu).weights };
         let (region_bytes, record) = (region_bytes.to_vec(), Record::default());
         let free_heap_bytes = 20;
         let (before_bytes, host) = (None, None);
@@ -250,7 +250,7 @@ mod tests {
 
     #[test]
     fn parts_are_used_from_the_phase_that_touches_them() {
-        let account = Account::planned(outside(Place::Cpu), &plan());
+        let account = Account::planned(outside(Processor::Cpu), &plan());
         let [codes, vectors] = ["4-bit codes", "norms and biases"];
         let moments = Component::OptimizerMoments.label();
         let arena = ["block inputs", "logits chunk", moments];
@@ -265,13 +265,13 @@ mod tests {
         assert_eq!(phase(&account, Phase::Backward), [1000, 400, 100, 6400, 3328, 0, 0]);
         let all = [1000, 400, 100, 6400, 3328, 512, 0];
         assert_eq!(phase(&account, Phase::Optimizer), all);
-        let account = Account::planned(outside(Place::Gpu), &plan());
+        let account = Account::planned(outside(Processor::Gpu), &plan());
         assert_eq!(phase(&account, Phase::Load), all);
     }
 
     #[test]
     fn what_is_above_the_budget_is_told_with_the_part_at_fault() {
-        let account = Account::planned(outside(Place::Cpu), &plan());
+        let account = Account::planned(outside(Processor::Cpu), &plan());
         assert_eq!(account.excess(1), None, "nothing was measured");
         let peak = 1050 + 900 + 10_240;
         let account = account.measured(&plan(), measured(900, [6400, 3328, 256, 256], peak));
@@ -282,14 +282,14 @@ mod tests {
 
     #[test]
     fn measured_rows_add_up_to_the_peak() {
-        let account = Account::planned(outside(Place::Cpu), &plan());
+        let account = Account::planned(outside(Processor::Cpu), &plan());
         let account = account.measured(&plan(), measured(480, [6400, 3000, 256, 256], 12_000));
         let bytes = |account: &Account| -> Vec<u64> {
             account.rows.iter().filter_map(|row| row.measured_bytes).collect()
         };
         let rest = 12_000 - 480 - 9912;
         assert_eq!(bytes(&account), [rest - 20, 380, 100, 6400, 3000, 512, 20]);
-        let gpu = Account::planned(outside(Place::Gpu), &plan());
+        let gpu = Account::planned(outside(Processor::Gpu), &plan());
         let seen = measured(500, [6400, 3328, 256, 256], 12_000);
         let seen = Measured { before_bytes: Some(1100), ..seen };
         let gpu = gpu.measured(&plan(), seen);

@@ -17,9 +17,9 @@
 
 use super::budget::{Choice, Demand};
 use super::embedding::OnHost;
+use super::processor::Processor;
 use super::settings::{Policy, Settings};
 use super::strategy::Strategy;
-use super::weights::Place;
 use super::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer, Work};
 use crate::model::spec::Half;
 
@@ -38,7 +38,7 @@ const DEQUANTIZED_BESIDE: f64 = 0.25;
 /// What stays of copies that hide behind the computation.
 const EXPOSED_SHARE: f64 = 0.02;
 
-/// Rates of the place where a step runs.
+/// Rates of the processor that a step runs on.
 #[derive(Debug, Clone, Copy)]
 struct Rates {
     flops: f64,
@@ -47,15 +47,15 @@ struct Rates {
 }
 
 impl Rates {
-    fn of(place: Place, threads: usize) -> Self {
+    fn of(processor: Processor, threads: usize) -> Self {
         let threads = threads as f64;
-        match place {
-            Place::Gpu => Rates {
+        match processor {
+            Processor::Gpu => Rates {
                 flops: ASSUMED_FLOPS_PER_SECOND,
                 memory: ASSUMED_BYTES_OF_A_GPU_S_MEMORY,
                 copies: ASSUMED_BYTES_PER_SECOND,
             },
-            Place::Cpu => Rates {
+            Processor::Cpu => Rates {
                 flops: ASSUMED_FLOPS_OF_A_THREAD * threads,
                 memory: ASSUMED_BYTES_OF_A_CACHE * threads,
                 copies: ASSUMED_BYTES_OF_A_DRIVE,
@@ -83,7 +83,7 @@ impl<'a> Pace<'a> {
         };
         Pace {
             demand,
-            rates: Rates::of(demand.place, demand.settings.threads),
+            rates: Rates::of(demand.processor, demand.settings.threads),
             work: Work::of_token(demand.spec, demand.settings.longest_document),
             elements: [Half::Attention, Half::Mlp].map(elements),
         }
@@ -96,9 +96,9 @@ impl<'a> Pace<'a> {
         let (layers, tokens) = (spec.num_layers, settings.tokens);
         let share = 1.0 - settings.count(Policy::Keep) as f64 / layers as f64;
         let offloaded = self.demand.plan(settings).offloaded_bytes() as u64;
-        let (in_copies, in_files) = match self.demand.place {
-            Place::Gpu => (offloaded, 0),
-            Place::Cpu => (0, 2 * offloaded),
+        let (in_copies, in_files) = match self.demand.processor {
+            Processor::Gpu => (offloaded, 0),
+            Processor::Cpu => (0, 2 * offloaded),
         };
         let block = weights.streamed.filter(|_| *stream).map_or(0, |weights| weights.block);
         let work = self.work.of_step(settings);
@@ -148,8 +148,8 @@ impl<'a> Pace<'a> {
             blocks => 2.0 * (layers - blocks as f64).max(0.0) * (attention + mlp),
         };
         let seconds = BYTES_TO_DEQUANTIZE * weights / self.rates.memory;
-        match (demand.place, settings.dequantize_ahead) {
-            (Place::Gpu, true) => seconds - (1.0 - DEQUANTIZED_BESIDE) * seconds.min(products),
+        match (demand.processor, settings.dequantize_ahead) {
+            (Processor::Gpu, true) => seconds - (1.0 - DEQUANTIZED_BESIDE) * seconds.min(products),
             _ => seconds,
         }
     }

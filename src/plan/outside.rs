@@ -4,13 +4,14 @@ use std::ops::AddAssign;
 
 use serde::{Deserialize, Serialize};
 
-use super::Place;
+use super::processor::Processor;
 
 /// What a run has beside its arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Outside {
-    /// Where the run computes.
-    pub place: Place,
+    /// What the run computes on.
+    #[serde(rename = "place")]
+    pub processor: Processor,
     /// Bytes that are there before the weights: the program, its tokenizer and data; on a GPU what
     /// the driver and other programs have of it.
     pub process_bytes: u64,

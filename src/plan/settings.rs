@@ -4,7 +4,7 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use super::moments::{MomentLayout, Optim};
-use super::weights::Place;
+use super::processor::Processor;
 use crate::adapter::LoraTarget;
 use crate::model::spec::ModelSpec;
 
@@ -109,11 +109,11 @@ pub fn logit_rows(
     spec: &ModelSpec,
     tokens: usize,
     most: Option<NonZeroUsize>,
-    place: Place,
+    processor: Processor,
 ) -> usize {
     const CHUNK_BYTES: usize = 128 << 20;
     const TILE_ROWS: usize = 256;
-    let size = if place == Place::Gpu { 2 } else { 4 };
+    let size = if processor == Processor::Gpu { 2 } else { 4 };
     // Rounded up: a vocabulary just over 2^18 has whole tiles, too.
     let rows = CHUNK_BYTES.div_ceil(spec.vocab_size * size);
     let whole = if rows >= TILE_ROWS { TILE_ROWS } else { LEAST_LOGIT_ROWS };

@@ -1,30 +1,17 @@
 //! What the frozen weights take in memory, before one is read.
 
 use nibble_quant::{BlockFormat, FloatType};
-use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Checkpoint, CheckpointKind, StoredType, Weight};
 use crate::kernels::cuda::matrix_bytes;
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
-use crate::plan::{OnHost, WeightParts};
+use crate::plan::{OnHost, Processor, WeightParts};
 
 /// Blocks that are in memory at a time when weights are streamed: the one at work, and the next.
 pub(crate) const STREAMED_BLOCKS: usize = 2;
 
 /// What is mapped with a page that is read from the system's cache: `fault_around_bytes` of Linux.
 const MAPPED_WITH_A_PAGE_BYTES: u64 = 64 << 10;
-
-/// Where frozen weights are used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub enum Place {
-    /// In the program's memory, as they are stored.
-    #[default]
-    // In the logs of earlier runs.
-    #[serde(alias = "Host")]
-    Cpu,
-    /// On a GPU: matrices in bf16 if they are not packed.
-    Gpu,
-}
 
 /// Bytes of all frozen weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -93,16 +80,16 @@ impl WeightBytes {
         checkpoint: &Checkpoint,
         spec: &ModelSpec,
         format: Option<&BlockFormat>,
-        place: Place,
+        processor: Processor,
     ) -> Self {
         let format = checkpoint.kind().packing(format);
-        let bytes = |tensor: &TensorSpec| stored_bytes(checkpoint, tensor, format, place);
+        let bytes = |tensor: &TensorSpec| stored_bytes(checkpoint, tensor, format, processor);
         let as_stored = match checkpoint.kind() {
             CheckpointKind::Bnb4bit => true,
             CheckpointKind::Dense => format.is_none(),
             CheckpointKind::Gguf => false,
         };
-        Self::sum(spec, bytes, as_stored).used_at(place)
+        Self::sum(spec, bytes, as_stored).used_at(processor)
     }
 
     /// Of a model of which only the config is known, stored in `dtype`, its linears in `format` as
@@ -111,12 +98,12 @@ impl WeightBytes {
         spec: &ModelSpec,
         dtype: FloatType,
         format: Option<&BlockFormat>,
-        place: Place,
+        processor: Processor,
     ) -> Self {
         let bytes = |tensor: &TensorSpec| {
-            dense_bytes(tensor, dtype, tensor.shape.iter().product(), format, place)
+            dense_bytes(tensor, dtype, tensor.shape.iter().product(), format, processor)
         };
-        Self::sum(spec, bytes, true).used_at(place)
+        Self::sum(spec, bytes, true).used_at(processor)
     }
 
     /// Whether linears are in 4-bit blocks, or some of them.
@@ -148,10 +135,10 @@ impl WeightBytes {
         }
     }
 
-    fn used_at(self, place: Place) -> Self {
-        match place {
-            Place::Cpu => self,
-            Place::Gpu => {
+    fn used_at(self, processor: Processor) -> Self {
+        match processor {
+            Processor::Cpu => self,
+            Processor::Gpu => {
                 WeightBytes { streamed: self.streamed.map(|streamed| streamed.on_gpu()), ..self }
             }
         }
@@ -204,19 +191,19 @@ fn stored_bytes(
     checkpoint: &Checkpoint,
     tensor: &TensorSpec,
     format: Option<&BlockFormat>,
-    place: Place,
+    processor: Processor,
 ) -> WeightParts {
     let elements: usize = tensor.shape.iter().product();
     match checkpoint.info(&tensor.name) {
         None => WeightParts::default(),
         Some(info) => match info.stored {
-            StoredType::Packed => match (place, checkpoint.weight(&info.name)) {
-                (Place::Gpu, Ok(Weight::Packed(weight))) => {
+            StoredType::Packed => match (processor, checkpoint.weight(&info.name)) {
+                (Processor::Gpu, Ok(Weight::Packed(weight))) => {
                     WeightParts::packed(elements, matrix_bytes(elements, Some(&weight.format())))
                 }
                 _ => WeightParts::packed(elements, info.bytes),
             },
-            StoredType::Dense(dtype) => dense_bytes(tensor, dtype, elements, format, place),
+            StoredType::Dense(dtype) => dense_bytes(tensor, dtype, elements, format, processor),
         },
     }
 }
@@ -227,13 +214,13 @@ fn dense_bytes(
     dtype: FloatType,
     elements: usize,
     format: Option<&BlockFormat>,
-    place: Place,
+    processor: Processor,
 ) -> WeightParts {
-    let dense = match (place, dtype) {
-        (Place::Gpu, _) => matrix_bytes(elements, None),
+    let dense = match (processor, dtype) {
+        (Processor::Gpu, _) => matrix_bytes(elements, None),
         // Products read bf16 and f32; f16 is widened.
-        (Place::Cpu, FloatType::Bf16) => elements * FloatType::Bf16.size(),
-        (Place::Cpu, _) => elements * size_of::<f32>(),
+        (Processor::Cpu, FloatType::Bf16) => elements * FloatType::Bf16.size(),
+        (Processor::Cpu, _) => elements * size_of::<f32>(),
     } as u64;
     let none = WeightParts::default();
     match (tensor.role, format) {
@@ -241,9 +228,9 @@ fn dense_bytes(
             WeightParts { vectors: (elements * size_of::<f32>()) as u64, ..none }
         }
         (TensorRole::Linear(_), Some(format)) => {
-            let bytes = match place {
-                Place::Gpu => matrix_bytes(elements, Some(format)),
-                Place::Cpu => format.packed_bytes(elements),
+            let bytes = match processor {
+                Processor::Gpu => matrix_bytes(elements, Some(format)),
+                Processor::Cpu => format.packed_bytes(elements),
             };
             WeightParts::packed(elements, bytes)
         }
@@ -273,7 +260,7 @@ mod tests {
                 + weights.head.as_ref().map_or(0, |head| head.bytes())
                 + norms;
             let predicted =
-                WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), Place::Cpu);
+                WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), Processor::Cpu);
             assert_eq!(predicted.resident.total(), bytes as u64);
             assert_eq!(predicted.resident.vectors, norms as u64);
             let linears = linears_of(&spec) as u64;
@@ -300,7 +287,7 @@ mod tests {
             config["num_hidden_layers"] = layers.into();
             let spec = spec_from_config(config).unwrap();
             let format = Some(&BlockFormat::default());
-            WeightBytes::of_config(&spec, FloatType::Bf16, format, Place::Cpu)
+            WeightBytes::of_config(&spec, FloatType::Bf16, format, Processor::Cpu)
         };
         let (two, many) = (of(2, &mut config), of(20, &mut config));
         let (few, more) = (two.streamed.unwrap(), many.streamed.unwrap());

@@ -18,7 +18,7 @@ use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::Account;
 use crate::model::Model;
 use crate::model::parameters::{ParameterTensor, Part};
-use crate::plan::{self, MomentLayout, Place, Settings, SumOrder};
+use crate::plan::{self, MomentLayout, Processor, Settings, SumOrder};
 
 /// A model in training and what its adapter's files say.
 pub struct LoraModel<K: TrainingKernels = Cpu> {
@@ -180,7 +180,7 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
 
     fn gpu_bytes(&self) -> Option<u64> {
         let around = self.model().parameters().kernels().surroundings().ok()?;
-        (around.place == Place::Gpu).then_some(around.used_bytes)
+        (around.processor == Processor::Gpu).then_some(around.used_bytes)
     }
 
     fn over_budget(&self) -> Option<String> {

@@ -35,7 +35,8 @@ use crate::model::weights::check_stored;
 use crate::plan::weights::STREAMED_BLOCKS;
 use crate::plan::work::{Transfer, Work};
 use crate::plan::{
-    Choice, Demand, Limit, MemoryPlan, Place, Settings, Strategy, WeightBytes, layout, logit_rows,
+    Choice, Demand, Limit, MemoryPlan, Processor, Settings, Strategy, WeightBytes, layout,
+    logit_rows,
 };
 use crate::plural::counted;
 use crate::report::figures::thousands;
@@ -65,8 +66,8 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let args = &MemoryArgs { device, ..args.clone() };
     let on_gpu = matches!(args.device.device, Device::Cuda(_));
     device::check_dequantized_blocks(args.dequantized_blocks, on_gpu)?;
-    let place = if on_gpu { Place::Gpu } else { Place::Cpu };
-    let mut model = Model::open(args, place)?;
+    let processor = if on_gpu { Processor::Gpu } else { Processor::Cpu };
+    let mut model = Model::open(args, processor)?;
     // Plans need no GPU, measuring does.
     let gpu = args.measure.map_or(Ok(None), |_| device::open(&args.device))?;
     let room = Room::look(args.device.device, gpu.as_ref())?;
@@ -78,7 +79,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     }
     note_positions(args, &model.spec);
     let lora = lora(args, &model.spec)?;
-    let settings = settings(args, &lora, &model.spec, place)?;
+    let settings = settings(args, &lora, &model.spec, processor)?;
     let attention = args.device.attn_implementation;
     attention.check(model.spec.head_dim)?;
     let on_a_gpu = |spec: &ModelSpec, settings: &Settings| cuda_layout(spec, settings, attention);
@@ -92,7 +93,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
         embedding: args.device.embedding,
         dequantized_blocks: dequantized_blocks(args),
         process_bytes: model.process,
-        place,
+        processor,
         pinned_bytes: room.pinned_bytes,
         lora_r: args.lora.init_adapter.is_none().then_some(lora.r),
         logit_rows_given: args.logits_chunk_length.is_some(),
@@ -211,7 +212,7 @@ impl PlannedRun {
 
     /// Copies against computation, where weights are streamed to a GPU.
     fn transfer(&self) -> Option<Transfer> {
-        let on_gpu = self.account.outside.place == Place::Gpu;
+        let on_gpu = self.account.outside.processor == Processor::Gpu;
         let streamed = self.model.weights.streamed.filter(|_| self.strategy.stream && on_gpu)?;
         let layers = self.model.spec.num_layers;
         let work = Work::of_token(&self.model.spec, self.settings.longest_document);
@@ -248,13 +249,13 @@ struct Model {
 }
 
 impl Model {
-    fn open(args: &MemoryArgs, place: Place) -> Result<Self> {
+    fn open(args: &MemoryArgs, processor: Processor) -> Result<Self> {
         let (path, format) = (&args.base.model, args.base.block_format());
         if let Some(config) = bare_config(path)? {
             check_quantization(&config).map_err(|error| error.at(path.display()))?;
             let spec = spec_from_config(&config).map_err(|error| error.at(path.display()))?;
             let dtype = dtype_of(&config).unwrap_or(FloatType::Bf16);
-            let weights = WeightBytes::of_config(&spec, dtype, format.as_ref(), place);
+            let weights = WeightBytes::of_config(&spec, dtype, format.as_ref(), processor);
             let folder = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
             // A plan needs none: one that cannot be read may be an LFS pointer, as the weights are.
             let tokenizer = tokenizer_in(folder).ok().flatten();
@@ -269,7 +270,7 @@ impl Model {
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
         check_stored(&checkpoint, &spec)?;
-        let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), place);
+        let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), processor);
         // Weights alone can be measured, too.
         let tokenizer =
             if path.is_file() { Some(ChatTokenizer::open(path)?) } else { tokenizer_in(path)? };
@@ -347,7 +348,7 @@ fn settings(
     args: &MemoryArgs,
     lora: &LoraConfig,
     spec: &ModelSpec,
-    place: Place,
+    processor: Processor,
 ) -> Result<Settings> {
     let tokens = tokens_of_pass(args, spec)?;
     Ok(Settings {
@@ -359,6 +360,6 @@ fn settings(
         mlp_tile_length: args.mlp_tile_length.map(NonZeroUsize::get),
         // Where temporary files go is often memory, which no account of the process shows.
         scratch_folder: Some(PathBuf::from(".")),
-        ..Settings::of_pass(tokens, logit_rows(spec, tokens, args.logits_chunk_length, place))
+        ..Settings::of_pass(tokens, logit_rows(spec, tokens, args.logits_chunk_length, processor))
     })
 }

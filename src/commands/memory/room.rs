@@ -10,7 +10,7 @@ use crate::kernels::cpu::Cpu;
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::library::Gpu;
 use crate::ledger::resident;
-use crate::plan::{Choice, Demand, Limit, Place};
+use crate::plan::{Choice, Demand, Limit, Processor};
 use crate::train::backend::TrainingKernels;
 
 /// What a CUDA context takes with its modules and cuBLAS, about; a run measures it.
@@ -32,7 +32,7 @@ pub(super) struct Room {
 pub(super) struct Verdict {
     free_bytes: u64,
     #[serde(skip)]
-    place: Place,
+    processor: Processor,
     pub fits: bool,
     /// What is wrong with it, up to the free memory's name.
     #[serde(skip)]
@@ -87,8 +87,8 @@ impl Room {
             bytes if bytes > limit.usable_bytes() => "takes more than nine tenths of the",
             _ => "pins more of the host's memory than can be had, beside the",
         };
-        let (place, instead) = (demand.place, (!fits).then(instead));
-        Some(Verdict { free_bytes, place, fits, fault, instead })
+        let (processor, instead) = (demand.processor, (!fits).then(instead));
+        Some(Verdict { free_bytes, processor, fits, fault, instead })
     }
 }
 
@@ -103,7 +103,7 @@ fn is_chosen(demand: &Demand, planned: &Choice, limit: Limit) -> bool {
 impl Verdict {
     /// One line.
     pub fn in_words(&self) -> String {
-        let (free, place) = (ByteSize(self.free_bytes), place_in_words(self.place));
+        let (free, place) = (ByteSize(self.free_bytes), place_in_words(self.processor));
         match &self.instead {
             None => format!("fits the {free} {place}"),
             Some(instead) => format!("{} {free} {place}; {instead}", self.fault),
@@ -111,11 +111,11 @@ impl Verdict {
     }
 }
 
-/// Of what the bytes are that a run may use.
-pub(super) fn place_in_words(place: Place) -> &'static str {
-    match place {
-        Place::Gpu => "of this GPU",
-        Place::Cpu => "that are free here",
+/// Where the bytes are that a run may use, for people.
+pub(super) fn place_in_words(processor: Processor) -> &'static str {
+    match processor {
+        Processor::Gpu => "of this GPU",
+        Processor::Cpu => "that are free here",
     }
 }
 
@@ -133,7 +133,7 @@ mod tests {
     fn a_plan_fits_where_train_would_take_it() {
         let text = include_str!("../../../tests/data/models/llama_s0/config.json");
         let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
-        let logit_rows = logit_rows(&spec, 4096, None, Place::Cpu);
+        let logit_rows = logit_rows(&spec, 4096, None, Processor::Cpu);
         let settings = Settings {
             targets: LoraConfig::default().resolve(&spec).unwrap(),
             threads: 2,
@@ -146,11 +146,11 @@ mod tests {
             layout: &layout,
             activations: Activations::Auto,
             mode: WeightsMode::Auto,
-            weights: WeightBytes::of_config(&spec, bf16, None, Place::Cpu),
+            weights: WeightBytes::of_config(&spec, bf16, None, Processor::Cpu),
             embedding: EmbeddingPlace::Auto,
             dequantized_blocks: None,
             process_bytes: 1 << 20,
-            place: Place::Cpu,
+            processor: Processor::Cpu,
             pinned_bytes: u64::MAX,
             lora_r: Some(16),
             logit_rows_given: false,

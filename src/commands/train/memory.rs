@@ -16,7 +16,7 @@ use crate::ledger::resident;
 use crate::ledger::rows::Account;
 use crate::model::spec::ModelSpec;
 use crate::plan::{
-    Choice, Demand, Limit, Place, Settings, Strategy, SumOrder, WeightBytes, layout, logit_rows,
+    Choice, Demand, Limit, Processor, Settings, Strategy, SumOrder, WeightBytes, layout, logit_rows,
 };
 use crate::train::backend::TrainingKernels;
 use crate::train::progress::Progress;
@@ -56,21 +56,22 @@ pub fn plan(
     base.checkpoint.release_all();
     allocator::give_back();
     let around = kernels.surroundings()?;
-    let place = around.place;
-    let process_bytes = match place {
-        Place::Cpu => {
+    let processor = around.processor;
+    let process_bytes = match processor {
+        Processor::Cpu => {
             // The adapter's tensors are gone before the first step.
             let used_bytes = around.used_bytes.saturating_sub(bytes_in_memory(adapter));
             used_bytes + around.products_bytes
         }
-        Place::Gpu => around.used_bytes,
+        Processor::Gpu => around.used_bytes,
     };
-    let settings = sizes(args, base, adapter, data, place)?;
+    let settings = sizes(args, base, adapter, data, processor)?;
     let settings = match before {
         Some(order) => settings.as_short_as(order),
         None => settings,
     };
-    let weights = WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref(), place);
+    let weights =
+        WeightBytes::of_checkpoint(&base.checkpoint, &base.spec, format.as_ref(), processor);
     base.checkpoint.release_all();
     let demand = Demand {
         spec: &base.spec,
@@ -82,7 +83,7 @@ pub fn plan(
         embedding: args.device.embedding,
         dequantized_blocks: args.resources.dequantized_blocks,
         process_bytes,
-        place,
+        processor,
         pinned_bytes: resident::pinnable_bytes(),
         lora_r: args.lora.init_adapter.is_none().then_some(adapter.config.r),
         logit_rows_given: args.resources.logits_chunk_length.is_some(),
@@ -106,9 +107,9 @@ pub fn plan(
 impl Memory {
     /// Of the file in the run's folder that a CPU offloads to.
     pub fn offload_file_bytes(&self, spec: &ModelSpec) -> u64 {
-        match self.account.outside.place {
-            Place::Cpu => layout(spec, &self.settings).offloaded_bytes() as u64,
-            Place::Gpu => 0,
+        match self.account.outside.processor {
+            Processor::Cpu => layout(spec, &self.settings).offloaded_bytes() as u64,
+            Processor::Gpu => 0,
         }
     }
 
@@ -127,10 +128,10 @@ fn sizes(
     base: &Base,
     adapter: &Adapter,
     data: &Prepared,
-    place: Place,
+    processor: Processor,
 ) -> Result<Settings> {
     let (tokens, most) = (data.largest_batch_tokens, args.resources.logits_chunk_length);
-    let logit_rows = logit_rows(&base.spec, tokens, most, place);
+    let logit_rows = logit_rows(&base.spec, tokens, most, processor);
     Ok(Settings {
         longest_document: data.longest_document_tokens,
         trained_tokens: data.most_batch_targets,

@@ -18,7 +18,7 @@ use crate::model::families::{base_dropout, spec_from_config};
 use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::model::weights::check_stored;
 use crate::model::{Model, Randomness};
-use crate::plan::Place;
+use crate::plan::Processor;
 use crate::plural::{counted, noun};
 use crate::printed;
 use crate::report::figures::rate;
@@ -89,8 +89,8 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let offloaded = memory.offload_file_bytes(&base.spec);
     output.check_room(checkpoint, offloaded, &args.output, &progress)?;
     let device = kernels.device();
-    let place = memory.account.outside.place;
-    if place == Place::Cpu {
+    let processor = memory.account.outside.processor;
+    if processor == Processor::Cpu {
         let hint = if !args.output.resume && device::would_be_faster_in_bf16(&args.device) {
             "; `--bf16` is faster on this processor"
         } else {
@@ -100,7 +100,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     }
     let kernels = kernels.keeping_on_host(memory.strategy.on_host);
     let parameters = base.parameters(&adapter);
-    let predicted = (memory.account.planned_bytes(), place);
+    let predicted = (memory.account.planned_bytes(), processor);
     let row = |row: &Row| (row.name.clone(), row.planned_bytes);
     let memory_plan = memory.account.rows.iter().map(row).collect();
     let plan = memory.words.clone();
@@ -292,13 +292,13 @@ fn identity(settings: SettingsEcho, data: &Prepared, bf16: bool) -> Identity {
 }
 
 /// The result on stdout.
-fn report(args: &TrainArgs, end: &EndEvent, (predicted_bytes, place): (u64, Place)) {
+fn report(args: &TrainArgs, end: &EndEvent, (predicted_bytes, processor): (u64, Processor)) {
     let (out, step, loss) = (args.output.out.display(), end.step, end.train_loss);
     let speed = end.tokens_per_second;
     let steps = noun(step as usize, "step");
     println!("{out}: {step} {steps}, mean loss {loss:.4}, {} tokens/s", rate(speed));
     let (predicted, measured) = (ByteSize(predicted_bytes), ByteSize(end.peak_rss_bytes));
-    if place == Place::Cpu {
+    if processor == Processor::Cpu {
         println!("memory: planned {predicted}, measured peak {measured}");
     } else {
         let in_use = end.memory.as_ref().and_then(|account| account.peak_bytes);

@@ -13,10 +13,11 @@ use crate::model::spec::ModelSpec;
 use crate::plan::activations::Activations;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::outside::{Outside, WeightParts};
+use crate::plan::processor::Processor;
 use crate::plan::region::MemoryPlan;
 use crate::plan::settings::{Pieces, Policy, Settings, SumOrder};
 use crate::plan::strategy::Strategy;
-use crate::plan::weights::{Place, WeightBytes};
+use crate::plan::weights::WeightBytes;
 
 /// Share of the free memory that is planned with where no budget is given.
 const USABLE_SHARE: f64 = 0.9;
@@ -88,8 +89,8 @@ pub struct Demand<'a> {
     pub dequantized_blocks: Option<usize>,
     /// Bytes of the rest outside the arena: program, tokenizer, data.
     pub process_bytes: u64,
-    /// Where the run computes.
-    pub place: Place,
+    /// What the run computes on.
+    pub processor: Processor,
     /// What may be pinned of the host's memory beside a GPU: what is offloaded, streamed blocks, tables.
     pub pinned_bytes: u64,
     /// What `--lora-r` asks for; `None` where that is an adapter's to say.
@@ -122,7 +123,7 @@ impl Demand<'_> {
     /// Bytes of the host's memory beside a GPU that hold what a run offloads, its embedding and head, and
     /// streamed blocks on their way.
     pub(super) fn pinned_for(&self, strategy: Strategy) -> u64 {
-        if self.place == Place::Cpu {
+        if self.processor == Processor::Cpu {
             return 0;
         }
         let waiting =
@@ -137,9 +138,9 @@ impl Demand<'_> {
 
     /// All that a choice pins of the host's memory beside a GPU, with what is staged for uploads.
     pub(super) fn pinned(&self, choice: &Choice) -> u64 {
-        match self.place {
-            Place::Cpu => 0,
-            Place::Gpu => {
+        match self.processor {
+            Processor::Cpu => 0,
+            Processor::Gpu => {
                 let staged = staged_bytes(&self.plan(&choice.settings)) as u64;
                 self.pinned_for(choice.strategy) + staged
             }
@@ -150,15 +151,15 @@ impl Demand<'_> {
     pub(in crate::plan) fn pieces(&self) -> impl Iterator<Item = Pieces> {
         let given = self.logit_rows_given;
         let tiled_head = self.embedding_places().contains(&OnHost::All);
-        let buffers = self.place == Place::Gpu && (self.weights.packed || tiled_head);
+        let buffers = self.processor == Processor::Gpu && (self.weights.packed || tiled_head);
         Pieces::ways(buffers).filter(move |pieces| !(given && pieces.logits))
     }
 
     /// What may be in the host's memory beside a GPU.
     pub(super) fn embedding_places(&self) -> &'static [OnHost] {
         use OnHost::{All, Input, Nothing};
-        match (self.place, self.embedding) {
-            (Place::Cpu, _) | (_, EmbeddingPlace::Gpu) => &[Nothing],
+        match (self.processor, self.embedding) {
+            (Processor::Cpu, _) | (_, EmbeddingPlace::Gpu) => &[Nothing],
             (_, EmbeddingPlace::HostInput) => &[Input],
             (_, EmbeddingPlace::Host) => &[All],
             (_, EmbeddingPlace::Auto) if self.weights.embedding == 0 => &[Nothing, All],
@@ -195,8 +196,8 @@ impl Demand<'_> {
     /// What a run has beside its arena.
     pub fn outside(&self, choice: &Choice) -> Outside {
         let weights = self.weight_parts(choice.strategy);
-        let Demand { place, process_bytes, .. } = *self;
-        Outside { place, process_bytes, weights, pinned_bytes: self.pinned(choice) }
+        let Demand { processor, process_bytes, .. } = *self;
+        Outside { processor, process_bytes, weights, pinned_bytes: self.pinned(choice) }
     }
 
     /// The buffers of a choice.
@@ -215,7 +216,7 @@ impl Demand<'_> {
         let Strategy { stream, on_host, pieces, dequantized_blocks, .. } = choice.strategy;
         let settings = &choice.settings;
         let bytes = ByteSize(self.plan(settings).offloaded_bytes() as u64);
-        let to = if self.place == Place::Gpu { "pinned memory" } else { "a file" };
+        let to = if self.processor == Processor::Gpu { "pinned memory" } else { "a file" };
         let offloaded = settings.offloaded_in_words();
         let facts = [
             Some(settings.kept_in_words()),

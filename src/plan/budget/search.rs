@@ -3,9 +3,9 @@
 use super::{Activations, Choice, Demand, Limit, WeightsMode};
 use crate::error::{Error, Result};
 use crate::plan::cost::Pace;
+use crate::plan::processor::Processor;
 use crate::plan::settings::Policy;
 use crate::plan::strategy::Strategy;
-use crate::plan::weights::Place;
 
 /// Where nobody asks for it, weights stay dequantized if a step then takes no more than this share of its
 /// time: less is not worth the memory, which other programs may want.
@@ -138,11 +138,11 @@ impl Demand<'_> {
     /// The most blocks whose weights can stay dequantized: one of streamed ones, as others take its place, and
     /// none where there is one buffer for all, of a base that is not in 4 bits, and on the CPU.
     pub(in crate::plan) fn most_dequantized(&self, strategy: Strategy) -> usize {
-        match (self.place, strategy.stream) {
+        match (self.processor, strategy.stream) {
             _ if strategy.pieces.one_buffer || !self.weights.packs_linears() => 0,
-            (Place::Gpu, true) => 1,
-            (Place::Gpu, false) => self.spec.num_layers,
-            (Place::Cpu, _) => 0,
+            (Processor::Gpu, true) => 1,
+            (Processor::Gpu, false) => self.spec.num_layers,
+            (Processor::Cpu, _) => 0,
         }
     }
 

@@ -7,9 +7,9 @@ use crate::plan::cost::Pace;
 use crate::plan::embedding::EmbeddingPlace;
 use crate::plan::fit::{LENGTH_STEP, largest, smallest_pieces};
 use crate::plan::moments::Optim;
+use crate::plan::processor::Processor;
 use crate::plan::settings::{Pieces, Policy, Settings};
 use crate::plan::strategy::typed;
-use crate::plan::weights::Place;
 
 /// What a demand fixes and could leave open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -51,10 +51,10 @@ impl Demand<'_> {
             ));
         }
         let [need, most, lack] = [need, most, need - most].map(ByteSize);
-        let there_is = match (limit, self.place) {
+        let there_is = match (limit, self.processor) {
             (Limit::Budget(_), _) => format!("budget is {most}"),
-            (Limit::Free(_), Place::Cpu) => format!("{most} are free"),
-            (Limit::Free(_), Place::Gpu) => format!("with what is in use, the GPU has {most}"),
+            (Limit::Free(_), Processor::Cpu) => format!("{most} are free"),
+            (Limit::Free(_), Processor::Gpu) => format!("with what is in use, the GPU has {most}"),
         };
         Error::budget(format_args!("plan needs {need}, {there_is}: {lack} too little"))
     }
@@ -105,7 +105,7 @@ impl Demand<'_> {
 
     /// Whether embedding and head could be in two places.
     pub(in crate::plan) fn places_embedding(&self) -> bool {
-        self.place == Place::Gpu && self.weights.head > 0
+        self.processor == Processor::Gpu && self.weights.head > 0
     }
 
     /// Calls `with` a demand that leaves open what is wished for.

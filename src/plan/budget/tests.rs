@@ -64,7 +64,7 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
         embedding: EmbeddingPlace::Auto,
         dequantized_blocks: None,
         process_bytes: 100,
-        place: Place::Cpu,
+        processor: Processor::Cpu,
         pinned_bytes: u64::MAX,
         lora_r: Some(16),
         logit_rows_given: false,
@@ -76,7 +76,7 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
 fn on_gpu<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
     Demand {
         layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
-        place: Place::Gpu,
+        processor: Processor::Gpu,
         ..demand(spec, settings)
     }
 }
@@ -84,7 +84,7 @@ fn on_gpu<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
 /// Weights of a model in 4 bits, or in bf16, on a GPU.
 fn weights_on_gpu(spec: &ModelSpec, packed: bool) -> WeightBytes {
     let format = packed.then(nibble_quant::BlockFormat::default);
-    WeightBytes::of_config(spec, nibble_quant::FloatType::Bf16, format.as_ref(), Place::Gpu)
+    WeightBytes::of_config(spec, nibble_quant::FloatType::Bf16, format.as_ref(), Processor::Gpu)
 }
 
 impl Demand<'_> {
@@ -137,18 +137,19 @@ fn the_search_finds_what_trying_all_would() {
     let spec = golden();
     for (tokens, longest) in [(1024, 2), (1024, 1024), (5000, 5000)] {
         let settings = Settings { longest_document: longest, ..settings(&spec, tokens) };
-        for place in [Place::Cpu, Place::Gpu] {
+        for processor in [Processor::Cpu, Processor::Gpu] {
             let streamed =
                 Some(StreamedBytes { block: 1 << 17, blocks: 2, ..StreamedBytes::of_vectors(100) });
             let weights = WeightBytes { streamed, ..demand(&spec, &settings).weights };
             for pinned_bytes in [u64::MAX, 1 << 20] {
-                let demand = Demand { place, weights, pinned_bytes, ..demand(&spec, &settings) };
+                let demand =
+                    Demand { processor, weights, pinned_bytes, ..demand(&spec, &settings) };
                 let candidates = demand.candidates().unwrap();
                 let need = |candidate: &Strategy| demand.total_bytes(*candidate);
                 let lacking = |c: &Strategy| demand.pinned_for(*c).saturating_sub(pinned_bytes);
                 let leanest = demand.leanest_of(&candidates);
                 let least = candidates.iter().map(|c| (lacking(c), need(c))).min().unwrap();
-                assert_eq!((lacking(&leanest), need(&leanest)), least, "{place:?} {tokens}");
+                assert_eq!((lacking(&leanest), need(&leanest)), least, "{processor:?} {tokens}");
                 let pace = Pace::new(&demand);
                 let seconds = |c: &Strategy| pace.seconds_per_token(&demand.choice(*c));
                 let mut sizes: Vec<u64> = candidates.iter().map(need).collect();
@@ -159,7 +160,7 @@ fn the_search_finds_what_trying_all_would() {
                     let most = demand.most_kept(&candidates, *bytes);
                     let found = demand.fastest_of(most.into_iter());
                     let found = found.map(|(seconds, _)| seconds);
-                    assert_eq!(found, best, "{place:?} {tokens} {bytes}");
+                    assert_eq!(found, best, "{processor:?} {tokens} {bytes}");
                 }
             }
         }
@@ -579,12 +580,12 @@ fn what_memory_is_left_holds_weights() {
     assert!(saved(1) > 10.0 * saved(2), "{:e}, {:e}", saved(1), saved(2));
     // Streamed ones leave, dense ones have nothing to keep, and the CPU has a cache.
     let asked = Demand { dequantized_blocks: Some(32), ..short };
-    for (mode, place, blocks) in [
-        (WeightsMode::Resident, Place::Gpu, 32),
-        (WeightsMode::Stream, Place::Gpu, 1),
-        (WeightsMode::Resident, Place::Cpu, 0),
+    for (mode, processor, blocks) in [
+        (WeightsMode::Resident, Processor::Gpu, 32),
+        (WeightsMode::Stream, Processor::Gpu, 1),
+        (WeightsMode::Resident, Processor::Cpu, 0),
     ] {
-        let demand = Demand { mode, place, ..asked.clone() };
+        let demand = Demand { mode, processor, ..asked.clone() };
         assert_eq!(chosen(&demand, u64::MAX).dequantized_blocks, blocks);
     }
     for mode in [WeightsMode::Resident, WeightsMode::Stream] {

@@ -127,7 +127,7 @@ impl Asked {
     /// The settings of `demand` with other sizes.
     fn sized(&self, demand: &Demand, batch: usize, length: usize) -> Settings {
         let tokens = batch * length;
-        let logit_rows = logit_rows(demand.spec, tokens, self.logits_chunk, demand.place);
+        let logit_rows = logit_rows(demand.spec, tokens, self.logits_chunk, demand.processor);
         Settings {
             tokens,
             longest_document: length,

@@ -4,7 +4,7 @@ use crate::kernels::cuda::{AttnImplementation, cuda_layout};
 use crate::model::families::spec_from_config;
 use crate::plan::EmbeddingPlace;
 use crate::plan::budget::Limit;
-use crate::plan::{Place, StreamedBytes, WeightBytes, WeightParts};
+use crate::plan::{Processor, StreamedBytes, WeightBytes, WeightParts};
 
 fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
     let text = include_str!("../../../tests/data/models/llama_s0/config.json");
@@ -15,7 +15,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         longest_document: 512,
         targets: LoraConfig { r: 64, ..LoraConfig::default() }.resolve(&spec).unwrap(),
         threads: 2,
-        ..Settings::of_pass(1024, logit_rows(&spec, 1024, None, Place::Cpu))
+        ..Settings::of_pass(1024, logit_rows(&spec, 1024, None, Processor::Cpu))
     };
     test(&Demand {
         spec: &spec,
@@ -33,7 +33,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         embedding: EmbeddingPlace::Auto,
         dequantized_blocks: None,
         process_bytes: 1 << 20,
-        place: Place::Cpu,
+        processor: Processor::Cpu,
         pinned_bytes: u64::MAX,
         lora_r: Some(64),
         logit_rows_given: false,
@@ -47,7 +47,7 @@ fn with_8b<R>(test: impl FnOnce(&Demand) -> R) -> R {
     let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
     let format = Some(nibble_quant::BlockFormat::default());
     let bf16 = nibble_quant::FloatType::Bf16;
-    let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
+    let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Processor::Gpu);
     with_demand(|demand| {
         let targets = LoraConfig::default().resolve(&spec).unwrap();
         let settings = Settings { targets, ..demand.settings.clone() };
@@ -55,7 +55,7 @@ fn with_8b<R>(test: impl FnOnce(&Demand) -> R) -> R {
             spec: &spec,
             layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
             weights,
-            place: Place::Gpu,
+            processor: Processor::Gpu,
             settings: &settings,
             ..demand.clone()
         })
