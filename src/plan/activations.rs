@@ -5,9 +5,10 @@ use clap::ValueEnum;
 use super::settings::Policy;
 
 /// What happens to activations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Activations {
     /// The fastest mix that fits: as many blocks as possible keep theirs
+    #[default]
     Auto,
     /// Every block keeps all of them
     Keep,

@@ -83,7 +83,7 @@ impl<'a> Pace<'a> {
         };
         Pace {
             demand,
-            rates: Rates::of(demand.processor, demand.settings.threads),
+            rates: Rates::of(demand.machine.processor, demand.settings.threads),
             work: Work::of_token(demand.spec, demand.settings.longest_document),
             elements: [Half::Attention, Half::Mlp].map(elements),
         }
@@ -96,7 +96,7 @@ impl<'a> Pace<'a> {
         let (layers, tokens) = (spec.num_layers, settings.tokens);
         let share = 1.0 - settings.count(Policy::Keep) as f64 / layers as f64;
         let offloaded = self.demand.plan(settings).offloaded_bytes() as u64;
-        let (in_copies, in_files) = match self.demand.processor {
+        let (in_copies, in_files) = match self.demand.machine.processor {
             Processor::Gpu => (offloaded, 0),
             Processor::Cpu => (0, 2 * offloaded),
         };
@@ -148,7 +148,7 @@ impl<'a> Pace<'a> {
             blocks => 2.0 * (layers - blocks as f64).max(0.0) * (attention + mlp),
         };
         let seconds = BYTES_TO_DEQUANTIZE * weights / self.rates.memory;
-        match (demand.processor, settings.dequantize_ahead) {
+        match (demand.machine.processor, settings.dequantize_ahead) {
             (Processor::Gpu, true) => seconds - (1.0 - DEQUANTIZED_BESIDE) * seconds.min(products),
             _ => seconds,
         }

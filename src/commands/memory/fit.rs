@@ -82,7 +82,7 @@ fn print(
     let of = match limit {
         Limit::Budget(_) => String::new(),
         Limit::Free(bytes) => {
-            let place = place_in_words(demand.processor);
+            let place = place_in_words(demand.machine.processor);
             format!(", of the {} {place}", ByteSize(bytes))
         }
     };
@@ -119,7 +119,7 @@ fn print(
 
 fn print_ways(fit: &Fit, asked: Asked, demand: &Demand) {
     let sequences = format!("sequences of {}", thousands(asked.length as u64));
-    let on_gpu = demand.processor == Processor::Gpu;
+    let on_gpu = demand.machine.processor == Processor::Gpu;
     let host = if on_gpu { format!(" {:>10}", "pins") } else { String::new() };
     println!(
         "\n{:<38} {:>10} {:>6} {:>16}{host} {sequences:>19}",

@@ -35,8 +35,8 @@ use crate::model::weights::check_stored;
 use crate::plan::weights::STREAMED_BLOCKS;
 use crate::plan::work::{Transfer, Work};
 use crate::plan::{
-    Choice, Demand, Limit, MemoryPlan, Processor, Settings, Strategy, WeightBytes, layout,
-    logit_rows,
+    Choice, Demand, Limit, Machine, MemoryPlan, Processor, Settings, Strategy, WeightBytes, Wishes,
+    layout, logit_rows,
 };
 use crate::plural::counted;
 use crate::report::figures::thousands;
@@ -85,19 +85,15 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let on_a_gpu = |spec: &ModelSpec, settings: &Settings| cuda_layout(spec, settings, attention);
     let demand = Demand {
         spec: &model.spec,
-        settings: &settings,
-        layout: if on_gpu { &on_a_gpu } else { &layout },
-        activations: args.activations,
-        mode: args.weights,
         weights: model.weights,
-        embedding: args.device.embedding,
-        dequantized_blocks: dequantized_blocks(args),
-        process_bytes: model.process,
-        processor,
-        pinned_bytes: room.pinned_bytes,
-        lora_r: args.lora.init_adapter.is_none().then_some(lora.r),
-        logit_rows_given: args.logits_chunk_length.is_some(),
-        sum_order: None,
+        settings: &settings,
+        machine: Machine {
+            processor,
+            layout: if on_gpu { &on_a_gpu } else { &layout },
+            process_bytes: model.process,
+            pinned_bytes: room.pinned_bytes,
+        },
+        wishes: wishes(args, &lora),
     };
     if args.fit {
         return fit::run(args, &demand, &room, model.assumes_packing);
@@ -106,7 +102,7 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let plan = demand.plan(&choice.settings);
     let account = Account::planned(demand.outside(&choice), &plan);
     // What `train` would do knows its limit.
-    let in_training = Demand { dequantized_blocks: args.dequantized_blocks, ..demand.clone() };
+    let in_training = demand.wishing(|wishes| wishes.dequantized_blocks = args.dequantized_blocks);
     let verdict = room.verdict(&in_training, &choice, args.budget.is_some());
     let facts = demand.facts(&choice);
     let Choice { strategy, settings } = choice;
@@ -179,6 +175,18 @@ fn check_page(path: &Path) -> Result<()> {
 fn limit_of_a_plan(args: &MemoryArgs, room: &Room) -> Limit {
     let here = args.measure.and(room.free_bytes).unwrap_or(u64::MAX);
     args.budget.map_or(Limit::Free(here), |budget| Limit::Budget(budget.0))
+}
+
+fn wishes(args: &MemoryArgs, lora: &LoraConfig) -> Wishes {
+    Wishes {
+        activations: args.activations,
+        weights: args.weights,
+        embedding: args.device.embedding,
+        dequantized_blocks: dequantized_blocks(args),
+        lora_r: args.lora.init_adapter.is_none().then_some(lora.r),
+        logit_rows_given: args.logits_chunk_length.is_some(),
+        sum_order: None,
+    }
 }
 
 /// Where there is no limit none by themselves: there would be room for all, whatever the card.

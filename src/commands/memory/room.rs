@@ -10,7 +10,7 @@ use crate::kernels::cpu::Cpu;
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::library::Gpu;
 use crate::ledger::resident;
-use crate::plan::{Choice, Demand, Limit, Processor};
+use crate::plan::{Choice, Demand, Limit, Machine, Processor};
 use crate::train::backend::TrainingKernels;
 
 /// What a CUDA context takes with its modules and cuBLAS, about; a run measures it.
@@ -70,8 +70,9 @@ impl Room {
     pub fn verdict(&self, demand: &Demand, planned: &Choice, has_budget: bool) -> Option<Verdict> {
         let free_bytes = self.free_bytes?;
         // A budget's plan has the assumed context of some card.
-        let process_bytes = self.context_bytes.unwrap_or(demand.process_bytes);
-        let (demand, limit) = (Demand { process_bytes, ..demand.clone() }, Limit::Free(free_bytes));
+        let process_bytes = self.context_bytes.unwrap_or(demand.machine.process_bytes);
+        let machine = Machine { process_bytes, ..demand.machine };
+        let (demand, limit) = (Demand { machine, ..demand.clone() }, Limit::Free(free_bytes));
         let bytes = demand.total_bytes(planned.strategy);
         let fits =
             if has_budget { bytes <= free_bytes } else { is_chosen(&demand, planned, limit) };
@@ -87,7 +88,7 @@ impl Room {
             bytes if bytes > limit.usable_bytes() => "takes more than nine tenths of the",
             _ => "pins more of the host's memory than can be had, beside the",
         };
-        let (processor, instead) = (demand.processor, (!fits).then(instead));
+        let (processor, instead) = (demand.machine.processor, (!fits).then(instead));
         Some(Verdict { free_bytes, processor, fits, fault, instead })
     }
 }
@@ -96,7 +97,8 @@ impl Room {
 /// other plan.
 fn is_chosen(demand: &Demand, planned: &Choice, limit: Limit) -> bool {
     let dequantized_blocks = Some(planned.strategy.dequantized_blocks);
-    let chosen = Demand { dequantized_blocks, ..demand.clone() }.choose(limit);
+    let demand = demand.wishing(|wishes| wishes.dequantized_blocks = dequantized_blocks);
+    let chosen = demand.choose(limit);
     chosen.is_ok_and(|chosen| chosen.strategy == planned.strategy)
 }
 
@@ -124,9 +126,7 @@ mod tests {
     use super::*;
     use crate::adapter::LoraConfig;
     use crate::model::families::spec_from_config;
-    use crate::plan::{
-        Activations, EmbeddingPlace, Settings, WeightBytes, WeightsMode, layout, logit_rows,
-    };
+    use crate::plan::{Settings, WeightBytes, Wishes, layout, logit_rows};
 
     /// Of what is free `train` leaves a tenth, unless its leanest plan needs it.
     #[test]
@@ -142,19 +142,15 @@ mod tests {
         let bf16 = nibble_quant::FloatType::Bf16;
         let demand = Demand {
             spec: &spec,
-            settings: &settings,
-            layout: &layout,
-            activations: Activations::Auto,
-            mode: WeightsMode::Auto,
             weights: WeightBytes::of_config(&spec, bf16, None, Processor::Cpu),
-            embedding: EmbeddingPlace::Auto,
-            dequantized_blocks: None,
-            process_bytes: 1 << 20,
-            processor: Processor::Cpu,
-            pinned_bytes: u64::MAX,
-            lora_r: Some(16),
-            logit_rows_given: false,
-            sum_order: None,
+            settings: &settings,
+            machine: Machine {
+                processor: Processor::Cpu,
+                layout: &layout,
+                process_bytes: 1 << 20,
+                pinned_bytes: u64::MAX,
+            },
+            wishes: Wishes { lora_r: Some(16), ..Wishes::default() },
         };
         let all = demand.choose(Limit::Free(u64::MAX)).unwrap();
         let least = demand.leanest().unwrap();

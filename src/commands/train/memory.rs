@@ -16,7 +16,8 @@ use crate::ledger::resident;
 use crate::ledger::rows::Account;
 use crate::model::spec::ModelSpec;
 use crate::plan::{
-    Choice, Demand, Limit, Processor, Settings, Strategy, SumOrder, WeightBytes, layout, logit_rows,
+    Choice, Demand, Limit, Machine, Processor, Settings, Strategy, SumOrder, WeightBytes, Wishes,
+    layout, logit_rows,
 };
 use crate::train::backend::TrainingKernels;
 use crate::train::progress::Progress;
@@ -75,19 +76,15 @@ pub fn plan(
     base.checkpoint.release_all();
     let demand = Demand {
         spec: &base.spec,
-        settings: &settings,
-        layout: &|spec, settings| kernels.plan(spec, settings),
-        activations: args.resources.activations,
-        mode: args.resources.weights,
         weights,
-        embedding: args.device.embedding,
-        dequantized_blocks: args.resources.dequantized_blocks,
-        process_bytes,
-        processor,
-        pinned_bytes: resident::pinnable_bytes(),
-        lora_r: args.lora.init_adapter.is_none().then_some(adapter.config.r),
-        logit_rows_given: args.resources.logits_chunk_length.is_some(),
-        sum_order: before,
+        settings: &settings,
+        machine: Machine {
+            processor,
+            layout: &|spec, settings| kernels.plan(spec, settings),
+            process_bytes,
+            pinned_bytes: resident::pinnable_bytes(),
+        },
+        wishes: wishes(args, adapter, before),
     };
     let limit = match args.resources.memory_budget {
         Some(budget) => Limit::Budget(budget.0),
@@ -102,6 +99,18 @@ pub fn plan(
     progress.note(&format!("plan: {words}"));
     let Choice { strategy, settings } = choice;
     Ok(Memory { strategy, settings, account, words })
+}
+
+fn wishes(args: &TrainArgs, adapter: &Adapter, before: Option<SumOrder>) -> Wishes {
+    Wishes {
+        activations: args.resources.activations,
+        weights: args.resources.weights,
+        embedding: args.device.embedding,
+        dequantized_blocks: args.resources.dequantized_blocks,
+        lora_r: args.lora.init_adapter.is_none().then_some(adapter.config.r),
+        logit_rows_given: args.resources.logits_chunk_length.is_some(),
+        sum_order: before,
+    }
 }
 
 impl Memory {

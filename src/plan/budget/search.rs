@@ -41,7 +41,7 @@ impl Demand<'_> {
 
     /// Those that add up as the run did before; `None` for one that begins.
     fn in_order(&self, candidates: &[Strategy]) -> Option<Vec<Strategy>> {
-        let order = self.sum_order?;
+        let order = self.wishes.sum_order?;
         let same = |c: &&Strategy| self.settings_of(**c).sum_order() == order;
         Some(candidates.iter().filter(same).copied().collect())
     }
@@ -56,8 +56,9 @@ impl Demand<'_> {
 
     /// What the host has no room for is no way out: of plans like that, the one that lacks the least.
     pub(super) fn leanest_of(&self, candidates: &[Strategy]) -> Strategy {
-        let lacking =
-            |candidate: &Strategy| self.pinned_for(*candidate).saturating_sub(self.pinned_bytes);
+        let lacking = |candidate: &Strategy| {
+            self.pinned_for(*candidate).saturating_sub(self.machine.pinned_bytes)
+        };
         let least = candidates.iter().map(lacking).min();
         let possible: Vec<Strategy> = candidates
             .iter()
@@ -79,7 +80,7 @@ impl Demand<'_> {
     fn fitting(&self, candidates: &[Strategy], bytes: u64) -> Option<Choice> {
         let ways = self.most_kept(candidates, bytes);
         let (seconds, fastest) = self.fastest_of(ways.iter().copied())?;
-        let enough = match self.dequantized_blocks {
+        let enough = match self.wishes.dequantized_blocks {
             Some(_) => seconds,
             None => WORTH_MEMORY * seconds,
         };
@@ -124,7 +125,7 @@ impl Demand<'_> {
     /// A way that fits into `bytes`, with room in bf16 for the weights of as many blocks as do, up to those that
     /// were asked for.
     fn with_weights(&self, way: Strategy, bytes: u64) -> Strategy {
-        let asked = self.dequantized_blocks.unwrap_or(usize::MAX);
+        let asked = self.wishes.dequantized_blocks.unwrap_or(usize::MAX);
         let most = asked.min(self.most_dequantized(way));
         if most == 0 {
             return way;
@@ -138,7 +139,7 @@ impl Demand<'_> {
     /// The most blocks whose weights can stay dequantized: one of streamed ones, as others take its place, and
     /// none where there is one buffer for all, of a base that is not in 4 bits, and on the CPU.
     pub(in crate::plan) fn most_dequantized(&self, strategy: Strategy) -> usize {
-        match (self.processor, strategy.stream) {
+        match (self.machine.processor, strategy.stream) {
             _ if strategy.pieces.one_buffer || !self.weights.packs_linears() => 0,
             (Processor::Gpu, true) => 1,
             (Processor::Gpu, false) => self.spec.num_layers,
@@ -149,7 +150,7 @@ impl Demand<'_> {
     /// All ways that are allowed; of two that take as long, the simpler one comes first.
     pub(super) fn candidates(&self) -> Result<Vec<Strategy>> {
         let layers = self.spec.num_layers;
-        let streams: &[bool] = match (self.mode, self.weights.streamed) {
+        let streams: &[bool] = match (self.wishes.weights, self.weights.streamed) {
             (WeightsMode::Resident, _) | (WeightsMode::Auto, None) => &[false],
             (WeightsMode::Auto, Some(_)) => &[false, true],
             (WeightsMode::Stream, Some(_)) => &[true],
@@ -160,14 +161,15 @@ impl Demand<'_> {
                     .hint("make one with `nibble quantize` and give it as `--model`"));
             }
         };
-        if self.dequantized_blocks.is_some_and(|blocks| blocks > 0) && !self.weights.packs_linears()
+        if self.wishes.dequantized_blocks.is_some_and(|blocks| blocks > 0)
+            && !self.weights.packs_linears()
         {
             let what = "`--dequantized-blocks`: the weights of this base are not in 4 bits";
             return Err(Error::usage(what).hint("leave it out, or quantize the base"));
         }
         use Policy::{Attention, Checkpoint, Keep, Offload, OffloadAttention};
         const OTHERS: &[Policy] = &[Checkpoint, Attention, OffloadAttention, Offload];
-        let (kept, others): (Vec<usize>, &[Policy]) = match self.activations {
+        let (kept, others): (Vec<usize>, &[Policy]) = match self.wishes.activations {
             Activations::Auto => ((0..=layers).rev().collect(), OTHERS),
             Activations::Attention => (vec![0], &[Attention]),
             Activations::Keep => (vec![layers], &[Keep]),
@@ -175,7 +177,7 @@ impl Demand<'_> {
             Activations::Offload => (vec![0], &[Offload]),
             Activations::OffloadAttention => (vec![0], &[OffloadAttention]),
         };
-        let auto = self.activations == Activations::Auto;
+        let auto = self.wishes.activations == Activations::Auto;
         let mut candidates = Vec::new();
         for pieces in self.pieces() {
             for &on_host in self.embedding_places() {
@@ -208,7 +210,7 @@ impl Demand<'_> {
         }
         let with = |remaking_attention| Strategy { remaking_attention, ..way };
         let [all, fewer] = [0, 1].map(|blocks| self.pinned_for(with(blocks)));
-        let lacking = all.saturating_sub(self.pinned_bytes);
+        let lacking = all.saturating_sub(self.machine.pinned_bytes);
         let remaking = lacking.div_ceil((all - fewer).max(1)) as usize;
         (remaking < others).then(|| with(remaking))
     }

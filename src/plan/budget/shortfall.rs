@@ -1,6 +1,6 @@
 //! A limit that nothing fits: the nearest settings that would, by the fewest changes.
 
-use super::{Activations, Choice, Demand, Limit, Strategy, WeightsMode};
+use super::{Activations, Choice, Demand, Limit, Strategy, WeightsMode, Wishes};
 use crate::byte_size::ByteSize;
 use crate::error::Error;
 use crate::plan::cost::Pace;
@@ -47,11 +47,11 @@ impl Demand<'_> {
                 "what waits on the host needs {} of pinned memory there, {} can be had: half of what \
                  is free, 512 MiB in WSL",
                 ByteSize(pinned),
-                ByteSize(self.pinned_bytes)
+                ByteSize(self.machine.pinned_bytes)
             ));
         }
         let [need, most, lack] = [need, most, need - most].map(ByteSize);
-        let there_is = match (limit, self.processor) {
+        let there_is = match (limit, self.machine.processor) {
             (Limit::Budget(_), _) => format!("budget is {most}"),
             (Limit::Free(_), Processor::Cpu) => format!("{most} are free"),
             (Limit::Free(_), Processor::Gpu) => format!("with what is in use, the GPU has {most}"),
@@ -92,9 +92,13 @@ impl Demand<'_> {
     /// Whether something else could be had by granting it.
     fn fixes(&self, wish: Wish) -> bool {
         match wish {
-            Wish::Activations => self.activations != Activations::Auto,
-            Wish::Weights => self.mode != WeightsMode::Auto && self.weights.streamed.is_some(),
-            Wish::Embedding => self.embedding != EmbeddingPlace::Auto && self.places_embedding(),
+            Wish::Activations => self.wishes.activations != Activations::Auto,
+            Wish::Weights => {
+                self.wishes.weights != WeightsMode::Auto && self.weights.streamed.is_some()
+            }
+            Wish::Embedding => {
+                self.wishes.embedding != EmbeddingPlace::Auto && self.places_embedding()
+            }
             Wish::Pieces => true,
             Wish::Optim => {
                 let packed = Settings { optim: Optim::Adamw8bit, ..self.settings.clone() };
@@ -105,41 +109,31 @@ impl Demand<'_> {
 
     /// Whether embedding and head could be in two places.
     pub(in crate::plan) fn places_embedding(&self) -> bool {
-        self.processor == Processor::Gpu && self.weights.head > 0
+        self.machine.processor == Processor::Gpu && self.weights.head > 0
     }
 
-    /// Calls `with` a demand that leaves open what is wished for.
+    /// Calls `with` a demand that leaves open what is granted.
     fn granting<R>(
         &self,
-        wishes: &[Wish],
+        granted: &[Wish],
         mut settings: Settings,
         with: impl FnOnce(&Demand) -> R,
     ) -> R {
-        let Demand { mut activations, mut mode, mut embedding, mut logit_rows_given, .. } = *self;
-        for wish in wishes {
+        // A hint has what is needed, not what memory could be filled with.
+        let mut wishes = Wishes { dequantized_blocks: Some(0), ..self.wishes };
+        for wish in granted {
             match wish {
-                Wish::Activations => activations = Activations::Auto,
-                Wish::Weights => mode = WeightsMode::Auto,
-                Wish::Embedding => embedding = EmbeddingPlace::Auto,
+                Wish::Activations => wishes.activations = Activations::Auto,
+                Wish::Weights => wishes.weights = WeightsMode::Auto,
+                Wish::Embedding => wishes.embedding = EmbeddingPlace::Auto,
                 Wish::Pieces => {
                     smallest_pieces(&mut settings);
-                    logit_rows_given = false;
+                    wishes.logit_rows_given = false;
                 }
                 Wish::Optim => settings.optim = Optim::Adamw8bit,
             }
         }
-        // A hint has what is needed, not what memory could be filled with.
-        let dequantized_blocks = Some(0);
-        let settings = &settings;
-        with(&Demand {
-            settings,
-            activations,
-            mode,
-            embedding,
-            dequantized_blocks,
-            logit_rows_given,
-            ..self.clone()
-        })
+        with(&Demand { settings: &settings, wishes, ..self.clone() })
     }
 
     /// What to type for `choice` of a demand with `settings` in passes of at most `tokens`, where it is not
@@ -147,13 +141,15 @@ impl Demand<'_> {
     fn changed_flags(&self, settings: &Settings, choice: &Choice, tokens: usize) -> Vec<String> {
         let mut flags = Vec::new();
         let (activations, weights, embedding) = choice.strategy.flags(self.spec.num_layers);
-        if ![Activations::Auto, activations].contains(&self.activations) {
+        if ![Activations::Auto, activations].contains(&self.wishes.activations) {
             flags.push(format!("`--activations {}`", typed(activations)));
         }
-        if ![WeightsMode::Auto, weights].contains(&self.mode) {
+        if ![WeightsMode::Auto, weights].contains(&self.wishes.weights) {
             flags.push(format!("`--weights {}`", typed(weights)));
         }
-        if ![EmbeddingPlace::Auto, embedding].contains(&self.embedding) && self.places_embedding() {
+        if ![EmbeddingPlace::Auto, embedding].contains(&self.wishes.embedding)
+            && self.places_embedding()
+        {
             flags.push(format!("`--embedding {}`", typed(embedding)));
         }
         let [new, asked] = [settings, self.settings].map(|settings| settings.shorter(tokens));
@@ -197,7 +193,7 @@ impl Demand<'_> {
                 format!("{} would need {}", changes.join(", "), ByteSize(need))
             }
             Err(need) => {
-                changes.extend(self.lora_r.map(|_| "`--lora-r 1`".to_string()));
+                changes.extend(self.wishes.lora_r.map(|_| "`--lora-r 1`".to_string()));
                 let with = if changes.is_empty() { "" } else { ", with " };
                 // Of streamed weights a short pass reads fewer rows of the embedding, too.
                 let shortest = self.settings.shorter(LENGTH_STEP);
@@ -239,7 +235,7 @@ impl Demand<'_> {
     pub(in crate::plan) fn with_rank(&self, settings: &Settings, rank: usize) -> Settings {
         let mut settings = settings.clone();
         for (target, asked) in settings.targets.iter_mut().zip(&self.settings.targets) {
-            if Some(asked.shape.rank) == self.lora_r {
+            if Some(asked.shape.rank) == self.wishes.lora_r {
                 target.shape.rank = rank;
             }
         }
@@ -258,7 +254,7 @@ impl Demand<'_> {
     /// one needs where none does, or the ranks are an adapter's.
     fn highest_rank_fit(&self, budget: u64, strategy: Strategy) -> Result<(usize, u64), u64> {
         let mut settings = self.settings.shorter(LENGTH_STEP);
-        let mut rank = self.lora_r.unwrap_or(0) / 2;
+        let mut rank = self.wishes.lora_r.unwrap_or(0) / 2;
         let mut least = self.at(&settings).total_bytes(strategy);
         while rank > 0 {
             settings = self.with_rank(&settings, rank);

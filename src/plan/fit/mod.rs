@@ -127,7 +127,8 @@ impl Asked {
     /// The settings of `demand` with other sizes.
     fn sized(&self, demand: &Demand, batch: usize, length: usize) -> Settings {
         let tokens = batch * length;
-        let logit_rows = logit_rows(demand.spec, tokens, self.logits_chunk, demand.processor);
+        let logit_rows =
+            logit_rows(demand.spec, tokens, self.logits_chunk, demand.machine.processor);
         Settings {
             tokens,
             longest_document: length,
@@ -292,7 +293,7 @@ impl Search<'_> {
             let strategy = Strategy { dequantized_blocks, ..other };
             knobs.push(knob(format!("--weights {mode}"), same, strategy));
         }
-        let anywhere = Demand { embedding: EmbeddingPlace::Auto, ..demand.clone() };
+        let anywhere = demand.wishing(|wishes| wishes.embedding = EmbeddingPlace::Auto);
         for &on_host in anywhere.embedding_places().iter().filter(|place| **place != plan.on_host) {
             let flags = format!("--embedding {}", typed(on_host.asked_by()));
             knobs.push(knob(flags, same, Strategy { on_host, ..plan }));
@@ -328,7 +329,7 @@ impl Search<'_> {
         if same.bf16_working {
             with("--adapter-dtype f32".into(), Settings { bf16_working: false, ..same.clone() });
         }
-        if let Some(rank) = demand.lora_r.map(|rank| rank / 2).filter(|rank| *rank > 0) {
+        if let Some(rank) = demand.wishes.lora_r.map(|rank| rank / 2).filter(|rank| *rank > 0) {
             with(format!("--lora-r {rank}"), demand.with_rank(same, rank));
         }
         knobs
