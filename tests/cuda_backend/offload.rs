@@ -7,7 +7,7 @@ use nibble::kernels::Kernels;
 use nibble::kernels::cuda::Cuda;
 use nibble::model::Model;
 use nibble::model::parameters::Part;
-use nibble::model::streaming::Streaming;
+use nibble::model::streaming::StreamedPages;
 use nibble::model::weights::Weights;
 use nibble::plan::{Policy, Settings};
 
@@ -142,7 +142,7 @@ pub fn deep_model(gpu: &Gpu, case: &Case, mut settings: Settings, stream: bool) 
     // Adapters of the first blocks only.
     settings.targets = adapter.targets.clone();
     let weights = match stream {
-        true => weights.upload_streamed(gpu, Streaming::new(&checkpoint, &spec)).unwrap(),
+        true => weights.upload_streamed(gpu, StreamedPages::new(&checkpoint, &spec)).unwrap(),
         false => weights.upload(gpu).unwrap(),
     };
     let mut model = Model::on(gpu.clone(), spec, weights, settings).unwrap();
