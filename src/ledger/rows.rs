@@ -133,25 +133,19 @@ impl Account {
         let arena: u64 = measured.region_bytes.iter().sum();
         let accounted = arena + measured.weights.total() + measured.before_bytes.unwrap_or(0);
         let rest = measured.peak_bytes.saturating_sub(accounted);
-        let weights = measured.weights.rows();
         let free_heap = measured.free_heap_bytes.min(rest);
+        let around = match self.outside.processor {
+            Processor::Cpu => [(PROCESS, rest - free_heap), (FREE_HEAP, free_heap)],
+            Processor::Gpu => [(CONTEXT, measured.before_bytes.unwrap_or(0)), (ROUNDING, rest)],
+        };
+        let label = |region: &Region| region.id.component().label();
+        let regions = plan.regions.iter().map(label).zip(measured.region_bytes);
+        // `report::memory_page` tests that no two parts of a run have the same name.
+        let parts: Vec<(&str, u64)> =
+            around.into_iter().chain(measured.weights.rows()).chain(regions).collect();
         for row in &mut self.rows {
-            let of_weights = weights.iter().find(|(name, _)| *name == row.name);
-            let bytes = match (row.name.as_str(), of_weights) {
-                (PROCESS, _) => rest - free_heap,
-                (FREE_HEAP, _) => free_heap,
-                (ROUNDING, _) => rest,
-                (CONTEXT, _) => measured.before_bytes.unwrap_or(0),
-                (_, Some((_, bytes))) => *bytes,
-                (name, None) => plan
-                    .regions
-                    .iter()
-                    .zip(&measured.region_bytes)
-                    .filter(|(region, _)| region.id.component().label() == name)
-                    .map(|(_, bytes)| bytes)
-                    .sum(),
-            };
-            row.measured_bytes = Some(bytes);
+            let of_row = parts.iter().filter(|(name, _)| *name == row.name);
+            row.measured_bytes = Some(of_row.map(|(_, bytes)| bytes).sum());
         }
         for row in &mut self.phases {
             row.measured_bytes = measured.record.peak_of(row.phase);
