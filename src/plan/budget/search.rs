@@ -149,51 +149,16 @@ impl Demand<'_> {
 
     /// All ways that are allowed; of two that take as long, the simpler one comes first.
     pub(super) fn candidates(&self) -> Result<Vec<Strategy>> {
-        let layers = self.spec.num_layers;
-        let streams: &[bool] = match (self.wishes.weights, self.weights.streamed) {
-            (WeightsMode::Resident, _) | (WeightsMode::Auto, None) => &[false],
-            (WeightsMode::Auto, Some(_)) => &[false, true],
-            (WeightsMode::Stream, Some(_)) => &[true],
-            (WeightsMode::Stream, None) => {
-                let what = "`--weights stream`: the weights are quantized into memory, there is no \
-                            4-bit file to read them from again";
-                return Err(Error::usage(what)
-                    .hint("make one with `nibble quantize` and give it as `--model`"));
-            }
-        };
-        if self.wishes.dequantized_blocks.is_some_and(|blocks| blocks > 0)
-            && !self.weights.packs_linears()
-        {
-            let what = "`--dequantized-blocks`: the weights of this base are not in 4 bits";
-            return Err(Error::usage(what).hint("leave it out, or quantize the base"));
-        }
-        use Policy::{Attention, Checkpoint, Keep, Offload, OffloadAttention};
-        const OTHERS: &[Policy] = &[Checkpoint, Attention, OffloadAttention, Offload];
-        let (kept, others): (Vec<usize>, &[Policy]) = match self.wishes.activations {
-            Activations::Auto => ((0..=layers).rev().collect(), OTHERS),
-            Activations::Attention => (vec![0], &[Attention]),
-            Activations::Keep => (vec![layers], &[Keep]),
-            Activations::Checkpoint => (vec![0], &[Checkpoint]),
-            Activations::Offload => (vec![0], &[Offload]),
-            Activations::OffloadAttention => (vec![0], &[OffloadAttention]),
-        };
-        let auto = self.wishes.activations == Activations::Auto;
+        self.check_dequantized_blocks()?;
+        let (streams, others) = (self.streams()?, self.policies_of_others());
         let mut candidates = Vec::new();
         for pieces in self.pieces() {
             for &on_host in self.embedding_places() {
-                for (&stream, &others) in
-                    streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))
-                {
-                    let uniform = Strategy::uniform(layers, others, stream);
-                    let with =
-                        |&kept: &usize| Strategy { kept, others, on_host, pieces, ..uniform };
-                    candidates.extend(kept.iter().map(with).filter_map(|way| match others {
-                        OffloadAttention if auto => self.as_far_as_pinned(way),
-                        _ => Some(way),
-                    }));
-                    if auto && others == Offload {
-                        let with = |attended| Strategy { attended, ..with(&0) };
-                        candidates.extend((1..=layers).rev().map(with));
+                for &stream in streams {
+                    for &others in &others {
+                        let uniform = Strategy::uniform(self.spec.num_layers, others, stream);
+                        let way = Strategy { on_host, pieces, ..uniform };
+                        candidates.extend(self.keeping(way));
                     }
                 }
             }
@@ -201,8 +166,59 @@ impl Demand<'_> {
         Ok(candidates)
     }
 
-    /// The same, with attention offloaded of as many blocks as the host has room for; `None` where that is
-    /// none of those that do not keep theirs.
+    fn check_dequantized_blocks(&self) -> Result<()> {
+        let wanted = self.wishes.dequantized_blocks.is_some_and(|blocks| blocks > 0);
+        if !wanted || self.weights.packs_linears() {
+            return Ok(());
+        }
+        let what = "`--dequantized-blocks`: the weights of this base are not in 4 bits";
+        Err(Error::usage(what).hint("leave it out, or quantize the base"))
+    }
+
+    /// Whether weights may stay in memory, be streamed, or either.
+    fn streams(&self) -> Result<&'static [bool]> {
+        match (self.wishes.weights, self.weights.streamed) {
+            (WeightsMode::Resident, _) | (WeightsMode::Auto, None) => Ok(&[false]),
+            (WeightsMode::Auto, Some(_)) => Ok(&[false, true]),
+            (WeightsMode::Stream, Some(_)) => Ok(&[true]),
+            (WeightsMode::Stream, None) => {
+                let what = "`--weights stream`: the weights are quantized into memory, there is no \
+                            4-bit file to read them from again";
+                Err(Error::usage(what)
+                    .hint("make one with `nibble quantize` and give it as `--model`"))
+            }
+        }
+    }
+
+    /// What blocks may do with their activations that do not keep them.
+    fn policies_of_others(&self) -> Vec<Policy> {
+        use Policy::{Attention, Checkpoint, Offload, OffloadAttention};
+        match self.wishes.activations.of_every_block() {
+            Some(policy) => vec![policy],
+            None => vec![Checkpoint, Attention, OffloadAttention, Offload],
+        }
+    }
+
+    /// Ways that differ from `way` in how many blocks keep their activations, or the output of attention,
+    /// most first; `way` alone where every block does what was asked for.
+    fn keeping(&self, way: Strategy) -> Vec<Strategy> {
+        if self.wishes.activations != Activations::Auto {
+            return vec![way];
+        }
+        let layers = self.spec.num_layers;
+        let kept = (0..=layers).rev().map(|kept| Strategy { kept, ..way });
+        match way.others {
+            Policy::OffloadAttention => kept.filter_map(|way| self.as_far_as_pinned(way)).collect(),
+            Policy::Offload => {
+                let attended = (1..=layers).rev().map(|attended| Strategy { attended, ..way });
+                kept.chain(attended).collect()
+            }
+            _ => kept.collect(),
+        }
+    }
+
+    /// `way` with attention offloaded of as many blocks as the host has room for; `None` where that is none of
+    /// those that do not keep their activations.
     fn as_far_as_pinned(&self, way: Strategy) -> Option<Strategy> {
         let others = self.spec.num_layers - way.kept;
         if others == 0 {
