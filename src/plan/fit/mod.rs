@@ -284,62 +284,18 @@ impl Search<'_> {
             let time = seconds(&demand, strategy) / plan_seconds;
             Knob { flags, bytes: demand.total_bytes(strategy), time }
         };
-        let same = demand.settings;
-        let mut knobs: Vec<Knob> = self.other_policies(knob);
-        if demand.weights.streamed.is_some() {
-            let mode = typed(WeightsMode::of(!plan.stream));
-            let other = Strategy { stream: !plan.stream, ..plan };
-            let dequantized_blocks = plan.dequantized_blocks.min(demand.most_dequantized(other));
-            let strategy = Strategy { dequantized_blocks, ..other };
-            knobs.push(knob(format!("--weights {mode}"), same, strategy));
-        }
-        let anywhere = demand.wishing(|wishes| wishes.embedding = EmbeddingPlace::Auto);
-        for &on_host in anywhere.embedding_places().iter().filter(|place| **place != plan.on_host) {
-            let flags = format!("--embedding {}", typed(on_host.asked_by()));
-            knobs.push(knob(flags, same, Strategy { on_host, ..plan }));
-        }
-        if plan.dequantized_blocks > 0 {
-            let strategy = Strategy { dequantized_blocks: 0, ..plan };
-            knobs.push(knob("--dequantized-blocks 0".into(), same, strategy));
-        }
-        let mut with = |flags: String, settings: Settings| knobs.push(knob(flags, &settings, plan));
-        let Asked { batch, length, .. } = self.asked;
-        if batch > 1 {
-            let flags = format!("--per-device-train-batch-size {}", batch / 2);
-            with(flags, self.asked.sized(demand, batch / 2, length));
-        }
-        if length >= 2 * LENGTH_STEP {
-            with(
-                format!("--max-length {}", length / 2),
-                self.asked.sized(demand, batch, length / 2),
-            );
-        }
-        if let Some(length) = smaller_tile(same).filter(|_| !plan.pieces.tiles) {
-            let settings = Settings { mlp_tile_length: Some(length), ..same.clone() };
-            with(format!("--mlp-tile-length {length}"), settings);
-        }
-        if let Some(logit_rows) = smaller_chunk(same).filter(|_| !plan.pieces.logits) {
-            let settings = Settings { logit_rows, ..same.clone() };
-            with(format!("--logits-chunk-length {logit_rows}"), settings);
-        }
-        let packed = Settings { optim: Optim::Adamw8bit, ..same.clone() };
-        if same.optim != packed.optim && packed.moments().blocks > 0 {
-            with("--optim adamw_8bit".into(), packed);
-        }
-        if same.bf16_working {
-            with("--adapter-dtype f32".into(), Settings { bf16_working: false, ..same.clone() });
-        }
-        if let Some(rank) = demand.wishes.lora_r.map(|rank| rank / 2).filter(|rank| *rank > 0) {
-            with(format!("--lora-r {rank}"), demand.with_rank(same, rank));
-        }
-        knobs
+        let ways = self.other_policies().into_iter().chain(self.other_places());
+        let ways = ways.map(|(flags, strategy)| knob(flags, demand.settings, strategy));
+        let settings = self.smaller_sizes().into_iter().chain(self.smaller_state());
+        let settings = settings.map(|(flags, settings)| knob(flags, &settings, plan));
+        ways.chain(settings).collect()
     }
 
     /// All blocks with one policy, where the plan has another.
-    fn other_policies(&self, knob: impl Fn(String, &Settings, Strategy) -> Knob) -> Vec<Knob> {
-        let (demand, plan) = (self.demand, self.plan);
+    fn other_policies(&self) -> Vec<(String, Strategy)> {
+        let (layers, plan) = (self.demand.spec.num_layers, self.plan);
         let planned = |policy| match policy {
-            Policy::Keep => plan.kept == demand.spec.num_layers,
+            Policy::Keep => plan.kept == layers,
             policy => {
                 let uniform = plan.kept + plan.attended + plan.remaking_attention == 0;
                 uniform && plan.others == policy
@@ -348,16 +304,80 @@ impl Search<'_> {
         let others = Activations::UNIFORM.into_iter().filter(|(_, policy)| !planned(*policy));
         others
             .map(|(activations, policy)| {
-                let uniform = Strategy::uniform(demand.spec.num_layers, policy, plan.stream);
+                let uniform = Strategy::uniform(layers, policy, plan.stream);
                 let Strategy { on_host, dequantized_blocks, pieces, .. } = plan;
                 let strategy = Strategy { on_host, dequantized_blocks, pieces, ..uniform };
-                knob(format!("--activations {}", typed(activations)), demand.settings, strategy)
+                (format!("--activations {}", typed(activations)), strategy)
             })
             .collect()
     }
+
+    /// Weights, embedding and head elsewhere than in the plan.
+    fn other_places(&self) -> Vec<(String, Strategy)> {
+        let (demand, plan) = (self.demand, self.plan);
+        let mut places = Vec::new();
+        if demand.weights.streamed.is_some() {
+            let mode = typed(WeightsMode::of(!plan.stream));
+            let other = Strategy { stream: !plan.stream, ..plan };
+            let dequantized_blocks = plan.dequantized_blocks.min(demand.most_dequantized(other));
+            places.push((format!("--weights {mode}"), Strategy { dequantized_blocks, ..other }));
+        }
+        let anywhere = demand.wishing(|wishes| wishes.embedding = EmbeddingPlace::Auto);
+        for &on_host in anywhere.embedding_places().iter().filter(|place| **place != plan.on_host) {
+            let flags = format!("--embedding {}", typed(on_host.asked_by()));
+            places.push((flags, Strategy { on_host, ..plan }));
+        }
+        if plan.dequantized_blocks > 0 {
+            let strategy = Strategy { dequantized_blocks: 0, ..plan };
+            places.push(("--dequantized-blocks 0".into(), strategy));
+        }
+        places
+    }
+
+    /// Fewer tokens at a time: in a pass, in a row, in a tile and in a chunk of logits.
+    fn smaller_sizes(&self) -> Vec<(String, Settings)> {
+        let (demand, plan, same) = (self.demand, self.plan, self.demand.settings);
+        let Asked { batch, length, .. } = self.asked;
+        let mut sizes = Vec::new();
+        if batch > 1 {
+            let flags = format!("--per-device-train-batch-size {}", batch / 2);
+            sizes.push((flags, self.asked.sized(demand, batch / 2, length)));
+        }
+        if length >= 2 * LENGTH_STEP {
+            let flags = format!("--max-length {}", length / 2);
+            sizes.push((flags, self.asked.sized(demand, batch, length / 2)));
+        }
+        if let Some(length) = smaller_tile(same).filter(|_| !plan.pieces.tiles) {
+            let settings = Settings { mlp_tile_length: Some(length), ..same.clone() };
+            sizes.push((format!("--mlp-tile-length {length}"), settings));
+        }
+        if let Some(logit_rows) = smaller_chunk(same).filter(|_| !plan.pieces.logits) {
+            let settings = Settings { logit_rows, ..same.clone() };
+            sizes.push((format!("--logits-chunk-length {logit_rows}"), settings));
+        }
+        sizes
+    }
+
+    /// Less of what is trained: moments in 8 bits, no copies in bf16, half the rank.
+    fn smaller_state(&self) -> Vec<(String, Settings)> {
+        let (demand, same) = (self.demand, self.demand.settings);
+        let mut states = Vec::new();
+        let packed = Settings { optim: Optim::Adamw8bit, ..same.clone() };
+        if same.optim != packed.optim && packed.moments().blocks > 0 {
+            states.push(("--optim adamw_8bit".into(), packed));
+        }
+        if same.bf16_working {
+            let settings = Settings { bf16_working: false, ..same.clone() };
+            states.push(("--adapter-dtype f32".into(), settings));
+        }
+        if let Some(rank) = demand.wishes.lora_r.map(|rank| rank / 2).filter(|rank| *rank > 0) {
+            states.push((format!("--lora-r {rank}"), demand.with_rank(same, rank)));
+        }
+        states
+    }
 }
 
-/// Of a token, about.
+/// Seconds of a token of a step, about.
 fn seconds(demand: &Demand, strategy: Strategy) -> f64 {
     Pace::new(demand).seconds_per_token(&demand.choice(strategy))
 }
