@@ -84,7 +84,8 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     }
     warn(&base, &recipe, max_steps, &progress);
     let before = output.found.as_ref().and_then(|found| found.state.identity.sum_order);
-    let memory = memory::plan(args, &base, &adapter, &data, &kernels, before, &progress)?;
+    let memory = memory::plan(args, &base, &adapter, &data, &kernels, before)?;
+    progress.note(&format!("plan: {}", memory.words));
     let checkpoint = memory.checkpoint_bytes(&adapter, args) + base.brought.bytes();
     let offloaded = memory.offload_file_bytes(&base.spec);
     output.check_room(checkpoint, offloaded, &args.output, &progress)?;
