@@ -9,7 +9,7 @@ pub fn free_bytes(folder: &Path) -> Option<u64> {
     Some(disk.f_bavail.saturating_mul(disk.f_frsize))
 }
 
-/// The same.
+/// Bytes that are free where `folder` is, for this user; none where Windows does not tell.
 #[cfg(windows)]
 #[allow(unsafe_code)]
 pub fn free_bytes(folder: &Path) -> Option<u64> {

@@ -12,7 +12,7 @@ use crate::plan::{
 /// One part of a run's memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Row {
-    /// What it is.
+    /// The part's name.
     pub name: String,
     /// Bytes as planned.
     pub planned_bytes: u64,
@@ -23,7 +23,7 @@ pub struct Row {
 /// A phase's highest memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PhaseRow {
-    /// Which one.
+    /// Which phase it is.
     pub phase: Phase,
     /// Bytes of every part that was used by then, in the order of the rows.
     pub planned_bytes: Vec<u64>,
@@ -34,11 +34,11 @@ pub struct PhaseRow {
 /// The host's memory beside a GPU, once all of a run is allocated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct HostMemory {
-    /// Of the process.
+    /// Bytes of the process.
     pub resident_bytes: u64,
-    /// Of these, pages of files: program, libraries, weights that are streamed.
+    /// Bytes of pages of files among these: program, libraries, weights that are streamed.
     pub mapped_bytes: u64,
-    /// Pinned for the run; the system may or may not count it to the process.
+    /// Bytes that are pinned for the run; the system may or may not count them to the process.
     pub pinned_bytes: u64,
 }
 
@@ -53,7 +53,7 @@ pub struct Account {
     pub phases: Vec<PhaseRow>,
     /// The highest resident bytes of the process.
     pub peak_bytes: Option<u64>,
-    /// Beside a GPU, where a run was made.
+    /// The host's memory beside a GPU, where a run was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<HostMemory>,
     /// The run over time.
@@ -62,7 +62,7 @@ pub struct Account {
 
 /// Row of what is neither weights nor arena of the process.
 pub(crate) const PROCESS: &str = "program, tokenizer, data";
-/// The same on a GPU.
+/// Row of what is neither weights nor arena of a GPU.
 pub(crate) const CONTEXT: &str = "CUDA context";
 /// Row of what the process' allocator has free, in pieces, and did not give back to the system.
 pub(crate) const FREE_HEAP: &str = "heap fragmentation";
@@ -81,14 +81,14 @@ pub struct Measured {
     pub region_bytes: Vec<u64>,
     /// The highest resident bytes of the process.
     pub peak_bytes: u64,
-    /// Beside a GPU.
+    /// The host's memory beside a GPU.
     pub host: Option<HostMemory>,
     /// The run over time.
     pub record: Record,
 }
 
 impl Account {
-    /// The prediction.
+    /// The account of a plan, before anything is measured.
     pub fn planned(outside: Outside, plan: &MemoryPlan) -> Self {
         let Outside { processor, process_bytes, weights, .. } = outside;
         let (around, lost) = match processor {
@@ -172,7 +172,7 @@ impl Account {
         ))
     }
 
-    /// All rows together.
+    /// Bytes of all rows together, as planned.
     pub fn planned_bytes(&self) -> u64 {
         self.rows.iter().map(|row| row.planned_bytes).sum()
     }

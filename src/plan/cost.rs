@@ -23,19 +23,21 @@ use super::strategy::Strategy;
 use super::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer, Work};
 use crate::model::spec::Half;
 
-/// What a thread computes in a second, about.
+/// Floating-point operations of a CPU's thread in a second, about.
 const ASSUMED_FLOPS_OF_A_THREAD: f64 = 1e11;
-/// What a drive reads or writes in a second, about.
+/// Bytes that a drive reads or writes in a second, about.
 const ASSUMED_BYTES_OF_A_DRIVE: f64 = 1e9;
-/// What an RTX 4090's memory moves in a second.
+/// Bytes that an RTX 4090's memory moves in a second.
 const ASSUMED_BYTES_OF_A_GPU_S_MEMORY: f64 = 1e12;
-/// What a thread moves between its cache and its registers in a second, about.
+/// Bytes that a thread moves between its cache and its registers in a second, about.
 const ASSUMED_BYTES_OF_A_CACHE: f64 = 3e10;
-/// Read as 4 bits and a scale, written as bf16 (on the CPU, as f32 that stays in the cache).
+/// Bytes that dequantizing a weight moves: read as 4 bits and a scale, written as bf16 (on the CPU, as f32
+/// that stays in the cache).
 const BYTES_TO_DEQUANTIZE: f64 = 2.5;
-/// What stays of dequantizing beside products, which share the multiprocessors and the memory with it.
+/// Share of the time of dequantizing that stays beside products, which share the multiprocessors and the
+/// memory with it.
 const DEQUANTIZED_BESIDE: f64 = 0.25;
-/// What stays of copies that hide behind the computation.
+/// Share of the time of copies that stays though they hide behind the computation.
 const EXPOSED_SHARE: f64 = 0.02;
 
 /// Rates of the processor that a step runs on.
@@ -74,7 +76,7 @@ pub(super) struct Pace<'a> {
 }
 
 impl<'a> Pace<'a> {
-    /// With documents as long as those of `demand`.
+    /// The pace of a model in documents as long as those of `demand`.
     pub fn new(demand: &'a Demand) -> Self {
         let linears = demand.spec.linears(0);
         let elements = |half: Half| -> f64 {

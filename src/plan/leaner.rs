@@ -25,7 +25,7 @@ fn dequantizing_again(settings: &Settings) -> Option<Settings> {
     (settings.dequantized_blocks > 0).then(without)
 }
 
-/// Documents are not cut.
+/// Passes of half as many tokens, but no shorter than the longest document, which is not cut.
 fn shorter(settings: &Settings) -> Option<Settings> {
     if settings.tokens <= settings.longest_document {
         return None;
@@ -33,7 +33,7 @@ fn shorter(settings: &Settings) -> Option<Settings> {
     Some(settings.shorter((settings.tokens / 2).max(settings.longest_document)))
 }
 
-/// The last blocks keep what they have longest: the backward pass meets them first.
+/// Half as many blocks that keep their activations: the last ones, which the backward pass meets first.
 fn keeping_fewer(settings: &Settings) -> Option<Settings> {
     let kept = settings.count(Policy::Keep);
     // What waits takes of the host's memory, too: no more of it than has to.

@@ -13,7 +13,7 @@ pub struct Ranks {
 }
 
 impl Ranks {
-    /// Of `layers` layers.
+    /// The ranks of `targets` in a model of `layers` layers.
     pub fn new(targets: &[LoraTarget], layers: usize) -> Self {
         let mut ranks = vec![[0; ROLES]; layers];
         for target in targets {
@@ -27,7 +27,7 @@ impl Ranks {
         roles.iter().map(|&role| self.layers[layer][role as usize]).sum()
     }
 
-    /// The largest such sum of all layers.
+    /// Sum of the ranks on some linears of the layer where it is largest.
     pub fn most(&self, roles: &[LinearRole]) -> usize {
         (0..self.layers.len()).map(|layer| self.of(layer, roles)).max().unwrap_or(0)
     }

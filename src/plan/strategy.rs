@@ -13,19 +13,20 @@ use super::settings::{Pieces, Policy, Settings};
 pub struct Strategy {
     /// Blocks that keep their activations: the last ones, which the backward pass meets first.
     pub kept: usize,
-    /// What all others do with theirs; of a choice *keep*, where there are none.
+    /// What all other blocks do with their activations; of a choice *keep*, where there are none.
     pub others: Policy,
-    /// Those of them, the last ones, that keep the output of attention though their input is offloaded.
+    /// Blocks among the others, the last ones, that keep the output of attention though their input is
+    /// offloaded.
     pub attended: usize,
-    /// Those of them, the first ones, that only offload their input though the others offload what attention
-    /// makes, too: the host has no room for more.
+    /// Blocks among the others, the first ones, that only offload their input though the rest offloads what
+    /// attention makes, too: the host has no room for more.
     pub remaking_attention: usize,
     /// Whether the blocks' weights are streamed from their file.
     pub stream: bool,
-    /// What is in the host's memory beside a GPU.
+    /// What of embedding and head is in the host's memory beside a GPU.
     #[serde(rename = "embedding")]
     pub on_host: OnHost,
-    /// On a GPU: blocks whose weights have room in bf16, too.
+    /// Blocks whose weights have room in bf16 on a GPU, too.
     pub dequantized_blocks: usize,
     /// What is made in smaller pieces than usual.
     #[serde(skip)]
@@ -33,7 +34,7 @@ pub struct Strategy {
 }
 
 impl Strategy {
-    /// The same for all of `layers` blocks, with everything else as usual.
+    /// One `policy` for all of `layers` blocks, with everything else as usual.
     pub(super) fn uniform(layers: usize, policy: Policy, stream: bool) -> Self {
         Strategy {
             kept: if policy == Policy::Keep { layers } else { 0 },
@@ -47,7 +48,7 @@ impl Strategy {
         }
     }
 
-    /// Of every block. The last ones keep what they can: the backward pass meets them first.
+    /// The policy of every block. The last ones keep what they can: the backward pass meets them first.
     pub(super) fn policies(self, layers: usize) -> Vec<Policy> {
         let policy = |behind: usize| match self.others {
             _ if behind <= self.kept => Policy::Keep,

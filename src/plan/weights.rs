@@ -10,19 +10,19 @@ use crate::plan::{OnHost, Processor, WeightParts};
 /// Blocks that are in memory at a time when weights are streamed: the one at work, and the next.
 pub(crate) const STREAMED_BLOCKS: usize = 2;
 
-/// What is mapped with a page that is read from the system's cache: `fault_around_bytes` of Linux.
+/// Bytes that are mapped with a page that is read from the system's cache: `fault_around_bytes` of Linux.
 const MAPPED_WITH_A_PAGE_BYTES: u64 = 64 << 10;
 
 /// Bytes of all frozen weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WeightBytes {
-    /// All in memory.
+    /// Bytes where all weights are in memory.
     pub resident: WeightParts,
-    /// None where the weights are not in a file as they are used.
+    /// What streamed weights take; `None` where the weights are not in a file as they are used.
     pub streamed: Option<StreamedBytes>,
-    /// Of the embedding, where it is not the head, too: it may be elsewhere.
+    /// Bytes of the embedding, where it is not the head, too: it may be elsewhere.
     pub embedding: u64,
-    /// Of what makes logits: it may be elsewhere, too.
+    /// Bytes of the matrix that makes logits: it may be elsewhere, too.
     pub head: u64,
     /// Whether any matrix is in 4-bit blocks.
     pub packed: bool,
@@ -32,39 +32,39 @@ pub struct WeightBytes {
 /// logits, the head and one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamedBytes {
-    /// Norms and biases, which always stay.
+    /// Bytes of norms and biases, which always stay.
     pub vectors: u64,
-    /// Tables that always stay: of positions, and on a GPU all.
+    /// Bytes of tables that always stay: of positions, and on a GPU all.
     pub kept_tables: u64,
-    /// The largest block's linears.
+    /// Bytes of the largest block's linears.
     pub block: u64,
-    /// Blocks at a time.
+    /// Blocks that are in memory at a time.
     pub blocks: u64,
-    /// The embedding, of which a pass reads the rows of its tokens.
+    /// Bytes of the embedding, of which a pass reads the rows of its tokens.
     pub table: u64,
-    /// A row of it.
+    /// Bytes of a row of the embedding.
     pub row: u64,
-    /// What makes logits: the embedding again, where they are tied.
+    /// Bytes of the matrix that makes logits: the embedding again, where they are tied.
     pub head: u64,
-    /// Embedding and head: one matrix where they are tied.
+    /// Bytes of embedding and head: one matrix where they are tied.
     pub tables: u64,
 }
 
 impl StreamedBytes {
-    /// The same for every pass.
+    /// Streamed weights that take the same for every pass.
     #[cfg(test)]
     pub(super) fn of_vectors(vectors: u64) -> Self {
         let (kept_tables, block, blocks, table, row, head, tables) = (0, 0, 0, 0, 0, 0, 0);
         StreamedBytes { vectors, kept_tables, block, blocks, table, row, head, tables }
     }
 
-    /// Beside a GPU only the blocks' linears come and go: all else stays in its memory.
+    /// What streamed weights take of a GPU: only the blocks' linears come and go, all else stays.
     fn on_gpu(&self) -> Self {
         let kept_tables = self.kept_tables + self.tables;
         StreamedBytes { kept_tables, table: 0, row: 0, head: 0, tables: 0, ..*self }
     }
 
-    /// The most of a pass over `tokens` that are all different.
+    /// The most that a pass takes over `tokens` that are all different.
     pub fn of_pass(&self, tokens: usize) -> WeightParts {
         let around = self.row.max(MAPPED_WITH_A_PAGE_BYTES);
         let rows = self.table.min(tokens as u64 * around);
@@ -75,7 +75,8 @@ impl StreamedBytes {
 }
 
 impl WeightBytes {
-    /// Of a checkpoint that is opened; `format` packs dense linears, unless others are packed already.
+    /// Bytes of the weights of a checkpoint that is opened; `format` packs dense linears, unless others are
+    /// packed already.
     pub fn of_checkpoint(
         checkpoint: &Checkpoint,
         spec: &ModelSpec,
@@ -92,8 +93,8 @@ impl WeightBytes {
         Self::sum(spec, bytes, as_stored).used_at(processor)
     }
 
-    /// Of a model of which only the config is known, stored in `dtype`, its linears in `format` as
-    /// `nibble quantize` writes them.
+    /// Bytes of the weights of a model of which only the config is known, stored in `dtype`, its linears in
+    /// `format` as `nibble quantize` writes them.
     pub fn of_config(
         spec: &ModelSpec,
         dtype: FloatType,
@@ -111,7 +112,7 @@ impl WeightBytes {
         self.resident.codes > 0
     }
 
-    /// What of it may be in the host's memory beside a GPU.
+    /// Bytes of what is in the host's memory beside a GPU.
     pub fn on_host(&self, what: OnHost) -> u64 {
         match what {
             OnHost::Nothing => 0,
@@ -120,7 +121,7 @@ impl WeightBytes {
         }
     }
 
-    /// Of a GPU that has the rest.
+    /// The weights that a GPU has where `what` is on the host.
     pub fn without(self, what: OnHost) -> Self {
         let moved = self.on_host(what);
         let tables = self.resident.tables - moved;
@@ -208,7 +209,7 @@ fn stored_bytes(
     }
 }
 
-/// Of a tensor that is stored in `dtype`; linears are packed in `format`.
+/// Bytes of a tensor that is stored in `dtype`; linears are packed in `format`.
 fn dense_bytes(
     tensor: &TensorSpec,
     dtype: FloatType,

@@ -115,7 +115,7 @@ fn resize(
     }
 }
 
-/// What the sums of the MLP's adapters take beyond the regions of the head, behind these.
+/// A region behind those of the head for what the sums of the MLP's adapters take beyond these.
 fn push_mlp_sums(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings, ranks: &Ranks) {
     let sums = mlp_sum_elements(spec, settings, ranks).unwrap_or(0);
     let idle = idle_in_blocks(&plan.regions);

@@ -44,7 +44,7 @@ impl WeightsMode {
 /// How much memory there is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
-    /// The user's.
+    /// A budget of the user's.
     Budget(u64),
     /// What is free on this machine.
     Free(u64),
@@ -75,7 +75,7 @@ pub struct Machine<'a> {
     pub processor: Processor,
     /// The backend's buffers for some settings.
     pub layout: &'a dyn Fn(&ModelSpec, &Settings) -> MemoryPlan,
-    /// Bytes of the rest outside the arena: program, tokenizer, data.
+    /// Bytes outside of arena and weights: program, tokenizer, data.
     pub process_bytes: u64,
     /// What may be pinned of the host's memory beside a GPU: what is offloaded, streamed blocks, tables.
     pub pinned_bytes: u64,
@@ -108,9 +108,9 @@ pub struct Demand<'a> {
     pub spec: &'a ModelSpec,
     /// Bytes of the frozen weights, all of them where the run computes.
     pub weights: WeightBytes,
-    /// Sizes; the policies are not looked at.
+    /// The run's sizes; the policies are not looked at.
     pub settings: &'a Settings,
-    /// What it runs on.
+    /// What the run computes on, and what else is there.
     pub machine: Machine<'a>,
     /// What the user asks for.
     pub wishes: Wishes,
@@ -119,9 +119,9 @@ pub struct Demand<'a> {
 /// What a run does to stay within its memory.
 #[derive(Debug, Clone)]
 pub struct Choice {
-    /// How it runs.
+    /// How the run goes.
     pub strategy: Strategy,
-    /// Its sizes, with the policies of all layers and the sizes of pieces.
+    /// The run's sizes, with the policies of all layers and the sizes of pieces.
     pub settings: Settings,
 }
 
@@ -151,7 +151,7 @@ impl Demand<'_> {
         offloaded as u64 + blocks + self.weights.on_host(strategy.on_host)
     }
 
-    /// All that a choice pins of the host's memory beside a GPU, with what is staged for uploads.
+    /// Bytes of all that a choice pins of the host's memory beside a GPU, with what is staged for uploads.
     pub(super) fn pinned(&self, choice: &Choice) -> u64 {
         match self.machine.processor {
             Processor::Cpu => 0,
@@ -171,7 +171,7 @@ impl Demand<'_> {
         Pieces::ways(buffers).filter(move |pieces| !(given && pieces.logits))
     }
 
-    /// What may be in the host's memory beside a GPU.
+    /// What of embedding and head may be in the host's memory beside a GPU.
     pub(super) fn embedding_places(&self) -> &'static [OnHost] {
         use OnHost::{All, Input, Nothing};
         match (self.machine.processor, self.wishes.embedding) {
@@ -209,7 +209,7 @@ impl Demand<'_> {
         demand
     }
 
-    /// The frozen weights, where the run computes.
+    /// Bytes of the frozen weights, where the run computes.
     fn weight_parts(&self, strategy: Strategy) -> WeightParts {
         let weights = self.weights.without(strategy.on_host);
         let streamed = weights.streamed.filter(|_| strategy.stream);
@@ -228,7 +228,7 @@ impl Demand<'_> {
         (self.machine.layout)(self.spec, settings)
     }
 
-    /// Bytes of everything.
+    /// Bytes of everything that a strategy takes where the run computes.
     pub fn total_bytes(&self, strategy: Strategy) -> u64 {
         let plan = self.plan(&self.settings_of(strategy));
         plan.arena_bytes() as u64 + self.weight_parts(strategy).total() + self.machine.process_bytes

@@ -7,8 +7,8 @@ use crate::plan::processor::Processor;
 use crate::plan::settings::Policy;
 use crate::plan::strategy::Strategy;
 
-/// Where nobody asks for it, weights stay dequantized if a step then takes no more than this share of its
-/// time: less is not worth the memory, which other programs may want.
+/// Share of its time that a step may take, at most, for weights to stay dequantized where nobody asks for
+/// it: to save less is not worth the memory, which other programs may want.
 pub(super) const WORTH_MEMORY: f64 = 0.99;
 
 impl Demand<'_> {
@@ -34,12 +34,12 @@ impl Demand<'_> {
         })
     }
 
-    /// What [`choose`](Demand::choose) would, if anything.
+    /// What [`choose`](Demand::choose) would choose, if anything.
     pub(super) fn chosen(&self, limit: Limit) -> Option<Choice> {
         self.choose_of(&self.candidates().ok()?, limit)
     }
 
-    /// Those that add up as the run did before; `None` for one that begins.
+    /// Candidates that add up as the run did before; `None` for one that begins.
     fn in_order(&self, candidates: &[Strategy]) -> Option<Vec<Strategy>> {
         let order = self.wishes.sum_order?;
         let same = |c: &&Strategy| self.settings_of(**c).sum_order() == order;
@@ -54,7 +54,8 @@ impl Demand<'_> {
         Ok(self.choice(self.leanest_of(&self.candidates()?)))
     }
 
-    /// What the host has no room for is no way out: of plans like that, the one that lacks the least.
+    /// The candidate that takes the least. What the host has no room for is no way out: of such plans, the
+    /// one that lacks the least there.
     pub(super) fn leanest_of(&self, candidates: &[Strategy]) -> Strategy {
         let lacking = |candidate: &Strategy| {
             self.pinned_for(*candidate).saturating_sub(self.machine.pinned_bytes)
@@ -104,7 +105,7 @@ impl Demand<'_> {
         timed.min_by(|a, b| a.0.total_cmp(&b.0))
     }
 
-    /// Of each way the candidate that keeps most and takes at most `bytes`.
+    /// The candidate of each way that keeps most and takes at most `bytes`.
     pub(super) fn most_kept(&self, candidates: &[Strategy], bytes: u64) -> Vec<Strategy> {
         let fits = |candidate: &Strategy| self.fits(*candidate, bytes);
         // Blocks that do not keep may pin more.

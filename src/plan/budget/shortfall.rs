@@ -19,7 +19,7 @@ enum Wish {
     Embedding,
     /// Sizes of tiles and chunks.
     Pieces,
-    /// The only one that changes what is computed.
+    /// The optimizer: the only wish that changes what is computed.
     Optim,
 }
 
@@ -27,7 +27,7 @@ const WISHES: [Wish; 5] =
     [Wish::Activations, Wish::Weights, Wish::Embedding, Wish::Pieces, Wish::Optim];
 
 impl Demand<'_> {
-    /// `leanest` is the least that was allowed.
+    /// The error of a limit that nothing fits; `leanest` is the least that was allowed.
     pub(super) fn shortfall(&self, limit: Limit, leanest: Strategy) -> Error {
         let (error, most) = (self.too_little(limit, leanest), limit.most_bytes());
         if let Some((flags, bytes)) = self.nearest(limit) {
@@ -136,7 +136,7 @@ impl Demand<'_> {
         with(&Demand { settings: &settings, wishes, ..self.clone() })
     }
 
-    /// What to type for `choice` of a demand with `settings` in passes of at most `tokens`, where it is not
+    /// Flags that lead to `choice` of a demand with `settings` in passes of at most `tokens`, where it is not
     /// what this one asks for.
     fn changed_flags(&self, settings: &Settings, choice: &Choice, tokens: usize) -> Vec<String> {
         let mut flags = Vec::new();
@@ -165,8 +165,8 @@ impl Demand<'_> {
         flags
     }
 
-    /// With everything allowed: the longest forward pass within `bytes`, then the highest rank, then
-    /// what the least plan of all needs. `asked` is what was not.
+    /// A hint where everything is allowed: the longest forward pass within `bytes`, then the highest rank,
+    /// then what the least plan of all needs. `asked` is the demand that allowed less.
     fn shorter_hint(&self, asked: &Demand, bytes: u64) -> String {
         let least = self.least();
         let choice = self.choice(least);
@@ -209,7 +209,7 @@ impl Demand<'_> {
         }
     }
 
-    /// What takes the least of this memory, and no more of the host's than there is.
+    /// The way that takes the least of this memory, and no more of the host's than there is.
     fn least(&self) -> Strategy {
         let stream = self.weights.streamed.is_some();
         let places = self.embedding_places();
@@ -230,7 +230,7 @@ impl Demand<'_> {
         ways.into_iter().find(|way| self.can_be_pinned(way)).unwrap_or(plainest)
     }
 
-    /// The same with another `--lora-r`, which leaves ranks of `--rank-pattern` as they are; `settings` may
+    /// `settings` with another `--lora-r`, which leaves ranks of `--rank-pattern` as they are; `settings` may
     /// have a lower one already.
     pub(in crate::plan) fn with_rank(&self, settings: &Settings, rank: usize) -> Settings {
         let mut settings = settings.clone();

@@ -18,16 +18,16 @@ use crate::plan::strategy::{Strategy, typed};
 pub(super) use sizes::{LENGTH_STEP, largest, smallest_pieces};
 use sizes::{MOST_TOKENS, longest_document, smaller_chunk, smaller_tile};
 
-/// Another micro-batch is told of where it takes less than this of a token's time: less is within what
-/// the arithmetic can know.
+/// Share of a token's time below which another micro-batch is told of: more is within what the arithmetic
+/// cannot know.
 const CLEARLY_FASTER: f64 = 0.97;
-/// Fewer rows are as good where they take no more than this of the least time.
+/// Multiple of the least time up to which fewer rows are as good.
 const AS_FAST: f64 = 1.01;
 
 /// A way to run, and what fits with it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Row {
-    /// How it runs.
+    /// How the run goes.
     #[serde(flatten)]
     pub strategy: Strategy,
     /// Time of a token over that of the first row, by the rates of `src/plan/cost.rs`.
@@ -60,9 +60,9 @@ pub struct PlanSummary {
     /// Flags of `train` and `memory` that lead to it, the limit included: within that `auto` finds the
     /// mix, and the sizes of pieces, again.
     pub flags: String,
-    /// What it does, for people.
+    /// What the plan does, for people.
     pub words: String,
-    /// How it runs.
+    /// How the run goes.
     #[serde(flatten)]
     pub strategy: Strategy,
     /// Tokens that the MLP works on at a time.
@@ -71,7 +71,7 @@ pub struct PlanSummary {
     pub logit_rows: usize,
     /// Bytes of everything.
     pub bytes: u64,
-    /// Of the host's memory beside a GPU.
+    /// Bytes of the host's memory that are pinned beside a GPU.
     pub pinned_bytes: u64,
 }
 
@@ -82,7 +82,7 @@ pub struct Fastest {
     pub batch: usize,
     /// Forward passes of a step, for as many rows a step as were asked for.
     pub accumulation: usize,
-    /// How.
+    /// How the micro-batch runs.
     #[serde(flatten)]
     pub plan: PlanSummary,
     /// Time of a token over that of the plan that was asked for.
@@ -96,12 +96,12 @@ pub struct Fit {
     pub budget_bytes: u64,
     /// Whether the asked sizes fit in a way that is allowed.
     pub fits: bool,
-    /// Of the plan: the fastest one that fits, or the leanest one if none does.
+    /// Bytes of the plan: the fastest one that fits, or the leanest one if none does.
     pub bytes: u64,
-    /// That plan.
+    /// The plan that takes these bytes.
     pub plan: PlanSummary,
-    /// Keeping all or attention, recomputing and offloading, resident and streamed; the plan, if it
-    /// is a mix of them. No weights stay dequantized in any.
+    /// Ways to run: keeping all or attention, recomputing and offloading, resident and streamed; the plan,
+    /// if it is a mix of them. No weights stay dequantized in any.
     pub ways: Vec<Row>,
     /// The fastest micro-batch within the budget, where it is clearly faster than the one that was
     /// asked for or that one does not fit.
@@ -145,7 +145,7 @@ struct Search<'a> {
     asked: Asked,
     limit: Limit,
     budget: u64,
-    /// Of the plan at the asked sizes.
+    /// The strategy of the plan at the asked sizes.
     plan: Strategy,
 }
 
@@ -214,7 +214,8 @@ impl Search<'_> {
         ways
     }
 
-    /// In the pieces, and with the tables on the host, that are fastest where not all fits as it is.
+    /// The row of a way, in the pieces, and with the tables on the host, that are fastest where not all fits
+    /// as it is.
     fn row(&self, whole: Strategy) -> Row {
         let (demand, Asked { batch, length, .. }) = (self.demand, self.asked);
         let places = demand.embedding_places();
@@ -249,7 +250,7 @@ impl Search<'_> {
         }
     }
 
-    /// Of all numbers of rows that divide those of a step, up to the first that does not fit.
+    /// The fastest of all numbers of rows that divide those of a step, up to the first that does not fit.
     fn fastest(&self, asked_fits: bool) -> Option<Fastest> {
         let plan_seconds = seconds(self.demand, self.plan);
         let rows = self.asked.batch * self.asked.accumulation;
