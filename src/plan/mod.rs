@@ -25,7 +25,7 @@ pub mod weights;
 pub mod work;
 
 pub use activations::Activations;
-pub use budget::{Choice, Demand, Limit, Machine, WeightsMode, Wishes};
+pub use budget::{Choice, Demand, Layout, Limit, Machine, WeightsMode, Wishes};
 pub use component::Component;
 pub use embedding::{EmbeddingPlace, OnHost};
 pub use layout::{layout, waiting};

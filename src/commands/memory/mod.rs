@@ -29,8 +29,8 @@ use crate::model::spec::ModelSpec;
 use crate::plan::weights::STREAMED_BLOCKS;
 use crate::plan::work::{Transfer, Work};
 use crate::plan::{
-    Choice, Demand, Limit, Machine, MemoryPlan, Processor, Settings, Strategy, Wishes, layout,
-    logit_rows,
+    Choice, Demand, Layout, Limit, Machine, MemoryPlan, Processor, Settings, Strategy, Wishes,
+    layout, logit_rows,
 };
 use crate::plural::counted;
 use crate::report::figures::thousands;
@@ -64,11 +64,10 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     let attention = args.device.attn_implementation;
     attention.check(model.spec.head_dim)?;
     let on_gpu = |spec: &ModelSpec, settings: &Settings| cuda_layout(spec, settings, attention);
-    let (layout, process_bytes): (&dyn Fn(&ModelSpec, &Settings) -> MemoryPlan, u64) =
-        match processor {
-            Processor::Cpu => (&layout, model.process_bytes),
-            Processor::Gpu => (&on_gpu, context_bytes(args, &room)),
-        };
+    let (layout, process_bytes): (Layout, u64) = match processor {
+        Processor::Cpu => (&layout, model.process_bytes),
+        Processor::Gpu => (&on_gpu, context_bytes(args, &room)),
+    };
     let demand = Demand {
         spec: &model.spec,
         weights: model.weights,

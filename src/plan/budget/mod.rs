@@ -68,13 +68,16 @@ impl Limit {
     }
 }
 
+/// How a backend lays out the buffers of a run.
+pub type Layout<'a> = &'a dyn Fn(&ModelSpec, &Settings) -> MemoryPlan;
+
 /// What a run computes on, and what else is in memory there.
 #[derive(Clone, Copy)]
 pub struct Machine<'a> {
     /// What the run computes on.
     pub processor: Processor,
     /// The backend's buffers for some settings.
-    pub layout: &'a dyn Fn(&ModelSpec, &Settings) -> MemoryPlan,
+    pub layout: Layout<'a>,
     /// Bytes outside of arena and weights: program, tokenizer, data.
     pub process_bytes: u64,
     /// What may be pinned of the host's memory beside a GPU: what is offloaded, streamed blocks, tables.
