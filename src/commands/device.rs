@@ -12,7 +12,7 @@ use crate::kernels::cuda::driver::Driver;
 use crate::kernels::cuda::library::Gpu;
 use crate::kernels::cuda::search;
 use crate::kernels::cuda::{AttnImplementation, Cuda};
-use crate::plan::{EmbeddingPlace, Place};
+use crate::plan::{EmbeddingPlace, Processor};
 use crate::train::agreement;
 use crate::train::backend::Surroundings;
 
@@ -124,7 +124,12 @@ pub fn check_dequantized_blocks(asked: Option<usize>, on_gpu: bool) -> Result<()
 pub fn surroundings(index: usize) -> Option<Surroundings> {
     let total = driver_info().ok()?.devices.get(index)?.total_bytes;
     let used_bytes = total.saturating_sub(devices::free_bytes(index).ok()?);
-    Some(Surroundings { used_bytes, free_bytes: total, products_bytes: 0, place: Place::Gpu })
+    Some(Surroundings {
+        used_bytes,
+        free_bytes: total,
+        products_bytes: 0,
+        processor: Processor::Gpu,
+    })
 }
 
 /// The first GPU that there are kernels for. Where there is no driver, there is nothing to tell; one that

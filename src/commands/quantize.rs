@@ -203,11 +203,11 @@ fn print_summary(
     bytes: usize,
     seconds: f64,
 ) -> Result<()> {
-    let rows: Vec<(String, &RoleSummary)> =
-        summaries.iter().map(|(role, summary)| (role_label(*role), summary)).collect();
     if args.json {
-        let roles: serde_json::Map<String, Value> =
-            rows.iter().map(|(label, summary)| (label.clone(), summary.to_json())).collect();
+        let roles: serde_json::Map<String, Value> = summaries
+            .iter()
+            .map(|(role, summary)| (role.name().to_string(), summary.to_json()))
+            .collect();
         let mut out = json!({"out": args.out, "bytes": bytes, "seconds": seconds});
         out["checked"] = args.check.into();
         out["roles"] = roles.into();
@@ -218,8 +218,8 @@ fn print_summary(
         "{:<12} {:>7} {:>11} {:>11} {:>12} {:>10}  worst block",
         "role", "tensors", "before", "after", "bits/weight", "RMS error"
     );
-    for (label, summary) in &rows {
-        println!("{}", table_row(label, summary).trim_end());
+    for (role, summary) in summaries {
+        println!("{}", table_row(role.name(), summary).trim_end());
     }
     let read: usize = summaries.values().map(|summary| summary.bytes_before).sum();
     let rate = read as f64 / seconds.max(1e-9) / 1e9;
@@ -248,11 +248,4 @@ fn table_row(label: &str, summary: &RoleSummary) -> String {
         ByteSize(summary.bytes_after as u64),
         summary.bits_per_weight(),
     )
-}
-
-fn role_label(role: TensorRole) -> String {
-    match role {
-        TensorRole::Linear(linear) => format!("{linear:?}").to_lowercase(),
-        other => format!("{other:?}").to_lowercase(),
-    }
 }

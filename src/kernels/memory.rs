@@ -9,7 +9,7 @@ use std::path::Path;
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::model::spec::ModelSpec;
-use crate::model::streaming::{Streaming, WeightStream};
+use crate::model::streaming::{StreamedPages, WeightStream};
 use crate::plan::{MemoryPlan, OnHost, Region, RegionId, Settings, WeightParts};
 
 /// The memory of a plan, handed out region by region.
@@ -196,7 +196,7 @@ pub trait Storage: Clone + Sync {
     fn stream_weights(
         &self,
         blocks: Vec<Vec<FrozenMatrix>>,
-        pages: Streaming,
+        pages: StreamedPages,
     ) -> Result<StreamedWeights<Self::Weight>>;
 
     /// Takes a frozen vector over.

@@ -45,7 +45,7 @@ pub enum Phase {
 }
 
 impl Phase {
-    /// In the order of a run.
+    /// All phases, in the order of a run.
     pub const ALL: [Phase; 7] = [
         Phase::Load,
         Phase::Forward,
@@ -56,7 +56,7 @@ impl Phase {
         Phase::Save,
     ];
 
-    /// Name in tables.
+    /// The phase's name in tables.
     pub fn label(self) -> &'static str {
         match self {
             Phase::Load => "load",
@@ -73,7 +73,7 @@ impl Phase {
 /// What the process is doing now: there is one training run in a process.
 static PHASE: AtomicU8 = AtomicU8::new(Phase::Load as u8);
 
-/// Who looks where a phase ends: a short one lies between two looks of a recorder's own thread.
+/// Recorders that look where a phase ends: a short one lies between two looks of a recorder's own thread.
 static WATCHING: Mutex<Vec<Weak<Shared>>> = Mutex::new(Vec::new());
 
 /// Says that `phase` begins; what the one before had at its end is recorded.
@@ -94,13 +94,13 @@ fn current() -> Phase {
 /// The memory of the process at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
 pub struct Moment {
-    /// Since the recorder started.
+    /// Seconds since the recorder started.
     pub seconds: f64,
-    /// What was being done.
+    /// What the process was doing.
     pub phase: Phase,
     /// Bytes in memory.
     pub resident_bytes: u64,
-    /// Of these, bytes of mapped files: program, libraries, weights.
+    /// Bytes of mapped files among these: program, libraries, weights.
     pub file_bytes: u64,
 }
 
@@ -121,7 +121,7 @@ impl Moment {
 /// What a recorder saw.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Record {
-    /// In order of time; thinned where the run is long, without losing a phase's highest.
+    /// Moments in order of time; thinned where the run is long, without losing a phase's highest.
     pub moments: Vec<Moment>,
     /// The highest resident and the highest file bytes of each phase that was seen.
     pub peaks: Vec<Moment>,
@@ -187,12 +187,12 @@ impl Record {
     }
 }
 
-/// Between two looks at the process.
+/// Time between two looks at the process.
 const INTERVAL: Duration = Duration::from_millis(10);
-/// From here on fewer of them are kept than are seen.
+/// Moments of a record from which on fewer are kept than are seen.
 const MOST_MOMENTS: usize = 1500;
 
-/// Enough for a picture.
+/// Moments of a finished record, at most: enough for a picture.
 const MOST_SHOWN: usize = 400;
 
 /// What a recorder's thread and the ends of phases add to.
@@ -270,14 +270,14 @@ pub struct Watch {
 }
 
 impl Watch {
-    /// Before weights are read.
+    /// Begins to watch, before weights are read.
     pub fn begin() -> Self {
         let recorder = Recorder::start();
         let before = recorder.look();
         Watch { recorder, before, loaded: before }
     }
 
-    /// After weights were read, before anything else is allocated.
+    /// Notes that weights were read, before anything else is allocated.
     pub fn loaded(&mut self) {
         self.loaded = self.recorder.look();
     }
@@ -310,7 +310,7 @@ impl Watch {
     }
 }
 
-/// What is locked is whole after every statement, so a panic elsewhere does not spoil it.
+/// Locks what is whole after every statement, so that a panic elsewhere does not spoil it.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }

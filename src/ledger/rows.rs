@@ -5,14 +5,14 @@ use serde::{Deserialize, Serialize};
 use super::{Phase, Record};
 use crate::byte_size::ByteSize;
 use crate::plan::{
-    AdapterRegion, Component, CudaRegion, MemoryPlan, Outside, Place, Region, RegionId,
+    AdapterRegion, Component, CudaRegion, MemoryPlan, Outside, Processor, Region, RegionId,
     WeightParts, WorkRegion,
 };
 
 /// One part of a run's memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Row {
-    /// What it is.
+    /// The part's name.
     pub name: String,
     /// Bytes as planned.
     pub planned_bytes: u64,
@@ -23,7 +23,7 @@ pub struct Row {
 /// A phase's highest memory.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PhaseRow {
-    /// Which one.
+    /// Which phase it is.
     pub phase: Phase,
     /// Bytes of every part that was used by then, in the order of the rows.
     pub planned_bytes: Vec<u64>,
@@ -34,11 +34,11 @@ pub struct PhaseRow {
 /// The host's memory beside a GPU, once all of a run is allocated.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct HostMemory {
-    /// Of the process.
+    /// Bytes of the process.
     pub resident_bytes: u64,
-    /// Of these, pages of files: program, libraries, weights that are streamed.
+    /// Bytes of pages of files among these: program, libraries, weights that are streamed.
     pub mapped_bytes: u64,
-    /// Pinned for the run; the system may or may not count it to the process.
+    /// Bytes that are pinned for the run; the system may or may not count them to the process.
     pub pinned_bytes: u64,
 }
 
@@ -53,7 +53,7 @@ pub struct Account {
     pub phases: Vec<PhaseRow>,
     /// The highest resident bytes of the process.
     pub peak_bytes: Option<u64>,
-    /// Beside a GPU, where a run was made.
+    /// The host's memory beside a GPU, where a run was made.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub host: Option<HostMemory>,
     /// The run over time.
@@ -62,7 +62,7 @@ pub struct Account {
 
 /// Row of what is neither weights nor arena of the process.
 pub(crate) const PROCESS: &str = "program, tokenizer, data";
-/// The same on a GPU.
+/// Row of what is neither weights nor arena of a GPU.
 pub(crate) const CONTEXT: &str = "CUDA context";
 /// Row of what the process' allocator has free, in pieces, and did not give back to the system.
 pub(crate) const FREE_HEAP: &str = "heap fragmentation";
@@ -81,19 +81,19 @@ pub struct Measured {
     pub region_bytes: Vec<u64>,
     /// The highest resident bytes of the process.
     pub peak_bytes: u64,
-    /// Beside a GPU.
+    /// The host's memory beside a GPU.
     pub host: Option<HostMemory>,
     /// The run over time.
     pub record: Record,
 }
 
 impl Account {
-    /// The prediction.
+    /// The account of a plan, before anything is measured.
     pub fn planned(outside: Outside, plan: &MemoryPlan) -> Self {
-        let Outside { place, process_bytes, weights, .. } = outside;
-        let (around, lost) = match place {
-            Place::Cpu => (PROCESS, FREE_HEAP),
-            Place::Gpu => (CONTEXT, ROUNDING),
+        let Outside { processor, process_bytes, weights, .. } = outside;
+        let (around, lost) = match processor {
+            Processor::Cpu => (PROCESS, FREE_HEAP),
+            Processor::Gpu => (CONTEXT, ROUNDING),
         };
         let weights = weights.rows().into_iter().filter(|(_, bytes)| *bytes > 0);
         let before: Vec<_> = [(around, process_bytes)].into_iter().chain(weights).collect();
@@ -109,7 +109,7 @@ impl Account {
             let used = |(part, _): &(Component, usize)| {
                 // A GPU gives all at once, the system a page when it is touched.
                 let by_then = |region: &&Region| {
-                    let there = place == Place::Gpu || first_use(region) <= phase;
+                    let there = processor == Processor::Gpu || first_use(region) <= phase;
                     region.id.component() == *part && there
                 };
                 plan.regions.iter().filter(by_then).map(|region| region.bytes() as u64).sum()
@@ -133,25 +133,19 @@ impl Account {
         let arena: u64 = measured.region_bytes.iter().sum();
         let accounted = arena + measured.weights.total() + measured.before_bytes.unwrap_or(0);
         let rest = measured.peak_bytes.saturating_sub(accounted);
-        let weights = measured.weights.rows();
         let free_heap = measured.free_heap_bytes.min(rest);
+        let around = match self.outside.processor {
+            Processor::Cpu => [(PROCESS, rest - free_heap), (FREE_HEAP, free_heap)],
+            Processor::Gpu => [(CONTEXT, measured.before_bytes.unwrap_or(0)), (ROUNDING, rest)],
+        };
+        let label = |region: &Region| region.id.component().label();
+        let regions = plan.regions.iter().map(label).zip(measured.region_bytes);
+        // `report::memory_page` tests that no two parts of a run have the same name.
+        let parts: Vec<(&str, u64)> =
+            around.into_iter().chain(measured.weights.rows()).chain(regions).collect();
         for row in &mut self.rows {
-            let of_weights = weights.iter().find(|(name, _)| *name == row.name);
-            let bytes = match (row.name.as_str(), of_weights) {
-                (PROCESS, _) => rest - free_heap,
-                (FREE_HEAP, _) => free_heap,
-                (ROUNDING, _) => rest,
-                (CONTEXT, _) => measured.before_bytes.unwrap_or(0),
-                (_, Some((_, bytes))) => *bytes,
-                (name, None) => plan
-                    .regions
-                    .iter()
-                    .zip(&measured.region_bytes)
-                    .filter(|(region, _)| region.id.component().label() == name)
-                    .map(|(_, bytes)| bytes)
-                    .sum(),
-            };
-            row.measured_bytes = Some(bytes);
+            let of_row = parts.iter().filter(|(name, _)| *name == row.name);
+            row.measured_bytes = Some(of_row.map(|(_, bytes)| bytes).sum());
         }
         for row in &mut self.phases {
             row.measured_bytes = measured.record.peak_of(row.phase);
@@ -178,7 +172,7 @@ impl Account {
         ))
     }
 
-    /// All rows together.
+    /// Bytes of all rows together, as planned.
     pub fn planned_bytes(&self) -> u64 {
         self.rows.iter().map(|row| row.planned_bytes).sum()
     }
@@ -231,13 +225,13 @@ mod tests {
     }
 
     /// 500 bytes of weights beside 1000 of other things.
-    fn outside(place: Place) -> Outside {
+    fn outside(processor: Processor) -> Outside {
         let weights = WeightParts { codes: 400, vectors: 100, ..WeightParts::default() };
-        Outside { place, process_bytes: 1000, weights, pinned_bytes: 0 }
+        Outside { processor, process_bytes: 1000, weights, pinned_bytes: 0 }
     }
 
     fn measured(weights: u64, region_bytes: [u64; 4], peak_bytes: u64) -> Measured {
-        let weights = WeightParts { codes: weights - 100, ..outside(Place::Cpu).weights };
+        let weights = WeightParts { codes: weights - 100, ..outside(Processor::Cpu).weights };
         let (region_bytes, record) = (region_bytes.to_vec(), Record::default());
         let free_heap_bytes = 20;
         let (before_bytes, host) = (None, None);
@@ -250,7 +244,7 @@ mod tests {
 
     #[test]
     fn parts_are_used_from_the_phase_that_touches_them() {
-        let account = Account::planned(outside(Place::Cpu), &plan());
+        let account = Account::planned(outside(Processor::Cpu), &plan());
         let [codes, vectors] = ["4-bit codes", "norms and biases"];
         let moments = Component::OptimizerMoments.label();
         let arena = ["block inputs", "logits chunk", moments];
@@ -265,13 +259,13 @@ mod tests {
         assert_eq!(phase(&account, Phase::Backward), [1000, 400, 100, 6400, 3328, 0, 0]);
         let all = [1000, 400, 100, 6400, 3328, 512, 0];
         assert_eq!(phase(&account, Phase::Optimizer), all);
-        let account = Account::planned(outside(Place::Gpu), &plan());
+        let account = Account::planned(outside(Processor::Gpu), &plan());
         assert_eq!(phase(&account, Phase::Load), all);
     }
 
     #[test]
     fn what_is_above_the_budget_is_told_with_the_part_at_fault() {
-        let account = Account::planned(outside(Place::Cpu), &plan());
+        let account = Account::planned(outside(Processor::Cpu), &plan());
         assert_eq!(account.excess(1), None, "nothing was measured");
         let peak = 1050 + 900 + 10_240;
         let account = account.measured(&plan(), measured(900, [6400, 3328, 256, 256], peak));
@@ -282,14 +276,14 @@ mod tests {
 
     #[test]
     fn measured_rows_add_up_to_the_peak() {
-        let account = Account::planned(outside(Place::Cpu), &plan());
+        let account = Account::planned(outside(Processor::Cpu), &plan());
         let account = account.measured(&plan(), measured(480, [6400, 3000, 256, 256], 12_000));
         let bytes = |account: &Account| -> Vec<u64> {
             account.rows.iter().filter_map(|row| row.measured_bytes).collect()
         };
         let rest = 12_000 - 480 - 9912;
         assert_eq!(bytes(&account), [rest - 20, 380, 100, 6400, 3000, 512, 20]);
-        let gpu = Account::planned(outside(Place::Gpu), &plan());
+        let gpu = Account::planned(outside(Processor::Gpu), &plan());
         let seen = measured(500, [6400, 3328, 256, 256], 12_000);
         let seen = Measured { before_bytes: Some(1100), ..seen };
         let gpu = gpu.measured(&plan(), seen);

@@ -48,6 +48,53 @@ pub enum LinearRole {
     Down,
 }
 
+impl LinearRole {
+    /// All roles, in the order in which they are declared.
+    pub const ALL: [LinearRole; 8] = {
+        use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
+        [Qkv, Q, K, V, O, Gate, Up, Down]
+    };
+
+    /// Its name in tables and in names of regions.
+    pub fn name(self) -> &'static str {
+        match self {
+            LinearRole::Qkv => "qkv",
+            LinearRole::Q => "q",
+            LinearRole::K => "k",
+            LinearRole::V => "v",
+            LinearRole::O => "o",
+            LinearRole::Gate => "gate",
+            LinearRole::Up => "up",
+            LinearRole::Down => "down",
+        }
+    }
+}
+
+/// The halves of a block, which keep `x·Aᵀ` of their adapters apart.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Half {
+    /// q, k, v and the output projection.
+    Attention,
+    /// Gate, up and down.
+    Mlp,
+}
+
+impl Half {
+    /// The half to which a linear belongs.
+    pub fn of(role: LinearRole) -> Self {
+        if Half::Mlp.roles().contains(&role) { Half::Mlp } else { Half::Attention }
+    }
+
+    /// The roles of a half's linears.
+    pub fn roles(self) -> &'static [LinearRole] {
+        use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
+        match self {
+            Half::Attention => &[Q, K, V, Qkv, O],
+            Half::Mlp => &[Gate, Up, Down],
+        }
+    }
+}
+
 /// One linear of one block: `y [T, out] = x [T, in] · Wᵀ (+ bias)`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct LinearSpec {

@@ -4,7 +4,7 @@
 //! everything else (loading, quantizing, planning, training, exporting) reads the spec.
 
 use super::names::Names;
-pub use super::projections::{LinearRole, LinearSpec, MlpKind, Projections};
+pub use super::projections::{Half, LinearRole, LinearSpec, MlpKind, Projections};
 
 /// Which Hugging Face `model_type` the names follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -283,6 +283,20 @@ pub enum TensorRole {
     Norm,
     /// Output head `[V, D]` when it is not tied.
     Head,
+}
+
+impl TensorRole {
+    /// Its name in tables; of a linear's weight that of the linear.
+    pub fn name(self) -> &'static str {
+        match self {
+            TensorRole::Embedding => "embedding",
+            TensorRole::Positions => "positions",
+            TensorRole::Linear(role) => role.name(),
+            TensorRole::Bias => "bias",
+            TensorRole::Norm => "norm",
+            TensorRole::Head => "head",
+        }
+    }
 }
 
 /// One tensor of a checkpoint, by its Hugging Face name.

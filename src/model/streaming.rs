@@ -39,13 +39,13 @@ pub fn next(layer: usize, layers: usize, direction: Direction) -> Option<usize> 
 /// The pages of every block's weights, of the matrix that makes logits, and of the table of
 /// embeddings where that is another.
 #[derive(Debug, Clone)]
-pub struct Streaming {
+pub struct StreamedPages {
     blocks: Vec<Vec<Pages>>,
     head: Vec<Pages>,
     table: Vec<Pages>,
 }
 
-impl Streaming {
+impl StreamedPages {
     /// The pages of weights that are used as they are stored in `source`; what loading them has read is
     /// given back.
     pub fn new(source: &Checkpoint, spec: &ModelSpec) -> Self {
@@ -54,10 +54,10 @@ impl Streaming {
         let blocks = (0..spec.num_layers).map(block).collect();
         let table = source.pages(&format!("{}.", spec.embedding_module()));
         match spec.tie_word_embeddings {
-            true => Streaming { blocks, head: table, table: Vec::new() },
+            true => StreamedPages { blocks, head: table, table: Vec::new() },
             false => {
                 let head = source.pages(&format!("{}.", spec.head_module()));
-                Streaming { blocks, head, table }
+                StreamedPages { blocks, head, table }
             }
         }
     }
@@ -74,7 +74,7 @@ impl Streaming {
 }
 
 /// Streaming on the CPU: blocks are used where they are mapped.
-impl WeightStream for Streaming {
+impl WeightStream for StreamedPages {
     fn enter(&mut self, layer: usize, direction: Direction) {
         if let Some(next) = next(layer, self.blocks.len(), direction) {
             self.read_ahead(next);

@@ -1,7 +1,7 @@
 //! Frozen weights to where a backend works with them.
 
 use super::block::{Block, Linear};
-use super::streaming::Streaming;
+use super::streaming::StreamedPages;
 use super::weights::Weights;
 use crate::error::Result;
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
@@ -23,7 +23,11 @@ impl Weights {
     ///
     /// # Errors
     /// `Budget` when it does not fit there.
-    pub fn upload_streamed<K: Kernels>(self, kernels: &K, pages: Streaming) -> Result<Weights<K>> {
+    pub fn upload_streamed<K: Kernels>(
+        self,
+        kernels: &K,
+        pages: StreamedPages,
+    ) -> Result<Weights<K>> {
         let mut matrices = kernels.upload_weights(self.tables())?;
         let blocks = self.blocks.iter().map(|block| block.matrices().collect()).collect();
         let StreamedWeights { blocks, stream } = kernels.stream_weights(blocks, pages)?;

@@ -6,7 +6,7 @@
 use nibble_quant::{BlockFormat, FloatType, owned_bytes};
 
 use super::block::{Block, Linear, LinearAdapter};
-use super::spec::{LinearRole, LinearSpec, ModelSpec, Norm};
+use super::spec::{Half, LinearRole, LinearSpec, ModelSpec, Norm};
 use super::streaming::WeightStream;
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
@@ -15,7 +15,6 @@ use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, StoredType, Wei
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
 use crate::kernels::{AttentionShape, Columns, HeadNorms, Kernels, NormParameters, PostNorms};
-use crate::plan::settings::Half;
 use crate::plan::{Ranks, WeightParts};
 
 /// The frozen parts of a model, where a backend works with them.

@@ -5,9 +5,10 @@ use clap::ValueEnum;
 use super::settings::Policy;
 
 /// What happens to activations.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum Activations {
     /// The fastest mix that fits: as many blocks as possible keep theirs
+    #[default]
     Auto,
     /// Every block keeps all of them
     Keep,
@@ -22,7 +23,7 @@ pub enum Activations {
 }
 
 impl Activations {
-    /// Those by which all blocks do the same, and what they do.
+    /// Values by which all blocks do the same, and what they do.
     pub(super) const UNIFORM: [(Activations, Policy); 5] = [
         (Activations::Keep, Policy::Keep),
         (Activations::Attention, Policy::Attention),
@@ -31,19 +32,13 @@ impl Activations {
         (Activations::Offload, Policy::Offload),
     ];
 
-    /// Its value on the command line.
-    pub(super) fn flag(self) -> &'static str {
-        match self {
-            Activations::Auto => "auto",
-            Activations::Keep => "keep",
-            Activations::Attention => "attention",
-            Activations::Checkpoint => "checkpoint",
-            Activations::Offload => "offload",
-            Activations::OffloadAttention => "offload-attention",
-        }
+    /// The policy of every block; `None` where blocks may differ.
+    pub(super) fn of_every_block(self) -> Option<Policy> {
+        let found = Activations::UNIFORM.into_iter().find(|(activations, _)| *activations == self);
+        found.map(|(_, policy)| policy)
     }
 
-    /// That of all blocks with one policy; `Auto` where no other value leads to it.
+    /// The value by which all blocks have `policy`; `Auto` where no other one leads to it.
     pub(super) fn of_all(policy: Policy) -> Self {
         let found = Activations::UNIFORM.into_iter().find(|(_, of_all)| *of_all == policy);
         found.map_or(Activations::Auto, |(activations, _)| activations)

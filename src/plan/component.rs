@@ -12,13 +12,15 @@ pub enum Component {
     AdapterGradients,
     /// AdamW's first and second moments in f32.
     OptimizerMoments,
-    /// The same in 8 bits, with their scales.
+    /// AdamW's first and second moments in 8 bits, with their scales.
     PackedMoments,
     /// Inputs of all blocks.
     BlockInputs,
-    /// Activations of the layers whose policy is keep.
+    /// Activations that a layer keeps until its backward pass: all of them, or what attention made, also in
+    /// the slots through which offloaded layers take turns.
     KeptActivations,
-    /// Activations of the one layer that is being recomputed.
+    /// Activations of the layer at work, which the next one overwrites: layers that recompute take turns
+    /// there, and all layers where nothing is trained.
     RecomputeWorkspace,
     /// Gradients and temporaries of one block.
     BlockWorkspace,
@@ -30,11 +32,12 @@ pub enum Component {
     RotaryTables,
     /// Keys and values of generated text.
     KvCache,
-    /// On a GPU, two frozen matrices in bf16: the one at work and the next.
+    /// Frozen matrices in bf16 on a GPU: the one at work and the next, and those of blocks that stay
+    /// dequantized.
     DequantizedWeight,
-    /// On a GPU, cuBLAS' workspace.
+    /// The workspace of cuBLAS on a GPU.
     LibraryWorkspace,
-    /// On a GPU, token ids and rows.
+    /// Token ids and rows that a GPU reads.
     Uploads,
 }
 

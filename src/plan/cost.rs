@@ -17,28 +17,30 @@
 
 use super::budget::{Choice, Demand};
 use super::embedding::OnHost;
+use super::processor::Processor;
 use super::settings::{Policy, Settings};
 use super::strategy::Strategy;
-use super::weights::Place;
 use super::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer, Work};
-use crate::model::spec::LinearRole;
+use crate::model::spec::Half;
 
-/// What a thread computes in a second, about.
+/// Floating-point operations of a CPU's thread in a second, about.
 const ASSUMED_FLOPS_OF_A_THREAD: f64 = 1e11;
-/// What a drive reads or writes in a second, about.
+/// Bytes that a drive reads or writes in a second, about.
 const ASSUMED_BYTES_OF_A_DRIVE: f64 = 1e9;
-/// What an RTX 4090's memory moves in a second.
+/// Bytes that an RTX 4090's memory moves in a second.
 const ASSUMED_BYTES_OF_A_GPU_S_MEMORY: f64 = 1e12;
-/// What a thread moves between its cache and its registers in a second, about.
+/// Bytes that a thread moves between its cache and its registers in a second, about.
 const ASSUMED_BYTES_OF_A_CACHE: f64 = 3e10;
-/// Read as 4 bits and a scale, written as bf16 (on the CPU, as f32 that stays in the cache).
+/// Bytes that dequantizing a weight moves: read as 4 bits and a scale, written as bf16 (on the CPU, as f32
+/// that stays in the cache).
 const BYTES_TO_DEQUANTIZE: f64 = 2.5;
-/// What stays of dequantizing beside products, which share the multiprocessors and the memory with it.
+/// Share of the time of dequantizing that stays beside products, which share the multiprocessors and the
+/// memory with it.
 const DEQUANTIZED_BESIDE: f64 = 0.25;
-/// What stays of copies that hide behind the computation.
+/// Share of the time of copies that stays though they hide behind the computation.
 const EXPOSED_SHARE: f64 = 0.02;
 
-/// Rates of the place where a step runs.
+/// Rates of the processor that a step runs on.
 #[derive(Debug, Clone, Copy)]
 struct Rates {
     flops: f64,
@@ -47,15 +49,15 @@ struct Rates {
 }
 
 impl Rates {
-    fn of(place: Place, threads: usize) -> Self {
+    fn of(processor: Processor, threads: usize) -> Self {
         let threads = threads as f64;
-        match place {
-            Place::Gpu => Rates {
+        match processor {
+            Processor::Gpu => Rates {
                 flops: ASSUMED_FLOPS_PER_SECOND,
                 memory: ASSUMED_BYTES_OF_A_GPU_S_MEMORY,
                 copies: ASSUMED_BYTES_PER_SECOND,
             },
-            Place::Cpu => Rates {
+            Processor::Cpu => Rates {
                 flops: ASSUMED_FLOPS_OF_A_THREAD * threads,
                 memory: ASSUMED_BYTES_OF_A_CACHE * threads,
                 copies: ASSUMED_BYTES_OF_A_DRIVE,
@@ -74,19 +76,18 @@ pub(super) struct Pace<'a> {
 }
 
 impl<'a> Pace<'a> {
-    /// With documents as long as those of `demand`.
+    /// The pace of a model in documents as long as those of `demand`.
     pub fn new(demand: &'a Demand) -> Self {
-        use LinearRole::{Down, Gate, Up};
         let linears = demand.spec.linears(0);
-        let elements = |mlp: bool| -> f64 {
-            let here = linears.iter().filter(|l| matches!(l.role, Gate | Up | Down) == mlp);
-            here.map(|l| (l.in_features * l.out_features) as f64).sum()
+        let elements = |half: Half| -> f64 {
+            let here = linears.iter().filter(|linear| Half::of(linear.role) == half);
+            here.map(|linear| (linear.in_features * linear.out_features) as f64).sum()
         };
         Pace {
             demand,
-            rates: Rates::of(demand.place, demand.settings.threads),
+            rates: Rates::of(demand.machine.processor, demand.settings.threads),
             work: Work::of_token(demand.spec, demand.settings.longest_document),
-            elements: [elements(false), elements(true)],
+            elements: [Half::Attention, Half::Mlp].map(elements),
         }
     }
 
@@ -97,9 +98,9 @@ impl<'a> Pace<'a> {
         let (layers, tokens) = (spec.num_layers, settings.tokens);
         let share = 1.0 - settings.count(Policy::Keep) as f64 / layers as f64;
         let offloaded = self.demand.plan(settings).offloaded_bytes() as u64;
-        let (in_copies, in_files) = match self.demand.place {
-            Place::Gpu => (offloaded, 0),
-            Place::Cpu => (0, 2 * offloaded),
+        let (in_copies, in_files) = match self.demand.machine.processor {
+            Processor::Gpu => (offloaded, 0),
+            Processor::Cpu => (0, 2 * offloaded),
         };
         let block = weights.streamed.filter(|_| *stream).map_or(0, |weights| weights.block);
         let work = self.work.of_step(settings);
@@ -149,8 +150,8 @@ impl<'a> Pace<'a> {
             blocks => 2.0 * (layers - blocks as f64).max(0.0) * (attention + mlp),
         };
         let seconds = BYTES_TO_DEQUANTIZE * weights / self.rates.memory;
-        match (demand.place, settings.dequantize_ahead) {
-            (Place::Gpu, true) => seconds - (1.0 - DEQUANTIZED_BESIDE) * seconds.min(products),
+        match (demand.machine.processor, settings.dequantize_ahead) {
+            (Processor::Gpu, true) => seconds - (1.0 - DEQUANTIZED_BESIDE) * seconds.min(products),
             _ => seconds,
         }
     }

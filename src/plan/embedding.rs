@@ -22,10 +22,10 @@ pub enum EmbeddingPlace {
     Host,
 }
 
-/// What of both is in pinned memory of the host.
+/// What of embedding and head is in pinned memory of the host, beside a GPU.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub enum OnHost {
-    /// All is on the GPU.
+    /// Nothing: both are on the GPU.
     #[default]
     #[serde(rename = "gpu")]
     Nothing,
@@ -39,15 +39,15 @@ pub enum OnHost {
 
 impl OnHost {
     /// The value of `--embedding` that asks for it.
-    pub fn flag(self) -> &'static str {
+    pub(super) fn asked_by(self) -> EmbeddingPlace {
         match self {
-            OnHost::Nothing => "gpu",
-            OnHost::Input => "host-input",
-            OnHost::All => "host",
+            OnHost::Nothing => EmbeddingPlace::Gpu,
+            OnHost::Input => EmbeddingPlace::HostInput,
+            OnHost::All => EmbeddingPlace::Host,
         }
     }
 
-    /// Whether that can be of a model.
+    /// Checks that a model can have this on the host.
     ///
     /// # Errors
     /// `Usage` for the input embedding alone, where it is the head, too.
@@ -59,7 +59,7 @@ impl OnHost {
         Err(Error::usage(what).hint("`--embedding host` moves both"))
     }
 
-    /// For people; nothing where all is on the GPU.
+    /// What is on the host, for people; `None` where all is on the GPU.
     pub fn in_words(self) -> Option<&'static str> {
         match self {
             OnHost::Nothing => None,

@@ -10,17 +10,19 @@ use super::region::{MemoryPlan, Region, RegionType};
 use super::region_id::{
     AdapterRegion, BlockRegion, HeadRegion, Owner, RegionId, RotaryKind, RotaryRegion, WorkRegion,
 };
-use super::settings::{Half, HeadSizes, OFFLOAD_SLOTS, Policy, Settings};
+use super::settings::{HeadSizes, OFFLOAD_SLOTS, Policy, Settings};
 use crate::adapter::LoraTarget;
-use crate::model::spec::{MlpKind, ModelSpec};
+use crate::model::spec::{Half, MlpKind, ModelSpec};
 
 /// Rows of query tokens that one attention tile holds (per head).
 pub const ATTENTION_TILE_ROWS: usize = 32;
-/// Tiles of a forward pass that share the packing of a block of keys.
+/// Attention tiles of a forward pass that share the packing of a block of keys.
 pub const ATTENTION_TILES: usize = 4;
-/// Keys of a block: the scores of a tile and the block itself stay in the second-level cache.
+/// Keys that attention takes at a time: the scores of a tile and the block itself stay in the second-level
+/// cache.
 pub const ATTENTION_KEY_BLOCK: usize = 256;
-/// Elements between rows of scores: as many lines as do not fall into the same sets of a cache.
+/// Elements from one row of attention's scores to the next: as many lines as do not fall into the same sets
+/// of a cache.
 pub const ATTENTION_SCORE_STRIDE: usize = ATTENTION_KEY_BLOCK + 16;
 /// Floats in a cache line.
 const CACHE_LINE: usize = 16;
@@ -39,7 +41,7 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
                     let ranks = |half: Half| ranks.of(layer, half.roles());
                     push_kept(&mut plan, spec, settings, layer, ranks);
                 }
-                Policy::Attention | Policy::OffloadInput => {
+                Policy::Attention | Policy::AttentionOffloadInput => {
                     push_attention_output(&mut plan, spec, Owner::Layer(layer), tokens);
                 }
                 Policy::Checkpoint | Policy::Offload | Policy::OffloadAttention => {}
@@ -77,7 +79,7 @@ fn push_adapter(plan: &mut MemoryPlan, settings: &Settings) {
     }
 }
 
-/// Codes are bytes in f32 words, a whole number of blocks.
+/// The optimizer's moments; codes are bytes in f32 words, a whole number of blocks.
 fn push_moments(plan: &mut MemoryPlan, settings: &Settings) {
     use AdapterRegion::*;
     let moments = settings.moments();
@@ -146,7 +148,7 @@ fn push_kept(
     }
 }
 
-/// All other layers, in turn: one tile's MLP.
+/// Buffers that all other layers share, in turn, with one tile of an MLP.
 fn push_shared(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings, ranks: &Ranks) {
     let widest = |half: Half| ranks.most(half.roles());
     let owner = Owner::Recompute;
@@ -164,18 +166,18 @@ fn push_attention_output(plan: &mut MemoryPlan, spec: &ModelSpec, owner: Owner, 
     }
 }
 
-/// What attention makes, for a token: its statistics and its output.
+/// Regions of what attention makes, its statistics and its output, and their elements for a token.
 fn attended_rows(spec: &ModelSpec) -> [(BlockRegion, usize); 2] {
     [(BlockRegion::Lse, spec.num_heads), (BlockRegion::Attention, spec.q_width())]
 }
 
 /// Tiles of an MLP that are equally long.
 pub struct Tiles {
-    /// Whose regions they have.
+    /// Whose regions the tiles have.
     pub owner: Owner,
-    /// How many: the pieces of each region.
+    /// How many tiles there are: the pieces of each region.
     pub count: usize,
-    /// Tokens of each.
+    /// Tokens of each tile.
     pub tokens: usize,
 }
 
@@ -287,7 +289,7 @@ fn attention_elements_per_thread(spec: &ModelSpec, settings: &Settings) -> usize
     attention_elements((heads, spec.head_dim), longest, settings.training())
 }
 
-/// What a thread of attention works in, for `heads` query heads of width `d` that share a key head:
+/// Elements that a thread of attention works in, for `heads` query heads of width `d` that share a key head:
 /// tiles of q, o, their gradients and scores, and a block of keys and values as products take them.
 pub fn attention_elements((heads, d): (usize, usize), longest: usize, training: bool) -> usize {
     let (rows, keys) = (heads * ATTENTION_TILE_ROWS.min(longest), longest.min(ATTENTION_KEY_BLOCK));

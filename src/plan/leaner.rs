@@ -25,7 +25,7 @@ fn dequantizing_again(settings: &Settings) -> Option<Settings> {
     (settings.dequantized_blocks > 0).then(without)
 }
 
-/// Documents are not cut.
+/// Passes of half as many tokens, but no shorter than the longest document, which is not cut.
 fn shorter(settings: &Settings) -> Option<Settings> {
     if settings.tokens <= settings.longest_document {
         return None;
@@ -33,7 +33,7 @@ fn shorter(settings: &Settings) -> Option<Settings> {
     Some(settings.shorter((settings.tokens / 2).max(settings.longest_document)))
 }
 
-/// The last blocks keep what they have longest: the backward pass meets them first.
+/// Half as many blocks that keep their activations: the last ones, which the backward pass meets first.
 fn keeping_fewer(settings: &Settings) -> Option<Settings> {
     let kept = settings.count(Policy::Keep);
     // What waits takes of the host's memory, too: no more of it than has to.
@@ -51,7 +51,7 @@ fn keeping_fewer(settings: &Settings) -> Option<Settings> {
 fn recomputing_attention(settings: &Settings) -> Option<Settings> {
     let again = |policy: &Policy| match policy {
         Policy::Attention => Policy::Checkpoint,
-        Policy::OffloadInput => Policy::Offload,
+        Policy::AttentionOffloadInput => Policy::Offload,
         policy => *policy,
     };
     let policies = settings.policies.iter().map(again).collect();
@@ -97,7 +97,7 @@ mod tests {
     use super::*;
 
     fn settings(tokens: usize, longest_document: usize, policies: Vec<Policy>) -> Settings {
-        Settings { longest_document, policies, threads: 1, ..Settings::evaluating(tokens, 512) }
+        Settings { longest_document, policies, threads: 1, ..Settings::of_pass(tokens, 512) }
     }
 
     #[test]
@@ -135,7 +135,7 @@ mod tests {
         let again = leaner(&fewer).unwrap();
         assert_eq!(again.policies, [Checkpoint; 2]);
         assert_eq!(shrinkage_in_words(&fewer, &again), "attention recomputed");
-        let kept = settings(64, 64, vec![Policy::OffloadInput; 2]);
+        let kept = settings(64, 64, vec![Policy::AttentionOffloadInput; 2]);
         assert_eq!(leaner(&kept).unwrap().policies, [Policy::Offload; 2]);
         // What waits takes no memory but its slots, which go last.
         let waits = settings(64, 64, vec![Policy::OffloadAttention, Policy::Keep]);

@@ -15,6 +15,7 @@ pub mod layout;
 mod leaner;
 pub mod moments;
 pub mod outside;
+mod processor;
 mod ranks;
 pub mod region;
 mod region_id;
@@ -24,13 +25,14 @@ pub mod weights;
 pub mod work;
 
 pub use activations::Activations;
-pub use budget::{Choice, Demand, Limit, WeightsMode};
+pub use budget::{Choice, Demand, Layout, Limit, Machine, WeightsMode, Wishes};
 pub use component::Component;
 pub use embedding::{EmbeddingPlace, OnHost};
 pub use layout::{layout, waiting};
 pub use leaner::{leaner, shrinkage_in_words};
 pub use moments::{MomentLayout, MomentPlace, Optim};
 pub use outside::{Outside, WeightParts};
+pub use processor::Processor;
 pub use ranks::Ranks;
 pub use region::{MemoryPlan, Pitch, REGION_ALIGNMENT_BYTES, Region, RegionType};
 pub use region_id::{
@@ -39,4 +41,4 @@ pub use region_id::{
 };
 pub use settings::{Policy, Settings, SumOrder, host_head_tile, logit_rows};
 pub use strategy::Strategy;
-pub use weights::{Place, StreamedBytes, WeightBytes};
+pub use weights::{StreamedBytes, WeightBytes};

@@ -6,9 +6,9 @@
 use std::ops::Range;
 use std::str::FromStr;
 
-/// Elements that share a scale.
+/// Elements of 8-bit moments that share a scale.
 pub const MOMENT_BLOCK: usize = 256;
-/// Smaller tensors keep f32 moments.
+/// Elements of the smallest tensor whose moments are in 8 bits; smaller ones keep theirs in f32.
 const LEAST_PACKED_ELEMENTS: usize = 4096;
 
 /// `--optim`: how AdamW keeps its moments.
@@ -22,7 +22,7 @@ pub enum Optim {
 }
 
 impl Optim {
-    /// The names that are taken.
+    /// Values that `--optim` takes.
     pub const NAMES: [&str; 2] = ["adamw_torch", "adamw_8bit"];
 }
 
@@ -52,25 +52,25 @@ impl FromStr for Optim {
 /// Where a tensor's moments are.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum MomentPlace {
-    /// These elements of the f32 moments.
+    /// In f32: these elements of the f32 moments.
     Floats(Range<usize>),
-    /// These blocks of the 8-bit moments; the last one may be shorter.
+    /// In 8 bits: these blocks of the 8-bit moments, of which the last one may be shorter.
     Blocks(Range<usize>),
 }
 
 /// The places of all tensors' moments, the same for first and second.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct MomentLayout {
-    /// One for each tensor.
+    /// Where each tensor's moments are.
     pub places: Vec<MomentPlace>,
-    /// Elements in f32.
+    /// Elements of a moment that are in f32.
     pub float_elements: usize,
-    /// Blocks in 8 bits.
+    /// Blocks of a moment that are in 8 bits.
     pub blocks: usize,
 }
 
 impl MomentLayout {
-    /// Of tensors of `sizes` elements.
+    /// The layout for tensors of `sizes` elements.
     pub fn new(optim: Optim, sizes: impl IntoIterator<Item = usize>) -> Self {
         let (mut float_elements, mut blocks) = (0, 0);
         let extend = |end: &mut usize, by: usize| {

@@ -4,26 +4,27 @@ use std::ops::AddAssign;
 
 use serde::{Deserialize, Serialize};
 
-use super::Place;
+use super::processor::Processor;
 
 /// What a run has beside its arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
 pub struct Outside {
-    /// Where the run computes.
-    pub place: Place,
+    /// What the run computes on.
+    #[serde(rename = "place")]
+    pub processor: Processor,
     /// Bytes that are there before the weights: the program, its tokenizer and data; on a GPU what
     /// the driver and other programs have of it.
     pub process_bytes: u64,
-    /// Frozen weights.
+    /// Bytes of the frozen weights.
     pub weights: WeightParts,
-    /// Of the host's memory beside a GPU, pinned: offloaded inputs, streamed blocks on their way, an
-    /// embedding, and what is staged.
+    /// Bytes of the host's memory that are pinned beside a GPU: offloaded inputs, streamed blocks on their way,
+    /// an embedding, and what is staged.
     #[serde(default)]
     pub pinned_bytes: u64,
 }
 
 impl Outside {
-    /// Bytes where the run computes.
+    /// Bytes of weights and process, where the run computes.
     pub fn total(&self) -> u64 {
         self.process_bytes + self.weights.total()
     }
@@ -42,7 +43,7 @@ pub struct WeightParts {
     pub tables: u64,
     /// Norms and biases.
     pub vectors: u64,
-    /// Of what comes and goes when weights are streamed, the most at a time.
+    /// The most at a time of what comes and goes when weights are streamed.
     pub streamed: u64,
 }
 
@@ -53,7 +54,7 @@ impl WeightParts {
         WeightParts { codes, scales: bytes as u64 - codes, ..WeightParts::default() }
     }
 
-    /// Everything.
+    /// Bytes of all kinds.
     pub fn total(&self) -> u64 {
         self.rows().map(|(_, bytes)| bytes).iter().sum()
     }

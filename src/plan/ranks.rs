@@ -3,8 +3,8 @@
 use crate::adapter::LoraTarget;
 use crate::model::spec::LinearRole;
 
-/// Roles of linears.
-const ROLES: usize = LinearRole::Down as usize + 1;
+/// Number of roles that linears have.
+const ROLES: usize = LinearRole::ALL.len();
 
 /// The ranks of each layer's adapters, by role.
 #[derive(Debug, Clone)]
@@ -13,7 +13,7 @@ pub struct Ranks {
 }
 
 impl Ranks {
-    /// Of `layers` layers.
+    /// The ranks of `targets` in a model of `layers` layers.
     pub fn new(targets: &[LoraTarget], layers: usize) -> Self {
         let mut ranks = vec![[0; ROLES]; layers];
         for target in targets {
@@ -27,7 +27,7 @@ impl Ranks {
         roles.iter().map(|&role| self.layers[layer][role as usize]).sum()
     }
 
-    /// The largest such sum of all layers.
+    /// Sum of the ranks on some linears of the layer where it is largest.
     pub fn most(&self, roles: &[LinearRole]) -> usize {
         (0..self.layers.len()).map(|layer| self.of(layer, roles)).max().unwrap_or(0)
     }

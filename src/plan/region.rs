@@ -9,14 +9,14 @@ use super::region_id::RegionId;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum RegionType {
-    /// 4 bytes.
+    /// A float of 4 bytes.
     F32,
-    /// 2 bytes.
+    /// A bfloat16 of 2 bytes.
     Bf16,
 }
 
 impl RegionType {
-    /// Of an element.
+    /// Bytes of an element.
     pub fn bytes(self) -> usize {
         match self {
             RegionType::F32 => 4,
@@ -28,19 +28,20 @@ impl RegionType {
 /// One buffer, or several that are alike.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Region {
-    /// Which one; no other has the same.
+    /// Which region it is; no other has the same id.
     pub id: RegionId,
     /// Element type.
     pub dtype: RegionType,
     /// Number of elements, of each piece.
     pub elements: usize,
-    /// Pieces that follow each other, each a buffer: the tiles of an MLP that is kept.
+    /// Pieces that follow each other, each a buffer: the tiles of an MLP that is kept, the blocks whose
+    /// weights stay dequantized.
     pub count: usize,
-    /// How its rows lie where they do not follow each other; only on a GPU.
+    /// How the matrix' rows lie where they do not follow each other; only on a GPU.
     pub pitch: Option<Pitch>,
 }
 
-/// With its name, and the report row that it counts to.
+/// A region in JSON has its name, and the report row that it counts to.
 impl Serialize for Region {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
         let mut out = serializer.serialize_struct("Region", 6)?;
@@ -58,7 +59,7 @@ impl Serialize for Region {
     }
 }
 
-/// Rows with room behind them.
+/// How rows lie that have room behind them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 pub struct Pitch {
     /// Columns of the matrix itself.
@@ -72,12 +73,12 @@ pub struct Pitch {
 pub const REGION_ALIGNMENT_BYTES: usize = 256;
 
 impl Region {
-    /// One piece, whose rows follow each other.
+    /// A region of one piece, whose rows follow each other.
     pub fn new(id: RegionId, dtype: RegionType, elements: usize) -> Self {
         Region { id, dtype, elements, count: 1, pitch: None }
     }
 
-    /// Bytes in the arena, padding included.
+    /// Bytes that the region takes in the arena, padding included.
     pub fn bytes(&self) -> usize {
         self.count.saturating_mul(self.piece_bytes())
     }
@@ -92,10 +93,10 @@ impl Region {
 /// The arena: its regions in order.
 #[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
 pub struct MemoryPlan {
-    /// All regions.
+    /// All regions of the arena.
     pub regions: Vec<Region>,
-    /// Outside of the arena: inputs of layers and what attention made, in pinned memory beside a GPU or
-    /// in a file.
+    /// Regions outside of the arena: inputs of layers and what attention made, in pinned memory beside a GPU
+    /// or in a file.
     pub offloaded: Vec<Region>,
 }
 
@@ -105,7 +106,7 @@ impl MemoryPlan {
         self.regions.iter().map(Region::bytes).fold(0, usize::saturating_add)
     }
 
-    /// Bytes outside of it.
+    /// Bytes of the regions outside of the arena.
     pub fn offloaded_bytes(&self) -> usize {
         self.offloaded.iter().map(Region::bytes).fold(0, usize::saturating_add)
     }

@@ -23,54 +23,54 @@ macro_rules! named {
 /// A buffer of a run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum RegionId {
-    /// Of all LoRA matrices together.
+    /// A buffer of all LoRA matrices together.
     Adapter(AdapterRegion),
-    /// What a block reads or makes, by whose it is.
+    /// A buffer of what a block reads or makes, by whose it is.
     Block(Owner, BlockRegion),
-    /// What a block works in.
+    /// A buffer that blocks work in, in turn.
     Work(WorkRegion),
-    /// What the head works in.
+    /// A buffer that the head works in.
     Head(HeadRegion),
     /// A table of the rotary embedding, or of the second one of local layers.
     Rotary(RotaryKind, RotaryRegion),
-    /// What q is multiplied by.
+    /// What q is multiplied by, a factor for each token.
     QueryScale,
     /// Keys and values of a block's generated text.
     Cache(usize),
-    /// On a GPU alone.
+    /// A buffer that a GPU alone has.
     Cuda(CudaRegion),
-    /// There, too: matrices in bf16 of some blocks, a piece for each block; q, k and v are one where a product
-    /// takes all three.
+    /// A matrix in bf16 of the blocks whose weights stay dequantized on a GPU, a piece for each block; q, k
+    /// and v are one where a product takes all three.
     DequantizedBlocks(LinearRole),
 }
 
 /// Whose a buffer of a block is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Owner {
-    /// A layer's; the inputs are one more, the output of the last one.
+    /// A layer; the inputs are one more, the output of the last layer.
     Layer(usize),
-    /// Of the last tile of a layer's MLP, where it is shorter than the others.
+    /// The last tile of a layer's MLP, where it is shorter than the others.
     LastTile(usize),
-    /// Of all that recompute, in turn.
+    /// All layers that recompute, in turn.
     Recompute,
-    /// Of every other layer, the first one included, where nothing is trained.
+    /// Every other layer, the first one included, where nothing is trained.
     Even,
-    /// Of the others.
+    /// The layers between those of `Even`, where nothing is trained.
     Odd,
-    /// Of layers that are offloaded, in turn.
+    /// A slot of layers that are offloaded, in turn.
     Slot(usize),
-    /// Of a layer, outside of the arena.
+    /// A layer that is offloaded; the buffer is outside of the arena.
     Offloaded(usize),
 }
 
 named! {
-    /// Of all LoRA matrices.
+    /// A buffer of all LoRA matrices.
     AdapterRegion {
-        /// bf16 copies.
+        /// Copies in bf16.
         Working = "working",
         /// Weights in f32.
         Master = "master",
-        /// Their gradients.
+        /// Gradients in f32.
         Gradients = "gradients",
         /// First moments in f32.
         FirstMoment = "first_moment",
@@ -78,19 +78,19 @@ named! {
         SecondMoment = "second_moment",
         /// Codes of first moments in 8 bits.
         FirstCodes = "first_codes",
-        /// Their scales.
+        /// Scales of first moments in 8 bits.
         FirstAbsmax = "first_absmax",
         /// Codes of second moments in 8 bits.
         SecondCodes = "second_codes",
-        /// Their scales.
+        /// Scales of second moments in 8 bits.
         SecondAbsmax = "second_absmax",
     }
 }
 
 named! {
-    /// What a block reads and makes.
+    /// A buffer of what a block reads and makes.
     BlockRegion {
-        /// The residual stream before it.
+        /// The residual stream before the block.
         Input = "input",
         /// q, k and v.
         Qkv = "qkv",
@@ -100,29 +100,29 @@ named! {
         Attention = "attention",
         /// x·Aᵀ of the adapters of attention's linears.
         AttentionLoraX = "attention_lora_x",
-        /// The output projection, where a norm follows.
+        /// The output of attention's projection, where a norm follows.
         AttentionProjected = "attention_projected",
         /// The residual stream between attention and MLP.
         Middle = "middle",
-        /// Of a gated MLP.
+        /// The output of a gated MLP's gate.
         Gate = "gate",
-        /// Of the MLP; of a fused one gate and up.
+        /// The output of the MLP's up; of a fused one gate and up.
         Up = "up",
         /// x·Aᵀ of the adapters of the MLP's linears.
         MlpLoraX = "mlp_lora_x",
-        /// The down projection, where a norm follows.
+        /// The output of the down projection, where a norm follows.
         MlpProjected = "mlp_projected",
     }
 }
 
 named! {
-    /// What a block works in.
+    /// A buffer that blocks work in.
     WorkRegion {
         /// A norm's output.
         Norm = "norm",
-        /// Its statistics.
+        /// A norm's statistics.
         NormStats = "norm_stats",
-        /// q, k and v, where q and k have norms.
+        /// q, k and v after the norms of q and k.
         NormedQkv = "normed_qkv",
         /// The input of the down projection.
         Mlp = "mlp",
@@ -136,35 +136,35 @@ named! {
         TileGradient = "tile_gradient",
         /// The gradient of the input of the down projection.
         MlpGradient = "mlp_gradient",
-        /// That of the residual stream.
+        /// The gradient of the residual stream.
         Gradient = "gradient",
-        /// That of a norm's output.
+        /// The gradient of a norm's output.
         NormGradient = "norm_gradient",
-        /// That of a projection, where a norm follows.
+        /// The gradient of a projection's output, where a norm follows.
         ProjectedGradient = "projected_gradient",
-        /// That of q, k and v.
+        /// The gradient of q, k and v.
         QkvGradient = "qkv_gradient",
-        /// That of x·Aᵀ.
+        /// The gradient of x·Aᵀ.
         LoraGradient = "lora_gradient",
-        /// What attention works in.
+        /// Scores and other tiles that attention works in.
         Attention = "attention",
     }
 }
 
 named! {
-    /// What the head works in.
+    /// A buffer that the head works in.
     HeadRegion {
         /// Logits of a chunk of rows, and their gradient.
         Logits = "logits",
-        /// These rows of the residual stream.
+        /// A chunk of rows of the residual stream.
         Input = "input",
-        /// The same after the norm, and the gradient.
+        /// The rows after the norm, and their gradient.
         Norm = "norm",
-        /// Statistics of the norm.
+        /// Statistics of the last norm.
         NormStats = "norm_stats",
         /// The gradient of the rows.
         Gradient = "gradient",
-        /// That of the norm's output while it is summed.
+        /// The gradient of the norm's output while it is summed.
         Sum = "sum",
     }
 }
@@ -172,9 +172,9 @@ named! {
 named! {
     /// Which of a model's rotary embeddings.
     RotaryKind {
-        /// That of all layers, or of those without a window.
+        /// The embedding of all layers, or of those without a window.
         Global = "rotary",
-        /// That of layers with a window.
+        /// The embedding of layers with a window.
         Local = "rotary.local",
     }
 }
@@ -190,19 +190,19 @@ named! {
 }
 
 named! {
-    /// What a GPU has besides.
+    /// A buffer that a GPU alone has.
     CudaRegion {
         /// cuBLAS' workspace.
         Workspace = "workspace",
-        /// A matrix in bf16.
+        /// A dequantized matrix, in bf16.
         Dequantized = "dequantized",
-        /// The next one.
+        /// The dequantized matrix that comes next.
         DequantizedAhead = "dequantized.ahead",
-        /// A of linears that read the same rows.
+        /// The matrices A of linears that read the same rows.
         StackedA = "stacked_a",
-        /// Its gradient.
+        /// The gradient of stacked A.
         StackedGradient = "stacked_gradient",
-        /// What the sums of an MLP with adapters take that is not among the buffers of the head.
+        /// Room for the sums of an MLP with adapters that is not among the buffers of the head.
         MlpSums = "mlp_sums",
         /// Losses and what they are added up from.
         Loss = "loss",
@@ -212,7 +212,7 @@ named! {
 }
 
 impl RegionId {
-    /// The row of the report that it counts to.
+    /// The row of the report that the buffer counts to.
     pub fn component(self) -> Component {
         match self {
             RegionId::Adapter(region) => region.component(),
@@ -270,7 +270,7 @@ impl fmt::Display for Owner {
     }
 }
 
-/// The name, such as `layer.3.qkv`.
+/// A region's name, such as `layer.3.qkv`.
 impl fmt::Display for RegionId {
     fn fmt(&self, f: &mut fmt::Formatter) -> fmt::Result {
         match self {
@@ -283,7 +283,7 @@ impl fmt::Display for RegionId {
             RegionId::Cache(layer) => write!(f, "cache.{layer}"),
             RegionId::Cuda(region) => write!(f, "cuda.{}", region.name()),
             RegionId::DequantizedBlocks(role) => {
-                write!(f, "cuda.dequantized.blocks.{}", format!("{role:?}").to_lowercase())
+                write!(f, "cuda.dequantized.blocks.{}", role.name())
             }
         }
     }

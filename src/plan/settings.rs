@@ -4,9 +4,9 @@ use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
 use super::moments::{MomentLayout, Optim};
-use super::weights::Place;
+use super::processor::Processor;
 use crate::adapter::LoraTarget;
-use crate::model::spec::{LinearRole, ModelSpec};
+use crate::model::spec::ModelSpec;
 
 /// The MLP is tiled above this many tokens: enough rows to pay for dequantizing a weight once more.
 const AUTOMATIC_TILE_TOKENS: usize = 4096;
@@ -18,10 +18,10 @@ pub(super) const LEAST_LOGIT_ROWS: usize = 64;
 
 /// Rows of a head on the host that are on the GPU at a time, at most.
 const HOST_HEAD_TILE: usize = 8192;
-/// Their number is a multiple of this.
+/// Rows of a head's tile are a multiple of this.
 const HEAD_TILE_MULTIPLE: usize = 8;
-/// Rows of its input that each reading of it serves, at most. Each takes 10·D bytes of memory. Of
-/// 2,048 a product takes half as long as a reading over PCIe 4.0, and half of the readings are behind
+/// Rows of input that each reading of a head on the host serves, at most. Each takes 10·D bytes of memory.
+/// Of 2,048 a product takes half as long as a reading over PCIe 4.0, and half of the readings are behind
 /// two products.
 const HOST_HEAD_ROWS: usize = 2048;
 /// Chunks of a head on the GPU that read one on the host together.
@@ -31,30 +31,31 @@ const CHUNKS_TO_SHARE_A_HEAD: usize = 4;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Policy {
-    /// Kept: no recomputation.
+    /// All activations are kept: no recomputation.
     Keep,
     /// The block's input and the output of attention are kept; the rest is recomputed, attention is not.
     Attention,
     /// Only the block's input is kept; the rest is recomputed in the backward pass.
     Checkpoint,
-    /// As checkpoint, and the input waits outside of the working memory: two buffers of it are all
-    /// that offloaded layers share there.
+    /// The block's input waits outside of the working memory, in which offloaded layers share two buffers for
+    /// it; the rest is recomputed.
     Offload,
-    /// As attention, and the input waits as with offload.
-    OffloadInput,
-    /// As attention, and both wait as with offload.
+    /// The output of attention is kept, and the block's input waits as with offload.
+    #[serde(rename = "offload-input")]
+    AttentionOffloadInput,
+    /// The output of attention and the block's input both wait as with offload.
     OffloadAttention,
 }
 
 impl Policy {
     /// Whether the input waits outside of the working memory.
     pub fn offloads(self) -> bool {
-        matches!(self, Policy::Offload | Policy::OffloadInput | Policy::OffloadAttention)
+        matches!(self, Policy::Offload | Policy::AttentionOffloadInput | Policy::OffloadAttention)
     }
 
     /// Whether the output of attention is kept or waits, and nothing else that the block makes.
     pub fn spares_attention(self) -> bool {
-        matches!(self, Policy::Attention | Policy::OffloadInput | Policy::OffloadAttention)
+        matches!(self, Policy::Attention | Policy::AttentionOffloadInput | Policy::OffloadAttention)
     }
 }
 
@@ -70,12 +71,12 @@ pub struct Pieces {
 }
 
 impl Pieces {
-    /// Nothing.
+    /// No smaller pieces than usual.
     pub const NONE: Pieces = Pieces { tiles: false, logits: false, one_buffer: false };
-    /// Everything.
+    /// Smaller pieces of everything.
     pub const ALL: Pieces = Pieces { tiles: true, logits: true, one_buffer: true };
 
-    /// All ways, the fewest first; with one buffer only where there could be two.
+    /// All sets of smaller pieces, the smallest set first; with one buffer only where there could be two.
     pub fn ways(two_buffers: bool) -> impl Iterator<Item = Pieces> {
         let bit = |set: u32, bit: u32| set >> bit & 1 == 1;
         let sets = [0b000, 0b001, 0b010, 0b100, 0b011, 0b101, 0b110, 0b111];
@@ -88,7 +89,7 @@ impl Pieces {
     }
 }
 
-/// What of a plan decides the order of sums, and with it their last bits.
+/// What decides the order of a plan's sums, and with it their last bits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
 pub struct SumOrder {
     tokens: usize,
@@ -108,11 +109,11 @@ pub fn logit_rows(
     spec: &ModelSpec,
     tokens: usize,
     most: Option<NonZeroUsize>,
-    place: Place,
+    processor: Processor,
 ) -> usize {
     const CHUNK_BYTES: usize = 128 << 20;
     const TILE_ROWS: usize = 256;
-    let size = if place == Place::Gpu { 2 } else { 4 };
+    let size = if processor == Processor::Gpu { 2 } else { 4 };
     // Rounded up: a vocabulary just over 2^18 has whole tiles, too.
     let rows = CHUNK_BYTES.div_ceil(spec.vocab_size * size);
     let whole = if rows >= TILE_ROWS { TILE_ROWS } else { LEAST_LOGIT_ROWS };
@@ -127,14 +128,14 @@ pub fn host_head_tile(vocab_size: usize) -> usize {
     tile.next_multiple_of(HEAD_TILE_MULTIPLE)
 }
 
-/// What the sizes depend on, beside the model.
+/// What the sizes of a run's buffers depend on, beside the model.
 #[derive(Debug, Clone)]
 pub struct Settings {
     /// T: tokens of the largest micro-batch.
     pub tokens: usize,
-    /// Tokens of the longest document in it.
+    /// Tokens of the longest document in a micro-batch.
     pub longest_document: usize,
-    /// Those of them that have a loss, at most: only these have logits.
+    /// Tokens of a micro-batch that have a loss, at most: only these have logits.
     pub trained_tokens: usize,
     /// Rows of logits that exist at a time, at most.
     pub logit_rows: usize,
@@ -156,32 +157,33 @@ pub struct Settings {
     pub mlp_tile_length: Option<usize>,
     /// Folder of the file that the CPU offloads to; the system's for temporary files if absent.
     pub scratch_folder: Option<PathBuf>,
-    /// On a GPU: whether 4-bit weights have a second buffer, in which the next one is dequantized while a
+    /// Whether 4-bit weights have a second buffer on a GPU, in which the next one is dequantized while a
     /// product runs.
     pub dequantize_ahead: bool,
-    /// On a GPU: blocks whose 4-bit weights have room in bf16 besides, until others need it. With one, no block
+    /// Blocks whose 4-bit weights have room in bf16 on a GPU besides, until others need it. With one, no block
     /// dequantizes the same weight twice in a row; with as many as there are, each is dequantized once.
     pub dequantized_blocks: usize,
-    /// On a GPU: whether the head is in the host's memory.
+    /// Whether the head is in the host's memory beside a GPU.
     pub head_on_host: bool,
-    /// On a GPU: whether matrices of the base are in 4-bit blocks, which products read from buffers in bf16.
+    /// Whether matrices of the base are in 4-bit blocks, which a GPU's products read from buffers in bf16.
     pub packed_base: bool,
 }
 
 /// What the head works with at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct HeadSizes {
-    /// Rows of its input and of their gradients.
+    /// Rows of the head's input and of their gradients.
     pub rows: usize,
-    /// Logits, of these rows or of a tile of the vocabulary for each.
+    /// Elements of logits: those of all rows, or for each row those of a tile of the vocabulary.
     pub logits: usize,
     /// Rows whose logits are there all at once.
     pub whole_rows: usize,
 }
 
 impl Settings {
-    /// Of a model without adapters that evaluates passes of `tokens`, on all threads.
-    pub fn evaluating(tokens: usize, logit_rows: usize) -> Self {
+    /// Settings of passes over at most `tokens`, one document, on all threads: with no adapter, no backward
+    /// pass and no generated text until `targets`, `policies` and `cache_tokens` are set.
+    pub fn of_pass(tokens: usize, logit_rows: usize) -> Self {
         Settings {
             tokens,
             longest_document: tokens,
@@ -203,7 +205,7 @@ impl Settings {
         }
     }
 
-    /// The same with passes of at most `tokens`.
+    /// The same settings with passes of at most `tokens`.
     pub fn shorter(&self, tokens: usize) -> Self {
         let tokens = self.tokens.min(tokens);
         Settings {
@@ -220,12 +222,12 @@ impl Settings {
         !self.policies.is_empty()
     }
 
-    /// Layers of a policy.
+    /// Number of layers that have a policy.
     pub fn count(&self, policy: Policy) -> usize {
         self.policies.iter().filter(|its| **its == policy).count()
     }
 
-    /// The same with some things in smaller pieces than usual.
+    /// The same settings with some things in smaller pieces than usual.
     pub fn in_pieces(self, pieces: Pieces) -> Self {
         let tile = self.mlp_tile_length.unwrap_or(SMALL_TILE_TOKENS);
         let rows = (self.logit_rows / 4).max(LEAST_LOGIT_ROWS).min(self.logit_rows);
@@ -243,7 +245,7 @@ impl Settings {
         MomentLayout::new(self.optim, self.targets.iter().flat_map(pair))
     }
 
-    /// Whether a layer recomputes what it did not keep.
+    /// Whether any layer recomputes what it did not keep.
     pub fn recomputes(&self) -> bool {
         self.count(Policy::Keep) < self.policies.len()
     }
@@ -258,7 +260,7 @@ impl Settings {
 
     /// Layers that keep the output of attention in memory, and nothing else that they make.
     pub fn keeping_attention_in_memory(&self) -> usize {
-        self.count(Policy::Attention) + self.count(Policy::OffloadInput)
+        self.count(Policy::Attention) + self.count(Policy::AttentionOffloadInput)
     }
 
     /// Layers that make no attention again, but all the rest.
@@ -318,13 +320,13 @@ impl Settings {
         length.max(1).min(self.tokens)
     }
 
-    /// In which order it adds up; policies, streaming and buffers make no difference.
+    /// In which order a run adds up; policies, streaming and buffers make no difference.
     pub fn sum_order(&self) -> SumOrder {
         let Settings { tokens, logit_rows, head_on_host, .. } = *self;
         SumOrder { tokens, mlp_tile: self.mlp_tile(), logit_rows, head_on_host }
     }
 
-    /// The same with passes as short as those of a run that goes on, whose memory ran short.
+    /// The same settings with passes as short as those of a run that goes on, whose memory ran short.
     pub fn as_short_as(self, order: SumOrder) -> Self {
         let possible = self.longest_document..self.tokens;
         if possible.contains(&order.tokens) { self.shorter(order.tokens) } else { self }
@@ -336,31 +338,6 @@ impl Settings {
     }
 }
 
-/// The halves of a block, which keep `x·Aᵀ` of their adapters apart.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Half {
-    /// q, k, v and the output projection.
-    Attention,
-    /// Gate, up and down.
-    Mlp,
-}
-
-impl Half {
-    /// Where a linear belongs.
-    pub fn of(role: LinearRole) -> Self {
-        if Half::Mlp.roles().contains(&role) { Half::Mlp } else { Half::Attention }
-    }
-
-    /// Its linears.
-    pub fn roles(self) -> &'static [LinearRole] {
-        use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
-        match self {
-            Half::Attention => &[Q, K, V, Qkv, O],
-            Half::Mlp => &[Gate, Up, Down],
-        }
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -368,8 +345,7 @@ mod tests {
     #[test]
     fn long_passes_are_tiled_by_themselves() {
         let of = |tokens, mlp_tile_length| {
-            let settings =
-                Settings { threads: 1, mlp_tile_length, ..Settings::evaluating(tokens, 1) };
+            let settings = Settings { threads: 1, mlp_tile_length, ..Settings::of_pass(tokens, 1) };
             (settings.mlp_tile(), settings.tiled())
         };
         assert_eq!(of(4096, None), (4096, false));

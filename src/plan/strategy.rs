@@ -1,9 +1,11 @@
 //! One way to run: what blocks keep, where weights are, and what is made in smaller pieces.
 
+use clap::ValueEnum;
 use serde::Serialize;
 
 use super::activations::Activations;
-use super::embedding::OnHost;
+use super::budget::WeightsMode;
+use super::embedding::{EmbeddingPlace, OnHost};
 use super::settings::{Pieces, Policy, Settings};
 
 /// A way to run.
@@ -11,19 +13,20 @@ use super::settings::{Pieces, Policy, Settings};
 pub struct Strategy {
     /// Blocks that keep their activations: the last ones, which the backward pass meets first.
     pub kept: usize,
-    /// What all others do with theirs; of a choice *keep*, where there are none.
+    /// What all other blocks do with their activations; of a choice *keep*, where there are none.
     pub others: Policy,
-    /// Those of them, the last ones, that keep the output of attention though their input is offloaded.
+    /// Blocks among the others, the last ones, that keep the output of attention though their input is
+    /// offloaded.
     pub attended: usize,
-    /// Those of them, the first ones, that only offload their input though the others offload what attention
-    /// makes, too: the host has no room for more.
+    /// Blocks among the others, the first ones, that only offload their input though the rest offloads what
+    /// attention makes, too: the host has no room for more.
     pub remaking_attention: usize,
     /// Whether the blocks' weights are streamed from their file.
     pub stream: bool,
-    /// What is in the host's memory beside a GPU.
+    /// What of embedding and head is in the host's memory beside a GPU.
     #[serde(rename = "embedding")]
     pub on_host: OnHost,
-    /// On a GPU: blocks whose weights have room in bf16, too.
+    /// Blocks whose weights have room in bf16 on a GPU, too.
     pub dequantized_blocks: usize,
     /// What is made in smaller pieces than usual.
     #[serde(skip)]
@@ -31,7 +34,7 @@ pub struct Strategy {
 }
 
 impl Strategy {
-    /// The same for all of `layers` blocks, with everything else as usual.
+    /// One `policy` for all of `layers` blocks, with everything else as usual.
     pub(super) fn uniform(layers: usize, policy: Policy, stream: bool) -> Self {
         Strategy {
             kept: if policy == Policy::Keep { layers } else { 0 },
@@ -45,14 +48,14 @@ impl Strategy {
         }
     }
 
-    /// Of every block. The last ones keep what they can: the backward pass meets them first.
+    /// The policy of every block. The last ones keep what they can: the backward pass meets them first.
     pub(super) fn policies(self, layers: usize) -> Vec<Policy> {
         let policy = |behind: usize| match self.others {
             _ if behind <= self.kept => Policy::Keep,
             Policy::OffloadAttention if behind > layers - self.remaking_attention => {
                 Policy::Offload
             }
-            Policy::Offload if behind <= self.kept + self.attended => Policy::OffloadInput,
+            Policy::Offload if behind <= self.kept + self.attended => Policy::AttentionOffloadInput,
             others => others,
         };
         (1..=layers).rev().map(policy).collect()
@@ -70,14 +73,19 @@ impl Strategy {
     }
 
     /// The values of `--activations`, `--weights` and `--embedding` that lead to it.
-    pub(super) fn flags(self, layers: usize) -> [&'static str; 3] {
+    pub(super) fn flags(self, layers: usize) -> (Activations, WeightsMode, EmbeddingPlace) {
         let activations = match self.kept {
             _ if self.attended + self.remaking_attention > 0 => Activations::Auto,
             kept if kept == layers => Activations::Keep,
             0 => Activations::of_all(self.others),
             _ => Activations::Auto,
         };
-        let weights = if self.stream { "stream" } else { "resident" };
-        [activations.flag(), weights, self.on_host.flag()]
+        (activations, WeightsMode::of(self.stream), self.on_host.asked_by())
     }
+}
+
+/// A value as the command line takes it.
+pub(super) fn typed(value: impl ValueEnum) -> String {
+    let value = value.to_possible_value().expect("no value is skipped");
+    value.get_name().to_string()
 }

@@ -1,41 +1,28 @@
 //! What the frozen weights take in memory, before one is read.
 
 use nibble_quant::{BlockFormat, FloatType};
-use serde::{Deserialize, Serialize};
 
 use crate::checkpoint::{Checkpoint, CheckpointKind, StoredType, Weight};
 use crate::kernels::cuda::matrix_bytes;
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
-use crate::plan::{OnHost, WeightParts};
+use crate::plan::{OnHost, Processor, WeightParts};
 
 /// Blocks that are in memory at a time when weights are streamed: the one at work, and the next.
 pub(crate) const STREAMED_BLOCKS: usize = 2;
 
-/// What is mapped with a page that is read from the system's cache: `fault_around_bytes` of Linux.
+/// Bytes that are mapped with a page that is read from the system's cache: `fault_around_bytes` of Linux.
 const MAPPED_WITH_A_PAGE_BYTES: u64 = 64 << 10;
-
-/// Where frozen weights are used.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
-pub enum Place {
-    /// In the program's memory, as they are stored.
-    #[default]
-    // In the logs of earlier runs.
-    #[serde(alias = "Host")]
-    Cpu,
-    /// On a GPU: matrices in bf16 if they are not packed.
-    Gpu,
-}
 
 /// Bytes of all frozen weights.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct WeightBytes {
-    /// All in memory.
+    /// Bytes where all weights are in memory.
     pub resident: WeightParts,
-    /// None where the weights are not in a file as they are used.
+    /// What streamed weights take; `None` where the weights are not in a file as they are used.
     pub streamed: Option<StreamedBytes>,
-    /// Of the embedding, where it is not the head, too: it may be elsewhere.
+    /// Bytes of the embedding, where it is not the head, too: it may be elsewhere.
     pub embedding: u64,
-    /// Of what makes logits: it may be elsewhere, too.
+    /// Bytes of the matrix that makes logits: it may be elsewhere, too.
     pub head: u64,
     /// Whether any matrix is in 4-bit blocks.
     pub packed: bool,
@@ -45,39 +32,39 @@ pub struct WeightBytes {
 /// logits, the head and one block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct StreamedBytes {
-    /// Norms and biases, which always stay.
+    /// Bytes of norms and biases, which always stay.
     pub vectors: u64,
-    /// Tables that always stay: of positions, and on a GPU all.
+    /// Bytes of tables that always stay: of positions, and on a GPU all.
     pub kept_tables: u64,
-    /// The largest block's linears.
+    /// Bytes of the largest block's linears.
     pub block: u64,
-    /// Blocks at a time.
+    /// Blocks that are in memory at a time.
     pub blocks: u64,
-    /// The embedding, of which a pass reads the rows of its tokens.
+    /// Bytes of the embedding, of which a pass reads the rows of its tokens.
     pub table: u64,
-    /// A row of it.
+    /// Bytes of a row of the embedding.
     pub row: u64,
-    /// What makes logits: the embedding again, where they are tied.
+    /// Bytes of the matrix that makes logits: the embedding again, where they are tied.
     pub head: u64,
-    /// Embedding and head: one matrix where they are tied.
+    /// Bytes of embedding and head: one matrix where they are tied.
     pub tables: u64,
 }
 
 impl StreamedBytes {
-    /// The same for every pass.
+    /// Streamed weights that take the same for every pass.
     #[cfg(test)]
     pub(super) fn of_vectors(vectors: u64) -> Self {
         let (kept_tables, block, blocks, table, row, head, tables) = (0, 0, 0, 0, 0, 0, 0);
         StreamedBytes { vectors, kept_tables, block, blocks, table, row, head, tables }
     }
 
-    /// Beside a GPU only the blocks' linears come and go: all else stays in its memory.
+    /// What streamed weights take of a GPU: only the blocks' linears come and go, all else stays.
     fn on_gpu(&self) -> Self {
         let kept_tables = self.kept_tables + self.tables;
         StreamedBytes { kept_tables, table: 0, row: 0, head: 0, tables: 0, ..*self }
     }
 
-    /// The most of a pass over `tokens` that are all different.
+    /// The most that a pass takes over `tokens` that are all different.
     pub fn of_pass(&self, tokens: usize) -> WeightParts {
         let around = self.row.max(MAPPED_WITH_A_PAGE_BYTES);
         let rows = self.table.min(tokens as u64 * around);
@@ -88,35 +75,36 @@ impl StreamedBytes {
 }
 
 impl WeightBytes {
-    /// Of a checkpoint that is opened; `format` packs dense linears, unless others are packed already.
+    /// Bytes of the weights of a checkpoint that is opened; `format` packs dense linears, unless others are
+    /// packed already.
     pub fn of_checkpoint(
         checkpoint: &Checkpoint,
         spec: &ModelSpec,
         format: Option<&BlockFormat>,
-        place: Place,
+        processor: Processor,
     ) -> Self {
         let format = checkpoint.kind().packing(format);
-        let bytes = |tensor: &TensorSpec| stored_bytes(checkpoint, tensor, format, place);
+        let bytes = |tensor: &TensorSpec| stored_bytes(checkpoint, tensor, format, processor);
         let as_stored = match checkpoint.kind() {
             CheckpointKind::Bnb4bit => true,
             CheckpointKind::Dense => format.is_none(),
             CheckpointKind::Gguf => false,
         };
-        Self::sum(spec, bytes, as_stored).used_at(place)
+        Self::sum(spec, bytes, as_stored).used_at(processor)
     }
 
-    /// Of a model of which only the config is known, stored in `dtype`, its linears in `format` as
-    /// `nibble quantize` writes them.
+    /// Bytes of the weights of a model of which only the config is known, stored in `dtype`, its linears in
+    /// `format` as `nibble quantize` writes them.
     pub fn of_config(
         spec: &ModelSpec,
         dtype: FloatType,
         format: Option<&BlockFormat>,
-        place: Place,
+        processor: Processor,
     ) -> Self {
         let bytes = |tensor: &TensorSpec| {
-            dense_bytes(tensor, dtype, tensor.shape.iter().product(), format, place)
+            dense_bytes(tensor, dtype, tensor.shape.iter().product(), format, processor)
         };
-        Self::sum(spec, bytes, true).used_at(place)
+        Self::sum(spec, bytes, true).used_at(processor)
     }
 
     /// Whether linears are in 4-bit blocks, or some of them.
@@ -124,7 +112,7 @@ impl WeightBytes {
         self.resident.codes > 0
     }
 
-    /// What of it may be in the host's memory beside a GPU.
+    /// Bytes of what is in the host's memory beside a GPU.
     pub fn on_host(&self, what: OnHost) -> u64 {
         match what {
             OnHost::Nothing => 0,
@@ -133,7 +121,7 @@ impl WeightBytes {
         }
     }
 
-    /// Of a GPU that has the rest.
+    /// The weights that a GPU has where `what` is on the host.
     pub fn without(self, what: OnHost) -> Self {
         let moved = self.on_host(what);
         let tables = self.resident.tables - moved;
@@ -148,10 +136,10 @@ impl WeightBytes {
         }
     }
 
-    fn used_at(self, place: Place) -> Self {
-        match place {
-            Place::Cpu => self,
-            Place::Gpu => {
+    fn used_at(self, processor: Processor) -> Self {
+        match processor {
+            Processor::Cpu => self,
+            Processor::Gpu => {
                 WeightBytes { streamed: self.streamed.map(|streamed| streamed.on_gpu()), ..self }
             }
         }
@@ -204,36 +192,36 @@ fn stored_bytes(
     checkpoint: &Checkpoint,
     tensor: &TensorSpec,
     format: Option<&BlockFormat>,
-    place: Place,
+    processor: Processor,
 ) -> WeightParts {
     let elements: usize = tensor.shape.iter().product();
     match checkpoint.info(&tensor.name) {
         None => WeightParts::default(),
         Some(info) => match info.stored {
-            StoredType::Packed => match (place, checkpoint.weight(&info.name)) {
-                (Place::Gpu, Ok(Weight::Packed(weight))) => {
+            StoredType::Packed => match (processor, checkpoint.weight(&info.name)) {
+                (Processor::Gpu, Ok(Weight::Packed(weight))) => {
                     WeightParts::packed(elements, matrix_bytes(elements, Some(&weight.format())))
                 }
                 _ => WeightParts::packed(elements, info.bytes),
             },
-            StoredType::Dense(dtype) => dense_bytes(tensor, dtype, elements, format, place),
+            StoredType::Dense(dtype) => dense_bytes(tensor, dtype, elements, format, processor),
         },
     }
 }
 
-/// Of a tensor that is stored in `dtype`; linears are packed in `format`.
+/// Bytes of a tensor that is stored in `dtype`; linears are packed in `format`.
 fn dense_bytes(
     tensor: &TensorSpec,
     dtype: FloatType,
     elements: usize,
     format: Option<&BlockFormat>,
-    place: Place,
+    processor: Processor,
 ) -> WeightParts {
-    let dense = match (place, dtype) {
-        (Place::Gpu, _) => matrix_bytes(elements, None),
+    let dense = match (processor, dtype) {
+        (Processor::Gpu, _) => matrix_bytes(elements, None),
         // Products read bf16 and f32; f16 is widened.
-        (Place::Cpu, FloatType::Bf16) => elements * FloatType::Bf16.size(),
-        (Place::Cpu, _) => elements * size_of::<f32>(),
+        (Processor::Cpu, FloatType::Bf16) => elements * FloatType::Bf16.size(),
+        (Processor::Cpu, _) => elements * size_of::<f32>(),
     } as u64;
     let none = WeightParts::default();
     match (tensor.role, format) {
@@ -241,9 +229,9 @@ fn dense_bytes(
             WeightParts { vectors: (elements * size_of::<f32>()) as u64, ..none }
         }
         (TensorRole::Linear(_), Some(format)) => {
-            let bytes = match place {
-                Place::Gpu => matrix_bytes(elements, Some(format)),
-                Place::Cpu => format.packed_bytes(elements),
+            let bytes = match processor {
+                Processor::Gpu => matrix_bytes(elements, Some(format)),
+                Processor::Cpu => format.packed_bytes(elements),
             };
             WeightParts::packed(elements, bytes)
         }
@@ -273,7 +261,7 @@ mod tests {
                 + weights.head.as_ref().map_or(0, |head| head.bytes())
                 + norms;
             let predicted =
-                WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), Place::Cpu);
+                WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), Processor::Cpu);
             assert_eq!(predicted.resident.total(), bytes as u64);
             assert_eq!(predicted.resident.vectors, norms as u64);
             let linears = linears_of(&spec) as u64;
@@ -300,7 +288,7 @@ mod tests {
             config["num_hidden_layers"] = layers.into();
             let spec = spec_from_config(config).unwrap();
             let format = Some(&BlockFormat::default());
-            WeightBytes::of_config(&spec, FloatType::Bf16, format, Place::Cpu)
+            WeightBytes::of_config(&spec, FloatType::Bf16, format, Processor::Cpu)
         };
         let (two, many) = (of(2, &mut config), of(20, &mut config));
         let (few, more) = (two.streamed.unwrap(), many.streamed.unwrap());

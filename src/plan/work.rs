@@ -6,24 +6,24 @@ use super::settings::{Policy, Settings};
 use super::weights::STREAMED_BLOCKS;
 use crate::model::spec::{ModelSpec, TensorRole};
 
-/// What PCIe 4.0 with 16 lanes moves in one direction, about.
+/// Bytes that PCIe 4.0 with 16 lanes moves in one direction in a second, about.
 pub const ASSUMED_BYTES_PER_SECOND: f64 = 25e9;
-/// What an RTX 4090 sustains in bf16, about: 60 % of its peak.
+/// Floating-point operations that an RTX 4090 sustains in bf16 in a second, about: 60 % of its peak.
 pub const ASSUMED_FLOPS_PER_SECOND: f64 = 1e14;
 
 /// Multiply-adds for a token whose every successor is trained.
 #[derive(Debug, Clone, Copy)]
 pub struct Work {
     forward: f64,
-    /// Attention's part of it.
+    /// Attention's part of the forward pass.
     attention: f64,
     backward: f64,
-    /// The head's, forward and backward: it is never recomputed.
+    /// The head's multiply-adds, forward and backward: they are never made again.
     head: f64,
 }
 
 impl Work {
-    /// In documents of `length`: products with frozen weights, and attention.
+    /// The work of a token in documents of `length`: products with frozen weights, and attention.
     pub fn of_token(spec: &ModelSpec, length: usize) -> Self {
         let linear = |role: TensorRole| matches!(role, TensorRole::Linear(_));
         let linears = spec.inventory().into_iter().filter(|tensor| linear(tensor.role));
@@ -38,7 +38,7 @@ impl Work {
         }
     }
 
-    /// Of a step of a run with `settings`, what is recomputed included.
+    /// Multiply-adds for a token of a step with `settings`, what is recomputed included.
     pub fn of_step(&self, settings: &Settings) -> f64 {
         let layers = settings.policies.len().max(1) as f64;
         let share = |count: usize| count as f64 / layers;
@@ -54,15 +54,15 @@ pub struct Transfer {
     /// Bytes to the GPU: all blocks forward and all but the last two backward, less the two that the
     /// step before has left there; and what is offloaded.
     pub bytes: u64,
-    /// Floating-point operations.
+    /// Floating-point operations of the step.
     pub flops: f64,
-    /// Tokens of a step from which on it is bound by computation; `None` where what is offloaded of a token takes longer
-    /// to copy than it takes to compute.
+    /// Tokens of a step from which on it is bound by computation; `None` where what is offloaded of a token
+    /// takes longer to copy than it takes to compute.
     pub tokens_to_hide_copies: Option<u64>,
 }
 
 impl Transfer {
-    /// Of `tokens` a step; `block` is the bytes of a block.
+    /// The copies of a step of `tokens`; `block` is the bytes of a block.
     pub fn new(layers: usize, block: u64, offloaded: u64, tokens: usize, work: f64) -> Self {
         let weights = 2 * layers.saturating_sub(STREAMED_BLOCKS) as u64 * block;
         let flops = 2.0 * work * tokens as f64;
@@ -93,7 +93,7 @@ mod tests {
         let (attention, head) = (80.0 * 8192.0 * 8192.0, 128_256.0 * 8192.0);
         let of_step = |policy| {
             let policies = vec![policy; 80];
-            let settings = Settings { policies, threads: 1, ..Settings::evaluating(8192, 1) };
+            let settings = Settings { policies, threads: 1, ..Settings::of_pass(8192, 1) };
             Work::of_token(&spec, 8192).of_step(&settings)
         };
         let work = of_step(Policy::Checkpoint);

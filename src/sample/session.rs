@@ -201,7 +201,7 @@ fn answering<K: Kernels>(
     adapter: Option<&Adapter>,
     context_tokens: usize,
 ) -> Result<Model<K>> {
-    let settings = Settings::evaluating(PREFILL_TOKENS.min(context_tokens), 1);
+    let settings = Settings::of_pass(PREFILL_TOKENS.min(context_tokens), 1);
     let settings = Settings { cache_tokens: context_tokens, ..settings };
     let model = equip(kernels, spec, weights, adapter, settings);
     model.map_err(|error| shorter(error, context_tokens))

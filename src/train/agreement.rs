@@ -159,7 +159,7 @@ fn model<K: TrainingKernels>(kernels: K, tiny: Tiny, second: Policy) -> Result<M
         policies: vec![Policy::Keep, second],
         targets: adapter.targets.clone(),
         cache_tokens: DECODED.iter().sum(),
-        ..Settings::evaluating(BOUNDARIES[2] as usize, 32)
+        ..Settings::of_pass(BOUNDARIES[2] as usize, 32)
     };
     let weights = weights.upload(&kernels)?;
     let random = Randomness { seed: SEED, neftune: Some(1.0), ..Randomness::default() };

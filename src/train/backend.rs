@@ -12,7 +12,7 @@ use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
 use crate::ledger::resident;
 use crate::model::parameters::Parameters;
-use crate::plan::Place;
+use crate::plan::Processor;
 use crate::plural::noun;
 
 /// One update of all parameters.
@@ -40,7 +40,7 @@ pub struct Surroundings {
     /// Bytes that products take beside weights and plan, from the first one on.
     pub products_bytes: u64,
     /// Whose memory it is: the process' own, or a GPU's.
-    pub place: Place,
+    pub processor: Processor,
 }
 
 /// A backend that can train.
@@ -86,7 +86,7 @@ impl TrainingKernels for Cpu {
         Ok(Surroundings {
             used_bytes,
             free_bytes: resident::available_bytes().saturating_add(used_bytes),
-            place: Place::Cpu,
+            processor: Processor::Cpu,
             products_bytes: buffer_bytes(rayon::current_num_threads()) as u64,
         })
     }

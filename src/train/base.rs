@@ -7,7 +7,7 @@ use super::meter::Meter;
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
 use crate::model::spec::ModelSpec;
-use crate::model::streaming::Streaming;
+use crate::model::streaming::StreamedPages;
 use crate::model::weights::Weights;
 
 /// A base model before its weights are read, and how they are to be used.
@@ -32,7 +32,9 @@ impl FrozenBase<'_> {
         let mut meter = Meter::begin(kernels)?;
         let weights = Weights::load(self.checkpoint, self.spec, self.format.as_ref(), None)?;
         let weights = match self.stream {
-            true => weights.upload_streamed(kernels, Streaming::new(self.checkpoint, self.spec))?,
+            true => {
+                weights.upload_streamed(kernels, StreamedPages::new(self.checkpoint, self.spec))?
+            }
             false => weights.upload(kernels)?,
         };
         meter.loaded(kernels)?;

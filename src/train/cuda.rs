@@ -8,7 +8,7 @@ use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::driver::Driver;
 use crate::kernels::cuda::optimizer::{RunMoments, UpdateRun};
 use crate::model::parameters::{OptimizerView, Parameters};
-use crate::plan::{MomentPlace, Place};
+use crate::plan::{MomentPlace, Processor};
 
 impl<D: Driver> TrainingKernels for Cuda<D> {
     fn device(&self) -> String {
@@ -25,7 +25,7 @@ impl<D: Driver> TrainingKernels for Cuda<D> {
             used_bytes: total - free,
             free_bytes: total,
             products_bytes: 0,
-            place: Place::Gpu,
+            processor: Processor::Gpu,
         })
     }
 

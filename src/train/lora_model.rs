@@ -17,7 +17,7 @@ use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::Account;
 use crate::model::parameters::ParameterTensor;
 use crate::model::{Model, Variant};
-use crate::plan::{self, AdapterRegion, MomentLayout, Place, Settings, SumOrder};
+use crate::plan::{self, AdapterRegion, MomentLayout, Processor, Settings, SumOrder};
 use crate::system::allocator;
 
 /// A model in training and what its adapter's files say.
@@ -202,7 +202,7 @@ impl<K: TrainingKernels> Trainee for LoraModel<K> {
 
     fn gpu_bytes(&self) -> Option<u64> {
         let around = self.model().parameters().kernels().surroundings().ok()?;
-        (around.place == Place::Gpu).then_some(around.used_bytes)
+        (around.processor == Processor::Gpu).then_some(around.used_bytes)
     }
 
     fn over_budget(&self) -> Option<String> {

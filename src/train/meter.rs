@@ -7,7 +7,7 @@ use crate::error::Result;
 use crate::ledger::rows::{HostMemory, Measured};
 use crate::ledger::{Record, Watch, pinned, resident};
 use crate::model::Model;
-use crate::plan::Place;
+use crate::plan::Processor;
 use crate::system::allocator;
 
 /// Measures a run from before its weights are read.
@@ -36,9 +36,9 @@ impl Meter {
     pub fn begin<K: TrainingKernels>(kernels: &K) -> Result<Self> {
         let around = kernels.surroundings()?;
         let before_bytes = around.used_bytes;
-        Ok(match around.place {
-            Place::Cpu => Meter::Process(Watch::begin()),
-            Place::Gpu => {
+        Ok(match around.processor {
+            Processor::Cpu => Meter::Process(Watch::begin()),
+            Processor::Gpu => {
                 let (record, start) = (Record::default(), Instant::now());
                 let pinned_before = pinned::bytes();
                 let mut meter = Meter::Device { before_bytes, pinned_before, record, start };

@@ -7,7 +7,7 @@ use nibble::checkpoint::Checkpoint;
 use nibble::data::Batch;
 use nibble::kernels::cuda::Cuda;
 use nibble::model::families::spec_from_config;
-use nibble::model::streaming::Streaming;
+use nibble::model::streaming::StreamedPages;
 use nibble::model::weights::Weights;
 use nibble::model::{Model, Variant};
 use nibble::plan::{AdapterRegion, Policy, Settings};
@@ -31,7 +31,7 @@ fn packed_model(
     let checkpoint = Checkpoint::open(&root.join("llama_s0.f32.plain")).unwrap();
     let mut spec = spec_from_config(checkpoint.config()).unwrap();
     let mut weights = Weights::load(&checkpoint, &spec, None, None).unwrap();
-    let pages = Streaming::new(&checkpoint, &spec);
+    let pages = StreamedPages::new(&checkpoint, &spec);
     while weights.blocks.len() < policies.len() {
         let more = Weights::load(&checkpoint, &spec, None, None).unwrap().blocks;
         weights.blocks.extend(more.into_iter().rev());

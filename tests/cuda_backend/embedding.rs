@@ -6,7 +6,7 @@ use nibble::kernels::cuda::Cuda;
 use nibble::kernels::{Kernels, Storage};
 use nibble::model::spec::ModelSpec;
 use nibble::model::{Model, Variant};
-use nibble::plan::{AdapterRegion, OnHost, Place, Policy, Settings, WeightBytes, WeightParts};
+use nibble::plan::{AdapterRegion, OnHost, Policy, Processor, Settings, WeightBytes, WeightParts};
 use nibble_quant::{BlockFormat, FloatType};
 
 use crate::device::Device;
@@ -47,7 +47,7 @@ fn assert_moved(
 ) {
     let checkpoint = Checkpoint::open(&case.path).unwrap();
     let planned =
-        WeightBytes::of_checkpoint(&checkpoint, &case.spec(), format.as_ref(), Place::Gpu);
+        WeightBytes::of_checkpoint(&checkpoint, &case.spec(), format.as_ref(), Processor::Gpu);
     assert!(planned.on_host(what) > 0);
     assert_eq!(all - fewer, planned.on_host(what));
     assert_eq!(measured, planned.without(what).resident);
@@ -128,7 +128,7 @@ fn a_head_on_the_host_gives_the_same_numbers() {
         let products = gpu.driver().products();
         assert!(products.iter().all(|[_, n, k]| *n.max(k) < vocab / 2), "{vocab}: four tiles");
         let format = BlockFormat::default();
-        let planned = WeightBytes::of_config(&spec, FloatType::F32, Some(&format), Place::Gpu);
+        let planned = WeightBytes::of_config(&spec, FloatType::F32, Some(&format), Processor::Gpu);
         assert_eq!(all - fewer, planned.on_host(OnHost::All));
         assert_eq!(model.weight_bytes(), planned.without(OnHost::All).resident);
         assert!((got.0 / expected.0 - 1.0).abs() < 1e-5, "{vocab}: {}, {}", got.0, expected.0);

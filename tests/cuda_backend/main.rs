@@ -56,7 +56,7 @@ fn settings(
         targets: adapter.map(|adapter| case.targets(adapter)).unwrap_or_default(),
         bf16_working,
         cache_tokens: 40,
-        ..Settings::evaluating(64, 10)
+        ..Settings::of_pass(64, 10)
     }
 }
 

@@ -9,7 +9,7 @@ use nibble::ledger::rows::Account;
 use nibble::model::Model;
 use nibble::model::families::spec_from_config;
 use nibble::model::weights::Weights;
-use nibble::plan::{Outside, Place, Policy, Settings, WeightBytes};
+use nibble::plan::{Outside, Policy, Processor, Settings, WeightBytes};
 use nibble::train::backend::TrainingKernels;
 use nibble::train::base::FrozenBase;
 use nibble::train::meter::Meter;
@@ -29,7 +29,7 @@ fn the_rows_of_a_gpu_are_measured_by_its_driver() {
     let case = Case::open("mistral_s0");
     let plan = settings(&case, Some("adapter_init"), &[Policy::Keep, Policy::Checkpoint], true);
     let before = gpu.surroundings().unwrap();
-    assert!(before.used_bytes > 0 && before.place == Place::Gpu, "tables of the backend");
+    assert!(before.used_bytes > 0 && before.processor == Processor::Gpu, "tables of the backend");
     let mut meter = Meter::begin(&gpu).unwrap();
     let (spec, checkpoint) = (case.spec(), Checkpoint::open(&case.path).unwrap());
     let weights = Weights::load(&checkpoint, &spec, Some(&nf4(true)), None).unwrap();
@@ -46,9 +46,9 @@ fn the_rows_of_a_gpu_are_measured_by_its_driver() {
     assert_eq!(measured.peak_bytes, before.used_bytes + weight_bytes + arena_bytes);
     let checkpoint = Checkpoint::open(&case.path).unwrap();
     let planned =
-        WeightBytes::of_checkpoint(&checkpoint, &case.spec(), Some(&nf4(true)), Place::Gpu);
+        WeightBytes::of_checkpoint(&checkpoint, &case.spec(), Some(&nf4(true)), Processor::Gpu);
     let outside = Outside {
-        place: Place::Gpu,
+        processor: Processor::Gpu,
         process_bytes: before.used_bytes,
         weights: planned.resident,
         ..Outside::default()
@@ -92,7 +92,7 @@ fn a_trial_takes_what_was_planned() {
             length,
         };
         let before = gpu.surroundings().unwrap().used_bytes;
-        let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, None, Place::Gpu);
+        let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, None, Processor::Gpu);
         let streamed = weights.streamed.filter(|_| stream);
         let weights = streamed.map_or(weights.resident, |weights| weights.of_pass(rows * length));
         let bytes = weights.total();
@@ -100,8 +100,12 @@ fn a_trial_takes_what_was_planned() {
         let mut losses = Vec::new();
         let measured = trial.run(gpu.clone(), 3, |step| losses.push(step.loss)).unwrap();
         assert!(losses.len() == 3 && losses[2] < losses[0], "{losses:?}");
-        let outside =
-            Outside { place: Place::Gpu, process_bytes: before, weights, ..Outside::default() };
+        let outside = Outside {
+            processor: Processor::Gpu,
+            process_bytes: before,
+            weights,
+            ..Outside::default()
+        };
         let account = Account::planned(outside, &plan).measured(&plan, measured);
         for row in &account.rows {
             assert_eq!(row.measured_bytes, Some(row.planned_bytes), "{} {stream}", row.name);
@@ -129,7 +133,7 @@ fn weights_take_what_was_predicted_of_a_gpu() {
         let checkpoint = Checkpoint::open(&data.join(&name)).unwrap();
         let spec = spec_from_config(checkpoint.config()).unwrap();
         let format = format.as_ref();
-        let planned = WeightBytes::of_checkpoint(&checkpoint, &spec, format, Place::Gpu);
+        let planned = WeightBytes::of_checkpoint(&checkpoint, &spec, format, Processor::Gpu);
         let weights = Weights::load(&checkpoint, &spec, format, None).unwrap();
         let allocated = || gpu.driver().counts().allocated_bytes as u64;
         let without = allocated();

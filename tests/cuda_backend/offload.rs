@@ -5,7 +5,7 @@ use nibble::checkpoint::Checkpoint;
 use nibble::data::Batch;
 use nibble::kernels::Kernels;
 use nibble::kernels::cuda::Cuda;
-use nibble::model::streaming::Streaming;
+use nibble::model::streaming::StreamedPages;
 use nibble::model::weights::Weights;
 use nibble::model::{Model, Variant};
 use nibble::plan::{AdapterRegion, Policy, Settings};
@@ -19,7 +19,7 @@ use crate::{Gpu, settings};
 /// they may be made.
 #[test]
 fn what_is_offloaded_gives_the_bits_of_what_is_recomputed() {
-    use Policy::{Attention, Checkpoint, Keep, Offload, OffloadAttention, OffloadInput};
+    use Policy::{Attention, AttentionOffloadInput, Checkpoint, Keep, Offload, OffloadAttention};
     let case = Case::open("llama_s0");
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     let run_of = |copies: Copies, policies: &[Policy], lora_dropout: bool| {
@@ -51,11 +51,18 @@ fn what_is_offloaded_gives_the_bits_of_what_is_recomputed() {
         [Offload, Checkpoint, Offload, Offload, Keep, Offload],
         [Checkpoint, Offload, Keep, Keep, Keep, Keep],
         [Offload, Attention, Offload, Attention, Checkpoint, Keep],
-        [OffloadInput; 6],
-        [Offload, Offload, OffloadInput, OffloadInput, Keep, OffloadInput],
+        [AttentionOffloadInput; 6],
+        [
+            Offload,
+            Offload,
+            AttentionOffloadInput,
+            AttentionOffloadInput,
+            Keep,
+            AttentionOffloadInput,
+        ],
         [OffloadAttention; 6],
         [OffloadAttention, Offload, OffloadAttention, Keep, OffloadAttention, OffloadAttention],
-        [OffloadInput, OffloadAttention, Attention, OffloadAttention, Checkpoint, Offload],
+        [AttentionOffloadInput, OffloadAttention, Attention, OffloadAttention, Checkpoint, Offload],
         [Checkpoint, Keep, OffloadAttention, Keep, Keep, Keep],
         [Keep, Keep, Checkpoint, Offload, Offload, Keep],
     ] {
@@ -137,7 +144,7 @@ pub fn deep_model(gpu: &Gpu, case: &Case, mut settings: Settings, stream: bool) 
     // Adapters of the first blocks only.
     settings.targets = adapter.targets.clone();
     let weights = match stream {
-        true => weights.upload_streamed(gpu, Streaming::new(&checkpoint, &spec)).unwrap(),
+        true => weights.upload_streamed(gpu, StreamedPages::new(&checkpoint, &spec)).unwrap(),
         false => weights.upload(gpu).unwrap(),
     };
     let mut model = Model::with_kernels(gpu.clone(), spec, weights, settings).unwrap();

@@ -8,7 +8,7 @@ use nibble::error::Result;
 use nibble::model::families::spec_from_config;
 use nibble::model::spec::{ModelSpec, TensorRole};
 use nibble::model::weights::{TensorSource, Weights};
-use nibble::plan::{Place, Policy, Settings, logit_rows};
+use nibble::plan::{Policy, Processor, Settings, logit_rows};
 use nibble::random::Stream;
 use nibble_quant::{Absmax, FloatType, PackedParts, PackedWeight, QuantType};
 use serde_json::json;
@@ -137,7 +137,7 @@ pub fn settings(spec: &ModelSpec, adapter: &Adapter, batch: &Batch, policy: Poli
         longest_document: lengths.max().unwrap_or(0) as usize,
         policies: vec![policy; spec.num_layers],
         targets: adapter.targets.clone(),
-        ..Settings::evaluating(batch.tokens(), logit_rows(spec, batch.tokens(), None, Place::Gpu))
+        ..Settings::of_pass(batch.tokens(), logit_rows(spec, batch.tokens(), None, Processor::Gpu))
     }
 }
 

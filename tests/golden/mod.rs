@@ -224,7 +224,7 @@ impl Case {
             bf16_working: false,
             cache_tokens: 40,
             mlp_tile_length: tile,
-            ..Settings::evaluating(64, 10)
+            ..Settings::of_pass(64, 10)
         };
         let mut model = Model::with_kernels(cpu, spec, weights, settings).unwrap();
         if let Some(adapter) = adapter {

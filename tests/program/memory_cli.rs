@@ -10,7 +10,7 @@ use nibble::adapter::LoraConfig;
 use nibble::checkpoint::Checkpoint;
 use nibble::model::Model;
 use nibble::model::weights::Weights;
-use nibble::plan::{Optim, Policy, Settings, layout};
+use nibble::plan::{Optim, Policy, REGION_ALIGNMENT_BYTES, Settings, layout};
 use serde_json::Value;
 
 fn memory(arguments: &[&str]) -> Output {
@@ -30,6 +30,14 @@ fn number(plan: &Value, key: &str) -> u64 {
     plan[key].as_u64().unwrap_or_else(|| panic!("{key}"))
 }
 
+/// What a region of a plan takes: its pieces, each with what is behind it.
+pub(crate) fn region_bytes(region: &Value) -> u64 {
+    let size = if region["dtype"] == "f32" { 4 } else { 2 };
+    let piece = region["elements"].as_u64().unwrap() * size;
+    let count = region["count"].as_u64().unwrap_or(1);
+    count * piece.next_multiple_of(REGION_ALIGNMENT_BYTES as u64)
+}
+
 /// Each family with every option that changes sizes, one after the other from the first.
 #[test]
 fn every_option_allocates_what_it_plans() {
@@ -43,7 +51,7 @@ fn every_option_allocates_what_it_plans() {
             policies: policies.iter().copied().cycle().take(spec.num_layers).collect(),
             targets: lora.resolve(&spec).unwrap(),
             threads: 2,
-            ..Settings::evaluating(64, 64)
+            ..Settings::of_pass(64, 64)
         };
         let of = |change: &dyn Fn(&mut Settings)| {
             let mut settings = plain.clone();
@@ -95,8 +103,8 @@ fn the_allocated_arena_is_the_planned_one_to_the_byte() {
             &[Policy::Checkpoint, Policy::Keep],
             &[Policy::Attention],
             &[Policy::Attention, Policy::Offload],
-            &[Policy::OffloadInput],
-            &[Policy::Offload, Policy::OffloadInput],
+            &[Policy::AttentionOffloadInput],
+            &[Policy::Offload, Policy::AttentionOffloadInput],
             &[Policy::OffloadAttention],
             &[Policy::OffloadAttention, Policy::Offload],
             &[Policy::Offload],
@@ -118,11 +126,7 @@ fn the_allocated_arena_is_the_planned_one_to_the_byte() {
 fn a_bare_config_has_a_plan_whose_parts_add_up() {
     let plan = plan(&["--model", "config.json", "--json", "--threads", "2", "--max-length", "64"]);
     let regions = plan["regions"].as_array().unwrap();
-    let padded = |region: &Value| {
-        let size = if region["dtype"] == "f32" { 4 } else { 2 };
-        (region["elements"].as_u64().unwrap() * size).next_multiple_of(64)
-    };
-    assert_eq!(regions.iter().map(padded).sum::<u64>(), number(&plan, "arena_bytes"));
+    assert_eq!(regions.iter().map(region_bytes).sum::<u64>(), number(&plan, "arena_bytes"));
     let parts = plan["components"].as_object().unwrap();
     let sum: u64 = parts.values().map(|bytes| bytes.as_u64().unwrap()).sum();
     assert_eq!(sum, number(&plan, "total_bytes"));
@@ -156,8 +160,7 @@ fn moments_in_8_bits_are_two_bytes_a_parameter_and_their_scales() {
     // A and B of each block: of q and o, k and v, gate and up, down. B of k and v is small.
     let (large, small) = (2 * (4 * 4096 + 2 * 4096 + 3 * (4096 + 64 * 160)), 2 * (2 * 64 * 32));
     assert_eq!(moments("adamw_torch"), (2 * 4 * (large + small), 0));
-    // Regions are whole 256 bytes.
-    let scales = u64::next_multiple_of(large / 256 * 4, 256);
+    let scales = u64::next_multiple_of(large / 256 * 4, REGION_ALIGNMENT_BYTES as u64);
     assert_eq!(moments("adamw_8bit"), (2 * 4 * small, 2 * (large + scales)));
 }
 

@@ -7,6 +7,8 @@ use std::process::Command;
 
 use serde_json::Value;
 
+use crate::memory_cli::region_bytes;
+
 const GIB: f64 = (1u64 << 30) as f64;
 
 /// Dimensions under the letters of docs/maths.md.
@@ -390,12 +392,8 @@ fn a_long_plan_has_as_few_regions_as_a_short_one() {
             let plan: Value =
                 serde_json::from_str(&says_of(device, "llama-3.1-8b", &flags)).unwrap();
             let regions = plan["regions"].as_array().unwrap().clone();
-            let bytes = |region: &Value| {
-                let size = if region["dtype"] == "f32" { 4 } else { 2 };
-                let piece = (region["elements"].as_u64().unwrap() * size).next_multiple_of(256);
-                piece * region["count"].as_u64().unwrap_or(1)
-            };
-            assert_eq!(Some(regions.iter().map(bytes).sum()), plan["arena_bytes"].as_u64());
+            let bytes = regions.iter().map(region_bytes).sum();
+            assert_eq!(Some(bytes), plan["arena_bytes"].as_u64());
             regions
         };
         let (short, long) = (regions(8192), regions(10_000_000));

@@ -21,7 +21,7 @@ fn parts_of_a_batch_have_the_sums_of_the_whole() {
             targets: case.targets("adapter_init"),
             lora_dropout: true,
             mlp_tile_length: Some(16),
-            ..Settings::evaluating(batch.tokens(), 10)
+            ..Settings::of_pass(batch.tokens(), 10)
         };
         let weights =
             Weights::load(&Checkpoint::open(&case.path).unwrap(), &case.spec(), None, None);

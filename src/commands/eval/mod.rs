@@ -150,7 +150,7 @@ fn settings(batches: &[Batch], predictions: Option<&Predictions>) -> Settings {
     let tokens = batches.iter().map(Batch::tokens).max().unwrap_or(0);
     Settings {
         cache_tokens: predictions.map_or(0, |predictions| predictions.context_tokens),
-        ..Settings::evaluating(tokens, LOGIT_ROWS.min(tokens))
+        ..Settings::of_pass(tokens, LOGIT_ROWS.min(tokens))
     }
 }
 

@@ -9,7 +9,7 @@ use crate::byte_size::ByteSize;
 use crate::cli::memory::MemoryArgs;
 use crate::error::{Error, Result};
 use crate::plan::fit::{Asked, Fit};
-use crate::plan::{Demand, Limit, Place, Policy, Strategy};
+use crate::plan::{Demand, Limit, Policy, Processor, Strategy};
 use crate::plural::counted;
 use crate::report::figures::{change, thousands};
 
@@ -82,7 +82,7 @@ fn print(
     let of = match limit {
         Limit::Budget(_) => String::new(),
         Limit::Free(bytes) => {
-            let place = place_in_words(demand.place);
+            let place = place_in_words(demand.machine.processor);
             format!(", of the {} {place}", ByteSize(bytes))
         }
     };
@@ -119,7 +119,7 @@ fn print(
 
 fn print_ways(fit: &Fit, asked: Asked, demand: &Demand) {
     let sequences = format!("sequences of {}", thousands(asked.length as u64));
-    let on_gpu = demand.place == Place::Gpu;
+    let on_gpu = demand.machine.processor == Processor::Gpu;
     let host = if on_gpu { format!(" {:>10}", "pins") } else { String::new() };
     println!(
         "\n{:<38} {:>10} {:>6} {:>16}{host} {sequences:>19}",
@@ -162,7 +162,7 @@ fn name(strategy: &Strategy, demand: &Demand) -> String {
     }
     if (1..demand.spec.num_layers).contains(&kept) {
         let others = match others {
-            Policy::Offload | Policy::OffloadInput => "rest offloaded",
+            Policy::Offload | Policy::AttentionOffloadInput => "rest offloaded",
             Policy::OffloadAttention if remaking_attention > 0 => "some both offloaded",
             Policy::OffloadAttention => "rest both offloaded",
             Policy::Attention => "rest attention",
@@ -174,7 +174,7 @@ fn name(strategy: &Strategy, demand: &Demand) -> String {
         Policy::Keep => "activations kept",
         Policy::Attention => "attention kept",
         Policy::Checkpoint => "recomputed",
-        Policy::Offload | Policy::OffloadInput => "inputs offloaded",
+        Policy::Offload | Policy::AttentionOffloadInput => "inputs offloaded",
         Policy::OffloadAttention => "attention offloaded",
     };
     format!("{all}, weights {weights}")

@@ -3,6 +3,7 @@
 mod fit;
 mod full;
 mod measure;
+mod model;
 mod print;
 mod room;
 
@@ -10,47 +11,33 @@ use std::io::Read;
 use std::num::NonZeroUsize;
 use std::path::{Path, PathBuf};
 
-use nibble_quant::FloatType;
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::adapter::{Adapter, LoraConfig};
 use crate::checkpoint::atomic::write_file;
-use crate::checkpoint::{
-    Checkpoint, PageCache, check_quantization, dtype_of, holds_weights, read_config,
-};
+use crate::checkpoint::{Checkpoint, PageCache};
 use crate::cli::device::{Device, DeviceArgs};
 use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
 use crate::commands::device;
-use crate::data::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::kernels::Storage;
-use crate::kernels::cpu::Cpu;
-use crate::kernels::cuda::cuda_layout;
+use crate::kernels::cuda::library::Gpu;
+use crate::kernels::cuda::{Cuda, cuda_layout};
 use crate::ledger::rows::Account;
-use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
-use crate::model::weights::check_stored;
 use crate::plan::weights::STREAMED_BLOCKS;
 use crate::plan::work::{Transfer, Work};
 use crate::plan::{
-    Choice, Demand, Limit, MemoryPlan, Place, Settings, Strategy, WeightBytes, layout, logit_rows,
+    Choice, Demand, Layout, Limit, Machine, MemoryPlan, Processor, Settings, Strategy, Wishes,
+    layout, logit_rows,
 };
 use crate::plural::counted;
 use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
-use crate::system::allocator;
-use crate::train::backend::TrainingKernels;
 use full::FullFineTuning;
+use model::PlannedModel;
 use room::{ASSUMED_CONTEXT_BYTES, Room};
-
-/// Program, tokenizer and what products take where only a config is at hand: SmolLM2's 49k vocabulary
-/// took 28 MiB on two cores.
-const ASSUMED_PROCESS_BYTES: u64 = 32 << 20;
-
-/// Code that steps bring in, and small blocks: 5 to 8 MiB with SmolLM2 on x86-64. In training most of it is
-/// there when the plan is made.
-const LATER_BYTES: u64 = 6 << 20;
 
 /// Runs the command.
 ///
@@ -63,66 +50,53 @@ pub fn run(args: &MemoryArgs) -> Result<()> {
     super::threads::set(args.threads)?;
     let device = DeviceArgs { device: device::resolve(&args.device)?, ..args.device.clone() };
     let args = &MemoryArgs { device, ..args.clone() };
-    let on_gpu = matches!(args.device.device, Device::Cuda(_));
-    device::check_dequantized_blocks(args.dequantized_blocks, on_gpu)?;
-    let place = if on_gpu { Place::Gpu } else { Place::Cpu };
-    let mut model = Model::open(args, place)?;
+    let processor = processor(args)?;
+    let model = PlannedModel::open(args, processor)?;
     // Plans need no GPU, measuring does.
     let gpu = args.measure.map_or(Ok(None), |_| device::open(&args.device))?;
     let room = Room::look(args.device.device, gpu.as_ref())?;
-    if on_gpu {
-        // A budget may be that of another card.
-        let here = room.context_bytes.filter(|_| args.measure.is_some() || args.budget.is_none());
-        model.process = here.unwrap_or(ASSUMED_CONTEXT_BYTES);
+    if processor == Processor::Gpu {
         args.device.embedding.on_host().check(&model.spec)?;
     }
     note_positions(args, &model.spec);
     let lora = lora(args, &model.spec)?;
-    let settings = settings(args, &lora, &model.spec, place)?;
+    let settings = settings(args, &lora, &model.spec, processor)?;
     let attention = args.device.attn_implementation;
     attention.check(model.spec.head_dim)?;
-    let on_a_gpu = |spec: &ModelSpec, settings: &Settings| cuda_layout(spec, settings, attention);
+    let on_gpu = |spec: &ModelSpec, settings: &Settings| cuda_layout(spec, settings, attention);
+    let (layout, process_bytes): (Layout, u64) = match processor {
+        Processor::Cpu => (&layout, model.process_bytes),
+        Processor::Gpu => (&on_gpu, context_bytes(args, &room)),
+    };
     let demand = Demand {
         spec: &model.spec,
-        settings: &settings,
-        layout: if on_gpu { &on_a_gpu } else { &layout },
-        activations: args.activations,
-        mode: args.weights,
         weights: model.weights,
-        embedding: args.device.embedding,
-        dequantized_blocks: dequantized_blocks(args),
-        process_bytes: model.process,
-        place,
-        pinned_bytes: room.pinned_bytes,
-        lora_r: args.lora.init_adapter.is_none().then_some(lora.r),
-        logit_rows_given: args.logits_chunk_length.is_some(),
-        sum_order: None,
+        settings: &settings,
+        machine: Machine { processor, layout, process_bytes, pinned_bytes: room.pinned_bytes },
+        wishes: wishes(args, &lora),
     };
     if args.fit {
         return fit::run(args, &demand, &room, model.assumes_packing);
     }
     let choice = choose(args, &demand, &room)?;
-    let plan = demand.plan(&choice.settings);
-    let account = Account::planned(demand.outside(&choice), &plan);
-    // What `train` would do knows its limit.
-    let in_training = Demand { dequantized_blocks: args.dequantized_blocks, ..demand.clone() };
-    let verdict = room.verdict(&in_training, &choice, args.budget.is_some());
-    let facts = demand.facts(&choice);
-    let Choice { strategy, settings } = choice;
-    let page_cache = None;
-    let mut run =
-        PlannedRun { model, lora, strategy, settings, facts, plan, account, page_cache, verdict };
+    let mut run = PlannedRun::new(args, (&model, lora), &demand, &room, choice);
     if let Some(steps) = args.measure {
-        run.account = match gpu {
-            Some(gpu) => {
-                let gpu = gpu.with_on_host(run.strategy.on_host);
-                measure::measure(args, &run, gpu, steps.get())?
-            }
-            None => measure::measure(args, &run, device::cpu(&args.device), steps.get())?,
-        };
-        run.page_cache = run.model.checkpoint.as_ref().and_then(Checkpoint::page_cache);
+        run.measure(args, gpu, steps.get())?;
     }
     show(args, &run)
+}
+
+/// What the run computes on, if it can do what is asked for.
+fn processor(args: &MemoryArgs) -> Result<Processor> {
+    let on_gpu = matches!(args.device.device, Device::Cuda(_));
+    device::check_dequantized_blocks(args.dequantized_blocks, on_gpu)?;
+    Ok(if on_gpu { Processor::Gpu } else { Processor::Cpu })
+}
+
+/// What a GPU's context takes of it, and other programs; a budget may be that of another card.
+fn context_bytes(args: &MemoryArgs, room: &Room) -> u64 {
+    let here = room.context_bytes.filter(|_| args.measure.is_some() || args.budget.is_none());
+    here.unwrap_or(ASSUMED_CONTEXT_BYTES)
 }
 
 /// A plan within the budget; that there is none is said to programs, too.
@@ -180,6 +154,18 @@ fn limit_of_a_plan(args: &MemoryArgs, room: &Room) -> Limit {
     args.budget.map_or(Limit::Free(here), |budget| Limit::Budget(budget.0))
 }
 
+fn wishes(args: &MemoryArgs, lora: &LoraConfig) -> Wishes {
+    Wishes {
+        activations: args.activations,
+        weights: args.weights,
+        embedding: args.device.embedding,
+        dequantized_blocks: dequantized_blocks(args),
+        lora_r: args.lora.init_adapter.is_none().then_some(lora.r),
+        logit_rows_given: args.logits_chunk_length.is_some(),
+        sum_order: None,
+    }
+}
+
 /// Where there is no limit none by themselves: there would be room for all, whatever the card.
 fn dequantized_blocks(args: &MemoryArgs) -> Option<usize> {
     let limited = args.fit || args.budget.is_some() || args.measure.is_some();
@@ -187,8 +173,8 @@ fn dequantized_blocks(args: &MemoryArgs) -> Option<usize> {
 }
 
 /// A run that could be made.
-struct PlannedRun {
-    model: Model,
+struct PlannedRun<'a> {
+    model: &'a PlannedModel,
     /// The adapter that is planned.
     lora: LoraConfig,
     strategy: Strategy,
@@ -203,7 +189,39 @@ struct PlannedRun {
     verdict: Option<room::Verdict>,
 }
 
-impl PlannedRun {
+impl<'a> PlannedRun<'a> {
+    fn new(
+        args: &MemoryArgs,
+        (model, lora): (&'a PlannedModel, LoraConfig),
+        demand: &Demand,
+        room: &Room,
+        choice: Choice,
+    ) -> Self {
+        let plan = demand.plan(&choice.settings);
+        let account = Account::planned(demand.outside(&choice), &plan);
+        // What `train` would do knows its limit.
+        let in_training =
+            demand.wishing(|wishes| wishes.dequantized_blocks = args.dequantized_blocks);
+        let verdict = room.verdict(&in_training, &choice, args.budget.is_some());
+        let facts = demand.facts(&choice);
+        let Choice { strategy, settings } = choice;
+        let page_cache = None;
+        PlannedRun { model, lora, strategy, settings, facts, plan, account, page_cache, verdict }
+    }
+
+    /// Makes `steps` steps of it, and adds what they took to the account.
+    fn measure(&mut self, args: &MemoryArgs, gpu: Option<Cuda<Gpu>>, steps: usize) -> Result<()> {
+        self.account = match gpu {
+            Some(gpu) => {
+                let gpu = gpu.with_on_host(self.strategy.on_host);
+                measure::measure(args, self, gpu, steps)?
+            }
+            None => measure::measure(args, self, device::cpu(&args.device), steps)?,
+        };
+        self.page_cache = self.model.checkpoint.as_ref().and_then(Checkpoint::page_cache);
+        Ok(())
+    }
+
     /// What training all weights would take instead.
     fn full_fine_tuning(&self) -> FullFineTuning {
         FullFineTuning::of(&self.model.spec, &self.account, &self.plan)
@@ -211,7 +229,7 @@ impl PlannedRun {
 
     /// Copies against computation, where weights are streamed to a GPU.
     fn transfer(&self) -> Option<Transfer> {
-        let on_gpu = self.account.outside.place == Place::Gpu;
+        let on_gpu = self.account.outside.processor == Processor::Gpu;
         let streamed = self.model.weights.streamed.filter(|_| self.strategy.stream && on_gpu)?;
         let layers = self.model.spec.num_layers;
         let work = Work::of_token(&self.model.spec, self.settings.longest_document);
@@ -231,84 +249,6 @@ impl PlannedRun {
         let facts = std::iter::once(tokens).chain(self.facts.clone()).chain(cached).collect();
         Heading { model: args.base.model.display().to_string(), facts }
     }
-}
-
-/// What is known of the model and its weights.
-struct Model {
-    /// The files; none for a bare config.
-    checkpoint: Option<Checkpoint>,
-    spec: ModelSpec,
-    weights: WeightBytes,
-    /// Whether a config alone has its linears planned in 4 bits, of which no file is known.
-    assumes_packing: bool,
-    /// Program and tokenizer.
-    process: u64,
-    /// What was planned with stays until the trial is over, as in training.
-    tokenizer: Option<ChatTokenizer>,
-}
-
-impl Model {
-    fn open(args: &MemoryArgs, place: Place) -> Result<Self> {
-        let (path, format) = (&args.base.model, args.base.block_format());
-        if let Some(config) = bare_config(path)? {
-            check_quantization(&config).map_err(|error| error.at(path.display()))?;
-            let spec = spec_from_config(&config).map_err(|error| error.at(path.display()))?;
-            let dtype = dtype_of(&config).unwrap_or(FloatType::Bf16);
-            let weights = WeightBytes::of_config(&spec, dtype, format.as_ref(), place);
-            let folder = if path.is_dir() { path } else { path.parent().unwrap_or(path) };
-            // A plan needs none: one that cannot be read may be an LFS pointer, as the weights are.
-            let tokenizer = tokenizer_in(folder).ok().flatten();
-            let process = match tokenizer {
-                None => ASSUMED_PROCESS_BYTES,
-                Some(_) => in_use()?,
-            };
-            let assumes_packing = format.is_some() && config["quantization_config"].is_null();
-            let checkpoint = None;
-            return Ok(Model { checkpoint, spec, weights, assumes_packing, process, tokenizer });
-        }
-        let checkpoint = Checkpoint::open(path)?;
-        let spec = spec_from_config(checkpoint.config())?;
-        check_stored(&checkpoint, &spec)?;
-        let weights = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), place);
-        // Weights alone can be measured, too.
-        let tokenizer =
-            if path.is_file() { Some(ChatTokenizer::open(path)?) } else { tokenizer_in(path)? };
-        checkpoint.release_all();
-        let process = in_use()?;
-        let checkpoint = Some(checkpoint);
-        Ok(Model { checkpoint, spec, weights, assumes_packing: false, process, tokenizer })
-    }
-}
-
-/// Bytes that a run on the CPU takes beside weights and plan.
-fn in_use() -> Result<u64> {
-    allocator::give_back();
-    let around = Cpu::default().surroundings()?;
-    Ok(around.used_bytes + around.products_bytes + LATER_BYTES)
-}
-
-fn tokenizer_in(folder: &Path) -> Result<Option<ChatTokenizer>> {
-    folder.join("tokenizer.json").exists().then(|| ChatTokenizer::open(folder)).transpose()
-}
-
-/// The config, if that is all there is: a JSON file, or a folder without weights.
-fn bare_config(path: &Path) -> Result<Option<Value>> {
-    if path.extension().is_some_and(|extension| extension == "json") {
-        // Weights beside it know better than it which head is tied.
-        let folder =
-            path.parent().filter(|folder| path.ends_with("config.json") && holds_weights(folder));
-        match folder.map(Checkpoint::open) {
-            Some(Ok(checkpoint)) => return Ok(Some(checkpoint.config().clone())),
-            Some(Err(error)) => eprintln!("note: the plan is by config.json alone: {error}"),
-            None => {}
-        }
-        return read_config(path).map(Some);
-    }
-    let config = path.join("config.json");
-    if path.is_dir() && config.exists() && !holds_weights(path) {
-        return read_config(&config).map(Some);
-    }
-    Ok(None)
 }
 
 /// A row that is shorter than was asked for.
@@ -347,7 +287,7 @@ fn settings(
     args: &MemoryArgs,
     lora: &LoraConfig,
     spec: &ModelSpec,
-    place: Place,
+    processor: Processor,
 ) -> Result<Settings> {
     let tokens = tokens_of_pass(args, spec)?;
     Ok(Settings {
@@ -359,6 +299,6 @@ fn settings(
         mlp_tile_length: args.mlp_tile_length.map(NonZeroUsize::get),
         // Where temporary files go is often memory, which no account of the process shows.
         scratch_folder: Some(PathBuf::from(".")),
-        ..Settings::evaluating(tokens, logit_rows(spec, tokens, args.logits_chunk_length, place))
+        ..Settings::of_pass(tokens, logit_rows(spec, tokens, args.logits_chunk_length, processor))
     })
 }

@@ -9,7 +9,7 @@ use crate::checkpoint::PageCache;
 use crate::cli::memory::MemoryArgs;
 use crate::ledger::rows::Account;
 use crate::plan::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer};
-use crate::plan::{Place, Policy};
+use crate::plan::{Policy, Processor};
 use crate::report::figures::{change, duration, operations, thousands};
 
 /// What `train` asks of weights that a plan streams, where only a config told of them.
@@ -90,13 +90,13 @@ fn fits(args: &MemoryArgs, run: &PlannedRun) -> Option<bool> {
 /// What of the plan beside weights and arena is only assumed.
 fn assumed(run: &PlannedRun) -> Option<&'static str> {
     let outside = &run.account.outside;
-    match (outside.place, &run.model.tokenizer) {
-        (Place::Gpu, _) => (outside.process_bytes == ASSUMED_CONTEXT_BYTES)
+    match (outside.processor, &run.model.tokenizer) {
+        (Processor::Gpu, _) => (outside.process_bytes == ASSUMED_CONTEXT_BYTES)
             .then_some("the CUDA context is assumed: it depends on card and driver"),
-        (Place::Cpu, None) => {
+        (Processor::Cpu, None) => {
             Some("program and tokenizer are assumed: there is no tokenizer beside the model")
         }
-        (Place::Cpu, Some(_)) => None,
+        (Processor::Cpu, Some(_)) => None,
     }
 }
 

@@ -10,7 +10,7 @@ use crate::kernels::cpu::Cpu;
 use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::library::Gpu;
 use crate::ledger::resident;
-use crate::plan::{Choice, Demand, Limit, Place};
+use crate::plan::{Choice, Demand, Limit, Machine, Processor};
 use crate::train::backend::TrainingKernels;
 
 /// What a CUDA context takes with its modules and cuBLAS, about; a run measures it.
@@ -32,7 +32,7 @@ pub(super) struct Room {
 pub(super) struct Verdict {
     free_bytes: u64,
     #[serde(skip)]
-    place: Place,
+    processor: Processor,
     pub fits: bool,
     /// What is wrong with it, up to the free memory's name.
     #[serde(skip)]
@@ -70,8 +70,9 @@ impl Room {
     pub fn verdict(&self, demand: &Demand, planned: &Choice, has_budget: bool) -> Option<Verdict> {
         let free_bytes = self.free_bytes?;
         // A budget's plan has the assumed context of some card.
-        let process_bytes = self.context_bytes.unwrap_or(demand.process_bytes);
-        let (demand, limit) = (Demand { process_bytes, ..demand.clone() }, Limit::Free(free_bytes));
+        let process_bytes = self.context_bytes.unwrap_or(demand.machine.process_bytes);
+        let machine = Machine { process_bytes, ..demand.machine };
+        let (demand, limit) = (Demand { machine, ..demand.clone() }, Limit::Free(free_bytes));
         let bytes = demand.total_bytes(planned.strategy);
         let fits =
             if has_budget { bytes <= free_bytes } else { is_chosen(&demand, planned, limit) };
@@ -87,8 +88,8 @@ impl Room {
             bytes if bytes > limit.usable_bytes() => "takes more than nine tenths of the",
             _ => "pins more of the host's memory than can be had, beside the",
         };
-        let (place, instead) = (demand.place, (!fits).then(instead));
-        Some(Verdict { free_bytes, place, fits, fault, instead })
+        let (processor, instead) = (demand.machine.processor, (!fits).then(instead));
+        Some(Verdict { free_bytes, processor, fits, fault, instead })
     }
 }
 
@@ -96,14 +97,15 @@ impl Room {
 /// other plan.
 fn is_chosen(demand: &Demand, planned: &Choice, limit: Limit) -> bool {
     let dequantized_blocks = Some(planned.strategy.dequantized_blocks);
-    let chosen = Demand { dequantized_blocks, ..demand.clone() }.choose(limit);
+    let demand = demand.wishing(|wishes| wishes.dequantized_blocks = dequantized_blocks);
+    let chosen = demand.choose(limit);
     chosen.is_ok_and(|chosen| chosen.strategy == planned.strategy)
 }
 
 impl Verdict {
     /// One line.
     pub fn in_words(&self) -> String {
-        let (free, place) = (ByteSize(self.free_bytes), place_in_words(self.place));
+        let (free, place) = (ByteSize(self.free_bytes), place_in_words(self.processor));
         match &self.instead {
             None => format!("fits the {free} {place}"),
             Some(instead) => format!("{} {free} {place}; {instead}", self.fault),
@@ -111,11 +113,11 @@ impl Verdict {
     }
 }
 
-/// Of what the bytes are that a run may use.
-pub(super) fn place_in_words(place: Place) -> &'static str {
-    match place {
-        Place::Gpu => "of this GPU",
-        Place::Cpu => "that are free here",
+/// Where the bytes are that a run may use, for people.
+pub(super) fn place_in_words(processor: Processor) -> &'static str {
+    match processor {
+        Processor::Gpu => "of this GPU",
+        Processor::Cpu => "that are free here",
     }
 }
 
@@ -124,37 +126,31 @@ mod tests {
     use super::*;
     use crate::adapter::LoraConfig;
     use crate::model::families::spec_from_config;
-    use crate::plan::{
-        Activations, EmbeddingPlace, Settings, WeightBytes, WeightsMode, layout, logit_rows,
-    };
+    use crate::plan::{Settings, WeightBytes, Wishes, layout, logit_rows};
 
     /// Of what is free `train` leaves a tenth, unless its leanest plan needs it.
     #[test]
     fn a_plan_fits_where_train_would_take_it() {
         let text = include_str!("../../../tests/data/models/llama_s0/config.json");
         let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
-        let logit_rows = logit_rows(&spec, 4096, None, Place::Cpu);
+        let logit_rows = logit_rows(&spec, 4096, None, Processor::Cpu);
         let settings = Settings {
             targets: LoraConfig::default().resolve(&spec).unwrap(),
             threads: 2,
-            ..Settings::evaluating(4096, logit_rows)
+            ..Settings::of_pass(4096, logit_rows)
         };
         let bf16 = nibble_quant::FloatType::Bf16;
         let demand = Demand {
             spec: &spec,
+            weights: WeightBytes::of_config(&spec, bf16, None, Processor::Cpu),
             settings: &settings,
-            layout: &layout,
-            activations: Activations::Auto,
-            mode: WeightsMode::Auto,
-            weights: WeightBytes::of_config(&spec, bf16, None, Place::Cpu),
-            embedding: EmbeddingPlace::Auto,
-            dequantized_blocks: None,
-            process_bytes: 1 << 20,
-            place: Place::Cpu,
-            pinned_bytes: u64::MAX,
-            lora_r: Some(16),
-            logit_rows_given: false,
-            sum_order: None,
+            machine: Machine {
+                processor: Processor::Cpu,
+                layout: &layout,
+                process_bytes: 1 << 20,
+                pinned_bytes: u64::MAX,
+            },
+            wishes: Wishes { lora_r: Some(16), ..Wishes::default() },
         };
         let all = demand.choose(Limit::Free(u64::MAX)).unwrap();
         let least = demand.leanest().unwrap();

@@ -18,7 +18,7 @@ use crate::model::families::{base_dropout, spec_from_config};
 use crate::model::spec::{ModelSpec, TensorSpec};
 use crate::model::weights::check_stored;
 use crate::model::{Model, Randomness};
-use crate::plan::Place;
+use crate::plan::Processor;
 use crate::plural::{counted, noun};
 use crate::printed;
 use crate::report::figures::rate;
@@ -82,7 +82,8 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     }
     warn(&base, &recipe, max_steps, &progress);
     let before = output.found.as_ref().and_then(|found| found.state.identity.sum_order);
-    let memory = memory::plan(args, &base, &adapter, &data, &kernels, before, &progress)?;
+    let memory = memory::plan(args, &base, &adapter, &data, &kernels, before)?;
+    progress.note(&format!("plan: {}", memory.words));
     check_disk(args, &base, &adapter, &memory, &output, &progress)?;
     let introduction = introduction(&base, &adapter, &data, &memory, kernels.device());
     tell_of_device(args, &introduction.device, &memory, &progress);
@@ -144,7 +145,7 @@ fn introduction(
 
 /// Says what computes, where that is the CPU, and whether it could be faster.
 fn tell_of_device(args: &TrainArgs, device: &str, memory: &Memory, progress: &Progress) {
-    if memory.account.outside.place == Place::Cpu {
+    if memory.account.outside.processor == Processor::Cpu {
         let hint = if !args.output.resume && device::would_be_faster_in_bf16(&args.device) {
             "; `--bf16` is faster on this processor"
         } else {
@@ -333,7 +334,7 @@ fn report(args: &TrainArgs, end: &EndEvent, planned: &Account) {
     let steps = noun(step as usize, "step");
     println!("{out}: {step} {steps}, mean loss {loss:.4}, {} tokens/s", rate(speed));
     let (predicted, measured) = (ByteSize(planned.planned_bytes()), ByteSize(end.peak_rss_bytes));
-    if planned.outside.place == Place::Cpu {
+    if planned.outside.processor == Processor::Cpu {
         println!("memory: planned {predicted}, measured peak {measured}");
     } else {
         let in_use = end.memory.as_ref().and_then(|account| account.peak_bytes);

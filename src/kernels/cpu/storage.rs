@@ -12,7 +12,7 @@ use super::{CHUNK, Cpu, FrozenMatrix, Scratch};
 use crate::error::Result;
 use crate::kernels::{Storage, StreamedWeights};
 use crate::model::spec::ModelSpec;
-use crate::model::streaming::Streaming;
+use crate::model::streaming::StreamedPages;
 use crate::plan::{MemoryPlan, Settings, WeightParts, layout};
 
 impl Storage for Cpu {
@@ -83,7 +83,7 @@ impl Storage for Cpu {
     fn stream_weights(
         &self,
         blocks: Vec<Vec<FrozenMatrix>>,
-        pages: Streaming,
+        pages: StreamedPages,
     ) -> Result<StreamedWeights<FrozenMatrix>> {
         Ok(StreamedWeights { blocks, stream: Box::new(pages) })
     }

@@ -29,8 +29,8 @@ pub fn staged_bytes(plan: &MemoryPlan) -> usize {
         matches!(region.id.component(), Component::Uploads | Component::RotaryTables)
     };
     let regions = plan.regions.iter().filter(staged);
-    let bytes = regions.map(|region| 4 * region.elements.next_multiple_of(UPLOAD_WORDS));
-    bytes.sum::<usize>() + 4 * UPLOAD_WORDS
+    let words = regions.map(|region| region.elements.next_multiple_of(UPLOAD_WORDS));
+    RegionType::F32.bytes() * (words.sum::<usize>() + UPLOAD_WORDS)
 }
 
 /// Buffers for dequantized weights of any size, and for tiles of a head on the host; the second one is for
@@ -59,68 +59,98 @@ pub fn cuda_layout(
 ) -> MemoryPlan {
     let mut plan = layout(spec, settings);
     let ranks = Ranks::new(&settings.targets, spec.num_layers);
-    let stacked = stacked_elements(spec, settings, &ranks);
     let room = extends(settings).then_some(&ranks);
     plan.regions.iter_mut().chain(&mut plan.offloaded).for_each(|it| narrow(spec, room, it));
     for region in &mut plan.regions {
-        match region.id {
-            RegionId::Work(WorkRegion::Attention) => {
-                region.elements = WorkLayout::new(spec, settings, attention).elements();
-            }
-            // The bf16 copies are operands as they are.
-            RegionId::Work(WorkRegion::LoraPair) if settings.bf16_working => region.elements = 0,
-            RegionId::Work(WorkRegion::LoraGradient) if extends(settings) => {
-                let ranks = TOGETHER.map(|roles| ranks.most(roles));
-                let side_by_side = settings.tokens * ranks.into_iter().max().unwrap_or(0);
-                region.elements = region.elements.max(side_by_side);
-            }
-            RegionId::Head(HeadRegion::Logits) => align_rows(spec.vocab_size, region),
-            _ => {}
-        }
+        resize(spec, settings, attention, &ranks, region);
     }
-    let sums = mlp_sum_elements(spec, settings, &ranks).unwrap_or(0);
-    let idle = idle_in_blocks(&plan.regions);
-    let room = plan.regions[idle.clone()].iter().map(|region| region.bytes()).sum::<usize>() / 4;
-    if sums > room {
-        let id = RegionId::Cuda(CudaRegion::MlpSums);
-        let sums = Region::new(id, RegionType::F32, sums - room);
-        plan.regions.insert(idle.end, sums);
-    }
-    let mut push = |region, dtype, elements| {
-        plan.regions.push(Region::new(RegionId::Cuda(region), dtype, elements));
-    };
-    let wide = RegionType::F32;
+    push_mlp_sums(&mut plan, spec, settings, &ranks);
+    let stacked = stacked_elements(spec, settings, &ranks);
     let matrices = dequantized_matrices(spec, settings, &ranks, stacked.is_some());
     if let Some(elements) = buffer_elements(spec, settings, &matrices) {
         for region in &DEQUANTIZED[..if settings.dequantize_ahead { 2 } else { 1 }] {
-            push(*region, RegionType::Bf16, elements);
+            push(&mut plan, *region, RegionType::Bf16, elements);
         }
     }
     if let Some(elements) = stacked {
-        push(CudaRegion::StackedA, RegionType::Bf16, elements);
+        push(&mut plan, CudaRegion::StackedA, RegionType::Bf16, elements);
         if settings.training() {
-            push(CudaRegion::StackedGradient, wide, elements);
+            push(&mut plan, CudaRegion::StackedGradient, RegionType::F32, elements);
         }
     }
+    push_loss_and_uploads(&mut plan, spec, settings);
+    push_dequantized_blocks(&mut plan, matrices, settings);
+    let id = RegionId::Cuda(CudaRegion::Workspace);
+    let elements = WORKSPACE_BYTES / RegionType::F32.bytes();
+    // Where the arena begins: on 256 bytes, as cuBLAS demands of it.
+    plan.regions.insert(0, Region::new(id, RegionType::F32, elements));
+    plan
+}
+
+fn push(plan: &mut MemoryPlan, region: CudaRegion, dtype: RegionType, elements: usize) {
+    plan.regions.push(Region::new(RegionId::Cuda(region), dtype, elements));
+}
+
+/// Gives a region of the CPU's the size that the GPU's kernels need of it.
+fn resize(
+    spec: &ModelSpec,
+    settings: &Settings,
+    attention: AttnImplementation,
+    ranks: &Ranks,
+    region: &mut Region,
+) {
+    match region.id {
+        RegionId::Work(WorkRegion::Attention) => {
+            region.elements = WorkLayout::new(spec, settings, attention).elements();
+        }
+        // The bf16 copies are operands as they are.
+        RegionId::Work(WorkRegion::LoraPair) if settings.bf16_working => region.elements = 0,
+        RegionId::Work(WorkRegion::LoraGradient) if extends(settings) => {
+            let ranks = TOGETHER.map(|roles| ranks.most(roles));
+            let side_by_side = settings.tokens * ranks.into_iter().max().unwrap_or(0);
+            region.elements = region.elements.max(side_by_side);
+        }
+        RegionId::Head(HeadRegion::Logits) => align_rows(spec.vocab_size, region),
+        _ => {}
+    }
+}
+
+/// A region behind those of the head for what the sums of the MLP's adapters take beyond these.
+fn push_mlp_sums(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings, ranks: &Ranks) {
+    let sums = mlp_sum_elements(spec, settings, ranks).unwrap_or(0);
+    let idle = idle_in_blocks(&plan.regions);
+    let idle_bytes = plan.regions[idle.clone()].iter().map(Region::bytes).sum::<usize>();
+    let room = idle_bytes / RegionType::F32.bytes();
+    if sums > room {
+        let id = RegionId::Cuda(CudaRegion::MlpSums);
+        plan.regions.insert(idle.end, Region::new(id, RegionType::F32, sums - room));
+    }
+}
+
+fn push_loss_and_uploads(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
     // Two words for each f64; a loss for each row, and what its tiles add up to.
     let rows = settings.head(spec.vocab_size).rows;
     let loss = 2 * (PARTIALS + 1) + (1 + TILE_STATISTICS) * rows;
-    push(CudaRegion::Loss, wide, loss);
+    push(plan, CudaRegion::Loss, RegionType::F32, loss);
     let chunks = settings.tokens.div_ceil(rows);
     let words = UPLOADS_PER_TOKEN * (settings.tokens + UPLOAD_WORDS * (chunks + 2));
-    push(CudaRegion::Uploads, wide, words);
-    if settings.dequantized_blocks > 0 {
-        plan.regions.extend(matrices.into_iter().map(|(role, shape)| Region {
-            count: settings.dequantized_blocks,
-            pitch: Some(Pitch { width: shape.columns, stride: shape.stride() }),
-            ..Region::new(RegionId::DequantizedBlocks(role), RegionType::Bf16, shape.elements())
-        }));
+    push(plan, CudaRegion::Uploads, RegionType::F32, words);
+}
+
+/// Room in bf16 for the `matrices` of blocks whose weights stay dequantized, a piece for each block.
+fn push_dequantized_blocks(
+    plan: &mut MemoryPlan,
+    matrices: Vec<(LinearRole, Extended)>,
+    settings: &Settings,
+) {
+    if settings.dequantized_blocks == 0 {
+        return;
     }
-    let id = RegionId::Cuda(CudaRegion::Workspace);
-    let workspace = Region::new(id, wide, WORKSPACE_BYTES / 4);
-    // Where the arena begins: on 256 bytes, as cuBLAS demands of it.
-    plan.regions.insert(0, workspace);
-    plan
+    plan.regions.extend(matrices.into_iter().map(|(role, shape)| Region {
+        count: settings.dequantized_blocks,
+        pitch: Some(Pitch { width: shape.columns, stride: shape.stride() }),
+        ..Region::new(RegionId::DequantizedBlocks(role), RegionType::Bf16, shape.elements())
+    }));
 }
 
 /// Bytes that a layer of `policy` has in pinned memory between forward and backward.

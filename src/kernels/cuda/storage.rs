@@ -19,7 +19,7 @@ use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::kernels::{Storage, StreamedWeights};
 use crate::model::spec::ModelSpec;
-use crate::model::streaming::Streaming;
+use crate::model::streaming::StreamedPages;
 use crate::plan::{CudaRegion, MemoryPlan, OnHost, Region, RegionId, Settings, WeightParts};
 
 impl<D: Driver> Storage for Cuda<D> {
@@ -136,7 +136,7 @@ impl<D: Driver> Storage for Cuda<D> {
     fn stream_weights(
         &self,
         blocks: Vec<Vec<FrozenMatrix>>,
-        pages: Streaming,
+        pages: StreamedPages,
     ) -> Result<StreamedWeights<DeviceWeight<D>>> {
         stream::stream(self, blocks, pages)
     }

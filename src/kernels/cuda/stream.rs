@@ -19,7 +19,7 @@ use super::{Cuda, DeviceWeight};
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::kernels::{Direction, StreamedWeights};
-use crate::model::streaming::{Streaming, WeightStream, next};
+use crate::model::streaming::{StreamedPages, WeightStream, next};
 use crate::plan::weights::STREAMED_BLOCKS;
 
 /// Slots of copies on the second stream: first those of what is offloaded.
@@ -39,7 +39,7 @@ struct Place<D: Driver> {
 /// The blocks' weights.
 struct Stream<D: Driver> {
     cuda: Cuda<D>,
-    pages: Streaming,
+    pages: StreamedPages,
     blocks: Vec<BlockParts>,
     places: Vec<Place<D>>,
     bytes: usize,
@@ -52,7 +52,7 @@ struct Stream<D: Driver> {
 pub(super) fn stream<D: Driver>(
     cuda: &Cuda<D>,
     blocks: Vec<Vec<FrozenMatrix>>,
-    pages: Streaming,
+    pages: StreamedPages,
 ) -> Result<StreamedWeights<DeviceWeight<D>>> {
     let parts: Vec<BlockParts> = blocks.iter().map(|block| block_parts(block)).collect();
     let end = |block: &BlockParts| {

@@ -25,8 +25,8 @@ pub fn peak_bytes() -> u64 {
     field("VmHWM:")
 }
 
-/// Of `bytes`, those whose pages are in this process' memory, by `/proc/self/pagemap`; none where
-/// the system does not tell.
+/// How many of `bytes` are on pages in this process' memory, by `/proc/self/pagemap`; none where the system
+/// does not tell.
 pub fn present_bytes(bytes: &[u8]) -> Option<u64> {
     const PRESENT: u64 = 1 << 63;
     let page_bytes = page_bytes();

@@ -20,7 +20,7 @@ pub fn peak_bytes() -> u64 {
     counters().PeakWorkingSetSize as u64
 }
 
-/// None: the system does not tell without asking for each page.
+/// How many of these bytes are in memory: none, as Windows does not tell without asking for each page.
 pub fn present_bytes(_bytes: &[u8]) -> Option<u64> {
     None
 }
@@ -41,7 +41,7 @@ pub fn is_wsl() -> bool {
     false
 }
 
-/// What is known of this process; zeros where the system refuses.
+/// The system's counters of this process; zeros where the system refuses.
 fn counters() -> PROCESS_MEMORY_COUNTERS {
     let mut counters = PROCESS_MEMORY_COUNTERS::default();
     let size = size_of::<PROCESS_MEMORY_COUNTERS>() as u32;

@@ -14,16 +14,16 @@ use crate::plan::{BlockRegion, HeadRegion, Owner, Policy, RegionId, Settings, Wo
 pub(super) struct Buffers<K: Kernels> {
     /// Inputs of blocks and the output of the last; two that alternate without training.
     pub(super) inputs: Vec<K::Buffer>,
-    /// Which of them each block reads, and the last one writes.
-    pub(super) places: Vec<usize>,
+    /// Index in `inputs` of what each block reads, and of what the last one writes.
+    pub(super) input_indices: Vec<usize>,
     /// What waits elsewhere.
     pub(super) offload: Offload<K>,
     /// Activations of the layers that keep them.
     pub(super) kept: Vec<Option<Saved<K::Buffer>>>,
     /// What attention made.
     pub(super) attended: Vec<AttentionOutput<K::Buffer>>,
-    /// Which of these each block has: its own, that of its slot, or that of all others.
-    pub(super) attended_places: Vec<usize>,
+    /// Index in `attended` of what each block has: its own, that of its slot, or that of all others.
+    pub(super) attended_indices: Vec<usize>,
     /// Activations of all other layers, in turn.
     pub(super) shared: Option<Saved<K::Buffer>>,
     pub(super) work: Workspace<K::Buffer>,
@@ -54,8 +54,8 @@ impl<K: Kernels> Buffers<K> {
         let training = settings.training();
         let widths = [spec.hidden_size, spec.num_heads, spec.q_width()];
         let offload = Offload::new(store, settings, widths);
-        let (inputs, places) = inputs::<K>(spec, settings, &offload, arena);
-        let (attended, attended_places) = attended::<K>(spec, settings, &offload, arena);
+        let (inputs, input_indices) = inputs::<K>(spec, settings, &offload, arena);
+        let (attended, attended_indices) = attended::<K>(spec, settings, &offload, arena);
         let keeps = |layer: usize| settings.policies.get(layer) == Some(&Policy::Keep);
         let kept = (0..spec.num_layers)
             .map(|layer| keeps(layer).then(|| kept::<K>(spec, settings, arena, layer)))
@@ -65,11 +65,11 @@ impl<K: Kernels> Buffers<K> {
         let caches = (0..cached).map(|layer| arena.take(RegionId::Cache(layer))).collect();
         Buffers {
             inputs,
-            places,
+            input_indices,
             offload,
             kept,
             attended,
-            attended_places,
+            attended_indices,
             shared: shared.then(|| saved::<K>(spec, arena, Owner::Recompute, [Owner::Recompute])),
             work: workspace::<K>(spec, settings, arena),
             caches,
@@ -105,15 +105,15 @@ fn inputs<K: Kernels>(
     }
     let [slots, _] = offload.slots();
     let mut inputs: Vec<_> = (0..slots).map(|slot| take(Owner::Slot(slot))).collect();
-    let mut place = |layer: usize| match offload.slot(layer) {
+    let mut index = |layer: usize| match offload.slot(layer) {
         Some(slot) => slot,
         None => {
             inputs.push(take(Owner::Layer(layer)));
             inputs.len() - 1
         }
     };
-    let places = (0..=spec.num_layers).map(&mut place).collect();
-    (inputs, places)
+    let indices = (0..=spec.num_layers).map(&mut index).collect();
+    (inputs, indices)
 }
 
 /// The activations of a layer that keeps them, tile after tile.
@@ -143,16 +143,16 @@ fn attended<K: Kernels>(
     let mut attended: Vec<_> = (0..slots).map(|slot| take(Owner::Slot(slot))).collect();
     let shared = slots;
     attended.extend(settings.shares_attention().then(|| take(Owner::Recompute)));
-    let mut place = |layer: usize| match settings.policies.get(layer) {
+    let mut index = |layer: usize| match settings.policies.get(layer) {
         Some(Policy::OffloadAttention) => offload.slot_of_attention(layer).expect("it waits"),
-        Some(Policy::Keep | Policy::Attention | Policy::OffloadInput) => {
+        Some(Policy::Keep | Policy::Attention | Policy::AttentionOffloadInput) => {
             attended.push(take(Owner::Layer(layer)));
             attended.len() - 1
         }
         Some(Policy::Checkpoint | Policy::Offload) | None => shared,
     };
-    let places = (0..spec.num_layers).map(&mut place).collect();
-    (attended, places)
+    let indices = (0..spec.num_layers).map(&mut index).collect();
+    (attended, indices)
 }
 
 /// Regions of `owner`; of the MLP one piece for each tile, of its own.

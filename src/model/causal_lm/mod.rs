@@ -122,7 +122,7 @@ impl Model {
     /// The residual stream `[T, D]` before block `layer` (after the last for `num_layers`), as the
     /// last training pass left it; of an offloaded layer, that of one that shares its slot. For tests.
     pub fn block_input(&self, layer: usize) -> &[f32] {
-        &self.buffers.inputs[self.buffers.places[layer]]
+        &self.buffers.inputs[self.buffers.input_indices[layer]]
     }
 }
 
@@ -263,10 +263,10 @@ impl<K: Kernels> Model<K> {
     /// Those of the backend.
     pub fn first_bad_block_input(&mut self) -> Result<Option<usize>> {
         let (tokens, elements) = (self.trained_tokens, self.trained_tokens * self.spec.hidden_size);
-        let Buffers { inputs, places, offload, .. } = &mut self.buffers;
-        for (layer, &place) in places.iter().enumerate() {
+        let Buffers { inputs, input_indices, offload, .. } = &mut self.buffers;
+        for (layer, &index) in input_indices.iter().enumerate() {
             offload.bring_back(&self.kernels, inputs, layer, tokens)?;
-            let values = self.kernels.values(&inputs[place], 0..elements)?;
+            let values = self.kernels.values(&inputs[index], 0..elements)?;
             if values.iter().any(|x| !x.is_finite()) {
                 return Ok(Some(layer));
             }

@@ -38,19 +38,25 @@ impl<K: Kernels> Model<K> {
         }
         let Model { kernels, weights, parameters, buffers, cached_tokens, .. } = self;
         kernels.begin_pass();
-        let Buffers { inputs, places, offload, attended, attended_places, .. } = buffers;
+        let Buffers { inputs, input_indices, offload, attended, attended_indices, .. } = buffers;
         let Buffers { kept, shared, work, caches, .. } = buffers;
         offload.before_write(kernels, 0);
         let scale = self.spec.embedding_scale;
-        kernels.embed(ids, &weights.embedding, scale, &mut inputs[places[0]], Write::Over);
+        kernels.embed(ids, &weights.embedding, scale, &mut inputs[input_indices[0]], Write::Over);
         if let Some(streaming) = &mut weights.streaming {
             streaming.leave_table();
         }
         if let Some(positions) = &weights.positions {
-            kernels.embed(&tokens.positions, positions, 1.0, &mut inputs[places[0]], Write::Add);
+            kernels.embed(
+                &tokens.positions,
+                positions,
+                1.0,
+                &mut inputs[input_indices[0]],
+                Write::Add,
+            );
         }
         if let Some(draws) = mode.training {
-            let x = (&mut inputs[places[0]], self.spec.hidden_size);
+            let x = (&mut inputs[input_indices[0]], self.spec.hidden_size);
             self.random.add_noise(kernels, draws, tokens, x);
         }
         let pass = Pass {
@@ -73,11 +79,11 @@ impl<K: Kernels> Model<K> {
             offload.before_write(kernels, layer + 1);
             offload.before_attention(kernels, layer);
             let [x, out] = inputs
-                .get_disjoint_mut([places[layer], places[layer + 1]])
+                .get_disjoint_mut([input_indices[layer], input_indices[layer + 1]])
                 .expect("neighbours have their own");
             let cache = caches.get_mut(layer).filter(|_| mode.cached);
             let cache = cache.map(|keys_values| Cache { keys_values, past: *cached_tokens });
-            let attention = &mut attended[attended_places[layer]];
+            let attention = &mut attended[attended_indices[layer]];
             let missing = Missing::Everything;
             let activations = BlockActivations { attention, saved, missing };
             block.forward(&pass, x, out, activations, work, cache);
@@ -92,7 +98,7 @@ impl<K: Kernels> Model<K> {
 
     /// Index of the buffer that holds the last block's output.
     pub(super) fn output_index(&self) -> usize {
-        self.buffers.places[self.spec.num_layers]
+        self.buffers.input_indices[self.spec.num_layers]
     }
 
     /// What the head reads, of some rows.
@@ -171,7 +177,7 @@ impl<K: Kernels> Model<K> {
     pub(super) fn backward(&mut self, tokens: &TokenLayout, draws: Draws) {
         let dropout = self.random.dropout(draws);
         let Model { kernels, weights, parameters, settings, buffers, .. } = self;
-        let Buffers { inputs, places, offload, attended, attended_places, .. } = buffers;
+        let Buffers { inputs, input_indices, offload, attended, attended_indices, .. } = buffers;
         let Buffers { kept, shared, work, .. } = buffers;
         let Some(mut gradients) = parameters.take_gradients() else { return };
         let rows = 0..tokens.tokens();
@@ -188,9 +194,9 @@ impl<K: Kernels> Model<K> {
                 _ => Missing::Everything,
             };
             let saved = kept[layer].as_mut().or(shared.as_mut()).expect("as in the forward pass");
-            let attention = &mut attended[attended_places[layer]];
+            let attention = &mut attended[attended_indices[layer]];
             let activations = BlockActivations { attention, saved, missing };
-            let x = &inputs[places[layer]];
+            let x = &inputs[input_indices[layer]];
             block.backward(&pass, x, activations, work, &mut gradients, layer > 0);
             if let Some(streaming) = &mut weights.streaming {
                 streaming.leave(layer, Direction::Backward);

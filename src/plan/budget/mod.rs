@@ -13,18 +13,20 @@ use crate::model::spec::ModelSpec;
 use crate::plan::activations::Activations;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::outside::{Outside, WeightParts};
+use crate::plan::processor::Processor;
 use crate::plan::region::MemoryPlan;
 use crate::plan::settings::{Pieces, Policy, Settings, SumOrder};
 use crate::plan::strategy::Strategy;
-use crate::plan::weights::{Place, WeightBytes};
+use crate::plan::weights::WeightBytes;
 
 /// Share of the free memory that is planned with where no budget is given.
 const USABLE_SHARE: f64 = 0.9;
 
 /// Where the frozen weights of the blocks are between their uses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
 pub enum WeightsMode {
     /// In memory, or streamed if that lets more blocks keep their activations
+    #[default]
     Auto,
     /// In memory from their first use
     Resident,
@@ -32,10 +34,17 @@ pub enum WeightsMode {
     Stream,
 }
 
+impl WeightsMode {
+    /// The mode that leaves no choice.
+    pub(super) fn of(stream: bool) -> Self {
+        if stream { WeightsMode::Stream } else { WeightsMode::Resident }
+    }
+}
+
 /// How much memory there is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Limit {
-    /// The user's.
+    /// A budget of the user's.
     Budget(u64),
     /// What is free on this machine.
     Free(u64),
@@ -59,46 +68,63 @@ impl Limit {
     }
 }
 
-/// A run's demand for memory, before its policies are chosen.
-#[derive(Clone)]
-pub struct Demand<'a> {
-    /// The model.
-    pub spec: &'a ModelSpec,
-    /// Sizes; the policies are not looked at.
-    pub settings: &'a Settings,
+/// How a backend lays out the buffers of a run.
+pub type Layout<'a> = &'a dyn Fn(&ModelSpec, &Settings) -> MemoryPlan;
+
+/// What a run computes on, and what else is in memory there.
+#[derive(Clone, Copy)]
+pub struct Machine<'a> {
+    /// What the run computes on.
+    pub processor: Processor,
     /// The backend's buffers for some settings.
-    pub layout: &'a dyn Fn(&ModelSpec, &Settings) -> MemoryPlan,
-    /// What the user wants.
+    pub layout: Layout<'a>,
+    /// Bytes outside of arena and weights: program, tokenizer, data.
+    pub process_bytes: u64,
+    /// What may be pinned of the host's memory beside a GPU: what is offloaded, streamed blocks, tables.
+    pub pinned_bytes: u64,
+}
+
+/// What the user asks for; by default a plan may choose all of it.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Wishes {
+    /// What blocks do with their activations.
     pub activations: Activations,
     /// Whether weights may be streamed.
-    pub mode: WeightsMode,
-    /// Bytes of the frozen weights, all of them where the run computes.
-    pub weights: WeightBytes,
+    pub weights: WeightsMode,
     /// Where the embedding may be.
     pub embedding: EmbeddingPlace,
     /// Blocks whose weights shall stay dequantized on a GPU, if they fit; `None`: all that do, where that is
     /// clearly faster.
     pub dequantized_blocks: Option<usize>,
-    /// Bytes of the rest outside the arena: program, tokenizer, data.
-    pub process_bytes: u64,
-    /// Where the run computes.
-    pub place: Place,
-    /// What may be pinned of the host's memory beside a GPU: what is offloaded, streamed blocks, tables.
-    pub pinned_bytes: u64,
     /// What `--lora-r` asks for; `None` where that is an adapter's to say.
     pub lora_r: Option<usize>,
     /// Whether the rows of logits are what the user asked for: then no plan takes fewer.
     pub logit_rows_given: bool,
-    /// That of a run which goes on: it is kept if it fits.
+    /// The order of sums of a run which goes on: it is kept if it fits.
     pub sum_order: Option<SumOrder>,
+}
+
+/// A run's demand for memory, before its policies are chosen.
+#[derive(Clone)]
+pub struct Demand<'a> {
+    /// The model.
+    pub spec: &'a ModelSpec,
+    /// Bytes of the frozen weights, all of them where the run computes.
+    pub weights: WeightBytes,
+    /// The run's sizes; the policies are not looked at.
+    pub settings: &'a Settings,
+    /// What the run computes on, and what else is there.
+    pub machine: Machine<'a>,
+    /// What the user asks for.
+    pub wishes: Wishes,
 }
 
 /// What a run does to stay within its memory.
 #[derive(Debug, Clone)]
 pub struct Choice {
-    /// How it runs.
+    /// How the run goes.
     pub strategy: Strategy,
-    /// Its sizes, with the policies of all layers and the sizes of pieces.
+    /// The run's sizes, with the policies of all layers and the sizes of pieces.
     pub settings: Settings,
 }
 
@@ -109,13 +135,13 @@ impl Demand<'_> {
     }
 
     fn can_be_pinned(&self, candidate: &Strategy) -> bool {
-        self.pinned_for(*candidate) <= self.pinned_bytes
+        self.pinned_for(*candidate) <= self.machine.pinned_bytes
     }
 
     /// Bytes of the host's memory beside a GPU that hold what a run offloads, its embedding and head, and
     /// streamed blocks on their way.
     pub(super) fn pinned_for(&self, strategy: Strategy) -> u64 {
-        if self.place == Place::Cpu {
+        if self.machine.processor == Processor::Cpu {
             return 0;
         }
         let waiting =
@@ -128,11 +154,11 @@ impl Demand<'_> {
         offloaded as u64 + blocks + self.weights.on_host(strategy.on_host)
     }
 
-    /// All that a choice pins of the host's memory beside a GPU, with what is staged for uploads.
+    /// Bytes of all that a choice pins of the host's memory beside a GPU, with what is staged for uploads.
     pub(super) fn pinned(&self, choice: &Choice) -> u64 {
-        match self.place {
-            Place::Cpu => 0,
-            Place::Gpu => {
+        match self.machine.processor {
+            Processor::Cpu => 0,
+            Processor::Gpu => {
                 let staged = staged_bytes(&self.plan(&choice.settings)) as u64;
                 self.pinned_for(choice.strategy) + staged
             }
@@ -141,17 +167,18 @@ impl Demand<'_> {
 
     /// What may be made in smaller pieces, the fewest first.
     pub(in crate::plan) fn pieces(&self) -> impl Iterator<Item = Pieces> {
-        let given = self.logit_rows_given;
+        let given = self.wishes.logit_rows_given;
         let tiled_head = self.embedding_places().contains(&OnHost::All);
-        let buffers = self.place == Place::Gpu && (self.weights.packed || tiled_head);
+        let buffers =
+            self.machine.processor == Processor::Gpu && (self.weights.packed || tiled_head);
         Pieces::ways(buffers).filter(move |pieces| !(given && pieces.logits))
     }
 
-    /// What may be in the host's memory beside a GPU.
+    /// What of embedding and head may be in the host's memory beside a GPU.
     pub(super) fn embedding_places(&self) -> &'static [OnHost] {
         use OnHost::{All, Input, Nothing};
-        match (self.place, self.embedding) {
-            (Place::Cpu, _) | (_, EmbeddingPlace::Gpu) => &[Nothing],
+        match (self.machine.processor, self.wishes.embedding) {
+            (Processor::Cpu, _) | (_, EmbeddingPlace::Gpu) => &[Nothing],
             (_, EmbeddingPlace::HostInput) => &[Input],
             (_, EmbeddingPlace::Host) => &[All],
             (_, EmbeddingPlace::Auto) if self.weights.embedding == 0 => &[Nothing, All],
@@ -178,7 +205,14 @@ impl Demand<'_> {
         Demand { settings, ..self.clone() }
     }
 
-    /// The frozen weights, where the run computes.
+    /// The same demand with wishes that `change` changes.
+    pub fn wishing(&self, change: impl FnOnce(&mut Wishes)) -> Self {
+        let mut demand = self.clone();
+        change(&mut demand.wishes);
+        demand
+    }
+
+    /// Bytes of the frozen weights, where the run computes.
     fn weight_parts(&self, strategy: Strategy) -> WeightParts {
         let weights = self.weights.without(strategy.on_host);
         let streamed = weights.streamed.filter(|_| strategy.stream);
@@ -188,19 +222,19 @@ impl Demand<'_> {
     /// What a run has beside its arena.
     pub fn outside(&self, choice: &Choice) -> Outside {
         let weights = self.weight_parts(choice.strategy);
-        let Demand { place, process_bytes, .. } = *self;
-        Outside { place, process_bytes, weights, pinned_bytes: self.pinned(choice) }
+        let Machine { processor, process_bytes, .. } = self.machine;
+        Outside { processor, process_bytes, weights, pinned_bytes: self.pinned(choice) }
     }
 
     /// The buffers of a choice.
     pub fn plan(&self, settings: &Settings) -> MemoryPlan {
-        (self.layout)(self.spec, settings)
+        (self.machine.layout)(self.spec, settings)
     }
 
-    /// Bytes of everything.
+    /// Bytes of everything that a strategy takes where the run computes.
     pub fn total_bytes(&self, strategy: Strategy) -> u64 {
         let plan = self.plan(&self.settings_of(strategy));
-        plan.arena_bytes() as u64 + self.weight_parts(strategy).total() + self.process_bytes
+        plan.arena_bytes() as u64 + self.weight_parts(strategy).total() + self.machine.process_bytes
     }
 
     /// What a choice does to stay within its memory, for people: the first says what blocks keep.
@@ -208,7 +242,7 @@ impl Demand<'_> {
         let Strategy { stream, on_host, pieces, dequantized_blocks, .. } = choice.strategy;
         let settings = &choice.settings;
         let bytes = ByteSize(self.plan(settings).offloaded_bytes() as u64);
-        let to = if self.place == Place::Gpu { "pinned memory" } else { "a file" };
+        let to = if self.machine.processor == Processor::Gpu { "pinned memory" } else { "a file" };
         let offloaded = settings.offloaded_in_words();
         let facts = [
             Some(settings.kept_in_words()),

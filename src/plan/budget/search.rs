@@ -3,12 +3,12 @@
 use super::{Activations, Choice, Demand, Limit, WeightsMode};
 use crate::error::{Error, Result};
 use crate::plan::cost::Pace;
+use crate::plan::processor::Processor;
 use crate::plan::settings::Policy;
 use crate::plan::strategy::Strategy;
-use crate::plan::weights::Place;
 
-/// Where nobody asks for it, weights stay dequantized if a step then takes no more than this share of its
-/// time: less is not worth the memory, which other programs may want.
+/// Share of its time that a step may take, at most, for weights to stay dequantized where nobody asks for
+/// it: to save less is not worth the memory, which other programs may want.
 pub(super) const WORTH_MEMORY: f64 = 0.99;
 
 impl Demand<'_> {
@@ -34,14 +34,14 @@ impl Demand<'_> {
         })
     }
 
-    /// What [`choose`](Demand::choose) would, if anything.
+    /// What [`choose`](Demand::choose) would choose, if anything.
     pub(super) fn chosen(&self, limit: Limit) -> Option<Choice> {
         self.choose_of(&self.candidates().ok()?, limit)
     }
 
-    /// Those that add up as the run did before; `None` for one that begins.
+    /// Candidates that add up as the run did before; `None` for one that begins.
     fn in_order(&self, candidates: &[Strategy]) -> Option<Vec<Strategy>> {
-        let order = self.sum_order?;
+        let order = self.wishes.sum_order?;
         let same = |c: &&Strategy| self.settings_of(**c).sum_order() == order;
         Some(candidates.iter().filter(same).copied().collect())
     }
@@ -54,10 +54,12 @@ impl Demand<'_> {
         Ok(self.choice(self.leanest_of(&self.candidates()?)))
     }
 
-    /// What the host has no room for is no way out: of plans like that, the one that lacks the least.
+    /// The candidate that takes the least. What the host has no room for is no way out: of such plans, the
+    /// one that lacks the least there.
     pub(super) fn leanest_of(&self, candidates: &[Strategy]) -> Strategy {
-        let lacking =
-            |candidate: &Strategy| self.pinned_for(*candidate).saturating_sub(self.pinned_bytes);
+        let lacking = |candidate: &Strategy| {
+            self.pinned_for(*candidate).saturating_sub(self.machine.pinned_bytes)
+        };
         let least = candidates.iter().map(lacking).min();
         let possible: Vec<Strategy> = candidates
             .iter()
@@ -79,7 +81,7 @@ impl Demand<'_> {
     fn fitting(&self, candidates: &[Strategy], bytes: u64) -> Option<Choice> {
         let ways = self.most_kept(candidates, bytes);
         let (seconds, fastest) = self.fastest_of(ways.iter().copied())?;
-        let enough = match self.dequantized_blocks {
+        let enough = match self.wishes.dequantized_blocks {
             Some(_) => seconds,
             None => WORTH_MEMORY * seconds,
         };
@@ -103,7 +105,7 @@ impl Demand<'_> {
         timed.min_by(|a, b| a.0.total_cmp(&b.0))
     }
 
-    /// Of each way the candidate that keeps most and takes at most `bytes`.
+    /// The candidate of each way that keeps most and takes at most `bytes`.
     pub(super) fn most_kept(&self, candidates: &[Strategy], bytes: u64) -> Vec<Strategy> {
         let fits = |candidate: &Strategy| self.fits(*candidate, bytes);
         // Blocks that do not keep may pin more.
@@ -124,7 +126,7 @@ impl Demand<'_> {
     /// A way that fits into `bytes`, with room in bf16 for the weights of as many blocks as do, up to those that
     /// were asked for.
     fn with_weights(&self, way: Strategy, bytes: u64) -> Strategy {
-        let asked = self.dequantized_blocks.unwrap_or(usize::MAX);
+        let asked = self.wishes.dequantized_blocks.unwrap_or(usize::MAX);
         let most = asked.min(self.most_dequantized(way));
         if most == 0 {
             return way;
@@ -138,60 +140,26 @@ impl Demand<'_> {
     /// The most blocks whose weights can stay dequantized: one of streamed ones, as others take its place, and
     /// none where there is one buffer for all, of a base that is not in 4 bits, and on the CPU.
     pub(in crate::plan) fn most_dequantized(&self, strategy: Strategy) -> usize {
-        match (self.place, strategy.stream) {
+        match (self.machine.processor, strategy.stream) {
             _ if strategy.pieces.one_buffer || !self.weights.packs_linears() => 0,
-            (Place::Gpu, true) => 1,
-            (Place::Gpu, false) => self.spec.num_layers,
-            (Place::Cpu, _) => 0,
+            (Processor::Gpu, true) => 1,
+            (Processor::Gpu, false) => self.spec.num_layers,
+            (Processor::Cpu, _) => 0,
         }
     }
 
     /// All ways that are allowed; of two that take as long, the simpler one comes first.
     pub(super) fn candidates(&self) -> Result<Vec<Strategy>> {
-        let layers = self.spec.num_layers;
-        let streams: &[bool] = match (self.mode, self.weights.streamed) {
-            (WeightsMode::Resident, _) | (WeightsMode::Auto, None) => &[false],
-            (WeightsMode::Auto, Some(_)) => &[false, true],
-            (WeightsMode::Stream, Some(_)) => &[true],
-            (WeightsMode::Stream, None) => {
-                let what = "`--weights stream`: the weights are quantized into memory, there is no \
-                            4-bit file to read them from again";
-                return Err(Error::usage(what)
-                    .hint("make one with `nibble quantize` and give it as `--model`"));
-            }
-        };
-        if self.dequantized_blocks.is_some_and(|blocks| blocks > 0) && !self.weights.packs_linears()
-        {
-            let what = "`--dequantized-blocks`: the weights of this base are not in 4 bits";
-            return Err(Error::usage(what).hint("leave it out, or quantize the base"));
-        }
-        use Policy::{Attention, Checkpoint, Keep, Offload, OffloadAttention};
-        const OTHERS: &[Policy] = &[Checkpoint, Attention, OffloadAttention, Offload];
-        let (kept, others): (Vec<usize>, &[Policy]) = match self.activations {
-            Activations::Auto => ((0..=layers).rev().collect(), OTHERS),
-            Activations::Attention => (vec![0], &[Attention]),
-            Activations::Keep => (vec![layers], &[Keep]),
-            Activations::Checkpoint => (vec![0], &[Checkpoint]),
-            Activations::Offload => (vec![0], &[Offload]),
-            Activations::OffloadAttention => (vec![0], &[OffloadAttention]),
-        };
-        let auto = self.activations == Activations::Auto;
+        self.check_dequantized_blocks()?;
+        let (streams, others) = (self.streams()?, self.policies_of_others());
         let mut candidates = Vec::new();
         for pieces in self.pieces() {
             for &on_host in self.embedding_places() {
-                for (&stream, &others) in
-                    streams.iter().flat_map(|s| others.iter().map(move |o| (s, o)))
-                {
-                    let uniform = Strategy::uniform(layers, others, stream);
-                    let with =
-                        |&kept: &usize| Strategy { kept, others, on_host, pieces, ..uniform };
-                    candidates.extend(kept.iter().map(with).filter_map(|way| match others {
-                        OffloadAttention if auto => self.as_far_as_pinned(way),
-                        _ => Some(way),
-                    }));
-                    if auto && others == Offload {
-                        let with = |attended| Strategy { attended, ..with(&0) };
-                        candidates.extend((1..=layers).rev().map(with));
+                for &stream in streams {
+                    for &others in &others {
+                        let uniform = Strategy::uniform(self.spec.num_layers, others, stream);
+                        let way = Strategy { on_host, pieces, ..uniform };
+                        candidates.extend(self.keeping(way));
                     }
                 }
             }
@@ -199,8 +167,59 @@ impl Demand<'_> {
         Ok(candidates)
     }
 
-    /// The same, with attention offloaded of as many blocks as the host has room for; `None` where that is
-    /// none of those that do not keep theirs.
+    fn check_dequantized_blocks(&self) -> Result<()> {
+        let wanted = self.wishes.dequantized_blocks.is_some_and(|blocks| blocks > 0);
+        if !wanted || self.weights.packs_linears() {
+            return Ok(());
+        }
+        let what = "`--dequantized-blocks`: the weights of this base are not in 4 bits";
+        Err(Error::usage(what).hint("leave it out, or quantize the base"))
+    }
+
+    /// Whether weights may stay in memory, be streamed, or either.
+    fn streams(&self) -> Result<&'static [bool]> {
+        match (self.wishes.weights, self.weights.streamed) {
+            (WeightsMode::Resident, _) | (WeightsMode::Auto, None) => Ok(&[false]),
+            (WeightsMode::Auto, Some(_)) => Ok(&[false, true]),
+            (WeightsMode::Stream, Some(_)) => Ok(&[true]),
+            (WeightsMode::Stream, None) => {
+                let what = "`--weights stream`: the weights are quantized into memory, there is no \
+                            4-bit file to read them from again";
+                Err(Error::usage(what)
+                    .hint("make one with `nibble quantize` and give it as `--model`"))
+            }
+        }
+    }
+
+    /// What blocks may do with their activations that do not keep them.
+    fn policies_of_others(&self) -> Vec<Policy> {
+        use Policy::{Attention, Checkpoint, Offload, OffloadAttention};
+        match self.wishes.activations.of_every_block() {
+            Some(policy) => vec![policy],
+            None => vec![Checkpoint, Attention, OffloadAttention, Offload],
+        }
+    }
+
+    /// Ways that differ from `way` in how many blocks keep their activations, or the output of attention,
+    /// most first; `way` alone where every block does what was asked for.
+    fn keeping(&self, way: Strategy) -> Vec<Strategy> {
+        if self.wishes.activations != Activations::Auto {
+            return vec![way];
+        }
+        let layers = self.spec.num_layers;
+        let kept = (0..=layers).rev().map(|kept| Strategy { kept, ..way });
+        match way.others {
+            Policy::OffloadAttention => kept.filter_map(|way| self.as_far_as_pinned(way)).collect(),
+            Policy::Offload => {
+                let attended = (1..=layers).rev().map(|attended| Strategy { attended, ..way });
+                kept.chain(attended).collect()
+            }
+            _ => kept.collect(),
+        }
+    }
+
+    /// `way` with attention offloaded of as many blocks as the host has room for; `None` where that is none of
+    /// those that do not keep their activations.
     fn as_far_as_pinned(&self, way: Strategy) -> Option<Strategy> {
         let others = self.spec.num_layers - way.kept;
         if others == 0 {
@@ -208,7 +227,7 @@ impl Demand<'_> {
         }
         let with = |remaking_attention| Strategy { remaking_attention, ..way };
         let [all, fewer] = [0, 1].map(|blocks| self.pinned_for(with(blocks)));
-        let lacking = all.saturating_sub(self.pinned_bytes);
+        let lacking = all.saturating_sub(self.machine.pinned_bytes);
         let remaking = lacking.div_ceil((all - fewer).max(1)) as usize;
         (remaking < others).then(|| with(remaking))
     }

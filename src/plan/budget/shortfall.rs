@@ -1,14 +1,15 @@
 //! A limit that nothing fits: the nearest settings that would, by the fewest changes.
 
-use super::{Activations, Choice, Demand, Limit, Strategy, WeightsMode};
+use super::{Activations, Choice, Demand, Limit, Strategy, WeightsMode, Wishes};
 use crate::byte_size::ByteSize;
 use crate::error::Error;
 use crate::plan::cost::Pace;
 use crate::plan::embedding::EmbeddingPlace;
 use crate::plan::fit::{LENGTH_STEP, largest, smallest_pieces};
 use crate::plan::moments::Optim;
+use crate::plan::processor::Processor;
 use crate::plan::settings::{Pieces, Policy, Settings};
-use crate::plan::weights::Place;
+use crate::plan::strategy::typed;
 
 /// What a demand fixes and could leave open.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -18,7 +19,7 @@ enum Wish {
     Embedding,
     /// Sizes of tiles and chunks.
     Pieces,
-    /// The only one that changes what is computed.
+    /// The optimizer: the only wish that changes what is computed.
     Optim,
 }
 
@@ -26,7 +27,7 @@ const WISHES: [Wish; 5] =
     [Wish::Activations, Wish::Weights, Wish::Embedding, Wish::Pieces, Wish::Optim];
 
 impl Demand<'_> {
-    /// `leanest` is the least that was allowed.
+    /// The error of a limit that nothing fits; `leanest` is the least that was allowed.
     pub(super) fn shortfall(&self, limit: Limit, leanest: Strategy) -> Error {
         let (error, most) = (self.too_little(limit, leanest), limit.most_bytes());
         if let Some((flags, bytes)) = self.nearest(limit) {
@@ -46,14 +47,14 @@ impl Demand<'_> {
                 "what waits on the host needs {} of pinned memory there, {} can be had: half of what \
                  is free, 512 MiB in WSL",
                 ByteSize(pinned),
-                ByteSize(self.pinned_bytes)
+                ByteSize(self.machine.pinned_bytes)
             ));
         }
         let [need, most, lack] = [need, most, need - most].map(ByteSize);
-        let there_is = match (limit, self.place) {
+        let there_is = match (limit, self.machine.processor) {
             (Limit::Budget(_), _) => format!("budget is {most}"),
-            (Limit::Free(_), Place::Cpu) => format!("{most} are free"),
-            (Limit::Free(_), Place::Gpu) => format!("with what is in use, the GPU has {most}"),
+            (Limit::Free(_), Processor::Cpu) => format!("{most} are free"),
+            (Limit::Free(_), Processor::Gpu) => format!("with what is in use, the GPU has {most}"),
         };
         Error::budget(format_args!("plan needs {need}, {there_is}: {lack} too little"))
     }
@@ -91,9 +92,13 @@ impl Demand<'_> {
     /// Whether something else could be had by granting it.
     fn fixes(&self, wish: Wish) -> bool {
         match wish {
-            Wish::Activations => self.activations != Activations::Auto,
-            Wish::Weights => self.mode != WeightsMode::Auto && self.weights.streamed.is_some(),
-            Wish::Embedding => self.embedding != EmbeddingPlace::Auto && self.places_embedding(),
+            Wish::Activations => self.wishes.activations != Activations::Auto,
+            Wish::Weights => {
+                self.wishes.weights != WeightsMode::Auto && self.weights.streamed.is_some()
+            }
+            Wish::Embedding => {
+                self.wishes.embedding != EmbeddingPlace::Auto && self.places_embedding()
+            }
             Wish::Pieces => true,
             Wish::Optim => {
                 let packed = Settings { optim: Optim::Adamw8bit, ..self.settings.clone() };
@@ -104,69 +109,48 @@ impl Demand<'_> {
 
     /// Whether embedding and head could be in two places.
     pub(in crate::plan) fn places_embedding(&self) -> bool {
-        self.place == Place::Gpu && self.weights.head > 0
+        self.machine.processor == Processor::Gpu && self.weights.head > 0
     }
 
-    /// Calls `with` a demand that leaves open what is wished for.
+    /// Calls `with` a demand that leaves open what is granted.
     fn granting<R>(
         &self,
-        wishes: &[Wish],
+        granted: &[Wish],
         mut settings: Settings,
         with: impl FnOnce(&Demand) -> R,
     ) -> R {
-        let Demand { mut activations, mut mode, mut embedding, mut logit_rows_given, .. } = *self;
-        for wish in wishes {
+        // A hint has what is needed, not what memory could be filled with.
+        let mut wishes = Wishes { dequantized_blocks: Some(0), ..self.wishes };
+        for wish in granted {
             match wish {
-                Wish::Activations => activations = Activations::Auto,
-                Wish::Weights => mode = WeightsMode::Auto,
-                Wish::Embedding => embedding = EmbeddingPlace::Auto,
+                Wish::Activations => wishes.activations = Activations::Auto,
+                Wish::Weights => wishes.weights = WeightsMode::Auto,
+                Wish::Embedding => wishes.embedding = EmbeddingPlace::Auto,
                 Wish::Pieces => {
                     smallest_pieces(&mut settings);
-                    logit_rows_given = false;
+                    wishes.logit_rows_given = false;
                 }
                 Wish::Optim => settings.optim = Optim::Adamw8bit,
             }
         }
-        // A hint has what is needed, not what memory could be filled with.
-        let dequantized_blocks = Some(0);
-        let settings = &settings;
-        with(&Demand {
-            settings,
-            activations,
-            mode,
-            embedding,
-            dequantized_blocks,
-            logit_rows_given,
-            ..self.clone()
-        })
+        with(&Demand { settings: &settings, wishes, ..self.clone() })
     }
 
-    /// What to type for `choice` of a demand with `settings` in passes of at most `tokens`, where it is not
+    /// Flags that lead to `choice` of a demand with `settings` in passes of at most `tokens`, where it is not
     /// what this one asks for.
     fn changed_flags(&self, settings: &Settings, choice: &Choice, tokens: usize) -> Vec<String> {
         let mut flags = Vec::new();
-        let [activations, weights, embedding] = choice.strategy.flags(self.spec.num_layers);
-        let asked = match self.activations {
-            Activations::Auto => activations,
-            asked => asked.flag(),
-        };
-        if activations != asked {
-            flags.push(format!("`--activations {activations}`"));
+        let (activations, weights, embedding) = choice.strategy.flags(self.spec.num_layers);
+        if ![Activations::Auto, activations].contains(&self.wishes.activations) {
+            flags.push(format!("`--activations {}`", typed(activations)));
         }
-        let asked = match self.mode {
-            WeightsMode::Auto => weights,
-            WeightsMode::Resident => "resident",
-            WeightsMode::Stream => "stream",
-        };
-        if weights != asked {
-            flags.push(format!("`--weights {weights}`"));
+        if ![WeightsMode::Auto, weights].contains(&self.wishes.weights) {
+            flags.push(format!("`--weights {}`", typed(weights)));
         }
-        let asked = match self.embedding {
-            EmbeddingPlace::Auto => embedding,
-            place => place.on_host().flag(),
-        };
-        if embedding != asked && self.places_embedding() {
-            flags.push(format!("`--embedding {embedding}`"));
+        if ![EmbeddingPlace::Auto, embedding].contains(&self.wishes.embedding)
+            && self.places_embedding()
+        {
+            flags.push(format!("`--embedding {}`", typed(embedding)));
         }
         let [new, asked] = [settings, self.settings].map(|settings| settings.shorter(tokens));
         if new.mlp_tile() != asked.mlp_tile() {
@@ -181,8 +165,8 @@ impl Demand<'_> {
         flags
     }
 
-    /// With everything allowed: the longest forward pass within `bytes`, then the highest rank, then
-    /// what the least plan of all needs. `asked` is what was not.
+    /// A hint where everything is allowed: the longest forward pass within `bytes`, then the highest rank,
+    /// then what the least plan of all needs. `asked` is the demand that allowed less.
     fn shorter_hint(&self, asked: &Demand, bytes: u64) -> String {
         let least = self.least();
         let choice = self.choice(least);
@@ -209,7 +193,7 @@ impl Demand<'_> {
                 format!("{} would need {}", changes.join(", "), ByteSize(need))
             }
             Err(need) => {
-                changes.extend(self.lora_r.map(|_| "`--lora-r 1`".to_string()));
+                changes.extend(self.wishes.lora_r.map(|_| "`--lora-r 1`".to_string()));
                 let with = if changes.is_empty() { "" } else { ", with " };
                 // Of streamed weights a short pass reads fewer rows of the embedding, too.
                 let shortest = self.settings.shorter(LENGTH_STEP);
@@ -225,7 +209,7 @@ impl Demand<'_> {
         }
     }
 
-    /// What takes the least of this memory, and no more of the host's than there is.
+    /// The way that takes the least of this memory, and no more of the host's than there is.
     fn least(&self) -> Strategy {
         let stream = self.weights.streamed.is_some();
         let places = self.embedding_places();
@@ -246,12 +230,12 @@ impl Demand<'_> {
         ways.into_iter().find(|way| self.can_be_pinned(way)).unwrap_or(plainest)
     }
 
-    /// The same with another `--lora-r`, which leaves ranks of `--rank-pattern` as they are; `settings` may
+    /// `settings` with another `--lora-r`, which leaves ranks of `--rank-pattern` as they are; `settings` may
     /// have a lower one already.
     pub(in crate::plan) fn with_rank(&self, settings: &Settings, rank: usize) -> Settings {
         let mut settings = settings.clone();
         for (target, asked) in settings.targets.iter_mut().zip(&self.settings.targets) {
-            if Some(asked.shape.rank) == self.lora_r {
+            if Some(asked.shape.rank) == self.wishes.lora_r {
                 target.shape.rank = rank;
             }
         }
@@ -270,7 +254,7 @@ impl Demand<'_> {
     /// one needs where none does, or the ranks are an adapter's.
     fn highest_rank_fit(&self, budget: u64, strategy: Strategy) -> Result<(usize, u64), u64> {
         let mut settings = self.settings.shorter(LENGTH_STEP);
-        let mut rank = self.lora_r.unwrap_or(0) / 2;
+        let mut rank = self.wishes.lora_r.unwrap_or(0) / 2;
         let mut least = self.at(&settings).total_bytes(strategy);
         while rank > 0 {
             settings = self.with_rank(&settings, rank);

@@ -7,6 +7,7 @@ use crate::kernels::cuda::{AttnImplementation, cuda_layout};
 use crate::model::families::spec_from_config;
 use crate::plan::cost::Pace;
 use crate::plan::settings::Pieces;
+use crate::plan::strategy::typed;
 use crate::plan::{BlockRegion, Owner, RegionId, StreamedBytes, layout};
 
 const CHECKPOINT: Strategy = Strategy {
@@ -41,7 +42,7 @@ fn settings(spec: &ModelSpec, tokens: usize) -> Settings {
         longest_document: tokens / 2,
         targets: LoraConfig::default().resolve(spec).unwrap(),
         threads: 2,
-        ..Settings::evaluating(tokens, 64)
+        ..Settings::of_pass(tokens, 64)
     }
 }
 
@@ -49,10 +50,6 @@ fn settings(spec: &ModelSpec, tokens: usize) -> Settings {
 fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
     Demand {
         spec,
-        settings,
-        layout: &layout,
-        activations: Activations::Auto,
-        mode: WeightsMode::Auto,
         weights: WeightBytes {
             resident: codes(1 << 20),
             streamed: None,
@@ -60,36 +57,44 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
             head: 0,
             packed: true,
         },
-        embedding: EmbeddingPlace::Auto,
-        dequantized_blocks: None,
-        process_bytes: 100,
-        place: Place::Cpu,
-        pinned_bytes: u64::MAX,
-        lora_r: Some(16),
-        logit_rows_given: false,
-        sum_order: None,
+        settings,
+        machine: Machine {
+            processor: Processor::Cpu,
+            layout: &layout,
+            process_bytes: 100,
+            pinned_bytes: u64::MAX,
+        },
+        wishes: Wishes { lora_r: Some(16), ..Wishes::default() },
     }
 }
 
 /// The same on a GPU.
 fn on_gpu<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
-    Demand {
-        layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
-        place: Place::Gpu,
-        ..demand(spec, settings)
-    }
+    let demand = demand(spec, settings);
+    let layout = &|spec: &_, settings: &_| cuda_layout(spec, settings, AttnImplementation::Auto);
+    Demand { machine: Machine { layout, processor: Processor::Gpu, ..demand.machine }, ..demand }
 }
 
 /// Weights of a model in 4 bits, or in bf16, on a GPU.
 fn weights_on_gpu(spec: &ModelSpec, packed: bool) -> WeightBytes {
     let format = packed.then(nibble_quant::BlockFormat::default);
-    WeightBytes::of_config(spec, nibble_quant::FloatType::Bf16, format.as_ref(), Place::Gpu)
+    WeightBytes::of_config(spec, nibble_quant::FloatType::Bf16, format.as_ref(), Processor::Gpu)
 }
 
 impl Demand<'_> {
-    /// The same, allowed something else.
-    fn allowing(&self, activations: Activations, mode: WeightsMode) -> Self {
-        Demand { activations, mode, ..self.clone() }
+    /// The same demand, allowed something else.
+    fn allowing(&self, activations: Activations, weights: WeightsMode) -> Self {
+        self.wishing(|wishes| (wishes.activations, wishes.weights) = (activations, weights))
+    }
+
+    /// The same demand beside a host with so much memory to be pinned.
+    fn pinning(&self, pinned_bytes: u64) -> Self {
+        Demand { machine: Machine { pinned_bytes, ..self.machine }, ..self.clone() }
+    }
+
+    /// The same demand, computed on `processor`; the layout stays.
+    fn computed_on(&self, processor: Processor) -> Self {
+        Demand { machine: Machine { processor, ..self.machine }, ..self.clone() }
     }
 }
 
@@ -136,18 +141,19 @@ fn the_search_finds_what_trying_all_would() {
     let spec = golden();
     for (tokens, longest) in [(1024, 2), (1024, 1024), (5000, 5000)] {
         let settings = Settings { longest_document: longest, ..settings(&spec, tokens) };
-        for place in [Place::Cpu, Place::Gpu] {
+        for processor in [Processor::Cpu, Processor::Gpu] {
             let streamed =
                 Some(StreamedBytes { block: 1 << 17, blocks: 2, ..StreamedBytes::of_vectors(100) });
             let weights = WeightBytes { streamed, ..demand(&spec, &settings).weights };
             for pinned_bytes in [u64::MAX, 1 << 20] {
-                let demand = Demand { place, weights, pinned_bytes, ..demand(&spec, &settings) };
+                let demand = Demand { weights, ..demand(&spec, &settings) };
+                let demand = demand.computed_on(processor).pinning(pinned_bytes);
                 let candidates = demand.candidates().unwrap();
                 let need = |candidate: &Strategy| demand.total_bytes(*candidate);
                 let lacking = |c: &Strategy| demand.pinned_for(*c).saturating_sub(pinned_bytes);
                 let leanest = demand.leanest_of(&candidates);
                 let least = candidates.iter().map(|c| (lacking(c), need(c))).min().unwrap();
-                assert_eq!((lacking(&leanest), need(&leanest)), least, "{place:?} {tokens}");
+                assert_eq!((lacking(&leanest), need(&leanest)), least, "{processor:?} {tokens}");
                 let pace = Pace::new(&demand);
                 let seconds = |c: &Strategy| pace.seconds_per_token(&demand.choice(*c));
                 let mut sizes: Vec<u64> = candidates.iter().map(need).collect();
@@ -158,7 +164,7 @@ fn the_search_finds_what_trying_all_would() {
                     let most = demand.most_kept(&candidates, *bytes);
                     let found = demand.fastest_of(most.into_iter());
                     let found = found.map(|(seconds, _)| seconds);
-                    assert_eq!(found, best, "{place:?} {tokens} {bytes}");
+                    assert_eq!(found, best, "{processor:?} {tokens} {bytes}");
                 }
             }
         }
@@ -189,11 +195,15 @@ fn attention_over_long_documents_is_kept() {
 }
 
 #[test]
-fn values_of_the_command_line_have_their_names() {
-    for value in Activations::value_variants() {
-        assert_eq!(value.to_possible_value().unwrap().get_name(), value.flag());
+fn values_of_the_command_line_lead_to_what_they_are_named_for() {
+    for (activations, policy) in Activations::UNIFORM {
+        assert_eq!(Activations::of_all(policy), activations);
     }
-    assert_eq!(Activations::of_all(Policy::OffloadInput), Activations::Auto);
+    for on_host in [OnHost::Nothing, OnHost::Input, OnHost::All] {
+        assert_eq!(on_host.asked_by().on_host(), on_host);
+        assert_eq!(serde_json::json!(on_host), typed(on_host.asked_by()));
+    }
+    assert_eq!(Activations::of_all(Policy::AttentionOffloadInput), Activations::Auto);
 }
 
 #[test]
@@ -240,7 +250,7 @@ fn attention_is_kept_beside_offloaded_inputs() {
         format!("0 of 6 blocks keep their activations, {kept} the output of attention")
     );
     assert!(facts[1].ends_with(" of inputs offloaded to pinned memory"), "{facts:?}");
-    assert_eq!(chosen.strategy.flags(6)[0], "auto");
+    assert_eq!(chosen.strategy.flags(6).0, Activations::Auto);
     assert_eq!(demand.pinned_for(chosen.strategy), demand.pinned_for(offload));
 }
 
@@ -258,7 +268,7 @@ fn attention_waits_of_as_many_blocks_as_the_host_has_room_for() {
     };
     let [inputs, most] = [both(32), both(12)].map(|way| plenty.pinned_for(way));
     assert_eq!(inputs, 32 * waiting_bytes(&spec, &settings, Offload) as u64);
-    let poor = Demand { pinned_bytes: most, ..plenty.clone() };
+    let poor = plenty.pinning(most);
     let limit = Limit::Budget(poor.total_bytes(both(12)));
     let chosen = poor.choose(limit).unwrap();
     assert_eq!(chosen.strategy, both(12));
@@ -267,7 +277,7 @@ fn attention_waits_of_as_many_blocks_as_the_host_has_room_for() {
     let facts = poor.facts(&chosen);
     assert!(facts[1].contains(" of inputs and attention of 20 blocks offloaded to"), "{facts:?}");
     // A byte less: one block fewer. Room for all: all.
-    let with = |pinned_bytes| Demand { pinned_bytes, ..plenty.clone() }.choose(limit).unwrap();
+    let with = |pinned_bytes| plenty.pinning(pinned_bytes).choose(limit).unwrap();
     let [fewer, all] = [most - 1, plenty.pinned_for(both(0))].map(|bytes| with(bytes).strategy);
     assert_eq!([fewer, all], [both(13), both(0)]);
     // What is asked for is done whole, or not.
@@ -353,7 +363,8 @@ fn a_plan_over_budget_says_what_would_fit() {
     assert!(text.contains("alone take"), "{text}");
     // On the CPU there is one place for an embedding.
     let weights = WeightBytes { embedding: 1 << 19, ..auto.weights };
-    let host = Demand { weights, embedding: EmbeddingPlace::Host, ..auto.clone() };
+    let host = Demand { weights, ..auto.clone() };
+    let host = host.wishing(|wishes| wishes.embedding = EmbeddingPlace::Host);
     assert_eq!(says(&host, 1000), text);
     low.targets.iter_mut().for_each(|target| target.shape.rank = 1);
     let fits = crate::byte_size::ByteSize(auto.at(&low).total_bytes(least));
@@ -374,7 +385,7 @@ fn the_weights_of_the_least_plan_are_those_of_its_length() {
     let demand = Demand { weights, ..demand(&spec, &settings) };
     let text = demand.choose(Limit::Budget(1000)).unwrap_err().to_string();
     // 64 rows, and what is there besides.
-    let alone = ByteSize((64 * (64 << 10)) + 100 + demand.process_bytes);
+    let alone = ByteSize((64 * (64 << 10)) + 100 + demand.machine.process_bytes);
     assert!(text.ends_with(&format!("the frozen weights and data alone take {alone}")), "{text}");
 }
 
@@ -390,7 +401,7 @@ fn a_run_that_goes_on_adds_up_as_before_if_it_can() {
     let small = tight.choose(Limit::Budget(need(tiles))).unwrap();
     assert_ne!(small.strategy.pieces, Pieces::NONE);
     let order = small.settings.sum_order();
-    let goes_on = Demand { sum_order: Some(order), ..begun.clone() };
+    let goes_on = begun.wishing(|wishes| wishes.sum_order = Some(order));
     for limit in [Limit::Budget(need(tiles)), Limit::Free(u64::MAX)] {
         let choice = goes_on.choose(limit).unwrap();
         assert_eq!(choice.settings.sum_order(), order, "{:?}", choice.strategy);
@@ -400,7 +411,7 @@ fn a_run_that_goes_on_adds_up_as_before_if_it_can() {
     assert_ne!(begun.choose(Limit::Free(u64::MAX)).unwrap().settings.sum_order(), order);
     // What does not fit any more, or never could be, is given up.
     let whole = begun.choose(Limit::Free(u64::MAX)).unwrap().settings.sum_order();
-    let larger = Demand { sum_order: Some(whole), ..tight };
+    let larger = tight.wishing(|wishes| wishes.sum_order = Some(whole));
     let choice = larger.choose(Limit::Budget(need(tiles))).unwrap();
     assert_eq!(choice.settings.sum_order(), order);
 }
@@ -429,12 +440,12 @@ fn what_can_be_pinned_is_tried_whole() {
     let spec = golden();
     let settings = settings(&spec, 1024);
     let input = (2 * settings.tokens * spec.hidden_size) as u64;
-    let plenty = Demand { dequantized_blocks: Some(0), ..on_gpu(&spec, &settings) };
+    let plenty = on_gpu(&spec, &settings).wishing(|wishes| wishes.dequantized_blocks = Some(0));
     let pace = Pace::new(&plenty);
     let all = plenty.candidates().unwrap();
     let seconds = |demand: &Demand, c: &Strategy| pace.seconds_per_token(&demand.choice(*c));
     for inputs in [0, 2, 4] {
-        let demand = Demand { pinned_bytes: inputs * input, ..plenty.clone() };
+        let demand = plenty.pinning(inputs * input);
         let most = demand.total_bytes(Strategy::uniform(6, Policy::Keep, false));
         for budget in (1..=20).map(|part| most * part / 20) {
             let fitting = all.iter().filter(|candidate| demand.fits(**candidate, budget));
@@ -446,7 +457,7 @@ fn what_can_be_pinned_is_tried_whole() {
     }
     // Of ways that cannot be pinned the one that lacks the least is named.
     let offload = plenty.allowing(Activations::Offload, WeightsMode::Auto);
-    let none = Demand { pinned_bytes: 0, ..offload };
+    let none = offload.pinning(0);
     let text = none.choose(Limit::Free(u64::MAX)).unwrap_err().to_string();
     let need = crate::byte_size::ByteSize(6 * input);
     assert!(
@@ -495,7 +506,7 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         // Where not all of it fits, the embedding goes first; it costs less than a block.
         let all = demand.total_bytes(free.strategy);
         let without = |place| {
-            let demand = Demand { embedding: place, ..demand.clone() };
+            let demand = demand.wishing(|wishes| wishes.embedding = place);
             demand.choose(Limit::Budget(all - 1)).unwrap().strategy
         };
         let chosen = without(EmbeddingPlace::Auto);
@@ -503,7 +514,7 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         let weights = weights_of(&demand, keep) - weights_of(&demand, chosen);
         assert_eq!(weights, demand.weights.embedding);
         assert_eq!(without(EmbeddingPlace::Gpu).on_host, OnHost::Nothing);
-        let host = Demand { embedding: EmbeddingPlace::Host, ..demand.clone() };
+        let host = demand.wishing(|wishes| wishes.embedding = EmbeddingPlace::Host);
         let host = host.choose(Limit::Free(u64::MAX)).unwrap();
         assert!(host.strategy.on_host == OnHost::All && host.settings.head_on_host);
         // As much less as embedding and head, but for what a head in tiles works in.
@@ -513,7 +524,7 @@ fn more_memory_is_never_slower_and_no_plan_is_over_its_budget() {
         let less = demand.plan(&demand.choice(keep).settings).arena_bytes() as u64;
         assert!(more < less + (100 << 20), "{more}, {less}");
         // The host must have room for what is offloaded or streamed.
-        let poor = Demand { pinned_bytes: 0, ..demand.clone() };
+        let poor = demand.pinning(0);
         match poor.choose(Limit::Budget(24 << 30)) {
             Ok(Choice { strategy, .. }) => assert_eq!(poor.pinned_for(strategy), 0),
             Err(error) => assert!(layers == 80, "{error}"),
@@ -545,8 +556,9 @@ fn what_memory_is_left_holds_weights() {
     let qkv = (d + 2 * kv + 3 * r) * (d + 3 * r);
     let block = 2 * (qkv + (d + r) * (d + r) + 3 * (f + r) * (d + r));
     for settings in [&short, &long] {
-        let asked =
-            Demand { dequantized_blocks: Some(31), embedding: EmbeddingPlace::Gpu, ..of(settings) };
+        let asked = of(settings).wishing(|wishes| {
+            (wishes.dequantized_blocks, wishes.embedding) = (Some(31), EmbeddingPlace::Gpu);
+        });
         let need = |blocks| asked.total_bytes(with(blocks));
         for blocks in [1, 2, 31] {
             let padding = (need(blocks) - need(0)).abs_diff(blocks as u64 * block);
@@ -559,7 +571,7 @@ fn what_memory_is_left_holds_weights() {
         assert_eq!(facts[1], "weights of 2 of 32 blocks stay dequantized");
     }
     let (short, long) = (of(&short), of(&long));
-    let short = Demand { embedding: EmbeddingPlace::Gpu, ..short };
+    let short = short.wishing(|wishes| wishes.embedding = EmbeddingPlace::Gpu);
     assert_eq!(chosen(&short, short.total_bytes(with(32))), with(32));
     assert_eq!(chosen(&short, short.total_bytes(with(12))), with(12));
     assert_eq!(chosen(&short, short.total_bytes(with(1))), with(0), "less than 1 % of a step");
@@ -573,20 +585,20 @@ fn what_memory_is_left_holds_weights() {
     let saved = |blocks: usize| seconds(blocks - 1) - seconds(blocks);
     assert!(saved(1) > 10.0 * saved(2), "{:e}, {:e}", saved(1), saved(2));
     // Streamed ones leave, dense ones have nothing to keep, and the CPU has a cache.
-    let asked = Demand { dequantized_blocks: Some(32), ..short };
-    for (mode, place, blocks) in [
-        (WeightsMode::Resident, Place::Gpu, 32),
-        (WeightsMode::Stream, Place::Gpu, 1),
-        (WeightsMode::Resident, Place::Cpu, 0),
+    let asked = short.wishing(|wishes| wishes.dequantized_blocks = Some(32));
+    for (mode, processor, blocks) in [
+        (WeightsMode::Resident, Processor::Gpu, 32),
+        (WeightsMode::Stream, Processor::Gpu, 1),
+        (WeightsMode::Resident, Processor::Cpu, 0),
     ] {
-        let demand = Demand { mode, place, ..asked.clone() };
+        let demand = asked.computed_on(processor).wishing(|wishes| wishes.weights = mode);
         assert_eq!(chosen(&demand, u64::MAX).dequantized_blocks, blocks);
     }
     for mode in [WeightsMode::Resident, WeightsMode::Stream] {
-        let demand = Demand { mode, weights: dense, ..asked.clone() };
+        let demand = Demand { weights: dense, ..asked.wishing(|wishes| wishes.weights = mode) };
         let error = demand.choose(Limit::Budget(u64::MAX)).unwrap_err().to_string();
         assert!(error.contains("the weights of this base are not in 4 bits\nhint: "), "{error}");
-        let none = Demand { dequantized_blocks: None, ..demand };
+        let none = demand.wishing(|wishes| wishes.dequantized_blocks = None);
         assert_eq!(chosen(&none, u64::MAX).dequantized_blocks, 0);
     }
 }
@@ -621,13 +633,9 @@ fn the_nearest_plan_changes_the_least() {
     let spec = spec_of(include_str!("../../../tests/data/configs/qwen2.5-32b.json"));
     let weights = weights_on_gpu(&spec, true);
     let settings = Settings { logit_rows: 220, ..settings(&spec, 4096) };
-    let asked = Demand {
-        weights,
-        activations: Activations::Checkpoint,
-        mode: WeightsMode::Resident,
-        embedding: EmbeddingPlace::Gpu,
-        ..on_gpu(&spec, &settings)
-    };
+    let asked = Demand { weights, ..on_gpu(&spec, &settings) };
+    let asked = asked.allowing(Activations::Checkpoint, WeightsMode::Resident);
+    let asked = asked.wishing(|wishes| wishes.embedding = EmbeddingPlace::Gpu);
     let leanest = asked.leanest().unwrap().strategy;
     let least = asked.total_bytes(leanest);
     let says = |bytes| asked.choose(Limit::Budget(bytes)).unwrap_err().to_string();
@@ -668,7 +676,7 @@ fn a_hint_of_a_rank_is_what_the_flag_does() {
     let text = says(&auto, 1000);
     let need = crate::byte_size::ByteSize(with(1));
     assert!(text.contains(&format!("trained in is {need}, with `--lora-r 1`; ")), "{text}");
-    let fixed = Demand { lora_r: None, ..auto.clone() };
+    let fixed = auto.wishing(|wishes| wishes.lora_r = None);
     let text = says(&fixed, 1000);
     let need = crate::byte_size::ByteSize(with(16));
     assert!(
@@ -683,7 +691,7 @@ fn sizes_that_were_asked_for_are_kept() {
     let spec = golden();
     let settings = Settings { logit_rows: 1024, ..settings(&spec, 1024) };
     let auto = demand(&spec, &settings);
-    let asked = Demand { logit_rows_given: true, ..auto.clone() };
+    let asked = auto.wishing(|wishes| wishes.logit_rows_given = true);
     let least = asked.total_bytes(asked.leanest().unwrap().strategy);
     assert!(auto.total_bytes(auto.leanest().unwrap().strategy) < least);
     for bytes in [least, 2 * least, u64::MAX] {

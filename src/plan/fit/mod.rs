@@ -9,25 +9,25 @@ use serde::Serialize;
 
 use crate::byte_size::ByteSize;
 use crate::plan::activations::Activations;
-use crate::plan::budget::{Choice, Demand, Limit};
+use crate::plan::budget::{Choice, Demand, Limit, WeightsMode};
 use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::moments::Optim;
 use crate::plan::settings::{Pieces, Policy, Settings, logit_rows};
-use crate::plan::strategy::Strategy;
+use crate::plan::strategy::{Strategy, typed};
 pub(super) use sizes::{LENGTH_STEP, largest, smallest_pieces};
 use sizes::{MOST_TOKENS, longest_document, smaller_chunk, smaller_tile};
 
-/// Another micro-batch is told of where it takes less than this of a token's time: less is within what
-/// the arithmetic can know.
+/// Share of a token's time below which another micro-batch is told of: more is within what the arithmetic
+/// cannot know.
 const CLEARLY_FASTER: f64 = 0.97;
-/// Fewer rows are as good where they take no more than this of the least time.
+/// Multiple of the least time up to which fewer rows are as good.
 const AS_FAST: f64 = 1.01;
 
 /// A way to run, and what fits with it.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize)]
 pub struct Row {
-    /// How it runs.
+    /// How the run goes.
     #[serde(flatten)]
     pub strategy: Strategy,
     /// Time of a token over that of the first row, by the rates of `src/plan/cost.rs`.
@@ -60,9 +60,9 @@ pub struct PlanSummary {
     /// Flags of `train` and `memory` that lead to it, the limit included: within that `auto` finds the
     /// mix, and the sizes of pieces, again.
     pub flags: String,
-    /// What it does, for people.
+    /// What the plan does, for people.
     pub words: String,
-    /// How it runs.
+    /// How the run goes.
     #[serde(flatten)]
     pub strategy: Strategy,
     /// Tokens that the MLP works on at a time.
@@ -71,7 +71,7 @@ pub struct PlanSummary {
     pub logit_rows: usize,
     /// Bytes of everything.
     pub bytes: u64,
-    /// Of the host's memory beside a GPU.
+    /// Bytes of the host's memory that are pinned beside a GPU.
     pub pinned_bytes: u64,
 }
 
@@ -82,7 +82,7 @@ pub struct Fastest {
     pub batch: usize,
     /// Forward passes of a step, for as many rows a step as were asked for.
     pub accumulation: usize,
-    /// How.
+    /// How the micro-batch runs.
     #[serde(flatten)]
     pub plan: PlanSummary,
     /// Time of a token over that of the plan that was asked for.
@@ -96,12 +96,12 @@ pub struct Fit {
     pub budget_bytes: u64,
     /// Whether the asked sizes fit in a way that is allowed.
     pub fits: bool,
-    /// Of the plan: the fastest one that fits, or the leanest one if none does.
+    /// Bytes of the plan: the fastest one that fits, or the leanest one if none does.
     pub bytes: u64,
-    /// That plan.
+    /// The plan that takes these bytes.
     pub plan: PlanSummary,
-    /// Keeping all or attention, recomputing and offloading, resident and streamed; the plan, if it
-    /// is a mix of them. No weights stay dequantized in any.
+    /// Ways to run: keeping all or attention, recomputing and offloading, resident and streamed; the plan,
+    /// if it is a mix of them. No weights stay dequantized in any.
     pub ways: Vec<Row>,
     /// The fastest micro-batch within the budget, where it is clearly faster than the one that was
     /// asked for or that one does not fit.
@@ -127,7 +127,8 @@ impl Asked {
     /// The settings of `demand` with other sizes.
     fn sized(&self, demand: &Demand, batch: usize, length: usize) -> Settings {
         let tokens = batch * length;
-        let logit_rows = logit_rows(demand.spec, tokens, self.logits_chunk, demand.place);
+        let logit_rows =
+            logit_rows(demand.spec, tokens, self.logits_chunk, demand.machine.processor);
         Settings {
             tokens,
             longest_document: length,
@@ -144,7 +145,7 @@ struct Search<'a> {
     asked: Asked,
     limit: Limit,
     budget: u64,
-    /// Of the plan at the asked sizes.
+    /// The strategy of the plan at the asked sizes.
     plan: Strategy,
 }
 
@@ -169,10 +170,11 @@ impl Fit {
 
 impl Search<'_> {
     fn describe(&self, demand: &Demand, choice: &Choice) -> PlanSummary {
-        let [activations, weights, place] = choice.strategy.flags(demand.spec.num_layers);
-        let mut flags = format!("--activations {activations} --weights {weights}");
+        let (activations, weights, place) = choice.strategy.flags(demand.spec.num_layers);
+        let mut flags =
+            format!("--activations {} --weights {}", typed(activations), typed(weights));
         if demand.places_embedding() {
-            flags += &format!(" --embedding {place}");
+            flags += &format!(" --embedding {}", typed(place));
         }
         if demand.most_dequantized(choice.strategy) > 0 {
             flags += &format!(" --dequantized-blocks {}", choice.strategy.dequantized_blocks);
@@ -212,7 +214,8 @@ impl Search<'_> {
         ways
     }
 
-    /// In the pieces, and with the tables on the host, that are fastest where not all fits as it is.
+    /// The row of a way, in the pieces, and with the tables on the host, that are fastest where not all fits
+    /// as it is.
     fn row(&self, whole: Strategy) -> Row {
         let (demand, Asked { batch, length, .. }) = (self.demand, self.asked);
         let places = demand.embedding_places();
@@ -247,7 +250,7 @@ impl Search<'_> {
         }
     }
 
-    /// Of all numbers of rows that divide those of a step, up to the first that does not fit.
+    /// The fastest of all numbers of rows that divide those of a step, up to the first that does not fit.
     fn fastest(&self, asked_fits: bool) -> Option<Fastest> {
         let plan_seconds = seconds(self.demand, self.plan);
         let rows = self.asked.batch * self.asked.accumulation;
@@ -282,62 +285,18 @@ impl Search<'_> {
             let time = seconds(&demand, strategy) / plan_seconds;
             Knob { flags, bytes: demand.total_bytes(strategy), time }
         };
-        let same = demand.settings;
-        let mut knobs: Vec<Knob> = self.other_policies(knob);
-        if demand.weights.streamed.is_some() {
-            let mode = if plan.stream { "resident" } else { "stream" };
-            let other = Strategy { stream: !plan.stream, ..plan };
-            let dequantized_blocks = plan.dequantized_blocks.min(demand.most_dequantized(other));
-            let strategy = Strategy { dequantized_blocks, ..other };
-            knobs.push(knob(format!("--weights {mode}"), same, strategy));
-        }
-        let anywhere = Demand { embedding: EmbeddingPlace::Auto, ..demand.clone() };
-        for &on_host in anywhere.embedding_places().iter().filter(|place| **place != plan.on_host) {
-            let flags = format!("--embedding {}", on_host.flag());
-            knobs.push(knob(flags, same, Strategy { on_host, ..plan }));
-        }
-        if plan.dequantized_blocks > 0 {
-            let strategy = Strategy { dequantized_blocks: 0, ..plan };
-            knobs.push(knob("--dequantized-blocks 0".into(), same, strategy));
-        }
-        let mut with = |flags: String, settings: Settings| knobs.push(knob(flags, &settings, plan));
-        let Asked { batch, length, .. } = self.asked;
-        if batch > 1 {
-            let flags = format!("--per-device-train-batch-size {}", batch / 2);
-            with(flags, self.asked.sized(demand, batch / 2, length));
-        }
-        if length >= 2 * LENGTH_STEP {
-            with(
-                format!("--max-length {}", length / 2),
-                self.asked.sized(demand, batch, length / 2),
-            );
-        }
-        if let Some(length) = smaller_tile(same).filter(|_| !plan.pieces.tiles) {
-            let settings = Settings { mlp_tile_length: Some(length), ..same.clone() };
-            with(format!("--mlp-tile-length {length}"), settings);
-        }
-        if let Some(logit_rows) = smaller_chunk(same).filter(|_| !plan.pieces.logits) {
-            let settings = Settings { logit_rows, ..same.clone() };
-            with(format!("--logits-chunk-length {logit_rows}"), settings);
-        }
-        let packed = Settings { optim: Optim::Adamw8bit, ..same.clone() };
-        if same.optim != packed.optim && packed.moments().blocks > 0 {
-            with("--optim adamw_8bit".into(), packed);
-        }
-        if same.bf16_working {
-            with("--adapter-dtype f32".into(), Settings { bf16_working: false, ..same.clone() });
-        }
-        if let Some(rank) = demand.lora_r.map(|rank| rank / 2).filter(|rank| *rank > 0) {
-            with(format!("--lora-r {rank}"), demand.with_rank(same, rank));
-        }
-        knobs
+        let ways = self.other_policies().into_iter().chain(self.other_places());
+        let ways = ways.map(|(flags, strategy)| knob(flags, demand.settings, strategy));
+        let settings = self.smaller_sizes().into_iter().chain(self.smaller_state());
+        let settings = settings.map(|(flags, settings)| knob(flags, &settings, plan));
+        ways.chain(settings).collect()
     }
 
     /// All blocks with one policy, where the plan has another.
-    fn other_policies(&self, knob: impl Fn(String, &Settings, Strategy) -> Knob) -> Vec<Knob> {
-        let (demand, plan) = (self.demand, self.plan);
+    fn other_policies(&self) -> Vec<(String, Strategy)> {
+        let (layers, plan) = (self.demand.spec.num_layers, self.plan);
         let planned = |policy| match policy {
-            Policy::Keep => plan.kept == demand.spec.num_layers,
+            Policy::Keep => plan.kept == layers,
             policy => {
                 let uniform = plan.kept + plan.attended + plan.remaking_attention == 0;
                 uniform && plan.others == policy
@@ -346,16 +305,80 @@ impl Search<'_> {
         let others = Activations::UNIFORM.into_iter().filter(|(_, policy)| !planned(*policy));
         others
             .map(|(activations, policy)| {
-                let uniform = Strategy::uniform(demand.spec.num_layers, policy, plan.stream);
+                let uniform = Strategy::uniform(layers, policy, plan.stream);
                 let Strategy { on_host, dequantized_blocks, pieces, .. } = plan;
                 let strategy = Strategy { on_host, dequantized_blocks, pieces, ..uniform };
-                knob(format!("--activations {}", activations.flag()), demand.settings, strategy)
+                (format!("--activations {}", typed(activations)), strategy)
             })
             .collect()
     }
+
+    /// Weights, embedding and head elsewhere than in the plan.
+    fn other_places(&self) -> Vec<(String, Strategy)> {
+        let (demand, plan) = (self.demand, self.plan);
+        let mut places = Vec::new();
+        if demand.weights.streamed.is_some() {
+            let mode = typed(WeightsMode::of(!plan.stream));
+            let other = Strategy { stream: !plan.stream, ..plan };
+            let dequantized_blocks = plan.dequantized_blocks.min(demand.most_dequantized(other));
+            places.push((format!("--weights {mode}"), Strategy { dequantized_blocks, ..other }));
+        }
+        let anywhere = demand.wishing(|wishes| wishes.embedding = EmbeddingPlace::Auto);
+        for &on_host in anywhere.embedding_places().iter().filter(|place| **place != plan.on_host) {
+            let flags = format!("--embedding {}", typed(on_host.asked_by()));
+            places.push((flags, Strategy { on_host, ..plan }));
+        }
+        if plan.dequantized_blocks > 0 {
+            let strategy = Strategy { dequantized_blocks: 0, ..plan };
+            places.push(("--dequantized-blocks 0".into(), strategy));
+        }
+        places
+    }
+
+    /// Fewer tokens at a time: in a pass, in a row, in a tile and in a chunk of logits.
+    fn smaller_sizes(&self) -> Vec<(String, Settings)> {
+        let (demand, plan, same) = (self.demand, self.plan, self.demand.settings);
+        let Asked { batch, length, .. } = self.asked;
+        let mut sizes = Vec::new();
+        if batch > 1 {
+            let flags = format!("--per-device-train-batch-size {}", batch / 2);
+            sizes.push((flags, self.asked.sized(demand, batch / 2, length)));
+        }
+        if length >= 2 * LENGTH_STEP {
+            let flags = format!("--max-length {}", length / 2);
+            sizes.push((flags, self.asked.sized(demand, batch, length / 2)));
+        }
+        if let Some(length) = smaller_tile(same).filter(|_| !plan.pieces.tiles) {
+            let settings = Settings { mlp_tile_length: Some(length), ..same.clone() };
+            sizes.push((format!("--mlp-tile-length {length}"), settings));
+        }
+        if let Some(logit_rows) = smaller_chunk(same).filter(|_| !plan.pieces.logits) {
+            let settings = Settings { logit_rows, ..same.clone() };
+            sizes.push((format!("--logits-chunk-length {logit_rows}"), settings));
+        }
+        sizes
+    }
+
+    /// Less of what is trained: moments in 8 bits, no copies in bf16, half the rank.
+    fn smaller_state(&self) -> Vec<(String, Settings)> {
+        let (demand, same) = (self.demand, self.demand.settings);
+        let mut states = Vec::new();
+        let packed = Settings { optim: Optim::Adamw8bit, ..same.clone() };
+        if same.optim != packed.optim && packed.moments().blocks > 0 {
+            states.push(("--optim adamw_8bit".into(), packed));
+        }
+        if same.bf16_working {
+            let settings = Settings { bf16_working: false, ..same.clone() };
+            states.push(("--adapter-dtype f32".into(), settings));
+        }
+        if let Some(rank) = demand.wishes.lora_r.map(|rank| rank / 2).filter(|rank| *rank > 0) {
+            states.push((format!("--lora-r {rank}"), demand.with_rank(same, rank)));
+        }
+        states
+    }
 }
 
-/// Of a token, about.
+/// Seconds of a token of a step, about.
 fn seconds(demand: &Demand, strategy: Strategy) -> f64 {
     Pace::new(demand).seconds_per_token(&demand.choice(strategy))
 }

@@ -5,9 +5,9 @@ use crate::plan::settings::{LEAST_LOGIT_ROWS, Settings};
 
 /// Lengths are multiples of this many tokens.
 pub(in crate::plan) const LENGTH_STEP: usize = 64;
-/// Nothing longer is tried.
+/// Tokens of the longest pass that is tried.
 pub(super) const MOST_TOKENS: usize = 1 << 24;
-/// Of a tile of the MLP, at least.
+/// Tokens of the shortest tile of the MLP that is suggested.
 const LEAST_TILE_TOKENS: usize = 256;
 
 /// The longest document that fits, in whole steps, or of all positions that the model has; no shorter than
@@ -41,7 +41,7 @@ pub(in crate::plan) fn largest(most: usize, fits: impl Fn(usize) -> bool) -> usi
     good
 }
 
-/// The smallest tiles and chunks that are suggested.
+/// Gives `settings` the smallest tiles and chunks that are suggested.
 pub(in crate::plan) fn smallest_pieces(settings: &mut Settings) {
     if settings.mlp_tile() > LEAST_TILE_TOKENS {
         settings.mlp_tile_length = Some(LEAST_TILE_TOKENS);

@@ -3,9 +3,8 @@ use crate::adapter::LoraConfig;
 use crate::kernels::cuda::{AttnImplementation, cuda_layout};
 use crate::model::families::spec_from_config;
 use crate::plan::EmbeddingPlace;
-use crate::plan::WeightsMode;
-use crate::plan::budget::Limit;
-use crate::plan::{Place, StreamedBytes, WeightBytes, WeightParts};
+use crate::plan::budget::{Limit, Wishes};
+use crate::plan::{Machine, Processor, StreamedBytes, WeightBytes, WeightParts};
 
 fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
     let text = include_str!("../../../tests/data/models/llama_s0/config.json");
@@ -16,14 +15,10 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
         longest_document: 512,
         targets: LoraConfig { r: 64, ..LoraConfig::default() }.resolve(&spec).unwrap(),
         threads: 2,
-        ..Settings::evaluating(1024, logit_rows(&spec, 1024, None, Place::Cpu))
+        ..Settings::of_pass(1024, logit_rows(&spec, 1024, None, Processor::Cpu))
     };
     test(&Demand {
         spec: &spec,
-        settings: &settings,
-        layout: &crate::plan::layout,
-        activations: Activations::Auto,
-        mode: WeightsMode::Auto,
         weights: WeightBytes {
             resident: WeightParts { codes: 9 << 20, ..WeightParts::default() },
             streamed: Some(StreamedBytes::of_vectors(2 << 20)),
@@ -31,14 +26,14 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
             head: 0,
             packed: true,
         },
-        embedding: EmbeddingPlace::Auto,
-        dequantized_blocks: None,
-        process_bytes: 1 << 20,
-        place: Place::Cpu,
-        pinned_bytes: u64::MAX,
-        lora_r: Some(64),
-        logit_rows_given: false,
-        sum_order: None,
+        settings: &settings,
+        machine: Machine {
+            processor: Processor::Cpu,
+            layout: &crate::plan::layout,
+            process_bytes: 1 << 20,
+            pinned_bytes: u64::MAX,
+        },
+        wishes: Wishes { lora_r: Some(64), ..Wishes::default() },
     })
 }
 
@@ -48,18 +43,14 @@ fn with_8b<R>(test: impl FnOnce(&Demand) -> R) -> R {
     let spec = spec_from_config(&serde_json::from_str(text).unwrap()).unwrap();
     let format = Some(nibble_quant::BlockFormat::default());
     let bf16 = nibble_quant::FloatType::Bf16;
-    let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Place::Gpu);
+    let weights = WeightBytes::of_config(&spec, bf16, format.as_ref(), Processor::Gpu);
     with_demand(|demand| {
         let targets = LoraConfig::default().resolve(&spec).unwrap();
         let settings = Settings { targets, ..demand.settings.clone() };
-        test(&Demand {
-            spec: &spec,
-            layout: &|spec, settings| cuda_layout(spec, settings, AttnImplementation::Auto),
-            weights,
-            place: Place::Gpu,
-            settings: &settings,
-            ..demand.clone()
-        })
+        let layout =
+            &|spec: &_, settings: &_| cuda_layout(spec, settings, AttnImplementation::Auto);
+        let machine = Machine { processor: Processor::Gpu, layout, ..demand.machine };
+        test(&Demand { spec: &spec, weights, settings: &settings, machine, ..demand.clone() })
     })
 }
 
@@ -125,7 +116,7 @@ fn the_longest_document_is_no_shorter_than_one_that_fits() {
 #[test]
 fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
     with_8b(|demand| {
-        let demand = Demand { dequantized_blocks: Some(0), ..demand.clone() };
+        let demand = demand.wishing(|wishes| wishes.dequantized_blocks = Some(0));
         let asked = |batch, accumulation| {
             let asked = Asked { batch, accumulation, length: 256, logits_chunk: None };
             let settings = asked.sized(&demand, batch, 256);
@@ -170,7 +161,7 @@ fn the_fastest_micro_batch_fits_and_no_other_one_is_faster() {
         assert!(found.plan.flags.ends_with(" --memory-budget 24GiB"), "{found:?}");
         // Where weights stay dequantized, few tokens cost little.
         let settings = asked(1, 48).1;
-        let demand = Demand { dequantized_blocks: None, ..demand.at(&settings) };
+        let demand = demand.at(&settings).wishing(|wishes| wishes.dequantized_blocks = None);
         let choice = demand.within(24 << 30).unwrap();
         assert!(choice.strategy.kept == 32 && choice.strategy.dequantized_blocks > 24);
         let seconds = Pace::new(&demand).seconds_per_token(&choice);
@@ -243,7 +234,9 @@ fn the_row_of_a_plan_is_the_plan() {
         for mib in (3_000..9_000).step_by(457) {
             let limit = Limit::Budget(mib << 20);
             for embedding in [EmbeddingPlace::Auto, EmbeddingPlace::Gpu] {
-                let demand = Demand { embedding, dequantized_blocks: Some(0), ..demand.clone() };
+                let demand = demand.wishing(|wishes| {
+                    (wishes.embedding, wishes.dequantized_blocks) = (embedding, Some(0));
+                });
                 let Ok(plan) = demand.choose(limit) else { continue };
                 let fit = Fit::new(&demand, ASKED, limit, &plan);
                 let row = fit.ways.iter().find(|way| {

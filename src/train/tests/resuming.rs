@@ -92,7 +92,7 @@ fn a_session_that_adds_up_in_another_order_is_told() {
         toy.room.0 = now;
         let identity = identity(&feed);
         let mut found = checkpoints::newest(out.path(), &mut |_| ()).unwrap();
-        let order = |tokens| Settings::evaluating(tokens, 64).sum_order();
+        let order = |tokens| Settings::of_pass(tokens, 64).sum_order();
         found.state.identity.sum_order = was.map(order);
         let origin = AdapterOrigin::Fresh;
         let start = begin(&mut toy, &recipe(), &mut feed, identity, origin, Some(found)).unwrap();

@@ -234,7 +234,7 @@ pub fn model(checkpoint: &Checkpoint, spec: &ModelSpec, adapter: Option<&Adapter
         policies: policies.take(spec.num_layers).collect(),
         targets: adapter.map(|adapter| adapter.targets.clone()).unwrap_or_default(),
         bf16_working: false,
-        ..Settings::evaluating(48, 7)
+        ..Settings::of_pass(48, 7)
     };
     let mut model = Model::new(spec.clone(), weights, settings).unwrap();
     if let Some(adapter) = adapter {

@@ -63,7 +63,7 @@ impl Case {
             longest_document: 96,
             policies: vec![Policy::Keep; LAYERS],
             bf16_working: false,
-            ..Settings::evaluating(256, 32)
+            ..Settings::of_pass(256, 32)
         })
     }
 
@@ -71,7 +71,7 @@ impl Case {
         self.model_with(Settings {
             cache_tokens: context_tokens,
             bf16_working: false,
-            ..Settings::evaluating(32, 1)
+            ..Settings::of_pass(32, 1)
         })
     }
 

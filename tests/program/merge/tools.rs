@@ -179,7 +179,7 @@ fn with_weights(spec: ModelSpec, weights: Weights, targets: Vec<LoraTarget>) -> 
         policies: vec![Policy::Keep; spec.num_layers],
         targets,
         bf16_working: false,
-        ..Settings::evaluating(64, 8)
+        ..Settings::of_pass(64, 8)
     };
     Model::new(spec, weights, settings).unwrap()
 }

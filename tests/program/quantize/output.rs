@@ -7,7 +7,7 @@ use nibble::checkpoint::Checkpoint;
 use nibble::kernels::cpu::FrozenMatrix;
 use nibble::model::families::spec_from_config;
 use nibble::model::weights::Weights;
-use nibble::plan::{Place, WeightBytes};
+use nibble::plan::{Processor, WeightBytes};
 use nibble_quant::{BlockFormat, Floats, PackedWeight, QuantType};
 use serde_json::{Value, json};
 
@@ -127,7 +127,7 @@ fn skipped_linears_stay_dense_and_the_config_says_so() {
         assert_eq!(is_packed, !skipped(&linear.module), "{}", linear.module);
         dense += if is_packed { 0 } else { linear.weight.bytes() as u64 };
     }
-    let planned = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), Place::Cpu);
+    let planned = WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), Processor::Cpu);
     assert_eq!(planned.resident.dense_linears, dense);
     let measure = |more: &[&str]| {
         let mut command = place.nibble(&["memory", "--model", "out", "--json", "--device", "cpu"]);

@@ -14,15 +14,15 @@ fn nothing_is_dequantized_of_a_dense_base() {
     let spec = spec_of(include_str!("../../../../tests/data/configs/llama-3.1-8b.json"));
     let settings = settings(&spec, 8192);
     let tiles = Pieces { tiles: true, ..Pieces::NONE };
-    for place in [Place::Cpu, Place::Gpu] {
+    for processor in [Processor::Cpu, Processor::Gpu] {
         for (packed, dequantizes) in [(true, true), (false, false)] {
             let weights = weights_on_gpu(&spec, packed);
-            let demand = Demand { place, weights, ..on_gpu(&spec, &settings) };
+            let demand = Demand { weights, ..on_gpu(&spec, &settings) }.computed_on(processor);
             let pace = Pace::new(&demand);
             let seconds =
                 |pieces| pace.seconds_per_token(&demand.choice(Strategy { pieces, ..CHECKPOINT }));
             // Each tile of the MLP would dequantize its weights again.
-            assert_eq!(seconds(tiles) > seconds(Pieces::NONE), dequantizes, "{place:?}");
+            assert_eq!(seconds(tiles) > seconds(Pieces::NONE), dequantizes, "{processor:?}");
         }
     }
 }
@@ -44,6 +44,6 @@ fn a_dense_base_has_buffers_for_the_tiles_of_a_head_alone() {
     let packed = Demand { weights: weights_on_gpu(&spec, true), ..demand.clone() };
     assert!(buffers(&packed, &packed.choice(CHECKPOINT).settings) > 2 * tile);
     // Fewer buffers are a way out only where there are any.
-    let ways = |embedding| Demand { embedding, ..demand.clone() }.pieces().count();
+    let ways = |place| demand.wishing(|wishes| wishes.embedding = place).pieces().count();
     assert_eq!((ways(EmbeddingPlace::Gpu), ways(EmbeddingPlace::Auto)), (4, 8));
 }
