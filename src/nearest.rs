@@ -6,11 +6,6 @@ const SUGGESTIONS: usize = 3;
 const THRESHOLD: f64 = 0.6;
 
 /// The `known` names closest to `wanted`, quoted and joined by `or`; empty when none is close.
-///
-/// ```
-/// use nibble::nearest::nearest;
-/// assert_eq!(nearest("q_prj", ["q_proj", "embed_tokens"].into_iter()), "`q_proj`");
-/// ```
 pub fn nearest<'a>(wanted: &str, known: impl Iterator<Item = &'a str>) -> String {
     let score = |name: &str| strsim::normalized_damerau_levenshtein(wanted, name);
     let mut close: Vec<(f64, &str)> =

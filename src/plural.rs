@@ -1,11 +1,6 @@
 //! Nouns behind counts.
 
 /// `one` as it stands behind `count`: `row` behind 1, else `rows`.
-///
-/// ```
-/// use nibble::plural::noun;
-/// assert_eq!(format!("1 {}, 3 {}", noun(1, "row"), noun(3, "row")), "1 row, 3 rows");
-/// ```
 pub fn noun(count: usize, one: &str) -> String {
     let ending = if count == 1 { "" } else { "s" };
     format!("{one}{ending}")

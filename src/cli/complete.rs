@@ -270,9 +270,14 @@ mod tests {
                 "run.toml:1: `model` is 3, expected a path in quotes\nhint: `model = \"3\"`",
             ),
             (
-                "\neval_data = ['a', 'b']",
-                "run.toml:2: `eval_data` is no single value, expected a path in quotes\n\
-                 hint: `eval_data = \"FOLDER\"`",
+                "\neval_data = ['a', 3]",
+                "run.toml:2: `eval_data` is 3, expected a path in quotes\n\
+                 hint: `eval_data = \"3\"`",
+            ),
+            (
+                "\nout = ['a', 'b']",
+                "run.toml:2: `out` is no single value, expected a path in quotes\n\
+                 hint: `out = \"FOLDER\"`",
             ),
             (
                 "warmup_ratio = 0.1\nseed = 1\nwarmup_steps = 5",
@@ -371,7 +376,7 @@ mod tests {
         let again = ["train", "--out", out, "--resume"];
         let args = parse_saved(&again, &move |_| Some(from.clone()))?;
         assert_eq!(args.optimization.max_steps, Some(9));
-        assert_eq!((args.optimization.seed, args.data.eval_data), (3, None));
+        assert_eq!((args.optimization.seed, args.data.eval_data.len()), (3, 0));
         // What cannot be read is no reason not to go on.
         let file = folder.path().join(SETTINGS_FILE);
         let last = std::fs::read(&file).unwrap();

@@ -71,9 +71,9 @@ pub struct DataArgs {
     /// a run with `--init-adapter`
     #[arg(long, value_name = "DIR", visible_alias = "init-adapter")]
     pub adapter: Option<PathBuf>,
-    /// JSONL, JSON, CSV or Parquet: a file, a folder, or a pattern in quotes
-    #[arg(long, value_name = "FILE")]
-    pub data: PathBuf,
+    /// JSONL, JSON, CSV or Parquet: files, folders, or patterns in quotes
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    pub data: Vec<PathBuf>,
     /// Maximum length of a document, in tokens
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
     pub max_length: usize,

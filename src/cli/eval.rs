@@ -28,9 +28,9 @@ pub struct EvalArgs {
     /// PEFT adapter folder
     #[arg(long, help_heading = "Adapter", value_name = "DIR")]
     pub adapter: Option<PathBuf>,
-    /// JSONL, JSON, CSV or Parquet: a file, a folder, or a pattern in quotes
-    #[arg(long, help_heading = "Data", value_name = "FILE")]
-    pub data: PathBuf,
+    /// JSONL, JSON, CSV or Parquet: files, folders, or patterns in quotes
+    #[arg(long, help_heading = "Data", value_name = "FILE", num_args = 1.., required = true)]
+    pub data: Vec<PathBuf>,
     /// Maximum length of a document, in tokens
     #[arg(long, help_heading = "Data", value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
     pub max_length: usize,

@@ -12,10 +12,10 @@ use std::path::{Path, PathBuf};
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
+use toml::Spanned;
 use toml::de::DeValue;
 
 use super::synonyms;
-use crate::data::files::is_data;
 use crate::error::{Error, HINT, Result};
 use crate::nearest::nearest;
 use crate::train::settings::{self, SettingsEcho};
@@ -33,10 +33,6 @@ pub struct Entry {
 
 /// Flags that say where settings come from, and are not settings.
 const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];
-
-/// One flag for all files.
-const SEVERAL_FILES: &str =
-    "several data files are a folder, or a pattern in quotes: `'parts/*.jsonl'`";
 
 /// Settings that had no effect, and are in the files of runs from before they went.
 const RETIRED: [&str; 1] = ["loraplus-lr-embedding"];
@@ -140,7 +136,11 @@ fn is_default(command: &Command, flag: &str, values: &[String]) -> bool {
 fn entry(command: &Command, name: &str, value: &DeValue<'_>, place: String) -> Result<Entry> {
     let arg = known(command, name, matches!(value, DeValue::Table(_)))?;
     if arg.get_value_parser().type_id() == TypeId::of::<PathBuf>() {
-        check_path(name, value)?;
+        let items = match value {
+            DeValue::Array(items) if is_list(arg) => items.iter().map(Spanned::get_ref).collect(),
+            value => vec![value],
+        };
+        items.into_iter().try_for_each(|item| check_path(name, item))?;
     }
     let values = texts(value).ok_or_else(|| {
         Error::usage(format_args!("`{name}` cannot be a date or nested"))
@@ -226,10 +226,12 @@ fn texts(value: &DeValue<'_>) -> Option<Vec<String>> {
 
 /// A list for a flag that is given once is one value, with commas: `["q_proj", "v_proj"]`.
 fn in_one(arg: &Arg, values: Vec<String>) -> Vec<String> {
-    match arg.get_action() {
-        ArgAction::Append => values,
-        _ => vec![values.join(",")],
-    }
+    if is_list(arg) { values } else { vec![values.join(",")] }
+}
+
+/// Whether a flag may be repeated, and has a value for each time.
+fn is_list(arg: &Arg) -> bool {
+    matches!(arg.get_action(), ArgAction::Append)
 }
 
 fn scalar(value: &DeValue<'_>) -> Option<String> {
@@ -270,9 +272,6 @@ pub fn readable(command: &Command, error: &clap::Error) -> Error {
     {
         return unknown(command, first, tried);
     }
-    if error.kind() == ErrorKind::ArgumentConflict && first.contains("'--data <") {
-        return Error::usage(first).hint(SEVERAL_FILES);
-    }
     match (&rest[..], tip) {
         ([], Some(tip)) => Error::usage(first).hint(tip),
         ([], None) => Error::usage(first),
@@ -298,11 +297,6 @@ fn unknown(command: &Command, what: &str, tried: &str) -> Error {
         if tried.ends_with("_proj") && has("target-modules") {
             return error.hint("a list is one value with commas: `--target-modules q_proj,v_proj`");
         }
-    }
-    let is_data = |path: &Path| is_data(path) && path.extension().is_some_and(|it| it != "json");
-    if is_data(Path::new(tried)) && has("data") {
-        // A pattern that the shell has taken for itself.
-        return error.hint(SEVERAL_FILES);
     }
     let flags = command.get_arguments().filter_map(Arg::get_long).map(|long| format!("--{long}"));
     let flags: Vec<String> = flags.collect();

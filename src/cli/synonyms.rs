@@ -5,7 +5,7 @@ use clap::Command;
 
 /// Their name and ours, with hyphens. A name that means several things is there several times: the
 /// first flag that a command has is meant.
-const SYNONYMS: [(&str, &str); 94] = [
+const SYNONYMS: [(&str, &str); 99] = [
     // transformers, TRL and PEFT, where ours is shorter
     ("assistant-only-loss", "train-on"),
     ("bnb-4bit-quant-type", "quantization"),
@@ -29,8 +29,10 @@ const SYNONYMS: [(&str, &str); 94] = [
     ("max-seq-length", "context-length"),
     ("model-name-or-path", "model"),
     ("output-dir", "out"),
+    ("padding-free", "packing"),
     ("peft-model-path", "adapter"),
     ("r", "lora-r"),
+    ("random-state", "seed"),
     ("resume-from-checkpoint", "resume"),
     ("save-strategy", "save-steps"),
     ("test-size", "validation-split"),
@@ -49,12 +51,14 @@ const SYNONYMS: [(&str, &str); 94] = [
     ("cutoff-len", "max-length"),
     ("datasets", "data"),
     ("eval-split", "validation-split"),
+    ("evals-per-epoch", "eval-steps"),
     ("flash-attention", "attn-implementation"),
     ("flash-attn", "attn-implementation"),
     ("grad-checkpoint", "activations"),
     ("iters", "max-steps"),
     ("lora-rank", "lora-r"),
     ("lora-target", "target-modules"),
+    ("lora-target-linear", "target-modules"),
     ("lora-target-modules", "target-modules"),
     ("m", "model"),
     ("micro-batch-size", "per-device-train-batch-size"),
@@ -71,6 +75,7 @@ const SYNONYMS: [(&str, &str); 94] = [
     ("quantize", "outtype"),
     ("quantization-type", "outtype"),
     ("sample-packing", "packing"),
+    ("saves-per-epoch", "save-steps"),
     ("sequence-len", "max-length"),
     ("system-prompt", "system"),
     ("tiled-mlp", "mlp-tile-length"),
@@ -115,11 +120,16 @@ const NO_UPLOAD: &str = "not supported: upload the folder of `--out` as it is";
 const NOT_TRAINED: &str = "not supported in training: only LoRA on linear layers is trained; \
                            adapters with more can be used and merged";
 
+const BEST_BY_LOSS: &str =
+    "leave it out: the best checkpoint is the one of the lowest evaluation loss";
+
 /// Their names of what has no flag here, and why.
-const WITHOUT_FLAG: [(&str, &str); 37] = [
-    ("bias", NOT_TRAINED),
+const WITHOUT_FLAG: [(&str, &str); 45] = [
+    ("adapter", "leave it out: LoRA is what is trained; one to begin with is `init_adapter`"),
+    ("bias", "leave out `none`, which is what Nibble does; biases are not trained"),
     ("bnb-4bit-compute-dtype", NUMBER_TYPE),
     ("dataloader-num-workers", "leave it out: all data is in memory before the first step"),
+    ("dataset-num-proc", "leave it out: `--threads` is for all work"),
     (
         "dataset-text-field",
         "plain text is read from the field `text`: `--rename-columns FIELD=text`",
@@ -128,16 +138,22 @@ const WITHOUT_FLAG: [(&str, &str); 37] = [
     ("deepspeed", ONE_DEVICE),
     ("do-eval", NOT_NEEDED),
     ("do-train", NOT_NEEDED),
+    ("dtype", NUMBER_TYPE),
+    ("eos-token", "leave it out: turns end as the chat template ends them"),
+    ("eval-accumulation-steps", "leave it out: losses are summed, logits are not kept"),
     ("fp16", NUMBER_TYPE),
     ("fsdp", ONE_DEVICE),
+    ("greater-is-better", BEST_BY_LOSS),
     ("group-by-length", "not supported: `--packing` fills sequences with documents of any length"),
     ("hub-model-id", NO_UPLOAD),
     ("label-smoothing-factor", "not supported"),
     ("limit", "not supported: give a file with fewer records, such as `head -n 100` makes"),
     ("load-in-8bit", "not supported: `--quantization` is nf4, fp4 or none"),
+    ("loftq-config", "not supported: adapters begin at zero; leave `None` out"),
     ("logging-dir", REPORTS),
     ("lora-bias", NOT_TRAINED),
     ("loraplus-lr-embedding", "leave it out: adapters on embeddings are not trained"),
+    ("metric-for-best-model", BEST_BY_LOSS),
     ("modules-to-save", NOT_TRAINED),
     ("num-processes", ONE_DEVICE),
     (
@@ -213,6 +229,7 @@ mod tests {
             ("chat", "--adapter-path", "here it is `--adapter`"),
             ("train", "adapter_path", "here it is `--init-adapter`"),
             ("train", "--label-smoothing-factor", "not supported"),
+            ("train", "random_state", "here it is `--seed`"),
         ] {
             assert_eq!(answer(command, theirs).as_deref(), Some(words), "{command} {theirs}");
         }

@@ -153,12 +153,12 @@ pub enum Quantization {
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Data")]
 pub struct TrainDataArgs {
-    /// Training data in JSONL, JSON, CSV or Parquet: a file, a folder, or a pattern in quotes
-    #[arg(long, value_name = "FILE")]
-    pub data: PathBuf,
+    /// Training data in JSONL, JSON, CSV or Parquet: files, folders, or patterns in quotes
+    #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
+    pub data: Vec<PathBuf>,
     /// Evaluation data, in the same formats
-    #[arg(long, value_name = "FILE")]
-    pub eval_data: Option<PathBuf>,
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub eval_data: Vec<PathBuf>,
     /// Fraction of the training data to hold out for evaluation, such as 0.05
     #[arg(long, value_name = "FRACTION", conflicts_with = "eval_data",
           value_parser = numbers::below_one)]
@@ -182,7 +182,7 @@ pub struct TrainDataArgs {
 impl TrainDataArgs {
     /// Whether some data are for evaluation.
     pub fn has_evaluation(&self) -> bool {
-        self.eval_data.is_some() || self.validation_split.is_some_and(|share| share > 0.0)
+        !self.eval_data.is_empty() || self.validation_split.is_some_and(|share| share > 0.0)
     }
 }
 

@@ -1,11 +1,11 @@
 //! Reading data files behind a bar that shows how far it is, and what is said of them then.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use indicatif::ProgressBar;
 
 use super::progress_bar;
-use crate::data::{self, DataOptions, Dataset, Encoder, LoadReport, RoleUse};
+use crate::data::{DataOptions, Dataset, Encoder, LoadReport, RoleUse};
 use crate::error::Result;
 use crate::plural::noun;
 use crate::report::figures::thousands;
@@ -16,12 +16,12 @@ const MOST_FIELDS: usize = 12;
 const MOST_CHARACTERS: usize = 40;
 
 /// [`crate::data::load()`] behind a [`bar`]; fails on what training should not pass over.
-pub fn load(path: &Path, encoder: &Encoder, options: &DataOptions) -> Result<Dataset> {
+pub fn load(data: &[PathBuf], encoder: &Encoder, options: &DataOptions) -> Result<Dataset> {
     let bar = bar();
-    let dataset = data::load(path, encoder, options, |bytes, of| show(&bar, bytes, of))?;
+    let dataset = crate::data::load(data, encoder, options, |bytes, of| show(&bar, bytes, of))?;
     bar.finish_and_clear();
     let general = "`nibble data` lists every bad record";
-    dataset.report.check(path, options).map_err(|error| error.or_hint(general))?;
+    dataset.report.check(data, options).map_err(|error| error.or_hint(general))?;
     Ok(dataset)
 }
 

@@ -1,6 +1,6 @@
 //! What a data set looks like to a model: lengths, what is trained, what is wrong.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use serde::Serialize;
 
@@ -64,14 +64,14 @@ pub struct Bar {
 }
 
 impl Audit {
-    /// Reads `path`, and returns its first `shown` documents too. `watch` hears of bytes read, and
+    /// Reads `data`, and returns its first `shown` documents too. `watch` hears of bytes read, and
     /// of how many there are;
     /// `trained_length` is [`ModelSpec::trained_length`](crate::model::spec::ModelSpec::trained_length).
     ///
     /// # Errors
     /// As [`read`].
     pub fn of(
-        path: &Path,
+        data: &[PathBuf],
         encoder: &Encoder,
         options: &DataOptions,
         trained_length: Option<usize>,
@@ -90,10 +90,10 @@ impl Audit {
                 first.push(document);
             }
         };
-        let report = read(path, encoder, options, keep, watch)?;
+        let report = read(data, encoder, options, keep, watch)?;
         let rows = pack(&lengths, options.max_length, PACKING_SEED);
         let audit = Audit {
-            would_stop: report.check(path, options).err().map(|e| e.message().what.clone()),
+            would_stop: report.check(data, options).err().map(|e| e.message().what.clone()),
             length: Lengths::of(report.lengths.clone()),
             trained_length,
             beyond_trained_length: beyond,

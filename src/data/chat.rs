@@ -112,6 +112,14 @@ fn messages(record: &Value, key: &str, before: usize) -> Result<Vec<Value>, Reje
         }
         // A row of a table with nothing in it.
         Some(Value::Null) => return Ok(Vec::new()),
+        // An answer by itself, as LLaMA-Factory has preferred ones.
+        Some(message) if says_who(message) => std::slice::from_ref(message),
+        Some(Value::Object(columns)) => {
+            parsed = rows(columns).ok_or_else(|| {
+                Rejection::new(format!("field `{key}` is an object, expected a list"))
+            })?;
+            &parsed
+        }
         _ => list(record, key)?,
     };
     let mut messages = Vec::with_capacity(turns.len());
@@ -144,8 +152,7 @@ fn messages(record: &Value, key: &str, before: usize) -> Result<Vec<Value>, Reje
 
 /// Whether a field holds messages: a list, or JSON text of one.
 pub(super) fn has_messages(field: &Value) -> bool {
-    let says = |turn: &Value| turn["role"].is_string() || turn["from"].is_string();
-    let listed = |turns: Vec<Value>| !turns.is_empty() && turns.iter().all(says);
+    let listed = |turns: Vec<Value>| !turns.is_empty() && turns.iter().all(says_who);
     match field {
         Value::Array(_) => true,
         Value::String(text) if text.trim_start().starts_with('[') => {
@@ -153,6 +160,23 @@ pub(super) fn has_messages(field: &Value) -> bool {
         }
         _ => false,
     }
+}
+
+fn says_who(message: &Value) -> bool {
+    message["role"].is_string() || message["from"].is_string()
+}
+
+/// The rows of columns of one length, as older versions of `datasets` keep lists of objects.
+fn rows(columns: &Map<String, Value>) -> Option<Vec<Value>> {
+    let length = columns.values().next()?.as_array()?.len();
+    let mut rows = vec![Map::new(); length];
+    for (name, column) in columns {
+        let column = column.as_array().filter(|column| column.len() == length)?;
+        for (row, value) in rows.iter_mut().zip(column) {
+            row.insert(name.clone(), value.clone());
+        }
+    }
+    Some(rows.into_iter().map(Value::Object).collect())
 }
 
 /// What a template sees beside the messages: tools, which OpenAI once called functions, and the record's
@@ -221,16 +245,17 @@ fn read(message: &Value) -> Result<Value, Rejection> {
     Ok(read)
 }
 
-/// What a message says about its own loss: OpenAI's `weight`, Axolotl's `train` and ms-swift's `loss`.
+/// What a message says about its own loss: OpenAI's `weight`, LLaMA-Factory's `loss_weight`, Axolotl's `train`
+/// and ms-swift's `loss`.
 fn is_trained(fields: &Map<String, Value>) -> Result<bool, Rejection> {
     let mut said: Option<(&str, bool)> = None;
-    for name in ["weight", "train", "loss"] {
+    for name in ["weight", "loss_weight", "train", "loss"] {
         let given = fields.get(name).unwrap_or(&Value::Null);
         let trains = match (name, given, given.as_f64()) {
             (_, Value::Null, _) => continue,
-            ("weight", _, Some(weight @ (0.0 | 1.0))) => weight == 1.0,
-            ("weight", ..) => {
-                let what = format!(".weight is {given}, expected 0 or 1");
+            ("weight" | "loss_weight", _, Some(weight @ (0.0 | 1.0))) => weight == 1.0,
+            ("weight" | "loss_weight", ..) => {
+                let what = format!(".{name} is {given}, expected 0 or 1");
                 return Err(Rejection::new(what).hint("0 leaves an answer untrained"));
             }
             (_, &Value::Bool(trains), _) => trains,
@@ -303,10 +328,12 @@ fn openai(fields: &Map<String, Value>) -> Result<Value, Rejection> {
         Some(Value::String(_)) => {}
         Some(Value::Array(parts)) => {
             let texts = parts.iter().map(part).collect::<Result<Vec<_>, _>>()?;
-            if let [] | [_] = texts[..] {
-                let text = texts.concat();
-                fields.insert("content".into(), text.into());
-            }
+            let content = match texts[..] {
+                [] => "".into(),
+                [text] => text.into(),
+                _ => texts.iter().map(|text| json!({"type": "text", "text": text})).collect(),
+            };
+            fields.insert("content".into(), content);
         }
         Some(other) => {
             return Err(Rejection::new(format!(".content is {}, expected text", kind(other))));
@@ -315,9 +342,15 @@ fn openai(fields: &Map<String, Value>) -> Result<Value, Rejection> {
     Ok(Value::Object(fields))
 }
 
+/// The text of a part: OpenAI's `text`, or LLaMA-Factory's `value`.
 fn part(part: &Value) -> Result<&str, Rejection> {
-    match (part["type"].as_str(), part["text"].as_str()) {
+    let text = part["text"].as_str().or_else(|| part["value"].as_str());
+    match (part["type"].as_str(), text) {
         (Some("text") | None, Some(text)) => Ok(text),
+        (Some("text"), None) => {
+            let what = ".content has a part of type `text` without `text`";
+            Err(Rejection::new(what))
+        }
         (kind, _) => {
             let what = format!(".content has a part of type `{}`", kind.unwrap_or("?"));
             Err(Rejection::new(what).hint("only text can be trained"))

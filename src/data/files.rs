@@ -36,7 +36,22 @@ pub struct DataFile {
     pub lines_before: usize,
 }
 
+/// What the user gave as data, for people.
+pub fn in_words(given: &[PathBuf]) -> String {
+    given.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+}
+
 impl DataFiles {
+    /// [`find`](DataFiles::find) for each of `given`, in this order.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn find_all(given: &[PathBuf]) -> Result<Self> {
+        let found = given.iter().map(|path| Ok(DataFiles::find(path)?.0));
+        let found: Vec<Vec<DataFile>> = found.collect::<Result<_>>()?;
+        Ok(DataFiles(found.concat()))
+    }
+
     /// A file by itself, the data files of a folder, or the files that a pattern such as
     /// `data/train-*.parquet` fits, by name. Nothing is read.
     ///

@@ -2,7 +2,8 @@
 //!
 //! As vLLM does, and as most templates need, content in text parts becomes one text unless the template goes
 //! through the parts itself, and a tool call's arguments are an object even where they were saved as JSON
-//! text, unless the template can only do with the text.
+//! text, unless the template can only do with the text. A message that calls tools and says nothing says an
+//! empty text where the template needs one.
 
 use std::borrow::Cow;
 
@@ -17,9 +18,34 @@ impl Chat {
     /// What the template is to render, whole or in part.
     pub(super) fn for_template(&self, template: &ChatTemplate) -> Cow<'_, Self> {
         let chat = self.with_joined_parts(template);
-        let Some(parsed) = chat.with_objects_as_arguments() else { return chat };
+        if !chat.messages.iter().any(calls) {
+            return chat;
+        }
+        let parsed = chat.with_objects_as_arguments().map(Cow::Owned);
+        let shapes = parsed.into_iter().chain([chat]);
+        let shapes: Vec<Cow<Chat>> = shapes
+            .flat_map(|chat| {
+                let told = chat.with_text_beside_calls().map(Cow::Owned);
+                std::iter::once(chat).chain(told)
+            })
+            .collect();
         let renders = |chat: &Chat| template.render(&chat.messages, &chat.variables, false).is_ok();
-        if !renders(&parsed) && renders(&chat) { chat } else { Cow::Owned(parsed) }
+        let taken = shapes.iter().position(|chat| renders(chat)).unwrap_or(0);
+        shapes.into_iter().nth(taken).expect("there is at least the conversation as it was")
+    }
+
+    /// The conversation with an empty text beside calls that have none, for templates that put the text before
+    /// them whatever it is; none if all have a text.
+    fn with_text_beside_calls(&self) -> Option<Self> {
+        let is_silent = |message: &Value| calls(message) && message["content"].is_null();
+        if !self.messages.iter().any(is_silent) {
+            return None;
+        }
+        let mut chat = self.clone();
+        for message in chat.messages.iter_mut().filter(|message| is_silent(message)) {
+            message["content"] = "".into();
+        }
+        Some(chat)
     }
 
     /// The conversation with one text for the parts of each message, which most templates need: of all but

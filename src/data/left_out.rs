@@ -4,7 +4,7 @@
 use serde_json::{Map, Value};
 
 use super::chat::Chat;
-use super::message::{calls, longest_line};
+use super::message::{calls, inline_reasoning, longest_line};
 use super::rejection::Rejection;
 use super::template::{ChatTemplate, REASONING};
 
@@ -125,7 +125,8 @@ impl Chat {
     /// Messages whose reasoning is not in the text.
     pub(super) fn reasoning_left_out(&self, text: &str) -> usize {
         let reasoning = |message: &&Value| {
-            let given = REASONING.iter().find_map(|name| message[*name].as_str()).map(str::trim);
+            let field = REASONING.iter().find_map(|name| message[*name].as_str()).map(str::trim);
+            let given = field.or_else(|| inline_reasoning(message));
             given.is_some_and(|given| !given.is_empty() && !text.contains(given))
         };
         self.messages.iter().filter(reasoning).count()
@@ -238,6 +239,13 @@ mod tests {
             {"role": "assistant", "content": "", "weight": 0},
         ]}));
         assert_eq!((chat.reasoning_left_out("b"), chat.reasoning_left_out("because b")), (1, 0));
+        let inline = self::chat(json!({"messages": [
+            {"role": "user", "content": "a </think> b"},
+            {"role": "assistant", "content": "<think>\nso it is\n</think>\n\nb"},
+            {"role": "assistant", "content": "<think>\n\n</think>\n\nc"},
+        ]}));
+        let kept = "<think>\nso it is\n</think>\n\nb";
+        assert_eq!((inline.reasoning_left_out("b c"), inline.reasoning_left_out(kept)), (1, 0));
         assert_eq!([1, 2, 3].map(|index| chat.is_empty_answer(index)), [false, true, true]);
     }
 }

@@ -2,14 +2,14 @@
 
 use std::collections::HashSet;
 use std::hash::{DefaultHasher, Hash, Hasher};
-use std::path::Path;
+use std::path::PathBuf;
 
 use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 use super::batch::Document;
 use super::encode::{Encoded, Encoder};
-use super::files::DataFiles;
+use super::files::{DataFiles, in_words};
 use super::format::Format;
 use super::json_text;
 use super::load_report::{LoadReport, Rejected, RoleUse};
@@ -33,19 +33,19 @@ pub struct Dataset {
     pub report: LoadReport,
 }
 
-/// Reads, tokenizes and truncates the records of `path`: of a file, a folder or a pattern
-/// ([`DataFiles::find`]). `watch` as that of [`read`].
+/// Reads, tokenizes and truncates the records of `data`: files, folders and patterns
+/// ([`DataFiles::find_all`]). `watch` as that of [`read`].
 ///
 /// # Errors
 /// As [`read`].
 pub fn load(
-    path: &Path,
+    data: &[PathBuf],
     encoder: &Encoder,
     options: &DataOptions,
     watch: impl FnMut(u64, u64),
 ) -> Result<Dataset> {
     let mut documents = Vec::new();
-    let report = read(path, encoder, options, |document| documents.push(document), watch)?;
+    let report = read(data, encoder, options, |document| documents.push(document), watch)?;
     Ok(Dataset { documents, report })
 }
 
@@ -56,7 +56,7 @@ pub fn load(
 /// `Io` when the file cannot be read, `Input` when it has no record or its shape is unknown. Bad
 /// records are listed in the report, not raised.
 pub fn read(
-    path: &Path,
+    data: &[PathBuf],
     encoder: &Encoder,
     options: &DataOptions,
     keep: impl FnMut(Document),
@@ -66,7 +66,7 @@ pub fn read(
         return Err(Error::usage(format_args!("--max-length {}", options.max_length))
             .hint("a document needs two tokens: one to predict the other from"));
     }
-    let files = DataFiles::find(path)?;
+    let files = DataFiles::find_all(data)?;
     let report =
         LoadReport { files: files.clone(), format: options.format, ..LoadReport::default() };
     let idle = options.rename_columns.iter().collect();
@@ -89,13 +89,13 @@ pub fn read(
         bytes += source.bytes_read();
     }
     if loader.report.records == 0 {
-        return Err(Error::input(format_args!("{} has no records", path.display())).hint(
+        return Err(Error::input(format_args!("{} has no records", in_words(data))).hint(
             "expected one JSON object in each line, one JSON list of objects, CSV or Parquet",
         ));
     }
     let unread = loader.report.rejected.len() == loader.report.records;
     if let Some(idle @ (old, _)) = loader.idle.first().filter(|_| !unread) {
-        let place = path.display();
+        let place = in_words(data);
         let what = format_args!("--rename-columns: no record of {place} has a field `{old}`");
         let several = several_in_one(idle);
         return Err(Error::usage(what).hint(several.as_deref().unwrap_or(

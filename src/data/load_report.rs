@@ -1,11 +1,11 @@
 //! What became of the records of a data set.
 
 use std::collections::BTreeMap;
-use std::path::Path;
+use std::path::PathBuf;
 
 use serde::Serialize;
 
-use super::files::DataFiles;
+use super::files::{DataFiles, in_words};
 use super::format::Format;
 use super::options::DataOptions;
 use super::rejection::Rejection;
@@ -107,8 +107,7 @@ impl LoadReport {
     /// # Errors
     /// `Input` for a rejected record, a document that is too long under `--truncation error`, or
     /// data without a token to train on.
-    pub fn check(&self, path: &Path, options: &DataOptions) -> Result<()> {
-        let place = path.display();
+    pub fn check(&self, data: &[PathBuf], options: &DataOptions) -> Result<()> {
         let at = |line: usize| self.files.place(line);
         if let Some(Rejected { line, rejection }) = self.rejected.first() {
             let more = match self.rejected.len() - 1 {
@@ -139,6 +138,7 @@ impl LoadReport {
             .hint(format_args!("{way} `--truncation drop`, `right`, `left` or `split`")));
         }
         if self.documents == 0 {
+            let place = in_words(data);
             let error = Error::input(format_args!("{place}: no record has a token to train on"));
             if self.too_long.is_empty() {
                 let hint = "see `nibble data --show 3`: which tokens does `--train-on` leave?";

@@ -13,6 +13,13 @@ pub(super) fn longest_line(message: &Value) -> Option<&str> {
     answer.lines().map(str::trim).filter(|line| !line.is_empty()).max_by_key(|line| line.len())
 }
 
+/// What the assistant thinks in the text of its answer, before it answers.
+pub(super) fn inline_reasoning(message: &Value) -> Option<&str> {
+    let content = message["content"].as_str().filter(|_| message["role"] == "assistant")?;
+    let (thoughts, _) = content.rsplit_once(END_OF_REASONING)?;
+    Some(thoughts.trim().trim_start_matches("<think>").trim())
+}
+
 /// What a message says: one text, or parts of it.
 pub(super) fn texts(message: &Value) -> impl Iterator<Item = &str> {
     let content = &message["content"];

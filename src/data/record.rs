@@ -6,6 +6,7 @@ use super::chat::{Chat, has_messages, tool_list, variables};
 use super::fields::{list, optional_text, text, trained_text};
 use super::format::{Format, no_object};
 use super::rejection::Rejection;
+use super::renames;
 use super::token_record;
 
 /// One example.
@@ -46,6 +47,9 @@ pub fn parse(record: &Value, format: Format) -> Result<Record, Rejection> {
     if !record.is_object() {
         return Err(no_object(record));
     }
+    if !matches!(format, Format::Text | Format::Tokens) {
+        check_supervised(record)?;
+    }
     match format {
         Format::Text => Ok(Record::Text(trained_text(record, "text")?)),
         Format::Prompt => prompt_completion(record),
@@ -59,17 +63,28 @@ pub fn parse(record: &Value, format: Format) -> Result<Record, Rejection> {
     }
 }
 
+/// Refuses answers that a field says to be good or bad, and a better one beside a worse one: trained as they
+/// stand, the bad ones would be learned, or the better one lost.
+fn check_supervised(record: &Value) -> Result<(), Rejection> {
+    let rated = |field: &&str| record[*field].is_boolean();
+    if let Some(field) = ["label", "kto_tag"].into_iter().find(rated) {
+        let what = format!("field `{field}` is true or false: whether the answer is a good one");
+        return Err(Rejection::new(what).hint(format!(
+            "for supervised training keep the good ones, without `{field}` (or call it otherwise by \
+             `--rename-columns {field}=good`)"
+        )));
+    }
+    if record["chosen"].is_null() || record["rejected"].is_null() {
+        return Ok(());
+    }
+    Err(renames::preferences(record))
+}
+
 /// Text on both sides, or lists of messages on both (TRL's conversational form).
 fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
-    if record["label"].is_boolean() {
-        let what = "field `label` is true or false: whether the completion is a good one";
-        return Err(Rejection::new(what).hint(
-            "for supervised training keep the good ones, without `label` (or call it otherwise by \
-             `--rename-columns label=good`)",
-        ));
-    }
     // Of text a completion may look like a list of messages, and be none.
-    if has_messages(&record["prompt"]) || record["completion"].is_array() {
+    let completion = &record["completion"];
+    if has_messages(&record["prompt"]) || completion.is_array() || completion.is_object() {
         return Chat::of_prompt_and_completion(record).map(Record::Chat);
     }
     let spoken = optional_text(record, "system").map_or(true, |text| text.is_some());

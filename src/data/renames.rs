@@ -35,8 +35,7 @@ const LISTS: [&str; 2] = ["conversation", "dialog"];
 
 /// Says that the format of `record` cannot be told, and what may be done about it.
 pub(super) fn unknown(record: &Value) -> Rejection {
-    let names: Vec<&str> =
-        record.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect();
+    let names = names(record);
     let what = format!("cannot tell the format of a record with the fields {}", listed(&names));
     if names.iter().any(|name| name.contains('\0')) {
         return Rejection::new("the file is UTF-16 text").hint("save it as UTF-8");
@@ -47,14 +46,10 @@ pub(super) fn unknown(record: &Value) -> Rejection {
         return Rejection::new(what)
             .hint("columns are set apart by `;` here: save the file with commas");
     }
-    let rejection = Rejection::new(what);
     if names.contains(&"chosen") && names.contains(&"rejected") {
-        let keep = "these are preferences; for supervised training keep the `chosen` side";
-        return rejection.hint(match chosen(record, &names) {
-            Some(pairs) => format!("{keep}: `{}`", flags(&pairs)),
-            None => keep.to_string(),
-        });
+        return Rejection { reason: what, ..preferences(record) };
     }
+    let rejection = Rejection::new(what);
     match flags(&renames(record, &names)) {
         none if none.is_empty() => rejection.hint(
             "expected text, prompt and completion, instruction and output, conversations, messages, \
@@ -62,6 +57,21 @@ pub(super) fn unknown(record: &Value) -> Rejection {
         ),
         flags => rejection.hint(format!("if they are what they are called: `{flags}`")),
     }
+}
+
+/// Says that `record` holds a better and a worse answer, and how the better one can be trained.
+pub(super) fn preferences(record: &Value) -> Rejection {
+    let names = names(record);
+    let keep = "these are preferences; for supervised training keep the `chosen` side";
+    let what = format!("the record has the fields {}", listed(&names));
+    Rejection::new(what).hint(match chosen(record, &names) {
+        Some(pairs) => format!("{keep}: `{}`", flags(&pairs)),
+        None => keep.to_string(),
+    })
+}
+
+fn names(record: &Value) -> Vec<&str> {
+    record.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect()
 }
 
 /// The fields of a record, the first few.
@@ -88,6 +98,12 @@ fn flags(renames: &[Rename]) -> String {
 /// beside it.
 fn chosen<'a>(record: &Value, names: &[&'a str]) -> Option<Vec<Rename<'a>>> {
     let (prompt, chosen) = (&record["prompt"], &record["chosen"]);
+    // The conversation that the answers go on from, in LLaMA-Factory's way.
+    if let Some(asked) =
+        ["conversations", "messages"].iter().find(|name| has_messages(&record[**name]))
+    {
+        return Some(vec![(asked, "prompt"), ("chosen", "completion")]);
+    }
     if has_messages(chosen) {
         let readable = Chat::new(record, "chosen").is_ok();
         let goes_on = has_messages(prompt);

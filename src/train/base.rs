@@ -3,6 +3,7 @@
 use nibble_quant::BlockFormat;
 
 use super::backend::TrainingKernels;
+use super::fingerprint;
 use super::meter::Meter;
 use crate::checkpoint::Checkpoint;
 use crate::error::Result;
@@ -23,14 +24,25 @@ pub struct FrozenBase<'a> {
     pub stream: bool,
 }
 
+/// A base model whose weights are there.
+pub struct LoadedBase<K: TrainingKernels> {
+    /// The weights where the backend works with them.
+    pub weights: Weights<K>,
+    /// [`fingerprint`] of the weights.
+    pub sha256: String,
+    /// What measures the run from before the weights were read.
+    pub meter: Meter,
+}
+
 impl FrozenBase<'_> {
-    /// The weights where `kernels` work with them, and what measures the run from before they were read.
+    /// Reads the weights.
     ///
     /// # Errors
     /// Those of [`Weights::load`] and of the backend.
-    pub fn load<K: TrainingKernels>(&self, kernels: &K) -> Result<(Weights<K>, Meter)> {
+    pub fn load<K: TrainingKernels>(&self, kernels: &K) -> Result<LoadedBase<K>> {
         let mut meter = Meter::begin(kernels)?;
         let weights = Weights::load(self.checkpoint, self.spec, self.format.as_ref(), None)?;
+        let sha256 = fingerprint::of(&weights);
         let weights = match self.stream {
             true => {
                 weights.upload_streamed(kernels, StreamedPages::new(self.checkpoint, self.spec))?
@@ -38,6 +50,6 @@ impl FrozenBase<'_> {
             false => weights.upload(kernels)?,
         };
         meter.loaded(kernels)?;
-        Ok((weights, meter))
+        Ok(LoadedBase { weights, sha256, meter })
     }
 }

@@ -13,6 +13,7 @@ mod cuda;
 pub mod digest;
 pub mod events;
 pub mod feed;
+pub mod fingerprint;
 pub mod interrupt;
 pub mod lora_model;
 pub mod meter;

@@ -1,6 +1,7 @@
 //! The live line on stderr; plain lines where stderr is not a terminal.
 
 use std::io::IsTerminal;
+use std::time::{Duration, Instant};
 
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 
@@ -13,6 +14,18 @@ use crate::report::figures::{clock, number, rate};
 pub struct Progress {
     max_steps: u64,
     output: Output,
+}
+
+/// Plain lines about an evaluation are so far apart.
+const EVALUATION_LINES: Duration = Duration::from_secs(30);
+
+/// How far an evaluation is, shown while it lasts.
+pub struct Evaluation<'a> {
+    progress: &'a Progress,
+    step: u64,
+    batches: usize,
+    start: Instant,
+    shown: Instant,
 }
 
 enum Output {
@@ -77,6 +90,12 @@ impl Progress {
         }
     }
 
+    /// An evaluation of `batches` after step `step` begins.
+    pub fn evaluation(&self, step: u64, batches: usize) -> Evaluation<'_> {
+        let now = Instant::now();
+        Evaluation { progress: self, step, batches, start: now, shown: now }
+    }
+
     /// The evaluation data were scored.
     pub fn eval(&self, event: &EvalEvent) {
         let best = if event.is_best { ", the best so far" } else { "" };
@@ -122,6 +141,30 @@ impl Progress {
     }
 }
 
+impl Evaluation<'_> {
+    /// The first `done` batches are scored.
+    pub fn scored(&mut self, done: usize) {
+        let line = || evaluation_line(self.step, done, self.batches, self.start.elapsed());
+        match &self.progress.output {
+            Output::Live(bar) => bar.set_message(line()),
+            Output::Plain if self.shown.elapsed() >= EVALUATION_LINES => {
+                eprintln!("{}", line());
+                self.shown = Instant::now();
+            }
+            Output::Plain | Output::Silent => {}
+        }
+    }
+}
+
+fn evaluation_line(step: u64, done: usize, batches: usize, elapsed: Duration) -> String {
+    let line = format!("step {step}: evaluating, {done} of {batches} batches");
+    if done == 0 {
+        return line;
+    }
+    let left = elapsed.as_secs_f64() / done as f64 * (batches - done) as f64;
+    format!("{line}, ETA {}", clock(left))
+}
+
 fn step_line(event: &StepEvent, max_steps: u64, eta_seconds: f64) -> String {
     let memory = ByteSize(event.memory_bytes());
     format!(
@@ -138,6 +181,13 @@ fn step_line(event: &StepEvent, max_steps: u64, eta_seconds: f64) -> String {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn an_evaluation_says_how_far_it_is() {
+        let line = |done| evaluation_line(6, done, 380, Duration::from_secs(20));
+        assert_eq!(line(0), "step 6: evaluating, 0 of 380 batches");
+        assert_eq!(line(40), "step 6: evaluating, 40 of 380 batches, ETA 2:50");
+    }
 
     #[test]
     fn the_line_has_what_one_watches() {

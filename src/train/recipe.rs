@@ -64,6 +64,15 @@ pub struct EvalRecipe {
     pub load_best_at_end: bool,
 }
 
+impl EvalRecipe {
+    /// Evaluations from step `step` on, the one after it included, to the last step, which always has one.
+    pub fn left(&self, step: u64, last: u64) -> u64 {
+        let Some(every) = self.steps else { return 1 };
+        let before = step.saturating_sub(1) / every;
+        last / every - before + u64::from(!last.is_multiple_of(every))
+    }
+}
+
 /// Settings of checkpoints.
 #[derive(Debug, Clone, PartialEq)]
 pub struct SaveRecipe {

@@ -152,6 +152,11 @@ pub fn compare(was: &Identity, now: &Identity) -> Result<()> {
     if was.eval_data_sha256 != now.eval_data_sha256 {
         return Err(different("evaluation data"));
     }
+    if let (Some(was), Some(now)) = (&was.base_sha256, &now.base_sha256)
+        && was != now
+    {
+        return Err(different("base model, by its weights,"));
+    }
     let most = if was.bf16 || now.bf16 { SAME_MODEL_IN_BF16 } else { SAME_MODEL };
     if (was.base_loss - now.base_loss).abs() > most * was.base_loss.abs() {
         let (was, now) = (was.base_loss, now.base_loss);

@@ -29,8 +29,11 @@ pub struct Identity {
     pub data_sha256: String,
     /// SHA-256 of the tokenized evaluation data.
     pub eval_data_sha256: Option<String>,
-    /// Mean loss of the base model on the first tokens: the model's fingerprint.
+    /// Mean loss of the base model on the first tokens.
     pub base_loss: f64,
+    /// [`fingerprint`](super::fingerprint) of the base model's weights; none in what older versions wrote.
+    #[serde(default)]
+    pub base_sha256: Option<String>,
     /// Whether the base loss was computed in bf16, as on every GPU.
     #[serde(default)]
     pub bf16: bool,

@@ -5,11 +5,13 @@
 //! nothing; an interrupted step is given up and made again.
 
 mod ending;
+mod session;
 mod shortage;
 
-use crate::model::Variant;
 use std::path::Path;
 use std::time::Instant;
+
+use session::Session;
 
 use super::adamw::RateGroup;
 use super::backend::Update;
@@ -27,6 +29,7 @@ use super::trainee::Trainee;
 use crate::data::Batch;
 use crate::error::{Error, Result};
 use crate::ledger::{self, Phase, resident};
+use crate::model::Variant;
 
 /// What a run works with, beside the model.
 pub struct RunContext<'a> {
@@ -61,13 +64,6 @@ pub struct Trainer<'a, M> {
     /// Whether there was an evaluation or a sample since.
     unsaved: bool,
     session: Session,
-}
-
-/// Steps and seconds since this process began, for the ETA.
-#[derive(Default)]
-struct Session {
-    steps: u64,
-    seconds: f64,
 }
 
 impl<'a, M: Trainee> Trainer<'a, M> {
@@ -226,8 +222,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         state.log_sums.steps += 1;
         state.log_sums.tokens += gradient.tokens;
         state.log_sums.seconds += seconds;
-        self.session.steps += 1;
-        self.session.seconds += seconds;
+        self.session.add_step(gradient.tokens, seconds);
     }
 
     fn log_step(&mut self, gradient: &Gradient, learning_rate: f64) -> Result<()> {
@@ -249,8 +244,8 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             rss_bytes: resident::now_bytes(),
             gpu_bytes: self.model.gpu_bytes(),
         };
-        let seconds_per_step = self.session.seconds / self.session.steps as f64;
-        self.context.progress.step(&event, seconds_per_step * (last - step) as f64);
+        let RunContext { recipe, evaluation, progress, .. } = &self.context;
+        progress.step(&event, self.session.eta_seconds(recipe, evaluation, step, last));
         self.record(Event::Step(event))
     }
 
@@ -284,10 +279,12 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         let start = Instant::now();
         let (mut loss, mut targets, mut documents) = (0.0, 0, 0);
         let evaluation = self.context.evaluation;
-        for batch in evaluation {
+        let mut shown = self.context.progress.evaluation(self.state.step, evaluation.len());
+        for (done, batch) in evaluation.iter().enumerate() {
             if (self.context.stop)() {
                 return Ok(None);
             }
+            shown.scored(done);
             loss += self.until_it_fits(|run| run.model.evaluate(batch, Variant::Adapted))?;
             targets += batch.num_targets() as u64;
             documents += batch.lines.len() as u64;
@@ -299,11 +296,13 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             return Err(Error::numeric(what).hint("try a lower `--learning-rate`"));
         }
         let is_best = self.keep_score(eval_loss);
+        let seconds = start.elapsed().as_secs_f64();
+        self.session.evaluation_seconds = Some(seconds);
         let event = EvalEvent {
             step: self.state.step,
             epoch: self.epoch(),
             eval_loss,
-            eval_runtime: start.elapsed().as_secs_f64(),
+            eval_runtime: seconds,
             num_documents: documents,
             num_batches: self.context.evaluation.len() as u64,
             num_target_tokens: targets,

@@ -6,7 +6,7 @@ use nibble_quant::FloatType;
 
 use super::adamw::AdamW;
 use super::backend::{TrainingKernels, Update};
-use super::base::FrozenBase;
+use super::base::{FrozenBase, LoadedBase};
 use super::{clip, step};
 use crate::adapter::{Adapter, LoraConfig};
 use crate::data::{Batch, Document};
@@ -63,7 +63,7 @@ impl Trial<'_> {
             let error = Error::io("create a folder in", &std::env::temp_dir(), e);
             error.hint("set `TMPDIR` to a folder that can be written")
         })?;
-        let (weights, mut meter) = self.base.load(&kernels)?;
+        let LoadedBase { weights, mut meter, .. } = self.base.load(&kernels)?;
         let random = Randomness { dropout: self.lora.dropout(), ..Randomness::default() };
         let adapter = Adapter::init(self.lora.clone(), self.base.spec, 0)?;
         let (spec, settings) = (self.base.spec.clone(), self.settings.clone());

@@ -68,8 +68,8 @@ fn read_data(place: &Workplace, spec: &ModelSpec) {
         positions: None,
         rename_columns: Vec::new(),
     };
-    if let Ok(data) = load(&place.path("rows.jsonl"), &encoder, &options, |_, _| ()) {
-        let _ = data.report.check(&place.path("rows.jsonl"), &options);
+    if let Ok(data) = load(&[place.path("rows.jsonl")], &encoder, &options, |_, _| ()) {
+        let _ = data.report.check(&[place.path("rows.jsonl")], &options);
     }
 }
 

@@ -298,6 +298,83 @@ fn arguments_stay_text_where_the_template_needs_text() {
     assert!(refused.starts_with("chat template: "), "{refused}");
 }
 
+/// Bad answers would be learned as good ones, and better ones lost.
+#[test]
+fn ratings_and_preferences_are_refused() {
+    let tokenizer = tokenizer(json!({}));
+    let rating =
+        |field| Err(format!("field `{field}` is true or false: whether the answer is a good one"));
+    let said = [json!({"from": "human", "value": "a"}), json!({"from": "gpt", "value": "b"})];
+    for (record, field) in [
+        (json!({"messages": exchange("a", "b"), "label": false}), "label"),
+        (json!({"conversations": said, "kto_tag": true}), "kto_tag"),
+        (json!({"instruction": "a", "output": "b", "kto_tag": false}), "kto_tag"),
+    ] {
+        assert_eq!(trained(&tokenizer, record), rating(field));
+    }
+    let classified = json!({"text": "a", "label": true});
+    assert!(encode(&tokenizer, &classified).is_ok(), "of a text it says nothing about an answer");
+    // LLaMA-Factory's: the answers go on from the conversation.
+    let answer = |text: &str| json!({"from": "gpt", "value": text});
+    let asked = &said[..1];
+    let pair = json!({"conversations": asked, "chosen": answer("good"), "rejected": answer("bad")});
+    let rejection = parse(&pair, Format::Sharegpt).unwrap_err();
+    assert_eq!(
+        rejection.reason,
+        r#"the record has the fields ["conversations", "chosen", "rejected"]"#
+    );
+    let hint = rejection.hint.unwrap();
+    let flags = "`--rename-columns conversations=prompt --rename-columns chosen=completion`";
+    assert!(hint.ends_with(flags), "{hint}");
+    let renamed = json!({"prompt": asked, "completion": answer("good"), "rejected": answer("bad")});
+    assert_eq!(trained(&tokenizer, renamed).unwrap(), "good<|im_end|>");
+}
+
+#[test]
+fn messages_are_read_in_the_shapes_that_others_write() {
+    let tokenizer = tokenizer(json!({}));
+    let part = |text: &str, weight: f64| json!({"role": "assistant", "content": [{"type": "text", "value": text}], "loss_weight": weight});
+    let parts = json!({"messages": [exchange("a", "b")[0], part("c", 0.0), part("d", 1.0)]});
+    assert_eq!(trained(&tokenizer, parts).unwrap(), "d<|im_end|>");
+    let columns = json!({"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}});
+    let rows = json!({"messages": exchange("a", "b")});
+    assert_eq!(encode(&tokenizer, &columns), encode(&tokenizer, &rows));
+    let uneven = json!({"messages": {"role": ["user", "assistant"], "content": ["a"]}});
+    let is_object = "field `messages` is an object, expected a list";
+    assert_eq!(encode(&tokenizer, &uneven).unwrap_err(), is_object);
+    let image = json!({"role": "user", "content": [{"type": "image", "url": "x"}]});
+    let reason = "messages[0].content has a part of type `image`";
+    assert_eq!(encode(&tokenizer, &json!({"messages": [image]})).unwrap_err(), reason);
+}
+
+/// Qwen3's template puts the text before the calls, whatever it is.
+#[test]
+fn a_call_without_text_has_an_empty_one_where_the_template_needs_it() {
+    let template = |said: &str| {
+        let source = format!(
+            "{{% for m in messages %}}{{{{ '<|im_start|>' + m.role + '\\n' + {said} }}}}\
+             {{% for c in m.tool_calls or [] %}}<call>{{{{ c.function.arguments.x }}}}{{% endfor %}}\
+             <|im_end|>\n{{% endfor %}}\
+             {{% if add_generation_prompt %}}<|im_start|>assistant\n{{% endif %}}"
+        );
+        tokenizer(json!({"chat_template": source}))
+    };
+    let call = json!({"function": {"name": "f", "arguments": "{\"x\": 5}"}});
+    let silent = |content: &[(&str, Value)]| {
+        let mut message = json!({"role": "assistant", "tool_calls": [call]});
+        content.iter().for_each(|(key, value)| message[*key] = value.clone());
+        json!({"messages": [exchange("a", "")[0], message]})
+    };
+    for said in ["m.content", "(m.content or '')"] {
+        let tokenizer = template(said);
+        for record in [silent(&[]), silent(&[("content", Value::Null)])] {
+            assert_eq!(trained(&tokenizer, record).unwrap(), "<call>5<|im_end|>", "{said}");
+        }
+    }
+    let given = template("(m.content if m.content is defined else 'none')");
+    assert_eq!(trained(&given, silent(&[])).unwrap(), "none<call>5<|im_end|>", "as it was first");
+}
+
 /// Dropped without a word, the model would learn answers to something that it never saw.
 #[test]
 fn a_field_of_another_type_is_refused() {
@@ -326,7 +403,7 @@ fn a_field_of_another_type_is_refused() {
             &pair,
             "label",
             json!(false),
-            "field `label` is true or false: whether the completion is a good one",
+            "field `label` is true or false: whether the answer is a good one",
         ),
         (&pair, "tools", json!([1]), "field `tools` has no place beside a `prompt` that is text"),
     ] {

@@ -3,7 +3,7 @@
 //! `tests/data/tokenizer/smollm2.json`'s `chat` cases were made with transformers'
 //! `apply_chat_template`; the formats' expectations follow from the tokens' texts.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
 use nibble::data::chat::Chat;
 use nibble::data::template::ChatTemplate;
@@ -30,7 +30,7 @@ impl File {
     fn load(&self, options: &DataOptions) -> nibble::Result<Dataset> {
         let tokenizer = tokenizer();
         let encoder = Encoder::new(tokenizer, VOCAB, options.train_on)?;
-        load(&self.path(), &encoder, options, |_, _| ())
+        load(&[self.path()], &encoder, options, |_, _| ())
     }
 }
 
@@ -51,7 +51,7 @@ fn trained(document: &Document) -> (String, String) {
 
 fn one(text: &str) -> Document {
     let dataset = File::new(text).load(&options()).unwrap();
-    dataset.report.check(Path::new("data.jsonl"), &options()).unwrap();
+    dataset.report.check(&["data.jsonl".into()], &options()).unwrap();
     assert_eq!(dataset.documents.len(), 1);
     dataset.documents[0].clone()
 }
@@ -95,7 +95,7 @@ fn a_marker_that_takes_spaces_is_not_trained() {
         let said = |role: &str, content: &str| json!({"role": role, "content": content});
         let record = json!({"messages": [said("user", "Hi"), said("assistant", answer)]});
         let file = File::new(record.to_string());
-        let dataset = load(&file.path(), &encoder, &options(), |_, _| ()).unwrap();
+        let dataset = load(&[file.path()], &encoder, &options(), |_, _| ()).unwrap();
         assert_eq!(trained(&dataset.documents[0]).0, expected);
     }
 }
@@ -218,7 +218,7 @@ fn long_documents_are_never_cut_silently() {
     };
     let (_, dataset) = load(Truncation::Error);
     let error =
-        dataset.report.check(Path::new("f"), &with(Truncation::Error)).unwrap_err().to_string();
+        dataset.report.check(&["f".into()], &with(Truncation::Error)).unwrap_err().to_string();
     assert!(
         error.contains(
             "data.jsonl:1: document is longer than 3 tokens (1 of 1 is, the longest has 7)"
@@ -239,7 +239,7 @@ fn bad_records_are_named_by_file_and_line() {
     let rejected = |text: &[u8], expected: &str| {
         let error = File::new(text)
             .load(&options())
-            .and_then(|dataset| dataset.report.check(Path::new("data.jsonl"), &options()))
+            .and_then(|dataset| dataset.report.check(&["data.jsonl".into()], &options()))
             .unwrap_err()
             .to_string();
         assert!(error.contains(expected), "{error}\nexpected: {expected}");
@@ -341,13 +341,14 @@ fn files_may_have_formats_of_their_own() {
     let pairs = "{\"prompt\": \"b\", \"completion\": \"c\"}\n{\"text\": \"d\"}\n";
     std::fs::write(folder.join("more.jsonl"), pairs).unwrap();
     let encoder = Encoder::new(tokenizer(), VOCAB, TrainOn::Assistant).unwrap();
-    let report = load(&folder, &encoder, &options(), |_, _| ()).unwrap().report;
+    let report =
+        load(std::slice::from_ref(&folder), &encoder, &options(), |_, _| ()).unwrap().report;
     assert_eq!((report.documents, report.formats()), (2, "text, prompt".to_string()));
     // Within a file it is a mistake.
     let [bad] = &report.rejected[..] else { panic!("{:?}", report.rejected) };
     assert!(bad.rejection.reason.contains("no field `prompt`"), "{bad:?}");
     let options = DataOptions { format: Some(Format::Text), ..options() };
-    let report = load(&folder, &encoder, &options, |_, _| ()).unwrap().report;
+    let report = load(std::slice::from_ref(&folder), &encoder, &options, |_, _| ()).unwrap().report;
     assert_eq!((report.documents, report.rejected.len()), (2, 1));
 }
 

@@ -38,7 +38,7 @@ fn load_all(text: &str, options: &DataOptions) -> Dataset {
     std::fs::write(&path, text).unwrap();
     let tokenizer = tokenizer();
     let encoder = Encoder::new(tokenizer, VOCAB, options.train_on).unwrap();
-    let mut dataset = load(&path, &encoder, options, |_, _| ()).unwrap();
+    let mut dataset = load(std::slice::from_ref(&path), &encoder, options, |_, _| ()).unwrap();
     // Its name is another each time.
     dataset.report.files = DataFiles::default();
     dataset
@@ -162,7 +162,9 @@ fn damaged_files_are_reported() {
         }
         bytes.truncate(random.below(round * 64 + 63, bytes.len() as u64) as usize + 1);
         std::fs::write(&path, &bytes).unwrap();
-        if let Ok(dataset) = load(&path, &encoder, &options(Truncation::Left, 50), |_, _| ()) {
+        if let Ok(dataset) =
+            load(std::slice::from_ref(&path), &encoder, &options(Truncation::Left, 50), |_, _| ())
+        {
             let report = &dataset.report;
             assert!(report.records >= report.rejected.len() + report.lengths.len());
         }

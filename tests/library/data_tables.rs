@@ -17,7 +17,7 @@ fn tables() -> &'static Path {
 fn try_load(path: &Path) -> nibble::Result<Dataset> {
     let options = options();
     let encoder = Encoder::new(tokenizer(), VOCAB, options.train_on)?;
-    load(path, &encoder, &options, |_, _| ())
+    load(&[path.to_path_buf()], &encoder, &options, |_, _| ())
 }
 
 fn write(name: &str, bytes: impl AsRef<[u8]>) -> (tempfile::TempDir, PathBuf) {

@@ -135,7 +135,6 @@ fn names_from_scripts_of_other_trainers() {
         ("--budget", "here it is `--memory-budget`"),
         ("--target_modules q_proj v_proj", "a list is one value with commas: `--target-modules q_"),
         ("run.toml", "settings are read by `--config run.toml`"),
-        ("--data other.jsonl --data", "several data files are a folder, or a pattern in quotes"),
         ("--learning-rte", "did you mean `--learning-rate`?"),
         ("--no-packing", "`--packing false`"),
         ("--no_shuffle", "`--shuffle false`"),

@@ -1,5 +1,6 @@
 //! `nibble data` as a user runs it: counts, bad lines and the visible loss mask.
 
+use std::io::Write;
 use std::process::Output;
 
 use serde_json::Value;
@@ -66,7 +67,8 @@ fn run(arguments: &[&str]) -> String {
     refused(LINES, arguments).0
 }
 
-/// Files of a folder, or those that a pattern fits, are one data set; places are those of the files.
+/// Files that are named, those of a folder, or those that a pattern fits, are one data set; places are those of
+/// the files.
 #[test]
 fn several_files_are_one_data_set() {
     let lines: Vec<&str> = LINES.lines().collect();
@@ -78,8 +80,14 @@ fn several_files_are_one_data_set() {
         let text = |bytes| String::from_utf8(bytes).unwrap().replace(r"\\", "/").replace('\\', "/");
         [output.stdout, output.stderr].map(text)
     };
-    for data in ["parts", "parts/*.jsonl"] {
-        let [text, error] = look(data, &["--show", "2"]);
+    let both = "parts/a.jsonl, parts/b.jsonl";
+    for (first, others, data) in [
+        ("parts", &[][..], "parts"),
+        ("parts/*.jsonl", &[], "parts/*.jsonl"),
+        ("parts/a.jsonl", &["parts/b.jsonl"], both),
+        ("parts/a.jsonl", &["--data", "parts/b*"], "parts/a.jsonl, parts/b*"),
+    ] {
+        let [text, error] = look(first, &[others, &["--show", "2"]].concat());
         assert!(
             text.starts_with(&format!("{data}: 4 records in 2 files, format messages\n")),
             "{text}"
@@ -106,9 +114,6 @@ fn several_files_are_one_data_set() {
     let json: Value = serde_json::from_str(&text).unwrap();
     assert_eq!(json["files"][1], serde_json::json!({"path": "parts/b.jsonl", "lines_before": 2}));
     assert_eq!(json["rejected"][0]["line"], 3);
-    // As a shell hands it over where there are no quotes.
-    let [_, error] = look("parts/a.jsonl", &["parts/b.jsonl"]);
-    assert!(error.contains("hint: several data files are a folder, or a pattern"), "{error}");
     let [_, error] = look("parts/c*", &[]);
     assert!(error.contains("no file fits parts/c*"), "{error}");
 }
@@ -222,12 +227,15 @@ fn what_the_template_leaves_out_is_said() {
     for reason in [
         "chat.jsonl:1: the chat template leaves messages[1].tool_calls out\n",
         "chat.jsonl:2: the chat template leaves field `tools` out\n",
-        "chat.jsonl:3: chat template: ",
+        "chat.jsonl:3: the chat template leaves messages[1].tool_calls out\n",
     ] {
         assert!(said.contains(reason), "{said}");
     }
     assert!(error.contains("hint: give a `--chat-template` that knows tools"), "{error}");
-    let (_, error) = refused(&record(&only_calls, Value::Null), &[]);
+    let mut odd = tempfile::NamedTempFile::new().unwrap();
+    odd.write_all(b"{{ messages[1].none_such.none_such }}").unwrap();
+    let options = ["--chat-template", odd.path().to_str().unwrap()];
+    let (_, error) = refused(&record(&only_calls, Value::Null), &options);
     assert!(error.contains("the record has tools, of which this template may"), "{error}");
     let two = serde_json::json!({"messages": [
         {"role": "user", "content": "Hi"}, empty, {"role": "user", "content": "Hi"}, plain,

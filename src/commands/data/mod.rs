@@ -3,7 +3,7 @@
 mod report;
 mod show;
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use serde_json::json;
 
@@ -12,6 +12,7 @@ use crate::adapter::PeftAdapter;
 use crate::checkpoint::{Checkpoint, read_config};
 use crate::cli::data::DataArgs;
 use crate::data::audit::Audit;
+use crate::data::files::in_words;
 use crate::data::{ChatTokenizer, Encoder};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
@@ -49,8 +50,8 @@ pub fn run(args: &DataArgs) -> Result<()> {
 }
 
 /// The report has said why; what to do about it stands here.
-fn refused(path: &Path, why: &Error) -> Error {
-    let error = Error::input(format_args!("{} cannot be trained on as it is", path.display()));
+fn refused(data: &[PathBuf], why: &Error) -> Error {
+    let error = Error::input(format_args!("{} cannot be trained on as it is", in_words(data)));
     let general = "fix the records named above, or remove them".to_string();
     error.hint(why.message().hint.as_ref().unwrap_or(&general))
 }

@@ -1,9 +1,10 @@
 //! The audit as text: figures, lengths, and a list of checks.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use crate::commands::reading;
 use crate::data::audit::{Audit, Bar};
+use crate::data::files::in_words;
 use crate::data::{ChatTokenizer, DataOptions, LoadReport, TrainOn, Truncation};
 use crate::plural::noun;
 use crate::report::figures::thousands;
@@ -15,12 +16,12 @@ const BAR_COLUMNS: usize = 40;
 
 /// The whole report.
 pub fn render(
-    path: &Path,
+    data: &[PathBuf],
     audit: &Audit,
     options: &DataOptions,
     tokenizer: &ChatTokenizer,
 ) -> String {
-    let mut lines = vec![title(path, audit), String::new()];
+    let mut lines = vec![title(data, audit), String::new()];
     // Figures and checks of nothing would only hide why.
     if audit.report.rejected.len() < audit.report.records {
         lines.extend(figures(audit, options));
@@ -34,13 +35,13 @@ pub fn render(
     lines.join("\n") + "\n"
 }
 
-fn title(path: &Path, audit: &Audit) -> String {
+fn title(data: &[PathBuf], audit: &Audit) -> String {
     let report = &audit.report;
     let format = report.formats();
     let (count, records) = (number(report.records), noun(report.records, "record"));
     let files = report.files.paths().count();
     let files = if files > 1 { format!(" in {files} files") } else { String::new() };
-    format!("{}: {count} {records}{files}, format {format}", path.display())
+    format!("{}: {count} {records}{files}, format {format}", in_words(data))
 }
 
 fn figures(audit: &Audit, options: &DataOptions) -> Vec<String> {

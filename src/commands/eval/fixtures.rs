@@ -25,6 +25,6 @@ pub(super) fn dataset(files: &[&str]) -> (TempDir, Dataset) {
         rename_columns: Vec::new(),
     };
     let encoder = Encoder::new(&tokenizer, 49_152, options.train_on).unwrap();
-    let dataset = load(folder.path(), &encoder, &options, |_, _| ()).unwrap();
+    let dataset = load(&[folder.path().to_path_buf()], &encoder, &options, |_, _| ()).unwrap();
     (folder, dataset)
 }

@@ -9,10 +9,11 @@ use std::path::Path;
 
 use serde_json::json;
 
-use super::{device, reading};
+use super::{device, progress_bar, reading};
 use crate::checkpoint::atomic::AtomicFile;
 use crate::checkpoint::{Checkpoint, is_there};
 use crate::cli::eval::EvalArgs;
+use crate::data::files::in_words;
 use crate::data::{Batch, ChatTokenizer, Dataset, Document, Encoder, targets};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
@@ -126,7 +127,7 @@ fn read_data(args: &EvalArgs, spec: &ModelSpec) -> Result<(Dataset, ChatTokenize
     let encoder = Encoder::new(&tokenizer, spec.vocab_size, options.train_on)?;
     let dataset = reading::load(&args.data, &encoder, &options)?;
     for note in reading::notes(&dataset.report) {
-        eprintln!("note: {}: {note}", args.data.display());
+        eprintln!("note: {}: {note}", in_words(&args.data));
     }
     Ok((dataset, tokenizer))
 }
@@ -192,8 +193,15 @@ fn figures<K: Kernels>(
     interrupt: &Interrupt,
 ) -> Result<Figures> {
     let mut figures = Figures::default();
+    let documents = batches.iter().map(|batch| batch.lines.len()).sum();
+    let scoring = match variant {
+        Variant::Base => "scoring the base",
+        Variant::Adapted => "scoring with the adapter",
+    };
+    let bar = progress_bar::over_count(scoring, documents);
     for batch in batches {
         interrupt.check()?;
+        bar.set_position(figures.documents as u64);
         let score = model.score(batch, variant)?;
         figures.documents += batch.lines.len();
         figures.targets += batch.num_targets();
@@ -201,6 +209,7 @@ fn figures<K: Kernels>(
         figures.tokens_right += score.likeliest.iter().filter(|&&right| right).count();
         figures.documents_right += documents_right(batch, &score.likeliest);
     }
+    bar.finish_and_clear();
     Ok(figures)
 }
 

@@ -1,10 +1,11 @@
 //! Training and evaluation data: read, checked, packed.
 
-use std::path::Path;
+use std::path::PathBuf;
 
 use crate::cli::train::TrainArgs;
 use crate::commands::reading;
 use crate::data::encode::Encoder;
+use crate::data::files::in_words;
 use crate::data::pack::{efficiency, one_per_row, pack};
 use crate::data::split::hold_out;
 use crate::data::{Batch, DataFiles, DataOptions, Dataset, Document, LoadReport};
@@ -95,7 +96,7 @@ fn options(args: &TrainArgs, base: &super::Base) -> DataOptions {
 
 /// Documents of files, or a part of them.
 struct DocumentSet<'a> {
-    path: &'a Path,
+    given: &'a [PathBuf],
     files: DataFiles,
     documents: Vec<Document>,
     /// What was left out or looks wrong.
@@ -110,19 +111,18 @@ fn sources<'a>(
 ) -> Result<[DocumentSet<'a>; 2]> {
     let options = options(args, base);
     let encoder = Encoder::new(&base.tokenizer, base.spec.vocab_size, options.train_on)?;
-    let read = |path: &'a Path| -> Result<DocumentSet<'a>> {
-        let dataset = reading::load(path, &encoder, &options)?;
+    let read = |given: &'a [PathBuf]| -> Result<DocumentSet<'a>> {
+        let dataset = reading::load(given, &encoder, &options)?;
         let notes = reading::notes(&dataset.report);
-        progress.note(&first_line(path, &dataset.report, &notes));
+        progress.note(&first_line(given, &dataset.report, &notes));
         let Dataset { documents, report } = dataset;
-        Ok(DocumentSet { path, files: report.files, documents, notes })
+        Ok(DocumentSet { given, files: report.files, documents, notes })
     };
     let mut training = read(&args.data.data)?;
-    let (path, files) = (training.path, training.files.clone());
-    let mut evaluation = DocumentSet { path, files, documents: Vec::new(), notes: Vec::new() };
-    match (&args.data.eval_data, args.data.validation_split) {
-        (Some(path), _) => evaluation = read(path)?,
-        (None, Some(share)) if share > 0.0 => {
+    let (given, files) = (training.given, training.files.clone());
+    let mut evaluation = DocumentSet { given, files, documents: Vec::new(), notes: Vec::new() };
+    match (&args.data.eval_data[..], args.data.validation_split) {
+        ([], Some(share)) if share > 0.0 => {
             (training.documents, evaluation.documents) =
                 hold_out(training.documents, share, args.optimization.seed);
             let [kept, held_out] = [&training, &evaluation].map(|source| source.documents.len());
@@ -138,7 +138,8 @@ fn sources<'a>(
                 "validation split: {held_out} of the documents held out, {kept} to train on"
             ));
         }
-        _ => {}
+        ([], _) => {}
+        (given, _) => evaluation = read(given)?,
     }
     Ok([training, evaluation])
 }
@@ -149,7 +150,7 @@ impl DocumentSet<'_> {
         let lengths = lengths(&self.documents);
         DataSummary {
             name: name.to_string(),
-            file: self.path.display().to_string(),
+            file: in_words(self.given),
             documents: self.documents.len() as u64,
             tokens: lengths.iter().sum::<usize>() as u64,
             trained_tokens: self.documents.iter().map(Document::num_targets).sum::<usize>() as u64,
@@ -172,11 +173,11 @@ impl Prepared {
 }
 
 /// A line on a file; nothing that was left out goes unsaid.
-fn first_line(path: &Path, report: &LoadReport, notes: &[String]) -> String {
+fn first_line(given: &[PathBuf], report: &LoadReport, notes: &[String]) -> String {
     let share = 100.0 * report.targets as f64 / report.tokens.max(1) as f64;
     let mut line = format!(
         "{}: {}, {}, {}, {share:.0}% of them trained",
-        path.display(),
+        in_words(given),
         counted(report.records, "record"),
         counted(report.documents, "document"),
         counted(report.tokens, "token"),

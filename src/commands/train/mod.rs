@@ -21,11 +21,11 @@ use crate::model::{Model, Randomness};
 use crate::plan::Processor;
 use crate::plural::{counted, noun};
 use crate::printed;
-use crate::report::figures::rate;
+use crate::report::figures::{rate, thousands};
 use crate::report::{REPORT_FILE, Reports};
 use crate::sample::Speaker;
 use crate::train::backend::TrainingKernels;
-use crate::train::base::FrozenBase;
+use crate::train::base::{FrozenBase, LoadedBase};
 use crate::train::checkpoints::{self, Found};
 use crate::train::events::{EndEvent, EndReason, Event, ParameterCounts, StartEvent};
 use crate::train::interrupt::Interrupt;
@@ -80,6 +80,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
         nothing_left(args, finished);
         return Ok(());
     }
+    tell_of_steps(&recipe, data.feed.num_batches(), &progress);
     warn(&base, &recipe, max_steps, &progress);
     let before = output.found.as_ref().and_then(|found| found.state.identity.sum_order);
     let memory = memory::plan(args, &base, &adapter, &data, &kernels, before)?;
@@ -88,7 +89,8 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let introduction = introduction(&base, &adapter, &data, &memory, kernels.device());
     tell_of_device(args, &introduction.device, &memory, &progress);
     let interrupt = Interrupt::install()?;
-    let mut model = base.load(args, kernels, &memory, adapter)?;
+    let (mut model, base_sha256) = base.load(args, kernels, &memory, adapter)?;
+    let identity = Identity { base_sha256: Some(base_sha256), ..identity };
     let found = output.found.take();
     let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, found)?;
     output.write_settings(&start.state.identity.settings)?;
@@ -167,6 +169,14 @@ fn train<'a, M: Trainee>(
     let event = start::start_event(introduction, &start.state, recipe, feed, &args.model.model);
     context.log.record(&Event::Start(event))?;
     Trainer::new(model, context, start.state, start.checks).run()
+}
+
+/// Says how long the run is, before anything expensive: packing makes few steps of many documents.
+fn tell_of_steps(recipe: &Recipe, num_batches: usize, progress: &Progress) {
+    let number = |steps: u64| usize::try_from(steps).unwrap_or(usize::MAX);
+    let steps = counted(number(recipe.max_steps(num_batches)), "step");
+    let each = thousands(recipe.steps_per_epoch(num_batches));
+    progress.note(&format!("{steps}, {each} in each pass over the data"));
 }
 
 /// What a user may not expect of the run.
@@ -296,11 +306,11 @@ impl Base {
         kernels: K,
         Memory { strategy, settings, account, .. }: &Memory,
         adapter: Adapter,
-    ) -> Result<LoraModel<K>> {
+    ) -> Result<(LoraModel<K>, String)> {
         let kernels = kernels.with_on_host(strategy.on_host);
         let (checkpoint, spec, format) = (&self.checkpoint, &self.spec, args.model.block_format());
         let base = FrozenBase { checkpoint, spec, format, stream: strategy.stream };
-        let (weights, meter) = base.load(&kernels)?;
+        let LoadedBase { weights, sha256, meter } = base.load(&kernels)?;
         let random = Randomness {
             seed: args.optimization.seed,
             dropout: adapter.config.dropout(),
@@ -312,7 +322,7 @@ impl Base {
         let model = LoraModel::new(model, adapter, dtype, self.preview, settings.clone())
             .with_tokenizer(self.brought);
         let budget = args.resources.memory_budget.map(|budget| budget.0);
-        Ok(model.with_meter(meter, account.clone(), budget))
+        Ok((model.with_meter(meter, account.clone(), budget), sha256))
     }
 }
 
@@ -321,6 +331,7 @@ fn identity(settings: SettingsEcho, data: &Prepared, bf16: bool) -> Identity {
         settings,
         data_sha256: data.training_sha256.clone(),
         eval_data_sha256: data.evaluation_sha256.clone(),
+        base_sha256: None,
         base_loss: f64::NAN,
         bf16,
         sum_order: None,

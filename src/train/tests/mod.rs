@@ -26,7 +26,7 @@ use crate::data::Batch;
 use crate::error::{Error, Message, Result};
 
 /// 13 batches in steps of 3, so that each epoch ends with a short one; evaluation every 2 steps.
-fn recipe() -> Recipe {
+pub(in crate::train) fn recipe() -> Recipe {
     Recipe {
         per_device_train_batch_size: 1,
         gradient_accumulation_steps: 3,
