@@ -24,7 +24,7 @@
 //! let spec = spec_from_config(checkpoint.config())?;
 //! let weights = Weights::load(&checkpoint, &spec, Some(&BlockFormat::default()), None)?;
 //! // Passes of up to 32 tokens, with the logits of 8 of them at a time.
-//! let mut model = Model::new(spec, weights, Settings::evaluating(32, 8))?;
+//! let mut model = Model::new(spec, weights, Settings::of_pass(32, 8))?;
 //!
 //! let input_ids = vec![3, 1, 4, 1, 5, 9, 2, 6];
 //! let labels = input_ids.iter().map(|&id| id as i32).collect();

@@ -102,7 +102,7 @@ fn random_model(
 /// gradients but for roundings, which are fewer; likewise logits, scores and an answer's.
 #[test]
 fn a_head_on_the_host_gives_the_same_numbers() {
-    for (vocab, tied) in [(700, false), (701, true)] {
+    for (vocab, tied) in [(1200, false), (1001, true)] {
         let Some(gpu) = gpu() else { return };
         let (spec, batch) = of_four_tiles(vocab, tied);
         let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
@@ -162,7 +162,7 @@ fn copies_of(chunks: usize) -> usize {
 /// them, with one buffer and with two; ahead of their turn from the second step on.
 #[test]
 fn the_tiles_of_a_head_are_there_when_they_are_used() {
-    let (spec, batch) = of_four_tiles(600, false);
+    let (spec, batch) = of_four_tiles(1200, false);
     for (ahead, rows) in [(true, 10), (true, 1), (false, 10)] {
         let run = |copies| {
             let gpu = Cuda::new(Device::with(copies)?).unwrap();
@@ -192,7 +192,7 @@ fn the_tiles_of_a_head_are_there_when_they_are_used() {
 /// turn all the same.
 #[test]
 fn another_number_of_trained_tokens_is_no_other_order() {
-    let (spec, batch) = of_four_tiles(600, false);
+    let (spec, batch) = of_four_tiles(1200, false);
     let mut fewer = batch.clone();
     fewer.labels[batch.tokens() / 2..].fill(-100);
     let chunks = |batch: &Batch| batch.num_targets().div_ceil(4);

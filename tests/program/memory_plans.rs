@@ -114,6 +114,8 @@ const PHI4: Shape = Shape {
 
 /// Adapters of rank 16 are on all linears.
 const RANK: usize = 16;
+/// Columns that they have behind a row: up to four of them fit into a line of the cache.
+const ROOM: usize = 64;
 const TILE: usize = 4096;
 
 impl Shape {
@@ -153,15 +155,16 @@ impl Shape {
     fn saved(&self) -> (usize, usize) {
         let Shape { d, q, kv, .. } = *self;
         let projected = if self.post_norms { d } else { 0 };
-        let ranks = (self.projections() + 2) * RANK;
-        let first = 2 * ((q + 2 * kv) + q + ranks + d + projected) + 4 * self.heads;
+        let ranks = (self.projections() + 1) * RANK;
+        let first = 2 * ((q + 2 * kv) + q + ROOM + ranks + d + projected) + 4 * self.heads;
         // `x·Aᵀ` of gate, up and down; or of two, and room behind gate and up for t of both.
-        (first, 2 * (2 * self.f + 3 * RANK + projected))
+        let ranks = if self.fused { 2 * RANK + ROOM } else { 3 * RANK };
+        (first, 2 * (2 * self.f + ranks + projected))
     }
 
     /// Those of them that attention makes.
     fn attended(&self) -> usize {
-        2 * (self.q + RANK) + 4 * self.heads
+        2 * (self.q + ROOM) + 4 * self.heads
     }
 
     /// Bytes of a run on `tokens`.
@@ -184,24 +187,24 @@ impl Shape {
         let projected = if self.post_norms { d } else { 0 };
         let tables = self.rotaries * 4 * self.head_dim;
         let projections = self.projections();
-        let ranks = (1 + 2 * projections) * RANK;
+        let ranks = 2 * ROOM + projections * RANK;
         let gradients = 2 * (d + d.max(q) + qkv + projected + ranks) + tables + 4 * self.heads;
         let gradients = tokens * gradients;
         // q, k and v as attention reads them, where norms lie between.
         let normed = if self.qk_norm { tokens * 2 * qkv } else { 0 };
         // The output of a norm, with room for `x·Aᵀ` of q, k and v, and its statistics.
-        let norm = tokens * (2 * (d + projections * RANK) + 4 * 2);
+        let norm = tokens * (2 * (d + ROOM) + 4 * 2);
         // A of q, k and v one below the other, and its gradient.
         let stacked = if self.fused { 0 } else { (2 + 4) * 3 * RANK * d };
-        let room = if self.post_norms { 0 } else { RANK };
+        let room = if self.post_norms { 0 } else { ROOM };
         let tiles = if tokens > TILE { 2 * tile * (2 * d + room) } else { 0 };
         // h, and the gradient of the gate where that is not made in place of gate and up.
-        let mlp_ranks = if self.fused { 1 } else { 2 };
-        let mlp = 2 * tile * (2 * self.f + mlp_ranks * RANK) + tiles;
+        let mlp_rooms = if self.fused { 1 } else { 2 };
+        let mlp = 2 * tile * (2 * self.f + mlp_rooms * ROOM) + tiles;
         let rows = ((128usize << 20).div_ceil(2 * self.v) / 256 * 256).min(tokens);
         let head = rows * (2 * (self.v + 3 * d) + 4 * 6);
         let widest = if self.fused { 2 * self.f } else { self.f };
-        let dequantized = 2 * 2 * (d + RANK) * widest;
+        let dequantized = 2 * 2 * (d + ROOM) * widest;
         let (cublas, context) = (32 << 20, 460 << 20);
         let run = adapter
             + inputs * tokens * 2 * d

@@ -4,7 +4,7 @@
 
 use super::Cuda;
 use super::driver::{Address, Argument, Driver, Launch};
-use super::frozen::STRIDE_ELEMENTS;
+use super::frozen::PIECE_ELEMENTS;
 use super::launch::FLAT_THREADS;
 use super::memory::Rows;
 use super::weight::{DeviceWeight, Packed};
@@ -114,7 +114,7 @@ impl<D: Driver> Cuda<D> {
 /// Rows of a panel, if `most` have room and there are `all`: then columns of what a panel makes begin
 /// on 16 bytes.
 pub(super) fn panel_rows(most: usize, all: usize) -> usize {
-    let aligned = most / STRIDE_ELEMENTS * STRIDE_ELEMENTS;
+    let aligned = most / PIECE_ELEMENTS * PIECE_ELEMENTS;
     let rows = if most >= all { all } else { aligned };
     rows.max(1)
 }

@@ -42,8 +42,12 @@ use super::weight::DeviceWeight;
 use crate::kernels::{Columns, LoraShape, LoraTerm, Write};
 use crate::plan::RegionType;
 
-/// Strides of extended operands are multiples of this: 16 bytes, as tensor cores like them.
-pub(super) const STRIDE_ELEMENTS: usize = 8;
+/// What of a matrix is multiplied begins at multiples of this: 16 bytes, which tensor cores need to be fast.
+pub(super) const PIECE_ELEMENTS: usize = 8;
+
+/// Strides of operands are multiples of this, 128 bytes, where the width is: what a tile reads of a row is
+/// then whole lines of the cache. Source: NVIDIA, "Matrix Multiplication Background", on the A100 and later.
+pub(super) const STRIDE_ELEMENTS: usize = 64;
 
 /// Columns that `ranks` take behind a row.
 pub(super) fn tail_columns(ranks: usize) -> usize {

@@ -17,7 +17,7 @@ use std::ops::Range;
 use super::Cuda;
 use super::dequantized::panel_rows;
 use super::driver::{Argument, Driver, Gemm};
-use super::frozen::{STRIDE_ELEMENTS, operand, output, output_in_f32, transposed};
+use super::frozen::{PIECE_ELEMENTS, operand, output, output_in_f32, transposed};
 use super::launch::{FLAT_THREADS, flat, launch, rows as row_grid};
 use super::loss::{LossSum, TILE_STATISTICS, logit_threads};
 use super::memory::{Buffer, Rows};
@@ -216,5 +216,5 @@ impl<'a, D: Driver> TiledChunk<'a, D> {
 
 /// Elements from one row of `count` logits to the next.
 fn stride(count: usize) -> usize {
-    count.next_multiple_of(STRIDE_ELEMENTS)
+    count.next_multiple_of(PIECE_ELEMENTS)
 }

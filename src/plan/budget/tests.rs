@@ -551,10 +551,10 @@ fn what_memory_is_left_holds_weights() {
     let keep = Strategy::uniform(32, Policy::Keep, false);
     let with = |blocks| Strategy { dequantized_blocks: blocks, ..keep };
     let chosen = |demand: &Demand, bytes| demand.choose(Limit::Budget(bytes)).unwrap().strategy;
-    // q, k and v, o, gate, up, down, each with a rank of 16 behind its rows and below them.
-    let (d, kv, f, r) = (4096u64, 1024, 14_336, 16);
-    let qkv = (d + 2 * kv + 3 * r) * (d + 3 * r);
-    let block = 2 * (qkv + (d + r) * (d + r) + 3 * (f + r) * (d + r));
+    // q, k and v, o, gate, up, down, each with a rank of 16 below its rows, and room for it behind them.
+    let (d, kv, f, r, room) = (4096u64, 1024, 14_336, 16, 64);
+    let wide = (d + 2 * kv + 3 * r + d + r + 2 * (f + r)) * (d + room);
+    let block = 2 * (wide + (d + r) * (f + room));
     for settings in [&short, &long] {
         let asked = of(settings).wishing(|wishes| {
             (wishes.dequantized_blocks, wishes.embedding) = (Some(31), EmbeddingPlace::Gpu);
