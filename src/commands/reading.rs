@@ -66,7 +66,11 @@ pub fn notes(report: &LoadReport) -> Vec<String> {
 /// What the format has no use for; the first few.
 pub fn unused_fields(report: &LoadReport) -> Option<String> {
     let names = &report.unused_fields;
-    let name = |name: &String| name.escape_debug().take(MOST_CHARACTERS).collect::<String>();
+    let name = |name: &String| match name.escape_debug().take(MOST_CHARACTERS).collect::<String>() {
+        // pandas' column of row numbers.
+        none if none.is_empty() => "one without a name".to_string(),
+        name => name,
+    };
     let shown: Vec<String> = names.iter().take(MOST_FIELDS).map(name).collect();
     let more = names.len() - shown.len();
     let more = if more > 0 { format!(" and {more} more") } else { String::new() };

@@ -162,7 +162,8 @@ pub(super) fn has_messages(field: &Value) -> bool {
     }
 }
 
-fn says_who(message: &Value) -> bool {
+/// Whether a message names its speaker.
+pub(super) fn says_who(message: &Value) -> bool {
     message["role"].is_string() || message["from"].is_string()
 }
 

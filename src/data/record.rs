@@ -64,7 +64,8 @@ pub fn parse(record: &Value, format: Format) -> Result<Record, Rejection> {
 }
 
 /// Refuses answers that a field says to be good or bad, and a better one beside a worse one: trained as they
-/// stand, the bad ones would be learned, or the better one lost.
+/// stand, the bad ones would be learned, or the better one lost. Refuses answers to pictures and sounds, too,
+/// which the model would not see.
 fn check_supervised(record: &Value) -> Result<(), Rejection> {
     let rated = |field: &&str| record[*field].is_boolean();
     if let Some(field) = ["label", "kto_tag"].into_iter().find(rated) {
@@ -74,10 +75,22 @@ fn check_supervised(record: &Value) -> Result<(), Rejection> {
              `--rename-columns {field}=good`)"
         )));
     }
-    if record["chosen"].is_null() || record["rejected"].is_null() {
-        return Ok(());
+    if !record["chosen"].is_null() && !record["rejected"].is_null() {
+        return Err(renames::preferences(record));
     }
-    Err(renames::preferences(record))
+    let shows = |field: &&str| match &record[*field] {
+        Value::Null => false,
+        Value::Array(items) => !items.is_empty(),
+        Value::String(path) => !path.is_empty(),
+        _ => true,
+    };
+    match ["image", "images", "videos", "audios"].into_iter().find(shows) {
+        Some(field) => Err(Rejection::new(format!("field `{field}`: only text can be trained"))
+            .hint(format!(
+                "leave such records out; if the text can do without, `--rename-columns {field}=unused`"
+            ))),
+        None => Ok(()),
+    }
 }
 
 /// Text on both sides, or lists of messages on both (TRL's conversational form).

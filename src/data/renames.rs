@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::chat::{Chat, has_messages};
+use super::chat::{Chat, has_messages, says_who};
 use super::rejection::Rejection;
 
 /// What others call an instruction, and what should follow it.
@@ -50,12 +50,19 @@ pub(super) fn unknown(record: &Value) -> Rejection {
         return Rejection { reason: what, ..preferences(record) };
     }
     let rejection = Rejection::new(what);
-    match flags(&renames(record, &names)) {
-        none if none.is_empty() => rejection.hint(
+    let flags = flags(&renames(record, &names));
+    if !flags.is_empty() {
+        return rejection.hint(format!("if they are what they are called: `{flags}`"));
+    }
+    match records_within(record) {
+        Some(list) => rejection.hint(format!(
+            "if the records are in its list `{list}`, write them to a file of their own, such as by \
+             `jq -c '.{list}[]'`"
+        )),
+        None => rejection.hint(
             "expected text, prompt and completion, instruction and output, conversations, messages, \
              or input_ids: other names are told with `--rename-columns OLD=NEW`",
         ),
-        flags => rejection.hint(format!("if they are what they are called: `{flags}`")),
     }
 }
 
@@ -72,6 +79,16 @@ pub(super) fn preferences(record: &Value) -> Rejection {
 
 fn names(record: &Value) -> Vec<&str> {
     record.as_object().into_iter().flatten().map(|(name, _)| name.as_str()).collect()
+}
+
+/// The one field of a file's only object whose value is a list of objects that are no messages: its records.
+fn records_within(record: &Value) -> Option<&String> {
+    let is_records = |(_, value): &(&String, &Value)| {
+        let items = value.as_array().filter(|items| !items.is_empty());
+        items.is_some_and(|items| items.iter().all(|item| item.is_object() && !says_who(item)))
+    };
+    let mut lists = record.as_object()?.iter().filter(is_records);
+    lists.next().filter(|_| lists.next().is_none()).map(|(name, _)| name)
 }
 
 /// The fields of a record, the first few.
@@ -173,6 +190,18 @@ mod tests {
         let flags = hint.split('`').rfind(|part| part.starts_with("--rename-columns "));
         let flags = flags.filter(|flags| !flags.contains("OLD")).unwrap_or_default();
         flags.replace("--rename-columns ", "")
+    }
+
+    #[test]
+    fn records_within_a_record_are_pointed_to() {
+        let hint = |record: &Value| Format::detect(record).unwrap_err().hint.unwrap();
+        let wrapped = json!({"version": 1, "data": [{"instruction": "a", "output": "b"}]});
+        assert!(hint(&wrapped).contains("`jq -c '.data[]'`"), "{}", hint(&wrapped));
+        let two = json!({"train": [{"text": "a"}], "test": [{"text": "b"}]});
+        let said = json!({"turns": [{"role": "user", "content": "a"}]});
+        for record in [two, said, json!({"data": ["a"]}), json!({"data": []})] {
+            assert!(!hint(&record).contains("jq"), "{record}");
+        }
     }
 
     #[test]

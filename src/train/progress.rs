@@ -22,6 +22,8 @@ const EVALUATION_LINES: Duration = Duration::from_secs(30);
 /// How far an evaluation is, shown while it lasts.
 pub struct Evaluation<'a> {
     progress: &'a Progress,
+    /// What the live line said before.
+    before: String,
     step: u64,
     batches: usize,
     start: Instant,
@@ -93,7 +95,11 @@ impl Progress {
     /// An evaluation of `batches` after step `step` begins.
     pub fn evaluation(&self, step: u64, batches: usize) -> Evaluation<'_> {
         let now = Instant::now();
-        Evaluation { progress: self, step, batches, start: now, shown: now }
+        let before = match &self.output {
+            Output::Live(bar) => bar.message(),
+            Output::Plain | Output::Silent => String::new(),
+        };
+        Evaluation { progress: self, before, step, batches, start: now, shown: now }
     }
 
     /// The evaluation data were scored.
@@ -152,6 +158,14 @@ impl Evaluation<'_> {
                 self.shown = Instant::now();
             }
             Output::Plain | Output::Silent => {}
+        }
+    }
+}
+
+impl Drop for Evaluation<'_> {
+    fn drop(&mut self) {
+        if let Output::Live(bar) = &self.progress.output {
+            bar.set_message(std::mem::take(&mut self.before));
         }
     }
 }

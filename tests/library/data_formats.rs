@@ -300,7 +300,7 @@ fn arguments_stay_text_where_the_template_needs_text() {
 
 /// Bad answers would be learned as good ones, and better ones lost.
 #[test]
-fn ratings_and_preferences_are_refused() {
+fn ratings_preferences_and_pictures_are_refused() {
     let tokenizer = tokenizer(json!({}));
     let rating =
         |field| Err(format!("field `{field}` is true or false: whether the answer is a good one"));
@@ -311,6 +311,14 @@ fn ratings_and_preferences_are_refused() {
         (json!({"instruction": "a", "output": "b", "kto_tag": false}), "kto_tag"),
     ] {
         assert_eq!(trained(&tokenizer, record), rating(field));
+    }
+    for (seen, field) in [(json!(["a.jpg"]), "images"), (json!({"bytes": [1]}), "image")] {
+        let mut record = json!({"messages": exchange("<image>a", "b")});
+        record[field] = seen;
+        let reason = format!("field `{field}`: only text can be trained");
+        assert_eq!(trained(&tokenizer, record.clone()), Err(reason));
+        record[field] = json!([]);
+        assert_eq!(trained(&tokenizer, record).unwrap(), "b<|im_end|>");
     }
     let classified = json!({"text": "a", "label": true});
     assert!(encode(&tokenizer, &classified).is_ok(), "of a text it says nothing about an answer");
