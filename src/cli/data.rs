@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, ValueHint};
 
 use super::numbers;
-use crate::data::{DataOptions, Format, TrainOn, Truncation};
+use crate::data::{BadRecords, DataOptions, Format, TrainOn, Truncation};
 use crate::model::spec::ModelSpec;
 
 /// How records become trained tokens.
@@ -28,6 +28,9 @@ pub struct DataFormatArgs {
     /// What to do with documents longer than `--max-length`
     #[arg(long, value_enum, value_name = "HOW", default_value_t = Truncation::Error)]
     pub truncation: Truncation,
+    /// What to do with records that cannot be used
+    #[arg(long, value_enum, value_name = "HOW", default_value_t = BadRecords::Error)]
+    pub bad_records: BadRecords,
 }
 
 impl DataFormatArgs {
@@ -37,6 +40,7 @@ impl DataFormatArgs {
             format: self.format,
             train_on: self.train_on,
             truncation: self.truncation,
+            bad_records: self.bad_records,
             max_length: spec.possible_length(max_length),
             positions: spec.learned_positions,
             rename_columns: self.rename_columns.clone(),

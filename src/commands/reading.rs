@@ -20,7 +20,7 @@ pub fn load(data: &[PathBuf], encoder: &Encoder, options: &DataOptions) -> Resul
     let bar = bar();
     let dataset = crate::data::load(data, encoder, options, |bytes, of| show(&bar, bytes, of))?;
     bar.finish_and_clear();
-    let general = "`nibble data` lists every bad record";
+    let general = "`nibble data` lists every bad record; `--bad-records skip` leaves them out";
     dataset.report.check(data, options).map_err(|error| error.or_hint(general))?;
     Ok(dataset)
 }
@@ -30,6 +30,7 @@ pub fn notes(report: &LoadReport) -> Vec<String> {
     let plain = |count: usize, what: &str| (count > 0).then(|| format!("{count} {what}"));
     let counted = |count, one, what| plain(count, &format!("{} {what}", noun(count, one)));
     let notes = [
+        plain(report.rejected.len(), "that cannot be used, left out"),
         plain(report.without_targets.len(), "without a token to train on, left out"),
         plain(report.too_long.len(), "longer than `--max-length`"),
         counted(report.tokens_removed, "token", "removed by truncation"),

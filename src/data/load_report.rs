@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::files::{DataFiles, in_words};
 use super::format::Format;
-use super::options::DataOptions;
+use super::options::{BadRecords, DataOptions};
 use super::rejection::Rejection;
 use super::truncate::Truncation;
 use crate::error::{Error, Result};
@@ -105,11 +105,13 @@ impl LoadReport {
     /// Fails on the first thing that a training run should not pass over.
     ///
     /// # Errors
-    /// `Input` for a rejected record, a document that is too long under `--truncation error`, or
+    /// `Input` for a rejected record that is not to be skipped, or where all are rejected, a document that is too long under `--truncation error`, or
     /// data without a token to train on.
     pub fn check(&self, data: &[PathBuf], options: &DataOptions) -> Result<()> {
         let at = |line: usize| self.files.place(line);
-        if let Some(Rejected { line, rejection }) = self.rejected.first() {
+        let refuses =
+            options.bad_records == BadRecords::Error || self.rejected.len() == self.records;
+        if let Some(Rejected { line, rejection }) = self.rejected.first().filter(|_| refuses) {
             let more = match self.rejected.len() - 1 {
                 0 => String::new(),
                 more => format!(" (and {more} more bad {})", noun(more, "record")),

@@ -58,7 +58,7 @@ pub use files::DataFiles;
 pub use format::Format;
 pub use load::{Dataset, load};
 pub use load_report::{LoadReport, Rejected, RoleUse};
-pub use options::DataOptions;
+pub use options::{BadRecords, DataOptions};
 pub use rejection::Rejection;
 pub use spans::{Rendered, Turn};
 pub use template_sources::TemplateSources;

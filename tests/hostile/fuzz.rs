@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 
 use nibble::adapter::Adapter;
 use nibble::checkpoint::{Checkpoint, Weight};
-use nibble::data::{ChatTokenizer, DataOptions, Encoder, TrainOn, Truncation, load};
+use nibble::data::{BadRecords, ChatTokenizer, DataOptions, Encoder, TrainOn, Truncation, load};
 use nibble::model::families::spec_from_config;
 use nibble::model::spec::ModelSpec;
 use nibble::model::weights::Weights;
@@ -64,6 +64,7 @@ fn read_data(place: &Workplace, spec: &ModelSpec) {
         format: None,
         train_on: TrainOn::Assistant,
         truncation: Truncation::Right,
+        bad_records: BadRecords::Error,
         max_length: 16,
         positions: None,
         rename_columns: Vec::new(),

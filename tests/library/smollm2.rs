@@ -3,7 +3,7 @@
 use std::path::Path;
 use std::sync::LazyLock;
 
-use nibble::data::{ChatTokenizer, DataOptions, TrainOn, Truncation};
+use nibble::data::{BadRecords, ChatTokenizer, DataOptions, TrainOn, Truncation};
 
 pub const VOCAB: usize = 49152;
 
@@ -20,6 +20,7 @@ pub fn options() -> DataOptions {
         format: None,
         train_on: TrainOn::Assistant,
         truncation: Truncation::Error,
+        bad_records: BadRecords::Error,
         max_length: 512,
         positions: None,
         rename_columns: Vec::new(),

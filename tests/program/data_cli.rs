@@ -67,6 +67,20 @@ fn run(arguments: &[&str]) -> String {
     refused(LINES, arguments).0
 }
 
+/// They are listed as before; what has nothing else cannot be trained all the same.
+#[test]
+fn bad_records_may_be_left_out() {
+    let skip = ["--bad-records", "skip"];
+    let text = report(LINES, &skip);
+    assert!(text.contains("bad   records that cannot be used, left out: 1\n"), "{text}");
+    assert!(text.contains("      chat.jsonl:3: not valid JSON"), "{text}");
+    assert!(text.contains("documents   2\n") && !text.contains("training would stop"), "{text}");
+    let (_, error) = refused("{\"messages\": [{}]}\n{\"messages\": 5}\n", &skip);
+    assert!(error.contains("chat.jsonl cannot be trained on as it is"), "{error}");
+    let (_, error) = refused(LINES, &[]);
+    assert!(error.contains("or leave them out by `--bad-records skip`"), "{error}");
+}
+
 /// Files that are named, those of a folder, or those that a pattern fits, are one data set; places are those of
 /// the files.
 #[test]
@@ -158,7 +172,7 @@ fn the_exit_code_says_whether_training_would_stop() {
     assert_eq!(
         error,
         "error: chat.jsonl cannot be trained on as it is\nhint: fix the records named above, \
-         or remove them\n"
+         or leave them out by `--bad-records skip`\n"
     );
     let (text, error) = refused(good, &["--max-length", "32", "--json"]);
     let json: Value = serde_json::from_str(&text).unwrap();

@@ -52,7 +52,8 @@ pub fn run(args: &DataArgs) -> Result<()> {
 /// The report has said why; what to do about it stands here.
 fn refused(data: &[PathBuf], why: &Error) -> Error {
     let error = Error::input(format_args!("{} cannot be trained on as it is", in_words(data)));
-    let general = "fix the records named above, or remove them".to_string();
+    let general =
+        "fix the records named above, or leave them out by `--bad-records skip`".to_string();
     error.hint(why.message().hint.as_ref().unwrap_or(&general))
 }
 

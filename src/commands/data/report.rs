@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use crate::commands::reading;
 use crate::data::audit::{Audit, Bar};
 use crate::data::files::in_words;
-use crate::data::{ChatTokenizer, DataOptions, LoadReport, TrainOn, Truncation};
+use crate::data::{BadRecords, ChatTokenizer, DataOptions, LoadReport, TrainOn, Truncation};
 use crate::plural::noun;
 use crate::report::figures::thousands;
 
@@ -28,7 +28,7 @@ pub fn render(
         lines.extend(histogram(audit));
         lines.extend(checks(audit, options, tokenizer));
     }
-    lines.extend(rejected(audit));
+    lines.extend(rejected(audit, options));
     // What `nibble train` would say.
     let verdict = audit.would_stop.as_ref().map(|why| format!("\ntraining would stop: {why}"));
     lines.extend(verdict);
@@ -209,12 +209,17 @@ fn too_long(audit: &Audit, options: &DataOptions) -> String {
     format!("records longer than {} tokens ({share:.1} %), {fate}", options.max_length)
 }
 
-fn rejected(audit: &Audit) -> Vec<String> {
+fn rejected(audit: &Audit, options: &DataOptions) -> Vec<String> {
     let rejected = &audit.report.rejected;
     if rejected.is_empty() {
         return vec!["ok    every record can be read".into()];
     }
-    let mut lines = vec![format!("bad   records that cannot be used: {}", number(rejected.len()))];
+    let fate = match options.bad_records {
+        BadRecords::Error => "",
+        BadRecords::Skip => ", left out",
+    };
+    let count = number(rejected.len());
+    let mut lines = vec![format!("bad   records that cannot be used{fate}: {count}")];
     for bad in rejected.iter().take(LISTED) {
         let place = audit.report.files.place(bad.line);
         lines.push(format!("      {place}: {}", bad.rejection.reason));

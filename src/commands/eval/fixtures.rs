@@ -5,7 +5,7 @@ use std::path::Path;
 use tempfile::TempDir;
 
 use crate::data::{
-    ChatTokenizer, DataOptions, Dataset, Encoder, Format, TrainOn, Truncation, load,
+    BadRecords, ChatTokenizer, DataOptions, Dataset, Encoder, Format, TrainOn, Truncation, load,
 };
 
 /// What is read from a folder whose files, `0.jsonl` and so on, are these records of tokens.
@@ -20,6 +20,7 @@ pub(super) fn dataset(files: &[&str]) -> (TempDir, Dataset) {
         format: Some(Format::Tokens),
         train_on: TrainOn::Assistant,
         truncation: Truncation::Error,
+        bad_records: BadRecords::Error,
         max_length: 16,
         positions: None,
         rename_columns: Vec::new(),
