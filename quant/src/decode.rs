@@ -21,7 +21,7 @@ pub(crate) const RUN: usize = 32;
 /// Which decoder this processor gets.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Decoder {
-    /// Table lookups, one for each code: what every processor can.
+    /// Table lookups, one for each code: what every processor can do.
     Scalar,
     /// AVX2.
     #[cfg(target_arch = "x86_64")]

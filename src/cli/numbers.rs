@@ -81,12 +81,15 @@ pub fn threads(text: &str) -> Result<NonZeroUsize, String> {
 
 /// A number of steps, 1 or more.
 pub fn steps(text: &str) -> Result<u64, String> {
-    let steps = whole_above_zero::<NonZeroU64>(text).map(u64::from);
-    match text.trim() {
-        // transformers' word for none.
-        "-1" => steps.map_err(|expected| format!("{expected}\nhint: for none leave it out")),
-        _ => steps,
-    }
+    whole_above_zero::<NonZeroU64>(text).map(u64::from)
+}
+
+/// [`steps`] of a run, which transformers has as -1 where there is no limit.
+pub fn max_steps(text: &str) -> Result<u64, String> {
+    steps(text).map_err(|expected| match text.trim() {
+        "-1" => format!("{expected}\nhint: for no limit leave it out"),
+        _ => expected,
+    })
 }
 
 /// Length of a document in tokens: one token has nothing to predict, and positions have 32 bits.
@@ -138,7 +141,7 @@ mod tests {
         assert_eq!(whole::<u64>("-1"), Err("expected a whole number, 0 or more".to_string()));
         assert!(at_least_one("1").is_ok() && at_least_one("0").is_err());
         assert_eq!(steps("0"), Err("expected a whole number, 1 or more".to_string()));
-        assert!(steps("-1").unwrap_err().ends_with("\nhint: for none leave it out"));
+        assert!(max_steps("-1").unwrap_err().ends_with("\nhint: for no limit leave it out"));
         assert!(length("2").is_ok() && length("1").is_err() && length("4294967296").is_err());
         assert!(some_bytes("0B").is_err() && some_bytes("0.1B").is_err());
         assert_eq!(some_bytes("1kB"), Ok(ByteSize(1000)));

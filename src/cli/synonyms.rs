@@ -5,7 +5,7 @@ use clap::Command;
 
 /// Their name and ours, with hyphens. A name that means several things is there several times: the
 /// first flag that a command has is meant.
-const SYNONYMS: [(&str, &str); 99] = [
+const SYNONYMS: [(&str, &str); 96] = [
     // transformers, TRL and PEFT, where ours is shorter
     ("assistant-only-loss", "train-on"),
     ("bnb-4bit-quant-type", "quantization"),
@@ -51,14 +51,12 @@ const SYNONYMS: [(&str, &str); 99] = [
     ("cutoff-len", "max-length"),
     ("datasets", "data"),
     ("eval-split", "validation-split"),
-    ("evals-per-epoch", "eval-steps"),
     ("flash-attention", "attn-implementation"),
     ("flash-attn", "attn-implementation"),
     ("grad-checkpoint", "activations"),
     ("iters", "max-steps"),
     ("lora-rank", "lora-r"),
     ("lora-target", "target-modules"),
-    ("lora-target-linear", "target-modules"),
     ("lora-target-modules", "target-modules"),
     ("m", "model"),
     ("micro-batch-size", "per-device-train-batch-size"),
@@ -75,7 +73,6 @@ const SYNONYMS: [(&str, &str); 99] = [
     ("quantize", "outtype"),
     ("quantization-type", "outtype"),
     ("sample-packing", "packing"),
-    ("saves-per-epoch", "save-steps"),
     ("sequence-len", "max-length"),
     ("system-prompt", "system"),
     ("tiled-mlp", "mlp-tile-length"),
@@ -124,9 +121,9 @@ const BEST_BY_LOSS: &str =
     "leave it out: the best checkpoint is the one of the lowest evaluation loss";
 
 /// Their names of what has no flag here, and why.
-const WITHOUT_FLAG: [(&str, &str); 45] = [
-    ("adapter", "leave it out: LoRA is what is trained; one to begin with is `init_adapter`"),
-    ("bias", "leave out `none`, which is what Nibble does; biases are not trained"),
+const WITHOUT_FLAG: [(&str, &str); 48] = [
+    ("adapter", "leave it out: LoRA is what is trained; one to begin with is `--init-adapter`"),
+    ("bias", "leave it out: biases are not trained"),
     ("bnb-4bit-compute-dtype", NUMBER_TYPE),
     ("dataloader-num-workers", "leave it out: all data is in memory before the first step"),
     ("dataset-num-proc", "leave it out: `--threads` is for all work"),
@@ -141,6 +138,7 @@ const WITHOUT_FLAG: [(&str, &str); 45] = [
     ("dtype", NUMBER_TYPE),
     ("eos-token", "leave it out: turns end as the chat template ends them"),
     ("eval-accumulation-steps", "leave it out: losses are summed, logits are not kept"),
+    ("evals-per-epoch", "`--eval-steps` has the steps between evaluations"),
     ("fp16", NUMBER_TYPE),
     ("fsdp", ONE_DEVICE),
     ("greater-is-better", BEST_BY_LOSS),
@@ -152,6 +150,7 @@ const WITHOUT_FLAG: [(&str, &str); 45] = [
     ("loftq-config", "not supported: adapters begin at zero; leave `None` out"),
     ("logging-dir", REPORTS),
     ("lora-bias", NOT_TRAINED),
+    ("lora-target-linear", "leave it out: `--target-modules` is all-linear by itself"),
     ("loraplus-lr-embedding", "leave it out: adapters on embeddings are not trained"),
     ("metric-for-best-model", BEST_BY_LOSS),
     ("modules-to-save", NOT_TRAINED),
@@ -165,6 +164,7 @@ const WITHOUT_FLAG: [(&str, &str); 45] = [
     ("remove-unused-columns", NOT_NEEDED),
     ("report-to", REPORTS),
     ("run-name", REPORTS),
+    ("saves-per-epoch", "`--save-steps` has the steps between checkpoints"),
     ("save-only-model", "not supported: a checkpoint is what `--resume` goes on from"),
     ("task-type", NOT_NEEDED),
     ("tf32", NUMBER_TYPE),
@@ -178,11 +178,17 @@ const WITHOUT_FLAG: [(&str, &str); 45] = [
     ("wandb-project", REPORTS),
 ];
 
+/// Those that are about training alone.
+const OF_TRAINING: [&str; 3] = ["adapter", "bias", "dtype"];
+
 /// What to do instead of setting `theirs` (kebab or snake case), as far as other programs' names
 /// tell; flags of `command` are written behind `dashes`.
 pub fn hint(command: &Command, theirs: &str, dashes: &str) -> Option<String> {
     let theirs = theirs.trim_start_matches('-').replace('_', "-").to_lowercase();
-    let without = || WITHOUT_FLAG.into_iter().find(|(name, _)| *name == theirs);
+    // Of a command that does not train they may mean something else.
+    let trains = command.get_arguments().any(|arg| arg.get_long() == Some("learning-rate"));
+    let applies = |name: &str| trains || !OF_TRAINING.contains(&name);
+    let without = || WITHOUT_FLAG.into_iter().find(|(name, _)| *name == theirs && applies(name));
     let here = ours(command, &theirs).map(|ours| format!("here it is `{dashes}{ours}`"));
     here.or_else(|| Some(without()?.1.to_string()))
 }
@@ -215,6 +221,8 @@ mod tests {
         for (theirs, _) in WITHOUT_FLAG {
             assert!(SYNONYMS.iter().all(|(name, _)| *name != theirs), "{theirs}");
         }
+        let export = cli.find_subcommand("export").unwrap();
+        assert_eq!(hint(export, "--dtype", "--"), None, "its nearest flag is `--outtype`");
         let data = cli.find_subcommand("data").unwrap();
         assert_eq!(hint(data, "--lr", "--"), None, "it has no such flag");
     }

@@ -216,7 +216,7 @@ pub struct OptimizationArgs {
           value_parser = numbers::share)]
     pub min_lr_rate: f64,
     /// Total number of optimizer steps; overrides `--num-train-epochs` [default: by epochs]
-    #[arg(long, value_name = "STEPS", value_parser = numbers::steps)]
+    #[arg(long, value_name = "STEPS", value_parser = numbers::max_steps)]
     pub max_steps: Option<u64>,
     /// Number of training epochs
     #[arg(long, value_name = "EPOCHS", default_value_t = 1.0,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 use indicatif::ProgressBar;
 
 use super::progress_bar;
+use crate::data::files::in_words;
 use crate::data::{DataOptions, Dataset, Encoder, LoadReport, RoleUse};
 use crate::error::Result;
 use crate::plural::noun;
@@ -23,6 +24,18 @@ pub fn load(data: &[PathBuf], encoder: &Encoder, options: &DataOptions) -> Resul
     let general = "`nibble data` lists every bad record; `--bad-records skip` leaves them out";
     dataset.report.check(data, options).map_err(|error| error.or_hint(general))?;
     Ok(dataset)
+}
+
+/// Files that were named and gave nothing.
+pub fn files_without_records(report: &LoadReport) -> Option<String> {
+    let empty = &report.empty_files;
+    (!empty.is_empty()).then(|| format!("no record in {}", in_words(empty)))
+}
+
+/// Whether files that are kept for something else by their names are among the others.
+pub fn held_out(report: &LoadReport) -> Option<String> {
+    let (file, kind) = report.files.held_out_among()?;
+    Some(format!("{} among the others, which by its name is for {kind}", file.display()))
 }
 
 /// What was left out or looks wrong.
@@ -57,6 +70,8 @@ pub fn notes(report: &LoadReport) -> Vec<String> {
             "prompt",
             "of plain text, without the chat template that `instruction` and `output` go through",
         ),
+        files_without_records(report),
+        held_out(report),
         unused_fields(report).map(|fields| format!("with fields that are not used: {fields}")),
         unknown_roles(report)
             .map(|roles| format!("messages with roles that few templates know: {roles}")),

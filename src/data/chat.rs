@@ -29,7 +29,8 @@ const USUAL_ROLES: [(&str, &str); 12] = [
     ("function_response", "tool"),
 ];
 
-fn usual_role(name: &str) -> Option<&'static str> {
+/// The role that others call `name`.
+pub(super) fn usual_role(name: &str) -> Option<&'static str> {
     USUAL_ROLES.iter().find(|(theirs, _)| *theirs == name).map(|(_, role)| *role)
 }
 

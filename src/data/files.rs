@@ -38,18 +38,37 @@ pub struct DataFile {
 
 /// What the user gave as data, for people.
 pub fn in_words(given: &[PathBuf]) -> String {
-    given.iter().map(|path| path.display().to_string()).collect::<Vec<_>>().join(", ")
+    const NAMED: usize = 3;
+    let named: Vec<String> =
+        given.iter().take(NAMED).map(|path| path.display().to_string()).collect();
+    match given.len().saturating_sub(NAMED) {
+        0 => named.join(", "),
+        more => format!("{} and {more} more", named.join(", ")),
+    }
 }
 
 impl DataFiles {
     /// [`find`](DataFiles::find) for each of `given`, in this order.
     ///
     /// # Errors
-    /// As there.
+    /// As there, and `Io` when one of several is missing: before the first one is read.
     pub fn find_all(given: &[PathBuf]) -> Result<Self> {
         let found = given.iter().map(|path| Ok(DataFiles::find(path)?.0));
         let found: Vec<Vec<DataFile>> = found.collect::<Result<_>>()?;
-        Ok(DataFiles(found.concat()))
+        let files = DataFiles(found.concat());
+        for path in files.paths().filter(|_| files.0.len() > 1) {
+            fs::metadata(path).map_err(|e| Error::io("open", path, e))?;
+        }
+        Ok(files)
+    }
+
+    /// What the names of several files say that they are for, where they differ: `train.jsonl`, and `test.jsonl`
+    /// for something else.
+    pub fn held_out_among(&self) -> Option<(&Path, &'static str)> {
+        let mut kinds = self.paths().filter_map(|path| Some((path, held_out(name(path))?)));
+        let first = kinds.next()?;
+        let all = kinds.count() + 1 == self.0.len();
+        (!all).then_some(first)
     }
 
     /// A file by itself, the data files of a folder, or the files that a pattern such as
@@ -61,6 +80,11 @@ impl DataFiles {
         let paths = match given.to_str().filter(|text| is_pattern(text) && !given.exists()) {
             Some(pattern) => fitting(pattern)?,
             None if given.is_dir() => in_folder(given)?,
+            None if ending(given) == "toml" => {
+                let given = given.display();
+                return Err(Error::input(format_args!("{given} holds settings, not data"))
+                    .hint(format_args!("settings are read by `--config {given}`")));
+            }
             None if is_hub_name(given) && !is_data(given) => {
                 let given = given.display();
                 let what = format_args!("there is no file {given}");
@@ -233,7 +257,7 @@ fn name(path: &Path) -> &str {
 }
 
 /// Whether a file's name says that it holds data.
-pub fn is_data(path: &Path) -> bool {
+fn is_data(path: &Path) -> bool {
     let (ending, last) = (unpacked_ending(path), ending(path));
     let packed = ending != last;
     let known = ENDINGS.contains(&ending.as_str()) && !(packed && ending == "parquet");

@@ -30,7 +30,10 @@ impl Chat {
             })
             .collect();
         let renders = |chat: &Chat| template.render(&chat.messages, &chat.variables, false).is_ok();
-        let taken = shapes.iter().position(|chat| renders(chat)).unwrap_or(0);
+        let taken = match shapes.len() {
+            1 => 0,
+            _ => shapes.iter().position(|chat| renders(chat)).unwrap_or(0),
+        };
         shapes.into_iter().nth(taken).expect("there is at least the conversation as it was")
     }
 

@@ -18,8 +18,8 @@ pub(super) const GENERATION_BEGIN: char = '\u{f8f0}';
 /// The end of what the assistant says: see [`GENERATION_BEGIN`].
 pub(super) const GENERATION_END: char = '\u{f8f1}';
 
-/// Instructions of a template for one conversation, after a few seconds of which it is stopped; a message
-/// takes some hundred.
+/// Instructions after which a template is stopped that renders one conversation: some seconds. A message takes a
+/// few hundred.
 const FUEL: u64 = 100_000_000;
 
 /// An environment in which it is `unix_seconds` o'clock.
@@ -69,6 +69,7 @@ pub(super) fn replace_generation_blocks(source: &str) -> (String, bool) {
 /// What went wrong: what the template's `raise_exception` said, or Jinja's own complaint.
 pub(super) fn cause(error: &Error) -> String {
     match (error.kind(), error.detail()) {
+        (ErrorKind::OutOfFuel, _) => format!("it does not end within {FUEL} instructions"),
         (ErrorKind::InvalidOperation, Some(detail)) => detail.to_string(),
         _ => format!("{error:#}"),
     }

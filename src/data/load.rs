@@ -87,6 +87,9 @@ pub fn read(
             watch(bytes + source.bytes_read(), all_bytes);
         }
         bytes += source.bytes_read();
+        if lines == before {
+            loader.report.empty_files.push(path.to_path_buf());
+        }
     }
     if loader.report.records == 0 {
         return Err(Error::input(format_args!("{} has no records", in_words(data))).hint(

@@ -19,6 +19,8 @@ use crate::plural::noun;
 pub struct LoadReport {
     /// The files of the data set.
     pub files: DataFiles,
+    /// Those of several that have no record.
+    pub empty_files: Vec<PathBuf>,
     /// Shape of the records.
     pub format: Option<Format>,
     /// The formats of files that have another one.

@@ -67,7 +67,12 @@ pub fn parse(record: &Value, format: Format) -> Result<Record, Rejection> {
 /// stand, the bad ones would be learned, or the better one lost. Refuses answers to pictures and sounds, too,
 /// which the model would not see.
 fn check_supervised(record: &Value) -> Result<(), Rejection> {
-    let rated = |field: &&str| record[*field].is_boolean();
+    let rated = |field: &&str| match &record[*field] {
+        Value::Bool(_) => true,
+        // A cell of a table.
+        Value::String(text) => ["true", "false"].iter().any(|word| text.eq_ignore_ascii_case(word)),
+        _ => false,
+    };
     if let Some(field) = ["label", "kto_tag"].into_iter().find(rated) {
         let what = format!("field `{field}` is true or false: whether the answer is a good one");
         return Err(Rejection::new(what).hint(format!(
@@ -75,7 +80,9 @@ fn check_supervised(record: &Value) -> Result<(), Rejection> {
              `--rename-columns {field}=good`)"
         )));
     }
-    if !record["chosen"].is_null() && !record["rejected"].is_null() {
+    // Some files have the better one as the record's messages, too.
+    let is_lost = record["chosen"] != record["messages"];
+    if !record["chosen"].is_null() && !record["rejected"].is_null() && is_lost {
         return Err(renames::preferences(record));
     }
     let shows = |field: &&str| match &record[*field] {
@@ -97,7 +104,8 @@ fn check_supervised(record: &Value) -> Result<(), Rejection> {
 fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
     // Of text a completion may look like a list of messages, and be none.
     let completion = &record["completion"];
-    if has_messages(&record["prompt"]) || completion.is_array() || completion.is_object() {
+    let is_listed = |field: &Value| field.is_array() || field.is_object();
+    if has_messages(&record["prompt"]) || is_listed(&record["prompt"]) || is_listed(completion) {
         return Chat::of_prompt_and_completion(record).map(Record::Chat);
     }
     let spoken = optional_text(record, "system").map_or(true, |text| text.is_some());

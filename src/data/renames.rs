@@ -2,7 +2,7 @@
 
 use serde_json::Value;
 
-use super::chat::{Chat, has_messages, says_who};
+use super::chat::{Chat, has_messages, says_who, usual_role};
 use super::rejection::Rejection;
 
 /// What others call an instruction, and what should follow it.
@@ -116,8 +116,12 @@ fn flags(renames: &[Rename]) -> String {
 fn chosen<'a>(record: &Value, names: &[&'a str]) -> Option<Vec<Rename<'a>>> {
     let (prompt, chosen) = (&record["prompt"], &record["chosen"]);
     // The conversation that the answers go on from, in LLaMA-Factory's way.
-    if let Some(asked) =
-        ["conversations", "messages"].iter().find(|name| has_messages(&record[**name]))
+    let asks = |name: &&&str| {
+        let last = record[**name].as_array().and_then(|turns| turns.last());
+        last.is_some_and(|turn| says_who(turn) && !is_answer(turn))
+    };
+    if (says_who(chosen) || chosen.is_string())
+        && let Some(asked) = ["conversations", "messages"].iter().find(asks)
     {
         return Some(vec![(asked, "prompt"), ("chosen", "completion")]);
     }
@@ -152,6 +156,12 @@ fn renames<'a>(record: &Value, names: &[&'a str]) -> Vec<Rename<'a>> {
         |name: &&&str| has_messages(&record[**name]) && Chat::new(record, name).is_ok();
     let lists = called(names, &LISTS);
     lists.iter().find(is_conversation).map(|name| (*name, "messages")).into_iter().collect()
+}
+
+/// Whether the assistant says a message.
+fn is_answer(turn: &Value) -> bool {
+    let who = turn["role"].as_str().or_else(|| turn["from"].as_str());
+    who.and_then(usual_role).is_some_and(|role| role == "assistant")
 }
 
 /// The members of `names` that are in `known`, but for white space and capitals.

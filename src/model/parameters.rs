@@ -205,7 +205,7 @@ impl<K: Kernels> Parameters<K> {
     /// Those of the backend.
     ///
     /// # Panics
-    /// Without training buffers, unless `region` is the master.
+    /// Without training buffers, unless `region` is the master or the working copy, which has no f32 words.
     pub fn values(&self, region: AdapterRegion, words: Range<usize>) -> Result<Cow<'_, [f32]>> {
         match self.buffer(region) {
             Some(buffer) => self.kernels.values(buffer, words),

@@ -227,7 +227,7 @@ pub fn long_rope_attention_factor(stretch: f64, original: f64) -> f64 {
     if stretch <= 1.0 { 1.0 } else { (1.0 + stretch.ln() / original.ln()).sqrt() }
 }
 
-/// What Llama 3's scaling divides the frequency of a wavelength in tokens; `None` of others.
+/// What Llama 3's scaling divides the frequency of a wavelength in tokens by; `None` for other scalings.
 pub fn llama3_divisor(scaling: &RopeScaling, wavelength: f64) -> Option<f64> {
     let &RopeScaling::Llama3 {
         factor,

@@ -29,7 +29,7 @@ pub struct LoadedBase<K: TrainingKernels> {
     /// The weights where the backend works with them.
     pub weights: Weights<K>,
     /// [`fingerprint`] of the weights.
-    pub sha256: String,
+    pub fingerprint: Vec<f32>,
     /// What measures the run from before the weights were read.
     pub meter: Meter,
 }
@@ -42,7 +42,7 @@ impl FrozenBase<'_> {
     pub fn load<K: TrainingKernels>(&self, kernels: &K) -> Result<LoadedBase<K>> {
         let mut meter = Meter::begin(kernels)?;
         let weights = Weights::load(self.checkpoint, self.spec, self.format.as_ref(), None)?;
-        let sha256 = fingerprint::of(&weights);
+        let fingerprint = fingerprint::of(&weights);
         let weights = match self.stream {
             true => {
                 weights.upload_streamed(kernels, StreamedPages::new(self.checkpoint, self.spec))?
@@ -50,6 +50,6 @@ impl FrozenBase<'_> {
             false => weights.upload(kernels)?,
         };
         meter.loaded(kernels)?;
-        Ok(LoadedBase { weights, sha256, meter })
+        Ok(LoadedBase { weights, fingerprint, meter })
     }
 }

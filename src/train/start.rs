@@ -6,6 +6,7 @@ use super::checkpoints::Found;
 use super::checks::{self, FirstSteps};
 use super::events::{Event, StartEvent};
 use super::feed::Feed;
+use super::fingerprint;
 use super::optimizer_file;
 use super::recipe::Recipe;
 use super::settings;
@@ -152,9 +153,7 @@ pub fn compare(was: &Identity, now: &Identity) -> Result<()> {
     if was.eval_data_sha256 != now.eval_data_sha256 {
         return Err(different("evaluation data"));
     }
-    if let (Some(was), Some(now)) = (&was.base_sha256, &now.base_sha256)
-        && was != now
-    {
+    if !fingerprint::may_be_same(&was.base_fingerprint, &now.base_fingerprint) {
         return Err(different("base model, by its weights,"));
     }
     let most = if was.bf16 || now.bf16 { SAME_MODEL_IN_BF16 } else { SAME_MODEL };

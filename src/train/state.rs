@@ -31,9 +31,9 @@ pub struct Identity {
     pub eval_data_sha256: Option<String>,
     /// Mean loss of the base model on the first tokens.
     pub base_loss: f64,
-    /// [`fingerprint`](super::fingerprint) of the base model's weights; none in what older versions wrote.
+    /// [`fingerprint`](super::fingerprint) of the base model's weights; empty in what older versions wrote.
     #[serde(default)]
-    pub base_sha256: Option<String>,
+    pub base_fingerprint: Vec<f32>,
     /// Whether the base loss was computed in bf16, as on every GPU.
     #[serde(default)]
     pub bf16: bool,

@@ -309,6 +309,7 @@ fn ratings_preferences_and_pictures_are_refused() {
         (json!({"messages": exchange("a", "b"), "label": false}), "label"),
         (json!({"conversations": said, "kto_tag": true}), "kto_tag"),
         (json!({"instruction": "a", "output": "b", "kto_tag": false}), "kto_tag"),
+        (json!({"prompt": "a", "completion": "b", "label": "False"}), "label"),
     ] {
         assert_eq!(trained(&tokenizer, record), rating(field));
     }
@@ -334,8 +335,36 @@ fn ratings_preferences_and_pictures_are_refused() {
     let hint = rejection.hint.unwrap();
     let flags = "`--rename-columns conversations=prompt --rename-columns chosen=completion`";
     assert!(hint.ends_with(flags), "{hint}");
-    let renamed = json!({"prompt": asked, "completion": answer("good"), "rejected": answer("bad")});
-    assert_eq!(trained(&tokenizer, renamed).unwrap(), "good<|im_end|>");
+    // Whatever their shape, the renames of the hint train the better one, and it alone.
+    let both = |answer: &str| json!(exchange("a", answer));
+    let question = json!(&exchange("a", "")[..1]);
+    for pair in [
+        pair,
+        json!({"messages": question, "chosen": both("good"), "rejected": both("bad")}),
+        json!({"messages": question, "chosen": "good", "rejected": "bad"}),
+        json!({"prompt": question, "chosen": [both("good")[1]], "rejected": [both("bad")[1]]}),
+    ] {
+        let refused = Format::detect(&pair).and_then(|format| parse(&pair, format)).unwrap_err();
+        let (mut renamed, hint) = (pair.clone(), refused.hint.unwrap());
+        let flags = hint.split('`').rfind(|part| part.starts_with("--rename-columns")).unwrap();
+        let flags: Vec<_> = flags.split("--rename-columns").map(str::trim).skip(1).collect();
+        let fields = renamed.as_object_mut().unwrap();
+        let moved: Vec<(&str, Value)> = flags
+            .iter()
+            .map(|flag| flag.split_once('=').unwrap())
+            .map(|(old, new)| (new, fields.remove(old).unwrap()))
+            .collect();
+        moved.into_iter().for_each(|(new, value)| drop(fields.insert(new.into(), value)));
+        let said = trained(&tokenizer, renamed.clone());
+        assert!(
+            said.as_ref().is_ok_and(|said| said.trim() == "good<|im_end|>"),
+            "{pair} {hint} {said:?}"
+        );
+        assert_eq!(text(&tokenizer, renamed).matches("good").count(), 1, "{pair}");
+    }
+    // The better one is the record's messages.
+    let kept = json!({"messages": both("good"), "chosen": both("good"), "rejected": both("bad")});
+    assert_eq!(trained(&tokenizer, kept).unwrap(), "good<|im_end|>");
 }
 
 #[test]

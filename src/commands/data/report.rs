@@ -132,6 +132,8 @@ fn checks(audit: &Audit, options: &DataOptions, tokenizer: &ChatTokenizer) -> Ve
     ];
     all.extend(notes(report, found));
     all.extend(unknown_roles(report, options));
+    let files = reading::files_without_records(report).into_iter().chain(reading::held_out(report));
+    all.extend(files.map(|found| format!("note  {found}")));
     let unused = reading::unused_fields(report);
     all.extend(unused.map(|fields| format!("note  fields that are not used: {fields}")));
     all

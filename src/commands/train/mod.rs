@@ -89,8 +89,8 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let introduction = introduction(&base, &adapter, &data, &memory, kernels.device());
     tell_of_device(args, &introduction.device, &memory, &progress);
     let interrupt = Interrupt::install()?;
-    let (mut model, base_sha256) = base.load(args, kernels, &memory, adapter)?;
-    let identity = Identity { base_sha256: Some(base_sha256), ..identity };
+    let (mut model, base_fingerprint) = base.load(args, kernels, &memory, adapter)?;
+    let identity = Identity { base_fingerprint, ..identity };
     let found = output.found.take();
     let start = start::begin(&mut model, &recipe, &mut data.feed, identity, origin, found)?;
     output.write_settings(&start.state.identity.settings)?;
@@ -306,11 +306,11 @@ impl Base {
         kernels: K,
         Memory { strategy, settings, account, .. }: &Memory,
         adapter: Adapter,
-    ) -> Result<(LoraModel<K>, String)> {
+    ) -> Result<(LoraModel<K>, Vec<f32>)> {
         let kernels = kernels.with_on_host(strategy.on_host);
         let (checkpoint, spec, format) = (&self.checkpoint, &self.spec, args.model.block_format());
         let base = FrozenBase { checkpoint, spec, format, stream: strategy.stream };
-        let LoadedBase { weights, sha256, meter } = base.load(&kernels)?;
+        let LoadedBase { weights, fingerprint, meter } = base.load(&kernels)?;
         let random = Randomness {
             seed: args.optimization.seed,
             dropout: adapter.config.dropout(),
@@ -322,7 +322,7 @@ impl Base {
         let model = LoraModel::new(model, adapter, dtype, self.preview, settings.clone())
             .with_tokenizer(self.brought);
         let budget = args.resources.memory_budget.map(|budget| budget.0);
-        Ok((model.with_meter(meter, account.clone(), budget), sha256))
+        Ok((model.with_meter(meter, account.clone(), budget), fingerprint))
     }
 }
 
@@ -331,7 +331,7 @@ fn identity(settings: SettingsEcho, data: &Prepared, bf16: bool) -> Identity {
         settings,
         data_sha256: data.training_sha256.clone(),
         eval_data_sha256: data.evaluation_sha256.clone(),
-        base_sha256: None,
+        base_fingerprint: Vec::new(),
         base_loss: f64::NAN,
         bf16,
         sum_order: None,

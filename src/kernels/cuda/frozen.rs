@@ -23,8 +23,8 @@
 //! | once a product | N·R, R·K: B, A read | 3·N·R, 3·R·K: copied beside W, and read |
 //!
 //! so it pays from about R tokens on. The 16 columns of a rank-16 adapter are 0.4 % of the multiplications
-//! at K = 4,096, as they are by themselves; a tensor-core product that goes through K in steps of 64 makes
-//! one step more of them, 1.6 %. Buffers of activations that such products
+//! at K = 4,096, as they are by themselves; a tensor-core product that goes through K in steps of 64 takes
+//! one more step for them, 1.6 %. Buffers of activations that such products
 //! read are planned with room behind their rows ([`super::plan`]): a copy of x instead would move
 //! 2·K elements a token, more than is saved for the down projection, where K = 3.5·N. `ax` is
 //! copied, 2·R elements a token, because `x` does not outlive the block and `ax` does: the input of
@@ -42,11 +42,13 @@ use super::weight::DeviceWeight;
 use crate::kernels::{Columns, LoraShape, LoraTerm, Write};
 use crate::plan::RegionType;
 
-/// What of a matrix is multiplied begins at multiples of this: 16 bytes, which tensor cores need to be fast.
+/// Rows and columns at which a piece of a matrix begins are multiples of this: 16 bytes, which tensor cores need
+/// to be fast.
 pub(super) const PIECE_ELEMENTS: usize = 8;
 
-/// Strides of operands are multiples of this, 128 bytes, where the width is: what a tile reads of a row is
-/// then whole lines of the cache. Source: NVIDIA, "Matrix Multiplication Background", on the A100 and later.
+/// Strides of operands with room for adapters, and of logits, are multiples of this, 128 bytes, where the width
+/// is: what a tile reads of a row is then whole lines of the cache. Source: NVIDIA, "Matrix Multiplication
+/// Background", on the A100 and later.
 pub(super) const STRIDE_ELEMENTS: usize = 64;
 
 /// Columns that `ranks` take behind a row.

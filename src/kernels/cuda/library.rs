@@ -169,7 +169,7 @@ impl Gpu {
                     eprintln!("{what}");
                 }
             };
-            // Without the thread nobody is told, no more.
+            // Without the thread nobody is told; nothing else is lost.
             let _ = std::thread::Builder::new().spawn_scoped(scope, tell);
             let result = self.compile();
             let _ = done.send(());

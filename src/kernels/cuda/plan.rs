@@ -258,7 +258,7 @@ fn leave_room(spec: &ModelSpec, ranks: &Ranks, region: &mut Region) {
     }
 }
 
-/// Rows of an odd vocabulary's logits begin on whole lines of the cache, as those of all operands.
+/// Rows of an odd vocabulary's logits begin on whole lines of the cache.
 fn align_rows(width: usize, region: &mut Region) {
     let stride = width.next_multiple_of(STRIDE_ELEMENTS);
     if stride > width {

@@ -150,8 +150,8 @@ impl Demand<'_> {
 
     /// All ways that are allowed; of two that take as long, the simpler one comes first.
     pub(super) fn candidates(&self) -> Result<Vec<Strategy>> {
-        self.check_dequantized_blocks()?;
         let (streams, others) = (self.streams()?, self.policies_of_others());
+        self.check_dequantized_blocks()?;
         let mut candidates = Vec::new();
         for pieces in self.pieces() {
             for &on_host in self.embedding_places() {

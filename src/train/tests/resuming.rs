@@ -56,6 +56,10 @@ fn resuming_another_run_is_refused_by_name() {
     assert!(error.to_string().contains("training data"), "{error}");
     let error = resume_with(|_, now| now.eval_data_sha256 = Some("other".into()));
     assert!(error.to_string().contains("evaluation data"), "{error}");
+    let error = resume_with(|found, now| {
+        (found.state.identity.base_fingerprint, now.base_fingerprint) = (vec![0.5], vec![0.51]);
+    });
+    assert!(error.to_string().contains("the base model, by its weights, is not"), "{error}");
     for (factor, bf16) in [(1.001, false), (1.01, true)] {
         let error = resume_with(|found, now| {
             found.state.identity.base_loss *= factor;
@@ -75,6 +79,8 @@ fn a_machine_that_rounds_differently_may_continue_but_is_told() {
         let mut found = checkpoints::newest(out.path(), &mut |_| ()).unwrap();
         found.state.identity.base_loss *= factor;
         found.state.identity.bf16 = bf16;
+        // Of another version nothing is known.
+        found.state.identity.base_fingerprint = vec![0.5];
         let origin = AdapterOrigin::Fresh;
         begin(&mut toy, &recipe(), &mut feed, identity, origin, Some(found)).unwrap()
     };

@@ -12,9 +12,9 @@ pub(super) struct Session {
     /// Optimizer steps.
     pub steps: u64,
     /// Tokens of these steps.
-    pub tokens: u64,
+    tokens: u64,
     /// Seconds of these steps.
-    pub seconds: f64,
+    seconds: f64,
     /// Seconds of the last evaluation.
     pub evaluation_seconds: Option<f64>,
 }

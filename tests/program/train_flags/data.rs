@@ -4,7 +4,8 @@ use std::fs;
 
 use serde_json::{Value, json};
 
-use super::runs::{Run, Runs};
+use super::runs::{Run, Runs, arguments};
+use crate::training::fail;
 
 /// What a run took from its training data.
 fn training(run: &Run) -> Value {
@@ -39,6 +40,53 @@ fn data() {
     let together = runs.train("data=parts/*.jsonl");
     assert_eq!(together.numbers("step", "loss"), run.numbers("step", "loss"));
     assert_eq!(training(&together)["file"], "parts/*.jsonl");
+    // Those that are named: behind one flag, with one each, in a file; and again from the run's own settings.
+    let rest = arguments("!data");
+    let rest: Vec<&str> = rest.iter().map(String::as_str).collect();
+    let named = ["--data", "parts/a.jsonl", "parts/b.jsonl"];
+    let each = ["--data=parts/a.jsonl", "--data=parts/b.jsonl"];
+    fs::write(runs.place.path("run.toml"), "data = ['parts/a.jsonl', 'parts/b.jsonl']").unwrap();
+    let config = ["--config", "run.toml"];
+    for given in [&named[..], &each, &config] {
+        let several = runs.nibble(&[&rest, given].concat());
+        assert_eq!(several.numbers("step", "loss"), run.numbers("step", "loss"), "{given:?}");
+        assert_eq!(training(&several)["file"], "parts/a.jsonl, parts/b.jsonl");
+        let more = ["--resume", "--max-steps", "2"];
+        let resumed = runs.nibble_into(&several.out, &more);
+        assert_eq!(resumed.end()["step"], 2);
+    }
+    // What gives nothing, or is for something else by its name, is told; what is missing is, before a file is read.
+    fs::write(runs.place.path("empty.jsonl"), "\n").unwrap();
+    write_lengths(&runs, "test.jsonl", &[7]);
+    let odd =
+        runs.nibble(&[&rest, &["--data", "other.jsonl", "empty.jsonl", "test.jsonl"][..]].concat());
+    let says =
+        "no record in empty.jsonl; test.jsonl among the others, which by its name is for test";
+    assert!(odd.said.contains(says), "{}", odd.said);
+    fs::write(runs.place.path("bad.jsonl"), "no JSON").unwrap();
+    let mut command =
+        runs.place.nibble(&["train", "--out", "none", "--data", "bad.jsonl", "none.jsonl"]);
+    command.args(&rest);
+    let error = fail(command).1;
+    assert!(error.contains("cannot open none.jsonl"), "{error}");
+    let error = runs.refused("data=run.toml");
+    assert!(error.contains("hint: settings are read by `--config run.toml`"), "{error}");
+}
+
+#[test]
+fn bad_records() {
+    let runs = Runs::new();
+    let rows = [json!({"input_ids": [3, 4, 5]}), json!({"input_ids": "none"}), json!({"text": 5})];
+    let rows = rows.map(|row| row.to_string()).join("\n");
+    fs::write(runs.place.path("some.jsonl"), rows).unwrap();
+    let error = runs.refused("data=some.jsonl");
+    assert!(
+        error.contains("some.jsonl:2: ") && error.contains("(and 1 more bad record)"),
+        "{error}"
+    );
+    let run = runs.train("data=some.jsonl bad-records=skip");
+    assert_eq!(training(&run)["documents"], 1);
+    assert!(run.said.contains("; 2 that cannot be used, left out"), "{}", run.said);
 }
 
 #[test]

@@ -40,7 +40,7 @@ fn a_file_with_all_settings_is_the_same_run() {
                  exclude-modules=up_proj layers-to-transform=0,1 layers-pattern=layers \
                  rank-pattern=q_proj=2 alpha-pattern=q_proj=3 use-rslora=true \
                  init-lora-weights=gaussian loraplus-lr-ratio=4 adapter-dtype=f32 \
-                 validation-split=0.25 max-length=24 truncation=left format=tokens train-on=all \
+                 validation-split=0.25 max-length=24 truncation=left bad-records=skip format=tokens train-on=all \
                  packing=false shuffle=false per-device-train-batch-size=3 \
                  gradient-accumulation-steps=2 learning-rate=5e-3 \
                  lr-scheduler-type=cosine_with_min_lr min-lr-rate=0.25 warmup-steps=2 max-steps=5 \

@@ -28,7 +28,8 @@ pub fn heaviest_first(boundaries: &[usize]) -> Vec<[u32; 2]> {
 /// multiprocessor: a third of a second where each reaches 0.45 TFLOP/s, half of what the slowest cards can. The
 /// driver of a card that shows a desktop stops what holds it up for seconds.
 pub const LAUNCH_FLOPS_OF_A_MULTIPROCESSOR: u64 = 150_000_000_000;
-/// [`LAUNCH_FLOPS_OF_A_MULTIPROCESSOR`] of all, where nobody has said what card it is: of a large one.
+/// [`LAUNCH_FLOPS_OF_A_MULTIPROCESSOR`] of all multiprocessors of a large card, where nobody has said which card it
+/// is.
 pub const LAUNCH_FLOPS: u64 = 132 * LAUNCH_FLOPS_OF_A_MULTIPROCESSOR;
 /// Operations for a query, a key and a column, in the pass that owns keys: four products, more than in the
 /// others.
