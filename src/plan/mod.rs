@@ -25,7 +25,7 @@ pub mod weights;
 pub mod work;
 
 pub use activations::Activations;
-pub use budget::{Choice, Demand, Layout, Limit, Machine, WeightsMode, Wishes};
+pub use budget::{Choice, Demand, Layout, Limit, Machine, Wishes};
 pub use component::Component;
 pub use embedding::{EmbeddingPlace, OnHost};
 pub use layout::{layout, waiting};
@@ -41,4 +41,4 @@ pub use region_id::{
 };
 pub use settings::{Policy, Settings, SumOrder, host_head_tile, logit_rows};
 pub use strategy::Strategy;
-pub use weights::{StreamedBytes, WeightBytes};
+pub use weights::{StreamedBytes, WeightBytes, WeightsMode};

@@ -4,9 +4,9 @@ use clap::ValueEnum;
 use serde::Serialize;
 
 use super::activations::Activations;
-use super::budget::WeightsMode;
 use super::embedding::{EmbeddingPlace, OnHost};
 use super::settings::{Pieces, Policy, Settings};
+use super::weights::WeightsMode;
 
 /// A way to run.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]

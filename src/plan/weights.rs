@@ -1,11 +1,31 @@
 //! What the frozen weights take in memory, before one is read.
 
+use clap::ValueEnum;
 use nibble_quant::{BlockFormat, FloatType};
 
 use crate::checkpoint::{Checkpoint, CheckpointKind, StoredType, Weight};
 use crate::kernels::cuda::matrix_bytes;
 use crate::model::spec::{ModelSpec, TensorRole, TensorSpec};
 use crate::plan::{OnHost, Processor, WeightParts};
+
+/// Where the frozen weights of the blocks are between their uses.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
+pub enum WeightsMode {
+    /// In memory, or streamed if that lets more blocks keep their activations
+    #[default]
+    Auto,
+    /// In memory from their first use
+    Resident,
+    /// In their file: two blocks at a time are in memory, the next one is prefetched
+    Stream,
+}
+
+impl WeightsMode {
+    /// The mode that leaves no choice.
+    pub(super) fn of(stream: bool) -> Self {
+        if stream { WeightsMode::Stream } else { WeightsMode::Resident }
+    }
+}
 
 /// Blocks that are in memory at a time when weights are streamed: the one at work, and the next.
 pub(crate) const STREAMED_BLOCKS: usize = 2;

@@ -2,7 +2,9 @@
 
 #[cfg(target_os = "linux")]
 use std::path::Path;
-use std::process::{Command, Output};
+#[cfg(target_os = "linux")]
+use std::process::Command;
+use std::process::Output;
 
 use serde_json::Value;
 

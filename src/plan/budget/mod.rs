@@ -5,8 +5,6 @@
 mod search;
 mod shortfall;
 
-use clap::ValueEnum;
-
 use crate::byte_size::ByteSize;
 use crate::kernels::cuda::{staged_bytes, waiting_bytes};
 use crate::model::spec::ModelSpec;
@@ -17,29 +15,10 @@ use crate::plan::processor::Processor;
 use crate::plan::region::MemoryPlan;
 use crate::plan::settings::{Pieces, Policy, Settings, SumOrder};
 use crate::plan::strategy::Strategy;
-use crate::plan::weights::WeightBytes;
+use crate::plan::weights::{WeightBytes, WeightsMode};
 
 /// Share of the free memory that is planned with where no budget is given.
 const USABLE_SHARE: f64 = 0.9;
-
-/// Where the frozen weights of the blocks are between their uses.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
-pub enum WeightsMode {
-    /// In memory, or streamed if that lets more blocks keep their activations
-    #[default]
-    Auto,
-    /// In memory from their first use
-    Resident,
-    /// In their file: two blocks at a time are in memory, the next one is prefetched
-    Stream,
-}
-
-impl WeightsMode {
-    /// The mode that leaves no choice.
-    pub(super) fn of(stream: bool) -> Self {
-        if stream { WeightsMode::Stream } else { WeightsMode::Resident }
-    }
-}
 
 /// How much memory there is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

@@ -9,12 +9,13 @@ use serde::Serialize;
 
 use crate::byte_size::ByteSize;
 use crate::plan::activations::Activations;
-use crate::plan::budget::{Choice, Demand, Limit, WeightsMode};
+use crate::plan::budget::{Choice, Demand, Limit};
 use crate::plan::cost::Pace;
 use crate::plan::embedding::{EmbeddingPlace, OnHost};
 use crate::plan::moments::Optim;
 use crate::plan::settings::{Pieces, Policy, Settings, logit_rows};
 use crate::plan::strategy::{Strategy, typed};
+use crate::plan::weights::WeightsMode;
 pub(super) use sizes::{LENGTH_STEP, largest, smallest_pieces};
 use sizes::{MOST_TOKENS, longest_document, smaller_chunk, smaller_tile};
 
