@@ -23,7 +23,7 @@ impl Chat {
         }
         let parsed = chat.with_objects_as_arguments().map(Cow::Owned);
         let shapes = parsed.into_iter().chain([chat]);
-        let shapes: Vec<Cow<Chat>> = shapes
+        let mut shapes: Vec<Cow<Chat>> = shapes
             .flat_map(|chat| {
                 let told = chat.with_text_beside_calls().map(Cow::Owned);
                 std::iter::once(chat).chain(told)
@@ -34,7 +34,7 @@ impl Chat {
             1 => 0,
             _ => shapes.iter().position(|chat| renders(chat)).unwrap_or(0),
         };
-        shapes.into_iter().nth(taken).expect("there is at least the conversation as it was")
+        shapes.swap_remove(taken)
     }
 
     /// The conversation with an empty text beside calls that have none, for templates that put the text before

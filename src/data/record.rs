@@ -103,9 +103,9 @@ fn check_supervised(record: &Value) -> Result<(), Rejection> {
 /// Text on both sides, or lists of messages on both (TRL's conversational form).
 fn prompt_completion(record: &Value) -> Result<Record, Rejection> {
     // Of text a completion may look like a list of messages, and be none.
-    let completion = &record["completion"];
+    let (prompt, completion) = (&record["prompt"], &record["completion"]);
     let is_listed = |field: &Value| field.is_array() || field.is_object();
-    if has_messages(&record["prompt"]) || is_listed(&record["prompt"]) || is_listed(completion) {
+    if has_messages(prompt) || prompt.is_object() || is_listed(completion) {
         return Chat::of_prompt_and_completion(record).map(Record::Chat);
     }
     let spoken = optional_text(record, "system").map_or(true, |text| text.is_some());

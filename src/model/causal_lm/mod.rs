@@ -73,6 +73,18 @@ struct Mode {
 }
 
 impl<K: Kernels> Frozen<K> {
+    /// A model of `weights`, which the backend `kernels` holds, and `settings` with the head where the backend
+    /// has it.
+    fn new(
+        kernels: K,
+        spec: ModelSpec,
+        weights: Weights<K>,
+        settings: Settings,
+    ) -> (Self, Settings) {
+        let settings = Settings { head_on_host: kernels.head_is_on_host(), ..settings };
+        (Frozen { kernels, spec, weights, random: Randomness::default() }, settings)
+    }
+
     /// The memory for `settings`.
     fn reserve(&self, settings: &Settings) -> Result<Reserved<K>> {
         let plan = self.kernels.plan(&self.spec, settings);
@@ -138,9 +150,7 @@ impl<K: Kernels> Model<K> {
         weights: Weights<K>,
         settings: Settings,
     ) -> Result<Self> {
-        let settings = Settings { head_on_host: kernels.head_is_on_host(), ..settings };
-        let random = Randomness::default();
-        let frozen = Frozen { kernels, spec, weights, random };
+        let (frozen, settings) = Frozen::new(kernels, spec, weights, settings);
         let reserved = frozen.reserve(&settings)?;
         Ok(frozen.with_buffers(settings, reserved))
     }

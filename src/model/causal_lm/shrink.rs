@@ -1,6 +1,6 @@
 //! Smaller buffers, where memory turned out to be short.
 
-use super::{Frozen, Model, Randomness};
+use super::{Frozen, Model};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::model::parameters::LASTING;
@@ -49,9 +49,8 @@ impl<K: Kernels> Model<K> {
         weights: Weights<K>,
         settings: Settings,
     ) -> Result<Self> {
-        let settings = Settings { head_on_host: kernels.head_is_on_host(), ..settings };
-        let random = Randomness::default();
-        Frozen { kernels, spec, weights, random }.with_buffers_that_fit(settings)
+        let (frozen, settings) = Frozen::new(kernels, spec, weights, settings);
+        frozen.with_buffers_that_fit(settings)
     }
 }
 
