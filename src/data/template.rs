@@ -1,7 +1,10 @@
 //! A model's chat template: from a conversation to text, and which of it the assistant said.
 
 use std::collections::BTreeMap;
+use std::fmt;
+use std::panic::resume_unwind;
 use std::sync::OnceLock;
+use std::thread;
 
 use minijinja::Environment;
 use serde_json::{Map, Value, json};
@@ -20,6 +23,24 @@ pub const DATE_OF_DATA: u64 = 1_721_952_000;
 /// The way out where a template refuses nothing, but fails.
 pub(super) const TEMPLATE_FAILS: &str = "the template fails by itself, or for want \
      of what it expects of a conversation: choose another by `--chat-template`";
+
+/// What minijinja needs of the stack for each byte of an expression that nests, such as `1+1+1…`: about 140, and
+/// several times that without optimization.
+const STACK_BYTES_PER_BYTE: usize = 1024;
+const LEAST_STACK_BYTES: usize = 2 << 20;
+
+/// Adds `source` to the environment, on a stack that its deepest expression cannot overflow.
+fn compile(mut environment: Environment<'static>, source: String) -> Result<Environment<'static>> {
+    let stack_bytes = LEAST_STACK_BYTES.saturating_add(source.len() * STACK_BYTES_PER_BYTE);
+    let add = || environment.add_template_owned("chat", source);
+    let added = thread::scope(|scope| {
+        let thread = thread::Builder::new().stack_size(stack_bytes).spawn_scoped(scope, add);
+        thread.map(|thread| thread.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    });
+    let failed = |what: &dyn fmt::Display| Error::input(format_args!("chat template: {what}"));
+    added.map_err(|e| failed(&e))?.map_err(|e| failed(&format_args!("{e:#}")))?;
+    Ok(environment)
+}
 
 /// A compiled chat template.
 pub struct ChatTemplate {
@@ -46,10 +67,7 @@ impl ChatTemplate {
     /// As there.
     pub fn at(unix_seconds: u64, source: &str, special_tokens: Map<String, Value>) -> Result<Self> {
         let (source, has_generation_blocks) = replace_generation_blocks(source);
-        let mut environment = environment(unix_seconds);
-        environment
-            .add_template_owned("chat", source)
-            .map_err(|e| Error::input(format_args!("chat template: {e:#}")))?;
+        let environment = compile(environment(unix_seconds), source)?;
         let (tool_use, takes_parts) = (None, OnceLock::new());
         let template = ChatTemplate {
             environment,
@@ -185,6 +203,19 @@ mod tests {
         assert_eq!(render(&given)?, "1 tools: hello");
         let alone = compile("{{ messages[0].content }}")?;
         assert_eq!(alone.for_variables(&given).render(&messages, &given, false)?, "hello");
+        Ok(())
+    }
+
+    #[test]
+    fn expressions_nest_as_deeply_as_they_are_long() -> Result<()> {
+        let sum = format!("{{{{ 1{} }}}}", "+1".repeat(100_000));
+        let branches = format!("{{% if 0 %}}{}{{% endif %}}", "{% elif 0 %}".repeat(10_000));
+        for (source, text) in [(sum, "100001"), (branches, "")] {
+            assert_eq!(
+                ChatTemplate::new(&source, Map::new())?.render(&[], &Map::new(), false)?,
+                text
+            );
+        }
         Ok(())
     }
 }

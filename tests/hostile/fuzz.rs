@@ -5,10 +5,13 @@
 //! `NIBBLE_FUZZ_ROUND` runs one alone.
 
 use std::fs;
+use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
 use std::time::{Duration, Instant};
 
+use flate2::Compression;
+use flate2::write::GzEncoder;
 use nibble::adapter::Adapter;
 use nibble::checkpoint::{Checkpoint, Weight};
 use nibble::data::{BadRecords, ChatTokenizer, DataOptions, Encoder, TrainOn, Truncation, load};
@@ -17,6 +20,7 @@ use nibble::model::spec::ModelSpec;
 use nibble::model::weights::Weights;
 use nibble::random::Stream;
 use nibble::train::state::TrainState;
+use serde_json::{Map, json};
 
 use crate::gguf_file::GgufFile;
 use crate::index::shard;
@@ -57,7 +61,7 @@ fn read_tokenizer(place: &Workplace, name: &str) {
     let _ = tokenizer.compile_template();
 }
 
-fn read_data(place: &Workplace, spec: &ModelSpec) {
+fn read_data(place: &Workplace, spec: &ModelSpec, name: &str) {
     let tokenizer = ChatTokenizer::open(&place.path("whole")).unwrap();
     let encoder = Encoder::new(&tokenizer, spec.vocab_size, TrainOn::Assistant).unwrap();
     let options = DataOptions {
@@ -69,9 +73,18 @@ fn read_data(place: &Workplace, spec: &ModelSpec) {
         positions: None,
         rename_columns: Vec::new(),
     };
-    if let Ok(data) = load(&[place.path("rows.jsonl")], &encoder, &options, |_, _| ()) {
-        let _ = data.report.check(&[place.path("rows.jsonl")], &options);
+    let files = [place.path(name)];
+    if let Ok(data) = load(&files, &encoder, &options, |_, _| ()) {
+        let _ = data.report.check(&files, &options);
     }
+}
+
+fn render_template(place: &Workplace) {
+    let Ok(tokenizer) = ChatTokenizer::open(&place.path("whole")) else { return };
+    let Ok(Some(template)) = tokenizer.compile_template() else { return };
+    let messages = [("system", "w1"), ("user", "w2"), ("assistant", "w3")]
+        .map(|(role, content)| json!({"role": role, "content": content}));
+    let _ = template.render(&messages, &Map::new(), true);
 }
 
 /// Through the binary: a wrong command line ends the process.
@@ -117,7 +130,25 @@ const TARGETS: &[Target] = &[
         open: |p, _| drop(TrainState::read(&p.path("run/checkpoint-1"))),
         is_text: true,
     },
-    Target { file: "rows.jsonl", open: read_data, is_text: true },
+    Target { file: "rows.jsonl", open: |p, spec| read_data(p, spec, "rows.jsonl"), is_text: true },
+    Target { file: "rows.json", open: |p, spec| read_data(p, spec, "rows.json"), is_text: true },
+    Target { file: "rows.csv", open: |p, spec| read_data(p, spec, "rows.csv"), is_text: true },
+    Target {
+        file: "rows.parquet",
+        open: |p, spec| read_data(p, spec, "rows.parquet"),
+        is_text: false,
+    },
+    Target {
+        file: "rows.jsonl.gz",
+        open: |p, spec| read_data(p, spec, "rows.jsonl.gz"),
+        is_text: false,
+    },
+    Target {
+        file: "rows.jsonl.zst",
+        open: |p, spec| read_data(p, spec, "rows.jsonl.zst"),
+        is_text: false,
+    },
+    Target { file: "whole/chat_template.jinja", open: |p, _| render_template(p), is_text: true },
     Target { file: "run.toml", open: read_settings, is_text: true },
 ];
 
@@ -131,6 +162,8 @@ fn workplace() -> Workplace {
     for file in ["tokenizer.json", "tokenizer_config.json"] {
         fs::copy(place.path("model").join(file), place.path("whole").join(file)).unwrap();
     }
+    let template = include_str!("../../src/data/templates/llama-3.jinja");
+    fs::write(place.path("whole/chat_template.jinja"), template).unwrap();
     let file = GgufFile::tiny_llama().bytes();
     fs::write(place.path("model.gguf"), &file).unwrap();
     fs::write(place.path("tok.gguf"), &file).unwrap();
@@ -144,6 +177,16 @@ fn workplace() -> Workplace {
         r#"{"conversations": [{"from": "human", "value": "w1"}, {"from": "gpt", "value": "w2"}]}"#,
     );
     fs::write(place.path("rows.jsonl"), rows).unwrap();
+    fs::write(place.path("rows.json"), format!("[{}]", rows.replace('\n', ",\n"))).unwrap();
+    fs::write(place.path("rows.csv"), "prompt,completion\nw1,\"w2 \"\"w3\"\"\"\n\"w4\nw5\",w6\n")
+        .unwrap();
+    let table = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/data/tables/messages.parquet");
+    fs::copy(table, place.path("rows.parquet")).unwrap();
+    let mut packed = GzEncoder::new(Vec::new(), Compression::default());
+    packed.write_all(rows.as_bytes()).unwrap();
+    fs::write(place.path("rows.jsonl.gz"), packed.finish().unwrap()).unwrap();
+    let packed = zstd::encode_all(rows.as_bytes(), 0).unwrap();
+    fs::write(place.path("rows.jsonl.zst"), packed).unwrap();
     let settings = "model = 'nowhere'\ndata = 'train.jsonl'\nout = 'o'\nlora-r = 4\n\
                     learning-rate = 1e-3\n[rank_pattern]\nq_proj = 2\n";
     fs::write(place.path("run.toml"), settings).unwrap();

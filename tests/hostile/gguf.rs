@@ -2,6 +2,7 @@
 
 use std::fs;
 
+use nibble::checkpoint::Checkpoint;
 use safetensors::SafeTensors;
 
 use crate::gguf_file::{Field, GgufFile};
@@ -164,6 +165,17 @@ fn shapes_that_the_metadata_do_not_imply() {
     fs::write(place.path("model.gguf"), bytes).unwrap();
     let command = place.nibble(&["quantize", "--model", "model.gguf", "--out", "out"]);
     assert_refused(&place, command, 1, &[name, "[64, 160]", "[160, 64]"]);
+}
+
+/// Nothing but a reader asks for a tensor before the shapes are compared with the metadata.
+#[test]
+fn heads_of_a_tensor_without_dimensions() {
+    let bytes = with(|file| file.tensor("blk.0.attn_q.weight").shape = Vec::new());
+    let place = Workplace::new();
+    fs::write(place.path("model.gguf"), bytes).unwrap();
+    let checkpoint = Checkpoint::open(&place.path("model.gguf")).unwrap();
+    let error = checkpoint.weight("model.layers.0.self_attn.q_proj.weight").unwrap_err();
+    assert!(error.to_string().contains("attn_q.weight has shape [] for 4 heads"), "{error}");
 }
 
 #[test]

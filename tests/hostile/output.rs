@@ -11,7 +11,8 @@ fn an_output_folder_with_files_in_it() {
     fs::create_dir(place.path("out")).unwrap();
     fs::write(place.path("out/thesis.txt"), "years of work").unwrap();
     assert_not_trained(&place, 2, &[], &["out is not empty", "--out"]);
-    assert_not_trained(&place, 2, &["--resume"], &["out is not empty", "--out"]);
+    let says = ["--resume: out is not the folder of a run: no settings.toml", "--out"];
+    assert_not_trained(&place, 2, &["--resume"], &says);
     let command = place.nibble(&["quantize", "--model", "model", "--out", "out"]);
     assert_refused(&place, command, 2, &["out", "not empty", "--overwrite"]);
 }

@@ -148,7 +148,7 @@ impl Gguf {
             Some("attn_k") => self.kv_heads()?,
             _ => return Ok(None),
         };
-        let rows = shape.first().copied().unwrap_or(0);
+        let rows = shape.first().copied().unwrap_or(1);
         if heads == 0 || !rows.is_multiple_of(heads) || !(rows / heads).is_multiple_of(2) {
             let what = format_args!("tensor {stored} has shape {shape:?} for {heads} heads");
             return Err(self.wrong(what));

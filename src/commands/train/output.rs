@@ -72,12 +72,7 @@ impl Output {
         let ours = out.join(LOCK_FILE).exists() || has_run();
         let continues = args.resume && ours;
         if !is_empty(out) && !continues {
-            let error = Error::usage(format_args!("{} is not empty", out.display()));
-            return Err(if ours {
-                error.hint("continue its run with `--resume`, or choose another `--out`")
-            } else {
-                error.hint("choose another `--out`")
-            });
+            return Err(not_empty(out, ours, args.resume));
         }
         let is_new = !out.exists();
         fs::create_dir_all(out).map_err(|e| Error::io("create", out, e))?;
@@ -166,6 +161,21 @@ fn is_empty(folder: &Path) -> bool {
     match fs::read_dir(folder) {
         Ok(entries) => entries.flatten().all(|entry| entry.file_name() == LOCK_FILE),
         Err(_) => !folder.exists(),
+    }
+}
+
+/// A folder that is not empty, and whether the files are of a run.
+fn not_empty(out: &Path, of_a_run: bool, resume: bool) -> Error {
+    let (what, out) = (format!("{} is not empty", out.display()), out.display());
+    match (of_a_run, resume) {
+        (true, _) => {
+            Error::usage(what).hint("continue its run with `--resume`, or choose another `--out`")
+        }
+        (false, false) => Error::usage(what).hint("choose another `--out`"),
+        (false, true) => Error::usage(format_args!(
+            "--resume: {out} is not the folder of a run: no {SETTINGS_FILE} beside checkpoints"
+        ))
+        .hint("name the folder that was the `--out` of the run, with all of its files"),
     }
 }
 
