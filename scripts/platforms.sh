@@ -1,19 +1,21 @@
 #!/usr/bin/env bash
-# Whether the program and its tests compile without a warning where no test of CI runs: Windows and macOS.
+# Whether the program and its tests compile without a warning on Windows and macOS, and whether tests pass on
+# ARM, which qemu emulates.
 #
-#   scripts/platforms.sh                        both
+#   scripts/platforms.sh                        both, and the tests of `nibble-quant`, which has ARM's instructions
 #   scripts/platforms.sh x86_64-pc-windows-gnu  one
+#   scripts/platforms.sh --arm --workspace      tests on ARM: those that the flags of `cargo test` name
 #
 # Needs rustup, python3 with pip, and the network on the first run: the standard libraries come from rustup,
 # and the compiler for the C in a dependency, zig's, from the package registry, 100 MB, kept in the user's
-# cache. Without them the check is skipped.
+# cache. Tests on ARM need qemu's `qemu-aarch64-static`; those that start the program, that it is registered with
+# the kernel (binfmt_misc). What cannot run is skipped.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 zig_package=ziglang==0.15.2
 tools=${XDG_CACHE_HOME:-$HOME/.cache}/nibble-zig/${zig_package#*==}
-targets=("${@:-}")
-[ -n "${targets[0]}" ] || targets=(x86_64-pc-windows-gnu aarch64-apple-darwin)
+arm=aarch64-unknown-linux-musl
 
 skip() { # WHY
     echo "skipped: other platforms ($1)"
@@ -65,13 +67,37 @@ zig_target() { # TARGET
     esac
 }
 
+prepare() { # TARGET
+    rustup --quiet target add "$1" || skip "rustup has no $1 to give"
+    cargo fetch --quiet --locked --target "$1" || skip "crates for $1 cannot be fetched"
+    write_tools "$tools/$1" "$(zig_target "$1")"
+    export "CC_${1//-/_}=$tools/$1/cc" "AR_${1//-/_}=$tools/$1/ar"
+}
+
+lint() { # TARGET
+    prepare "$1"
+    cargo clippy --release --workspace --all-targets --locked --target "$1" -- -D warnings
+}
+
+# Linked by Rust's own linker into programs that need no library of ARM's.
+test_on_arm() { # FLAGS
+    local emulator=qemu-aarch64-static
+    command -v "$emulator" >/dev/null || skip "no $emulator, which runs tests on ARM"
+    prepare "$arm"
+    local linker=CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER
+    local runner=CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_RUNNER
+    env "$linker=rust-lld" "$runner=$emulator" \
+        cargo test --release --locked --target "$arm" --no-fail-fast "$@"
+}
+
 command -v rustup >/dev/null || skip "rustup is not installed"
 fetch_zig || skip "zig cannot be fetched from the package registry"
-for target in "${targets[@]}"; do
-    rustup --quiet target add "$target" || skip "rustup has no $target to give"
-    cargo fetch --quiet --locked --target "$target" || skip "crates for $target cannot be fetched"
-    write_tools "$tools/$target" "$(zig_target "$target")"
-    name=${target//-/_}
-    env "CC_$name=$tools/$target/cc" "AR_$name=$tools/$target/ar" \
-        cargo clippy --release --workspace --all-targets --locked --target "$target" -- -D warnings
-done
+case ${1:-} in
+    --arm) test_on_arm "${@:2}" ;;
+    '')
+        lint x86_64-pc-windows-gnu
+        lint aarch64-apple-darwin
+        test_on_arm --package nibble-quant
+        ;;
+    *) for target; do lint "$target"; done ;;
+esac

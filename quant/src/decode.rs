@@ -1,8 +1,8 @@
 //! Decoding blocks of codes: `out = values[code] · absmax`.
 //!
 //! The 16-entry table is scaled once per block, then looked up 16 codes at a time (AVX-512's
-//! 16-lane permute), 8 at a time (two AVX2 permutes and a blend), or one by one. Intrinsics, since
-//! pulp has no 16-entry lookup. A sum of products takes what it decodes from registers where it can.
+//! 16-lane permute), 8 at a time (two AVX2 permutes and a blend), 16 at a time byte by byte (NEON's
+//! table lookup), or one by one. Intrinsics, since pulp has no 16-entry lookup. A sum of products takes what it decodes from registers where it can.
 #![allow(unsafe_code)]
 
 use std::borrow::Cow;
@@ -29,6 +29,9 @@ pub(crate) enum Decoder {
     /// AVX-512 F and BW.
     #[cfg(target_arch = "x86_64")]
     Avx512,
+    /// NEON.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
 }
 
 impl Decoder {
@@ -42,6 +45,10 @@ impl Decoder {
             if is_x86_feature_detected!("avx2") {
                 return Decoder::Avx2;
             }
+        }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("neon") {
+            return Decoder::Neon;
         }
         Decoder::Scalar
     }
@@ -63,6 +70,9 @@ impl Decoder {
             // SAFETY: as above.
             #[cfg(target_arch = "x86_64")]
             Decoder::Avx512 => unsafe { x86::avx512(bytes, values, scales, out) },
+            // SAFETY: as above.
+            #[cfg(target_arch = "aarch64")]
+            Decoder::Neon => unsafe { neon::decode(bytes, values, scales, out) },
         }
     }
 
@@ -246,6 +256,42 @@ mod x86 {
                     let decoded = _mm256_blendv_ps(from_low, from_high, upper);
                     // SAFETY: four stores of 8 floats in an array of 32.
                     unsafe { _mm256_storeu_ps(out.as_mut_ptr().add(8 * eighth), decoded) };
+                }
+            }
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use std::arch::aarch64::*;
+
+    use super::{RUN, blocks};
+
+    /// The table lies in four registers, one for each byte of its floats, and so do 16 results until
+    /// a store puts their bytes side by side.
+    #[target_feature(enable = "neon")]
+    pub(super) fn decode(bytes: &[u8], values: &[f32; 16], scales: &[f32], out: &mut [f32]) {
+        for (bytes, scale, out) in blocks(bytes, scales, out) {
+            let table = values.map(|value| value * scale);
+            // SAFETY: 16 floats, 64 bytes.
+            let planes = unsafe { vld4q_u8(table.as_ptr().cast()) };
+            let (byte_runs, _) = bytes.as_chunks::<{ RUN / 2 }>();
+            let (out_runs, _) = out.as_chunks_mut::<RUN>();
+            for (bytes, out) in byte_runs.iter().zip(out_runs) {
+                // SAFETY: the array holds 16 bytes.
+                let codes = unsafe { vld1q_u8(bytes.as_ptr()) };
+                let (high, low) = (vshrq_n_u8::<4>(codes), vandq_u8(codes, vdupq_n_u8(15)));
+                let halves = [vzip1q_u8(high, low), vzip2q_u8(high, low)];
+                for (half, codes) in halves.into_iter().enumerate() {
+                    let decoded = uint8x16x4_t(
+                        vqtbl1q_u8(planes.0, codes),
+                        vqtbl1q_u8(planes.1, codes),
+                        vqtbl1q_u8(planes.2, codes),
+                        vqtbl1q_u8(planes.3, codes),
+                    );
+                    // SAFETY: two stores of 16 floats in an array of 32.
+                    unsafe { vst4q_u8(out.as_mut_ptr().add(16 * half).cast(), decoded) };
                 }
             }
         }

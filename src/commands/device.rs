@@ -43,7 +43,8 @@ pub fn cpu(args: &DeviceArgs) -> Cpu {
         _ => Precision::F32,
     };
     if precision == Precision::Bf16 && !precision.is_fast() {
-        eprintln!("note: `--bf16` is slower than f32 on this processor, which has no AVX-512 BF16");
+        let extension = Precision::BF16_EXTENSION;
+        eprintln!("note: `--bf16` is slower than f32 on this processor, which has no {extension}");
     }
     Cpu { precision }
 }

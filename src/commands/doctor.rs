@@ -106,8 +106,11 @@ impl Findings {
 
     fn print(&self) {
         let memory = ByteSize(self.available_bytes);
-        let bf16 = if Precision::Bf16.is_fast() { ", AVX-512 BF16 for `--bf16`" } else { "" };
-        println!("processor    {} threads, {memory} available{bf16}", self.threads);
+        print!("processor    {} threads, {memory} available", self.threads);
+        match Precision::Bf16.is_fast() {
+            true => println!(", {} for `--bf16`", Precision::BF16_EXTENSION),
+            false => println!(),
+        }
         match &self.driver {
             Ok(driver) => {
                 let (major, minor) = driver.cuda_version;

@@ -2,13 +2,15 @@
 //!
 //! A is read where it lies, one step broadcast for each row; B's rows are contiguous vectors.
 //! Every element of C is one chain of fused multiply-adds over a block of k, in order, whatever
-//! tile it falls into: with or without AVX-512 the bits are the same. Not so for pairs of bf16, whose
+//! tile it falls into: with AVX2, AVX-512 or NEON the bits are the same. Not so for pairs of bf16, whose
 //! own instruction rounds and flushes in its own way.
 #![allow(unsafe_code)]
 
-use super::step::{Dot, Float, Precision, Widened};
+#[cfg(target_arch = "aarch64")]
+use super::mmla;
 #[cfg(target_arch = "x86_64")]
-use super::step::{Pair, has_pairs};
+use super::step::Pair;
+use super::step::{Dot, Float, Precision, Widened, has_pairs};
 use super::vector::{Eight, Vector};
 
 /// Most rows of a tile.
@@ -70,6 +72,12 @@ enum Registers {
     /// AVX-512 F and BF16.
     #[cfg(target_arch = "x86_64")]
     Avx512Bf16,
+    /// NEON.
+    #[cfg(target_arch = "aarch64")]
+    Neon,
+    /// NEON and BF16.
+    #[cfg(target_arch = "aarch64")]
+    NeonBf16,
 }
 
 /// The instruction set that tiles run on, and what they multiply.
@@ -114,6 +122,14 @@ impl Isa {
                 return &[Portable, Avx2];
             }
         }
+        #[cfg(target_arch = "aarch64")]
+        if std::arch::is_aarch64_feature_detected!("neon") {
+            use Registers::{Neon, NeonBf16, Portable};
+            return match precision {
+                Precision::Bf16 if has_pairs() => &[Portable, Neon, NeonBf16],
+                _ => &[Portable, Neon],
+            };
+        }
         let _ = precision;
         &[Registers::Portable]
     }
@@ -131,6 +147,8 @@ impl Isa {
             Registers::Avx2 => 8,
             #[cfg(target_arch = "x86_64")]
             Registers::Avx512 | Registers::Avx512Bf16 => 16,
+            #[cfg(target_arch = "aarch64")]
+            Registers::Neon | Registers::NeonBf16 => 4,
         }
     }
 
@@ -147,6 +165,10 @@ impl Isa {
             Registers::Avx2 => 16,
             #[cfg(target_arch = "x86_64")]
             Registers::Avx512 | Registers::Avx512Bf16 => MOST_COLUMNS,
+            #[cfg(target_arch = "aarch64")]
+            Registers::Neon => 16,
+            #[cfg(target_arch = "aarch64")]
+            Registers::NeonBf16 => mmla::COLUMNS,
         }
     }
 
@@ -180,6 +202,12 @@ impl Isa {
                 (Registers::Avx512, Bf16) => avx512::<Widened>(tile),
                 #[cfg(target_arch = "x86_64")]
                 (Registers::Avx512Bf16, Bf16) => avx512_bf16(tile),
+                #[cfg(target_arch = "aarch64")]
+                (Registers::Neon | Registers::NeonBf16, F32) => neon::<Float>(tile),
+                #[cfg(target_arch = "aarch64")]
+                (Registers::Neon, Bf16) => neon::<Widened>(tile),
+                #[cfg(target_arch = "aarch64")]
+                (Registers::NeonBf16, Bf16) => mmla::run(tile),
             }
         }
     }
@@ -225,6 +253,12 @@ unsafe fn avx512_bf16(tile: &Tile) {
     dispatch!(std::arch::x86_64::__m512, Pair, tile, 1, 2, 3, 4);
 }
 
+#[cfg(target_arch = "aarch64")]
+#[target_feature(enable = "neon")]
+unsafe fn neon<D: Dot<std::arch::aarch64::float32x4_t>>(tile: &Tile) {
+    dispatch!(std::arch::aarch64::float32x4_t, D, tile, 1, 2, 3, 4);
+}
+
 #[inline(always)]
 unsafe fn compute<V: Vector, D: Dot<V>, const ROWS: usize, const VECTORS: usize>(tile: &Tile) {
     // SAFETY: the caller's promise covers every pointer below.
@@ -268,8 +302,12 @@ unsafe fn chain<V: Vector, D: Dot<V>, const ROWS: usize, const VECTORS: usize>(
     }
 }
 
+/// Writes a row of the tile to `c`.
+///
+/// # Safety
+/// The processor has the instructions; the row's columns exist.
 #[inline(always)]
-unsafe fn write_row<V: Vector, const VECTORS: usize>(
+pub(super) unsafe fn write_row<V: Vector, const VECTORS: usize>(
     tile: &Tile,
     sums: &[V; VECTORS],
     c: *mut f32,

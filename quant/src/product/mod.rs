@@ -9,6 +9,8 @@
 
 mod driver;
 mod micro;
+#[cfg(target_arch = "aarch64")]
+mod mmla;
 mod pack;
 mod row;
 mod step;

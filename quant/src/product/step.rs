@@ -15,12 +15,16 @@ pub enum Precision {
     #[default]
     F32,
     /// Both operands are rounded to bf16, to the nearest. Processors with AVX-512 BF16 do two of these
-    /// products in the time of one of f32, and take subnormal operands for 0; on others it is slower than
-    /// f32, and sums differ in their last bits.
+    /// products in the time of one of f32, those with ARM's BF16 up to four, and take subnormal operands
+    /// for 0; on others it is slower than f32, and sums differ in their last bits.
     Bf16,
 }
 
 impl Precision {
+    /// The extension of processors of this kind that has instructions for bf16.
+    pub const BF16_EXTENSION: &str =
+        if cfg!(target_arch = "aarch64") { "ARM's BF16" } else { "AVX-512 BF16" };
+
     /// Whether this processor is faster in it than in f32.
     pub fn is_fast(self) -> bool {
         self == Precision::Bf16 && has_pairs()
@@ -43,9 +47,16 @@ pub(super) fn has_pairs() -> bool {
         && is_x86_feature_detected!("avx512bf16")
 }
 
+/// Whether the processor multiplies pairs of bf16.
+#[cfg(target_arch = "aarch64")]
+pub(super) fn has_pairs() -> bool {
+    std::arch::is_aarch64_feature_detected!("neon")
+        && std::arch::is_aarch64_feature_detected!("bf16")
+}
+
 /// Whether there are instructions for pairs: those of other architectures are not used.
-#[cfg(not(target_arch = "x86_64"))]
-fn has_pairs() -> bool {
+#[cfg(not(any(target_arch = "x86_64", target_arch = "aarch64")))]
+pub(super) fn has_pairs() -> bool {
     false
 }
 
@@ -122,6 +133,11 @@ fn vectors_of_line(from: &[f32], to: &mut [f32]) -> usize {
         // SAFETY: the processor has the instructions.
         return unsafe { x86::round_line(from, to) };
     }
+    #[cfg(target_arch = "aarch64")]
+    if has_pairs() {
+        // SAFETY: the processor has the instructions.
+        return unsafe { neon::round_line(from, to) };
+    }
     let _ = (from, to);
     0
 }
@@ -132,6 +148,11 @@ fn vectors_of_lines(low: &[f32], high: Option<&[f32]>, to: &mut [f32]) -> usize 
     if has_pairs() {
         // SAFETY: the processor has the instructions.
         return unsafe { x86::round_lines(low, high, to) };
+    }
+    #[cfg(target_arch = "aarch64")]
+    if has_pairs() {
+        // SAFETY: the processor has the instructions.
+        return unsafe { neon::round_lines(low, high, to) };
     }
     let _ = (low, high, to);
     0
@@ -190,6 +211,68 @@ mod x86 {
                 let high = _mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(high));
                 let pairs = _mm512_or_si512(high, _mm512_cvtepu16_epi32(low));
                 _mm512_storeu_ps(to.as_mut_ptr(), _mm512_castsi512_ps(pairs));
+            }
+        }
+        to.len() * LANES
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use std::arch::aarch64::*;
+    use std::arch::asm;
+
+    const LANES: usize = 4;
+
+    /// Eight floats as bf16, in their order. There is no intrinsic.
+    #[inline]
+    #[target_feature(enable = "neon,bf16")]
+    fn rounded(first: float32x4_t, second: float32x4_t) -> uint16x8_t {
+        let rounded;
+        // SAFETY: registers alone; the feature is enabled.
+        unsafe {
+            asm!(
+                ".arch_extension bf16",
+                "bfcvtn {rounded:v}.4h, {first:v}.4s",
+                "bfcvtn2 {rounded:v}.8h, {second:v}.4s",
+                rounded = out(vreg) rounded,
+                first = in(vreg) first,
+                second = in(vreg) second,
+                options(pure, nomem, nostack, preserves_flags),
+            );
+        }
+        rounded
+    }
+
+    /// Rounds a line along k; returns the steps that were made, a multiple of a register's.
+    #[target_feature(enable = "neon,bf16")]
+    pub(super) fn round_line(from: &[f32], to: &mut [f32]) -> usize {
+        let (from, _) = from.as_chunks::<{ 2 * LANES }>();
+        let (to, _) = to.as_chunks_mut::<LANES>();
+        for (from, to) in from.iter().zip(to.iter_mut()) {
+            // SAFETY: 8 floats are read, 4 written.
+            unsafe {
+                let pairs = rounded(vld1q_f32(from.as_ptr()), vld1q_f32(from.as_ptr().add(LANES)));
+                vst1q_f32(to.as_mut_ptr(), vreinterpretq_f32_u16(pairs));
+            }
+        }
+        from.len() * LANES
+    }
+
+    /// Rounds two lines across k; returns the steps that were made, a multiple of a register's.
+    #[target_feature(enable = "neon,bf16")]
+    pub(super) fn round_lines(low: &[f32], high: Option<&[f32]>, to: &mut [f32]) -> usize {
+        let (low, _) = low.as_chunks::<LANES>();
+        let high = high.map(|high| high.as_chunks::<LANES>().0);
+        let (to, _) = to.as_chunks_mut::<LANES>();
+        let zeros = [0.0; LANES];
+        for (index, (low, to)) in low.iter().zip(to.iter_mut()).enumerate() {
+            let high = high.map_or(&zeros, |high| &high[index]);
+            // SAFETY: 4 floats each.
+            unsafe {
+                let both = rounded(vld1q_f32(low.as_ptr()), vld1q_f32(high.as_ptr()));
+                let pairs = vzip1q_u16(both, vextq_u16::<4>(both, both));
+                vst1q_f32(to.as_mut_ptr(), vreinterpretq_f32_u16(pairs));
             }
         }
         to.len() * LANES

@@ -46,6 +46,18 @@ fn squares(
         }
         return true;
     }
+    #[cfg(target_arch = "aarch64")]
+    if std::arch::is_aarch64_feature_detected!("neon") {
+        // SAFETY: NEON is there; `transpose` checked that lines and columns exist.
+        unsafe {
+            neon::squares(
+                (from.as_ptr(), from_stride),
+                (lines, length),
+                (to.as_mut_ptr(), to_stride),
+            );
+        }
+        return true;
+    }
     let _ = (from, from_stride, lines, length, to, to_stride);
     false
 }
@@ -103,6 +115,55 @@ mod x86 {
                 // SAFETY: as above.
                 unsafe { _mm256_storeu_ps(to.add((4 * half + k) * to_stride), column) };
             }
+        }
+    }
+}
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use std::arch::aarch64::*;
+
+    /// Lines that four registers hold.
+    const SIDE: usize = 4;
+
+    /// # Safety
+    /// Lines and columns lie inside what the pointers reach; both counts are multiples of [`SIDE`].
+    #[target_feature(enable = "neon")]
+    pub(super) unsafe fn squares(
+        (from, from_stride): (*const f32, usize),
+        (lines, length): (usize, usize),
+        (to, to_stride): (*mut f32, usize),
+    ) {
+        for line in (0..lines).step_by(SIDE) {
+            for k in (0..length).step_by(SIDE) {
+                // SAFETY: the caller's promise.
+                unsafe {
+                    square(
+                        (from.add(line * from_stride + k), from_stride),
+                        (to.add(k * to_stride + line), to_stride),
+                    );
+                }
+            }
+        }
+    }
+
+    #[inline]
+    #[target_feature(enable = "neon")]
+    unsafe fn square((from, from_stride): (*const f32, usize), (to, to_stride): (*mut f32, usize)) {
+        // SAFETY: the caller's promise: 4 lines of 4.
+        let [a, b, c, d] = std::array::from_fn(|i| unsafe { vld1q_f32(from.add(i * from_stride)) });
+        let pairs = |register| vreinterpretq_f64_f32(register);
+        let (even01, odd01) = (pairs(vtrn1q_f32(a, b)), pairs(vtrn2q_f32(a, b)));
+        let (even23, odd23) = (pairs(vtrn1q_f32(c, d)), pairs(vtrn2q_f32(c, d)));
+        let columns = [
+            vtrn1q_f64(even01, even23),
+            vtrn1q_f64(odd01, odd23),
+            vtrn2q_f64(even01, even23),
+            vtrn2q_f64(odd01, odd23),
+        ];
+        for (k, column) in columns.into_iter().enumerate() {
+            // SAFETY: as above, 4 columns of 4.
+            unsafe { vst1q_f32(to.add(k * to_stride), vreinterpretq_f32_f64(column)) };
         }
     }
 }

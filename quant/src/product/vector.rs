@@ -235,3 +235,80 @@ mod x86 {
         }
     }
 }
+
+#[cfg(target_arch = "aarch64")]
+mod neon {
+    use std::arch::aarch64::*;
+
+    use super::{UPPER_HALF, Vector};
+
+    // SAFETY (all blocks): the trait's callers promise the instructions and the memory.
+    impl Vector for float32x4_t {
+        const LANES: usize = 4;
+
+        #[inline(always)]
+        unsafe fn splat(value: f32) -> Self {
+            unsafe { vdupq_n_f32(value) }
+        }
+
+        #[inline(always)]
+        unsafe fn load(from: *const f32) -> Self {
+            unsafe { vld1q_f32(from) }
+        }
+
+        #[inline(always)]
+        unsafe fn store(self, to: *mut f32) {
+            unsafe { vst1q_f32(to, self) }
+        }
+
+        /// There is no intrinsic for a store past the caches.
+        #[inline(always)]
+        unsafe fn stream(self, to: *mut f32) {
+            unsafe { self.store(to) }
+        }
+
+        #[inline(always)]
+        unsafe fn load_some(from: *const f32, count: usize) -> Self {
+            let mut lanes = [0.0; Self::LANES];
+            unsafe {
+                std::ptr::copy_nonoverlapping(from, lanes.as_mut_ptr(), count);
+                Self::load(lanes.as_ptr())
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn store_some(self, to: *mut f32, count: usize) {
+            let mut lanes = [0.0; Self::LANES];
+            unsafe {
+                self.store(lanes.as_mut_ptr());
+                std::ptr::copy_nonoverlapping(lanes.as_ptr(), to, count);
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply_add(self, factor: Self, sum: Self) -> Self {
+            unsafe { vfmaq_f32(sum, self, factor) }
+        }
+
+        #[inline(always)]
+        unsafe fn multiply(self, factor: Self) -> Self {
+            unsafe { vmulq_f32(self, factor) }
+        }
+
+        #[inline(always)]
+        unsafe fn lower_half(self) -> Self {
+            unsafe { vreinterpretq_f32_u32(vshlq_n_u32::<16>(vreinterpretq_u32_f32(self))) }
+        }
+
+        #[inline(always)]
+        unsafe fn upper_half(self) -> Self {
+            unsafe {
+                let lanes = vandq_u32(vreinterpretq_u32_f32(self), vdupq_n_u32(UPPER_HALF));
+                vreinterpretq_f32_u32(lanes)
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn prefetch(_: *const f32) {}
+    }
+}

@@ -168,6 +168,13 @@ struct Places {
     pythons: &'static [&'static str],
 }
 
+/// What `lib64` leads to in CUDA's own folder.
+const CUDA_TARGET: &str = if cfg!(target_arch = "aarch64") {
+    "targets/sbsa-linux/lib"
+} else {
+    "targets/x86_64-linux/lib"
+};
+
 /// CUDA 13 has a folder for each kind of processor on Windows; PyTorch's packages bring libraries there.
 const PLACES: Places = if cfg!(windows) {
     Places {
@@ -179,7 +186,7 @@ const PLACES: Places = if cfg!(windows) {
     }
 } else {
     Places {
-        cuda: &["lib64", "lib", "targets/x86_64-linux/lib"],
+        cuda: &["lib64", "lib", CUDA_TARGET],
         conda: &["lib"],
         packages: &["nvidia/*/lib"],
         prefix: "lib",
