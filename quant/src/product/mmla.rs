@@ -57,20 +57,23 @@ unsafe fn compute<const PAIRS: usize, const VECTORS: usize>(tile: &Tile) {
         if let Some(second) = &tile.second {
             sums = chain(sums, second, tile.rows);
         }
-        for (pair, sums) in sums.iter().enumerate() {
-            let halves = |side: usize| -> [float64x2_t; VECTORS] {
-                std::array::from_fn(|v| vreinterpretq_f64_f32(sums[v][side]))
-            };
-            let (left, right) = (halves(0), halves(1));
-            let upper =
-                std::array::from_fn(|v| vreinterpretq_f32_f64(vtrn1q_f64(left[v], right[v])));
-            write_row::<_, VECTORS>(tile, &upper, tile.c.add(2 * pair * tile.c_stride));
-            if 2 * pair + 1 < tile.rows {
-                let lower =
-                    std::array::from_fn(|v| vreinterpretq_f32_f64(vtrn2q_f64(left[v], right[v])));
-                write_row::<_, VECTORS>(tile, &lower, tile.c.add((2 * pair + 1) * tile.c_stride));
+        for (pair, sums) in sums.into_iter().enumerate() {
+            let lines = sums.map(|blocks| lines(blocks));
+            for (half, row) in (2 * pair..tile.rows).take(2).enumerate() {
+                let line = lines.map(|line| line[half]);
+                write_row(tile, &line, tile.c.add(row * tile.c_stride));
             }
         }
+    }
+}
+
+/// The upper and the lower row of two blocks side by side.
+#[inline(always)]
+unsafe fn lines(blocks: [Register; 2]) -> [Register; 2] {
+    // SAFETY: registers alone.
+    unsafe {
+        let [left, right] = blocks.map(|block| vreinterpretq_f64_f32(block));
+        [vtrn1q_f64(left, right), vtrn2q_f64(left, right)].map(|line| vreinterpretq_f32_f64(line))
     }
 }
 
