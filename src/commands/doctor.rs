@@ -92,6 +92,7 @@ impl Findings {
             "cpu": {
                 "threads": self.threads,
                 "available_bytes": self.available_bytes,
+                "instructions": Precision::F32.instructions(),
                 "fast_bf16": Precision::Bf16.is_fast(),
             },
             "cuda": {
@@ -106,11 +107,14 @@ impl Findings {
 
     fn print(&self) {
         let memory = ByteSize(self.available_bytes);
-        print!("processor    {} threads, {memory} available", self.threads);
-        match Precision::Bf16.is_fast() {
-            true => println!(", {} for `--bf16`", Precision::BF16_EXTENSION),
-            false => println!(),
-        }
+        let instructions = match Precision::F32.instructions() {
+            Some(name) => format!("products by {name}"),
+            None => "products are slow: neither AVX2 nor NEON".to_string(),
+        };
+        let bf16 = Precision::Bf16.instructions().filter(|_| Precision::Bf16.is_fast());
+        let bf16 = bf16.map_or(String::new(), |name| format!(", those of `--bf16` by {name}"));
+        println!("processor    {} threads, {memory} available", self.threads);
+        println!("             {instructions}{bf16}");
         match &self.driver {
             Ok(driver) => {
                 let (major, minor) = driver.cuda_version;

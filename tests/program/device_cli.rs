@@ -19,11 +19,29 @@ fn findings() -> Value {
     json(&nibble(&["doctor", "--json"]))
 }
 
+/// As the standard library has it.
+#[cfg(target_arch = "x86_64")]
+fn widest_instructions() -> Option<&'static str> {
+    let avx2 = is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma");
+    let widest = if is_x86_feature_detected!("avx512f") { "AVX-512" } else { "AVX2" };
+    avx2.then_some(widest)
+}
+
+#[cfg(not(target_arch = "x86_64"))]
+fn widest_instructions() -> Option<&'static str> {
+    cfg!(target_arch = "aarch64").then_some("NEON")
+}
+
 #[test]
 fn doctor_says_what_is_there_and_how_to_get_the_rest() {
     let found = findings();
     assert!(found["cpu"]["threads"].as_u64().unwrap() > 0);
     let (cuda, plain) = (&found["cuda"], stdout(&nibble(&["doctor"])));
+    assert_eq!(found["cpu"]["instructions"].as_str(), widest_instructions());
+    match widest_instructions() {
+        Some(name) => assert!(plain.contains(&format!("products by {name}")), "{plain}"),
+        None => assert!(plain.contains("products are slow"), "{plain}"),
+    }
     if cuda["usable"] == true {
         assert!(plain.contains("training runs on it"), "{plain}");
         return;

@@ -134,6 +134,23 @@ impl Isa {
         &[Registers::Portable]
     }
 
+    /// What the processor's vendor calls the instructions; none where products take what every processor has.
+    pub(super) fn name(self) -> Option<&'static str> {
+        match self.registers {
+            Registers::Portable => None,
+            #[cfg(target_arch = "x86_64")]
+            Registers::Avx2 => Some("AVX2"),
+            #[cfg(target_arch = "x86_64")]
+            Registers::Avx512 => Some("AVX-512"),
+            #[cfg(target_arch = "x86_64")]
+            Registers::Avx512Bf16 => Some("AVX-512 BF16"),
+            #[cfg(target_arch = "aarch64")]
+            Registers::Neon => Some("NEON"),
+            #[cfg(target_arch = "aarch64")]
+            Registers::NeonBf16 => Some("ARM's BF16"),
+        }
+    }
+
     /// What a step of k is.
     pub(super) fn precision(self) -> Precision {
         self.precision

@@ -60,6 +60,14 @@ impl WeightRef<'_> {
     }
 }
 
+impl Precision {
+    /// The extension that products use of this processor, such as `AVX-512`; none where it has none of those
+    /// that there are kernels for, and products are several times slower.
+    pub fn instructions(self) -> Option<&'static str> {
+        Isa::detect(self).name()
+    }
+}
+
 /// `c = alpha·a·b + beta·c` on all threads.
 ///
 /// # Panics
