@@ -230,12 +230,16 @@ fn somebody_elses_files_are_left_alone() {
     let place = Workplace::new();
     fs::create_dir(place.path("out")).unwrap();
     fs::write(place.path("out/thesis.txt"), "years of work").unwrap();
-    for flags in [&["--max-steps", "1"][..], &["--resume"]] {
+    for (flags, error) in [
+        (&["--max-steps", "1"][..], "error: out is not empty\nhint: choose another `--out`"),
+        (
+            &["--resume"],
+            "error: --resume: out is not the folder of a run: no settings.toml beside checkpoints\n\
+             hint: name the folder that was the `--out` of the run, with all of its files",
+        ),
+    ] {
         let (code, text) = fail(place.train("out", flags));
-        assert_eq!(
-            (code, error_of(&text)),
-            (2, "error: out is not empty\nhint: choose another `--out`")
-        );
+        assert_eq!((code, error_of(&text)), (2, error));
         assert_eq!(place.list("out"), ["thesis.txt"]);
     }
 }
