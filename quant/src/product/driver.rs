@@ -23,9 +23,10 @@ use std::ops::Range;
 use rayon::prelude::*;
 
 use super::LowRank;
-use super::micro::{Isa, Segment, TILE_ROWS, Tile};
+use super::micro::Isa;
 use super::pack::{Operand, Panel};
 use super::step::Precision;
+use super::tile::{Segment, TILE_ROWS, Tile};
 use super::view::{Matrix, MatrixMut};
 use left::{Block, Rows, from};
 pub use packed_operand::PackedOperand;

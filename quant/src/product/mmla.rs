@@ -8,7 +8,7 @@
 use std::arch::aarch64::*;
 use std::arch::asm;
 
-use super::micro::{Segment, Tile, write_row};
+use super::tile::{Segment, Tile, write_row};
 use super::vector::Vector;
 
 type Register = float32x4_t;

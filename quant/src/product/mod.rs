@@ -14,6 +14,7 @@ mod mmla;
 mod pack;
 mod row;
 mod step;
+mod tile;
 mod transpose;
 mod vector;
 mod view;

@@ -9,8 +9,8 @@ use half::bf16;
 use pulp::{Simd, WithSimd};
 
 use super::WeightRef;
-use super::micro::MOST_COLUMNS;
 use super::step::{Precision, round_line, round_lines};
+use super::tile::MOST_COLUMNS;
 use super::transpose::transpose;
 use super::view::Matrix;
 use crate::dot::Element;
