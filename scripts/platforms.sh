@@ -79,14 +79,16 @@ lint() { # TARGET
     cargo clippy --release --workspace --all-targets --locked --target "$1" -- -D warnings
 }
 
-# Linked by Rust's own linker into programs that need no library of ARM's.
+# Linked by Rust's own linker into programs that need no library of ARM's. One of the dependencies asks for
+# libdl, whose functions are in musl's libc: an empty archive will do.
 test_on_arm() { # FLAGS
     local emulator=qemu-aarch64-static
     command -v "$emulator" >/dev/null || skip "no $emulator, which runs tests on ARM"
     prepare "$arm"
-    local linker=CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_LINKER
-    local runner=CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL_RUNNER
-    env "$linker=rust-lld" "$runner=$emulator" \
+    printf '!<arch>\n' >"$tools/$arm/libdl.a"
+    local settings=CARGO_TARGET_AARCH64_UNKNOWN_LINUX_MUSL
+    env "${settings}_LINKER=rust-lld" "${settings}_RUNNER=$emulator" \
+        "${settings}_RUSTFLAGS=-L native=$tools/$arm" \
         cargo test --release --locked --target "$arm" --no-fail-fast "$@"
 }
 
