@@ -2,7 +2,8 @@
 //!
 //! The 16-entry table is scaled once per block, then looked up 16 codes at a time (AVX-512's
 //! 16-lane permute), 8 at a time (two AVX2 permutes and a blend), 16 at a time byte by byte (NEON's
-//! table lookup), or one by one. Intrinsics, since pulp has no 16-entry lookup. A sum of products takes what it decodes from registers where it can.
+//! table lookup), or one by one. Intrinsics, since pulp has no 16-entry lookup. A sum of products takes
+//! what it decodes from registers where it can.
 #![allow(unsafe_code)]
 
 use std::borrow::Cow;

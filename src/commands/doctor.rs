@@ -111,8 +111,10 @@ impl Findings {
             Some(name) => format!("products by {name}"),
             None => "products are slow: neither AVX2 nor NEON".to_string(),
         };
-        let bf16 = Precision::Bf16.instructions().filter(|_| Precision::Bf16.is_fast());
-        let bf16 = bf16.map_or(String::new(), |name| format!(", those of `--bf16` by {name}"));
+        let bf16 = match Precision::Bf16.is_fast() {
+            true => format!(", those of `--bf16` by {}", Precision::BF16_EXTENSION),
+            false => String::new(),
+        };
         println!("processor    {} threads, {memory} available", self.threads);
         println!("             {instructions}{bf16}");
         match &self.driver {

@@ -107,8 +107,8 @@ impl LoadReport {
     /// Fails on the first thing that a training run should not pass over.
     ///
     /// # Errors
-    /// `Input` for a rejected record that is not to be skipped, or where all are rejected, a document that is too long under `--truncation error`, or
-    /// data without a token to train on.
+    /// `Input` for a rejected record that is not to be skipped, or where all are rejected, a document that
+    /// is too long under `--truncation error`, or data without a token to train on.
     pub fn check(&self, data: &[PathBuf], options: &DataOptions) -> Result<()> {
         let at = |line: usize| self.files.place(line);
         let refuses =

@@ -101,11 +101,11 @@ impl Isa {
             #[cfg(target_arch = "x86_64")]
             Registers::Avx512 => Some("AVX-512"),
             #[cfg(target_arch = "x86_64")]
-            Registers::Avx512Bf16 => Some("AVX-512 BF16"),
+            Registers::Avx512Bf16 => Some(Precision::BF16_EXTENSION),
             #[cfg(target_arch = "aarch64")]
             Registers::Neon => Some("NEON"),
             #[cfg(target_arch = "aarch64")]
-            Registers::NeonBf16 => Some("ARM's BF16"),
+            Registers::NeonBf16 => Some(Precision::BF16_EXTENSION),
         }
     }
 

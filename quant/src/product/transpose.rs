@@ -62,31 +62,40 @@ fn squares(
     false
 }
 
+/// Calls `square` with where each square of `side` lines begins before and after.
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+#[inline(always)]
+fn for_squares(
+    side: usize,
+    (lines, length): (usize, usize),
+    [from_stride, to_stride]: [usize; 2],
+    square: impl Fn(usize, usize),
+) {
+    for line in (0..lines).step_by(side) {
+        for k in (0..length).step_by(side) {
+            square(line * from_stride + k, k * to_stride + line);
+        }
+    }
+}
+
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::SIDE;
+    use super::{SIDE, for_squares};
 
     /// # Safety
     /// Lines and columns lie inside what the pointers reach; both counts are multiples of [`SIDE`].
     #[target_feature(enable = "avx")]
     pub(super) unsafe fn squares(
         (from, from_stride): (*const f32, usize),
-        (lines, length): (usize, usize),
+        counts: (usize, usize),
         (to, to_stride): (*mut f32, usize),
     ) {
-        for line in (0..lines).step_by(SIDE) {
-            for k in (0..length).step_by(SIDE) {
-                // SAFETY: the caller's promise.
-                unsafe {
-                    square(
-                        (from.add(line * from_stride + k), from_stride),
-                        (to.add(k * to_stride + line), to_stride),
-                    );
-                }
-            }
-        }
+        for_squares(SIDE, counts, [from_stride, to_stride], |from_at, to_at| {
+            // SAFETY: the caller's promise.
+            unsafe { square((from.add(from_at), from_stride), (to.add(to_at), to_stride)) };
+        });
     }
 
     /// 8 × 8: halves of lines i and i + 4 share a register, so that pairs and quads are exchanged
@@ -123,6 +132,8 @@ mod x86 {
 mod neon {
     use std::arch::aarch64::*;
 
+    use super::for_squares;
+
     /// Lines that four registers hold.
     const SIDE: usize = 4;
 
@@ -131,20 +142,13 @@ mod neon {
     #[target_feature(enable = "neon")]
     pub(super) unsafe fn squares(
         (from, from_stride): (*const f32, usize),
-        (lines, length): (usize, usize),
+        counts: (usize, usize),
         (to, to_stride): (*mut f32, usize),
     ) {
-        for line in (0..lines).step_by(SIDE) {
-            for k in (0..length).step_by(SIDE) {
-                // SAFETY: the caller's promise.
-                unsafe {
-                    square(
-                        (from.add(line * from_stride + k), from_stride),
-                        (to.add(k * to_stride + line), to_stride),
-                    );
-                }
-            }
-        }
+        for_squares(SIDE, counts, [from_stride, to_stride], |from_at, to_at| {
+            // SAFETY: the caller's promise.
+            unsafe { square((from.add(from_at), from_stride), (to.add(to_at), to_stride)) };
+        });
     }
 
     #[inline]

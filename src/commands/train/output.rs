@@ -164,19 +164,20 @@ fn is_empty(folder: &Path) -> bool {
     }
 }
 
-/// A folder that is not empty, and whether the files are of a run.
+/// What is wrong with a folder that is not empty; whether its files are of a run.
 fn not_empty(out: &Path, of_a_run: bool, resume: bool) -> Error {
-    let (what, out) = (format!("{} is not empty", out.display()), out.display());
-    match (of_a_run, resume) {
-        (true, _) => {
-            Error::usage(what).hint("continue its run with `--resume`, or choose another `--out`")
-        }
-        (false, false) => Error::usage(what).hint("choose another `--out`"),
-        (false, true) => Error::usage(format_args!(
+    let out = out.display();
+    if resume && !of_a_run {
+        let what = format_args!(
             "--resume: {out} is not the folder of a run: no {SETTINGS_FILE} beside checkpoints"
-        ))
-        .hint("name the folder that was the `--out` of the run, with all of its files"),
+        );
+        return Error::usage(what)
+            .hint("name the folder that was the `--out` of the run, with all of its files");
     }
+    Error::usage(format_args!("{out} is not empty")).hint(match of_a_run {
+        true => "continue its run with `--resume`, or choose another `--out`",
+        false => "choose another `--out`",
+    })
 }
 
 fn lock(out: &Path) -> Result<Lock> {
