@@ -3,8 +3,9 @@
 use std::num::NonZeroUsize;
 use std::path::PathBuf;
 
-use clap::{ArgAction, Args};
+use clap::{ArgAction, Args, ValueHint};
 
+use super::adapters::NamedAdapter;
 use super::data::DataFormatArgs;
 use super::device::DeviceArgs;
 use super::numbers;
@@ -13,9 +14,10 @@ use super::train::BaseModelArgs;
 const EXAMPLES: &str = "Examples:
   nibble eval --model smollm2-nf4 --adapter run --data eval.jsonl
   nibble eval --model smollm2-nf4 --adapter run --data eval.jsonl --predictions answers.jsonl
+  nibble eval --model smollm2-nf4 --adapter early=run/checkpoint-55 --adapter late=run --data eval.jsonl
   nibble eval --model smollm2-nf4 --data eval.jsonl --json";
 
-/// Measure loss, perplexity, token accuracy and exact match, without and with an adapter
+/// Measure loss, perplexity, token accuracy and exact match, without and with adapters
 ///
 /// Token accuracy: how many of the trained tokens are the most likely ones. Exact match: documents of
 /// which all are, so that greedy decoding gives exactly that answer.
@@ -25,9 +27,9 @@ pub struct EvalArgs {
     /// The base model.
     #[command(flatten)]
     pub base: BaseModelArgs,
-    /// PEFT adapter folder
-    #[arg(long, help_heading = "Adapter", value_name = "DIR")]
-    pub adapter: Option<PathBuf>,
+    /// PEFT adapter folder; may be repeated, each adapter has a row under its name
+    #[arg(long, help_heading = "Adapter", value_name = "[NAME=]DIR", value_hint = ValueHint::AnyPath)]
+    pub adapter: Vec<NamedAdapter>,
     /// JSONL, JSON, CSV or Parquet: files, folders, or patterns in quotes
     #[arg(long, help_heading = "Data", value_name = "FILE", num_args = 1.., required = true)]
     pub data: Vec<PathBuf>,

@@ -1,5 +1,6 @@
 //! The command line as types: one struct per command, each default written once, here.
 
+pub mod adapters;
 pub mod arguments;
 pub mod complete;
 pub mod completions;
@@ -47,7 +48,7 @@ pub enum Command {
     Memory(Box<memory::MemoryArgs>),
     /// Train a LoRA adapter on a frozen base model
     Train(Box<train::TrainArgs>),
-    /// Measure loss, perplexity, token accuracy and exact match, without and with an adapter
+    /// Measure loss, perplexity, token accuracy and exact match, without and with adapters
     Eval(eval::EvalArgs),
     /// Answer a prompt
     Generate(generate::GenerateArgs),

@@ -9,7 +9,8 @@ use std::path::Path;
 
 use super::device;
 use super::generate::note_finish;
-use crate::cli::generate::{ChatArgs, NamedAdapter, check_names};
+use crate::cli::adapters::{NamedAdapter, check_names};
+use crate::cli::generate::ChatArgs;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::nearest::nearest;

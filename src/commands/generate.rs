@@ -3,7 +3,8 @@
 use std::io::{IsTerminal, Read};
 
 use super::device;
-use crate::cli::generate::{GenerateArgs, NamedAdapter, check_names};
+use crate::cli::adapters::{NamedAdapter, check_names};
+use crate::cli::generate::GenerateArgs;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::printed;

@@ -1,11 +1,13 @@
 //! Generating text: a loaded model with an adapter, a sampler, and the loop between them.
 
+mod adapted;
 mod sampler;
 mod session;
 mod speaker;
 mod stream;
 
+pub use adapted::AdaptedModel;
 pub use sampler::{Sampler, SamplingOptions};
-pub use session::{Session, equip, load_weights};
+pub use session::Session;
 pub use speaker::{Finish, Limits, Prompt, Speaker, Wish};
 pub use stream::TextStream;

@@ -64,14 +64,10 @@ impl<'a> Predictions<'a> {
         Ok(Predictions { questions, max_new_tokens, context_tokens })
     }
 
-    /// The memory that was refused may be that of the longest answer.
-    pub(super) fn shorter(&self, error: Error) -> Error {
+    /// The way out where memory is refused: it may be that of the longest answer.
+    pub(super) fn shorter(&self) -> String {
         let most = self.max_new_tokens;
-        match error {
-            Error::Budget(_) => error
-                .hint(format_args!("lower `--max-new-tokens`, which is {most}, or `--max-length`")),
-            error => error,
-        }
+        format!("lower `--max-new-tokens`, which is {most}, or `--max-length`")
     }
 
     /// Lets the model answer, always by the likeliest token; a line is written whenever one is done, and the
@@ -166,6 +162,16 @@ impl<'a> Question<'a> {
 }
 
 impl Predicted {
+    /// Tells of the file below the table.
+    pub(super) fn print(&self) {
+        let (path, answers) = (self.path.display(), counted(self.documents, "answer"));
+        println!("\nwrote {path}: {answers}, {} of them equal to the label", self.right);
+        if self.cut > 0 {
+            let cut = self.cut;
+            println!("{cut} cut off: at `--max-new-tokens`, or where there are no more positions");
+        }
+    }
+
     pub(super) fn json(&self) -> serde_json::Value {
         json!({
             "file": self.path,

@@ -107,6 +107,11 @@ impl ChatTokenizer {
         Ok(tokenizer)
     }
 
+    /// Whether it was read from the same files as the other one, with the same chat templates.
+    pub fn reads_like(&self, other: &Self) -> bool {
+        self.home == other.home && self.templates == other.templates
+    }
+
     fn choose_templates(&mut self, chosen: Option<&str>, adapter: Option<&Path>) -> Result<()> {
         let (sources, place) = match (chosen, adapter) {
             (Some(name), _) => (Some(self.named(name)?), Path::new(name)),

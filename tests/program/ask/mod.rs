@@ -3,6 +3,7 @@
 
 mod chat;
 mod eval;
+mod eval_adapters;
 mod generate;
 mod predictions;
 mod scene;

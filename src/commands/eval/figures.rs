@@ -1,0 +1,225 @@
+//! What models make of a file: measured one after another, shown side by side.
+
+use indicatif::ProgressBar;
+use serde_json::{Map, Value, json};
+
+use super::super::progress_bar;
+use super::predictions::Predicted;
+use crate::cli::adapters::NamedAdapter;
+use crate::data::{Batch, targets};
+use crate::error::Result;
+use crate::kernels::Kernels;
+use crate::model::{Model, Variant};
+use crate::plural::counted;
+use crate::report::table::{Align, Table};
+use crate::sample::AdaptedModel;
+use crate::train::interrupt::Interrupt;
+
+/// What the model without an adapter is called.
+pub(super) const BASE: &str = "base";
+/// What an adapter is called that is the only one.
+const ADAPTER: &str = "adapter";
+
+/// Figures of the base and of each adapter.
+#[derive(Default)]
+pub(super) struct Scores {
+    /// None where every adapter is merged into the weights.
+    base: Option<Figures>,
+    /// By name.
+    adapters: Vec<(String, Figures)>,
+}
+
+/// What a model makes of the file.
+#[derive(Default)]
+struct Figures {
+    documents: usize,
+    targets: usize,
+    /// Sum over the trained tokens.
+    loss: f64,
+    tokens_right: usize,
+    /// Documents all of whose trained tokens are right.
+    documents_right: usize,
+}
+
+impl Scores {
+    /// Measures the base and `adapters`, the first of which `model` comes with.
+    ///
+    /// # Errors
+    /// What is wrong with an adapter, `Budget` and `Interrupted`; what was measured before stays.
+    pub(super) fn measure<K: Kernels>(
+        &mut self,
+        adapters: &[NamedAdapter],
+        model: &mut AdaptedModel<K>,
+        batches: &[Batch],
+        interrupt: &Interrupt,
+    ) -> Result<()> {
+        self.measure_base(model, batches, interrupt)?;
+        for (index, NamedAdapter { name, folder }) in adapters.iter().enumerate() {
+            if index > 0 {
+                let adapter = model.open_adapter(folder)?;
+                model.set_adapter(Some(adapter))?;
+                self.measure_base(model, batches, interrupt)?;
+            }
+            let name = if adapters.len() == 1 { ADAPTER } else { name };
+            let bar = progress_bar::over_count(&format!("scoring {name}"), documents(batches));
+            let model = model.model_mut()?;
+            let figures = Figures::measure(model, batches, Variant::Adapted, &bar, interrupt)?;
+            self.adapters.push((name.to_string(), figures));
+        }
+        if self.base.is_none() {
+            eprintln!(
+                "note: adapters that are more than LoRA on linear layers are merged into the weights: \
+                 figures of the base alone are not shown"
+            );
+        }
+        Ok(())
+    }
+
+    /// Once, with the first adapter that leaves the weights as they are.
+    fn measure_base<K: Kernels>(
+        &mut self,
+        model: &mut AdaptedModel<K>,
+        batches: &[Batch],
+        interrupt: &Interrupt,
+    ) -> Result<()> {
+        if self.base.is_none() && !model.is_merged() {
+            let bar = progress_bar::over_count(&format!("scoring {BASE}"), documents(batches));
+            let model = model.model_mut()?;
+            self.base = Some(Figures::measure(model, batches, Variant::Base, &bar, interrupt)?);
+        }
+        Ok(())
+    }
+
+    /// Writes a table, or JSON, to stdout; nothing where nothing was measured.
+    pub(super) fn print(&self, as_json: bool, predicted: Option<&Predicted>) {
+        let Some(any) = self.rows().next().map(|(_, figures)| figures) else { return };
+        if as_json {
+            println!("{:#}", self.json(any, predicted));
+            return;
+        }
+        let documents = any.documents;
+        println!("{}, {}\n", counted(documents, "document"), counted(any.targets, "trained token"));
+        let mut table = Table::new([
+            ("", Align::Left),
+            ("loss", Align::Right),
+            ("perplexity", Align::Right),
+            ("token accuracy", Align::Right),
+            ("exact match", Align::Right),
+        ]);
+        for (name, figures) in self.rows() {
+            table.row([
+                name.to_string(),
+                format!("{:.4}", figures.loss()),
+                format!("{:.3}", figures.loss().exp()),
+                format!("{:.1} %", 100.0 * figures.accuracy()),
+                format!("{} of {documents}", figures.documents_right),
+            ]);
+        }
+        print!("{table}");
+        if let Some(predicted) = predicted {
+            predicted.print();
+        }
+    }
+
+    fn rows(&self) -> impl Iterator<Item = (&str, &Figures)> {
+        let base = self.base.iter().map(|figures| (BASE, figures));
+        base.chain(self.adapters.iter().map(|(name, figures)| (name.as_str(), figures)))
+    }
+
+    /// The only adapter is `adapter`; several are by name in `adapters`.
+    fn json(&self, any: &Figures, predicted: Option<&Predicted>) -> Value {
+        let mut out = json!({
+            "documents": any.documents,
+            "targets": any.targets,
+            "base": self.base.as_ref().map(Figures::json),
+            "predictions": predicted.map(Predicted::json),
+        });
+        match &self.adapters[..] {
+            [] => out["adapter"] = Value::Null,
+            [(name, figures)] if name == ADAPTER => out["adapter"] = figures.json(),
+            named => {
+                let named = named.iter().map(|(name, figures)| (name.clone(), figures.json()));
+                out["adapters"] = named.collect::<Map<_, _>>().into();
+            }
+        }
+        out
+    }
+}
+
+impl Figures {
+    /// Of a pass over all batches.
+    fn measure<K: Kernels>(
+        model: &mut Model<K>,
+        batches: &[Batch],
+        variant: Variant,
+        bar: &ProgressBar,
+        interrupt: &Interrupt,
+    ) -> Result<Self> {
+        let mut figures = Figures::default();
+        for batch in batches {
+            interrupt.check()?;
+            bar.set_position(figures.documents as u64);
+            let score = model.score(batch, variant)?;
+            figures.documents += batch.lines.len();
+            figures.targets += batch.num_targets();
+            figures.loss += score.loss;
+            figures.tokens_right += score.likeliest.iter().filter(|&&right| right).count();
+            figures.documents_right += documents_right(batch, &score.likeliest);
+        }
+        bar.finish_and_clear();
+        Ok(figures)
+    }
+
+    fn loss(&self) -> f64 {
+        self.loss / self.targets as f64
+    }
+
+    fn accuracy(&self) -> f64 {
+        self.tokens_right as f64 / self.targets as f64
+    }
+
+    fn json(&self) -> Value {
+        json!({
+            "loss": self.loss(),
+            "perplexity": self.loss().exp(),
+            "mean_token_accuracy": self.accuracy(),
+            "exact_match": self.documents_right as f64 / self.documents as f64,
+        })
+    }
+}
+
+fn documents(batches: &[Batch]) -> usize {
+    batches.iter().map(|batch| batch.lines.len()).sum()
+}
+
+fn documents_right(batch: &Batch, likeliest: &[bool]) -> usize {
+    let (mut rest, mut right) = (likeliest, 0);
+    for document in batch.documents() {
+        let targets = targets(&batch.labels[document]).count();
+        let (own, others) = rest.split_at(targets);
+        right += usize::from(own.iter().all(|&right| right));
+        rest = others;
+    }
+    right
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::data::Document;
+
+    #[test]
+    fn a_document_is_right_when_all_its_trained_tokens_are() {
+        let document = |labels: &[i32]| Document {
+            input_ids: vec![1; labels.len()],
+            labels: labels.to_vec(),
+            line: 1,
+        };
+        // The first label of a document has nothing to be foretold from.
+        let documents = [document(&[5, -100, 1, 1]), document(&[1, 1]), document(&[-100, 1, 1])];
+        let batch = Batch::from_documents(&documents);
+        assert_eq!(batch.num_targets(), 5);
+        assert_eq!(documents_right(&batch, &[true, false, true, true, true]), 2);
+        assert_eq!(documents_right(&batch, &[true, true, false, true, false]), 1);
+    }
+}
