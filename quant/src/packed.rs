@@ -165,17 +165,23 @@ impl PackedWeight {
         Ok(PackedWeight { parts, decoder: Decoder::detect() })
     }
 
-    /// Checks that all scales are finite, which those of a damaged file need not be.
+    /// Checks that all scales are finite, which those of a damaged file need not be: with double
+    /// quantization what they are made of, `map[code]·absmax + offset` for every code.
     ///
     /// # Errors
     /// Names the first one that is not.
     pub fn check_scales(&self) -> Result<()> {
-        let (name, scales) = match &self.parts.absmax {
-            Absmax::Plain(absmax) => ("absmax", absmax),
-            Absmax::Nested { absmax, .. } => ("nested_absmax", absmax),
+        let (name, scales, offset) = match &self.parts.absmax {
+            Absmax::Plain(absmax) => ("absmax", absmax, 0.0),
+            Absmax::Nested { absmax, offset, .. } => ("nested_absmax", absmax, *offset),
         };
+        if !offset.is_finite() {
+            bail!("nested_offset is {offset}");
+        }
         let scales: &[f32] = bytemuck::cast_slice(scales);
-        match scales.par_iter().position_first(|scale| !scale.is_finite()) {
+        // The map's values lie between -1 and 1.
+        let is_wrong = |scale: &f32| !(scale.abs() + offset.abs()).is_finite();
+        match scales.par_iter().position_first(is_wrong) {
             Some(index) => bail!("{name}[{index}] is {}", scales[index]),
             None => Ok(()),
         }

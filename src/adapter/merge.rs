@@ -127,7 +127,8 @@ impl Merge<'_> {
         let not_finite = |chunk: &[f32]| chunk.iter().copied().find(|x| !x.is_finite());
         match weight.par_chunks(CHUNK).find_map_first(not_finite) {
             Some(value) => {
-                Err(Error::numeric(format_args!("merged `{name}` has an element {value}")))
+                Err(Error::numeric(format_args!("merged `{name}` has an element {value}"))
+                    .hint("the adapter may have diverged in training: try an earlier checkpoint"))
             }
             None => Ok(weight),
         }

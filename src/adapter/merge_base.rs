@@ -7,7 +7,7 @@ use nibble_quant::{BlockFormat, FloatType};
 use serde_json::Value;
 
 use crate::checkpoint::repack::quantize;
-use crate::checkpoint::tensor_errors::check_shape;
+use crate::checkpoint::tensor_errors::{check_shape, unusable};
 use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, Weight};
 use crate::error::{Error, Result};
 use crate::model::spec::{TensorRole, TensorSpec};
@@ -185,19 +185,17 @@ fn read(checkpoint: &Checkpoint, name: &str) -> Result<Weight> {
     checkpoint.weight(name).map_err(|e| e.at(checkpoint.path().display()))
 }
 
-/// The tensor `name`, which must have the shape of `spec`; a packed one dequantized.
+/// The tensor `name`, which must be finite and have the shape of `spec`; a packed one dequantized.
 fn stored(checkpoint: &Checkpoint, spec: &TensorSpec, name: &str) -> Result<BaseWeight> {
-    let (got, expected, weight) = match read(checkpoint, name)? {
-        Weight::Packed(packed) => {
-            let got = packed.shape().to_vec();
-            (got, spec.shape_in_file(true), BaseWeight::Dequantized(packed.dequantize()))
-        }
-        Weight::Dense(dense) => {
-            (dense.shape.clone(), spec.shape_in_file(false), BaseWeight::AsStored(dense))
-        }
+    let weight = match read(checkpoint, name)? {
+        Weight::Packed(packed) => check_shape(name, &packed.shape(), &spec.shape_in_file(true))
+            .and_then(|()| packed.check_scales().map_err(|e| unusable(name, &e)))
+            .map(|()| BaseWeight::Dequantized(packed.dequantize())),
+        Weight::Dense(dense) => check_shape(name, &dense.shape, &spec.shape_in_file(false))
+            .and_then(|()| dense.check_finite(name))
+            .map(|()| BaseWeight::AsStored(dense)),
     };
-    check_shape(name, &got, &expected).map_err(|e| e.at(checkpoint.path().display()))?;
-    Ok(weight)
+    weight.map_err(|e| e.at(checkpoint.path().display()))
 }
 
 /// The dense linear `spec` as training saw it: packed and dequantized again, `[out, in]`.

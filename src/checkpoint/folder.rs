@@ -144,9 +144,7 @@ impl Folder {
     }
 
     pub(super) fn release(&self, name: &str) {
-        if let Some(tensor) = self.raw.get(name) {
-            self.files.iter().for_each(|file| file.release(&tensor.data));
-        }
+        self.pages(name).iter().for_each(Pages::release);
     }
 }
 

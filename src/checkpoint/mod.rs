@@ -276,8 +276,8 @@ impl Checkpoint {
         self.pages(name).iter().for_each(Pages::read_ahead);
     }
 
-    /// Gives the memory behind the tensor `name` back to the system, once its values have been
-    /// copied or quantized; reading it again is slower, nothing else.
+    /// Gives the memory behind the tensor `name` and its parts back to the system, once its values have
+    /// been copied or quantized; reading it again is slower, nothing else.
     pub fn release(&self, name: &str) {
         match &self.files {
             Files::Folder(folder) => folder.release(name),

@@ -3,7 +3,7 @@
 //! Every tensor of the inventory must be there with the shape that the config implies; a dense
 //! linear is quantized on the way when the run asks for it, a packed one is used as stored.
 
-use nibble_quant::{BlockFormat, FloatType, owned_bytes};
+use nibble_quant::{BlockFormat, FloatType, PackedWeight, owned_bytes};
 
 use super::block::{Block, Linear, LinearAdapter};
 use super::spec::{Half, LinearRole, LinearSpec, ModelSpec, Norm};
@@ -49,7 +49,7 @@ pub trait TensorSource {
         format
     }
 
-    /// Tells that the values of a tensor have been copied.
+    /// Tells that the values of a tensor have been read or copied, and are not wanted now.
     fn release(&self, _name: &str) {}
 
     /// Tells that all that is wanted of a tensor was read, and `packed` if it was not packed already.
@@ -219,13 +219,17 @@ impl Reader<'_> {
                 check_shape(name, &dense.shape, &shape)?;
                 dense_matrix(name, dense, shape)?
             }
-            Weight::Packed(packed) => {
-                check_shape(name, &packed.shape(), &shape)?;
-                packed.check_scales().map_err(|e| unusable(name, &e))?;
-                FrozenMatrix::Packed(packed)
-            }
+            Weight::Packed(packed) => self.packed(name, packed, shape)?,
         };
         self.merged(name, base)
+    }
+
+    /// Blocks are used where they lie in the file; their scales are looked at here.
+    fn packed(&self, name: &str, packed: PackedWeight, shape: [usize; 2]) -> Result<FrozenMatrix> {
+        check_shape(name, &packed.shape(), &shape)?;
+        packed.check_scales().map_err(|e| unusable(name, &e))?;
+        self.source.release(name);
+        Ok(FrozenMatrix::Packed(packed))
     }
 
     fn vector(&self, name: &str, length: usize) -> Result<Vec<f32>> {
@@ -316,8 +320,7 @@ impl Reader<'_> {
     fn linear_weight(&self, name: &str, shape: [usize; 2]) -> Result<FrozenMatrix> {
         let dense = match self.source.weight(name)? {
             Weight::Packed(packed) => {
-                check_shape(name, &packed.shape(), &shape)?;
-                return self.merged(name, FrozenMatrix::Packed(packed));
+                return self.merged(name, self.packed(name, packed, shape)?);
             }
             Weight::Dense(dense) => dense,
         };

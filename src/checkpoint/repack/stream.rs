@@ -48,7 +48,7 @@ impl Repack<'_> {
     /// the one after the next is read ahead, the next is packed.
     ///
     /// # Errors
-    /// `Input` naming the tensor when an element is not finite, `Io` when the disk refuses.
+    /// `Input` naming the tensor when an element or a scale is not finite, `Io` when the disk refuses.
     pub fn run(
         &self,
         steps: &[Step],
@@ -166,6 +166,7 @@ impl Repack<'_> {
         if step.packed.is_some() {
             let packed = self.pack(step, &source)?;
             if source.packed().is_some_and(|from| from.format() == packed.format()) {
+                packed.check_scales().map_err(|e| unusable(&step.name, &e))?;
                 return Ok(hand_over(Owned::Packed(packed, true)).then_some(Change::Nothing));
             }
             let taken = hand_over(Owned::Packed(packed.clone(), false));
