@@ -29,6 +29,13 @@ pub struct TemplateSources {
 }
 
 impl TemplateSources {
+    /// Templates of these texts. All line endings become `\n`, as Jinja's do wherever they stand: a template
+    /// that was saved on Windows would put others into every prompt.
+    pub fn new(chat: &str, tool_use: Option<&str>) -> Self {
+        let lines = |text: &str| text.replace("\r\n", "\n").replace('\r', "\n");
+        TemplateSources { chat: lines(chat), tool_use: tool_use.map(lines) }
+    }
+
     /// The templates of a tokenizer's folder; `config` is its `tokenizer_config.json`. Files come before the
     /// config.
     ///
@@ -41,7 +48,7 @@ impl TemplateSources {
         };
         let tools = folder.join(MORE_TEMPLATES).join(format!("{TOOL_USE}.jinja"));
         match read(&folder.join(CHAT_FILE))? {
-            Some(chat) => Ok(Some(TemplateSources { chat, tool_use: read(&tools)? })),
+            Some(chat) => Ok(Some(TemplateSources::new(&chat, read(&tools)?.as_deref()))),
             None => Ok(Self::of_config(&config["chat_template"])),
         }
     }
@@ -89,19 +96,19 @@ impl TemplateSources {
     /// missing default.
     fn of_config(value: &Value) -> Option<Self> {
         let Value::Array(named) = value else {
-            let chat = value.as_str()?.to_string();
-            return Some(TemplateSources { chat, tool_use: None });
+            return Some(TemplateSources::new(value.as_str()?, None));
         };
-        let text = |entry: &Value| entry["template"].as_str().map(str::to_string);
-        let find = |name: &str| named.iter().find(|entry| entry["name"] == name).and_then(text);
-        let chat = find(DEFAULT).or_else(|| named.first().and_then(text))?;
-        Some(TemplateSources { chat, tool_use: find(TOOL_USE) })
+        let find = |name: &str| named.iter().find(|entry| entry["name"] == name);
+        let text = |entry: Option<&Value>| entry?["template"].as_str().map(str::to_string);
+        let chat = text(find(DEFAULT).or(named.first()))?;
+        Some(TemplateSources::new(&chat, text(find(TOOL_USE)).as_deref()))
     }
 
     /// The templates of a GGUF file, whose texts `field` finds under `tokenizer.`
     pub fn of_gguf(field: impl Fn(&str) -> Option<String>) -> Option<Self> {
         let chat = field("chat_template")?;
-        Some(TemplateSources { chat, tool_use: field(&format!("chat_template.{TOOL_USE}")) })
+        let tool_use = field(&format!("chat_template.{TOOL_USE}"));
+        Some(TemplateSources::new(&chat, tool_use.as_deref()))
     }
 
     /// The fields of a GGUF file.
@@ -134,6 +141,17 @@ mod tests {
 
     fn sources(chat: &str, tool_use: Option<&str>) -> Option<TemplateSources> {
         Some(TemplateSources { chat: chat.into(), tool_use: tool_use.map(str::to_string) })
+    }
+
+    /// jinja2's lexer does so, in texts and in strings.
+    #[test]
+    fn line_endings_are_those_of_jinja() {
+        let config = json!({"chat_template": "a\r\n{{ 'b\r\nc' }}\r\n\rd\n"});
+        let folder = tempfile::tempdir().unwrap();
+        let from_config = TemplateSources::of_folder(folder.path(), &config).unwrap();
+        assert_eq!(from_config, sources("a\n{{ 'b\nc' }}\n\nd\n", None));
+        std::fs::write(folder.path().join(CHAT_FILE), "x\r\ny").unwrap();
+        assert_eq!(TemplateSources::of_adapter(folder.path()).unwrap(), sources("x\ny", None));
     }
 
     #[test]

@@ -136,11 +136,13 @@ impl ChatTokenizer {
                 known.source(self.adds_bos())
             }
             None if path.is_file() => {
-                std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?
+                let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
+                // Editors put it there, and every prompt would begin with it.
+                text.strip_prefix('\u{feff}').unwrap_or(&text).to_string()
             }
             None => return Err(unknown_template(name)),
         };
-        Ok(TemplateSources { chat, tool_use: None })
+        Ok(TemplateSources::new(&chat, None))
     }
 
     /// Refuses a template whose tokens are none of this tokenizer's: spelled out in others, nothing would end

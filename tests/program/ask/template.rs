@@ -52,6 +52,13 @@ fn a_file_is_used_in_place_of_what_the_model_brings() {
     assert_eq!(generate(&place, &flags), raw);
     let (answers, _) = chat(&place, &["--chat-template", "turns.jinja"], &["w5 w6"]);
     assert_eq!(answers, [six_words(&raw)]);
+    // As Windows' editors save it.
+    fs::write(
+        place.path("windows.jinja"),
+        format!("\u{feff}{{%- if 1 -%}}\r\n{TEMPLATE}{{%- endif -%}}"),
+    )
+    .unwrap();
+    assert_eq!(generate(&place, &["--prompt", "w5 w6", "--chat-template", "windows.jinja"]), raw);
     let path = place.path("model/tokenizer_config.json");
     let config = json!({"eos_token": "w2", "bos_token": "w1", "chat_template": "w7"});
     fs::write(path, config.to_string()).unwrap();
