@@ -54,6 +54,11 @@ impl ByteSize {
     }
 }
 
+/// All of them together; of more than can be counted, `u64::MAX`, which no system has.
+pub fn sum_of_bytes(amounts: impl IntoIterator<Item = u64>) -> u64 {
+    amounts.into_iter().fold(0, u64::saturating_add)
+}
+
 fn expected(text: &str) -> String {
     format!("`{text}` is not a size, expected a number with a unit, such as 23GiB or 500MB")
 }

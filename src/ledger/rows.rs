@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::{Phase, Record};
-use crate::byte_size::ByteSize;
+use crate::byte_size::{ByteSize, sum_of_bytes};
 use crate::plan::{
     AdapterRegion, Component, CudaRegion, MemoryPlan, Outside, Processor, Region, RegionId,
     WeightParts, WorkRegion,
@@ -112,7 +112,8 @@ impl Account {
                     let there = processor == Processor::Gpu || first_use(region) <= phase;
                     region.id.component() == *part && there
                 };
-                plan.regions.iter().filter(by_then).map(|region| region.bytes() as u64).sum()
+                let regions = plan.regions.iter().filter(by_then);
+                sum_of_bytes(regions.map(|region| region.bytes() as u64))
             };
             let outside = before.iter().map(|(_, bytes)| *bytes);
             let planned_bytes = outside.chain(components.iter().map(used)).chain([0]);
@@ -174,7 +175,7 @@ impl Account {
 
     /// Bytes of all rows together, as planned.
     pub fn planned_bytes(&self) -> u64 {
-        self.rows.iter().map(|row| row.planned_bytes).sum()
+        sum_of_bytes(self.rows.iter().map(|row| row.planned_bytes))
     }
 }
 

@@ -5,6 +5,7 @@ use std::ops::AddAssign;
 use serde::{Deserialize, Serialize};
 
 use super::processor::Processor;
+use crate::byte_size::sum_of_bytes;
 
 /// What a run has beside its arena.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
@@ -26,7 +27,7 @@ pub struct Outside {
 impl Outside {
     /// Bytes of weights and process, where the run computes.
     pub fn total(&self) -> u64 {
-        self.process_bytes + self.weights.total()
+        self.process_bytes.saturating_add(self.weights.total())
     }
 }
 
@@ -56,7 +57,7 @@ impl WeightParts {
 
     /// Bytes of all kinds.
     pub fn total(&self) -> u64 {
-        self.rows().map(|(_, bytes)| bytes).iter().sum()
+        sum_of_bytes(self.rows().map(|(_, bytes)| bytes))
     }
 
     /// Name and bytes of each kind.
@@ -74,11 +75,11 @@ impl WeightParts {
 
 impl AddAssign for WeightParts {
     fn add_assign(&mut self, other: Self) {
-        self.codes += other.codes;
-        self.scales += other.scales;
-        self.dense_linears += other.dense_linears;
-        self.tables += other.tables;
-        self.vectors += other.vectors;
-        self.streamed += other.streamed;
+        self.codes = self.codes.saturating_add(other.codes);
+        self.scales = self.scales.saturating_add(other.scales);
+        self.dense_linears = self.dense_linears.saturating_add(other.dense_linears);
+        self.tables = self.tables.saturating_add(other.tables);
+        self.vectors = self.vectors.saturating_add(other.vectors);
+        self.streamed = self.streamed.saturating_add(other.streamed);
     }
 }

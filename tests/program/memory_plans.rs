@@ -510,3 +510,25 @@ fn limits_of_offloading_tell_what_they_pin() {
     let text = says("llama-3.1-8b", "--fit --budget 80GiB --activations offload");
     assert!(text.contains(" pins ") && text.contains("pinned host memory that"), "{text}");
 }
+
+/// Sums that wrapped around would make room of what no machine has.
+#[test]
+fn a_plan_of_more_than_can_be_counted_does_not_fit() {
+    let place = crate::training::Workplace::new();
+    let path = place.path("model/config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).unwrap()).unwrap();
+    for (key, value) in [
+        ("num_hidden_layers", 1000u64),
+        ("hidden_size", 1 << 22),
+        ("num_attention_heads", 1 << 15),
+        ("num_key_value_heads", 1 << 15),
+        ("head_dim", 128),
+    ] {
+        config[key] = value.into();
+    }
+    std::fs::write(place.path("huge.json"), config.to_string()).unwrap();
+    let flags = ["--model", "huge.json", "--max-length", "268435456", "--activations", "keep"];
+    let command = place.nibble(&[&["memory", "--budget", "1000000TiB"][..], &flags].concat());
+    let (code, text) = crate::training::fail(command);
+    assert!(code == 1 && text.contains("plan needs 16777216.0 TiB"), "{text}");
+}

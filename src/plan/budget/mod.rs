@@ -5,7 +5,7 @@
 mod search;
 mod shortfall;
 
-use crate::byte_size::ByteSize;
+use crate::byte_size::{ByteSize, sum_of_bytes};
 use crate::kernels::cuda::{staged_bytes, waiting_bytes};
 use crate::model::spec::ModelSpec;
 use crate::plan::activations::Activations;
@@ -213,7 +213,8 @@ impl Demand<'_> {
     /// Bytes of everything that a strategy takes where the run computes.
     pub fn total_bytes(&self, strategy: Strategy) -> u64 {
         let plan = self.plan(&self.settings_of(strategy));
-        plan.arena_bytes() as u64 + self.weight_parts(strategy).total() + self.machine.process_bytes
+        let weights = self.weight_parts(strategy).total();
+        sum_of_bytes([plan.arena_bytes() as u64, weights, self.machine.process_bytes])
     }
 
     /// What a choice does to stay within its memory, for people: the first says what blocks keep.
