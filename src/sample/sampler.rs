@@ -70,11 +70,13 @@ impl Sampler {
     /// The next token after `history`, from `logits` `[V]`.
     ///
     /// # Errors
-    /// `Numeric` when the logits are not finite.
+    /// `Numeric` when a logit is NaN or the largest is not finite; single tokens may be impossible.
     pub fn next(&mut self, logits: &[f32], history: &[u32]) -> Result<u32> {
-        if logits.iter().any(|logit| logit.is_nan()) {
-            return Err(Error::numeric("the model's logits are not a number")
-                .hint("the adapter may have diverged in training: try an earlier checkpoint"));
+        let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        if !largest.is_finite() || logits.iter().any(|logit| logit.is_nan()) {
+            return Err(Error::numeric("the model's logits are not numbers").hint(
+                "an adapter may have diverged in training: try an earlier checkpoint, or the base alone",
+            ));
         }
         let mut logits = logits.to_vec();
         self.penalize(&mut logits, history);
@@ -251,7 +253,15 @@ mod tests {
         let penalized = SamplingOptions { repetition_penalty: 2.0, temperature: 0.0, ..options() };
         let mut penalized = Sampler::new(penalized).unwrap();
         assert_eq!(penalized.next(&[0.1, 2.0, 1.5], &[1]).unwrap(), 2);
-        assert!(greedy.next(&[f32::NAN], &[]).unwrap_err().to_string().contains("not a number"));
+        let never = f32::NEG_INFINITY;
+        assert_eq!(greedy.next(&[never, -5.0], &[]).unwrap(), 1);
+        for logits in [[f32::NAN, 1.0], [1.0, f32::INFINITY], [never, never]] {
+            for temperature in [0.0, 1.0] {
+                let mut any = Sampler::new(SamplingOptions { temperature, ..options() }).unwrap();
+                let error = any.next(&logits, &[]).unwrap_err().to_string();
+                assert!(error.contains("not numbers"), "{logits:?}: {error}");
+            }
+        }
         let wrong = Sampler::new(SamplingOptions { top_p: 1.5, ..options() });
         assert!(wrong.unwrap_err().to_string().contains("--top-p 1.5"));
     }

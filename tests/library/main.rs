@@ -14,5 +14,6 @@ mod golden_models;
 mod golden_training;
 mod oracle;
 mod smollm2;
+mod streaming;
 mod tokenizer;
 mod train_toml;

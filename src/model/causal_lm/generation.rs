@@ -54,6 +54,7 @@ impl<K: Kernels> Model<K> {
         self.forward(ids, &tokens, Mode { cached: true, ..Mode::default() });
         self.cached_tokens += count;
         self.head_logits(&[count as u32 - 1], true);
+        self.leave_head();
         self.capped_logits(1)
     }
 }

@@ -263,6 +263,7 @@ impl<K: Kernels> Model<K> {
             self.head_logits(chunk, false);
             out.extend_from_slice(&self.capped_logits(chunk.len())?);
         }
+        self.leave_head();
         Ok(out)
     }
 

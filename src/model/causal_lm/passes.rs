@@ -162,6 +162,11 @@ impl<K: Kernels> Model<K> {
             kernels.norm_backward(norm, x, input, stats, d_input, rows.len());
             kernels.scatter_rows(d_input, rows, &mut stream.stream, d);
         }
+        self.leave_head();
+    }
+
+    /// After the last logits of a pass.
+    pub(super) fn leave_head(&mut self) {
         if let Some(streaming) = &mut self.weights.streaming {
             streaming.leave_head();
         }

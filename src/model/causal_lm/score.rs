@@ -36,6 +36,7 @@ impl<K: Kernels> Model<K> {
             let chunk = HeadChunk { head: weights.head(), logits, targets: ids, shape };
             likeliest.extend(kernels.head_score(chunk, norm, loss)?);
         }
+        self.leave_head();
         Ok(Score { loss: self.kernels.read_loss(&self.loss)?, likeliest })
     }
 }
