@@ -56,9 +56,9 @@ pub fn would_be_faster_in_bf16(args: &DeviceArgs) -> bool {
 
 fn open_gpu(args: &DeviceArgs, index: usize) -> Result<Cuda<Gpu>> {
     let gpu = Gpu::open(index)?;
-    let multiprocessors = gpu.multiprocessors();
+    let launch_flops = gpu.launch_flops();
     let cuda = Cuda::new(gpu)?.with_attention(args.attn_implementation);
-    let cuda = cuda.with_launches_for(multiprocessors);
+    let cuda = cuda.with_launches_of(launch_flops);
     let verdict = verify(&cuda)?;
     cuda.forget_plan();
     let (free, total) = cuda.driver().memory()?;

@@ -304,6 +304,7 @@ int cuDeviceGetAttribute(int* value, int attribute, int) {
     *value = attribute == 75   ? 8
              : attribute == 76 ? 9
              : attribute == 16 ? 128
+             : attribute == 17 ? 0
              : attribute == 97 ? SHARED_BYTES
                                : -1;
     return *value < 0 ? INVALID_VALUE : SUCCESS;

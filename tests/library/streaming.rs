@@ -12,6 +12,8 @@ use nibble::plan::{Policy, Settings};
 
 use crate::golden::Case;
 
+type Pass<'a> = &'a dyn Fn(&mut Model);
+
 /// Notes what it is told.
 struct Notes(Arc<Mutex<Vec<&'static str>>>);
 
@@ -62,7 +64,7 @@ fn every_pass_that_makes_logits_leaves_the_head() {
     let mut model = Model::new(spec, weights, settings).unwrap();
     let document = Document { input_ids: vec![5, 6, 7], labels: vec![5, 6, 7], line: 1 };
     let batch = Batch::from_documents(&[document]);
-    let mut told = |pass: &dyn Fn(&mut Model)| {
+    let mut told = |pass: Pass| {
         notes.lock().unwrap().clear();
         pass(&mut model);
         notes.lock().unwrap().clone()
@@ -74,7 +76,7 @@ fn every_pass_that_makes_logits_leaves_the_head() {
         notes.sort_unstable();
         (notes, last)
     };
-    let passes: [(&str, &dyn Fn(&mut Model)); 4] = [
+    let passes: [(&str, Pass); 4] = [
         ("evaluate", &|model| assert!(model.evaluate(&batch, Variant::Adapted).unwrap() > 0.0)),
         ("score", &|model| drop(model.score(&batch, Variant::Base).unwrap())),
         ("logits", &|model| drop(model.logits(&batch, &[0, 1, 2]).unwrap())),

@@ -58,7 +58,9 @@ __device__ __forceinline__ Piece<8> decode_eight(const float* values, u32 codes)
 }
 
 /// Scales of the blocks that a warp's run of at most 1024 weights touches, the lane-th one in each lane: blocks
-/// hold at least 32 weights, and a run begins on a multiple of 32.
+/// hold at least 32 weights, and a run begins on a multiple of 32. With `Full`, lanes without a block of their own
+/// read the last one's scale again: where none branches, scales and codes are on their way at once.
+template <bool Full>
 struct RunScales {
     int skipped, block_shift;
     float own;
@@ -67,8 +69,13 @@ struct RunScales {
         : block_shift(weight.block_shift) {
         const int lane = threadIdx.x % 32;
         skipped = static_cast<int>(begin) & ((1 << block_shift) - 1);
-        const i64 block = (begin >> block_shift) + lane;
-        own = lane <= (skipped + length - 1) >> block_shift ? weight.scale(block) : 0.0f;
+        const i64 first = begin >> block_shift;
+        const int last = (skipped + length - 1) >> block_shift;
+        if constexpr (Full) {
+            own = weight.scale(first + (lane < last ? lane : last));
+        } else {
+            own = lane <= last ? weight.scale(first + lane) : 0.0f;
+        }
     }
     /// Of the weight so many behind the first one; all lanes ask.
     __device__ __forceinline__ float of(int within) const {
@@ -92,7 +99,7 @@ __device__ __forceinline__ void dequantize_run(const PackedWeight& weight, const
     const int lane = threadIdx.x % 32;
     const i64 left = rows.end - begin;
     const int length = Whole || left > DEQUANTIZE_RUN ? DEQUANTIZE_RUN : static_cast<int>(left);
-    const RunScales scales(weight, begin, length);
+    const RunScales<Whole> scales(weight, begin, length);
     // The length is a multiple of 8, so codes end on a word; the last words may not fill 16 bytes.
     const u8* codes = weight.codes + (begin >> 1) + 16 * lane;
     if (Whole || 32 * lane + 32 <= length) {

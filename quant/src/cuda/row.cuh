@@ -30,7 +30,7 @@ __device__ __forceinline__ float row_share(const PackedWeight& weight, const flo
             const u8* from = weight.codes + ((begin + within) >> 1);
             codes[part] = within < length ? *reinterpret_cast<const u32*>(from) : 0;
         }
-        const RunScales scales(weight, begin, length);
+        const RunScales<false> scales(weight, begin, length);
 #pragma unroll
         for (int part = 0; part < ROW_RUN / ROW_LOAD; part++) {
             const int within = ROW_LOAD * part + 8 * lane;

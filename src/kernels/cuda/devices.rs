@@ -12,6 +12,7 @@ pub const LOWEST_CAPABILITY: (i32, i32) = (8, 0);
 
 // cuda.h
 const DEVICE_ATTRIBUTE_MULTIPROCESSORS: c_int = 16;
+const DEVICE_ATTRIBUTE_KERNEL_TIMEOUT: c_int = 17;
 const DEVICE_ATTRIBUTE_MAJOR: c_int = 75;
 const DEVICE_ATTRIBUTE_MINOR: c_int = 76;
 
@@ -39,6 +40,8 @@ pub struct DeviceInfo {
     pub capability: (i32, i32),
     /// Multiprocessors.
     pub multiprocessors: i32,
+    /// Whether the driver stops kernels that run for seconds, as it does on a card that shows a desktop.
+    pub has_kernel_timeout: bool,
     /// Bytes of memory.
     pub total_bytes: u64,
 }
@@ -87,10 +90,11 @@ pub(super) fn device_info(cuda: &CudaFunctions, index: i32) -> Result<DeviceInfo
     let [major, minor] = [DEVICE_ATTRIBUTE_MAJOR, DEVICE_ATTRIBUTE_MINOR];
     let capability = (attribute(cuda, device, major)?, attribute(cuda, device, minor)?);
     let multiprocessors = attribute(cuda, device, DEVICE_ATTRIBUTE_MULTIPROCESSORS)?;
+    let has_kernel_timeout = attribute(cuda, device, DEVICE_ATTRIBUTE_KERNEL_TIMEOUT)? != 0;
     // SAFETY: the driver ends the name with a zero, and the last byte is one.
     let name = unsafe { CStr::from_ptr(name.as_ptr()) }.to_string_lossy().into_owned();
     let total_bytes = total as u64;
-    Ok(DeviceInfo { index, name, capability, multiprocessors, total_bytes })
+    Ok(DeviceInfo { index, name, capability, multiprocessors, has_kernel_timeout, total_bytes })
 }
 
 /// An attribute of a device.

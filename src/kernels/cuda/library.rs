@@ -51,7 +51,7 @@ pub struct Gpu {
     /// The file that it is.
     cublas_name: String,
     name: String,
-    multiprocessors: u64,
+    launch_flops: u64,
     index: usize,
     device: c_int,
     context: Handle,
@@ -97,7 +97,7 @@ impl Gpu {
             cublas,
             cublas_name: found.name,
             name: info.name,
-            multiprocessors: info.multiprocessors.max(1) as u64,
+            launch_flops: attention::launch_flops(info.multiprocessors, info.has_kernel_timeout),
             index,
             device: index as c_int,
             context: ptr::null_mut(),
@@ -121,9 +121,11 @@ impl Gpu {
         &self.name
     }
 
-    /// How many it has.
-    pub fn multiprocessors(&self) -> u64 {
-        self.multiprocessors
+    /// What a launch of flash attention may compute at most: [`Cuda::with_launches_of`].
+    ///
+    /// [`Cuda::with_launches_of`]: super::Cuda::with_launches_of
+    pub fn launch_flops(&self) -> u64 {
+        self.launch_flops
     }
 
     fn prepare(&mut self) -> Result<()> {

@@ -138,12 +138,6 @@ impl<D: Driver> Cuda<D> {
         Cuda { attention, ..self }
     }
 
-    /// The backend with launches of flash attention that last no longer on a card of so many multiprocessors
-    /// than on a large one: the same bits.
-    pub fn with_launches_for(self, multiprocessors: u64) -> Self {
-        self.with_launches_of(multiprocessors * attention::LAUNCH_FLOPS_OF_A_MULTIPROCESSOR)
-    }
-
     /// The backend with launches of flash attention that compute `flops` at most: the same bits.
     pub fn with_launches_of(self, flops: u64) -> Self {
         Cuda { launch_flops: flops, ..self }

@@ -21,7 +21,7 @@ use exact::{Exact, backward_keys, blocks};
 pub(super) use flash::shared_bytes;
 use flash::{Sources, launch_flash};
 pub use implementation::AttnImplementation;
-pub(super) use tiles::{LAUNCH_FLOPS, LAUNCH_FLOPS_OF_A_MULTIPROCESSOR, heaviest_first};
+pub(super) use tiles::{LAUNCH_FLOPS, heaviest_first, launch_flops};
 pub use work::WorkLayout;
 
 /// New tokens from which on a tile of the flash kernels is worth it.

@@ -3,7 +3,7 @@
 //! A tile of queries costs as many tiles of keys as lie before it, in documents of any length. Blocks
 //! start in the order of the grid: those that last longest first, over all heads and documents, so
 //! that none is left alone at the end; and no block is started for what a shorter document lacks.
-//! A launch has all of them, unless it would last for seconds.
+//! A launch has all of them, unless it would last for seconds on a card whose driver stops such kernels.
 
 use crate::kernels::AttentionShape;
 
@@ -25,15 +25,22 @@ pub fn heaviest_first(boundaries: &[usize]) -> Vec<[u32; 2]> {
 }
 
 /// What a launch of flash attention computes at most, in floating-point operations, for each
-/// multiprocessor: a third of a second where each reaches 0.45 TFLOP/s, half of what the slowest cards can. The
-/// driver of a card that shows a desktop stops what holds it up for seconds.
-pub const LAUNCH_FLOPS_OF_A_MULTIPROCESSOR: u64 = 150_000_000_000;
-/// [`LAUNCH_FLOPS_OF_A_MULTIPROCESSOR`] of all multiprocessors of a large card, where nobody has said which card it
-/// is.
+/// multiprocessor: a third of a second where each reaches 0.45 TFLOP/s, half of what the slowest cards can.
+const LAUNCH_FLOPS_OF_A_MULTIPROCESSOR: u64 = 150_000_000_000;
+/// That of all multiprocessors of a large card, where nobody has said which card it is.
 pub const LAUNCH_FLOPS: u64 = 132 * LAUNCH_FLOPS_OF_A_MULTIPROCESSOR;
 /// Operations for a query, a key and a column, in the pass that owns keys: four products, more than in the
 /// others.
 const PAIR_FLOPS: u64 = 8;
+
+/// What a launch may compute on a card: all there is, unless its driver stops kernels that hold up a desktop for
+/// seconds. Blocks of one launch leave multiprocessors idle at its end alone.
+pub fn launch_flops(multiprocessors: i32, has_kernel_timeout: bool) -> u64 {
+    match has_kernel_timeout {
+        true => multiprocessors.max(1) as u64 * LAUNCH_FLOPS_OF_A_MULTIPROCESSOR,
+        false => u64::MAX,
+    }
+}
 
 /// Tiles of queries, or of keys, with all their heads in a launch of `flops` at most; one at least.
 pub fn tiles_of_launch(shape: &AttentionShape, longest: usize, flops: u64) -> usize {
@@ -82,6 +89,10 @@ mod tests {
         // Still several blocks for each place of a GPU.
         assert_eq!(tiles(&shape, 120_000), 78);
         assert_eq!(tiles_of_launch(&shape, 120_000, 1), 1);
+        assert_eq!(launch_flops(132, true), LAUNCH_FLOPS);
+        assert!(
+            tiles_of_launch(&shape, 1 << 20, launch_flops(132, false)) > (1 << 20) / FLASH_TOKENS
+        );
         shape.window = Some(4096);
         assert!(tiles(&shape, 120_000) > 120_000 / FLASH_TOKENS);
     }
