@@ -171,7 +171,7 @@ mod tests {
     #[test]
     fn defaults_are_the_documented_ones() -> Result<()> {
         let args = parse(&[])?;
-        let recipe = args.recipe()?;
+        let recipe = args.recipe(1);
         let config = args.lora.config()?;
         assert_eq!(config, crate::adapter::LoraConfig::default());
         assert_eq!(recipe.learning_rate, 2e-4);
@@ -203,7 +203,7 @@ mod tests {
         let args = parse(&["--preset", "qlora-paper"])?;
         let config = args.lora.config()?;
         assert_eq!((config.r, config.lora_alpha, config.lora_dropout), (64, 16.0, 0.1));
-        assert_eq!(args.recipe()?.scheduler_type, SchedulerType::Constant);
+        assert_eq!(args.recipe(1).scheduler_type, SchedulerType::Constant);
         Ok(())
     }
 
@@ -228,7 +228,7 @@ mod tests {
         assert_eq!(args.lora.target_modules, TargetModules::Names(names.clone()));
         assert_eq!(args.lora.exclude_modules, Some(names));
         assert!(args.lora.use_rslora && !args.data.packing);
-        assert_eq!(args.recipe()?.warmup, Warmup::Steps(3));
+        assert_eq!(args.recipe(1).warmup, Warmup::Steps(3));
         assert_eq!(args.resources.memory_budget, Some(ByteSize(8 << 30)));
         assert_eq!(args.evaluation.sample_prompt, ["one, two", "three"]);
         assert_eq!(args.lora.rank_pattern, [("q_proj".to_string(), 4)]);
@@ -327,11 +327,11 @@ mod tests {
     #[test]
     fn a_flag_displaces_the_one_that_excludes_it() -> Result<()> {
         let args = with_file("warmup_ratio = 0.1", &["--warmup-steps", "5"])?;
-        assert_eq!(args.recipe()?.warmup, Warmup::Steps(5));
+        assert_eq!(args.recipe(1).warmup, Warmup::Steps(5));
         let args = parse(&["--preset", "qlora-paper", "--init-adapter", "dir"])?;
         assert_eq!(args.lora.lora_r.get(), 16, "the adapter decides, not the preset");
         let both = "warmup_ratio = 0.03\nwarmup_steps = 5\nlora_r = 16";
-        assert_eq!(with_file(both, &[])?.recipe()?.warmup, Warmup::Steps(5), "0.03 is the default");
+        assert_eq!(with_file(both, &[])?.recipe(1).warmup, Warmup::Steps(5), "0.03 is the default");
         Ok(())
     }
 
@@ -355,7 +355,7 @@ mod tests {
         let mut expected = first.settings;
         expected.insert("max_steps".into(), vec!["9".into()]);
         assert_eq!(second.settings, expected);
-        assert_eq!(second.recipe()?.warmup, Warmup::Steps(5));
+        assert_eq!(second.recipe(1).warmup, Warmup::Steps(5));
         Ok(())
     }
 
@@ -441,7 +441,7 @@ mod tests {
             (&["--sample-steps", "5"], "--sample-prompt"),
             (&["--eval-data", "e", "--early-stopping-patience", "2"], "--eval-steps"),
         ] {
-            let error = parse(argv).and_then(|args| args.recipe()).unwrap_err();
+            let error = parse(argv).and_then(|args| args.check_combinations()).unwrap_err();
             assert!(error.to_string().contains(word), "{error}");
         }
     }

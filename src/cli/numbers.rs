@@ -4,6 +4,7 @@ use std::num::{NonZeroU64, NonZeroUsize};
 use std::str::FromStr;
 
 use crate::byte_size::ByteSize;
+use crate::train::recipe::Every;
 
 const TOO_SMALL: &str = "too small: it would count as 0";
 const TOO_LARGE: &str = "too large: more than 3.4e38";
@@ -82,6 +83,16 @@ pub fn threads(text: &str) -> Result<NonZeroUsize, String> {
 /// A number of steps, 1 or more.
 pub fn steps(text: &str) -> Result<u64, String> {
     whole_above_zero::<NonZeroU64>(text).map(u64::from)
+}
+
+/// [`steps`] between two times, or a share of a run.
+pub fn interval(text: &str) -> Result<Every, String> {
+    let share = |share: &f64| (0.0..1.0).contains(share) && *share > 0.0;
+    match (steps(text), text.trim().parse::<f64>().ok().filter(share)) {
+        (Ok(steps), _) => Ok(Every::Steps(steps)),
+        (Err(_), Some(share)) => Ok(Every::Ratio(share)),
+        _ => Err("expected a whole number of steps, or a share of the run below 1".to_string()),
+    }
 }
 
 /// [`steps`] of a run, which transformers has as -1 where there is no limit.

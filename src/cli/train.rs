@@ -17,7 +17,7 @@ use crate::byte_size::ByteSize;
 use crate::error::{Error, Result};
 use crate::plan::{Activations, Optim, WeightsMode};
 use crate::train::adamw::AdamW;
-use crate::train::recipe::{EvalRecipe, Length, Recipe, SaveRecipe};
+use crate::train::recipe::{EvalRecipe, Every, Length, Recipe, SaveRecipe, steps_per_epoch};
 use crate::train::schedule::{SchedulerType, Warmup};
 use crate::train::settings::SettingsEcho;
 
@@ -254,16 +254,41 @@ pub struct OptimizationArgs {
     pub seed: u64,
 }
 
+/// When something is done, as transformers' `IntervalStrategy` names it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum IntervalStrategy {
+    /// At the end alone
+    No,
+    /// After so many steps
+    Steps,
+    /// After each pass over the data
+    Epoch,
+}
+
+impl IntervalStrategy {
+    /// How often that is, where `steps` is the interval that was given.
+    fn every(chosen: Option<Self>, steps: Every) -> Every {
+        match chosen {
+            Some(IntervalStrategy::No) => Every::Run,
+            Some(IntervalStrategy::Epoch) => Every::Epoch,
+            Some(IntervalStrategy::Steps) | None => steps,
+        }
+    }
+}
+
 /// What is watched on the way.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Evaluation and logging")]
 pub struct EvaluationArgs {
-    /// Steps between log lines
-    #[arg(long, value_name = "STEPS", default_value_t = 1, value_parser = numbers::steps)]
-    pub logging_steps: u64,
-    /// Steps between evaluations; each new lowest loss saves a checkpoint [default: once, at the end]
-    #[arg(long, value_name = "STEPS", value_parser = numbers::steps)]
-    pub eval_steps: Option<u64>,
+    /// Steps between log lines, or a share of the run below 1
+    #[arg(long, value_name = "STEPS", default_value = "1", value_parser = numbers::interval)]
+    pub logging_steps: Every,
+    /// Steps between evaluations, or a share of the run below 1; each new lowest loss saves a checkpoint [default: once, at the end]
+    #[arg(long, value_name = "STEPS", value_parser = numbers::interval)]
+    pub eval_steps: Option<Every>,
+    /// When to evaluate, whatever `--eval-steps` says [default: by `--eval-steps`]
+    #[arg(long, value_name = "WHEN", value_enum)]
+    pub eval_strategy: Option<IntervalStrategy>,
     /// Stop after this many evaluations without an improvement
     #[arg(long, value_name = "EVALUATIONS", value_parser = numbers::steps)]
     pub early_stopping_patience: Option<u64>,
@@ -301,9 +326,12 @@ pub struct OutputArgs {
     /// Folder for the adapter, its checkpoints and the logs; must not hold anything else
     #[arg(long, value_name = "DIR")]
     pub out: PathBuf,
-    /// Steps between checkpoints
-    #[arg(long, value_name = "STEPS", default_value_t = 100, value_parser = numbers::steps)]
-    pub save_steps: u64,
+    /// Steps between checkpoints, or a share of the run below 1
+    #[arg(long, value_name = "STEPS", default_value = "100", value_parser = numbers::interval)]
+    pub save_steps: Every,
+    /// When to save checkpoints, whatever `--save-steps` says; the last step and the lowest evaluation loss always have one [default: steps]
+    #[arg(long, value_name = "WHEN", value_enum)]
+    pub save_strategy: Option<IntervalStrategy>,
     /// Checkpoints to keep, besides the best one
     #[arg(long, value_name = "CHECKPOINTS", default_value = "2", value_parser = numbers::at_least_one)]
     pub save_total_limit: NonZeroUsize,
@@ -348,21 +376,25 @@ pub struct ResourceArgs {
 }
 
 impl TrainArgs {
-    /// The settings of the training loop, checked.
-    ///
-    /// # Errors
-    /// `Usage` naming the flag, what it was given and what it takes.
-    pub fn recipe(&self) -> Result<Recipe> {
-        self.check_combinations()?;
+    /// The settings of the training loop, for a pass over the data of `num_batches` forward passes.
+    pub fn recipe(&self, num_batches: usize) -> Recipe {
         let (o, e) = (&self.optimization, &self.evaluation);
-        Ok(Recipe {
+        let length = o.max_steps.map_or(Length::Epochs(o.num_train_epochs), Length::Steps);
+        let gradient_accumulation_steps = o.gradient_accumulation_steps.get();
+        let each = steps_per_epoch(num_batches, gradient_accumulation_steps);
+        let steps = |every: Every| every.steps(length.steps(each), each);
+        let evaluates = e.eval_steps.is_some() || e.eval_strategy.is_some();
+        let eval_every =
+            IntervalStrategy::every(e.eval_strategy, e.eval_steps.unwrap_or(Every::Run));
+        let save_every = IntervalStrategy::every(self.output.save_strategy, self.output.save_steps);
+        Recipe {
             per_device_train_batch_size: o.per_device_train_batch_size.get(),
-            gradient_accumulation_steps: o.gradient_accumulation_steps.get(),
+            gradient_accumulation_steps,
             learning_rate: o.learning_rate,
             scheduler_type: o.lr_scheduler_type,
             warmup: o.warmup_steps.map_or(Warmup::Ratio(o.warmup_ratio), Warmup::Steps),
             min_lr_rate: o.min_lr_rate,
-            length: o.max_steps.map_or(Length::Epochs(o.num_train_epochs), Length::Steps),
+            length,
             max_grad_norm: o.max_grad_norm,
             optimizer: AdamW {
                 beta1: o.adam_beta1,
@@ -371,29 +403,33 @@ impl TrainArgs {
                 weight_decay: o.weight_decay,
             },
             loraplus: self.lora.loraplus(),
-            logging_steps: e.logging_steps,
+            logging_steps: steps(e.logging_steps),
             evaluation: EvalRecipe {
-                steps: e.eval_steps,
+                steps: evaluates.then(|| steps(eval_every)),
                 patience: e.early_stopping_patience,
                 threshold: e.early_stopping_threshold,
                 load_best_at_end: e.load_best_model_at_end,
             },
             saving: SaveRecipe {
-                steps: self.output.save_steps,
+                steps: steps(save_every),
                 total_limit: self.output.save_total_limit.get(),
             },
             sample_steps: e.sample_steps,
             self_checks: e.self_checks,
             longest_first_step: e.longest_first_step,
-        })
+        }
     }
 
-    /// What no single flag can be blamed for.
-    fn check_combinations(&self) -> Result<()> {
+    /// Checks what no single flag can be blamed for.
+    ///
+    /// # Errors
+    /// `Usage` naming the flags, and what to change.
+    pub fn check_combinations(&self) -> Result<()> {
         let e = &self.evaluation;
         let without_data = !self.data.has_evaluation();
         for (flag, given) in [
             ("eval-steps", e.eval_steps.is_some()),
+            ("eval-strategy", e.eval_strategy.is_some_and(|when| when != IntervalStrategy::No)),
             ("early-stopping-patience", e.early_stopping_patience.is_some()),
             ("load-best-model-at-end", e.load_best_model_at_end),
         ] {
@@ -402,9 +438,19 @@ impl TrainArgs {
                     .hint("add `--eval-data FILE` or `--validation-split 0.05`"));
             }
         }
-        if e.early_stopping_patience.is_some() && e.eval_steps.is_none() {
-            return Err(Error::usage("`--early-stopping-patience` needs `--eval-steps`")
-                .hint("patience counts evaluations: say how many steps lie between two"));
+        if e.eval_strategy == Some(IntervalStrategy::Steps) && e.eval_steps.is_none() {
+            return Err(Error::usage("`--eval-strategy steps` needs `--eval-steps`")
+                .hint("say how many steps lie between two evaluations"));
+        }
+        let evaluates_often = match e.eval_strategy {
+            Some(when) => when != IntervalStrategy::No,
+            None => e.eval_steps.is_some(),
+        };
+        if e.early_stopping_patience.is_some() && !evaluates_often {
+            return Err(Error::usage("`--early-stopping-patience` needs `--eval-steps`").hint(
+                "patience counts evaluations: say how many steps lie between two, or use \
+                 `--eval-strategy epoch`",
+            ));
         }
         if e.early_stopping_threshold > 0.0 && e.early_stopping_patience.is_none() {
             return Err(Error::usage("`--early-stopping-threshold` has no effect by itself")

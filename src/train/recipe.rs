@@ -14,6 +14,47 @@ pub enum Length {
     Epochs(f64),
 }
 
+impl Length {
+    /// Optimizer steps, of which a pass over the data has `steps_per_epoch`.
+    pub fn steps(self, steps_per_epoch: u64) -> u64 {
+        match self {
+            Length::Steps(steps) => steps,
+            Length::Epochs(epochs) => (epochs * steps_per_epoch as f64).ceil() as u64,
+        }
+    }
+}
+
+/// How often something is done.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Every {
+    /// After so many optimizer steps.
+    Steps(u64),
+    /// After this share of all steps, rounded up, as transformers does.
+    Ratio(f64),
+    /// After a pass over the data.
+    Epoch,
+    /// At the end of the run alone.
+    Run,
+}
+
+impl Every {
+    /// Optimizer steps from one time to the next, in a run of `max_steps`; 1 at least.
+    pub fn steps(self, max_steps: u64, steps_per_epoch: u64) -> u64 {
+        let steps = match self {
+            Every::Steps(steps) => steps,
+            Every::Ratio(ratio) => (max_steps as f64 * ratio).ceil() as u64,
+            Every::Epoch => steps_per_epoch,
+            Every::Run => max_steps,
+        };
+        steps.max(1)
+    }
+}
+
+/// Optimizer steps in a pass over `num_batches` forward passes; the last one may be short.
+pub fn steps_per_epoch(num_batches: usize, gradient_accumulation_steps: usize) -> u64 {
+    num_batches.div_ceil(gradient_accumulation_steps).max(1) as u64
+}
+
 /// Settings of the training loop; the flags of `nibble train` tell what each is for.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Recipe {
@@ -83,19 +124,14 @@ pub struct SaveRecipe {
 }
 
 impl Recipe {
-    /// Optimizer steps in a pass over `num_batches` forward passes; the last one may be short.
+    /// [`steps_per_epoch`] of this run.
     pub fn steps_per_epoch(&self, num_batches: usize) -> u64 {
-        num_batches.div_ceil(self.gradient_accumulation_steps).max(1) as u64
+        steps_per_epoch(num_batches, self.gradient_accumulation_steps)
     }
 
     /// Optimizer steps of the whole run.
     pub fn max_steps(&self, num_batches: usize) -> u64 {
-        match self.length {
-            Length::Steps(steps) => steps,
-            Length::Epochs(epochs) => {
-                (epochs * self.steps_per_epoch(num_batches) as f64).ceil() as u64
-            }
-        }
+        self.length.steps(self.steps_per_epoch(num_batches))
     }
 
     /// Whether the evaluation loss has not fallen for too long.

@@ -30,7 +30,7 @@ pub enum SchedulerType {
 pub enum Warmup {
     /// So many steps.
     Steps(u64),
-    /// A share of all steps, rounded up.
+    /// A share of all steps, rounded up, but not the last one: a run of one step would learn nothing.
     Ratio(f64),
 }
 
@@ -39,7 +39,9 @@ impl Warmup {
     pub fn steps(self, max_steps: u64) -> u64 {
         match self {
             Warmup::Steps(steps) => steps,
-            Warmup::Ratio(ratio) => (max_steps as f64 * ratio).ceil() as u64,
+            Warmup::Ratio(ratio) => {
+                ((max_steps as f64 * ratio).ceil() as u64).min(max_steps.saturating_sub(1))
+            }
         }
     }
 }
@@ -133,6 +135,7 @@ mod tests {
         assert_eq!(Warmup::Ratio(0.03).steps(100), 3);
         assert_eq!(Warmup::Ratio(0.03).steps(101), 4);
         assert_eq!(Warmup::Ratio(0.0).steps(100), 0);
+        assert_eq!([1, 2].map(|steps| Warmup::Ratio(0.03).steps(steps)), [0, 1]);
         assert_eq!(Warmup::Steps(7).steps(3), 7);
     }
 }

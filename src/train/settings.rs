@@ -11,7 +11,7 @@ pub const SETTINGS_FILE: &str = "settings.toml";
 /// Settings that decide where, how fast, how closely watched and how long a run is, but not the numbers of
 /// the steps that it has made. The contents of model and data, as a chat template writes them, are compared
 /// by themselves, so their paths may change.
-const NEUTRAL: [&str; 26] = [
+const NEUTRAL: [&str; 28] = [
     "activations",
     "bad_records",
     "chat_template",
@@ -21,6 +21,7 @@ const NEUTRAL: [&str; 26] = [
     "early_stopping_threshold",
     "eval_data",
     "eval_steps",
+    "eval_strategy",
     "load_best_model_at_end",
     "logging_steps",
     // Of a run that an earlier version began: a flag without effect.
@@ -35,6 +36,7 @@ const NEUTRAL: [&str; 26] = [
     "sample_prompt",
     "sample_steps",
     "save_steps",
+    "save_strategy",
     "save_total_limit",
     "self_checks",
     "threads",

@@ -43,13 +43,16 @@ use data::Prepared;
 use memory::Memory;
 use output::{Finished, Output};
 
+/// Fewer steps than this are seldom meant, unless they are asked for by number.
+const FEW_STEPS: u64 = 20;
+
 /// Runs the command.
 ///
 /// # Errors
 /// Every wrong setting and input before the first weight is read; later, what the run reports.
 pub fn run(args: &TrainArgs) -> Result<()> {
     printed::outlive_reader();
-    args.recipe()?;
+    args.check_combinations()?;
     super::threads::set(args.resources.threads)?;
     match args.output.resume {
         // A run from before sizes of blocks were refused goes on.
@@ -65,7 +68,6 @@ pub fn run(args: &TrainArgs) -> Result<()> {
 }
 
 fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
-    let recipe = args.recipe()?;
     let mut progress = Progress::stderr();
     let mut output = Output::claim(&args.output, &progress)?;
     let begins_with = begins_with(args, output.found.as_ref());
@@ -75,13 +77,14 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let mut data = data::prepare(args, &base, &progress)?;
     let identity = identity(base.settings(args), &data, kernels.is_bf16());
     output.check_continues(&identity)?;
+    let recipe = args.recipe(data.feed.num_batches());
     let max_steps = recipe.max_steps(data.feed.num_batches());
     if let Some(finished) = output.finished(&recipe, max_steps) {
         nothing_left(args, finished);
         return Ok(());
     }
     tell_of_steps(&recipe, data.feed.num_batches(), &progress);
-    warn(&base, &recipe, max_steps, &progress);
+    warn(args, &base, &recipe, max_steps, &progress);
     let before = output.found.as_ref().and_then(|found| found.state.identity.sum_order);
     let memory = memory::plan(args, &base, &adapter, &data, &kernels, before)?;
     progress.note(&format!("plan: {}", memory.words));
@@ -180,10 +183,18 @@ fn tell_of_steps(recipe: &Recipe, num_batches: usize, progress: &Progress) {
 }
 
 /// What a user may not expect of the run.
-fn warn(base: &Base, recipe: &Recipe, max_steps: u64, progress: &Progress) {
+fn warn(args: &TrainArgs, base: &Base, recipe: &Recipe, max_steps: u64, progress: &Progress) {
     if let Some((key, probability)) = base_dropout(base.checkpoint.config()) {
         progress.note(&format!(
             "note: config.json's {key} of {probability} is not applied: dropout is `--lora-dropout`'s"
+        ));
+    }
+    if max_steps < FEW_STEPS && args.optimization.max_steps.is_none() {
+        let accumulated = recipe.gradient_accumulation_steps;
+        progress.note(&format!(
+            "note: so few steps change a model little: a larger `--num-train-epochs` makes more of them, and so \
+             does a smaller `--gradient-accumulation-steps` (here {accumulated}) or `--max-length` (here {})",
+            args.data.max_length
         ));
     }
     let warmup = recipe.warmup.steps(max_steps);

@@ -27,6 +27,30 @@ fn eval_steps() {
     let runs = Runs::new();
     let run = runs.train("eval-data=eval.jsonl max-steps=7 eval-steps=3");
     assert_eq!(run.numbers("eval", "step"), [3.0, 6.0, 7.0]);
+    let share = runs.train("eval-data=eval.jsonl max-steps=7 eval-steps=0.3 logging-steps=0.5");
+    assert_eq!(share.numbers("eval", "step"), [3.0, 6.0, 7.0], "a share is rounded up");
+    assert_eq!(share.numbers("step", "step"), [4.0, 7.0]);
+}
+
+#[test]
+fn eval_strategy() {
+    let runs = Runs::new();
+    let data = "eval-data=eval.jsonl num-train-epochs=2.5 packing=false";
+    let each = runs.train(&format!("{data} eval-strategy=epoch eval-steps=1"));
+    let steps = each.numbers("step", "step").len() as f64;
+    let epoch = (steps / 2.5).round();
+    assert!(epoch > 1.0);
+    assert_eq!(each.numbers("eval", "step"), [epoch, 2.0 * epoch, steps]);
+    let end = runs.train(&format!("{data} eval-strategy=no eval-steps=1"));
+    assert_eq!(end.numbers("eval", "step"), [steps]);
+    let some = runs.train(&format!("{data} eval-strategy=steps eval-steps=0.5"));
+    assert_eq!(some.numbers("eval", "step").len(), 2);
+    let error = runs.refused(&format!("{data} eval-strategy=steps"));
+    assert!(error.contains("`--eval-strategy steps` needs `--eval-steps`\nhint: "), "{error}");
+    let error = runs.refused(&format!("{data} eval-strategy=no early-stopping-patience=1"));
+    assert!(error.contains("`--early-stopping-patience` needs `--eval-steps`"), "{error}");
+    let error = runs.refused("max-steps=1 eval-strategy=epoch");
+    assert!(error.contains("`--eval-strategy` needs evaluation data"), "{error}");
 }
 
 #[test]
@@ -123,6 +147,25 @@ fn save_steps() {
     let runs = Runs::new();
     let run = runs.train("max-steps=8 save-steps=3 save-total-limit=9");
     assert_eq!(run.checkpoints(), [3, 6, 8]);
+    let share = runs.train("max-steps=8 save-steps=0.25 save-total-limit=9");
+    assert_eq!(share.checkpoints(), [2, 4, 6, 8]);
+    for wrong in ["0", "1.5", "-0.1", "none"] {
+        let error = runs.refused(&format!("max-steps=8 save-steps={wrong}"));
+        assert!(error.contains("a share of the run below 1"), "{error}");
+    }
+}
+
+#[test]
+fn save_strategy() {
+    let runs = Runs::new();
+    let data = "num-train-epochs=2.5 packing=false save-total-limit=9 save-steps=1";
+    let run = runs.train(&format!("{data} save-strategy=epoch"));
+    let steps = run.numbers("step", "step").len() as u64;
+    let epoch = (steps as f64 / 2.5).round() as u64;
+    assert_eq!(run.checkpoints(), [epoch, 2 * epoch, steps]);
+    assert_eq!(runs.train(&format!("{data} save-strategy=no")).checkpoints(), [steps]);
+    let each = runs.train(&format!("{data} save-strategy=steps"));
+    assert_eq!(each.checkpoints().len() as u64, steps);
 }
 
 #[test]
