@@ -7,7 +7,7 @@ use crate::commands::reading;
 use crate::data::encode::Encoder;
 use crate::data::files::in_words;
 use crate::data::pack::{efficiency, one_per_row, pack};
-use crate::data::split::hold_out;
+use crate::data::split::{also_trained, hold_out};
 use crate::data::{Batch, DataFiles, DataOptions, Dataset, Document, LoadReport};
 use crate::error::{Error, Result};
 use crate::plural::counted;
@@ -44,6 +44,13 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
         let documents = training.documents.iter().chain(&evaluation.documents);
         progress.note(&reading::beyond_training(most, longer_than(most, documents)));
     }
+    let both = also_trained(&evaluation.documents, &training.documents);
+    if both > 0 {
+        let all = counted(evaluation.documents.len(), "evaluation document");
+        progress.note(&format!(
+            "warning: {both} of {all} are also trained on: their loss does not tell what was learned"
+        ));
+    }
     let rows = |documents: &[Document]| match args.data.packing {
         true => pack(&lengths(documents), max_length, seed),
         false => one_per_row(documents.len()),
@@ -75,9 +82,6 @@ pub fn prepare(args: &TrainArgs, base: &super::Base, progress: &Progress) -> Res
         prepared.summaries.push(evaluation.summary("evaluation", &evaluation_rows));
         let feed = Feed::new(evaluation.documents, evaluation_rows, rows_per_batch, None)?;
         prepared.evaluate(feed.with_files(evaluation.files));
-        if prepared.evaluation_sha256.as_ref() == Some(&prepared.training_sha256) {
-            progress.note("warning: the evaluation data are the training data");
-        }
     }
     Ok(prepared)
 }
