@@ -101,7 +101,7 @@ impl Error {
         self
     }
 
-    /// The message without its hint.
+    /// What is said and the way out; without the system's reason of an `Io`.
     pub fn message(&self) -> &Message {
         match self {
             Error::Usage(m) | Error::Input(m) | Error::Budget(m) => m,

@@ -350,7 +350,8 @@ pub(crate) fn is_hub_name(path: &Path) -> bool {
     plain && parts.len() == 2 && path.parent().is_some_and(|owner| !owner.exists())
 }
 
-/// Other packings than bitsandbytes' 4 bits have names for their parts that nobody here knows.
+/// Refuses a model that is quantized otherwise than in bitsandbytes' 4 bits: the names of its parts are not
+/// known here.
 ///
 /// # Errors
 /// `Input` naming the packing of `config`, a parsed `config.json`.

@@ -16,8 +16,8 @@ use crate::plan::{EmbeddingPlace, Processor};
 use crate::train::agreement;
 use crate::train::backend::Surroundings;
 
-/// The GPU that is asked for, or with `auto` found; `None` for the CPU. It has computed a step of a
-/// tiny model as the CPU does.
+/// The GPU that is asked for, or with `auto` found; `None` for the CPU. It has computed as the CPU does, by
+/// [`agreement::check`].
 ///
 /// # Errors
 /// `Gpu` with the reason why the one that is asked for cannot be used, `Usage` for what only a GPU

@@ -25,10 +25,10 @@ struct Findings {
     agreement: Option<Result<()>>,
 }
 
-/// Runs the command. A machine without a GPU is no error.
+/// Runs the command.
 ///
 /// # Errors
-/// None so far.
+/// None: what is missing or does not work is printed, with the way out.
 pub fn run(args: &DoctorArgs) -> Result<()> {
     let driver = devices::driver_info();
     let version = driver.as_ref().map_or(i32::MAX, |driver| driver.cuda_version.0);

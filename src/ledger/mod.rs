@@ -3,7 +3,8 @@
 //! [`enter`] says what the process is doing now; a [`Recorder`] looks at the process at the end of
 //! each phase and a hundred times a second, and keeps the highest figures of each phase. What it reads
 //! are the kernel's own accounts (`/proc/self/statm`), so a look costs microseconds and nothing
-//! escapes: mapped files, heap, stacks. Where there is no `/proc`, everything measured is 0.
+//! escapes: mapped files, heap, stacks. Windows does not count mapped files apart: theirs are 0 there. On
+//! other systems without `/proc` everything measured is 0.
 
 mod control_group;
 pub mod pinned;

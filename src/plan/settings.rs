@@ -131,11 +131,11 @@ pub fn host_head_tile(vocab_size: usize) -> usize {
 /// What the sizes of a run's buffers depend on, beside the model.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// T: tokens of the largest micro-batch.
+    /// T: tokens of the longest forward pass; a larger micro-batch is computed in parts.
     pub tokens: usize,
-    /// Tokens of the longest document in a micro-batch.
+    /// Tokens of the longest document.
     pub longest_document: usize,
-    /// Tokens of a micro-batch that have a loss, at most: only these have logits.
+    /// Tokens of a pass that have a loss, at most: only these have logits.
     pub trained_tokens: usize,
     /// Rows of logits that exist at a time, at most.
     pub logit_rows: usize,

@@ -17,7 +17,7 @@ use crate::plan::SumOrder;
 
 /// Counters and history.
 pub const STATE_FILE: &str = "state.json";
-/// Version of both files' layout.
+/// Version of [`STATE_FILE`]'s layout.
 const FORMAT: u32 = 1;
 
 /// What must not change between the sessions of one run.

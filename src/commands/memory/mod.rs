@@ -264,7 +264,7 @@ fn row_length(args: &MemoryArgs, spec: &ModelSpec) -> usize {
     spec.possible_length(args.max_length.get())
 }
 
-/// Tokens of a forward pass: fewer than no machine could ever hold.
+/// Tokens of a forward pass: no more than any machine could hold.
 fn tokens_of_pass(args: &MemoryArgs, spec: &ModelSpec) -> Result<usize> {
     const MOST: usize = 1 << 28;
     let (rows, length) = (args.per_device_train_batch_size.get(), row_length(args, spec));
