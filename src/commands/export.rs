@@ -15,7 +15,7 @@ use crate::data::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 use crate::model::spec::{Family, ModelSpec};
-use crate::train::interrupt::Interrupt;
+use crate::system::interrupt::Interrupt;
 
 /// Runs the command.
 ///

@@ -21,6 +21,7 @@ use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
 use crate::commands::device;
 use crate::error::{Error, Result};
+use crate::figures::thousands;
 use crate::kernels::Storage;
 use crate::kernels::cuda::library::Gpu;
 use crate::kernels::cuda::{Cuda, cuda_layout};
@@ -33,7 +34,6 @@ use crate::plan::{
     layout, logit_rows,
 };
 use crate::plural::counted;
-use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
 use full::FullFineTuning;
 use model::PlannedModel;

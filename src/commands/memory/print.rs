@@ -7,10 +7,10 @@ use super::room::ASSUMED_CONTEXT_BYTES;
 use crate::byte_size::ByteSize;
 use crate::checkpoint::PageCache;
 use crate::cli::memory::MemoryArgs;
+use crate::figures::{change, duration, operations, thousands};
 use crate::ledger::rows::Account;
 use crate::plan::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer};
 use crate::plan::{Policy, Processor};
-use crate::report::figures::{change, duration, operations, thousands};
 
 /// What `train` asks of weights that a plan streams, where only a config told of them.
 pub(super) const STREAMS_FOLDER: &str =

@@ -8,8 +8,8 @@ use minijinja::{AutoEscape, Environment, Value, context};
 use serde::Serialize;
 
 use crate::byte_size::ByteSize;
+use crate::figures::{change, thousands};
 use crate::ledger::rows::{Account, PhaseRow, Row};
-use crate::report::figures::change;
 use colours::colour;
 use timeline::{Timeline, timeline};
 
@@ -168,10 +168,10 @@ fn part(row: &Row, largest: u64) -> Part {
 }
 
 fn exact(name: &str, planned: u64, measured: Option<u64>) -> String {
-    let planned = super::figures::thousands(planned);
+    let planned = thousands(planned);
     match measured {
         Some(bytes) => {
-            let bytes = super::figures::thousands(bytes);
+            let bytes = thousands(bytes);
             format!("{name}: planned {planned} bytes, measured {bytes}")
         }
         None => format!("{name}: {planned} bytes"),

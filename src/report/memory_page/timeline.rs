@@ -5,9 +5,9 @@ use serde::Serialize;
 
 use super::colours::colour;
 use super::{percent, size};
+use crate::figures::clock;
 use crate::ledger::rows::Account;
 use crate::ledger::{Moment, Phase};
-use crate::report::figures::clock;
 
 /// Resident memory over time, in a box of 100 by 100.
 #[derive(Debug, Serialize)]
