@@ -53,7 +53,7 @@ impl Error {
     }
 
     /// Weights that are not what config.json says.
-    pub fn other_weights(what: impl fmt::Display) -> Self {
+    pub fn mismatched_weights(what: impl fmt::Display) -> Self {
         Error::input(what).hint("the weights and config.json belong to different models")
     }
 

@@ -6,7 +6,7 @@
 use nibble_quant::{BlockFormat, FloatType, owned_bytes};
 
 use super::block::{Block, Linear, LinearAdapter};
-use super::spec::{Half, LinearRole, LinearSpec, ModelSpec, Norm};
+use super::spec::{BlockHalf, LinearRole, LinearSpec, ModelSpec, Norm};
 use super::streaming::WeightStream;
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
@@ -347,7 +347,7 @@ fn adapters_of<'a>(
     of_layer
         .map(|(index, target)| {
             let shape = target.shape;
-            let half = Half::of(target.role);
+            let half = BlockHalf::of(target.role);
             let stride = ranks.of(layer, half.roles());
             let offset = &mut offsets[half as usize];
             let columns = Columns::band(*offset, shape.rank, stride);

@@ -190,7 +190,7 @@ impl<K: Kernels> Model<K> {
             offload.before_backward(kernels, (inputs, attended), layer, tokens.tokens());
             let missing = match settings.policies[layer] {
                 Policy::Keep => Missing::Nothing,
-                policy if policy.spares_attention() => Missing::AllButAttention,
+                policy if policy.skips_attention_recompute() => Missing::AllButAttention,
                 _ => Missing::Everything,
             };
             let saved = kept[layer].as_mut().or(shared.as_mut()).expect("as in the forward pass");
