@@ -55,7 +55,7 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
             streamed: None,
             embedding: 0,
             head: 0,
-            packed: true,
+            packs_any: true,
         },
         settings,
         machine: Machine {
