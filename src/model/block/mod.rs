@@ -268,7 +268,7 @@ impl<K: Kernels> Block<K> {
         if recompute {
             self.forward_attention(pass, x, &mut activations, work, None);
         }
-        let Some(of_activations) = work.gradients.take() else { return };
+        let of_activations = work.gradients.take().expect("planned for a backward pass");
         let mut grads = Gradients { activations: of_activations, lora: lora_gradients };
         self.backward_mlp(pass, activations.saved, work, &mut grads, recompute);
         if !recompute {
