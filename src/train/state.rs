@@ -93,7 +93,6 @@ pub struct TrainState {
     /// Sum of the losses of all steps.
     pub loss_sum: f64,
     /// Sums over the steps since the last log line.
-    #[serde(rename = "window")]
     pub log_sums: LogSums,
     /// The last step after which the evaluation data were scored.
     pub evaluated_step: Option<u64>,
