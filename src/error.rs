@@ -53,7 +53,7 @@ impl Error {
     }
 
     /// Weights that are not what config.json says.
-    pub fn other_weights(what: impl fmt::Display) -> Self {
+    pub fn mismatched_weights(what: impl fmt::Display) -> Self {
         Error::input(what).hint("the weights and config.json belong to different models")
     }
 
@@ -101,7 +101,7 @@ impl Error {
         self
     }
 
-    /// The message without its hint.
+    /// What is said and the way out; without the system's reason of an `Io`.
     pub fn message(&self) -> &Message {
         match self {
             Error::Usage(m) | Error::Input(m) | Error::Budget(m) => m,

@@ -49,6 +49,7 @@ pub mod cli;
 pub mod commands;
 pub mod data;
 pub mod error;
+mod figures;
 pub mod kernels;
 pub mod ledger;
 pub mod model;

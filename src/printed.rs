@@ -1,9 +1,8 @@
-//! What commands print, whose failure is an error like others on standard output, and none on stderr.
+//! Printing that never panics, as std's macros do when the disk is full.
 //!
-//! std's `println!` and `eprintln!` panic when the disk is full. In this crate the first stands for one
-//! that keeps the failure, prints nothing more, and leaves it to [`flush`] at the end of the program,
-//! the second for one that goes on: progress that nobody reads ends no work. Unit tests have std's,
-//! which they capture.
+//! A failure on stdout is kept, nothing more is printed, and [`flush`] returns it at the end of the
+//! program; a failure on stderr is ignored, since lost progress lines must not end work. Unit tests use
+//! std's macros, whose output they capture.
 
 use std::fmt::Arguments;
 use std::io::{self, Write};

@@ -8,6 +8,7 @@ use half::slice::HalfFloatSliceExt;
 use pulp::{Simd, WithSimd};
 
 use crate::codebook::FP4_ORDER;
+use crate::dot::Element;
 use crate::float::Floats;
 use crate::format::{BlockFormat, QuantType};
 
@@ -88,7 +89,7 @@ fn widen(values: Floats, begin: usize, to: &mut [f32]) {
         Floats::F16(from) => from[range].convert_to_f32_slice(to),
         Floats::Bf16(from) => {
             for (to, from) in to.iter_mut().zip(&from[range]) {
-                *to = f32::from_bits(u32::from(from.to_bits()) << 16);
+                *to = from.widen();
             }
         }
     }

@@ -1,4 +1,5 @@
-//! The tables: NF4 and FP4 code values and decision rules, and the 256-entry dynamic map.
+//! The tables: NF4 and FP4 code values and decision rules, and two 256-entry dynamic maps, signed and
+//! unsigned.
 //!
 //! Sources: QLoRA, arXiv 2305.14314, appendix E; bitsandbytes `functional.py` (`get_4bit_type`,
 //! `create_dynamic_map`) and `backends/default/ops.py` (`_get_4bit_quantize_bounds`).
@@ -26,7 +27,7 @@ pub const NF4: [f32; 16] = [
 ];
 
 /// Midpoints of [`NF4`] as bitsandbytes rounds them; a value above the k-th has a code above k.
-pub const NF4_THRESHOLDS: [f32; 15] = [
+const NF4_THRESHOLDS: [f32; 15] = [
     -0.848_096_4,
     -0.610_632_9,
     -0.459_995_27,
@@ -65,10 +66,10 @@ pub const FP4: [f32; 16] = [
 ];
 
 /// FP4 codes by ascending value; of the two zeros, bitsandbytes' sort puts the positive one first.
-pub const FP4_ORDER: [u8; 16] = [11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3];
+pub(crate) const FP4_ORDER: [u8; 16] = [11, 10, 13, 12, 15, 14, 9, 0, 8, 1, 6, 7, 4, 5, 2, 3];
 
 /// Midpoints of [`FP4`] in [`FP4_ORDER`]; a value above the k-th is above the k-th code's.
-pub const FP4_THRESHOLDS: [f32; 15] = [
+const FP4_THRESHOLDS: [f32; 15] = [
     -0.833_333_4,
     -0.583_333_4,
     -0.416_666_7,
@@ -106,14 +107,7 @@ impl QuantType {
 
 /// The signed 8-bit dynamic map of nested scales, ascending; index 127 is 0, 255 is 1.
 pub fn dynamic_map() -> &'static [f32; 256] {
-    static MAP: [f32; 256] = {
-        let (mut map, mut i) = ([0.0; 256], 0);
-        while i < 256 {
-            map[i] = f32::from_bits(DYNAMIC_MAP_BITS[i]);
-            i += 1;
-        }
-        map
-    };
+    static MAP: [f32; 256] = floats_of(&DYNAMIC_MAP_BITS);
     &MAP
 }
 
@@ -156,15 +150,17 @@ const DYNAMIC_MAP_BITS: [u32; 256] = [
 
 /// The unsigned 8-bit dynamic map of second moments, ascending; index 0 is 0, 255 is 1.
 pub fn unsigned_dynamic_map() -> &'static [f32; 256] {
-    static MAP: [f32; 256] = {
-        let (mut map, mut i) = ([0.0; 256], 0);
-        while i < 256 {
-            map[i] = f32::from_bits(UNSIGNED_DYNAMIC_MAP_BITS[i]);
-            i += 1;
-        }
-        map
-    };
+    static MAP: [f32; 256] = floats_of(&UNSIGNED_DYNAMIC_MAP_BITS);
     &MAP
+}
+
+const fn floats_of(bits: &[u32; 256]) -> [f32; 256] {
+    let (mut floats, mut i) = ([0.0; 256], 0);
+    while i < 256 {
+        floats[i] = f32::from_bits(bits[i]);
+        i += 1;
+    }
+    floats
 }
 
 /// Bits of `create_dynamic_map(signed=False, max_exponent_bits=7, total_bits=8)`.

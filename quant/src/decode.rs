@@ -199,6 +199,7 @@ mod x86 {
         let (length, blocks) = (bytes[0].len(), scales[0].len());
         assert!(bytes.iter().all(|bytes| bytes.len() == length), "rows are as long");
         assert!(scales.iter().all(|scales| scales.len() == blocks), "their scales, too");
+        assert_eq!(x.len(), (2 * length).next_multiple_of(TURN), "a factor for each weight");
         // Blocks have a power of two of halves: a division would take as long as a turn.
         let halves = (2 * length / blocks / (TURN / 2)).trailing_zeros();
         // SAFETY: 16 floats.
@@ -206,14 +207,15 @@ mod x86 {
         let mut totals = [_mm512_setzero_ps(); ROWS];
         for (turn, x) in x.chunks_exact(TURN).enumerate() {
             let begin = turn * TURN / 2;
-            let left = length.saturating_sub(begin).min(TURN / 2);
-            let there = u64::MAX.checked_shr((TURN / 2 - left) as u32).unwrap_or(0);
+            let left = (length - begin).min(TURN / 2);
+            let there = u64::MAX >> (TURN / 2 - left);
             let blocks_here = [2 * turn, 2 * turn + 1].map(|half| (half >> halves).min(blocks - 1));
             // SAFETY: 128 floats.
             let x: [__m512; SHIFTS] =
                 std::array::from_fn(|i| unsafe { _mm512_loadu_ps(x.as_ptr().add(LANES * i)) });
             for row in 0..ROWS {
-                // SAFETY: what is not there is not read.
+                // SAFETY: x has no turn that begins behind a row's end, and the mask leaves out what of a
+                // turn lies behind it.
                 let codes = unsafe {
                     _mm512_maskz_loadu_epi8(there, bytes[row].as_ptr().add(begin).cast())
                 };

@@ -15,7 +15,8 @@ use crate::owned_bytes::owned_bytes;
 
 /// Elements that one parallel task handles: a whole number of blocks of any size.
 pub(crate) const ELEMENTS_PER_TASK: usize = 65_536;
-/// Elements that are read for it at a time: blocks of any size, in a buffer small enough for the heap.
+/// Elements that a task reads at a time: a multiple of every block size, and few enough that the allocator
+/// reuses the buffer instead of mapping a new one.
 const ELEMENTS_PER_READ: usize = 8_192;
 
 /// The scales of a packed weight.

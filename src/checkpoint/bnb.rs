@@ -6,7 +6,7 @@
 //! Source: bitsandbytes `functional.py`, `QuantState.as_dict` and `from_dict`.
 
 use nibble_quant::codebook::dynamic_map;
-use nibble_quant::{Absmax, FloatType, PackedParts, PackedWeight, QuantType};
+use nibble_quant::{Absmax, FloatType, NESTED_BLOCK_SIZE, PackedParts, PackedWeight, QuantType};
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 
@@ -14,7 +14,13 @@ use super::ANOTHER_COPY;
 use super::raw::RawTensor;
 use crate::error::{Error, Result, candle_text};
 
-const STATE_PREFIX: &str = "quant_state.bitsandbytes__";
+/// What the names of a packed weight's parts have behind that of the weight.
+pub(super) const ABSMAX: &str = ".absmax";
+pub(super) const QUANT_MAP: &str = ".quant_map";
+pub(super) const NESTED_ABSMAX: &str = ".nested_absmax";
+pub(super) const NESTED_QUANT_MAP: &str = ".nested_quant_map";
+const PARTS: [&str; 4] = [ABSMAX, QUANT_MAP, NESTED_ABSMAX, NESTED_QUANT_MAP];
+const QUANT_STATE: &str = ".quant_state.bitsandbytes__";
 const TYPES: [QuantType; 2] = [QuantType::Nf4, QuantType::Fp4];
 
 /// The JSON of a quant state, keys in the order in which bitsandbytes writes them.
@@ -39,15 +45,19 @@ pub struct QuantState {
     pub nested_offset: Option<f64>,
 }
 
+/// The name of the quant state of the weight `name`.
+pub(super) fn quant_state_name(name: &str, quant_type: QuantType) -> String {
+    format!("{name}{QUANT_STATE}{}", quant_type.as_str())
+}
+
 /// The quant state that belongs to the weight `name`, if `has` says that there is one.
 pub(super) fn quant_state_key(name: &str, has: impl Fn(&str) -> bool) -> Option<String> {
-    TYPES.iter().map(|t| format!("{name}.{STATE_PREFIX}{}", t.as_str())).find(|key| has(key))
+    TYPES.into_iter().map(|quant_type| quant_state_name(name, quant_type)).find(|key| has(key))
 }
 
 /// Whether `name` is a part of a packed weight.
 pub(super) fn is_part(name: &str, has: impl Fn(&str) -> bool) -> bool {
-    const PARTS: [&str; 4] = [".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map"];
-    if TYPES.iter().any(|t| name.ends_with(&format!(".{STATE_PREFIX}{}", t.as_str()))) {
+    if TYPES.into_iter().any(|quant_type| name.ends_with(&quant_state_name("", quant_type))) {
         return true;
     }
     let weight = PARTS.iter().find_map(|part| name.strip_suffix(part));
@@ -75,7 +85,7 @@ pub(super) fn packed_weight<'a>(
             state.shape
         )));
     };
-    check_map(name, &part(".quant_map")?.data, state.quant_type.values())?;
+    check_map(name, &part(QUANT_MAP)?.data, state.quant_type.values())?;
     PackedWeight::from_parts(PackedParts {
         shape: [rows, columns],
         dtype: state.dtype,
@@ -95,20 +105,20 @@ fn absmax<'a>(
     state: &QuantState,
     part: impl Fn(&str) -> Result<&'a RawTensor>,
 ) -> Result<Absmax> {
-    let scales = part(".absmax")?;
+    let scales = part(ABSMAX)?;
     match (state.nested_blocksize, state.nested_offset) {
-        (Some(256), Some(offset)) => {
-            check_map(name, &part(".nested_quant_map")?.data, dynamic_map())?;
+        (Some(NESTED_BLOCK_SIZE), Some(offset)) => {
+            check_map(name, &part(NESTED_QUANT_MAP)?.data, dynamic_map())?;
             Ok(Absmax::Nested {
                 codes: scales.data.clone(),
-                absmax: part(".nested_absmax")?.data.clone(),
+                absmax: part(NESTED_ABSMAX)?.data.clone(),
                 offset: offset as f32,
             })
         }
         (None, _) if scales.dtype == Dtype::F32 => Ok(Absmax::Plain(scales.data.clone())),
         (nested, _) => Err(Error::input(format_args!(
             "tensor {name}: absmax of type {:?} with nested block size {nested:?}, expected F32 \
-             without or U8 with 256",
+             without or U8 with {NESTED_BLOCK_SIZE}",
             scales.dtype
         ))),
     }

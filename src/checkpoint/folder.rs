@@ -109,7 +109,7 @@ impl Folder {
             let what = format_args!("tensor {name} is not in the checkpoint");
             return Err(match self.is_packed_by_others(name) {
                 true => Error::input(what).hint(OTHER_TOOL),
-                false => Error::other_weights(what),
+                false => Error::mismatched_weights(what),
             });
         };
         if let Some(state) = bnb::quant_state_key(name, |key| self.raw.contains_key(key)) {

@@ -27,7 +27,7 @@ pub(crate) struct MappedFile {
     /// The mapping; none of an empty file.
     map: Option<Arc<Mmap>>,
     /// Whether the system tells which of its pages are in memory.
-    is_told_of: bool,
+    page_cache_is_visible: bool,
 }
 
 struct Owner(Arc<Mmap>);
@@ -43,9 +43,9 @@ impl MappedFile {
     pub(crate) fn open(path: &Path) -> Result<Self> {
         let file = File::open(path).map_err(|e| Error::io("open", path, e))?;
         let metadata = file.metadata().map_err(|e| Error::io("read the size of", path, e))?;
-        let is_told_of = is_told_of(path, &metadata);
+        let page_cache_is_visible = page_cache_is_visible(path, &metadata);
         if metadata.len() == 0 {
-            return Ok(MappedFile { bytes: Bytes::new(), map: None, is_told_of });
+            return Ok(MappedFile { bytes: Bytes::new(), map: None, page_cache_is_visible });
         }
         // SAFETY: the mapping is read-only. A file that another process truncates while it is
         // mapped faults the process; model files are not edited in place, and a reader that copied
@@ -53,7 +53,7 @@ impl MappedFile {
         let map = unsafe { Mmap::map(&file) }.map_err(|e| Error::io("map", path, e))?;
         let map = Arc::new(map);
         let bytes = Bytes::from_owner(Owner(map.clone()));
-        Ok(MappedFile { bytes, map: Some(map), is_told_of })
+        Ok(MappedFile { bytes, map: Some(map), page_cache_is_visible })
     }
 
     /// The pages of `part`, if it lies in this file.
@@ -68,7 +68,7 @@ impl MappedFile {
     /// What the system has of it in its cache, on request of any process; none where it cannot tell.
     pub(super) fn page_cache(&self) -> Option<PageCache> {
         let Some(map) = &self.map else { return Some(PageCache::default()) };
-        let cached_bytes = self.is_told_of.then(|| cached_bytes(map))??;
+        let cached_bytes = self.page_cache_is_visible.then(|| cached_bytes(map))??;
         Some(PageCache { file_bytes: map.len() as u64, cached_bytes })
     }
 
@@ -84,14 +84,14 @@ impl MappedFile {
 /// Whether Linux tells which pages of a file are in memory: of one that one neither owns nor may write it
 /// says that all are.
 #[cfg(unix)]
-fn is_told_of(path: &Path, metadata: &Metadata) -> bool {
+fn page_cache_is_visible(path: &Path, metadata: &Metadata) -> bool {
     use rustix::fs::{Access, access};
     let owner = std::os::unix::fs::MetadataExt::uid(metadata);
     owner == rustix::process::geteuid().as_raw() || access(path, Access::WRITE_OK).is_ok()
 }
 
 #[cfg(not(unix))]
-fn is_told_of(_path: &Path, _metadata: &Metadata) -> bool {
+fn page_cache_is_visible(_path: &Path, _metadata: &Metadata) -> bool {
     false
 }
 

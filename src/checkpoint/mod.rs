@@ -137,9 +137,10 @@ impl Checkpoint {
         }
         let whole = read_json(&path.join("config.json"))?;
         check_quantization(&whole)?;
-        let (is_more, mut folder) = (text_part::is_more(&whole), Folder::open(path)?);
+        let (has_text_part, mut folder) = (text_part::has_text_part(&whole), Folder::open(path)?);
         let at = |error: Error| error.at(path.display());
-        let image_tensors = if is_more { folder.rename(text_part::name).map_err(at)? } else { 0 };
+        let image_tensors =
+            if has_text_part { folder.rename(text_part::name).map_err(at)? } else { 0 };
         let mut config = as_understood(whole);
         if let Some(inner) = InnerModel::of(&config, folder.names()) {
             folder.rename(|stored| Some(inner.name(stored))).map_err(at)?;
@@ -350,7 +351,8 @@ pub(crate) fn is_hub_name(path: &Path) -> bool {
     plain && parts.len() == 2 && path.parent().is_some_and(|owner| !owner.exists())
 }
 
-/// Other packings than bitsandbytes' 4 bits have names for their parts that nobody here knows.
+/// Refuses a model that is quantized otherwise than in bitsandbytes' 4 bits: the names of its parts are not
+/// known here.
 ///
 /// # Errors
 /// `Input` naming the packing of `config`, a parsed `config.json`.
@@ -376,7 +378,8 @@ pub fn read_config(path: &Path) -> Result<Value> {
 }
 
 fn as_understood(whole: Value) -> Value {
-    let mut config = if text_part::is_more(&whole) { text_part::config(&whole) } else { whole };
+    let mut config =
+        if text_part::has_text_part(&whole) { text_part::config(&whole) } else { whole };
     // The first files of Gemma say `gelu`, by which its authors meant the approximation; those of
     // today say so. Source: transformers 4.39, `GemmaMLP`.
     if config["model_type"] == "gemma" && config["hidden_act"] == "gelu" {

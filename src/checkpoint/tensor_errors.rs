@@ -16,7 +16,7 @@ pub fn check_shape(name: impl Display, got: &[usize], expected: &[usize]) -> Res
         return Ok(());
     }
     let what = format!("tensor {name} has shape {got:?}, config.json implies {expected:?}");
-    Err(Error::other_weights(what))
+    Err(Error::mismatched_weights(what))
 }
 
 /// An error for the element at the flat `index` of a tensor that is NaN or infinite.

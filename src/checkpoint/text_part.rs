@@ -37,7 +37,7 @@ const SHARED: [&str; 6] =
 const TIED: &str = "tie_word_embeddings";
 
 /// Whether `config` is that of a model for text and images.
-pub(super) fn is_more(config: &Value) -> bool {
+pub(super) fn has_text_part(config: &Value) -> bool {
     config["text_config"].is_object() && kinds(config).next().is_some()
 }
 
@@ -128,7 +128,7 @@ mod tests {
         let mut text = config(&whole);
         text.as_object_mut().unwrap().retain(|_, value| !value.is_null());
         assert_eq!(text, expected);
-        assert!(is_more(&whole));
+        assert!(has_text_part(&whole));
         let whole = json!({
             "model_type": "qwen3_vl", "tie_word_embeddings": true, "text_config": {
                 "model_type": "qwen3_vl_text", "head_dim": 8, "tie_word_embeddings": false,
@@ -152,6 +152,6 @@ mod tests {
             let whole = json!({"model_type": "mistral3", "text_config": {"model_type": inner}});
             assert_eq!(config(&whole)["architectures"][0], class);
         }
-        assert!(!is_more(&json!({"model_type": "llama", "text_config": {}})));
+        assert!(!has_text_part(&json!({"model_type": "llama", "text_config": {}})));
     }
 }

@@ -8,10 +8,13 @@ use std::fs::File;
 use std::io::{BufWriter, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use nibble_quant::{Absmax, FloatType, PackedWeight};
+use nibble_quant::codebook::dynamic_map;
+use nibble_quant::{Absmax, FloatType, NESTED_BLOCK_SIZE, PackedWeight};
 use serde_json::{Map, Value, json};
 
-use super::bnb::QuantState;
+use super::bnb::{
+    ABSMAX, NESTED_ABSMAX, NESTED_QUANT_MAP, QUANT_MAP, QuantState, quant_state_name,
+};
 use super::folder::{INDEX_FILE, SINGLE_FILE};
 use crate::error::{Error, Result};
 
@@ -155,10 +158,8 @@ impl ShardWriter {
 
     fn packed(&mut self, name: &str, packed: &PackedWeight) -> Result<()> {
         let format = packed.format();
-        let kind = format.quant_type.as_str();
         let codes = packed.codes();
         self.part(name, "U8", &[codes.len(), 1], codes)?;
-        let map: &[u8] = bytemuck::cast_slice(format.quant_type.values());
         let mut state = QuantState {
             quant_type: format.quant_type,
             blocksize: format.block_size,
@@ -170,27 +171,31 @@ impl ShardWriter {
         };
         match packed.absmax() {
             Absmax::Plain(absmax) => {
-                self.part(&format!("{name}.absmax"), "F32", &[absmax.len() / 4], absmax)?;
+                self.part(&format!("{name}{ABSMAX}"), "F32", &[absmax.len() / 4], absmax)?;
             }
             Absmax::Nested { codes, absmax, offset } => {
-                self.part(&format!("{name}.absmax"), "U8", &[codes.len()], codes)?;
-                let nested = format!("{name}.nested_absmax");
+                self.part(&format!("{name}{ABSMAX}"), "U8", &[codes.len()], codes)?;
+                let nested = format!("{name}{NESTED_ABSMAX}");
                 self.part(&nested, "F32", &[absmax.len() / 4], absmax)?;
-                let dynamic: &[u8] = bytemuck::cast_slice(nibble_quant::codebook::dynamic_map());
-                self.part(&format!("{name}.nested_quant_map"), "F32", &[256], dynamic)?;
-                state.nested_blocksize = Some(nibble_quant::NESTED_BLOCK_SIZE);
+                let nested_map = dynamic_map();
+                let bytes = bytemuck::cast_slice(nested_map);
+                let name = format!("{name}{NESTED_QUANT_MAP}");
+                self.part(&name, "F32", &[nested_map.len()], bytes)?;
+                state.nested_blocksize = Some(NESTED_BLOCK_SIZE);
                 state.nested_dtype = Some("float32".into());
                 state.nested_offset = Some(f64::from(*offset));
             }
         }
-        self.part(&format!("{name}.quant_map"), "F32", &[16], map)?;
+        let map = format.quant_type.values();
+        let bytes = bytemuck::cast_slice(map);
+        self.part(&format!("{name}{QUANT_MAP}"), "F32", &[map.len()], bytes)?;
         // Spaces after the JSON put the next tensor at an aligned place: a reader that maps the
         // file needs no copy of it.
         let mut json = python_json(&state);
         let offset = self.open.as_ref().map_or(0, |shard| shard.offset);
         let end = (offset + json.len()).next_multiple_of(ALIGNMENT_BYTES);
         json.push_str(&" ".repeat(end - offset - json.len()));
-        let key = format!("{name}.quant_state.bitsandbytes__{kind}");
+        let key = quant_state_name(name, format.quant_type);
         self.part(&key, "U8", &[json.len()], json.as_bytes())
     }
 

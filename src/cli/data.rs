@@ -6,6 +6,7 @@ use std::path::PathBuf;
 use clap::{ArgAction, Args, ValueHint};
 
 use super::numbers;
+use super::train::MAX_LENGTH;
 use crate::data::{BadRecords, DataOptions, Format, TrainOn, Truncation};
 use crate::model::spec::ModelSpec;
 
@@ -79,7 +80,7 @@ pub struct DataArgs {
     #[arg(long, value_name = "FILE", num_args = 1.., required = true)]
     pub data: Vec<PathBuf>,
     /// Maximum length of a document, in tokens
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
+    #[arg(long, value_name = "TOKENS", default_value = MAX_LENGTH, value_parser = numbers::length)]
     pub max_length: usize,
     /// How records are read.
     #[command(flatten)]

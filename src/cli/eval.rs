@@ -8,8 +8,9 @@ use clap::{ArgAction, Args, ValueHint};
 use super::adapters::NamedAdapter;
 use super::data::DataFormatArgs;
 use super::device::DeviceArgs;
+use super::generate::MAX_NEW_TOKENS;
 use super::numbers;
-use super::train::BaseModelArgs;
+use super::train::{BaseModelArgs, MAX_LENGTH};
 
 const EXAMPLES: &str = "Examples:
   nibble eval --model smollm2-nf4 --adapter run --data eval.jsonl
@@ -34,7 +35,7 @@ pub struct EvalArgs {
     #[arg(long, help_heading = "Data", value_name = "FILE", num_args = 1.., required = true)]
     pub data: Vec<PathBuf>,
     /// Maximum length of a document, in tokens
-    #[arg(long, help_heading = "Data", value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
+    #[arg(long, help_heading = "Data", value_name = "TOKENS", default_value = MAX_LENGTH, value_parser = numbers::length)]
     pub max_length: usize,
     /// How records are read.
     #[command(flatten)]
@@ -53,7 +54,7 @@ pub struct EvalArgs {
     #[arg(long, help_heading = "Output", value_name = "FILE")]
     pub predictions: Option<PathBuf>,
     /// Maximum length of these answers, in tokens
-    #[arg(long, help_heading = "Output", value_name = "TOKENS", default_value = "256",
+    #[arg(long, help_heading = "Output", value_name = "TOKENS", default_value = MAX_NEW_TOKENS,
           requires = "predictions", value_parser = numbers::at_least_one)]
     pub max_new_tokens: NonZeroUsize,
     /// Print the figures as JSON

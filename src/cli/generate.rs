@@ -10,6 +10,8 @@ use super::numbers;
 use super::train::BaseModelArgs;
 use crate::sample::SamplingOptions;
 
+/// `--max-new-tokens` by default.
+pub const MAX_NEW_TOKENS: &str = "256";
 // Defaults of random draws.
 const TOP_K: usize = 50;
 const TOP_P: f32 = 1.0;
@@ -21,7 +23,7 @@ const SEED: u64 = 42;
 #[command(next_help_heading = "Generation")]
 pub struct GenerationArgs {
     /// Maximum length of an answer, in tokens
-    #[arg(long, value_name = "TOKENS", default_value = "256", value_parser = numbers::at_least_one)]
+    #[arg(long, value_name = "TOKENS", default_value = MAX_NEW_TOKENS, value_parser = numbers::at_least_one)]
     pub max_new_tokens: NonZeroUsize,
     /// Context length: prompt and answer together, in tokens
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]

@@ -114,9 +114,8 @@ fn exclude(command: &Command, one: &str, other: &str) -> bool {
     both.is_some_and(|(one, other)| excludes(one, other) || excludes(other, one))
 }
 
-/// How a dense base is packed unless it is asked for otherwise, if `flag` is about that: no default of the flag,
-/// since a base that is packed already may not be packed so. A run on a dense base has it in its file, asked for
-/// or not, so that nobody asks for it in a file.
+/// The usual value of a packing flag. It is not the flag's clap default, since a base that is already packed may
+/// be packed otherwise. A run on a dense base always records it, so a value equal to it is no request.
 fn usual_packing(flag: &str) -> Option<&'static str> {
     settings::usual_packing(&flag.replace('-', "_"))
 }

@@ -9,7 +9,7 @@ use super::device::DeviceArgs;
 use super::listed::listed;
 use super::lora::LoraArgs;
 use super::numbers;
-use super::train::{BaseModelArgs, GRADIENT_ACCUMULATION_STEPS};
+use super::train::{BaseModelArgs, GRADIENT_ACCUMULATION_STEPS, MAX_LENGTH};
 use crate::byte_size::ByteSize;
 use crate::plan::{Activations, Optim, WeightsMode};
 
@@ -43,7 +43,7 @@ pub struct MemoryArgs {
     #[arg(long, help_heading = "Batch", value_name = "PASSES", default_value = GRADIENT_ACCUMULATION_STEPS, value_parser = numbers::at_least_one)]
     pub gradient_accumulation_steps: NonZeroUsize,
     /// Maximum sequence length, in tokens
-    #[arg(long, help_heading = "Batch", value_name = "TOKENS", default_value = "2048", value_parser = numbers::at_least_one)]
+    #[arg(long, help_heading = "Batch", value_name = "TOKENS", default_value = MAX_LENGTH, value_parser = numbers::at_least_one)]
     pub max_length: NonZeroUsize,
     /// Gradient checkpointing: `keep` all activations of a block, or recompute them from its input and
     /// the output of `attention`, or from its input (`checkpoint`). With `offload-attention` both of

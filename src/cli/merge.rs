@@ -6,7 +6,7 @@ use std::path::PathBuf;
 use clap::{Args, ValueEnum};
 
 use super::numbers;
-use super::quantize::DtypeArg;
+use super::quantize::{DtypeArg, MAX_SHARD_SIZE};
 use super::train::BaseModelArgs;
 use crate::adapter::MergeOnto;
 use crate::byte_size::ByteSize;
@@ -46,7 +46,7 @@ pub struct MergeArgs {
     pub dtype: Option<DtypeArg>,
 
     /// Maximum size of a shard
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = numbers::some_bytes)]
+    #[arg(long, value_name = "SIZE", default_value = MAX_SHARD_SIZE, value_parser = numbers::some_bytes)]
     pub max_shard_size: ByteSize,
 
     /// Replace `--out` if it is not empty

@@ -9,6 +9,9 @@ use nibble_quant::{FloatType, QuantType};
 use super::numbers;
 use crate::byte_size::ByteSize;
 
+/// `--max-shard-size` by default.
+pub const MAX_SHARD_SIZE: &str = "5GB";
+
 const EXAMPLES: &str = "Examples:
   nibble quantize --model SmolLM2-135M-Instruct.Q4_1.gguf --out smollm2-nf4 --check
   nibble quantize --model Llama-3.2-1B --out llama-fp4 --quant-type fp4 --block-size 32";
@@ -47,7 +50,7 @@ pub struct QuantizeArgs {
     pub dtype: Option<DtypeArg>,
 
     /// Maximum size of a shard
-    #[arg(long, value_name = "SIZE", default_value = "5GB", value_parser = numbers::some_bytes)]
+    #[arg(long, value_name = "SIZE", default_value = MAX_SHARD_SIZE, value_parser = numbers::some_bytes)]
     pub max_shard_size: ByteSize,
 
     /// Requantize linear layers that are already 4-bit
@@ -109,6 +112,41 @@ impl From<DtypeArg> for FloatType {
             DtypeArg::Float32 => FloatType::F32,
             DtypeArg::Bfloat16 => FloatType::Bf16,
             DtypeArg::Float16 => FloatType::F16,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+    use nibble_quant::BlockFormat;
+
+    use crate::cli::Cli;
+    use crate::train::settings::usual_packing;
+
+    /// These flags have no default of clap's: a base that is packed already is left as it is.
+    #[test]
+    fn help_and_settings_name_the_default_format() {
+        let BlockFormat { quant_type, block_size, double_quant } = BlockFormat::default();
+        let expected = [
+            ("quantization", quant_type.as_str().to_string()),
+            ("block-size", block_size.to_string()),
+            ("double-quant", double_quant.to_string()),
+        ];
+        let cli = Cli::command();
+        for (setting, expected) in &expected {
+            let usual = usual_packing(&setting.replace('-', "_"));
+            assert_eq!(usual, Some(expected.as_str()), "{setting}");
+            for command in ["quantize", "train", "memory"] {
+                let flag = match (command, *setting) {
+                    ("quantize", "quantization") => "quant-type",
+                    (_, setting) => setting,
+                };
+                let command = cli.find_subcommand(command).unwrap();
+                let arg = command.get_arguments().find(|arg| arg.get_long() == Some(flag));
+                let help = arg.and_then(|arg| arg.get_help()).unwrap().to_string();
+                assert!(help.ends_with(&format!("[default: {expected}]")), "{help}");
+            }
         }
     }
 }

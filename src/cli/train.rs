@@ -27,6 +27,8 @@ const MIN_LR_RATE: f64 = 0.1;
 const WARMUP_RATIO: f64 = 0.03;
 /// `--sample-max-new-tokens` by default.
 const SAMPLE_TOKENS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
+/// `--max-length` by default.
+pub const MAX_LENGTH: &str = "2048";
 /// Forward passes in an optimizer step, by default.
 pub const GRADIENT_ACCUMULATION_STEPS: &str = "4";
 
@@ -164,7 +166,7 @@ pub struct TrainDataArgs {
           value_parser = numbers::below_one)]
     pub validation_split: Option<f64>,
     /// Maximum sequence length, in tokens; no document may be longer
-    #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
+    #[arg(long, value_name = "TOKENS", default_value = MAX_LENGTH, value_parser = numbers::length)]
     pub max_length: usize,
     /// How records are read.
     #[command(flatten)]

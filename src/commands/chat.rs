@@ -16,7 +16,7 @@ use crate::kernels::Kernels;
 use crate::nearest::nearest;
 use crate::printed;
 use crate::sample::{Sampler, Session, Wish};
-use crate::train::interrupt::Interrupt;
+use crate::system::interrupt::Interrupt;
 
 const HELP: &str = "\
 /adapter           the adapters, and which one is in use

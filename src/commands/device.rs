@@ -7,17 +7,17 @@ use crate::cli::device::{Device, DeviceArgs};
 use crate::error::{Error, Result};
 use crate::kernels::Storage;
 use crate::kernels::cpu::Cpu;
-use crate::kernels::cuda::devices::{self, LOWEST_CAPABILITY, driver_info};
+use crate::kernels::cuda::devices::{self, driver_info};
 use crate::kernels::cuda::driver::Driver;
 use crate::kernels::cuda::library::Gpu;
 use crate::kernels::cuda::search;
 use crate::kernels::cuda::{AttnImplementation, Cuda};
-use crate::plan::{EmbeddingPlace, Processor};
+use crate::plan::EmbeddingPlace;
 use crate::train::agreement;
 use crate::train::backend::Surroundings;
 
-/// The GPU that is asked for, or with `auto` found; `None` for the CPU. It has computed a step of a
-/// tiny model as the CPU does.
+/// The GPU that is asked for, or with `auto` found; `None` for the CPU. It has computed as the CPU does, by
+/// [`agreement::check`].
 ///
 /// # Errors
 /// `Gpu` with the reason why the one that is asked for cannot be used, `Usage` for what only a GPU
@@ -124,26 +124,18 @@ pub fn check_dequantized_blocks(asked: Option<usize>, on_gpu: bool) -> Result<()
 /// the context that is made for the question, and other programs' memory.
 pub fn surroundings(index: usize) -> Option<Surroundings> {
     let total = driver_info().ok()?.devices.get(index)?.total_bytes;
-    let used_bytes = total.saturating_sub(devices::free_bytes(index).ok()?);
-    Some(Surroundings {
-        used_bytes,
-        free_bytes: total,
-        products_bytes: 0,
-        processor: Processor::Gpu,
-    })
+    Some(Surroundings::of_gpu(devices::free_bytes(index).ok()?, total))
 }
 
 /// The first GPU that there are kernels for. Where there is no driver, there is nothing to tell; one that
 /// refuses is told of.
 fn first_gpu() -> Option<usize> {
     search::open(&search::DRIVER, 0).ok()?;
-    let devices = match driver_info() {
-        Ok(info) => info.devices,
+    match driver_info() {
+        Ok(info) => info.first_usable(),
         Err(error) => {
             eprintln!("{}", error.at("the CPU is used, not a GPU"));
-            return None;
+            None
         }
-    };
-    let usable = devices.iter().find(|info| info.capability >= LOWEST_CAPABILITY)?;
-    Some(usable.index as usize)
+    }
 }

@@ -25,10 +25,10 @@ struct Findings {
     agreement: Option<Result<()>>,
 }
 
-/// Runs the command. A machine without a GPU is no error.
+/// Runs the command.
 ///
 /// # Errors
-/// None so far.
+/// None: what is missing or does not work is printed, with the way out.
 pub fn run(args: &DoctorArgs) -> Result<()> {
     let driver = devices::driver_info();
     let version = driver.as_ref().map_or(i32::MAX, |driver| driver.cuda_version.0);
@@ -70,8 +70,7 @@ impl Findings {
     /// The first GPU that Nibble has kernels for, where cuBLAS is there, too.
     fn first_gpu(&self) -> Option<usize> {
         let (Ok(driver), Ok(_)) = (&self.driver, &self.cublas) else { return None };
-        let usable = driver.devices.iter().find(|d| d.capability >= LOWEST_CAPABILITY)?;
-        Some(usable.index as usize)
+        driver.first_usable()
     }
 
     /// Why a GPU cannot be used; `None` if one can.
@@ -81,7 +80,10 @@ impl Findings {
             (Err(error), ..) | (_, _, Some(Err(error))) => Some(what(error)),
             (Ok(driver), ..) if driver.devices.is_empty() => Some("the driver sees no GPU".into()),
             (Ok(_), Err(error), _) => Some(what(error)),
-            (Ok(_), Ok(_), None) => Some("no GPU has compute capability 8.0 or higher".into()),
+            (Ok(_), Ok(_), None) => {
+                let (major, minor) = LOWEST_CAPABILITY;
+                Some(format!("no GPU has compute capability {major}.{minor} or higher"))
+            }
             (Ok(_), Ok(_), Some(Ok(()))) => None,
         }
     }

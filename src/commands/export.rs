@@ -15,7 +15,7 @@ use crate::data::ChatTokenizer;
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 use crate::model::spec::{Family, ModelSpec};
-use crate::train::interrupt::Interrupt;
+use crate::system::interrupt::Interrupt;
 
 /// Runs the command.
 ///
@@ -39,9 +39,9 @@ pub fn run(args: &ExportArgs) -> Result<()> {
                      llama.cpp's converter calls its architecture otherwise"
                 );
             }
-            adapter(args, &spec, folder)?
+            write_adapter(args, &spec, folder)?
         }
-        None => model(args, &checkpoint, &spec)?,
+        None => write_model(args, &checkpoint, &spec)?,
     };
     let seconds = started.elapsed().as_secs_f64();
     println!("wrote {} ({}, {seconds:.1} s)", args.out.display(), ByteSize(bytes));
@@ -66,7 +66,7 @@ fn check_not_part(input: &Path, output: &Path) -> Result<()> {
     Ok(())
 }
 
-fn adapter(args: &ExportArgs, spec: &ModelSpec, folder: &Path) -> Result<u64> {
+fn write_adapter(args: &ExportArgs, spec: &ModelSpec, folder: &Path) -> Result<u64> {
     if args.outtype.is_quantized() {
         return Err(Error::usage("an adapter's rows are too short for blocks of codes")
             .hint("use `--outtype f16` or `--outtype f32`"));
@@ -76,7 +76,7 @@ fn adapter(args: &ExportArgs, spec: &ModelSpec, folder: &Path) -> Result<u64> {
     adapter.write_gguf(file, spec, args.outtype.dtype())
 }
 
-fn model(args: &ExportArgs, checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<u64> {
+fn write_model(args: &ExportArgs, checkpoint: &Checkpoint, spec: &ModelSpec) -> Result<u64> {
     let metadata = metadata(args, spec)?;
     note_windows(spec, &metadata);
     let export = Export { checkpoint, spec, file_type: args.outtype };

@@ -18,7 +18,7 @@ use crate::data::{ChatTokenizer, TemplateSources, TokenizerFiles};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
-use crate::train::interrupt::Interrupt;
+use crate::system::interrupt::Interrupt;
 
 /// Runs the command.
 ///

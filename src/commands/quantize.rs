@@ -19,7 +19,7 @@ use crate::data::{ChatTokenizer, TokenizerFiles};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 use crate::model::spec::TensorRole;
-use crate::train::interrupt::Interrupt;
+use crate::system::interrupt::Interrupt;
 
 /// Runs the command.
 ///

@@ -8,8 +8,8 @@ use super::progress_bar;
 use crate::data::files::in_words;
 use crate::data::{DataOptions, Dataset, Encoder, LoadReport, RoleUse};
 use crate::error::Result;
+use crate::figures::thousands;
 use crate::plural::noun;
-use crate::report::figures::thousands;
 
 /// What is shown of roles that may be anything.
 const MOST_ROLES: usize = 8;

@@ -16,7 +16,7 @@ pub struct Document {
     pub input_ids: Vec<u32>,
     /// The label of each token itself (not shifted): its id if it is trained, else [`MASKED`].
     pub labels: Vec<i32>,
-    /// Line of the source file, from 1.
+    /// Line counted through all files, from 1; [`DataFiles::locate`] gives file and line.
     pub line: usize,
 }
 
@@ -31,7 +31,7 @@ pub struct Batch {
     pub cu_seqlens: Vec<u32>,
     /// Tokens of the micro-batch before these, where they are a part of one: dropout goes on there.
     pub first_token: usize,
-    /// Source lines of the documents.
+    /// [Lines](Document::line) of the documents.
     pub lines: Vec<usize>,
     /// The files that they are lines of, where these are known.
     pub files: Arc<DataFiles>,

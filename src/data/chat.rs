@@ -95,7 +95,7 @@ impl Chat {
         roles.filter(|role| !ROLES.contains(role)).map(str::to_string).collect()
     }
 
-    /// Whether all of the assistant's messages are trained.
+    /// Whether nothing keeps any message from being trained: neither a prompt nor the message itself.
     pub fn is_all_trained(&self) -> bool {
         (0..self.messages.len()).all(|index| self.is_trained(index))
     }

@@ -57,7 +57,7 @@ pub struct Encoded {
     pub unknown_roles: Vec<String>,
     /// Messages to the assistant whose text the template leaves out.
     pub content_left_out: usize,
-    /// Messages whose reasoning it does.
+    /// Messages whose reasoning the template leaves out.
     pub reasoning_left_out: usize,
     /// Trained answers that are empty.
     pub empty_answers: usize,

@@ -25,7 +25,7 @@ pub trait PlannedMemory<K: Storage> {
     ///
     /// # Panics
     /// As [`take`](PlannedMemory::take).
-    fn take_half(&mut self, id: RegionId) -> K::HalfBuffer;
+    fn take_bf16(&mut self, id: RegionId) -> K::Bf16Buffer;
 
     /// Bytes that were allocated.
     fn bytes(&self) -> usize;
@@ -94,7 +94,7 @@ pub trait Storage: Clone + Sync {
     /// A planned region of activations or gradients.
     type Buffer: Send;
     /// A planned region of bf16 copies of the trained weights.
-    type HalfBuffer: Send;
+    type Bf16Buffer: Send;
     /// All planned regions.
     type Memory: PlannedMemory<Self>;
     /// A running sum of losses in f64.
@@ -215,7 +215,7 @@ pub trait Storage: Clone + Sync {
     fn set_values(&self, values: &[f32], buffer: &mut Self::Buffer, offset: usize);
 
     /// Rounds `elements` f32 weights to their bf16 copies.
-    fn round(&self, from: &Self::Buffer, to: &mut Self::HalfBuffer, elements: usize);
+    fn round(&self, from: &Self::Buffer, to: &mut Self::Bf16Buffer, elements: usize);
 
     /// Lets `fill` write the first `elements` of each table.
     fn write_tables<const N: usize>(

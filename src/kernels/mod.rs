@@ -1,6 +1,6 @@
 //! The operations of a training step, one forward/backward pair each, over planned buffers.
 //!
-//! [`block`](crate::model) is generic over [`Kernels`]: a trait for each topic, and the memory of
+//! [`block`](crate::model::block) is generic over [`Kernels`]: a trait for each topic, and the memory of
 //! [`Storage`]. A backend implements each of them where its code is. Matrices are row-major, rows are
 //! tokens; `rows` says how many rows of a (possibly longer) buffer count.
 //! Every backward *adds* to the gradients that it is given unless it says that it overwrites.

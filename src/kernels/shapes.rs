@@ -63,7 +63,7 @@ pub enum Direction {
     Backward,
 }
 
-/// Which documents a micro-batch consists of: the tokens of all of them in one stream.
+/// Which documents a forward pass is over: the tokens of all of them in one stream.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct TokenLayout {
     /// `0, …, T`: where documents begin and end.

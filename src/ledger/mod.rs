@@ -3,7 +3,8 @@
 //! [`enter`] says what the process is doing now; a [`Recorder`] looks at the process at the end of
 //! each phase and a hundred times a second, and keeps the highest figures of each phase. What it reads
 //! are the kernel's own accounts (`/proc/self/statm`), so a look costs microseconds and nothing
-//! escapes: mapped files, heap, stacks. Where there is no `/proc`, everything measured is 0.
+//! escapes: mapped files, heap, stacks. Windows does not count mapped files apart: theirs are 0 there. On
+//! other systems without `/proc` everything measured is 0.
 
 mod control_group;
 pub mod pinned;
@@ -93,7 +94,7 @@ fn current() -> Phase {
 
 /// The memory of the process at a time.
 #[derive(Debug, Clone, Copy, PartialEq, Default, Serialize, Deserialize)]
-pub struct Moment {
+pub struct Sample {
     /// Seconds since the recorder started.
     pub seconds: f64,
     /// What the process was doing.
@@ -104,7 +105,7 @@ pub struct Moment {
     pub file_bytes: u64,
 }
 
-impl Moment {
+impl Sample {
     /// Bytes that no file backs.
     pub fn anonymous_bytes(&self) -> u64 {
         self.resident_bytes.saturating_sub(self.file_bytes)
@@ -114,18 +115,18 @@ impl Moment {
     pub fn now(start: Instant) -> Self {
         let (resident_bytes, file_bytes) = resident::now_and_files();
         let seconds = start.elapsed().as_secs_f64();
-        Moment { seconds, phase: current(), resident_bytes, file_bytes }
+        Sample { seconds, phase: current(), resident_bytes, file_bytes }
     }
 }
 
 /// What a recorder saw.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
 pub struct Record {
-    /// Moments in order of time; thinned where the run is long, without losing a phase's highest.
-    pub moments: Vec<Moment>,
+    /// Samples in order of time; thinned where the run is long, without losing a phase's highest.
+    pub samples: Vec<Sample>,
     /// The highest resident and the highest file bytes of each phase that was seen.
-    pub peaks: Vec<Moment>,
-    /// Seconds for which there is one moment, the highest.
+    pub peaks: Vec<Sample>,
+    /// Seconds for which there is one sample, the highest.
     #[serde(skip)]
     spacing_seconds: f64,
 }
@@ -145,33 +146,33 @@ impl Record {
     /// Adds that `used_bytes` of a GPU are in use now.
     pub fn add_now(&mut self, start: Instant, used_bytes: u64) {
         let seconds = start.elapsed().as_secs_f64();
-        self.add(Moment { seconds, phase: current(), resident_bytes: used_bytes, file_bytes: 0 });
-        if self.moments.len() > MOST_SHOWN {
+        self.add(Sample { seconds, phase: current(), resident_bytes: used_bytes, file_bytes: 0 });
+        if self.samples.len() > MOST_SHOWN {
             self.thin();
         }
     }
 
-    fn add(&mut self, moment: Moment) {
-        match self.peaks.iter_mut().find(|peak| peak.phase == moment.phase) {
+    fn add(&mut self, sample: Sample) {
+        match self.peaks.iter_mut().find(|peak| peak.phase == sample.phase) {
             Some(peak) => {
-                if moment.resident_bytes > peak.resident_bytes {
-                    peak.seconds = moment.seconds;
+                if sample.resident_bytes > peak.resident_bytes {
+                    peak.seconds = sample.seconds;
                 }
-                peak.resident_bytes = peak.resident_bytes.max(moment.resident_bytes);
-                peak.file_bytes = peak.file_bytes.max(moment.file_bytes);
+                peak.resident_bytes = peak.resident_bytes.max(sample.resident_bytes);
+                peak.file_bytes = peak.file_bytes.max(sample.file_bytes);
             }
-            None => self.peaks.push(moment),
+            None => self.peaks.push(sample),
         }
-        let stretch = |moment: &Moment| (moment.seconds / self.spacing_seconds).floor();
-        match self.moments.last_mut() {
-            Some(last) if self.spacing_seconds > 0.0 && stretch(last) == stretch(&moment) => {
-                if moment.resident_bytes > last.resident_bytes {
-                    *last = moment;
+        let stretch = |sample: &Sample| (sample.seconds / self.spacing_seconds).floor();
+        match self.samples.last_mut() {
+            Some(last) if self.spacing_seconds > 0.0 && stretch(last) == stretch(&sample) => {
+                if sample.resident_bytes > last.resident_bytes {
+                    *last = sample;
                 }
             }
-            _ => self.moments.push(moment),
+            _ => self.samples.push(sample),
         }
-        if self.moments.len() > MOST_MOMENTS {
+        if self.samples.len() > MOST_SAMPLES {
             self.thin();
             self.spacing_seconds = (2.0 * self.spacing_seconds).max(INTERVAL.as_secs_f64());
         }
@@ -179,20 +180,20 @@ impl Record {
 
     /// Keeps the higher one of every two neighbours. Peaks are apart: they lose nothing.
     fn thin(&mut self) {
-        let higher = |pair: &[Moment]| match pair {
+        let higher = |pair: &[Sample]| match pair {
             [a, b] if a.resident_bytes > b.resident_bytes => *a,
             _ => pair[pair.len() - 1],
         };
-        self.moments = self.moments.chunks(2).map(higher).collect();
+        self.samples = self.samples.chunks(2).map(higher).collect();
     }
 }
 
 /// Time between two looks at the process.
 const INTERVAL: Duration = Duration::from_millis(10);
-/// Moments of a record from which on fewer are kept than are seen.
-const MOST_MOMENTS: usize = 1500;
+/// Samples of a record from which on fewer are kept than are seen.
+const MOST_SAMPLES: usize = 1500;
 
-/// Moments of a finished record, at most: enough for a picture.
+/// Samples of a finished record, at most: enough for a picture.
 const MOST_SHOWN: usize = 400;
 
 /// What a recorder's thread and the ends of phases add to.
@@ -203,12 +204,12 @@ struct Shared {
 }
 
 impl Shared {
-    fn look(&self) -> Moment {
-        // Under the lock, so that moments are in order of time.
+    fn look(&self) -> Sample {
+        // Under the lock, so that samples are in order of time.
         let mut record = lock(&self.record);
-        let moment = Moment::now(self.start);
-        record.add(moment);
-        moment
+        let sample = Sample::now(self.start);
+        record.add(sample);
+        sample
     }
 }
 
@@ -241,7 +242,7 @@ impl Recorder {
     }
 
     /// Looks now, however long ago the last look was; returns what it saw.
-    pub fn look(&self) -> Moment {
+    pub fn look(&self) -> Sample {
         self.shared.look()
     }
 
@@ -265,8 +266,8 @@ impl Drop for Recorder {
 /// Watches a run from before its weights are read.
 pub struct Watch {
     recorder: Recorder,
-    before: Moment,
-    loaded: Moment,
+    before: Sample,
+    loaded: Sample,
 }
 
 impl Watch {
@@ -283,7 +284,7 @@ impl Watch {
     }
 
     /// The process now.
-    pub fn look(&self) -> Moment {
+    pub fn look(&self) -> Sample {
         self.recorder.look()
     }
 
@@ -299,7 +300,7 @@ impl Watch {
     pub fn measured(&self, weights: WeightParts, region_bytes: Vec<u64>) -> Measured {
         self.recorder.look();
         let mut record = self.recorder.record();
-        while record.moments.len() > MOST_SHOWN {
+        while record.samples.len() > MOST_SHOWN {
             record.thin();
         }
         let peak_bytes = resident::peak_bytes();

@@ -1,7 +1,7 @@
 use super::*;
 
-fn moment(seconds: f64, phase: Phase, resident_bytes: u64) -> Moment {
-    Moment { seconds, phase, resident_bytes, file_bytes: resident_bytes / 2 }
+fn sample(seconds: f64, phase: Phase, resident_bytes: u64) -> Sample {
+    Sample { seconds, phase, resident_bytes, file_bytes: resident_bytes / 2 }
 }
 
 #[test]
@@ -9,29 +9,29 @@ fn peaks_are_kept_by_phase_and_survive_thinning() {
     let mut record = Record::default();
     for (index, bytes) in [5, 9, 7, 3, 8, 2].into_iter().enumerate() {
         let phase = if index < 4 { Phase::Forward } else { Phase::Save };
-        record.add(moment(index as f64, phase, bytes));
+        record.add(sample(index as f64, phase, bytes));
     }
     assert_eq!((record.peak_of(Phase::Forward), record.peak_of(Phase::Save)), (Some(9), Some(8)));
     assert_eq!(record.peak_of(Phase::Eval), None);
     assert_eq!(record.peak_file_bytes(), 4);
     record.thin();
-    let kept: Vec<u64> = record.moments.iter().map(|moment| moment.resident_bytes).collect();
+    let kept: Vec<u64> = record.samples.iter().map(|sample| sample.resident_bytes).collect();
     assert_eq!(kept, [9, 7, 8]);
 }
 
-/// A run of hours: a short peak late in it is seen, and moments stay few and in order.
+/// A run of hours: a short peak late in it is seen, and samples stay few and in order.
 #[test]
 fn a_long_record_stays_short_and_keeps_late_peaks() {
     let (mut record, looks) = (Record::default(), 400_000);
     for index in 0..looks {
         let late = if index == looks - 7 { 50 } else { 0 };
         let phase = if index % 5 == 4 { Phase::Optimizer } else { Phase::Forward };
-        record.add(moment(0.01 * index as f64, phase, 100 + index % 9 + late));
+        record.add(sample(0.01 * index as f64, phase, 100 + index % 9 + late));
     }
-    assert!(record.moments.len() <= MOST_MOMENTS);
-    assert!(record.moments.len() > MOST_MOMENTS / 4, "{}", record.moments.len());
-    assert!(record.moments.is_sorted_by(|a, b| a.seconds < b.seconds));
-    let highest = record.moments.iter().map(|moment| moment.resident_bytes).max();
+    assert!(record.samples.len() <= MOST_SAMPLES);
+    assert!(record.samples.len() > MOST_SAMPLES / 4, "{}", record.samples.len());
+    assert!(record.samples.is_sorted_by(|a, b| a.seconds < b.seconds));
+    let highest = record.samples.iter().map(|sample| sample.resident_bytes).max();
     assert_eq!(highest, Some(150 + (looks - 7) % 9));
     assert_eq!(record.peak_of(Phase::Forward), highest);
 }
@@ -84,7 +84,7 @@ fn recorder_costs() {
         const LOOKS: u32 = 20_000;
         let start = Instant::now();
         for _ in 0..LOOKS {
-            std::hint::black_box(Moment::now(start));
+            std::hint::black_box(Sample::now(start));
         }
         start.elapsed().as_secs_f64() / f64::from(LOOKS)
     };
@@ -108,8 +108,8 @@ fn a_recorder_sees_a_buffer_come_and_go() {
         std::thread::sleep(4 * INTERVAL);
         drop(buffer);
         let record = recorder.record();
-        let highest = record.moments.iter().map(Moment::anonymous_bytes).max().unwrap();
-        record.moments.len() >= 3 && highest > before.anonymous_bytes() + BYTES as u64 / 2
+        let highest = record.samples.iter().map(Sample::anonymous_bytes).max().unwrap();
+        record.samples.len() >= 3 && highest > before.anonymous_bytes() + BYTES as u64 / 2
     };
     // Memory of other tests of this process comes and goes in the meantime.
     assert!((0..20).any(|_| seen()));

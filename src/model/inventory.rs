@@ -112,7 +112,7 @@ impl ModelSpec {
         let found = names.into_iter().find(|name| contains(name));
         found.map_or(Ok(()), |name| {
             let what = format!("there is a tensor {name}, config.json has {layers} layers");
-            Err(Error::other_weights(what))
+            Err(Error::mismatched_weights(what))
         })
     }
 

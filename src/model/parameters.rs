@@ -52,7 +52,7 @@ pub struct Parameters<K: Storage = Cpu> {
     kernels: K,
     targets: Vec<LoraTarget>,
     tensors: Vec<ParameterTensor>,
-    working: Option<K::HalfBuffer>,
+    working: Option<K::Bf16Buffer>,
     master: K::Buffer,
     training: Option<TrainingState<K::Buffer>>,
 }
@@ -79,7 +79,7 @@ pub struct OptimizerView<'a, K: Kernels> {
     /// The tensors.
     pub tensors: &'a [ParameterTensor],
     /// bf16 copies to refresh after the update.
-    pub working: Option<&'a mut K::HalfBuffer>,
+    pub working: Option<&'a mut K::Bf16Buffer>,
 }
 
 impl<K: Kernels> Parameters<K> {
@@ -92,7 +92,7 @@ impl<K: Kernels> Parameters<K> {
     ) -> Self {
         use AdapterRegion::*;
         let has = |region| plan.region(RegionId::Adapter(region)).is_some();
-        let working = has(Working).then(|| memory.take_half(RegionId::Adapter(Working)));
+        let working = has(Working).then(|| memory.take_bf16(RegionId::Adapter(Working)));
         let mut take = |region| memory.take(RegionId::Adapter(region));
         let tensors = tensors_of(&targets);
         let packed = has(FirstCodes);
@@ -280,8 +280,8 @@ impl<K: Kernels> Parameters<K> {
         &self.kernels
     }
 
-    /// The weights as the forward pass reads them: bf16 copies if there are any, else the master.
-    pub fn working(&self) -> Option<&K::HalfBuffer> {
+    /// The weights in bf16, as the forward pass reads them; `None` where it reads the master.
+    pub fn working_copies(&self) -> Option<&K::Bf16Buffer> {
         self.working.as_ref()
     }
 

@@ -72,25 +72,25 @@ impl LinearRole {
 
 /// The halves of a block, which keep `x·Aᵀ` of their adapters apart.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Half {
+pub enum BlockHalf {
     /// q, k, v and the output projection.
     Attention,
     /// Gate, up and down.
     Mlp,
 }
 
-impl Half {
+impl BlockHalf {
     /// The half to which a linear belongs.
     pub fn of(role: LinearRole) -> Self {
-        if Half::Mlp.roles().contains(&role) { Half::Mlp } else { Half::Attention }
+        if BlockHalf::Mlp.roles().contains(&role) { BlockHalf::Mlp } else { BlockHalf::Attention }
     }
 
     /// The roles of a half's linears.
     pub fn roles(self) -> &'static [LinearRole] {
         use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
         match self {
-            Half::Attention => &[Q, K, V, Qkv, O],
-            Half::Mlp => &[Gate, Up, Down],
+            BlockHalf::Attention => &[Q, K, V, Qkv, O],
+            BlockHalf::Mlp => &[Gate, Up, Down],
         }
     }
 }

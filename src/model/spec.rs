@@ -4,7 +4,7 @@
 //! everything else (loading, quantizing, planning, training, exporting) reads the spec.
 
 use super::names::Names;
-pub use super::projections::{Half, LinearRole, LinearSpec, MlpKind, Projections};
+pub use super::projections::{BlockHalf, LinearRole, LinearSpec, MlpKind, Projections};
 
 /// Which Hugging Face `model_type` the names follow.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

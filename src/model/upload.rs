@@ -50,16 +50,16 @@ impl Weights {
     ) -> Result<Weights<K>> {
         let mut matrices = matrices.into_iter();
         let mut next = || matrices.next().expect("one for each that was given");
-        let embedding = kernels.upload_embedding(self.embedding, self.head.is_none())?;
+        let embedding = kernels.upload_embedding(self.embedding, self.untied_head.is_none())?;
         let positions = self.positions.map(|_| next());
-        let head = self.head.map(|head| kernels.upload_head(head)).transpose()?;
+        let untied_head = self.untied_head.map(|head| kernels.upload_head(head)).transpose()?;
         let blocks = self.blocks.into_iter().map(|block| block.moved(kernels, &mut next));
         Ok(Weights {
             embedding,
             positions,
             blocks: blocks.collect::<Result<_>>()?,
             final_norm: self.final_norm.try_map(|vector| kernels.upload_vector(vector))?,
-            head,
+            untied_head,
             streaming: None,
         })
     }

@@ -6,7 +6,7 @@
 use nibble_quant::{BlockFormat, FloatType, PackedWeight, owned_bytes};
 
 use super::block::{Block, Linear, LinearAdapter};
-use super::spec::{Half, LinearRole, LinearSpec, ModelSpec, Norm};
+use super::spec::{BlockHalf, LinearRole, LinearSpec, ModelSpec, Norm};
 use super::streaming::WeightStream;
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
@@ -27,8 +27,8 @@ pub struct Weights<K: Kernels = Cpu> {
     pub blocks: Vec<Block<K>>,
     /// Norm before the head.
     pub final_norm: NormParameters<K::Vector>,
-    /// `[V, D]`; the embedding if absent.
-    pub head: Option<K::Weight>,
+    /// The head where it is not the embedding: `[V, D]`.
+    pub untied_head: Option<K::Weight>,
     /// How the blocks come and go, where they are not all kept in memory.
     pub streaming: Option<Box<dyn WeightStream>>,
 }
@@ -119,7 +119,7 @@ impl Weights {
             positions,
             blocks: blocks.collect::<Result<_>>()?,
             final_norm: reader.norm(spec.final_norm_module(), d)?,
-            head,
+            untied_head: head,
             streaming: None,
         };
         source.is_read(quantization.is_some());
@@ -159,7 +159,7 @@ pub fn unexpected_tensors<'c>(checkpoint: &'c Checkpoint, spec: &ModelSpec) -> V
 impl<K: Kernels> Weights<K> {
     /// The matrix that makes logits.
     pub fn head(&self) -> &K::Weight {
-        self.head.as_ref().unwrap_or(&self.embedding)
+        self.untied_head.as_ref().unwrap_or(&self.embedding)
     }
 
     /// What of the matrices is in memory. Where pages of tables come and go with those of the blocks,
@@ -167,7 +167,8 @@ impl<K: Kernels> Weights<K> {
     pub fn bytes_in_memory(&self, kernels: &K) -> WeightParts {
         let of_table = |table: &K::Weight| kernels.bytes_in_memory(table).total();
         let positions = self.positions.iter();
-        let tables = positions.chain([&self.embedding]).chain(&self.head).map(of_table).sum();
+        let tables =
+            positions.chain([&self.embedding]).chain(&self.untied_head).map(of_table).sum();
         let mut parts = WeightParts { tables, ..WeightParts::default() };
         let Some(stream) = &self.streaming else {
             let linears = self.blocks.iter().flat_map(|block| &block.linears);
@@ -350,7 +351,7 @@ fn adapters_of<'a>(
     of_layer
         .map(|(index, target)| {
             let shape = target.shape;
-            let half = Half::of(target.role);
+            let half = BlockHalf::of(target.role);
             let stride = ranks.of(layer, half.roles());
             let offset = &mut offsets[half as usize];
             let columns = Columns::band(*offset, shape.rank, stride);

@@ -12,25 +12,19 @@
 //! tiles      = of a head on the host: a third product with it, and what products do not hide of its copies
 //! files      = what is offloaded on the CPU, written and read
 //! ```
-//!
-//! The rates are assumptions; what is chosen depends on their ratios alone.
 
 use super::budget::{Choice, Demand};
 use super::embedding::OnHost;
 use super::processor::Processor;
+use super::rates::{
+    DRIVE_BYTES_PER_SECOND, GPU_FLOPS_PER_SECOND, GPU_MEMORY_BYTES_PER_SECOND,
+    PCIE_BYTES_PER_SECOND, THREAD_CACHE_BYTES_PER_SECOND, THREAD_FLOPS_PER_SECOND,
+};
 use super::settings::{Policy, Settings};
 use super::strategy::Strategy;
-use super::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer, Work};
-use crate::model::spec::Half;
+use super::work::{Transfer, Work};
+use crate::model::spec::BlockHalf;
 
-/// Floating-point operations of a CPU's thread in a second, about.
-const ASSUMED_FLOPS_OF_A_THREAD: f64 = 1e11;
-/// Bytes that a drive reads or writes in a second, about.
-const ASSUMED_BYTES_OF_A_DRIVE: f64 = 1e9;
-/// Bytes that an RTX 4090's memory moves in a second.
-const ASSUMED_BYTES_OF_A_GPU_S_MEMORY: f64 = 1e12;
-/// Bytes that a thread moves between its cache and its registers in a second, about.
-const ASSUMED_BYTES_OF_A_CACHE: f64 = 3e10;
 /// Bytes that dequantizing a weight moves: read as 4 bits and a scale, written as bf16 (on the CPU, as f32
 /// that stays in the cache).
 const BYTES_TO_DEQUANTIZE: f64 = 2.5;
@@ -53,14 +47,14 @@ impl Rates {
         let threads = threads as f64;
         match processor {
             Processor::Gpu => Rates {
-                flops: ASSUMED_FLOPS_PER_SECOND,
-                memory: ASSUMED_BYTES_OF_A_GPU_S_MEMORY,
-                copies: ASSUMED_BYTES_PER_SECOND,
+                flops: GPU_FLOPS_PER_SECOND,
+                memory: GPU_MEMORY_BYTES_PER_SECOND,
+                copies: PCIE_BYTES_PER_SECOND,
             },
             Processor::Cpu => Rates {
-                flops: ASSUMED_FLOPS_OF_A_THREAD * threads,
-                memory: ASSUMED_BYTES_OF_A_CACHE * threads,
-                copies: ASSUMED_BYTES_OF_A_DRIVE,
+                flops: THREAD_FLOPS_PER_SECOND * threads,
+                memory: THREAD_CACHE_BYTES_PER_SECOND * threads,
+                copies: DRIVE_BYTES_PER_SECOND,
             },
         }
     }
@@ -79,15 +73,15 @@ impl<'a> Pace<'a> {
     /// The pace of a model in documents as long as those of `demand`.
     pub fn new(demand: &'a Demand) -> Self {
         let linears = demand.spec.linears(0);
-        let elements = |half: Half| -> f64 {
-            let here = linears.iter().filter(|linear| Half::of(linear.role) == half);
+        let elements = |half: BlockHalf| -> f64 {
+            let here = linears.iter().filter(|linear| BlockHalf::of(linear.role) == half);
             here.map(|linear| (linear.in_features * linear.out_features) as f64).sum()
         };
         Pace {
             demand,
             rates: Rates::of(demand.machine.processor, demand.settings.threads),
             work: Work::of_token(demand.spec, demand.settings.longest_document),
-            elements: [Half::Attention, Half::Mlp].map(elements),
+            elements: [BlockHalf::Attention, BlockHalf::Mlp].map(elements),
         }
     }
 
@@ -110,7 +104,7 @@ impl<'a> Pace<'a> {
             + self.dequantizing(settings, share, products)
             + self.reading_the_head(settings) / rates.memory;
         let copies = transfer.bytes as f64 / rates.copies;
-        let files = in_files as f64 / ASSUMED_BYTES_OF_A_DRIVE;
+        let files = in_files as f64 / DRIVE_BYTES_PER_SECOND;
         let rows = if *on_host == OnHost::Nothing { 0 } else { 2 * tokens * spec.hidden_size };
         let rows = rows as f64 / rates.copies;
         let tiles = if *on_host == OnHost::All { self.tiles_of_the_head(settings) } else { 0.0 };

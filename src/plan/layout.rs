@@ -12,7 +12,7 @@ use super::region_id::{
 };
 use super::settings::{HeadSizes, OFFLOAD_SLOTS, Policy, Settings};
 use crate::adapter::LoraTarget;
-use crate::model::spec::{Half, MlpKind, ModelSpec};
+use crate::model::spec::{BlockHalf, MlpKind, ModelSpec};
 
 /// Rows of query tokens that one attention tile holds (per head).
 pub const ATTENTION_TILE_ROWS: usize = 32;
@@ -38,7 +38,7 @@ pub fn layout(spec: &ModelSpec, settings: &Settings) -> MemoryPlan {
         for (layer, policy) in settings.policies.iter().enumerate() {
             match policy {
                 Policy::Keep => {
-                    let ranks = |half: Half| ranks.of(layer, half.roles());
+                    let ranks = |half: BlockHalf| ranks.of(layer, half.roles());
                     push_kept(&mut plan, spec, settings, layer, ranks);
                 }
                 Policy::Attention | Policy::AttentionOffloadInput => {
@@ -139,23 +139,23 @@ fn push_kept(
     spec: &ModelSpec,
     settings: &Settings,
     layer: usize,
-    ranks: impl Fn(Half) -> usize,
+    ranks: impl Fn(BlockHalf) -> usize,
 ) {
-    push_attention(plan, spec, Owner::Layer(layer), settings.tokens, ranks(Half::Attention));
+    push_attention(plan, spec, Owner::Layer(layer), settings.tokens, ranks(BlockHalf::Attention));
     push_attention_output(plan, spec, Owner::Layer(layer), settings.tokens);
     for tiles in kept_tiles(settings, layer) {
-        push_mlp(plan, spec, &tiles, ranks(Half::Mlp));
+        push_mlp(plan, spec, &tiles, ranks(BlockHalf::Mlp));
     }
 }
 
 /// Buffers that all other layers share, in turn, with one tile of an MLP.
 fn push_shared(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings, ranks: &Ranks) {
-    let widest = |half: Half| ranks.most(half.roles());
+    let widest = |half: BlockHalf| ranks.most(half.roles());
     let owner = Owner::Recompute;
-    push_attention(plan, spec, owner, settings.tokens, widest(Half::Attention));
+    push_attention(plan, spec, owner, settings.tokens, widest(BlockHalf::Attention));
     let tile = Tiles { owner, count: 1, tokens: settings.mlp_tile() };
-    push_mlp(plan, spec, &tile, widest(Half::Mlp));
-    if settings.shares_attention() {
+    push_mlp(plan, spec, &tile, widest(BlockHalf::Mlp));
+    if settings.needs_shared_attention_buffer() {
         push_attention_output(plan, spec, owner, settings.tokens);
     }
 }
@@ -248,9 +248,9 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
         }
     }
     if settings.lora_dropout {
-        let input = |target: &LoraTarget| match Half::of(target.role) {
-            Half::Attention => t * target.shape.in_features,
-            Half::Mlp => tile * target.shape.in_features,
+        let input = |target: &LoraTarget| match BlockHalf::of(target.role) {
+            BlockHalf::Attention => t * target.shape.in_features,
+            BlockHalf::Mlp => tile * target.shape.in_features,
         };
         let most = settings.targets.iter().map(input).max().unwrap_or(0);
         push(WorkRegion::Dropped, most);

@@ -56,7 +56,8 @@ fn recomputing_attention(settings: &Settings) -> Option<Settings> {
     };
     let policies = settings.policies.iter().map(again).collect();
     // Of one block alone the shared buffers would be as large.
-    (settings.keeping_attention_in_memory() > 1).then(|| Settings { policies, ..settings.clone() })
+    (settings.layers_keeping_attention_in_memory() > 1)
+        .then(|| Settings { policies, ..settings.clone() })
 }
 
 fn offloading(settings: &Settings) -> Option<Settings> {
@@ -82,8 +83,9 @@ pub fn shrinkage_in_words(from: &Settings, to: &Settings) -> String {
         .then(|| format!("{} tokens in a forward pass instead of {}", to.tokens, from.tokens));
     let recomputing = (kept < from.count(Policy::Keep))
         .then(|| format!("{} of {layers} blocks recomputed", layers - kept));
-    let attending = (to.sparing_attention() < from.sparing_attention())
-        .then(|| "attention recomputed".to_string());
+    let attending = (to.layers_skipping_attention_recompute()
+        < from.layers_skipping_attention_recompute())
+    .then(|| "attention recomputed".to_string());
     let smaller = to.tokens == from.tokens && differ(from, to);
     let smaller = smaller.then(|| "smaller pieces of the MLP and the logits".to_string());
     let offloading = (offloaded > from.offloaded().len())

@@ -17,6 +17,7 @@ pub mod moments;
 pub mod outside;
 mod processor;
 mod ranks;
+pub mod rates;
 pub mod region;
 mod region_id;
 pub mod settings;

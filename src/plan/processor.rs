@@ -7,8 +7,6 @@ use serde::{Deserialize, Serialize};
 pub enum Processor {
     /// The CPU: frozen weights are in the program's memory, as they are stored.
     #[default]
-    // In the logs of earlier runs.
-    #[serde(alias = "Host")]
     Cpu,
     /// A GPU: frozen matrices are in its memory, in bf16 if they are not packed.
     Gpu,

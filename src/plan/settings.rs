@@ -54,7 +54,7 @@ impl Policy {
     }
 
     /// Whether the output of attention is kept or waits, and nothing else that the block makes.
-    pub fn spares_attention(self) -> bool {
+    pub fn skips_attention_recompute(self) -> bool {
         matches!(self, Policy::Attention | Policy::AttentionOffloadInput | Policy::OffloadAttention)
     }
 }
@@ -131,11 +131,11 @@ pub fn host_head_tile(vocab_size: usize) -> usize {
 /// What the sizes of a run's buffers depend on, beside the model.
 #[derive(Debug, Clone)]
 pub struct Settings {
-    /// T: tokens of the largest micro-batch.
+    /// T: tokens of the longest forward pass; a larger micro-batch is computed in parts.
     pub tokens: usize,
-    /// Tokens of the longest document in a micro-batch.
+    /// Tokens of the longest document.
     pub longest_document: usize,
-    /// Tokens of a micro-batch that have a loss, at most: only these have logits.
+    /// Tokens of a pass that have a loss, at most: only these have logits.
     pub trained_tokens: usize,
     /// Rows of logits that exist at a time, at most.
     pub logit_rows: usize,
@@ -253,24 +253,24 @@ impl Settings {
     /// Which blocks keep what, for people.
     pub fn kept_in_words(&self) -> String {
         let kept = self.count(Policy::Keep);
-        let attended = self.keeping_attention_in_memory();
+        let attended = self.layers_keeping_attention_in_memory();
         let words = format!("{kept} of {} blocks keep their activations", self.policies.len());
         if attended == 0 { words } else { format!("{words}, {attended} the output of attention") }
     }
 
     /// Layers that keep the output of attention in memory, and nothing else that they make.
-    pub fn keeping_attention_in_memory(&self) -> usize {
+    pub fn layers_keeping_attention_in_memory(&self) -> usize {
         self.count(Policy::Attention) + self.count(Policy::AttentionOffloadInput)
     }
 
     /// Layers that make no attention again, but all the rest.
-    pub fn sparing_attention(&self) -> usize {
-        self.policies.iter().filter(|policy| policy.spares_attention()).count()
+    pub fn layers_skipping_attention_recompute(&self) -> usize {
+        self.policies.iter().filter(|policy| policy.skips_attention_recompute()).count()
     }
 
     /// Whether layers take turns with one buffer for what attention makes: those that make it again, or
     /// all where nothing is trained.
-    pub fn shares_attention(&self) -> bool {
+    pub fn needs_shared_attention_buffer(&self) -> bool {
         let has = |policy: Policy| self.count(policy) > 0;
         !self.training() || has(Policy::Checkpoint) || has(Policy::Offload)
     }

@@ -13,7 +13,7 @@ use super::weights::WeightsMode;
 pub struct Strategy {
     /// Blocks that keep their activations: the last ones, which the backward pass meets first.
     pub kept: usize,
-    /// What all other blocks do with their activations; of a choice *keep*, where there are none.
+    /// What all other blocks do with their activations; *keep* in a choice that has no other blocks.
     pub others: Policy,
     /// Blocks among the others, the last ones, that keep the output of attention though their input is
     /// offloaded.

@@ -45,7 +45,7 @@ pub struct WeightBytes {
     /// Bytes of the matrix that makes logits: it may be elsewhere, too.
     pub head: u64,
     /// Whether any matrix is in 4-bit blocks.
-    pub packed: bool,
+    pub packs_any: bool,
 }
 
 /// What streamed weights have in memory: at the blocks, the rows of the pass and two blocks; at the
@@ -121,9 +121,7 @@ impl WeightBytes {
         format: Option<&BlockFormat>,
         processor: Processor,
     ) -> Self {
-        let bytes = |tensor: &TensorSpec| {
-            dense_bytes(tensor, dtype, tensor.shape.iter().product(), format, processor)
-        };
+        let bytes = |tensor: &TensorSpec| dense_bytes(tensor, dtype, format, processor);
         Self::sum(spec, bytes, true).used_at(processor)
     }
 
@@ -167,7 +165,7 @@ impl WeightBytes {
 
     fn sum(spec: &ModelSpec, bytes: impl Fn(&TensorSpec) -> WeightParts, as_stored: bool) -> Self {
         let (mut resident, mut table, mut head) = (WeightParts::default(), 0, 0);
-        let mut packed = false;
+        let mut packs_any = false;
         let mut linears = vec![0; spec.num_layers];
         let module = |name: &str| format!("{name}.weight");
         let [embedding, head_name] = [spec.embedding_module(), spec.head_module()].map(module);
@@ -175,7 +173,7 @@ impl WeightBytes {
             (0..spec.num_layers).map(|layer| format!("{}.", spec.layer_prefix(layer))).collect();
         for tensor in spec.inventory() {
             let parts = bytes(&tensor);
-            packed |= parts.codes > 0;
+            packs_any |= parts.codes > 0;
             let parts = match tensor.role {
                 TensorRole::Linear(_) | TensorRole::Norm | TensorRole::Bias => parts,
                 _ => WeightParts { tables: parts.total(), ..WeightParts::default() },
@@ -204,7 +202,7 @@ impl WeightBytes {
         };
         let (embedding, head) =
             if spec.tie_word_embeddings { (0, table) } else { (table, untied_head) };
-        WeightBytes { resident, streamed: as_stored.then(streamed), embedding, head, packed }
+        WeightBytes { resident, streamed: as_stored.then(streamed), embedding, head, packs_any }
     }
 }
 
@@ -224,7 +222,7 @@ fn stored_bytes(
                 }
                 _ => WeightParts::packed(elements, info.bytes),
             },
-            StoredType::Dense(dtype) => dense_bytes(tensor, dtype, elements, format, processor),
+            StoredType::Dense(dtype) => dense_bytes(tensor, dtype, format, processor),
         },
     }
 }
@@ -233,10 +231,10 @@ fn stored_bytes(
 fn dense_bytes(
     tensor: &TensorSpec,
     dtype: FloatType,
-    elements: usize,
     format: Option<&BlockFormat>,
     processor: Processor,
 ) -> WeightParts {
+    let elements = tensor.shape.iter().product();
     let dense = match (processor, dtype) {
         (Processor::Gpu, _) => matrix_bytes(elements, None),
         // Products read bf16 and f32; f16 is widened.
@@ -278,7 +276,7 @@ mod tests {
             let norms = (2 * spec.num_layers + 1) * spec.hidden_size * 4;
             let bytes = linears.map(|linear| linear.weight.bytes()).sum::<usize>()
                 + weights.embedding.bytes()
-                + weights.head.as_ref().map_or(0, |head| head.bytes())
+                + weights.untied_head.as_ref().map_or(0, |head| head.bytes())
                 + norms;
             let predicted =
                 WeightBytes::of_checkpoint(&checkpoint, &spec, format.as_ref(), Processor::Cpu);

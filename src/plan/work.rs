@@ -2,14 +2,10 @@
 
 use serde::Serialize;
 
+use super::rates::{GPU_FLOPS_PER_SECOND, PCIE_BYTES_PER_SECOND};
 use super::settings::{Policy, Settings};
 use super::weights::STREAMED_BLOCKS;
 use crate::model::spec::{ModelSpec, TensorRole};
-
-/// Bytes that PCIe 4.0 with 16 lanes moves in one direction in a second, about.
-pub const ASSUMED_BYTES_PER_SECOND: f64 = 25e9;
-/// Floating-point operations that an RTX 4090 sustains in bf16 in a second, about: 60 % of its peak.
-pub const ASSUMED_FLOPS_PER_SECOND: f64 = 1e14;
 
 /// Multiply-adds for a token whose every successor is trained.
 #[derive(Debug, Clone, Copy)]
@@ -43,7 +39,7 @@ impl Work {
         let layers = settings.policies.len().max(1) as f64;
         let share = |count: usize| count as f64 / layers;
         let recomputed = self.forward * (1.0 - share(settings.count(Policy::Keep)))
-            - self.attention * share(settings.sparing_attention());
+            - self.attention * share(settings.layers_skipping_attention_recompute());
         self.forward + recomputed + self.backward + self.head
     }
 }
@@ -66,16 +62,16 @@ impl Transfer {
     pub fn new(layers: usize, block: u64, offloaded: u64, tokens: usize, work: f64) -> Self {
         let weights = 2 * layers.saturating_sub(STREAMED_BLOCKS) as u64 * block;
         let flops = 2.0 * work * tokens as f64;
-        let seconds_per_token = 2.0 * work / ASSUMED_FLOPS_PER_SECOND
-            - offloaded as f64 / tokens as f64 / ASSUMED_BYTES_PER_SECOND;
-        let to_hide = weights as f64 / ASSUMED_BYTES_PER_SECOND / seconds_per_token;
+        let seconds_per_token = 2.0 * work / GPU_FLOPS_PER_SECOND
+            - offloaded as f64 / tokens as f64 / PCIE_BYTES_PER_SECOND;
+        let to_hide = weights as f64 / PCIE_BYTES_PER_SECOND / seconds_per_token;
         let tokens_to_hide_copies = (seconds_per_token > 0.0).then_some(to_hide.ceil() as u64);
         Transfer { bytes: weights + offloaded, flops, tokens_to_hide_copies }
     }
 
     /// Seconds of copying and of computing at the assumed rates.
     pub fn seconds(&self) -> (f64, f64) {
-        (self.bytes as f64 / ASSUMED_BYTES_PER_SECOND, self.flops / ASSUMED_FLOPS_PER_SECOND)
+        (self.bytes as f64 / PCIE_BYTES_PER_SECOND, self.flops / GPU_FLOPS_PER_SECOND)
     }
 }
 

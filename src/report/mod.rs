@@ -1,7 +1,6 @@
 //! What a run leaves to look at: `metrics.jsonl`, `trainer_state.json`, TensorBoard events and
 //! `report.html`, all made from the same events.
 
-pub mod figures;
 pub mod memory_page;
 pub mod metrics;
 mod page;

@@ -100,7 +100,7 @@ impl<K: Kernels> Session<K> {
     /// Continues `prompt`: see [`Speaker::answer`].
     ///
     /// # Errors
-    /// As there.
+    /// As [`Speaker::answer`].
     pub fn answer(
         &mut self,
         prompt: &Prompt,

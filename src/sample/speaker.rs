@@ -141,7 +141,7 @@ impl Speaker {
     /// The text of an answer, up to its end-of-sequence token.
     ///
     /// # Errors
-    /// As there.
+    /// As [`prompt_text`](Self::prompt_text).
     pub fn answer_text(&self, ids: &[u32]) -> Result<String> {
         let end = ids.iter().position(|id| self.eos_ids.contains(id)).unwrap_or(ids.len());
         self.tokenizer.decode(&ids[..end], true)
@@ -167,7 +167,7 @@ impl Speaker {
     /// does a prompt.
     ///
     /// # Errors
-    /// As there.
+    /// As [`answer`](Self::answer).
     pub fn extend<K: Kernels>(
         &self,
         model: &mut Model<K>,

@@ -21,9 +21,9 @@ use crate::model::{Model, Randomness};
 use crate::plan::{AdapterRegion, Policy, Settings};
 use crate::random::Stream;
 
-/// Widths of heads, each of which has kernels of its own, and one that has none; ranks, for which an MLP
-/// has, and one that has none; without and with norms of heads, caps, norms of what is added to the
-/// stream, fused linears and heads that turn in part.
+/// All paths of the kernels. Heads: every width that has kernels of its own, and one that has none. Ranks:
+/// some for each kernel of an adapted MLP, and one that has none. Families: with and without norms of heads,
+/// caps, post-norms, fused linears and heads that are rotated in part.
 const MODELS: [Tiny; 8] = [
     Tiny { family: "llama", head_dim: 64, rank: 16 },
     Tiny { family: "llama", head_dim: 96, rank: 32 },

@@ -35,12 +35,24 @@ pub struct Update<'a> {
 pub struct Surroundings {
     /// Bytes in memory besides weights and plan: the program, or a GPU's context.
     pub used_bytes: u64,
-    /// Bytes that a run may use, that included.
-    pub free_bytes: u64,
+    /// Bytes that a run may have in use in all: those, and what is free; on a GPU all of its memory.
+    pub usable_bytes: u64,
     /// Bytes that products take beside weights and plan, from the first one on.
     pub products_bytes: u64,
     /// Whose memory it is: the process' own, or a GPU's.
     pub processor: Processor,
+}
+
+impl Surroundings {
+    /// A GPU that has `total` bytes, of which `free` are.
+    pub fn of_gpu(free: u64, total: u64) -> Self {
+        Surroundings {
+            used_bytes: total.saturating_sub(free),
+            usable_bytes: total,
+            products_bytes: 0,
+            processor: Processor::Gpu,
+        }
+    }
 }
 
 /// A backend that can train.
@@ -85,7 +97,7 @@ impl TrainingKernels for Cpu {
         let used_bytes = resident::now_bytes();
         Ok(Surroundings {
             used_bytes,
-            free_bytes: resident::available_bytes().saturating_add(used_bytes),
+            usable_bytes: resident::available_bytes().saturating_add(used_bytes),
             processor: Processor::Cpu,
             products_bytes: buffer_bytes(rayon::current_num_threads()) as u64,
         })

@@ -167,9 +167,9 @@ pub fn saved_settings(out: &Path) -> Option<SettingsEcho> {
     newest(out, &mut |_| ()).map(|found| found.state.identity.settings)
 }
 
-/// Removes all but the newest `limit` checkpoints up to that of step `newest`, which stays, and the one
-/// of `best`. Later ones are not touched: the run went back behind them, since they could not be read.
-/// Neither is what is no checkpoint.
+/// Of the checkpoints up to step `newest`, removes all but the newest `limit`, at least one, and the one of
+/// step `best`. Later ones stay: they could not be read, and the run went on from an earlier one. Other
+/// files stay, too.
 ///
 /// # Errors
 /// `Io`.

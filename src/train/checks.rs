@@ -27,7 +27,7 @@ const SURE: f64 = 1e-3;
 ///
 /// # Errors
 /// `Numeric` when every gradient is 0, though answers are wrong: nothing reaches the adapter any more.
-pub fn has_gradient(gradient: &Gradient) -> Result<()> {
+pub fn check_has_gradient(gradient: &Gradient) -> Result<()> {
     if gradient.norm > 0.0 || gradient.loss < SURE {
         return Ok(());
     }
@@ -127,7 +127,7 @@ impl FirstSteps {
             // What they were is known from the step that had the first gradient.
             Stage::HasGradient | Stage::AHasGradient | Stage::Done => return Ok(()),
         };
-        let tensors = of(model, matrix);
+        let tensors = tensors_of(model, matrix);
         let mut dead = Vec::new();
         for tensor in &tensors {
             let alive = |gradients: &[f32]| gradients.iter().any(|&gradient| gradient != 0.0);
@@ -163,7 +163,7 @@ impl FirstSteps {
         let still = still.filter(|(tensor, (b, a))| tensor.matrix == matrix && b == a);
         let still: Vec<&ParameterTensor> = still.map(|(tensor, _)| tensor).collect();
         if still.is_empty() || !warming_up {
-            report(&of(model, matrix), still.into_iter(), "stood still", HINT)?;
+            report(&tensors_of(model, matrix), still.into_iter(), "stood still", HINT)?;
             self.stage = next;
         }
         Ok(())
@@ -175,7 +175,7 @@ impl FirstSteps {
     }
 }
 
-fn of<M: AdapterBuffers>(model: &M, matrix: Matrix) -> Vec<ParameterTensor> {
+fn tensors_of<M: AdapterBuffers>(model: &M, matrix: Matrix) -> Vec<ParameterTensor> {
     model.tensors().iter().filter(|tensor| tensor.matrix == matrix).cloned().collect()
 }
 
@@ -265,9 +265,9 @@ mod tests {
     #[test]
     fn a_run_without_any_gradient_left_is_ended() {
         let gradient = |loss, norm| Gradient { loss, norm, tokens: 1, targets: 1 };
-        assert!(has_gradient(&gradient(10.8, 1e-30)).is_ok());
-        assert!(has_gradient(&gradient(0.0, 0.0)).is_ok(), "nothing is left to learn");
-        let error = has_gradient(&gradient(10.8, 0.0)).unwrap_err();
+        assert!(check_has_gradient(&gradient(10.8, 1e-30)).is_ok());
+        assert!(check_has_gradient(&gradient(0.0, 0.0)).is_ok(), "nothing is left to learn");
+        let error = check_has_gradient(&gradient(10.8, 0.0)).unwrap_err();
         assert_eq!(error.message().what, "no matrix has a gradient any more, at a loss of 10.8000");
     }
 

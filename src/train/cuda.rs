@@ -8,7 +8,7 @@ use crate::kernels::cuda::Cuda;
 use crate::kernels::cuda::driver::Driver;
 use crate::kernels::cuda::optimizer::{RunMoments, UpdateRun};
 use crate::model::parameters::{OptimizerView, Parameters};
-use crate::plan::{MomentPlace, Processor};
+use crate::plan::MomentPlace;
 
 impl<D: Driver> TrainingKernels for Cuda<D> {
     fn device(&self) -> String {
@@ -21,12 +21,7 @@ impl<D: Driver> TrainingKernels for Cuda<D> {
 
     fn surroundings(&self) -> Result<Surroundings> {
         let (free, total) = self.driver().memory()?;
-        Ok(Surroundings {
-            used_bytes: total - free,
-            free_bytes: total,
-            products_bytes: 0,
-            processor: Processor::Gpu,
-        })
+        Ok(Surroundings::of_gpu(free, total))
     }
 
     fn gradient_norm(&self, parameters: &mut Parameters<Self>) -> Result<f64> {

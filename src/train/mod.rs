@@ -14,7 +14,6 @@ pub mod digest;
 pub mod events;
 pub mod feed;
 pub mod fingerprint;
-pub mod interrupt;
 pub mod lora_model;
 pub mod meter;
 pub mod optimizer_file;

@@ -8,7 +8,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use super::events::{EvalEvent, OutOfMemoryEvent, SampleEvent, SaveEvent, StepEvent};
 use super::start::{OtherLength, Start};
 use crate::byte_size::ByteSize;
-use crate::report::figures::{clock, number, rate};
+use crate::figures::{clock, number, rate};
 
 /// Where a run shows itself.
 pub struct Progress {

@@ -17,7 +17,7 @@ use crate::plan::SumOrder;
 
 /// Counters and history.
 pub const STATE_FILE: &str = "state.json";
-/// Version of both files' layout.
+/// Version of [`STATE_FILE`]'s layout.
 const FORMAT: u32 = 1;
 
 /// What must not change between the sessions of one run.
@@ -93,7 +93,6 @@ pub struct TrainState {
     /// Sum of the losses of all steps.
     pub loss_sum: f64,
     /// Sums over the steps since the last log line.
-    #[serde(rename = "window")]
     pub log_sums: LogSums,
     /// The last step after which the evaluation data were scored.
     pub evaluated_step: Option<u64>,

@@ -182,7 +182,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         let rate = self.schedule.rate(self.state.step);
         if recipe.self_checks {
             self.checks.before_update(self.model).map_err(at)?;
-            checks::has_gradient(&gradient).map_err(at)?;
+            checks::check_has_gradient(&gradient).map_err(at)?;
         }
         let update = Update {
             optimizer: &recipe.optimizer,

@@ -110,7 +110,7 @@ fn a_trial_takes_what_was_planned() {
         for row in &account.rows {
             assert_eq!(row.measured_bytes, Some(row.planned_bytes), "{} {stream}", row.name);
         }
-        let seen: Vec<u64> = account.record.moments.iter().map(|m| m.resident_bytes).collect();
+        let seen: Vec<u64> = account.record.samples.iter().map(|m| m.resident_bytes).collect();
         assert_eq!(seen[..2], [before, before + bytes]);
         // After each step, the evaluation and the checkpoint.
         assert_eq!(seen[2..], [account.planned_bytes(); 5]);

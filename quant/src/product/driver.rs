@@ -104,9 +104,7 @@ impl<'a> Product<'a> {
         let visits = self.visits(isa);
         let mut beta = self.beta;
         let in_place = self.extra.is_none() && self.reads_in_place(isa, m, n);
-        let stream = visits.len() == 1 && beta == 0.0 && m * n >= STREAMED_ELEMENTS;
-        let stream = stream && c.data.as_ptr().addr().is_multiple_of(size_of::<f32>() * CACHE_LINE);
-        let stream = stream && c.row_stride.is_multiple_of(CACHE_LINE);
+        let stream = visits.len() == 1 && self.writes_past_caches(&c);
         let per_stretch = (K_STRETCH / K_BLOCK).max(1);
         for visits in visits.chunks(per_stretch) {
             let depth = visits.iter().flatten().map(|block| block.steps(isa)).sum::<usize>().max(1);
@@ -133,6 +131,16 @@ impl<'a> Product<'a> {
     fn reads_in_place(&self, isa: Isa, m: usize, n: usize) -> bool {
         let few = m <= IN_PLACE_TILES * isa.rows() && isa.precision() == Precision::F32;
         few && n.is_multiple_of(isa.lanes()) && self.b.rows_in_place().is_some()
+    }
+
+    /// Whether C, if it is visited once, is written past the caches: no cache would hold it, nothing of it
+    /// is read, and its rows begin at cache lines.
+    fn writes_past_caches(&self, c: &MatrixMut) -> bool {
+        let address = c.data.as_ptr().addr();
+        self.beta == 0.0
+            && c.rows * c.columns >= STREAMED_ELEMENTS
+            && address.is_multiple_of(size_of::<f32>() * CACHE_LINE)
+            && c.row_stride.is_multiple_of(CACHE_LINE)
     }
 
     /// Blocks of k of equal length, the addition with the last.
@@ -324,14 +332,15 @@ impl Task<'_> {
             }
             let (alpha, beta) = (band.alpha, self.beta);
             let stream = band.stream && columns.is_multiple_of(CACHE_LINE);
-            let part = Part { segments: &segments, column, columns, alpha, beta, stream };
-            part.run(band.isa, rows.clone(), c);
+            let panel = PanelTask { segments: &segments, column, columns, alpha, beta, stream };
+            panel.run(band.isa, rows.clone(), c);
         }
     }
 }
 
-/// A panel's operands.
-struct Part<'a> {
+/// A visit of a panel of C.
+struct PanelTask<'a> {
+    /// What is multiplied: the blocks of the visit.
     segments: &'a [Segment],
     column: usize,
     columns: usize,
@@ -340,7 +349,7 @@ struct Part<'a> {
     stream: bool,
 }
 
-impl Part<'_> {
+impl PanelTask<'_> {
     /// The tiles of `rows`; the segments' A begins at the first of them.
     fn run(&self, isa: Isa, rows: Range<usize>, c: Shared) {
         for row in rows.clone().step_by(isa.rows()) {

@@ -81,7 +81,7 @@ impl Repack<'_> {
         let Some(info) = self.checkpoint.info(&tensor.name) else {
             // Says so, too, when it is there in a type that nobody can read.
             self.checkpoint.elements(&tensor.name)?;
-            return Err(Error::other_weights(format_args!(
+            return Err(Error::mismatched_weights(format_args!(
                 "{}: tensor {} is missing",
                 self.checkpoint.path().display(),
                 tensor.name

@@ -6,8 +6,8 @@ use crate::commands::reading;
 use crate::data::audit::{Audit, Bar};
 use crate::data::files::in_words;
 use crate::data::{BadRecords, ChatTokenizer, DataOptions, LoadReport, TrainOn, Truncation};
+use crate::figures::thousands;
 use crate::plural::noun;
-use crate::report::figures::thousands;
 
 /// Lines and bad records that are listed of each kind; `--json` has all.
 const LISTED: usize = 20;

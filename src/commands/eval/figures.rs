@@ -13,7 +13,7 @@ use crate::model::{Model, Variant};
 use crate::plural::counted;
 use crate::report::table::{Align, Table};
 use crate::sample::AdaptedModel;
-use crate::train::interrupt::Interrupt;
+use crate::system::interrupt::Interrupt;
 
 /// What the model without an adapter is called.
 pub(super) const BASE: &str = "base";

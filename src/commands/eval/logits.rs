@@ -10,7 +10,7 @@ use crate::data::{Batch, Dataset, Document};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::model::Model;
-use crate::train::interrupt::Interrupt;
+use crate::system::interrupt::Interrupt;
 
 /// Documents of one length.
 pub(super) struct SavedLogits<'a> {

@@ -23,7 +23,7 @@ use crate::model::spec::ModelSpec;
 use crate::model::weights::check_stored;
 use crate::plan::Settings;
 use crate::sample::AdaptedModel;
-use crate::train::interrupt::Interrupt;
+use crate::system::interrupt::Interrupt;
 use figures::{BASE, Scores};
 use logits::SavedLogits;
 use predictions::Predictions;

@@ -14,7 +14,7 @@ use crate::model::Model;
 use crate::model::spec::ModelSpec;
 use crate::plural::counted;
 use crate::sample::{Finish, Limits, Sampler, SamplingOptions, Speaker, Wish};
-use crate::train::interrupt::Interrupt;
+use crate::system::interrupt::Interrupt;
 
 /// A document up to its last answer, and that.
 struct Question<'a> {

@@ -8,10 +8,10 @@ use super::row_length;
 use crate::byte_size::ByteSize;
 use crate::cli::memory::MemoryArgs;
 use crate::error::{Error, Result};
+use crate::figures::{change, thousands};
 use crate::plan::fit::{Asked, Fit};
 use crate::plan::{Demand, Limit, Policy, Processor, Strategy};
 use crate::plural::counted;
-use crate::report::figures::{change, thousands};
 
 /// Prints what fits `--budget`, or the memory that is free here. `assumes_packing`: whether 4-bit weights are
 /// planned of which no file is known.

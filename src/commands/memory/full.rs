@@ -4,10 +4,10 @@
 use serde::Serialize;
 
 use crate::byte_size::ByteSize;
+use crate::figures::thousands;
 use crate::ledger::rows::Account;
 use crate::model::spec::ModelSpec;
 use crate::plan::{Component, MemoryPlan};
-use crate::report::figures::thousands;
 
 /// A weight, its gradient and AdamW's two moments, in 16 bits each: the least that is usual. Masters
 /// and moments in f32 would be 16 bytes.

@@ -21,6 +21,7 @@ use crate::cli::lora::AdapterDtype;
 use crate::cli::memory::MemoryArgs;
 use crate::commands::device;
 use crate::error::{Error, Result};
+use crate::figures::thousands;
 use crate::kernels::Storage;
 use crate::kernels::cuda::library::Gpu;
 use crate::kernels::cuda::{Cuda, cuda_layout};
@@ -33,7 +34,6 @@ use crate::plan::{
     layout, logit_rows,
 };
 use crate::plural::counted;
-use crate::report::figures::thousands;
 use crate::report::memory_page::{self, Heading};
 use full::FullFineTuning;
 use model::PlannedModel;
@@ -264,7 +264,7 @@ fn row_length(args: &MemoryArgs, spec: &ModelSpec) -> usize {
     spec.possible_length(args.max_length.get())
 }
 
-/// Tokens of a forward pass: fewer than no machine could ever hold.
+/// Tokens of a forward pass: no more than any machine could hold.
 fn tokens_of_pass(args: &MemoryArgs, spec: &ModelSpec) -> Result<usize> {
     const MOST: usize = 1 << 28;
     let (rows, length) = (args.per_device_train_batch_size.get(), row_length(args, spec));

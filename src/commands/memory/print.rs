@@ -7,10 +7,11 @@ use super::room::ASSUMED_CONTEXT_BYTES;
 use crate::byte_size::ByteSize;
 use crate::checkpoint::PageCache;
 use crate::cli::memory::MemoryArgs;
+use crate::figures::{change, duration, operations, thousands};
 use crate::ledger::rows::Account;
-use crate::plan::work::{ASSUMED_BYTES_PER_SECOND, ASSUMED_FLOPS_PER_SECOND, Transfer};
+use crate::plan::rates::{GPU_FLOPS_PER_SECOND, PCIE_BYTES_PER_SECOND};
+use crate::plan::work::Transfer;
 use crate::plan::{Policy, Processor};
-use crate::report::figures::{change, duration, operations, thousands};
 
 /// What `train` asks of weights that a plan streams, where only a config told of them.
 pub(super) const STREAMS_FOLDER: &str =
@@ -119,10 +120,10 @@ fn copies(transfer: &Transfer) -> String {
          (an RTX 4090, in practice). It is bound by {bound}; {hidden}",
         ByteSize(transfer.bytes),
         duration(copying),
-        ASSUMED_BYTES_PER_SECOND / 1e9,
+        PCIE_BYTES_PER_SECOND / 1e9,
         operations(transfer.flops),
         duration(computing),
-        ASSUMED_FLOPS_PER_SECOND / 1e12,
+        GPU_FLOPS_PER_SECOND / 1e12,
     )
 }
 
@@ -164,7 +165,7 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         "model": args.base.model,
         "tokens": run.settings.tokens,
         "kept_blocks": run.settings.count(Policy::Keep),
-        "attention_blocks": run.settings.keeping_attention_in_memory(),
+        "attention_blocks": run.settings.layers_keeping_attention_in_memory(),
         "offloaded_attention_blocks": run.settings.offloaded_attention().len(),
         "streamed": run.strategy.stream,
         "mlp_tile_tokens": run.settings.mlp_tile(),
@@ -190,7 +191,7 @@ pub(super) fn json(args: &MemoryArgs, run: &PlannedRun) {
         out["measured"] = json!({
             "peak_bytes": peak,
             "rows": account.rows,
-            "timeline": account.record.moments,
+            "timeline": account.record.samples,
             "page_cache": run.page_cache,
             "host": account.host,
         });

@@ -48,17 +48,17 @@ impl Room {
         let (free_bytes, context_bytes) = match (asked, gpu) {
             (_, Some(gpu)) => {
                 let around = gpu.surroundings()?;
-                (Some(around.free_bytes), Some(around.used_bytes))
+                (Some(around.usable_bytes), Some(around.used_bytes))
             }
             (Device::Cuda(index), None) => match device::surroundings(index) {
                 // The context of the question has no modules yet.
                 Some(around) => {
                     let context_bytes = around.used_bytes.max(ASSUMED_CONTEXT_BYTES);
-                    (Some(around.free_bytes), Some(context_bytes))
+                    (Some(around.usable_bytes), Some(context_bytes))
                 }
                 None => (None, None),
             },
-            (_, None) => (Some(Cpu::default().surroundings()?.free_bytes), None),
+            (_, None) => (Some(Cpu::default().surroundings()?.usable_bytes), None),
         };
         // Beside a GPU that is not here nothing is known of the host.
         let pinned_bytes = free_bytes.map_or(u64::MAX, |_| resident::pinnable_bytes());

@@ -101,7 +101,7 @@ fn weights(args: &TrainArgs, base: &Base, processor: Processor) -> WeightBytes {
 fn limit(args: &TrainArgs, around: &Surroundings) -> Limit {
     match args.resources.memory_budget {
         Some(budget) => Limit::Budget(budget.0),
-        None => Limit::Free(around.free_bytes),
+        None => Limit::Free(around.usable_bytes),
     }
 }
 

@@ -92,7 +92,7 @@ impl ChatTokenizer {
     /// The tokenizer for another adapter, without reading the files again that it has read.
     ///
     /// # Errors
-    /// As there.
+    /// As [`open_for`](ChatTokenizer::open_for).
     pub fn open_again(
         &self,
         model: &Path,

@@ -65,7 +65,7 @@ impl PlannedMemory<Cpu> for Arena {
         Arena::take(self, id)
     }
 
-    fn take_half(&mut self, id: RegionId) -> Buffer<bf16> {
+    fn take_bf16(&mut self, id: RegionId) -> Buffer<bf16> {
         Arena::take(self, id)
     }
 

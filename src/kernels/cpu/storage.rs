@@ -17,7 +17,7 @@ use crate::plan::{MemoryPlan, Settings, WeightParts, layout};
 
 impl Storage for Cpu {
     type Buffer = Buffer<f32>;
-    type HalfBuffer = Buffer<bf16>;
+    type Bf16Buffer = Buffer<bf16>;
     type Memory = Arena;
     type LossSum = f64;
     type Offload = Scratch;

@@ -55,6 +55,14 @@ pub struct DriverInfo {
     pub devices: Vec<DeviceInfo>,
 }
 
+impl DriverInfo {
+    /// Index of the first device that there are kernels for.
+    pub fn first_usable(&self) -> Option<usize> {
+        let usable = self.devices.iter().find(|device| device.capability >= LOWEST_CAPABILITY)?;
+        Some(usable.index as usize)
+    }
+}
+
 /// Asks the driver for its version and devices; makes no context, so that a card that is full or busy
 /// is seen, too.
 ///

@@ -85,8 +85,10 @@ impl Gpu {
             .map_err(|error| error.or_hint("`nibble doctor` lists the GPUs"))?;
         if info.capability < LOWEST_CAPABILITY {
             let (name, (major, minor)) = (info.name, info.capability);
+            let (lowest, minor_of_lowest) = LOWEST_CAPABILITY;
             return Err(Error::gpu(format_args!(
-                "{name} has compute capability {major}.{minor}, expected 8.0 or higher"
+                "{name} has compute capability {major}.{minor}, expected \
+                 {lowest}.{minor_of_lowest} or higher"
             ))
             .hint("use `--device cpu`"));
         }

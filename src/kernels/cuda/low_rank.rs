@@ -11,7 +11,7 @@ use crate::model::parameters::Parameters;
 impl<D: Driver> LoraKernels for Cuda<D> {
     fn load_pair(&self, parameters: &Parameters<Self>, index: usize, pair: &mut Buffer<D>) {
         let range = parameters.pair_range(index);
-        match parameters.working() {
+        match parameters.working_copies() {
             // The bf16 copies are operands as they are.
             Some(working) => *pair = working.part(range),
             None => {

@@ -209,7 +209,7 @@ impl<D: Driver> PlannedMemory<Cuda<D>> for Memory<D> {
         self.region(id)
     }
 
-    fn take_half(&mut self, id: RegionId) -> Buffer<D> {
+    fn take_bf16(&mut self, id: RegionId) -> Buffer<D> {
         let buffer = self.region(id);
         assert_eq!(buffer.dtype, RegionType::Bf16, "{id} has another element type");
         buffer

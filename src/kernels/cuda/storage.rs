@@ -24,7 +24,7 @@ use crate::plan::{CudaRegion, MemoryPlan, OnHost, Region, RegionId, Settings, We
 
 impl<D: Driver> Storage for Cuda<D> {
     type Buffer = Buffer<D>;
-    type HalfBuffer = Buffer<D>;
+    type Bf16Buffer = Buffer<D>;
     type Memory = Memory<D>;
     type LossSum = LossSum<D>;
     type Weight = DeviceWeight<D>;

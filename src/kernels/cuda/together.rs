@@ -107,7 +107,7 @@ impl Adapters {
 
     /// Writes all A, one below the other.
     fn write_a<D: Driver>(&self, cuda: &Cuda<D>, parameters: &Parameters<Cuda<D>>, to: Rows) {
-        let (kernel, from) = match parameters.working() {
+        let (kernel, from) = match parameters.working_copies() {
             Some(working) => ("stack_rows_bf16", working),
             None => ("stack_rows_f32_bf16", parameters.master_buffer()),
         };
@@ -162,7 +162,7 @@ fn write_diagonal<D: Driver>(
     &LinearGroup { linears, parameters, scale: factor, .. }: &LinearGroup<Cuda<D>>,
     to: Rows,
 ) {
-    let (kernel, from) = match parameters.working() {
+    let (kernel, from) = match parameters.working_copies() {
         Some(working) => ("diagonal_bf16", working),
         None => ("diagonal_f32_bf16", parameters.master_buffer()),
     };

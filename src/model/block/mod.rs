@@ -9,7 +9,7 @@
 //! gradients of x, A and B only. `n1`, `n2`, `h` and norms of heads are made again, never kept: a pass
 //! over memory is all that they cost.
 //!
-//! The two lines are two halves: [`attention`](self) mixes tokens, the MLP takes every token by
+//! The two lines are two halves: attention mixes tokens, the MLP takes every token by
 //! itself and so runs over tiles of them, which bounds its wide buffers.
 
 mod attention;
@@ -268,7 +268,7 @@ impl<K: Kernels> Block<K> {
         if recompute {
             self.forward_attention(pass, x, &mut activations, work, None);
         }
-        let Some(of_activations) = work.gradients.take() else { return };
+        let of_activations = work.gradients.take().expect("planned for a backward pass");
         let mut grads = Gradients { activations: of_activations, lora: lora_gradients };
         self.backward_mlp(pass, activations.saved, work, &mut grads, recompute);
         if !recompute {

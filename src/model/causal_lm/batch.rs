@@ -37,13 +37,7 @@ impl<K: Kernels> Model<K> {
                  {planned} ({longest})"
             )));
         }
-        let vocab = self.spec.vocab_size;
-        if let Some(id) = batch.input_ids.iter().find(|&&id| id as usize >= vocab) {
-            return Err(Error::input(format_args!(
-                "token id {id} is outside the vocabulary of {vocab}"
-            ))
-            .hint("the tokenizer belongs to another model"));
-        }
+        self.check_tokens(&batch.input_ids)?;
         if let Some(rows) = self.spec.learned_positions
             && tokens.longest() > rows
         {
@@ -54,6 +48,7 @@ impl<K: Kernels> Model<K> {
             .hint(format_args!("use `--max-length {rows}` or less")));
         }
         let targets = Targets::of(batch);
+        let vocab = self.spec.vocab_size;
         if let Some(id) = targets.ids.iter().find(|&&id| id as usize >= vocab) {
             return Err(Error::input(format_args!(
                 "label {id} is outside the vocabulary of {vocab}"
@@ -61,5 +56,13 @@ impl<K: Kernels> Model<K> {
         }
         self.fill_rotary(&tokens, Reach::default());
         Ok((tokens, targets))
+    }
+
+    /// Whether the embedding has a row for each of `ids`.
+    pub(super) fn check_tokens(&self, ids: &[u32]) -> Result<()> {
+        let vocab = self.spec.vocab_size;
+        let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) else { return Ok(()) };
+        let what = format_args!("token id {id} is outside the vocabulary of {vocab}");
+        Err(Error::input(what).hint("the tokenizer belongs to another model"))
     }
 }

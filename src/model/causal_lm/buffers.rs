@@ -142,7 +142,7 @@ fn attended<K: Kernels>(
     let [_, slots] = offload.slots();
     let mut attended: Vec<_> = (0..slots).map(|slot| take(Owner::Slot(slot))).collect();
     let shared = slots;
-    attended.extend(settings.shares_attention().then(|| take(Owner::Recompute)));
+    attended.extend(settings.needs_shared_attention_buffer().then(|| take(Owner::Recompute)));
     let mut index = |layer: usize| match settings.policies.get(layer) {
         Some(Policy::OffloadAttention) => offload.slot_of_attention(layer).expect("it waits"),
         Some(Policy::Keep | Policy::Attention | Policy::AttentionOffloadInput) => {

@@ -41,11 +41,7 @@ impl<K: Kernels> Model<K> {
                 self.settings.cache_tokens
             )));
         }
-        let vocab = self.spec.vocab_size;
-        if let Some(id) = ids.iter().find(|&&id| id as usize >= vocab) {
-            let what = format_args!("token id {id} is outside the vocabulary of {vocab}");
-            return Err(Error::input(what).hint("the tokenizer belongs to another model"));
-        }
+        self.check_tokens(ids)?;
         let tokens = TokenLayout::continuing(&[0, count as u32], past as u32);
         self.fill_rotary(
             &tokens,

@@ -1,8 +1,8 @@
 //! A model at work: frozen weights, adapters and the planned buffers of a backend.
 //!
-//! One micro-batch is a stream of T tokens of one or more documents. The training pass keeps every
-//! block's input; a layer whose policy is checkpoint recomputes the rest when its turn comes. The
-//! head runs only on rows that have a target, a chunk of logits at a time, and computes the
+//! One pass is over a stream of T tokens of one or more documents. In training it keeps every block's
+//! input, or offloads it; a layer that does not keep its activations recomputes what is missing when its
+//! turn comes. The head runs only on rows that have a target, a chunk of logits at a time, and computes the
 //! gradient of a chunk before the next one overwrites it.
 
 mod batch;

@@ -47,7 +47,7 @@ impl Turns {
         }
     }
 
-    /// The number of that which is to be brought back while `layer` goes backward.
+    /// Number of the turn whose copy is brought back while `layer` goes backward.
     fn next(&self, layer: usize) -> Option<usize> {
         let index = self.index(layer)?;
         if index + 1 < self.layers.len() { index.checked_sub(1) } else { None }

@@ -184,7 +184,7 @@ impl<K: Kernels> Model<K> {
         let Model { kernels, weights, parameters, settings, buffers, .. } = self;
         let Buffers { inputs, input_indices, offload, attended, attended_indices, .. } = buffers;
         let Buffers { kept, shared, work, .. } = buffers;
-        let Some(mut gradients) = parameters.take_gradients() else { return };
+        let mut gradients = parameters.take_gradients().expect("planned for a backward pass");
         let rows = 0..tokens.tokens();
         let (layout, variant, single_row) = (tokens, Variant::Adapted, false);
         let pass = Pass { kernels, parameters, layout, dropout, variant, single_row, rows };
@@ -195,7 +195,7 @@ impl<K: Kernels> Model<K> {
             offload.before_backward(kernels, (inputs, attended), layer, tokens.tokens());
             let missing = match settings.policies[layer] {
                 Policy::Keep => Missing::Nothing,
-                policy if policy.spares_attention() => Missing::AllButAttention,
+                policy if policy.skips_attention_recompute() => Missing::AllButAttention,
                 _ => Missing::Everything,
             };
             let saved = kept[layer].as_mut().or(shared.as_mut()).expect("as in the forward pass");

@@ -149,7 +149,7 @@ impl Demand<'_> {
         let given = self.wishes.logit_rows_given;
         let tiled_head = self.embedding_places().contains(&OnHost::All);
         let buffers =
-            self.machine.processor == Processor::Gpu && (self.weights.packed || tiled_head);
+            self.machine.processor == Processor::Gpu && (self.weights.packs_any || tiled_head);
         Pieces::ways(buffers).filter(move |pieces| !(given && pieces.logits))
     }
 
@@ -175,7 +175,7 @@ impl Demand<'_> {
     }
 
     fn settings_of(&self, strategy: Strategy) -> Settings {
-        let packed_base = self.weights.packed;
+        let packed_base = self.weights.packs_any;
         Settings { packed_base, ..strategy.applied_to(self.settings, self.spec.num_layers) }
     }
 

@@ -55,7 +55,7 @@ fn demand<'a>(spec: &'a ModelSpec, settings: &'a Settings) -> Demand<'a> {
             streamed: None,
             embedding: 0,
             head: 0,
-            packed: true,
+            packs_any: true,
         },
         settings,
         machine: Machine {
@@ -243,7 +243,7 @@ fn attention_is_kept_beside_offloaded_inputs() {
     assert!(others == Policy::Offload && kept >= 2, "{:?}", chosen.strategy);
     let policies = &chosen.settings.policies;
     assert!(policies.iter().all(|policy| policy.offloads()), "{policies:?}");
-    assert_eq!(chosen.settings.sparing_attention(), kept);
+    assert_eq!(chosen.settings.layers_skipping_attention_recompute(), kept);
     let facts = demand.facts(&chosen);
     assert_eq!(
         facts[0],

@@ -24,7 +24,7 @@ fn with_demand<R>(test: impl FnOnce(&Demand) -> R) -> R {
             streamed: Some(StreamedBytes::of_vectors(2 << 20)),
             embedding: 0,
             head: 0,
-            packed: true,
+            packs_any: true,
         },
         settings: &settings,
         machine: Machine {

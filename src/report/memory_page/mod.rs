@@ -8,8 +8,8 @@ use minijinja::{AutoEscape, Environment, Value, context};
 use serde::Serialize;
 
 use crate::byte_size::ByteSize;
+use crate::figures::{change, thousands};
 use crate::ledger::rows::{Account, PhaseRow, Row};
-use crate::report::figures::change;
 use colours::colour;
 use timeline::{Timeline, timeline};
 
@@ -168,10 +168,10 @@ fn part(row: &Row, largest: u64) -> Part {
 }
 
 fn exact(name: &str, planned: u64, measured: Option<u64>) -> String {
-    let planned = super::figures::thousands(planned);
+    let planned = thousands(planned);
     match measured {
         Some(bytes) => {
-            let bytes = super::figures::thousands(bytes);
+            let bytes = thousands(bytes);
             format!("{name}: planned {planned} bytes, measured {bytes}")
         }
         None => format!("{name}: {planned} bytes"),
@@ -211,7 +211,7 @@ fn segments(account: &Account, row: &PhaseRow, width: f64) -> Vec<Segment> {
 mod tests {
     use super::*;
     use crate::ledger::rows::HostMemory;
-    use crate::ledger::{Moment, Phase, Record};
+    use crate::ledger::{Phase, Record, Sample};
     use crate::plan::Outside;
 
     fn account() -> Account {
@@ -220,14 +220,14 @@ mod tests {
             planned_bytes,
             measured_bytes,
         };
-        let moment = |seconds, phase, resident_bytes| Moment {
+        let sample = |seconds, phase, resident_bytes| Sample {
             seconds,
             phase,
             resident_bytes,
             file_bytes: 1 << 20,
         };
         let mut record = Record::default();
-        record.moments = vec![moment(0.0, Phase::Load, 1 << 20), moment(2.0, Phase::Loss, 5 << 20)];
+        record.samples = vec![sample(0.0, Phase::Load, 1 << 20), sample(2.0, Phase::Loss, 5 << 20)];
         Account {
             outside: Outside::default(),
             rows: vec![row("a<b", 3 << 20, Some(4 << 20)), row("c", 1 << 20, Some(1 << 20))],

@@ -5,9 +5,9 @@ use serde::Serialize;
 
 use super::colours::colour;
 use super::{percent, size};
+use crate::figures::clock;
 use crate::ledger::rows::Account;
-use crate::ledger::{Moment, Phase};
-use crate::report::figures::clock;
+use crate::ledger::{Phase, Sample};
 
 /// Resident memory over time, in a box of 100 by 100.
 #[derive(Debug, Serialize)]
@@ -33,31 +33,31 @@ pub(super) struct Timeline {
 
 /// The chart of what was measured over time; none where nothing was.
 pub(super) fn timeline(account: &Account) -> Option<Timeline> {
-    let moments = &account.record.moments;
-    let last = moments.last()?.seconds.max(1e-3);
+    let samples = &account.record.samples;
+    let last = samples.last()?.seconds.max(1e-3);
     let planned = account.planned_bytes();
-    let seen = moments.iter().map(|moment| moment.resident_bytes).max().unwrap_or(0);
+    let seen = samples.iter().map(|sample| sample.resident_bytes).max().unwrap_or(0);
     let top = seen.max(planned).max(1) as f64 * 1.05;
     let down = |bytes: u64| percent(top - bytes as f64, top);
     let across = |seconds: f64| percent(seconds, last);
-    let line = |bytes: &dyn Fn(&Moment) -> u64| {
-        let point = |moment: &Moment| format!("{} {}", across(moment.seconds), down(bytes(moment)));
-        let points: Vec<String> = moments.iter().map(point).collect();
+    let line = |bytes: &dyn Fn(&Sample) -> u64| {
+        let point = |sample: &Sample| format!("{} {}", across(sample.seconds), down(bytes(sample)));
+        let points: Vec<String> = samples.iter().map(point).collect();
         format!("M{}", points.join("L"))
     };
     const ROWS: u64 = 4;
     let step = round_up(top as u64 / ROWS);
     let scale = (1..=ROWS).map(|row| row * step).filter(|&bytes| (bytes as f64) < top);
-    let mapped = moments.iter().any(|moment| moment.file_bytes > 0);
+    let mapped = samples.iter().any(|sample| sample.file_bytes > 0);
     Some(Timeline {
-        resident: line(&|moment| moment.resident_bytes),
-        file: mapped.then(|| line(&|moment| moment.file_bytes)),
+        resident: line(&|sample| sample.resident_bytes),
+        file: mapped.then(|| line(&|sample| sample.file_bytes)),
         layers: layers(account, last, top),
         columns: columns(account, last),
         peak: size(account.peak_bytes.unwrap_or(0).max(seen)),
         planned: (planned > 0).then(|| (down(planned), size(planned))),
         scale: scale.map(|bytes| (down(bytes), size(bytes).replace(".0 ", " "))).collect(),
-        bands: bands(moments, last),
+        bands: bands(samples, last),
         seconds: if last < 120.0 { format!("{last:.1} s") } else { clock(last) },
     })
 }
@@ -69,26 +69,26 @@ fn round_up(bytes: u64) -> u64 {
     if power - power / 4 >= bytes { power - power / 4 } else { power }
 }
 
-/// Bytes of each part that are planned to be in use at each moment: by a phase that has begun.
+/// Bytes of each part that are planned to be in use at each sample: by a phase that has begun.
 fn in_use(account: &Account) -> Vec<Vec<u64>> {
     let mut used = vec![0; account.rows.len()];
-    let by_then = |moment: &Moment| {
-        let phase = account.phases.iter().find(|row| row.phase == moment.phase);
+    let by_then = |sample: &Sample| {
+        let phase = account.phases.iter().find(|row| row.phase == sample.phase);
         for (used, bytes) in used.iter_mut().zip(phase.map_or(&[][..], |row| &row.planned_bytes)) {
             *used = (*used).max(*bytes);
         }
         used.clone()
     };
-    account.record.moments.iter().map(by_then).collect()
+    account.record.samples.iter().map(by_then).collect()
 }
 
 /// Outlines of the parts, one on the other: steps where a phase begins for the first time.
 fn layers(account: &Account, last: f64, top: f64) -> Vec<(usize, String)> {
-    let moments = &account.record.moments;
+    let samples = &account.record.samples;
     let mut steps: Vec<(f64, Vec<u64>)> = Vec::new();
     for (index, used) in in_use(account).into_iter().enumerate() {
-        // From the moment before on: this one is of the phase's end, or later.
-        let begin = moments[index.saturating_sub(1)].seconds;
+        // From the sample before on: this one is of the phase's end, or later.
+        let begin = samples[index.saturating_sub(1)].seconds;
         if steps.last().is_none_or(|(_, before)| *before != used) {
             steps.push((begin, used));
         }
@@ -118,24 +118,24 @@ fn layers(account: &Account, last: f64, top: f64) -> Vec<(usize, String)> {
     layers
 }
 
-/// Around each moment, half the way to its neighbours.
+/// Around each sample, half the way to its neighbours.
 fn columns(account: &Account, last: f64) -> Vec<(String, String, String)> {
-    let moments = &account.record.moments;
-    let between = |a: usize, b: usize| (moments[a].seconds + moments[b].seconds) / 2.0;
+    let samples = &account.record.samples;
+    let between = |a: usize, b: usize| (samples[a].seconds + samples[b].seconds) / 2.0;
     let column = |(index, used): (usize, Vec<u64>)| {
-        let moment = &moments[index];
+        let sample = &samples[index];
         let begin = if index == 0 { 0.0 } else { between(index - 1, index) };
-        let end = if index + 1 < moments.len() { between(index, index + 1) } else { last };
+        let end = if index + 1 < samples.len() { between(index, index + 1) } else { last };
         let planned: u64 = used.iter().sum();
-        let files = match moment.file_bytes {
+        let files = match sample.file_bytes {
             0 => String::new(),
             bytes => format!(", {} of it file-backed", size(bytes)),
         };
         let text = format!(
             "{:.2} s, {}: {}{files}; planned by then {}",
-            moment.seconds,
-            moment.phase.label(),
-            size(moment.resident_bytes),
+            sample.seconds,
+            sample.phase.label(),
+            size(sample.resident_bytes),
             size(planned)
         );
         (percent(begin, last), percent(end - begin, last), text)
@@ -144,11 +144,11 @@ fn columns(account: &Account, last: f64) -> Vec<(String, String, String)> {
 }
 
 /// Stretches of one phase, those too narrow to see left out; none where that is most of them.
-fn bands(moments: &[Moment], last: f64) -> Vec<(String, String, &'static str, String)> {
+fn bands(samples: &[Sample], last: f64) -> Vec<(String, String, &'static str, String)> {
     const NARROWEST: f64 = 0.004;
     const LEAST: f64 = 0.6;
     let mut bands: Vec<(f64, f64, Phase)> = Vec::new();
-    for pair in moments.windows(2) {
+    for pair in samples.windows(2) {
         // A phase is looked at where it ends.
         let (begin, end, phase) = (pair[0].seconds, pair[1].seconds, pair[1].phase);
         match bands.last_mut() {

@@ -1,6 +1,6 @@
 //! Values beside a scale: round ones, few enough to read, written so that no two are the same.
 
-use crate::report::figures::{scientific, thousands};
+use crate::figures::{scientific, thousands};
 
 /// Rows of a scale, about.
 pub(super) const ROWS: f64 = 4.0;

@@ -8,8 +8,8 @@ use super::axis::tick_number;
 use super::chart::{Chart, Frame, Mark, Series, chart};
 use super::smooth::smooth;
 use crate::byte_size::ByteSize;
+use crate::figures::{clock, number, rate, scientific, short_count, thousands};
 use crate::plural::noun;
-use crate::report::figures::{clock, number, rate, scientific, short_count, thousands};
 use crate::train::events::{
     EndEvent, EndReason, EvalEvent, Event, OutOfMemoryEvent, ParameterCounts, SampleEvent,
     SaveEvent, StartEvent, StepEvent,

@@ -5,8 +5,8 @@ use serde::Serialize;
 use super::chart::Chart;
 use super::run::{Run, perplexity};
 use crate::byte_size::ByteSize;
+use crate::figures::{number, rate, scientific, thousands};
 use crate::ledger::rows::{Account, Row};
-use crate::report::figures::{number, rate, scientific, thousands};
 use crate::report::memory_page::{Figures, figures};
 use crate::train::events::{EvalEvent, OutOfMemoryEvent, SampleEvent, SaveEvent};
 

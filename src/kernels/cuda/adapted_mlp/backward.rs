@@ -129,7 +129,7 @@ pub(in crate::kernels::cuda) fn goes_backward<D: Driver>(
         Cut::new(ranks, mlp.rows, mlp.gate.output.width).filter(|cut| cut.fits(&sums))
     });
     let stacks = StackedAdapters::new(cuda, &[mlp.gate, mlp.up]).is_some();
-    cut.is_some() && stacks && mlp.parameters.working().is_some()
+    cut.is_some() && stacks && mlp.parameters.working_copies().is_some()
 }
 
 /// Gradients of all three adapters and of the activations, from `dy`, that of what down made. `None`, and
@@ -145,7 +145,7 @@ pub(in crate::kernels::cuda) fn backward<D: Driver>(
     t: &Buffer<D>,
 ) -> Option<()> {
     let (parameters, rows) = (mlp.parameters, mlp.rows);
-    let (working, sums) = (parameters.working()?, cuda.mlp_sums()?);
+    let (working, sums) = (parameters.working_copies()?, cuda.mlp_sums()?);
     let part = |linear| Adapted::new(parameters, working, lora_gradients, linear);
     let parts = [part(mlp.gate)?, part(mlp.up)?, part(mlp.down)?];
     let work = Backward::new(mlp, saved, &parts, &sums, dy, to)?;

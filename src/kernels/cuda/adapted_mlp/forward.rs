@@ -23,7 +23,7 @@ pub(in crate::kernels::cuda) fn forward<D: Driver>(
     SavedMlp { gate, up, lora_x, .. }: &SavedMlp<Buffer<D>>,
     h: Option<&Buffer<D>>,
 ) -> Option<()> {
-    let (working, sums) = (parameters.working()?, cuda.mlp_sums()?);
+    let (working, sums) = (parameters.working_copies()?, cuda.mlp_sums()?);
     let LinearAdapter { index, shape, columns } = down.adapter?;
     let (rank, width) = (shape.rank, shape.in_features);
     let (ranks, kernel) = KERNELS.into_iter().find(|(ranks, _)| rank <= *ranks)?;
