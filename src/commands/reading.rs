@@ -70,6 +70,11 @@ pub fn notes(report: &LoadReport) -> Vec<String> {
             "prompt",
             "of plain text, without the chat template that `instruction` and `output` go through",
         ),
+        counted(
+            report.rendered_texts.len(),
+            "text",
+            "rendered by a chat template, trained with all that was asked: of `messages` only answers are",
+        ),
         files_without_records(report),
         held_out(report),
         unused_fields(report).map(|fields| format!("with fields that are not used: {fields}")),

@@ -63,6 +63,8 @@ pub struct Encoded {
     pub empty_answers: usize,
     /// A prompt of plain text, beside a chat template that is not applied to it.
     pub bare_prompt: bool,
+    /// Plain text that was rendered by a chat template: with the answers, all that was asked is trained.
+    pub rendered_text: bool,
 }
 
 impl<'a> Encoder<'a> {
@@ -145,8 +147,17 @@ impl<'a> Encoder<'a> {
             return Ok(Encoded::default());
         }
         let mut ids = self.tokenizer.encode_plain(text).map_err(rejection)?;
+        let has_turns = ids.split_last().is_some_and(|(_, ids)| self.has_turns(text, ids));
         let closed = self.close(&mut ids);
-        Ok(all_trained(ids, !closed))
+        let mut encoded = all_trained(ids, !closed);
+        encoded.rendered_text =
+            self.template.is_some() && self.train_on != TrainOn::All && has_turns;
+        Ok(encoded)
+    }
+
+    /// Whether a text was rendered by a chat template: it has ends of turns in it, or Mistral's and Llama 2's marks.
+    fn has_turns(&self, text: &str, ids: &[u32]) -> bool {
+        text.contains("[INST]") || ids.iter().any(|&id| self.ends_turn(id))
     }
 
     fn completion(
@@ -167,10 +178,7 @@ impl<'a> Encoder<'a> {
         if self.train_on != TrainOn::All {
             encoded.document.labels[..border].fill(MASKED);
         }
-        // One that was rendered before has ends of turns in it, or Mistral's and Llama 2's marks.
-        let is_rendered =
-            prompt.contains("[INST]") || prompt_ids.iter().any(|&id| self.ends_turn(id));
-        encoded.bare_prompt = self.template.is_some() && !is_rendered;
+        encoded.bare_prompt = self.template.is_some() && !self.has_turns(prompt, &prompt_ids);
         Ok(encoded)
     }
 

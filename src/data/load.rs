@@ -235,6 +235,9 @@ impl<K: FnMut(Document)> Loader<'_, K> {
         if encoded.bare_prompt {
             report.bare_prompts.push(line);
         }
+        if encoded.rendered_text {
+            report.rendered_texts.push(line);
+        }
         let counted = [
             (encoded.content_left_out, &mut report.content_left_out),
             (encoded.reasoning_left_out, &mut report.reasoning_left_out),

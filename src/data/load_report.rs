@@ -52,6 +52,8 @@ pub struct LoadReport {
     pub empty_answers: Vec<usize>,
     /// Lines whose prompt is plain text, beside a chat template that is not applied to it.
     pub bare_prompts: Vec<usize>,
+    /// Lines of plain text that a chat template rendered, all of which is trained.
+    pub rendered_texts: Vec<usize>,
     /// Messages of roles that templates seldom know.
     pub unknown_roles: BTreeMap<String, RoleUse>,
     /// Fields that the format has no use for, in the order in which they came.

@@ -281,6 +281,22 @@ fn prompts_without_the_template_are_noted() {
     assert!(text.contains("each line is a JSON object: plain text is `{\"text\""), "{text}");
 }
 
+/// Notebooks render conversations first, and mask the questions in a step of their own.
+#[test]
+fn texts_that_a_template_rendered_are_noted() {
+    let plain = r#"{"text": "A nibble is four bits.<|im_end|>"}"#;
+    let rendered =
+        r#"{"text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"}"#;
+    let says = "note  texts rendered by a chat template, trained with all that was asked: of `messages` only \
+                answers are: 1 (chat.jsonl:2)";
+    let text = report(&format!("{plain}\n{rendered}\n"), &[]);
+    assert!(text.contains(says), "{text}");
+    for (records, flags) in [(rendered, &["--train-on", "all"][..]), (plain, &[])] {
+        let text = report(&format!("{records}\n"), flags);
+        assert!(!text.contains("rendered by a chat template"), "{text}");
+    }
+}
+
 /// A template of other roles renders no answer: what it has of the prompt is not to be trained instead.
 #[test]
 fn answers_that_the_template_leaves_out_are_refused() {

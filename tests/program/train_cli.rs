@@ -344,8 +344,13 @@ fn a_finished_run_can_be_made_longer() {
 fn what_a_run_does_not_do_is_said() {
     let place = Workplace::new();
     let said = |out: &str, flags: &[&str]| stderr(&succeed(place.train(out, flags)));
-    let short = said("short", &["--max-steps", "1"]);
+    let short = said("short", &["--max-steps", "1", "--warmup-steps", "1"]);
     assert!(short.contains("warning: all of the run (1 step) is warmup"), "{short}");
+    let few = said("few", &[]);
+    assert!(
+        few.contains("note: so few steps change a model little: a larger `--num-train"),
+        "{few}"
+    );
     assert!(short.contains("computing on the CPU, 2 threads"), "{short}");
     let flags = ["--max-steps", "2", "--warmup-steps", "1"];
     let quiet = said("quiet", &flags);

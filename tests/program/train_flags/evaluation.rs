@@ -7,6 +7,8 @@ const SLOW: &str = "eval-data=eval.jsonl max-steps=12 learning-rate=1e-7 self-ch
 /// Learning so fast that it falls, rises, falls and rises, by far more than rounding decides.
 const WILD: &str = "eval-data=eval.jsonl max-steps=12 self-checks=false \
                     learning-rate=0.03 lr-scheduler-type=constant";
+/// 13 steps: an epoch has five, the last of them short.
+const EPOCHS: &str = "!max-steps packing=false gradient-accumulation-steps=5 num-train-epochs=2.5";
 
 #[test]
 fn logging_steps() {
@@ -35,14 +37,11 @@ fn eval_steps() {
 #[test]
 fn eval_strategy() {
     let runs = Runs::new();
-    let data = "eval-data=eval.jsonl num-train-epochs=2.5 packing=false";
+    let data = &format!("eval-data=eval.jsonl {EPOCHS}");
     let each = runs.train(&format!("{data} eval-strategy=epoch eval-steps=1"));
-    let steps = each.numbers("step", "step").len() as f64;
-    let epoch = (steps / 2.5).round();
-    assert!(epoch > 1.0);
-    assert_eq!(each.numbers("eval", "step"), [epoch, 2.0 * epoch, steps]);
+    assert_eq!(each.numbers("eval", "step"), [5.0, 10.0, 13.0]);
     let end = runs.train(&format!("{data} eval-strategy=no eval-steps=1"));
-    assert_eq!(end.numbers("eval", "step"), [steps]);
+    assert_eq!(end.numbers("eval", "step"), [13.0]);
     let some = runs.train(&format!("{data} eval-strategy=steps eval-steps=0.5"));
     assert_eq!(some.numbers("eval", "step").len(), 2);
     let error = runs.refused(&format!("{data} eval-strategy=steps"));
@@ -158,14 +157,13 @@ fn save_steps() {
 #[test]
 fn save_strategy() {
     let runs = Runs::new();
-    let data = "num-train-epochs=2.5 packing=false save-total-limit=9 save-steps=1";
-    let run = runs.train(&format!("{data} save-strategy=epoch"));
-    let steps = run.numbers("step", "step").len() as u64;
-    let epoch = (steps as f64 / 2.5).round() as u64;
-    assert_eq!(run.checkpoints(), [epoch, 2 * epoch, steps]);
-    assert_eq!(runs.train(&format!("{data} save-strategy=no")).checkpoints(), [steps]);
-    let each = runs.train(&format!("{data} save-strategy=steps"));
-    assert_eq!(each.checkpoints().len() as u64, steps);
+    let checkpoints = |strategy: &str| {
+        let flags = format!("{EPOCHS} save-total-limit=99 save-steps=6 save-strategy={strategy}");
+        runs.train(&flags).checkpoints()
+    };
+    assert_eq!(checkpoints("epoch"), [5, 10, 13]);
+    assert_eq!(checkpoints("no"), [13]);
+    assert_eq!(checkpoints("steps"), [6, 12, 13]);
 }
 
 #[test]
