@@ -92,6 +92,15 @@ pub fn max_steps(text: &str) -> Result<u64, String> {
     })
 }
 
+/// A number of warmup steps, which transformers has as a share of all steps where it is below 1.
+pub fn warmup_steps(text: &str) -> Result<u64, String> {
+    whole(text).map_err(|expected| {
+        let share = text.trim().parse::<f64>().is_ok_and(|value| 0.0 < value && value < 1.0);
+        let hint = format!("\nhint: a share of all steps is `--warmup-ratio {}`", text.trim());
+        if share { expected + &hint } else { expected }
+    })
+}
+
 /// Length of a document in tokens: one token has nothing to predict, and positions have 32 bits.
 pub fn length(text: &str) -> Result<usize, String> {
     const MOST: usize = u32::MAX as usize;
@@ -142,6 +151,13 @@ mod tests {
         assert!(at_least_one("1").is_ok() && at_least_one("0").is_err());
         assert_eq!(steps("0"), Err("expected a whole number, 1 or more".to_string()));
         assert!(max_steps("-1").unwrap_err().ends_with("\nhint: for no limit leave it out"));
+        assert_eq!((warmup_steps("0"), warmup_steps("10")), (Ok(0), Ok(10)));
+        assert!(
+            warmup_steps("0.1")
+                .unwrap_err()
+                .ends_with("hint: a share of all steps is `--warmup-ratio 0.1`")
+        );
+        assert!(!warmup_steps("1.5").unwrap_err().contains("hint"));
         assert!(length("2").is_ok() && length("1").is_err() && length("4294967296").is_err());
         assert!(some_bytes("0B").is_err() && some_bytes("0.1B").is_err());
         assert_eq!(some_bytes("1kB"), Ok(ByteSize(1000)));
