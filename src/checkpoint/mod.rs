@@ -8,6 +8,7 @@ pub mod bnb;
 mod damage;
 mod dense;
 pub mod elements;
+pub(crate) mod elsewhere;
 pub mod folder;
 pub(crate) mod gguf;
 mod inner_model;
@@ -19,7 +20,7 @@ pub mod tensor_file;
 mod text_part;
 pub mod writer;
 
-use std::path::{Component, Path, PathBuf};
+use std::path::{Path, PathBuf};
 
 use nibble_quant::{BlockFormat, FloatType, PackedWeight};
 use serde_json::{Map, Value};
@@ -31,6 +32,7 @@ pub(crate) use damage::{OTHER_TOOL, damaged_safetensors, lfs_pointer, unread_typ
 pub use dense::DenseTensor;
 use dense::parallel_f32;
 pub use elements::Elements;
+pub(crate) use elsewhere::not_here;
 use folder::Folder;
 pub(crate) use folder::holds_weights;
 use gguf::Gguf;
@@ -316,10 +318,9 @@ fn not_a_model(path: &Path) -> Error {
         Some((kind, inside)) => {
             Error::input(what).hint(format_args!("give the {kind} {}", inside.display()))
         }
-        None if is_hub_name(path) => Error::input(what).hint(download_hint("models", path)),
-        None => Error::input(what).hint(
-            "give a Hugging Face model folder with config.json and *.safetensors, or a .gguf file",
-        ),
+        None => Error::input(what).hint(not_here("models", path).unwrap_or(
+            "give a Hugging Face model folder with config.json and *.safetensors, or a .gguf file".into(),
+        )),
     }
 }
 
@@ -333,22 +334,6 @@ fn snapshot_inside(folder: &Path) -> Option<PathBuf> {
     let commit = std::fs::read_to_string(folder.join("refs/main")).ok()?;
     let snapshot = folder.join("snapshots").join(commit.trim());
     snapshot.join("config.json").exists().then_some(snapshot)
-}
-
-/// How `owner/name` of the Hub gets here.
-pub(crate) fn download_hint(things: &str, name: &Path) -> String {
-    let name = name.display();
-    format!(
-        "{things} are not downloaded; one of the Hugging Face Hub comes with \
-         `hf download {name} --local-dir DIR`"
-    )
-}
-
-/// `owner/name`, where there is no folder `owner`.
-pub(crate) fn is_hub_name(path: &Path) -> bool {
-    let parts: Vec<_> = path.components().collect();
-    let plain = parts.iter().all(|part| matches!(part, Component::Normal(_)));
-    plain && parts.len() == 2 && path.parent().is_some_and(|owner| !owner.exists())
 }
 
 /// Refuses a model that is quantized otherwise than in bitsandbytes' 4 bits: the names of its parts are not

@@ -8,6 +8,7 @@ use clap::parser::ValueSource;
 use clap::{ArgMatches, Command, ValueEnum};
 
 use super::layers::{self, Entry, Layers};
+use super::settings_file;
 use super::train::Preset;
 use crate::error::{Error, Result};
 use crate::train::settings::{self, SETTINGS_FILE, SettingsEcho};
@@ -18,7 +19,7 @@ pub type SavedSettings = dyn Fn(&Path) -> Option<SettingsEcho>;
 /// The command line of `nibble train`, completed from `--config`, the resumed run and the preset.
 ///
 /// # Errors
-/// Those of [`layers::read_toml`] and [`layers::compatible`].
+/// Those of [`settings_file::read_toml`] and [`layers::compatible`].
 pub fn complete(
     command: &Command,
     matches: &ArgMatches,
@@ -59,7 +60,7 @@ pub fn complete(
 /// settings are checked and left alone.
 ///
 /// # Errors
-/// Those of [`layers::read_toml`] and [`layers::compatible`].
+/// Those of [`settings_file::read_toml`] and [`layers::compatible`].
 pub fn complete_memory(
     memory: &Command,
     train: &Command,
@@ -76,7 +77,7 @@ pub fn complete_memory(
 /// The settings of `--config`, under the flags of `train`.
 fn config_file(train: &Command, matches: &ArgMatches) -> Result<Vec<Entry>> {
     let path = matches.get_one::<PathBuf>("config");
-    let read = |path: &PathBuf| layers::compatible(train, layers::read_toml(train, path)?);
+    let read = |path: &PathBuf| layers::compatible(train, settings_file::read_toml(train, path)?);
     path.map_or(Ok(Vec::new()), read)
 }
 
@@ -90,7 +91,7 @@ fn preset_of(file: &[Entry]) -> Option<Preset> {
 fn resumed(command: &Command, out: &Path, saved: &SavedSettings) -> Result<Vec<Entry>> {
     let file = out.join(SETTINGS_FILE);
     let read = || -> Result<SettingsEcho> {
-        let entries = layers::read_toml(command, &file)?.into_iter();
+        let entries = settings_file::read_toml(command, &file)?.into_iter();
         Ok(entries.map(|entry| (entry.flag.replace('-', "_"), entry.values)).collect())
     };
     let last = file.exists().then(read).transpose();
@@ -290,6 +291,32 @@ mod tests {
                  with a unit\nhint: `24GiB`",
             ),
             (
+                "warmup_steps = 0.1",
+                "run.toml:1: invalid value '0.1' for '--warmup-steps <STEPS>': expected a whole number, \
+                 0 or more\nhint: a share of all steps is `--warmup-ratio 0.1`",
+            ),
+            (
+                "model = \"C:\\temp\"",
+                "run.toml:1: `model` is \"C:\\temp\" with an escape, expected a path\nhint: a path of \
+                 Windows stands in single quotes: `'C:\\models'`",
+            ),
+            (
+                "optimizer = \"paged_adamw_8bit\"",
+                "run.toml:1: unknown key `optimizer`\nhint: here it is `optim`: invalid value \
+                 'paged_adamw_8bit' for '--optim <NAME>': expected adamw_torch or adamw_8bit; take \
+                 adamw_8bit: all of a run's memory is planned, none paged",
+            ),
+            (
+                "[lora]\nr = 4",
+                "run.toml:1: unknown key `lora`\nhint: settings have no sections: remove `lora`",
+            ),
+            (
+                "lr_scheduler_kwargs = { min_lr = 1e-5 }",
+                "run.toml:1: unknown key `lr_scheduler_kwargs`\nhint: here it is `min-lr-rate`: for \
+                 { min_lr_rate = … }, with `lr-scheduler-type` \"cosine_with_min_lr\"; nothing else \
+                 can be set",
+            ),
+            (
                 "lora_alpha = 0",
                 "run.toml:1: invalid value '0' for '--lora-alpha <ALPHA>': expected a number \
                  above 0",
@@ -312,6 +339,15 @@ mod tests {
             let error = with_file(text, &[]).unwrap_err();
             assert_eq!(error.message().what, message, "{text}");
         }
+        let error =
+            with_file("seed = 1.5\nlearning_rat = 1\nlora_r = 4\nlora-r = 2", &[]).unwrap_err();
+        let all = "run.toml: 3 settings cannot be used\n  \
+                   line 1: invalid value '1.5' for '--seed <NUMBER>': expected a whole number, 0 or more\n  \
+                   line 2: unknown key `learning_rat`; did you mean `learning-rate`?\n  \
+                   line 4: `lora-r` is set again, expected once; it is in run.toml:3, too; \
+                   `lora_r` and `lora-r` are one setting: keep one\n\
+                   hint: all settings are in `nibble train --help`, under the same names";
+        assert_eq!(error.message().what, all);
         let error = with_file("seed = 1\nlearning-rate = ", &[]).unwrap_err();
         assert!(error.to_string().starts_with("run.toml:2: "), "{error}");
     }
@@ -321,6 +357,24 @@ mod tests {
     fn a_setting_that_is_gone_is_passed_over_in_files() -> Result<()> {
         let args = with_file("loraplus_lr_embedding = 1e-6\nlora_r = 4", &[])?;
         assert_eq!(args.lora.lora_r.get(), 4);
+        Ok(())
+    }
+
+    #[test]
+    fn whole_numbers_may_be_written_with_a_fraction() -> Result<()> {
+        let text = "lora_r = 8.0\nwarmup_steps = 10.0\nrank_pattern = { q_proj = 4.00 }\nnum_train_epochs = 2.50";
+        let args = with_file(text, &[])?;
+        assert_eq!((args.lora.lora_r.get(), args.recipe(1).warmup), (8, Warmup::Steps(10)));
+        assert_eq!(args.lora.rank_pattern, [("q_proj".to_string(), 4)]);
+        assert_eq!(args.optimization.num_train_epochs, 2.5);
+        Ok(())
+    }
+
+    #[test]
+    fn what_asks_for_nothing_is_passed_over_in_files() -> Result<()> {
+        let text = "load_in_8bit = false\nfsdp = []\nbf16 = \"auto\"\nresume_from_checkpoint = false\n\
+                    preprocessing_num_workers = 16\ngradient_checkpointing_kwargs = { use_reentrant = false }";
+        assert_eq!(with_file(text, &[])?.settings, parse(&[])?.settings);
         Ok(())
     }
 

@@ -5,15 +5,12 @@
 //! cannot hold what the command line would refuse. Lower layers are appended to the command line
 //! as `--flag=value`, but only where no higher layer has set that flag or one that excludes it.
 
-use std::any::TypeId;
 use std::ffi::OsString;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use clap::error::{ContextKind, ContextValue, ErrorKind};
 use clap::parser::ValueSource;
 use clap::{Arg, ArgAction, ArgMatches, Command};
-use toml::Spanned;
-use toml::de::DeValue;
 
 use super::synonyms;
 use crate::error::{Error, HINT, Result};
@@ -32,13 +29,10 @@ pub struct Entry {
 }
 
 /// Flags that say where settings come from, and are not settings.
-const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];
-
-/// Settings that had no effect, and are in the files of runs from before they went.
-const RETIRED: [&str; 1] = ["loraplus-lr-embedding"];
+pub(super) const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];
 
 /// Finds the flag `name` (kebab or snake case), be it an alias.
-fn find<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
+pub(super) fn find<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
     let name = name.replace('_', "-");
     let aliased = |arg: &Arg| arg.get_visible_aliases().is_some_and(|all| all.contains(&&*name));
     command.get_arguments().find(|arg| arg.get_long() == Some(&name) || aliased(arg))
@@ -48,38 +42,6 @@ fn find<'a>(command: &'a Command, name: &str) -> Option<&'a Arg> {
 pub fn known_to(command: &Command, entries: Vec<Entry>) -> Vec<Entry> {
     let known = |entry: Entry| Some(Entry { flag: long(find(command, &entry.flag)?), ..entry });
     entries.into_iter().filter_map(known).collect()
-}
-
-/// The settings of a TOML file, checked one by one against the flags of `command`.
-///
-/// # Errors
-/// `Usage` with file and line: not TOML, an unknown name (with the nearest known one), a name that
-/// is there twice, a value that the flag does not take.
-pub fn read_toml(command: &Command, path: &Path) -> Result<Vec<Entry>> {
-    let text = std::fs::read_to_string(path).map_err(|e| Error::io("read", path, e))?;
-    if path.extension().is_some_and(|it| it == "yaml" || it == "yml") {
-        let what = format_args!("{}: settings are read from TOML, not YAML", path.display());
-        return Err(Error::usage(what)
-            .hint("write `name = value` for `name: value`, text in quotes, into a file `.toml`"));
-    }
-    let line = |offset: usize| text[..offset].matches('\n').count() + 1;
-    let table = toml::de::DeTable::parse(&text).map_err(|error| {
-        let place = error.span().map_or(String::new(), |span| format!(":{}", line(span.start)));
-        Error::usage(format_args!("{}{place}: {}", path.display(), error.message()))
-            .hint("write one `name = value` a line, text in quotes, each name once")
-    })?;
-    let mut rows: Vec<_> = table.get_ref().iter().collect();
-    rows.retain(|(key, _)| !RETIRED.contains(&&*key.get_ref().replace('_', "-")));
-    rows.sort_by_key(|(key, _)| key.span().start);
-    let mut entries: Vec<Entry> = Vec::new();
-    for (key, value) in rows {
-        let place = format!("{}:{}", path.display(), line(key.span().start));
-        let row = entry(command, key.get_ref(), value.get_ref(), place.clone());
-        let row = row.and_then(|row| alone(row, &entries)).map_err(|error| error.at(&place))?;
-        entries.push(row);
-    }
-    entries.iter().try_for_each(|entry| check(command, entry))?;
-    Ok(entries)
 }
 
 /// The settings of a file that can stand together. A run's own file has all of them: what equals the
@@ -132,129 +94,14 @@ fn is_default(command: &Command, flag: &str, values: &[String]) -> bool {
     values.iter().map(OsString::from).eq(defaults.iter().map(OsString::from))
 }
 
-fn entry(command: &Command, name: &str, value: &DeValue<'_>, place: String) -> Result<Entry> {
-    let arg = known(command, name, matches!(value, DeValue::Table(_)))?;
-    if arg.get_value_parser().type_id() == TypeId::of::<PathBuf>() {
-        let items = match value {
-            DeValue::Array(items) if is_list(arg) => items.iter().map(Spanned::get_ref).collect(),
-            value => vec![value],
-        };
-        items.into_iter().try_for_each(|item| check_path(name, item))?;
-    }
-    let values = texts(value).ok_or_else(|| {
-        Error::usage(format_args!("`{name}` cannot be a date or nested"))
-            .hint("write the value as on the command line")
-    })?;
-    Ok(Entry { flag: long(arg), values: in_one(arg, values), place })
-}
-
-/// A number for a path is a mistake: it would be looked for as a file of that name.
-fn check_path(name: &str, value: &DeValue<'_>) -> Result<()> {
-    let (got, example) = match value {
-        DeValue::String(_) => return Ok(()),
-        value => match scalar(value) {
-            Some(text) => (text.clone(), text),
-            None => ("no single value".to_string(), "FOLDER".to_string()),
-        },
-    };
-    let what = format_args!("`{name}` is {got}, expected a path in quotes");
-    Err(Error::usage(what).hint(format_args!("`{name} = \"{example}\"`")))
-}
-
-/// `entry`, unless its setting is among the `earlier` ones: TOML itself sees two names in `lora-r`
-/// and `lora_r`.
-fn alone(entry: Entry, earlier: &[Entry]) -> Result<Entry> {
-    let Some(first) = earlier.iter().find(|first| first.flag == entry.flag) else {
-        return Ok(entry);
-    };
-    let (flag, place) = (&entry.flag, &first.place);
-    let what = format_args!("`{flag}` is set again, expected once; it is in {place}, too");
-    let snake = flag.replace('-', "_");
-    Err(Error::usage(what).hint(format_args!("`{snake}` and `{flag}` are one setting: keep one")))
-}
-
-fn long(arg: &Arg) -> String {
+/// The name of a flag.
+pub(super) fn long(arg: &Arg) -> String {
     arg.get_long().unwrap_or_default().to_string()
-}
-
-/// The flag of a setting; `is_section` if it has settings of its own.
-fn known<'a>(command: &'a Command, name: &str, is_section: bool) -> Result<&'a Arg> {
-    let settings = || {
-        command
-            .get_arguments()
-            .filter_map(Arg::get_long)
-            .filter(|long| !NOT_SETTINGS.contains(long) || *long == "preset")
-    };
-    let wanted = name.replace('_', "-");
-    match find(command, name) {
-        Some(arg) if settings().any(|long| arg.get_long() == Some(long)) => Ok(arg),
-        Some(_) => Err(Error::usage(format_args!("`{name}` belongs on the command line"))
-            .hint("leave it out of the file")),
-        None => {
-            let error = Error::usage(format_args!("unknown key `{name}`"));
-            if is_section {
-                let hint = format_args!("settings have no sections: remove `{name}`");
-                return Err(error.hint(hint));
-            }
-            let meant = synonyms::ours(command, &wanted.to_lowercase());
-            if let Some(flag) = meant.filter(|flag| NOT_SETTINGS.contains(flag)) {
-                return Err(error.hint(format_args!("on the command line it is `--{flag}`")));
-            }
-            if let Some(hint) = synonyms::hint(command, name, "") {
-                return Err(error.hint(hint));
-            }
-            match nearest(&wanted, settings()) {
-                close if close.is_empty() => Err(error.hint("see `nibble train --help`")),
-                close => Err(error.hint(format_args!("did you mean {close}?"))),
-            }
-        }
-    }
-}
-
-/// A TOML value as the command line would have it; a table is a list of `key=value`.
-fn texts(value: &DeValue<'_>) -> Option<Vec<String>> {
-    match value {
-        DeValue::Array(items) => items.iter().map(|item| scalar(item.get_ref())).collect(),
-        DeValue::Table(table) => {
-            let row = |key: &str, value| Some(format!("{key}={}", scalar(value)?));
-            table.iter().map(|(key, value)| row(key.get_ref(), value.get_ref())).collect()
-        }
-        value => Some(vec![scalar(value)?]),
-    }
-}
-
-/// A list for a flag that is given once is one value, with commas: `["q_proj", "v_proj"]`.
-fn in_one(arg: &Arg, values: Vec<String>) -> Vec<String> {
-    if is_list(arg) { values } else { vec![values.join(",")] }
-}
-
-/// Whether a flag may be repeated, and has a value for each time.
-fn is_list(arg: &Arg) -> bool {
-    matches!(arg.get_action(), ArgAction::Append)
-}
-
-fn scalar(value: &DeValue<'_>) -> Option<String> {
-    match value {
-        DeValue::String(text) => Some(text.to_string()),
-        DeValue::Integer(number) => Some(number.to_string()),
-        DeValue::Float(number) => Some(number.as_str().to_string()),
-        DeValue::Boolean(value) => Some(value.to_string()),
-        DeValue::Datetime(_) | DeValue::Array(_) | DeValue::Table(_) => None,
-    }
 }
 
 /// `command` without required flags: a layer alone need not have them.
 pub fn partial(command: &Command) -> Command {
     command.clone().mut_args(|arg| arg.required(false))
-}
-
-/// Runs one setting through its flag's parser.
-fn check(command: &Command, entry: &Entry) -> Result<()> {
-    let argv = std::iter::once(OsString::from("train")).chain(arguments(entry));
-    match partial(command).try_get_matches_from(argv) {
-        Ok(_) => Ok(()),
-        Err(error) => Err(readable(command, &error).at(&entry.place)),
-    }
 }
 
 /// clap's message without its prefix and its usage lines; possible values, its tip or a parser's
@@ -317,7 +164,8 @@ fn is_switch(arg: &Arg) -> bool {
     values == ["true", "false"]
 }
 
-fn arguments(entry: &Entry) -> impl Iterator<Item = OsString> {
+/// A setting as the command line has it.
+pub(super) fn arguments(entry: &Entry) -> impl Iterator<Item = OsString> {
     entry.values.iter().map(|value| format!("--{}={value}", entry.flag).into())
 }
 

@@ -17,6 +17,7 @@ pub mod memory;
 pub mod merge;
 pub mod numbers;
 pub mod quantize;
+pub mod settings_file;
 pub mod synonyms;
 pub mod train;
 

@@ -87,10 +87,10 @@ pub fn steps(text: &str) -> Result<u64, String> {
 
 /// [`steps`] between two times, or a share of a run.
 pub fn interval(text: &str) -> Result<Every, String> {
-    let share = |share: &f64| (0.0..1.0).contains(share) && *share > 0.0;
-    match (steps(text), text.trim().parse::<f64>().ok().filter(share)) {
+    // transformers has both in floats.
+    match (steps(text.trim().trim_end_matches(".0")), text.trim().parse::<f64>()) {
         (Ok(steps), _) => Ok(Every::Steps(steps)),
-        (Err(_), Some(share)) => Ok(Every::Ratio(share)),
+        (Err(_), Ok(share)) if 0.0 < share && share < 1.0 => Ok(Every::Ratio(share)),
         _ => Err("expected a whole number of steps, or a share of the run below 1".to_string()),
     }
 }
@@ -100,6 +100,15 @@ pub fn max_steps(text: &str) -> Result<u64, String> {
     steps(text).map_err(|expected| match text.trim() {
         "-1" => format!("{expected}\nhint: for no limit leave it out"),
         _ => expected,
+    })
+}
+
+/// A number of warmup steps, which transformers has as a share of all steps where it is below 1.
+pub fn warmup_steps(text: &str) -> Result<u64, String> {
+    whole(text).map_err(|expected| {
+        let share = text.trim().parse::<f64>().is_ok_and(|value| 0.0 < value && value < 1.0);
+        let hint = format!("\nhint: a share of all steps is `--warmup-ratio {}`", text.trim());
+        if share { expected + &hint } else { expected }
     })
 }
 
@@ -152,7 +161,18 @@ mod tests {
         assert_eq!(whole::<u64>("-1"), Err("expected a whole number, 0 or more".to_string()));
         assert!(at_least_one("1").is_ok() && at_least_one("0").is_err());
         assert_eq!(steps("0"), Err("expected a whole number, 1 or more".to_string()));
+        assert_eq!(interval("50"), Ok(Every::Steps(50)));
+        assert_eq!(interval("50.0"), Ok(Every::Steps(50)));
+        assert_eq!(interval("0.1"), Ok(Every::Ratio(0.1)));
+        assert!(["0", "0.0", "1.5", "-1", "many"].iter().all(|text| interval(text).is_err()));
         assert!(max_steps("-1").unwrap_err().ends_with("\nhint: for no limit leave it out"));
+        assert_eq!((warmup_steps("0"), warmup_steps("10")), (Ok(0), Ok(10)));
+        assert!(
+            warmup_steps("0.1")
+                .unwrap_err()
+                .ends_with("hint: a share of all steps is `--warmup-ratio 0.1`")
+        );
+        assert!(!warmup_steps("1.5").unwrap_err().contains("hint"));
         assert!(length("2").is_ok() && length("1").is_err() && length("4294967296").is_err());
         assert!(some_bytes("0B").is_err() && some_bytes("0.1B").is_err());
         assert_eq!(some_bytes("1kB"), Ok(ByteSize(1000)));

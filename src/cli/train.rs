@@ -207,7 +207,7 @@ pub struct OptimizationArgs {
     pub lr_scheduler_type: SchedulerType,
     /// Steps of linear warmup from 0 [default: by `--warmup-ratio`]
     #[arg(long, value_name = "STEPS", conflicts_with = "warmup_ratio",
-          value_parser = numbers::whole::<u64>)]
+          value_parser = numbers::warmup_steps)]
     pub warmup_steps: Option<u64>,
     /// Warmup as a fraction of all steps, rounded up
     #[arg(long, value_name = "FRACTION", default_value_t = WARMUP_RATIO,

@@ -6,7 +6,7 @@ use std::path::{Path, PathBuf};
 use glob::{MatchOptions, Pattern, glob_with};
 use serde::Serialize;
 
-use crate::checkpoint::is_hub_name;
+use crate::checkpoint::elsewhere::{TILDE, is_hub_name, is_in_home};
 use crate::error::{Error, Result};
 use crate::plural::noun;
 
@@ -84,6 +84,10 @@ impl DataFiles {
                 let given = given.display();
                 return Err(Error::input(format_args!("{given} holds settings, not data"))
                     .hint(format_args!("settings are read by `--config {given}`")));
+            }
+            None if is_in_home(given) => {
+                let what = format_args!("there is no file {}", given.display());
+                return Err(Error::input(what).hint(TILDE));
             }
             None if is_hub_name(given) && !is_data(given) => {
                 let given = given.display();
@@ -358,6 +362,7 @@ mod tests {
         assert!(text.contains("hint: Arrow files are not read"), "{text}");
         let text = says(Path::new("nobody/no-such-data"));
         assert!(text.contains("`hf download --repo-type dataset nobody/no-such-data "), "{text}");
+        assert!(says(Path::new("~/data.jsonl")).contains("hint: `~` is not expanded"));
         assert_eq!(names(DataFiles::find(Path::new("nobody/none.jsonl"))), ["none.jsonl"]);
     }
 

@@ -6,7 +6,8 @@ use std::path::{Path, PathBuf};
 
 use clap::{Arg, Command, CommandFactory};
 use nibble::cli::Cli;
-use nibble::cli::layers::{Entry, read_toml};
+use nibble::cli::layers::Entry;
+use nibble::cli::settings_file::read_toml;
 use nibble::train::settings::TEXTS;
 
 const EXAMPLE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/docs/train.toml");

@@ -138,6 +138,17 @@ fn names_from_scripts_of_other_trainers() {
         ("--learning-rte", "did you mean `--learning-rate`?"),
         ("--no-packing", "`--packing false`"),
         ("--no_shuffle", "`--shuffle false`"),
+        ("--max_samples", "not supported: give a file with fewer records"),
+        ("--logging_first_step", "leave it out: `--logging-steps 1`"),
+        ("--use_unsloth", "leave it out: "),
+        ("--use_galore", "not supported: `--optim` is "),
+        ("--save_strategy", "here it is `--save-steps`: for \"steps\" it is enough"),
+        ("--mask_history", "here it is `--train-on`: \"completion\" for true"),
+        ("--cosine_min_lr_ratio", "here it is `--min-lr-rate`: with `lr-scheduler-type`"),
+        ("--excess_length_strategy", "here it is `--truncation`: \"drop\", \"right\" for truncate"),
+        ("--wandb_log_model", "leave it out: every run writes TensorBoard events"),
+        ("--lora_modules_to_save", "not supported in training"),
+        ("--resize_vocab", "not supported: the vocabulary stays as it is"),
         ("--colour", "see `nibble train --help`"),
     ] {
         let error = refused(&place, &format!("train {flag} 1"));
@@ -149,6 +160,21 @@ fn names_from_scripts_of_other_trainers() {
         error.contains("settings are read from TOML, not YAML\nhint: write `name = "),
         "{error}"
     );
+    fs::write(place.path("run.json"), "{}").unwrap();
+    let error = refused(&place, "train --config run.json");
+    assert!(
+        error.contains("settings are read from TOML, not JSON\nhint: write `name = "),
+        "{error}"
+    );
+    fs::write(place.path("run.toml"), "model = \"D:\\models\"\n").unwrap();
+    let error = refused(&place, "train --config run.toml");
+    assert!(
+        error.ends_with("hint: a path of Windows stands in single quotes: `'C:\\models'`"),
+        "{error}"
+    );
+    let (_, error) =
+        fail(place.nibble(&["train", "--model", "~/x", "--data", "train.jsonl", "--out", "o"]));
+    assert!(error.contains("error: ~/x does not exist\nhint: `~` is not expanded"), "{error}");
     fs::write(place.path("run.toml"), "use_dora = true\n").unwrap();
     let error = refused(&place, "train --config run.toml");
     let message = "error: run.toml:1: unknown key `use_dora`\nhint: not supported in training";

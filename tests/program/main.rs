@@ -16,6 +16,7 @@ mod memory_cli;
 mod memory_measure;
 mod memory_plans;
 mod merge;
+mod other_settings;
 mod out_of_memory;
 mod published_memory;
 mod quantize;

@@ -10,7 +10,7 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::super::config::{InitLoraWeights, LoraConfig, ModuleNames, TargetModules};
-use crate::checkpoint::{download_hint, is_hub_name};
+use crate::checkpoint::not_here;
 use crate::error::{Error, Result};
 
 /// File name of the settings in an adapter's folder.
@@ -101,10 +101,10 @@ fn not_an_adapter(dir: &Path, path: &Path, error: std::io::Error) -> Error {
                     one of its checkpoint-N folders";
         return error.hint(hint);
     }
-    if !dir.exists() && is_hub_name(dir) {
-        return error.hint(download_hint("adapters", dir));
-    }
-    error.hint("an adapter is a folder with adapter_config.json and adapter_model.safetensors")
+    let elsewhere = (!dir.exists()).then(|| not_here("adapters", dir)).flatten();
+    error.hint(elsewhere.unwrap_or(
+        "an adapter is a folder with adapter_config.json and adapter_model.safetensors".into(),
+    ))
 }
 
 impl PeftSettings {
