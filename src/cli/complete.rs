@@ -1,5 +1,5 @@
-//! Completes the command lines of `nibble train` and `nibble memory` from the places that
-//! [`super::layers`] orders.
+//! Completes the command lines of `nibble train`, and of commands that share settings with it, from the places
+//! that [`super::layers`] orders.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -56,22 +56,37 @@ pub fn complete(
     Ok(below.into_arguments())
 }
 
-/// The command line of `nibble memory`, completed from `--config`: a file for `train`, whose other
-/// settings are checked and left alone.
+/// The command line of `reader`, completed from `--config`: a file for `train`, whose other settings are
+/// checked and left alone.
 ///
 /// # Errors
 /// Those of [`settings_file::read_toml`] and [`layers::compatible`].
-pub fn complete_memory(
-    memory: &Command,
+pub fn complete_reader(
+    reader: &Command,
     train: &Command,
     matches: &ArgMatches,
 ) -> Result<Vec<OsString>> {
     let file = config_file(train, matches)?;
     let preset = preset_of(&file).map(|preset| layers::preset_entries(preset.settings()));
-    let mut below = Layers::new(memory, matches);
-    below.add(&layers::known_to(memory, file))?;
-    below.add(&layers::known_to(memory, preset.unwrap_or_default()))?;
+    let mut below = Layers::new(reader, matches);
+    for entries in [file, preset.unwrap_or_default()] {
+        below.add(&layers::known_to(reader, read_by(reader, entries)))?;
+    }
     Ok(below.into_arguments())
+}
+
+/// The data of `eval` are those that `train` evaluates on: of files of their own, or held out.
+fn read_by(reader: &Command, entries: Vec<Entry>) -> Vec<Entry> {
+    let is_split = entries.iter().any(|entry| entry.flag == "validation-split");
+    if reader.get_name() != "eval" || is_split {
+        return entries;
+    }
+    let evaluated = |entry: Entry| match &*entry.flag {
+        "data" | "validation-split" | "seed" => None,
+        "eval-data" => Some(Entry { flag: "data".into(), ..entry }),
+        _ => Some(entry),
+    };
+    entries.into_iter().filter_map(evaluated).collect()
 }
 
 /// The settings of `--config`, under the flags of `train`.

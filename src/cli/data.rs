@@ -63,12 +63,17 @@ fn rename(text: &str) -> std::result::Result<(String, String), String> {
 
 const EXAMPLES: &str = "Examples:
   nibble data --model smollm2-nf4 --data train.jsonl
-  nibble data --model smollm2-nf4 --data train.jsonl --max-length 512 --show 3";
+  nibble data --model smollm2-nf4 --data train.jsonl --max-length 512 --show 3
+  nibble data --config run.toml";
 
 /// Check a dataset with a model's tokenizer and chat template, without training
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct DataArgs {
+    /// Read the settings that are flags here from this TOML file, a file for `nibble train --config` or
+    /// OUT/settings.toml of a run; flags on the command line win
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// Hugging Face folder or GGUF file whose tokenizer and chat template are used
     #[arg(long, value_name = "PATH")]
     pub model: PathBuf,
@@ -89,7 +94,7 @@ pub struct DataArgs {
     #[arg(long, help_heading = "Output", value_name = "N", default_value_t = 0, value_parser = numbers::whole::<usize>)]
     pub show: usize,
     /// Print everything as JSON
-    #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]
+    #[arg(long, help_heading = "Output", action = ArgAction::SetTrue, conflicts_with = "show")]
     pub json: bool,
     /// Worker threads [default: one per core]
     #[arg(long, help_heading = "Memory and threads", value_name = "THREADS", value_parser = numbers::threads)]

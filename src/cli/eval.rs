@@ -16,6 +16,7 @@ const EXAMPLES: &str = "Examples:
   nibble eval --model smollm2-nf4 --adapter run --data eval.jsonl
   nibble eval --model smollm2-nf4 --adapter run --data eval.jsonl --predictions answers.jsonl
   nibble eval --model smollm2-nf4 --adapter early=run/checkpoint-55 --adapter late=run --data eval.jsonl
+  nibble eval --config run/settings.toml --adapter run
   nibble eval --model smollm2-nf4 --data eval.jsonl --json";
 
 /// Measure loss, perplexity, token accuracy and exact match, without and with adapters
@@ -25,6 +26,10 @@ const EXAMPLES: &str = "Examples:
 #[derive(Debug, Args)]
 #[command(after_help = EXAMPLES)]
 pub struct EvalArgs {
+    /// Read the settings that are flags here from this TOML file, a file for `nibble train --config` or
+    /// OUT/settings.toml of a run, whose evaluation data are the data here; flags on the command line win
+    #[arg(long, value_name = "FILE")]
+    pub config: Option<PathBuf>,
     /// The base model.
     #[command(flatten)]
     pub base: BaseModelArgs,
@@ -34,6 +39,13 @@ pub struct EvalArgs {
     /// JSONL, JSON, CSV or Parquet: files, folders, or patterns in quotes
     #[arg(long, help_heading = "Data", value_name = "FILE", num_args = 1.., required = true)]
     pub data: Vec<PathBuf>,
+    /// Of the data, the fraction that `nibble train` holds out with this `--validation-split` and `--seed` [default: all]
+    #[arg(long, help_heading = "Data", value_name = "FRACTION", value_parser = numbers::below_one)]
+    pub validation_split: Option<f64>,
+    /// Seed of the run whose `--validation-split` it is
+    #[arg(long, help_heading = "Data", value_name = "NUMBER", default_value_t = 42, value_parser = numbers::whole::<u64>,
+          requires = "validation_split")]
+    pub seed: u64,
     /// Maximum length of a document, in tokens
     #[arg(long, help_heading = "Data", value_name = "TOKENS", default_value = MAX_LENGTH, value_parser = numbers::length)]
     pub max_length: usize,

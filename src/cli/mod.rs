@@ -74,9 +74,10 @@ Results go to stdout, progress to stderr. Exit codes: 0 done, 1 failed, 2 wrong 
 130 interrupted: `train` has saved its last whole step, `eval --predictions` the answers
 so far, and others have written nothing.";
 
-/// The subcommands whose settings may come from files.
+/// The subcommand whose settings may come from a file, a run or a preset.
 const TRAIN: &str = "train";
-const MEMORY: &str = "memory";
+/// Those that take from such a file what they share with it.
+const READERS: [&str; 3] = ["data", "eval", "memory"];
 
 impl Cli {
     /// Whether `nibble NAME` is a command.
@@ -85,8 +86,8 @@ impl Cli {
     }
 
     /// Parses a command line; the settings of `train` are completed from its config file, the
-    /// resumed run and the preset, those of `memory` from such a file. Help and version are printed,
-    /// and end the process.
+    /// resumed run and the preset, those of `data`, `eval` and `memory` from such a file. Help and version are
+    /// printed, and end the process.
     ///
     /// # Errors
     /// `Usage` for wrong flags or a wrong config file; `Io` when help cannot be printed.
@@ -94,15 +95,14 @@ impl Cli {
         let command = Cli::command();
         let mut argv = arguments::for_clap(&command, argv);
         let matches = partial_matches(&command, &argv)?;
-        let (train, memory) = (command.find_subcommand(TRAIN), command.find_subcommand(MEMORY));
-        match (train, memory, matches.subcommand()) {
-            (Some(train), _, Some((TRAIN, matches))) => {
+        let train = command.find_subcommand(TRAIN);
+        if let (Some(train), Some((name, matches))) = (train, matches.subcommand()) {
+            let reader = READERS.contains(&name).then(|| command.find_subcommand(name));
+            if name == TRAIN {
                 argv.extend(complete::complete(train, matches, &checkpoints::saved_settings)?);
+            } else if let Some(Some(reader)) = reader {
+                argv.extend(complete::complete_reader(reader, train, matches)?);
             }
-            (Some(train), Some(memory), Some((MEMORY, matches))) => {
-                argv.extend(complete::complete_memory(memory, train, matches)?);
-            }
-            _ => {}
         }
         let usage = |error| usage(&command, &argv, error);
         let matches = command.clone().try_get_matches_from(&argv).map_err(usage)?;
@@ -120,8 +120,10 @@ impl Cli {
 fn partial_matches(command: &clap::Command, argv: &[OsString]) -> Result<ArgMatches> {
     let usage = |error| usage(command, argv, error);
     let partial = || {
-        let train = command.clone().mut_subcommand(TRAIN, |train| layers::partial(&train));
-        train.mut_subcommand(MEMORY, |memory| layers::partial(&memory))
+        command.clone().mut_subcommands(|any| match any.get_name() {
+            name if name == TRAIN || READERS.contains(&name) => layers::partial(&any),
+            _ => any,
+        })
     };
     match command.clone().try_get_matches_from(argv) {
         Err(error) if error.kind() == ErrorKind::MissingRequiredArgument => {

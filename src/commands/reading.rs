@@ -6,8 +6,8 @@ use indicatif::ProgressBar;
 
 use super::progress_bar;
 use crate::data::files::in_words;
-use crate::data::{DataOptions, Dataset, Encoder, LoadReport, RoleUse};
-use crate::error::Result;
+use crate::data::{DataOptions, Dataset, Document, Encoder, LoadReport, RoleUse, split};
+use crate::error::{Error, Result};
 use crate::figures::thousands;
 use crate::plural::noun;
 
@@ -24,6 +24,26 @@ pub fn load(data: &[PathBuf], encoder: &Encoder, options: &DataOptions) -> Resul
     let general = "`nibble data` lists every bad record; `--bad-records skip` leaves them out";
     dataset.report.check(data, options).map_err(|error| error.or_hint(general))?;
     Ok(dataset)
+}
+
+/// Training and evaluation documents: [`split::hold_out`].
+///
+/// # Errors
+/// `Usage` where nothing can be held out.
+pub fn hold_out(
+    documents: Vec<Document>,
+    share: f64,
+    seed: u64,
+) -> Result<(Vec<Document>, Vec<Document>)> {
+    let (training, evaluation) = split::hold_out(documents, share, seed);
+    if evaluation.is_empty() {
+        let what = format_args!("`--validation-split {share}`: there is one record to split");
+        return Err(Error::usage(what).hint(
+            "the documents of a record stay together, and so do records that are the same: give several, or \
+             other data to evaluate",
+        ));
+    }
+    Ok((training, evaluation))
 }
 
 /// Files that were named and gave nothing.

@@ -142,7 +142,7 @@ fn names_from_scripts_of_other_trainers() {
         ("--logging_first_step", "leave it out: `--logging-steps 1`"),
         ("--use_unsloth", "leave it out: "),
         ("--use_galore", "not supported: `--optim` is "),
-        ("--save_strategy", "here it is `--save-steps`: for \"steps\" it is enough"),
+        ("--evaluation_strategy", "here it is `--eval-strategy`"),
         ("--mask_history", "here it is `--train-on`: \"completion\" for true"),
         ("--cosine_min_lr_ratio", "here it is `--min-lr-rate`: with `lr-scheduler-type`"),
         ("--excess_length_strategy", "here it is `--truncation`: \"drop\", \"right\" for truncate"),

@@ -146,7 +146,11 @@ fn read_data(args: &EvalArgs, spec: &ModelSpec) -> Result<(Dataset, ChatTokenize
     let (model, template) = (&args.base.model, args.format.chat_template.as_deref());
     let load = |tokenizer: &ChatTokenizer| {
         let encoder = Encoder::new(tokenizer, spec.vocab_size, options.train_on)?;
-        reading::load(&args.data, &encoder, &options)
+        let mut dataset = reading::load(&args.data, &encoder, &options)?;
+        if let Some(share) = args.validation_split.filter(|&share| share > 0.0) {
+            dataset.documents = reading::hold_out(dataset.documents, share, args.seed)?.1;
+        }
+        Ok(dataset)
     };
     let first = args.adapter.first().map(|adapter| adapter.folder.as_path());
     let tokenizer = ChatTokenizer::open_for(model, template, first)?;

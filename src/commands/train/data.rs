@@ -7,9 +7,9 @@ use crate::commands::reading;
 use crate::data::encode::Encoder;
 use crate::data::files::in_words;
 use crate::data::pack::{efficiency, one_per_row, pack};
-use crate::data::split::{also_trained, hold_out};
+use crate::data::split::also_trained;
 use crate::data::{Batch, DataFiles, DataOptions, Dataset, Document, LoadReport};
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::plural::counted;
 use crate::train::events::DataSummary;
 use crate::train::feed::Feed;
@@ -128,16 +128,8 @@ fn sources<'a>(
     match (&args.data.eval_data[..], args.data.validation_split) {
         ([], Some(share)) if share > 0.0 => {
             (training.documents, evaluation.documents) =
-                hold_out(training.documents, share, args.optimization.seed);
+                reading::hold_out(training.documents, share, args.optimization.seed)?;
             let [kept, held_out] = [&training, &evaluation].map(|source| source.documents.len());
-            if held_out == 0 {
-                let what =
-                    format_args!("`--validation-split {share}`: there is one record to split");
-                return Err(Error::usage(what).hint(
-                    "the documents of a record stay together: give several records, or other data \
-                     as `--eval-data`",
-                ));
-            }
             progress.note(&format!(
                 "validation split: {held_out} of the documents held out, {kept} to train on"
             ));

@@ -202,3 +202,38 @@ fn packing_a_dense_model_does_not_go_unsaid() {
         }
     }
 }
+
+/// Other settings than the run's would give other figures than the run's.
+#[test]
+fn the_settings_may_be_those_of_a_run() {
+    let place = Workplace::new();
+    let flags = ["--eval-data", "eval.jsonl", "--quantization", "fp4", "--train-on", "completion"];
+    let run = succeed(place.train("run", &[&flags[..], &["--max-steps", "2"]].concat()));
+    let figures = |flags: &[&str]| -> Value {
+        let output = succeed(place.nibble(&[&["eval", "--json"], flags].concat()));
+        serde_json::from_slice(&output.stdout).unwrap()
+    };
+    let settings = ["--config", "run/settings.toml", "--adapter", "run"];
+    let got = figures(&settings);
+    let loss = got["adapter"]["loss"].as_f64().unwrap();
+    let said = format!("step 2: eval loss {loss:.4}");
+    assert!(stderr(&run).contains(&said), "{said}: {}", stderr(&run));
+    let typed =
+        ["--model", "model", "--data", "eval.jsonl", "--quantization", "fp4", "--adapter", "run"];
+    assert_eq!(figures(&typed)["adapter"], got["adapter"]);
+    assert_ne!(figures(&[&settings[..], &["--quantization", "nf4"]].concat()), got);
+    // What was held out is known by the seed.
+    let split = ["--validation-split", "0.25", "--seed", "7", "--max-steps", "2"];
+    let run = succeed(place.train("split", &[&flags[2..], &split].concat()));
+    let got = figures(&["--config", "split/settings.toml", "--adapter", "split"]);
+    let loss = got["adapter"]["loss"].as_f64().unwrap();
+    assert_eq!(got["documents"], 6);
+    assert!(stderr(&run).contains(&format!("step 2: eval loss {loss:.4}")), "{loss}");
+    // The data that were trained on are none to evaluate.
+    succeed(place.train("blind", &["--max-steps", "1"]));
+    let (code, text) = fail(place.nibble(&["eval", "--config", "blind/settings.toml"]));
+    assert!(code == 2 && error_of(&text).contains("--data <FILE>"), "{text}");
+    let report = ["data", "--config", "run/settings.toml", "--json"];
+    let report: Value = serde_json::from_slice(&succeed(place.nibble(&report)).stdout).unwrap();
+    assert_eq!(report["documents"], 24, "{report}");
+}
