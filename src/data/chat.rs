@@ -14,7 +14,7 @@ const ROLES: [&str; 7] =
     ["system", "developer", "user", "assistant", "tool", "function", "ipython"];
 
 /// What else they are called, and the role.
-const USUAL_ROLES: [(&str, &str); 12] = [
+const USUAL_ROLES: [(&str, &str); 13] = [
     ("human", "user"),
     ("user", "user"),
     ("gpt", "assistant"),
@@ -23,15 +23,16 @@ const USUAL_ROLES: [(&str, &str); 12] = [
     ("chatgpt", "assistant"),
     ("bing", "assistant"),
     ("bard", "assistant"),
+    ("bot", "assistant"),
     ("system", "system"),
     ("tool", "tool"),
     ("observation", "tool"),
     ("function_response", "tool"),
 ];
 
-/// The role that others call `name`.
+/// The role that others call `name`, in letters of any case.
 pub(super) fn usual_role(name: &str) -> Option<&'static str> {
-    USUAL_ROLES.iter().find(|(theirs, _)| *theirs == name).map(|(_, role)| *role)
+    USUAL_ROLES.iter().find(|(theirs, _)| theirs.eq_ignore_ascii_case(name)).map(|(_, role)| *role)
 }
 
 /// Turns for the chat template.

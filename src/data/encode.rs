@@ -44,6 +44,9 @@ pub struct Encoder<'a> {
 const TOOLS_UNKNOWN: &str =
     "the record has tools, of which this template may know nothing: see `--chat-template`";
 
+const NO_SYSTEM: &str = "the template takes no message of the system: put its text before the first one of the \
+                         user, or choose another template by `--chat-template`";
+
 /// A document and what was noticed about it.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct Encoded {
@@ -195,7 +198,14 @@ impl<'a> Encoder<'a> {
         let refused = |error| {
             let refused = rejection(error);
             let open = refused.hint.as_deref().is_none_or(|hint| hint == TEMPLATE_FAILS);
-            if chat.has_tools() && open { refused.hint(TOOLS_UNKNOWN) } else { refused }
+            let renders = |messages| template.render(messages, &chat.variables, false).is_ok();
+            match chat.messages.split_first() {
+                Some((first, rest)) if open && first["role"] == "system" && renders(rest) => {
+                    refused.hint(NO_SYSTEM)
+                }
+                _ if open && chat.has_tools() => refused.hint(TOOLS_UNKNOWN),
+                _ => refused,
+            }
         };
         if self.train_on == TrainOn::All {
             let text = template.render(&chat.messages, &chat.variables, false).map_err(refused)?;

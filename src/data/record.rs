@@ -149,6 +149,7 @@ fn alpaca(record: &Value) -> Result<Record, Rejection> {
         say("assistant", answer);
     }
     match input {
+        Some(input) if instruction.is_empty() => say("user", input),
         Some(input) => say("user", &format!("{instruction}\n\n{input}")),
         None => say("user", &instruction),
     }

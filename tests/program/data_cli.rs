@@ -201,20 +201,21 @@ fn roles_that_may_be_mistyped_are_named() {
         let messages = roles.map(|role| serde_json::json!({"role": role, "content": "Hi"}));
         serde_json::json!({ "messages": messages }).to_string() + "\n"
     };
-    let good = record(["user", "assistant", "tool"]);
+    // Whose names are usual, in letters of any case.
+    let good = record(["user", "assistant", "tool"]) + &record(["Human", "User", "BOT"]);
     let text = good.clone()
-        + &record(["user", "Assistant", "assistant"])
-        + &record(["bot", "assistant", "Assistant"]);
-    let roles = "messages with roles that few templates know: 2 of `Assistant` (from line 2), \
-                 1 of `bot` (from line 3)";
+        + &record(["user", "Asistant", "assistant"])
+        + &record(["narrator", "assistant", "Asistant"]);
+    let roles = "messages with roles that few templates know: 2 of `Asistant` (from line 3), \
+                 1 of `narrator` (from line 4)";
     let said = report(&text, &[]);
     assert!(said.contains(&format!("note  {roles}; only `assistant` is trained\n")), "{said}");
     let said = report(&text, &["--train-on", "all"]);
     assert!(said.contains(&format!("note  {roles}\n")), "{said}");
     assert!(!report(&good, &[]).contains("roles that"));
     let json: Value = serde_json::from_str(&report(&text, &["--json"])).unwrap();
-    let bot = serde_json::json!({"messages": 1, "first_line": 3});
-    assert_eq!(json["unknown_roles"]["bot"], bot);
+    let narrator = serde_json::json!({"messages": 1, "first_line": 4});
+    assert_eq!(json["unknown_roles"]["narrator"], narrator);
 }
 
 /// A template without tools: what would be left out of the text is refused, or told.
@@ -279,6 +280,29 @@ fn prompts_without_the_template_are_noted() {
     assert!(!text.contains("without the chat template"), "{text}");
     let (text, _) = refused("Just some text.\n", &[]);
     assert!(text.contains("each line is a JSON object: plain text is `{\"text\""), "{text}");
+}
+
+#[test]
+fn a_system_message_that_the_template_refuses_is_what_to_change() {
+    let template = "{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}\
+                    {% endif %}{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n\
+                    {% endfor %}";
+    let mut file = tempfile::NamedTempFile::new().unwrap();
+    file.write_all(template.as_bytes()).unwrap();
+    let flags = ["--chat-template", file.path().to_str().unwrap()];
+    let record = |system: bool| {
+        let message = |role: &str| serde_json::json!({"role": role, "content": "Hi"});
+        let first = system.then(|| message("system"));
+        let all: Vec<_> = first.into_iter().chain(["user", "assistant"].map(message)).collect();
+        serde_json::json!({ "messages": all, "tools": [{"name": "f"}] }).to_string() + "\n"
+    };
+    let (said, error) = refused(&record(true), &flags);
+    assert!(said.contains("System role not supported"), "{said}");
+    let hint =
+        "hint: the template takes no message of the system: put its text before the first one";
+    assert!(error.contains(hint), "{error}");
+    let (_, error) = refused(&record(false), &flags);
+    assert!(!error.contains("no message of the system"), "{error}");
 }
 
 /// Notebooks render conversations first, and mask the questions in a step of their own.

@@ -50,11 +50,11 @@ fn mistyped_roles_are_said_before_the_training() {
     let config = json!({"eos_token": "w2", "bos_token": "w1", "chat_template": template});
     fs::write(place.path("model/tokenizer_config.json"), config.to_string()).unwrap();
     let turn = |role: &str| json!({"role": role, "content": "w5 w6"});
-    let messages = ["user", "assistant", "user", "Assistant"].map(turn);
+    let messages = ["user", "assistant", "user", "Asistant"].map(turn);
     let record = json!({ "messages": messages }).to_string();
     fs::write(place.path("train.jsonl"), record).unwrap();
     let said = stderr(&succeed(place.train("out", &["--max-steps", "1"])));
-    let note = "; messages with roles that few templates know: 1 of `Assistant` (from line 1)\n";
+    let note = "; messages with roles that few templates know: 1 of `Asistant` (from line 1)\n";
     assert!(said.contains(note), "{said}");
 }
 
