@@ -1,5 +1,4 @@
-//! Completes the command lines of `nibble train`, and of commands that share settings with it, from the places
-//! that [`super::layers`] orders.
+//! Completes the command line of `nibble train` from the places that [`super::layers`] orders.
 
 use std::ffi::OsString;
 use std::path::{Path, PathBuf};
@@ -26,7 +25,9 @@ pub fn complete(
     saved: &SavedSettings,
 ) -> Result<Vec<OsString>> {
     let mut below = Layers::new(command, matches);
-    let file = config_file(command, matches)?;
+    let asked = |entry: &Entry| !is_outdone(matches, &entry.flag);
+    let mut file = config_file(command, matches)?;
+    file.retain(asked);
     below.add(&file)?;
     if matches.get_flag("resume") {
         let in_file = || {
@@ -36,6 +37,7 @@ pub fn complete(
         let out = matches.get_one::<PathBuf>("out").cloned().or_else(in_file);
         if let Some(out) = out {
             let mut entries = resumed(command, &out, saved)?;
+            entries.retain(asked);
             // A run that is asked for epochs is not to end at its steps of before.
             if matches.value_source("num_train_epochs") == Some(ValueSource::CommandLine) {
                 entries.retain(|entry| entry.flag != "max-steps");
@@ -56,47 +58,24 @@ pub fn complete(
     Ok(below.into_arguments())
 }
 
-/// The command line of `reader`, completed from `--config`: a file for `train`, whose other settings are
-/// checked and left alone.
-///
-/// # Errors
-/// Those of [`settings_file::read_toml`] and [`layers::compatible`].
-pub fn complete_reader(
-    reader: &Command,
-    train: &Command,
-    matches: &ArgMatches,
-) -> Result<Vec<OsString>> {
-    let file = config_file(train, matches)?;
-    let preset = preset_of(&file).map(|preset| layers::preset_entries(preset.settings()));
-    let mut below = Layers::new(reader, matches);
-    for entries in [file, preset.unwrap_or_default()] {
-        below.add(&layers::known_to(reader, read_by(reader, entries)))?;
-    }
-    Ok(below.into_arguments())
-}
-
-/// The data of `eval` are those that `train` evaluates on: of files of their own, or held out.
-fn read_by(reader: &Command, entries: Vec<Entry>) -> Vec<Entry> {
-    let is_split = entries.iter().any(|entry| entry.flag == "validation-split");
-    if reader.get_name() != "eval" || is_split {
-        return entries;
-    }
-    let evaluated = |entry: Entry| match &*entry.flag {
-        "data" | "validation-split" | "seed" => None,
-        "eval-data" => Some(Entry { flag: "data".into(), ..entry }),
-        _ => Some(entry),
+/// Whether a setting of a lower layer says when to do what the command line gives an interval for.
+fn is_outdone(matches: &ArgMatches, flag: &str) -> bool {
+    let interval = match flag {
+        "eval-strategy" => "eval_steps",
+        "save-strategy" => "save_steps",
+        _ => return false,
     };
-    entries.into_iter().filter_map(evaluated).collect()
+    matches.value_source(interval) == Some(ValueSource::CommandLine)
 }
 
 /// The settings of `--config`, under the flags of `train`.
-fn config_file(train: &Command, matches: &ArgMatches) -> Result<Vec<Entry>> {
+pub(super) fn config_file(train: &Command, matches: &ArgMatches) -> Result<Vec<Entry>> {
     let path = matches.get_one::<PathBuf>("config");
     let read = |path: &PathBuf| layers::compatible(train, settings_file::read_toml(train, path)?);
     path.map_or(Ok(Vec::new()), read)
 }
 
-fn preset_of(file: &[Entry]) -> Option<Preset> {
+pub(super) fn preset_of(file: &[Entry]) -> Option<Preset> {
     let entry = file.iter().find(|entry| entry.flag == "preset")?;
     Preset::from_str(entry.values.first()?, false).ok()
 }

@@ -7,7 +7,9 @@ use clap::{ArgAction, Args, ValueHint};
 
 use super::numbers;
 use super::train::MAX_LENGTH;
-use crate::data::{BadRecords, DataOptions, Format, TrainOn, Truncation};
+use crate::data::{
+    BadRecords, DataOptions, Format, TemplateChoice, TemplateKwargs, TrainOn, Truncation,
+};
 use crate::model::spec::ModelSpec;
 
 /// How records become trained tokens.
@@ -23,6 +25,10 @@ pub struct DataFormatArgs {
     /// Chat template: alpaca, chatml, gemma, llama-3, zephyr, or a Jinja file [default: the model's]
     #[arg(long, value_name = "NAME|FILE", value_hint = ValueHint::FilePath)]
     pub chat_template: Option<String>,
+    /// Variables for the chat template, as a JSON object such as `{"enable_thinking": false}`; a record's own
+    /// `chat_template_kwargs` come before them
+    #[arg(long, value_name = "JSON")]
+    pub chat_template_kwargs: Option<TemplateKwargs>,
     /// Tokens that count in the loss
     #[arg(long, value_enum, value_name = "PART", default_value_t = TrainOn::Assistant)]
     pub train_on: TrainOn,
@@ -35,6 +41,11 @@ pub struct DataFormatArgs {
 }
 
 impl DataFormatArgs {
+    /// The chat template that is asked for.
+    pub fn template_choice(&self) -> TemplateChoice {
+        TemplateChoice::new(self.chat_template.as_ref(), self.chat_template_kwargs.as_ref())
+    }
+
     /// With a longest document of `max_length` tokens, or of as many as the model has learned positions for.
     pub fn options(&self, max_length: usize, spec: &ModelSpec) -> DataOptions {
         DataOptions {
@@ -93,7 +104,7 @@ pub struct DataArgs {
     /// Print the first N documents token by token, with trained tokens marked
     #[arg(long, help_heading = "Output", value_name = "N", default_value_t = 0, value_parser = numbers::whole::<usize>)]
     pub show: usize,
-    /// Print everything as JSON
+    /// Print everything as JSON, without documents
     #[arg(long, help_heading = "Output", action = ArgAction::SetTrue, conflicts_with = "show")]
     pub json: bool,
     /// Worker threads [default: one per core]

@@ -33,7 +33,7 @@ pub struct EvalArgs {
     /// The base model.
     #[command(flatten)]
     pub base: BaseModelArgs,
-    /// PEFT adapter folder; may be repeated, each adapter has a row under its name
+    /// PEFT adapter folder; may be repeated: of several, each has a row under its name
     #[arg(long, help_heading = "Adapter", value_name = "[NAME=]DIR", value_hint = ValueHint::AnyPath)]
     pub adapter: Vec<NamedAdapter>,
     /// JSONL, JSON, CSV or Parquet: files, folders, or patterns in quotes
@@ -42,10 +42,9 @@ pub struct EvalArgs {
     /// Of the data, the fraction that `nibble train` holds out with this `--validation-split` and `--seed` [default: all]
     #[arg(long, help_heading = "Data", value_name = "FRACTION", value_parser = numbers::below_one)]
     pub validation_split: Option<f64>,
-    /// Seed of the run whose `--validation-split` it is
-    #[arg(long, help_heading = "Data", value_name = "NUMBER", default_value_t = 42, value_parser = numbers::whole::<u64>,
-          requires = "validation_split")]
-    pub seed: u64,
+    /// Seed of the run whose `--validation-split` it is [default: 42]
+    #[arg(long, help_heading = "Data", value_name = "NUMBER", value_parser = numbers::whole::<u64>)]
+    pub seed: Option<u64>,
     /// Maximum length of a document, in tokens
     #[arg(long, help_heading = "Data", value_name = "TOKENS", default_value = MAX_LENGTH, value_parser = numbers::length)]
     pub max_length: usize,

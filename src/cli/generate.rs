@@ -8,6 +8,7 @@ use super::adapters::NamedAdapter;
 use super::device::DeviceArgs;
 use super::numbers;
 use super::train::BaseModelArgs;
+use crate::data::TemplateKwargs;
 use crate::sample::SamplingOptions;
 
 /// `--max-new-tokens` by default.
@@ -117,6 +118,9 @@ pub struct GenerateArgs {
     #[arg(long, help_heading = "Prompt", value_name = "NAME|FILE", value_hint = ValueHint::FilePath,
           conflicts_with = "raw")]
     pub chat_template: Option<String>,
+    /// Variables for the chat template, as a JSON object such as `{"enable_thinking": false}`
+    #[arg(long, help_heading = "Prompt", value_name = "JSON", conflicts_with = "raw")]
+    pub chat_template_kwargs: Option<TemplateKwargs>,
     /// Continue the prompt as plain text, without the chat template
     #[arg(long, help_heading = "Prompt", action = ArgAction::SetTrue)]
     pub raw: bool,
@@ -143,6 +147,9 @@ pub struct ChatArgs {
     #[arg(long, help_heading = "Conversation", value_name = "NAME|FILE",
           value_hint = ValueHint::FilePath)]
     pub chat_template: Option<String>,
+    /// Variables for the chat template, as a JSON object such as `{"enable_thinking": false}`
+    #[arg(long, help_heading = "Conversation", value_name = "JSON")]
+    pub chat_template_kwargs: Option<TemplateKwargs>,
     /// How to answer.
     #[command(flatten)]
     pub generation: GenerationArgs,

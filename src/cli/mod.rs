@@ -10,6 +10,7 @@ pub mod doctor;
 pub mod eval;
 pub mod export;
 pub mod generate;
+pub mod intervals;
 pub mod layers;
 pub mod listed;
 pub mod lora;
@@ -17,6 +18,7 @@ pub mod memory;
 pub mod merge;
 pub mod numbers;
 pub mod quantize;
+pub mod reader;
 pub mod settings_file;
 pub mod synonyms;
 pub mod train;
@@ -101,7 +103,7 @@ impl Cli {
             if name == TRAIN {
                 argv.extend(complete::complete(train, matches, &checkpoints::saved_settings)?);
             } else if let Some(Some(reader)) = reader {
-                argv.extend(complete::complete_reader(reader, train, matches)?);
+                argv.extend(reader::complete_reader(reader, train, matches)?);
             }
         }
         let usage = |error| usage(&command, &argv, error);

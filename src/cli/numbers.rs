@@ -88,10 +88,11 @@ pub fn steps(text: &str) -> Result<u64, String> {
 /// [`steps`] between two times, or a share of a run.
 pub fn interval(text: &str) -> Result<Every, String> {
     // transformers has both in floats.
-    match (steps(text.trim().trim_end_matches(".0")), text.trim().parse::<f64>()) {
+    let text = text.trim();
+    match (steps(text.strip_suffix(".0").unwrap_or(text)), text.parse::<f64>()) {
         (Ok(steps), _) => Ok(Every::Steps(steps)),
         (Err(_), Ok(share)) if 0.0 < share && share < 1.0 => Ok(Every::Ratio(share)),
-        _ => Err("expected a whole number of steps, or a share of the run below 1".to_string()),
+        _ => Err("expected a whole number, 1 or more, or a share of the run below 1".to_string()),
     }
 }
 
@@ -164,7 +165,9 @@ mod tests {
         assert_eq!(interval("50"), Ok(Every::Steps(50)));
         assert_eq!(interval("50.0"), Ok(Every::Steps(50)));
         assert_eq!(interval("0.1"), Ok(Every::Ratio(0.1)));
-        assert!(["0", "0.0", "1.5", "-1", "many"].iter().all(|text| interval(text).is_err()));
+        assert!(
+            ["0", "0.0", "1.5", "-1", "many", "5.0.0"].iter().all(|text| interval(text).is_err())
+        );
         assert!(max_steps("-1").unwrap_err().ends_with("\nhint: for no limit leave it out"));
         assert_eq!((warmup_steps("0"), warmup_steps("10")), (Ok(0), Ok(10)));
         assert!(

@@ -10,6 +10,7 @@ use nibble_quant::{BlockFormat, QuantType};
 
 use super::data::DataFormatArgs;
 use super::device::DeviceArgs;
+use super::intervals::IntervalStrategy;
 use super::listed::listed;
 use super::lora::LoraArgs;
 use super::numbers;
@@ -25,6 +26,8 @@ use crate::train::settings::SettingsEcho;
 const MIN_LR_RATE: f64 = 0.1;
 /// `--warmup-ratio` by default.
 const WARMUP_RATIO: f64 = 0.03;
+/// `--seed` by default.
+pub const SEED: u64 = 42;
 /// `--sample-max-new-tokens` by default.
 const SAMPLE_TOKENS: NonZeroUsize = NonZeroUsize::new(64).unwrap();
 /// `--max-length` by default.
@@ -209,7 +212,7 @@ pub struct OptimizationArgs {
     #[arg(long, value_name = "STEPS", conflicts_with = "warmup_ratio",
           value_parser = numbers::warmup_steps)]
     pub warmup_steps: Option<u64>,
-    /// Warmup as a fraction of all steps, rounded up
+    /// Warmup as a fraction of all steps, rounded up, but not the last step
     #[arg(long, value_name = "FRACTION", default_value_t = WARMUP_RATIO,
           value_parser = numbers::share)]
     pub warmup_ratio: f64,
@@ -252,30 +255,8 @@ pub struct OptimizationArgs {
     #[arg(long, value_name = "ALPHA", value_parser = numbers::positive_f32)]
     pub neftune_noise_alpha: Option<f32>,
     /// Seed of the initial adapter, the order of the data, dropout and noise
-    #[arg(long, value_name = "NUMBER", default_value_t = 42, value_parser = numbers::whole::<u64>)]
+    #[arg(long, value_name = "NUMBER", default_value_t = SEED, value_parser = numbers::whole::<u64>)]
     pub seed: u64,
-}
-
-/// When something is done, as transformers' `IntervalStrategy` names it.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum IntervalStrategy {
-    /// At the end alone
-    No,
-    /// After so many steps
-    Steps,
-    /// After each pass over the data
-    Epoch,
-}
-
-impl IntervalStrategy {
-    /// How often that is, where `steps` is the interval that was given.
-    fn every(chosen: Option<Self>, steps: Every) -> Every {
-        match chosen {
-            Some(IntervalStrategy::No) => Every::Run,
-            Some(IntervalStrategy::Epoch) => Every::Epoch,
-            Some(IntervalStrategy::Steps) | None => steps,
-        }
-    }
 }
 
 /// What is watched on the way.
@@ -448,6 +429,10 @@ impl TrainArgs {
             Some(when) => when != IntervalStrategy::No,
             None => e.eval_steps.is_some(),
         };
+        if e.early_stopping_patience.is_some() && e.eval_strategy == Some(IntervalStrategy::No) {
+            return Err(Error::usage("`--early-stopping-patience` excludes `--eval-strategy no`")
+                .hint("patience counts evaluations: use `epoch`, or `steps` with `--eval-steps`"));
+        }
         if e.early_stopping_patience.is_some() && !evaluates_often {
             return Err(Error::usage("`--early-stopping-patience` needs `--eval-steps`").hint(
                 "patience counts evaluations: say how many steps lie between two, or use \

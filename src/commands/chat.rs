@@ -11,6 +11,7 @@ use super::device;
 use super::generate::note_finish;
 use crate::cli::adapters::{NamedAdapter, check_names};
 use crate::cli::generate::ChatArgs;
+use crate::data::TemplateChoice;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::nearest::nearest;
@@ -49,7 +50,9 @@ fn run_on<K: Kernels>(args: &ChatArgs, kernels: K) -> Result<()> {
     let format = args.base.block_format();
     let first = adapters.first().map(|adapter| adapter.folder.as_path());
     let context = args.generation.context_length;
-    let (model, template) = (&args.base.model, args.chat_template.as_deref());
+    let kwargs = args.chat_template_kwargs.as_ref();
+    let template = TemplateChoice::new(args.chat_template.as_ref(), kwargs);
+    let model = &args.base.model;
     let session = Session::open(kernels, model, format.as_ref(), first, template, context)?;
     super::notes::packing(&args.base, session.kind());
     super::notes::long_rope(session.spec()?, context);

@@ -5,6 +5,7 @@ use std::io::{IsTerminal, Read};
 use super::device;
 use crate::cli::adapters::{NamedAdapter, check_names};
 use crate::cli::generate::GenerateArgs;
+use crate::data::TemplateChoice;
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::printed;
@@ -30,7 +31,9 @@ fn run_on<K: Kernels>(args: &GenerateArgs, kernels: K) -> Result<()> {
     let format = args.base.block_format();
     let context = args.generation.context_length;
     let first = args.adapter.first().map(|adapter| adapter.folder.as_path());
-    let (model, template) = (&args.base.model, args.chat_template.as_deref());
+    let kwargs = args.chat_template_kwargs.as_ref();
+    let template = TemplateChoice::new(args.chat_template.as_ref(), kwargs);
+    let model = &args.base.model;
     let mut session = Session::open(kernels, model, format.as_ref(), first, template, context)?;
     super::notes::packing(&args.base, session.kind());
     super::notes::long_rope(session.spec()?, context);

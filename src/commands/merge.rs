@@ -14,7 +14,7 @@ use crate::checkpoint::atomic::AtomicDir;
 use crate::checkpoint::writer::ShardWriter;
 use crate::checkpoint::{Checkpoint, CheckpointKind, is_there, read_json};
 use crate::cli::merge::MergeArgs;
-use crate::data::{ChatTokenizer, TemplateSources, TokenizerFiles};
+use crate::data::{ChatTokenizer, TemplateChoice, TemplateSources, TokenizerFiles};
 use crate::error::{Error, Result};
 use crate::model::families::spec_from_config;
 use crate::model::spec::ModelSpec;
@@ -95,7 +95,12 @@ fn write_side_files(
     std::fs::write(&path, text).map_err(|e| Error::io("write", &path, e))?;
     let from_adapter = args.adapter.join("tokenizer.json").exists();
     if model.kind() == CheckpointKind::Gguf && !from_adapter {
-        return ChatTokenizer::open_for(model.path(), None, Some(&args.adapter))?.save(folder);
+        return ChatTokenizer::open_for(
+            model.path(),
+            &TemplateChoice::default(),
+            Some(&args.adapter),
+        )?
+        .save(folder);
     }
     let source = if from_adapter { &args.adapter } else { model.path() };
     let templates = TemplateSources::of_adapter(&args.adapter)?;

@@ -11,6 +11,9 @@ use crate::error::{Error, Result};
 use crate::figures::thousands;
 use crate::plural::noun;
 
+/// What is to be known of texts that hold conversations.
+pub const RENDERED_TEXTS: &str =
+    "rendered by a chat template, whose questions are trained, too: of `messages` only answers are";
 /// What is shown of roles that may be anything.
 const MOST_ROLES: usize = 8;
 const MOST_FIELDS: usize = 12;
@@ -37,7 +40,8 @@ pub fn hold_out(
 ) -> Result<(Vec<Document>, Vec<Document>)> {
     let (training, evaluation) = split::hold_out(documents, share, seed);
     if evaluation.is_empty() {
-        let what = format_args!("`--validation-split {share}`: there is one record to split");
+        let what =
+            format_args!("`--validation-split {share}`: there is one record, or all are the same");
         return Err(Error::usage(what).hint(
             "the documents of a record stay together, and so do records that are the same: give several, or \
              other data to evaluate",
@@ -90,11 +94,7 @@ pub fn notes(report: &LoadReport) -> Vec<String> {
             "prompt",
             "of plain text, without the chat template that `instruction` and `output` go through",
         ),
-        counted(
-            report.rendered_texts.len(),
-            "text",
-            "rendered by a chat template, trained with all that was asked: of `messages` only answers are",
-        ),
+        counted(report.rendered_texts.len(), "text", RENDERED_TEXTS),
         files_without_records(report),
         held_out(report),
         unused_fields(report).map(|fields| format!("with fields that are not used: {fields}")),

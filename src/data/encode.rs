@@ -39,6 +39,8 @@ pub struct Encoder<'a> {
     /// Tokens that end a turn, and their texts.
     end_ids: Vec<u32>,
     end_texts: Vec<String>,
+    /// What the template puts around turns, beside their ends.
+    turn_marks: Vec<String>,
 }
 
 const TOOLS_UNKNOWN: &str =
@@ -91,8 +93,10 @@ impl<'a> Encoder<'a> {
             let between = TurnEnds::of(template, &tokenizer.added_tokens()).between;
             end_ids.extend(between.and_then(|text| tokenizer.id(&text)));
         }
-        let end_texts = end_ids.iter().filter_map(|&id| tokenizer.token(id)).collect();
-        Ok(Encoder { tokenizer, template, train_on, vocab_size, end_ids, end_texts })
+        let end_texts: Vec<String> = end_ids.iter().filter_map(|&id| tokenizer.token(id)).collect();
+        let mut turn_marks = tokenizer.template_tokens();
+        turn_marks.retain(|mark| !end_texts.contains(mark));
+        Ok(Encoder { tokenizer, template, train_on, vocab_size, end_ids, end_texts, turn_marks })
     }
 
     /// Ids and labels of one record.
@@ -150,17 +154,12 @@ impl<'a> Encoder<'a> {
             return Ok(Encoded::default());
         }
         let mut ids = self.tokenizer.encode_plain(text).map_err(rejection)?;
-        let has_turns = ids.split_last().is_some_and(|(_, ids)| self.has_turns(text, ids));
         let closed = self.close(&mut ids);
         let mut encoded = all_trained(ids, !closed);
-        encoded.rendered_text =
-            self.template.is_some() && self.train_on != TrainOn::All && has_turns;
+        // A question and an answer; a document may begin with one.
+        let marks = self.turn_marks.iter().flat_map(|mark| text.matches(&**mark));
+        encoded.rendered_text = self.train_on != TrainOn::All && marks.take(2).count() == 2;
         Ok(encoded)
-    }
-
-    /// Whether a text was rendered by a chat template: it has ends of turns in it, or Mistral's and Llama 2's marks.
-    fn has_turns(&self, text: &str, ids: &[u32]) -> bool {
-        text.contains("[INST]") || ids.iter().any(|&id| self.ends_turn(id))
     }
 
     fn completion(
@@ -181,7 +180,10 @@ impl<'a> Encoder<'a> {
         if self.train_on != TrainOn::All {
             encoded.document.labels[..border].fill(MASKED);
         }
-        encoded.bare_prompt = self.template.is_some() && !self.has_turns(prompt, &prompt_ids);
+        // One that was rendered before has ends of turns in it, or Mistral's and Llama 2's marks.
+        let is_rendered =
+            prompt.contains("[INST]") || prompt_ids.iter().any(|&id| self.ends_turn(id));
+        encoded.bare_prompt = self.template.is_some() && !is_rendered;
         Ok(encoded)
     }
 

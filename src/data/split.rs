@@ -6,15 +6,24 @@ use super::batch::Document;
 use crate::random::Stream;
 
 /// Splits off `share` of the records, chosen by `seed`: at least one, and not all. Documents that
-/// were cut from one record stay together, and so do records that are the same: what is trained on would
-/// not tell what was learned. Returns training and evaluation documents, in order.
+/// were cut from one record stay together, and so do records that are the same, unless they are more than the
+/// share: what is trained on would not tell what was learned. Returns training and evaluation documents, in order.
 pub fn hold_out(documents: Vec<Document>, share: f64, seed: u64) -> (Vec<Document>, Vec<Document>) {
     let records = records(&documents);
-    let most = records.len().saturating_sub(1);
-    let count = ((records.len() as f64 * share).round() as usize).clamp(1.min(most), most);
+    let lines: usize = records.iter().map(Vec::len).sum();
+    let most = if records.len() > 1 { lines - 1 } else { 0 };
+    let count = ((lines as f64 * share).round() as usize).clamp(1.min(most), most);
     let order = Stream::new(seed, "data.validation_split").permutation(records.len());
-    let held: BTreeSet<usize> =
-        order[..count].iter().flat_map(|&index| records[index].iter().copied()).collect();
+    let mut held: BTreeSet<usize> = BTreeSet::new();
+    for &index in &order {
+        if held.len() + records[index].len() <= count {
+            held.extend(&records[index]);
+        }
+    }
+    if held.is_empty() && most > 0 {
+        // All of them are repeated more often than that.
+        held.extend(records.iter().min_by_key(|lines| lines.len()).into_iter().flatten());
+    }
     documents.into_iter().partition(|document| !held.contains(&document.line))
 }
 
@@ -86,6 +95,20 @@ mod tests {
             assert_eq!((train.len(), eval.len()), (21, 9), "three records of ten");
             assert_eq!(also_trained(&eval, &train), 0);
         }
+        // One that is most of the data is trained on, whatever is drawn.
+        let mut most = all[..20].to_vec();
+        most[2..].iter_mut().for_each(|document| document.input_ids = vec![7]);
+        for seed in 0..20 {
+            assert_eq!(hold_out(most.clone(), 0.1, seed).1.len(), 2, "two of twenty");
+        }
+        let twice = [&most[1..2], &most[1..2], &most[2..5]].concat();
+        let twice: Vec<Document> =
+            twice.into_iter().enumerate().map(|(line, d)| Document { line, ..d }).collect();
+        assert_eq!(
+            lines(&hold_out(twice, 0.1, 1).1),
+            [0, 1],
+            "the smallest, where none is as small"
+        );
         // A record in pieces is not one of its pieces.
         let (first, second) = (all[0].clone(), all[1].clone());
         let pieces =

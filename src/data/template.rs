@@ -1,6 +1,6 @@
 //! A model's chat template: from a conversation to text, and which of it the assistant said.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fmt;
 use std::panic::resume_unwind;
 use std::sync::OnceLock;
@@ -46,36 +46,32 @@ fn compile(mut environment: Environment<'static>, source: String) -> Result<Envi
 pub struct ChatTemplate {
     environment: Environment<'static>,
     has_generation_blocks: bool,
-    special_tokens: Map<String, Value>,
+    /// What it sees by default: special tokens, and what was asked for.
+    defaults: Map<String, Value>,
     tool_use: Option<Box<ChatTemplate>>,
     takes_parts: OnceLock<bool>,
 }
 
 impl ChatTemplate {
-    /// Compiles `source`; the template sees `special_tokens` (`bos_token`, `eos_token`, …). Its clock
-    /// shows the present.
+    /// Compiles `source`; the template sees `defaults` (`bos_token`, `eos_token`, …) where a conversation has
+    /// no variables of these names. Its clock shows the present.
     ///
     /// # Errors
     /// `Input` with Jinja's message when it does not compile.
-    pub fn new(source: &str, special_tokens: Map<String, Value>) -> Result<Self> {
-        Self::at(unix_seconds_now(), source, special_tokens)
+    pub fn new(source: &str, defaults: Map<String, Value>) -> Result<Self> {
+        Self::at(unix_seconds_now(), source, defaults)
     }
 
     /// Compiles `source` as [`new`](ChatTemplate::new) does, with a clock that shows a fixed time.
     ///
     /// # Errors
     /// As there.
-    pub fn at(unix_seconds: u64, source: &str, special_tokens: Map<String, Value>) -> Result<Self> {
+    pub fn at(unix_seconds: u64, source: &str, defaults: Map<String, Value>) -> Result<Self> {
         let (source, has_generation_blocks) = replace_generation_blocks(source);
         let environment = compile(environment(unix_seconds), source)?;
         let (tool_use, takes_parts) = (None, OnceLock::new());
-        let template = ChatTemplate {
-            environment,
-            has_generation_blocks,
-            special_tokens,
-            tool_use,
-            takes_parts,
-        };
+        let template =
+            ChatTemplate { environment, has_generation_blocks, defaults, tool_use, takes_parts };
         Ok(template)
     }
 
@@ -83,6 +79,22 @@ impl ChatTemplate {
     pub fn with_tool_use(mut self, tool_use: Option<ChatTemplate>) -> Self {
         self.tool_use = tool_use.map(Box::new);
         self
+    }
+
+    /// The variables of its own that the template, or that for tools, reads: not the conversation, nor special
+    /// tokens.
+    pub(super) fn variables(&self) -> BTreeSet<String> {
+        const CONVERSATION: [&str; 4] = ["messages", "tools", "documents", "add_generation_prompt"];
+        let template = self.environment.get_template("chat");
+        let read = template.map(|template| template.undeclared_variables(false));
+        let is_own = |name: &String| {
+            let is_token = name.ends_with("_token") && self.defaults.contains_key(name);
+            let is_function = self.environment.globals().any(|(global, _)| global == name);
+            !is_token && !is_function && !CONVERSATION.contains(&name.as_str())
+        };
+        let own = read.into_iter().flatten().filter(is_own);
+        let of_tools = self.tool_use.iter().flat_map(|template| template.variables());
+        own.chain(of_tools).collect()
     }
 
     /// The template for a conversation with `variables`.
@@ -150,7 +162,7 @@ impl ChatTemplate {
     ) -> Result<String> {
         let none = || minijinja::Value::from(());
         let mut context = BTreeMap::from([("tools", none()), ("documents", none())]);
-        for (name, value) in self.special_tokens.iter().chain(variables) {
+        for (name, value) in self.defaults.iter().chain(variables) {
             context.insert(name, minijinja::Value::from_serialize(Exact(value)));
         }
         context.insert("messages", messages.to_vec().into());

@@ -7,7 +7,7 @@ use nibble_quant::BlockFormat;
 use super::{AdaptedModel, Finish, Limits, Prompt, Sampler, Speaker, Wish};
 use crate::adapter::PeftAdapter;
 use crate::checkpoint::{Checkpoint, CheckpointKind};
-use crate::data::ChatTokenizer;
+use crate::data::{ChatTokenizer, TemplateChoice};
 use crate::error::Result;
 use crate::kernels::Kernels;
 use crate::kernels::cpu::Cpu;
@@ -23,13 +23,12 @@ pub struct Session<K: Kernels = Cpu> {
     model: AdaptedModel<K>,
     speaker: Speaker,
     kind: CheckpointKind,
-    chat_template: Option<String>,
+    chat_template: TemplateChoice,
     context_tokens: usize,
 }
 
 impl<K: Kernels> Session<K> {
-    /// Loads model and adapter. `chat_template`, a name or a file, is used whatever model and adapter
-    /// bring.
+    /// Loads model and adapter. What is asked for as `chat_template` is used whatever these bring.
     ///
     /// # Errors
     /// Whatever is wrong with the files; `Budget`.
@@ -38,13 +37,13 @@ impl<K: Kernels> Session<K> {
         path: &Path,
         quantization: Option<&BlockFormat>,
         adapter: Option<&Path>,
-        chat_template: Option<&str>,
+        chat_template: TemplateChoice,
         context_tokens: usize,
     ) -> Result<Self> {
         let checkpoint = Checkpoint::open(path)?;
         let spec = spec_from_config(checkpoint.config())?;
         kernels.check_model(&spec)?;
-        let tokenizer = ChatTokenizer::open_for(path, chat_template, adapter)?;
+        let tokenizer = ChatTokenizer::open_for(path, &chat_template, adapter)?;
         let adapter = adapter.map(|folder| PeftAdapter::open(folder, &spec)).transpose()?;
         let context_tokens = spec.possible_length(context_tokens);
         let speaker = Speaker::new(tokenizer, &spec.eos_token_ids)?;
@@ -64,7 +63,7 @@ impl<K: Kernels> Session<K> {
             settings,
             Some(shorter),
         )?;
-        let (kind, chat_template) = (checkpoint.kind(), chat_template.map(str::to_string));
+        let kind = checkpoint.kind();
         Ok(Session { model, speaker, kind, chat_template, context_tokens })
     }
 
@@ -93,7 +92,7 @@ impl<K: Kernels> Session<K> {
     /// anew, or the memory for the other adapter is refused, the session is over.
     pub fn set_adapter(&mut self, folder: Option<&Path>) -> Result<()> {
         let adapter = folder.map(|folder| self.model.open_adapter(folder)).transpose()?;
-        self.speaker.follow(self.model.path(), self.chat_template.as_deref(), folder)?;
+        self.speaker.follow(self.model.path(), &self.chat_template, folder)?;
         self.model.set_adapter(adapter)
     }
 

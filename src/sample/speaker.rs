@@ -5,8 +5,8 @@ use std::path::Path;
 use serde_json::{Map, Value, json};
 
 use super::{Sampler, TextStream};
-use crate::data::ChatTokenizer;
 use crate::data::template::ChatTemplate;
+use crate::data::{ChatTokenizer, TemplateChoice};
 use crate::error::{Error, Result};
 use crate::kernels::Kernels;
 use crate::model::Model;
@@ -79,7 +79,7 @@ impl Speaker {
     pub fn follow(
         &mut self,
         model: &Path,
-        chosen: Option<&str>,
+        chosen: &TemplateChoice,
         adapter: Option<&Path>,
     ) -> Result<()> {
         let tokenizer = self.tokenizer.open_again(model, chosen, adapter)?;

@@ -11,10 +11,11 @@ pub const SETTINGS_FILE: &str = "settings.toml";
 /// Settings that decide where, how fast, how closely watched and how long a run is, but not the numbers of
 /// the steps that it has made. The contents of model and data, as a chat template writes them, are compared
 /// by themselves, so their paths may change.
-const NEUTRAL: [&str; 28] = [
+const NEUTRAL: [&str; 29] = [
     "activations",
     "bad_records",
     "chat_template",
+    "chat_template_kwargs",
     "data",
     "dequantized_blocks",
     "early_stopping_patience",

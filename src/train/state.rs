@@ -18,7 +18,13 @@ use crate::plan::SumOrder;
 /// Counters and history.
 pub const STATE_FILE: &str = "state.json";
 /// Version of [`STATE_FILE`]'s layout.
-const FORMAT: u32 = 1;
+const FORMAT: u32 = 2;
+
+/// What every version's file has.
+#[derive(Deserialize)]
+struct Format {
+    format: u32,
+}
 
 /// What must not change between the sessions of one run.
 #[derive(Debug, Clone, PartialEq, Default, Serialize, Deserialize)]
@@ -138,12 +144,15 @@ impl TrainState {
     pub fn read(folder: &Path) -> Result<Self> {
         let path = folder.join(STATE_FILE);
         let text = fs::read(&path).map_err(|e| Error::io("read", &path, e))?;
-        let state: TrainState = serde_json::from_slice(&text)
-            .map_err(|e| Error::input(format_args!("{}: {e}", path.display())))?;
-        if state.format != FORMAT {
-            let (path, got) = (path.display(), state.format);
-            return Err(Error::input(format_args!("{path} has format {got}, expected {FORMAT}")));
+        let damaged = |e| Error::input(format_args!("{}: {e}", path.display()));
+        let Format { format } = serde_json::from_slice(&text).map_err(damaged)?;
+        if format != FORMAT {
+            let path = path.display();
+            return Err(Error::input(format_args!(
+                "{path} has format {format}, expected {FORMAT}"
+            ))
+            .hint("another version of Nibble wrote it, and can go on with it"));
         }
-        Ok(state)
+        serde_json::from_slice(&text).map_err(damaged)
     }
 }

@@ -6,9 +6,9 @@
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use nibble::data::ChatTokenizer;
 use nibble::data::chat::Chat;
 use nibble::data::template::ChatTemplate;
+use nibble::data::{ChatTokenizer, TemplateChoice};
 use serde_json::{Map, Value, json};
 
 /// 2024-07-26 09:05:03 UTC, when the generator's clock stands.
@@ -186,7 +186,8 @@ fn tokenizer(template: &str, bos: Option<&str>, added: &[&str]) -> ChatTokenizer
     let config = json!({"bos_token": bos, "eos_token": "</s>", "add_bos_token": bos.is_some()});
     std::fs::write(folder.path().join("tokenizer_config.json"), config.to_string()).unwrap();
     assert!(ChatTokenizer::open(folder.path()).unwrap().compile_template().unwrap().is_none());
-    ChatTokenizer::open_for(folder.path(), Some(template), None).unwrap()
+    let chosen = TemplateChoice { template: Some(template.into()), ..TemplateChoice::default() };
+    ChatTokenizer::open_for(folder.path(), &chosen, None).unwrap()
 }
 
 /// Those that `--chat-template` knows by name write what the published ones do, of text.

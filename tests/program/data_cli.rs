@@ -311,11 +311,12 @@ fn texts_that_a_template_rendered_are_noted() {
     let plain = r#"{"text": "A nibble is four bits.<|im_end|>"}"#;
     let rendered =
         r#"{"text": "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\nYes?<|im_end|>\n"}"#;
-    let says = "note  texts rendered by a chat template, trained with all that was asked: of `messages` only \
+    let says = "note  texts rendered by a chat template, whose questions are trained, too: of `messages` only \
                 answers are: 1 (chat.jsonl:2)";
     let text = report(&format!("{plain}\n{rendered}\n"), &[]);
     assert!(text.contains(says), "{text}");
-    for (records, flags) in [(rendered, &["--train-on", "all"][..]), (plain, &[])] {
+    let joined = r#"{"text": "<|im_start|>One document.<|im_end|>Another, about [INST]."}"#;
+    for (records, flags) in [(rendered, &["--train-on", "all"][..]), (plain, &[]), (joined, &[])] {
         let text = report(&format!("{records}\n"), flags);
         assert!(!text.contains("rendered by a chat template"), "{text}");
     }

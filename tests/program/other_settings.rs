@@ -84,6 +84,15 @@ fn axolotl() {
     assert_answers(&answers("axolotl.toml"), &expected);
 }
 
+/// Not the same as leaving it out, which is 4 bits here.
+#[test]
+fn no_quantization_is_asked_for() {
+    let place = Workplace::new();
+    fs::write(place.path("run.toml"), "quantization_bit = \"none\"\n").unwrap();
+    let (code, text) = fail(place.train("run", &["--config", "run.toml"]));
+    assert!(code == 2 && text.contains("\"none\" for none"), "{text}");
+}
+
 /// LLaMA-Factory's example once every answer was followed: nothing else is asked for.
 #[test]
 fn a_file_whose_answers_were_followed_is_trained() {

@@ -14,6 +14,8 @@ use without_flag::WITHOUT_FLAG;
 /// When a setting of another program asks for something that Nibble does not do by itself.
 #[derive(Debug, Clone, Copy)]
 enum Asks {
+    /// With every value, also with none.
+    EvenEmpty,
     /// With every value.
     Always,
     /// Unless it is one of these, in lower case: what Nibble does anyway.
@@ -43,9 +45,9 @@ impl Asks {
     fn with(self, value: &str) -> bool {
         let value = value.to_lowercase();
         let is_empty = ["", "none", "null"].contains(&&*value);
-        !is_empty
+        (!is_empty || matches!(self, Asks::EvenEmpty))
             && match self {
-                Asks::Always => true,
+                Asks::EvenEmpty | Asks::Always => true,
                 Asks::Unless(idle) => !idle.contains(&&*value),
                 Asks::Never => false,
             }

@@ -90,13 +90,13 @@ pub(super) const VALUES: [(&str, Asks, &str, &str); 46] = [
     ("padding-free", Asks::Always, "packing", "there is never any padding"),
     (
         "quantization-bit",
-        Asks::Always,
+        Asks::EvenEmpty,
         "quantization",
-        "\"nf4\", the default, for 4; 8 is not supported",
+        "\"nf4\", the default, for 4, \"none\" for none; 8 is not supported",
     ),
     (
         "quantization-method",
-        Asks::Always,
+        Asks::EvenEmpty,
         "quantization",
         "\"nf4\" or \"fp4\" for bnb; a base that is 4-bit already is used as stored",
     ),

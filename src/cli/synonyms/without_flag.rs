@@ -81,7 +81,7 @@ pub(super) const WITHOUT_FLAG: [(&str, Asks, &str); 163] = [
     (
         "enable-thinking",
         Asks::Always,
-        "a field of a record: `\"chat_template_kwargs\": {\"enable_thinking\": true}`",
+        "a variable of the chat template: `--chat-template-kwargs '{\"enable_thinking\": true}'`",
     ),
     ("eos-token", Asks::Always, "leave it out: turns end as the chat template ends them"),
     (

@@ -26,7 +26,7 @@ use crate::printed;
 /// would stop.
 pub fn run(args: &DataArgs) -> Result<()> {
     super::threads::set(args.threads)?;
-    let (template, adapter) = (args.format.chat_template.as_deref(), args.adapter.as_deref());
+    let (template, adapter) = (&args.format.template_choice(), args.adapter.as_deref());
     let spec = spec(args)?;
     if let Some(adapter) = adapter {
         PeftAdapter::open(adapter, &spec)?;

@@ -129,10 +129,7 @@ fn checks(audit: &Audit, options: &DataOptions, tokenizer: &ChatTokenizer) -> Ve
             "prompts of plain text, without the chat template that `instruction` and `output` go through",
             &report.bare_prompts,
         ),
-        (
-            "texts rendered by a chat template, trained with all that was asked: of `messages` only answers are",
-            &report.rendered_texts,
-        ),
+        (&format!("texts {}", reading::RENDERED_TEXTS), &report.rendered_texts),
     ];
     all.extend(notes(report, found));
     all.extend(unknown_roles(report, options));

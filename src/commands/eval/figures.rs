@@ -91,10 +91,15 @@ impl Scores {
     }
 
     /// Writes a table, or JSON, to stdout; nothing where nothing was measured.
-    pub(super) fn print(&self, as_json: bool, predicted: Option<&Predicted>) {
+    pub(super) fn print(
+        &self,
+        as_json: bool,
+        adapters: &[NamedAdapter],
+        predicted: Option<&Predicted>,
+    ) {
         let Some(any) = self.rows().next().map(|(_, figures)| figures) else { return };
         if as_json {
-            println!("{:#}", self.json(any, predicted));
+            println!("{:#}", self.json(any, adapters, predicted));
             return;
         }
         let documents = any.documents;
@@ -126,21 +131,28 @@ impl Scores {
         base.chain(self.adapters.iter().map(|(name, figures)| (name.as_str(), figures)))
     }
 
-    /// The only adapter is `adapter`; several are by name in `adapters`.
-    fn json(&self, any: &Figures, predicted: Option<&Predicted>) -> Value {
+    /// The only adapter is `adapter`; several are by name in `adapters`. Those that could not be measured are
+    /// null.
+    fn json(
+        &self,
+        any: &Figures,
+        adapters: &[NamedAdapter],
+        predicted: Option<&Predicted>,
+    ) -> Value {
         let mut out = json!({
             "documents": any.documents,
             "targets": any.targets,
             "base": self.base.as_ref().map(Figures::json),
             "predictions": predicted.map(Predicted::json),
         });
-        match &self.adapters[..] {
-            [] => out["adapter"] = Value::Null,
-            [(name, figures)] if name == ADAPTER => out["adapter"] = figures.json(),
-            named => {
-                let named = named.iter().map(|(name, figures)| (name.clone(), figures.json()));
-                out["adapters"] = named.collect::<Map<_, _>>().into();
-            }
+        let measured = |index: usize| self.adapters.get(index).map(|(_, figures)| figures.json());
+        if let [_, _, ..] = adapters {
+            let named = adapters.iter().enumerate();
+            let named =
+                named.map(|(index, adapter)| (adapter.name.clone(), measured(index).into()));
+            out["adapters"] = named.collect::<Map<_, _>>().into();
+        } else {
+            out["adapter"] = measured(0).into();
         }
         out
     }

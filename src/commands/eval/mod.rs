@@ -14,6 +14,7 @@ use crate::checkpoint::atomic::AtomicFile;
 use crate::checkpoint::{Checkpoint, is_there};
 use crate::cli::adapters::{NamedAdapter, check_names};
 use crate::cli::eval::EvalArgs;
+use crate::cli::train::SEED;
 use crate::data::files::in_words;
 use crate::data::{Batch, ChatTokenizer, Dataset, Document, Encoder};
 use crate::error::{Error, Result};
@@ -51,6 +52,10 @@ fn check_flags(args: &EvalArgs) -> Result<()> {
     if args.predictions.is_some() && args.predictions == args.save_logits {
         let what = "`--predictions` and `--save-logits` name one file";
         return Err(Error::usage(what).hint("give each a name of its own"));
+    }
+    if args.seed.is_some() && args.validation_split.is_none() {
+        return Err(Error::usage("`--seed` has no effect without `--validation-split`")
+            .hint("give the `--validation-split` of the run, or leave the seed out"));
     }
     check_names(&args.adapter)?;
     let [_, _, ..] = &args.adapter[..] else { return Ok(()) };
@@ -112,10 +117,10 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
         asked.map(make).transpose()
     };
     match scored.and_then(save) {
-        Ok(predicted) => scores.print(args.json, predicted.as_ref()),
+        Ok(predicted) => scores.print(args.json, &args.adapter, predicted.as_ref()),
         Err(error) => {
             // Figures that are there are shown, whatever became of the rest.
-            scores.print(args.json, None);
+            scores.print(args.json, &args.adapter, None);
             return Err(error);
         }
     }
@@ -143,12 +148,13 @@ fn prepare_files(args: &EvalArgs) -> Result<(Interrupt, [Option<AtomicFile>; 2])
 /// The data as the first adapter reads them. Figures of adapters can be compared only where all read the same.
 fn read_data(args: &EvalArgs, spec: &ModelSpec) -> Result<(Dataset, ChatTokenizer)> {
     let options = args.format.options(args.max_length, spec);
-    let (model, template) = (&args.base.model, args.format.chat_template.as_deref());
+    let (model, template) = (&args.base.model, &args.format.template_choice());
     let load = |tokenizer: &ChatTokenizer| {
         let encoder = Encoder::new(tokenizer, spec.vocab_size, options.train_on)?;
         let mut dataset = reading::load(&args.data, &encoder, &options)?;
         if let Some(share) = args.validation_split.filter(|&share| share > 0.0) {
-            dataset.documents = reading::hold_out(dataset.documents, share, args.seed)?.1;
+            dataset.documents =
+                reading::hold_out(dataset.documents, share, args.seed.unwrap_or(SEED))?.1;
         }
         Ok(dataset)
     };

@@ -190,11 +190,21 @@ fn warn(args: &TrainArgs, base: &Base, recipe: &Recipe, max_steps: u64, progress
         ));
     }
     if max_steps < FEW_STEPS && args.optimization.max_steps.is_none() {
-        let accumulated = recipe.gradient_accumulation_steps;
+        let smaller = [
+            ("gradient-accumulation-steps", recipe.gradient_accumulation_steps),
+            ("per-device-train-batch-size", recipe.per_device_train_batch_size),
+        ];
+        let smaller = smaller.iter().filter(|(_, now)| *now > 1);
+        let smaller: String = smaller
+            .map(|(flag, now)| format!(", and so does a smaller `--{flag}` (here {now})"))
+            .collect();
+        let packed = match args.data.packing {
+            true => ", and so does `--packing false`",
+            false => "",
+        };
         progress.note(&format!(
-            "note: so few steps change a model little: a larger `--num-train-epochs` makes more of them, and so \
-             does a smaller `--gradient-accumulation-steps` (here {accumulated}) or `--max-length` (here {})",
-            args.data.max_length
+            "note: so few steps change a model little: a larger `--num-train-epochs` makes more of \
+             them{smaller}{packed}"
         ));
     }
     let warmup = recipe.warmup.steps(max_steps);
@@ -252,7 +262,7 @@ impl Base {
         let spec = spec_from_config(checkpoint.config())?;
         check_stored(&checkpoint, &spec)?;
         super::notes::unexpected_tensors(&checkpoint, &spec);
-        let template = args.data.format.chat_template.as_deref();
+        let template = &args.data.format.template_choice();
         let tokenizer = ChatTokenizer::open_for(model, template, begins_with);
         let tokenizer = tokenizer.map_err(|error| match error {
             Error::Usage(_) if args.output.resume => error.hint(

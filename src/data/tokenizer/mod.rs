@@ -21,6 +21,7 @@ use super::ends::TurnEnds;
 use super::known_templates::{KnownTemplate, unknown_template};
 use super::strftime::unix_seconds_now;
 use super::template::ChatTemplate;
+use super::template_choice::TemplateChoice;
 use super::template_sources::TemplateSources;
 use super::tokenizer_files::TokenizerFiles;
 use crate::error::{Error, Result};
@@ -37,6 +38,8 @@ pub struct ChatTokenizer {
     eos_ids: Vec<u32>,
     add_bos_token: bool,
     templates: Option<TemplateSources>,
+    /// What templates see by default, beside the special tokens.
+    template_kwargs: Map<String, Value>,
     /// The templates of the tokenizer's files, and how many of `eos_ids` are from there.
     own: (Option<TemplateSources>, usize),
     /// The folder or file that the tokenizer was read from.
@@ -83,7 +86,7 @@ impl ChatTokenizer {
     /// # Errors
     /// As [`open`](ChatTokenizer::open); `Usage` for an unknown name; `Input` when a template does not
     /// compile.
-    pub fn open_for(model: &Path, chosen: Option<&str>, adapter: Option<&Path>) -> Result<Self> {
+    pub fn open_for(model: &Path, chosen: &TemplateChoice, adapter: Option<&Path>) -> Result<Self> {
         let mut tokenizer = Self::open_beside(home(model, adapter), model)?;
         tokenizer.choose_templates(chosen, adapter)?;
         Ok(tokenizer)
@@ -96,7 +99,7 @@ impl ChatTokenizer {
     pub fn open_again(
         &self,
         model: &Path,
-        chosen: Option<&str>,
+        chosen: &TemplateChoice,
         adapter: Option<&Path>,
     ) -> Result<Self> {
         if home(model, adapter) != self.home {
@@ -112,19 +115,42 @@ impl ChatTokenizer {
         self.home == other.home && self.templates == other.templates
     }
 
-    fn choose_templates(&mut self, chosen: Option<&str>, adapter: Option<&Path>) -> Result<()> {
-        let (sources, place) = match (chosen, adapter) {
+    fn choose_templates(&mut self, chosen: &TemplateChoice, adapter: Option<&Path>) -> Result<()> {
+        let (sources, place) = match (chosen.template.as_deref(), adapter) {
             (Some(name), _) => (Some(self.named(name)?), Path::new(name)),
             (None, Some(folder)) => (TemplateSources::of_adapter(folder)?, folder),
             (None, None) => (None, Path::new("")),
         };
         let is_other = sources.is_some();
         self.templates = sources.or_else(|| self.own.0.clone());
+        self.template_kwargs = chosen.kwargs.clone();
         if is_other {
             self.compile_template().map_err(|error| error.at(place.display()))?;
         }
+        self.check_kwargs()?;
         self.learn_turn_end();
         Ok(())
+    }
+
+    /// A variable that the template does not read would be given in vain.
+    fn check_kwargs(&self) -> Result<()> {
+        if self.template_kwargs.is_empty() {
+            return Ok(());
+        }
+        let Some(template) = self.compile_template()? else {
+            let what = "`--chat-template-kwargs`: the tokenizer has no chat template";
+            return Err(Error::usage(what).hint("choose one by `--chat-template`"));
+        };
+        let known = template.variables();
+        let Some(name) = self.template_kwargs.keys().find(|name| !known.contains(*name)) else {
+            return Ok(());
+        };
+        let what = format_args!("`--chat-template-kwargs`: the chat template reads no `{name}`");
+        let known: Vec<String> = known.iter().map(|name| format!("`{name}`")).collect();
+        Err(Error::usage(what).hint(match &known[..] {
+            [] => "it has no variables: leave the flag out".to_string(),
+            known => format!("it reads {}", known.join(", ")),
+        }))
     }
 
     /// A template that is known by name, or that of a file.
@@ -325,7 +351,9 @@ impl ChatTokenizer {
     /// As there.
     pub fn compile_template_at(&self, unix_seconds: u64) -> Result<Option<ChatTemplate>> {
         let Some(sources) = &self.templates else { return Ok(None) };
-        let compile = |source: &str| ChatTemplate::at(unix_seconds, source, self.special_tokens());
+        let mut seen = self.special_tokens();
+        seen.extend(self.template_kwargs.clone());
+        let compile = |source: &str| ChatTemplate::at(unix_seconds, source, seen.clone());
         let template = compile(&sources.chat)?;
         let tool_use = sources.tool_use.as_deref().map(compile).transpose()?;
         Ok(Some(template.with_tool_use(tool_use)))
@@ -340,6 +368,17 @@ impl ChatTokenizer {
     pub fn added_tokens(&self) -> Vec<String> {
         let added = self.tokenizer.get_added_tokens_decoder();
         added.into_values().map(|token| token.content).collect()
+    }
+
+    /// The added tokens that the chat template writes, and Mistral's and Llama 2's marks, which need not be tokens.
+    pub(super) fn template_tokens(&self) -> Vec<String> {
+        let Some(sources) = &self.templates else { return Vec::new() };
+        let mut tokens = self.added_tokens();
+        tokens.extend(["[INST]", "[/INST]"].map(String::from));
+        tokens.sort_unstable();
+        tokens.dedup();
+        tokens.retain(|token| !token.trim().is_empty() && sources.chat.contains(token.as_str()));
+        tokens
     }
 
     /// Whether the token `id` takes the spaces behind it, as markers of some models do.

@@ -4,7 +4,7 @@ use std::path::{Path, PathBuf};
 
 use candle_core::quantized::gguf_file::Value as Metadata;
 use candle_core::quantized::tokenizer::TokenizerFromGguf;
-use serde_json::Value;
+use serde_json::{Map, Value};
 use tokenizers::Tokenizer;
 
 use super::{ChatTokenizer, SpecialToken, puts_in_front};
@@ -50,6 +50,7 @@ impl ChatTokenizer {
             eos_ids,
             add_bos_token: adds || config["add_bos_token"] == true,
             templates: TemplateSources::of_folder(folder, &config)?,
+            template_kwargs: Map::new(),
             own: (None, 0),
             home: PathBuf::new(),
             tokenizer,
@@ -95,6 +96,7 @@ impl ChatTokenizer {
             eos,
             add_bos_token: adds_bos,
             templates: TemplateSources::of_gguf(|key| text(key).cloned()),
+            template_kwargs: Map::new(),
             own: (None, 0),
             home: PathBuf::new(),
             tokenizer,

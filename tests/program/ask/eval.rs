@@ -225,10 +225,21 @@ fn the_settings_may_be_those_of_a_run() {
     // What was held out is known by the seed.
     let split = ["--validation-split", "0.25", "--seed", "7", "--max-steps", "2"];
     let run = succeed(place.train("split", &[&flags[2..], &split].concat()));
-    let got = figures(&["--config", "split/settings.toml", "--adapter", "split"]);
+    let split = ["--config", "split/settings.toml", "--adapter", "split"];
+    let got = figures(&split);
     let loss = got["adapter"]["loss"].as_f64().unwrap();
     assert_eq!(got["documents"], 6);
     assert!(stderr(&run).contains(&format!("step 2: eval loss {loss:.4}")), "{loss}");
+    // Files of the command line are whole, and a split of the command line is one of the run's data.
+    let documents = |flags: &[&str]| figures(flags)["documents"].as_u64().unwrap();
+    assert_eq!(documents(&[&split[..], &["--data", "eval.jsonl"]].concat()), 4);
+    assert_eq!(documents(&[&split[..], &["--data", "train.jsonl"]].concat()), 24);
+    assert_eq!(documents(&[&split[..], &["--validation-split", "0.5"]].concat()), 12);
+    assert_eq!(documents(&[&settings[..], &["--validation-split", "0.5"]].concat()), 12);
+    let other = figures(&[&split[..], &["--seed", "8"]].concat());
+    assert!(other["documents"] == 6 && other["adapter"] != got["adapter"], "{other}");
+    let (code, text) = fail(place.nibble(&[&["eval", "--seed", "8"][..], &typed].concat()));
+    assert!(code == 2 && text.contains("`--seed` has no effect without"), "{text}");
     // The data that were trained on are none to evaluate.
     succeed(place.train("blind", &["--max-steps", "1"]));
     let (code, text) = fail(place.nibble(&["eval", "--config", "blind/settings.toml"]));

@@ -66,6 +66,28 @@ fn a_file_is_used_in_place_of_what_the_model_brings() {
 }
 
 #[test]
+fn a_template_may_be_given_variables() {
+    let place = place();
+    let template = TEMPLATE.replace("w93 ", "w93 {% if think %}w50 {% endif %}");
+    fs::write(place.path("thinks.jinja"), template).unwrap();
+    let flags = ["--prompt", "w5 w6", "--chat-template", "thinks.jinja"];
+    let said = |think: bool| {
+        let kwargs = json!({ "think": think }).to_string();
+        generate(&place, &[&flags[..], &["--chat-template-kwargs", &kwargs]].concat())
+    };
+    let raw = |prompt: &str| generate(&place, &["--raw", "--prompt", prompt]);
+    assert_eq!(said(true), raw("w92 w5 w6 w93 w50"));
+    assert_eq!(said(false), raw("w92 w5 w6 w93"));
+    assert_ne!(said(true), said(false));
+    let chats = ["--chat-template", "thinks.jinja", "--chat-template-kwargs", r#"{"think": true}"#];
+    let (answers, _) = chat(&place, &chats, &["w5 w6"]);
+    assert_eq!(answers, [six_words(&said(true))]);
+    let plain = ["generate", "--model", "model", "--prompt", "w5", "--chat-template-kwargs"];
+    let (code, text) = fail(place.nibble(&[&plain[..], &["{\"think\": 1}"]].concat()));
+    assert!(code == 2 && text.contains("the tokenizer has no chat template\nhint: "), "{text}");
+}
+
+#[test]
 fn what_cannot_be_a_template_is_refused() {
     let place = place();
     let refused = |name: &str| {

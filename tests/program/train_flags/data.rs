@@ -159,7 +159,10 @@ fn validation_split() {
     write_lengths(&runs, "one.jsonl", &[90]);
     let one = "data=one.jsonl max-length=16 truncation=split validation-split=0.2";
     let error = runs.refused(one);
-    assert!(error.contains("`--validation-split 0.2`: there is one record to split"), "{error}");
+    assert!(
+        error.contains("`--validation-split 0.2`: there is one record, or all are the same"),
+        "{error}"
+    );
     let said = "validation split: 6 of the documents held out, 18 to train on";
     assert!(run.said.contains(said), "{}", run.said);
     assert_eq!(training(&run)["documents"], 18);
@@ -191,6 +194,40 @@ fn format() {
     };
     // text: three words, and an end
     assert_eq!((tokens("tokens"), tokens("text")), (5, 4));
+}
+
+#[test]
+fn chat_template_kwargs() {
+    let runs = Runs::new();
+    let source = "{% for m in messages %}{{ m.content }} {% if think | default(true) %}w9 {% endif %}w2 \
+                  {% endfor %}";
+    fs::write(runs.place.path("turns.jinja"), source).unwrap();
+    let record = |kwargs: Value| {
+        let turn = |role: &str| json!({"role": role, "content": "w3 w4"});
+        let messages = ["user", "assistant"].map(turn);
+        json!({"messages": messages, "chat_template_kwargs": kwargs}).to_string()
+    };
+    let records = [record(Value::Null), record(json!({"think": true}))].join("\n");
+    fs::write(runs.place.path("chat.jsonl"), records).unwrap();
+    let kwargs = |text: &str| {
+        let toml = format!("chat_template = \"turns.jinja\"\nchat_template_kwargs = '{text}'\n");
+        fs::write(runs.place.path("kwargs.toml"), toml).unwrap();
+        "data=chat.jsonl config=kwargs.toml"
+    };
+    let tokens = |run: &Run| training(run)["tokens"].as_u64().unwrap();
+    let [by_default, without] = ["{}", r#"{"think": false}"#].map(|text| {
+        let run = runs.train(kwargs(text));
+        let again = runs.train(&format!("data=chat.jsonl config={}/settings.toml", run.out));
+        assert_eq!(tokens(&again), tokens(&run));
+        tokens(&run)
+    });
+    assert_eq!(by_default - without, 2, "of the record that says nothing itself");
+    let error = runs.refused(kwargs(r#"{"enable_thinking": false}"#));
+    let says = "`--chat-template-kwargs`: the chat template reads no `enable_thinking`\n\
+                hint: it reads `think`";
+    assert!(error.contains(says), "{error}");
+    let error = runs.refused(kwargs("think"));
+    assert!(error.contains("expected a JSON object"), "{error}");
 }
 
 #[test]

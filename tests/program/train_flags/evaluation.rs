@@ -44,10 +44,18 @@ fn eval_strategy() {
     assert_eq!(end.numbers("eval", "step"), [13.0]);
     let some = runs.train(&format!("{data} eval-strategy=steps eval-steps=0.5"));
     assert_eq!(some.numbers("eval", "step").len(), 2);
+    // An interval on the command line is not outdone by a file.
+    let toml = "eval_strategy = \"epoch\"\nsave_strategy = \"no\"\n";
+    std::fs::write(runs.place.path("when.toml"), toml).unwrap();
+    let typed = runs.train(&format!("{data} config=when.toml eval-steps=4 save-steps=6"));
+    assert_eq!(typed.numbers("eval", "step"), [4.0, 8.0, 12.0, 13.0]);
+    assert!([6, 12].iter().any(|step| typed.checkpoints().contains(step)));
+    let filed = runs.train(&format!("{data} config=when.toml"));
+    assert_eq!(filed.numbers("eval", "step"), [5.0, 10.0, 13.0]);
     let error = runs.refused(&format!("{data} eval-strategy=steps"));
     assert!(error.contains("`--eval-strategy steps` needs `--eval-steps`\nhint: "), "{error}");
     let error = runs.refused(&format!("{data} eval-strategy=no early-stopping-patience=1"));
-    assert!(error.contains("`--early-stopping-patience` needs `--eval-steps`"), "{error}");
+    assert!(error.contains("`--early-stopping-patience` excludes `--eval-strategy no`"), "{error}");
     let error = runs.refused("max-steps=1 eval-strategy=epoch");
     assert!(error.contains("`--eval-strategy` needs evaluation data"), "{error}");
 }
