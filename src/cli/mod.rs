@@ -2,6 +2,7 @@
 
 pub mod adapters;
 pub mod arguments;
+mod combinations;
 pub mod complete;
 pub mod completions;
 pub mod data;

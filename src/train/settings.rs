@@ -11,7 +11,7 @@ pub const SETTINGS_FILE: &str = "settings.toml";
 /// Settings that decide where, how fast, how closely watched and how long a run is, but not the numbers of
 /// the steps that it has made. The contents of model and data, as a chat template writes them, are compared
 /// by themselves, so their paths may change.
-const NEUTRAL: [&str; 29] = [
+const NEUTRAL: [&str; 28] = [
     "activations",
     "bad_records",
     "chat_template",
@@ -25,8 +25,6 @@ const NEUTRAL: [&str; 29] = [
     "eval_strategy",
     "load_best_model_at_end",
     "logging_steps",
-    // Of a run that an earlier version began: a flag without effect.
-    "loraplus_lr_embedding",
     "max_steps",
     "memory_budget",
     "model",
