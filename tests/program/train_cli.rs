@@ -347,10 +347,12 @@ fn what_a_run_does_not_do_is_said() {
     let short = said("short", &["--max-steps", "1", "--warmup-steps", "1"]);
     assert!(short.contains("warning: all of the run (1 step) is warmup"), "{short}");
     let few = said("few", &[]);
-    assert!(
-        few.contains("note: so few steps change a model little: a larger `--num-train"),
-        "{few}"
-    );
+    let note = "note: so few steps change a model little; more of them come of a larger \
+                `--num-train-epochs`, a smaller `--gradient-accumulation-steps` (here 4) or `--packing false`\n";
+    assert!(few.contains(note), "{few}");
+    let flags = ["--gradient-accumulation-steps", "1", "--packing", "false"];
+    let few = said("alone", &[&flags[..], &["--num-train-epochs", "0.5"]].concat());
+    assert!(few.contains("come of a larger `--num-train-epochs`\n"), "{few}");
     assert!(short.contains("computing on the CPU, 2 threads"), "{short}");
     let flags = ["--max-steps", "2", "--warmup-steps", "1"];
     let quiet = said("quiet", &flags);

@@ -182,6 +182,24 @@ fn tell_of_steps(recipe: &Recipe, num_batches: usize, progress: &Progress) {
     progress.note(&format!("{steps}, {each} in each pass over the data"));
 }
 
+/// The settings that give a run more steps, for people.
+fn more_steps(recipe: &Recipe, packs: bool) -> String {
+    let smaller = [
+        ("gradient-accumulation-steps", recipe.gradient_accumulation_steps),
+        ("per-device-train-batch-size", recipe.per_device_train_batch_size),
+    ];
+    let smaller = smaller.iter().filter(|(_, now)| *now > 1);
+    let smaller = smaller.map(|(flag, now)| format!("a smaller `--{flag}` (here {now})"));
+    let unpacked = packs.then(|| "`--packing false`".to_string());
+    let others: Vec<String> = smaller.chain(unpacked).collect();
+    let epochs = "a larger `--num-train-epochs`";
+    match others.split_last() {
+        None => epochs.to_string(),
+        Some((last, [])) => format!("{epochs} or {last}"),
+        Some((last, rest)) => format!("{epochs}, {} or {last}", rest.join(", ")),
+    }
+}
+
 /// What a user may not expect of the run.
 fn warn(args: &TrainArgs, base: &Base, recipe: &Recipe, max_steps: u64, progress: &Progress) {
     if let Some((key, probability)) = base_dropout(base.checkpoint.config()) {
@@ -190,21 +208,9 @@ fn warn(args: &TrainArgs, base: &Base, recipe: &Recipe, max_steps: u64, progress
         ));
     }
     if max_steps < FEW_STEPS && args.optimization.max_steps.is_none() {
-        let smaller = [
-            ("gradient-accumulation-steps", recipe.gradient_accumulation_steps),
-            ("per-device-train-batch-size", recipe.per_device_train_batch_size),
-        ];
-        let smaller = smaller.iter().filter(|(_, now)| *now > 1);
-        let smaller: String = smaller
-            .map(|(flag, now)| format!(", and so does a smaller `--{flag}` (here {now})"))
-            .collect();
-        let packed = match args.data.packing {
-            true => ", and so does `--packing false`",
-            false => "",
-        };
         progress.note(&format!(
-            "note: so few steps change a model little: a larger `--num-train-epochs` makes more of \
-             them{smaller}{packed}"
+            "note: so few steps change a model little; more of them come of {}",
+            more_steps(recipe, args.data.packing)
         ));
     }
     let warmup = recipe.warmup.steps(max_steps);
