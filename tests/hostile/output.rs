@@ -134,7 +134,7 @@ fn a_state_that_is_damaged() {
             "--max-steps",
             "2",
         ]);
-        assert_refused(&place, command, 1, &["every checkpoint in out is damaged", file]);
+        assert_refused(&place, command, 1, &["no checkpoint in out can be resumed from", file]);
         fs::write(&path, bytes).unwrap();
     }
 }

@@ -207,8 +207,11 @@ fn find(out: &Path, progress: &Progress) -> Result<Option<Found>> {
             progress.note("warning: no checkpoint to resume from; starting at step 0");
         }
         None => {
-            let what = format!("every checkpoint in {} is damaged", out.display());
-            return Err(Error::input(what).hint("start again in another `--out`"));
+            let what = format!("no checkpoint in {} can be resumed from", out.display());
+            return Err(Error::input(what).hint(
+                "the warnings say why; start again in another `--out`, with a checkpoint's adapter as \
+                 `--init-adapter` if that is intact",
+            ));
         }
     }
     Ok(found)
