@@ -7,7 +7,7 @@ use nibble_quant::{BlockFormat, FloatType};
 use serde_json::Value;
 
 use crate::checkpoint::repack::quantize;
-use crate::checkpoint::tensor_errors::{check_shape, unusable};
+use crate::checkpoint::tensor_errors::{check_scales, check_shape};
 use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, Weight};
 use crate::error::{Error, Result};
 use crate::model::spec::{TensorRole, TensorSpec};
@@ -189,7 +189,7 @@ fn read(checkpoint: &Checkpoint, name: &str) -> Result<Weight> {
 fn stored(checkpoint: &Checkpoint, spec: &TensorSpec, name: &str) -> Result<BaseWeight> {
     let weight = match read(checkpoint, name)? {
         Weight::Packed(packed) => check_shape(name, &packed.shape(), &spec.shape_in_file(true))
-            .and_then(|()| packed.check_scales().map_err(|e| unusable(name, &e)))
+            .and_then(|()| check_scales(name, &packed))
             .map(|()| BaseWeight::Dequantized(packed.dequantize())),
         Weight::Dense(dense) => check_shape(name, &dense.shape, &spec.shape_in_file(false))
             .and_then(|()| dense.check_finite(name))

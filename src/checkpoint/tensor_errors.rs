@@ -2,6 +2,8 @@
 
 use std::fmt::Display;
 
+use nibble_quant::PackedWeight;
+
 use crate::error::{Error, Result, candle_text};
 
 /// The way out of a weight that is NaN or infinite.
@@ -31,4 +33,12 @@ pub fn not_finite(name: &str, shape: &[usize], index: usize, value: f32) -> Erro
 /// An error for a tensor whose blocks cannot be packed or read, since some value or scale is not finite.
 pub fn unusable(name: &str, error: &candle_core::Error) -> Error {
     Error::input(format_args!("tensor {name}: {}", candle_text(error))).hint(NOT_FINITE)
+}
+
+/// Refuses blocks with scales that are not finite: see [`PackedWeight::check_scales`].
+///
+/// # Errors
+/// `Input` naming the tensor, called `name`, and the first such scale.
+pub fn check_scales(name: &str, packed: &PackedWeight) -> Result<()> {
+    packed.check_scales().map_err(|e| unusable(name, &e))
 }

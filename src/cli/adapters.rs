@@ -64,11 +64,16 @@ pub fn check_names(adapters: &[NamedAdapter]) -> Result<()> {
 mod tests {
     use super::*;
 
+    fn named(text: &str) -> std::result::Result<NamedAdapter, String> {
+        text.parse()
+    }
+
+    fn adapter(name: &str, folder: &str) -> NamedAdapter {
+        NamedAdapter { name: name.into(), folder: folder.into() }
+    }
+
     #[test]
     fn an_adapter_is_called_by_name_or_by_its_folder() {
-        let named = |text: &str| text.parse::<NamedAdapter>();
-        let adapter =
-            |name: &str, folder: &str| NamedAdapter { name: name.into(), folder: folder.into() };
         assert_eq!(named("a=b/c"), Ok(adapter("a", "b/c")));
         assert_eq!(named("b/c"), Ok(adapter("c", "b/c")));
         let here = std::env::current_dir().unwrap();
@@ -79,9 +84,6 @@ mod tests {
 
     #[test]
     fn a_path_may_hold_the_sign_behind_a_name() {
-        let named = |text: &str| text.parse::<NamedAdapter>();
-        let adapter =
-            |name: &str, folder: &str| NamedAdapter { name: name.into(), folder: folder.into() };
         assert_eq!(named("./od=d"), Ok(adapter("od=d", "./od=d")));
         assert_eq!(named("runs/lr=1e-4"), Ok(adapter("lr=1e-4", "runs/lr=1e-4")));
         assert_eq!(named("a=runs/lr=1e-4"), Ok(adapter("a", "runs/lr=1e-4")));

@@ -28,15 +28,11 @@ impl TrainArgs {
             return Err(Error::usage("`--eval-strategy steps` needs `--eval-steps`")
                 .hint("say how many steps lie between two evaluations"));
         }
-        let evaluates_often = match e.eval_strategy {
-            Some(when) => when != IntervalStrategy::No,
-            None => e.eval_steps.is_some(),
-        };
         if e.early_stopping_patience.is_some() && e.eval_strategy == Some(IntervalStrategy::No) {
             return Err(Error::usage("`--early-stopping-patience` excludes `--eval-strategy no`")
                 .hint("patience counts evaluations: use `epoch`, or `steps` with `--eval-steps`"));
         }
-        if e.early_stopping_patience.is_some() && !evaluates_often {
+        if e.early_stopping_patience.is_some() && e.every().is_none() {
             return Err(Error::usage("`--early-stopping-patience` needs `--eval-steps`").hint(
                 "patience counts evaluations: say how many steps lie between two, or use \
                  `--eval-strategy epoch`",

@@ -16,12 +16,12 @@ pub enum IntervalStrategy {
 }
 
 impl IntervalStrategy {
-    /// How often that is, where `steps` is the interval that was given.
-    pub(super) fn every(chosen: Option<Self>, steps: Every) -> Every {
+    /// How often that is, whatever interval is given; none where that decides.
+    pub(super) fn every(chosen: Option<Self>) -> Option<Every> {
         match chosen {
-            Some(IntervalStrategy::No) => Every::Run,
-            Some(IntervalStrategy::Epoch) => Every::Epoch,
-            Some(IntervalStrategy::Steps) | None => steps,
+            Some(IntervalStrategy::No) => Some(Every::Run),
+            Some(IntervalStrategy::Epoch) => Some(Every::Epoch),
+            Some(IntervalStrategy::Steps) | None => None,
         }
     }
 }

@@ -357,6 +357,13 @@ pub struct ResourceArgs {
     pub memory_budget: Option<ByteSize>,
 }
 
+impl EvaluationArgs {
+    /// How often there is an evaluation; once, at the end, where nothing is said.
+    pub(super) fn every(&self) -> Option<Every> {
+        IntervalStrategy::every(self.eval_strategy).or(self.eval_steps)
+    }
+}
+
 impl TrainArgs {
     /// The settings of the training loop, for a pass over the data of `num_batches` forward passes.
     pub fn recipe(&self, num_batches: usize) -> Recipe {
@@ -365,10 +372,7 @@ impl TrainArgs {
         let gradient_accumulation_steps = o.gradient_accumulation_steps.get();
         let each = steps_per_epoch(num_batches, gradient_accumulation_steps);
         let steps = |every: Every| every.steps(length.steps(each), each);
-        let evaluates = e.eval_steps.is_some() || e.eval_strategy.is_some();
-        let eval_every =
-            IntervalStrategy::every(e.eval_strategy, e.eval_steps.unwrap_or(Every::Run));
-        let save_every = IntervalStrategy::every(self.output.save_strategy, self.output.save_steps);
+        let (save_strategy, save_steps) = (self.output.save_strategy, self.output.save_steps);
         Recipe {
             per_device_train_batch_size: o.per_device_train_batch_size.get(),
             gradient_accumulation_steps,
@@ -387,13 +391,13 @@ impl TrainArgs {
             loraplus: self.lora.loraplus(),
             logging_steps: steps(e.logging_steps),
             evaluation: EvalRecipe {
-                steps: evaluates.then(|| steps(eval_every)),
+                steps: e.every().map(steps),
                 patience: e.early_stopping_patience,
                 threshold: e.early_stopping_threshold,
                 load_best_at_end: e.load_best_model_at_end,
             },
             saving: SaveRecipe {
-                steps: steps(save_every),
+                steps: steps(IntervalStrategy::every(save_strategy).unwrap_or(save_steps)),
                 total_limit: self.output.save_total_limit.get(),
             },
             sample_steps: e.sample_steps,

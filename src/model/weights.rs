@@ -10,7 +10,7 @@ use super::spec::{BlockHalf, LinearRole, LinearSpec, ModelSpec, Norm};
 use super::streaming::WeightStream;
 use crate::adapter::{LoraTarget, Merge};
 use crate::checkpoint::repack::quantize;
-use crate::checkpoint::tensor_errors::{check_shape, unusable};
+use crate::checkpoint::tensor_errors::{check_scales, check_shape};
 use crate::checkpoint::{Checkpoint, CheckpointKind, DenseTensor, StoredType, Weight};
 use crate::error::{Error, Result};
 use crate::kernels::cpu::{Cpu, FrozenMatrix};
@@ -228,7 +228,7 @@ impl Reader<'_> {
     /// Blocks are used where they lie in the file; their scales are looked at here.
     fn packed(&self, name: &str, packed: PackedWeight, shape: [usize; 2]) -> Result<FrozenMatrix> {
         check_shape(name, &packed.shape(), &shape)?;
-        packed.check_scales().map_err(|e| unusable(name, &e))?;
+        check_scales(name, &packed)?;
         self.source.release(name);
         Ok(FrozenMatrix::Packed(packed))
     }

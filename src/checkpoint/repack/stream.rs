@@ -8,7 +8,7 @@ use rayon::prelude::*;
 
 use super::summary::{RoleSummary, Sums};
 use super::{Repack, Step, quantize};
-use crate::checkpoint::tensor_errors::{not_finite, unusable};
+use crate::checkpoint::tensor_errors::{check_scales, not_finite, unusable};
 use crate::checkpoint::writer::{Contents, ShardWriter};
 use crate::checkpoint::{Checkpoint, DenseTensor, Elements, Weight};
 use crate::error::{Error, Result};
@@ -166,7 +166,7 @@ impl Repack<'_> {
         if step.packed.is_some() {
             let packed = self.pack(step, &source)?;
             if source.packed().is_some_and(|from| from.format() == packed.format()) {
-                packed.check_scales().map_err(|e| unusable(&step.name, &e))?;
+                check_scales(&step.name, &packed)?;
                 return Ok(hand_over(Owned::Packed(packed, true)).then_some(Change::Nothing));
             }
             let taken = hand_over(Owned::Packed(packed.clone(), false));

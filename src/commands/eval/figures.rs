@@ -1,6 +1,5 @@
 //! What models make of a file: measured one after another, shown side by side.
 
-use indicatif::ProgressBar;
 use serde_json::{Map, Value, json};
 
 use super::super::progress_bar;
@@ -20,13 +19,13 @@ pub(super) const BASE: &str = "base";
 /// What an adapter is called that is the only one.
 const ADAPTER: &str = "adapter";
 
-/// Figures of the base and of each adapter.
-#[derive(Default)]
-pub(super) struct Scores {
+/// Figures of the base and of adapters.
+pub(super) struct Scores<'a> {
+    adapters: &'a [NamedAdapter],
     /// None where every adapter is merged into the weights.
     base: Option<Figures>,
-    /// By name.
-    adapters: Vec<(String, Figures)>,
+    /// Of the first adapters, as many as could be measured.
+    adapted: Vec<Figures>,
 }
 
 /// What a model makes of the file.
@@ -41,30 +40,32 @@ struct Figures {
     documents_right: usize,
 }
 
-impl Scores {
-    /// Measures the base and `adapters`, the first of which `model` comes with.
+impl<'a> Scores<'a> {
+    /// Nothing is measured yet.
+    pub(super) fn new(adapters: &'a [NamedAdapter]) -> Self {
+        Scores { adapters, base: None, adapted: Vec::new() }
+    }
+
+    /// Measures the base and the adapters, the first of which `model` comes with.
     ///
     /// # Errors
     /// What is wrong with an adapter, `Budget` and `Interrupted`; what was measured before stays.
     pub(super) fn measure<K: Kernels>(
         &mut self,
-        adapters: &[NamedAdapter],
         model: &mut AdaptedModel<K>,
         batches: &[Batch],
         interrupt: &Interrupt,
     ) -> Result<()> {
         self.measure_base(model, batches, interrupt)?;
-        for (index, NamedAdapter { name, folder }) in adapters.iter().enumerate() {
+        for (index, adapter) in self.adapters.iter().enumerate() {
             if index > 0 {
-                let adapter = model.open_adapter(folder)?;
-                model.set_adapter(Some(adapter))?;
+                let other = model.open_adapter(&adapter.folder)?;
+                model.set_adapter(Some(other))?;
                 self.measure_base(model, batches, interrupt)?;
             }
-            let name = if adapters.len() == 1 { ADAPTER } else { name };
-            let bar = progress_bar::over_count(&format!("scoring {name}"), documents(batches));
-            let model = model.model_mut()?;
-            let figures = Figures::measure(model, batches, Variant::Adapted, &bar, interrupt)?;
-            self.adapters.push((name.to_string(), figures));
+            let (name, model) = (self.name(adapter), model.model_mut()?);
+            let figures = Figures::measure(model, batches, Variant::Adapted, name, interrupt)?;
+            self.adapted.push(figures);
         }
         if self.base.is_none() {
             eprintln!(
@@ -83,23 +84,17 @@ impl Scores {
         interrupt: &Interrupt,
     ) -> Result<()> {
         if self.base.is_none() && !model.is_merged() {
-            let bar = progress_bar::over_count(&format!("scoring {BASE}"), documents(batches));
             let model = model.model_mut()?;
-            self.base = Some(Figures::measure(model, batches, Variant::Base, &bar, interrupt)?);
+            self.base = Some(Figures::measure(model, batches, Variant::Base, BASE, interrupt)?);
         }
         Ok(())
     }
 
     /// Writes a table, or JSON, to stdout; nothing where nothing was measured.
-    pub(super) fn print(
-        &self,
-        as_json: bool,
-        adapters: &[NamedAdapter],
-        predicted: Option<&Predicted>,
-    ) {
+    pub(super) fn print(&self, as_json: bool, predicted: Option<&Predicted>) {
         let Some(any) = self.rows().next().map(|(_, figures)| figures) else { return };
         if as_json {
-            println!("{:#}", self.json(any, adapters, predicted));
+            println!("{:#}", self.json(any, predicted));
             return;
         }
         let documents = any.documents;
@@ -128,31 +123,31 @@ impl Scores {
 
     fn rows(&self) -> impl Iterator<Item = (&str, &Figures)> {
         let base = self.base.iter().map(|figures| (BASE, figures));
-        base.chain(self.adapters.iter().map(|(name, figures)| (name.as_str(), figures)))
+        let adapted = self.adapters.iter().zip(&self.adapted);
+        base.chain(adapted.map(|(adapter, figures)| (self.name(adapter), figures)))
+    }
+
+    /// What a row is called.
+    fn name(&self, adapter: &'a NamedAdapter) -> &'a str {
+        if self.adapters.len() == 1 { ADAPTER } else { &adapter.name }
     }
 
     /// The only adapter is `adapter`; several are by name in `adapters`. Those that could not be measured are
     /// null.
-    fn json(
-        &self,
-        any: &Figures,
-        adapters: &[NamedAdapter],
-        predicted: Option<&Predicted>,
-    ) -> Value {
+    fn json(&self, any: &Figures, predicted: Option<&Predicted>) -> Value {
         let mut out = json!({
             "documents": any.documents,
             "targets": any.targets,
             "base": self.base.as_ref().map(Figures::json),
             "predictions": predicted.map(Predicted::json),
         });
-        let measured = |index: usize| self.adapters.get(index).map(|(_, figures)| figures.json());
-        if let [_, _, ..] = adapters {
-            let named = adapters.iter().enumerate();
-            let named =
-                named.map(|(index, adapter)| (adapter.name.clone(), measured(index).into()));
+        let measured = |index: usize| self.adapted.get(index).map(Figures::json).into();
+        if let [_, _, ..] = self.adapters {
+            let named = self.adapters.iter().enumerate();
+            let named = named.map(|(index, adapter)| (adapter.name.clone(), measured(index)));
             out["adapters"] = named.collect::<Map<_, _>>().into();
         } else {
-            out["adapter"] = measured(0).into();
+            out["adapter"] = measured(0);
         }
         out
     }
@@ -164,10 +159,12 @@ impl Figures {
         model: &mut Model<K>,
         batches: &[Batch],
         variant: Variant,
-        bar: &ProgressBar,
+        name: &str,
         interrupt: &Interrupt,
     ) -> Result<Self> {
         let mut figures = Figures::default();
+        let documents = batches.iter().map(|batch| batch.lines.len()).sum();
+        let bar = progress_bar::over_count(&format!("scoring {name}"), documents);
         for batch in batches {
             interrupt.check()?;
             bar.set_position(figures.documents as u64);
@@ -198,10 +195,6 @@ impl Figures {
             "exact_match": self.documents_right as f64 / self.documents as f64,
         })
     }
-}
-
-fn documents(batches: &[Batch]) -> usize {
-    batches.iter().map(|batch| batch.lines.len()).sum()
 }
 
 fn documents_right(batch: &Batch, likeliest: &[bool]) -> usize {

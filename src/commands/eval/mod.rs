@@ -103,8 +103,8 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
         predictions.as_ref().map(Predictions::shorter),
     )?;
     let (interrupt, [logits_file, answers_file]) = prepare_files(args)?;
-    let mut scores = Scores::default();
-    let scored = scores.measure(&args.adapter, &mut model, &batches, &interrupt);
+    let mut scores = Scores::new(&args.adapter);
+    let scored = scores.measure(&mut model, &batches, &interrupt);
     let save = |()| {
         let asked = logits.zip(logits_file);
         let write =
@@ -117,10 +117,10 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
         asked.map(make).transpose()
     };
     match scored.and_then(save) {
-        Ok(predicted) => scores.print(args.json, &args.adapter, predicted.as_ref()),
+        Ok(predicted) => scores.print(args.json, predicted.as_ref()),
         Err(error) => {
             // Figures that are there are shown, whatever became of the rest.
-            scores.print(args.json, &args.adapter, None);
+            scores.print(args.json, None);
             return Err(error);
         }
     }
