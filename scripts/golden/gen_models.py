@@ -112,6 +112,66 @@ CASES = {
             num_hidden_layers=4,
             **RT(5000000.0),
         ),
+        "granite_s0": c(
+            "granite",
+            90,
+            LLA,
+            tie_word_embeddings=True,
+            extra=dict(
+                embedding_multiplier=3.0,
+                residual_multiplier=0.22,
+                attention_multiplier=0.1,
+                logits_scaling=4.0,
+            ),
+            **RT(10000000.0),
+        ),
+        "granite4_s0": c(
+            "granitemoehybrid",
+            95,
+            [*LLA[:4], "input_linear", "output_linear"],
+            tie_word_embeddings=True,
+            extra=dict(
+                embedding_multiplier=3.0,
+                residual_multiplier=0.22,
+                attention_multiplier=0.1,
+                logits_scaling=4.0,
+                num_local_experts=0,
+                num_experts_per_tok=0,
+                shared_intermediate_size=96,
+                position_embedding_type="rope",
+                layer_types=["full_attention"] * 2,
+                mamba_n_heads=4,
+            ),
+            **RT(10000000.0),
+        ),
+        "seed_oss_s0": c("seed_oss", 100, LLA, extra=dict(head_dim=24, residual_dropout=0.0), **RT(1e7)),
+        "glm4_s0": c(
+            "glm4",
+            105,
+            [*LLA[:4], "gate_up_proj", "down_proj"],
+            extra=dict(head_dim=16),
+            **RT(10000.0, partial_rotary_factor=0.5),
+        ),
+        "olmo2_s0": c("olmo2", 110, LLA, **RT(500000.0)),
+        "olmo3_s0": c(
+            "olmo3",
+            115,
+            LLA,
+            num_hidden_layers=4,
+            extra=dict(sliding_window=8),
+            rope_parameters=dict(
+                full_attention=dict(
+                    rope_type="yarn",
+                    rope_theta=500000.0,
+                    factor=8.0,
+                    original_max_position_embeddings=16,
+                    attention_factor=1.2079441541679836,
+                    beta_fast=32.0,
+                    beta_slow=1.0,
+                ),
+                sliding_attention=dict(rope_type="default", rope_theta=500000.0),
+            ),
+        ),
         "gemma_s0": c(
             "gemma",
             50,
@@ -311,15 +371,18 @@ def make(name, spec, out):
     v4 = dict(js)
     rp = v4.pop("rope_parameters", None)
     if rp and "full_attention" in rp:
-        v4["rope_local_base_freq"] = rp["sliding_attention"]["rope_theta"]
+        if spec["model_type"].startswith("gemma"):
+            v4["rope_local_base_freq"] = rp["sliding_attention"]["rope_theta"]
+            v4["sliding_window_pattern"] = 2
         rp = rp["full_attention"]
-        v4["sliding_window_pattern"] = 2
     if spec["model_type"].startswith("gemma"):
         v4.pop("layer_types", None)
     if rp:
         rp = dict(rp)
         v4["rope_theta"] = rp.pop("rope_theta", 10000.0)
         prf = rp.pop("partial_rotary_factor", None)
+        if spec["model_type"] == "glm4":
+            v4["partial_rotary_factor"] = prf
         if spec["model_type"] == "phi3":
             v4["partial_rotary_factor"] = prf
             # transformers 4 has it outside.

@@ -1,7 +1,9 @@
 //! Small specs for this module's tests, by their `config.json` in `tests/data`.
 
 use crate::model::names::Names;
-use crate::model::spec::{Activation, Family, ModelSpec, Norm, Projections, RopeScaling, Rotary};
+use crate::model::spec::{
+    Activation, Family, ModelSpec, Norm, Projections, RopeScaling, Rotary, RotaryPairs,
+};
 
 /// A Llama of `num_layers` blocks: D 64, F 160, 4 heads of 16, 2 key heads, V 128, untied.
 pub fn llama(num_layers: usize) -> ModelSpec {
@@ -17,19 +19,23 @@ pub fn llama(num_layers: usize) -> ModelSpec {
         norm: Norm::Rms,
         norm_eps: 1e-6,
         norm_plus_one: false,
+        pre_norms: true,
         post_norms: false,
         embedding_scale: 1.0,
+        residual_scale: 1.0,
+        logit_divisor: 1.0,
         activation: Activation::Silu,
         projections: Projections::Separate,
         names: &Names::LLAMA,
         rotary: Some(Rotary { theta: 10_000.0, scaling: RopeScaling::Default }),
         rotary_dim: 16,
+        rotary_pairs: RotaryPairs::Halves,
         local_rotary: None,
         query_scaling: None,
         rotates: vec![true; num_layers],
         learned_positions: None,
         qkv_bias: false,
-        qk_norm: false,
+        qk_norm: None,
         attention_scale: 0.25,
         attention_soft_cap: None,
         logit_soft_cap: None,

@@ -32,21 +32,18 @@ impl Adapter {
             ("adapter.type".to_string(), text("lora")),
             ("adapter.lora.alpha".to_string(), Metadata::F32(alpha)),
         ];
-        let describe = |target: &LoraTarget| {
-            let weight = format!("{}.weight", target.module);
-            let name = architecture.tensor(&weight).ok_or_else(|| {
+        let names = |target: &LoraTarget| {
+            let names = architecture.tensors(&format!("{}.weight", target.module));
+            names.ok_or_else(|| {
                 Error::input(format_args!("module {} has no name in GGUF", target.module))
-            })?;
-            let part =
-                |part: &str, shape| Description { name: format!("{name}.{part}"), shape, dtype };
-            let a = part("lora_a", vec![target.shape.rank, target.shape.in_features]);
-            Ok([a, part("lora_b", vec![target.shape.out_features, target.shape.rank])])
+            })
         };
-        let descriptions: Vec<[Description; 2]> =
-            self.targets.iter().map(describe).collect::<Result<_>>()?;
-        let mut writer =
-            GgufWriter::create(file, &metadata, descriptions.into_iter().flatten().collect())?;
-        for (target, LoraTensors { a, b }) in self.targets.iter().zip(&self.tensors) {
+        let names: Vec<Vec<String>> = self.targets.iter().map(names).collect::<Result<_>>()?;
+        let described = self.targets.iter().zip(&names);
+        let described = described.flat_map(|(target, names)| descriptions(target, names, dtype));
+        let mut writer = GgufWriter::create(file, &metadata, described.collect())?;
+        let tensors = self.targets.iter().zip(&self.tensors).zip(&names);
+        for ((target, LoraTensors { a, b }), names) in tensors {
             let factor = target.shape.scale * target.shape.rank as f32 / alpha;
             let turned = architecture.interleaves_heads()
                 && matches!(target.role, LinearRole::Q | LinearRole::K);
@@ -57,7 +54,8 @@ impl Adapter {
                     .map(|x| x * factor)
             };
             let b: Vec<f32> = (0..target.shape.out_features).flat_map(rows).collect();
-            for values in [a, &b] {
+            let parts = b.chunks(b.len() / names.len());
+            for values in parts.flat_map(|b| [&a[..], b]) {
                 let bytes = encoded(values, dtype)
                     .ok_or_else(|| does_not_fit("adapter", &target.module, values, dtype))?;
                 writer.append(&bytes)?;
@@ -66,4 +64,18 @@ impl Adapter {
         }
         writer.finish()
     }
+}
+
+/// A and B for each of the tensors that share the rows of a target's weight: A is the same for all.
+fn descriptions(target: &LoraTarget, names: &[String], dtype: GgmlDType) -> Vec<Description> {
+    let [a, b] = [
+        [target.shape.rank, target.shape.in_features],
+        [target.shape.out_features / names.len(), target.shape.rank],
+    ];
+    let matrix = |name: &str, letter: char, shape: [usize; 2]| Description {
+        name: format!("{name}.lora_{letter}"),
+        shape: shape.to_vec(),
+        dtype,
+    };
+    names.iter().flat_map(|name| [matrix(name, 'a', a), matrix(name, 'b', b)]).collect()
 }

@@ -18,7 +18,7 @@ pub struct AttentionInputs<'a, B> {
 
 /// Attention inside documents; rows of `qkv` are `[q | k | v]`, as [`AttentionShape`] says.
 pub trait AttentionKernels: Storage {
-    /// `to = [norm(q) | norm(k) | v]` of the rows of `qkv`, each head of q and k by itself.
+    /// `to = [norm(q) | norm(k) | v]` of the rows of `qkv`: of each head, or of as much as a norm is wide.
     fn head_norms(
         &self,
         norms: &HeadNorms<Self::Vector>,

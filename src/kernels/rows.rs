@@ -63,6 +63,16 @@ pub trait RowKernels: Storage {
     /// `to[rows[i]] = from[i]`.
     fn scatter_rows(&self, from: &Self::Buffer, rows: &[u32], to: &mut Self::Buffer, width: usize);
 
+    /// `to = from`, or `+=`: `rows` of `width`.
+    fn copy_rows(
+        &self,
+        from: &Self::Buffer,
+        to: &mut Self::Buffer,
+        rows: usize,
+        width: usize,
+        write: Write,
+    );
+
     /// Copies `elements`, from and to the given offsets.
     fn copy(&self, from: (&Self::Buffer, usize), to: (&mut Self::Buffer, usize), elements: usize);
 

@@ -2,7 +2,7 @@
 
 use crate::adapter::LoraShape;
 use crate::error::Result;
-use crate::model::spec::{ModelSpec, Norm};
+use crate::model::spec::{ModelSpec, Norm, RotaryPairs};
 use crate::random::Stream;
 
 /// A band of columns in a wider row: where it starts, how wide it is, and how far rows are apart.
@@ -126,6 +126,8 @@ pub struct AttentionShape {
     pub head_dim: usize,
     /// The first elements of a head, which rotary embedding turns.
     pub rotary_dim: usize,
+    /// Which of these make a pair.
+    pub rotary_pairs: RotaryPairs,
     /// Keys that a query sees, itself included; `None` is all before it.
     pub window: Option<usize>,
     /// Factor on the scores.
@@ -142,6 +144,7 @@ impl AttentionShape {
             num_kv_heads,
             head_dim,
             rotary_dim: head_dim,
+            rotary_pairs: RotaryPairs::Halves,
             window: None,
             scale: 1.0 / (head_dim as f32).sqrt(),
             soft_cap: None,
@@ -212,12 +215,12 @@ pub struct UniformNoise {
     pub first: u64,
 }
 
-/// The RMS norms of a block's heads, each `[head_dim]`: one for every head of q, one for those of k.
+/// The RMS norms of q and k of a block: `[head_dim]` for every head of it, or as wide as all of it.
 #[derive(Debug, Clone)]
 pub struct HeadNorms<V> {
-    /// The norm of the heads of q.
+    /// The norm of q.
     pub q: NormParameters<V>,
-    /// The norm of the heads of k.
+    /// The norm of k.
     pub k: NormParameters<V>,
 }
 

@@ -2,8 +2,9 @@
 //! `merge` writes.
 
 use std::collections::HashSet;
+use std::fmt::Display;
 
-use super::spec::{ModelSpec, Norm, TensorRole, TensorSpec};
+use super::spec::{ModelSpec, Norm, QkNorm, TensorRole, TensorSpec};
 use crate::error::{Error, Result};
 
 impl ModelSpec {
@@ -28,23 +29,30 @@ impl ModelSpec {
     }
 
     /// Module paths of block `layer`'s norms: before attention, before the MLP.
-    pub fn layer_norm_modules(&self, layer: usize) -> [String; 2] {
+    pub fn layer_norm_modules(&self, layer: usize) -> Option<[String; 2]> {
         let (prefix, names) = (self.layer_prefix(layer), self.names);
-        let second = if self.post_norms { "pre_feedforward_layernorm" } else { names.second_norm };
-        [format!("{prefix}.{}", names.first_norm), format!("{prefix}.{second}")]
+        let names = [names.first_norm, names.second_norm];
+        self.pre_norms.then(|| names.map(|name| format!("{prefix}.{name}")))
     }
 
     /// Module paths of the norms of what block `layer` adds to the stream: of attention, of the MLP.
     pub fn post_norm_modules(&self, layer: usize) -> Option<[String; 2]> {
         let prefix = self.layer_prefix(layer);
-        let names = ["post_attention_layernorm", "post_feedforward_layernorm"];
-        self.post_norms.then(|| names.map(|name| format!("{prefix}.{name}")))
+        self.post_norms.then(|| self.names.post_norms.map(|name| format!("{prefix}.{name}")))
     }
 
-    /// Module paths of the norms of block `layer`'s heads: of q, of k.
+    /// Module paths of the norms of q and k in block `layer`.
     pub fn head_norm_modules(&self, layer: usize) -> Option<[String; 2]> {
         let prefix = self.layer_prefix(layer);
-        self.qk_norm.then(|| ["q", "k"].map(|what| format!("{prefix}.self_attn.{what}_norm")))
+        self.qk_norm.map(|_| ["q", "k"].map(|what| format!("{prefix}.self_attn.{what}_norm")))
+    }
+
+    /// Widths of these norms.
+    pub fn head_norm_widths(&self) -> Option<[usize; 2]> {
+        self.qk_norm.map(|norm| match norm {
+            QkNorm::Heads => [self.head_dim; 2],
+            QkNorm::Whole => [self.q_width(), self.kv_width()],
+        })
     }
 
     /// Every tensor of the model, in checkpoint order: embedding, blocks, final norm, head.
@@ -57,8 +65,9 @@ impl ModelSpec {
             out.push(plain(name.to_string(), vec![rows, d], TensorRole::Positions));
         }
         for layer in 0..self.num_layers {
-            let [first, second] = self.layer_norm_modules(layer);
-            self.push_norm(&mut out, &first, d);
+            let [first, second] =
+                self.layer_norm_modules(layer).map_or([None, None], |it| it.map(Some));
+            self.push_norms(&mut out, first, d);
             for linear in self.linears(layer) {
                 out.push(TensorSpec {
                     name: format!("{}.weight", linear.module),
@@ -71,15 +80,14 @@ impl ModelSpec {
                     out.push(plain(name, vec![linear.out_features], TensorRole::Bias));
                 }
             }
-            for module in self.head_norm_modules(layer).into_iter().flatten() {
-                self.push_norm(&mut out, &module, self.head_dim);
+            let heads = self.head_norm_modules(layer).into_iter().flatten();
+            for (module, width) in heads.zip(self.head_norm_widths().into_iter().flatten()) {
+                self.push_norms(&mut out, [module], width);
             }
-            self.push_norm(&mut out, &second, d);
-            for module in self.post_norm_modules(layer).into_iter().flatten() {
-                self.push_norm(&mut out, &module, d);
-            }
+            self.push_norms(&mut out, second, d);
+            self.push_norms(&mut out, self.post_norm_modules(layer).into_iter().flatten(), d);
         }
-        self.push_norm(&mut out, self.final_norm_module(), d);
+        self.push_norms(&mut out, [self.final_norm_module()], d);
         if !self.tie_word_embeddings {
             out.push(self.head_tensor());
         }
@@ -116,14 +124,21 @@ impl ModelSpec {
         })
     }
 
-    fn push_norm(&self, out: &mut Vec<TensorSpec>, module: &str, width: usize) {
+    fn push_norms(
+        &self,
+        out: &mut Vec<TensorSpec>,
+        modules: impl IntoIterator<Item = impl Display>,
+        width: usize,
+    ) {
         let suffixes: &[&str] =
             if self.norm == Norm::Layer { &["weight", "bias"] } else { &["weight"] };
-        out.extend(suffixes.iter().map(|suffix| TensorSpec {
-            name: format!("{module}.{suffix}"),
-            shape: vec![width],
-            role: TensorRole::Norm,
-            transposed: false,
-        }));
+        for module in modules {
+            out.extend(suffixes.iter().map(|suffix| TensorSpec {
+                name: format!("{module}.{suffix}"),
+                shape: vec![width],
+                role: TensorRole::Norm,
+                transposed: false,
+            }));
+        }
     }
 }

@@ -11,6 +11,10 @@ pub enum Projections {
     Separate,
     /// q, k and v in one, gate and up in another: Phi-3's.
     Fused,
+    /// Llama's, but gate and up in one: GLM-4's.
+    FusedGateUp,
+    /// The same under other names: Granite 4's.
+    SharedMlp,
     /// q, k and v in one, no gate; stored `[in, out]`: GPT-2's `Conv1D`.
     Conv1d,
 }
@@ -135,7 +139,9 @@ impl Projections {
     pub fn mlp(self) -> MlpKind {
         match self {
             Projections::Separate => MlpKind::Gated,
-            Projections::Fused => MlpKind::FusedGated,
+            Projections::Fused | Projections::FusedGateUp | Projections::SharedMlp => {
+                MlpKind::FusedGated
+            }
             Projections::Conv1d => MlpKind::Plain,
         }
     }
@@ -163,6 +169,22 @@ impl Projections {
                 (O, "self_attn.o_proj", Width::Query, Width::Stream),
                 (Up, "mlp.gate_up_proj", Width::Stream, Width::GateUp),
                 (Down, "mlp.down_proj", Width::Mlp, Width::Stream),
+            ],
+            Projections::FusedGateUp => &[
+                (Q, "self_attn.q_proj", Width::Stream, Width::Query),
+                (K, "self_attn.k_proj", Width::Stream, Width::Key),
+                (V, "self_attn.v_proj", Width::Stream, Width::Key),
+                (O, "self_attn.o_proj", Width::Query, Width::Stream),
+                (Up, "mlp.gate_up_proj", Width::Stream, Width::GateUp),
+                (Down, "mlp.down_proj", Width::Mlp, Width::Stream),
+            ],
+            Projections::SharedMlp => &[
+                (Q, "self_attn.q_proj", Width::Stream, Width::Query),
+                (K, "self_attn.k_proj", Width::Stream, Width::Key),
+                (V, "self_attn.v_proj", Width::Stream, Width::Key),
+                (O, "self_attn.o_proj", Width::Query, Width::Stream),
+                (Up, "shared_mlp.input_linear", Width::Stream, Width::GateUp),
+                (Down, "shared_mlp.output_linear", Width::Mlp, Width::Stream),
             ],
             Projections::Conv1d => &[
                 (Qkv, "attn.c_attn", Width::Stream, Width::Qkv),

@@ -1,7 +1,7 @@
 //! Rotary position embedding: frequencies of every `rope_type` and the tables of cos and sin.
 //!
-//! Pair `j` of a head turns by `position · inv_freq[j]`, in Hugging Face's `rotate_half` layout:
-//! `y[j] = x[j]·cos − x[j + d/2]·sin`, `y[j + d/2] = x[j + d/2]·cos + x[j]·sin`.
+//! Pair `j` of a head turns by `position · inv_freq[j]`: `[a, b] ← [a·cos − b·sin, b·cos + a·sin]`, a and b
+//! as [`RotaryPairs`](super::spec::RotaryPairs) says.
 //! Sources: transformers `modeling_rope_utils.py`; YaRN, arXiv 2309.00071; LongRoPE, 2402.13753;
 //! RoFormer, 2104.09864.
 

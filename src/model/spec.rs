@@ -21,6 +21,18 @@ pub enum Family {
     Qwen3,
     /// `SmolLM3ForCausalLM`: Llama, of which some layers turn nothing.
     SmolLm3,
+    /// `GraniteForCausalLM`: Llama with factors on embeddings, scores, halves of blocks and logits.
+    Granite,
+    /// `GraniteMoeHybridForCausalLM` without experts and Mamba: Granite 4, gate and up fused.
+    GraniteMoeHybrid,
+    /// `SeedOssForCausalLM`: Llama with biases on q, k and v.
+    SeedOss,
+    /// `Glm4ForCausalLM`: four norms, fused gate and up, neighbours turned as pairs.
+    Glm4,
+    /// `Olmo2ForCausalLM`: Llama with norms behind attention and MLP alone, and one of q and k.
+    Olmo2,
+    /// `Olmo3ForCausalLM`: OLMo 2 with windows, whose layers do without a rope scaling.
+    Olmo3,
     /// `GemmaForCausalLM`: norms of 1 + w, scaled embeddings, GELU.
     Gemma,
     /// `Gemma2ForCausalLM`: Gemma with norms behind attention and MLP, and capped scores and logits.
@@ -35,13 +47,19 @@ pub enum Family {
 
 impl Family {
     /// All families.
-    pub const ALL: [Family; 11] = [
+    pub const ALL: [Family; 17] = [
         Family::Llama,
         Family::Mistral,
         Family::Ministral3,
         Family::Qwen2,
         Family::Qwen3,
         Family::SmolLm3,
+        Family::Granite,
+        Family::GraniteMoeHybrid,
+        Family::SeedOss,
+        Family::Glm4,
+        Family::Olmo2,
+        Family::Olmo3,
         Family::Gemma,
         Family::Gemma2,
         Family::Gemma3,
@@ -65,6 +83,12 @@ impl Family {
             Family::Qwen2 => "qwen2",
             Family::Qwen3 => "qwen3",
             Family::SmolLm3 => "smollm3",
+            Family::Granite => "granite",
+            Family::GraniteMoeHybrid => "granitemoehybrid",
+            Family::SeedOss => "seed_oss",
+            Family::Glm4 => "glm4",
+            Family::Olmo2 => "olmo2",
+            Family::Olmo3 => "olmo3",
             Family::Gemma => "gemma",
             Family::Gemma2 => "gemma2",
             Family::Gemma3 => "gemma3_text",
@@ -82,6 +106,12 @@ impl Family {
             Family::Qwen2 => "Qwen2ForCausalLM",
             Family::Qwen3 => "Qwen3ForCausalLM",
             Family::SmolLm3 => "SmolLM3ForCausalLM",
+            Family::Granite => "GraniteForCausalLM",
+            Family::GraniteMoeHybrid => "GraniteMoeHybridForCausalLM",
+            Family::SeedOss => "SeedOssForCausalLM",
+            Family::Glm4 => "Glm4ForCausalLM",
+            Family::Olmo2 => "Olmo2ForCausalLM",
+            Family::Olmo3 => "Olmo3ForCausalLM",
             Family::Gemma => "GemmaForCausalLM",
             Family::Gemma2 => "Gemma2ForCausalLM",
             Family::Gemma3 => "Gemma3ForCausalLM",
@@ -100,6 +130,15 @@ pub enum Norm {
     Layer,
 }
 
+/// What the norms of q and k are of.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Each head by itself: one weight for all heads of q, one for those of k.
+    Heads,
+    /// All heads of q together, and all of k.
+    Whole,
+}
+
 /// The MLP's nonlinearity.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Activation {
@@ -111,7 +150,7 @@ pub enum Activation {
     GeluTanh,
 }
 
-/// Rotary position embedding, Hugging Face's `rotate_half` layout.
+/// Rotary position embedding.
 #[derive(Debug, Clone, PartialEq)]
 pub struct Rotary {
     /// Base of the geometric frequency series.
@@ -176,6 +215,15 @@ pub enum RopeScaling {
     },
 }
 
+/// Which elements of a head rotary embedding turns as a pair, of `rotary_dim` at its beginning.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum RotaryPairs {
+    /// j and j + rotary_dim/2: Hugging Face's `rotate_half` in most models.
+    Halves,
+    /// 2j and 2j + 1, as in the paper: GLM's.
+    Neighbours,
+}
+
 /// Llama 4's temperature of attention, in Ministral 3: q of the token at position p is multiplied by
 /// `1 + beta · ln(1 + ⌊p / original⌋)` after it is rotated. Source: transformers
 /// `modeling_ministral3.py`, `get_llama_4_attn_scale`.
@@ -220,10 +268,16 @@ pub struct ModelSpec {
     pub norm_eps: f64,
     /// Files hold the weights of norms less 1.
     pub norm_plus_one: bool,
+    /// What attention and the MLP read of the stream goes through norms; else they read it as it is.
+    pub pre_norms: bool,
     /// What attention and the MLP add to the stream goes through norms of its own.
     pub post_norms: bool,
-    /// Factor on the embeddings: 1, or Gemma's √D.
+    /// Factor on the embeddings: 1, Gemma's √D, or Granite's `embedding_multiplier`.
     pub embedding_scale: f32,
+    /// Factor on what attention and the MLP add to the stream: 1, or Granite's `residual_multiplier`.
+    pub residual_scale: f32,
+    /// What logits are divided by: 1, or Granite's `logits_scaling`.
+    pub logit_divisor: f32,
     /// Nonlinearity of the MLP.
     pub activation: Activation,
     /// Matrices of a block.
@@ -234,6 +288,8 @@ pub struct ModelSpec {
     pub rotary: Option<Rotary>,
     /// The first elements of each head, which it turns; the others stay as they are.
     pub rotary_dim: usize,
+    /// Which of them make a pair.
+    pub rotary_pairs: RotaryPairs,
     /// Rotary embedding of the layers with a window, where they have one of their own.
     pub local_rotary: Option<Rotary>,
     /// What q grows by with its position.
@@ -244,9 +300,9 @@ pub struct ModelSpec {
     pub learned_positions: Option<usize>,
     /// Bias on q, k, v.
     pub qkv_bias: bool,
-    /// Each head of q and of k goes through an RMS norm of its own before it is rotated.
-    pub qk_norm: bool,
-    /// Factor on the scores: `1 / sqrt(head_dim)` but for some Gemmas.
+    /// RMS norms of q and k before they are rotated.
+    pub qk_norm: Option<QkNorm>,
+    /// Factor on the scores: `1 / sqrt(head_dim)` but for Granites and some Gemmas.
     pub attention_scale: f32,
     /// c of `c·tanh(score / c)`.
     pub attention_soft_cap: Option<f32>,
@@ -323,6 +379,29 @@ impl TensorSpec {
 }
 
 impl ModelSpec {
+    /// Factor on the embeddings of a stream that is held divided by `residual_scale`.
+    ///
+    /// Where r is that factor, blocks are `x ← x + r·f(norm(x))`. With y = x / r they are
+    /// `y ← y + f(norm(r·y))`, whose norm is the norm of y with [another ε](Self::stream_norm_eps): no
+    /// operation knows of r.
+    pub fn stream_scale(&self) -> f32 {
+        self.embedding_scale / self.residual_scale
+    }
+
+    /// ε of a norm of that stream, of which `norm(r·y; ε) = norm(y; ε / r²)`.
+    pub fn stream_norm_eps(&self) -> f64 {
+        self.norm_eps / f64::from(self.residual_scale).powi(2)
+    }
+
+    /// Factor on noise that is added to the embeddings as transformers' module gives them: Gemmas' come with
+    /// their factor, those of a Granite are multiplied later.
+    pub fn noise_scale(&self) -> f32 {
+        match self.family {
+            Family::Granite | Family::GraniteMoeHybrid => self.stream_scale(),
+            _ => 1.0,
+        }
+    }
+
     /// Width of q: `H · head_dim`.
     pub fn q_width(&self) -> usize {
         self.num_heads * self.head_dim

@@ -80,8 +80,8 @@ impl Block<Cpu> {
         let vector = |vector| kernels.upload_vector(vector);
         let linears = self.linears.into_iter().map(|linear| linear.moved(kernels, matrix()));
         Ok(Block {
-            norm1: self.norm1.try_map(vector)?,
-            norm2: self.norm2.try_map(vector)?,
+            norm1: self.norm1.map(|norm| norm.try_map(vector)).transpose()?,
+            norm2: self.norm2.map(|norm| norm.try_map(vector)).transpose()?,
             head_norms: self.head_norms.map(|norms| norms.try_map(vector)).transpose()?,
             post_norms: self.post_norms.map(|norms| norms.try_map(vector)).transpose()?,
             linears: linears.collect::<Result<_>>()?,

@@ -118,7 +118,7 @@ impl Weights {
             embedding: reader.matrix(&weight(spec.embedding_module()), [v, d])?,
             positions,
             blocks: blocks.collect::<Result<_>>()?,
-            final_norm: reader.norm(spec.final_norm_module(), d)?,
+            final_norm: reader.final_norm()?,
             untied_head: head,
             streaming: None,
         };
@@ -263,13 +263,31 @@ impl Reader<'_> {
         Ok(NormParameters { kind, epsilon, weight, bias })
     }
 
+    /// A norm of the stream.
+    fn stream_norm(&self, module: &str) -> Result<NormParameters<Vec<f32>>> {
+        let norm = self.norm(module, self.spec.hidden_size)?;
+        Ok(NormParameters { epsilon: self.spec.stream_norm_eps() as f32, ..norm })
+    }
+
+    /// The norm before the head, which divides the logits.
+    fn final_norm(&self) -> Result<NormParameters<Vec<f32>>> {
+        let mut norm = self.stream_norm(self.spec.final_norm_module())?;
+        let divisor = self.spec.logit_divisor;
+        let values = norm.weight.iter_mut().chain(norm.bias.iter_mut().flatten());
+        values.for_each(|value| *value /= divisor);
+        Ok(norm)
+    }
+
     fn block(&self, layer: usize) -> Result<Block<Cpu>> {
         let spec = self.spec;
-        let ([first, second], d) = (spec.layer_norm_modules(layer), spec.hidden_size);
+        let norms = spec.layer_norm_modules(layer);
+        let [first, second] = norms.map_or([None, None], |modules| modules.map(Some));
+        let stream_norm =
+            |module: Option<String>| module.map(|it| self.stream_norm(&it)).transpose();
         let linears = spec.linears(layer).into_iter().map(|linear| self.linear(linear));
         Ok(Block {
-            norm1: self.norm(&first, d)?,
-            norm2: self.norm(&second, d)?,
+            norm1: stream_norm(first)?,
+            norm2: stream_norm(second)?,
             head_norms: self.head_norms(layer)?,
             post_norms: self.post_norms(layer)?,
             linears: linears.collect::<Result<_>>()?,
@@ -278,6 +296,7 @@ impl Reader<'_> {
                 num_kv_heads: spec.num_kv_heads,
                 head_dim: spec.head_dim,
                 rotary_dim: spec.rotary_dim,
+                rotary_pairs: spec.rotary_pairs,
                 window: spec.windows[layer],
                 scale: spec.attention_scale,
                 soft_cap: spec.attention_soft_cap,
@@ -291,9 +310,9 @@ impl Reader<'_> {
     }
 
     fn head_norms(&self, layer: usize) -> Result<Option<HeadNorms<Vec<f32>>>> {
-        let Some([q, k]) = self.spec.head_norm_modules(layer) else { return Ok(None) };
-        let width = self.spec.head_dim;
-        Ok(Some(HeadNorms { q: self.norm(&q, width)?, k: self.norm(&k, width)? }))
+        let (modules, widths) = (self.spec.head_norm_modules(layer), self.spec.head_norm_widths());
+        let Some(([q, k], widths)) = modules.zip(widths) else { return Ok(None) };
+        Ok(Some(HeadNorms { q: self.norm(&q, widths[0])?, k: self.norm(&k, widths[1])? }))
     }
 
     fn post_norms(&self, layer: usize) -> Result<Option<PostNorms<Vec<f32>>>> {

@@ -236,7 +236,7 @@ fn push_workspace(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) 
     let mut push = |region, elements| plan.push(RegionId::Work(region), elements);
     push(WorkRegion::Norm, t * d);
     push(WorkRegion::NormStats, t * 2);
-    if spec.qk_norm {
+    if spec.qk_norm.is_some() {
         push(WorkRegion::NormedQkv, t * qkv);
     }
     push(WorkRegion::Mlp, tile * f);

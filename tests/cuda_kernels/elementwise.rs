@@ -79,7 +79,8 @@ fn rotary_turns_and_turns_back() {
     in_every_order(|device| {
         let whole = [(3, 5, [32, 32], 192), (2, 3, [14, 14], 60), (2, 2, [128, 128], 400)];
         let parts = [(3, 3, [32, 16], 96), (2, 5, [128, 96], 648), (2, 3, [20, 16], 64)];
-        for (rows, heads, [head_dim, turned], stride) in whole.into_iter().chain(parts) {
+        let shapes = whole.into_iter().chain(parts).flat_map(|shape| [(shape, 0), (shape, 1)]);
+        for ((rows, heads, [head_dim, turned], stride), neighbours) in shapes {
             let (half, width) = (turned / 2, heads * head_dim);
             let x = normal_bf16(rows * width, "x");
             let angles = normal(rows * half, "angles");
@@ -89,15 +90,17 @@ fn rotary_turns_and_turns_back() {
             for backward in [0, 1] {
                 launch!(device, "rotary", [rows as u32, 1, 1], 64; &mut qkv[..], stride as i32,
                     &cos[..], &sin[..], NULL, 0, heads as i32, head_dim as i32, turned as i32,
-                    backward);
+                    neighbours, backward);
                 if backward == 0 {
                     let mut expected = wide(&x);
                     for (i, head) in expected.chunks_exact_mut(head_dim).enumerate() {
                         for j in 0..half {
                             let at = i / heads * half + j;
                             let (c, s) = (f64::from(cos[at]), f64::from(sin[at]));
-                            let (a, b) = (head[j], head[j + half]);
-                            (head[j], head[j + half]) = (a * c - b * s, b * c + a * s);
+                            let [first, second] =
+                                if neighbours == 1 { [2 * j, 2 * j + 1] } else { [j, j + half] };
+                            let (a, b) = (head[first], head[second]);
+                            (head[first], head[second]) = (a * c - b * s, b * c + a * s);
                         }
                     }
                     assert_close(&band(&qkv, width, stride), &expected, 1e-5, BF16_ROUNDING);
@@ -125,10 +128,10 @@ fn rotary_scales_queries_by_row() {
                 match scale {
                     Some(scale) => launch!(device, "rotary", grid, 64; &mut qkv[..], stride as i32,
                         &cos[..], &sin[..], scale, 2, heads as i32, head_dim as i32,
-                        head_dim as i32, backward),
+                        head_dim as i32, 0, backward),
                     None => launch!(device, "rotary", grid, 64; &mut qkv[..], stride as i32,
                         &cos[..], &sin[..], NULL, 2, heads as i32, head_dim as i32,
-                        head_dim as i32, backward),
+                        head_dim as i32, 0, backward),
                 }
                 band(&qkv, heads * head_dim, stride)
             };

@@ -1,5 +1,7 @@
 //! Norms against f64.
 
+use std::ops::Range;
+
 use half::bf16;
 
 use crate::emulator::{NULL, launch};
@@ -91,35 +93,82 @@ fn backward_adds_the_gradient() {
     });
 }
 
-/// Query heads, key heads, width of a head and room behind a row: aligned, odd, wider than a warp's
-/// vectors, more heads than warps.
-const HEADS: [(usize, usize, usize, usize); 5] =
-    [(4, 2, 24, 16), (3, 1, 16, 8), (2, 1, 7, 3), (2, 2, 320, 0), (5, 5, 64, 8)];
+/// The norms of q and k, and room behind a row.
+struct Norms {
+    q: (usize, usize),
+    k: (usize, usize),
+    v_width: usize,
+    room: usize,
+}
+
+impl Norms {
+    /// Heads of q and of k that are normed by themselves.
+    const fn heads(heads: usize, kv_heads: usize, head: usize, room: usize) -> Self {
+        Norms { q: (heads, head), k: (kv_heads, head), v_width: kv_heads * head, room }
+    }
+
+    /// A norm of all of q, and one of all of k.
+    const fn whole(q: usize, k: usize, room: usize) -> Self {
+        Norms { q: (1, q), k: (1, k), v_width: k, room }
+    }
+
+    fn width(&self) -> usize {
+        self.q.0 * self.q.1 + self.k.0 * self.k.1 + self.v_width
+    }
+
+    fn weights(&self) -> [Vec<f32>; 2] {
+        [normal(self.q.1, "q weight"), normal(self.k.1, "k weight")]
+    }
+
+    /// Where the norms of a row are, and whether they are of k.
+    fn bands(&self) -> Vec<(Range<usize>, usize)> {
+        let widths = [vec![self.q.1; self.q.0], vec![self.k.1; self.k.0]];
+        let mut first = 0;
+        let mut next = |of, width| {
+            first += width;
+            (first - width..first, of)
+        };
+        let widths = widths.into_iter().enumerate();
+        let bands = widths.flat_map(|(of, widths)| widths.into_iter().map(move |it| (of, it)));
+        bands.map(|(of, width)| next(of, width)).collect()
+    }
+
+    fn sizes(&self) -> [i32; 5] {
+        [self.q.0, self.k.0, self.q.1, self.k.1, self.v_width].map(|size| size as i32)
+    }
+}
+
+/// Aligned, odd, wider than a warp's vectors, more heads than warps; of all heads, aligned and odd.
+const NORMS: [Norms; 8] = [
+    Norms::heads(4, 2, 24, 16),
+    Norms::heads(3, 1, 16, 8),
+    Norms::heads(2, 1, 7, 3),
+    Norms::heads(2, 2, 320, 0),
+    Norms::heads(5, 5, 64, 8),
+    Norms::whole(520, 264, 16),
+    Norms::whole(256, 256, 0),
+    Norms::whole(35, 7, 3),
+];
 
 #[test]
-fn each_head_of_q_and_k_is_normed_by_itself() {
+fn q_and_k_are_normed_head_by_head_or_whole() {
     in_every_order(|device| {
-        for (heads, kv_heads, head, room) in HEADS {
-            let (rows, width) = (3, (heads + 2 * kv_heads) * head);
+        for norms in NORMS {
+            let (rows, width, room) = (3, norms.width(), norms.room);
             let qkv = normal_bf16(rows * width, "qkv");
-            let weights = [normal(head, "q weight"), normal(head, "k weight")];
+            let (weights, sizes) = (norms.weights(), norms.sizes());
             let mut to = vec![POISON; rows * (width + room)];
             launch!(device, "head_norms", [rows as u32, 1, 1], 64;
                 &with_stride(&qkv, width, width + 8)[..], width as i32 + 8, &weights[0][..],
-                &weights[1][..], 1e-5f32, &mut to[..], (width + room) as i32, heads as i32,
-                kv_heads as i32, head as i32);
-            let mut expected = Vec::new();
-            for (number, x) in wide(&qkv).chunks_exact(head).enumerate() {
-                let weight = match number % (heads + 2 * kv_heads) {
-                    at if at < heads => &weights[0],
-                    at if at < heads + kv_heads => &weights[1],
-                    _ => {
-                        expected.extend_from_slice(x);
-                        continue;
-                    }
-                };
-                let (_, rstd) = statistics(x, false, 1e-5);
-                expected.extend(x.iter().zip(weight).map(|(x, w)| x * rstd * f64::from(*w)));
+                &weights[1][..], 1e-5f32, &mut to[..], (width + room) as i32, sizes[0], sizes[1],
+                sizes[2], sizes[3], sizes[4]);
+            let mut expected = wide(&qkv);
+            for row in expected.chunks_exact_mut(width) {
+                for (band, of) in norms.bands() {
+                    let (_, rstd) = statistics(&row[band.clone()], false, 1e-5);
+                    let weighted = row[band].iter_mut().zip(&weights[of]);
+                    weighted.for_each(|(x, w)| *x *= rstd * f64::from(*w));
+                }
             }
             assert_close(&band(&to, width, width + room), &expected, 1e-5, BF16_ROUNDING);
         }
@@ -127,34 +176,35 @@ fn each_head_of_q_and_k_is_normed_by_itself() {
 }
 
 #[test]
-fn gradients_behind_the_norms_of_heads_become_those_before_them() {
+fn gradients_behind_the_norms_of_q_and_k_become_those_before_them() {
     in_every_order(|device| {
-        for (heads, kv_heads, head, room) in HEADS {
-            let (rows, width) = (3, (heads + 2 * kv_heads) * head);
+        for norms in NORMS {
+            let (rows, width, room) = (3, norms.width(), norms.room);
             let qkv = normal_bf16(rows * width, "qkv");
             let before = normal_bf16(rows * width, "dqkv");
-            let weights = [normal(head, "q weight"), normal(head, "k weight")];
+            let (weights, sizes) = (norms.weights(), norms.sizes());
             let mut dqkv = with_stride(&before, width, width + room);
             launch!(device, "head_norms_backward", [rows as u32, 1, 1], 64;
                 &with_stride(&qkv, width, width + 8)[..], width as i32 + 8, &weights[0][..],
-                &weights[1][..], 1e-5f32, &mut dqkv[..], (width + room) as i32, heads as i32,
-                kv_heads as i32, head as i32);
+                &weights[1][..], 1e-5f32, &mut dqkv[..], (width + room) as i32, sizes[0], sizes[1],
+                sizes[2], sizes[3], sizes[4]);
             let (qkv, mut expected) = (wide(&qkv), wide(&before));
-            for (number, d) in expected.chunks_exact_mut(head).enumerate() {
-                let x = &qkv[number * head..][..head];
-                let weight = match number % (heads + 2 * kv_heads) {
-                    at if at < heads => &weights[0],
-                    at if at < heads + kv_heads => &weights[1],
-                    _ => continue,
-                };
-                let (_, rstd) = statistics(x, false, 1e-5);
-                let g: Vec<f64> = d.iter().zip(weight).map(|(d, w)| d * f64::from(*w)).collect();
-                let along = g.iter().zip(x).map(|(g, x)| g * x * rstd).sum::<f64>() / head as f64;
-                for (i, d) in d.iter_mut().enumerate() {
-                    *d = rstd * (g[i] - x[i] * rstd * along);
+            for (x, d) in qkv.chunks_exact(width).zip(expected.chunks_exact_mut(width)) {
+                for (band, of) in norms.bands() {
+                    norm_gradient(&x[band.clone()], &weights[of], &mut d[band]);
                 }
             }
-            assert_close(&band(&dqkv, width, width + room), &expected, 1e-5, BF16_ROUNDING);
+            assert_close(&self::band(&dqkv, width, width + room), &expected, 1e-5, BF16_ROUNDING);
         }
     });
+}
+
+/// The gradient behind an RMS norm of x becomes that of x.
+fn norm_gradient(x: &[f64], weight: &[f32], d: &mut [f64]) {
+    let (_, rstd) = statistics(x, false, 1e-5);
+    let g: Vec<f64> = d.iter().zip(weight).map(|(d, w)| d * f64::from(*w)).collect();
+    let along = g.iter().zip(x).map(|(g, x)| g * x * rstd).sum::<f64>() / x.len() as f64;
+    for (i, d) in d.iter_mut().enumerate() {
+        *d = rstd * (g[i] - x[i] * rstd * along);
+    }
 }

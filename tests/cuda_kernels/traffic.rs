@@ -113,17 +113,17 @@ fn heads_are_written_in_whole_sectors() {
     let (heads, kv_heads, head_dim) = (12, 2, 128);
     let grid = [ROWS as u32, 1, 1];
     let (cos, sin) = (normal(ROWS * head_dim / 2, "cos"), normal(ROWS * head_dim / 2, "sin"));
-    let weight = normal(head_dim, "weight");
+    let (weight, width) = (normal(head_dim, "weight"), head_dim as i32);
     let x = normal_bf16(ROWS * STRIDE, "qkv");
     let mut y = x.clone();
-    let sizes = [heads, kv_heads, head_dim as i32];
     check(&["rotary", "head_norms", "head_norms_backward"], [1, 2], |device| {
         launch!(device, "head_norms", grid, 128; &x[..], STRIDE as i32, &weight[..], &weight[..],
-            1e-5f32, &mut y[..], STRIDE as i32, sizes[0], sizes[1], sizes[2]);
+            1e-5f32, &mut y[..], STRIDE as i32, heads, kv_heads, width, width, kv_heads * width);
         launch!(device, "head_norms_backward", grid, 128; &x[..], STRIDE as i32, &weight[..],
-            &weight[..], 1e-5f32, &mut y[..], STRIDE as i32, sizes[0], sizes[1], sizes[2]);
+            &weight[..], 1e-5f32, &mut y[..], STRIDE as i32, heads, kv_heads, width, width,
+            kv_heads * width);
         launch!(device, "rotary", grid, 128; &mut y[..], STRIDE as i32, &cos[..], &sin[..],
-            NULL, heads, heads + kv_heads, head_dim as i32, head_dim as i32, 0);
+            NULL, heads, heads + kv_heads, width, width, 0, 0);
     });
 }
 

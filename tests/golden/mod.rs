@@ -17,7 +17,7 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 
 /// Every family that Nibble trains.
-pub const CASES: [&str; 13] = [
+pub const CASES: [&str; 19] = [
     "llama_s0",
     "llama_s1_qv",
     "llama_tied_s2",
@@ -26,6 +26,12 @@ pub const CASES: [&str; 13] = [
     "qwen3_s0",
     "ministral3_s0",
     "smollm3_s0",
+    "granite_s0",
+    "granite4_s0",
+    "seed_oss_s0",
+    "glm4_s0",
+    "olmo2_s0",
+    "olmo3_s0",
     "gemma_s0",
     "gemma2_s0",
     "gemma3_s0",
@@ -35,7 +41,7 @@ pub const CASES: [&str; 13] = [
 
 /// Largest error in norm of a LoRA gradient in bf16 by transformers and PEFT themselves, against f32:
 /// `scripts/golden/bf16_error.py`. These models are small and steep; ours may not be worse.
-const TORCH_ERRORS: [(&str, f64); 13] = [
+const TORCH_ERRORS: [(&str, f64); 19] = [
     ("llama_s0", 0.0366),
     ("llama_s1_qv", 0.0307),
     ("llama_tied_s2", 0.0627),
@@ -44,6 +50,12 @@ const TORCH_ERRORS: [(&str, f64); 13] = [
     ("qwen3_s0", 0.0325),
     ("ministral3_s0", 0.0416),
     ("smollm3_s0", 0.0546),
+    ("granite_s0", 0.0167),
+    ("granite4_s0", 0.0144),
+    ("seed_oss_s0", 0.0368),
+    ("glm4_s0", 0.0424),
+    ("olmo2_s0", 0.0323),
+    ("olmo3_s0", 0.0464),
     ("gemma_s0", 0.0270),
     ("gemma2_s0", 0.0237),
     ("gemma3_s0", 0.0303),

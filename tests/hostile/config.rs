@@ -51,7 +51,8 @@ fn an_unsupported_family() {
     let says = [
         "config.json",
         "model_type `mamba`",
-        "llama, mistral, ministral3, qwen2, qwen3, smollm3, gemma, gemma2, gemma3_text, phi3, gpt2",
+        "llama, mistral, ministral3, qwen2, qwen3, smollm3, granite, granitemoehybrid, seed_oss, glm4, \
+         olmo2, olmo3, gemma, gemma2, gemma3_text, phi3, gpt2",
     ];
     assert_not_quantized(&place, &says);
     assert_not_trained(&place, 1, &[], &says);

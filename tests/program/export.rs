@@ -12,7 +12,7 @@ use nibble::checkpoint::atomic::AtomicFile;
 use nibble::checkpoint::{Checkpoint, Export, FileType};
 use nibble::data::ChatTokenizer;
 use nibble::model::families::spec_from_config;
-use nibble::model::spec::{Family, ModelSpec, TensorRole, TensorSpec};
+use nibble::model::spec::{Family, ModelSpec, Projections, TensorRole, TensorSpec};
 use serde_json::{Value, json};
 
 fn added_token(id: usize, text: &str, special: bool) -> Value {
@@ -72,7 +72,7 @@ fn export(place: &Workplace, flags: &[&str]) -> (Content, File) {
 
 #[test]
 fn every_family_reads_back_as_it_was() {
-    for name in CASES {
+    for name in CASES.into_iter().filter(|name| *name != "granite4_s0") {
         let case = Case::open(name);
         let place = place(&case);
         export(&place, &["--outtype", "f32"]);
@@ -109,6 +109,36 @@ fn every_family_reads_back_as_it_was() {
         });
         assert_eq!(was, is, "{name}");
         assert!(was.0.len() < text.len() && was.2.is_some());
+    }
+}
+
+/// llama.cpp has gate and up of every Granite apart.
+#[test]
+fn a_granite_4_reads_back_as_a_granite() {
+    let case = Case::open("granite4_s0");
+    let place = place(&case);
+    export(&place, &["--outtype", "f32"]);
+    let [source, written] =
+        ["base", "out.gguf"].map(|path| Checkpoint::open(&place.path(path)).unwrap());
+    let [expected, got] = [&source, &written].map(|c| spec_from_config(c.config()).unwrap());
+    assert_eq!((got.family, got.projections), (Family::Granite, Projections::Separate));
+    let factors = |spec: &ModelSpec| {
+        [spec.embedding_scale, spec.residual_scale, spec.attention_scale, spec.logit_divisor]
+    };
+    assert_eq!(factors(&got), factors(&expected));
+    let values = |checkpoint: &Checkpoint, name: &str| checkpoint.elements(name).unwrap().to_f32();
+    for tensor in expected.inventory() {
+        let was = values(&source, &tensor.name);
+        let (layer, part) = tensor.name.split_once(".shared_mlp.").unwrap_or((&tensor.name, ""));
+        let is: Vec<f32> = match part {
+            "input_linear.weight" => ["gate_proj", "up_proj"]
+                .iter()
+                .flat_map(|part| values(&written, &format!("{layer}.mlp.{part}.weight")))
+                .collect(),
+            "output_linear.weight" => values(&written, &format!("{layer}.mlp.down_proj.weight")),
+            _ => values(&written, &tensor.name),
+        };
+        assert!(was == is, "{}", tensor.name);
     }
 }
 
@@ -366,8 +396,9 @@ fn interleaved(rows: &[Vec<f32>], head_dim: usize) -> Vec<Vec<f32>> {
 #[test]
 fn rows_of_heads_are_interleaved_where_llama_cpp_expects_it() {
     let families =
-        [("llama_s0", true), ("ministral3_s0", true), ("smollm3_s0", true), ("qwen3_s0", false)];
-    for (name, turned) in families {
+        [("llama_s0", true), ("ministral3_s0", true), ("smollm3_s0", true), ("granite_s0", true)];
+    let as_they_are = ["qwen3_s0", "olmo2_s0", "glm4_s0", "seed_oss_s0"].map(|name| (name, false));
+    for (name, turned) in families.into_iter().chain(as_they_are) {
         let case = Case::open(name);
         let place = place(&case);
         let (content, mut file) = export(&place, &["--outtype", "f32"]);
@@ -490,6 +521,33 @@ fn check_adapter(name: &'static str) {
         let turned = matrix.starts_with('B') && ["attn_q", "attn_k"].contains(&parts[module]);
         assert!(got == if turned { interleaved(&rows, head_dim) } else { rows }, "{name}");
     }
+}
+
+/// Gate and up, which are one module here, get the same A, and each its rows of B.
+#[test]
+fn an_adapter_of_a_fused_mlp_is_one_of_gate_and_one_of_up() {
+    let case = Case::open("granite4_s0");
+    let place = place(&case);
+    let folder = case.path.join("adapter_init");
+    let flags = ["--adapter", folder.to_str().unwrap(), "--outtype", "f32"];
+    let (content, mut file) = export(&place, &flags);
+    let mut stored = |name: &str| {
+        let name = format!("blk.1.{name}");
+        let tensor = content.tensor(&mut file, &name, &Device::Cpu).unwrap();
+        tensor.dequantize(&Device::Cpu).unwrap().flatten_all().unwrap().to_vec1::<f32>().unwrap()
+    };
+    let bytes = fs::read(folder.join("adapter_model.safetensors")).unwrap();
+    let tensors = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let trained = |letter: char| -> Vec<f32> {
+        let name =
+            format!("base_model.model.model.layers.1.shared_mlp.input_linear.lora_{letter}.weight");
+        bytemuck::pod_collect_to_vec(tensors.tensor(&name).unwrap().data())
+    };
+    for part in ["ffn_gate", "ffn_up"] {
+        assert!(stored(&format!("{part}.weight.lora_a")) == trained('A'), "{part}");
+    }
+    let rows = ["ffn_gate", "ffn_up"].map(|part| stored(&format!("{part}.weight.lora_b")));
+    assert!(rows.concat() == trained('B') && rows[0].len() == rows[1].len());
 }
 
 #[test]

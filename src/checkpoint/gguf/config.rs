@@ -1,6 +1,6 @@
 //! The `config.json` that a GGUF file's metadata implies.
 //!
-//! What the metadata say and Nibble cannot do (experts, heads that turn in part but for a Phi-3,
+//! What the metadata say and Nibble cannot do (experts, heads that turn in part but for Phi-3 and GLM-4,
 //! values narrower than keys) is refused here: the tensors alone would not show it.
 
 use candle_core::quantized::gguf_file::Value as Metadata;
@@ -8,8 +8,8 @@ use nibble_quant::FloatType;
 use serde_json::{Map, Value, json};
 
 use super::metadata::{
-    ATTENTION_FACTOR, LOCAL_THETA, LONG_ROPE_FACTORS, ORIGINAL_LENGTH, QUERY_SCALE, ROPE_FACTORS,
-    YARN_BETAS, YARN_LOG_MULTIPLIER,
+    ATTENTION_FACTOR, GRANITE_FACTORS, LOCAL_THETA, LONG_ROPE_FACTORS, OLMO_PATTERN,
+    ORIGINAL_LENGTH, QUERY_SCALE, ROPE_FACTORS, YARN_BETAS, YARN_LOG_MULTIPLIER,
 };
 use super::{Architecture, Gguf};
 use crate::error::Result;
@@ -47,6 +47,11 @@ impl Gguf {
             Architecture::Qwen2 => Family::Qwen2,
             Architecture::Qwen3 => Family::Qwen3,
             Architecture::SmolLm3 => Family::SmolLm3,
+            Architecture::Granite => Family::Granite,
+            Architecture::SeedOss => Family::SeedOss,
+            Architecture::Glm4 => Family::Glm4,
+            Architecture::Olmo2 if self.has_window() => Family::Olmo3,
+            Architecture::Olmo2 => Family::Olmo2,
             Architecture::Gemma => Family::Gemma,
             Architecture::Gemma2 => Family::Gemma2,
             Architecture::Gemma3 => Family::Gemma3,
@@ -78,13 +83,12 @@ impl Gguf {
             "rope_scaling": self.rope_scaling(theta, head_dim)?,
             "tie_word_embeddings": self.is_tied(),
         });
-        if matches!(self.architecture, Architecture::Llama | Architecture::SmolLm3) {
+        let biased = [Architecture::Llama, Architecture::SmolLm3, Architecture::Granite];
+        if biased.contains(&self.architecture) {
             config["mlp_bias"] = self.has("blk.0.ffn_up.bias").into();
         }
-        if matches!(
-            self.architecture,
-            Architecture::Llama | Architecture::SmolLm3 | Architecture::Qwen3
-        ) {
+        let biased_q = [Architecture::Qwen3, Architecture::SeedOss, Architecture::Glm4];
+        if biased.contains(&self.architecture) || biased_q.contains(&self.architecture) {
             config["attention_bias"] = self.has("blk.0.attn_q.bias").into();
         }
         if self.architecture == Architecture::Mistral3 {
@@ -96,6 +100,15 @@ impl Gguf {
         }
         if self.architecture == Architecture::SmolLm3 {
             config["no_rope_layer_interval"] = ROTATION_INTERVAL.into();
+        }
+        if self.architecture == Architecture::Granite {
+            self.add_granite(&mut config, head_dim)?;
+        }
+        if self.architecture == Architecture::Olmo2 && self.has_window() {
+            self.add_olmo3(&mut config)?;
+        }
+        if self.architecture == Architecture::Glm4 {
+            config["partial_rotary_factor"] = self.turned_share(head_dim)?.into();
         }
         if self.architecture == Architecture::Phi3 {
             self.add_phi3(&mut config, head_dim)?;
@@ -136,6 +149,21 @@ impl Gguf {
         Ok(())
     }
 
+    fn has_window(&self) -> bool {
+        self.size_or("attention.sliding_window", 0).is_ok_and(|window| window > 0)
+    }
+
+    /// Adds the windows of an OLMo 3, in the layers that llama.cpp gives them.
+    fn add_olmo3(&self, config: &mut Value) -> Result<()> {
+        let layers = self.size("block_count")?;
+        let slides = |layer: usize| !(layer + 1).is_multiple_of(OLMO_PATTERN);
+        let kind = |layer| if slides(layer) { "sliding_attention" } else { "full_attention" };
+        // More layers than any model has are refused by who reads the config.
+        config["layer_types"] = (0..layers.min(MOST_LAYERS)).map(kind).collect();
+        config["sliding_window"] = self.size("attention.sliding_window")?.into();
+        Ok(())
+    }
+
     fn has_query_scale(&self) -> bool {
         self.field(QUERY_SCALE).is_some()
     }
@@ -154,10 +182,32 @@ impl Gguf {
         Ok(())
     }
 
+    /// Adds a Granite's factors, of which llama.cpp wants that of the logits alone: 0 is none.
+    fn add_granite(&self, config: &mut Value, head_dim: usize) -> Result<()> {
+        const ROTATES: &str = "rope.scaling.finetuned";
+        if matches!(self.field(ROTATES), Some(Metadata::Bool(false))) {
+            let what = format_args!("metadata `{ROTATES}` is false: no layer has positions");
+            return Err(self.wrong(what).hint("models of this kind are not supported"));
+        }
+        for (key, stored) in GRANITE_FACTORS {
+            let wanted = key == "logits_scaling" || self.float(stored).unwrap_or(0.0) != 0.0;
+            let usual =
+                if key == "attention_multiplier" { (head_dim as f64).powf(-0.5) } else { 1.0 };
+            let factor = if wanted { self.required_float(stored)? } else { usual };
+            config[key] = factor.into();
+        }
+        Ok(())
+    }
+
+    /// `partial_rotary_factor`.
+    fn turned_share(&self, head_dim: usize) -> Result<f64> {
+        let turned = self.size_or("rope.dimension_count", head_dim)?;
+        Ok(turned as f64 / head_dim as f64)
+    }
+
     /// Adds what a Phi-3 has and a Llama has not.
     fn add_phi3(&self, config: &mut Value, head_dim: usize) -> Result<()> {
-        let turned = self.size_or("rope.dimension_count", head_dim)?;
-        config["partial_rotary_factor"] = (turned as f64 / head_dim as f64).into();
+        config["partial_rotary_factor"] = self.turned_share(head_dim)?.into();
         let window = self.size_or("attention.sliding_window", 0)?;
         config["sliding_window"] = if window > 0 { window.into() } else { Value::Null };
         let longest = self.size("context_length")?;
@@ -208,7 +258,8 @@ impl Gguf {
     /// Refuses what a Llama of `config.json` has no word for.
     fn check_switches(&self, head_dim: usize) -> Result<()> {
         let whole = ("rope.dimension_count", head_dim);
-        let whole = (self.architecture != Architecture::Phi3).then_some(whole);
+        let in_part = [Architecture::Phi3, Architecture::Glm4].contains(&self.architecture);
+        let whole = (!in_part).then_some(whole);
         let before = [("expert_count", 0)].into_iter().chain(whole);
         for (key, expected) in before.chain([("attention.value_length", head_dim)]) {
             if self.field(key).is_some() && self.size(key)? != expected {
@@ -262,6 +313,13 @@ impl Gguf {
         let mistral = self.architecture == Architecture::Mistral3;
         let all = self.float(YARN_LOG_MULTIPLIER).filter(|_| mistral).unwrap_or(0.0);
         let more = self.attention_factor()?;
+        // llama.cpp's converter writes all of it for an OLMo.
+        if self.architecture == Architecture::Olmo2 {
+            if self.field(ATTENTION_FACTOR).is_some() {
+                scaling["attention_factor"] = more.into();
+            }
+            return Ok(scaling);
+        }
         if all != 0.0 || more != 1.0 {
             scaling["attention_factor"] = (more * yarn_attention_factor(factor, all)).into();
         }

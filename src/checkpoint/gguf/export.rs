@@ -1,7 +1,9 @@
 //! A checkpoint as a GGUF file, a few rows at a time.
 //!
 //! Matrices have the type that their file's gives them, vectors are f32; q and k of
-//! Llamas, Ministral 3 and SmolLM3 get the order of rows that llama.cpp's rotary embedding wants.
+//! Llamas, Ministral 3, SmolLM3 and Granites get the order of rows that llama.cpp's rotary embedding wants.
+
+use std::ops::Range;
 
 use candle_core::quantized::{GgmlDType, QTensor};
 use candle_core::{Device, Tensor};
@@ -34,6 +36,13 @@ pub struct Export<'a> {
     pub file_type: FileType,
 }
 
+/// A tensor of the file, and the rows of one of the model's that are in it.
+struct Part {
+    tensor: TensorSpec,
+    rows: Range<usize>,
+    stored: Description,
+}
+
 impl Export<'_> {
     /// Writes the file; calls `progress(bytes_written)` now and then, whose error ends it. Returns its
     /// bytes.
@@ -47,17 +56,18 @@ impl Export<'_> {
         metadata: &[Field],
         mut progress: impl FnMut(usize) -> Result<()>,
     ) -> Result<u64> {
-        let (tensors, mut descriptions) = self.tensors()?;
+        let parts = self.parts()?;
+        let mut descriptions: Vec<_> = parts.iter().map(|part| part.stored.clone()).collect();
         let factors = rope_factors(self.spec);
         for (name, factors) in &factors {
             let (name, shape) = (name.to_string(), vec![factors.len()]);
             descriptions.push(Description { name, shape, dtype: GgmlDType::F32 });
         }
-        let mut writer = GgufWriter::create(file, metadata, descriptions.clone())?;
-        for (tensor, description) in tensors.iter().zip(&descriptions) {
-            self.write_tensor(&mut writer, tensor, description.dtype, &mut progress)?;
+        let mut writer = GgufWriter::create(file, metadata, descriptions)?;
+        for part in &parts {
+            self.write_part(&mut writer, part, &mut progress)?;
             writer.end_tensor()?;
-            self.checkpoint.release(&tensor.name);
+            self.checkpoint.release(&part.tensor.name);
         }
         for (_, factors) in factors {
             writer.append(bytemuck::cast_slice(&factors))?;
@@ -71,43 +81,44 @@ impl Export<'_> {
     /// # Errors
     /// As [`write`](Self::write).
     pub fn data_bytes(&self) -> Result<usize> {
-        Ok(self.tensors()?.1.iter().map(Description::bytes).sum())
+        Ok(self.parts()?.iter().map(|part| part.stored.bytes()).sum())
     }
 
-    fn tensors(&self) -> Result<(Vec<TensorSpec>, Vec<Description>)> {
+    fn parts(&self) -> Result<Vec<Part>> {
         let architecture = Architecture::of(self.spec.family);
         let mut tensors = self.spec.inventory();
         // An embedding that is the head, too, may be stored twice.
         let head = |tensor: &TensorSpec| tensor.role == TensorRole::Head;
         tensors.retain(|tensor| !(self.spec.tie_word_embeddings && head(tensor)));
-        let describe = |tensor: &TensorSpec| {
-            let name = architecture.tensor(&tensor.name).ok_or_else(|| {
+        let mut parts = Vec::new();
+        for tensor in tensors {
+            let names = architecture.tensors(&tensor.name).ok_or_else(|| {
                 Error::input(format_args!("tensor {} has no name in GGUF", tensor.name))
             })?;
-            Ok(Description {
-                name,
-                shape: tensor.shape.clone(),
-                dtype: self.file_type.of(tensor, self.spec),
-            })
-        };
-        let descriptions = tensors.iter().map(describe).collect::<Result<_>>()?;
-        Ok((tensors, descriptions))
+            let rows = tensor.shape[0] / names.len();
+            for (number, name) in names.into_iter().enumerate() {
+                let shape = [&[rows], &tensor.shape[1..]].concat();
+                let stored =
+                    Description { name, shape, dtype: self.file_type.of(&tensor, self.spec) };
+                let rows = number * rows..(number + 1) * rows;
+                parts.push(Part { tensor: tensor.clone(), rows, stored });
+            }
+        }
+        Ok(parts)
     }
 
-    fn write_tensor(
+    fn write_part(
         &self,
         writer: &mut GgufWriter,
-        tensor: &TensorSpec,
-        dtype: GgmlDType,
+        Part { tensor, rows, stored }: &Part,
         progress: &mut impl FnMut(usize) -> Result<()>,
     ) -> Result<()> {
         let elements = self.elements(tensor)?;
         let columns = if tensor.shape.len() > 1 { tensor.shape[1] } else { 1 };
-        let rows = tensor.shape[0];
         let head_rows = self.head_rows(tensor);
         let step = (PIECE_ELEMENTS / columns).max(1);
-        for first in (0..rows).step_by(step) {
-            let count = step.min(rows - first);
+        for first in rows.clone().step_by(step) {
+            let count = step.min(rows.end - first);
             let mut values = vec![0.0; count * columns];
             match head_rows {
                 None => elements.read(first * columns, &mut values),
@@ -121,8 +132,8 @@ impl Export<'_> {
             if self.spec.norm_plus_one && tensor.role == TensorRole::Norm {
                 values.iter_mut().for_each(|value| *value += 1.0);
             }
-            let bytes = encoded(&values, dtype)
-                .ok_or_else(|| does_not_fit("checkpoint", &tensor.name, &values, dtype))?;
+            let bytes = encoded(&values, stored.dtype)
+                .ok_or_else(|| does_not_fit("checkpoint", &tensor.name, &values, stored.dtype))?;
             writer.append(&bytes)?;
             progress(bytes.len())?;
         }

@@ -141,7 +141,7 @@ mod tests {
             {
                 continue;
             }
-            let name = architecture.tensor(&tensor.name).unwrap();
+            let name = architecture.tensors(&tensor.name).unwrap().remove(0);
             let part = name.trim_end_matches(".weight");
             let part = part.splitn(3, '.').last().unwrap();
             let kind = format!("{dtype:?}").replace("K", "_K");

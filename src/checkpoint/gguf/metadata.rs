@@ -6,7 +6,7 @@ use std::f64::consts::PI;
 use candle_core::quantized::gguf_file::Value as Metadata;
 
 use super::Architecture;
-use super::names::gguf_name;
+use super::names::gguf_names;
 use crate::error::{Error, Result};
 use crate::model::families::{ROTATION_INTERVAL, rotates_every};
 use crate::model::rotary::{llama3_divisor, yarn_attention_factor};
@@ -30,20 +30,33 @@ pub(super) const YARN_BETAS: [&str; 2] =
 pub(super) const YARN_LOG_MULTIPLIER: &str = "rope.scaling.yarn_log_multiplier";
 /// Tokens of the context before it was stretched.
 pub(super) const ORIGINAL_LENGTH: &str = "rope.scaling.original_context_length";
+/// Every so many-th layer of an OLMo 3 is without a window.
+pub(super) const OLMO_PATTERN: usize = 4;
 /// `llama_4_scaling_beta`.
 pub(super) const QUERY_SCALE: &str = "attention.temperature_scale";
+/// A Granite's factors: the key in `config.json`, and that in a file.
+pub(super) const GRANITE_FACTORS: [(&str, &str); 4] = [
+    ("embedding_multiplier", "embedding_scale"),
+    ("residual_multiplier", "residual_scale"),
+    ("attention_multiplier", "attention.scale"),
+    ("logits_scaling", "logit_scale"),
+];
 
 /// A key and its value.
 pub type Field = (String, Metadata);
 
 impl Architecture {
     /// Every architecture that is read and written.
-    pub const ALL: [Architecture; 10] = [
+    pub const ALL: [Architecture; 14] = [
         Architecture::Llama,
         Architecture::Mistral3,
         Architecture::Qwen2,
         Architecture::Qwen3,
         Architecture::SmolLm3,
+        Architecture::Granite,
+        Architecture::SeedOss,
+        Architecture::Glm4,
+        Architecture::Olmo2,
         Architecture::Gemma,
         Architecture::Gemma2,
         Architecture::Gemma3,
@@ -59,6 +72,10 @@ impl Architecture {
             Family::Qwen2 => Architecture::Qwen2,
             Family::Qwen3 => Architecture::Qwen3,
             Family::SmolLm3 => Architecture::SmolLm3,
+            Family::Granite | Family::GraniteMoeHybrid => Architecture::Granite,
+            Family::SeedOss => Architecture::SeedOss,
+            Family::Glm4 => Architecture::Glm4,
+            Family::Olmo2 | Family::Olmo3 => Architecture::Olmo2,
             Family::Gemma => Architecture::Gemma,
             Family::Gemma2 => Architecture::Gemma2,
             Family::Gemma3 => Architecture::Gemma3,
@@ -67,9 +84,10 @@ impl Architecture {
         }
     }
 
-    /// The name that llama.cpp has for the tensor `name`.
-    pub fn tensor(self, name: &str) -> Option<String> {
-        gguf_name(self, name)
+    /// The tensors that llama.cpp has for the tensor `name`: one, or gate and up of an MLP that fuses them
+    /// and must not here, each with its share of the rows, in order.
+    pub fn tensors(self, name: &str) -> Option<Vec<String>> {
+        gguf_names(self, name)
     }
 
     /// Whether it is one of Google's: norms of 1 + w, which llama.cpp stores as that sum.
@@ -79,7 +97,8 @@ impl Architecture {
 
     /// Whether the rows of each head of q and k are stored interleaved, for llama.cpp's rotary embedding.
     pub fn interleaves_heads(self) -> bool {
-        matches!(self, Architecture::Llama | Architecture::Mistral3 | Architecture::SmolLm3)
+        use Architecture::{Granite, Llama, Mistral3, SmolLm3};
+        matches!(self, Llama | Mistral3 | SmolLm3 | Granite)
     }
 
     /// A layer without a window comes after so many with one.
@@ -108,6 +127,10 @@ impl Architecture {
             Architecture::Qwen2 => "qwen2",
             Architecture::Qwen3 => "qwen3",
             Architecture::SmolLm3 => "smollm3",
+            Architecture::Granite => "granite",
+            Architecture::SeedOss => "seed_oss",
+            Architecture::Glm4 => "glm4",
+            Architecture::Olmo2 => "olmo2",
             Architecture::Gemma => "gemma",
             Architecture::Gemma2 => "gemma2",
             Architecture::Gemma3 => "gemma3",
@@ -162,6 +185,13 @@ pub fn fields(spec: &ModelSpec) -> Result<Vec<Field>> {
     }
     for (key, value) in rope_scaling(architecture, &rotary.scaling)? {
         put(key, value);
+    }
+    if architecture == Architecture::Granite {
+        let factors =
+            [spec.embedding_scale, spec.residual_scale, spec.attention_scale, spec.logit_divisor];
+        for ((_, key), factor) in GRANITE_FACTORS.into_iter().zip(factors) {
+            put(key, Metadata::F32(factor));
+        }
     }
     if let Some(QueryScaling { beta, original_max_position_embeddings }) = spec.query_scaling {
         put(QUERY_SCALE, Metadata::F32(beta as f32));
@@ -268,11 +298,13 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
         return Err(Error::input(what).hint("this model cannot be a GGUF file"));
     }
     // llama.cpp's loaders of the others leave biases over, and refuse the file.
-    let reads_all = matches!(architecture, Architecture::Llama | Architecture::Gpt2);
-    let of_q =
-        matches!(architecture, Architecture::Qwen2 | Architecture::Qwen3 | Architecture::SmolLm3);
+    let reads_all =
+        matches!(architecture, Architecture::Llama | Architecture::Granite | Architecture::Gpt2);
+    use Architecture::{Glm4, Qwen2, Qwen3, SeedOss, SmolLm3};
+    let of_q = matches!(architecture, Qwen2 | Qwen3 | SmolLm3 | SeedOss | Glm4);
     let usual = rotates_every(ROTATION_INTERVAL, spec.num_layers);
-    let square = matches!(architecture, Architecture::Qwen2 | Architecture::Phi3);
+    let square =
+        matches!(architecture, Architecture::Qwen2 | Architecture::Phi3 | Architecture::Olmo2);
     refuse_first(
         architecture,
         &[
@@ -283,6 +315,9 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
             ("no_rope_layers", architecture == Architecture::SmolLm3 && spec.rotates != usual),
         ],
     )?;
+    if architecture == Architecture::Olmo2 {
+        refuse_first(architecture, &olmo_differences(spec))?;
+    }
     let Some(pattern) = architecture.window_pattern() else { return Ok(()) };
     let caps = [spec.attention_soft_cap, spec.logit_soft_cap].map(|cap| cap.is_some());
     let share = spec.hidden_size / spec.num_heads;
@@ -300,6 +335,23 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
         ("rope_local_base_freq", spec.local_rotary.as_ref().is_some_and(|it| *it != local)),
     ];
     refuse_first(architecture, &different)
+}
+
+/// The keys that llama.cpp has otherwise for every OLMo.
+fn olmo_differences(spec: &ModelSpec) -> [(&'static str, bool); 3] {
+    let usual = |layer: usize| !(layer + 1).is_multiple_of(OLMO_PATTERN);
+    let mut windows = spec.windows.iter().enumerate();
+    let has_windows = spec.windows.iter().any(Option::is_some);
+    let theta = spec.rotary.as_ref().map(|rotary| rotary.theta);
+    let same = |local: &Rotary| local.scaling == RopeScaling::Default && Some(local.theta) == theta;
+    [
+        ("tie_word_embeddings", spec.tie_word_embeddings),
+        (
+            "layer_types",
+            has_windows && windows.any(|(layer, window)| window.is_some() != usual(layer)),
+        ),
+        ("rope_parameters", !spec.local_rotary.as_ref().is_none_or(same)),
+    ]
 }
 
 /// Refuses the first key that llama.cpp has otherwise.

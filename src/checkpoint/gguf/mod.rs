@@ -1,7 +1,7 @@
 //! GGUF files as Hugging Face checkpoints: names, shapes, row order and `config.json` restored.
 //!
 //! Elements are decoded by candle's block formats when they are asked for. llama.cpp stores q and k
-//! of Llamas, Ministral 3 and SmolLM3 with the rows of each head interleaved for its rotary embedding;
+//! of Llamas, Ministral 3, SmolLM3 and Granites with the rows of each head interleaved for its rotary embedding;
 //! here they are put back into halves. A file without `output.weight` has a tied head. Source:
 //! llama.cpp `convert_hf_to_gguf.py`.
 
@@ -52,6 +52,10 @@ pub(crate) enum Architecture {
     Qwen2,
     Qwen3,
     SmolLm3,
+    Granite,
+    SeedOss,
+    Glm4,
+    Olmo2,
     Gemma,
     Gemma2,
     Gemma3,

@@ -29,11 +29,13 @@ pub(super) fn hugging_face_name(architecture: Architecture, stored: &str) -> Opt
 }
 
 fn llama_part(architecture: Architecture, part: &str) -> Option<&'static str> {
-    use Architecture::{Gemma2, Gemma3, Phi3, Qwen3};
-    let norms_heads = matches!(architecture, Qwen3 | Gemma3);
-    let post_norms = matches!(architecture, Gemma2 | Gemma3);
-    if architecture == Phi3 {
-        return phi3_part(part);
+    use Architecture::{Gemma2, Gemma3, Glm4, Olmo2, Phi3, Qwen3, SeedOss};
+    let norms_heads = matches!(architecture, Qwen3 | Gemma3 | Olmo2);
+    let post_norms = matches!(architecture, Gemma2 | Gemma3 | Olmo2);
+    match architecture {
+        Phi3 => return phi3_part(part),
+        Glm4 => return glm4_part(part),
+        _ => {}
     }
     Some(match part {
         "attn_norm" => "input_layernorm",
@@ -43,7 +45,9 @@ fn llama_part(architecture: Architecture, part: &str) -> Option<&'static str> {
         "attn_q_norm" if norms_heads => "self_attn.q_norm",
         "attn_k_norm" if norms_heads => "self_attn.k_norm",
         "attn_output" => "self_attn.o_proj",
-        "post_attention_norm" if post_norms => "post_attention_layernorm",
+        "post_attention_norm" if post_norms || architecture == SeedOss => {
+            "post_attention_layernorm"
+        }
         "ffn_norm" if post_norms => "pre_feedforward_layernorm",
         "post_ffw_norm" if post_norms => "post_feedforward_layernorm",
         "ffn_norm" => "post_attention_layernorm",
@@ -66,6 +70,22 @@ fn phi3_part(part: &str) -> Option<&'static str> {
     })
 }
 
+fn glm4_part(part: &str) -> Option<&'static str> {
+    Some(match part {
+        "attn_norm" => "input_layernorm",
+        "attn_q" => "self_attn.q_proj",
+        "attn_k" => "self_attn.k_proj",
+        "attn_v" => "self_attn.v_proj",
+        "attn_output" => "self_attn.o_proj",
+        "post_attention_norm" => "post_self_attn_layernorm",
+        "ffn_norm" => "post_attention_layernorm",
+        "post_ffw_norm" => "post_mlp_layernorm",
+        "ffn_up" => "mlp.gate_up_proj",
+        "ffn_down" => "mlp.down_proj",
+        _ => return None,
+    })
+}
+
 fn gpt2_part(part: &str) -> Option<&'static str> {
     Some(match part {
         "attn_norm" => "ln_1",
@@ -79,7 +99,7 @@ fn gpt2_part(part: &str) -> Option<&'static str> {
 }
 
 /// `model.layers.3.self_attn.q_proj.weight` → `blk.3.attn_q.weight`.
-pub(super) fn gguf_name(architecture: Architecture, name: &str) -> Option<String> {
+fn gguf_name(architecture: Architecture, name: &str) -> Option<String> {
     const OUTSIDE: [&str; 4] = ["token_embd", "position_embd", "output_norm", "output"];
     const PARTS: [&str; 14] = [
         "attn_norm",
@@ -104,6 +124,19 @@ pub(super) fn gguf_name(architecture: Architecture, name: &str) -> Option<String
         layer.into_iter().flat_map(|layer| PARTS.map(|part| format!("blk.{layer}.{part}")));
     let mut stored = stored.chain(inside).map(|module| format!("{module}.{suffix}"));
     stored.find(|stored| hugging_face_name(architecture, stored).as_deref() == Some(name))
+}
+
+/// The tensors that a file has for `name`, which share its rows: Granite 4's gate and up are apart there.
+pub(super) fn gguf_names(architecture: Architecture, name: &str) -> Option<Vec<String>> {
+    let (module, suffix) = name.rsplit_once('.')?;
+    let parts: &[&str] = match module.rsplit_once(".shared_mlp.") {
+        Some((_, "input_linear")) => &["mlp.gate_proj", "mlp.up_proj"],
+        Some((_, "output_linear")) => &["mlp.down_proj"],
+        _ => return gguf_name(architecture, name).map(|stored| vec![stored]),
+    };
+    let layer = module.split(".shared_mlp.").next()?;
+    let stored = |part: &&str| gguf_name(architecture, &format!("{layer}.{part}.{suffix}"));
+    parts.iter().map(stored).collect()
 }
 
 /// The layer that a tensor's name says.
@@ -156,6 +189,21 @@ mod tests {
                 "blk.0.attn_q_norm.weight",
             ),
             (Architecture::Phi3, "model.layers.0.mlp.gate_up_proj.weight", "blk.0.ffn_up.weight"),
+            (
+                Architecture::Glm4,
+                "model.layers.0.post_attention_layernorm.weight",
+                "blk.0.ffn_norm.weight",
+            ),
+            (
+                Architecture::SeedOss,
+                "model.layers.0.post_attention_layernorm.weight",
+                "blk.0.post_attention_norm.weight",
+            ),
+            (
+                Architecture::Olmo2,
+                "model.layers.0.post_attention_layernorm.weight",
+                "blk.0.post_attention_norm.weight",
+            ),
             (Architecture::Gpt2, "transformer.h.1.attn.c_attn.bias", "blk.1.attn_qkv.bias"),
             (Architecture::Gpt2, "transformer.wpe.weight", "position_embd.weight"),
             (Architecture::Llama, "lm_head.weight", "output.weight"),
@@ -165,6 +213,15 @@ mod tests {
             assert_eq!(hugging_face_name(architecture, stored).as_deref(), Some(name));
         }
         assert_eq!(gguf_name(Architecture::Llama, "model.other.weight"), None);
+        let shared = |part: &str| {
+            let name = format!("model.layers.2.shared_mlp.{part}.weight");
+            gguf_names(Architecture::Granite, &name)
+        };
+        let names = |names: &[&str]| Some(names.iter().map(|name| name.to_string()).collect());
+        let gate_up = names(&["blk.2.ffn_gate.weight", "blk.2.ffn_up.weight"]);
+        assert_eq!(shared("input_linear"), gate_up);
+        assert_eq!(shared("output_linear"), names(&["blk.2.ffn_down.weight"]));
+        assert_eq!(shared("other"), None);
         assert_eq!(hugging_face_name(Architecture::Qwen2, "blk.0.attn_q_norm.weight"), None);
     }
 }

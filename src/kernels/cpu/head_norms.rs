@@ -1,8 +1,8 @@
-//! RMS norms of single heads, Qwen3's and Gemma 3's `q_norm` and `k_norm`.
+//! RMS norms of q and k: of single heads, as Qwen3 and Gemma 3 have them, or of all of them, as OLMo 2.
 //!
-//! `y = w ∘ x·ρ` with `ρ = 1/sqrt(mean(x²) + ε)` over one head; backward, with `g = w ∘ dy`:
+//! `y = w ∘ x·ρ` with `ρ = 1/sqrt(mean(x²) + ε)` over as much as the norm is wide; backward, with `g = w ∘ dy`:
 //! `dx = ρ·(g − x̂·mean(g ∘ x̂))`, `x̂ = x·ρ`. ρ is made again rather than kept.
-//! Source: transformers `models/qwen3/modeling_qwen3.py`, `Qwen3Attention`.
+//! Sources: transformers `models/qwen3/modeling_qwen3.py`, `models/olmo2/modeling_olmo2.py`.
 
 use rayon::prelude::*;
 
@@ -27,8 +27,8 @@ pub fn forward(norms: &HeadNorms<Vec<f32>>, shape: &AttentionShape, qkv: &[f32],
 
 #[inline(always)]
 fn forward_heads(norm: &NormParameters<Vec<f32>>, from: &[f32], to: &mut [f32]) {
-    let head = norm.weight.len();
-    for (x, y) in from.chunks_exact(head).zip(to.chunks_exact_mut(head)) {
+    let width = norm.weight.len();
+    for (x, y) in from.chunks_exact(width).zip(to.chunks_exact_mut(width)) {
         let (mean, rstd) = statistics(norm, x);
         apply(norm, x, y, (mean, rstd), |y, value| *y = value);
     }

@@ -1,7 +1,7 @@
 //! Rotary embedding of the q and k bands of `qkv`, in place.
 //!
 //! `[a, b] ← [a·cos − b·sin, b·cos + a·sin]` for the halves a, b of each head, or of as much of it as
-//! turns; the backward pass is the rotation by the opposite angle. Where the heads of q have a factor
+//! turns, or for neighbours; the backward pass is the rotation by the opposite angle. Where the heads of q have a factor
 //! for their row besides, it multiplies cos and sin: whole heads turn then.
 
 use rayon::prelude::*;
@@ -9,6 +9,7 @@ use rayon::prelude::*;
 use super::ROWS;
 use super::simd::vectorized;
 use crate::kernels::{AttentionShape, Direction};
+use crate::model::spec::RotaryPairs;
 
 /// Rotates the rows of `qkv`; tables `[rows, rotary_dim / 2]`, `query_scale` `[rows]`.
 pub fn rotate(
@@ -29,7 +30,19 @@ pub fn rotate(
                 let query_scale = query_scale.map_or(1.0, |scale| scale[task * ROWS + i]);
                 for (j, head) in row[..rotated].chunks_exact_mut(shape.head_dim).enumerate() {
                     let scale = if j < shape.num_heads { query_scale } else { 1.0 };
-                    rotate_head(&mut head[..2 * half], (cos, sin), scale, direction);
+                    let (head, tables) = (&mut head[..2 * half], (cos, sin));
+                    match shape.rotary_pairs {
+                        RotaryPairs::Halves => {
+                            let (first, second) = head.split_at_mut(half);
+                            let pairs = first.iter_mut().zip(second);
+                            rotate_head(pairs, tables, scale, direction);
+                        }
+                        RotaryPairs::Neighbours => {
+                            let pairs = head.chunks_exact_mut(2).map(|pair| pair.split_at_mut(1));
+                            let pairs = pairs.map(|(a, b)| (&mut a[0], &mut b[0]));
+                            rotate_head(pairs, tables, scale, direction);
+                        }
+                    }
                 }
             }
         });
@@ -37,13 +50,17 @@ pub fn rotate(
 }
 
 #[inline(always)]
-fn rotate_head(head: &mut [f32], (cos, sin): (&[f32], &[f32]), scale: f32, direction: Direction) {
+fn rotate_head<'a>(
+    pairs: impl Iterator<Item = (&'a mut f32, &'a mut f32)>,
+    (cos, sin): (&[f32], &[f32]),
+    scale: f32,
+    direction: Direction,
+) {
     let sign = match direction {
         Direction::Forward => scale,
         Direction::Backward => -scale,
     };
-    let (first, second) = head.split_at_mut(cos.len());
-    for (((a, b), cos), sin) in first.iter_mut().zip(second).zip(cos).zip(sin) {
+    for (((a, b), cos), sin) in pairs.zip(cos).zip(sin) {
         let (cos, sin) = (scale * cos, sign * sin);
         (*a, *b) = (*a * cos - *b * sin, *b * cos + *a * sin);
     }

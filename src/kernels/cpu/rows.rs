@@ -107,6 +107,21 @@ impl RowKernels for Cpu {
         }
     }
 
+    fn copy_rows(
+        &self,
+        from: &Buffer<f32>,
+        to: &mut Buffer<f32>,
+        rows: usize,
+        width: usize,
+        write: Write,
+    ) {
+        let chunks = to[..rows * width].par_chunks_mut(CHUNK);
+        chunks.zip(from[..rows * width].par_chunks(CHUNK)).for_each(|(to, from)| match write {
+            Write::Over => to.copy_from_slice(from),
+            Write::Add => to.iter_mut().zip(from).for_each(|(to, from)| *to += from),
+        });
+    }
+
     fn copy(
         &self,
         (from, first): (&Buffer<f32>, usize),

@@ -109,6 +109,19 @@ impl<D: Driver> RowKernels for Cuda<D> {
             from.argument(), from.stride, indices, to.argument(), to.stride, width);
     }
 
+    fn copy_rows(
+        &self,
+        from: &Buffer<D>,
+        to: &mut Buffer<D>,
+        rows: usize,
+        width: usize,
+        write: Write,
+    ) {
+        let (from, to) = (from.rows(rows, width), to.rows(rows, width));
+        launch!(self, "scale_rows_bf16", row_grid(rows), row_threads(width);
+            from.argument(), from.stride, to.argument(), to.stride, width, 1f32, write);
+    }
+
     fn copy(
         &self,
         (from, first): (&Buffer<D>, usize),

@@ -25,14 +25,8 @@ impl<K: Kernels> Block<K> {
         cache: Option<Cache<K::Buffer>>,
     ) {
         let (kernels, rows) = (pass.kernels, pass.rows.len());
-        kernels.norm_forward(
-            &self.norm1,
-            x,
-            &mut work.norm,
-            &mut work.norm_stats,
-            rows,
-            Write::Over,
-        );
+        let to = (&mut work.norm, &mut work.norm_stats);
+        pass.normalize(self.norm1.as_ref(), x, to, self.hidden_size);
         let (ys, lora_x) = (&mut [&mut saved.qkv], &mut saved.lora_x);
         pass.forward_all(&self.projections(), &work.norm, ys, lora_x, &mut work.adapter);
         match self.rotary {
@@ -128,13 +122,14 @@ impl<K: Kernels> Block<K> {
             kernels.head_norms_backward(norms, shape, &saved.qkv, &mut grads.qkv, rows);
         }
         let (norm, stats) = (&mut work.norm, &mut work.norm_stats);
-        kernels.norm_forward(&self.norm1, x, norm, stats, rows, Write::Over);
+        pass.normalize(self.norm1.as_ref(), x, (norm, stats), self.hidden_size);
         let inputs = LinearInputs { x: norm, lora_x: &saved.lora_x };
         let dx = input_gradient.then_some(&mut grads.norm);
         let adapter = &mut work.adapter;
         pass.backward_all(&self.projections(), &[&grads.qkv], inputs, dx, lora, adapter);
         if input_gradient {
-            kernels.norm_backward(&self.norm1, &grads.norm, x, stats, &mut grads.stream, rows);
+            let (norm, dx) = (self.norm1.as_ref(), &mut grads.stream);
+            pass.normalize_backward(norm, &grads.norm, (x, stats), dx, self.hidden_size);
         }
     }
 }

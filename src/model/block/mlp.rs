@@ -103,8 +103,8 @@ impl<K: Kernels> Block<K> {
         middle: &K::Buffer,
         work: &mut Workspace<K::Buffer>,
     ) {
-        let (norm, stats) = (&mut work.norm, &mut work.norm_stats);
-        pass.kernels.norm_forward(&self.norm2, middle, norm, stats, pass.rows.len(), Write::Over);
+        let to = (&mut work.norm, &mut work.norm_stats);
+        pass.normalize(self.norm2.as_ref(), middle, to, self.hidden_size);
     }
 
     /// `out += down(h)`, or the norm of that.
@@ -226,9 +226,9 @@ impl<K: Kernels> Block<K> {
             }
             self.backward_linears(pass, saved, work, grads);
         }
-        let (kernels, rows) = (pass.kernels, pass.rows.len());
-        let GradientBuffers { norm, stream, .. } = &mut grads.activations;
-        kernels.norm_backward(&self.norm2, norm, middle, &work.norm_stats, stream, rows);
+        let GradientBuffers { norm: dy, stream, .. } = &mut grads.activations;
+        let x = (middle, &work.norm_stats);
+        pass.normalize_backward(self.norm2.as_ref(), dy, x, stream, self.hidden_size);
     }
 
     /// A gated MLP without dropout, for operations on all of it.

@@ -4,7 +4,8 @@
 //! n1 = norm(x)      qkv = n1·Wqkvᵀ, rotated      o = attention(qkv)      m = x + o·Woᵀ
 //! n2 = norm(m)      h = act(n2·Wgᵀ) ∘ (n2·Wuᵀ)   out = m + h·Wdᵀ
 //! ```
-//! Where there are post-norms, what is added to x and m is `norm(o·Woᵀ)` and `norm(h·Wdᵀ)`.
+//! Where there are post-norms, what is added to x and m is `norm(o·Woᵀ)` and `norm(h·Wdᵀ)`; where there are
+//! none before the halves, n1 is x and n2 is m.
 //! Every linear is `x·Wᵀ + bias + s·(drop(x)·Aᵀ)·Bᵀ` with W frozen. The backward pass computes
 //! gradients of x, A and B only. `n1`, `n2`, `h` and norms of heads are made again, never kept: a pass
 //! over memory is all that they cost.
@@ -32,10 +33,10 @@ use crate::kernels::{
 /// A block's frozen parts.
 pub struct Block<K: Kernels> {
     /// Before attention.
-    pub norm1: NormParameters<K::Vector>,
+    pub norm1: Option<NormParameters<K::Vector>>,
     /// Before the MLP.
-    pub norm2: NormParameters<K::Vector>,
-    /// Norms of q and k, head by head, before they are rotated.
+    pub norm2: Option<NormParameters<K::Vector>>,
+    /// Norms of q and k before they are rotated.
     pub head_norms: Option<HeadNorms<K::Vector>>,
     /// Norms of what both halves add to the stream.
     pub post_norms: Option<PostNorms<K::Vector>>,
@@ -223,6 +224,37 @@ impl<'a, K: Kernels> Pass<'a, K> {
     /// The same pass over some of its rows.
     fn over(&self, rows: Range<usize>) -> Pass<'a, K> {
         Pass { rows, ..*self }
+    }
+
+    /// What a half of a block reads, n1 or n2: the norm of the `width` columns of x, or these.
+    fn normalize(
+        &self,
+        norm: Option<&NormParameters<K::Vector>>,
+        x: &K::Buffer,
+        to: (&mut K::Buffer, &mut K::Buffer),
+        width: usize,
+    ) {
+        let (rows, (to, stats)) = (self.rows.len(), to);
+        match norm {
+            Some(norm) => self.kernels.norm_forward(norm, x, to, stats, rows, Write::Over),
+            None => self.kernels.copy_rows(x, to, rows, width, Write::Over),
+        }
+    }
+
+    /// `dx += ` the gradient of x from that of what [`normalize`](Self::normalize) made, `dy`.
+    fn normalize_backward(
+        &self,
+        norm: Option<&NormParameters<K::Vector>>,
+        dy: &K::Buffer,
+        (x, stats): (&K::Buffer, &K::Buffer),
+        dx: &mut K::Buffer,
+        width: usize,
+    ) {
+        let rows = self.rows.len();
+        match norm {
+            Some(norm) => self.kernels.norm_backward(norm, dy, x, stats, dx, rows),
+            None => self.kernels.copy_rows(dy, dx, rows, width, Write::Add),
+        }
     }
 }
 

@@ -205,7 +205,7 @@ fn workspace<K: Kernels>(
             dropped: settings.lora_dropout.then(|| take(WorkRegion::Dropped)),
             inner_gradient: settings.training().then(|| take(WorkRegion::LoraGradient)),
         },
-        normed_qkv: spec.qk_norm.then(|| take(WorkRegion::NormedQkv)),
+        normed_qkv: spec.qk_norm.map(|_| take(WorkRegion::NormedQkv)),
         attention: take(WorkRegion::Attention),
         rotary,
         tile: settings.tiled().then(|| TileBuffers {

@@ -41,7 +41,7 @@ impl<K: Kernels> Model<K> {
         let Buffers { inputs, input_indices, offload, attended, attended_indices, .. } = buffers;
         let Buffers { kept, shared, work, caches, .. } = buffers;
         offload.before_write(kernels, 0);
-        let scale = self.spec.embedding_scale;
+        let scale = self.spec.stream_scale();
         kernels.embed(ids, &weights.embedding, scale, &mut inputs[input_indices[0]], Write::Over);
         if let Some(streaming) = &mut weights.streaming {
             streaming.leave_table();
@@ -57,7 +57,7 @@ impl<K: Kernels> Model<K> {
         }
         if let Some(draws) = mode.training {
             let x = (&mut inputs[input_indices[0]], self.spec.hidden_size);
-            self.random.add_noise(kernels, draws, tokens, x);
+            self.random.add_noise(kernels, draws, tokens, self.spec.noise_scale(), x);
         }
         let pass = Pass {
             kernels,

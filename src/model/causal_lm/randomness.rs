@@ -49,20 +49,21 @@ impl Randomness {
     }
 
     /// NEFTune, arXiv 2310.05914: adds `α/√(L·D) · u` to each element of the embeddings of a document of L
-    /// tokens, u uniform in `[−1, 1)`. x `[T, D]` has been multiplied by the model's factor, if it has one:
-    /// as transformers, whose embeddings come with it.
+    /// tokens, u uniform in `[−1, 1)`, times `scale`
+    /// ([`ModelSpec::noise_scale`](crate::model::spec::ModelSpec::noise_scale)). x is `[T, D]`.
     pub(super) fn add_noise<K: Kernels>(
         &self,
         kernels: &K,
         draws: Draws,
         tokens: &TokenLayout,
+        scale: f32,
         (x, width): (&mut K::Buffer, usize),
     ) {
         let Some(alpha) = self.neftune else { return };
         let stream = draws.stream("neftune");
         for document in tokens.boundaries.windows(2).filter(|ends| ends[0] < ends[1]) {
             let rows = document[0]..document[1];
-            let amplitude = alpha / ((rows.len() * width) as f32).sqrt();
+            let amplitude = scale * alpha / ((rows.len() * width) as f32).sqrt();
             let noise = UniformNoise { amplitude, stream, first: draws.index(rows.start, width) };
             kernels.add_noise(&noise, x, rows, width);
         }

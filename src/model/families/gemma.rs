@@ -3,14 +3,15 @@
 
 use half::{bf16, f16};
 use nibble_quant::FloatType;
-use serde_json::{Value, json};
+use serde_json::Value;
 
-use super::fields::{Fields, unsupported, wrong_type};
-use super::{decoder, whole_heads};
+use super::decoder;
+use super::fields::{Fields, wrong_type};
+use super::layer_kinds::rotary_by_kind;
 use crate::checkpoint::dtype_of;
 use crate::error::Result;
-use crate::model::rotary::rotary_from_config;
-use crate::model::spec::{Activation, Family, ModelSpec};
+use crate::model::names::Names;
+use crate::model::spec::{Activation, Family, ModelSpec, QkNorm};
 
 type Defaults = &'static [(&'static str, i64)];
 
@@ -71,32 +72,11 @@ pub(super) fn gemma2(fields: &Fields) -> Result<ModelSpec> {
 pub(super) fn gemma3(fields: &Fields) -> Result<ModelSpec> {
     const THETA: f64 = 1e6;
     const LOCAL_THETA: f64 = 1e4;
-    let mut config = fields.with_defaults([("rope_theta", THETA)]);
-    // transformers 5 has one rotary embedding for each kind of layer, transformers 4 keys for both.
-    let of_kind = |kind| {
-        let all = fields.present("rope_parameters")?;
-        all.get(kind).filter(|parameters| parameters.is_object()).cloned()
-    };
-    if let Some(mut global) = of_kind("full_attention") {
-        // What was added to the file of a newer transformers goes before what that wrote.
-        let added = fields.present("rope_scaling").and_then(Value::as_object);
-        if let Some((global, added)) = global.as_object_mut().zip(added) {
-            global.extend(added.clone());
-        }
-        config["rope_parameters"] = global;
-        config["rope_scaling"] = Value::Null;
-    }
-    check_by_kind(fields)?;
-    let theta = fields.number_or("rope_local_base_freq", LOCAL_THETA)?;
-    let local = of_kind("sliding_attention").unwrap_or(json!({}));
-    let longest = config.get("max_position_embeddings").cloned().unwrap_or(131_072.into());
-    let local = json!({
-        "rope_theta": theta, "rope_parameters": local, "max_position_embeddings": longest,
-    });
+    let local_theta = fields.number_or("rope_local_base_freq", LOCAL_THETA)?;
+    let (config, local) = rotary_by_kind(fields, [THETA, local_theta])?;
     let mut spec = any_gemma(&Fields(&config), Family::Gemma3, GEMMA3)?;
-    whole_heads(&local)?;
-    spec.local_rotary = Some(rotary_from_config(&local)?);
-    spec.qk_norm = true;
+    spec.local_rotary = Some(local);
+    spec.qk_norm = Some(QkNorm::Heads);
     let pattern = fields.size_or("sliding_window_pattern", 6)?;
     spec.windows = gemma_windows(fields, spec.num_layers, pattern)?;
     // transformers reads it and applies none.
@@ -106,20 +86,6 @@ pub(super) fn gemma3(fields: &Fields) -> Result<ModelSpec> {
     Ok(spec)
 }
 
-/// transformers passes over `rope_parameters` that are not those of a kind of layer.
-fn check_by_kind(fields: &Fields) -> Result<()> {
-    let Some(Value::Object(all)) = fields.present("rope_parameters") else { return Ok(()) };
-    let of_kinds = ["full_attention", "sliding_attention"];
-    match all.keys().find(|key| !of_kinds.contains(&key.as_str())) {
-        Some(key) => Err(unsupported(
-            "rope_parameters",
-            format_args!("{{\"{key}\": …}}"),
-            "a Gemma 3 has those of `full_attention` and of `sliding_attention`",
-        )),
-        None => Ok(()),
-    }
-}
-
 /// What the second and the third Gemma have in common; caps of scores and logits where the config is
 /// silent.
 fn later_gemma(
@@ -127,7 +93,7 @@ fn later_gemma(
     spec: &mut ModelSpec,
     [scores, logits]: [Option<f32>; 2],
 ) -> Result<()> {
-    spec.post_norms = true;
+    (spec.post_norms, spec.names) = (true, &Names::GEMMA2);
     let scalar = fields.positive_or("query_pre_attn_scalar", Some(256.0))?;
     let scalar = scalar
         .ok_or_else(|| wrong_type("query_pre_attn_scalar", "a number above 0", &Value::Null))?;
@@ -148,6 +114,8 @@ fn gemma_windows(fields: &Fields, num_layers: usize, pattern: usize) -> Result<V
 
 #[cfg(test)]
 mod tests {
+    use serde_json::json;
+
     use super::*;
     use crate::model::families::spec_from_config;
     use crate::model::spec::RopeScaling;

@@ -6,7 +6,11 @@
 
 mod fields;
 mod gemma;
+mod glm4;
+mod granite;
+mod layer_kinds;
 mod mistral;
+mod olmo;
 mod phi3;
 mod smollm3;
 
@@ -14,13 +18,18 @@ use serde_json::Value;
 
 use fields::{Fields, unsupported};
 use gemma::{gemma, gemma2, gemma3};
+use glm4::glm4;
+use granite::{granite, granite_moe_hybrid};
 use mistral::{ministral3, mistral};
+use olmo::{olmo2, olmo3};
 use phi3::phi3;
 use smollm3::smollm3;
 
 use super::names::Names;
 use super::rotary::{partial_rotary_factor, rotary_from_config};
-use super::spec::{Activation, Family, ModelSpec, Norm, Projections, RopeScaling};
+use super::spec::{
+    Activation, Family, ModelSpec, Norm, Projections, QkNorm, RopeScaling, RotaryPairs,
+};
 use crate::error::{Error, Result};
 
 pub(crate) use fields::MOST_LAYERS;
@@ -39,10 +48,16 @@ pub fn spec_from_config(config: &Value) -> Result<ModelSpec> {
 /// Dropout of the base model that transformers applies in training and Nibble does not: the key of
 /// `config` and its probability.
 pub fn base_dropout(config: &Value) -> Option<(&'static str, f64)> {
-    const KEYS: [&str; 4] = ["attention_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"];
-    let of_gpt2 = config["model_type"] == "gpt2";
+    const KEYS: [&str; 5] =
+        ["attention_dropout", "residual_dropout", "attn_pdrop", "resid_pdrop", "embd_pdrop"];
+    // Two classes drop where a config is silent.
+    let silent: &[&str] = match config["model_type"].as_str() {
+        Some("gpt2") => &KEYS[2..],
+        Some("seed_oss") => &KEYS[..2],
+        _ => &[],
+    };
     let probability = |key: &'static str| {
-        let default = if of_gpt2 && key != KEYS[0] { 0.1 } else { 0.0 };
+        let default = if silent.contains(&key) { 0.1 } else { 0.0 };
         (key, config[key].as_f64().unwrap_or(default))
     };
     KEYS.map(probability).into_iter().find(|(_, probability)| *probability > 0.0)
@@ -63,6 +78,12 @@ fn read_spec(fields: &Fields) -> Result<ModelSpec> {
         Family::Qwen2 => qwen2(fields)?,
         Family::Qwen3 => qwen3(fields)?,
         Family::SmolLm3 => smollm3(fields)?,
+        Family::Granite => granite(fields)?,
+        Family::GraniteMoeHybrid => granite_moe_hybrid(fields)?,
+        Family::SeedOss => seed_oss(fields)?,
+        Family::Glm4 => glm4(fields)?,
+        Family::Olmo2 => olmo2(fields)?,
+        Family::Olmo3 => olmo3(fields)?,
         Family::Gemma => gemma(fields)?,
         Family::Gemma2 => gemma2(fields)?,
         Family::Gemma3 => gemma3(fields)?,
@@ -106,19 +127,23 @@ fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
         norm: Norm::Rms,
         norm_eps: fields.number_or("rms_norm_eps", 1e-6)?,
         norm_plus_one: false,
+        pre_norms: true,
         post_norms: false,
         embedding_scale: 1.0,
+        residual_scale: 1.0,
+        logit_divisor: 1.0,
         activation: Activation::Silu,
         projections: Projections::Separate,
         names: &Names::LLAMA,
         rotary: Some(rotary_from_config(fields.0)?),
         rotary_dim: rotary_dim(fields, family, head_dim)?,
+        rotary_pairs: RotaryPairs::Halves,
         local_rotary: None,
         query_scaling: None,
         rotates: vec![true; num_layers],
         learned_positions: None,
         qkv_bias: attention_bias,
-        qk_norm: false,
+        qk_norm: None,
         attention_scale: 1.0 / (head_dim as f32).sqrt(),
         attention_soft_cap: None,
         logit_soft_cap: None,
@@ -132,9 +157,9 @@ fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
     })
 }
 
-/// Elements of each head that turn: for Phi-3, part of a head may.
+/// Elements of each head that turn: of Phi-3 and GLM-4, part of a head may.
 fn rotary_dim(fields: &Fields, family: Family, head_dim: usize) -> Result<usize> {
-    if family != Family::Phi3 {
+    if !matches!(family, Family::Phi3 | Family::Glm4) {
         return whole_heads(fields.0).map(|()| head_dim);
     }
     Ok((head_dim as f64 * partial_rotary_factor(fields.0)?) as usize)
@@ -165,8 +190,25 @@ fn qwen3(fields: &Fields) -> Result<ModelSpec> {
     let fields = &Fields(&config);
     let mut spec = llama(fields, Family::Qwen3)?;
     spec.num_kv_heads = fields.if_absent("num_key_value_heads", 32).unwrap_or(spec.num_kv_heads);
-    (spec.qk_norm, spec.mlp_bias) = (true, false);
+    (spec.qk_norm, spec.mlp_bias) = (Some(QkNorm::Heads), false);
     spec.windows = qwen_windows(fields, spec.num_layers)?;
+    Ok(spec)
+}
+
+/// Source: transformers `models/seed_oss/configuration_seed_oss.py`.
+fn seed_oss(fields: &Fields) -> Result<ModelSpec> {
+    let mut config = fields.with_defaults([
+        ("vocab_size", Value::from(155_136)),
+        ("max_position_embeddings", 524_288.into()),
+        ("attention_bias", true.into()),
+    ]);
+    for (key, absent) in [("head_dim", 128), ("num_key_value_heads", 8)] {
+        if let Some(value) = fields.if_absent(key, absent) {
+            config[key] = value.into();
+        }
+    }
+    let mut spec = llama(&Fields(&config), Family::SeedOss)?;
+    spec.output_bias = fields.flag_or("attention_out_bias", false)?;
     Ok(spec)
 }
 
@@ -211,19 +253,23 @@ fn gpt2(fields: &Fields) -> Result<ModelSpec> {
         norm: Norm::Layer,
         norm_eps: fields.number_or("layer_norm_epsilon", 1e-5)?,
         norm_plus_one: false,
+        pre_norms: true,
         post_norms: false,
         embedding_scale: 1.0,
+        residual_scale: 1.0,
+        logit_divisor: 1.0,
         activation,
         projections: Projections::Conv1d,
         names: &Names::GPT2,
         rotary: None,
         rotary_dim: 0,
+        rotary_pairs: RotaryPairs::Halves,
         local_rotary: None,
         query_scaling: None,
         rotates: vec![true; num_layers],
         learned_positions: Some(positions),
         qkv_bias: true,
-        qk_norm: false,
+        qk_norm: None,
         attention_scale: 1.0 / ((hidden_size / num_heads.max(1)) as f32).sqrt(),
         attention_soft_cap: None,
         logit_soft_cap: None,
@@ -312,6 +358,21 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_seed_oss_has_biases_on_q_k_and_v_where_its_config_is_silent() {
+        let mut config = json!({
+            "model_type": "seed_oss", "hidden_size": 64, "intermediate_size": 96,
+            "num_hidden_layers": 1, "num_attention_heads": 16,
+        });
+        let spec = spec_from_config(&config).unwrap();
+        assert_eq!((spec.vocab_size, spec.head_dim, spec.num_kv_heads), (155_136, 128, 8));
+        assert_eq!((spec.qkv_bias, spec.output_bias, spec.mlp_bias), (true, false, false));
+        config["attention_bias"] = false.into();
+        config["attention_out_bias"] = true.into();
+        let spec = spec_from_config(&config).unwrap();
+        assert_eq!((spec.qkv_bias, spec.output_bias), (false, true));
+    }
+
+    #[test]
     fn heads_of_a_qwen3_are_128_wide_where_its_config_is_silent() {
         let spec = spec_from_config(&json!({
             "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 64, "vocab_size": 99,
@@ -365,8 +426,10 @@ mod tests {
         assert_eq!(llama(json!({})), None);
         assert_eq!(llama(json!({"attention_dropout": 0.0})), None);
         assert_eq!(llama(json!({"attention_dropout": 0.2})), Some(("attention_dropout", 0.2)));
-        // GPT-2's class has it by default.
+        // Classes that have it by default.
         let gpt2 = json!({"model_type": "gpt2", "attn_pdrop": 0.0});
         assert_eq!(base_dropout(&gpt2), Some(("resid_pdrop", 0.1)));
+        let seed_oss = json!({"model_type": "seed_oss", "attention_dropout": 0.0});
+        assert_eq!(base_dropout(&seed_oss), Some(("residual_dropout", 0.1)));
     }
 }

@@ -93,6 +93,28 @@ fn smollm3_with_layers_that_turn_nothing() {
 }
 
 #[test]
+fn granite_with_four_factors() {
+    (110..118).for_each(|seed| assert_gradients("granite", "default", seed));
+    (118..122).for_each(|seed| assert_gradients("granitemoehybrid", "default", seed));
+}
+
+#[test]
+fn olmo_with_norms_behind_and_one_of_all_heads() {
+    (130..136).for_each(|seed| assert_gradients("olmo2", "default", seed));
+    (136..144).for_each(|seed| assert_gradients("olmo3", "yarn", seed));
+}
+
+#[test]
+fn glm4_with_neighbours_turned_as_pairs() {
+    (150..158).for_each(|seed| assert_gradients("glm4", "default", seed));
+}
+
+#[test]
+fn seed_oss_with_biases() {
+    (160..164).for_each(|seed| assert_gradients("seed_oss", "yarn", seed));
+}
+
+#[test]
 fn gemma_with_scaled_embeddings() {
     (50..56).for_each(|seed| assert_gradients("gemma", "default", seed));
 }

@@ -72,7 +72,38 @@ pub fn config(family: &str, scaling: &str, draws: &Draws) -> Value {
             config["attention_bias"] = draws.flag("attention bias").into();
             config["mlp_bias"] = draws.flag("mlp bias").into();
         }
-        "gemma" => {}
+        "gemma" | "olmo2" => {}
+        "seed_oss" => {
+            for key in ["attention_bias", "attention_out_bias", "mlp_bias"] {
+                config[key] = draws.flag(key).into();
+            }
+        }
+        "glm4" => {
+            let turned = 2 * (1 + draws.below("turned", head_dim / 2));
+            config["rope_parameters"] = rope(scaling, turned);
+            config["partial_rotary_factor"] = (turned as f64 / head_dim as f64).into();
+            config["attention_bias"] = draws.flag("attention bias").into();
+        }
+        "granite" | "granitemoehybrid" => {
+            config["attention_bias"] = draws.flag("attention bias").into();
+            config["mlp_bias"] = draws.flag("mlp bias").into();
+            for key in ["embedding_multiplier", "residual_multiplier", "logits_scaling"] {
+                config[key] = draws.pick(key, &[0.25, 1.0, 3.0]).into();
+            }
+            config["attention_multiplier"] = draws.pick("scores", &[0.1, 0.6]).into();
+            config["shared_intermediate_size"] = config["intermediate_size"].clone();
+            config["num_local_experts"] = 0.into();
+            config["layer_types"] = vec!["attention"; layers as usize].into();
+            config["position_embedding_type"] = "rope".into();
+        }
+        "olmo3" => {
+            config["sliding_window"] = draws.pick("window", &[2, 4, 9]).into();
+            let kinds = ["sliding_attention", "full_attention", "sliding_attention"];
+            config["layer_types"] = json!(kinds[..layers as usize]);
+            let local = json!({"rope_type": "default", "rope_theta": 100.0});
+            config["rope_parameters"] =
+                json!({"full_attention": rope(scaling, head_dim), "sliding_attention": local});
+        }
         "phi3" => {
             let turned = 2 * (1 + draws.below("turned", head_dim / 2));
             config["rope_parameters"] = rope(scaling, turned);

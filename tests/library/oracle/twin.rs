@@ -9,7 +9,9 @@ use std::collections::HashMap;
 use candle_core::{D, DType, Device, Result, Tensor, Var};
 use nibble::adapter::Adapter;
 use nibble::data::Document;
-use nibble::model::spec::{Activation, LinearRole, LinearSpec, MlpKind, ModelSpec, Norm};
+use nibble::model::spec::{
+    Activation, LinearRole, LinearSpec, MlpKind, ModelSpec, Norm, QkNorm, RotaryPairs,
+};
 
 /// Frozen tensors, trained ones and the spec.
 pub struct Twin<'a> {
@@ -84,7 +86,7 @@ impl<'a> Twin<'a> {
         let x = self.norm(spec.final_norm_module(), &x)?;
         let head = self.frozen.get(&format!("{}.weight", spec.head_module()));
         let logits = x.matmul(&head.unwrap_or(embedding).t()?)?;
-        capped(&logits, spec.logit_soft_cap)
+        capped(&(logits / f64::from(spec.logit_divisor))?, spec.logit_soft_cap)
     }
 
     fn loss(&self, document: &Document) -> Result<Tensor> {
@@ -109,8 +111,8 @@ impl<'a> Twin<'a> {
     fn block(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
         let linears = self.spec.linears(layer);
         let linear = |role, x: &Tensor| self.linear(find(&linears, role), x);
-        let [first, second] = self.spec.layer_norm_modules(layer);
-        let normed = self.norm(&first, x)?;
+        let [first, second] = optional(self.spec.layer_norm_modules(layer));
+        let normed = self.norm_if(first, x.clone())?;
         let (q, kv) = (self.spec.q_width(), self.spec.kv_width());
         let (q, k, v) = if linears.iter().any(|linear| linear.role == LinearRole::Qkv) {
             let all = linear(LinearRole::Qkv, &normed)?;
@@ -120,14 +122,12 @@ impl<'a> Twin<'a> {
             (of(LinearRole::Q)?, of(LinearRole::K)?, of(LinearRole::V)?)
         };
         let mixed = self.attention(layer, &q, &k, &v)?;
-        let [post_attention, post_mlp] =
-            self.spec.post_norm_modules(layer).map_or([None, None], |names| names.map(Some));
-        let post_norm = |module: Option<String>, x: Tensor| match module {
-            Some(module) => self.norm(&module, &x),
-            None => Ok(x),
+        let [post_attention, post_mlp] = optional(self.spec.post_norm_modules(layer));
+        let add = |x: &Tensor, module: Option<String>, y: Tensor| {
+            x + (self.norm_if(module, y)? * f64::from(self.spec.residual_scale))?
         };
-        let x = (x + post_norm(post_attention, linear(LinearRole::O, &mixed)?)?)?;
-        let normed = self.norm(&second, &x)?;
+        let x = add(x, post_attention, linear(LinearRole::O, &mixed)?)?;
+        let normed = self.norm_if(second, x.clone())?;
         let up = linear(LinearRole::Up, &normed)?;
         let inner = match self.spec.projections.mlp() {
             MlpKind::FusedGated => {
@@ -140,7 +140,7 @@ impl<'a> Twin<'a> {
             }
             MlpKind::Plain => activate(self.spec.activation, &up)?,
         };
-        x + post_norm(post_mlp, linear(LinearRole::Down, &inner)?)?
+        add(&x, post_mlp, linear(LinearRole::Down, &inner)?)
     }
 
     fn linear(&self, spec: &LinearSpec, x: &Tensor) -> Result<Tensor> {
@@ -152,6 +152,10 @@ impl<'a> Twin<'a> {
             Some((a, b, scale)) => y + (x.matmul(&a.t()?)?.matmul(&b.t()?)? * *scale)?,
             None => Ok(y),
         }
+    }
+
+    fn norm_if(&self, module: Option<String>, x: Tensor) -> Result<Tensor> {
+        module.map_or(Ok(x.clone()), |module| self.norm(&module, &x))
     }
 
     fn norm(&self, module: &str, x: &Tensor) -> Result<Tensor> {
@@ -183,10 +187,13 @@ impl<'a> Twin<'a> {
             let spread = x.unsqueeze(1)?.broadcast_as((kv_heads, group, length, width))?;
             spread.contiguous()?.reshape((self.spec.num_heads, length, width))
         };
-        let (mut q, mut k) = (heads(q, self.spec.num_heads)?, heads(k, self.spec.num_kv_heads)?);
-        if let Some([q_norm, k_norm]) = self.spec.head_norm_modules(layer) {
-            (q, k) = (self.norm(&q_norm, &q)?, self.norm(&k_norm, &k)?);
-        }
+        let [q_norm, k_norm] = optional(self.spec.head_norm_modules(layer));
+        let normed = |norm: Option<String>, x: &Tensor, count: usize| match self.spec.qk_norm {
+            Some(QkNorm::Whole) => heads(&self.norm_if(norm, x.clone())?, count),
+            _ => self.norm_if(norm, heads(x, count)?),
+        };
+        let q = normed(q_norm, q, self.spec.num_heads)?;
+        let k = normed(k_norm, k, self.spec.num_kv_heads)?;
         let (q, k) = (self.scale(self.rotate(layer, &q)?)?, shared(self.rotate(layer, &k)?)?);
         let v = shared(heads(v, self.spec.num_kv_heads)?)?;
         let scores = q.matmul(&k.transpose(1, 2)?.contiguous()?)?;
@@ -212,12 +219,12 @@ impl<'a> Twin<'a> {
         q.broadcast_mul(&factors.to_dtype(self.dtype)?)
     }
 
-    /// Hugging Face's `rotate_half`, positions from 0.
+    /// Of halves or of neighbours, positions from 0.
     fn rotate(&self, layer: usize, x: &Tensor) -> Result<Tensor> {
         let local = self.spec.local_rotary.as_ref().filter(|_| self.spec.windows[layer].is_some());
         let rotary = local.or(self.spec.rotary.as_ref()).filter(|_| self.spec.rotates[layer]);
         let Some(rotary) = rotary else { return Ok(x.clone()) };
-        let (_, length, head_dim) = x.dims3()?;
+        let (heads, length, head_dim) = x.dims3()?;
         let width = self.spec.rotary_dim;
         let (half, rest) = (width / 2, head_dim - width);
         let (frequencies, factor) = rotary.inverse_frequencies(width, length);
@@ -229,13 +236,22 @@ impl<'a> Twin<'a> {
                 .to_dtype(self.dtype)
         };
         let (cos, sin) = (table(f64::cos)?, table(f64::sin)?);
-        let (a, b) = (x.narrow(2, 0, half)?, x.narrow(2, half, half)?);
+        let neighbours = self.spec.rotary_pairs == RotaryPairs::Neighbours;
+        let turned = x.narrow(2, 0, width)?.contiguous()?;
+        // Pairs are columns of [2, half], or rows of [half, 2].
+        let turned = match neighbours {
+            true => turned.reshape((heads, length, half, 2))?.transpose(2, 3)?.contiguous()?,
+            false => turned.reshape((heads, length, 2, half))?,
+        };
+        let (a, b) = (turned.narrow(2, 0, 1)?.squeeze(2)?, turned.narrow(2, 1, 1)?.squeeze(2)?);
         let first = (a.broadcast_mul(&cos)? - b.broadcast_mul(&sin)?)?;
         let second = (b.broadcast_mul(&cos)? + a.broadcast_mul(&sin)?)?;
+        let turned = Tensor::stack(&[first, second], if neighbours { 3 } else { 2 })?;
+        let turned = turned.reshape((heads, length, width))?;
         if rest == 0 {
-            return Tensor::cat(&[first, second], 2);
+            return Ok(turned);
         }
-        Tensor::cat(&[first, second, x.narrow(2, width, rest)?], 2)
+        Tensor::cat(&[turned, x.narrow(2, width, rest)?], 2)
     }
 }
 
@@ -271,4 +287,9 @@ fn activate(kind: Activation, x: &Tensor) -> Result<Tensor> {
         }
     };
     x * factor
+}
+
+/// A pair of modules, of which there are both or none.
+fn optional(modules: Option<[String; 2]>) -> [Option<String>; 2] {
+    modules.map_or([None, None], |modules| modules.map(Some))
 }

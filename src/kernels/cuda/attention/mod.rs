@@ -17,6 +17,7 @@ use crate::kernels::{
     AttentionInputs, AttentionKernels, AttentionShape, Cache, CachedScratch, Direction, HeadNorms,
     RotaryTables, TokenLayout,
 };
+use crate::model::spec::RotaryPairs;
 use exact::{Exact, backward_keys, blocks};
 pub(super) use flash::shared_bytes;
 use flash::{Sources, launch_flash};
@@ -65,7 +66,8 @@ impl<D: Driver> AttentionKernels for Cuda<D> {
         launch!(self, "rotary", row_grid(rows), row_threads(shape.qkv_width() / 2);
             qkv.argument(), qkv.stride, tables.cos.argument(half), tables.sin.argument(half),
             query_scale, shape.num_heads, shape.num_heads + shape.num_kv_heads, shape.head_dim,
-            shape.rotary_dim, direction == Direction::Backward);
+            shape.rotary_dim, shape.rotary_pairs == RotaryPairs::Neighbours,
+            direction == Direction::Backward);
     }
 
     fn attention_forward(
@@ -182,10 +184,14 @@ fn head_norms<D: Driver>(
 ) {
     let width = shape.qkv_width();
     let [qkv, to] = [qkv, to].map(|buffer| buffer.rows(rows, width));
-    launch!(cuda, kernel, row_grid(rows), row_threads(width);
+    let [q_width, k_width] = [&norms.q, &norms.k].map(|norm| norm.weight.elements);
+    let (q_norms, k_norms) = (shape.q_width() / q_width, shape.kv_width() / k_width);
+    // A warp for each norm: more threads would find nothing to do.
+    let threads = row_threads(width).min(32 * (q_norms + k_norms) as u32);
+    launch!(cuda, kernel, row_grid(rows), threads;
         qkv.argument(), qkv.stride, norms.q.weight.argument(), norms.k.weight.argument(),
-        norms.q.epsilon, to.argument(), to.stride, shape.num_heads, shape.num_kv_heads,
-        shape.head_dim);
+        norms.q.epsilon, to.argument(), to.stride, q_norms, k_norms, q_width, k_width,
+        shape.kv_width());
 }
 
 /// Keys that a query sees, as the kernels take it: 0 is all of those that there are.

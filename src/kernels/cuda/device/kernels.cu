@@ -221,12 +221,14 @@ norm_backward(const bfloat16* dy, int dy_stride, const bfloat16* x, int x_stride
     norm_backward_row(dy, dy_stride, x, x_stride, weight, stats, dx, dx_stride, width, layer);
 }
 
-// to = [norm(q) | norm(k) | v]: an RMS norm of each head; q_weight, k_weight [head_dim] in f32.
-// Rows of all three bands, at most 256 threads. Kernels::head_norms.
+// to = [norm(q) | norm(k) | v]: RMS norms, as wide as their weights in f32. Rows of all three bands, at
+// most 256 threads. Kernels::head_norms.
 extern "C" __global__ void __launch_bounds__(256)
 head_norms(const bfloat16* qkv, int stride, const float* q_weight, const float* k_weight,
-           float epsilon, bfloat16* to, int to_stride, int heads, int kv_heads, int head_dim) {
-    const HeadNorms norms = {q_weight, k_weight, epsilon, heads, kv_heads, head_dim};
+           float epsilon, bfloat16* to, int to_stride, int q_norms, int k_norms, int q_width,
+           int k_width, int v_width) {
+    const HeadNorms norms = {q_weight, k_weight, epsilon, q_norms,
+                             k_norms,  q_width,  k_width, v_width};
     norm_heads(norms, qkv, stride, to, to_stride);
 }
 
@@ -234,9 +236,10 @@ head_norms(const bfloat16* qkv, int stride, const float* q_weight, const float* 
 // 256 threads. Kernels::head_norms_backward.
 extern "C" __global__ void __launch_bounds__(256)
 head_norms_backward(const bfloat16* qkv, int stride, const float* q_weight, const float* k_weight,
-                    float epsilon, bfloat16* dqkv, int d_stride, int heads, int kv_heads,
-                    int head_dim) {
-    const HeadNorms norms = {q_weight, k_weight, epsilon, heads, kv_heads, head_dim};
+                    float epsilon, bfloat16* dqkv, int d_stride, int q_norms, int k_norms,
+                    int q_width, int k_width, int v_width) {
+    const HeadNorms norms = {q_weight, k_weight, epsilon, q_norms,
+                             k_norms,  q_width,  k_width, v_width};
     norm_heads_gradient(norms, qkv, stride, dqkv, d_stride);
 }
 
@@ -245,8 +248,9 @@ head_norms_backward(const bfloat16* qkv, int stride, const float* q_weight, cons
 // Kernels::rotary.
 extern "C" __global__ void __launch_bounds__(1024)
 rotary(bfloat16* qkv, int stride, const float* cos, const float* sin, const float* query_scale,
-       int queries, int heads, int head_dim, int rotary_dim, int backward) {
-    rotate(qkv, stride, cos, sin, query_scale, queries, heads, head_dim, rotary_dim, backward);
+       int queries, int heads, int head_dim, int rotary_dim, int neighbours, int backward) {
+    rotate(qkv, stride, cos, sin, query_scale, queries, heads, head_dim, rotary_dim, neighbours,
+           backward);
 }
 
 // y = x ∘ mask · kept, or +=; element (row, column) has index first + row·width + column in the stream.

@@ -41,12 +41,12 @@ __device__ __forceinline__ Piece<N> load_piece(const bfloat16* from) {
 template <int N>
 __device__ __forceinline__ Piece<N> load_piece(const float* from) {
     Piece<N> piece;
-    if constexpr (N == 8) {
+    if constexpr (N % 4 == 0) {
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const Words4 words = reinterpret_cast<const Words4*>(from)[half];
+        for (int part = 0; part < N / 4; part++) {
+            const Words4 words = reinterpret_cast<const Words4*>(from)[part];
 #pragma unroll
-            for (int i = 0; i < 4; i++) piece.v[4 * half + i] = __uint_as_float(words.word[i]);
+            for (int i = 0; i < 4; i++) piece.v[4 * part + i] = __uint_as_float(words.word[i]);
         }
     } else {
 #pragma unroll
