@@ -17,7 +17,11 @@ const TILE: usize = 11;
 /// An adapter on all linears with every rank that a layout could mistake: even, odd, above the
 /// room of its neighbours. B is not zero.
 fn adapter(case: &Case, r: usize) -> Adapter {
-    with_ranks(case, r, &[("0.+(down_proj|mlp.c_proj|output_linear)", 11), ("1.+(k_proj|qkv_proj|c_fc)", 3)])
+    with_ranks(
+        case,
+        r,
+        &[("0.+(down_proj|mlp.c_proj|output_linear)", 11), ("1.+(k_proj|qkv_proj|c_fc)", 3)],
+    )
 }
 
 fn with_ranks(case: &Case, r: usize, pattern: &[(&str, usize)]) -> Adapter {

@@ -23,16 +23,22 @@ struct Shape {
     /// Columns of q, and of k.
     q: usize,
     kv: usize,
-    head_dim: usize,
     qkv_bias: bool,
-    qk_norm: bool,
+    /// Weights of the norms of q and k.
+    qk_norms: usize,
     /// Norms behind attention and the MLP.
     post_norms: bool,
+    /// Norms of a block besides those of q and k.
+    norms: usize,
     /// Pairs of rotary tables.
     rotaries: usize,
     tied: bool,
-    /// q, k and v are one linear, and gate and up.
-    fused: bool,
+    /// q, k and v are one linear.
+    fused_qkv: bool,
+    /// Gate and up are one linear.
+    fused_mlp: bool,
+    /// Elements of a head that are rotated.
+    turned: usize,
 }
 
 const LLAMA_8B: Shape = Shape {
@@ -44,13 +50,15 @@ const LLAMA_8B: Shape = Shape {
     v: 128_256,
     q: 4096,
     kv: 1024,
-    head_dim: 128,
     qkv_bias: false,
-    qk_norm: false,
+    qk_norms: 0,
     post_norms: false,
+    norms: 2,
     rotaries: 1,
     tied: false,
-    fused: false,
+    fused_qkv: false,
+    fused_mlp: false,
+    turned: 128,
 };
 const QWEN_32B: Shape = Shape {
     config: "qwen2.5-32b",
@@ -73,7 +81,7 @@ const LLAMA_70B: Shape = Shape {
     ..LLAMA_8B
 };
 const QWEN3_8B: Shape =
-    Shape { config: "qwen3-8b", layers: 36, f: 12_288, v: 151_936, qk_norm: true, ..LLAMA_8B };
+    Shape { config: "qwen3-8b", layers: 36, f: 12_288, v: 151_936, qk_norms: 2 * 128, ..LLAMA_8B };
 const GEMMA2_9B: Shape = Shape {
     config: "gemma-2-9b",
     d: 3584,
@@ -81,8 +89,9 @@ const GEMMA2_9B: Shape = Shape {
     heads: 16,
     v: 256_000,
     kv: 2048,
-    head_dim: 256,
+    turned: 256,
     post_norms: true,
+    norms: 4,
     tied: true,
     ..LLAMA_8B
 };
@@ -93,8 +102,9 @@ const GEMMA3_27B: Shape = Shape {
     f: 21_504,
     v: 262_208,
     kv: 2048,
-    qk_norm: true,
+    qk_norms: 2 * 128,
     post_norms: true,
+    norms: 4,
     rotaries: 2,
     tied: true,
     ..LLAMA_8B
@@ -108,7 +118,31 @@ const PHI4: Shape = Shape {
     v: 100_352,
     q: 5120,
     kv: 1280,
-    fused: true,
+    fused_qkv: true,
+    fused_mlp: true,
+    ..LLAMA_8B
+};
+const OLMO3_7B: Shape = Shape {
+    config: "olmo-3-7b",
+    f: 11_008,
+    v: 100_278,
+    kv: 4096,
+    qk_norms: 2 * 4096,
+    post_norms: true,
+    rotaries: 2,
+    ..LLAMA_8B
+};
+const GLM4_9B: Shape = Shape {
+    config: "glm-4-9b-0414",
+    layers: 40,
+    f: 13_696,
+    v: 151_552,
+    kv: 256,
+    qkv_bias: true,
+    post_norms: true,
+    norms: 4,
+    fused_mlp: true,
+    turned: 64,
     ..LLAMA_8B
 };
 
@@ -122,15 +156,15 @@ impl Shape {
     /// (in, out) of a block's linears.
     fn linears(&self) -> Vec<(usize, usize)> {
         let Shape { d, f, q, kv, .. } = *self;
-        if self.fused {
-            return vec![(d, q + 2 * kv), (q, d), (d, 2 * f), (f, d)];
-        }
-        vec![(d, q), (d, kv), (d, kv), (q, d), (d, f), (d, f), (f, d)]
+        let projections =
+            if self.fused_qkv { vec![(d, q + 2 * kv)] } else { vec![(d, q), (d, kv), (d, kv)] };
+        let gate_up = if self.fused_mlp { vec![(d, 2 * f)] } else { vec![(d, f); 2] };
+        [projections, vec![(q, d)], gate_up, vec![(f, d)]].concat()
     }
 
     /// Linears that make q, k and v.
     fn projections(&self) -> usize {
-        if self.fused { 1 } else { 3 }
+        if self.fused_qkv { 1 } else { 3 }
     }
 
     /// 4 bits a weight, a byte for 64 of them, 4 bytes for 256 such bytes, and an offset; embedding
@@ -142,10 +176,9 @@ impl Shape {
         };
         let linears: usize = self.linears().into_iter().map(packed).sum();
         let biases = if self.qkv_bias { 4 * (self.q + 2 * self.kv) } else { 0 };
-        let head_norms = if self.qk_norm { 2 * 4 * self.head_dim } else { 0 };
-        let norms = if self.post_norms { 4 } else { 2 };
+        let head_norms = 4 * self.qk_norms;
         let tables = if self.tied { 1 } else { 2 };
-        self.layers * (linears + norms * 4 * self.d + biases + head_norms)
+        self.layers * (linears + self.norms * 4 * self.d + biases + head_norms)
             + 4 * self.d
             + tables * 2 * self.v * self.d
     }
@@ -158,7 +191,7 @@ impl Shape {
         let ranks = (self.projections() + 1) * RANK;
         let first = 2 * ((q + 2 * kv) + q + ROOM + ranks + d + projected) + 4 * self.heads;
         // `x·Aᵀ` of gate, up and down; or of two, and room behind gate and up for t of both.
-        let ranks = if self.fused { 2 * RANK + ROOM } else { 3 * RANK };
+        let ranks = if self.fused_mlp { 2 * RANK + ROOM } else { 3 * RANK };
         (first, 2 * (2 * self.f + ranks + projected))
     }
 
@@ -185,26 +218,27 @@ impl Shape {
         // is added, where there is one) and of q, k and v, and t of three side by side; cos and sin;
         // δ of attention.
         let projected = if self.post_norms { d } else { 0 };
-        let tables = self.rotaries * 4 * self.head_dim;
+        let tables = self.rotaries * 4 * self.turned;
         let projections = self.projections();
         let ranks = 2 * ROOM + projections * RANK;
         let gradients = 2 * (d + d.max(q) + qkv + projected + ranks) + tables + 4 * self.heads;
         let gradients = tokens * gradients;
         // q, k and v as attention reads them, where norms lie between.
-        let normed = if self.qk_norm { tokens * 2 * qkv } else { 0 };
+        let normed = if self.qk_norms > 0 { tokens * 2 * qkv } else { 0 };
         // The output of a norm, with room for `x·Aᵀ` of q, k and v, and its statistics.
         let norm = tokens * (2 * (d + ROOM) + 4 * 2);
         // A of q, k and v one below the other, and its gradient.
-        let stacked = if self.fused { 0 } else { (2 + 4) * 3 * RANK * d };
+        let stacked = if self.fused_qkv { 0 } else { (2 + 4) * 3 * RANK * d };
         let room = if self.post_norms { 0 } else { ROOM };
         let tiles = if tokens > TILE { 2 * tile * (2 * d + room) } else { 0 };
         // h, and the gradient of the gate where that is not made in place of gate and up.
-        let mlp_rooms = if self.fused { 1 } else { 2 };
+        let mlp_rooms = if self.fused_mlp { 1 } else { 2 };
         let mlp = 2 * tile * (2 * self.f + mlp_rooms * ROOM) + tiles;
         let rows = ((128usize << 20).div_ceil(2 * self.v) / 256 * 256).min(tokens);
         let head = rows * (2 * (self.v + 3 * d) + 4 * 6);
-        let widest = if self.fused { 2 * self.f } else { self.f };
-        let dequantized = 2 * 2 * (d + ROOM) * widest;
+        let widest = if self.fused_mlp { 2 * self.f } else { self.f };
+        // q, k and v are one matrix, where they are three linears, too.
+        let dequantized = 2 * 2 * (d + ROOM) * widest.max(qkv);
         let (cublas, context) = (32 << 20, 460 << 20);
         let run = adapter
             + inputs * tokens * 2 * d
@@ -236,7 +270,8 @@ impl Shape {
 
 #[test]
 fn a_plan_is_the_arithmetic_of_its_formulas() {
-    for shape in [LLAMA_8B, QWEN_32B, LLAMA_70B, QWEN3_8B, GEMMA2_9B, GEMMA3_27B, PHI4] {
+    let with_norms = [QWEN3_8B, GEMMA2_9B, GEMMA3_27B, OLMO3_7B, GLM4_9B];
+    for shape in [LLAMA_8B, QWEN_32B, LLAMA_70B, PHI4].into_iter().chain(with_norms) {
         for (tokens, policy) in [
             (512, "keep"),
             (4096, "keep"),
