@@ -3,9 +3,9 @@
 use serde_json::{Value, json};
 
 use super::fields::{Fields, unsupported};
+use super::rope::rotary_from_config;
 use super::whole_heads;
 use crate::error::Result;
-use crate::model::rotary::rotary_from_config;
 use crate::model::spec::Rotary;
 
 const KINDS: [&str; 2] = ["full_attention", "sliding_attention"];

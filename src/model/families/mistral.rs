@@ -6,8 +6,8 @@ use serde_json::{Value, json};
 
 use super::fields::Fields;
 use super::llama;
+use super::rope::query_scaling;
 use crate::error::Result;
-use crate::model::rotary::query_scaling;
 use crate::model::spec::{Family, ModelSpec};
 
 pub(super) fn mistral(fields: &Fields) -> Result<ModelSpec> {

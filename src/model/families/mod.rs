@@ -12,6 +12,7 @@ mod layer_kinds;
 mod mistral;
 mod olmo;
 mod phi3;
+mod rope;
 mod smollm3;
 
 use serde_json::Value;
@@ -23,10 +24,10 @@ use granite::{granite, granite_moe_hybrid};
 use mistral::{ministral3, mistral};
 use olmo::{olmo2, olmo3};
 use phi3::phi3;
+use rope::{partial_rotary_factor, rotary_from_config};
 use smollm3::smollm3;
 
 use super::names::Names;
-use super::rotary::{partial_rotary_factor, rotary_from_config};
 use super::spec::{
     Activation, Family, ModelSpec, Norm, Projections, QkNorm, RopeScaling, RotaryPairs,
 };
