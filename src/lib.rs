@@ -29,7 +29,7 @@
 //! let input_ids = vec![3, 1, 4, 1, 5, 9, 2, 6];
 //! let labels = input_ids.iter().map(|&id| id as i32).collect();
 //! let batch = Batch::from_documents(&[Document { input_ids, labels, line: 1 }]);
-//! let loss = model.evaluate(&batch, Variant::Base)? / batch.num_targets() as f64;
+//! let loss = model.evaluate(&batch, Variant::Base)?.sum / batch.num_targets() as f64;
 //! assert!(loss > 0.0);
 //! # nibble::Result::Ok(())
 //! ```

@@ -19,8 +19,8 @@ pub struct HeadChunk<'a, K: Storage> {
 
 /// The head and its loss.
 pub trait HeadKernels: LinearKernels {
-    /// Adds the sum over rows of `−log softmax(logits)[target]` to `loss`; `logits [rows, V]`, as they
-    /// are before they are capped, become `scale ·` their gradient if there is one to compute.
+    /// Adds the sum over rows of `−log softmax(logits)[target]` to `loss`, and in how many of them no logit is
+    /// larger than the target's; `logits [rows, V]`, as they are before they are capped, become `scale ·` their gradient if there is one to compute.
     fn cross_entropy(
         &self,
         logits: &mut Self::Buffer,
@@ -30,7 +30,7 @@ pub trait HeadKernels: LinearKernels {
         loss: &mut Self::LossSum,
     );
 
-    /// Adds the sum over rows of `−log softmax(x · Wᵀ)[target]` to `loss`; with `scale`, x `[rows, D]`
+    /// Adds the same of `x · Wᵀ` to `loss`; with `scale`, x `[rows, D]`
     /// becomes `scale ·` its gradient. `sum` is to work in where the head comes in tiles: for the gradient
     /// of x.
     fn head_loss(

@@ -7,6 +7,7 @@ use std::ops::Range;
 use std::path::Path;
 
 use crate::error::Result;
+use crate::kernels::TokenLosses;
 use crate::kernels::cpu::FrozenMatrix;
 use crate::model::spec::ModelSpec;
 use crate::model::streaming::{StreamedPages, WeightStream};
@@ -225,15 +226,15 @@ pub trait Storage: Clone + Sync {
         fill: impl FnOnce([&mut [f32]; N]),
     );
 
-    /// A sum that begins at zero.
+    /// Sums that begin at zero.
     fn loss_sum(&self, memory: &mut Self::Memory) -> Self::LossSum;
 
-    /// Sets a sum to zero.
+    /// Sets sums to zero.
     fn clear_loss(&self, sum: &mut Self::LossSum);
 
-    /// The value of a sum.
+    /// The values of sums.
     ///
     /// # Errors
     /// What went wrong in the operations before.
-    fn read_loss(&self, sum: &Self::LossSum) -> Result<f64>;
+    fn read_loss(&self, sum: &Self::LossSum) -> Result<TokenLosses>;
 }

@@ -28,7 +28,8 @@ pub use mlp::MlpKernels;
 pub use rows::RowKernels;
 pub use shapes::{
     AttentionShape, Cache, CachedScratch, Columns, Direction, DropoutMask, HeadNorms, LogitShape,
-    LoraTerm, NormParameters, PostNorms, RotaryTables, TokenLayout, UniformNoise, Write,
+    LoraTerm, NormParameters, PostNorms, RotaryTables, TokenLayout, TokenLosses, UniformNoise,
+    Write,
 };
 
 /// A backend: the memory it plans in and the operations on it.

@@ -1,5 +1,8 @@
 //! What operations are told besides their buffers: shapes, layouts, masks and norms.
 
+use std::iter::Sum;
+use std::ops::AddAssign;
+
 use crate::adapter::LoraShape;
 use crate::error::Result;
 use crate::model::spec::{ModelSpec, Norm, RotaryPairs};
@@ -202,6 +205,31 @@ pub struct DropoutMask {
     pub stream: Stream,
     /// Index of the first element: where the input is a part of the linear's whole input.
     pub first: u64,
+}
+
+/// What is said of trained tokens together.
+#[derive(Debug, Clone, Copy, Default, PartialEq)]
+pub struct TokenLosses {
+    /// Sum of their losses.
+    pub sum: f64,
+    /// Those of them that no other token was likelier than.
+    pub likeliest: u64,
+}
+
+impl AddAssign for TokenLosses {
+    fn add_assign(&mut self, other: Self) {
+        self.sum += other.sum;
+        self.likeliest += other.likeliest;
+    }
+}
+
+impl Sum for TokenLosses {
+    fn sum<I: Iterator<Item = Self>>(losses: I) -> Self {
+        losses.fold(TokenLosses::default(), |mut all, losses| {
+            all += losses;
+            all
+        })
+    }
 }
 
 /// Noise that is uniform in `[−amplitude, amplitude)`: a function of its fields and the index.

@@ -108,9 +108,14 @@ fn record(event: &Event, wall_time: f64) -> Option<Vec<u8>> {
             ("perf/rss_bytes", step.rss_bytes as f64),
         ]
         .into_iter()
+        .chain(step.mean_token_accuracy.map(|share| ("train/mean_token_accuracy", share)))
         .chain(step.gpu_bytes.map(|bytes| ("perf/gpu_bytes", bytes as f64)))
         .collect(),
-        Event::Eval(eval) => vec![("eval/loss", eval.eval_loss)],
+        Event::Eval(eval) => {
+            let accuracy = eval.eval_mean_token_accuracy;
+            let accuracy = accuracy.map(|share| ("eval/mean_token_accuracy", share));
+            [("eval/loss", eval.eval_loss)].into_iter().chain(accuracy).collect()
+        }
         _ => return None,
     };
     let values: Vec<u8> = scalars

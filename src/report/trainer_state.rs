@@ -47,12 +47,16 @@ enum Entry {
         grad_norm: f64,
         learning_rate: f64,
         loss: f64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        mean_token_accuracy: Option<f64>,
         num_tokens: u64,
         step: u64,
     },
     Eval {
         epoch: f64,
         eval_loss: f64,
+        #[serde(skip_serializing_if = "Option::is_none")]
+        eval_mean_token_accuracy: Option<f64>,
         eval_runtime: f64,
         eval_samples_per_second: f64,
         eval_steps_per_second: f64,
@@ -114,13 +118,23 @@ fn entry(event: &Event) -> Option<Entry> {
             grad_norm,
             learning_rate,
             loss,
+            mean_token_accuracy,
             num_input_tokens_seen: num_tokens,
             step,
             ..
-        }) => Some(Entry::Step { epoch, grad_norm, learning_rate, loss, num_tokens, step }),
+        }) => Some(Entry::Step {
+            epoch,
+            grad_norm,
+            learning_rate,
+            loss,
+            mean_token_accuracy,
+            num_tokens,
+            step,
+        }),
         Event::Eval(EvalEvent {
             epoch,
             eval_loss,
+            eval_mean_token_accuracy,
             eval_runtime,
             num_documents,
             num_batches,
@@ -131,6 +145,7 @@ fn entry(event: &Event) -> Option<Entry> {
             Some(Entry::Eval {
                 epoch,
                 eval_loss,
+                eval_mean_token_accuracy,
                 eval_runtime,
                 eval_samples_per_second: per_second(num_documents),
                 eval_steps_per_second: per_second(num_batches),

@@ -64,7 +64,7 @@ pub fn base_loss<M: Trainee>(model: &mut M, probe: &Batch) -> Result<f64> {
 /// `Numeric` with both losses when they differ or are not finite.
 pub fn base_loss_under_fresh_adapter<M: Trainee>(model: &mut M, probe: &Batch) -> Result<f64> {
     let base = base_loss_sum(model, probe)?;
-    let adapted = model.evaluate(probe, Variant::Adapted)?;
+    let adapted = model.evaluate(probe, Variant::Adapted)?.sum;
     if adapted.to_bits() != base.to_bits() {
         return Err(Error::numeric(format_args!(
             "a fresh adapter changes the loss: {adapted:?}, without it {base:?}"
@@ -76,7 +76,7 @@ pub fn base_loss_under_fresh_adapter<M: Trainee>(model: &mut M, probe: &Batch) -
 
 fn base_loss_sum<M: Trainee>(model: &mut M, probe: &Batch) -> Result<f64> {
     ledger::enter(Phase::Eval);
-    let base = model.evaluate(probe, Variant::Base)?;
+    let base = model.evaluate(probe, Variant::Base)?.sum;
     if !base.is_finite() {
         let what = format!("loss of the base model is {base} on its first tokens");
         return Err(Error::numeric(what).hint("the base model's weights are damaged"));
@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn a_run_without_any_gradient_left_is_ended() {
-        let gradient = |loss, norm| Gradient { loss, norm, tokens: 1, targets: 1 };
+        let gradient = |loss, norm| Gradient { loss, norm, tokens: 1, targets: 1, likeliest: 0 };
         assert!(check_has_gradient(&gradient(10.8, 1e-30)).is_ok());
         assert!(check_has_gradient(&gradient(0.0, 0.0)).is_ok(), "nothing is left to learn");
         let error = check_has_gradient(&gradient(10.8, 0.0)).unwrap_err();

@@ -129,6 +129,9 @@ pub struct StepEvent {
     pub epoch: f64,
     /// Mean loss per trained token since the last `StepEvent`, averaged over steps.
     pub loss: f64,
+    /// Share of the trained tokens since the last `StepEvent` that no other token was likelier than.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mean_token_accuracy: Option<f64>,
     /// Learning rate used by this step.
     pub learning_rate: f64,
     /// Global L2 norm of the gradient of this step, before clipping.
@@ -164,6 +167,9 @@ pub struct EvalEvent {
     pub epoch: f64,
     /// Mean loss per trained token.
     pub eval_loss: f64,
+    /// Share of the trained tokens that no other token is likelier than.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub eval_mean_token_accuracy: Option<f64>,
     /// Seconds that the evaluation took.
     pub eval_runtime: f64,
     /// Documents in the evaluation set.

@@ -13,6 +13,7 @@ use super::trainee::{AdapterBuffers, Shrinkable, Shrunk, Trainee};
 use crate::adapter::{Adapter, AdapterFiles};
 use crate::data::{Batch, TokenizerFiles};
 use crate::error::Result;
+use crate::kernels::TokenLosses;
 use crate::kernels::cpu::Cpu;
 use crate::ledger::rows::Account;
 use crate::model::parameters::ParameterTensor;
@@ -102,8 +103,8 @@ impl<K: TrainingKernels> LoraModel<K> {
     fn in_parts(
         &mut self,
         batch: &Batch,
-        mut pass: impl FnMut(&mut Model<K>, &Batch) -> Result<f64>,
-    ) -> Result<f64> {
+        mut pass: impl FnMut(&mut Model<K>, &Batch) -> Result<TokenLosses>,
+    ) -> Result<TokenLosses> {
         let model = self.model_mut();
         let parts = batch.split(model.settings().tokens);
         parts.iter().map(|part| pass(model, part)).sum()
@@ -160,11 +161,16 @@ impl<K: TrainingKernels> Shrinkable for LoraModel<K> {
 }
 
 impl<K: TrainingKernels> Trainee for LoraModel<K> {
-    fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64> {
+    fn forward_backward(
+        &mut self,
+        batch: &Batch,
+        scale: f32,
+        micro_batch: u64,
+    ) -> Result<TokenLosses> {
         self.in_parts(batch, |model, part| model.forward_backward(part, scale, micro_batch))
     }
 
-    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
+    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<TokenLosses> {
         self.in_parts(batch, |model, part| model.evaluate(part, variant))
     }
 

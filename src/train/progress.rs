@@ -105,8 +105,9 @@ impl Progress {
     /// The evaluation data were scored.
     pub fn eval(&self, event: &EvalEvent) {
         let best = if event.is_best { ", the best so far" } else { "" };
-        let loss = number(event.eval_loss, 4);
-        self.note(&format!("step {}: eval loss {loss}{best}", event.step));
+        let (loss, accuracy) =
+            (number(event.eval_loss, 4), accuracy(event.eval_mean_token_accuracy));
+        self.note(&format!("step {}: eval loss {loss}{accuracy}{best}", event.step));
     }
 
     /// A sample answer.
@@ -179,12 +180,18 @@ fn evaluation_line(step: u64, done: usize, batches: usize, elapsed: Duration) ->
     format!("{line}, ETA {}", clock(left))
 }
 
+/// Of tokens, behind their loss.
+fn accuracy(share: Option<f64>) -> String {
+    share.map_or(String::new(), |share| format!(", accuracy {:.1} %", 100.0 * share))
+}
+
 fn step_line(event: &StepEvent, max_steps: u64, eta_seconds: f64) -> String {
     let memory = ByteSize(event.memory_bytes());
     format!(
-        "step {}/{max_steps}  loss {}  lr {:.2e}  grad norm {}  {} tokens/s  {memory}  ETA {}",
+        "step {}/{max_steps}  loss {}{}  lr {:.2e}  grad norm {}  {} tokens/s  {memory}  ETA {}",
         event.step,
         number(event.loss, 4),
+        accuracy(event.mean_token_accuracy),
         event.learning_rate,
         number(event.grad_norm, 3),
         rate(event.tokens_per_second),
@@ -208,6 +215,7 @@ mod tests {
         let event = StepEvent {
             step: 12,
             loss: 1.23456,
+            mean_token_accuracy: Some(0.7318),
             learning_rate: 1.9e-4,
             grad_norm: 0.5,
             tokens_per_second: 203.4,
@@ -217,12 +225,12 @@ mod tests {
         };
         assert_eq!(
             step_line(&event, 100, 3723.4),
-            "step 12/100  loss 1.2346  lr 1.90e-4  grad norm 0.500  203 tokens/s  1.0 GiB  \
-             ETA 1:02:03"
+            "step 12/100  loss 1.2346, accuracy 73.2 %  lr 1.90e-4  grad norm 0.500  203 tokens/s  \
+             1.0 GiB  ETA 1:02:03"
         );
         let slow = StepEvent { loss: 4.2e-5, grad_norm: 1.3e-4, tokens_per_second: 0.46, ..event };
         let line = step_line(&slow, 100, 3723.4);
-        let shown = ["loss 4.2e-5 ", "grad norm 1.3e-4 ", " 0.46 tokens/s "];
+        let shown = ["loss 4.2e-5,", "grad norm 1.3e-4 ", " 0.46 tokens/s "];
         assert!(shown.iter().all(|text| line.contains(text)), "{line}");
     }
 }

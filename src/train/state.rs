@@ -71,6 +71,12 @@ pub struct LogSums {
     pub loss_sum: f64,
     /// Steps.
     pub steps: u64,
+    /// Tokens that carried loss.
+    #[serde(default)]
+    pub targets: u64,
+    /// Those of them that no other token was likelier than.
+    #[serde(default)]
+    pub likeliest: u64,
     /// Tokens.
     pub tokens: u64,
     /// Seconds.
@@ -115,6 +121,11 @@ pub struct TrainState {
 }
 
 impl LogSums {
+    /// Share of the trained tokens that no other token was likelier than.
+    pub fn token_accuracy(&self) -> f64 {
+        self.likeliest as f64 / self.targets.max(1) as f64
+    }
+
     /// Speed since the last log line.
     pub fn tokens_per_second(&self) -> f64 {
         self.tokens as f64 / self.seconds.max(f64::MIN_POSITIVE)

@@ -5,6 +5,7 @@ use super::trainee::Trainee;
 use crate::adapter::LoraPlus;
 use crate::data::Batch;
 use crate::error::{Error, Result};
+use crate::kernels::TokenLosses;
 use crate::model::parameters::{Matrix, ParameterTensor};
 use crate::plan::AdapterRegion;
 
@@ -19,6 +20,8 @@ pub struct Gradient {
     pub tokens: u64,
     /// Tokens that carried loss.
     pub targets: u64,
+    /// Those of them that no other token was likelier than.
+    pub likeliest: u64,
 }
 
 /// Learning rate of each tensor over that of the schedule, LoRA+: A 1, B `lr_ratio`.
@@ -50,24 +53,25 @@ pub fn accumulate<M: Trainee>(
     }
     let scale = 1.0 / targets as f32;
     model.zero_gradients();
-    let mut loss = 0.0;
+    let mut losses = TokenLosses::default();
     for (index, batch) in batches.iter().enumerate() {
         if stop() {
             return Ok(None);
         }
-        let batch_loss = model.forward_backward(batch, scale, first_micro_batch + index as u64)?;
-        if !batch_loss.is_finite() {
+        let of_batch = model.forward_backward(batch, scale, first_micro_batch + index as u64)?;
+        if !of_batch.sum.is_finite() {
             return Err(not_finite(model, "loss", &place(batches, Some(index))));
         }
-        loss += batch_loss;
+        losses += of_batch;
     }
     let norm = model.gradient_norm()?;
     if !norm.is_finite() {
         return Err(find_bad_gradient(model, batches, first_micro_batch));
     }
     let tokens = batches.iter().map(|batch| batch.tokens() as u64).sum();
-    let loss = loss / targets as f64;
-    Ok(Some(Gradient { loss, norm, tokens, targets: targets as u64 }))
+    let loss = losses.sum / targets as f64;
+    let (targets, likeliest) = (targets as u64, losses.likeliest);
+    Ok(Some(Gradient { loss, norm, tokens, targets, likeliest }))
 }
 
 /// Repeats a step batch by batch until the gradient is bad.
@@ -151,7 +155,8 @@ mod tests {
                 other.buffers().working.unwrap()[index] = half::bf16::from_f32(value + delta);
                 let got = other.buffers().working.unwrap()[index].to_f32() - value;
                 (
-                    other.evaluate(&batch, Variant::Adapted).unwrap() / batch.num_targets() as f64,
+                    other.evaluate(&batch, Variant::Adapted).unwrap().sum
+                        / batch.num_targets() as f64,
                     f64::from(got),
                 )
             };

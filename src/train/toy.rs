@@ -20,6 +20,7 @@ use super::trainee::{AdapterBuffers, Shrinkable, Shrunk, Trainee};
 use crate::adapter::LoraPlus;
 use crate::data::{Batch, Document};
 use crate::error::{Error, Result};
+use crate::kernels::TokenLosses;
 use crate::model::parameters::{Matrix, ParameterTensor};
 use crate::plan::{AdapterRegion, MomentLayout, Optim, Settings, SumOrder};
 use crate::random::Stream;
@@ -127,8 +128,9 @@ impl Toy {
         &self.embeddings[id as usize * D..][..D]
     }
 
-    /// Loss of one target, and its gradient if `scale` is given.
-    fn pair(&mut self, x: u32, y: u32, adapter: f32, scale: Option<f32>) -> f64 {
+    /// Loss of one target, and its gradient if `scale` is given; likeliest is the token whose embedding is
+    /// nearest.
+    fn pair(&mut self, x: u32, y: u32, adapter: f32, scale: Option<f32>) -> TokenLosses {
         let (a, b) = self.a_and_b();
         let (ex, ey) = (self.embedding(x).to_vec(), self.embedding(y).to_vec());
         let dot = |row: &[f32], v: &[f32]| row.iter().zip(v).map(|(p, q)| p * q).sum::<f32>();
@@ -150,7 +152,15 @@ impl Toy {
                 self.gradients[R * D] = f32::INFINITY;
             }
         }
-        error.iter().map(|e| f64::from(e * e) / 2.0).sum()
+        let square = |distance: &f32| f64::from(distance * distance);
+        let sum = error.iter().map(|e| square(e) / 2.0).sum();
+        let made: Vec<f32> = error.iter().zip(&ey).map(|(error, y)| error + y).collect();
+        let distance = |embedding: &[f32]| -> f64 {
+            embedding.iter().zip(&made).map(|(y, made)| square(&(made - y))).sum()
+        };
+        let own = distance(&ey);
+        let nearest = self.embeddings.chunks(D).all(|embedding| distance(embedding) >= own);
+        TokenLosses { sum, likeliest: u64::from(nearest) }
     }
 
     fn pairs(batch: &Batch) -> Vec<(u32, u32)> {
@@ -160,19 +170,23 @@ impl Toy {
     }
 
     /// The sum over the parts of a batch; fails in the middle where memory runs short.
-    fn in_parts(&mut self, batch: &Batch, pass: impl Fn(&mut Toy, &Batch) -> f64) -> Result<f64> {
+    fn in_parts(
+        &mut self,
+        batch: &Batch,
+        pass: impl Fn(&mut Toy, &Batch) -> TokenLosses,
+    ) -> Result<TokenLosses> {
         let (most, there_are) = self.room;
-        let mut sum = 0.0;
+        let mut losses = TokenLosses::default();
         for part in batch.split(most).iter() {
-            sum += pass(self, part);
+            losses += pass(self, part);
             if part.tokens() > there_are {
                 return Err(Error::budget("no memory"));
             }
         }
-        Ok(sum)
+        Ok(losses)
     }
 
-    fn sum(&mut self, batch: &Batch, adapter: f32, scale: Option<f32>) -> f64 {
+    fn sum(&mut self, batch: &Batch, adapter: f32, scale: Option<f32>) -> TokenLosses {
         Toy::pairs(batch).into_iter().map(|(x, y)| self.pair(x, y, adapter, scale)).sum()
     }
 }
@@ -229,11 +243,16 @@ impl Shrinkable for Toy {
 }
 
 impl Trainee for Toy {
-    fn forward_backward(&mut self, batch: &Batch, scale: f32, _micro_batch: u64) -> Result<f64> {
+    fn forward_backward(
+        &mut self,
+        batch: &Batch,
+        scale: f32,
+        _micro_batch: u64,
+    ) -> Result<TokenLosses> {
         self.in_parts(batch, |toy, part| toy.sum(part, 1.0, Some(scale)))
     }
 
-    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
+    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<TokenLosses> {
         if variant == Variant::Adapted {
             return self.in_parts(batch, |toy, part| toy.sum(part, 1.0, None));
         }
@@ -241,7 +260,9 @@ impl Trainee for Toy {
             self.failing_bases = left;
             return Err(Error::budget("no memory for the base model"));
         }
-        Ok(self.sum(batch, 0.0, None) + f64::from(self.base_error))
+        let mut losses = self.sum(batch, 0.0, None);
+        losses.sum += f64::from(self.base_error);
+        Ok(losses)
     }
 
     fn zero_gradients(&mut self) {

@@ -8,6 +8,7 @@ use super::backend::Update;
 use crate::checkpoint::tensor_file::{PIECE_BYTES, pieces};
 use crate::data::Batch;
 use crate::error::{Error, Message, Result};
+use crate::kernels::TokenLosses;
 use crate::ledger::rows::Account;
 use crate::model::Variant;
 use crate::model::parameters::ParameterTensor;
@@ -96,12 +97,17 @@ pub trait Shrinkable {
 
 /// A model whose adapter can be trained. The loop knows nothing else of it.
 pub trait Trainee: AdapterBuffers + Shrinkable {
-    /// Sum of the losses of the batch's trained tokens; adds `scale ·` their gradient to the
+    /// Losses of the batch's trained tokens; adds `scale ·` their gradient to the
     /// gradients. `micro_batch` counts from the start of the run: dropout depends on it.
-    fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64>;
+    fn forward_backward(
+        &mut self,
+        batch: &Batch,
+        scale: f32,
+        micro_batch: u64,
+    ) -> Result<TokenLosses>;
 
-    /// Sum of the losses of the batch's trained tokens, without dropout.
-    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64>;
+    /// Losses of the batch's trained tokens, without dropout.
+    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<TokenLosses>;
 
     /// Zeroes the gradients.
     fn zero_gradients(&mut self);

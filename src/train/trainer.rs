@@ -28,6 +28,7 @@ use super::step::{self, Gradient};
 use super::trainee::Trainee;
 use crate::data::Batch;
 use crate::error::{Error, Result};
+use crate::kernels::TokenLosses;
 use crate::ledger::{self, Phase, resident};
 use crate::model::Variant;
 
@@ -220,6 +221,8 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         state.loss_sum += gradient.loss;
         state.log_sums.loss_sum += gradient.loss;
         state.log_sums.steps += 1;
+        state.log_sums.targets += gradient.targets;
+        state.log_sums.likeliest += gradient.likeliest;
         state.log_sums.tokens += gradient.tokens;
         state.log_sums.seconds += seconds;
         self.session.add_step(gradient.tokens, seconds);
@@ -235,6 +238,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             step,
             epoch: self.epoch(),
             loss: sums.loss_sum / sums.steps as f64,
+            mean_token_accuracy: Some(sums.token_accuracy()),
             learning_rate,
             grad_norm: gradient.norm,
             num_input_tokens_seen: self.state.num_input_tokens_seen,
@@ -277,7 +281,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
     fn evaluate(&mut self) -> Result<Option<bool>> {
         ledger::enter(Phase::Eval);
         let start = Instant::now();
-        let (mut loss, mut targets, mut documents) = (0.0, 0, 0);
+        let (mut losses, mut targets, mut documents) = (TokenLosses::default(), 0, 0);
         let evaluation = self.context.evaluation;
         let mut shown = self.context.progress.evaluation(self.state.step, evaluation.len());
         for (done, batch) in evaluation.iter().enumerate() {
@@ -285,11 +289,11 @@ impl<'a, M: Trainee> Trainer<'a, M> {
                 return Ok(None);
             }
             shown.scored(done);
-            loss += self.until_it_fits(|run| run.model.evaluate(batch, Variant::Adapted))?;
+            losses += self.until_it_fits(|run| run.model.evaluate(batch, Variant::Adapted))?;
             targets += batch.num_targets() as u64;
             documents += batch.lines.len() as u64;
         }
-        let eval_loss = loss / targets.max(1) as f64;
+        let eval_loss = losses.sum / targets.max(1) as f64;
         if !eval_loss.is_finite() {
             let step = self.state.step;
             let what = format_args!("step {step}: evaluation loss is {eval_loss}");
@@ -302,6 +306,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             step: self.state.step,
             epoch: self.epoch(),
             eval_loss,
+            eval_mean_token_accuracy: Some(losses.likeliest as f64 / targets.max(1) as f64),
             eval_runtime: seconds,
             num_documents: documents,
             num_batches: self.context.evaluation.len() as u64,

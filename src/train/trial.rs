@@ -125,5 +125,5 @@ fn train_step<K: TrainingKernels>(
         gradient_scale: clip::gradient_scale(norm, 1.0),
     };
     kernels.update(model.parameters_mut(), &update)?;
-    Ok(loss / targets as f64)
+    Ok(loss.sum / targets as f64)
 }

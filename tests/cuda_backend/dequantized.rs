@@ -73,7 +73,7 @@ fn step(model: &mut Model<Gpu>, batch: &Batch) -> (u64, Vec<u32>) {
     model.parameters_mut().zero_gradients();
     let counts = |model: &Model<Gpu>| model.parameters().kernels().driver().counts();
     let before = counts(model);
-    let loss = model.forward_backward(batch, 1.0, 0).unwrap();
+    let loss = model.forward_backward(batch, 1.0, 0).unwrap().sum;
     let after = counts(model);
     assert_eq!((after.allocations, after.waits), (before.allocations, before.waits + 1));
     let gradients = model.parameters().all_values(AdapterRegion::Gradients).unwrap();

@@ -29,7 +29,7 @@ fn keeping(gpu: Gpu, what: OnHost, case: &Case, format: Option<BlockFormat>) -> 
 /// Loss and gradients of a step from nothing.
 fn step(model: &mut Model<Gpu>, batch: &Batch) -> (f64, Vec<f32>) {
     model.parameters_mut().zero_gradients();
-    let loss = model.forward_backward(batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
+    let loss = model.forward_backward(batch, 1.0 / batch.num_targets() as f32, 0).unwrap().sum;
     (loss, model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned())
 }
 
@@ -109,9 +109,12 @@ fn a_head_on_the_host_gives_the_same_numbers() {
         let numbers = |model: &mut Model<Gpu>| {
             let (loss, gradients) = step(model, &batch);
             let evaluated = model.evaluate(&batch, Variant::Adapted).unwrap();
-            assert!((evaluated / loss - 1.0).abs() < 1e-6, "{vocab}: {evaluated}, {loss}");
+            let error = (evaluated.sum / loss - 1.0).abs();
+            assert!(error < 1e-6, "{vocab}: {evaluated:?}, {loss}");
             let (score, logits) =
                 (model.score(&batch, Variant::Adapted).unwrap(), model.logits(&batch, &rows));
+            let hits = score.likeliest.iter().filter(|hit| **hit).count();
+            assert_eq!(evaluated.likeliest, hits as u64);
             model.clear_cache();
             let decoded = model.decode(&batch.input_ids[..3]).unwrap().into_owned();
             (loss, gradients, score, logits.unwrap(), decoded)

@@ -40,7 +40,7 @@ fn step(gpu: &Gpu, case: &Case, adapter: &Adapter, plan: Settings) -> (f64, Vec<
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
     let mut model = model(gpu, case, Some(nf4(true)), None, plan);
     model.parameters_mut().load(adapter);
-    let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
+    let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap().sum;
     (loss, model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned())
 }
 
@@ -61,7 +61,7 @@ fn reference(case: &Case, adapter: &Adapter, plan: Settings) -> (f64, Vec<f32>) 
     let plan = Settings { bf16_working: false, ..plan };
     let mut model = Model::new(case.spec(), weights, plan).unwrap();
     model.parameters_mut().load(adapter);
-    let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
+    let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap().sum;
     (loss, model.parameters().gradients().to_vec())
 }
 
@@ -135,7 +135,7 @@ fn a_fresh_adapter_does_not_change_a_bit() {
             let losses = |model: &mut Model<Gpu>, adapter: &Adapter| {
                 model.parameters_mut().load(adapter);
                 [model.evaluate(&batch, Variant::Base), model.evaluate(&batch, Variant::Adapted)]
-                    .map(|loss| loss.unwrap())
+                    .map(|losses| losses.unwrap().sum)
             };
             let [base, adapted] = losses(&mut model, &fresh);
             assert_eq!(base.to_bits(), adapted.to_bits(), "{name}: {base}, {adapted}");

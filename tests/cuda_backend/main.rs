@@ -106,7 +106,8 @@ fn logits_and_loss_match_transformers() {
         let rows: Vec<u32> = (0..batch.tokens() as u32).collect();
         let error = error_in_norm(&model.logits(&batch, &rows).unwrap(), &reference.f32("logits"));
         assert!(error < 2e-2, "{name}: logits are off by {error:e}");
-        let loss = model.evaluate(&batch, Variant::Adapted).unwrap() / batch.num_targets() as f64;
+        let loss =
+            model.evaluate(&batch, Variant::Adapted).unwrap().sum / batch.num_targets() as f64;
         let expected = f64::from(reference.f32("loss")[0]);
         let error = (loss / expected - 1.0).abs();
         assert!(error < 5e-3, "{name}: loss {loss}, expected {expected}");
@@ -139,7 +140,7 @@ fn check_gradients(gpu: &Gpu, case: &Case, tag: &str, quantization: Option<Block
         let adapter = Some("adapter_init");
         let settings = settings(case, adapter, &[Policy::Keep], bf16_working);
         let mut model = model(gpu, case, quantization, adapter, settings);
-        let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
+        let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap().sum;
         let expected = f64::from(lora.f32(&format!("{tag}.loss"))[0]);
         let error = (loss / batch.num_targets() as f64 / expected - 1.0).abs();
         assert!(error < 5e-3, "{} {tag}: loss is off by {error:e}", case.name);
@@ -188,7 +189,7 @@ fn policies_give_the_same_bits_and_the_working_copy_is_what_is_read() {
         if let Some(probability) = dropped {
             model = model.with_randomness(with_dropout(probability, 7));
         }
-        let loss = model.forward_backward(&batch, scale, 3).unwrap();
+        let loss = model.forward_backward(&batch, scale, 3).unwrap().sum;
         (
             loss.to_bits(),
             model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned(),
@@ -237,8 +238,8 @@ fn dropout_masks_what_the_cpu_masks() {
     host.parameters_mut()
         .load(&Adapter::load(&case.path.join("adapter_init"), &case.spec()).unwrap());
     let losses = [
-        device.forward_backward(&batch, scale, 5).unwrap(),
-        host.forward_backward(&batch, scale, 5).unwrap(),
+        device.forward_backward(&batch, scale, 5).unwrap().sum,
+        host.forward_backward(&batch, scale, 5).unwrap().sum,
     ];
     assert!((losses[0] / losses[1] - 1.0).abs() < 5e-3, "{losses:?}");
     let gradients = device.parameters().all_values(AdapterRegion::Gradients).unwrap();
@@ -292,9 +293,12 @@ fn a_score_is_the_loss_and_what_greedy_decoding_would_choose() {
     );
     assert!((got.loss / expected.loss - 1.0).abs() < 5e-3);
     assert_eq!(got.likeliest, expected.likeliest);
-    assert_eq!(got.loss.to_bits(), device.evaluate(&batch, Variant::Adapted).unwrap().to_bits());
+    assert_eq!(
+        got.loss.to_bits(),
+        device.evaluate(&batch, Variant::Adapted).unwrap().sum.to_bits()
+    );
     let base = device.score(&batch, Variant::Base).unwrap().loss;
-    assert_eq!(base.to_bits(), device.evaluate(&batch, Variant::Base).unwrap().to_bits());
+    assert_eq!(base.to_bits(), device.evaluate(&batch, Variant::Base).unwrap().sum.to_bits());
     assert_ne!(base.to_bits(), got.loss.to_bits());
 }
 
@@ -320,7 +324,9 @@ fn train(gpu: &Gpu, case: &Case, steps: usize) -> Vec<f64> {
         let batch: Batch = data.train_batch(k);
         model.parameters_mut().zero_gradients();
         let scale = 1.0 / batch.num_targets() as f32;
-        losses.push(model.forward_backward(&batch, scale, 0).unwrap() / batch.num_targets() as f64);
+        losses.push(
+            model.forward_backward(&batch, scale, 0).unwrap().sum / batch.num_targets() as f64,
+        );
         let norm = gpu.gradient_norm(model.parameters_mut()).unwrap();
         let gradient_scale = clip::gradient_scale(norm, number("max_grad_norm"));
         let (groups, optimizer) = (&groups, &optimizer);

@@ -34,8 +34,8 @@ fn what_is_offloaded_gives_the_bits_of_what_is_recomputed() {
         let mut losses = Vec::new();
         for step in 0..2 {
             // An evaluation between leaves slots with copies that nobody read.
-            losses.push(model.forward_backward(&batch, scale, step).unwrap().to_bits());
-            losses.push(model.evaluate(&batch, Variant::Adapted).unwrap().to_bits());
+            losses.push(model.forward_backward(&batch, scale, step).unwrap().sum.to_bits());
+            losses.push(model.evaluate(&batch, Variant::Adapted).unwrap().sum.to_bits());
         }
         assert_eq!(model.arena_bytes(), model.plan().arena_bytes());
         Some((

@@ -25,7 +25,7 @@ fn a_pass_that_finds_no_memory_is_repeated_in_parts_with_the_same_sums() {
     };
     let whole = || {
         let mut model = fresh();
-        let loss = model.forward_backward(&batch, scale, 0).unwrap();
+        let loss = model.forward_backward(&batch, scale, 0).unwrap().sum;
         (loss, model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned())
     };
     let (loss, gradients) = whole();
@@ -46,7 +46,7 @@ fn a_pass_that_finds_no_memory_is_repeated_in_parts_with_the_same_sums() {
         assert!(parts.len() > 1);
         model.parameters_mut().zero_gradients();
         let sum: f64 =
-            parts.iter().map(|part| model.forward_backward(part, scale, 0).unwrap()).sum();
+            parts.iter().map(|part| model.forward_backward(part, scale, 0).unwrap().sum).sum();
         assert!((sum / loss - 1.0).abs() < 1e-3, "{sum} {loss}");
         let got = model.parameters().all_values(AdapterRegion::Gradients).unwrap();
         let error = super::error_in_norm(&got, &gradients);
@@ -65,7 +65,7 @@ fn a_single_document_is_recomputed_where_memory_is_short() {
     let mut plan = settings(&case, Some("adapter_init"), &policies, true);
     (plan.tokens, plan.longest_document) = (batch.tokens(), batch.tokens());
     let mut model = model(&gpu, &case, Some(nf4(true)), Some("adapter_init"), plan);
-    let loss = model.forward_backward(&batch, scale, 0).unwrap();
+    let loss = model.forward_backward(&batch, scale, 0).unwrap().sum;
     let gradients = model.parameters().all_values(AdapterRegion::Gradients).unwrap().into_owned();
     let mut smaller = 0;
     while model.can_be_smaller() {
@@ -73,7 +73,7 @@ fn a_single_document_is_recomputed_where_memory_is_short() {
         smaller += 1;
         let settings = model.settings().clone();
         model.parameters_mut().zero_gradients();
-        let again = model.forward_backward(&batch, scale, 0).unwrap();
+        let again = model.forward_backward(&batch, scale, 0).unwrap().sum;
         let got = model.parameters().all_values(AdapterRegion::Gradients).unwrap();
         if settings.dequantize_ahead {
             assert_eq!((again.to_bits(), &*got), (loss.to_bits(), &*gradients), "{settings:?}");

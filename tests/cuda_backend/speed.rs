@@ -182,7 +182,7 @@ fn of_a_step_without_dequantizing_and_adapters() {
         "held_ms": held * 1e3, "tokens": tokens });
     println!("EXPOSED {result}");
     gpu.driver().set_bare(false);
-    let mut step = || _ = model.forward_backward(&batch, scale, 0).unwrap();
+    let mut step = || _ = model.forward_backward(&batch, scale, 0).unwrap().sum;
     let profile = profile(&gpu, if Device::is_a_card() { 20 } else { 1 }, &mut step);
     println!("PROFILE {}", json!({ "step_ms": all * 1e3, "parts": profile }));
     assert!(bare < all, "{result}");

@@ -23,6 +23,19 @@ fn reference(x: &[f64], target: usize, scale: f64, cap: f32) -> (f64, Vec<f64>) 
     (largest + total.ln() - z[target], gradient)
 }
 
+/// 1 where no logit of a row is larger than its target's: a cap does not change which is.
+fn expected_hits(z: &[bf16], targets: &[u32; 4]) -> [f32; 4] {
+    let vocab = z.len() / 4;
+    let hit = |row: usize| {
+        let logits = &z[row * vocab..][..vocab];
+        let target = logits.get(targets[row] as usize);
+        f32::from(u8::from(target.is_some_and(|target| logits.iter().all(|z| z <= target))))
+    };
+    let hits = [0, 1, 2, 3].map(hit);
+    assert_eq!((hits[2], hits[3]), (1.0, 0.0));
+    hits
+}
+
 /// (vocabulary, stride, threads): full vectors, fewer columns than threads, odd.
 const SHAPES: [(usize, usize, u32); 4] =
     [(512, 520, 256), (40, 40, 256), (333, 335, 64), (5000, 5000, 512)];
@@ -59,10 +72,10 @@ fn tiles_of_a_row_give_its_loss_and_gradient() {
                     columns, &targets[..], first as i32, i32::from(first == 0),
                     cap, &mut statistics[..]);
             }
-            let mut losses = [f32::NAN; 4];
+            let (mut losses, mut hits) = ([f32::NAN; 4], [f32::NAN; 4]);
             launch!(device, "tile_losses", [2, 1, 1], 32; &statistics[..], &targets[..],
-                vocab as i32, 4, &mut losses[..]);
-            assert_eq!(losses[3], 0.0);
+                vocab as i32, 4, &mut losses[..], &mut hits[..]);
+            assert_eq!((losses[3], hits), (0.0, expected_hits(&z, &targets)));
             let mut gradient = vec![0.0; 4 * vocab];
             for first in (0..vocab).step_by(tile) {
                 let (mut logits, count) = (of_tile(first), columns(first));
@@ -96,11 +109,11 @@ fn losses_and_gradients_are_those_of_f64() {
             let scale = 0.25f32;
             for gradient in [0, 1] {
                 let mut narrow = with_stride(&z, vocab, stride);
-                let mut losses = [f32::NAN; 4];
+                let (mut losses, mut hits) = ([f32::NAN; 4], [f32::NAN; 4]);
                 launch!(device, "cross_entropy_bf16", [4, 1, 1], threads; &mut narrow[..],
                     stride as i32, &targets[..], vocab as i32, scale, gradient, cap,
-                    &mut losses[..]);
-                assert_eq!(losses[3], 0.0);
+                    &mut losses[..], &mut hits[..]);
+                assert_eq!((losses[3], hits), (0.0, expected_hits(&z, &targets)));
                 let narrow = band(&narrow, vocab, stride);
                 for row in 0..3 {
                     let logits = wide(&z[row * vocab..][..vocab]);

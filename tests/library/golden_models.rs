@@ -42,7 +42,8 @@ fn logits_loss_and_hidden_states_match_transformers() {
         let logits = model.logits(&batch, &rows).unwrap();
         let error = largest_difference(&logits, &reference.f32("logits"));
         assert_within(&case, "logits", error, 10.0 * noise);
-        let loss = model.evaluate(&batch, Variant::Adapted).unwrap() / batch.num_targets() as f64;
+        let loss =
+            model.evaluate(&batch, Variant::Adapted).unwrap().sum / batch.num_targets() as f64;
         assert_within(
             &case,
             "loss",
@@ -74,7 +75,8 @@ fn a_padded_batch_equals_its_documents() {
         let expected = reference.unpadded_logits(model.spec().vocab_size);
         let noise = case.noise("logits_max_abs_f32_vs_f64");
         assert_within(&case, "logits", largest_difference(&logits, &expected), 10.0 * noise);
-        let loss = model.evaluate(&batch, Variant::Adapted).unwrap() / batch.num_targets() as f64;
+        let loss =
+            model.evaluate(&batch, Variant::Adapted).unwrap().sum / batch.num_targets() as f64;
         let error = (loss - f64::from(reference.f32("pad.loss")[0])).abs();
         assert_within(&case, "loss", error, 10.0 * noise);
     }
@@ -115,7 +117,7 @@ fn check_gradients(
     let (batch, _) = reference.batch("input_ids", "labels");
     let mut model = case.tiled_model(quantization, Some("adapter_init"), policy, tile);
     let noise = case.noise("grad_max_rel_f32_vs_f64").max(1e-6);
-    let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap();
+    let loss = model.forward_backward(&batch, 1.0 / batch.num_targets() as f32, 0).unwrap().sum;
     let error =
         (loss / batch.num_targets() as f64 - f64::from(lora.f32(&format!("{tag}.loss"))[0])).abs();
     // Nested scales follow the CUDA rule, bitsandbytes' CPU backend made the golden ones.
@@ -156,7 +158,7 @@ fn policies_and_micro_batches_give_the_same_gradients() {
     let scale = 1.0 / batch.num_targets() as f32;
     let run = |policies: &[Policy]| {
         let mut model = case.model(Some(BlockFormat::default()), Some("adapter_init"), policies);
-        let loss = model.forward_backward(&batch, scale, 0).unwrap();
+        let loss = model.forward_backward(&batch, scale, 0).unwrap().sum;
         (loss, model.parameters().gradients().to_vec())
     };
     let (loss, gradients) = run(&[Policy::Keep]);
@@ -177,7 +179,7 @@ fn policies_and_micro_batches_give_the_same_gradients() {
     let mut sum = 0.0;
     for document in 0..2 {
         let single = split(&batch, document);
-        sum += model.forward_backward(&single, scale, 0).unwrap();
+        sum += model.forward_backward(&single, scale, 0).unwrap().sum;
     }
     assert!((sum - loss).abs() < 1e-5 * loss);
     assert!(relative_error(model.parameters().gradients(), &gradients) < 1e-5);
@@ -193,7 +195,7 @@ fn a_tiled_mlp_gives_the_same_loss_and_gradients() {
             let format = Some(BlockFormat::default());
             let mut model = case.tiled_model(format, Some("adapter_init"), policies, tile);
             let scale = 1.0 / batch.num_targets() as f32;
-            let loss = model.forward_backward(&batch, scale, 0).unwrap();
+            let loss = model.forward_backward(&batch, scale, 0).unwrap().sum;
             (loss, model.parameters().gradients().to_vec(), model.plan().arena_bytes())
         };
         let (loss, gradients, bytes) = run(&[Policy::Checkpoint], None);
@@ -278,13 +280,13 @@ fn embeddings_have_noise_while_training() {
         let model = || case.model(None, Some("adapter_init"), &[Policy::Checkpoint]);
         let mut noisy = model().with_randomness(random);
         let mut quiet = model();
-        let evaluated = quiet.evaluate(&batch, Variant::Adapted).unwrap();
+        let evaluated = quiet.evaluate(&batch, Variant::Adapted).unwrap().sum;
         assert_eq!(
-            noisy.evaluate(&batch, Variant::Adapted).unwrap().to_bits(),
+            noisy.evaluate(&batch, Variant::Adapted).unwrap().sum.to_bits(),
             evaluated.to_bits()
         );
         quiet.forward_backward(&batch, 1.0, 0).unwrap();
-        let loss = noisy.forward_backward(&batch, 1.0, 4).unwrap();
+        let loss = noisy.forward_backward(&batch, 1.0, 4).unwrap().sum;
         let noise = |model: &Model| -> Vec<f32> {
             let pairs = model.block_input(0)[..tokens * d].iter().zip(quiet.block_input(0));
             pairs.map(|(noisy, quiet)| noisy - quiet).collect()
@@ -303,7 +305,7 @@ fn embeddings_have_noise_while_training() {
         let mut sum = 0.0;
         for (number, document) in documents.into_iter().enumerate() {
             let part = Batch { first_token: number * length, ..document };
-            sum += noisy.forward_backward(&part, 1.0, 4).unwrap();
+            sum += noisy.forward_backward(&part, 1.0, 4).unwrap().sum;
         }
         assert!((sum / loss - 1.0).abs() < 1e-5, "{name}: {sum} {loss}");
         assert!((loss / evaluated - 1.0).abs() > 1e-4, "{name}: {loss} {evaluated}");
@@ -314,10 +316,10 @@ fn embeddings_have_noise_while_training() {
 fn without_its_adapter_a_model_is_its_base() {
     let case = Case::open("llama_s0");
     let (batch, _) = case.tensors("ref.safetensors").batch("input_ids", "labels");
-    let base = case.model(None, None, &[]).evaluate(&batch, Variant::Adapted).unwrap();
+    let base = case.model(None, None, &[]).evaluate(&batch, Variant::Adapted).unwrap().sum;
     let mut adapted = case.model(None, Some("adapter_init"), &[]);
-    assert_eq!(adapted.evaluate(&batch, Variant::Base).unwrap().to_bits(), base.to_bits());
-    assert!((adapted.evaluate(&batch, Variant::Adapted).unwrap() - base).abs() > 0.1);
+    assert_eq!(adapted.evaluate(&batch, Variant::Base).unwrap().sum.to_bits(), base.to_bits());
+    assert!((adapted.evaluate(&batch, Variant::Adapted).unwrap().sum - base).abs() > 0.1);
 }
 
 #[test]
@@ -347,15 +349,16 @@ fn a_score_is_the_loss_and_what_greedy_decoding_would_choose() {
         let score = model.score(&batch, Variant::Adapted).unwrap();
         assert_eq!(score.likeliest, expected, "{name}");
         assert!(expected.contains(&true) && expected.contains(&false), "{name}");
-        assert_eq!(
-            score.loss.to_bits(),
-            model.evaluate(&batch, Variant::Adapted).unwrap().to_bits(),
-            "{name}"
-        );
+        let evaluated = model.evaluate(&batch, Variant::Adapted).unwrap();
+        assert_eq!(score.loss.to_bits(), evaluated.sum.to_bits(), "{name}");
+        let mut training = case.model(None, Some("adapter_init"), &[Policy::Keep]);
+        let trained = training.forward_backward(&batch, 1.0, 0).unwrap();
+        let hits = expected.iter().filter(|hit| **hit).count() as u64;
+        assert_eq!([evaluated.likeliest, trained.likeliest], [hits; 2], "{name}");
         let base = model.score(&batch, Variant::Base).unwrap().loss;
         assert_eq!(
             base.to_bits(),
-            model.evaluate(&batch, Variant::Base).unwrap().to_bits(),
+            model.evaluate(&batch, Variant::Base).unwrap().sum.to_bits(),
             "{name}"
         );
     }

@@ -11,6 +11,7 @@ use crate::golden::{CASES, Case, relative_error};
 use nibble::Result;
 use nibble::adapter::LoraPlus;
 use nibble::data::{Batch, Document};
+use nibble::kernels::TokenLosses;
 use nibble::kernels::cpu::Cpu;
 use nibble::model::parameters::ParameterTensor;
 use nibble::model::{Model, Variant};
@@ -48,10 +49,15 @@ impl AdapterBuffers for Bare {
 impl Shrinkable for Bare {}
 
 impl Trainee for Bare {
-    fn forward_backward(&mut self, batch: &Batch, scale: f32, micro_batch: u64) -> Result<f64> {
+    fn forward_backward(
+        &mut self,
+        batch: &Batch,
+        scale: f32,
+        micro_batch: u64,
+    ) -> Result<TokenLosses> {
         self.0.forward_backward(batch, scale, micro_batch)
     }
-    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
+    fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<TokenLosses> {
         self.0.evaluate(batch, variant)
     }
     fn zero_gradients(&mut self) {

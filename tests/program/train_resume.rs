@@ -46,14 +46,15 @@ fn assert_same_results(place: &Workplace, a: &str, b: &str) {
     let losses = |out: &str| {
         let state = place.json(&format!("{out}/checkpoint-30/state.json"));
         let history = state["history"].as_array().unwrap().clone();
-        let pick = |event: serde_json::Value| match event["event"].as_str().unwrap() {
-            "step" => {
-                Some((event["step"].clone(), event["loss"].clone(), event["grad_norm"].clone()))
-            }
-            "eval" => {
-                Some((event["step"].clone(), event["eval_loss"].clone(), serde_json::json!(0)))
-            }
-            _ => None,
+        let pick = |event: serde_json::Value| {
+            let fields = match event["event"].as_str().unwrap() {
+                "step" => ["step", "loss", "mean_token_accuracy", "grad_norm"],
+                "eval" => ["step", "eval_loss", "eval_mean_token_accuracy", "is_best"],
+                _ => return None,
+            };
+            let values = fields.map(|field| event[field].clone());
+            assert!(values.iter().all(|value| !value.is_null()), "{event}");
+            Some(values)
         };
         history.into_iter().filter_map(pick).collect::<Vec<_>>()
     };

@@ -8,7 +8,7 @@ use rayon::prelude::*;
 use super::Cpu;
 use super::arena::Buffer;
 use super::simd::{LANES, exp, exp_below, max, tanh, vectorized};
-use crate::kernels::{HeadKernels, LogitShape};
+use crate::kernels::{HeadKernels, LogitShape, TokenLosses};
 
 impl HeadKernels for Cpu {
     fn cross_entropy(
@@ -17,20 +17,20 @@ impl HeadKernels for Cpu {
         targets: &[u32],
         shape: LogitShape,
         scale: Option<f32>,
-        loss: &mut f64,
+        loss: &mut TokenLosses,
     ) {
         let logits = &mut logits[..targets.len() * shape.vocab_size];
         *loss += forward_backward(logits, targets, shape, scale);
     }
 }
 
-/// Sum of the rows' losses (f64, in row order); with `scale`, logits become gradients.
+/// The rows' losses (summed in f64, in row order); with `scale`, logits become gradients.
 fn forward_backward(
     logits: &mut [f32],
     targets: &[u32],
     LogitShape { vocab_size, soft_cap }: LogitShape,
     scale: Option<f32>,
-) -> f64 {
+) -> TokenLosses {
     let rows = logits.par_chunks_mut(vocab_size).zip(targets.par_iter());
     let losses = rows.map(|(row, &target)| {
         let target = target as usize;
@@ -39,11 +39,11 @@ fn forward_backward(
             Some(cap) => vectorized!(capped_row(row, target, scale, cap)),
         }
     });
-    losses.collect::<Vec<f64>>().iter().sum()
+    losses.collect::<Vec<TokenLosses>>().into_iter().sum()
 }
 
 #[inline(always)]
-fn one_row(row: &mut [f32], target: usize, scale: Option<f32>) -> f64 {
+fn one_row(row: &mut [f32], target: usize, scale: Option<f32>) -> TokenLosses {
     let (largest, chosen) = (max(row), row[target]);
     let total: f64 = exp_below(row, largest).iter().map(|&lane| f64::from(lane)).sum();
     if let Some(scale) = scale {
@@ -51,11 +51,12 @@ fn one_row(row: &mut [f32], target: usize, scale: Option<f32>) -> f64 {
         row.iter_mut().for_each(|value| *value *= factor);
         row[target] -= scale;
     }
-    f64::from(largest) + total.ln() - f64::from(chosen)
+    let sum = f64::from(largest) + total.ln() - f64::from(chosen);
+    TokenLosses { sum, likeliest: u64::from(chosen >= largest) }
 }
 
 #[inline(always)]
-fn capped_row(row: &mut [f32], target: usize, scale: Option<f32>, cap: f32) -> f64 {
+fn capped_row(row: &mut [f32], target: usize, scale: Option<f32>, cap: f32) -> TokenLosses {
     row.iter_mut().for_each(|value| *value = tanh(*value / cap));
     let (largest, chosen) = (cap * max(row), row[target]);
     let mut lanes = [0.0f32; LANES];
@@ -72,5 +73,6 @@ fn capped_row(row: &mut [f32], target: usize, scale: Option<f32>, cap: f32) -> f
         }
         row[target] -= scale * (1.0 - chosen * chosen);
     }
-    f64::from(largest) + total.ln() - f64::from(cap * chosen)
+    let sum = f64::from(largest) + total.ln() - f64::from(cap * chosen);
+    TokenLosses { sum, likeliest: u64::from(cap * chosen >= largest) }
 }

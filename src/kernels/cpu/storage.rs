@@ -10,7 +10,7 @@ use rayon::prelude::*;
 use super::arena::{Arena, Buffer};
 use super::{CHUNK, Cpu, FrozenMatrix, Scratch};
 use crate::error::Result;
-use crate::kernels::{Storage, StreamedWeights};
+use crate::kernels::{Storage, StreamedWeights, TokenLosses};
 use crate::model::spec::ModelSpec;
 use crate::model::streaming::StreamedPages;
 use crate::plan::{MemoryPlan, Settings, WeightParts, layout};
@@ -19,7 +19,7 @@ impl Storage for Cpu {
     type Buffer = Buffer<f32>;
     type Bf16Buffer = Buffer<bf16>;
     type Memory = Arena;
-    type LossSum = f64;
+    type LossSum = TokenLosses;
     type Offload = Scratch;
     type Weight = FrozenMatrix;
     type Vector = Vec<f32>;
@@ -116,15 +116,15 @@ impl Storage for Cpu {
         fill(tables.map(|table| &mut table[..elements]));
     }
 
-    fn loss_sum(&self, _memory: &mut Arena) -> f64 {
-        0.0
+    fn loss_sum(&self, _memory: &mut Arena) -> TokenLosses {
+        TokenLosses::default()
     }
 
-    fn clear_loss(&self, sum: &mut f64) {
-        *sum = 0.0;
+    fn clear_loss(&self, sum: &mut TokenLosses) {
+        *sum = TokenLosses::default();
     }
 
-    fn read_loss(&self, sum: &f64) -> Result<f64> {
+    fn read_loss(&self, sum: &TokenLosses) -> Result<TokenLosses> {
         Ok(*sum)
     }
 }

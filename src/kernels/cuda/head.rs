@@ -39,12 +39,13 @@ impl<D: Driver> HeadKernels for Cuda<D> {
     ) {
         let rows = targets.len();
         let Some(targets) = self.stage(targets) else { return };
-        let losses = Argument::Pointer(loss.losses(rows));
+        let [losses, hits] = loss.of_rows(rows).map(Argument::Pointer);
         let logits = logits.rows(rows, vocab_size);
         launch!(self, "cross_entropy_bf16", row_grid(rows), logit_threads(vocab_size);
             logits.argument(), logits.stride, targets, vocab_size,
-            scale.unwrap_or(0.0), scale.is_some(), soft_cap.unwrap_or(0.0), losses);
-        loss.add_losses(self, rows);
+            scale.unwrap_or(0.0), scale.is_some(), soft_cap.unwrap_or(0.0), losses,
+            hits);
+        loss.add_rows(self, rows);
     }
 
     fn head_loss(
@@ -170,10 +171,10 @@ impl<'a, D: Driver> TiledChunk<'a, D> {
             self.add_statistics(&tile);
             Some(tile)
         });
-        let losses = Argument::Pointer(self.loss.losses(self.rows));
+        let [losses, hits] = self.loss.of_rows(self.rows).map(Argument::Pointer);
         launch!(cuda, "tile_losses", flat(self.rows), FLAT_THREADS;
-            self.statistics(), self.targets, vocab_size, self.rows, losses);
-        self.loss.add_losses(cuda, self.rows);
+            self.statistics(), self.targets, vocab_size, self.rows, losses, hits);
+        self.loss.add_rows(cuda, self.rows);
         last
     }
 

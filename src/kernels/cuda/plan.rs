@@ -12,8 +12,7 @@ use crate::plan::{
 use super::adapted_mlp;
 use super::attention::{AttnImplementation, WorkLayout};
 use super::frozen::{Extended, STRIDE_ELEMENTS, tail_columns};
-use super::loss::TILE_STATISTICS;
-use super::memory::PARTIALS;
+use super::loss;
 
 /// cuBLAS' workspace: what NVIDIA recommends for Hopper, enough for every earlier card.
 const WORKSPACE_BYTES: usize = 32 << 20;
@@ -128,10 +127,8 @@ fn push_mlp_sums(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings, r
 }
 
 fn push_loss_and_uploads(plan: &mut MemoryPlan, spec: &ModelSpec, settings: &Settings) {
-    // Two words for each f64; a loss for each row, and what its tiles add up to.
     let rows = settings.head(spec.vocab_size).rows;
-    let loss = 2 * (PARTIALS + 1) + (1 + TILE_STATISTICS) * rows;
-    push(plan, CudaRegion::Loss, RegionType::F32, loss);
+    push(plan, CudaRegion::Loss, RegionType::F32, loss::elements(rows));
     let chunks = settings.tokens.div_ceil(rows);
     let words = UPLOADS_PER_TOKEN * (settings.tokens + UPLOAD_WORDS * (chunks + 2));
     push(plan, CudaRegion::Uploads, RegionType::F32, words);

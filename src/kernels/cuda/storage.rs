@@ -17,7 +17,7 @@ use super::weight_buffers::WeightBuffers;
 use super::{Cuda, Lent, rows, stream};
 use crate::error::Result;
 use crate::kernels::cpu::FrozenMatrix;
-use crate::kernels::{Storage, StreamedWeights};
+use crate::kernels::{Storage, StreamedWeights, TokenLosses};
 use crate::model::spec::ModelSpec;
 use crate::model::streaming::StreamedPages;
 use crate::plan::{CudaRegion, MemoryPlan, OnHost, Region, RegionId, Settings, WeightParts};
@@ -174,7 +174,7 @@ impl<D: Driver> Storage for Cuda<D> {
         loss::clear(self, sum);
     }
 
-    fn read_loss(&self, sum: &LossSum<D>) -> Result<f64> {
+    fn read_loss(&self, sum: &LossSum<D>) -> Result<TokenLosses> {
         loss::read(self, sum)
     }
 }

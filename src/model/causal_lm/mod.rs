@@ -24,7 +24,7 @@ use super::weights::Weights;
 use crate::data::Batch;
 use crate::error::Result;
 use crate::kernels::cpu::Cpu;
-use crate::kernels::{Kernels, PlannedMemory, Residency};
+use crate::kernels::{Kernels, PlannedMemory, Residency, TokenLosses};
 use crate::ledger::{self, Phase};
 use crate::plan::{MemoryPlan, Settings, WeightParts};
 
@@ -220,13 +220,17 @@ impl<K: Kernels> Model<K> {
         &mut self.parameters
     }
 
-    /// Sum of the losses of the batch's trained tokens; adds `scale ·` their gradient to the
-    /// adapters'. `step` is the number of the micro-batch since the start of the run: dropout and
+    /// Losses of the batch's trained tokens; adds `scale ·` their gradient to the adapters'. `step` is the number of the micro-batch since the start of the run: dropout and
     /// noise depend on it.
     ///
     /// # Errors
     /// `Usage` when the batch is larger than planned, `Input` when an id is outside the vocabulary.
-    pub fn forward_backward(&mut self, batch: &Batch, scale: f32, step: u64) -> Result<f64> {
+    pub fn forward_backward(
+        &mut self,
+        batch: &Batch,
+        scale: f32,
+        step: u64,
+    ) -> Result<TokenLosses> {
         let (tokens, targets) = self.begin(batch)?;
         let draws = Draws { seed: self.random.seed, step, first_token: batch.first_token };
         ledger::enter(Phase::Forward);
@@ -240,11 +244,11 @@ impl<K: Kernels> Model<K> {
         self.kernels.read_loss(&self.loss)
     }
 
-    /// Sum of the losses of the batch's trained tokens, without dropout and noise.
+    /// Losses of the batch's trained tokens, without dropout and noise.
     ///
     /// # Errors
     /// As [`forward_backward`](Model::forward_backward).
-    pub fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<f64> {
+    pub fn evaluate(&mut self, batch: &Batch, variant: Variant) -> Result<TokenLosses> {
         let (tokens, targets) = self.begin(batch)?;
         self.forward(&batch.input_ids, &tokens, Mode { variant, ..Mode::default() });
         self.head_loss(&targets, None);

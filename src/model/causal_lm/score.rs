@@ -37,6 +37,6 @@ impl<K: Kernels> Model<K> {
             likeliest.extend(kernels.head_score(chunk, norm, loss)?);
         }
         self.leave_head();
-        Ok(Score { loss: self.kernels.read_loss(&self.loss)?, likeliest })
+        Ok(Score { loss: self.kernels.read_loss(&self.loss)?.sum, likeliest })
     }
 }

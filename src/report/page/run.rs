@@ -261,11 +261,29 @@ impl<'a> Run<'a> {
         };
         let speed = from_zero(self.frame("Tokens per second", &whole));
         let charts = [
+            self.accuracy_chart(),
             chart(one("rate", self.line(|step| step.learning_rate)), &learning),
             chart(one("before clipping", self.line(|step| step.grad_norm)), &norm),
             chart(one("speed", self.line(|step| step.tokens_per_second)), &speed),
         ];
         charts.into_iter().flatten().collect()
+    }
+
+    /// Shares of tokens that the model would have chosen, where a run counted them.
+    fn accuracy_chart(&self) -> Option<Chart> {
+        let point = |step: u64, share: Option<f64>| share.map(|share| (step as f64, share));
+        let training = self.steps.iter().map(|step| point(step.step, step.mean_token_accuracy));
+        let evaluation =
+            self.evals.iter().map(|eval| point(eval.step, eval.eval_mean_token_accuracy));
+        let curves: [(_, _, Option<Vec<_>>); 2] =
+            [("a", "training", training.collect()), ("b", "evaluation", evaluation.collect())];
+        let series = curves.into_iter().filter_map(|(class, name, points)| {
+            let points = points.filter(|points| !points.is_empty())?;
+            Some(Series { class, name, points })
+        });
+        let frame = self.frame("Token accuracy", &percent);
+        let frame = Frame { from_zero: true, tick: |value, _| percent(value), ..frame };
+        chart(series.collect(), &frame)
     }
 
     /// Resident memory over the run, below the plan.
@@ -285,6 +303,11 @@ impl<'a> Run<'a> {
         let series = vec![Series { class: "m", name, points }];
         chart(series, &Frame { from_zero: true, unit, reference, ..frame })
     }
+}
+
+/// A share.
+pub(super) fn percent(share: f64) -> String {
+    format!("{:.1} %", 100.0 * share)
 }
 
 /// The last part of a path.

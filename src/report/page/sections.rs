@@ -3,7 +3,7 @@
 use serde::Serialize;
 
 use super::chart::Chart;
-use super::run::{Run, perplexity};
+use super::run::{Run, percent, perplexity};
 use crate::byte_size::ByteSize;
 use crate::figures::{number, rate, scientific, thousands};
 use crate::ledger::rows::{Account, Row};
@@ -69,6 +69,7 @@ struct Milestone {
     epoch: String,
     eval_loss: String,
     perplexity: String,
+    accuracy: String,
     checkpoint: String,
     size: String,
     best: bool,
@@ -79,7 +80,7 @@ struct Milestone {
 pub struct Log {
     /// Every how manyth line is shown.
     every: usize,
-    rows: Vec<[String; 8]>,
+    rows: Vec<[String; 9]>,
 }
 
 /// Every how manyth of `count` is shown where they are many.
@@ -195,6 +196,7 @@ impl Run<'_> {
                 thousands(step.step),
                 format!("{:.2}", step.epoch),
                 number(step.loss, 4),
+                step.mean_token_accuracy.map(percent).unwrap_or_default(),
                 scientific(step.learning_rate),
                 number(step.grad_norm, 3),
                 thousands(step.num_input_tokens_seen),
@@ -238,6 +240,7 @@ fn milestone(
         epoch: of_eval(|eval| format!("{:.2}", eval.epoch)),
         eval_loss: of_eval(|eval| number(eval.eval_loss, 4)),
         perplexity: of_eval(|eval| perplexity(eval.eval_loss)),
+        accuracy: of_eval(|eval| eval.eval_mean_token_accuracy.map(percent).unwrap_or_default()),
         checkpoint: save.map(|save| save.checkpoint.clone()).unwrap_or_default(),
         size: save.map(|save| ByteSize(save.bytes).to_string()).unwrap_or_default(),
         best,

@@ -3,7 +3,8 @@
 // loss = log Σ_v e^{z_v} − z_y; dz_v = scale · (softmax(z)_v − [v = y]). Two passes over the row:
 // maximum and sum together, rescaled when the maximum grows, then the gradient.
 // Capped logits are z = c·tanh(x/c) of what lies there: dx = dz · (1 − tanh²(x/c)).
-// A target that is not below the vocabulary marks a row that does not count: loss and gradient 0.
+// A target that is not below the vocabulary marks a row that does not count: loss and gradient 0. A row
+// is a hit, 1, where no logit is larger than the target's.
 // Twin of src/kernels/cpu/cross_entropy.rs.
 //
 // Where the logits come in tiles of the vocabulary, three numbers a row go from one to the next:
@@ -85,7 +86,8 @@ struct LogitGradient {
 
 __device__ __forceinline__ void cross_entropy_row(bfloat16* logits, int stride,
                                                   const u32* targets, int vocab_size, float scale,
-                                                  bool gradient, SoftCap cap, float* losses) {
+                                                  bool gradient, SoftCap cap, float* losses,
+                                                  float* hits) {
     const i64 row = blockIdx.x;
     const bool aligned = rows_aligned(logits, stride);
     logits = row_of(logits, row, stride);
@@ -98,7 +100,10 @@ __device__ __forceinline__ void cross_entropy_row(bfloat16* logits, int stride,
     // Its barriers also part the reading of `chosen` from the writing of gradients.
     const float largest = block_max(running.largest);
     const float total = block_sum(running.sum * expf(running.largest - largest));
-    if (threadIdx.x == 0) losses[row] = counts ? largest + logf(total) - chosen : 0.0f;
+    if (threadIdx.x == 0) {
+        losses[row] = counts ? largest + logf(total) - chosen : 0.0f;
+        hits[row] = counts && chosen >= largest ? 1.0f : 0.0f;
+    }
     if (gradient) {
         const float used = counts ? scale : 0.0f;
         for_pieces(vocab_size, aligned,
@@ -134,6 +139,10 @@ __device__ __forceinline__ void tile_statistics_row(const bfloat16* logits, int 
 
 __device__ __forceinline__ float tile_loss(const TileStatistics& statistics, bool counts) {
     return counts ? statistics.largest + logf(statistics.sum) - statistics.chosen : 0.0f;
+}
+
+__device__ __forceinline__ float tile_hit(const TileStatistics& statistics, bool counts) {
+    return counts && statistics.chosen >= statistics.largest ? 1.0f : 0.0f;
 }
 
 /// Logits of a tile become scale · their gradient.

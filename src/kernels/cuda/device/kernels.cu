@@ -374,14 +374,14 @@ mlp_adapters_gradients(const float* gradients, int chunks, int ranks, int width,
 
 // ---------------------------------------------------------------- loss
 
-// losses[row] in f32; with `gradient`, logits become scale · ∂loss/∂logits. A target ≥ vocab_size
-// does not count. soft_cap 0: none. Rows of up to 512 threads. Kernels::cross_entropy; the sum is
+// losses[row] and hits[row] in f32; with `gradient`, logits become scale · ∂loss/∂logits. A target ≥ vocab_size
+// does not count. soft_cap 0: none. Rows of up to 512 threads. Kernels::cross_entropy; the sums are
 // sum_f32's.
 extern "C" __global__ void __launch_bounds__(512)
 cross_entropy_bf16(bfloat16* logits, int stride, const u32* targets, int vocab_size, float scale,
-                   int gradient, float soft_cap, float* losses) {
+                   int gradient, float soft_cap, float* losses, float* hits) {
     cross_entropy_row(logits, stride, targets, vocab_size, scale, gradient, SoftCap{soft_cap},
-                      losses);
+                      losses, hits);
 }
 
 // statistics[row] = {maximum, Σ e^{z − maximum}, the target's z} of the tiles so far: those of columns
@@ -394,13 +394,15 @@ tile_statistics(const bfloat16* logits, int stride, int columns, const u32* targ
                         statistics);
 }
 
-// losses[row] once all tiles were added; 0 for a target ≥ vocab_size. Flat.
+// losses[row] and hits[row] once all tiles were added; 0 for a target ≥ vocab_size. Flat.
 extern "C" __global__ void __launch_bounds__(256)
 tile_losses(const TileStatistics* statistics, const u32* targets, int vocab_size, int rows,
-            float* losses) {
+            float* losses, float* hits) {
     const int first = blockIdx.x * blockDim.x + threadIdx.x;
     for (int row = first; row < rows; row += gridDim.x * blockDim.x) {
-        losses[row] = tile_loss(statistics[row], targets[row] < static_cast<u32>(vocab_size));
+        const bool counts = targets[row] < static_cast<u32>(vocab_size);
+        losses[row] = tile_loss(statistics[row], counts);
+        hits[row] = tile_hit(statistics[row], counts);
     }
 }
 
