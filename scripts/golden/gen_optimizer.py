@@ -102,6 +102,39 @@ def rates(schedule, steps) -> list:
     return out
 
 
+# Name, what makes it, and what it is told; `Trainer` makes all of them by `get_scheduler`.
+TOLD = (
+    ("cosine", ({"num_cycles": 1.25},)),
+    ("cosine_with_restarts", ({}, {"num_cycles": 3})),
+    ("cosine_with_min_lr", ({"min_lr_rate": 0.25, "num_cycles": 1.5}, {"min_lr": 3e-5})),
+    ("cosine_warmup_with_min_lr", (
+        {"min_lr_rate": 0.25}, {"min_lr": 3e-5, "warmup_lr_rate": 0.05, "num_cycles": 1.5})),
+    ("polynomial", ({}, {"lr_end": 1e-5, "power": 2.5}, {"lr_end": 0, "power": 0.5})),
+    ("inverse_sqrt", ({}, {"timescale": 3})),
+    ("warmup_stable_decay", (
+        {"num_decay_steps": 10},
+        {"num_decay_steps": 12, "num_stable_steps": 9, "min_lr_ratio": 0.125, "warmup_type": "cosine",
+         "decay_type": "linear"},
+        {"num_decay_steps": 15, "min_lr_ratio": 0.05, "warmup_type": "1-sqrt", "decay_type": "1-sqrt"},
+        {"num_decay_steps": 20, "num_cycles": 1.75})),
+)
+
+
+def told() -> list:
+    """A step more than the run has: what a finished run would go on with."""
+    cases = []
+    for total, warmup in ((40, 0), (40, 7), (40, 1), (64, 6)):
+        for name, all_kwargs in TOLD:
+            for kwargs in all_kwargs:
+                make = lambda o: optimization.get_scheduler(
+                    name, o, warmup, total, scheduler_specific_kwargs=kwargs)
+                floor = kwargs.get("min_lr_rate", kwargs.get("min_lr", 0) / 2e-4)
+                cases.append({"name": name, "learning_rate": 2e-4, "warmup_steps": warmup,
+                              "max_steps": total, "min_lr_rate": floor, "kwargs": kwargs,
+                              "rates": rates(make, total + 1)})
+    return cases
+
+
 def schedules() -> None:
     cases = []
     for total, warmup in ((40, 0), (40, 7), (1, 0), (1, 1), (3, 5), (200, 6)):
@@ -115,6 +148,7 @@ def schedules() -> None:
         }.items():
             cases.append({"name": name, "learning_rate": 2e-4, "warmup_steps": warmup,
                           "max_steps": total, "min_lr_rate": 0.1, "rates": rates(make, total)})
+    cases += told()
     lines = ",\n".join(json.dumps(case) for case in cases)
     (OUT / "schedules.json").write_text(f"[\n{lines}\n]\n")
 

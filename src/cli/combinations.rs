@@ -1,9 +1,8 @@
 //! What no single flag of `nibble train` can be blamed for.
 
 use super::intervals::IntervalStrategy;
-use super::train::{MIN_LR_RATE, SAMPLE_TOKENS, TrainArgs, WARMUP_RATIO};
+use super::train::{SAMPLE_TOKENS, TrainArgs};
 use crate::error::{Error, Result};
-use crate::train::schedule::SchedulerType;
 
 impl TrainArgs {
     /// Checks what no single flag can be blamed for.
@@ -42,27 +41,7 @@ impl TrainArgs {
             return Err(Error::usage("`--early-stopping-threshold` has no effect by itself")
                 .hint("add `--early-stopping-patience`: after how many evaluations to stop"));
         }
-        let o = &self.optimization;
-        if o.warmup_steps.is_some_and(|steps| steps > 0)
-            && o.lr_scheduler_type == SchedulerType::Constant
-        {
-            return Err(Error::usage("`--warmup-steps` has no effect: `constant` has no warmup")
-                .hint("use `--lr-scheduler-type constant_with_warmup`"));
-        }
-        // A run from before it was refused goes on.
-        if o.warmup_ratio > 0.0
-            && o.warmup_ratio != WARMUP_RATIO
-            && o.lr_scheduler_type == SchedulerType::Constant
-            && !self.output.resume
-        {
-            return Err(Error::usage("`--warmup-ratio` has no effect: `constant` has no warmup")
-                .hint("use `--lr-scheduler-type constant_with_warmup`"));
-        }
-        let has_floor = o.lr_scheduler_type == SchedulerType::CosineWithMinLr;
-        if o.min_lr_rate != MIN_LR_RATE && !has_floor {
-            return Err(Error::usage("`--min-lr-rate` has no effect on this schedule")
-                .hint("use `--lr-scheduler-type cosine_with_min_lr`"));
-        }
+        self.check_schedule()?;
         if e.sample_steps.is_some() && e.sample_prompt.is_empty() {
             return Err(Error::usage("`--sample-steps` needs a prompt")
                 .hint("add `--sample-prompt TEXT`, once for each prompt"));

@@ -20,6 +20,7 @@ pub mod merge;
 pub mod numbers;
 pub mod quantize;
 pub mod reader;
+mod schedule;
 pub mod settings_file;
 pub mod synonyms;
 pub mod train;

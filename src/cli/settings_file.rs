@@ -13,8 +13,10 @@ use toml::de::DeValue;
 
 use super::layers::{self, Entry, NOT_SETTINGS, find, long};
 use super::synonyms;
+use crate::data::TemplateKwargs;
 use crate::error::{Error, Message, Result};
 use crate::nearest::nearest;
+use crate::train::scheduler_kwargs::SchedulerKwargs;
 
 /// Formats that other programs read their settings from, by the endings of their files, and how a row of
 /// theirs is written here.
@@ -121,7 +123,10 @@ fn entry(command: &Command, name: &str, value: &DeValue<'_>, place: String) -> R
         };
         items.into_iter().try_for_each(|item| check_path(name, item))?;
     }
-    let values = texts(value).ok_or_else(|| {
+    let object =
+        if takes_json(arg) { json(value).filter(serde_json::Value::is_object) } else { None };
+    let values = object.map(|object| vec![object.to_string()]).or_else(|| texts(value));
+    let values = values.ok_or_else(|| {
         Error::usage(format_args!("`{name}` cannot be a date or nested"))
             .hint("write the value as on the command line")
     })?;
@@ -216,6 +221,37 @@ fn texts(value: &DeValue<'_>) -> Option<Vec<String>> {
         }
         value => Some(vec![scalar(value)?]),
     }
+}
+
+/// Whether a flag takes a JSON object, which a file may have as a table.
+fn takes_json(arg: &Arg) -> bool {
+    let parsed = arg.get_value_parser().type_id();
+    parsed == TypeId::of::<TemplateKwargs>() || parsed == TypeId::of::<SchedulerKwargs>()
+}
+
+/// A TOML value as JSON has it; NaN and infinity are texts, and dates are none.
+fn json(value: &DeValue<'_>) -> Option<serde_json::Value> {
+    use serde_json::Value;
+    Some(match value {
+        DeValue::String(text) => Value::from(text.to_string()),
+        DeValue::Integer(number) => {
+            Value::from(i64::from_str_radix(number.as_str(), number.radix()).ok()?)
+        }
+        DeValue::Float(number) => {
+            let finite = number.as_str().parse::<f64>().ok().and_then(serde_json::Number::from_f64);
+            finite.map_or_else(|| Value::from(number.as_str()), Value::from)
+        }
+        DeValue::Boolean(value) => Value::from(*value),
+        DeValue::Array(items) => {
+            items.iter().map(|item| json(item.get_ref())).collect::<Option<_>>()?
+        }
+        DeValue::Table(table) => {
+            let row = |key: &str, value| Some((key.to_string(), json(value)?));
+            let rows = table.iter().map(|(key, value)| row(key.get_ref(), value.get_ref()));
+            Value::Object(rows.collect::<Option<_>>()?)
+        }
+        DeValue::Datetime(_) => return None,
+    })
 }
 
 /// A list for a flag that is given once is one value, with commas: `["q_proj", "v_proj"]`.

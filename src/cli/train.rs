@@ -14,11 +14,13 @@ use super::intervals::IntervalStrategy;
 use super::listed::listed;
 use super::lora::LoraArgs;
 use super::numbers;
+use super::schedule::SchedulerParser;
 use crate::byte_size::ByteSize;
 use crate::plan::{Activations, Optim, WeightsMode};
 use crate::train::adamw::AdamW;
 use crate::train::recipe::{EvalRecipe, Every, Length, Recipe, SaveRecipe, steps_per_epoch};
 use crate::train::schedule::{SchedulerType, Warmup};
+use crate::train::scheduler_kwargs::SchedulerKwargs;
 use crate::train::settings::SettingsEcho;
 
 /// Floor of the learning rate as a share of the peak, by default.
@@ -205,8 +207,11 @@ pub struct OptimizationArgs {
           value_parser = numbers::positive)]
     pub learning_rate: f64,
     /// Learning rate schedule
-    #[arg(long, value_name = "TYPE", value_enum, default_value_t = SchedulerType::Cosine)]
+    #[arg(long, value_name = "TYPE", value_parser = SchedulerParser, default_value = "cosine")]
     pub lr_scheduler_type: SchedulerType,
+    /// Parameters of the schedule under transformers' names, as a JSON object such as `{"num_cycles": 3}`
+    #[arg(long, value_name = "JSON")]
+    pub lr_scheduler_kwargs: Option<SchedulerKwargs>,
     /// Steps of linear warmup from 0 [default: by `--warmup-ratio`]
     #[arg(long, value_name = "STEPS", conflicts_with = "warmup_ratio",
           value_parser = numbers::warmup_steps)]
@@ -215,7 +220,7 @@ pub struct OptimizationArgs {
     #[arg(long, value_name = "FRACTION", default_value_t = WARMUP_RATIO,
           value_parser = numbers::share)]
     pub warmup_ratio: f64,
-    /// Final learning rate of `cosine_with_min_lr`, as a fraction of the peak
+    /// Final learning rate of `cosine_with_min_lr` and `cosine_warmup_with_min_lr`, as a fraction of the peak
     #[arg(long, value_name = "FRACTION", default_value_t = MIN_LR_RATE,
           value_parser = numbers::share)]
     pub min_lr_rate: f64,
@@ -364,7 +369,23 @@ impl EvaluationArgs {
     }
 }
 
+impl OptimizationArgs {
+    /// What the learning rate falls to, as a share of the peak.
+    fn floor(&self) -> f64 {
+        let kwargs = self.lr_scheduler_kwargs.as_ref();
+        let share = kwargs.and_then(|it| {
+            it.min_lr_rate.or_else(|| it.min_lr.map(|rate| rate / self.learning_rate))
+        });
+        share.unwrap_or(self.min_lr_rate)
+    }
+}
+
 impl TrainArgs {
+    /// What the schedule is told beside its own flags.
+    pub(super) fn scheduler_kwargs(&self) -> SchedulerKwargs {
+        self.optimization.lr_scheduler_kwargs.clone().unwrap_or_default()
+    }
+
     /// The settings of the training loop, for a pass over the data of `num_batches` forward passes.
     pub fn recipe(&self, num_batches: usize) -> Recipe {
         let (o, e) = (&self.optimization, &self.evaluation);
@@ -379,7 +400,8 @@ impl TrainArgs {
             learning_rate: o.learning_rate,
             scheduler_type: o.lr_scheduler_type,
             warmup: o.warmup_steps.map_or(Warmup::Ratio(o.warmup_ratio), Warmup::Steps),
-            min_lr_rate: o.min_lr_rate,
+            min_lr_rate: o.floor(),
+            scheduler_kwargs: self.scheduler_kwargs(),
             length,
             max_grad_norm: o.max_grad_norm,
             optimizer: AdamW {

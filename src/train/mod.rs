@@ -21,6 +21,7 @@ pub mod preview;
 pub mod progress;
 pub mod recipe;
 pub mod schedule;
+pub mod scheduler_kwargs;
 pub mod settings;
 pub mod start;
 pub mod state;

@@ -2,6 +2,7 @@
 
 use super::adamw::AdamW;
 use super::schedule::{Schedule, SchedulerType, Warmup};
+use super::scheduler_kwargs::SchedulerKwargs;
 use super::state::TrainState;
 use crate::adapter::LoraPlus;
 
@@ -68,8 +69,10 @@ pub struct Recipe {
     pub scheduler_type: SchedulerType,
     /// Length of the rise.
     pub warmup: Warmup,
-    /// Floor of `cosine_with_min_lr`.
+    /// Floor of schedules that have one.
     pub min_lr_rate: f64,
+    /// What else the schedule is told.
+    pub scheduler_kwargs: SchedulerKwargs,
     /// Length of the run.
     pub length: Length,
     /// Clipping; 0 is off.
@@ -148,6 +151,7 @@ impl Recipe {
             warmup_steps: self.warmup.steps(max_steps),
             max_steps,
             min_lr_rate: self.min_lr_rate,
+            kwargs: self.scheduler_kwargs.clone(),
         }
     }
 }

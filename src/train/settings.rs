@@ -82,8 +82,8 @@ pub fn without_packing(settings: &SettingsEcho) -> SettingsEcho {
     own.map(|(name, values)| (name.clone(), values.clone())).collect()
 }
 
-/// What a setting is on a CPU where it is not set: on a GPU there is but one value.
-const NOT_SET: [(&str, &str); 1] = [("bf16", "false")];
+/// What a setting is where it is not set: `bf16` on a CPU, since on a GPU there is but one value.
+const NOT_SET: [(&str, &str); 2] = [("bf16", "false"), ("lr_scheduler_kwargs", "{}")];
 
 /// What differs between two runs and changes their numbers, as `name was a, now b`. How the base is packed is
 /// compared where both of them packed it; otherwise its loss tells.
@@ -109,14 +109,22 @@ pub fn changes(was: &SettingsEcho, now: &SettingsEcho) -> Vec<String> {
 }
 
 fn same(was: Option<&Vec<String>>, now: Option<&Vec<String>>) -> bool {
-    let number = |text: &str| text.parse::<f64>().ok();
     match (was, now) {
-        (Some(was), Some(now)) if was.len() == now.len() => was
-            .iter()
-            .zip(now)
-            .all(|(a, b)| a == b || number(a).zip(number(b)).is_some_and(|(a, b)| a == b)),
+        (Some(was), Some(now)) if was.len() == now.len() => {
+            was.iter().zip(now).all(|(was, now)| same_value(was, now))
+        }
         (was, now) => was == now,
     }
+}
+
+/// Whether two texts are one number or one JSON object, however it is written.
+fn same_value(was: &str, now: &str) -> bool {
+    let number = |text: &str| text.parse::<f64>().ok();
+    let object =
+        |text: &str| serde_json::from_str::<serde_json::Map<_, serde_json::Value>>(text).ok();
+    was == now
+        || number(was).zip(number(now)).is_some_and(|(was, now)| was == now)
+        || object(was).zip(object(now)).is_some_and(|(was, now)| was == now)
 }
 
 /// The settings as JSON: numbers and booleans as such, several values as an array.
@@ -172,6 +180,7 @@ mod tests {
         assert_eq!(changes(&unset, &off), [""; 0]);
         assert_eq!(changes(&off, &unset), [""; 0]);
         assert_eq!(changes(&unset, &on), ["bf16 was not set, now true"]);
+        assert_eq!(changes(&unset, &echo(&[("lr_scheduler_kwargs", "{ }")])), [""; 0]);
     }
 
     #[test]
@@ -190,6 +199,15 @@ mod tests {
             echo(&[("learning_rate", "2e-4"), ("seed", "42"), ("threads", "2"), ("out", "a")]);
         let now = echo(&[("learning_rate", "0.0002"), ("seed", "1"), ("out", "b"), ("x", "1")]);
         assert_eq!(changes(&was, &now), ["seed was 42, now 1", "x was not set, now 1"]);
+    }
+
+    #[test]
+    fn a_json_object_is_the_same_however_it_is_written() {
+        let kwargs = |text| echo(&[("lr_scheduler_kwargs", text)]);
+        let was = kwargs("{\"lr_end\": 0, \"power\": 2}");
+        assert_eq!(changes(&was, &kwargs("{\"power\":2,\"lr_end\":0}")), [""; 0]);
+        let now = kwargs("{\"power\": 3, \"lr_end\": 0}");
+        assert_eq!(changes(&was, &now).len(), 1);
     }
 
     #[test]

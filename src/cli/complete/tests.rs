@@ -132,7 +132,8 @@ fn mistakes_in_the_file_are_named_with_their_line() {
             "lr_scheduler_type = \"cosin\"",
             "run.toml:1: invalid value 'cosin' for '--lr-scheduler-type <TYPE>'\nhint: \
              possible values: constant, constant_with_warmup, linear, cosine, \
-             cosine_with_min_lr",
+             cosine_with_restarts, cosine_with_min_lr, cosine_warmup_with_min_lr, polynomial, \
+             inverse_sqrt, warmup_stable_decay",
         ),
         (
             "seed = [1, 2]",
@@ -186,10 +187,25 @@ fn mistakes_in_the_file_are_named_with_their_line() {
             "run.toml:1: unknown key `lora`\nhint: settings have no sections: remove `lora`",
         ),
         (
-            "lr_scheduler_kwargs = { min_lr = 1e-5 }",
-            "run.toml:1: unknown key `lr_scheduler_kwargs`\nhint: here it is `min-lr-rate`: for \
-             { min_lr_rate = … }, with `lr-scheduler-type` \"cosine_with_min_lr\"; nothing else \
-             can be set",
+            "lr_scheduler = \"one_cycle\"",
+            "run.toml:1: unknown key `lr_scheduler`\nhint: here it is `lr-scheduler-type`: invalid \
+             value 'one_cycle' for '--lr-scheduler-type <TYPE>': not supported, `cosine` with \
+             `--warmup-ratio 0.3` rises and falls much like it",
+        ),
+        (
+            "lr_scheduler_kwargs = { num_cycle = 1 }",
+            "run.toml:1: invalid value '{\"num_cycle\":1}' for '--lr-scheduler-kwargs <JSON>': no \
+             schedule reads `num_cycle`\nhint: did you mean `num_cycles`?",
+        ),
+        (
+            "lr_scheduler_kwargs = { num_cycles = nan }",
+            "run.toml:1: invalid value '{\"num_cycles\":\"nan\"}' for '--lr-scheduler-kwargs <JSON>': \
+             `num_cycles` is \"nan\", expected a number above 0",
+        ),
+        (
+            "lr_scheduler_kwargs = { num_cycles = 2026-01-01 }",
+            "run.toml:1: `lr_scheduler_kwargs` cannot be a date or nested\n\
+             hint: write the value as on the command line",
         ),
         (
             "lora_alpha = 0",
@@ -231,6 +247,22 @@ fn mistakes_in_the_file_are_named_with_their_line() {
 fn a_setting_that_is_gone_is_passed_over_in_files() -> Result<()> {
     let args = with_file("loraplus_lr_embedding = 1e-6\nlora_r = 4", &[])?;
     assert_eq!(args.lora.lora_r.get(), 4);
+    Ok(())
+}
+
+#[test]
+fn a_json_object_may_be_a_table() -> Result<()> {
+    let text = "lr_scheduler_type = \"warmup_stable_decay\"\n\
+                [chat_template_kwargs]\nthink = true\ntools = [{ name = \"x\", size = 0x10 }]\n\
+                [lr_scheduler_kwargs]\nnum_decay_steps = 1_0\nmin_lr_ratio = 0.125\n\
+                decay_type = \"1-sqrt\"\n";
+    let args = with_file(text, &[])?;
+    let given = |name: &str| args.settings[name][0].clone();
+    let kwargs = "{\"decay_type\":\"1-sqrt\",\"min_lr_ratio\":0.125,\"num_decay_steps\":10}";
+    assert_eq!(given("lr_scheduler_kwargs"), kwargs);
+    assert_eq!(args.recipe(1).scheduler_kwargs, kwargs.parse().map_err(Error::usage)?);
+    let kwargs = "{\"think\":true,\"tools\":[{\"name\":\"x\",\"size\":16}]}";
+    assert_eq!(given("chat_template_kwargs"), kwargs);
     Ok(())
 }
 

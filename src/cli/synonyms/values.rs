@@ -12,7 +12,7 @@ const DATA_PATHS: &str =
     "the paths of files: names in a list of data sets, or on the Hub, are not known";
 
 /// Their name, when it asks for something, our name, and our values for theirs.
-pub(super) const VALUES: [(&str, Asks, &str, &str); 46] = [
+pub(super) const VALUES: [(&str, Asks, &str, &str); 45] = [
     ("activation-offloading", OFF, "activations", "\"offload\" for true"),
     ("assistant-only-loss", Asks::Always, "train-on", ANSWERS),
     ("attention-implementation", Asks::Always, "attn-implementation", ATTENTION),
@@ -66,12 +66,6 @@ pub(super) const VALUES: [(&str, Asks, &str, &str); 46] = [
         Asks::Always,
         "target-modules",
         "\"all-linear\", the default, for all; or names, or a regular expression",
-    ),
-    (
-        "lr-scheduler-kwargs",
-        Asks::Always,
-        "min-lr-rate",
-        "for { min_lr_rate = … }, with `lr-scheduler-type` \"cosine_with_min_lr\"; nothing else can be set",
     ),
     (
         "mask-history",

@@ -23,7 +23,7 @@ const BEST_BY_LOSS: &str =
 
 /// Their name, when it asks for something, and what to do about it. A name that ends in `-` is for all
 /// that begin so, and behind those that say more.
-pub(super) const WITHOUT_FLAG: [(&str, Asks, &str); 163] = [
+pub(super) const WITHOUT_FLAG: [(&str, Asks, &str); 164] = [
     ("adafactor", OFF, OPTIMIZERS),
     ("adam-mini", OFF, OPTIMIZERS),
     (
@@ -42,6 +42,11 @@ pub(super) const WITHOUT_FLAG: [(&str, Asks, &str); 163] = [
     ("cache-dir", OFF, NO_DOWNLOAD),
     ("comet-", OFF, REPORTS),
     ("compute-accuracy", OFF, "leave it out: `nibble eval` measures token accuracy"),
+    (
+        "cosine-constant-lr-ratio",
+        OFF,
+        "not supported: `--lr-scheduler-type warmup_stable_decay` begins with a constant rate",
+    ),
     (
         "create-new-adapter",
         OFF,

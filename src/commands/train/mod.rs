@@ -33,7 +33,7 @@ use crate::train::lora_model::LoraModel;
 use crate::train::preview::Preview;
 use crate::train::progress::Progress;
 use crate::train::recipe::Recipe;
-use crate::train::schedule::SchedulerType;
+use crate::train::schedule::{Schedule, SchedulerType};
 use crate::train::settings::{SettingsEcho, without_packing};
 use crate::train::start::{self, AdapterOrigin, Start};
 use crate::train::state::Identity;
@@ -83,6 +83,7 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
         nothing_left(args, finished);
         return Ok(());
     }
+    recipe.schedule(max_steps).check_length()?;
     tell_of_steps(&recipe, data.feed.num_batches(), &progress);
     warn(args, &base, &recipe, max_steps, &progress);
     let before = output.found.as_ref().and_then(|found| found.state.identity.sum_order);
@@ -213,11 +214,16 @@ fn warn(args: &TrainArgs, base: &Base, recipe: &Recipe, max_steps: u64, progress
             more_steps(recipe, args.data.packing)
         ));
     }
-    let warmup = recipe.warmup.steps(max_steps);
-    if recipe.scheduler_type != SchedulerType::Constant && warmup >= max_steps {
+    warn_of_warmup(&recipe.schedule(max_steps), progress);
+}
+
+fn warn_of_warmup(schedule: &Schedule, progress: &Progress) {
+    let (warmup, max_steps) = (schedule.warmup_steps, schedule.max_steps);
+    if schedule.scheduler_type != SchedulerType::Constant && warmup >= max_steps {
+        let first =
+            if schedule.factor(0) == 0.0 { ", the first step at learning rate 0" } else { "" };
         progress.note(&format!(
-            "warning: all of the run ({}) is warmup, the first step at learning rate 0; \
-             `--warmup-steps 0` begins at the peak",
+            "warning: all of the run ({}) is warmup{first}; `--warmup-steps 0` begins at the peak",
             counted(usize::try_from(max_steps).unwrap_or(usize::MAX), "step")
         ));
     }

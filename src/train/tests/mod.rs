@@ -16,6 +16,7 @@ use super::feed::Feed;
 use super::progress::Progress;
 use super::recipe::{EvalRecipe, Length, Recipe, SaveRecipe};
 use super::schedule::{SchedulerType, Warmup};
+use super::scheduler_kwargs::SchedulerKwargs;
 use super::settings::SettingsEcho;
 use super::start::{AdapterOrigin, begin};
 use super::state::Identity;
@@ -34,6 +35,7 @@ pub(in crate::train) fn recipe() -> Recipe {
         scheduler_type: SchedulerType::Cosine,
         warmup: Warmup::Ratio(0.1),
         min_lr_rate: 0.1,
+        scheduler_kwargs: SchedulerKwargs::default(),
         length: Length::Epochs(3.0),
         max_grad_norm: 0.5,
         optimizer: AdamW { beta1: 0.9, beta2: 0.99, epsilon: 1e-8, weight_decay: 0.01 },

@@ -43,7 +43,8 @@ fn a_file_with_all_settings_is_the_same_run() {
                  validation-split=0.25 max-length=24 truncation=left bad-records=skip format=tokens train-on=all \
                  packing=false shuffle=false per-device-train-batch-size=3 \
                  gradient-accumulation-steps=2 learning-rate=5e-3 \
-                 lr-scheduler-type=cosine_with_min_lr min-lr-rate=0.25 warmup-steps=2 max-steps=5 \
+                 lr-scheduler-type=cosine_with_min_lr min-lr-rate=0.25 \
+                 lr-scheduler-kwargs={\"num_cycles\":1.5} warmup-steps=2 max-steps=5 \
                  max-grad-norm=0.5 weight-decay=0.01 adam-beta1=0.8 adam-beta2=0.95 \
                  adam-epsilon=1e-6 optim=adamw_8bit seed=7 logging-steps=2 eval-steps=2 \
                  early-stopping-patience=9 early-stopping-threshold=0.001 \

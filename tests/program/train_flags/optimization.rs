@@ -132,6 +132,92 @@ fn lr_scheduler_type() {
     assert!(error.contains("`--warmup-steps` has no effect"), "{error}");
     let error = runs.refused("lr-scheduler-type=constant warmup-ratio=0.5");
     assert!(error.contains("`--warmup-ratio` has no effect"), "{error}");
+    for (name, hint) in [
+        ("reduce_lr_on_plateau", "`--early-stopping-patience` follows the loss"),
+        ("greedy", "`--early-stopping-patience` follows the loss"),
+        ("wsd", "it is `warmup_stable_decay`"),
+    ] {
+        let error = runs.refused(&format!("lr-scheduler-type={name}"));
+        let says =
+            format!("invalid value '{name}' for '--lr-scheduler-type <TYPE>': not supported");
+        assert!(error.contains(&says) && error.contains(hint), "{error}");
+    }
+}
+
+/// What each schedule makes of them is compared with transformers beside `Schedule`.
+#[test]
+fn lr_scheduler_kwargs() {
+    let runs = Runs::new();
+    let told = |name: &str, kwargs: &str| {
+        format!("lr-scheduler-type={name} warmup-steps=2 lr-scheduler-kwargs={kwargs}")
+    };
+    let got = rates(&runs, &told("polynomial", "{\"lr_end\":0.25,\"power\":2}"));
+    let squares = (0..6).map(|k| 0.25 + 0.75 * (f64::from(6 - k) / 6.0).powi(2)).collect();
+    assert_rates(&got, &[vec![0.0, 0.5], squares].concat());
+    let stable = told("warmup_stable_decay", "{\"num_decay_steps\":4,\"decay_type\":\"linear\"}");
+    let expected = [0.0, 0.5, 1.0, 1.0, 1.0, 0.75, 0.5, 0.25];
+    assert_rates(&rates(&runs, &stable), &expected);
+    let floor = told("cosine_warmup_with_min_lr", "{\"min_lr\":0.5}");
+    assert_rates(&rates(&runs, &floor)[..2], &[0.5, 1.0]);
+    assert_rates(&rates(&runs, &floor)[7..], &[0.5]);
+    // A run of the right length by its data is made; another one is refused before it begins.
+    let by_epochs = "!max-steps packing=false num-train-epochs=0.25";
+    let decay =
+        |steps: usize| told("warmup_stable_decay", &format!("{{\"num_decay_steps\":{steps}}}"));
+    let six = runs.train(&format!("{by_epochs} {}", decay(4)));
+    assert_eq!(six.numbers("step", "learning_rate").len(), 6);
+    let long = "`warmup_stable_decay` has 2 steps of warmup and 5 of decay, the run has 6\n";
+    let error = runs.refused(&format!("{by_epochs} {}", decay(5)));
+    assert!(error.contains(long) && !error.contains("plan: "), "{error}");
+    let error = runs.refused(&format!("max-steps=6 data=none.jsonl {}", decay(5)));
+    assert!(error.contains(long), "before the data are read: {error}");
+    let floors = "lr-scheduler-type=cosine_with_min_lr lr-scheduler-kwargs";
+    for (flags, says) in [
+        ("lr-scheduler-type=linear lr-scheduler-kwargs={\"power\":2}", "`linear` reads no `power`"),
+        ("lr-scheduler-type=warmup_stable_decay", "needs `num_decay_steps`"),
+        (
+            &*format!("{floors}={{\"min_lr\":0}} min-lr-rate=0.2"),
+            "`--min-lr-rate` excludes `min_lr` in `--lr-scheduler-kwargs`",
+        ),
+        (
+            &*format!("{floors}={{\"min_lr\":0,\"min_lr_rate\":0}}"),
+            "`min_lr_rate` in `--lr-scheduler-kwargs` excludes `min_lr` in",
+        ),
+        (
+            &*format!("{floors}={{\"min_lr\":0.02}}"),
+            "`min_lr` is 2e-2, expected less than `--learning-rate`, 1e-2",
+        ),
+        (
+            "lr-scheduler-type=polynomial learning-rate=1e-8",
+            "`lr_end` is 1e-7, expected less than `--learning-rate`, 1e-8",
+        ),
+        ("lr-scheduler-kwargs={\"num_cycles\":0}", "`num_cycles` is 0, expected a number above 0"),
+    ] {
+        let error = runs.refused(flags);
+        assert!(error.contains(says), "{error}");
+    }
+}
+
+/// The peak lasts longer, and the decay is at the end of the longer run.
+#[test]
+fn a_longer_run_decays_later() {
+    let runs = Runs::new();
+    let kwargs = "{\"num_decay_steps\":2,\"decay_type\":\"linear\"}";
+    let flags = format!(
+        "learning-rate=1 self-checks=false lr-scheduler-type=warmup_stable_decay warmup-steps=0 \
+         lr-scheduler-kwargs={kwargs} max-steps"
+    );
+    let short = runs.train(&format!("{flags}=4"));
+    assert_rates(&short.numbers("step", "learning_rate"), &[1.0, 1.0, 1.0, 0.5]);
+    let spaced = kwargs.replace(':', " : ");
+    let again = ["--resume", "--max-steps", "7", "--lr-scheduler-kwargs", &spaced];
+    let longer = runs.nibble_into(&short.out, &again);
+    let rates = longer.numbers("step", "learning_rate");
+    assert_rates(&rates, &[1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 0.5]);
+    let mut other = runs.place.nibble(&["train", "--out", &short.out, "--resume"]);
+    other.args(["--max-steps", "9", "--lr-scheduler-kwargs", "{\"num_decay_steps\": 3}"]);
+    let error = crate::training::fail(other).1;
+    assert!(error.contains("lr_scheduler_kwargs was {\"num_decay_steps\" : 2,"), "{error}");
 }
 
 #[test]
