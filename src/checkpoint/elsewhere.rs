@@ -2,6 +2,8 @@
 
 use std::path::{Component, Path};
 
+use crate::error::{Error, Result};
+
 /// What a shell puts the home folder in place of, unless it is in quotes or in a file.
 pub(crate) const TILDE: &str =
     "`~` is not expanded in quotes or in a file: write the whole path, such as /home/NAME/models";
@@ -23,6 +25,18 @@ pub(crate) fn not_here(things: &str, path: &Path) -> Option<String> {
 /// Whether a path begins with `~`, and there is no such folder.
 pub(crate) fn is_in_home(path: &Path) -> bool {
     path.starts_with("~") && !Path::new("~").exists()
+}
+
+/// Checks that what is to be written to `path` will not be in a new folder of the name `~`.
+///
+/// # Errors
+/// `Usage` if it would.
+pub(crate) fn check_not_in_home(path: &Path) -> Result<()> {
+    if is_in_home(path) {
+        let what = format_args!("there is no folder `~` for {}", path.display());
+        return Err(Error::usage(what).hint(TILDE));
+    }
+    Ok(())
 }
 
 /// `owner/name`, where there is no folder `owner`.

@@ -1,5 +1,8 @@
 //! Chat templates that are known by name, for models that bring none.
 
+use std::path::Path;
+
+use crate::checkpoint::elsewhere::{TILDE, is_in_home};
 use crate::error::Error;
 use crate::nearest::nearest;
 
@@ -53,6 +56,9 @@ pub fn unknown_template(name: &str) -> Error {
     let names = || KNOWN.iter().map(|known| known.name);
     let what = format_args!("chat template `{name}` is neither a file nor a known name");
     let all = names().collect::<Vec<_>>().join(", ");
+    if is_in_home(Path::new(name)) {
+        return Error::usage(what).hint(TILDE);
+    }
     Error::usage(what).hint(match nearest(name, names()) {
         close if close.is_empty() => format!("known are {all}; or give a Jinja file"),
         close => format!("did you mean {close}?"),

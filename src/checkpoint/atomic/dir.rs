@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use super::lock::Lock;
 use super::{check_destination, is_there, keep_beside, parent, rename, sibling, sync, sync_folder};
+use crate::checkpoint::elsewhere::check_not_in_home;
 use crate::error::{Error, Result};
 
 /// A folder under construction; dropped without [`commit`](AtomicDir::commit), it is removed.
@@ -23,7 +24,7 @@ impl AtomicDir {
     /// `overwrite` allows to replace it at commit. A link is followed.
     ///
     /// # Errors
-    /// `Usage` when the destination is not empty or no folder, or another process is filling it; `Io`
+    /// `Usage` when the destination is not empty, no folder or in `~`, or another process is filling it; `Io`
     /// when the temporary folder cannot be made.
     pub fn create(destination: &Path, overwrite: bool) -> Result<Self> {
         let destination = &followed(destination)?;
@@ -32,6 +33,7 @@ impl AtomicDir {
             let what = format_args!("{} is no folder name", destination.display());
             return Err(Error::usage(what));
         }
+        check_not_in_home(destination)?;
         make_folder(&parent(destination))?;
         let lock = Lock::beside(destination)?;
         put_back(destination)?;

@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 use crate::adapter::TENSORS_FILE;
 use crate::byte_size::ByteSize;
 use crate::checkpoint::atomic::{self, Afterwards, Lock};
+use crate::checkpoint::elsewhere::check_not_in_home;
 use crate::cli::train::OutputArgs;
 use crate::error::{Error, Result};
 use crate::report::{METRICS_FILE, metrics};
@@ -59,10 +60,11 @@ impl Output {
     /// Makes or takes over the folder of `args`.
     ///
     /// # Errors
-    /// `Usage` when it holds other files, or another process trains into it; `Input` when it has
+    /// `Usage` when it holds other files or is in `~`, or another process trains into it; `Input` when it has
     /// checkpoints and all are damaged; `Io`.
     pub fn claim(args: &OutputArgs, progress: &Progress) -> Result<Self> {
         let out = args.out.as_path();
+        check_not_in_home(out)?;
         if out.is_file() {
             let what = format_args!("--out {} is a file, expected a folder", out.display());
             return Err(Error::usage(what).hint("choose another `--out`"));

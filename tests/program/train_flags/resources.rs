@@ -1,7 +1,7 @@
 //! Where a run reads, writes and computes, and what it may use.
 
 use super::runs::{Run, Runs};
-use crate::training::{fail, succeed};
+use crate::training::{fail, refused, succeed};
 
 /// Loss of the base model on the first tokens: what model it is.
 fn base_loss(run: &Run) -> f64 {
@@ -154,6 +154,18 @@ fn out() {
         "trainer_state.json",
     ];
     assert_eq!(files, expected);
+    // What a shell would expand, in a file and behind `=`.
+    std::fs::write(runs.place.path("home.toml"), "out = '~/run'").unwrap();
+    let mut by_file = runs.place.nibble(&["train", "--config", "home.toml"]);
+    by_file.args(super::runs::arguments(""));
+    let merge = ["merge", "--model=model", "--adapter", &folder, "--out=~/merged"];
+    for (command, out) in [(by_file, "~/run"), (runs.place.nibble(&merge), "~/merged")] {
+        let error = refused(2, command);
+        let says =
+            format!("there is no folder `~` for {out}\nhint: `~` is not expanded in quotes or");
+        assert!(error.contains(&says), "{error}");
+        assert!(!runs.place.path("~").exists());
+    }
     #[cfg(unix)]
     for file in ["adapter_model.safetensors", "checkpoint-1/optimizer.safetensors"] {
         use std::os::unix::fs::PermissionsExt;
