@@ -28,6 +28,7 @@ pub fn complete(
     let asked = |entry: &Entry| !is_outdone(matches, &entry.flag);
     let mut file = config_file(command, matches)?;
     file.retain(asked);
+    tell_of_adapter(&below, &file);
     below.add(&file)?;
     if matches.get_flag("resume") {
         let in_file = || {
@@ -73,6 +74,19 @@ pub(super) fn config_file(train: &Command, matches: &ArgMatches) -> Result<Vec<E
     let path = matches.get_one::<PathBuf>("config");
     let read = |path: &PathBuf| layers::compatible(train, settings_file::read_toml(train, path)?);
     path.map_or(Ok(Vec::new()), read)
+}
+
+/// Says which settings of a file are those of a new adapter, where the command line has one to begin with.
+pub(super) fn tell_of_adapter(above: &Layers, file: &[Entry]) {
+    let unused = above.brought_along(file);
+    let names: Vec<String> = unused.iter().map(|entry| format!("`{}`", entry.flag)).collect();
+    if let Some(Entry { place, .. }) = unused.first() {
+        let file = place.rsplit_once(':').map_or(place.as_str(), |(file, _)| file);
+        let names = names.join(", ");
+        eprintln!(
+            "note: {file} has settings that `--init-adapter` brings along, unused here: {names}"
+        );
+    }
 }
 
 pub(super) fn preset_of(file: &[Entry]) -> Option<Preset> {

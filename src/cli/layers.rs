@@ -28,6 +28,9 @@ pub struct Entry {
     pub place: String,
 }
 
+/// The flag that settings of a new adapter exclude.
+const INIT_ADAPTER: &str = "init-adapter";
+
 /// Flags that say where settings come from, and are not settings.
 pub(super) const NOT_SETTINGS: [&str; 4] = ["config", "preset", "resume", "help"];
 
@@ -192,7 +195,7 @@ impl<'a> Layers<'a> {
     /// # Errors
     /// `Usage` where that would leave out the adapter to begin with: a new one would be trained in its place.
     pub fn add(&mut self, entries: &[Entry]) -> Result<()> {
-        let begins_with = entries.iter().find(|entry| entry.flag == "init-adapter");
+        let begins_with = entries.iter().find(|entry| entry.flag == INIT_ADAPTER);
         let instead = begins_with.and_then(|entry| Some((entry, self.excluding(entry)?)));
         if let Some((Entry { flag, place, .. }, other)) = instead {
             let what = format_args!("`--{other}` is for a new adapter, {place} has `{flag}`");
@@ -203,6 +206,13 @@ impl<'a> Layers<'a> {
         self.arguments.extend(asked.flat_map(|entry| arguments(entry)));
         self.set.extend(free.iter().map(|entry| entry.flag.clone()));
         Ok(())
+    }
+
+    /// Those of `entries` that an adapter to begin with brings along, if one was given in a layer above.
+    pub fn brought_along<'e>(&self, entries: &'e [Entry]) -> Vec<&'e Entry> {
+        let given = self.set.iter().any(|flag| flag == INIT_ADAPTER);
+        let brought = |entry: &&Entry| given && exclude(self.command, INIT_ADAPTER, &entry.flag);
+        entries.iter().filter(brought).collect()
     }
 
     /// Arguments to append to the command line.

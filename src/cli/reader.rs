@@ -6,7 +6,7 @@ use std::ffi::OsString;
 use clap::parser::ValueSource;
 use clap::{ArgMatches, Command};
 
-use super::complete::{config_file, preset_of};
+use super::complete::{config_file, preset_of, tell_of_adapter};
 use super::layers::{self, Entry, Layers};
 use crate::error::Result;
 
@@ -26,6 +26,7 @@ pub fn complete_reader(
         file = evaluated(file, matches);
     }
     let mut below = Layers::new(reader, matches);
+    tell_of_adapter(&below, &file);
     for entries in [file, preset.unwrap_or_default()] {
         below.add(&layers::known_to(reader, entries))?;
     }

@@ -162,6 +162,14 @@ fn init_adapter() {
     assert!(dropped.said.contains(note), "{}", dropped.said);
     assert_eq!(second.adapter_config()["r"], 4);
     // What the adapter decides is no setting of the run.
+    let toml = "lora_r = 16\nseed = 3\ntarget_modules = 'q_proj'\n";
+    std::fs::write(runs.place.path("new.toml"), toml).unwrap();
+    let unused = "note: new.toml has settings that `--init-adapter` brings along, unused here: `lora-r`, \
+                  `target-modules`\n";
+    let told = runs.train(&format!("{flags} config=new.toml init-adapter={}", first.out));
+    assert!(told.said.contains(unused), "{}", told.said);
+    assert_eq!(told.adapter_config()["r"], 4);
+    assert!(!second.said.contains("unused here"), "{}", second.said);
     let settings = &second.start()["settings"];
     assert!(settings["lora_r"].is_null() && settings["target_modules"].is_null(), "{settings}");
     assert_eq!(settings["learning_rate"], 1e-9);
