@@ -1,6 +1,11 @@
 //! What is asked for of chat templates, beside what model and adapter bring.
 
+use std::path::Path;
+
 use serde_json::{Map, Value};
+
+use super::known_templates::KnownTemplate;
+use super::template_sources::CHAT_FILE;
 
 /// `--chat-template` and `--chat-template-kwargs`.
 #[derive(Debug, Clone, Default, PartialEq)]
@@ -16,6 +21,18 @@ impl TemplateChoice {
     pub fn new(template: Option<&String>, kwargs: Option<&TemplateKwargs>) -> Self {
         let kwargs = kwargs.map(|kwargs| kwargs.0.clone()).unwrap_or_default();
         TemplateChoice { template: template.cloned(), kwargs }
+    }
+
+    /// With the copy that `folder` has of the template, where that is the name of a file that is gone; the name.
+    pub fn or_copy(&mut self, folder: &Path) -> Option<String> {
+        let is_gone =
+            |name: &&String| KnownTemplate::find(name).is_none() && !Path::new(name).is_file();
+        let gone = self.template.as_ref().filter(is_gone)?;
+        let copy = folder.join(CHAT_FILE);
+        let copy = copy.to_str().filter(|copy| Path::new(copy).is_file())?;
+        let gone = gone.clone();
+        self.template = Some(copy.to_string());
+        Some(gone)
     }
 }
 

@@ -15,7 +15,7 @@ use crate::error::{Error, Result};
 
 const DEFAULT: &str = "default";
 const TOOL_USE: &str = "tool_use";
-const CHAT_FILE: &str = "chat_template.jinja";
+pub const CHAT_FILE: &str = "chat_template.jinja";
 const CONFIG_FILE: &str = "tokenizer_config.json";
 const MORE_TEMPLATES: &str = "additional_chat_templates";
 

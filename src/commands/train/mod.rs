@@ -11,8 +11,8 @@ use crate::byte_size::ByteSize;
 use crate::checkpoint::Checkpoint;
 use crate::cli::train::TrainArgs;
 use crate::commands::device;
-use crate::data::{ChatTokenizer, TokenizerFiles};
-use crate::error::{Error, Result};
+use crate::data::{ChatTokenizer, TemplateChoice, TokenizerFiles};
+use crate::error::Result;
 use crate::figures::{rate, thousands};
 use crate::ledger::rows::{Account, Row};
 use crate::model::families::{base_dropout, spec_from_config};
@@ -71,7 +71,8 @@ fn run_on<K: TrainingKernels>(args: &TrainArgs, kernels: K) -> Result<()> {
     let mut progress = Progress::stderr();
     let mut output = Output::claim(&args.output, &progress)?;
     let begins_with = begins_with(args, output.found.as_ref());
-    let base = Base::open(args, begins_with.as_deref())?;
+    let template = template(args, output.found.as_ref(), &progress);
+    let base = Base::open(args, &template, begins_with.as_deref())?;
     kernels.check_model(&base.spec)?;
     let (adapter, origin) = base.adapter(args, begins_with.as_deref(), &progress)?;
     let mut data = data::prepare(args, &base, &progress)?;
@@ -250,6 +251,19 @@ fn begins_with(args: &TrainArgs, found: Option<&Found>) -> Option<PathBuf> {
     Some(found.map_or(given, |found| &found.folder).clone())
 }
 
+/// The chat template that is asked for, or the copy of it that a checkpoint has. Whether it is the run's own the
+/// fingerprint of the data tells.
+fn template(args: &TrainArgs, found: Option<&Found>, progress: &Progress) -> TemplateChoice {
+    let mut template = args.data.format.template_choice();
+    if let Some(found) = found
+        && let Some(gone) = template.or_copy(&found.folder)
+    {
+        let copy = template.template.as_deref().unwrap_or_default();
+        progress.note(&format!("chat template {gone} is gone; the run has a copy, {copy}"));
+    }
+    template
+}
+
 /// The frozen model before its weights are read.
 struct Base {
     checkpoint: Checkpoint,
@@ -261,7 +275,11 @@ struct Base {
 }
 
 impl Base {
-    fn open(args: &TrainArgs, begins_with: Option<&Path>) -> Result<Self> {
+    fn open(
+        args: &TrainArgs,
+        template: &TemplateChoice,
+        begins_with: Option<&Path>,
+    ) -> Result<Self> {
         let model = &args.model.model;
         let elsewhere = args.output.resume && model.is_relative() && !model.exists();
         let checkpoint = Checkpoint::open(model).map_err(|error| match elsewhere {
@@ -274,14 +292,7 @@ impl Base {
         let spec = spec_from_config(checkpoint.config())?;
         check_stored(&checkpoint, &spec)?;
         super::notes::unexpected_tensors(&checkpoint, &spec);
-        let template = &args.data.format.template_choice();
-        let tokenizer = ChatTokenizer::open_for(model, template, begins_with);
-        let tokenizer = tokenizer.map_err(|error| match error {
-            Error::Usage(_) if args.output.resume => error.hint(
-                "each checkpoint of the run has it: `--chat-template CHECKPOINT/chat_template.jinja`",
-            ),
-            other => other,
-        })?;
+        let tokenizer = ChatTokenizer::open_for(model, template, begins_with)?;
         let speaker = Speaker::new(tokenizer.clone(), &spec.eos_token_ids)?;
         let preview = Preview::new(speaker, args.evaluation.sample_max_new_tokens.get(), &spec);
         let brought = tokenizer.beyond_the_model(model)?;

@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::{Value, json};
 
 use super::scene::{adapter, chat, generate, stdout};
-use crate::training::{Workplace, error_of, fail, succeed};
+use crate::training::{Workplace, error_of, fail, stderr, succeed};
 
 /// A question between w92 and w93, an answer before w94.
 const TEMPLATE: &str = "{% for m in messages %}{% if m.role == 'user' %}w92 {{ m.content }} w93 \
@@ -155,10 +155,10 @@ fn an_adapter_keeps_the_template_that_it_was_trained_with() {
     let with_flag = ask(&["--adapter", "out", "--chat-template", "turns.jinja"]);
     succeed(train(&place, "out", &["--resume", "--max-steps", "6"]));
     fs::rename(place.path("turns.jinja"), place.path("elsewhere.jinja")).unwrap();
-    let (code, text) = fail(train(&place, "out", &["--resume", "--max-steps", "8"]));
-    assert!(code == 2 && text.contains("CHECKPOINT/chat_template.jinja"), "{text}");
+    let said = stderr(&succeed(train(&place, "out", &["--resume", "--max-steps", "8"])));
+    assert!(said.contains("chat template turns.jinja is gone; the run has a copy"), "{said}");
     let its_own = ["--chat-template", "out/checkpoint-4/chat_template.jinja"];
-    succeed(train(&place, "out", &[&["--resume", "--max-steps", "8"], &its_own[..]].concat()));
+    succeed(train(&place, "out", &[&["--resume", "--max-steps", "10"], &its_own[..]].concat()));
     assert_eq!(ask(&["--adapter", "out/checkpoint-4"]), with_flag);
     // What was trained ends with w94, where generation stops.
     assert!(!with_flag.is_empty() && !with_flag.contains("w94"), "{with_flag}");

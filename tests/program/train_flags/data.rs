@@ -254,6 +254,31 @@ fn chat_template() {
     }
 }
 
+/// Its copy in the checkpoint is used.
+#[test]
+fn a_template_that_is_gone_is_that_of_the_checkpoint() {
+    let runs = Runs::new();
+    let turns =
+        json!([{"role": "user", "content": "w3 w4"}, {"role": "assistant", "content": "w5"}]);
+    fs::write(runs.place.path("chat.jsonl"), json!({"messages": turns}).to_string()).unwrap();
+    let write = |name: &str, source: &str| fs::write(runs.place.path(name), source).unwrap();
+    write("turns.jinja", "{% for m in messages %}{{ m.content }} w9 w2 {% endfor %}");
+    let flags = "data=chat.jsonl chat-template=turns.jinja max-steps";
+    let whole = runs.train(&format!("{flags}=2"));
+    let run = runs.train(&format!("{flags}=1"));
+    fs::remove_file(runs.place.path("turns.jinja")).unwrap();
+    let resumed = runs.nibble_into(&run.out, &["--resume", "--max-steps", "2"]);
+    let copy = format!("{}/checkpoint-1/chat_template.jinja", run.out);
+    let note = format!("chat template turns.jinja is gone; the run has a copy, {copy}");
+    assert!(resumed.said.replace('\\', "/").contains(&note), "{}", resumed.said);
+    assert_eq!(resumed.optimizer("master"), whole.optimizer("master"));
+    // A new run has no copy.
+    let error = runs.refused(&format!("{flags}=1"));
+    assert!(error.contains("chat template `turns.jinja` is neither a file nor"), "{error}");
+    let error = runs.refused("data=chat.jsonl chat-template=~/turns.jinja");
+    assert!(error.contains("hint: `~` is not expanded in quotes or in a file"), "{error}");
+}
+
 #[test]
 fn train_on() {
     let runs = Runs::new();
