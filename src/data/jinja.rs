@@ -11,6 +11,7 @@ use minijinja::{Environment, Error, ErrorKind, Output, State, UndefinedBehavior}
 
 use super::python_float::repr;
 use super::python_json::to_json;
+use super::python_methods;
 use super::strftime::strftime;
 
 /// Private-use characters around the text of a `{% generation %}` block.
@@ -28,7 +29,7 @@ pub(super) fn environment(unix_seconds: u64) -> Environment<'static> {
     environment.set_trim_blocks(true);
     environment.set_lstrip_blocks(true);
     environment.set_undefined_behavior(UndefinedBehavior::Lenient);
-    environment.set_unknown_method_callback(minijinja_contrib::pycompat::unknown_method_callback);
+    environment.set_unknown_method_callback(python_methods::call);
     environment.set_formatter(print);
     environment.set_fuel(Some(FUEL));
     environment.add_function("raise_exception", raise_exception);
@@ -36,6 +37,7 @@ pub(super) fn environment(unix_seconds: u64) -> Environment<'static> {
     environment.add_filter("tojson", to_json);
     environment.add_filter("string", |value: &Value| python_str(value));
     environment.add_filter("trim", trim);
+    environment.add_filter("truncate", python_methods::truncate);
     environment.add_filter("length", length);
     environment.add_filter("count", length);
     environment.add_filter("join", join);

@@ -36,6 +36,7 @@ pub mod pack;
 mod pre_tokenizers;
 mod python_float;
 mod python_json;
+mod python_methods;
 pub mod record;
 mod rejection;
 mod renames;
