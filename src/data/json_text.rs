@@ -4,7 +4,7 @@
 //! Such an integer is kept as an object of one field ([`LONG_INTEGER`]), which no format takes for a number
 //! of its own, and is a number again for templates ([`Exact`]). More than 128 bits are refused.
 
-use serde::de::{DeserializeOwned, Error as _};
+use serde::de::{DeserializeOwned, Error as _, IgnoredAny};
 use serde::ser::{Serialize, Serializer};
 use serde_json::{Error, Value};
 
@@ -32,10 +32,10 @@ pub(super) fn read<T: DeserializeOwned>(text: &str) -> Result<T, Error> {
 /// # Errors
 /// Where it is not JSON.
 pub(super) fn record(text: &str) -> Result<Value, Rejection> {
-    read(text).map_err(|error| not_json(&error))
+    read(text).map_err(|error| not_json(text, &error))
 }
 
-fn not_json(error: &Error) -> Rejection {
+fn not_json(text: &str, error: &Error) -> Rejection {
     let (line, column) = (error.line(), error.column());
     let message = error.to_string();
     let message = message.split(" at line ").next().unwrap_or_default();
@@ -49,9 +49,23 @@ fn not_json(error: &Error) -> Rejection {
         rejection.hint("each record stands on one line, or the file is one JSON list")
     } else if (line, column) == (1, 1) {
         rejection.hint("each line is a JSON object: plain text is `{\"text\": \"…\"}`")
+    } else if is_followed(text, line, column) {
+        rejection.hint(
+            "one object follows another: write each on a line of its own, such as by `jq -c . FILE`, or a comma \
+             between two of a list",
+        )
     } else {
         rejection
     }
+}
+
+/// Whether an object is over where an error is, and another one begins.
+fn is_followed(text: &str, line: usize, column: usize) -> bool {
+    let before: usize = text.split('\n').take(line - 1).map(|row| row.len() + 1).sum();
+    let parts = column.checked_sub(1).and_then(|column| text.split_at_checked(before + column));
+    parts.is_some_and(|(first, rest)| {
+        rest.starts_with('{') && serde_json::from_str::<IgnoredAny>(first).is_ok()
+    })
 }
 
 /// `text` in what serde_json reads without loss; none where it is that already.
@@ -162,6 +176,17 @@ mod tests {
             assert!(value(text).is_err(), "{text}");
         }
         assert!(value("[-0.0]").unwrap()[0].as_f64().unwrap().is_sign_negative());
+    }
+
+    #[test]
+    fn objects_that_follow_one_another_are_told() {
+        let says = |text: &str| record(text).unwrap_err().hint.unwrap_or_default();
+        for text in ["{\"é\": 1}{\"b\": 2}", "{\"a\": {}} \t{", "{\"a\":\n1\n}\n {\"b\": 2}"] {
+            assert!(says(text).starts_with("one object follows another: write each"), "{text}");
+        }
+        for text in ["{\"a\": 1}}", "{\"a\": 1, {\"b\": 2}}", "{\"a\": 1} x", "{\"a\"{\"b\": 2}"] {
+            assert_eq!(says(text), "", "{text}");
+        }
     }
 
     #[test]

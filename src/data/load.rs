@@ -8,6 +8,7 @@ use rayon::prelude::*;
 use serde_json::{Map, Value};
 
 use super::batch::Document;
+use super::columns::no_table;
 use super::encode::{Encoded, Encoder};
 use super::files::{DataFiles, in_words};
 use super::format::Format;
@@ -140,7 +141,7 @@ impl<K: FnMut(Document)> Loader<'_, K> {
     /// Tokenizes a batch in parallel and files the results in order.
     fn take(&mut self, batch: Vec<Raw>) -> Result<()> {
         let read = |body| match body {
-            Body::Json(text) => json_text::record(&text),
+            Body::Json(text) => json_text::record(&text).and_then(no_table),
             Body::Fields(fields) => Ok(fields),
         };
         let parse_raw = |raw: Raw| (raw.line, raw.body.and_then(read));

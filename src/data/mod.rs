@@ -17,6 +17,7 @@
 pub mod audit;
 pub mod batch;
 pub mod chat;
+mod columns;
 pub mod encode;
 mod ends;
 mod fields;

@@ -65,6 +65,21 @@ fn a_line_that_is_no_json() {
     }
 }
 
+/// Streams of objects without line breaks, and tables as pandas writes them.
+#[test]
+fn records_that_are_not_one_a_line() {
+    for format in ["", "--format=prompt"] {
+        let flags: &[&str] = if format.is_empty() { &[] } else { &[format] };
+        let place = with_data("{\"prompt\": \"w1\", \"completion\": \"w2\"}".repeat(2));
+        let says = ["train.jsonl:1", "hint: one object follows another", "`jq -c . FILE`"];
+        assert_not_trained(&place, 1, flags, &says);
+        let table =
+            "{\"prompt\":{\"0\":\"w1\",\"1\":\"w2\"},\"completion\":{\"0\":\"w3\",\"1\":\"w4\"}}";
+        let says = ["train.jsonl:1", "one table of the columns", "lines=True"];
+        assert_not_trained(&with_data(table), 1, flags, &says);
+    }
+}
+
 #[test]
 fn a_field_of_the_wrong_type() {
     let place = with_data("{\"text\": \"w1 w2\"}\n{\"text\": [1, 2]}\n");
