@@ -8,7 +8,7 @@ use clap::{ArgAction, Args, ValueHint};
 use super::adapters::NamedAdapter;
 use super::data::DataFormatArgs;
 use super::device::DeviceArgs;
-use super::generate::MAX_NEW_TOKENS;
+use super::generate::{MAX_NEW_TOKENS, some_text};
 use super::numbers;
 use super::train::{BaseModelArgs, MAX_LENGTH};
 
@@ -68,6 +68,10 @@ pub struct EvalArgs {
     #[arg(long, help_heading = "Output", value_name = "TOKENS", default_value = MAX_NEW_TOKENS,
           requires = "predictions", value_parser = numbers::at_least_one)]
     pub max_new_tokens: NonZeroUsize,
+    /// Text that ends these answers, and is no part of them; may be repeated
+    #[arg(long, help_heading = "Output", value_name = "TEXT", allow_hyphen_values = true,
+          requires = "predictions", value_parser = some_text)]
+    pub stop_strings: Vec<String>,
     /// Print the figures as JSON
     #[arg(long, help_heading = "Output", action = ArgAction::SetTrue)]
     pub json: bool,

@@ -19,6 +19,11 @@ const TOP_P: f32 = 1.0;
 const MIN_P: f32 = 0.0;
 const SEED: u64 = 42;
 
+/// A text that is not empty.
+pub(super) fn some_text(text: &str) -> Result<String, String> {
+    if text.is_empty() { Err("expected some text".to_string()) } else { Ok(text.to_string()) }
+}
+
 /// How answers are made; names as in transformers' `GenerationConfig`.
 #[derive(Debug, Clone, Args)]
 #[command(next_help_heading = "Generation")]
@@ -26,6 +31,9 @@ pub struct GenerationArgs {
     /// Maximum length of an answer, in tokens
     #[arg(long, value_name = "TOKENS", default_value = MAX_NEW_TOKENS, value_parser = numbers::at_least_one)]
     pub max_new_tokens: NonZeroUsize,
+    /// Text that ends an answer, and is no part of it; may be repeated
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true, value_parser = some_text)]
+    pub stop_strings: Vec<String>,
     /// Context length: prompt and answer together, in tokens
     #[arg(long, value_name = "TOKENS", default_value_t = 2048, value_parser = numbers::length)]
     pub context_length: usize,

@@ -57,13 +57,23 @@ fn run_on<K: Kernels>(args: &ChatArgs, kernels: K) -> Result<()> {
     super::notes::packing(&args.base, session.kind());
     super::notes::long_rope(session.spec()?, context);
     super::notes::idle_flags(&args.generation);
+    super::notes::escapes(&args.generation.stop_strings);
     let interrupt = Interrupt::on_ctrl_c()?;
     let current = (!adapters.is_empty()).then_some(0);
     let system = args.system.clone();
     let max_new_tokens = args.generation.max_new_tokens.get();
-    let turns = Vec::new();
-    let mut chat =
-        Chat { session, sampler, adapters, current, system, turns, max_new_tokens, interrupt };
+    let (turns, stop_strings) = (Vec::new(), args.generation.stop_strings.clone());
+    let mut chat = Chat {
+        session,
+        sampler,
+        adapters,
+        current,
+        system,
+        turns,
+        max_new_tokens,
+        stop_strings,
+        interrupt,
+    };
     chat.reset();
     // Refused here, not after the first question.
     chat.session.speaker().render(&[("user", "")])?;
@@ -81,6 +91,7 @@ struct Chat<K: Kernels> {
     /// Role and content.
     turns: Vec<(&'static str, String)>,
     max_new_tokens: usize,
+    stop_strings: Vec<String>,
     interrupt: Interrupt,
 }
 
@@ -229,9 +240,9 @@ impl<K: Kernels> Chat<K> {
             self.turns.iter().map(|(role, content)| (*role, content.as_str())).collect();
         let prompt = self.session.speaker().render(&messages)?;
         let first = self.turns.len() == 1 + usize::from(self.system.is_some());
-        let Chat { session, sampler, interrupt, max_new_tokens, .. } = self;
+        let Chat { session, sampler, interrupt, max_new_tokens, stop_strings, .. } = self;
         let mut answer = String::new();
-        let finish = session.answer(&prompt, sampler, *max_new_tokens, |piece| {
+        let finish = session.answer(&prompt, sampler, (*max_new_tokens, stop_strings), |piece| {
             answer.push_str(piece);
             printed::at_once(piece)?;
             Ok(if interrupt.requested() { Wish::Stop } else { Wish::Continue })

@@ -38,6 +38,7 @@ fn run_on<K: Kernels>(args: &GenerateArgs, kernels: K) -> Result<()> {
     super::notes::packing(&args.base, session.kind());
     super::notes::long_rope(session.spec()?, context);
     super::notes::idle_flags(&args.generation);
+    super::notes::escapes(&args.generation.stop_strings);
     if args.adapter.len() < 2 {
         return answer(args, &mut session, &prompt);
     }
@@ -74,7 +75,8 @@ fn answer<K: Kernels>(args: &GenerateArgs, session: &mut Session<K>, prompt: &st
     let prompt = render(args, session, prompt)?;
     let mut sampler = Sampler::new(args.generation.sampling())?;
     let max_new_tokens = args.generation.max_new_tokens.get();
-    let finish = session.answer(&prompt, &mut sampler, max_new_tokens, |piece| {
+    let ends = (max_new_tokens, &args.generation.stop_strings[..]);
+    let finish = session.answer(&prompt, &mut sampler, ends, |piece| {
         printed::at_once(piece)?;
         Ok(Wish::Continue)
     })?;
@@ -86,7 +88,7 @@ fn answer<K: Kernels>(args: &GenerateArgs, session: &mut Session<K>, prompt: &st
 /// Tells that the answer was cut.
 pub(super) fn note_finish(finish: Finish, max_new_tokens: usize) {
     match finish {
-        Finish::EndOfSequence => {}
+        Finish::EndOfSequence | Finish::StopString => {}
         Finish::Length => {
             eprintln!("[cut: --max-new-tokens {max_new_tokens} or --context-length is reached]");
         }

@@ -25,6 +25,15 @@ pub fn idle_flags(generation: &GenerationArgs) {
     }
 }
 
+/// Says that escapes in stop strings are none.
+pub fn escapes(stop_strings: &[String]) {
+    if let Some(text) = stop_strings.iter().find(|text| text.contains("\\n")) {
+        eprintln!(
+            "note: `\\n` in the stop string {text} is a backslash and an n; bash has line breaks in `$'\\n'`"
+        );
+    }
+}
+
 /// Says that a context is so long that LongRoPE turns short texts otherwise than in training.
 pub fn long_rope(spec: &ModelSpec, context_tokens: usize) {
     let scaling = spec.rotary.as_ref().map(|rotary| &rotary.scaling);

@@ -4,6 +4,7 @@ mod adapted;
 mod sampler;
 mod session;
 mod speaker;
+mod stop_strings;
 mod stream;
 
 pub use adapted::AdaptedModel;

@@ -96,7 +96,7 @@ impl<K: Kernels> Session<K> {
         self.model.set_adapter(adapter)
     }
 
-    /// Continues `prompt`: see [`Speaker::answer`].
+    /// Continues `prompt` for so many tokens at most, or until one of these strings: see [`Speaker::answer`].
     ///
     /// # Errors
     /// As [`Speaker::answer`].
@@ -104,11 +104,12 @@ impl<K: Kernels> Session<K> {
         &mut self,
         prompt: &Prompt,
         sampler: &mut Sampler,
-        max_new_tokens: usize,
+        (max_new_tokens, stop_strings): (usize, &[String]),
         listener: impl FnMut(&str) -> Result<Wish>,
     ) -> Result<Finish> {
         let context_tokens = self.context_tokens;
-        let limits = Limits { max_new_tokens, context_tokens, prefill_tokens: PREFILL_TOKENS };
+        let prefill_tokens = PREFILL_TOKENS;
+        let limits = Limits { max_new_tokens, context_tokens, prefill_tokens, stop_strings };
         let model = self.model.model_mut()?;
         self.speaker.answer(model, prompt, sampler, limits, listener)
     }

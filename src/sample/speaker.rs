@@ -4,6 +4,7 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::stop_strings::StopStrings;
 use super::{Sampler, TextStream};
 use crate::data::template::ChatTemplate;
 use crate::data::{ChatTokenizer, TemplateChoice};
@@ -16,6 +17,8 @@ use crate::model::Model;
 pub enum Finish {
     /// An end-of-sequence token.
     EndOfSequence,
+    /// A string that was to end it.
+    StopString,
     /// The most tokens that were allowed, or the context is full.
     Length,
     /// The listener had enough.
@@ -31,15 +34,17 @@ pub enum Wish {
     Stop,
 }
 
-/// Room for prompt and answer.
+/// Room for prompt and answer, and what else ends it.
 #[derive(Debug, Clone, Copy)]
-pub struct Limits {
+pub struct Limits<'a> {
     /// Longest answer, in tokens.
     pub max_new_tokens: usize,
     /// Longest prompt and answer together, in tokens.
     pub context_tokens: usize,
     /// Tokens of the prompt that the model is fed at a time.
     pub prefill_tokens: usize,
+    /// Texts that end the answer, which they are no part of; tokens that are no text may be among them.
+    pub stop_strings: &'a [String],
 }
 
 /// What a model is to continue.
@@ -147,7 +152,7 @@ impl Speaker {
         self.tokenizer.decode(&ids[..end], true)
     }
 
-    /// Lets `model` continue `prompt` until an end-of-sequence token, a limit, or the wish of
+    /// Lets `model` continue `prompt` until an end-of-sequence token, a stop string, a limit, or the wish of
     /// `listener`, who gets the text as it comes.
     ///
     /// # Errors
@@ -157,7 +162,7 @@ impl Speaker {
         model: &mut Model<K>,
         prompt: &Prompt,
         sampler: &mut Sampler,
-        limits: Limits,
+        limits: Limits<'_>,
         listener: impl FnMut(&str) -> Result<Wish>,
     ) -> Result<Finish> {
         self.extend(model, self.ids(prompt)?, sampler, limits, listener)
@@ -173,12 +178,50 @@ impl Speaker {
         model: &mut Model<K>,
         mut history: Vec<u32>,
         sampler: &mut Sampler,
-        limits: Limits,
+        limits: Limits<'_>,
         mut listener: impl FnMut(&str) -> Result<Wish>,
     ) -> Result<Finish> {
-        let context = limits.context_tokens;
-        if history.len() >= context {
-            let tokens = history.len();
+        self.feed(model, &history, limits)?;
+        let mut next = *history.last().expect("a prompt has a token");
+        let mut stream = TextStream::new(&self.tokenizer);
+        let mut stops = StopStrings::new(limits.stop_strings);
+        let stop_ids = self.added_ids(limits.stop_strings);
+        let mut finish = Finish::Length;
+        for _ in 0..limits.max_new_tokens.min(limits.context_tokens - history.len()) {
+            next = sampler.next(&model.decode(&[next])?, &history)?;
+            if self.eos_ids.contains(&next) {
+                finish = Finish::EndOfSequence;
+                break;
+            }
+            if stop_ids.contains(&next) {
+                finish = Finish::StopString;
+                break;
+            }
+            history.push(next);
+            let (text, stopped) = stops.push(&stream.push(next)?);
+            let wish = listener(&text)?;
+            if stopped {
+                return Ok(Finish::StopString);
+            }
+            if wish == Wish::Stop {
+                finish = Finish::Stopped;
+                break;
+            }
+        }
+        let (text, stopped) = stops.push(&stream.finish()?);
+        listener(&(text + &stops.finish()))?;
+        Ok(if stopped { Finish::StopString } else { finish })
+    }
+
+    /// Lets the model read all of a prompt but its last token.
+    fn feed<K: Kernels>(
+        &self,
+        model: &mut Model<K>,
+        prompt: &[u32],
+        limits: Limits<'_>,
+    ) -> Result<()> {
+        let (context, tokens) = (limits.context_tokens, prompt.len());
+        if tokens >= context {
             let what = format_args!("the prompt has {tokens} tokens, the context {context}");
             return Err(Error::usage(what).hint(match model.spec().learned_positions {
                 Some(most) if context >= most => {
@@ -188,26 +231,23 @@ impl Speaker {
             }));
         }
         model.clear_cache();
-        let (last, before) = history.split_last().expect("a prompt has a token");
+        let before = &prompt[..tokens.saturating_sub(1)];
         for piece in before.chunks(limits.prefill_tokens.max(1)) {
-            model.decode_piece(piece, history.len())?;
+            model.decode_piece(piece, tokens)?;
         }
-        let mut next = *last;
-        let mut stream = TextStream::new(&self.tokenizer);
-        let mut finish = Finish::Length;
-        for _ in 0..limits.max_new_tokens.min(context - history.len()) {
-            next = sampler.next(&model.decode(&[next])?, &history)?;
-            if self.eos_ids.contains(&next) {
-                finish = Finish::EndOfSequence;
-                break;
-            }
-            history.push(next);
-            if listener(&stream.push(next)?)? == Wish::Stop {
-                finish = Finish::Stopped;
-                break;
-            }
+        Ok(())
+    }
+
+    /// Ids of those of `texts` that are added tokens: special ones among them are in no text.
+    fn added_ids(&self, texts: &[String]) -> Vec<u32> {
+        if texts.is_empty() {
+            return Vec::new();
         }
-        listener(&stream.finish()?)?;
-        Ok(finish)
+        let added = self.tokenizer.added_tokens();
+        texts
+            .iter()
+            .filter(|text| added.contains(text))
+            .filter_map(|it| self.tokenizer.id(it))
+            .collect()
     }
 }

@@ -58,7 +58,8 @@ impl Preview {
     ) -> Result<String> {
         let prompt = self.speaker.prompt(prompt)?;
         let context_tokens = self.with_answer(self.speaker.ids(&prompt)?.len());
-        let limits = Limits { max_new_tokens: self.max_new_tokens, context_tokens, prefill_tokens };
+        let max_new_tokens = self.max_new_tokens;
+        let limits = Limits { max_new_tokens, context_tokens, prefill_tokens, stop_strings: &[] };
         let mut sampler = Sampler::new(SamplingOptions::greedy())?;
         let mut answer = String::new();
         self.speaker.answer(model, &prompt, &mut sampler, limits, |piece| {

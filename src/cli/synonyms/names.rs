@@ -2,7 +2,7 @@
 
 /// Their name and ours, with hyphens. A name that means several things is there several times: the
 /// first flag that a command has is meant.
-pub(super) const NAMES: [(&str, &str); 79] = [
+pub(super) const NAMES: [(&str, &str); 81] = [
     // transformers, TRL and PEFT, where ours is shorter
     ("bnb-4bit-use-double-quant", "double-quant"),
     ("chat-template-path", "chat-template"),
@@ -54,6 +54,7 @@ pub(super) const NAMES: [(&str, &str); 79] = [
     ("quantization-method", "outtype"),
     ("quantization-type", "outtype"),
     ("quantize", "outtype"),
+    ("reverse-prompt", "stop-strings"),
     ("sample-packing", "packing"),
     ("sequence-len", "max-length"),
     ("system-prompt", "system"),
@@ -81,6 +82,7 @@ pub(super) const NAMES: [(&str, &str); 79] = [
     ("scheduler", "lr-scheduler-type"),
     ("seq-len", "max-length"),
     ("steps", "max-steps"),
+    ("stop", "stop-strings"),
     ("target", "target-modules"),
     ("temp", "temperature"),
     ("tokens", "max-new-tokens"),

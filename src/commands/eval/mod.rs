@@ -80,10 +80,10 @@ fn run_on<K: Kernels>(args: &EvalArgs, kernels: K) -> Result<()> {
     super::notes::unexpected_tensors(&checkpoint, &spec);
     kernels.check_model(&spec)?;
     let (dataset, tokenizer) = read_data(args, &spec)?;
-    let predictions = args
-        .predictions
-        .as_deref()
-        .map(|path| Predictions::new(&dataset, &spec, path, args.max_new_tokens.get()));
+    super::notes::escapes(&args.stop_strings);
+    let ends = (args.max_new_tokens.get(), &args.stop_strings[..]);
+    let predictions = args.predictions.as_deref();
+    let predictions = predictions.map(|path| Predictions::new(&dataset, &spec, path, ends));
     let predictions = predictions.transpose()?;
     let logits = args.save_logits.as_deref();
     let logits = logits.map(|path| SavedLogits::new(&dataset, path)).transpose()?;

@@ -30,6 +30,7 @@ struct Question<'a> {
 pub(super) struct Predictions<'a> {
     questions: Vec<Question<'a>>,
     max_new_tokens: usize,
+    stop_strings: &'a [String],
     /// Tokens of the longest prompt with the longest answer.
     pub context_tokens: usize,
 }
@@ -53,7 +54,7 @@ impl<'a> Predictions<'a> {
         dataset: &'a Dataset,
         spec: &ModelSpec,
         path: &Path,
-        max_new_tokens: usize,
+        (max_new_tokens, stop_strings): (usize, &'a [String]),
     ) -> Result<Self> {
         let files = &dataset.report.files;
         let questions = dataset.documents.iter().map(|document| Question::of(document, files));
@@ -61,7 +62,7 @@ impl<'a> Predictions<'a> {
         let longest = questions.iter().map(|question| question.prompt.len()).max().unwrap_or(0);
         let context_tokens = spec.possible_length(longest.saturating_add(max_new_tokens));
         super::check_is_new("--predictions", path)?;
-        Ok(Predictions { questions, max_new_tokens, context_tokens })
+        Ok(Predictions { questions, max_new_tokens, stop_strings, context_tokens })
     }
 
     /// The way out where memory is refused: it may be that of the longest answer.
@@ -85,7 +86,8 @@ impl<'a> Predictions<'a> {
     ) -> Result<Predicted> {
         let context_tokens = self.context_tokens;
         let speaker = Speaker::new(tokenizer, &model.spec().eos_token_ids)?;
-        let limits = Limits { max_new_tokens: self.max_new_tokens, context_tokens, prefill_tokens };
+        let (max_new_tokens, stop_strings) = (self.max_new_tokens, self.stop_strings);
+        let limits = Limits { max_new_tokens, context_tokens, prefill_tokens, stop_strings };
         let bar = progress_bar::over_count("answering", self.questions.len());
         let (mut right, mut cut) = (0, 0);
         for (answered, question) in self.questions.iter().enumerate() {

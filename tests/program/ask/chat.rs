@@ -45,6 +45,20 @@ fn adapters_are_swapped_between_answers() {
     }
 }
 
+/// What was not said is not remembered either.
+#[test]
+fn a_stop_string_ends_an_answer_in_the_conversation() {
+    let place = Workplace::new();
+    add_template(&place);
+    let (answers, _) = chat(&place, &[], &["w5 w6"]);
+    let stop = format!(" {}", answers[0].split(' ').nth(2).unwrap());
+    let first = &answers[0][..answers[0].find(&stop).unwrap()];
+    let (answers, _) = chat(&place, &["--stop-strings", &stop], &["w5 w6", "w9"]);
+    let second = raw(&place, &format!("w92 w5 w6 w93 {first} w94 w92 w9 w93"), None);
+    assert_eq!(answers[0], first);
+    assert_eq!(answers[1], second[..second.find(&stop).unwrap_or(second.len())]);
+}
+
 /// DoRA and trained embeddings are merged into the weights; what follows has the base's again.
 #[test]
 fn adapters_that_must_be_merged_leave_nothing_behind() {

@@ -4,6 +4,8 @@ use std::fs;
 use std::io::Read;
 use std::process::Stdio;
 
+use serde_json::{Value, json};
+
 use super::scene::{adapter, add_model, add_template, generate, ids, logits, stdout};
 use crate::training::{Workplace, error_of, fail, stderr, succeed};
 
@@ -63,6 +65,46 @@ fn an_end_of_sequence_ends_the_answer() {
     fs::write(path, format!(r#"{{"eos_token": "{}", "bos_token": "w1"}}"#, words[4])).unwrap();
     let cut = generate(&place, &["--raw", "--prompt", "w7 w31"]);
     assert_eq!(cut, words[..first].join(" "), "of {answer}");
+}
+
+/// The text before it is the answer, wherever tokens begin and end, and none is cut.
+#[test]
+fn a_stop_string_ends_the_answer() {
+    let place = Workplace::new();
+    let prompt = ["--raw", "--prompt", "w7 w31"];
+    let answer = generate(&place, &prompt);
+    let words: Vec<&str> = answer.split(' ').collect();
+    let within = format!("{} {}", &words[3][1..], &words[4][..2]);
+    let never = format!("{} {}?", words[0], words[1]);
+    let ask = |stops: &[&str]| {
+        let stops = stops.iter().flat_map(|text| ["--stop-strings", text]);
+        let flags: Vec<&str> = prompt.into_iter().chain(stops).collect();
+        let base = ["generate", "--model=model", "--quantization=none", "--max-new-tokens=8"];
+        let output = succeed(place.nibble(&[&base[..], &flags].concat()));
+        (stdout(&output), stderr(&output))
+    };
+    let (cut, said) = ask(&[&never, &within]);
+    assert_eq!(cut, answer[..answer.find(&within).unwrap()], "of {answer}");
+    assert!(cut.len() > 4 && !said.contains("[cut"), "{cut} {said}");
+    assert_eq!(ask(&[&never]).0, answer);
+    let (_, said) = ask(&["\\nUser:"]);
+    assert!(said.contains("note: `\\n` in the stop string \\nUser: is a backslash"), "{said}");
+    let mut command = place.nibble(&["generate", "--model", "model", "--stop-strings", ""]);
+    command.args(prompt);
+    let (code, text) = fail(command);
+    assert!(code == 2 && text.contains("'--stop-strings <TEXT>': expected some text"), "{text}");
+    // A token that is in no text.
+    let path = place.path("model/tokenizer.json");
+    let mut tokenizer: Value = serde_json::from_slice(&fs::read(&path).unwrap()).unwrap();
+    let special = json!({
+        "id": ids(words[4])[0], "content": words[4], "single_word": false, "lstrip": false,
+        "rstrip": false, "normalized": false, "special": true,
+    });
+    tokenizer["added_tokens"].as_array_mut().unwrap().push(special);
+    fs::write(path, tokenizer.to_string()).unwrap();
+    assert!(!ask(&[]).0.contains(words[4]));
+    let first = words.iter().position(|word| *word == words[4]).unwrap();
+    assert_eq!(ask(&[words[4]]).0, words[..first].join(" "), "of {answer}");
 }
 
 /// Whoever reads stderr, a person or a file.

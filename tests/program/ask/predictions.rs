@@ -71,6 +71,20 @@ fn answers_are_those_of_generate() {
 }
 
 #[test]
+fn a_stop_string_ends_them() {
+    let place = Workplace::new();
+    add_template(&place);
+    write_chats(&place, &[&["w7 w31", "w5 w6"]]);
+    let whole = generate(&place, &["--prompt", "w7 w31"]);
+    let word = whole.split(' ').nth(2).unwrap();
+    let stop = format!(" {word}");
+    let (said, lines) = predict(&place, &["--stop-strings", &stop]);
+    assert_eq!(texts(&lines, "predict"), [&whole[..whole.find(&stop).unwrap()]]);
+    assert_eq!(lines[0]["finish_reason"], "stop");
+    assert!(!said.contains("cut off"), "{said}");
+}
+
+#[test]
 fn answers_that_are_those_of_the_data_are_counted() {
     let place = Workplace::new();
     let answer = generate(&place, &["--raw", "--prompt", "w7 w31"]);
