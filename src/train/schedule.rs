@@ -135,7 +135,7 @@ impl Schedule {
         }
         let (warmup, max_steps) = (self.warmup_steps, self.max_steps);
         let (stable, decay) = (self.kwargs.num_stable_steps, self.num_decay_steps());
-        let parts = warmup + stable.unwrap_or(0) + decay;
+        let parts = warmup.saturating_add(stable.unwrap_or(0)).saturating_add(decay);
         let idle = stable.is_some() && self.floor_ratio() == 0.0 && parts < max_steps;
         if parts <= max_steps && !idle {
             return Ok(());
@@ -300,6 +300,7 @@ mod tests {
         };
         let message = of_run("warmup and 9 of decay", fewer);
         assert_eq!(check("{\"num_decay_steps\": 9}", 2, 10), message);
+        assert!(check("{\"num_decay_steps\": 1}", u64::MAX, 10).is_err());
         let parts =
             |stable: u64| format!("{{\"num_stable_steps\": {stable}, \"num_decay_steps\": 4}}");
         assert_eq!(check(&parts(4), 2, 10), Ok(()));
