@@ -151,46 +151,52 @@ impl Projections {
         self == Projections::Conv1d
     }
 
-    /// The matrices of a block, in forward order.
-    fn of_block(self) -> &'static [Projection] {
+    /// The matrices of a block's halves, in forward order.
+    fn of_halves(self) -> [&'static [Projection]; 2] {
         use LinearRole::{Down, Gate, K, O, Q, Qkv, Up, V};
+        const SEPARATE_QKV: &[Projection] = &[
+            (Q, "self_attn.q_proj", Width::Stream, Width::Query),
+            (K, "self_attn.k_proj", Width::Stream, Width::Key),
+            (V, "self_attn.v_proj", Width::Stream, Width::Key),
+            (O, "self_attn.o_proj", Width::Query, Width::Stream),
+        ];
+        const FUSED_GATE_UP: &[Projection] = &[
+            (Up, "mlp.gate_up_proj", Width::Stream, Width::GateUp),
+            (Down, "mlp.down_proj", Width::Mlp, Width::Stream),
+        ];
         match self {
-            Projections::Separate => &[
-                (Q, "self_attn.q_proj", Width::Stream, Width::Query),
-                (K, "self_attn.k_proj", Width::Stream, Width::Key),
-                (V, "self_attn.v_proj", Width::Stream, Width::Key),
-                (O, "self_attn.o_proj", Width::Query, Width::Stream),
-                (Gate, "mlp.gate_proj", Width::Stream, Width::Mlp),
-                (Up, "mlp.up_proj", Width::Stream, Width::Mlp),
-                (Down, "mlp.down_proj", Width::Mlp, Width::Stream),
+            Projections::Separate => [
+                SEPARATE_QKV,
+                &[
+                    (Gate, "mlp.gate_proj", Width::Stream, Width::Mlp),
+                    (Up, "mlp.up_proj", Width::Stream, Width::Mlp),
+                    (Down, "mlp.down_proj", Width::Mlp, Width::Stream),
+                ],
             ],
-            Projections::Fused => &[
-                (Qkv, "self_attn.qkv_proj", Width::Stream, Width::Qkv),
-                (O, "self_attn.o_proj", Width::Query, Width::Stream),
-                (Up, "mlp.gate_up_proj", Width::Stream, Width::GateUp),
-                (Down, "mlp.down_proj", Width::Mlp, Width::Stream),
+            Projections::Fused => [
+                &[
+                    (Qkv, "self_attn.qkv_proj", Width::Stream, Width::Qkv),
+                    (O, "self_attn.o_proj", Width::Query, Width::Stream),
+                ],
+                FUSED_GATE_UP,
             ],
-            Projections::FusedGateUp => &[
-                (Q, "self_attn.q_proj", Width::Stream, Width::Query),
-                (K, "self_attn.k_proj", Width::Stream, Width::Key),
-                (V, "self_attn.v_proj", Width::Stream, Width::Key),
-                (O, "self_attn.o_proj", Width::Query, Width::Stream),
-                (Up, "mlp.gate_up_proj", Width::Stream, Width::GateUp),
-                (Down, "mlp.down_proj", Width::Mlp, Width::Stream),
+            Projections::FusedGateUp => [SEPARATE_QKV, FUSED_GATE_UP],
+            Projections::SharedMlp => [
+                SEPARATE_QKV,
+                &[
+                    (Up, "shared_mlp.input_linear", Width::Stream, Width::GateUp),
+                    (Down, "shared_mlp.output_linear", Width::Mlp, Width::Stream),
+                ],
             ],
-            Projections::SharedMlp => &[
-                (Q, "self_attn.q_proj", Width::Stream, Width::Query),
-                (K, "self_attn.k_proj", Width::Stream, Width::Key),
-                (V, "self_attn.v_proj", Width::Stream, Width::Key),
-                (O, "self_attn.o_proj", Width::Query, Width::Stream),
-                (Up, "shared_mlp.input_linear", Width::Stream, Width::GateUp),
-                (Down, "shared_mlp.output_linear", Width::Mlp, Width::Stream),
-            ],
-            Projections::Conv1d => &[
-                (Qkv, "attn.c_attn", Width::Stream, Width::Qkv),
-                (O, "attn.c_proj", Width::Query, Width::Stream),
-                (Up, "mlp.c_fc", Width::Stream, Width::Mlp),
-                (Down, "mlp.c_proj", Width::Mlp, Width::Stream),
+            Projections::Conv1d => [
+                &[
+                    (Qkv, "attn.c_attn", Width::Stream, Width::Qkv),
+                    (O, "attn.c_proj", Width::Query, Width::Stream),
+                ],
+                &[
+                    (Up, "mlp.c_fc", Width::Stream, Width::Mlp),
+                    (Down, "mlp.c_proj", Width::Mlp, Width::Stream),
+                ],
             ],
         }
     }
@@ -215,7 +221,7 @@ impl ModelSpec {
             out_features: self.width(output),
             bias: self.has_bias(role),
         };
-        self.projections.of_block().iter().map(linear).collect()
+        self.projections.of_halves().into_iter().flatten().map(linear).collect()
     }
 
     fn has_bias(&self, role: LinearRole) -> bool {

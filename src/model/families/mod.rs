@@ -7,12 +7,15 @@
 mod fields;
 mod gemma;
 mod glm4;
+mod gpt2;
 mod granite;
 mod layer_kinds;
 mod mistral;
 mod olmo;
 mod phi3;
+mod qwen;
 mod rope;
+mod seed_oss;
 mod smollm3;
 
 use serde_json::Value;
@@ -20,17 +23,18 @@ use serde_json::Value;
 use fields::{Fields, unsupported};
 use gemma::{gemma, gemma2, gemma3};
 use glm4::glm4;
+use gpt2::gpt2;
 use granite::{granite, granite_moe_hybrid};
 use mistral::{ministral3, mistral};
 use olmo::{olmo2, olmo3};
 use phi3::phi3;
+use qwen::{qwen2, qwen3};
 use rope::{partial_rotary_factor, rotary_from_config};
+use seed_oss::seed_oss;
 use smollm3::smollm3;
 
 use super::names::Names;
-use super::spec::{
-    Activation, Family, ModelSpec, Norm, Projections, QkNorm, RopeScaling, RotaryPairs,
-};
+use super::spec::{Activation, Family, ModelSpec, Norm, Projections, RopeScaling, RotaryPairs};
 use crate::error::{Error, Result};
 
 pub(crate) use fields::MOST_LAYERS;
@@ -176,114 +180,6 @@ fn whole_heads(config: &Value) -> Result<()> {
     Ok(())
 }
 
-fn qwen2(fields: &Fields) -> Result<ModelSpec> {
-    let config = fields.with_defaults([("max_position_embeddings", 32_768)]);
-    let fields = &Fields(&config);
-    let mut spec = llama(fields, Family::Qwen2)?;
-    spec.num_kv_heads = fields.if_absent("num_key_value_heads", 32).unwrap_or(spec.num_kv_heads);
-    (spec.qkv_bias, spec.output_bias, spec.mlp_bias) = (true, false, false);
-    spec.windows = qwen_windows(fields, spec.num_layers)?;
-    Ok(spec)
-}
-
-fn qwen3(fields: &Fields) -> Result<ModelSpec> {
-    let config = fields.with_defaults([("head_dim", 128), ("max_position_embeddings", 32_768)]);
-    let fields = &Fields(&config);
-    let mut spec = llama(fields, Family::Qwen3)?;
-    spec.num_kv_heads = fields.if_absent("num_key_value_heads", 32).unwrap_or(spec.num_kv_heads);
-    (spec.qk_norm, spec.mlp_bias) = (Some(QkNorm::Heads), false);
-    spec.windows = qwen_windows(fields, spec.num_layers)?;
-    Ok(spec)
-}
-
-/// Source: transformers `models/seed_oss/configuration_seed_oss.py`.
-fn seed_oss(fields: &Fields) -> Result<ModelSpec> {
-    let mut config = fields.with_defaults([
-        ("vocab_size", Value::from(155_136)),
-        ("max_position_embeddings", 524_288.into()),
-        ("attention_bias", true.into()),
-    ]);
-    for (key, absent) in [("head_dim", 128), ("num_key_value_heads", 8)] {
-        if let Some(value) = fields.if_absent(key, absent) {
-            config[key] = value.into();
-        }
-    }
-    let mut spec = llama(&Fields(&config), Family::SeedOss)?;
-    spec.output_bias = fields.flag_or("attention_out_bias", false)?;
-    Ok(spec)
-}
-
-/// Windows in the layers from `max_window_layers` on, unless `layer_types` has them elsewhere.
-fn qwen_windows(fields: &Fields, num_layers: usize) -> Result<Vec<Option<usize>>> {
-    if !fields.flag_or("use_sliding_window", false)? {
-        return Ok(vec![None; num_layers]);
-    }
-    let Some(window) = fields.window_or(Some(4096))? else {
-        return Ok(vec![None; num_layers]);
-    };
-    let first = fields.size_or("max_window_layers", 28)?;
-    fields.windows(num_layers, window, |layer| layer >= first)
-}
-
-fn gpt2(fields: &Fields) -> Result<ModelSpec> {
-    let hidden_size = fields.size("n_embd")?;
-    let num_heads = fields.size("n_head")?;
-    let num_layers = fields.layers("n_layer")?;
-    fields.unless("scale_attn_weights", |v| v == true, "only `true` is implemented")?;
-    fields.unless(
-        "scale_attn_by_inverse_layer_idx",
-        |v| v == false,
-        "only `false` is implemented",
-    )?;
-    fields.unless("add_cross_attention", |v| v == false, "only `false` is implemented")?;
-    let activation = match fields.text_or("activation_function", "gelu_new")? {
-        "gelu_new" | "gelu_pytorch_tanh" => Activation::GeluTanh,
-        "gelu" => Activation::Gelu,
-        other => return Err(unsupported("activation_function", other, "use `gelu_new` or `gelu`")),
-    };
-    let positions = fields.size_or("n_positions", 1024)?;
-    Ok(ModelSpec {
-        family: Family::Gpt2,
-        vocab_size: fields.size("vocab_size")?,
-        hidden_size,
-        intermediate_size: fields.size_or("n_inner", 4 * hidden_size)?,
-        num_layers,
-        num_heads,
-        num_kv_heads: num_heads,
-        head_dim: hidden_size / num_heads.max(1),
-        norm: Norm::Layer,
-        norm_eps: fields.number_or("layer_norm_epsilon", 1e-5)?,
-        norm_plus_one: false,
-        pre_norms: true,
-        post_norms: false,
-        embedding_scale: 1.0,
-        residual_scale: 1.0,
-        logit_divisor: 1.0,
-        activation,
-        projections: Projections::Conv1d,
-        names: &Names::GPT2,
-        rotary: None,
-        rotary_dim: 0,
-        rotary_pairs: RotaryPairs::Halves,
-        local_rotary: None,
-        query_scaling: None,
-        rotates: vec![true; num_layers],
-        learned_positions: Some(positions),
-        qkv_bias: true,
-        qk_norm: None,
-        attention_scale: 1.0 / ((hidden_size / num_heads.max(1)) as f32).sqrt(),
-        attention_soft_cap: None,
-        logit_soft_cap: None,
-        output_bias: true,
-        mlp_bias: true,
-        windows: vec![None; num_layers],
-        tie_word_embeddings: fields.flag_or("tie_word_embeddings", true)?,
-        max_positions: positions,
-        bos_token_id: fields.token_ids("bos_token_id")?.first().copied(),
-        eos_token_ids: fields.token_ids("eos_token_id")?,
-    })
-}
-
 /// Dimensions that do not fit each other are found here, before any weight is read.
 fn validate(spec: &ModelSpec) -> Result<()> {
     let sizes = [
@@ -357,32 +253,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-
-    #[test]
-    fn a_seed_oss_has_biases_on_q_k_and_v_where_its_config_is_silent() {
-        let mut config = json!({
-            "model_type": "seed_oss", "hidden_size": 64, "intermediate_size": 96,
-            "num_hidden_layers": 1, "num_attention_heads": 16,
-        });
-        let spec = spec_from_config(&config).unwrap();
-        assert_eq!((spec.vocab_size, spec.head_dim, spec.num_kv_heads), (155_136, 128, 8));
-        assert_eq!((spec.qkv_bias, spec.output_bias, spec.mlp_bias), (true, false, false));
-        config["attention_bias"] = false.into();
-        config["attention_out_bias"] = true.into();
-        let spec = spec_from_config(&config).unwrap();
-        assert_eq!((spec.qkv_bias, spec.output_bias), (false, true));
-    }
-
-    #[test]
-    fn heads_of_a_qwen3_are_128_wide_where_its_config_is_silent() {
-        let spec = spec_from_config(&json!({
-            "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 64, "vocab_size": 99,
-            "num_hidden_layers": 1, "num_attention_heads": 16, "num_key_value_heads": 8,
-        }));
-        let spec = spec.unwrap();
-        assert_eq!((spec.head_dim, spec.rotary_dim, spec.q_width()), (128, 128, 2048));
-        assert_eq!(spec.attention_scale, 1.0 / 128_f32.sqrt());
-    }
 
     /// What the classes of transformers have.
     #[test]
