@@ -22,6 +22,7 @@ pub fn llama(num_layers: usize) -> ModelSpec {
         pre_norms: true,
         post_norms: false,
         embedding_scale: 1.0,
+        scales_behind_noise: false,
         residual_scale: 1.0,
         logit_divisor: 1.0,
         activation: Activation::Silu,

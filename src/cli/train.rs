@@ -212,7 +212,7 @@ pub struct OptimizationArgs {
     /// Parameters of the schedule under transformers' names, as a JSON object such as `{"num_cycles": 3}`
     #[arg(long, value_name = "JSON")]
     pub lr_scheduler_kwargs: Option<SchedulerKwargs>,
-    /// Steps of linear warmup from 0 [default: by `--warmup-ratio`]
+    /// Steps of warmup: linear from 0, but of schedules with a floor there [default: by `--warmup-ratio`]
     #[arg(long, value_name = "STEPS", conflicts_with = "warmup_ratio",
           value_parser = numbers::warmup_steps)]
     pub warmup_steps: Option<u64>,

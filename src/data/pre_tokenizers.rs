@@ -18,15 +18,15 @@ use crate::error::{Error, Result};
 
 const LLAMA_3: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const QWEN_2: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+const SEED_CODER: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+";
 const GPT_4O: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 const TEKKEN: &str = r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
-/// Names under which Llama 3's words are found by their merges, as all others are: Phi-4's.
-const WITH_MERGES: [&str; 2] = ["dbrx", "smaug-bpe"];
+/// Names under which Llama 3's words are found by their merges, as all others are: Phi-4's, GLM-4's.
+const WITH_MERGES: [&str; 3] = ["dbrx", "smaug-bpe", "chatglm-bpe"];
 
 /// Text on which all of them differ.
-const PROBE: &str =
-    "Don't  SHE'LL 1234567 x٣٤ \n\n  naïve—«日本語» (a+b)!?\t\tend... \r\n 3.14 camelCase ";
+const PROBE: &str = "Don't  SHE'LL 1234567 x٣٤ \n\n  naïve—«日本語» (a+b)!?\t\tend... \r\n 3.14 camelCase f(x);\n\n";
 
 /// A way to split.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -39,6 +39,8 @@ pub(super) enum Splitter {
     LlamaBpe,
     /// Llama 3's words, every digit by itself.
     Qwen2,
+    /// Qwen 2's words, line breaks apart from what is before them: Seed-OSS's.
+    SeedCoder,
     /// Words that end with their 's and begin with capitals, digits by three: Phi-4-mini's.
     Gpt4o,
     /// Words that begin with capitals, every digit by itself: Mistral Nemo's and later ones'.
@@ -46,11 +48,12 @@ pub(super) enum Splitter {
 }
 
 impl Splitter {
-    const ALL: [Splitter; 6] = [
+    const ALL: [Splitter; 7] = [
         Splitter::Gpt2,
         Splitter::Smollm,
         Splitter::LlamaBpe,
         Splitter::Qwen2,
+        Splitter::SeedCoder,
         Splitter::Gpt4o,
         Splitter::Tekken,
     ];
@@ -60,9 +63,10 @@ impl Splitter {
         Some(match name {
             "default" | "gpt-2" | "gpt2" => Splitter::Gpt2,
             "smollm" | "starcoder" | "refact" | "command-r" => Splitter::Smollm,
-            "llama-bpe" | "llama3" | "llama-v3" | "lfm2" => Splitter::LlamaBpe,
+            "llama-bpe" | "llama3" | "llama-v3" | "lfm2" | "glm4" => Splitter::LlamaBpe,
             name if WITH_MERGES.contains(&name) => Splitter::LlamaBpe,
             "qwen2" | "deepseek-r1-qwen" => Splitter::Qwen2,
+            "seed-coder" => Splitter::SeedCoder,
             "gpt-4o" => Splitter::Gpt4o,
             "tekken" => Splitter::Tekken,
             _ => return None,
@@ -77,6 +81,7 @@ impl Splitter {
             Splitter::Smollm => "smollm",
             Splitter::LlamaBpe => "llama-bpe",
             Splitter::Qwen2 => "qwen2",
+            Splitter::SeedCoder => "seed-coder",
             Splitter::Gpt4o => "gpt-4o",
             Splitter::Tekken => "tekken",
         }
@@ -96,6 +101,7 @@ impl Splitter {
             Splitter::Smollm => Sequence::new(vec![Digits::new(true).into(), bytes.into()]).into(),
             Splitter::LlamaBpe => words(LLAMA_3),
             Splitter::Qwen2 => words(QWEN_2),
+            Splitter::SeedCoder => words(SEED_CODER),
             Splitter::Gpt4o => words(GPT_4O),
             Splitter::Tekken => words(TEKKEN),
         }
@@ -216,17 +222,19 @@ mod tests {
     }
 
     /// What the tokenizers library makes of the probe with the tokenizer.json of Llama 3.1,
-    /// Qwen 3 and SmolLM2, and with the published expressions of GPT-4o's and of Tekken.
+    /// Qwen 3 and SmolLM2, and with the published expressions of Seed's, of GPT-4o's and of Tekken.
     #[test]
     fn text_is_split_as_by_the_models_own_tokenizers() {
-        let llama = "Don|'t| | SHE|'LL| |123|456|7| x|٣٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|14| camelCase| ";
-        let qwen = "Don|'t| | SHE|'LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|1|4| camelCase| ";
-        let smollm = "Don|'t| | SHE|'|LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n | naïve|—«|日本語|»| (|a|+|b|)!?|\t|\t|end|...| \r\n |3|.|1|4| camelCase| ";
-        let gpt_4o = "Don't| | SHE'LL| |123|456|7| x|٣٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|14| camel|Case| ";
-        let tekken = "Don|'t| | SHE|'LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|1|4| camel|Case| ";
+        let llama = "Don|'t| | SHE|'LL| |123|456|7| x|٣٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|14| camelCase| f|(x|);\n\n";
+        let qwen = "Don|'t| | SHE|'LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|1|4| camelCase| f|(x|);\n\n";
+        let seed_coder = "Don|'t| | SHE|'LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|1|4| camelCase| f|(x|);|\n\n";
+        let smollm = "Don|'t| | SHE|'|LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n | naïve|—«|日本語|»| (|a|+|b|)!?|\t|\t|end|...| \r\n |3|.|1|4| camelCase| f|(|x|);|\n\n";
+        let gpt_4o = "Don't| | SHE'LL| |123|456|7| x|٣٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|14| camel|Case| f|(x|);\n\n";
+        let tekken = "Don|'t| | SHE|'LL| |1|2|3|4|5|6|7| x|٣|٤| \n\n| | naïve|—«|日本語|»| (|a|+b|)!?|\t|\tend|...| \r\n| |3|.|1|4| camel|Case| f|(x|);\n\n";
         let cases = [
             (Splitter::LlamaBpe, llama),
             (Splitter::Qwen2, qwen),
+            (Splitter::SeedCoder, seed_coder),
             (Splitter::Smollm, smollm),
             (Splitter::Gpt4o, gpt_4o),
             (Splitter::Tekken, tekken),

@@ -23,10 +23,13 @@ impl TemplateChoice {
         TemplateChoice { template: template.cloned(), kwargs }
     }
 
-    /// With the copy that `folder` has of the template, where that is the name of a file that is gone; the name.
-    pub fn or_copy(&mut self, folder: &Path) -> Option<String> {
-        let is_gone =
-            |name: &&String| KnownTemplate::find(name).is_none() && !Path::new(name).is_file();
+    /// With the copy that `folder` has of the template, where that is the file `own` of the run, which is gone;
+    /// the name.
+    pub fn or_copy(&mut self, folder: &Path, own: Option<&str>) -> Option<String> {
+        let is_gone = |name: &&String| {
+            let known = KnownTemplate::find(name).is_some();
+            own == Some(name) && !known && !Path::new(name).is_file()
+        };
         let gone = self.template.as_ref().filter(is_gone)?;
         let copy = folder.join(CHAT_FILE);
         let copy = copy.to_str().filter(|copy| Path::new(copy).is_file())?;

@@ -20,7 +20,8 @@ pub struct HeadChunk<'a, K: Storage> {
 /// The head and its loss.
 pub trait HeadKernels: LinearKernels {
     /// Adds the sum over rows of `−log softmax(logits)[target]` to `loss`, and in how many of them no logit is
-    /// larger than the target's; `logits [rows, V]`, as they are before they are capped, become `scale ·` their gradient if there is one to compute.
+    /// larger than the target's; `logits [rows, V]`, as they are before they are capped, become `scale ·` their
+    /// gradient if there is one to compute.
     fn cross_entropy(
         &self,
         logits: &mut Self::Buffer,

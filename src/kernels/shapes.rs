@@ -207,19 +207,19 @@ pub struct DropoutMask {
     pub first: u64,
 }
 
-/// What is said of trained tokens together.
+/// Losses of trained tokens, and how many of these greedy decoding would choose.
 #[derive(Debug, Clone, Copy, Default, PartialEq)]
 pub struct TokenLosses {
     /// Sum of their losses.
     pub sum: f64,
     /// Those of them that no other token was likelier than.
-    pub likeliest: u64,
+    pub hits: u64,
 }
 
 impl AddAssign for TokenLosses {
     fn add_assign(&mut self, other: Self) {
         self.sum += other.sum;
-        self.likeliest += other.likeliest;
+        self.hits += other.hits;
     }
 }
 

@@ -274,6 +274,8 @@ pub struct ModelSpec {
     pub post_norms: bool,
     /// Factor on the embeddings: 1, Gemma's √D, or Granite's `embedding_multiplier`.
     pub embedding_scale: f32,
+    /// The embeddings get their factor behind the module that NEFTune adds noise in: Granite's.
+    pub scales_behind_noise: bool,
     /// Factor on what attention and the MLP add to the stream: 1, or Granite's `residual_multiplier`.
     pub residual_scale: f32,
     /// What logits are divided by: 1, or Granite's `logits_scaling`.
@@ -396,10 +398,7 @@ impl ModelSpec {
     /// Factor on noise that is added to the embeddings as transformers' module gives them: Gemmas' come with
     /// their factor, those of a Granite are multiplied later.
     pub fn noise_scale(&self) -> f32 {
-        match self.family {
-            Family::Granite | Family::GraniteMoeHybrid => self.stream_scale(),
-            _ => 1.0,
-        }
+        if self.scales_behind_noise { self.stream_scale() } else { 1.0 }
     }
 
     /// Width of q: `H · head_dim`.

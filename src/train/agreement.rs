@@ -23,8 +23,8 @@ use crate::random::Stream;
 
 /// All paths of the kernels. Heads: every width that has kernels of its own, and one that has none. Ranks:
 /// some for each kernel of an adapted MLP, and one that has none. Families: with and without norms of heads,
-/// caps, post-norms, fused linears and heads that are rotated in part.
-const MODELS: [Tiny; 8] = [
+/// caps, post-norms, norms before, fused linears, heads that are rotated in part, and neighbours in them.
+const MODELS: [Tiny; 10] = [
     Tiny { family: "llama", head_dim: 64, rank: 16 },
     Tiny { family: "llama", head_dim: 96, rank: 32 },
     Tiny { family: "qwen3", head_dim: 128, rank: 12 },
@@ -33,6 +33,8 @@ const MODELS: [Tiny; 8] = [
     Tiny { family: "gemma3_text", head_dim: 64, rank: 8 },
     Tiny { family: "phi3", head_dim: 128, rank: 8 },
     Tiny { family: "qwen3", head_dim: 32, rank: 8 },
+    Tiny { family: "glm4", head_dim: 64, rank: 8 },
+    Tiny { family: "olmo2", head_dim: 64, rank: 16 },
 ];
 
 /// What is special in a tiny model.
@@ -176,7 +178,7 @@ fn spec(Tiny { family, head_dim, .. }: Tiny) -> Result<ModelSpec> {
         "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2,
         "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": head_dim,
         "vocab_size": VOCABULARY, "max_position_embeddings": 128, "tie_word_embeddings": false,
-        "partial_rotary_factor": if family == "phi3" { 0.75 } else { 1.0 },
+        "partial_rotary_factor": if ["phi3", "glm4"].contains(&family) { 0.75 } else { 1.0 },
         "attention_bias": false, "mlp_bias": false, "sliding_window": 16, "sliding_window_pattern": 2,
         "final_logit_softcapping": 4.0,
     }))?;

@@ -264,7 +264,7 @@ mod tests {
 
     #[test]
     fn a_run_without_any_gradient_left_is_ended() {
-        let gradient = |loss, norm| Gradient { loss, norm, tokens: 1, targets: 1, likeliest: 0 };
+        let gradient = |loss, norm| Gradient { loss, norm, tokens: 1, targets: 1, hits: 0 };
         assert!(check_has_gradient(&gradient(10.8, 1e-30)).is_ok());
         assert!(check_has_gradient(&gradient(0.0, 0.0)).is_ok(), "nothing is left to learn");
         let error = check_has_gradient(&gradient(10.8, 0.0)).unwrap_err();

@@ -1,6 +1,6 @@
 //! Learning-rate schedules under Hugging Face's names, equal to transformers' `get_*_schedule`.
 //!
-//! Step `k` counts from 0, so with warm-up the first step has learning rate 0. Schedules that follow the loss
+//! Step `k` counts from 0, so with most warm-ups the first step has learning rate 0. Schedules that follow the loss
 //! (`reduce_lr_on_plateau`, `greedy`) are refused: the rate of a step depends on nothing but its number.
 
 use clap::ValueEnum;
@@ -8,6 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::scheduler_kwargs::{Curve, SchedulerKwargs};
 use crate::error::{Error, Result};
+use crate::plural::counted;
 
 /// `--lr-scheduler-type`: what the learning rate does after the warm-up.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize, Deserialize)]
@@ -26,7 +27,7 @@ pub enum SchedulerType {
     CosineWithRestarts,
     /// Cosine decay to `min_lr_rate` of the peak.
     CosineWithMinLr,
-    /// The same, a step ahead: neither the first nor the last rate is that of another step.
+    /// Cosine decay to `min_lr_rate` of the peak, which the last step has; warmup from above zero.
     CosineWarmupWithMinLr,
     /// Decay to `lr_end` as a power of what is left.
     Polynomial,
@@ -49,7 +50,7 @@ impl SchedulerType {
     }
 }
 
-/// How long the learning rate rises from zero.
+/// How long the learning rate rises.
 #[derive(Debug, Clone, Copy, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Warmup {
@@ -142,11 +143,15 @@ impl Schedule {
         }
         let of_stable = stable.map_or(String::new(), |steps| format!(", {steps} at the peak"));
         let what = format_args!(
-            "`warmup_stable_decay` has {warmup} steps of warmup{of_stable} and {decay} of decay, \
-             the run has {max_steps}"
+            "`warmup_stable_decay` has {} of warmup{of_stable} and {decay} of decay, the run has {max_steps}",
+            counted(usize::try_from(warmup).unwrap_or(usize::MAX), "step")
         );
         Err(Error::usage(what).hint(match idle {
             true => "leave `num_stable_steps` out: the peak then lasts until the decay begins",
+            false if warmup >= max_steps => "give fewer `--warmup-steps`, or more `--max-steps`",
+            false if stable.is_some_and(|steps| steps >= max_steps) => {
+                "give fewer `num_stable_steps`, or more `--max-steps`"
+            }
             false => "give fewer `num_decay_steps`, or more `--max-steps`",
         }))
     }

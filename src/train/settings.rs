@@ -2,6 +2,8 @@
 
 use std::collections::BTreeMap;
 
+use serde_json::{Map, Value};
+
 /// Every setting of a run: flag name in snake case, and its value or values as text.
 pub type SettingsEcho = BTreeMap<String, Vec<String>>;
 
@@ -117,19 +119,32 @@ fn same(was: Option<&Vec<String>>, now: Option<&Vec<String>>) -> bool {
     }
 }
 
-/// Whether two texts are one number or one JSON object, however it is written.
+/// Whether two texts are one number or one JSON object, however it is written; null is what is not there.
 fn same_value(was: &str, now: &str) -> bool {
     let number = |text: &str| text.parse::<f64>().ok();
-    let object =
-        |text: &str| serde_json::from_str::<serde_json::Map<_, serde_json::Value>>(text).ok();
+    let object = |text: &str| serde_json::from_str::<Map<String, Value>>(text).ok();
     was == now
         || number(was).zip(number(now)).is_some_and(|(was, now)| was == now)
-        || object(was).zip(object(now)).is_some_and(|(was, now)| was == now)
+        || object(was).zip(object(now)).is_some_and(|(was, now)| {
+            let fields =
+                |object: &Map<String, Value>| object.values().filter(|it| !it.is_null()).count();
+            let same = |(name, was): (&String, &Value)| {
+                was.is_null() || now.get(name).is_some_and(|now| equal(was, now))
+            };
+            fields(&was) == fields(&now) && was.iter().all(same)
+        })
+}
+
+/// Numbers are equal by value: 2 is 2.0.
+fn equal(was: &Value, now: &Value) -> bool {
+    match (was.as_f64(), now.as_f64()) {
+        (Some(was), Some(now)) => was == now,
+        _ => was == now,
+    }
 }
 
 /// The settings as JSON: numbers and booleans as such, several values as an array.
-pub fn to_json(settings: &SettingsEcho) -> serde_json::Value {
-    use serde_json::Value;
+pub fn to_json(settings: &SettingsEcho) -> Value {
     let value = |text: &String| match serde_json::from_str(text) {
         Ok(value @ (Value::Number(_) | Value::Bool(_))) => value,
         _ => Value::String(text.clone()),

@@ -76,7 +76,7 @@ pub struct LogSums {
     pub targets: u64,
     /// Those of them that no other token was likelier than.
     #[serde(default)]
-    pub likeliest: u64,
+    pub hits: u64,
     /// Tokens.
     pub tokens: u64,
     /// Seconds.
@@ -123,7 +123,7 @@ pub struct TrainState {
 impl LogSums {
     /// Share of the trained tokens that no other token was likelier than.
     pub fn token_accuracy(&self) -> f64 {
-        self.likeliest as f64 / self.targets.max(1) as f64
+        self.hits as f64 / self.targets.max(1) as f64
     }
 
     /// Speed since the last log line.

@@ -21,7 +21,7 @@ pub struct Gradient {
     /// Tokens that carried loss.
     pub targets: u64,
     /// Those of them that no other token was likelier than.
-    pub likeliest: u64,
+    pub hits: u64,
 }
 
 /// Learning rate of each tensor over that of the schedule, LoRA+: A 1, B `lr_ratio`.
@@ -70,8 +70,8 @@ pub fn accumulate<M: Trainee>(
     }
     let tokens = batches.iter().map(|batch| batch.tokens() as u64).sum();
     let loss = losses.sum / targets as f64;
-    let (targets, likeliest) = (targets as u64, losses.likeliest);
-    Ok(Some(Gradient { loss, norm, tokens, targets, likeliest }))
+    let (targets, hits) = (targets as u64, losses.hits);
+    Ok(Some(Gradient { loss, norm, tokens, targets, hits }))
 }
 
 /// Repeats a step batch by batch until the gradient is bad.

@@ -128,8 +128,7 @@ impl Toy {
         &self.embeddings[id as usize * D..][..D]
     }
 
-    /// Loss of one target, and its gradient if `scale` is given; likeliest is the token whose embedding is
-    /// nearest.
+    /// Loss of one target, and its gradient if `scale` is given; a hit where no other embedding is nearer.
     fn pair(&mut self, x: u32, y: u32, adapter: f32, scale: Option<f32>) -> TokenLosses {
         let (a, b) = self.a_and_b();
         let (ex, ey) = (self.embedding(x).to_vec(), self.embedding(y).to_vec());
@@ -160,7 +159,7 @@ impl Toy {
         };
         let own = distance(&ey);
         let nearest = self.embeddings.chunks(D).all(|embedding| distance(embedding) >= own);
-        TokenLosses { sum, likeliest: u64::from(nearest) }
+        TokenLosses { sum, hits: u64::from(nearest) }
     }
 
     fn pairs(batch: &Batch) -> Vec<(u32, u32)> {

@@ -222,7 +222,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
         state.log_sums.loss_sum += gradient.loss;
         state.log_sums.steps += 1;
         state.log_sums.targets += gradient.targets;
-        state.log_sums.likeliest += gradient.likeliest;
+        state.log_sums.hits += gradient.hits;
         state.log_sums.tokens += gradient.tokens;
         state.log_sums.seconds += seconds;
         self.session.add_step(gradient.tokens, seconds);
@@ -306,7 +306,7 @@ impl<'a, M: Trainee> Trainer<'a, M> {
             step: self.state.step,
             epoch: self.epoch(),
             eval_loss,
-            eval_mean_token_accuracy: Some(losses.likeliest as f64 / targets.max(1) as f64),
+            eval_mean_token_accuracy: Some(losses.hits as f64 / targets.max(1) as f64),
             eval_runtime: seconds,
             num_documents: documents,
             num_batches: self.context.evaluation.len() as u64,

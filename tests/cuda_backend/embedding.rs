@@ -114,7 +114,7 @@ fn a_head_on_the_host_gives_the_same_numbers() {
             let (score, logits) =
                 (model.score(&batch, Variant::Adapted).unwrap(), model.logits(&batch, &rows));
             let hits = score.likeliest.iter().filter(|hit| **hit).count();
-            assert_eq!(evaluated.likeliest, hits as u64);
+            assert_eq!(evaluated.hits, hits as u64);
             model.clear_cache();
             let decoded = model.decode(&batch.input_ids[..3]).unwrap().into_owned();
             (loss, gradients, score, logits.unwrap(), decoded)

@@ -357,7 +357,7 @@ fn a_score_is_the_loss_and_what_greedy_decoding_would_choose() {
         let mut training = case.model(None, Some("adapter_init"), &[Policy::Keep]);
         let trained = training.forward_backward(&batch, 1.0, 0).unwrap();
         let hits = expected.iter().filter(|hit| **hit).count() as u64;
-        assert_eq!([evaluated.likeliest, trained.likeliest], [hits; 2], "{name}");
+        assert_eq!([evaluated.hits, trained.hits], [hits; 2], "{name}");
         let base = model.score(&batch, Variant::Base).unwrap().loss;
         assert_eq!(
             base.to_bits(),

@@ -208,6 +208,95 @@ fn what_llama_cpp_computes_otherwise_is_refused() {
     }
 }
 
+#[test]
+fn an_olmo_that_llama_cpp_computes_otherwise_is_refused() {
+    let mut yarn = Case::open("olmo3_s0").json("config.json")["rope_parameters"].take();
+    let [local_too, mut another_base, mut another_factor] = [(); 3].map(|()| yarn.clone());
+    let local_too = json!({
+        "full_attention": local_too["full_attention"], "sliding_attention": local_too["full_attention"],
+    });
+    another_base["sliding_attention"]["rope_theta"] = 1e4.into();
+    another_factor["full_attention"]["attention_factor"] = 1.0.into();
+    let full = ["full_attention"; 3];
+    for (name, key, value, says) in [
+        ("olmo2_s0", "attention_bias", true.into(), "attention_bias for every olmo2"),
+        ("olmo2_s0", "head_dim", 32.into(), "head_dim for every olmo2"),
+        (
+            "olmo3_s0",
+            "layer_types",
+            json!([&full[..], &["sliding_attention"]].concat()),
+            "layer_types",
+        ),
+        ("olmo3_s0", "rope_parameters", local_too, "rope_parameters"),
+        ("olmo3_s0", "rope_parameters", another_base, "rope_parameters"),
+        ("olmo3_s0", "rope_parameters", another_factor, "attention_factor"),
+        ("seed_oss_s0", "attention_out_bias", true.into(), "attention_bias for every seed_oss"),
+    ] {
+        let case = Case::open(name);
+        let place = place(&case);
+        let mut config = case.json("config.json");
+        config[key] = value;
+        fs::write(place.path("base/config.json"), config.to_string()).unwrap();
+        let (code, error) = fail(place.nibble(&["export", "--model", "base", "--out", "out.gguf"]));
+        let says = format!("llama.cpp has another {says}");
+        assert!(code == 1 && error.contains(&says), "{name} {key}: {code}: {error}");
+    }
+    // Layers with a window have the base of the others, whatever it is.
+    for kind in ["full_attention", "sliding_attention"] {
+        yarn[kind]["rope_theta"] = 1e4.into();
+    }
+    let case = Case::open("olmo3_s0");
+    let place = place(&case);
+    let mut config = case.json("config.json");
+    config["rope_parameters"] = yarn;
+    fs::write(place.path("base/config.json"), config.to_string()).unwrap();
+    export(&place, &["--outtype", "f32"]);
+    let [expected, got] = ["base", "out.gguf"].map(|path| {
+        spec_from_config(Checkpoint::open(&place.path(path)).unwrap().config()).unwrap()
+    });
+    assert_eq!((got.rotary, got.local_rotary), (expected.rotary, expected.local_rotary));
+}
+
+/// What llama.cpp takes where a file of a Granite is silent, or has zeros.
+#[test]
+fn factors_of_a_granite_may_be_absent() {
+    let place = place(&Case::open("granite_s0"));
+    export(&place, &["--outtype", "f32"]);
+    let bytes = place.read("out.gguf");
+    let spec = |bytes: &[u8]| {
+        fs::write(place.path("changed.gguf"), bytes).unwrap();
+        let checkpoint = Checkpoint::open(&place.path("changed.gguf")).unwrap();
+        spec_from_config(checkpoint.config()).unwrap()
+    };
+    let at = |key: &str| {
+        let found = bytes.windows(key.len()).position(|window| window == key.as_bytes());
+        found.unwrap_or_else(|| panic!("{key} is in the file"))
+    };
+    for (key, factor, usual) in [
+        ("granite.embedding_scale", 3.0, 1.0),
+        ("granite.residual_scale", 0.22, 1.0),
+        ("granite.attention.scale", 0.1, 0.25),
+        ("granite.logit_scale", 4.0, 1.0),
+    ] {
+        let of = |spec: ModelSpec| match key {
+            "granite.embedding_scale" => spec.embedding_scale,
+            "granite.residual_scale" => spec.residual_scale,
+            "granite.attention.scale" => spec.attention_scale,
+            _ => spec.logit_divisor,
+        };
+        assert_eq!(of(spec(&bytes)), factor, "{key}");
+        // Behind the key and the four bytes of its type; and under a name that nobody asks for.
+        let mut zero = bytes.clone();
+        zero[at(key) + key.len() + 4..][..4].fill(0);
+        assert_eq!(of(spec(&zero)), usual, "{key}");
+        if key != "granite.logit_scale" {
+            let mut absent = bytes.clone();
+            absent[at(key) + key.len() - 1] = b'_';
+            assert_eq!(of(spec(&absent)), usual, "{key}");
+        }
+    }
+}
+
 /// Where its class finds nothing of rope, a Ministral 3 takes YaRN: its file must not be silent.
 #[test]
 fn a_ministral_keeps_its_rope_and_its_scale() {

@@ -17,6 +17,9 @@ use crate::model::families::{MOST_LAYERS, ROTATION_INTERVAL};
 use crate::model::rotary::{llama3_scaling_of, long_rope_attention_factor, yarn_attention_factor};
 use crate::model::spec::Family;
 
+/// Tokens of a sliding window.
+const WINDOW: &str = "attention.sliding_window";
+
 impl Gguf {
     /// The `config.json`.
     pub(crate) fn config(&self) -> Result<Value> {
@@ -50,7 +53,7 @@ impl Gguf {
             Architecture::Granite => Family::Granite,
             Architecture::SeedOss => Family::SeedOss,
             Architecture::Glm4 => Family::Glm4,
-            Architecture::Olmo2 if self.has_window() => Family::Olmo3,
+            Architecture::Olmo2 if self.field(WINDOW).is_some() => Family::Olmo3,
             Architecture::Olmo2 => Family::Olmo2,
             Architecture::Gemma => Family::Gemma,
             Architecture::Gemma2 => Family::Gemma2,
@@ -104,8 +107,8 @@ impl Gguf {
         if self.architecture == Architecture::Granite {
             self.add_granite(&mut config, head_dim)?;
         }
-        if self.architecture == Architecture::Olmo2 && self.has_window() {
-            self.add_olmo3(&mut config)?;
+        if self.family() == Family::Olmo3 {
+            self.add_olmo3(&mut config, theta)?;
         }
         if self.architecture == Architecture::Glm4 {
             config["partial_rotary_factor"] = self.turned_share(head_dim)?.into();
@@ -130,7 +133,7 @@ impl Gguf {
         config["query_pre_attn_scalar"] = scalar.into();
         // What llama.cpp takes where a file is silent; 0 is no window.
         let window = if self.architecture == Architecture::Gemma2 { 4096 } else { 0 };
-        let window = self.size_or("attention.sliding_window", window)?;
+        let window = self.size_or(WINDOW, window)?;
         let pattern = self.size_or("attention.sliding_window_pattern", pattern)?.max(1);
         let slides = |layer: usize| window > 0 && !(layer + 1).is_multiple_of(pattern);
         let kind = |layer| if slides(layer) { "sliding_attention" } else { "full_attention" };
@@ -149,18 +152,23 @@ impl Gguf {
         Ok(())
     }
 
-    fn has_window(&self) -> bool {
-        self.size_or("attention.sliding_window", 0).is_ok_and(|window| window > 0)
-    }
-
-    /// Adds the windows of an OLMo 3, in the layers that llama.cpp gives them.
-    fn add_olmo3(&self, config: &mut Value) -> Result<()> {
+    /// Adds the windows of an OLMo 3, in the layers that llama.cpp gives them, and to their rotary embedding
+    /// the base of the others; 0 is no window.
+    fn add_olmo3(&self, config: &mut Value, theta: f64) -> Result<()> {
+        let window = self.size(WINDOW)?;
+        let mut global = config["rope_scaling"].take();
+        if global.is_null() {
+            global = json!({"rope_type": "default"});
+        }
+        global["rope_theta"] = theta.into();
+        let local = json!({"rope_type": "default", "rope_theta": theta});
+        config["rope_parameters"] = json!({"full_attention": global, "sliding_attention": local});
         let layers = self.size("block_count")?;
-        let slides = |layer: usize| !(layer + 1).is_multiple_of(OLMO_PATTERN);
+        let slides = |layer: usize| window > 0 && !(layer + 1).is_multiple_of(OLMO_PATTERN);
         let kind = |layer| if slides(layer) { "sliding_attention" } else { "full_attention" };
         // More layers than any model has are refused by who reads the config.
         config["layer_types"] = (0..layers.min(MOST_LAYERS)).map(kind).collect();
-        config["sliding_window"] = self.size("attention.sliding_window")?.into();
+        config["sliding_window"] = window.max(1).into();
         Ok(())
     }
 
@@ -190,11 +198,11 @@ impl Gguf {
             return Err(self.wrong(what).hint("models of this kind are not supported"));
         }
         for (key, stored) in GRANITE_FACTORS {
-            let wanted = key == "logits_scaling" || self.float(stored).unwrap_or(0.0) != 0.0;
+            let given = self.field(stored).is_some() || key == "logits_scaling";
+            let given = given.then(|| self.required_float(stored)).transpose()?;
             let usual =
                 if key == "attention_multiplier" { (head_dim as f64).powf(-0.5) } else { 1.0 };
-            let factor = if wanted { self.required_float(stored)? } else { usual };
-            config[key] = factor.into();
+            config[key] = given.filter(|factor| *factor != 0.0).unwrap_or(usual).into();
         }
         Ok(())
     }
@@ -208,7 +216,7 @@ impl Gguf {
     /// Adds what a Phi-3 has and a Llama has not.
     fn add_phi3(&self, config: &mut Value, head_dim: usize) -> Result<()> {
         config["partial_rotary_factor"] = self.turned_share(head_dim)?.into();
-        let window = self.size_or("attention.sliding_window", 0)?;
+        let window = self.size_or(WINDOW, 0)?;
         config["sliding_window"] = if window > 0 { window.into() } else { Value::Null };
         let longest = self.size("context_length")?;
         let original = self.size_or(ORIGINAL_LENGTH, longest)?;

@@ -338,10 +338,11 @@ fn check_unwritten(architecture: Architecture, spec: &ModelSpec) -> Result<()> {
 }
 
 /// The keys that llama.cpp has otherwise for every OLMo.
-fn olmo_differences(spec: &ModelSpec) -> [(&'static str, bool); 3] {
+fn olmo_differences(spec: &ModelSpec) -> [(&'static str, bool); 4] {
     let usual = |layer: usize| !(layer + 1).is_multiple_of(OLMO_PATTERN);
     let mut windows = spec.windows.iter().enumerate();
     let has_windows = spec.windows.iter().any(Option::is_some);
+    let local = spec.local_rotary.as_ref().or(spec.rotary.as_ref());
     let theta = spec.rotary.as_ref().map(|rotary| rotary.theta);
     let same = |local: &Rotary| local.scaling == RopeScaling::Default && Some(local.theta) == theta;
     [
@@ -350,8 +351,16 @@ fn olmo_differences(spec: &ModelSpec) -> [(&'static str, bool); 3] {
             "layer_types",
             has_windows && windows.any(|(layer, window)| window.is_some() != usual(layer)),
         ),
-        ("rope_parameters", !spec.local_rotary.as_ref().is_none_or(same)),
+        ("rope_parameters", has_windows && !local.is_none_or(same)),
+        // What its converter writes of another one would count twice.
+        ("attention_factor", spec.rotary.as_ref().is_some_and(|rotary| !is_implied(rotary))),
     ]
+}
+
+/// Whether cos and sin of a YaRN are multiplied by what its factor implies.
+fn is_implied(rotary: &Rotary) -> bool {
+    let RopeScaling::Yarn { factor, attention_factor, .. } = rotary.scaling else { return true };
+    (attention_factor / yarn_attention_factor(factor, 0.0) - 1.0).abs() <= 1e-6
 }
 
 /// Refuses the first key that llama.cpp has otherwise.

@@ -41,7 +41,7 @@ pub(super) const WITHOUT_FLAG: [(&str, Asks, &str); 164] = [
     ("bnb-4bit-compute-dtype", Asks::Always, NUMBER_TYPE),
     ("cache-dir", OFF, NO_DOWNLOAD),
     ("comet-", OFF, REPORTS),
-    ("compute-accuracy", OFF, "leave it out: `nibble eval` measures token accuracy"),
+    ("compute-accuracy", OFF, "leave it out: training logs token accuracy anyway"),
     (
         "cosine-constant-lr-ratio",
         OFF,

@@ -255,8 +255,10 @@ fn begins_with(args: &TrainArgs, found: Option<&Found>) -> Option<PathBuf> {
 /// fingerprint of the data tells.
 fn template(args: &TrainArgs, found: Option<&Found>, progress: &Progress) -> TemplateChoice {
     let mut template = args.data.format.template_choice();
+    let of_run = found.and_then(|found| found.state.identity.settings.get("chat_template"));
+    let own = of_run.and_then(|values| values.first()).map(String::as_str);
     if let Some(found) = found
-        && let Some(gone) = template.or_copy(&found.folder)
+        && let Some(gone) = template.or_copy(&found.folder, own)
     {
         let copy = template.template.as_deref().unwrap_or_default();
         progress.note(&format!("chat template {gone} is gone; the run has a copy, {copy}"));

@@ -52,7 +52,7 @@ fn one_row(row: &mut [f32], target: usize, scale: Option<f32>) -> TokenLosses {
         row[target] -= scale;
     }
     let sum = f64::from(largest) + total.ln() - f64::from(chosen);
-    TokenLosses { sum, likeliest: u64::from(chosen >= largest) }
+    TokenLosses { sum, hits: u64::from(chosen >= largest) }
 }
 
 #[inline(always)]
@@ -74,5 +74,5 @@ fn capped_row(row: &mut [f32], target: usize, scale: Option<f32>, cap: f32) -> T
         row[target] -= scale * (1.0 - chosen * chosen);
     }
     let sum = f64::from(largest) + total.ln() - f64::from(cap * chosen);
-    TokenLosses { sum, likeliest: u64::from(cap * chosen >= largest) }
+    TokenLosses { sum, hits: u64::from(cap * chosen >= largest) }
 }

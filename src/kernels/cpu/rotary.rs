@@ -1,7 +1,7 @@
 //! Rotary embedding of the q and k bands of `qkv`, in place.
 //!
-//! `[a, b] ← [a·cos − b·sin, b·cos + a·sin]` for the halves a, b of each head, or of as much of it as
-//! turns, or for neighbours; the backward pass is the rotation by the opposite angle. Where the heads of q have a factor
+//! `[a, b] ← [a·cos − b·sin, b·cos + a·sin]` for the halves a, b of each head, or of as much of it as turns, or
+//! for neighbours; the backward pass is the rotation by the opposite angle. Where the heads of q have a factor
 //! for their row besides, it multiplies cos and sin: whole heads turn then.
 
 use rayon::prelude::*;

@@ -1,4 +1,4 @@
-//! The sums over all chunks: of losses, and of the rows whose target is likeliest.
+//! The sums over all chunks: of losses, and of the rows whose target is hits.
 
 use super::Cuda;
 use super::driver::{Address, Argument, Driver};
@@ -10,7 +10,7 @@ use crate::kernels::TokenLosses;
 /// What is kept of a row whose logits come in tiles: their maximum, Σ e^{z − maximum}, the target's.
 pub(super) const TILE_STATISTICS: usize = 3;
 
-/// Partial sums and both sums, of a chunk's rows the losses and 1 where the target is likeliest, and where
+/// Partial sums and both sums, of a chunk's rows the losses and 1 where the target is hits, and where
 /// logits come in tiles what is kept of each row, in one region: the f64 values first.
 pub struct LossSum<D: Driver>(pub(super) Buffer<D>);
 
@@ -65,6 +65,6 @@ pub(super) fn clear<D: Driver>(cuda: &Cuda<D>, sum: &LossSum<D>) {
 pub(super) fn read<D: Driver>(cuda: &Cuda<D>, sum: &LossSum<D>) -> Result<TokenLosses> {
     let mut sums = [0f64; 2];
     cuda.download(sum.sums()[0], bytemuck::cast_slice_mut(&mut sums))?;
-    let [sum, likeliest] = sums;
-    Ok(TokenLosses { sum, likeliest: likeliest as u64 })
+    let [sum, hits] = sums;
+    Ok(TokenLosses { sum, hits: hits as u64 })
 }

@@ -220,8 +220,8 @@ impl<K: Kernels> Model<K> {
         &mut self.parameters
     }
 
-    /// Losses of the batch's trained tokens; adds `scale ·` their gradient to the adapters'. `step` is the number of the micro-batch since the start of the run: dropout and
-    /// noise depend on it.
+    /// Losses of the batch's trained tokens; adds `scale ·` their gradient to the adapters'. `step` is the number
+    /// of the micro-batch since the start of the run: dropout and noise depend on it.
     ///
     /// # Errors
     /// `Usage` when the batch is larger than planned, `Input` when an id is outside the vocabulary.

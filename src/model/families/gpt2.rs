@@ -38,6 +38,7 @@ pub(super) fn gpt2(fields: &Fields) -> Result<ModelSpec> {
         pre_norms: true,
         post_norms: false,
         embedding_scale: 1.0,
+        scales_behind_noise: false,
         residual_scale: 1.0,
         logit_divisor: 1.0,
         activation,

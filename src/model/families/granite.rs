@@ -49,6 +49,7 @@ fn check_attention(fields: &Fields, num_layers: usize) -> Result<()> {
 
 fn any_granite(fields: &Fields, family: Family) -> Result<ModelSpec> {
     let mut spec = llama(fields, family)?;
+    spec.scales_behind_noise = true;
     spec.embedding_scale = multiplier(fields, "embedding_multiplier")?;
     spec.residual_scale = multiplier(fields, "residual_multiplier")?;
     spec.logit_divisor = multiplier(fields, "logits_scaling")?;

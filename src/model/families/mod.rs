@@ -135,6 +135,7 @@ fn decoder(fields: &Fields, family: Family) -> Result<ModelSpec> {
         pre_norms: true,
         post_norms: false,
         embedding_scale: 1.0,
+        scales_behind_noise: false,
         residual_scale: 1.0,
         logit_divisor: 1.0,
         activation: Activation::Silu,

@@ -272,15 +272,14 @@ impl<'a> Run<'a> {
     /// Shares of tokens that the model would have chosen, where a run counted them.
     fn accuracy_chart(&self) -> Option<Chart> {
         let point = |step: u64, share: Option<f64>| share.map(|share| (step as f64, share));
-        let training = self.steps.iter().map(|step| point(step.step, step.mean_token_accuracy));
+        let training =
+            self.steps.iter().filter_map(|step| point(step.step, step.mean_token_accuracy));
         let evaluation =
-            self.evals.iter().map(|eval| point(eval.step, eval.eval_mean_token_accuracy));
-        let curves: [(_, _, Option<Vec<_>>); 2] =
+            self.evals.iter().filter_map(|eval| point(eval.step, eval.eval_mean_token_accuracy));
+        let curves: [(_, _, Vec<_>); 2] =
             [("a", "training", training.collect()), ("b", "evaluation", evaluation.collect())];
-        let series = curves.into_iter().filter_map(|(class, name, points)| {
-            let points = points.filter(|points| !points.is_empty())?;
-            Some(Series { class, name, points })
-        });
+        let series = curves.map(|(class, name, points)| Series { class, name, points });
+        let series = series.into_iter().filter(|series| !series.points.is_empty());
         let frame = self.frame("Token accuracy", &percent);
         let frame = Frame { from_zero: true, tick: |value, _| percent(value), ..frame };
         chart(series.collect(), &frame)
