@@ -17,6 +17,8 @@ use crate::model::families::{MOST_LAYERS, ROTATION_INTERVAL};
 use crate::model::rotary::{llama3_scaling_of, long_rope_attention_factor, yarn_attention_factor};
 use crate::model::spec::Family;
 
+/// Base of the rotary embedding of layers with a window.
+const LOCAL_BASE: &str = "rope.freq_base_swa";
 /// Tokens of a sliding window.
 const WINDOW: &str = "attention.sliding_window";
 
@@ -146,14 +148,14 @@ impl Gguf {
             }
         }
         if self.architecture == Architecture::Gemma3 {
-            let local = self.float("rope.freq_base_swa").unwrap_or(LOCAL_THETA);
+            let local = self.float(LOCAL_BASE).unwrap_or(LOCAL_THETA);
             config["rope_local_base_freq"] = local.into();
         }
         Ok(())
     }
 
-    /// Adds the windows of an OLMo 3, in the layers that llama.cpp gives them, and to their rotary embedding
-    /// the base of the others; 0 is no window.
+    /// Adds the windows of an OLMo 3, in the layers that llama.cpp gives them, and their rotary embedding; 0 is
+    /// no window.
     fn add_olmo3(&self, config: &mut Value, theta: f64) -> Result<()> {
         let window = self.size(WINDOW)?;
         let mut global = config["rope_scaling"].take();
@@ -161,10 +163,19 @@ impl Gguf {
             global = json!({"rope_type": "default"});
         }
         global["rope_theta"] = theta.into();
-        let local = json!({"rope_type": "default", "rope_theta": theta});
+        let local_theta = self.float(LOCAL_BASE).unwrap_or(theta);
+        let local = json!({"rope_type": "default", "rope_theta": local_theta});
         config["rope_parameters"] = json!({"full_attention": global, "sliding_attention": local});
         let layers = self.size("block_count")?;
-        let slides = |layer: usize| window > 0 && !(layer + 1).is_multiple_of(OLMO_PATTERN);
+        let listed = match self.field("attention.sliding_window_pattern") {
+            Some(Metadata::Array(values)) => &values[..],
+            _ => &[],
+        };
+        let slides = |layer: usize| match listed.get(layer) {
+            _ if window == 0 => false,
+            Some(slides) => matches!(slides, Metadata::Bool(true)),
+            None => !(layer + 1).is_multiple_of(OLMO_PATTERN),
+        };
         let kind = |layer| if slides(layer) { "sliding_attention" } else { "full_attention" };
         // More layers than any model has are refused by who reads the config.
         config["layer_types"] = (0..layers.min(MOST_LAYERS)).map(kind).collect();
