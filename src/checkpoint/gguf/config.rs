@@ -137,11 +137,7 @@ impl Gguf {
         let window = if self.architecture == Architecture::Gemma2 { 4096 } else { 0 };
         let window = self.size_or(WINDOW, window)?;
         let pattern = self.size_or("attention.sliding_window_pattern", pattern)?.max(1);
-        let slides = |layer: usize| window > 0 && !(layer + 1).is_multiple_of(pattern);
-        let kind = |layer| if slides(layer) { "sliding_attention" } else { "full_attention" };
-        // More layers than any model has are refused by who reads the config.
-        config["layer_types"] = (0..layers.min(MOST_LAYERS)).map(kind).collect();
-        config["sliding_window"] = window.max(1).into();
+        put_windows(config, layers, window, |layer| !(layer + 1).is_multiple_of(pattern));
         for key in ["attn_logit_softcapping", "final_logit_softcapping"] {
             if self.field(key).is_some() {
                 config[key] = self.required_float(key)?.into();
@@ -157,29 +153,19 @@ impl Gguf {
     /// Adds the windows of an OLMo 3, in the layers that llama.cpp gives them, and their rotary embedding; 0 is
     /// no window.
     fn add_olmo3(&self, config: &mut Value, theta: f64) -> Result<()> {
-        let window = self.size(WINDOW)?;
-        let mut global = config["rope_scaling"].take();
-        if global.is_null() {
-            global = json!({"rope_type": "default"});
-        }
-        global["rope_theta"] = theta.into();
+        let global = take_rope(config, theta);
         let local_theta = self.float(LOCAL_BASE).unwrap_or(theta);
         let local = json!({"rope_type": "default", "rope_theta": local_theta});
         config["rope_parameters"] = json!({"full_attention": global, "sliding_attention": local});
-        let layers = self.size("block_count")?;
         let listed = match self.field("attention.sliding_window_pattern") {
             Some(Metadata::Array(values)) => &values[..],
             _ => &[],
         };
         let slides = |layer: usize| match listed.get(layer) {
-            _ if window == 0 => false,
             Some(slides) => matches!(slides, Metadata::Bool(true)),
             None => !(layer + 1).is_multiple_of(OLMO_PATTERN),
         };
-        let kind = |layer| if slides(layer) { "sliding_attention" } else { "full_attention" };
-        // More layers than any model has are refused by who reads the config.
-        config["layer_types"] = (0..layers.min(MOST_LAYERS)).map(kind).collect();
-        config["sliding_window"] = window.max(1).into();
+        put_windows(config, self.size("block_count")?, self.size(WINDOW)?, slides);
         Ok(())
     }
 
@@ -189,11 +175,7 @@ impl Gguf {
 
     /// Adds what a Ministral 3 has and a Llama has not: where its class finds nothing of rope, it takes YaRN.
     fn add_mistral3(&self, config: &mut Value, theta: f64) -> Result<()> {
-        let mut rope = config["rope_scaling"].take();
-        if rope.is_null() {
-            rope = json!({"rope_type": "default"});
-        }
-        rope["rope_theta"] = theta.into();
+        let mut rope = take_rope(config, theta);
         rope["llama_4_scaling_beta"] = self.required_float(QUERY_SCALE)?.into();
         let longest = self.size("context_length")?;
         rope["original_max_position_embeddings"] = self.size_or(ORIGINAL_LENGTH, longest)?.into();
@@ -412,6 +394,25 @@ impl Gguf {
         let shortest = |value: f64| (value as f32).to_string().parse().unwrap_or(value);
         self.float(key).map(shortest).ok_or_else(missing)
     }
+}
+
+/// The rope scaling of a config as `rope_parameters` of transformers 5, with its base.
+fn take_rope(config: &mut Value, theta: f64) -> Value {
+    let mut rope = config["rope_scaling"].take();
+    if rope.is_null() {
+        rope = json!({"rope_type": "default"});
+    }
+    rope["rope_theta"] = theta.into();
+    rope
+}
+
+/// Puts a window, if it is not 0, into those of `layers` that `slides`.
+fn put_windows(config: &mut Value, layers: usize, window: usize, slides: impl Fn(usize) -> bool) {
+    let slides = |layer| window > 0 && slides(layer);
+    let kind = |layer| if slides(layer) { "sliding_attention" } else { "full_attention" };
+    // More layers than any model has are refused by who reads the config.
+    config["layer_types"] = (0..layers.min(MOST_LAYERS)).map(kind).collect();
+    config["sliding_window"] = window.max(1).into();
 }
 
 /// A number that is not negative, of any type of integers.

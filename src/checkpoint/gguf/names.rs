@@ -129,12 +129,11 @@ fn gguf_name(architecture: Architecture, name: &str) -> Option<String> {
 /// The tensors that a file has for `name`, which share its rows: Granite 4's gate and up are apart there.
 pub(super) fn gguf_names(architecture: Architecture, name: &str) -> Option<Vec<String>> {
     let (module, suffix) = name.rsplit_once('.')?;
-    let parts: &[&str] = match module.rsplit_once(".shared_mlp.") {
-        Some((_, "input_linear")) => &["mlp.gate_proj", "mlp.up_proj"],
-        Some((_, "output_linear")) => &["mlp.down_proj"],
+    let (layer, parts): (_, &[&str]) = match module.rsplit_once(".shared_mlp.") {
+        Some((layer, "input_linear")) => (layer, &["mlp.gate_proj", "mlp.up_proj"]),
+        Some((layer, "output_linear")) => (layer, &["mlp.down_proj"]),
         _ => return gguf_name(architecture, name).map(|stored| vec![stored]),
     };
-    let layer = module.split(".shared_mlp.").next()?;
     let stored = |part: &&str| gguf_name(architecture, &format!("{layer}.{part}.{suffix}"));
     parts.iter().map(stored).collect()
 }
